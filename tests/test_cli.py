@@ -81,7 +81,7 @@ def own_pruner(target, *arguments):
 
 
 BAD = [
-    (["status", "."], "a sweep's folder must contain sweep.json, but '.' does not. Name another folder."),
+    (["status", "."], "`lorasweep status` must get the folder of a sweep, but '.' has no sweep.json."),
     (["sweep", "quickstat"], "Did you mean `quickstart`?"),
     (["sweep", "nothing.yaml"], "a sweep file must exist, but 'nothing.yaml' does not."),
     (["sweep", "./notes.txt"], "notes.txt: a sweep file must "),
@@ -505,6 +505,8 @@ def test_a_grid_runs_every_combination_and_leaves_nothing_else(here, short, caps
     assert run(["train", "-m", *short, "method.rank=1,2"]) == DONE
     folders = sorted((here / "outputs" / "train").glob("0*"))
     assert [read_run(folder).config["method"]["rank"] for folder in folders] == [1, 2]
+    shown = [line for line in capsys.readouterr().out.splitlines() if "trained parameters" in line]
+    assert [line.partition(": bits_per_byte ")[0] for line in shown] == ["method.rank=1", "method.rank=2"]
     assert {path.name for path in here.iterdir()} == {"outputs"}
     assert {path.name for path in (here / "outputs" / "train").iterdir()} == {"0001", "0002", "multirun.yaml"}
 
@@ -528,7 +530,9 @@ def test_a_run_of_a_grid_that_fails_does_not_end_the_others(here, short, capsys)
     assert run(["train", "-m", *short, "optim.lr=1e30,1e-3"]) == FAILED == 1
     folders = sorted((here / "outputs" / "train").glob("0*"))
     assert [read_run(folder).status for folder in folders] == ["failed", "complete"]
-    assert "Lower `optim.lr`." in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "lorasweep: optim.lr=1e+30: " in errors
+    assert "Lower `optim.lr`." in errors
 
 
 def test_a_run_that_diverges_is_one_line_and_exit_code_1(here, short, capsys):
@@ -683,8 +687,12 @@ def test_a_composed_sweep_is_shown_with_all_settings_and_ranges(capsys, here, mi
 def test_a_plan_trains_and_writes_nothing(capsys, here, mini):
     before = files_below(here)
     assert run(["plan", mini]) == DONE
-    shown = capsys.readouterr().out
-    assert "lora" in shown
+    printed = capsys.readouterr()
+    assert "lora" in printed.out
+    first, *_, last = printed.err.splitlines()
+    assert first == "loading the model and the data"
+    assert last.startswith("this plan took ")
+    assert " s: measuring the report" in printed.err
     assert files_below(here) == before
 
 

@@ -103,7 +103,7 @@ def test_the_worst_exit_code_of_a_grid_is_that_of_the_command(here, monkeypatch,
     codes = iter([DONE, WRONG_REQUEST, FAILED])
     monkeypatch.setattr("lorasweep.train_app._train", lambda **_: fake_result)
     fake_result = type("Result", (), {"record": type("Record", (), {"score": 1.0, "reason": "why"})})
-    monkeypatch.setattr(cli, "_say_run", lambda _: next(codes))
+    monkeypatch.setattr(cli, "_say_run", lambda *_: next(codes))
     assert run(["train", "-m", "seed=1,2,3"]) == WRONG_REQUEST
     assert "Traceback" not in capsys.readouterr().err
     assert [path.name for path in (here / "outputs" / "train").iterdir()] == ["multirun.yaml"]
@@ -113,7 +113,7 @@ def test_an_interrupted_job_ends_the_grid(here, monkeypatch, capsys):
     codes = iter([INTERRUPTED])  # a second job would raise StopIteration
     monkeypatch.setattr("lorasweep.train_app._train", lambda **_: fake_result)
     fake_result = type("Result", (), {"record": type("Record", (), {"score": 1.0, "reason": "why"})})
-    monkeypatch.setattr(cli, "_say_run", lambda _: next(codes))
+    monkeypatch.setattr(cli, "_say_run", lambda *_: next(codes))
     assert run(["train", "-m", "seed=1,2"]) == INTERRUPTED
 
 

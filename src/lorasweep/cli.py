@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
@@ -270,18 +271,22 @@ def plan(arguments: argparse.Namespace) -> int:
         from lorasweep.sweep.plan.measure import measure_sweep
         from lorasweep.sweep.plan.render import render_plan
         from lorasweep.training.inputs import InputsCache
+        from lorasweep.wording import format_seconds
 
+    began = time.monotonic()
     api.prepare_environment()
     name, overrides = _split_name(arguments.overrides)
     inputs_cache, definition = InputsCache(), api.read_sweep_definition(name or DEFAULT_SWEEP, overrides)
+    say("loading the model and the data", file=sys.stderr)
     metric = api.check_sweep(definition, inputs_cache)
     cost = measure_sweep(
         definition,
         inputs_cache,
         metric=metric,
-        on_progress=lambda what: say(f"measuring {what}", file=sys.stderr),
+        on_progress=lambda what: say(f"{time.monotonic() - began:3.0f} s: measuring {what}", file=sys.stderr),
     )
     EscapingConsole().print(render_plan(definition, estimate_sweep(definition, cost)))
+    say(f"this plan took {format_seconds(time.monotonic() - began)}", file=sys.stderr)
     return DONE
 
 
@@ -416,7 +421,7 @@ def _take_trust(arguments: Sequence[str]) -> list[str]:
     return others
 
 
-def _say_run(result: RunResult) -> int:
+def _say_run(result: RunResult, job: str) -> int:
     from lorasweep.wording import format_share
 
     if _rank() > 0:  # only the first process prints
@@ -426,8 +431,9 @@ def _say_run(result: RunResult) -> int:
         say_error(f"{record.reason}; to resume add `output={result.folder} resume=true` to the command")
         return INTERRUPTED
     score = "-" if record.score is None else f"{record.score:.4f}"
+    start = f"{job}: " if job else ""
     say(
-        f"{record.metric} {score} at step {record.best.get('step', 0):.0f} of {record.steps_planned}, "
+        f"{start}{record.metric} {score} at step {record.best.get('step', 0):.0f} of {record.steps_planned}, "
         f"{record.trainable_params:,} trained parameters ({format_share(record.trainable_fraction)} of the base), "
         f"{record.wall_s:.0f} s: {result.folder}"
     )
@@ -469,20 +475,21 @@ def _say_how_to_resume(result: SweepResult) -> int:
     return INTERRUPTED
 
 
-def _say_exception(error: LoraSweepError | OSError) -> int:
-    """Prints an error as one sentence and returns its exit code.
+def _say_exception(error: LoraSweepError | OSError, job: str = "") -> int:
+    """Prints an error as one sentence, after the job of a grid that it belongs to, and returns its exit code.
 
     If several processes train together, the first prints for all, and each one prints that it lost the others.
     """
     if _rank() > 0 and not isinstance(error, RanksLost):
         return FAILED
+    start = f"{job}: " if job else ""
     if isinstance(error, LoraSweepError):
-        say_error(redact(str(error)))
+        say_error(f"{start}{redact(str(error))}")
         return WRONG_REQUEST if isinstance(error, ConfigError | RecordError) else FAILED
     file_name = f" {str(error.filename)!r}" if error.filename else ""
     # the disk is full, or the folder is missing or read-only
     reason = f"{file_name}: {error.strerror or error}."
-    say_error(redact(f"the files of a run must exist and be writable, but got{reason}"))
+    say_error(redact(f"{start}the files of a run must exist and be writable, but got{reason}"))
     return FAILED
 
 

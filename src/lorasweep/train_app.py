@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from lorasweep.config.command_line import (
     TrainOverrides,
     allow_new_arguments,
+    describe_job,
     list_jobs,
     parse_overrides,
     read_settings_file,
@@ -38,11 +39,12 @@ from lorasweep.config.trust import set_trusted, trusted_packages
 from lorasweep.console import say, say_error
 from lorasweep.errors import ConfigError, LoraSweepError
 from lorasweep.quick_imports import quick_imports
+from lorasweep.redaction import redact
 from lorasweep.results import RunResult
 from lorasweep.stop_signal import INTERRUPTED
 
-Show = Callable[[RunResult], int]
-Refuse = Callable[[LoraSweepError | OSError], int]
+Show = Callable[[RunResult, str], int]
+Refuse = Callable[[LoraSweepError | OSError, str], int]
 
 
 class JobError(Exception):
@@ -54,8 +56,9 @@ def run_train_app(arguments: argparse.Namespace, *, show: Show, refuse: Refuse) 
 
     Args:
         arguments: The parsed command line (`cli.build_parser`).
-        show: Prints a run's result and returns its exit code. Launchers call it in other processes.
-        refuse: Prints an error and returns its exit code.
+        show: Prints a run's result and returns its exit code. Launchers call it in other processes. It gets the
+            overrides that only this job of a grid has; for a single run an empty text.
+        refuse: Prints an error and returns its exit code; called like `show`.
 
     Raises:
         ConfigError: An argument is not an override, or a key or value is wrong.
@@ -88,9 +91,9 @@ def _run_once(overrides: TrainOverrides, train: Callable[[], RunResult], *, show
 
     def task(_: Any) -> None:
         try:
-            codes.append(show(train()))
+            codes.append(show(train(), ""))
         except (LoraSweepError, OSError) as error:  # Hydra would print a traceback
-            codes.append(refuse(error))
+            codes.append(refuse(error, ""))
 
     _run_hydra([], overrides, task)
     return max(codes)
@@ -107,11 +110,12 @@ def _run_grid(overrides: TrainOverrides, train: Callable[[], RunResult], *, show
 
     def task(_: Any) -> float | None:
         set_trusted(trusted)  # another process does not know them
+        job = str(redact(describe_job(HydraConfig.get().overrides.task, overrides.run)))
         try:
             result = train()
-            code, reason = show(result), result.record.reason
+            code, reason = show(result, job), result.record.reason
         except (LoraSweepError, OSError) as error:
-            code, reason = refuse(error), str(error)
+            code, reason = refuse(error, job), str(error)
         if code == INTERRUPTED:  # this ends the grid
             raise KeyboardInterrupt
         if code:

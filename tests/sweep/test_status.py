@@ -6,6 +6,7 @@ import fcntl
 import io
 import os
 import threading
+import time
 from dataclasses import astuple
 
 import pytest
@@ -13,7 +14,7 @@ from rich.console import Console
 
 import lorasweep.sweep.status as status_file
 from lorasweep.errors import RecordError
-from lorasweep.record import ArmRow, RerunRow, SweepRecord, TrialRow, write_record
+from lorasweep.record import SWEEP_FILE, ArmRow, RerunRow, SweepRecord, TrialRow, write_record
 from lorasweep.sweep.status import describe_params, read_status, render_status
 
 
@@ -116,7 +117,9 @@ def test_running_trials_have_lines_with_step_and_last_value(running):
 def test_the_remaining_time_follows_from_the_ended_runs(running):
     status = read_status(running)
     assert status.seconds_left == 65.0 / 3 * 3  # 3 of 6 trials; the frozen base does not train
-    assert "1 min 05 s so far, about 1 min 05 s left at this pace" in show(status)
+    assert show(status).endswith("1 min 05 s so far, about 1 min 05 s left at this pace\n")
+    os.utime(running / SWEEP_FILE, (0, time.time() - 130))
+    assert "left at this pace, as of 2 min 10 s ago" in show(read_status(running))
     write_record(sweep_record(trials=[trial(0, "complete", 2.0, arm="frozen")]), running)
     assert read_status(running).seconds_left is None
 
@@ -202,10 +205,16 @@ def test_reading_changes_nothing(running):
     assert {path: path.stat().st_mtime_ns for path in running.rglob("*")} == before
 
 
-def test_a_folder_that_is_no_sweep_is_refused(tmp_path):
-    with pytest.raises(RecordError, match=r"a sweep's folder must contain sweep\.json"):
-        read_status(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+def test_a_folder_that_is_no_sweep_is_refused_with_the_sweep_of_a_near_name(folder):
+    none = folder / "none"
+    none.mkdir()
+    with pytest.raises(RecordError, match=r"'.*none' has no sweep\.json\. A sweep that was just started makes it once"):
+        read_status(none)
+    assert list(none.iterdir()) == []
+    with pytest.raises(RecordError) as refused:
+        read_status(folder.parent / f"{folder.name}x")
+    assert "does not exist. A sweep that was just started" in str(refused.value)
+    assert str(refused.value).endswith(f"Did you mean `{folder}`?")
 
 
 def test_reading_never_fails_while_others_write(running):

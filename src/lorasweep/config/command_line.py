@@ -146,6 +146,14 @@ def list_jobs(overrides: TrainOverrides, *, is_grid: bool) -> list[list[str]] | 
     return jobs
 
 
+def describe_job(job: Sequence[str], overrides: Sequence[str]) -> str:
+    """Returns the overrides of one job of a grid without those that all jobs have: `method.rank=4 seed=1`."""
+    last = {override.key_or_group: override for override in _parse(overrides)}  # a key may be typed twice
+    fixed = {key for key, override in last.items() if not override.is_sweep_override()}
+    own = [override for override in _parse(job) if override.key_or_group not in fixed]
+    return " ".join(str(override.input_line).lstrip("+") for override in own)
+
+
 def _name_plugin(overrides: Sequence[str]) -> str:
     """Returns a sentence that names the packages of the launcher and sweeper that overrides choose."""
     chosen = [re.match(r"hydra/(launcher|sweeper)=([a-z]+)", override) for override in overrides]

@@ -6,6 +6,7 @@ file.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lorasweep.config.run import SEED_KEYS
+from lorasweep.errors import RecordError
 from lorasweep.record import (
+    SWEEP_FILE,
     ArmRow,
     RerunRow,
     RerunStage,
@@ -31,10 +34,12 @@ from lorasweep.record import (
 )
 from lorasweep.selection import describe_stage, find_winner, list_candidates, list_confirm_rows
 from lorasweep.sweep.lock import is_running
-from lorasweep.wording import UNKNOWN, format_seconds, format_setting, format_share
+from lorasweep.wording import UNKNOWN, format_seconds, format_setting, format_share, nearest
 
 MAX_SHOWN_RUNS = 16
 """Maximum number of running trials that are listed below the table."""
+MIN_SHOWN_AGE_S = 5.0
+"""The table says how old the record is from this age on, in seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +81,8 @@ class SweepStatus:
 
     folder: Path
     record: SweepRecord
+    record_age_s: float
+    """Seconds since the record was written. A sweep writes it at evaluations, so it may be minutes old."""
     is_running: bool
     arms: tuple[ArmStatus, ...]
 
@@ -94,9 +101,18 @@ class SweepStatus:
 
 def read_status(folder: Path) -> SweepStatus:
     """Reads the state of a sweep. Raises `RecordError` if the folder has no sweep, or if its record is damaged."""
+    path = folder / SWEEP_FILE
+    if not path.is_file():
+        others = [str(other.parent) for other in folder.parent.glob(f"*/{SWEEP_FILE}")]
+        raise RecordError(
+            f"`lorasweep status` must get the folder of a sweep, but {str(folder)!r} "
+            f"{f'has no {SWEEP_FILE}' if folder.is_dir() else 'does not exist'}. A sweep that was just started makes "
+            f"it once the model and the data are loaded.{nearest(str(folder), others)}"
+        )
     record = read_sweep(folder)
     arms = tuple(_arm_status(arm, record) for arm in record.arms)
-    return SweepStatus(folder=folder, record=record, is_running=is_running(folder), arms=arms)
+    age_s = max(0.0, time.time() - path.stat().st_mtime)
+    return SweepStatus(folder=folder, record=record, record_age_s=age_s, is_running=is_running(folder), arms=arms)
 
 
 def render_status(status: SweepStatus) -> RenderableType:
@@ -112,7 +128,9 @@ def render_status(status: SweepStatus) -> RenderableType:
         notes += _describe_running_trials(record)
         left = status.seconds_left
         expected = "" if left is None else f", about {format_seconds(left)} left at this pace"
-        notes.append(f"{format_seconds(record.makespan_s)} so far{expected}")
+        age = status.record_age_s
+        written = f", as of {format_seconds(age)} ago" if age >= MIN_SHOWN_AGE_S else ""
+        notes.append(f"{format_seconds(record.makespan_s)} so far{expected}{written}")
     elif record.status != "complete":
         notes.append(f"• No process runs this sweep. Type `lorasweep sweep --resume {status.folder}` to resume it.")
     return Group(Text(title, style="bold"), _arms_table(status), *map(Text, notes))
