@@ -7,16 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from tests.data.ragged import make_ragged
 from torch import Tensor
 
 from lorasweep.data.build_splits import DataSplits
 from lorasweep.data.constant_answer import describe_constant_answer, score_constant_answer
-from lorasweep.data.examples import LabelledSplit, Ragged
+from lorasweep.data.examples import LabelledSplit
 from lorasweep.data.tasks import Classification, MultiLabel, Regression, Task
 
 
 def make_split(name: str, labels: Tensor) -> LabelledSplit:
-    tokens = Ragged.from_lists([[1]] * len(labels))
+    tokens = make_ragged([[1]] * len(labels))
     return LabelledSplit(name=name, fingerprint="0", tokens=tokens, pad_token=0, bytes=len(labels), labels=labels)
 
 

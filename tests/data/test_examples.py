@@ -5,9 +5,10 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.data.ragged import make_ragged
 
 from lorasweep.data.batching import StepBatchSampler
-from lorasweep.data.examples import CompletionSplit, LabelledSplit, Ragged, SequenceSplit, fill_bins
+from lorasweep.data.examples import CompletionSplit, LabelledSplit, SequenceSplit, fill_bins
 from lorasweep.data.split import IGNORED
 from lorasweep.data.tasks import Classification, LanguageModelling
 
@@ -20,7 +21,7 @@ def labelled(**settings):
     return LabelledSplit(
         name="train",
         fingerprint="0",
-        tokens=Ragged.from_lists(TOKENS),
+        tokens=make_ragged(TOKENS),
         pad_token=0,
         bytes=9,
         labels=torch.tensor([0, 1, 1, 0, 1]),
@@ -33,10 +34,10 @@ def completions(*, packing=False):
     return CompletionSplit(
         name="train",
         fingerprint="0",
-        tokens=Ragged.from_lists(TOKENS),
+        tokens=make_ragged(TOKENS),
         pad_token=0,
         bytes=9,
-        targets=Ragged.from_lists(targets),
+        targets=make_ragged(targets),
         scored_bytes=30,
         packing=packing,
     )
@@ -77,7 +78,7 @@ def step_gradient(model, split, task, *, accumulate, batch_size):
 @given(st.lists(st.lists(st.integers(0, 99), max_size=6), min_size=1, max_size=8))
 @settings(max_examples=30, deadline=None)
 def test_ragged_sequences_are_those_that_were_given(sequences):
-    ragged = Ragged.from_lists(sequences)
+    ragged = make_ragged(sequences)
     assert [ragged[n].tolist() for n in range(len(sequences))] == sequences
     assert ragged.lengths.tolist() == [len(sequence) for sequence in sequences]
 
@@ -98,7 +99,7 @@ def test_class_weights_are_those_of_each_examples_class():
 
 
 def test_second_texts_are_told_apart():
-    split = labelled(token_types=Ragged.from_lists([[0, 1, 1], [0, 1], [0, 0, 0, 1, 1], [0], [0, 0, 1, 1]]))
+    split = labelled(token_types=make_ragged([[0, 1, 1], [0, 1], [0, 0, 0, 1, 1], [0], [0, 0, 1, 1]]))
     assert split.batch([0, 1])["token_type_ids"].tolist() == [[0, 1, 1], [0, 1, 0]]
 
 
@@ -152,10 +153,10 @@ def test_an_encoder_decoder_sees_its_target_shifted():
     split = SequenceSplit(
         name="train",
         fingerprint="0",
-        tokens=Ragged.from_lists([[5, 6], [7]]),
+        tokens=make_ragged([[5, 6], [7]]),
         pad_token=0,
         bytes=3,
-        targets=Ragged.from_lists([[8, 1], [9, 10, 1]]),
+        targets=make_ragged([[8, 1], [9, 10, 1]]),
         start_token=2,
         scored_bytes=5,
     )

@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from tests.data.ragged import make_ragged
 from tests.tiny_tokenizer import load_tokenizer
 from torchmetrics.functional.text import sacre_bleu_score
 
 from lorasweep.config.compose import compose_run
-from lorasweep.data.examples import CompletionSplit, Ragged, SequenceSplit
+from lorasweep.data.examples import CompletionSplit, SequenceSplit
 from lorasweep.data.split import IGNORED
 from lorasweep.errors import ConfigError
 from lorasweep.training.score import gather_references, generate, score_answers
@@ -46,7 +47,7 @@ def completion_split(answers):
     rows = [[*prompt, *answer] for prompt, answer in zip(PROMPTS, answers, strict=True)]
     targets = [[*[IGNORED] * (len(prompt) - 1), *answer, 256] for prompt, answer in zip(PROMPTS, answers, strict=True)]
     shared = {"name": "test", "fingerprint": "0", "pad_token": 0, "bytes": 1, "scored_bytes": 1}
-    return CompletionSplit(tokens=Ragged.from_lists(rows), targets=Ragged.from_lists(targets), **shared)
+    return CompletionSplit(tokens=make_ragged(rows), targets=make_ragged(targets), **shared)
 
 
 def test_rows_of_one_prompt_are_its_references():
@@ -90,8 +91,8 @@ def test_an_encoder_decoder_answers_too(inputs, config):
     split = SequenceSplit(
         name="test",
         fingerprint="0",
-        tokens=Ragged.from_lists([list(prompt) for prompt in PROMPTS]),
-        targets=Ragged.from_lists([[*answer, 256] for answer in ANSWERS]),
+        tokens=make_ragged([list(prompt) for prompt in PROMPTS]),
+        targets=make_ragged([[*answer, 256] for answer in ANSWERS]),
         start_token=0,
         pad_token=0,
         bytes=1,

@@ -84,11 +84,12 @@ def build_block_split(
     if limit is not None and limit < len(blocks):
         evenly_spaced = torch.arange(limit) * len(blocks) // limit
         blocks, owners = blocks[evenly_spaced], owners[evenly_spaced]
+    owning = [examples.items[index] for index in owners.tolist()]
     num_bytes = sum(len(document.text.encode()) for document in examples.items)
     return BlockSplit(
         name=examples.name,
         notes=examples.notes,
-        groups=tuple(_get_group(examples.items[index]) for index in owners.tolist()),
+        groups=tuple(document.group or document.name for document in owning),
         tokens=blocks,
         documents=len(examples),
         bytes=num_bytes,
@@ -96,10 +97,6 @@ def build_block_split(
         fingerprint=examples.fingerprint,
         separator=get_end_token(tokenizer) if config.separate_documents else None,
     )
-
-
-def _get_group(document: Document) -> str:
-    return document.name if document.group is None else document.group
 
 
 def cut_blocks(tokens: Int[Tensor, " tokens"], *, block_length: int) -> Int[Tensor, "blocks {block_length}+1"]:

@@ -24,12 +24,6 @@ class Ragged:
     ends: Tensor
     """(sequences,), int64: the index in `values` after the last token of each sequence."""
 
-    @classmethod
-    def from_lists(cls, sequences: Sequence[Sequence[int]]) -> Ragged:
-        lengths = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64)
-        values = torch.tensor([value for sequence in sequences for value in sequence], dtype=torch.int64)
-        return cls(values=values, ends=lengths.cumsum(0))
-
     @functools.cached_property
     def lengths(self) -> Tensor:
         """The length of each sequence, (sequences,), int64."""

@@ -182,48 +182,36 @@ def compare_sweeps(first: Path, second: Path) -> SweepReproduction:
         RecordError: A sweep has no record, or the record is damaged.
     """
     before, after = read_sweep(first), read_sweep(second)
-    difference = next(_sweep_differences(before, after, first, second), None)
+    parts = zip(_list_parts(before, first), _list_parts(after, second), strict=False)
+    differences = (difference for one, other in parts for difference in _list_differences(one, other))
     num_runs = len(before.trials) + len(before.select) + len(before.confirm)
-    return SweepReproduction(folder=second, num_runs=num_runs, difference=difference)
+    return SweepReproduction(folder=second, num_runs=num_runs, difference=next(differences, None))
 
 
-def _sweep_differences(before: SweepRecord, after: SweepRecord, first: Path, second: Path) -> Iterator[str]:
+def _list_parts(record: SweepRecord, folder: Path) -> Iterator[dict[str, Any]]:
+    """Yields what must be equal in a repetition, part by part: each value by its place in words."""
     keys = ("metric", "direction", "second_objective", "search_seeds", "candidates", "select_seeds", "confirm_seeds")
-    yield from _differences("sweep", {key: getattr(before, key) for key in keys}, {k: getattr(after, k) for k in keys})
-    stages: tuple[tuple[str, Sequence[TrialRow | RerunRow], Sequence[TrialRow | RerunRow]], ...] = (
-        ("number of trials", before.trials, after.trials),
-        ("number of select runs", before.select, after.select),
-        ("number of confirm runs", before.confirm, after.confirm),
-    )
-    for count_name, rows, repeated_rows in stages:
-        yield from _differences("sweep", {count_name: len(rows)}, {count_name: len(repeated_rows)})
-        for row, repeated in zip(rows, repeated_rows, strict=False):
-            runs = get_run_folder(first, row.run), get_run_folder(second, repeated.run)
-            yield from _row_differences(row, repeated, *runs)
+    yield {f"sweep: `{key}`": getattr(record, key) for key in keys}
+    stages: dict[str, Sequence[TrialRow | RerunRow]] = {
+        "trials": record.trials,
+        "select runs": record.select,
+        "confirm runs": record.confirm,
+    }
+    for name, rows in stages.items():
+        yield {f"sweep: `number of {name}`": len(rows)}
+        for row in rows:
+            if isinstance(row, TrialRow):
+                where, proposed = f"trial {row.arm}-{row.number}", row.params
+            else:
+                where, proposed = f"{row.stage} run {row.arm} seed {row.seed}", {"trial": row.trial}
+            yield {f"{where}: `{key}`": value for key, value in proposed.items()}
+            logged = read_values(get_run_folder(folder, row.run))
+            yield {f"{where}, step {step}: `{key}`": logged[step, key] for step, key in sorted(logged)}
+            yield {f"{where}: `{key}`": getattr(row, key, None) for key in ("state", "value", "second_value")}
 
 
-def _row_differences(
-    row: TrialRow | RerunRow, repeated: TrialRow | RerunRow, first: Path, second: Path
-) -> Iterator[str]:
-    if isinstance(row, TrialRow):
-        where = f"trial {row.arm}-{row.number}"
-        yield from _differences(where, row.params, getattr(repeated, "params", {}))
-    else:
-        where = f"{row.stage} run {row.arm} seed {row.seed}"
-        yield from _differences(where, {"trial": row.trial}, {"trial": getattr(repeated, "trial", None)})
-    before, after = read_values(first), read_values(second)
-    for step, key in sorted({*before, *after}):
-        values = ({key: side[step, key]} if (step, key) in side else {} for side in (before, after))
-        yield from _differences(f"{where}, step {step}", *values)
-    result, repeated_result = (
-        {"state": each.state, "value": each.value, "second_value": getattr(each, "second_value", None)}
-        for each in (row, repeated)
-    )
-    yield from _differences(where, result, repeated_result)
-
-
-def _differences(where: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
-    for key in dict.fromkeys([*before, *after]):
-        recorded, repeated = before.get(key, "nothing"), after.get(key, "nothing")
+def _list_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
+    for place in dict.fromkeys([*before, *after]):
+        recorded, repeated = before.get(place, "nothing"), after.get(place, "nothing")
         if recorded != repeated:
-            yield f"{where}: `{key}` was {recorded!r} and is {repeated!r}"
+            yield f"{place} was {recorded!r} and is {repeated!r}"

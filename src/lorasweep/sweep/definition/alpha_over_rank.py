@@ -6,12 +6,12 @@ A sweep fixes or searches the multiplier. Each run gets `method.alpha` = multipl
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from lorasweep.config.compose import compose_run
 from lorasweep.config.method import LoraConfig
+from lorasweep.config.ranges import is_number
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError
 
@@ -72,7 +72,7 @@ def compose_with_multiplier(settings: Mapping[str, Any]) -> RunConfig:
     multiplier, method = settings[MULTIPLIER], config.method
     if not isinstance(method, LoraConfig):
         raise ConfigError(f"`{MULTIPLIER}` is a setting of `method=lora`, but got it with `method={method.name}`.")
-    if isinstance(multiplier, bool) or not isinstance(multiplier, int | float) or not 0 <= multiplier < math.inf:
+    if not is_number(multiplier) or multiplier < 0:
         raise ConfigError(f"`{MULTIPLIER}` must be a finite number >= 0, but got {multiplier!r}.")
     if method.rank_pattern:
         raise ConfigError(

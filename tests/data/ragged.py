@@ -1,0 +1,13 @@
+"""Sequences of different lengths from lists."""
+
+from __future__ import annotations
+
+import torch
+
+from lorasweep.data.examples import Ragged
+
+
+def make_ragged(sequences):
+    lengths = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64)
+    values = torch.tensor([value for sequence in sequences for value in sequence], dtype=torch.int64)
+    return Ragged(values=values, ends=lengths.cumsum(0))
