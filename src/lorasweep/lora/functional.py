@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv2d, linear
 
 from lorasweep.config.method import Scaling
+from lorasweep.lora.dropout import apply_keep_mask
 from lorasweep.lora.recompute import choose_kept_tensors, recall
 
 RowRanges = tuple[tuple[int, int], ...]
@@ -36,6 +37,9 @@ class SlotGroup(NamedTuple):
     lora_b: Float[Tensor, "slots d_out rank"]
     factor: UpdateFactor
     """In fp32 or wider."""
+    values: tuple[Tensor, Tensor] | None = None
+    """A and B in the dtype of the linear layer's inputs, if somebody cast them before. `lora_a` and `lora_b` then only
+    take the gradients."""
 
 
 def scaling_factor(*, alpha: float, rank: int, rule: Scaling) -> float:
@@ -71,9 +75,10 @@ def lora_linear(
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         kept = (x,) if recomputation is None else kept
     matrices = [matrix for group in groups for matrix in (group.lora_a, group.lora_b)]
+    cast = [matrix.detach().to(x.dtype) for group in groups for matrix in group.values or group[:2]]
     factors = tuple(group.factor for group in groups)
     output: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, factors, keep, recomputation, kept, *matrices
+        x, weight, bias, factors, keep, recomputation, kept, cast, *matrices
     )
     return output
 
@@ -84,7 +89,7 @@ def linear_update(
     """Returns factor · B A (x · keep), without the base's output, for the rows of one group."""
     a, b = group.lora_a.to(x.dtype), group.lora_b.to(x.dtype)
     u = (
-        a @ _split_by_slot(x if keep is None else torch.where(keep, x, 0.0), len(a)).mT * group.factor
+        a @ _split_by_slot(x if keep is None else apply_keep_mask(x, keep), len(a)).mT * group.factor
     )  # (slots, rank, tokens)
     return (u.to(x.dtype).mT @ b.mT).view(*x.shape[:-1], b.shape[1])
 
@@ -105,7 +110,7 @@ def conv2d_update(
 ) -> Float[Tensor, "rows d_out new_height new_width"]:
     """Returns factor · B A (x · keep). A is a convolution with the settings of `conv`, B is a 1 × 1 convolution."""
     a, b = group.lora_a.to(x.dtype), (group.lora_b * group.factor).to(x.dtype)
-    slots = (x if keep is None else torch.where(keep, x, 0.0)).chunk(len(a))
+    slots = (x if keep is None else apply_keep_mask(x, keep)).chunk(len(a))
     u = [
         conv._conv_forward(rows, a_k.view(-1, *conv.weight.shape[1:]), None) for rows, a_k in zip(slots, a, strict=True)
     ]
@@ -129,8 +134,7 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         # Named parameters before `*matrices` get wrong values if torch.compile runs in inference mode (torch 2.13).
-        x, weight, bias, factors, keep, recomputation, kept, *matrices = arguments
-        cast = [matrix.to(x.dtype) for matrix in matrices]
+        x, weight, bias, factors, keep, recomputation, kept, cast, *matrices = arguments
         by_slot = _split_by_slot(x, sum(map(len, cast[::2])))  # (slots, tokens, d_in)
         keep = None if keep is None else keep.reshape(by_slot.shape)
         y = linear(by_slot.flatten(0, 1), weight, bias)  # (slots · tokens, d_out)
@@ -154,7 +158,7 @@ class _LoraLinear(torch.autograd.Function):
         # autocast computed in the dtype of the output
         x = recall(ctx.recomputation, saved[num_matrices + num_groups :]).to(grad.dtype)
         by_slot = _split_by_slot(x, sum(map(len, cast[::2])))
-        needs_x, needs_weight, needs_bias, _, _, _, _, *needs_matrix = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias, _, _, _, _, _, *needs_matrix = ctx.needs_input_grad
         flat = grad.reshape(-1, grad.shape[-1])  # (slots · tokens, d_out)
         grad = flat.view(*by_slot.shape[:2], flat.shape[-1])  # (slots, tokens, d_out)
         grad_x = flat.mm(weight).view(by_slot.shape) if needs_x else None
@@ -171,12 +175,12 @@ class _LoraLinear(torch.autograd.Function):
             if grad_x is not None and keep is None:
                 grad_x[slots].baddbmm_(grad_u.mT, a)  # in place, without a temporary tensor of x's size
             elif grad_x is not None and keep is not None:
-                grad_x[slots].add_(torch.where(keep[slots], grad_u.mT.bmm(a), 0.0))
+                grad_x[slots].add_(apply_keep_mask(grad_u.mT.bmm(a), keep[slots]))
             grad_matrices += [grad_a, grad_b]
         grad_weight = flat.t().mm(by_slot.flatten(0, 1)) if needs_weight else None
         grad_bias = flat.sum(0) if needs_bias else None
         grad_x = None if grad_x is None else grad_x.view(x.shape)
-        return grad_x, grad_weight, grad_bias, None, None, None, None, *grad_matrices
+        return grad_x, grad_weight, grad_bias, None, None, None, None, None, *grad_matrices
 
 
 def _split_by_slot(x: Tensor, slots: int) -> Tensor:
@@ -195,4 +199,4 @@ def _iter_groups(
 
 
 def _apply_keep_mask(by_slot: Tensor, keep: Tensor | None, slots: slice) -> Tensor:
-    return by_slot[slots] if keep is None else torch.where(keep[slots], by_slot[slots], 0.0)
+    return by_slot[slots] if keep is None else apply_keep_mask(by_slot[slots], keep[slots])

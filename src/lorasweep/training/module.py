@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from lorasweep.config.method import LoraConfig
 from lorasweep.data.split import Batch
 from lorasweep.data.tasks import EXAMPLE_FIELDS, Evaluation, Task
 from lorasweep.errors import ConfigError, RecordError
+from lorasweep.lora.dropout import FunctionalDropout, drop_from_default_stream
 from lorasweep.methods import METHODS
 from lorasweep.models.load import BaseModel
 from lorasweep.training.data_module import DataModule, get_accumulate
@@ -166,7 +168,8 @@ class TrainingModule(lightning.LightningModule):
         self._step_began = time.perf_counter()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        share = self.task.losses(self.model, batch).sum() / batch["step_weight"]
+        with self._dropout():
+            share = self.task.losses(self.model, batch).sum() / batch["step_weight"]
         self._micro_losses.append(share.detach())
         self._micro_tokens.append(batch["num_tokens"])
         self._micro_positions += batch["input_ids"].numel() if "input_ids" in batch else int(batch["num_tokens"])
@@ -175,6 +178,13 @@ class TrainingModule(lightning.LightningModule):
         # Each share is already divided by the weight of the whole step, so shares must be added up. Lightning averages
         # over micro-batches, and its strategies average over processes, which this factor reverses.
         return share * self.accumulate * self.trainer.world_size
+
+    def _dropout(self) -> AbstractContextManager[object]:
+        """Returns the context in which functional dropout draws as in a pack. Packs neither recompute nor compile."""
+        trainer = self.config.trainer
+        if trainer.activation_checkpointing or trainer.compile:
+            return nullcontext()
+        return FunctionalDropout(drop_from_default_stream)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Sums losses and tokens of the step over its micro-batches and over processes, and logs them."""

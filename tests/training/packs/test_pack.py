@@ -160,8 +160,9 @@ def make_dropping(tmp_path, make_config):
 DROPPING = ({"method.rank": 2, "method.dropout": 0.2}, {"method.rank": 4, "seed": 3}, {"method.rank": 3, "seed": 1})
 
 
-def test_a_base_that_drops_is_packed_with_a_stream_for_each_slot(make_dropping, tmp_path):
-    configs = make_dropping(attention=0.0, settings=DROPPING)
+@pytest.mark.parametrize("attention", [0.0, 0.3], ids=["no dropout of attention", "dropout of attention"])
+def test_a_base_that_drops_is_packed_with_a_stream_for_each_slot(make_dropping, tmp_path, attention):
+    configs = make_dropping(attention=attention, settings=[{**own, "model.attention": "eager"} for own in DROPPING])
     inputs, outcomes = build_inputs(configs[0]), Outcomes()
     for n, config in enumerate(configs):
         train_run(config, RunFolder(path=tmp_path / f"alone{n}"), inputs=inputs)
@@ -176,7 +177,7 @@ def test_a_base_that_drops_is_packed_with_a_stream_for_each_slot(make_dropping, 
 
 
 def test_a_base_that_drops_attention_in_its_kernel_is_packed_and_the_record_says_so(make_dropping, tmp_path):
-    configs = make_dropping(attention=0.3, settings=DROPPING)
+    configs = make_dropping(attention=0.3, settings=[{**own, "model.attention": "sdpa"} for own in DROPPING])
     inputs = build_inputs(configs[0])
     train_run(configs[0], RunFolder(path=tmp_path / "alone"), inputs=inputs)
     for seed, name in enumerate(("first", "again")):

@@ -343,7 +343,8 @@ def test_the_stream_that_slots_share_continues_after_a_kill(make_config, tmp_pat
 
     def config(own):
         rank = {"method.rank": own["method.rank"]}
-        return make_config({"model": "causal_lm", "model.path": str(tmp_path / "model"), **rank})
+        model = {"model": "causal_lm", "model.path": str(tmp_path / "model"), "model.attention": "sdpa"}
+        return make_config({**model, **rank})
 
     inputs = build_inputs(config(SETTINGS[0]))
     (tmp_path / "whole").mkdir()

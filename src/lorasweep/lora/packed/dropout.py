@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lorasweep.lora.dropout import drop
 from lorasweep.lora.packed.slots import Slots
 
 
@@ -20,8 +19,4 @@ class SlotDropout(nn.Dropout):
         self.slots = slots
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or self.p == 0:
-            return input
-        if self.p == 1:
-            return input * 0
-        return drop(input, self.slots.draw_keep_mask(input, rates=[self.p] * self.slots.num_slots), rate=self.p)
+        return self.slots.drop(input, self.p) if self.training else input

@@ -55,7 +55,8 @@ def inject_packed_lora(
     before this call.
 
     Each `nn.Dropout` of the base draws from one stream per slot (`set_dropout_streams`). Functional dropout, such as
-    dropout of attention probabilities in transformers, still draws from torch's default stream for all rows.
+    dropout of attention probabilities in transformers, does so inside `FunctionalDropout(slots.drop)`; else, and inside
+    fused kernels, it draws from torch's default stream for all rows.
 
     Args:
         model: Any module that `inject_lora` can adapt. The first dimension of its inputs must be the batch.
@@ -199,8 +200,8 @@ def set_dropout_streams(model: nn.Module, streams: Sequence[torch.Generator | No
 def set_sequence_lengths(model: nn.Module, lengths: Sequence[int] | None) -> None:
     """Sets the length of each slot's sequences before padding to the longest slot; None if no slot is padded.
 
-    For inputs of shape (rows, length, ...), dropout then draws a mask only for a slot's unpadded length, so that the
-    mask equals the solo run's.
+    For inputs of shape (rows, length, ...) and probabilities of shape (rows, heads, length, length), dropout then draws
+    a mask only for a slot's unpadded length, so that the mask equals the solo run's.
 
     Raises:
         ValueError: The model is not packed, or there are more or fewer lengths than slots.

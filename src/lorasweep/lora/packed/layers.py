@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from lorasweep.lora.functional import SlotGroup
-from lorasweep.lora.layer_kinds import matrix_shape
+from lorasweep.lora.layer_kinds import is_linear, matrix_shape
 from lorasweep.lora.layers import AdaptedLayer, LoraLayer
 from lorasweep.lora.packed.slots import Slots, check_rows
+from lorasweep.lora.packed.stacks import MatrixStack
 
 MIN_GROUP_RANK = 16
 """Slots of at most this rank form one group. On a CPU, a product with fewer rows takes as long as one with 16."""
@@ -44,25 +44,56 @@ class PackedLoraLayer(AdaptedLayer):
         self.lora_b = nn.ParameterList(layer.lora_b for layer in used)
         self._groups = group_like_ranks([layer.target.total_rank if layer else 0 for layer in layers])
         self._factors: dict[object, list[Tensor]] = {}
+        self._stacks: list[tuple[MatrixStack, MatrixStack]] = []
 
     def forward(self, x: Shaped[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:
         check_rows(x, self.slots.num_slots)
         keep = self._draw_keep_mask(x)
         factors = self._get_factors(x, is_dropped=keep is not None)
-        groups = [self._stack_group(group, factor) for group, factor in zip(self._groups, factors, strict=True)]
-        return self.add_update(x, groups, keep=keep)
+        return self.add_update(x, self._stack_groups(factors), keep=keep)
 
     def extra_repr(self) -> str:
         return f"ranks={[layer.target.total_rank if layer else 0 for layer in self.layers]}"
 
-    def _stack_group(self, group: slice, factor: Tensor) -> SlotGroup:
-        def stack(index: int) -> Tensor:
-            pairs = [layer.get_plain_matrices() if layer else self._make_empty() for layer in self.layers[group]]
-            rank = max(len(lora_a) for lora_a, _ in pairs)
-            stacked: Tensor = _StackPadded.apply(index, rank, *[pair[index] for pair in pairs])  # type: ignore[no-untyped-call]
-            return stacked
+    def _stack_groups(self, factors: Sequence[Tensor]) -> list[SlotGroup]:
+        collectors = self.slots.collectors
+        # other kinds of layers, and layers of a base that is called, need A and B themselves in their own dtype
+        if collectors is None or self.calls_base or not is_linear(self.base):
+            return [self._stack_group(group, factor) for group, factor in zip(self._groups, factors, strict=True)]
+        if self not in collectors:
+            dtype, device = self._get_compute_dtype(), self.lora_a[0].device
+            if not self._stacks or not self._stacks[0][0].fits(dtype, device):
+                make = functools.partial(MatrixStack, shape=matrix_shape(self.base), like=self.lora_a[0], dtype=dtype)
+                self._stacks = [
+                    (make(self.layers[group], "a"), make(self.layers[group], "b")) for group in self._groups
+                ]
+            for stack in self._iter_stacks():
+                stack.fill()
+            collectors[self] = self._collect_gradients
+        return [
+            SlotGroup(stack_a.leaf, stack_b.leaf, factor, (stack_a.values, stack_b.values))
+            for (stack_a, stack_b), factor in zip(self._stacks, factors, strict=True)
+        ]
 
-        lora_a, lora_b = (self.slots.share_stack((self, group.start, k), functools.partial(stack, k)) for k in (0, 1))
+    def _iter_stacks(self) -> Iterator[MatrixStack]:
+        return itertools.chain.from_iterable(self._stacks)
+
+    def _collect_gradients(self) -> None:
+        for stack in self._iter_stacks():
+            stack.collect_gradients()
+
+    def _get_compute_dtype(self) -> torch.dtype:
+        """Returns the dtype in which `lora_linear` computes."""
+        device_type = self.weight.device.type
+        is_autocast = torch.is_autocast_enabled(device_type)
+        return torch.get_autocast_dtype(device_type) if is_autocast else self.weight.dtype
+
+    def _stack_group(self, group: slice, factor: Tensor) -> SlotGroup:
+        """Stacks the matrices of a group with plain operations of torch, so that autograd differentiates them."""
+        pairs = [layer.get_plain_matrices() if layer else self._make_empty() for layer in self.layers[group]]
+        rank = max(len(lora_a) for lora_a, _ in pairs)
+        lora_a = torch.stack([nn.functional.pad(a, (0, 0, 0, rank - len(a))) for a, _ in pairs])
+        lora_b = torch.stack([nn.functional.pad(b, (0, rank - b.shape[1])) for _, b in pairs])
         return SlotGroup(lora_a, lora_b, factor)
 
     def _make_empty(self) -> tuple[Tensor, Tensor]:
@@ -101,28 +132,6 @@ def group_like_ranks(ranks: Sequence[int]) -> list[slice]:
     widths = [max(rank, MIN_GROUP_RANK) for rank in ranks]
     starts = [slot for slot, width in enumerate(widths) if slot == 0 or width != widths[slot - 1]]
     return [slice(first, end) for first, end in pairwise([*starts, len(ranks)])]
-
-
-class _StackPadded(torch.autograd.Function):
-    """Stacks matrices after padding them with zeros to the size `rank` in the dimension `dim`."""
-
-    @staticmethod
-    def forward(ctx: Any, dim: int, rank: int, *matrices: Tensor) -> Tensor:
-        ctx.dim, ctx.ranks = dim, [matrix.shape[dim] for matrix in matrices]
-        if all(width == rank for width in ctx.ranks):
-            return torch.stack(matrices)
-        shape = list(matrices[0].shape)
-        shape[dim] = rank
-        stacked = matrices[0].new_zeros(len(matrices), *shape)
-        for target, matrix in zip(stacked, matrices, strict=True):
-            target.narrow(dim, 0, matrix.shape[dim]).copy_(matrix)
-        return stacked
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        parts = zip(grad, ctx.ranks, strict=True)
-        return None, None, *(part.narrow(ctx.dim, 0, rank) for part, rank in parts)
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLoraLayer]:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from lorasweep.lora.dropout import draw_keep_mask
+from lorasweep.lora.dropout import draw_keep_mask, drop, drop_from_default_stream
 
 
 class Slots:
@@ -22,7 +22,8 @@ class Slots:
         models: The solo model of each slot. It shares the frozen base, and its trainable parameters are the pack's.
         generators: Dropout stream of each slot, on the device of the inputs; None draws from torch's default stream.
         only_slot: The one slot whose rows the layers get, while a module is computed slot by slot; otherwise None.
-        stacks: Inside `stack_once`: the stacked matrices, and their leaves, which collect the gradients; else None.
+        collectors: Inside `stack_once`: for each layer that was called, a function that moves the gradients of its
+            stacked matrices to the parameters; else None.
         sequence_lengths: Length of each slot's sequences before padding to the longest slot; None if no slot is padded.
     """
 
@@ -30,7 +31,7 @@ class Slots:
         self.models = list(models)
         self.generators: list[torch.Generator | None] = [None] * len(models)
         self.only_slot: int | None = None
-        self.stacks: dict[object, tuple[Tensor, Tensor]] | None = None
+        self.collectors: dict[object, Callable[[], None]] | None = None
         self.sequence_lengths: tuple[int, ...] | None = None
 
     @property
@@ -50,25 +51,25 @@ class Slots:
     def stack_once(self) -> Iterator[None]:
         """Lets all forward passes inside the block use the same stacked matrices, and adds up their gradients.
 
-        A step with several micro-batches stacks A and B of all slots once. The parameters get their gradients at the
-        end of the block, and must not change inside it.
+        So a step with several micro-batches, or an evaluation, stacks and casts A and B of all slots once. The
+        parameters get their gradients at the end of the block, and must not change inside it.
         """
-        self.stacks = {}
+        self.collectors = {}
         try:
             yield
-            pairs = [pair for pair in self.stacks.values() if pair[1].grad is not None]
-            torch.autograd.backward([stacked for stacked, _ in pairs], [leaf.grad for _, leaf in pairs])
+            for collect in self.collectors.values():
+                collect()
         finally:
-            self.stacks = None
+            self.collectors = None
 
-    def share_stack(self, key: object, stack: Callable[[], Tensor]) -> Tensor:
-        """Returns the result of `stack()`; inside `stack_once`, a leaf with its values, which is made once per key."""
-        if self.stacks is None:
-            return stack()
-        if key not in self.stacks:
-            stacked = stack()
-            self.stacks[key] = stacked, stacked.detach().requires_grad_(stacked.requires_grad)
-        return self.stacks[key][1]
+    def drop(self, x: Tensor, rate: float) -> Tensor:
+        """Returns x after dropout, with masks from the streams of the slots.
+
+        A tensor that has no rows for each slot, such as a bias that all rows share, draws from torch's default stream.
+        """
+        if self.only_slot is None and (x.dim() == 0 or len(x) % self.num_slots):
+            return drop_from_default_stream(x, rate)
+        return x if rate == 0 else drop(x, self.draw_keep_mask(x, rates=[rate] * self.num_slots), rate=rate)
 
     def draw_keep_mask(self, x: Tensor, *, rates: Sequence[float]) -> Bool[Tensor, "*shape"]:
         """Returns a mask for x that is False for each dropped element.
@@ -93,16 +94,28 @@ class Slots:
 
     def _draw_slot(self, slot: int, shape: torch.Size, device: torch.device, rate: float) -> Tensor:
         """Returns the mask of a slot. Padding, which its solo run does not have, is kept and draws nothing."""
-        padded = torch.ones(shape, dtype=torch.bool, device=device)
         if rate == 0:
-            return padded
+            return torch.ones(shape, dtype=torch.bool, device=device)
         lengths = self.sequence_lengths
-        if lengths is None or len(shape) < 3 or shape[1] != max(lengths) or shape[1] == lengths[slot]:
-            return draw_keep_mask(shape, rate=rate, device=device, generator=self.generators[slot])
-        unpadded = torch.Size((shape[0], lengths[slot], *shape[2:]))
+        unpadded = shape if lengths is None else _cut_padding(shape, padded=max(lengths), length=lengths[slot])
         drawn = draw_keep_mask(unpadded, rate=rate, device=device, generator=self.generators[slot])
-        padded[:, : lengths[slot]] = drawn
-        return padded
+        if unpadded == shape:
+            return drawn
+        keep = torch.ones(shape, dtype=torch.bool, device=device)
+        keep[tuple(slice(size) for size in unpadded)] = drawn
+        return keep
+
+
+def _cut_padding(shape: torch.Size, *, padded: int, length: int) -> torch.Size:
+    """Returns the shape without padding, of inputs (rows, length, ...) or probabilities (rows, heads, length, length).
+
+    Other shapes are returned as they are.
+    """
+    if len(shape) == 4 and shape[2] == shape[3] == padded:
+        return torch.Size((*shape[:2], length, length))
+    if len(shape) >= 3 and shape[1] == padded:
+        return torch.Size((shape[0], length, *shape[2:]))
+    return shape
 
 
 def check_rows(x: Tensor, num_slots: int) -> None:

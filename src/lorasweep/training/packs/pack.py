@@ -51,6 +51,7 @@ from lorasweep.lora import (
     set_dropout_streams,
     slot_model,
 )
+from lorasweep.lora.dropout import FunctionalDropout
 from lorasweep.lora.packed.inject import find_slots, set_sequence_lengths
 from lorasweep.methods import add_head_to_modules_to_save, copy_sharing_weights, draw_head
 from lorasweep.record import RunStatus
@@ -233,11 +234,12 @@ class PackTrainer:
         batches = EvaluationSampler(split, batch_size=max(1, self.settings.eval_batch_size // slots))
         set_sequence_lengths(self.model, None)  # every slot evaluates the same rows
         self.model.eval()
-        for micro in batches:
-            batch = repeat_batch(move_batch(split.batch(micro.indices), self.device), slots=slots)
-            scores = self.task.score(self.model, batch)
-            for slot, evaluation in enumerate(evaluations):
-                evaluation.update(scores.select_slot(slot, slots=slots))
+        with find_slots(self.model).stack_once():
+            for micro in batches:
+                batch = repeat_batch(move_batch(split.batch(micro.indices), self.device), slots=slots)
+                scores = self.task.score(self.model, batch)
+                for slot, evaluation in enumerate(evaluations):
+                    evaluation.update(scores.select_slot(slot, slots=slots))
         computed = [evaluation.compute() for evaluation in evaluations]
         return [{name: float(value) for name, value in metrics.items()} for metrics in computed]
 
@@ -409,4 +411,5 @@ def build_pack_batch(split: Split, micros: Sequence[MicroBatch], *, model: nn.Mo
 
 def compute_slot_losses(task: Task, model: nn.Module, batch: Batch, *, slots: int) -> Tensor:
     """Returns the sum of each slot's losses in fp32, (slots,)."""
-    return task.losses(model, batch).view(slots, -1).sum(1)
+    with FunctionalDropout(find_slots(model).drop):
+        return task.losses(model, batch).view(slots, -1).sum(1)
