@@ -80,7 +80,7 @@ def _draw_words(count: int, *, device: torch.device, generator: torch.Generator 
     if device.type != "cpu" or torch.compiler.is_compiling():
         return torch.randint(-(2**63), 2**63 - 1, (count,), generator=generator, dtype=torch.int64, device=device)
     # NumPy's SFC64 is three times as fast as torch's generator on a CPU. The torch stream gives its seed, so that the
-    # state of the torch stream still decides all masks.
+    # state of the torch stream still decides all masks. Compiled code can't call NumPy, so its masks are others.
     seed = int(torch.randint(2**63 - 1, (), generator=generator))
     return torch.from_numpy(np.random.SFC64(seed).random_raw(count).view(np.int64))
 
