@@ -105,7 +105,10 @@ BAD = [
     (["sweep", "empty.yaml"], "`arms.lora.trials` must be 1 for an arm without a space, but got 2. Add a `space`."),
     (["sweep", "mini.yaml", "worker.pack_size=99"], "`worker.pack_size <= "),
     (["sweep", "mini.yaml", "arms.frozen.data.metric=loss"], "`data.metric`"),
-    (["sweep", "mini.yaml", "sweep.output=full"], "`sweep.output` must be a new or empty folder, but 'full' is not."),
+    (
+        ["sweep", "mini.yaml", "sweep.output=full"],
+        "`sweep.output` must be a new or empty folder, but 'full' is not. To resume a sweep type `lorasweep sweep ",
+    ),
     (["sweep", "mini.yaml", "model=causal_lm", "model.path=./no/model"], "`model.path` must be"),
     (["sweep", "--resume", "nowhere"], "a sweep's folder must contain sweep.json, but 'nowhere' does not."),
     (

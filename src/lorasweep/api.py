@@ -40,7 +40,7 @@ from lorasweep.runs.comparison import SweepReproduction, compare_sweeps
 from lorasweep.stop_signal import StopSignal
 from lorasweep.sweep.checks import check_definition, find_metric, list_notes
 from lorasweep.sweep.controller.folder import SweepFolder
-from lorasweep.sweep.controller.lifecycle import create_sweep, new_folder, reopen_sweep, saved_definition
+from lorasweep.sweep.controller.lifecycle import create_sweep, reopen_sweep, saved_definition
 from lorasweep.sweep.definition.arms import Definition, read_definition
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
 from lorasweep.sweep.progress import report_status, show_progress
@@ -205,8 +205,10 @@ def check_sweep(definition: Definition, inputs_cache: InputsCache, *, output: st
         ConfigError: The sweep can't run as asked.
     """
     wanted = definition.sweep_config.sweep.output if output is None else str(output)
-    path = new_folder(definition.name, wanted)
-    for warning in check_workers(definition, path):
+    if wanted is not None:
+        remedy = f"To resume a sweep type `lorasweep sweep --resume {wanted}`."
+        require_new_folder(Path(wanted), key="sweep.output", remedy=remedy)
+    for warning in check_workers(definition, Path(wanted or f"outputs/{definition.name}")):
         say(f"warning: {warning}", file=sys.stderr)
     check_definition(definition, inputs_cache)
     return find_metric(definition, inputs_cache)

@@ -15,7 +15,7 @@ import lorasweep
 import lorasweep.sweep.controller.lifecycle as lifecycle_file
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import read_sweep
-from lorasweep.sweep.controller.lifecycle import new_folder, reopen_sweep
+from lorasweep.sweep.controller.lifecycle import reopen_sweep
 from lorasweep.sweep.lock import is_running
 
 
@@ -49,26 +49,6 @@ def test_a_new_sweep_has_a_record_of_what_was_asked_for(begin, three_arms, tmp_p
         "optim.lr": {"low": 1e-3, "high": 1e-1, "log": True},
     }
     assert record.arms[2].pruner == "none"
-
-
-def test_new_folders_are_numbered_below_outputs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert str(new_folder("s", None)) == "outputs/s"
-    (tmp_path / "outputs" / "s").mkdir(parents=True)
-    (tmp_path / "outputs" / "s-2").mkdir()
-    assert str(new_folder("s", None)) == "outputs/s-3"
-
-
-def test_a_wanted_folder_may_be_new_or_empty(tmp_path):
-    assert new_folder("s", str(tmp_path / "new")) == tmp_path / "new"
-    assert new_folder("s", str(tmp_path)) == tmp_path
-
-
-@pytest.mark.parametrize("name", ["", "file"])
-def test_a_wanted_folder_that_is_not_empty_is_refused(tmp_path, name):
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(ConfigError, match=r"`sweep.output`.* `lorasweep sweep --resume"):
-        new_folder("s", str(tmp_path / name))
 
 
 def test_a_stopped_sweep_is_taken_up_with_its_trials(stopped):

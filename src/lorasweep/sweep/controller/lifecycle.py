@@ -16,7 +16,7 @@ from optuna.storages.journal import JournalFileBackend
 
 from lorasweep.config.data import METRIC_RANGES, ScoreMetric
 from lorasweep.config.sweep import StorageConfig
-from lorasweep.disk import network_file_system, numbered_folders, remove_leftovers, require_new_folder
+from lorasweep.disk import network_file_system, remove_leftovers
 from lorasweep.errors import ConfigError, LoraSweepError, RecordError
 from lorasweep.record import (
     SWEEP_FILE,
@@ -53,18 +53,6 @@ from lorasweep.sweep.definition.seeds import draw_confirm_seeds, draw_search_see
 from lorasweep.sweep.definition.sweep_file import read_content
 from lorasweep.sweep.definition.warnings import find_warnings
 from lorasweep.sweep.lock import take_lock
-
-
-def new_folder(name: str, wanted: str | None) -> Path:
-    """Returns a folder for a new sweep: the wanted one, or else `outputs/NAME`, `outputs/NAME-2` and so on.
-
-    Raises:
-        ConfigError: The wanted folder is not empty.
-    """
-    if wanted is None:
-        return next(path for path in numbered_folders(Path("outputs") / name) if not path.exists())
-    remedy = f"To resume a sweep type `lorasweep sweep --resume {wanted}`."
-    return require_new_folder(Path(wanted), key="sweep.output", remedy=remedy)
 
 
 def create_sweep(definition: Definition, path: Path, *, metric: ScoreMetric, notes: Sequence[str] = ()) -> SweepFolder:
