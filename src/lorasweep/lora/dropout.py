@@ -92,9 +92,11 @@ def drop(x: Tensor, keep: Bool[Tensor, "*shape"], *, rate: float) -> Tensor:
 
 
 def apply_keep_mask(x: Tensor, keep: Bool[Tensor, "*shape"]) -> Tensor:
-    """Returns x where `keep` is True, and 0 elsewhere (NaN where x is not finite)."""
-    # On a CPU, a product of numbers is five times as fast as `torch.where` with a condition of another width.
-    return x * keep.view(torch.int8).to(x.dtype) if x.device.type == "cpu" else torch.where(keep, x, 0.0)
+    """Returns x where `keep` is True, and 0 elsewhere (in 16 bits on a CPU: NaN where x is not finite)."""
+    if x.device.type == "cpu" and x.element_size() == 2:
+        # a product of numbers is several times as fast as `torch.where` with a condition of another width
+        return x * keep.view(torch.int8).to(x.dtype)
+    return torch.where(keep, x, 0.0)
 
 
 class _Drop(torch.autograd.Function):
