@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pytest
@@ -53,16 +54,21 @@ class PackAndSolos:
         return packed, torch.cat(separate)
 
     def assert_equal(self, inputs: Tensor) -> None:
-        """Outputs and what a step of gradient descent makes of every slot are those of the solo models."""
-        packed, separate = self.run(inputs)
-        torch.testing.assert_close(packed, separate)  # float64 defaults: the same sums in another order
-        weights = torch.linspace(-1, 1, packed.numel(), dtype=packed.dtype).view(packed.shape)
-        for outputs, models in ((packed, [self.pack]), (separate, self.solos)):
-            (outputs * weights).sum().backward()
-            for model in models:
+        """Outputs and what a step of gradient descent makes of every slot are those of the solo models.
+
+        Two steps: one as it comes, and one with stacks that are made once.
+        """
+        for context in (nullcontext(), find_slots(self.pack).stack_once()):
+            with context:
+                packed, separate = self.run(inputs)
+                torch.testing.assert_close(packed, separate)  # float64 defaults: the same sums in another order
+                weights = torch.linspace(-1, 1, packed.numel(), dtype=packed.dtype).view(packed.shape)
+                for outputs in (packed, separate):
+                    (outputs * weights).sum().backward()
+            for model in (self.pack, *self.solos):
                 descend(model)
-        for slot, solo in enumerate(self.solos):
-            torch.testing.assert_close(lora_state(slot_model(self.pack, slot)), lora_state(solo))
+            for slot, solo in enumerate(self.solos):
+                torch.testing.assert_close(lora_state(slot_model(self.pack, slot)), lora_state(solo))
 
 
 def descend(model: nn.Module) -> None:

@@ -57,11 +57,10 @@ class PackedLoraLayer(AdaptedLayer):
 
     def _stack_groups(self, factors: Sequence[Tensor]) -> list[SlotGroup]:
         collectors = self.slots.collectors
-        # other kinds of layers, and layers of a base that is called, need A and B themselves in their own dtype
-        if collectors is None or self.calls_base or not is_linear(self.base):
+        if collectors is None:
             return [self._stack_group(group, factor) for group, factor in zip(self._groups, factors, strict=True)]
         if self not in collectors:
-            dtype, device = self._get_compute_dtype(), self.lora_a[0].device
+            dtype, device = self._get_stack_dtype(), self.lora_a[0].device
             if not self._stacks or not self._stacks[0][0].fits(dtype, device):
                 make = functools.partial(MatrixStack, shape=matrix_shape(self.base), like=self.lora_a[0], dtype=dtype)
                 self._stacks = [
@@ -82,11 +81,14 @@ class PackedLoraLayer(AdaptedLayer):
         for stack in self._iter_stacks():
             stack.collect_gradients()
 
-    def _get_compute_dtype(self) -> torch.dtype:
-        """Returns the dtype in which `lora_linear` computes."""
+    def _get_stack_dtype(self) -> torch.dtype:
+        """Returns the dtype in which `lora_linear` computes, and that of the parameters for all other products."""
         device_type = self.weight.device.type
-        is_autocast = torch.is_autocast_enabled(device_type)
-        return torch.get_autocast_dtype(device_type) if is_autocast else self.weight.dtype
+        is_own = self.calls_base or not is_linear(self.base)
+        if not is_own and torch.is_autocast_enabled(device_type):
+            return torch.get_autocast_dtype(device_type)
+        dtype: torch.dtype = (self.lora_a[0] if is_own else self.weight).dtype
+        return dtype
 
     def _stack_group(self, group: slice, factor: Tensor) -> SlotGroup:
         """Stacks the matrices of a group with plain operations of torch, so that autograd differentiates them."""

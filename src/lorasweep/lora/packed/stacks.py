@@ -32,8 +32,8 @@ class MatrixStack:
 
     Attributes:
         values: (slots, rank, d_in) for A, or (slots, d_out, rank) for B, in the dtype of the products.
-        leaf: Has the shape of `values` and the dtype of the parameters. Backward passes add the gradients to it. Its
-            own values are not used.
+        leaf: Has the shape of `values` and the dtype of the parameters. Backward passes add the gradients to it. If
+            `values` have another dtype, its own values are undefined.
     """
 
     def __init__(
@@ -56,8 +56,10 @@ class MatrixStack:
             piece for slot, layer in enumerate(layers) if layer for piece in _list_pieces(layer, which, slot)
         ]
         self._targets = [self.values[piece.place] for piece in self._pieces]
-        # one number that looks like a whole tensor, because only the gradient needs memory
-        self.leaf: Float[Tensor, "slots rows columns"] = like.new_zeros(()).expand(size).requires_grad_()
+        # one number that looks like a whole tensor, because only its gradient needs memory
+        unused = like.new_zeros(()).expand(size)
+        self.leaf: Float[Tensor, "slots rows columns"] = self.values.detach() if dtype == like.dtype else unused
+        self.leaf.requires_grad_()
 
     def fits(self, dtype: torch.dtype, device: torch.device) -> bool:
         return (self.values.dtype, self.values.device) == (dtype, device)
@@ -66,12 +68,13 @@ class MatrixStack:
     def fill(self) -> None:
         """Copies the parameters into `values`, and forgets gradients that were not collected."""
         self.leaf.grad = None
-        torch._foreach_copy_(self._targets, [piece.cut(piece.parameter) for piece in self._pieces])
+        if self._pieces:  # none of the group's slots may adapt this layer
+            torch._foreach_copy_(self._targets, [piece.cut(piece.parameter) for piece in self._pieces])
 
     @torch.no_grad()
     def collect_gradients(self) -> None:
         """Adds the gradients since `fill` to those of the parameters."""
-        if self.leaf.grad is None:
+        if self.leaf.grad is None or not self._pieces:
             return
         grads = []
         for piece in self._pieces:
