@@ -37,29 +37,6 @@ SHORT_RUN: dict[str, Any] = {
 }
 
 
-BEGIN_FIRST = (
-    "end_to_end/test_ray.py",
-    "sweep/workers/test_slurm.py",
-    "training/test_processes.py",
-    "end_to_end/test_slurm.py",
-    "end_to_end/",
-)
-"""Files that take minutes, the longest first. Ray and Slurm wait most of that time, which other tests can use."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts long files first, then others with slow tests, because xdist deals files (`--dist loadfile`) in this order:
-    what begins last is short, so that its workers end together."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-
-    def rank(item: pytest.Item) -> int:
-        path = item.path.relative_to(Path(__file__).parent).as_posix()
-        found = [number for number, start in enumerate(BEGIN_FIRST) if path.startswith(start)]
-        return found[0] if found else len(BEGIN_FIRST) + (item.path not in slow)
-
-    items.sort(key=rank)
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keeps token ids out of the user's cache, so that no test depends on an earlier run."""

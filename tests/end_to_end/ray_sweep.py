@@ -54,19 +54,6 @@ SWEEP = {
 }
 
 
-SLOW_STEPS = """
-import time
-from pathlib import Path
-from lightning import Callback
-
-class SlowSteps(Callback):
-    def on_train_batch_start(self, *_):
-        if not Path(__file__).with_name("hurry").exists():
-            time.sleep(0.5)
-"""
-"""Trials last until a test has done to the cluster what it wants to, on a slow machine, too, and cost little."""
-
-
 class RaySweep:
     """`lorasweep sweep` in a process of its own, and the processes that it started."""
 
@@ -119,23 +106,6 @@ def start(tmp_path: Path) -> Iterator[Callable[..., RaySweep]]:
             sweep.process.wait()
 
 
-@pytest.fixture
-def slow_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Settings of trials whose 100 steps take 50 s, or little once `hurry` is called. The first trusts the callback."""
-    folder = tmp_path / "code"
-    folder.mkdir()
-    (folder / "slow_steps.py").write_text(SLOW_STEPS)
-    path = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
-    callback = ["trust=[slow_steps]", "callbacks.slow._target_=slow_steps.SlowSteps"]
-    return [*callback, "trainer.max_steps=100", "trainer.eval_every_steps=5", "confirm.seeds=0", "worker.pack_size=1"]
-
-
-def hurry(tmp_path: Path) -> None:
-    """Lets the trials under `slow_steps` wait no more."""
-    (tmp_path / "code" / "hurry").touch()
-
-
 def wait_for(condition, sweep):
     deadline = time.monotonic() + TIMEOUT_S
     while not condition():
@@ -149,27 +119,21 @@ def count_evaluations(folder):
     return sum(path.read_text().count('"validation"') for path in folder.glob("runs/*/steps.jsonl"))
 
 
-def check_whole(folder, *, steps=24, reruns=True):
-    """Every trial is there, complete, once, with the values that were sampled for it, each step trained in order.
-
-    So are the runs of the select and confirm stages, unless the sweep has none (`reruns=False`).
-    """
+def check_whole(folder, *, steps=24):
+    """Every trial is there, complete, once, with the values that were sampled for it, each step trained in order."""
     record = read_sweep(folder)
     assert record.status == "complete"
-    for listed, num_full, num_lora in ((record.trials, 2, 4), (record.select, 2, 2), (record.confirm, 1, 1)):
-        if reruns or listed is record.trials:
-            expected = {("full", "complete"): num_full, ("lora", "complete"): num_lora}
-        else:
-            expected = {}
-        assert Counter((row.arm, row.state) for row in listed) == expected
-    assert len(journal_of(folder)) == (6 + 4 + 2 if reruns else 6)
+    assert Counter((row.arm, row.state) for row in record.trials) == {("full", "complete"): 2, ("lora", "complete"): 4}
+    assert Counter((row.arm, row.state) for row in record.confirm) == {("full", "complete"): 1, ("lora", "complete"): 1}
+    assert Counter((row.arm, row.state) for row in record.select) == {("full", "complete"): 2, ("lora", "complete"): 2}
+    assert len(journal_of(folder)) == 6 + 4 + 2
     for row in [*record.trials, *record.select, *record.confirm]:
         run = read_run(folder / row.run)
         assert (run.status, run.steps_done) == ("complete", steps)
         assert [step["step"] for step in read_steps(folder / row.run) if "loss" in step] == list(range(1, steps + 1))
         if hasattr(row, "params"):
             assert run.config["optim"]["lr"] == row.params["optim.lr"]
-    for arm in ("full", "lora") if reruns else ():
+    for arm in ("full", "lora"):
         best = min((row for row in record.select if row.arm == arm), key=lambda row: row.value)
         assert {row.trial for row in record.confirm if row.arm == arm} == {best.trial}
 

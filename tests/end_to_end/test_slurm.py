@@ -15,11 +15,10 @@ import lorasweep
 from lorasweep.record import read_sweep
 
 from .conftest import TIMEOUT_S
-from .ray_sweep import check_listens_here_only, check_whole, count_evaluations, hurry, wait_for
-from .ray_sweep import slow_steps as slow_steps
+from .ray_sweep import check_listens_here_only, check_whole, count_evaluations, wait_for
 from .ray_sweep import start as start
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
 ON_SLURM = (
     "worker=slurm",
     "worker.head_ip=127.0.0.1",
@@ -39,14 +38,13 @@ def on_loopback(monkeypatch, slurm):
     return slurm
 
 
-def test_jobs_may_be_cancelled_drained_requeued_and_added(start, tmp_path, on_loopback, slow_steps):
+def test_jobs_may_be_cancelled_drained_requeued_and_added(start, tmp_path, on_loopback):
     slurm, folder = on_loopback, tmp_path / "out"
-    sweep = start("on_ray.yaml", *ON_SLURM, *slow_steps, "worker.jobs=1")
+    sweep = start("on_ray.yaml", *ON_SLURM, "worker.jobs=1", "trainer.max_steps=240", "trainer.eval_every_steps=20")
     wait_for(lambda: count_evaluations(folder), sweep)
     check_listens_here_only(psutil.Process(sweep.process.pid).children(recursive=True))
     (first,) = slurm.jobs()
-    trust = slow_steps[0]
-    printed = start("--resume", "out", "worker.jobs=2", trust).wait()
+    printed = start("--resume", "out", "worker.jobs=2").wait()
     assert "Submitted Slurm jobs: " in printed
     wait_for(lambda: len({row.run for row in read_sweep(folder).trials if row.state == "running"}) == 2, sweep)
     (second,) = set(slurm.jobs()) - {first}
@@ -59,9 +57,8 @@ def test_jobs_may_be_cancelled_drained_requeued_and_added(start, tmp_path, on_lo
     assert sweep.process.poll() is None
     slurm.run("scontrol", "update", f"NodeName={NODE}", "State=RESUME")
     slurm.hurry(second)
-    hurry(tmp_path)
     sweep.wait()
-    check_whole(folder, steps=100, reruns=False)
+    check_whole(folder, steps=240)
     slurm.wait_for_jobs({})
 
 
