@@ -200,10 +200,13 @@ class PackTrainer:
         # shared draws are detected in the first step only
         rng_state_before = read_rng_state(self.device) if self.has_shared_draws is None else None
         # All slots have the same number of micro-batches, of the same sizes.
-        with find_slots(self.model).stack_once():
+        slots = find_slots(self.model)
+        with slots.stack_once():
             for micros in zip(*(run.sampler.get_step(run.step) for run in self.runs), strict=True):
                 batch = build_pack_batch(self.inputs.splits.train, micros, model=self.model)
-                losses = compute_slot_losses(self.task, self.model, move_batch(batch, self.device), slots=len(micros))
+                batch = move_batch(batch, self.device)
+                with FunctionalDropout(slots.drop):
+                    losses = compute_slot_losses(self.task, self.model, batch, slots=slots.num_slots)
                 # Each slot divides by the weight of its step, as a solo run does. No parameter belongs to two slots, so
                 # the gradient of the sum over slots is each slot's gradient.
                 weights = torch.tensor([micro.step_weight for micro in micros], device=losses.device)
@@ -411,5 +414,4 @@ def build_pack_batch(split: Split, micros: Sequence[MicroBatch], *, model: nn.Mo
 
 def compute_slot_losses(task: Task, model: nn.Module, batch: Batch, *, slots: int) -> Tensor:
     """Returns the sum of each slot's losses in fp32, (slots,)."""
-    with FunctionalDropout(find_slots(model).drop):
-        return task.losses(model, batch).view(slots, -1).sum(1)
+    return task.losses(model, batch).view(slots, -1).sum(1)
