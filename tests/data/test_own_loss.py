@@ -72,7 +72,7 @@ CLASSES = torch.tensor([0, 1, 2, 0, 2])
 
 def test_losses_of_labels_and_numbers_are_those_of_torch():
     rows, logits = torch.arange(5), draw(5, 3)
-    batch = {"rows": rows, "targets": CLASSES}
+    batch = {"input_ids": rows, "targets": CLASSES}
     margin = Classification(num_classes=3, own_loss=make("torch.nn.MultiMarginLoss", margin=0.5))
     expected = multi_margin_loss(logits, CLASSES, margin=0.5, reduction="none")
     torch.testing.assert_close(margin.losses(FixedModel(logits), batch), expected)
@@ -85,7 +85,7 @@ def test_losses_of_labels_and_numbers_are_those_of_torch():
     )
     numbers, targets = draw(5, 1), draw(5, seed=1)
     huber = Regression(own_loss=make("torch.nn.HuberLoss", delta=0.1))
-    found = huber.losses(FixedModel(numbers), {"rows": rows, "targets": targets})
+    found = huber.losses(FixedModel(numbers), {"input_ids": rows, "targets": targets})
     torch.testing.assert_close(found, huber_loss(numbers[:, 0], targets, delta=0.1, reduction="none"))
 
 
@@ -93,7 +93,7 @@ def test_a_loss_of_text_counts_scored_tokens_and_tells_slots_apart():
     logits, targets = draw(4, 6, 8), torch.randint(8, (4, 6), generator=torch.Generator().manual_seed(2))
     targets[0, 2:] = IGNORED
     task = LanguageModelling(bytes_per_token=None, own_loss=make("own_losses.Focal", gamma=1.0))
-    batch = {"rows": torch.arange(4), "targets": targets}
+    batch = {"input_ids": torch.arange(4), "targets": targets}
     losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED)
     expected = ((1 - (-losses).exp()) * losses).view(4, 6).sum(1)
     torch.testing.assert_close(task.losses(FixedModel(logits), batch), expected)

@@ -58,7 +58,7 @@ def evaluate(task, logits, targets):
     """Returns the metrics after batches of different sizes."""
     evaluation = Evaluation(task)
     for rows in (torch.arange(0, 5), torch.arange(5, len(targets))):
-        evaluation.update(task.score(FixedModel(logits), {"rows": rows, "targets": targets[rows]}))
+        evaluation.update(task.score(FixedModel(logits), {"input_ids": rows, "targets": targets[rows]}))
     return {name: value.item() for name, value in evaluation.compute().items()}
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from scipy import stats
-from torch import nn
+from tests.data.fixed_model import FixedModel
 from torch.nn.functional import cross_entropy
 
 from lorasweep.config.data import get_built_in_metric
@@ -21,20 +21,9 @@ from lorasweep.data.tasks import (
 )
 
 
-class Lookup(nn.Module):
-    """A model whose logits are a table's rows, by the tokens that it gets."""
-
-    def __init__(self, table):
-        super().__init__()
-        self.table = table
-
-    def forward(self, input_ids):
-        return self.table[input_ids]
-
-
 @pytest.fixture
 def table():
-    return Lookup(torch.randn(11, 11, generator=torch.Generator().manual_seed(0)))
+    return FixedModel(torch.randn(11, 11, generator=torch.Generator().manual_seed(0)))
 
 
 def text_batch():
@@ -125,7 +114,7 @@ def class_batch(classes):
 
 @pytest.mark.parametrize("classes", [2, 3])
 def test_class_metrics_are_what_they_say(classes):
-    model = Lookup(torch.randn(11, classes, generator=torch.Generator().manual_seed(0)))
+    model = FixedModel(torch.randn(11, classes, generator=torch.Generator().manual_seed(0)))
     batch, task = class_batch(classes), Classification(num_classes=classes)
     values = task.compute(task.score(model, batch))
     predicted, target = model(batch["input_ids"]).argmax(-1), batch["targets"]
@@ -143,7 +132,7 @@ def test_class_metrics_are_what_they_say(classes):
 
 
 def test_class_weights_and_smoothing_are_those_of_torch():
-    model = Lookup(torch.randn(11, 3, generator=torch.Generator().manual_seed(0)))
+    model = FixedModel(torch.randn(11, 3, generator=torch.Generator().manual_seed(0)))
     batch, weight = class_batch(3), torch.tensor([0.5, 2.0, 1.0])
     weights = weight[batch["targets"]]
     losses = Classification(num_classes=3).losses(model, {**batch, "weights": weights})
@@ -158,17 +147,17 @@ def test_several_labels_count_each_and_all():
     task = MultiLabel(num_labels=2)
     logits = torch.tensor([[1.0, -1.0], [1.0, 1.0], [-1.0, -1.0]])
     batch = {"input_ids": torch.arange(3), "targets": torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])}
-    values = task.compute(task.score(Lookup(logits), batch))
+    values = task.compute(task.score(FixedModel(logits), batch))
     assert values["accuracy"].item() == pytest.approx(1 / 3)
     assert values["f1"].item() == pytest.approx(2 * 2 / (3 + 3))
-    losses = task.losses(Lookup(logits), batch)
+    losses = task.losses(FixedModel(logits), batch)
     assert losses.mean().item() == pytest.approx(values["loss"].item(), rel=1e-6)
 
 
 def test_regression_is_scored_by_error_and_correlation():
     predicted, target = torch.tensor([1.0, 2.0, 4.0, 3.0]), torch.tensor([1.0, 3.0, 9.0, 4.0])
     task, batch = Regression(), {"input_ids": torch.arange(4), "targets": target}
-    values = task.compute(task.score(Lookup(predicted[:, None]), batch))
+    values = task.compute(task.score(FixedModel(predicted[:, None]), batch))
     assert values["mse"].item() == pytest.approx(((predicted - target) ** 2).mean().item())
     assert values["spearman"].item() == pytest.approx(1.0)
     assert values["pearson"].item() == pytest.approx(stats.pearsonr(predicted, target).statistic, rel=1e-6)
@@ -176,7 +165,7 @@ def test_regression_is_scored_by_error_and_correlation():
 
 def test_a_constant_guess_correlates_with_nothing():
     batch = {"input_ids": torch.arange(3), "targets": torch.tensor([1.0, 2.0, 3.0])}
-    values = Regression().compute(Regression().score(Lookup(torch.ones(3, 1)), batch))
+    values = Regression().compute(Regression().score(FixedModel(torch.ones(3, 1)), batch))
     assert values["pearson"] == values["spearman"] == 0
 
 

@@ -75,7 +75,7 @@ def lora_linear(
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         kept = (x,) if recomputation is None else kept
     matrices = [matrix for group in groups for matrix in (group.lora_a, group.lora_b)]
-    cast = [matrix.detach().to(x.dtype) for group in groups for matrix in group.values or group[:2]]
+    cast = [matrix.detach().to(x.dtype) for group in groups for matrix in group.values or (group.lora_a, group.lora_b)]
     factors = tuple(group.factor for group in groups)
     output: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
         x, weight, bias, factors, keep, recomputation, kept, cast, *matrices
