@@ -396,17 +396,14 @@ def list_occupancy_sweeps() -> dict[str, dict[str, Any]]:
 
 def measure_occupancy(*, num_seeds: int) -> None:
     """Prints a table in Markdown with a row for each sweep and number of workers; means over seeds."""
-    print("| sweep | workers | slots in use: search, select, confirm | makespan, steps of a full pack |")
+    print("| sweep | workers | slots in use: search, confirm | makespan, steps of a full pack |")
     print("|---|--:|---|--:|")
     full_step = STEP_OVERHEAD + PACK_SLOTS
     for name, content in list_occupancy_sweeps().items():
         for num_workers in (1, 2, 4):
             sweeps = [SimulatedSweep(content, num_workers=num_workers, seed=seed).run() for seed in range(num_seeds)]
             occupancies = [measure_stage_occupancy(record) for record, _ in sweeps]
-            cells = [
-                f"{statistics.fmean(each[stage] for each in occupancies):.0%}"
-                for stage in ("search", "select", "confirm")
-            ]
+            cells = [f"{statistics.fmean(each[stage] for each in occupancies):.0%}" for stage in ("search", "confirm")]
             makespan = statistics.fmean(time for _, time in sweeps) / full_step
             print(f"| {name} | {num_workers} | {', '.join(cells)} | {makespan:.0f} |", flush=True)
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.config.compose import compose_run
-from lorasweep.record import ArmRow, RerunRow, RunRecord, SweepRecord, TrialRow, write_record
+from lorasweep.record import ArmRow, ConfirmRow, RunRecord, SweepRecord, TrialRow, write_record
 
 BASE, FULL, STEPS = 2.03, 1.66, 500
 FULL_PARAMS = 1_280_000
@@ -107,7 +107,6 @@ def build_sweep(folder: Path, *, trials: int, examples: int) -> Path:
         description="A sweep that never ran, to measure the report.",
         metric="bits_per_byte",
         direction="minimize",
-        candidates=1,
         margin="5%",
         definition={},
         arms=[make_arm(arm, counts[arm]) for arm in arms],
@@ -170,7 +169,7 @@ def ideal_score(arm: str, params: dict[str, float]) -> float:
 
 def make_reruns(
     folder: Path, arm: str, rows: list[TrialRow], difficulty: list[float], rng: random.Random
-) -> list[RerunRow]:
+) -> list[ConfirmRow]:
     complete = [row for row in rows if row.arm == arm and row.state == "complete"]
     winner = min(complete, key=lambda row: row.value or math.inf)
     made = []
@@ -182,9 +181,7 @@ def make_reruns(
         write_run(folder, run, winner, value, test={"bits_per_byte": value})
         lines = [f"{index},{score!r},1.0,document {index // 60}" for index, score in enumerate(scores)]
         (folder / run / "test_scores.csv").write_text("\n".join(["row,score,weight,group", *lines, ""]))
-        made.append(
-            RerunRow(arm=arm, trial=winner.number, stage="confirm", seed=seed, state="complete", run=run, value=value)
-        )
+        made.append(ConfirmRow(arm=arm, trial=winner.number, seed=seed, state="complete", run=run, value=value))
     return made
 
 

@@ -35,8 +35,6 @@ SWEEP = {
         "sampler": "random",
         "pruner": "none",
         "confirm.seeds": 1,
-        "confirm.candidates": 2,
-        "confirm.select_seeds": 1,
     },
     "arms": {
         "frozen": {"settings": {"method": "frozen"}},
@@ -57,8 +55,8 @@ def test_a_sweep_from_a_mapping_is_complete_and_has_its_report(result):
     assert result.report.is_file()
 
 
-def test_the_best_trial_is_the_best_of_the_select_stage(result):
-    best, frame = result.best("lora"), result.select_dataframe()
+def test_the_best_trial_is_confirmed(result):
+    best, frame = result.best("lora"), result.trials_dataframe().query("arm == 'lora'")
     assert sorted(frame["trial"]) == [0, 1]
     assert best.number == frame.loc[frame["bits_per_byte"].idxmin(), "trial"]
     assert set(result.confirm_dataframe().query("arm == 'lora'")["trial"]) == {best.number}

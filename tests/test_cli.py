@@ -39,7 +39,6 @@ MINI = {
         "worker.pack_size": 1,
         "pruner": "none",
         "confirm.seeds": 0,
-        "confirm.candidates": 1,
     },
     "arms": {
         "frozen": {"settings": {"method": "frozen"}},
@@ -117,7 +116,6 @@ BAD = [
     ),
     (["sweep", "--resume", "full", "confirm.seeds=1"], "'full'"),
     (["sweep", "mini.yaml", "arms.lora.confirm.seeds=3"], "`confirm.seeds` must be the same for all arms"),
-    (["sweep", "mini.yaml", "arms.lora.sweep.searches=3"], "`sweep.searches` must be the same for all arms"),
     (["sweep", "mini.yaml", "arms.lora.expand.method.rnk=[1]"], "Did you mean `method.rank`?"),
     (["plan", "mini.yaml", "method.rnk=4"], "Did you mean `method.rank`?"),
     (["compare", "nowhere"], "nowhere"),
@@ -883,7 +881,6 @@ def test_compare_of_several_sweeps_prints_one_table_and_writes_each_report(capsy
                 name=name,
                 metric="loss",
                 direction="minimize",
-                candidates=1,
                 margin="5%",
                 definition={},
                 arms=[arm],

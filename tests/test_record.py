@@ -19,7 +19,7 @@ from lorasweep.record import (
     STEPS_FILE,
     SWEEP_FILE,
     ArmRow,
-    RerunRow,
+    ConfirmRow,
     RunRecord,
     SweepRecord,
     TrialRow,
@@ -53,9 +53,7 @@ def make_sweep(**values):
         importance={"method.rank": 1.0},
     )
     trial = TrialRow(arm="lora", number=0, state="failed", params={"method.rank": 1}, value=None, run="r", reason="x")
-    confirmed = RerunRow(
-        arm="lora", trial=0, stage="confirm", seed=7, state="complete", run="runs/lora-confirm-0000", value=1.5
-    )
+    confirmed = ConfirmRow(arm="lora", trial=0, seed=7, state="complete", run="runs/lora-confirm-0000", value=1.5)
     return SweepRecord(
         **(
             {
@@ -63,7 +61,6 @@ def make_sweep(**values):
                 "name": "s",
                 "metric": "loss",
                 "direction": "minimize",
-                "candidates": 1,
                 "margin": "5%",
                 "definition": {"file": {}},
                 "arms": [arm],

@@ -100,11 +100,11 @@ def resume_sweep(
 ) -> SweepResult:
     """Continues a sweep to its number of trials, writes its report, and returns its result.
 
-    The sweep may grow: more trials, arms, confirm seeds or searches. Trials that have begun stay as they are.
+    The sweep may grow: more trials, arms or confirm seeds. Trials that have begun stay as they are.
 
     Args:
         folder: The sweep's folder.
-        overrides: What changes: settings of `worker` and `confirm`, `["arms.lora.trials=20"]`, `["sweep.searches=3"]`.
+        overrides: What changes: settings of `worker` and `confirm`, or `["arms.lora.trials=20"]`.
         file: The sweep file again, with more arms or trials.
         trust: As in `run_sweep`.
         progress: As in `run_sweep`.

@@ -92,8 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--resume",
         type=Path,
         metavar="DIR",
-        help="resume the sweep in this folder; may add arms.ARM.trials=N, confirm.seeds=N, sweep.searches=N, "
-        "worker=ray, trust=[PACKAGE] ..., or the sweep file with more arms",
+        help="resume the sweep in this folder; may add arms.ARM.trials=N, confirm.seeds=N, worker=ray, "
+        "trust=[PACKAGE] ..., or the sweep file with more arms",
     )
     sweep_parser.add_argument(*("-c", "--cfg"), choices=["job"], help="print all settings of all arms, train nothing")
     status_parser = add(status, "show the arms of a sweep and the best trial so far")
@@ -466,9 +466,8 @@ def _say_how_to_resume(result: SweepResult) -> int:
     record = result.record
     done = sum(row.state not in ("running", "paused") for row in record.trials)
     asked = sum(arm.trials for arm in record.arms)
-    reruns = [*record.select, *record.confirm]
-    ended = sum(row.state != "running" for row in reruns)
-    also = f" and {ended} runs of the {reruns[-1].stage} stage" if reruns else ""
+    ended = sum(row.state != "running" for row in record.confirm)
+    also = f" and {ended} runs of the confirm stage" if record.confirm else ""
     say_error(f"stopped with {done} of {asked} trials{also} done. To resume type:")
     trust = f" 'trust=[{','.join(packages)}]'" if (packages := trusted_packages()) else ""
     say(f"    lorasweep sweep --resume {result.folder}{trust}", file=sys.stderr)

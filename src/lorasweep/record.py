@@ -19,7 +19,6 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from lorasweep.config.data import Direction
-from lorasweep.config.sweep import SecondObjective
 from lorasweep.disk import write_atomically
 from lorasweep.errors import RecordError
 from lorasweep.redaction import may_hold_secret, redact
@@ -41,8 +40,7 @@ RunStatus = Literal["running", "complete", "paused", "pruned", "failed", "infeas
 """`paused`: the run stopped at an evaluation and may continue from its checkpoint. `pruned`: the run was paused and the
 sweep ended. `infeasible`: the run does not fit in memory."""
 TrialState = Literal["running", "paused", "complete", "pruned", "failed", "infeasible"]
-RerunStage = Literal["select", "confirm"]
-RerunState = Literal["running", "complete", "failed", "infeasible"]
+ConfirmState = Literal["running", "complete", "failed", "infeasible"]
 
 
 @dataclass(kw_only=True)
@@ -131,10 +129,8 @@ class TrialRow:
     """One trial of a sweep."""
 
     arm: str
-    search: int = 1
-    """Number of the arm's search that proposed the trial."""
     number: int
-    """Number of the trial in its arm. The trials of a further search have the next numbers."""
+    """Number of the trial in its arm."""
     state: TrialState
     params: dict[str, Any]
     """Swept keys (dotted) and their values."""
@@ -149,26 +145,22 @@ class TrialRow:
     """The sweep's metric on validation data at its last evaluation."""
     slot_steps: float = 0.0
     """The run's share of the slots that its packs were planned with (see `measure_occupancy`); 0 for a run alone."""
-    second_value: float | None = None
-    """The cost that `second_objective` of the sweep names; None without one, and before the trial is complete."""
 
 
 @dataclass(kw_only=True)
-class RerunRow:
-    """One run of the select or the confirm stage: a trial of the search is trained again with a fresh seed."""
+class ConfirmRow:
+    """One run of the confirm stage: a trial of the search is trained again with a fresh seed."""
 
     arm: str
     trial: int
     """Number of the trial in its arm's search."""
-    stage: RerunStage
     seed: int
-    """Seed of initial values, data order and dropout. In one stage all arms have the same seeds."""
-    state: RerunState
+    """Seed of initial values, data order and dropout. All arms have the same seeds."""
+    state: ConfirmState
     run: str
     """The run's folder, relative to the sweep's."""
     value: float | None = None
-    """The sweep's metric with the weights of the best evaluation: on validation data in the select stage, on test data
-    in the confirm stage."""
+    """The sweep's metric on test data with the weights of the best evaluation."""
     reason: str | None = None
     step: int = 0
     """Optimizer steps at its last evaluation."""
@@ -177,7 +169,7 @@ class RerunRow:
     slot_steps: float = 0.0
     """The run's share of the slots that its packs were planned with (see `measure_occupancy`); 0 for a run alone."""
     harness: dict[str, float] = field(default_factory=dict)
-    """Scores by lm-evaluation-harness in the confirm stage, as `TASK/METRIC`."""
+    """Scores by lm-evaluation-harness, as `TASK/METRIC`."""
 
 
 @dataclass(kw_only=True)
@@ -187,7 +179,7 @@ class ArmRow:
     name: str
     method: str
     trials: int
-    """Number of trials that the user asked for, in all searches."""
+    """Number of trials that the user asked for."""
     steps: int = 0
     """Optimizer steps of a complete run, unless `trainer.max_steps` is swept."""
     settings: dict[str, Any]
@@ -210,14 +202,14 @@ class SweepChange:
 
     at: str
     """UTC, ISO 8601."""
-    stage: Literal["search", "select", "confirm"]
+    stage: Literal["search", "confirm"]
     """The last stage that had begun."""
     settings: dict[str, Any]
     """The overrides that were typed."""
     file: str | None
     """The sweep file that was given; null keeps the earlier one."""
     trials: dict[str, int]
-    """Number of trials of one search, for each arm that is new or got more trials."""
+    """Number of trials of each arm that is new or got more trials."""
 
 
 @dataclass(kw_only=True)
@@ -246,16 +238,8 @@ class SweepRecord:
     """SHA-256 of the sweep file when the sweep began."""
     arms: list[ArmRow]
     trials: list[TrialRow] = field(default_factory=list)
-    second_objective: SecondObjective = "none"
-    """The cost that the search minimised beside the score, a field of `RunRecord`."""
-    search_seeds: list[int] = field(default_factory=list)
-    """Seeds of the second and every further search; the first has the seeds of the settings."""
-    candidates: int
-    """Maximum number of trials of an arm that the select stage runs again; 1 means that there is no such stage."""
-    select_seeds: list[int] = field(default_factory=list)
-    select: list[RerunRow] = field(default_factory=list)
     confirm_seeds: list[int] = field(default_factory=list)
-    confirm: list[RerunRow] = field(default_factory=list)
+    confirm: list[ConfirmRow] = field(default_factory=list)
     margin: float | str
     """`confirm.margin` as it was stated before the first trial."""
     notes: list[str] = field(default_factory=list)
@@ -282,7 +266,7 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def measure_occupancy(rows: Iterable[TrialRow | RerunRow]) -> float | None:
+def measure_occupancy(rows: Iterable[TrialRow | ConfirmRow]) -> float | None:
     """Returns the share of the slots of packs that trained, from 0 to 1; None if no run trained in a pack.
 
     In a step of a pack, all slots of its planned size could train, but some may be empty. So the share is the number of
@@ -295,11 +279,7 @@ def measure_occupancy(rows: Iterable[TrialRow | RerunRow]) -> float | None:
 
 def measure_stage_occupancy(record: SweepRecord) -> dict[str, float]:
     """Returns `measure_occupancy` of each stage in which a run trained in a pack."""
-    stages: dict[str, Sequence[TrialRow | RerunRow]] = {
-        "search": record.trials,
-        "select": record.select,
-        "confirm": record.confirm,
-    }
+    stages: dict[str, Sequence[TrialRow | ConfirmRow]] = {"search": record.trials, "confirm": record.confirm}
     shares = {stage: measure_occupancy(rows) for stage, rows in stages.items()}
     return {stage: share for stage, share in shares.items() if share is not None}
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from lorasweep.config.data import Direction
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import (
-    RerunRow,
     RunRecord,
     SweepRecord,
     TrialRow,
@@ -104,8 +103,6 @@ class TrialResult:
     """One trial of a sweep's search."""
 
     arm: str
-    search: int
-    """The search that proposed it, from 1 to `sweep.searches`."""
     number: int
     state: TrialState
     params: dict[str, Any]
@@ -170,32 +167,25 @@ class SweepResult:
         return [self._trial(row) for arm in self.arms for row in self._rows(arm)]
 
     def best(self, arm: str) -> TrialResult:
-        """Returns the winner of an arm: the candidate with the best mean over the seeds of the select stage.
-
-        Before or without that stage it is the complete trial with the best validation score, the earlier one of equals.
+        """Returns the winner of an arm: the complete trial with the best validation score, the earlier one of equals.
 
         Raises:
             ConfigError: The sweep has no such arm.
             RecordError: No trial of the arm is complete.
         """
         self._check_arm(arm)
-        row = find_winner(arm, self._rows(arm), record=self.record)
+        row = find_winner(self._rows(arm), record=self.record)
         if row is None:
             raise RecordError(f"arm `{arm}` must have a complete trial, but has none yet.")
         return self._trial(row)
 
     def trials_dataframe(self) -> pandas.DataFrame:
-        """Returns a row per trial: `arm`, `search`, `trial`, `state`, the metric, swept keys, `step` and `run`.
-
-        After the metric is the second objective, such as `trainable_params`, if the sweep has one.
-        """
+        """Returns a row per trial: `arm`, `trial`, `state`, the metric, swept keys, `step` and `run`."""
         import pandas  # noqa: PLC0415 (slow to import)
 
-        metric, objective = self.record.metric, self.record.second_objective
         return pandas.DataFrame.from_records(
             [
-                {"arm": row.arm, "search": row.search, "trial": row.number, "state": row.state, metric: row.value}
-                | ({} if objective == "none" else {objective: row.second_value})
+                {"arm": row.arm, "trial": row.number, "state": row.state, self.record.metric: row.value}
                 | row.params
                 | {"step": row.step, "run": row.run}
                 for arm in self.arms
@@ -203,42 +193,37 @@ class SweepResult:
             ]
         )
 
-    def select_dataframe(self) -> pandas.DataFrame:
-        """Returns one row per run of the select stage: `arm`, `trial`, `seed`, `state`, the metric, and `run`."""
-        return self._reruns_dataframe(self.record.select, score=self.record.metric)
-
     def confirm_dataframe(self) -> pandas.DataFrame:
         """Returns one row per confirm run of the winners: `arm`, `trial`, `seed`, `state`, the test score, and `run`.
 
         Scores by lm-evaluation-harness are columns `TASK/METRIC`.
         `record.confirm` also has the runs of former winners, if the sweep grew.
         """
-        winners = ((arm, find_winner(arm, self._rows(arm), record=self.record)) for arm in self.arms)
-        rows = [row for arm, winner in winners for row in list_confirm_rows(arm, winner, record=self.record)]
-        return self._reruns_dataframe(rows, score=f"test/{self.record.metric}")
-
-    def _reruns_dataframe(self, rows: list[RerunRow], *, score: str) -> pandas.DataFrame:
         import pandas  # noqa: PLC0415 (slow to import)
 
-        def columns(row: RerunRow) -> dict[str, Any]:
-            identity = {"arm": row.arm, "trial": row.trial, "seed": row.seed, "state": row.state}
-            return identity | {score: row.value} | row.harness | {"run": row.run}
+        winners = ((arm, find_winner(self._rows(arm), record=self.record)) for arm in self.arms)
+        rows = [row for arm, winner in winners for row in list_confirm_rows(arm, winner, record=self.record)]
+        return pandas.DataFrame.from_records(
+            [
+                {"arm": row.arm, "trial": row.trial, "seed": row.seed, "state": row.state}
+                | {f"test/{self.record.metric}": row.value}
+                | row.harness
+                | {"run": row.run}
+                for row in rows
+            ]
+        )
 
-        return pandas.DataFrame.from_records([columns(row) for row in rows])
-
-    def study(self, arm: str, *, search: int = 1) -> optuna.Study:
-        """Returns the Optuna study of one search of an arm, for Optuna's own plots. Don't add trials to it.
-
-        A study counts its trials from 0. In the sweep, the trials of a further search have the next numbers.
+    def study(self, arm: str) -> optuna.Study:
+        """Returns the Optuna study of an arm's search, for Optuna's own plots. Don't add trials to it.
 
         Raises:
             ConfigError: The sweep has no such arm.
-            RecordError: This search has not begun.
+            RecordError: The sweep's storage can't be read.
         """
         from lorasweep.sweep.controller.lifecycle import load_study  # noqa: PLC0415 (needs Optuna and torch)
 
         self._check_arm(arm)
-        return load_study(self.folder, arm, search=search)
+        return load_study(self.folder, arm)
 
     def figures(self) -> dict[str, Figure]:
         """Returns the report's plotly figures by title. Figures without data are skipped."""
@@ -261,7 +246,6 @@ class SweepResult:
     def _trial(self, row: TrialRow) -> TrialResult:
         return TrialResult(
             arm=row.arm,
-            search=row.search,
             number=row.number,
             state=row.state,
             params=dict(row.params),

@@ -40,8 +40,6 @@ HALVED_SWEEP: dict[str, Any] = {
     "settings": SETTINGS
     | {
         "confirm.seeds": 2,
-        "confirm.candidates": 2,
-        "confirm.select_seeds": 1,
         "sampler": "tpe",
         "pruner": "halving",
     },
@@ -59,9 +57,8 @@ HALVED_SWEEP: dict[str, Any] = {
         },
     },
 }
-"""A sweep in which trials are paused and promoted, with a select and a confirm stage."""
+"""A sweep in which trials are paused and promoted, with a confirm stage."""
 HALVED_TRIALS = {"frozen": 1, "full": 2, "lora": 6}
-HALVED_SELECT_RUNS = {"lora": 2}  # halving leaves `full` one complete trial, which needs no selection
 HALVED_CONFIRM_RUNS = {"frozen": 1, "full": 2, "lora": 2}
 SERVER = """
 import json, os, signal, sys
@@ -191,7 +188,7 @@ def state_of(folder: Path) -> dict[str, tuple]:
     """Every trial by its run's folder: what was proposed, how it ended, each loss and evaluation, and its weights."""
     record = read_sweep(folder)
     rows = [(row.run, row.arm, row.number, row.params, row.state, row.value, row.reason) for row in record.trials]
-    reruns = [*record.select, *record.confirm]
+    reruns = record.confirm
     rows += [(row.run, row.arm, row.trial, row.seed, row.state, row.value, row.reason) for row in reruns]
     state = {}
     for run, *rest in rows:

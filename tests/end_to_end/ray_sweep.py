@@ -40,8 +40,6 @@ SWEEP = {
         "sampler": "qmc",
         "pruner": "none",
         "confirm.seeds": 1,
-        "confirm.candidates": 2,
-        "confirm.select_seeds": 1,
     },
     "arms": {
         "full": {"settings": {"method": "full"}, "space": SPACE, "trials": 2},
@@ -125,17 +123,16 @@ def check_whole(folder, *, steps=24):
     assert record.status == "complete"
     assert Counter((row.arm, row.state) for row in record.trials) == {("full", "complete"): 2, ("lora", "complete"): 4}
     assert Counter((row.arm, row.state) for row in record.confirm) == {("full", "complete"): 1, ("lora", "complete"): 1}
-    assert Counter((row.arm, row.state) for row in record.select) == {("full", "complete"): 2, ("lora", "complete"): 2}
-    assert len(journal_of(folder)) == 6 + 4 + 2
-    for row in [*record.trials, *record.select, *record.confirm]:
+    assert len(journal_of(folder)) == 6 + 2
+    for row in [*record.trials, *record.confirm]:
         run = read_run(folder / row.run)
         assert (run.status, run.steps_done) == ("complete", steps)
         assert [step["step"] for step in read_steps(folder / row.run) if "loss" in step] == list(range(1, steps + 1))
         if hasattr(row, "params"):
             assert run.config["optim"]["lr"] == row.params["optim.lr"]
     for arm in ("full", "lora"):
-        best = min((row for row in record.select if row.arm == arm), key=lambda row: row.value)
-        assert {row.trial for row in record.confirm if row.arm == arm} == {best.trial}
+        best = min((row for row in record.trials if row.arm == arm), key=lambda row: row.value)
+        assert {row.trial for row in record.confirm if row.arm == arm} == {best.number}
 
 
 def check_listens_here_only(processes):

@@ -18,7 +18,6 @@ from lorasweep.runs.comparison import compare_sweeps
 
 from .conftest import (
     HALVED_CONFIRM_RUNS,
-    HALVED_SELECT_RUNS,
     HALVED_SWEEP,
     HALVED_TRIALS,
     journal_of,
@@ -81,7 +80,7 @@ pytestmark = pytest.mark.slow
 def ended_runs(folder: Path) -> dict[str, bytes]:
     """The files of each run whose end the study has been told, as they are."""
     record = read_sweep(folder)
-    rows = [*record.trials, *record.select, *record.confirm]
+    rows = [*record.trials, *record.confirm]
     ended = [row.run for row in rows if row.state not in ("running", "paused")]
     files = [folder / run / name for run in ended for name in ("run.json", "steps.jsonl")]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files if path.exists()}
@@ -91,13 +90,12 @@ def check_whole(folder: Path) -> None:
     """The sweep is what was asked for, and every file parses."""
     record = read_sweep(folder)
     assert record.status == "complete"
-    rows = [*record.trials, *record.select, *record.confirm]
-    asked_for = (HALVED_TRIALS, HALVED_SELECT_RUNS, HALVED_CONFIRM_RUNS)
-    for listed, asked in zip((record.trials, record.select, record.confirm), asked_for, strict=True):
+    rows = [*record.trials, *record.confirm]
+    for listed, asked in ((record.trials, HALVED_TRIALS), (record.confirm, HALVED_CONFIRM_RUNS)):
         arms = [row.arm for row in listed]
         assert {arm: arms.count(arm) for arm in arms} == asked
     assert {row.state for row in record.trials} == {"complete", "pruned"}
-    assert {row.state for row in (*record.select, *record.confirm)} == {"complete"}
+    assert {row.state for row in record.confirm} == {"complete"}
     assert sorted(path.name for path in (folder / "runs").iterdir()) == sorted(Path(row.run).name for row in rows)
     for row in rows:
         kept = read_run(folder / row.run)
@@ -106,11 +104,10 @@ def check_whole(folder: Path) -> None:
         steps = [step["step"] for step in read_steps(folder / row.run) if "loss" in step]
         assert steps == list(range(1, kept.steps_done + 1))
     trials = journal_of(folder)
-    num_reruns = sum(HALVED_SELECT_RUNS.values()) + sum(HALVED_CONFIRM_RUNS.values())
-    assert len(trials) == sum(HALVED_TRIALS.values()) + num_reruns
+    assert len(trials) == sum(HALVED_TRIALS.values()) + sum(HALVED_CONFIRM_RUNS.values())
     assert all(trial.state.is_finished() for trial in trials)
     assert sorted(len(trial.params) for trial in trials) == sorted(
-        [0, *[1] * HALVED_TRIALS["full"], *[2] * HALVED_TRIALS["lora"], *[2] * num_reruns]
+        [0, *[1] * HALVED_TRIALS["full"], *[2] * HALVED_TRIALS["lora"], *[2] * sum(HALVED_CONFIRM_RUNS.values())]
     )
     told = [json.loads(line) for line in (folder / "journal.log").read_text().splitlines()]
     ends = [line["trial_id"] for line in told if line["op_code"] == 6 and line["state"] in (1, 2, 3)]

@@ -23,7 +23,7 @@ BUDGET = {
 WORDS = [f"{key}={value}" for key, value in BUDGET.items()]
 SWEEP = {
     "name": "mini",
-    "settings": BUDGET | {"worker.pack_size": 1, "pruner": "none", "confirm.seeds": 0, "confirm.candidates": 1},
+    "settings": BUDGET | {"worker.pack_size": 1, "pruner": "none", "confirm.seeds": 0},
     "arms": {"frozen": {"settings": {"method": "frozen"}}},
 }
 

@@ -32,7 +32,6 @@ CONTENT = {
         "sampler": "random",
         "pruner": "none",
         "confirm.seeds": 1,
-        "confirm.candidates": 1,
     },
     "arms": {
         "lora": {

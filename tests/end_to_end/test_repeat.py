@@ -20,7 +20,6 @@ from lorasweep.runs.comparison import compare_sweeps
 
 from .conftest import (
     HALVED_CONFIRM_RUNS,
-    HALVED_SELECT_RUNS,
     HALVED_SWEEP,
     HALVED_TRIALS,
     TIMEOUT_S,
@@ -29,7 +28,7 @@ from .conftest import (
     steps_of,
 )
 
-NUM_RUNS = sum(sum(runs.values()) for runs in (HALVED_TRIALS, HALVED_SELECT_RUNS, HALVED_CONFIRM_RUNS))
+NUM_RUNS = sum(sum(runs.values()) for runs in (HALVED_TRIALS, HALVED_CONFIRM_RUNS))
 DELAYS = """
 import os, random, time
 import lorasweep.sweep.controller.stages as stages
@@ -106,7 +105,7 @@ def test_two_sweeps_of_one_file_and_seed_are_identical(tmp_path, file, once, fin
 def test_a_sweep_of_another_seed_is_another_sweep(tmp_path, file, once, finish):
     finish("sweep", str(file), "worker.pack_size=1", "sweep.seed=1", "trainer.max_steps=3", "sweep.output=other")
     found = compare_sweeps(once("1"), tmp_path / "other").describe()
-    assert found.startswith("different: sweep: `select_seeds` was ")
+    assert found.startswith("different: sweep: `confirm_seeds` was ")
     params = [[row.params for row in read_sweep(folder).trials] for folder in (once("1"), tmp_path / "other")]
     assert params[0] != params[1]
 
@@ -120,7 +119,7 @@ def test_a_sweep_with_delays_in_proposals_evaluations_and_saving_is_identical(tm
 def test_a_sweep_whose_threads_wait_otherwise_is_identical(tmp_path, file):
     # enough in a step for threads to share
     sizes = ("trainer.batch_size=8", "data.block_length=64", "trainer.max_steps=6")
-    words = ("worker.pack_size=3", "sweep.trials=3", "confirm.seeds=1", "confirm.candidates=1", *sizes)
+    words = ("worker.pack_size=3", "sweep.trials=3", "confirm.seeds=1", *sizes)
     sleeping = sweep_in_a_fresh_process(file, tmp_path / "sleeping", *words, threads=2, OMP_WAIT_POLICY="PASSIVE")
     waiting = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "10000"}  # spinning for good takes forever beside others
     spinning = sweep_in_a_fresh_process(file, tmp_path / "spinning", *words, threads=2, **waiting)

@@ -22,7 +22,6 @@ SWEEP = {
         "trainer.eval_every_steps": 4,
         "worker.pack_size": 1,
         "confirm.seeds": 2,
-        "confirm.candidates": 1,
     },
     "arms": {
         "lora": {

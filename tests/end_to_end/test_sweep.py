@@ -11,7 +11,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lorasweep.cli import run
 from lorasweep.record import read_run, read_steps, read_sweep
-from lorasweep.selection import list_front
 
 from .conftest import SETTINGS
 
@@ -132,35 +131,14 @@ def check_confirmed(folder):
 
 
 def test_the_best_of_each_arm_is_confirmed_on_fresh_seeds_and_test_data(here):
-    words = ("worker.pack_size=3", "pruner=none", "sweep.trials=3", "confirm.seeds=2", "confirm.select_seeds=1")
+    words = ("worker.pack_size=3", "pruner=none", "sweep.trials=3", "confirm.seeds=2")
     assert run(["sweep", "mini.yaml", *words]) == 0
     record = check_confirmed(here / "outputs" / "mini")
     seeds = {arm: [row.seed for row in record.confirm if row.arm == arm] for arm in CONFIRMED}
     assert seeds["full"] == seeds["lora"] == record.confirm_seeds
-    assert [(row.arm, row.seed) for row in record.select] == [
-        (arm, record.select_seeds[0]) for arm in ("full", "lora") for _ in range(3)
-    ]
     assert {row.arm: row.trial for row in record.confirm if row.arm != "frozen"} == {
-        arm: min((row for row in record.select if row.arm == arm), key=lambda row: row.value).trial
+        arm: min((row for row in record.trials if row.arm == arm), key=lambda row: row.value).number
         for arm in ("full", "lora")
     }
-    runs = [row.run for row in (*record.select, *record.confirm) if row.arm == "lora"]
+    runs = [row.run for row in record.confirm if row.arm == "lora"]
     assert all(read_run(here / "outputs" / "mini" / run).pack for run in runs)
-
-
-def test_a_sweep_with_two_objectives_counts_parameters_and_reports_the_front(here):
-    objective = "sweep.second_objective=trainable_params"
-    assert run(["sweep", "mini.yaml", objective, "pruner=none", "arms.full.trials=2"]) == 0
-    folder = here / "outputs" / "mini"
-    record = read_sweep(folder)
-    assert [row.second_value for row in record.trials] == [
-        read_run(folder / r.run).trainable_params for r in record.trials
-    ]
-    lora = [row for row in record.trials if row.arm == "lora"]
-    assert len({row.second_value / row.params["method.rank"] for row in lora}) == 1
-    front = json.loads((folder / "report" / "summary.json").read_text())["front"]["trials"]
-    assert {one["trial"] for one in front if one["arm"] == "lora"} == {
-        row.number for row in list_front(lora, record=record)
-    }
-    assert run(["sweep", "--resume", str(folder), "sweep.second_objective=none"]) == 2
-    assert run(["reproduce", str(folder)]) == 0

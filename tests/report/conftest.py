@@ -14,18 +14,17 @@ import pytest
 
 from lorasweep.record import (
     ArmRow,
-    RerunRow,
+    ConfirmRow,
     RunRecord,
     SweepRecord,
     TrialRow,
     TrialState,
-    read_run,
     read_sweep,
     write_record,
 )
 from lorasweep.report.figures import image
 from lorasweep.report.figures.image import draw_png
-from lorasweep.selection import find_winners, list_candidates
+from lorasweep.selection import find_winners
 
 BASE_SCORE = 2.031
 FULL_PARAMS = 1_280_000
@@ -177,7 +176,6 @@ def build_sweep(folder: Path, *, lora: int = 18, full: int = 6, frozen: int = 1,
             description="Rank, α and learning rate for LoRA on English prose, beside full fine-tuning.",
             metric="bits_per_byte",
             direction="minimize",
-            candidates=1,
             margin="5%",
             definition={},
             arms=[
@@ -221,9 +219,7 @@ def confirm_sweep(folder: Path, *, seeds: int = 5, examples: int = 40, noise: fl
             run = f"runs/{arm.name}-confirm-{seed:04d}"
             scores = spread_over_examples(value, difficulty, rng)
             value = sum(scores) / len(scores) if scores else value
-            row = RerunRow(
-                arm=arm.name, trial=best.number, stage="confirm", seed=seed, state="complete", run=run, value=value
-            )
+            row = ConfirmRow(arm=arm.name, trial=best.number, seed=seed, state="complete", run=run, value=value)
             rank = best.params.get("method.rank", arm.settings.get("method.rank", 0))
             trained = {"frozen": 0, "full": FULL_PARAMS}.get(arm.name, LORA_PARAMS_PER_RANK * int(rank))
             curve = curve_to(value)[: 1 if arm.method == "frozen" else None]
@@ -247,7 +243,7 @@ def build_rank_arms(
 ) -> Path:
     """Writes a confirmed sweep with frozen, full, and a lora arm per rank whose best score and learning rate are given.
 
-    Each lora arm has nine trials on a parabola over its learning rate, an exact one: noise is in the reruns alone.
+    Each lora arm has nine trials on a parabola over its learning rate, without noise; confirm runs have noise.
     """
     build_sweep(folder, lora=0)
     sweep = read_sweep(folder)
@@ -362,33 +358,4 @@ def confirm_winners(folder: Path) -> None:
     for arm, winner in find_winners(record).items():
         for row in record.confirm:
             row.trial = winner.number if winner is not None and row.arm == arm else row.trial
-    write_record(record, folder)
-
-
-def add_select_stage(folder: Path, *, arm: str) -> None:
-    """Adds a select stage of an arm's two best trials on two seeds, in which the second best is better."""
-    record = read_sweep(folder)
-    record.candidates, record.select_seeds = 2, [901, 902]
-    best, second = list_candidates((row for row in record.trials if row.arm == arm), record=record)
-    gap = abs((best.value or 0.0) - (second.value or 0.0)) + 0.01
-    for trial, change in ((best, gap), (second, -gap)):
-        for seed in record.select_seeds:
-            run = f"runs/{arm}-select-{len(record.select):04d}"
-            shutil.copytree(folder / trial.run, folder / run)
-            value = (trial.value or 0.0) + change
-            row = RerunRow(
-                arm=arm, trial=trial.number, stage="select", seed=seed, state="complete", run=run, value=value
-            )
-            record.select.append(row)
-    write_record(record, folder)
-    confirm_winners(folder)
-
-
-def add_second_objective(folder: Path) -> None:
-    """Makes the trainable parameters the second objective of a sweep, as if the search had minimised them."""
-    record = read_sweep(folder)
-    record.second_objective = "trainable_params"
-    for row in record.trials:
-        if row.state == "complete":
-            row.second_value = float(read_run(folder / row.run).trainable_params)
     write_record(record, folder)

@@ -19,7 +19,7 @@ from lorasweep.report.figures.trials import (
 )
 from lorasweep.report.sweep_data import load_sweep_data
 
-from .conftest import BASE_SCORE, add_select_stage, build_rank_arms, build_sweep, edit_json
+from .conftest import BASE_SCORE, build_rank_arms, build_sweep, edit_json
 
 
 def test_each_arm_keeps_one_colour_of_its_own(sweep: Path) -> None:
@@ -157,18 +157,6 @@ def test_learning_rates_of_each_arm_are_dots_and_its_best_a_ring(sweep: Path) ->
     assert [ring.y[0] for ring in rings] == [data.best_score("lora"), data.best_score("full")]
     crosses = [trace for trace in figure.data if trace.marker.symbol == "x-thin-open"]
     assert [len(cross.x) for cross in crosses] == [6, 0]
-
-
-def test_ring_is_around_the_winner_of_the_select_stage_and_the_text_says_so(sweep: Path) -> None:
-    assert "rings the best trial of each arm" in draw_score_by_lr(load_sweep_data(sweep)).text
-    add_select_stage(sweep, arm="lora")
-    data = load_sweep_data(sweep)
-    winner, panel = data.arms[1].best, draw_score_by_lr(data)
-    assert winner
-    assert winner.value != min(trial.value for trial in data.arms[1].trials if trial.is_complete and trial.value)
-    ring = next(trace for trace in panel.figures[0].data if trace.marker.symbol == "circle-open")
-    assert (ring.x[0], ring.y[0]) == (winner.params["optim.lr"], winner.value)
-    assert "rings the winners of the select stage" in panel.text
 
 
 def test_best_curves_are_bold_and_named(sweep: Path) -> None:

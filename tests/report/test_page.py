@@ -15,7 +15,7 @@ from lorasweep.report import page, write_report
 from lorasweep.report.page import mark_code, render_page, select_rows
 from lorasweep.report.summary import summarize
 
-from .conftest import add_select_stage, build_sweep, edit_json, inspect_winners
+from .conftest import build_sweep, edit_json, inspect_winners
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 
@@ -90,18 +90,14 @@ def test_data_behind_the_figures_is_beside_the_page(confirmed: Path) -> None:
     assert all((confirmed / "report" / name).read_text().count("\n") > 1 for name in files)
 
 
-def test_select_and_confirm_runs_that_failed_stand_among_the_unfinished_with_their_reason(confirmed: Path) -> None:
-    add_select_stage(confirmed, arm="lora")
-
+def test_confirm_runs_that_failed_stand_among_the_unfinished_with_their_reason(confirmed: Path) -> None:
     def fail(raw: dict[str, Any]) -> None:
-        raw["select"][0].update(state="failed", value=None, reason="The disk is full.")
         raw["confirm"][-1].update(state="failed", value=None, reason="The loss became NaN at step 3.")
 
     edit_json(confirmed / "sweep.json", fail)
     page = written(confirmed)
-    assert re.search(r"select run\s+The disk is full\.", page.text)
     assert re.search(r"confirm run\s+The loss became NaN at step 3\.", page.text)
-    assert "25 trials, 4 select runs and 11 confirm runs in" in page.text
+    assert "25 trials and 11 confirm runs in" in page.text
     assert "full has scores on test data from 4 of its 5 confirm runs" in page.text
 
 

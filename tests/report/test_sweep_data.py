@@ -12,7 +12,7 @@ import pytest
 from lorasweep.errors import RecordError
 from lorasweep.report.sweep_data import load_sweep_data
 
-from .conftest import add_select_stage, build_sweep, confirm_sweep, edit_json
+from .conftest import build_sweep, confirm_sweep, edit_json
 
 
 def test_trials_and_reruns_are_joined_with_their_runs(confirmed: Path) -> None:
@@ -58,17 +58,6 @@ def test_best_trial_is_the_best_complete_one(sweep: Path, direction: str) -> Non
 def test_of_equal_trials_the_earlier_is_best(sweep: Path) -> None:
     edit_json(sweep / "sweep.json", lambda raw: [trial.update(value=1.0) for trial in raw["trials"]])
     assert [arm.best.number for arm in load_sweep_data(sweep).arms if arm.best] == [0, 0, 0]
-
-
-def test_the_best_is_the_winner_of_the_select_stage(confirmed: Path) -> None:
-    best = load_sweep_data(confirmed).arms[1].best
-    assert best
-    add_select_stage(confirmed, arm="lora")
-    lora = load_sweep_data(confirmed).arms[1]
-    assert lora.best
-    assert lora.best.number != best.number
-    assert lora.candidates[lora.best.number] == min(lora.candidates.values())
-    assert len(lora.select_runs) == 4
 
 
 def test_curve_keeps_the_later_of_steps_that_a_resumed_run_wrote_twice(sweep: Path) -> None:

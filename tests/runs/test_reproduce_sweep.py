@@ -10,7 +10,7 @@ import pytest
 from lorasweep.errors import RecordError
 from lorasweep.record import (
     ArmRow,
-    RerunRow,
+    ConfirmRow,
     RunRecord,
     SweepRecord,
     TrialRow,
@@ -42,9 +42,7 @@ def one(tmp_path):
         TrialRow(arm="lora", number=1, state="pruned", params=params, value=1.75, run="runs/lora-0001"),
     ]
     confirm = [
-        RerunRow(
-            arm="lora", trial=0, stage="confirm", seed=s, state="complete", run=f"runs/lora-confirm-{n:04d}", value=2.0
-        )
+        ConfirmRow(arm="lora", trial=0, seed=s, state="complete", run=f"runs/lora-confirm-{n:04d}", value=2.0)
         for n, s in enumerate((7, 9))
     ]
     arm = ArmRow(name="lora", method="lora", trials=2, settings={}, space={}, sampler="tpe", pruner="none")
@@ -55,7 +53,6 @@ def one(tmp_path):
         name="s",
         metric="bits_per_byte",
         direction="minimize",
-        candidates=1,
         margin="5%",
         definition={},
         arms=[arm],

@@ -39,7 +39,6 @@ CONTENT: dict[str, Any] = {
         "worker.pack_size": 1,
         "pruner": "none",
         "confirm.seeds": 0,
-        "confirm.candidates": 1,
     },
     "arms": {
         "frozen": {"settings": {"method": "frozen"}},

@@ -17,8 +17,8 @@ from lorasweep.sweep.controller.lifecycle import reopen_sweep
 from lorasweep.sweep.progress import report_status, show_progress, show_until_over
 
 from .conftest import Killed
+from .test_status import confirm_row, sweep_record, trial
 from .test_status import folder as folder
-from .test_status import rerun_row, sweep_record, trial
 from .test_status import running as running
 
 
@@ -86,7 +86,7 @@ def test_following_without_a_terminal_prints_a_line_for_each_trial_that_ends(run
     write_record(sweep_record(trials=ended), running)
     wait_for(lambda: output.getvalue().count("\n") == 2)
     time.sleep(0.05)
-    seeds = [rerun_row(7, "complete", 1.6), rerun_row(8, "running")]
+    seeds = [confirm_row(7, "complete", 1.6), confirm_row(8, "running")]
     write_record(sweep_record(trials=ended, confirm=seeds, confirm_seeds=[7, 8], status="complete"), running)
     thread.join(60)
     assert output.getvalue().splitlines() == [
@@ -119,16 +119,14 @@ def test_following_what_is_over_ends_at_once(folder, is_complete):
 
 def test_a_sweep_in_this_process_is_shown_with_a_line_per_run(begin, work, runs, content):
     content["settings"] |= {"pruner": "halving", "pruner.rungs": [0.25], "pruner.min_survivors": 1, "confirm.seeds": 2}
-    content["settings"] |= {"confirm.candidates": 2, "confirm.select_seeds": 1}
     folder = begin(content)
     output = io.StringIO()
     with show_progress(folder.path, Console(file=output, width=200)):
         assert work(folder)
-    rows = [*folder.record.trials, *folder.record.select, *folder.record.confirm]
+    rows = [*folder.record.trials, *folder.record.confirm]
     lines = [line for line in output.getvalue().splitlines() if not line.startswith(("sweep ", "warning: "))]
-    assert folder.record.select
-    assert len(lines) == len(rows) + 2 == 10 + len(folder.record.select) + 5 + 2
-    assert [line.partition(":")[0] for line in lines if line.startswith(("select", "confirm"))] == ["select", "confirm"]
+    assert len(lines) == len(rows) + 1 == 10 + 5 + 1
+    assert sum(line.startswith("confirm: ") for line in lines) == 1
     assert sum(line.split()[2] == "pruned" for line in lines) == sum(row.state == "pruned" for row in rows) > 0
     assert {line.split()[1] for line in lines[-5:]} == {"1/1", "1/2", "2/2"}
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 import lorasweep.sweep.status as status_file
 from lorasweep.errors import RecordError
-from lorasweep.record import SWEEP_FILE, ArmRow, RerunRow, SweepRecord, TrialRow, write_record
+from lorasweep.record import SWEEP_FILE, ArmRow, ConfirmRow, SweepRecord, TrialRow, write_record
 from lorasweep.sweep.status import describe_params, read_status, render_status
 
 
@@ -29,9 +29,9 @@ def trial(number, state, value=None, *, arm="lora"):
     return TrialRow(arm=arm, number=number, state=state, params=params, value=value, run=f"runs/{arm}-{number:04d}")
 
 
-def rerun_row(seed, state, value=None, *, stage="confirm", number=0):
-    run = f"runs/lora-{stage}-{number}{seed:04d}"
-    return RerunRow(arm="lora", trial=number, stage=stage, seed=seed, state=state, run=run, value=value)
+def confirm_row(seed, state, value=None, *, number=0):
+    run = f"runs/lora-confirm-{number}{seed:04d}"
+    return ConfirmRow(arm="lora", trial=number, seed=seed, state=state, run=run, value=value)
 
 
 def sweep_record(**values):
@@ -40,7 +40,6 @@ def sweep_record(**values):
         "name": "made_up",
         "metric": "bits_per_byte",
         "direction": "minimize",
-        "candidates": 1,
         "margin": "5%",
         "definition": {"file": {"settings": {}}, "overrides": {}},
         "arms": [arm("frozen", method="frozen", trials=1), arm("lora", trials=6)],
@@ -93,7 +92,7 @@ def test_trials_are_counted_by_state(running):
 
 
 def test_the_share_of_slots_that_trained_is_shown(folder):
-    packed, confirmed = trial(0, "complete", 1.5), rerun_row(7, "complete", 1.5)
+    packed, confirmed = trial(0, "complete", 1.5), confirm_row(7, "complete", 1.5)
     packed.step, packed.slot_steps, confirmed.step, confirmed.slot_steps = 8, 20.0, 8, 8.0
     assert "slots that trained" not in show(read_status(folder))
     write_record(sweep_record(trials=[packed], confirm=[confirmed]), folder)
@@ -138,8 +137,8 @@ def test_a_complete_sweep_is_over_and_shows_no_command(running):
 
 
 def test_the_confirm_stage_counts_a_seed_once_for_the_frozen_base(running):
-    reruns = [rerun_row(7, "complete", 1.6), rerun_row(8, "complete", 1.8), rerun_row(9, "failed")]
-    running_row = rerun_row(10, "running")
+    reruns = [confirm_row(7, "complete", 1.6), confirm_row(8, "complete", 1.8), confirm_row(9, "failed")]
+    running_row = confirm_row(10, "running")
     running_row.step, running_row.last_value = 4, 1.55
     write_record(sweep_record(confirm=[*reruns, running_row], confirm_seeds=[7, 8, 9, 10]), running)
     status = read_status(running)
@@ -151,30 +150,8 @@ def test_the_confirm_stage_counts_a_seed_once_for_the_frozen_base(running):
     assert "now: lora confirm  step 4/8  1.5500  method.rank=1 seed=10" in shown
 
 
-def test_the_select_stage_counts_its_runs_and_then_the_best_is_the_winner(running):
-    trials = [trial(number, "complete", 1.5 + number / 10) for number in range(6)]
-    select = {"candidates": 2, "select_seeds": [3, 4], "confirm_seeds": [7]}
-    write_record(sweep_record(trials=trials[:3], **select), running)
-    assert [arm.select.asked for arm in read_status(running).arms] == [0, 4]
-    runs = [
-        rerun_row(seed, "complete", value, stage="select", number=number)
-        for seed, number, value in ((3, 0, 1.9), (3, 1, 1.7), (4, 0, 1.9))
-    ]
-    begun = rerun_row(4, "running", stage="select", number=1)
-    write_record(sweep_record(trials=trials, select=[*runs, begun], **select), running)
-    lora = read_status(running).arms[1]
-    assert (lora.select.done, lora.select.running, lora.select.asked, lora.best) == (3, 1, 4, 1.5)
-    shown = show(read_status(running))
-    assert "the best 2 trials of each arm again on 2 fresh seeds" in shown
-    assert "now: lora select  step 0/8  method.rank=2 seed=4" in shown
-    begun.state, begun.value = "complete", 1.7
-    write_record(sweep_record(trials=trials, select=[*runs, begun], **select), running)
-    lora = read_status(running).arms[1]
-    assert (lora.best, lora.best_params) == (1.6, {"method.rank": 2})
-
-
 def test_a_narrow_terminal_shows_names_and_headings_whole(running):
-    write_record(sweep_record(trials=[trial(0, "complete", 1.5)], confirm_seeds=[7], select_seeds=[3]), running)
+    write_record(sweep_record(trials=[trial(0, "complete", 1.5)], confirm_seeds=[7]), running)
     shown = show(read_status(running), width=80)
     headings = shown.splitlines()[2].split()
     assert headings == ["arm", "trials", "confirm", "best", "best", "settings"]  # no columns of zeros
@@ -276,18 +253,15 @@ def test_the_status_of_a_real_sweep_during_and_after_it(begin, work, runs, conte
     ]
 
 
-def test_runs_of_former_candidates_and_winners_do_not_count(folder):
+def test_runs_of_former_winners_do_not_count(folder):
     """A sweep that grew has them."""
     record = sweep_record(
         arms=[arm("lora", trials=3)],
         trials=[trial(0, "complete", 1.5), trial(1, "complete", 1.4), trial(2, "complete", 1.6)],
-        candidates=2,
-        select_seeds=[1],
-        select=[rerun_row(1, "complete", 1.5, stage="select", number=number) for number in (2, 0, 1)],
         confirm_seeds=[5],
-        confirm=[rerun_row(5, "complete", 9.0, number=2), rerun_row(5, "complete", 1.3, number=1)],
+        confirm=[confirm_row(5, "complete", 9.0, number=2), confirm_row(5, "complete", 1.3, number=1)],
     )
     write_record(record, folder)
     (found,) = read_status(folder).arms
-    assert (found.select.done, found.select.asked, found.confirm.done, found.confirm.asked) == (2, 2, 1, 1)
+    assert (found.confirm.done, found.confirm.asked) == (1, 1)
     assert (found.best, found.test_mean) == (1.4, 1.3)

@@ -133,7 +133,7 @@ def test_the_confirm_stage_of_a_sweep_is_scored_beside_the_test_data(tmp_path, m
     words = [
         *("data.block_length=32", "data.max_validation_blocks=4", "data.max_test_blocks=4", "trainer.device=cpu"),
         *("trainer.max_steps=2", "trainer.eval_every_steps=1", "trainer.batch_size=2", "sweep.trials=2"),
-        *("confirm.seeds=2", "confirm.candidates=1", "logger=none", "sweep.output=out"),
+        *("confirm.seeds=2", "logger=none", "sweep.output=out"),
         *("confirm.harness.tasks=[code_words]", f"confirm.harness.include_path={tasks}"),
     ]
     assert run(["sweep", "quickstart", *words]) == 0

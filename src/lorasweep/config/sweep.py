@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from lorasweep.config.components import Component
-from lorasweep.config.data import Direction
 from lorasweep.config.limits import AtLeastTwo, Fraction, NonNegative, Positive
 from lorasweep.config.slurm import SlurmConfig
 from lorasweep.errors import ConfigError
@@ -150,31 +149,18 @@ class RayWorkers:
 WorkerConfig = LocalWorker | RayWorkers | SlurmConfig
 
 
-SecondObjective = Literal["none", "trainable_params", "tokens_trained"]
-"""Costs that are the same in each repetition of a sweep. A measured time is not, so it can't be an objective."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class SweepSettings:
     """Settings of the whole sweep."""
 
     trials: Positive | None
     """Number of trials of every arm with a space; null keeps the number of each arm. It may grow on `--resume`."""
-    searches: Positive
-    """Number of searches of every arm with a space. Each one has all trials of the arm, and other seeds."""
     seed: NonNegative
-    """Seed of the samplers in the first search; each arm draws from a separate random stream."""
+    """Seed of the samplers; each arm draws from a separate random stream."""
     output: str | None
     """Folder of the sweep; null creates one in `outputs/`."""
     max_failures: Positive
     """Number of failed trials in a row after which the sweep stops, because the cause is probably not in the trials."""
-    second_objective: SecondObjective
-    """A cost that the search minimises beside the score: `trainable_params` or `tokens_trained`, as in a run's record.
-    It needs `pruner=none`. With `none`, the score is the only objective."""
-
-    def list_directions(self, score: Direction) -> tuple[Direction, ...]:
-        """Returns the direction of each objective of the search; `score` is the direction of the score."""
-        return (score,) if self.second_objective == "none" else (score, "minimize")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,15 +208,11 @@ class HarnessConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ConfirmConfig:
-    """The stages after the search: `select` chooses the winner of each arm, `confirm` scores it on test data."""
+    """The stage after the search, which scores the winner of each arm on test data."""
 
     seeds: Annotated[int, (">=", 0), ("<=", MAX_CONFIRM_SEEDS)]
-    """Number of fresh seeds on which each winner runs again, 0 to 1000; 0 skips both stages, and fewer than 3 give a
+    """Number of fresh seeds on which each winner runs again, 0 to 1000; 0 skips the stage, and fewer than 3 give a
     warning."""
-    candidates: Positive
-    """Number of best trials of each arm from which the winner is chosen. 1 skips the select stage."""
-    select_seeds: Annotated[int, (">=", 1), ("<=", MAX_CONFIRM_SEEDS)]
-    """Number of fresh seeds on which each candidate runs again. The best mean on validation data wins."""
     margin: float | str
     """The smallest difference between two arms that matters: a number in the metric's unit (0.01), or a percentage of
     the gain of `full` over `frozen` on test data (5%). It decides about equivalent arms and the rank."""
@@ -255,11 +237,3 @@ class SweepConfig:
     worker: WorkerConfig
     sweep: SweepSettings
     confirm: ConfirmConfig
-
-    def __post_init__(self) -> None:
-        objective = self.sweep.second_objective
-        if objective != "none" and not isinstance(self.pruner, NoPruner):
-            raise ConfigError(
-                f"`pruner` must be `none` with `sweep.second_objective={objective}`, because a pruner compares scores "
-                f"alone and would stop the cheap trials, but got {self.pruner.name!r}. Add `pruner=none`."
-            )

@@ -3,7 +3,7 @@
 `write_report` writes the files, and `render_terminal` shows one sweep or several side by side. Nothing here imports
 torch.
 
-sweep_data          reads a sweep's folder: trials, arms, select and confirm runs with their runs' records
+sweep_data          reads a sweep's folder: trials, arms and confirm runs with their runs' records
 evidence, advice    the results of the confirm stage, and what to do next
 learning            whether the trials are better than an answer that needs no training
 fairness, findings  whether arms were treated alike, and the sentences at the top of the report

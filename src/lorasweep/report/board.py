@@ -113,7 +113,6 @@ def _write_trials(data: SweepData, folder: Path) -> None:
             settings = {"arm": arm.name, "status": trial.state, **trial.params}
             scores = {
                 f"best/{metric}": trial.value,
-                f"select/{metric}": arm.candidates.get(trial.number),
                 f"test/{metric}": confirmed.mean if confirmed and trial is arm.best else None,
             }
             name = f"{places.get(trial.run, '–')} {run} of {sweep}"

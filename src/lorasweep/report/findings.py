@@ -12,9 +12,7 @@ from lorasweep.config.sweep import parse_margin, warn_of_few_seeds
 from lorasweep.report.advice import Advice
 from lorasweep.report.evidence.verdicts import LEVEL, PairComparison
 from lorasweep.report.fairness import Fairness
-from lorasweep.report.front import Front
 from lorasweep.report.learning import Learning
-from lorasweep.report.search_spread import SearchSpread
 from lorasweep.report.sweep_data import MIN_SHARE_TRIALS, ArmData, SweepData, TrialData
 from lorasweep.wording import (
     format_count,
@@ -50,9 +48,7 @@ def describe_findings(
     data: SweepData,
     advice: Advice,
     fairness: Fairness,
-    spread: SearchSpread | None,
     learning: Learning,
-    front: Front | None,
 ) -> list[str]:
     """Returns the sentences, the most important first. The headline of a failure stands above them."""
     is_confirmed = bool(data.evidence.arms)
@@ -65,12 +61,10 @@ def describe_findings(
         *data.evidence.warnings,
         *_describe_harness(data),
         *(rank.sentence for rank in advice.ranks),
-        *([front.sentence] if front else []),
         *([advice.dimension.sentence] if advice.dimension else []),
         *_describe_unknown_shares(data),
         *_describe_effort(data),
         *fairness.sentences,
-        *([spread.sentence] if spread else []),
         *(_describe_limits(data) if is_confirmed else [ONE_SEED]),
         *(warning for warning in data.record.warnings if warning not in said),
         *advice.untried,
@@ -236,7 +230,7 @@ def _describe_effort(data: SweepData) -> list[str]:
         if saved > 0
         else ""
     )
-    counts = {"trial": data.trials, "select run": data.select_runs, "confirm run": data.confirm_runs}
+    counts = {"trial": data.trials, "confirm run": data.confirm_runs}
     runs = [f"{len(rows):,} {name}{'' if len(rows) == 1 else 's'}" for name, rows in counts.items() if rows]
     sentences = [
         f"{join_words(runs)} in {format_seconds(data.record.makespan_s)}, "

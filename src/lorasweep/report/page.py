@@ -110,7 +110,7 @@ def figure_json(panel: Panel) -> Markup:
 
 def _list_unfinished(data: SweepData, state: str) -> list[tuple[str, str, str, str]]:
     """Returns name, run folder, settings or stage, and reason of each run in a state."""
-    stages = {"": data.trials, "select run": data.select_runs, "confirm run": data.confirm_runs}
+    stages = {"": data.trials, "confirm run": data.confirm_runs}
     return [
         (
             trial.name,
@@ -129,7 +129,6 @@ def _list_columns(data: SweepData) -> list[tuple[str, str]]:
     return [
         ("trial", "arm and number of the trial in its Optuna study"),
         ("state", "complete, running, or why it stopped"),
-        *([("search", "number of the arm's search")] if data.record.search_seeds else []),
         (wording.format_metric(data.record.metric), "best value on validation data"),
         *((wording.short_key(key), key) for key in data.swept_keys),
         ("trained", "trainable parameters"),
@@ -140,10 +139,7 @@ def _list_columns(data: SweepData) -> list[tuple[str, str]]:
 
 
 def _build_cells(trial: TrialData, data: SweepData) -> list[Cell]:
-    cells: list[Cell] = [(trial.state, trial.state)]
-    if data.record.search_seeds:
-        cells.append((str(trial.search), trial.search))
-    cells.append((wording.format_score(trial.value), trial.value))
+    cells: list[Cell] = [(trial.state, trial.state), (wording.format_score(trial.value), trial.value)]
     for key in data.swept_keys:
         text, number = wording.format_setting(trial.params.get(key, "")), trial.numeric_setting(key)
         is_swept = key in trial.params

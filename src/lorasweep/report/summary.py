@@ -10,10 +10,8 @@ from lorasweep.record import SweepRecord, measure_stage_occupancy
 from lorasweep.report.advice import Advice, advise
 from lorasweep.report.fairness import Fairness, judge_fairness
 from lorasweep.report.findings import describe_findings
-from lorasweep.report.front import Front, find_front
 from lorasweep.report.learning import Learning, judge_learning
 from lorasweep.report.recommend import Recommendation, recommend
-from lorasweep.report.search_spread import SearchSpread, measure_search_spread
 from lorasweep.report.sweep_data import STATES, ArmData, SweepData, finite_number, load_sweep_data
 from lorasweep.wording import (
     format_bytes,
@@ -55,10 +53,6 @@ class Summary:
     fairness: Fairness
     time: TimeBreakdown | None
     """None if the record does not hold the worker's times."""
-    spread: SearchSpread | None
-    """How much the scores vary from search to search; None without two finished searches."""
-    front: Front | None
-    """The Pareto fronts of a sweep with two objectives."""
     sentences: tuple[str, ...]
     recommended: tuple[Recommendation, ...]
     """The settings to use; a second entry has those for LoRA if another method is recommended. Empty if nothing was
@@ -98,8 +92,6 @@ class Summary:
             "evidence": {key: value for key, value in asdict(data.evidence).items() if key != "arms"},
             "advice": asdict(self.advice),
             "fairness": asdict(self.fairness),
-            "searches": asdict(self.spread) if self.spread else None,
-            "front": asdict(self.front) if self.front else None,
             "time": asdict(self.time) if self.time else None,
         }
 
@@ -111,17 +103,14 @@ def summarize(folder: Path) -> Summary:
         RecordError: The folder is not a sweep, or its record is damaged.
     """
     data = load_sweep_data(folder)
-    learning, advice = judge_learning(data), advise(data)
-    fairness, spread, front = judge_fairness(data), measure_search_spread(data), find_front(data)
+    learning, advice, fairness = judge_learning(data), advise(data), judge_fairness(data)
     return Summary(
         data=data,
         learning=learning,
         advice=advice,
         fairness=fairness,
         time=break_down_time(data.record),
-        spread=spread,
-        front=front,
-        sentences=tuple(describe_findings(data, advice, fairness, spread, learning, front)),
+        sentences=tuple(describe_findings(data, advice, fairness, learning)),
         recommended=tuple(recommend(data)),
     )
 
@@ -156,7 +145,6 @@ def _summarize_arm(arm: ArmData, data: SweepData) -> dict[str, Any]:
             "score": best.value if best else None,
             "params": best.params if best else None,
             "run": best.run if best else None,
-            "select_mean": arm.candidates.get(best.number) if best else None,
         },
         "trials": {state: arm.count(state) for state in STATES},
         **{name: arm.cost(name) for name in COSTS},

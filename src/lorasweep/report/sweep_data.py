@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from lorasweep.config.data import METRIC_RANGES
@@ -20,7 +19,7 @@ from lorasweep.errors import RecordError
 from lorasweep.record import (
     TEST_SCORES_FILE,
     ArmRow,
-    RerunRow,
+    ConfirmRow,
     RunRecord,
     SweepRecord,
     TrialRow,
@@ -40,7 +39,7 @@ from lorasweep.report.evidence.scores import (
     read_examples,
 )
 from lorasweep.report.evidence.verdicts import Evidence, compare_arms
-from lorasweep.selection import find_winner, list_confirm_rows, list_select_scores
+from lorasweep.selection import find_winner, list_confirm_rows
 from lorasweep.wording import format_setting
 
 MIN_SHARE_TRIALS = 5
@@ -58,22 +57,18 @@ Curve = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class TrialData:
-    """One trial of the search, or one select or confirm run of a trial, with its run's record."""
+    """One trial of the search, or one confirm run of a trial, with its run's record."""
 
     arm: str
-    search: int | None
-    """The search of the trial, from 1; None for a select or confirm run."""
     number: int
-    """The trial's number in its arm; a select or confirm run has the number of its trial."""
+    """The trial's number in its arm; a confirm run has the number of its trial."""
     seed: int | None
-    """The seed of a select or confirm run; None in the search."""
+    """The seed of a confirm run; None in the search."""
     state: TrialState
     params: dict[str, Any]
-    """The swept keys (dotted) and their values; empty for a select or confirm run."""
+    """The swept keys (dotted) and their values; empty for a confirm run."""
     value: float | None
     """The best finite validation score; for a confirm run the score on test data."""
-    second_value: float | None
-    """The cost that `second_objective` of the record names; None without one, and for a select or confirm run."""
     run: str
     """The run's folder, relative to the sweep's."""
     reason: str | None
@@ -116,12 +111,8 @@ class ArmData:
     row: ArmRow
     trials: tuple[TrialData, ...]
     best: TrialData | None
-    """The winner. With a select stage: the candidate with the best mean over its seeds. Without: the best complete
-    trial. If two are equal, the earlier trial wins. None if no trial is complete."""
-    candidates: dict[int, float]
-    """Mean validation score over the seeds of the select stage, by trial; empty without that stage."""
-    select_runs: tuple[TrialData, ...]
-    """The runs of the select stage, by trial and seed."""
+    """The winner, which is the best complete trial. If two are equal, the earlier trial wins. None if no trial is
+    complete."""
     confirm_runs: tuple[TrialData, ...]
     """The runs of the winner in the confirm stage."""
     former_runs: tuple[TrialData, ...]
@@ -215,11 +206,6 @@ class SweepData:
         return {name: tuple(scores.get(name) for scores in by_arm) for name in names}
 
     @property
-    def select_runs(self) -> tuple[TrialData, ...]:
-        """Every run of the select stage, by arm, trial and seed."""
-        return tuple(run for arm in self.arms for run in arm.select_runs)
-
-    @property
     def run_records(self) -> tuple[RunRecord, ...]:
         """The record of every trial whose record can be read."""
         return tuple(trial.record for trial in self.trials if trial.record)
@@ -228,7 +214,7 @@ class SweepData:
     def tokens_trained(self) -> int:
         """The number of tokens that the runs of all stages trained on."""
         former = (run for arm in self.arms for run in arm.former_runs)
-        runs = (*self.trials, *self.select_runs, *self.confirm_runs, *former)
+        runs = (*self.trials, *self.confirm_runs, *former)
         return sum(run.record.tokens_trained for run in runs if run.record)
 
     @property
@@ -335,26 +321,22 @@ def load_sweep_data(folder: Path) -> SweepData:
 
 def _join_arm(arm: ArmRow, record: SweepRecord, folder: Path, problems: list[str]) -> ArmData:
     rows = sorted((row for row in record.trials if row.arm == arm.name), key=lambda row: row.number)
-    select_rows = sorted((row for row in record.select if row.arm == arm.name), key=lambda row: (row.trial, row.seed))
     trials = tuple(_join_trial(row, record.metric, folder, problems) for row in rows)
-    best = find_winner(arm.name, trials, record=record)
+    best = find_winner(trials, record=record)
     confirm_rows = sorted(list_confirm_rows(arm.name, best, record=record), key=lambda row: row.seed)
     former_rows = [row for row in record.confirm if row.arm == arm.name and row not in confirm_rows]
-    scores = {row.trial: list_select_scores(arm.name, row.trial, record=record) for row in select_rows}
     return ArmData(
         row=arm,
         trials=trials,
         best=best,
-        candidates={number: fmean(values) for number, values in scores.items() if values},
-        select_runs=tuple(_join_trial(row, record.metric, folder, problems) for row in select_rows),
         confirm_runs=tuple(_join_trial(row, record.metric, folder, problems) for row in confirm_rows),
         former_runs=tuple(_join_trial(row, record.metric, folder, problems) for row in former_rows),
-        occupancy=measure_occupancy([*rows, *select_rows, *confirm_rows, *former_rows]),
+        occupancy=measure_occupancy([*rows, *confirm_rows, *former_rows]),
     )
 
 
-def _join_trial(row: TrialRow | RerunRow, metric: str, folder: Path, problems: list[str]) -> TrialData:
-    seed, number, params = (row.seed, row.trial, {}) if isinstance(row, RerunRow) else (None, row.number, row.params)
+def _join_trial(row: TrialRow | ConfirmRow, metric: str, folder: Path, problems: list[str]) -> TrialData:
+    seed, number, params = (row.seed, row.trial, {}) if isinstance(row, ConfirmRow) else (None, row.number, row.params)
     run = None
     try:
         run = read_run(folder / row.run)
@@ -363,13 +345,11 @@ def _join_trial(row: TrialRow | RerunRow, metric: str, folder: Path, problems: l
             problems.append(f"The run `{row.run}` can't be read: {error}")
     return TrialData(
         arm=row.arm,
-        search=None if isinstance(row, RerunRow) else row.search,
         number=number,
         seed=seed,
         state=row.state,
         params=params,
         value=finite_number(row.value),
-        second_value=None if isinstance(row, RerunRow) else finite_number(row.second_value),
         run=row.run,
         reason=row.reason or (run.reason if run else None),
         record=run,

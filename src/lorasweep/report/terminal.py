@@ -117,7 +117,6 @@ def _tabulate_arms(data: SweepData) -> dict[str, list[str]]:
         **({"test score": confirmed} if data.evidence.arms else {}),
         **{name: [format_score(score, beside=row) for score in row] for name, row in data.harness_scores.items()},
         "search score": [format_score(score, beside=scores) for score in scores],
-        **({"select": [_describe_selection(arm) for arm in arms]} if any(arm.candidates for arm in arms) else {}),
         "of full's gain": [format_share_estimate(*data.full_gain_share_of_arm(arm)) for arm in arms],
         "trained": [format_count(arm.cost("trainable_params")) for arm in arms],
         "of base": [format_share(arm.cost("trainable_fraction")) for arm in arms],
@@ -131,14 +130,6 @@ def _tabulate_arms(data: SweepData) -> dict[str, list[str]]:
         ),
         "trials": [arm.describe_states() for arm in arms],
     }
-
-
-def _describe_selection(arm: ArmData) -> str:
-    """Returns the winner's mean over the seeds of the select stage, and from how many candidates it was chosen."""
-    if arm.best is None or arm.best.number not in arm.candidates:
-        return UNKNOWN
-    mean = format_score(arm.candidates[arm.best.number], beside=list(arm.candidates.values()))
-    return f"{mean} (best of {len(arm.candidates)})"
 
 
 def _describe_memory(arm: ArmData) -> str:

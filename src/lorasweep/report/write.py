@@ -75,11 +75,6 @@ def write_report(folder: Path) -> Summary:
                 for pair in data.evidence.pairs
             ),
         )
-    if summary.spread:
-        files["searches.csv"] = csv_text(
-            ["arm", "search", "trial", data.record.metric],
-            ([arm.arm, one.search, one.trial, one.score] for arm in summary.spread.arms for one in arm.winners),
-        )
     for name, content in files.items():
         write_atomically(folder / REPORT_FOLDER / name, content)
     _write_recommended(summary, folder / REPORT_FOLDER / RECOMMENDED_FOLDER)
@@ -99,24 +94,13 @@ def _write_recommended(summary: Summary, folder: Path) -> None:
 
 
 def _trials_csv(data: SweepData) -> str:
-    """Returns one line per trial: its state, its settings by dotted key, its score and its cost.
-
-    `select_mean` is a candidate's mean validation score over the seeds of the select stage.
-    """
+    """Returns one line per trial: its state, its settings by dotted key, its score and its cost."""
     keys = tuple(dict.fromkeys([*data.swept_keys, RANK, ALPHA, LR]))
-    header = ["arm", "method", "search", "trial", "state", data.record.metric, "select_mean", "share_of_full_gain"]
+    header = ["arm", "method", "trial", "state", data.record.metric, "share_of_full_gain"]
 
     def cells(arm: ArmData, trial: TrialData) -> list[Any]:
         return [
-            *(
-                arm.name,
-                arm.row.method,
-                trial.search,
-                trial.number,
-                trial.state,
-                trial.value,
-                arm.candidates.get(trial.number),
-            ),
+            *(arm.name, arm.row.method, trial.number, trial.state, trial.value),
             data.share_of_full_gain(trial.value),
             *(trial.setting(key) for key in keys),
             *(getattr(trial.record, name, None) for name in MEASURED),

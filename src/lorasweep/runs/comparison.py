@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.record import (
-    RerunRow,
+    ConfirmRow,
     RunRecord,
     SweepRecord,
     TrialRow,
@@ -156,7 +156,7 @@ class SweepReproduction:
     folder: Path
     """The new sweep's folder."""
     num_runs: int
-    """Number of runs of all stages: trials, and runs of the select and confirm stage."""
+    """Number of runs of all stages: trials, and runs of the confirm stage."""
     difference: str | None
     """The first difference in a clause: trial or run, step, key and both values."""
 
@@ -184,30 +184,26 @@ def compare_sweeps(first: Path, second: Path) -> SweepReproduction:
     before, after = read_sweep(first), read_sweep(second)
     parts = zip(_list_parts(before, first), _list_parts(after, second), strict=False)
     differences = (difference for one, other in parts for difference in _list_differences(one, other))
-    num_runs = len(before.trials) + len(before.select) + len(before.confirm)
+    num_runs = len(before.trials) + len(before.confirm)
     return SweepReproduction(folder=second, num_runs=num_runs, difference=next(differences, None))
 
 
 def _list_parts(record: SweepRecord, folder: Path) -> Iterator[dict[str, Any]]:
     """Yields what must be equal in a repetition, part by part: each value by its place in words."""
-    keys = ("metric", "direction", "second_objective", "search_seeds", "candidates", "select_seeds", "confirm_seeds")
+    keys = ("metric", "direction", "confirm_seeds")
     yield {f"sweep: `{key}`": getattr(record, key) for key in keys}
-    stages: dict[str, Sequence[TrialRow | RerunRow]] = {
-        "trials": record.trials,
-        "select runs": record.select,
-        "confirm runs": record.confirm,
-    }
+    stages: dict[str, Sequence[TrialRow | ConfirmRow]] = {"trials": record.trials, "confirm runs": record.confirm}
     for name, rows in stages.items():
         yield {f"sweep: `number of {name}`": len(rows)}
         for row in rows:
             if isinstance(row, TrialRow):
                 where, proposed = f"trial {row.arm}-{row.number}", row.params
             else:
-                where, proposed = f"{row.stage} run {row.arm} seed {row.seed}", {"trial": row.trial}
+                where, proposed = f"confirm run {row.arm} seed {row.seed}", {"trial": row.trial}
             yield {f"{where}: `{key}`": value for key, value in proposed.items()}
             logged = read_values(get_run_folder(folder, row.run))
             yield {f"{where}, step {step}: `{key}`": logged[step, key] for step, key in sorted(logged)}
-            yield {f"{where}: `{key}`": getattr(row, key, None) for key in ("state", "value", "second_value")}
+            yield {f"{where}: `{key}`": getattr(row, key) for key in ("state", "value")}
 
 
 def _list_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:

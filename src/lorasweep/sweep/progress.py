@@ -18,11 +18,11 @@ from rich.live import Live
 from rich.markup import escape
 
 from lorasweep.errors import RecordError
-from lorasweep.record import RerunRow
+from lorasweep.record import ConfirmRow
 from lorasweep.sweep.status import (
     SweepStatus,
+    describe_confirm_stage,
     describe_params,
-    describe_reruns,
     get_params,
     list_ended_rows,
     read_status,
@@ -83,15 +83,15 @@ class ProgressDisplay:
     def _new_lines(self, status: SweepStatus) -> Iterator[str]:
         """Yields a line for each run that ended and has no line yet: `lora 4/6  complete  1.4  optim.lr=0.01`."""
         record, ended = status.record, list_ended_rows(status.record)
-        stages = ("search", "select", "confirm")
+        stages = ("search", "confirm")
         asked = {(stage, arm.name): getattr(arm, stage).asked for arm in status.arms for stage in stages}
         done = Counter((stage_of(row), row.arm) for row in ended if row.run in self._shown_runs)
         for row in ended:
             if row.run in self._shown_runs:
                 continue
             stage = stage_of(row), row.arm
-            if isinstance(row, RerunRow) and not any(name == row.stage for name, _ in done):
-                yield describe_reruns(record, row.stage)
+            if isinstance(row, ConfirmRow) and not any(name == "confirm" for name, _ in done):
+                yield describe_confirm_stage(record)
             done[stage] += 1
             self._shown_runs.add(row.run)
             score = "-" if row.value is None else f"{row.value:.4f}"

@@ -25,14 +25,13 @@ from lorasweep.errors import RecordError
 from lorasweep.record import (
     SWEEP_FILE,
     ArmRow,
-    RerunRow,
-    RerunStage,
+    ConfirmRow,
     SweepRecord,
     TrialRow,
     measure_stage_occupancy,
     read_sweep,
 )
-from lorasweep.selection import describe_stage, find_winner, list_candidates, list_confirm_rows
+from lorasweep.selection import describe_confirmation, find_winner, list_confirm_rows
 from lorasweep.sweep.lock import is_running
 from lorasweep.wording import UNKNOWN, format_seconds, format_setting, format_share, nearest
 
@@ -62,17 +61,16 @@ class ArmStatus:
     is_trained: bool
     """Whether the runs of the arm train; those of `frozen` take too little time for an estimate."""
     search: StageCounts
-    select: StageCounts
     confirm: StageCounts
     best: float | None
-    """Search score of the best trial; after the select stage, of the winner."""
+    """Search score of the best trial."""
     best_params: Mapping[str, Any]
     test_mean: float | None
     """Mean of the metric on test data over the complete seeds."""
 
     @property
     def stages(self) -> tuple[StageCounts, ...]:
-        return self.search, self.select, self.confirm
+        return self.search, self.confirm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +116,7 @@ def read_status(folder: Path) -> SweepStatus:
 def render_status(status: SweepStatus) -> RenderableType:
     """Returns a table of the arms. Below the table are the running trials, or how to resume a stopped sweep."""
     record = status.record
-    second = "" if record.second_objective == "none" else f" and {record.second_objective} (minimize)"
-    title = f"{record.name}: {record.metric} ({record.direction}){second}, {record.status}"
+    title = f"{record.name}: {record.metric} ({record.direction}), {record.status}"
     notes: list[str] = []
     if shares := measure_stage_occupancy(record):
         listed = ", ".join(f"{stage} {format_share(share)}" for stage, share in shares.items())
@@ -141,41 +138,40 @@ def describe_params(params: Mapping[str, Any]) -> str:
     return " ".join(f"{key}={format_setting(value)}" for key, value in params.items())
 
 
-def list_ended_rows(record: SweepRecord) -> list[TrialRow | RerunRow]:
+def list_ended_rows(record: SweepRecord) -> list[TrialRow | ConfirmRow]:
     return [row for row in _list_runs(record) if row.state not in ("running", "paused")]
 
 
-def _list_runs(record: SweepRecord) -> list[TrialRow | RerunRow]:
-    return [*record.trials, *record.select, *record.confirm]
+def _list_runs(record: SweepRecord) -> list[TrialRow | ConfirmRow]:
+    return [*record.trials, *record.confirm]
 
 
-def stage_of(row: TrialRow | RerunRow) -> str:
-    return row.stage if isinstance(row, RerunRow) else "search"
+def stage_of(row: TrialRow | ConfirmRow) -> str:
+    return "confirm" if isinstance(row, ConfirmRow) else "search"
 
 
-def describe_reruns(record: SweepRecord, stage: RerunStage) -> str:
-    """Returns a line that says what the select or the confirm stage does."""
-    seeds = record.select_seeds if stage == "select" else record.confirm_seeds
-    return f"{stage}: {describe_stage(stage, num_seeds=len(seeds), candidates=record.candidates)}"
+def describe_confirm_stage(record: SweepRecord) -> str:
+    """Returns a line that says what the confirm stage does."""
+    return f"confirm: {describe_confirmation(len(record.confirm_seeds))}"
 
 
 def _describe_running_trials(record: SweepRecord) -> Iterator[str]:
     steps_of = {arm.name: arm.steps for arm in record.arms}
     running = [row for row in _list_runs(record) if row.state == "running"]
-    if reruns := record.confirm or record.select:
-        yield describe_reruns(record, reruns[0].stage)
+    if record.confirm:
+        yield describe_confirm_stage(record)
     for row in running[:MAX_SHOWN_RUNS]:
         params = get_params(row, record)
         steps = params.get("trainer.max_steps", steps_of.get(row.arm))
-        name = f"trial {row.number}" if isinstance(row, TrialRow) else row.stage
+        name = f"trial {row.number}" if isinstance(row, TrialRow) else "confirm"
         value = "" if row.last_value is None else f"  {row.last_value:.4f}"
         yield f"now: {row.arm} {name}  step {row.step}{f'/{steps}' if steps else ''}{value}  {describe_params(params)}"
     if len(running) > MAX_SHOWN_RUNS:
         yield f"now: {len(running) - MAX_SHOWN_RUNS} more"
 
 
-def get_params(row: TrialRow | RerunRow, record: SweepRecord) -> dict[str, Any]:
-    """Returns the swept settings of a trial; for a rerun, the settings of its trial and its seed."""
+def get_params(row: TrialRow | ConfirmRow, record: SweepRecord) -> dict[str, Any]:
+    """Returns the swept settings of a trial; for a confirm run, the settings of its trial and its seed."""
     if isinstance(row, TrialRow):
         return row.params
     for trial in record.trials:
@@ -185,7 +181,7 @@ def get_params(row: TrialRow | RerunRow, record: SweepRecord) -> dict[str, Any]:
 
 
 def _arms_table(status: SweepStatus) -> Table:
-    selects, confirms = any(arm.select.asked for arm in status.arms), any(arm.confirm.asked for arm in status.arms)
+    confirms = any(arm.confirm.asked for arm in status.arms)
     tested = any(arm.test_mean is not None for arm in status.arms)
     table = Table(header_style="bold", box=SIMPLE, padding=(0, 1, 0, 0))
     counts = {
@@ -194,8 +190,7 @@ def _arms_table(status: SweepStatus) -> Table:
     }
     shown = {name: numbers for name, numbers in counts.items() if any(numbers)}  # leaves room for names and settings
     table.add_column("arm", overflow="fold", min_width=min(20, max(len(arm.name) for arm in status.arms)))
-    stages = [*(["select"] if selects else []), *(["confirm"] if confirms else [])]
-    for name in ["trials", *shown, *stages, "best", *(["test"] if tested else [])]:
+    for name in ["trials", *shown, *(["confirm"] if confirms else []), "best", *(["test"] if tested else [])]:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("best settings", overflow="fold", min_width=len("best settings"))
     for index, arm in enumerate(status.arms):
@@ -203,7 +198,6 @@ def _arms_table(status: SweepStatus) -> Table:
             escape(arm.name),
             f"{arm.search.done}/{arm.search.asked}",
             *(str(numbers[index]) for numbers in shown.values()),
-            *([f"{arm.select.done}/{arm.select.asked}"] if selects else []),
             *([f"{arm.confirm.done}/{arm.confirm.asked}"] if confirms else []),
             _format_score(arm.best),
             *([_format_score(arm.test_mean)] if tested else []),
@@ -218,24 +212,16 @@ def _format_score(value: float | None) -> str:
 
 def _arm_status(arm: ArmRow, record: SweepRecord) -> ArmStatus:
     trials = [row for row in record.trials if row.arm == arm.name]
-    search = _count_runs(trials, asked=arm.trials)
-    best = find_winner(arm.name, trials, record=record)
+    best = find_winner(trials, record=record)
     confirmed = list_confirm_rows(arm.name, best, record=record)
     tested = [row.value for row in confirmed if row.state == "complete" and row.value is not None]
-    # until the search is over, the number of candidates is the largest possible one
-    candidates = {trial.number for trial in list_candidates(trials, record=record)}
-    num_candidates = min(len(candidates) if search.done == arm.trials else arm.trials, record.candidates)
     num_seeds = len(record.confirm_seeds)
     return ArmStatus(
         name=arm.name,
         is_trained=arm.method != "frozen",
-        search=search,
+        search=_count_runs(trials, asked=arm.trials),
         best=None if best is None else best.value,
         best_params={} if best is None else best.params,
-        select=_count_runs(
-            [row for row in record.select if row.arm == arm.name and row.trial in candidates],
-            asked=num_candidates * len(record.select_seeds) if num_candidates > 1 else 0,
-        ),
         confirm=_count_runs(
             confirmed,
             asked=min(num_seeds, 1) if arm.method == "frozen" else num_seeds,  # no seed changes the frozen base
@@ -244,7 +230,7 @@ def _arm_status(arm: ArmRow, record: SweepRecord) -> ArmStatus:
     )
 
 
-def _count_runs(rows: Sequence[TrialRow | RerunRow], *, asked: int) -> StageCounts:
+def _count_runs(rows: Sequence[TrialRow | ConfirmRow], *, asked: int) -> StageCounts:
     states = Counter(row.state for row in rows)
     return StageCounts(
         asked=asked,

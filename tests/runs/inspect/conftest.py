@@ -134,7 +134,6 @@ def sweep(trained_runs: dict[str, Path], tmp_path: Path) -> Path:
         name="mini",
         metric="bits_per_byte",
         direction="minimize",
-        candidates=1,
         margin="5%",
         definition={},
         arms=rows,

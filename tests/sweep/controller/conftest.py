@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lorasweep.config.compose import compose_sweep
-from lorasweep.config.sweep import NoPruner, SamplerConfig, SecondObjective, SweepConfig
+from lorasweep.config.sweep import SamplerConfig, SweepConfig
 from lorasweep.record import RunRecord, write_record
 from lorasweep.sweep.controller.controller import Assignment, Controller
 from lorasweep.sweep.controller.folder import SweepFolder
@@ -122,20 +122,10 @@ def resume(open_controller: Callable[[SweepFolder], Controller]) -> Callable[[Pa
     return lambda path: open_controller(reopen_sweep(path))
 
 
-def make_arm(
-    space: Space,
-    sampler: SamplerConfig,
-    *,
-    name: str = "lora",
-    trials: int = 16,
-    seed: int = 0,
-    second_objective: SecondObjective = "none",
-) -> Arm:
+def make_arm(space: Space, sampler: SamplerConfig, *, name: str = "lora", trials: int = 16, seed: int = 0) -> Arm:
     """An arm that is asked for proposals."""
     sweep_config = default_sweep_config()
-    sweep = replace(sweep_config.sweep, seed=seed, second_objective=second_objective)
-    pruner = sweep_config.pruner if second_objective == "none" else NoPruner(name="none")
-    sweep_config = replace(sweep_config, sampler=sampler, pruner=pruner, sweep=sweep)
+    sweep_config = replace(sweep_config, sampler=sampler, sweep=replace(sweep_config.sweep, seed=seed))
     return Arm(name=name, settings={}, space=space, trials=trials, sweep_config=sweep_config)
 
 

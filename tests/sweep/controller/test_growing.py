@@ -30,8 +30,8 @@ def small(three_arms, runs):
 
 @pytest.fixture
 def confirming(small):
-    """The same sweep with a select and a confirm stage."""
-    small["settings"] |= {"confirm.seeds": 2, "confirm.candidates": 2, "confirm.select_seeds": 2}
+    """The same sweep with a confirm stage."""
+    small["settings"] |= {"confirm.seeds": 2}
     return small
 
 
@@ -69,7 +69,7 @@ def test_a_sweep_that_grew_twice_and_is_run_again_has_the_same_runs_in_every_sta
     assert work(reopen_sweep(folder.path, changes={"arms.other": NEW_ARM}))
     again = create_sweep(saved_definition(folder.path), tmp_path / "again", metric=get_built_in_metric("bits_per_byte"))
     assert work(again)
-    for stage in ("trials", "select", "confirm", "arms", "confirm_seeds", "select_seeds"):
+    for stage in ("trials", "confirm", "arms", "confirm_seeds"):
         assert rows_of(again.path, stage) == rows_of(folder.path, stage)
 
 
@@ -83,7 +83,7 @@ def test_a_grown_sweep_that_is_stopped_again_and_again_ends_as_if_it_was_not(
     assert work(reopen_sweep(folders[0].path, changes=MORE))
     assert not work(reopen_sweep(folders[1].path, changes=MORE), stop_at=2)
     assert finish(folders[1].path, stop_at=4) > 2
-    for stage in ("trials", "select", "confirm"):
+    for stage in ("trials", "confirm"):
         assert rows_of(folders[1].path, stage) == rows_of(folders[0].path, stage)
 
 
@@ -101,8 +101,7 @@ def test_a_new_winner_is_chosen_and_confirmed_on_the_same_seeds_and_runs_of_the_
     assert winner.number >= 6 > best
     assert {row.seed for row in list_confirm_rows("lora", winner, record=record)} == set(before.confirm_seeds)
     assert [row for row in record.confirm if row in before.confirm] == before.confirm
-    assert [row for row in record.select if row in before.select] == before.select
-    assert len({row.run for row in [*record.select, *record.confirm]}) == len([*record.select, *record.confirm])
+    assert len({row.run for row in record.confirm}) == len(record.confirm)
     shown = load_sweep(folder.path).confirm_dataframe()
     assert set(shown[shown.arm == "lora"].trial) == {winner.number}
     (warning,) = [warning for warning in record.warnings if "scored on test data" in warning]
@@ -141,7 +140,7 @@ def test_an_arm_is_added_by_the_command_line_or_by_the_file(begin, work, runs, c
     with pytest.raises(ConfigError, match=r"has changed.*lorasweep sweep .*made_up.yaml --resume"):
         reopen_sweep(filed.path)
     assert work(reopen_sweep(filed.path, file=file))
-    for stage in ("trials", "select", "confirm"):
+    for stage in ("trials", "confirm"):
         assert rows_of(typed.path, stage) == rows_of(filed.path, stage)
     assert rows_of(typed.path)[: len(before)] == before
     assert {row.arm for row in rows_of(typed.path, "confirm")} == {"frozen", "lora", "other"}
@@ -162,18 +161,6 @@ def test_a_value_of_an_expansion_is_added_as_an_arm(begin, work, runs, small):
     assert work(reopen_sweep(folder.path, changes={"arms.lora.expand.method.rank": [1, 2, 4]}))
     assert [row for row in rows_of(folder.path) if row.arm != "lora-rank4"] == before
     assert [arm.name for arm in rows_of(folder.path, "arms")] == ["frozen", "lora-rank1", "lora-rank2", "lora-rank4"]
-
-
-def test_searches_can_be_added_to_a_grown_sweep_and_it_grows_no_more(begin, work, runs, small):
-    folder = begin(small)
-    assert work(folder)
-    assert work(reopen_sweep(folder.path, changes=MORE))
-    before = rows_of(folder.path)
-    assert work(reopen_sweep(folder.path, changes={"sweep.searches": 2}))
-    assert [row for row in rows_of(folder.path) if row.search == 1] == before
-    assert [row.number for row in lora(rows_of(folder.path)) if row.search == 2] == list(range(10, 20))
-    with pytest.raises(ConfigError, match=r"`sweep.searches` is 2 and got 12 trials for `lora`"):
-        reopen_sweep(folder.path, changes={"arms.lora.trials": 12})
 
 
 REFUSED = [

@@ -459,7 +459,7 @@ def test_of_a_long_history_a_model_sees_the_best_half_and_the_latest_others(monk
 def test_a_point_repeats_another_if_all_of_its_values_round_to_it():
     space = {"a": FloatDistribution(-1, 1), "b": FloatDistribution(-1, 1), "n": IntDistribution(0, 2)}
     point = {"a": 0.5, "b": -0.001, "n": 1}
-    history = History(space, [make_trial(point, space=space, value=1.0)], directions=["minimize"])
+    history = History(space, [make_trial(point, space=space, value=1.0)], direction="minimize")
     assert history.has_tried({"a": 0.504, "b": -0.00101, "n": 1})
     for other in ({"a": 0.51}, {"b": -0.0011}, {"b": 0.001}, {"n": 2}):
         assert not history.has_tried(point | other)

@@ -30,13 +30,13 @@ SOURCE = str(Path(lorasweep.__file__).parent.parent)
 
 
 def add_trials(folder, number):
-    study = open_study(open_storage(JOURNAL, folder), "lora", directions=["minimize"], metric_names=["loss"])
+    study = open_study(open_storage(JOURNAL, folder), "lora", direction="minimize", metric="loss")
     for _ in range(number):
         study.add_trial(optuna.create_trial(value=1.0))
 
 
 def count_trials(folder):
-    study = open_study(open_storage(JOURNAL, folder), "lora", directions=["minimize"], metric_names=["loss"])
+    study = open_study(open_storage(JOURNAL, folder), "lora", direction="minimize", metric="loss")
     return len(study.get_trials())
 
 
@@ -71,7 +71,7 @@ def test_a_process_killed_while_it_writes_loses_nothing_that_it_had_written(tmp_
         "from lorasweep.config.sweep import StorageConfig\n"
         "from lorasweep.sweep.controller.storage import open_storage, open_study\n"
         f"storage = open_storage(StorageConfig(url=None), Path({str(tmp_path)!r}))\n"
-        "study = open_study(storage, 'lora', directions=['minimize'], metric_names=['loss'])\n"
+        "study = open_study(storage, 'lora', direction='minimize', metric='loss')\n"
         "study.add_trial(optuna.create_trial(value=1.0))\n"
         f"open({str(tmp_path / JOURNAL_FILE)!r}, 'a').write('{{')\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
@@ -83,9 +83,9 @@ def test_a_process_killed_while_it_writes_loses_nothing_that_it_had_written(tmp_
 
 def test_a_study_that_is_there_is_opened_with_its_direction(tmp_path):
     storage = open_storage(JOURNAL, tmp_path)
-    made = open_study(storage, "one/lora", directions=["maximize"], metric_names=["f1"])
+    made = open_study(storage, "one/lora", direction="maximize", metric="f1")
     made.set_user_attr("key", 3)
-    again = open_study(open_storage(JOURNAL, tmp_path), "one/lora", directions=["maximize"], metric_names=["f1"])
+    again = open_study(open_storage(JOURNAL, tmp_path), "one/lora", direction="maximize", metric="f1")
     assert again.direction == optuna.study.StudyDirection.MAXIMIZE
     assert (again.user_attrs, again.metric_names) == ({"key": 3}, ["f1"])
 
@@ -343,7 +343,7 @@ def test_a_journal_whose_end_was_cut_off_is_refused(begin, work, runs, three_arm
 def whole_journal(tmp_path_factory):
     """The content of a journal of three trials with all kinds of values."""
     folder = tmp_path_factory.mktemp("journal")
-    study = open_study(open_storage(JOURNAL, folder), "lora", directions=["minimize"], metric_names=["loss"])
+    study = open_study(open_storage(JOURNAL, folder), "lora", direction="minimize", metric="loss")
     for number in range(3):
         study.add_trial(
             optuna.create_trial(

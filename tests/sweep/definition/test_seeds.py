@@ -9,7 +9,7 @@ import pytest
 from lorasweep.config.run import SEED_KEYS
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.definition.seeds import arm_seeds, draw_confirm_seeds, draw_select_seeds
+from lorasweep.sweep.definition.seeds import arm_seeds, draw_confirm_seeds
 
 SEEDS_OF_0 = [253181, 295403, 688465]
 
@@ -37,16 +37,6 @@ def test_seeds_stay_what_they_were(define):
 def test_five_seeds_are_the_default(three_arms, write_file):
     del three_arms["settings"]["confirm.seeds"]
     assert len(draw_confirm_seeds(read_definition(write_file(three_arms), []))) == 5
-
-
-def test_select_seeds_are_others_than_those_of_the_confirm_stage(define):
-    both = ("confirm.seeds=1000", "confirm.candidates=2")
-    select = draw_select_seeds(define(*both, "confirm.select_seeds=1000"))
-    assert len(set(select)) == 1000
-    assert set(select).isdisjoint(draw_confirm_seeds(define(*both, "confirm.select_seeds=1000")))
-    assert draw_select_seeds(define(*both)) == select[:2]
-    assert draw_select_seeds(define("confirm.seeds=5", "confirm.candidates=1")) == []
-    assert draw_select_seeds(define("confirm.seeds=0", "confirm.candidates=3")) == []
 
 
 @pytest.mark.parametrize("key", ["seed", "seeds.init", "seeds.data_order", "seeds.dropout"])

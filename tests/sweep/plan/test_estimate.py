@@ -55,7 +55,7 @@ def test_the_lower_end_prunes_all_that_the_rule_allows(define):
     times = estimate_group(alone(arms["lora"]), definition)
     # pruned: 8 · 2 + 4 · 2 + 2 · 4 = 32 steps and 8 + 4 + 2 · 2 = 16 evaluations; else 64 steps and 32 evaluations
     assert times["search"] == Seconds(32 + 160, 64 + 320)
-    assert times["select"] == times["confirm"] == Seconds()
+    assert times["confirm"] == Seconds()
 
 
 def test_without_pruning_the_ends_differ_by_the_measured_steps_only(define):
@@ -78,14 +78,12 @@ def test_early_stopping_moves_the_lower_end(define):
     assert times["search"] == Seconds(8 * 4 + 8 * 2 * 10, 64 + 320)
 
 
-def test_reruns_and_scores_on_test_data_count(define):
-    definition, arms = define("confirm.seeds=3", "confirm.candidates=3", "confirm.select_seeds=2")
+def test_confirm_runs_and_scores_on_test_data_count(define):
+    definition, arms = define("confirm.seeds=3")
     group = alone(arms["lora"], loading_s=0.5)
     group = GroupCost(**{**vars(group), "test_ratio": 2.0, "answers_s": 100.0})
     times = estimate_group(group, definition)
     run_s = 0.5 + 8 + 4 * 10
-    # two of the eight trials are complete if the rule prunes all it may, so there are two candidates instead of three
-    assert times["select"] == Seconds(2 * 2 * run_s, 3 * 2 * run_s)
     confirm_s = 3 * run_s + 3 * (0.5 + 2 * 10 + 100)
     assert times["confirm"] == Seconds(confirm_s, confirm_s)
 
@@ -93,7 +91,7 @@ def test_reruns_and_scores_on_test_data_count(define):
 def test_the_frozen_base_is_evaluated_once(define):
     definition, arms = define("confirm.seeds=3")
     times = estimate_group(alone(arms["frozen"], steps_s=()), definition)
-    assert times == {"search": Seconds(10, 10), "select": Seconds(), "confirm": Seconds(10, 10)}
+    assert times == {"search": Seconds(10, 10), "confirm": Seconds(10, 10)}
 
 
 def test_the_price_of_a_pack_lies_between_the_measured_packs(define):
@@ -107,18 +105,6 @@ def test_the_price_of_a_pack_lies_between_the_measured_packs(define):
     assert price.of_runs(1, slots=5) == 8 * 1.0
     assert price.of_runs(3, slots=5) == 8 * 2.0
     assert price.of_runs(8, slots=5) == 8 * (3.0 + 2.0)  # a full pack, then a pack of three
-
-
-def test_searches_multiply_arms_with_a_space(define):
-    one, arms = define()
-    two, more = define("sweep.searches=2")
-    for name, factor in (("lora", 2), ("frozen", 1)):
-        steps_s = () if name == "frozen" else (1.0,)
-        once, twice = (
-            estimate_group(alone(arm, steps_s=steps_s), definition)["search"]
-            for definition, arm in ((one, arms[name]), (two, more[name]))
-        )
-        assert twice == once * factor
 
 
 def test_the_largest_moment_may_be_the_report(define):

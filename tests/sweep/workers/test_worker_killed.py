@@ -17,7 +17,7 @@ from lorasweep.sweep.controller.storage import open_storage
 
 @pytest.fixture
 def killed(content):
-    """Two arms that are halved, with a select stage, and a confirm stage of more seeds than a pack has slots."""
+    """Two arms that are halved, with a confirm stage of more seeds than a pack has slots."""
     del content["arms"]["frozen"]
     content["arms"]["full"]["trials"] = 2
     content["settings"] |= {
@@ -26,7 +26,7 @@ def killed(content):
         "pruner.reduction_factor": 2,
         "pruner.min_survivors": 1,
     }
-    content["settings"] |= {"confirm.seeds": 5, "confirm.candidates": 2, "confirm.select_seeds": 2}
+    content["settings"] |= {"confirm.seeds": 5}
     return content
 
 
@@ -35,7 +35,7 @@ def table_of(path):
     record = read_sweep(path)
     assert record.status == "complete"
     rows = [(row.arm, row.number, row.params, row.state, row.value, row.reason) for row in record.trials]
-    reruns = [*record.select, *record.confirm]
+    reruns = record.confirm
     rows += [(row.arm, row.trial, row.seed, row.state, row.value, row.reason) for row in reruns]
     runs = [read_run(path / row.run) for row in (*record.trials, *reruns)]
     return rows, [(run.status, run.best, run.steps_done, run.test) for run in runs]

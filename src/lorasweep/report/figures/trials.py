@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import plotly.graph_objects as go
 
@@ -25,8 +24,7 @@ from lorasweep.report.figures.panel import (
     select_points,
     set_score_axis,
 )
-from lorasweep.report.sweep_data import LR, RANK, ArmData, SweepData, group_by_rank
-from lorasweep.selection import find_pareto_front
+from lorasweep.report.sweep_data import LR, RANK, SweepData, group_by_rank
 
 MAX_CURVES = 500
 """A figure has at most about this many curves: among more, nobody can tell one from another."""
@@ -39,8 +37,6 @@ COSTS = (
     ("wall_s", 1, "time of the run (s)"),
 )
 """The field of a run's record, the value of one unit on the axis, and the axis title."""
-OTHER_COSTS = {"tokens_trained": (("tokens_trained", 1, "training tokens"),)}
-"""Costs that are drawn only if they are the second objective."""
 
 
 def draw_score_by_rank(data: SweepData) -> Panel:
@@ -94,8 +90,8 @@ def draw_score_by_lr(data: SweepData) -> Panel:
         key="lr",
         title=title,
         text=(
-            f"Dots are complete trials, rings {_name_best(arms)}, crosses the best value so far of trials that were "
-            f"stopped early.{left_out}{cut}"
+            "Dots are complete trials, rings the best trial of each arm, crosses the best value so far of trials that "
+            f"were stopped early.{left_out}{cut}"
         ),
         figures=(figure,),
         notes=tuple(rate.sentence for rate in advise(data).rates),
@@ -138,7 +134,7 @@ def draw_learning_curves(data: SweepData) -> Panel:
             )
     cut = set_score_axis(figure, data, [score for arm in arms for trial in arm.trials for _, score in trial.curve])
     text = (
-        f"Validation score over training: {_name_best(arms)} bold, the others faint. Crosses are trials that "
+        f"Validation score over training: the best trial of each arm bold, the others faint. Crosses are trials that "
         f"were paused or pruned.{left_out}{cut}"
     )
     return Panel(key="curves", title=title, text=text, figures=(figure,))
@@ -153,55 +149,39 @@ def draw_tradeoff(data: SweepData) -> Panel:
     ]
     if not any(trained):
         return Panel(key="tradeoff", title=title, text="No complete trial that trains something has a readable record.")
-    objective = data.record.second_objective
-    # the second objective comes first
-    for field, unit, axis in sorted([*COSTS, *OTHER_COSTS.get(objective, ())], key=lambda cost: cost[0] != objective):
+    for field, unit, axis in COSTS:
         groups = [[(getattr(run, field) / unit, t, v) for t, run, v in arm if v is not None] for arm in trained]
         shown, left_out = select_points(groups, data)
-        figures.append(_draw_cost(axis, groups, shown, data, has_arm_fronts=field == objective))
-    arm_fronts = "" if objective == "none" else " In the first figure, dotted lines are the fronts of single arms."
+        figures.append(_draw_cost(axis, groups, shown, data))
     return Panel(
         key="tradeoff",
         title=title,
         text=(
-            "Complete trials against their cost. The stepped line is the Pareto front: no trial is both cheaper and "
-            f"better than a point on it.{arm_fronts} Click a point to open its run's folder.{left_out}"
+            "Complete trials against their cost. The stepped line joins the best trials: no trial is both cheaper and "
+            f"better than a point on it. Click a point to open its run's folder.{left_out}"
         ),
         figures=tuple(figures),
     )
 
 
 def _draw_cost(
-    axis: str,
-    groups: Sequence[Sequence[Point]],
-    shown: Sequence[Sequence[Point]],
-    data: SweepData,
-    *,
-    has_arm_fronts: bool,
+    axis: str, groups: Sequence[Sequence[Point]], shown: Sequence[Sequence[Point]], data: SweepData
 ) -> go.Figure:
     figure, colours = build_figure(data, x_title=axis, height=340), choose_colours(data)
     figure.update_xaxes(type="log" if "log" in axis else "linear", exponentformat="SI")
     points = [point for group in groups for point in group]
-
-    def add_front(of: Sequence[Point], colour: str, name: str, *, showlegend: bool = False, **line: Any) -> None:
-        front = find_pareto_front(of, costs=lambda point: (point[0], data.sign * point[2]))
-        x, y = [cost for cost, _, _ in front], [score for _, _, score in front]
-        add_line(figure, x, y, colour, name, showlegend=showlegend, line={"width": 1.5, "shape": "hv"} | line)
-
-    add_front(points, "#868e96", "Pareto front", showlegend=True)
-    for arm, group in zip(data.arms, groups, strict=True):
-        if has_arm_fronts and group:
-            add_front(group, colours[arm.name], arm.name, dash="dot")
+    best: list[tuple[float, float]] = []
+    for cost, _, score in sorted(points, key=lambda point: (point[0], data.sign * point[2])):
+        if not best or data.sign * score < data.sign * best[-1][1]:
+            best.append((cost, score))
+    line = {"width": 1.5, "shape": "hv"}
+    x, y = [cost for cost, _ in best], [score for _, score in best]
+    add_line(figure, x, y, "#868e96", "best at this cost", showlegend=True, line=line)
     for arm, dots in zip(data.arms, shown, strict=True):
         if dots:
             add_points(figure, dots, colours[arm.name], arm.name, showlegend=True)
     set_score_axis(figure, data, [score for _, _, score in points])
     return figure
-
-
-def _name_best(arms: Sequence[ArmData]) -> str:
-    # After a select stage the best trial is the one with the best mean over seeds: not always the best point.
-    return "the winners of the select stage" if any(arm.candidates for arm in arms) else "the best trial of each arm"
 
 
 def _group_points_by_line(data: SweepData) -> dict[tuple[str, str], list[Point]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import optuna
@@ -83,12 +83,9 @@ class ArmTrials:
         self._by_loss = by_loss
         self._prunes_by_study = prunes_by_study
         self._first_trials = planned if first_trials is None else first_trials
-        directions: list[Direction] = [
-            "minimize" if direction == optuna.study.StudyDirection.MINIMIZE else "maximize"
-            for direction in study.directions
-        ]
-        self._tables = RungTables(self._rule, self.trials, sign=1 if directions[0] == "minimize" else -1)
-        self._history = History(self._space, directions=directions)
+        direction: Direction = "minimize" if study.direction == optuna.study.StudyDirection.MINIMIZE else "maximize"
+        self._tables = RungTables(self._rule, self.trials, sign=1 if direction == "minimize" else -1)
+        self._history = History(self._space, direction=direction)
         self._unread_by_history: set[int] = set()
         """Numbers of the trials that have changed since the last call of `history`."""
         for frozen in study.get_trials(deepcopy=False):
@@ -237,12 +234,9 @@ class ArmTrials:
         state: TrialState,
         attributes: Mapping[str, Any],
         *,
-        values: Sequence[float] | None = None,
+        value: float | None = None,
     ) -> None:
-        """Writes how a trial ended into the study, unless it is there already.
-
-        `values` has a complete trial's value of each objective: its score, and perhaps its cost.
-        """
+        """Writes how a trial ended into the study, unless it is there already. `value` is a complete trial's score."""
         if not self._storage.get_trial(self._trial_id(trial)).state.is_finished():
             self.write(trial, attributes)
             if state == "infeasible":
@@ -250,7 +244,7 @@ class ArmTrials:
                 self.write(trial, {INFEASIBLE_ATTRIBUTE: True})
                 self._as_optuna_trial(trial).set_constraint("memory", 1.0)
             told = {"complete": OptunaState.COMPLETE, "failed": OptunaState.FAIL}.get(state, OptunaState.PRUNED)
-            self.study.tell(trial.number, values if state == "complete" else None, state=told)
+            self.study.tell(trial.number, value if state == "complete" else None, state=told)
         self._update(trial, state=state, is_in_training=False)
 
     def write(self, trial: Trial, attributes: Mapping[str, Any]) -> None:

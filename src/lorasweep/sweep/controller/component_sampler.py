@@ -38,7 +38,7 @@ def ask_sampler(
     ranges: Space,
     *,
     seed: int,
-    directions: Sequence[Direction],
+    direction: Direction,
 ) -> tuple[Point, dict[str, Any]]:
     """Returns the point of the next trial, and the user attributes that the trial must get.
 
@@ -47,7 +47,7 @@ def ask_sampler(
     """
     sampler = build_sampler(component, seed=seed)
     storage = InMemoryStorage()
-    study = optuna.create_study(sampler=sampler, directions=directions, storage=storage)
+    study = optuna.create_study(sampler=sampler, direction=direction, storage=storage)
     study_id = storage.get_study_id_from_name(study.study_name)
     known: dict[str, Any] = {}  # attributes that earlier samplers wrote to the study
     for trial in history:
@@ -56,7 +56,7 @@ def ask_sampler(
         study.add_trial(
             create_trial(
                 state=trial.state,
-                values=trial.values,
+                value=trial.value,
                 params=trial.params,
                 distributions=ranges,
                 intermediate_values=trial.intermediate_values,

@@ -21,7 +21,7 @@ from lorasweep.redaction import redact
 from lorasweep.sweep.controller.arm_trials import ArmTrials
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.record_rows import RUNS_FOLDER, measure_importance
-from lorasweep.sweep.controller.stages import Reruns, Search, Stage, list_trial_rows, plan_confirmation, plan_selection
+from lorasweep.sweep.controller.stages import Confirmation, Search, Stage, plan_confirmation
 from lorasweep.sweep.controller.storage import database_must_answer, flush_storage
 from lorasweep.sweep.controller.trial import (
     HARNESS_ATTRIBUTE,
@@ -53,8 +53,7 @@ class Assignment:
     """Swept keys and values, as a person reads them."""
     config: RunConfig
     run_folder: RunFolder
-    stage: str
-    """`search`, `search-2` and so on, `select` or `confirm`."""
+    stage: Literal["search", "confirm"]
     reads_test: bool
     """Whether a run is scored on test data when it is complete."""
     worker: str
@@ -95,10 +94,8 @@ class Controller:
         self.sweep = sweep
         self.session = session
         self._round = self._find_round()
-        self.searches = [Search(sweep, sweep_round=self._round, session=session)]
-        """The searches that have begun; all but the last one are over."""
-        self.select: Reruns | None = None
-        self.confirm: Reruns | None = None
+        self.search = Search(sweep, sweep_round=self._round, session=session)
+        self.confirm: Confirmation | None = None
         self._is_over = False
         self._failures_in_a_row = 0
         self._deaths_in_a_row = 0
@@ -107,14 +104,9 @@ class Controller:
         self._advance_stage()
 
     @property
-    def search(self) -> Search:
-        """The last search that has begun."""
-        return self.searches[-1]
-
-    @property
     def stage(self) -> Stage:
         """The stage whose trials are handed out now."""
-        return self.confirm or self.select or self.search
+        return self.confirm or self.search
 
     @_needs_storage
     def take(self, arms: Collection[str] | None = None, *, worker: str = "", request: int = 0) -> Assignment | None:
@@ -205,7 +197,7 @@ class Controller:
         else:
             self._failures_in_a_row = 0
             assert value is not None  # a complete run was evaluated
-            trials.end(trial, "complete", attributes, values=(value, *self._list_costs(record)))
+            trials.end(trial, "complete", attributes, value=value)
         self._save_if_due()
 
     @_needs_storage
@@ -223,7 +215,7 @@ class Controller:
         trials, trial = self._find(assignment)
         trials.end(trial, state, {REASON_ATTRIBUTE: redact(reason)})
         self._save_if_due()
-        if isinstance(self.stage, Reruns) and isinstance(error, Diverged):
+        if self.confirm is not None and isinstance(error, Diverged):
             return  # divergence of a good trial on another seed is a result, not a fault of the sweep
         self._failures_in_a_row += 1
         limit = assignment.arm.sweep_config.sweep.max_failures
@@ -302,17 +294,14 @@ class Controller:
                 remove_checkpoints(folder)  # killed processes may have left checkpoints and half-written files
                 remove_leftovers(folder)
             for row in self.sweep.record.arms:
-                arms = [search.arms[row.name] for search in self.searches if row.name in search.arms]
-                row.importance = measure_importance([frozen for trials in arms for frozen in trials.frozen()])
+                row.importance = measure_importance(self.search.arms[row.name].frozen())
         self.save("complete" if self._is_over else "interrupted")
         return self._is_over
 
     @_needs_storage
     def save(self, status: Status | None = None) -> None:
         record = self.sweep.record
-        record.trials = [row for arm in record.arms for row in list_trial_rows(self.searches, arm.name)]
-        if self.select is not None:
-            record.select = [row for arm in self.select.arms for row in self.select.rows(arm)]
+        record.trials = [row for arm in record.arms for row in self.search.rows(arm.name)]
         if self.confirm is not None:
             record.confirm = [row for arm in self.confirm.arms for row in self.confirm.rows(arm)]
         self.sweep.save(usage=functools.reduce(add_telemetry, self._usage.values(), {}), status=status)
@@ -326,25 +315,17 @@ class Controller:
             record, rounds = self.sweep.record, self.sweep.definition.rounds
             is_last_round = self._round == len(rounds)
             seeds = record.confirm_seeds if is_last_round else record.confirm_seeds[: rounds[self._round].confirm_seeds]
-            if self.select is None:
+            if self.confirm is None:
                 self._prune_paused()
-            if is_last_round and len(self.searches) <= len(record.search_seeds):
-                further = Search(self.sweep, sweep_round=self._round, previous=self.search, session=self.session)
-                self.searches.append(further)
-            elif seeds and self.select is None:
-                plan = plan_selection(self.searches, sweep=self.sweep)
-                self.select = Reruns(self.sweep, "select", plan, session=self.session)
-            elif seeds and self.select is not None and self.confirm is None:
-                # the winners are chosen from these rows, which no call of `save` may have written yet
-                record.select = [row for arm in self.select.arms for row in self.select.rows(arm)]
-                plan = plan_confirmation(self.searches, sweep=self.sweep, seeds=seeds)
-                self.confirm = Reruns(self.sweep, "confirm", plan, session=self.session)
+            if seeds and self.confirm is None:
+                plan = plan_confirmation(self.search, sweep=self.sweep, seeds=seeds)
+                self.confirm = Confirmation(self.sweep, plan, session=self.session)
             elif is_last_round:
                 self._is_over = True
             else:
-                self.save()  # while this round's select and confirm stage are known here
-                self._round, self.select, self.confirm = self._round + 1, None, None
-                self.searches = [Search(self.sweep, sweep_round=self._round, session=self.session)]
+                self.save()  # while this round's confirm stage is known here
+                self._round, self.confirm = self._round + 1, None
+                self.search = Search(self.sweep, sweep_round=self._round, session=self.session)
 
     def _find_round(self) -> int:
         """Returns the first round that has all trials that have begun. Rounds count from 0 (`Definition.rounds`)."""
@@ -361,18 +342,13 @@ class Controller:
         return next((number for number in range(last) if has_all(number)), last)
 
     def _prune_paused(self) -> None:
-        """Ends all paused trials of the last search as pruned."""
+        """Ends all paused trials of the search as pruned."""
         for trials in self.search.arms.values():
             for trial in trials.list_paused():
                 reason = f"stopped at step {max(trial.values)}, because other trials were better there"
                 folder = self.search.run_folder(trials.arm, trial.number).path
                 prune_paused_run(folder, reason=reason)
                 trials.end(trial, "pruned", {REASON_ATTRIBUTE: reason})
-
-    def _list_costs(self, record: RunRecord) -> list[float]:
-        """Returns the value of the second objective, if the search has one and this is the search."""
-        objective = self.sweep.record.second_objective
-        return [] if objective == "none" or isinstance(self.stage, Reruns) else [float(getattr(record, objective))]
 
     def _sort_key(self, trials: ArmTrials) -> tuple[bool, float, int]:
         return bool(trials.arm.space), trials.begun_fraction, self._places[trials.arm.name]

@@ -1,11 +1,10 @@
 """A sweep's folder while it is open: its lock, its Optuna storage, and the record that shows both to people.
 
 DIR/sweep.json     the record: what was asked for, each trial and its run
-DIR/journal.log    Optuna's storage, unless that is a database: studies ARM, ARM/search-2, ARM/select and
-                   ARM/confirm of each arm
+DIR/journal.log    Optuna's storage, unless that is a database: studies ARM and ARM/confirm of each arm
 DIR/pack.json      the runs of the pack that trains now, from which a killed sweep resumes
 DIR/runs/ARM-0003  one folder per run of the search
-DIR/runs/ARM-select-0003   one folder per run of the select stage; ARM-confirm-0003 in the confirm stage
+DIR/runs/ARM-confirm-0003  one folder per run of the confirm stage
 DIR/report         what `lorasweep compare` writes
 """
 
@@ -23,7 +22,6 @@ import optuna
 from optuna.pruners import BasePruner
 from optuna.storages import BaseStorage
 
-from lorasweep.config.data import Direction
 from lorasweep.disk import explain_unwritable
 from lorasweep.errors import WorkerError
 from lorasweep.record import SweepRecord, add_telemetry, utc_now, write_record
@@ -56,19 +54,13 @@ class SweepFolder:
         self.makespan_before_s = self.record.makespan_s
         self.telemetry_before = dict(self.record.telemetry)
 
-    def open_study(
-        self, name: str, *, directions: Sequence[Direction] | None = None, pruner: BasePruner | None = None
-    ) -> optuna.Study:
-        """Returns a study of the sweep, which is created if it is missing.
-
-        `directions` has one direction per objective; None stands for the objectives of the search.
-        """
-        directions = directions or self.definition.sweep_config.sweep.list_directions(self.record.direction)
+    def open_study(self, name: str, *, pruner: BasePruner | None = None) -> optuna.Study:
+        """Returns a study of the sweep, which is created if it is missing."""
         return open_study(
             self.storage,
             self.record.study_prefix + name,
-            directions=directions,
-            metric_names=[self.record.metric, self.record.second_objective][: len(directions)],
+            direction=self.record.direction,
+            metric=self.record.metric,
             pruner=pruner,
         )
 

@@ -9,14 +9,13 @@ import copy
 import itertools
 import math
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from lorasweep.config.data import Direction
-from lorasweep.selection import find_pareto_front
 from lorasweep.sweep.controller.encoding import Point, SpaceEncoding
 from lorasweep.sweep.definition.space import Space
 
@@ -38,14 +37,12 @@ class History:
     - PRUNED with a violated constraint: the trial does not fit in memory.
     - RUNNING without intermediate values: no result yet.
     - FAIL: hidden from the model. The trial's point is not proposed again.
-
-    With two objectives, no trial is a partial result, because its cost is not known yet.
     """
 
-    def __init__(self, space: Space, trials: Iterable[FrozenTrial] = (), *, directions: Sequence[Direction]) -> None:
-        """Reads an arm's trials; `directions` has one direction per objective, that of the score first."""
+    def __init__(self, space: Space, trials: Iterable[FrozenTrial] = (), *, direction: Direction) -> None:
+        """Reads an arm's trials; `direction` says which scores are better."""
         self.encoding = SpaceEncoding(space)
-        self.directions = directions
+        self.direction = direction
         self._trials: dict[int, FrozenTrial] = {}
         """Copies of all trials, with points in place of parameters, in the order of their numbers."""
         self._sort_keys: dict[int, SortKey] = {}
@@ -65,9 +62,6 @@ class History:
             trial.state = TrialState.PRUNED
         trial.params = self._trials[number].params if number in self._trials else self.encoding.encode(trial.params)
         trial.distributions = self.encoding.ranges
-        if self.has_two_objectives and trial.values:
-            # ranks are mostly powers of 2, so a model of the cost itself would hardly tell the small ranks apart
-            trial.values = (trial.values[0], math.log1p(trial.values[1]))
         self._trials[number] = trial
         self._tried.add(self._round(trial.params))
         if number in self._sort_keys:
@@ -81,10 +75,6 @@ class History:
             self._running.add(number)
 
     @property
-    def has_two_objectives(self) -> bool:
-        return len(self.directions) > 1
-
-    @property
     def num_values(self) -> int:
         """Number of results that have a finite value."""
         return bisect_left(self._sorted, (INFEASIBLE_SORT_KEY, -1))
@@ -96,13 +86,11 @@ class History:
         """Returns the results in the order of their numbers: all, or `MAX_HISTORY_TRIALS` of them if there are more.
 
         One half of the returned results are the best results. The other half are the latest of the remaining results.
-        With two objectives, the best are those of the Pareto front, then of the front without these, and so on.
         """
         if len(self._sort_keys) <= MAX_HISTORY_TRIALS:
             return [self._trials[number] for number in sorted(self._sort_keys)]
         max_best = MAX_HISTORY_TRIALS // 2
-        best_first = self._sort_by_fronts(max_best) if self.has_two_objectives else self._sorted
-        best = {number for _, number in best_first[:max_best]}
+        best = {number for _, number in self._sorted[:max_best]}
         others = (number for number in reversed(self._trials) if number in self._sort_keys and number not in best)
         latest = itertools.islice(others, MAX_HISTORY_TRIALS - len(best))
         return [self._trials[number] for number in sorted([*best, *latest])]
@@ -110,16 +98,6 @@ class History:
     def list_running(self) -> list[FrozenTrial]:
         """Returns the running trials without a result, in the order of their numbers."""
         return [self._trials[number] for number in sorted(self._running)]
-
-    def _sort_by_fronts(self, count: int) -> list[tuple[SortKey, int]]:
-        """Returns at least `count` complete trials, or all, in the order of their Pareto fronts."""
-        left, found = self._sorted[: self.num_values], list[tuple[SortKey, int]]()
-        while left and len(found) < count:
-            front = find_pareto_front(left, costs=lambda result: (result[0][2], self._trials[result[1]].values[1]))
-            found += front
-            on_front = set(front)
-            left = [result for result in left if result not in on_front]
-        return found
 
     def has_tried(self, point: Point) -> bool:
         """Returns whether a trial had this point. Values of continuous ranges are compared to two digits."""
@@ -135,10 +113,10 @@ class History:
         value = last_value(trial)
         if value is None:
             return INFEASIBLE_SORT_KEY if _is_infeasible(trial) else None
-        cost = value if self.directions[0] == "minimize" else -value
+        cost = value if self.direction == "minimize" else -value
         if trial.state == TrialState.COMPLETE:
             return 0, 0, cost
-        return None if self.has_two_objectives else (1, -max(trial.intermediate_values), cost)
+        return 1, -max(trial.intermediate_values), cost
 
     def _round(self, point: Point) -> tuple[Any, ...]:
         """Returns a point's values. Values of continuous ranges are rounded to two significant digits."""
@@ -152,7 +130,7 @@ def last_value(trial: FrozenTrial) -> float | None:
     """Returns a trial's score or else its last intermediate value; None if it is missing, not finite or infeasible."""
     if _is_infeasible(trial):
         return None
-    value = trial.values[0] if trial.values else None
+    value = trial.value
     if value is None and trial.intermediate_values:
         value = trial.intermediate_values[max(trial.intermediate_values)]
     return value if value is not None and math.isfinite(value) else None

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage
@@ -20,7 +20,6 @@ from lorasweep.disk import network_file_system, remove_leftovers
 from lorasweep.errors import ConfigError, LoraSweepError, RecordError
 from lorasweep.record import (
     SWEEP_FILE,
-    RerunStage,
     SweepChange,
     SweepRecord,
     compute_sha256,
@@ -36,7 +35,6 @@ from lorasweep.sweep.controller.storage import (
     check_journal,
     close_storage,
     damaged_journal,
-    name_search,
     name_study,
     open_storage,
     unusable_database,
@@ -49,7 +47,7 @@ from lorasweep.sweep.definition.grow import (
     list_grown_arms,
     warn_of_late_growth,
 )
-from lorasweep.sweep.definition.seeds import draw_confirm_seeds, draw_search_seeds, draw_select_seeds
+from lorasweep.sweep.definition.seeds import draw_confirm_seeds
 from lorasweep.sweep.definition.sweep_file import read_content
 from lorasweep.sweep.definition.warnings import find_warnings
 from lorasweep.sweep.lock import take_lock
@@ -78,10 +76,6 @@ def create_sweep(definition: Definition, path: Path, *, metric: ScoreMetric, not
         source=str(definition.source) if definition.source else None,
         source_sha256=compute_sha256(definition.source) if definition.source else None,
         arms=[arm_row(arm) for arm in definition.arms],
-        search_seeds=draw_search_seeds(definition),
-        second_objective=definition.sweep_config.sweep.second_objective,
-        candidates=definition.sweep_config.confirm.candidates,
-        select_seeds=draw_select_seeds(definition),
         confirm_seeds=draw_confirm_seeds(definition),
         margin=definition.sweep_config.confirm.margin,
         notes=list(notes),
@@ -131,15 +125,15 @@ def saved_definition(path: Path, *, changes: Mapping[str, Any] | None = None) ->
     return grow_definition(restore_definition(record.definition, source=source), changes=changes or {})
 
 
-def load_study(path: Path, arm: str, *, search: int = 1) -> optuna.Study:
+def load_study(path: Path, arm: str) -> optuna.Study:
     """Returns the study of an arm's search in the sweep in a folder, for reading.
 
     Raises:
-        RecordError: The folder is not a sweep, has no study of this search, or its journal is damaged.
+        RecordError: The folder is not a sweep, has no study of this arm, or its journal is damaged.
         ConfigError: The sweep's database does not answer.
     """
     record, config = read_sweep(path), saved_definition(path).sweep_config.storage
-    name = name_study(arm, name_search(search))
+    name = name_study(arm, "search")
     _require_journal(config, path)
     try:
         # Optuna's journal, because ours would cut off a line that another process is writing at the end
@@ -150,7 +144,8 @@ def load_study(path: Path, arm: str, *, search: int = 1) -> optuna.Study:
         return optuna.load_study(study_name=record.study_prefix + name, storage=storage)
     except KeyError as error:
         raise RecordError(
-            f"a search must have begun before its study can be read, but {str(path)!r} has no study `{name}`."
+            f"the storage of a sweep must have a study of each arm, but that of {str(path)!r} has no study `{name}`. "
+            "Restore it, or start a new sweep."
         ) from error
     except LoraSweepError:
         raise
@@ -163,7 +158,7 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None, file: 
 
     Args:
         path: The sweep's folder.
-        changes: Overrides: other settings of the workers and of the confirm stage, more trials, searches or arms.
+        changes: Overrides: other settings of the workers and of the confirm stage, more trials or arms.
         file: The sweep file again, with more arms or trials. None: the file must be as it was.
 
     Raises:
@@ -184,12 +179,6 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None, file: 
             f"`confirm.margin` must stay {record.margin!r}, which was stated before the first result, but got "
             f"{margin!r}. Start a new sweep."
         )
-    search_seeds = draw_search_seeds(definition)
-    if len(search_seeds) < len(record.search_seeds):
-        raise ConfigError(
-            f"`sweep.searches >= {len(record.search_seeds) + 1}` must hold, the number so far, but got "
-            f"{len(search_seeds) + 1}. Start a new sweep for fewer searches."
-        )
     with ExitStack() as undo:
         lock = take_lock(path, undo)
         remove_leftovers(path)
@@ -207,24 +196,20 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None, file: 
                 "Restore it, or start a new sweep."
             )
         _require_all_trials(record, storage)
-        begun = {
-            stage
-            for stage in get_args(RerunStage)
-            for arm in definition.arms
-            if record.study_prefix + name_study(arm.name, stage) in names
-        }
-        _check_later_stages(record, definition, begun=begun)
+        has_confirm = any(record.study_prefix + name_study(arm.name, "confirm") in names for arm in definition.arms)
+        if has_confirm:
+            _check_confirm_seeds(record, draw_confirm_seeds(definition))
         undo.pop_all()
     if grown := list_grown_arms(old, definition):
         definition = add_round(
             definition,
             trials={arm.name: arm.trials for arm in old.arms},
-            confirm_seeds=len(record.confirm_seeds) if begun else 0,
+            confirm_seeds=len(record.confirm_seeds) if has_confirm else 0,
         )
     if definition.raw != record.definition:
         change = SweepChange(
             at=utc_now(),
-            stage="confirm" if "confirm" in begun else "select" if begun else "search",
+            stage="confirm" if has_confirm else "search",
             settings=dict(changes or {}),
             file=None if file is None else str(file),
             trials=grown,
@@ -235,8 +220,7 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None, file: 
     record.definition = definition.raw
     if file is not None:
         record.source, record.source_sha256 = str(file), compute_sha256(file)
-    record.candidates, record.search_seeds = definition.sweep_config.confirm.candidates, search_seeds
-    record.select_seeds, record.confirm_seeds = draw_select_seeds(definition), draw_confirm_seeds(definition)
+    record.confirm_seeds = draw_confirm_seeds(definition)
     importance = {row.name: row.importance for row in record.arms}
     record.arms = [replace(arm_row(arm), importance=importance.get(arm.name, {})) for arm in definition.arms]
     # the confirm stage adds its own warnings again
@@ -248,31 +232,14 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None, file: 
     return SweepFolder(path=path, definition=definition, record=record, storage=storage, lock=lock)
 
 
-def _check_later_stages(record: SweepRecord, definition: Definition, *, begun: Collection[str]) -> None:
-    """Raises ConfigError if the definition would change runs of the stages after the search that have begun."""
-    candidates, search_seeds = definition.sweep_config.confirm.candidates, draw_search_seeds(definition)
-    select_seeds, confirm_seeds = draw_select_seeds(definition), draw_confirm_seeds(definition)
-    # fewer seeds would drop results that the confirm stage has already
-    if "confirm" in begun and len(confirm_seeds) < len(record.confirm_seeds):
+def _check_confirm_seeds(record: SweepRecord, seeds: Sequence[int]) -> None:
+    """Raises ConfigError if the new seeds of the confirm stage, which has begun, lack a seed that it has already."""
+    if len(seeds) < len(record.confirm_seeds):
         raise ConfigError(
             f"`confirm.seeds >= {len(record.confirm_seeds)}` must hold, since the confirm stage began with these, "
-            f"but got {len(confirm_seeds)}."
+            f"but got {len(seeds)}."
         )
-    # other searches, candidates or seeds could make another trial the winner, after the first one was confirmed
-    if begun and search_seeds != record.search_seeds:
-        raise ConfigError(
-            f"`sweep.searches` must stay {len(record.search_seeds) + 1} once the searches are over and winners run "
-            f"again, but got {len(search_seeds) + 1}. Start a new sweep."
-        )
-    if begun and (candidates, len(select_seeds)) != (record.candidates, len(record.select_seeds)):
-        raise ConfigError(
-            f"`confirm.candidates` and `confirm.select_seeds` must stay {record.candidates} and "
-            f"{len(record.select_seeds)} once the search is over, but got {candidates} and {len(select_seeds)}. "
-            "Start a new sweep to change them."
-        )
-    before = [*record.select_seeds, *record.confirm_seeds[: len(confirm_seeds)]]
-    after = [*select_seeds, *confirm_seeds[: len(record.confirm_seeds)]]
-    if begun and (taken := [seed for seed in before if seed not in after]):
+    if taken := [seed for seed in record.confirm_seeds if seed not in seeds]:
         raise ConfigError(
             f"`seed` of an arm that is added must not be {taken[0]}, because winners run again on it. Choose another "
             "seed."
@@ -282,8 +249,8 @@ def _check_later_stages(record: SweepRecord, definition: Definition, *, begun: C
 def _require_all_trials(record: SweepRecord, storage: BaseStorage) -> None:
     """Raises RecordError if the storage lacks trials that the record has: it is always written before the record."""
     counts = {summary.study_name: summary.n_trials for summary in optuna.get_all_study_summaries(storage)}
-    for (arm, search), number in Counter((row.arm, row.search) for row in record.trials).items():
-        found = counts.get(record.study_prefix + name_study(arm, name_search(search)), 0)
+    for arm, number in Counter(row.arm for row in record.trials).items():
+        found = counts.get(record.study_prefix + name_study(arm, "search"), 0)
         if found < number:
             raise RecordError(
                 f"the storage of a sweep must have the {number} trials of `{arm}` in {SWEEP_FILE}, but has {found}. "

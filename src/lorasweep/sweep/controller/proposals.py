@@ -8,8 +8,7 @@ are asked on a new study in memory, so nothing is written, and a sampler keeps n
 - `grid`: every trial is a combination of the grid that no earlier trial has.
 - `tpe` and `gp`: the first `count_startup_trials` trials, and all trials before `MIN_RESULTS` results, are scrambled
   Sobol points. A model proposes the other trials. It sees every running trial without a result, and at most
-  `MAX_HISTORY_TRIALS` results: half of them are the best ones, the others are the latest. With two objectives, Optuna's
-  multi-objective TPE or Gaussian process sees the complete trials with their score and the logarithm of their cost.
+  `MAX_HISTORY_TRIALS` results: half of them are the best ones, the others are the latest.
 - `_target_`: the sampler proposes every trial.
 
 With `qmc`, `random`, `tpe` and `gp`, a proposal that repeats an earlier trial of the arm is replaced by the first of
@@ -41,7 +40,6 @@ from lorasweep.config.components import Component
 from lorasweep.config.data import Direction
 from lorasweep.config.sweep import ModelBasedSampler
 from lorasweep.errors import ConfigError, first_line
-from lorasweep.selection import find_pareto_front
 from lorasweep.sweep.controller.component_sampler import ask_sampler
 from lorasweep.sweep.controller.encoding import Point
 from lorasweep.sweep.controller.history import History, last_value
@@ -66,14 +64,13 @@ def propose(
         arm: The arm, with its sampler and the sweep's seed.
         history: The arm's earlier trials; a list must be in the order of their numbers.
         number: The index of the new trial among the arm's trials.
-        direction: Which scores are better. `sweep.second_objective` of the arm may add a cost.
+        direction: Which scores are better.
 
     Raises:
         ConfigError: The sampler can't be built, or can't propose a trial for this space.
     """
-    directions = arm.sweep_config.sweep.list_directions(direction)
     if not isinstance(history, History):
-        history = History(arm.space, history, directions=directions)
+        history = History(arm.space, history, direction=direction)
     sampler, encoding = arm.sweep_config.sampler, history.encoding
     seed, arm_seed = _derive_seed(arm, number), _derive_seed(arm)
     if not encoding.ranges:
@@ -85,13 +82,13 @@ def propose(
             warnings.simplefilter("ignore", ExperimentalWarning)
             if isinstance(sampler, Component):
                 point, attributes = ask_sampler(
-                    sampler, history.list_all(), encoding.ranges, seed=seed, directions=directions
+                    sampler, history.list_all(), encoding.ranges, seed=seed, direction=direction
                 )
             elif sampler.name == "grid":
                 point = _choose_grid_point(arm, history)
             else:
                 if sampler.name == "random":
-                    point = _ask(RandomSampler(seed=seed), encoding.ranges, [], directions=directions)
+                    point = _ask(RandomSampler(seed=seed), encoding.ranges, [], direction=direction)
                 elif isinstance(sampler, ModelBasedSampler) and _has_enough_results(sampler, history, number, arm=arm):
                     point = _ask_model(sampler, history, seed=seed)
                 else:
@@ -151,25 +148,23 @@ def _shuffle_grid(axes: tuple[tuple[Any, ...], ...], seed: int) -> list[tuple[An
 
 def _ask_model(sampler: ModelBasedSampler, history: History, *, seed: int) -> Point:
     """Returns the point that TPE or a Gaussian process chooses from the arm's results and running trials."""
-    ranges, directions = history.encoding.ranges, history.directions
+    ranges, direction = history.encoding.ranges, history.direction
     # `n_startup_trials=1` turns off Optuna's random startup trials, because Sobol points take their place.
     model: BaseSampler
     if sampler.name == "gp":
         model = GPSampler(n_startup_trials=1, seed=seed, warn_independent_sampling=False)
-        shown = _prepare_for_gp(history.list_results(), directions=directions)
+        shown = _prepare_for_gp(history.list_results(), direction=direction)
     else:
         model = TPESampler(n_startup_trials=1, seed=seed)
         shown = [copy.copy(trial) for trial in history.list_results()]
         for trial in shown:
             if trial.state == TrialState.RUNNING:  # TPE reads intermediate values of pruned trials only
                 trial.state = TrialState.PRUNED
-    return _ask(model, ranges, [*shown, *history.list_running()], directions=directions)
+    return _ask(model, ranges, [*shown, *history.list_running()], direction=direction)
 
 
-def _ask(
-    sampler: BaseSampler, ranges: Space, shown: Sequence[FrozenTrial], *, directions: Sequence[Direction]
-) -> Point:
-    study = optuna.create_study(sampler=sampler, directions=directions, storage=_ProposalStorage(shown))
+def _ask(sampler: BaseSampler, ranges: Space, shown: Sequence[FrozenTrial], *, direction: Direction) -> Point:
+    study = optuna.create_study(sampler=sampler, direction=direction, storage=_ProposalStorage(shown))
     return study.ask(ranges).params
 
 
@@ -195,35 +190,22 @@ class _ProposalStorage(InMemoryStorage):
         return [*(copy.deepcopy(shown) if deepcopy else shown), *super().get_all_trials(study_id, deepcopy, states)]
 
 
-def _prepare_for_gp(results: Sequence[FrozenTrial], *, directions: Sequence[Direction]) -> list[FrozenTrial]:
-    """Returns results as a Gaussian process reads them: as complete trials with a value for each objective.
+def _prepare_for_gp(results: Sequence[FrozenTrial], *, direction: Direction) -> list[FrozenTrial]:
+    """Returns results as a Gaussian process reads them: as complete trials with a value.
 
     The value of a partial result is its last value plus the median progress of complete trials since that step. Values
     that are worse than the median, missing or infinite become the median. A diverged trial would be far worse than all
     others, and a model that fits such a value is less exact near the best trials (docs/benchmarks.md, Proposals).
-    With two objectives, the cheap trials on the Pareto front may be worse than the median. Then scores that are worse
-    than every score on the front become the worst of these.
     Trials that do not fit in memory also violate a constraint.
     """
-    better = min if directions[0] == "minimize" else max
-    if len(directions) > 1:
-        known = [trial.values for trial in results if trial.state == TrialState.COMPLETE]
-        sign = 1 if directions[0] == "minimize" else -1
-        front = find_pareto_front(known, costs=lambda values: (sign * values[0], values[1]))
-        limit, medians = front[-1][0], [statistics.median(values) for values in zip(*known, strict=True)]
-        prepared: list[Sequence[float]] = [
-            (better(trial.values[0], limit), trial.values[1]) if trial.state == TrialState.COMPLETE else medians
-            for trial in results
-        ]
-    else:
-        scores = _extrapolate_scores(results)
-        median = statistics.median(score for score in scores if score is not None)
-        prepared = [(median if score is None else better(score, median),) for score in scores]
+    better = min if direction == "minimize" else max
+    scores = _extrapolate_scores(results)
+    median = statistics.median(score for score in scores if score is not None)
     # Optuna's sampler requires the same constraints in every trial; a trial is feasible at or below 0
     names = {name for trial in results for name in trial.constraints}
     shown = [copy.copy(trial) for trial in results]
-    for trial, values in zip(shown, prepared, strict=True):
-        trial.state, trial.values = TrialState.COMPLETE, values
+    for trial, score in zip(shown, scores, strict=True):
+        trial.state, trial.value = TrialState.COMPLETE, median if score is None else better(score, median)
         trial.system_attrs = dict(trial.system_attrs)  # `copy.copy` shares this dict with the study's trial
         for name in sorted(names - trial.constraints.keys()):
             trial.set_constraint(name, -1.0)

@@ -1,8 +1,7 @@
-"""The rows of a sweep's record: one for each arm, each trial of the search and each rerun of a later stage."""
+"""The rows of a sweep's record: one for each arm, each trial of the search and each run of the confirm stage."""
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +10,7 @@ import optuna
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
-from lorasweep.record import MIN_IMPORTANCE_TRIALS, ArmRow, RerunRow, RerunStage, TrialRow
+from lorasweep.record import MIN_IMPORTANCE_TRIALS, ArmRow, ConfirmRow, TrialRow
 from lorasweep.sweep.controller.trial import (
     HARNESS_ATTRIBUTE,
     REASON_ATTRIBUTE,
@@ -19,12 +18,12 @@ from lorasweep.sweep.controller.trial import (
     SLOT_STEPS_ATTRIBUTE,
     read_state,
 )
-from lorasweep.sweep.definition.arms import Arm
+from lorasweep.sweep.definition.arms import CONFIRM_ENDING, Arm
 from lorasweep.sweep.definition.space import describe_space
 
 RUNS_FOLDER = "runs"
 TRIAL, SEED = "trial", "seed"
-"""The parameters in the select and the confirm stage: the trial of the search that runs again, and its new seed."""
+"""The parameters in the confirm stage: the trial of the search that runs again, and its new seed."""
 
 
 def run_name(arm: str, number: int) -> str:
@@ -32,9 +31,9 @@ def run_name(arm: str, number: int) -> str:
     return f"{RUNS_FOLDER}/{arm}-{number:04d}"
 
 
-def rerun_name(arm: str, stage: RerunStage, number: int) -> str:
-    """Returns the folder of a run of the select or confirm stage. No arm's name ends in `RERUN_ENDINGS`."""
-    return run_name(f"{arm}-{stage}", number)
+def confirm_name(arm: str, number: int) -> str:
+    """Returns the folder of a run of the confirm stage. No arm's name ends in `CONFIRM_ENDING`."""
+    return run_name(f"{arm}{CONFIRM_ENDING}", number)
 
 
 def arm_row(arm: Arm) -> ArmRow:
@@ -42,7 +41,7 @@ def arm_row(arm: Arm) -> ArmRow:
     return ArmRow(
         name=arm.name,
         method=config.method.name,
-        trials=arm.all_trials,
+        trials=arm.trials,
         steps=config.num_steps,
         settings=dict(arm.settings),
         space=describe_space(arm.space),
@@ -53,31 +52,28 @@ def arm_row(arm: Arm) -> ArmRow:
     )
 
 
-def trial_row(arm: str, trial: FrozenTrial, *, search: int, number: int, is_paused: bool) -> TrialRow:
+def trial_row(arm: str, trial: FrozenTrial, *, is_paused: bool) -> TrialRow:
     return TrialRow(
         arm=arm,
-        search=search,
-        number=number,
+        number=trial.number,
         state="paused" if is_paused else read_state(trial),
         params=dict(trial.params),
-        run=run_name(arm, number),
-        second_value=trial.values[1] if trial.values and len(trial.values) > 1 else None,
+        run=run_name(arm, trial.number),
         **_read_results(trial),
     )
 
 
-def rerun_row(arm: str, stage: RerunStage, trial: FrozenTrial) -> RerunRow:
-    """Returns the row of a trial of the select or confirm stage."""
+def confirm_row(arm: str, trial: FrozenTrial) -> ConfirmRow:
+    """Returns the row of a run of the confirm stage."""
     state = read_state(trial)
-    assert state != "pruned"  # these stages have no rungs
+    assert state != "pruned"  # the stage has no rungs
     assert state != "paused"
-    return RerunRow(
+    return ConfirmRow(
         arm=arm,
         trial=trial.params[TRIAL],
-        stage=stage,
         seed=trial.params[SEED],
         state=state,
-        run=rerun_name(arm, stage, trial.number),
+        run=confirm_name(arm, trial.number),
         harness=trial.user_attrs.get(HARNESS_ATTRIBUTE, {}),
         **_read_results(trial),
     )
@@ -99,9 +95,7 @@ def measure_importance(trials: Sequence[FrozenTrial]) -> dict[str, float]:
 
     Empty if fewer than `MIN_IMPORTANCE_TRIALS` trials are complete, or all of them have the same score.
     """
-    complete = [copy.copy(trial) for trial in trials if trial.state == TrialState.COMPLETE]
-    for trial in complete:
-        trial.values = trial.values[:1]  # without the second objective
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     if len(complete) < MIN_IMPORTANCE_TRIALS or len({trial.value for trial in complete}) < 2:
         return {}
     study = optuna.create_study()

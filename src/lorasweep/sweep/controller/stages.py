@@ -1,30 +1,29 @@
-"""The stages of a sweep: `search` tunes, `select` chooses the winner of each arm, `confirm` scores it on test data.
+"""The stages of a sweep: `search` tunes on validation data, `confirm` scores the winner of each arm on test data.
 
-With `sweep.searches=N` there are N searches, one after the other. None of them knows of another one's trials. A sweep
-that grew runs through the stages in rounds: a round ends before the trials that were added begin.
+A sweep that grew runs through the stages in rounds: a round ends before the trials that were added begin.
 
-The controller makes the same calls to all of them. A stage decides which trials there are and what run each becomes.
+The controller makes the same calls to both stages. A stage decides which trials there are and what run each becomes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
 
 from optuna.distributions import IntDistribution
 
 from lorasweep.config.components import Component
 from lorasweep.config.run import SEED_KEYS, RunConfig
 from lorasweep.config.sweep import FixedSampler
-from lorasweep.record import RerunRow, RerunStage, TrialRow
-from lorasweep.selection import find_winner, list_candidates
+from lorasweep.record import ConfirmRow, TrialRow
+from lorasweep.selection import find_winner
 from lorasweep.sweep.controller.arm_trials import ArmTrials
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.proposals import propose
-from lorasweep.sweep.controller.record_rows import SEED, TRIAL, rerun_name, rerun_row, run_name, trial_row
+from lorasweep.sweep.controller.record_rows import SEED, TRIAL, confirm_name, confirm_row, run_name, trial_row
 from lorasweep.sweep.controller.stopping_rules import build_pruner, build_rule
-from lorasweep.sweep.controller.storage import name_search, name_study
+from lorasweep.sweep.controller.storage import name_study
 from lorasweep.sweep.controller.trial import ASSIGNMENT_ATTRIBUTE
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.definition.seeds import arm_seeds
@@ -36,41 +35,21 @@ FIRST_TRIALS_FRACTION = 0.5
 The other trials begin once all of these have a value of the first rung (docs/benchmarks.md, Proposals)."""
 
 Plan: TypeAlias = dict[str, list[tuple[TrialRow, int]]]
-"""The runs of a stage after the search, by arm: which trial of the search runs again, and its seed."""
+"""The runs of the confirm stage, by arm: which trial of the search runs again, and its seed."""
 
 
 class Search:
     """Each arm's sampler proposes trials. The best evaluation on validation data is a trial's score."""
 
+    name: Literal["search"] = "search"
     reads_test = False
     """Whether a complete run has still to be scored on test data."""
 
-    def __init__(
-        self,
-        sweep: SweepFolder,
-        *,
-        sweep_round: int,
-        previous: Search | None = None,
-        session: str | None = None,
-    ) -> None:
-        """Reads the trials that have begun. Rounds count from 0 (`Definition.rounds`).
-
-        A search with a previous one, which must be over, has other seeds.
-        """
+    def __init__(self, sweep: SweepFolder, *, sweep_round: int, session: str | None = None) -> None:
+        """Reads the trials that have begun. Rounds count from 0 (`Definition.rounds`)."""
         self._sweep = sweep
-        self.number: int = 1 if previous is None else previous.number + 1
-        self.name = name_search(self.number)
         arms = sweep.definition.arms_in_round(sweep_round)
-        if previous is not None:
-            seed = sweep.record.search_seeds[self.number - 2]
-            arms = {name: arm.with_seed(seed) for name, arm in arms.items() if arm.space}
-        self._first_numbers = {name: 0 if previous is None else previous.next_number(name) for name in arms}
-        """The number in its arm of the first trial. A study counts its trials from 0."""
         self.arms = {name: self._read_trials(arm, session) for name, arm in arms.items()}
-
-    def next_number(self, arm: str) -> int:
-        """Returns one more than the highest number of a trial of an arm."""
-        return self._first_numbers[arm] + max(self.arms[arm].trials) + 1
 
     def propose(self, trials: ArmTrials) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns the parameters of an arm's next trial, and user attributes that the trial must get."""
@@ -87,20 +66,16 @@ class Search:
 
     def run_folder(self, arm: Arm, number: int) -> RunFolder:
         """Returns the folder of a trial's run, and the arm and trial that the run's record names."""
-        number += self._first_numbers[arm.name]
         return RunFolder(path=self._sweep.path / run_name(arm.name, number), arm=arm.name, trial=number)
 
     def rows(self, arm: str) -> list[TrialRow]:
-        """Returns the rows of an arm's trials; an arm without a space has none in a further search."""
+        """Returns the rows of an arm's trials, by number; an arm that a later round adds has none."""
+        if arm not in self.arms:
+            return []
+        trials = self.arms[arm]
         return [
-            trial_row(
-                arm,
-                frozen,
-                search=self.number,
-                number=self._first_numbers[arm] + frozen.number,
-                is_paused=self.arms[arm].trials[frozen.number].state == "paused",
-            )
-            for frozen in (self.arms[arm].frozen() if arm in self.arms else ())
+            trial_row(arm, frozen, is_paused=trials.trials[frozen.number].state == "paused")
+            for frozen in trials.frozen()
         ]
 
     def _read_trials(self, arm: Arm, session: str | None) -> ArmTrials:
@@ -119,16 +94,17 @@ class Search:
         )
 
 
-class Reruns:
-    """Trials of the search run again on fresh seeds, each to its end: the select stage or the confirm stage.
+class Confirmation:
+    """The winner of each arm runs again on fresh seeds, each run to its end, and is scored once on test data.
 
     Runs that an earlier round began are kept, and are not repeated.
     """
 
-    def __init__(self, sweep: SweepFolder, name: RerunStage, plan: Plan, *, session: str | None = None) -> None:
+    name: Literal["confirm"] = "confirm"
+    reads_test = True
+
+    def __init__(self, sweep: SweepFolder, plan: Plan, *, session: str | None = None) -> None:
         """Reads the runs that have begun. Arms that are missing in the plan skip the stage."""
-        self.name = name
-        self.reads_test = name == "confirm"
         self._sweep = sweep
         self._plan = plan
         self.arms = {arm.name: self._read_trials(arm, session) for arm in sweep.definition.arms if arm.name in plan}
@@ -151,14 +127,14 @@ class Reruns:
 
     def run_folder(self, arm: Arm, number: int) -> RunFolder:
         """Returns the folder of a run; the trial that the run's record names is the trial of the search."""
-        folder = self._sweep.path / rerun_name(arm.name, self.name, number)
+        folder = self._sweep.path / confirm_name(arm.name, number)
         return RunFolder(path=folder, arm=arm.name, trial=self.arms[arm.name].trials[number].params[TRIAL])
 
-    def rows(self, arm: str) -> list[RerunRow]:
-        return [rerun_row(arm, self.name, frozen) for frozen in self.arms[arm].frozen()]
+    def rows(self, arm: str) -> list[ConfirmRow]:
+        return [confirm_row(arm, frozen) for frozen in self.arms[arm].frozen()]
 
     def _read_trials(self, arm: Arm, session: str | None) -> ArmTrials:
-        study = self._sweep.open_study(name_study(arm.name, self.name), directions=[self._sweep.record.direction])
+        study = self._sweep.open_study(name_study(arm.name, self.name))
         planned = {(row.number, seed) for row, seed in self._plan[arm.name]}
         begun = {
             (trial.params[TRIAL], trial.params[SEED])
@@ -175,29 +151,14 @@ class Reruns:
         )
 
 
-Stage: TypeAlias = Search | Reruns
+Stage: TypeAlias = Search | Confirmation
 
 
-def list_trial_rows(searches: Sequence[Search], arm: str) -> list[TrialRow]:
-    """Returns the rows of an arm's trials of all searches, by number."""
-    return [row for search in searches for row in search.rows(arm)]
-
-
-def plan_selection(searches: Sequence[Search], *, sweep: SweepFolder) -> Plan:
-    """Returns the runs of the select stage: each candidate on each seed, for arms with several candidates."""
-    plan: Plan = {}
-    for arm in sweep.definition.arms:
-        rows = list_candidates(list_trial_rows(searches, arm.name), record=sweep.record)
-        if len(rows) > 1 and sweep.record.select_seeds:
-            plan[arm.name] = [(row, seed) for seed in sweep.record.select_seeds for row in rows]
-    return plan
-
-
-def plan_confirmation(searches: Sequence[Search], *, sweep: SweepFolder, seeds: list[int]) -> Plan:
+def plan_confirmation(search: Search, *, sweep: SweepFolder, seeds: list[int]) -> Plan:
     """Returns the runs of the confirm stage: the winner of each arm of the round on each seed."""
     plan: Plan = {}
-    for arm in (trials.arm for trials in searches[0].arms.values()):
-        winner = find_winner(arm.name, list_trial_rows(searches, arm.name), record=sweep.record)
+    for arm in (trials.arm for trials in search.arms.values()):
+        winner = find_winner(search.rows(arm.name), record=sweep.record)
         if winner is None:
             sweep.warn(f"Arm `{arm.name}` has no complete trial, so the confirm stage skips it.")
         else:

@@ -8,10 +8,10 @@ import os
 import warnings
 import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
@@ -29,8 +29,6 @@ LINE_KEY = "line"
 """Key of the number of a line that a sweep wrote. Optuna ignores it, and lines of other programs have none."""
 CHECKSUM_MARK = b',"crc32":'
 """Stands between a line and the CRC-32 of the line without it. Optuna ignores the key."""
-FIRST_SEARCH = "search"
-"""Name of the stage that is the first search."""
 DATABASE_ERRORS = (StorageInternalError, SQLAlchemyError)
 """The errors that Optuna raises if a database does not answer or refuses an operation."""
 
@@ -182,35 +180,30 @@ def database_must_answer(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def name_search(number: int) -> str:
-    """Returns the name of the stage that is an arm's search of this number: `search`, `search-2` and so on."""
-    return FIRST_SEARCH if number == 1 else f"{FIRST_SEARCH}-{number}"
-
-
-def name_study(arm: str, stage: str) -> str:
+def name_study(arm: str, stage: Literal["search", "confirm"]) -> str:
     """Returns the name of an arm's study in a stage. An arm's name has no slash, so names are unique."""
-    return arm if stage == FIRST_SEARCH else f"{arm}/{stage}"
+    return arm if stage == "search" else f"{arm}/{stage}"
 
 
 def open_study(
     storage: BaseStorage,
     name: str,
     *,
-    directions: Sequence[Direction],
-    metric_names: Sequence[str],
+    direction: Direction,
+    metric: str,
     pruner: BasePruner | None = None,
 ) -> optuna.Study:
     """Returns a study, and creates it if it is missing. Its sampler is never used: `propose` asks a study in memory.
 
-    optuna-dashboard and Optuna's tables show `metric_names`, one for each direction.
+    optuna-dashboard and Optuna's tables show the name of the metric.
     """
     study = optuna.create_study(
-        study_name=name, storage=storage, directions=directions, pruner=pruner or NopPruner(), load_if_exists=True
+        study_name=name, storage=storage, direction=direction, pruner=pruner or NopPruner(), load_if_exists=True
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         if study.metric_names is None:
-            study.set_metric_names(list(metric_names))
+            study.set_metric_names([metric])
     return study
 
 

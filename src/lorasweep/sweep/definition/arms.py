@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from lorasweep.config.build import as_settings, build
 from lorasweep.config.command_line import parse_overrides
@@ -32,7 +32,6 @@ from lorasweep.config.run import METHODS_ON_QUANTISED_BASE, RunConfig
 from lorasweep.config.sweep import SweepConfig
 from lorasweep.config.trust import TARGET
 from lorasweep.errors import ConfigError
-from lorasweep.record import RerunStage
 from lorasweep.sweep.definition.alpha_over_rank import (
     ALPHA,
     MULTIPLIER,
@@ -55,8 +54,8 @@ from lorasweep.wording import nearest
 
 DEFAULT_TRIALS = 16
 """Number of trials of an arm with a space, if neither sweep file nor command line sets it."""
-RERUN_ENDINGS = tuple(f"-{stage}" for stage in get_args(RerunStage))
-"""Endings that an arm's name must not have. A run folder of these stages has the name of its arm, an ending and a
+CONFIRM_ENDING = "-confirm"
+"""An ending that an arm's name must not have. The folder of a confirm run has the name of its arm, this ending and a
 number."""
 SHARED_LAYERS = (0, 3)
 """Places, among the layers of an arm's settings, of those for all arms: the sweep file's and the command line's."""
@@ -86,17 +85,6 @@ class Arm:
         with name_arm_in_errors(self.name):
             return compose_with_multiplier({**self.settings, **params, "trainer.progress": False})
 
-    @property
-    def all_trials(self) -> int:
-        """Number of trials of all searches; an arm without a space has one search."""
-        return self.trials * (self.sweep_config.sweep.searches if self.space else 1)
-
-    def with_seed(self, seed: int) -> Arm:
-        """Returns the arm of another search: its sampler and its runs have this seed. A swept seed stays swept."""
-        settings = {key: value for key, value in self.settings.items() if key.split(".")[0] not in ("seed", "seeds")}
-        sweep_config = replace(self.sweep_config, sweep=replace(self.sweep_config.sweep, seed=seed))
-        return replace(self, settings={**settings, "seed": seed}, sweep_config=sweep_config)
-
     @cached_property
     def corners(self) -> tuple[RunConfig, ...]:
         """Settings of runs at the ends of the space.
@@ -117,7 +105,7 @@ class Round:
     """A sweep as it was before it grew: the controller ends it before the trials that were added begin."""
 
     trials: Mapping[str, int]
-    """Number of trials of one search, by arm. Arms that were added later are missing."""
+    """Number of trials by arm. Arms that were added later are missing."""
     confirm_seeds: NonNegative
     """Number of seeds of the confirm stage; 0 if the sweep grew before its winners ran again."""
 
@@ -251,9 +239,7 @@ def _add_typed_arms(content: Any, overrides: Mapping[str, Any]) -> tuple[Any, di
 
 def _list_shared_settings(config: SweepConfig) -> dict[str, Any]:
     """Returns the settings of a sweep that are the same for all arms."""
-    confirm = {f"confirm.{name}": value for name, value in asdict(config.confirm).items()}
-    shared = ("searches", "second_objective")
-    return {**confirm, **{f"sweep.{name}": getattr(config.sweep, name) for name in shared}}
+    return {f"confirm.{name}": value for name, value in asdict(config.confirm).items()}
 
 
 def make_paths_absolute(value: Any, key: str = "") -> Any:
@@ -276,9 +262,8 @@ def _split_sweep_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], 
 def _build_arm(arm: ExpandedArm, file: SweepFile, overrides: Mapping[str, Any], *, used_keys: set[str]) -> Arm:
     """Returns one arm, composed and checked. Adds the keys of overrides that apply to the arm to `used_keys`."""
     require_folder_name("an arm's name", arm.name)
-    if arm.name.endswith(RERUN_ENDINGS):
-        endings = " or ".join(f"`{ending}`" for ending in RERUN_ENDINGS)
-        raise ConfigError(f"an arm's name must not end in {endings}, but got {arm.name!r}. Rename the arm.")
+    if arm.name.endswith(CONFIRM_ENDING):
+        raise ConfigError(f"an arm's name must not end in `{CONFIRM_ENDING}`, but got {arm.name!r}. Rename the arm.")
     for_this_arm = [
         {"sweep.trials" if key == "trials" else key: value for key, value in layer.items()}
         for layer in get_arm_overrides(arm, overrides, used_keys=used_keys)

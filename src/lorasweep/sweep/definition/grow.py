@@ -1,4 +1,4 @@
-"""Grows a sweep that has begun: more trials, more arms, more searches. What its trials depend on must stay."""
+"""Grows a sweep that has begun: more trials, more arms. What its trials depend on must stay."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from lorasweep.wording import join_words
 
 CHANGEABLE_GROUPS = ("worker", "confirm")
 """Groups of a sweep's settings that change no trial of the search. `reopen_sweep` checks those of `confirm`."""
-CHANGEABLE_KEYS = ("sweep.trials", "sweep.searches", "sweep.output")
-"""Settings that change no trial that has begun. The numbers of trials and searches are checked separately."""
+CHANGEABLE_KEYS = ("sweep.trials", "sweep.output")
+"""Settings that change no trial that has begun. The numbers of trials are checked separately."""
 MISSING = "nothing"
 """Shown in messages in place of a setting that is missing."""
 
@@ -50,12 +50,6 @@ def grow_definition(
     )
     new = restore_definition({**raw, "rounds": old.raw["rounds"]}, source=old.source if content is None else source)
     _check_arms(old, new)
-    if (grown := list_grown_arms(old, new)) and (searches := old.sweep_config.sweep.searches) > 1:
-        raise ConfigError(
-            "the arms of a sweep and their trials must stay once it has several searches, because trials are numbered "
-            f"through all of them, but `sweep.searches` is {searches} and got "
-            f"{join_words([f'{count} trials for `{name}`' for name, count in grown.items()])}. Start a new sweep."
-        )
     return new
 
 
@@ -110,11 +104,9 @@ def _check_arms(old: Definition, new: Definition) -> None:
     for arm in old.arms:
         grown = arms[arm.name]
         for key, before, after in _list_differences(arm, grown):
-            # all arms share the objectives
-            other_arm = "" if key == "sweep.second_objective" else ", or add a new arm with the other value"
             raise ConfigError(
                 f"arm `{arm.name}`: `{key}` must stay {before!r}, because its trials have begun, but got {after!r}. "
-                f"Start a new sweep{other_arm}."
+                "Start a new sweep, or add a new arm with the other value."
             )
         if grown.trials < arm.trials:
             raise ConfigError(

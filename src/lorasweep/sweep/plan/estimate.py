@@ -11,7 +11,7 @@ from typing import Literal
 from lorasweep.config.components import Component
 from lorasweep.sweep.controller.stopping_rules import build_rule
 from lorasweep.sweep.definition.arms import Arm, Definition
-from lorasweep.sweep.definition.seeds import count_reruns
+from lorasweep.sweep.definition.seeds import count_confirm_runs
 from lorasweep.sweep.definition.warnings import count_tokens
 from lorasweep.sweep.plan.measure import GroupCost, SweepCost, TrainingCost
 
@@ -37,7 +37,6 @@ class ArmPlan:
     arm: Arm
     pack_size: int
     """Maximum number of trials that train together."""
-    select_runs: int
     confirm_runs: int
     steps: int
     """Optimizer steps of all runs together, if no trial is pruned."""
@@ -73,21 +72,19 @@ class SweepPlan:
 def estimate_sweep(definition: Definition, cost: SweepCost) -> SweepPlan:
     """Returns the cost of a checked sweep from its measured parts."""
     stages = {"start": Seconds(cost.start_s, cost.start_s)}
+    confirm_runs = count_confirm_runs(definition)
     plans: dict[str, ArmPlan] = {}
     moments = {"the start": cost.start_bytes, "the report": cost.report_bytes}
     for group in cost.groups:
-        reruns = {arm.name: count_reruns(arm, definition) for arm in group.arms}
         times = estimate_group(group, definition)
         for stage, seconds in times.items():
             stages[stage] = stages.get(stage, Seconds()) + seconds
-        runs = {arm.name: arm.all_trials + sum(reruns[arm.name]) for arm in group.arms}
+        runs = {arm.name: arm.trials + confirm_runs[arm.name] for arm in group.arms}
         for arm in group.arms:
-            select_runs, confirm_runs = reruns[arm.name]
             plans[arm.name] = ArmPlan(
                 arm=arm,
                 pack_size=group.slots,
-                select_runs=select_runs,
-                confirm_runs=confirm_runs,
+                confirm_runs=confirm_runs[arm.name],
                 steps=runs[arm.name] * group.large.config.num_steps,
                 tokens=runs[arm.name] * count_tokens(group.large.config),
                 trainable_params=group.large.trainable_params,
@@ -116,25 +113,17 @@ def estimate_group(group: GroupCost, definition: Definition) -> dict[str, Second
     beyond the first rung trains without others.
     """
     low, high = Price(group, "low"), Price(group, "high")
-    full_packs = one_by_one = unpruned = 0.0
-    for number in range(max(arm.all_trials // arm.trials for arm in group.arms)):
-        arms = [arm for arm in group.arms if number == 0 or arm.space]
-        parts = [part for arm in arms for part in list_parts(arm)]
-        first = group.first_slots
-        full_packs += sum(part.trials * low.of_part(part, slots=first) for part in parts)
-        one_by_one += sum(part.trials * high.of_part(part, slots=1 if part.start else first) for part in parts)
-        unpruned += high.of_runs(sum(arm.trials for arm in arms), slots=first)
-    # a candidate of the select stage is a complete trial
-    num_complete = {arm.name: list_parts(arm)[-1].trials * (arm.all_trials // arm.trials) for arm in group.arms}
-    fewest = [count_reruns(arm, definition, num_complete=num_complete[arm.name]) for arm in group.arms]
-    most = [count_reruns(arm, definition) for arm in group.arms]
-    stages = {"search": Seconds(full_packs, max(unpruned, one_by_one))}
-    for index, stage in enumerate(("select", "confirm")):
-        num_low, num_high = (sum(counts[index] for counts in end) for end in (fewest, most))
-        stages[stage] = Seconds(low.of_runs(num_low, slots=group.slots), high.of_runs(num_high, slots=group.slots))
-    num_scored = sum(confirm_runs for _, confirm_runs in most)
-    stages["confirm"] += Seconds(low.of_scoring(), high.of_scoring()) * num_scored
-    return stages
+    parts, first = [part for arm in group.arms for part in list_parts(arm)], group.first_slots
+    full_packs = sum(part.trials * low.of_part(part, slots=first) for part in parts)
+    one_by_one = sum(part.trials * high.of_part(part, slots=1 if part.start else first) for part in parts)
+    unpruned = high.of_runs(sum(arm.trials for arm in group.arms), slots=first)
+    confirm_runs = count_confirm_runs(definition)
+    count = sum(confirm_runs[arm.name] for arm in group.arms)
+    confirm = Seconds(low.of_runs(count, slots=group.slots), high.of_runs(count, slots=group.slots))
+    return {
+        "search": Seconds(full_packs, max(unpruned, one_by_one)),
+        "confirm": confirm + Seconds(low.of_scoring(), high.of_scoring()) * count,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,7 @@ from lorasweep.report import write_report
 from lorasweep.sweep.controller.controller import Assignment, Controller
 from lorasweep.sweep.controller.lifecycle import create_sweep
 from lorasweep.sweep.definition.arms import Arm, Definition
-from lorasweep.sweep.definition.seeds import count_reruns
+from lorasweep.sweep.definition.seeds import count_confirm_runs
 from lorasweep.sweep.definition.warnings import count_tokens
 from lorasweep.sweep.workers.worker import Worker
 from lorasweep.training.environment import peak_memory_bytes, process_peak_bytes, reset_peak_memory
@@ -216,12 +216,10 @@ class MeasuringWorker(Worker):
         while len(first) < slots and (assignment := self.take(arms)) is not None:
             first.append(assignment)
         # The first pack may be smaller, because a sampler that learns waits for results. Then trials repeat here.
-        num_reruns = [
-            sum(counts) for counts in zip(*(count_reruns(each, self.definition) for each in arms), strict=True)
-        ]
+        confirm_runs = count_confirm_runs(self.definition)
         copies = [
             replace(first[number % len(first)], run_folder=self._make_folder(f"{arm.name}-{number}"))
-            for number in range(len(first), min(slots, max(num_reruns)))
+            for number in range(len(first), min(slots, sum(confirm_runs[each.name] for each in arms)))
         ]
         large: TrainingCost | None = None
         while large is None:

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from lorasweep.selection import describe_stage
+from lorasweep.selection import describe_confirmation
 from lorasweep.sweep.definition.arms import Definition
 from lorasweep.sweep.definition.bases import explain_bases
 from lorasweep.sweep.definition.packing import explain_packing
@@ -31,7 +31,7 @@ def render_plan(definition: Definition, plan: SweepPlan) -> RenderableType:
     for arm in plan.arms:
         table.add_row(
             escape(arm.arm.name),
-            " + ".join(map(str, filter(None, (arm.arm.all_trials, arm.select_runs, arm.confirm_runs)))),
+            " + ".join(map(str, filter(None, (arm.arm.trials, arm.confirm_runs)))),
             format_count(arm.steps),
             format_count(arm.tokens),
             format_count(arm.trainable_params),
@@ -49,7 +49,7 @@ def _list_notes(definition: Definition, plan: SweepPlan) -> Iterator[str]:
     for group in plan.cost.groups:
         if group.pack_note:
             yield f"{', '.join(f'`{arm.name}`' for arm in group.arms)}: {group.pack_note}"
-    yield _describe_stages(definition, plan)
+    yield _describe_stages(definition)
     yield from find_warnings(definition)
     parts = [f"{name} {format_seconds_range(time.low, time.high)}" for name, time in plan.stages.items() if time.high]
     workers = count_workers(definition)
@@ -64,15 +64,7 @@ def _list_notes(definition: Definition, plan: SweepPlan) -> Iterator[str]:
         yield f"The time of {join_words(plan.cost.omitted_loggers)} (`logger`) is not measured."
 
 
-def _describe_stages(definition: Definition, plan: SweepPlan) -> str:
-    confirm = definition.sweep_config.confirm
-    candidates = confirm.candidates
-    searches = definition.sweep_config.sweep.searches
-    stages = [f"{f'{searches} searches' if searches > 1 else 'search'} on validation data"]
-    if any(arm.select_runs for arm in plan.arms):
-        stages.append(f"then select: {describe_stage('select', num_seeds=confirm.select_seeds, candidates=candidates)}")
-    if confirm.seeds:
-        stages.append(f"then confirm: {describe_stage('confirm', num_seeds=confirm.seeds, candidates=candidates)}")
-    else:
-        stages.append("no confirm stage")
-    return f"Stages (the numbers of runs): {'; '.join(stages)}."
+def _describe_stages(definition: Definition) -> str:
+    seeds = definition.sweep_config.confirm.seeds
+    confirm = f"then confirm: {describe_confirmation(seeds)}" if seeds else "no confirm stage"
+    return f"Stages (the numbers of runs): search on validation data; {confirm}."
