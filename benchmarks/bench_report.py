@@ -131,7 +131,6 @@ def make_arm(name: str, trials: int) -> ArmRow:
         space=space,
         sampler="tpe",
         pruner="halving",
-        importance={"method.alpha_over_rank": 0.2, "optim.lr": 0.8} if rank else {},
         expanded_from="lora" if rank else None,
         expanded={"method.rank": rank} if rank else {},
     )

@@ -50,7 +50,6 @@ def make_sweep(**values):
         space={"method.rank": [1, 2]},
         sampler="tpe",
         pruner="none",
-        importance={"method.rank": 1.0},
     )
     trial = TrialRow(arm="lora", number=0, state="failed", params={"method.rank": 1}, value=None, run="r", reason="x")
     confirmed = ConfirmRow(arm="lora", trial=0, seed=7, state="complete", run="runs/lora-confirm-0000", value=1.5)

@@ -33,8 +33,6 @@ VERSION = 1
 """Version of the format. Records of another version are refused."""
 MAX_NESTING = 50
 """Lists and mappings inside each other. A deeper record is refused: its readers call themselves once per level."""
-MIN_IMPORTANCE_TRIALS = 20
-"""The importance of settings needs this many complete trials: with fewer it is mostly noise."""
 
 RunStatus = Literal["running", "complete", "paused", "pruned", "failed", "infeasible", "interrupted"]
 """`paused`: the run stopped at an evaluation and may continue from its checkpoint. `pruned`: the run was paused and the
@@ -188,8 +186,6 @@ class ArmRow:
     """Swept keys: a list of choices or a mapping `low`, `high`, and `log` or `step`."""
     sampler: str
     pruner: str
-    importance: dict[str, float] = field(default_factory=dict)
-    """Share of the score's variance that each swept key explains (Optuna), where it could be computed."""
     expanded_from: str | None = None
     """The arm in the sweep file whose `expand` made this one."""
     expanded: dict[str, Any] = field(default_factory=dict)

@@ -10,7 +10,7 @@ import pytest
 from lorasweep.report.figures import PANELS, trials
 from lorasweep.report.figures.confirmed import draw_confirmed, draw_confirmed_by_rank, find_reference
 from lorasweep.report.figures.panel import choose_colours, find_score_range, pad_range, select_evenly
-from lorasweep.report.figures.settings import draw_importance, draw_parallel_coordinates, draw_rank_alpha
+from lorasweep.report.figures.settings import draw_rank_alpha
 from lorasweep.report.figures.trials import (
     draw_learning_curves,
     draw_score_by_lr,
@@ -175,36 +175,6 @@ def test_tradeoff_without_a_readable_run_is_a_sentence(sweep: Path) -> None:
     panel = draw_tradeoff(load_sweep_data(sweep))
     assert panel.figures == ()
     assert "readable record" in panel.text
-
-
-def test_parallel_coordinates_have_an_axis_per_swept_key_and_the_score(sweep: Path) -> None:
-    (figure,) = draw_parallel_coordinates(load_sweep_data(sweep)).figures
-    axes = figure.data[0].dimensions
-    assert [axis.label for axis in axes] == ["rank", "alpha", "lr", "bits per byte"]
-    assert {len(axis.values) for axis in axes} == {11}
-    assert list(axes[0].ticktext) == ["1", "4", "16", "64"]
-
-
-def test_linear_range_and_words_are_axes_too(sweep: Path) -> None:
-    def change(raw: dict[str, Any]) -> None:
-        raw["arms"][1]["space"] = {"method.dropout": {"low": 0, "high": 0.5}, "method.scaling": ["a", "b"]}
-        for index, trial in enumerate(raw["trials"]):
-            trial["params"] = {"method.dropout": 0.01 * index, "method.scaling": "ab"[index % 2]}
-
-    edit_json(sweep / "sweep.json", change)
-    (figure,) = draw_parallel_coordinates(load_sweep_data(sweep)).figures
-    assert [axis.label for axis in figure.data[0].dimensions] == ["dropout", "scaling", "bits per byte"]
-    assert set(figure.data[0].dimensions[1].values) == {0, 1}
-
-
-def test_importance_is_drawn_if_it_is_known(sweep: Path) -> None:
-    panel = draw_importance(load_sweep_data(sweep))
-    assert panel.figures == ()
-    assert "20 complete trials" in panel.text
-    shares = {"method.rank": 0.31, "method.alpha": 0.12, "optim.lr": 0.57}
-    edit_json(sweep / "sweep.json", lambda raw: raw["arms"][1].update(importance=shares))
-    (figure,) = draw_importance(load_sweep_data(sweep)).figures
-    assert [(bar.name, list(bar.y)) for bar in figure.data] == [("lora", ["method.alpha", "method.rank", "optim.lr"])]
 
 
 def test_confirmed_means_have_their_intervals_as_bars(confirmed: Path) -> None:

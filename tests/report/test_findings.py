@@ -182,14 +182,3 @@ def test_of_many_arms_four_best_get_a_sentence(tmp_path: Path) -> None:
 def test_warnings_of_the_sweep_are_shown(sweep: Path) -> None:
     edit_json(sweep / "sweep.json", lambda raw: raw.update(warnings=["Arms have unequal numbers of trials."]))
     assert "Arms have unequal numbers of trials." in summarize(sweep).sentences
-
-
-def test_shares_need_five_complete_trials_of_the_arm_and_of_full(tmp_path: Path) -> None:
-    few_full = summarize(confirm_sweep(build_sweep(tmp_path / "a", full=4)))
-    few_lora = summarize(confirm_sweep(build_sweep(tmp_path / "b", lora=6)))
-    assert [arm.share_of_full_gain for arm in few_full.data.evidence.arms] == [None, None, None]
-    assert [arm.share_of_full_gain is None for arm in few_lora.data.evidence.arms] == [False, True, False]
-    assert all(arm["share_of_full_gain"] is None for arm in few_full.as_json()["arms"])
-    for summary, part in ((few_full, "no share of full's gain: `full` has 4."), (few_lora, "`lora` has 3.")):
-        assert any("needs 5 complete trials" in text and part in text for text in summary.sentences)
-        assert not any("`lora` scores" in text and "what full fine-tuning gains" in text for text in summary.sentences)

@@ -66,9 +66,3 @@ def test_dollars_in_a_name_are_no_formula() -> None:
     figure = go.Figure(layout={"height": 200})
     figure.add_scatter(x=[0], y=[0], mode="markers", marker={"color": RED}, name=r"$\wrong{$", showlegend=True)
     assert draw_png(figure, title=r"$\wrong{$")
-
-
-def test_parallel_coordinates_have_no_image() -> None:
-    figure = go.Figure(layout={"height": 200})
-    figure.add_parcoords(dimensions=[{"values": [1, 2]}])
-    assert draw_png(figure, title="title") is None

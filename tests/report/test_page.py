@@ -54,7 +54,7 @@ def written(sweep: Path) -> Page:
 
 
 SECTIONS = [
-    *("arms", "confirmed", "rank-alpha", "curves", "tradeoff", "rank", "lr", "expected", "settings", "importance"),
+    *("arms", "confirmed", "rank-alpha", "curves", "tradeoff", "rank", "lr"),
     *("weights", "unfinished", "trials"),
 ]
 
@@ -62,8 +62,8 @@ SECTIONS = [
 def test_page_has_every_section_and_figure(sweep: Path) -> None:
     page = written(sweep)
     assert [name for name in page.ids if name in SECTIONS] == SECTIONS
-    # one figure per panel, but three costs and no importance of so few trials
-    assert len(page.figures) == 9
+    # one figure per panel, but three costs
+    assert len(page.figures) == 7
     assert "93 %" in page.text
     assert "one seed" in page.text
     assert "The loss became NaN at step 12." in page.text
@@ -72,7 +72,7 @@ def test_page_has_every_section_and_figure(sweep: Path) -> None:
 def test_confirmed_page_shows_intervals_verdicts_and_confirm_runs(confirmed: Path) -> None:
     page = written(confirmed)
     # scores and differences from full
-    assert len(page.figures) == 11
+    assert len(page.figures) == 9
     assert "5 fresh seeds" in page.text
     assert "40 test examples in 20 documents" in page.text
     assert "It is worse than full fine-tuning by" in page.text
@@ -121,7 +121,7 @@ def test_page_shows_what_was_inspected(sweep: Path) -> None:
     assert f"Type lorasweep inspect {sweep}." in written(sweep).text
     inspect_winners(sweep)
     page = written(sweep)
-    assert len(page.figures) == 14
+    assert len(page.figures) == 12
     assert "At 16." in page.text
 
 
@@ -159,7 +159,7 @@ def test_hostile_names_are_text(sweep: Path) -> None:
     assert not [found for _, found in page.tags if any(name.startswith("on") for name in found)]
     assert HOSTILE in page.text
     # plotly obeys tags in labels: they reach it escaped
-    assert len(page.figures) == 9
+    assert len(page.figures) == 7
     assert "<img" not in json.dumps(page.figures)
 
 

@@ -98,7 +98,7 @@ def advise_dimension(data: SweepData) -> DimensionAdvice | None:
     """
     searched: dict[int, tuple[float, Interval | None]] = {}
     confirmed: dict[int, tuple[float, Interval | None]] = {}
-    for arm in (arm for arm in data.arms if arm.row.method == "intrinsic" and arm.is_searched_enough):
+    for arm in (arm for arm in data.arms if arm.row.method == "intrinsic"):
         for trial in arm.trials:
             dim, share = trial.numeric_setting("method.dim"), data.share_of_full_gain(trial.value)
             if trial.is_complete and dim is not None and share is not None:

@@ -71,10 +71,12 @@ def write_board(data: SweepData, panels: Sequence[Panel], folder: Path) -> None:
     from lorasweep.report.figures.image import draw_png  # noqa: PLC0415 (matplotlib takes half a second to import)
 
     images = [
-        _image(f"figures/{panel.title}{f' {number}' if len(panel.figures) > 1 else ''}", png)
+        _image(
+            f"figures/{panel.title}{f' {number}' if len(panel.figures) > 1 else ''}",
+            draw_png(figure, title=panel.title),
+        )
         for panel in panels
         for number, figure in enumerate(panel.figures, start=1)
-        if (png := draw_png(figure, title=panel.title))
     ]
     verdicts = "\n".join(f"- {describe_pair(pair, groups=data.example_groups)}." for pair in data.evidence.pairs)
     texts = [_text("verdicts", verdicts)] if verdicts else []

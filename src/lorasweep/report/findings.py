@@ -13,7 +13,7 @@ from lorasweep.report.advice import Advice
 from lorasweep.report.evidence.verdicts import LEVEL, PairComparison
 from lorasweep.report.fairness import Fairness
 from lorasweep.report.learning import Learning
-from lorasweep.report.sweep_data import MIN_SHARE_TRIALS, ArmData, SweepData, TrialData
+from lorasweep.report.sweep_data import ArmData, SweepData, TrialData
 from lorasweep.wording import (
     format_count,
     format_estimate,
@@ -62,7 +62,6 @@ def describe_findings(
         *_describe_harness(data),
         *(rank.sentence for rank in advice.ranks),
         *([advice.dimension.sentence] if advice.dimension else []),
-        *_describe_unknown_shares(data),
         *_describe_effort(data),
         *fairness.sentences,
         *(_describe_limits(data) if is_confirmed else [ONE_SEED]),
@@ -186,16 +185,6 @@ def _describe_ends(data: SweepData) -> str:
         ends.append("full fine-tuning gained nothing, so no share of its gain is given")
     text = "; ".join(ends)
     return f"{text[0].upper()}{text[1:]}."
-
-
-def _describe_unknown_shares(data: SweepData) -> list[str]:
-    """Returns a sentence if arms have no share of full's gain because few of their trials are complete."""
-    arms = [arm for arm in data.rarely_complete if arm.row.method != "frozen"]
-    if not arms or None in (data.best_score("frozen"), data.best_score("full")):
-        return []
-    counts = join_words([f"`{arm.name}` has {arm.count('complete')}" for arm in arms])
-    every = "no share of full's gain" if any(arm.row.method == "full" for arm in arms) else "no share for these arms"
-    return [f"A share of full's gain needs {MIN_SHARE_TRIALS} complete trials, so there is {every}: {counts}."]
 
 
 def _format_settings(trial: TrialData | None) -> str:

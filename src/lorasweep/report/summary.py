@@ -149,9 +149,8 @@ def _summarize_arm(arm: ArmData, data: SweepData) -> dict[str, Any]:
         "trials": {state: arm.count(state) for state in STATES},
         **{name: arm.cost(name) for name in COSTS},
         "occupancy": arm.occupancy,
-        "importance": arm.row.importance,
         "arm_wall_s": sum(trial.record.wall_s for trial in arm.trials if trial.record),
-        "share_of_full_gain": data.share_of_full_gain(best.value if best and arm.is_searched_enough else None),
+        "share_of_full_gain": data.share_of_full_gain(best.value if best else None),
         "confirmed": asdict(confirmed) if confirmed else None,
         "harness": arm.harness,
     }

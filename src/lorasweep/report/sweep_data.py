@@ -42,8 +42,6 @@ from lorasweep.report.evidence.verdicts import Evidence, compare_arms
 from lorasweep.selection import find_winner, list_confirm_rows
 from lorasweep.wording import format_setting
 
-MIN_SHARE_TRIALS = 5
-"""A share of full's gain needs this many complete trials of the arm and of `full`: fewer depend too much on luck."""
 RANK, ALPHA, LR = "method.rank", "method.alpha", "optim.lr"
 MULTIPLIER = "method.alpha_over_rank"
 """The key of α/r in a sweep that searches it."""
@@ -123,11 +121,6 @@ class ArmData:
     @property
     def name(self) -> str:
         return self.row.name
-
-    @property
-    def is_searched_enough(self) -> bool:
-        """Whether the arm may have a share of full's gain: it searches nothing, or enough trials are complete."""
-        return not self.row.space or self.count("complete") >= MIN_SHARE_TRIALS
 
     @property
     def harness(self) -> dict[str, float]:
@@ -244,11 +237,6 @@ class SweepData:
         keys = [key for arm in self.arms for key in arm.row.space]
         return tuple(dict.fromkeys([*keys, *(key for trial in self.trials for key in trial.params)]))
 
-    @cached_property
-    def rarely_complete(self) -> tuple[ArmData, ...]:
-        """The arms with too few complete trials for a share of full's gain."""
-        return tuple(arm for arm in self.arms if arm.best and not arm.is_searched_enough)
-
     def best_score(self, method: str) -> float | None:
         """Returns the best search score of a method: `frozen` is the base model, `full` is full fine-tuning."""
         best = [arm.best for arm in self.arms if arm.row.method == method and arm.best]
@@ -261,15 +249,12 @@ class SweepData:
         if self.evidence.arms:
             confirmed = self.evidence.arm(arm.name)
             return (confirmed.share_of_full_gain, confirmed.share_interval) if confirmed else (None, None)
-        score = arm.best.value if arm.best and arm.is_searched_enough else None
-        return self.share_of_full_gain(score), None
+        return self.share_of_full_gain(arm.best.value if arm.best else None), None
 
     def share_of_full_gain(self, score: float | None) -> float | None:
         """Returns (base - score) / (base - full), or None if a score is missing or full fine-tuning gained nothing."""
         base, full = self.best_score("frozen"), self.best_score("full")
         if score is None or base is None or full is None or self.sign * (base - full) <= 0:
-            return None
-        if any(arm.row.method == "full" for arm in self.rarely_complete):
             return None
         return (base - score) / (base - full)
 
@@ -313,7 +298,6 @@ def load_sweep_data(folder: Path) -> SweepData:
             [(arm.name, arm.row.method) for arm in arms],
             sign=1 if record.direction == "minimize" else -1,
             margin=parse_margin(record.margin),
-            without_share=_find_arms_without_share(arms),
             rank_groups=[{arm.rank: arm.name for arm in group if arm.rank} for group in groups],
         ),
     )
@@ -368,13 +352,6 @@ def _read_curve(run: Path, metric: str) -> Curve:
     except (OSError, UnicodeDecodeError):
         return ()
     return tuple(sorted(values.items()))
-
-
-def _find_arms_without_share(arms: Sequence[ArmData]) -> frozenset[str]:
-    """Returns the arms whose search, or that of `full`, has too few complete trials for a share of full's gain."""
-    rare = [arm for arm in arms if not arm.is_searched_enough]
-    has_rare_full = any(arm.row.method == "full" for arm in rare)
-    return frozenset(arm.name for arm in (arms if has_rare_full else rare))
 
 
 def _describe_missing_scores(arm: ArmData) -> str | None:

@@ -270,15 +270,6 @@ def test_every_pruner_runs_a_sweep(begin, work, runs, content, pruner):
     assert any("pruned" in found for found in states.values()) == (pruner != "none")
 
 
-def test_importance_is_measured_at_the_end(begin, work, runs, content):
-    folder = begin(content, "arms.lora.trials=20")
-    assert work(folder)
-    arms = {arm.name: arm for arm in read_sweep(folder.path).arms}
-    assert set(arms["lora"].importance) == {"method.rank", "optim.lr"}
-    assert arms["lora"].importance["optim.lr"] > arms["lora"].importance["method.rank"]  # the score has no rank in it
-    assert arms["frozen"].importance == {}
-
-
 def test_time_of_all_sessions_is_added(begin, work, runs, content):
     folder = begin(content)
     assert not work(folder, stop_at=5)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
@@ -132,7 +132,6 @@ def compare_arms(
     sign: int,
     margin: Margin,
     rank_groups: Sequence[Mapping[float, str]] = (),
-    without_share: Collection[str] = (),
 ) -> Evidence:
     """Returns the results of the confirm stage.
 
@@ -142,17 +141,12 @@ def compare_arms(
         sign: 1 if lower scores are better, else -1.
         margin: The margin as it was stated before the sweep.
         rank_groups: Per group of arms that differ in rank alone, the arm of each rank.
-        without_share: The arms that get no share of full's gain, because their search has too few complete trials.
     """
     names = [name for name, _ in methods if scores.values.get(name)]
     base, full = (_find_best(method, methods, scores, sign=sign) for method in ("frozen", "full"))
     measured = measure_margin(scores, margin, base=base, full=full, sign=sign)
     return Evidence(
-        arms=tuple(
-            arm
-            for name in names
-            if (arm := _estimate_arm(scores, name, base, None if name in without_share else full, sign=sign))
-        ),
+        arms=tuple(arm for name in names if (arm := _estimate_arm(scores, name, base, full, sign=sign))),
         pairs=compare_pairs(scores, names, sign=sign, margin=measured),
         num_examples=scores.num_examples,
         num_groups=scores.num_groups,

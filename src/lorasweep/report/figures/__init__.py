@@ -3,9 +3,8 @@
 from collections.abc import Callable
 
 from lorasweep.report.figures.confirmed import draw_confirmed
-from lorasweep.report.figures.expected import draw_expected_best
 from lorasweep.report.figures.panel import Panel
-from lorasweep.report.figures.settings import draw_importance, draw_parallel_coordinates, draw_rank_alpha
+from lorasweep.report.figures.settings import draw_rank_alpha
 from lorasweep.report.figures.trials import draw_learning_curves, draw_score_by_lr, draw_score_by_rank, draw_tradeoff
 from lorasweep.report.figures.weights import draw_weights
 from lorasweep.report.sweep_data import SweepData
@@ -16,10 +15,7 @@ PANELS: tuple[Callable[[SweepData], Panel], ...] = (
     draw_rank_alpha,
     draw_score_by_lr,
     draw_learning_curves,
-    draw_expected_best,
     draw_tradeoff,
-    draw_parallel_coordinates,
-    draw_importance,
     draw_weights,
 )
 """The panels in the order of the page."""

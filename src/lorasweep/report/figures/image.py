@@ -25,11 +25,9 @@ GREY = "#868e96"
 
 
 @rc_context({"text.parse_math": False})  # a "$" in a name is no formula
-def draw_png(figure: go.Figure, *, title: str) -> bytes | None:
-    """Returns a figure as a PNG image; None if it has parallel coordinates, which matplotlib can't draw."""
+def draw_png(figure: go.Figure, *, title: str) -> bytes:
+    """Returns a figure as a PNG image."""
     layout = figure.layout
-    if any(trace.type == "parcoords" for trace in figure.data):
-        return None
     canvas = Figure(figsize=(WIDTH_INCHES, layout.height / PAGE_PIXELS_PER_INCH + 0.4), layout="constrained")
     axes = canvas.subplots()
     for trace in figure.data:

@@ -31,22 +31,13 @@ function draw(node, figure) {
   });
 }
 
-function hasWebGl() {
-  return document.createElement("canvas").getContext("webgl") !== null;
-}
-
 function drawSection(section) {
   const source = section.querySelector(".figure-data:not([data-drawn])");
   if (source === null) return;
   source.dataset.drawn = "";
   const nodes = section.querySelectorAll(".figure");
   JSON.parse(source.textContent).forEach((figure, index) => {
-    if (figure.data.some((trace) => trace.type === "parcoords") && !hasWebGl()) {
-      nodes[index].style.minHeight = "0";
-      nodes[index].textContent = "This figure needs WebGL, which this browser does not offer.";
-    } else {
-      draw(nodes[index], figure);
-    }
+    draw(nodes[index], figure);
   });
 }
 

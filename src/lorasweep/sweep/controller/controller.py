@@ -20,7 +20,7 @@ from lorasweep.record import RunRecord, add_telemetry
 from lorasweep.redaction import redact
 from lorasweep.sweep.controller.arm_trials import ArmTrials
 from lorasweep.sweep.controller.folder import SweepFolder
-from lorasweep.sweep.controller.record_rows import RUNS_FOLDER, measure_importance
+from lorasweep.sweep.controller.record_rows import RUNS_FOLDER
 from lorasweep.sweep.controller.stages import Confirmation, Search, Stage, plan_confirmation
 from lorasweep.sweep.controller.storage import database_must_answer, flush_storage
 from lorasweep.sweep.controller.trial import (
@@ -293,8 +293,6 @@ class Controller:
             for folder in (self.sweep.path / RUNS_FOLDER).iterdir():
                 remove_checkpoints(folder)  # killed processes may have left checkpoints and half-written files
                 remove_leftovers(folder)
-            for row in self.sweep.record.arms:
-                row.importance = measure_importance(self.search.arms[row.name].frozen())
         self.save("complete" if self._is_over else "interrupted")
         return self._is_over
 

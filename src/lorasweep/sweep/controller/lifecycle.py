@@ -6,7 +6,6 @@ import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -221,8 +220,7 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None, file: 
     if file is not None:
         record.source, record.source_sha256 = str(file), compute_sha256(file)
     record.confirm_seeds = draw_confirm_seeds(definition)
-    importance = {row.name: row.importance for row in record.arms}
-    record.arms = [replace(arm_row(arm), importance=importance.get(arm.name, {})) for arm in definition.arms]
+    record.arms = [arm_row(arm) for arm in definition.arms]
     # the confirm stage adds its own warnings again
     record.warnings = [
         *find_warnings(definition),

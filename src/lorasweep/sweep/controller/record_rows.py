@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
 from typing import Any
 
-import optuna
-from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
-from lorasweep.record import MIN_IMPORTANCE_TRIALS, ArmRow, ConfirmRow, TrialRow
+from lorasweep.record import ArmRow, ConfirmRow, TrialRow
 from lorasweep.sweep.controller.trial import (
     HARNESS_ATTRIBUTE,
     REASON_ATTRIBUTE,
@@ -88,18 +84,3 @@ def _read_results(trial: FrozenTrial) -> dict[str, Any]:
         "last_value": trial.intermediate_values.get(step),
         "slot_steps": trial.user_attrs.get(SLOT_STEPS_ATTRIBUTE, 0.0),
     }
-
-
-def measure_importance(trials: Sequence[FrozenTrial]) -> dict[str, float]:
-    """Returns each swept key's share of the score's variance (PED-ANOVA, arXiv 2304.10255).
-
-    Empty if fewer than `MIN_IMPORTANCE_TRIALS` trials are complete, or all of them have the same score.
-    """
-    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    if len(complete) < MIN_IMPORTANCE_TRIALS or len({trial.value for trial in complete}) < 2:
-        return {}
-    study = optuna.create_study()
-    study.add_trials(complete)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
