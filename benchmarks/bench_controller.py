@@ -369,22 +369,21 @@ class PlayingWorker:
 def list_occupancy_sweeps() -> dict[str, dict[str, Any]]:
     """Returns the content of the simulated sweeps by name, all with the default rungs and stages."""
 
-    def lora(num_trials: int, **more: Any) -> dict[str, Any]:
+    def lora(num_trials: int, rank: int = 8) -> dict[str, Any]:
         return {
-            "settings": {"method": "lora"},
+            "settings": {"method": "lora", "method.rank": rank},
             "space": {**LR, "method.alpha": [4, 16, 64]},
             "trials": num_trials,
-            **more,
         }
 
     full = {"settings": {"method": "full"}, "space": LR}
-    ranks = lora(8, expand={"method.rank": [1, 4, 16, 64]})
+    ranks = {f"lora-rank{rank}": lora(8, rank) for rank in (1, 4, 16, 64)}
     arms: dict[str, dict[str, Any]] = {
         "quickstart: lora 12, full 12": {"lora": lora(12), "full": {**full, "trials": 12}},
         "lora 8": {"lora": lora(8)},
         "lora 24": {"lora": lora(24)},
-        "4 ranks × 8": {"lora": ranks},
-        "4 ranks × 8, full 8": {"lora": ranks, "full": {**full, "trials": 8}},
+        "4 ranks × 8": ranks,
+        "4 ranks × 8, full 8": {**ranks, "full": {**full, "trials": 8}},
     }
     settings = {"trainer.max_steps": 120, "trainer.eval_every_steps": 10, "sampler": "tpe"}
     frozen = {"frozen": {"settings": {"method": "frozen"}}}

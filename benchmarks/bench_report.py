@@ -131,8 +131,6 @@ def make_arm(name: str, trials: int) -> ArmRow:
         space=space,
         sampler="tpe",
         pruner="halving",
-        expanded_from="lora" if rank else None,
-        expanded={"method.rank": rank} if rank else {},
     )
 
 

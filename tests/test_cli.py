@@ -116,7 +116,7 @@ BAD = [
     ),
     (["sweep", "--resume", "full", "confirm.seeds=1"], "'full'"),
     (["sweep", "mini.yaml", "arms.lora.confirm.seeds=3"], "`confirm.seeds` must be the same for all arms"),
-    (["sweep", "mini.yaml", "arms.lora.expand.method.rnk=[1]"], "Did you mean `method.rank`?"),
+    (["sweep", "mini.yaml", "arms.lora.method.rnk=[1]"], "Did you mean `method.rank`?"),
     (["plan", "mini.yaml", "method.rnk=4"], "Did you mean `method.rank`?"),
     (["compare", "nowhere"], "nowhere"),
     (["export", "nowhere", "--format", "peft", "--out", "new"], "run.json, but 'nowhere'"),

@@ -186,10 +186,6 @@ class ArmRow:
     """Swept keys: a list of choices or a mapping `low`, `high`, and `log` or `step`."""
     sampler: str
     pruner: str
-    expanded_from: str | None = None
-    """The arm in the sweep file whose `expand` made this one."""
-    expanded: dict[str, Any] = field(default_factory=dict)
-    """Values of the expanded keys in this arm."""
 
 
 @dataclass(kw_only=True)

@@ -48,7 +48,7 @@ MAPPINGS = ("method.rank_pattern", "method.alpha_pattern", "method.config", "wor
 """Settings that are mappings with the user's own keys, such as names of layers."""
 LIST_SETTINGS = (
     *("data.columns", "data.labels", "method.exclude", "method.layers", "method.modules_to_save"),
-    "method.targets",  # names of layers, as in PEFT; a sweep file can expand an arm over several lists
+    "method.targets",  # names of layers, as in PEFT
 )
 """Settings that take a list. A list that is typed for one of them is its value, not a list of choices."""
 PEFT_ALIASES: Mapping[str, str] = {

@@ -148,21 +148,6 @@ def test_an_arm_is_added_by_the_command_line_or_by_the_file(begin, work, runs, c
     reopen_sweep(filed.path).close()
 
 
-def test_a_value_of_an_expansion_is_added_as_an_arm(begin, work, runs, small):
-    small["arms"]["lora"] = {
-        "settings": {"method": "lora"},
-        "expand": {"method.rank": [1, 2]},
-        "space": {"optim.lr": [0.01, 0.02]},
-        "trials": 2,
-    }
-    folder = begin(small)
-    assert work(folder)
-    before = rows_of(folder.path)
-    assert work(reopen_sweep(folder.path, changes={"arms.lora.expand.method.rank": [1, 2, 4]}))
-    assert [row for row in rows_of(folder.path) if row.arm != "lora-rank4"] == before
-    assert [arm.name for arm in rows_of(folder.path, "arms")] == ["frozen", "lora-rank1", "lora-rank2", "lora-rank4"]
-
-
 REFUSED = [
     ({"arms.lora.trials": 5}, r"`arms.lora.trials >= 6` must hold, the number so far, but got 5\."),
     ({"sweep.trials": 5}, r"`arms.lora.trials >= 6` must hold"),
@@ -173,7 +158,6 @@ REFUSED = [
     ({"sampler": "qmc"}, r"`sampler.name` must stay 'tpe', .* but got 'qmc'"),
     ({"pruner.rungs": [0.25]}, r"`pruner.rungs` must stay "),
     ({"sweep.seed": 1}, r"`sweep.seed` must stay 0, "),
-    ({"arms.lora.expand.method.dropout": [0.1]}, r"`lora` is missing in frozen, lora-dropout0_1"),
     ({"arms.lora": NEW_ARM}, r"`arms.lora` must be the name of a new arm"),
     ({"arms.new": 5}, r"`arms.new` must be a new arm such as `{settings: {method: lora}"),
     ({"arms.new.trials": 5}, r"`arms.new.trials` must be a setting of at least one arm"),

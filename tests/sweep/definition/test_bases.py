@@ -63,10 +63,12 @@ def test_a_note_says_which_base_each_arm_has(write_file, content):
 
 def test_arms_on_different_bases_share_no_packs(write_file, content):
     del content["settings"]["worker.pack_size"]
-    content["arms"]["lora"]["expand"] = {"model.quantization": ["none", "nf4", "int8"]}
+    lora = content["arms"].pop("lora")
+    for kind in ("none", "nf4", "int8"):
+        content["arms"][f"lora-{kind}"] = lora | {"settings": {"method": "lora", "model.quantization": kind}}
     definition = read_definition(write_file(content), [])
     plans = plan_packing(definition)
-    keys = [plans[f"lora-quantization_{kind}"].key for kind in ("none", "nf4", "int8")]
+    keys = [plans[f"lora-{kind}"].key for kind in ("none", "nf4", "int8")]
     assert None not in keys
     assert len(set(keys)) == 3
     assert any("`model.quantization` must be equal" in note for note in explain_packing(definition))

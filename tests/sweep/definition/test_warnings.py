@@ -34,11 +34,6 @@ def test_a_fixed_alpha_is_warned_of_where_the_rank_is_searched(warnings):
     assert "`method.alpha: {over_rank: 2}`" in warning
 
 
-def test_an_expansion_over_the_rank_is_warned_of_once(warnings):
-    (warning,) = warnings({"expand": {"method.rank": [1, 2, 8]}})
-    assert "α/r = 16 at rank 1 and 2 at rank 8" in warning
-
-
 @pytest.mark.parametrize(
     "lora",
     [
@@ -46,7 +41,6 @@ def test_an_expansion_over_the_rank_is_warned_of_once(warnings):
         {"space": {"method.rank": [1, 64], "method.alpha": {"over_rank": [1, 2]}, "optim.lr": RATES}},
         {"space": SEARCHED, "settings": {"method": "lora", "method.alpha": {"over_rank": 2}}},
         {"space": SEARCHED, "settings": {"method.scaling": "alpha_over_sqrt_rank"}},
-        {"space": {"optim.lr": RATES}, "expand": {"method.rank": [1, 8], "method.alpha": [8, 16]}},
         {"space": {"method.rank": [8], "optim.lr": RATES}},
         {"space": {"optim.lr": RATES}, "settings": {"method.rank": 64}},
     ],

@@ -12,7 +12,10 @@ from lorasweep.sweep.plan.render import render_plan
 
 
 def test_a_plan_fits_eighty_columns_and_says_which_stages_there_are(begin, content):
-    content["arms"]["lora"] |= {"expand": {"method.rank": [1, 16]}, "space": {"optim.lr": [0.1, 0.2]}, "trials": 2}
+    del content["arms"]["lora"]
+    for rank in (1, 16):
+        settings = {"method": "lora", "method.rank": rank}
+        content["arms"][f"lora-rank{rank}"] = {"settings": settings, "space": {"optim.lr": [0.1, 0.2]}, "trials": 2}
     content["settings"] |= {"worker.pack_size": "auto"}
     folder = begin(content, "confirm.seeds=3")
     folder.close()

@@ -55,16 +55,12 @@ def draw_score_by_rank(data: SweepData) -> Panel:
         best = {rank: score for rank, _, score in sorted(points, key=lambda p: (p[0], -data.sign * p[2]))}
         add_line(figure, [*best], [*best.values()], colours[arm], f"{name}: best", showlegend=True, line={"width": 2.5})
     cut = set_score_axis(figure, data, [score for points in lines.values() for _, _, score in points])
-    hint = "`expand: {method.rank: [...]}` gives each rank its own search and confirm runs."
     return Panel(
         key="rank",
         title=title,
         text=f"Each dot is a complete trial; the line joins the best of each rank.{left_out}{cut}",
         figures=(figure, *draw_confirmed_by_rank(data)),
-        notes=(
-            *(rank.sentence for rank in advise(data).ranks),
-            *([hint] if any(RANK in arm.row.space for arm in data.arms) else []),
-        ),
+        notes=tuple(rank.sentence for rank in advise(data).ranks),
     )
 
 

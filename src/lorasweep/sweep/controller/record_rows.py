@@ -43,8 +43,6 @@ def arm_row(arm: Arm) -> ArmRow:
         space=describe_space(arm.space),
         sampler=arm.sweep_config.sampler.name,
         pruner=arm.sweep_config.pruner.name,
-        expanded_from=arm.expanded_from,
-        expanded=dict(arm.expanded),
     )
 
 

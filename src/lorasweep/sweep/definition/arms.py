@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,6 @@ from lorasweep.sweep.definition.alpha_over_rank import (
     merge_layers,
     spell_out_multiplier,
 )
-from lorasweep.sweep.definition.expand import ExpandedArm, expand_arms, get_arm_overrides, refuse_expanded_keys
 from lorasweep.sweep.definition.space import (
     MAX_GRID_COMBINATIONS,
     Space,
@@ -49,7 +48,7 @@ from lorasweep.sweep.definition.space import (
     list_grid_values,
     parse_range,
 )
-from lorasweep.sweep.definition.sweep_file import SweepFile, parse_file, read_content, require_folder_name
+from lorasweep.sweep.definition.sweep_file import ArmConfig, SweepFile, parse_file, read_content, require_folder_name
 from lorasweep.wording import nearest
 
 DEFAULT_TRIALS = 16
@@ -57,7 +56,7 @@ DEFAULT_TRIALS = 16
 CONFIRM_ENDING = "-confirm"
 """An ending that an arm's name must not have. The folder of a confirm run has the name of its arm, this ending and a
 number."""
-SHARED_LAYERS = (0, 3)
+SHARED_LAYERS = (0, 2)
 """Places, among the layers of an arm's settings, of those for all arms: the sweep file's and the command line's."""
 QUANTIZATION = "model.quantization"
 PATH_KEYS = ("data.train", "data.validation", "data.test", "model.path")
@@ -75,10 +74,6 @@ class Arm:
     space: Space
     trials: int
     sweep_config: SweepConfig
-    expanded_from: str | None = None
-    """The arm in the sweep file whose `expand` created this arm."""
-    expanded: Mapping[str, Any] = field(default_factory=dict)
-    """The keys and values that distinguish this arm from the other arms of the same `expand`."""
 
     def compose(self, params: Mapping[str, Any]) -> RunConfig:
         """Returns the settings of a trial with these values of the swept keys."""
@@ -178,10 +173,7 @@ def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Defini
     overrides = spell_out_multiplier(typed, where="the command line")
     sweep_overrides = _split_sweep_settings(overrides)[1]
     used_keys = set(sweep_overrides)
-    arms = tuple(
-        _build_arm(arm, file, overrides, used_keys=used_keys)
-        for arm in expand_arms(file, overrides, used_keys=used_keys)
-    )
+    arms = tuple(_build_arm(name, config, file, overrides, used_keys=used_keys) for name, config in file.arms.items())
     for key in overrides:
         if key not in used_keys:  # neither an arm nor the sweep has this setting
             names = ", ".join(arm.name for arm in arms)
@@ -259,23 +251,25 @@ def _split_sweep_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], 
     return {key: value for key, value in settings.items() if key not in sweep_settings}, sweep_settings
 
 
-def _build_arm(arm: ExpandedArm, file: SweepFile, overrides: Mapping[str, Any], *, used_keys: set[str]) -> Arm:
+def _build_arm(
+    name: str, config: ArmConfig, file: SweepFile, overrides: Mapping[str, Any], *, used_keys: set[str]
+) -> Arm:
     """Returns one arm, composed and checked. Adds the keys of overrides that apply to the arm to `used_keys`."""
-    require_folder_name("an arm's name", arm.name)
-    if arm.name.endswith(CONFIRM_ENDING):
-        raise ConfigError(f"an arm's name must not end in `{CONFIRM_ENDING}`, but got {arm.name!r}. Rename the arm.")
-    for_this_arm = [
-        {"sweep.trials" if key == "trials" else key: value for key, value in layer.items()}
-        for layer in get_arm_overrides(arm, overrides, used_keys=used_keys)
-    ]
+    require_folder_name("an arm's name", name)
+    if name.endswith(CONFIRM_ENDING):
+        raise ConfigError(f"an arm's name must not end in `{CONFIRM_ENDING}`, but got {name!r}. Rename the arm.")
     for_all = {key: value for key, value in overrides.items() if not key.startswith("arms.")}
-    # later layers win: sweep file, its arm, the arm's expansion, then the command line from general to particular
-    in_order = (file.settings, arm.config.settings, arm.expanded, for_all, *for_this_arm)
-    layers = [_split_sweep_settings(layer) for layer in in_order]
+    typed = {key: value for key, value in overrides.items() if key.startswith(f"arms.{name}.")}
+    used_keys |= set(typed)
+    for_arm = {key.removeprefix(f"arms.{name}."): value for key, value in typed.items()}
+    if "trials" in for_arm:
+        for_arm["sweep.trials"] = for_arm.pop("trials")
+    # later layers win: sweep file, its arm, then the command line from general to particular
+    layers = [_split_sweep_settings(layer) for layer in (file.settings, config.settings, for_all, for_arm)]
     sweep_config = compose_sweep(layer_settings("sweep", *(sweep_layer for _, sweep_layer in layers)))
-    with name_arm_in_errors(arm.name):
+    with name_arm_in_errors(name):
         run_layers = [run_layer for run_layer, _ in layers]
-        settings, ranges = _layer_run(run_layers, arm=arm, used_keys=used_keys)
+        settings, ranges = _layer_run(run_layers, config=config, used_keys=used_keys)
         own_keys = {key for index, layer in enumerate(run_layers) if index not in SHARED_LAYERS for key in layer}
         settings = _choose_base(settings, own_keys)
         if given := [key for key in ("output", "resume") if key in settings]:
@@ -284,21 +278,18 @@ def _build_arm(arm: ExpandedArm, file: SweepFile, overrides: Mapping[str, Any], 
                 f"{settings[given[0]]!r}. `sweep.output=DIR` names the sweep's folder, `--resume DIR` resumes a sweep."
             )
         space = _parse_space(settings, ranges)
-    wanted = (sweep_config.sweep.trials, arm.config.trials, DEFAULT_TRIALS)
+    wanted = (sweep_config.sweep.trials, config.trials, DEFAULT_TRIALS)
     trials = next(number for number in wanted if number is not None)
-    if not ranges and not arm.config.space and (arm.config.trials or 1) != 1:
+    if not ranges and not config.space and (config.trials or 1) != 1:
         raise ConfigError(
-            f"`arms.{arm.name}.trials` must be 1 for an arm without a space, but got {arm.config.trials!r}. "
-            "Add a `space`."
+            f"`arms.{name}.trials` must be 1 for an arm without a space, but got {config.trials!r}. Add a `space`."
         )
     built = Arm(
-        name=arm.name,
+        name=name,
         settings=settings,
         space=space,
         trials=trials if space else 1,
         sweep_config=sweep_config,
-        expanded_from=arm.expanded_from,
-        expanded=arm.expanded,
     )
     assert (
         built.corners
@@ -308,31 +299,30 @@ def _build_arm(arm: ExpandedArm, file: SweepFile, overrides: Mapping[str, Any], 
 
 
 def _layer_run(
-    layers: Sequence[Mapping[str, Any]], *, arm: ExpandedArm, used_keys: set[str]
+    layers: Sequence[Mapping[str, Any]], *, config: ArmConfig, used_keys: set[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the settings of an arm's runs, and its swept keys with their ranges.
 
     Args:
-        layers: Settings of runs: from the file, from the arm and from its expansion; then from the command line for all
-            arms, for this expansion, and for this arm. In the last three layers, values and ranges replace each other.
-        arm: The arm as in the sweep file.
+        layers: Settings of runs: from the file and from the arm; then from the command line for all arms and for this
+            arm. In the last two layers, values and ranges replace each other.
+        config: The arm as in the sweep file.
         used_keys: Receives the command line's keys for all arms that apply to this arm.
     """
-    *written, for_all, for_expansion, for_arm = layers
+    *written, for_all, for_arm = layers
     layered = layer_settings("train", *layers)
     # all groups, because the arm's runs are composed from the same groups later, and Hydra's composition is cached
     known = known_keys({group: layered[group] for group in default_options("train") if _is_option(layered, group)})
     for_all = {
         key: value
         for key, value in for_all.items()
-        if key not in {*for_expansion, *for_arm}
-        and not (_is_range(key, value) and not arm.config.space)
+        if key not in for_arm
+        and not (_is_range(key, value) and not config.space)
         # an override without an arm's name does not apply to arms whose method does not have the setting
         and not (key.startswith("method.") and (ALPHA if key == MULTIPLIER else find_mapping(key) or key) not in known)
     }
     used_keys |= set(for_all)
-    refuse_expanded_keys(arm, for_all)
-    typed = [for_all, for_expansion, for_arm]
+    typed = [for_all, for_arm]
     merged = merge_layers(*typed)
     ranges = {key: value for key, value in merged.items() if _is_range(key, value)}
     values = [{key: value for key, value in layer.items() if not _is_range(key, value)} for layer in typed]
@@ -342,7 +332,7 @@ def _layer_run(
     replaced = {*merged, *map(get_rival_key, merged)} - set(ranges)
     return (
         {key: value for key, value in settings.items() if key not in ranges and get_rival_key(key) not in ranges},
-        {key: value for key, value in arm.config.space.items() if key not in replaced} | ranges,
+        {key: value for key, value in config.space.items() if key not in replaced} | ranges,
     )
 
 

@@ -181,8 +181,8 @@ def _plan_arm(arm: Arm) -> ArmPacking:
 def _list_obstacles(arm: Arm) -> list[str]:
     """Returns a sentence for each setting that keeps the arm's trials from sharing packs."""
     obstacles = [
-        f"`{key}` is swept, but all slots of a pack must have the same value. List its values under `expand`, and the "
-        "trials of each value share packs."
+        f"`{key}` is swept, but all slots of a pack must have the same value. Write an arm for each value, and "
+        "the trials of each arm share packs."
         for key in arm.space
         if key.split(".")[0] not in SLOT_GROUPS
     ]

@@ -33,8 +33,6 @@ class ArmConfig:
     """Swept keys: for each a list of choices, or a mapping with `low`, `high`, and `log` or `step`."""
     trials: Positive | None = None
     """Trials of the search; None if the file gives no number."""
-    expand: Mapping[str, Any] = field(default_factory=dict)
-    """Keys and lists of values. Each combination becomes an arm with a separate search and the same budget."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +113,7 @@ def parse_file(content: Any) -> SweepFile:
 
 def _spell_out_arm(name: str, arm: ArmConfig) -> ArmConfig:
     spelled: dict[str, Any] = {
-        key: spell_out_multiplier(getattr(arm, key), where=f"arms.{name}.{key}")
-        for key in ("settings", "space", "expand")
+        key: spell_out_multiplier(getattr(arm, key), where=f"arms.{name}.{key}") for key in ("settings", "space")
     }
     return replace(arm, **spelled)
 

@@ -6,7 +6,6 @@ After the sweep, `report.fairness` judges the trials that ran.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
 from typing import Any
 
 from lorasweep.config.data import max_tokens_per_example
@@ -25,11 +24,10 @@ LR = "optim.lr"
 def find_warnings(definition: Definition) -> list[str]:
     # the frozen base has neither a budget nor a learning rate to compare
     trained = [arm for arm in definition.arms if max(map(count_tokens, arm.corners))]
-    families = [list(arms) for _, arms in groupby(definition.arms, key=lambda arm: arm.expanded_from or arm.name)]
     warnings = [
         *_warn_of_budgets(trained),
         *_warn_of_learning_rates(trained),
-        *(warning for family in families for warning in _warn_of_alpha(family)),
+        *(warning for arm in definition.arms for warning in _warn_of_alpha(arm)),
     ]
     if late := ", ".join(arm.name for arm in trained if _has_no_rung(arm)):
         warnings.append(
@@ -84,21 +82,20 @@ def _warn_of_learning_rates(arms: Sequence[Arm]) -> Iterator[str]:
         )
 
 
-def _warn_of_alpha(family: Sequence[Arm]) -> Iterator[str]:
-    """Warns if the ranks of an arm or an expansion differ but α does not, so that α/r differs too."""
-    if any({ALPHA, MULTIPLIER} & {*arm.space, *arm.expanded} or MULTIPLIER in arm.settings for arm in family):
+def _warn_of_alpha(arm: Arm) -> Iterator[str]:
+    """Warns if the ranks of an arm differ but α does not, so that α/r differs too."""
+    if {ALPHA, MULTIPLIER} & {*arm.space} or MULTIPLIER in arm.settings:
         return
-    methods = [config.method for arm in family for config in arm.corners if isinstance(config.method, LoraConfig)]
+    methods = [config.method for config in arm.corners if isinstance(config.method, LoraConfig)]
     scaled = [method for method in methods if method.scaling == "alpha_over_rank"]
     ranks, alphas = {method.rank for method in scaled}, {method.alpha for method in scaled}
     if len(ranks) < 2 or len(alphas) != 1:
         return
     alpha, low, high = alphas.pop(), min(ranks), max(ranks)
     yield (
-        f"`method.alpha` of `{family[0].expanded_from or family[0].name}` is {alpha:g} at every rank, so ΔW is "
-        f"scaled by α/r = {alpha / low:.3g} at rank {low} and {alpha / high:.3g} at rank {high}. Unless each rank has "
-        "its own search, an apparent effect of the rank may be an effect of α/r. `method.alpha: {over_rank: 2}` fixes "
-        "α/r, `{over_rank: [1, 2, 4]}` searches it."
+        f"`method.alpha` of `{arm.name}` is {alpha:g} at every rank, so ΔW is scaled by α/r = {alpha / low:.3g} at "
+        f"rank {low} and {alpha / high:.3g} at rank {high}. An apparent effect of the rank may be an effect of α/r. "
+        "`method.alpha: {over_rank: 2}` fixes α/r, `{over_rank: [1, 2, 4]}` searches it."
     )
 
 
