@@ -166,7 +166,7 @@ def test_best_curves_are_bold_and_named(sweep: Path) -> None:
 
 def test_tradeoff_leaves_out_what_trains_nothing(sweep: Path) -> None:
     names = {trace.name for figure in draw_tradeoff(load_sweep_data(sweep)).figures for trace in figure.data}
-    assert names == {"Pareto front", "lora", "full"}
+    assert names == {"best up to this cost", "lora", "full"}
 
 
 def test_tradeoff_without_a_readable_run_is_a_sentence(sweep: Path) -> None:
@@ -240,7 +240,7 @@ def test_every_figure_of_a_large_sweep_draws_the_best_and_says_that_it_skips_som
     monkeypatch.setattr("lorasweep.report.figures.panel.MAX_FIGURE_POINTS", 20)
     monkeypatch.setattr(trials, "MAX_CURVES", 20)
     drawn = {panel.key: panel for panel in (draw(large) for draw in PANELS)}
-    for key in ("rank", "lr", "curves", "tradeoff", "settings"):
+    for key in ("rank", "lr", "curves", "tradeoff"):
         assert "are drawn" in drawn[key].text, key
         assert len(drawn[key].figures[0].to_json()) < 0.7 * len(before[key].figures[0].to_json()), key
     scores = {score for trace in drawn["tradeoff"].figures[0].data for score in trace.y}

@@ -172,7 +172,7 @@ def _draw_cost(
             best.append((cost, score))
     line = {"width": 1.5, "shape": "hv"}
     x, y = [cost for cost, _ in best], [score for _, score in best]
-    add_line(figure, x, y, "#868e96", "best at this cost", showlegend=True, line=line)
+    add_line(figure, x, y, "#868e96", "best up to this cost", showlegend=True, line=line)
     for arm, dots in zip(data.arms, shown, strict=True):
         if dots:
             add_points(figure, dots, colours[arm.name], arm.name, showlegend=True)
