@@ -34,7 +34,7 @@ from lorasweep.config.compose import compose_run
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import StepBatchSampler, build_evaluation_loader
-from lorasweep.data.split import repeat_batch
+from lorasweep.data.split import Split, repeat_batch
 from lorasweep.data.tasks import Evaluation
 from lorasweep.lora import inject_packed_lora, set_dropout_streams, slot_model
 from lorasweep.lora.packed.inject import set_sequence_lengths
@@ -209,20 +209,24 @@ class LoraPack:
                 group["lr"] = group["initial_lr"] * factor
             optimizer.step()
 
-    @torch.no_grad()
     def evaluate(self) -> list[dict[str, float]]:
         """Evaluates all slots batch by batch."""
-        slots, task = len(self.points), self.inputs.splits.task
+        return [_floats(evaluation.compute()) for evaluation in self.score(self.inputs.splits.validation)]
+
+    @torch.no_grad()
+    def score(self, split: Split) -> list[Evaluation]:
+        """Evaluates all slots on a split; examples are in the order of the evaluation's batches."""
+        slots, task = len(self.points), self.inputs.splits.get_task(split)
         evaluations = [Evaluation(task) for _ in self.points]
         self.model.eval()
         set_sequence_lengths(self.model, None)
         rows_per_batch = self.configs[0].trainer.eval_batch_size
-        for batch in build_evaluation_loader(self.inputs.splits.validation, batch_size=rows_per_batch):
+        for batch in build_evaluation_loader(split, batch_size=rows_per_batch):
             scores = task.score(self.model, repeat_batch(batch, slots=slots))
             for slot, evaluation in enumerate(evaluations):
                 evaluation.update(scores.select_slot(slot, slots=slots))
         self.model.train()
-        return [_floats(evaluation.compute()) for evaluation in evaluations]
+        return evaluations
 
     def trained(self) -> list[nn.Parameter]:
         """Returns the parameters of all slots."""

@@ -11,7 +11,7 @@ from tests.tiny_tokenizer import END_OF_TEXT, load_tokenizer
 
 from lorasweep.config.compose import compose_run
 from lorasweep.data import blocks as blocks_file
-from lorasweep.data.blocks import build_block_split
+from lorasweep.data.blocks import build_block_split, choose_evenly
 from lorasweep.data.source import Document, collect_examples
 from lorasweep.data.tasks import LanguageModelling
 from lorasweep.errors import ConfigError
@@ -56,7 +56,7 @@ def test_group_of_a_block_is_the_document_of_the_first_token_that_it_predicts(to
     split = make_split(make_documents("abc", "defg", "hijk", name="test"), tokenizer)
     assert split.groups == ("document 0", "document 1", "document 2")
     limited = make_split(make_documents("abc", "defg", "hijk", name="test"), tokenizer, max_test_blocks=2)
-    assert limited.groups == ("document 0", "document 1")
+    assert limited.groups == ("document 1", "document 2")
     named = collect_examples("test", [Document("a", "abc", "one"), Document("b", "defg", "two"), Document("c", "hijk")])
     assert make_split(named, tokenizer).groups == ("one", "two", "c")
 
@@ -106,3 +106,14 @@ def test_no_token_sees_an_earlier_document_where_documents_are_separate(tokenize
     # fp32 in two orders of summation
     torch.testing.assert_close(losses("ab", True), losses("cd", True), rtol=1e-5, atol=1e-6)
     assert (losses("ab", False) - losses("cd", False)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("counts", [[1, 5, 5, 9], [3, 3, 3], [1, 0, 40], [1] * 20])
+@pytest.mark.parametrize("limit", [1, 4, 8])
+def test_chosen_blocks_are_spread_evenly_over_documents(counts: list[int], limit: int) -> None:
+    owners = [document for document, count in enumerate(counts) for _ in range(count)]
+    chosen = choose_evenly(counts, limit=limit)
+    assert len(set(chosen)) == limit
+    shares = [[owners[index] for index in chosen].count(document) for document in range(len(counts))]
+    # a document that has fewer blocks than another one has no blocks left, or only the last block of a round
+    assert all(share >= min(count, max(shares) - 1) for share, count in zip(shares, counts, strict=True))

@@ -2,7 +2,14 @@
 
 import pytest
 
-from lorasweep.data.stdlib import assign_bucket, get_module_key, read_code, read_docs, read_standard_library
+from lorasweep.data.stdlib import (
+    assign_bucket,
+    get_module_key,
+    join_docstrings,
+    read_code,
+    read_docs,
+    read_standard_library,
+)
 
 
 def test_bucket_of_a_key_is_fixed():
@@ -44,3 +51,22 @@ def test_documents_have_text_and_come_in_order():
     assert [document.name for document in documents] == [
         document.name for document in read_standard_library(with_tests=False)
     ]
+
+
+def test_test_split_has_many_documents():
+    # the intervals of a report are over documents
+    for read in (read_docs, read_code):
+        assert len(read("test")) >= 60
+        assert len(read("validation")) >= 30
+
+
+def test_docstrings_are_in_the_split_of_their_file():
+    for split in ("train", "validation", "test"):
+        files = {document.name for document in read_code(split)}
+        assert {document.name for document in read_docs(split) if document.name.endswith(".py")} <= files
+
+
+def test_docstrings_come_in_the_order_of_the_file():
+    code = '"""Module."""\nclass A:\n    """Class."""\n    def f(self):\n        """Method."""\n'
+    assert join_docstrings(code) == "Module.\n\nClass.\n\nMethod."
+    assert join_docstrings("def broken(:") == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,8 +83,8 @@ def build_block_split(
     owners = torch.searchsorted(documents.ends, first_predicted, right=True)
     limit = {"validation": config.max_validation_blocks, "test": config.max_test_blocks}.get(examples.name)
     if limit is not None and limit < len(blocks):
-        evenly_spaced = torch.arange(limit) * len(blocks) // limit
-        blocks, owners = blocks[evenly_spaced], owners[evenly_spaced]
+        chosen = choose_evenly(torch.bincount(owners, minlength=len(examples)).tolist(), limit=limit)
+        blocks, owners = blocks[chosen], owners[chosen]
     owning = [examples.items[index] for index in owners.tolist()]
     num_bytes = sum(len(document.text.encode()) for document in examples.items)
     return BlockSplit(
@@ -97,6 +98,30 @@ def build_block_split(
         fingerprint=examples.fingerprint,
         separator=get_end_token(tokenizer) if config.separate_documents else None,
     )
+
+
+def choose_evenly(counts: Sequence[int], *, limit: int) -> list[int]:
+    """Returns the indices of `limit` blocks, spread as evenly over documents as their numbers of blocks allow.
+
+    Args:
+        counts: The number of blocks of each document, in the order of the blocks.
+        limit: Number of blocks to choose, less than the sum of `counts`.
+    """
+    # raise all shares block by block; a document that has no more blocks stays behind
+    shares, share = [0] * len(counts), 0
+    while sum(shares) < limit:
+        share += 1
+        shares = [min(count, share) for count in counts]
+    largest = [index for index, count in enumerate(shares) if count == share]
+    surplus = sum(shares) - limit
+    for n in range(surplus):  # the last round gives a block to some of the documents only, evenly spaced among them
+        shares[largest[n * len(largest) // surplus]] -= 1
+    starts = itertools.accumulate(counts, initial=0)
+    return [
+        start + n * count // share
+        for start, count, share in zip(starts, counts, shares, strict=False)
+        for n in range(share)
+    ]
 
 
 def cut_blocks(tokens: Int[Tensor, " tokens"], *, block_length: int) -> Int[Tensor, "blocks {block_length}+1"]:

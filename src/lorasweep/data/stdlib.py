@@ -1,10 +1,11 @@
-"""Texts that every Python installation has: the source code of its standard library, and its language documentation.
+"""Texts that every Python installation has: the source code of its standard library, its docstrings and its documentation.
 
 The name of a document alone decides its split. So a document stays in its split if files are added or changed.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import pydoc_data.topics
 import sysconfig
@@ -15,6 +16,13 @@ from lorasweep.data.source import Document
 
 EXCLUDED_FOLDERS = frozenset({"encodings", "pydoc_data", "site-packages", "__pycache__"})
 TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
+NUM_PRETRAINING_BUCKETS = 70
+"""Number of buckets, out of 100, whose modules the embedded model was pre-trained on."""
+SPLIT_BUCKETS = {"train": range(40), "validation": range(40, 57), "test": range(57, 100)}
+"""Buckets of a document's name that belong to each split. The test split is large, because the
+intervals of a report are over its documents."""
+MIN_DOCSTRING_CHARACTERS = 500
+DOCUMENTED_NODES = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def assign_bucket(key: str) -> int:
@@ -50,14 +58,43 @@ def read_standard_library(*, with_tests: bool) -> Iterator[Document]:
 
 
 def read_code(split: str) -> list[Document]:
-    """Returns the standard library's files of one split. Only `pretraining` includes test suites."""
-    low, high = {"pretraining": (0, 70), "train": (70, 90), "validation": (90, 95), "test": (95, 100)}[split]
-    documents = read_standard_library(with_tests=split == "pretraining")
-    return [document for document in documents if low <= assign_bucket(get_module_key(document.name)) < high]
+    """Returns the standard library's files of one split.
+
+    The files of 70 % of the modules, with their test suites, are `pretraining`. The others are split by file.
+    """
+    is_pretraining = split == "pretraining"
+    return [
+        document
+        for document in read_standard_library(with_tests=is_pretraining)
+        if (assign_bucket(get_module_key(document.name)) < NUM_PRETRAINING_BUCKETS) == is_pretraining
+        and (is_pretraining or _is_in_split(document, split))
+    ]
 
 
 def read_docs(split: str) -> list[Document]:
-    """Returns the pages of `pydoc_data.topics` (the language documentation) of one split."""
-    low, high = {"train": (0, 70), "validation": (70, 85), "test": (85, 100)}[split]
-    topics = sorted(pydoc_data.topics.topics.items())
-    return [Document(name=name, text=text) for name, text in topics if low <= assign_bucket(name) < high]
+    """Returns the English prose of one split: pages of the language documentation, and docstrings of `read_code`.
+
+    The pages are those of `pydoc_data.topics`. The docstrings of a file are one document, in the order of the file.
+    Files with little text in docstrings are left out.
+    """
+    pages = [Document(name=name, text=text) for name, text in sorted(pydoc_data.topics.topics.items())]
+    docstrings = [document._replace(text=join_docstrings(document.text)) for document in read_code(split)]
+    return [
+        *(page for page in pages if _is_in_split(page, split)),
+        *(document for document in docstrings if len(document.text) >= MIN_DOCSTRING_CHARACTERS),
+    ]
+
+
+def join_docstrings(code: str) -> str:
+    """Returns the docstrings of a module, its classes and its functions, in the order of the file."""
+    try:
+        tree = ast.parse(code)
+    except SyntaxError:  # some files are templates
+        return ""
+    documented = [node for node in ast.walk(tree) if isinstance(node, DOCUMENTED_NODES)]
+    documented.sort(key=lambda node: getattr(node, "lineno", 0))  # a module has no line
+    return "\n\n".join(text for node in documented if (text := ast.get_docstring(node)))
+
+
+def _is_in_split(document: Document, split: str) -> bool:
+    return assign_bucket(document.name) in SPLIT_BUCKETS[split]
