@@ -71,12 +71,7 @@ class RaySweep:
 
     def find(self, name: str) -> list[psutil.Process]:
         """Returns the processes below this one whose title begins with a name."""
-        found = []
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            with suppress(psutil.Error):
-                if " ".join(process.cmdline()).startswith(name) or process.name() == name:
-                    found.append(process)
-        return found
+        return find_processes(name, below=self.process.pid)
 
     def wait(self, *, code: int = 0) -> str:
         """Waits for the end, which must be this one, and returns what was printed."""
@@ -102,6 +97,16 @@ def start(tmp_path: Path) -> Iterator[Callable[..., RaySweep]]:
                 with suppress(psutil.Error):
                     process.kill()
             sweep.process.wait()
+
+
+def find_processes(name: str, *, below: int) -> list[psutil.Process]:
+    """Returns the processes below one whose title begins with a name."""
+    found = []
+    for process in psutil.Process(below).children(recursive=True):
+        with suppress(psutil.Error):
+            if " ".join(process.cmdline()).startswith(name) or process.name() == name:
+                found.append(process)
+    return found
 
 
 def wait_for(condition, sweep):

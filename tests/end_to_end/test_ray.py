@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -33,6 +33,7 @@ from .ray_sweep import (
     check_listens_here_only,
     check_whole,
     count_evaluations,
+    find_processes,
     thorough,
     wait_for,
 )
@@ -80,7 +81,7 @@ def test_workers_and_controllers_that_are_killed_lose_nothing_and_all_of_ray_end
     # a trial that was continued repeats the steps after its checkpoint to the same bits
     for run, state in state_of(folder).items():
         assert state[:6] == alone[run][:6], run
-    _, left = psutil.wait_procs(started, timeout=10)
+    _, left = psutil.wait_procs(started, timeout=TIMEOUT_S)
     assert left == []
     assert not list(folder.glob("pack-*.json"))
 
@@ -132,7 +133,7 @@ def kill_head(sweep, victim):
     started = psutil.Process(sweep.process.pid).children(recursive=True)
     (sweep.process if victim == "driver" else sweep.find(victim)[0]).kill()
     sweep.process.wait(TIMEOUT_S)
-    wait_until(lambda: not names_of(started) - RAYS_AGENTS, lambda: str(started))
+    wait_until(lambda: not names_of(started) - RAYS_AGENTS, lambda: str(started), seconds=TIMEOUT_S)
 
 
 def names_of(processes):
@@ -150,12 +151,13 @@ def test_of_two_sweeps_at_once_one_resumes_without_ray_and_one_after_its_driver_
         start("worker.num=1", f"sweep.output={name}", f"sweep.seed={name[-1]}", "trainer.max_steps=12")
         for name in ("o1", "o2")
     )
+    # each as soon as it has an evaluation, because it may be over before the other one has begun to train
     wait_for(lambda: count_evaluations(tmp_path / "o1"), first)
-    wait_for(lambda: count_evaluations(tmp_path / "o2"), second)
     first.process.send_signal(signal.SIGINT)
+    wait_for(lambda: count_evaluations(tmp_path / "o2"), second)
+    kill_head(second, "driver")
     assert "lorasweep sweep --resume o1" in first.wait(code=130)
     assert read_sweep(tmp_path / "o1").status == "interrupted"
-    kill_head(second, "driver")
     second = start("--resume", "o2")
     start("--resume", "o1", "worker=local").wait()
     second.wait()
@@ -229,6 +231,20 @@ def nodes():
         cluster.close()
 
 
+@contextmanager
+def suspend_workers(pid):
+    """Suspends the workers below a process (SIGSTOP) during the block."""
+    workers = find_processes("ray::WorkerActor", below=pid)
+    assert workers
+    for worker in workers:
+        worker.suspend()
+    try:
+        yield
+    finally:
+        for worker in workers:
+            worker.resume()
+
+
 def test_nodes_join_and_leave_and_one_with_other_code_is_refused(start, tmp_path, nodes):
     folder, other = tmp_path / "out", tmp_path / "other"
     shutil.copytree(Path(lorasweep.__file__).parent, other / "lorasweep", ignore=shutil.ignore_patterns("__pycache__"))
@@ -236,17 +252,19 @@ def test_nodes_join_and_leave_and_one_with_other_code_is_refused(start, tmp_path
     with (other / "lorasweep" / "errors.py").open("a") as file:
         file.write("# changed\n")
     cluster = nodes(1)
-    words = (f"worker.address={cluster.address}", "trainer.max_steps=320", "trainer.eval_every_steps=16")
+    words = (f"worker.address={cluster.address}", "worker.pack_size=1", "trainer.max_steps=48")
     sweep = start(*words, "sweep.output=out", environment=cluster.environment)
     wait_for(lambda: count_evaluations(folder), sweep)
-    cluster.tell(f"add {other}")
-    wait_for(lambda: "must have the same code and packages" in str(read_sweep(folder).warnings), sweep)
-    cluster.tell("remove")
-    cluster.tell("add")
-    wait_for(lambda: len({row.run for row in read_sweep(folder).trials if row.state == "running"}) > 1, sweep)
-    cluster.tell("remove")
+    with suspend_workers(cluster.process.pid):  # so that the sweep is not over before the nodes join
+        before = count_evaluations(folder)
+        cluster.tell(f"add {other}")
+        wait_for(lambda: "must have the same code and packages" in str(read_sweep(folder).warnings), sweep)
+        cluster.tell("remove")
+        cluster.tell("add")
+        wait_for(lambda: count_evaluations(folder) > before, sweep)  # by the worker on the new node
+        cluster.tell("remove")
     assert "every node must have the same code and packages, but node " in sweep.wait()
-    check_whole(folder, steps=320)
+    check_whole(folder, steps=48)
 
 
 def test_a_cluster_that_can_hold_no_worker_is_refused_at_once(start, tmp_path):

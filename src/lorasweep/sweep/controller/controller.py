@@ -278,6 +278,7 @@ class Controller:
 
     def warn(self, sentence: str) -> None:
         self.sweep.warn(sentence)
+        self.save()  # because the next call of a worker, which may save too, can be minutes away
 
     def note_worker(self, *, device: str, threads: int) -> None:
         self.sweep.record.device, self.sweep.record.threads = device, threads
