@@ -311,7 +311,7 @@ def search_with_rungs(curves: Mapping[int, Table], sampler: str, *, n: int, seed
         for trial in sorted(pack, key=lambda trial: (steps[trial.number], trial.number)):
             goes_on, step = trials.decide(trial, steps[trial.number]), steps[trial.number]
             if step == max(curves):
-                trials.end(trial, "complete", {}, values=(min(trial.values.values()),))
+                trials.end(trial, "complete", {}, value=min(trial.values.values()))
             elif not goes_on:
                 trials.pause(trial, {}, step=step)
         pack = [trial for trial in pack if trial.state == "running"]

@@ -38,7 +38,7 @@ from lorasweep.report.recommend import read_recommended
 from lorasweep.results import RunResult, SweepResult, load_run, load_sweep
 from lorasweep.runs.comparison import SweepReproduction, compare_sweeps
 from lorasweep.stop_signal import StopSignal
-from lorasweep.sweep.checks import check_definition, find_metric, list_notes
+from lorasweep.sweep.checks import check_definition, find_constant_answer, find_metric, list_notes
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.lifecycle import create_sweep, reopen_sweep, saved_definition
 from lorasweep.sweep.definition.arms import Definition, read_definition
@@ -191,11 +191,11 @@ def start_sweep(
         ConfigError: The sweep can't run as asked; nothing was written.
     """
     metric = check_sweep(definition, inputs_cache, output=output)
-    notes = list_notes(definition, inputs_cache)
+    constant_answer, notes = find_constant_answer(definition, inputs_cache), list_notes(definition, inputs_cache)
     wanted = definition.sweep_config.sweep.output if output is None else output
     folders = numbered_folders(default or Path("outputs") / definition.name)
     with claim_folder(None if wanted is None else Path(wanted), otherwise=folders, key="sweep.output") as path:
-        return create_sweep(definition, path, metric=metric, notes=notes)
+        return create_sweep(definition, path, metric=metric, constant_answer=constant_answer, notes=notes)
 
 
 def check_sweep(definition: Definition, inputs_cache: InputsCache, *, output: str | Path | None = None) -> ScoreMetric:

@@ -217,6 +217,11 @@ class SweepRecord:
     metric_range: list[float] = field(default_factory=list)
     """Lowest and highest possible value of a metric that is set by `_target_`; null is no limit. Empty for others."""
     direction: Direction
+    constant_answer: float | None = None
+    """The metric of the answer that needs no training (`data.constant_answer`) on validation data.
+
+    Null for data without labels, and if the trials have different data. At rungs, trials that are no better count as
+    equal in the metric."""
     definition: dict[str, Any]
     """Content of the sweep file (`file`) and `overrides`, which `--resume` composes again. `rounds` has the sweep as it
     was each time before it grew: `trials` of each arm, and `confirm_seeds`, 0 if no winner had run again by then."""

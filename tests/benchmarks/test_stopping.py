@@ -141,7 +141,7 @@ def run_by_controller(inputs, arm):
         for entry in sorted(pack, key=lambda entry: (done[entry.number], entry.number)):
             goes_on = trials.decide(entry, done[entry.number])
             if done[entry.number] == inputs.LAST:
-                trials.end(entry, "complete", {}, values=(1.0,))
+                trials.end(entry, "complete", {}, value=1.0)
             elif not goes_on:
                 trials.pause(entry, {}, step=done[entry.number])
         pack = [entry for entry in pack if entry.state == "running"]

@@ -160,7 +160,8 @@ class MadeUpRuns:
         self.begun.append((run_folder.arm, run_folder.trial))
         every, last = config.trainer.eval_every_steps, config.trainer.max_steps
         for step in range(self.steps_done.get(run_folder.path, 0) + every, last + 1, every):
-            goes_on = on_evaluation(step, {config.data.metric: self.evaluate(config, run_folder.path, step)})
+            value = self.evaluate(config, run_folder.path, step)
+            goes_on = on_evaluation(step, {"loss": value, config.data.metric: value})
             self.steps_done[run_folder.path] = step
             if step < last and not goes_on:
                 return self.close(config, run_folder.path, step, "paused")
@@ -263,7 +264,7 @@ class MadeUpPacks:
             living = [job for job in jobs if self._advance(job, steps, share, every=trainer.eval_every_steps)]
             values = [self.runs.values[job.run_folder.path][steps[job]] for job in living]
             evaluated = [
-                SlotEvaluation(request=job, step=steps[job], metrics={job.config.data.metric: value})
+                SlotEvaluation(request=job, step=steps[job], metrics={"loss": value, job.config.data.metric: value})
                 for job, value in zip(living, values, strict=True)
             ]
             goes_on = dict(zip(living, on_evaluation(evaluated) if living else [], strict=True))
@@ -361,9 +362,9 @@ class NoInputs:
 def begin(write_file: Callable[[Any], Path], tmp_path: Path) -> Callable[..., SweepFolder]:
     """Makes a sweep's folder from a file's content and overrides."""
 
-    def make(content: Any, *overrides: str, folder: str = "sweep") -> SweepFolder:
-        definition = read_definition(write_file(content), overrides)
-        return create_sweep(definition, tmp_path / folder, metric=get_built_in_metric("bits_per_byte"))
+    def make(content: Any, *overrides: str, folder: str = "sweep", constant_answer: float | None = None) -> SweepFolder:
+        definition, metric = read_definition(write_file(content), overrides), get_built_in_metric("bits_per_byte")
+        return create_sweep(definition, tmp_path / folder, metric=metric, constant_answer=constant_answer)
 
     return make
 

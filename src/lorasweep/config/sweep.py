@@ -56,7 +56,8 @@ class HalvingPruner:
     min_survivors: Positive
     """Minimum number of trials that continue at a rung that no other trial can still reach."""
     criterion: Literal["loss", "metric"]
-    """Trials are compared by the sweep's metric, which also picks the winner, or by the validation loss."""
+    """Trials are compared by the sweep's metric, which also picks the winner, or by the validation loss. The loss also
+    orders trials whose metric is equal."""
 
     def __post_init__(self) -> None:
         if not self.rungs or list(self.rungs) != sorted({rung for rung in self.rungs if 0 < rung < 1}):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from lorasweep.config.data import MetricComponent, ScoreMetric
+from lorasweep.data.constant_answer import score_constant_answer
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.controller.proposals import propose
 from lorasweep.sweep.controller.stopping_rules import build_rule
@@ -53,6 +56,17 @@ def find_metric(definition: Definition, inputs_cache: InputsCache) -> ScoreMetri
             f"`data.metric` must be the same for all trials, but {components[0].target!r} has different arguments."
         )
     return inputs_cache.load(configs[0]).splits.score_metric
+
+
+def find_constant_answer(definition: Definition, inputs_cache: InputsCache) -> float | None:
+    """Returns the sweep's metric of the constant answer on validation data.
+
+    None for data without labels, and if the answer has different scores for different trials.
+    """
+    all_splits = {inputs_cache.load(config).splits for arm in definition.arms for config in arm.corners}
+    scores = {score_constant_answer(s.task, train=s.train, split=s.validation).get(s.metric) for s in all_splits}
+    score = scores.pop() if len(scores) == 1 else None
+    return score if score is not None and math.isfinite(score) else None
 
 
 def list_notes(definition: Definition, inputs_cache: InputsCache) -> list[str]:

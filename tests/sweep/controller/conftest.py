@@ -33,6 +33,7 @@ class Simulation:
     shuffle: random.Random | None = None
     """Puts the slots into another order before each report."""
     curve: Callable[[Assignment, int], float] = lambda a, step: abs(a.params.get("optim.lr", 0.01) - 0.02) + 1 / step
+    loss: Callable[[Assignment, int], float] = lambda a, step: a.params.get("optim.lr", 0.01) + 1 / step
     steps: dict[str, int] = field(default_factory=dict)
     """Steps done of each run, by its folder's name; what checkpoints are in a real sweep."""
 
@@ -55,7 +56,10 @@ class Simulation:
         if self.shuffle is not None:
             self.shuffle.shuffle(running)
         reached = {a: min(self.steps.get(a.run_folder.path.name, 0) + EVERY, LAST) for a in running}
-        decisions = self.controller.report([(a, reached[a], self.curve(a, reached[a])) for a in running])
+        decisions = self.controller.report(
+            [(a, reached[a], self.curve(a, reached[a])) for a in running],
+            losses={a: self.loss(a, reached[a]) for a in running},
+        )
         ended = []
         for assignment, goes_on in zip(running, decisions, strict=True):
             step = reached[assignment]

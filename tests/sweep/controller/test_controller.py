@@ -26,8 +26,8 @@ def close(controller):
 
 @pytest.fixture
 def simulate(begin, open_controller):
-    def run(content, *, folder="sweep", **options):
-        controller = open_controller(begin(content, folder=folder))
+    def run(content, *, folder="sweep", constant_answer=None, **options):
+        controller = open_controller(begin(content, folder=folder, constant_answer=constant_answer))
         Simulation(controller, **options).run()
         found = outcome(controller)
         close(controller)
@@ -61,7 +61,8 @@ def test_how_long_anything_takes_changes_nothing(simulate, content, monkeypatch)
 
 
 def test_equal_trials_are_settled_by_number_in_any_order(simulate, content):
-    found = simulate(content, curve=lambda a, step: 1.0, slots=8, shuffle=random.Random(0))
+    constant = {"curve": lambda a, step: 1.0, "loss": lambda a, step: 1.0}
+    found = simulate(content, **constant, slots=8, shuffle=random.Random(0))
     complete = [number for _, number, _, state, _ in found if state == "complete"]
     assert complete == simulate_numbers(found)
 
@@ -69,6 +70,51 @@ def test_equal_trials_are_settled_by_number_in_any_order(simulate, content):
 def simulate_numbers(found):
     """The trials that reached the last step, by number."""
     return [number for _, number, _, _, values in found if dict(values).get(LAST) is not None]
+
+
+@pytest.mark.parametrize("constant_answer", [None, 1.0])
+def test_trials_of_equal_value_survive_by_their_loss_whatever_their_numbers_are(simulate, content, constant_answer):
+    content["settings"] |= {"sampler": "qmc", "pruner.min_survivors": 3}
+    losses = [0.1 * place for place in range(8)]
+    # no better than the constant answer, the worse the lower the loss is; without such an answer all equal
+    values = [1.0 if constant_answer is None else 2.0 - loss for loss in losses]
+    for seed in range(4):
+        chance = random.Random(seed)
+        places = chance.sample(range(8), 8)
+        found = simulate(
+            content,
+            folder=str(seed),
+            constant_answer=constant_answer,
+            curve=lambda a, step, places=places: values[places[a.number]],
+            loss=lambda a, step, places=places: losses[places[a.number]],
+            slots=8,
+            shuffle=chance,
+        )
+        assert {places[number] for number in simulate_numbers(found)} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_a_resumed_sweep_decides_by_the_constant_answer_and_the_losses(
+    begin, open_controller, resume, content, is_killed
+):
+    content["settings"] |= {"sampler": "qmc"}
+    controller = open_controller(begin(content, constant_answer=5.0))
+    pack = [controller.take() for _ in range(6)]
+    evaluations = [(a, EVERY, 5.0 + a.number) for a in pack]  # the first trial is best by the metric, the last by loss
+    losses = {a: 1.0 - 0.1 * a.number for a in pack}
+    expected = [False, False, False, False, True, True]
+    if not is_killed:
+        assert controller.report(evaluations, losses=losses) == expected
+    else:
+        trials = controller.search.arms["lora"]
+        for assignment, step, value in evaluations[:3]:
+            trials.store(trials.trials[assignment.number], step, value, loss=losses[assignment])
+    close(controller)
+    again = resume(controller.sweep.path)
+    pack = [again.take() for _ in range(6)]
+    evaluations = [(a, EVERY, 5.0 + a.number) for a in pack]
+    assert again.report(evaluations, losses={a: 1.0 - 0.1 * a.number for a in pack}) == expected
+    close(again)
 
 
 def test_a_paused_trial_goes_on_when_it_comes_into_the_better_part(begin, open_controller, content):

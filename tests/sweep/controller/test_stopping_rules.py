@@ -7,8 +7,9 @@ import pytest
 from lorasweep.sweep.controller.stopping_rules import Halving, MedianOfPeers, StoppingRule
 
 
-def ranked(*values):
-    return sorted((value, number) for number, value in enumerate(values))
+def ranked(*values, losses=None):
+    losses = losses or [0.0] * len(values)
+    return sorted((value, loss, number) for number, (value, loss) in enumerate(zip(values, losses, strict=True)))
 
 
 def test_without_a_rule_all_go_on():
@@ -37,3 +38,5 @@ def test_the_median_is_that_of_all_peers_and_waits_for_enough_of_them():
     assert rule.count_kept(ranked(1.0, 2.0, 3.0), all_arrived=True) == 2
     assert rule.count_kept(ranked(1.0, 2.0, 3.0, 4.0), all_arrived=False) == 2
     assert rule.count_kept(ranked(1.0, 2.0, 2.0, 2.0), all_arrived=False) == 4
+    # of equal trials, those whose loss is no better than the median's
+    assert rule.count_kept(ranked(1.0, 2.0, 2.0, 2.0, losses=[5.0, 3.0, 1.0, 2.0]), all_arrived=False) == 2

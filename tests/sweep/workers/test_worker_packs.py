@@ -12,6 +12,7 @@ import lorasweep.sweep.workers.worker as worker_file
 from lorasweep.errors import Diverged, OutOfMemory, WorkerError
 from lorasweep.record import measure_stage_occupancy, read_sweep
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
+from lorasweep.sweep.controller.stages import Search
 
 
 @pytest.fixture
@@ -40,6 +41,17 @@ def test_a_packed_arm_has_exactly_its_trials(begin, work, packed, runs, packs):
     assert {arm for arm, _ in runs.begun} == {"frozen", "full"}
     assert len(packs.trained) == len(set(packs.trained)) == 6 * 4
     assert not (folder.path / "pack.json").exists()
+
+
+def test_losses_at_rungs_are_stored_for_packs_and_for_trials_alone(begin, work, packed, runs, packs):
+    packed["settings"] |= {"pruner": "halving", "pruner.rungs": [0.25]}
+    folder = begin(packed)
+    assert work(folder)
+    reopened = reopen_sweep(folder.path)
+    for arm in Search(reopened, sweep_round=0).arms.values():
+        for trial in arm.trials.values():
+            assert trial.losses == ({2: trial.values[2]} if arm.arm.space else {})  # `frozen` has no rungs
+    reopened.close()
 
 
 def test_a_pack_begins_with_no_more_slots_than_an_adaptive_sampler_may_propose(begin, work, packed, runs, packs):

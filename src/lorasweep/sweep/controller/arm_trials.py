@@ -17,7 +17,7 @@ from lorasweep.config.data import Direction
 from lorasweep.record import TrialState
 from lorasweep.sweep.controller.history import History
 from lorasweep.sweep.controller.rung_tables import RungTables
-from lorasweep.sweep.controller.stopping_rules import StoppingRule
+from lorasweep.sweep.controller.stopping_rules import RungOrder, StoppingRule
 from lorasweep.sweep.controller.trial import (
     ASSIGNMENT_ATTRIBUTE,
     INFEASIBLE_ATTRIBUTE,
@@ -46,6 +46,7 @@ class ArmTrials:
         planned: int,
         rule: StoppingRule | None = None,
         by_loss: bool = False,
+        constant_answer: float | None = None,
         prunes_by_study: bool = False,
         first_trials: int | None = None,
         session: str | None = None,
@@ -60,6 +61,7 @@ class ArmTrials:
             planned: Number of trials of the arm, including trials that have ended.
             rule: Decides which trials may train beyond a rung. None lets every trial run to its end.
             by_loss: Whether trials are compared at rungs by validation loss instead of the metric.
+            constant_answer: The metric of the constant answer on validation data; None if there is none.
             prunes_by_study: Whether the study's pruner decides at every evaluation, instead of `rule` at rungs.
             first_trials: Number of trials that begin first; the others wait for their results. None sets no limit.
             session: Prefix of the names of workers that may train trials now; None if no worker trains.
@@ -80,11 +82,11 @@ class ArmTrials:
         self._storage = storage
         self._study_id = storage.get_study_id_from_name(study.study_name)
         self._rule = rule or StoppingRule()
-        self._by_loss = by_loss
         self._prunes_by_study = prunes_by_study
         self._first_trials = planned if first_trials is None else first_trials
         direction: Direction = "minimize" if study.direction == optuna.study.StudyDirection.MINIMIZE else "maximize"
-        self._tables = RungTables(self._rule, self.trials, sign=1 if direction == "minimize" else -1)
+        order = RungOrder(sign=1 if direction == "minimize" else -1, by_loss=by_loss, constant_answer=constant_answer)
+        self._tables = RungTables(self._rule, self.trials, order=order)
         self._history = History(self._space, direction=direction)
         self._unread_by_history: set[int] = set()
         """Numbers of the trials that have changed since the last call of `history`."""
@@ -194,7 +196,8 @@ class ArmTrials:
         """Writes the metric of an evaluation, and at a rung the loss. A resumed run may report an evaluation again."""
         if not trial.is_live:
             return
-        if self._by_loss and loss is not None and step in self._rule.rungs and trial.losses.get(step) != loss:
+        if loss is not None and step in self._rule.rungs and trial.losses.get(step) != loss:
+            # before the value, so that a killed process leaves no trial to be compared without its loss
             losses = {**trial.losses, step: loss}
             self.write(trial, {LOSSES_ATTRIBUTE: {str(rung): value for rung, value in losses.items()}})
             self._update(trial, losses=losses)

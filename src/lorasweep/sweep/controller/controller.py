@@ -157,7 +157,7 @@ class Controller:
 
         Args:
             evaluations: Trial, optimizer step and value of the metric.
-            losses: The validation loss of each trial, which rungs compare under `pruner.criterion=loss`.
+            losses: The validation loss of each trial. Rungs order equal values by it.
 
         Raises:
             WorkerError: A trial is held by another worker.

@@ -52,13 +52,21 @@ from lorasweep.sweep.definition.warnings import find_warnings
 from lorasweep.sweep.lock import take_lock
 
 
-def create_sweep(definition: Definition, path: Path, *, metric: ScoreMetric, notes: Sequence[str] = ()) -> SweepFolder:
+def create_sweep(
+    definition: Definition,
+    path: Path,
+    *,
+    metric: ScoreMetric,
+    constant_answer: float | None = None,
+    notes: Sequence[str] = (),
+) -> SweepFolder:
     """Creates the folder, the record and the studies of a sweep, and returns the open sweep.
 
     Args:
         definition: The sweep.
         path: The new folder.
         metric: The metric that every arm is scored by.
+        constant_answer: The metric of the constant answer on validation data; None if there is none.
         notes: Sentences on how the data was made.
 
     Raises:
@@ -71,6 +79,7 @@ def create_sweep(definition: Definition, path: Path, *, metric: ScoreMetric, not
         metric=metric.name,
         metric_range=[] if metric.name in METRIC_RANGES else list(metric.range),
         direction=metric.direction,
+        constant_answer=constant_answer,
         definition=definition.raw,
         source=str(definition.source) if definition.source else None,
         source_sha256=compute_sha256(definition.source) if definition.source else None,

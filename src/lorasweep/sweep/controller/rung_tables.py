@@ -8,11 +8,9 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping
 
-from lorasweep.sweep.controller.stopping_rules import StoppingRule, get_cost
+from lorasweep.sweep.controller.stopping_rules import Row, RungOrder, StoppingRule
 from lorasweep.sweep.controller.trial import Trial
 
-Row = tuple[float, int]
-"""A trial's cost and number. A lower cost is better. Of trials with equal costs, the lower number comes first."""
 TableRow = tuple[str, int, Row]
 """Table name, rung and row."""
 
@@ -27,17 +25,17 @@ class RungTables:
     The first rows of `arrived` are the trials that may train beyond the rung. The stopping rule gives their number.
     """
 
-    def __init__(self, rule: StoppingRule, trials: Mapping[int, Trial], *, sign: int) -> None:
+    def __init__(self, rule: StoppingRule, trials: Mapping[int, Trial], *, order: RungOrder) -> None:
         """Creates empty tables.
 
         Args:
             rule: The stopping rule.
             trials: All trials of the arm by number; the caller adds new trials to this mapping.
-            sign: 1 if lower values are better, -1 if higher values are better.
+            order: How trials are compared.
         """
         self._rule = rule
         self._trials = trials
-        self._sign = sign
+        self._order = order
         self._tables: dict[tuple[str, int], list[Row]] = {
             (name, rung): [] for name in ("arrived", "waiting", "below") for rung in rule.rungs
         }
@@ -50,13 +48,13 @@ class RungTables:
             if rung in trial.values:
                 if trial.state in ("failed", "infeasible"):
                     continue
-                row = self._row(trial, rung)
+                row = self._order.get_row(trial, rung)
                 rows.add(("arrived", rung, row))
                 if trial.is_live and rung not in trial.passed:
                     rows.add(("waiting", rung, row))
                     waits = True
             elif trial.is_live and not waits:
-                rows.add(("below", rung, (0.0, trial.number)))
+                rows.add(("below", rung, (0.0, 0.0, trial.number)))
         return rows
 
     def update_rows(self, before: set[TableRow], after: set[TableRow]) -> None:
@@ -74,7 +72,7 @@ class RungTables:
         """
         if trial.state in ("failed", "infeasible"):
             return False
-        return self._is_kept(self._row(trial, rung), rung, self._count_kept(rung, all_begun=all_begun))
+        return self._is_kept(self._order.get_row(trial, rung), rung, self._count_kept(rung, all_begun=all_begun))
 
     def next_promoted(self, *, all_begun: bool) -> tuple[Trial, int] | None:
         """Returns the next trial to promote and its rung, or None if no paused trial may continue.
@@ -93,9 +91,6 @@ class RungTables:
     def has_any_below_first_rung(self) -> bool:
         """Returns whether a running or paused trial has not reached the first rung."""
         return bool(self._tables["below", self._rule.rungs[0]])
-
-    def _row(self, trial: Trial, rung: int) -> Row:
-        return get_cost(trial, rung, sign=self._sign), trial.number
 
     def _count_kept(self, last: int, *, all_begun: bool) -> dict[int, int]:
         """Returns how many trials may train beyond each rung up to the rung `last`."""
@@ -126,7 +121,7 @@ class RungTables:
         for row in self._tables["waiting", rung]:
             if not self._is_kept(row, rung, counts):
                 return
-            yield self._trials[row[1]]
+            yield self._trials[row[-1]]
 
     def _is_kept(self, row: Row, rung: int, counts: Mapping[int, int]) -> bool:
         return counts[rung] > 0 and row <= self._tables["arrived", rung][counts[rung] - 1]

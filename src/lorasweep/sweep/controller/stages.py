@@ -88,6 +88,7 @@ class Search:
             planned=arm.trials,
             rule=build_rule(arm),
             by_loss=getattr(arm.sweep_config.pruner, "criterion", "metric") == "loss",
+            constant_answer=self._sweep.record.constant_answer,
             prunes_by_study=isinstance(arm.sweep_config.pruner, Component),
             first_trials=math.ceil(FIRST_TRIALS_FRACTION * arm.trials) if is_adaptive else None,
             session=session,

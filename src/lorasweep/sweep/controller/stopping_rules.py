@@ -1,17 +1,17 @@
 """Stopping rules: which of an arm's trials may train beyond a rung.
 
-A rung is a step at which trials are compared. A rule is a pure function of values and trial numbers: neither the order
-in which values arrive nor a clock changes its answer. The controller pauses a trial that may not train beyond its rung.
-It resumes the trial if the rule later allows it.
+A rung is a step at which trials are compared. A rule is a pure function of values, losses and trial numbers: neither
+the order in which values arrive nor a clock changes its answer. The controller pauses a trial that may not train beyond
+its rung. It resumes the trial if the rule later allows it.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from optuna.pruners import BasePruner
 
@@ -20,8 +20,17 @@ from lorasweep.config.sweep import HalvingPruner, MedianPruner
 from lorasweep.sweep.controller.trial import Trial
 from lorasweep.sweep.definition.arms import Arm
 
-Ranked = Sequence[tuple[float, int]]
-"""Pairs of a trial's value (lower is better) and the trial's number, best first; equal values by trial number."""
+Row = tuple[float, float, int]
+"""How a rung ranks a trial: its cost (lower is better), its validation loss and its number.
+
+The loss orders trials of equal cost. The number only breaks exact ties of both.
+"""
+Ranked = Sequence[Row]
+"""The rows of the trials at a rung, best first."""
+SCORE_ROUNDING = 1e-6
+"""Relative difference up to which a score equals that of the constant answer.
+
+Both are computed in fp32 (eps = 1.2e-7), perhaps on different devices, which may add in different orders."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +83,8 @@ class MedianOfPeers(StoppingRule):
     def count_kept(self, ranked: Ranked, *, all_arrived: bool) -> int:
         if not ranked or (len(ranked) < self.min_trials and not all_arrived):
             return 0
-        median = statistics.median(value for value, _ in ranked)
-        return bisect_right(ranked, median, key=lambda row: row[0])
+        *median, _ = ranked[(len(ranked) - 1) // 2]  # without the number: equal trials continue together
+        return bisect_right(ranked, median, key=lambda row: list(row[:-1]))
 
 
 def build_rule(arm: Arm) -> StoppingRule:
@@ -116,7 +125,31 @@ def build_pruner(arm: Arm) -> BasePruner | None:
     return instantiate(arm.sweep_config.pruner, key="pruner", expected=expected)
 
 
-def get_cost(trial: Trial, rung: int, *, sign: int) -> float:
-    """Returns the number by which a rung compares a trial; lower is better."""
-    value = trial.losses.get(rung, sign * trial.values[rung])
-    return math.inf if math.isnan(value) else value
+@dataclass(frozen=True, kw_only=True)
+class RungOrder:
+    """The order of an arm's trials at a rung. It depends neither on the order of slots nor on that of reports."""
+
+    sign: Literal[1, -1]
+    """1 if lower values of the metric are better, -1 if higher values are better."""
+    by_loss: bool = False
+    """Whether trials are compared by validation loss instead of the metric."""
+    constant_answer: float | None = None
+    """The metric of the constant answer on validation data (`data.constant_answer`); None if there is none."""
+
+    def get_row(self, trial: Trial, rung: int) -> Row:
+        """Returns how a rung ranks a trial. A NaN value and a missing or NaN loss count as infinite."""
+        cost, loss = self.sign * trial.values[rung], trial.losses.get(rung, math.inf)
+        cost, loss = (math.inf if math.isnan(number) else number for number in (cost, loss))
+        if self.by_loss:
+            cost = loss
+        elif self.constant_answer is not None and cost < math.inf and self.has_learned_nothing(trial, rung):
+            # The metric does not say which of these trials begins to learn, but the loss does.
+            cost = self.sign * self.constant_answer
+        return cost, loss, trial.number
+
+    def has_learned_nothing(self, trial: Trial, rung: int) -> bool:
+        """Returns whether a trial's value is no better than that of the constant answer."""
+        if self.constant_answer is None:
+            return False
+        gain = self.sign * (self.constant_answer - trial.values[rung])
+        return not gain > SCORE_ROUNDING * abs(self.constant_answer)  # true for NaN too

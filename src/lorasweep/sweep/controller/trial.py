@@ -20,7 +20,7 @@ controller ignores trials of a study that don't have this attribute.
 PAUSED_ATTRIBUTE = "lorasweep:paused_at"
 """Step of the evaluation after which the trial's run was last paused."""
 LOSSES_ATTRIBUTE = "lorasweep:rung_losses"
-"""Validation loss by rung, if rungs compare losses."""
+"""Validation loss by rung."""
 REASON_ATTRIBUTE = "lorasweep:reason"
 """Why the trial failed, was pruned or does not fit in memory."""
 INFEASIBLE_ATTRIBUTE = "lorasweep:infeasible"
@@ -56,7 +56,7 @@ class Trial:
     values: dict[int, float] = field(default_factory=dict)
     """The metric's value at each evaluation, by step."""
     losses: dict[int, float] = field(default_factory=dict)
-    """The validation loss at each rung, if rungs compare losses."""
+    """The validation loss at each rung."""
     state: TrialState = "running"
     is_in_training: bool = False
     """Whether a worker trains the trial now."""

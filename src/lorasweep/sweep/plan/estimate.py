@@ -146,7 +146,7 @@ def list_parts(arm: Arm) -> list[Part]:
     parts, start = [], 0
     for rung in rule.rungs:
         parts.append(Part(start=start, stop=rung, trials=trials))
-        start, trials = rung, rule.count_kept([(float(n), n) for n in range(trials)], all_arrived=True)
+        start, trials = rung, rule.count_kept([(float(n), 0.0, n) for n in range(trials)], all_arrived=True)
     return [*parts, Part(start=start, stop=steps, trials=trials)]
 
 

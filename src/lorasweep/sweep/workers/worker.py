@@ -100,9 +100,7 @@ class Worker:
         with self.telemetry.phase("storage"):
             return self.controller.report(
                 [(assignment, step, metrics[self.metric]) for assignment, step, metrics in evaluations],
-                losses={
-                    assignment: metrics[LOSS_METRIC] for assignment, _, metrics in evaluations if LOSS_METRIC in metrics
-                },
+                losses={assignment: metrics[LOSS_METRIC] for assignment, _, metrics in evaluations},
             )
 
     def tell(self, assignment: Assignment, outcome: Outcome) -> None:
