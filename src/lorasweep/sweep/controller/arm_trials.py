@@ -27,6 +27,12 @@ from lorasweep.sweep.controller.trial import (
     read_trial,
 )
 from lorasweep.sweep.definition.arms import Arm
+from lorasweep.wording import format_metric, format_score, join_words
+
+WARNING_ATTRIBUTE = "lorasweep:warning"
+"""User attribute of a study: the sentence of `ArmTrials.warning`."""
+MIN_TRIALS_TO_WARN = 4
+"""Number of trials that must reach the first rung before a warning says that most of them have learned nothing."""
 
 
 class ArmTrials:
@@ -85,8 +91,12 @@ class ArmTrials:
         self._prunes_by_study = prunes_by_study
         self._first_trials = planned if first_trials is None else first_trials
         direction: Direction = "minimize" if study.direction == optuna.study.StudyDirection.MINIMIZE else "maximize"
-        order = RungOrder(sign=1 if direction == "minimize" else -1, by_loss=by_loss, constant_answer=constant_answer)
-        self._tables = RungTables(self._rule, self.trials, order=order)
+        self._order = RungOrder(
+            sign=1 if direction == "minimize" else -1, by_loss=by_loss, constant_answer=constant_answer
+        )
+        self._tables = RungTables(self._rule, self.trials, order=self._order)
+        self.warning: str | None = study.user_attrs.get(WARNING_ATTRIBUTE)
+        """The warning that most trials have learned nothing by the first rung; None if there was no reason for it."""
         self._history = History(self._space, direction=direction)
         self._unread_by_history: set[int] = set()
         """Numbers of the trials that have changed since the last call of `history`."""
@@ -204,6 +214,30 @@ class ArmTrials:
         if trial.values.get(step) != value:
             self._storage.set_trial_intermediate_value(self._trial_id(trial), step, value)
             self._update(trial, values={**trial.values, step: value})
+
+    def update_warning(self, metric: str) -> None:
+        """Sets `warning` if most trials at the first rung are no better than the constant answer.
+
+        It is written into the journal and then stays, so that a resumed sweep has the same warning.
+        """
+        if self.warning is None and self._rule.rungs:
+            unlearned, arrived = self._tables.count_unlearned()
+            if arrived >= MIN_TRIALS_TO_WARN and unlearned > arrived / 2:
+                self.warning = self._describe_unlearned(metric, unlearned=unlearned, arrived=arrived)
+                self.study.set_user_attr(WARNING_ATTRIBUTE, self.warning)
+
+    def _describe_unlearned(self, metric: str, *, unlearned: int, arrived: int) -> str:
+        remedies = ["more steps (`trainer.max_steps`)", "other learning rates (`optim.lr`)"]
+        if metric in ("accuracy", "f1"):
+            remedies.append("another metric (`data.metric=matthews` if each example has one label)")
+        if metric != "loss" and not self._order.by_loss:
+            remedies.append("`pruner.criterion=loss`")
+        return (
+            f"At step {self._rule.rungs[0]}, {unlearned} of {arrived} trials of `{self.arm.name}` have learned nothing "
+            f"yet: their {format_metric(metric)} is no better than that of an answer that needs no training "
+            f"({format_score(self._order.constant_answer)}). If this stays so, start a new sweep with "
+            f"{join_words(remedies, last='or')}."
+        )
 
     def decide(self, trial: Trial, step: int) -> bool:
         """Returns whether a trial continues after an evaluation. All values of its step must be stored before."""

@@ -16,9 +16,10 @@ TableRow = tuple[str, int, Row]
 
 
 class RungTables:
-    """Three sorted tables for each rung of an arm's stopping rule.
+    """Four sorted tables for each rung of an arm's stopping rule.
 
     - `arrived`: the trials that have a value at the rung and did not fail.
+    - `unlearned`: the trials of `arrived` whose value is no better than that of the constant answer.
     - `waiting`: the running and paused trials of `arrived` that may not yet train beyond the rung.
     - `below`: the running and paused trials that have not reached the rung and do not wait at a lower rung.
 
@@ -37,7 +38,7 @@ class RungTables:
         self._trials = trials
         self._order = order
         self._tables: dict[tuple[str, int], list[Row]] = {
-            (name, rung): [] for name in ("arrived", "waiting", "below") for rung in rule.rungs
+            (name, rung): [] for name in ("arrived", "unlearned", "waiting", "below") for rung in rule.rungs
         }
 
     def list_rows(self, trial: Trial) -> set[TableRow]:
@@ -50,6 +51,8 @@ class RungTables:
                     continue
                 row = self._order.get_row(trial, rung)
                 rows.add(("arrived", rung, row))
+                if self._order.has_learned_nothing(trial, rung):
+                    rows.add(("unlearned", rung, row))
                 if trial.is_live and rung not in trial.passed:
                     rows.add(("waiting", rung, row))
                     waits = True
@@ -91,6 +94,11 @@ class RungTables:
     def has_any_below_first_rung(self) -> bool:
         """Returns whether a running or paused trial has not reached the first rung."""
         return bool(self._tables["below", self._rule.rungs[0]])
+
+    def count_unlearned(self) -> tuple[int, int]:
+        """Returns how many trials at the first rung are no better than the constant answer, and how many are there."""
+        first = self._rule.rungs[0]
+        return len(self._tables["unlearned", first]), len(self._tables["arrived", first])
 
     def _count_kept(self, last: int, *, all_begun: bool) -> dict[int, int]:
         """Returns how many trials may train beyond each rung up to the rung `last`."""
