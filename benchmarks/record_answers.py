@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 import yaml
+from curves.record import LoraPack, Point, SoloTrial
 from torch import Tensor
 
-from curves.record import LoraPack, Point, SoloTrial
 from lorasweep.config.compose import compose_run
 from lorasweep.config.run import SEED_KEYS
 from lorasweep.data.batching import EvaluationSampler
@@ -105,7 +105,7 @@ def record(task: AnswerTask, *, seed: int, overrides: Mapping[str, Any]) -> tupl
     test = inputs.splits.test()
     groups = list(dict.fromkeys(test.groups)) if test.groups else []
     owner = torch.tensor([groups.index(group) for group in test.groups]) if groups else None
-    metric = inputs.splits.task.metric if base.data.metric == "auto" else base.data.metric
+    metric = inputs.splits.metric
     rows = []
 
     def add(method: str, point: Point, curve: Sequence[Mapping[str, float]], best: int, test_scores: str) -> None:

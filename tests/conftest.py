@@ -19,7 +19,7 @@ from lorasweep.config.compose import compose_run
 from lorasweep.config.run import RunConfig
 from lorasweep.training.inputs import RunInputs, build_inputs
 
-pytest_plugins = ["tests.servers.postgres", "tests.servers.slurm"]
+pytest_plugins = ["tests.servers.slurm"]
 
 SHORT_RUN: dict[str, Any] = {
     "data.block_length": 32,

@@ -59,7 +59,8 @@ def test_the_best_trial_is_confirmed(result):
     best, frame = result.best("lora"), result.trials_dataframe().query("arm == 'lora'")
     assert sorted(frame["trial"]) == [0, 1]
     assert best.number == frame.loc[frame["bits_per_byte"].idxmin(), "trial"]
-    assert set(result.confirm_dataframe().query("arm == 'lora'")["trial"]) == {best.number}
+    assert set(result.confirm_dataframe().query("subject == 'lora'")["method.rank"]) == {best.params["method.rank"]}
+    assert [row.trial for row in result.record.settings if row.subject == "lora"] == [best.number]
     assert best.score == result.study("lora").trials[best.number].value == best.run.score
     assert result.best("frozen").params == {}
 

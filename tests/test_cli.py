@@ -91,8 +91,6 @@ BAD = [
     (["sweep", "mini.yaml", "words"], "an override must read `key=value`"),
     (["sweep", "mini.yaml", "+experiment=quick_check"], "`+` and `~` are for `lorasweep train`"),
     (["sweep", "mini.yaml", "~logger"], "`+` and `~` are for `lorasweep train`"),
-    (["sweep", "mini.yaml", "storage.url=postgresql+psycopg://127.0.0.1:1/a"], "`storage.url` must be a database that"),
-    (["sweep", "mini.yaml", "storage.url=postgresql+psycopg://me:pw@host/a"], "but got 'postgresql+psycopg://***@host"),
     (["sweep", "mini.yaml", "worker.num=2"], "`worker.num` must be 1 with `worker=local`, but got 2."),
     (["sweep", "mini.yaml", *own_pruner("pathlib.Path")], "trusted, but got 'pathlib"),
     (
@@ -627,9 +625,10 @@ def test_a_finished_sweep_gets_a_confirm_stage(capsys, here, mini):
         ("lora", "complete"),
         ("lora", "complete"),
     ]
+    trial_of = {row.subject: row.trial for row in record.settings}
     for row in record.confirm:
         kept = read_run(folder / row.run)
-        assert (kept.arm, kept.trial, kept.config["seed"]) == (row.arm, row.trial, row.seed)
+        assert (kept.arm, kept.trial, kept.config["seed"]) == (row.arm, trial_of[row.subject], row.seed)
         assert row.value == kept.test["bits_per_byte"]
         assert (folder / row.run / "test_scores.csv").is_file()
     capsys.readouterr()
@@ -722,20 +721,18 @@ def test_inspect_shows_a_run_as_a_table_json_or_csv_and_writes_its_files(here, s
     capsys.readouterr()
     assert run(["inspect", "one", "two"]) == DONE
     shown = capsys.readouterr().out
-    assert "cut to a smaller rank" in shown
+    assert "updates by kind of layer" in shown
     assert "This run and `two` share" in " ".join(shown.split())
     assert {path.name for path in (here / "one" / "inspect").iterdir()} == {
         "layers.csv",
         "similarity.csv",
         "spectra.json",
         "summary.json",
-        "truncation.csv",
     }
-    assert run(["inspect", "one", "--format", "json", "--no-scores"]) == DONE
+    assert run(["inspect", "one", "--format", "json"]) == DONE
     content = json.loads(capsys.readouterr().out)
     assert len(content["by_layer"]) == 28
-    assert content["ranks"] == []
-    assert run(["inspect", "one", "--format", "csv", "--no-scores"]) == DONE
+    assert run(["inspect", "one", "--format", "csv"]) == DONE
     assert capsys.readouterr().out == (here / "one" / "inspect" / "layers.csv").read_text()
 
 
@@ -861,15 +858,13 @@ def test_inspecting_what_trained_nothing_is_one_line_and_exit_code_2(short, caps
     assert output.out == ""
 
 
-def test_inspect_takes_a_sweep_alone_and_its_report_then_shows_what_was_found(here, mini, capsys):
+def test_inspect_takes_a_sweep_alone(here, mini, capsys):
     assert run(["sweep", mini]) == DONE
     capsys.readouterr()
     assert run(["inspect", "outputs/mini", "outputs/mini"]) == WRONG_REQUEST
     assert "`OTHER_RUN` can't be given with a sweep" in capsys.readouterr().err
     assert run(["inspect", "outputs/mini"]) == DONE
     assert capsys.readouterr().out.startswith("lora: outputs/mini/runs/lora-")
-    assert run(["compare", "outputs/mini"]) == DONE
-    assert "90 % of the squared norm lies in" in (here / "outputs" / "mini" / "report" / "index.html").read_text()
 
 
 def test_compare_of_several_sweeps_prints_one_table_and_writes_each_report(capsys, here):
@@ -888,6 +883,6 @@ def test_compare_of_several_sweeps_prints_one_table_and_writes_each_report(capsy
             here / name,
         )
     assert run(["compare", "one", "two"]) == DONE
-    assert "best of each arm" in capsys.readouterr().out
+    assert "setting of each subject" in capsys.readouterr().out
     assert (here / "one/report/index.html").is_file()
     assert (here / "two/report/index.html").is_file()

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from dataclasses import asdict
 
 import pytest
@@ -20,12 +21,16 @@ from lorasweep.record import (
     SWEEP_FILE,
     ArmRow,
     ConfirmRow,
+    LookRow,
+    Question,
     RunRecord,
+    SettingRow,
     SweepRecord,
     TrialRow,
     compute_sha256,
     get_run_folder,
     measure_stage_occupancy,
+    name_subject,
     read_run,
     read_steps,
     read_sweep,
@@ -52,7 +57,19 @@ def make_sweep(**values):
         pruner="none",
     )
     trial = TrialRow(arm="lora", number=0, state="failed", params={"method.rank": 1}, value=None, run="r", reason="x")
-    confirmed = ConfirmRow(arm="lora", trial=0, seed=7, state="complete", run="runs/lora-confirm-0000", value=1.5)
+    confirmed = ConfirmRow(
+        arm="lora",
+        subject="lora",
+        setting=0,
+        seed=7,
+        state="complete",
+        run="runs/lora-confirm-0000",
+        value=1.5,
+    )
+    question = Question(name="as_good_as_full", arm="lora", key=None, subjects=["lora"], reference="full")
+    setting = SettingRow(
+        subject="lora", arm="lora", setting=0, value=None, params={"method.rank": 1}, trial=0, score=1.5
+    )
     return SweepRecord(
         **(
             {
@@ -64,6 +81,10 @@ def make_sweep(**values):
                 "definition": {"file": {}},
                 "arms": [arm],
                 "trials": [trial],
+                "questions": [question],
+                "looks": [3, 6],
+                "settings": [setting],
+                "looks_done": [LookRow(seeds=3, open=["lora"], next=[])],
                 "confirm": [confirmed],
             }
             | values
@@ -100,8 +121,10 @@ def test_keys_that_this_version_does_not_know_are_ignored(tmp_path):
     for name in (RUN_FILE, SWEEP_FILE):
         raw = json.loads((tmp_path / name).read_text())
         raw["from_later"] = 1
-        for row in raw.get("arms", []) + raw.get("trials", []) + raw.get("confirm", []):
-            row["from_later"] = 1
+        for rows in raw.values():
+            for row in rows if isinstance(rows, list) else []:
+                if isinstance(row, dict):
+                    row["from_later"] = 1
         (tmp_path / name).write_text(json.dumps(raw))
     assert read_run(tmp_path) == make_run()
     assert read_sweep(tmp_path) == make_sweep()
@@ -138,7 +161,7 @@ def test_a_damaged_or_foreign_record_or_one_of_another_version_is_refused(tmp_pa
 
 
 @pytest.mark.parametrize("rows", [[[]], [{}], 3, {"lora": {}}])
-@pytest.mark.parametrize("key", ["arms", "trials", "confirm"])
+@pytest.mark.parametrize("key", ["arms", "trials", "questions", "settings", "looks_done", "confirm"])
 def test_a_sweep_with_broken_rows_is_refused(tmp_path, key, rows):
     raw = asdict(make_sweep()) | {key: rows}
     (tmp_path / SWEEP_FILE).write_text(json.dumps(raw))
@@ -300,3 +323,20 @@ def test_damaged_steps_are_read_as_far_as_they_are_whole(tmp_path, data):
     (tmp_path / STEPS_FILE).write_bytes(data.draw(damage_bytes("\n".join(lines).encode())))
     with refusal_allowed(unchanged=tmp_path):
         load_run(tmp_path).steps_dataframe()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "name"),
+    [
+        (None, None, "lora"),
+        ("method.rank", 16, "lora-rank-16"),
+        ("method.targets", "attention", "lora-targets-attention"),
+    ],
+)
+def test_a_subject_is_named_by_its_arm_and_value(key, value, name):
+    assert name_subject("lora", key, value) == name
+
+
+@pytest.mark.parametrize("value", ["a/b", "../x", ["q_proj", "v_proj"], {"rank": 1}, "ü ö", None, True])
+def test_the_name_of_a_subject_is_one_plain_word(value):
+    assert re.fullmatch(r"[\w.-]+", name_subject("lora", "method.targets", value))

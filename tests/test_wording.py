@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from lorasweep.wording import (
+    count_decimals,
+    count_percent_decimals,
     format_bytes,
     format_count,
     format_estimate,
     format_metric,
-    format_p_value,
     format_score,
     format_seconds,
     format_seconds_range,
@@ -129,8 +130,19 @@ def test_share_has_its_interval_in_percent() -> None:
     assert format_share_estimate(None, None) == "–"
 
 
-def test_p_values_have_two_digits() -> None:
-    assert [format_p_value(value) for value in (0.0342, 1e-9, 1.0, None)] == ["0.034", "< 0.0001", "1", "–"]
+def test_estimates_beside_each_other_have_the_decimals_of_the_narrowest() -> None:
+    intervals = [(1.3, 1.5), (1.365, 1.379), None, (2.0, 2.0)]
+    decimals = count_decimals(intervals)
+    assert decimals == 3
+    assert format_estimate(1.4, (1.3, 1.5), decimals=decimals) == "1.400 [1.300, 1.500]"
+    assert count_decimals([None]) is None
+
+
+def test_an_end_never_looks_like_the_value_that_it_excludes() -> None:
+    interval = (0.952, 1.004)
+    assert format_share_estimate(0.98, interval) == "98.0 % [95.2, 100.4]"  # 100 % is inside
+    decimals = count_percent_decimals([(0.9504, 1.2)], critical=(0.95,))
+    assert format_share_estimate(1.0, (0.9504, 1.2), decimals=decimals) == "100.00 % [95.04, 120.00]"
 
 
 def test_words_are_joined_as_a_sentence_lists_them() -> None:

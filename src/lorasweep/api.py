@@ -38,7 +38,13 @@ from lorasweep.report.recommend import read_recommended
 from lorasweep.results import RunResult, SweepResult, load_run, load_sweep
 from lorasweep.runs.comparison import SweepReproduction, compare_sweeps
 from lorasweep.stop_signal import StopSignal
-from lorasweep.sweep.checks import check_definition, find_constant_answer, find_metric, list_notes
+from lorasweep.sweep.checks import (
+    check_definition,
+    find_constant_answer,
+    find_metric,
+    list_notes,
+    set_steps,
+)
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.lifecycle import create_sweep, reopen_sweep, saved_definition
 from lorasweep.sweep.definition.arms import Definition, read_definition
@@ -86,6 +92,7 @@ def run_sweep(
     with _session(trust, overrides):
         definition = read_sweep_definition(sweep, overrides)
         inputs_cache = InputsCache()
+        definition = set_steps(definition, inputs_cache)
         opened = start_sweep(definition, inputs_cache, output=output)
         return train_opened_sweep(opened, inputs_cache, progress=progress)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -128,17 +127,14 @@ def build_parser() -> argparse.ArgumentParser:
     export_parser = add(export, "write a run's adapter for PEFT, or the merged model for transformers")
     export_parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
     export_parser.add_argument("--format", required=True, choices=["peft", "merged"])
-    export_parser.add_argument("--out", type=Path, metavar="D", help="a new or empty folder; needed without --push")
+    export_parser.add_argument("--out", type=Path, metavar="D", required=True, help="a new or empty folder")
     export_parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="type of merged weights")
-    export_parser.add_argument("--push", metavar="USER/NAME", help="upload the files to the Hugging Face hub")
-    export_parser.add_argument("--private", action="store_true", help="make a new repository private")
     inspect_parser = add(inspect, "show how much of its rank a run used, from its weights")
     inspect_parser.add_argument(
         "folder", type=Path, metavar="RUN", help="folder of a run, or of a sweep: its best runs"
     )
     inspect_parser.add_argument("other", type=Path, nargs="?", metavar="OTHER_RUN", help="a run to compare with")
     inspect_parser.add_argument("--format", choices=("table", "json", "csv"), default="table", help="what to print")
-    inspect_parser.add_argument("--no-scores", action="store_true", help="skip the scores at smaller ranks")
     reproduce_parser = add(reproduce, "run a run or a sweep again from its record and compare the results")
     reproduce_parser.add_argument(
         "folder", type=Path, nargs="?", metavar="RUN|SWEEP", help="folder of a run, or of a whole sweep"
@@ -147,10 +143,6 @@ def build_parser() -> argparse.ArgumentParser:
     reproduce_parser.add_argument("--tolerance", type=float, metavar="T", help="maximum relative difference")
     reproduce_parser.add_argument("--steps", type=int, metavar="N", help="compare the first N steps only")
     reproduce_parser.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/reproduce/NAME")
-    doctor_parser = add(doctor, "check packages, devices, disk, hub, Ray and Slurm of this machine")
-    doctor_parser.add_argument(
-        "--folder", type=Path, default=Path("outputs"), metavar="DIR", help="where sweeps will be written: ./outputs"
-    )
     for reader in (compare_parser, export_parser, inspect_parser, reproduce_parser):
         reader.add_argument("--trust", action="store_true", help="allow code and pickles that the record names")
     if "_ARGCOMPLETE" in os.environ:  # the shell asks for completions
@@ -267,6 +259,7 @@ def plan(arguments: argparse.Namespace) -> int:
     """Checks a sweep as its start does, measures its parts in small and shows what it will cost. Keeps no file."""
     with quick_imports():
         from lorasweep import api
+        from lorasweep.sweep.checks import set_steps
         from lorasweep.sweep.plan.estimate import estimate_sweep
         from lorasweep.sweep.plan.measure import measure_sweep
         from lorasweep.sweep.plan.render import render_plan
@@ -278,6 +271,7 @@ def plan(arguments: argparse.Namespace) -> int:
     name, overrides = _split_name(arguments.overrides)
     inputs_cache, definition = InputsCache(), api.read_sweep_definition(name or DEFAULT_SWEEP, overrides)
     say("loading the model and the data", file=sys.stderr)
+    definition = set_steps(definition, inputs_cache)
     metric = api.check_sweep(definition, inputs_cache)
     cost = measure_sweep(
         definition,
@@ -307,20 +301,9 @@ def export(arguments: argparse.Namespace) -> int:
         from lorasweep.runs.export import export_run
         from lorasweep.wording import format_bytes
 
-    if arguments.out is None and arguments.push is None:
-        raise ConfigError("`lorasweep export` must have `--out D` or `--push USER/NAME`, or both.")
-    with tempfile.TemporaryDirectory(prefix="lorasweep-") as temporary:
-        written = export_run(
-            arguments.run,
-            format=arguments.format,
-            out=arguments.out or Path(temporary) / "export",
-            dtype=arguments.dtype,
-            push=arguments.push,
-            private=arguments.private,
-        )
-    places = [str(place) for place in (arguments.out, written.address) if place is not None]
+    written = export_run(arguments.run, format=arguments.format, out=arguments.out, dtype=arguments.dtype)
     say(
-        f"{arguments.format}, {written.dtype}, {format_bytes(written.num_bytes)}: {' and '.join(places)}\n"
+        f"{arguments.format}, {written.dtype}, {format_bytes(written.num_bytes)}: {arguments.out}\n"
         f"its logits differ from the run's by at most {written.difference:.2g} (the largest is "
         f"{written.largest_logit:.3g}), both computed in fp32"
     )
@@ -337,13 +320,13 @@ def inspect(arguments: argparse.Namespace) -> int:
         from lorasweep.runs.inspect.inspect_run import inspect_run
         from lorasweep.runs.inspect.inspect_sweep import inspect_sweep
 
-    folder, other, scores = arguments.folder, arguments.other, not arguments.no_scores
+    folder, other = arguments.folder, arguments.other
     is_sweep = (folder / SWEEP_FILE).is_file()
     if is_sweep and other is not None:
         raise ConfigError(
             f"`OTHER_RUN` can't be given with a sweep, but got {str(other)!r}. The best runs of the sweep are compared."
         )
-    inspected = inspect_sweep(folder, scores=scores) if is_sweep else inspect_run(folder, other=other, scores=scores)
+    inspected = inspect_sweep(folder) if is_sweep else inspect_run(folder, other=other)
     if arguments.format == "table":
         EscapingConsole().print(render_inspection(inspected))
     else:
@@ -378,15 +361,6 @@ def reproduce(arguments: argparse.Namespace) -> int:
     if comparison.verdict == "interrupted":
         return INTERRUPTED
     return DONE if comparison.holds else FAILED
-
-
-def doctor(arguments: argparse.Namespace) -> int:
-    with quick_imports():
-        from lorasweep.doctor import examine, render_findings
-
-    findings = examine(arguments.folder)
-    EscapingConsole().print(render_findings(findings))
-    return FAILED if any(finding.state == "problem" for finding in findings) else DONE
 
 
 def _reproduce_sweep(arguments: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import operator
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -22,7 +23,7 @@ from lorasweep.config.data import Direction
 from lorasweep.disk import write_atomically
 from lorasweep.errors import RecordError
 from lorasweep.redaction import may_hold_secret, redact
-from lorasweep.wording import shorten
+from lorasweep.wording import format_setting, short_key, shorten
 
 RUN_FILE = "run.json"
 STEPS_FILE = "steps.jsonl"
@@ -38,6 +39,7 @@ RunStatus = Literal["running", "complete", "paused", "pruned", "failed", "infeas
 """`paused`: the run stopped at an evaluation and may continue from its checkpoint. `pruned`: the run was paused and the
 sweep ended. `infeasible`: the run does not fit in memory."""
 TrialState = Literal["running", "paused", "complete", "pruned", "failed", "infeasible"]
+QuestionName = Literal["as_good_as_full", "smallest", "pair"]
 ConfirmState = Literal["running", "complete", "failed", "infeasible"]
 
 
@@ -146,14 +148,62 @@ class TrialRow:
 
 
 @dataclass(kw_only=True)
+class Question:
+    """A question that the sweep states before it starts. `report.evidence.questions` answers it."""
+
+    name: QuestionName
+    arm: str
+    key: str | None
+    """The `confirm_each` key of the arm, if it has one."""
+    subjects: list[str]
+    """The subjects that are asked about, from the smallest value to the largest."""
+    reference: str | None
+    """The subject that they are compared with; None for `smallest`, whose references are the larger values."""
+
+
+@dataclass(kw_only=True)
+class SettingRow:
+    """The setting that the confirm stage trains for one subject: for an arm, or for one value of its `confirm_each`."""
+
+    subject: str
+    arm: str
+    setting: int
+    """Number of the setting in its arm's confirm stage."""
+    value: Any
+    """The value of the arm's `confirm_each` key; null without one."""
+    params: dict[str, Any]
+    """Swept keys (dotted) and their values."""
+    trial: int | None
+    """The complete trial of the search that has this setting; null if it was not tried."""
+    score: float | None
+    """The score on validation data: that of the trial, or the predicted one."""
+    rate_ratio: float | None = None
+    """The ratio of u, the coordinate of the rate law, to that of the nearest complete trial, at least 1."""
+    regret: float | None = None
+    """How much better the best setting in the space is expected to be, by the search's model, in the metric's unit."""
+
+
+@dataclass(kw_only=True)
+class LookRow:
+    """A look of the confirm stage: the questions were tested with this number of seeds."""
+
+    seeds: int
+    open: list[str]
+    """The subjects of the questions that were still open."""
+    next: list[str]
+    """The subjects that trained on the seeds of the next look; empty if this look was the last."""
+
+
+@dataclass(kw_only=True)
 class ConfirmRow:
-    """One run of the confirm stage: a trial of the search is trained again with a fresh seed."""
+    """One run of the confirm stage: the setting of a subject is trained with a fresh seed."""
 
     arm: str
-    trial: int
-    """Number of the trial in its arm's search."""
+    subject: str
+    setting: int
+    """Number of the setting in its arm's confirm stage (`SettingRow.setting`)."""
     seed: int
-    """Seed of initial values, data order and dropout. All arms have the same seeds."""
+    """Seed of initial values, data order and dropout. All subjects have the same seeds."""
     state: ConfirmState
     run: str
     """The run's folder, relative to the sweep's."""
@@ -186,6 +236,8 @@ class ArmRow:
     """Swept keys: a list of choices or a mapping `low`, `high`, and `log` or `step`."""
     sampler: str
     pruner: str
+    confirm_each: str | None = None
+    """The swept key whose values are confirmed one by one."""
 
 
 @dataclass(kw_only=True)
@@ -227,15 +279,21 @@ class SweepRecord:
     was each time before it grew: `trials` of each arm, and `confirm_seeds`, 0 if no winner had run again by then."""
     changes: list[SweepChange] = field(default_factory=list)
     """What each `--resume` changed, in order."""
-    study_prefix: str = ""
-    """Prefix of the names of the Optuna studies, which a database with several sweeps needs."""
     source: str | None = None
     """Path of the sweep file."""
     source_sha256: str | None = None
     """SHA-256 of the sweep file when the sweep began."""
     arms: list[ArmRow]
     trials: list[TrialRow] = field(default_factory=list)
+    questions: list[Question] = field(default_factory=list)
+    """The questions, as they were stated before the first trial."""
+    looks: list[int] = field(default_factory=list)
+    """Numbers of seeds at which the questions are tested, as planned beforehand; empty without a confirm stage."""
     confirm_seeds: list[int] = field(default_factory=list)
+    """The seeds of all planned looks."""
+    settings: list[SettingRow] = field(default_factory=list)
+    """What the confirm stage trains, one row per subject; empty before the stage."""
+    looks_done: list[LookRow] = field(default_factory=list)
     confirm: list[ConfirmRow] = field(default_factory=list)
     margin: float | str
     """`confirm.margin` as it was stated before the first trial."""
@@ -261,6 +319,13 @@ T = TypeVar("T")
 def utc_now() -> str:
     """Returns the present time in UTC, ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def name_subject(arm: str, key: str | None, value: Any) -> str:
+    """Returns the name of what is confirmed: an arm, or one value of its `confirm_each` key, such as `lora-rank-16`."""
+    if key is None:
+        return arm
+    return f"{arm}-{short_key(key)}-" + re.sub(r"[^\w.-]+", "_", format_setting(value))
 
 
 def measure_occupancy(rows: Iterable[TrialRow | ConfirmRow]) -> float | None:

@@ -194,22 +194,21 @@ class SweepResult:
         )
 
     def confirm_dataframe(self) -> pandas.DataFrame:
-        """Returns one row per confirm run of the winners: `arm`, `trial`, `seed`, `state`, the test score, and `run`.
+        """Returns one row per confirm run: `arm`, `subject`, swept keys, `seed`, `state`, the test score, and `run`.
 
-        Scores by lm-evaluation-harness are columns `TASK/METRIC`.
-        `record.confirm` also has the runs of former winners, if the sweep grew.
+        A subject is an arm, or one value of its `confirm_each` key. Scores by lm-evaluation-harness are columns
+        `TASK/METRIC`. `record.confirm` also has the runs of former settings, if the sweep grew.
         """
         import pandas  # noqa: PLC0415 (slow to import)
 
-        winners = ((arm, find_winner(self._rows(arm), record=self.record)) for arm in self.arms)
-        rows = [row for arm, winner in winners for row in list_confirm_rows(arm, winner, record=self.record)]
         return pandas.DataFrame.from_records(
             [
-                {"arm": row.arm, "trial": row.trial, "seed": row.seed, "state": row.state}
+                {"arm": row.arm, "subject": row.subject, **setting.params, "seed": row.seed, "state": row.state}
                 | {f"test/{self.record.metric}": row.value}
                 | row.harness
                 | {"run": row.run}
-                for row in rows
+                for setting in self.record.settings
+                for row in list_confirm_rows(setting.subject, record=self.record)
             ]
         )
 

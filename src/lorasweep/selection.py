@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeVar
 
 from lorasweep.record import ConfirmRow, SweepRecord, TrialRow, TrialState
+from lorasweep.wording import join_words
 
 
 class _ScoredTrial(Protocol):
     @property
-    def number(self) -> int: ...
+    def number(self) -> int | None: ...
     @property
     def state(self) -> TrialState: ...
     @property
@@ -27,13 +28,14 @@ def find_winner(trials: Iterable[ScoredT], *, record: SweepRecord) -> ScoredT | 
     It is the best complete trial of the search. Of equals, it is the trial with the lowest number.
     """
     sign = 1 if record.direction == "minimize" else -1
-    scored = [(sign * t.value, t.number, t) for t in trials if t.state == "complete" and t.value is not None]
+    scored = [(sign * t.value, t.number or 0, t) for t in trials if t.state == "complete" and t.value is not None]
     return min((entry for entry in scored if math.isfinite(entry[0])), default=(0, 0, None))[2]
 
 
-def list_confirm_rows(arm: str, winner: _ScoredTrial | None, *, record: SweepRecord) -> list[ConfirmRow]:
-    """Returns the confirm runs of an arm's winner. A sweep that grew may also have runs of a former winner."""
-    return [row for row in record.confirm if winner is not None and (row.arm, row.trial) == (arm, winner.number)]
+def list_confirm_rows(subject: str, *, record: SweepRecord) -> list[ConfirmRow]:
+    """Returns the confirm runs of a subject. A sweep that grew may also have runs of its former setting."""
+    current = {(row.subject, row.setting) for row in record.settings}
+    return [row for row in record.confirm if row.subject == subject and (row.subject, row.setting) in current]
 
 
 def find_winners(record: SweepRecord) -> dict[str, TrialRow | None]:
@@ -43,7 +45,9 @@ def find_winners(record: SweepRecord) -> dict[str, TrialRow | None]:
     return {name: find_winner(trials, record=record) for name, trials in by_arm.items()}
 
 
-def describe_confirmation(num_seeds: int) -> str:
-    """Returns a phrase that says what the confirm stage does."""
-    fresh = "1 fresh seed" if num_seeds == 1 else f"{num_seeds} fresh seeds"
-    return f"the winner of each arm again on {fresh}, scored once on test data"
+def describe_confirmation(looks: Sequence[int]) -> str:
+    """Returns a phrase that says what the confirm stage does, from the numbers of seeds at its looks."""
+    seeds = join_words([str(look) for look in looks], last="or")
+    until = ", until the questions are settled" if len(looks) > 1 else ""
+    noun = "seed" if tuple(looks) == (1,) else "seeds"
+    return f"the chosen settings again on {seeds} fresh {noun}, scored once on test data{until}"

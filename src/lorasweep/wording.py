@@ -12,6 +12,9 @@ UNKNOWN = "–"
 MAX_SCORE_DIGITS = 6
 """Maximum number of digits of a score. Scores that differ only in later digits look equal."""
 
+MAX_EXTRA_DECIMALS = 2
+"""Maximum number of decimals that are added to show on which side of a critical value the end of an interval lies."""
+
 
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Returns ` Did you mean ...?` with the nearest choice, or an empty string if no choice is near."""
@@ -95,34 +98,60 @@ def _score_text(value: float, extra_digits: int) -> str:
     return f"{value:.{min(4 + extra_digits, MAX_SCORE_DIGITS)}g}"
 
 
-def format_estimate(value: float | None, interval: tuple[float, float] | None) -> str:
-    """Returns a score with its interval, if given: `1.372 [1.365, 1.379]`. Narrow intervals get more decimals."""
+def count_decimals(
+    intervals: Iterable[tuple[float, float] | None], *, digits: int = 2, critical: Sequence[float] = (0.0,)
+) -> int | None:
+    """Returns the number of decimals for intervals that stand beside each other; None without intervals.
+
+    Args:
+        intervals: The intervals; None and those without a width are skipped.
+        digits: Digits of the width of the narrowest interval that are shown.
+        critical: Values on whose side an end lies, such as 0. An end that would look like one
+            gets up to `MAX_EXTRA_DECIMALS` more.
+    """
+    known = [one for one in intervals if one is not None and one[1] > one[0]]
+    if not known:
+        return None
+    width = min(high - low for low, high in known)
+    decimals = min(8, max(0, digits - 1 - math.floor(math.log10(width))))
+    ends = [end for interval in known for end in interval]
+    pairs = [(end, value) for end in ends for value in critical if end != value]
+    for more in range(MAX_EXTRA_DECIMALS):
+        if all(round(end, decimals + more) != round(value, decimals + more) for end, value in pairs):
+            return decimals + more
+    return decimals + MAX_EXTRA_DECIMALS
+
+
+def format_estimate(value: float | None, interval: tuple[float, float] | None, *, decimals: int | None = None) -> str:
+    """Returns a score with its interval, if given: `1.372 [1.365, 1.379]`.
+
+    `decimals` is that of the estimates beside it; without it, narrow intervals get more decimals.
+    """
     if value is None or interval is None:
         return format_score(value)
-    low, high = interval
-    if high <= low:
+    decimals = count_decimals([interval]) if decimals is None else decimals
+    if decimals is None:
         return format_score(value)
-    decimals = min(8, max(0, 1 - math.floor(math.log10(high - low))))
-    if any(end != 0 and round(end, decimals) == 0 for end in interval):
-        decimals += 1  # an end must not look like 0, because its sign tells whether the interval contains 0
     # `+ 0.0` turns -0.000 into 0.000
-    score, low_text, high_text = (f"{round(number, decimals) + 0.0:.{decimals}f}" for number in (value, low, high))
+    score, low_text, high_text = (f"{round(number, decimals) + 0.0:.{decimals}f}" for number in (value, *interval))
     return f"{score} [{low_text}, {high_text}]"
 
 
-def format_share_estimate(value: float | None, interval: tuple[float, float] | None) -> str:
-    """Returns a fraction in percent with its interval: `92 % [90, 94]`."""
+def count_percent_decimals(intervals: Iterable[tuple[float, float] | None], *, critical: Sequence[float] = ()) -> int:
+    """Returns the number of decimals for shares in percent that stand beside each other."""
+    percent = [None if one is None else (100 * one[0], 100 * one[1]) for one in intervals]
+    return count_decimals(percent, digits=1, critical=[0.0, 100.0, *(100 * value for value in critical)]) or 0
+
+
+def format_share_estimate(
+    value: float | None, interval: tuple[float, float] | None, *, decimals: int | None = None
+) -> str:
+    """Returns a fraction in percent with its interval: `92 % [90, 94]`; `decimals` is that of the shares beside it."""
     if value is None or interval is None:
         return format_share(value)
-    low, high = (format_share(end).removesuffix(" %") for end in interval)
-    return f"{format_share(value)} [{low}, {high}]"
-
-
-def format_p_value(value: float | None) -> str:
-    """Returns a p value with two digits: `0.034`, `< 0.0001`."""
-    if value is None:
-        return UNKNOWN
-    return "< 0.0001" if value < 0.0001 else f"{value:.2g}"
+    decimals = count_percent_decimals([interval]) if decimals is None else decimals
+    share, low, high = (f"{round(100 * number, decimals) + 0.0:.{decimals}f}" for number in (value, *interval))
+    return f"{share} % [{low}, {high}]"
 
 
 def join_words(words: Sequence[str], *, last: str = "and") -> str:

@@ -7,12 +7,13 @@ import math
 import random
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import optuna
 import pytest
 from optuna.distributions import FloatDistribution
+from tests.sweep.controller.conftest import make_arm
 
+from lorasweep.config.sweep import FixedSampler
 from lorasweep.sweep.controller.arm_trials import ArmTrials
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "bench_stopping.py"
@@ -93,7 +94,7 @@ def rules_of(inputs):
     return [
         halving(inputs, 2, 4, 6, 8),
         inputs.rules.Halving(rungs=(2, 6), reduction_factor=3, min_survivors=3),
-        inputs.rules.MedianOfPeers(rungs=(2, 4, 8), min_trials=4),
+        inputs.MedianOfPeers(rungs=(2, 4, 8), min_trials=4),
     ]
 
 
@@ -109,7 +110,7 @@ def run_by_controller(inputs, arm):
     """Steps and complete trials where the controller's own `ArmTrials` decides what the replay decides."""
     storage = optuna.storages.InMemoryStorage()
     trials = ArmTrials(
-        SimpleNamespace(name="lora"),
+        make_arm({"optim.lr": FloatDistribution(0, 1)}, FixedSampler(name="random")),
         study=optuna.create_study(storage=storage, study_name="lora"),
         storage=storage,
         space={"optim.lr": FloatDistribution(0, 1)},

@@ -186,16 +186,12 @@ def test_known_keys_are_those_of_the_chosen_options():
     [
         ([{"pruner.reduction_factor": 4}, {"pruner": "none"}], {"pruner": "none"}),
         (
-            [{"pruner": "median", "pruner.min_trials": 3}, {"pruner": "median"}],
-            {"pruner": "median", "pruner.min_trials": 3},
-        ),
-        (
             [{"pruner.reduction_factor": 4}, {"pruner": "halving"}],
             {"pruner.reduction_factor": 4, "pruner": "halving"},
         ),
         (
-            [{"pruner": "none"}, {"pruner": "median", "pruner.min_trials": 3}],
-            {"pruner": "median", "pruner.min_trials": 3},
+            [{"pruner": "none"}, {"pruner": "halving", "pruner.reduction_factor": 3}],
+            {"pruner": "halving", "pruner.reduction_factor": 3},
         ),
         ([{"pruner.reduction_factor": 4}, {}, {"pruner.reduction_factor": 2}], {"pruner.reduction_factor": 2}),
         ([{"sampler.startup_trials": 3}, {"pruner": "none"}], {"sampler.startup_trials": 3, "pruner": "none"}),

@@ -9,7 +9,6 @@ from lorasweep.config.compose import compose_sweep
 from lorasweep.config.sweep import (
     FixedSampler,
     HalvingPruner,
-    MedianPruner,
     ModelBasedSampler,
     parse_margin,
 )
@@ -27,9 +26,7 @@ from lorasweep.errors import ConfigError
         ({"pruner.rungs": [0.0, 0.2]}, "`pruner.rungs` must be ascending fractions .* more than 0 and less than 1"),
         ({"pruner.rungs": [0.2, 1.0]}, "ascending fractions of a run.* but got"),
         ({"pruner.min_steps": 2}, "`pruner.min_steps` is not a setting."),
-        ({"pruner": "median", "pruner.min_trials": 0}, "`pruner.min_trials >= 1` must hold, but got 0."),
-        ({"pruner": "median", "pruner.min_fraction": 1.5}, "`pruner.min_fraction < 1` must hold, but got 1.5."),
-        ({"pruner": "hyperband"}, "`pruner` must be one of halving, median, none, but got 'hyperband'."),
+        ({"pruner": "hyperband"}, "`pruner` must be one of halving, none, but got 'hyperband'."),
         ({"sampler": "cmaes"}, "`sampler` must be one of gp, grid, optunahub, qmc, random, tpe, but got 'cmaes'."),
         ({"worker.num": 2}, "`worker.num` must be 1 .*, but got 2. .* `worker=ray worker.num=2`"),
         ({"worker.num": 0}, "`worker.num` must be 1 .*, but got 0"),
@@ -38,12 +35,21 @@ from lorasweep.errors import ConfigError
         ({"worker.pack_size": 0}, "`worker.pack_size >= 1` must hold, but got 0."),
         ({"worker.pack_size": "all"}, "`worker.pack_size` must be a whole number, but got 'all'."),
         ({"worker.lease_s": 5}, "`worker.lease_s` is not a setting."),
-        ({"storage": "postgresql"}, "`storage` must be a group of settings, but got 'postgresql'."),
+        ({"confirm": "no"}, "`confirm` must be a group of settings, but got 'no'."),
         ({"sweep.trials": 0}, "`sweep.trials >= 1` must hold, but got 0."),
         ({"sweep.seed": -1}, "`sweep.seed >= 0` must hold, but got -1."),
         ({"confirm.seeds": -1}, "`confirm.seeds >= 0` must hold, but got -1."),
         ({"confirm.seeds": 1001}, "`confirm.seeds <= 1000` must hold, but got 1001."),
-        ({"confirm.seeds": "many"}, "`confirm.seeds` must be a whole number, but got 'many'."),
+        ({"confirm.seeds": "many"}, "`confirm.seeds` must be a whole number, but got 'many'.*'auto'"),
+        *(({"confirm.looks": looks}, "`confirm.looks` must be ascending") for looks in ([], [6, 3], [3, 3], [3, 1001])),
+        ({"confirm.looks": [0, 3]}, "confirm.looks"),
+        ({"confirm.looks": 3}, "confirm.looks"),
+        *(
+            ({"confirm.pairs": pairs}, "`confirm.pairs` must be pairs of two different arms")
+            for pairs in ([["lora"]], [["lora", "lora"]], [["lora", "full", "dora"]], [["a", "b"], []])
+        ),
+        ({"confirm.pairs": ["lora", "full"]}, "confirm.pairs"),
+        ({"confirm.pairs": [[1, 2]]}, "confirm.pairs"),
         *(
             ({"confirm.margin": margin}, f"`confirm.margin` must be a positive number.* but got {margin!r}")
             for margin in (0.0, -0.1, "0%", "100%", "five", "%")
@@ -75,7 +81,6 @@ def test_a_sampler_and_a_pruner_are_told_apart_by_name():
         name="halving", rungs=(0.25,), reduction_factor=2, min_survivors=1, criterion="metric"
     )
     assert isinstance(compose_sweep({}).sampler, ModelBasedSampler)
-    assert isinstance(compose_sweep({"pruner": "median"}).pruner, MedianPruner)
 
 
 def test_a_pruner_of_the_users_own_takes_any_argument():
@@ -98,16 +103,6 @@ def test_a_class_of_a_package_that_is_not_trusted_is_refused(group):
         compose_sweep({f"{group}._target_": "os.system", f"{group}.command": "true"})
 
 
-@pytest.mark.parametrize(
-    "url", ["postgresql+psycopg://me:open-sesame@host/db", "postgresql://me@host/db", "mysql://host/db?password=open-s"]
-)
-def test_an_address_of_a_database_with_a_secret_is_refused_without_saying_it(url):
-    with pytest.raises(ConfigError, match=r"`storage.url` must have no user or password before an `@`") as refused:
-        compose_sweep({"storage.url": url})
-    assert "open-s" not in str(refused.value)
-    assert "PGPASSWORD" in str(refused.value)
-
-
-@pytest.mark.parametrize("url", [None, "postgresql+psycopg://host/db?user=me", "sqlite:////tmp/studies.db"])
-def test_an_address_of_a_database_without_a_secret_is_taken(url):
-    assert compose_sweep({"storage.url": url}).storage.url == url
+@pytest.mark.parametrize(("seeds", "looks"), [("auto", (2, 5)), (4, (4,)), (1, (1,)), (0, ())])
+def test_a_number_of_seeds_is_one_look_and_auto_has_the_planned_ones(seeds, looks):
+    assert compose_sweep({"confirm.seeds": seeds, "confirm.looks": [2, 5]}).confirm.list_looks() == looks

@@ -18,7 +18,6 @@ import optuna
 import pytest
 
 import lorasweep
-from lorasweep.config.sweep import StorageConfig
 from lorasweep.record import read_run, read_steps, read_sweep
 from lorasweep.sweep.controller.storage import open_storage
 
@@ -190,7 +189,7 @@ def state_of(folder: Path) -> dict[str, tuple]:
     record = read_sweep(folder)
     rows = [(row.run, row.arm, row.number, row.params, row.state, row.value, row.reason) for row in record.trials]
     reruns = record.confirm
-    rows += [(row.run, row.arm, row.trial, row.seed, row.state, row.value, row.reason) for row in reruns]
+    rows += [(row.run, row.subject, row.setting, row.seed, row.state, row.value, row.reason) for row in reruns]
     state = {}
     for run, *rest in rows:
         kept = read_run(folder / run)
@@ -217,6 +216,6 @@ def turns_of(trial: optuna.trial.FrozenTrial) -> list[dict]:
 
 def journal_of(folder: Path) -> list[optuna.trial.FrozenTrial]:
     """Every trial of every study."""
-    storage = open_storage(StorageConfig(url=None), folder)
+    storage = open_storage(folder)
     names = optuna.get_all_study_names(storage)
     return [trial for name in names for trial in optuna.load_study(study_name=name, storage=storage).trials]

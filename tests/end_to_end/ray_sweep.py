@@ -137,7 +137,7 @@ def check_whole(folder, *, steps=24):
             assert run.config["optim"]["lr"] == row.params["optim.lr"]
     for arm in ("full", "lora"):
         best = min((row for row in record.trials if row.arm == arm), key=lambda row: row.value)
-        assert {row.trial for row in record.confirm if row.arm == arm} == {best.number}
+        assert {row.trial for row in record.settings if row.arm == arm} == {best.number}
 
 
 def check_listens_here_only(processes):

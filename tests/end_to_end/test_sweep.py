@@ -111,11 +111,12 @@ def check_confirmed(folder):
     arms = [row.arm for row in record.confirm]
     assert {arm: arms.count(arm) for arm in arms} == CONFIRMED
     assert len({(row.arm, row.seed) for row in record.confirm}) == sum(CONFIRMED.values())
+    winners = {row.arm: row.trial for row in record.settings}
     for row in record.confirm:
         kept = read_run(folder / row.run)
         assert (row.state, kept.status) == ("complete", "complete")
-        assert (kept.arm, kept.trial, kept.config["seed"]) == (row.arm, row.trial, row.seed)
-        winner = read_run(folder / f"runs/{row.arm}-{row.trial:04d}")
+        assert (kept.arm, kept.trial, kept.config["seed"]) == (row.arm, winners[row.arm], row.seed)
+        winner = read_run(folder / f"runs/{row.arm}-{winners[row.arm]:04d}")
         assert (kept.config["method"], kept.config["optim"]) == (winner.config["method"], winner.config["optim"])
         assert row.value == kept.test["bits_per_byte"]
         with (folder / row.run / "test_scores.csv").open() as file:
@@ -136,7 +137,7 @@ def test_the_best_of_each_arm_is_confirmed_on_fresh_seeds_and_test_data(here):
     record = check_confirmed(here / "outputs" / "mini")
     seeds = {arm: [row.seed for row in record.confirm if row.arm == arm] for arm in CONFIRMED}
     assert seeds["full"] == seeds["lora"] == record.confirm_seeds
-    assert {row.arm: row.trial for row in record.confirm if row.arm != "frozen"} == {
+    assert {row.arm: row.trial for row in record.settings if row.arm != "frozen"} == {
         arm: min((row for row in record.trials if row.arm == arm), key=lambda row: row.value).number
         for arm in ("full", "lora")
     }

@@ -15,16 +15,17 @@ import pytest
 from lorasweep.record import (
     ArmRow,
     ConfirmRow,
+    Question,
     RunRecord,
+    SettingRow,
     SweepRecord,
     TrialRow,
     TrialState,
+    name_subject,
     read_sweep,
     write_record,
 )
-from lorasweep.report.figures import image
-from lorasweep.report.figures.image import draw_png
-from lorasweep.selection import find_winners
+from lorasweep.selection import find_winner
 
 BASE_SCORE = 2.031
 FULL_PARAMS = 1_280_000
@@ -202,62 +203,135 @@ def build_sweep(folder: Path, *, lora: int = 18, full: int = 6, frozen: int = 1,
 
 
 def confirm_sweep(folder: Path, *, seeds: int = 5, examples: int = 40, noise: float = 0.004) -> Path:
-    """Adds a confirm stage to a sweep built by `build_sweep`: each arm's best trial on that many seeds.
+    """Adds a confirm stage to a sweep built by `build_sweep`: the setting of each subject on that many seeds.
 
-    Test scores are each trial's validation score plus noise; single examples have scores unless `examples` is 0.
+    Test scores are the setting's validation score plus noise; single examples have scores unless `examples` is 0.
     """
     rng = random.Random(11)
     sweep = read_sweep(folder)
     difficulty = [rng.gauss(0, 0.3) for _ in range(examples)]
     for arm in sweep.arms:
-        mine = [row for row in sweep.trials if row.arm == arm.name and row.state == "complete"]
-        best = min(mine, key=lambda row: row.value or 0.0, default=None)
-        if best is None:
-            continue
-        for seed in range(1 if arm.method == "frozen" else seeds):
-            value = (best.value or 0.0) + (0 if arm.method == "frozen" else rng.gauss(0, noise))
-            run = f"runs/{arm.name}-confirm-{seed:04d}"
-            scores = spread_over_examples(value, difficulty, rng)
-            value = sum(scores) / len(scores) if scores else value
-            row = ConfirmRow(arm=arm.name, trial=best.number, seed=seed, state="complete", run=run, value=value)
-            rank = best.params.get("method.rank", arm.settings.get("method.rank", 0))
-            trained = {"frozen": 0, "full": FULL_PARAMS}.get(arm.name, LORA_PARAMS_PER_RANK * int(rank))
-            curve = curve_to(value)[: 1 if arm.method == "frozen" else None]
-            write_run(folder / run, best, method=arm.method, curve=curve, trained=trained, test={sweep.metric: value})
-            if scores:
-                write_test_scores(folder / run, scores)
-            sweep.confirm.append(row)
-    sweep.confirm_seeds = list(range(seeds))
+        numbers = iter(range(1000))
+        for setting in list_settings(sweep, arm):
+            sweep.settings.append(setting)
+            for seed in range(1 if arm.method == "frozen" else seeds):
+                value = (setting.score or 0.0) + (0 if arm.method == "frozen" else rng.gauss(0, noise))
+                run = f"runs/{arm.name}-confirm-{next(numbers):04d}"
+                scores = spread_over_examples(value, difficulty, rng)
+                value = sum(scores) / len(scores) if scores else value
+                rank = setting.params.get("method.rank", arm.settings.get("method.rank", 0))
+                trained = {"frozen": 0, "full": FULL_PARAMS}.get(arm.method, LORA_PARAMS_PER_RANK * int(rank))
+                curve = curve_to(value)[: 1 if arm.method == "frozen" else None]
+                trial = TrialRow(
+                    arm=arm.name, number=0, state="complete", params=setting.params, value=setting.score, run=run
+                )
+                write_run(
+                    folder / run, trial, method=arm.method, curve=curve, trained=trained, test={sweep.metric: value}
+                )
+                if scores:
+                    write_test_scores(folder / run, scores)
+                sweep.confirm.append(
+                    ConfirmRow(
+                        arm=arm.name,
+                        subject=setting.subject,
+                        setting=setting.setting,
+                        seed=seed,
+                        state="complete",
+                        run=run,
+                        value=value,
+                    )
+                )
+    sweep.confirm_seeds, sweep.looks = list(range(seeds)), [seeds]
+    sweep.questions = list_questions(sweep)
     write_record(sweep, folder)
     return folder
 
 
-def build_rank_arms(
+def list_settings(sweep: SweepRecord, arm: ArmRow) -> list[SettingRow]:
+    """Returns the best complete trial of an arm, or that of each value of its `confirm_each` key as if predicted."""
+    mine = [row for row in sweep.trials if row.arm == arm.name and row.state == "complete"]
+    key = arm.confirm_each
+    settings = []
+    for number, value in enumerate(sorted(arm.space[key]) if key else [None]):
+        trials = [row for row in mine if key is None or row.params[key] == value]
+        best = min(trials, key=lambda row: row.value or 0.0, default=None)
+        if best is None:
+            continue
+        params = dict(best.params)
+        if key:  # beside the trial, so that nothing was tried there
+            params["optim.lr"] = float(f"{1.02 * params['optim.lr']:.3g}")
+        settings.append(
+            SettingRow(
+                subject=name_subject(arm.name, key, value),
+                arm=arm.name,
+                setting=number,
+                value=value,
+                params=params,
+                trial=None if key else best.number,
+                score=best.value,
+                rate_ratio=1.02 if key else None,
+                regret=0.0 if arm.method == "frozen" else 0.001,
+            )
+        )
+    return settings
+
+
+def list_questions(sweep: SweepRecord) -> list[Question]:
+    """Returns the questions that the controller states for these settings."""
+    methods = {arm.name: arm.method for arm in sweep.arms}
+    keys = {arm.name: arm.confirm_each for arm in sweep.arms}
+    subjects: dict[str, list[str]] = {}
+    for row in sweep.settings:
+        subjects.setdefault(row.arm, []).append(row.subject)
+    full = next((name for name, method in methods.items() if method == "full" and name in subjects), None)
+    trained = [arm for arm in subjects if methods[arm] not in ("frozen", "full")]
+    as_good = [
+        Question(name="as_good_as_full", arm=arm, key=keys[arm], subjects=subjects[arm], reference=full)
+        for arm in trained
+        if full is not None
+    ]
+    smallest = [
+        Question(name="smallest", arm=arm, key=keys[arm], subjects=subjects[arm], reference=None)
+        for arm in trained
+        if keys[arm] is not None
+    ]
+    return [*as_good, *smallest]
+
+
+def build_rank_sweep(
     folder: Path,
     scores: dict[int, float],
     *,
-    lrs: dict[int, float] | None = None,
     seeds: int = 5,
     examples: int = 0,
     noise: float = 0.002,
 ) -> Path:
-    """Writes a confirmed sweep with frozen, full, and a lora arm per rank whose best score and learning rate are given.
+    """Writes a confirmed sweep with frozen, full, and one lora arm with `confirm_each: method.rank`.
 
-    Each lora arm has nine trials on a parabola over its learning rate, without noise; confirm runs have noise.
+    Each rank has five trials on a parabola over the learning rate, without noise, whose best score is given; confirm
+    runs have noise.
     """
     build_sweep(folder, lora=0)
     sweep = read_sweep(folder)
+    space = {"method.rank": list(scores), "optim.lr": {"low": 1e-3, "high": 1e-1, "log": True}}
+    arm = ArmRow(
+        name="lora",
+        method="lora",
+        trials=5 * len(scores),
+        settings={"method": "lora", "method.alpha": 16},
+        space=space,
+        sampler="gp",
+        pruner="none",
+        confirm_each="method.rank",
+    )
+    sweep.arms.append(arm)
     for rank, score in scores.items():
-        best, name = (lrs or {}).get(rank, 0.01), f"lora-rank{rank}"
-        space = {"optim.lr": {"low": best / 30, "high": best * 30, "log": True}}
-        settings = {"method": "lora", "method.rank": rank}
-        arm = ArmRow(name=name, method="lora", trials=9, settings=settings, space=space, sampler="tpe", pruner="none")
-        sweep.arms.append(arm)
-        for number in range(9):
-            lr = best * 10 ** ((number - 4) / 4)
-            value = score + 0.05 * math.log10(lr / best) ** 2
-            run = f"runs/{name}-{number:04d}"
-            row = TrialRow(arm=name, number=number, state="complete", params={"optim.lr": lr}, value=value, run=run)
+        for place in range(5):
+            number, lr = len(sweep.trials), 0.01 * 10 ** ((place - 2) / 2)
+            value = score + 0.05 * math.log10(lr / 0.01) ** 2
+            run = f"runs/lora-{number:04d}"
+            params = {"method.rank": rank, "optim.lr": lr}
+            row = TrialRow(arm="lora", number=number, state="complete", params=params, value=value, run=run)
             write_run(folder / run, row, method="lora", curve=curve_to(value), trained=LORA_PARAMS_PER_RANK * rank)
             sweep.trials.append(row)
     write_record(sweep, folder)
@@ -275,39 +349,6 @@ def write_test_scores(run: Path, scores: list[float]) -> None:
     (run / "test_scores.csv").write_text("\n".join(["row,score,weight,group", *lines, ""]))
 
 
-def inspect_winners(sweep: Path) -> None:
-    """Writes what `lorasweep inspect SWEEP` leaves for the best trials of lora and full."""
-    arms: dict[str, str] = {}
-    trials = json.loads((sweep / "sweep.json").read_text())["trials"]
-    for arm, rank in (("lora", 4), ("full", 16)):
-        done = [trial for trial in trials if trial["arm"] == arm and trial["state"] == "complete"]
-        arms[arm] = min(done, key=lambda trial: trial["value"])["run"]
-        write_inspection(sweep / arms[arm] / "inspect", rank=rank)
-    folder = sweep / "inspect"
-    folder.mkdir()
-    means = [f"lora,full,mean,{i},1,{0.5 / i},0.1" for i in (1, 2)]
-    header = "arm,other,layer,i,j,phi,random"
-    (folder / "similarity.csv").write_text("\n".join([header, *means]) + "\n")
-    summary = {"format": "lorasweep.inspections", "version": 1, "arms": arms, "sentences": ["`lora` and `full` share."]}
-    (folder / "summary.json").write_text(json.dumps(summary))
-
-
-def write_inspection(folder: Path, *, rank: int) -> None:
-    """Writes an inspection's files: two blocks of two kinds of layer, and a bias."""
-    folder.mkdir()
-    layers = [("blocks.0.q", 0, "q", 0.1), ("blocks.0.up", 0, "up", 0.3), ("blocks.1.q", 1, "q", 0.2)]
-    layers += [("blocks.1.up", 1, "up", 0.3)]
-    rows = [f"{layer},{block},{kind},{share},1.5" for layer, block, kind, share in layers]
-    header = "layer,block,kind,norm_share,energy_rank"
-    (folder / "layers.csv").write_text("\n".join([header, *rows, "head.bias,,head.bias,0.1,"]) + "\n")
-    spectra = {layer: [2.0 ** -(i + number) for i in range(rank)] for number, (layer, *_) in enumerate(layers)}
-    (folder / "spectra.json").write_text(json.dumps({"version": 1, "singular_values": spectra}))
-    scores = [f"{k},{BASE_SCORE - 0.3 * k / rank},{0.3 - 0.3 * k / rank},{k / rank},0.5" for k in (0, 2, rank)]
-    (folder / "truncation.csv").write_text("\n".join(["rank,score,loss,kept_share,norm_share", *scores]) + "\n")
-    summary = {"format": "lorasweep.inspection", "version": 1, "enough_rank": rank, "sentences": [f"At {rank}."]}
-    (folder / "summary.json").write_text(json.dumps(summary))
-
-
 def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Reads a JSON file, lets `change` change it, writes it."""
     content = json.loads(path.read_text())
@@ -316,15 +357,15 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def without_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out the images of TensorBoard, because they take as long as the rest of a report."""
-    monkeypatch.setattr(image, "draw_png", lambda figure, title: b"")
+def without_images(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out the images of TensorBoard, unless a test asks for `with_images`: they take as long as the rest."""
+    if "with_images" not in request.fixturenames:
+        monkeypatch.setattr("lorasweep.report.figures.image.draw_png", lambda figure, title: b"")
 
 
 @pytest.fixture
-def with_images(without_images: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def with_images() -> None:
     """Draws the images in this test."""
-    monkeypatch.setattr(image, "draw_png", draw_png)
 
 
 @pytest.fixture(scope="session")
@@ -353,9 +394,10 @@ def confirmed(finished_and_confirmed: Path, tmp_path: Path) -> Path:
 
 
 def confirm_winners(folder: Path) -> None:
-    """Makes the confirm runs of a changed sweep those of the trials that win now."""
+    """Makes the confirmed settings of a changed sweep those of the trials that win now."""
     record = read_sweep(folder)
-    for arm, winner in find_winners(record).items():
-        for row in record.confirm:
-            row.trial = winner.number if winner is not None and row.arm == arm else row.trial
+    for setting in record.settings:
+        winner = find_winner((row for row in record.trials if row.arm == setting.arm), record=record)
+        if winner is not None:
+            setting.trial, setting.params, setting.score = winner.number, winner.params, winner.value
     write_record(record, folder)

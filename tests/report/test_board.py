@@ -17,8 +17,8 @@ from tensorboard.plugins.hparams import metadata
 
 from lorasweep.record import read_run
 from lorasweep.report import write_report
+from lorasweep.report.answers import describe_answer
 from lorasweep.report.board import BOARD_FOLDER, HPARAMS_FOLDER, write_run_hparams
-from lorasweep.report.findings import describe_pair
 
 from .conftest import edit_json
 
@@ -118,16 +118,17 @@ def test_custom_scalars_have_one_chart_with_the_best_curve_of_each_arm(board: Pa
 def test_figures_are_images(board: Path) -> None:
     events = load(board / "arms")
     tags = events.Tags()["images"]
-    assert {"figures/Learning curves", "figures/Rank × α", "figures/Confirmed on test data 1"} <= {*tags}
+    assert {"figures/Learning curves", "figures/Test score by arm"} <= {*tags}
     for tag in tags:
         assert Image.open(io.BytesIO(events.Images(tag)[0].encoded_image_string)).format == "PNG"
 
 
-def test_verdicts_of_a_confirmed_sweep_are_a_text(confirmed: Path) -> None:
-    pairs = write_report(confirmed).data.evidence.pairs
-    (tensor,) = load(confirmed / "report" / BOARD_FOLDER / "arms").Tensors("verdicts")
-    (text,) = tensor.tensor_proto.string_val
-    assert all(describe_pair(pair, groups="documents") in text.decode() for pair in pairs)
+def test_answers_and_verdicts_are_texts(confirmed: Path) -> None:
+    summary = write_report(confirmed)
+    events = load(confirmed / "report" / BOARD_FOLDER / "arms")
+    answers, verdicts = (events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in ("answers", "verdicts"))
+    assert all(line.text in answers for line in summary.answers)
+    assert all(describe_answer(answer, summary.data) in verdicts for answer in summary.data.evidence.answers)
 
 
 def test_report_loads_neither_torch_nor_optuna_and_matplotlib_only_to_write() -> None:

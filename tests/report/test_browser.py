@@ -11,7 +11,7 @@ import pytest
 
 from lorasweep.report import write_report
 
-from .conftest import edit_json, inspect_winners
+from .conftest import edit_json
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 OPTIONS = [
@@ -76,7 +76,6 @@ def open_page(page: Path, profile: Path, *, size: str) -> tuple[str, str]:
 def test_page_draws_sorts_and_logs_no_error(confirmed: Path, tmp_path: Path, size: str) -> None:
     sweep = confirmed
     edit_json(sweep / "sweep.json", lambda raw: raw.update(name="<b>&amp;</b>"))
-    inspect_winners(sweep)
     write_report(sweep)
     page = sweep / "report/index.html"
     page.write_text(page.read_text().replace("</body>", PROBE + "</body>"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lorasweep.report.fairness import Fairness, judge_fairness
 from lorasweep.report.summary import summarize
 from lorasweep.report.sweep_data import load_sweep_data
 
-from .conftest import build_sweep, edit_json
+from .conftest import build_rank_sweep, build_sweep, edit_json
 from .test_terminal import shown
 
 TOKENS_PER_STEP = 16 * 128
@@ -49,7 +50,7 @@ def test_equal_arms_are_fair_and_the_numbers_are_named(even: Path) -> None:
     fairness = judge(even)
     assert fairness.is_fair
     assert "is fair" in fairness.sentences[0]
-    for part in ("2 arms", "6 trials", "6 complete trials", "1.84 M tokens", "1.5 to 1.7 decades"):
+    for part in ("2 arms", "6 trials", "6 complete trials", "1.84 M tokens", "1.5 to 1.7 decades", "1 to 2 searched"):
         assert part in fairness.sentences[1]
 
 
@@ -124,7 +125,38 @@ def test_one_arm_that_trains_is_compared_with_nothing(tmp_path: Path) -> None:
 
 def test_reruns_do_not_count(even: Path, confirmed: Path) -> None:
     full = judge(confirmed).arms[1]
-    assert full == judge(even).arms[1]
+    assert replace(full, regret=None, regret_margins=None) == judge(even).arms[1]
+
+
+def set_regret(sweep: Path, regret: float | None) -> None:
+    edit_json(sweep / "sweep.json", lambda raw: [row.update(regret=regret) for row in raw["settings"]])
+
+
+def test_a_search_that_left_more_than_a_margin_open_is_decided_by_luck(tmp_path: Path) -> None:
+    sweep = build_rank_sweep(tmp_path, {4: 1.7})
+    edit_json(sweep / "sweep.json", lambda raw: [arm.update(trials=5) for arm in raw["arms"]])
+    margin = load_sweep_data(sweep).evidence.margin
+    assert margin
+    for factor in (0.5, 1.5):
+        set_regret(sweep, factor * margin)
+        fairness = judge(sweep)
+        is_lucky = "luck of the search" in fairness.sentences[0]
+        assert is_lucky is (factor > 1)
+        assert [arm.regret_margins for arm in fairness.arms] == pytest.approx([factor, factor])
+        # the margin is 5 % of full's gain
+        assert f"{5 * factor:.2g} % of full's gain" in fairness.sentences[2]
+    assert "1.5 margins for `lora-rank-4`" in fairness.sentences[0]
+
+
+def test_rate_and_alpha_of_lora_are_one_dimension_and_without_a_model_their_trials_count(even: Path) -> None:
+    lora, full = judge(even).arms
+    assert (lora.dimensions, full.dimensions) == (2, 1)  # rank, and rate with α
+
+    def sweep_dropout(raw: dict[str, Any]) -> None:
+        raw["arms"][1]["space"] |= {"method.dropout": {"low": 0.0, "high": 0.5}}
+
+    edit_json(even / "sweep.json", sweep_dropout)
+    assert "`lora` had 2 trials for each searched dimension and `full` 6" in judge(even).sentences[0]
 
 
 def test_terminal_page_and_summary_have_the_judgement(even: Path) -> None:

@@ -2,24 +2,61 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+import plotly.graph_objects as go
 import pytest
+from rich.console import Console
 
 from lorasweep.report.figures import PANELS, trials
-from lorasweep.report.figures.confirmed import draw_confirmed, draw_confirmed_by_rank, find_reference
-from lorasweep.report.figures.panel import choose_colours, find_score_range, pad_range, select_evenly
-from lorasweep.report.figures.settings import draw_rank_alpha
-from lorasweep.report.figures.trials import (
-    draw_learning_curves,
-    draw_score_by_lr,
-    draw_score_by_rank,
-    draw_tradeoff,
-)
-from lorasweep.report.sweep_data import load_sweep_data
+from lorasweep.report.figures.image import draw_png
+from lorasweep.report.figures.panel import choose_colours, find_bar_range, find_score_range, pad_range, select_evenly
+from lorasweep.report.figures.scores_by_value import draw_scores_by_value
+from lorasweep.report.figures.tested import draw_tested
+from lorasweep.report.figures.text import render_scores_by_value
+from lorasweep.report.figures.trials import draw_learning_curves, draw_score_by_lr, draw_tradeoff
+from lorasweep.report.sweep_data import SweepData, load_sweep_data
 
-from .conftest import BASE_SCORE, build_rank_arms, build_sweep, edit_json
+from .conftest import BASE_SCORE, build_rank_sweep, build_sweep, edit_json
+
+RANK_SCORES = {1: 1.74, 4: 1.69, 16: 1.668, 64: 1.663}
+
+
+@pytest.fixture(scope="module")
+def ranked_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the folder of a confirmed sweep with one lora arm that confirms each rank; no test may change it."""
+    return build_rank_sweep(tmp_path_factory.mktemp("ranks") / "sweep", RANK_SCORES, examples=40)
+
+
+@pytest.fixture
+def ranked(ranked_folder: Path) -> SweepData:
+    return load_sweep_data(ranked_folder)
+
+
+@pytest.fixture
+def ranked_copy(ranked_folder: Path, tmp_path: Path) -> Path:
+    """Returns a copy of that folder, which the test may change."""
+    return shutil.copytree(ranked_folder, tmp_path / "sweep")
+
+
+def find_traces(figure: go.Figure, **marker: Any) -> list[Any]:
+    """Returns the traces whose markers have these settings."""
+    return [trace for trace in figure.data if all(trace.marker[key] == value for key, value in marker.items())]
+
+
+def list_bars(figure: go.Figure, along: str = "y") -> list[tuple[float, float]]:
+    """Returns the ends of the bars of intervals, in the order of the figure."""
+    return [tuple(trace[along]) for trace in figure.data if trace.mode == "lines" and trace.line.width == 4]
+
+
+def render(data: SweepData) -> list[str]:
+    """Returns the lines of the figure as text in a terminal of 80 characters."""
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(render_scores_by_value(data))
+    return capture.get().splitlines()
 
 
 def test_each_arm_keeps_one_colour_of_its_own(sweep: Path) -> None:
@@ -38,7 +75,7 @@ def test_diverged_score_does_not_flatten_the_others_and_is_counted(sweep: Path) 
         next(trial for trial in raw["trials"] if trial["arm"] == "lora")["value"] = 90.0
 
     edit_json(sweep / "sweep.json", diverge)
-    panel = draw_score_by_rank(load_sweep_data(sweep))
+    panel = draw_score_by_lr(load_sweep_data(sweep))
     assert panel.figures[0].layout.yaxis.range[1] < 2.3
     assert "1 value lies outside the range shown." in panel.text
 
@@ -58,110 +95,250 @@ def test_range_without_a_base_leaves_out_the_worst_tenth(tmp_path: Path) -> None
     assert find_score_range(data, [1.0]) == (0.95, 1.05)
 
 
-def test_axes_of_confirmed_scores_end_where_the_metric_ends(confirmed: Path) -> None:
+def test_axis_of_test_scores_ends_where_the_metric_ends(confirmed: Path) -> None:
     def score_equally(raw: dict[str, Any]) -> None:
         raw["metric"] = "f1"
         for rerun in raw["confirm"]:
             rerun["value"] = 0.0 if rerun["arm"] == "frozen" else 1.0
 
     edit_json(confirmed / "sweep.json", score_equally)
-    scores, differences = draw_confirmed(load_sweep_data(confirmed)).figures
-    assert scores.layout.xaxis.range == (0.95, 1.0)
-    assert differences.layout.xaxis.range == (-1.0, 1.0)
+    for path in confirmed.glob("runs/*/test_scores.csv"):
+        path.unlink()
+    (figure,) = draw_scores_by_value(load_sweep_data(confirmed)).figures
+    assert figure.layout.yaxis.range[1] == 1.0
     assert pad_range(0.8, 0.8, limits=(0.0, 1.0)) == pytest.approx((0.76, 0.84))
     assert pad_range(0.0, 0.0, limits=(0.0, 1.0)) == (0.0, 1.0)
 
 
-def test_rank_line_joins_the_best_of_each_rank(sweep: Path) -> None:
+def test_a_very_wide_interval_does_not_flatten_the_scores() -> None:
+    low, high = find_bar_range([1.0, 2.0], [-50.0, 2.1], limits=(-100, 100))
+    assert 0 < low < 1
+    assert high == pytest.approx(2.1, abs=0.1)
+
+
+def test_values_of_a_key_have_colours_between_two_others(ranked: SweepData) -> None:
+    colours = choose_colours(ranked)
+    shades = [colours[f"lora-rank-{rank}"] for rank in RANK_SCORES]
+    assert len({*shades, colours["lora"], colours["full"], colours["frozen"]}) == 7
+    red = [int(shade[1:3], 16) for shade in shades]
+    assert red == sorted(red)
+
+
+def test_dots_over_rank_are_the_means_on_test_data_and_rings_their_seeds(ranked: SweepData) -> None:
+    panel = draw_scores_by_value(ranked)
+    (figure,) = panel.figures
+    assert panel.title == "Test score by rank"
+    assert list(figure.layout.xaxis.tickvals) == list(RANK_SCORES)
+    assert figure.layout.xaxis.type == "log"
+    dots, rings = find_traces(figure, size=11), find_traces(figure, symbol="circle-open")
+    for (rank, dot), ring in zip(zip(RANK_SCORES, dots, strict=True), rings, strict=True):
+        found = ranked.evidence.subject(f"lora-rank-{rank}")
+        assert found
+        assert (dot.x[0], dot.y[0]) == (rank, found.mean)
+        assert tuple(ring.y) == pytest.approx(found.values)
+        assert all(link.startswith("../runs/lora-confirm-") for link in ring.customdata)
+
+
+def test_bars_are_intervals_of_the_difference_from_full_and_the_band_is_the_margin(ranked: SweepData) -> None:
+    (figure,) = draw_scores_by_value(ranked).figures
+    evidence = ranked.evidence
+    full, base = evidence.subject("full"), evidence.subject("frozen")
+    assert full
+    assert base
+    assert evidence.margin
+    for rank, bar in zip(RANK_SCORES, list_bars(figure), strict=True):
+        difference = evidence.estimate_difference(f"lora-rank-{rank}", "full")
+        assert difference
+        ends = difference.find_interval(evidence.confidence)
+        assert ends
+        assert bar == pytest.approx((full.mean + ends[0], full.mean + ends[1]))
+    (band,) = [shape for shape in figure.layout.shapes if shape.type == "rect"]
+    assert (band.y0, band.y1) == pytest.approx((full.mean - evidence.margin, full.mean + evidence.margin))
+    assert [shape.y0 for shape in figure.layout.shapes if shape.type == "line"] == [full.mean, base.mean]
+    assert [note.text.split()[0] for note in figure.layout.annotations] == ["full", "frozen"]
+
+
+def test_the_smallest_sufficient_rank_has_a_mark_only_if_it_is_settled(ranked: SweepData, ranked_copy: Path) -> None:
+    verdicts = {answer.subject: answer.verdict for answer in ranked.evidence.list_answers("smallest")}
+    assert verdicts["lora-rank-4"] == "insufficient"
+    assert verdicts["lora-rank-16"] == "sufficient"
+    (mark,) = find_traces(draw_scores_by_value(ranked).figures[0], symbol="diamond-open")
+    assert mark.x[0] == 16
+
+    def keep_one_seed(raw: dict[str, Any]) -> None:
+        raw["confirm"] = [row for row in raw["confirm"] if row["seed"] == 0]
+
+    edit_json(ranked_copy / "sweep.json", keep_one_seed)
+    assert not find_traces(draw_scores_by_value(load_sweep_data(ranked_copy)).figures[0], symbol="diamond-open")
+
+
+def test_a_base_far_from_all_others_is_named_at_the_edge(ranked_copy: Path) -> None:
+    def worsen(raw: dict[str, Any]) -> None:
+        raw["margin"] = 0.01
+        for row in raw["confirm"]:
+            row["value"] += 10 if row["arm"] == "frozen" else 0
+
+    edit_json(ranked_copy / "sweep.json", worsen)
+    for path in ranked_copy.glob("runs/*/test_scores.csv"):
+        path.unlink()
+    data = load_sweep_data(ranked_copy)
+    (figure,) = draw_scores_by_value(data).figures
+    assert figure.layout.yaxis.range[1] < 2
+    assert figure.layout.annotations[1].text.startswith("↑ frozen 12")
+    assert render(data)[6].rstrip().endswith("→")
+
+
+def test_values_that_are_no_numbers_and_other_arms_are_categories(ranked_copy: Path) -> None:
+    def rename(raw: dict[str, Any]) -> None:
+        arm = raw["arms"][-1]
+        arm["confirm_each"] = "method.variant"
+        arm["space"]["method.variant"] = [f"v{rank}" for rank in arm["space"].pop("method.rank")]
+        for rows in (raw["settings"], raw["confirm"], raw["questions"]):
+            for row in rows:
+                row.update({key: _rename(value) for key, value in row.items() if key in ("subject", "subjects")})
+        for row in raw["trials"]:
+            row["params"] = {key.replace("rank", "variant"): value for key, value in row["params"].items()}
+        raw["arms"].append({**raw["arms"][1], "name": "head", "method": "head"})
+        settings = next(row for row in raw["settings"] if row["arm"] == "full")
+        raw["settings"].append({**settings, "arm": "head", "subject": "head"})
+        full = [row for row in raw["confirm"] if row["arm"] == "full"]
+        raw["confirm"] += [{**row, "arm": "head", "subject": "head"} for row in full]
+
+    edit_json(ranked_copy / "sweep.json", rename)
+    (figure,) = draw_scores_by_value(load_sweep_data(ranked_copy)).figures
+    places = [trace.x[0] for trace in find_traces(figure, size=11)]
+    assert places == ["variant v1", "variant v4", "variant v16", "variant v64", "head"]
+    assert draw_png(figure, title="title").startswith(b"\x89PNG")
+
+
+def _rename(subject: str | list[str]) -> str | list[str]:
+    return (
+        [str(_rename(one)) for one in subject] if isinstance(subject, list) else subject.replace("rank-", "variant-v")
+    )
+
+
+def test_without_confirm_each_the_arms_are_compared_and_without_full_bars_are_those_of_means(confirmed: Path) -> None:
+    panel = draw_scores_by_value(load_sweep_data(confirmed))
+    assert panel.title == "Test score by arm"
+    assert [trace.x[0] for trace in find_traces(panel.figures[0], size=11)] == ["lora"]
+
+    def drop(raw: dict[str, Any]) -> None:
+        raw["confirm"] = [row for row in raw["confirm"] if row["arm"] != "full"]
+
+    edit_json(confirmed / "sweep.json", drop)
+    data = load_sweep_data(confirmed)
+    lora = data.evidence.subject("lora")
+    assert lora
+    assert list_bars(draw_scores_by_value(data).figures[0]) == [lora.interval]
+
+
+def test_nothing_confirmed_is_a_sentence(sweep: Path) -> None:
     data = load_sweep_data(sweep)
-    line = draw_score_by_rank(data).figures[0].data[1]
-    for rank, best in zip(line.x, line.y, strict=True):
-        values = [t.value for t in data.arms[1].trials if t.is_complete and t.params["method.rank"] == rank and t.value]
-        assert best == min(values)
+    panel = draw_scores_by_value(data)
+    assert panel.figures == ()
+    assert "Nothing was confirmed" in panel.text
+    assert draw_tested(data).figures == ()
+    assert render_scores_by_value(data) is None
 
 
-def test_arms_of_one_rank_each_share_a_line(sweep: Path) -> None:
-    def expand(raw: dict[str, Any]) -> None:
-        lora = raw["arms"].pop(1)
-        raw["arms"] += [
-            {**lora, "name": f"r{rank}", "space": {"optim.lr": lora["space"]["optim.lr"]}} for rank in (1, 64)
-        ]
-        raw["trials"] = [t for t in raw["trials"] if t["params"].get("method.rank", 1) in (1, 64)]
-        for trial in raw["trials"]:
-            trial["arm"] = f"r{trial['params'].pop('method.rank')}" if trial["arm"] == "lora" else trial["arm"]
-
-    edit_json(sweep / "sweep.json", expand)
-    figure = draw_score_by_rank(load_sweep_data(sweep)).figures[0]
-    # the rank of such an arm is in the runs' configurations, not among the swept keys
-    assert [list(trace.x) for trace in figure.data if trace.mode == "lines"] == [[1, 64]]
+def test_text_has_a_row_for_each_subject_and_fits_a_terminal(ranked: SweepData) -> None:
+    lines = render(ranked)
+    rows = {line.split()[0]: line for line in lines[1:7]}
+    assert list(rows) == [*(f"lora-rank-{rank}" for rank in RANK_SCORES), "full", "frozen"]
+    assert max(map(len, lines)) <= 80
+    assert "lora-rank-16 (enough)" in rows["lora-rank-16"]
+    means = {name: one.mean for name in rows if (one := ranked.evidence.subject(name))}
+    places = {name: row.index("●") for name, row in rows.items()}
+    by_mean = sorted(means, key=lambda name: means[name])
+    assert [places[name] for name in by_mean] == sorted(places.values())
+    assert rows["full"].count("░") > 1
+    assert all(row[places["frozen"]] in "┊●" for row in rows.values())
 
 
-def test_arms_that_differ_in_more_than_rank_have_lines_of_their_own(tmp_path: Path) -> None:
-    sweep = build_rank_arms(tmp_path, {1: 1.8, 4: 1.7, 16: 1.69, 64: 1.68})
+def test_text_of_long_names_and_wide_intervals_fits_a_terminal(ranked_copy: Path) -> None:
+    def rename(raw: dict[str, Any]) -> None:
+        raw["confirm"] = [row for row in raw["confirm"] if row["seed"] < 2]
+        for rows in (raw["arms"], raw["settings"], raw["confirm"], raw["trials"]):
+            for row in rows:
+                row.update({key: value.replace("lora", "lora" * 10) for key, value in row.items() if key in NAMES})
+        raw["questions"] = []
 
-    def add_dora(raw: dict[str, Any]) -> None:
-        for arm in raw["arms"][-2:]:
-            arm["settings"]["method.variant"] = "dora"
-
-    edit_json(sweep / "sweep.json", add_dora)
-    figures = draw_score_by_rank(load_sweep_data(sweep)).figures
-    lines = [{trace.name: list(trace.x) for trace in figure.data if "lines" in trace.mode} for figure in figures]
-    groups = {"lora-rank1 to lora-rank4": [1, 4], "lora-rank16 to lora-rank64": [16, 64]}
-    assert lines[0] == {f"{name}: best": ranks for name, ranks in groups.items()}
-    assert lines[1] == {f"{name}, confirmed": ranks for name, ranks in groups.items()}
-
-
-def test_heat_map_shows_the_best_of_each_cell_and_leaves_untried_ones_empty(sweep: Path) -> None:
-    data = load_sweep_data(sweep)
-    heat = draw_rank_alpha(data).figures[0].data[0]
-    for alpha, row in zip(heat.y, heat.z, strict=True):
-        for rank, shown in zip(heat.x, row, strict=True):
-            cell = [
-                t.value for t in data.arms[1].trials if t.is_complete and _at(t.params) == (rank, alpha) and t.value
-            ]
-            assert shown == (min(cell) if cell else None)
+    edit_json(ranked_copy / "sweep.json", rename)
+    lines = render(load_sweep_data(ranked_copy))
+    assert any("…" in line for line in lines)
+    assert max(map(len, lines)) <= 80
 
 
-def test_the_map_is_over_the_multiplier_where_that_was_swept(sweep: Path) -> None:
-    def divide(raw: dict[str, Any]) -> None:
-        for arm in raw["arms"]:
-            if "method.alpha" in arm["space"]:
-                arm["space"]["method.alpha_over_rank"] = arm["space"].pop("method.alpha")
-
-    edit_json(sweep / "sweep.json", divide)
-    panel = draw_rank_alpha(load_sweep_data(sweep))
-    assert panel.figures[0].layout.yaxis.title.text == "α/r"
+NAMES = ("name", "arm", "subject")
 
 
-def _at(params: dict[str, Any]) -> tuple[str, str]:
-    return str(params["method.rank"]), str(params["method.alpha"])
+def test_tested_quantities_are_those_of_the_answers_beside_the_margin(ranked: SweepData) -> None:
+    as_good, smallest = draw_tested(ranked).figures
+    answers = ranked.evidence.list_answers("as_good_as_full")[::-1]
+    assert [trace.x[0] for trace in find_traces(as_good, size=11)] == [answer.value for answer in answers]
+    assert list_bars(as_good, "x") == [answer.interval for answer in answers]
+    rows = [trace.y[0] for trace in find_traces(as_good, size=11)]
+    assert rows == [f"{answer.subject}: {answer.verdict}" for answer in answers]
+    (band,) = [shape for shape in as_good.layout.shapes if shape.type == "rect"]
+    assert (band.x0, band.x1) == pytest.approx((0.95, 1.05))
+    # beside another reference than full, a share is that of the difference
+    differences = [trace.x[0] for trace in find_traces(smallest, size=11)]
+    assert differences == [(answer.value or 0) - 1 for answer in ranked.evidence.list_answers("smallest")[::-1]]
+    assert draw_png(as_good, title="title").startswith(b"\x89PNG")
 
 
-def test_many_alphas_are_put_together_by_powers_of_two(tmp_path: Path) -> None:
-    sweep = build_sweep(tmp_path, lora=40)
-
-    def spread(raw: dict[str, Any]) -> None:
-        for index, trial in enumerate(trial for trial in raw["trials"] if trial["arm"] == "lora"):
-            trial["params"]["method.alpha"] = 8 * 1.05**index
-
-    edit_json(sweep / "sweep.json", spread)
-    panel = draw_rank_alpha(load_sweep_data(sweep))
-    assert set(panel.figures[0].data[0].y) == {"8", "16", "32", "64"}
-    assert "α are rounded to powers of two" in panel.text
+def test_a_margin_in_the_metric_s_unit_is_a_band_around_no_difference(ranked_copy: Path) -> None:
+    edit_json(ranked_copy / "sweep.json", lambda raw: raw.update(margin="0.02"))
+    figure = draw_tested(load_sweep_data(ranked_copy)).figures[0]
+    (band,) = [shape for shape in figure.layout.shapes if shape.type == "rect"]
+    assert (band.x0, band.x1) == (-0.02, 0.02)
+    assert figure.layout.xaxis.title.text == "difference from full (bits per byte, lower is better)"
 
 
 def test_learning_rates_of_each_arm_are_dots_and_its_best_a_ring(sweep: Path) -> None:
     data = load_sweep_data(sweep)
-    figure = draw_score_by_lr(data).figures[0]
-    rings = [trace for trace in figure.data if trace.marker.symbol == "circle-open"]
+    (figure,) = draw_score_by_lr(data).figures
+    rings = find_traces(figure, symbol="circle-open")
     assert [ring.y[0] for ring in rings] == [data.best_score("lora"), data.best_score("full")]
-    crosses = [trace for trace in figure.data if trace.marker.symbol == "x-thin-open"]
+    crosses = find_traces(figure, symbol="x-thin-open")
     assert [len(cross.x) for cross in crosses] == [6, 0]
+    assert figure.layout.xaxis.title.text == "learning rate (log scale)"
+
+
+def test_an_arm_with_confirm_each_has_its_rates_by_value_and_predicted_settings_as_diamonds(
+    ranked: SweepData, ranked_copy: Path
+) -> None:
+    full, lora = draw_score_by_lr(ranked).figures
+    assert {trace.legendgroup for trace in full.data} == {"full"}
+    subjects = [f"lora-rank-{rank}" for rank in RANK_SCORES]
+    diamonds = find_traces(lora, symbol="diamond-open")
+    assert [mark.legendgroup for mark in diamonds] == subjects
+    assert [mark.x[0] for mark in diamonds] == [row.params["optim.lr"] for row in ranked.record.settings[2:]]
+    dots = [len(trace.x) for trace in lora.data if trace.showlegend]
+    assert dots == [5] * 4
+    assert lora.layout.xaxis.title.text == "learning rate (log scale)"
+
+    def sweep_alpha(raw: dict[str, Any]) -> None:
+        for row in (*raw["trials"], *raw["settings"]):
+            if row["arm"] == "lora":
+                row["params"]["method.alpha"] = 4 * row["params"]["method.rank"]
+
+    edit_json(ranked_copy / "sweep.json", sweep_alpha)
+    lora = draw_score_by_lr(load_sweep_data(ranked_copy)).figures[1]
+    assert lora.layout.xaxis.title.text == "u = lr · √α (log scale)"
+    (first, *_) = find_traces(lora, symbol="diamond-open")
+    assert first.x[0] == pytest.approx(ranked.record.settings[2].params["optim.lr"] * 2)
 
 
 def test_best_curves_are_bold_and_named(sweep: Path) -> None:
     figure = draw_learning_curves(load_sweep_data(sweep)).figures[0]
     assert [trace.name for trace in figure.data if trace.line.width == 3] == ["lora", "full"]
+
+
+def test_the_bold_curve_of_a_predicted_setting_is_that_of_its_best_trial(ranked: SweepData) -> None:
+    figure = draw_learning_curves(ranked).figures[0]
+    bold = {trace.name: trace.y[-1] for trace in figure.data if trace.line.width == 3}
+    assert bold["lora-rank-16"] == pytest.approx(RANK_SCORES[16])
 
 
 def test_tradeoff_leaves_out_what_trains_nothing(sweep: Path) -> None:
@@ -175,52 +352,6 @@ def test_tradeoff_without_a_readable_run_is_a_sentence(sweep: Path) -> None:
     panel = draw_tradeoff(load_sweep_data(sweep))
     assert panel.figures == ()
     assert "readable record" in panel.text
-
-
-def test_confirmed_means_have_their_intervals_as_bars(confirmed: Path) -> None:
-    data = load_sweep_data(confirmed)
-    panel = draw_confirmed(data)
-    scores, differences = panel.figures
-    lora = data.evidence.arm("lora")
-    assert lora
-    assert lora.interval
-    mean = next(trace for trace in scores.data if trace.y[0] == "lora" and trace.error_x.array)
-    assert mean.x[0] == lora.mean
-    ends = (mean.x[0] - mean.error_x.arrayminus[0], mean.x[0] + mean.error_x.array[0])
-    assert ends == pytest.approx(lora.interval)
-    seeds = next(trace for trace in scores.data if trace.y[0] == "lora" and trace.marker.symbol == "circle-open")
-    assert seeds.x == lora.values
-    assert seeds.customdata[0] == "../runs/lora-confirm-0000/"
-    (difference,) = differences.data
-    pair = data.evidence.pair("lora", "full")
-    assert pair
-    assert difference.x[0] == pair.difference
-    assert "worse than full" in difference.text[0]
-
-
-def test_without_full_fine_tuning_arms_are_compared_with_the_best(confirmed: Path) -> None:
-    def drop(raw: dict[str, Any]) -> None:
-        raw["confirm"] = [row for row in raw["confirm"] if row["arm"] != "full"]
-
-    edit_json(confirmed / "sweep.json", drop)
-    data = load_sweep_data(confirmed)
-    assert find_reference(data) == "lora"
-    assert len(draw_confirmed(data).figures) == 1
-
-
-def test_nothing_confirmed_is_a_sentence(sweep: Path) -> None:
-    panel = draw_confirmed(load_sweep_data(sweep))
-    assert panel.figures == ()
-    assert "Nothing was confirmed" in panel.text
-
-
-def test_confirmed_scores_by_rank_are_a_line_with_bars(tmp_path: Path) -> None:
-    data = load_sweep_data(build_rank_arms(tmp_path, {1: 1.8, 4: 1.7, 16: 1.69}, examples=20))
-    (figure,) = draw_confirmed_by_rank(data)
-    line = next(trace for trace in figure.data if trace.mode == "lines+markers")
-    assert list(line.x) == [1, 4, 16]
-    assert list(line.y) == [data.evidence.arm(f"lora-rank{rank}").mean for rank in (1, 4, 16)]  # type: ignore[union-attr]
-    assert len(draw_score_by_rank(data).figures) == 2
 
 
 def test_a_large_group_keeps_evenly_spaced_items_with_the_first_and_a_small_one_stays_whole() -> None:
@@ -240,7 +371,7 @@ def test_every_figure_of_a_large_sweep_draws_the_best_and_says_that_it_skips_som
     monkeypatch.setattr("lorasweep.report.figures.panel.MAX_FIGURE_POINTS", 20)
     monkeypatch.setattr(trials, "MAX_CURVES", 20)
     drawn = {panel.key: panel for panel in (draw(large) for draw in PANELS)}
-    for key in ("rank", "lr", "curves", "tradeoff"):
+    for key in ("lr", "curves", "tradeoff"):
         assert "are drawn" in drawn[key].text, key
         assert len(drawn[key].figures[0].to_json()) < 0.7 * len(before[key].figures[0].to_json()), key
     scores = {score for trace in drawn["tradeoff"].figures[0].data for score in trace.y}

@@ -15,13 +15,13 @@ from lorasweep.report import render_terminal
 from lorasweep.report.page import render_page
 from lorasweep.report.summary import summarize
 
-from .conftest import build_sweep, confirm_sweep
+from .conftest import build_rank_sweep
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a confirmed sweep of few trials."""
-    return confirm_sweep(build_sweep(tmp_path_factory.mktemp("small"), lora=3, full=2), seeds=2, examples=12)
+    """The folder of a confirmed sweep of two ranks in one arm."""
+    return build_rank_sweep(tmp_path_factory.mktemp("small"), {1: 1.8, 4: 1.7}, seeds=2, examples=12)
 
 
 @st.composite

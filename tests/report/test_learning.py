@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from lorasweep.report.learning import chance_of_correlation, judge_learning
 from lorasweep.report.sweep_data import load_sweep_data
 
 from .conftest import BASE_SCORE, build_sweep, confirm_winners, edit_json
+from .test_terminal import shown
 
 MAJORITY = 0.69
 
@@ -73,7 +75,7 @@ def test_no_settings_are_recommended_if_nothing_was_learned(sweep: Path) -> None
     assert summary.recommended == ()
     assert not (sweep / "report/recommended/train.yaml").exists()
     advice = summary.advice
-    assert (advice.ranks, advice.rates, advice.dimension, advice.next_searches) == ((), (), None, ())
+    assert advice.next_searches == ()
     remedy = summary.learning.remedy
     assert remedy
     assert remedy in summary.sentences
@@ -91,6 +93,17 @@ def test_verdicts_on_arms_that_learned_nothing_compare_no_methods(confirmed: Pat
     assert "the verdicts below do not compare the methods" in remedy
 
 
+def test_trials_that_do_not_beat_the_majority_class_are_marked(sweep: Path) -> None:
+    classify(sweep, lambda trial: 0.8 if trial["arm"] == "lora" else MAJORITY, matthews=0.5)
+    summary = write_report(sweep)
+    assert summary.learning.unlearned == ("full",)
+    assert "(not better than the majority class)" in shown(render_terminal(sweep))
+    rows = list(csv.DictReader((sweep / "report/trials.csv").read_text().splitlines()))
+    assert {row["is_better_than_untrained"] for row in rows if row["arm"] == "full"} == {"False"}
+    assert {row["is_better_than_untrained"] for row in rows if row["arm"] == "lora"} == {"True", ""}
+    assert (sweep / "report/index.html").read_text().count("complete, not better") == 2 * 6  # text and sort key
+
+
 def test_scores_below_the_majority_class_are_worse(sweep: Path) -> None:
     learning = judge_learning(load_sweep_data(classify(sweep, lambda trial: 0.6)))
     assert learning.state == "nothing"
@@ -101,7 +114,7 @@ def test_an_arm_that_learned_nothing_beside_one_that_did_is_a_warning(sweep: Pat
     classify(sweep, lambda trial: 0.8 if trial["arm"] == "lora" else MAJORITY, matthews=0.5)
     summary = write_report(sweep)
     assert (summary.learning.state, summary.learning.headline) == ("learned", None)
-    (warning,) = summary.warnings
+    warning, *_ = summary.warnings
     assert warning.startswith("`full` learned nothing: all 6 trials score like the majority class (")
     assert warning in summary.sentences
     assert warning in summary.as_json()["warnings"]
@@ -165,7 +178,7 @@ def test_gains_that_test_data_do_not_show_are_said(confirmed: Path) -> None:
     set_test_scores(confirmed, lambda seed: BASE_SCORE + 0.1 * (seed - 2))
     summary = write_report(confirmed)
     assert summary.learning.state == "not shown"
-    assert "on test data no arm is shown to be better than the frozen base" in (summary.learning.headline or "")
+    assert "on test data no method is shown to be better than the frozen base" in (summary.learning.headline or "")
     assert summary.recommended
 
 
@@ -181,7 +194,7 @@ def test_test_scores_are_compared_with_the_majority_class_of_test_data(
     classify(confirmed, lambda trial: 0.8, matthews=0.5)
     learning = judge_learning(load_sweep_data(confirmed))
     assert learning.state == "learned"
-    assert any(text.startswith("On test data no arm") for text in learning.warnings) is not is_shown
+    assert any(text.startswith("On test data no method") for text in learning.warnings) is not is_shown
 
 
 def test_damaged_entries_in_records_are_no_scores(sweep: Path) -> None:

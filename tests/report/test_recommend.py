@@ -19,7 +19,7 @@ from lorasweep.report.recommend import RECOMMENDED_FILES, Recommendation, read_r
 from lorasweep.report.summary import summarize
 from lorasweep.selection import find_winners
 
-from .conftest import build_rank_arms, build_sweep, confirm_sweep, edit_json
+from .conftest import build_rank_sweep, build_sweep, confirm_sweep, edit_json
 
 
 def recommended(sweep: Path) -> list[Recommendation]:
@@ -38,7 +38,8 @@ def test_better_method_is_recommended_with_lora_as_the_alternative(finished_and_
     full, lora = recommended(finished_and_confirmed)
     assert (full.arm, full.is_settled) == ("full", True)
     assert full.settings.keys() == {"method", "learning rate"}
-    assert "`full` is better than `lora`" in full.sentences[2]
+    assert "`lora` keeps" in full.sentences[2]
+    assert "(worse)" in full.sentences[2]
     assert lora.settings["method"] == "LoRA"
     assert lora.settings.keys() == {"method", "rank", "α", "learning rate"}
     assert "full fine-tuning scores" in lora.sentences[1]
@@ -47,17 +48,28 @@ def test_better_method_is_recommended_with_lora_as_the_alternative(finished_and_
     assert len(full.sentences) == 3
 
 
-def test_rank_is_the_advised_rank_and_not_the_best(tmp_path: Path) -> None:
-    scores = {2: 1.75, 8: 1.6605, 32: 1.66}
-    found = recommended(build_rank_arms(tmp_path, scores, noise=0.0002))
-    assert [one.settings["rank"] for one in found if one.settings["method"] == "LoRA"] == ["8"]
+def test_rank_is_the_smallest_sufficient_one_and_not_the_best(tmp_path: Path) -> None:
+    found = recommended(build_rank_sweep(tmp_path, {2: 1.75, 8: 1.6605, 32: 1.66}, noise=0.0002))
+    assert [(one.settings["rank"], one.is_settled) for one in found] == [("8", True)]  # it is as good as full, too
 
 
-def test_inconclusive_pair_is_named(tmp_path: Path) -> None:
+def test_predicted_setting_is_written_with_the_value_of_confirm_each(tmp_path: Path) -> None:
+    sweep = build_rank_sweep(tmp_path, {2: 1.75, 8: 1.6605}, noise=0.0002)
+    (lora,) = recommended(sweep)
+    settings = yaml.safe_load(lora.files["train.yaml"])
+    assert (settings["method.rank"], settings["optim.lr"]) == (8, 0.0102)
+    assert "a predicted setting" in lora.files["train.yaml"]
+    for source in (sweep, sweep / "lora", sweep / "lora-rank-8"):
+        found, origin = read_recommended(source)
+        assert found["method.rank"] == 8
+        assert (origin["arm"], origin["trial"]) == ("lora-rank-8", None)
+    assert read_recommended(sweep / "lora-rank-2")[0]["method.rank"] == 2
+
+
+def test_open_comparison_is_named(tmp_path: Path) -> None:
     first, *_ = recommended(confirm_sweep(build_sweep(tmp_path), noise=0.2))
     assert not first.is_settled
-    assert "inconclusive" in first.sentences[2]
-    assert "Nor is it shown to be better than `frozen`." in first.sentences[2]
+    assert "(open:" in first.sentences[2]
 
 
 def test_sweep_without_a_complete_trial_recommends_nothing(sweep: Path) -> None:
@@ -93,7 +105,7 @@ def test_files_of_an_earlier_recommendation_are_removed(confirmed: Path) -> None
     write_report(confirmed)
     folder = confirmed / "report/recommended"
     assert (folder / "lora/peft_config.py").exists()
-    edit_json(confirmed / "sweep.json", lambda raw: raw["confirm"].clear())
+    edit_json(confirmed / "sweep.json", lambda raw: raw.update(confirm=[], settings=[]))
     edit_json(confirmed / "sweep.json", lambda raw: [t.update(value=9.0) for t in raw["trials"] if t["arm"] == "full"])
     write_report(confirmed)
     assert {path.name for path in folder.iterdir() if path.is_file()} == set(RECOMMENDED_FILES)
@@ -178,16 +190,15 @@ def test_a_sweep_without_recommended_settings_is_refused(confirmed: Path) -> Non
         read_recommended(confirmed)
 
 
-def test_runs_of_a_former_winner_are_in_no_mean(confirmed: Path) -> None:
-    before = {arm.name: arm.mean for arm in summarize(confirmed).data.evidence.arms}
+def test_runs_of_a_former_setting_are_in_no_mean(confirmed: Path) -> None:
+    before = {one.name: one.mean for one in summarize(confirmed).data.evidence.subjects}
 
     def add_former(raw: dict[str, Any]) -> None:
         rows = [row for row in raw["confirm"] if row["arm"] == "lora"]
-        raw["confirm"] += [row | {"trial": row["trial"] + 1, "value": 9.0} for row in rows]
+        raw["confirm"] += [row | {"setting": row["setting"] + 1, "value": 9.0} for row in rows]
 
     edit_json(confirmed / "sweep.json", add_former)
     data = summarize(confirmed).data
-    assert {arm.name: arm.mean for arm in data.evidence.arms} == before
-    (lora,) = [arm for arm in data.arms if arm.name == "lora"]
-    assert len(lora.former_runs) == len(lora.confirm_runs) > 0
+    assert {one.name: one.mean for one in data.evidence.subjects} == before
+    assert len(data.former_runs) == 5
     assert data.tokens_trained > sum(run.record.tokens_trained for run in data.trials if run.record)

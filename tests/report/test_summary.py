@@ -33,7 +33,7 @@ def test_summary_has_the_promised_keys(sweep: Path) -> None:
     for arm in raw["arms"]:
         assert {"name", "method", "trainable_params", "trainable_fraction", "adapter_bytes"} <= set(arm)
         assert {"peak_memory_bytes", "share_of_full_gain"} <= set(arm)
-        assert {"score", "params", "run"} == set(arm["best"])
+        assert {"score", "params", "run", "is_predicted"} == set(arm["best"])
         assert {"complete", "paused", "pruned", "failed", "infeasible"} <= set(arm["trials"])
 
 
@@ -127,7 +127,7 @@ def test_arm_without_a_complete_trial_has_nulls_and_a_sentence(sweep: Path) -> N
     edit_json(sweep / "sweep.json", fail_lora)
     summary = summarize(sweep)
     lora = summary.as_json()["arms"][1]
-    assert lora["best"] == {"score": None, "params": None, "run": None}
+    assert lora["best"] == dict.fromkeys(("score", "params", "run", "is_predicted"))
     assert (lora["trainable_params"], lora["share_of_full_gain"]) == (None, None)
     assert lora["trials"]["failed"] == 18
     assert "`lora` has no complete trial." in summary.sentences

@@ -30,13 +30,13 @@ def test_trials_and_reruns_are_joined_with_their_runs(confirmed: Path) -> None:
 
 
 def test_intervals_end_where_an_own_metric_ends(confirmed: Path) -> None:
-    lora = load_sweep_data(confirmed).evidence.arm("lora")
+    lora = load_sweep_data(confirmed).evidence.subject("lora")
     assert lora
     assert lora.interval
     assert lora.mean is not None
     low = (lora.interval[0] + lora.mean) / 2
     edit_json(confirmed / "sweep.json", lambda raw: raw.update(metric="Own", metric_range=[low, None]))
-    cut = load_sweep_data(confirmed).evidence.arm("lora")
+    cut = load_sweep_data(confirmed).evidence.subject("lora")
     assert cut
     assert cut.interval == (low, lora.interval[1])
 
@@ -112,15 +112,15 @@ def test_arm_without_a_rerun_is_named_and_the_others_are_compared(confirmed: Pat
     edit_json(confirmed / "sweep.json", drop)
     data = load_sweep_data(confirmed)
     assert data.problems == ("`full` has no score on test data.",)
-    assert [arm.name for arm in data.evidence.arms] == ["frozen", "lora"]
-    assert data.evidence.num_compared == 1
+    assert [arm.name for arm in data.evidence.subjects] == ["frozen", "lora"]
+    assert [answer.verdict for answer in data.evidence.answers] == ["open"]
 
 
 def test_arm_whose_reruns_all_failed_is_named(confirmed: Path) -> None:
     edit_json(confirmed / "sweep.json", lambda raw: [row.update(state="failed", value=None) for row in raw["confirm"]])
     data = load_sweep_data(confirmed)
     assert any("`lora` has no score on test data" in problem for problem in data.problems)
-    assert data.evidence.arms == ()
+    assert data.evidence.subjects == ()
 
 
 @pytest.mark.parametrize(
@@ -134,12 +134,12 @@ def test_damaged_examples_are_a_sentence_and_seeds_still_count(confirmed: Path, 
     (confirmed / "runs/lora-confirm-0002/test_scores.csv").write_text(content)
     data = load_sweep_data(confirmed)
     assert any(sentence in text for text in (*data.problems, *data.evidence.notes))
-    lora = data.evidence.arm("lora")
+    lora = data.evidence.subject("lora")
     assert lora
-    assert (lora.uses_examples, len(lora.seeds)) == (False, 5)
+    assert (data.evidence.num_examples, len(lora.seeds)) == (0, 5)
 
 
 def test_sweep_without_examples_has_intervals_over_seeds(tmp_path: Path) -> None:
     data = load_sweep_data(confirm_sweep(build_sweep(tmp_path), examples=0))
     assert any("over seeds alone" in note for note in data.evidence.notes)
-    assert data.evidence.num_compared == 3
+    assert data.evidence.answers[0].is_settled

@@ -11,9 +11,9 @@ from rich.console import Console, RenderableType
 
 from lorasweep.report import render_terminal
 from lorasweep.report.sweep_data import load_sweep_data
-from lorasweep.report.terminal import describe_differences
+from lorasweep.report.terminal import describe_differences, describe_spread
 
-from .conftest import build_rank_arms, build_sweep, edit_json
+from .conftest import build_rank_sweep, build_sweep, edit_json
 
 
 def shown(renderable: RenderableType, *, width: int = 200) -> str:
@@ -73,8 +73,7 @@ def test_sweeps_with_different_metrics_are_not_compared(sweep: Path, tmp_path: P
 def test_confirmed_sweep_shows_test_scores_with_intervals_and_the_verdict(confirmed: Path) -> None:
     text = shown(render_terminal(confirmed))
     assert "test score" in text
-    assert "worse than full fine-tuning by" in text
-    assert "%" in text.split("of full's gain")[1].splitlines()[0]
+    assert "] of full's gain (worse)" in text
 
 
 @pytest.mark.parametrize(
@@ -100,6 +99,34 @@ def test_why_scores_of_two_sweeps_cannot_be_compared_is_said(
 
 
 def test_names_of_many_arms_stay_on_one_line(tmp_path: Path) -> None:
-    sweep = build_rank_arms(tmp_path, {1: 1.8, 4: 1.7, 16: 1.69})
+    sweep = build_rank_sweep(tmp_path, {1: 1.8, 4: 1.7, 16: 1.69})
     text = shown(render_terminal(sweep), width=100)
-    assert all(f"lora-rank{rank} " in text for rank in (1, 4, 16))
+    assert all(f"lora-rank-{rank} " in text for rank in (1, 4, 16))
+
+
+def test_sweeps_of_one_definition_show_their_spread(tmp_path: Path) -> None:
+    first = build_rank_sweep(tmp_path / "a", {1: 1.8, 16: 1.662})
+    second = build_rank_sweep(tmp_path / "b", {1: 1.8, 16: 1.67})
+    for seed, sweep in enumerate((first, second)):
+        settings = {"sweep.seed": seed}
+        edit_json(sweep / "sweep.json", lambda raw, new=settings: [arm["settings"].update(new) for arm in raw["arms"]])
+    sweeps = [load_sweep_data(sweep) for sweep in (first, second)]
+    text = shown(render_terminal(first, second), width=300)
+    means = [one.mean for data in sweeps if (one := data.evidence.subject("lora-rank-16"))]
+    assert f"{sum(means) / 2:.4g} ± {abs(means[0] - means[1]) / 2**0.5:.4g}" in text
+    (sentence,) = describe_spread(sweeps)
+    assert "`lora-rank-1` smallest: 2 insufficient" in sentence
+    edit_json(second / "sweep.json", lambda raw: raw.update(margin=0.01))
+    assert describe_spread([load_sweep_data(first), load_sweep_data(second)]) == []
+
+
+def test_a_value_without_a_complete_trial_shows_its_best_so_far(tmp_path: Path) -> None:
+    sweep = build_rank_sweep(tmp_path, {1: 1.8, 16: 1.662})
+
+    def pause(raw: dict[str, Any]) -> None:
+        raw.update(settings=[], confirm=[])
+        for trial in raw["trials"]:
+            trial["state"] = "paused" if trial["params"].get("method.rank") == 1 else trial["state"]
+
+    edit_json(sweep / "sweep.json", pause)
+    assert "1.800 (paused)" in shown(render_terminal(sweep))

@@ -12,6 +12,7 @@ from lorasweep.record import (
     ArmRow,
     ConfirmRow,
     RunRecord,
+    SettingRow,
     SweepRecord,
     TrialRow,
     read_sweep,
@@ -42,9 +43,18 @@ def one(tmp_path):
         TrialRow(arm="lora", number=1, state="pruned", params=params, value=1.75, run="runs/lora-0001"),
     ]
     confirm = [
-        ConfirmRow(arm="lora", trial=0, seed=s, state="complete", run=f"runs/lora-confirm-{n:04d}", value=2.0)
+        ConfirmRow(
+            arm="lora",
+            subject="lora",
+            setting=0,
+            seed=s,
+            state="complete",
+            run=f"runs/lora-confirm-{n:04d}",
+            value=2.0,
+        )
         for n, s in enumerate((7, 9))
     ]
+    setting = SettingRow(subject="lora", arm="lora", setting=0, value=None, params=params, trial=0, score=1.5)
     arm = ArmRow(name="lora", method="lora", trials=2, settings={}, space={}, sampler="tpe", pruner="none")
     for row in (*trials, *confirm):
         write_run(folder / row.run, STEPS)
@@ -57,6 +67,7 @@ def one(tmp_path):
         definition={},
         arms=[arm],
         trials=trials,
+        settings=[setting],
         confirm=confirm,
         confirm_seeds=[7, 9],
         started_at="2026-01-01T00:00:00+00:00",
@@ -143,6 +154,8 @@ def set_value(record, key, value):
         (lambda r: r.trials[1].params.pop("optim.lr"), "trial lora-1: `optim.lr` was 0.01 and is 'nothing'"),
         (lambda r: set_value(r, "state", "complete"), "trial lora-1: `state` was 'pruned' and is 'complete'"),
         (lambda r: set_value(r, "value", 1.76), "trial lora-1: `value` was 1.75 and is 1.76"),
+        (lambda r: r.settings[0].params.update({"method.rank": 2}), "lora: `method.rank` was 4 and is 2"),
+        (lambda r: setattr(r.confirm[0], "setting", 1), "confirm run lora seed 7: `setting` was 0 and is 1"),
         (lambda r: r.trials.pop(), "sweep: `number of trials` was 2 and is 1"),
         (lambda r: setattr(r, "confirm_seeds", [7]), "sweep: `confirm_seeds` was [7, 9] and is [7]"),
         (lambda r: setattr(r.confirm[0], "value", 2.1), "confirm run lora seed 7: `value` was 2.0 and is 2.1"),

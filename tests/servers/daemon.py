@@ -9,7 +9,6 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterable
-from glob import glob
 from pathlib import Path
 
 import pytest
@@ -17,14 +16,13 @@ import pytest
 REQUIRED = "LORASWEEP_TEST_SERVERS"
 """Set to `required` where a server that isn't installed is a failure."""
 PATIENCE_S = 60.0  # for a machine that does much else
-ELSEWHERE = ("/usr/sbin", "/usr/local/sbin", "/usr/lib/postgresql/*/bin")
+ELSEWHERE = ("/usr/sbin", "/usr/local/sbin")
 """Where Debian keeps servers that are not on a user's path."""
 
 
 def find_program(name: str) -> str | None:
-    """Returns a program's path, that of the newest version if there are several."""
-    folders = [folder for pattern in ELSEWHERE for folder in sorted(glob(pattern), reverse=True)]
-    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *folders]))
+    """Returns a program's path."""
+    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *ELSEWHERE]))
 
 
 def need(programs: Iterable[str], *, packages: str) -> None:

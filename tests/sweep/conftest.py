@@ -118,8 +118,8 @@ class MadeUpRuns:
     """Returns the score of a run at a step; may raise an error of training."""
     score_on_test: Callable[[RunRecord], float] = lambda record: record.best["bits_per_byte"] + 1
     """Returns the score of a run on test data; may raise."""
-    begun: list[tuple[str, int]] = field(default_factory=list)
-    """Arm and trial of each session of a solo run, in order."""
+    begun: list[tuple[str, int | None]] = field(default_factory=list)
+    """Arm and trial of each session of a solo run, in order; a confirm run of an untried setting has no trial."""
     steps_done: dict[Path, int] = field(default_factory=dict)
     """Step of the newest checkpoint of each solo run."""
     steps_trained: int = 0
@@ -156,7 +156,6 @@ class MadeUpRuns:
     ) -> RunRecord:
         assert resume
         assert run_folder.arm is not None
-        assert run_folder.trial is not None
         self.begun.append((run_folder.arm, run_folder.trial))
         every, last = config.trainer.eval_every_steps, config.trainer.max_steps
         for step in range(self.steps_done.get(run_folder.path, 0) + every, last + 1, every):

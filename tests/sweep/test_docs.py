@@ -34,7 +34,7 @@ def test_the_file_is_a_fair_sweep_with_a_confirm_stage(file):
     definition = read_definition(file, [])
     assert [arm.name for arm in definition.arms] == ["frozen", "full", "lora"]
     assert find_warnings(definition) == []
-    assert len(draw_confirm_seeds(definition)) == 5
+    assert len(draw_confirm_seeds(definition)) == max(definition.sweep_config.confirm.looks)
 
 
 @pytest.mark.parametrize("line", OVERRIDES, ids=lambda line: line.split("#")[0].strip())

@@ -17,7 +17,7 @@ from lorasweep.sweep.controller.lifecycle import reopen_sweep
 from lorasweep.sweep.progress import report_status, show_progress, show_until_over
 
 from .conftest import Killed
-from .test_status import confirm_row, sweep_record, trial
+from .test_status import confirm_row, setting, sweep_record, trial
 from .test_status import folder as folder
 from .test_status import running as running
 
@@ -87,12 +87,14 @@ def test_following_without_a_terminal_prints_a_line_for_each_trial_that_ends(run
     wait_for(lambda: output.getvalue().count("\n") == 2)
     time.sleep(0.05)
     seeds = [confirm_row(7, "complete", 1.6), confirm_row(8, "running")]
-    write_record(sweep_record(trials=ended, confirm=seeds, confirm_seeds=[7, 8], status="complete"), running)
+    rows = {"settings": [setting()], "confirm": seeds, "confirm_seeds": [7, 8], "looks": [2]}
+    write_record(sweep_record(trials=ended, **rows, status="complete"), running)
     thread.join(60)
-    assert output.getvalue().splitlines() == [
+    lines = output.getvalue().splitlines()
+    assert lines.pop(2).startswith("confirm: ")
+    assert lines == [
         "lora 4/6  complete     1.4000  method.rank=3",
         "lora 5/6  failed            -  method.rank=6",
-        "confirm: the winner of each arm again on 2 fresh seeds, scored once on test data",
         "lora 1/2  complete     1.6000  method.rank=1 seed=7",
     ]
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 import lorasweep.sweep.status as status_file
 from lorasweep.errors import RecordError
-from lorasweep.record import SWEEP_FILE, ArmRow, ConfirmRow, SweepRecord, TrialRow, write_record
+from lorasweep.record import SWEEP_FILE, ArmRow, ConfirmRow, LookRow, SettingRow, SweepRecord, TrialRow, write_record
 from lorasweep.sweep.status import describe_params, read_status, render_status
 
 
@@ -31,7 +31,13 @@ def trial(number, state, value=None, *, arm="lora"):
 
 def confirm_row(seed, state, value=None, *, number=0):
     run = f"runs/lora-confirm-{number}{seed:04d}"
-    return ConfirmRow(arm="lora", trial=number, seed=seed, state=state, run=run, value=value)
+    return ConfirmRow(arm="lora", subject="lora", setting=number, seed=seed, state=state, run=run, value=value)
+
+
+def setting(number=0):
+    """The chosen setting of `lora`, which is that of trial 0."""
+    params = {"method.rank": 1}
+    return SettingRow(subject="lora", arm="lora", setting=number, value=None, params=params, trial=0, score=1.5)
 
 
 def sweep_record(**values):
@@ -95,7 +101,7 @@ def test_the_share_of_slots_that_trained_is_shown(folder):
     packed, confirmed = trial(0, "complete", 1.5), confirm_row(7, "complete", 1.5)
     packed.step, packed.slot_steps, confirmed.step, confirmed.slot_steps = 8, 20.0, 8, 8.0
     assert "slots that trained" not in show(read_status(folder))
-    write_record(sweep_record(trials=[packed], confirm=[confirmed]), folder)
+    write_record(sweep_record(trials=[packed], settings=[setting()], confirm=[confirmed]), folder)
     assert "share of the packs' slots that trained: search 40 %, confirm 100 %" in show(read_status(folder))
 
 
@@ -140,7 +146,8 @@ def test_the_confirm_stage_counts_a_seed_once_for_the_frozen_base(running):
     reruns = [confirm_row(7, "complete", 1.6), confirm_row(8, "complete", 1.8), confirm_row(9, "failed")]
     running_row = confirm_row(10, "running")
     running_row.step, running_row.last_value = 4, 1.55
-    write_record(sweep_record(confirm=[*reruns, running_row], confirm_seeds=[7, 8, 9, 10]), running)
+    rows = {"settings": [setting()], "confirm": [*reruns, running_row]}
+    write_record(sweep_record(**rows, looks=[4], confirm_seeds=[7, 8, 9, 10]), running)
     status = read_status(running)
     assert [(a.confirm.done, a.confirm.running, a.confirm.asked) for a in status.arms] == [(0, 0, 1), (3, 1, 4)]
     shown = show(status)
@@ -151,7 +158,7 @@ def test_the_confirm_stage_counts_a_seed_once_for_the_frozen_base(running):
 
 
 def test_a_narrow_terminal_shows_names_and_headings_whole(running):
-    write_record(sweep_record(trials=[trial(0, "complete", 1.5)], confirm_seeds=[7]), running)
+    write_record(sweep_record(trials=[trial(0, "complete", 1.5)], looks=[1], confirm_seeds=[7]), running)
     shown = show(read_status(running), width=80)
     headings = shown.splitlines()[2].split()
     assert headings == ["arm", "trials", "confirm", "best", "best", "settings"]  # no columns of zeros
@@ -253,15 +260,44 @@ def test_the_status_of_a_real_sweep_during_and_after_it(begin, work, runs, conte
     ]
 
 
-def test_runs_of_former_winners_do_not_count(folder):
+def test_runs_of_former_settings_do_not_count(folder):
     """A sweep that grew has them."""
     record = sweep_record(
         arms=[arm("lora", trials=3)],
         trials=[trial(0, "complete", 1.5), trial(1, "complete", 1.4), trial(2, "complete", 1.6)],
+        looks=[1],
         confirm_seeds=[5],
+        settings=[setting(1)],
         confirm=[confirm_row(5, "complete", 9.0, number=2), confirm_row(5, "complete", 1.3, number=1)],
     )
     write_record(record, folder)
     (found,) = read_status(folder).arms
     assert (found.confirm.done, found.confirm.asked) == (1, 1)
     assert (found.best, found.test_mean) == (1.4, 1.3)
+
+
+def test_the_confirm_stage_asks_for_the_runs_of_the_look_that_is_due(folder):
+    """Two values train on three seeds; then one of them and `full` are still open and train on three more."""
+    each, full = arm("lora"), arm("full", method="full")
+    each.confirm_each = "method.rank"
+    settings = [
+        SettingRow(subject=subject, arm=name, setting=number, value=None, params={}, trial=None, score=1.5)
+        for subject, name, number in (("full", "full", 0), ("lora-rank-1", "lora", 0), ("lora-rank-4", "lora", 1))
+    ]
+    record = sweep_record(
+        arms=[arm("frozen", method="frozen"), full, each],
+        trials=[trial(0, "complete", 1.5)],
+        looks=[3, 6],
+        confirm_seeds=list(range(6)),
+    )
+    asked = []
+    for changes in (
+        {"settings": settings},
+        {"looks_done": [LookRow(seeds=3, open=["lora-rank-1"], next=["frozen", "full", "lora-rank-1"])]},
+        {"looks_done": [LookRow(seeds=3, open=[], next=[])]},
+    ):
+        for key, value in changes.items():
+            setattr(record, key, value)
+        write_record(record, folder)
+        asked.append([found.confirm.asked for found in read_status(folder).arms])
+    assert asked == [[1, 3, 6], [1, 6, 9], [1, 3, 6]]

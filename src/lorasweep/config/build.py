@@ -133,6 +133,8 @@ def _convert_union(kinds: tuple[Any, ...], value: Any, *, key: str) -> Any:
                 errors.append(error)
     if any(isinstance(kind, type) and issubclass(kind, Component) for kind in kinds):
         raise ConfigError(f"{errors[0]} `{key}.{TARGET}` names a class.") from errors[0]
+    if words := [repr(word) for kind in kinds[1:] if get_origin(kind) is Literal for word in get_args(kind)]:
+        raise ConfigError(f"{errors[0]} It may also be {' or '.join(words)}.") from errors[0]
     raise errors[0]
 
 

@@ -262,7 +262,7 @@ def layer_settings(primary: Primary, *layers: Mapping[str, Any]) -> dict[str, An
     """Returns settings of several layers together; later layers win (a file, one of its arms, the command line).
 
     A layer that chooses another option or class for a group drops what earlier layers set inside the group:
-    `pruner.min_trials` of a file is no setting of `pruner=none`.
+    `pruner.rungs` of a file is no setting of `pruner=none`.
     """
     layered: dict[str, Any] = {}
     for layer in layers:

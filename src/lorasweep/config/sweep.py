@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from lorasweep.config.components import Component
-from lorasweep.config.limits import AtLeastTwo, Fraction, NonNegative, Positive
+from lorasweep.config.limits import AtLeastTwo, NonNegative, Positive, PositiveFloat
 from lorasweep.config.slurm import SlurmConfig
 from lorasweep.errors import ConfigError
-from lorasweep.redaction import redact
 
 MAX_CONFIRM_SEEDS = 1000
 MIN_RELIABLE_SEEDS = 3
@@ -68,19 +67,6 @@ class HalvingPruner:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MedianPruner:
-    """A trial continues if it is no worse than the median of all trials at the same step, also of running trials."""
-
-    name: Literal["median"]
-    min_fraction: Fraction
-    """Fraction of a run after which every evaluation is a rung."""
-    min_trials: Positive
-    """Number of trials that must reach a rung before any of them continues."""
-    criterion: Literal["loss", "metric"]
-    """As for `halving`."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class NoPruner:
     """Every trial runs to its end."""
 
@@ -89,24 +75,8 @@ class NoPruner:
 
 SamplerConfig = ModelBasedSampler | FixedSampler | Component
 """A component is any Optuna sampler: one of Optuna, of OptunaHub or of the user."""
-PrunerConfig = HalvingPruner | MedianPruner | NoPruner | Component
+PrunerConfig = HalvingPruner | NoPruner | Component
 """A component is any Optuna pruner: one of Optuna or of the user."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StorageConfig:
-    """Storage of the sweep's Optuna studies."""
-
-    url: str | None
-    """Address of a database for SQLAlchemy (`postgresql+psycopg://HOST/DATABASE`); null is a journal file in the
-    sweep's folder. An address with a password is refused, because the record keeps the address."""
-
-    def __post_init__(self) -> None:
-        if self.url is not None and redact(self.url) != self.url:
-            raise ConfigError(
-                f"`storage.url` must have no user or password before an `@`, because a record keeps the URL, but got "
-                f"{redact(self.url)!r}. Write the user as `?user=NAME`, and set PGPASSWORD or ~/.pgpass."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +126,9 @@ class SweepSettings:
 
     trials: Positive | None
     """Number of trials of every arm with a space; null keeps the number of each arm. It may grow on `--resume`."""
+    epochs: PositiveFloat | None
+    """Passes over the training data. They set `trainer.max_steps` (at least 60) and `trainer.eval_every_steps` (a sixth
+    of it) when the sweep starts. Null, or `trainer.max_steps` on the command line, keeps the number of steps."""
     seed: NonNegative
     """Seed of the samplers; each arm draws from a separate random stream."""
     output: str | None
@@ -209,32 +182,52 @@ class HarnessConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ConfirmConfig:
-    """The stage after the search, which scores the winner of each arm on test data."""
+    """The stage after the search: trains the chosen settings on fresh seeds, and answers the sweep's questions."""
 
-    seeds: Annotated[int, (">=", 0), ("<=", MAX_CONFIRM_SEEDS)]
-    """Number of fresh seeds on which each winner runs again, 0 to 1000; 0 skips the stage, and fewer than 3 give a
-    warning."""
+    seeds: Annotated[int, (">=", 0), ("<=", MAX_CONFIRM_SEEDS)] | Literal["auto"]
+    """Number of fresh seeds, 0 to 1000; 0 skips the stage, and fewer than 3 give a warning. `auto` trains in groups up
+    to each of `looks`, and stops as soon as the questions are settled or can't be."""
+    looks: tuple[Positive, ...]
+    """Ascending numbers of seeds at which `seeds=auto` tests the questions."""
     margin: float | str
     """The smallest difference between two arms that matters: a number in the metric's unit (0.01), or a percentage of
     the gain of `full` over `frozen` on test data (5%). It decides about equivalent arms and the rank."""
+    pairs: tuple[tuple[str, ...], ...]
+    """Further questions: pairs of arms to compare, such as `[[lora, dora]]`. Without `full` and without pairs, every
+    arm is compared with the first one that trains."""
     harness: HarnessConfig
 
     def __post_init__(self) -> None:
         parse_margin(self.margin)
+        if not self.looks or list(self.looks) != sorted(set(self.looks)) or self.looks[-1] > MAX_CONFIRM_SEEDS:
+            raise ConfigError(
+                f"`confirm.looks` must be ascending numbers of seeds up to {MAX_CONFIRM_SEEDS}, but got "
+                f"{list(self.looks)!r}. Write, for example, `[3,6,10]`."
+            )
+        if wrong := [pair for pair in self.pairs if len(pair) != 2 or pair[0] == pair[1]]:
+            raise ConfigError(
+                f"`confirm.pairs` must be pairs of two different arms, but has {list(wrong[0])!r}. Write, for example, "
+                "`[[lora,full]]`."
+            )
         if self.harness.tasks and not self.seeds:
             raise ConfigError(
                 "`confirm.seeds >= 1` must hold with `confirm.harness.tasks`, because the harness scores confirm runs, "
                 f"but got {self.seeds!r}."
             )
 
+    def list_looks(self) -> tuple[int, ...]:
+        """Returns the numbers of seeds at which the questions are tested; empty without a confirm stage."""
+        if self.seeds == "auto":
+            return self.looks
+        return (self.seeds,) if self.seeds else ()
+
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """Sampler, pruner, storage, workers and stages of a sweep."""
+    """Sampler, pruner, workers and stages of a sweep."""
 
     sampler: SamplerConfig
     pruner: PrunerConfig
-    storage: StorageConfig
     worker: WorkerConfig
     sweep: SweepSettings
     confirm: ConfirmConfig

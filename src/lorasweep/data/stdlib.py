@@ -1,4 +1,4 @@
-"""Texts that every Python installation has: the source code of its standard library, its docstrings and its documentation.
+"""Texts that every Python installation has: the standard library's code and docstrings, and the documentation.
 
 The name of a document alone decides its split. So a document stays in its split if files are added or changed.
 """

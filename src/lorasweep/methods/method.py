@@ -216,7 +216,7 @@ def replace_by_trainable_copies(model: nn.Module, parameters: Iterable[nn.Parame
                 # autocast returns fp32 from embeddings and norms, and then adds all later outputs to it in fp32
                 module.register_forward_hook(partial(_cast_output, dtype=dtype))
                 break
-    replace_parameters(model, {id(p): nn.Parameter(p.detach().to(torch.float32, copy=True)) for p in parameters})
+    _replace_parameters(model, {id(p): nn.Parameter(p.detach().to(torch.float32, copy=True)) for p in parameters})
 
 
 def _cast_output(module: nn.Module, inputs: Any, output: Any, *, dtype: torch.dtype) -> Any:
@@ -227,7 +227,7 @@ def _cast_output(module: nn.Module, inputs: Any, output: Any, *, dtype: torch.dt
     return output
 
 
-def replace_parameters(model: nn.Module, replacements: Mapping[int, nn.Parameter]) -> None:
+def _replace_parameters(model: nn.Module, replacements: Mapping[int, nn.Parameter]) -> None:
     """Replaces parameters wherever `model` uses them, so that tied parameters stay tied.
 
     The keys of `replacements` are the `id`s of the old parameters.
@@ -246,7 +246,7 @@ def round_to_frozen_dtype(model: nn.Module) -> None:
         dtype = max(frozen, key=nn.Parameter.numel).dtype  # the largest, because small norms may have a wider dtype
         wider = [p for p in model.parameters() if p.is_floating_point() and p.dtype != dtype]
         # replaced by copies, because frozen parameters may belong to the base, which other runs share
-        replace_parameters(model, {id(p): nn.Parameter(p.detach().to(dtype), requires_grad=False) for p in wider})
+        _replace_parameters(model, {id(p): nn.Parameter(p.detach().to(dtype), requires_grad=False) for p in wider})
 
 
 def clear_tie_setting(model: nn.Module) -> None:

@@ -26,8 +26,8 @@ from tensorboard.util.tensor_util import make_tensor_proto
 from lorasweep.config.ranges import is_number
 from lorasweep.record import RunRecord
 from lorasweep.redaction import redact
+from lorasweep.report.answers import AnswerLine, describe_answer
 from lorasweep.report.figures.panel import Panel
-from lorasweep.report.findings import describe_pair
 from lorasweep.report.sweep_data import SweepData
 from lorasweep.wording import format_metric
 
@@ -62,11 +62,11 @@ def write_run_hparams(record: RunRecord, folder: Path, swept: Mapping[str, Any])
         _write_row(folder / HPARAMS_FOLDER, name, record, settings, {f"best/{record.metric}": record.score})
 
 
-def write_board(data: SweepData, panels: Sequence[Panel], folder: Path) -> None:
+def write_board(data: SweepData, answers: Sequence[AnswerLine], panels: Sequence[Panel], folder: Path) -> None:
     """Writes what TensorBoard shows of a sweep, in place of an earlier report's.
 
-    HParams has a row per trial, Custom Scalars the best validation curve of each arm in one chart, Images the figures,
-    and Text the verdicts.
+    HParams has a row per trial, Custom Scalars the best validation curve of each subject in one chart, Images the
+    figures, and Text the answers and all verdicts.
     """
     from lorasweep.report.figures.image import draw_png  # noqa: PLC0415 (matplotlib takes half a second to import)
 
@@ -78,15 +78,16 @@ def write_board(data: SweepData, panels: Sequence[Panel], folder: Path) -> None:
         for panel in panels
         for number, figure in enumerate(panel.figures, start=1)
     ]
-    verdicts = "\n".join(f"- {describe_pair(pair, groups=data.example_groups)}." for pair in data.evidence.pairs)
-    texts = [_text("verdicts", verdicts)] if verdicts else []
+    lines = "\n".join(f"- **{line.question}** {line.text}" for line in answers)
+    verdicts = "\n".join(f"- {describe_answer(answer, data)}." for answer in data.evidence.answers)
+    texts = [_text("answers", lines), *([_text("verdicts", verdicts)] if verdicts else [])]
     _write_events(folder / "arms", [(0, one) for one in (_layout(data.record.metric), *images, *texts)])
     _write_arms(data, folder / "arms")
     _write_trials(data, folder / "trials")
 
 
 def _write_arms(data: SweepData, folder: Path) -> None:
-    """Writes the best validation curve of each arm, which is a run of TensorBoard, so that each has its own colour."""
+    """Writes the best validation curve of each subject, as a run of TensorBoard, so that each has its own colour."""
     last_step = max((step for trial in data.trials for step, _ in trial.curve), default=0)
     for arm in data.arms:
         curve = arm.best.curve if arm.best else ()
@@ -107,7 +108,7 @@ def _write_trials(data: SweepData, folder: Path) -> None:
     ranked = sorted((t for t in data.trials if t.is_complete), key=lambda t: data.sign * (t.value or 0.0))
     places = {trial.run: f"{place:0{len(str(len(ranked)))}}" for place, trial in enumerate(ranked, start=1)}
     for arm in data.arms:
-        confirmed = data.evidence.arm(arm.name)
+        confirmed = data.evidence.subject(arm.name)
         for trial in arm.trials:
             if trial.record is None:
                 continue

@@ -1,4 +1,4 @@
-"""The sentences at the top of a report: scores, effort, fairness, limits, and where to search next.
+"""The sentences below the three answers: scores, other verdicts, effort, fairness, limits, and where to search next.
 
 Scores on test data, if there are any, replace the scores of the search.
 """
@@ -8,13 +8,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lorasweep.config.sweep import parse_margin, warn_of_few_seeds
+from lorasweep.config.sweep import parse_margin
 from lorasweep.report.advice import Advice
-from lorasweep.report.evidence.verdicts import LEVEL, PairComparison
+from lorasweep.report.answers import describe_gain, describe_tests, list_details
+from lorasweep.report.choice import find_value
 from lorasweep.report.fairness import Fairness
 from lorasweep.report.learning import Learning
 from lorasweep.report.sweep_data import ArmData, SweepData, TrialData
 from lorasweep.wording import (
+    count_decimals,
+    count_percent_decimals,
     format_count,
     format_estimate,
     format_metric,
@@ -27,7 +30,7 @@ from lorasweep.wording import (
 )
 
 MAX_NAMED_ARMS = 4
-"""If there are more arms than this, only the best of them get a sentence."""
+"""If there are more subjects than this, only the best of them get a sentence."""
 ONE_SEED = (
     "Every score is one seed on validation data, on which the search also picked the winners; "
     "whether the differences are more than chance is not tested yet."
@@ -51,56 +54,27 @@ def describe_findings(
     learning: Learning,
 ) -> list[str]:
     """Returns the sentences, the most important first. The headline of a failure stands above them."""
-    is_confirmed = bool(data.evidence.arms)
-    # the evidence says the same with the names of the arms
-    said = warn_of_few_seeds(len(data.record.confirm_seeds)) if data.evidence.warnings else []
+    is_confirmed = bool(data.evidence.subjects)
+    gain, tests = describe_gain(data), describe_tests(data)
     return [
-        *_describe_scores(data, advice),
+        *_describe_scores(data),
+        *([gain] if gain else []),
         *([learning.remedy] if learning.remedy else []),
         *learning.warnings,
-        *data.evidence.warnings,
+        *list_details(data),
         *_describe_harness(data),
-        *(rank.sentence for rank in advice.ranks),
-        *([advice.dimension.sentence] if advice.dimension else []),
         *_describe_effort(data),
         *fairness.sentences,
-        *(_describe_limits(data) if is_confirmed else [ONE_SEED]),
-        *(warning for warning in data.record.warnings if warning not in said),
+        *([tests, describe_margin(data)] if tests else []),
+        *(data.evidence.notes if is_confirmed else [ONE_SEED]),
+        *data.record.warnings,
         *advice.untried,
         *advice.next_searches,
         *data.record.notes,
     ]
 
 
-def describe_pair(
-    pair: PairComparison, *, groups: str | None, first: str | None = None, second: str | None = None
-) -> str:
-    """Returns the verdict on a pair in words, without the full stop; `first` and `second` replace the arms' names.
-
-    `groups` is the name of the groups of test examples (`SweepData.example_groups`).
-    """
-    left, right = first or f"`{pair.first}`", second or f"`{pair.second}`"
-    if pair.verdict == "not tested":
-        return f"{left} and {right} were not tested: {pair.reason}"
-    if pair.verdict in ("better", "worse"):
-        # The size without its sign. An interval across 0 has no such size: its ends would be swapped.
-        is_across_zero = pair.interval is None or pair.interval[0] < 0 < pair.interval[1]
-        low, high = sorted(map(abs, pair.interval or (0.0, 0.0)))
-        size = format_estimate(abs(pair.difference or 0.0), None if is_across_zero else (low, high))
-        return f"{left} is {pair.verdict} than {right} by {size}"
-    difference = format_estimate(pair.difference, pair.interval)
-    if pair.verdict == "equivalent":
-        return f"{left} and {right} are equivalent: they differ by {difference}, which is less than the margin"
-    assert pair.settled_by is not None
-    is_alone = pair.p_value is not None and pair.p_value < LEVEL
-    alone = ", an interval that excludes 0, but not after the correction for the number of pairs" if is_alone else ""
-    return (
-        f"{left} and {right} differ by {difference}{alone}, which is inconclusive; "
-        f"{pair.settled_by.describe(groups=groups)} would probably settle it"
-    )
-
-
-def _describe_scores(data: SweepData, advice: Advice) -> list[str]:
+def _describe_scores(data: SweepData) -> list[str]:
     scores = {arm.name: score for arm in data.arms if (score := find_score(arm, data))}
     if not scores:
         return ["No trial is complete, so there is no score to compare."]
@@ -108,10 +82,10 @@ def _describe_scores(data: SweepData, advice: Advice) -> list[str]:
     others = [
         arm
         for arm in data.arms
-        if arm.row.method not in ("frozen", "full") and (arm.name in scores or not data.evidence.arms)
+        if arm.row.method not in ("frozen", "full") and (arm.name in scores or not data.evidence.subjects)
     ]
     ordered = sorted(others, key=lambda arm: data.sign * scores[arm.name].value if arm.name in scores else math.inf)
-    named = {arm.name for arm in ordered[:MAX_NAMED_ARMS]} | {name for rank in advice.ranks for name in rank.arms}
+    named = {arm.name for arm in ordered[:MAX_NAMED_ARMS]}
     shown = [arm for arm in others if arm.name in named]
     rest = len(others) - len(shown)
     return [
@@ -141,23 +115,22 @@ def _describe_harness(data: SweepData) -> list[str]:
 
 
 def find_score(arm: ArmData, data: SweepData) -> ArmScore | None:
-    if data.evidence.arms:
-        found = data.evidence.arm(arm.name)
-        if found is None:
-            return None
-        return ArmScore(value=found.mean, text=format_estimate(found.mean, found.interval), trial=arm.best)
-    if arm.best is None or arm.best.value is None:
+    value = find_value(arm, data)
+    if value is None:
         return None
-    text = format_score(arm.best.value, beside=[other.best.value for other in data.arms if other.best])
-    return ArmScore(value=arm.best.value, text=text, trial=arm.best)
+    if found := data.evidence.subject(arm.name):
+        decimals = count_decimals(one.interval for one in data.evidence.subjects)
+        return ArmScore(value=value, text=format_estimate(value, found.interval, decimals=decimals), trial=arm.best)
+    text = format_score(value, beside=[other.best.value for other in data.arms if other.best])
+    return ArmScore(value=value, text=text, trial=arm.best)
 
 
 def _describe_metric(data: SweepData) -> str:
     metric, evidence = format_metric(data.record.metric), data.evidence
     order = "lower" if data.record.direction == "minimize" else "higher"
-    if not evidence.arms:
+    if not evidence.subjects:
         return f"Scores are {metric}, {order} is better."
-    counts = sorted({len(arm.seeds) for arm in evidence.arms if arm.name != evidence.base} or {1})
+    counts = sorted({len(arm.seeds) for arm in evidence.subjects if arm.name != evidence.base} or {1})
     seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     groups = f" in {evidence.num_groups:,} {data.example_groups}" if data.example_groups else ""
     examples = f" and {evidence.num_examples:,} test examples{groups}" if evidence.num_examples else ""
@@ -193,21 +166,19 @@ def _format_settings(trial: TrialData | None) -> str:
 
 def _describe_arm(arm: ArmData, score: ArmScore | None, data: SweepData) -> str:
     if score is None:
-        return f"`{arm.name}` has no complete trial."
-    sentence = f"`{arm.name}` scores {score.text}{_format_settings(score.trial)}"
+        so_far = f"; its best so far is {format_score(arm.so_far.value)} ({arm.so_far.state})" if arm.so_far else ""
+        return f"`{arm.name}` has no complete trial{so_far}."
+    predicted = " (predicted)" if score.trial and score.trial.is_predicted else ""
+    sentence = f"`{arm.name}` scores {score.text}{_format_settings(score.trial)}{predicted}"
     share, interval = data.full_gain_share_of_arm(arm)
     if share is not None:
-        sentence += f", {format_share_estimate(share, interval)} of what full fine-tuning gains"
+        decimals = count_percent_decimals(data.full_gain_share_of_arm(one)[1] for one in data.arms)
+        sentence += f", {format_share_estimate(share, interval, decimals=decimals)} of what full fine-tuning gains"
     record = score.trial.record if score.trial else None
     if record:
         trained = format_share(record.trainable_fraction)
         sentence += f", training {format_count(record.trainable_params)} parameters ({trained} of the base)"
-    sentence += "."
-    pair = data.evidence.pair(arm.name, data.evidence.full)
-    if pair:
-        verdict = describe_pair(pair, first="it", second="full fine-tuning", groups=data.example_groups)
-        sentence += f" {verdict[0].upper()}{verdict[1:]}."
-    return sentence
+    return f"{sentence}."
 
 
 def _describe_effort(data: SweepData) -> list[str]:
@@ -226,17 +197,10 @@ def _describe_effort(data: SweepData) -> list[str]:
         f"{format_count(data.tokens_trained)} tokens trained{saving}."
     ]
     if data.record.status != "complete":
-        asked, seeds = sum(arm.row.trials for arm in data.arms), len(data.record.confirm_seeds)
-        also = f" and {seeds} confirm runs of each arm's winner" if seeds else ""
+        asked, looks = sum(arm.row.trials for arm in data.searches), data.record.looks
+        also = f" and a confirm stage of at most {looks[-1]} seeds" if looks else ""
         sentences.append(f"The sweep is {data.record.status}: {asked} trials were asked for{also}.")
     return sentences
-
-
-def _describe_limits(data: SweepData) -> list[str]:
-    count = data.evidence.num_compared
-    corrected = f", corrected for {count} comparisons (Holm)" if count > 1 else ""
-    level = f"Verdicts are at the 5 % level{corrected}; an interval is for one number alone."
-    return [*([level, describe_margin(data)] if count else []), *data.evidence.notes]
 
 
 def describe_margin(data: SweepData) -> str:
@@ -246,13 +210,13 @@ def describe_margin(data: SweepData) -> str:
     share = f"{setting} of full fine-tuning's gain over the frozen base"
     if margin is None:
         return (
-            f"No margin: {share} is not known, because that needs test scores of both and a gain, so no arms can be "
+            f"No margin: {share} is not known, because that needs test scores of both and a gain. So nothing can be "
             "shown to be equivalent, and no rank enough. Set `confirm.margin` to a number in the metric's unit."
         )
     meaning = f" ({share})" if is_share else ""
-    # the gain is uncertain too: where it is high, a larger difference is within the margin
-    moves = " The test compares the difference with this share of the gain in each redrawn sample." if is_share else ""
+    # the gain is uncertain too, and each test counts the error of both
+    moves = " The error of the gain counts in each test." if is_share else ""
     return (
-        f"Arms are equivalent if they differ by less than the margin, {format_score(margin)} "
-        f"{format_metric(data.record.metric)}{meaning}, which was stated before the sweep.{moves}"
+        f"The margin, the smallest difference that matters, is {format_score(margin)} "
+        f"{format_metric(data.record.metric)}{meaning}, as stated in the sweep.{moves}"
     )

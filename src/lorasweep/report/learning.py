@@ -13,7 +13,6 @@ from typing import Any, Literal
 from scipy.special import ndtr
 
 from lorasweep.record import RunRecord
-from lorasweep.report.evidence.verdicts import LEVEL
 from lorasweep.report.sweep_data import LR, SweepData, TrialData, finite_number
 from lorasweep.wording import format_metric, format_score, format_setting
 
@@ -25,7 +24,8 @@ CORRELATIONS = {
     "spearman": "spearman",
 }
 """By metric, the correlation of predictions and labels, which is 0 on average if the predictions know nothing."""
-
+LEVEL = 0.05
+"""The chance that guesses are taken for knowledge, over all evaluations of a sweep."""
 
 Rating = Literal["not better", "luck", "better", "beyond luck"]
 """How the best score of a trial compares with the answer's. `better`: the metric has no test against luck."""
@@ -59,7 +59,15 @@ class Learning:
     remedy: str | None = None
     """What to check and to try if nothing was learned."""
     warnings: tuple[str, ...] = ()
-    """One sentence for each arm that learned nothing, if another arm learned something."""
+    """One sentence for each subject that learned nothing, if another one learned something."""
+    unlearned: tuple[str, ...] = ()
+    """The subjects that are not shown to have learned anything."""
+
+    def is_better(self, trial: TrialData, *, sign: int) -> bool | None:
+        """Returns whether a trial's best score is better than the answer's; None if one of them is not known."""
+        if self.answer is None or trial.value is None:
+            return None
+        return sign * (self.answer.score - trial.value) > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +98,13 @@ def judge_learning(data: SweepData) -> Learning:
     answer = _find_answer(data)
     scored = {
         arm.name: [trial for trial in arm.trials if trial.value is not None]
-        for arm in data.arms
+        for arm in data.searches
         if arm.row.method != "frozen"
+    }
+    shown = {
+        arm.name: _is_shown_on_test_data(arm.name, answer, data)
+        for arm in data.arms
+        if answer and arm.row.method != "frozen"
     }
     trials = [trial for found in scored.values() for trial in found]
     if answer is None or not trials:
@@ -103,13 +116,13 @@ def judge_learning(data: SweepData) -> Learning:
             name=name,
             trials=found,
             ratings=frozenset(_rate(trial, answer, data, level=level) for trial in found),
-            is_shown=_is_shown_on_test_data(name, answer, data),
+            is_shown=_join_shown([shown[arm.name] for arm in data.arms if arm.arm == name]),
         )
         for name, found in scored.items()
         if found
     ]
     is_refuted = {arm.is_shown for arm in arms} in ({False}, {False, None})
-    compared = f"no arm is shown to be better than {answer.name} ({format_score(answer.test_score)})."
+    compared = f"no method is shown to be better than {answer.name} ({format_score(answer.test_score)})."
     if any(arm.has_learned for arm in arms):
         warnings = [
             f"`{arm.name}` learned nothing: {_describe(arm.trials, answer, data)}."
@@ -117,10 +130,13 @@ def judge_learning(data: SweepData) -> Learning:
             if not arm.has_learned and "better" not in arm.ratings
         ]
         warnings += [f"On test data {compared}"] if is_refuted else []
-        return Learning(state="learned", answer=answer, warnings=tuple(warnings))
+        failed = {arm.name for arm in arms if not arm.has_learned and "better" not in arm.ratings}
+        unlearned = [arm.name for arm in data.arms if shown.get(arm.name) is False or arm.arm in failed]
+        return Learning(state="learned", answer=answer, warnings=tuple(warnings), unlearned=tuple(unlearned))
+    unlearned = list(shown)
     if all(arm.ratings == {"not better"} for arm in arms):
         headline, remedy = _describe_nothing(trials, answer, data, level=level)
-        return Learning(state="nothing", answer=answer, headline=headline, remedy=remedy)
+        return Learning(state="nothing", answer=answer, headline=headline, remedy=remedy, unlearned=tuple(unlearned))
     if is_refuted:
         reason = f"on test data {compared}"
     else:  # every better trial is rated as luck, so the number of examples is known
@@ -128,7 +144,14 @@ def judge_learning(data: SweepData) -> Learning:
             f"{_compare_best(trials, answer, data)}. With {answer.num_examples:,} examples, the best of "
             f"{num_evaluations:,} evaluations can be that good by luck."
         )
-    return Learning(state="not shown", answer=answer, headline=f"Nothing is shown to be learned: {reason}")
+    headline = f"Nothing is shown to be learned: {reason}"
+    return Learning(state="not shown", answer=answer, headline=headline, unlearned=tuple(unlearned))
+
+
+def _join_shown(found: Sequence[bool | None]) -> bool | None:
+    """Returns whether test data show that any subject of an arm is better; None if nothing is known of any."""
+    known = [one for one in found if one is not None]
+    return any(known) if known else None
 
 
 def _find_answer(data: SweepData) -> UntrainedAnswer | None:
@@ -147,7 +170,7 @@ def _find_answer(data: SweepData) -> UntrainedAnswer | None:
     if (score := data.best_score("frozen")) is None:
         return None
     arm = next(arm.name for arm in data.arms if arm.row.method == "frozen")
-    base = data.evidence.arm(data.evidence.base)
+    base = data.evidence.subject(data.evidence.base)
     return UntrainedAnswer(
         name="the frozen base",
         arm=data.evidence.base or arm,
@@ -173,13 +196,13 @@ def _measure_gain(trial: TrialData, answer: UntrainedAnswer, data: SweepData) ->
 
 def _is_shown_on_test_data(name: str, answer: UntrainedAnswer, data: SweepData) -> bool | None:
     if answer.arm is not None:
-        pair = data.evidence.pair(name, answer.arm)
-        return None if pair is None or pair.verdict == "not tested" else pair.verdict == "better"
-    arm = data.evidence.arm(name)
-    if arm is None or arm.interval is None or answer.test_score is None or len(arm.seeds) < 2:
+        found = data.evidence.estimate_difference(name, answer.arm)
+        interval = found.find_interval() if found and found.is_testable else None
+        return None if interval is None else max(data.sign * end for end in interval) < 0
+    subject = data.evidence.subject(name)
+    if subject is None or subject.interval is None or answer.test_score is None or len(subject.seeds) < 2:
         return None
-    worst = arm.interval[1] if data.sign > 0 else arm.interval[0]
-    return data.sign * (answer.test_score - worst) > 0
+    return max(data.sign * (end - answer.test_score) for end in subject.interval) < 0
 
 
 def _rate(trial: TrialData, answer: UntrainedAnswer, data: SweepData, *, level: float) -> Rating:

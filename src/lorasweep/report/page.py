@@ -12,9 +12,11 @@ from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 from lorasweep import wording
+from lorasweep.report.answers import describe_answer
 from lorasweep.report.figures.panel import Panel, build_link, choose_colours
 from lorasweep.report.summary import Summary
 from lorasweep.report.sweep_data import STATES, SweepData, TrialData
+from lorasweep.report.terminal import describe_setting, list_search_scores
 
 MAX_TABLE_ROWS = 1_000
 """The table of trials has at most about this many rows: more make the page slow to open."""
@@ -25,7 +27,6 @@ FILTERS = {
     "size": wording.format_bytes,
     "share": wording.format_share_estimate,
     "estimate": wording.format_estimate,
-    "p_value": wording.format_p_value,
     "seconds": wording.format_seconds,
     "score": wording.format_score,
     "metric": wording.format_metric,
@@ -33,7 +34,7 @@ FILTERS = {
 }
 """The template's names of functions that format numbers and settings."""
 
-MAIN_PANELS = ("confirmed", "rank-alpha", "curves", "tradeoff")
+MAIN_PANELS = ("confirmed", "tested", "lr", "curves", "tradeoff")
 """The panels that the page shows first and unfolded, in this order."""
 FILE_READERS = {
     "train.yaml": "lorasweep train",
@@ -58,13 +59,17 @@ def render_page(summary: Summary, panels: Sequence[Panel]) -> str:
             sweep=data.record,
             summary=summary,
             evidence=data.evidence,
-            scores=[arm.best.value for arm in data.arms if arm.best],
+            search_scores=list_search_scores(summary),
+            decimals=wording.count_decimals(subject.interval for subject in data.evidence.subjects),
+            share_decimals=wording.count_percent_decimals(data.full_gain_share_of_arm(arm)[1] for arm in data.arms),
+            describe_setting=describe_setting,
+            verdicts=[(answer, describe_answer(answer, data)) for answer in data.evidence.answers],
             colours=choose_colours(data),
             panels=sorted(panels, key=lambda panel: order.get(panel.key, len(order))),
             main_panels=MAIN_PANELS,
             file_readers=FILE_READERS,
             columns=_list_columns(data),
-            rows=[(trial, _build_cells(trial, data)) for trial in select_rows(data)],
+            rows=[(trial, _build_cells(trial, summary)) for trial in select_rows(data)],
             unfinished={state: _list_unfinished(data, state) for state in STATES if state != "complete"},
             max_reasons=MAX_REASONS,
         )
@@ -89,8 +94,8 @@ def select_rows(data: SweepData) -> list[TrialData]:
 
     if len(data.trials) <= MAX_TABLE_ROWS:
         return list(data.trials)
-    best = [sorted(arm.trials, key=order)[: MAX_TABLE_ROWS // len(data.arms)] for arm in data.arms]
-    return [trial for trials in best for trial in sorted(trials, key=lambda trial: trial.number)]
+    best = [sorted(arm.trials, key=order)[: MAX_TABLE_ROWS // len(data.searches)] for arm in data.searches]
+    return [trial for trials in best for trial in sorted(trials, key=lambda trial: trial.number or 0)]
 
 
 def mark_code(text: str) -> Markup:
@@ -128,7 +133,7 @@ def _list_columns(data: SweepData) -> list[tuple[str, str]]:
     """Returns the titles of the table of trials with their hover texts."""
     return [
         ("trial", "arm and number of the trial in its Optuna study"),
-        ("state", "complete, running, or why it stopped"),
+        ("state", "complete, running, or why it stopped; `not better` than an answer that needs no training"),
         (wording.format_metric(data.record.metric), "best value on validation data"),
         *((wording.short_key(key), key) for key in data.swept_keys),
         ("trained", "trainable parameters"),
@@ -138,8 +143,11 @@ def _list_columns(data: SweepData) -> list[tuple[str, str]]:
     ]
 
 
-def _build_cells(trial: TrialData, data: SweepData) -> list[Cell]:
-    cells: list[Cell] = [(trial.state, trial.state), (wording.format_score(trial.value), trial.value)]
+def _build_cells(trial: TrialData, summary: Summary) -> list[Cell]:
+    data = summary.data
+    is_better = summary.learning.is_better(trial, sign=data.sign)
+    state = f"{trial.state}, not better" if is_better is False and trial.trains else trial.state
+    cells: list[Cell] = [(state, state), (wording.format_score(trial.value), trial.value)]
     for key in data.swept_keys:
         text, number = wording.format_setting(trial.params.get(key, "")), trial.numeric_setting(key)
         is_swept = key in trial.params

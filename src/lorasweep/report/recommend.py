@@ -1,11 +1,11 @@
-"""Recommends settings by the verdicts of a sweep, as text and as files for `lorasweep train`, PEFT and transformers."""
+"""Recommends settings by the answers of a sweep, as text and as files for `lorasweep train`, PEFT and transformers."""
 
 from __future__ import annotations
 
 import json
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ import yaml
 
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import SWEEP_FILE
-from lorasweep.report.findings import ONE_SEED, describe_pair, find_method_score, find_score
+from lorasweep.report.answers import describe_answer, describe_regret
+from lorasweep.report.choice import Choice, choose_arm, choose_value
+from lorasweep.report.findings import ONE_SEED, find_method_score, find_score
 from lorasweep.report.learning import judge_learning
 from lorasweep.report.sweep_data import (
     ALPHA,
@@ -24,7 +26,6 @@ from lorasweep.report.sweep_data import (
     ArmData,
     SweepData,
     TrialData,
-    group_by_rank,
     load_sweep_data,
 )
 from lorasweep.wording import (
@@ -58,7 +59,7 @@ class Recommendation:
 
     arm: str
     is_settled: bool
-    """Whether the verdicts show that no other arm is better than this arm by more than the margin."""
+    """Whether the answers settle that no other arm, and no smaller value of its key, is the one to use."""
     sentences: tuple[str, ...]
     """The settings, their score, how sure the choice is, and how to get a confirmed adapter."""
     settings: dict[str, str]
@@ -72,25 +73,23 @@ def recommend(data: SweepData) -> list[Recommendation]:
 
     The list is empty if no arm that trains has a score, or if nothing was learned.
     """
-    if judge_learning(data).state == "nothing":
+    learning = judge_learning(data)
+    chosen = choose_arm(data)
+    if learning.state == "nothing" or chosen is None:
         return []
-    arms = [arm for arm in data.arms if arm.row.method != "frozen" and find_score(arm, data)]
-    arms = [arm for arm in _drop_other_ranks(arms, data) if arm.best and arm.best.record]
-    if not arms:
-        return []
-    chosen = _choose(arms, data)
-    found = [_build(chosen, arms, data)]
-    adapters = [arm for arm in arms if arm.row.method == "lora"]
-    if adapters and chosen not in adapters:
-        found.append(_build(_choose(adapters, data), [*adapters, chosen], data, verb="With LoRA instead, use"))
-    return found
+    is_shown = learning.state != "not shown"
+    found = [_build(chosen, data, is_shown=is_shown)]
+    lora = choose_arm(data, ["lora"])
+    if lora and chosen.arm.row.method != "lora":
+        found.append(_build(lora, data, is_shown=is_shown, verb="With LoRA instead, use"))
+    return [one for one in found if one is not None]
 
 
 def read_recommended(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the settings that a sweep recommends, for a run on all training data, and the run's `origin`.
 
     Args:
-        source: The folder of a sweep, or `SWEEP/ARM` for the winner of an arm.
+        source: The folder of a sweep, or `SWEEP/ARM` for the setting of an arm or of one of its confirmed values.
 
     Raises:
         RecordError: The folder is not a sweep, the sweep is not complete, or there are no such settings.
@@ -104,14 +103,15 @@ def read_recommended(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"`--from` must be a sweep that is complete, but {str(folder)!r} is {data.record.status}. "
             f"Type `lorasweep sweep --resume {folder}`."
         )
-    names = [arm.name for arm in data.arms]
+    names = list(dict.fromkeys(arm.name for arm in (*data.searches, *data.arms)))
     if is_arm and source.name not in names:
         raise ConfigError(
             f"`--from` must be SWEEP or SWEEP/ARM with one of the arms {', '.join(names)}, but got {str(source)!r}."
             f"{nearest(source.name, names)}"
         )
     name = source.name if is_arm else next((one.arm for one in recommend(data)), None)
-    arm = next((arm for arm in data.arms if arm.name == name), None)
+    choice = choose_value(data, name) if name else None
+    arm = data.find_arm(name) or (choice.arm if choice else None)
     if not is_arm and (learning := judge_learning(data)).state == "nothing":
         raise RecordError(
             f"`--from` must be a sweep that learned something, but {str(folder)!r} did not: {learning.headline} "
@@ -138,32 +138,13 @@ def list_settings(arm: ArmData, trial: TrialData) -> dict[str, Any]:
     return settings | {key: value for key in exact if (value := trial.setting(key)) is not None}
 
 
-def _drop_other_ranks(arms: Sequence[ArmData], data: SweepData) -> list[ArmData]:
-    """Returns the arms without those whose rank is not the advised rank of their group."""
-    advised = {verdict.arm for verdict in data.evidence.ranks if verdict.arm}
-    groups = [{arm.name for arm in group} for group in group_by_rank(data.arms)]
-    dropped = {name for group in groups if group & advised for name in group - advised}
-    return [arm for arm in arms if arm.name not in dropped]
-
-
-def _choose(arms: Sequence[ArmData], data: SweepData) -> ArmData:
-    """Returns the arm with the best score, or the smallest of the arms that are equivalent to it."""
-    values = {arm.name: data.sign * score.value for arm in arms if (score := find_score(arm, data))}
-    best = min(arms, key=lambda arm: values[arm.name])
-    equivalent = [arm for arm in arms if arm is best or _find_verdict(arm, best, data) == "equivalent"]
-    return min(equivalent, key=lambda arm: arm.cost("trainable_params") or math.inf)
-
-
-def _find_verdict(first: ArmData, second: ArmData, data: SweepData) -> str:
-    pair = data.evidence.pair(first.name, second.name)
-    return pair.verdict if pair else "not tested"
-
-
-def _build(arm: ArmData, arms: Sequence[ArmData], data: SweepData, *, verb: str | None = None) -> Recommendation:
-    trial = arm.best
-    assert trial is not None
+def _build(choice: Choice, data: SweepData, *, is_shown: bool, verb: str | None = None) -> Recommendation | None:
+    """Returns the recommendation of a subject; None if its run can't be read."""
+    arm, trial = choice.arm, choice.arm.best
+    if trial is None or trial.record is None:
+        return None
     settings = _list_settings(arm, trial)
-    is_settled, reason = _judge(arm, arms, data)
+    is_settled = choice.is_settled and is_shown and bool(data.evidence.subjects)
     named = join_words([f"{name} {value}" for name, value in settings.items() if name not in ("method", "steps")])
     steps = f" for {settings['steps']} steps" if "steps" in settings else ""
     verb = verb or ("Use" if is_settled else "Best known so far, but not settled:")
@@ -171,9 +152,9 @@ def _build(arm: ArmData, arms: Sequence[ArmData], data: SweepData, *, verb: str 
         arm=arm.name,
         is_settled=is_settled,
         sentences=(
-            f"{verb} {settings['method']} with {named}{steps} (arm `{arm.name}`).{_describe_untried(arm)}",
+            f"{verb} {settings['method']} with {named}{steps} (`{arm.name}`).{_describe_untried(arm)}",
             _describe_score(arm, data),
-            reason,
+            _describe_reasons(choice, data),
             *_describe_export(arm, data),
         ),
         settings=settings,
@@ -207,33 +188,18 @@ def _list_settings(arm: ArmData, trial: TrialData) -> dict[str, str]:
     return named | {"method": METHOD_NAMES.get(arm.row.method, arm.row.method)}
 
 
-def _judge(arm: ArmData, arms: Sequence[ArmData], data: SweepData) -> tuple[bool, str]:
-    """Returns whether the verdicts settle the choice of an arm, and a sentence about it."""
-    if not data.evidence.arms:
-        return False, ONE_SEED
-    names = [other.name for other in arms if other is not arm]
-    base = [data.evidence.base] if data.evidence.base else []
-    pairs = [pair for name in [*names, *base] if (pair := data.evidence.pair(arm.name, name))]
-    # To be equivalent to the frozen base is no reason to train.
-    wins = [
-        pair for pair in pairs if pair.verdict == "better" or (pair.verdict == "equivalent" and pair.second in names)
-    ]
-    doubts = [pair for pair in pairs if pair not in wins]
-    shown = doubts or wins
-    if not shown:
-        return False, "No other arm was confirmed, so there is nothing to compare it with."
-    text = describe_pair(shown[0], groups=data.example_groups)
-    others = join_words([f"`{pair.second}`" for pair in doubts[1:]])
-    more = f" Nor is it shown to be better than {others}." if others else ""
-    is_advised = arm.name in {verdict.arm for verdict in data.evidence.ranks if verdict.arm}
-    rank = f" Rank {format_setting(arm.rank)} is the smallest rank that is shown to be enough." if is_advised else ""
-    # To be better than other arms settles nothing if no arm is shown to have learned.
-    is_settled = not doubts and judge_learning(data).state != "not shown"
-    return is_settled, f"{text}.{more}{rank}"
+def _describe_reasons(choice: Choice, data: SweepData) -> str:
+    """Returns the answers that decide about the choice, or what they lack, as sentences."""
+    if not data.evidence.subjects:
+        return ONE_SEED
+    reasons = [f"{describe_answer(answer, data)}." for answer in choice.answers]
+    if not reasons and not choice.is_settled:
+        reasons = ["No question of the sweep compares it with the other arms."]
+    return " ".join([*reasons, f"{describe_regret(choice.arm, data)[0].capitalize()}."])
 
 
 def _describe_score(arm: ArmData, data: SweepData) -> str:
-    score, on = find_score(arm, data), "test data" if data.evidence.arms else "validation data"
+    score, on = find_score(arm, data), "test data" if data.evidence.subjects else "validation data"
     ends = {"frozen": "the frozen base", "full": "full fine-tuning"}
     others = [
         f"{name} scores {end.text}"
@@ -251,7 +217,7 @@ def _describe_score(arm: ArmData, data: SweepData) -> str:
 
 def _write_files(arm: ArmData, trial: TrialData, data: SweepData) -> dict[str, str]:
     """Returns the files; a method other than LoRA, or a trial without its weights, has no `peft_config.py`."""
-    origin = f"From sweep {data.record.name}, arm {arm.name}, trial {trial.number}."
+    origin = f"From sweep {data.record.name}, arm {arm.name}, {_name_trial(trial)}."
     files = {
         "train.yaml": f"# {origin} Train with: lorasweep train train.yaml\n"
         + yaml.safe_dump(list_settings(arm, trial), sort_keys=False, allow_unicode=True),
@@ -260,6 +226,10 @@ def _write_files(arm: ArmData, trial: TrialData, data: SweepData) -> dict[str, s
     if arm.row.method == "lora" and (peft_config := _write_peft_config(trial, origin, data.folder / trial.run)):
         files["peft_config.py"] = peft_config
     return {name: files[name] for name in RECOMMENDED_FILES if name in files}
+
+
+def _name_trial(trial: TrialData) -> str:
+    return "a predicted setting" if trial.number is None else f"trial {trial.number}"
 
 
 def _write_peft_config(trial: TrialData, origin: str, run: Path) -> str | None:

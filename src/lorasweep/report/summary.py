@@ -8,19 +8,22 @@ from typing import Any
 
 from lorasweep.record import SweepRecord, measure_stage_occupancy
 from lorasweep.report.advice import Advice, advise
+from lorasweep.report.answers import AnswerLine, list_answer_lines
+from lorasweep.report.choice import choose_arm
 from lorasweep.report.fairness import Fairness, judge_fairness
 from lorasweep.report.findings import describe_findings
 from lorasweep.report.learning import Learning, judge_learning
 from lorasweep.report.recommend import Recommendation, recommend
 from lorasweep.report.sweep_data import STATES, ArmData, SweepData, finite_number, load_sweep_data
-from lorasweep.wording import (
-    format_bytes,
-    format_count,
-    format_seconds,
-)
+from lorasweep.wording import format_bytes, format_count, format_seconds, short_key
 
 COSTS = ("trainable_params", "trainable_fraction", "adapter_bytes", "peak_memory_bytes", "wall_s")
 """The fields of the best run's record that `summary.json` has for each arm."""
+
+EVIDENCE_FIELDS = (
+    *("num_examples", "num_groups", "base", "full", "gain", "relative_gain", "margin", "confidence", "notes"),
+)
+"""The fields of `Evidence` that `summary.json` has under the same names."""
 
 ACTIVITIES = {
     "training_s": "training",
@@ -47,6 +50,8 @@ class Summary:
     """The content of a sweep's report."""
 
     data: SweepData
+    answers: tuple[AnswerLine, ...]
+    """The three questions with their answers, which every output begins with."""
     learning: Learning
     """Whether the trials are better than an answer that needs no training. Its headline is the report's headline."""
     advice: Advice
@@ -60,8 +65,8 @@ class Summary:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Sentences on what makes the numbers unreliable: arms that learned nothing, and arms with few seeds."""
-        return (*self.learning.warnings, *self.data.evidence.warnings)
+        """Sentences on what makes the numbers unreliable: methods that learned nothing, and unequal searches."""
+        return (*self.learning.warnings, *(self.fairness.sentences[:1] if self.fairness.is_fair is False else ()))
 
     def as_json(self) -> dict[str, Any]:
         """Returns the content of `report/summary.json`."""
@@ -70,6 +75,8 @@ class Summary:
             "sweep": record.name,
             "status": record.status,
             "headline": self.learning.headline,
+            "answers": [asdict(line) for line in self.answers],
+            "questions": list_question_entries(data, self.learning),
             "warnings": self.warnings,
             "learning": asdict(self.learning),
             "metric": record.metric,
@@ -81,15 +88,14 @@ class Summary:
             "steps_saved_by_pruning": data.steps_saved_by_pruning,
             "occupancy": measure_stage_occupancy(record),
             "base": {"score": data.best_score("frozen")},
-            "d90": self.advice.dimension.d90 if self.advice.dimension else None,
             "arms": [_summarize_arm(arm, data) for arm in data.arms],
             "sentences": self.sentences,
             "recommended": [
                 {"arm": one.arm, "is_settled": one.is_settled, "sentences": one.sentences, "settings": one.settings}
                 for one in self.recommended
             ],
-            # The evidence on an arm is in the arm's entry in `arms`, under `confirmed`.
-            "evidence": {key: value for key, value in asdict(data.evidence).items() if key != "arms"},
+            # The evidence on a subject is in its entry in `arms`, under `confirmed`.
+            "evidence": {name: getattr(data.evidence, name) for name in EVIDENCE_FIELDS},
             "advice": asdict(self.advice),
             "fairness": asdict(self.fairness),
             "time": asdict(self.time) if self.time else None,
@@ -106,6 +112,7 @@ def summarize(folder: Path) -> Summary:
     learning, advice, fairness = judge_learning(data), advise(data), judge_fairness(data)
     return Summary(
         data=data,
+        answers=list_answer_lines(data, learning),
         learning=learning,
         advice=advice,
         fairness=fairness,
@@ -113,6 +120,42 @@ def summarize(folder: Path) -> Summary:
         sentences=tuple(describe_findings(data, advice, fairness, learning)),
         recommended=tuple(recommend(data)),
     )
+
+
+def list_question_entries(data: SweepData, learning: Learning) -> list[dict[str, Any]]:
+    """Returns an entry for each answer, and one for the recommended setting of LoRA, as `summary.json` has them.
+
+    The name of the question on the smallest sufficient value ends in the last part of its key: `smallest_rank`.
+    """
+    keys = {question.arm: question.key for question in data.record.questions if question.name == "smallest"}
+    entries = [
+        {
+            "name": f"smallest_{short_key(keys[answer.arm] or '')}" if answer.name == "smallest" else answer.name,
+            "subject": answer.subject,
+            "reference": answer.reference,
+            "verdict": answer.verdict,
+            "value": answer.value,
+            "interval": answer.interval,
+            "open_because": answer.open_because,
+            "to_settle": answer.to_settle,
+        }
+        for answer in data.evidence.answers
+    ]
+    choice = choose_arm(data, ["lora"])
+    if learning.state == "nothing" or choice is None or choice.arm.setting is None or choice.arm.best is None:
+        return entries
+    regret = choice.arm.setting.regret
+    setting = {
+        "name": "setting",
+        "subject": choice.arm.name,
+        "reference": None,
+        "verdict": "predicted" if choice.arm.best.is_predicted else "tried",
+        "value": choice.arm.best.params,
+        "interval": None if regret is None else (0.0, regret),
+        "open_because": None,
+        "to_settle": None,
+    }
+    return [*entries, setting]
 
 
 def break_down_time(record: SweepRecord) -> TimeBreakdown | None:
@@ -137,14 +180,16 @@ def break_down_time(record: SweepRecord) -> TimeBreakdown | None:
 
 
 def _summarize_arm(arm: ArmData, data: SweepData) -> dict[str, Any]:
-    best, confirmed = arm.best, data.evidence.arm(arm.name)
+    best, confirmed = arm.best, data.evidence.subject(arm.name)
     return {
         "name": arm.name,
+        "arm": arm.arm,
         "method": arm.row.method,
         "best": {
             "score": best.value if best else None,
             "params": best.params if best else None,
             "run": best.run if best else None,
+            "is_predicted": best.is_predicted if best else None,
         },
         "trials": {state: arm.count(state) for state in STATES},
         **{name: arm.cost(name) for name in COSTS},

@@ -1,44 +1,39 @@
-"""Reads a sweep's folder: joins each trial with its run's record, and each arm with its runs of all stages.
+"""Reads a sweep's folder: joins each trial with its run's record, and each subject with its runs of all stages.
+
+A subject is an arm, or one value of its `confirm_each` key. Tables and figures have one entry per subject.
 
 A run that can't be read leaves its trial without a record and adds a sentence to `SweepData.problems`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lorasweep.config.data import METRIC_RANGES
 from lorasweep.config.ranges import is_number
 from lorasweep.config.sweep import parse_margin
 from lorasweep.errors import RecordError
 from lorasweep.record import (
-    TEST_SCORES_FILE,
+    SWEEP_FILE,
     ArmRow,
     ConfirmRow,
     RunRecord,
+    SettingRow,
     SweepRecord,
     TrialRow,
     TrialState,
     measure_occupancy,
+    name_subject,
     read_run,
     read_steps,
     read_sweep,
 )
+from lorasweep.report.evidence.confirm import find_metric_range, read_confirm_scores
 from lorasweep.report.evidence.estimates import Interval
-from lorasweep.report.evidence.scores import (
-    UNBOUNDED,
-    ConfirmScores,
-    ExampleScores,
-    RunKey,
-    build_scores,
-    read_examples,
-)
-from lorasweep.report.evidence.verdicts import Evidence, compare_arms
+from lorasweep.report.evidence.evidence import Evidence, build_evidence
 from lorasweep.selection import find_winner, list_confirm_rows
 from lorasweep.wording import format_setting
 
@@ -55,20 +50,25 @@ Curve = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class TrialData:
-    """One trial of the search, or one confirm run of a trial, with its run's record."""
+    """One trial of the search, one confirm run, or the setting that a subject is confirmed with.
+
+    The setting of a subject is one of its complete trials, or a predicted setting that no trial has.
+    """
 
     arm: str
-    number: int
-    """The trial's number in its arm; a confirm run has the number of its trial."""
+    subject: str
+    number: int | None
+    """The trial's number in its arm; None for a confirm run and for a predicted setting."""
     seed: int | None
     """The seed of a confirm run; None in the search."""
     state: TrialState
     params: dict[str, Any]
     """The swept keys (dotted) and their values; empty for a confirm run."""
     value: float | None
-    """The best finite validation score; for a confirm run the score on test data."""
+    """The best finite validation score, or the predicted one; for a confirm run the score on test data."""
     run: str
-    """The run's folder, relative to the sweep's."""
+    """The run's folder, relative to the sweep's. A predicted setting has that of its first complete confirm run; the
+    text is empty before there is one."""
     reason: str | None
     record: RunRecord | None
     """None if the run's record can't be read."""
@@ -76,7 +76,19 @@ class TrialData:
 
     @property
     def name(self) -> str:
-        return f"{self.arm} {self.number}" if self.seed is None else f"{self.arm} {self.number}, seed {self.seed}"
+        if self.seed is not None:
+            return f"{self.subject}, seed {self.seed}"
+        return f"{self.subject}, predicted" if self.number is None else f"{self.arm} {self.number}"
+
+    @property
+    def is_predicted(self) -> bool:
+        """Whether the search's model chose the setting, and no trial has it."""
+        return self.number is None and self.seed is None
+
+    @property
+    def trains(self) -> bool:
+        """Whether the run trained anything, unlike the frozen base."""
+        return self.record is not None and self.record.trainable_params > 0
 
     @property
     def is_complete(self) -> bool:
@@ -104,17 +116,24 @@ class TrialData:
 
 @dataclass(frozen=True, kw_only=True)
 class ArmData:
-    """One arm with its trials by number and its confirm runs by seed."""
+    """A subject, or a whole arm, with its trials by number and its confirm runs by seed."""
 
+    arm: str
+    """The name of the arm in the sweep file."""
     row: ArmRow
+    """The arm's row. For one value of `confirm_each` it has the subject's name, and the value in `settings` instead of
+    the key in `space`; `trials` is the number of trials of all values."""
     trials: tuple[TrialData, ...]
+    """All trials of the arm, or those with the subject's value."""
+    setting: SettingRow | None
+    """The setting that the confirm stage trains; None before that stage, and for an arm with several subjects."""
     best: TrialData | None
-    """The winner, which is the best complete trial. If two are equal, the earlier trial wins. None if no trial is
-    complete."""
+    """The trial or the predicted setting that was confirmed; before the confirm stage the best complete trial, the
+    earlier one of equals. None if there is neither."""
+    so_far: TrialData | None
+    """The best trial that was paused or pruned, if no trial is complete."""
     confirm_runs: tuple[TrialData, ...]
-    """The runs of the winner in the confirm stage."""
-    former_runs: tuple[TrialData, ...]
-    """The runs in the confirm stage of a former winner, which another trial replaced after the sweep grew."""
+    """The confirm runs of the setting that is confirmed now."""
     occupancy: float | None
     """Share of the slots of packs that trained, in all stages; None if no run trained in a pack."""
 
@@ -123,22 +142,18 @@ class ArmData:
         return self.row.name
 
     @property
+    def key(self) -> str | None:
+        """The `confirm_each` key whose value the subject is; None for an arm."""
+        key = self.row.confirm_each
+        return None if key in self.row.space else key
+
+    @property
     def harness(self) -> dict[str, float]:
         """Scores by lm-evaluation-harness, as `TASK/METRIC`: means over the complete confirm runs."""
         runs = [run.record.harness for run in self.confirm_runs if run.is_complete and run.record]
         names = dict.fromkeys(name for run in runs for name in run if not name.split(",")[0].endswith("_stderr"))
         found = {name: [run[name] for run in runs if finite_number(run.get(name)) is not None] for name in names}
         return {name: sum(values) / len(values) for name, values in found.items() if values}
-
-    @property
-    def rank(self) -> float | None:
-        """The rank of an arm that has one rank; None if it has none or sweeps it."""
-        if RANK in self.row.space:
-            return None
-        rank = finite_number(self.row.settings.get(RANK))
-        if rank is None and self.best:
-            rank = self.best.numeric_setting(RANK)
-        return float(rank) if rank is not None and rank > 0 else None
 
     def count(self, state: TrialState) -> int:
         return sum(trial.state == state for trial in self.trials)
@@ -165,7 +180,7 @@ class ArmData:
         return ", ".join(f"{count} {state}" for state in STATES if (count := self.count(state))) or "none"
 
     def cost(self, name: str) -> Any:
-        """Returns a field of the best trial's run record, such as `wall_s`; None if there is no such record."""
+        """Returns a field of the best run's record, such as `wall_s`; None if there is no such record."""
         return getattr(self.best.record, name) if self.best and self.best.record else None
 
 
@@ -176,24 +191,29 @@ class SweepData:
     folder: Path
     record: SweepRecord
     arms: tuple[ArmData, ...]
+    """The subjects: one entry for each arm, or for each value of an arm's `confirm_each` key."""
+    searches: tuple[ArmData, ...]
+    """One entry for each arm, with all its trials. Without `confirm_each` it is the entry in `arms`."""
+    former_runs: tuple[TrialData, ...]
+    """The confirm runs of former settings, which others replaced after the sweep grew."""
     problems: tuple[str, ...]
-    """One sentence for each run or file that can't be read, and for each arm without all of its test scores."""
+    """One sentence for each run that can't be read, and for each subject without all of its test scores."""
     evidence: Evidence
     """The results of the confirm stage; empty if there was none."""
 
     @property
     def trials(self) -> tuple[TrialData, ...]:
         """Every trial, by arm and number."""
-        return tuple(trial for arm in self.arms for trial in arm.trials)
+        return tuple(trial for arm in self.searches for trial in arm.trials)
 
     @property
     def confirm_runs(self) -> tuple[TrialData, ...]:
-        """Every run of the confirm stage, by arm and seed."""
+        """Every run of the confirm stage of a setting that is confirmed now, by subject and seed."""
         return tuple(rerun for arm in self.arms for rerun in arm.confirm_runs)
 
     @property
     def harness_scores(self) -> dict[str, tuple[float | None, ...]]:
-        """By `TASK/METRIC` of lm-evaluation-harness: the score of each arm."""
+        """By `TASK/METRIC` of lm-evaluation-harness: the score of each subject."""
         by_arm = [arm.harness for arm in self.arms]
         names = dict.fromkeys(name for scores in by_arm for name in scores)
         return {name: tuple(scores.get(name) for scores in by_arm) for name in names}
@@ -206,8 +226,7 @@ class SweepData:
     @property
     def tokens_trained(self) -> int:
         """The number of tokens that the runs of all stages trained on."""
-        former = (run for arm in self.arms for run in arm.former_runs)
-        runs = (*self.trials, *self.confirm_runs, *former)
+        runs = (*self.trials, *self.confirm_runs, *self.former_runs)
         return sum(run.record.tokens_trained for run in runs if run.record)
 
     @property
@@ -222,19 +241,24 @@ class SweepData:
         return 1 if self.record.direction == "minimize" else -1
 
     @property
+    def metric_range(self) -> Interval:
+        """The lowest and the highest possible value of the metric."""
+        return find_metric_range(self.record)
+
+    @property
     def example_groups(self) -> str | None:
         """The name of the groups of test examples, such as `documents`; None if each example is a group."""
-        if self.evidence.num_groups == self.evidence.num_examples:
-            return None
-        run = self.confirm_runs[0]
-        if column := run.setting("data.group"):
-            return f"groups of `{column}`"
-        return "prompts" if run.setting("data.name") == "chat" else "documents"
+        is_grouped = self.evidence.num_groups != self.evidence.num_examples
+        return name_example_groups(self.confirm_runs) if is_grouped else None
+
+    def find_arm(self, subject: str | None) -> ArmData | None:
+        """Returns the entry of a subject."""
+        return next((arm for arm in self.arms if arm.name == subject), None)
 
     @cached_property
     def swept_keys(self) -> tuple[str, ...]:
         """The dotted keys that any arm sweeps, in the order of the arms."""
-        keys = [key for arm in self.arms for key in arm.row.space]
+        keys = [key for arm in self.searches for key in arm.row.space]
         return tuple(dict.fromkeys([*keys, *(key for trial in self.trials for key in trial.params)]))
 
     def best_score(self, method: str) -> float | None:
@@ -244,35 +268,45 @@ class SweepData:
             (trial.value for trial in best if trial.value is not None), key=lambda v: self.sign * v, default=None
         )
 
+    @property
+    def full_gain(self) -> float | None:
+        """Full fine-tuning's gain over the frozen base in the search; None if it is not known or not positive."""
+        base, full = self.best_score("frozen"), self.best_score("full")
+        gain = 0.0 if base is None or full is None else self.sign * (base - full)
+        return gain if gain > 0 else None
+
+    @property
+    def margin_share(self) -> float:
+        """The margin as a share of full fine-tuning's gain; 0 if it is in the metric's unit."""
+        margin = parse_margin(self.record.margin)
+        return margin.value if margin.is_share_of_gain else 0.0
+
     def full_gain_share_of_arm(self, arm: ArmData) -> tuple[float | None, Interval | None]:
         """Returns an arm's share of full fine-tuning's gain with its interval: on test data after a confirm stage."""
-        if self.evidence.arms:
-            confirmed = self.evidence.arm(arm.name)
+        if self.evidence.subjects:
+            confirmed = self.evidence.subject(arm.name)
             return (confirmed.share_of_full_gain, confirmed.share_interval) if confirmed else (None, None)
         return self.share_of_full_gain(arm.best.value if arm.best else None), None
 
     def share_of_full_gain(self, score: float | None) -> float | None:
         """Returns (base - score) / (base - full), or None if a score is missing or full fine-tuning gained nothing."""
-        base, full = self.best_score("frozen"), self.best_score("full")
-        if score is None or base is None or full is None or self.sign * (base - full) <= 0:
-            return None
-        return (base - score) / (base - full)
-
-
-def group_by_rank(arms: Iterable[ArmData]) -> list[list[ArmData]]:
-    """Returns groups of two or more arms that differ in nothing but rank, each by rising rank."""
-    groups: dict[str, list[ArmData]] = {}
-    for arm in arms:
-        if arm.rank is not None:
-            others = {key: value for key, value in arm.row.settings.items() if key != RANK}
-            groups.setdefault(f"{arm.row.method} {sorted(others.items(), key=str)}", []).append(arm)
-    found = [sorted(group, key=lambda arm: arm.rank or 0.0) for group in groups.values()]
-    return [group for group in found if len({arm.rank for arm in group}) > 1]
+        base, gain = self.best_score("frozen"), self.full_gain
+        return None if score is None or base is None or gain is None else self.sign * (base - score) / gain
 
 
 def finite_number(value: Any) -> float | None:
     """Returns the value if it is a finite number, else None."""
     return value if is_number(value) else None
+
+
+def name_example_groups(confirm_runs: Iterable[TrialData]) -> str | None:
+    """Returns the name of the groups of test examples, such as `documents`; None without confirm runs."""
+    run = next((run for run in confirm_runs if run.record), None)
+    if run is None:
+        return None
+    if column := run.setting("data.group"):
+        return f"groups of `{column}`"
+    return "prompts" if run.setting("data.name") == "chat" else "documents"
 
 
 def load_sweep_data(folder: Path) -> SweepData:
@@ -282,63 +316,166 @@ def load_sweep_data(folder: Path) -> SweepData:
         RecordError: The folder is not a sweep, or its record is damaged.
     """
     record = read_sweep(folder)
+    _check_questions(record, folder)
     problems: list[str] = []
-    arms = tuple(_join_arm(row, record, folder, problems) for row in record.arms)
+    searches, arms = [], []
+    for row in record.arms:
+        trials, runs, occupancy = _read_arm_runs(row, record, folder, problems)
+        subjects = [
+            _build_arm(subject_row, trials, runs, record, arm=row.name, occupancy=occupancy)
+            for subject_row in _list_subject_rows(row)
+        ]
+        arms += subjects
+        is_split = row.confirm_each is not None
+        whole = _build_arm(row, trials, runs, record, arm=row.name, occupancy=occupancy) if is_split else subjects[0]
+        searches.append(whole)
     if record.confirm:
         problems += [sentence for arm in arms if (sentence := _describe_missing_scores(arm))]
-    scores = _read_test_scores(arms, record, folder, problems)
-    groups = group_by_rank(arm for arm in arms if arm.row.method not in ("frozen", "full"))
+    current = [row for arm in arms for row in list_confirm_rows(arm.name, record=record)]
+    groups = name_example_groups(run for arm in arms for run in arm.confirm_runs)
     return SweepData(
         folder=folder,
         record=record,
-        arms=arms,
-        problems=tuple(problems),
-        evidence=compare_arms(
-            scores,
-            [(arm.name, arm.row.method) for arm in arms],
-            sign=1 if record.direction == "minimize" else -1,
-            margin=parse_margin(record.margin),
-            rank_groups=[{arm.rank: arm.name for arm in group if arm.rank} for group in groups],
+        arms=tuple(arms),
+        searches=tuple(searches),
+        former_runs=tuple(
+            _join_run(row, record.metric, folder, problems) for row in record.confirm if row not in current
         ),
+        problems=tuple(problems),
+        evidence=build_evidence(record, read_confirm_scores(record, folder), groups=groups),
     )
 
 
-def _join_arm(arm: ArmRow, record: SweepRecord, folder: Path, problems: list[str]) -> ArmData:
+def _check_questions(record: SweepRecord, folder: Path) -> None:
+    is_ascending = record.looks == sorted(set(record.looks)) and all(look > 0 for look in record.looks)
+    if not is_ascending or any(one.reference is None and one.name != "smallest" for one in record.questions):
+        raise RecordError(
+            f"{str(folder / SWEEP_FILE)!r} is damaged: `looks` must be ascending numbers of seeds, and each of "
+            "`questions` but `smallest` must have a `reference`."
+        )
+
+
+def _list_subject_rows(arm: ArmRow) -> list[ArmRow]:
+    """Returns the arm's row, or one for each value of its `confirm_each` key, numbers ascending."""
+    key = arm.confirm_each
+    values = arm.space.get(key) if key else None
+    if key is None or not isinstance(values, list):
+        return [arm]
+    space = {other: choices for other, choices in arm.space.items() if other != key}
+    return [
+        replace(arm, name=name_subject(arm.name, key, value), settings=arm.settings | {key: value}, space=space)
+        for value in (sorted(values) if all(map(is_number, values)) else values)
+    ]
+
+
+def _read_arm_runs(
+    arm: ArmRow, record: SweepRecord, folder: Path, problems: list[str]
+) -> tuple[list[TrialData], list[TrialData], float | None]:
+    """Returns an arm's trials by number, its current confirm runs by seed, and the share of slots that trained."""
+    subjects = [row.name for row in _list_subject_rows(arm)]
     rows = sorted((row for row in record.trials if row.arm == arm.name), key=lambda row: row.number)
-    trials = tuple(_join_trial(row, record.metric, folder, problems) for row in rows)
-    best = find_winner(trials, record=record)
-    confirm_rows = sorted(list_confirm_rows(arm.name, best, record=record), key=lambda row: row.seed)
-    former_rows = [row for row in record.confirm if row.arm == arm.name and row not in confirm_rows]
+    confirm_rows = [row for subject in subjects for row in list_confirm_rows(subject, record=record)]
+    trials = []
+    for row in rows:
+        value = row.params.get(arm.confirm_each) if arm.confirm_each else None
+        subject = name_subject(arm.name, arm.confirm_each, value)
+        trials.append(_join_trial(row, record.metric, folder, problems, subject=subject))
+    runs = [_join_run(row, record.metric, folder, problems) for row in sorted(confirm_rows, key=lambda row: row.seed)]
+    return trials, runs, measure_occupancy([*rows, *(row for row in record.confirm if row.arm == arm.name)])
+
+
+def _build_arm(
+    row: ArmRow,
+    trials: Sequence[TrialData],
+    runs: Sequence[TrialData],
+    record: SweepRecord,
+    *,
+    arm: str,
+    occupancy: float | None,
+) -> ArmData:
+    """Returns the entry of a subject, or of a whole arm if `row` has the arm's name."""
+    is_whole = row.name == arm
+    mine = [trial for trial in trials if is_whole or trial.subject == row.name]
+    confirm_runs = tuple(run for run in runs if is_whole or run.subject == row.name)
+    setting = next((one for one in record.settings if one.subject == row.name), None)
+    winner = find_winner(mine, record=record)
+    if setting is not None:
+        tried = next((trial for trial in mine if trial.number == setting.trial), None)
+        winner = tried or _build_predicted(setting, confirm_runs)
+    sign = 1 if record.direction == "minimize" else -1
+    stopped = [trial for trial in mine if trial.is_stopped_early and trial.value is not None]
+    so_far = min(stopped, key=lambda trial: sign * (trial.value or 0.0), default=None)
     return ArmData(
-        row=arm,
-        trials=trials,
-        best=best,
-        confirm_runs=tuple(_join_trial(row, record.metric, folder, problems) for row in confirm_rows),
-        former_runs=tuple(_join_trial(row, record.metric, folder, problems) for row in former_rows),
-        occupancy=measure_occupancy([*rows, *confirm_rows, *former_rows]),
+        arm=arm,
+        row=row,
+        trials=tuple(mine),
+        setting=setting,
+        best=winner,
+        so_far=None if any(trial.is_complete for trial in mine) else so_far,
+        confirm_runs=confirm_runs,
+        occupancy=occupancy,
     )
 
 
-def _join_trial(row: TrialRow | ConfirmRow, metric: str, folder: Path, problems: list[str]) -> TrialData:
-    seed, number, params = (row.seed, row.trial, {}) if isinstance(row, ConfirmRow) else (None, row.number, row.params)
-    run = None
-    try:
-        run = read_run(folder / row.run)
-    except (RecordError, OSError) as error:
-        if row.state != "running":  # a run that begins has no record yet
-            problems.append(f"The run `{row.run}` can't be read: {error}")
+def _build_predicted(setting: SettingRow, confirm_runs: Iterable[TrialData]) -> TrialData:
+    """Returns a setting that no trial has, with the record and the curve of its first complete confirm run."""
+    run = next((run for run in confirm_runs if run.is_complete and run.record), None)
+    return TrialData(
+        arm=setting.arm,
+        subject=setting.subject,
+        number=None,
+        seed=None,
+        state="complete",
+        params=setting.params,
+        value=finite_number(setting.score),
+        run=run.run if run else "",
+        reason=None,
+        record=run.record if run else None,
+        curve=run.curve if run else (),
+    )
+
+
+def _join_trial(row: TrialRow, metric: str, folder: Path, problems: list[str], *, subject: str) -> TrialData:
+    run = _read_run(row, folder, problems)
     return TrialData(
         arm=row.arm,
-        number=number,
-        seed=seed,
+        subject=subject,
+        number=row.number,
+        seed=None,
         state=row.state,
-        params=params,
+        params=row.params,
         value=finite_number(row.value),
         run=row.run,
         reason=row.reason or (run.reason if run else None),
         record=run,
-        curve=_read_curve(folder / row.run, metric) if run and seed is None else (),
+        curve=_read_curve(folder / row.run, metric) if run else (),
     )
+
+
+def _join_run(row: ConfirmRow, metric: str, folder: Path, problems: list[str]) -> TrialData:
+    run = _read_run(row, folder, problems)
+    return TrialData(
+        arm=row.arm,
+        subject=row.subject,
+        number=None,
+        seed=row.seed,
+        state=row.state,
+        params={},
+        value=finite_number(row.value),
+        run=row.run,
+        reason=row.reason or (run.reason if run else None),
+        record=run,
+        curve=_read_curve(folder / row.run, metric) if run else (),
+    )
+
+
+def _read_run(row: TrialRow | ConfirmRow, folder: Path, problems: list[str]) -> RunRecord | None:
+    try:
+        return read_run(folder / row.run)
+    except (RecordError, OSError) as error:
+        if row.state != "running":  # a run that begins has no record yet
+            problems.append(f"The run `{row.run}` can't be read: {error}")
+        return None
 
 
 def _read_curve(run: Path, metric: str) -> Curve:
@@ -362,33 +499,3 @@ def _describe_missing_scores(arm: ArmData) -> str | None:
     return (
         None if scored == total else f"`{arm.name}` has scores on test data from {scored} of its {total} confirm runs."
     )
-
-
-def _read_test_scores(arms: Sequence[ArmData], record: SweepRecord, folder: Path, problems: list[str]) -> ConfirmScores:
-    values: dict[RunKey, float] = {}
-    examples: dict[RunKey, ExampleScores] = {}
-    for rerun in (rerun for arm in arms for rerun in arm.confirm_runs if rerun.is_complete):
-        if rerun.value is None or rerun.seed is None:
-            continue
-        values[rerun.arm, rerun.seed] = rerun.value
-        path = folder / rerun.run / TEST_SCORES_FILE
-        try:
-            if path.is_file():
-                examples[rerun.arm, rerun.seed] = read_examples(path)
-        except (OSError, ValueError) as error:
-            problems.append(f"`{rerun.run}/{TEST_SCORES_FILE}` is not used: {error}.")
-    return build_scores(
-        values,
-        examples,
-        deterministic=frozenset(arm.name for arm in arms if arm.row.method == "frozen"),
-        is_perplexity=record.metric == "perplexity",
-        score_range=find_metric_range(record),
-    )
-
-
-def find_metric_range(record: SweepRecord) -> tuple[float, float]:
-    """Returns the lowest and the highest possible value of the sweep's metric."""
-    if len(record.metric_range) != 2:
-        return METRIC_RANGES.get(record.metric, UNBOUNDED)
-    low, high = map(finite_number, record.metric_range)  # infinity was written as null
-    return (-math.inf if low is None else low, math.inf if high is None else high)

@@ -1,18 +1,25 @@
-"""The report in the terminal (rich): the arms of one sweep, or several sweeps side by side."""
+"""The report in the terminal (rich): the answers and the subjects of one sweep, or several sweeps side by side."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from statistics import mean, stdev
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lorasweep.report.choice import find_value
+from lorasweep.report.figures.text import render_scores_by_value
 from lorasweep.report.summary import Summary, summarize
 from lorasweep.report.sweep_data import ArmData, SweepData
 from lorasweep.wording import (
     UNKNOWN,
+    count_decimals,
+    count_percent_decimals,
     format_bytes,
     format_count,
     format_estimate,
@@ -27,6 +34,8 @@ from lorasweep.wording import (
 MAX_COLUMNS = 4
 """Up to this many arms are columns of the table. More arms are rows."""
 BOLD_ROWS = ("arm", "test score", "search score")
+SEEDS = ("seed", "sweep.seed")
+"""The settings in which sweeps of one definition differ."""
 MANY_ARMS_COLUMNS = ("arm", "best settings", "test score", "search score", "of full's gain", "trained")
 """The columns if arms are rows, which must fit a terminal of 80 characters. The page has the others."""
 
@@ -41,15 +50,21 @@ def render_terminal(*folders: Path) -> RenderableType:
     if len(summaries) == 1:
         table = _draw_arms(summaries[0])
         sentences = [*summaries[0].sentences, *summaries[0].data.problems]
+        answers = [
+            Text.assemble((line.question, "bold"), f" {line.text}", style="" if line.is_settled else "yellow")
+            for line in summaries[0].answers
+        ]
+        charts = [chart] if (chart := render_scores_by_value(summaries[0].data)) else []
     else:
-        table = _draw_side_by_side([summary.data for summary in summaries])
-        sentences = describe_differences([summary.data for summary in summaries])
+        sweeps, answers, charts = [summary.data for summary in summaries], [], []
+        table = _draw_side_by_side(sweeps)
+        sentences = [*describe_spread(sweeps), *describe_differences(sweeps)]
     failures = [
         Text(headline if len(summaries) == 1 else f"{summary.data.folder}: {headline}", style="bold red")
         for summary in summaries
         if (headline := summary.learning.headline)
     ]
-    return Group(*failures, table, *(Text(f"• {sentence}") for sentence in sentences))
+    return Group(*failures, *answers, *charts, table, *(Text(f"• {sentence}") for sentence in sentences))
 
 
 def describe_differences(sweeps: Sequence[SweepData]) -> list[str]:
@@ -66,7 +81,7 @@ def describe_differences(sweeps: Sequence[SweepData]) -> list[str]:
         if len({*values} - {None}) > 1
     ]
     tested = (
-        "Arms were tested inside each sweep; differences between sweeps are not tested. "
+        "Questions were tested inside each sweep; differences between sweeps are not tested. "
         "A score without an interval is one seed on validation data."
     )
     return [*sentences, tested]
@@ -86,7 +101,7 @@ def _find_fingerprint(sweep: SweepData, *keys: str) -> str | None:
 def _draw_arms(summary: Summary) -> Table:
     data = summary.data
     title = Text(f"{data.record.name}: {format_metric(data.record.metric)}", style="bold")
-    rows = _tabulate_arms(data)
+    rows = _tabulate_arms(summary)
     if len(data.arms) <= MAX_COLUMNS:
         table = Table(show_header=False, title=title, title_justify="left")
         table.add_column(style="dim")
@@ -105,19 +120,44 @@ def _draw_arms(summary: Summary) -> Table:
     return table
 
 
-def _tabulate_arms(data: SweepData) -> dict[str, list[str]]:
-    """Returns, per name of a quantity, a text for each arm."""
+def describe_setting(arm: ArmData) -> str:
+    """Returns the settings of a subject, and whether they are predicted or those of a trial that stopped early."""
+    if arm.best:
+        return f"{format_settings(arm.best.params)}{' (predicted)' if arm.best.is_predicted else ''}"
+    if arm.so_far:
+        return f"no complete trial; {format_settings(arm.so_far.params)} ({arm.so_far.state})"
+    return "no complete trial"
+
+
+def list_search_scores(summary: Summary) -> list[str]:
+    """Returns the score of each subject on validation data; a mark says if it is not final, or beats no answer."""
+    data, learning = summary.data, summary.learning
+    shown = [arm.best or arm.so_far for arm in data.arms]
+    scores = [trial.value if trial else None for trial in shown]
+    marks = []
+    for arm, trial in zip(data.arms, shown, strict=True):
+        is_worse = trial and arm.row.method != "frozen" and learning.is_better(trial, sign=data.sign) is False
+        beaten = f" (not better than {learning.answer.name})" if is_worse and learning.answer else ""
+        marks.append(f"{'' if arm.best or not trial else f' ({trial.state})'}{beaten}")
+    return [f"{format_score(score, beside=scores)}{mark}" for score, mark in zip(scores, marks, strict=True)]
+
+
+def _tabulate_arms(summary: Summary) -> dict[str, list[str]]:
+    """Returns, per name of a quantity, a text for each subject."""
+    data = summary.data
     arms = data.arms
-    found = [data.evidence.arm(arm.name) for arm in arms]
-    scores = [arm.best.value if arm.best else None for arm in arms]
-    confirmed = [format_estimate(one.mean, one.interval) if one else UNKNOWN for one in found]
+    found = [data.evidence.subject(arm.name) for arm in arms]
+    decimals = count_decimals(one.interval for one in found if one)
+    confirmed = [format_estimate(one.mean, one.interval, decimals=decimals) if one else UNKNOWN for one in found]
+    shares = [data.full_gain_share_of_arm(arm) for arm in arms]
+    share_decimals = count_percent_decimals(interval for _, interval in shares)
     return {
         "arm": [arm.name for arm in arms],
-        "best settings": [format_settings(arm.best.params) if arm.best else "no complete trial" for arm in arms],
-        **({"test score": confirmed} if data.evidence.arms else {}),
+        "best settings": [describe_setting(arm) for arm in arms],
+        **({"test score": confirmed} if data.evidence.subjects else {}),
         **{name: [format_score(score, beside=row) for score in row] for name, row in data.harness_scores.items()},
-        "search score": [format_score(score, beside=scores) for score in scores],
-        "of full's gain": [format_share_estimate(*data.full_gain_share_of_arm(arm)) for arm in arms],
+        "search score": list_search_scores(summary),
+        "of full's gain": [format_share_estimate(*share, decimals=share_decimals) for share in shares],
         "trained": [format_count(arm.cost("trainable_params")) for arm in arms],
         "of base": [format_share(arm.cost("trainable_fraction")) for arm in arms],
         "adapter": [format_bytes(arm.cost("adapter_bytes")) for arm in arms],
@@ -139,26 +179,75 @@ def _describe_memory(arm: ArmData) -> str:
     return f"{memory}, pack of {pack['slots']}" if pack else memory
 
 
+def is_one_definition(sweeps: Sequence[SweepData]) -> bool:
+    """Returns whether sweeps ask the same questions of the same arms, so that they differ in their seeds alone."""
+    asked = [
+        [
+            replace(row, settings={key: value for key, value in row.settings.items() if key not in SEEDS})
+            for row in sweep.record.arms
+        ]
+        for sweep in sweeps
+    ]
+    records = [sweep.record for sweep in sweeps]
+    frame = [(record.metric, record.direction, record.margin, record.looks) for record in records]
+    return len(sweeps) > 1 and all((arms, one) == (asked[0], frame[0]) for arms, one in zip(asked, frame, strict=True))
+
+
+def describe_spread(sweeps: Sequence[SweepData]) -> list[str]:
+    """Returns how often the answers of sweeps of one definition agree; empty for other sweeps."""
+    if not is_one_definition(sweeps):
+        return []
+    first, parts = sweeps[0], []
+    for answer in first.evidence.answers:
+        found = [one.evidence.answer(answer.name, answer.subject) for one in sweeps]
+        counts = Counter(one.verdict if one else "open" for one in found)
+        question = answer.name.replace("_", " ")
+        said = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
+        parts.append(f"`{answer.subject}` {question}: {said}")
+    if not parts:
+        return []
+    return [f"Verdicts over {len(sweeps)} sweeps of one definition: {'; '.join(parts)}."]
+
+
 def _draw_side_by_side(sweeps: Sequence[SweepData]) -> Table:
-    table = Table(title="best of each arm", title_justify="left", show_lines=True)
-    table.add_column("arm", overflow="fold")
+    """Returns a column for each sweep; for sweeps of one definition also one with the spread over them."""
+    has_spread = is_one_definition(sweeps)
+    table = Table(title="setting of each subject", title_justify="left", show_lines=True)
+    table.add_column("subject", overflow="fold")
     for sweep in sweeps:
         table.add_column(Text(f"{sweep.record.name}\n{sweep.folder}"), overflow="fold")
+    if has_spread:
+        table.add_column(f"mean ± std [range] over {len(sweeps)} sweeps", overflow="fold")
     for name in dict.fromkeys(arm.name for sweep in sweeps for arm in sweep.arms):
-        cells = [
-            next((_describe_best(arm, sweep) for arm in sweep.arms if arm.name == name), UNKNOWN) for sweep in sweeps
-        ]
+        arms = [(sweep, sweep.find_arm(name)) for sweep in sweeps]
+        cells = [_describe_best(arm, sweep) if arm else UNKNOWN for sweep, arm in arms]
+        if has_spread:
+            cells.append(_describe_spread_of([(sweep, arm) for sweep, arm in arms if arm]))
         table.add_row(Text(name), *map(Text, cells))
     return table
 
 
+def _describe_spread_of(arms: Sequence[tuple[SweepData, ArmData]]) -> str:
+    """Returns mean, standard deviation and range of a subject's score, and of its share of full's gain."""
+    scores = [value for sweep, arm in arms if (value := find_value(arm, sweep)) is not None]
+    shares = [share for sweep, arm in arms if (share := sweep.full_gain_share_of_arm(arm)[0]) is not None]
+    lines = []
+    percent = [100 * share for share in shares]
+    for values, form, ending in ((scores, "{:.4g}", ""), (percent, "{:.1f}", " % of full's gain")):
+        if len(values) > 1:
+            numbers = (mean(values), stdev(values), min(values), max(values))
+            average, spread, low, high = (form.format(number) for number in numbers)
+            lines.append(f"{average} ± {spread} [{low}, {high}]{ending}")
+    return "\n".join(lines) or UNKNOWN
+
+
 def _describe_best(arm: ArmData, data: SweepData) -> str:
-    """Returns an arm's score, on test data if it was confirmed, its share of full's gain, and its settings."""
+    """Returns a subject's score, on test data if it was confirmed, its share of full's gain, and its settings."""
     if arm.best is None:
-        return "no complete trial"
-    found = data.evidence.arm(arm.name)
+        return describe_setting(arm)
+    found = data.evidence.subject(arm.name)
     searched = format_score(arm.best.value, beside=[other.best.value for other in data.arms if other.best])
     score = format_estimate(found.mean, found.interval) if found else searched
     share, interval = data.full_gain_share_of_arm(arm)
     gain = f"{format_share_estimate(share, interval)} of full's gain; " if share is not None else ""
-    return f"{score}\n{gain}{format_settings(arm.best.params)}"
+    return f"{score}\n{gain}{describe_setting(arm)}"

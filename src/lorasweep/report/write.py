@@ -12,7 +12,7 @@ from lorasweep.report.figures import PANELS
 from lorasweep.report.page import render_page
 from lorasweep.report.recommend import RECOMMENDED_FILES
 from lorasweep.report.summary import Summary, summarize
-from lorasweep.report.sweep_data import ALPHA, LR, RANK, ArmData, SweepData, TrialData
+from lorasweep.report.sweep_data import ALPHA, LR, RANK, ArmData, TrialData
 
 REPORT_FOLDER = "report"
 RECOMMENDED_FOLDER = "recommended"
@@ -28,10 +28,10 @@ MEASURED = (
     "peak_memory_bytes",
 )
 """The columns of `trials.csv` that a run's record holds under the same name."""
-PAIR_FIELDS = (
-    *("first", "second", "verdict", "reason", "difference", "p_value", "adjusted_p_value", "equivalence_p_value"),
-    *("num_seeds", "uses_examples"),
+QUESTION_FIELDS = (
+    *("name", "arm", "subject", "reference", "verdict", "value", "is_share", "num_seeds", "open_because", "to_settle"),
 )
+"""The columns of `questions.csv` that are fields of an `Answer`, beside the ends of its interval."""
 
 
 def write_report(folder: Path) -> Summary:
@@ -44,7 +44,7 @@ def write_report(folder: Path) -> Summary:
     data = summary.data
     panels = [draw(data) for draw in PANELS]
     files = {
-        "trials.csv": _trials_csv(data),
+        "trials.csv": _trials_csv(summary),
         "curves.csv": csv_text(
             ["arm", "trial", "step", data.record.metric],
             ([trial.arm, trial.number, *point] for trial in data.trials for point in trial.curve),
@@ -54,31 +54,28 @@ def write_report(folder: Path) -> Summary:
     }
     if data.confirm_runs:
         files["confirmed.csv"] = csv_text(
-            ["arm", "trial", "seed", data.record.metric, *data.harness_scores, "state", "run"],
+            ["arm", "subject", "seed", data.record.metric, *data.harness_scores, "state", "run"],
             (
                 [
-                    *(rerun.arm, rerun.number, rerun.seed, rerun.value),
+                    *(rerun.arm, rerun.subject, rerun.seed, rerun.value),
                     *(rerun.record.harness.get(name) if rerun.record else None for name in data.harness_scores),
                     *(rerun.state, rerun.run),
                 ]
                 for rerun in data.confirm_runs
             ),
         )
-        files["pairs.csv"] = csv_text(
-            [*PAIR_FIELDS, "low", "high", "settled_by", "more_seeds"],
+    if data.evidence.answers:
+        files["questions.csv"] = csv_text(
+            [*QUESTION_FIELDS, "low", "high"],
             (
-                [
-                    *(getattr(pair, name) for name in PAIR_FIELDS),
-                    *(pair.interval or (None, None)),
-                    *((pair.settled_by.kind, pair.settled_by.more_seeds) if pair.settled_by else (None, None)),
-                ]
-                for pair in data.evidence.pairs
+                [*(getattr(answer, name) for name in QUESTION_FIELDS), *(answer.interval or (None, None))]
+                for answer in data.evidence.answers
             ),
         )
     for name, content in files.items():
         write_atomically(folder / REPORT_FOLDER / name, content)
     _write_recommended(summary, folder / REPORT_FOLDER / RECOMMENDED_FOLDER)
-    write_board(data, panels, folder / REPORT_FOLDER / BOARD_FOLDER)
+    write_board(data, summary.answers, panels, folder / REPORT_FOLDER / BOARD_FOLDER)
     return summary
 
 
@@ -93,20 +90,21 @@ def _write_recommended(summary: Summary, folder: Path) -> None:
                 (target / name).unlink(missing_ok=True)
 
 
-def _trials_csv(data: SweepData) -> str:
+def _trials_csv(summary: Summary) -> str:
     """Returns one line per trial: its state, its settings by dotted key, its score and its cost."""
+    data, learning = summary.data, summary.learning
     keys = tuple(dict.fromkeys([*data.swept_keys, RANK, ALPHA, LR]))
-    header = ["arm", "method", "trial", "state", data.record.metric, "share_of_full_gain"]
+    header = ["arm", "method", "trial", "state", data.record.metric, "share_of_full_gain", "is_better_than_untrained"]
 
     def cells(arm: ArmData, trial: TrialData) -> list[Any]:
         return [
             *(arm.name, arm.row.method, trial.number, trial.state, trial.value),
-            data.share_of_full_gain(trial.value),
+            *(data.share_of_full_gain(trial.value), learning.is_better(trial, sign=data.sign)),
             *(trial.setting(key) for key in keys),
             *(getattr(trial.record, name, None) for name in MEASURED),
             trial.record.best.get("step") if trial.record else None,
             *(trial.run, trial.reason),
         ]
 
-    rows = (cells(arm, trial) for arm in data.arms for trial in arm.trials)
+    rows = (cells(arm, trial) for arm in data.searches for trial in arm.trials)
     return csv_text([*header, *keys, *MEASURED, "best_step", "run", "reason"], rows)

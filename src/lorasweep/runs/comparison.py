@@ -192,6 +192,7 @@ def _list_parts(record: SweepRecord, folder: Path) -> Iterator[dict[str, Any]]:
     """Yields what must be equal in a repetition, part by part: each value by its place in words."""
     keys = ("metric", "direction", "confirm_seeds")
     yield {f"sweep: `{key}`": getattr(record, key) for key in keys}
+    yield {f"{row.subject}: `{key}`": value for row in record.settings for key, value in row.params.items()}
     stages: dict[str, Sequence[TrialRow | ConfirmRow]] = {"trials": record.trials, "confirm runs": record.confirm}
     for name, rows in stages.items():
         yield {f"sweep: `number of {name}`": len(rows)}
@@ -199,7 +200,7 @@ def _list_parts(record: SweepRecord, folder: Path) -> Iterator[dict[str, Any]]:
             if isinstance(row, TrialRow):
                 where, proposed = f"trial {row.arm}-{row.number}", row.params
             else:
-                where, proposed = f"confirm run {row.arm} seed {row.seed}", {"trial": row.trial}
+                where, proposed = f"confirm run {row.subject} seed {row.seed}", {"setting": row.setting}
             yield {f"{where}: `{key}`": value for key, value in proposed.items()}
             logged = read_values(get_run_folder(folder, row.run))
             yield {f"{where}, step {step}: `{key}`": logged[step, key] for step, key in sorted(logged)}

@@ -28,8 +28,7 @@ from lorasweep.models.folder import find_local_path
 from lorasweep.models.load import BaseModel, fingerprint_weights
 from lorasweep.models.pretrained import load_pretrained, quiet_transformers
 from lorasweep.record import RunRecord, read_run
-from lorasweep.runs.model_card import CARD_FILE, build_card, name_base
-from lorasweep.runs.push import check_push, push_folder
+from lorasweep.runs.model_card import CARD_FILE, build_card
 from lorasweep.training.restore import (
     check_kept_files,
     restore_base,
@@ -50,8 +49,6 @@ class Export:
     """The folder of an exported run, and how much its logits differ from the run's."""
 
     folder: Path
-    address: str | None
-    """The address of the repository that has the files; None if they were not uploaded."""
     dtype: str
     """Name of the type of the written weights: `fp32`, `bf16` or `fp16`."""
     num_bytes: int
@@ -70,46 +67,36 @@ def export_run(
     format: ExportFormat,
     out: Path,
     dtype: str | None = None,
-    push: str | None = None,
-    private: bool = False,
 ) -> Export:
-    """Writes the best weights of a run for PEFT or transformers, with a model card, and perhaps uploads them.
+    """Writes the best weights of a run for PEFT or transformers, with a model card.
 
     Args:
         run: The run's folder.
         format: `peft` writes the adapter; `merged` writes the whole model, with the adapter merged, and its tokenizer.
         out: A new or empty folder; unchanged after an error.
         dtype: A key of `EXPORT_DTYPES` for the weights of a merged model. None: the type in which the run had the base.
-        push: `USER/NAME` of a repository on the hub that gets the files; None uploads nothing.
-        private: Whether a new repository is private.
 
     Raises:
-        ConfigError: `out` is not empty, the base model can't be loaded, the format or type does not fit the run, or
-            the hub does not know the user.
+        ConfigError: `out` is not empty, the base model can't be loaded, or the format or type does not fit the run.
         RecordError: The folder has no run, its weights are missing or damaged, or the base model has changed.
-        RunError: The files can't be written, transformers loads different weights from them, or the hub refuses them.
+        RunError: The files can't be written, or transformers loads different weights from them.
     """
     record = read_run(run)
     config = restore_config(record)
     _check_request(config, format=format, out=out, dtype=dtype)
     check_kept_files(record, run, part="best")
-    if push is not None:
-        check_push(push)
     with create_folder_atomically(out) as folder:
         if format == "peft":
             written_dtype = "fp32"
-            base_path = _get_permanent_path(config.model) if push is None else name_base(config.model)
+            base_path = _get_permanent_path(config.model)
             original, written = _export_adapter(record, config, run / "best", folder, base_path=base_path)
         else:
             written_dtype, original, written = _export_merged(record, config, run / "best", folder, dtype=dtype)
-        card = build_card(
-            record, config, run=run, format=format, dtype=written_dtype, repository=push or out.resolve().name
-        )
+        card = build_card(record, config, run=run, format=format, dtype=written_dtype, repository=out.resolve().name)
         card.save(folder / CARD_FILE)
         num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return Export(
         folder=out,
-        address=None if push is None else push_folder(out, push, private=private),
         dtype=written_dtype,
         num_bytes=num_bytes,
         difference=float((written - original).abs().max()),

@@ -9,7 +9,7 @@ from lorasweep.data.constant_answer import score_constant_answer
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.controller.proposals import propose
 from lorasweep.sweep.controller.stopping_rules import build_rule
-from lorasweep.sweep.definition.arms import Definition, name_arm_in_errors
+from lorasweep.sweep.definition.arms import Definition, name_arm_in_errors, restore_definition
 from lorasweep.sweep.definition.bases import explain_bases
 from lorasweep.sweep.definition.packing import explain_solo_arms, plan_packing
 from lorasweep.sweep.definition.seeds import draw_confirm_seeds
@@ -17,6 +17,28 @@ from lorasweep.training.harness import check_harness
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.prepare import check_run
 from lorasweep.training.restore import require_trusted_code
+
+STEPS_KEY, EVALUATIONS_KEY = "trainer.max_steps", "trainer.eval_every_steps"
+MIN_STEPS = 60
+"""Fewest steps that `sweep.epochs` sets: with fewer, a learning rate has no time to show whether it is good."""
+NUM_EVALUATIONS = 6
+"""Evaluations of a run whose steps `sweep.epochs` sets. Rungs are at a sixth and at half of a run."""
+
+
+def set_steps(definition: Definition, inputs_cache: InputsCache) -> Definition:
+    """Returns the definition with the steps that follow from `sweep.epochs`; unchanged without it.
+
+    Loads the training data. `trainer.max_steps` of the command line wins.
+    """
+    epochs, overrides = definition.sweep_config.sweep.epochs, definition.raw["overrides"]
+    if epochs is None or STEPS_KEY in overrides:
+        return definition
+    config = definition.arms[0].corners[0]
+    require_trusted_code(config)
+    wanted = max(MIN_STEPS, epochs * len(inputs_cache.load(config).splits.train) / config.trainer.batch_size)
+    every = math.ceil(wanted / NUM_EVALUATIONS)
+    steps = {STEPS_KEY: NUM_EVALUATIONS * every, EVALUATIONS_KEY: every}
+    return restore_definition({**definition.raw, "overrides": {**overrides, **steps}}, source=definition.source)
 
 
 def check_definition(definition: Definition, inputs_cache: InputsCache) -> None:
@@ -75,4 +97,18 @@ def list_notes(definition: Definition, inputs_cache: InputsCache) -> list[str]:
     A note that several arms share appears once.
     """
     of_inputs = (note for arm in definition.arms for note in inputs_cache.load(arm.corners[0]).notes)
-    return list(dict.fromkeys([*of_inputs, *explain_bases(definition), *explain_solo_arms(definition)]))
+    others = [*explain_bases(definition), *explain_solo_arms(definition), *_note_one_group(definition, inputs_cache)]
+    return list(dict.fromkeys([*of_inputs, *others]))
+
+
+def _note_one_group(definition: Definition, inputs_cache: InputsCache) -> list[str]:
+    """Returns a note if all test examples are in one group, such as one document."""
+    if not definition.sweep_config.confirm.list_looks():
+        return []
+    groups = inputs_cache.load(definition.arms[0].corners[0]).splits.test().groups
+    if len(set(groups)) != 1:
+        return []
+    return [
+        f"All {len(groups)} test examples are in one group ({groups[0]!r}), which says nothing about other groups: "
+        "verdicts will hold for this group alone. Give test data of at least 20 documents, prompts or groups."
+    ]

@@ -233,8 +233,7 @@ def _write_lines(path: Path, chosen: Mapping[str, Any], config: RunConfig, input
     for key, value in chosen.items():
         comment = f" # {comments[key]}" if key in comments else ""
         yield f"  {key}: {_format_value(value)}{comment}"
-    yield "  sweep.trials: 12 # of each arm that has a space; 16 or more search the rank better"
-    yield "  confirm.seeds: 5 # the winner of each arm runs again on fresh seeds and is scored on test data"
+    yield "  sweep.trials: 12 # of each arm that has a space; all ranks share LoRA's"
     yield "  confirm.margin: 5% # the smallest difference that matters: of the gain of full over frozen, or a number"
     yield "arms:"
     yield "  frozen: {settings: {method: frozen}} # the base as it is"
@@ -246,8 +245,8 @@ def _write_lines(path: Path, chosen: Mapping[str, Any], config: RunConfig, input
     yield "    settings: {method: lora}"
     yield "    space:"
     yield f"      method.rank: [{', '.join(map(str, RANKS))}]"
-    yield "      method.alpha: {over_rank: [1, 2, 4]} # α is this many times the rank"
     yield f"      optim.lr: {{low: {_rate(10 * low)}, high: {_rate(10 * high)}, log: true}} # ten times full's"
+    yield "    confirm_each: method.rank # each rank is confirmed with the learning rate that is predicted best for it"
 
 
 def _describe_data(train: Split, inputs: RunInputs) -> str:

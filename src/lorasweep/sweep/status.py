@@ -152,7 +152,7 @@ def stage_of(row: TrialRow | ConfirmRow) -> str:
 
 def describe_confirm_stage(record: SweepRecord) -> str:
     """Returns a line that says what the confirm stage does."""
-    return f"confirm: {describe_confirmation(len(record.confirm_seeds))}"
+    return f"confirm: {describe_confirmation(record.looks)}"
 
 
 def _describe_running_trials(record: SweepRecord) -> Iterator[str]:
@@ -174,10 +174,9 @@ def get_params(row: TrialRow | ConfirmRow, record: SweepRecord) -> dict[str, Any
     """Returns the swept settings of a trial; for a confirm run, the settings of its trial and its seed."""
     if isinstance(row, TrialRow):
         return row.params
-    for trial in record.trials:
-        if (trial.arm, trial.number) == (row.arm, row.trial):
-            return {**{key: value for key, value in trial.params.items() if key not in SEED_KEYS}, "seed": row.seed}
-    return {"seed": row.seed}
+    found = (each.params for each in record.settings if (each.arm, each.setting) == (row.arm, row.setting))
+    params = next(found, {})
+    return {**{key: value for key, value in params.items() if key not in SEED_KEYS}, "seed": row.seed}
 
 
 def _arms_table(status: SweepStatus) -> Table:
@@ -213,21 +212,28 @@ def _format_score(value: float | None) -> str:
 def _arm_status(arm: ArmRow, record: SweepRecord) -> ArmStatus:
     trials = [row for row in record.trials if row.arm == arm.name]
     best = find_winner(trials, record=record)
-    confirmed = list_confirm_rows(arm.name, best, record=record)
+    subjects = [row.subject for row in record.settings if row.arm == arm.name]
+    confirmed = [row for subject in subjects for row in list_confirm_rows(subject, record=record)]
     tested = [row.value for row in confirmed if row.state == "complete" and row.value is not None]
-    num_seeds = len(record.confirm_seeds)
     return ArmStatus(
         name=arm.name,
         is_trained=arm.method != "frozen",
         search=_count_runs(trials, asked=arm.trials),
         best=None if best is None else best.value,
         best_params={} if best is None else best.params,
-        confirm=_count_runs(
-            confirmed,
-            asked=min(num_seeds, 1) if arm.method == "frozen" else num_seeds,  # no seed changes the frozen base
-        ),
+        confirm=_count_runs(confirmed, asked=max(_count_planned_runs(arm, subjects, record), len(confirmed))),
         test_mean=fmean(tested) if tested else None,
     )
+
+
+def _count_planned_runs(arm: ArmRow, subjects: Sequence[str], record: SweepRecord) -> int:
+    """Returns the number of confirm runs of an arm, up to the look that is due."""
+    if arm.method == "frozen":  # perhaps no seed changes its score; its begun runs are counted
+        return min(len(record.looks), 1)
+    trained = dict.fromkeys(subjects or [arm.name], record.looks[0] if record.looks else 0)
+    for done, seeds in zip(record.looks_done, record.looks[1:], strict=False):
+        trained |= {subject: seeds for subject in done.next if subject in trained}
+    return sum(trained.values())
 
 
 def _count_runs(rows: Sequence[TrialRow | ConfirmRow], *, asked: int) -> StageCounts:

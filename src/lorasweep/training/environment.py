@@ -196,16 +196,11 @@ def process_peak_bytes() -> int:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
-def find_version(package: str) -> str | None:
-    """Returns the version of an installed package; None if it is not installed."""
+def _get_version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return None
-
-
-def _get_version(package: str) -> str:
-    return find_version(package) or "not installed"
+        return "not installed"
 
 
 def _run_git(*arguments: str) -> str:

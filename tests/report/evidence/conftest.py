@@ -18,7 +18,6 @@ def plant(
     example_spread: float = 0.1,
     own_spread: float = 0.02,
     deterministic: frozenset[str] = frozenset(),
-    draws: int = 400,
     rng: np.random.Generator | None = None,
 ) -> ConfirmScores:
     """Returns scores of arms with true `means`: seed noise, hardness of examples common to all, and noise of each run.
@@ -37,4 +36,4 @@ def plant(
                 rows = tuple(map(str, range(examples)))
                 found[arm, seed] = ExampleScores(rows=rows, scores=scores, weights=np.ones(examples), groups=rows)
             values[arm, seed] = value
-    return build_scores(values, found, deterministic=deterministic, draws=draws)
+    return build_scores(values, found, deterministic=deterministic)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -9,43 +10,73 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lorasweep.report.evidence.estimates import ConfidenceDistribution, estimate_mean, estimate_ratio, estimate_sum
-from lorasweep.report.evidence.scores import UNBOUNDED, build_scores
+from lorasweep.report.evidence.estimates import (
+    Coefficients,
+    Estimate,
+    Interval,
+    estimate_ratio,
+    estimate_sum,
+    subtract,
+)
+from lorasweep.report.evidence.scores import UNBOUNDED, ConfirmScores, ExampleScores, build_scores
 
 from .conftest import plant
 
 
-def covers(interval: tuple[float, float] | None, truth: float) -> bool:
+def estimate(scores: ConfirmScores, coefficients: Coefficients) -> Estimate:
+    found = estimate_sum(scores, coefficients)
+    assert found
+    return found
+
+
+def find_interval(scores: ConfirmScores, coefficients: Coefficients) -> Interval:
+    interval = estimate(scores, coefficients).find_interval()
     assert interval
-    return interval[0] <= truth <= interval[1]
+    return interval
+
+
+def plant_weighted(num_seeds: int, num_groups: int) -> ConfirmScores:
+    """Scores of an arm in groups of unequal weight."""
+    rng = np.random.default_rng(4)
+    groups = np.repeat(np.arange(num_groups), rng.integers(1, 6, num_groups))
+    weights, hardness = rng.uniform(1, 3, len(groups)), rng.normal(0, 0.3, num_groups)
+    rows = tuple(map(str, range(len(groups))))
+    found = {}
+    for seed in range(num_seeds):
+        scores = 1 + rng.normal(0, 0.1) + hardness[groups] + rng.normal(0, 0.2, len(groups))
+        found["a", seed] = ExampleScores(rows=rows, scores=scores, weights=weights, groups=tuple(map(str, groups)))
+    return build_scores({key: one.mean for key, one in found.items()}, found)
 
 
 def test_difference_is_taken_seed_by_seed() -> None:
     values = {("a", 0): 1.0, ("a", 1): 2.0, ("a", 2): 9.0, ("b", 0): 1.1, ("b", 1): 2.2, ("b", 7): 5.0}
-    found = estimate_sum(build_scores(values, {}), {"a": 1.0, "b": -1.0})
-    assert found
+    found = estimate(build_scores(values, {}), {"a": 1.0, "b": -1.0})
     assert found.seeds == (0, 1)
     assert found.values == pytest.approx((-0.1, -0.2))
 
 
-def test_what_is_common_to_seeds_and_examples_cancels_in_a_difference() -> None:
+def test_what_is_common_to_examples_cancels_in_a_difference() -> None:
     scores = plant({"a": 1.0, "b": 1.5}, examples=60, seed_spread=0.001, example_spread=1.0, own_spread=0.001)
-    single, difference = estimate_sum(scores, {"a": 1.0}), estimate_sum(scores, {"a": 1.0, "b": -1.0})
-    assert single
-    assert difference
-    widths = [high - low for low, high in (found.interval or (0, 0) for found in (single, difference))]
-    assert widths[1] < widths[0] / 50
+    errors = [estimate(scores, coefficients).error for coefficients in ({"a": 1.0}, {"a": 1.0, "b": -1.0})]
+    assert errors[1] < errors[0] / 50
+
+
+def test_what_is_common_to_seeds_cancels_in_a_difference() -> None:
+    noise = np.random.default_rng(0).normal(0, 1, 5)
+    values = {(name, seed): place + noise[seed] for place, name in enumerate("ab") for seed in range(5)}
+    scores = build_scores(values, {})
+    assert estimate(scores, {"a": 1.0}).error > 0.1
+    # the rounding of differences of numbers up to 4
+    assert estimate(scores, {"a": 1.0, "b": -1.0}).error < 1e-15
 
 
 def test_the_frozen_base_stands_beside_every_seed() -> None:
     scores = plant({"base": 2.0, "a": 1.0}, deterministic=frozenset({"base"}))
-    found = estimate_sum(scores, {"base": 1.0, "a": -1.0})
-    alone = estimate_sum(scores, {"base": 1.0})
-    assert found
-    assert alone
-    assert found.seeds == (0, 1, 2, 3, 4)
-    assert alone.interval == (2.0, 2.0)
+    assert estimate(scores, {"base": 1.0, "a": -1.0}).seeds == (0, 1, 2, 3, 4)
+    alone = estimate(scores, {"base": 1.0})
+    assert alone.find_interval() == (2.0, 2.0)
     assert alone.is_testable
+    assert (alone.p_positive, alone.p_negative) == (0.0, 1.0)
 
 
 def test_no_common_seed_or_no_score_gives_no_estimate() -> None:
@@ -55,48 +86,92 @@ def test_no_common_seed_or_no_score_gives_no_estimate() -> None:
 
 
 def test_one_seed_has_an_interval_over_examples_alone_and_is_not_testable() -> None:
-    found = estimate_sum(plant({"a": 1.0}, seeds=1, examples=30), {"a": 1.0})
-    assert found
-    assert found.interval
+    found = estimate(plant({"a": 1.0}, seeds=1, examples=30), {"a": 1.0})
+    assert found.find_interval()
     assert not found.is_testable
-    bare = estimate_sum(plant({"a": 1.0}, seeds=1), {"a": 1.0})
-    assert bare
-    assert bare.interval is None
+    assert (found.p_positive, found.p_negative) == (1.0, 1.0)
+    assert estimate(plant({"a": 1.0}, seeds=1), {"a": 1.0}).find_interval() is None
 
 
-def test_examples_are_used_only_where_every_run_has_them() -> None:
-    scores = plant({"a": 1.0, "b": 1.0}, examples=20)
-    partial = replace(scores, deviations={key: v for key, v in scores.deviations.items() if key != ("b", 3)})
-    uses = [estimate_sum(partial, {arm: 1.0}) for arm in ("a", "b")]
-    assert [found.uses_examples for found in uses if found] == [True, False]
+def test_variances_are_those_of_a_plain_computation_with_loops() -> None:
+    scores = plant_weighted(4, 7)
+    seeds, shares = list(scores.values["a"]), list(map(float, scores.shares))
+    table = [[float(value) for value in scores.values["a"][seed]] for seed in seeds]
+    by_seed = [sum(share * value for share, value in zip(shares, row, strict=True)) for row in table]
+    by_group = [sum(row[group] for row in table) / 4 for group in range(7)]
+    mean = sum(by_seed) / 4
+    of_seeds = sum((value - mean) ** 2 for value in by_seed) / (4 * 3)
+    of_groups = 7 / 6 * sum((share * (value - mean)) ** 2 for share, value in zip(shares, by_group, strict=True))
+    interaction = 0.0
+    for seed in range(4):
+        for group in range(7):
+            rest = table[seed][group] - by_group[group] - by_seed[seed] + mean
+            interaction += 7 / 6 * (shares[group] * rest) ** 2 / (4 * 3)
+    found = estimate(scores, {"a": 1.0})
+    parts = (found.seeds_variance, found.groups_variance, found.interaction_variance)
+    assert parts == pytest.approx((of_seeds, of_groups, interaction))
+    assert found.value == pytest.approx(mean)
+    assert found.error == pytest.approx(math.sqrt(of_seeds + of_groups - interaction))
 
 
-def test_intervals_over_seeds_hold_the_truth_in_95_of_100_cases() -> None:
-    rng = np.random.default_rng(5)
-    hits = [covers(estimate_sum(plant({"a": 1.0}, rng=rng), {"a": 1.0}).interval, 1.0) for _ in range(1000)]  # type: ignore[union-attr]
-    # the binomial's standard error is 0.7 %
-    assert np.mean(hits) == pytest.approx(0.95, abs=0.02)
+def test_over_seeds_alone_it_is_the_t_test_and_its_interval() -> None:
+    values = np.array([1.31, 1.36, 1.33, 1.35, 1.30])
+    scores = build_scores({("a", seed): value - 1.3 for seed, value in enumerate(values)}, {})
+    expected = stats.ttest_1samp(values - 1.30, 0)
+    interval = expected.confidence_interval(0.95)
+    found = estimate(scores, {"a": 1.0})
+    # both are closed forms of the same distribution
+    assert found.find_interval() == pytest.approx((interval.low, interval.high), rel=1e-9)
+    assert 2 * min(found.p_positive, found.p_negative) == pytest.approx(expected.pvalue, rel=1e-9)
+    mirrored = estimate(scores, {"a": -1.0})
+    assert mirrored.p_negative == pytest.approx(found.p_positive, rel=1e-12)
 
 
-@pytest.mark.parametrize("seeds", [3, 5])
-def test_intervals_over_seeds_and_examples_hold_the_truth_in_at_least_95_of_100_cases(seeds: int) -> None:
+def test_a_p_value_is_that_of_the_interval_whose_end_is_zero() -> None:
+    scores = plant_weighted(4, 7)
+    for confidence in (0.9, 0.95, 0.999):
+        low, high = estimate(scores, {"a": 1.0}).find_interval(confidence) or (0.0, 0.0)
+        for end in (low, high):
+            moved = estimate_sum(scores, {"a": 1.0}, constant=-end)
+            assert moved
+            assert min(moved.p_positive, moved.p_negative) == pytest.approx((1 - confidence) / 2, abs=1e-9)
+
+
+@pytest.mark.parametrize(("num_seeds", "num_groups"), [(3, 0), (5, 0), (3, 40), (10, 12)])
+def test_intervals_hold_the_truth_in_at_least_95_of_100_cases(num_seeds: int, num_groups: int) -> None:
     rng, hits = np.random.default_rng(6), []
-    for _ in range(300):
-        scores = plant({"a": 1.0}, seeds=seeds, examples=60, seed_spread=0.02, example_spread=0.1, rng=rng, draws=250)
-        found = estimate_sum(scores, {"a": 1.0})
-        hits.append(covers(found.interval if found else None, 1.0))
-    # the sum of two errors, one of them with few degrees of freedom, is on the safe side; 1.3 % is the standard error
-    assert 0.93 <= np.mean(hits) <= 0.99
+    for _ in range(600):
+        scores = plant({"a": 1.0}, seeds=num_seeds, examples=num_groups, seed_spread=0.02, example_spread=0.1, rng=rng)
+        low, high = find_interval(scores, {"a": 1.0})
+        hits.append(low <= 1.0 <= high)
+    # 3 standard errors of the binomial; with few degrees of freedom the approximation is on the safe side
+    assert 0.95 - 3 * (0.05 * 0.95 / 600) ** 0.5 <= np.mean(hits) <= 0.99
+
+
+@pytest.mark.parametrize("spreads", [(0.05, 0.0, 0.0), (0.05, 0.02, 0.01), (0.05, 0.1, 0.05), (0.0, 0.1, 0.02)])
+def test_a_test_is_wrong_as_rarely_as_its_level_says_whatever_part_of_the_error_is_large(
+    spreads: tuple[float, float, float],
+) -> None:
+    of_seeds, of_groups, own = spreads
+    rng, level, repeats, wrong = np.random.default_rng(9), 0.0105, 4000, 0
+    for _ in range(repeats):
+        table = rng.normal(0, of_seeds, (3, 1)) + rng.normal(0, of_groups, 60) + rng.normal(0, own, (3, 60))
+        scores = ConfirmScores(
+            values={"a": dict(enumerate(table))}, shares=np.full(60, 1 / 60), num_examples=60, problems=()
+        )
+        wrong += estimate(scores, {"a": 1.0}).p_positive < level
+    assert wrong / repeats <= level + 3 * (level * (1 - level) / repeats) ** 0.5
+
+
+SHARE: tuple[dict[str, float], dict[str, float]] = ({"base": 1.0, "a": -1.0}, {"base": 1.0, "full": -1.0})
 
 
 def test_ratio_of_means_has_fiellers_interval() -> None:
     scores = plant({"base": 2.0, "a": 1.2, "full": 1.0}, deterministic=frozenset({"base"}), seed_spread=0.05)
-    found = estimate_ratio(scores, {"base": 1.0, "a": -1.0}, {"base": 1.0, "full": -1.0})
-    above = 2.0 - np.array(list(scores.values["a"].values()))
-    below = 2.0 - np.array(list(scores.values["full"].values()))
+    found = estimate_ratio(scores, *SHARE)
+    above, below = (np.array([2.0 - scores.score(name, seed) for seed in range(5)]) for name in ("a", "full"))
     # Fieller's theorem for paired samples: the roots of a quadratic
-    n, t = 5, 2.7764451051977987
-    covariance = np.cov(above, below) * t**2 / n
+    covariance = np.cov(above, below) * stats.t(4).ppf(0.975) ** 2 / 5
     roots = np.roots(
         [
             below.mean() ** 2 - covariance[1, 1],
@@ -109,9 +184,24 @@ def test_ratio_of_means_has_fiellers_interval() -> None:
     assert found[1] == pytest.approx(tuple(sorted(roots)), rel=1e-6)
 
 
+@pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
+def test_a_ratio_is_in_its_interval_where_its_test_does_not_reject_it(confidence: float) -> None:
+    scores = plant({"base": 2.0, "a": 1.2, "full": 1.0}, examples=30, seed_spread=0.05)
+    found = estimate_ratio(scores, *SHARE, confidence=confidence)
+    assert found
+    assert found[1]
+    for end, inside in zip(found[1], (1, -1), strict=True):
+        p_values = []
+        for value in (end - 1e-4 * inside, end, end + 1e-4 * inside):
+            tested = estimate(scores, subtract(*SHARE, value))
+            p_values.append(min(tested.p_positive, tested.p_negative))
+        assert p_values[0] < p_values[1] < p_values[2]
+        assert p_values[1] == pytest.approx((1 - confidence) / 2, abs=1e-6)
+
+
 def test_ratio_to_a_gain_that_may_be_none_has_no_interval() -> None:
     scores = plant({"base": 1.0, "a": 0.99, "full": 0.999}, deterministic=frozenset({"base"}), seed_spread=0.05)
-    found = estimate_ratio(scores, {"base": 1.0, "a": -1.0}, {"base": 1.0, "full": -1.0})
+    found = estimate_ratio(scores, *SHARE)
     assert found
     assert found[1] is None
 
@@ -122,91 +212,26 @@ def test_intervals_of_a_ratio_hold_the_truth_in_95_of_100_cases() -> None:
         scores = plant(
             {"base": 2.0, "a": 1.2, "full": 1.0}, deterministic=frozenset({"base"}), seed_spread=0.1, rng=rng
         )
-        found = estimate_ratio(scores, {"base": 1.0, "a": -1.0}, {"base": 1.0, "full": -1.0})
-        hits.append(covers(found[1] if found else None, 0.8))
+        _, interval = estimate_ratio(scores, *SHARE) or (0.0, None)
+        assert interval
+        hits.append(interval[0] <= 0.8 <= interval[1])
     # the binomial's standard error is 1.5 %
-    assert np.mean(hits) == pytest.approx(0.95, abs=0.04)
+    assert np.mean(hits) == pytest.approx(0.95, abs=0.045)
 
 
-VALUES = np.array([1.31, 1.36, 1.33, 1.35, 1.30])
-SKEWED = np.random.default_rng(3).exponential(0.02, 2000) - 0.02
-
-
-def both() -> ConfidenceDistribution:
-    found = estimate_mean(VALUES, SKEWED)
-    assert found
-    return found
-
-
-def test_over_seeds_alone_it_is_the_t_interval_and_the_t_test() -> None:
-    found = estimate_mean(VALUES, None)
-    expected = stats.ttest_1samp(VALUES - 1.30, 0)
-    interval = expected.confidence_interval(0.95)
-    shifted = estimate_mean(VALUES - 1.30, None)
-    assert found
-    assert shifted
-    # both are closed forms of the same distribution
-    assert shifted.interval == pytest.approx((interval.low, interval.high), rel=1e-9)
-    assert shifted.p_value == pytest.approx(expected.pvalue, rel=1e-9)
-    assert found.interval == pytest.approx((interval.low + 1.30, interval.high + 1.30), rel=1e-9)
-
-
-def test_over_examples_alone_it_is_the_percentile_bootstrap() -> None:
-    found = estimate_mean(np.array([1.0]), SKEWED, varies_by_seed=False)
-    assert found
-    assert found.interval == pytest.approx(tuple(1.0 + np.quantile(SKEWED, [0.025, 0.975])))
-
-
-def test_of_both_it_is_wider_than_each_and_not_wider_than_their_sum() -> None:
-    seeds, examples = (
-        estimate_mean(VALUES, None),
-        estimate_mean(VALUES.mean(keepdims=True), SKEWED, varies_by_seed=False),
-    )
-    assert seeds
-    assert examples
-    widths = [high - low for low, high in (seeds.interval, examples.interval, both().interval)]
-    assert max(widths[:2]) < widths[2] < sum(widths[:2])
-
-
-def test_quantile_is_the_inverse_of_cdf() -> None:
-    for confidence in (0.001, 0.025, 0.3, 0.5, 0.975, 0.9999):
-        # the root is found to 1e-12, and the density is at most some dozens
-        assert both().cdf(both().quantile(confidence)) == pytest.approx(confidence, abs=1e-9)
-
-
-def test_p_value_is_that_of_the_interval_whose_end_is_zero() -> None:
-    low, _ = both().interval
-    moved = estimate_mean(VALUES - low, SKEWED)
-    assert moved
-    assert moved.p_value == pytest.approx(0.05, abs=1e-9)
-
-
-def test_p_value_is_the_same_for_the_negated_estimate() -> None:
-    mirrored = estimate_mean(-VALUES, -SKEWED)
-    assert mirrored
-    # far in the tail, where 1 - p would have rounded it to 0
-    assert 0 < mirrored.p_value < 1e-4
-    assert mirrored.p_value == pytest.approx(both().p_value, rel=1e-12)
-
-
-def test_bootstrap_never_says_that_something_is_impossible() -> None:
-    found = estimate_mean(np.array([5.0]), SKEWED, varies_by_seed=False)
-    assert found
-    assert found.p_value == pytest.approx(2 / 2002)
-
-
-def test_one_seed_without_examples_says_nothing() -> None:
-    assert estimate_mean(VALUES[:1], None) is None
-
-
-def test_where_nothing_is_left_to_chance_there_is_a_point() -> None:
-    found = estimate_mean(np.array([1.5]), None, varies_by_seed=False)
-    assert found
-    assert found.interval == (1.5, 1.5)
-    assert found.p_value == 0
-    zero = estimate_mean(np.zeros(1), None, varies_by_seed=False)
-    assert zero
-    assert zero.p_value == 1
+def test_more_seeds_shrink_the_part_of_seeds_and_more_groups_that_of_groups() -> None:
+    now = estimate(plant_weighted(4, 7), {"a": 1.0})
+    same, seeds, groups = now.project(), now.project(num_seeds=8), now.project(groups_factor=2.0)
+    assert same == replace(now, seeds=tuple(range(4)))
+    both = now.interaction_variance
+    assert seeds.seeds_variance == pytest.approx(now.seeds_variance / 2)
+    assert seeds.groups_variance == pytest.approx(now.groups_variance - both + both / 2)
+    assert groups.groups_variance == pytest.approx(now.groups_variance / 2)
+    assert groups.seeds_variance == pytest.approx(now.seeds_variance - both + both / 2)
+    assert (len(seeds.seeds), groups.num_groups) == (8, 14)
+    errors = [now.project(num_seeds=num, groups_factor=num / 4).error for num in (4, 8, 80, 8000)]
+    assert all(later < earlier for earlier, later in itertools.pairwise(errors))
+    assert errors[-1] < errors[0] / 30
 
 
 @pytest.mark.parametrize(
@@ -221,25 +246,20 @@ def test_where_nothing_is_left_to_chance_there_is_a_point() -> None:
     ],
 )
 def test_interval_ends_where_the_metric_ends(
-    score_range: tuple[float, float], arms: dict[str, float], values: tuple[float, ...], interval: tuple[float, float]
+    score_range: Interval, arms: dict[str, float], values: tuple[float, ...], interval: Interval
 ) -> None:
     rows = {("a", seed): value for seed, value in enumerate(values)} | {("b", seed): 0.0 for seed in range(len(values))}
-    found = estimate_sum(build_scores(rows, {}, score_range=score_range), arms)
-    assert found
-    assert found.interval == pytest.approx(interval, abs=1e-3)  # as many digits as the table of Student's t
+    found = find_interval(build_scores(rows, {}, score_range=score_range), arms)
+    assert found == pytest.approx(interval, abs=1e-3)  # as many digits as the table of Student's t
 
 
 def test_cut_interval_does_not_change_a_test() -> None:
     values = {("a", 0): 0.99, ("a", 1): 0.90, ("b", 0): 0.93, ("b", 1): 0.85}
     whole, cut = (
-        estimate_sum(build_scores(values, {}, score_range=score_range), {"a": 1.0, "b": -1.0})
+        estimate(build_scores(values, {}, score_range=score_range), {"a": 1.0, "b": -1.0})
         for score_range in (UNBOUNDED, (0.0, 1.0))
     )
-    assert whole
-    assert cut
-    assert whole.tested
-    assert cut.tested
-    assert cut.tested.p_value == whole.tested.p_value
+    assert (cut.p_positive, cut.p_negative) == (whole.p_positive, whole.p_negative)
 
 
 def test_a_constant_moves_the_bounds_of_a_sum() -> None:
@@ -247,3 +267,11 @@ def test_a_constant_moves_the_bounds_of_a_sum() -> None:
     found = estimate_sum(scores, {"a": -2.0}, constant=0.5)
     assert found
     assert found.bounds == (-1.5, 0.5)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-12, 1e-17])
+def test_a_part_of_the_error_that_is_next_to_nothing_changes_nothing(spread: float) -> None:
+    table = np.array([1.0, 1.1, 1.3])[:, None] + spread * np.arange(5)
+    scores = ConfirmScores(values={"a": dict(enumerate(table))}, shares=np.full(5, 0.2), num_examples=5, problems=())
+    interval = stats.t(2, loc=table.mean(), scale=stats.sem(table[:, 0])).interval(0.95)
+    assert find_interval(scores, {"a": 1.0}) == pytest.approx(interval, rel=1e-6)

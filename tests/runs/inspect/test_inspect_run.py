@@ -11,12 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lorasweep.config.build import as_settings
+from lorasweep.config.compose import compose_run
 from lorasweep.config.method import FullConfig, HeadConfig, IntrinsicConfig
 from lorasweep.errors import RecordError
 from lorasweep.lora import lora_layers
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.models.load import BaseModel, fingerprint_weights
-from lorasweep.record import compute_sha256, read_run
+from lorasweep.record import compute_sha256
 from lorasweep.runs.inspect.inspect_run import (
     build_initial_model,
     inspect_run,
@@ -30,28 +32,15 @@ from lorasweep.training.run_log import RunFolder
 
 from .conftest import edit_json, lora
 
-FILES = {"layers.csv", "spectra.json", "truncation.csv", "summary.json"}
+FILES = {"layers.csv", "spectra.json", "summary.json"}
 
 
 def read_csv(path):
     return list(csv.DictReader(path.read_text().splitlines()))
 
 
-@pytest.mark.parametrize("name", ["lora", "full"])
-def test_the_whole_change_scores_what_the_run_scored_and_none_of_it_less(runs, inputs, name):
-    inspection = inspect_run(runs[name], inputs=inputs)
-    record, frozen = read_run(runs[name]), read_run(runs["frozen"])
-    scores = inspection.scores
-    assert scores[-1].rank == {"lora": 2, "full": 160}[name]
-    assert scores[-1].score == record.score  # the same model on the same batches
-    assert scores[-1].loss == 0
-    if name == "lora":  # under full the norms stay as they were trained
-        assert scores[0].score == pytest.approx(frozen.score, rel=1e-5)
-    assert scores[0].score > scores[-1].score
-
-
-def test_files_hold_what_was_found(runs, inputs):
-    inspection = inspect_run(runs["lora"], inputs=inputs)
+def test_files_hold_what_was_found(runs):
+    inspection = inspect_run(runs["lora"])
     folder = runs["lora"] / "inspect"
     assert {path.name for path in folder.iterdir()} == FILES
     rows = read_csv(folder / "layers.csv")
@@ -62,24 +51,22 @@ def test_files_hold_what_was_found(runs, inputs):
     for row in inspection.layers:
         assert len(spectra[row.layer]) == 2
         assert 1 <= row.energy_rank <= 2
-    ranks = read_csv(folder / "truncation.csv")
-    assert [(int(r["rank"]), float(r["score"])) for r in ranks] == [(row.rank, row.score) for row in inspection.scores]
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["format"], summary["version"]) == ("lorasweep.inspection", 1)
     assert summary["sentences"] == list(inspection.sentences)
 
 
-def test_an_inspection_repeats_to_the_byte(runs, inputs):
-    inspect_run(runs["lora"], inputs=inputs)
+def test_an_inspection_repeats_to_the_byte(runs):
+    inspect_run(runs["lora"])
     before = {path.name: path.read_bytes() for path in (runs["lora"] / "inspect").iterdir()}
-    inspect_run(runs["lora"], inputs=inputs)
+    inspect_run(runs["lora"])
     assert {path.name: path.read_bytes() for path in (runs["lora"] / "inspect").iterdir()} == before
 
 
-def test_a_run_is_like_itself_and_less_like_another(runs, inputs):
-    itself = inspect_run(runs["lora"], other=runs["lora"], inputs=inputs, scores=False)
+def test_a_run_is_like_itself_and_less_like_another(runs):
+    itself = inspect_run(runs["lora"], other=runs["lora"])
     assert all(row.phi == pytest.approx(1) for row in itself.overlaps)
-    inspection = inspect_run(runs["lora"], other=runs["other"], inputs=inputs, scores=False)
+    inspection = inspect_run(runs["lora"], other=runs["other"])
     rows = read_csv(runs["lora"] / "inspect" / "similarity.csv")
     means = {(r["i"], r["j"]): float(r["phi"]) for r in rows if r["layer"] == "mean"}
     assert means.keys() == {(i, j) for i in "12" for j in "1234"}
@@ -87,38 +74,36 @@ def test_a_run_is_like_itself_and_less_like_another(runs, inputs):
     assert str(runs["other"]) in inspection.sentences[-1]
 
 
-def test_lora_and_full_are_compared_layer_by_layer(runs, inputs):
-    inspection = inspect_run(runs["lora"], other=runs["full"], inputs=inputs, scores=False)
+def test_lora_and_full_are_compared_layer_by_layer(runs):
+    inspection = inspect_run(runs["lora"], other=runs["full"])
     assert len({row.layer for row in inspection.overlaps} - {"mean"}) == 28
 
 
-def test_files_of_an_earlier_inspection_that_no_longer_hold_are_removed(runs, inputs):
-    inspect_run(runs["lora"], other=runs["other"], inputs=inputs)
-    inspect_run(runs["lora"], inputs=inputs, scores=False)
-    assert {path.name for path in (runs["lora"] / "inspect").iterdir()} == FILES - {"truncation.csv"}
+def test_files_of_an_earlier_inspection_that_no_longer_hold_are_removed(runs):
+    inspect_run(runs["lora"], other=runs["other"])
+    inspect_run(runs["lora"])
+    assert {path.name for path in (runs["lora"] / "inspect").iterdir()} == FILES
 
 
-def test_inspecting_changes_nothing_else_of_the_run(runs, inputs):
+def test_inspecting_changes_nothing_else_of_the_run(runs):
     before = {path: compute_sha256(path) for path in runs["lora"].rglob("*") if path.is_file()}
-    inspect_run(runs["lora"], inputs=inputs)
+    inspect_run(runs["lora"])
     assert {path: compute_sha256(path) for path in before} == before
 
 
-def test_other_data_than_the_runs_is_said_and_the_rest_still_appears(runs, inputs):
-    edit_json(runs["lora"] / "run.json", lambda raw: raw["data"]["validation"].update(fingerprint="0" * 16))
-    inspection = inspect_run(runs["lora"], inputs=inputs)
-    assert inspection.scores == ()
-    assert any("are not scored" in sentence for sentence in inspection.sentences)
-    assert len(inspection.layers) == 28
+def test_inspecting_needs_no_data(runs):
+    data = as_settings(compose_run({"data": "text", "data.train": "nowhere.txt"}))["data"]
+    edit_json(runs["lora"] / "run.json", lambda raw: raw["config"].update(data=data))
+    assert len(inspect_run(runs["lora"]).layers) == 28
 
 
-def test_a_run_whose_weights_are_the_bases_is_refused(runs, inputs):
+def test_a_run_whose_weights_are_the_bases_is_refused(runs):
     path = runs["lora"] / "best/adapter_model.safetensors"
     tensors = load_file(path)
     save_file({name: tensor * ("lora_A" in name) for name, tensor in tensors.items()}, path)
     edit_json(runs["lora"] / "run.json", lambda raw: raw.update(files={}))
     with pytest.raises(RecordError, match=r"lora'.*equal the base"):
-        inspect_run(runs["lora"], inputs=inputs)
+        inspect_run(runs["lora"])
     assert not (runs["lora"] / "inspect").exists()
 
 
@@ -126,13 +111,13 @@ def test_runs_that_changed_different_layers_are_not_compared(runs, inputs, make_
     for name in ("q_proj", "k_proj"):
         train_run(make_config({"method.targets": [name]}), RunFolder(path=tmp_path / name), inputs=inputs)
     with pytest.raises(RecordError, match=r"k_proj.*`method\.targets`"):
-        inspect_run(tmp_path / "q_proj", other=tmp_path / "k_proj", inputs=inputs, scores=False)
+        inspect_run(tmp_path / "q_proj", other=tmp_path / "k_proj")
 
 
 def test_an_adapter_of_peft_is_inspected_as_what_it_changes(inputs, make_config, tmp_path):
     vera = {"peft_type": "VERA", "r": 8, "d_initial": 1.0, "target_modules": ["q_proj"]}
     train_run(make_config({"method": "peft", "method.config": vera}), RunFolder(path=tmp_path), inputs=inputs)
-    found = inspect_run(tmp_path, inputs=inputs, scores=False)
+    found = inspect_run(tmp_path)
     assert {row.layer for row in found.layers} == {f"model.layers.{n}.self_attn.q_proj" for n in range(4)}
     spectrum = found.spectra["model.layers.0.self_attn.q_proj"]
     # the update has VeRA's rank; the rest is rounding of the merged weight in fp32
@@ -140,10 +125,10 @@ def test_an_adapter_of_peft_is_inspected_as_what_it_changes(inputs, make_config,
     assert fingerprint_weights(inputs.base.model) == inputs.base.fingerprint
 
 
-def test_runs_of_different_bases_are_not_compared(runs, inputs):
+def test_runs_of_different_bases_are_not_compared(runs):
     edit_json(runs["other"] / "run.json", lambda raw: raw["base"].update(fingerprint="f" * 16))
     with pytest.raises(RecordError, match="f" * 16):
-        inspect_run(runs["lora"], other=runs["other"], inputs=inputs, scores=False)
+        inspect_run(runs["lora"], other=runs["other"])
     assert not (runs["lora"] / "inspect").exists()
 
 
@@ -156,13 +141,6 @@ def test_a_restored_model_has_the_best_weights_on_the_shared_base(runs, inputs):
     assert all(layer.lora_b.any() for layer in layers.values())
     name, layer = next(iter(layers.items()))
     assert layer.weight is inputs.base.model.get_submodule(name).weight
-
-
-def test_the_precision_is_that_of_the_run_and_the_device_any(runs):
-    edit_json(runs["lora"] / "run.json", lambda raw: raw["platform"].update(precision="bf16"))
-    edit_json(runs["lora"] / "run.json", lambda raw: raw["config"]["trainer"].update(precision="auto", device="gpu"))
-    trainer = read_finished_run(runs["lora"]).config.trainer
-    assert (trainer.precision, trainer.device) == ("bf16", "auto")
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
@@ -209,7 +187,7 @@ def test_another_base_is_refused(runs, inputs):
 def test_pissa_comes_back_with_the_rank_that_trained(tmp_path, make_config, inputs):
     train_run(make_config({"method.init": "pissa"}), RunFolder(path=tmp_path), inputs=inputs)
     run = read_finished_run(tmp_path)
-    found = measure_run(run, inputs, scores=False)
+    found = measure_run(run, inputs.base)
     assert {row.trained_rank for row in found.layers} == {2}
     for change in read_weight_updates(restore_trained(run, inputs.base), inputs.base.model):
         # what trained is near where it started, the layer's principal part; its difference is what is stored

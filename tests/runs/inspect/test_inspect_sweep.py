@@ -9,9 +9,7 @@ import pytest
 
 from lorasweep.errors import RecordError
 from lorasweep.record import read_sweep, write_record
-from lorasweep.report.figures.weights import read_arm, read_similarity
 from lorasweep.runs.inspect.inspect_sweep import inspect_sweep
-from lorasweep.runs.inspect.truncation import find_enough_rank
 from lorasweep.selection import find_winners
 
 from .conftest import edit_json
@@ -38,8 +36,8 @@ def test_winners_are_the_best_complete_trials_of_arms_that_train(sweep):
     assert find_winners(record)["lora"] is None
 
 
-def test_winners_are_inspected_and_compared(sweep, inputs):
-    found = inspect_sweep(sweep, inputs=inputs, scores=False)
+def test_winners_are_inspected_and_compared(sweep):
+    found = inspect_sweep(sweep)
     assert set(found.inspections) == {"lora", "full"}
     best = find_winners(read_sweep(sweep))
     for arm in ("lora", "full"):
@@ -53,54 +51,40 @@ def test_winners_are_inspected_and_compared(sweep, inputs):
     assert {row["layer"] for row in rows} == {"mean"}
 
 
-def test_more_pairs_than_anybody_reads_are_counted(sweep, inputs, monkeypatch):
+def test_more_pairs_than_anybody_reads_are_counted(sweep, monkeypatch):
     monkeypatch.setattr("lorasweep.runs.inspect.inspect_sweep.MAX_PAIRS", 0)
-    found = inspect_sweep(sweep, inputs=inputs, scores=False)
+    found = inspect_sweep(sweep)
     assert found.sentences[-1] == "`inspect/similarity.csv` compares 1 more pairs of winners."
 
 
-def test_a_winner_that_is_damaged_is_a_sentence_and_the_others_are_inspected(sweep, inputs):
+def test_a_winner_that_is_damaged_is_a_sentence_and_the_others_are_inspected(sweep):
     weights = sweep / find_winners(read_sweep(sweep))["lora"].run / "best/adapter_model.safetensors"
     weights.write_bytes(b"no")
-    found = inspect_sweep(sweep, inputs=inputs, scores=False)
+    found = inspect_sweep(sweep)
     assert set(found.inspections) == {"full"}
     assert any("Arm `lora` can't be inspected:" in sentence for sentence in found.sentences)
 
 
-def test_winners_of_different_bases_are_not_compared(sweep, inputs):
+def test_winners_of_different_bases_are_not_compared(sweep):
     folder = sweep / find_winners(read_sweep(sweep))["full"].run
     edit_json(folder / "run.json", lambda raw: raw["base"].update(fingerprint="f" * 16))
-    found = inspect_sweep(sweep, inputs=inputs, scores=False)
-    assert set(found.inspections) == {"lora"}  # the given base is not the other's
+    found = inspect_sweep(sweep)
+    assert set(found.inspections) == {"lora"}  # the base that is loaded is not the recorded one
     assert any("f" * 16 in sentence for sentence in found.sentences)
 
 
-def test_a_run_outside_the_sweep_is_not_touched(sweep, inputs, runs):
+def test_a_run_outside_the_sweep_is_not_touched(sweep, runs):
     def lead_outside(record):
         next(trial for trial in record.trials if trial.arm == "full").run = f"../{runs['full'].name}"
 
     change_record(sweep, lead_outside)
-    found = inspect_sweep(sweep, inputs=inputs, scores=False)
+    found = inspect_sweep(sweep)
     assert any("../full" in sentence for sentence in found.sentences)
     assert not (runs["full"] / "inspect").exists()
 
 
-def test_a_sweep_without_a_winner_is_refused(sweep, inputs):
+def test_a_sweep_without_a_winner_is_refused(sweep):
     change_record(sweep, lambda record: [setattr(trial, "state", "pruned") for trial in record.trials])
     with pytest.raises(RecordError, match="trained winner"):
-        inspect_sweep(sweep, inputs=inputs)
+        inspect_sweep(sweep)
     assert not (sweep / "inspect").exists()
-
-
-def test_the_report_reads_what_was_written(sweep, inputs):
-    found = inspect_sweep(sweep, inputs=inputs)
-    assert set(read_similarity(sweep / "inspect")) == {("lora", "full")}
-    best = find_winners(read_sweep(sweep))
-    for arm, inspection in found.inspections.items():
-        weights = read_arm(arm, sweep / best[arm].run / "inspect")
-        shares = [row.norm_share for row in inspection.layers if row.block is not None]
-        assert sum(weights.share_by_block.values()) == pytest.approx(sum(shares))
-        assert list(weights.truncation.values()) == [row.score for row in inspection.scores]
-        assert weights.enough_rank == find_enough_rank(inspection.scores).rank
-        assert weights.spectrum[1] == 1  # relative to the first of each layer
-        assert weights.sentences == inspection.sentences

@@ -34,6 +34,7 @@ class Simulation:
     """Puts the slots into another order before each report."""
     curve: Callable[[Assignment, int], float] = lambda a, step: abs(a.params.get("optim.lr", 0.01) - 0.02) + 1 / step
     loss: Callable[[Assignment, int], float] = lambda a, step: a.params.get("optim.lr", 0.01) + 1 / step
+    score_on_test: Callable[[Assignment], float] = lambda assignment: 1.0
     steps: dict[str, int] = field(default_factory=dict)
     """Steps done of each run, by its folder's name; what checkpoints are in a real sweep."""
 
@@ -80,6 +81,7 @@ class Simulation:
             metric="bits_per_byte",
             direction="minimize",
             best={"bits_per_byte": best, "step": step},
+            test={"bits_per_byte": self.score_on_test(assignment)} if assignment.reads_test else {},
             steps_planned=LAST,
             steps_done=step,
             trainable_params=1000 * getattr(assignment.config.method, "rank", 0),
@@ -126,11 +128,19 @@ def resume(open_controller: Callable[[SweepFolder], Controller]) -> Callable[[Pa
     return lambda path: open_controller(reopen_sweep(path))
 
 
-def make_arm(space: Space, sampler: SamplerConfig, *, name: str = "lora", trials: int = 16, seed: int = 0) -> Arm:
+def make_arm(
+    space: Space,
+    sampler: SamplerConfig,
+    *,
+    name: str = "lora",
+    trials: int = 16,
+    seed: int = 0,
+    confirm_each: str | None = None,
+) -> Arm:
     """An arm that is asked for proposals."""
     sweep_config = default_sweep_config()
     sweep_config = replace(sweep_config, sampler=sampler, sweep=replace(sweep_config.sweep, seed=seed))
-    return Arm(name=name, settings={}, space=space, trials=trials, sweep_config=sweep_config)
+    return Arm(name=name, settings={}, space=space, trials=trials, sweep_config=sweep_config, confirm_each=confirm_each)
 
 
 @cache

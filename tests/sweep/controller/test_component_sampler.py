@@ -21,7 +21,7 @@ from lorasweep.sweep.controller.proposals import propose
 SPACE = {
     "method.rank": CategoricalDistribution([16, 1, 4]),
     "optim.lr": FloatDistribution(1e-4, 1e-2, log=True),
-    "method.dim": IntDistribution(1, 50),
+    "trainer.max_steps": IntDistribution(1, 50),
 }
 HUB = "lorasweep.sweep.controller.component_sampler.OptunaHubSampler"
 
@@ -57,7 +57,7 @@ def search(sampler, *, trials, space=SPACE, seed=0, arm="lora"):
         named("optuna.samplers.QMCSampler", qmc_type="halton"),
         named(
             "optuna.samplers.PartialFixedSampler",
-            fixed_params={"method.dim": 7},
+            fixed_params={"trainer.max_steps": 7},
             base_sampler={"_target_": "optuna.samplers.TPESampler", "n_startup_trials": 2},
         ),
     ],
@@ -70,7 +70,7 @@ def test_a_sampler_of_optunas_proposes_the_same_from_the_same_seed(sampler):
     assert len({tuple(params.values()) for params in first}) > 6
     assert all(params["method.rank"] in (1, 4, 16) and 1e-4 <= params["optim.lr"] <= 1e-2 for params in first)
     if sampler.name == "PartialFixedSampler":
-        assert {params["method.dim"] for params in first} == {7}
+        assert {params["trainer.max_steps"] for params in first} == {7}
 
 
 def test_what_a_sampler_keeps_of_trials_is_handed_to_it_again():
@@ -87,7 +87,7 @@ def test_what_a_sampler_keeps_of_the_study_is_handed_to_it_again():
 
 
 def test_every_combination_comes_once_from_brute_force():
-    space = {"method.rank": CategoricalDistribution([1, 4]), "method.dim": IntDistribution(1, 3)}
+    space = {"method.rank": CategoricalDistribution([1, 4]), "trainer.max_steps": IntDistribution(1, 3)}
     params, _ = search(named("optuna.samplers.BruteForceSampler"), trials=6, space=space)
     assert len({tuple(p.values()) for p in params}) == 6
 
@@ -105,7 +105,7 @@ def test_paused_running_and_infeasible_trials_are_shown_as_they_are():
     sys.modules["spy_sampler"] = module
     set_trusted(["spy_sampler"])
     module.__spec__ = sys.spec if hasattr(sys, "spec") else __spec__
-    params = {"method.rank": 4, "optim.lr": 1e-3, "method.dim": 5}
+    params = {"method.rank": 4, "optim.lr": 1e-3, "trainer.max_steps": 5}
     history = [
         create_trial(state=TrialState.PRUNED, params=params, distributions=SPACE, intermediate_values={5: 1.5}),
         create_trial(state=TrialState.RUNNING, params=params, distributions=SPACE),

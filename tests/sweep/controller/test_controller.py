@@ -40,7 +40,7 @@ def states(found):
     return [state for *_, state, _ in found]
 
 
-@pytest.mark.parametrize("pruner", ["halving", "median", "none"])
+@pytest.mark.parametrize("pruner", ["halving", "none"])
 def test_the_order_of_slots_changes_nothing(simulate, content, pruner):
     content["settings"] = {k: v for k, v in content["settings"].items() if not k.startswith("pruner")}
     content["settings"] |= {"pruner": pruner}

@@ -99,11 +99,12 @@ def test_a_new_winner_is_chosen_and_confirmed_on_the_same_seeds_and_runs_of_the_
     record = read_sweep(folder.path)
     winner = find_winners(record)["lora"]
     assert winner.number >= 6 > best
-    assert {row.seed for row in list_confirm_rows("lora", winner, record=record)} == set(before.confirm_seeds)
+    assert {row.seed for row in list_confirm_rows("lora", record=record)} == set(before.confirm_seeds)
+    assert [row.trial for row in record.settings if row.subject == "lora"] == [winner.number]
     assert [row for row in record.confirm if row in before.confirm] == before.confirm
     assert len({row.run for row in record.confirm}) == len(record.confirm)
     shown = load_sweep(folder.path).confirm_dataframe()
-    assert set(shown[shown.arm == "lora"].trial) == {winner.number}
+    assert set(shown[shown.subject == "lora"]["optim.lr"]) == {winner.params["optim.lr"]}
     (warning,) = [warning for warning in record.warnings if "scored on test data" in warning]
     assert "`lora`" in warning
     reopened = reopen_sweep(folder.path)

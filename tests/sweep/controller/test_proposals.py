@@ -40,6 +40,7 @@ SPACE = {
     "method.alpha_over_rank": CategoricalDistribution([1, 2, 4]),
     "optim.lr": FloatDistribution(1e-4, 1e-2, log=True),
 }
+AT_ONE_ALPHA = {key: SPACE[key] for key in ("method.rank", "optim.lr")}
 SAMPLERS = {
     "tpe": ModelBasedSampler(name="tpe", startup_trials=None),
     "gp": ModelBasedSampler(name="gp", startup_trials=None),
@@ -71,12 +72,14 @@ def make_trial(params, *, space=SPACE, state=TrialState.COMPLETE, **told):
 
 
 def bowl(params):
-    """A loss that is lowest at rank 8 and lr 1e-3."""
-    return 1 + (math.log10(params["optim.lr"]) + 3) ** 2 + 0.1 * (math.log2(params.get("method.rank", 8)) - 3) ** 2
+    """A loss that is lowest at rank 8 and, at α = 16, lr 1e-3. At other α it follows the rate law."""
+    return 1 + distance(params) ** 2 + 0.1 * (math.log2(params.get("method.rank", 8)) - 3) ** 2
 
 
 def distance(params):
-    return abs(math.log10(params["optim.lr"]) + 3)
+    """Decades to the best learning rate."""
+    alpha = params["method.alpha_over_rank"] * params["method.rank"] if "method.alpha_over_rank" in params else 16
+    return abs(math.log10(params["optim.lr"] * math.sqrt(alpha / 16)) + 3)
 
 
 def cover(num, *, arm="lora", space=SPACE, **how):
@@ -174,7 +177,7 @@ def test_no_value_is_drawn_at_random_behind_our_back(sampler, monkeypatch):
         raise AssertionError("drawn at random")
 
     monkeypatch.setattr(optuna.samplers.RandomSampler, "sample_independent", refuse)
-    space = SPACE | {"method.init": CategoricalDistribution(["a", "b"])}
+    space = SPACE | {"method.init": CategoricalDistribution(["default", "gaussian"])}
     search(sampler, num=6, trials=6, space=space)
 
 
@@ -187,9 +190,9 @@ def test_a_model_goes_where_results_are_good(sampler, direction):
     sign = 1 if direction == "minimize" else -1
     found, covering = [], []
     for arm in "abcdefgh":
-        history = [make_trial(trial.params, value=sign * trial.value) for trial in cover(12, arm=arm)]
-        found.append(distance(ask(history, sampler=sampler, arm=arm, direction=direction)))
-        covering.append(distance(ask(number=12, arm=arm)))
+        history = [make_trial(t.params, value=sign * t.value) for t in cover(12, arm=arm, space=AT_ONE_ALPHA)]
+        found.append(distance(ask(history, sampler=sampler, arm=arm, direction=direction, space=AT_ONE_ALPHA)))
+        covering.append(distance(ask(number=12, arm=arm, space=AT_ONE_ALPHA)))
     # Sobol points lie half a decade off in the mean; a model that has learned nothing does too
     assert statistics.mean(found) < 0.5 * statistics.mean(covering)
 
@@ -201,9 +204,9 @@ def test_a_paused_trial_and_one_with_an_evaluation_count_as_partial_results(samp
     for arm in "abcdefgh":
         history = [
             make_trial(trial.params, state=state, intermediate_values={20: trial.value + 1, 40: trial.value + 0.5})
-            for trial in cover(12, arm=arm)
+            for trial in cover(12, arm=arm, space=AT_ONE_ALPHA)
         ]
-        found.append(distance(ask(history, sampler=sampler, arm=arm)))
+        found.append(distance(ask(history, sampler=sampler, arm=arm, space=AT_ONE_ALPHA)))
     assert statistics.mean(found) < 0.25  # half of that of Sobol points, as above
 
 
@@ -230,7 +233,7 @@ def test_a_gaussian_process_does_not_take_an_early_value_for_a_late_one():
 @pytest.mark.parametrize("sampler", ["tpe", pytest.param("gp", marks=pytest.mark.slow)])
 def test_what_does_not_fit_in_memory_is_proposed_less(sampler):
     """Though the loss is lowest at the smallest rank that does not fit."""
-    space = {key: SPACE[key] for key in ("method.rank", "optim.lr")}
+    space = AT_ONE_ALPHA
     tried = {}
     for state in (TrialState.PRUNED, TrialState.FAIL):
         told = {"state": state, "constraints": {"memory": 1.0}} if state == TrialState.PRUNED else {"state": state}
@@ -242,8 +245,8 @@ def test_what_does_not_fit_in_memory_is_proposed_less(sampler):
         too_large = [trial.params["method.rank"] >= 8 for trial in history]
         assert sum(too_large[:12]) == 6, "half of the ranks, while points cover"
         tried[state] = sum(too_large[12:])
-    # of 28, on 6 seeds: 7 to 12 where they are told as infeasible, 17 to 28 as failed, from which nothing is learned
-    assert tried[TrialState.PRUNED] < 14 < tried[TrialState.FAIL]
+    # of 28, on several seeds: 7 to 12 where they are told as infeasible, 14 to 28 as failed: nothing is learned from it
+    assert tried[TrialState.PRUNED] < min(tried[TrialState.FAIL], 14)
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "qmc", "random", "grid"])
@@ -268,8 +271,8 @@ def test_numbers_are_ordered_and_other_choices_are_not():
 
     space = {
         "method.rank": CategoricalDistribution([8, 1, 64]),
-        "method.init": CategoricalDistribution(["b", "a"]),
-        "method.bias": CategoricalDistribution([True, False]),
+        "method.init": CategoricalDistribution(["gaussian", "default"]),
+        "trainer.progress": CategoricalDistribution([True, False]),
         "optim.lr": SPACE["optim.lr"],
     }
     history = [make_trial(ask(space=space, number=number), space=space) for number in range(4)]
@@ -279,8 +282,8 @@ def test_numbers_are_ordered_and_other_choices_are_not():
     assert seen == {
         "method.rank": IntDistribution(0, 2),
         "method.init": CategoricalDistribution([0, 1]),
-        "method.bias": CategoricalDistribution([0, 1]),
-        "optim.lr": SPACE["optim.lr"],
+        "trainer.progress": CategoricalDistribution([0, 1]),
+        "optim.lr": FloatDistribution(1e-4 * math.sqrt(16), 1e-2 * math.sqrt(16), log=True),  # u at α = 16
     }
 
 
@@ -297,7 +300,7 @@ def test_proposals_are_of_the_user_s_own_choices_and_ranges(sampler):
         "e": IntDistribution(0, 100, step=25),
         "f": FloatDistribution(0, 1, step=0.25),
         "g": IntDistribution(7, 7),
-        "optim.lr": SPACE["optim.lr"],
+        "rate": SPACE["optim.lr"],
     }
     history = []
     for _ in range(10):
@@ -309,7 +312,7 @@ def test_proposals_are_of_the_user_s_own_choices_and_ranges(sampler):
         assert type(params["d"]) is int
         assert params["e"] in range(0, 101, 25)
         assert params["f"] in (0, 0.25, 0.5, 0.75, 1)
-        history.append(make_trial(params, space=space, value=bowl(params)))
+        history.append(make_trial(params, space=space, value=math.log10(params["rate"]) ** 2))
     if sampler == "qmc":
         assert {repr(trial.params["a"]) for trial in history} == {"True", "1", "1.0", "None", "'1'"}
 
@@ -349,7 +352,7 @@ def test_every_point_of_a_small_space_is_tried_before_one_is_repeated(sampler):
 def test_a_grid_is_each_combination_once_in_an_order_of_the_seed():
     space = {
         "method.rank": CategoricalDistribution([1, 2, 4]),
-        "method.init": CategoricalDistribution(["a", "b"]),
+        "method.init": CategoricalDistribution(["default", "gaussian"]),
         "optim.lr": FloatDistribution(0.1, 0.3, step=0.1),
     }
     orders = {}
@@ -360,7 +363,7 @@ def test_a_grid_is_each_combination_once_in_an_order_of_the_seed():
             params = ask(history, space=space, sampler="grid", seed=seed)
             history.append(make_trial(params, space=space, state=state))
         orders[seed] = [tuple(trial.params.values()) for trial in history]
-    assert set(orders[0]) == set(itertools.product(["a", "b"], [1, 2, 4], [0.1, 0.2, 0.3]))
+    assert set(orders[0]) == set(itertools.product(["default", "gaussian"], [1, 2, 4], [0.1, 0.2, 0.3]))
     assert len(set(orders[0])) == len(orders[0])
     assert sorted(orders[0]) == sorted(orders[1])
     assert orders[0] != orders[1]
@@ -377,7 +380,8 @@ SCRIPT = """
 import json, optuna
 from test_proposals import *
 optuna.logging.set_verbosity(optuna.logging.ERROR)
-space = SPACE | {"method.init": CategoricalDistribution(["a", "b"]), "x": CategoricalDistribution([True, False])}
+switches = {"method.init": ["default", "gaussian"], "trainer.progress": [True, False]}
+space = SPACE | {key: CategoricalDistribution(choices) for key, choices in switches.items()}
 grid = {key: range_ for key, range_ in space.items() if key != "optim.lr"}
 found = {sampler: search(sampler, num=7, trials=8, space=space) for sampler in ("tpe", "gp", "qmc", "random")}
 found["grid"] = [ask(space=grid, sampler="grid", arm=arm) for arm in "abc"]
@@ -401,7 +405,7 @@ def test_other_processes_with_other_hash_seeds_propose_the_same():
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "qmc", "random"])
 def test_the_order_of_keys_and_choices_in_the_file_changes_nothing(sampler):
-    space = SPACE | {"method.init": CategoricalDistribution(["a", "b"])}
+    space = SPACE | {"method.init": CategoricalDistribution(["default", "gaussian"])}
     turned = {
         key: CategoricalDistribution(d.choices[::-1]) if isinstance(d, CategoricalDistribution) else d
         for key, d in reversed(space.items())

@@ -22,12 +22,16 @@ def confirming(three_arms):
 
 
 def rows_of(path):
-    return [(row.arm, row.trial, row.seed, row.state, row.run, row.value) for row in read_sweep(path).confirm]
+    return [(row.subject, row.setting, row.seed, row.state, row.run, row.value) for row in read_sweep(path).confirm]
 
 
 def counts(path):
     arms = [row.arm for row in read_sweep(path).confirm]
     return {arm: arms.count(arm) for arm in arms}
+
+
+def settings_of(path):
+    return {row.subject: row for row in read_sweep(path).settings}
 
 
 def best_of(record, arm):
@@ -48,7 +52,7 @@ def test_each_arms_best_settings_run_on_the_same_fresh_seeds(begin, work, runs, 
         for number, row in enumerate(rows):
             assert (row.state, row.reason, row.run) == ("complete", None, f"runs/{arm}-confirm-{number:04d}")
             winner = best_of(record, arm)
-            assert row.trial == winner.number
+            assert (row.subject, settings_of(folder.path)[arm].trial) == (arm, winner.number)
             config = runs.configs[folder.path / row.run]
             assert config.optim.lr == winner.params["optim.lr"]
             assert getattr(config.method, "rank", None) == winner.params.get("method.rank")
@@ -188,7 +192,7 @@ def test_paused_trials_are_pruned_before_the_confirm_stage_and_none_of_them_is_a
     assert "paused" in seen[0]
     assert all(seen[number] == {"complete", "pruned"} for number in range(1, 8))
     states = {(row.arm, row.number): row.state for row in read_sweep(folder.path).trials}
-    assert {states[row.arm, row.trial] for row in read_sweep(folder.path).confirm} == {"complete"}
+    assert {states[row.arm, row.trial] for row in read_sweep(folder.path).settings} == {"complete"}
     assert {row.state for row in read_sweep(folder.path).confirm} == {"complete"}  # no rungs here
 
 
@@ -284,7 +288,7 @@ def test_an_arm_without_a_complete_trial_is_left_out_and_said_so(begin, work, ru
     assert work(folder)
     assert counts(folder.path) == {"frozen": 1, "lora": 3}
     for _ in range(2):  # once in the record, also after the sweep is resumed
-        assert sum("Arm `full` has no complete trial" in said for said in read_sweep(folder.path).warnings) == 1
+        assert sum("`full` has no trial with a score" in said for said in read_sweep(folder.path).warnings) == 1
         assert work(reopen_sweep(folder.path))
 
 

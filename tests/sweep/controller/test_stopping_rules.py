@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorasweep.sweep.controller.stopping_rules import Halving, MedianOfPeers, StoppingRule
+from lorasweep.sweep.controller.stopping_rules import Halving, StoppingRule
 
 
 def ranked(*values, losses=None):
@@ -30,13 +30,3 @@ def test_so_many_survive_at_least_once_all_have_arrived(count, expected):
     rule = Halving(rungs=(20,), reduction_factor=4, min_survivors=4)
     assert rule.count_kept(ranked(*range(count)), all_arrived=True) == expected
     assert rule.count_kept(ranked(*range(count)), all_arrived=False) == count // 4
-
-
-def test_the_median_is_that_of_all_peers_and_waits_for_enough_of_them():
-    rule = MedianOfPeers(rungs=(20,), min_trials=4)
-    assert rule.count_kept(ranked(1.0, 2.0, 3.0), all_arrived=False) == 0
-    assert rule.count_kept(ranked(1.0, 2.0, 3.0), all_arrived=True) == 2
-    assert rule.count_kept(ranked(1.0, 2.0, 3.0, 4.0), all_arrived=False) == 2
-    assert rule.count_kept(ranked(1.0, 2.0, 2.0, 2.0), all_arrived=False) == 4
-    # of equal trials, those whose loss is no better than the median's
-    assert rule.count_kept(ranked(1.0, 2.0, 2.0, 2.0, losses=[5.0, 3.0, 1.0, 2.0]), all_arrived=False) == 2

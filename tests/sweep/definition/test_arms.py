@@ -103,11 +103,11 @@ def test_trials_are_set_for_all_arms_with_a_space_or_for_one(read, content):
 
 
 def test_sweep_settings_are_set_for_all_arms(read, content):
-    definition = read(content, "sampler=qmc", "pruner=median", "pruner.min_trials=3", "sweep.seed=7")
+    definition = read(content, "sampler=qmc", "pruner=halving", "pruner.reduction_factor=3", "sweep.seed=7")
     for sweep_config in (definition.sweep_config, *(arm.sweep_config for arm in definition.arms)):
-        assert (sweep_config.sampler.name, sweep_config.pruner.name, sweep_config.pruner.min_trials) == (
+        assert (sweep_config.sampler.name, sweep_config.pruner.name, sweep_config.pruner.reduction_factor) == (
             "qmc",
-            "median",
+            "halving",
             3,
         )
         assert sweep_config.sweep.seed == 7
@@ -130,9 +130,7 @@ def test_an_arms_own_sweep_settings_beat_the_files_and_the_command_line_beats_bo
     ("set_in_file", "word", "name"),
     [
         ({"pruner.reduction_factor": 4}, "pruner=none", "none"),
-        ({"pruner.rungs": [0.5], "pruner.reduction_factor": 4}, "pruner=median", "median"),
-        ({"pruner": "median", "pruner.min_trials": 2}, "pruner=halving", "halving"),
-        ({"pruner": "median", "pruner.min_trials": 2}, "arms.lora.pruner=none", "none"),
+        ({"pruner.rungs": [0.5], "pruner.reduction_factor": 4}, "arms.lora.pruner=none", "none"),
         ({"sampler.startup_trials": 7}, "sampler=random", "random"),
         ({"sampler.startup_trials": 7}, "arms.lora.sampler=qmc", "qmc"),
         ({"schedule.warmup_fraction": 0.5}, "schedule=constant", "constant"),
@@ -152,14 +150,14 @@ def test_another_option_of_a_group_has_its_own_defaults(read, content, set_in_fi
 
 
 def test_the_option_that_a_file_has_already_keeps_what_the_file_set(read, content):
-    content["settings"] |= {"pruner": "median", "pruner.min_trials": 3, "schedule.warmup_fraction": 0.5}
-    lora = arms_of(read(content, "pruner=median", "schedule=linear"))["lora"]
-    assert lora.sweep_config.pruner.min_trials == 3
+    content["settings"] |= {"pruner": "halving", "pruner.reduction_factor": 3, "schedule.warmup_fraction": 0.5}
+    lora = arms_of(read(content, "pruner=halving", "schedule=linear"))["lora"]
+    assert lora.sweep_config.pruner.reduction_factor == 3
     assert lora.corners[0].schedule.warmup_fraction == 0.5
 
 
 def test_what_is_set_beside_another_option_stays(read, content):
-    content["settings"] |= {"pruner": "median", "pruner.min_trials": 2}
+    content["settings"] |= {"pruner": "none"}
     lora = arms_of(read(content, "pruner.reduction_factor=4", "pruner=halving"))["lora"]
     assert (lora.sweep_config.pruner.name, lora.sweep_config.pruner.reduction_factor) == ("halving", 4)
 
@@ -382,3 +380,75 @@ def test_an_arm_can_be_typed(read, content):
     assert arms_of(definition)["dora"].space == {"optim.lr": CategoricalDistribution([0.01, 0.02])}
     assert arms_of(definition)["dora"].compose({"optim.lr": 0.02}).method.variant == "dora"
     assert restore_definition(definition.raw, source=definition.source) == definition
+
+
+def subjects_of(definition, arm="lora"):
+    return list(definition.find_arm(arm).subjects.items())
+
+
+def test_each_value_of_confirm_each_is_a_subject_and_numbers_ascend(read, content):
+    assert subjects_of(read(content)) == [("lora", None)]
+    content["arms"]["lora"] |= {"space": {"method.rank": [16, 1, 4], "optim.lr": [0.01]}, "confirm_each": "method.rank"}
+    assert subjects_of(read(content)) == [("lora-rank-1", 1), ("lora-rank-4", 4), ("lora-rank-16", 16)]
+    content["arms"]["lora"] |= {"space": {"method.targets": ["mlp", "attention"]}, "confirm_each": "method.targets"}
+    assert [value for _, value in subjects_of(read(content))] == ["mlp", "attention"]
+
+
+def test_confirm_each_is_set_on_the_command_line_and_taken_back(read, content):
+    definition = read(content, "arms.lora.confirm_each=method.rank")
+    assert subjects_of(definition) == [("lora-rank-1", 1), ("lora-rank-2", 2), ("lora-rank-4", 4)]
+    assert subjects_of(restore_definition(json.loads(json.dumps(definition.raw)), source=None)) == subjects_of(
+        definition
+    )
+    content["arms"]["lora"]["confirm_each"] = "method.rank"
+    assert subjects_of(read(content, "arms.lora.confirm_each=null")) == [("lora", None)]
+
+
+@pytest.mark.parametrize("key", ["method.alpha", "method.alpha_over_rank"])
+def test_confirm_each_of_alpha_means_its_multiplier_where_that_is_swept(read, content, key):
+    content["arms"]["lora"] |= {
+        "space": {"method.alpha": {"over_rank": [2, 1]}, "optim.lr": [0.01, 0.02]},
+        "confirm_each": key,
+    }
+    definition = read(content)
+    assert [value for _, value in subjects_of(definition)] == [1, 2]
+    assert definition.find_arm("lora").confirm_each == "method.alpha_over_rank"
+
+
+@pytest.mark.parametrize(
+    ("key", "remedy"),
+    [
+        ("method.rnak", "method.rank"),  # the nearest swept key
+        ("method.alpha", "Add the key to `space`"),
+        ("optim.lr", "list"),
+        ("method.bias", "at least two choices"),
+        (3, "3"),
+    ],
+)
+def test_a_key_that_can_not_be_confirmed_one_by_one_is_refused_with_what_to_do(read, content, key, remedy):
+    content["arms"]["lora"] |= {"confirm_each": key}
+    content["arms"]["lora"]["space"]["method.bias"] = ["none"]
+    with pytest.raises(ConfigError) as raised:
+        read(content)
+    assert "confirm_each" in str(raised.value)
+    assert str(key) in str(raised.value)
+    assert remedy in str(raised.value)
+
+
+def test_confirm_each_of_a_key_that_an_override_fixes_is_refused(read, content):
+    content["arms"]["lora"]["confirm_each"] = "method.rank"
+    with pytest.raises(ConfigError, match=r"arms\.lora\.confirm_each"):
+        read(content, "method.rank=2")
+
+
+def test_values_whose_subjects_would_have_one_name_are_refused(read, content):
+    content["arms"]["lora"] |= {"space": {"method.alpha": [1.0001, 1.0002]}, "confirm_each": "method.alpha"}
+    with pytest.raises(ConfigError, match=r"confirm_each"):
+        read(content)
+
+
+def test_a_subject_may_not_have_the_name_of_an_arm(read, content):
+    content["arms"]["lora"]["confirm_each"] = "method.rank"
+    content["arms"]["lora-rank-2"] = {"settings": {"method": "lora"}}
+    with pytest.raises(ConfigError, match=r"lora-rank-2"):
+        read(content)

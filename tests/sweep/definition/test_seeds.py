@@ -9,7 +9,7 @@ import pytest
 from lorasweep.config.run import SEED_KEYS
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.definition.seeds import arm_seeds, draw_confirm_seeds
+from lorasweep.sweep.definition.seeds import draw_confirm_seeds, has_fixed_score
 
 SEEDS_OF_0 = [253181, 295403, 688465]
 
@@ -34,9 +34,12 @@ def test_seeds_stay_what_they_were(define):
     assert draw_confirm_seeds(define("confirm.seeds=3")) == SEEDS_OF_0
 
 
-def test_five_seeds_are_the_default(three_arms, write_file):
+def test_by_default_there_are_seeds_for_every_look(three_arms, write_file):
     del three_arms["settings"]["confirm.seeds"]
-    assert len(draw_confirm_seeds(read_definition(write_file(three_arms), []))) == 5
+    definition = read_definition(write_file(three_arms), [])
+    looks = definition.sweep_config.confirm.list_looks()
+    assert len(looks) > 1
+    assert len(draw_confirm_seeds(definition)) == looks[-1]
 
 
 @pytest.mark.parametrize("key", ["seed", "seeds.init", "seeds.data_order", "seeds.dropout"])
@@ -62,7 +65,7 @@ def test_a_seed_sets_every_source_of_chance(make_config):
     assert {f"seeds.{name}" for name in dataclasses.asdict(config.seeds)} | {"seed"} == set(SEED_KEYS)
 
 
-def test_what_no_seed_changes_is_scored_once(define):
-    arms = {arm.name: arm for arm in define().arms}
-    assert arm_seeds(arms["frozen"], [3, 4]) == [3]
-    assert arm_seeds(arms["lora"], [3, 4]) == [3, 4]
+def test_seeds_make_no_difference_to_the_frozen_base_of_a_language_model_alone(define):
+    fixed = {arm.name: has_fixed_score(arm) for arm in define().arms}
+    assert fixed.pop("frozen")
+    assert not any(fixed.values())

@@ -28,7 +28,7 @@ def test_a_fair_sweep_is_not_warned_of(warnings):
 
 
 def test_a_fixed_alpha_is_warned_of_where_the_rank_is_searched(warnings):
-    (warning,) = warnings({"space": {"method.rank": [1, 64], "optim.lr": RATES}})
+    (warning,) = [said for said in warnings({"space": {"method.rank": [1, 64]}}) if "method.alpha" in said]
     assert "`method.alpha` of `lora` is 16" in warning
     assert "α/r = 16 at rank 1 and 0.25 at rank 64" in warning
     assert "`method.alpha: {over_rank: 2}`" in warning
@@ -41,6 +41,7 @@ def test_a_fixed_alpha_is_warned_of_where_the_rank_is_searched(warnings):
         {"space": {"method.rank": [1, 64], "method.alpha": {"over_rank": [1, 2]}, "optim.lr": RATES}},
         {"space": SEARCHED, "settings": {"method": "lora", "method.alpha": {"over_rank": 2}}},
         {"space": SEARCHED, "settings": {"method.scaling": "alpha_over_sqrt_rank"}},
+        {"space": SEARCHED},  # the learning rate makes up for α
         {"space": {"method.rank": [8], "optim.lr": RATES}},
         {"space": {"optim.lr": RATES}, "settings": {"method.rank": 64}},
     ],
@@ -94,8 +95,22 @@ def test_a_margin_that_no_arm_can_measure_is_warned_of(warnings, content, method
     assert warnings({}, "confirm.seeds=0") == []
 
 
+@pytest.mark.parametrize("method", ["full", "frozen"])
+def test_the_smallest_value_of_an_arm_alone_needs_a_margin_too(write_file, content, method):
+    content["arms"] = {name: arm for name, arm in content["arms"].items() if name in ("lora", method)}
+    overrides = ["confirm.seeds=3", "arms.lora.confirm_each=method.rank"]
+
+    def found(*more):
+        return [w for w in find_warnings(read_definition(write_file(content), [*overrides, *more])) if "margin" in w]
+
+    assert len(found()) == 1
+    assert found("confirm.margin=0.01") == []
+    content["arms"].pop(method)
+    assert len(found()) == 1
+
+
 def test_warnings_are_in_the_record(begin, content):
-    folder = begin(content, "arms.lora.trials=9")
+    folder = begin(content, "arms.lora.trials=9", "arms.full.trainer.max_steps=16")
     folder.close()
     assert folder.record.warnings == find_warnings(folder.definition)
     assert len(folder.record.warnings) == 2

@@ -128,7 +128,7 @@ def test_the_total_is_kept_with_failures_pruning_and_infeasible_trials_among_the
         return config.optim.lr * step
 
     runs.score = score
-    content["settings"] |= {"pruner": "median", "pruner.min_fraction": 0.0, "pruner.min_trials": 2}
+    content["settings"] |= {"pruner": "halving"}
     folder = begin(content, "arms.lora.trials=10")
     assert work(folder)
     states = counts(folder.path)["lora"]
@@ -150,9 +150,7 @@ def test_a_trial_that_does_not_fit_is_told_to_the_sampler_as_infeasible(begin, w
     content["arms"] = {"full": content["arms"]["full"] | {"trials": 2}}
     folder = begin(content)
     assert work(folder)
-    study = optuna.load_study(
-        study_name="full", storage=open_storage(folder.definition.sweep_config.storage, folder.path)
-    )
+    study = optuna.load_study(study_name="full", storage=open_storage(folder.path))
     assert [trial.constraints for trial in study.get_trials()] == [{"memory": 1.0}] * 2
 
 

@@ -36,9 +36,10 @@ def table_of(path):
     assert record.status == "complete"
     rows = [(row.arm, row.number, row.params, row.state, row.value, row.reason) for row in record.trials]
     reruns = record.confirm
-    rows += [(row.arm, row.trial, row.seed, row.state, row.value, row.reason) for row in reruns]
+    rows += [(row.subject, row.setting, row.seed, row.state, row.value, row.reason) for row in reruns]
     runs = [read_run(path / row.run) for row in (*record.trials, *reruns)]
-    return rows, [(run.status, run.best, run.steps_done, run.test) for run in runs]
+    states = [(run.status, run.best, run.steps_done, run.test) for run in runs]
+    return rows, states, record.settings, record.looks_done
 
 
 TABLES = {}
@@ -167,9 +168,7 @@ def test_a_worker_killed_while_it_tells_of_a_failure_leaves_no_trial_half_told(
         work(folder)
     assert work(reopen_sweep(folder.path))
     assert [(row.params, row.state, row.value, row.reason) for row in read_sweep(folder.path).trials] == expected
-    trials = optuna.load_study(
-        study_name="lora", storage=open_storage(folder.definition.sweep_config.storage, folder.path)
-    )
+    trials = optuna.load_study(study_name="lora", storage=open_storage(folder.path))
     assert all(trial.state.is_finished() for trial in trials.get_trials())
     told = [trial.constraints for trial in trials.get_trials()]
     assert told == [{"memory": 1.0} if state == "infeasible" else {} for _, state, _, _ in expected]

@@ -1,10 +1,11 @@
-"""Results of the confirm stage: means with intervals, paired differences, verdicts, and shares of full's gain.
+"""Results of the confirm stage: the scores of subjects, and the answers to the questions of the sweep.
 
-scores       scores by arm and seed, and bootstrap draws over groups of test examples
-estimates    means, differences and ratios of arms with their confidence distributions
-equivalence  the margin, tests against it, and the number of seeds that would settle a verdict
-verdicts     the evidence of one sweep: its arms, and a verdict on every pair of arms
-ranks        the smallest rank that is shown to be sufficient
+scores      test scores by subject and seed, for each group of test examples
+estimates   means, differences and ratios with their intervals
+looks       the level of each planned look
+questions   the verdict on each subject of each question
+confirm     reads the scores from a sweep's folder and answers the questions
+evidence    everything that the report shows of the confirm stage
 
-These are pure functions of numbers: nothing here knows records. docs/evidence.md explains the choices.
+docs/evidence.md explains the choices.
 """

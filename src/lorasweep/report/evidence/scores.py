@@ -1,31 +1,21 @@
-"""Test scores by arm and seed, and the scores that the runs would have on resampled groups of test examples."""
+"""Scores on test data of the runs of the confirm stage: one number per run and group of test examples."""
 
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
 
 Array = NDArray[np.float64]
 RunKey = tuple[str, int]
-"""Arm and seed of a confirm run."""
+"""Subject and seed of a confirm run."""
 UNBOUNDED = (-math.inf, math.inf)
 """The range of a metric without limits."""
-
-DEFAULT_DRAWS = 4000
-BOOTSTRAP_SEED = 1979
-"""The seed of the bootstrap is fixed, so that a report shows the same numbers each time it is written."""
-MAX_DRAWN_GROUPS = 50_000_000
-"""The bootstrap draws at most this many groups in all: with more than 12,500 groups it makes fewer draws."""
-MIN_DRAWS = 500
-DRAWS_PER_CHUNK = 250
-"""The bootstrap makes this many draws at once, which bounds its memory."""
 RELATIVE_TOLERANCE = 1e-3
 """The mean of the examples may differ from the run's score by this: decimals and the order of the sum round it."""
 
@@ -52,20 +42,27 @@ class ExampleScores:
 class ConfirmScores:
     """The scores of the confirm stage."""
 
-    values: Mapping[str, Mapping[int, float]]
-    """Per arm and seed, the score on test data."""
-    deterministic: frozenset[str]
-    """The arms in which the seed makes no difference: the frozen base."""
-    deviations: Mapping[RunKey, Array]
-    """Per arm and seed, (draws,) the score on resampled groups less the score. All runs share the draws."""
+    values: Mapping[str, Mapping[int, Array]]
+    """Per subject and seed, (groups,) the mean score of each group. With `shares`, their mean is the run's score."""
+    shares: Array
+    """(groups,) The share of each group in the score; they add up to 1."""
     num_examples: int
-    """The number of test examples; 0 if no scores of single examples are known."""
-    num_groups: int
-    """The number of groups of test examples; `num_examples` if each example is a group."""
+    """The number of test examples; 0 if no scores of single examples are known. Then there is one group."""
     problems: tuple[str, ...]
     """One sentence for each run whose scores of single examples are not used, or if all examples are in one group."""
     score_range: tuple[float, float] = UNBOUNDED
     """The lowest and the highest possible score."""
+    search_errors: Mapping[str, float] = field(default_factory=dict)
+    """Per subject, how much better its best setting is expected to be than the confirmed one, by the search's model."""
+
+    @property
+    def num_groups(self) -> int:
+        """The number of groups of test examples; 0 if no scores of single examples are known."""
+        return len(self.shares) if self.num_examples else 0
+
+    def score(self, subject: str, seed: int) -> float:
+        """Returns the score of a run."""
+        return float(self.values[subject][seed] @ self.shares)
 
 
 def read_examples(path: Path) -> ExampleScores:
@@ -95,90 +92,70 @@ def build_scores(
     values: Mapping[RunKey, float],
     examples: Mapping[RunKey, ExampleScores],
     *,
-    deterministic: frozenset[str] = frozenset(),
+    deterministic: Collection[str] = (),
     is_perplexity: bool = False,
     score_range: tuple[float, float] = UNBOUNDED,
-    draws: int = DEFAULT_DRAWS,
+    problems: Sequence[str] = (),
+    search_errors: Mapping[str, float] | None = None,
 ) -> ConfirmScores:
-    """Returns the scores of the confirm stage. Examples that don't fit the run's score or the first run are skipped.
+    """Returns the scores of the confirm stage; `problems` are sentences on files that could not be read.
 
-    `deterministic` are the arms in which the seed makes no difference. Perplexity is exp of the examples' mean.
-    `score_range` has the lowest and the highest possible score.
+    The scores of examples are used if every run has them and they fit the run's score and each other: a comparison of
+    two runs needs both. Perplexity is exp of the examples' mean; its groups get the values of a linear approximation.
+    The one run of a subject in `deterministic`, for which a seed makes no difference, stands beside every seed.
+    `score_range` has the lowest and the highest possible score. `search_errors` are those of `ConfirmScores`.
     """
-    by_arm: dict[str, dict[int, float]] = {}
-    for (arm, seed), value in values.items():
-        by_arm.setdefault(arm, {})[seed] = value
-    known = {key: found for key, found in examples.items() if key in values}
-    first = next(iter(known.values()), None)
-    usable, problems = {}, []
-    for (arm, seed), found in known.items():
-        problem = _find_mismatch(found, values[arm, seed], first or found, is_perplexity=is_perplexity)
-        if problem:
-            problems.append(f"The scores of single examples of `{arm}`, seed {seed}, are not used: {problem}.")
-        else:
-            usable[arm, seed] = found
-    used = next(iter(usable.values()), None)
-    if used is not None and len(set(used.groups)) == 1:
-        # One group says nothing about another. Its examples at least say something about the rest of the group.
-        problems.append(
-            f"All {len(used.rows)} test examples are in one group, such as one document. Intervals take them as "
-            "independent, and hold for this group alone."
+    first = next(iter(examples.values()), None)
+    mismatches = []
+    for (subject, seed), value in values.items() if first else ():
+        found = examples.get((subject, seed))
+        reason = (
+            "it has none"
+            if found is None
+            else _find_mismatch(found, value, first or found, is_perplexity=is_perplexity)
         )
-        usable = {key: replace(found, groups=found.rows) for key, found in usable.items()}
-        used = replace(used, groups=used.rows)
+        if reason:
+            mismatches.append(
+                f"The scores of single examples are not used, because those of `{subject}`, seed {seed}, do not fit: "
+                f"{reason}."
+            )
+    notes = [*problems, *mismatches[:1]]
+    groups: tuple[str, ...] = ()
+    if first is not None and not mismatches:
+        groups = first.groups
+        if len(set(groups)) == 1:
+            # One group says nothing about another. Its examples at least say something about the rest of the group.
+            groups = first.rows
+            notes.append(
+                f"All {len(groups)} test examples are in one group, such as one document. Intervals take them as "
+                "independent, and hold for this group alone."
+            )
+    by_subject: dict[str, dict[int, Array]] = {}
+    names, owners = np.unique(groups, return_inverse=True)
+    shares = np.ones(1)
+    if first is not None and groups:
+        totals = np.bincount(owners, weights=first.weights, minlength=len(names))
+        kept = totals > 0
+        shares = totals[kept] / totals.sum()
+    for (subject, seed), value in values.items():
+        means = np.array([value])
+        if groups and first is not None:
+            scores = examples[subject, seed].scores
+            means = np.bincount(owners, weights=scores * first.weights, minlength=len(names))[kept] / totals[kept]
+            if is_perplexity:
+                means = value * (1 + means - means @ shares)
+        by_subject.setdefault(subject, {})[seed] = means
+    for subject in by_subject.keys() & set(deterministic):
+        (means,) = list(by_subject[subject].values())[:1]
+        by_subject[subject] = {seed: means for runs in list(by_subject.values()) for seed in runs}
     return ConfirmScores(
-        values=by_arm,
-        deterministic=deterministic,
-        deviations=draw_deviations(usable, draws=draws, is_perplexity=is_perplexity),
-        num_examples=len(used.rows) if used else 0,
-        num_groups=len(set(used.groups)) if used else 0,
-        problems=tuple(problems),
+        values=by_subject,
+        shares=shares,
+        num_examples=len(groups),
+        problems=tuple(notes),
         score_range=score_range,
+        search_errors=search_errors or {},
     )
-
-
-def draw_deviations(
-    examples: Mapping[RunKey, ExampleScores], *, draws: int = DEFAULT_DRAWS, is_perplexity: bool = False
-) -> dict[RunKey, Array]:
-    """Returns per run (draws,) its mean over groups drawn with replacement, less its mean.
-
-    All examples of a drawn group come together (cluster bootstrap, Davison and Hinkley 1997, section 3.8).
-    """
-    if not examples:
-        return {}
-    first = next(iter(examples.values()))
-    names, group_of_example = np.unique(first.groups, return_inverse=True)
-    columns = np.column_stack([*(found.scores * first.weights for found in examples.values()), first.weights])
-    sums = np.zeros((len(names), columns.shape[1]))
-    np.add.at(sums, group_of_example, columns)
-    draws = min(draws, max(MIN_DRAWS, MAX_DRAWN_GROUPS // len(names)))
-    rng = np.random.default_rng(BOOTSTRAP_SEED)
-    chunks = [_draw_means(sums, min(DRAWS_PER_CHUNK, draws - done), rng) for done in range(0, draws, DRAWS_PER_CHUNK)]
-    means = np.concatenate(chunks)  # (draws, runs)
-    centre = sums[:, :-1].sum(axis=0) / sums[:, -1].sum()
-    deviations = (means - centre) * stretch_factor(len(names))
-    if is_perplexity:
-        deviations = np.exp(centre + deviations) - np.exp(centre)
-    return {key: deviations[:, index] for index, key in enumerate(examples)}
-
-
-def stretch_factor(num_groups: int) -> float:
-    """Returns the factor that makes the deviations of a bootstrap over few groups wide enough.
-
-    The variance of a resampled mean is too small by 1 - 1/G, and its percentiles are those of a normal distribution
-    instead of a t distribution with G - 1 degrees of freedom (Hesterberg 2015, section 5.3).
-    """
-    return math.sqrt(num_groups / (num_groups - 1)) * float(stdtrit(num_groups - 1, 0.975) / stdtrit(math.inf, 0.975))
-
-
-def _draw_means(columns: Array, draws: int, rng: np.random.Generator) -> Array:
-    """Returns (draws, runs) weighted means of resampled rows of `columns` (groups, runs + 1); the last is weights."""
-    count = len(columns)
-    # How often each group was drawn: one matrix product then sums all runs over the same groups.
-    counts = [np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(draws)]
-    sums = np.array(counts, dtype=np.float64) @ columns
-    totals = np.where(sums[:, -1:] > 0, sums[:, -1:], 1.0)
-    return sums[:, :-1] / totals
 
 
 def _find_mismatch(found: ExampleScores, value: float, first: ExampleScores, *, is_perplexity: bool) -> str | None:

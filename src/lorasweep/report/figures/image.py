@@ -12,6 +12,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator, StrMethodFormatter
 
 WIDTH_INCHES = 6.0
 """Narrow, so that the text is large beside the figure: TensorBoard shows images about 350 pixels wide."""
@@ -19,7 +20,7 @@ PAGE_PIXELS_PER_INCH = 100
 """Turns a figure's height in the page, in pixels, into that of its image."""
 PIXELS_PER_INCH = 150
 DASHES = {"dot": ":", "dash": "--"}
-MARKERS = {"x-thin-open": "x"}
+MARKERS = {"x-thin-open": "x", "diamond-open": "D"}
 """Plotly's symbols that are not circles, by matplotlib's names."""
 GREY = "#868e96"
 
@@ -48,12 +49,18 @@ def draw_png(figure: go.Figure, *, title: str) -> bytes:
             settings[f"{name}scale"] = "log"
         if axis.tickvals:
             settings |= {f"{name}ticks": axis.tickvals, f"{name}ticklabels": axis.ticktext}
-            axes.minorticks_off()
         if axis.type == "category":
             settings[f"{name}margin"] = 0.3
         if axis.range:
             settings[f"{name}lim"] = axis.range
         axes.set(**settings)
+        drawn = getattr(axes, f"{name}axis")
+        if axis.tickvals:
+            drawn.set_minor_locator(NullLocator())  # after the scale, which sets its own
+        elif axis.type == "log":  # matplotlib's own labels of powers are formulas
+            drawn.set_major_formatter(StrMethodFormatter("{x:g}"))
+        elif (axis.tickformat or "").endswith("%"):
+            drawn.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.4g}%"))
     if layout.xaxis.nticks:
         axes.locator_params(axis="x", nbins=layout.xaxis.nticks)
     if axes.get_legend_handles_labels()[1]:
@@ -66,14 +73,9 @@ def draw_png(figure: go.Figure, *, title: str) -> bytes:
 def _draw_scatter(axes: Axes, trace: Any) -> None:
     y = [math.nan if value is None else value for value in trace.y]
     colour = trace.marker.color or trace.line.color
-    if trace.fill == "toself":
-        axes.fill(trace.x, y, color=colour, alpha=trace.opacity, linewidth=0)
-        return
-    axes.errorbar(
+    axes.plot(
         trace.x,
         y,
-        xerr=_list_errors(trace.error_x),
-        yerr=_list_errors(trace.error_y),
         color=colour,
         alpha=trace.opacity or trace.marker.opacity,
         linestyle=DASHES.get(trace.line.dash, "-") if "lines" in trace.mode else "none",
@@ -81,14 +83,9 @@ def _draw_scatter(axes: Axes, trace: Any) -> None:
         drawstyle="steps-post" if trace.line.shape == "hv" else "default",
         marker=MARKERS.get(trace.marker.symbol, "o") if "markers" in trace.mode else None,
         markersize=trace.marker.size and 0.7 * trace.marker.size,
-        markerfacecolor="none" if trace.marker.symbol == "circle-open" else None,
+        markerfacecolor="none" if (trace.marker.symbol or "").endswith("-open") else None,
         label=html.unescape(trace.name) if trace.showlegend else None,
     )
-
-
-def _list_errors(bars: Any) -> list[list[float]] | None:
-    """Returns the lengths of error bars below and above each value."""
-    return [[length or 0.0 for length in side] for side in (bars.arrayminus, bars.array)] if bars.visible else None
 
 
 def _draw_bars(axes: Axes, trace: Any) -> None:
@@ -118,7 +115,11 @@ def _draw_heat_map(axes: Axes, trace: Any) -> None:
 def _draw_shape(axes: Axes, shape: Any) -> None:
     """Draws a line or a band across the whole figure."""
     if shape.type == "rect":
-        axes.axhspan(shape.y0, shape.y1, color=shape.fillcolor, alpha=shape.opacity, linewidth=0)
+        look = {"color": shape.fillcolor, "alpha": shape.opacity, "linewidth": 0}
+        if shape.yref.endswith("domain"):  # all of the height
+            axes.axvspan(shape.x0, shape.x1, **look)
+        else:
+            axes.axhspan(shape.y0, shape.y1, **look)
         return
     draw, position = (axes.axhline, shape.y0) if shape.y0 == shape.y1 else (axes.axvline, shape.x0)
     draw(position, color=shape.line.color, linewidth=shape.line.width, linestyle=DASHES.get(shape.line.dash, "-"))

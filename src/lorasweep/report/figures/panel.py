@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import quote
 
 import plotly.graph_objects as go
 
-from lorasweep.report.sweep_data import ArmData, SweepData, TrialData, find_metric_range
-from lorasweep.wording import format_metric, format_score, format_setting, format_settings
+from lorasweep.report.evidence.estimates import Interval
+from lorasweep.report.sweep_data import SweepData, TrialData
+from lorasweep.wording import format_metric, format_score, format_settings
 
 METHOD_COLOURS = {"frozen": "#868e96", "full": "#d9622b", "lora": "#3578c6"}
 """Colours that hold on light and on dark paper."""
 OTHER_COLOURS = ("#159588", "#9a63c4", "#b8901f", "#c94f7c", "#5f9e3f", "#2fa3c4", "#a8714a", "#7a7fd0")
-REFERENCES = (("frozen", "frozen base", "top right"), ("full", "full fine-tuning", "bottom left"))
-"""Methods whose score is drawn as a horizontal line: method, label, and where the label is clear of curves."""
+RAMPS = (("#2fb5c4", "#7d3fc8"), ("#a3ad28", "#1c7a80"))
+"""The first and the last colour of the values of an arm's key, smallest value first: one pair for each such arm."""
 MAX_LARGE_POINTS = 200
 """Points are drawn smaller and fainter if there are more than this, so that they don't hide each other."""
 MAX_FIGURE_POINTS = 2_000
 """A figure has at most about this many points or lines: more make the page slow to open."""
+MAX_BAR_SPANS = 0.5
+"""An axis shows the ends of intervals up to this multiple of the range of scores beyond it. Intervals of two seeds may
+be so wide that nothing else could be seen."""
 DEFAULT_HEIGHT_PX = 400
+PIXELS_PER_CHARACTER = 8
+"""The width of a character of the names beside a figure, rounded up."""
 
 T = TypeVar("T")
 Point = tuple[Any, TrialData, float]
@@ -44,13 +50,28 @@ class Panel:
 
 
 def choose_colours(data: SweepData) -> dict[str, str]:
-    """Returns the colour of each arm: its method's colour, or a free colour if another arm has that already."""
+    """Returns the colour of each arm, and of each value of a `confirm_each` key.
+
+    An arm has its method's colour, or a free colour if another arm has that already. Values are shades of a ramp.
+    """
     colours: dict[str, str] = {}
-    free = iter(OTHER_COLOURS * (1 + len(data.arms) // len(OTHER_COLOURS)))
-    for arm in data.arms:
-        colour = METHOD_COLOURS.get(arm.row.method)
-        colours[arm.name] = colour if colour and colour not in colours.values() else next(free)
+    free = iter(OTHER_COLOURS * (1 + len(data.searches) // len(OTHER_COLOURS)))
+    for search in data.searches:
+        colour = METHOD_COLOURS.get(search.row.method)
+        colours[search.name] = colour if colour and colour not in colours.values() else next(free)
+    split = [search.name for search in data.searches if search.row.confirm_each]
+    for place, name in enumerate(split):
+        subjects = [arm.name for arm in data.arms if arm.arm == name]
+        colours |= zip(subjects, _spread_colours(len(subjects), RAMPS[place % len(RAMPS)]), strict=True)
     return colours
+
+
+def _spread_colours(count: int, ramp: tuple[str, str]) -> list[str]:
+    """Returns colours that lead from one end of a ramp to the other."""
+    first, last = ([int(end[place : place + 2], 16) for place in (1, 3, 5)] for end in ramp)
+    shares = [place / max(count - 1, 1) for place in range(count)]
+    mixed = [[round(a + share * (b - a)) for a, b in zip(first, last, strict=True)] for share in shares]
+    return [f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in mixed]
 
 
 def escape(text: object) -> str:
@@ -70,10 +91,12 @@ def build_label(trial: TrialData) -> str:
     return "<br>".join(escape(line) for line in lines)
 
 
-def list_points(arm: ArmData, key: str, *, is_stopped: bool = False) -> list[Point]:
-    """Returns an arm's complete trials with their value of a setting; with `is_stopped` those stopped early."""
-    trials = [trial for trial in arm.trials if (trial.is_stopped_early if is_stopped else trial.is_complete)]
-    return [(trial.numeric_setting(key), trial, trial.value) for trial in trials if trial.value is not None]
+def list_points(
+    trials: Iterable[TrialData], find_x: Callable[[TrialData], float | None], *, is_stopped: bool = False
+) -> list[Point]:
+    """Returns the complete trials whose x value is positive; with `is_stopped` those that were stopped early."""
+    chosen = [trial for trial in trials if (trial.is_stopped_early if is_stopped else trial.is_complete)]
+    return [(x, trial, trial.value) for trial in chosen if trial.value is not None and (x := find_x(trial) or 0.0) > 0]
 
 
 def select_evenly(groups: Sequence[Sequence[T]], *, key: Any, max_items: int) -> tuple[list[Sequence[T]], str]:
@@ -117,13 +140,6 @@ def build_figure(data: SweepData, *, x_title: str, y_title: str | None = None, *
     return figure
 
 
-def build_rank_figure(data: SweepData, ranks: Iterable[float], *, y_title: str | None = None) -> go.Figure:
-    """Returns an empty figure over rank, with a tick at each rank."""
-    figure, ticks = build_figure(data, x_title="rank (log scale)", y_title=y_title), sorted(set(ranks))
-    figure.update_xaxes(type="log", tickvals=ticks, ticktext=[format_setting(rank) for rank in ticks])
-    return figure
-
-
 def set_score_axis(figure: go.Figure, data: SweepData, scores: Sequence[float]) -> str:
     """Sets the range of scores, so that outliers don't flatten the rest, and draws the base's and full's scores.
 
@@ -133,17 +149,38 @@ def set_score_axis(figure: go.Figure, data: SweepData, scores: Sequence[float]) 
     if limits is None:
         return ""
     figure.update_yaxes(range=limits)
-    for method, label, position in REFERENCES:
-        score, colour = data.best_score(method), METHOD_COLOURS[method]
-        if score is not None:
-            figure.add_hline(
-                y=score,
-                line={"color": colour, "width": 1.2, "dash": "dot"},
-                annotation={"text": label, "font": {"color": colour, "size": 12}},
-                annotation_position=position,
-            )
+    scores_by_method = {method: data.best_score(method) for method in ("full", "frozen")}
+    add_references(figure, {name: (name, score) for name, score in scores_by_method.items() if score is not None})
     cut = sum(not limits[0] <= score <= limits[1] for score in scores)
     return f" {cut} {'value lies' if cut == 1 else 'values lie'} outside the range shown." if cut else ""
+
+
+def add_references(figure: go.Figure, references: Mapping[str, tuple[str, float]]) -> None:
+    """Adds a line across the figure for each method, with its name and score at the right.
+
+    Args:
+        figure: The figure, whose range of scores is set.
+        references: For each method the name and the score. One outside the range has a name with an arrow and no line.
+    """
+    low, high = figure.layout.yaxis.range
+    highest, width = max((score for _, score in references.values()), default=0.0), 12
+    for method, (name, score) in references.items():
+        arrow, colour = "↑ " if score > high else "↓ " if score < low else "", METHOD_COLOURS[method]
+        text = f"{arrow}{escape(name)} {format_score(score)}"
+        width = max(width, PIXELS_PER_CHARACTER * len(text))
+        if not arrow:
+            figure.add_hline(y=score, line={"color": colour, "width": 1.2, "dash": "dot"})
+        figure.add_annotation(
+            x=1,
+            y=min(max(score, low), high),
+            xref="paper",
+            xanchor="left",
+            yanchor="bottom" if score == highest else "top",  # so that the names of close lines are apart
+            text=text,
+            font={"color": colour, "size": 12},
+            showarrow=False,
+        )
+    figure.update_layout(margin={"r": width})
 
 
 def find_score_range(data: SweepData, scores: Sequence[float]) -> tuple[float, float] | None:
@@ -165,13 +202,20 @@ def find_score_range(data: SweepData, scores: Sequence[float]) -> tuple[float, f
     elif len(signed) >= 10:
         worst = min(worst, signed[int(0.9 * (len(signed) - 1))])
     low, high = sorted((data.sign * best, data.sign * worst))
-    return pad_range(low, high, limits=find_metric_range(data.record))
+    return pad_range(low, high, limits=data.metric_range)
 
 
 def pad_range(low: float, high: float, *, limits: tuple[float, float]) -> tuple[float, float]:
     """Returns a range with a margin at both ends, which goes up to the limits."""
     pad = 0.06 * (high - low) or 0.05 * abs(low) or 1.0
     return max(low - pad, limits[0]), min(high + pad, limits[1])
+
+
+def find_bar_range(scores: Sequence[float], ends: Sequence[float], *, limits: tuple[float, float]) -> Interval:
+    """Returns the range of an axis that shows all scores, and the ends of intervals that are not far from them."""
+    low, high = min(scores), max(scores)
+    reach = MAX_BAR_SPANS * (high - low) or math.inf
+    return pad_range(max(min([low, *ends]), low - reach), min(max([high, *ends]), high + reach), limits=limits)
 
 
 def add_points(figure: go.Figure, points: Sequence[Point], colour: str, name: str, **trace: Any) -> None:
@@ -204,38 +248,39 @@ def add_line(
     figure.add_scatter(x=list(x), y=list(y), line=line, name=escape(name), legendgroup=escape(name), **settings)
 
 
-def add_bars(figure: go.Figure, shares: Sequence[tuple[str, float]], colour: str, name: str) -> None:
-    """Adds horizontal bars of named shares."""
-    figure.update_xaxes(tickformat=".0%", rangemode="tozero")
-    figure.add_bar(
-        x=[share for _, share in shares],
-        y=[escape(key) for key, _ in shares],
-        orientation="h",
-        name=escape(name),
-        marker={"color": colour},
-        hovertemplate="%{y}: %{x:.1%}<extra></extra>",
-    )
-
-
-def add_ring(figure: go.Figure, x: Any, y: float | None, colour: str, name: str) -> None:
-    """Adds a ring around a point."""
+def add_mark(
+    figure: go.Figure, x: Any, y: float | None, colour: str, name: str, *, symbol: str = "circle-open", text: str = ""
+) -> None:
+    """Adds a large open symbol around a point, with a hover text if one is given."""
     figure.add_scatter(
         x=[x],
         y=[y],
         mode="markers",
         legendgroup=escape(name),
         showlegend=False,
-        marker={"color": colour, "symbol": "circle-open", "size": 16, "line": {"width": 2.2}},
-        hoverinfo="skip",
+        marker={"color": colour, "symbol": symbol, "size": 16, "line": {"width": 2.2}},
+        text=[text],
+        hovertemplate="%{text}<extra></extra>" if text else None,
+        hoverinfo=None if text else "skip",
+        cliponaxis=False,
     )
 
 
-def add_heat_map(
-    figure: go.Figure, x: Sequence[str], y: Sequence[str], z: Sequence[Sequence[Any]], **trace: Any
+def add_estimate(
+    figure: go.Figure, x: Any, y: Any, interval: Interval | None, colour: str, name: str, *, text: str, along: str = "y"
 ) -> None:
-    """Adds a heat map over two axes of categories, darker for lower values."""
-    colours = [[0, "#174a86"], [0.5, "#7db0e2"], [1, "#dce9f7"]]
-    bar = {"thickness": 12, "outlinewidth": 0} | trace.pop("colorbar", {})
-    figure.add_heatmap(x=x, y=y, z=z, hoverongaps=False, xgap=3, ygap=3, colorscale=colours, colorbar=bar, **trace)
-    figure.update_xaxes(type="category", showgrid=False, categoryorder="array", categoryarray=x)
-    figure.update_yaxes(type="category", showgrid=False, categoryorder="array", categoryarray=y)
+    """Adds a dot with a hover text, and an interval along one axis as a bar, which need not be around the dot."""
+    if interval is not None:
+        bar = {"x": [x, x], "y": [y, y]} | {along: list(interval)}
+        add_line(figure, bar["x"], bar["y"], colour, name, line={"width": 4}, opacity=0.6)
+    figure.add_scatter(
+        x=[x],
+        y=[y],
+        mode="markers",
+        legendgroup=escape(name),
+        showlegend=False,
+        marker={"color": colour, "size": 11},
+        text=[escape(text)],
+        hovertemplate="%{text}<extra></extra>",
+        cliponaxis=False,
+    )

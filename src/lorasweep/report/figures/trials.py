@@ -1,30 +1,29 @@
-"""Figures of trials: score by rank, against the learning rate, over training steps, and against cost."""
+"""Figures of trials: score against the learning rate, over training steps, and against cost."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from lorasweep.report.advice import advise
-from lorasweep.report.figures.confirmed import draw_confirmed_by_rank, name_rank_group
 from lorasweep.report.figures.panel import (
     Panel,
     Point,
     add_line,
+    add_mark,
     add_points,
-    add_ring,
     build_figure,
     build_label,
     build_link,
-    build_rank_figure,
     choose_colours,
     list_points,
     select_evenly,
     select_points,
     set_score_axis,
 )
-from lorasweep.report.sweep_data import LR, RANK, SweepData, group_by_rank
+from lorasweep.report.sweep_data import ALPHA, LR, ArmData, SweepData, TrialData
+from lorasweep.selection import find_winner
 
 MAX_CURVES = 500
 """A figure has at most about this many curves: among more, nobody can tell one from another."""
@@ -39,59 +38,55 @@ COSTS = (
 """The field of a run's record, the value of one unit on the axis, and the axis title."""
 
 
-def draw_score_by_rank(data: SweepData) -> Panel:
-    """Returns each complete trial's score at its rank, with a line through the best of each rank."""
-    title, colours = "Score by rank", choose_colours(data)
-    lines = _group_points_by_line(data)
-    ranks = {rank for points in lines.values() for rank, _, _ in points}
-    if len(ranks) < 2:
-        text = "No two ranks have a complete trial, so there is nothing to compare."
-        return Panel(key="rank", title=title, text=text)
-    figure = build_rank_figure(data, ranks)
-    shown, left_out = select_points([*lines.values()], data)
-    for ((name, arm), points), dots in zip(lines.items(), shown, strict=True):
-        add_points(figure, dots, colours[arm], name)
-        # Sorted by falling quality within a rank, so that the best score of each rank is the last one kept.
-        best = {rank: score for rank, _, score in sorted(points, key=lambda p: (p[0], -data.sign * p[2]))}
-        add_line(figure, [*best], [*best.values()], colours[arm], f"{name}: best", showlegend=True, line={"width": 2.5})
-    cut = set_score_axis(figure, data, [score for points in lines.values() for _, _, score in points])
-    return Panel(
-        key="rank",
-        title=title,
-        text=f"Each dot is a complete trial; the line joins the best of each rank.{left_out}{cut}",
-        figures=(figure, *draw_confirmed_by_rank(data)),
-        notes=tuple(rank.sentence for rank in advise(data).ranks),
-    )
-
-
 def draw_score_by_lr(data: SweepData) -> Panel:
-    """Returns score against learning rate for each arm that swept it, with its best trial."""
-    title, colours = "Score against learning rate", choose_colours(data)
-    arms = [arm for arm in data.arms if len({lr for lr, _, _ in list_points(arm, LR)}) > 1]
-    if not arms:
+    """Returns score against learning rate: a figure for each arm with `confirm_each`, one for all others."""
+    title, figures, left_out = "Score against learning rate", [], ""
+    searches = [arm for arm in data.searches if len({lr for lr, _, _ in list_points(arm.trials, _find_lr)}) > 1]
+    if not searches:
         return Panel(key="lr", title=title, text="No arm has complete trials at two learning rates.")
-    figure = build_figure(data, x_title="learning rate (log scale)")
+    split = [[arm for arm in data.arms if arm.arm == search.name] for search in searches]
+    groups = [[one for arms in split if len(arms) == 1 for one in arms], *(arms for arms in split if len(arms) > 1)]
+    for group in filter(None, groups):
+        figure, note = _draw_rates(group, data)
+        figures.append(figure)
+        left_out = left_out or note
+    text = (
+        "Dots are complete trials, crosses the best value so far of trials that were stopped early. A ring is the "
+        "trial whose setting was chosen, a diamond a setting that no trial has, with the score that the search's model "
+        f"predicts. u = lr · √α is used where α varies, because the best u is nearly the same at every α.{left_out}"
+    )
+    return Panel(key="lr", title=title, text=text, figures=tuple(figures))
+
+
+def _draw_rates(arms: Sequence[ArmData], data: SweepData) -> tuple[go.Figure, str]:
+    """Returns a figure of score against rate, and a sentence about points that it does not show or an empty text."""
+    alphas = {trial.numeric_setting(ALPHA) for arm in arms for trial in arm.trials if trial.value is not None}
+    has_u = len(alphas) > 1 and None not in alphas
+    figure = build_figure(data, x_title=f"{'u = lr · √α' if has_u else 'learning rate'} (log scale)")
     figure.update_xaxes(type="log", exponentformat="e", dtick=1, minor={"ticks": "outside"})
-    complete = [list_points(arm, LR) for arm in arms]
-    stopped = [list_points(arm, LR, is_stopped=True) for arm in arms]
+    find_x, colours = _find_u if has_u else _find_lr, choose_colours(data)
+    complete = [list_points(arm.trials, find_x) for arm in arms]
+    stopped = [list_points(arm.trials, find_x, is_stopped=True) for arm in arms]
     shown, left_out = select_points([*complete, *stopped], data)
     for arm, dots, crosses in zip(arms, shown[: len(arms)], shown[len(arms) :], strict=True):
         colour = colours[arm.name]
         add_points(figure, dots, colour, arm.name, showlegend=True)
         add_points(figure, crosses, colour, arm.name, marker={"symbol": "x-thin-open"})
-        if arm.best:
-            add_ring(figure, arm.best.numeric_setting(LR), arm.best.value, colour, arm.name)
+        if arm.best and (x := find_x(arm.best)):
+            symbol = "diamond-open" if arm.best.is_predicted else "circle-open"
+            add_mark(figure, x, arm.best.value, colour, arm.name, symbol=symbol, text=build_label(arm.best))
     cut = set_score_axis(figure, data, [score for points in (*complete, *stopped) for _, _, score in points])
-    return Panel(
-        key="lr",
-        title=title,
-        text=(
-            "Dots are complete trials, rings the best trial of each arm, crosses the best value so far of trials that "
-            f"were stopped early.{left_out}{cut}"
-        ),
-        figures=(figure,),
-        notes=tuple(rate.sentence for rate in advise(data).rates),
-    )
+    return figure, f"{left_out}{cut}"
+
+
+def _find_lr(trial: TrialData) -> float | None:
+    return trial.numeric_setting(LR)
+
+
+def _find_u(trial: TrialData) -> float | None:
+    """Returns the coordinate of the rate law."""
+    lr, alpha = trial.numeric_setting(LR), trial.numeric_setting(ALPHA)
+    return lr * math.sqrt(alpha) if lr and alpha and alpha > 0 else None
 
 
 def draw_learning_curves(data: SweepData) -> Panel:
@@ -100,8 +95,13 @@ def draw_learning_curves(data: SweepData) -> Panel:
     arms = [arm for arm in data.arms if any(len(trial.curve) > 1 for trial in arm.trials)]
     if not arms:
         return Panel(key="curves", title=title, text="No run has two evaluations, so there is no curve to draw.")
-    others = [[t for t in arm.trials if t is not arm.best and t.curve and t.value is not None] for arm in arms]
-    shown, left_out = select_evenly(others, key=lambda t: data.sign * t.value, max_items=MAX_CURVES)
+    # no predicted setting: its run has another seed, so its curve is not comparable with those of the search
+    winners = [find_winner(arm.trials, record=data.record) for arm in arms]
+    others = [
+        [trial for trial in arm.trials if trial is not best and trial.curve and trial.value is not None]
+        for arm, best in zip(arms, winners, strict=True)
+    ]
+    shown, left_out = select_evenly(others, key=lambda trial: data.sign * trial.value, max_items=MAX_CURVES)
     figure = build_figure(data, x_title="training step")
     for arm, trials in zip(arms, shown, strict=True):
         x: list[int | None] = []
@@ -114,24 +114,24 @@ def draw_learning_curves(data: SweepData) -> Panel:
         add_line(figure, x, y, colours[arm.name], arm.name, line={"width": 1}, opacity=0.35)
         stopped = [(t.curve[-1][0], t, t.curve[-1][1]) for t in trials if t.is_stopped_early]
         add_points(figure, stopped, colours[arm.name], arm.name, marker={"symbol": "x-thin-open"})
-    for arm in arms:  # after the faint curves, so that the bold ones lie above them
-        if arm.best:
+    for arm, best in zip(arms, winners, strict=True):  # after the faint curves, so that the bold ones lie above them
+        if best:
             add_line(
                 figure,
-                [step for step, _ in arm.best.curve],
-                [score for _, score in arm.best.curve],
+                [step for step, _ in best.curve],
+                [score for _, score in best.curve],
                 colours[arm.name],
                 arm.name,
                 line={"width": 3},
                 showlegend=True,
                 hoverinfo=None,
-                customdata=[build_link(arm.best.run)] * len(arm.best.curve),
-                hovertemplate=f"step %{{x}}: %{{y:.4f}}<br>{build_label(arm.best)}<extra></extra>",
+                customdata=[build_link(best.run)] * len(best.curve),
+                hovertemplate=f"step %{{x}}: %{{y:.4f}}<br>{build_label(best)}<extra></extra>",
             )
     cut = set_score_axis(figure, data, [score for arm in arms for trial in arm.trials for _, score in trial.curve])
     text = (
-        f"Validation score over training: the best trial of each arm bold, the others faint. Crosses are trials that "
-        f"were paused or pruned.{left_out}{cut}"
+        f"Validation score over training: the best trial of each arm or value bold, the others faint. Crosses are "
+        f"trials that were paused or pruned.{left_out}{cut}"
     )
     return Panel(key="curves", title=title, text=text, figures=(figure,))
 
@@ -140,8 +140,7 @@ def draw_tradeoff(data: SweepData) -> Panel:
     """Returns score against each cost, over the complete trials of every arm that trains something."""
     title, figures, left_out = "Score against cost", [], ""
     trained = [
-        [(t, t.record, t.value) for t in arm.trials if t.is_complete and t.record and t.record.trainable_params > 0]
-        for arm in data.arms
+        [(t, t.record, t.value) for t in arm.trials if t.is_complete and t.record and t.trains] for arm in data.arms
     ]
     if not any(trained):
         return Panel(key="tradeoff", title=title, text="No complete trial that trains something has a readable record.")
@@ -178,20 +177,3 @@ def _draw_cost(
             add_points(figure, dots, colours[arm.name], arm.name, showlegend=True)
     set_score_axis(figure, data, [score for _, _, score in points])
     return figure
-
-
-def _group_points_by_line(data: SweepData) -> dict[tuple[str, str], list[Point]]:
-    """Returns complete trials over rank. The keys are the name of a line and the arm whose colour it has.
-
-    An arm with several ranks has a line. Arms that differ in rank alone share one, as in the advice on ranks.
-    """
-    lines: dict[tuple[str, str], list[Point]] = {}
-    groups = {arm.name: group for group in group_by_rank(data.arms) for arm in group}
-    for arm in data.arms:
-        points = [point for point in list_points(arm, RANK) if (point[0] or 0) > 0]
-        if len({rank for rank, _, _ in points}) > 1:
-            lines[arm.name, arm.name] = points
-        elif points:
-            group = groups.get(arm.name, [arm])
-            lines.setdefault((name_rank_group(group), group[0].name), []).extend(points)
-    return lines

@@ -1,5 +1,4 @@
-"""Measures the weight updates ΔW of finished runs: spectra, scores at smaller ranks, and subspaces that runs share.
+"""Measures the weight updates ΔW of finished runs: spectra, norms, and subspaces that runs share.
 
-`weight_updates` reads ΔW from a model, `measures` and `truncation` measure it, `inspect_run` and `inspect_sweep` write
-the results.
+`weight_updates` reads ΔW from a model, `measures` measures it, `inspect_run` and `inspect_sweep` write the results.
 """

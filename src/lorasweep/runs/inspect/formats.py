@@ -15,17 +15,13 @@ from lorasweep.disk import csv_text
 from lorasweep.runs.inspect.inspect_run import Inspection, summarize, table_csv
 from lorasweep.runs.inspect.inspect_sweep import SweepInspection
 from lorasweep.runs.inspect.measures import LayerRow, relative_norm
-from lorasweep.runs.inspect.truncation import RankScore, find_enough_rank
-from lorasweep.wording import UNKNOWN, format_metric, format_score, format_share
+from lorasweep.wording import UNKNOWN, format_share
 
 
 def render_inspection(found: Inspection | SweepInspection) -> RenderableType:
     """Returns the tables and sentences of a run, or of every winner of a sweep."""
     if isinstance(found, Inspection):
-        tables = [_layer_table(found.layers)]
-        if found.scores:
-            tables.append(_score_table(found.scores, found.run.record.metric))
-        return Group(*tables, *map(_bullet, found.sentences))
+        return Group(_layer_table(found.layers), *map(_bullet, found.sentences))
     parts: list[RenderableType] = []
     for arm, inspection in found.inspections.items():
         title = Text(f"{arm}: {inspection.run.folder}", style="bold")
@@ -34,7 +30,7 @@ def render_inspection(found: Inspection | SweepInspection) -> RenderableType:
 
 
 def as_json(found: Inspection | SweepInspection) -> str:
-    """Returns the summary, every layer and every rank as JSON. For a sweep, they are grouped by arm."""
+    """Returns the summary and every layer as JSON. For a sweep, they are grouped by arm."""
     if isinstance(found, Inspection):
         content = _content(found)
     else:
@@ -44,8 +40,7 @@ def as_json(found: Inspection | SweepInspection) -> str:
 
 
 def _content(inspection: Inspection) -> dict[str, object]:
-    ranks, layers = map(asdict, inspection.scores), map(asdict, inspection.layers)
-    return {**summarize(inspection), "ranks": list(ranks), "by_layer": list(layers)}
+    return {**summarize(inspection), "by_layer": [asdict(row) for row in inspection.layers]}
 
 
 def as_csv(found: Inspection | SweepInspection) -> str:
@@ -80,18 +75,6 @@ def _layer_table(layers: Sequence[LayerRow]) -> Table:
 def _median(values: Sequence[float | None], *, digits: int) -> str:
     known = [value for value in values if value is not None]
     return f"{median(known):.{digits}f}" if known else UNKNOWN
-
-
-def _score_table(scores: Sequence[RankScore], metric: str) -> Table:
-    table = Table(title="cut to a smaller rank", title_justify="left")
-    for name in ("rank", format_metric(metric), "lost", "gain kept", "squared norm kept"):
-        table.add_column(name, justify="right")
-    enough = find_enough_rank(scores)
-    for row in scores:
-        cells = [str(row.rank), format_score(row.score), format_score(row.loss)]
-        cells += [format_share(row.kept_share), format_share(row.norm_share)]
-        table.add_row(*cells, style="bold" if row is enough else "")
-    return table
 
 
 def _bullet(sentence: str) -> Text:

@@ -26,11 +26,8 @@ from lorasweep.runs.inspect.measures import (
     top_directions,
 )
 from lorasweep.runs.inspect.sentences import describe_overlaps, describe_run
-from lorasweep.runs.inspect.truncation import RankScore, find_enough_rank, score_ranks, select_truncated
 from lorasweep.runs.inspect.weight_updates import read_weight_updates
-from lorasweep.training.inputs import RunInputs, build_inputs
-from lorasweep.training.restore import check_kept_files, restore_config, restore_model
-from lorasweep.training.score import evaluate_model
+from lorasweep.training.restore import check_kept_files, restore_base, restore_config, restore_model
 
 FOLDER = "inspect"
 VERSION = 1
@@ -57,35 +54,27 @@ class Inspection:
     """Singular values of every updated matrix by layer, in descending order."""
     directions: Mapping[str, Tensor]
     """Top directions by layer, see `measures.top_directions`."""
-    scores: tuple[RankScore, ...]
-    """Scores of smaller ranks; empty if they were not measured."""
     overlaps: tuple[Overlap, ...] = ()
     """φ between this run and another run."""
     sentences: tuple[str, ...]
 
 
-def inspect_run(
-    folder: Path, *, inputs: RunInputs | None = None, other: Path | None = None, scores: bool = True
-) -> Inspection:
+def inspect_run(folder: Path, *, other: Path | None = None) -> Inspection:
     """Inspects a run's best weights, writes the measurements into the run's folder `inspect/` and returns them.
 
     Args:
         folder: A run's folder.
-        inputs: The run's base model and data; loaded when None.
         other: Folder of another run of the same base, whose directions are compared with this run's directions.
-        scores: Whether to score the run at smaller ranks, which takes about ten evaluations.
 
     Raises:
         RecordError: A folder has no run, weights are missing or damaged, nothing was trained, or the bases differ.
-        ConfigError: The base model or the data can't be loaded.
+        ConfigError: The base model can't be loaded.
     """
-    run, other_run = read_finished_run(folder), other and read_finished_run(other)
-    inputs = inputs or build_inputs(run.config)
-    # the other run comes first: it may be refused, and the scores of the first run take long
-    other_inspection = measure_run(other_run, inputs, scores=False) if other_run else None
-    inspection = measure_run(run, inputs, scores=scores)
-    if other_inspection is not None:
-        overlaps = compare_subspaces(inspection.directions, other_inspection.directions)
+    run, other_run = read_finished_run(folder), read_finished_run(other) if other else None
+    base = restore_base(run.record, run.config)
+    inspection = measure_run(run, base)
+    if other_run is not None:
+        overlaps = compare_subspaces(inspection.directions, measure_run(other_run, base).directions)
         if not overlaps:
             raise RecordError(
                 f"two runs must train a common layer to be compared, but {str(folder)!r} and {str(other)!r} do not. "
@@ -111,10 +100,7 @@ def read_finished_run(folder: Path) -> FinishedRun:
             "Name a run of another method."
         )
     check_kept_files(record, folder, part=WEIGHTS_FOLDER)
-    # the base is loaded on any device, but in the precision that `trainer.precision=auto` chose
-    precision = record.platform.get("precision", config.trainer.precision)
-    trainer = replace(config.trainer, device="auto", precision=precision)
-    return FinishedRun(folder=folder, record=record, config=replace(config, trainer=trainer))
+    return FinishedRun(folder=folder, record=record, config=config)
 
 
 def restore_trained(run: FinishedRun, base: BaseModel) -> nn.Module:
@@ -151,22 +137,19 @@ def _init_stream(run: FinishedRun) -> torch.Generator:
     return torch.Generator().manual_seed(run.config.seeds.init)
 
 
-def measure_run(run: FinishedRun, inputs: RunInputs, *, scores: bool) -> Inspection:
+def measure_run(run: FinishedRun, base: BaseModel) -> Inspection:
     """Returns the inspection of a run and writes nothing.
 
     Raises:
         RecordError: The weights equal the base's, do not fit the base, or are damaged.
     """
-    config, record = run.config, run.record
-    model = restore_trained(run, inputs.base)
-    if config.method.name == "peft":
+    model, config = restore_trained(run, base), run.config.method
+    if config.name == "peft":
         METHODS["peft"].merge(model)  # the updates are read from plain weights
-    updates = read_weight_updates(model, build_initial_model(run, inputs.base))
-    if getattr(config.method, "init", None) == "pissa":
+    updates = read_weight_updates(model, build_initial_model(run, base))
+    if getattr(config, "init", None) == "pissa":
         # A stored adapter of PiSSA is [A, A0] and [B, -B0], so it has twice the trained rank.
         updates = [replace(update, rank=update.rank and update.rank // 2) for update in updates]
-    if config.method.name == "intrinsic":
-        METHODS["intrinsic"].merge(model)  # truncation replaces plain weights
     decompositions = {update.name: decompose(update.left, update.right) for update in updates if update.is_matrix}
     layers = measure_layers(updates, decompositions)
     if not any(row.update_norm for row in layers):
@@ -175,55 +158,36 @@ def measure_run(run: FinishedRun, inputs: RunInputs, *, scores: bool) -> Inspect
             "base's. Name a run that trained for longer."
         )
 
-    def score(candidate: nn.Module) -> float:
-        task, validation = inputs.splits.task, inputs.splits.validation
-        return evaluate_model(candidate, validation, task=task, config=config, inputs=inputs).values[record.metric]
-
-    recorded_data = record.data.get("validation", {}).get("fingerprint")
-    is_same_data = recorded_data == inputs.splits.validation.fingerprint
-    rank_scores: tuple[RankScore, ...] = ()
-    if scores and is_same_data:
-        truncated = select_truncated(updates, head=inputs.base.new_head_names)
-        minimize = record.direction == "minimize"
-        rank_scores = score_ranks(model, truncated, decompositions, score=score, minimize=minimize)
-    sentences = describe_run(config.method.name, record.metric, layers, rank_scores)
-    if scores and not is_same_data:
-        sentences += (f"Smaller ranks are not scored: the validation data are not the run's ({recorded_data!r}).",)
     return Inspection(
         run=run,
         layers=layers,
         spectra={name: parts.s.tolist() for name, parts in decompositions.items()},
         directions=top_directions(decompositions),
-        scores=rank_scores,
-        sentences=sentences,
+        sentences=describe_run(config.name, layers),
     )
 
 
 def write_inspection(inspection: Inspection) -> None:
-    """Writes the files of `RUN/inspect/`. Deletes files of an earlier inspection that this inspection lacks."""
-    folder, scores, overlaps = inspection.run.folder / FOLDER, inspection.scores, inspection.overlaps
+    """Writes the files of `RUN/inspect/`. Deletes an earlier `similarity.csv` if this inspection has no overlaps."""
+    folder, overlaps = inspection.run.folder / FOLDER, inspection.overlaps
     spectra = {"version": VERSION, "singular_values": dict(inspection.spectra)}
     write_atomically(folder / "layers.csv", table_csv(inspection.layers))
     write_atomically(folder / "spectra.json", json.dumps(spectra) + "\n")
-    for name, content in (
-        ("truncation.csv", table_csv(scores) if scores else None),
-        (SIMILARITY_FILE, csv_text(Overlap._fields, overlaps) if overlaps else None),
-    ):
-        if content is None:
-            (folder / name).unlink(missing_ok=True)
-        else:
-            write_atomically(folder / name, content)
-    # last: the report looks for this file first
+    if overlaps:
+        write_atomically(folder / SIMILARITY_FILE, csv_text(Overlap._fields, overlaps))
+    else:
+        (folder / SIMILARITY_FILE).unlink(missing_ok=True)
+    # last: a folder that has it has the other files too
     write_atomically(folder / SUMMARY_FILE, json.dumps(summarize(inspection), indent=1) + "\n")
 
 
-def table_csv(rows: Sequence[LayerRow] | Sequence[RankScore]) -> str:
+def table_csv(rows: Sequence[LayerRow]) -> str:
     return csv_text(list(asdict(rows[0])), map(astuple, rows))
 
 
 def summarize(inspection: Inspection) -> dict[str, object]:
     """Returns the content of `summary.json`."""
-    record, enough = inspection.run.record, find_enough_rank(inspection.scores)
+    record = inspection.run.record
     return {
         "format": "lorasweep.inspection",
         "version": VERSION,
@@ -232,6 +196,5 @@ def summarize(inspection: Inspection) -> dict[str, object]:
         "direction": record.direction,
         "score": record.score,
         "base_fingerprint": record.base.get("fingerprint"),
-        "enough_rank": enough.rank if enough else None,
         "sentences": list(inspection.sentences),
     }

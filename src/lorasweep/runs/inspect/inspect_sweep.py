@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lorasweep.disk import csv_text, write_atomically
 from lorasweep.errors import RecordError
+from lorasweep.models.load import BaseModel
 from lorasweep.record import get_run_folder, read_sweep
 from lorasweep.runs.inspect.inspect_run import (
     FOLDER,
@@ -24,7 +25,7 @@ from lorasweep.runs.inspect.inspect_run import (
 from lorasweep.runs.inspect.measures import MEAN, Overlap, compare_subspaces
 from lorasweep.runs.inspect.sentences import describe_overlaps
 from lorasweep.selection import find_winners
-from lorasweep.training.inputs import InputsCache, RunInputs
+from lorasweep.training.restore import restore_base
 
 MAX_PAIRS = 6
 """Maximum number of pairs of winners that get a sentence; the CSV file has all pairs."""
@@ -40,7 +41,7 @@ class SweepInspection:
     """Which arms could not be inspected and why, and φ between each two winners."""
 
 
-def inspect_sweep(folder: Path, *, inputs: RunInputs | None = None, scores: bool = True) -> SweepInspection:
+def inspect_sweep(folder: Path) -> SweepInspection:
     """Inspects the winner of each arm, and returns all inspections.
 
     Writes `inspect/` into the folders of the winners and of the sweep.
@@ -49,23 +50,24 @@ def inspect_sweep(folder: Path, *, inputs: RunInputs | None = None, scores: bool
 
     Args:
         folder: A sweep's folder.
-        inputs: Base model and data of all arms; when None they are loaded, once for arms that share them.
-        scores: Whether to score the winners at smaller ranks.
 
     Raises:
         RecordError: The folder is not a sweep's, or no arm can be inspected.
-        ConfigError: The base model or the data can't be loaded.
+        ConfigError: A base model can't be loaded.
     """
     inspections: dict[str, Inspection] = {}
     problems: list[str] = []
-    inputs_cache = InputsCache()
+    bases: dict[str, BaseModel] = {}
     for arm, winner in find_winners(read_sweep(folder)).items():
         if winner is None:
             problems.append(f"Arm `{arm}` has no complete trial to inspect.")
             continue
         try:
             run = read_finished_run(get_run_folder(folder, winner.run))
-            inspections[arm] = measure_run(run, inputs or inputs_cache.load(run.config), scores=scores)
+            recorded = json.dumps(run.record.base, sort_keys=True)
+            if recorded not in bases:  # arms on the same base share it
+                bases[recorded] = restore_base(run.record, run.config)
+            inspections[arm] = measure_run(run, bases[recorded])
         except RecordError as error:
             problems.append(f"Arm `{arm}` can't be inspected: {error}")
     if not inspections:

@@ -31,14 +31,6 @@ class Decomposition:
     """Singular values in descending order."""
     vh: Float[Tensor, "n d_in"]
 
-    def truncated(self, rank: int) -> tuple[Tensor, Tensor]:
-        """Returns B (d_out, k) and A (k, d_in), k <= rank. Their product is the nearest matrix of that rank.
-
-        Eckart and Young 1936. B and A each take the square root of the singular values.
-        """
-        root = self.s[:rank].sqrt()
-        return self.u[:, :rank] * root, root[:, None] * self.vh[:rank]
-
 
 @dataclass(frozen=True, kw_only=True)
 class LayerRow:

@@ -29,12 +29,6 @@ class WeightUpdate:
     """A (r, d_in), or None if `left` is ΔW."""
     rank: int | None = None
     """Rank at which LoRA trained it; None for other methods."""
-    lora_layer: str | None = None
-    """Name of the LoRA layer that adds the update; None if the weight itself was trained."""
-    first_row: int = 0
-    """First row of the LoRA layer's matrix to which the update is added."""
-    weight: str | None = None
-    """Name of the trained parameter; None if a LoRA layer adds the update."""
 
     @property
     def is_matrix(self) -> bool:
@@ -69,7 +63,7 @@ def _read_lora_layer(name: str, layer: LoraLayer) -> Iterator[WeightUpdate]:
         # DoRA's new row norms change every direction, so ΔW has no low rank (arXiv 2402.09353, equation 5)
         matrix = base.double() + lora_b @ lora_a.double()
         matrix *= (layer.magnitude.double() / torch.linalg.vector_norm(matrix, dim=1))[:, None]
-        yield WeightUpdate(name=name, base=base, left=matrix - base.double(), rank=layer.rank, lora_layer=name)
+        yield WeightUpdate(name=name, base=base, left=matrix - base.double(), rank=layer.rank)
         return
     rows = layer.row_ranges or ((0, len(base)),)
     for index, (first, end) in enumerate(rows):
@@ -81,8 +75,6 @@ def _read_lora_layer(name: str, layer: LoraLayer) -> Iterator[WeightUpdate]:
             left=lora_b[first:end][:, part_rows],
             right=lora_a[part_rows],
             rank=layer.rank,
-            lora_layer=name,
-            first_row=first,
         )
 
 
@@ -120,7 +112,7 @@ def _make_update(name: str, base: nn.Module, original: Tensor, difference: Tenso
     if original.dim() > 1:
         owner = base.get_submodule(name.rpartition(".")[0])
         original, difference = weight_to_matrix(owner, original), weight_to_matrix(owner, difference)
-    return WeightUpdate(name=name.removesuffix(".weight"), base=original, left=difference, weight=name)
+    return WeightUpdate(name=name.removesuffix(".weight"), base=original, left=difference)
 
 
 def _plain_name(name: str, model: nn.Module) -> str:

@@ -16,6 +16,7 @@ from optuna.trial import TrialState as OptunaState
 from lorasweep.config.data import Direction
 from lorasweep.record import TrialState
 from lorasweep.sweep.controller.history import History
+from lorasweep.sweep.controller.rate_law import SAMPLERS_IN_U, build_rate_law
 from lorasweep.sweep.controller.rung_tables import RungTables
 from lorasweep.sweep.controller.stopping_rules import RungOrder, StoppingRule
 from lorasweep.sweep.controller.trial import (
@@ -97,7 +98,8 @@ class ArmTrials:
         self._tables = RungTables(self._rule, self.trials, order=self._order)
         self.warning: str | None = study.user_attrs.get(WARNING_ATTRIBUTE)
         """The warning that most trials have learned nothing by the first rung; None if there was no reason for it."""
-        self._history = History(self._space, direction=direction)
+        law = build_rate_law(arm) if arm.sweep_config.sampler.name in SAMPLERS_IN_U else None
+        self._history = History(self._space, direction=direction, law=law)
         self._unread_by_history: set[int] = set()
         """Numbers of the trials that have changed since the last call of `history`."""
         for frozen in study.get_trials(deepcopy=False):

@@ -21,8 +21,7 @@ from lorasweep.redaction import redact
 from lorasweep.sweep.controller.arm_trials import ArmTrials
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.record_rows import RUNS_FOLDER
-from lorasweep.sweep.controller.stages import Confirmation, Search, Stage, plan_confirmation
-from lorasweep.sweep.controller.storage import database_must_answer, flush_storage
+from lorasweep.sweep.controller.stages import Confirmation, Search, Stage, choose_settings
 from lorasweep.sweep.controller.trial import (
     HARNESS_ATTRIBUTE,
     REASON_ATTRIBUTE,
@@ -61,15 +60,14 @@ class Assignment:
 
 
 def _needs_storage(method: Callable[Concatenate[Controller, P], T]) -> Callable[Concatenate[Controller, P], T]:
-    """Makes a method raise `WorkerError` if the journal, the database or the disk is gone: no trial is to blame."""
+    """Makes a method raise `WorkerError` if the disk is full or gone: no trial is to blame."""
 
     @functools.wraps(method)
     def call(self: Controller, *args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            with database_must_answer(self.sweep.path):
-                answer = method(self, *args, **kwargs)
-                flush_storage(self.sweep.storage)  # before the worker acts on the answer
-                return answer
+            answer = method(self, *args, **kwargs)
+            self.sweep.storage.journal.flush()  # before the worker acts on the answer
+            return answer
         except OSError as error:
             self.sweep.check_disk(error)
             raise
@@ -316,14 +314,19 @@ class Controller:
             not trials.num_left and not trials.has_any("running") and trials.next_promoted() is None
             for trials in self.stage.arms.values()
         ):
-            record, rounds = self.sweep.record, self.sweep.definition.rounds
+            rounds = self.sweep.definition.rounds
             is_last_round = self._round == len(rounds)
-            seeds = record.confirm_seeds if is_last_round else record.confirm_seeds[: rounds[self._round].confirm_seeds]
+            looks = list(self.sweep.record.looks)
+            if not is_last_round:  # the sweep grew after this number of seeds
+                looks = [look for look in looks if look <= rounds[self._round].confirm_seeds]
             if self.confirm is None:
                 self._prune_paused()
-            if seeds and self.confirm is None:
-                plan = plan_confirmation(self.search, sweep=self.sweep, seeds=seeds)
-                self.confirm = Confirmation(self.sweep, plan, session=self.session)
+            if looks and self.confirm is None:
+                settings = choose_settings(self.search, sweep=self.sweep)
+                self.sweep.record.settings = settings
+                self.confirm = Confirmation(self.sweep, settings, looks=looks, session=self.session)
+            elif self.confirm is not None and self.confirm.has_next_look and self.confirm.begin_next_look():
+                continue
             elif is_last_round:
                 self._is_over = True
             else:

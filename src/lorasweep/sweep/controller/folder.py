@@ -1,7 +1,7 @@
 """A sweep's folder while it is open: its lock, its Optuna storage, and the record that shows both to people.
 
 DIR/sweep.json     the record: what was asked for, each trial and its run
-DIR/journal.log    Optuna's storage, unless that is a database: studies ARM and ARM/confirm of each arm
+DIR/journal.log    Optuna's storage: studies ARM and ARM/confirm of each arm
 DIR/pack.json      the runs of the pack that trains now, from which a killed sweep resumes
 DIR/runs/ARM-0003  one folder per run of the search
 DIR/runs/ARM-confirm-0003  one folder per run of the confirm stage
@@ -20,12 +20,11 @@ from typing import Literal
 
 import optuna
 from optuna.pruners import BasePruner
-from optuna.storages import BaseStorage
 
 from lorasweep.disk import explain_unwritable
 from lorasweep.errors import WorkerError
 from lorasweep.record import SweepRecord, add_telemetry, utc_now, write_record
-from lorasweep.sweep.controller.storage import close_storage, open_study
+from lorasweep.sweep.controller.storage import SweepStorage, open_study
 from lorasweep.sweep.definition.arms import Definition
 from lorasweep.sweep.lock import LOCK_FILE
 
@@ -41,7 +40,7 @@ class SweepFolder:
     path: Path
     definition: Definition
     record: SweepRecord
-    storage: BaseStorage
+    storage: SweepStorage
     lock: int
     """File descriptor of the folder's lock. The system releases it when the process ends for any reason."""
     opened_s: float = field(default_factory=time.monotonic)
@@ -58,7 +57,7 @@ class SweepFolder:
         """Returns a study of the sweep, which is created if it is missing."""
         return open_study(
             self.storage,
-            self.record.study_prefix + name,
+            name,
             direction=self.record.direction,
             metric=self.record.metric,
             pruner=pruner,
@@ -113,7 +112,7 @@ class SweepFolder:
 
     def close(self) -> None:
         """Closes the storage and releases the lock, so that the sweep can be resumed."""
-        close_storage(self.storage)
+        self.storage.journal.close()
         os.close(self.lock)
 
 

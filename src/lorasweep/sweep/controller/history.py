@@ -8,8 +8,9 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import statistics
 from bisect import bisect_left, insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from optuna.distributions import FloatDistribution
@@ -17,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lorasweep.config.data import Direction
 from lorasweep.sweep.controller.encoding import Point, SpaceEncoding
+from lorasweep.sweep.controller.rate_law import RateLaw
 from lorasweep.sweep.definition.space import Space
 
 MAX_HISTORY_TRIALS = 200
@@ -39,9 +41,11 @@ class History:
     - FAIL: hidden from the model. The trial's point is not proposed again.
     """
 
-    def __init__(self, space: Space, trials: Iterable[FrozenTrial] = (), *, direction: Direction) -> None:
-        """Reads an arm's trials; `direction` says which scores are better."""
-        self.encoding = SpaceEncoding(space)
+    def __init__(
+        self, space: Space, trials: Iterable[FrozenTrial] = (), *, direction: Direction, law: RateLaw | None = None
+    ) -> None:
+        """Reads an arm's trials; `direction` says which scores are better, `law` which coordinate the rates have."""
+        self.encoding = SpaceEncoding(space, law=law)
         self.direction = direction
         self._trials: dict[int, FrozenTrial] = {}
         """Copies of all trials, with points in place of parameters, in the order of their numbers."""
@@ -124,6 +128,25 @@ class History:
             f"{point[key]:.2g}" if isinstance(range_, FloatDistribution) and range_.step is None else point[key]
             for key, range_ in self.encoding.ranges.items()
         )
+
+
+def extrapolate_scores(results: Sequence[FrozenTrial]) -> list[float | None]:
+    """Returns the score of each result; of a partial result, its last value plus the median progress of others."""
+    complete = [trial for trial in results if trial.state == TrialState.COMPLETE]
+    scores: list[float | None] = []
+    for trial in results:
+        score = last_value(trial)
+        if score is not None and trial.state != TrialState.COMPLETE:
+            step = max(trial.intermediate_values)
+            progress = [
+                end - start
+                for peer in complete
+                if math.isfinite(start := peer.intermediate_values.get(step, math.nan))
+                and (end := last_value(peer)) is not None
+            ]
+            score += statistics.median(progress) if progress else 0.0
+        scores.append(score)
+    return scores
 
 
 def last_value(trial: FrozenTrial) -> float | None:

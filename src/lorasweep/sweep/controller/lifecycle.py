@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -10,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from lorasweep.config.data import METRIC_RANGES, ScoreMetric
-from lorasweep.config.sweep import StorageConfig
 from lorasweep.disk import network_file_system, remove_leftovers
-from lorasweep.errors import ConfigError, LoraSweepError, RecordError
+from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import (
     SWEEP_FILE,
     SweepChange,
@@ -29,14 +27,12 @@ from lorasweep.record import (
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.record_rows import RUNS_FOLDER, arm_row
 from lorasweep.sweep.controller.storage import (
-    DATABASE_ERRORS,
     JOURNAL_FILE,
+    SweepStorage,
     check_journal,
-    close_storage,
     damaged_journal,
     name_study,
     open_storage,
-    unusable_database,
 )
 from lorasweep.sweep.definition.arms import Definition, restore_definition
 from lorasweep.sweep.definition.grow import (
@@ -46,10 +42,12 @@ from lorasweep.sweep.definition.grow import (
     list_grown_arms,
     warn_of_late_growth,
 )
+from lorasweep.sweep.definition.questions import list_questions
 from lorasweep.sweep.definition.seeds import draw_confirm_seeds
 from lorasweep.sweep.definition.sweep_file import read_content
 from lorasweep.sweep.definition.warnings import find_warnings
 from lorasweep.sweep.lock import take_lock
+from lorasweep.wording import join_words
 
 
 def create_sweep(
@@ -70,7 +68,7 @@ def create_sweep(
         notes: Sentences on how the data was made.
 
     Raises:
-        ConfigError: The folder can't be created, or the database does not work; no record was written.
+        ConfigError: The folder can't be created; no record was written.
     """
     record = SweepRecord(
         status="running",
@@ -84,17 +82,15 @@ def create_sweep(
         source=str(definition.source) if definition.source else None,
         source_sha256=compute_sha256(definition.source) if definition.source else None,
         arms=[arm_row(arm) for arm in definition.arms],
+        questions=list_questions(definition),
+        looks=list(definition.sweep_config.confirm.list_looks()),
         confirm_seeds=draw_confirm_seeds(definition),
         margin=definition.sweep_config.confirm.margin,
         notes=list(notes),
-        warnings=[*find_warnings(definition), *_storage_warnings(definition, path)],
+        warnings=[*find_warnings(definition), *_storage_warnings(path)],
         started_at=utc_now(),
     )
-    config = definition.sweep_config.storage
     with ExitStack() as undo:
-        if config.url is not None:  # first, so that no folder stays behind if the database does not answer
-            record.study_prefix = f"{definition.name}-{secrets.token_hex(4)}/"
-            storage = _open(definition, path, undo)
         try:
             (path / RUNS_FOLDER).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -102,14 +98,10 @@ def create_sweep(
                 f"`sweep.output` must be a folder that can be created, but {str(path)!r} can't: {error.strerror}."
             ) from error
         lock = take_lock(path, undo)
-        if config.url is None:
-            storage = _open(definition, path, undo)
+        storage = _open(path, undo)
         opened = SweepFolder(path=path, definition=definition, record=record, storage=storage, lock=lock)
-        try:
-            for arm in definition.arms:
-                opened.open_study(arm.name)
-        except DATABASE_ERRORS as error:
-            raise unusable_database(config, error) from error
+        for arm in definition.arms:
+            opened.open_study(arm.name)
         write_record(record, path)  # last: a folder that has it can be resumed
         undo.pop_all()
     return opened
@@ -138,27 +130,22 @@ def load_study(path: Path, arm: str) -> optuna.Study:
 
     Raises:
         RecordError: The folder is not a sweep, has no study of this arm, or its journal is damaged.
-        ConfigError: The sweep's database does not answer.
     """
-    record, config = read_sweep(path), saved_definition(path).sweep_config.storage
+    read_sweep(path)
     name = name_study(arm, "search")
-    _require_journal(config, path)
+    _require_journal(path)
     try:
+        check_journal(path / JOURNAL_FILE)
         # Optuna's journal, because ours would cut off a line that another process is writing at the end
-        journal = JournalFileBackend(str(path / JOURNAL_FILE)) if config.url is None else None
-        if journal is not None:
-            check_journal(path / JOURNAL_FILE)
-        storage = open_storage(config, path) if journal is None else JournalStorage(journal)
-        return optuna.load_study(study_name=record.study_prefix + name, storage=storage)
+        storage = JournalStorage(JournalFileBackend(str(path / JOURNAL_FILE)))
+        return optuna.load_study(study_name=name, storage=storage)
     except KeyError as error:
         raise RecordError(
             f"the storage of a sweep must have a study of each arm, but that of {str(path)!r} has no study `{name}`. "
             "Restore it, or start a new sweep."
         ) from error
-    except LoraSweepError:
-        raise
     except Exception as error:  # a wrong operation raises errors of many classes in Optuna
-        raise (damaged_journal(path, error) if config.url is None else unusable_database(config, error)) from error
+        raise damaged_journal(path, error) from error
 
 
 def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None, file: Path | None = None) -> SweepFolder:
@@ -171,7 +158,7 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None, file: 
 
     Raises:
         RecordError: The folder is not a sweep, its record or journal is damaged, or another process runs it.
-        ConfigError: A trial that has begun would change, or the sweep's database does not answer.
+        ConfigError: A trial that has begun would change.
     """
     record, old = read_sweep(path), saved_definition(path)
     if file is None:
@@ -190,21 +177,16 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None, file: 
     with ExitStack() as undo:
         lock = take_lock(path, undo)
         remove_leftovers(path)
-        _require_journal(definition.sweep_config.storage, path)
-        try:
-            storage = _open(definition, path, undo)
-            names = [n for n in optuna.get_all_study_names(storage) if n.startswith(record.study_prefix)]
-        except DATABASE_ERRORS as error:
-            raise unusable_database(definition.sweep_config.storage, error) from error
+        _require_journal(path)
+        storage = _open(path, undo)
+        names = optuna.get_all_study_names(storage)
         if not names:
-            url = definition.sweep_config.storage.url
-            kept_in = repr(str(path / JOURNAL_FILE)) if url is None else f"`storage.url={url}`"
             raise RecordError(
-                f"{kept_in} must have the studies of the sweep in {str(path)!r}, but has none of them. "
+                f"{str(path / JOURNAL_FILE)!r} must have the studies of the sweep, but has none of them. "
                 "Restore it, or start a new sweep."
             )
         _require_all_trials(record, storage)
-        has_confirm = any(record.study_prefix + name_study(arm.name, "confirm") in names for arm in definition.arms)
+        has_confirm = any(name_study(arm.name, "confirm") in names for arm in definition.arms)
         if has_confirm:
             _check_confirm_seeds(record, draw_confirm_seeds(definition))
         undo.pop_all()
@@ -229,14 +211,24 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None, file: 
     if file is not None:
         record.source, record.source_sha256 = str(file), compute_sha256(file)
     record.confirm_seeds = draw_confirm_seeds(definition)
+    record.questions = list_questions(definition)
+    record.looks = _merge_looks(record, definition)
     record.arms = [arm_row(arm) for arm in definition.arms]
     # the confirm stage adds its own warnings again
     record.warnings = [
         *find_warnings(definition),
-        *_storage_warnings(definition, path),
+        *_storage_warnings(path),
         *(warning for change in record.changes for warning in warn_of_late_growth(change)),
+        *_warn_of_unplanned_looks(record),
     ]
     return SweepFolder(path=path, definition=definition, record=record, storage=storage, lock=lock)
+
+
+def _merge_looks(record: SweepRecord, definition: Definition) -> list[int]:
+    """Returns the looks of a resumed sweep: those that were tested already, and those that are planned now."""
+    done = [look.seeds for look in record.looks_done]
+    planned = definition.sweep_config.confirm.list_looks()
+    return sorted({*done, *(look for look in planned if look > max(done, default=0))})
 
 
 def _check_confirm_seeds(record: SweepRecord, seeds: Sequence[int]) -> None:
@@ -253,11 +245,11 @@ def _check_confirm_seeds(record: SweepRecord, seeds: Sequence[int]) -> None:
         )
 
 
-def _require_all_trials(record: SweepRecord, storage: BaseStorage) -> None:
+def _require_all_trials(record: SweepRecord, storage: SweepStorage) -> None:
     """Raises RecordError if the storage lacks trials that the record has: it is always written before the record."""
     counts = {summary.study_name: summary.n_trials for summary in optuna.get_all_study_summaries(storage)}
     for arm, number in Counter(row.arm for row in record.trials).items():
-        found = counts.get(record.study_prefix + name_study(arm, "search"), 0)
+        found = counts.get(name_study(arm, "search"), 0)
         if found < number:
             raise RecordError(
                 f"the storage of a sweep must have the {number} trials of `{arm}` in {SWEEP_FILE}, but has {found}. "
@@ -273,22 +265,35 @@ def _require_same_file(source: Path | None, record: SweepRecord, path: Path) -> 
         )
 
 
-def _open(definition: Definition, path: Path, undo: ExitStack) -> BaseStorage:
-    storage = open_storage(definition.sweep_config.storage, path)
-    undo.callback(close_storage, storage)
+def _open(path: Path, undo: ExitStack) -> SweepStorage:
+    storage = open_storage(path)
+    undo.callback(storage.journal.close)
     return storage
 
 
-def _require_journal(config: StorageConfig, path: Path) -> None:
-    if config.url is None and not (path / JOURNAL_FILE).is_file():
+def _require_journal(path: Path) -> None:
+    if not (path / JOURNAL_FILE).is_file():
         raise RecordError(f"a sweep's folder must contain {JOURNAL_FILE}, but {str(path)!r} does not.")
 
 
-def _storage_warnings(definition: Definition, path: Path) -> list[str]:
-    kind = network_file_system(path) if definition.sweep_config.storage.url is None else None
+def _warn_of_unplanned_looks(record: SweepRecord) -> list[str]:
+    """Returns a warning if seeds were added after a look that was planned as the last one."""
+    done = [look.seeds for look in record.looks_done]
+    late = [change for change in record.changes if change.stage == "confirm"]
+    if not any(key.startswith("confirm.") for change in late for key in change.settings):
+        return []
+    return [
+        f"Seeds were added after the questions had been tested with {join_words(list(map(str, done)), last='and')} "
+        f"seeds. The tests now have the level of looks at {join_words(list(map(str, record.looks)))} seeds, but the "
+        "earlier ones did not, so the chance of a false verdict is higher than 5 %."
+    ]
+
+
+def _storage_warnings(path: Path) -> list[str]:
+    kind = network_file_system(path)
     if kind is None:
         return []
     return [
         f"The journal is in {str(path)!r} on a network file system ({kind}). A second machine could open the sweep too "
-        "and damage it. Use a local disk, or `storage.url`."
+        "and damage it. Use a local disk."
     ]

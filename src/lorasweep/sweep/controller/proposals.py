@@ -9,6 +9,7 @@ are asked on a new study in memory, so nothing is written, and a sampler keeps n
 - `tpe` and `gp`: the first `count_startup_trials` trials, and all trials before `MIN_RESULTS` results, are scrambled
   Sobol points. A model proposes the other trials. It sees every running trial without a result, and at most
   `MAX_HISTORY_TRIALS` results: half of them are the best ones, the others are the latest.
+- `gp` in an arm with `confirm_each`: a Gaussian process of `surrogate` proposes trials for each value in turn.
 - `_target_`: the sampler proposes every trial.
 
 With `qmc`, `random`, `tpe` and `gp`, a proposal that repeats an earlier trial of the arm is replaced by the first of
@@ -42,7 +43,9 @@ from lorasweep.config.sweep import ModelBasedSampler
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.sweep.controller.component_sampler import ask_sampler
 from lorasweep.sweep.controller.encoding import Point
-from lorasweep.sweep.controller.history import History, last_value
+from lorasweep.sweep.controller.history import History, extrapolate_scores
+from lorasweep.sweep.controller.predictions import propose_for_values
+from lorasweep.sweep.controller.rate_law import SAMPLERS_IN_U, build_rate_law
 from lorasweep.sweep.controller.sobol import draw_sobol_point
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.definition.space import Space, list_grid_values
@@ -70,7 +73,8 @@ def propose(
         ConfigError: The sampler can't be built, or can't propose a trial for this space.
     """
     if not isinstance(history, History):
-        history = History(arm.space, history, direction=direction)
+        law = build_rate_law(arm) if arm.sweep_config.sampler.name in SAMPLERS_IN_U else None
+        history = History(arm.space, history, direction=direction, law=law)
     sampler, encoding = arm.sweep_config.sampler, history.encoding
     seed, arm_seed = _derive_seed(arm, number), _derive_seed(arm)
     if not encoding.ranges:
@@ -90,7 +94,11 @@ def propose(
                 if sampler.name == "random":
                     point = _ask(RandomSampler(seed=seed), encoding.ranges, [], direction=direction)
                 elif isinstance(sampler, ModelBasedSampler) and _has_enough_results(sampler, history, number, arm=arm):
-                    point = _ask_model(sampler, history, seed=seed)
+                    point = (
+                        propose_for_values(arm, history, seed=arm_seed)
+                        if sampler.name == "gp" and arm.confirm_each
+                        else _ask_model(sampler, history, seed=seed)
+                    )
                 else:
                     point = draw_sobol_point(encoding, number, seed=arm_seed)
                 indices = range(number, number + MAX_SOBOL_DRAWS)
@@ -160,7 +168,8 @@ def _ask_model(sampler: ModelBasedSampler, history: History, *, seed: int) -> Po
         for trial in shown:
             if trial.state == TrialState.RUNNING:  # TPE reads intermediate values of pruned trials only
                 trial.state = TrialState.PRUNED
-    return _ask(model, ranges, [*shown, *history.list_running()], direction=direction)
+    point = _ask(model, ranges, [*shown, *history.list_running()], direction=direction)
+    return history.encoding.encode(history.encoding.decode(point))  # the learning rate's range may not allow its u
 
 
 def _ask(sampler: BaseSampler, ranges: Space, shown: Sequence[FrozenTrial], *, direction: Direction) -> Point:
@@ -199,7 +208,7 @@ def _prepare_for_gp(results: Sequence[FrozenTrial], *, direction: Direction) -> 
     Trials that do not fit in memory also violate a constraint.
     """
     better = min if direction == "minimize" else max
-    scores = _extrapolate_scores(results)
+    scores = extrapolate_scores(results)
     median = statistics.median(score for score in scores if score is not None)
     # Optuna's sampler requires the same constraints in every trial; a trial is feasible at or below 0
     names = {name for trial in results for name in trial.constraints}
@@ -210,22 +219,3 @@ def _prepare_for_gp(results: Sequence[FrozenTrial], *, direction: Direction) -> 
         for name in sorted(names - trial.constraints.keys()):
             trial.set_constraint(name, -1.0)
     return shown
-
-
-def _extrapolate_scores(results: Sequence[FrozenTrial]) -> list[float | None]:
-    """Returns the score of each result; of a partial result, its last value plus the median progress of others."""
-    complete = [trial for trial in results if trial.state == TrialState.COMPLETE]
-    scores: list[float | None] = []
-    for trial in results:
-        score = last_value(trial)
-        if score is not None and trial.state != TrialState.COMPLETE:
-            step = max(trial.intermediate_values)
-            progress = [
-                end - start
-                for peer in complete
-                if math.isfinite(start := peer.intermediate_values.get(step, math.nan))
-                and (end := last_value(peer)) is not None
-            ]
-            score += statistics.median(progress) if progress else 0.0
-        scores.append(score)
-    return scores

@@ -18,8 +18,8 @@ from lorasweep.sweep.definition.arms import CONFIRM_ENDING, Arm
 from lorasweep.sweep.definition.space import describe_space
 
 RUNS_FOLDER = "runs"
-TRIAL, SEED = "trial", "seed"
-"""The parameters in the confirm stage: the trial of the search that runs again, and its new seed."""
+SETTING, SEED = "setting", "seed"
+"""The parameters in the confirm stage: the number of the setting in its arm, and the new seed."""
 
 
 def run_name(arm: str, number: int) -> str:
@@ -43,6 +43,7 @@ def arm_row(arm: Arm) -> ArmRow:
         space=describe_space(arm.space),
         sampler=arm.sweep_config.sampler.name,
         pruner=arm.sweep_config.pruner.name,
+        confirm_each=arm.confirm_each,
     )
 
 
@@ -57,14 +58,15 @@ def trial_row(arm: str, trial: FrozenTrial, *, is_paused: bool) -> TrialRow:
     )
 
 
-def confirm_row(arm: str, trial: FrozenTrial) -> ConfirmRow:
+def confirm_row(arm: str, subject: str, trial: FrozenTrial) -> ConfirmRow:
     """Returns the row of a run of the confirm stage."""
     state = read_state(trial)
     assert state != "pruned"  # the stage has no rungs
     assert state != "paused"
     return ConfirmRow(
         arm=arm,
-        trial=trial.params[TRIAL],
+        subject=subject,
+        setting=trial.params[SETTING],
         seed=trial.params[SEED],
         state=state,
         run=confirm_name(arm, trial.number),

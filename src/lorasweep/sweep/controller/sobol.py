@@ -10,6 +10,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution, IntDistrib
 from scipy.stats import qmc
 
 from lorasweep.sweep.controller.encoding import Point, SpaceEncoding
+from lorasweep.sweep.controller.rate_law import LR
 
 
 def draw_sobol_point(encoding: SpaceEncoding, index: int, *, seed: int) -> Point:
@@ -20,6 +21,7 @@ def draw_sobol_point(encoding: SpaceEncoding, index: int, *, seed: int) -> Point
     *Differs* for choices: each of k choices appears exactly once in each group of k successive points. The point with
     the lowest coordinate of the group gets the first choice. Optuna cuts the coordinate into k equal parts, but Sobol
     points cover only 2^n parts evenly: with 6 ranks, 81 % of the sequences lack a rank in the first 6 points.
+    Points cover u of the rate law where the range of the learning rate allows it, elsewhere the learning rate.
     """
     counts = {key: len(encoding.choices[key]) for key in encoding.ranges if key in encoding.choices}
     # SciPy wants a power of 2. It must include the last point of the group of k points that `index` is in.
@@ -33,7 +35,9 @@ def draw_sobol_point(encoding: SpaceEncoding, index: int, *, seed: int) -> Point
             point[key] = int((group < fractions[index, column]).sum())
         else:
             point[key] = _scale_to(range_, float(fractions[index, column]))
-    return point
+    if LR not in encoding.ranges:
+        return point
+    return encoding.move_into_range(point, float(fractions[index, list(encoding.ranges).index(LR)]))
 
 
 @lru_cache

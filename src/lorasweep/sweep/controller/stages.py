@@ -1,4 +1,4 @@
-"""The stages of a sweep: `search` tunes on validation data, `confirm` scores the winner of each arm on test data.
+"""The stages of a sweep: `search` tunes on validation data, `confirm` scores the chosen settings on test data.
 
 A sweep that grew runs through the stages in rounds: a round ends before the trials that were added begin.
 
@@ -8,7 +8,8 @@ The controller makes the same calls to both stages. A stage decides which trials
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
 from optuna.distributions import IntDistribution
@@ -16,17 +17,19 @@ from optuna.distributions import IntDistribution
 from lorasweep.config.components import Component
 from lorasweep.config.run import SEED_KEYS, RunConfig
 from lorasweep.config.sweep import FixedSampler
-from lorasweep.record import ConfirmRow, TrialRow
+from lorasweep.record import ConfirmRow, LookRow, SettingRow, TrialRow, name_subject
+from lorasweep.report.evidence.confirm import answer_sweep, build_scale, read_confirm_scores
 from lorasweep.selection import find_winner
 from lorasweep.sweep.controller.arm_trials import ArmTrials
 from lorasweep.sweep.controller.folder import SweepFolder
+from lorasweep.sweep.controller.predictions import predict_best
 from lorasweep.sweep.controller.proposals import propose
-from lorasweep.sweep.controller.record_rows import SEED, TRIAL, confirm_name, confirm_row, run_name, trial_row
+from lorasweep.sweep.controller.record_rows import SEED, SETTING, confirm_name, confirm_row, run_name, trial_row
 from lorasweep.sweep.controller.stopping_rules import build_pruner, build_rule
 from lorasweep.sweep.controller.storage import name_study
 from lorasweep.sweep.controller.trial import ASSIGNMENT_ATTRIBUTE
 from lorasweep.sweep.definition.arms import Arm
-from lorasweep.sweep.definition.seeds import arm_seeds
+from lorasweep.sweep.definition.seeds import has_fixed_score
 from lorasweep.training.run_log import RunFolder
 
 FIRST_TRIALS_FRACTION = 0.5
@@ -34,8 +37,8 @@ FIRST_TRIALS_FRACTION = 0.5
 
 The other trials begin once all of these have a value of the first rung (docs/benchmarks.md, Proposals)."""
 
-Plan: TypeAlias = dict[str, list[tuple[TrialRow, int]]]
-"""The runs of the confirm stage, by arm: which trial of the search runs again, and its seed."""
+SETTINGS_ATTRIBUTE = "lorasweep:settings"
+"""The study of an arm's confirm stage keeps here the parameters of each setting, by number."""
 
 
 class Search:
@@ -96,49 +99,109 @@ class Search:
 
 
 class Confirmation:
-    """The winner of each arm runs again on fresh seeds, each run to its end, and is scored once on test data.
+    """The setting of each subject is trained again on fresh seeds, each run to its end, and scored once on test data.
 
-    Runs that an earlier round began are kept, and are not repeated.
+    Seeds come in groups, up to each planned look. After a look, only the subjects of questions that are open and that
+    further seeds may settle train on. What happens follows from the scores alone, so a stage that was killed goes the
+    same way again. Runs that an earlier round began are kept, and are not repeated.
     """
 
     name: Literal["confirm"] = "confirm"
     reads_test = True
 
-    def __init__(self, sweep: SweepFolder, plan: Plan, *, session: str | None = None) -> None:
-        """Reads the runs that have begun. Arms that are missing in the plan skip the stage."""
+    def __init__(
+        self, sweep: SweepFolder, settings: Sequence[SettingRow], *, looks: Sequence[int], session: str | None = None
+    ) -> None:
+        """Reads the runs that have begun, and plans those of the first look."""
         self._sweep = sweep
-        self._plan = plan
-        self.arms = {arm.name: self._read_trials(arm, session) for arm in sweep.definition.arms if arm.name in plan}
+        self._settings = {(row.arm, row.setting): row for row in settings}
+        self._looks = looks
+        self._plan: dict[str, list[tuple[int, int]]] = {row.arm: [] for row in settings}
+        """Setting and seed of the runs of the looks so far, by arm."""
+        self.looks_done: list[LookRow] = []
+        self._add_to_plan({row.subject for row in settings})
+        arms = [arm for arm in sweep.definition.arms if arm.name in self._plan]
+        self.arms = {arm.name: self._read_trials(arm, session) for arm in arms}
 
     def propose(self, trials: ArmTrials) -> tuple[dict[str, Any], dict[str, Any]]:
-        begun = {(trial.params[TRIAL], trial.params[SEED]) for trial in trials.trials.values()}
-        planned = ((row.number, seed) for row, seed in self._plan[trials.arm.name])
-        number, seed = next(run for run in planned if run not in begun)
-        return {TRIAL: number, SEED: seed}, {}
+        begun = {(trial.params[SETTING], trial.params[SEED]) for trial in trials.trials.values()}
+        setting, seed = next(run for run in self._plan[trials.arm.name] if run not in begun)
+        return {SETTING: setting, SEED: seed}, {}
 
     def config(self, arm: Arm, params: Mapping[str, Any]) -> RunConfig:
-        """Returns the settings of the trial that runs again, with every source of randomness set by the seed."""
+        """Returns the settings of a run, with every source of randomness set by the seed."""
         return arm.compose({**self.shown_params(arm, params), **dict.fromkeys(SEED_KEYS, params[SEED])})
 
     def shown_params(self, arm: Arm, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the trial's values of the swept keys, with the seed in place of swept seeds."""
-        swept = next(row.params for row, _ in self._plan[arm.name] if row.number == params[TRIAL])
+        """Returns the values of the swept keys, with the seed in place of swept seeds."""
+        swept = self._list_all_params(arm.name)[params[SETTING]]
         kept = {key: value for key, value in swept.items() if key not in SEED_KEYS}
         return {**kept, SEED: params[SEED]}
 
     def run_folder(self, arm: Arm, number: int) -> RunFolder:
-        """Returns the folder of a run; the trial that the run's record names is the trial of the search."""
+        """Returns the folder of a run; the run's record names the trial of the search that has its setting."""
+        setting = self._settings.get((arm.name, self.arms[arm.name].trials[number].params[SETTING]))
         folder = self._sweep.path / confirm_name(arm.name, number)
-        return RunFolder(path=folder, arm=arm.name, trial=self.arms[arm.name].trials[number].params[TRIAL])
+        return RunFolder(path=folder, arm=arm.name, trial=setting.trial if setting else None)
 
     def rows(self, arm: str) -> list[ConfirmRow]:
-        return [confirm_row(arm, frozen) for frozen in self.arms[arm].frozen()]
+        """Returns the rows of an arm's runs. A sweep that grew may also have runs of former settings."""
+        key, params = self._sweep.definition.find_arm(arm).confirm_each, self._list_all_params(arm)
+        subjects = [name_subject(arm, key, None if key is None else found[key]) for found in params]
+        return [confirm_row(arm, subjects[frozen.params[SETTING]], frozen) for frozen in self.arms[arm].frozen()]
+
+    @property
+    def has_next_look(self) -> bool:
+        """Whether a planned look has not been tested yet."""
+        return len(self.looks_done) < len(self._looks) and (not self.looks_done or bool(self.looks_done[-1].next))
+
+    def begin_next_look(self) -> bool:
+        """Tests the questions after all runs of a look have ended. Returns whether further runs are planned."""
+        record, num_done = self._sweep.record, len(self.looks_done)
+        record.confirm = [row for arm in self.arms for row in self.rows(arm)]
+        # A stage that was killed, or that grew, also has runs of later looks.
+        seeds = record.confirm_seeds[: self._looks[num_done]]
+        known = replace(record, confirm=[row for row in record.confirm if row.seed in seeds])
+        scores = read_confirm_scores(known, self._sweep.path)
+        answers = answer_sweep(record, scores)
+        hopeful = [answer for answer in answers if answer.may_settle]
+        subjects = {name for answer in hopeful for name in (answer.subject, *answer.compared_with)}
+        if hopeful and (scale := build_scale(record, scores)).margin.is_share_of_gain:
+            subjects |= {name for name in (scale.base, scale.full) if name is not None}
+        if self._sweep.definition.sweep_config.confirm.seeds != "auto":  # more seeds were asked for explicitly
+            subjects = {row.subject for row in self._settings.values()}
+        if num_done + 1 == len(self._looks):
+            subjects = set()
+        is_open = [answer.subject for answer in answers if not answer.is_settled]
+        self.looks_done.append(
+            LookRow(seeds=self._looks[num_done], open=list(dict.fromkeys(is_open)), next=sorted(subjects))
+        )
+        record.looks_done = list(self.looks_done)
+        self._add_to_plan(subjects)
+        for name, trials in self.arms.items():
+            begun = {(trial.params[SETTING], trial.params[SEED]) for trial in trials.trials.values()}
+            trials.planned = len(begun | set(self._plan[name]))
+        return bool(subjects)
+
+    def _add_to_plan(self, subjects: Collection[str]) -> None:
+        """Adds the runs of the next look: each of these subjects on each of its seeds."""
+        done = len(self.looks_done)
+        first = self._looks[done - 1] if done else 0
+        seeds = self._sweep.record.confirm_seeds[first : self._looks[done]] if done < len(self._looks) else []
+        for seed in seeds:
+            for row in self._settings.values():
+                is_fixed = has_fixed_score(self._sweep.definition.find_arm(row.arm))
+                if row.subject in subjects and not (is_fixed and self._plan[row.arm]):
+                    self._plan[row.arm].append((row.setting, seed))
+
+    def _list_all_params(self, arm: str) -> list[dict[str, Any]]:
+        params: list[dict[str, Any]] = self.arms[arm].study.user_attrs[SETTINGS_ATTRIBUTE]
+        return params
 
     def _read_trials(self, arm: Arm, session: str | None) -> ArmTrials:
         study = self._sweep.open_study(name_study(arm.name, self.name))
-        planned = {(row.number, seed) for row, seed in self._plan[arm.name]}
         begun = {
-            (trial.params[TRIAL], trial.params[SEED])
+            (trial.params[SETTING], trial.params[SEED])
             for trial in study.get_trials(deepcopy=False)
             if ASSIGNMENT_ATTRIBUTE in trial.user_attrs
         }
@@ -146,8 +209,8 @@ class Confirmation:
             arm,
             study=study,
             storage=self._sweep.storage,
-            space={TRIAL: IntDistribution(0, 2**32 - 1), SEED: IntDistribution(0, 2**32 - 1)},
-            planned=len(planned | begun),
+            space={SETTING: IntDistribution(0, 2**32 - 1), SEED: IntDistribution(0, 2**32 - 1)},
+            planned=len(begun | set(self._plan[arm.name])),
             session=session,
         )
 
@@ -155,13 +218,59 @@ class Confirmation:
 Stage: TypeAlias = Search | Confirmation
 
 
-def plan_confirmation(search: Search, *, sweep: SweepFolder, seeds: list[int]) -> Plan:
-    """Returns the runs of the confirm stage: the winner of each arm of the round on each seed."""
-    plan: Plan = {}
+def choose_settings(search: Search, *, sweep: SweepFolder) -> list[SettingRow]:
+    """Returns the setting that the confirm stage trains for each subject of the round's arms.
+
+    It is the best complete trial of an arm, or the setting that is predicted best for a value of `confirm_each`. The
+    study of the arm's confirm stage keeps the parameters, before any run begins.
+    """
+    rows: list[SettingRow] = []
     for arm in (trials.arm for trials in search.arms.values()):
-        winner = find_winner(search.rows(arm.name), record=sweep.record)
-        if winner is None:
-            sweep.warn(f"Arm `{arm.name}` has no complete trial, so the confirm stage skips it.")
-        else:
-            plan[arm.name] = [(winner, seed) for seed in arm_seeds(arm, seeds)]
-    return plan
+        found = [row for subject, value in arm.subjects.items() if (row := _choose(search, arm, subject, value, sweep))]
+        for subject in [name for name in arm.subjects if name not in {row.subject for row in found}]:
+            sweep.warn(f"`{subject}` has no trial with a score, so the confirm stage skips it.")
+        if not found:
+            continue
+        study = sweep.open_study(name_study(arm.name, Confirmation.name))
+        known: list[dict[str, Any]] = list(study.user_attrs.get(SETTINGS_ATTRIBUTE, []))
+        known += [row.params for row in found if row.params not in known]
+        if known != study.user_attrs.get(SETTINGS_ATTRIBUTE):
+            study.set_user_attr(SETTINGS_ATTRIBUTE, known)
+        rows += [replace(row, setting=known.index(row.params)) for row in found]
+    return rows
+
+
+def _choose(search: Search, arm: Arm, subject: str, value: Any, sweep: SweepFolder) -> SettingRow | None:
+    direction = sweep.record.direction
+    trials = search.arms[arm.name].frozen()
+    if arm.confirm_each is not None:
+        prediction = predict_best(arm, trials, direction=direction, fixed={arm.confirm_each: value})
+        return (
+            None
+            if prediction is None
+            else SettingRow(
+                subject=subject,
+                arm=arm.name,
+                setting=0,
+                value=value,
+                params=prediction.params,
+                trial=prediction.trial,
+                score=prediction.score,
+                rate_ratio=prediction.rate_ratio,
+                regret=prediction.regret,
+            )
+        )
+    winner = find_winner(search.rows(arm.name), record=sweep.record)
+    if winner is None:
+        return None
+    prediction = predict_best(arm, trials, direction=direction, fixed={}, chosen=winner.params)
+    return SettingRow(
+        subject=subject,
+        arm=arm.name,
+        setting=0,
+        value=None,
+        params=winner.params,
+        trial=winner.number,
+        score=winner.value,
+        regret=prediction.regret if prediction and arm.space else None,
+    )

@@ -8,7 +8,6 @@ its rung. It resumes the trial if the rule later allows it.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,7 +15,7 @@ from typing import Literal
 from optuna.pruners import BasePruner
 
 from lorasweep.config.components import Component, instantiate
-from lorasweep.config.sweep import HalvingPruner, MedianPruner
+from lorasweep.config.sweep import HalvingPruner
 from lorasweep.sweep.controller.trial import Trial
 from lorasweep.sweep.definition.arms import Arm
 
@@ -69,24 +68,6 @@ class Halving(StoppingRule):
         return min(count, len(ranked))
 
 
-@dataclass(frozen=True, kw_only=True)
-class MedianOfPeers(StoppingRule):
-    """A trial continues if it is no worse than the median of all trials at the rung, including running trials.
-
-    Optuna's MedianPruner compares with complete trials only, so in a pack, where all trials run at once, it never
-    stops a trial.
-    """
-
-    min_trials: int
-    """Number of trials that must reach a rung before any trial continues, unless no further trial can reach it."""
-
-    def count_kept(self, ranked: Ranked, *, all_arrived: bool) -> int:
-        if not ranked or (len(ranked) < self.min_trials and not all_arrived):
-            return 0
-        *median, _ = ranked[(len(ranked) - 1) // 2]  # without the number: equal trials continue together
-        return bisect_right(ranked, median, key=lambda row: list(row[:-1]))
-
-
 def build_rule(arm: Arm) -> StoppingRule:
     """Returns the rule that decides which trials of an arm are paused.
 
@@ -106,9 +87,6 @@ def build_rule(arm: Arm) -> StoppingRule:
         return Halving(
             rungs=tuple(sorted(rungs)), reduction_factor=pruner.reduction_factor, min_survivors=pruner.min_survivors
         )
-    if isinstance(pruner, MedianPruner):
-        first = pruner.min_fraction * max_steps
-        return MedianOfPeers(rungs=tuple(step for step in steps if step >= first), min_trials=pruner.min_trials)
     build_pruner(arm)  # a pruner that can't be built must raise before the first trial
     return StoppingRule()
 

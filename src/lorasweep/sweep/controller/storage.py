@@ -1,4 +1,4 @@
-"""Opens the storage of a sweep's studies: a journal in its folder, or a database. One process uses it at a time."""
+"""Opens the storage of a sweep's studies: a journal in its folder. One process uses it at a time."""
 
 from __future__ import annotations
 
@@ -9,28 +9,23 @@ import warnings
 import zlib
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import optuna
-from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner, NopPruner
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import BaseJournalBackend
-from sqlalchemy.exc import SQLAlchemyError
 
 from lorasweep.config.data import Direction
-from lorasweep.config.sweep import StorageConfig
-from lorasweep.errors import ConfigError, RecordError, WorkerError, first_line
+from lorasweep.errors import RecordError, first_line
 
 JOURNAL_FILE = "journal.log"
 LINE_KEY = "line"
 """Key of the number of a line that a sweep wrote. Optuna ignores it, and lines of other programs have none."""
 CHECKSUM_MARK = b',"crc32":'
 """Stands between a line and the CRC-32 of the line without it. Optuna ignores the key."""
-DATABASE_ERRORS = (StorageInternalError, SQLAlchemyError)
-"""The errors that Optuna raises if a database does not answer or refuses an operation."""
 
 
 class Journal(BaseJournalBackend):
@@ -114,44 +109,26 @@ def _parse_line(line: bytes, *, number: int) -> dict[str, Any]:
     return log
 
 
-class _FileJournalStorage(JournalStorage):
+class SweepStorage(JournalStorage):
+    """Optuna's storage of a sweep, with the journal that it writes to."""
+
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
         super().__init__(journal)
 
 
-def flush_storage(storage: BaseStorage) -> None:
-    """Makes sure that a power cut loses no write; a database does this itself."""
-    if isinstance(storage, _FileJournalStorage):
-        storage.journal.flush()
-
-
-def open_storage(config: StorageConfig, folder: Path) -> BaseStorage:
-    """Returns Optuna's storage of a sweep: a journal in its folder, whose lock this process holds, or a database.
+def open_storage(folder: Path) -> SweepStorage:
+    """Returns Optuna's storage of a sweep: the journal in its folder, whose lock this process holds.
 
     Raises:
-        ConfigError: The database does not answer, or its driver is not installed.
         RecordError: The journal is damaged.
     """
-    if config.url is None:
-        journal = Journal(folder / JOURNAL_FILE)
-        try:
-            return _FileJournalStorage(journal)
-        except Exception as error:  # a wrong operation raises errors of many classes in Optuna
-            journal.close()
-            raise damaged_journal(folder, error) from error
+    journal = Journal(folder / JOURNAL_FILE)
     try:
-        return RDBStorage(config.url)
-    except (*DATABASE_ERRORS, ImportError, ValueError, RuntimeError) as error:
-        raise unusable_database(config, error) from error
-
-
-def close_storage(storage: BaseStorage) -> None:
-    storage.remove_session()
-    if isinstance(storage, RDBStorage):
-        storage.engine.dispose()
-    elif isinstance(storage, _FileJournalStorage):
-        storage.journal.close()
+        return SweepStorage(journal)
+    except Exception as error:  # a wrong operation raises errors of many classes in Optuna
+        journal.close()
+        raise damaged_journal(folder, error) from error
 
 
 def damaged_journal(folder: Path, error: Exception) -> RecordError:
@@ -159,25 +136,6 @@ def damaged_journal(folder: Path, error: Exception) -> RecordError:
         f"{str(folder / JOURNAL_FILE)!r} must be as the sweep wrote it, but is damaged: {first_line(error)}. "
         "Restore it, or start a new sweep."
     )
-
-
-def unusable_database(config: StorageConfig, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"`storage.url` must be a database that answers and whose driver is installed, but {config.url!r} is not: "
-        f"{_reason(error)}. Start it, install the driver, or remove the key to use a journal in the folder."
-    )
-
-
-@contextmanager
-def database_must_answer(folder: Path) -> Iterator[None]:
-    """Raises `WorkerError` if the database does not answer, so that no trial counts as failed because of it."""
-    try:
-        yield
-    except DATABASE_ERRORS as error:
-        raise WorkerError(
-            f"the database of a sweep must answer, but the database of {str(folder)!r} does not: {_reason(error)}. "
-            f"No finished run is lost. Once it answers, type `lorasweep sweep --resume {folder}`."
-        ) from error
 
 
 def name_study(arm: str, stage: Literal["search", "confirm"]) -> str:
@@ -205,9 +163,3 @@ def open_study(
         if study.metric_names is None:
             study.set_metric_names([metric])
     return study
-
-
-def _reason(error: Exception) -> str:
-    # Optuna wraps the database's message in a sentence about possible causes.
-    cause = error.__cause__ if isinstance(error, StorageInternalError) else None
-    return first_line(cause or error)

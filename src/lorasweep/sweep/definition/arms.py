@@ -6,12 +6,15 @@ import glob
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from optuna.distributions import CategoricalDistribution
 
 from lorasweep.config.build import as_settings, build
 from lorasweep.config.command_line import parse_overrides
@@ -28,10 +31,12 @@ from lorasweep.config.compose import (
     layer_settings,
 )
 from lorasweep.config.limits import NonNegative
+from lorasweep.config.ranges import is_number
 from lorasweep.config.run import METHODS_ON_QUANTISED_BASE, RunConfig
 from lorasweep.config.sweep import SweepConfig
 from lorasweep.config.trust import TARGET
 from lorasweep.errors import ConfigError
+from lorasweep.record import name_subject
 from lorasweep.sweep.definition.alpha_over_rank import (
     ALPHA,
     MULTIPLIER,
@@ -74,6 +79,21 @@ class Arm:
     space: Space
     trials: int
     sweep_config: SweepConfig
+    confirm_each: str | None = None
+    """The swept key whose choices are confirmed one by one."""
+
+    @property
+    def subjects(self) -> dict[str, Any]:
+        """What the confirm stage trains: the name of each choice of `confirm_each` with its value, numbers ascending.
+
+        Without that key, the arm itself with the value None.
+        """
+        if self.confirm_each is None:
+            return {self.name: None}
+        values = list_corner_values(self.space[self.confirm_each])
+        if all(map(is_number, values)):
+            values = sorted(values)
+        return {name_subject(self.name, self.confirm_each, value): value for value in values}
 
     def compose(self, params: Mapping[str, Any]) -> RunConfig:
         """Returns the settings of a trial with these values of the swept keys."""
@@ -120,6 +140,9 @@ class Definition:
     rounds: tuple[Round, ...] = ()
     """The rounds that are followed by another one, because the sweep grew. A round follows from the record alone, so it
     does not matter at which moment the sweep grew."""
+
+    def find_arm(self, name: str) -> Arm:
+        return next(arm for arm in self.arms if arm.name == name)
 
     def arms_in_round(self, number: int) -> dict[str, Arm]:
         """Returns the arms of a round by name, with their trials at its end. Rounds count from 0."""
@@ -183,6 +206,7 @@ def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Defini
                 "Write `arms.ARM.KEY=VALUE` for one arm only."
             )
     sweep_config = compose_sweep(layer_settings("sweep", _split_sweep_settings(file.settings)[1], sweep_overrides))
+    _check_subjects(arms)
     for arm in arms:
         arm_settings = _list_shared_settings(arm.sweep_config)
         for key, value in _list_shared_settings(sweep_config).items():
@@ -264,6 +288,7 @@ def _build_arm(
     for_arm = {key.removeprefix(f"arms.{name}."): value for key, value in typed.items()}
     if "trials" in for_arm:
         for_arm["sweep.trials"] = for_arm.pop("trials")
+    confirm_each = for_arm.pop("confirm_each", config.confirm_each)
     # later layers win: sweep file, its arm, then the command line from general to particular
     layers = [_split_sweep_settings(layer) for layer in (file.settings, config.settings, for_all, for_arm)]
     sweep_config = compose_sweep(layer_settings("sweep", *(sweep_layer for _, sweep_layer in layers)))
@@ -290,12 +315,54 @@ def _build_arm(
         space=space,
         trials=trials if space else 1,
         sweep_config=sweep_config,
+        confirm_each=_check_confirm_each(confirm_each, space, arm=name),
     )
     assert (
         built.corners
     )  # this composes runs at the ends of all ranges, so that a wrong value raises before the first trial
     _check_grid(built)
     return built
+
+
+def _check_confirm_each(key: Any, space: Space, *, arm: str) -> str | None:
+    """Returns the swept key whose choices are confirmed one by one.
+
+    Raises:
+        ConfigError: The key is not swept, has a range instead of choices, or one choice.
+    """
+    if key is None:
+        return None
+    if key == ALPHA and ALPHA not in space and MULTIPLIER in space:
+        key = MULTIPLIER
+    if key not in space:
+        raise ConfigError(
+            f"`arms.{arm}.confirm_each` must be a swept key of the arm ({', '.join(space) or 'it sweeps none'}), but "
+            f"got {key!r}.{nearest(str(key), space)} Add the key to `space` with a list of choices."
+        )
+    distribution = space[key]
+    if not isinstance(distribution, CategoricalDistribution):
+        raise ConfigError(
+            f"`arms.{arm}.confirm_each` must be a key with a list of choices, but `{key}` has a range. Write its "
+            f"values as a list, such as `{key}: [1, 4, 16]`."
+        )
+    if len(distribution.choices) < 2:
+        raise ConfigError(
+            f"`arms.{arm}.confirm_each` must be a key with at least two choices, but `{key}` has only "
+            f"{distribution.choices[0]!r}. Add a choice, or remove `confirm_each`."
+        )
+    return str(key)
+
+
+def _check_subjects(arms: Sequence[Arm]) -> None:
+    """Raises ConfigError if two values of `confirm_each` have the same name, or one has the name of an arm."""
+    each = [(arm.name, arm.confirm_each, arm.space[arm.confirm_each]) for arm in arms if arm.confirm_each]
+    subjects = [name_subject(arm, key, value) for arm, key, range_ in each for value in list_corner_values(range_)]
+    (name, count), *_ = Counter([*subjects, *(arm.name for arm in arms)]).most_common(1)
+    if count > 1:
+        raise ConfigError(
+            f"each value of `confirm_each` must have its own name, but {count} values or arms are named {name!r}. "
+            "Choose values that differ in their first three digits, or rename the arm."
+        )
 
 
 def _layer_run(

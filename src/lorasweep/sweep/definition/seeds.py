@@ -26,7 +26,7 @@ def draw_confirm_seeds(definition: Definition) -> list[int]:
     Raises:
         ConfigError: The search may use so many seeds that too few are left.
     """
-    count = definition.sweep_config.confirm.seeds
+    count = max(definition.sweep_config.confirm.list_looks(), default=0)
     configs = [arm.corners[0] for arm in definition.arms] if count else []
     fixed = {seed for config in configs for seed in (config.seed, *astuple(config.seeds))}
     ranges = [arm.space[name] for arm in definition.arms for name in SEED_KEYS if name in arm.space]
@@ -43,15 +43,17 @@ def draw_confirm_seeds(definition: Definition) -> list[int]:
     return seeds
 
 
-def arm_seeds(arm: Arm, seeds: list[int]) -> list[int]:
-    """Returns the seeds of one arm: all, or one under `method=frozen`, whose score does not depend on a seed."""
-    return seeds[:1] if arm.corners[0].method.name == "frozen" else seeds
+def has_fixed_score(arm: Arm) -> bool:
+    """Returns whether the seed makes no difference to an arm: the frozen base, unless a classifier's head is new."""
+    config = arm.corners[0]
+    return config.method.name == "frozen" and config.model.kind != "classifier"
 
 
 def count_confirm_runs(definition: Definition) -> dict[str, int]:
-    """Returns the number of confirm runs of each arm."""
-    seeds = draw_confirm_seeds(definition)
-    return {arm.name: len(arm_seeds(arm, seeds)) for arm in definition.arms}
+    """Returns the number of confirm runs of each arm, if the questions are settled at the first look."""
+    looks = definition.sweep_config.confirm.list_looks()
+    first = looks[0] if looks else 0
+    return {arm.name: min(first, 1) if has_fixed_score(arm) else first * len(arm.subjects) for arm in definition.arms}
 
 
 def _contains(range_: BaseDistribution, seed: int) -> bool:

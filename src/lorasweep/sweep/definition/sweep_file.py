@@ -33,6 +33,9 @@ class ArmConfig:
     """Swept keys: for each a list of choices, or a mapping with `low`, `high`, and `log` or `step`."""
     trials: Positive | None = None
     """Trials of the search; None if the file gives no number."""
+    confirm_each: str | None = None
+    """A swept key with a list of choices, such as `method.rank`. All choices share the search, and each is confirmed
+    with the setting that is predicted best for it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,10 +35,11 @@ def find_warnings(definition: Definition) -> list[str]:
             "Lower `trainer.eval_every_steps`, or choose `pruner=none`."
         )
     confirm = definition.sweep_config.confirm
-    warnings += warn_of_few_seeds(confirm.seeds)
+    warnings += warn_of_few_seeds(max(confirm.list_looks(), default=0))
     methods = {config.method.name for arm in definition.arms for config in arm.corners}
     missing = [f"`method={name}`" for name in ("full", "frozen") if name not in methods]
-    if confirm.seeds and len(definition.arms) > 1 and missing and parse_margin(confirm.margin).is_share_of_gain:
+    has_questions = len(definition.arms) > 1 or any(arm.confirm_each for arm in definition.arms)
+    if confirm.seeds and has_questions and missing and parse_margin(confirm.margin).is_share_of_gain:
         warnings.append(
             f"`confirm.margin` is {confirm.margin}, a share of the gain of `full` over `frozen`, but the sweep has no "
             f"arm with {join_words(missing, last='or')}. So no arms can be shown to be equivalent, and no rank to be "
@@ -83,8 +84,9 @@ def _warn_of_learning_rates(arms: Sequence[Arm]) -> Iterator[str]:
 
 
 def _warn_of_alpha(arm: Arm) -> Iterator[str]:
-    """Warns if the ranks of an arm differ but α does not, so that α/r differs too."""
-    if {ALPHA, MULTIPLIER} & {*arm.space} or MULTIPLIER in arm.settings:
+    """Warns if the ranks of an arm differ but neither α nor the learning rate does, so that α/r differs too."""
+    # where the rate is searched, it makes up for α: see the rate law
+    if {ALPHA, MULTIPLIER, LR} & {*arm.space} or MULTIPLIER in arm.settings:
         return
     methods = [config.method for config in arm.corners if isinstance(config.method, LoraConfig)]
     scaled = [method for method in methods if method.scaling == "alpha_over_rank"]
@@ -95,7 +97,7 @@ def _warn_of_alpha(arm: Arm) -> Iterator[str]:
     yield (
         f"`method.alpha` of `{arm.name}` is {alpha:g} at every rank, so ΔW is scaled by α/r = {alpha / low:.3g} at "
         f"rank {low} and {alpha / high:.3g} at rank {high}. An apparent effect of the rank may be an effect of α/r. "
-        "`method.alpha: {over_rank: 2}` fixes α/r, `{over_rank: [1, 2, 4]}` searches it."
+        "Search `optim.lr`, or fix α/r with `method.alpha: {over_rank: 2}`."
     )
 
 

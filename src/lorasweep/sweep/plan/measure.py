@@ -142,11 +142,9 @@ def measure_sweep(
         RunError: A training failed, as it would in the sweep.
     """
     start_s, start_bytes = time.time() - psutil.Process().create_time(), process_peak_bytes()
-    # the user's database must not get the measured trials
-    local = replace(definition.sweep_config, storage=replace(definition.sweep_config.storage, url=None))
     with tempfile.TemporaryDirectory(prefix="lorasweep-plan-") as name:
         path = Path(name) / "sweep"
-        sweep = create_sweep(replace(definition, sweep_config=local), path, metric=metric)
+        sweep = create_sweep(definition, path, metric=metric)
         try:
             worker = MeasuringWorker(
                 path=path,

@@ -65,6 +65,6 @@ def _list_notes(definition: Definition, plan: SweepPlan) -> Iterator[str]:
 
 
 def _describe_stages(definition: Definition) -> str:
-    seeds = definition.sweep_config.confirm.seeds
-    confirm = f"then confirm: {describe_confirmation(seeds)}" if seeds else "no confirm stage"
+    looks = definition.sweep_config.confirm.list_looks()
+    confirm = f"then confirm: {describe_confirmation(looks)}" if looks else "no confirm stage"
     return f"Stages (the numbers of runs): search on validation data; {confirm}."

@@ -1,0 +1,540 @@
+"""Replays whole sweeps on stored complete runs, from the search to the verdicts, and counts wrong and open answers.
+
+    python benchmarks/bench_answers.py [--replays 500] [--tasks stdlib_docs ...] [--json] [--details]
+
+Tables (`benchmarks/answers/`, made by `record_answers.py`): LoRA at ranks × learning rates and full fine-tuning at
+learning rates, each on several seeds, with validation curves and the score of each test document or example. Between
+two stored rates, scores are interpolated (modified Akima splines in the logarithm of the rate).
+
+A replay draws a seed for the search, seeds for the confirm stage and test documents (or examples), all with
+replacement. The search proposes with the product's `propose` (a pack of all trials that may begin), stops at the
+default rungs, and predicts with the product's `predict_best`; the confirm stage asks `answer_questions` at
+each look. Truth is the mean over all seeds and documents, at the rate whose mean is best. The truth of a rank is
+decidable if its share of full's gain is within half a margin of 1 or at least two margins away; likewise for the
+smallest rank.
+
+`wrong`: a verdict is false; for `setting`, the regret is more than 5 % of the gain. `settled`: the line that the report
+prints first is no "open". `regret`: by how much the chosen setting of a rank is worse than the best of that rank, as a
+share of full's gain. `runs` and `steps`: of search and confirm stage.
+
+`time_to_answer`: today's way is Optuna's TPE over rank, α and rate for one trial after another with a median pruner, as
+many trials as give the same median regret for every rank, then the same seeds one by one. Both ways' steps are
+multiplied with the seconds of a trial-step that `bench_today.py` prints (--seconds TODAY TUNED OURS).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from numpy.typing import NDArray
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from scipy.interpolate import Akima1DInterpolator
+
+from lorasweep.config.compose import compose_sweep
+from lorasweep.config.data import Direction
+from lorasweep.config.sweep import HalvingPruner, parse_margin
+from lorasweep.record import Question
+from lorasweep.report.evidence.questions import Answer, Scale, answer_questions
+from lorasweep.report.evidence.scores import ConfirmScores
+from lorasweep.sweep.controller.predictions import predict_best
+from lorasweep.sweep.controller.proposals import propose
+from lorasweep.sweep.controller.stopping_rules import Halving
+from lorasweep.sweep.definition.arms import Arm
+
+FOLDER = Path(__file__).parent / "answers"
+RANKS = (1, 4, 16, 64)
+TRIALS = 16
+"""Trials of each arm, as in sweeps/quickstart.yaml."""
+RANK, LR = "method.rank", "optim.lr"
+ALPHA = 16.0
+"""α of the stored runs."""
+TODAY_TRIALS = (16, 24, 32, 48, 64, 96, 128, 192)
+"""Numbers of trials of today's way that are tried."""
+NUM_RATES = 121
+"""Number of learning rates among which the true best one is found: steps of 4 % over two decades."""
+DECIDABLE = (0.5, 2.0)
+"""A true difference is decidable up to the first or from the second number of margins on."""
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One stored run."""
+
+    values: tuple[float, ...]
+    """The metric on validation data at each evaluation."""
+    test: Array
+    """(groups,) The test score of each group."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Table:
+    """All runs of a task: by rank (0 for full fine-tuning), rate and seed; the frozen base by seed."""
+
+    name: str
+    sign: int
+    shares: Array
+    num_steps: int
+    num_evaluations: int
+    runs: Mapping[tuple[int, float, int], Run]
+    frozen: Mapping[int, Run]
+    cache: dict[tuple[int, float, int], Run] = field(default_factory=dict)
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted(self.frozen)
+
+    @cached_property
+    def rates(self) -> dict[int, list[float]]:
+        """The stored rates of each rank, ascending."""
+        return {
+            rank: sorted({rate for r, rate, _ in self.runs if r == rank}) for rank in {rank for rank, _, _ in self.runs}
+        }
+
+    @cached_property
+    def curves(self) -> dict[tuple[int, int], Akima1DInterpolator]:
+        """By rank and seed: validation values and test scores as a function of the logarithm of the rate."""
+        return {
+            (rank, seed): Akima1DInterpolator(
+                np.log(rates),
+                [
+                    np.concatenate([self.runs[rank, rate, seed].values, self.runs[rank, rate, seed].test])
+                    for rate in rates
+                ],
+                method="makima",
+            )
+            for rank, rates in self.rates.items()
+            for seed in self.seeds
+        }
+
+    def find_run(self, rank: int, rate: float, seed: int) -> Run:
+        """Returns the run of a setting, between stored rates if the rate is not stored."""
+        key = rank, rate, seed
+        if key not in self.cache:
+            found = self.curves[rank, seed](math.log(rate))
+            self.cache[key] = Run(values=tuple(found[: self.num_evaluations]), test=found[self.num_evaluations :])
+        return self.cache[key]
+
+    def mean(self, rank: int, rate: float) -> float:
+        """Returns the true test score of a setting: the mean over all seeds and groups."""
+        return statistics.fmean(float(self.find_run(rank, rate, seed).test @ self.shares) for seed in self.seeds)
+
+    @cached_property
+    def best(self) -> dict[int, float]:
+        """The true test score of each rank at its best rate, of `NUM_RATES` over the stored range."""
+        return {
+            rank: min(
+                (self.mean(rank, float(rate)) for rate in np.geomspace(rates[0], rates[-1], NUM_RATES)),
+                key=lambda mean: self.sign * mean,
+            )
+            for rank, rates in self.rates.items()
+        }
+
+    @property
+    def base(self) -> float:
+        return statistics.fmean(float(run.test @ self.shares) for run in self.frozen.values())
+
+    @property
+    def gain(self) -> float:
+        """Full fine-tuning's true gain, positive."""
+        return self.sign * (self.base - self.best[0])
+
+
+def read_table(task: str) -> Table:
+    about = json.loads((FOLDER / f"{task}.json").read_text())
+    runs, frozen = {}, {}
+    for path in sorted(FOLDER.glob(f"{task}_seed*.csv")):
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                digits = not about["groups"]
+                test = np.array([float(x) for x in (row["test"] if digits else row["test"].split())])
+                run = Run(values=tuple(map(float, row["values"].split())), test=test)
+                if row["method"] == "frozen":
+                    frozen[int(row["seed"])] = run
+                else:
+                    runs[int(row["rank"] or 0), float(row["lr"]), int(row["seed"])] = run
+    num = len(next(iter(frozen.values())).test)
+    weights = np.array(about["weights"] or [1.0] * num)
+    steps = about["settings"]["trainer.max_steps"]
+    return Table(
+        name=task,
+        sign=-1 if about["metric"] == "accuracy" else 1,
+        shares=weights / weights.sum(),
+        num_steps=steps,
+        num_evaluations=steps // about["settings"]["trainer.eval_every_steps"],
+        runs=runs,
+        frozen=frozen,
+    )
+
+
+def build_arm(table: Table, method: str, *, trials: int) -> Arm:
+    """Returns an arm whose learning rates are those of the table; LoRA also has the ranks, and a fixed α."""
+    rates = table.rates[RANKS[0] if method == "lora" else 0]
+    space: dict[str, BaseDistribution] = {LR: FloatDistribution(rates[0], rates[-1], log=True)}
+    if method == "lora":
+        space[RANK] = CategoricalDistribution(RANKS)
+    return Arm(
+        name=method,
+        settings={"method": method, "trainer.max_steps": table.num_steps},
+        space=space,
+        trials=trials,
+        sweep_config=compose_sweep({}),
+        confirm_each=RANK if method == "lora" else None,
+    )
+
+
+def with_seed(arm: Arm, seed: int) -> Arm:
+    """Returns an arm of a sweep with another seed, with the same composed settings."""
+    config = replace(arm.sweep_config, sweep=replace(arm.sweep_config.sweep, seed=seed))
+    other = replace(arm, sweep_config=config)
+    other.__dict__["corners"] = arm.corners  # to compose them again takes longer than a replay
+    return other
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """The trials of an arm as they ended."""
+
+    trials: list[FrozenTrial]
+    steps: int
+
+
+def run_search(arm: Arm, table: Table, *, seed: int, num_evaluations: int) -> Search:
+    """Replays the search of an arm: half of the trials, their first rung, the other half, then the later rungs."""
+    direction = "minimize" if table.sign == 1 else "maximize"
+    pruner = arm.sweep_config.pruner
+    assert isinstance(pruner, HalvingPruner)
+    rungs = sorted({max(1, round(fraction * num_evaluations)) for fraction in pruner.rungs})
+    rule = Halving(rungs=tuple(rungs), reduction_factor=pruner.reduction_factor, min_survivors=pruner.min_survivors)
+    params: list[dict[str, Any]] = []
+    reached: list[int] = []
+
+    def show(*, is_over: bool = False) -> list[FrozenTrial]:
+        return [
+            make_trial(arm, table, each, count, seed=seed, is_over=is_over)
+            for each, count in zip(params, reached, strict=True)
+        ]
+
+    for limit in (math.ceil(arm.trials / 2), arm.trials):
+        while len(params) < limit:
+            proposed, _ = propose(arm, show(), number=len(params), direction=direction)
+            params.append(proposed)
+            reached.append(0)
+        reached = [max(count, rungs[0]) for count in reached]
+    alive = list(range(len(params)))
+    for place, rung in enumerate(rungs):
+
+        def cost(index: int, at: int = rung) -> float:
+            value = table.sign * _find_run(table, params[index], seed).values[at - 1]
+            return value if math.isfinite(value) else math.inf
+
+        ranked = sorted((cost(index), index) for index in alive)
+        alive = [index for _, index in ranked[: rule.count_kept(ranked, all_arrived=True)]]
+        after = rungs[place + 1] if place + 1 < len(rungs) else num_evaluations
+        for index in alive:
+            reached[index] = after
+    trials = show(is_over=True)
+    for number, trial in enumerate(trials):
+        trial.number = number
+    return Search(trials=trials, steps=sum(reached) * table.num_steps // num_evaluations)
+
+
+def _find_run(table: Table, params: Mapping[str, Any], seed: int) -> Run:
+    return table.find_run(params.get(RANK, 0), params[LR], seed)
+
+
+def make_trial(
+    arm: Arm, table: Table, params: Mapping[str, Any], count: int, *, seed: int, is_over: bool
+) -> FrozenTrial:
+    """Returns a trial with its first evaluations; a complete one has its best as value."""
+    run = _find_run(table, params, seed)
+    is_complete = is_over and count == table.num_evaluations
+    state = TrialState.COMPLETE if is_complete else TrialState.PRUNED if is_over else TrialState.RUNNING
+    return create_trial(
+        state=state,
+        value=table.sign * min(table.sign * value for value in run.values) if is_complete else None,
+        params=dict(params),
+        distributions=dict(arm.space),
+        intermediate_values={
+            (n + 1) * table.num_steps // table.num_evaluations: value for n, value in enumerate(run.values[:count])
+        },
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One replay."""
+
+    answers: list[Answer]
+    regrets: dict[int, float]
+    """By rank: how much worse the chosen rate is than the best rate, as a share of full's gain."""
+    search_steps: int
+    full_steps: int
+    """The steps of full fine-tuning's search, which are part of `search_steps`."""
+    confirm_steps: int
+    num_seeds: int
+    num_runs: int
+
+
+QUESTIONS = [
+    Question(
+        name=name,
+        arm="lora",
+        key=RANK,
+        subjects=[f"lora-rank-{rank}" for rank in RANKS],
+        reference="full" if name == "as_good_as_full" else None,
+    )
+    for name in ("as_good_as_full", "smallest")
+]
+
+
+def replay_sweep(table: Table, arms: Mapping[str, Arm], *, number: int, looks: Sequence[int]) -> Outcome:
+    """Returns the outcome of one sweep with its own draw of seeds and test groups."""
+    rng = np.random.default_rng(number)
+    num_evaluations = table.num_evaluations
+    search_seed = int(rng.choice(table.seeds))
+    seeds = [int(seed) for seed in rng.choice(table.seeds, size=max(looks))]
+    groups = rng.integers(len(table.shares), size=len(table.shares))
+    shares = table.shares[groups] / table.shares[groups].sum()
+    arm = with_seed(arms["lora"], number)
+    found = run_search(arm, table, seed=search_seed, num_evaluations=num_evaluations)
+    full = run_search(with_seed(arms["full"], number), table, seed=search_seed, num_evaluations=num_evaluations)
+    complete = [trial for trial in full.trials if trial.state == TrialState.COMPLETE]
+    winner = min(complete, key=lambda trial: table.sign * (trial.value or 0.0))
+    full_rate = winner.params[LR]
+    direction: Direction = "minimize" if table.sign == 1 else "maximize"
+    predicted = predict_best(arms["full"], full.trials, direction=direction, fixed={}, chosen=winner.params)
+    assert predicted is not None
+    rates, errors = {}, {"full": predicted.regret}
+    for rank in RANKS:
+        prediction = predict_best(arm, found.trials, direction=direction, fixed={RANK: rank})
+        assert prediction is not None
+        rates[rank] = prediction.params[LR]
+        errors[f"lora-rank-{rank}"] = prediction.regret
+    scale = Scale(margin=parse_margin("5%"), sign=table.sign, base="frozen", full="full")
+    values: dict[str, dict[int, Array]] = {"frozen": {}, "full": {}, **{f"lora-rank-{rank}": {} for rank in RANKS}}
+    training, answers, used = set(values), [], 0
+    for place, look in enumerate(looks):
+        for index in range(looks[place - 1] if place else 0, look):
+            seed = seeds[index]
+            for name in training:
+                rank = 0 if name == "full" else int(name.rsplit("-", 1)[-1]) if name != "frozen" else -1
+                run = table.frozen[seed] if rank < 0 else table.find_run(rank, rates.get(rank, full_rate), seed)
+                values[name][index] = run.test[groups]
+                used += name != "frozen"
+        scores = ConfirmScores(
+            values=values, shares=shares, num_examples=len(shares), problems=(), search_errors=errors
+        )
+        answers = answer_questions(QUESTIONS, scores, scale, looks=looks, groups="documents")
+        hopeful = [answer for answer in answers if answer.may_settle]
+        training = {name for answer in hopeful for name in (answer.subject, *answer.compared_with)}
+        if not training:
+            break
+        training |= {"frozen", "full"}
+    return Outcome(
+        answers=answers,
+        regrets={rank: table.sign * (table.mean(rank, rates[rank]) - table.best[rank]) / table.gain for rank in RANKS},
+        search_steps=found.steps + full.steps,
+        full_steps=full.steps,
+        confirm_steps=used * table.num_steps,
+        num_seeds=look,
+        num_runs=len(found.trials) + len(full.trials) + used,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truth:
+    """What is true of a table, in margins."""
+
+    behind_full: dict[str, float]
+    """By subject: how far its best rate is behind full fine-tuning's best rate."""
+    behind_larger: dict[str, float]
+    """By subject: how far it is behind the best larger rank."""
+
+
+def find_truth(table: Table) -> Truth:
+    margin = 0.05 * table.gain
+    costs = {rank: table.sign * table.best[rank] for rank in (0, *RANKS)}
+    return Truth(
+        behind_full={f"lora-rank-{rank}": (costs[rank] - costs[0]) / margin for rank in RANKS},
+        behind_larger={
+            f"lora-rank-{rank}": max((costs[rank] - costs[other]) / margin for other in RANKS if other > rank)
+            for rank in RANKS[:-1]
+        },
+    )
+
+
+def is_wrong(answer: Answer, truth: Truth) -> bool:
+    """Returns whether a verdict is false."""
+    if answer.name == "smallest":
+        behind = truth.behind_larger[answer.subject]
+        return {"sufficient": behind > 1, "insufficient": behind <= 1}.get(answer.verdict, False)
+    behind = truth.behind_full[answer.subject]
+    return {
+        "better": behind >= 0,
+        "equivalent": abs(behind) >= 1,
+        "not worse": behind >= 1,
+        "worse": behind <= 0,
+    }.get(answer.verdict, False)
+
+
+def is_line_settled(name: str, answers: Sequence[Answer]) -> bool:
+    """Returns whether the report's line on a question is settled."""
+    verdicts = [answer.verdict for answer in answers if answer.name == name]
+    if name == "as_good_as_full":  # yes from some rank on, or no at every rank
+        return verdicts[-1] in ("better", "equivalent", "not worse") or all(v == "worse" for v in verdicts)
+    # the smallest sufficient rank: the next smaller one is refuted, or there is none
+    sufficient = next((n for n, verdict in enumerate(verdicts) if verdict == "sufficient"), len(verdicts))
+    return sufficient == 0 or verdicts[sufficient - 1] == "insufficient"
+
+
+def summarize(outcomes: Sequence[Outcome], truth: Truth) -> dict[str, Any]:
+    margins = {"as_good_as_full": truth.behind_full, "smallest": truth.behind_larger}
+    wrong = {
+        name: statistics.fmean(
+            any(is_wrong(answer, truth) for answer in outcome.answers if answer.name == name) for outcome in outcomes
+        )
+        for name in margins
+    }
+    regrets = [regret for outcome in outcomes for regret in outcome.regrets.values()]
+    wrong["setting"] = statistics.fmean(regret > 0.05 for regret in regrets)
+    settled = {
+        name: statistics.fmean(is_line_settled(name, outcome.answers) for outcome in outcomes) for name in margins
+    }
+    decidable = [
+        answer.is_settled
+        for outcome in outcomes
+        for answer in outcome.answers
+        if not DECIDABLE[0] < abs(margins[answer.name][answer.subject]) < DECIDABLE[1]
+    ]
+    return {
+        "wrong": {name: round(value, 4) for name, value in wrong.items()},
+        "settled": {name: round(value, 4) for name, value in settled.items()},
+        "settled_decidable": round(statistics.fmean(decidable), 4) if decidable else None,
+        "regret_median": round(statistics.median(regrets), 4),
+        "regret_p95": round(float(np.quantile(regrets, 0.95)), 4),
+        "seeds": round(statistics.fmean(outcome.num_seeds for outcome in outcomes), 2),
+        "runs": round(statistics.fmean(outcome.num_runs for outcome in outcomes), 1),
+        "steps": round(statistics.fmean(outcome.search_steps + outcome.confirm_steps for outcome in outcomes)),
+    }
+
+
+def replay_today(table: Table, *, number: int, trials: int) -> tuple[list[float], int]:
+    """Returns the regret of each rank's best trial, and the steps, of Optuna's TPE with a median pruner.
+
+    It searches rank, α/r in 1, 2 and 4, and the learning rate, one trial after another. The stored runs have one α; at
+    another α a trial has the run of the same lr · √α. A rank without a trial gets the best trial's lr · √α.
+    """
+    seed = int(np.random.default_rng(number).choice(table.seeds))
+    rates = table.rates[RANKS[0]]
+    study = optuna.create_study(
+        direction="minimize",
+        sampler=optuna.samplers.TPESampler(seed=number),
+        pruner=optuna.pruners.MedianPruner(),
+    )
+    found: dict[int, tuple[float, float]] = {}
+    steps = 0
+    for _ in range(trials):
+        trial = study.ask()
+        rank = trial.suggest_categorical("rank", RANKS)
+        ratio = trial.suggest_categorical("alpha_over_rank", (1, 2, 4))
+        rate = trial.suggest_float("lr", rates[0], rates[-1], log=True) * math.sqrt(ratio * rank / ALPHA)
+        rate = min(max(rate, rates[0]), rates[-1])
+        values = [table.sign * value for value in table.find_run(rank, rate, seed).values]
+        for evaluation, value in enumerate(values, start=1):
+            trial.report(value, evaluation)
+            steps += table.num_steps // table.num_evaluations
+            if trial.should_prune():
+                break
+        best = min(values[:evaluation])
+        study.tell(trial, best)
+        found[rank] = min(found.get(rank, (math.inf, 0.0)), (best, rate))
+    winner = min(found.values())
+    regrets = [
+        table.sign * (table.mean(rank, found.get(rank, winner)[1]) - table.best[rank]) / table.gain for rank in RANKS
+    ]
+    return regrets, steps
+
+
+def measure_time_to_answer(
+    table: Table, outcomes: Sequence[Outcome], seconds: tuple[float, float, float], *, replays: int
+) -> dict[str, float]:
+    """Returns how many times longer today's way takes, by default and tuned, for the same median regret and seeds."""
+    wanted = statistics.median(regret for outcome in outcomes for regret in outcome.regrets.values())
+    trials, steps = TODAY_TRIALS[-1], 0.0
+    for trials in TODAY_TRIALS:
+        found = [replay_today(table, number=number, trials=trials) for number in range(replays)]
+        steps = statistics.fmean(each for _, each in found)
+        if statistics.median(regret for regrets, _ in found for regret in regrets) <= wanted:
+            break
+    full_steps = statistics.fmean(outcome.full_steps for outcome in outcomes)
+    confirm_steps = statistics.fmean(outcome.confirm_steps for outcome in outcomes)
+    ours = statistics.fmean(outcome.search_steps for outcome in outcomes) + confirm_steps
+    theirs = steps + full_steps + confirm_steps
+    today, tuned, own = seconds
+    return {
+        "trials": trials,
+        "today": round(theirs * today / (ours * own), 2),
+        "tuned": round(theirs * tuned / (ours * own), 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=["stdlib_docs", "stdlib_code", "movie_snippets"])
+    parser.add_argument("--replays", type=int, default=500)
+    parser.add_argument("--looks", type=int, nargs="+", help="numbers of seeds; default: those of conf/sweep.yaml")
+    parser.add_argument("--trials", type=int, default=TRIALS)
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        nargs=3,
+        metavar=("TODAY", "TUNED", "OURS"),
+        help="seconds of a trial-step with its share of evaluations, as bench_today.py measures them",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON only")
+    parser.add_argument("--details", action="store_true", help="print how often each verdict was given")
+    args = parser.parse_args()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    looks = args.looks or compose_sweep({}).confirm.list_looks()
+    results, times = {}, {}
+    for task in args.tasks:
+        table = read_table(task)
+        truth = find_truth(table)
+        arms = {method: build_arm(table, method, trials=args.trials) for method in ("lora", "full")}
+        outcomes = [replay_sweep(table, arms, number=number, looks=looks) for number in range(args.replays)]
+        results[task] = summarize(outcomes, truth)
+        if args.seconds:
+            times[task] = measure_time_to_answer(table, outcomes, args.seconds, replays=min(args.replays, 100))
+        if args.json:
+            continue
+        print(f"{task}: gain {table.gain:.4g}, base {table.base:.4g}, {len(table.seeds)} seeds", results[task])
+        if task in times:
+            print("  time to an answer, today's way over ours:", times[task])
+        print("  behind full, margins:", {name: round(value, 2) for name, value in truth.behind_full.items()})
+        print("  behind the best larger rank:", {name: round(value, 2) for name, value in truth.behind_larger.items()})
+        if args.details:
+            counts = Counter((a.name, a.subject, a.verdict) for outcome in outcomes for a in outcome.answers)
+            for key in sorted(counts):
+                print("   ", *key, round(counts[key] / len(outcomes), 3))
+        sys.stdout.flush()
+    if args.json:
+        print(json.dumps({"tasks": results, "time_to_answer": times}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""The answers of a sweep in words: three lines for the top of every output, and a sentence for each question."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from lorasweep.report.choice import choose_arm
+from lorasweep.report.evidence.questions import NEGATIVE_VERDICTS, POSITIVE_VERDICTS, Answer
+from lorasweep.report.learning import Learning
+from lorasweep.report.sweep_data import ALPHA, LR, RANK, ArmData, SweepData
+from lorasweep.wording import (
+    count_decimals,
+    count_percent_decimals,
+    format_estimate,
+    format_metric,
+    format_score,
+    format_setting,
+    format_settings,
+    format_share,
+    format_share_estimate,
+    join_words,
+    short_key,
+)
+
+NO_TEST_SCORES = "nothing is confirmed on test data yet"
+VERDICT_WORDS = {"not worse": "not worse by more than the margin"}
+"""Verdicts that read otherwise in a sentence."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerLine:
+    """One of the three questions that every sweep is about, with its answer."""
+
+    question: str
+    text: str
+    is_settled: bool
+
+
+def list_answer_lines(data: SweepData, learning: Learning) -> tuple[AnswerLine, ...]:
+    """Returns the three lines at the top of the report."""
+    marked = _describe_unlearned(data, learning)
+    lines = (
+        ("Is LoRA as good as full fine-tuning here?", *_answer_full(data)),
+        ("Which rank is enough?", *_answer_rank(data)),
+        ("At which α and learning rate?", *_answer_setting(data, learning)),
+    )
+    return tuple(
+        AnswerLine(question=question, text=f"{text}{'' if index else marked}", is_settled=is_settled)
+        for index, (question, text, is_settled) in enumerate(lines)
+    )
+
+
+def describe_answer(answer: Answer, data: SweepData) -> str:
+    """Returns the answer on one subject as a sentence without the full stop."""
+    return f"`{answer.subject}` {_describe_result(answer, data)}"
+
+
+def list_details(data: SweepData) -> list[str]:
+    """Returns a sentence for each answer that is not in the three lines: on other methods, and on pairs."""
+    lora = {arm.name for arm in data.arms if arm.row.method == "lora"}
+    return [
+        f"{describe_answer(answer, data)}."
+        for answer in data.evidence.answers
+        if answer.name == "pair" or answer.subject not in lora
+    ]
+
+
+def describe_tests(data: SweepData) -> str | None:
+    """Returns a sentence on the planned looks, the seeds and the level of the answers; None without answers."""
+    record, evidence = data.record, data.evidence
+    if not evidence.answers:
+        return None
+    used = max((len(subject.seeds) for subject in evidence.subjects), default=0)
+    count, looks = len(record.questions), join_words([str(look) for look in record.looks])
+    planned = f"at {len(record.looks)} planned looks" if len(record.looks) > 1 else "once"
+    return (
+        f"The {'question is' if count == 1 else f'{count} questions are'} stated in the sweep and tested {planned} "
+        f"({looks} seeds; {used} were used). The chance of any false verdict is at most 5 % over all questions and "
+        f"looks, so the intervals beside verdicts have {100 * evidence.confidence:.3g} % confidence."
+    )
+
+
+def describe_gain(data: SweepData) -> str | None:
+    """Returns a sentence on full fine-tuning's gain as a share of the frozen base's score; None without both."""
+    found = data.evidence.relative_gain
+    if found is None:
+        return None
+    verb = "lowers" if data.sign > 0 else "raises"
+    return (
+        f"Full fine-tuning {verb} the frozen base's {format_metric(data.record.metric)} by "
+        f"{format_share_estimate(*found)}: the smaller this share, the nearer is the data to what the base knows."
+    )
+
+
+def name_value(subject: str, data: SweepData) -> str:
+    """Returns the name of a subject in a sentence about one arm: `rank 16`, or the name between backticks."""
+    arm = data.find_arm(subject)
+    key = arm.key if arm else None
+    return f"{short_key(key)} {format_setting(arm.row.settings[key])}" if arm and key else f"`{subject}`"
+
+
+def _answer_full(data: SweepData) -> tuple[str, bool]:
+    arms = [arm.name for arm in data.searches if arm.row.method == "lora"]
+    if not arms:
+        return "Not asked: no arm has `method=lora`.", False
+    if not any(arm.row.method == "full" for arm in data.searches):
+        return "Not asked: no arm has `method=full`. Add one to compare LoRA with it.", False
+    if not data.evidence.subjects:
+        best = [arm for arm in data.arms if arm.row.method == "lora" and arm.best]
+        shares = [share for arm in best if (share := data.full_gain_share_of_arm(arm)[0]) is not None]
+        kept = f" The best LoRA trial keeps {format_share(max(shares))} of full's gain there." if shares else ""
+        return f"{_say_unconfirmed(data)}{kept}", False
+    chains = [(arm, data.evidence.list_answers("as_good_as_full", arm=arm)) for arm in arms]
+    found = [(arm, _judge_chain(chain, data)) for arm, chain in chains if chain]
+    return _join_arms(found) if found else ("Open: the sweep does not state this question.", False)
+
+
+def _judge_chain(chain: Sequence[Answer], data: SweepData) -> tuple[str, bool]:
+    """Returns the answer on the values of one arm against full fine-tuning, and whether it is settled."""
+    positive = [answer for answer in chain if answer.verdict in POSITIVE_VERDICTS]
+    smaller = [answer for answer in chain if answer.verdict not in POSITIVE_VERDICTS][-1:]
+    arm = data.find_arm(chain[0].subject)
+    if positive:
+        first = name_value(positive[0].subject, data)
+        said = f"{first} {_describe_result(positive[0], data, beside=chain)}"
+        if len(chain) == 1:
+            return f"Yes: {said}.", True
+        if not smaller:
+            what = short_key(arm.key) if arm and arm.key else "value"
+            return f"Yes, at every {what} that was tried: {said}.", True
+        below = f"{name_value(smaller[0].subject, data)} {_describe_result(smaller[0], data, beside=chain)}"
+        return f"Yes from {first} on: {said}; {below}.", smaller[0].is_settled
+    largest = chain[-1]
+    name = name_value(largest.subject, data)
+    if largest.verdict in NEGATIVE_VERDICTS:
+        said = f"{name} {_describe_result(largest, data, beside=chain)}."
+        return f"No{', at none of the values' if len(chain) > 1 else ''}: {said}", True
+    worse = [name_value(answer.subject, data) for answer in chain if answer.verdict in NEGATIVE_VERDICTS]
+    more = f" {join_words(worse)} {'is' if len(worse) == 1 else 'are'} worse." if worse else ""
+    said = f"{name} {_describe_quantity(largest, data, beside=chain)}; {_describe_open(largest)}."
+    return f"Open: {said}{_capitalize(more)}", False
+
+
+def _answer_rank(data: SweepData) -> tuple[str, bool]:
+    asked = [arm.name for arm in data.searches if arm.row.method == "lora" and arm.row.confirm_each == RANK]
+    if not asked:
+        return "Not asked: no LoRA arm has `confirm_each: method.rank`.", False
+    if not data.evidence.subjects:
+        return _say_unconfirmed(data), False
+    found = [(arm, judge_smallest(arm, data)) for arm in asked if data.evidence.list_answers("smallest", arm=arm)]
+    return _join_arms(found) if found else ("Open: the sweep does not state this question.", False)
+
+
+def judge_smallest(arm: str, data: SweepData) -> tuple[str, bool]:
+    """Returns which value of an arm's key is enough, and whether that is settled."""
+    chain = data.evidence.list_answers("smallest", arm=arm)
+    sufficient = [answer for answer in chain if answer.verdict == "sufficient"]
+    smaller = [answer for answer in chain if answer.verdict != "sufficient"][-1:]
+    largest = name_value(chain[-1].compared_with[-1], data)
+    below = name_value(smaller[0].subject, data) if smaller else ""
+    doubt = _describe_result(smaller[0], data, beside=chain) if smaller else ""
+    if sufficient:
+        first = name_value(sufficient[0].subject, data)
+        said = f"{first} {_describe_result(sufficient[0], data, beside=chain)}"
+        if not smaller:
+            return f"{_capitalize(first)} is enough, the smallest that was tried: it{said.removeprefix(first)}.", True
+        if smaller[0].verdict == "insufficient":
+            return f"{_capitalize(first)} is enough and {below} is not: {said}; {below} {doubt}.", True
+        return f"{_capitalize(first)} is enough; whether {below} is enough is open: {said}; {below} {doubt}.", False
+    if smaller[0].verdict == "insufficient":
+        return f"{_capitalize(largest)}, the largest that was tried: {below} is not enough, it {doubt}.", True
+    worse = [name_value(answer.subject, data) for answer in chain if answer.verdict == "insufficient"]
+    more = f" {_capitalize(join_words(worse))} {'is' if len(worse) == 1 else 'are'} not enough." if worse else ""
+    said = f"{below} {_describe_quantity(smaller[0], data, beside=chain)}; {_describe_open(smaller[0])}."
+    return f"Open: nothing below {largest} is shown to be enough. {_capitalize(said)}{more}", False
+
+
+def _answer_setting(data: SweepData, learning: Learning) -> tuple[str, bool]:
+    if learning.state == "nothing":
+        return "Open: no settings are recommended, because nothing was learned.", False
+    choice = choose_arm(data, ["lora"])
+    if choice is None or choice.arm.best is None:
+        return "Open: no trial of LoRA is complete.", False
+    best, setting = choice.arm.best, choice.arm.setting
+    alpha, lr, rank = (best.numeric_setting(key) for key in (ALPHA, LR, RANK))
+    named = [(alpha, "α"), (lr, "learning rate")]
+    values = join_words([f"{name} {format_setting(value)}" for value, name in named if value is not None])
+    others = {key: value for key, value in best.params.items() if key not in (RANK, ALPHA, LR)}
+    at = "" if rank is None else f"Rank {format_setting(rank)}: "
+    more = f" with {format_settings(others)}" if others else ""
+    law = ""
+    if alpha and lr:
+        law = f" At another α: lr = u/√α with u = {lr * math.sqrt(alpha):.3g}."
+    if setting is None:
+        return f"Open: {at.lower()}{values}{more} in the best complete trial so far; {NO_TEST_SCORES}.{law}", False
+    if best.is_predicted:
+        ratio = setting.rate_ratio
+        near = "" if ratio is None else f", a factor of {ratio:.3g} from the rate of the nearest complete trial"
+        origin = f"predicted{near}"
+    else:
+        origin = f"tried as trial {best.number} of `{best.arm}`"
+    regret, is_small = describe_regret(choice.arm, data)
+    return f"{at}{values}{more} ({origin}; {regret}).{law}", is_small
+
+
+def describe_regret(arm: ArmData, data: SweepData) -> tuple[str, bool]:
+    """Returns how much better an untried setting may be, and whether that is known to be less than the margin."""
+    regret = arm.setting.regret if arm.setting else None
+    if regret is None:
+        return "how much better another setting could be is not known", False
+    gain, margin = data.evidence.gain or data.full_gain, data.evidence.margin
+    size = f"{format_share(regret / gain)} of full's gain" if gain else f"{format_score(regret)} {data.record.metric}"
+    is_small = margin is not None and regret <= margin
+    luck = "" if is_small or margin is None else ", more than the margin: more trials would lower it"
+    return f"the best untried setting is expected to gain {size} more{luck}", is_small
+
+
+def _describe_result(answer: Answer, data: SweepData, *, beside: Iterable[Answer] = ()) -> str:
+    """Returns the tested quantity with its interval, and the verdict; of an open answer what would settle it.
+
+    `beside` are the answers of the same chain, whose intervals get the same number of decimals.
+    """
+    verdict = VERDICT_WORDS.get(answer.verdict, answer.verdict)
+    if answer.verdict == "open":
+        verdict = f"open: {_describe_open(answer)}"
+    return f"{_describe_quantity(answer, data, beside=[*beside, answer])} ({verdict})"
+
+
+def _describe_open(answer: Answer) -> str:
+    closing = f"; {answer.to_settle} would probably settle it" if answer.to_settle else ""
+    return f"{answer.open_because}{closing}"
+
+
+def _describe_quantity(answer: Answer, data: SweepData, *, beside: Sequence[Answer]) -> str:
+    """Returns the tested quantity with its interval, as the predicate of a sentence about the subject."""
+    if answer.value is None:
+        return f"is not compared with {name_value(answer.reference, data)}"
+    value, interval, margin = answer.value, answer.interval, data.margin_share
+    if not answer.is_share:
+        margin = data.evidence.margin or 0.0
+        decimals = count_decimals((one.interval for one in beside), critical=(0.0, margin, -margin))
+        difference = format_estimate(value, interval, decimals=decimals)
+        return f"differs from `{answer.reference}` by {difference} {format_metric(data.record.metric)}"
+    critical = (1.0, 1.0 - margin, 1.0 + margin)
+    decimals = count_percent_decimals((one.interval for one in beside), critical=critical)
+    if answer.name == "as_good_as_full":
+        return f"keeps {format_share_estimate(value, interval, decimals=decimals)} of full's gain"
+    # of another reference the tested quantity is 1 plus the difference as a share of full's gain
+    shifted = None if interval is None else (interval[0] - 1, interval[1] - 1)
+    difference = format_share_estimate(value - 1, shifted, decimals=decimals)
+    return f"differs from {name_value(answer.reference, data)} by {difference} of full's gain"
+
+
+def _describe_unlearned(data: SweepData, learning: Learning) -> str:
+    """Returns a sentence on the subjects of LoRA and of full fine-tuning that are not shown to have learned anything.
+
+    It has a space before it; the text is empty if there are none.
+    """
+    compared = [arm.name for arm in data.arms if arm.row.method in ("lora", "full")]
+    names = [f"`{name}`" for name in compared if name in learning.unlearned]
+    if learning.answer is None or not names:
+        return ""
+    return f" But {join_words(names)} {'is' if len(names) == 1 else 'are'} not shown to beat {learning.answer.name}."
+
+
+def _say_unconfirmed(data: SweepData) -> str:
+    if data.record.looks:
+        return f"Open: {NO_TEST_SCORES}; the confirm stage follows the search."
+    return f"Open: {NO_TEST_SCORES}; `confirm.seeds=auto` adds the stage that does."
+
+
+def _join_arms(found: Sequence[tuple[str, tuple[str, bool]]]) -> tuple[str, bool]:
+    """Returns the answers of several arms as one text, and whether all are settled."""
+    if len(found) == 1:
+        return found[0][1]
+    text = " ".join(f"`{arm}`: {text}" for arm, (text, _) in found)
+    return text, all(is_settled for _, (_, is_settled) in found)
+
+
+def _capitalize(text: str) -> str:
+    stripped = text.lstrip()
+    return text[: len(text) - len(stripped)] + stripped[:1].upper() + stripped[1:]

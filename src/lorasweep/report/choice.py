@@ -1,0 +1,107 @@
+"""Chooses the settings to use: the value of each arm's `confirm_each` key, then the arm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lorasweep.report.evidence.questions import NEGATIVE_VERDICTS, POSITIVE_VERDICTS, Answer
+from lorasweep.report.sweep_data import ArmData, SweepData
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One subject, and whether the answers settle that it is the one to use."""
+
+    arm: ArmData
+    is_settled: bool
+    answers: tuple[Answer, ...]
+    """The answers that decide about it, those that are open first."""
+
+
+def choose_value(data: SweepData, arm: str) -> Choice | None:
+    """Returns the subject of an arm to use; None if none has a score.
+
+    It is the smallest value that is shown to be sufficient, else the largest. Without that question it is the subject
+    with the best score. The choice is settled if the next smaller value is shown to be insufficient, or if there is
+    none.
+    """
+    subjects = [one for one in data.arms if one.arm == arm and find_value(one, data) is not None]
+    subjects = [one for one in subjects if one.best and one.best.record]
+    if not subjects:
+        return None
+    chain = data.evidence.list_answers("smallest", arm=arm)
+    if not chain:
+        best = min(subjects, key=lambda one: data.sign * (find_value(one, data) or 0.0))
+        return Choice(arm=best, is_settled=len(subjects) == 1, answers=())
+    sufficient = [answer for answer in chain if answer.verdict == "sufficient"]
+    smaller = [answer for answer in chain if answer.verdict != "sufficient"][-1:]
+    name = sufficient[0].subject if sufficient else chain[-1].compared_with[-1]
+    chosen = next((one for one in subjects if one.name == name), subjects[-1])
+    return Choice(
+        arm=chosen,
+        is_settled=chosen.name == name and all(answer.verdict == "insufficient" for answer in smaller),
+        answers=(*smaller, *sufficient[:1]),
+    )
+
+
+def choose_arm(data: SweepData, methods: Sequence[str] | None = None) -> Choice | None:
+    """Returns the subject to use among all arms that train, or among those of some methods.
+
+    It is the one with the fewest trained parameters among those that are as good as full fine-tuning, or one that is
+    better than it. If none is shown to be as good, it is the one with the best score, and the choice is settled if all
+    others are shown to be worse than it.
+    """
+    arms = [arm.row for arm in data.searches if arm.row.method != "frozen"]
+    choices = [
+        choice
+        for row in arms
+        if methods is None or row.method in methods
+        if (choice := choose_value(data, row.name)) and choice.arm.best
+    ]
+    if not choices:
+        return None
+    beside_full = {one.arm.name: data.evidence.answer("as_good_as_full", one.arm.name) for one in choices}
+    known = {name: answer for name, answer in beside_full.items() if answer}
+    positive = [one for one in choices if (answer := known.get(one.arm.name)) and answer.verdict in POSITIVE_VERDICTS]
+    better = [one for one in positive if known[one.arm.name].verdict == "better"]
+
+    def order_by_score(choice: Choice) -> float:
+        return data.sign * (find_value(choice.arm, data) or 0.0)
+
+    if positive:
+        chosen = (
+            min(better, key=order_by_score)
+            if better
+            else min(positive, key=lambda one: one.arm.cost("trainable_params") or math.inf)
+        )
+        answers: tuple[Answer, ...] = (known[chosen.arm.name], *chosen.answers)
+        return Choice(arm=chosen.arm, is_settled=chosen.is_settled, answers=answers)
+    chosen = min(choices, key=order_by_score)
+    others = [one.arm.name for one in choices if one is not chosen]
+    found = [_compare(chosen.arm.name, other, data) for other in others]
+    is_settled = chosen.is_settled and all(is_better for is_better, _ in found) and bool(data.evidence.subjects)
+    doubts = sorted(found, key=lambda one: one[0])
+    answers = (*(answer for _, answer in doubts if answer), *chosen.answers)
+    return Choice(arm=chosen.arm, is_settled=is_settled, answers=answers)
+
+
+def find_value(arm: ArmData, data: SweepData) -> float | None:
+    """Returns the score of a subject: on test data after a confirm stage, else that of the best complete trial."""
+    if data.evidence.subjects:
+        found = data.evidence.subject(arm.name)
+        return found.mean if found else None
+    return arm.best.value if arm.best else None
+
+
+def _compare(subject: str, other: str, data: SweepData) -> tuple[bool, Answer | None]:
+    """Returns whether a subject is shown to be no worse than another, with the answer that compares them."""
+    for answer in data.evidence.answers:
+        if answer.name == "smallest":
+            continue
+        if (answer.subject, answer.reference) == (subject, other):
+            return answer.verdict in POSITIVE_VERDICTS, answer
+        if (answer.subject, answer.reference) == (other, subject):
+            return answer.verdict in (*NEGATIVE_VERDICTS, "equivalent"), answer
+    return False, None

@@ -1,0 +1,348 @@
+"""The questions that a sweep states before it starts, and their answers.
+
+- `as_good_as_full`: is a subject as good as full fine-tuning? One for each subject, from the largest value down.
+- `smallest`: which value of an arm's `confirm_each` key is enough? One for each value, from the second largest down: a
+  value is sufficient if no larger value is better by more than the margin.
+- `pair`: how do two arms compare? Only if the sweep asks for it.
+
+A subject is what the confirm stage trains on several seeds: an arm, or one value of its `confirm_each` key.
+
+Tests of one question on the values of one arm are a chain. Going down from the largest value, a value is shown to be
+good enough only if all larger values were; going up from the smallest, a value is shown to be worse only if all smaller
+ones were. Each direction has the level of one test, however many values there are (fixed sequence, Maurer et al. 1995).
+All chains share the level of 5 % (Bonferroni): the chance that a sweep gives any false verdict is at most that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from scipy.special import ndtr, ndtri
+
+from lorasweep.config.sweep import Margin
+from lorasweep.record import Question, QuestionName
+from lorasweep.report.evidence.estimates import Coefficients, Estimate, Interval, estimate_ratio, estimate_sum, subtract
+from lorasweep.report.evidence.looks import compute_look_level
+from lorasweep.report.evidence.scores import ConfirmScores
+
+FAMILY_LEVEL = 0.05
+"""The chance of any false verdict in a sweep whose questions have no true difference."""
+POWER_SCORE = 0.84
+"""Standard normal score of a probability of 80 %."""
+SEED_STEPS = (*range(2, 21), *range(25, 101, 5))
+"""Numbers of seeds that are tried to settle a question."""
+GROUP_FACTORS = (1.5, 2, 3, 4, 6, 8, 12, 16)
+"""Numbers of groups of test examples, divided by that of now, that are tried to settle a question."""
+Verdict = Literal["better", "equivalent", "not worse", "worse", "sufficient", "insufficient", "open"]
+"""The words of every output: terminal, page, CSV, JSON and TensorBoard. `not worse` is: not by more than the margin."""
+POSITIVE_VERDICTS: tuple[Verdict, ...] = ("better", "equivalent", "not worse", "sufficient")
+NEGATIVE_VERDICTS: tuple[Verdict, ...] = ("worse", "insufficient")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """The answer on one subject of a question."""
+
+    name: QuestionName
+    arm: str
+    subject: str
+    reference: str
+    """For `smallest`: the larger value that refutes the subject, or else the one that is worst for it."""
+    compared_with: tuple[str, ...]
+    """All subjects that it is compared with."""
+    verdict: Verdict
+    value: float | None
+    """The tested quantity: the subject's share of the reference's gain over the frozen base if the margin is a share of
+    it, else subject less reference in the metric's unit."""
+    interval: Interval | None
+    """The interval that the tests of this look use. A verdict never contradicts it."""
+    is_share: bool
+    num_seeds: int
+    open_because: str | None
+    """Why the question is open; None if it is settled."""
+    to_settle: str | None
+    """The cheapest further evidence that would probably settle it; None if it is settled or nothing practical would."""
+    may_settle: bool
+    """Whether it is open and the seeds of later looks may settle it."""
+
+    @property
+    def is_settled(self) -> bool:
+        return self.verdict != "open"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """The margin, and the sum of scores whose share it is."""
+
+    margin: Margin
+    sign: int
+    """1 if lower scores are better, else -1."""
+    base: str | None
+    """The frozen base."""
+    full: str | None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether differences can be compared with the margin."""
+        return not self.margin.is_share_of_gain or (self.base is not None and self.full is not None)
+
+    def advantage(self, subject: str, reference: str, *, margins: float) -> tuple[dict[str, float], float]:
+        """Returns coefficients and constant of: subject's advantage over the reference, less a number of margins."""
+        better = {reference: float(self.sign), subject: -float(self.sign)}
+        if not self.margin.is_share_of_gain:
+            return better, -margins * self.margin.value
+        return subtract(better, self.gain, margins * self.margin.value), 0.0
+
+    @property
+    def gain(self) -> Coefficients:
+        """The coefficients of full fine-tuning's gain over the frozen base."""
+        assert self.base is not None
+        assert self.full is not None
+        return {self.base: float(self.sign), self.full: -float(self.sign)}
+
+
+def compute_level(questions: Sequence[Question], looks: Sequence[int]) -> float:
+    """Returns the one-sided level of each test: chains share the family's level, and looks share a chain's level."""
+    return compute_look_level(tuple(looks), level=FAMILY_LEVEL / 2 / max(len(questions), 1))
+
+
+def answer_questions(
+    questions: Sequence[Question], scores: ConfirmScores, scale: Scale, *, looks: Sequence[int], groups: str | None
+) -> list[Answer]:
+    """Returns an answer on each subject of each question.
+
+    Args:
+        questions: The questions of the sweep.
+        scores: The scores of the confirm stage so far.
+        scale: The margin.
+        looks: Numbers of seeds at the planned looks.
+        groups: The name of the groups of test examples, such as `documents`, for the answers' words.
+    """
+    level = compute_level(questions, looks)
+    return [
+        answer
+        for question in questions
+        for answer in _answer_chain(question, scores, scale, level=level, max_seeds=max(looks), groups=groups)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Comparison:
+    """A subject beside one reference: its advantage plus one margin, as it is, and less one margin."""
+
+    reference: str
+    above_lower: Estimate | None
+    """Positive if the subject is not worse by more than the margin. None without a margin."""
+    difference: Estimate
+    below_upper: Estimate | None
+    """Positive if the subject is better by more than the margin."""
+
+    def project(self, *, num_seeds: int, groups_factor: float) -> _Comparison:
+        """Returns the comparison with more seeds and examples, if all values stayed the same."""
+        lower, difference, upper = (
+            estimate.project(num_seeds=num_seeds, groups_factor=groups_factor) if estimate else None
+            for estimate in (self.above_lower, self.difference, self.below_upper)
+        )
+        assert difference is not None
+        return replace(self, above_lower=lower, difference=difference, below_upper=upper)
+
+
+def _answer_chain(
+    question: Question, scores: ConfirmScores, scale: Scale, *, level: float, max_seeds: int, groups: str | None
+) -> list[Answer]:
+    if question.name == "smallest":
+        pairs = {subject: question.subjects[place + 1 :] for place, subject in enumerate(question.subjects[:-1])}
+    else:
+        assert question.reference is not None
+        pairs = {subject: [question.reference] for subject in question.subjects}
+    # values of one arm share a search, so an error of it moves them together
+    of_best = question.name != "smallest"
+    compared = {
+        subject: [pair for name in references if (pair := _compare(subject, name, scores, scale, of_best=of_best))]
+        for subject, references in pairs.items()
+    }
+    is_whole = {subject: len(compared[subject]) == len(pairs[subject]) for subject in pairs}
+    judge = _judge_sufficiency if question.name == "smallest" else _judge_difference
+    alone = {subject: judge(found, level=level) if is_whole[subject] else "open" for subject, found in compared.items()}
+    verdicts = _apply_order(alone)
+    answers = []
+    for subject, found in compared.items():
+        verdict = verdicts[subject]
+        worst = _find_worst(found, verdict)
+        value, interval = None, None
+        if worst is not None:
+            confidence = 1 - 2 * level
+            value, interval = _measure(subject, worst.reference, scores, scale, confidence=confidence, of_best=of_best)
+        open_state = _OpenState()
+        if verdict == "open":
+            open_state = _explain_open(
+                found if is_whole[subject] else [],
+                judge=judge,
+                is_blocked=alone[subject] != "open",
+                level=level,
+                max_seeds=max_seeds,
+                groups=groups,
+            )
+        answers.append(
+            Answer(
+                name=question.name,
+                arm=question.arm,
+                subject=subject,
+                reference=worst.reference if worst else pairs[subject][-1],
+                compared_with=tuple(pairs[subject]),
+                verdict=verdict,
+                value=value,
+                interval=interval,
+                is_share=scale.margin.is_share_of_gain and scale.is_known,
+                num_seeds=len(worst.difference.seeds) if worst else 0,
+                open_because=open_state.because,
+                to_settle=open_state.to_settle,
+                may_settle=open_state.may_settle,
+            )
+        )
+    return answers
+
+
+def _compare(subject: str, reference: str, scores: ConfirmScores, scale: Scale, *, of_best: bool) -> _Comparison | None:
+    """Returns a comparison on the seeds that all its subjects have; None if one has no scores."""
+
+    def estimate(margins: float) -> Estimate | None:
+        coefficients, constant = scale.advantage(subject, reference, margins=margins)
+        return estimate_sum(scores, coefficients, constant=constant, of_best=of_best)
+
+    if not scale.is_known:
+        found = estimate_sum(scores, {reference: float(scale.sign), subject: -float(scale.sign)}, of_best=of_best)
+        return _Comparison(reference=reference, above_lower=None, difference=found, below_upper=None) if found else None
+    lower, difference, upper = estimate(-1.0), estimate(0.0), estimate(1.0)
+    if difference is None:
+        return None
+    return _Comparison(reference=reference, above_lower=lower, difference=difference, below_upper=upper)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OpenState:
+    """Why a verdict is open; the fields are those of `Answer`."""
+
+    because: str | None = None
+    to_settle: str | None = None
+    may_settle: bool = False
+
+
+def _explain_open(
+    found: Sequence[_Comparison],
+    *,
+    judge: Callable[..., Verdict],
+    is_blocked: bool,
+    level: float,
+    max_seeds: int,
+    groups: str | None,
+) -> _OpenState:
+    """Returns why a verdict is open, and the cheapest evidence that would settle it with a probability of 80 %.
+
+    The estimates are assumed to stay. A test then succeeds with that probability if it would succeed now at a level
+    whose boundary is higher by the 80 % quantile of its error.
+    """
+    if not found:
+        return _OpenState(because="there are no test scores of both on the same seeds")
+    if is_blocked:
+        return _OpenState(because="a value that is tested before it is open", may_settle=False)
+    if any(pair.above_lower is None for pair in found):
+        return _OpenState(
+            because="no margin is known",
+            to_settle="`confirm.margin` as a number in the metric's unit, or arms `full` and `frozen`",
+        )
+    num_seeds = min(len(pair.difference.seeds) for pair in found)
+    if num_seeds < 2:
+        return _OpenState(because="one seed says nothing about another", to_settle="more seeds", may_settle=True)
+
+    def settles(seeds: int, factor: float, *, shift: float) -> bool:
+        shifted = float(ndtr(ndtri(level) - shift))
+        projected = [pair.project(num_seeds=seeds, groups_factor=factor) for pair in found]
+        return judge(projected, level=shifted) != "open"
+
+    worst = max((pair.difference for pair in found), key=lambda estimate: estimate.error)
+    parts = {
+        "seeds": worst.seeds_variance,
+        groups or "test examples": worst.groups_variance,
+        "trials of the search": worst.search_variance,
+    }
+    what = max(parts, key=parts.__getitem__)
+    state = _OpenState(
+        because=f"the interval is too wide, mostly because few {what} were used",
+        # one standard error in its favour: only a hopeless question is given up
+        may_settle=num_seeds < max_seeds and settles(max_seeds, 1.0, shift=-1.0),
+    )
+    for seeds in SEED_STEPS:
+        if seeds > num_seeds and settles(seeds, 1.0, shift=POWER_SCORE):
+            return replace(state, to_settle=f"{seeds - num_seeds} more {'seed' if seeds == num_seeds + 1 else 'seeds'}")
+    if worst.num_groups:
+        for factor in GROUP_FACTORS:
+            if settles(max(num_seeds, max_seeds), factor, shift=POWER_SCORE):
+                return replace(state, to_settle=f"{factor:g} times as many {groups or 'test examples'}")
+    if what == "trials of the search":
+        return replace(state, to_settle="more trials (`sweep.trials`)")
+    return replace(state, because=f"no practical number of seeds or {groups or 'test examples'} would settle it")
+
+
+def _judge_difference(found: Sequence[_Comparison], *, level: float) -> Verdict:
+    (pair,) = found
+    is_not_worse = pair.above_lower is not None and pair.above_lower.p_positive < level
+    is_not_better = pair.below_upper is not None and pair.below_upper.p_negative < level
+    # Equivalence goes first: a difference below the margin does not matter, even if its sign is known.
+    if is_not_worse and is_not_better:
+        return "equivalent"
+    if pair.difference.p_positive < level:
+        return "better"
+    if is_not_worse:
+        return "not worse"
+    return "worse" if pair.difference.p_negative < level else "open"
+
+
+def _judge_sufficiency(found: Sequence[_Comparison], *, level: float) -> Verdict:
+    """A value must be shown against every larger value; it is refuted by any of them, at a share of the level."""
+    lower = [pair.above_lower for pair in found]
+    if any(estimate is None for estimate in lower):
+        return "open"
+    known = [estimate for estimate in lower if estimate]
+    if all(estimate.p_positive < level for estimate in known):
+        return "sufficient"
+    return "insufficient" if min(estimate.p_negative for estimate in known) < level / len(known) else "open"
+
+
+def _find_worst(found: Sequence[_Comparison], verdict: Verdict) -> _Comparison | None:
+    """Returns the comparison that is shown beside a verdict: the one that refutes the subject, or the lowest value."""
+
+    def rank(pair: _Comparison) -> float:
+        lower = pair.above_lower if verdict == "insufficient" else None
+        return lower.p_negative if lower else pair.difference.value
+
+    return min(found, key=rank, default=None)
+
+
+def _apply_order(alone: Mapping[str, Verdict]) -> dict[str, Verdict]:
+    """Returns the verdicts that the fixed sequence allows, from those of each subject alone, smallest value first."""
+    subjects = list(alone)
+    allowed: dict[str, Verdict] = dict.fromkeys(subjects, "open")
+    for order, kinds in ((subjects[::-1], POSITIVE_VERDICTS), (subjects, NEGATIVE_VERDICTS)):
+        for subject in order:
+            if alone[subject] not in kinds:
+                break
+            allowed[subject] = alone[subject]
+    return allowed
+
+
+def _measure(
+    subject: str, reference: str, scores: ConfirmScores, scale: Scale, *, confidence: float, of_best: bool
+) -> tuple[float | None, Interval | None]:
+    """Returns the tested quantity with the interval of the tests."""
+    if not (scale.margin.is_share_of_gain and scale.is_known):
+        found = estimate_sum(scores, {subject: 1.0, reference: -1.0}, of_best=of_best)
+        return (found.value, found.find_interval(confidence)) if found else (None, None)
+    # the share of full's gain is 1 + advantage over the reference / gain
+    advantage, _ = scale.advantage(subject, reference, margins=0.0)
+    ratio = estimate_ratio(
+        scores, subtract(advantage, scale.gain, -1.0), scale.gain, confidence=confidence, of_best=of_best
+    )
+    return ratio or (None, None)

@@ -1,0 +1,185 @@
+"""One search for every value of an arm's `confirm_each` key: proposes trials, and predicts the best setting of each."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from optuna.distributions import CategoricalDistribution
+from optuna.trial import FrozenTrial, TrialState
+
+from lorasweep.config.data import Direction
+from lorasweep.sweep.controller.encoding import Point, SpaceEncoding
+from lorasweep.sweep.controller.history import History, extrapolate_scores
+from lorasweep.sweep.controller.rate_law import LR, RateLaw, build_rate_law
+from lorasweep.sweep.controller.sobol import draw_sobol_point
+from lorasweep.sweep.controller.surrogate import Coordinates, Surrogate, fit_surrogate
+from lorasweep.sweep.definition.arms import Arm
+from lorasweep.sweep.definition.space import Space
+
+NUM_CANDIDATES = 256
+"""Number of settings of a value among which the best is chosen: a learning rate of two decades in steps of 2 %."""
+CANDIDATE_SEED = 0
+EXPLORATION = 1.0
+"""A new trial has the lowest mean less this many standard deviations. On stored grids 1 leaves less regret than 0."""
+REGRET_DRAWS = 500
+REGRET_CANDIDATES = 64
+RATE_DIGITS = 3
+"""Significant digits of a predicted learning rate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """The setting that is predicted best for one value of a key, or for a whole arm."""
+
+    params: dict[str, Any]
+    trial: int | None
+    """The complete trial with this setting; None if it was not tried."""
+    score: float
+    """The predicted score on validation data."""
+    rate_ratio: float | None
+    """The ratio of u to that of the nearest complete trial, at least 1; None if the rate is not searched or no trial is
+    complete."""
+    regret: float
+    """How much better the best setting is expected to be than this one, by the model: its mean over draws."""
+
+
+def propose_for_values(arm: Arm, history: History, *, seed: int) -> Point:
+    """Returns a point for the value with the fewest trials: the one with the lowest confidence bound of the cost.
+
+    Running trials without a result count as if they scored what the model predicts (kriging believer, Ginsbourger et
+    al. 2010), so that trials that begin together differ.
+    """
+    assert arm.confirm_each is not None
+    encoding, results, running = history.encoding, history.list_results(), history.list_running()
+    values = encoding.choices[arm.confirm_each]
+    counts = Counter(trial.params[arm.confirm_each] for trial in (*results, *running))
+    value = min(range(len(values)), key=lambda index: (counts[index], index))
+    coordinates = Coordinates(arm.space, build_rate_law(arm))
+    points = coordinates.place([encoding.decode(trial.params) for trial in results])
+    costs = _list_costs(results, history.direction)
+    done = _list_done(results, arm)
+    surrogate = fit_surrogate(points, costs, done=done)
+    if running:
+        believed = coordinates.place([encoding.decode(trial.params) for trial in running])
+        expected = surrogate.predict(believed)[0]
+        points, done = np.concatenate([points, believed]), [*done, *[1.0] * len(running)]
+        surrogate = fit_surrogate(points, [*costs, *expected], done=done)
+    candidates = [
+        point for point in _list_points(encoding, arm.confirm_each, value, seed=seed) if not history.has_tried(point)
+    ]
+    if not candidates:
+        return draw_sobol_point(encoding, len(results) + len(running), seed=seed)
+    mean, deviation = surrogate.predict(coordinates.place([encoding.decode(point) for point in candidates]))
+    return candidates[int(np.argmin(mean - EXPLORATION * deviation))]
+
+
+def predict_best(
+    arm: Arm,
+    trials: Sequence[FrozenTrial],
+    *,
+    direction: Direction,
+    fixed: Mapping[str, Any],
+    chosen: Mapping[str, Any] | None = None,
+) -> Prediction | None:
+    """Returns the setting of an arm that is predicted best, with some keys at fixed values.
+
+    Uses complete trials, and what paused and pruned trials reached. A setting that does not fit in memory is not
+    chosen. Returns None if no trial has a result, or nothing with the fixed values fits.
+
+    Args:
+        arm: The arm.
+        trials: All its trials, with parameters.
+        direction: Which scores are better.
+        fixed: Values of some swept keys, such as `{"method.rank": 4}`.
+        chosen: A setting to predict instead of the best one.
+    """
+    law = build_rate_law(arm)
+    known = [trial for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+    scores = extrapolate_scores(known)
+    results = [(trial, score) for trial, score in zip(known, scores, strict=True) if score is not None]
+    if not results:
+        return None
+    infeasible = [trial for trial in known if any(excess > 0 for excess in trial.constraints.values())]
+    if any(fixed.items() <= trial.params.items() for trial in infeasible) and not any(
+        fixed.items() <= trial.params.items() for trial, _ in results
+    ):
+        return None
+    sign = 1 if direction == "minimize" else -1
+    coordinates = Coordinates(arm.space, law)
+    points = coordinates.place([trial.params for trial, _ in results])
+    done = _list_done([trial for trial, _ in results], arm)
+    surrogate = fit_surrogate(points, [sign * score for _, score in results], done=done)
+    complete = [trial for trial, _ in results if trial.state == TrialState.COMPLETE]
+    tried = {trial.number: dict(trial.params) for trial in complete if fixed.items() <= trial.params.items()}
+    candidates = [*tried.values(), *_list_settings(arm.space, law, fixed)]
+    mean, _ = surrogate.predict(coordinates.place(candidates))
+    best = int(np.argmin(mean)) if chosen is None else candidates.index(dict(chosen))
+    return Prediction(
+        params=candidates[best],
+        trial=list(tried)[best] if best < len(tried) else None,
+        score=sign * float(mean[best]),
+        rate_ratio=_find_rate_ratio(candidates[best], complete, law) if coordinates.has_rate else None,
+        regret=_estimate_regret(surrogate, coordinates.place(candidates), best),
+    )
+
+
+def _list_costs(results: Sequence[FrozenTrial], direction: Direction) -> list[float]:
+    """Returns the cost of each result; one that is missing, such as that of a setting without memory, is the median."""
+    sign = 1 if direction == "minimize" else -1
+    costs = [None if score is None else sign * score for score in extrapolate_scores(results)]
+    median = float(np.median([cost for cost in costs if cost is not None]))
+    return [median if cost is None else cost for cost in costs]
+
+
+def _list_done(results: Sequence[FrozenTrial], arm: Arm) -> list[float]:
+    """Returns the fraction of its steps that each trial has done."""
+    steps = [
+        math.inf if trial.state == TrialState.COMPLETE else max(trial.intermediate_values, default=0)
+        for trial in results
+    ]
+    return [min(step / max(arm.corners[0].num_steps, 1), 1.0) for step in steps]
+
+
+def _list_points(encoding: SpaceEncoding, key: str, value: int, *, seed: int) -> list[Point]:
+    """Returns Sobol points at one choice of a key."""
+    points = []
+    for index in range(NUM_CANDIDATES):
+        point = {**draw_sobol_point(encoding, index, seed=seed), key: value}
+        points.append(encoding.move_into_range(point, (index + 0.5) / NUM_CANDIDATES))
+    return points
+
+
+def _list_settings(space: Space, law: RateLaw, fixed: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns settings that cover the space at the fixed values, with rates of a few digits."""
+    rest: Space = {
+        key: CategoricalDistribution([fixed[key]]) if key in fixed else range_ for key, range_ in space.items()
+    }
+    encoding = SpaceEncoding(rest, law=law)
+    if not encoding.ranges:
+        return [encoding.decode({})]
+    settings = [
+        encoding.decode(draw_sobol_point(encoding, index, seed=CANDIDATE_SEED)) for index in range(NUM_CANDIDATES)
+    ]
+    for params in settings:
+        if isinstance(params.get(LR), float) and LR in encoding.ranges and LR not in encoding.choices:
+            params[LR] = float(f"{params[LR]:.{RATE_DIGITS}g}")
+    return settings
+
+
+def _find_rate_ratio(params: Mapping[str, Any], complete: Sequence[FrozenTrial], law: RateLaw) -> float | None:
+    rate = math.log(params[LR] * law.factor(params))
+    others = [math.log(trial.params[LR] * law.factor(trial.params)) for trial in complete]
+    return math.exp(min(abs(rate - other) for other in others)) if others else None
+
+
+def _estimate_regret(surrogate: Surrogate, candidates: Any, best: int) -> float:
+    """Returns the mean over draws from the model of: the cost of the chosen candidate, less the lowest cost."""
+    step = max(len(candidates) // REGRET_CANDIDATES, 1)
+    shown = np.concatenate([candidates[best : best + 1], candidates[::step]])
+    draws = surrogate.draw(shown, num_draws=REGRET_DRAWS)
+    return float((draws[:, 0] - draws.min(axis=1)).mean())

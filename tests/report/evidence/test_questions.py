@@ -1,0 +1,258 @@
+"""Answers are wrong as rarely as they say, at every look, and no verdict contradicts the interval beside it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pytest
+
+from lorasweep.config.sweep import parse_margin
+from lorasweep.record import Question, QuestionName
+from lorasweep.report.evidence.questions import (
+    NEGATIVE_VERDICTS,
+    POSITIVE_VERDICTS,
+    Answer,
+    Scale,
+    answer_questions,
+    compute_level,
+)
+from lorasweep.report.evidence.scores import ConfirmScores
+
+RANKS = ["r1", "r4", "r16"]
+SHARE = Scale(margin=parse_margin("5%"), sign=1, base="base", full="full")
+UNIT = Scale(margin=parse_margin(0.05), sign=1, base="base", full="full")
+LOOKS = (3, 6, 10)
+
+
+def plant(
+    means: Mapping[str, float],
+    rng: np.random.Generator,
+    *,
+    num_seeds: int = LOOKS[-1],
+    num_groups: int = 20,
+    seed_spread: float = 0.05,
+    group_spread: float = 0.05,
+    own_spread: float = 0.1,
+) -> ConfirmScores:
+    """Returns scores with true means; `base` has no spread over seeds, as the frozen base of a language model."""
+    common = rng.normal(0, 1, num_groups)
+    values = {}
+    for name, mean in means.items():
+        of_groups = common + rng.normal(0, group_spread, num_groups)
+        of_seeds = rng.normal(0, seed_spread if name != "base" else 0.0, num_seeds)
+        own = rng.normal(0, own_spread if name != "base" else 0.0, (num_seeds, num_groups))
+        values[name] = dict(enumerate(mean + of_seeds[:, None] + of_groups[None] + own))
+    return ConfirmScores(
+        values=values, shares=np.full(num_groups, 1 / num_groups), num_examples=num_groups, problems=()
+    )
+
+
+def cut(scores: ConfirmScores, num_seeds: int) -> ConfirmScores:
+    """Returns the scores of the first seeds alone."""
+    values = {name: dict(itertools.islice(runs.items(), num_seeds)) for name, runs in scores.values.items()}
+    return ConfirmScores(values=values, shares=scores.shares, num_examples=scores.num_examples, problems=())
+
+
+def ask(name: QuestionName, subjects: Sequence[str], reference: str | None = None) -> Question:
+    return Question(name=name, arm="lora", key="method.rank", subjects=list(subjects), reference=reference)
+
+
+AS_GOOD, SMALLEST = ask("as_good_as_full", RANKS, "full"), ask("smallest", RANKS)
+PAIR = ask("as_good_as_full", ["r1"], "full")
+
+
+def answer(
+    question: Question, scores: ConfirmScores, scale: Scale = SHARE, *, looks: Sequence[int] = LOOKS
+) -> dict[str, Answer]:
+    answers = answer_questions([question], scores, scale, looks=looks, groups=None)
+    return {found.subject: found for found in answers}
+
+
+def count_false(
+    question: Question, means: Mapping[str, float], scale: Scale, false: Mapping[str, Sequence[str]], *, repeats: int
+) -> float:
+    """Returns the share of sweeps that give a false verdict at any look."""
+    rng, wrong = np.random.default_rng(11), 0
+    for _ in range(repeats):
+        scores = plant(means, rng)
+        verdicts = [answer(question, cut(scores, look), scale) for look in LOOKS]
+        wrong += any(found[name].verdict in kinds for found in verdicts for name, kinds in false.items())
+    return wrong / repeats
+
+
+GOOD_ENOUGH = ("better", "equivalent", "not worse")
+AT_MARGIN = {"base": 2.0, "full": 1.0, "r1": 1.05, "r4": 1.05, "r16": 1.05}
+CASES = {
+    "no difference": (ask("pair", ["r1"], "full"), AT_MARGIN | {"r1": 1.0}, {"r1": ("better", "worse")}, 0.05),
+    "at the margin": (PAIR, AT_MARGIN, {"r1": GOOD_ENOUGH}, 0.025),
+    "all values at the margin": (AS_GOOD, AT_MARGIN, dict.fromkeys(RANKS, GOOD_ENOUGH), 0.025),
+    "the smallest at the margin": (
+        SMALLEST,
+        AT_MARGIN | {"r4": 1.0, "r16": 1.0},
+        {"r1": ("sufficient", "insufficient"), "r4": ("insufficient",)},
+        0.05,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_false_verdict_at_any_look_is_as_rare_as_the_level_says(case: str) -> None:
+    question, means, false, level = CASES[case]
+    # a margin of nearly nothing, so that `equivalent` is never the answer to a difference of zero
+    margin = 1e-9 if case == "no difference" else 0.05
+    scale = Scale(margin=parse_margin(margin), sign=1, base="base", full="full")
+    repeats = 300
+    found = count_false(question, means, scale, false, repeats=repeats)
+    assert found <= level + 3 * (level * (1 - level) / repeats) ** 0.5
+
+
+def test_a_share_that_is_lower_by_the_margin_is_rarely_called_good_enough() -> None:
+    repeats = 100  # few, because the interval of a share is slow
+    found = count_false(PAIR, AT_MARGIN, SHARE, {"r1": GOOD_ENOUGH}, repeats=repeats)
+    assert found <= 0.025 + 3 * (0.025 * 0.975 / repeats) ** 0.5
+
+
+def test_a_clear_answer_is_found_at_the_first_look() -> None:
+    means = {"base": 2.0, "full": 1.0, "r1": 1.5, "r4": 1.0, "r16": 1.0}
+    scores = cut(plant(means, np.random.default_rng(0), seed_spread=0.002, group_spread=0.002, own_spread=0.002), 3)
+    assert {name: found.verdict for name, found in answer(AS_GOOD, scores).items()} == {
+        "r1": "worse",
+        "r4": "equivalent",
+        "r16": "equivalent",
+    }
+    assert {name: found.verdict for name, found in answer(SMALLEST, scores).items()} == {
+        "r1": "insufficient",
+        "r4": "sufficient",
+    }
+
+
+def draw_answers(question: Question, scale: Scale, *, repeats: int = 100) -> list[list[Answer]]:
+    """Answers of many sweeps whose true values and spreads differ, smallest value first."""
+    rng, found = np.random.default_rng(12), []
+    for _ in range(repeats):
+        means = {"base": 2.0, "full": 1.0} | {name: 1 + rng.normal(0, 0.06) for name in RANKS}
+        spreads = {f"{name}_spread": 10 ** rng.uniform(-3.5, -1) for name in ("seed", "group", "own")}
+        scores = plant(means, rng, num_seeds=3, num_groups=10, **spreads)
+        found.append(list(answer(question, scores, scale).values()))
+    return found
+
+
+@pytest.mark.parametrize("question", [AS_GOOD, SMALLEST], ids=lambda question: question.name)
+@pytest.mark.parametrize("scale", [SHARE, UNIT], ids=["share", "unit"])
+def test_a_verdict_never_contradicts_its_interval(question: Question, scale: Scale) -> None:
+    seen = set()
+    for found in itertools.chain(*draw_answers(question, scale)):
+        if found.interval is None:
+            continue
+        low, high = found.interval
+        assert found.value is not None
+        assert low <= found.value <= high
+        # as an advantage over the reference: lower scores are better here
+        low, high = (low - 1, high - 1) if found.is_share else (-high, -low)
+        expected = {
+            "better": low > 0,
+            "worse": high < 0,
+            "equivalent": low > -0.05 and high < 0.05,
+            "not worse": low > -0.05,
+            "sufficient": low > -0.05,
+            "insufficient": high < -0.05,
+            "open": True,
+        }
+        assert expected[found.verdict], found
+        seen.add(found.verdict)
+    assert len(seen) >= 3
+
+
+@pytest.mark.parametrize("question", [AS_GOOD, SMALLEST], ids=lambda question: question.name)
+def test_a_value_is_good_enough_only_if_larger_ones_are_and_worse_only_if_smaller_ones_are(question: Question) -> None:
+    for answers in draw_answers(question, UNIT):
+        verdicts = [found.verdict for found in answers]
+        for place, verdict in enumerate(verdicts):
+            if verdict in POSITIVE_VERDICTS:
+                assert all(larger in POSITIVE_VERDICTS for larger in verdicts[place:])
+            if verdict in NEGATIVE_VERDICTS:
+                assert all(smaller in NEGATIVE_VERDICTS for smaller in verdicts[: place + 1])
+
+
+def test_a_refuted_value_is_shown_beside_the_value_that_refutes_it() -> None:
+    """`r16` looks better, but is noisy; `r4` is certainly better."""
+    steady, noisy = np.array([0.0, 0.001, -0.001]), np.array([0.0, 0.3, -0.3])
+    columns = {"base": 2 + 0 * steady, "full": 1 + steady, "r1": 1.3 + steady, "r4": 1 - steady, "r16": 0.9 + noisy}
+    values = {name: {seed: np.array([value]) for seed, value in enumerate(row)} for name, row in columns.items()}
+    scores = ConfirmScores(values=values, shares=np.ones(1), num_examples=0, problems=())
+    found = answer(SMALLEST, scores)["r1"]
+    assert (found.verdict, found.reference) == ("insufficient", "r4")
+    assert found.interval
+    assert found.interval[1] < 0.95
+
+
+def test_more_questions_and_more_looks_have_lower_levels() -> None:
+    assert compute_level([AS_GOOD], [5]) == pytest.approx(0.025)
+    assert compute_level([AS_GOOD, SMALLEST], [5]) == pytest.approx(0.0125)
+    assert compute_level([AS_GOOD], LOOKS) < 0.025
+
+
+def plant_open(*, seed_spread: float, group_spread: float) -> ConfirmScores:
+    """Three seeds and ten groups whose means are exactly equal, with these spreads."""
+    seeds, groups = np.array([-1.0, 0.0, 1.0]), np.linspace(-1.0, 1.0, 10)
+    values = {name: dict.fromkeys(range(3), np.full(10, mean)) for name, mean in (("base", 2.0), ("full", 1.0))}
+    values["r1"] = {seed: 1 + seed_spread * seeds[seed] + group_spread * groups for seed in range(3)}
+    return ConfirmScores(values=values, shares=np.full(10, 0.1), num_examples=10, problems=())
+
+
+def test_more_seeds_are_planned_where_they_may_settle_it_and_not_where_test_examples_dominate() -> None:
+    of_seeds = answer(PAIR, plant_open(seed_spread=0.03, group_spread=0.001), UNIT)["r1"]
+    of_groups = answer(PAIR, plant_open(seed_spread=0.001, group_spread=0.3), UNIT)["r1"]
+    assert (of_seeds.verdict, of_groups.verdict) == ("open", "open")
+    assert (of_seeds.may_settle, of_groups.may_settle) == (True, False)
+    assert of_seeds.open_because != of_groups.open_because
+
+
+def test_after_the_last_look_nothing_further_is_planned() -> None:
+    scores = plant_open(seed_spread=0.03, group_spread=0.001)
+    assert answer(PAIR, scores, UNIT, looks=(3, 10))["r1"].may_settle
+    assert not answer(PAIR, scores, UNIT, looks=(3,))["r1"].may_settle
+
+
+def test_a_settled_answer_needs_nothing_and_an_open_one_says_why() -> None:
+    for found in itertools.chain(*draw_answers(AS_GOOD, UNIT, repeats=40)):
+        assert found.is_settled == (found.verdict != "open") == (found.open_because is None)
+        if found.is_settled:
+            assert found.to_settle is None
+            assert not found.may_settle
+
+
+@pytest.mark.parametrize("missing", ["base", "full"])
+def test_without_full_or_base_a_share_decides_nothing_but_the_sign(missing: str) -> None:
+    means = {"base": 2.0, "full": 1.0, "r1": 1.5, "r4": 1.5, "r16": 1.5}
+    scores = plant(means, np.random.default_rng(0), seed_spread=0.001, group_spread=0.001, own_spread=0.001)
+    names = {"base": "base", "full": "full"} | {missing: None}
+    scale = Scale(margin=parse_margin("5%"), sign=1, **names)
+    found = answer(ask("pair", ["r1"], "full"), scores, scale)["r1"]
+    assert (found.verdict, found.is_share) == ("worse", False)
+    assert {one.verdict for one in answer(SMALLEST, scores, scale).values()} == {"open"}
+    assert all(one.to_settle for one in answer(SMALLEST, scores, scale).values() if one.subject == "r4")
+
+
+def test_a_subject_without_scores_is_open_and_blocks_smaller_ones_alone() -> None:
+    means = {"base": 2.0, "full": 1.0, "r1": 1.0, "r16": 1.0}
+    scores = plant(means, np.random.default_rng(0), seed_spread=0.001, group_spread=0.001, own_spread=0.001)
+    verdicts = {name: found.verdict for name, found in answer(AS_GOOD, scores).items()}
+    assert verdicts == {"r1": "open", "r4": "open", "r16": "equivalent"}
+
+
+def test_one_seed_settles_nothing() -> None:
+    scores = plant({"base": 2.0, "full": 1.0, "r1": 1.5}, np.random.default_rng(0), num_seeds=1)
+    found = answer(PAIR, scores)["r1"]
+    assert (found.verdict, found.may_settle) == ("open", True)
+
+
+def test_higher_scores_may_be_better() -> None:
+    rng = np.random.default_rng(0)
+    scores = plant({"base": 0.0, "full": 1.0, "r1": 0.5}, rng, seed_spread=0.001, group_spread=0.001, own_spread=0.001)
+    scale = Scale(margin=parse_margin("5%"), sign=-1, base="base", full="full")
+    found = answer(PAIR, scores, scale)["r1"]
+    assert found.verdict == "worse"
+    assert found.value == pytest.approx(0.5, abs=0.01)

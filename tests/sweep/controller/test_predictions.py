@@ -1,0 +1,241 @@
+"""One search for every rank: values share trials evenly, and the best setting of each is found, tried or not."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from collections import Counter
+
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.trial import TrialState, create_trial
+from tests.sweep.controller.conftest import make_arm
+
+from lorasweep.config.sweep import ModelBasedSampler
+from lorasweep.sweep.controller.history import History
+from lorasweep.sweep.controller.predictions import predict_best, propose_for_values
+from lorasweep.sweep.controller.proposals import propose
+from lorasweep.sweep.controller.rate_law import build_rate_law
+
+RANKS = [1, 4, 16, 64]
+GP = ModelBasedSampler(name="gp", startup_trials=None)
+BEST_U = 4e-3
+LR = FloatDistribution(1e-4, 1e-2, log=True)
+SPACE = {"method.rank": CategoricalDistribution(RANKS), "optim.lr": LR}
+WITH_ALPHA = SPACE | {"method.alpha_over_rank": CategoricalDistribution([0.5, 1, 2])}
+PROGRESS = 0.3
+"""How much each trial improves in the second half of its steps."""
+
+
+def get_alpha(params):
+    return params["method.alpha_over_rank"] * params["method.rank"] if "method.alpha_over_rank" in params else 16
+
+
+def cost(params):
+    """A loss that follows the rate law: quadratic in log u, and a little lower at higher ranks."""
+    u = params["optim.lr"] * math.sqrt(get_alpha(params))
+    return 2 + 0.1 * math.log(u / BEST_U) ** 2 - 0.01 * math.log2(params["method.rank"])
+
+
+def find_best_rate(params):
+    return min(max(BEST_U / math.sqrt(get_alpha(params)), LR.low), LR.high)
+
+
+def build_arm(space=SPACE, *, trials=12, seed=0):
+    return make_arm(space, GP, trials=trials, seed=seed, confirm_each="method.rank")
+
+
+def make_trial(arm, params, *, is_partial=False, value=None, **told):
+    value = cost(params) if value is None else value
+    half = arm.corners[0].num_steps // 2
+    told |= {"intermediate_values": {half: value + PROGRESS}}
+    if not is_partial:
+        told["value"] = value
+    state = TrialState.PRUNED if is_partial else TrialState.COMPLETE
+    return create_trial(state=state, params=params, distributions=arm.space, **told)
+
+
+def search(arm, *, num, partial=lambda number: False):
+    """An arm of which each trial ends before the next begins."""
+    history = []
+    for number in range(num):
+        params, _ = propose(arm, history, number=number, direction="minimize")
+        history.append(make_trial(arm, params, is_partial=partial(number)))
+    return numbered(history)
+
+
+def numbered(trials):
+    for number, trial in enumerate(trials):
+        trial.number = number
+    return trials
+
+
+def predict(arm, trials, rank, *, direction="minimize"):
+    return predict_best(arm, trials, direction=direction, fixed={"method.rank": rank})
+
+
+def make_history(arm, trials):
+    return History(arm.space, trials, direction="minimize", law=build_rate_law(arm))
+
+
+@pytest.mark.parametrize("space", [SPACE, WITH_ALPHA], ids=["one α", "several α/r"])
+def test_the_best_rate_of_every_rank_is_found_from_twelve_trials_of_which_half_are_partial(space):
+    errors = []
+    for seed in range(5):
+        arm = build_arm(space, seed=seed)
+        trials = search(arm, num=12, partial=lambda number: number % 2 == 1)
+        for rank in RANKS:
+            found = predict(arm, trials, rank)
+            assert found.params["method.rank"] == rank
+            errors.append(abs(math.log(found.params["optim.lr"] / find_best_rate(found.params))))
+    assert statistics.median(errors) < math.log(1.15)
+    assert max(errors) < math.log(1.4)  # which costs 2 % of what a rate at the end of the range costs
+
+
+def test_higher_scores_may_be_better():
+    arm = build_arm()
+    trials = search(arm, num=12)
+    mirrored = numbered([make_trial(arm, trial.params, value=-trial.value) for trial in trials])
+    for rank in RANKS:
+        found, other = predict(arm, trials, rank), predict(arm, mirrored, rank, direction="maximize")
+        assert other.params == found.params
+        assert other.score == pytest.approx(-found.score)
+        assert other.regret == pytest.approx(found.regret)
+
+
+def test_a_prediction_says_whether_it_was_tried_and_how_far_the_nearest_trial_is():
+    arm = build_arm()
+    trials = search(arm, num=12)
+    for rank in RANKS:
+        found = predict(arm, trials, rank)
+        assert found.rate_ratio >= 1
+        if found.trial is not None:
+            assert trials[found.trial].params == found.params
+            assert found.rate_ratio == pytest.approx(1)
+
+
+def test_equal_predictions_keep_a_tried_trial():
+    arm = build_arm()
+    trials = numbered([make_trial(arm, trial.params, value=1.0) for trial in search(arm, num=8)])
+    for rank in RANKS:
+        found = predict(arm, trials, rank)
+        assert found.trial == min(trial.number for trial in trials if trial.params["method.rank"] == rank)
+
+
+def test_predicted_rates_have_few_digits_and_stay_in_their_range():
+    for seed in range(3):
+        arm = build_arm(WITH_ALPHA, seed=seed)
+        for rank in RANKS:
+            found = predict(arm, search(arm, num=8), rank)
+            assert LR.low <= found.params["optim.lr"] <= LR.high
+            if found.trial is None:
+                assert found.params["optim.lr"] == float(f"{found.params['optim.lr']:.3g}")
+
+
+def test_the_regret_is_never_negative_and_shrinks_with_more_trials():
+    arm = build_arm(trials=32)
+    trials = search(arm, num=32)
+    regrets = [sum(predict(arm, trials[:num], rank).regret for rank in RANKS) for num in (4, 8, 32)]
+    assert regrets[0] > regrets[1] > regrets[2] >= 0
+
+
+def test_a_value_that_never_fits_in_memory_has_no_prediction():
+    arm = build_arm()
+    trials = search(arm, num=12)
+    infeasible = [
+        create_trial(state=TrialState.PRUNED, params=trial.params, distributions=arm.space, constraints={"memory": 1.0})
+        if trial.params["method.rank"] == 64
+        else trial
+        for trial in trials
+    ]
+    assert predict(arm, numbered(infeasible), 64) is None
+    assert predict(arm, numbered(infeasible), 16) is not None
+
+
+def test_without_a_result_there_is_no_prediction():
+    arm = build_arm()
+    params = {"method.rank": 4, "optim.lr": 1e-3}
+    for state in (TrialState.RUNNING, TrialState.FAIL, TrialState.PRUNED):
+        trial = create_trial(state=state, params=params, distributions=arm.space)
+        assert predict(arm, numbered([trial]), 4) is None
+
+
+def test_the_order_of_trials_changes_no_prediction():
+    arm = build_arm()
+    trials = search(arm, num=12, partial=lambda number: number % 3 == 1)
+    shuffled = trials[:]
+    random.Random(0).shuffle(shuffled)
+    for rank in RANKS:
+        first, second = predict(arm, trials, rank), predict(arm, shuffled, rank)
+        assert second.params == first.params
+        assert second.score == pytest.approx(first.score)  # sums in another order
+
+
+@pytest.mark.parametrize("num", [8, 12, 16])
+def test_values_get_equal_numbers_of_trials(num):
+    arm = build_arm(trials=num)
+    counts = Counter(trial.params["method.rank"] for trial in search(arm, num=num))
+    assert [counts[rank] for rank in RANKS] == [num // 4] * 4
+
+
+def test_values_that_got_fewer_trials_at_the_start_catch_up():
+    arm = build_arm(trials=16)
+    history = [make_trial(arm, {"method.rank": 1, "optim.lr": rate}) for rate in (1e-4, 5e-4, 2e-3, 1e-2)]
+    for number in range(4, 16):
+        point = propose_for_values(arm, make_history(arm, history), seed=3)
+        history.append(make_trial(arm, make_history(arm, history).encoding.decode(point)))
+        assert number  # each trial ends before the next
+    assert Counter(trial.params["method.rank"] for trial in history) == dict.fromkeys(RANKS, 4)
+
+
+def test_trials_that_begin_together_differ():
+    arm = build_arm(trials=24)
+    history = search(arm, num=8)
+    for _ in range(8):
+        params, _ = propose(arm, history, number=len(history), direction="minimize")
+        history.append(create_trial(state=TrialState.RUNNING, params=params, distributions=arm.space))
+    together = [trial.params for trial in history[8:]]
+    assert Counter(params["method.rank"] for params in together) == dict.fromkeys(RANKS, 2)
+    for rank in RANKS:
+        rates = [params["optim.lr"] for params in together if params["method.rank"] == rank]
+        assert abs(math.log(rates[0] / rates[1])) > math.log(1.02)
+
+
+def test_the_order_in_which_trials_ended_changes_no_proposal():
+    arm = build_arm()
+    trials = search(arm, num=8, partial=lambda number: number == 5)
+    expected = propose_for_values(arm, make_history(arm, trials), seed=3)
+    for seed in range(4):
+        history = make_history(arm, [])
+        for number, trial in enumerate(trials):
+            running = create_trial(state=TrialState.RUNNING, params=trial.params, distributions=arm.space)
+            history.update(number, running)
+        order = list(range(8))
+        random.Random(seed).shuffle(order)
+        for number in order:
+            history.update(number, trials[number])
+        assert propose_for_values(arm, history, seed=3) == expected
+
+
+def test_a_proposal_for_a_value_goes_where_its_cost_is_low_after_a_few_trials():
+    arm = build_arm(trials=24)
+    last = search(arm, num=24)[-4:]
+    assert sorted(trial.params["method.rank"] for trial in last) == RANKS
+    for trial in last:
+        assert abs(math.log(trial.params["optim.lr"] / find_best_rate(trial.params))) < math.log(2)
+
+
+def test_values_that_are_no_numbers_are_searched_too():
+    space = {"method.targets": CategoricalDistribution(["mlp", "attention", "all-linear"]), "optim.lr": LR}
+    arm = make_arm(space, GP, trials=9, confirm_each="method.targets")
+    history = []
+    for number in range(9):
+        params, _ = propose(arm, history, number=number, direction="minimize")
+        value = 2 + math.log(params["optim.lr"] / 1e-3) ** 2
+        history.append(create_trial(value=value, params=params, distributions=space))
+    assert Counter(trial.params["method.targets"] for trial in history) == dict.fromkeys(arm.subjects.values(), 3)
+    for target in arm.subjects.values():
+        found = predict_best(arm, numbered(history), direction="minimize", fixed={"method.targets": target})
+        assert found.params["method.targets"] == target
+        assert abs(math.log(found.params["optim.lr"] / 1e-3)) < math.log(1.5)

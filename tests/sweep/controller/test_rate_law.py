@@ -1,0 +1,186 @@
+"""The coordinate u joins learning rates of every rank and α; users only ever see learning rates inside their range."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import create_trial
+from tests.sweep.controller.conftest import make_arm
+
+from lorasweep.config.components import Component
+from lorasweep.config.sweep import FixedSampler, ModelBasedSampler
+from lorasweep.sweep.controller.encoding import SpaceEncoding
+from lorasweep.sweep.controller.history import History
+from lorasweep.sweep.controller.proposals import propose
+from lorasweep.sweep.controller.rate_law import build_rate_law
+from lorasweep.sweep.controller.sobol import draw_sobol_point
+from lorasweep.sweep.definition.arms import read_definition
+
+RANKS = [1, 4, 16, 64]
+LR = FloatDistribution(1e-4, 1e-2, log=True)
+RANK_AND_RATE = {"method.rank": CategoricalDistribution(RANKS), "optim.lr": LR}
+QMC = FixedSampler(name="qmc")
+
+
+@pytest.fixture
+def build_law(write_file, content):
+    """Returns the rate law of an arm with these settings and this space."""
+
+    def build(settings, space):
+        settings = {"method": "lora", **settings}
+        content["arms"] = {"arm": {"settings": settings, "space": space, "trials": 4}}
+        return build_rate_law(read_definition(write_file(content), []).arms[0])
+
+    return build
+
+
+RATES = {"optim.lr": {"low": 1e-4, "high": 1e-2, "log": True}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "space", "params", "expected"),
+    [
+        ({}, {"method.rank": RANKS}, {"method.rank": 64}, 16),  # s · r is α, whatever the rank
+        ({"method.alpha": 4, "method.rank": 8}, {}, {}, 4),
+        ({}, {"method.alpha": [1, 9]}, {"method.alpha": 9}, 9),
+        ({"method.alpha": {"over_rank": 2}}, {"method.rank": RANKS}, {"method.rank": 16}, 32),
+        (
+            {},
+            {"method.rank": RANKS, "method.alpha": {"over_rank": [1, 2]}},
+            {"method.rank": 4, "method.alpha_over_rank": 2},
+            8,
+        ),
+        ({"method.rank": 8}, {"method.alpha": {"over_rank": [1, 2]}}, {"method.alpha_over_rank": 1}, 8),
+        (
+            {"method.scaling": "alpha_over_sqrt_rank"},
+            {"method.rank": RANKS},
+            {"method.rank": 64},
+            16 * math.sqrt(64),
+        ),
+        ({"optim.lr_ratio_b": 16}, {"method.rank": RANKS}, {"method.rank": 4}, 16 * 16),
+        ({}, {"optim.lr_ratio_b": [1, 4]}, {"optim.lr_ratio_b": 4}, 16 * 4),
+        ({}, {"method.alpha": [0, 16]}, {"method.alpha": 0}, 1),
+    ],
+)
+def test_u_is_the_rate_times_the_root_of_scaling_rank_and_ratio(build_law, settings, space, params, expected):
+    law = build_law(settings, {**space, **RATES})
+    assert law.factor({**params, "optim.lr": 1e-3}) == pytest.approx(math.sqrt(expected))
+
+
+@pytest.mark.parametrize("method", ["full", "bitfit", "intrinsic"])
+def test_without_a_scaling_u_is_the_learning_rate(build_law, method):
+    assert build_law({"method": method}, RATES).factor({"optim.lr": 1e-3}) == 1
+
+
+@pytest.mark.parametrize(("optimizer", "factor"), [("sgd", 1), ("adamw", 4)])
+def test_the_law_is_used_with_adam_alone(build_law, optimizer, factor):
+    assert build_law({"optim": optimizer}, RATES).factor({"optim.lr": 1e-3}) == factor
+
+
+def test_an_arm_that_does_not_search_the_rate_needs_no_law(build_law):
+    assert build_law({}, {"method.rank": RANKS}).factor({"method.rank": 64}) == 1
+
+
+SPACES = {
+    "rank": RANK_AND_RATE,
+    "multiplier": RANK_AND_RATE | {"method.alpha_over_rank": CategoricalDistribution([0.5, 1, 4])},
+    "alpha": RANK_AND_RATE | {"method.alpha": FloatDistribution(1, 64, log=True)},
+    "rank range": {"method.rank": IntDistribution(1, 64, log=True), "optim.lr": LR},
+    "scaling": RANK_AND_RATE | {"method.scaling": CategoricalDistribution(["alpha_over_rank", "alpha_over_sqrt_rank"])},
+    "ratio": RANK_AND_RATE | {"optim.lr_ratio_b": FloatDistribution(1, 16, log=True)},
+    "choices of rates": {"method.rank": CategoricalDistribution(RANKS), "optim.lr": CategoricalDistribution([0.1, 1])},
+}
+
+
+def encode_space(space, sampler=QMC):
+    return SpaceEncoding(space, law=build_rate_law(make_arm(space, sampler)))
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_points_come_back_as_the_parameters_that_they_were(name):
+    encoding = encode_space(SPACES[name])
+    for index in range(32):
+        params = encoding.decode(draw_sobol_point(encoding, index, seed=0))
+        again = encoding.decode(encoding.encode(params))
+        # u is the rate times a factor and divided by it again: two roundings
+        assert again == {
+            key: pytest.approx(value, rel=1e-15) if key == "optim.lr" else value for key, value in params.items()
+        }
+
+
+SAMPLERS = {
+    "tpe": ModelBasedSampler(name="tpe", startup_trials=2),
+    "gp": ModelBasedSampler(name="gp", startup_trials=2),
+    "qmc": QMC,
+    "random": FixedSampler(name="random"),
+}
+
+
+@pytest.mark.parametrize("name", ["multiplier", "alpha", "ratio"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_no_proposal_leaves_the_range_of_rates(name, sampler):
+    space = SPACES[name]
+    arm = make_arm(space, SAMPLERS[sampler], trials=12)
+    history = History(space, direction="minimize", law=build_rate_law(arm))
+    for number in range(12):
+        params, _ = propose(arm, history, number=number, direction="minimize")
+        assert LR.low <= params["optim.lr"] <= LR.high
+        told = {"value": float(number % 5), "params": params, "distributions": space}
+        history.update(number, create_trial(**told))
+
+
+def test_sobol_points_have_every_octave_of_u_and_every_rank_once_per_group():
+    space = {"method.rank": CategoricalDistribution(RANKS), "optim.lr": LR}
+    encoding = encode_space(space)
+    points = [draw_sobol_point(encoding, index, seed=0) for index in range(64)]
+    low, high = encoding.ranges["optim.lr"].low, encoding.ranges["optim.lr"].high
+    octaves = Counter(int(math.log2(point["optim.lr"] / low)) for point in points)
+    whole = int(math.log2(high / low))  # the last part is shorter than an octave
+    per_octave = 64 / math.log2(high / low)
+    # 64 points have one in each 64th of the range, so a part has at most one more or less at each end
+    assert all(abs(octaves[octave] - per_octave) <= 2 for octave in range(whole))
+    for start in range(0, 64, len(RANKS)):
+        ranks = [encoding.decode(point)["method.rank"] for point in points[start : start + len(RANKS)]]
+        assert sorted(ranks) == RANKS
+
+
+def test_sobol_points_of_each_multiplier_cover_the_rates_that_it_allows():
+    """The range of u is wider than that of the rates, so some points are moved; none may pile up at an end."""
+    encoding = encode_space(SPACES["multiplier"])
+    rates = [encoding.decode(draw_sobol_point(encoding, index, seed=0))["optim.lr"] for index in range(256)]
+    assert len({f"{rate:.6g}" for rate in rates}) > 250
+    quarters = Counter(int(math.log10(rate / LR.low) * 2) for rate in rates)
+    assert all(quarters[quarter] > 256 / 4 / 2 for quarter in range(4))
+
+
+def test_random_rates_do_not_pile_up_at_the_ends_of_their_range():
+    space = SPACES["multiplier"]
+    arm = make_arm(space, SAMPLERS["random"], trials=64)
+    rates = [propose(arm, [], number=number, direction="minimize")[0]["optim.lr"] for number in range(64)]
+    assert not {LR.low, LR.high} & set(rates)
+
+
+def test_a_rate_that_is_fixed_in_a_users_sampler_is_a_learning_rate():
+    sampler = Component(
+        target="optuna.samplers.PartialFixedSampler",
+        arguments={"fixed_params": {"optim.lr": 3e-3}, "base_sampler": {"_target_": "optuna.samplers.RandomSampler"}},
+    )
+    params, _ = propose(make_arm(RANK_AND_RATE, sampler), [], number=0, direction="minimize")
+    assert params["optim.lr"] == pytest.approx(3e-3)
+
+
+def test_a_model_does_not_repeat_a_rate_that_was_moved_into_its_range():
+    """Two points beyond an end of the range are the same setting."""
+    space = SPACES["multiplier"]
+    arm = make_arm(space, SAMPLERS["gp"], trials=24)
+    history = History(space, direction="minimize", law=build_rate_law(arm))
+    seen = []
+    for number in range(16):
+        params, _ = propose(arm, history, number=number, direction="minimize")
+        cost = -math.log(params["optim.lr"]) - math.log(params["method.rank"])  # the best is beyond the range
+        history.update(number, create_trial(value=cost, params=params, distributions=space))
+        seen.append((params["method.rank"], params["method.alpha_over_rank"], f"{params['optim.lr']:.2g}"))
+    assert len(set(seen)) == len(seen)

@@ -1,0 +1,252 @@
+"""The confirm stage trains in planned looks: it stops as soon as its questions are settled, whatever happens."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from tests.sweep.conftest import Killed
+from tests.sweep.controller.conftest import Simulation
+
+import lorasweep.sweep.controller.stages as stages_file
+from lorasweep.errors import OutOfMemory
+from lorasweep.record import read_run, read_sweep
+from lorasweep.sweep.controller.controller import Controller
+from lorasweep.sweep.controller.lifecycle import reopen_sweep
+
+LOOKS = [3, 5, 8]
+NOISE = 0.12
+MEANS = {1: 2.5, 2: 2.0, 4: 2.0}
+SUBJECTS = ["frozen", "full", "lora-rank-1", "lora-rank-2", "lora-rank-4"]
+
+
+@pytest.fixture
+def asking(three_arms):
+    """A sweep that asks for each rank, with three looks."""
+    three_arms["settings"] |= {"confirm.seeds": "auto", "confirm.looks": LOOKS}
+    three_arms["arms"]["lora"] |= {"confirm_each": "method.rank"}
+    return three_arms
+
+
+def score_config(config, *, noisy=()):
+    """A test score: the base has 3, full fine-tuning 2; the score of noisy ranks depends on the seed."""
+    method, seed = config["method"], config["seed"]
+    if method["name"] != "lora":
+        return 3.0 if method["name"] == "frozen" else 2.0 + seed % 7 / 1e5
+    noise = NOISE if method["rank"] in noisy else 1e-5
+    return MEANS[method["rank"]] + noise * ((seed * 7919) % 101 / 100 - 0.5)
+
+
+def set_scores(runs, *, noisy=()):
+    runs.score_on_test = lambda record: score_config(record.config, noisy=noisy)
+
+
+def count_seeds(path):
+    """The number of seeds of each subject."""
+    names = [row.subject for row in read_sweep(path).confirm]
+    return {name: names.count(name) for name in dict.fromkeys(names)}
+
+
+def outcome(path):
+    record = read_sweep(path)
+    assert record.status == "complete"
+    rows = [(row.subject, row.setting, row.seed, row.state, row.run, row.value) for row in record.confirm]
+    return rows, record.settings, record.questions, record.looks, record.looks_done
+
+
+def test_a_first_look_that_settles_everything_is_the_last_one_also_after_resuming(begin, work, runs, asking):
+    set_scores(runs)
+    folder = begin(asking)
+    assert work(folder)
+    assert count_seeds(folder.path) == {name: 1 if name == "frozen" else 3 for name in SUBJECTS}
+    (look,) = read_sweep(folder.path).looks_done
+    assert (look.seeds, look.open, look.next) == (3, [], [])
+    before, begun = outcome(folder.path), len(runs.begun)
+    assert work(reopen_sweep(folder.path))
+    assert (outcome(folder.path), len(runs.begun)) == (before, begun)
+
+
+def test_only_subjects_of_open_questions_and_their_references_train_on(begin, work, runs, asking):
+    set_scores(runs, noisy=[2])
+    folder = begin(asking)
+    assert work(folder)
+    record = read_sweep(folder.path)
+    assert record.looks_done[0].open == ["lora-rank-2"]
+    assert record.looks_done[0].next == ["frozen", "full", "lora-rank-2", "lora-rank-4"]
+    counts, last = count_seeds(folder.path), record.looks_done[-1].seeds
+    assert counts == {"frozen": 1, "full": last, "lora-rank-1": 3, "lora-rank-2": last, "lora-rank-4": last}
+    assert last in LOOKS[1:]
+    for name, count in counts.items():
+        assert [row.seed for row in record.confirm if row.subject == name] == record.confirm_seeds[:count]
+    assert work(reopen_sweep(folder.path))
+    assert count_seeds(folder.path) == counts
+
+
+def test_the_last_look_ends_the_stage_whatever_is_open(begin, work, runs, asking):
+    set_scores(runs, noisy=[1, 2, 4])
+    folder = begin(asking, "confirm.looks=[2,3]")
+    assert work(folder)
+    record = read_sweep(folder.path)
+    assert [look.seeds for look in record.looks_done] == [2, 3]
+    assert record.looks_done[-1].open
+    assert record.looks_done[-1].next == []
+
+
+def test_a_subject_is_trained_with_the_setting_that_is_predicted_for_its_value(begin, work, runs, asking):
+    set_scores(runs)
+    folder = begin(asking)
+    assert work(folder)
+    record = read_sweep(folder.path)
+    assert [row.subject for row in record.settings] == SUBJECTS
+    trials = {(row.arm, row.number): row for row in record.trials}
+    for row in record.settings:
+        if row.trial is not None:
+            trial = trials[row.arm, row.trial]
+            assert (trial.state, trial.params) == ("complete", row.params)
+        if row.arm == "lora":
+            assert row.params["method.rank"] == row.value
+            assert 1e-3 <= row.params["optim.lr"] <= 1e-1
+            assert row.rate_ratio >= 1
+            assert row.regret >= 0
+        for run in record.confirm:
+            if run.subject == row.subject:
+                config = runs.configs[folder.path / run.run]
+                assert getattr(config.method, "rank", None) == row.params.get("method.rank")
+                assert config.optim.lr == row.params.get("optim.lr", config.optim.lr)
+                assert {config.seed, config.seeds.init, config.seeds.data_order} == {run.seed}
+                assert read_run(folder.path / run.run).test
+
+
+def test_a_base_with_a_new_head_runs_on_every_seed(begin, work, runs, asking, monkeypatch):
+    monkeypatch.setattr(stages_file, "has_fixed_score", lambda arm: False)
+    set_scores(runs)
+    folder = begin(asking)
+    assert work(folder)
+    assert count_seeds(folder.path) == dict.fromkeys(SUBJECTS, 3)
+
+
+@pytest.mark.parametrize("kill_after", [1, 4, 7])
+def test_a_stage_that_is_killed_in_a_later_look_decides_the_same_again(begin, work, runs, asking, kill_after):
+    set_scores(runs, noisy=[2])
+    whole, killed = (begin(asking, folder=name) for name in ("whole", "killed"))
+    assert work(whole)
+    num_first = sum(1 if name == "frozen" else 3 for name in SUBJECTS)
+
+    def score(record):
+        if len(runs.scored) == total + num_first + kill_after:
+            raise Killed
+        return score_config(record.config, noisy=[2])
+
+    total, runs.score_on_test = len(runs.scored), score
+    with pytest.raises(Killed):
+        work(killed)
+    assert len(read_sweep(killed.path).looks_done) < len(read_sweep(whole.path).looks_done)
+    set_scores(runs, noisy=[2])
+    assert work(reopen_sweep(killed.path))
+    assert outcome(killed.path) == outcome(whole.path)
+
+
+@pytest.mark.parametrize("stop_at", [3, 8])
+def test_a_stage_that_is_stopped_again_and_again_ends_as_if_it_was_not(begin, work, runs, asking, finish, stop_at):
+    set_scores(runs, noisy=[2, 4])
+    whole, stopped = (begin(asking, folder=name) for name in ("whole", "stopped"))
+    assert work(whole)
+    assert not work(stopped, stop_at=2)
+    finish(stopped.path, stop_at=stop_at)
+    assert outcome(stopped.path) == outcome(whole.path)
+
+
+@pytest.mark.parametrize("slots", [1, 3, 4])
+def test_the_order_of_slots_changes_no_look(begin, content, slots):
+    content["settings"] |= {"confirm.seeds": "auto", "confirm.looks": LOOKS}
+    content["arms"]["lora"]["space"]["method.rank"] = list(MEANS)
+    content["arms"]["lora"]["confirm_each"] = "method.rank"
+    content["arms"] |= {"full": {"settings": {"method": "full"}}, "frozen": {"settings": {"method": "frozen"}}}
+    found = []
+    for number, shuffle in enumerate([None, random.Random(0), random.Random(1)]):
+        folder = begin(content, folder=f"order{number}")
+        controller = Controller(folder)
+        Simulation(
+            controller,
+            slots=slots,
+            shuffle=shuffle,
+            score_on_test=lambda assignment: score_config(
+                {
+                    "method": {
+                        "name": assignment.config.method.name,
+                        "rank": getattr(assignment.config.method, "rank", 0),
+                    }
+                }
+                | {"seed": assignment.config.seed},
+                noisy=[2],
+            ),
+        ).run()
+        assert controller.finish()
+        folder.close()
+        found.append(outcome(folder.path))
+    assert len(found[0][-1]) > 1
+    assert found[0] == found[1] == found[2]
+
+
+def test_more_seeds_than_planned_are_trained_on_every_subject_with_a_warning(begin, work, runs, asking):
+    set_scores(runs)
+    folder = begin(asking)
+    assert work(folder)
+    assert not [said for said in read_sweep(folder.path).warnings if "false verdict" in said]
+    before = read_sweep(folder.path)
+    reopened = reopen_sweep(folder.path, changes={"confirm.seeds": 10})
+    assert work(reopened)
+    record = read_sweep(folder.path)
+    assert record.looks == [3, 10]
+    assert count_seeds(folder.path) == {name: 1 if name == "frozen" else 10 for name in SUBJECTS}
+    assert record.confirm_seeds[: len(before.confirm_seeds)] == before.confirm_seeds
+    for _ in range(2):  # also after it is resumed once more
+        assert sum("false verdict" in said for said in read_sweep(folder.path).warnings) == 1
+        assert work(reopen_sweep(folder.path))
+
+
+def test_seeds_that_are_changed_before_any_test_score_need_no_warning(begin, work, runs, asking):
+    set_scores(runs)
+    folder = begin(asking)
+    assert not work(folder, stop_at=2)
+    assert work(reopen_sweep(folder.path, changes={"confirm.seeds": 4}))
+    record = read_sweep(folder.path)
+    assert record.looks == [4]
+    assert not [said for said in record.warnings if "false verdict" in said]
+
+
+def test_a_value_that_never_fits_in_memory_is_left_out_with_a_warning(begin, work, runs, asking):
+    def score(config, step):
+        if getattr(config.method, "rank", 0) == 4:
+            raise OutOfMemory("2 GiB")
+        return config.optim.lr
+
+    runs.score = score
+    set_scores(runs)
+    folder = begin(asking, "sweep.max_failures=100")
+    assert work(folder)
+    assert list(count_seeds(folder.path)) == [name for name in SUBJECTS if name != "lora-rank-4"]
+    (warning,) = [said for said in read_sweep(folder.path).warnings if "lora-rank-4" in said]
+    assert "skips" in warning
+
+
+def test_a_sweep_that_grows_keeps_the_runs_of_former_settings(begin, work, runs, asking):
+    set_scores(runs)
+    folder = begin(asking)
+    assert work(folder)
+    before = read_sweep(folder.path)
+    runs.score = lambda config, step: abs(config.optim.lr - 0.05)  # the trials that are added have another best rate
+    assert work(reopen_sweep(folder.path, changes={"arms.lora.trials": 16}))
+    record = read_sweep(folder.path)
+    assert [row for row in record.confirm if row in before.confirm] == before.confirm
+    assert len({row.run for row in record.confirm}) == len(record.confirm)
+    former, now = (
+        {row.subject: (row.setting, row.params) for row in found.settings if row.arm == "lora"}
+        for found in (before, record)
+    )
+    changed = [name for name in now if now[name] != former[name]]
+    assert changed
+    assert not {now[name][0] for name in changed} & {number for number, _ in former.values()}
+    for name in now:
+        seeds = [row.seed for row in record.confirm if (row.subject, row.setting) == (name, now[name][0])]
+        assert seeds == record.confirm_seeds[:3]

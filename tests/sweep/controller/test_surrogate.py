@@ -1,0 +1,113 @@
+"""The Gaussian process of an arm: it goes through exact data, and neither diverged nor short trials mislead it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+import lorasweep.sweep.controller.surrogate as surrogate_file
+from lorasweep.sweep.controller.rate_law import RateLaw
+from lorasweep.sweep.controller.surrogate import Coordinates, compute_kernel, fit_surrogate
+
+POINTS = np.linspace(-2, 2, 9)[:, None]
+COSTS = 1 + 0.1 * POINTS[:, 0] ** 2
+NO_LAW = RateLaw(defaults={})
+
+
+def fit(costs=COSTS, *, done=None, points=POINTS):
+    return fit_surrogate(points, costs, done=[1.0] * len(costs) if done is None else done)
+
+
+def test_it_goes_through_data_without_noise(monkeypatch):
+    monkeypatch.setattr(surrogate_file, "NOISE_VARIANCE", 1e-8)
+    mean, deviation = fit().predict(POINTS)
+    inside = np.minimum(COSTS, np.median(COSTS) + 1.4826 * np.median(np.abs(COSTS - np.median(COSTS))))
+    # the noise, times the condition of nine points that lie half a length scale apart
+    assert mean == pytest.approx(inside, abs=1e-5)
+    assert (deviation < 1e-3 * np.ptp(COSTS)).all()
+
+
+def test_it_is_less_sure_far_from_the_trials():
+    _, deviation = fit().predict(np.array([[0.0], [3.0], [30.0]]))
+    assert deviation[0] < deviation[1] < deviation[2]
+
+
+def test_the_size_of_a_diverged_value_changes_nothing():
+    means = [fit([*COSTS[:-1], worst]).predict(POINTS)[0] for worst in (3.0, 1e6, 1e300)]
+    assert (means[0] == means[1]).all()
+    assert (means[0] == means[2]).all()
+
+
+def test_partial_results_move_the_prediction_less_than_complete_ones():
+    flat = np.ones(8)
+    points = np.arange(8.0)[:, None] / 2
+    moved = {}
+    for done in (1.0, 0.5, 0.1):
+        for cost in (0.5, 1.0):
+            costs = [*(flat + 0.01 * np.sin(np.arange(8))), cost]
+            model = fit(costs, done=[1.0] * 8 + [done], points=np.concatenate([points, [[6.0]]]))
+            moved[done, cost] = float(model.predict(np.array([[6.0]]))[0][0])
+    drops = [moved[done, 1.0] - moved[done, 0.5] for done in (1.0, 0.5, 0.1)]
+    assert drops[0] > drops[1] > drops[2] > 0
+
+
+def test_the_same_trials_give_the_same_predictions_and_draws():
+    first, second = fit(), fit()
+    assert (first.predict(POINTS)[0] == second.predict(POINTS)[0]).all()
+    assert (first.draw(POINTS, num_draws=5) == second.draw(POINTS, num_draws=5)).all()
+
+
+def test_draws_have_the_mean_and_the_deviation_of_the_prediction():
+    model, places = fit(), np.array([[0.3], [3.0]])
+    mean, deviation = model.predict(places)
+    draws = model.draw(places, num_draws=4000)
+    assert np.abs(draws.mean(axis=0) - mean).max() < 4 * deviation.max() / math.sqrt(4000)
+    # the jitter of 1e-6 on the diagonal is 1e-3 of the scale
+    assert draws.std(axis=0) == pytest.approx(deviation, rel=0.05, abs=2e-3 * model.scale)
+
+
+@pytest.mark.parametrize("costs", [[1.0] * 5, [1.0], [1.0, 1.0, 1.0, 0.5, 1.0], [-3.0, 7.0]])
+def test_equal_and_few_costs_are_no_error(costs):
+    mean, deviation = fit(costs, points=np.arange(float(len(costs)))[:, None]).predict(POINTS)
+    assert np.isfinite(mean).all()
+    assert np.isfinite(deviation).all()
+    assert mean.min() >= min(costs) - 1
+    assert mean.max() <= max(costs) + 1
+
+
+def test_covariances_fall_with_the_distance():
+    kernel = compute_kernel(POINTS, POINTS)
+    assert np.allclose(np.diag(kernel), 1)
+    assert (np.diff(kernel[0]) < 0).all()
+    assert (kernel == kernel.T).all()
+
+
+def test_coordinates_are_in_length_scales_and_keys_with_one_value_have_none():
+    space = {
+        "optim.lr": FloatDistribution(1e-4, 1e-2, log=True),
+        "method.rank": CategoricalDistribution([1, 16]),
+        "method.dropout": FloatDistribution(0, 0.5),
+        "trainer.max_steps": IntDistribution(3, 3),
+    }
+    low = {"optim.lr": 1e-4, "method.rank": 1, "method.dropout": 0.0, "trainer.max_steps": 3}
+    high = {"optim.lr": 1e-2, "method.rank": 16, "method.dropout": 0.5, "trainer.max_steps": 3}
+    placed = Coordinates(space, NO_LAW).place([low, high])
+    # sorted keys: dropout over its range, four octaves of rank, two decades of rate
+    assert placed[1] - placed[0] == pytest.approx([1 / 0.5, 4 / 7.5, 2 / 0.5])
+
+
+def test_choices_without_an_order_are_equally_far_apart():
+    space = {"method.targets": CategoricalDistribution(["mlp", "attention", "all-linear"])}
+    placed = Coordinates(space, NO_LAW).place([{"method.targets": name} for name in space["method.targets"].choices])
+    distances = [np.linalg.norm(placed[first] - placed[second]) for first, second in ((0, 1), (0, 2), (1, 2))]
+    assert distances == pytest.approx([1 / 1.5] * 3)
+
+
+def test_a_choice_of_zero_has_a_place():
+    space = {"method.alpha": CategoricalDistribution([0, 8, 32])}
+    placed = Coordinates(space, NO_LAW).place([{"method.alpha": value} for value in (0, 8, 32)])
+    assert np.isfinite(placed).all()
+    assert len({*placed[:, 0]}) == 3
