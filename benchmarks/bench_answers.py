@@ -475,11 +475,12 @@ def measure_time_to_answer(
 ) -> dict[str, float]:
     """Returns how many times longer today's way takes, by default and tuned, for the same median regret and seeds."""
     wanted = statistics.median(regret for outcome in outcomes for regret in outcome.regrets.values())
-    trials, steps = TODAY_TRIALS[-1], 0.0
+    trials, steps, regret = 0, 0.0, math.inf
     for trials in TODAY_TRIALS:
         found = [replay_today(table, number=number, trials=trials) for number in range(replays)]
         steps = statistics.fmean(each for _, each in found)
-        if statistics.median(regret for regrets, _ in found for regret in regrets) <= wanted:
+        regret = statistics.median(each for regrets, _ in found for each in regrets)
+        if regret <= wanted:
             break
     full_steps = statistics.fmean(outcome.full_steps for outcome in outcomes)
     confirm_steps = statistics.fmean(outcome.confirm_steps for outcome in outcomes)
@@ -488,6 +489,7 @@ def measure_time_to_answer(
     today, tuned, own = seconds
     return {
         "trials": trials,
+        "regret": round(regret, 4),
         "today": round(theirs * today / (ours * own), 2),
         "tuned": round(theirs * tuned / (ours * own), 2),
     }

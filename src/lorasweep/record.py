@@ -292,7 +292,7 @@ class SweepRecord:
     confirm_seeds: list[int] = field(default_factory=list)
     """The seeds of all planned looks."""
     settings: list[SettingRow] = field(default_factory=list)
-    """What the confirm stage trains, one row per subject; empty before the stage."""
+    """The setting that the confirm stage trains for each subject; empty before the stage."""
     looks_done: list[LookRow] = field(default_factory=list)
     confirm: list[ConfirmRow] = field(default_factory=list)
     margin: float | str

@@ -53,13 +53,6 @@ def test_documents_have_text_and_come_in_order():
     ]
 
 
-def test_test_split_has_many_documents():
-    # the intervals of a report are over documents
-    for read in (read_docs, read_code):
-        assert len(read("test")) >= 60
-        assert len(read("validation")) >= 30
-
-
 def test_docstrings_are_in_the_split_of_their_file():
     for split in ("train", "validation", "test"):
         files = {document.name for document in read_code(split)}

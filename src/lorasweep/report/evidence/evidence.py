@@ -50,7 +50,7 @@ class Evidence:
     gain: float | None = None
     """Full fine-tuning's gain over the frozen base; None if it is not known or not positive."""
     relative_gain: Ratio | None = None
-    """That gain as a share of the base's score, with its 95 % interval."""
+    """Full fine-tuning's gain as a share of the base's score, with its 95 % interval."""
     margin: float | None = None
     """The margin in the metric's unit; None if it is a share of full's gain that is not known."""
     confidence: float = 0.95
@@ -136,12 +136,8 @@ def _estimate_share(
         return None, None
     if name in (base, full):  # 0 and 1 by definition, without error
         return float(name == full), None
-    return estimate_ratio(
-        scores, {base: 1.0, name: -1.0}, {base: 1.0, full: -1.0}, confidence=1 - 2 * level, of_best=True
-    ) or (
-        None,
-        None,
-    )
+    kept, whole = {base: 1.0, name: -1.0}, {base: 1.0, full: -1.0}
+    return estimate_ratio(scores, kept, whole, confidence=1 - 2 * level, of_best=True) or (None, None)
 
 
 def _describe_limits(scores: ConfirmScores, names: list[str]) -> list[str]:

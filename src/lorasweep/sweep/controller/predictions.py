@@ -166,7 +166,7 @@ def _list_settings(space: Space, law: RateLaw, fixed: Mapping[str, Any]) -> list
         encoding.decode(draw_sobol_point(encoding, index, seed=CANDIDATE_SEED)) for index in range(NUM_CANDIDATES)
     ]
     for params in settings:
-        if isinstance(params.get(LR), float) and LR in encoding.ranges and LR not in encoding.choices:
+        if LR in encoding.ranges and LR not in encoding.choices:
             params[LR] = float(f"{params[LR]:.{RATE_DIGITS}g}")
     return settings
 

@@ -241,36 +241,27 @@ def choose_settings(search: Search, *, sweep: SweepFolder) -> list[SettingRow]:
 
 
 def _choose(search: Search, arm: Arm, subject: str, value: Any, sweep: SweepFolder) -> SettingRow | None:
-    direction = sweep.record.direction
-    trials = search.arms[arm.name].frozen()
-    if arm.confirm_each is not None:
-        prediction = predict_best(arm, trials, direction=direction, fixed={arm.confirm_each: value})
-        return (
-            None
-            if prediction is None
-            else SettingRow(
-                subject=subject,
-                arm=arm.name,
-                setting=0,
-                value=value,
-                params=prediction.params,
-                trial=prediction.trial,
-                score=prediction.score,
-                rate_ratio=prediction.rate_ratio,
-                regret=prediction.regret,
-            )
-        )
-    winner = find_winner(search.rows(arm.name), record=sweep.record)
-    if winner is None:
+    fixed = {} if arm.confirm_each is None else {arm.confirm_each: value}
+    winner = None if fixed else find_winner(search.rows(arm.name), record=sweep.record)
+    if winner is None and not fixed:
         return None
-    prediction = predict_best(arm, trials, direction=direction, fixed={}, chosen=winner.params)
+    prediction = predict_best(
+        arm,
+        search.arms[arm.name].frozen(),
+        direction=sweep.record.direction,
+        fixed=fixed,
+        chosen=None if winner is None else winner.params,
+    )
+    if prediction is None:
+        return None
     return SettingRow(
         subject=subject,
         arm=arm.name,
         setting=0,
-        value=None,
-        params=winner.params,
-        trial=winner.number,
-        score=winner.value,
-        regret=prediction.regret if prediction and arm.space else None,
+        value=value,
+        params=prediction.params,
+        trial=winner.number if winner else prediction.trial,
+        score=winner.value if winner else prediction.score,
+        rate_ratio=prediction.rate_ratio,
+        regret=prediction.regret if arm.space else None,
     )

@@ -114,7 +114,7 @@ class Surrogate:
         half = np.linalg.solve(self.factor, cross.T)
         covariance = compute_kernel(points, points) - half.T @ half + JITTER * np.eye(len(points))
         normal = np.random.default_rng(DRAW_SEED).standard_normal((num_draws, len(points)))
-        mean = self.centre + self.scale * (cross @ self.weights)
+        mean, _ = self.predict(points)
         return np.asarray(mean + self.scale * normal @ np.linalg.cholesky(covariance).T)
 
 

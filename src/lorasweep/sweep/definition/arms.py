@@ -84,7 +84,7 @@ class Arm:
 
     @property
     def subjects(self) -> dict[str, Any]:
-        """What the confirm stage trains: the name of each choice of `confirm_each` with its value, numbers ascending.
+        """The confirm stage's subjects: name and value of each choice of `confirm_each`, numbers ascending.
 
         Without that key, the arm itself with the value None.
         """

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lorasweep.errors import ConfigError
-from lorasweep.record import Question
+from lorasweep.record import Question, QuestionName
 from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.wording import nearest
 
@@ -45,22 +47,14 @@ def list_questions(definition: Definition) -> list[Question]:
                     f"{nearest(name, known)}"
                 )
         reference = second if second in known[second].subjects else _name_largest(known[second])
-        if first in known[first].subjects:
-            arm = known[first]
-            questions.append(Question(name="pair", arm=arm.name, key=None, subjects=[first], reference=reference))
-        else:
-            questions.append(_compare(known[first], name="pair", reference=reference))
+        question = _compare(known[first], name="pair", reference=reference)
+        # the name of one value asks about that value alone
+        questions.append(replace(question, subjects=[first]) if first in question.subjects else question)
     return questions
 
 
-def _compare(arm: Arm, *, name: str, reference: str) -> Question:
-    return Question(
-        name="pair" if name == "pair" else "as_good_as_full",
-        arm=arm.name,
-        key=arm.confirm_each,
-        subjects=list(arm.subjects),
-        reference=reference,
-    )
+def _compare(arm: Arm, *, name: QuestionName, reference: str) -> Question:
+    return Question(name=name, arm=arm.name, key=arm.confirm_each, subjects=list(arm.subjects), reference=reference)
 
 
 def _name_largest(arm: Arm) -> str:
