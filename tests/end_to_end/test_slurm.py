@@ -18,7 +18,7 @@ from .conftest import TIMEOUT_S
 from .ray_sweep import check_listens_here_only, check_whole, count_evaluations, wait_for
 from .ray_sweep import start as start
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 ON_SLURM = (
     "worker=slurm",
     "worker.head_ip=127.0.0.1",

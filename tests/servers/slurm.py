@@ -180,6 +180,14 @@ class Slurm:
         return self.folder / "slurm.conf"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks every test that starts Slurm."""
+    for item in items:
+        if "slurm_server" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.cluster)
+
+
 @pytest.fixture(scope="session")
 def slurm_server() -> Iterator[Slurm]:
     """A Slurm cluster of this machine alone."""
