@@ -113,8 +113,6 @@ class RunRecord:
     last: dict[str, float] = field(default_factory=dict)
     test: dict[str, float] = field(default_factory=dict)
     """Every metric of the best weights on the test split; empty unless the confirm stage scored the run."""
-    harness: dict[str, float] = field(default_factory=dict)
-    """Scores of the best weights by lm-evaluation-harness, as `TASK/METRIC`; empty unless `confirm.harness` asks."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """`bytes` and `sha256` of each kept file, by its path in the run's folder."""
 
@@ -216,8 +214,6 @@ class ConfirmRow:
     """The sweep's metric on validation data at its last evaluation."""
     slot_steps: float = 0.0
     """The run's share of the slots that its packs were planned with (see `measure_occupancy`); 0 for a run alone."""
-    harness: dict[str, float] = field(default_factory=dict)
-    """Scores by lm-evaluation-harness, as `TASK/METRIC`."""
 
 
 @dataclass(kw_only=True)

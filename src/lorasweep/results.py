@@ -196,8 +196,8 @@ class SweepResult:
     def confirm_dataframe(self) -> pandas.DataFrame:
         """Returns one row per confirm run: `arm`, `subject`, swept keys, `seed`, `state`, the test score, and `run`.
 
-        A subject is an arm, or one value of its `confirm_each` key. Scores by lm-evaluation-harness are columns
-        `TASK/METRIC`. `record.confirm` also has the runs of former settings, if the sweep grew.
+        A subject is an arm, or one value of its `confirm_each` key. `record.confirm` also has the runs of former
+        settings, if the sweep grew.
         """
         import pandas  # noqa: PLC0415 (slow to import)
 
@@ -205,7 +205,6 @@ class SweepResult:
             [
                 {"arm": row.arm, "subject": row.subject, **setting.params, "seed": row.seed, "state": row.state}
                 | {f"test/{self.record.metric}": row.value}
-                | row.harness
                 | {"run": row.run}
                 for setting in self.record.settings
                 for row in list_confirm_rows(setting.subject, record=self.record)

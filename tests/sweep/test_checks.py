@@ -166,11 +166,3 @@ def test_an_own_metric_is_typed_as_a_mapping_or_key_by_key(write_file, content):
     first, second = (read_definition(write_file(content), words).arms[0].corners[0] for words in (typed, apart))
     assert first.data.metric == second.data.metric
     assert first.data.metric.arguments == {"task": "multiclass", "num_classes": 512}
-
-
-def test_the_folder_of_tasks_is_found_again_from_any_folder(write_file, content, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "tasks").mkdir()
-    words = ["confirm.seeds=1", "confirm.harness.tasks=[mine]", "confirm.harness.include_path=tasks"]
-    overrides = read_definition(write_file(content), words).raw["overrides"]
-    assert overrides["confirm.harness.include_path"] == str(tmp_path / "tasks")

@@ -167,20 +167,6 @@ def parse_margin(setting: float | str) -> Margin:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HarnessConfig:
-    """Tasks of lm-evaluation-harness that also score each confirm run; for causal models."""
-
-    tasks: tuple[str, ...]
-    """Names of tasks, groups or tags; an empty list does not run the harness."""
-    include_path: str | None
-    """Folder with the user's own tasks. A task's file can run code, so in a sweep file it needs `trust=[lm_eval]`."""
-    num_fewshot: NonNegative | None
-    """Number of examples before each question; null takes the task's own number. A task that says 0 keeps it."""
-    limit: Positive | None
-    """Maximum number of examples of each task; null uses all."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class ConfirmConfig:
     """The stage after the search: trains the chosen settings on fresh seeds, and answers the sweep's questions."""
 
@@ -195,7 +181,6 @@ class ConfirmConfig:
     pairs: tuple[tuple[str, ...], ...]
     """Further questions: pairs of arms to compare, such as `[[lora, dora]]`. Without `full` and without pairs, every
     arm is compared with the first one that trains."""
-    harness: HarnessConfig
 
     def __post_init__(self) -> None:
         parse_margin(self.margin)
@@ -208,11 +193,6 @@ class ConfirmConfig:
             raise ConfigError(
                 f"`confirm.pairs` must be pairs of two different arms, but has {list(wrong[0])!r}. Write, for example, "
                 "`[[lora,full]]`."
-            )
-        if self.harness.tasks and not self.seeds:
-            raise ConfigError(
-                "`confirm.seeds >= 1` must hold with `confirm.harness.tasks`, because the harness scores confirm runs, "
-                f"but got {self.seeds!r}."
             )
 
     def list_looks(self) -> tuple[int, ...]:

@@ -111,9 +111,7 @@ def find_packages(overrides: Iterable[tuple[str, Any]]) -> Iterator[str]:
     """
     for key, value in overrides:
         setting = ".".join(key.split(".")[-2:])  # an override of one arm has a prefix: `arms.NAME.model.factory`
-        if setting == "harness.include_path" and str(value).lower() not in ("null", "none"):
-            yield "lm_eval"
-        elif setting in FACTORY_KEYS:
+        if setting in FACTORY_KEYS:
             yield get_package(str(value).strip("'\""))
         elif setting in PACKAGES_OF_FLAGS and str(value).lower() == "true":
             yield PACKAGES_OF_FLAGS[setting]

@@ -62,7 +62,6 @@ def describe_findings(
         *([learning.remedy] if learning.remedy else []),
         *learning.warnings,
         *list_details(data),
-        *_describe_harness(data),
         *_describe_effort(data),
         *fairness.sentences,
         *([tests, describe_margin(data)] if tests else []),
@@ -93,24 +92,6 @@ def _describe_scores(data: SweepData) -> list[str]:
         _describe_ends(data),
         *(_describe_arm(arm, scores.get(arm.name), data) for arm in shown),
         *([f"The other {rest} {'arm is' if rest == 1 else 'arms are'} in the table below."] if rest else []),
-    ]
-
-
-def _describe_harness(data: SweepData) -> list[str]:
-    """Returns a sentence with the scores by lm-evaluation-harness; empty without them."""
-    parts = []
-    for name, row in data.harness_scores.items():
-        scores = [
-            f"{format_score(score, beside=row)} for `{arm.name}`"
-            for arm, score in zip(data.arms, row, strict=True)
-            if score is not None
-        ]
-        parts.append(f"{name} is {join_words(scores)}")
-    if not parts:
-        return []
-    return [
-        f"By lm-evaluation-harness, as means over the confirm runs, {'; '.join(parts)}. The verdicts are on "
-        f"{format_metric(data.record.metric)} alone."
     ]
 
 

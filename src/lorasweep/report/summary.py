@@ -197,5 +197,4 @@ def _summarize_arm(arm: ArmData, data: SweepData) -> dict[str, Any]:
         "arm_wall_s": sum(trial.record.wall_s for trial in arm.trials if trial.record),
         "share_of_full_gain": data.share_of_full_gain(best.value if best else None),
         "confirmed": asdict(confirmed) if confirmed else None,
-        "harness": arm.harness,
     }

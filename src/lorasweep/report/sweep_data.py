@@ -147,14 +147,6 @@ class ArmData:
         key = self.row.confirm_each
         return None if key in self.row.space else key
 
-    @property
-    def harness(self) -> dict[str, float]:
-        """Scores by lm-evaluation-harness, as `TASK/METRIC`: means over the complete confirm runs."""
-        runs = [run.record.harness for run in self.confirm_runs if run.is_complete and run.record]
-        names = dict.fromkeys(name for run in runs for name in run if not name.split(",")[0].endswith("_stderr"))
-        found = {name: [run[name] for run in runs if finite_number(run.get(name)) is not None] for name in names}
-        return {name: sum(values) / len(values) for name, values in found.items() if values}
-
     def count(self, state: TrialState) -> int:
         return sum(trial.state == state for trial in self.trials)
 
@@ -210,13 +202,6 @@ class SweepData:
     def confirm_runs(self) -> tuple[TrialData, ...]:
         """Every run of the confirm stage of a setting that is confirmed now, by subject and seed."""
         return tuple(rerun for arm in self.arms for rerun in arm.confirm_runs)
-
-    @property
-    def harness_scores(self) -> dict[str, tuple[float | None, ...]]:
-        """By `TASK/METRIC` of lm-evaluation-harness: the score of each subject."""
-        by_arm = [arm.harness for arm in self.arms]
-        names = dict.fromkeys(name for scores in by_arm for name in scores)
-        return {name: tuple(scores.get(name) for scores in by_arm) for name in names}
 
     @property
     def run_records(self) -> tuple[RunRecord, ...]:

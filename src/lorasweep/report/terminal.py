@@ -155,7 +155,6 @@ def _tabulate_arms(summary: Summary) -> dict[str, list[str]]:
         "arm": [arm.name for arm in arms],
         "best settings": [describe_setting(arm) for arm in arms],
         **({"test score": confirmed} if data.evidence.subjects else {}),
-        **{name: [format_score(score, beside=row) for score in row] for name, row in data.harness_scores.items()},
         "search score": list_search_scores(summary),
         "of full's gain": [format_share_estimate(*share, decimals=share_decimals) for share in shares],
         "trained": [format_count(arm.cost("trainable_params")) for arm in arms],

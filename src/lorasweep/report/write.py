@@ -54,13 +54,9 @@ def write_report(folder: Path) -> Summary:
     }
     if data.confirm_runs:
         files["confirmed.csv"] = csv_text(
-            ["arm", "subject", "seed", data.record.metric, *data.harness_scores, "state", "run"],
+            ["arm", "subject", "seed", data.record.metric, "state", "run"],
             (
-                [
-                    *(rerun.arm, rerun.subject, rerun.seed, rerun.value),
-                    *(rerun.record.harness.get(name) if rerun.record else None for name in data.harness_scores),
-                    *(rerun.state, rerun.run),
-                ]
+                [rerun.arm, rerun.subject, rerun.seed, rerun.value, rerun.state, rerun.run]
                 for rerun in data.confirm_runs
             ),
         )

@@ -13,7 +13,6 @@ from lorasweep.sweep.definition.arms import Definition, name_arm_in_errors, rest
 from lorasweep.sweep.definition.bases import explain_bases
 from lorasweep.sweep.definition.packing import explain_solo_arms, plan_packing
 from lorasweep.sweep.definition.seeds import draw_confirm_seeds
-from lorasweep.training.harness import check_harness
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.prepare import check_run
 from lorasweep.training.restore import require_trusted_code
@@ -58,8 +57,6 @@ def check_definition(definition: Definition, inputs_cache: InputsCache) -> None:
                 check_run(config, inputs.base)
                 if not definition.sweep_config.confirm.seeds:
                     continue
-                if definition.sweep_config.confirm.harness.tasks:
-                    check_harness(definition.sweep_config.confirm.harness, inputs.base)
                 try:
                     inputs.splits.test()  # now, because the confirm stage reads it after hours of training
                 except ConfigError as error:

@@ -23,7 +23,6 @@ from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.record_rows import RUNS_FOLDER
 from lorasweep.sweep.controller.stages import Confirmation, Search, Stage, choose_settings
 from lorasweep.sweep.controller.trial import (
-    HARNESS_ATTRIBUTE,
     REASON_ATTRIBUTE,
     SCORE_ATTRIBUTE,
     SLOT_STEPS_ATTRIBUTE,
@@ -193,8 +192,6 @@ class Controller:
         attributes: dict[str, Any] = {SCORE_ATTRIBUTE: value}
         if record.pack is not None:
             attributes[SLOT_STEPS_ATTRIBUTE] = record.pack["slot_steps"]
-        if record.harness:
-            attributes[HARNESS_ATTRIBUTE] = record.harness
         if record.status == "paused":
             trials.pause(trial, attributes, step=record.steps_done)
         else:

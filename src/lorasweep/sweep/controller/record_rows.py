@@ -8,7 +8,6 @@ from optuna.trial import FrozenTrial
 
 from lorasweep.record import ArmRow, ConfirmRow, TrialRow
 from lorasweep.sweep.controller.trial import (
-    HARNESS_ATTRIBUTE,
     REASON_ATTRIBUTE,
     SCORE_ATTRIBUTE,
     SLOT_STEPS_ATTRIBUTE,
@@ -70,7 +69,6 @@ def confirm_row(arm: str, subject: str, trial: FrozenTrial) -> ConfirmRow:
         seed=trial.params[SEED],
         state=state,
         run=confirm_name(arm, trial.number),
-        harness=trial.user_attrs.get(HARNESS_ATTRIBUTE, {}),
         **_read_results(trial),
     )
 

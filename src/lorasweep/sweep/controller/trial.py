@@ -27,8 +27,6 @@ INFEASIBLE_ATTRIBUTE = "lorasweep:infeasible"
 """True for a trial that does not fit in memory."""
 SCORE_ATTRIBUTE = "lorasweep:score"
 """The best value of the trial's run. For a trial that is not complete, Optuna has the last value only."""
-HARNESS_ATTRIBUTE = "lorasweep:harness"
-"""Scores by lm-evaluation-harness of a run of the confirm stage."""
 SLOT_STEPS_ATTRIBUTE = "lorasweep:slot_steps"
 """The run's share of the slots that its packs were planned with; missing for a run alone."""
 ENDED_STATES: dict[OptunaState, TrialState] = {

@@ -66,8 +66,6 @@ SHARED_LAYERS = (0, 2)
 QUANTIZATION = "model.quantization"
 PATH_KEYS = ("data.train", "data.validation", "data.test", "model.path")
 """Settings whose values may be paths of files."""
-TASKS_FOLDER_KEY = "confirm.harness.include_path"
-"""A setting whose value is always a path."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,7 +262,7 @@ def make_paths_absolute(value: Any, key: str = "") -> Any:
         return {name: make_paths_absolute(item, str(name)) for name, item in value.items()}
     # a name without a dot or slash may be a split of a data set on the hub, such as `train`
     may_be_split = key.endswith(PATH_KEYS) and not (isinstance(value, str) and ("/" in value or "." in value))
-    is_path = isinstance(value, str) and key.endswith((*PATH_KEYS, TASKS_FOLDER_KEY)) and not may_be_split
+    is_path = isinstance(value, str) and key.endswith(PATH_KEYS) and not may_be_split
     return os.path.abspath(value) if is_path and any(glob.iglob(value, recursive=True)) else value
 
 

@@ -19,7 +19,6 @@ from lorasweep.sweep.controller.controller import Assignment, Controller
 from lorasweep.sweep.controller.folder import PACK_FILE, check_writable
 from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.sweep.definition.packing import plan_packing
-from lorasweep.training.harness import score_by_harness
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.size import choose_pack_size
@@ -139,9 +138,6 @@ class Worker:
     def _score(self, assignment: Assignment) -> RunRecord:
         inputs = self.inputs_cache.load(assignment.config)
         record = score_run(assignment.run_folder.path, inputs=inputs)
-        harness = self.definition.sweep_config.confirm.harness
-        if harness.tasks:
-            record = score_by_harness(assignment.run_folder.path, harness=harness, inputs=inputs)
         self.controller.note(inputs.splits.test().notes)
         return record
 
