@@ -727,11 +727,10 @@ def test_inspect_shows_a_run_as_a_table_json_or_csv_and_writes_its_files(here, s
         "layers.csv",
         "similarity.csv",
         "spectra.json",
-        "summary.json",
     }
     assert run(["inspect", "one", "--format", "json"]) == DONE
     content = json.loads(capsys.readouterr().out)
-    assert len(content["by_layer"]) == 28
+    assert len(content["layers"]) == 28
     assert run(["inspect", "one", "--format", "csv"]) == DONE
     assert capsys.readouterr().out == (here / "one" / "inspect" / "layers.csv").read_text()
 

@@ -316,21 +316,23 @@ def inspect(arguments: argparse.Namespace) -> int:
     """Analyses the weights of a run, or of a sweep's best runs; writes the tables into `inspect/` and shows them."""
     with quick_imports():
         from lorasweep.record import SWEEP_FILE
-        from lorasweep.runs.inspect.formats import as_csv, as_json, render_inspection
-        from lorasweep.runs.inspect.inspect_run import inspect_run
-        from lorasweep.runs.inspect.inspect_sweep import inspect_sweep
+        from lorasweep.runs.inspect import as_csv, as_json, inspect_run, inspect_sweep, render_inspection
 
     folder, other = arguments.folder, arguments.other
     is_sweep = (folder / SWEEP_FILE).is_file()
     if is_sweep and other is not None:
-        raise ConfigError(
-            f"`OTHER_RUN` can't be given with a sweep, but got {str(other)!r}. The best runs of the sweep are compared."
-        )
-    inspected = inspect_sweep(folder) if is_sweep else inspect_run(folder, other=other)
-    if arguments.format == "table":
-        EscapingConsole().print(render_inspection(inspected))
-    else:
-        say((as_json(inspected) if arguments.format == "json" else as_csv(inspected)).removesuffix("\n"))
+        raise ConfigError(f"`OTHER_RUN` can't be given with a sweep, but got {str(other)!r}. Name two runs instead.")
+    inspections, problems = inspect_sweep(folder) if is_sweep else ({"": inspect_run(folder, other=other)}, [])
+    if arguments.format != "table":
+        say((as_json if arguments.format == "json" else as_csv)(inspections).removesuffix("\n"))
+        return DONE
+    console = EscapingConsole()
+    for arm, inspection in inspections.items():
+        if is_sweep:
+            console.print(f"{arm}: {inspection.folder}", style="bold", markup=False)
+        console.print(render_inspection(inspection))
+    for problem in problems:
+        say(problem)
     return DONE
 
 

@@ -63,7 +63,7 @@ HALVED_CONFIRM_RUNS = {"frozen": 1, "full": 2, "lora": 2}
 SERVER = """
 import json, os, signal, sys
 from lorasweep.cli import run
-import lorasweep.runs.inspect.inspect_run, lorasweep.report.board, lorasweep.sweep.workers.train
+import lorasweep.runs.inspect, lorasweep.report.board, lorasweep.sweep.workers.train
 for line in sys.stdin:
     asked = json.loads(line)
     if "wait" in asked:

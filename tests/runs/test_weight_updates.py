@@ -10,8 +10,8 @@ from lorasweep.config.method import BitfitConfig, FrozenConfig, FullConfig, Head
 from lorasweep.lora import LoraConfig, inject_lora, lora_layers, merge_lora
 from lorasweep.lora.layer_kinds import weight_to_matrix
 from lorasweep.methods import copy_sharing_weights
-from lorasweep.runs.inspect.measures import decompose
-from lorasweep.runs.inspect.weight_updates import read_weight_updates
+from lorasweep.runs.spectra import decompose
+from lorasweep.runs.weight_updates import read_weight_updates
 
 from .conftest import lora
 

@@ -11,12 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorasweep.lora.patterns import get_block_index
-from lorasweep.runs.inspect.weight_updates import WeightUpdate
+from lorasweep.runs.weight_updates import WeightUpdate
 
 ENERGY_FRACTION = 0.9
 """Fraction of the squared norm that `energy_rank` directions hold."""
-COMPARED_COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
+COMPARED_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 """Numbers of top directions that are compared. Numbers that exceed an update's directions are skipped."""
 MEAN = "mean"
 """Replaces the layer's name in rows with the mean over layers."""
@@ -37,7 +36,6 @@ class LayerRow:
     """Norms and rank of the update of one weight; a line of `layers.csv`. Biases and norms have no rank."""
 
     layer: str
-    block: int | None
     kind: str
     d_out: int
     d_in: int | None
@@ -99,7 +97,6 @@ def measure_layers(
         rows.append(
             LayerRow(
                 layer=update.name,
-                block=get_block_index(update.name),
                 kind=update.kind,
                 d_out=update.base.shape[0],
                 d_in=update.base.shape[1] if update.is_matrix else None,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.nn.utils import parametrize
 from lorasweep.lora import LoraLayer, lora_layers
 from lorasweep.lora.fully_trained import TrainedModule
 from lorasweep.lora.layer_kinds import dequantised_weight, is_quantised, weight_to_matrix
+from lorasweep.lora.targets import Target
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,7 +44,9 @@ class WeightUpdate:
 
 
 @torch.no_grad()
-def read_weight_updates(model: nn.Module, base: nn.Module) -> list[WeightUpdate]:
+def read_weight_updates(
+    model: nn.Module, base: nn.Module, *, targets: Mapping[str, Target] = MappingProxyType({})
+) -> list[WeightUpdate]:
     """Returns the updates of LoRA layers, then the updates of other trained weights, each in the model's order.
 
     Updates are not rounded to the base's dtype. Weights that did not change are skipped, except in LoRA layers.
@@ -50,12 +54,18 @@ def read_weight_updates(model: nn.Module, base: nn.Module) -> list[WeightUpdate]
     Args:
         model: The trained model. It was copied from `base` and shares its frozen tensors.
         base: The base model, with the new head as the run initialised it.
+        targets: How LoRA trained each layer. An adapter file has PiSSA and parts of fused projections as plain LoRA
+            layers of a higher rank, so a loaded layer does not know it. If missing, the layer's own target counts.
     """
-    updates = [update for name, layer in lora_layers(model).items() for update in _read_lora_layer(name, layer)]
+    updates = [
+        update
+        for name, layer in lora_layers(model).items()
+        for update in _read_lora_layer(name, layer, targets.get(name, layer.target))
+    ]
     return [*updates, *_read_trained_weights(model, base)]
 
 
-def _read_lora_layer(name: str, layer: LoraLayer) -> Iterator[WeightUpdate]:
+def _read_lora_layer(name: str, layer: LoraLayer, target: Target) -> Iterator[WeightUpdate]:
     base = dequantised_weight(layer.base) if is_quantised(layer.base) else weight_to_matrix(layer.base, layer.weight)
     lora_a, lora_b = (matrix.detach() for matrix in layer.get_plain_matrices())
     lora_b = layer.scaling * lora_b.double()
@@ -63,18 +73,18 @@ def _read_lora_layer(name: str, layer: LoraLayer) -> Iterator[WeightUpdate]:
         # DoRA's new row norms change every direction, so ΔW has no low rank (arXiv 2402.09353, equation 5)
         matrix = base.double() + lora_b @ lora_a.double()
         matrix *= (layer.magnitude.double() / torch.linalg.vector_norm(matrix, dim=1))[:, None]
-        yield WeightUpdate(name=name, base=base, left=matrix - base.double(), rank=layer.rank)
+        yield WeightUpdate(name=name, base=base, left=matrix - base.double(), rank=target.rank)
         return
-    rows = layer.row_ranges or ((0, len(base)),)
+    rows = target.row_ranges or ((0, len(base)),)
     for index, (first, end) in enumerate(rows):
         # A has a block of `rank` rows for each range of rows; an adapter of PiSSA has the same blocks twice
-        part_rows = [row for row in range(len(lora_a)) if row // layer.rank % len(rows) == index]
+        part_rows = [row for row in range(len(lora_a)) if row // target.rank % len(rows) == index]
         yield WeightUpdate(
-            name=f"{name}[{first}:{end}]" if layer.row_ranges else name,
+            name=f"{name}[{first}:{end}]" if target.row_ranges else name,
             base=base[first:end],
             left=lora_b[first:end][:, part_rows],
             right=lora_a[part_rows],
-            rank=layer.rank,
+            rank=target.rank,
         )
 
 

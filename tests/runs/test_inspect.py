@@ -1,0 +1,179 @@
+"""A run inspected from its folder: the files have what was found, nothing else changes, and a sweep goes arm by arm."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from lorasweep.config.build import as_settings
+from lorasweep.config.compose import compose_run
+from lorasweep.errors import RecordError
+from lorasweep.models.load import fingerprint_weights
+from lorasweep.record import compute_sha256, read_sweep, write_record
+from lorasweep.runs.inspect import as_csv, as_json, inspect_run, inspect_sweep, render_inspection
+from lorasweep.selection import find_winners
+from lorasweep.training.run import train_run
+from lorasweep.training.run_log import RunFolder
+
+from .conftest import edit_json
+
+ADAPTER = "best/adapter_model.safetensors"
+
+
+def read_csv(text):
+    return list(csv.DictReader(text.splitlines()))
+
+
+def test_files_hold_what_was_found_and_repeat_to_the_byte(runs):
+    inspection = inspect_run(runs["lora"])
+    folder = runs["lora"] / "inspect"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert before.keys() == {"layers.csv", "spectra.json"}
+    rows = read_csv((folder / "layers.csv").read_text())
+    assert [float(row["norm_share"]) for row in rows] == [row.norm_share for row in inspection.layers]
+    assert sum(row.norm_share for row in inspection.layers) == pytest.approx(1)
+    spectra = json.loads((folder / "spectra.json").read_text())
+    for row in inspection.layers:
+        assert len(spectra[row.layer]) == row.trained_rank == 2
+        assert 1 <= row.energy_rank <= 2
+    inspect_run(runs["lora"], other=runs["other"])
+    assert (folder / "similarity.csv").is_file()
+    inspect_run(runs["lora"])
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_run_is_like_itself_and_less_like_another(runs):
+    assert all(row.phi == pytest.approx(1) for row in inspect_run(runs["lora"], other=runs["lora"]).overlaps)
+    inspection = inspect_run(runs["lora"], other=runs["other"])
+    rows = read_csv((runs["lora"] / "inspect" / "similarity.csv").read_text())
+    means = {(row["i"], row["j"]): float(row["phi"]) for row in rows if row["layer"] == "mean"}
+    assert means.keys() == {(i, j) for i in "12" for j in "124"}
+    assert all(0 < value < 1 for value in means.values())
+    assert str(runs["other"]) in inspection.sentences[-1]
+    assert f"{means['1', '1']:.2f} of the first direction" in inspection.sentences[-1]
+    full = inspect_run(runs["lora"], other=runs["full"])
+    assert len({row.layer for row in full.overlaps} - {"mean"}) == 28
+
+
+def test_inspecting_changes_nothing_else_and_needs_no_data(runs):
+    data = as_settings(compose_run({"data": "text", "data.train": "nowhere.txt"}))["data"]
+    edit_json(runs["lora"] / "run.json", lambda raw: raw["config"].update(data=data))
+    before = {path: compute_sha256(path) for path in runs["lora"].rglob("*") if path.is_file()}
+    random = torch.random.get_rng_state()
+    assert len(inspect_run(runs["lora"]).layers) == 28
+    assert {path: compute_sha256(path) for path in before} == before
+    assert torch.equal(torch.random.get_rng_state(), random)
+
+
+@pytest.mark.parametrize("settings", [{"method.init": "pissa"}, {"method.targets": ["q_proj[0:32,64:96]"]}])
+def test_files_keep_the_rank_that_trained(settings, tmp_path, make_config, inputs):
+    """The adapter file has twice the rank: PiSSA's start, or two parts of a projection, as one plain LoRA."""
+    train_run(make_config(settings), RunFolder(path=tmp_path), inputs=inputs)
+    found = inspect_run(tmp_path)
+    assert {row.trained_rank for row in found.layers} == {2}
+    assert len(found.layers) == (28 if "method.init" in settings else 8)
+    # the update is the difference from the start, which PiSSA takes from the base's own weights
+    assert all(row.update_norm < 0.5 * row.base_norm for row in found.layers)
+
+
+def test_an_adapter_of_peft_is_inspected_as_what_it_changes(inputs, make_config, tmp_path):
+    vera = {"peft_type": "VERA", "r": 8, "d_initial": 1.0, "target_modules": ["q_proj"]}
+    train_run(make_config({"method": "peft", "method.config": vera}), RunFolder(path=tmp_path), inputs=inputs)
+    found = inspect_run(tmp_path)
+    assert {row.layer for row in found.layers} == {f"model.layers.{n}.self_attn.q_proj" for n in range(4)}
+    spectrum = found.spectra["model.layers.0.self_attn.q_proj"]
+    # the update has VeRA's rank; the rest is rounding of the merged weight in fp32
+    assert spectrum[7] > 100 * spectrum[8]
+    assert fingerprint_weights(inputs.base.model) == inputs.base.fingerprint
+
+
+def test_runs_without_a_common_layer_or_base_are_not_compared(runs, inputs, make_config, tmp_path):
+    for name in ("q_proj", "k_proj"):
+        train_run(make_config({"method.targets": [name]}), RunFolder(path=tmp_path / name), inputs=inputs)
+    with pytest.raises(RecordError, match=r"k_proj.*`method\.targets`"):
+        inspect_run(tmp_path / "q_proj", other=tmp_path / "k_proj")
+    edit_json(runs["other"] / "run.json", lambda raw: raw["base"].update(fingerprint="f" * 16))
+    with pytest.raises(RecordError, match="f" * 16):
+        inspect_run(runs["lora"], other=runs["other"])
+    assert not (runs["lora"] / "inspect").exists()
+
+
+def zero_b(run):
+    tensors = load_file(run / ADAPTER)
+    save_file({name: tensor * ("lora_A" in name) for name, tensor in tensors.items()}, run / ADAPTER)
+    edit_json(run / "run.json", lambda raw: raw.update(files={}))
+
+
+def edit_method(run, method):
+    edit_json(run / "run.json", lambda raw: raw["config"].update(method=method))
+
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda run: (run / "run.json").unlink(), r"run\.json"),
+        (zero_b, "equal the base"),
+        (lambda run: flip_a_bit(run / ADAPTER), "adapter_model.*has changed"),
+        (lambda run: (run / "best/adapter_config.json").unlink(), "adapter_config.*is missing"),
+        (lambda run: shutil.rmtree(run / "best"), "`best`"),
+        (lambda run: edit_json(run / "run.json", lambda raw: raw["config"]["method"].update(rnk=3)), r"method\.rnk"),
+        (
+            lambda run: edit_json(run / "run.json", lambda raw: raw["config"].update(method={"name": "frozen"})),
+            "frozen",
+        ),
+    ],
+)
+def test_a_run_that_can_not_be_inspected_is_refused(runs, damage, message):
+    damage(runs["lora"])
+    with pytest.raises(RecordError, match=message):
+        inspect_run(runs["lora"])
+    assert not (runs["lora"] / "inspect").exists()
+
+
+def printed(renderable):
+    console = Console(file=io.StringIO(), width=80)
+    console.print(renderable)
+    return console.file.getvalue()
+
+
+def test_the_winners_of_a_sweep_are_inspected_and_printed_by_arm(sweep):
+    found, problems = inspect_sweep(sweep)
+    winners = find_winners(read_sweep(sweep))
+    assert found.keys() == {"lora", "full"}
+    assert problems == ["Arm `none` has no complete trial to inspect."]
+    for arm, inspection in found.items():
+        assert inspection.folder == sweep / winners[arm].run
+        assert (inspection.folder / "inspect" / "layers.csv").is_file()
+        text = printed(render_inspection(inspection))
+        assert all(kind in text for kind in {row.kind for row in inspection.layers if row.energy_rank is not None})
+        assert all(sentence in " ".join(text.split()) for sentence in inspection.sentences)
+    layers = {(arm, row.layer) for arm, inspection in found.items() for row in inspection.layers}
+    assert {(row["arm"], row["layer"]) for row in read_csv(as_csv(found))} == layers
+    content = json.loads(as_json(found))
+    assert {(arm, row["layer"]) for arm, one in content.items() for row in one["layers"]} == layers
+
+
+def test_a_winner_that_can_not_be_inspected_is_a_sentence(sweep, runs):
+    record = read_sweep(sweep)
+    (sweep / find_winners(record)["lora"].run / ADAPTER).write_bytes(b"no")
+    found, problems = inspect_sweep(sweep)
+    assert found.keys() == {"full"}
+    assert any("Arm `lora` can't be inspected:" in problem for problem in problems)
+    next(trial for trial in record.trials if trial.arm == "full").run = f"../{runs['full'].name}"
+    write_record(record, sweep)
+    with pytest.raises(RecordError, match="trained winner"):  # a folder outside the sweep is not touched
+        inspect_sweep(sweep)
+    assert not (runs["full"] / "inspect").exists()
