@@ -45,7 +45,7 @@ def _read_stdlib(config: StdlibConfig) -> DataSource:
     read_documents = {"stdlib_docs": read_docs, "stdlib_code": read_code}[config.name]
 
     def read(split: str) -> Examples[Document]:
-        return collect_examples(split, read_documents(split))
+        return collect_examples(split, list(read_documents(split)))
 
     return DataSource(
         kind="documents",

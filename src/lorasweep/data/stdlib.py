@@ -6,6 +6,7 @@ The name of a document alone decides its split. So a document stays in its split
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import pydoc_data.topics
 import sysconfig
@@ -57,21 +58,23 @@ def read_standard_library(*, with_tests: bool) -> Iterator[Document]:
             yield Document(name=path, text=text)
 
 
-def read_code(split: str) -> list[Document]:
+@functools.cache
+def read_code(split: str) -> tuple[Document, ...]:
     """Returns the standard library's files of one split.
 
     The files of 70 % of the modules, with their test suites, are `pretraining`. The others are split by file.
     """
     is_pretraining = split == "pretraining"
-    return [
+    return tuple(
         document
         for document in read_standard_library(with_tests=is_pretraining)
         if (assign_bucket(get_module_key(document.name)) < NUM_PRETRAINING_BUCKETS) == is_pretraining
         and (is_pretraining or _is_in_split(document, split))
-    ]
+    )
 
 
-def read_docs(split: str) -> list[Document]:
+@functools.cache
+def read_docs(split: str) -> tuple[Document, ...]:
     """Returns the English prose of one split: pages of the language documentation, and docstrings of `read_code`.
 
     The pages are those of `pydoc_data.topics`. The docstrings of a file are one document, in the order of the file.
@@ -79,10 +82,10 @@ def read_docs(split: str) -> list[Document]:
     """
     pages = [Document(name=name, text=text) for name, text in sorted(pydoc_data.topics.topics.items())]
     docstrings = [document._replace(text=join_docstrings(document.text)) for document in read_code(split)]
-    return [
+    return (
         *(page for page in pages if _is_in_split(page, split)),
         *(document for document in docstrings if len(document.text) >= MIN_DOCSTRING_CHARACTERS),
-    ]
+    )
 
 
 def join_docstrings(code: str) -> str:
