@@ -55,7 +55,7 @@ def write_run(
     """Writes a run's record and steps as training does."""
     done = curve[-1][0] if curve else 0
     best_step, best = min(curve, key=lambda point: point[1], default=(0, None))
-    config: dict[str, Any] = {"method": {"name": method}, "optim": {"lr": 1e-3}, "seed": 0}
+    config: dict[str, Any] = {"method": {"name": method}, "optim": {"name": "adamw", "lr": 1e-3}, "seed": 0}
     if method == "lora":
         config["method"] |= {"rank": trained // LORA_PARAMS_PER_RANK, "alpha": 16}
     for key, value in trial.params.items():
@@ -354,18 +354,6 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
-
-
-@pytest.fixture(autouse=True)
-def without_images(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out the images of TensorBoard, unless a test asks for `with_images`: they take as long as the rest."""
-    if "with_images" not in request.fixturenames:
-        monkeypatch.setattr("lorasweep.report.figures.image.draw_png", lambda figure, title: b"")
-
-
-@pytest.fixture
-def with_images() -> None:
-    """Draws the images in this test."""
 
 
 @pytest.fixture(scope="session")

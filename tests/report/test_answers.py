@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -214,3 +215,25 @@ def test_several_lora_arms_are_answered_by_name(tmp_path: Path) -> None:
     text = answers(confirm_sweep(sweep))[0].text
     assert "`lora`: No" in text
     assert "`dora`: No" in text
+
+
+@pytest.mark.parametrize(
+    ("optim", "has_law"),
+    [
+        ({"name": "adamw"}, True),
+        ({"_target_": "torch.optim.Adam"}, True),
+        ({"name": "sgd"}, False),
+        ({"_target_": "torch.optim.SGD"}, False),
+    ],
+)
+def test_the_rate_at_another_alpha_is_said_only_of_adam(
+    finished_and_confirmed: Path, tmp_path: Path, optim: dict[str, str], has_law: bool
+) -> None:
+    sweep = shutil.copytree(finished_and_confirmed, tmp_path / "sweep")
+    for run in sweep.glob("runs/*/run.json"):
+        edit_json(run, lambda raw: raw["config"].update(optim={"lr": 1e-3, **optim}))
+    summary = summarize(sweep)
+    assert ("lr = u/√α" in summary.answers[2].text) is has_law
+    # under another optimizer, rate and alpha are two dimensions of the search
+    (lora,) = (arm for arm in summary.fairness.arms if arm.arm == "lora")
+    assert lora.dimensions == (2 if has_law else 3)

@@ -208,7 +208,6 @@ def test_code_marks_only_what_stood_between_backticks() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("with_images")
 def test_report_of_a_thousand_trials_takes_at_most_twenty_seconds(tmp_path: Path) -> None:
     sweep = build_sweep(tmp_path, lora=900, full=100)
     start = time.process_time()

@@ -1,4 +1,4 @@
-"""TensorBoard: a row in HParams for each trial, one chart with the best curve of each arm, figures and verdicts.
+"""TensorBoard: a row in HParams for each trial, one chart with the best curve of each arm, and the answers as text.
 
 This needs TensorBoard alone, neither TensorFlow nor torch.
 """
@@ -6,7 +6,6 @@ This needs TensorBoard alone, neither TensorFlow nor torch.
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,8 +13,6 @@ from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary as EventSummary
-from tensorboard.plugins.custom_scalar import layout_pb2
-from tensorboard.plugins.custom_scalar import metadata as layout_metadata
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 from tensorboard.plugins.hparams import metadata as hparams_metadata
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
@@ -26,20 +23,18 @@ from tensorboard.util.tensor_util import make_tensor_proto
 from lorasweep.config.ranges import is_number
 from lorasweep.record import RunRecord
 from lorasweep.redaction import redact
-from lorasweep.report.answers import AnswerLine, describe_answer
-from lorasweep.report.figures.panel import Panel
+from lorasweep.report.answers import AnswerLine
 from lorasweep.report.sweep_data import SweepData
-from lorasweep.wording import format_metric
 
 HPARAMS_FOLDER = "hparams"
 """The row has a separate folder in the run's, so that TensorBoard's table has the row's metrics and no curves."""
 BOARD_FOLDER = "tensorboard"
-"""The folder in a sweep's `report/`. Its `arms/` has the figures, the verdicts and a folder per arm, its `trials/` a
-folder per trial. TensorBoard selects no run if there are more than 40, so that `arms/` must be useful alone."""
+"""The folder in a sweep's `report/`. `arms/` has the answers and a folder per arm, `trials/` a folder per trial.
+TensorBoard selects no run if there are more than 40, so that `arms/` must be useful alone."""
 SUFFIX = ".lorasweep"
 """The end of the names of event files written here, by which a later call finds and replaces them."""
 ARM_TAG = "best trial of each arm"
-"""The group of the arms' curves. No run has a tag of it, so that its chart has one line per arm."""
+"""The group of the arms' curves. All arms have the same tag, so that TensorBoard draws them in one chart."""
 
 COSTS = ("trainable_params", "peak_memory_bytes", "wall_s")
 """The fields of a run's record that a row has."""
@@ -62,26 +57,14 @@ def write_run_hparams(record: RunRecord, folder: Path, swept: Mapping[str, Any])
         _write_row(folder / HPARAMS_FOLDER, name, record, settings, {f"best/{record.metric}": record.score})
 
 
-def write_board(data: SweepData, answers: Sequence[AnswerLine], panels: Sequence[Panel], folder: Path) -> None:
+def write_board(data: SweepData, answers: Sequence[AnswerLine], folder: Path) -> None:
     """Writes what TensorBoard shows of a sweep, in place of an earlier report's.
 
-    HParams has a row per trial, Custom Scalars the best validation curve of each subject in one chart, Images the
-    figures, and Text the answers and all verdicts.
+    HParams has a row per trial, Scalars the best validation curve of each subject in one chart, and Text the answers.
     """
-    from lorasweep.report.figures.image import draw_png  # noqa: PLC0415 (matplotlib takes half a second to import)
-
-    images = [
-        _image(
-            f"figures/{panel.title}{f' {number}' if len(panel.figures) > 1 else ''}",
-            draw_png(figure, title=panel.title),
-        )
-        for panel in panels
-        for number, figure in enumerate(panel.figures, start=1)
-    ]
-    lines = "\n".join(f"- **{line.question}** {line.text}" for line in answers)
-    verdicts = "\n".join(f"- {describe_answer(answer, data)}." for answer in data.evidence.answers)
-    texts = [_text("answers", lines), *([_text("verdicts", verdicts)] if verdicts else [])]
-    _write_events(folder / "arms", [(0, one) for one in (_layout(data.record.metric), *images, *texts)])
+    lines = [f"- **{line.question}** {line.text}" for line in answers]
+    page = f"Figures and tables are in the page `{data.folder.absolute().name}/report/index.html`."
+    _write_events(folder / "arms", [(0, _text("answers", "\n".join([*lines, "", page])))])
     _write_arms(data, folder / "arms")
     _write_trials(data, folder / "trials")
 
@@ -143,25 +126,9 @@ def _write_row(
     _write_events(folder, [(0, one) for one in (hparams_pb(columns, trial_id=name), *values, ended)])
 
 
-def _layout(metric: str) -> EventSummary:
-    """Returns the layout of Custom Scalars: a chart that shows the arms' curves."""
-    lines = layout_pb2.MultilineChartContent(tag=[f"^{re.escape(f'{ARM_TAG}/{metric}')}$"])
-    chart = layout_pb2.Chart(title=f"{format_metric(metric)} on validation data", multiline=lines)
-    layout = layout_pb2.Layout(category=[layout_pb2.Category(title=ARM_TAG, chart=[chart])])
-    return _summary(
-        layout_metadata.CONFIG_SUMMARY_TAG,
-        metadata=layout_metadata.create_summary_metadata(),
-        tensor=make_tensor_proto(layout.SerializeToString()),
-    )
-
-
 def _text(tag: str, markdown: str) -> EventSummary:
     metadata = text_metadata.create_summary_metadata(display_name=tag, description="")
     return _summary(tag, metadata=metadata, tensor=make_tensor_proto([markdown]))
-
-
-def _image(tag: str, png: bytes) -> EventSummary:
-    return _summary(tag, image=EventSummary.Image(encoded_image_string=png))
 
 
 def _scalar(tag: str, value: float) -> EventSummary:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorasweep.config.ranges import MAX_WIDTH_DIFFERENCE_DECADES, width_in_decades
+from lorasweep.report.answers import follows_rate_law
 from lorasweep.report.sweep_data import ALPHA, LR, MULTIPLIER, ArmData, SweepData
 from lorasweep.wording import format_count, format_share, join_words
 
@@ -141,7 +142,7 @@ def _count(number: str, unit: str) -> str:
 
 def _measure(arm: ArmData, data: SweepData) -> ArmEffort:
     keys = set(arm.row.space)
-    if arm.row.method == "lora" and LR in keys:
+    if LR in keys and any(follows_rate_law(trial) for trial in arm.trials):
         keys -= {ALPHA, MULTIPLIER}
     settings = [one.setting for one in data.arms if one.arm == arm.name and one.setting]
     regret = max((one.regret for one in settings if one.regret is not None), default=None)

@@ -55,10 +55,7 @@ def write_report(folder: Path) -> Summary:
     if data.confirm_runs:
         files["confirmed.csv"] = csv_text(
             ["arm", "subject", "seed", data.record.metric, "state", "run"],
-            (
-                [rerun.arm, rerun.subject, rerun.seed, rerun.value, rerun.state, rerun.run]
-                for rerun in data.confirm_runs
-            ),
+            ([run.arm, run.subject, run.seed, run.value, run.state, run.run] for run in data.confirm_runs),
         )
     if data.evidence.answers:
         files["questions.csv"] = csv_text(
@@ -71,7 +68,7 @@ def write_report(folder: Path) -> Summary:
     for name, content in files.items():
         write_atomically(folder / REPORT_FOLDER / name, content)
     _write_recommended(summary, folder / REPORT_FOLDER / RECOMMENDED_FOLDER)
-    write_board(data, summary.answers, panels, folder / REPORT_FOLDER / BOARD_FOLDER)
+    write_board(data, summary.answers, folder / REPORT_FOLDER / BOARD_FOLDER)
     return summary
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
+from lorasweep.report.answers import follows_rate_law
 from lorasweep.report.figures.panel import (
     Panel,
     Point,
@@ -53,7 +54,8 @@ def draw_score_by_lr(data: SweepData) -> Panel:
     text = (
         "Dots are complete trials, crosses the best value so far of trials that were stopped early. A ring is the "
         "trial whose setting was chosen, a diamond a setting that no trial has, with the score that the search's model "
-        f"predicts. u = lr · √α is used where α varies, because the best u is nearly the same at every α.{left_out}"
+        "predicts. u = lr · √α is used where α varies under Adam, because the best u is nearly the same at every "
+        f"α.{left_out}"
     )
     return Panel(key="lr", title=title, text=text, figures=tuple(figures))
 
@@ -61,7 +63,8 @@ def draw_score_by_lr(data: SweepData) -> Panel:
 def _draw_rates(arms: Sequence[ArmData], data: SweepData) -> tuple[go.Figure, str]:
     """Returns a figure of score against rate, and a sentence about points that it does not show or an empty text."""
     alphas = {trial.numeric_setting(ALPHA) for arm in arms for trial in arm.trials if trial.value is not None}
-    has_u = len(alphas) > 1 and None not in alphas
+    follows_law = all(follows_rate_law(trial) for arm in arms for trial in arm.trials if trial.value is not None)
+    has_u = len(alphas) > 1 and None not in alphas and follows_law
     figure = build_figure(data, x_title=f"{'u = lr · √α' if has_u else 'learning rate'} (log scale)")
     figure.update_xaxes(type="log", exponentformat="e", dtick=1, minor={"ticks": "outside"})
     find_x, colours = _find_u if has_u else _find_lr, choose_colours(data)

@@ -1,0 +1,118 @@
+"""The answers and the tables of the page, for each kind of verdict, as they were when somebody last read them.
+
+After an intended change, renew the files with `LORASWEEP_RENEW_GOLDEN=1 pytest tests/report/test_golden.py` and read
+the difference before you commit it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorasweep.report.page import render_page
+from lorasweep.report.summary import summarize
+
+from .conftest import BASE_SCORE, build_rank_sweep, build_sweep, confirm_sweep, edit_json
+
+GOLDEN = Path(__file__).parent / "golden"
+SHOWN = ("failure", "answers", "use", "findings", "arms", "verdicts")
+"""The ids of the parts of the page that are compared."""
+
+
+class PageText(HTMLParser):
+    """Collects the text of some parts of the page: a line for each paragraph, list item and row of a table."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        self._shown_tags: list[str] = []  # the open tags from the shown part on
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        name = dict(attrs).get("id")
+        if name in SHOWN:
+            self.lines.append(f"== {name}")
+        if self._shown_tags or name in SHOWN:
+            self._shown_tags += [tag] if tag not in ("br", "input") else []
+            if tag in ("p", "li", "tr", "h2", "dt", "summary"):
+                self.lines.append("")
+            elif tag in ("td", "th", "dd"):
+                self.lines[-1] += " | "
+            elif tag == "small":
+                self.lines[-1] += " "
+
+    def handle_endtag(self, tag: str) -> None:
+        if self._shown_tags:
+            self._shown_tags.pop()
+
+    def handle_data(self, data: str) -> None:
+        # the files of the recommended settings have tests of their own
+        if self._shown_tags and not {"pre", "button", "script"} & {*self._shown_tags}:
+            self.lines[-1] += data
+
+
+def read_page(sweep: Path) -> str:
+    lines = PageText(render_page(summarize(sweep), [])).lines
+    text = "\n".join(squeezed for line in lines if (squeezed := re.sub(r"\s+", " ", line).strip(" |")))
+    return text.replace(str(sweep), "SWEEP") + "\n"
+
+
+def scatter_seeds(sweep: Path, subject: str, spread: float) -> Path:
+    """Moves the scores of a subject's seeds apart."""
+
+    def change(raw: dict[str, Any]) -> None:
+        for place, row in enumerate(row for row in raw["confirm"] if row["subject"] == subject):
+            row["value"] += spread * (-1) ** place
+
+    edit_json(sweep / "sweep.json", change)
+    return sweep
+
+
+def fail_to_learn(sweep: Path) -> Path:
+    def change(raw: dict[str, Any]) -> None:
+        for trial in raw["trials"]:
+            trial["value"] = BASE_SCORE if trial["arm"] == "frozen" else BASE_SCORE + 0.1
+
+    edit_json(sweep / "sweep.json", change)
+    return sweep
+
+
+def measure_margin_in_bits(sweep: Path) -> Path:
+    edit_json(sweep / "sweep.json", lambda raw: raw.update(margin=0.02))
+    return sweep
+
+
+SWEEPS: dict[str, Callable[[Path], Path]] = {
+    "equivalent_worse_sufficient": lambda folder: build_rank_sweep(
+        folder, {4: 1.70, 16: 1.6635, 64: 1.662}, noise=0.0005
+    ),
+    "better": lambda folder: build_rank_sweep(folder, {4: 1.58, 16: 1.55}, noise=0.0005, examples=12),
+    "not_worse": lambda folder: scatter_seeds(
+        build_rank_sweep(folder, {16: 1.650}, noise=0.0005), "lora-rank-16", 0.012
+    ),
+    "open": lambda folder: scatter_seeds(
+        build_rank_sweep(folder, {1: 1.9, 4: 1.665, 16: 1.662}, seeds=4, noise=0.0005), "lora-rank-16", 0.012
+    ),
+    "worse_at_every_rank_margin_in_bits": lambda folder: measure_margin_in_bits(
+        build_rank_sweep(folder, {1: 1.9, 4: 1.8}, noise=0.001)
+    ),
+    "worse_without_confirm_each": lambda folder: confirm_sweep(build_sweep(folder, lora=6, full=6)),
+    "one_seed": lambda folder: build_rank_sweep(folder, {4: 1.7}, seeds=1),
+    "not_confirmed": lambda folder: build_sweep(folder, lora=6, full=6),
+    "nothing_learned": lambda folder: fail_to_learn(build_sweep(folder, lora=6, full=6)),
+}
+
+
+@pytest.mark.parametrize("verdict", SWEEPS)
+def test_page_says_what_it_said(tmp_path: Path, verdict: str) -> None:
+    text = read_page(SWEEPS[verdict](tmp_path))
+    golden = GOLDEN / f"{verdict}.txt"
+    if os.environ.get("LORASWEEP_RENEW_GOLDEN"):
+        golden.write_text(text, encoding="utf-8")
+    assert text == golden.read_text(encoding="utf-8")
