@@ -78,7 +78,7 @@ class RunRecord:
     `matmul_precision`. A run of several processes also has `processes` and `strategy`."""
     environment: dict[str, str] = field(default_factory=dict)
     """Environment variables that can change results (`training.environment.NUMERIC_VARIABLES`)."""
-    data: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By split (`train`, `validation`, `test`): `fingerprint`, `bytes`, and `documents` and `blocks`, or `examples`.
     Validation and test data with labels have `constant_answer`: every metric of the answer that needs no training
     (`data.constant_answer`)."""
@@ -439,8 +439,10 @@ def parse_step_row(line: str) -> dict[str, Any] | None:
         row = json.loads(line, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         return None
-    is_row = isinstance(row, dict) and _has_type(row.get("step"), int)
-    return row if is_row and _has_type(row.get("validation", {}), dict[str, float]) else None
+    if not isinstance(row, dict) or not _has_type(row.get("step"), int):
+        return None
+    hints = {"step": int, "validation": dict[str, float]}
+    return row if all(_has_type(value, hints.get(name, float)) for name, value in row.items()) else None
 
 
 def compute_sha256(path: Path) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorasweep.config.compose import dotted_items
 from lorasweep.record import (
     ConfirmRow,
     RunRecord,
@@ -21,6 +22,18 @@ from lorasweep.wording import shorten
 
 Values = Mapping[tuple[int, str], float | None]
 """Values by step and name (`loss`, `lr`, `validation loss`), in recorded order. None is NaN or infinite."""
+
+SUSPECTS = (
+    *("data.train.fingerprint", "data.validation.fingerprint", "base.fingerprint"),
+    # A pack adds in another order, which changes rounding. With `shared_draws`, its slots share the random numbers of
+    # attention's dropout.
+    *("pack.slots", "pack.shared_draws"),
+    *("platform.precision", "platform.device", "platform.gpu", "platform.cuda", "platform.cudnn"),
+    *("batching.micro_batches", "batching.attention.name", "packages.torch"),
+    *("platform.processes", "platform.strategy", "platform.processor", "platform.instructions", "platform.threads"),
+    *("platform.matmul_precision", "environment", "packages", "platform", "code"),
+)
+"""Parts of a run's record, outside its settings, that may change its losses, the most likely reason first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,20 +61,6 @@ class Difference:
         return f"{clause} (a relative difference of {self.relative:.2g})" if self.relative < math.inf else clause
 
 
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """The differences between two step logs."""
-
-    num_steps: int
-    """Number of steps whose losses were compared."""
-    num_evaluations: int
-    first: Difference | None
-    """The first difference of any size."""
-    first_beyond_tolerance: Difference | None
-    """The first difference that is larger than the tolerance."""
-    largest: Difference | None
-
-
 def read_values(run: Path, *, up_to: int | None = None) -> Values:
     """Returns loss and learning rate of each step of a run, and every metric of each evaluation.
 
@@ -80,15 +79,9 @@ def read_values(run: Path, *, up_to: int | None = None) -> Values:
     return values
 
 
-def compare_values(recorded: Values, repeated: Values, *, tolerance: float) -> Comparison:
-    """Compares two logs value by value, in recorded order. Values that only the repetition has are ignored.
-
-    Args:
-        recorded: Values of the run.
-        repeated: Values of its repetition.
-        tolerance: Largest relative difference that counts as the same; at 0 every bit counts.
-    """
-    differences = [
+def list_differences(recorded: Values, repeated: Values) -> list[Difference]:
+    """Returns the values that differ, in recorded order. Values that only the repetition has are ignored."""
+    return [
         Difference(
             step=step,
             name=name,
@@ -99,50 +92,19 @@ def compare_values(recorded: Values, repeated: Values, *, tolerance: float) -> C
         for (step, name), value in recorded.items()
         if (step, name) not in repeated or repeated[step, name] != value
     ]
-    return Comparison(
-        num_steps=sum(name == "loss" for _, name in recorded),
-        num_evaluations=len({step for step, name in recorded if name.startswith("validation ")}),
-        first=differences[0] if differences else None,
-        first_beyond_tolerance=next(
-            (difference for difference in differences if difference.relative > tolerance), None
-        ),
-        largest=max(differences, key=lambda difference: difference.relative, default=None),
-    )
 
 
 def list_suspects(recorded: RunRecord, repeated: RunRecord) -> list[str]:
     """Returns a clause for each part of the surroundings that differs, the most likely reason first."""
-    before, after = _list_surroundings(recorded), _list_surroundings(repeated)
-    return [
-        f"{name} was {shorten(before.get(name))} and is {shorten(after.get(name))}"
-        for name in dict.fromkeys([*before, *after])
-        if before.get(name) != after.get(name)
-    ]
+    before, after = _flatten_surroundings(recorded), _flatten_surroundings(repeated)
+    different = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    ordered = dict.fromkeys(name for part in SUSPECTS for name in different if f"{name}.".startswith(f"{part}."))
+    return [f"`{name}` was {shorten(before.get(name))} and is {shorten(after.get(name))}" for name in ordered]
 
 
-def _list_surroundings(record: RunRecord) -> dict[str, Any]:
-    """Returns everything outside a run's settings that may change its losses, by name, the most likely reason first."""
-    platform, code, packages = record.platform, record.code, dict(record.packages)
-    values = {
-        f"the data split {name}'s fingerprint": record.data.get(name, {}).get("fingerprint")
-        for name in ("train", "validation")
-    }
-    values["the base model's fingerprint"] = record.base.get("fingerprint")
-    # A pack adds in another order, which changes rounding. With `shared_draws`, its slots share the random numbers of
-    # attention's dropout.
-    values["the pack"] = record.pack and {key: record.pack.get(key) for key in ("slots", "shared_draws")}
-    values |= {f"the {key}": platform.get(key) for key in ("precision", "device", "gpu", "cuda", "cudnn")}
-    values["the number of micro-batches"] = record.batching.get("micro_batches")
-    values["the attention"] = (record.batching.get("attention") or {}).get("name")
-    values["package torch"] = packages.pop("torch", None)
-    computing = ("processes", "strategy", "processor", "instructions", "threads", "matmul_precision")
-    values |= {f"the {key}": platform.get(key) for key in computing}
-    values |= {f"the variable {name}": value for name, value in record.environment.items()}
-    values |= {f"package {name}": value for name, value in packages.items()}
-    values |= {f"the {key}": platform.get(key) for key in ("python", "os")}
-    values |= {f"the code's {key}": code.get(key) for key in ("version", "commit")}
-    values["the code's patch"] = code.get("patch", {}).get("sha256")
-    return values
+def _flatten_surroundings(record: RunRecord) -> dict[str, Any]:
+    groups = {name: getattr(record, name) for name in {suspect.partition(".")[0] for suspect in SUSPECTS}}
+    return {name: value for name, value in dotted_items(groups) if not isinstance(value, Mapping)}
 
 
 def _format_value(value: float | None) -> str:
@@ -183,9 +145,16 @@ def compare_sweeps(first: Path, second: Path) -> SweepReproduction:
     """
     before, after = read_sweep(first), read_sweep(second)
     parts = zip(_list_parts(before, first), _list_parts(after, second), strict=False)
-    differences = (difference for one, other in parts for difference in _list_differences(one, other))
-    num_runs = len(before.trials) + len(before.confirm)
-    return SweepReproduction(folder=second, num_runs=num_runs, difference=next(differences, None))
+    difference = next(
+        (
+            f"{place} was {one.get(place, 'nothing')!r} and is {other.get(place, 'nothing')!r}"
+            for one, other in parts
+            for place in {**one, **other}
+            if one.get(place, "nothing") != other.get(place, "nothing")
+        ),
+        None,
+    )
+    return SweepReproduction(folder=second, num_runs=len(before.trials) + len(before.confirm), difference=difference)
 
 
 def _list_parts(record: SweepRecord, folder: Path) -> Iterator[dict[str, Any]]:
@@ -205,10 +174,3 @@ def _list_parts(record: SweepRecord, folder: Path) -> Iterator[dict[str, Any]]:
             logged = read_values(get_run_folder(folder, row.run))
             yield {f"{where}, step {step}: `{key}`": logged[step, key] for step, key in sorted(logged)}
             yield {f"{where}: `{key}`": getattr(row, key) for key in ("state", "value")}
-
-
-def _list_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
-    for place in dict.fromkeys([*before, *after]):
-        recorded, repeated = before.get(place, "nothing"), after.get(place, "nothing")
-        if recorded != repeated:
-            yield f"{place} was {recorded!r} and is {repeated!r}"

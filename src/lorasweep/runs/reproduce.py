@@ -12,13 +12,12 @@ from typing import Any, Literal
 
 import torch
 
-from lorasweep.config.build import convert
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError, Diverged, RecordError
 from lorasweep.models.attention import IMPLEMENTATIONS, AttentionChoice
-from lorasweep.record import RunRecord, read_run
+from lorasweep.record import STEPS_FILE, RunRecord, read_run
 from lorasweep.redaction import HIDDEN
-from lorasweep.runs.comparison import Comparison, compare_values, list_suspects, read_values
+from lorasweep.runs.comparison import Difference, Values, list_differences, list_suspects, read_values
 from lorasweep.training.components import EVENT_LOGGER
 from lorasweep.training.inputs import RunInputs, build_inputs
 from lorasweep.training.prepare import check_run
@@ -43,7 +42,10 @@ class Reproduction:
     """Folder of the repetition."""
     verdict: Verdict
     tolerance: float
-    comparison: Comparison
+    recorded: Values
+    """The values of the run that were compared."""
+    differences: tuple[Difference, ...]
+    """The values that differ by any size, in recorded order."""
     other_weights: tuple[str, ...] = ()
     """Weight files that differ although every value of the log is the same."""
     suspects: tuple[str, ...] = ()
@@ -57,33 +59,32 @@ class Reproduction:
 
     def describe(self) -> str:
         """Returns the result in one line, and if it is different a line for each suspect."""
-        largest = self.comparison.largest
-        compared = f"{self.comparison.num_steps} steps and {self.comparison.num_evaluations} evaluations"
+        num_steps = sum(name == "loss" for _, name in self.recorded)
+        num_evaluations = len({step for step, name in self.recorded if name.startswith("validation ")})
+        compared = f"{num_steps} steps and {num_evaluations} evaluations of {self.run} and {self.folder}"
+        largest = max(self.differences, key=lambda difference: difference.relative, default=None)
         if self.verdict == "interrupted":
             return f"interrupted: {self.folder} has the steps so far"
         if self.verdict == "identical":
-            return f"identical: {compared} of {self.run} and {self.folder} are the same, bit for bit"
+            return f"identical: {compared} are the same, bit for bit"
         if self.verdict == "within tolerance":
             detail = f"the largest difference: {largest.describe()}" if largest else "weights differ in bits"
-            return f"within a tolerance of {self.tolerance:g}: {compared} of {self.run} and {self.folder}; {detail}"
-        lines = [f"different: {self._describe_difference()}", "no recorded hardware, software or data differs"]
+            return f"within a tolerance of {self.tolerance:g}: {compared}; {detail}"
+        clauses = []
+        first = next((difference for difference in self.differences if difference.relative > self.tolerance), None)
+        if first is None or largest is None:
+            clauses = [f"every logged value is the same, but weights differ in {', '.join(self.other_weights)}"]
+        else:
+            clauses = [f"first {first.describe()}"]
+            if first.relative < largest.relative:
+                clauses.append(f"the largest {largest.describe()}")
+        if self.failure is not None:
+            clauses.append(f"it ended because {self.failure.rstrip('.')}")
+        lines = [f"different: {'; '.join(clauses)}: {self.folder}", "no recorded hardware, software or data differs"]
         if self.suspects:
             suspects = (f"  {number}. {suspect}" for number, suspect in enumerate(self.suspects, start=1))
             lines[1:] = ["possible reasons, the most likely first:", *suspects]
         return "\n".join(lines)
-
-    def _describe_difference(self) -> str:
-        first, largest = self.comparison.first_beyond_tolerance, self.comparison.largest
-        if first is None:
-            return (
-                f"every logged value is the same, but weights differ in {', '.join(self.other_weights)}: {self.folder}"
-            )
-        clauses = [f"first {first.describe()}"]
-        if largest is not None and first.relative < largest.relative:
-            clauses.append(f"the largest {largest.describe()}")
-        if self.failure is not None:
-            clauses.append(f"it ended because {self.failure.rstrip('.')}")
-        return f"{'; '.join(clauses)}: {self.folder}"
 
 
 def reproduce_run(
@@ -137,25 +138,26 @@ def reproduce_run(
             train_run(config, RunFolder(path=output), inputs=inputs, stop_requested=is_done)
         except Diverged as error:
             failure = str(error)
-    repeated = read_run(output)
-    comparison = compare_values(read_values(run, up_to=last_step), read_values(output), tolerance=tolerance)
+    repeated, recorded = read_run(output), read_values(run, up_to=last_step)
+    differences = list_differences(recorded, read_values(output))
     other_weights: tuple[str, ...] = ()
-    if last_step == record.steps_planned and comparison.first is None:
+    if last_step == record.steps_planned and not differences:
         files = [name for name in record.files if name.endswith(".safetensors")]
         other_weights = tuple(name for name in files if record.files[name] != repeated.files.get(name))
     verdict: Verdict = "within tolerance"
     if repeated.status == "interrupted" and repeated.steps_done < last_step:
         verdict = "interrupted"
-    elif comparison.first_beyond_tolerance is not None or (other_weights and not tolerance):
+    elif any(difference.relative > tolerance for difference in differences) or (other_weights and not tolerance):
         verdict = "different"
-    elif comparison.first is None and not other_weights:
+    elif not differences and not other_weights:
         verdict = "identical"
     return Reproduction(
         run=run,
         folder=output,
         verdict=verdict,
         tolerance=tolerance,
-        comparison=comparison,
+        recorded=recorded,
+        differences=tuple(differences),
         other_weights=other_weights,
         suspects=tuple(list_suspects(record, repeated)) if verdict == "different" else (),
         failure=failure,
@@ -168,31 +170,30 @@ def restore_solo_config(record: RunRecord) -> RunConfig:
     A profiler, and loggers that may send metrics to a server, are removed. They do not affect training.
 
     Raises:
-        RecordError: The settings are damaged or of another version.
-        ConfigError: The recorded number of micro-batches is not a number.
+        RecordError: The settings or what the record says of the machine are damaged, or of another version.
     """
     config, platform = restore_config(record), record.platform
-    micro_batches = record.batching.get("micro_batches", config.trainer.accumulate)
-    trainer = replace(
-        config.trainer,
-        precision=platform.get("precision", config.trainer.precision),
-        device="auto" if platform.get("device") == "gpu" else "cpu",  # without a GPU the device is the first suspect
-        accumulate=convert(int | Literal["auto"], micro_batches, key="batching.micro_batches"),
-        strategy="auto",
-        devices=1,
-        num_nodes=1,
-        progress=False,
-        profiler=None,
-    )
-    local = {name: part for name, part in config.logger.items() if part.target == EVENT_LOGGER}
-    return replace(config, trainer=trainer, logger=local)
+    trainer = {
+        **record.config["trainer"],
+        "precision": platform.get("precision", config.trainer.precision),
+        "device": "auto" if platform.get("device") == "gpu" else "cpu",  # without a GPU, it is the first suspect
+        "accumulate": record.batching.get("micro_batches", config.trainer.accumulate),
+        "strategy": "auto",
+        "devices": 1,
+        "num_nodes": 1,
+        "progress": False,
+        "profiler": None,
+    }
+    local = {name: record.config["logger"][name] for name, part in config.logger.items() if part.target == EVENT_LOGGER}
+    # restored from mappings, so that the types of what was recorded are checked
+    return restore_config(replace(record, config={**record.config, "trainer": trainer, "logger": local}))
 
 
 def _last_step(record: RunRecord, run: Path, *, steps: int | None) -> int:
     """Returns the last step to train.
 
     Raises:
-        RecordError: The run logged no step, or its settings held a secret.
+        RecordError: The run logged no step, its log is damaged, or its settings held a secret.
     """
     logged = read_values(run)
     if not logged:
@@ -204,7 +205,13 @@ def _last_step(record: RunRecord, run: Path, *, steps: int | None) -> int:
             f"{str(run)!r} must have no secrets in its settings to be repeated, because its record does not keep them. "
             "Start it again using `lorasweep train`."
         )
-    last = record.steps_planned if record.status == "complete" else max(step for step, _ in logged)
+    last_logged = max(step for step, _ in logged)
+    if record.status == "complete" and last_logged < record.steps_done:
+        raise RecordError(
+            f"{str(run / STEPS_FILE)!r} must have all {record.steps_done} steps of the run, but is damaged after step "
+            f"{last_logged}. Restore the file."
+        )
+    last = record.steps_planned if record.status == "complete" else last_logged
     return min(steps or last, last)
 
 
@@ -212,7 +219,7 @@ def _last_step(record: RunRecord, run: Path, *, steps: int | None) -> int:
 def _recorded_threads(recorded: Any) -> Iterator[None]:
     """Sets torch's number of threads, on which the order of sums depends. Restores the number afterwards."""
     before = torch.get_num_threads()
-    if isinstance(recorded, int) and 1 <= recorded <= 4 * (os.cpu_count() or 1):
+    if type(recorded) is int and 1 <= recorded <= 4 * (os.cpu_count() or 1):
         torch.set_num_threads(recorded)
     try:
         yield
@@ -222,7 +229,8 @@ def _recorded_threads(recorded: Any) -> Iterator[None]:
 
 def _build_inputs(config: RunConfig, record: RunRecord) -> RunInputs:
     """Returns base model and data, with the recorded implementation of attention."""
-    name = (record.batching.get("attention") or {}).get("name")
+    attention = record.batching.get("attention")
+    name = attention.get("name") if isinstance(attention, dict) else None
     if config.model.attention != "auto" or name not in IMPLEMENTATIONS:
         return build_inputs(config)
     inputs = build_inputs(replace(config, model=replace(config.model, attention=name)))
