@@ -24,7 +24,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lorasweep.data.reading.tables import open_files
+from lorasweep.config.compose import compose_run
+from lorasweep.data.reading.tables import open_parts, read_columns
 from lorasweep.errors import ConfigError
 
 PACKAGE = "vaderSentiment==3.3.2"
@@ -65,7 +66,9 @@ def read_table(folder: Path, split: str) -> list[tuple[str, str]]:
             f"({split}.{SUFFIXES[0]}, ...), but got {str(folder)!r}."
         )
     try:
-        columns = open_files(files).read(["text", "label"]).columns
+        config = compose_run({"data": "table", "data.train": str(files[0])}).data
+        ((name, dataset),) = open_parts(config, "train").items()
+        columns = read_columns(dataset, ["text", "label"], name=name)
     except ConfigError as error:
         raise SystemExit(f"{files[0]} must have columns text and label, but could not be read: {error}") from error
     return [(text, str(label)) for text, label in zip(columns["text"], columns["label"], strict=True)]

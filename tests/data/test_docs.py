@@ -13,7 +13,7 @@ from lorasweep.config.compose import compose_run, packaged_folder
 from lorasweep.data.read_source import read_source
 from lorasweep.data.reading.conversations import KNOWN_COLUMNS
 from lorasweep.data.reading.documents import MIN_DOCUMENTS
-from lorasweep.data.reading.files import KINDS
+from lorasweep.data.reading.tables import READERS
 
 GUIDE = (Path(__file__).parent.parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r'^```\w+ title="([\w.]+)"\n(.*?)^```', GUIDE, flags=re.MULTILINE | re.DOTALL))
@@ -41,14 +41,8 @@ def test_every_command_without_files_is_valid(command):
     assert data_of(command).name in ("glue", "own") or data_of(command).path
 
 
-def test_there_are_examples():
-    assert len(FILES) == 6
-    assert len(COMMANDS) == 8
-    assert len(OTHER_COMMANDS) == 5
-
-
 def test_names_and_numbers_are_those_of_the_code():
-    assert all(f"**{suffix[1:]}**" in GUIDE for suffix in KINDS)
+    assert all(f"**{suffix[1:]}**" in GUIDE for suffix in READERS)
     assert all(f"`{name}`" in GUIDE for names in KNOWN_COLUMNS for name in names)
     assert f"Fewer than {MIN_DOCUMENTS} documents" in GUIDE
     for file in (packaged_folder("conf") / "data").glob("*.yaml"):

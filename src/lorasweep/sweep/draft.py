@@ -18,8 +18,16 @@ from lorasweep.config.compose import compose_run
 from lorasweep.config.data import TableConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.data.reading.conversations import KNOWN_COLUMNS
-from lorasweep.data.reading.files import DEFAULT_RULES, KINDS, find_files, find_kind, open_text, refuse_unreadable
-from lorasweep.data.reading.tables import open_tables
+from lorasweep.data.reading.documents import open_text
+from lorasweep.data.reading.tables import (
+    DEFAULT_RULES,
+    READERS,
+    find_files,
+    find_kind,
+    open_parts,
+    read_columns,
+    refuse_unreadable,
+)
 from lorasweep.data.split import Split
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.arms import read_definition
@@ -86,18 +94,13 @@ def _choose_data(settings: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     if "data.path" not in settings and not _is_table(str(settings["data.train"])):
         return {"data": "text"}
-    found: list[str] = []
-
-    def note_names(names: Sequence[str], source: str) -> list[str]:
-        found[:] = found or names  # of the training file, which is the first
-        return list(names)
-
     config = compose_run({"data": "table", **settings, "model": "tiny"}, require_all=False).data
     assert isinstance(config, TableConfig)
-    load = open_tables(config, note_names)
+    name, dataset = next(iter(open_parts(config, "train").items()))  # of several files, the first
+    found = dataset.column_names
     if any(set(known) <= set(found) for known in KNOWN_COLUMNS):
         return {"data": "chat"}
-    columns = load("train").columns
+    columns = read_columns(dataset, found, name=name)
     guessed = _guess_columns(columns, settings)
     if "data.path" not in settings and "data.columns" not in settings:
         _refuse_data_as_names(found, columns, guessed, train=str(settings["data.train"]))
@@ -123,11 +126,11 @@ def _refuse_data_as_names(
 def _is_table(train: str) -> bool:
     """Returns whether a file has rows and columns. A txt file has them if there is a tab in its first line."""
     first = find_files(train, key="data.train")[0]
-    if first.is_dir() or find_kind(first) not in KINDS:
+    if first.is_dir() or find_kind(first) not in READERS:
         return False
     if find_kind(first) != ".txt":
         return True
-    with refuse_unreadable(first, kind="text file"), open_text(first) as file:
+    with refuse_unreadable(first), open_text(first) as file:
         return "\t" in file.readline()
 
 

@@ -91,7 +91,7 @@ def test_cache_is_used_for_the_commit_and_subset_that_it_has_and_no_other(read, 
         ({"path": "owner/toy"}, ["`data.path`", "'owner/toy'", "connection"]),
         ({"path": "empty"}, ["`data.path`", "'empty'"]),
         ({"subset": "small"}, ["'toy'", "default"]),
-        ({"test": "tets"}, ["`data.test`", "'tets'", "Did you mean `test`?"]),
+        ({"test": "tets"}, ["`data.test`", "'tets'", "'validation', 'test'"]),
         ({"label": "lable"}, ["`data.label`", "'toy, train'", "Did you mean `label`?"]),
     ],
 )

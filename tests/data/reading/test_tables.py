@@ -1,23 +1,135 @@
-"""Rows know where they came from, and columns of every split are checked before any row is read."""
+"""Tables of every kind keep their values, rows know their place, and columns are checked before any row is read."""
 
 from __future__ import annotations
 
+import csv
 import functools
+import gzip
+import json
+import os
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.data.conftest import make_data
 
-from lorasweep.config.compose import compose_run
-from lorasweep.data.reading.files import find_tables
-from lorasweep.data.reading.tables import Table, choose_columns, open_files, open_tables, parse_rows
+from lorasweep.data.reading.tables import choose_columns, find_files, find_tables, open_tables, parse_rows
 from lorasweep.errors import ConfigError
+
+CHOOSE = functools.partial(choose_columns, [("text", "text"), ("label", "label")])
+
+
+def read(path, *, choose=CHOOSE, **rules):
+    table = open_tables(make_data("table", train=str(path), **rules), choose)["train"]
+    return parse_rows(table, lambda *values, group: values)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rows"),
+    [
+        (
+            "a.csv",
+            'id,label,text\r\n1,x,"so, and\nso"\r\n\r\n2,y,"a ""b"""\r\n',
+            [("so, and\nso", "x"), ('a "b"', "y")],
+        ),
+        ("a.csv", "text,label\nNA,01\nnull,1.0\n", [("NA", "01"), ("null", "1.0")]),
+        ("a.csv", "\ufefftext , label\né,x\n", [("é", "x")]),
+        ("a.csv", '\ufeff"text","label"\n"é","x"\n', [("é", "x")]),
+        ("a.csv", f"text,label\n{'x' * 200_000},y\n", [("x" * 200_000, "y")]),
+        ("a.csv", "text,,label,\na,,x,\nb,,y,\n", [("a", "x"), ("b", "y")]),
+        ("a.tsv", 'text\tlabel\n"open\tx\nsays "so"\ty\n', [('"open', "x"), ('says "so"', "y")]),
+        ("a.txt", "\ufefflabel\ttext\r\n1\tso, and so\r\n\t \r\n", [("so, and so", "1"), (" ", "")]),
+        (
+            "a.jsonl",
+            '{"text": "a\u2028", "label": 1}\n{"label": ["x"], "text": "b"}\n',
+            [("a\u2028", 1), ("b", ["x"])],
+        ),
+        ("a.jsonl", '\ufeff{"text": "2020-01-01", "label": 1}\n{"text": "b"}', [("2020-01-01", 1), ("b", None)]),
+        ("a.json", '[{"text": "a", "label": 1},\n{"text": "b"}]', [("a", 1), ("b", None)]),
+        ("A.CSV", "text,label\na,b\n", [("a", "b")]),
+    ],
+)
+@pytest.mark.parametrize("is_compressed", [False, True])
+def test_values_are_read_as_they_are_written(write, name, content, rows, is_compressed):
+    path = write(f"{name}.gz", gzip.compress(content.encode())) if is_compressed else write(name, content)
+    assert read(path) == rows
+
+
+def test_parquet_reads_the_wanted_columns(folder):
+    labels = pyarrow.array(["x", "y"]).dictionary_encode()
+    dates = pyarrow.array([10**9, 5], pyarrow.int32()).cast(pyarrow.date32())  # the first is out of Python's range
+    table = pyarrow.table({"text": ["a", None], "date": dates, "label": labels})
+    pyarrow.parquet.write_table(table, folder / "a.parquet")
+    assert read("a.parquet") == [("a", "x"), (None, "y")]
+    with pytest.raises(ConfigError, match=r"'a\.parquet' must be a parquet file"):
+        read("a.parquet", choose=lambda names, source: ["date"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rules"),
+    [
+        ("news.csv", '"x","A title","so, and so"\n"01","","NA"\n', {}),
+        ("news.csv", "\ufeffx;A title;so, and so\n01;;NA\n", {"delimiter": "semicolon"}),
+        ("news.csv", "x|A title|so, and so\n01||NA\n", {"delimiter": "pipe"}),
+        ("news.tsv", "x\tA title\tso, and so\n01\t\tNA\n", {}),
+        ("news.txt", '"x"\t"A title"\t"so, and so"\n01\t\tNA\n', {"quoting": "csv"}),
+        ("news.txt", 'x,A title,"so, and so"\n01,,NA\n', {"delimiter": "comma", "quoting": "csv"}),
+    ],
+)
+def test_files_without_a_header_are_read_by_the_given_columns(write, name, content, rules):
+    path = write(name, content)
+    assert read(path, columns=["label", "title", "text"], **rules) == [("so, and so", "x"), ("NA", "01")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", "", ["'a.csv'", "No columns"]),
+        ("a.csv", "text,label\na,x\nb,x,z\n", ["'a.csv'", "line 3", "2 fields"]),
+        ("a.csv", "text,label\nb,x,z\nc,x,z\n", ["'a.csv'", "does not match"]),
+        ("a.csv", 'text,label\n"b,x\nc,y\n', ["'a.csv'", "EOF inside string"]),
+        ("a.csv", "txt,label\na,b\n", ["'a.csv'", "`data.text`", "['txt', 'label']", "`data.columns`"]),
+        ("a.csv", b"text,label\n\xff,b\n", ["'a.csv'", "utf-8"]),
+        ("a.csv.gz", "text,label\na,b\n", ["'a.csv.gz'", "gzip"]),
+        ("a.csv.gz", gzip.compress(b"text,label\na,b\n", mtime=0)[:-9], ["'a.csv.gz'", "ended"]),
+        ("a.json", "[1", ["'a.json'", "json"]),
+        ("a.json", "[" * 100_000, ["'a.json'", "json"]),
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"text"}\n', ["'a.jsonl'", "JSON", "row 1"]),
+        ("a.jsonl", b"\xff", ["'a.jsonl'", "UTF-8"]),
+        ("a.jsonl.gz", '{"text": "a"}', ["'a.jsonl.gz'", "gzip"]),
+        ("a.jsonl", '{"text": "a\\udfff", "label": 1}', ["'a.jsonl'", "surrogate"]),
+        ("a.parquet", "PAR1 but not really", ["'a.parquet'", "parquet"]),
+    ],
+)
+def test_what_is_broken_is_named(write, name, content, words):
+    with pytest.raises(ConfigError) as raised:
+        read(write(name, content))
+    assert [word for word in words if word.lower() not in str(raised.value).lower()] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "rules"), [("a.jsonl", {"columns": ["text", "label"]}), ("a.parquet", {"delimiter": "tab"})]
+)
+def test_rules_of_delimited_files_are_refused_for_others(write, name, rules):
+    with pytest.raises(ConfigError, match=r"`data\.columns` must be null"):
+        read(write(name, "{}"), **rules)
 
 
 def test_rows_of_several_files_know_their_place(write):
-    write("a.csv", "text\none\ntwo\n")
-    write("b.csv", "text\n\nthree\n")
-    table = open_files(find_tables("*.csv", key="data.train")).read(["text"])
-    assert table.columns == {"text": ["one", "two", "three"]}
-    assert [table.locate(row) for row in range(3)] == ["row 1 of 'a.csv'", "row 2 of 'a.csv'", "row 1 of 'b.csv'"]
+    write("a.csv", "text,label\none,x\ntwo,y\n")
+    write("b.csv", "text,label\n\nthree,x\n")
+    assert read("*.csv") == [("one", "x"), ("two", "y"), ("three", "x")]
+    table = open_tables(make_data("table", train="*.csv"), CHOOSE)["train"]
+    with pytest.raises(ConfigError, match=r"^row 1 of 'b\.csv' must not be three.* 1 rows"):
+        parse_rows(table, functools.partial(refuse, "three"))
+
+
+def refuse(word, text, label, group):
+    if text == word:
+        raise ValueError(f"must not be {word}")
+    return text
 
 
 @pytest.mark.parametrize(
@@ -25,7 +137,7 @@ def test_rows_of_several_files_know_their_place(write):
     [
         ("test.csv", "txt,label\nb,y\n", {}, ["`data.text`", "'test.csv'", "`txt`", "`data.columns`"]),
         ("test.csv", "text;label\nb;y\n", {}, ["`data.text`", "['text;label']", "`data.delimiter`"]),
-        ("test.csv", "text,label\nb,y\n", {"data.group": "author"}, ["`data.group`", "'test.csv'"]),
+        ("test.csv", "text,label\nb,y\n", {"group": "author"}, ["`data.group`", "'test.csv'"]),
         ("test.jsonl", '{"txt": "b", "label": 1}\n', {}, ["`data.text`", "'test.jsonl'", "`txt`"]),
         ("test.parquet", "", {}, ["'test.parquet'"]),
     ],
@@ -33,24 +145,64 @@ def test_rows_of_several_files_know_their_place(write):
 def test_columns_of_test_data_are_checked_before_it_is_read(write, test_file, content, settings, words):
     write("train.csv", "text,label,author\na,x,me\n")
     write(test_file, content)
-    choose = functools.partial(choose_columns, [("text", "text"), ("label", "label")])
-    settings = {"data": "table", "data.train": "train.csv", "data.test": test_file, **settings}
     with pytest.raises(ConfigError) as raised:
-        open_tables(compose_run(settings).data, choose)
+        open_tables(make_data("table", train="train.csv", test=test_file, **settings), CHOOSE)
     assert [word for word in words if word not in str(raised.value)] == []
 
 
-def refuse_b(text, group):
-    if text == "b":
-        raise ValueError("must not be b")
-    return text
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
 
 
-def test_unusable_rows_are_errors_of_a_file_and_skipped_in_a_hub_data_set():
-    table = Table(columns={"text": ["a", "b", "b"]}, sources=[(0, "x")], notes=["said"])
-    with pytest.raises(ConfigError, match=r"^row 2 of 'x' must not be b.* 2 rows"):
-        parse_rows(table, refuse_b)
-    columns, sources = table.columns, table.sources
-    parsed, notes = parse_rows(Table(columns=columns, sources=sources, can_skip_rows=True, notes=["said"]), refuse_b)
-    assert parsed == ["a"]
-    assert notes == ["said", "2 of 3 rows of 'x' are skipped. The first problem: row 2 of 'x' must not be b."]
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(rows=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=5))
+def test_what_python_writes_is_read_back(tmp_path_factory, rows):
+    folder = tmp_path_factory.mktemp("written")
+    with (folder / "a.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, quoting=csv.QUOTE_ALL).writerows([("text", "label"), *rows])
+    assert read(folder / "a.csv") == rows
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": t, "label": x}) + "\n" for t, x in rows))
+    assert read(folder / "a.jsonl") == rows
+
+
+@pytest.mark.parametrize("given_name", [".", "a.xlsx", "*.*", "[bc].*", "sms"])
+def test_what_is_no_table_is_refused_by_its_name(write, given_name):
+    for name in ("a.xlsx", "b.csv", "c.tsv", "sms"):
+        write(name, "")
+    with pytest.raises(ConfigError) as raised:
+        find_tables(given_name, key="data.test")
+    assert "`data.test`" in str(raised.value)
+    assert repr(given_name) in str(raised.value)
+
+
+def test_path_glob_home_and_odd_name_are_found(write, folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    for name in ("b.csv", "a.csv", "c.tsv", "odd[1].csv"):
+        write(name, "text,label\na,b\n")
+    (folder / "sub.csv").mkdir()
+    assert [path.name for path in find_files("*.csv", key="data.train")] == ["a.csv", "b.csv", "odd[1].csv"]
+    assert find_files("~/a.csv", key="data.train") == [folder / "a.csv"]
+    assert read("odd[1].csv") == [("a", "b")]
+
+
+@pytest.mark.parametrize(("name", "near"), [("reviws.csv", "`reviews.csv`"), ("*.parquet", ""), ("no/a.csv", "")])
+def test_file_that_does_not_exist_is_named_with_the_nearest(write, name, near):
+    write("reviews.csv", "")
+    with pytest.raises(ConfigError, match=r"`data\.train`") as raised:
+        find_files(name, key="data.train")
+    assert near in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "~nobody-has-this-name/a.csv", "a\0b.csv"])
+def test_a_name_that_no_file_can_have_is_refused(name):
+    with pytest.raises(ConfigError, match=r"`data\.train` must name an existing file"):
+        find_files(name, key="data.train")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_pipe_or_a_device_is_refused_unopened(folder, kind):
+    if kind == "pipe":
+        os.mkfifo(folder / "train.csv")
+    else:
+        (folder / "train.csv").symlink_to("/dev/zero")
+    with pytest.raises(ConfigError, match=r"`data\.train` must name a file or folder, but 'train\.csv' is a pipe"):
+        find_files("train.csv", key="data.train")

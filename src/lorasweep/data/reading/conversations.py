@@ -34,12 +34,11 @@ def read_conversations(config: ChatConfig) -> DataSource:
     Raises:
         ConfigError: A column is missing, or a conversation can't be used.
     """
-    load = open_tables(config, functools.partial(_choose_columns, config))
+    tables = open_tables(config, functools.partial(_choose_columns, config))
 
     def read(split: str) -> ReadExamples[Conversation]:
-        table = load(split)
-        items, notes = parse_rows(table, _parse_row)
-        return items, [f"Conversations of {split} are read from {' and '.join(table.columns)}.", *notes]
+        items, notes = parse_rows(tables[split], _parse_row)
+        return items, [f"Conversations of {split} are read from {' and '.join(tables[split].columns)}.", *notes]
 
     train = read("train")
     # Conversations with the same prompt go to the same split, so that validation repeats no prompt of training.
@@ -104,7 +103,8 @@ def _parse_row(*values: Any, group: str | None) -> Conversation:
 def _parse_message(message: Any) -> Message:
     if not isinstance(message, dict):
         raise ValueError(f"must have messages with `role` and `content`, but has {shorten(message)}")
-    role = str(message.get("role", message.get("from")))
+    # the reader may give every message the keys of all messages, with None for those that it lacks
+    role = str(message.get("role") or message.get("from"))
     if role not in ROLES:
         raise ValueError(f"must have messages of the roles {', '.join(get_args(Role))}, but has {shorten(role)}")
-    return Message(ROLES[role], require_text(message.get("content", message.get("value"))))
+    return Message(ROLES[role], require_text(message.get("content") or message.get("value")))

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TextIO, cast
 
 from lorasweep.config.data import TextConfig
-from lorasweep.data.reading.files import find_files, read_text
 from lorasweep.data.reading.splitting import ReadExamples, build_source, content_key
-from lorasweep.data.reading.tables import choose_columns, open_tables, parse_rows, require_text
+from lorasweep.data.reading.tables import (
+    choose_columns,
+    find_files,
+    open_tables,
+    parse_rows,
+    refuse_unreadable,
+    require_text,
+)
 from lorasweep.data.source import DataSource, Document
 from lorasweep.errors import ConfigError
 
@@ -40,10 +48,10 @@ def read_texts(config: TextConfig) -> DataSource:
 
 
 def _open_column(config: TextConfig) -> Callable[[str], ReadExamples[Document]]:
-    load = open_tables(config, functools.partial(choose_columns, [("text", config.text)]))
+    tables = open_tables(config, functools.partial(choose_columns, [("text", config.text)]))
 
     def read(split: str) -> ReadExamples[Document]:
-        rows, notes = parse_rows(load(split), lambda text, group: (require_text(text), group))
+        rows, notes = parse_rows(tables[split], lambda text, group: (require_text(text), group))
         return [Document(f"text {number}", *row) for number, row in enumerate(rows, start=1)], notes
 
     return read
@@ -54,14 +62,25 @@ def _open_files(config: TextConfig) -> Callable[[str], ReadExamples[Document]]:
 
     def read(split: str) -> ReadExamples[Document]:
         paths, folder = files[split]
-        texts = {path.absolute().relative_to(folder.absolute()).as_posix(): read_text(path) for path in paths}
-        documents = [Document(name, text.replace("\r\n", "\n")) for name, text in texts.items() if text.strip()]
+        texts = {path.absolute().relative_to(folder.absolute()).as_posix(): _read_text(path) for path in paths}
+        documents = [Document(name, text) for name, text in texts.items() if text.strip()]
         if not documents:
             raise ConfigError(f"`data.{split}` must name files with text, but {str(paths[0])!r} is empty.")
         num_blank = len(texts) - len(documents)
         return documents, [f"{num_blank} files of {split} without text are skipped."] if num_blank else []
 
     return read
+
+
+def open_text(path: Path) -> TextIO:
+    """Opens a UTF-8 file, also one compressed by gzip, without its byte order mark. Every line end becomes a line feed."""
+    open_file = gzip.open if path.suffix.lower() == ".gz" else open
+    return cast(TextIO, open_file(path, "rt", encoding="utf-8-sig"))
+
+
+def _read_text(path: Path) -> str:
+    with refuse_unreadable(path), open_text(path) as file:
+        return file.read()
 
 
 def find_texts(given: str, *, key: str) -> tuple[list[Path], Path]:

@@ -23,14 +23,14 @@ def read_labelled(config: TableConfig) -> DataSource:
         ConfigError: A column is missing, a row can't be used, or the labels do not fit the task.
     """
     wanted = (("text", config.text), ("text_pair", config.text_pair), ("label", config.label))
-    load = open_tables(config, functools.partial(choose_columns, wanted))
-    table = load("train")
-    labels, _ = parse_rows(table, lambda *values, group: _check_row(values, config)[-1])
+    tables = open_tables(config, functools.partial(choose_columns, wanted))
+    train = tables["train"]
+    labels, _ = parse_rows(train, lambda *values, group: _check_row(values, config)[-1])
     key = f"`data.label={config.label}`"
     encoder = learn_labels(
         labels,
         task=config.task,
-        class_names=table.class_names.get(config.label, ()),
+        class_names=train.get_class_names(config.label),
         shown_names=config.labels,
         key=key,
     )
@@ -40,10 +40,10 @@ def read_labelled(config: TableConfig) -> DataSource:
         *texts, label = _check_row(values, config)
         return LabelledText(texts[0], texts[1] if len(texts) > 1 else None, encoder.encode(label), group)
 
-    items, notes = parse_rows(table, parse)
+    items, notes = parse_rows(train, parse)
     return build_source(
         (items, [encoder.reason, *notes]),
-        lambda split: parse_rows(load(split), parse),
+        lambda split: parse_rows(tables[split], parse),
         kind=encoder.task,
         given=config.given,
         key=_content_key,

@@ -21,8 +21,6 @@ is probably a number or a text and not a label."""
 
 MAX_NUMBER = 1e18
 """Highest number, positive or negative, that regression predicts. The loss squares it, and 1e36 is finite in fp32."""
-MAX_DIGITS = 1000
-"""A name of more digits is sorted as a text. Python refuses to read more than 4,300 digits as a number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,8 +166,8 @@ def _to_name(value: Any) -> str:
 
 def _sort_key(name: str) -> tuple[float, str]:
     """Sorts whole numbers by value, so that 9 comes before 10, and names after them."""
-    is_number = name.removeprefix("-").isdecimal() and len(name) <= MAX_DIGITS
-    return (int(name) if is_number else math.inf, name)
+    is_number = name.removeprefix("-").isdecimal()
+    return (float(name) if is_number else math.inf, name)
 
 
 def _parse_number(value: Any) -> float:

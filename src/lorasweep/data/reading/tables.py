@@ -1,202 +1,236 @@
-"""Reads columns of texts and labels from files or from a data set of the hub."""
+"""Reads columns of tables by `datasets`: csv, tsv, txt, jsonl, json and parquet files, and data sets of the hub."""
 
 from __future__ import annotations
 
+import csv
+import glob
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from datasets import Dataset
+import datasets
+import pandas
+from datasets import ClassLabel, Dataset, Features, List, Value, load_dataset
+from pandas.errors import ParserWarning
 
 from lorasweep.config.data import Delimiter, FileSettings, Quoting, SplitSettings
-from lorasweep.data.reading.files import (
-    DEFAULT_RULES,
-    Columns,
-    TableFile,
-    find_kind,
-    find_tables,
-    open_delimited,
-    open_json,
-    open_parquet,
-    refuse_unreadable,
-)
-from lorasweep.data.reading.hub import find_class_names, load_hub, select_columns
-from lorasweep.errors import ConfigError
+from lorasweep.errors import ConfigError, first_line
 from lorasweep.wording import nearest, shorten
 
 T = TypeVar("T")
 
 ChooseColumns = Callable[[Sequence[str], str], Sequence[str]]
-"""Takes the column names of a file and the file's name. Returns the columns to read. Raises ConfigError if a wanted
-column is missing."""
-QUOTED_FIELD = re.compile(r'"(?:[^"]|"")*"')
-"""A field in quotes as in RFC 4180, which doubles quotes inside it."""
+"""Takes the column names of a table and its name. Returns the columns to read. Raises ConfigError if one is missing."""
+DELIMITERS: Mapping[Delimiter, str] = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
+DEFAULT_RULES: Mapping[str, tuple[Delimiter, Quoting]] = {
+    ".csv": ("comma", "csv"),
+    ".tsv": ("tab", "none"),
+    ".txt": ("tab", "none"),
+}
+"""Delimiter and quoting of each kind of delimited file under `auto`."""
+READERS: Mapping[str, str] = {
+    **dict.fromkeys(DEFAULT_RULES, "csv"),
+    **dict.fromkeys((".jsonl", ".json"), "json"),
+    ".parquet": "parquet",
+}
+"""By suffix of a file: the reader of `datasets`."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Table:
-    """The chosen columns of one split: from one or several files, or from a hub data set."""
+    """One split. No row was looked at yet."""
 
-    columns: Columns
-    sources: Sequence[tuple[int, str]]
-    """For each file: the index of its first row in this table, and its name."""
+    parts: Mapping[str, Dataset]
+    """By name: one data set for each file, so that messages can number the rows of a file; or one of the hub."""
+    columns: Sequence[str]
+    """The chosen columns."""
+    group: str | None = None
+    """The column that `data.group` names."""
     can_skip_rows: bool = False
     """Whether unusable rows are skipped and counted (users can't correct a hub data set). Otherwise they are errors."""
-    class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """By column: the names of its classes in the order of the hub data set, if it states them."""
-    groups: Sequence[Any] | None = None
-    """The values of the column that `data.group` names; None if it names none."""
-    notes: Sequence[str] = ()
-    """Sentences for the user on how the files were read."""
 
-    def __len__(self) -> int:
-        return len(next(iter(self.columns.values())))
-
-    def locate(self, row: int) -> str:
-        """Returns where a row came from, such as `row 12 of 'reviews.csv'`. The row below the header is row 1."""
-        first, name = [source for source in self.sources if source[0] <= row][-1]
-        return f"row {row - first + 1} of {name!r}"
+    def get_class_names(self, column: str) -> tuple[str, ...]:
+        """Returns the names of a column's classes in the order that the data set states; empty if it states none."""
+        return _get_class_names(next(iter(self.parts.values())), column)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class OpenTable:
-    """A split whose column names are known, and whose rows are not read yet."""
-
-    source: str
-    """Name of the file or hub data set, for messages."""
-    names: Sequence[str]
-    read: Callable[[Sequence[str]], Table]
-    """Takes names of columns and reads these. Raises ConfigError if a file is damaged, or lacks a column or rows."""
-    hint: str = ""
-    """What to do if a wanted column is missing: a sentence with a space before it, or an empty text."""
-
-
-def open_tables(config: SplitSettings, choose: ChooseColumns) -> Callable[[str], Table]:
-    """Returns a function that takes the name of a split and reads its table.
+def open_tables(config: SplitSettings, choose: ChooseColumns) -> dict[str, Table]:
+    """Returns the table of each split that the settings name.
 
     Raises:
-        ConfigError: A file, data set, split or column does not exist. This is checked at once for all splits, so that a
-            wrong test file is found before training.
+        ConfigError: A file, data set, split or column does not exist, or a file is damaged. This is checked at once for
+            all splits, so that a wrong test file is found before training.
     """
-    opened = _open_splits(config) if config.path is None else _open_hub(config)
-    wanted = {}
-    for split, table in opened.items():
-        try:
-            wanted[split] = choose(table.names, repr(table.source))
-            choose_columns([("group", config.group)], table.names, repr(table.source))
-        except ConfigError as error:
-            raise ConfigError(f"{error}{table.hint}") from error
-
-    def load(split: str) -> Table:
-        names = wanted[split]
-        if config.group is None:
-            return opened[split].read(names)
-        table = opened[split].read(list(dict.fromkeys([*names, config.group])))  # `names` may have the group too
-        columns = {name: table.columns[name] for name in names}
-        return replace(table, columns=columns, groups=table.columns[config.group])
-
-    return load
+    tables = {}
+    for split in config.given:
+        parts = open_parts(config, split)
+        columns: Sequence[str] = ()
+        for name, part in parts.items():
+            try:
+                columns = choose(part.column_names, repr(name))
+                choose_columns([("group", config.group)], part.column_names, repr(name))
+            except ConfigError as error:
+                is_delimited = config.path is None and find_kind(Path(name)) in DEFAULT_RULES
+                hint = " See also `data.columns` (for a file without a header) and `data.delimiter`."
+                raise ConfigError(f"{error}{hint if is_delimited else ''}") from error
+        can_skip_rows = config.path is not None
+        tables[split] = Table(parts=parts, columns=columns, group=config.group, can_skip_rows=can_skip_rows)
+    return tables
 
 
-def _open_splits(config: SplitSettings) -> dict[str, OpenTable]:
+def open_parts(config: SplitSettings, split: str) -> dict[str, Dataset]:
+    """Returns the data sets of a split by name: one for each file, or one of the hub."""
+    given = config.given[split]
+    rules = (config.columns, config.delimiter, config.quoting) if isinstance(config, FileSettings) else None
+    files = [] if config.path is not None else find_tables(given, key=f"data.{split}")
+    if rules not in (None, (None, "auto", "auto")) and not (files and find_kind(files[0]) in DEFAULT_RULES):
+        raise ConfigError(
+            "`data.columns` must be null, and `data.delimiter` and `data.quoting` auto, unless the files are csv, tsv "
+            f"or txt, but got {rules}."
+        )
+    if config.path is not None:
+        return {f"{config.path}, {given}": _load_hub(config, split)}
     assert isinstance(config, FileSettings)  # `data=text` reads files whole
-    found = {split: find_tables(name, key=f"data.{split}") for split, name in config.given.items()}
+    return {str(path): _load_file(path, config) for path in files}
+
+
+def _load_hub(config: SplitSettings, split: str) -> Dataset:
+    path = Path(str(config.path)).expanduser()
+    source = str(path.absolute()) if path.is_dir() else config.path
+    try:
+        dataset = load_dataset(source, config.subset, split=config.given[split], revision=config.revision)
+    except Exception as error:  # each client and file format raises its own class of error
+        raise ConfigError(
+            f"`data.path` must be a data set on the hub or in its cache, or a folder, and `data.{split}` one of its "
+            f"splits, but {config.path!r} with {config.given[split]!r} can't be loaded: {first_line(error)}. Check "
+            "the spelling, `data.subset`, `data.revision` and the connection."
+        ) from error
+    # Without a network `datasets` ignores `revision` and takes the latest version in its cache. The cache keeps each
+    # version in a folder that is named after the commit.
+    commits = {Path(file["filename"]).parent.name for file in dataset.cache_files}
+    if config.revision is not None and re.fullmatch("[0-9a-f]{40}", config.revision) and commits != {config.revision}:
+        raise ConfigError(
+            f"`data.revision` must be a commit that is in the cache or can be downloaded, but got {config.revision!r}. "
+            f"The cache has {', '.join(sorted(commits))}. Check the connection."
+        )
+    return dataset
+
+
+def _load_file(path: Path, config: FileSettings) -> Dataset:
+    kind = find_kind(path)
+    # a chat that looks like the log of an agent would need another package
+    options: dict[str, Any] = {"parse_agent_traces": False} if READERS[kind] == "json" else {}
+    # a warning of pandas means that it drops surplus fields
+    with refuse_unreadable(path), warnings.catch_warnings(action="error", category=ParserWarning), quiet_datasets():
+        if kind in DEFAULT_RULES:
+            options = _choose_csv_options(path, config)
+        escaped = glob.escape(str(path))  # a name may have brackets
+        return load_dataset(READERS[kind], data_files=escaped, split="train", **options)
+
+
+def _choose_csv_options(path: Path, config: FileSettings) -> dict[str, Any]:
+    """Returns options of `pandas.read_csv`. Every value stays a text: `NA` and `01` are not converted."""
+    default_delimiter, default_quoting = DEFAULT_RULES[find_kind(path)]
+    quoting = default_quoting if config.quoting == "auto" else config.quoting
+    options: dict[str, Any] = {
+        "sep": DELIMITERS[default_delimiter if config.delimiter == "auto" else config.delimiter],
+        "quoting": csv.QUOTE_MINIMAL if quoting == "csv" else csv.QUOTE_NONE,
+        "na_filter": False,  # otherwise the text NA would be lost
+        "index_col": False,  # otherwise the first field would be lost in a file whose rows are longer than its header
+        "encoding": "utf-8-sig",
+    }
+    names = config.columns or [str(name).strip() for name in pandas.read_csv(path, nrows=0, **options).columns]
     return {
-        split: open_files(files, columns=config.columns, delimiter=config.delimiter, quoting=config.quoting)
-        for split, files in found.items()
+        **options,
+        "names": list(names),
+        "header": None if config.columns else 0,
+        "features": Features(dict.fromkeys(names, Value("string"))),
     }
 
 
-def _open_hub(config: SplitSettings) -> dict[str, OpenTable]:
-    def open_dataset(dataset: Dataset, source: str) -> OpenTable:
-        def read(names: Sequence[str]) -> Table:
-            columns, class_names = select_columns(dataset, names), find_class_names(dataset, names)
-            return Table(columns=columns, sources=[(0, source)], can_skip_rows=True, class_names=class_names)
+@contextmanager
+def refuse_unreadable(path: Path) -> Iterator[None]:
+    """Raises ConfigError instead of the errors that libraries raise for a file that is damaged or of another kind."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # each reader raises its own classes
+        cause = error.__cause__ or error  # `datasets` wraps the error of pandas or pyarrow
+        raise ConfigError(
+            f"{str(path)!r} must be a {find_kind(path)[1:] or 'text'} file in UTF-8, but can't be read: "
+            f"{first_line(cause)}."
+        ) from error
 
-        return OpenTable(source=source, names=dataset.column_names, read=read)
 
-    return {
-        split: open_dataset(dataset, f"{config.path}, {config.given[split]}")
-        for split, dataset in load_hub(config).items()
-    }
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """Keeps `datasets` from printing progress bars, and errors that are raised anyway."""
+    was_shown, verbosity = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if was_shown:
+            datasets.enable_progress_bars()
 
 
-def open_files(
-    files: Sequence[Path],
-    *,
-    columns: Sequence[str] | None = None,
-    delimiter: Delimiter = "auto",
-    quoting: Quoting = "auto",
-) -> OpenTable:
-    """Returns the rows of files of one kind, one file after the other. Only the names of the columns are read now.
+def find_files(given: str, *, key: str) -> list[Path]:
+    """Returns the files that a path or glob names, sorted by name. A folder is returned as itself.
 
     Args:
-        files: At least one file.
-        columns: `data.columns`.
-        delimiter: `data.delimiter`.
-        quoting: `data.quoting`.
+        given: Value of the setting.
+        key: Dotted key of the setting, for messages.
 
     Raises:
-        ConfigError: A file is damaged or empty, or a setting does not fit the files.
+        ConfigError: No such file exists.
     """
-    kind = find_kind(files[0])
-    is_delimited = kind in DEFAULT_RULES
-    if not is_delimited and (columns, delimiter, quoting) != (None, "auto", "auto"):
+    try:
+        path = Path(given).expanduser()
+        if path.exists():  # checked before the glob, because `odd[1].csv` may be the name of a file
+            if not path.is_file() and not path.is_dir():  # reading a pipe or a device may wait or go on for ever
+                raise ConfigError(f"`{key}` must name a file or folder, but {given!r} is a pipe, a socket or a device.")
+            return [path]
+        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+        if not found:
+            names = [str(path.parent / entry.name) for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+            raise ConfigError(f"`{key}` must name an existing file, but got {given!r}.{nearest(given, names)}")
+        return found
+    except (OSError, RuntimeError) as error:  # a folder is closed to this user, a name is too long, ~USER is unknown
         raise ConfigError(
-            f"`data.columns` must be null, and `data.delimiter` and `data.quoting` auto, for {str(files[0])!r}, which "
-            f"names its fields, but got {columns}, {delimiter} and {quoting}."
+            f"`{key}` must name an existing file, but got {shorten(given, 400)}: {first_line(error)}."
+        ) from error
+
+
+def find_tables(given: str, *, key: str) -> list[Path]:
+    """Returns the table files that a setting names.
+
+    Raises:
+        ConfigError: No such file exists, or the files are not of one known kind.
+    """
+    files = find_files(given, key=key)
+    kinds = {find_kind(file) for file in files}
+    if len(kinds) > 1 or not kinds <= READERS.keys():
+        raise ConfigError(
+            f"`{key}` must name files of one kind ({', '.join(READERS)}), but got {given!r}. Save them as one kind, "
+            "narrow the glob, or rename a file without a suffix (`.txt`: tabs between its fields)."
         )
-    opened: dict[Path, TableFile] = {}
-    for path in files:
-        with refuse_unreadable(path, kind=f"{kind[1:]} file"):
-            if is_delimited:
-                opened[path] = open_delimited(path, columns=columns, delimiter=delimiter, quoting=quoting)
-            else:
-                opened[path] = open_parquet(path) if kind == ".parquet" else open_json(path)
-
-    def read(names: Sequence[str]) -> Table:
-        values: Columns = {name: [] for name in names}
-        sources = []
-        for path, file in opened.items():
-            for name in names:
-                if name not in file.names:
-                    raise ConfigError(
-                        f"{str(path)!r} must have a column {name!r}, but has {shorten([*file.names], 400)}."
-                    )
-            with refuse_unreadable(path, kind=f"{kind[1:]} file"):
-                new_values = file.read(names)
-            if not new_values[names[0]]:
-                raise ConfigError(f"{str(path)!r} must have rows, but has none.")
-            sources.append((len(values[names[0]]), str(path)))
-            for name in names:
-                values[name] += new_values[name]
-        notes: list[str] = []
-        if is_delimited and quoting == "auto" and DEFAULT_RULES[kind][1] == "none" and (count := count_quoted(values)):
-            notes = [
-                f"{count} texts of {str(files[0])!r} look quoted, and the quotes stay in the texts. If the file puts "
-                "quotes around fields, set `data.quoting=csv`. If not, `data.quoting=none` ends this note."
-            ]
-        return Table(columns=values, sources=sources, notes=notes)
-
-    hint = " If its first line is data, set `data.columns`. If its fields are not separated, set `data.delimiter`."
-    return OpenTable(
-        source=str(files[0]),
-        names=opened[files[0]].names,
-        read=read,
-        hint=hint if is_delimited and columns is None else "",
-    )
+    return files
 
 
-def count_quoted(columns: Columns) -> int:
-    """Returns how many texts are in quotes as in RFC 4180; 0 if a text has quotes elsewhere, as in speech."""
-    with_quotes = [value for values in columns.values() for value in values if '"' in value]
-    return len(with_quotes) if all(map(QUOTED_FIELD.fullmatch, with_quotes)) else 0
+def find_kind(path: Path) -> str:
+    """Returns the suffix of a file's name in lower case, such as `.csv` for `a.csv` and `A.CSV.gz`."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def parse_rows(table: Table, parse: Callable[..., T]) -> tuple[list[T], list[str]]:
-    """Returns each row parsed with `parse`, and notes: those of the table, and how many rows are skipped if any are.
+    """Returns each row parsed with `parse`, and a note on how many rows are skipped if any are.
 
     Args:
         table: The rows to parse.
@@ -208,20 +242,50 @@ def parse_rows(table: Table, parse: Callable[..., T]) -> tuple[list[T], list[str
     """
     parsed: list[T] = []
     problems: list[str] = []
-    for row, values in enumerate(zip(*table.columns.values(), strict=True)):
-        try:
-            group = None if table.groups is None else _require_group(table.groups[row])
-            parsed.append(parse(*values, group=group))
-        except ValueError as error:
-            problems.append(f"{table.locate(row)} {error}")
+    for name, part in table.parts.items():
+        columns = read_columns(part, [*table.columns, *([table.group] if table.group else [])], name=name)
+        groups = columns[table.group] if table.group else None
+        for index, values in enumerate(zip(*(columns[column] for column in table.columns), strict=True)):
+            try:
+                group = None if groups is None else _require_group(groups[index])
+                parsed.append(parse(*values, group=group))
+            except ValueError as error:
+                problems.append(f"row {index + 1} of {name!r} {error}")
     if not problems:
-        return parsed, [*table.notes]
+        return parsed, []
     if not table.can_skip_rows:
         raise ConfigError(f"{problems[0]}. Correct or remove the row. {len(problems)} rows have a problem.")
-    name, first = table.sources[0][1], f"The first problem: {problems[0]}."
+    name, first = next(iter(table.parts)), f"The first problem: {problems[0]}."
     if not parsed:
         raise ConfigError(f"{name!r} must have usable rows, but has none. {first}")
-    return parsed, [*table.notes, f"{len(problems)} of {len(table)} rows of {name!r} are skipped. {first}"]
+    return parsed, [f"{len(problems)} of {len(parsed) + len(problems)} rows of {name!r} are skipped. {first}"]
+
+
+def read_columns(dataset: Dataset, names: Iterable[str], *, name: str) -> dict[str, list[Any]]:
+    """Returns the values of columns. A class index becomes the name of the class.
+
+    A negative class index becomes None, because hub data sets use it for hidden labels.
+    """
+    with refuse_unreadable(Path(name)):  # a date of a parquet file may be out of Python's range
+        columns: dict[str, list[Any]] = dataset.select_columns(list(dict.fromkeys(names)))[:]
+    return {
+        column: [_to_class_name(value, _get_class_names(dataset, column)) for value in values]
+        for column, values in columns.items()
+    }
+
+
+def _get_class_names(dataset: Dataset, column: str) -> tuple[str, ...]:
+    feature = dataset.features[column]
+    feature = feature.feature if isinstance(feature, List) else feature
+    return tuple(feature.names) if isinstance(feature, ClassLabel) and feature.names else ()
+
+
+def _to_class_name(value: Any, names: Sequence[str]) -> Any:
+    if not names or value is None:
+        return value
+    if isinstance(value, list):
+        return [_to_class_name(item, names) for item in value]
+    return names[value] if value >= 0 else None
 
 
 def _require_group(value: Any) -> str:
@@ -235,18 +299,13 @@ def require_text(value: Any) -> str:
     """Returns a value that is a text and not blank; raises ValueError otherwise."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"must have a text, but has {shorten(value)}")
-    check_plain(value)
     return value
 
 
 def check_plain(value: Any) -> None:
-    """Raises ValueError if a value is a list, a mapping or bytes, or a text with half of a surrogate pair."""
+    """Raises ValueError if a value is a list, a mapping or bytes."""
     if isinstance(value, list | tuple | dict | bytes):
         raise ValueError(f"must have texts and numbers, but has {shorten(value)}")
-    try:
-        str(value).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"must have texts in valid Unicode, but has {shorten(value)}") from error
 
 
 def choose_columns(wanted: Iterable[tuple[str, str | None]], names: Sequence[str], source: str) -> list[str]:
@@ -254,8 +313,8 @@ def choose_columns(wanted: Iterable[tuple[str, str | None]], names: Sequence[str
 
     Args:
         wanted: Keys of settings below `data`, each with the column that it names or None.
-        names: All columns of the file.
-        source: Name of the file, for messages.
+        names: All columns of the table.
+        source: Name of the table, for messages.
 
     Raises:
         ConfigError: A wanted column is missing.
