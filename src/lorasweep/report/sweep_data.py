@@ -31,9 +31,8 @@ from lorasweep.record import (
     read_steps,
     read_sweep,
 )
-from lorasweep.report.evidence.confirm import find_metric_range, read_confirm_scores
 from lorasweep.report.evidence.estimates import Interval
-from lorasweep.report.evidence.evidence import Evidence, build_evidence
+from lorasweep.report.evidence.evidence import Evidence, build_evidence, find_metric_range, read_confirm_scores
 from lorasweep.selection import find_winner, list_confirm_rows
 from lorasweep.wording import format_setting
 

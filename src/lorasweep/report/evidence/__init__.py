@@ -4,8 +4,7 @@ scores      test scores by subject and seed, for each group of test examples
 estimates   means, differences and ratios with their intervals
 looks       the level of each planned look
 questions   the verdict on each subject of each question
-confirm     reads the scores from a sweep's folder and answers the questions
-evidence    everything that the report shows of the confirm stage
+evidence    all that the report shows of the confirm stage, from a sweep's folder
 
 docs/evidence.md explains the choices.
 """

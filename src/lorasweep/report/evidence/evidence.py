@@ -1,17 +1,29 @@
-"""The evidence of one sweep: the test scores of its subjects, and the answers to its questions."""
+"""The evidence of one sweep, read from its folder: test scores of subjects, and answers to the sweep's questions."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 
-from lorasweep.record import QuestionName, SweepRecord
-from lorasweep.report.evidence.confirm import answer_sweep, build_scale
+from lorasweep.config.data import METRIC_RANGES
+from lorasweep.config.ranges import is_number
+from lorasweep.config.sweep import parse_margin
+from lorasweep.record import TEST_SCORES_FILE, QuestionName, SweepRecord
 from lorasweep.report.evidence.estimates import Estimate, Interval, estimate_ratio, estimate_sum
-from lorasweep.report.evidence.questions import Answer, Scale, compute_level
-from lorasweep.report.evidence.scores import ConfirmScores
+from lorasweep.report.evidence.questions import Answer, Scale, answer_questions, compute_level
+from lorasweep.report.evidence.scores import (
+    UNBOUNDED,
+    ConfirmScores,
+    ExampleScores,
+    RunKey,
+    build_scores,
+    read_examples,
+)
 
 Ratio = tuple[float, Interval | None]
 """A ratio of two sums of scores with its interval."""
+OVER_SEEDS_ALONE = "Single test examples have no scores here, so intervals are over seeds alone, on this test data."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +108,7 @@ def build_evidence(record: SweepRecord, scores: ConfirmScores, *, groups: str | 
         relative_gain=_estimate_relative_gain(scores, scale) if gain else None,
         margin=margin * gain if margin and gain and scale.margin.is_share_of_gain else margin,
         confidence=1 - 2 * level,
-        notes=(*_describe_limits(scores, names), *scores.problems),
+        notes=(*([OVER_SEEDS_ALONE] if names and not scores.num_examples else []), *scores.problems),
         scores=scores,
     )
 
@@ -105,7 +117,16 @@ def _describe(name: str, scores: ConfirmScores, scale: Scale, *, level: float) -
     found = estimate_sum(scores, {name: 1.0})
     if found is None:
         return None
-    share, interval = _estimate_share(name, scores, scale, level=level)
+    share: float | None = None
+    interval: Interval | None = None
+    base, full = scale.base, scale.full
+    if base is not None and full is not None and (gain := estimate_sum(scores, scale.gain)) and gain.value > 0:
+        if name in (base, full):  # 0 and 1 by definition, without error
+            share = float(name == full)
+        else:
+            kept, whole = {base: 1.0, name: -1.0}, {base: 1.0, full: -1.0}
+            ratio = estimate_ratio(scores, kept, whole, confidence=1 - 2 * level, of_best=True)
+            share, interval = ratio or (None, None)
     return SubjectEvidence(
         name=name,
         seeds=found.seeds,
@@ -124,23 +145,58 @@ def _estimate_relative_gain(scores: ConfirmScores, scale: Scale) -> Ratio | None
     return estimate_ratio(scores, scale.gain, {scale.base: 1.0}) if base and base.value > 0 else None
 
 
-def _estimate_share(
-    name: str, scores: ConfirmScores, scale: Scale, *, level: float
-) -> tuple[float | None, Interval | None]:
-    """Returns a subject's share of full fine-tuning's gain with its interval; None if there is no such gain."""
-    base, full = scale.base, scale.full
-    if base is None or full is None:
-        return None, None
-    gain = estimate_sum(scores, scale.gain)
-    if gain is None or gain.value <= 0:
-        return None, None
-    if name in (base, full):  # 0 and 1 by definition, without error
-        return float(name == full), None
-    kept, whole = {base: 1.0, name: -1.0}, {base: 1.0, full: -1.0}
-    return estimate_ratio(scores, kept, whole, confidence=1 - 2 * level, of_best=True) or (None, None)
+def read_confirm_scores(record: SweepRecord, folder: Path) -> ConfirmScores:
+    """Returns the test scores of the complete runs of the settings that are confirmed now."""
+    current = {(row.subject, row.setting) for row in record.settings}
+    values: dict[RunKey, float] = {}
+    examples: dict[RunKey, ExampleScores] = {}
+    problems = []
+    for row in record.confirm:
+        if row.state != "complete" or (row.subject, row.setting) not in current or not is_number(row.value):
+            continue
+        values[row.subject, row.seed] = float(row.value or 0.0)
+        path = folder / row.run / TEST_SCORES_FILE
+        try:
+            if path.is_file():
+                examples[row.subject, row.seed] = read_examples(path)
+        except (OSError, ValueError) as error:
+            problems.append(f"`{row.run}/{TEST_SCORES_FILE}` is not used: {error}.")
+    frozen = {arm.name for arm in record.arms if arm.method == "frozen"}
+    num_runs = {name: sum(subject == name for subject, _ in values) for name in frozen}
+    return build_scores(
+        values,
+        examples,
+        deterministic={name for name, count in num_runs.items() if count == 1},
+        is_perplexity=record.metric == "perplexity",
+        score_range=find_metric_range(record),
+        problems=problems,
+        search_errors={row.subject: row.regret for row in record.settings if row.regret is not None},
+    )
 
 
-def _describe_limits(scores: ConfirmScores, names: list[str]) -> list[str]:
-    if names and not scores.num_examples:
-        return ["Single test examples have no scores here, so intervals are over seeds alone, on this test data."]
-    return []
+def answer_sweep(record: SweepRecord, scores: ConfirmScores, *, groups: str | None = None) -> list[Answer]:
+    """Returns the answers to the questions of a sweep; `groups` names the groups of its test examples."""
+    if not record.looks:
+        return []
+    return answer_questions(record.questions, scores, build_scale(record, scores), looks=record.looks, groups=groups)
+
+
+def build_scale(record: SweepRecord, scores: ConfirmScores) -> Scale:
+    """Returns the margin with the best scored arm of `frozen` and of `full`."""
+    sign = 1 if record.direction == "minimize" else -1
+
+    def find_best(method: str) -> str | None:
+        arms = {arm.name for arm in record.arms if arm.method == method}
+        names = [row.subject for row in record.settings if row.arm in arms]
+        means = {name: sign * found.value for name in names if (found := estimate_sum(scores, {name: 1.0}))}
+        return min(means, key=means.__getitem__, default=None)
+
+    return Scale(margin=parse_margin(record.margin), sign=sign, base=find_best("frozen"), full=find_best("full"))
+
+
+def find_metric_range(record: SweepRecord) -> tuple[float, float]:
+    """Returns the lowest and the highest possible value of the sweep's metric."""
+    if len(record.metric_range) != 2:
+        return METRIC_RANGES.get(record.metric, UNBOUNDED)
+    low, high = record.metric_range  # infinity was written as null
+    return (low if is_number(low) else -math.inf, high if is_number(high) else math.inf)

@@ -60,11 +60,11 @@ class Answer:
     """The interval that the tests of this look use. A verdict never contradicts it."""
     is_share: bool
     num_seeds: int
-    open_because: str | None
+    open_because: str | None = None
     """Why the question is open; None if it is settled."""
-    to_settle: str | None
+    to_settle: str | None = None
     """The cheapest further evidence that would probably settle it; None if it is settled or nothing practical would."""
-    may_settle: bool
+    may_settle: bool = False
     """Whether it is open and the seeds of later looks may settle it."""
 
     @property
@@ -169,39 +169,30 @@ def _answer_chain(
     verdicts = _apply_order(alone)
     answers = []
     for subject, found in compared.items():
-        verdict = verdicts[subject]
-        worst = _find_worst(found, verdict)
+        worst = _find_worst(found, verdicts[subject])
         value, interval = None, None
         if worst is not None:
             confidence = 1 - 2 * level
             value, interval = _measure(subject, worst.reference, scores, scale, confidence=confidence, of_best=of_best)
-        open_state = _OpenState()
-        if verdict == "open":
-            open_state = _explain_open(
-                found if is_whole[subject] else [],
-                judge=judge,
-                is_blocked=alone[subject] != "open",
-                level=level,
-                max_seeds=max_seeds,
-                groups=groups,
-            )
-        answers.append(
-            Answer(
-                name=question.name,
-                arm=question.arm,
-                subject=subject,
-                reference=worst.reference if worst else pairs[subject][-1],
-                compared_with=tuple(pairs[subject]),
-                verdict=verdict,
-                value=value,
-                interval=interval,
-                is_share=scale.margin.is_share_of_gain and scale.is_known,
-                num_seeds=len(worst.difference.seeds) if worst else 0,
-                open_because=open_state.because,
-                to_settle=open_state.to_settle,
-                may_settle=open_state.may_settle,
-            )
+        answer = Answer(
+            name=question.name,
+            arm=question.arm,
+            subject=subject,
+            reference=worst.reference if worst else pairs[subject][-1],
+            compared_with=tuple(pairs[subject]),
+            verdict=verdicts[subject],
+            value=value,
+            interval=interval,
+            is_share=scale.margin.is_share_of_gain and scale.is_known,
+            num_seeds=len(worst.difference.seeds) if worst else 0,
         )
+        if answer.is_settled:
+            answers.append(answer)
+        elif alone[subject] != "open":
+            answers.append(replace(answer, open_because="a value that is tested before it is open"))
+        else:
+            known = found if is_whole[subject] else []
+            answers.append(_explain_open(answer, known, judge=judge, level=level, max_seeds=max_seeds, groups=groups))
     return answers
 
 
@@ -221,41 +212,29 @@ def _compare(subject: str, reference: str, scores: ConfirmScores, scale: Scale, 
     return _Comparison(reference=reference, above_lower=lower, difference=difference, below_upper=upper)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _OpenState:
-    """Why a verdict is open; the fields are those of `Answer`."""
-
-    because: str | None = None
-    to_settle: str | None = None
-    may_settle: bool = False
-
-
 def _explain_open(
+    answer: Answer,
     found: Sequence[_Comparison],
     *,
     judge: Callable[..., Verdict],
-    is_blocked: bool,
     level: float,
     max_seeds: int,
     groups: str | None,
-) -> _OpenState:
-    """Returns why a verdict is open, and the cheapest evidence that would settle it with a probability of 80 %.
+) -> Answer:
+    """Returns an open answer with its reason and the cheapest evidence that would settle it with a chance of 80 %.
 
     The estimates are assumed to stay. A test then succeeds with that probability if it would succeed now at a level
     whose boundary is higher by the 80 % quantile of its error.
     """
     if not found:
-        return _OpenState(because="there are no test scores of both on the same seeds")
-    if is_blocked:
-        return _OpenState(because="a value that is tested before it is open", may_settle=False)
+        return replace(answer, open_because="there are no test scores of both on the same seeds")
     if any(pair.above_lower is None for pair in found):
-        return _OpenState(
-            because="no margin is known",
-            to_settle="`confirm.margin` as a number in the metric's unit, or arms `full` and `frozen`",
-        )
+        remedy = "`confirm.margin` as a number in the metric's unit, or arms `full` and `frozen`"
+        return replace(answer, open_because="no margin is known", to_settle=remedy)
     num_seeds = min(len(pair.difference.seeds) for pair in found)
     if num_seeds < 2:
-        return _OpenState(because="one seed says nothing about another", to_settle="more seeds", may_settle=True)
+        reason = "one seed says nothing about another"
+        return replace(answer, open_because=reason, to_settle="more seeds", may_settle=True)
 
     def settles(seeds: int, factor: float, *, shift: float) -> bool:
         shifted = float(ndtr(ndtri(level) - shift))
@@ -263,27 +242,29 @@ def _explain_open(
         return judge(projected, level=shifted) != "open"
 
     worst = max((pair.difference for pair in found), key=lambda estimate: estimate.error)
+    examples = groups or "test examples"
     parts = {
         "seeds": worst.seeds_variance,
-        groups or "test examples": worst.groups_variance,
+        examples: worst.groups_variance,
         "trials of the search": worst.search_variance,
     }
-    what = max(parts, key=parts.__getitem__)
-    state = _OpenState(
-        because=f"the interval is too wide, mostly because few {what} were used",
+    largest = max(parts, key=parts.__getitem__)
+    answer = replace(
+        answer,
+        open_because=f"the interval is too wide, mostly because few {largest} were used",
         # one standard error in its favour: only a hopeless question is given up
         may_settle=num_seeds < max_seeds and settles(max_seeds, 1.0, shift=-1.0),
     )
     for seeds in SEED_STEPS:
         if seeds > num_seeds and settles(seeds, 1.0, shift=POWER_SCORE):
-            return replace(state, to_settle=f"{seeds - num_seeds} more {'seed' if seeds == num_seeds + 1 else 'seeds'}")
-    if worst.num_groups:
-        for factor in GROUP_FACTORS:
-            if settles(max(num_seeds, max_seeds), factor, shift=POWER_SCORE):
-                return replace(state, to_settle=f"{factor:g} times as many {groups or 'test examples'}")
-    if what == "trials of the search":
-        return replace(state, to_settle="more trials (`sweep.trials`)")
-    return replace(state, because=f"no practical number of seeds or {groups or 'test examples'} would settle it")
+            more = seeds - num_seeds
+            return replace(answer, to_settle=f"{more} more {'seed' if more == 1 else 'seeds'}")
+    for factor in GROUP_FACTORS if worst.num_groups else ():
+        if settles(max(num_seeds, max_seeds), factor, shift=POWER_SCORE):
+            return replace(answer, to_settle=f"{factor:g} times as many {examples}")
+    if largest == "trials of the search":
+        return replace(answer, to_settle="more trials (`sweep.trials`)")
+    return replace(answer, open_because=f"no practical number of seeds or {examples} would settle it")
 
 
 def _judge_difference(found: Sequence[_Comparison], *, level: float) -> Verdict:

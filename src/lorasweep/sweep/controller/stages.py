@@ -18,7 +18,7 @@ from lorasweep.config.components import Component
 from lorasweep.config.run import SEED_KEYS, RunConfig
 from lorasweep.config.sweep import FixedSampler
 from lorasweep.record import ConfirmRow, LookRow, SettingRow, TrialRow, name_subject
-from lorasweep.report.evidence.confirm import answer_sweep, build_scale, read_confirm_scores
+from lorasweep.report.evidence.evidence import answer_sweep, build_scale, read_confirm_scores
 from lorasweep.selection import find_winner
 from lorasweep.sweep.controller.arm_trials import ArmTrials
 from lorasweep.sweep.controller.folder import SweepFolder
