@@ -51,7 +51,7 @@ from lorasweep.sweep.definition.arms import Definition, read_definition
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
 from lorasweep.sweep.progress import report_status, show_progress
 from lorasweep.sweep.status import SweepStatus
-from lorasweep.sweep.workers.train import check_workers, hand_over_to_job, train_sweep
+from lorasweep.sweep.workers.train import check_workers, train_sweep
 from lorasweep.training.inputs import InputsCache, build_inputs
 from lorasweep.training.prepare import check_run
 from lorasweep.training.processes import join_processes, run_on_first
@@ -224,8 +224,6 @@ def check_sweep(definition: Definition, inputs_cache: InputsCache, *, output: st
 def train_opened_sweep(opened: SweepFolder, inputs_cache: InputsCache, *, progress: Progress) -> SweepResult:
     """Trains the remaining trials of an open sweep and closes it; writes the report if the sweep is complete."""
     folder = opened.path
-    if (job := hand_over_to_job(opened)) is not None:
-        return SweepResult(folder, read_sweep(folder), job)
     with StopSignal() as stop, _report_progress(folder, progress):
         is_complete = train_sweep(opened, inputs_cache, stop_requested=stop)
     if is_complete:

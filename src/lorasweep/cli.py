@@ -213,10 +213,6 @@ def sweep(arguments: argparse.Namespace) -> int:
         result = api.resume_sweep(arguments.resume, overrides=overrides, file=name)
     else:
         result = api.run_sweep(name or DEFAULT_SWEEP, overrides=overrides)
-    if result.job is not None:
-        say(f"Slurm job {result.job} leads the sweep. Its output is in {result.folder}/slurm/head. To watch it type:")
-        say(f"    lorasweep status {result.folder} --follow")
-        return DONE
     return _show_sweep(result) if result.status == "complete" else _say_how_to_resume(result)
 
 

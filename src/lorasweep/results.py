@@ -124,8 +124,6 @@ class SweepResult:
 
     folder: Path
     record: SweepRecord
-    job: str | None = None
-    """Id of the Slurm job that leads the sweep (`worker.head=job`); None if this process led the sweep."""
 
     @property
     def status(self) -> str:

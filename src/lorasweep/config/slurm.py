@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from lorasweep.config.limits import NonNegative, Positive, PositiveFloat
 from lorasweep.errors import ConfigError
-
-RESERVED_OPTIONS: Mapping[str, str | None] = {
-    **{name: name for name in ("partition", "account", "qos", "constraint", "requeue", "gpus")},
-    "time": "timeout_min",
-    "signal": "signal_delay_s",
-    "no-requeue": "requeue",
-    "mem": "mem_gb",
-    "gpus-per-node": "gpus",
-    "cpus-per-task": "cpus",
-    **dict.fromkeys(("array", "nodes"), "jobs"),
-    **dict.fromkeys(("ntasks", "ntasks-per-node"), "processes_per_job"),
-    **dict.fromkeys(("job-name", "output", "error", "open-mode")),
-}
-"""sbatch options that lorasweep writes, each with the `worker` key that sets the option, or None without a key."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +27,8 @@ class SlurmConfig:
     pack_size: Positive | Literal["auto"]
     """Maximum number of trials that train together on one frozen base. `auto` chooses it from the memory and the number
     of trials left; 1 trains each trial alone."""
-    head: Literal["here", "job"]
-    """Where the controller and the head of the Ray cluster run: in this process, or in a Slurm job with one core."""
     head_ip: str | None
     """IP address at which the jobs reach the head; null uses the address that Ray finds."""
-    head_partition: str | None
-    """Partition of the head's job; null uses `partition`."""
     partition: str | None
     """Partition of the jobs. Null uses the cluster's default; the same holds for `account`, `qos`, `constraint` and
     `mem_gb`."""
@@ -68,11 +49,9 @@ class SlurmConfig:
     """Whether a job that was preempted or reached its time limit is requeued; it then joins the sweep again."""
     setup: tuple[str, ...]
     """Shell commands to run before the node starts, such as `module load cuda`."""
-    container: str | None
-    """Image for the option `--container-image` that the plugin pyxis adds to srun. lorasweep must be installed in the
-    image's `python3`. The sweep's folder and the current folder are mounted at the same paths as outside."""
     extra: Mapping[str, str | int | bool]
-    """Further sbatch options by their long names, such as `{reservation: tuesday, exclusive: true}`."""
+    """Further sbatch options by their long names, such as `{reservation: tuesday, exclusive: true}`. They replace
+    options that the other settings give."""
     dry_run: bool
     """Whether to print the batch file and submit nothing."""
 
@@ -82,15 +61,3 @@ class SlurmConfig:
                 f"`worker.signal_delay_s < {60 * self.timeout_min}` must hold, because `worker.timeout_min` is "
                 f"{self.timeout_min} minutes, but got {self.signal_delay_s!r}. Change one of them."
             )
-        for name in self.extra:
-            if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
-                raise ConfigError(
-                    f"the keys of `worker.extra` must be long names of sbatch options, but got {name!r}. "
-                    "Write `mail-type` for `--mail-type`."
-                )
-            if name in RESERVED_OPTIONS:
-                key = RESERVED_OPTIONS[name]
-                remedy = f"Set `worker.{key}` instead." if key else "Leave it out."
-                raise ConfigError(
-                    f"`worker.extra` must not have options that lorasweep sets, but got {name!r}. {remedy}"
-                )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,21 +20,18 @@ from lorasweep.config.build import build
 from lorasweep.config.compose import packaged_folder
 from lorasweep.config.slurm import SlurmConfig
 from lorasweep.errors import ConfigError, WorkerError
-from lorasweep.record import read_sweep
 from lorasweep.sweep.workers.slurm import (
     SlurmJobs,
     check_slurm,
     describe_jobs,
     format_batch_file,
     read_live_jobs,
-    submit_head,
     submit_missing_jobs,
 )
 from lorasweep.sweep.workers.slurm_job import RayNode, write_address
 from lorasweep.sweep.workers.train import HOPELESS_REASONS
 
 RECORDED = Path(__file__).parent / "batch.sh"
-RECORDED_CONTAINER = Path(__file__).parent / "batch_in_container.sh"
 SMALL = {"gpus": 0, "cpus": 1, "timeout_min": 5}
 
 
@@ -66,9 +62,11 @@ def test_the_batch_file_is_the_recorded_one(tmp_path):
     assert portable(format_batch_file(config, tmp_path / "quickstart"), tmp_path) == RECORDED.read_text()
 
 
-def test_the_batch_file_of_one_job_in_a_container_that_is_not_requeued_is_the_recorded_one(tmp_path):
-    config = make_config(container="registry#lorasweep:1", requeue=False, gpus=0)
-    assert portable(format_batch_file(config, tmp_path / "quickstart"), tmp_path) == RECORDED_CONTAINER.read_text()
+def test_one_job_that_is_not_requeued_has_no_array(tmp_path):
+    text = format_batch_file(make_config(requeue=False, gpus=0), tmp_path / "quickstart")
+    assert "#SBATCH --no-requeue" in text
+    assert "--array" not in text
+    assert "gpus" not in text
 
 
 @pytest.mark.parametrize(
@@ -78,11 +76,7 @@ def test_the_batch_file_of_one_job_in_a_container_that_is_not_requeued_is_the_re
         ({"gpus": -1}, r"`worker.gpus >= 0`.* got -1"),
         ({"pack_size": 0}, r"`worker.pack_size >= 1`.* got 0"),
         ({"mem_gb": 0}, r"`worker.mem_gb > 0`.* got 0"),
-        ({"head": "there"}, r"`worker.head`.* here, job, .*'there'"),
         ({"timeout_min": 2}, r"`worker.signal_delay_s < 120`.* got 120"),
-        ({"extra": {"mail_type": "END"}}, r"'mail_type'.*`mail-type`"),
-        ({"extra": {"time": 5}}, r"'time'.*`worker.timeout_min`"),
-        ({"extra": {"output": "x"}}, r"'output'"),
     ],
 )
 def test_a_wrong_setting_is_refused_with_its_key(settings, message):
@@ -108,7 +102,6 @@ def test_a_slurm_that_does_not_answer_is_refused(tmp_path, monkeypatch, slurm_se
     ("settings", "refusal"),
     [
         ({"partition": "mian"}, "invalid partition"),
-        ({"head": "job", "head_partition": "cpu"}, "invalid partition"),
         ({"constraint": "a100"}, "feature"),
         ({"gpus": 1}, "gres"),
         ({"cpus": 3}, "node configuration"),
@@ -259,56 +252,10 @@ def test_a_job_with_more_time_than_its_partition_allows_is_known_to_be_hopeless(
 def test_a_job_without_a_head_ends_with_a_sentence(slurm, sweep):
     write_address(sweep, "127.0.0.1:1")
     node = RayNode(folder=sweep, requeue=True, num_cpus=1, num_gpus=0, head_wait_s=1)
-    (job,) = SlurmJobs(make_config(**SMALL), sweep).submit_tasks(node, 1)
+    (job,) = SlurmJobs(make_config(**SMALL), sweep).submit_nodes(node, 1)
     slurm.wait_for_jobs({})
     assert slurm.tell(job)["JobState"] == "FAILED"
     assert "lorasweep sweep --resume" in errors_of(sweep, job)
-
-
-MINI = {
-    "name": "mini",
-    "settings": {
-        "data.block_length": 32,
-        "data.max_validation_blocks": 4,
-        "trainer.batch_size": 2,
-        "trainer.precision": "fp32",
-        "trainer.device": "cpu",
-        "trainer.max_steps": 100,
-        "trainer.eval_every_steps": 10,
-        "worker.pack_size": 1,
-        "confirm.seeds": 0,
-        "pruner": "none",
-    },
-    "arms": {"lora": {"settings": {"method": "lora"}, "space": {"method.rank": [1, 2]}, "trials": 2}},
-}
-
-
-@pytest.mark.slow
-def test_a_sweep_is_led_by_a_job_that_is_requeued_and_resumes_it(slurm, sweep):
-    (sweep.parent / "mini.yaml").write_text(yaml.safe_dump(MINI))
-    words = [sys.executable, "-m", "lorasweep", "sweep", "mini.yaml", f"sweep.output={sweep}"]
-    started = subprocess.Popen(words, cwd=sweep.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_until((sweep / "sweep.json").exists, "the sweep has a folder")
-    started.kill()
-    started.wait()
-    job = submit_head(make_config(**SMALL), sweep)
-    assert read_live_jobs(sweep) == {}  # it is no node
-    wait_until(lambda: any(sweep.rglob("*.ckpt")), lambda: f"it trains: {slurm.jobs()}")
-    slurm.run("scancel", "--signal=USR2", job)
-    slurm.wait_for_jobs({job: "PENDING"})
-    assert read_sweep(sweep).status == "interrupted"
-    slurm.hurry(job)
-    slurm.wait_for_jobs({})
-    assert slurm.tell(job)["JobState"] == "COMPLETED"
-    assert [row.state for row in read_sweep(sweep).trials] == ["complete", "complete"]
-
-
-@pytest.mark.slow
-def test_a_head_that_fails_fails_its_job(slurm, sweep):
-    job = submit_head(make_config(**SMALL), sweep)
-    slurm.wait_for_jobs({})
-    assert slurm.tell(job)["JobState"] == "FAILED"
-    assert "lorasweep: " in errors_of(sweep, job)
 
 
 def test_what_slurm_refuses_at_submission_is_one_sentence(slurm, sweep):

@@ -1,63 +1,50 @@
 """Checks, submits, describes and cancels the Slurm jobs that join a sweep's Ray cluster.
 
 submitit writes and submits the batch files. The folder `slurm` of a sweep has each job's batch file, pickled `RayNode`
-and output (`JOB_0_log.out` and `.err`). `slurm/head` has these files for a job that leads the sweep (`SweepHead`).
+and output (`JOB_0_log.out` and `.err`).
 """
 
 from __future__ import annotations
 
 import os
-import shlex
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import submitit
 from submitit.core.utils import FailedJobError, environment_variables
 from submitit.helpers import clean_env
-from submitit.slurm.slurm import _make_sbatch_string
 
 from lorasweep.config.slurm import SlurmConfig
-from lorasweep.config.trust import trusted_packages
 from lorasweep.errors import ConfigError, WorkerError
-from lorasweep.sweep.workers.slurm_job import RayNode, SweepHead
+from lorasweep.sweep.workers.slurm_job import RayNode
 
 JOBS_FOLDER = "slurm"
 """Folder in a sweep's folder for the files of the jobs that are nodes of the Ray cluster."""
-HEAD_FOLDER = "slurm/head"
-"""Folder in a sweep's folder for the files of the job that leads the sweep."""
 COMMAND_TIMEOUT_S = 60
 MAX_REQUEUES = 1000
 """Number of times that a job may be requeued at its time limit. A job that finds no head ends earlier."""
-HEAD_CPUS = 1
-"""CPU cores of the job that leads a sweep."""
-HEAD_MEM_GB = 4
-"""Memory of the job that leads a sweep. It holds the studies and the imported libraries."""
-CONTAINER_PYTHON = "python3"
 BUSY_TEXTS = ("busy", "down", "not available now", "drained")
 """Parts of sbatch's answer if a job could start later, but not now."""
 
 
 def check_slurm(config: SlurmConfig, folder: Path) -> list[str]:
     """Asks Slurm whether it would accept the jobs, and returns warnings. The sweep's folder need not exist yet."""
-    warnings = []
-    for jobs in (SlurmJobs(config, folder), *((_head_job(config, folder),) if config.head == "job" else ())):
-        with _environment_outside_job():
-            answer = _run_command(["sbatch", "--test-only"], given=jobs.format_batch_file(1))
-        message = _one_line(answer.stderr)
-        if answer.returncode and any(word in message.lower() for word in BUSY_TEXTS):
-            warnings.append(f"Slurm can't start the jobs now, they will wait: {message}")
-        elif answer.returncode:
-            raise ConfigError(
-                f"Slurm must accept the jobs of `worker=slurm`, but `sbatch --test-only` says {message!r}. Change the "
-                "settings of `worker`, such as `worker.partition`, `worker.gpus`, `worker.cpus` or "
-                "`worker.timeout_min`; `worker.dry_run=true` shows the batch file."
-            )
-    return warnings
+    with _environment_outside_job():
+        answer = _run_command(["sbatch", "--test-only"], given=SlurmJobs(config, folder).format_batch_file(1))
+    message = _one_line(answer.stderr)
+    if answer.returncode and any(word in message.lower() for word in BUSY_TEXTS):
+        return [f"Slurm can't start the jobs now, they will wait: {message}"]
+    if answer.returncode:
+        raise ConfigError(
+            f"Slurm must accept the jobs of `worker=slurm`, but `sbatch --test-only` says {message!r}. Change the "
+            "settings of `worker`, such as `worker.partition`, `worker.gpus`, `worker.cpus` or `worker.timeout_min`; "
+            "`worker.dry_run=true` shows the batch file."
+        )
+    return []
 
 
 def format_batch_file(config: SlurmConfig, folder: Path) -> str:
@@ -76,13 +63,7 @@ def submit_missing_jobs(config: SlurmConfig, folder: Path) -> list[str]:
         num_cpus=config.processes_per_job * config.cpus,
         num_gpus=config.processes_per_job * config.gpus,
     )
-    return SlurmJobs(config, folder).submit_tasks(node, missing)
-
-
-def submit_head(config: SlurmConfig, folder: Path) -> str:
-    """Submits a job that runs `lorasweep sweep --resume FOLDER`, and returns its id."""
-    head = SweepHead(folder=folder.resolve(), requeue=config.requeue, trusted=trusted_packages())
-    return _head_job(config, folder).submit_tasks(head, 1)[0]
+    return SlurmJobs(config, folder).submit_nodes(node, missing)
 
 
 def read_live_jobs(folder: Path) -> dict[str, str] | None:
@@ -123,12 +104,31 @@ def _read_job_ids(folder: Path) -> list[str]:
 class SlurmJobs(submitit.SlurmExecutor):
     """Writes and submits the batch files of a sweep's jobs."""
 
-    def __init__(self, config: SlurmConfig, folder: Path, *, files: str = JOBS_FOLDER, **changes: Any) -> None:
-        """`files` is the folder for batch files inside `folder`. `changes` replaces parameters; None omits one."""
-        python = CONTAINER_PYTHON if config.container else shlex.quote(sys.executable)
-        super().__init__(folder.resolve() / files, max_num_timeout=MAX_REQUEUES, python=python)
-        parameters = _build_parameters(config, folder.resolve()) | changes
-        self.update_parameters(wckey=None, **{key: value for key, value in parameters.items() if value is not None})
+    def __init__(self, config: SlurmConfig, folder: Path) -> None:
+        super().__init__(folder.resolve() / JOBS_FOLDER, max_num_timeout=MAX_REQUEUES)
+        cpus = config.processes_per_job * config.cpus
+        options = {
+            "partition": config.partition,
+            "account": config.account,
+            "qos": config.qos,
+            "constraint": config.constraint,
+            "gpus_per_node": config.processes_per_job * config.gpus or None,
+            "mem": None if config.mem_gb is None else f"{round(config.mem_gb * 1024)}M",
+            "setup": list(config.setup) or None,
+        }
+        self.update_parameters(
+            job_name=f"lorasweep-{folder.resolve().name}",
+            wckey=None,
+            time=config.timeout_min,
+            signal_delay_s=config.signal_delay_s,
+            nodes=1,
+            ntasks_per_node=1,
+            cpus_per_task=cpus,
+            srun_args=[f"--cpus-per-task={cpus}"],  # srun of Slurm 22.05 to 23.02 ignores sbatch's value
+            array_parallelism=sys.maxsize,  # all jobs of an array may run at once
+            additional_parameters={"requeue" if config.requeue else "no-requeue": True, **config.extra},
+            **{name: value for name, value in options.items() if value is not None},
+        )
 
     @classmethod
     def affinity(cls) -> int:
@@ -136,31 +136,22 @@ class SlurmJobs(submitit.SlurmExecutor):
         return 2  # higher than the affinity of submitit's other executors
 
     def format_batch_file(self, num: int) -> str:
-        array: dict[str, Any] = {"map_count": num} if num > 1 else {}  # submitit submits a single job without an array
-        return _make_sbatch_string(self._submitit_command_str, self.folder, **self.parameters, **array)
+        """Returns the batch file of `num` jobs.
 
-    def submit_tasks(self, task: RayNode | SweepHead, num: int) -> list[str]:
+        submitit has no public function that returns a batch file without submitting it, so this calls the method that
+        submitit's own executors override.
+        """
+        if num > 1:  # submitit submits a single job without an array
+            self.parameters["map_count"] = num
+        return str(self._make_submission_file_text(self._submitit_command_str, ""))
+
+    def submit_nodes(self, node: RayNode, num: int) -> list[str]:
         try:
             with _environment_outside_job():
-                jobs: list[submitit.Job[None]] = self.submit_array([task] * num)
+                jobs: list[submitit.Job[None]] = self.submit_array([node] * num)
                 return [str(job.job_id) for job in jobs]
         except FailedJobError as error:
             raise WorkerError(f"Slurm must accept the jobs, but sbatch says: {_one_line(str(error))}") from error
-
-
-def _head_job(config: SlurmConfig, folder: Path) -> SlurmJobs:
-    return SlurmJobs(
-        config,
-        folder,
-        files=HEAD_FOLDER,
-        job_name=f"lorasweep-{folder.resolve().name}-head",
-        partition=config.head_partition or config.partition,
-        constraint=None,
-        gpus_per_node=None,
-        cpus_per_task=HEAD_CPUS,
-        srun_args=_srun_options(config, folder.resolve(), cpus=HEAD_CPUS),
-        mem=f"{HEAD_MEM_GB}G",
-    )
 
 
 @contextmanager
@@ -169,42 +160,6 @@ def _environment_outside_job() -> Iterator[None]:
     kept = {k: v for k, v in os.environ.items() if k in ("SLURM_CONF", "SLURM_CLUSTERS") or k.startswith("SBATCH_")}
     with clean_env(), environment_variables(**kept):
         yield
-
-
-def _build_parameters(config: SlurmConfig, folder: Path) -> dict[str, Any]:
-    """Returns the settings by submitit's names. None omits a parameter."""
-    cpus = config.processes_per_job * config.cpus
-    return {
-        "job_name": f"lorasweep-{folder.name}",
-        "partition": config.partition,
-        "account": config.account,
-        "qos": config.qos,
-        "constraint": config.constraint,
-        "time": config.timeout_min,
-        "signal_delay_s": config.signal_delay_s,
-        "nodes": 1,
-        "ntasks_per_node": 1,
-        "gpus_per_node": config.processes_per_job * config.gpus or None,
-        "cpus_per_task": cpus,
-        "mem": None if config.mem_gb is None else f"{round(config.mem_gb * 1024)}M",
-        "array_parallelism": sys.maxsize,  # all jobs of an array may run at once
-        "setup": list(config.setup) or None,
-        "srun_args": _srun_options(config, folder, cpus=cpus),
-        "additional_parameters": {"requeue" if config.requeue else "no-requeue": True, **config.extra},
-    }
-
-
-def _srun_options(config: SlurmConfig, folder: Path, *, cpus: int) -> list[str]:
-    options = [f"--cpus-per-task={cpus}"]  # srun of Slurm 22.05 to 23.02 ignores sbatch's value
-    if config.container is not None:
-        here = Path.cwd()
-        mounts = ",".join(f"{path}:{path}" for path in dict.fromkeys((str(here), str(folder))))
-        options += [
-            f"--container-image={config.container}",
-            f"--container-mounts={mounts}",
-            f"--container-workdir={here}",
-        ]
-    return options
 
 
 def _one_line(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Tasks of a sweep's Slurm jobs: a node of the sweep's Ray cluster (`RayNode`), or its head (`SweepHead`).
+"""The task of a sweep's Slurm job: a node of the sweep's Ray cluster.
 
 submitit unpickles the task in the job and calls it. This module imports neither Ray nor torch, so that the process that
 waits beside a node needs little memory.
@@ -29,8 +29,6 @@ ADDRESS_FILE = "ray.address"
 """File in a sweep's folder with `HOST:PORT` of its Ray head. The file is empty after the sweep's end."""
 TOKEN_FILE = "ray.token"
 """File in a sweep's folder with the secret token for joining the sweep's Ray cluster. Its mode is 0600."""
-HEAD_VARIABLE = "LORASWEEP_HEAD_JOB"
-"""Environment variable that marks the process that leads a sweep in a Slurm job."""
 DEFAULT_HEAD_WAIT_S = 600
 """Seconds that a job waits for a head. A sweep that is resumed in this time keeps the machines of its jobs."""
 CHECK_INTERVAL_S = 5
@@ -56,27 +54,12 @@ def read_address(folder: Path) -> str | None:
         return None
 
 
-def is_head_job() -> bool:
-    """Returns whether `SweepHead` started this process, so that it must not submit another head."""
-    return HEAD_VARIABLE in os.environ
-
-
 @dataclass(frozen=True, kw_only=True)
-class SlurmTask:
-    """A callable that a job runs, and runs again after the job is requeued."""
+class RayNode:
+    """A node of a sweep's Ray cluster for as long as the sweep has a head. Runs again after the job is requeued."""
 
     folder: Path
     requeue: bool
-
-    def checkpoint(self) -> DelayedSubmission | None:
-        """Returns the task for a requeued job; None: submitit does not requeue. submitit calls this on SIGUSR2."""
-        return DelayedSubmission(self) if self.requeue else None  # type: ignore[arg-type]  # subclasses are callable
-
-
-@dataclass(frozen=True, kw_only=True)
-class RayNode(SlurmTask):
-    """A node of a sweep's Ray cluster for as long as the sweep has a head."""
-
     num_cpus: int
     num_gpus: int
     head_wait_s: float = DEFAULT_HEAD_WAIT_S
@@ -89,6 +72,10 @@ class RayNode(SlurmTask):
                 return
             self._join(address)
         sys.exit(f"lorasweep: a node must stay in the Ray cluster at {address}, but it ended {MAX_NODE_STARTS} times.")
+
+    def checkpoint(self) -> DelayedSubmission | None:
+        """Returns the task for a requeued job; None: submitit does not requeue. submitit calls this on SIGUSR2."""
+        return DelayedSubmission(self) if self.requeue else None
 
     def _join(self, address: str) -> None:
         """Runs `ray start` until it ends by itself or the sweep has another head."""
@@ -121,23 +108,6 @@ class RayNode(SlurmTask):
             options["node-ip-address"] = host
         arguments = [f"--{name}={value}" for name, value in options.items()]
         return [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *arguments]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepHead(SlurmTask):
-    """Leads a sweep in a job: runs `lorasweep sweep --resume DIR`, and exits with the same exit code."""
-
-    trusted: tuple[str, ...] = ()
-    """Packages in the user's `trust=[PACKAGE]`."""
-
-    def __call__(self) -> None:
-        signal.signal(signal.SIGTERM, _exit_on_signal)
-        command = [sys.executable, "-m", "lorasweep", "sweep", "--resume", str(self.folder)]
-        if self.trusted:
-            command.append(f"trust=[{','.join(self.trusted)}]")
-        with run_child(command, environment={**os.environ, HEAD_VARIABLE: "1"}) as child:
-            if code := child.wait():
-                sys.exit(code)
 
 
 @contextlib.contextmanager

@@ -57,23 +57,6 @@ def check_workers(definition: Definition, path: Path) -> list[str]:
     return []
 
 
-def hand_over_to_job(sweep: SweepFolder) -> str | None:
-    """With `worker.head=job`, closes the sweep, submits the Slurm job that leads it, and returns the job's id.
-
-    Otherwise returns None, and this process leads the sweep.
-    """
-    config = sweep.definition.sweep_config.worker
-    if not isinstance(config, SlurmConfig) or config.head != "job":
-        return None
-    from lorasweep.sweep.workers.slurm import submit_head  # noqa: PLC0415
-    from lorasweep.sweep.workers.slurm_job import is_head_job  # noqa: PLC0415 (needs submitit)
-
-    if is_head_job():
-        return None
-    sweep.close()  # the job opens it
-    return submit_head(config, sweep.path)
-
-
 def add_jobs(path: Path, changes: Mapping[str, Any]) -> list[str] | None:
     """Submits more Slurm jobs for a running sweep, and returns their ids. Example of `changes`: `{"worker.jobs": 8}`.
 
@@ -137,9 +120,9 @@ def _train_on_ray(sweep: SweepFolder, config: RayWorkers, *, stop_requested: Cal
 
 def _train_on_slurm(sweep: SweepFolder, config: SlurmConfig, *, stop_requested: Callable[[], bool]) -> bool:
     from lorasweep.sweep.workers.slurm import cancel_jobs, read_live_jobs, submit_missing_jobs  # noqa: PLC0415
-    from lorasweep.sweep.workers.slurm_job import TOKEN_FILE, is_head_job, write_address  # noqa: PLC0415
+    from lorasweep.sweep.workers.slurm_job import TOKEN_FILE, write_address  # noqa: PLC0415
 
-    path, is_left_to_next_head = sweep.path, False
+    path = sweep.path
 
     def require_jobs() -> None:
         time.sleep(JOBS_INTERVAL_S)
@@ -161,14 +144,10 @@ def _train_on_slurm(sweep: SweepFolder, config: SlurmConfig, *, stop_requested: 
         try:
             submit_missing_jobs(config, path)
             pool = WorkerPool(path, num="auto", needs=_worker_needs(sweep.definition, config))
-            complete = pool.train(stop_requested=stop_requested, require_nodes=require_jobs)
-            # A head that runs in a job is requeued at its time limit. Its nodes then wait for the next head.
-            is_left_to_next_head = not complete and is_head_job()
+            return pool.train(stop_requested=stop_requested, require_nodes=require_jobs)
         finally:
-            if not is_left_to_next_head:
-                write_address(path, "")  # tells the nodes to end
-                cancel_jobs(path)  # ends the jobs that still wait for a machine
-        return complete
+            write_address(path, "")  # tells the nodes to end
+            cancel_jobs(path)  # ends the jobs that still wait for a machine
 
 
 def count_processes_per_trial(trainer: TrainerConfig) -> int:
