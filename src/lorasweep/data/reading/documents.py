@@ -73,7 +73,7 @@ def _open_files(config: TextConfig) -> Callable[[str], ReadExamples[Document]]:
 
 
 def open_text(path: Path) -> TextIO:
-    """Opens a UTF-8 file, also one compressed by gzip, without its byte order mark. Every line end becomes a line feed."""
+    """Opens a UTF-8 file, also one compressed by gzip, without its byte order mark. Line ends become line feeds."""
     open_file = gzip.open if path.suffix.lower() == ".gz" else open
     return cast(TextIO, open_file(path, "rt", encoding="utf-8-sig"))
 
