@@ -171,3 +171,10 @@ def test_sizes_leave_least_padding(mixed, micro_batches):
 
 def test_examples_of_one_length_are_not_cut():
     assert choose_accumulate(LengthsOnly([7] * 20), batch_size=16, cost_per_batch=0) == 1
+
+
+def test_large_batches_are_cut_in_little_time(mixed):
+    sizes = choose_micro_batch_sizes(mixed, batch_size=5000, micro_batches=8)
+    assert sum(sizes) == 5000
+    assert sizes[0] > sizes[-1]  # more of the short examples go together
+    assert choose_accumulate(mixed, batch_size=5000, cost_per_batch=256) > 1

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 
 import lorasweep.training.inputs as inputs_file
+from lorasweep.errors import ConfigError
 from lorasweep.models.attention import AttentionChoice
 from lorasweep.record import read_run
-from lorasweep.training.inputs import InputsCache
+from lorasweep.training.inputs import InputsCache, resolve_accumulate
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
 
@@ -47,3 +48,10 @@ def test_the_attention_that_was_chosen_is_said_and_recorded(make_config, inputs,
         replace(inputs, attention=AttentionChoice("custom", "the model is not from transformers")).notes
         == inputs.splits.notes
     )
+
+
+@pytest.mark.parametrize("accumulate", ["auto", 10**9])
+def test_a_batch_larger_than_the_memory_is_refused_before_it_is_drawn(make_config, inputs, accumulate):
+    config = make_config({"trainer.batch_size": 10**10, "trainer.accumulate": accumulate}).trainer
+    with pytest.raises(ConfigError, match=r"`trainer\.batch_size` must fit the free memory .* 10000000000 examples"):
+        resolve_accumulate(config, inputs.splits.train)

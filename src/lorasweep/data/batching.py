@@ -22,7 +22,15 @@ from lorasweep.data.split import Batch, Split
 MAX_MICRO_BATCHES = 16
 """Maximum number of micro-batches per step that `trainer.accumulate=auto` considers."""
 SAMPLED_STEPS = 100
-"""Number of steps whose batches are drawn to estimate the typical lengths in a batch."""
+"""Number of steps whose batches are drawn to estimate the typical lengths in a batch, unless they are large."""
+MAX_SAMPLED_EXAMPLES = 100_000
+"""Maximum number of examples in these batches. Drawing them takes 0.1 s."""
+MAX_CUTS = 128
+"""Number of places in a batch at which it may be cut into micro-batches. The search takes the square of it."""
+BYTES_PER_POSITION = 16
+"""Bytes of a token position in a batch: an int64 token and an int64 target."""
+BYTES_PER_DRAWN_EXAMPLE = 100
+"""Bytes of an example's index while a step is drawn, sorted and cut: in lists of Python and in tensors."""
 
 
 class MicroBatch(NamedTuple):
@@ -228,14 +236,20 @@ def choose_micro_batch_sizes(split: Split, *, batch_size: int, micro_batches: in
     """
     if micro_batches == 1 or _has_one_length(split):
         return tuple(batch_size // micro_batches + (n < batch_size % micro_batches) for n in range(micro_batches))
-    typical = estimate_lengths(split, batch_size)
-    # best[j]: the fewest positions, padding included, for the j + 1 shortest examples in the micro-batches so far, and
-    # the sizes of these micro-batches. Each further micro-batch takes examples i + 1 to j, padded to the length of j.
-    best: list[tuple[float, tuple[int, ...]]] = [((j + 1) * length, (j + 1,)) for j, length in enumerate(typical)]
+    every = max(1, batch_size // max(MAX_CUTS, 2 * micro_batches))
+    ends = [*range(every, batch_size, every), batch_size]
+    lengths = [estimate_lengths(split, batch_size)[end - 1] for end in ends]
+    # best[j]: the fewest positions, padding included, for the ends[j] shortest examples in the micro-batches so far,
+    # and the sizes of these micro-batches. Each further micro-batch takes the examples from ends[i] to ends[j], padded
+    # to the longest of them.
+    best: list[tuple[float, tuple[int, ...]]] = [(end * lengths[j], (end,)) for j, end in enumerate(ends)]
     for _ in range(micro_batches - 1):
         best = [
-            min(((best[i][0] + (j - i) * typical[j], (*best[i][1], j - i)) for i in range(j)), default=(math.inf, ()))
-            for j in range(batch_size)
+            min(
+                ((best[i][0] + (end - ends[i]) * lengths[j], (*best[i][1], end - ends[i])) for i in range(j)),
+                default=(math.inf, ()),
+            )
+            for j, end in enumerate(ends)
         ]
     return best[-1][1]
 
@@ -243,8 +257,9 @@ def choose_micro_batch_sizes(split: Split, *, batch_size: int, micro_batches: in
 @functools.lru_cache(maxsize=64)
 def estimate_lengths(split: Split, batch_size: int) -> tuple[float, ...]:
     """Returns the mean length of the shortest example in a step, then of the second shortest, and so on."""
-    steps = StepBatchSampler(split, batch_size=batch_size, num_steps=SAMPLED_STEPS, seed=0)
-    drawn = torch.stack([split.lengths[torch.tensor(steps.get_step_indices(step))] for step in range(SAMPLED_STEPS)])
+    num_steps = max(1, min(SAMPLED_STEPS, MAX_SAMPLED_EXAMPLES // batch_size))
+    steps = StepBatchSampler(split, batch_size=batch_size, num_steps=num_steps, seed=0)
+    drawn = torch.stack([split.lengths[torch.tensor(steps.get_step_indices(step))] for step in range(num_steps)])
     return tuple(drawn.sort(dim=1).values.double().mean(0).tolist())
 
 
@@ -271,6 +286,12 @@ def choose_accumulate(split: Split, *, batch_size: int, cost_per_batch: int, slo
         return slots * positions + count * cost_per_batch
 
     return min(range(1, min(batch_size, MAX_MICRO_BATCHES) + 1), key=cost)
+
+
+def count_batch_bytes(split: Split, *, batch_size: int, micro_batches: int) -> int:
+    """Returns the bytes of a step's indices and of one of its micro-batches, without the model's activations."""
+    positions = math.ceil(batch_size / micro_batches) * float(split.lengths.double().mean())
+    return BYTES_PER_DRAWN_EXAMPLE * batch_size + int(BYTES_PER_POSITION * positions)
 
 
 def batch_by_length(lengths: Int[Tensor, " examples"], *, budget: int) -> list[list[int]]:

@@ -13,7 +13,7 @@ from lorasweep.sweep.definition.arms import Definition, name_arm_in_errors, rest
 from lorasweep.sweep.definition.bases import explain_bases
 from lorasweep.sweep.definition.packing import explain_solo_arms, plan_packing
 from lorasweep.sweep.definition.seeds import draw_confirm_seeds
-from lorasweep.training.inputs import InputsCache
+from lorasweep.training.inputs import InputsCache, check_batch_memory
 from lorasweep.training.prepare import check_run
 from lorasweep.training.restore import require_trusted_code
 
@@ -55,6 +55,7 @@ def check_definition(definition: Definition, inputs_cache: InputsCache) -> None:
             for config in arm.corners:
                 inputs = inputs_cache.load(config)
                 check_run(config, inputs.base)
+                check_batch_memory(config.trainer, inputs.splits.train)
                 if not definition.sweep_config.confirm.seeds:
                     continue
                 try:

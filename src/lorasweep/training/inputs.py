@@ -12,17 +12,20 @@ import torch
 
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig, TrainerConfig
-from lorasweep.data.batching import EvaluationSampler, choose_accumulate
+from lorasweep.data.batching import MAX_MICRO_BATCHES, EvaluationSampler, choose_accumulate, count_batch_bytes
 from lorasweep.data.build_splits import DataSplits, build_splits
 from lorasweep.data.read_source import read_source
 from lorasweep.data.source import DataSource
 from lorasweep.data.split import Split
 from lorasweep.data.split import padding_fraction as measure_padding
+from lorasweep.errors import ConfigError
 from lorasweep.methods import METHODS
 from lorasweep.models.attention import AttentionChoice, choose_attention
 from lorasweep.models.load import BaseModel, Labels, load_base
 from lorasweep.training.environment import DTYPES, Precision, get_device, resolve_precision
+from lorasweep.training.memory import free_memory_bytes
 from lorasweep.training.telemetry import Telemetry
+from lorasweep.wording import format_bytes
 
 MICRO_BATCH_COST_POSITIONS: Mapping[Precision, int] = {"fp32": 128, "bf16": 512}
 """Fixed cost of a micro-batch, expressed as the number of token positions that take as long.
@@ -161,11 +164,27 @@ def _get_labels(source: DataSource) -> Labels | None:
 
 
 def resolve_accumulate(config: TrainerConfig, split: Split, *, slots: int = 1) -> int:
-    """Returns the micro-batches per optimizer step for `trainer.accumulate`."""
+    """Returns the micro-batches per optimizer step for `trainer.accumulate`. Raises `ConfigError` as below."""
+    check_batch_memory(config, split)
     if config.accumulate == "auto":
         cost = MICRO_BATCH_COST_POSITIONS[resolve_precision(config)]
         return choose_accumulate(split, batch_size=config.batch_size, cost_per_batch=cost, slots=slots)
     return config.accumulate
+
+
+def check_batch_memory(config: TrainerConfig, split: Split) -> None:
+    """Raises ConfigError if one step's examples do not fit the free memory, before anything of this size is allocated.
+
+    Only the batch itself is counted. What the model needs for it is found by trying.
+    """
+    accumulate = MAX_MICRO_BATCHES if config.accumulate == "auto" else config.accumulate
+    needed = count_batch_bytes(split, batch_size=config.batch_size, micro_batches=accumulate)
+    free = free_memory_bytes()
+    if needed > free:
+        raise ConfigError(
+            f"`trainer.batch_size` must fit the free memory of {format_bytes(free)}, but {config.batch_size} examples "
+            f"take {format_bytes(needed)} or more. Training data has {len(split)} examples; use a smaller batch."
+        )
 
 
 def describe_batching(inputs: RunInputs, config: TrainerConfig, *, accumulate: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Measures the memory of the machine and of a forward pass. Neither depends on how much memory is free now."""
+"""Measures the memory of the machine and of a forward pass."""
 
 from __future__ import annotations
 
@@ -11,10 +11,18 @@ from torch import Tensor, nn
 
 
 def machine_memory_bytes(device: torch.device) -> int:
-    """Returns the total memory of a GPU, or of the host within the limits of its control groups."""
+    """Returns the total memory of a GPU, or of the host within the limits of its control groups.
+
+    It does not depend on how much memory is free now, because packs are planned with it.
+    """
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return min([int(psutil.virtual_memory().total), *cgroup_limits()])
+
+
+def free_memory_bytes() -> int:
+    """Returns the memory of the host that can be allocated now without swapping."""
+    return min([int(psutil.virtual_memory().available), *cgroup_limits()])
 
 
 def cgroup_limits(
