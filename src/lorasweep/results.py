@@ -223,11 +223,10 @@ class SweepResult:
 
     def figures(self) -> dict[str, Figure]:
         """Returns the report's plotly figures by title. Figures without data are skipped."""
-        from lorasweep.report.figures import PANELS  # noqa: PLC0415 (plotly is slow to import)
+        from lorasweep.report.figures import draw_panels  # noqa: PLC0415 (plotly is slow to import)
         from lorasweep.report.sweep_data import load_sweep_data  # noqa: PLC0415
 
-        data = load_sweep_data(self.folder)
-        panels = [draw(data) for draw in PANELS]
+        panels = draw_panels(load_sweep_data(self.folder))
         return {panel.title: figure for panel in panels for figure in panel.figures[:1]}
 
     def table(self) -> RenderableType:

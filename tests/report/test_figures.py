@@ -1,4 +1,4 @@
-"""The figures' own arithmetic: ranges, bins, fronts, thinning, and what each panel shows."""
+"""The figures' own arithmetic: ranges, fronts, the selection of trials, and what each panel shows."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import plotly.graph_objects as go
 import pytest
 from rich.console import Console
 
-from lorasweep.report.figures import PANELS, trials
-from lorasweep.report.figures.panel import choose_colours, find_bar_range, find_score_range, pad_range, select_evenly
-from lorasweep.report.figures.scores_by_value import draw_scores_by_value
-from lorasweep.report.figures.tested import draw_tested
+from lorasweep.report.figures import panel as panels
+from lorasweep.report.figures.confirmed import draw_scores_by_value, draw_tested
+from lorasweep.report.figures.panel import choose_colours, find_bar_range, find_score_range, pad_range, select_trials
 from lorasweep.report.figures.text import render_scores_by_value
 from lorasweep.report.figures.trials import draw_learning_curves, draw_score_by_lr, draw_tradeoff
 from lorasweep.report.sweep_data import SweepData, load_sweep_data
@@ -69,14 +68,18 @@ def test_each_arm_keeps_one_colour_of_its_own(sweep: Path) -> None:
     assert len({after[f"lora-{index}"] for index in range(8)}) == 8
 
 
+def test_values_of_a_key_are_shades_of_their_own(ranked: SweepData) -> None:
+    assert len(set(choose_colours(ranked).values())) == 3 + len(RANK_SCORES)
+
+
 def test_diverged_score_does_not_flatten_the_others_and_is_counted(sweep: Path) -> None:
     def diverge(raw: dict[str, Any]) -> None:
         next(trial for trial in raw["trials"] if trial["arm"] == "lora")["value"] = 90.0
 
     edit_json(sweep / "sweep.json", diverge)
-    panel = draw_score_by_lr(load_sweep_data(sweep))
-    assert panel.figures[0].layout.yaxis.range[1] < 2.3
-    assert "1 value lies outside the range shown." in panel.text
+    (figure,) = draw_score_by_lr(load_sweep_data(sweep)).figures
+    assert figure.layout.yaxis.range[1] < 2.3
+    assert "1 outside the range" in figure.layout.xaxis.title.text
 
 
 def test_range_reaches_from_the_best_to_the_base(sweep: Path) -> None:
@@ -86,27 +89,9 @@ def test_range_reaches_from_the_best_to_the_base(sweep: Path) -> None:
     assert find_score_range(data, []) is None
 
 
-def test_range_without_a_base_leaves_out_the_worst_tenth(tmp_path: Path) -> None:
-    data = load_sweep_data(build_sweep(tmp_path, frozen=0, full=0))
-    low, high = find_score_range(data, [*(1.0 + index / 100 for index in range(20)), 50.0]) or (0, 0)
-    assert low < 1.0
-    assert high < 2
-    assert find_score_range(data, [1.0]) == (0.95, 1.05)
-
-
-def test_axis_of_test_scores_ends_where_the_metric_ends(confirmed: Path) -> None:
-    def score_equally(raw: dict[str, Any]) -> None:
-        raw["metric"] = "f1"
-        for rerun in raw["confirm"]:
-            rerun["value"] = 0.0 if rerun["arm"] == "frozen" else 1.0
-
-    edit_json(confirmed / "sweep.json", score_equally)
-    for path in confirmed.glob("runs/*/test_scores.csv"):
-        path.unlink()
-    (figure,) = draw_scores_by_value(load_sweep_data(confirmed)).figures
-    assert figure.layout.yaxis.range[1] == 1.0
+def test_a_range_ends_where_the_metric_ends() -> None:
+    assert pad_range(0.8, 0.99, limits=(0.0, 1.0))[1] == 1.0
     assert pad_range(0.8, 0.8, limits=(0.0, 1.0)) == pytest.approx((0.76, 0.84))
-    assert pad_range(0.0, 0.0, limits=(0.0, 1.0)) == (0.0, 1.0)
 
 
 def test_a_very_wide_interval_does_not_flatten_the_scores() -> None:
@@ -115,25 +100,15 @@ def test_a_very_wide_interval_does_not_flatten_the_scores() -> None:
     assert high == pytest.approx(2.1, abs=0.1)
 
 
-def test_values_of_a_key_have_colours_between_two_others(ranked: SweepData) -> None:
-    colours = choose_colours(ranked)
-    shades = [colours[f"lora-rank-{rank}"] for rank in RANK_SCORES]
-    assert len({*shades, colours["lora"], colours["full"], colours["frozen"]}) == 7
-    red = [int(shade[1:3], 16) for shade in shades]
-    assert red == sorted(red)
-
-
 def test_dots_over_rank_are_the_means_on_test_data_and_rings_their_seeds(ranked: SweepData) -> None:
     panel = draw_scores_by_value(ranked)
     (figure,) = panel.figures
     assert panel.title == "Test score by rank"
-    assert list(figure.layout.xaxis.tickvals) == list(RANK_SCORES)
-    assert figure.layout.xaxis.type == "log"
     dots, rings = find_traces(figure, size=11), find_traces(figure, symbol="circle-open")
     for (rank, dot), ring in zip(zip(RANK_SCORES, dots, strict=True), rings, strict=True):
         found = ranked.evidence.subject(f"lora-rank-{rank}")
         assert found
-        assert (dot.x[0], dot.y[0]) == (rank, found.mean)
+        assert (dot.x[0], dot.y[0]) == (f"rank {rank}", found.mean)
         assert tuple(ring.y) == pytest.approx(found.values)
         assert all(link.startswith("../runs/lora-confirm-") for link in ring.customdata)
 
@@ -162,7 +137,7 @@ def test_the_smallest_sufficient_rank_has_a_mark_only_if_it_is_settled(ranked: S
     assert verdicts["lora-rank-4"] == "insufficient"
     assert verdicts["lora-rank-16"] == "sufficient"
     (mark,) = find_traces(draw_scores_by_value(ranked).figures[0], symbol="diamond-open")
-    assert mark.x[0] == 16
+    assert mark.x[0] == "rank 16"
 
     def keep_one_seed(raw: dict[str, Any]) -> None:
         raw["confirm"] = [row for row in raw["confirm"] if row["seed"] == 0]
@@ -185,34 +160,6 @@ def test_a_base_far_from_all_others_is_named_at_the_edge(ranked_copy: Path) -> N
     assert figure.layout.yaxis.range[1] < 2
     assert figure.layout.annotations[1].text.startswith("↑ frozen 12")
     assert render(data)[6].rstrip().endswith("→")
-
-
-def test_values_that_are_no_numbers_and_other_arms_are_categories(ranked_copy: Path) -> None:
-    def rename(raw: dict[str, Any]) -> None:
-        arm = raw["arms"][-1]
-        arm["confirm_each"] = "method.variant"
-        arm["space"]["method.variant"] = [f"v{rank}" for rank in arm["space"].pop("method.rank")]
-        for rows in (raw["settings"], raw["confirm"], raw["questions"]):
-            for row in rows:
-                row.update({key: _rename(value) for key, value in row.items() if key in ("subject", "subjects")})
-        for row in raw["trials"]:
-            row["params"] = {key.replace("rank", "variant"): value for key, value in row["params"].items()}
-        raw["arms"].append({**raw["arms"][1], "name": "head", "method": "head"})
-        settings = next(row for row in raw["settings"] if row["arm"] == "full")
-        raw["settings"].append({**settings, "arm": "head", "subject": "head"})
-        full = [row for row in raw["confirm"] if row["arm"] == "full"]
-        raw["confirm"] += [{**row, "arm": "head", "subject": "head"} for row in full]
-
-    edit_json(ranked_copy / "sweep.json", rename)
-    (figure,) = draw_scores_by_value(load_sweep_data(ranked_copy)).figures
-    places = [trace.x[0] for trace in find_traces(figure, size=11)]
-    assert places == ["variant v1", "variant v4", "variant v16", "variant v64", "head"]
-
-
-def _rename(subject: str | list[str]) -> str | list[str]:
-    return (
-        [str(_rename(one)) for one in subject] if isinstance(subject, list) else subject.replace("rank-", "variant-v")
-    )
 
 
 def test_without_confirm_each_the_arms_are_compared_and_without_full_bars_are_those_of_means(confirmed: Path) -> None:
@@ -251,23 +198,6 @@ def test_text_has_a_row_for_each_subject_and_fits_a_terminal(ranked: SweepData) 
     assert [places[name] for name in by_mean] == sorted(places.values())
     assert rows["full"].count("░") > 1
     assert all(row[places["frozen"]] in "┊●" for row in rows.values())
-
-
-def test_text_of_long_names_and_wide_intervals_fits_a_terminal(ranked_copy: Path) -> None:
-    def rename(raw: dict[str, Any]) -> None:
-        raw["confirm"] = [row for row in raw["confirm"] if row["seed"] < 2]
-        for rows in (raw["arms"], raw["settings"], raw["confirm"], raw["trials"]):
-            for row in rows:
-                row.update({key: value.replace("lora", "lora" * 10) for key, value in row.items() if key in NAMES})
-        raw["questions"] = []
-
-    edit_json(ranked_copy / "sweep.json", rename)
-    lines = render(load_sweep_data(ranked_copy))
-    assert any("…" in line for line in lines)
-    assert max(map(len, lines)) <= 80
-
-
-NAMES = ("name", "arm", "subject")
 
 
 def test_tested_quantities_are_those_of_the_answers_beside_the_margin(ranked: SweepData) -> None:
@@ -327,11 +257,6 @@ def test_an_arm_with_confirm_each_has_its_rates_by_value_and_predicted_settings_
     assert first.x[0] == pytest.approx(ranked.record.settings[2].params["optim.lr"] * 2)
 
 
-def test_best_curves_are_bold_and_named(sweep: Path) -> None:
-    figure = draw_learning_curves(load_sweep_data(sweep)).figures[0]
-    assert [trace.name for trace in figure.data if trace.line.width == 3] == ["lora", "full"]
-
-
 def test_the_bold_curve_of_a_predicted_setting_is_that_of_its_best_trial(ranked: SweepData) -> None:
     figure = draw_learning_curves(ranked).figures[0]
     bold = {trace.name: trace.y[-1] for trace in figure.data if trace.line.width == 3}
@@ -343,33 +268,15 @@ def test_tradeoff_leaves_out_what_trains_nothing(sweep: Path) -> None:
     assert names == {"best up to this cost", "lora", "full"}
 
 
-def test_tradeoff_without_a_readable_run_is_a_sentence(sweep: Path) -> None:
-    for path in sweep.glob("runs/*/run.json"):
-        path.unlink()
-    panel = draw_tradeoff(load_sweep_data(sweep))
-    assert panel.figures == ()
-    assert "readable record" in panel.text
-
-
-def test_a_large_group_keeps_evenly_spaced_items_with_the_first_and_a_small_one_stays_whole() -> None:
-    groups = [[(score * 37) % 101 for score in range(101)], [7, 3]]
-    (first, second), sentence = select_evenly(groups, key=lambda score: score, max_items=40)
-    assert list(first) == list(range(0, 101, 6))
-    assert second == [7, 3]
-    assert "19 of 103 are drawn" in sentence
-    assert select_evenly(groups, key=None, max_items=103) == (groups, "")
-
-
-def test_every_figure_of_a_large_sweep_draws_the_best_and_says_that_it_skips_some(
+def test_a_large_sweep_shows_evenly_spaced_trials_with_the_best(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     large = load_sweep_data(build_sweep(tmp_path, lora=60))
-    before = {panel.key: panel for panel in (draw(large) for draw in PANELS)}
-    monkeypatch.setattr("lorasweep.report.figures.panel.MAX_FIGURE_POINTS", 20)
-    monkeypatch.setattr(trials, "MAX_CURVES", 20)
-    drawn = {panel.key: panel for panel in (draw(large) for draw in PANELS)}
-    for key in ("lr", "curves", "tradeoff"):
-        assert "are drawn" in drawn[key].text, key
-        assert len(drawn[key].figures[0].to_json()) < 0.7 * len(before[key].figures[0].to_json()), key
-    scores = {score for trace in drawn["tradeoff"].figures[0].data for score in trace.y}
-    assert {arm.best.value for arm in large.arms[1:] if arm.best} <= scores
+    assert select_trials(large) is large
+    monkeypatch.setattr(panels, "MAX_SHOWN_TRIALS", 20)
+    shown = select_trials(large)
+    assert len(shown.trials) <= 20 + len(large.arms)
+    assert {arm.best.run for arm in large.arms if arm.best} <= {trial.run for trial in shown.trials}
+    assert [arm.name for arm in shown.searches] == [arm.name for arm in large.searches]
+    numbers = [trial.number for trial in shown.searches[1].trials if trial.number is not None]
+    assert numbers == sorted(numbers)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import re
 from collections.abc import Sequence
 
@@ -13,13 +12,11 @@ from plotly.offline import get_plotlyjs
 
 from lorasweep import wording
 from lorasweep.report.answers import describe_answer
-from lorasweep.report.figures.panel import Panel, build_link, choose_colours
+from lorasweep.report.figures.panel import Panel, build_link, choose_colours, select_trials
 from lorasweep.report.summary import Summary
 from lorasweep.report.sweep_data import STATES, SweepData, TrialData
 from lorasweep.report.terminal import describe_setting, list_search_scores
 
-MAX_TABLE_ROWS = 1_000
-"""The table of trials has at most about this many rows: more make the page slow to open."""
 MAX_REASONS = 100
 """The section on unfinished trials lists at most this many trials of each state."""
 FILTERS = {
@@ -69,7 +66,7 @@ def render_page(summary: Summary, panels: Sequence[Panel]) -> str:
             main_panels=MAIN_PANELS,
             file_readers=FILE_READERS,
             columns=_list_columns(data),
-            rows=[(trial, _build_cells(trial, summary)) for trial in select_rows(data)],
+            rows=[(trial, _build_cells(trial, summary)) for trial in select_trials(data).trials],
             unfinished={state: _list_unfinished(data, state) for state in STATES if state != "complete"},
             max_reasons=MAX_REASONS,
         )
@@ -84,18 +81,6 @@ def _load_templates() -> Environment:
     environment.filters.update(FILTERS, code=mark_code, link=build_link)
     environment.globals.update(figure_json=figure_json, plotly_js=Markup(get_plotlyjs()))
     return environment
-
-
-def select_rows(data: SweepData) -> list[TrialData]:
-    """Returns the trials of the table by arm and number: all, or the best of each arm if the sweep is large."""
-
-    def order(trial: TrialData) -> tuple[bool, float]:
-        return not trial.is_complete, math.inf if trial.value is None else data.sign * trial.value
-
-    if len(data.trials) <= MAX_TABLE_ROWS:
-        return list(data.trials)
-    best = [sorted(arm.trials, key=order)[: MAX_TABLE_ROWS // len(data.searches)] for arm in data.searches]
-    return [trial for trials in best for trial in sorted(trials, key=lambda trial: trial.number or 0)]
 
 
 def mark_code(text: str) -> Markup:

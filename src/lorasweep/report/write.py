@@ -8,7 +8,7 @@ from typing import Any
 
 from lorasweep.disk import csv_text, write_atomically
 from lorasweep.report.board import BOARD_FOLDER, write_board
-from lorasweep.report.figures import PANELS
+from lorasweep.report.figures import draw_panels
 from lorasweep.report.page import render_page
 from lorasweep.report.recommend import RECOMMENDED_FILES
 from lorasweep.report.summary import Summary, summarize
@@ -42,7 +42,6 @@ def write_report(folder: Path) -> Summary:
     """
     summary = summarize(folder)
     data = summary.data
-    panels = [draw(data) for draw in PANELS]
     files = {
         "trials.csv": _trials_csv(summary),
         "curves.csv": csv_text(
@@ -50,7 +49,7 @@ def write_report(folder: Path) -> Summary:
             ([trial.arm, trial.number, *point] for trial in data.trials for point in trial.curve),
         ),
         "summary.json": json.dumps(summary.as_json(), indent=1) + "\n",
-        "index.html": render_page(summary, panels),
+        "index.html": render_page(summary, draw_panels(data)),
     }
     if data.confirm_runs:
         files["confirmed.csv"] = csv_text(

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import html
+import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 from urllib.parse import quote
 
 import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
 
 from lorasweep.report.evidence.estimates import Interval
-from lorasweep.report.sweep_data import SweepData, TrialData
+from lorasweep.report.sweep_data import ArmData, SweepData, TrialData
 from lorasweep.wording import format_metric, format_score, format_settings
 
 METHOD_COLOURS = {"frozen": "#868e96", "full": "#d9622b", "lora": "#3578c6"}
@@ -20,10 +22,8 @@ METHOD_COLOURS = {"frozen": "#868e96", "full": "#d9622b", "lora": "#3578c6"}
 OTHER_COLOURS = ("#159588", "#9a63c4", "#b8901f", "#c94f7c", "#5f9e3f", "#2fa3c4", "#a8714a", "#7a7fd0")
 RAMPS = (("#2fb5c4", "#7d3fc8"), ("#a3ad28", "#1c7a80"))
 """The first and the last colour of the values of an arm's key, smallest value first: one pair for each such arm."""
-MAX_LARGE_POINTS = 200
-"""Points are drawn smaller and fainter if there are more than this, so that they don't hide each other."""
-MAX_FIGURE_POINTS = 2_000
-"""A figure has at most about this many points or lines: more make the page slow to open."""
+MAX_SHOWN_TRIALS = 300
+"""Figures and table show at most about this many trials: more make the page large and slow to open."""
 MAX_BAR_SPANS = 0.5
 """An axis shows the ends of intervals up to this multiple of the range of scores beyond it. Intervals of two seeds may
 be so wide that nothing else could be seen."""
@@ -31,22 +31,39 @@ DEFAULT_HEIGHT_PX = 400
 PIXELS_PER_CHARACTER = 8
 """The width of a character of the names beside a figure, rounded up."""
 
-T = TypeVar("T")
 Point = tuple[Any, TrialData, float]
 """x value, trial and score."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """A section of the page: figures with a text and notes, or a sentence that says why there is no figure."""
+    """A section of the page: figures with a text, or a sentence that says why there is no figure."""
 
     key: str
     """The anchor in the page."""
     title: str
     text: str
     figures: tuple[go.Figure, ...] = ()
-    notes: tuple[str, ...] = ()
-    """Sentences below the figures."""
+
+
+def select_trials(data: SweepData) -> SweepData:
+    """Returns the sweep with at most about `MAX_SHOWN_TRIALS` trials.
+
+    Each subject keeps every n-th trial in the order of scores, its best trial among them.
+    """
+    step = math.ceil(len(data.trials) / MAX_SHOWN_TRIALS)
+    if step <= 1:
+        return data
+
+    def order(trial: TrialData) -> tuple[bool, float]:
+        return not trial.is_complete, math.inf if trial.value is None else data.sign * trial.value
+
+    kept = {trial.run for arm in data.arms for trial in sorted(arm.trials, key=order)[::step]}
+
+    def thin(arm: ArmData) -> ArmData:
+        return replace(arm, trials=tuple(trial for trial in arm.trials if trial.run in kept))
+
+    return replace(data, arms=tuple(map(thin, data.arms)), searches=tuple(map(thin, data.searches)))
 
 
 def choose_colours(data: SweepData) -> dict[str, str]:
@@ -55,23 +72,16 @@ def choose_colours(data: SweepData) -> dict[str, str]:
     An arm has its method's colour, or a free colour if another arm has that already. Values are shades of a ramp.
     """
     colours: dict[str, str] = {}
-    free = iter(OTHER_COLOURS * (1 + len(data.searches) // len(OTHER_COLOURS)))
+    free, ramps = itertools.cycle(OTHER_COLOURS), itertools.cycle(RAMPS)
     for search in data.searches:
         colour = METHOD_COLOURS.get(search.row.method)
         colours[search.name] = colour if colour and colour not in colours.values() else next(free)
-    split = [search.name for search in data.searches if search.row.confirm_each]
-    for place, name in enumerate(split):
-        subjects = [arm.name for arm in data.arms if arm.arm == name]
-        colours |= zip(subjects, _spread_colours(len(subjects), RAMPS[place % len(RAMPS)]), strict=True)
+    for search in data.searches:
+        if search.row.confirm_each:
+            subjects = [arm.name for arm in data.arms if arm.arm == search.name]
+            places = [place / max(len(subjects) - 1, 1) for place in range(len(subjects))]
+            colours |= zip(subjects, sample_colorscale(list(next(ramps)), places), strict=True)
     return colours
-
-
-def _spread_colours(count: int, ramp: tuple[str, str]) -> list[str]:
-    """Returns colours that lead from one end of a ramp to the other."""
-    first, last = ([int(end[place : place + 2], 16) for place in (1, 3, 5)] for end in ramp)
-    shares = [place / max(count - 1, 1) for place in range(count)]
-    mixed = [[round(a + share * (b - a)) for a, b in zip(first, last, strict=True)] for share in shares]
-    return [f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in mixed]
 
 
 def escape(text: object) -> str:
@@ -89,33 +99,6 @@ def build_label(trial: TrialData) -> str:
     state = "" if trial.state == "complete" else f" ({trial.state})"
     lines = [f"{trial.name}{state}", format_score(trial.value), format_settings(trial.params)]
     return "<br>".join(escape(line) for line in lines)
-
-
-def list_points(
-    trials: Iterable[TrialData], find_x: Callable[[TrialData], float | None], *, is_stopped: bool = False
-) -> list[Point]:
-    """Returns the complete trials whose x value is positive; with `is_stopped` those that were stopped early."""
-    chosen = [trial for trial in trials if (trial.is_stopped_early if is_stopped else trial.is_complete)]
-    return [(x, trial, trial.value) for trial in chosen if trial.value is not None and (x := find_x(trial) or 0.0) > 0]
-
-
-def select_evenly(groups: Sequence[Sequence[T]], *, key: Any, max_items: int) -> tuple[list[Sequence[T]], str]:
-    """Returns groups with at most about `max_items` items in all, and a sentence if items are skipped.
-
-    A large group is sorted by `key` and keeps every n-th item, the first among them. Groups have equal shares.
-    """
-    total, shown = sum(map(len, groups)), list(groups)
-    if total <= max_items:
-        return shown, ""
-    for index, group in enumerate(groups):
-        step = math.ceil(len(group) * len(groups) / max_items)
-        shown[index] = sorted(group, key=key)[::step] if step > 1 else group
-    drawn = sum(map(len, shown))
-    return shown, f" {drawn:,} of {total:,} are drawn, evenly over their scores, the best among them."
-
-
-def select_points(groups: Sequence[Sequence[Point]], data: SweepData) -> tuple[list[Sequence[Point]], str]:
-    return select_evenly(groups, key=lambda point: data.sign * point[2], max_items=MAX_FIGURE_POINTS)
 
 
 def build_figure(data: SweepData, *, x_title: str, y_title: str | None = None, **layout: Any) -> go.Figure:
@@ -140,19 +123,19 @@ def build_figure(data: SweepData, *, x_title: str, y_title: str | None = None, *
     return figure
 
 
-def set_score_axis(figure: go.Figure, data: SweepData, scores: Sequence[float]) -> str:
+def set_score_axis(figure: go.Figure, data: SweepData, scores: Sequence[float]) -> None:
     """Sets the range of scores, so that outliers don't flatten the rest, and draws the base's and full's scores.
 
-    Returns a sentence about the scores outside the range, or an empty text.
+    The title of the x axis says how many scores are outside the range.
     """
     limits = find_score_range(data, scores)
     if limits is None:
-        return ""
+        return
     figure.update_yaxes(range=limits)
     scores_by_method = {method: data.best_score(method) for method in ("full", "frozen")}
     add_references(figure, {name: (name, score) for name, score in scores_by_method.items() if score is not None})
-    cut = sum(not limits[0] <= score <= limits[1] for score in scores)
-    return f" {cut} {'value lies' if cut == 1 else 'values lie'} outside the range shown." if cut else ""
+    if num_outside := sum(not limits[0] <= score <= limits[1] for score in scores):
+        figure.layout.xaxis.title.text += f" · {num_outside} outside the range of scores"
 
 
 def add_references(figure: go.Figure, references: Mapping[str, tuple[str, float]]) -> None:
@@ -183,7 +166,7 @@ def add_references(figure: go.Figure, references: Mapping[str, tuple[str, float]
     figure.update_layout(margin={"r": width})
 
 
-def find_score_range(data: SweepData, scores: Sequence[float]) -> tuple[float, float] | None:
+def find_score_range(data: SweepData, scores: Sequence[float]) -> Interval | None:
     """Returns the lowest and the highest score to show; None without scores.
 
     The range starts at the best score, or at the score of full fine-tuning if it is better. It ends at the worst score
@@ -205,38 +188,17 @@ def find_score_range(data: SweepData, scores: Sequence[float]) -> tuple[float, f
     return pad_range(low, high, limits=data.metric_range)
 
 
-def pad_range(low: float, high: float, *, limits: tuple[float, float]) -> tuple[float, float]:
+def pad_range(low: float, high: float, *, limits: Interval) -> Interval:
     """Returns a range with a margin at both ends, which goes up to the limits."""
     pad = 0.06 * (high - low) or 0.05 * abs(low) or 1.0
     return max(low - pad, limits[0]), min(high + pad, limits[1])
 
 
-def find_bar_range(scores: Sequence[float], ends: Sequence[float], *, limits: tuple[float, float]) -> Interval:
+def find_bar_range(scores: Sequence[float], ends: Sequence[float], *, limits: Interval) -> Interval:
     """Returns the range of an axis that shows all scores, and the ends of intervals that are not far from them."""
     low, high = min(scores), max(scores)
     reach = MAX_BAR_SPANS * (high - low) or math.inf
     return pad_range(max(min([low, *ends]), low - reach), min(max([high, *ends]), high + reach), limits=limits)
-
-
-def add_points(figure: go.Figure, points: Sequence[Point], colour: str, name: str, **trace: Any) -> None:
-    """Adds trials as points with a hover text and a link to their runs. `trace` replaces settings of plotly's trace.
-
-    A click on the legend entry `name` hides and shows them.
-    """
-    is_large = len(points) <= MAX_LARGE_POINTS
-    marker = {"color": colour, "size": 8 if is_large else 5, "opacity": 0.75 if is_large else 0.5}
-    settings = {
-        "x": [x for x, _, _ in points],
-        "y": [score for _, _, score in points],
-        "mode": "markers",
-        "showlegend": False,
-        "marker": marker | trace.pop("marker", {}),
-        "text": [build_label(trial) for _, trial, _ in points],
-        "customdata": [build_link(trial.run) for _, trial, _ in points],
-        "hovertemplate": "%{text}<extra></extra>",
-        "cliponaxis": False,  # a point at the end of the axis is drawn whole
-    }
-    figure.add_scatter(name=escape(name), legendgroup=escape(name), **(settings | trace))
 
 
 def add_line(
@@ -248,21 +210,50 @@ def add_line(
     figure.add_scatter(x=list(x), y=list(y), line=line, name=escape(name), legendgroup=escape(name), **settings)
 
 
-def add_mark(
-    figure: go.Figure, x: Any, y: float | None, colour: str, name: str, *, symbol: str = "circle-open", text: str = ""
+def add_markers(
+    figure: go.Figure,
+    x: Sequence[Any],
+    y: Sequence[Any],
+    colour: str,
+    name: str,
+    *,
+    text: Sequence[str] = (),
+    links: Sequence[str] = (),
+    **marker: Any,
 ) -> None:
-    """Adds a large open symbol around a point, with a hover text if one is given."""
+    """Adds points with hover texts, and links that a click opens; a click on the legend entry `name` hides them.
+
+    `marker` has settings of plotly's marker, and `showlegend`.
+    """
     figure.add_scatter(
-        x=[x],
-        y=[y],
+        x=list(x),
+        y=list(y),
         mode="markers",
+        name=escape(name),
         legendgroup=escape(name),
-        showlegend=False,
-        marker={"color": colour, "symbol": symbol, "size": 16, "line": {"width": 2.2}},
-        text=[text],
+        showlegend=marker.pop("showlegend", False),
+        marker={"color": colour, "size": 8, **marker},
+        text=list(text) or None,
+        customdata=list(links) or None,
         hovertemplate="%{text}<extra></extra>" if text else None,
         hoverinfo=None if text else "skip",
-        cliponaxis=False,
+        cliponaxis=False,  # a point at the end of the axis is drawn whole
+    )
+
+
+def add_trials(figure: go.Figure, points: Iterable[Point], colour: str, name: str, **marker: Any) -> None:
+    """Adds trials as points with their settings as hover text and links to their runs."""
+    found = list(points)
+    add_markers(
+        figure,
+        [x for x, _, _ in found],
+        [score for _, _, score in found],
+        colour,
+        name,
+        text=[build_label(trial) for _, trial, _ in found],
+        links=[build_link(trial.run) for _, trial, _ in found],
+        opacity=0.75,
+        **marker,
     )
 
 
@@ -273,14 +264,4 @@ def add_estimate(
     if interval is not None:
         bar = {"x": [x, x], "y": [y, y]} | {along: list(interval)}
         add_line(figure, bar["x"], bar["y"], colour, name, line={"width": 4}, opacity=0.6)
-    figure.add_scatter(
-        x=[x],
-        y=[y],
-        mode="markers",
-        legendgroup=escape(name),
-        showlegend=False,
-        marker={"color": colour, "size": 11},
-        text=[escape(text)],
-        hovertemplate="%{text}<extra></extra>",
-        cliponaxis=False,
-    )
+    add_markers(figure, [x], [y], colour, name, text=[escape(text)], size=11)

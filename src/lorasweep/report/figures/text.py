@@ -8,7 +8,7 @@ from rich.text import Text
 
 from lorasweep.report.evidence.estimates import Interval
 from lorasweep.report.evidence.evidence import SubjectEvidence
-from lorasweep.report.figures.scores_by_value import ScoreChart, find_band, find_interval, list_score_charts
+from lorasweep.report.figures.confirmed import ScoreChart, find_band, find_interval, list_score_charts
 from lorasweep.report.sweep_data import SweepData
 from lorasweep.wording import format_metric, format_score
 

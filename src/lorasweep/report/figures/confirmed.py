@@ -1,37 +1,45 @@
-"""The main figure: test score over the values of an arm's `confirm_each` key, beside full fine-tuning and the base."""
+"""Figures of the confirm stage: test scores by value of an arm's `confirm_each` key, and what the questions tested."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import plotly.graph_objects as go
 
-from lorasweep.config.ranges import is_number
+from lorasweep.record import QuestionName
+from lorasweep.report.choice import choose_value
 from lorasweep.report.evidence.estimates import Interval
 from lorasweep.report.evidence.evidence import SubjectEvidence
+from lorasweep.report.evidence.questions import Answer
 from lorasweep.report.figures.panel import (
     METHOD_COLOURS,
     Panel,
     add_estimate,
     add_line,
-    add_mark,
-    add_points,
+    add_markers,
     add_references,
+    add_trials,
     build_figure,
     choose_colours,
     escape,
     find_bar_range,
 )
 from lorasweep.report.sweep_data import ArmData, SweepData
-from lorasweep.wording import format_estimate, format_metric, format_setting, short_key
+from lorasweep.wording import format_estimate, format_metric, format_setting, format_share_estimate, short_key
 
 MAX_OTHER_ARMS = 6
 """Arms without `confirm_each` stand beside an arm's values unless there are more of them than this."""
-OTHER_ARMS_FACTOR = 4
-"""On a logarithmic axis, each further arm stands at this multiple of the place before it."""
 MAX_EMPTY_SPANS = 3
 """The frozen base is inside the axis if its distance is at most this multiple of the range of all other scores."""
+ROW_HEIGHT_PX = 34
+QUESTIONS: dict[QuestionName, str] = {
+    "as_good_as_full": "full",
+    "smallest": "a larger value",
+    "pair": "the other arm",
+}
+"""The kinds of questions in the order of their figures, and what a subject is compared with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,16 +96,6 @@ def list_score_charts(data: SweepData) -> list[ScoreChart]:
     return [_build_chart(values, few, data) for values in by_arm.values()]
 
 
-def find_smallest_sufficient(arm: str, data: SweepData) -> str | None:
-    """Returns the subject that is the smallest sufficient value of an arm's key; None if that is not settled."""
-    chain = data.evidence.list_answers("smallest", arm=arm)
-    first = next((place for place, answer in enumerate(chain) if answer.verdict == "sufficient"), len(chain))
-    if not chain or (first > 0 and chain[first - 1].verdict != "insufficient"):
-        return None
-    # if no smaller value is, the largest value is sufficient: nothing is better
-    return chain[first].subject if first < len(chain) else chain[-1].compared_with[-1]
-
-
 def find_interval(found: SubjectEvidence, data: SweepData) -> Interval | None:
     """Returns full's mean plus the interval of the difference from full; without full the interval of the mean."""
     full = data.evidence.subject(data.evidence.full)
@@ -124,59 +122,94 @@ def _build_chart(values: list[ArmData], others: list[ArmData], data: SweepData) 
         distance = max(min(scores) - base.mean, base.mean - max(scores))
         scores += [base.mean] if distance <= MAX_EMPTY_SPANS * (max(scores) - min(scores)) else []
     ends = [end for one in found if one is not full for end in find_interval(one, data) or ()]
+    chosen = (
+        choose_value(data, values[0].arm) if values and evidence.list_answers("smallest", arm=values[0].arm) else None
+    )
     return ScoreChart(
         values=tuple(values),
         others=tuple(others),
-        smallest_sufficient=find_smallest_sufficient(values[0].arm, data) if values else None,
+        smallest_sufficient=chosen.arm.name if chosen and chosen.is_settled else None,
         score_range=find_bar_range(scores, ends, limits=data.metric_range),
     )
 
 
 def _draw_chart(chart: ScoreChart, data: SweepData) -> go.Figure:
-    key = chart.values[0].key if chart.values else None
-    title = short_key(key) if key else "arm"
-    y_title = f"{format_metric(data.record.metric)}, test data"
-    places, ticks, is_log = _place_subjects(chart)
-    figure = build_figure(data, x_title=f"{title}{' (log scale)' if is_log else ''}", y_title=y_title)
-    if is_log:
-        figure.update_xaxes(type="log", tickvals=list(places.values()), ticktext=ticks)
-    else:
-        figure.update_xaxes(type="category", showgrid=False)
+    title = short_key(chart.values[0].key or "") if chart.values else "arm"
+    figure = build_figure(data, x_title=title, y_title=f"{format_metric(data.record.metric)}, test data")
+    figure.update_xaxes(type="category", showgrid=False)
     figure.update_yaxes(range=chart.score_range)
     evidence, band = data.evidence, find_band(data)
     found = {"full": evidence.subject(evidence.full), "frozen": evidence.subject(evidence.base)}
     add_references(figure, {method: (one.name, one.mean) for method, one in found.items() if one})
     if band:
         figure.add_hrect(y0=band[0], y1=band[1], fillcolor=METHOD_COLOURS["full"], opacity=0.15, line_width=0)
-    colours, means = choose_colours(data), []
+    # with the key's name, a value differs from an arm of the same name
+    places = {arm.name: f"{title} {format_setting(arm.row.settings[arm.key])}" for arm in chart.values if arm.key}
+    places = {name: escape(place) for name, place in (places | {arm.name: arm.name for arm in chart.others}).items()}
+    means = {name: one.mean for name in places if (one := evidence.subject(name))}
+    rows = [places[arm.name] for arm in chart.values]
+    if chart.values:
+        line = {"width": 1}
+        add_line(figure, rows, [means[arm.name] for arm in chart.values], METHOD_COLOURS["frozen"], "means", line=line)
+    colours = choose_colours(data)
     for arm in (*chart.values, *chart.others):
         x, colour, one = places[arm.name], colours[arm.name], evidence.subject(arm.name)
         assert one is not None
-        means.append(one.mean)
-        points = [(x, run, run.value) for run in arm.confirm_runs if run.is_complete and run.value is not None]
         text = f"{arm.name}: {format_estimate(one.mean, one.interval)}"
         add_estimate(figure, x, one.mean, find_interval(one, data), colour, arm.name, text=text)
-        add_points(figure, points, colour, arm.name, marker={"symbol": "circle-open"})
+        seeds = [(x, run, run.value) for run in arm.confirm_runs if run.is_complete and run.value is not None]
+        add_trials(figure, seeds, colour, arm.name, symbol="circle-open")
         if arm.name == chart.smallest_sufficient:
-            add_mark(figure, x, one.mean, colour, arm.name, symbol="diamond-open")
-    if is_log:
-        x, line = [places[arm.name] for arm in chart.values], {"width": 1}
-        add_line(figure, x, means[: len(x)], METHOD_COLOURS["frozen"], "means", line=line)
+            add_markers(figure, [x], [one.mean], colour, arm.name, symbol="diamond-open", size=16, line_width=2)
     return figure
 
 
-def _place_subjects(chart: ScoreChart) -> tuple[dict[str, Any], list[str], bool]:
-    """Returns each subject's place on the x axis, its tick, and whether the axis is logarithmic.
+def draw_tested(data: SweepData) -> Panel:
+    """Returns a figure for each kind of question: what was tested, with the interval of the test and the margin."""
+    title, figures = "Tested quantities", []
+    for name, reference in QUESTIONS.items():
+        answers = [answer for answer in data.evidence.list_answers(name) if answer.value is not None]
+        if answers:
+            figures.append(_draw_answers(answers, reference, data))
+    if not figures:
+        return Panel(key="tested", title=title, text="No question of the sweep has test scores.")
+    text = (
+        "What the verdicts rest on: each subject beside its reference, on the same seeds and examples, with the "
+        f"{100 * data.evidence.confidence:.3g} % interval of the test. The line is equality, the band the margin. Of "
+        "several larger values, the one that is worst for the subject is shown. A dot without a bar has too few seeds "
+        "for an interval, or an interval without an end."
+    )
+    return Panel(key="tested", title=title, text=text, figures=tuple(figures))
 
-    An axis of positive numbers is logarithmic, and other arms stand to the right of them. Else places are categories.
-    """
-    values = [arm.row.settings[arm.key] for arm in chart.values if arm.key]
-    names = [escape(arm.name) for arm in chart.others]
-    ticks = [*map(format_setting, values), *names]
-    is_log = bool(values) and all(is_number(value) and value > 0 for value in values)
-    if is_log:
-        places = [*values, *(max(values) * OTHER_ARMS_FACTOR**place for place, _ in enumerate(names, start=1))]
-    else:  # the key's name makes a value differ from an arm of the same name
-        places = [escape(f"{short_key(chart.values[0].key or '')} {format_setting(value)}") for value in values] + names
-    subjects = [arm.name for arm in (*chart.values, *chart.others)]
-    return dict(zip(subjects, places, strict=True)), ticks, is_log
+
+def _draw_answers(answers: Sequence[Answer], reference: str, data: SweepData) -> go.Figure:
+    # A share of full's gain is 1 at equality. Beside another reference, the page shows it less 1.
+    is_share, is_full = answers[0].is_share, answers[0].name == "as_good_as_full"
+    equal, shift = (1.0, 0.0) if is_share and is_full else (0.0, 1.0 if is_share else 0.0)
+    unit = "share of full's gain" if is_share else format_metric(data.record.metric)
+    if not is_share:
+        unit += f", {'lower' if data.sign > 0 else 'higher'} is better"
+    x_title = unit if is_share and is_full else f"difference from {reference} ({unit})"
+    figure = build_figure(data, x_title=x_title, y_title=" ", height=90 + ROW_HEIGHT_PX * max(len(answers), 2))
+    figure.update_xaxes(tickformat="~%" if is_share else None, exponentformat="none", nticks=6)
+    figure.update_yaxes(type="category")
+    margin, colour = data.margin_share if is_share else data.evidence.margin, METHOD_COLOURS["full"]
+    scores: list[float] = [equal]
+    ends: list[float] = []
+    if margin is not None:
+        scores += [equal - margin, equal + margin]
+        figure.add_vrect(x0=equal - margin, x1=equal + margin, fillcolor=colour, opacity=0.15, line_width=0)
+    figure.add_vline(x=equal, line={"color": colour, "width": 1.2, "dash": "dot"})
+    colours, form = choose_colours(data), format_share_estimate if is_share else format_estimate
+    for answer in reversed(answers):  # plotly draws the first row at the bottom
+        value = (answer.value or 0.0) - shift
+        interval = answer.interval and (answer.interval[0] - shift, answer.interval[1] - shift)
+        text = f"{answer.subject} beside {answer.reference}: {form(value, interval)}, {answer.verdict}"
+        row, subject = escape(f"{answer.subject}: {answer.verdict}"), answer.subject
+        add_estimate(figure, value, row, interval, colours[subject], subject, text=text, along="x")
+        scores.append(value)
+        ends += interval or ()
+    low, high = data.metric_range
+    limits = (-math.inf, math.inf) if is_share else (low - high, high - low)
+    figure.update_xaxes(range=find_bar_range(scores, ends, limits=limits))
+    return figure
