@@ -289,7 +289,7 @@ def measure_ray(sweep: SweepFolder, num_actors: int) -> None:
     """Simulates a sweep with Ray actors as workers, and prints the durations of their calls with waiting."""
     planned = sweep.definition.arms[0].trials
     sweep.close()
-    with start_local_cluster():
+    with start_local_cluster(sweep.path):
         import ray  # noqa: PLC0415 (reads the environment once, so it must be set before)
 
         from lorasweep.sweep.workers.ray_workers import (  # noqa: PLC0415

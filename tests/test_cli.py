@@ -22,7 +22,7 @@ from lorasweep import api
 from lorasweep.cli import DONE, FAILED, INTERRUPTED, WRONG_REQUEST, main, run
 from lorasweep.errors import Diverged, OutOfMemory
 from lorasweep.record import ArmRow, SweepRecord, read_run, read_sweep, write_record
-from lorasweep.stop_signal import StopSignal
+from lorasweep.training.stop_signal import StopSignal
 
 MINI = {
     "name": "mini",
@@ -556,12 +556,17 @@ def test_an_interrupted_run_ends_with_130_and_says_where_it_is(here, short, caps
 
 def test_a_second_ctrl_c_ends_at_once():
     before = signal.getsignal(signal.SIGINT)
-    with StopSignal() as stop:
-        assert not stop()
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop()
-        with pytest.raises(KeyboardInterrupt):
+    stop = StopSignal("To resume type x")
+
+    def send_twice():
+        with stop:
             os.kill(os.getpid(), signal.SIGINT)
+            assert stop()
+            os.kill(os.getpid(), signal.SIGINT)
+            pytest.fail("the second signal must end the block")
+
+    with pytest.raises(KeyboardInterrupt, match="To resume type x"):
+        send_twice()
     assert signal.getsignal(signal.SIGINT) is before
 
 

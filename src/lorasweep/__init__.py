@@ -10,7 +10,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lorasweep.thread_waiting import set_thread_waiting
+from lorasweep.training.thread_waiting import set_thread_waiting
 
 if TYPE_CHECKING:
     from lorasweep.api import resume_sweep, run_sweep, train_run

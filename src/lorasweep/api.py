@@ -37,7 +37,6 @@ from lorasweep.report.board import write_run_hparams
 from lorasweep.report.recommend import read_recommended
 from lorasweep.results import RunResult, SweepResult, load_run, load_sweep
 from lorasweep.runs.comparison import SweepReproduction, compare_sweeps
-from lorasweep.stop_signal import StopSignal
 from lorasweep.sweep.checks import (
     check_definition,
     find_constant_answer,
@@ -58,6 +57,7 @@ from lorasweep.training.processes import join_processes, run_on_first
 from lorasweep.training.restore import check_same_run, require_trusted_code
 from lorasweep.training.run import train_run as train_in_folder
 from lorasweep.training.run_log import RunFolder
+from lorasweep.training.stop_signal import StopSignal
 
 __all__ = ["load_run", "load_sweep", "resume_sweep", "run_sweep", "train_run"]
 
@@ -224,7 +224,8 @@ def check_sweep(definition: Definition, inputs_cache: InputsCache, *, output: st
 def train_opened_sweep(opened: SweepFolder, inputs_cache: InputsCache, *, progress: Progress) -> SweepResult:
     """Trains the remaining trials of an open sweep and closes it; writes the report if the sweep is complete."""
     folder = opened.path
-    with StopSignal() as stop, _report_progress(folder, progress):
+    remedy = f"To resume type `lorasweep sweep --resume {folder}`"
+    with StopSignal(remedy) as stop, _report_progress(folder, progress):
         is_complete = train_sweep(opened, inputs_cache, stop_requested=stop)
     if is_complete:
         write_report(folder)
@@ -248,7 +249,7 @@ def train_config(
             say(f"• {note}", file=sys.stderr)
         # after the checks, so that a wrong request creates no folder
         folder = run_on_first(group, lambda: claim.enter_context(_claim_run_folder(output, resume=resume)))
-        with StopSignal() as stop:
+        with StopSignal(f"To resume add `output={folder} resume=true` to the same command") as stop:
             run_folder = RunFolder(path=folder, origin=origin)
             record = train_in_folder(config, run_folder, inputs=inputs, stop_requested=stop, resume=resume)
         if group.is_global_zero and record.status != "interrupted":

@@ -22,7 +22,7 @@ from lorasweep.console import EscapingConsole, say, say_error, silence_event_wri
 from lorasweep.errors import ConfigError, LoraSweepError, RanksLost, RecordError
 from lorasweep.quick_imports import quick_imports
 from lorasweep.redaction import redact
-from lorasweep.stop_signal import INTERRUPTED
+from lorasweep.training.stop_signal import INTERRUPTED
 
 if TYPE_CHECKING:
     from lorasweep.config.compose import Primary
@@ -53,8 +53,8 @@ def run(arguments: Sequence[str]) -> int:
             return command(parsed)
     except (LoraSweepError, OSError) as error:
         return _say_exception(error)
-    except KeyboardInterrupt:
-        say_error("interrupted")
+    except KeyboardInterrupt as interrupt:
+        say_error(f"interrupted. {interrupt}".rstrip(". "))
         return INTERRUPTED
 
 
@@ -338,7 +338,7 @@ def reproduce(arguments: argparse.Namespace) -> int:
         from lorasweep.record import SWEEP_FILE
         from lorasweep.results import find_trial
         from lorasweep.runs.reproduce import reproduce_run
-        from lorasweep.stop_signal import StopSignal
+        from lorasweep.training.stop_signal import StopSignal
 
     if (arguments.folder is None) == (arguments.trial is None):
         raise ConfigError("`lorasweep reproduce` must have either a folder or `--trial SWEEP/ARM/NUMBER`.")

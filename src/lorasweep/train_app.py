@@ -41,7 +41,7 @@ from lorasweep.errors import ConfigError, LoraSweepError
 from lorasweep.quick_imports import quick_imports
 from lorasweep.redaction import redact
 from lorasweep.results import RunResult
-from lorasweep.stop_signal import INTERRUPTED
+from lorasweep.training.stop_signal import INTERRUPTED
 
 Show = Callable[[RunResult, str], int]
 Refuse = Callable[[LoraSweepError | OSError, str], int]

@@ -100,7 +100,7 @@ def test_a_package_that_the_user_trusts_is_taken(evil):
         "optuna.create_study",
         "optuna.samplers.RandomSampler",
         "lightning.Trainer",
-        "lorasweep.stop_signal.StopSignal",
+        "lorasweep.training.stop_signal.StopSignal",
     ],
 )
 def test_a_trusted_packages_other_names_are_refused(target):

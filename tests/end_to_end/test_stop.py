@@ -93,6 +93,17 @@ def test_a_signal_stops_a_sweep_within_seconds_with_a_checkpoint_and_the_words_t
         check_complete(folder, before)
 
 
+def test_a_second_ctrl_c_ends_a_sweep_at_once_with_the_words_to_resume_it(tmp_path, begin, words):
+    session = begin(*words, "trainer.eval_every_steps=60")
+    session.wait_for(lambda: any((tmp_path / "sweep").glob("runs/*/run.json")))
+    for _ in range(20):  # until one arrives between the first and the end of the step
+        session.send(signal.SIGINT)
+        time.sleep(0.005)
+    assert session.wait() == 130, session.output
+    assert "lorasweep sweep --resume sweep" in session.output
+    assert "Traceback" not in session.output
+
+
 def test_a_full_disk_ends_a_sweep_with_a_sentence_and_it_goes_on_when_there_is_room(tmp_path, begin, finish, words):
     disk = tmp_path / "disk"
     disk.mkdir()

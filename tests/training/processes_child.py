@@ -15,11 +15,11 @@ from torch.distributed.tensor import DTensor
 from lorasweep.config.compose import compose_run
 from lorasweep.data.tasks import LanguageModelling
 from lorasweep.models.load import fingerprint_weights
-from lorasweep.stop_signal import StopSignal
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.processes import join_processes
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
+from lorasweep.training.stop_signal import StopSignal
 
 SETTINGS = {
     "data.block_length": 32,

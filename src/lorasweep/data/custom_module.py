@@ -19,7 +19,6 @@ from lorasweep.config.user_function import call_user_function
 from lorasweep.data.source import DataSource
 from lorasweep.data.split import IGNORED, Batch, Split
 from lorasweep.errors import ConfigError, describe_error
-from lorasweep.fixed_seed import fixed_seed
 
 LOADER_METHODS = {"train": "train_dataloader", "validation": "val_dataloader", "test": "test_dataloader"}
 
@@ -64,7 +63,8 @@ def read_custom_module(config: CustomDataConfig) -> DataSource:
     Raises:
         ConfigError: The function or a method of the module fails, or a loader or example has the wrong type or labels.
     """
-    with fixed_seed():
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # the same data at each call, whatever the seed of the run
         module = call_user_function(config.factory, key="data.factory", offered={})
         if not isinstance(module, LightningDataModule):
             raise ConfigError(
@@ -77,7 +77,8 @@ def read_custom_module(config: CustomDataConfig) -> DataSource:
 
     @functools.cache
     def read_test() -> CustomSplit:
-        with fixed_seed():
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # the same data at each call, whatever the seed of the run
             _call(config, "setup", module.setup, "test")
             return _read_split(config, module, "test")
 

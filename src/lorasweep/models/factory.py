@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorasweep.config.model import ModelConfig
 from lorasweep.config.user_function import call_user_function
 from lorasweep.errors import ConfigError
-from lorasweep.fixed_seed import fixed_seed
 from lorasweep.models.dropout import set_dropout_modules, set_dropout_settings
 
 
@@ -35,7 +34,8 @@ def build_custom_model(
         ConfigError: The function does not exist, fails, or returns other types.
     """
     assert config.factory is not None
-    with fixed_seed():
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # the same weights at each call, whatever the seed of the run
         result = call_user_function(config.factory, key="model.factory", offered={"dtype": dtype, **offered})
     model, tokenizer, new_names = _unpack(result, config.factory)
     _set_dropout(model, config)

@@ -15,8 +15,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from lorasweep.fixed_seed import fixed_seed
-
 
 def load_pretrained(model_class: Any, source: str, *, dtype: torch.dtype, **settings: Any) -> PreTrainedModel:
     """Loads a model in `dtype` and checks that the checkpoint has all its weights.
@@ -51,7 +49,8 @@ def load_with_new_head(
         ValueError: Other weights are missing or have the wrong shape.
         Exception: The files are missing, damaged or of an unknown kind. transformers raises errors of many classes.
     """
-    with fixed_seed():
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # the same weights at each call, whatever the seed of the run
         model, missing = _load(model_class, source, dtype=dtype, **settings)
     network = f"{model.base_model_prefix}."
     _require_no_missing([name for name in missing if name.startswith(network) and "pooler" not in name.split(".")])

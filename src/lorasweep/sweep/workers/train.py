@@ -111,7 +111,7 @@ def _train_in_process(sweep: SweepFolder, inputs_cache: InputsCache, *, stop_req
 def _train_on_ray(sweep: SweepFolder, config: RayWorkers, *, stop_requested: Callable[[], bool]) -> bool:
     needs = _worker_needs(sweep.definition, config)
     address = config.address
-    with start_local_cluster() if address is None else join_cluster(address):
+    with start_local_cluster(sweep.path) if address is None else join_cluster(address):
         from lorasweep.sweep.workers.ray_workers import WorkerPool  # noqa: PLC0415 (needs Ray)
 
         check_capacity(needs)
@@ -137,7 +137,7 @@ def _train_on_slurm(sweep: SweepFolder, config: SlurmConfig, *, stop_requested: 
                 f"Type `lorasweep sweep --resume {path}` to submit other jobs."
             )
 
-    with start_head_for_nodes(ip=config.head_ip, token_file=path / TOKEN_FILE) as address:
+    with start_head_for_nodes(path, ip=config.head_ip, token_file=path / TOKEN_FILE) as address:
         from lorasweep.sweep.workers.ray_workers import WorkerPool  # noqa: PLC0415 (only now may Ray be imported)
 
         write_address(path, address)

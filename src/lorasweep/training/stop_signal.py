@@ -12,14 +12,20 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """Batch systems send SIGUSR1 or SIGUSR2 shortly before a job's time limit."""
 
 
+class _StopAtOnce(BaseException):
+    """Raised instead of KeyboardInterrupt, for which Lightning ends the process without a message."""
+
+
 class StopSignal:
-    """A context in which a stop signal only sets `requested`. A second Ctrl-C raises KeyboardInterrupt.
+    """A context in which a stop signal only sets `requested`. A second Ctrl-C raises KeyboardInterrupt(`remedy`).
 
     Outside the main thread the context has no effect, because Python allows signal handlers only in the main thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, remedy: str = "") -> None:
+        """`remedy` is a sentence for the user who stops the work at once, such as how to resume it."""
         self.requested = False
+        self._remedy = remedy
         self._handlers: dict[int, Any] = {}
 
     def __call__(self) -> bool:
@@ -30,11 +36,13 @@ class StopSignal:
             self._handlers = {number: signal.signal(number, self._set_requested) for number in STOP_SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        if isinstance(error, _StopAtOnce):
+            raise KeyboardInterrupt(self._remedy) from None
 
     def _set_requested(self, number: int, frame: object) -> None:
         if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise _StopAtOnce
         self.requested = True
