@@ -1,32 +1,45 @@
 """`intrinsic`: trains d coordinates of a random subspace of all weights (arXiv 1804.08838; 2012.13255, sections 3, 4).
 
 The intrinsic dimension of a task is the smallest d with which training reaches 90 % of the performance of full
-fine-tuning. `projection` implements the random projection P from the d coordinates to the weights.
+fine-tuning. The random projection P from the d coordinates to the weights is never built. It is a product of random
+signs and a Hadamard transform (Ailon and Chazelle 2009, "The fast Johnson-Lindenstrauss transform"):
+
+    P = S H G / √d      for each block of n weights
+
+n is the smallest power of two ≥ d (and at least 8). H is the Hadamard matrix (n × n). S and G are diagonal matrices of
+random signs, other ones for each block. They are stored as two bits per weight.
+
+Every entry of P is ±1/√d and every row has length 1. So a step of size η in each of the d numbers moves each weight by
+about η, for any d. Within whole blocks, the columns are orthogonal.
+
+*Differs* from Fastfood (Le, Sarlós and Smola 2013: H G Π H B with normal G), which both papers use. P has one Hadamard
+transform instead of two, random signs instead of normal numbers, and exactly orthogonal columns. The papers' columns
+have length 1, so their learning rates are √(D/d) times ours and depend on d.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from safetensors import safe_open
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 from torch.nn.utils import parametrize
 
 from lorasweep.config.method import IntrinsicConfig, MethodConfig
-from lorasweep.errors import ConfigError, RecordError
+from lorasweep.errors import ConfigError
 from lorasweep.lora.patterns import get_block_name
-from lorasweep.methods.method import Method, ParameterGroup, read_weights, write_weights
-from lorasweep.methods.projection import WEIGHTS_PER_CHUNK, add_projection, draw_signs, get_block_size
-from lorasweep.models.load import BaseModel
+from lorasweep.methods.method import Method, ParameterGroup
 
-SEED_LIMIT = 2**32
-"""Seeds of the projection are below this limit, because torch's CPU generator uses only 32 bits of a seed."""
+SIGNS_PER_BYTE = 8
+"""Minimum number of weights in a block, so that the signs of a block fill whole bytes."""
+WEIGHTS_PER_CHUNK = 2**18
+"""Number of weights that are projected at a time, so that temporary tensors stay in the CPU's cache."""
 
 
 class IntrinsicMethod(Method):
@@ -37,8 +50,7 @@ class IntrinsicMethod(Method):
     Only θ_d and λ are trained. They are saved with the seed of P. A new head is a part of θ: its θ0 are drawn values.
 
     Each forward pass computes every weight in fp32 and rounds it once to the base's dtype, in which the model runs.
-    Until the end of the backward pass, the computed weights take as much memory as the base. P takes two bits per
-    weight.
+    Until the end of the backward pass, the computed weights take as much memory as the base.
     """
 
     name = "intrinsic"
@@ -63,20 +75,20 @@ class IntrinsicMethod(Method):
     def _make_trainable(self, model: nn.Module, config: Any, *, generator: torch.Generator, **_: Any) -> None:
         weights = find_weights(model)
         layers = index_layers(weights)
-        num_weights = sum(map(Tensor.numel, weights.values()))
-        intrinsic = IntrinsicParameters(config, num_layers=len(layers), num_weights=num_weights)
-        updates = {
-            id(weight): ProjectedUpdate(intrinsic, layer=layers[get_layer_name(name)], weight=weight)
+        intrinsic = IntrinsicParameters(config, num_scales=len(layers) if config.form == "said" else 0)
+        intrinsic.updates = tuple(
+            ProjectedUpdate(intrinsic, layer=layers[get_layer_name(name)], weight=weight)
             for name, weight in weights.items()
-        }
+        )
+        updates = dict(zip(map(id, weights.values()), intrinsic.updates, strict=True))
         # Tied weights have several names, and each name gets the same update. The loops need lists, because
         # parametrizing adds modules.
         for module in list(model.modules()):
             for name, weight in list(module.named_parameters(recurse=False, remove_duplicate=False)):
                 if id(weight) in updates:
                     parametrize.register_parametrization(module, name, updates[id(weight)], unsafe=True)
-        intrinsic.updates = tuple(updates.values())
-        intrinsic.draw_projection(int(torch.randint(SEED_LIMIT, (), generator=generator)))
+        intrinsic.seed.copy_(torch.randint(2**32, (), generator=generator))
+        intrinsic.draw_projection()
 
     def trainable_groups(self, model: nn.Module, *, lr_ratio_b: float) -> list[ParameterGroup]:
         """Returns the coordinates as one group, and the scales as a group with √(D/d) times the learning rate.
@@ -87,34 +99,15 @@ class IntrinsicMethod(Method):
         intrinsic = find_intrinsic_parameters(model)
         groups = [ParameterGroup(name="intrinsic", params=(intrinsic.coordinates,), lr_factor=1.0)]
         if intrinsic.scales is not None:
-            factor = math.sqrt(intrinsic.num_weights / len(intrinsic.coordinates))
+            num_weights = sum(update.num_weights for update in intrinsic.updates)
+            factor = math.sqrt(num_weights / len(intrinsic.coordinates))
             groups.append(ParameterGroup(name="scales", params=(intrinsic.scales,), lr_factor=factor))
         return groups
 
-    def save(self, model: nn.Module, folder: Path, *, base: BaseModel) -> None:
-        """Writes coordinates and scales to `intrinsic.safetensors`, with the projection's seed in the metadata."""
-        intrinsic = find_intrinsic_parameters(model)
-        metadata = {
-            "base_fingerprint": base.fingerprint,
-            "seed": str(intrinsic.seed),
-            **intrinsic.get_projection_metadata(),
-        }
-        write_weights(folder / self.weights_file, dict(intrinsic.named_parameters()), metadata=metadata)
-
     def load(self, model: nn.Module, folder: Path) -> None:
-        """Loads `intrinsic.safetensors`, and draws the projection again from the saved seed."""
-        intrinsic, file = find_intrinsic_parameters(model), folder / self.weights_file
-        tensors = read_weights(file, expected=dict(intrinsic.named_parameters()))
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-        for key, expected in intrinsic.get_projection_metadata().items():
-            if metadata.get(key) != expected:
-                raise RecordError(
-                    f"{str(file)!r} must have `{key}` {expected!r}, but got {metadata.get(key)!r}. "
-                    "Load the file into the base and method with which it was trained."
-                )
-        intrinsic.draw_projection(int(metadata["seed"]))
-        intrinsic.load_state_dict(tensors)
+        """Reads coordinates, scales and seed, and draws the projection of that seed."""
+        super().load(model, folder)
+        find_intrinsic_parameters(model).draw_projection()
 
     def merge(self, model: nn.Module) -> None:
         """Replaces each parametrized weight by its current value, in a tensor that no other model shares."""
@@ -129,6 +122,9 @@ class IntrinsicMethod(Method):
                 parametrize.remove_parametrizations(module, name, leave_parametrized=False)
                 setattr(module, name, merged[id(update)])
 
+    def _get_tensors_to_save(self, model: nn.Module) -> dict[str, Tensor]:
+        return find_intrinsic_parameters(model).state_dict()
+
 
 class IntrinsicParameters(nn.Module):
     """The trained parameters of `intrinsic`, and the seed of the projection.
@@ -136,54 +132,31 @@ class IntrinsicParameters(nn.Module):
     Attributes:
         coordinates: θ_d with `did`, θ_(d-m) with `said`; initially zeros.
         scales: λ, one per layer, initially ones; None with `did`.
-        num_weights: D, the number of weights of the model.
+        seed: Seed of the signs, below 2^32, because torch's CPU generator uses only 32 bits of it.
+        block: n, the number of weights per block of the projection.
         updates: The weight updates that are computed from these parameters, sorted by name of the weight.
     """
 
-    def __init__(self, config: IntrinsicConfig, *, num_layers: int, num_weights: int) -> None:
+    seed: Tensor
+
+    def __init__(self, config: IntrinsicConfig, *, num_scales: int) -> None:
         super().__init__()
-        self.form = config.form
-        num_scales = num_layers if config.form == "said" else 0
         self.coordinates = nn.Parameter(torch.zeros(config.dim - num_scales))
         self.scales = nn.Parameter(torch.ones(num_scales)) if num_scales else None
-        self.num_weights = num_weights
+        self.register_buffer("seed", torch.zeros((), dtype=torch.int64))
+        self.block = max(SIGNS_PER_BYTE, 1 << (len(self.coordinates) - 1).bit_length())
         self.updates: tuple[ProjectedUpdate, ...] = ()
-        self.seed = 0
 
-    @property
-    def block(self) -> int:
-        """Number of weights per block of the projection."""
-        return get_block_size(len(self.coordinates))
-
-    def get_scaled_coordinates(self, layer: int) -> Float[Tensor, " block"]:
-        """Returns the vector to project into a layer's weights: λ_i θ_(d-m) / √(d-m), padded with zeros to a block.
-
-        With `did`: θ_d / √d.
-        """
-        factor: float | Tensor = 1 / math.sqrt(len(self.coordinates))
-        if self.scales is not None:
-            factor = self.scales[layer] * factor
-        return pad(self.coordinates * factor, (0, self.block - len(self.coordinates)))
-
-    def draw_projection(self, seed: int) -> None:
-        self.seed = seed
-        generator = torch.Generator().manual_seed(seed)
+    def draw_projection(self) -> None:
+        generator = torch.Generator().manual_seed(int(self.seed))
         for update in self.updates:
             update.draw_signs(generator)
-
-    def get_projection_metadata(self) -> dict[str, str]:
-        """Returns the settings that determine the projection together with the seed."""
-        return {
-            "form": self.form,
-            "num_weights": str(self.num_weights),
-            "weights_per_chunk": str(WEIGHTS_PER_CHUNK),
-        }
 
 
 class ProjectedUpdate(nn.Module):
     """A torch parametrization that adds a random projection of the coordinates to a weight. Tied weights share it."""
 
-    signs: Tensor
+    signs: UInt8[Tensor, "2 bytes"]
 
     def __init__(self, intrinsic: IntrinsicParameters, *, layer: int, weight: Tensor) -> None:
         super().__init__()
@@ -193,12 +166,80 @@ class ProjectedUpdate(nn.Module):
         self.register_buffer("signs", torch.empty(0, dtype=torch.uint8, device=weight.device), persistent=False)
 
     def draw_signs(self, generator: torch.Generator) -> None:
-        """Draws the rows of the projection for this weight."""
-        block = self.intrinsic.block
-        self.signs = draw_signs(self.num_weights, block=block, generator=generator).to(self.signs.device)
+        """Draws the bits of G and of S for this weight."""
+        num_bytes = -(-self.num_weights // self.intrinsic.block) * self.intrinsic.block // SIGNS_PER_BYTE
+        signs = torch.randint(0, 256, (2, num_bytes), dtype=torch.uint8, generator=generator)
+        self.signs = signs.to(self.signs.device)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return add_projection(weight, self.intrinsic.get_scaled_coordinates(self.layer), self.signs)
+        intrinsic = self.intrinsic
+        factor: float | Tensor = 1 / math.sqrt(len(intrinsic.coordinates))
+        if intrinsic.scales is not None:
+            factor = intrinsic.scales[self.layer] * factor
+        vector = pad(intrinsic.coordinates * factor, (0, intrinsic.block - len(intrinsic.coordinates)))
+        return add_projection(weight, vector, self.signs)
+
+
+def add_projection(
+    base: Float[Tensor, "*shape"], vector: Float[Tensor, " n"], signs: UInt8[Tensor, "2 bytes"]
+) -> Float[Tensor, "*shape"]:
+    """Returns base + S H G vector in the shape and dtype of `base`, computed in the wider dtype and rounded once.
+
+    Args:
+        base: Weights. Their values do not change.
+        vector: The vector to project, divided by √d and padded with zeros to n elements, a power of two.
+        signs: Bits of G and of S, for as many whole blocks of n weights as `base` needs.
+    """
+    result: Tensor = _AddProjection.apply(base, vector, signs)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _AddProjection(torch.autograd.Function):
+    """Adds the projection. Backward needs only the signs, because the gradient of a linear map needs no inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, vector: Tensor, signs: Tensor) -> Tensor:
+        ctx.save_for_backward(signs)
+        ctx.like = vector.detach()
+        update = vector.new_empty(len(vector), signs[0].numel() * SIGNS_PER_BYTE // len(vector))
+        for columns, (signs_g, signs_s) in _unpack_signs(signs, vector):
+            torch.mul(apply_hadamard(signs_g * vector[:, None]), signs_s, out=update[:, columns])
+        # the last block may be longer than the number of remaining weights
+        return (base + update.flatten()[: base.numel()].view(base.shape)).to(base.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        (signs,) = ctx.saved_tensors
+        padded = pad(grad.reshape(-1), (0, signs[0].numel() * SIGNS_PER_BYTE - grad.numel())).view(len(ctx.like), -1)
+        total = torch.zeros_like(ctx.like)
+        for columns, (signs_g, signs_s) in _unpack_signs(signs, ctx.like):
+            # the transpose of the forward pass, because H is symmetric
+            total += (signs_g * apply_hadamard(signs_s * padded[:, columns])).sum(1)
+        return grad, total, None
+
+
+def apply_hadamard(x: Float[Tensor, "n columns"]) -> Float[Tensor, "n columns"]:
+    """Returns H x, computed in log2(n) steps of sums and differences. n must be a power of two.
+
+    H is not normalised: H H = n I.
+    """
+    size, half = len(x), 1
+    while half < size:
+        above, below = x.reshape(size // (2 * half), 2, -1).unbind(1)
+        x = torch.stack((above + below, above - below), dim=1)
+        half *= 2
+    return x.reshape(size, -1)
+
+
+def _unpack_signs(signs: UInt8[Tensor, "2 bytes"], vector: Float[Tensor, " n"]) -> Iterator[tuple[slice, Tensor]]:
+    """Yields some columns (blocks) at a time, with the signs of G and S (2, n, columns) as ±1 in the vector's dtype."""
+    bits = (signs[..., None] >> torch.arange(SIGNS_PER_BYTE, dtype=torch.uint8, device=signs.device)) & 1
+    bits = bits.view(2, len(vector), -1)
+    step = max(1, WEIGHTS_PER_CHUNK // len(vector))
+    for begin in range(0, bits.shape[2], step):
+        columns = slice(begin, begin + step)
+        yield columns, bits[:, :, columns].to(vector.dtype).mul_(-2).add_(1)
 
 
 def find_weights(model: nn.Module) -> dict[str, nn.Parameter]:

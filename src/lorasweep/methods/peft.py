@@ -1,13 +1,12 @@
 """`peft`: trains any adapter of the package PEFT that replaces layers: VeRA, AdaLoRA, IA³, LoRA's other starts.
 
-PEFT makes, saves, loads and merges the adapter. The checks here refuse what a run can't do: adapters that change the
-model's inputs, starts that need training data, and settings that lorasweep sets itself.
+PEFT checks the settings and makes, saves, loads and merges the adapter. The checks here refuse what would run, but not
+as asked: adapters that change the model's inputs or the base, and settings that need calls which a run does not make.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,11 +22,10 @@ from torch import Tensor, nn
 
 from lorasweep.config.method import MethodConfig, PeftConfig
 from lorasweep.config.peft_settings import import_peft
-from lorasweep.disk import write_atomically
+from lorasweep.disk import require_regular_file, write_atomically
 from lorasweep.errors import ConfigError, RecordError, describe_error
 from lorasweep.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from lorasweep.lora.layer_kinds import is_quantised
-from lorasweep.lora.patterns import is_name_ending, suggest_layer
 from lorasweep.lora.peft_format import INITS_KEEPING_BASE, find_task_type
 from lorasweep.lora.targets import find_adaptable_layers
 from lorasweep.methods.method import (
@@ -44,33 +42,15 @@ from lorasweep.wording import nearest
 ADAPTER = "default"
 """PEFT's name of the only adapter of a model."""
 INIT = "init_lora_weights"
-STARTS = ("gaussian", "orthogonal", "olora", "pissa", "loftq", "mica", "eva")
-"""Values of `init_lora_weights` besides true and false. `pissa_niter_[number]` is missing: it draws random numbers to
-change the base, which a saved adapter does not have."""
-STARTS_FROM_GRADIENTS = ("corda", "lora_ga")
-"""Values of `init_lora_weights` that compute A and B from covariances or gradients, for which a run has no step."""
-OWN_KEYS = frozenset(
-    {"task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version"}
+STARTS = (True, False, "gaussian", "orthogonal", "olora", "pissa", "mica", "eva")
+"""Values of `init_lora_weights`. Missing are `pissa_niter_[number]`, whose random numbers change the base, but are not
+saved; `corda` and `lora_ga`, which need covariances or gradients before the first step; and `loftq`, which is not
+tested, because it needs a GPU."""
+REFUSED_KEYS = (
+    *("megatron_config", "megatron_core"),  # PEFT would import the module that they name
+    *("arrow_config", "kasa_config", "monteclora_config", "use_asa"),  # need another loss or other calls in training
 )
-"""Keys of PEFT's configuration that follow from the run."""
-REFUSED_KEYS: Mapping[str, str] = {
-    "bias": "it would train the base's own biases; `method=lora` has `method.bias`",
-    "megatron_config": "it imports a module by name",
-    "megatron_core": "it imports a module by name",
-    "corda_config": "it needs covariances before the first step",
-    "lora_ga_config": "it needs gradients before the first step",
-    "arrow_config": "it needs adapters that are trained already",
-    "kasa_config": "it needs another loss",
-    "monteclora_config": "it needs another loss",
-    "use_asa": "it needs calls during training",
-}
-"""Keys of PEFT's configuration that a run can't do, each with the reason."""
-REFUSED_TYPES: Mapping[str, str] = {
-    "POLY": "it needs the number of a task with each example",
-    "SHADOW": "it adds a second model",
-    "XLORA": "it needs adapters that are trained already",
-}
-"""Values of `peft_type` that a run can't do, each with the reason. PEFT itself says which types change inputs."""
+"""Keys of PEFT's configuration that a run can't do."""
 TYPES_ON_QUANTISED_BASE = ("LORA", "ADALORA", "HIRA", "IA3", "PVERA", "RANDLORA", "ROAD", "VERA")
 """Values of `peft_type` whose layers call a quantised layer. Layers of other types compute with its stored bytes."""
 MAX_EVA_BATCHES = 1_000
@@ -93,12 +73,9 @@ class PeftMethod(Method):
     def check(self, model: nn.Module, config: MethodConfig, *, new_head_names: Sequence[str] = ()) -> None:
         """Raises a ConfigError if a key is wrong, or PEFT can't make these layers for the model."""
         assert isinstance(config, PeftConfig)
-        settings = dict(config.config)
-        peft_config = build_peft_config(settings, model, new_head_names=new_head_names)
-        if isinstance(settings.get(INIT), str):
+        peft_config = build_peft_config(config.config, model, new_head_names=new_head_names)
+        if isinstance(config.config.get(INIT), str):
             setattr(peft_config, INIT, True)  # a start may decompose each weight, and change it
-        if any(is_quantised(layer) for layer in find_adaptable_layers(model).values()):
-            check_quantised(peft_config)
         copy = copy_sharing_weights(model)
         with torch.random.fork_rng(devices=[]):
             add_adapter(copy, peft_config, new_head_names=new_head_names, has_values=False)
@@ -117,7 +94,6 @@ class PeftMethod(Method):
         if getattr(wrapper.peft_config[ADAPTER], INIT, None) != "eva":
             return
         peft, is_training = import_peft(needed_by="method=peft"), model.training
-        batches = EvaBatches(load_batches(MAX_EVA_BATCHES))
         is_half = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
         device = next(model.parameters()).device
         try:
@@ -125,7 +101,7 @@ class PeftMethod(Method):
             with quiet_peft(), redirect_stdout(io.StringIO()), torch.autocast(device.type, enabled=is_half):
                 peft.initialize_lora_eva_weights(
                     wrapper,
-                    dataloader=batches,
+                    dataloader=EvaBatches(load_batches(MAX_EVA_BATCHES)),
                     forward_fn=lambda _, batch: forward(model, batch),
                     gather_distributed_inputs=False,  # each process computes the same values from the same batches
                     show_progress_bar=False,
@@ -133,9 +109,7 @@ class PeftMethod(Method):
         except ConfigError:
             raise
         except Exception as error:  # PEFT raises errors of many classes, such as IndexError for an encoder-decoder
-            raise ConfigError(
-                f"`method.config.{INIT}=eva` must work with the model and its data, but: {describe_error(error)}."
-            ) from error
+            raise _refuse("start EVA", error) from error
         train_in_fp32(model)
         model.train(is_training)
 
@@ -154,16 +128,14 @@ class PeftMethod(Method):
         """Loads an adapter onto a copy of the base, or in place of the adapter that a prepared model has."""
         source = f"the adapter in {str(folder)!r}"
         try:
-            raw = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+            require_regular_file(folder / CONFIG_FILE)  # PEFT would look for a missing file on the hub
+            with quiet_peft():
+                peft_config = import_peft(needed_by="method=peft").PeftConfig.from_pretrained(str(folder))
+            _check_config(peft_config, model)
+            peft_config.inference_mode = False
             tensors = load_file(folder / WEIGHTS_FILE)
-            settings = {key: value for key, value in raw.items() if key not in OWN_KEYS}
-            task_type = raw.get("task_type")
-            if "_peft_model" not in model.__dict__:
-                peft_config = build_peft_config(settings, model)
-            else:
-                peft_config = build_peft_config(settings, get_wrapper(model).get_base_model())
+            if "_peft_model" in model.__dict__:
                 _take_off(model, merge=False)
-            peft_config.task_type = task_type
             with torch.random.fork_rng(devices=[]):
                 add_adapter(model, peft_config)
             model.train(model.training)  # also the new modules
@@ -260,7 +232,7 @@ def build_peft_config(settings: Mapping[str, Any], model: nn.Module, *, new_head
     """Returns PEFT's configuration for `method.config`.
 
     Raises:
-        ConfigError: PEFT is not installed; or a key or value is unknown, or can't be done in a run.
+        ConfigError: PEFT is not installed or refuses the settings, or a run can't do what they ask for.
     """
     import_peft(needed_by="method=peft")
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # noqa: PLC0415 (an optional package)
@@ -273,46 +245,39 @@ def build_peft_config(settings: Mapping[str, Any], model: nn.Module, *, new_head
             f"`method.config.peft_type` must be one of {', '.join(kinds)}, but got {kind!r}."
             f"{nearest(str(kind).upper(), kinds)}"
         )
-    config_class = kinds[kind]
-    known = {field.name: field for field in fields(config_class) if field.init}
-    for key, value in settings.items():
-        if key in OWN_KEYS:
-            raise ConfigError(f"`method.config.{key}` must be left out, because it follows from the run.")
-        if key not in known:
-            raise ConfigError(f"`method.config.{key}` is not a setting of PEFT's {kind}.{nearest(key, known)}")
-        if key in REFUSED_KEYS and value not in (known[key].default, None, "none", False):
-            raise ConfigError(
-                f"`method.config.{key}` must be left out, because {REFUSED_KEYS[key]}, but got {value!r}."
-            )
-    _check_start(settings.get(INIT, True), model)
     if new_head_names:
-        if "modules_to_save" not in known:
-            raise ConfigError(
-                f"`method.config.peft_type` must train a new head too, which PEFT's {kind} can't. Use another type."
-            )
         settings["modules_to_save"] = [*(settings.get("modules_to_save") or ()), *new_head_names]
     if kind == "ADALORA":
         settings.setdefault("total_step", UNSET_STEPS)
-    if settings.get(INIT) == "loftq":  # PEFT reads both keys, but sets no defaults
-        settings["loftq_config"] = {"loftq_bits": 4, "loftq_iter": 1} | dict(settings.get("loftq_config") or {})
+    settings["task_type"] = find_task_type(model, has_trained_modules=bool(settings.get("modules_to_save")))
     try:
         with quiet_peft():
-            config: Any = config_class(**settings)
+            config: Any = kinds[kind](**settings)
     except (TypeError, ValueError, ImportError, AttributeError) as error:
-        raise _refuse(kind, error) from error
-    if reason := REFUSED_TYPES.get(kind):
-        raise ConfigError(f"`method.config.peft_type` must be one that trains alone, but {kind} does not: {reason}.")
-    if config.is_prompt_learning or config.is_adaption_prompt:
-        raise ConfigError(
-            f"`method.config.peft_type` must replace layers of the model, but {kind} changes the model's inputs, which "
-            "lorasweep's tasks do not allow. Use a type such as LORA, VERA or IA3."
-        )
-    if kind == "ADALORA" and config.init_r <= config.target_r:
-        raise ConfigError(
-            f"`method.config.init_r > method.config.target_r` must hold, but got {config.init_r} and {config.target_r}."
-        )
-    config.task_type = find_task_type(model, has_trained_modules=bool(settings.get("modules_to_save")))
+        raise _refuse(f"make {kind}", error) from error
+    _check_config(config, model)
     return config
+
+
+def _check_config(config: Any, model: nn.Module) -> None:
+    """Raises a ConfigError if PEFT accepts a configuration, but a run can't do what it asks for."""
+    kind, start = config.peft_type.value, getattr(config, INIT, True)
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name in REFUSED_KEYS and value not in (field.default, None, False):
+            raise ConfigError(f"`method.config.{field.name}` must be left out, because no run can do it: {value!r}.")
+    if start not in STARTS:
+        raise ConfigError(
+            f"`method.config.{INIT}` must be one of {', '.join(map(str, STARTS))}, but got {start!r}."
+            f"{nearest(str(start), [name for name in STARTS if isinstance(name, str)])}"
+        )
+    if any(is_quantised(layer) for layer in find_adaptable_layers(model).values()) and (
+        kind not in TYPES_ON_QUANTISED_BASE or getattr(config, "use_dora", False) or start not in INITS_KEEPING_BASE
+    ):
+        raise ConfigError(
+            f"`method.config` must not compute with the weights of a quantised base, but {kind} does so, or its "
+            f"`use_dora` or `{INIT}`. Use one of {', '.join(TYPES_ON_QUANTISED_BASE)} with the defaults of both."
+        )
 
 
 def add_adapter(
@@ -340,7 +305,7 @@ def add_adapter(
         with quiet_peft():
             wrapper = peft.get_peft_model(model, peft_config, low_cpu_mem_usage=not has_values)
     except Exception as error:  # each kind raises other errors for settings that do not fit the model
-        raise _refuse(kind, error, hint=_suggest_targets(peft_config, model)) from error
+        raise _refuse(f"put {kind} into the model", error) from error
     train_in_fp32(model)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, parameter in trained.items():
@@ -379,21 +344,6 @@ def train_in_fp32(model: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def check_quantised(peft_config: Any) -> None:
-    """Raises a ConfigError if an adapter computes with the stored weights of a base that is quantised."""
-    name = peft_config.peft_type.value
-    if name not in TYPES_ON_QUANTISED_BASE:
-        raise ConfigError(
-            f"`method.config.peft_type` must be one of {', '.join(TYPES_ON_QUANTISED_BASE)} on a quantised base, "
-            f"because others compute with floating-point weights, but got {name!r}."
-        )
-    if getattr(peft_config, "use_dora", False):
-        raise ConfigError(
-            "`method.config.use_dora` must be false on a quantised base, because DoRA computes with floating-point "
-            "weights, but is true."
-        )
-
-
 def get_wrapper(model: nn.Module) -> Any:
     """Returns the `PeftModel` of a prepared model."""
     return model.__dict__["_peft_model"]
@@ -412,40 +362,8 @@ def quiet_peft() -> Iterator[None]:
         yield
 
 
-def _check_start(value: Any, model: nn.Module) -> None:
-    """Raises a ConfigError if a run can't begin with this value of `init_lora_weights`."""
-    if value == "loftq" and not torch.cuda.is_available():
-        raise ConfigError(f"`method.config.{INIT}=loftq` needs a GPU, on which PEFT quantises the weights.")
-    if value not in INITS_KEEPING_BASE and any(is_quantised(layer) for layer in find_adaptable_layers(model).values()):
-        raise ConfigError(
-            f"`method.config.{INIT}` must be true, false, gaussian, orthogonal or eva on a quantised base, because "
-            f"other starts compute with floating-point weights, but got {value!r}."
-        )
-    if not isinstance(value, str) or value in STARTS:
-        return
-    if value in STARTS_FROM_GRADIENTS:
-        raise ConfigError(
-            f"`method.config.{INIT}` must need no covariances or gradients before the first step, but got {value!r}. "
-            f"Use one of {', '.join(STARTS)}."
-        )
-    raise ConfigError(
-        f"`method.config.{INIT}` must be true, false or one of {', '.join(STARTS)}, but got {value!r}."
-        f"{nearest(value, STARTS)}"
-    )
-
-
-def _refuse(kind: str, error: Exception, *, hint: str = "") -> ConfigError:
-    return ConfigError(f"`method.config` must fit PEFT's {kind} and the model, but: {describe_error(error)}.{hint}")
-
-
-def _suggest_targets(peft_config: Any, model: nn.Module) -> str:
-    """Returns ` Did you mean ...?` for the first of `target_modules` that is the end of no layer's name."""
-    targets = getattr(peft_config, "target_modules", None)
-    names = find_adaptable_layers(model)
-    for target in () if targets is None or isinstance(targets, str) else sorted(targets):
-        if not any(is_name_ending(target, name) for name in names):
-            return suggest_layer(target, names)
-    return ""
+def _refuse(action: str, error: Exception) -> ConfigError:
+    return ConfigError(f"PEFT must {action} with `method.config`, but can't: {describe_error(error)}.")
 
 
 def _take_off(model: nn.Module, *, merge: bool) -> None:
