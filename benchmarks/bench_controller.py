@@ -43,7 +43,6 @@ from optuna.trial import TrialState, create_trial
 import lorasweep.sweep.workers.worker as worker_file
 from lorasweep.config.data import get_built_in_metric
 from lorasweep.config.run import RunConfig
-from lorasweep.config.trust import trusted_packages
 from lorasweep.record import RunRecord, SweepRecord, measure_stage_occupancy, read_run, write_record
 from lorasweep.sweep.controller.controller import Assignment, Controller
 from lorasweep.sweep.controller.folder import SweepFolder
@@ -299,9 +298,7 @@ def measure_ray(sweep: SweepFolder, num_actors: int) -> None:
             code_versions,
         )
 
-        context = WorkerContext(
-            current_folder=Path.cwd(), sweep_path=sweep.path, code=code_versions(), trusted=trusted_packages()
-        )
+        context = WorkerContext(current_folder=Path.cwd(), sweep_path=sweep.path, code=code_versions())
         actor = ray.remote(ControllerActor).options(num_cpus=0).remote(context, session="bench")
         controller = ControllerClient(actor)
         controller.is_over()

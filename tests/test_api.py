@@ -13,7 +13,6 @@ import yaml
 
 import lorasweep
 from lorasweep import api
-from lorasweep.config.trust import trusted_packages
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import read_sweep
 
@@ -140,7 +139,6 @@ def test_overrides_as_words_and_as_a_mapping_are_the_same_run(tmp_path):
         (lambda path: lorasweep.run_sweep({"name": "x"}), ConfigError, "`arms`"),
         (lambda path: lorasweep.run_sweep({**SWEEP, "name": object()}), ConfigError, "YAML"),
         (lambda path: lorasweep.run_sweep(SWEEP, overrides={"optim.lrr": 1}, output=path), ConfigError, "optim.lr"),
-        (lambda path: lorasweep.run_sweep(SWEEP, trust=["a.b"]), ConfigError, "'a.b'"),
         (lambda path: lorasweep.train_run(["method.rank=x"], output=path), ConfigError, "method.rank"),
         (lambda path: lorasweep.train_run(resume=True), ConfigError, "output"),
         (lambda path: lorasweep.load_sweep(path), RecordError, "sweep.json"),
@@ -159,12 +157,6 @@ def test_an_arm_that_is_not_there_is_refused(result):
     for call in (result.best, result.study):
         with pytest.raises(ConfigError, match=r"`arm` must be one of frozen, lora.*'full'"):
             call("full")
-
-
-def test_trust_holds_for_one_call(tmp_path):
-    with pytest.raises(ConfigError, match="nowhere"):
-        lorasweep.train_run({**SMALL, "callbacks.a._target_": "nowhere.Callback"}, trust=["nowhere"])
-    assert trusted_packages() == ()
 
 
 def test_importing_the_package_imports_no_torch_and_lists_its_names():

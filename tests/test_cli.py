@@ -92,7 +92,7 @@ BAD = [
     (["sweep", "mini.yaml", "+experiment=quick_check"], "`+` and `~` are for `lorasweep train`"),
     (["sweep", "mini.yaml", "~logger"], "`+` and `~` are for `lorasweep train`"),
     (["sweep", "mini.yaml", "worker.num=2"], "`worker.num` must be 1 with `worker=local`, but got 2."),
-    (["sweep", "mini.yaml", *own_pruner("pathlib.Path")], "trusted, but got 'pathlib"),
+    (["sweep", "mini.yaml", *own_pruner("pathlib.Path")], "must be a subclass of"),
     (
         ["sweep", "mini.yaml", *own_pruner("optuna.pruners.PercentilePruner", "pruner.percent=5")],
         "arm `lora`: `pruner` must have arguments that 'optuna.pruners.PercentilePruner' takes, but got {'percent': 5",

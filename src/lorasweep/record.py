@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from lorasweep.config.data import Direction
 from lorasweep.disk import write_atomically
 from lorasweep.errors import RecordError
-from lorasweep.redaction import may_hold_secret, redact
+from lorasweep.redaction import redact
 from lorasweep.wording import format_setting, short_key, shorten
 
 RUN_FILE = "run.json"
@@ -357,9 +357,7 @@ def add_telemetry(first: Mapping[str, float], second: Mapping[str, float]) -> di
 def write_record(record: RunRecord | SweepRecord, folder: Path) -> None:
     """Writes `run.json` or `sweep.json` without secrets. NaN and infinity become null, because JSON has neither."""
     name = RUN_FILE if isinstance(record, RunRecord) else SWEEP_FILE
-    text = _as_text({f.name: getattr(record, f.name) for f in fields(record)})
-    if may_hold_secret(text):
-        text = _as_text(redact(json.loads(text)))
+    text = redact(_as_text({f.name: getattr(record, f.name) for f in fields(record)}))
     write_atomically(folder / name, text + "\n")
 
 

@@ -86,14 +86,14 @@ class RunResult:
         """
         from lorasweep.training.restore import (  # noqa: PLC0415 (needs torch)
             check_kept_files,
-            require_trusted_code,
+            refuse_code,
             restore_base,
             restore_config,
             restore_model,
         )
 
         config = restore_config(self.record)
-        require_trusted_code(config, trust=trust, option="trust=True")
+        refuse_code(config, trust=trust)
         check_kept_files(self.record, self.folder, part=weights)
         return restore_model(config, restore_base(self.record, config), folder=self.folder / weights)
 

@@ -35,7 +35,6 @@ from lorasweep.config.compose import (
     search_also,
 )
 from lorasweep.config.run import RunConfig
-from lorasweep.config.trust import set_trusted, trusted_packages
 from lorasweep.console import say, say_error
 from lorasweep.errors import ConfigError, LoraSweepError
 from lorasweep.quick_imports import quick_imports
@@ -105,11 +104,9 @@ def _run_grid(overrides: TrainOverrides, train: Callable[[], RunResult], *, show
     Hydra returns no results, so a job that fails appends its exit code to a file. The file is in the current folder,
     which jobs on other nodes must see too.
     """
-    trusted = trusted_packages()
     failures = Path("outputs", "train", f".failures-{os.getpid()}").absolute()
 
     def task(_: Any) -> float | None:
-        set_trusted(trusted)  # another process does not know them
         job = str(redact(describe_job(HydraConfig.get().overrides.task, overrides.run)))
         try:
             result = train()

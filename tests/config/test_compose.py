@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from lorasweep.config.build import as_settings
 from lorasweep.config.command_line import allow_new_arguments
-from lorasweep.config.components import Component
+from lorasweep.config.components import TARGET, Component
 from lorasweep.config.compose import (
     LIST_GROUPS,
     LIST_SETTINGS,
@@ -28,7 +28,6 @@ from lorasweep.config.compose import (
 )
 from lorasweep.config.run import RunConfig
 from lorasweep.config.sweep import SweepConfig
-from lorasweep.config.trust import TARGET
 from lorasweep.errors import ConfigError
 
 

@@ -12,7 +12,6 @@ from torch.nn.functional import cross_entropy, huber_loss, multi_margin_loss
 
 from lorasweep.config.components import Component
 from lorasweep.config.compose import compose_run
-from lorasweep.config.trust import set_trusted
 from lorasweep.data.build_splits import check_own_parts
 from lorasweep.data.own_loss import build_own_loss
 from lorasweep.data.split import IGNORED
@@ -54,9 +53,6 @@ def own_module(monkeypatch):
     monkeypatch.setitem(sys.modules, "own_losses", sys.modules[__name__])
     for kind in (Focal, Mean, Trained, Flat):
         monkeypatch.setattr(kind, "__module__", "own_losses")
-    set_trusted(["own_losses"])
-    yield
-    set_trusted(())
 
 
 def make(target, **arguments):

@@ -13,7 +13,6 @@ from torch.nn.functional import one_hot
 
 from lorasweep.config.compose import compose_run
 from lorasweep.config.data import MetricComponent
-from lorasweep.config.trust import set_trusted
 from lorasweep.data.own_metric import build_own_metric
 from lorasweep.data.split import IGNORED
 from lorasweep.data.tasks import Classification, Evaluation, LanguageModelling, MultiLabel, Regression
@@ -43,9 +42,6 @@ class SquaredGap(torchmetrics.Metric):
 def own_module(monkeypatch):
     monkeypatch.setitem(sys.modules, "own_metrics", sys.modules[__name__])
     SquaredGap.__module__ = "own_metrics"
-    set_trusted(["own_metrics"])
-    yield
-    set_trusted(())
 
 
 def make(target, kind="single_label", classes=3, **settings):
@@ -154,7 +150,7 @@ def test_its_direction_and_its_range_come_from_the_class():
         ("torchmetrics.PearsonCorrCoef", "regression", {}, r"`data.metric.direction` must be minimize or maximize"),
         ("torch.nn.Linear", "single_label", {}, r"`data.metric._target_` must be a subclass of `torchmetrics"),
         ("torchmetrics.MetricCollection", "single_label", {}, r"`data.metric._target_` must be a subclass"),
-        ("os.system", "single_label", {}, r"`data.metric._target_` must be a class of a package that is trusted"),
+        ("os.system", "single_label", {}, r"`data.metric._target_` must be the import path of a class"),
         ("torchmetrics.classification.MulticlassF1Score", "single_label", {}, "num_classes"),
         ("torchmetrics.classification.BinaryF1Score", "single_label", {}, "the data has 3 classes"),
         ("torchmetrics.MeanAbsoluteError", "regression", {"predictions": "logits"}, r"`data.metric.predictions` must"),

@@ -199,26 +199,6 @@ def forbid(monkeypatch, name):
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        (lambda raw: raw["config"]["model"].update(factory="evil_module:run"), "model.factory"),
-        (lambda raw: raw["config"]["model"].update(trust_remote_code=True), "model.trust_remote_code"),
-        (lambda raw: raw["config"]["model"].update(allow_pickle=True), "model.allow_pickle"),
-    ],
-)
-def test_a_record_that_names_code_needs_trust_and_runs_nothing_before(
-    run, repeat, monkeypatch, tmp_path, change, named
-):
-    (tmp_path / "evil_module.py").write_text("raise SystemExit('it was imported')")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    forbid(monkeypatch, "_build_inputs")
-    edit(run, change)
-    with pytest.raises(ConfigError, match=f"`{named}`.*`--trust`"):
-        repeat()
-    assert "evil_module" not in sys.modules
-
-
-@pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda raw: raw.update(config=[]), "config"),

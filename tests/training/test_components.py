@@ -11,7 +11,6 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lorasweep.config.trust import set_trusted
 from lorasweep.errors import ConfigError
 from lorasweep.record import read_run, read_steps
 from lorasweep.training.components import build_callbacks, check_components
@@ -111,19 +110,15 @@ class Memory(Logger):
         self.status = status
 
 
-@pytest.fixture
-def trust_our_tests():
-    """Trusts the classes of this file, as `trust=[tests]` on the command line does."""
-    set_trusted(["tests"])
+@pytest.fixture(autouse=True)
+def _forget_runs():
     Memory.runs.clear()
-    yield
-    set_trusted(())
 
 
 OWN = {"logger.memory._target_": f"{__name__}.Memory", "logger.memory.tag": "mine"}
 
 
-def test_several_loggers_get_every_metric_in_the_runs_folder(tmp_path, make_config, inputs, trust_our_tests):
+def test_several_loggers_get_every_metric_in_the_runs_folder(tmp_path, make_config, inputs):
     config = make_config({"logger": ["tensorboard", "csv"], **OWN})
     train(tmp_path, config, inputs=inputs)
     losses = [(row["step"], row["loss"]) for row in read_steps(tmp_path) if "loss" in row]
@@ -138,7 +133,7 @@ def test_several_loggers_get_every_metric_in_the_runs_folder(tmp_path, make_conf
     assert len([metrics for _, metrics in own.metrics if "train/loss" in metrics]) == len(losses)
 
 
-def test_each_slot_of_a_pack_has_its_own_loggers(tmp_path, make_config, inputs, trust_our_tests):
+def test_each_slot_of_a_pack_has_its_own_loggers(tmp_path, make_config, inputs):
     settings = {"logger": ["tensorboard", "csv"], **OWN, "trainer.max_steps": 4, "trainer.eval_every_steps": 2}
     jobs = [
         RunRequest(

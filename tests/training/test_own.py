@@ -92,7 +92,7 @@ def test_own_model_and_data_train_under_a_trainer_of_ones_own(tmp_path):
         trainer = Trainer(max_steps=60, accelerator="cpu", logger=False, default_root_dir=tmp_path)
         trainer.fit(module, data)
     assert trainer.callback_metrics["validation/accuracy"] > 0.8
-    with pytest.raises(ConfigError, match="give `trust=True`"):
+    with pytest.raises(ConfigError, match="`trust=True`"):
         lorasweep.TrainingModule.load_from_checkpoint(trainer.checkpoint_callback.best_model_path)
     path = trainer.checkpoint_callback.best_model_path
     loaded = lorasweep.TrainingModule.load_from_checkpoint(path, trust=True)

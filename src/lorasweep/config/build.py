@@ -9,9 +9,8 @@ from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from lorasweep.config.components import Component
+from lorasweep.config.components import TARGET, Component
 from lorasweep.config.limits import COMPARISONS
-from lorasweep.config.trust import TARGET
 from lorasweep.errors import ConfigError
 from lorasweep.wording import nearest
 

@@ -31,6 +31,7 @@ from lorasweep.record import RunRecord, read_run
 from lorasweep.runs.model_card import CARD_FILE, build_card
 from lorasweep.training.restore import (
     check_kept_files,
+    refuse_code,
     restore_base,
     restore_config,
     restore_model,
@@ -67,6 +68,7 @@ def export_run(
     format: ExportFormat,
     out: Path,
     dtype: str | None = None,
+    trust: bool = False,
 ) -> Export:
     """Writes the best weights of a run for PEFT or transformers, with a model card.
 
@@ -75,6 +77,7 @@ def export_run(
         format: `peft` writes the adapter; `merged` writes the whole model, with the adapter merged, and its tokenizer.
         out: A new or empty folder; unchanged after an error.
         dtype: A key of `EXPORT_DTYPES` for the weights of a merged model. None: the type in which the run had the base.
+        trust: Whether to run code or read a pickle that the run's settings name.
 
     Raises:
         ConfigError: `out` is not empty, the base model can't be loaded, or the format or type does not fit the run.
@@ -83,6 +86,7 @@ def export_run(
     """
     record = read_run(run)
     config = restore_config(record)
+    refuse_code(config, trust=trust)
     _check_request(config, format=format, out=out, dtype=dtype)
     check_kept_files(record, run, part="best")
     with create_folder_atomically(out) as folder:

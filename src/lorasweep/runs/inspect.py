@@ -38,7 +38,7 @@ from lorasweep.runs.spectra import (
 )
 from lorasweep.runs.weight_updates import read_weight_updates
 from lorasweep.selection import find_winners
-from lorasweep.training.restore import check_kept_files, restore_base, restore_config, restore_model
+from lorasweep.training.restore import check_kept_files, refuse_code, restore_base, restore_config, restore_model
 from lorasweep.wording import UNKNOWN, format_share
 
 FOLDER = "inspect"
@@ -73,19 +73,20 @@ class Inspection:
             (folder / "similarity.csv").unlink(missing_ok=True)
 
 
-def inspect_run(folder: Path, *, other: Path | None = None) -> Inspection:
+def inspect_run(folder: Path, *, other: Path | None = None, trust: bool = False) -> Inspection:
     """Inspects a run's best weights, writes the measurements into the run's folder `inspect/` and returns them.
 
     Args:
         folder: A run's folder.
         other: Folder of another run of the same base, whose directions are compared with this run's directions.
+        trust: Whether to run code or read a pickle that the run's settings name.
 
     Raises:
         RecordError: A folder has no run, weights are missing or damaged, nothing was trained, or the bases differ.
         ConfigError: The base model can't be loaded.
     """
-    record, config = read_trained_run(folder)
-    others = None if other is None else (other, *read_trained_run(other))
+    record, config = read_trained_run(folder, trust=trust)
+    others = None if other is None else (other, *read_trained_run(other, trust=trust))
     base = restore_base(record, config)
     inspection = measure_run(folder, record, config, base)
     if others is not None:
@@ -101,7 +102,7 @@ def inspect_run(folder: Path, *, other: Path | None = None) -> Inspection:
     return inspection
 
 
-def inspect_sweep(folder: Path) -> tuple[dict[str, Inspection], list[str]]:
+def inspect_sweep(folder: Path, *, trust: bool = False) -> tuple[dict[str, Inspection], list[str]]:
     """Inspects the best run of each arm as `inspect_run` does.
 
     Returns:
@@ -120,7 +121,7 @@ def inspect_sweep(folder: Path) -> tuple[dict[str, Inspection], list[str]]:
             continue
         try:
             run = get_run_folder(folder, winner.run)
-            record, config = read_trained_run(run)
+            record, config = read_trained_run(run, trust=trust)
             key = json.dumps(record.base, sort_keys=True)
             if key not in bases:  # arms on the same base share it
                 bases[key] = restore_base(record, config)
@@ -135,7 +136,7 @@ def inspect_sweep(folder: Path) -> tuple[dict[str, Inspection], list[str]]:
     return inspections, problems
 
 
-def read_trained_run(folder: Path) -> tuple[RunRecord, RunConfig]:
+def read_trained_run(folder: Path, *, trust: bool = False) -> tuple[RunRecord, RunConfig]:
     """Returns record and settings of a run whose weight files have the recorded checksums.
 
     Raises:
@@ -143,6 +144,7 @@ def read_trained_run(folder: Path) -> tuple[RunRecord, RunConfig]:
     """
     record = read_run(folder)
     config = restore_config(record)
+    refuse_code(config, trust=trust)
     if config.method.name == "frozen":
         raise RecordError(
             f"a run must have trained something to be inspected, but {str(folder)!r} has `method=frozen`. "

@@ -21,7 +21,7 @@ from lorasweep.runs.comparison import Difference, Values, list_differences, list
 from lorasweep.training.components import EVENT_LOGGER
 from lorasweep.training.inputs import RunInputs, build_inputs
 from lorasweep.training.prepare import check_run
-from lorasweep.training.restore import require_trusted_code, restore_config
+from lorasweep.training.restore import restore_config
 from lorasweep.training.run import never_stop, train_run
 from lorasweep.training.run_log import RunFolder
 
@@ -93,7 +93,6 @@ def reproduce_run(
     output: Path,
     tolerance: float | None = None,
     steps: int | None = None,
-    trust: bool = False,
     stop_requested: Callable[[], bool] = never_stop,
 ) -> Reproduction:
     """Trains a run again, alone in one process, and compares both runs step by step.
@@ -105,12 +104,11 @@ def reproduce_run(
             trained in a pack or by several processes, and 0 for any other.
         steps: Number of steps to train and compare. The schedule is still that of the whole run. None means
             all steps.
-        trust: Whether code and pickles that the record names may be executed.
         stop_requested: Called after every step; returns whether to stop.
 
     Raises:
         RecordError: The run is missing, logged no step, held a secret in its settings, or has a damaged record.
-        ConfigError: The run needs `trust`, or model or data can't be loaded.
+        ConfigError: Model or data can't be loaded.
         OutOfMemory: The run does not fit in memory.
     """
     if tolerance is not None and not 0 <= tolerance < 1:
@@ -119,7 +117,6 @@ def reproduce_run(
         raise ConfigError(f"`--steps >= 1` must hold, but got {steps!r}.")
     record = read_run(run)
     config = restore_solo_config(record)
-    require_trusted_code(config, trust=trust, option="--trust")
     last_step = _last_step(record, run, steps=steps)
     if tolerance is None:
         is_alone = record.pack is None and "processes" not in record.platform

@@ -15,7 +15,6 @@ from lorasweep.sweep.definition.packing import explain_solo_arms, plan_packing
 from lorasweep.sweep.definition.seeds import draw_confirm_seeds
 from lorasweep.training.inputs import InputsCache, check_batch_memory
 from lorasweep.training.prepare import check_run
-from lorasweep.training.restore import require_trusted_code
 
 STEPS_KEY, EVALUATIONS_KEY = "trainer.max_steps", "trainer.eval_every_steps"
 MIN_STEPS = 60
@@ -33,7 +32,6 @@ def set_steps(definition: Definition, inputs_cache: InputsCache) -> Definition:
     if epochs is None or STEPS_KEY in overrides:
         return definition
     config = definition.arms[0].corners[0]
-    require_trusted_code(config)
     wanted = max(MIN_STEPS, epochs * len(inputs_cache.load(config).splits.train) / config.trainer.batch_size)
     every = math.ceil(wanted / NUM_EVALUATIONS)
     steps = {STEPS_KEY: NUM_EVALUATIONS * every, EVALUATIONS_KEY: every}
@@ -42,9 +40,6 @@ def set_steps(definition: Definition, inputs_cache: InputsCache) -> Definition:
 
 def check_definition(definition: Definition, inputs_cache: InputsCache) -> None:
     """Checks every arm, with the settings at the ends of its ranges. Raises `ConfigError`."""
-    for arm in definition.arms:
-        for config in arm.corners:
-            require_trusted_code(config)  # for all arms, before any code of the first arm runs
     plan_packing(definition)
     draw_confirm_seeds(definition)
     for arm in definition.arms:

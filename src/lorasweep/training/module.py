@@ -69,7 +69,7 @@ class TrainingModule(lightning.LightningModule):
             trust: Whether code and pickles that a checkpoint names may be loaded.
 
         Raises:
-            ConfigError: A setting is wrong, does not fit the model, or needs `trust`; or model or data can't be loaded.
+            ConfigError: A setting is wrong or names code without `trust`, or model or data can't be loaded.
         """
         super().__init__()
         self.config = read_settings(config, trust=trust)

@@ -1,4 +1,4 @@
-"""Restores the settings, the base model and the weights of a recorded run, and refuses code that is not trusted."""
+"""Restores the settings, the base model and the weights of a recorded run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import nn
 
 from lorasweep.config.build import as_settings, build
 from lorasweep.config.run import RunConfig
-from lorasweep.config.trust import PACKAGES_OF_FLAGS, get_package, is_trusted, require_trusted
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.models.load import BaseModel, Labels, load_base
@@ -29,20 +28,17 @@ def read_settings(given: Settings, *, trust: bool = False) -> RunConfig:
     """Returns the settings of a run.
 
     Args:
-        given: Settings in one of three forms. A nested mapping is not trusted, because it may come from a checkpoint of
-            an unknown author.
-        trust: Whether code and pickles that a nested mapping names may be loaded. Does not cover classes in `_target_`:
-            their packages must be trusted already.
+        given: Settings in one of three forms. A nested mapping may come from a checkpoint of an unknown author.
+        trust: Whether code and pickles that a nested mapping names may be loaded.
 
     Raises:
-        ConfigError: A key or value is wrong, or the settings need `trust`.
+        ConfigError: A key or value is wrong, or the settings name code and `trust` is False.
     """
     if isinstance(given, RunConfig):
         return given
     if isinstance(given, Mapping):
-        require_trusted(given)
         config = build(RunConfig, given)
-        require_trusted_code(config, trust=trust, option="trust=True")
+        refuse_code(config, trust=trust)
         return config
     from lorasweep.config.command_line import parse_overrides  # noqa: PLC0415 (Hydra is slow to start)
     from lorasweep.config.compose import compose_run  # noqa: PLC0415 (Hydra is slow to start)
@@ -51,8 +47,7 @@ def read_settings(given: Settings, *, trust: bool = False) -> RunConfig:
 
 
 def restore_config(record: RunRecord) -> RunConfig:
-    """Returns the settings of a recorded run. Raises `ConfigError` if they name a class that is not trusted."""
-    require_trusted(record.config)
+    """Returns the settings of a recorded run. Raises `RecordError` if they are not settings of this version."""
     try:
         return build(RunConfig, record.config)
     except (ConfigError, TypeError, AttributeError) as error:
@@ -62,27 +57,18 @@ def restore_config(record: RunRecord) -> RunConfig:
         ) from error
 
 
-def require_trusted_code(config: RunConfig, *, trust: bool = False, option: str | None = None) -> None:
-    """Refuses settings that name code or a pickle from a package that is not trusted.
+def refuse_code(config: RunConfig, *, trust: bool) -> None:
+    """Refuses to load a model whose settings name code or a pickle, because whoever wrote the files may be unknown.
 
-    A sweep file, a record or a checkpoint may come from an unknown author.
-
-    Args:
-        config: The settings.
-        trust: Whether the user trusts all code in the settings.
-        option: The option that sets `trust`, for the message. None: the remedy is `trust=[PACKAGE]`.
+    Commands that train do not ask: to run somebody's settings is to run their code.
     """
-    factories = {"model.factory": config.model.factory, "data.factory": getattr(config.data, "factory", None)}
-    loaded_code = [(key, name, get_package(name)) for key, name in factories.items() if name]
-    for key, package in PACKAGES_OF_FLAGS.items():
-        if getattr(config.model, key.removeprefix("model.")):
-            loaded_code.append((key, True, package))
-    for key, value, package in loaded_code:
-        if not (trust or is_trusted(package)):
-            remedy = f"give `{option}`" if option else f"add `trust=[{package}]` to the command line"
+    if trust:
+        return
+    for key in ("factory", "trust_remote_code", "allow_pickle"):
+        if value := getattr(config.model, key):
             raise ConfigError(
-                f"`{key}` must be code that you trust, but got {value!r}. It can do whatever you can on this machine. "
-                f"If you know it, {remedy}."
+                f"`model.{key}` of a recorded run must not name code or allow pickles, but got {value!r}. If you trust "
+                "the author, add `--trust` to the command, or `trust=True` in Python."
             )
 
 

@@ -13,7 +13,6 @@ from optuna.storages import JournalStorage
 from tests.sweep.conftest import WRITES, Killed, kill_at
 from tests.sweep.controller.conftest import EVERY, LAST, Simulation, outcome
 
-from lorasweep.config.trust import set_trusted
 from lorasweep.errors import ConfigError, Diverged, OutOfMemory
 from lorasweep.sweep.controller.controller import Controller
 from lorasweep.sweep.controller.folder import SweepFolder
@@ -300,9 +299,7 @@ def test_a_rule_that_cant_be_is_refused_in_one_sentence(begin, open_controller, 
     assert "\n" not in str(refused.value)
 
 
-def test_a_pruner_of_the_users_own_is_asked_after_all_values_are_reported(
-    begin, open_controller, content, trust_our_tests
-):
+def test_a_pruner_of_the_users_own_is_asked_after_all_values_are_reported(begin, open_controller, content):
     content["settings"] = {k: v for k, v in content["settings"].items() if not k.startswith("pruner")}
     content["settings"] |= {
         "sampler": "qmc",
@@ -313,14 +310,6 @@ def test_a_pruner_of_the_users_own_is_asked_after_all_values_are_reported(
     goes_on = controller.report([(a, EVERY, -float(a.number)) for a in pack])
     assert goes_on == [False, True, True, True]
     close(controller)
-
-
-@pytest.fixture
-def trust_our_tests():
-    """Trusts `WorstOfPeers`, as `trust=[tests]` on the command line does."""
-    set_trusted(["tests"])
-    yield
-    set_trusted(())
 
 
 class WorstOfPeers(optuna.pruners.BasePruner):

@@ -16,9 +16,8 @@ from optuna.samplers import BaseSampler
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, create_trial
 
-from lorasweep.config.components import Component, argument_names, instantiate, require_package
+from lorasweep.config.components import TARGET, Component, argument_names, instantiate, require_package
 from lorasweep.config.data import Direction
-from lorasweep.config.trust import TARGET, is_trusted
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.controller.encoding import Point
 from lorasweep.sweep.definition.space import Space
@@ -27,9 +26,6 @@ from lorasweep.wording import nearest
 SAMPLER_ATTRIBUTE = "lorasweep:sampler"
 """User attribute with the state that a sampler keeps with a trial that it proposed."""
 OPTUNA_HUB = "optunahub"
-PICKLING_SAMPLER, PICKLING_PACKAGE = "CmaEsSampler", "cmaes"
-"""Optuna's `CmaEsSampler` stores objects of the package `cmaes` as pickles in the journal. Reading a pickle can run
-code."""
 
 
 def ask_sampler(
@@ -79,7 +75,7 @@ def build_sampler(component: Component, *, seed: int) -> BaseSampler:
     """Returns the sampler that a component names. It and samplers in its arguments get the seed, if they take a seed.
 
     Raises:
-        ConfigError: The class is missing, not trusted or not a sampler, or does not take these arguments.
+        ConfigError: The class is missing or not a sampler, or does not take these arguments.
     """
     seeded: dict[str, Any] = _add_seeds({TARGET: component.target, **component.arguments}, seed=seed, key="sampler")
     del seeded[TARGET]
@@ -94,14 +90,8 @@ def _add_seeds(value: Any, *, seed: int, key: str) -> Any:
     if not isinstance(value, Mapping):
         return value
     seeded = {name: _add_seeds(item, seed=seed, key=f"{key}.{name}") for name, item in value.items()}
-    if TARGET in value:
-        if "seed" in argument_names(value[TARGET], key=key)[0]:
-            seeded["seed"] = seed
-        if value[TARGET].endswith(PICKLING_SAMPLER) and not is_trusted(PICKLING_PACKAGE):
-            raise ConfigError(
-                f"`{key}.{TARGET}` must be a sampler that keeps no pickles, because reading a pickle can run code, "
-                f"but got {value[TARGET]!r}. For your own sweep add `trust=[{PICKLING_PACKAGE}]` to the command line."
-            )
+    if TARGET in value and "seed" in argument_names(value[TARGET], key=key)[0]:
+        seeded["seed"] = seed
     return seeded
 
 
@@ -121,13 +111,8 @@ class OptunaHubSampler(BaseSampler):
             arguments: Further arguments of the class.
 
         Raises:
-            ConfigError: OptunaHub is not trusted or not installed, or the package has no such sampler.
+            ConfigError: OptunaHub is not installed, or the package has no such sampler.
         """
-        if not is_trusted(OPTUNA_HUB):
-            raise ConfigError(
-                f"`sampler` must be of a package that is trusted, but {package!r} is code that OptunaHub downloads and "
-                f"runs. If you trust it, add `trust=[{OPTUNA_HUB}]` to the command line."
-            )
         require_package(OPTUNA_HUB, key="sampler")
         module = import_module(OPTUNA_HUB).load_module(package, ref=ref)
         sampler_class = getattr(module, sampler, None)

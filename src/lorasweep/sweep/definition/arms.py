@@ -18,6 +18,7 @@ from optuna.distributions import CategoricalDistribution
 
 from lorasweep.config.build import as_settings, build
 from lorasweep.config.command_line import parse_overrides
+from lorasweep.config.components import TARGET
 from lorasweep.config.compose import (
     LIST_GROUPS,
     LIST_SETTINGS,
@@ -34,7 +35,6 @@ from lorasweep.config.limits import NonNegative
 from lorasweep.config.ranges import is_number
 from lorasweep.config.run import METHODS_ON_QUANTISED_BASE, RunConfig
 from lorasweep.config.sweep import SweepConfig
-from lorasweep.config.trust import TARGET
 from lorasweep.errors import ConfigError
 from lorasweep.record import name_subject
 from lorasweep.sweep.definition.alpha_over_rank import (

@@ -33,7 +33,6 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from lorasweep.config.run import RunConfig
-from lorasweep.config.trust import set_trusted, trusted_packages
 from lorasweep.errors import LoraSweepError, RanksLost, WorkerError, first_line
 from lorasweep.record import RunRecord, read_sweep
 from lorasweep.sweep.controller.controller import Controller
@@ -61,17 +60,16 @@ class WorkerRefused(WorkerError):  # noqa: N818 (named by what happened)
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerContext:
-    """Folders, code versions and trusted packages of `lorasweep sweep`, which all processes of the sweep must share."""
+    """Folders and code versions of `lorasweep sweep`, which all processes of the sweep must share."""
 
     current_folder: Path
     """For relative paths in settings."""
     sweep_path: Path
     code: dict[str, str]
     """The result of `code_versions`."""
-    trusted: tuple[str, ...]
 
     def enter(self) -> None:
-        """Raises `WorkerRefused` if this process differs. Sets its current folder and trusted packages."""
+        """Raises `WorkerRefused` if this process differs. Sets its current folder."""
         node = ray.get_runtime_context().get_node_id()
         if not self.sweep_path.is_dir():
             raise WorkerRefused(
@@ -84,7 +82,6 @@ class WorkerContext:
                 f"every node must have the same code and packages, but node {node[:8]} has {'; '.join(differing)}. "
                 "Install the same versions on every node.",
             )
-        set_trusted(self.trusted)
         if self.current_folder.is_dir():
             os.chdir(self.current_folder)
 
@@ -267,9 +264,7 @@ class WorkerPool:
         """Starts the controller. No process may have the sweep open. `num="auto"` means as many workers as fit."""
         self._num = num
         self._needs = needs
-        self._context = WorkerContext(
-            current_folder=Path.cwd(), sweep_path=path.resolve(), code=code_versions(), trusted=trusted_packages()
-        )
+        self._context = WorkerContext(current_folder=Path.cwd(), sweep_path=path.resolve(), code=code_versions())
         self._session = secrets.token_hex(4)
         self._members: dict[Any, _PoolMember] = {}  # the key is the running call of the worker's loop
         self._numbers = itertools.count(1)
