@@ -235,5 +235,5 @@ def test_the_rate_at_another_alpha_is_said_only_of_adam(
     summary = summarize(sweep)
     assert ("lr = u/√α" in summary.answers[2].text) is has_law
     # under another optimizer, rate and alpha are two dimensions of the search
-    (lora,) = (arm for arm in summary.fairness.arms if arm.arm == "lora")
-    assert lora.dimensions == (2 if has_law else 3)
+    (lora,) = (arm for arm in summary.fairness["arms"] if arm["arm"] == "lora")
+    assert lora["dimensions"] == (2 if has_law else 3)

@@ -74,8 +74,7 @@ def test_no_settings_are_recommended_if_nothing_was_learned(sweep: Path) -> None
     summary = write_report(classify(sweep, lambda trial: MAJORITY))
     assert summary.recommended == ()
     assert not (sweep / "report/recommended/train.yaml").exists()
-    advice = summary.advice
-    assert advice.next_searches == ()
+    assert not any("end of its range" in sentence for sentence in summary.sentences)
     remedy = summary.learning.remedy
     assert remedy
     assert remedy in summary.sentences

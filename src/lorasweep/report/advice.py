@@ -5,34 +5,14 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from lorasweep.config.ranges import find_bounds
-from lorasweep.report.learning import judge_learning
 from lorasweep.report.sweep_data import RANK, ArmData, SweepData, TrialData
 from lorasweep.wording import format_setting, join_words
 
 EDGE_FRACTION = 0.05
 """A value is at an end of its range if it is closer to the end than this share of the range."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Advice:
-    """All advice of one sweep."""
-
-    next_searches: tuple[str, ...] = ()
-    """One sentence for each range that should be searched further."""
-    untried: tuple[str, ...] = ()
-    """One sentence for each key with values that no complete trial has."""
-
-
-def advise(data: SweepData) -> Advice:
-    """Returns the advice; only that on values without a complete trial if nothing was learned."""
-    untried = tuple(describe_untried(data))
-    if judge_learning(data).state == "nothing":
-        return Advice(untried=untried)
-    return Advice(next_searches=tuple(describe_edges(data)), untried=untried)
 
 
 def describe_untried(data: SweepData) -> list[str]:

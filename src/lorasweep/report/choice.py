@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorasweep.report.evidence.questions import NEGATIVE_VERDICTS, POSITIVE_VERDICTS, Answer
 from lorasweep.report.sweep_data import ArmData, SweepData
@@ -33,7 +33,7 @@ def choose_value(data: SweepData, arm: str) -> Choice | None:
         return None
     chain = data.evidence.list_answers("smallest", arm=arm)
     if not chain:
-        best = min(subjects, key=lambda one: data.sign * (find_value(one, data) or 0.0))
+        best = min(subjects, key=lambda one: order_by_score(one, data))
         return Choice(arm=best, is_settled=len(subjects) == 1, answers=())
     sufficient = [answer for answer in chain if answer.verdict == "sufficient"]
     smaller = [answer for answer in chain if answer.verdict != "sufficient"][-1:]
@@ -53,38 +53,42 @@ def choose_arm(data: SweepData, methods: Sequence[str] | None = None) -> Choice 
     better than it. If none is shown to be as good, it is the one with the best score, and the choice is settled if all
     others are shown to be worse than it.
     """
-    arms = [arm.row for arm in data.searches if arm.row.method != "frozen"]
-    choices = [
-        choice
-        for row in arms
-        if methods is None or row.method in methods
-        if (choice := choose_value(data, row.name)) and choice.arm.best
-    ]
+    rows = [arm.row for arm in data.searches if arm.row.method != "frozen"]
+    names = [row.name for row in rows if methods is None or row.method in methods]
+    choices = [choice for name in names if (choice := choose_value(data, name)) and choice.arm.best]
     if not choices:
         return None
     beside_full = {one.arm.name: data.evidence.answer("as_good_as_full", one.arm.name) for one in choices}
     known = {name: answer for name, answer in beside_full.items() if answer}
     positive = [one for one in choices if (answer := known.get(one.arm.name)) and answer.verdict in POSITIVE_VERDICTS]
     better = [one for one in positive if known[one.arm.name].verdict == "better"]
-
-    def order_by_score(choice: Choice) -> float:
-        return data.sign * (find_value(choice.arm, data) or 0.0)
-
     if positive:
         chosen = (
-            min(better, key=order_by_score)
+            min(better, key=lambda one: order_by_score(one.arm, data))
             if better
             else min(positive, key=lambda one: one.arm.cost("trainable_params") or math.inf)
         )
-        answers: tuple[Answer, ...] = (known[chosen.arm.name], *chosen.answers)
-        return Choice(arm=chosen.arm, is_settled=chosen.is_settled, answers=answers)
-    chosen = min(choices, key=order_by_score)
-    others = [one.arm.name for one in choices if one is not chosen]
-    found = [_compare(chosen.arm.name, other, data) for other in others]
-    is_settled = chosen.is_settled and all(is_better for is_better, _ in found) and bool(data.evidence.subjects)
-    doubts = sorted(found, key=lambda one: one[0])
-    answers = (*(answer for _, answer in doubts if answer), *chosen.answers)
-    return Choice(arm=chosen.arm, is_settled=is_settled, answers=answers)
+        return replace(chosen, answers=(known[chosen.arm.name], *chosen.answers))
+    chosen = min(choices, key=lambda one: order_by_score(one.arm, data))
+    found = [_compare(chosen.arm.name, one.arm.name, data) for one in choices if one is not chosen]
+    found.sort(key=lambda one: one[0])  # doubts first
+    return Choice(
+        arm=chosen.arm,
+        is_settled=chosen.is_settled and all(is_better for is_better, _ in found) and bool(data.evidence.subjects),
+        answers=(*(answer for _, answer in found if answer), *chosen.answers),
+    )
+
+
+def find_best_arm(method: str, data: SweepData) -> ArmData | None:
+    """Returns the subject of a method with the best score; None if none has a score."""
+    arms = [arm for arm in data.arms if arm.row.method == method and find_value(arm, data) is not None]
+    return min(arms, key=lambda arm: order_by_score(arm, data), default=None)
+
+
+def order_by_score(arm: ArmData, data: SweepData) -> float:
+    """Returns a key that sorts subjects from the best score to the worst; those without a score come last."""
+    value = find_value(arm, data)
+    return math.inf if value is None else data.sign * value
 
 
 def find_value(arm: ArmData, data: SweepData) -> float | None:

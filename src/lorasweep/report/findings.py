@@ -5,14 +5,10 @@ Scores on test data, if there are any, replace the scores of the search.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 from lorasweep.config.sweep import parse_margin
-from lorasweep.report.advice import Advice
+from lorasweep.report.advice import describe_edges, describe_untried
 from lorasweep.report.answers import describe_gain, describe_tests, list_details
-from lorasweep.report.choice import find_value
-from lorasweep.report.fairness import Fairness
+from lorasweep.report.choice import find_best_arm, find_value, order_by_score
 from lorasweep.report.learning import Learning
 from lorasweep.report.sweep_data import ArmData, SweepData, TrialData
 from lorasweep.wording import (
@@ -37,24 +33,8 @@ ONE_SEED = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ArmScore:
-    """The score of an arm in the sentences: on test data after a confirm stage, else the best trial's score."""
-
-    value: float
-    text: str
-    trial: TrialData | None
-    """The trial with the arm's settings."""
-
-
-def describe_findings(
-    data: SweepData,
-    advice: Advice,
-    fairness: Fairness,
-    learning: Learning,
-) -> list[str]:
+def describe_findings(data: SweepData, fairness: list[str], learning: Learning) -> list[str]:
     """Returns the sentences, the most important first. The headline of a failure stands above them."""
-    is_confirmed = bool(data.evidence.subjects)
     gain, tests = describe_gain(data), describe_tests(data)
     return [
         *_describe_scores(data),
@@ -63,47 +43,41 @@ def describe_findings(
         *learning.warnings,
         *list_details(data),
         *_describe_effort(data),
-        *fairness.sentences,
+        *fairness,
         *([tests, describe_margin(data)] if tests else []),
-        *(data.evidence.notes if is_confirmed else [ONE_SEED]),
+        *(data.evidence.notes if data.evidence.subjects else [ONE_SEED]),
         *data.record.warnings,
-        *advice.untried,
-        *advice.next_searches,
+        *describe_untried(data),
+        *([] if learning.state == "nothing" else describe_edges(data)),
         *data.record.notes,
     ]
 
 
 def _describe_scores(data: SweepData) -> list[str]:
-    scores = {arm.name: score for arm in data.arms if (score := find_score(arm, data))}
-    if not scores:
+    scored = [arm for arm in data.arms if find_value(arm, data) is not None]
+    if not scored:
         return ["No trial is complete, so there is no score to compare."]
     # After a confirm stage, the sentences on problems name the arms without a test score.
     others = [
-        arm
-        for arm in data.arms
-        if arm.row.method not in ("frozen", "full") and (arm.name in scores or not data.evidence.subjects)
+        arm for arm in (scored if data.evidence.subjects else data.arms) if arm.row.method not in ("frozen", "full")
     ]
-    ordered = sorted(others, key=lambda arm: data.sign * scores[arm.name].value if arm.name in scores else math.inf)
-    named = {arm.name for arm in ordered[:MAX_NAMED_ARMS]}
-    shown = [arm for arm in others if arm.name in named]
-    rest = len(others) - len(shown)
+    named = sorted(others, key=lambda arm: order_by_score(arm, data))[:MAX_NAMED_ARMS]
+    rest = len(others) - len(named)
     return [
         _describe_metric(data),
         _describe_ends(data),
-        *(_describe_arm(arm, scores.get(arm.name), data) for arm in shown),
+        *(_describe_arm(arm, data) for arm in others if arm in named),
         *([f"The other {rest} {'arm is' if rest == 1 else 'arms are'} in the table below."] if rest else []),
     ]
 
 
-def find_score(arm: ArmData, data: SweepData) -> ArmScore | None:
+def format_arm_score(arm: ArmData, data: SweepData) -> str:
+    """Returns a subject's score: on test data with its interval after a confirm stage, else the best trial's."""
     value = find_value(arm, data)
-    if value is None:
-        return None
     if found := data.evidence.subject(arm.name):
         decimals = count_decimals(one.interval for one in data.evidence.subjects)
-        return ArmScore(value=value, text=format_estimate(value, found.interval, decimals=decimals), trial=arm.best)
-    text = format_score(value, beside=[other.best.value for other in data.arms if other.best])
-    return ArmScore(value=value, text=text, trial=arm.best)
+        return format_estimate(value, found.interval, decimals=decimals)
+    return format_score(value, beside=[other.best.value for other in data.arms if other.best])
 
 
 def _describe_metric(data: SweepData) -> str:
@@ -121,21 +95,15 @@ def _describe_metric(data: SweepData) -> str:
     )
 
 
-def find_method_score(method: str, data: SweepData) -> ArmScore | None:
-    """Returns the best score of the arms of a method; None if none has a score."""
-    scores = [score for arm in data.arms if arm.row.method == method and (score := find_score(arm, data))]
-    return min(scores, key=lambda score: data.sign * score.value, default=None)
-
-
 def _describe_ends(data: SweepData) -> str:
     """Returns a sentence about the two ends of the scale: the frozen base and full fine-tuning."""
-    base, full = (find_method_score(method, data) for method in ("frozen", "full"))
-    ends = [f"the frozen base scores {base.text}"] if base else []
+    base, full = (find_best_arm(method, data) for method in ("frozen", "full"))
+    ends = [f"the frozen base scores {format_arm_score(base, data)}"] if base else []
     if full:
-        ends.append(f"full fine-tuning scores {full.text}{_format_settings(full.trial)}")
+        ends.append(f"full fine-tuning scores {format_arm_score(full, data)}{_format_settings(full.best)}")
     if base is None or full is None:
         ends.append("no share of full's gain is known, because that needs a score of the frozen base and of `full`")
-    elif data.sign * (base.value - full.value) <= 0:
+    elif order_by_score(base, data) <= order_by_score(full, data):
         ends.append("full fine-tuning gained nothing, so no share of its gain is given")
     text = "; ".join(ends)
     return f"{text[0].upper()}{text[1:]}."
@@ -145,20 +113,20 @@ def _format_settings(trial: TrialData | None) -> str:
     return f" with {format_settings(trial.params)}" if trial and trial.params else ""
 
 
-def _describe_arm(arm: ArmData, score: ArmScore | None, data: SweepData) -> str:
-    if score is None:
+def _describe_arm(arm: ArmData, data: SweepData) -> str:
+    if find_value(arm, data) is None:
         so_far = f"; its best so far is {format_score(arm.so_far.value)} ({arm.so_far.state})" if arm.so_far else ""
         return f"`{arm.name}` has no complete trial{so_far}."
-    predicted = " (predicted)" if score.trial and score.trial.is_predicted else ""
-    sentence = f"`{arm.name}` scores {score.text}{_format_settings(score.trial)}{predicted}"
+    predicted = " (predicted)" if arm.best and arm.best.is_predicted else ""
+    sentence = f"`{arm.name}` scores {format_arm_score(arm, data)}{_format_settings(arm.best)}{predicted}"
     share, interval = data.full_gain_share_of_arm(arm)
     if share is not None:
         decimals = count_percent_decimals(data.full_gain_share_of_arm(one)[1] for one in data.arms)
         sentence += f", {format_share_estimate(share, interval, decimals=decimals)} of what full fine-tuning gains"
-    record = score.trial.record if score.trial else None
-    if record:
-        trained = format_share(record.trainable_fraction)
-        sentence += f", training {format_count(record.trainable_params)} parameters ({trained} of the base)"
+    if arm.best and arm.best.record:
+        trained = format_share(arm.best.record.trainable_fraction)
+        count = format_count(arm.best.record.trainable_params)
+        sentence += f", training {count} parameters ({trained} of the base)"
     return f"{sentence}."
 
 

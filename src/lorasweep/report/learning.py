@@ -70,73 +70,41 @@ class Learning:
         return sign * (self.answer.score - trial.value) > 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class _ArmRatings:
-    """How an arm compares with the answer."""
-
-    name: str
-    trials: Sequence[TrialData]
-    """The trials with a score, also those that were stopped early."""
-    ratings: frozenset[Rating]
-    """Those of the trials, on validation data."""
-    is_shown: bool | None
-    """Whether test data show that the arm is better; None without an interval over seeds."""
-
-    @property
-    def has_learned(self) -> bool:
-        """Whether test data show it, or a trial is better by more than luck.
-
-        For a metric without a test against luck a better trial is enough, unless test data don't show the arm to be
-        better.
-        """
-        is_better = "better" in self.ratings and self.is_shown is None
-        return bool(self.is_shown) or is_better or "beyond luck" in self.ratings
-
-
 def judge_learning(data: SweepData) -> Learning:
-    """Returns whether the trials are better than an answer that needs no training."""
+    """Returns whether the trials are better than an answer that needs no training.
+
+    An arm has learned if test data show it, or if a trial is better by more than luck. For a metric without a test
+    against luck a better trial is enough, unless test data don't show the arm to be better.
+    """
     answer = _find_answer(data)
-    scored = {
-        arm.name: [trial for trial in arm.trials if trial.value is not None]
-        for arm in data.searches
-        if arm.row.method != "frozen"
-    }
-    shown = {
-        arm.name: _is_shown_on_test_data(arm.name, answer, data)
-        for arm in data.arms
-        if answer and arm.row.method != "frozen"
-    }
-    trials = [trial for found in scored.values() for trial in found]
-    if answer is None or not trials:
+    trains = [arm for arm in data.searches if arm.row.method != "frozen"]
+    scored = {arm.name: [trial for trial in arm.trials if trial.value is not None] for arm in trains}
+    scored = {name: trials for name, trials in scored.items() if trials}
+    if answer is None or not scored:
         return Learning()
+    trials = [trial for found in scored.values() for trial in found]
     num_evaluations = sum(max(len(trial.curve), 1) for trial in trials)
     level = LEVEL / num_evaluations  # Bonferroni's correction: each evaluation may be the best one by luck
-    arms = [
-        _ArmRatings(
-            name=name,
-            trials=found,
-            ratings=frozenset(_rate(trial, answer, data, level=level) for trial in found),
-            is_shown=_join_shown([shown[arm.name] for arm in data.arms if arm.arm == name]),
-        )
-        for name, found in scored.items()
-        if found
-    ]
-    is_refuted = {arm.is_shown for arm in arms} in ({False}, {False, None})
+    ratings = {name: {_rate(trial, answer, data, level=level) for trial in found} for name, found in scored.items()}
+    subjects = [arm for arm in data.arms if arm.row.method != "frozen"]
+    shown = {arm.name: _is_shown_on_test_data(arm.name, answer, data) for arm in subjects}
+    shown_arms = {name: _join_shown([shown[arm.name] for arm in subjects if arm.arm == name]) for name in scored}
+    learned = {
+        name
+        for name, found in ratings.items()
+        if shown_arms[name] or "beyond luck" in found or ("better" in found and shown_arms[name] is None)
+    }
+    is_refuted = set(shown_arms.values()) in ({False}, {False, None})
     compared = f"no method is shown to be better than {answer.name} ({format_score(answer.test_score)})."
-    if any(arm.has_learned for arm in arms):
-        warnings = [
-            f"`{arm.name}` learned nothing: {_describe(arm.trials, answer, data)}."
-            for arm in arms
-            if not arm.has_learned and "better" not in arm.ratings
-        ]
+    if learned:
+        failed = [name for name, found in ratings.items() if name not in learned and "better" not in found]
+        warnings = [f"`{name}` learned nothing: {_describe(scored[name], answer, data)}." for name in failed]
         warnings += [f"On test data {compared}"] if is_refuted else []
-        failed = {arm.name for arm in arms if not arm.has_learned and "better" not in arm.ratings}
         unlearned = [arm.name for arm in data.arms if shown.get(arm.name) is False or arm.arm in failed]
         return Learning(state="learned", answer=answer, warnings=tuple(warnings), unlearned=tuple(unlearned))
-    unlearned = list(shown)
-    if all(arm.ratings == {"not better"} for arm in arms):
+    if all(found == {"not better"} for found in ratings.values()):
         headline, remedy = _describe_nothing(trials, answer, data, level=level)
-        return Learning(state="nothing", answer=answer, headline=headline, remedy=remedy, unlearned=tuple(unlearned))
+        return Learning(state="nothing", answer=answer, headline=headline, remedy=remedy, unlearned=tuple(shown))
     if is_refuted:
         reason = f"on test data {compared}"
     else:  # every better trial is rated as luck, so the number of examples is known
@@ -145,7 +113,7 @@ def judge_learning(data: SweepData) -> Learning:
             f"{num_evaluations:,} evaluations can be that good by luck."
         )
     headline = f"Nothing is shown to be learned: {reason}"
-    return Learning(state="not shown", answer=answer, headline=headline, unlearned=tuple(unlearned))
+    return Learning(state="not shown", answer=answer, headline=headline, unlearned=tuple(shown))
 
 
 def _join_shown(found: Sequence[bool | None]) -> bool | None:

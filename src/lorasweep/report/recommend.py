@@ -15,8 +15,8 @@ import yaml
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import SWEEP_FILE
 from lorasweep.report.answers import describe_answer, describe_regret
-from lorasweep.report.choice import Choice, choose_arm, choose_value
-from lorasweep.report.findings import ONE_SEED, find_method_score, find_score
+from lorasweep.report.choice import Choice, choose_arm, choose_value, find_best_arm
+from lorasweep.report.findings import ONE_SEED, format_arm_score
 from lorasweep.report.learning import judge_learning
 from lorasweep.report.sweep_data import (
     ALPHA,
@@ -29,7 +29,6 @@ from lorasweep.report.sweep_data import (
     load_sweep_data,
 )
 from lorasweep.wording import (
-    UNKNOWN,
     format_metric,
     format_setting,
     format_share_estimate,
@@ -122,14 +121,14 @@ def read_recommended(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             "`--from` must be a sweep, or an arm, with a complete trial of a method that trains, but "
             f"{str(source)!r} has none."
         )
-    settings = list_settings(arm, arm.best)
+    settings = _list_overrides(arm, arm.best)
     # a search on a part of the data is cheaper, but the run that uses its result needs all
     settings = {key: None if key == TRAIN_EXAMPLES else value for key, value in settings.items()}
     origin = {"sweep": str(folder.resolve()), "name": data.record.name, "arm": arm.name, "trial": arm.best.number}
     return settings, origin
 
 
-def list_settings(arm: ArmData, trial: TrialData) -> dict[str, Any]:
+def _list_overrides(arm: ArmData, trial: TrialData) -> dict[str, Any]:
     """Returns the settings of a trial by dotted key, for `lorasweep train`."""
     settings = {key: value for key, value in arm.row.settings.items() if key not in ("output", MULTIPLIER)}
     settings |= {key: value for key, value in trial.params.items() if key != MULTIPLIER}
@@ -143,7 +142,7 @@ def _build(choice: Choice, data: SweepData, *, is_shown: bool, verb: str | None 
     arm, trial = choice.arm, choice.arm.best
     if trial is None or trial.record is None:
         return None
-    settings = _list_settings(arm, trial)
+    settings = _name_settings(arm, trial)
     is_settled = choice.is_settled and is_shown and bool(data.evidence.subjects)
     named = join_words([f"{name} {value}" for name, value in settings.items() if name not in ("method", "steps")])
     steps = f" for {settings['steps']} steps" if "steps" in settings else ""
@@ -179,7 +178,7 @@ def _describe_export(arm: ArmData, data: SweepData) -> list[str]:
     return [f"To get the adapter of its first confirm run: `lorasweep export {run} --format peft --out adapter`."]
 
 
-def _list_settings(arm: ArmData, trial: TrialData) -> dict[str, str]:
+def _name_settings(arm: ArmData, trial: TrialData) -> dict[str, str]:
     keys = [*LABELS, *(key for key in trial.params if key != MULTIPLIER and key not in LABELS)]
     known = {key: trial.setting(key) for key in keys} | {"method.name": arm.row.method}
     if arm.row.method != "lora":
@@ -199,37 +198,33 @@ def _describe_reasons(choice: Choice, data: SweepData) -> str:
 
 
 def _describe_score(arm: ArmData, data: SweepData) -> str:
-    score, on = find_score(arm, data), "test data" if data.evidence.subjects else "validation data"
     ends = {"frozen": "the frozen base", "full": "full fine-tuning"}
     others = [
-        f"{name} scores {end.text}"
+        f"{name} scores {format_arm_score(end, data)}"
         for method, name in ends.items()
-        if arm.row.method != method and (end := find_method_score(method, data))
+        if arm.row.method != method and (end := find_best_arm(method, data))
     ]
     share, interval = data.full_gain_share_of_arm(arm)
     if share is not None and arm.row.method != "full":
         others.append(f"it keeps {format_share_estimate(share, interval)} of what full fine-tuning gains")
+    on = "test data" if data.evidence.subjects else "validation data"
     order = "lower" if data.record.direction == "minimize" else "higher"
-    beside = f"; {join_words(others)}" if others else ""
-    metric, value = format_metric(data.record.metric), score.text if score else UNKNOWN
-    return f"It scores {value} {metric} on {on} ({order} is better){beside}."
+    scored = f"{format_arm_score(arm, data)} {format_metric(data.record.metric)}"
+    return f"It scores {scored} on {on} ({order} is better){f'; {join_words(others)}' if others else ''}."
 
 
 def _write_files(arm: ArmData, trial: TrialData, data: SweepData) -> dict[str, str]:
     """Returns the files; a method other than LoRA, or a trial without its weights, has no `peft_config.py`."""
-    origin = f"From sweep {data.record.name}, arm {arm.name}, {_name_trial(trial)}."
+    named = "a predicted setting" if trial.number is None else f"trial {trial.number}"
+    origin = f"From sweep {data.record.name}, arm {arm.name}, {named}."
     files = {
         "train.yaml": f"# {origin} Train with: lorasweep train train.yaml\n"
-        + yaml.safe_dump(list_settings(arm, trial), sort_keys=False, allow_unicode=True),
+        + yaml.safe_dump(_list_overrides(arm, trial), sort_keys=False, allow_unicode=True),
         "training_arguments.py": _write_training_arguments(arm, trial, origin),
     }
     if arm.row.method == "lora" and (peft_config := _write_peft_config(trial, origin, data.folder / trial.run)):
         files["peft_config.py"] = peft_config
     return {name: files[name] for name in RECOMMENDED_FILES if name in files}
-
-
-def _name_trial(trial: TrialData) -> str:
-    return "a predicted setting" if trial.number is None else f"trial {trial.number}"
 
 
 def _write_peft_config(trial: TrialData, origin: str, run: Path) -> str | None:

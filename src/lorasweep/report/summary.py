@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.record import SweepRecord, measure_stage_occupancy
-from lorasweep.report.advice import Advice, advise
 from lorasweep.report.answers import AnswerLine, list_answer_lines
 from lorasweep.report.choice import choose_arm
-from lorasweep.report.fairness import Fairness, judge_fairness
+from lorasweep.report.fairness import judge_fairness
 from lorasweep.report.findings import describe_findings
 from lorasweep.report.learning import Learning, judge_learning
 from lorasweep.report.recommend import Recommendation, recommend
@@ -36,16 +35,6 @@ ACTIVITIES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TimeBreakdown:
-    """The worker's time by activity."""
-
-    wall_s: float
-    seconds: dict[str, float]
-    """The seconds of each activity that took time. They add up to `wall_s`."""
-    sentence: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class Summary:
     """The content of a sweep's report."""
 
@@ -54,10 +43,10 @@ class Summary:
     """The three questions with their answers, which every output begins with."""
     learning: Learning
     """Whether the trials are better than an answer that needs no training. Its headline is the report's headline."""
-    advice: Advice
-    fairness: Fairness
-    time: TimeBreakdown | None
-    """None if the record does not hold the worker's times."""
+    fairness: dict[str, Any]
+    """`is_fair`, which is None if fewer than two arms train, `sentences`, and `arms` with the effort of each."""
+    time: dict[str, Any] | None
+    """The worker's time by activity as `break_down_time` returns it."""
     sentences: tuple[str, ...]
     recommended: tuple[Recommendation, ...]
     """The settings to use; a second entry has those for LoRA if another method is recommended. Empty if nothing was
@@ -66,7 +55,10 @@ class Summary:
     @property
     def warnings(self) -> tuple[str, ...]:
         """Sentences on what makes the numbers unreliable: methods that learned nothing, and unequal searches."""
-        return (*self.learning.warnings, *(self.fairness.sentences[:1] if self.fairness.is_fair is False else ()))
+        return (
+            *self.learning.warnings,
+            *(self.fairness["sentences"][:1] if self.fairness["is_fair"] is False else ()),
+        )
 
     def as_json(self) -> dict[str, Any]:
         """Returns the content of `report/summary.json`."""
@@ -96,9 +88,8 @@ class Summary:
             ],
             # The evidence on a subject is in its entry in `arms`, under `confirmed`.
             "evidence": {name: getattr(data.evidence, name) for name in EVIDENCE_FIELDS},
-            "advice": asdict(self.advice),
-            "fairness": asdict(self.fairness),
-            "time": asdict(self.time) if self.time else None,
+            "fairness": self.fairness,
+            "time": self.time,
         }
 
 
@@ -109,15 +100,14 @@ def summarize(folder: Path) -> Summary:
         RecordError: The folder is not a sweep, or its record is damaged.
     """
     data = load_sweep_data(folder)
-    learning, advice, fairness = judge_learning(data), advise(data), judge_fairness(data)
+    learning, (fairness, facts) = judge_learning(data), judge_fairness(data)
     return Summary(
         data=data,
         answers=list_answer_lines(data, learning),
         learning=learning,
-        advice=advice,
-        fairness=fairness,
+        fairness={"sentences": fairness, **facts},
         time=break_down_time(data.record),
-        sentences=tuple(describe_findings(data, advice, fairness, learning)),
+        sentences=tuple(describe_findings(data, fairness, learning)),
         recommended=tuple(recommend(data)),
     )
 
@@ -128,17 +118,10 @@ def list_question_entries(data: SweepData, learning: Learning) -> list[dict[str,
     The name of the question on the smallest sufficient value ends in the last part of its key: `smallest_rank`.
     """
     keys = {question.arm: question.key for question in data.record.questions if question.name == "smallest"}
+    shown = ("subject", "reference", "verdict", "value", "interval", "open_because", "to_settle")
     entries = [
-        {
-            "name": f"smallest_{short_key(keys[answer.arm] or '')}" if answer.name == "smallest" else answer.name,
-            "subject": answer.subject,
-            "reference": answer.reference,
-            "verdict": answer.verdict,
-            "value": answer.value,
-            "interval": answer.interval,
-            "open_because": answer.open_because,
-            "to_settle": answer.to_settle,
-        }
+        {"name": f"smallest_{short_key(keys[answer.arm] or '')}" if answer.name == "smallest" else answer.name}
+        | {field: getattr(answer, field) for field in shown}
         for answer in data.evidence.answers
     ]
     choice = choose_arm(data, ["lora"])
@@ -158,8 +141,11 @@ def list_question_entries(data: SweepData, learning: Learning) -> list[dict[str,
     return [*entries, setting]
 
 
-def break_down_time(record: SweepRecord) -> TimeBreakdown | None:
-    """Returns the worker's time by activity; None if the record does not hold the worker's total time."""
+def break_down_time(record: SweepRecord) -> dict[str, Any] | None:
+    """Returns the worker's time by activity; None if the record does not hold the worker's total time.
+
+    `wall_s` is the total, `seconds` has the time of each activity that took some, and `sentence` sums it up.
+    """
     known = {key: number for key, value in record.telemetry.items() if (number := finite_number(value) or 0.0) > 0}
     if "wall_s" not in known:
         return None
@@ -167,16 +153,16 @@ def break_down_time(record: SweepRecord) -> TimeBreakdown | None:
     seconds = {name: known[key] for key, name in ACTIVITIES.items() if key in known}
     if (rest := wall_s - sum(seconds.values())) > 0:
         seconds["other"] = rest
-    sentence = f"The worker ran for {format_seconds(wall_s)} on {record.device} with {record.threads} threads"
+    parts = [f"The worker ran for {format_seconds(wall_s)} on {record.device} with {record.threads} threads"]
     if "trained_tokens" in known and "training_s" in known:
-        sentence += f"; {format_count(known['trained_tokens'] / known['training_s'])} tokens per second of training"
+        parts.append(f"{format_count(known['trained_tokens'] / known['training_s'])} tokens per second of training")
     if "cpu_s" in known:
-        sentence += f"; {known['cpu_s'] / wall_s:.1f} processor cores on average"
+        parts.append(f"{known['cpu_s'] / wall_s:.1f} processor cores on average")
     if "peak_memory_bytes" in known:
-        sentence += f"; at most {format_bytes(known['peak_memory_bytes'])} of memory"
+        parts.append(f"at most {format_bytes(known['peak_memory_bytes'])} of memory")
     if "gpu_peak_memory_bytes" in known:
-        sentence += f"; at most {format_bytes(known['gpu_peak_memory_bytes'])} on a GPU"
-    return TimeBreakdown(wall_s=wall_s, seconds=seconds, sentence=f"{sentence}.")
+        parts.append(f"at most {format_bytes(known['gpu_peak_memory_bytes'])} on a GPU")
+    return {"wall_s": wall_s, "seconds": seconds, "sentence": f"{'; '.join(parts)}."}
 
 
 def _summarize_arm(arm: ArmData, data: SweepData) -> dict[str, Any]:
