@@ -79,7 +79,7 @@ class Task(Protocol):
         """The loss of `data.loss._target_`, which `losses` uses instead of the task's."""
 
     def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, " examples"]:
-        """Returns the training loss of each example in fp32: the sum over its scored items, times its class weight."""
+        """Returns each example's training loss, in fp32 or wider: the sum over its items, times its class weight."""
 
     def score(self, model: nn.Module, batch: Batch) -> ExampleScores:
         """Returns loss and prediction of each example of a batch."""
@@ -368,7 +368,7 @@ def compute_token_losses(
 def compute_logits(model: nn.Module, batch: Batch) -> Tensor:
     output = model(**{name: value for name, value in batch.items() if name not in NON_MODEL_KEYS})
     logits: Tensor = output if isinstance(output, Tensor) else output.logits
-    return logits.float()
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))  # fp64 stays under `precision="64-true"`
 
 
 def sum_by_example(values: Float[Tensor, "batch length"], batch: Batch) -> Float[Tensor, " examples"]:
