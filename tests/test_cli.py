@@ -697,7 +697,7 @@ def test_a_plan_trains_and_writes_nothing(capsys, here, mini):
     first, *_, last = printed.err.splitlines()
     assert first == "loading the model and the data"
     assert last.startswith("this plan took ")
-    assert " s: measuring the report" in printed.err
+    assert " s: measuring lora: 1 trial" in printed.err
     assert files_below(here) == before
 
 

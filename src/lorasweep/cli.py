@@ -255,9 +255,7 @@ def plan(arguments: argparse.Namespace) -> int:
     with quick_imports():
         from lorasweep import api
         from lorasweep.sweep.checks import set_steps
-        from lorasweep.sweep.plan.estimate import estimate_sweep
-        from lorasweep.sweep.plan.measure import measure_sweep
-        from lorasweep.sweep.plan.render import render_plan
+        from lorasweep.sweep.plan import plan_sweep, render_plan
         from lorasweep.training.inputs import InputsCache
         from lorasweep.wording import format_seconds
 
@@ -267,14 +265,13 @@ def plan(arguments: argparse.Namespace) -> int:
     inputs_cache, definition = InputsCache(), api.read_sweep_definition(name or DEFAULT_SWEEP, overrides)
     say("loading the model and the data", file=sys.stderr)
     definition = set_steps(definition, inputs_cache)
-    metric = api.check_sweep(definition, inputs_cache)
-    cost = measure_sweep(
+    api.check_sweep(definition, inputs_cache)
+    groups = plan_sweep(
         definition,
         inputs_cache,
-        metric=metric,
         on_progress=lambda what: say(f"{time.monotonic() - began:3.0f} s: measuring {what}", file=sys.stderr),
     )
-    EscapingConsole().print(render_plan(definition, estimate_sweep(definition, cost)))
+    EscapingConsole().print(render_plan(definition, groups))
     say(f"this plan took {format_seconds(time.monotonic() - began)}", file=sys.stderr)
     return DONE
 

@@ -21,7 +21,7 @@ from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.sweep.definition.packing import plan_packing
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.packs.size import choose_pack_size
+from lorasweep.training.packs.size import PackSize, choose_pack_size
 from lorasweep.training.packs.slot_run import RunRequest, SlotEvaluation
 from lorasweep.training.packs.state import read_pack_state
 from lorasweep.training.run import train_run
@@ -168,7 +168,7 @@ class Worker:
             start_steps: In a resumed pack, the step of each trial in `first_trials`.
         """
         key = self._plans[first_trials[0].arm.name].key
-        pack = _PackTrials(self, arms=self._find_pack_arms(first_trials[0].arm))
+        pack = _PackTrials(self, arms=list_pack_arms(self.definition, first_trials[0].arm))
         self._unscored = []
         # A resumed pack is not filled up: it must have the same slots as before the interruption.
         steps: Sequence[int | None] = start_steps or [None] * len(first_trials)
@@ -202,22 +202,20 @@ class Worker:
         for assignment, record in unscored if is_done else ():
             self.tell(assignment, record)
 
-    def _find_pack_arms(self, arm: Arm) -> list[Arm]:
-        key = self._plans[arm.name].key
-        return [other for other in self.definition.arms if self._plans[other.name].key == key]
-
     def _choose_slots(self, arm: Arm) -> int | None:
         """Returns how many trials of an arm train together: `worker.pack_size`, or the result of `choose_pack_size`.
 
         None means that each trial trains alone, by `train_run`. A pack with one slot is different: only it can resume a
         run that began in a pack.
         """
-        plan, wanted = self._plans[arm.name], arm.sweep_config.worker.pack_size
-        if plan.key is None or wanted == 1:
+        key, wanted = self._plans[arm.name].key, arm.sweep_config.worker.pack_size
+        if key is None or wanted == 1:
             return None
-        if plan.key not in self._max_slots:
-            self._max_slots[plan.key] = self._measure_slots(arm) if wanted == "auto" else wanted
-        slots = self._max_slots[plan.key]
+        if key not in self._max_slots:
+            chosen = choose_slots(self.definition, arm, inputs_cache=self.inputs_cache, num_workers=self.num_workers)
+            self.controller.note([chosen.reason] if chosen.reason else [])
+            self._max_slots[key] = None if chosen.slots == 1 else chosen.slots
+        slots = self._max_slots[key]
         return self._share_slots(arm, slots) if slots and wanted == "auto" and self.num_workers > 1 else slots
 
     def _share_slots(self, arm: Arm, slots: int) -> int:
@@ -225,22 +223,36 @@ class Worker:
 
         If the stage has runs outside of these packs, workers without a pack train those, and packs stay large.
         """
-        names, counts = {other.name for other in self._find_pack_arms(arm)}, self.controller.count_stage_runs()
+        names = {other.name for other in list_pack_arms(self.definition, arm)}
+        counts = self.controller.count_stage_runs()
         others = [arm for arm in self.definition.arms if arm.name not in names and arm.corners[0].num_steps]
         if any(counts[other.name] for other in others):
             return slots
         return min(slots, math.ceil(sum(count for name, count in counts.items() if name in names) / self.num_workers))
 
-    def _measure_slots(self, arm: Arm) -> int | None:
-        config = self._plans[arm.name].largest
-        # of the first round, so that packs of trials that have ended have the same size if the sweep is run again
-        trials = math.ceil(self.definition.count_first_trials(self._find_pack_arms(arm)) / self.num_workers)
-        chosen = choose_pack_size(config, inputs=self.inputs_cache.load(config), trials_left=trials)
-        self.controller.note([chosen.reason])
-        return None if chosen.slots == 1 else chosen.slots
-
     def _note_usage(self) -> None:
         self.controller.note_usage(self.name, self.telemetry.sample())
+
+
+def list_pack_arms(definition: Definition, arm: Arm) -> list[Arm]:
+    """Returns the arms whose trials can share packs with those of an arm, with the arm itself."""
+    plans = plan_packing(definition)
+    return [other for other in definition.arms if plans[other.name].key == plans[arm.name].key]
+
+
+def choose_slots(definition: Definition, arm: Arm, *, inputs_cache: InputsCache, num_workers: int) -> PackSize:
+    """Returns how many trials of an arm train together at most, and the reason.
+
+    It is 1 if each trial trains alone. The reason is empty if `worker.pack_size` says it.
+    """
+    plan, wanted = plan_packing(definition)[arm.name], arm.sweep_config.worker.pack_size
+    if plan.key is None:
+        return PackSize(1, "")
+    if wanted != "auto":
+        return PackSize(wanted, "")
+    # of the first round, so that packs of trials that have ended have the same size if the sweep is run again
+    trials = math.ceil(definition.count_first_trials(list_pack_arms(definition, arm)) / num_workers)
+    return choose_pack_size(plan.largest, inputs=inputs_cache.load(plan.largest), trials_left=trials)
 
 
 class _PackTrials:

@@ -1,0 +1,285 @@
+"""Plans a sweep: exact numbers of runs, steps and tokens; time and memory from one short training per group of arms.
+
+Arms whose trials share packs are a group, and so is each other arm. The training is the sweep's own: a full pack of the
+runs with the highest rank, or one run alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.box import SIMPLE
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from lorasweep.config.components import Component
+from lorasweep.config.data import ChatConfig
+from lorasweep.config.run import RunConfig
+from lorasweep.config.sweep import RayWorkers
+from lorasweep.errors import OutOfMemory, RunError
+from lorasweep.record import RunRecord, read_run
+from lorasweep.selection import describe_confirmation
+from lorasweep.sweep.controller.stopping_rules import build_rule
+from lorasweep.sweep.definition.arms import Arm, Definition
+from lorasweep.sweep.definition.bases import explain_bases
+from lorasweep.sweep.definition.packing import explain_packing, plan_packing
+from lorasweep.sweep.definition.seeds import count_confirm_runs
+from lorasweep.sweep.definition.warnings import count_tokens, find_warnings
+from lorasweep.sweep.workers.worker import choose_slots, list_pack_arms
+from lorasweep.training.inputs import InputsCache, RunInputs
+from lorasweep.training.packs.pack import train_pack
+from lorasweep.training.packs.slot_run import RunRequest
+from lorasweep.training.run import train_run
+from lorasweep.training.run_log import RunFolder
+from lorasweep.wording import format_bytes, format_count, format_seconds_range
+
+NUM_STEPS = 6
+"""Steps of a measured training, which ends with one evaluation. The first step is not counted, because it warms up."""
+
+
+class Seconds(NamedTuple):
+    """A range of time: with as much pruning as the stopping rule allows, and without pruning."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupPlan:
+    """The measured training of a group of arms. Times are those of a whole pack if `slots` is more than 1."""
+
+    arms: tuple[Arm, ...]
+    slots: int
+    """Maximum number of trials that train together."""
+    reason: str
+    """Why packs have this number of slots; empty if `worker.pack_size` says it."""
+    loading_s: float
+    step_s: float
+    evaluation_s: float
+    """Seconds of one evaluation on validation data, with writing weights and checkpoints."""
+    test_ratio: float
+    """Tokens of the test split divided by tokens of the validation split; 0 without a confirm stage."""
+    record: RunRecord
+    """Record of one of the measured runs."""
+    kept_bytes: int
+    """Size of the folder of one run."""
+
+    def estimate_search(self) -> Seconds:
+        parts = [part for arm in self.arms for part in list_parts(arm)]
+        low = sum(part.trials / self.slots * self._train(part.start, part.stop) for part in parts)
+        return Seconds(low, self.estimate_runs(sum(arm.trials for arm in self.arms)))
+
+    def estimate_runs(self, num_runs: int) -> float:
+        """Returns the seconds of runs from their first to their last step."""
+        return math.ceil(num_runs / self.slots) * self._train(0, self.arms[0].corners[0].num_steps)
+
+    def estimate_confirm(self, num_runs: int) -> float:
+        """Returns the seconds of confirm runs, each of which is scored on test data."""
+        return self.estimate_runs(num_runs) + num_runs * self.test_ratio * self.evaluation_s / self.slots
+
+    def _train(self, start: int, stop: int) -> float:
+        every = self.arms[0].corners[0].trainer.eval_every_steps
+        num_evaluations = math.ceil(stop / every) - start // every if stop else 1
+        return self.loading_s + (stop - start) * self.step_s + num_evaluations * self.evaluation_s
+
+
+class Part(NamedTuple):
+    """A range of optimizer steps that the same number of trials train."""
+
+    start: int
+    stop: int
+    """The last step; 0 under `method=frozen`."""
+    trials: int
+
+
+def list_parts(arm: Arm) -> list[Part]:
+    """Returns the parts of an arm's search if the stopping rule prunes all that its bounds allow."""
+    rule, config, trials = build_rule(arm), arm.corners[0], arm.trials
+    steps, every = config.num_steps, config.trainer.eval_every_steps
+    if isinstance(arm.sweep_config.pruner, Component) and every < steps:
+        # a pruner of another package may prune at any evaluation
+        return [Part(0, every, trials), Part(every, steps, 1)]
+    parts, start = [], 0
+    for rung in rule.rungs:
+        parts.append(Part(start, rung, trials))
+        start, trials = rung, rule.count_kept([(float(n), 0.0, n) for n in range(trials)], all_arrived=True)
+    return [*parts, Part(start, steps, trials)]
+
+
+def plan_sweep(
+    definition: Definition, inputs_cache: InputsCache, *, on_progress: Callable[[str], None]
+) -> list[GroupPlan]:
+    """Measures one training of each group of arms of a checked sweep. Leaves no file behind.
+
+    `on_progress` is called with a phrase before each training.
+
+    Raises:
+        RunError: A training failed, as it would in the sweep.
+    """
+    groups: list[GroupPlan] = []
+    for arm in definition.arms:
+        if any(arm in group.arms for group in groups):
+            continue
+        try:
+            groups.append(_measure_group(definition, arm, inputs_cache, on_progress=on_progress))
+        except RunError as error:
+            raise RunError(f"the first trial of arm `{arm.name}` must train, but failed: {error}") from error
+    return groups
+
+
+def _measure_group(
+    definition: Definition, arm: Arm, inputs_cache: InputsCache, *, on_progress: Callable[[str], None]
+) -> GroupPlan:
+    slots, reason = choose_slots(definition, arm, inputs_cache=inputs_cache, num_workers=count_workers(definition))
+    arms = list_pack_arms(definition, arm) if slots > 1 else [arm]
+    names = ", ".join(each.name for each in arms)
+    config = _shorten(plan_packing(definition)[arm.name].largest)
+    inputs = inputs_cache.load(config)
+    with tempfile.TemporaryDirectory(prefix="lorasweep-plan-") as folder:
+        while True:
+            on_progress(f"{names}: {slots} {'trial' if slots == 1 else 'trials in a pack'}")
+            before, path = inputs.telemetry.sample(), Path(folder) / str(slots)
+            path.mkdir()
+            try:
+                run, step_s = _train_briefly(config, slots, inputs=inputs, folder=path)
+                break
+            except OutOfMemory:
+                if slots == 1:
+                    raise
+                slots = slots // 2  # as in the sweep
+        after, record = inputs.telemetry.sample(), read_run(run)
+        kept_bytes = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
+    if record.status != "complete":
+        raise RunError(record.reason or record.status)
+    test_ratio = 0.0
+    if definition.sweep_config.confirm.list_looks():
+        test_ratio = int(inputs.splits.test().lengths.sum()) / int(inputs.splits.validation.lengths.sum())
+    spent = {name: after[f"{name}_s"] - before[f"{name}_s"] for name in ("loading", "evaluating", "saving")}
+    return GroupPlan(
+        arms=tuple(arms),
+        slots=slots,
+        reason=reason,
+        loading_s=spent["loading"],
+        step_s=step_s,
+        evaluation_s=spent["evaluating"] + spent["saving"],
+        test_ratio=test_ratio,
+        record=record,
+        kept_bytes=kept_bytes,
+    )
+
+
+def _train_briefly(config: RunConfig, slots: int, *, inputs: RunInputs, folder: Path) -> tuple[Path, float]:
+    """Trains a full pack of equal runs, or a run alone. Returns a run's folder, and the median seconds of a step."""
+    runs = [RunFolder(path=folder / str(number)) for number in range(slots)]
+    step_ends: list[float] = []
+
+    def note_step() -> bool:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # otherwise a step would only count the time to start its kernels
+        step_ends.append(time.perf_counter())
+        return False
+
+    if slots == 1:
+        train_run(config, runs[0], inputs=inputs, stop_requested=note_step)
+    else:
+        train_pack(
+            [RunRequest(config=config, run_folder=run, on_end=lambda outcome: None) for run in runs],
+            inputs=inputs,
+            slots=slots,
+            next_run=lambda: None,
+            on_evaluation=lambda evaluations: [True] * len(evaluations),
+            state_file=folder / "pack.json",
+            stop_requested=note_step,
+        )
+    steps_s = [end - start for start, end in itertools.pairwise(step_ends)]
+    return runs[0].path, statistics.median(steps_s) if steps_s else 0.0  # `frozen` has no steps
+
+
+def _shorten(config: RunConfig) -> RunConfig:
+    """Returns the settings of a training with few steps and one evaluation, in one process and without loggers."""
+    trainer = replace(
+        config.trainer,
+        max_steps=NUM_STEPS,
+        eval_every_steps=NUM_STEPS,
+        strategy="auto",
+        devices=1,
+        num_nodes=1,
+    )
+    return replace(config, trainer=trainer, logger={})
+
+
+def count_workers(definition: Definition) -> int:
+    """Returns the number of workers that the sweep has from its start, as far as it is known."""
+    config = definition.sweep_config.worker
+    return config.num if isinstance(config, RayWorkers) and config.num != "auto" else 1
+
+
+def render_plan(definition: Definition, groups: Sequence[GroupPlan]) -> RenderableType:
+    """Returns a table with a row for each arm, followed by sentences on packs, stages, time, memory and warnings."""
+    title = escape(f"{definition.name}: nothing is trained yet")
+    # an arm's long name may wrap, but numbers never do
+    table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE, padding=(0, 0))
+    table.add_column("arm", overflow="fold")
+    for name in ("runs", "steps", "tokens", "trained", "pack", "memory", "disk", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
+    confirm_runs = count_confirm_runs(definition)
+    group_of = {arm.name: group for group in groups for arm in group.arms}
+    for arm in definition.arms:
+        group, runs, config = group_of[arm.name], arm.trials + confirm_runs[arm.name], arm.corners[0]
+        search, confirm = _estimate(group, confirm_runs)
+        share = runs / sum(each.trials + confirm_runs[each.name] for each in group.arms)
+        table.add_row(
+            escape(arm.name),
+            " + ".join(map(str, filter(None, (arm.trials, confirm_runs[arm.name])))),
+            format_count(runs * config.num_steps),
+            format_count(runs * count_tokens(config)),
+            format_count(group.record.trainable_params),
+            str(group.slots),
+            format_bytes(group.record.peak_memory_bytes),
+            format_bytes(runs * group.kept_bytes),
+            format_seconds_range(share * (search.low + confirm), share * (search.high + confirm)),
+        )
+    return Group(table, *(Text(f"• {note}") for note in _list_notes(definition, groups)))
+
+
+def _estimate(group: GroupPlan, confirm_runs: dict[str, int]) -> tuple[Seconds, float]:
+    """Returns the time of a group's search, and the seconds of its confirm runs."""
+    return group.estimate_search(), group.estimate_confirm(sum(confirm_runs[arm.name] for arm in group.arms))
+
+
+def _list_notes(definition: Definition, groups: Sequence[GroupPlan]) -> Iterator[str]:
+    yield from explain_bases(definition)
+    yield from explain_packing(definition)
+    for group in groups:
+        if group.reason:
+            yield f"{', '.join(f'`{arm.name}`' for arm in group.arms)}: {group.reason}"
+    looks = definition.sweep_config.confirm.list_looks()
+    confirm_stage = f"then confirm: {describe_confirmation(looks)}" if looks else "no confirm stage"
+    yield f"Stages (the numbers of runs): search on validation data; {confirm_stage}."
+    yield from find_warnings(definition)
+    times = [_estimate(group, count_confirm_runs(definition)) for group in groups]
+    low, high = (sum(getattr(search, end) for search, _ in times) for end in ("low", "high"))
+    confirm = sum(seconds for _, seconds in times)
+    parts = [f"search {format_seconds_range(low, high)}"]
+    parts += [f"confirm {format_seconds_range(confirm, confirm)}"] if confirm else []
+    workers = count_workers(definition)
+    shared = f" {workers} workers share this time." if workers > 1 else ""
+    yield (
+        f"Time on this machine, if it does nothing else: {format_seconds_range(low + confirm, high + confirm)} "
+        f"({', '.join(parts)}). The lower end prunes all that the stopping rule allows; the upper end prunes "
+        f"nothing.{shared}"
+    )
+    data = [arm.corners[0].data for arm in definition.arms]
+    if any(isinstance(each, ChatConfig) and each.generate for each in data):
+        yield "The time to generate answers (`data.generate`) is not measured."

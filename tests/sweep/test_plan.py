@@ -1,0 +1,138 @@
+"""A plan counts runs and steps exactly, and measures one training of each group of arms with the sweep's own code."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+
+import pytest
+import torch
+from rich.console import Console
+from tests.conftest import SHORT_RUN
+
+import lorasweep.sweep.plan as plan_file
+from lorasweep.errors import Diverged, OutOfMemory, RunError
+from lorasweep.record import RunRecord
+from lorasweep.sweep.definition.arms import read_definition
+from lorasweep.sweep.plan import GroupPlan, Part, Seconds, list_parts, plan_sweep, render_plan
+from lorasweep.training.inputs import InputsCache
+
+
+@pytest.fixture
+def define(write_file, content):
+    """Returns a sweep with 8 LoRA trials of 8 steps and four evaluations under halving at steps 2 and 4."""
+
+    def define(*overrides, **settings):
+        content["settings"] |= settings or {"pruner": "halving", "pruner.rungs": [0.25, 0.5]}
+        content["arms"]["lora"]["trials"] = 8
+        definition = read_definition(write_file(content), overrides)
+        return definition, {arm.name: arm for arm in definition.arms}
+
+    return define
+
+
+@pytest.fixture
+def plan_group(inputs):
+    def plan_group(arm, **measured):
+        record = RunRecord.__new__(RunRecord)
+        record.trainable_params, record.peak_memory_bytes = 123_456, 1234 * 2**20
+        values = {"slots": 1, "loading_s": 0.0, "step_s": 1.0, "evaluation_s": 10.0, "test_ratio": 0.0} | measured
+        return GroupPlan(arms=(arm,), reason="", record=record, kept_bytes=2**20, **values)
+
+    return plan_group
+
+
+def test_the_lower_end_prunes_all_that_the_rule_allows(define, plan_group):
+    _, arms = define()
+    assert list_parts(arms["lora"]) == [Part(0, 2, 8), Part(2, 4, 4), Part(4, 8, 2)]
+    # pruned: 8 · 2 + 4 · 2 + 2 · 4 = 32 steps and 8 + 4 + 2 · 2 = 16 evaluations; else 64 steps and 32 evaluations
+    assert plan_group(arms["lora"]).estimate_search() == Seconds(32 + 160, 64 + 320)
+
+
+def test_a_pruner_of_another_package_may_prune_all_but_one(define, content):
+    del content["settings"]["pruner"]
+    _, arms = define(**{"pruner._target_": "optuna.pruners.MedianPruner"})
+    assert [part.trials for part in list_parts(arms["lora"])] == [8, 1]
+
+
+def test_packs_share_their_time_and_a_rest_takes_a_whole_pack(define, plan_group):
+    _, arms = define(pruner="none")
+    group = plan_group(arms["lora"], slots=3, loading_s=0.5)
+    pack_s = 0.5 + 8 + 4 * 10
+    assert group.estimate_search() == pytest.approx(Seconds(8 / 3 * pack_s, 3 * pack_s))
+
+
+def test_confirm_runs_are_scored_on_test_data_and_the_frozen_base_is_evaluated_once(define, plan_group):
+    _, arms = define("confirm.seeds=3")
+    run_s = 0.5 + 8 + 4 * 10
+    assert plan_group(arms["lora"], loading_s=0.5, test_ratio=2.0).estimate_confirm(3) == 3 * (run_s + 2 * 10)
+    assert plan_group(arms["frozen"], step_s=0.0).estimate_runs(1) == 10
+
+
+def test_a_plan_fits_eighty_columns(define, plan_group):
+    definition, arms = define("confirm.seeds=3")
+    groups = [plan_group(arm, step_s=60.0, evaluation_s=0.0) for arm in arms.values()]
+    console = Console(record=True, width=80, file=io.StringIO())
+    console.print(render_plan(definition, groups))
+    shown = console.export_text()
+    (line,) = [line for line in shown.splitlines() if line.strip().startswith("lora ")]
+    assert line.split()[:7] == ["lora", "8", "+", "3", "88", "45.1", "k"]
+    assert "1.21 GiB" in line
+    assert "…" not in shown
+
+
+@pytest.fixture
+def plan(write_file, content, inputs, tmp_path, monkeypatch):
+    """Returns a function that plans the sweep of `content` on the embedded model."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    content["settings"] |= {key: value for key, value in SHORT_RUN.items() if key.startswith(("data.", "trainer."))}
+    content["settings"] |= {"trainer.eval_every_steps": 1, "worker.pack_size": 3, "confirm.seeds": 2}
+    del content["settings"]["trainer.progress"]
+    content["arms"]["lora"]["space"]["method.rank"] = [1, 2]
+
+    class Cache(InputsCache):
+        def load(self, config):
+            return inputs
+
+    def plan():
+        said = []
+        groups = plan_sweep(read_definition(write_file(content), []), Cache(), on_progress=said.append)
+        assert list((tmp_path / "temporary").iterdir()) == []
+        return {group.arms[0].name: group for group in groups}, said
+
+    return plan
+
+
+def test_each_group_is_measured_once_and_the_base_stays(plan, inputs):
+    weights = {name: p.clone() for name, p in inputs.base.model.named_parameters()}
+    groups, said = plan()
+    assert said == ["frozen: 1 trial", "full: 1 trial", "lora: 3 trials in a pack"]
+    assert (groups["frozen"].step_s, groups["frozen"].record.trainable_params) == (0, 0)
+    assert groups["lora"].slots == 3
+    assert groups["lora"].record.config["method"]["rank"] == 2
+    assert groups["lora"].test_ratio == 1  # four blocks each
+    for name in ("full", "lora"):
+        assert min(groups[name].step_s, groups[name].evaluation_s, groups[name].loading_s) > 0
+        # the best and the last weights
+        assert groups[name].kept_bytes > 4 * groups[name].record.trainable_params
+    assert all(torch.equal(p, weights[name]) for name, p in inputs.base.model.named_parameters())
+
+
+def test_a_pack_that_does_not_fit_is_halved_as_in_the_sweep(plan, monkeypatch):
+    def run_out_of_memory(*_, **__):
+        raise OutOfMemory("too large")
+
+    monkeypatch.setattr(plan_file, "train_pack", run_out_of_memory)
+    groups, said = plan()
+    assert said[-2:] == ["lora: 3 trials in a pack", "lora: 1 trial"]
+    assert groups["lora"].slots == 1
+
+
+def test_a_training_that_fails_names_its_arm(plan, monkeypatch):
+    def fail(*_, **__):
+        raise Diverged("the loss is infinite")
+
+    monkeypatch.setattr(plan_file, "train_run", fail)
+    with pytest.raises(RunError, match=r"arm `frozen`.*the loss is infinite"):
+        plan()
