@@ -13,7 +13,7 @@ from lorasweep.config.compose import compose_run
 from lorasweep.data import blocks as blocks_file
 from lorasweep.data.blocks import build_block_split, choose_evenly
 from lorasweep.data.source import Document, collect_examples
-from lorasweep.data.tasks import LanguageModelling
+from lorasweep.data.tasks import compute_logits, compute_token_losses
 from lorasweep.errors import ConfigError
 
 check_shapes = jaxtyped(typechecker=beartype)
@@ -96,12 +96,12 @@ def test_no_token_sees_an_earlier_document_where_documents_are_separate(tokenize
     model = transformers.LlamaForCausalLM(config).eval()
     model.set_attn_implementation(attention)
     model.config.use_cache = False  # as `load_base` sets it; with a cache transformers looks for no packed sequences
-    task = LanguageModelling(bytes_per_token=1.0)
 
     def losses(text, separate):
         split = make_split(make_documents(text, "xyzuvw"), tokenizer, block_length=9, separate=separate)
         with torch.no_grad():
-            return task._token_losses(model, split.batch([0]))[0, 3:]  # of the second document
+            batch = split.batch([0])
+            return compute_token_losses(compute_logits(model, batch), batch["targets"])[0, 3:]  # of the second document
 
     # fp32 in two orders of summation
     torch.testing.assert_close(losses("ab", True), losses("cd", True), rtol=1e-5, atol=1e-6)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from scipy import stats
-from tests.data.fixed_model import FixedModel
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from lorasweep.config.data import get_built_in_metric
@@ -19,6 +19,17 @@ from lorasweep.data.tasks import (
     MultiLabel,
     Regression,
 )
+
+
+class FixedModel(nn.Module):
+    """A model whose logits are rows of a given table, chosen by its inputs."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, input_ids):
+        return self.logits[input_ids]
 
 
 @pytest.fixture

@@ -73,13 +73,13 @@ def test_a_packed_run_scores_as_it_would_alone_and_the_record_restores_the_metri
 
 
 @pytest.mark.parametrize(
-    ("settings", "named"),
+    "settings",
     [
-        ({"data.metric.num_classes": 4}, "`data.metric` must take labels of shape"),
-        ({"data.metric._target_": "torchmetrics.text.Perplexity"}, "`data.metric`"),
-        ({"data.metric.average": None}, "must give one number, but MulticlassAccuracy gives"),
+        {"data.metric.num_classes": 4},
+        {"data.metric._target_": "torchmetrics.text.Perplexity"},
+        {"data.metric.average": None},
     ],
 )
-def test_a_metric_that_does_not_fit_the_text_is_refused_before_training(settings, named):
-    with pytest.raises(ConfigError, match=named):
+def test_a_metric_that_does_not_fit_the_text_is_refused_before_training(settings):
+    with pytest.raises(ConfigError, match=r"`data\.metric`"):
         build_inputs(compose_run(TEXT | METRIC | settings))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 from lorasweep.config.components import Component
@@ -25,7 +25,6 @@ LabelMetric = Literal["auto", "accuracy", "f1", "matthews", "pearson", "spearman
 LabelTask = Literal["single_label", "multi_label", "regression"]
 CustomTask = Literal[LabelTask, "text"]
 CustomMetric = Literal[LabelMetric, "perplexity"]
-GlueTask = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
 Delimiter = Literal["auto", "comma", "semicolon", "tab", "pipe"]
 Quoting = Literal["auto", "csv", "none"]
 
@@ -45,32 +44,13 @@ METRIC_RANGES: Mapping[str, tuple[float, float]] = {
 }
 """Lowest and highest possible value of each metric."""
 
-GLUE_PATH = "nyu-mll/glue"
-GLUE_COLUMNS: Mapping[GlueTask, tuple[str, str | None]] = {
-    "cola": ("sentence", None),
-    "sst2": ("sentence", None),
-    "mrpc": ("sentence1", "sentence2"),
-    "stsb": ("sentence1", "sentence2"),
-    "qqp": ("question1", "question2"),
-    "mnli": ("premise", "hypothesis"),
-    "qnli": ("question", "sentence"),
-    "rte": ("sentence1", "sentence2"),
-    "wnli": ("sentence1", "sentence2"),
-}
-"""The text columns of each GLUE task on the hub."""
-GLUE_METRICS: Mapping[GlueTask, LabelMetric] = {"cola": "matthews", "stsb": "pearson"}
-"""Metrics in LoRA's table of GLUE (arXiv 2106.09685, table 2). All other tasks use accuracy."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class MetricComponent(Component):
-    """A torchmetrics metric by `_target_`. All keys beside `direction` and `predictions` are arguments of the class."""
+    """A torchmetrics metric by `_target_`. All keys beside `direction` are arguments of the class."""
 
     direction: Literal["auto", Direction] = "auto"
     """Whether a lower or a higher value is better. `auto` reads `higher_is_better` of the class."""
-    predictions: Literal["auto", "probabilities", "labels", "logits"] = "auto"
-    """The form of the predictions that the metric gets. `auto`: probabilities of labels, numbers of a regression, and
-    the predicted tokens of text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,11 +123,6 @@ class FileSettings(SplitSettings):
         super().__post_init__()
         if self.columns is not None and len(set(self.columns)) < max(1, len(self.columns)):
             raise ConfigError(f"`data.columns` must be different names, but got {list(self.columns)}.")
-        if self.path is not None and (self.columns, self.delimiter, self.quoting) != (None, "auto", "auto"):
-            raise ConfigError(
-                "`data.columns` must be null, and `data.delimiter` and `data.quoting` auto with `data.path`, but got "
-                f"{self.columns!r}, {self.delimiter!r} and {self.quoting!r}. They are for files."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,21 +272,6 @@ class ChatConfig(FileSettings, ExampleSettings, LossSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GlueConfig(ExampleSettings, LabelSettings):
-    """A task of the GLUE benchmark (arXiv 1804.07461), from the hub or its cache.
-
-    `metric=auto` is Matthews' correlation for `cola`, Pearson's for `stsb`, and accuracy for the other tasks.
-    """
-
-    name: Literal["glue"]
-    task: GlueTask
-    """Name of the task."""
-
-    def __post_init__(self) -> None:
-        glue_as_table(self)  # a table checks every setting
-
-
-@dataclass(frozen=True, kw_only=True)
 class CustomDataConfig(LossSettings):
     """A LightningDataModule of the user."""
 
@@ -341,37 +301,7 @@ class CustomDataConfig(LossSettings):
             )
 
 
-DataConfig = StdlibConfig | TextConfig | TableConfig | ChatConfig | GlueConfig | CustomDataConfig
-
-
-def glue_as_table(config: GlueConfig) -> TableConfig:
-    """Returns the settings of the table on the hub that has a GLUE task.
-
-    GLUE hides the labels of its test split, so the test split is taken from training data.
-    """
-    text, text_pair = GLUE_COLUMNS[config.task]
-    shared = {f.name: getattr(config, f.name) for f in (*fields(ExampleSettings), *fields(LabelSettings))}
-    if config.metric == "auto":
-        shared["metric"] = GLUE_METRICS.get(config.task, "accuracy")
-    return TableConfig(
-        **shared,
-        name="table",
-        path=GLUE_PATH,
-        subset=config.task,
-        revision=None,
-        train="train",
-        validation="validation_matched" if config.task == "mnli" else "validation",
-        test=None,
-        columns=None,
-        delimiter="auto",
-        quoting="auto",
-        group=None,
-        text=text,
-        text_pair=text_pair,
-        label="label",
-        labels=None,
-        task="regression" if config.task == "stsb" else "single_label",
-    )
+DataConfig = StdlibConfig | TextConfig | TableConfig | ChatConfig | CustomDataConfig
 
 
 def max_tokens_per_example(config: DataConfig) -> int:

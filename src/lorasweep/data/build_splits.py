@@ -3,40 +3,39 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from lorasweep.config.components import instantiate
 from lorasweep.config.data import (
     ChatConfig,
     CustomDataConfig,
     DataConfig,
     ExampleSettings,
-    GlueConfig,
     MetricComponent,
     ScoreMetric,
     StdlibConfig,
     TableConfig,
     TextConfig,
     get_built_in_metric,
-    glue_as_table,
 )
 from lorasweep.config.model import ModelKind
 from lorasweep.data.blocks import build_block_split
-from lorasweep.data.constant_answer import FixedLogits, describe_constant_answer, score_constant_answer
+from lorasweep.data.constant_answer import describe_constant_answer, score_constant_answer
 from lorasweep.data.custom_module import CustomSplit
 from lorasweep.data.examples import CompletionSplit, ExampleSplit, LabelledSplit, Ragged, SequenceSplit, TextSplit
-from lorasweep.data.own_loss import build_own_loss
 from lorasweep.data.own_metric import build_own_metric
 from lorasweep.data.source import Conversation, DataSource, Examples, LabelledText
 from lorasweep.data.split import IGNORED, Split
 from lorasweep.data.tasks import Classification, LanguageModelling, MultiLabel, Regression, Task
 from lorasweep.data.tokenise import tokenise_chats, tokenise_labelled, tokenise_sequences
-from lorasweep.errors import ConfigError
+from lorasweep.errors import ConfigError, describe_error
 
 COMPATIBLE_MODEL_KINDS: Mapping[str, tuple[ModelKind, ...]] = {
     "documents": ("causal_lm",),
@@ -108,7 +107,6 @@ def build_splits(
             f"`model.kind` must be {' or '.join(kinds)} for `data={config.name}`, but got {model_kind!r}. "
             f"Use `model={kinds[0]}`, or other data."
         )
-    settings = glue_as_table(config) if isinstance(config, GlueConfig) else config
 
     def build(examples: Any) -> Split:
         if isinstance(examples, CustomSplit):
@@ -117,15 +115,15 @@ def build_splits(
             raise ConfigError(
                 "`model.factory` must return a tokenizer for this data, but has none. Return one, or set `model.path`."
             )
-        if isinstance(settings, StdlibConfig | TextConfig):
-            return build_block_split(examples, config=settings, tokenizer=tokenizer)
+        if isinstance(config, StdlibConfig | TextConfig):
+            return build_block_split(examples, config=config, tokenizer=tokenizer)
         split: ExampleSplit
-        if isinstance(settings, TableConfig):
-            split = _build_labelled(examples, config=settings, source=source, tokenizer=tokenizer)
+        if isinstance(config, TableConfig):
+            split = _build_labelled(examples, config=config, source=source, tokenizer=tokenizer)
         else:
-            assert isinstance(settings, ChatConfig)
+            assert isinstance(config, ChatConfig)
             split = _build_chats(
-                examples, config=settings, tokenizer=tokenizer, model_kind=model_kind, start_token=start_token
+                examples, config=config, tokenizer=tokenizer, model_kind=model_kind, start_token=start_token
             )
         if not len(split):
             raise ConfigError(
@@ -135,13 +133,13 @@ def build_splits(
         return split
 
     validation = build(source.validation)
-    task = _build_task(source, settings, validation)
-    metric = task.metrics[0] if settings.metric == "auto" else settings.metric
+    task = _build_task(source, config, validation)
+    metric = task.metrics[0] if config.metric == "auto" else config.metric
     if isinstance(metric, MetricComponent):
-        own_metric = build_own_metric(metric, kind=source.kind, num_labels=len(source.label_names))
-        task, metric = replace(task, own_metric=own_metric), own_metric.score.name  # type: ignore[type-var]
-    if settings.loss is not None:
-        task = replace(task, own_loss=build_own_loss(settings.loss))  # type: ignore[type-var]
+        own_metric = build_own_metric(metric)
+        task, metric = replace(task, own_metric=own_metric), own_metric.score.name
+    if config.loss is not None:
+        task = replace(task, own_loss=instantiate(config.loss, key="data.loss", expected=nn.Module))
     if task.own_metric is not None or task.own_loss is not None:
         targets = validation.batch(range(min(len(validation), MAX_CHECKED_EXAMPLES)))["targets"]
         num_outputs = 1 if source.kind == "regression" else len(source.label_names) or len(tokenizer or ())
@@ -182,7 +180,7 @@ def check_own_parts(task: Task, targets: Tensor, *, num_outputs: int) -> None:
         num_outputs: Number of classes, labels or tokens.
 
     Raises:
-        ConfigError: One of them fails, or the loss is not differentiable.
+        ConfigError: One of them fails, or the loss is not differentiable or none of each item.
     """
     if isinstance(task, LanguageModelling):
         targets = targets[targets != IGNORED][None, :MAX_CHECKED_EXAMPLES]
@@ -190,18 +188,22 @@ def check_own_parts(task: Task, targets: Tensor, *, num_outputs: int) -> None:
     shape = targets.shape if isinstance(task, MultiLabel) else (*targets.shape, num_outputs)
     logits = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     logits.view(-1, shape[-1])[0, -1] = 100.0  # a model may predict every class or token, also the last one
-    model, batch = FixedLogits(logits.requires_grad_()), {"targets": targets}
-    if task.own_loss is not None:
+    batch = {"targets": targets}
+    key, wanted = "data.loss", "a differentiable loss of each item (`data.loss.reduction=none`)"
+    try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            losses = task.losses(model, batch)
-        if not losses.requires_grad:
-            raise ConfigError(f"`data.loss` must be differentiable, but {task.own_loss.name} is not. Use another loss.")
-    if task.own_metric is not None:
-        with torch.no_grad():
-            scores = task.score(model, batch)
-        assert scores.metric_input is not None
-        assert scores.metric_target is not None
-        task.own_metric.check(scores.metric_input, scores.metric_target)
+            losses = task.compute_losses(logits.requires_grad_(), batch)
+            if losses.shape != targets.shape[:1]:
+                raise ValueError(f"it gives a tensor of shape {tuple(losses.shape)} for {len(targets)} examples")
+            losses.sum().backward()  # type: ignore[no-untyped-call]
+        key, wanted = "data.metric", "one number"
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings(action="ignore"):
+            task.compute(task.score_logits(logits, batch))
+    except Exception as error:  # both may be the user's
+        raise ConfigError(
+            f"`{key}` must give {wanted} from outputs of shape {tuple(shape)} and targets of shape "
+            f"{tuple(targets.shape)}, but fails: {describe_error(error)}."
+        ) from error
 
 
 def _build_labelled(

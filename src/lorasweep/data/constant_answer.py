@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorasweep.data.examples import LabelledSplit
 from lorasweep.data.split import Split
 from lorasweep.data.tasks import Classification, MultiLabel, Regression, Task
 from lorasweep.wording import join_words
-
-
-class FixedLogits(nn.Module):
-    """A model that returns the same logits, whatever its inputs are."""
-
-    def __init__(self, logits: Tensor) -> None:
-        super().__init__()
-        self.logits = logits
-
-    def forward(self, **inputs: Any) -> Tensor:
-        return self.logits
 
 
 def score_constant_answer(task: Task, *, train: Split, split: Split) -> dict[str, float]:
@@ -33,7 +21,7 @@ def score_constant_answer(task: Task, *, train: Split, split: Split) -> dict[str
     if not isinstance(train, LabelledSplit) or not isinstance(split, LabelledSplit):
         return {}
     logits = _fit_logits(train.labels.double(), task)
-    scores = task.score(FixedLogits(logits.expand(len(split), -1)), {"targets": split.labels})
+    scores = task.score_logits(logits.expand(len(split), -1).float(), {"targets": split.labels})
     return {name: float(value) for name, value in task.compute(scores).items()}
 
 

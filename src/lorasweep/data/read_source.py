@@ -8,10 +8,8 @@ from lorasweep.config.data import (
     ChatConfig,
     CustomDataConfig,
     DataConfig,
-    GlueConfig,
     StdlibConfig,
     TextConfig,
-    glue_as_table,
 )
 from lorasweep.data.custom_module import read_custom_module
 from lorasweep.data.reading.conversations import read_conversations
@@ -38,7 +36,7 @@ def read_source(config: DataConfig) -> DataSource:
         return read_custom_module(config)
     if isinstance(config, ChatConfig):
         return read_conversations(config)
-    return read_labelled(glue_as_table(config) if isinstance(config, GlueConfig) else config)
+    return read_labelled(config)
 
 
 def _read_stdlib(config: StdlibConfig) -> DataSource:

@@ -1,12 +1,12 @@
-"""Tasks: each defines the loss and the metrics for one kind of data. `training` uses only the `Task` protocol."""
+"""Tasks: each defines the loss and the metrics for one kind of data. `training` uses only `Task`."""
 
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -23,7 +23,6 @@ from torchmetrics.functional.classification import (
 from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
 
 from lorasweep.config.data import METRICS_OF_TASK
-from lorasweep.data.own_loss import OwnLoss
 from lorasweep.data.own_metric import OwnMetric
 from lorasweep.data.split import IGNORED, NON_MODEL_KEYS, Batch
 
@@ -63,39 +62,67 @@ class ExampleScores:
         return self.map(lambda values: values[order], names=EXAMPLE_FIELDS)
 
 
-class Task(Protocol):
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Task(ABC):
     """Loss and metrics for one kind of data."""
 
+    own_metric: OwnMetric | None = None
+    """The metric of `data.metric._target_`, which `compute` adds to the task's metrics."""
+    own_loss: nn.Module | None = None
+    """The loss of `data.loss._target_`, which trains instead of the task's. Evaluations keep the task's loss, so that
+    runs with different losses compare."""
+
     @property
+    @abstractmethod
     def metrics(self) -> tuple[str, ...]:
         """The task's metrics; `data.metric: auto` means the first one."""
 
-    @property
-    def own_metric(self) -> OwnMetric | None:
-        """The metric of `data.metric._target_`, which `compute` adds to the task's metrics."""
-
-    @property
-    def own_loss(self) -> OwnLoss | None:
-        """The loss of `data.loss._target_`, which `losses` uses instead of the task's."""
-
     def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, " examples"]:
         """Returns each example's training loss, in fp32 or wider: the sum over its items, times its class weight."""
+        return self.compute_losses(compute_logits(model, batch), batch)
 
     def score(self, model: nn.Module, batch: Batch) -> ExampleScores:
         """Returns loss and prediction of each example of a batch."""
+        return self.score_logits(compute_logits(model, batch), batch)
+
+    @abstractmethod
+    def compute_losses(self, logits: Tensor, batch: Batch) -> Float[Tensor, " examples"]:
+        """Returns what `losses` returns, for a model's output."""
+
+    @abstractmethod
+    def score_logits(self, logits: Tensor, batch: Batch) -> ExampleScores:
+        """Returns what `score` returns, for a model's output."""
+
+    @abstractmethod
+    def compute_metrics(self, scores: ExampleScores) -> dict[str, Tensor]:
+        """Returns each of the task's metrics over all examples of an evaluation, as scalars."""
 
     def compute(self, scores: ExampleScores) -> dict[str, Tensor]:
-        """Returns each metric over all examples of an evaluation, as scalars."""
+        """Returns the task's metrics and the own metric over all examples of an evaluation, as scalars."""
+        values = self.compute_metrics(scores)
+        if self.own_metric is None or scores.metric_input is None or scores.metric_target is None:
+            return values
+        return {
+            **values,
+            self.own_metric.score.name: self.own_metric.compute(scores.metric_input, scores.metric_target),
+        }
 
+    @abstractmethod
     def per_example(self, metric: str, scores: ExampleScores) -> tuple[Tensor, Tensor] | None:
         """Returns a value and a weight for each example. The weighted mean of the values is the metric.
 
         For perplexity, the weighted mean is its logarithm. Returns None for a metric that is not a mean over examples.
         """
 
+    def _apply_own_loss(self, predicted: Tensor, target: Tensor) -> Tensor:
+        """Returns the loss of each item, (items,), by `own_loss`. A further axis of its result is averaged."""
+        assert self.own_loss is not None
+        losses: Tensor = self.own_loss.to(predicted.device)(predicted, target)
+        return losses.flatten(1).mean(1) if losses.ndim > 1 else losses
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LanguageModelling:
+class LanguageModelling(Task):
     """Predicts the next token; for causal models and encoder-decoders.
 
     - `loss`: nats per scored token, L = Σ nats / Σ tokens.
@@ -107,30 +134,28 @@ class LanguageModelling:
     bytes_per_token: float | None
     """Number of UTF-8 bytes of the scored text divided by its number of tokens, > 0; None if unknown."""
     metrics: tuple[str, ...] = LANGUAGE_MODEL_METRICS
-    own_metric: OwnMetric | None = None
-    own_loss: OwnLoss | None = None
 
-    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        if self.own_loss is not None:
-            return sum_by_example(self.own_loss.spread(compute_logits(model, batch), batch["targets"]), batch)
-        return sum_by_example(self._token_losses(model, batch), batch)
+    def compute_losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        targets = batch["targets"]
+        if self.own_loss is None:
+            return sum_by_example(compute_token_losses(logits, targets), batch)
+        scored = targets != IGNORED
+        losses = self._apply_own_loss(logits[scored], targets[scored])
+        return sum_by_example(losses.new_zeros(targets.shape).masked_scatter(scored, losses), batch)
 
-    def score(self, model: nn.Module, batch: Batch) -> ExampleScores:
+    def score_logits(self, logits: Tensor, batch: Batch) -> ExampleScores:
         targets, own_columns = batch["targets"], {}
         scored = targets != IGNORED
-        if self.own_metric is None:
-            losses = self._token_losses(model, batch)
-        else:
-            logits = compute_logits(model, batch)
-            losses = compute_token_losses(logits, targets)
+        if self.own_metric is not None:
             own_columns = {"metric_input": logits.argmax(-1)[scored], "metric_target": targets[scored]}
         # fp64, because the tokens of a whole evaluation are added up
+        losses = compute_token_losses(logits, targets)
         loss, items = (sum_by_example(values.double(), batch) for values in (losses, scored))
         return ExampleScores(loss=loss, items=items, **own_columns)
 
-    def compute(self, scores: ExampleScores) -> dict[str, Tensor]:
+    def compute_metrics(self, scores: ExampleScores) -> dict[str, Tensor]:
         loss = scores.loss.double().sum() / scores.items.double().sum()
-        values = {"loss": loss, "perplexity": loss.exp(), **compute_own_metric(self.own_metric, scores)}
+        values = {"loss": loss, "perplexity": loss.exp()}
         if self.bytes_per_token is None:
             return values
         return {"bits_per_byte": loss / (math.log(2) * self.bytes_per_token), **values}
@@ -144,64 +169,41 @@ class LanguageModelling:
             per_token = per_token / (math.log(2) * self.bytes_per_token)
         return per_token, scores.items
 
-    def _token_losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch length"]:
-        return compute_token_losses(compute_logits(model, batch), batch["targets"])
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LabelTask:
+class LabelTask(Task):
     """Base of tasks with labels. Each example counts once, however long its text is."""
-
-    own_metric: OwnMetric | None = None
-    own_loss: OwnLoss | None = None
 
     @abstractmethod
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Returns each example's loss, (examples,), without label smoothing and class weights."""
 
     @abstractmethod
-    def _predict(self, logits: Tensor) -> Tensor: ...
+    def _predict(self, logits: Tensor) -> Tensor:
+        """Returns the predicted class or number of each example, or 0 or 1 for each class."""
 
-    @abstractmethod
-    def _compute(self, scores: ExampleScores) -> dict[str, Tensor]:
-        """Returns the task's metrics."""
+    def _train_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Returns each example's training loss, (examples,), without class weights."""
+        return self._loss(logits, targets) if self.own_loss is None else self._apply_own_loss(logits, targets)
 
-    def _to_probabilities(self, logits: Tensor) -> Tensor:
-        """Returns the probability of each class, (examples, classes)."""
-        raise NotImplementedError
+    def _to_metric_input(self, logits: Tensor) -> Tensor:
+        """Returns what the own metric gets as predictions."""
+        return self._predict(logits)
 
-    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        losses = self._compute_training_losses(compute_logits(model, batch), batch["targets"])
+    def compute_losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        losses = self._train_loss(logits, batch["targets"])
         return losses * batch["weights"] if "weights" in batch else losses
 
-    def _compute_training_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Returns each example's loss by `data.loss`, or by the task, (examples,), without class weights."""
-        return self._loss(logits, targets) if self.own_loss is None else self.own_loss.compute(logits, targets)
-
-    def score(self, model: nn.Module, batch: Batch) -> ExampleScores:
-        logits, targets = compute_logits(model, batch), batch["targets"]
-        losses = self._loss(logits, targets)
+    def score_logits(self, logits: Tensor, batch: Batch) -> ExampleScores:
+        losses = self._loss(logits, batch["targets"])
         prediction = self._predict(logits)
-        target = targets.to(prediction.dtype)
+        target = batch["targets"].to(prediction.dtype)
         own_columns = {}
         if self.own_metric is not None:
-            own_columns = {"metric_input": self.select_metric_input(logits), "metric_target": target}
+            own_columns = {"metric_input": self._to_metric_input(logits), "metric_target": target}
         return ExampleScores(
             loss=losses, items=torch.ones_like(losses), prediction=prediction, target=target, **own_columns
         )
-
-    def select_metric_input(self, logits: Tensor) -> Tensor:
-        """Returns what the own metric gets as predictions: logits, probabilities, or predicted labels or numbers."""
-        assert self.own_metric is not None
-        if self.own_metric.predictions == "logits":
-            return logits
-        if self.own_metric.predictions == "labels":
-            return self._predict(logits)
-        probabilities = self._to_probabilities(logits)
-        return probabilities[:, 1] if self.own_metric.predictions == "second_class" else probabilities
-
-    def compute(self, scores: ExampleScores) -> dict[str, Tensor]:
-        return {**self._compute(scores), **compute_own_metric(self.own_metric, scores)}
 
     def per_example(self, metric: str, scores: ExampleScores) -> tuple[Tensor, Tensor] | None:
         """Returns the loss of each example, or for `accuracy` 1 if all its labels are right. All weights are 1."""
@@ -235,15 +237,17 @@ class Classification(LabelTask):
     def _predict(self, logits: Tensor) -> Tensor:
         return logits.argmax(-1)
 
-    def _compute_training_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def _train_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         if self.own_loss is not None:
-            return self.own_loss.compute(logits, targets)
+            return self._apply_own_loss(logits, targets)
         return cross_entropy(logits, targets, reduction="none", label_smoothing=self.label_smoothing)
 
-    def _to_probabilities(self, logits: Tensor) -> Tensor:
-        return logits.softmax(-1)
+    def _to_metric_input(self, logits: Tensor) -> Tensor:
+        probabilities = logits.softmax(-1)
+        is_second_wanted = self.num_classes == 2 and self.own_metric is not None and self.own_metric.is_binary
+        return probabilities[:, 1] if is_second_wanted else probabilities
 
-    def _compute(self, scores: ExampleScores) -> dict[str, Tensor]:
+    def compute_metrics(self, scores: ExampleScores) -> dict[str, Tensor]:
         predicted, target = _unpack(scores)
         classes = self.num_classes
         f1 = multiclass_f1_score(predicted, target, classes, average=None if classes == 2 else "macro")
@@ -276,10 +280,10 @@ class MultiLabel(LabelTask):
     def _predict(self, logits: Tensor) -> Tensor:
         return (logits > 0).long()
 
-    def _to_probabilities(self, logits: Tensor) -> Tensor:
+    def _to_metric_input(self, logits: Tensor) -> Tensor:
         return logits.sigmoid()
 
-    def _compute(self, scores: ExampleScores) -> dict[str, Tensor]:
+    def compute_metrics(self, scores: ExampleScores) -> dict[str, Tensor]:
         predicted, target = _unpack(scores)
         return {
             "f1": multilabel_f1_score(predicted, target, self.num_labels, average="micro").double(),
@@ -300,11 +304,11 @@ class Regression(LabelTask):
     def _predict(self, logits: Tensor) -> Tensor:
         return logits.squeeze(-1)
 
-    def _compute_training_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def _train_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         numbers = self._predict(logits)
-        return (numbers - targets).square() if self.own_loss is None else self.own_loss.compute(numbers, targets)
+        return (numbers - targets).square() if self.own_loss is None else self._apply_own_loss(numbers, targets)
 
-    def _compute(self, scores: ExampleScores) -> dict[str, Tensor]:
+    def compute_metrics(self, scores: ExampleScores) -> dict[str, Tensor]:
         """Returns each metric; a correlation is 0 if all predictions or all targets are equal."""
         predicted, target = (values.double() for values in _unpack(scores))
         mse = scores.loss.double().mean()
@@ -348,13 +352,6 @@ class Evaluation(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         return self.task.compute(self.examples)
-
-
-def compute_own_metric(own_metric: OwnMetric | None, scores: ExampleScores) -> dict[str, Tensor]:
-    """Returns the value of the own metric by its name; empty without one."""
-    if own_metric is None or scores.metric_input is None or scores.metric_target is None:
-        return {}
-    return {own_metric.score.name: own_metric.compute(scores.metric_input, scores.metric_target)}
 
 
 def compute_token_losses(

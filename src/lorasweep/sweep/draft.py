@@ -73,11 +73,11 @@ def draft_sweep(path: Path, settings: Mapping[str, Any]) -> str:
             "`lorasweep new` must know the data: add `data.train=FILE`, or `data.path=HUB-ID data.train=SPLIT`."
         )
     chosen = {**_choose_data(settings), **settings}
-    chosen = {"model": "classifier" if chosen["data"] in ("table", "glue") else "causal_lm", **chosen}
+    chosen = {"model": "classifier" if chosen["data"] == "table" else "causal_lm", **chosen}
     if chosen["model"] in ("classifier", "causal_lm", "seq2seq") and "model.path" not in chosen:
         raise ConfigError("`lorasweep new` must know the model: add `model.path=FOLDER-OR-HUB-ID`.")
     measured = dict(chosen)
-    if chosen["data"] in ("table", "chat", "glue"):
+    if chosen["data"] in ("table", "chat"):
         measured.setdefault("data.max_length", MAX_MEASURED_TOKENS)
     inputs = build_inputs(compose_run(measured))
     if "data.max_length" in measured and "data.max_length" not in chosen:
@@ -210,7 +210,7 @@ def _choose_training(inputs: RunInputs, chosen: Mapping[str, Any]) -> dict[str, 
         "trainer.batch_size": batch_size,
         "trainer.eval_every_steps": max(1, steps // EVALUATIONS),
     }
-    if chosen["data"] in ("table", "chat", "glue") and len(inputs.splits.validation) > MAX_VALIDATION_EXAMPLES:
+    if chosen["data"] in ("table", "chat") and len(inputs.splits.validation) > MAX_VALIDATION_EXAMPLES:
         training["data.max_validation_examples"] = MAX_VALIDATION_EXAMPLES
     return training
 

@@ -142,7 +142,7 @@ MRPC = Features(
 def test_glue_validates_on_its_own_split_and_takes_the_test_split_from_train(read, fill_cache):
     train = rows_of(*GLUE, features=MRPC)
     fill_cache("nyu-mll/glue", subset="mrpc", train=train, validation=rows_of(*GLUE[:5], features=MRPC))
-    source = read("glue", {}, task="mrpc")
+    source = read("glue_mrpc", {})
     assert source.label_names == ("not_eq", "eq")
     assert [item[:3] for item in source.validation.items] == GLUE[:5]
     test = source.test()
@@ -154,10 +154,10 @@ def test_glue_has_numbers_and_matched_validation_where_the_task_has(read, fill_c
     stsb = Features({"sentence1": Value("string"), "sentence2": Value("string"), "label": Value("float32")})
     rows = rows_of(*((a, b, n / 8) for n, (a, b, _) in enumerate(GLUE)), features=stsb)
     fill_cache("nyu-mll/glue", subset="stsb", train=rows, validation=rows)
-    assert read("glue", {}, task="stsb").kind == "regression"
+    assert read("glue_stsb", {}).kind == "regression"
     mnli = Features(
         {"premise": Value("string"), "hypothesis": Value("string"), "label": ClassLabel(names=["e", "n", "c"])}
     )
     rows = rows_of(*GLUE, features=mnli)
     fill_cache("nyu-mll/glue", subset="mnli", train=rows, validation_matched=rows, validation_mismatched=rows)
-    assert read("glue", {}, task="mnli").validation.items[0][:3] == GLUE[0]
+    assert read("glue_mnli", {}).validation.items[0][:3] == GLUE[0]
