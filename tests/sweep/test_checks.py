@@ -120,7 +120,9 @@ def test_a_search_that_leaves_no_seed_is_refused(write_file, content, tiny_input
 def test_test_data_that_cannot_be_read_is_refused_before_the_search(write_file, content, tiny_inputs):
     class WithoutTest:
         def load(self, config):
-            return SimpleNamespace(base=tiny_inputs.load(config).base, splits=SimpleNamespace(test=self.test))
+            inputs = tiny_inputs.load(config)
+            splits = SimpleNamespace(train=inputs.splits.train, test=self.test)
+            return SimpleNamespace(base=inputs.base, splits=splits)
 
         def test(self):
             raise ConfigError("the test split must not be empty, but has no document.")
