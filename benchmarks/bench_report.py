@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.config.compose import compose_run
-from lorasweep.record import ArmRow, ConfirmRow, RunRecord, SweepRecord, TrialRow, write_record
+from lorasweep.record import ArmRow, RunRecord, SweepRecord, Trial, write_record
 
 BASE, FULL, STEPS = 2.03, 1.66, 500
 FULL_PARAMS = 1_280_000
@@ -134,7 +134,7 @@ def make_arm(name: str, trials: int) -> ArmRow:
     )
 
 
-def make_trial(folder: Path, arm: str, number: int, rng: random.Random) -> TrialRow:
+def make_trial(folder: Path, arm: str, number: int, rng: random.Random) -> Trial:
     rank, params = rank_of(arm), {}
     if arm != "frozen":
         params["optim.lr"] = 10 ** rng.uniform(-4, -1)
@@ -142,7 +142,7 @@ def make_trial(folder: Path, arm: str, number: int, rng: random.Random) -> Trial
         params["method.alpha_over_rank"] = rng.choice([1, 2, 4])
     score = ideal_score(arm, params) + rng.gauss(0, 0.003)
     state = "complete" if arm == "frozen" or number % 3 != 2 else "pruned" if number % 4 else "failed"
-    row = TrialRow(
+    row = Trial(
         arm=arm,
         number=number,
         state=state,
@@ -164,9 +164,7 @@ def ideal_score(arm: str, params: dict[str, float]) -> float:
     return FULL + gap + 0.05 * math.log10(params["optim.lr"] / best) ** 2
 
 
-def make_reruns(
-    folder: Path, arm: str, rows: list[TrialRow], difficulty: list[float], rng: random.Random
-) -> list[ConfirmRow]:
+def make_reruns(folder: Path, arm: str, rows: list[Trial], difficulty: list[float], rng: random.Random) -> list[Trial]:
     complete = [row for row in rows if row.arm == arm and row.state == "complete"]
     winner = min(complete, key=lambda row: row.value or math.inf)
     made = []
@@ -178,11 +176,23 @@ def make_reruns(
         write_run(folder, run, winner, value, test={"bits_per_byte": value})
         lines = [f"{index},{score!r},1.0,document {index // 60}" for index, score in enumerate(scores)]
         (folder / run / "test_scores.csv").write_text("\n".join(["row,score,weight,group", *lines, ""]))
-        made.append(ConfirmRow(arm=arm, trial=winner.number, seed=seed, state="complete", run=run, value=value))
+        made.append(
+            Trial(
+                stage="confirm",
+                number=0,
+                params={},
+                arm=arm,
+                setting_number=0,
+                seed=seed,
+                state="complete",
+                run=run,
+                value=value,
+            )
+        )
     return made
 
 
-def write_run(folder: Path, run: str, row: TrialRow, score: float, **values: object) -> None:
+def write_run(folder: Path, run: str, row: Trial, score: float, **values: object) -> None:
     rank, method = rank_of(row.arm), method_of(row.arm)
     trained = {"frozen": 0, "full": FULL_PARAMS}.get(method, 11_264 * (rank or 0))
     lr = row.params.get("optim.lr", 1e-3)

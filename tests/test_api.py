@@ -60,7 +60,7 @@ def test_the_best_trial_is_confirmed(result):
     assert best.number == frame.loc[frame["bits_per_byte"].idxmin(), "trial"]
     assert set(result.confirm_dataframe().query("subject == 'lora'")["method.rank"]) == {best.params["method.rank"]}
     assert [row.trial for row in result.record.settings if row.subject == "lora"] == [best.number]
-    assert best.score == result.study("lora").trials[best.number].value == best.run.score
+    assert best.value == result.study("lora").trials[best.number].value == result.load_run(best).score
     assert result.best("frozen").params == {}
 
 
@@ -69,7 +69,7 @@ def test_dataframes_have_a_row_per_trial_run_and_step(result):
     assert list(trials["arm"]) == ["frozen", "lora", "lora"]
     assert sorted(trials["method.rank"].dropna()) == [1, 2]
     assert confirmed["test/bits_per_byte"].notna().all()
-    steps = result.best("lora").run.steps_dataframe()
+    steps = result.load_run(result.best("lora")).steps_dataframe()
     assert list(steps.index) == [1, 2, 3, 4]
     assert list(steps["validation/bits_per_byte"].dropna().index) == [2, 4]
     assert steps["loss"].notna().all()
@@ -81,7 +81,7 @@ def test_figures_and_the_table_show_what_the_report_shows(result):
 
 
 def test_the_kept_weights_come_back_as_a_model(result):
-    run = result.best("lora").run
+    run = result.load_run(result.best("lora"))
     names = {name for name, _ in run.load_model().named_parameters()}
     assert any("lora_a" in name for name in names)
 

@@ -14,7 +14,8 @@ from lorasweep.training.thread_waiting import set_thread_waiting
 
 if TYPE_CHECKING:
     from lorasweep.api import resume_sweep, run_sweep, train_run
-    from lorasweep.results import RunResult, SweepResult, TrialResult, load_run, load_sweep
+    from lorasweep.record import Trial
+    from lorasweep.results import RunResult, SweepResult, load_run, load_sweep
     from lorasweep.training.data_module import DataModule
     from lorasweep.training.module import TrainingModule
 
@@ -23,7 +24,7 @@ __all__ = [
     "RunResult",
     "SweepResult",
     "TrainingModule",
-    "TrialResult",
+    "Trial",
     "load_run",
     "load_sweep",
     "resume_sweep",
@@ -35,9 +36,10 @@ set_thread_waiting()  # here, because every entry (command, Python, Ray) imports
 
 _HOMES = {
     **dict.fromkeys(("resume_sweep", "run_sweep", "train_run"), "lorasweep.api"),
-    **dict.fromkeys(("RunResult", "SweepResult", "TrialResult", "load_run", "load_sweep"), "lorasweep.results"),
+    **dict.fromkeys(("RunResult", "SweepResult", "load_run", "load_sweep"), "lorasweep.results"),
     "DataModule": "lorasweep.training.data_module",
     "TrainingModule": "lorasweep.training.module",
+    "Trial": "lorasweep.record",
 }
 """The module of each public name."""
 

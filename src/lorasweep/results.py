@@ -1,4 +1,4 @@
-"""Results of the Python API: a sweep, a trial or a run, read from its folder.
+"""Results of the Python API: a sweep or a run, read from its folder.
 
 Results hold no models and no open files, so they can be kept for any time.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,14 +15,15 @@ from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import (
     RunRecord,
     SweepRecord,
-    TrialRow,
-    TrialState,
+    Trial,
+    build_frame,
+    find_winner,
     get_run_folder,
+    list_confirm_runs,
     read_run,
     read_steps,
     read_sweep,
 )
-from lorasweep.selection import find_winner, list_confirm_rows
 
 if TYPE_CHECKING:
     import optuna
@@ -98,26 +98,6 @@ class RunResult:
         return restore_model(config, restore_base(self.record, config), folder=self.folder / weights)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrialResult:
-    """One trial of a sweep's search."""
-
-    arm: str
-    number: int
-    state: TrialState
-    params: dict[str, Any]
-    """Swept keys (dotted) and their values."""
-    score: float | None
-    """The best validation value of the sweep's metric."""
-    folder: Path
-    """Its run's folder."""
-
-    @property
-    def run(self) -> RunResult:
-        """The trial's run, read from its folder."""
-        return RunResult(folder=self.folder, record=read_run(self.folder))
-
-
 @dataclass(frozen=True)
 class SweepResult:
     """One sweep, with its record as it was when this result was read."""
@@ -159,12 +139,12 @@ class SweepResult:
         reasons = {row.arm: row.reason for row in reversed(self.record.confirm)}  # the reason of the first run
         return {arm: reasons.get(arm) or "no trial of its search is complete" for arm in self.arms if arm not in scored}
 
-    @cached_property
-    def trials(self) -> list[TrialResult]:
+    @property
+    def trials(self) -> list[Trial]:
         """Every trial of the search, by arm and number."""
-        return [self._trial(row) for arm in self.arms for row in self._rows(arm)]
+        return self.record.trials
 
-    def best(self, arm: str) -> TrialResult:
+    def best(self, arm: str) -> Trial:
         """Returns the winner of an arm: the complete trial with the best validation score, the earlier one of equals.
 
         Raises:
@@ -172,42 +152,29 @@ class SweepResult:
             RecordError: No trial of the arm is complete.
         """
         self._check_arm(arm)
-        row = find_winner(self._rows(arm), record=self.record)
-        if row is None:
+        winner = find_winner((trial for trial in self.trials if trial.arm == arm), record=self.record)
+        if winner is None:
             raise RecordError(f"arm `{arm}` must have a complete trial, but has none yet.")
-        return self._trial(row)
+        return winner
+
+    def load_run(self, trial: Trial) -> RunResult:
+        """Returns the run of a trial, read from its folder."""
+        return load_run(get_run_folder(self.folder, trial.run))
 
     def trials_dataframe(self) -> pandas.DataFrame:
-        """Returns a row per trial: `arm`, `trial`, `state`, the metric, swept keys, `step` and `run`."""
-        import pandas  # noqa: PLC0415 (slow to import)
-
-        return pandas.DataFrame.from_records(
-            [
-                {"arm": row.arm, "trial": row.number, "state": row.state, self.record.metric: row.value}
-                | row.params
-                | {"step": row.step, "run": row.run}
-                for arm in self.arms
-                for row in self._rows(arm)
-            ]
-        )
+        """Returns a row per trial of the search: `arm`, `trial`, `state`, the metric, swept keys, `step` and `run`."""
+        table = build_frame(self.trials, metric=self.metric)
+        return table.drop(columns=["stage", "seed", f"test/{self.metric}"], errors="ignore")
 
     def confirm_dataframe(self) -> pandas.DataFrame:
-        """Returns one row per confirm run: `arm`, `subject`, swept keys, `seed`, `state`, the test score, and `run`.
+        """Returns a row per confirm run: `arm`, `subject`, `seed`, `state`, the test score, swept keys, and `run`.
 
         A subject is an arm, or one value of its `confirm_each` key. `record.confirm` also has the runs of former
         settings, if the sweep grew.
         """
-        import pandas  # noqa: PLC0415 (slow to import)
-
-        return pandas.DataFrame.from_records(
-            [
-                {"arm": row.arm, "subject": row.subject, **setting.params, "seed": row.seed, "state": row.state}
-                | {f"test/{self.record.metric}": row.value}
-                | {"run": row.run}
-                for setting in self.record.settings
-                for row in list_confirm_rows(setting.subject, record=self.record)
-            ]
-        )
+        runs = [run for row in self.record.settings for run in list_confirm_runs(row.subject, record=self.record)]
+        table = build_frame(runs, metric=self.metric)
+        return table.drop(columns=["stage", "trial", self.metric], errors="ignore")
 
     def study(self, arm: str) -> optuna.Study:
         """Returns the Optuna study of an arm's search, for Optuna's own plots. Don't add trials to it.
@@ -234,19 +201,6 @@ class SweepResult:
         from lorasweep.report import render_terminal  # noqa: PLC0415 (plotly is slow to import)
 
         return render_terminal(self.folder)
-
-    def _rows(self, arm: str) -> list[TrialRow]:
-        return sorted((row for row in self.record.trials if row.arm == arm), key=lambda row: row.number)
-
-    def _trial(self, row: TrialRow) -> TrialResult:
-        return TrialResult(
-            arm=row.arm,
-            number=row.number,
-            state=row.state,
-            params=dict(row.params),
-            score=row.value,
-            folder=get_run_folder(self.folder, row.run),
-        )
 
     def _check_arm(self, arm: str) -> None:
         if arm not in self.arms:
@@ -282,7 +236,7 @@ def find_trial(name: str) -> Path:
     result = load_sweep(path.parent.parent)
     for trial in result.trials:
         if (trial.arm, str(trial.number)) == (path.parent.name, path.name):
-            return trial.folder
+            return get_run_folder(result.folder, trial.run)
     raise ConfigError(
         f"`--trial` must be SWEEP/ARM/NUMBER of a trial that has started (arms: {', '.join(result.arms)}), "
         f"but got {name!r}."

@@ -189,7 +189,7 @@ def state_of(folder: Path) -> dict[str, tuple]:
     record = read_sweep(folder)
     rows = [(row.run, row.arm, row.number, row.params, row.state, row.value, row.reason) for row in record.trials]
     reruns = record.confirm
-    rows += [(row.run, row.subject, row.setting, row.seed, row.state, row.value, row.reason) for row in reruns]
+    rows += [(row.run, row.subject, row.setting_number, row.seed, row.state, row.value, row.reason) for row in reruns]
     state = {}
     for run, *rest in rows:
         kept = read_run(folder / run)

@@ -14,18 +14,17 @@ import pytest
 
 from lorasweep.record import (
     ArmRow,
-    ConfirmRow,
     Question,
     RunRecord,
     SettingRow,
     SweepRecord,
-    TrialRow,
+    Trial,
     TrialState,
+    find_winner,
     name_subject,
     read_sweep,
     write_record,
 )
-from lorasweep.selection import find_winner
 
 BASE_SCORE = 2.031
 FULL_PARAMS = 1_280_000
@@ -50,9 +49,10 @@ def curve_to(score: float, *, steps: int = STEPS, every: int = EVERY) -> list[tu
 
 
 def write_run(
-    folder: Path, trial: TrialRow, *, method: str, curve: list[tuple[int, float]], trained: int, **values: Any
+    folder: Path, trial: Trial, *, method: str, curve: list[tuple[int, float]], trained: int, **values: Any
 ) -> None:
     """Writes a run's record and steps as training does."""
+    trial.values = dict(curve)
     done = curve[-1][0] if curve else 0
     best_step, best = min(curve, key=lambda point: point[1], default=(0, None))
     config: dict[str, Any] = {"method": {"name": method}, "optim": {"name": "adamw", "lr": 1e-3}, "seed": 0}
@@ -108,7 +108,7 @@ def lora_score(rank: int, alpha: float, lr: float) -> float:
     return float(1.68 + 0.11 * rank**-0.6 + 0.09 * strength**2)
 
 
-def lora_trials(count: int, rng: random.Random) -> list[tuple[TrialRow, list[tuple[int, float]]]]:
+def lora_trials(count: int, rng: random.Random) -> list[tuple[Trial, list[tuple[int, float]]]]:
     """Returns lora trials with their curves: every third pruned, the fifth failed, the others complete."""
     made = []
     for number in range(count):
@@ -122,7 +122,7 @@ def lora_trials(count: int, rng: random.Random) -> list[tuple[TrialRow, list[tup
         curve = {"failed": [], "pruned": curve_to(score)[:3], "complete": curve_to(score)}[state]
         reasons = {"failed": "The loss became NaN at step 12.", "pruned": "Worse than half of the trials at step 50."}
         value = min((v for _, v in curve), default=None)
-        row = TrialRow(
+        row = Trial(
             arm="lora",
             number=number,
             state=state,
@@ -135,13 +135,13 @@ def lora_trials(count: int, rng: random.Random) -> list[tuple[TrialRow, list[tup
     return made
 
 
-def full_trials(count: int) -> list[tuple[TrialRow, list[tuple[int, float]]]]:
+def full_trials(count: int) -> list[tuple[Trial, list[tuple[int, float]]]]:
     """Returns complete full fine-tuning trials on a grid of learning rates."""
     made = []
     for number in range(count):
         lr = 10 ** (-4 + 1.7 * number / max(count - 1, 1))
         curve = curve_to(1.662 + 0.12 * math.log10(lr / 1.1e-3) ** 2)
-        row = TrialRow(
+        row = Trial(
             arm="full",
             number=number,
             state="complete",
@@ -156,7 +156,7 @@ def full_trials(count: int) -> list[tuple[TrialRow, list[tuple[int, float]]]]:
 def build_sweep(folder: Path, *, lora: int = 18, full: int = 6, frozen: int = 1, name: str = "quickstart") -> Path:
     """Writes a sweep's folder with that many trials per arm (an arm of 0 trials is left out) and returns it."""
     rng = random.Random(7)
-    base = TrialRow(arm="frozen", number=0, state="complete", params={}, value=BASE_SCORE, run="runs/frozen-0000")
+    base = Trial(arm="frozen", number=0, state="complete", params={}, value=BASE_SCORE, run="runs/frozen-0000")
     trials = {
         "frozen": [(base, [(0, BASE_SCORE)])][:frozen],
         "lora": lora_trials(lora, rng),
@@ -216,13 +216,14 @@ def confirm_sweep(folder: Path, *, seeds: int = 5, examples: int = 40, noise: fl
             sweep.settings.append(setting)
             for seed in range(1 if arm.method == "frozen" else seeds):
                 value = (setting.score or 0.0) + (0 if arm.method == "frozen" else rng.gauss(0, noise))
-                run = f"runs/{arm.name}-confirm-{next(numbers):04d}"
+                number = next(numbers)
+                run = f"runs/{arm.name}-confirm-{number:04d}"
                 scores = spread_over_examples(value, difficulty, rng)
                 value = sum(scores) / len(scores) if scores else value
                 rank = setting.params.get("method.rank", arm.settings.get("method.rank", 0))
                 trained = {"frozen": 0, "full": FULL_PARAMS}.get(arm.method, LORA_PARAMS_PER_RANK * int(rank))
                 curve = curve_to(value)[: 1 if arm.method == "frozen" else None]
-                trial = TrialRow(
+                trial = Trial(
                     arm=arm.name, number=0, state="complete", params=setting.params, value=setting.score, run=run
                 )
                 write_run(
@@ -231,10 +232,14 @@ def confirm_sweep(folder: Path, *, seeds: int = 5, examples: int = 40, noise: fl
                 if scores:
                     write_test_scores(folder / run, scores)
                 sweep.confirm.append(
-                    ConfirmRow(
+                    Trial(
+                        stage="confirm",
+                        number=number,
+                        params=setting.params,
+                        values=dict(curve),
                         arm=arm.name,
                         subject=setting.subject,
-                        setting=setting.setting,
+                        setting_number=setting.setting,
                         seed=seed,
                         state="complete",
                         run=run,
@@ -331,7 +336,10 @@ def build_rank_sweep(
             value = score + 0.05 * math.log10(lr / 0.01) ** 2
             run = f"runs/lora-{number:04d}"
             params = {"method.rank": rank, "optim.lr": lr}
-            row = TrialRow(arm="lora", number=number, state="complete", params=params, value=value, run=run)
+            subject = name_subject("lora", "method.rank", rank)
+            row = Trial(
+                arm="lora", subject=subject, number=number, state="complete", params=params, value=value, run=run
+            )
             write_run(folder / run, row, method="lora", curve=curve_to(value), trained=LORA_PARAMS_PER_RANK * rank)
             sweep.trials.append(row)
     write_record(sweep, folder)

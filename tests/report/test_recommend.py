@@ -13,11 +13,10 @@ import yaml
 from lorasweep.cli import DONE, run
 from lorasweep.config.compose import compose_run
 from lorasweep.errors import ConfigError, RecordError
-from lorasweep.record import read_sweep
+from lorasweep.record import find_winners, read_sweep
 from lorasweep.report import write_report
 from lorasweep.report.recommend import RECOMMENDED_FILES, Recommendation, read_recommended
 from lorasweep.report.summary import summarize
-from lorasweep.selection import find_winners
 
 from .conftest import build_rank_sweep, build_sweep, confirm_sweep, edit_json
 
@@ -195,7 +194,7 @@ def test_runs_of_a_former_setting_are_in_no_mean(confirmed: Path) -> None:
 
     def add_former(raw: dict[str, Any]) -> None:
         rows = [row for row in raw["confirm"] if row["arm"] == "lora"]
-        raw["confirm"] += [row | {"setting": row["setting"] + 1, "value": 9.0} for row in rows]
+        raw["confirm"] += [row | {"setting_number": row["setting_number"] + 1, "value": 9.0} for row in rows]
 
     edit_json(confirmed / "sweep.json", add_former)
     data = summarize(confirmed).data

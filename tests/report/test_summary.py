@@ -41,7 +41,7 @@ def test_occupancy_of_packs_is_in_the_summary_the_table_and_the_page(sweep: Path
     def pack(raw: dict[str, Any]) -> None:
         for trial in raw["trials"]:
             if trial["arm"] == "lora":
-                trial.update(step=50, slot_steps=50 / 0.37)
+                trial.update(values={"50": 1.5}, slot_steps=50 / 0.37)
 
     assert all(arm["occupancy"] is None for arm in summarize(sweep).as_json()["arms"])
     edit_json(sweep / "sweep.json", pack)

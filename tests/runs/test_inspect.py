@@ -16,9 +16,8 @@ from lorasweep.config.build import as_settings
 from lorasweep.config.compose import compose_run
 from lorasweep.errors import RecordError
 from lorasweep.models.load import fingerprint_weights
-from lorasweep.record import compute_sha256, read_sweep, write_record
+from lorasweep.record import compute_sha256, find_winners, read_sweep, write_record
 from lorasweep.runs.inspect import as_csv, as_json, inspect_run, inspect_sweep, render_inspection
-from lorasweep.selection import find_winners
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
 

@@ -10,11 +10,10 @@ import pytest
 from lorasweep.errors import RecordError
 from lorasweep.record import (
     ArmRow,
-    ConfirmRow,
     RunRecord,
     SettingRow,
     SweepRecord,
-    TrialRow,
+    Trial,
     read_sweep,
     write_record,
 )
@@ -39,14 +38,17 @@ def one(tmp_path):
     folder = tmp_path / "one"
     params = {"method.rank": 4, "optim.lr": 0.01}
     trials = [
-        TrialRow(arm="lora", number=0, state="complete", params=params, value=1.5, run="runs/lora-0000"),
-        TrialRow(arm="lora", number=1, state="pruned", params=params, value=1.75, run="runs/lora-0001"),
+        Trial(arm="lora", number=0, state="complete", params=params, value=1.5, run="runs/lora-0000"),
+        Trial(arm="lora", number=1, state="pruned", params=params, value=1.75, run="runs/lora-0001"),
     ]
     confirm = [
-        ConfirmRow(
+        Trial(
+            stage="confirm",
+            number=n,
+            params=params,
             arm="lora",
             subject="lora",
-            setting=0,
+            setting_number=0,
             seed=s,
             state="complete",
             run=f"runs/lora-confirm-{n:04d}",
@@ -155,7 +157,10 @@ def set_value(record, key, value):
         (lambda r: set_value(r, "state", "complete"), "trial lora-1: `state` was 'pruned' and is 'complete'"),
         (lambda r: set_value(r, "value", 1.76), "trial lora-1: `value` was 1.75 and is 1.76"),
         (lambda r: r.settings[0].params.update({"method.rank": 2}), "lora: `method.rank` was 4 and is 2"),
-        (lambda r: setattr(r.confirm[0], "setting", 1), "confirm run lora seed 7: `setting` was 0 and is 1"),
+        (
+            lambda r: r.confirm[0].params.update({"method.rank": 2}),
+            "confirm run lora seed 7: `method.rank` was 4 and is 2",
+        ),
         (lambda r: r.trials.pop(), "sweep: `number of trials` was 2 and is 1"),
         (lambda r: setattr(r, "confirm_seeds", [7]), "sweep: `confirm_seeds` was [7, 9] and is [7]"),
         (lambda r: setattr(r.confirm[0], "value", 2.1), "confirm run lora seed 7: `value` was 2.0 and is 2.1"),

@@ -19,7 +19,7 @@ import lorasweep.sweep.workers.worker as worker_file
 from lorasweep.config.data import get_built_in_metric
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import Diverged, WorkerError
-from lorasweep.record import RunRecord, TrialRow, read_run, write_record
+from lorasweep.record import RunRecord, Trial, read_run, write_record
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.lifecycle import create_sweep, reopen_sweep
 from lorasweep.sweep.definition.arms import read_definition
@@ -416,6 +416,6 @@ def inputs_cache() -> NoInputs:
     return NoInputs()
 
 
-def of_arm(rows: list[TrialRow], arm: str) -> list[TrialRow]:
+def of_arm(rows: list[Trial], arm: str) -> list[Trial]:
     """Returns the trials of one arm."""
     return [row for row in rows if row.arm == arm]

@@ -14,7 +14,7 @@ from rich.console import Console
 
 import lorasweep.sweep.status as status_file
 from lorasweep.errors import RecordError
-from lorasweep.record import SWEEP_FILE, ArmRow, ConfirmRow, LookRow, SettingRow, SweepRecord, TrialRow, write_record
+from lorasweep.record import SWEEP_FILE, ArmRow, LookRow, SettingRow, SweepRecord, Trial, write_record
 from lorasweep.sweep.status import describe_params, read_status, render_status
 
 
@@ -26,12 +26,23 @@ def arm(name, *, method="lora", trials=4):
 
 def trial(number, state, value=None, *, arm="lora"):
     params = {} if arm == "frozen" else {"method.rank": number + 1}
-    return TrialRow(arm=arm, number=number, state=state, params=params, value=value, run=f"runs/{arm}-{number:04d}")
+    return Trial(arm=arm, number=number, state=state, params=params, value=value, run=f"runs/{arm}-{number:04d}")
 
 
 def confirm_row(seed, state, value=None, *, number=0):
     run = f"runs/lora-confirm-{number}{seed:04d}"
-    return ConfirmRow(arm="lora", subject="lora", setting=number, seed=seed, state=state, run=run, value=value)
+    return Trial(
+        stage="confirm",
+        number=0,
+        params={"method.rank": 1},
+        arm="lora",
+        subject="lora",
+        setting_number=number,
+        seed=seed,
+        state=state,
+        run=run,
+        value=value,
+    )
 
 
 def setting(number=0):
@@ -99,7 +110,7 @@ def test_trials_are_counted_by_state(running):
 
 def test_the_share_of_slots_that_trained_is_shown(folder):
     packed, confirmed = trial(0, "complete", 1.5), confirm_row(7, "complete", 1.5)
-    packed.step, packed.slot_steps, confirmed.step, confirmed.slot_steps = 8, 20.0, 8, 8.0
+    packed.values, packed.slot_steps, confirmed.values, confirmed.slot_steps = {8: 1.5}, 20.0, {8: 1.5}, 8.0
     assert "slots that trained" not in show(read_status(folder))
     write_record(sweep_record(trials=[packed], settings=[setting()], confirm=[confirmed]), folder)
     assert "share of the packs' slots that trained: search 40 %, confirm 100 %" in show(read_status(folder))
@@ -107,7 +118,7 @@ def test_the_share_of_slots_that_trained_is_shown(folder):
 
 def test_running_trials_have_lines_with_step_and_last_value(running):
     rows = [trial(number, "running") for number in range(20)]
-    rows[0].step, rows[0].last_value = 4, 1.75
+    rows[0].values = {4: 1.75}
     rows[1].params = {"trainer.max_steps": 100}
     write_record(sweep_record(trials=rows), running)
     lines = [line for line in show(read_status(running)).splitlines() if line.startswith("now:")]
@@ -145,7 +156,7 @@ def test_a_complete_sweep_is_over_and_shows_no_command(running):
 def test_the_confirm_stage_counts_a_seed_once_for_the_frozen_base(running):
     reruns = [confirm_row(7, "complete", 1.6), confirm_row(8, "complete", 1.8), confirm_row(9, "failed")]
     running_row = confirm_row(10, "running")
-    running_row.step, running_row.last_value = 4, 1.55
+    running_row.values = {4: 1.55}
     rows = {"settings": [setting()], "confirm": [*reruns, running_row]}
     write_record(sweep_record(**rows, looks=[4], confirm_seeds=[7, 8, 9, 10]), running)
     status = read_status(running)

@@ -201,6 +201,8 @@ class SeedsConfig:
 
 SEED_KEYS = ("seed", *(f"seeds.{f.name}" for f in fields(SeedsConfig)))
 """The settings that together decide the initial values, the data order and the dropout of a run."""
+LR, RANK, ALPHA = "optim.lr", "method.rank", "method.alpha"
+"""The three settings of LoRA that a sweep is about."""
 
 
 @dataclass(frozen=True, kw_only=True)

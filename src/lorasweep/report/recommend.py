@@ -124,7 +124,8 @@ def read_recommended(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     settings = _list_overrides(arm, arm.best)
     # a search on a part of the data is cheaper, but the run that uses its result needs all
     settings = {key: None if key == TRAIN_EXAMPLES else value for key, value in settings.items()}
-    origin = {"sweep": str(folder.resolve()), "name": data.record.name, "arm": arm.name, "trial": arm.best.number}
+    number = None if arm.best.is_predicted else arm.best.number
+    origin = {"sweep": str(folder.resolve()), "name": data.record.name, "arm": arm.name, "trial": number}
     return settings, origin
 
 
@@ -215,7 +216,7 @@ def _describe_score(arm: ArmData, data: SweepData) -> str:
 
 def _write_files(arm: ArmData, trial: TrialData, data: SweepData) -> dict[str, str]:
     """Returns the files; a method other than LoRA, or a trial without its weights, has no `peft_config.py`."""
-    named = "a predicted setting" if trial.number is None else f"trial {trial.number}"
+    named = "a predicted setting" if trial.is_predicted else f"trial {trial.number}"
     origin = f"From sweep {data.record.name}, arm {arm.name}, {named}."
     files = {
         "train.yaml": f"# {origin} Train with: lorasweep train train.yaml\n"

@@ -7,110 +7,45 @@ A run that can't be read leaves its trial without a record and adds a sentence t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorasweep.config.ranges import is_number
+from lorasweep.config.run import ALPHA as ALPHA
+from lorasweep.config.run import LR as LR
+from lorasweep.config.run import RANK as RANK
 from lorasweep.config.sweep import parse_margin
 from lorasweep.errors import RecordError
+from lorasweep.record import STATES as STATES
 from lorasweep.record import (
     SWEEP_FILE,
     ArmRow,
-    ConfirmRow,
     RunRecord,
     SettingRow,
     SweepRecord,
-    TrialRow,
+    Trial,
     TrialState,
+    build_frame,
+    find_winner,
+    list_confirm_runs,
     measure_occupancy,
     name_subject,
     read_run,
-    read_steps,
     read_sweep,
 )
 from lorasweep.report.evidence.estimates import Interval
 from lorasweep.report.evidence.evidence import Evidence, build_evidence, find_metric_range, read_confirm_scores
-from lorasweep.selection import find_winner, list_confirm_rows
 from lorasweep.wording import format_setting
 
-RANK, ALPHA, LR = "method.rank", "method.alpha", "optim.lr"
+if TYPE_CHECKING:
+    import pandas
+
 MULTIPLIER = "method.alpha_over_rank"
 """The key of α/r in a sweep that searches it."""
-
-STATES: tuple[TrialState, ...] = ("complete", "paused", "pruned", "failed", "infeasible", "running")
-"""The states of a trial, in the order of the report."""
-
-Curve = tuple[tuple[int, float], ...]
-"""Validation scores of one run: pairs of step and value, by step."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrialData:
-    """One trial of the search, one confirm run, or the setting that a subject is confirmed with.
-
-    The setting of a subject is one of its complete trials, or a predicted setting that no trial has.
-    """
-
-    arm: str
-    subject: str
-    number: int | None
-    """The trial's number in its arm; None for a confirm run and for a predicted setting."""
-    seed: int | None
-    """The seed of a confirm run; None in the search."""
-    state: TrialState
-    params: dict[str, Any]
-    """The swept keys (dotted) and their values; empty for a confirm run."""
-    value: float | None
-    """The best finite validation score, or the predicted one; for a confirm run the score on test data."""
-    run: str
-    """The run's folder, relative to the sweep's. A predicted setting has that of its first complete confirm run; the
-    text is empty before there is one."""
-    reason: str | None
-    record: RunRecord | None
-    """None if the run's record can't be read."""
-    curve: Curve
-
-    @property
-    def name(self) -> str:
-        if self.seed is not None:
-            return f"{self.subject}, seed {self.seed}"
-        return f"{self.subject}, predicted" if self.number is None else f"{self.arm} {self.number}"
-
-    @property
-    def is_predicted(self) -> bool:
-        """Whether the search's model chose the setting, and no trial has it."""
-        return self.number is None and self.seed is None
-
-    @property
-    def trains(self) -> bool:
-        """Whether the run trained anything, unlike the frozen base."""
-        return self.record is not None and self.record.trainable_params > 0
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the trial finished and has a score, so that it may be its arm's best."""
-        return self.state == "complete" and self.value is not None
-
-    @property
-    def is_stopped_early(self) -> bool:
-        """Whether a stopping rule pruned or paused the trial, so that its score is of fewer steps."""
-        return self.state in ("paused", "pruned")
-
-    def setting(self, key: str) -> Any:
-        """Returns the value of a dotted key: the swept value, else the one in the run's configuration, else None."""
-        if key in self.params:
-            return self.params[key]
-        value: Any = self.record.config if self.record else {}
-        for name in key.split("."):
-            value = value.get(name) if isinstance(value, dict) else None
-        return value
-
-    def numeric_setting(self, key: str) -> float | None:
-        """Returns the value of a dotted key if it is a finite number, else None."""
-        return finite_number(self.setting(key))
+TrialData = Trial
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,16 +57,16 @@ class ArmData:
     row: ArmRow
     """The arm's row. For one value of `confirm_each` it has the subject's name, and the value in `settings` instead of
     the key in `space`; `trials` is the number of trials of all values."""
-    trials: tuple[TrialData, ...]
+    trials: tuple[Trial, ...]
     """All trials of the arm, or those with the subject's value."""
     setting: SettingRow | None
     """The setting that the confirm stage trains; None before that stage, and for an arm with several subjects."""
-    best: TrialData | None
+    best: Trial | None
     """The trial or the predicted setting that was confirmed; before the confirm stage the best complete trial, the
     earlier one of equals. None if there is neither."""
-    so_far: TrialData | None
+    so_far: Trial | None
     """The best trial that was paused or pruned, if no trial is complete."""
-    confirm_runs: tuple[TrialData, ...]
+    confirm_runs: tuple[Trial, ...]
     """The confirm runs of the setting that is confirmed now."""
     occupancy: float | None
     """Share of the slots of packs that trained, in all stages; None if no run trained in a pack."""
@@ -185,7 +120,7 @@ class SweepData:
     """The subjects: one entry for each arm, or for each value of an arm's `confirm_each` key."""
     searches: tuple[ArmData, ...]
     """One entry for each arm, with all its trials. Without `confirm_each` it is the entry in `arms`."""
-    former_runs: tuple[TrialData, ...]
+    former_runs: tuple[Trial, ...]
     """The confirm runs of former settings, which others replaced after the sweep grew."""
     problems: tuple[str, ...]
     """One sentence for each run that can't be read, and for each subject without all of its test scores."""
@@ -193,12 +128,12 @@ class SweepData:
     """The results of the confirm stage; empty if there was none."""
 
     @property
-    def trials(self) -> tuple[TrialData, ...]:
+    def trials(self) -> tuple[Trial, ...]:
         """Every trial, by arm and number."""
         return tuple(trial for arm in self.searches for trial in arm.trials)
 
     @property
-    def confirm_runs(self) -> tuple[TrialData, ...]:
+    def confirm_runs(self) -> tuple[Trial, ...]:
         """Every run of the confirm stage of a setting that is confirmed now, by subject and seed."""
         return tuple(rerun for arm in self.arms for rerun in arm.confirm_runs)
 
@@ -222,7 +157,7 @@ class SweepData:
     @property
     def sign(self) -> int:
         """1 if lower scores are better, else -1, so that a lower `sign * score` is always better."""
-        return 1 if self.record.direction == "minimize" else -1
+        return self.record.sign
 
     @property
     def metric_range(self) -> Interval:
@@ -238,6 +173,13 @@ class SweepData:
     def find_arm(self, subject: str | None) -> ArmData | None:
         """Returns the entry of a subject."""
         return next((arm for arm in self.arms if arm.name == subject), None)
+
+    @cached_property
+    def frame(self) -> pandas.DataFrame:
+        """The table of all runs (`record.build_frame`), with a column for each swept key, the rank, α and the rate."""
+        keys = tuple(dict.fromkeys([*self.swept_keys, RANK, ALPHA, LR]))
+        runs = (*self.trials, *self.confirm_runs)
+        return build_frame(runs, metric=self.record.metric, keys=keys)
 
     @cached_property
     def swept_keys(self) -> tuple[str, ...]:
@@ -283,7 +225,7 @@ def finite_number(value: Any) -> float | None:
     return value if is_number(value) else None
 
 
-def name_example_groups(confirm_runs: Iterable[TrialData]) -> str | None:
+def name_example_groups(confirm_runs: Iterable[Trial]) -> str | None:
     """Returns the name of the groups of test examples, such as `documents`; None without confirm runs."""
     run = next((run for run in confirm_runs if run.record), None)
     if run is None:
@@ -294,7 +236,7 @@ def name_example_groups(confirm_runs: Iterable[TrialData]) -> str | None:
 
 
 def load_sweep_data(folder: Path) -> SweepData:
-    """Reads a sweep's folder.
+    """Reads a sweep's folder: its record, and the record of each of its runs.
 
     Raises:
         RecordError: The folder is not a sweep, or its record is damaged.
@@ -302,29 +244,24 @@ def load_sweep_data(folder: Path) -> SweepData:
     record = read_sweep(folder)
     _check_questions(record, folder)
     problems: list[str] = []
+    for trial in (*record.trials, *record.confirm):
+        trial.record = _read_run(trial, folder, problems)
+        trial.reason = trial.reason or (trial.record.reason if trial.record else None)
     searches, arms = [], []
     for row in record.arms:
-        trials, runs, occupancy = _read_arm_runs(row, record, folder, problems)
-        subjects = [
-            _build_arm(subject_row, trials, runs, record, arm=row.name, occupancy=occupancy)
-            for subject_row in _list_subject_rows(row)
-        ]
+        subjects = [_build_arm(subject_row, record, arm=row.name) for subject_row in _list_subject_rows(row)]
         arms += subjects
-        is_split = row.confirm_each is not None
-        whole = _build_arm(row, trials, runs, record, arm=row.name, occupancy=occupancy) if is_split else subjects[0]
-        searches.append(whole)
+        searches.append(subjects[0] if row.confirm_each is None else _build_arm(row, record, arm=row.name))
     if record.confirm:
         problems += [sentence for arm in arms if (sentence := _describe_missing_scores(arm))]
-    current = [row for arm in arms for row in list_confirm_rows(arm.name, record=record)]
+    current = {(setting.subject, setting.setting) for setting in record.settings}
     groups = name_example_groups(run for arm in arms for run in arm.confirm_runs)
     return SweepData(
         folder=folder,
         record=record,
         arms=tuple(arms),
         searches=tuple(searches),
-        former_runs=tuple(
-            _join_run(row, record.metric, folder, problems) for row in record.confirm if row not in current
-        ),
+        former_runs=tuple(run for run in record.confirm if (run.subject, run.setting_number) not in current),
         problems=tuple(problems),
         evidence=build_evidence(record, read_confirm_scores(record, folder), groups=groups),
     )
@@ -337,6 +274,15 @@ def _check_questions(record: SweepRecord, folder: Path) -> None:
             f"{str(folder / SWEEP_FILE)!r} is damaged: `looks` must be ascending numbers of seeds, and each of "
             "`questions` but `smallest` must have a `reference`."
         )
+
+
+def _read_run(trial: Trial, folder: Path, problems: list[str]) -> RunRecord | None:
+    try:
+        return read_run(folder / trial.run)
+    except (RecordError, OSError) as error:
+        if trial.state != "running":  # a run that begins has no record yet
+            problems.append(f"The run `{trial.run}` can't be read: {error}")
+        return None
 
 
 def _list_subject_rows(arm: ArmRow) -> list[ArmRow]:
@@ -352,127 +298,50 @@ def _list_subject_rows(arm: ArmRow) -> list[ArmRow]:
     ]
 
 
-def _read_arm_runs(
-    arm: ArmRow, record: SweepRecord, folder: Path, problems: list[str]
-) -> tuple[list[TrialData], list[TrialData], float | None]:
-    """Returns an arm's trials by number, its current confirm runs by seed, and the share of slots that trained."""
-    subjects = [row.name for row in _list_subject_rows(arm)]
-    rows = sorted((row for row in record.trials if row.arm == arm.name), key=lambda row: row.number)
-    confirm_rows = [row for subject in subjects for row in list_confirm_rows(subject, record=record)]
-    trials = []
-    for row in rows:
-        value = row.params.get(arm.confirm_each) if arm.confirm_each else None
-        subject = name_subject(arm.name, arm.confirm_each, value)
-        trials.append(_join_trial(row, record.metric, folder, problems, subject=subject))
-    runs = [_join_run(row, record.metric, folder, problems) for row in sorted(confirm_rows, key=lambda row: row.seed)]
-    return trials, runs, measure_occupancy([*rows, *(row for row in record.confirm if row.arm == arm.name)])
-
-
-def _build_arm(
-    row: ArmRow,
-    trials: Sequence[TrialData],
-    runs: Sequence[TrialData],
-    record: SweepRecord,
-    *,
-    arm: str,
-    occupancy: float | None,
-) -> ArmData:
+def _build_arm(row: ArmRow, record: SweepRecord, *, arm: str) -> ArmData:
     """Returns the entry of a subject, or of a whole arm if `row` has the arm's name."""
-    is_whole = row.name == arm
-    mine = [trial for trial in trials if is_whole or trial.subject == row.name]
-    confirm_runs = tuple(run for run in runs if is_whole or run.subject == row.name)
+    trials = [trial for trial in record.trials if trial.arm == arm and row.name in (arm, trial.subject)]
+    trials.sort(key=lambda trial: trial.number)
+    subjects = [subject.name for subject in _list_subject_rows(row)]
+    confirm_runs = sorted(
+        (run for subject in subjects for run in list_confirm_runs(subject, record=record)),
+        key=lambda run: run.seed or 0,
+    )
     setting = next((one for one in record.settings if one.subject == row.name), None)
-    winner = find_winner(mine, record=record)
+    best = find_winner(trials, record=record)
     if setting is not None:
-        tried = next((trial for trial in mine if trial.number == setting.trial), None)
-        winner = tried or _build_predicted(setting, confirm_runs)
-    sign = 1 if record.direction == "minimize" else -1
-    stopped = [trial for trial in mine if trial.is_stopped_early and trial.value is not None]
-    so_far = min(stopped, key=lambda trial: sign * (trial.value or 0.0), default=None)
+        tried = next((trial for trial in trials if trial.number == setting.trial), None)
+        best = tried or _build_predicted(setting, confirm_runs)
+    stopped = [trial for trial in trials if trial.is_stopped_early and is_number(trial.value)]
+    so_far = min(stopped, key=lambda trial: record.sign * (trial.value or 0.0), default=None)
     return ArmData(
         arm=arm,
         row=row,
-        trials=tuple(mine),
+        trials=tuple(trials),
         setting=setting,
-        best=winner,
-        so_far=None if any(trial.is_complete for trial in mine) else so_far,
-        confirm_runs=confirm_runs,
-        occupancy=occupancy,
+        best=best,
+        so_far=None if any(trial.is_complete for trial in trials) else so_far,
+        confirm_runs=tuple(confirm_runs),
+        occupancy=measure_occupancy(run for run in (*record.trials, *record.confirm) if run.arm == arm),
     )
 
 
-def _build_predicted(setting: SettingRow, confirm_runs: Iterable[TrialData]) -> TrialData:
+def _build_predicted(setting: SettingRow, confirm_runs: Iterable[Trial]) -> Trial:
     """Returns a setting that no trial has, with the record and the curve of its first complete confirm run."""
     run = next((run for run in confirm_runs if run.is_complete and run.record), None)
-    return TrialData(
+    predicted = Trial(
+        stage="confirm",
         arm=setting.arm,
         subject=setting.subject,
-        number=None,
-        seed=None,
+        number=0,
         state="complete",
         params=setting.params,
         value=finite_number(setting.score),
         run=run.run if run else "",
-        reason=None,
-        record=run.record if run else None,
-        curve=run.curve if run else (),
+        values=run.values if run else {},
     )
-
-
-def _join_trial(row: TrialRow, metric: str, folder: Path, problems: list[str], *, subject: str) -> TrialData:
-    run = _read_run(row, folder, problems)
-    return TrialData(
-        arm=row.arm,
-        subject=subject,
-        number=row.number,
-        seed=None,
-        state=row.state,
-        params=row.params,
-        value=finite_number(row.value),
-        run=row.run,
-        reason=row.reason or (run.reason if run else None),
-        record=run,
-        curve=_read_curve(folder / row.run, metric) if run else (),
-    )
-
-
-def _join_run(row: ConfirmRow, metric: str, folder: Path, problems: list[str]) -> TrialData:
-    run = _read_run(row, folder, problems)
-    return TrialData(
-        arm=row.arm,
-        subject=row.subject,
-        number=None,
-        seed=row.seed,
-        state=row.state,
-        params={},
-        value=finite_number(row.value),
-        run=row.run,
-        reason=row.reason or (run.reason if run else None),
-        record=run,
-        curve=_read_curve(folder / row.run, metric) if run else (),
-    )
-
-
-def _read_run(row: TrialRow | ConfirmRow, folder: Path, problems: list[str]) -> RunRecord | None:
-    try:
-        return read_run(folder / row.run)
-    except (RecordError, OSError) as error:
-        if row.state != "running":  # a run that begins has no record yet
-            problems.append(f"The run `{row.run}` can't be read: {error}")
-        return None
-
-
-def _read_curve(run: Path, metric: str) -> Curve:
-    values: dict[int, float] = {}
-    try:
-        for row in read_steps(run, having='"validation"'):
-            value = finite_number(row.get("validation", {}).get(metric))
-            if value is not None:
-                # A resumed run writes the steps after its checkpoint again. The later row counts.
-                values[row["step"]] = value
-    except (OSError, UnicodeDecodeError):
-        return ()
-    return tuple(sorted(values.items()))
+    predicted.record = run.record if run else None
+    return predicted
 
 
 def _describe_missing_scores(arm: ArmData) -> str | None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorasweep.config.compose import dotted_items
 from lorasweep.record import (
-    ConfirmRow,
     RunRecord,
     SweepRecord,
-    TrialRow,
     get_run_folder,
     read_steps,
     read_sweep,
@@ -162,15 +160,12 @@ def _list_parts(record: SweepRecord, folder: Path) -> Iterator[dict[str, Any]]:
     keys = ("metric", "direction", "confirm_seeds")
     yield {f"sweep: `{key}`": getattr(record, key) for key in keys}
     yield {f"{row.subject}: `{key}`": value for row in record.settings for key, value in row.params.items()}
-    stages: dict[str, Sequence[TrialRow | ConfirmRow]] = {"trials": record.trials, "confirm runs": record.confirm}
-    for name, rows in stages.items():
+    for name, rows in (("trials", record.trials), ("confirm runs", record.confirm)):
         yield {f"sweep: `number of {name}`": len(rows)}
         for row in rows:
-            if isinstance(row, TrialRow):
-                where, proposed = f"trial {row.arm}-{row.number}", row.params
-            else:
-                where, proposed = f"confirm run {row.subject} seed {row.seed}", {"setting": row.setting}
-            yield {f"{where}: `{key}`": value for key, value in proposed.items()}
+            is_trial = row.stage == "search"
+            where = f"trial {row.arm}-{row.number}" if is_trial else f"confirm run {row.subject} seed {row.seed}"
+            yield {f"{where}: `{key}`": value for key, value in row.params.items()}
             logged = read_values(get_run_folder(folder, row.run))
             yield {f"{where}, step {step}: `{key}`": logged[step, key] for step, key in sorted(logged)}
             yield {f"{where}: `{key}`": getattr(row, key) for key in ("state", "value")}

@@ -25,7 +25,7 @@ from lorasweep.errors import RecordError
 from lorasweep.lora.targets import plan_targets
 from lorasweep.methods import METHODS, copy_sharing_weights, draw_head
 from lorasweep.models.load import BaseModel
-from lorasweep.record import RunRecord, get_run_folder, read_run, read_sweep
+from lorasweep.record import RunRecord, find_winners, get_run_folder, read_run, read_sweep
 from lorasweep.runs.spectra import (
     MEAN,
     LayerRow,
@@ -37,7 +37,6 @@ from lorasweep.runs.spectra import (
     top_directions,
 )
 from lorasweep.runs.weight_updates import read_weight_updates
-from lorasweep.selection import find_winners
 from lorasweep.training.restore import check_kept_files, refuse_code, restore_base, restore_config, restore_model
 from lorasweep.wording import UNKNOWN, format_share
 

@@ -28,8 +28,7 @@ from lorasweep.config.data import ChatConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.config.sweep import RayWorkers
 from lorasweep.errors import OutOfMemory, RunError
-from lorasweep.record import RunRecord, read_run
-from lorasweep.selection import describe_confirmation
+from lorasweep.record import RunRecord, describe_confirmation, read_run
 from lorasweep.sweep.controller.stopping_rules import build_rule
 from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.sweep.definition.bases import explain_bases

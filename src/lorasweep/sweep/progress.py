@@ -18,16 +18,13 @@ from rich.live import Live
 from rich.markup import escape
 
 from lorasweep.errors import RecordError
-from lorasweep.record import ConfirmRow
 from lorasweep.sweep.status import (
     SweepStatus,
     describe_confirm_stage,
     describe_params,
-    get_params,
-    list_ended_rows,
+    list_ended_runs,
     read_status,
     render_status,
-    stage_of,
 )
 
 POLL_INTERVAL_S = 1.0
@@ -59,7 +56,7 @@ class ProgressDisplay:
     def __call__(self, status: SweepStatus) -> None:
         """Prints new warnings and, without a terminal, a line for each run that ended since the last status."""
         if self._status is None:
-            self._shown_runs = {row.run for row in list_ended_rows(status.record)}
+            self._shown_runs = {row.run for row in list_ended_runs(status.record)}
             if self._announce:
                 self._print(f"sweep {status.record.name} in {status.folder}")
                 for note in status.record.notes:
@@ -82,20 +79,20 @@ class ProgressDisplay:
 
     def _new_lines(self, status: SweepStatus) -> Iterator[str]:
         """Yields a line for each run that ended and has no line yet: `lora 4/6  complete  1.4  optim.lr=0.01`."""
-        record, ended = status.record, list_ended_rows(status.record)
+        record, ended = status.record, list_ended_runs(status.record)
         stages = ("search", "confirm")
         asked = {(stage, arm.name): getattr(arm, stage).asked for arm in status.arms for stage in stages}
-        done = Counter((stage_of(row), row.arm) for row in ended if row.run in self._shown_runs)
+        done = Counter((row.stage, row.arm) for row in ended if row.run in self._shown_runs)
         for row in ended:
             if row.run in self._shown_runs:
                 continue
-            stage = stage_of(row), row.arm
-            if isinstance(row, ConfirmRow) and not any(name == "confirm" for name, _ in done):
+            stage = row.stage, row.arm
+            if row.stage == "confirm" and not any(name == "confirm" for name, _ in done):
                 yield describe_confirm_stage(record)
             done[stage] += 1
             self._shown_runs.add(row.run)
             score = "-" if row.value is None else f"{row.value:.4f}"
-            params = describe_params(get_params(row, record))
+            params = describe_params(row.shown_params)
             yield f"{row.arm} {done[stage]}/{asked[stage]}  {row.state:<10} {score:>8}  {params}"
 
 

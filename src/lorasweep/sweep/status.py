@@ -20,18 +20,18 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from lorasweep.config.run import SEED_KEYS
 from lorasweep.errors import RecordError
 from lorasweep.record import (
     SWEEP_FILE,
     ArmRow,
-    ConfirmRow,
     SweepRecord,
-    TrialRow,
+    Trial,
+    describe_confirmation,
+    find_winner,
+    list_confirm_runs,
     measure_stage_occupancy,
     read_sweep,
 )
-from lorasweep.selection import describe_confirmation, find_winner, list_confirm_rows
 from lorasweep.sweep.lock import is_running
 from lorasweep.wording import UNKNOWN, format_seconds, format_setting, format_share, nearest
 
@@ -138,16 +138,8 @@ def describe_params(params: Mapping[str, Any]) -> str:
     return " ".join(f"{key}={format_setting(value)}" for key, value in params.items())
 
 
-def list_ended_rows(record: SweepRecord) -> list[TrialRow | ConfirmRow]:
-    return [row for row in _list_runs(record) if row.state not in ("running", "paused")]
-
-
-def _list_runs(record: SweepRecord) -> list[TrialRow | ConfirmRow]:
-    return [*record.trials, *record.confirm]
-
-
-def stage_of(row: TrialRow | ConfirmRow) -> str:
-    return "confirm" if isinstance(row, ConfirmRow) else "search"
+def list_ended_runs(record: SweepRecord) -> list[Trial]:
+    return [trial for trial in (*record.trials, *record.confirm) if trial.has_ended]
 
 
 def describe_confirm_stage(record: SweepRecord) -> str:
@@ -157,26 +149,17 @@ def describe_confirm_stage(record: SweepRecord) -> str:
 
 def _describe_running_trials(record: SweepRecord) -> Iterator[str]:
     steps_of = {arm.name: arm.steps for arm in record.arms}
-    running = [row for row in _list_runs(record) if row.state == "running"]
+    running = [row for row in (*record.trials, *record.confirm) if row.state == "running"]
     if record.confirm:
         yield describe_confirm_stage(record)
     for row in running[:MAX_SHOWN_RUNS]:
-        params = get_params(row, record)
+        params = row.shown_params
         steps = params.get("trainer.max_steps", steps_of.get(row.arm))
-        name = f"trial {row.number}" if isinstance(row, TrialRow) else "confirm"
+        name = f"trial {row.number}" if row.stage == "search" else "confirm"
         value = "" if row.last_value is None else f"  {row.last_value:.4f}"
         yield f"now: {row.arm} {name}  step {row.step}{f'/{steps}' if steps else ''}{value}  {describe_params(params)}"
     if len(running) > MAX_SHOWN_RUNS:
         yield f"now: {len(running) - MAX_SHOWN_RUNS} more"
-
-
-def get_params(row: TrialRow | ConfirmRow, record: SweepRecord) -> dict[str, Any]:
-    """Returns the swept settings of a trial; for a confirm run, the settings of its trial and its seed."""
-    if isinstance(row, TrialRow):
-        return row.params
-    found = (each.params for each in record.settings if (each.arm, each.setting) == (row.arm, row.setting))
-    params = next(found, {})
-    return {**{key: value for key, value in params.items() if key not in SEED_KEYS}, "seed": row.seed}
 
 
 def _arms_table(status: SweepStatus) -> Table:
@@ -213,7 +196,7 @@ def _arm_status(arm: ArmRow, record: SweepRecord) -> ArmStatus:
     trials = [row for row in record.trials if row.arm == arm.name]
     best = find_winner(trials, record=record)
     subjects = [row.subject for row in record.settings if row.arm == arm.name]
-    confirmed = [row for subject in subjects for row in list_confirm_rows(subject, record=record)]
+    confirmed = [row for subject in subjects for row in list_confirm_runs(subject, record=record)]
     tested = [row.value for row in confirmed if row.state == "complete" and row.value is not None]
     return ArmStatus(
         name=arm.name,
@@ -236,7 +219,7 @@ def _count_planned_runs(arm: ArmRow, subjects: Sequence[str], record: SweepRecor
     return sum(trained.values())
 
 
-def _count_runs(rows: Sequence[TrialRow | ConfirmRow], *, asked: int) -> StageCounts:
+def _count_runs(rows: Sequence[Trial], *, asked: int) -> StageCounts:
     states = Counter(row.state for row in rows)
     return StageCounts(
         asked=asked,

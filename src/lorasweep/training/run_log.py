@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from lorasweep.config.build import as_settings
+from lorasweep.config.data import get_sign
 from lorasweep.config.run import RunConfig, TrainerConfig
 from lorasweep.disk import remove_leftovers, write_atomically
 from lorasweep.errors import Diverged, RecordError
@@ -154,7 +155,7 @@ class RunLog:
 def update_score(record: RunRecord, step: int, metrics: Metrics) -> bool:
     """Puts an evaluation into a record, and returns whether its score is the best so far."""
     record.last, record.steps_done = {"step": step, **metrics}, step
-    sign = 1 if record.direction == "minimize" else -1
+    sign = get_sign(record.direction)
     if record.score is not None and sign * metrics[record.metric] >= sign * record.score:
         return False
     record.best = dict(record.last)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
-import json
 import time
 
 import pytest
@@ -42,11 +40,6 @@ def test_saving_lists_each_trial_with_its_run(stopped):
         assert (row.value is None) == (row.state == "running")
         assert set(row.params) == set(next(arm for arm in record.arms if arm.name == row.arm).space)
     assert record.status == "interrupted"
-
-
-def test_records_of_rows_have_only_json(stopped):
-    raw = json.loads((stopped / "sweep.json").read_text())
-    assert [dataclasses.asdict(row) for row in read_sweep(stopped).trials] == raw["trials"]
 
 
 def test_a_stopped_sweep_that_is_saved_again_says_the_same_of_its_trials(stopped, work, runs):

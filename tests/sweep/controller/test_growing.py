@@ -9,9 +9,8 @@ import yaml
 
 from lorasweep.config.data import get_built_in_metric
 from lorasweep.errors import ConfigError
-from lorasweep.record import read_sweep
+from lorasweep.record import find_winners, list_confirm_runs, read_sweep
 from lorasweep.results import load_sweep
-from lorasweep.selection import find_winners, list_confirm_rows
 from lorasweep.sweep.controller.lifecycle import create_sweep, reopen_sweep, saved_definition
 
 HALVING = {"pruner": "halving", "pruner.rungs": [0.5], "pruner.min_survivors": 1, "sampler": "tpe"}
@@ -99,7 +98,7 @@ def test_a_new_winner_is_chosen_and_confirmed_on_the_same_seeds_and_runs_of_the_
     record = read_sweep(folder.path)
     winner = find_winners(record)["lora"]
     assert winner.number >= 6 > best
-    assert {row.seed for row in list_confirm_rows("lora", record=record)} == set(before.confirm_seeds)
+    assert {row.seed for row in list_confirm_runs("lora", record=record)} == set(before.confirm_seeds)
     assert [row.trial for row in record.settings if row.subject == "lora"] == [winner.number]
     assert [row for row in record.confirm if row in before.confirm] == before.confirm
     assert len({row.run for row in record.confirm}) == len(record.confirm)

@@ -113,7 +113,7 @@ def test_leftovers_of_a_killed_process_are_removed(stopped):
 def test_a_sweep_of_another_version_is_refused_and_nothing_changes(stopped):
     edit(stopped / "sweep.json", lambda raw: raw.update(version=2))
     before = contents(stopped)
-    with pytest.raises(RecordError, match=r"'version': 1.*'version': 2"):
+    with pytest.raises(RecordError, match="version"):
         reopen_sweep(stopped)
     assert contents(stopped) == before
 

@@ -22,7 +22,9 @@ def confirming(three_arms):
 
 
 def rows_of(path):
-    return [(row.subject, row.setting, row.seed, row.state, row.run, row.value) for row in read_sweep(path).confirm]
+    return [
+        (row.subject, row.setting_number, row.seed, row.state, row.run, row.value) for row in read_sweep(path).confirm
+    ]
 
 
 def counts(path):

@@ -50,7 +50,7 @@ def count_seeds(path):
 def outcome(path):
     record = read_sweep(path)
     assert record.status == "complete"
-    rows = [(row.subject, row.setting, row.seed, row.state, row.run, row.value) for row in record.confirm]
+    rows = [(row.subject, row.setting_number, row.seed, row.state, row.run, row.value) for row in record.confirm]
     return rows, record.settings, record.questions, record.looks, record.looks_done
 
 
@@ -248,5 +248,5 @@ def test_a_sweep_that_grows_keeps_the_runs_of_former_settings(begin, work, runs,
     assert changed
     assert not {now[name][0] for name in changed} & {number for number, _ in former.values()}
     for name in now:
-        seeds = [row.seed for row in record.confirm if (row.subject, row.setting) == (name, now[name][0])]
+        seeds = [row.seed for row in record.confirm if (row.subject, row.setting_number) == (name, now[name][0])]
         assert seeds == record.confirm_seeds[:3]

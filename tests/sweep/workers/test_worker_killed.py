@@ -36,7 +36,7 @@ def table_of(path):
     assert record.status == "complete"
     rows = [(row.arm, row.number, row.params, row.state, row.value, row.reason) for row in record.trials]
     reruns = record.confirm
-    rows += [(row.subject, row.setting, row.seed, row.state, row.value, row.reason) for row in reruns]
+    rows += [(row.subject, row.setting_number, row.seed, row.state, row.value, row.reason) for row in reruns]
     runs = [read_run(path / row.run) for row in (*record.trials, *reruns)]
     states = [(run.status, run.best, run.steps_done, run.test) for run in runs]
     return rows, states, record.settings, record.looks_done

@@ -152,7 +152,7 @@ def read_confirm_scores(record: SweepRecord, folder: Path) -> ConfirmScores:
     examples: dict[RunKey, ExampleScores] = {}
     problems = []
     for row in record.confirm:
-        if row.state != "complete" or (row.subject, row.setting) not in current or not is_number(row.value):
+        if row.seed is None or not row.is_complete or (row.subject, row.setting_number) not in current:
             continue
         values[row.subject, row.seed] = float(row.value or 0.0)
         path = folder / row.run / TEST_SCORES_FILE
@@ -183,7 +183,7 @@ def answer_sweep(record: SweepRecord, scores: ConfirmScores, *, groups: str | No
 
 def build_scale(record: SweepRecord, scores: ConfirmScores) -> Scale:
     """Returns the margin with the best scored arm of `frozen` and of `full`."""
-    sign = 1 if record.direction == "minimize" else -1
+    sign = record.sign
 
     def find_best(method: str) -> str | None:
         arms = {arm.name for arm in record.arms if arm.method == method}

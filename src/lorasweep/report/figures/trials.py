@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
+from lorasweep.record import find_winner
 from lorasweep.report.answers import follows_rate_law
 from lorasweep.report.figures.panel import (
     Panel,
@@ -21,7 +22,6 @@ from lorasweep.report.figures.panel import (
     set_score_axis,
 )
 from lorasweep.report.sweep_data import ALPHA, LR, ArmData, SweepData, TrialData
-from lorasweep.selection import find_winner
 
 MAX_CURVE_POINTS = 30
 """A curve has at most about this many points."""

@@ -6,29 +6,19 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from lorasweep.record import ArmRow, ConfirmRow, TrialRow
+from lorasweep.record import ArmRow, Trial, name_run, name_subject
 from lorasweep.sweep.controller.trial import (
     REASON_ATTRIBUTE,
     SCORE_ATTRIBUTE,
     SLOT_STEPS_ATTRIBUTE,
     read_state,
 )
-from lorasweep.sweep.definition.arms import CONFIRM_ENDING, Arm
+from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.definition.space import describe_space
 
 RUNS_FOLDER = "runs"
 SETTING, SEED = "setting", "seed"
 """The parameters in the confirm stage: the number of the setting in its arm, and the new seed."""
-
-
-def run_name(arm: str, number: int) -> str:
-    """Returns the folder of a run of the search, relative to the sweep's folder."""
-    return f"{RUNS_FOLDER}/{arm}-{number:04d}"
-
-
-def confirm_name(arm: str, number: int) -> str:
-    """Returns the folder of a run of the confirm stage. No arm's name ends in `CONFIRM_ENDING`."""
-    return run_name(f"{arm}{CONFIRM_ENDING}", number)
 
 
 def arm_row(arm: Arm) -> ArmRow:
@@ -46,39 +36,37 @@ def arm_row(arm: Arm) -> ArmRow:
     )
 
 
-def trial_row(arm: str, trial: FrozenTrial, *, is_paused: bool) -> TrialRow:
-    return TrialRow(
-        arm=arm,
+def build_search_trial(arm: Arm, trial: FrozenTrial, *, is_paused: bool) -> Trial:
+    return Trial(
+        arm=arm.name,
+        subject=name_subject(arm.name, arm.confirm_each, trial.params.get(arm.confirm_each or "")),
         number=trial.number,
         state="paused" if is_paused else read_state(trial),
         params=dict(trial.params),
-        run=run_name(arm, trial.number),
+        run=name_run("search", arm.name, trial.number),
         **_read_results(trial),
     )
 
 
-def confirm_row(arm: str, subject: str, trial: FrozenTrial) -> ConfirmRow:
-    """Returns the row of a run of the confirm stage."""
-    state = read_state(trial)
-    assert state != "pruned"  # the stage has no rungs
-    assert state != "paused"
-    return ConfirmRow(
+def build_confirm_trial(arm: str, subject: str, params: dict[str, Any], trial: FrozenTrial) -> Trial:
+    return Trial(
+        stage="confirm",
         arm=arm,
         subject=subject,
-        setting=trial.params[SETTING],
+        number=trial.number,
+        state=read_state(trial),
+        params=params,
+        setting_number=trial.params[SETTING],
         seed=trial.params[SEED],
-        state=state,
-        run=confirm_name(arm, trial.number),
+        run=name_run("confirm", arm, trial.number),
         **_read_results(trial),
     )
 
 
 def _read_results(trial: FrozenTrial) -> dict[str, Any]:
-    step = max(trial.intermediate_values, default=0)
     return {
         "value": None if read_state(trial) == "infeasible" else trial.user_attrs.get(SCORE_ATTRIBUTE),
         "reason": trial.user_attrs.get(REASON_ATTRIBUTE),
-        "step": step,
-        "last_value": trial.intermediate_values.get(step),
+        "values": dict(trial.intermediate_values),
         "slot_steps": trial.user_attrs.get(SLOT_STEPS_ATTRIBUTE, 0.0),
     }

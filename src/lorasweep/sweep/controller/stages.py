@@ -17,14 +17,13 @@ from optuna.distributions import IntDistribution
 from lorasweep.config.components import Component
 from lorasweep.config.run import SEED_KEYS, RunConfig
 from lorasweep.config.sweep import FixedSampler
-from lorasweep.record import ConfirmRow, LookRow, SettingRow, TrialRow, name_subject
+from lorasweep.record import LookRow, SettingRow, Trial, find_winner, name_run, name_subject
 from lorasweep.report.evidence.evidence import answer_sweep, build_scale, read_confirm_scores
-from lorasweep.selection import find_winner
 from lorasweep.sweep.controller.arm_trials import ArmTrials
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.predictions import predict_best
 from lorasweep.sweep.controller.proposals import propose
-from lorasweep.sweep.controller.record_rows import SEED, SETTING, confirm_name, confirm_row, run_name, trial_row
+from lorasweep.sweep.controller.record_rows import SEED, SETTING, build_confirm_trial, build_search_trial
 from lorasweep.sweep.controller.stopping_rules import build_pruner, build_rule
 from lorasweep.sweep.controller.storage import name_study
 from lorasweep.sweep.controller.trial import ASSIGNMENT_ATTRIBUTE
@@ -69,15 +68,15 @@ class Search:
 
     def run_folder(self, arm: Arm, number: int) -> RunFolder:
         """Returns the folder of a trial's run, and the arm and trial that the run's record names."""
-        return RunFolder(path=self._sweep.path / run_name(arm.name, number), arm=arm.name, trial=number)
+        return RunFolder(path=self._sweep.path / name_run("search", arm.name, number), arm=arm.name, trial=number)
 
-    def rows(self, arm: str) -> list[TrialRow]:
+    def rows(self, arm: str) -> list[Trial]:
         """Returns the rows of an arm's trials, by number; an arm that a later round adds has none."""
         if arm not in self.arms:
             return []
         trials = self.arms[arm]
         return [
-            trial_row(arm, frozen, is_paused=trials.trials[frozen.number].state == "paused")
+            build_search_trial(trials.arm, frozen, is_paused=trials.trials[frozen.number].state == "paused")
             for frozen in trials.frozen()
         ]
 
@@ -141,14 +140,18 @@ class Confirmation:
     def run_folder(self, arm: Arm, number: int) -> RunFolder:
         """Returns the folder of a run; the run's record names the trial of the search that has its setting."""
         setting = self._settings.get((arm.name, self.arms[arm.name].trials[number].params[SETTING]))
-        folder = self._sweep.path / confirm_name(arm.name, number)
+        folder = self._sweep.path / name_run("confirm", arm.name, number)
         return RunFolder(path=folder, arm=arm.name, trial=setting.trial if setting else None)
 
-    def rows(self, arm: str) -> list[ConfirmRow]:
+    def rows(self, arm: str) -> list[Trial]:
         """Returns the rows of an arm's runs. A sweep that grew may also have runs of former settings."""
         key, params = self._sweep.definition.find_arm(arm).confirm_each, self._list_all_params(arm)
         subjects = [name_subject(arm, key, None if key is None else found[key]) for found in params]
-        return [confirm_row(arm, subjects[frozen.params[SETTING]], frozen) for frozen in self.arms[arm].frozen()]
+        kept = [{key: value for key, value in found.items() if key not in SEED_KEYS} for found in params]
+        return [
+            build_confirm_trial(arm, subjects[number := frozen.params[SETTING]], kept[number], frozen)
+            for frozen in self.arms[arm].frozen()
+        ]
 
     @property
     def has_next_look(self) -> bool:

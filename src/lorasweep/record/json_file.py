@@ -1,0 +1,114 @@
+"""Reads and writes a record as JSON: whole, without secrets, and checked by pydantic. Reading runs no code."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+
+from lorasweep.config.ranges import is_number
+from lorasweep.disk import write_atomically
+from lorasweep.errors import RecordError
+from lorasweep.redaction import redact
+from lorasweep.wording import shorten
+
+VERSION: Literal[1] = 1
+"""Version of the format. Records of another version are refused."""
+
+
+def _check_number(value: Any) -> Any:
+    if isinstance(value, int | float) and not is_number(value):
+        raise ValueError("must be finite")
+    return math.nan if value is None else value
+
+
+Number = Annotated[float, BeforeValidator(_check_number)]
+"""A float of a record. NaN and infinity are written as null, because JSON has neither, and null is read as NaN."""
+Count = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+"""A whole number of a record, which fits into the 64 bits that numpy and pandas have."""
+
+T = TypeVar("T")
+
+
+def write_record(record: Any, folder: Path) -> None:
+    """Writes `run.json` or `sweep.json` without secrets.
+
+    Lists of rows have one line per row, because indented rows would slow down a sweep of 10,000 trials.
+    """
+    text = redact(_as_text(_as_mapping(record)))
+    write_atomically(folder / f"{record.format.removeprefix('lorasweep.')}.json", text + "\n")
+
+
+def read_json(kind: type[T], path: Path) -> T:
+    """Reads a record of a dataclass. Keys that the class lacks are ignored.
+
+    Raises:
+        RecordError: The file is missing, damaged, of another format or of another version.
+    """
+    if not path.is_file():
+        raise RecordError(
+            f"a {path.stem}'s folder must contain {path.name}, but {str(path.parent)!r} does not. Name another folder."
+        )
+    try:
+        record: T = _adapter(kind).validate_json(path.read_bytes(), strict=True)  # type: ignore[arg-type]
+        return record
+    except PermissionError as error:
+        raise RecordError(f"{str(path)!r} must be readable, but can't be read: {error.strerror}.") from error
+    except (OSError, ValidationError) as error:
+        found = _describe(error) if isinstance(error, ValidationError) else str(error)
+        raise RecordError(
+            f"{str(path)!r} must be a whole record of this version of lorasweep, but is damaged or of another one: "
+            f"{found}. Restore the file."
+        ) from error
+
+
+@cache  # building it takes as long as reading thousands of rows
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _describe(error: ValidationError) -> str:
+    """Returns a clause on the first value that is wrong: `number: Input should be a valid integer, got '3'`."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    got = "" if first["type"] in ("json_invalid", "missing") else f", got {shorten(first['input'])}"
+    return f"{place}: {first['msg']}{got}" if place else first["msg"]
+
+
+def _as_text(content: dict[str, Any]) -> str:
+    entries = (f" {json.dumps(key)}: {_value_text(value)}" for key, value in content.items())
+    return "{\n" + ",\n".join(entries) + "\n}"
+
+
+def _value_text(value: Any) -> str:
+    if isinstance(value, list) and value and (is_dataclass(value[0]) or isinstance(value[0], dict)):
+        return "[\n  " + ",\n  ".join(map(dump_row, value)) + "\n ]"
+    return json.dumps(_finite(value), indent=1).replace("\n", "\n ")
+
+
+def dump_row(row: Any) -> str:
+    """Returns a row or a mapping as one line of JSON. NaN and infinity become null."""
+    plain = row if isinstance(row, dict) else _as_mapping(row)
+    try:
+        return json.dumps(plain, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(plain))
+
+
+def _as_mapping(row: Any) -> dict[str, Any]:
+    return {each.name: getattr(row, each.name) for each in fields(row) if each.init}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

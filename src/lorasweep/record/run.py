@@ -1,0 +1,156 @@
+"""The record of a run, `run.json`, and the log of its steps, `steps.jsonl`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from lorasweep.config.data import Direction
+from lorasweep.config.ranges import is_number
+from lorasweep.record.json_file import VERSION, Count, Number, read_json
+
+RUN_FILE = "run.json"
+STEPS_FILE = "steps.jsonl"
+TEST_SCORES_FILE = "test_scores.csv"
+PATCH_FILE = "code.patch"
+
+RunStatus = Literal["running", "complete", "paused", "pruned", "failed", "infeasible", "interrupted"]
+"""`paused`: the run stopped at an evaluation and may continue from its checkpoint. `pruned`: the run was paused and the
+sweep ended. `infeasible`: the run does not fit in memory."""
+
+
+@dataclass(kw_only=True)
+class RunRecord:
+    """Settings, environment and results of one run: enough to repeat and check it."""
+
+    format: Literal["lorasweep.run"] = "lorasweep.run"
+    version: Literal[1] = VERSION
+    status: RunStatus
+    reason: str | None = None
+    """Why the run failed or stopped before its last step."""
+    config: dict[str, Any]
+    """The resolved `RunConfig`, nested."""
+    arm: str | None = None
+    trial: Count | None = None
+    """Number of the trial in its arm, also if the run trains that trial again; null for a single run."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """Where the settings of a single run come from (`lorasweep train --from`): `sweep` (its folder), `name`, `arm` and
+    `trial`. Empty if they were typed. `command` has what was typed."""
+    pack: dict[str, Any] | None = None
+    """`slot`, the number of `slots` when the run joined the pack, and `shared_draws`: whether a fused kernel drew the
+    attention's dropout for all slots at once, so that a run alone would differ. `slot_steps` is the run's share of the
+    slots that its packs were planned with (see `measure_occupancy`). Null for a run alone."""
+    metric: str
+    """The score's name, such as `bits_per_byte`."""
+    direction: Direction
+    command: dict[str, Any] = field(default_factory=dict)
+    """`arguments` of the command line, and the current `folder`, where relative paths start."""
+    code: dict[str, Any] = field(default_factory=dict)
+    """`version` of lorasweep. A git checkout also has `commit` and `modified`; a modified one has `patch` (`file`
+    and `sha256`)."""
+    packages: dict[str, str] = field(default_factory=dict)
+    platform: dict[str, Any] = field(default_factory=dict)
+    """`python`, `os`, `processor`, `instructions`, `cores`, `threads`, `device`, `gpu`, `cuda`, `cudnn`, `precision`,
+    `matmul_precision`. A run of several processes also has `processes` and `strategy`."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Environment variables that can change results (`training.environment.NUMERIC_VARIABLES`)."""
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By split (`train`, `validation`, `test`): `fingerprint`, `bytes`, and `documents` and `blocks`, or `examples`.
+    Validation and test data with labels have `constant_answer`: every metric of the answer that needs no training
+    (`data.constant_answer`)."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences on the data: splits, duplicates, the majority class."""
+    batching: dict[str, Any] = field(default_factory=dict)
+    """`micro_batches` per optimizer step, `padding_fraction` of training and validation batches, the `attention` that
+    `model.attention=auto` chose (`name`, `reason`), and `too_large`: micro-batches that ran out of memory."""
+    base: dict[str, Any] = field(default_factory=dict)
+    """`path`, `fingerprint`, `parameters`."""
+    started_at: str = ""
+    """UTC, ISO 8601."""
+    ended_at: str | None = None
+    wall_s: Number = 0.0
+    """Seconds of training, also before a resume. In a pack: the pack's seconds divided by the number of used slots."""
+    steps_planned: Count = 0
+    steps_done: Count = 0
+    tokens_trained: Count = 0
+    tokens_per_s: Number = 0.0
+    """Training tokens per second, without the time of evaluations."""
+    trainable_params: Count = 0
+    total_params: Count = 0
+    trainable_fraction: Number = 0.0
+    """Number of trained parameters divided by the number of parameters of the base model."""
+    adapter_bytes: Count = 0
+    """Size of the weights in `best/`: the adapter, the head, or the whole model for `method=full`."""
+    peak_memory_bytes: Count = 0
+    """Maximum resident memory of the process during the run, or on a GPU the maximum allocated memory. In a pack:
+    memory of the whole pack."""
+    best: dict[str, Number] = field(default_factory=dict)
+    """Validation metrics at the best step, and `step`."""
+    last: dict[str, Number] = field(default_factory=dict)
+    test: dict[str, Number] = field(default_factory=dict)
+    """Every metric of the best weights on the test split; empty unless the confirm stage scored the run."""
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """`bytes` and `sha256` of each kept file, by its path in the run's folder."""
+
+    @property
+    def score(self) -> float | None:
+        """The best validation value of the run's metric, or None before its first evaluation."""
+        return self.best.get(self.metric)
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Reads a run's record.
+
+    Raises:
+        RecordError: The folder has no record, or the record is damaged or of another version.
+    """
+    return read_json(RunRecord, folder / RUN_FILE)
+
+
+def read_steps(folder: Path, *, having: str = "") -> Iterator[dict[str, Any]]:
+    """Yields the rows of `steps.jsonl`: `{"step", "loss", "lr"}` and `{"step", "validation": {..}}`.
+
+    It stops at the first damaged line, because a killed process may leave an incomplete last line.
+
+    Args:
+        folder: The run's folder.
+        having: Text that a line must contain. Other lines are skipped without parsing, which is much faster.
+    """
+    path = folder / STEPS_FILE
+    if not path.is_file():
+        return
+    for line in path.read_text(errors="replace").splitlines():
+        if having in line:
+            row = parse_step_row(line)
+            if row is None:
+                return
+            yield row
+
+
+def parse_step_row(line: str) -> dict[str, Any] | None:
+    """Returns a row of `steps.jsonl`, or None if the line is damaged. Missing numbers are None."""
+    try:
+        row = json.loads(line)
+        numbers = [*row.values(), *row.get("validation", {}).values()]
+    except (ValueError, RecursionError, AttributeError):  # no JSON, or not of mappings
+        return None
+    is_whole = type(row.get("step")) is int and all(
+        value is None or is_number(value) or value is row.get("validation") for value in numbers
+    )
+    return row if is_whole else None
+
+
+def compute_sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def utc_now() -> str:
+    """Returns the present time in UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,239 @@
+"""The record of a sweep, `sweep.json`: its definition, its trials, and the confirm stage."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lorasweep.config.data import Direction, get_sign
+from lorasweep.errors import RecordError
+from lorasweep.record.json_file import VERSION, Count, Number, read_json
+from lorasweep.record.trial import Stage, Trial, measure_occupancy
+from lorasweep.wording import join_words
+
+SWEEP_FILE = "sweep.json"
+QuestionName = Literal["as_good_as_full", "smallest", "pair"]
+
+
+@dataclass(kw_only=True)
+class Question:
+    """A question that the sweep states before it starts. `report.evidence.questions` answers it."""
+
+    name: QuestionName
+    arm: str
+    key: str | None
+    """The `confirm_each` key of the arm, if it has one."""
+    subjects: list[str]
+    """The subjects that are asked about, from the smallest value to the largest."""
+    reference: str | None
+    """The subject that they are compared with; None for `smallest`, whose references are the larger values."""
+
+
+@dataclass(kw_only=True)
+class SettingRow:
+    """The setting that the confirm stage trains for one subject: for an arm, or for one value of its `confirm_each`."""
+
+    subject: str
+    arm: str
+    setting: Count
+    """Number of the setting in its arm's confirm stage."""
+    value: Any
+    """The value of the arm's `confirm_each` key; null without one."""
+    params: dict[str, Any]
+    """Swept keys (dotted) and their values."""
+    trial: Count | None
+    """The complete trial of the search that has this setting; null if it was not tried."""
+    score: float | None
+    """The score on validation data: that of the trial, or the predicted one."""
+    rate_ratio: float | None = None
+    """The ratio of u, the coordinate of the rate law, to that of the nearest complete trial, at least 1."""
+    regret: float | None = None
+    """How much better the best setting in the space is expected to be, by the search's model, in the metric's unit."""
+
+
+@dataclass(kw_only=True)
+class LookRow:
+    """A look of the confirm stage: the questions were tested with this number of seeds."""
+
+    seeds: Count
+    open: list[str]
+    """The subjects of the questions that were still open."""
+    next: list[str]
+    """The subjects that trained on the seeds of the next look; empty if this look was the last."""
+
+
+@dataclass(kw_only=True)
+class ArmRow:
+    """One arm of a sweep."""
+
+    name: str
+    method: str
+    trials: Count
+    """Number of trials that the user asked for."""
+    steps: Count = 0
+    """Optimizer steps of a complete run, unless `trainer.max_steps` is swept."""
+    settings: dict[str, Any]
+    """Dotted keys and values that differ from the defaults."""
+    space: dict[str, Any]
+    """Swept keys: a list of choices or a mapping `low`, `high`, and `log` or `step`."""
+    sampler: str
+    pruner: str
+    confirm_each: str | None = None
+    """The swept key whose values are confirmed one by one."""
+
+
+@dataclass(kw_only=True)
+class SweepChange:
+    """What `--resume` changed in a sweep."""
+
+    at: str
+    """UTC, ISO 8601."""
+    stage: Stage
+    """The last stage that had begun."""
+    settings: dict[str, Any]
+    """The overrides that were typed."""
+    file: str | None
+    """The sweep file that was given; null keeps the earlier one."""
+    trials: dict[str, Count]
+    """Number of trials of each arm that is new or got more trials."""
+
+
+@dataclass(kw_only=True)
+class SweepRecord:
+    """The definition of one sweep and the state of each trial."""
+
+    format: Literal["lorasweep.sweep"] = "lorasweep.sweep"
+    version: Literal[1] = VERSION
+    status: Literal["running", "complete", "interrupted"]
+    name: str
+    description: str = ""
+    metric: str
+    metric_range: list[Number] = field(default_factory=list)
+    """Lowest and highest possible value of a metric that is set by `_target_`; null is no limit. Empty for others."""
+    direction: Direction
+    constant_answer: float | None = None
+    """The metric of the answer that needs no training (`data.constant_answer`) on validation data.
+
+    Null for data without labels, and if the trials have different data. At rungs, trials that are no better count as
+    equal in the metric."""
+    definition: dict[str, Any]
+    """Content of the sweep file (`file`) and `overrides`, which `--resume` composes again. `rounds` has the sweep as it
+    was each time before it grew: `trials` of each arm, and `confirm_seeds`, 0 if no winner had run again by then."""
+    changes: list[SweepChange] = field(default_factory=list)
+    """What each `--resume` changed, in order."""
+    source: str | None = None
+    """Path of the sweep file."""
+    source_sha256: str | None = None
+    """SHA-256 of the sweep file when the sweep began."""
+    arms: list[ArmRow]
+    trials: list[Trial] = field(default_factory=list)
+    """The trials of the search, by arm and number."""
+    questions: list[Question] = field(default_factory=list)
+    """The questions, as they were stated before the first trial."""
+    looks: list[Count] = field(default_factory=list)
+    """Numbers of seeds at which the questions are tested, as planned beforehand; empty without a confirm stage."""
+    confirm_seeds: list[Count] = field(default_factory=list)
+    """The seeds of all planned looks."""
+    settings: list[SettingRow] = field(default_factory=list)
+    """The setting that the confirm stage trains for each subject; empty before the stage."""
+    looks_done: list[LookRow] = field(default_factory=list)
+    confirm: list[Trial] = field(default_factory=list)
+    """The runs of the confirm stage, by arm and number. A sweep that grew may also have runs of former settings."""
+    margin: float | str
+    """`confirm.margin` as it was stated before the first trial."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences on the data (splits, duplicates, the majority class and its score), on packs, and on how it grew."""
+    warnings: list[str] = field(default_factory=list)
+    """Sentences on settings and results that may mislead a reader."""
+    started_at: str = ""
+    ended_at: str | None = None
+    makespan_s: Number = 0.0
+    """Seconds from start to end, summed over the sessions of a resumed sweep."""
+    device: str = ""
+    """Device of the last trials: `cpu`, `cuda:0`, ..."""
+    threads: Count = 0
+    """Number of CPU threads of one operation."""
+    telemetry: dict[str, Number] = field(default_factory=dict)
+    """Time and memory by purpose, with the keys of `training.telemetry`."""
+
+    @property
+    def sign(self) -> Literal[1, -1]:
+        """1 if lower scores are better, else -1, so that a lower `sign * score` is always better."""
+        return get_sign(self.direction)
+
+
+def read_sweep(folder: Path) -> SweepRecord:
+    """Reads a sweep's record.
+
+    Raises:
+        RecordError: The folder has no record, or the record is damaged or of another version.
+    """
+    return read_json(SweepRecord, folder / SWEEP_FILE)
+
+
+def get_run_folder(sweep: Path, run: str) -> Path:
+    """Returns the folder of a run, from its relative path in the sweep's record.
+
+    Raises:
+        RecordError: The path leads out of the sweep's folder, where commands must not write.
+    """
+    try:
+        is_inside = (sweep / run).resolve().is_relative_to(sweep.resolve())
+    except ValueError:  # no file system has such a name
+        is_inside = False
+    if not is_inside:
+        raise RecordError(f"a trial's run must be inside the sweep's folder, but {run!r} is not. Restore sweep.json.")
+    return sweep / run
+
+
+def find_winner(trials: Iterable[Trial], *, record: SweepRecord) -> Trial | None:
+    """Returns the best complete trial of an arm's search; of equals, the one with the lowest number.
+
+    Returns None if no trial is complete.
+    """
+    return min(
+        (trial for trial in trials if trial.is_complete),
+        key=lambda trial: (record.sign * (trial.value or 0.0), trial.number),
+        default=None,
+    )
+
+
+def find_winners(record: SweepRecord) -> dict[str, Trial | None]:
+    """Returns the winner of each arm that trains; None for an arm without a complete trial."""
+    trained = [arm.name for arm in record.arms if arm.method != "frozen"]
+    return {arm: find_winner((trial for trial in record.trials if trial.arm == arm), record=record) for arm in trained}
+
+
+def list_confirm_runs(subject: str, *, record: SweepRecord) -> list[Trial]:
+    """Returns the confirm runs of a subject. A sweep that grew may also have runs of its former setting."""
+    current = {(row.subject, row.setting) for row in record.settings}
+    return [run for run in record.confirm if run.subject == subject and (run.subject, run.setting_number) in current]
+
+
+def measure_stage_occupancy(record: SweepRecord) -> dict[str, float]:
+    """Returns `measure_occupancy` of each stage in which a run trained in a pack."""
+    shares = {"search": measure_occupancy(record.trials), "confirm": measure_occupancy(record.confirm)}
+    return {stage: share for stage, share in shares.items() if share is not None}
+
+
+def add_telemetry(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
+    """Adds up the values of two processes, or of two sessions of a sweep.
+
+    Of two peaks, returns the higher peak. Of two first steps, returns the earlier step.
+    """
+    total = dict(first)
+    for name, value in second.items():
+        combine = max if "peak" in name else min if name == "first_step_at" else operator.add
+        total[name] = combine(total[name], value) if name in total else value
+    return total
+
+
+def describe_confirmation(looks: Sequence[int]) -> str:
+    """Returns a phrase that says what the confirm stage does, from the numbers of seeds at its looks."""
+    seeds = join_words([str(look) for look in looks], last="or")
+    until = ", until the questions are settled" if len(looks) > 1 else ""
+    noun = "seed" if tuple(looks) == (1,) else "seeds"
+    return f"the chosen settings again on {seeds} fresh {noun}, scored once on test data{until}"

@@ -1,0 +1,188 @@
+"""A trial: the one form in which the controller, status, report and Python API have a run of a sweep."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from lorasweep.config.ranges import is_number
+from lorasweep.record.json_file import Count, Number
+from lorasweep.record.run import RunRecord
+from lorasweep.wording import format_setting, short_key
+
+if TYPE_CHECKING:
+    import pandas
+
+Stage = Literal["search", "confirm"]
+TrialState = Literal["running", "paused", "complete", "pruned", "failed", "infeasible"]
+STATES: tuple[TrialState, ...] = ("complete", "paused", "pruned", "failed", "infeasible", "running")
+"""The states of a trial, in the order of the report."""
+MEASURED = (
+    *("steps_planned", "steps_done", "tokens_trained", "tokens_per_s", "wall_s"),
+    *("trainable_params", "trainable_fraction", "adapter_bytes", "peak_memory_bytes"),
+)
+"""Costs of a run: fields of its record that are columns of the table of runs."""
+Curve = tuple[tuple[int, float], ...]
+"""Validation scores of one run: pairs of step and value, by step."""
+
+
+@dataclass(kw_only=True)
+class Trial:
+    """A run of a sweep: a trial of the search, or a run of the confirm stage, which trains a setting on a fresh seed.
+
+    The controller changes its trials, and keeps them in Optuna's studies. `sweep.json` has a copy for everyone else.
+    """
+
+    stage: Stage = "search"
+    arm: str
+    subject: str = ""
+    """What the run belongs to: the arm, or one value of its `confirm_each` key (`name_subject`)."""
+    number: Count
+    """Number of the trial in its arm and stage."""
+    state: TrialState = "running"
+    params: dict[str, Any]
+    """Swept keys (dotted) and their values; in the confirm stage without swept seeds."""
+    setting_number: Count | None = None
+    """Number of the confirmed setting in its arm (`SettingRow.setting`); None in the search."""
+    seed: Count | None = None
+    """Seed of initial values, data order and dropout of a confirm run. All subjects have the same seeds."""
+    value: float | None = None
+    """The sweep's metric: the best value on validation data, or in the confirm stage that on test data."""
+    run: str
+    """The run's folder, relative to the sweep's."""
+    reason: str | None = None
+    """Why the trial failed, was pruned or does not fit in memory."""
+    values: dict[Count, Number] = field(default_factory=dict)
+    """The sweep's metric on validation data at each evaluation, by step."""
+    slot_steps: Number = 0.0
+    """The run's share of the slots that its packs were planned with (see `measure_occupancy`); 0 for a run alone."""
+    record: RunRecord | None = field(default=None, init=False, repr=False, compare=False)
+    """The run's record, once the report has read it; not part of `sweep.json`."""
+
+    def __post_init__(self) -> None:
+        self.subject = self.subject or self.arm
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps at the last evaluation."""
+        return max(self.values, default=0)
+
+    @property
+    def last_value(self) -> float | None:
+        """The sweep's metric on validation data at the last evaluation."""
+        return self.values.get(self.step)
+
+    @property
+    def curve(self) -> Curve:
+        """The finite validation scores by step."""
+        return tuple(sorted((step, value) for step, value in self.values.items() if math.isfinite(value)))
+
+    @property
+    def shown_params(self) -> dict[str, Any]:
+        """The settings that distinguish the run from others of its arm, as a person reads them."""
+        return self.params if self.seed is None else {**self.params, "seed": self.seed}
+
+    @property
+    def name(self) -> str:
+        if self.is_predicted:
+            return f"{self.subject}, predicted"
+        return f"{self.arm} {self.number}" if self.seed is None else f"{self.subject}, seed {self.seed}"
+
+    @property
+    def is_predicted(self) -> bool:
+        """Whether this is the setting of a subject that the search's model chose, and that no trial has."""
+        return self.stage == "confirm" and self.seed is None
+
+    @property
+    def has_ended(self) -> bool:
+        return self.state not in ("running", "paused")
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the trial finished and has a score, so that it may be its arm's best."""
+        return self.state == "complete" and is_number(self.value)
+
+    @property
+    def is_stopped_early(self) -> bool:
+        """Whether a stopping rule pruned or paused the trial, so that its score is of fewer steps."""
+        return self.state in ("paused", "pruned")
+
+    @property
+    def trains(self) -> bool:
+        """Whether the run trained anything, unlike the frozen base."""
+        return self.record is not None and self.record.trainable_params > 0
+
+    def setting(self, key: str) -> Any:
+        """Returns the value of a dotted key: the swept value, else the one in the run's configuration, else None."""
+        if key in self.params:
+            return self.params[key]
+        value: Any = self.record.config if self.record else {}
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        return value
+
+    def numeric_setting(self, key: str) -> float | None:
+        """Returns the value of a dotted key if it is a finite number, else None."""
+        value = self.setting(key)
+        return value if is_number(value) else None
+
+
+def name_run(stage: Stage, arm: str, number: int) -> str:
+    """Returns the folder of a run, relative to the sweep's. No arm's name ends in `-confirm`."""
+    return f"runs/{arm}{'' if stage == 'search' else '-confirm'}-{number:04d}"
+
+
+def name_subject(arm: str, key: str | None, value: Any) -> str:
+    """Returns the name of what is confirmed: an arm, or one value of its `confirm_each` key, such as `lora-rank-16`."""
+    if key is None:
+        return arm
+    return f"{arm}-{short_key(key)}-" + re.sub(r"[^\w.-]+", "_", format_setting(value))
+
+
+def measure_occupancy(trials: Iterable[Trial]) -> float | None:
+    """Returns the share of the slots of packs that trained, from 0 to 1; None if no run trained in a pack.
+
+    In a step of a pack, all slots of its planned size could train, but some may be empty. So the share is the number of
+    steps of all runs, divided by the sum of the planned sizes over all steps of the packs. Each run that trains in a
+    step has an equal share of the planned size in its `slot_steps`. Runs alone don't count.
+    """
+    packed = [trial for trial in trials if trial.slot_steps]
+    return sum(trial.step for trial in packed) / sum(trial.slot_steps for trial in packed) if packed else None
+
+
+def build_frame(trials: Iterable[Trial], *, metric: str, keys: Sequence[str] = ()) -> pandas.DataFrame:
+    """Returns a table with a row per run and its settings as columns with dotted keys.
+
+    `METRIC` is the best score on validation data and `test/METRIC` that of a confirm run on test data. Trials with a
+    record also have its costs (`MEASURED`) and `best_step`.
+
+    Args:
+        trials: The rows.
+        metric: The sweep's metric.
+        keys: Settings that are columns also if no trial sweeps them. Their values are in the records.
+    """
+    import pandas  # noqa: PLC0415 (slow to import)
+
+    return pandas.DataFrame.from_records([_build_row(trial, metric, keys) for trial in trials])
+
+
+def _build_row(trial: Trial, metric: str, keys: Sequence[str]) -> dict[str, Any]:
+    record, is_search = trial.record, trial.stage == "search"
+    row = {
+        "stage": trial.stage,
+        "arm": trial.arm,
+        "subject": trial.subject,
+        "trial": trial.number,
+        "seed": trial.seed,
+        "state": trial.state,
+        metric: trial.value if is_search else record and record.score,
+        f"test/{metric}": None if is_search else trial.value,
+        **trial.params,
+        **{key: trial.setting(key) for key in keys},
+    }
+    if record is not None:
+        row |= {name: getattr(record, name) for name in MEASURED} | {"best_step": record.best.get("step")}
+    return row | {"step": trial.step, "run": trial.run, "reason": trial.reason}
