@@ -364,6 +364,17 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path.write_text(json.dumps(content))
 
 
+def scatter_seeds(sweep: Path, subject: str, spread: float) -> Path:
+    """Moves the scores of a subject's seeds apart."""
+
+    def change(raw: dict[str, Any]) -> None:
+        for place, row in enumerate(row for row in raw["confirm"] if row["subject"] == subject):
+            row["value"] += spread * (-1) ** place
+
+    edit_json(sweep / "sweep.json", change)
+    return sweep
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns the folder of a finished sweep of 25 trials, which no test may change."""

@@ -1,4 +1,4 @@
-"""What the confirm stage shows, in sentences."""
+"""The sentences below the answers: test examples, the margin, ends of ranges, and values that were not tried."""
 
 from __future__ import annotations
 
@@ -7,23 +7,99 @@ from typing import Any
 
 import pytest
 
-from lorasweep.report.evidence.looks import compute_look_level
-from lorasweep.report.findings import ONE_SEED
+from lorasweep.report.findings import describe_edges, describe_untried
 from lorasweep.report.summary import summarize
+from lorasweep.report.sweep_data import load_sweep_data
 
-from .conftest import build_rank_sweep, build_sweep, confirm_sweep, confirm_winners, edit_json
+from .conftest import build_rank_sweep, confirm_winners, edit_json
 
 
-def test_top_says_ends_arm_share_verdict_and_limits(confirmed: Path) -> None:
-    sentences = summarize(confirmed).sentences
-    text = " ".join(sentences)
-    assert sentences[0].startswith("Scores are bits per byte on test data that no search has seen, lower is better")
-    assert sentences[1].startswith("The frozen base scores 2.0")
-    assert "of what full fine-tuning gains, training" in text
-    assert "of what full fine-tuning gains, training" in text
-    assert "at most 5 % over all questions and looks" in text
-    assert "25 trials and 11 confirm runs in" in text
-    assert ONE_SEED not in sentences
+@pytest.mark.parametrize(
+    ("space", "value", "end"),
+    [
+        ([1, 4, 16], 16, "upper"),
+        ([16, 1, 4], 16, "upper"),
+        ([1, 4, 16], 4, None),
+        ([2, 4, 16], 2, "lower"),
+        ([1, 4, 16], 1, None),  # no rank is lower than 1
+        ([8], 8, None),
+        (["a", "b"], "b", None),
+        ({"low": 1, "high": 64}, 63, "upper"),
+        ({"low": 1e-4, "high": 1e-2, "log": True}, 1.1e-4, "lower"),
+        ({"low": 1e-4, "high": 1e-2, "log": True}, 1e-3, None),
+        ({"low": 1e-4, "high": 1e-2, "log": True}, -1.0, None),
+    ],
+)
+def test_best_value_at_the_end_of_its_range_is_said_if_a_complete_trial_lies_elsewhere(
+    sweep: Path, space: object, value: object, end: str | None
+) -> None:
+    def sweep_one_rank(raw: dict[str, Any]) -> None:
+        raw["arms"][1]["space"] = {"method.rank": space}
+        for trial in raw["trials"]:
+            trial["params"] = {"method.rank": value} if trial["arm"] == "lora" else {}
+        raw["trials"][2].update(value=3.0, params={"method.rank": 8 if isinstance(value, int) else 2e-3})
+
+    edit_json(sweep / "sweep.json", sweep_one_rank)
+    said = describe_edges(load_sweep_data(sweep))
+    assert len(said) == (1 if end else 0)
+    assert all("`method.rank` of `lora`" in text and f"{end} end" in text for text in said)
+    edit_json(sweep / "sweep.json", lambda raw: raw["trials"][2].update(state="paused"))
+    assert describe_edges(load_sweep_data(sweep)) == []
+
+
+def test_arms_with_the_same_edge_share_a_sentence(sweep: Path) -> None:
+    def widen(raw: dict[str, Any]) -> None:
+        for arm, best in ((1, 3e-2), (2, 5e-3)):
+            raw["arms"][arm]["space"] = {"optim.lr": {"low": 1e-4, "high": best, "log": True}}
+            mine = [trial for trial in raw["trials"] if trial["arm"] == raw["arms"][arm]["name"]]
+            for trial in mine:
+                trial.update(params={"optim.lr": best})
+            mine[-2].update(params={"optim.lr": 1e-3}, value=3.0, state="complete")
+
+    edit_json(sweep / "sweep.json", widen)
+    (sentence,) = describe_edges(load_sweep_data(sweep))
+    assert "`optim.lr` of `lora` (0.03) and `full` (0.005) lies at the upper end" in sentence
+
+
+def keep_rank(raw: dict[str, Any], rank: int) -> None:
+    """Lets the lora arm choose between that rank and eight times it, and gives all its trials that rank."""
+    raw["arms"][1]["space"]["method.rank"] = [rank, 8 * rank]
+    for trial in raw["trials"]:
+        trial["params"] |= {"method.rank": rank} if trial["arm"] == "lora" else {}
+
+
+def test_choice_without_a_complete_trial_is_named_and_the_other_is_not_the_best(sweep: Path) -> None:
+    edit_json(sweep / "sweep.json", lambda raw: keep_rank(raw, 2))
+    summary = summarize(sweep)
+    untried = "Nothing is known about `method.rank` 16: no complete trial of `lora` has it."
+    assert untried in summary.sentences
+    assert not any("best `method.rank`" in text for text in summary.sentences)
+    lora = next(one for one in summary.recommended if one.arm == "lora")
+    assert lora.sentences[0].endswith("No complete trial has rank 16.")
+
+    def stop_early(raw: dict[str, Any]) -> None:
+        pruned = next(trial for trial in raw["trials"] if trial["state"] == "pruned")
+        pruned["params"]["method.rank"] = 16
+
+    edit_json(sweep / "sweep.json", stop_early)
+    assert untried in summarize(sweep).sentences
+
+
+def test_arms_without_the_same_choice_share_a_sentence(sweep: Path) -> None:
+    def add_arm(raw: dict[str, Any]) -> None:
+        keep_rank(raw, 2)
+        raw["arms"].append({**raw["arms"][1], "name": "more"})
+        raw["trials"] += [{**trial, "arm": "more"} for trial in raw["trials"] if trial["arm"] == "lora"]
+
+    edit_json(sweep / "sweep.json", add_arm)
+    (sentence,) = describe_untried(load_sweep_data(sweep))
+    assert "no complete trial of `lora` and `more` has it" in sentence
+
+
+def test_a_value_of_confirm_each_without_a_trial_is_predicted_and_not_unknown(tmp_path: Path) -> None:
+    folder = build_rank_sweep(tmp_path, {1: 1.75, 4: 1.7})
+    edit_json(folder / "sweep.json", lambda raw: raw["arms"][-1]["space"].update({"method.rank": [1, 4, 16]}))
+    assert describe_untried(load_sweep_data(folder)) == []
 
 
 @pytest.mark.parametrize(
@@ -40,71 +116,7 @@ def test_groups_of_test_examples_are_named(confirmed: Path, data: dict[str, str 
     assert groups in summarize(confirmed).sentences[0]
 
 
-def test_one_seed_has_no_verdict_and_says_so(tmp_path: Path) -> None:
-    summary = summarize(confirm_sweep(build_sweep(tmp_path), seeds=1))
-    assert "means over 1 fresh seed with" in " ".join(summary.sentences)
-    assert "one seed says nothing about another" in summary.answers[0].text
-
-
-def test_looks_seeds_and_confidence_are_said_once(confirmed: Path) -> None:
-    edit_json(confirmed / "sweep.json", lambda raw: raw.update(looks=[3, 5, 10]))
-    (sentence,) = [text for text in summarize(confirmed).sentences if "planned looks" in text]
-    assert "3, 5 and 10 seeds; 5 were used" in sentence
-    level = compute_look_level((3, 5, 10), level=0.025)  # one question has the whole level
-    assert f"{100 * (1 - 2 * level):.3g} % confidence" in sentence
-
-
-def test_full_gain_is_said_as_a_share_of_the_base(confirmed: Path) -> None:
-    (sentence,) = [text for text in summarize(confirmed).sentences if text.startswith("Full fine-tuning lowers")]
-    assert "by 18 % [" in sentence  # from 2.03 to 1.66 bits per byte
-
-
-@pytest.mark.parametrize(
-    ("margin", "parts"),
-    [
-        ("5%", ("0.018", "bits per byte (5% of full", "stated in the sweep")),
-        (0.02, ("0.02 bits per byte,", "stated in the sweep")),
-    ],
-)
-def test_margin_is_said(confirmed: Path, margin: float | str, parts: tuple[str, ...]) -> None:
-    edit_json(confirmed / "sweep.json", lambda raw: raw.update(margin=margin))
-    (sentence,) = [text for text in summarize(confirmed).sentences if text.startswith("The margin")]
-    assert all(part in sentence for part in parts)
-
-
 def test_margin_without_a_gain_names_the_key(confirmed: Path) -> None:
     edit_json(confirmed / "sweep.json", lambda raw: raw.update(direction="maximize"))
     confirm_winners(confirmed)
     assert any("No margin" in text and "`confirm.margin`" in text for text in summarize(confirmed).sentences)
-
-
-@pytest.mark.parametrize("gone", [{"full"}, {"frozen"}, {"frozen", "full"}])
-def test_missing_end_of_the_scale_is_said(confirmed: Path, gone: set[str]) -> None:
-    def drop(raw: dict[str, Any]) -> None:
-        raw["confirm"] = [row for row in raw["confirm"] if row["arm"] not in gone]
-
-    edit_json(confirmed / "sweep.json", drop)
-    sentences = summarize(confirmed).sentences
-    assert "no share of full's gain is known" in sentences[1].lower()
-    assert not any("of what full fine-tuning gains" in text for text in sentences)
-
-
-def test_full_that_gained_nothing_has_no_share(confirmed: Path) -> None:
-    edit_json(confirmed / "sweep.json", lambda raw: raw.update(direction="maximize"))
-    confirm_winners(confirmed)
-    sentences = summarize(confirmed).sentences
-    assert any("gained nothing, so no share" in text for text in sentences)
-    assert "higher is better" in sentences[0]
-
-
-def test_of_many_subjects_four_best_get_a_sentence(tmp_path: Path) -> None:
-    sweep = build_rank_sweep(tmp_path, {1: 1.9, 2: 1.8, 4: 1.75, 8: 1.7, 16: 1.67, 32: 1.669})
-    sentences = summarize(sweep).sentences
-    scored = [text for text in sentences if " scores " in text and text.startswith("`lora")]
-    assert [text.split("`")[1] for text in scored] == [f"lora-rank-{rank}" for rank in (4, 8, 16, 32)]
-    assert "The other 2 arms are in the table below." in sentences
-
-
-def test_warnings_of_the_sweep_are_shown(sweep: Path) -> None:
-    edit_json(sweep / "sweep.json", lambda raw: raw.update(warnings=["Arms have unequal numbers of trials."]))
-    assert "Arms have unequal numbers of trials." in summarize(sweep).sentences

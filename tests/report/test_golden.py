@@ -18,7 +18,7 @@ import pytest
 from lorasweep.report.page import render_page
 from lorasweep.report.summary import summarize
 
-from .conftest import BASE_SCORE, build_rank_sweep, build_sweep, confirm_sweep, edit_json
+from .conftest import BASE_SCORE, build_rank_sweep, build_sweep, confirm_sweep, edit_json, scatter_seeds
 
 GOLDEN = Path(__file__).parent / "golden"
 SHOWN = ("failure", "answers", "use", "findings", "arms", "verdicts")
@@ -61,17 +61,6 @@ def read_page(sweep: Path) -> str:
     lines = PageText(render_page(summarize(sweep), [])).lines
     text = "\n".join(squeezed for line in lines if (squeezed := re.sub(r"\s+", " ", line).strip(" |")))
     return text.replace(str(sweep), "SWEEP") + "\n"
-
-
-def scatter_seeds(sweep: Path, subject: str, spread: float) -> Path:
-    """Moves the scores of a subject's seeds apart."""
-
-    def change(raw: dict[str, Any]) -> None:
-        for place, row in enumerate(row for row in raw["confirm"] if row["subject"] == subject):
-            row["value"] += spread * (-1) ** place
-
-    edit_json(sweep / "sweep.json", change)
-    return sweep
 
 
 def fail_to_learn(sweep: Path) -> Path:

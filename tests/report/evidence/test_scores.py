@@ -23,15 +23,6 @@ def examples(
     )
 
 
-def test_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
-    path = tmp_path / "test_scores.csv"
-    path.write_text('row,score,weight,group\n0,1.5,2,"a, b"\n7,0.5,6,c\n')
-    found = read_examples(path)
-    assert found.rows == ("0", "7")
-    assert found.groups == ("a, b", "c")
-    assert found.mean == pytest.approx((1.5 * 2 + 0.5 * 6) / 8)
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
