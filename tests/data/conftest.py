@@ -10,7 +10,7 @@ import pytest
 
 from lorasweep.config.compose import compose_run
 from lorasweep.config.data import DataConfig
-from lorasweep.data.read_source import read_source
+from lorasweep.data.reading import read_source
 from lorasweep.data.source import DataSource
 
 SPLITS = ("train", "validation", "test")

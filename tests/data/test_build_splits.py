@@ -8,7 +8,7 @@ from tests.tiny_tokenizer import load_tokenizer
 from lorasweep.config.compose import compose_run
 from lorasweep.data.build_splits import build_splits
 from lorasweep.data.examples import CompletionSplit, LabelledSplit, SequenceSplit
-from lorasweep.data.read_source import read_source
+from lorasweep.data.reading import read_source
 from lorasweep.data.source import Conversation, DataSource, Document, LabelledText, Message, collect_examples
 from lorasweep.data.stdlib import read_docs
 from lorasweep.data.tasks import Classification, LanguageModelling, MultiLabel, Regression

@@ -10,8 +10,7 @@ import torch
 from tests.data.ragged import make_ragged
 from torch import Tensor
 
-from lorasweep.data.build_splits import DataSplits
-from lorasweep.data.constant_answer import describe_constant_answer, score_constant_answer
+from lorasweep.data.build_splits import DataSplits, describe_constant_answer
 from lorasweep.data.examples import LabelledSplit
 from lorasweep.data.tasks import Classification, MultiLabel, Regression, Task
 
@@ -31,7 +30,7 @@ def make_splits(task: Task, train: list[Any], validation: list[Any], dtype: torc
 
 def score(task: Task, train: list[Any], validation: list[Any], dtype: torch.dtype = torch.int64) -> dict[str, float]:
     splits = make_splits(task, train, validation, dtype)
-    return score_constant_answer(task, train=splits.train, split=splits.validation)
+    return splits.score_constant_answer(splits.validation)
 
 
 @pytest.mark.parametrize("train", [[0, 2, 2, 1, 2, 0], [1, 0, 1, 0], [2, 2, 2]])
@@ -64,7 +63,7 @@ def test_mean_has_the_squared_error_around_it_and_no_correlation(count: int) -> 
 def test_record_entry_of_a_split_with_labels_has_the_scores() -> None:
     task = Classification(num_classes=2)
     splits = make_splits(task, [0, 1, 1], [0, 1], torch.int64)
-    scores = score_constant_answer(task, train=splits.train, split=splits.validation)
+    scores = splits.score_constant_answer(splits.validation)
     assert splits.describe(splits.validation) == splits.validation.describe() | {"constant_answer": scores}
 
 
@@ -96,6 +95,6 @@ def test_the_answer_and_its_scores_are_said(
 ) -> None:
     dtype = torch.int64 if isinstance(task, Classification) else torch.float32
     splits = make_splits(task, train, validation, dtype)
-    found = describe_constant_answer(task, train=splits.train, split=splits.validation, label_names=names)
+    found = describe_constant_answer(splits, names)
     assert len(found) == 1
     assert note in found[0]

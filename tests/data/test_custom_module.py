@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, random_split
 
 from lorasweep.config.data import CustomDataConfig
 from lorasweep.data.build_splits import build_splits
-from lorasweep.data.read_source import read_source
+from lorasweep.data.reading import read_source
 from lorasweep.data.split import IGNORED
 from lorasweep.data.tasks import Classification, LanguageModelling, MultiLabel, Regression
 from lorasweep.errors import ConfigError
@@ -64,10 +64,6 @@ class Stream(IterableDataset):
         return iter(ROWS)
 
 
-def fail(*_):
-    raise KeyError("column")
-
-
 MADE = {
     "build": Own,
     "text": lambda: Own([{"input_ids": row["input_ids"]} for row in ROWS]),
@@ -77,8 +73,6 @@ MADE = {
     "no_module": lambda: 7,
     "no_loader": lambda: Own(train_dataloader=lambda: [1, 2]),
     "stream": lambda: Own(train_dataloader=lambda: DataLoader(Stream())),
-    "broken_setup": lambda: Own(setup=fail),
-    "broken_collate": lambda: Own(collate=fail),
     "no_labels": lambda: Own([{"input_ids": row["input_ids"]} for row in ROWS]),
     "no_mapping": lambda: Own(collate=lambda items: torch.ones(len(items))),
     "not_a_number": lambda: Own([row | {"labels": torch.tensor(float("nan"))} for row in ROWS]),
@@ -172,8 +166,6 @@ def test_rows_need_not_be_text():
         ("no_module", "LightningDataModule, .*'own_data:no_module'.* int"),
         ("no_loader", "`train_dataloader` .* got list"),
         ("stream", "`__len__` and `__getitem__`, but got Stream"),
-        ("broken_setup", "setup of 'own_data:broken_setup' fails: KeyError: 'column'"),
-        ("broken_collate", "the collate function of 'own_data:broken_collate' fails: KeyError: 'column'"),
         ("no_labels", "`labels`, but got input_ids, attention_mask"),
         ("no_mapping", "mappings of tensors, but got Tensor"),
         ("empty", "the train split of `data.factory` must have an example"),

@@ -10,7 +10,7 @@ import pytest
 
 from lorasweep.config.command_line import parse_overrides
 from lorasweep.config.compose import compose_run, packaged_folder
-from lorasweep.data.read_source import read_source
+from lorasweep.data.reading import read_source
 from lorasweep.data.reading.conversations import KNOWN_COLUMNS
 from lorasweep.data.reading.documents import MIN_DOCUMENTS
 from lorasweep.data.reading.tables import READERS

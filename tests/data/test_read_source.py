@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lorasweep.config.compose import compose_run
-from lorasweep.data.read_source import read_source
+from lorasweep.data.reading import read_source
 from lorasweep.data.stdlib import read_docs
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,15 +27,15 @@ from lorasweep.config.data import (
 )
 from lorasweep.config.model import ModelKind
 from lorasweep.data.blocks import build_block_split
-from lorasweep.data.constant_answer import describe_constant_answer, score_constant_answer
 from lorasweep.data.custom_module import CustomSplit
 from lorasweep.data.examples import CompletionSplit, ExampleSplit, LabelledSplit, Ragged, SequenceSplit, TextSplit
 from lorasweep.data.own_metric import build_own_metric
 from lorasweep.data.source import Conversation, DataSource, Examples, LabelledText
 from lorasweep.data.split import IGNORED, Split
-from lorasweep.data.tasks import Classification, LanguageModelling, MultiLabel, Regression, Task
+from lorasweep.data.tasks import Classification, LabelTask, LanguageModelling, MultiLabel, Regression, Task
 from lorasweep.data.tokenise import tokenise_chats, tokenise_labelled, tokenise_sequences
 from lorasweep.errors import ConfigError, describe_error
+from lorasweep.wording import join_words
 
 COMPATIBLE_MODEL_KINDS: Mapping[str, tuple[ModelKind, ...]] = {
     "documents": ("causal_lm",),
@@ -76,8 +76,22 @@ class DataSplits:
 
     def describe(self, split: Split) -> dict[str, Any]:
         """Returns the entry of a scored split in a run record: with `constant_answer` if it has labels."""
-        scores = score_constant_answer(self.task, train=self.train, split=split)
+        scores = self.score_constant_answer(split)
         return split.describe() | ({"constant_answer": scores} if scores else {})
+
+    def score_constant_answer(self, split: Split) -> dict[str, float]:
+        """Returns every metric of a split if each example gets the same answer; empty for text and own data modules.
+
+        The answer needs no training: the most frequent class of the training split (of equally frequent ones the
+        first), all labels that more than half of its examples have, or the mean of its numbers. The loss is that of the
+        shares of the labels.
+        """
+        train, task = self.train, self.task
+        if not (isinstance(train, LabelledSplit) and isinstance(split, LabelledSplit) and isinstance(task, LabelTask)):
+            return {}
+        logits = task.fit_constant(train.labels).expand(len(split), -1)
+        scores = task.compute(task.score_logits(logits, {"targets": split.labels}))
+        return {name: float(value) for name, value in scores.items()}
 
 
 def build_splits(
@@ -144,18 +158,34 @@ def build_splits(
         targets = validation.batch(range(min(len(validation), MAX_CHECKED_EXAMPLES)))["targets"]
         num_outputs = 1 if source.kind == "regression" else len(source.label_names) or len(tokenizer or ())
         check_own_parts(task, targets, num_outputs=num_outputs)
-    train = build(source.train)
-    return DataSplits(
-        train=train,
+    splits = DataSplits(
+        train=build(source.train),
         validation=validation,
         task=task,
         metric=metric,
         test=functools.cache(lambda: build(source.test())),
-        notes=(
-            *source.notes,
-            *describe_constant_answer(task, train=train, split=validation, label_names=source.label_names),
-        ),
+        notes=source.notes,
     )
+    return replace(splits, notes=(*source.notes, *describe_constant_answer(splits, source.label_names)))
+
+
+def describe_constant_answer(splits: DataSplits, label_names: Sequence[str]) -> list[str]:
+    """Returns a sentence with the answer that needs no training and its metrics on the validation split."""
+    scores = splits.score_constant_answer(splits.validation)
+    if not scores:
+        return []
+    assert isinstance(splits.train, LabelledSplit)
+    assert isinstance(splits.task, LabelTask)
+    logits = splits.task.fit_constant(splits.train.labels)
+    if isinstance(splits.task, Regression):
+        answer = f"{float(logits):.4g}, the mean of train"
+    elif isinstance(splits.task, MultiLabel):
+        names = [repr(name) for name, logit in zip(label_names, logits.tolist(), strict=True) if logit > 0]
+        answer = f"{join_words(names) if names else 'no label'}, as most examples of train"
+    else:
+        answer = f"{label_names[int(logits.argmax())]!r}, the most frequent label of train"
+    values = [f"{name} {value:.4f}" for name, value in scores.items() if name != "loss"]
+    return [f"Always answering {answer}, has {join_words(values)} on validation."]
 
 
 def _build_task(source: DataSource, config: DataConfig, validation: Split) -> Task:

@@ -18,7 +18,7 @@ from lorasweep.config.data import CustomDataConfig, CustomTask
 from lorasweep.config.user_function import call_user_function
 from lorasweep.data.source import DataSource
 from lorasweep.data.split import IGNORED, Batch, Split
-from lorasweep.errors import ConfigError, describe_error
+from lorasweep.errors import ConfigError
 
 LOADER_METHODS = {"train": "train_dataloader", "validation": "val_dataloader", "test": "test_dataloader"}
 
@@ -60,8 +60,10 @@ def read_custom_module(config: CustomDataConfig) -> DataSource:
     Only the data set and the collate function of its loaders are used. lorasweep chooses the order and the batches, so
     that they are the same in all trials. The module runs with a fixed torch seed, so each call returns the same data.
 
+    Errors of the module's own code are raised as they are, with its traceback.
+
     Raises:
-        ConfigError: The function or a method of the module fails, or a loader or example has the wrong type or labels.
+        ConfigError: The function fails, or a loader or example has the wrong type or labels.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # the same data at each call, whatever the seed of the run
@@ -71,15 +73,15 @@ def read_custom_module(config: CustomDataConfig) -> DataSource:
                 f"`data.factory` must return a LightningDataModule, but {config.factory!r} returns "
                 f"{type(module).__name__}."
             )
-        _call(config, "prepare_data", module.prepare_data)
-        _call(config, "setup", module.setup, "fit")
+        module.prepare_data()
+        module.setup("fit")
         train, validation = (_read_split(config, module, name) for name in ("train", "validation"))
 
     @functools.cache
     def read_test() -> CustomSplit:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)  # the same data at each call, whatever the seed of the run
-            _call(config, "setup", module.setup, "test")
+            module.setup("test")
             return _read_split(config, module, "test")
 
     return DataSource(
@@ -127,7 +129,7 @@ def _read_split(config: CustomDataConfig, module: LightningDataModule, name: str
     Raises:
         ConfigError: The loader has no data set of known length, the data set is empty, or an example is unusable.
     """
-    loader = _call(config, LOADER_METHODS[name], getattr(module, LOADER_METHODS[name]))
+    loader = getattr(module, LOADER_METHODS[name])()
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         raise ConfigError(
             f"`{LOADER_METHODS[name]}` of `data.factory` must return one DataLoader of a data set with `__len__` and "
@@ -136,10 +138,8 @@ def _read_split(config: CustomDataConfig, module: LightningDataModule, name: str
     dataset, collate = cast(Any, loader.dataset), loader.collate_fn
     digest, num_tokens, num_scored = hashlib.sha256(), [], []
     for index in range(len(dataset)):
-        source = f"example {index} of the {name} split"
-        item = _call(config, source, dataset.__getitem__, index)
-        batch = build_batch(_call(config, "the collate function", collate, [item]), task=config.task)
-        _check_targets(batch["targets"], config, source=source)
+        batch = build_batch(collate([dataset[index]]), task=config.task)
+        _check_targets(batch["targets"], config, source=f"example {index} of the {name} split")
         # The fingerprint covers the tensors that the model sees, after the collate function.
         for key in sorted(batch):
             digest.update(key.encode() + batch[key].contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
@@ -174,13 +174,3 @@ def _check_targets(targets: Tensor, config: CustomDataConfig, *, source: str) ->
         )
     if not targets.isfinite().all():
         raise ConfigError(f"`labels` must be finite numbers, but {source} has NaN or infinity.")
-
-
-def _call(config: CustomDataConfig, step: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    try:
-        return function(*arguments)
-    except Exception as error:
-        raise ConfigError(
-            f"`data.factory` must name a LightningDataModule that works, but {step} of {config.factory!r} fails: "
-            f"{describe_error(error)}."
-        ) from error

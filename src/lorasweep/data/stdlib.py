@@ -13,7 +13,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from lorasweep.data.source import Document
+from lorasweep.data.source import DataSource, Document, Examples, collect_examples
 
 EXCLUDED_FOLDERS = frozenset({"encodings", "pydoc_data", "site-packages", "__pycache__"})
 TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
@@ -59,6 +59,17 @@ def read_standard_library(*, with_tests: bool) -> Iterator[Document]:
 
 
 @functools.cache
+def read_stdlib(name: str) -> DataSource:
+    """Returns the splits of `stdlib_docs` or `stdlib_code`."""
+    read_documents = read_docs if name == "stdlib_docs" else read_code
+
+    def read(split: str) -> Examples[Document]:
+        return collect_examples(split, list(read_documents(split)))
+
+    test = functools.cache(lambda: read("test"))
+    return DataSource(kind="documents", train=read("train"), validation=read("validation"), test=test)
+
+
 def read_code(split: str) -> tuple[Document, ...]:
     """Returns the standard library's files of one split.
 

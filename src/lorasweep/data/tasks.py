@@ -179,6 +179,10 @@ class LabelTask(Task):
         """Returns each example's loss, (examples,), without label smoothing and class weights."""
 
     @abstractmethod
+    def fit_constant(self, labels: Tensor) -> Tensor:
+        """Returns the logits of the best answer that is the same for all examples: (classes,), or (1,) for numbers."""
+
+    @abstractmethod
     def _predict(self, logits: Tensor) -> Tensor:
         """Returns the predicted class or number of each example, or 0 or 1 for each class."""
 
@@ -231,6 +235,10 @@ class Classification(LabelTask):
     label_smoothing: float = 0.0
     metrics: tuple[str, ...] = METRICS_OF_TASK["single_label"]
 
+    def fit_constant(self, labels: Tensor) -> Tensor:
+        # One more example of each class, so that a class without examples has a finite loss.
+        return (labels.long().bincount(minlength=self.num_classes) + 1.0).log()
+
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return cross_entropy(logits, targets, reduction="none")
 
@@ -274,6 +282,9 @@ class MultiLabel(LabelTask):
     num_labels: int
     metrics: tuple[str, ...] = METRICS_OF_TASK["multi_label"]
 
+    def fit_constant(self, labels: Tensor) -> Tensor:
+        return ((labels.double().sum(0) + 1) / (len(labels) + 2)).logit().float()  # one more with, and one without
+
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(-1)
 
@@ -297,6 +308,9 @@ class Regression(LabelTask):
     """Predicts one number per example. `mse` is also the loss; `pearson` and `spearman` are correlations."""
 
     metrics: tuple[str, ...] = METRICS_OF_TASK["regression"]
+
+    def fit_constant(self, labels: Tensor) -> Tensor:
+        return labels.double().mean(0, keepdim=True).float()
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return (self._predict(logits) - targets).square()

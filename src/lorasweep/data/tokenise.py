@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorasweep.config.data import ChatConfig
 from lorasweep.data.examples import Ragged
+from lorasweep.data.reading.tables import quiet_datasets
 from lorasweep.data.source import Conversation, Document, Examples, LabelledText, Message
 from lorasweep.data.split import IGNORED
 from lorasweep.errors import ConfigError
@@ -182,7 +182,7 @@ def map_cached(columns: Columns, tokenise: Callable[[Columns], Columns], *, key:
         target: dict[str, Any] = {"cache_file_name": str(folder / f"{key}.arrow")}
     except OSError:  # the cache is not writable, so each run tokenises the examples again
         target = {"keep_in_memory": True}
-    with _without_progress_bars():
+    with quiet_datasets():
         texts = datasets.Dataset.from_dict(columns)
         ids = texts.map(tokenise, batched=True, remove_columns=list(columns), new_fingerprint=key, **target)
         table = ids.with_format("arrow")[:]
@@ -258,14 +258,3 @@ def _plain_encoder(tokenizer: PreTrainedTokenizerBase, separator: str) -> Encode
 def _truncate(ids: list[int], length: int) -> list[int]:
     """Returns at most `length` tokens. The last token stays, because it ends the text."""
     return ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    was_shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if was_shown:
-            datasets.enable_progress_bars()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 from lorasweep.config.data import MetricComponent, ScoreMetric
-from lorasweep.data.constant_answer import score_constant_answer
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.controller.proposals import propose
 from lorasweep.sweep.controller.stopping_rules import build_rule
@@ -79,7 +78,7 @@ def find_constant_answer(definition: Definition, inputs_cache: InputsCache) -> f
     None for data without labels, and if the answer has different scores for different trials.
     """
     all_splits = {inputs_cache.load(config).splits for arm in definition.arms for config in arm.corners}
-    scores = {score_constant_answer(s.task, train=s.train, split=s.validation).get(s.metric) for s in all_splits}
+    scores = {s.score_constant_answer(s.validation).get(s.metric) for s in all_splits}
     score = scores.pop() if len(scores) == 1 else None
     return score if score is not None and math.isfinite(score) else None
 

@@ -14,7 +14,7 @@ from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig, TrainerConfig
 from lorasweep.data.batching import MAX_MICRO_BATCHES, EvaluationSampler, choose_accumulate, count_batch_bytes
 from lorasweep.data.build_splits import DataSplits, build_splits
-from lorasweep.data.read_source import read_source
+from lorasweep.data.reading import read_source
 from lorasweep.data.source import DataSource
 from lorasweep.data.split import Split
 from lorasweep.data.split import padding_fraction as measure_padding

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.data.conftest import make_data
 from tests.fuzzing import FUZZ, NESTED, damage_bytes, damage_json, refusal_allowed
 
-from lorasweep.data.read_source import read_source
+from lorasweep.data.reading import read_source
 from lorasweep.errors import ConfigError
 
 

@@ -1,1 +1,31 @@
 """Reads files and hub data sets, checks their rows and assigns them to splits."""
+
+from __future__ import annotations
+
+from lorasweep.config.data import ChatConfig, CustomDataConfig, DataConfig, StdlibConfig, TextConfig
+from lorasweep.data.custom_module import read_custom_module
+from lorasweep.data.reading.conversations import read_conversations
+from lorasweep.data.reading.documents import read_texts
+from lorasweep.data.reading.labels import read_labelled
+from lorasweep.data.source import DataSource
+from lorasweep.data.stdlib import read_stdlib
+
+
+def read_source(config: DataConfig) -> DataSource:
+    """Returns the checked examples of the data set that `data=...` selects.
+
+    The rows of the test split are read at the first call of `DataSource.test`, but its file and columns must exist now.
+
+    Raises:
+        ConfigError: A file, column, row or label is missing or unusable. Errors in rows of the test split are raised
+            when it is read.
+    """
+    if isinstance(config, StdlibConfig):
+        return read_stdlib(config.name)
+    if isinstance(config, TextConfig):
+        return read_texts(config)
+    if isinstance(config, CustomDataConfig):
+        return read_custom_module(config)
+    if isinstance(config, ChatConfig):
+        return read_conversations(config)
+    return read_labelled(config)
