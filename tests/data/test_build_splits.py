@@ -8,9 +8,7 @@ from tests.tiny_tokenizer import load_tokenizer
 from lorasweep.config.compose import compose_run
 from lorasweep.data.build_splits import build_splits
 from lorasweep.data.examples import CompletionSplit, LabelledSplit, SequenceSplit
-from lorasweep.data.reading import read_source
 from lorasweep.data.source import Conversation, DataSource, Document, LabelledText, Message, collect_examples
-from lorasweep.data.stdlib import read_docs
 from lorasweep.data.tasks import Classification, LanguageModelling, MultiLabel, Regression
 from lorasweep.errors import ConfigError
 
@@ -161,19 +159,3 @@ def test_a_model_without_a_tokenizer_is_refused():
     source, _ = make_source(documents, kind="documents")
     with pytest.raises(ConfigError, match=r"`model\.factory` must return a tokenizer"):
         build_splits(config(), source=source, tokenizer=None, model_kind="causal_lm")
-
-
-def test_a_tokenizer_without_padding_still_pads():
-    tokenizer = load_tokenizer()
-    tokenizer.pad_token = tokenizer.eos_token = None
-    source, _ = make_source(labelled, kind="single_label", label_names=("bad", "good"))
-    splits = build_splits(config(data="table"), source=source, tokenizer=tokenizer, model_kind="classifier")
-    assert splits.train.pad_token == 0
-
-
-def test_embedded_docs_load_and_can_be_read_back(tokenizer):
-    settings = config(block_length=128)
-    splits = build_splits(settings, source=read_source(settings), tokenizer=tokenizer, model_kind="causal_lm")
-    assert len(splits.train) > 1000
-    first = bytes(splits.train.tokens[0].tolist()).decode()
-    assert first in read_docs("train")[0].text

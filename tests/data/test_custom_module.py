@@ -188,11 +188,6 @@ def test_wrong_labels_name_the_row():
         load("not_a_number", task="regression", labels=())
 
 
-def test_model_must_fit_the_task():
-    with pytest.raises(ConfigError, match=r"`model.kind` must be classifier for `data=own`"):
-        load(model_kind="causal_lm")
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

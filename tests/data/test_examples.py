@@ -75,14 +75,6 @@ def step_gradient(model, split, task, *, accumulate, batch_size):
     return loss, [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
 
 
-@given(st.lists(st.lists(st.integers(0, 99), max_size=6), min_size=1, max_size=8))
-@settings(max_examples=30, deadline=None)
-def test_ragged_sequences_are_those_that_were_given(sequences):
-    ragged = make_ragged(sequences)
-    assert [ragged[n].tolist() for n in range(len(sequences))] == sequences
-    assert ragged.lengths.tolist() == [len(sequence) for sequence in sequences]
-
-
 def test_padding_is_masked_and_a_batch_without_any_has_no_mask():
     batch = labelled().batch([1, 2])
     assert batch["input_ids"].tolist() == [[8, 9, 0, 0, 0], [10, 11, 12, 13, 14]]
@@ -101,12 +93,6 @@ def test_class_weights_are_those_of_each_examples_class():
 def test_second_texts_are_told_apart():
     split = labelled(token_types=make_ragged([[0, 1, 1], [0, 1], [0, 0, 0, 1, 1], [0], [0, 0, 1, 1]]))
     assert split.batch([0, 1])["token_type_ids"].tolist() == [[0, 1, 1], [0, 1, 0]]
-
-
-def test_weights_of_completions_are_their_scored_tokens():
-    split = completions()
-    assert split.weights.tolist() == [2.0, 1.0, 4.0, 1.0, 3.0]
-    assert split.bytes_per_token == 30 / 11
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])

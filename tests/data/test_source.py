@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from lorasweep.data.source import Conversation, Document, LabelledText, Message, fingerprint_examples
 
 
@@ -37,11 +35,3 @@ def test_fingerprint_of_conversations_moves_with_roles_contents_and_where_one_en
 def test_fingerprint_of_documents_is_the_one_that_records_have():
     # A stored value: records of earlier runs compare against it.
     assert fingerprint_examples([Document("one", "añb"), Document("two", "")]) == "1f8cabf312d16b81"
-
-
-@pytest.mark.parametrize(
-    "example",
-    [Document("a", "b"), LabelledText("a", None, 1), Conversation([Message("user", "a"), Message("assistant", "b")])],
-)
-def test_fingerprint_does_not_depend_on_the_group(example):
-    assert fingerprint_examples([example._replace(group="x")]) == fingerprint_examples([example])

@@ -8,7 +8,6 @@ from scipy import stats
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from lorasweep.config.data import get_built_in_metric
 from lorasweep.data.split import IGNORED, repeat_batch
 from lorasweep.data.tasks import (
     LANGUAGE_MODEL_METRICS,
@@ -92,12 +91,6 @@ def test_a_batch_repeated_for_slots_scores_the_same_in_each(table, packed):
     for slot in range(3):
         torch.testing.assert_close(scores.select_slot(slot, slots=3).loss, alone.loss)
         assert torch.equal(scores.select_slot(slot, slots=3).items, alone.items)
-
-
-def test_uniform_guess_over_bytes_costs_eight_bits():
-    task = LanguageModelling(bytes_per_token=1.0)
-    scores = ExampleScores(loss=torch.tensor([1000 * math.log(256)]), items=torch.tensor([1000]))
-    assert task.compute(scores)["bits_per_byte"].item() == pytest.approx(8, rel=1e-6)  # the sum came in fp32
 
 
 def test_sum_of_many_examples_keeps_its_digits():
@@ -194,18 +187,3 @@ def test_weighted_mean_over_examples_is_the_metric(table, task, metric):
     scores = task.score(table, batch)
     values, weights = task.per_example(metric, scores)
     assert ((values * weights).sum() / weights.sum()).item() == pytest.approx(task.compute(scores)[metric].item())
-
-
-def test_metrics_of_no_example_alone_say_so(table):
-    assert (
-        Classification(num_classes=2).per_example("f1", Classification(num_classes=11).score(table, class_batch(2)))
-        is None
-    )
-
-
-def test_errors_are_to_be_small_and_agreement_large():
-    for direction, metrics in {
-        "minimize": (*LANGUAGE_MODEL_METRICS, "mse"),
-        "maximize": ("accuracy", "f1", "matthews", "spearman"),
-    }.items():
-        assert {get_built_in_metric(metric).direction for metric in metrics} == {direction}

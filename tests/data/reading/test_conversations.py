@@ -57,11 +57,6 @@ def test_prompt_and_completion_may_be_messages(read):
     assert [role for role, _ in source.train.items[0].messages] == ["system", "user", "assistant"]
 
 
-def test_csv_is_read_too(read):
-    source = read("chat", {f"{split}.csv": "prompt,completion\nhi,hello\n" for split in SPLITS})
-    assert source.train.items[0].messages == [("user", "hi"), ("assistant", "hello")]
-
-
 def test_answers_to_one_prompt_stay_in_one_split(read):
     rows = [{"prompt": f"ask {n % 50}", "completion": f"say {n}"} for n in range(200)]
     source = read("chat", {"train.jsonl": jsonl_of(*rows)})
@@ -100,11 +95,6 @@ def test_what_is_no_conversation_is_named(read, row, words):
     with pytest.raises(ConfigError) as raised:
         read("chat", {"train.jsonl": jsonl_of(row)})
     assert [word for word in words if word not in str(raised.value)] == []
-
-
-def test_column_that_is_not_there_is_named(read):
-    with pytest.raises(ConfigError, match=r"`data.messages` .* 'mesages'"):
-        read("chat", {"train.jsonl": jsonl_of({"prompt": "a", "completion": "b"})}, messages="mesages")
 
 
 def test_conversations_with_one_prompt_are_one_group(read):

@@ -45,21 +45,6 @@ def test_glob_and_file_name_documents_below_their_folder(read):
     assert (names_of(source.validation), names_of(source.test())) == (["b.txt"], ["z.txt"])
 
 
-def test_names_and_fingerprints_do_not_depend_on_where_the_folder_is(read, folder):
-    (folder / "other").mkdir()
-    texts = {"a.txt": "a", "b.txt": "b"}
-    first = read(
-        "text",
-        {f"here/{name}": text for name, text in texts.items()},
-        train="here",
-        validation="here/a.txt",
-        test="here/b.txt",
-    )
-    files = {f"other/{name}": text for name, text in texts.items()}
-    second = read("text", files, train=str(folder / "other"), validation="here/a.txt", test="here/b.txt")
-    assert first.train.fingerprint == second.train.fingerprint
-
-
 def test_files_without_text_are_left_out_and_counted(read):
     source = read(
         "text", {"books/a": "a", "books/b": " \n", "books/c": ""}, train="books", validation="books/a", test="books/a*"
@@ -110,11 +95,6 @@ def test_text_without_line_ends_is_cut_at_a_space_or_right_there():
     assert cut_document(Document(name="x", text="w" * 100), low=0, high=50).text == "w" * 50
 
 
-def test_sizes_are_said(read):
-    source = read("text", {"train.txt": "é" * 600, "validation.txt": "b", "test.txt": "c"})
-    assert "train has 1,200 bytes in 1 documents." in source.notes
-
-
 @pytest.mark.parametrize(
     ("files", "train", "words"),
     [
@@ -129,8 +109,3 @@ def test_what_is_no_text_is_named(read, files, train, words):
     with pytest.raises(ConfigError) as raised:
         read("text", files, train=train)
     assert [word for word in words if word not in str(raised.value)] == []
-
-
-def test_files_of_text_have_no_column_of_groups(read):
-    with pytest.raises(ConfigError, match=r"`data\.group`.*'author'"):
-        read("text", {"train.txt": "a"}, group="author")

@@ -112,13 +112,6 @@ def test_rows_without_text_or_label_are_left_out_and_counted(read_folder):
         source.test()
 
 
-def test_lists_of_classes_are_several_labels(read_folder):
-    features = Features({"text": Value("string"), "label": List(ClassLabel(names=["z", "a"]))})
-    source = read_folder(train=rows_of(("one", [0]), ("two", [0, 1]), ("three", []), features=features))
-    assert (source.kind, source.label_names) == ("multi_label", ("z", "a"))
-    assert [example.label for example in source.train.items] == [[0], [0, 1], []]
-
-
 def test_conversations_and_texts_of_a_hub_are_read(read_folder):
     features = Features({"messages": List({"role": Value("string"), "content": Value("string")})})
     said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from lorasweep.errors import ConfigError
@@ -41,11 +39,6 @@ def test_rows_of_the_test_split_are_read_at_its_first_call_and_once(read):
     assert source.test() is source.test()
 
 
-def test_test_file_that_is_not_there_is_named_at_once(read):
-    with pytest.raises(ConfigError, match=r"`data.test` .* 'tset.csv'"):
-        read("table", {"train.csv": csv_of(ROWS)}, test="tset.csv")
-
-
 def test_missing_splits_are_split_off_and_said(read):
     source = read("table", {"train.csv": csv_of([*ROWS, *ROWS])})
     splits = (source.train, source.validation, source.test())
@@ -68,12 +61,6 @@ def test_split_does_not_move_when_rows_are_added(read):
     assert set(texts_of(before.test())) <= set(texts_of(after.test()))
 
 
-def test_given_validation_leaves_the_test_split_where_it_was(read):
-    both = read("table", {"train.csv": csv_of(ROWS)})
-    one = read("table", {"train.csv": csv_of(ROWS), "validation.csv": csv_of(ROWS[:1])})
-    assert texts_of(one.test()) == texts_of(both.test())
-
-
 def test_duplicates_are_counted(read):
     source = read(
         "table",
@@ -89,12 +76,6 @@ def test_duplicates_are_counted(read):
     assert source.test().notes == ("1 of 2 examples of test have the text of an example of train.",)
 
 
-def test_shares_of_the_labels_are_said(read):
-    rows = csv_of([("x", "a"), ("y", "a"), ("z", "b")])
-    source = read("table", {f"{split}.csv": rows for split in ("train", "validation", "test")})
-    assert "Labels of train: 'a' 66.7%, 'b' 33.3%." in source.notes
-
-
 def test_pairs_of_texts_belong_together(read):
     rows = [("q", "yes", "x"), ("q", "no", "y"), ("r", "yes", "x")]
     source = read(
@@ -105,21 +86,6 @@ def test_pairs_of_texts_belong_together(read):
     )
     assert [item[:2] for item in source.train.items] == [row[:2] for row in rows]
     assert "0 of 3 examples of train repeat the pair of texts of another one." in source.notes
-
-
-def test_numbers_are_predicted_as_numbers(read):
-    source = read(
-        "table", {f"{split}.csv": csv_of([("a", 1), ("b", 2.5)]) for split in ("train", "validation", "test")}
-    )
-    assert (source.kind, source.label_names, labels_of(source.train)) == ("regression", (), [1.0, 2.5])
-
-
-def test_lists_of_labels_are_predicted_as_sets(read):
-    rows = [{"text": "a", "label": ["x", "y"]}, {"text": "b", "label": []}, {"text": "c", "label": ["y"]}]
-    content = "\n".join(map(json.dumps, rows))
-    source = read("table", {f"{split}.jsonl": content for split in ("train", "validation", "test")})
-    assert (source.kind, labels_of(source.train)) == ("multi_label", [[0, 1], [], [1]])
-    assert "Labels of train: 'x' 33.3%, 'y' 66.7%." in source.notes
 
 
 def test_limits_take_evenly_spaced_rows_of_each_split(read):
@@ -170,13 +136,6 @@ def test_what_can_not_be_used_is_named(read, content, settings, words):
     assert [word for word in words if word not in str(raised.value)] == []
 
 
-@pytest.mark.parametrize("row", [{"text": None, "label": 1}, {"text": 5, "label": 1}, {"label": 1}, {"text": "a"}])
-def test_rows_of_jsonl_without_a_text_or_label_are_named(read, row):
-    lines = [{"text": "fine", "label": 0}, row, {"text": "so", "label": 1}]
-    with pytest.raises(ConfigError, match=r"row 2 of 'train.jsonl' must have a (text|label)"):
-        read("table", {"train.jsonl": "\n".join(map(json.dumps, lines))})
-
-
 def test_unknown_label_of_another_split_is_named_when_it_is_read(read):
     files = {"train.csv": csv_of(ROWS), "test.csv": "text,label\nfine,a\nwell,c\n"}
     source = read("table", files)
@@ -192,13 +151,6 @@ def test_group_of_a_row_is_the_value_of_its_column(read):
     assert groups == {text: group.strip() for text, _, group in rows if text in groups}
     assert source.train.fingerprint == without.train.fingerprint
     assert {example.group for example in without.train.items} == {None}
-
-
-def test_text_may_be_the_group_of_its_row(read):
-    rows = [(f"question {n // 2}", n, "ab"[n % 3 == 0]) for n in range(60)]
-    csv = csv_of(rows, "question,answer,label")
-    source = read("table", {"train.csv": csv}, text="question", text_pair="answer", group="question")
-    assert [example.group for example in source.train.items] == texts_of(source.train)
 
 
 @pytest.mark.parametrize(

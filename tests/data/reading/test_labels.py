@@ -62,13 +62,6 @@ def test_labels_may_have_other_names_in_their_sorted_order():
         learn([0.5, 9], shown_names=["a", "b"])
 
 
-def test_reason_says_what_is_predicted():
-    assert "one of 2 classes (labels are names), in sorted order: ('a', 'b')" in learn(["b", "a"]).reason
-    assert "`data.task=regression`" in learn(["0", "1"]).reason
-    assert "`data.task`" in learn(["0", "1"], task="single_label").reason
-    assert "number (labels are numbers with fractions); in training from 0 to 1.5" in learn(["0", "1.5"]).reason
-
-
 @pytest.mark.parametrize(
     ("values", "encoded"),
     [
@@ -82,10 +75,6 @@ def test_reason_says_what_is_predicted():
 )
 def test_several_labels_may_be_one_text_or_a_list(values, encoded):
     assert encode(learn(values, task="multi_label"), values) == encoded
-
-
-def test_numbers_are_read_as_numbers():
-    assert encode(learn(["1", "2"], task="regression"), ["3", 4, 0.5]) == [3.0, 4.0, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -104,15 +93,6 @@ def test_labels_that_do_not_fit_are_named(values, task, words):
     with pytest.raises(ConfigError) as raised:
         learn(values, task=task)
     assert [word for word in ("`data.label=label`", *words) if word not in str(raised.value)] == []
-
-
-def test_many_classes_are_believed_where_the_task_is_set():
-    assert len(learn([str(n) for n in range(30)], task="single_label").names) == 30
-
-
-def test_label_that_training_does_not_have_is_named():
-    with pytest.raises(ValueError, match=r"'positve'.*`positive`"):
-        learn(["positive", "negative"]).encode("positve")
 
 
 def test_missing_is_null_nan_and_the_empty_text():
