@@ -23,7 +23,6 @@ GLUE = {"data": "glue_mrpc"}
         ({**TABLE, "data.path": ""}, ["`data.path`", "empty"]),
         ({**TABLE, "data.test": "a.csv"}, ["`data.test`", "different", "'a.csv'", "null"]),
         ({**TABLE, "data.revision": "main"}, ["`data.revision`", "`data.path`", "'main'"]),
-        ({**TABLE, "data.text_pair": "text"}, ["`data.text` and `data.text_pair`", "two columns", "'text'"]),
         ({**CHAT, "data.prompt": "a"}, ["`data.prompt` and `data.completion`", "together", "'a'"]),
         ({**CHAT, "data.prompt": "a", "data.completion": "b", "data.messages": "c"}, ["`data.messages`", "'c'"]),
         ({**TABLE, "data.max_length": 1}, ["`data.max_length >= 2`", "1"]),

@@ -5,7 +5,6 @@ One `...Config` per file in `conf/data/`. Several kinds of data share the `...Se
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -113,35 +112,32 @@ class SplitSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FileSettings(SplitSettings):
-    """How the lines of csv, tsv and txt files are cut into fields. Other files and hub data sets need no such rule."""
+class LossSettings:
+    """The loss that trains."""
+
+    loss: Component | None = None
+    """A loss of torch by `_target_` that trains instead of the usual one; null keeps it. Evaluations do not use it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSettings(SplitSettings, LossSettings):
+    """Settings of data whose examples are rows of a table: how files are cut into fields, and maximum sizes."""
 
     columns: tuple[str, ...] | None
-    """Names of all columns of files without a header; null takes the names from the first line."""
+    """Names of all columns of csv, tsv and txt files without a header; null takes the names from the first line."""
     delimiter: Delimiter
     """Character between two fields. `auto`: a comma in csv files, a tab in tsv and txt files."""
     quoting: Quoting
     """`csv`: a field may stand in quotes (RFC 4180); `none`: a quote is a character like others. `auto`: `csv` for csv
     files, `none` for tsv and txt files."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.columns is not None and len(set(self.columns)) < max(1, len(self.columns)):
-            raise ConfigError(f"`data.columns` must be different names, but got {list(self.columns)}.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExampleSettings:
-    """Maximum length and number of examples."""
-
     max_length: AtLeastTwo
     """Maximum number of tokens per example, >= 2. Longer examples are cut off."""
     max_train_examples: Positive | None
     """Maximum number of training examples, evenly spaced; null uses all."""
     max_validation_examples: Positive | None
-    """Maximum number of validation examples, evenly spaced; null uses all."""
+    """As `max_train_examples`."""
     max_test_examples: Positive | None
-    """Maximum number of test examples, evenly spaced; null uses all."""
+    """As `max_train_examples`."""
 
     @property
     def max_examples(self) -> dict[str, int | None]:
@@ -150,14 +146,6 @@ class ExampleSettings:
             "validation": self.max_validation_examples,
             "test": self.max_test_examples,
         }
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossSettings:
-    """The loss that trains."""
-
-    loss: Component | None = None
-    """A loss of torch by `_target_` that trains instead of the usual one; null keeps it. Evaluations do not use it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,19 +162,6 @@ class BlockSettings(LossSettings):
     """Whether attention ends at the borders of documents inside a block."""
     metric: TextMetric | MetricComponent
     """Metric that is the run's score. For the three names, lower is better."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelSettings(LossSettings):
-    """Loss and metric of predicted labels."""
-
-    label_smoothing: Fraction
-    """Share of each target that is spread evenly over all classes, 0 <= s < 1."""
-    class_weights: Literal["none", "balanced"]
-    """`balanced` weighs a class by examples / (classes · its examples) of the training split."""
-    metric: LabelMetric | MetricComponent
-    """Metric that is the score of the run. `auto`: accuracy of one label, F1 of several, Pearson's correlation of
-    numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +189,7 @@ class TextConfig(SplitSettings, BlockSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableConfig(FileSettings, ExampleSettings, LabelSettings):
+class TableConfig(RowSettings):
     """Texts or pairs of texts with labels, from csv, tsv, txt, jsonl, json or parquet files, or from the hub."""
 
     name: Literal["table"]
@@ -229,10 +204,16 @@ class TableConfig(FileSettings, ExampleSettings, LabelSettings):
     the labels themselves."""
     task: Literal["auto", LabelTask]
     """Kind of prediction. `auto` decides from the labels and prints its choice."""
+    label_smoothing: Fraction
+    """Share of each target that is spread evenly over all classes, 0 <= s < 1."""
+    class_weights: Literal["none", "balanced"]
+    """`balanced` weighs a class by examples / (classes · its examples) of the training split."""
+    metric: LabelMetric | MetricComponent
+    """Metric that is the score of the run. `auto`: accuracy of one label, F1 of several, Pearson's correlation of
+    numbers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_columns(text=self.text, text_pair=self.text_pair, label=self.label)
         if self.labels is not None and len(set(self.labels)) < max(2, len(self.labels)):
             raise ConfigError(f"`data.labels` must be two or more different names, but got {list(self.labels)}.")
         if self.task != "auto":
@@ -240,7 +221,7 @@ class TableConfig(FileSettings, ExampleSettings, LabelSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatConfig(FileSettings, ExampleSettings, LossSettings):
+class ChatConfig(RowSettings):
     """Prompts with completions, or conversations. The loss covers only the answers of the assistant."""
 
     name: Literal["chat"]
@@ -264,7 +245,6 @@ class ChatConfig(FileSettings, ExampleSettings, LossSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_columns(prompt=self.prompt, completion=self.completion, messages=self.messages)
         if self.messages is not None and (self.prompt, self.completion) != (None, None):
             raise ConfigError(
                 f"`data.messages` must be null if `data.prompt` or `data.completion` is set, but got {self.messages!r}."
@@ -332,9 +312,3 @@ def check_label_settings(config: TableConfig, task: LabelTask) -> None:
             f"`data.label_smoothing` must be 0 and `data.class_weights` none for `data.task={task}`, "
             f"but got {config.label_smoothing!r} and {config.class_weights!r}, which would have no effect."
         )
-
-
-def _check_columns(**columns: str | None) -> None:
-    for (key, column), (other_key, other) in itertools.combinations(columns.items(), 2):
-        if column is not None and column == other:
-            raise ConfigError(f"`data.{key}` and `data.{other_key}` must be two columns, but both are {column!r}.")

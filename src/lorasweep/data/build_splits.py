@@ -17,8 +17,8 @@ from lorasweep.config.data import (
     ChatConfig,
     CustomDataConfig,
     DataConfig,
-    ExampleSettings,
     MetricComponent,
+    RowSettings,
     ScoreMetric,
     StdlibConfig,
     TableConfig,
@@ -296,7 +296,7 @@ def _shared_fields(
     columns: Mapping[str, Ragged],
     *,
     texts: list[str],
-    config: ExampleSettings,
+    config: RowSettings,
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, Any]:
     """Returns the fields that every kind of `ExampleSplit` has."""

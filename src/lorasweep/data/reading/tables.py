@@ -17,7 +17,7 @@ import pandas
 from datasets import ClassLabel, Dataset, Features, List, Value, load_dataset
 from pandas.errors import ParserWarning
 
-from lorasweep.config.data import Delimiter, FileSettings, Quoting, SplitSettings
+from lorasweep.config.data import Delimiter, Quoting, RowSettings, SplitSettings
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.wording import nearest, shorten
 
@@ -85,7 +85,7 @@ def open_tables(config: SplitSettings, choose: ChooseColumns) -> dict[str, Table
 def open_parts(config: SplitSettings, split: str) -> dict[str, Dataset]:
     """Returns the data sets of a split by name: one for each file, or one of the hub."""
     given = config.given[split]
-    rules = (config.columns, config.delimiter, config.quoting) if isinstance(config, FileSettings) else None
+    rules = (config.columns, config.delimiter, config.quoting) if isinstance(config, RowSettings) else None
     files = [] if config.path is not None else find_tables(given, key=f"data.{split}")
     if rules not in (None, (None, "auto", "auto")) and not (files and find_kind(files[0]) in DEFAULT_RULES):
         raise ConfigError(
@@ -94,7 +94,7 @@ def open_parts(config: SplitSettings, split: str) -> dict[str, Dataset]:
         )
     if config.path is not None:
         return {f"{config.path}, {given}": _load_hub(config, split)}
-    assert isinstance(config, FileSettings)  # `data=text` reads files whole
+    assert isinstance(config, RowSettings)  # `data=text` reads files whole
     return {str(path): _load_file(path, config) for path in files}
 
 
@@ -120,7 +120,7 @@ def _load_hub(config: SplitSettings, split: str) -> Dataset:
     return dataset
 
 
-def _load_file(path: Path, config: FileSettings) -> Dataset:
+def _load_file(path: Path, config: RowSettings) -> Dataset:
     kind = find_kind(path)
     # a chat that looks like the log of an agent would need another package
     options: dict[str, Any] = {"parse_agent_traces": False} if READERS[kind] == "json" else {}
@@ -132,7 +132,7 @@ def _load_file(path: Path, config: FileSettings) -> Dataset:
         return load_dataset(READERS[kind], data_files=escaped, split="train", **options)
 
 
-def _choose_csv_options(path: Path, config: FileSettings) -> dict[str, Any]:
+def _choose_csv_options(path: Path, config: RowSettings) -> dict[str, Any]:
     """Returns options of `pandas.read_csv`. Every value stays a text: `NA` and `01` are not converted."""
     default_delimiter, default_quoting = DEFAULT_RULES[find_kind(path)]
     quoting = default_quoting if config.quoting == "auto" else config.quoting
