@@ -166,7 +166,11 @@ def build_frame(trials: Iterable[Trial], *, metric: str, keys: Sequence[str] = (
     """
     import pandas  # noqa: PLC0415 (slow to import)
 
-    return pandas.DataFrame.from_records([_build_row(trial, metric, keys) for trial in trials])
+    rows = [_build_row(trial, metric, keys) for trial in trials]
+    frame = pandas.DataFrame.from_records(rows)
+    # nullable, so that whole numbers stay whole where a run has none
+    whole = [name for name in frame if {type(row.get(name)) for row in rows} == {int, type(None)}]
+    return frame.astype(dict.fromkeys(whole, "Int64"))
 
 
 def _build_row(trial: Trial, metric: str, keys: Sequence[str]) -> dict[str, Any]:
@@ -184,5 +188,6 @@ def _build_row(trial: Trial, metric: str, keys: Sequence[str]) -> dict[str, Any]
         **{key: trial.setting(key) for key in keys},
     }
     if record is not None:
-        row |= {name: getattr(record, name) for name in MEASURED} | {"best_step": record.best.get("step")}
+        row |= {name: getattr(record, name) for name in MEASURED}
+        row["best_step"] = int(record.best["step"]) if "step" in record.best else None
     return row | {"step": trial.step, "run": trial.run, "reason": trial.reason}

@@ -6,10 +6,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from lorasweep.config.run import ALPHA, LR, RANK
+from lorasweep.record import Trial
 from lorasweep.report.choice import choose_arm
 from lorasweep.report.evidence.questions import NEGATIVE_VERDICTS, POSITIVE_VERDICTS, Answer
 from lorasweep.report.learning import Learning
-from lorasweep.report.sweep_data import ALPHA, LR, RANK, ArmData, SweepData, TrialData
+from lorasweep.report.sweep_data import ArmData, SweepData
 from lorasweep.wording import (
     count_decimals,
     count_percent_decimals,
@@ -64,7 +66,7 @@ def name_value(subject: str, data: SweepData) -> str:
     return f"{short_key(key)} {format_setting(arm.row.settings[key])}" if arm and key else f"`{subject}`"
 
 
-def follows_rate_law(trial: TrialData) -> bool:
+def follows_rate_law(trial: Trial) -> bool:
     """Returns whether the rate law was measured for a trial's method and optimizer: for LoRA under Adam and AdamW."""
     optimizer = trial.setting("optim.name") or trial.setting("optim._target_")
     return trial.setting("method.name") == "lora" and "adam" in str(optimizer).lower()

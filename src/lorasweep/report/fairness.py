@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lorasweep.config.ranges import MAX_WIDTH_DIFFERENCE_DECADES, width_in_decades
+from lorasweep.config.run import ALPHA, LR
 from lorasweep.report.answers import follows_rate_law
-from lorasweep.report.sweep_data import ALPHA, LR, MULTIPLIER, ArmData, SweepData
+from lorasweep.report.sweep_data import MULTIPLIER, ArmData, SweepData
 from lorasweep.wording import format_count, format_share, join_words
 
 MAX_RATIO = 1.25

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from lorasweep.config.ranges import find_bounds
+from lorasweep.config.run import RANK
 from lorasweep.config.sweep import parse_margin
+from lorasweep.record import Trial
 from lorasweep.report.answers import describe_answer
 from lorasweep.report.choice import find_best_arm, find_value, order_by_score
 from lorasweep.report.learning import Learning
-from lorasweep.report.sweep_data import RANK, ArmData, SweepData, TrialData
+from lorasweep.report.sweep_data import ArmData, SweepData
 from lorasweep.wording import (
     count_decimals,
     format_count,
@@ -204,7 +206,7 @@ def describe_edges(data: SweepData) -> list[str]:
     return sentences
 
 
-def find_best_edges(arm: ArmData, trials: Sequence[TrialData]) -> dict[str, str]:
+def find_best_edges(arm: ArmData, trials: Sequence[Trial]) -> dict[str, str]:
     """Returns the swept keys whose value in the best trial lies at an end of its range: `lower` or `upper` by key.
 
     A key is left out if no complete trial of the whole arm lies away from that end: then nothing shows that the end is
@@ -215,7 +217,7 @@ def find_best_edges(arm: ArmData, trials: Sequence[TrialData]) -> dict[str, str]
     return {key: end for key, end in edges.items() if any(others.get(key) != end for others in complete)}
 
 
-def _find_edges(arm: ArmData, trial: TrialData) -> dict[str, str]:
+def _find_edges(arm: ArmData, trial: Trial) -> dict[str, str]:
     ends = {key: _find_end(arm.row.space.get(key), trial.numeric_setting(key)) for key in trial.params}
     # No rank is lower than 1, so there is nothing to search below it.
     return {key: end for key, end in ends.items() if end and not (key == RANK and trial.params[key] == 1)}

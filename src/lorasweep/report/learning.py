@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 from scipy.special import ndtr
 
-from lorasweep.record import RunRecord
-from lorasweep.report.sweep_data import LR, SweepData, TrialData, finite_number
+from lorasweep.config.run import LR
+from lorasweep.record import RunRecord, Trial
+from lorasweep.report.sweep_data import SweepData, finite_number
 from lorasweep.wording import format_metric, format_score, format_setting
 
 CORRELATIONS = {
@@ -63,7 +64,7 @@ class Learning:
     unlearned: tuple[str, ...] = ()
     """The subjects that are not shown to have learned anything."""
 
-    def is_better(self, trial: TrialData, *, sign: int) -> bool | None:
+    def is_better(self, trial: Trial, *, sign: int) -> bool | None:
         """Returns whether a trial's best score is better than the answer's; None if one of them is not known."""
         if self.answer is None or trial.value is None:
             return None
@@ -157,7 +158,7 @@ def _read_entry(records: Iterable[RunRecord | None], split: str) -> dict[str, An
     return {}
 
 
-def _measure_gain(trial: TrialData, answer: UntrainedAnswer, data: SweepData) -> float:
+def _measure_gain(trial: Trial, answer: UntrainedAnswer, data: SweepData) -> float:
     """Returns how much better the best score of a trial is than the answer."""
     return data.sign * (answer.score - (answer.score if trial.value is None else trial.value))
 
@@ -173,7 +174,7 @@ def _is_shown_on_test_data(name: str, answer: UntrainedAnswer, data: SweepData) 
     return max(data.sign * (end - answer.test_score) for end in subject.interval) < 0
 
 
-def _rate(trial: TrialData, answer: UntrainedAnswer, data: SweepData, *, level: float) -> Rating:
+def _rate(trial: Trial, answer: UntrainedAnswer, data: SweepData, *, level: float) -> Rating:
     if _measure_gain(trial, answer, data) <= 0:
         return "not better"
     chance = _find_chance(trial, answer, data)
@@ -182,7 +183,7 @@ def _rate(trial: TrialData, answer: UntrainedAnswer, data: SweepData, *, level: 
     return "beyond luck" if chance < level else "luck"
 
 
-def _find_chance(trial: TrialData, answer: UntrainedAnswer, data: SweepData) -> float | None:
+def _find_chance(trial: Trial, answer: UntrainedAnswer, data: SweepData) -> float | None:
     """Returns `chance_of_correlation` of a trial's best evaluation; None if its correlation is not in the records."""
     metric = CORRELATIONS.get(data.record.metric)
     correlation = finite_number(trial.record.best.get(metric)) if metric and trial.record else None
@@ -199,7 +200,7 @@ def chance_of_correlation(correlation: float, *, num_examples: float) -> float:
     return float(ndtr(-correlation * max(num_examples - 1, 0) ** 0.5))
 
 
-def _describe(trials: Sequence[TrialData], answer: UntrainedAnswer, data: SweepData) -> str:
+def _describe(trials: Sequence[Trial], answer: UntrainedAnswer, data: SweepData) -> str:
     """Returns a clause about trials that learned nothing."""
     count = f"all {len(trials)} trials score" if len(trials) > 1 else "the only trial scores"
     so_far = "" if data.record.status == "complete" else " so far"
@@ -207,7 +208,7 @@ def _describe(trials: Sequence[TrialData], answer: UntrainedAnswer, data: SweepD
     return f"{count}{so_far} like {answer.name}{worse} ({_compare_best(trials, answer, data)})"
 
 
-def _compare_best(trials: Sequence[TrialData], answer: UntrainedAnswer, data: SweepData) -> str:
+def _compare_best(trials: Sequence[Trial], answer: UntrainedAnswer, data: SweepData) -> str:
     scores = [trial.value for trial in trials if trial.value is not None]
     best = min(scores, key=lambda score: data.sign * score)
     texts = [format_score(score, beside=[best, answer.score]) for score in (best, answer.score)]
@@ -216,7 +217,7 @@ def _compare_best(trials: Sequence[TrialData], answer: UntrainedAnswer, data: Sw
 
 
 def _describe_nothing(
-    trials: Sequence[TrialData], answer: UntrainedAnswer, data: SweepData, *, level: float
+    trials: Sequence[Trial], answer: UntrainedAnswer, data: SweepData, *, level: float
 ) -> tuple[str, str]:
     """Returns the headline if no trial is better than the answer, and what to check and to try."""
     chances = [_find_chance(trial, answer, data) for trial in trials]

@@ -11,10 +11,11 @@ from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 from lorasweep import wording
+from lorasweep.record import STATES, Trial
 from lorasweep.report.answers import describe_answer
 from lorasweep.report.figures.panel import Panel, build_link, choose_colours, select_trials
 from lorasweep.report.summary import Summary
-from lorasweep.report.sweep_data import STATES, SweepData, TrialData
+from lorasweep.report.sweep_data import SweepData
 from lorasweep.report.terminal import describe_setting, list_search_scores
 
 MAX_REASONS = 100
@@ -128,7 +129,7 @@ def _list_columns(data: SweepData) -> list[tuple[str, str]]:
     ]
 
 
-def _build_cells(trial: TrialData, summary: Summary) -> list[Cell]:
+def _build_cells(trial: Trial, summary: Summary) -> list[Cell]:
     data = summary.data
     is_better = summary.learning.is_better(trial, sign=data.sign)
     state = f"{trial.state}, not better" if is_better is False and trial.trains else trial.state

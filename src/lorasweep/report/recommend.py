@@ -12,22 +12,14 @@ from typing import Any
 
 import yaml
 
+from lorasweep.config.run import ALPHA, LR, RANK
 from lorasweep.errors import ConfigError, RecordError
-from lorasweep.record import SWEEP_FILE
+from lorasweep.record import SWEEP_FILE, Trial
 from lorasweep.report.answers import describe_answer, describe_regret
 from lorasweep.report.choice import Choice, choose_arm, choose_value, find_best_arm
 from lorasweep.report.findings import ONE_SEED, format_arm_score
 from lorasweep.report.learning import judge_learning
-from lorasweep.report.sweep_data import (
-    ALPHA,
-    LR,
-    MULTIPLIER,
-    RANK,
-    ArmData,
-    SweepData,
-    TrialData,
-    load_sweep_data,
-)
+from lorasweep.report.sweep_data import MULTIPLIER, ArmData, SweepData, load_sweep_data
 from lorasweep.wording import (
     format_metric,
     format_setting,
@@ -129,7 +121,7 @@ def read_recommended(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return settings, origin
 
 
-def _list_overrides(arm: ArmData, trial: TrialData) -> dict[str, Any]:
+def _list_overrides(arm: ArmData, trial: Trial) -> dict[str, Any]:
     """Returns the settings of a trial by dotted key, for `lorasweep train`."""
     settings = {key: value for key, value in arm.row.settings.items() if key not in ("output", MULTIPLIER)}
     settings |= {key: value for key, value in trial.params.items() if key != MULTIPLIER}
@@ -179,7 +171,7 @@ def _describe_export(arm: ArmData, data: SweepData) -> list[str]:
     return [f"To get the adapter of its first confirm run: `lorasweep export {run} --format peft --out adapter`."]
 
 
-def _name_settings(arm: ArmData, trial: TrialData) -> dict[str, str]:
+def _name_settings(arm: ArmData, trial: Trial) -> dict[str, str]:
     keys = [*LABELS, *(key for key in trial.params if key != MULTIPLIER and key not in LABELS)]
     known = {key: trial.setting(key) for key in keys} | {"method.name": arm.row.method}
     if arm.row.method != "lora":
@@ -214,7 +206,7 @@ def _describe_score(arm: ArmData, data: SweepData) -> str:
     return f"It scores {scored} on {on} ({order} is better){f'; {join_words(others)}' if others else ''}."
 
 
-def _write_files(arm: ArmData, trial: TrialData, data: SweepData) -> dict[str, str]:
+def _write_files(arm: ArmData, trial: Trial, data: SweepData) -> dict[str, str]:
     """Returns the files; a method other than LoRA, or a trial without its weights, has no `peft_config.py`."""
     named = "a predicted setting" if trial.is_predicted else f"trial {trial.number}"
     origin = f"From sweep {data.record.name}, arm {arm.name}, {named}."
@@ -228,7 +220,7 @@ def _write_files(arm: ArmData, trial: TrialData, data: SweepData) -> dict[str, s
     return {name: files[name] for name in RECOMMENDED_FILES if name in files}
 
 
-def _write_peft_config(trial: TrialData, origin: str, run: Path) -> str | None:
+def _write_peft_config(trial: Trial, origin: str, run: Path) -> str | None:
     """Returns PEFT's configuration for training, from the one beside the best weights; None if that can't be read."""
     try:
         saved = json.loads((run / "best" / "adapter_config.json").read_text(encoding="utf-8"))
@@ -242,7 +234,7 @@ def _write_peft_config(trial: TrialData, origin: str, run: Path) -> str | None:
     return _write_call("peft", "LoraConfig", "peft_config", {k: saved[k] for k in PEFT_KEYS if saved.get(k)}, origin)
 
 
-def _write_training_arguments(arm: ArmData, trial: TrialData, origin: str) -> str:
+def _write_training_arguments(arm: ArmData, trial: Trial, origin: str) -> str:
     config: Mapping[str, Any] = trial.record.config if trial.record else {}
     optim, schedule, trainer = (config.get(group, {}) for group in ("optim", "schedule", "trainer"))
     steps, every = trainer.get("max_steps"), trainer.get("eval_every_steps")

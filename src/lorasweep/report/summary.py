@@ -6,14 +6,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lorasweep.record import SweepRecord, measure_stage_occupancy
+from lorasweep.record import STATES, SweepRecord, measure_stage_occupancy
 from lorasweep.report.answers import AnswerLine, list_answer_lines
 from lorasweep.report.choice import choose_arm
 from lorasweep.report.fairness import judge_fairness
 from lorasweep.report.findings import describe_findings
 from lorasweep.report.learning import Learning, judge_learning
 from lorasweep.report.recommend import Recommendation, recommend
-from lorasweep.report.sweep_data import STATES, ArmData, SweepData, finite_number, load_sweep_data
+from lorasweep.report.sweep_data import ArmData, SweepData, finite_number, load_sweep_data
 from lorasweep.wording import format_bytes, format_count, format_seconds, short_key
 
 COSTS = ("trainable_params", "trainable_fraction", "adapter_bytes", "peak_memory_bytes", "wall_s")

@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasweep.config.ranges import is_number
-from lorasweep.config.run import ALPHA as ALPHA
-from lorasweep.config.run import LR as LR
-from lorasweep.config.run import RANK as RANK
+from lorasweep.config.run import ALPHA, LR, RANK
 from lorasweep.config.sweep import parse_margin
 from lorasweep.errors import RecordError
-from lorasweep.record import STATES as STATES
 from lorasweep.record import (
+    STATES,
     SWEEP_FILE,
     ArmRow,
     RunRecord,
@@ -45,7 +43,6 @@ if TYPE_CHECKING:
 
 MULTIPLIER = "method.alpha_over_rank"
 """The key of α/r in a sweep that searches it."""
-TrialData = Trial
 
 
 @dataclass(frozen=True, kw_only=True)

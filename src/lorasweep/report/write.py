@@ -4,30 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-from lorasweep.disk import csv_text, write_atomically
+import pandas
+
+from lorasweep.disk import write_atomically
 from lorasweep.report.board import BOARD_FOLDER, write_board
 from lorasweep.report.figures import draw_panels
 from lorasweep.report.page import render_page
 from lorasweep.report.recommend import RECOMMENDED_FILES
 from lorasweep.report.summary import Summary, summarize
-from lorasweep.report.sweep_data import ALPHA, LR, RANK, ArmData, TrialData
 
 REPORT_FOLDER = "report"
 RECOMMENDED_FOLDER = "recommended"
-MEASURED = (
-    "steps_planned",
-    "steps_done",
-    "tokens_trained",
-    "tokens_per_s",
-    "wall_s",
-    "trainable_params",
-    "trainable_fraction",
-    "adapter_bytes",
-    "peak_memory_bytes",
-)
-"""The columns of `trials.csv` that a run's record holds under the same name."""
 QUESTION_FIELDS = (
     *("name", "arm", "subject", "reference", "verdict", "value", "is_share", "num_seeds", "open_because", "to_settle"),
 )
@@ -41,34 +29,40 @@ def write_report(folder: Path) -> Summary:
         RecordError: The folder is not a sweep, or its record is damaged. Nothing is written then.
     """
     summary = summarize(folder)
-    data = summary.data
     files = {
-        "trials.csv": _trials_csv(summary),
-        "curves.csv": csv_text(
-            ["arm", "trial", "step", data.record.metric],
-            ([trial.arm, trial.number, *point] for trial in data.trials for point in trial.curve),
-        ),
         "summary.json": json.dumps(summary.as_json(), indent=1) + "\n",
-        "index.html": render_page(summary, draw_panels(data)),
+        "index.html": render_page(summary, draw_panels(summary.data)),
     }
-    if data.confirm_runs:
-        files["confirmed.csv"] = csv_text(
-            ["arm", "subject", "seed", data.record.metric, "state", "run"],
-            ([run.arm, run.subject, run.seed, run.value, run.state, run.run] for run in data.confirm_runs),
-        )
-    if data.evidence.answers:
-        files["questions.csv"] = csv_text(
-            [*QUESTION_FIELDS, "low", "high"],
-            (
-                [*(getattr(answer, name) for name in QUESTION_FIELDS), *(answer.interval or (None, None))]
-                for answer in data.evidence.answers
-            ),
-        )
+    files |= {name: table.to_csv(index=False) for name, table in build_tables(summary).items()}
     for name, content in files.items():
         write_atomically(folder / REPORT_FOLDER / name, content)
     _write_recommended(summary, folder / REPORT_FOLDER / RECOMMENDED_FOLDER)
-    write_board(data, summary.answers, folder / REPORT_FOLDER / BOARD_FOLDER)
+    write_board(summary.data, summary.answers, folder / REPORT_FOLDER / BOARD_FOLDER)
     return summary
+
+
+def build_tables(summary: Summary) -> dict[str, pandas.DataFrame]:
+    """Returns the content of each CSV file: trials, their curves, and after a confirm stage its runs and answers."""
+    data, metric = summary.data, summary.data.record.metric
+    trials, runs = data.frame.iloc[: len(data.trials)], data.frame.iloc[len(data.trials) :]
+    trials = trials.drop(columns=["stage", "seed", "step", f"test/{metric}"], errors="ignore").assign(
+        method=[arm.row.method for arm in data.searches for _ in arm.trials],
+        share_of_full_gain=[data.share_of_full_gain(trial.value) for trial in data.trials],
+        is_better_than_untrained=[summary.learning.is_better(trial, sign=data.sign) for trial in data.trials],
+    )
+    curves = [(trial.arm, trial.number, *point) for trial in data.trials for point in trial.curve]
+    tables = {"trials.csv": trials, "curves.csv": pandas.DataFrame(curves, columns=["arm", "trial", "step", metric])}
+    if data.confirm_runs:
+        runs = runs[["arm", "subject", "seed", f"test/{metric}", "state", "run"]]
+        tables["confirmed.csv"] = runs.rename(columns={f"test/{metric}": metric})
+    if data.evidence.answers:
+        answers = [
+            {name: getattr(answer, name) for name in QUESTION_FIELDS}
+            | dict(zip(("low", "high"), answer.interval or (None, None), strict=True))
+            for answer in data.evidence.answers
+        ]
+        tables["questions.csv"] = pandas.DataFrame.from_records(answers)
+    return tables
 
 
 def _write_recommended(summary: Summary, folder: Path) -> None:
@@ -80,23 +74,3 @@ def _write_recommended(summary: Summary, folder: Path) -> None:
                 write_atomically(target / name, files[name])
             else:  # an earlier report may have recommended another method
                 (target / name).unlink(missing_ok=True)
-
-
-def _trials_csv(summary: Summary) -> str:
-    """Returns one line per trial: its state, its settings by dotted key, its score and its cost."""
-    data, learning = summary.data, summary.learning
-    keys = tuple(dict.fromkeys([*data.swept_keys, RANK, ALPHA, LR]))
-    header = ["arm", "method", "trial", "state", data.record.metric, "share_of_full_gain", "is_better_than_untrained"]
-
-    def cells(arm: ArmData, trial: TrialData) -> list[Any]:
-        return [
-            *(arm.name, arm.row.method, trial.number, trial.state, trial.value),
-            *(data.share_of_full_gain(trial.value), learning.is_better(trial, sign=data.sign)),
-            *(trial.setting(key) for key in keys),
-            *(getattr(trial.record, name, None) for name in MEASURED),
-            trial.record.best.get("step") if trial.record else None,
-            *(trial.run, trial.reason),
-        ]
-
-    rows = (cells(arm, trial) for arm in data.searches for trial in arm.trials)
-    return csv_text([*header, *keys, *MEASURED, "best_step", "run", "reason"], rows)

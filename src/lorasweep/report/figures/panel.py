@@ -13,8 +13,9 @@ from urllib.parse import quote
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
+from lorasweep.record import Trial
 from lorasweep.report.evidence.estimates import Interval
-from lorasweep.report.sweep_data import ArmData, SweepData, TrialData
+from lorasweep.report.sweep_data import ArmData, SweepData
 from lorasweep.wording import format_metric, format_score, format_settings
 
 METHOD_COLOURS = {"frozen": "#868e96", "full": "#d9622b", "lora": "#3578c6"}
@@ -31,7 +32,7 @@ DEFAULT_HEIGHT_PX = 400
 PIXELS_PER_CHARACTER = 8
 """The width of a character of the names beside a figure, rounded up."""
 
-Point = tuple[Any, TrialData, float]
+Point = tuple[Any, Trial, float]
 """x value, trial and score."""
 
 
@@ -55,7 +56,7 @@ def select_trials(data: SweepData) -> SweepData:
     if step <= 1:
         return data
 
-    def order(trial: TrialData) -> tuple[bool, float]:
+    def order(trial: Trial) -> tuple[bool, float]:
         return not trial.is_complete, math.inf if trial.value is None else data.sign * trial.value
 
     kept = {trial.run for arm in data.arms for trial in sorted(arm.trials, key=order)[::step]}
@@ -94,7 +95,7 @@ def build_link(run: str) -> str:
     return f"../{quote(run)}/"
 
 
-def build_label(trial: TrialData) -> str:
+def build_label(trial: Trial) -> str:
     """Returns a point's hover text: arm and number, state if not complete, score and settings."""
     state = "" if trial.state == "complete" else f" ({trial.state})"
     lines = [f"{trial.name}{state}", format_score(trial.value), format_settings(trial.params)]

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from lorasweep.record import find_winner
+from lorasweep.config.run import ALPHA, LR
+from lorasweep.record import Trial, find_winner
 from lorasweep.report.answers import follows_rate_law
 from lorasweep.report.figures.panel import (
     Panel,
@@ -21,7 +22,7 @@ from lorasweep.report.figures.panel import (
     choose_colours,
     set_score_axis,
 )
-from lorasweep.report.sweep_data import ALPHA, LR, ArmData, SweepData, TrialData
+from lorasweep.report.sweep_data import ArmData, SweepData
 
 MAX_CURVE_POINTS = 30
 """A curve has at most about this many points."""
@@ -56,7 +57,7 @@ def _draw_rates(arms: Sequence[ArmData], data: SweepData) -> go.Figure:
     scored = [trial for arm in arms for trial in arm.trials if trial.value is not None]
     has_u = len({trial.setting(ALPHA) for trial in scored}) > 1 and all(map(follows_rate_law, scored))
 
-    def find_x(trial: TrialData) -> float:
+    def find_x(trial: Trial) -> float:
         """Returns the learning rate, or the coordinate of the rate law; 0 if it is not known."""
         alpha = trial.numeric_setting(ALPHA) or 0.0 if has_u else 1.0
         return (trial.numeric_setting(LR) or 0.0) * math.sqrt(max(alpha, 0.0))
