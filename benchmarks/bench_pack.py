@@ -46,9 +46,8 @@ from lorasweep.record import RunRecord
 from lorasweep.training.environment import DTYPES
 from lorasweep.training.inputs import RunInputs, build_inputs
 from lorasweep.training.memory import count_saved_bytes
-from lorasweep.training.packs.optim import SlotOptimizer
 from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.packs.slot_run import RunRequest, SlotEvaluation
+from lorasweep.training.packs.slot_run import RunRequest, SlotEvaluation, SlotOptimizer
 from lorasweep.training.run_log import RunFolder
 
 SIZES = (1, 2, 4, 8, 16, 32)

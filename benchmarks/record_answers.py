@@ -32,8 +32,8 @@ from lorasweep.data.batching import EvaluationSampler
 from lorasweep.data.tasks import ExampleScores, Task
 from lorasweep.training.environment import deterministic_algorithms
 from lorasweep.training.inputs import RunInputs, build_inputs
+from lorasweep.training.module import prepare_model
 from lorasweep.training.optim import schedule_factor
-from lorasweep.training.prepare import prepare_model
 from lorasweep.training.score import evaluate_model
 
 FOLDER = Path(__file__).parent / "answers"

@@ -301,7 +301,7 @@ def test_keys_and_groups_are_added_removed_and_forced_as_in_hydra(capsys, here):
 def test_shipped_experiments_change_several_groups_and_typed_keys_win(capsys):
     (quick,) = settings_of(capsys, "+experiment=quick_check", "trainer.batch_size=2")
     assert (list(quick["callbacks"]), quick["trainer"]["max_steps"], quick["trainer"]["batch_size"]) == (
-        ["throughput"],
+        ["lr_monitor"],
         20,
         2,
     )

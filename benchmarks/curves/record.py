@@ -41,10 +41,10 @@ from lorasweep.lora.packed.inject import set_sequence_lengths
 from lorasweep.methods import METHODS, add_head_to_modules_to_save, copy_sharing_weights, draw_head
 from lorasweep.training.environment import deterministic_algorithms
 from lorasweep.training.inputs import RunInputs, build_inputs, resolve_accumulate
+from lorasweep.training.module import prepare_model
 from lorasweep.training.optim import build_optimizer, schedule_factor, split_by_learning_rate
-from lorasweep.training.packs.optim import SlotOptimizer
 from lorasweep.training.packs.pack import build_pack_batch, compute_slot_losses
-from lorasweep.training.prepare import prepare_model
+from lorasweep.training.packs.slot_run import SlotOptimizer
 from lorasweep.training.score import evaluate_model
 
 NUM_EVALUATIONS = 12

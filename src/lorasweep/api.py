@@ -51,7 +51,7 @@ from lorasweep.sweep.progress import report_status, show_progress
 from lorasweep.sweep.status import SweepStatus
 from lorasweep.sweep.workers.train import check_workers, train_sweep
 from lorasweep.training.inputs import InputsCache, build_inputs
-from lorasweep.training.prepare import check_run
+from lorasweep.training.module import check_run
 from lorasweep.training.processes import join_processes, run_on_first
 from lorasweep.training.restore import check_same_run
 from lorasweep.training.run import train_run as train_in_folder

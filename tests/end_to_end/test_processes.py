@@ -44,18 +44,18 @@ CONTENT = {
 BREAK = """
 import os
 from pathlib import Path
-from lorasweep.data.tasks import LanguageModelling
+import lorasweep.data.tasks as tasks_file
 import torch
-true = LanguageModelling._token_losses
+true = tasks_file.compute_token_losses
 
-def too_large(task, model, batch):
-    losses = true(task, model, batch)
+def too_large(logits, targets):
+    losses = true(logits, targets)
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    if rank == 1 and model.training and len(losses) > 1:
+    if rank == 1 and torch.is_grad_enabled() and len(losses) > 1:
         raise torch.OutOfMemoryError("out of memory on one rank")
     return losses
 
-LanguageModelling._token_losses = too_large
+tasks_file.compute_token_losses = too_large
 """
 
 

@@ -11,7 +11,7 @@ from lorasweep.config.compose import compose_run
 from lorasweep.models.load import load_base
 from lorasweep.models.weight_files import WeightFiles, build_on_meta
 from lorasweep.training.fsdp import read_weight
-from lorasweep.training.prepare import prepare_model
+from lorasweep.training.module import prepare_model
 
 LLAMA = {
     "vocab_size": 40,

@@ -24,8 +24,8 @@ from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.lifecycle import create_sweep, reopen_sweep
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.workers.train import train_sweep
+from lorasweep.training.checkpoint import PackState, SlotState, write_pack_state
 from lorasweep.training.packs.slot_run import RunRequest, SlotEvaluation
-from lorasweep.training.packs.state import PackState, SlotState, write_pack_state
 from lorasweep.training.run_log import RunFolder
 from lorasweep.training.telemetry import Telemetry
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,13 +13,9 @@ from lorasweep.config.compose import compose_run
 from lorasweep.errors import ConfigError
 from lorasweep.training.environment import (
     NUMERIC_VARIABLES,
-    RECORDED_PACKAGES,
     code_patch,
     describe_code,
-    describe_command,
     describe_environment,
-    describe_packages,
-    describe_platform,
     deterministic_algorithms,
     peak_memory_bytes,
     reset_peak_memory,
@@ -35,12 +30,6 @@ TRAINER = compose_run({"trainer.device": "cpu"}).trainer
 def test_auto_takes_bf16_where_the_processor_has_it(monkeypatch, has_bf16):
     monkeypatch.setattr(environment_file, "has_cpu_bf16", lambda: has_bf16)
     assert resolve_precision(TRAINER) == ("bf16" if has_bf16 else "fp32")
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_a_precision_that_was_asked_for_is_taken(monkeypatch, precision):
-    monkeypatch.setattr(environment_file, "has_cpu_bf16", lambda: precision == "fp32")
-    assert resolve_precision(dataclasses.replace(TRAINER, precision=precision)) == precision
 
 
 def test_bf16_is_refused_on_a_gpu_without_it(monkeypatch):
@@ -65,31 +54,6 @@ def test_a_gpu_is_refused_where_there_is_none(monkeypatch):
 def test_auto_takes_the_gpu_where_there_is_one(monkeypatch, device, available, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     assert resolve_device(dataclasses.replace(TRAINER, device=device)) == expected
-
-
-def test_packages_have_versions():
-    described = describe_packages()
-    assert tuple(described) == RECORDED_PACKAGES
-    assert described["torch"] == torch.__version__.split("+")[0] or described["torch"] == torch.__version__
-
-
-def test_code_without_git_has_a_version_alone(monkeypatch):
-    def fail(*_, **__):
-        raise OSError("no git")
-
-    monkeypatch.setattr(subprocess, "run", fail)
-    describe_code.cache_clear()
-    assert list(describe_code()) == ["version"]
-    describe_code.cache_clear()
-
-
-def test_the_platform_has_what_changes_numbers():
-    described = describe_platform("fp32", "cpu")
-    assert set(described) == {
-        *("python", "os", "processor", "instructions", "cores", "threads", "device", "gpu", "cuda", "cudnn"),
-        *("precision", "matmul_precision"),
-    }
-    assert described["threads"] == torch.get_num_threads()
 
 
 def test_the_patch_leads_from_the_commit_to_the_code(monkeypatch, tmp_path):
@@ -143,12 +107,6 @@ def test_torch_is_deterministic_within_and_as_before_afterwards(wanted, strict):
                 torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2), accumulate=False)
     assert values is None or values[0] == 1
     assert not torch.are_deterministic_algorithms_enabled()
-
-
-def test_the_command_line_is_that_of_this_process(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/lorasweep", "train", "seed=1"])
-    assert describe_command() == {"arguments": ["lorasweep", "train", "seed=1"], "folder": str(tmp_path)}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU its own memory is measured")

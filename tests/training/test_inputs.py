@@ -23,20 +23,6 @@ def test_inputs_are_loaded_once_for_all_runs_that_can_share_them(make_config, mo
     assert len(loaded) == 2
 
 
-def test_arms_on_the_quantised_and_on_the_unquantised_base_share_their_data(make_config):
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes, an optional extra, is not installed")
-    inputs_cache = InputsCache()
-    quantised = inputs_cache.load(make_config({"model.quantization": "int8"}))
-    plain = inputs_cache.load(make_config({"method": "full"}))
-    assert plain.base is not quantised.base
-    assert plain.base.fingerprint != quantised.base.fingerprint
-    assert plain.splits is quantised.splits
-    assert (
-        inputs_cache.load(make_config({"model.quantization": "int8", "data.block_length": 16})).splits
-        is not plain.splits
-    )
-
-
 def test_the_attention_that_was_chosen_is_said_and_recorded(make_config, inputs, tmp_path):
     assert inputs.notes == inputs.splits.notes
     chosen = replace(inputs, attention=AttentionChoice("eager", "short"))

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +14,6 @@ from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, Mode
 from lightning.pytorch.loggers import CSVLogger
 
 import lorasweep
-from lorasweep.config.build import as_settings
 from lorasweep.config.command_line import parse_overrides
 from lorasweep.config.compose import compose_run
 from lorasweep.errors import ConfigError, RecordError
@@ -33,7 +29,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # the splits are in memory
 ]
 MAX_STEPS = 6
-SGD = as_settings(compose_run({"optim": "sgd"}).optim)
 
 
 @pytest.fixture(scope="module")
@@ -190,12 +185,6 @@ def test_wrong_uses_are_refused_in_one_sentence(words, data, make_trainer):
         lorasweep.TrainingModule(["method.rankk=8"])
 
 
-def test_one_epoch_of_the_settings_length_needs_no_steps_from_the_trainer(words, data, make_trainer):
-    trainer = make_trainer(max_steps=-1, max_epochs=1)
-    trainer.fit(lorasweep.TrainingModule(words), data)
-    assert trainer.global_step == MAX_STEPS
-
-
 @pytest.fixture
 def checkpoint(words, data, make_trainer, tmp_path):
     """A checkpoint, to be changed."""
@@ -232,56 +221,6 @@ def test_loading_a_checkpoint_leaves_the_base_alone(checkpoint, data):
     loaded = lorasweep.TrainingModule.load_from_checkpoint(checkpoint)
     assert loaded.base is data._inputs.base
     assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.base.model.state_dict().items())
-
-
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-SCRIPT = """
-import json, sys, warnings
-import lightning, lorasweep
-
-warnings.simplefilter("error")
-for ignored in ("The `srun` command", ".*LeafSpec.*", ".*does not have many workers"):
-    warnings.filterwarnings("ignore", message=ignored)
-words = sys.argv[2:]
-
-class Losses(lightning.Callback):
-    def __init__(self):
-        self.steps = []
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.steps.append(float(trainer.callback_metrics["train/loss"]))
-
-losses = Losses()
-trainer = lightning.Trainer(
-    strategy="ddp", devices=2, accelerator="cpu", max_steps=6, logger=False, enable_checkpointing=False,
-    enable_progress_bar=False, enable_model_summary=False, callbacks=[losses], num_sanity_val_steps=0,
-)
-trainer.fit(lorasweep.TrainingModule(words), lorasweep.DataModule(words))
-scores = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("validation/")}
-if trainer.is_global_zero:
-    with open(sys.argv[1], "w") as file:
-        json.dump([losses.steps, scores], file)
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one_under_a_default_trainer(words, data, make_trainer, tmp_path):
-    given, losses = [*words, "method.dropout=0"], Losses()
-    trainer = make_trainer(losses)
-    trainer.fit(lorasweep.TrainingModule(given), data)
-    (tmp_path / "script.py").write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "out.json"), *given],
-        cwd=tmp_path,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    steps, scores = json.loads((tmp_path / "out.json").read_text())
-    assert steps == pytest.approx(list(losses.steps.values()), rel=1e-5)  # sums of other order
-    for name, value in scores.items():
-        assert value == pytest.approx(float(trainer.callback_metrics[name]), rel=1e-5)
 
 
 GUIDE = (Path(__file__).parent.parent.parent / "docs" / "lightning.md").read_text(encoding="utf-8")

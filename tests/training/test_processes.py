@@ -10,24 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning import Trainer
 from safetensors.torch import load_file
 from tests.training.processes_child import SETTINGS, VARIANTS
-from transformers import AutoModelForCausalLM
 
 import lorasweep
 from lorasweep.config.compose import compose_run
 from lorasweep.errors import ConfigError, OutOfMemory, RanksLost, RunError
 from lorasweep.record import read_run, read_steps
 from lorasweep.runs.reproduce import restore_solo_config
-from lorasweep.training.failures import FAILURE_FILE, explain_failure, take_failure_note
+from lorasweep.training.failures import explain_failure, take_failure_note
 from lorasweep.training.fsdp import check_shardable
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.processes import (
     build_strategy,
     find_launch,
     join_processes,
-    quiet_lightning,
     run_on_first,
 )
 from lorasweep.training.run import train_run
@@ -155,19 +152,6 @@ def test_variants_train_as_in_one_process(trained, alone, strategy, number):
 
 
 @pytest.mark.slow
-def test_full_fine_tunings_weights_load_in_transformers(trained):
-    model = AutoModelForCausalLM.from_pretrained(trained / "full-fsdp-1" / "best")
-    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
-
-
-@pytest.mark.slow
-def test_the_base_is_left_as_it_is(trained):
-    assert seen(trained, "all", 0)["base"]
-    assert seen(trained, "all", 1)["base"]
-    assert seen(trained, "all")["on meta"]
-
-
-@pytest.mark.slow
 def test_what_the_first_process_is_told_ends_all_at_one_step(trained):
     first, second = (seen(trained, "all", rank) for rank in range(2))
     assert {k: v for k, v in first.items() if "seen" not in k} == {k: v for k, v in second.items() if "seen" not in k}
@@ -195,15 +179,6 @@ def test_one_process_goes_on_with_what_two_began(trained, strategy):
     record = train_run(config, RunFolder(path=folder), inputs=build_inputs(config), resume=True)
     assert (record.status, record.steps_done) == ("complete", 6)
     assert losses(folder) == pytest.approx(losses(trained / f"whole-{strategy}"), **ROUNDING)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_loss_that_is_nan_on_one_process_fails_on_all(trained, strategy):
-    kind, message = seen(trained, "all")[f"nan-{strategy}"]
-    assert kind == "Diverged"
-    assert "the training loss became NaN" in message
-    assert read_run(trained / f"nan-{strategy}").status == "failed"
 
 
 @pytest.mark.slow
@@ -246,14 +221,6 @@ def test_the_command_starts_processes_and_resumes(tmp_path, alone):
     assert done.stdout.count("bits_per_byte") == 1
     assert {path.name for path in tmp_path.iterdir()} - {"datasets"} == {"run"}  # no folder of the second process
     assert_equal_runs(tmp_path / "run", alone())
-
-
-@pytest.mark.slow
-def test_out_of_memory_under_lightnings_launcher_says_what_to_type(tmp_path):
-    done = run_child(tmp_path, "memory", "ddp", fails=True)
-    assert "rank 1 ran out of memory" in done.stderr
-    assert json.loads((tmp_path / "memory" / FAILURE_FILE).read_text())["too_large"] == 1
-    assert read_run(tmp_path / "memory").status == "interrupted"
 
 
 @pytest.mark.slow
@@ -301,12 +268,6 @@ def test_processes_that_were_launched_must_be_those_asked_for(monkeypatch):
         find_launch(trainer_of())
 
 
-def test_a_batch_script_of_slurm_is_one_process(monkeypatch):
-    for name, value in {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_ID": "1"}.items():
-        monkeypatch.setenv(name, value)
-    assert find_launch(trainer_of()).num_processes == 1
-
-
 def test_a_strategy_of_lightnings_is_made_from_its_class():
     part = {"_target_": "lightning.pytorch.strategies.DDPStrategy", "find_unused_parameters": True}
     config = trainer_of(trainer__devices=2, trainer__strategy=part)
@@ -319,11 +280,6 @@ def test_a_strategy_of_lightnings_is_made_from_its_class():
         wrong = trainer_of(trainer__strategy={"_target_": f"lightning.pytorch.{name}"})
         with pytest.raises(ConfigError, match=words):
             build_strategy(wrong, find_launch(wrong))
-
-
-def test_what_lightning_refuses_is_an_error_of_the_settings():
-    with pytest.raises(ConfigError, match=r"`trainer` .*DeepSpeed"), quiet_lightning():
-        Trainer(strategy="deepspeed_stage_2", accelerator="cpu", devices=2)
 
 
 def test_a_quantised_base_is_not_sharded():

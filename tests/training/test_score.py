@@ -9,14 +9,13 @@ import math
 import pytest
 import torch
 
-import lorasweep.training.score as score_file
 from lorasweep.data.tasks import LANGUAGE_MODEL_METRICS
-from lorasweep.errors import OutOfMemory, RecordError
+from lorasweep.errors import RecordError
 from lorasweep.methods import METHODS
 from lorasweep.record import TEST_SCORES_FILE, compute_sha256, read_run
+from lorasweep.training.module import prepare_model
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.slot_run import RunRequest
-from lorasweep.training.prepare import prepare_model
 from lorasweep.training.restore import restore_model
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
@@ -163,29 +162,3 @@ def test_weights_that_are_missing_or_damaged_are_refused_and_nothing_is_written(
         score_run(folder, inputs=inputs)
     assert (folder / "run.json").read_bytes() == before
     assert not (folder / TEST_SCORES_FILE).exists()
-
-
-def test_memory_that_runs_out_is_told_as_such(trained, inputs, monkeypatch):
-    folder = trained()
-
-    def restore(*arguments, **others):
-        model = restore_model(*arguments, **others)
-        monkeypatch.setattr(model, "forward", run_out_of_memory)
-        return model
-
-    monkeypatch.setattr(score_file, "restore_model", restore)
-    with pytest.raises(OutOfMemory, match="2 GiB"):
-        score_run(folder, inputs=inputs)
-    assert read_run(folder).test == {}
-
-
-def run_out_of_memory(**_):
-    raise torch.OutOfMemoryError("2 GiB\nand more")
-
-
-def test_training_reads_nothing_of_the_test_part(make_config, inputs, tmp_path):
-    def read():
-        raise AssertionError("the test split is read in training")
-
-    blind = dataclasses.replace(inputs, splits=dataclasses.replace(inputs.splits, test=read))
-    assert train_run(make_config(), RunFolder(path=tmp_path), inputs=blind).status == "complete"

@@ -20,7 +20,7 @@ from lorasweep.redaction import HIDDEN
 from lorasweep.runs.comparison import Difference, Values, list_differences, list_suspects, read_values
 from lorasweep.training.components import EVENT_LOGGER
 from lorasweep.training.inputs import RunInputs, build_inputs
-from lorasweep.training.prepare import check_run
+from lorasweep.training.module import check_run
 from lorasweep.training.restore import restore_config
 from lorasweep.training.run import never_stop, train_run
 from lorasweep.training.run_log import RunFolder

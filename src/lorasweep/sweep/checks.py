@@ -13,7 +13,7 @@ from lorasweep.sweep.definition.bases import explain_bases
 from lorasweep.sweep.definition.packing import explain_solo_arms, plan_packing
 from lorasweep.sweep.definition.seeds import draw_confirm_seeds
 from lorasweep.training.inputs import InputsCache, check_batch_memory
-from lorasweep.training.prepare import check_run
+from lorasweep.training.module import check_run
 
 STEPS_KEY, EVALUATIONS_KEY = "trainer.max_steps", "trainer.eval_every_steps"
 MIN_STEPS = 60

@@ -1,40 +1,28 @@
-"""Writes and finds the last two checkpoints of a run. The file name has the step and the SHA-256 of the content.
+"""Checkpoints, from which runs and packs resume.
 
-A file whose content does not match its name is damaged. The run then resumes from the checkpoint before.
+A run has the last two. A file name has the step and the SHA-256 of the content. A file whose content does not match its
+name is damaged; the run then resumes from the checkpoint before. A pack also has a state file: with it and the
+checkpoints of its steps, a killed pack resumes exactly, bit for bit.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from lorasweep.disk import move_into_place, temporary_name
+from lorasweep.disk import move_into_place, temporary_name, write_atomically
 from lorasweep.record import compute_sha256
 
 CheckpointKind = Literal["last", "slot"]
 """`last`: Lightning's checkpoint of a run outside of packs. `slot`: the checkpoint of a run in a pack."""
 NUM_KEPT_CHECKPOINTS = 2
 _FILE_NAME = re.compile(r"(last|slot)-(\d{8})-([0-9a-f]{64})\.ckpt")
-_CONTENT: Mapping[CheckpointKind, Mapping[str, type]] = {
-    "last": {
-        "state_dict": dict,
-        "optimizer_states": list,
-        "lr_schedulers": list,
-        "loops": dict,
-        "base": str,
-        "progress": dict,
-        "method": dict,
-        "dropout_streams": list,
-    },
-    "slot": {"adapter": dict, "optimizer": dict, "progress": dict, "stream": Tensor},
-}
-"""Keys that a checkpoint of each kind has, and the types of their values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +61,7 @@ def find_checkpoint(folder: Path, *, kind: CheckpointKind, step: int | None = No
     damaged = [step] if step and not any(_get_step(path) == step for path in paths) else []
     found = FoundCheckpoint()
     for path in paths:
-        if state := _read_state(path, kind):
+        if state := _read_state(path):
             found = FoundCheckpoint(path=path, step=_get_step(path), state=state)
             break
         damaged.append(_get_step(path))
@@ -109,14 +97,61 @@ def _get_step(path: Path) -> int:
     return int(path.name.split("-")[1])
 
 
-def _read_state(path: Path, kind: CheckpointKind) -> dict[str, Any] | None:
-    """Returns the state in a checkpoint; None if it is damaged or not what a run of this kind writes."""
+def _read_state(path: Path) -> dict[str, Any] | None:
+    """Returns the state in a checkpoint; None if it is damaged."""
     if compute_sha256(path) != path.stem.split("-")[2]:
         return None
     try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return state
     except Exception:  # another program wrote it under a matching name
         return None
-    keys = _CONTENT[kind].items()
-    is_whole = isinstance(state, dict) and all(isinstance(state.get(key), type_) for key, type_ in keys)
-    return state if is_whole else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotState:
+    """The run in a slot."""
+
+    folder_name: str
+    """Name of the run's folder."""
+    step: int
+    """Optimizer steps done. If 0, the run has no checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackState:
+    """The state of a pack after an evaluation, or before its first step."""
+
+    slots: tuple[SlotState, ...]
+    rng_state: str
+    """State of torch's global random number generators as hex digits."""
+
+
+def write_pack_state(path: Path, state: PackState) -> None:
+    write_atomically(path, json.dumps(asdict(state)) + "\n")
+
+
+def read_pack_state(path: Path) -> PackState | None:
+    """Returns the state in a file; None if the file is missing or damaged. Each run can then resume on its own."""
+    try:
+        content = json.loads(path.read_text())
+        return PackState(**{**content, "slots": tuple(SlotState(**slot) for slot in content["slots"])})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def read_rng_state(device: torch.device) -> str:
+    """Returns the states of torch's global generators as hex digits: the CPU's, then the GPU's if `device` is one."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return "".join(state.numpy().tobytes().hex() for state in states)
+
+
+def restore_rng_state(rng_state: str, device: torch.device) -> None:
+    """Sets torch's global generators to a state that `read_rng_state` returned on the same kind of device."""
+    content = torch.frombuffer(bytearray.fromhex(rng_state), dtype=torch.uint8)
+    size = len(torch.get_rng_state())
+    torch.set_rng_state(content[:size].clone())
+    if device.type == "cuda" and len(content) > size:
+        torch.cuda.set_rng_state(content[size:].clone(), device)

@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import ProgressBar, ThroughputMonitor
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor
 
 from lorasweep.config.build import as_settings
 from lorasweep.config.components import Component, argument_names, check_component, find_class, instantiate
 from lorasweep.config.run import RunConfig
-from lorasweep.data.split import Batch
 from lorasweep.errors import ConfigError
 
 PROFILERS: Mapping[str, type[Profiler]] = {
@@ -54,22 +52,6 @@ class EventLogger(TensorBoardLogger):
     def save(self) -> None:
         if self._experiment is not None:
             self._experiment.flush()
-
-
-class Throughput(ThroughputMonitor):
-    """Lightning's `ThroughputMonitor`, which counts the examples and the tokens (without padding) of our batches."""
-
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(batch_size_fn=_count_examples, length_fn=_count_tokens, **arguments)
-        self._module_has_flops = False  # our module has no FLOPs count, and Lightning would warn
-
-
-def _count_examples(batch: Batch) -> int:
-    return next(len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim)
-
-
-def _count_tokens(batch: Batch) -> int:
-    return int(batch["num_tokens"])
 
 
 def start_loggers(config: RunConfig, folder: Path, *, is_first_process: bool = True) -> list[Logger]:

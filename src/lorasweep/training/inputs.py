@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -97,17 +96,12 @@ class InputsCache:
     def __init__(self) -> None:
         self.telemetry = Telemetry()
         self._loaded: dict[tuple[Any, ...], RunInputs] = {}
-        self._similar: dict[tuple[Any, ...], RunInputs] = {}
-        """The first inputs of each model and data, whatever the model's quantisation."""
 
     def load(self, config: RunConfig) -> RunInputs:
         key = _cache_key(config)
         if key not in self._loaded:
-            unquantised = _cache_key(replace(config, model=replace(config.model, quantization="none")))
             with self.telemetry.phase("loading"):
-                similar = self._similar.get(unquantised)
-                self._loaded[key] = build_inputs(config, telemetry=self.telemetry, similar=similar)
-            self._similar.setdefault(unquantised, self._loaded[key])
+                self._loaded[key] = build_inputs(config, telemetry=self.telemetry)
         return self._loaded[key]
 
 
@@ -116,30 +110,23 @@ def _cache_key(config: RunConfig) -> tuple[Any, ...]:
     return config.model, config.data, resolve_precision(trainer), trainer.device, _leaves_base_in_files(config)
 
 
-def build_inputs(
-    config: RunConfig, *, telemetry: Telemetry | None = None, similar: RunInputs | None = None
-) -> RunInputs:
+def build_inputs(config: RunConfig, *, telemetry: Telemetry | None = None) -> RunInputs:
     """Loads the base model and the data of a run. Raises `ConfigError` if they can't be loaded.
 
-    Args:
-        config: Settings of the run.
-        telemetry: The clock of this process.
-        similar: Inputs of the same data and model in another quantisation. Their splits are used again.
+    `telemetry` is the clock of this process.
     """
     precision = resolve_precision(config.trainer)
-    load = partial(load_base, config.model, dtype=DTYPES[precision], on_meta=_leaves_base_in_files(config))
-    if similar is not None:
-        base, splits = load(labels=similar.base.labels), similar.splits
-    else:
-        source = read_source(config.data)
-        base = load(labels=_get_labels(source))
-        splits = build_splits(
-            config.data,
-            source=source,
-            tokenizer=base.tokenizer,
-            model_kind=base.kind,
-            start_token=getattr(getattr(base.model, "config", None), "decoder_start_token_id", None),
-        )
+    source = read_source(config.data)
+    base = load_base(
+        config.model, dtype=DTYPES[precision], labels=_get_labels(source), on_meta=_leaves_base_in_files(config)
+    )
+    splits = build_splits(
+        config.data,
+        source=source,
+        tokenizer=base.tokenizer,
+        model_kind=base.kind,
+        start_token=getattr(getattr(base.model, "config", None), "decoder_start_token_id", None),
+    )
     attention = None
     if config.model.attention == "auto":
         attention = choose_attention(base.model, lengths=splits.train.lengths, device=get_device(config.trainer))

@@ -229,7 +229,8 @@ def find_run_end(
 
     A run without remaining steps and a run that early stopping ends are complete, even if `should_pause` is true.
     """
-    step = record.last.get("step", 0)  # `steps_done` of an interrupted run may be later
+    # a record that was read has floats; `steps_done` of an interrupted run may be later
+    step = int(record.last.get("step", 0))
     if step >= record.steps_planned:
         return "complete", None
     if config.early_stop_evaluations is not None and record.best:

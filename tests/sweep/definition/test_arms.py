@@ -192,10 +192,10 @@ def test_arguments_of_an_optimizer_are_searched_as_other_settings(read, content)
 
 
 def test_a_list_of_loggers_or_callbacks_is_no_choice_of_one(read, content):
-    arms = arms_of(read(content, "logger=[tensorboard,csv]", "arms.lora.callbacks=[lr_monitor,throughput]"))
+    arms = arms_of(read(content, "logger=[tensorboard,csv]", "arms.lora.callbacks=[lr_monitor,device_stats]"))
     assert set(arms["lora"].space) == {"method.rank", "optim.lr"}
     config = arms["lora"].corners[0]
-    assert (list(config.logger), list(config.callbacks)) == (["tensorboard", "csv"], ["lr_monitor", "throughput"])
+    assert (list(config.logger), list(config.callbacks)) == (["tensorboard", "csv"], ["lr_monitor", "device_stats"])
     assert list(arms["full"].corners[0].callbacks) == []
 
 

@@ -35,14 +35,6 @@ def test_every_arm_gets_its_trials(begin, work, runs, content):
     assert len(runs.begun) == 10
 
 
-def test_arms_without_a_space_come_first_and_the_others_take_turns(begin, work, runs, content):
-    work(begin(content))
-    arms = [arm for arm, _ in runs.begun]
-    assert arms[0] == "frozen"
-    assert arms[1:4] in (["full", "lora", "lora"], ["full", "lora", "full"])
-    assert arms.index("lora") < 4
-
-
 HALVING = {"pruner": "halving", "pruner.rungs": [0.25, 0.5], "pruner.reduction_factor": 2, "pruner.min_survivors": 1}
 
 
@@ -82,13 +74,6 @@ def test_a_sweep_stopped_in_packs_proposes_what_an_uninterrupted_one_does(
     assert not work(stopped, stop_at=3)
     finish(stopped.path, stop_at=3)
     assert rows_of(stopped.path) == rows_of(whole.path)
-
-
-def test_another_seed_proposes_something_else(begin, work, runs, content):
-    first, second = begin(content, folder="a"), begin(content, "sweep.seed=1", folder="b")
-    assert work(first)
-    assert work(second)
-    assert [row.params for row in first.record.trials] != [row.params for row in second.record.trials]
 
 
 def test_an_interrupted_trial_goes_on_under_its_number(begin, work, runs, content):
@@ -188,22 +173,6 @@ def test_too_many_failures_in_a_row_stop_the_sweep(begin, work, runs, content):
     assert sum(row.state == "failed" for row in read_sweep(folder.path).trials) == 3
 
 
-def test_a_success_between_failures_starts_the_count_again(begin, work, runs, content):
-    calls = []
-
-    def score(config, step):
-        if step == 2:
-            calls.append(step)
-        if len(calls) % 3:
-            raise Diverged("the training loss became NaN")
-        return 1.0
-
-    runs.score = score
-    folder = begin(content, "sweep.max_failures=3")
-    assert work(folder)
-    assert sum(row.state == "failed" for row in read_sweep(folder.path).trials) == 7
-
-
 def test_trials_are_pruned_and_keep_their_best_score(begin, work, runs, content):
     content["settings"] |= HALVING
     runs.score = lambda config, step: config.optim.lr * step  # the best value is the first one
@@ -254,23 +223,3 @@ def test_every_sampler_runs_a_sweep(begin, work, runs, content, sampler):
             (row.params["method.rank"], row.params["optim.lr"]) for row in folder.record.trials if row.arm == "lora"
         }
         assert len(tried) == 6
-
-
-@pytest.mark.parametrize("pruner", sorted(p.stem for p in (packaged_folder("conf") / "pruner").glob("*.yaml")))
-def test_every_pruner_runs_a_sweep(begin, work, runs, content, pruner):
-    del content["settings"]["pruner"]
-    content["settings"]["trainer.max_steps"] = 12  # an evaluation near each rung of the defaults
-    folder = begin(content, f"pruner={pruner}")
-    assert work(folder)
-    states = counts(folder.path)
-    assert {arm: sum(found.values()) for arm, found in states.items()} == {"frozen": 1, "full": 3, "lora": 6}
-    assert {state for found in states.values() for state in found} <= {"complete", "pruned"}
-    assert any("pruned" in found for found in states.values()) == (pruner != "none")
-
-
-def test_time_of_all_sessions_is_added(begin, work, runs, content):
-    folder = begin(content)
-    assert not work(folder, stop_at=5)
-    first = read_sweep(folder.path).makespan_s
-    assert work(reopen_sweep(folder.path))
-    assert read_sweep(folder.path).makespan_s > first > 0

@@ -9,10 +9,9 @@ import pytest
 from tests.sweep.conftest import NoInputs, of_arm
 
 import lorasweep.sweep.workers.worker as worker_file
-from lorasweep.errors import Diverged, OutOfMemory, WorkerError
+from lorasweep.errors import Diverged, OutOfMemory
 from lorasweep.record import measure_stage_occupancy, read_sweep
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
-from lorasweep.sweep.controller.stages import Search
 
 
 @pytest.fixture
@@ -41,17 +40,6 @@ def test_a_packed_arm_has_exactly_its_trials(begin, work, packed, runs, packs):
     assert {arm for arm, _ in runs.begun} == {"frozen", "full"}
     assert len(packs.trained) == len(set(packs.trained)) == 6 * 4
     assert not (folder.path / "pack.json").exists()
-
-
-def test_losses_at_rungs_are_stored_for_packs_and_for_trials_alone(begin, work, packed, runs, packs):
-    packed["settings"] |= {"pruner": "halving", "pruner.rungs": [0.25]}
-    folder = begin(packed)
-    assert work(folder)
-    reopened = reopen_sweep(folder.path)
-    for arm in Search(reopened, sweep_round=0).arms.values():
-        for trial in arm.trials.values():
-            assert trial.losses == ({2: trial.values[2]} if arm.arm.space else {})  # `frozen` has no rungs
-    reopened.close()
 
 
 def test_a_pack_begins_with_no_more_slots_than_an_adaptive_sampler_may_propose(begin, work, packed, runs, packs):
@@ -190,24 +178,6 @@ def test_a_trial_that_diverges_in_a_pack_fails_alone(begin, work, packed, runs, 
     assert any(row.state == "failed" for row in lora_rows(folder))
 
 
-def test_so_many_failures_in_a_row_in_a_pack_stop_the_sweep(begin, work, packed, runs, packs):
-    def score(config, step):
-        if config.method.name == "lora":
-            raise Diverged("the training loss became NaN")
-        return 1.0
-
-    runs.score = score
-    folder = begin(packed, "sweep.max_failures=3")
-    with pytest.raises(WorkerError, match=r"fewer than 3 trials in a row may fail"):
-        work(folder)
-    record = read_sweep(folder.path)
-    assert record.status == "interrupted"
-    assert sum(row.state == "failed" for row in record.trials) == 3
-    runs.score = lambda config, step: 1.0
-    assert work(reopen_sweep(folder.path))
-    assert sorted(row.state for row in lora_rows(folder)) == ["complete"] * 3 + ["failed"] * 3
-
-
 def test_the_rule_chooses_the_size_and_its_reason_is_kept(begin, work, packed, runs, packs, monkeypatch):
     asked = []
 
@@ -235,22 +205,3 @@ def test_a_stopped_pack_resumes_with_the_same_runs_in_the_same_slots(begin, work
     assert packs.trained[before : before + len(slots)] == slots
     assert packs.sizes == [4, len(left)]
     assert len(packs.trained) == len(set(packs.trained)) == 6 * 4
-
-
-@pytest.mark.parametrize("damaged", ["", "{", '{"slots": []}'])
-def test_a_damaged_pack_file_loses_no_trial(begin, work, lora_only, runs, packs, damaged):
-    folder = begin(lora_only)
-    assert not work(folder, stop_at=4)
-    (folder.path / "pack.json").write_text(damaged)
-    assert work(reopen_sweep(folder.path))
-    assert [(row.number, row.state) for row in lora_rows(folder)] == [(n, "complete") for n in range(6)]
-
-
-def test_a_pack_file_of_another_sweep_is_of_no_use(begin, work, lora_only, runs, packs):
-    other = begin(lora_only | {"arms": {"other": lora_only["arms"]["lora"]}}, folder="other")
-    assert not work(other, stop_at=4)
-    folder = begin(lora_only)
-    assert not work(folder, stop_at=4)
-    (folder.path / "pack.json").write_bytes((other.path / "pack.json").read_bytes())
-    assert work(reopen_sweep(folder.path))
-    assert [(row.number, row.state) for row in lora_rows(folder)] == [(n, "complete") for n in range(6)]

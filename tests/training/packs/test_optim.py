@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -16,18 +15,15 @@ from lorasweep.lora import (
     fill_slot,
     inject_lora,
     inject_packed_lora,
-    load_lora_state,
-    lora_layers,
     lora_state,
     set_dropout_streams,
     slot_model,
     split_lora_parameters,
 )
 from lorasweep.lora.inject import replace_dropout
-from lorasweep.lora.packed.inject import find_slots
 from lorasweep.methods import ParameterGroup
 from lorasweep.training.optim import build_optimizer, build_schedule
-from lorasweep.training.packs.optim import SlotOptimizer, flatten_parameters
+from lorasweep.training.packs.slot_run import SlotOptimizer, flatten_parameters
 
 ROWS, LENGTH, VOCABULARY = 2, 6, 23
 TIGHT = {
@@ -187,22 +183,6 @@ MODELS = pytest.mark.parametrize(
 
 
 @MODELS
-def test_a_pack_equals_separate_runs(make: Callable[[], nn.Module], configs: Sequence[LoraConfig]) -> None:
-    batches = [draw_batches(slot, 50) for slot in range(len(configs))]
-    model = make()
-    base = {name: p.detach().clone() for name, p in model.named_parameters()}
-    frozen = dict(model.named_parameters())
-    pack = PackedRun(model, configs, SETTINGS)
-    pack.train(batches)
-    for slot, config in enumerate(configs):
-        solo = SoloRun(make(), config, SETTINGS[slot], slot)
-        solo.train(batches[slot])
-        assert_same_trial(pack, slot, solo)
-        assert solo.losses[-1] != solo.losses[0]
-    assert all(torch.equal(frozen[name], value) for name, value in base.items())
-
-
-@MODELS
 def test_slots_that_join_and_leave_are_their_solo_runs(
     make: Callable[[], nn.Module], configs: Sequence[LoraConfig]
 ) -> None:
@@ -227,66 +207,6 @@ def test_slots_that_join_and_leave_are_their_solo_runs(
         solo = SoloRun(make(), config, SETTINGS[seed], seed)
         solo.train(batches[seed][:num_steps])
         assert_same_trial(pack, slot, solo)
-
-
-def test_gradients_of_several_passes_add_up_in_stacks_that_are_made_once() -> None:
-    batches = [[draw_batches(slot, 3)[n] for slot in range(4)] for n in range(3)]
-    plain, shared = (PackedRun(make_llama(), LLAMA_SLOTS, SETTINGS) for _ in range(2))
-    for tokens in batches:
-        row_losses(plain.model, torch.cat(tokens)).sum().backward()
-    with find_slots(shared.model).stack_once():
-        for tokens in batches:
-            row_losses(shared.model, torch.cat(tokens)).sum().backward()
-    for own, expected in zip(shared.optimizers, plain.optimizers, strict=True):
-        for parameter, other in zip(own.parameters, expected.parameters, strict=True):
-            torch.testing.assert_close(parameter.grad, other.grad)
-    assert all(any(p.grad.any() for p in optimizer.parameters) for optimizer in plain.optimizers)
-
-
-def test_a_slot_of_nan_leaves_the_others_bit_identical() -> None:
-    batches = [draw_batches(slot, 8) for slot in range(4)]
-    healthy, broken = (PackedRun(make_llama(), LLAMA_SLOTS, SETTINGS) for _ in range(2))
-    with torch.no_grad():
-        for layer in lora_layers(slot_model(broken.model, 1)).values():
-            layer.lora_a.fill_(float("nan"))
-            layer.lora_b.fill_(float("inf"))
-    for pack in (healthy, broken):
-        pack.train(batches)
-    assert torch.stack(broken.losses[1]).isnan().all()
-    for slot in (0, 2, 3):
-        assert broken.losses[slot] == healthy.losses[slot]
-        expected = lora_state(slot_model(healthy.model, slot))
-        own = lora_state(slot_model(broken.model, slot))
-        assert all(torch.equal(value, expected[key]) for key, value in own.items())
-
-    fill_slot(broken.model, 1, LLAMA_SLOTS[1], generator=stream(1))  # and the slot can be used again
-    slot_model(broken.model, 1).double()
-    broken.optimizers[1] = broken.build_optimizer(1, SETTINGS[1])
-    broken.losses[1] = []
-    broken.train(batches)
-    assert torch.stack(broken.losses[1]).isfinite().all()
-
-
-def test_a_run_goes_on_from_its_state() -> None:
-    batches = [draw_batches(slot, 20) for slot in range(4)]
-    pack = PackedRun(make_llama(), LLAMA_SLOTS, SETTINGS)
-    pack.train([b[:10] for b in batches])
-    states = [copy.deepcopy(lora_state(slot_model(pack.model, slot))) for slot in range(4)]
-    optimizers = copy.deepcopy([optimizer.state() for optimizer in pack.optimizers])
-    streams = [stream.get_state() for stream in pack.streams]
-    pack.train([b[10:] for b in batches])
-
-    resumed = PackedRun(make_llama(), LLAMA_SLOTS, SETTINGS)
-    for slot in range(4):
-        load_lora_state(slot_model(resumed.model, slot), states[slot], source="the checkpoint")
-        resumed.optimizers[slot].load_state(optimizers[slot])
-        resumed.streams[slot].set_state(streams[slot])
-    resumed.train([b[10:] for b in batches])
-    for slot in range(4):
-        assert resumed.losses[slot] == pack.losses[slot][10:]
-        expected = lora_state(slot_model(pack.model, slot))
-        own = lora_state(slot_model(resumed.model, slot))
-        assert all(torch.equal(value, expected[key]) for key, value in own.items())
 
 
 def test_values_and_gradients_are_views_of_one_vector() -> None:

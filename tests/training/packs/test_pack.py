@@ -288,29 +288,6 @@ def test_a_pack_that_runs_out_of_memory_says_so_and_its_runs_can_go_on(make_conf
     assert [step for step, _ in rows(tmp_path / "0")] == [1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 8, 8]
 
 
-def test_memory_that_ran_out_without_a_word_is_said_too(make_config, inputs, tmp_path, monkeypatch):
-    def fail(*args, **kwargs):
-        raise MemoryError  # Python's own has no message
-
-    monkeypatch.setattr(pack_file, "compute_slot_losses", fail)
-    with pytest.raises(OutOfMemory, match="MemoryError"):
-        train([Outcomes().job(tmp_path / "0", make_config())], tmp_path, inputs=inputs)
-
-
-def test_dropout_is_on_in_a_refilled_slot(make_config, inputs, tmp_path):
-    """Slots are refilled while the model evaluates; what joins there must train with dropout."""
-    first, late = make_config(), make_config({"method.dropout": 0.5, "seed": 5})
-    outcomes = Outcomes()
-    train(
-        [outcomes.job(tmp_path / "first", first)],
-        tmp_path,
-        inputs=inputs,
-        waiting=[outcomes.job(tmp_path / "late", late)],
-    )
-    train_run(late, RunFolder(path=tmp_path / "alone"), inputs=inputs)
-    assert_same_losses(tmp_path / "alone", tmp_path / "late", rel=LOSS_TOLERANCE)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_packed_runs_equal_runs_alone_on_a_gpu(make_config, tmp_path):

@@ -18,10 +18,10 @@ import lorasweep.training.packs.pack as pack_file
 from lorasweep.errors import Diverged
 from lorasweep.models import tiny
 from lorasweep.record import RunRecord, read_run, read_steps
+from lorasweep.training.checkpoint import PackState, read_pack_state
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.slot_run import RunRequest, SlotEvaluation
-from lorasweep.training.packs.state import PackState, read_pack_state
 from lorasweep.training.run_log import RunFolder
 
 STATE = "pack.json"
@@ -194,17 +194,6 @@ def resume_and_compare(killed: Killed, search: Search, tmp_path: Path, *, inputs
     assert not (resumed.folder / STATE).exists()
 
 
-def test_the_search_has_all_that_can_happen(undisturbed):
-    search, killed = undisturbed
-    assert {name: read_run(search.folder / name).status for name in sorted(os.listdir(search.folder))} == {
-        f"run-{n}": "failed" if n == 3 else "complete" for n in range(6)
-    }
-    moments = [one.moment for one in killed]
-    assert moments.count("after the commit") == 4  # at the beginning, and after three of four boundaries
-    assert moments.index("run-5 is paused") < moments.index("run-1 is complete")
-    assert not list(search.folder.rglob("*.ckpt"))
-
-
 MOMENTS = (
     *("after the report", "run-1 is paused", "run-2 is about to be complete"),
     *("before the commit", "after the commit"),
@@ -232,23 +221,6 @@ def read_all(killed: Killed) -> tuple[object, ...]:
     files = sorted(path for path in killed.folder.rglob("*") if path.is_file())
     contents = [(str(path.relative_to(killed.folder)), hashlib.sha256(path.read_bytes()).digest()) for path in files]
     return (*killed.waiting, *contents)
-
-
-def test_a_pack_killed_twice_between_the_same_boundaries_ends_the_same(undisturbed, inputs, tmp_path, monkeypatch):
-    """The second time by Ctrl-C in a training step, with records and checkpoints ahead of the commit."""
-    search, killed = undisturbed
-    (one,) = [one for one in killed if one.moment == "run-1 is complete"]
-    resumed = Search(Path(shutil.copytree(one.folder, tmp_path / "resumed")), search.make_config)
-    with monkeypatch.context() as patch:
-        patch.setattr(pack_file, "compute_slot_losses", interrupt)
-        with pytest.raises((KeyboardInterrupt, SystemExit)):
-            resumed.resume(one.waiting, inputs=inputs)
-    assert resumed.resume(one.waiting, inputs=inputs)
-    assert_same_runs(resumed.folder, search.folder)
-
-
-def interrupt(*args, **kwargs):
-    raise KeyboardInterrupt
 
 
 def test_a_pack_that_was_asked_to_stop_goes_back_to_its_last_boundary_and_ends_the_same(undisturbed, inputs, tmp_path):
@@ -316,20 +288,6 @@ def test_paused_runs_that_go_on_in_the_same_slots_end_as_if_they_were_never_paus
     assert {read_run(tmp_path / "paused" / f"run-{n}").status for n in (0, 1, 2)} == {"paused"}
     train(tmp_path / "paused", pause=False)
     assert_same_runs(tmp_path / "paused", tmp_path / "whole")
-
-
-def test_a_paused_run_that_goes_on_among_others_ends_within_rounding(undisturbed, make_config, inputs, tmp_path):
-    """It was in another slot of another pack; fp32 kernels sum in another order for other shapes."""
-    search, _ = undisturbed
-    alone = Search(tmp_path, make_config)
-    alone.waiting = []
-    alone.report = lambda evaluated: [True] * len(evaluated)
-    assert alone.train([alone.job("run-1")], inputs=inputs)
-    one, other = rows(tmp_path / "run-1"), rows(search.folder / "run-1")
-    assert [row["step"] for row in one] == [row["step"] for row in other]
-    for a, b in zip(one, other, strict=True):
-        # Adam's first steps divide by |g|, which magnifies rounding
-        assert a.get("validation", a).get("loss") == pytest.approx(b.get("validation", b).get("loss"), rel=1e-4)
 
 
 def test_the_stream_that_slots_share_continues_after_a_kill(make_config, tmp_path):

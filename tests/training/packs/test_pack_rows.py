@@ -147,11 +147,3 @@ def test_a_classifier_learns_and_its_score_is_accuracy(make, tmp_path):
     assert record.batching["padding_fraction"]["train"] > 0
     assert record.data["train"]["labels"].keys() == {"even", "odd"}
     assert record.data["validation"]["constant_answer"].keys() == {"accuracy", "f1", "matthews", "loss"}
-
-
-@pytest.mark.parametrize("method", ["full", "head", "frozen", "bitfit"])
-def test_every_method_trains_a_classifier(make, tmp_path, method):
-    config = make("table", {"method": method})
-    record = train_run(config, RunFolder(path=tmp_path), inputs=build_inputs(config))
-    assert record.status == "complete"
-    assert 0 <= record.score <= 1

@@ -13,16 +13,15 @@ from torch.utils._pytree import tree_leaves
 
 import lorasweep.training.packs.size as pack_size_file
 from lorasweep.lora import slot_model
-from lorasweep.training.packs.optim import SlotOptimizer
 from lorasweep.training.packs.pack import build_pack, build_pack_batch, compute_slot_losses
 from lorasweep.training.packs.size import (
     MAX_MEMORY_FRACTION,
     MAX_SLOTS,
     build_first_micro_batches,
     choose_pack_size,
-    count_pass_tokens,
     count_slot_bytes,
 )
+from lorasweep.training.packs.slot_run import SlotOptimizer
 from lorasweep.training.telemetry import Telemetry
 from lorasweep.wording import format_bytes
 
@@ -96,12 +95,6 @@ def test_trials_run_alone_where_one_does_not_fit(make_config, inputs, monkeypatc
     chosen = choose_pack_size(make_config(), inputs=inputs, trials_left=6)
     assert chosen.slots == 1
     assert "ran out of memory" in chosen.reason
-
-
-def test_tokens_of_a_pass_are_those_of_a_micro_batch_of_all_slots(make_config, inputs):
-    config = make_config({"trainer.batch_size": 8, "trainer.accumulate": 2})
-    length = int(inputs.splits.train.lengths[0])  # blocks of one length
-    assert count_pass_tokens(config, 3, inputs=inputs) == 3 * 4 * length
 
 
 class LiveStorages(TorchDispatchMode):

@@ -19,11 +19,11 @@ from lorasweep.sweep.controller.controller import Assignment, Controller
 from lorasweep.sweep.controller.folder import PACK_FILE, check_writable
 from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.sweep.definition.packing import plan_packing
+from lorasweep.training.checkpoint import read_pack_state
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.size import PackSize, choose_pack_size
 from lorasweep.training.packs.slot_run import RunRequest, SlotEvaluation
-from lorasweep.training.packs.state import read_pack_state
 from lorasweep.training.run import train_run
 from lorasweep.training.score import score_run
 

@@ -55,19 +55,26 @@ from lorasweep.lora.dropout import FunctionalDropout
 from lorasweep.lora.packed.inject import find_slots, set_sequence_lengths
 from lorasweep.methods import add_head_to_modules_to_save, copy_sharing_weights, draw_head
 from lorasweep.record import RunStatus
-from lorasweep.training.checkpoint import remove_checkpoints, remove_older_checkpoints
-from lorasweep.training.environment import deterministic_algorithms, get_device, reset_peak_memory
-from lorasweep.training.failures import convert_memory_errors, status_after
-from lorasweep.training.inputs import RunInputs, resolve_accumulate
-from lorasweep.training.packs.optim import SlotOptimizer
-from lorasweep.training.packs.slot_run import NextRun, OnPackEvaluation, RunRequest, SlotEvaluation, SlotRun
-from lorasweep.training.packs.state import (
+from lorasweep.training.checkpoint import (
     PackState,
     SlotState,
     read_pack_state,
     read_rng_state,
+    remove_checkpoints,
+    remove_older_checkpoints,
     restore_rng_state,
     write_pack_state,
+)
+from lorasweep.training.environment import deterministic_algorithms, get_device, reset_peak_memory
+from lorasweep.training.failures import convert_memory_errors, status_after
+from lorasweep.training.inputs import RunInputs, resolve_accumulate
+from lorasweep.training.packs.slot_run import (
+    NextRun,
+    OnPackEvaluation,
+    RunRequest,
+    SlotEvaluation,
+    SlotOptimizer,
+    SlotRun,
 )
 from lorasweep.training.run import never_stop
 from lorasweep.training.run_log import Metrics, find_run_end

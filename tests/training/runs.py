@@ -1,0 +1,64 @@
+"""Trains runs of a few steps, and reads what they logged."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import torch
+
+import lorasweep.data.tasks as tasks_file
+from lorasweep.record import read_steps
+from lorasweep.training.run import train_run
+from lorasweep.training.run_log import RunFolder
+
+ADAPTER = "adapter_model.safetensors"
+
+
+VERA = {"peft_type": "VERA", "r": 8, "d_initial": 0.1, "target_modules": ["q_proj", "down_proj"]}
+
+
+def train(folder, config, *, inputs, **hooks):
+    return train_run(config, RunFolder(path=Path(folder)), inputs=inputs, **hooks)
+
+
+def losses(folder):
+    return [(row["step"], row["loss"], row["lr"]) for row in read_steps(folder) if "loss" in row]
+
+
+def evaluations(folder):
+    return [(row["step"], row["validation"]) for row in read_steps(folder) if "validation" in row]
+
+
+def stop_after(steps):
+    """A `stop_requested` that says yes at its `steps`-th question; it is asked once per step."""
+    asked = itertools.count(1)
+    return lambda: next(asked) >= steps
+
+
+def settings_of(method):
+    """What names a method; the embedded model has no biases, so its norms train."""
+    more = {"bitfit": {"method.train": "biases_and_norms"}, "peft": {"method.config": VERA}}
+    return {"method": method} | more.get(method, {})
+
+
+def damage(monkeypatch, action, *, training):
+    """Does `action` to the losses of training or of validation batches."""
+    true_losses = tasks_file.compute_token_losses
+
+    def token_losses(logits, targets):
+        values = true_losses(logits, targets)
+        return action(values) if torch.is_grad_enabled() == training else values
+
+    monkeypatch.setattr(tasks_file, "compute_token_losses", token_losses)
+
+
+def out_of_memory_above(rows):
+    """Lets micro-batches of more rows run out of memory, at the third step as well as at the first."""
+
+    def action(values):
+        if values.shape[0] > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return values
+
+    return action

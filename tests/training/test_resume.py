@@ -1,0 +1,251 @@
+"""A run that was stopped, killed or paused resumes, and ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.training.runs import damage, evaluations, losses, out_of_memory_above, settings_of, stop_after, train
+
+import lorasweep.training.callbacks as callbacks_file
+import lorasweep.training.run_log as run_log_file
+from lorasweep.record import RUN_FILE, read_run
+from lorasweep.training.run_log import prune_paused_run
+
+EVA = {"peft_type": "LORA", "r": 2, "init_lora_weights": "eva", "target_modules": ["q_proj", "down_proj"]}
+
+
+ADALORA = {"peft_type": "ADALORA", "init_r": 3, "target_r": 1, "target_modules": ["q_proj"], "lora_dropout": 0.2}
+
+
+def assert_same_weights(file, other):
+    found, expected = load_file(file), load_file(other)
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def assert_same_run(folder, other):
+    assert (losses(folder), evaluations(folder)) == (losses(other), evaluations(other))
+    one, two = read_run(folder), read_run(other)
+    for name in ("status", "reason", "best", "last", "steps_done", "tokens_trained", "files", "adapter_bytes"):
+        assert getattr(one, name) == getattr(two, name), name
+    for name in one.files:
+        assert (folder / name).read_bytes() == (other / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def finished(make_config, inputs, tmp_path_factory):
+    """A LoRA run of 4 steps that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("finished")
+    train(folder, make_config(), inputs=inputs)
+    return folder
+
+
+RESUMED = [
+    pytest.param({}, [1], id="before the first evaluation"),
+    pytest.param({}, [1, 1, 1, 1], id="at every step"),
+    pytest.param({"trainer.eval_every_steps": 3}, [3], id="at an evaluation that does not divide the run"),
+    pytest.param({"trainer.eval_every_steps": 4}, [6], id="after the last step, before its evaluation"),
+    pytest.param({"trainer.accumulate": 2, "method.dropout": 0.5}, [3], id="with accumulation and dropout"),
+    pytest.param({"method": "full", "optim.lr": 1e-3}, [3], id="full"),
+    pytest.param(settings_of("bitfit"), [3], id="bitfit"),
+    pytest.param({"method": "intrinsic"}, [3], id="intrinsic"),
+    pytest.param({**settings_of("peft"), "method.config": ADALORA}, [3], id="peft, with ranks that training drops"),
+    pytest.param({**settings_of("peft"), "method.config": EVA}, [3], id="peft, with a start from data"),
+    pytest.param({"optim.lr_ratio_b": 4.0, "schedule": "cosine", "optim.weight_decay": 0.1}, [3], id="two groups"),
+]
+
+
+@pytest.mark.parametrize(("settings", "stops"), RESUMED)
+def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(tmp_path, make_config, inputs, settings, stops):
+    config = make_config({"trainer.max_steps": 6, **settings})
+    whole = train(tmp_path / "whole", config, inputs=inputs)
+    folder, done = tmp_path / "stopped", 0
+    for steps in stops:
+        record = train(folder, config, inputs=inputs, stop_requested=stop_after(steps), resume=True)
+        done += steps
+        assert (record.status, record.steps_done) == ("interrupted", done)
+        assert record.reason == f"stopped at step {done} of 6"
+        assert [row[0] for row in losses(folder)] == list(range(1, done + 1))
+    record = train(folder, config, inputs=inputs, resume=True)
+    assert record.status == "complete"
+    assert record.reason is None
+    assert losses(folder) == losses(tmp_path / "whole")
+    assert evaluations(folder) == evaluations(tmp_path / "whole")
+    assert (record.best, record.last) == (whole.best, whole.last)
+    assert record.tokens_trained == whole.tokens_trained
+    assert set(record.files) == set(whole.files)
+    for name in (name for name in whole.files if name.endswith(".safetensors")):
+        assert_same_weights(folder / name, tmp_path / "whole" / name)
+    assert not list(folder.glob("*.ckpt"))
+
+
+def test_a_checkpoint_has_only_what_trains(tmp_path, make_config, inputs):
+    train(tmp_path, make_config(), inputs=inputs, stop_requested=stop_after(1))
+    (checkpoint,) = tmp_path.glob("last-00000001-*.ckpt")
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert sum(tensor.numel() for tensor in state.values()) == read_run(tmp_path).trainable_params
+    assert all(".lora_a" in name or ".lora_b" in name for name in state)
+
+
+def test_a_paused_run_ends_there_and_its_schedule_is_as_long_as_ever(tmp_path, make_config, inputs, finished):
+    asked = []
+
+    def pause(step, value):
+        asked.append((step, value["bits_per_byte"]))
+        return False
+
+    record = train(tmp_path, make_config(), inputs=inputs, on_evaluation=pause)
+    assert (record.status, record.steps_done, record.steps_planned) == ("paused", 2, 4)
+    assert record.reason == "paused at step 2 of 4"
+    assert asked == [(2, record.score)]
+    assert losses(tmp_path) == losses(finished)[:2]  # rates included
+    assert record.tokens_trained == 2 * 2 * 32
+    kept = read_run(tmp_path)
+    assert (kept.status, kept.files, kept.tokens_trained) == ("paused", record.files, record.tokens_trained)
+    (checkpoint,) = tmp_path.glob("*.ckpt")
+    assert checkpoint.name.startswith("last-00000002-")
+
+
+def test_a_run_reports_every_evaluation_and_is_never_paused_at_its_end(tmp_path, make_config, inputs):
+    asked = []
+
+    def pause_at_the_end(step, value):
+        asked.append(step)
+        return step < 4
+
+    record = train(tmp_path, make_config(), inputs=inputs, on_evaluation=pause_at_the_end)
+    assert (record.status, record.reason, asked) == ("complete", None, [2, 4])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method.dropout": 0.5, "schedule": "cosine"},
+        {"optim.ema_decay": 0.9, "trainer.accumulate": 2},
+    ],
+)
+def test_a_paused_run_that_goes_on_ends_as_one_that_was_never_paused(tmp_path, make_config, inputs, settings):
+    config = make_config({"trainer.max_steps": 6, **settings})
+    train(tmp_path / "whole", config, inputs=inputs)
+    for step in (2, 4):
+        record = train(
+            tmp_path / "run", config, inputs=inputs, resume=True, on_evaluation=lambda at, _, s=step: at != s
+        )
+        assert (record.status, record.steps_done) == ("paused", step)
+    train(tmp_path / "run", config, inputs=inputs, resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert not list((tmp_path / "run").glob("*.ckpt"))
+
+
+def test_a_paused_run_is_pruned_once_and_its_checkpoints_are_gone(tmp_path, make_config, inputs):
+    paused = train(tmp_path, make_config(), inputs=inputs, on_evaluation=lambda step, value: False)
+    for reason in ("its sweep ended", "said again"):
+        record = prune_paused_run(tmp_path, reason=reason)
+        assert (record.status, record.reason) == ("pruned", "its sweep ended")
+        assert not list(tmp_path.glob("*.ckpt"))
+    assert read_run(tmp_path).files == paused.files
+
+
+@pytest.mark.parametrize(
+    ("settings", "pause_at"),
+    [
+        ({"method.dropout": 0.5}, 2),
+        ({"trainer.early_stop_evaluations": 1, "optim.lr": 1e-12}, None),
+        ({"method.dropout": 0.5, "trainer.max_steps": 3}, None),
+    ],
+    ids=["paused", "stopped early", "complete after a last interval that is shorter"],
+)
+def test_a_run_killed_at_any_moment_of_an_evaluation_ends_the_same(
+    tmp_path, make_config, inputs, monkeypatch, settings, pause_at
+):
+    """Killed before and after each write of the record and of a checkpoint: between report and checkpoint as well."""
+    config = make_config({"trainer.max_steps": 6, **settings})
+    whole, killed = tmp_path / "whole", []
+
+    def snapshot():
+        if (whole / RUN_FILE).exists():
+            killed.append(Path(shutil.copytree(whole, tmp_path / f"killed-{len(killed)}")))
+
+    def around(write):
+        def wrapped(*args, **kwargs):
+            snapshot()
+            write(*args, **kwargs)
+            snapshot()
+
+        return wrapped
+
+    def decide(step, value):
+        return step != pause_at
+
+    with monkeypatch.context() as patch:
+        for module, name in ((callbacks_file, "save_checkpoint"), (run_log_file, "write_record")):
+            patch.setattr(module, name, around(getattr(module, name)))
+        first = train(whole, config, inputs=inputs, on_evaluation=decide)
+    assert first.status == ("paused" if pause_at else "complete")
+    for folder in killed:
+        if read_run(folder).status != "paused":  # a controller need not train it again
+            train(folder, config, inputs=inputs, resume=True, on_evaluation=decide)
+        assert_same_run(folder, whole)
+    if pause_at:
+        train(whole, config, inputs=inputs, resume=True)
+        for folder in killed:
+            train(folder, config, inputs=inputs, resume=True)
+            assert_same_run(folder, whole)
+
+
+@pytest.mark.slow
+def test_a_run_with_halved_micro_batches_goes_on_with_them(tmp_path, make_config, inputs, monkeypatch):
+    config = make_config({"trainer.batch_size": 4})
+    damage(monkeypatch, out_of_memory_above(2), training=True)
+    train(tmp_path / "whole", config, inputs=inputs)
+    train(tmp_path / "stopped", config, inputs=inputs, stop_requested=stop_after(3))
+    record = train(tmp_path / "stopped", config, inputs=inputs, resume=True)
+    assert (record.batching["micro_batches"], record.batching["too_large"]) == (2, [1])
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("left", [1, 0])
+def test_a_run_whose_checkpoint_is_damaged_goes_on_from_the_one_before_or_begins_anew(
+    tmp_path, make_config, inputs, left
+):
+    config = make_config({"method.dropout": 0.5, "trainer.max_steps": 6})
+    train(tmp_path / "whole", config, inputs=inputs)
+    train(tmp_path / "stopped", config, inputs=inputs, stop_requested=stop_after(5))
+    newest_first = sorted((tmp_path / "stopped").glob("*.ckpt"), reverse=True)
+    assert [path.name[:13] for path in newest_first] == ["last-00000005", "last-00000004"]
+    for path in newest_first[: 2 - left]:
+        path.write_bytes(path.read_bytes()[:-100])
+    record = train(tmp_path / "stopped", config, inputs=inputs, resume=True)
+    step = 4 if left else 0
+    assert record.notes[-1].endswith(f"was damaged or missing, so the run resumed from step {step}.")
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    assert evaluations(tmp_path / "stopped") == evaluations(tmp_path / "whole")
+    assert {name: kept["sha256"] for name, kept in record.files.items()} == {
+        name: kept["sha256"] for name, kept in read_run(tmp_path / "whole").files.items()
+    }
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_what_is_not_the_runs_fault_leaves_its_checkpoint(tmp_path, make_config, inputs, monkeypatch, error):
+    config = make_config()
+    train(tmp_path / "whole", config, inputs=inputs)
+    calls = itertools.count(1)
+
+    def fail_at_step_4(values):
+        if next(calls) == 4:
+            raise error
+        return values
+
+    with monkeypatch.context() as patch:
+        damage(patch, fail_at_step_4, training=True)
+        with pytest.raises((OSError, SystemExit, KeyboardInterrupt)):
+            train(tmp_path / "broken", config, inputs=inputs)
+    assert read_run(tmp_path / "broken").status == "interrupted"
+    train(tmp_path / "broken", config, inputs=inputs, resume=True)
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
