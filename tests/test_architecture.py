@@ -10,6 +10,7 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -55,7 +56,7 @@ def test_methods_are_the_files_of_conf_and_their_settings():
     files = {file.stem for file in (packaged_folder("conf") / "method").glob("*.yaml")}
     assert files == set(METHODS)
     assert {name: method.name for name, method in METHODS.items()} == {name: name for name in METHODS}
-    assert {kind.name for kind in MethodConfig.__args__} == files
+    assert {kind.name for kind in get_args(get_args(MethodConfig)[0])} == files
 
 
 @pytest.mark.parametrize(

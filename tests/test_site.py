@@ -11,9 +11,8 @@ import socket
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import is_dataclass
 from pathlib import Path
-from typing import NamedTuple, get_args, get_type_hints
+from typing import NamedTuple, get_type_hints
 
 import pytest
 import yaml
@@ -23,7 +22,6 @@ import lorasweep.errors
 import lorasweep.lora
 import lorasweep.report
 from lorasweep.cli import build_parser, run
-from lorasweep.config.components import Component
 from lorasweep.config.run import RunConfig
 from lorasweep.config.sweep import SweepConfig
 from lorasweep.sweep.definition.arms import read_definition
@@ -198,7 +196,7 @@ def list_keys(kind: type, prefix: str = "") -> set[str]:
     """Returns every dotted key that the settings of a class may have, except a component's own arguments."""
     keys = set()
     for name, hint in get_type_hints(kind, include_extras=True).items():
-        nested = [one for one in (get_args(hint) or (hint,)) if is_dataclass(one) and not issubclass(one, Component)]
+        nested = load_hook()._list_classes(hint)
         if nested:
             keys |= {key for one in nested for key in list_keys(one, f"{prefix}{name}.")}
         elif name not in ("name", "arguments", "logger", "callbacks"):

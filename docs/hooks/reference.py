@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
-import math
 import re
 import textwrap
 import types
@@ -29,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 ROOT_PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md"}
 """Files of the root folder that are also pages of the site."""
 PRIMARIES: Mapping[Primary, type] = {"train": RunConfig, "sweep": SweepConfig}
-SIGNS = {">=": "≥", "<=": "≤", ">": ">", "<": "<"}
+SIGNS = {"ge": "≥", "le": "≤", "gt": ">", "lt": "<"}
 OTHER_VALUES = {"seed": "whole number ≥ 0", "output": "text, or `null`", "resume": "`true`, `false`"}
 """Possible values of the settings of a run that are in no group."""
 KINDS = {int: "whole number", float: "number", str: "text", bool: "`true`, `false`", Any: "any value"}
@@ -183,9 +182,12 @@ def describe_type(hint: Any) -> str:
     if hint is type(None):
         return "`null`"
     if get_origin(hint) is Annotated:
-        kind, *limits = get_args(hint)
-        shown = ", ".join(f"{SIGNS[sign]} {limit}" for sign, limit in limits if limit != math.inf)
-        return f"{KINDS[kind]} {shown}"
+        kind, *details = get_args(hint)
+        limits = [limit for detail in details for limit in getattr(detail, "metadata", ())]
+        bounds = [
+            (sign, getattr(limit, name)) for limit in limits for name, sign in SIGNS.items() if hasattr(limit, name)
+        ]
+        return " ".join([describe_type(kind), ", ".join(f"{sign} {bound:g}" for sign, bound in bounds)]).strip()
     if get_origin(hint) is Literal:
         return ", ".join(f"`{_show(value)}`" for value in get_args(hint))
     if get_origin(hint) in (Union, types.UnionType):
@@ -216,8 +218,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _list_classes(hint: Any) -> list[type]:
-    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    return [kind for kind in kinds if is_dataclass(kind) and not issubclass(kind, Component)]
+    """Returns the classes of settings in a type, which may be a union or annotated."""
+    if get_origin(hint) in (Union, types.UnionType, Annotated):
+        return [kind for inner in get_args(hint) for kind in _list_classes(inner)]
+    return [hint] if is_dataclass(hint) and isinstance(hint, type) and not issubclass(hint, Component) else []
 
 
 def _show(value: Any) -> str:

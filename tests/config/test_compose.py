@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from lorasweep.config.build import as_settings
 from lorasweep.config.command_line import allow_new_arguments
-from lorasweep.config.components import TARGET, Component
+from lorasweep.config.components import Component
 from lorasweep.config.compose import (
     LIST_GROUPS,
     LIST_SETTINGS,
@@ -269,15 +269,6 @@ def test_a_conf_file_has_one_line_for_every_setting_and_no_other(primary, group,
     if written.pop("defaults", None):  # it says what differs from another file
         names = [name for name in names if name in list(written)]
     assert sorted(written) == sorted(names)
-
-
-def test_an_option_is_named_as_its_file():
-    for _, group, option in OPTIONS:
-        written = OmegaConf.load(packaged_folder("conf") / group / f"{option}.yaml")
-        if group in LIST_GROUPS:
-            assert list(written) == ([] if option == "none" else [option])
-        elif group != "trainer" and TARGET not in written and "defaults" not in written:
-            assert written.name == option
 
 
 @pytest.mark.parametrize("key", ["\ud800\udc00", "a\0b", "../conf", "é"])

@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from lorasweep.config.build import build
 from lorasweep.config.compose import compose_run
 from lorasweep.config.method import BitfitConfig, IntrinsicConfig, LoraConfig
 from lorasweep.errors import ConfigError
@@ -24,8 +25,8 @@ def test_defaults_in_python_are_those_of_conf(config):
         ({"rank": 2.0}, "`method.rank` .*, but got 2.0"),
         ({"rank_pattern": {"q_proj": 0}}, "`method.rank_pattern.q_proj >= 1` must hold, but got 0"),
         ({"alpha": -1.0}, "`method.alpha >= 0` must hold, but got -1.0"),
-        ({"alpha": math.nan}, "`method.alpha >= 0` must hold, but got nan"),
-        ({"alpha": math.inf}, "`method.alpha < inf` must hold, but got inf"),
+        ({"alpha": math.nan}, "`method.alpha` must be a finite number, but got nan"),
+        ({"alpha": math.inf}, "`method.alpha` must be a finite number, but got inf"),
         ({"alpha_pattern": {"q_proj": -1.0}}, "`method.alpha_pattern.q_proj >= 0` must hold, but got -1.0"),
         ({"dropout": 1.0}, "`method.dropout < 1` must hold, but got 1.0"),
         ({"targets": ()}, "`method.targets` .* Use `all-linear`"),
@@ -42,6 +43,8 @@ def test_defaults_in_python_are_those_of_conf(config):
 )
 def test_a_setting_out_of_range_is_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
+        build(LoraConfig, settings, key="method")
+    with pytest.raises(ValueError, match=next(iter(settings))):
         LoraConfig(**settings)
 
 

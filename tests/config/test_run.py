@@ -17,8 +17,8 @@ from lorasweep.errors import ConfigError
         ("data.max_test_blocks", -1, "`data.max_test_blocks >= 1` must hold, but got -1."),
         ("optim.lr", 0.0, "`optim.lr > 0` must hold, but got 0.0."),
         ("optim.lr", -1e-3, "`optim.lr > 0` must hold, but got -0.001."),
-        ("optim.lr", float("inf"), "`optim.lr < inf` must hold, but got inf."),
-        ("optim.lr", float("nan"), "`optim.lr > 0` must hold, but got nan."),
+        ("optim.lr", float("inf"), "`optim.lr` must be a finite number, but got inf."),
+        ("optim.lr", float("nan"), "`optim.lr` must be a finite number, but got nan."),
         ("optim.lr_ratio_head", 0.0, "`optim.lr_ratio_head > 0` must hold, but got 0.0."),
         ("optim.layer_decay", 1.5, "`optim.layer_decay <= 1` must hold, but got 1.5."),
         ("optim.ema_decay", 1.0, "`optim.ema_decay < 1` must hold, but got 1.0."),
@@ -41,7 +41,7 @@ from lorasweep.errors import ConfigError
         ("seeds.init", -1, r"`seeds.init >= 0` must hold, but got -1."),
         ("seeds.data_order", 2**32, r"`seeds.data_order < 4294967296` must hold, but got 4294967296."),
         ("seeds.dropout", -1, r"`seeds.dropout >= 0` must hold, but got -1."),
-        ("seed", -1, r"`seeds.init >= 0` must hold, but got -1."),
+        ("seed", -1, r"`seed >= 0` must hold, but got -1."),
     ],
 )
 def test_a_setting_out_of_range_is_refused(key, value, message):

@@ -5,22 +5,24 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from importlib.util import find_spec
 from pkgutil import resolve_name
 from typing import Any, TypeVar
 
+from pydantic.dataclasses import dataclass
+
+from lorasweep.config.build import TARGET, Settings
 from lorasweep.config.user_function import add_current_folder
 from lorasweep.errors import ConfigError, describe_error
 
 T = TypeVar("T")
 
-TARGET = "_target_"
 PIP_INSTALL_PATTERN = re.compile(r"pip install (?:-U )?'?([\w.-]+)")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Component:
+class Component(Settings):
     """An object of another package: the import path of its class, and the arguments of that class."""
 
     target: str

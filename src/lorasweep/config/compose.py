@@ -24,8 +24,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from lorasweep.config.build import build
-from lorasweep.config.components import TARGET
+from lorasweep.config.build import TARGET, build
 from lorasweep.config.data import MetricComponent
 from lorasweep.config.run import OptimSettings, RunConfig
 from lorasweep.config.sweep import SweepConfig
@@ -140,13 +139,12 @@ def compose_sweep(settings: Mapping[str, Any]) -> SweepConfig:
 
 def _refuse_secrets(values: Mapping[str, Any]) -> None:
     """Raises ConfigError if a setting holds a secret: a record never keeps it, so the run could not be repeated."""
-    if str(values) == redact(str(values)):  # nearly always, and much faster than a check of each key
-        return
-    for key, value in dotted_items(values):
-        if isinstance(value, str) and redact(value) != value:
+    texts = {key: value for key, value in dotted_items(values) if isinstance(value, str)}
+    for key, redacted in redact(texts).items():
+        if redacted != texts[key]:
             raise ConfigError(
                 f"`{key}` must not contain a password or token, because a record never keeps one, but got "
-                f"{redact(value)!r}. Give it by an environment variable that the service reads, such as HF_TOKEN."
+                f"{redacted!r}. Give it by an environment variable that the service reads, such as HF_TOKEN."
             )
 
 

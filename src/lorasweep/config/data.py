@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from lorasweep.config.build import AtLeastTwo, Fraction, Positive, Settings
 from lorasweep.config.components import Component
-from lorasweep.config.limits import AtLeastTwo, Fraction, Positive
 from lorasweep.config.user_function import check_function_name
 from lorasweep.errors import ConfigError
 
@@ -73,7 +75,7 @@ def get_built_in_metric(name: str) -> ScoreMetric:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SplitSettings:
+class SplitSettings(Settings):
     """Sources of the training, validation and test splits: files, or a data set of the hub."""
 
     path: str | None
@@ -112,7 +114,7 @@ class SplitSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossSettings:
+class LossSettings(Settings):
     """The loss that trains."""
 
     loss: Component | None = None
@@ -286,7 +288,9 @@ class CustomDataConfig(LossSettings):
             )
 
 
-DataConfig = StdlibConfig | TextConfig | TableConfig | ChatConfig | CustomDataConfig
+DataConfig = Annotated[
+    StdlibConfig | TextConfig | TableConfig | ChatConfig | CustomDataConfig, Field(discriminator="name")
+]
 
 
 def max_tokens_per_example(config: DataConfig) -> int:

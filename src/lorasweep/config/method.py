@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import field
+from typing import Annotated, Any, Literal
 
-from lorasweep.config.build import check_fields
-from lorasweep.config.limits import Fraction, NonNegative, NonNegativeFloat, Positive, Rank
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from lorasweep.config.build import Fraction, NonNegative, NonNegativeFloat, Positive, Rank, Settings, build
 from lorasweep.config.peft_settings import convert_to_peft, import_peft, read_peft_config
 from lorasweep.errors import ConfigError
 
@@ -23,7 +25,7 @@ IntrinsicForm = Literal["did", "said"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig:
+class LoraConfig(Settings):
     """Settings of low-rank adaptation (Hu et al. 2021, arXiv 2106.09685): h = W0 x + scaling · B A x.
 
     The defaults equal `conf/method/lora.yaml`, for use without Hydra. A pattern is the name of a layer, the end of a
@@ -62,7 +64,6 @@ class LoraConfig:
     """Biases that train, on copies: `none`, `lora_only` (biases of the adapted layers) or `all` biases of the model."""
 
     def __post_init__(self) -> None:
-        check_fields(self, key="method")  # also for callers without Hydra
         if not self.targets:
             raise ConfigError("`method.targets` must name at least one layer, but got none. Use `all-linear`.")
         for rank in (self.rank, *self.rank_pattern.values()):
@@ -81,7 +82,7 @@ class LoraConfig:
         Raises:
             ConfigError: It has fields that lorasweep's layers can't do; all of them are named.
         """
-        return cls(**read_peft_config(peft_config))
+        return build(cls, read_peft_config(peft_config), key="method")
 
     def to_peft(self) -> Any:
         """Returns these settings as a `peft.LoraConfig`.
@@ -94,21 +95,21 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FullConfig:
+class FullConfig(Settings):
     """Settings of full fine-tuning: every weight trains, in fp32."""
 
     name: Literal["full"] = "full"
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadConfig:
+class HeadConfig(Settings):
     """Settings of training only the output head."""
 
     name: Literal["head"] = "head"
 
 
 @dataclass(frozen=True, kw_only=True)
-class BitfitConfig:
+class BitfitConfig(Settings):
     """Settings of training only the biases (Ben Zaken et al. 2022, arXiv 2106.10199)."""
 
     name: Literal["bitfit"] = "bitfit"
@@ -117,7 +118,7 @@ class BitfitConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class IntrinsicConfig:
+class IntrinsicConfig(Settings):
     """Settings of training a few parameters that are projected at random into all weights (arXiv 2012.13255)."""
 
     name: Literal["intrinsic"] = "intrinsic"
@@ -128,14 +129,14 @@ class IntrinsicConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrozenConfig:
+class FrozenConfig(Settings):
     """Settings of the base model without any training (the same as α/r = 0)."""
 
     name: Literal["frozen"] = "frozen"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PeftConfig:
+class PeftConfig(Settings):
     """Settings of an adapter that the package PEFT makes (extra `peft`). Its trials run alone."""
 
     name: Literal["peft"] = "peft"
@@ -143,4 +144,7 @@ class PeftConfig:
     """`peft_type`, such as VERA, ADALORA or IA3, and the settings of PEFT's configuration of that type."""
 
 
-MethodConfig = LoraConfig | FullConfig | HeadConfig | BitfitConfig | IntrinsicConfig | FrozenConfig | PeftConfig
+MethodConfig = Annotated[
+    LoraConfig | FullConfig | HeadConfig | BitfitConfig | IntrinsicConfig | FrozenConfig | PeftConfig,
+    Field(discriminator="name"),
+]

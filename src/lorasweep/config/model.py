@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
-from lorasweep.config.limits import Fraction
+from pydantic.dataclasses import dataclass
+
+from lorasweep.config.build import Fraction, Settings
 from lorasweep.config.user_function import check_function_name
 from lorasweep.errors import ConfigError
 
@@ -15,7 +16,7 @@ Quantization = Literal["none", "nf4", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Settings):
     """The base model."""
 
     name: str

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from typing import Annotated, Any, Literal
 
-from lorasweep.config.build import convert
+from pydantic import Field, Tag
+from pydantic.dataclasses import dataclass
+
+from lorasweep.config.build import (
+    OR_COMPONENT,
+    Fraction,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Seed,
+    Settings,
+    convert,
+)
 from lorasweep.config.components import Component
 from lorasweep.config.data import DataConfig
-from lorasweep.config.limits import Fraction, NonNegativeFloat, Positive, PositiveFloat, Seed
 from lorasweep.config.method import MethodConfig
 from lorasweep.config.model import ModelConfig
 from lorasweep.errors import ConfigError
@@ -32,11 +43,11 @@ be started from the command line."""
 
 METHODS_ON_QUANTISED_BASE = ("lora", "peft", "frozen")
 """Methods that leave all weights of the base as they are. The others train some, so they need the unquantised base."""
-LayerDecay = Annotated[float, (">", 0), ("<=", 1)]
+LayerDecay = Annotated[float, Field(gt=0, le=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimSettings:
+class OptimSettings(Settings):
     """Learning rates, weight decay, averaging and gradient clipping of any optimizer."""
 
     lr: PositiveFloat
@@ -99,7 +110,7 @@ SCHEDULE_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
+class ScheduleConfig(Settings):
     """A learning-rate schedule of transformers over `trainer.max_steps`."""
 
     name: ScheduleName
@@ -122,7 +133,7 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainerConfig:
+class TrainerConfig(Settings):
     """Steps, batches, precision, device and processes of a run."""
 
     max_steps: Positive
@@ -188,7 +199,7 @@ class TrainerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SeedsConfig:
+class SeedsConfig(Settings):
     """A seed for each source of randomness, so that users can change a single one."""
 
     init: Seed
@@ -206,21 +217,25 @@ LR, RANK, ALPHA = "optim.lr", "method.rank", "method.alpha"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Settings):
     """All settings of one run."""
 
     model: ModelConfig
     data: DataConfig
     method: MethodConfig
-    optim: OptimConfig | OptimizerComponent
-    schedule: ScheduleConfig | Component
+    optim: Annotated[
+        Annotated[OptimConfig, Tag("settings")] | Annotated[OptimizerComponent, Tag("component")], OR_COMPONENT
+    ]
+    schedule: Annotated[
+        Annotated[ScheduleConfig, Tag("settings")] | Annotated[Component, Tag("component")], OR_COMPONENT
+    ]
     """A `Component` is any scheduler of torch; its trials run alone."""
     trainer: TrainerConfig
     logger: Mapping[str, Component] = field(hash=False)
     """Lightning loggers by name. They get every metric that `steps.jsonl` has."""
     callbacks: Mapping[str, Component] = field(hash=False)
     """Lightning callbacks by name. Trials with callbacks run alone."""
-    seed: int
+    seed: Seed
     """Default of every seed in `seeds`."""
     seeds: SeedsConfig
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal
 
-from lorasweep.config.limits import NonNegative, Positive, PositiveFloat
+from pydantic.dataclasses import dataclass
+
+from lorasweep.config.build import NonNegative, Positive, PositiveFloat, Settings
 from lorasweep.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlurmConfig:
+class SlurmConfig(Settings):
     """Settings of workers that run as Slurm jobs: each job starts one node of the sweep's own Ray cluster."""
 
     name: Literal["slurm"]

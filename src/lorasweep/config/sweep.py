@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from pydantic import Field, Tag
+from pydantic.dataclasses import dataclass
+
+from lorasweep.config.build import OR_COMPONENT, AtLeastTwo, NonNegative, Positive, PositiveFloat, Settings
 from lorasweep.config.components import Component
-from lorasweep.config.limits import AtLeastTwo, NonNegative, Positive, PositiveFloat
 from lorasweep.config.slurm import SlurmConfig
 from lorasweep.errors import ConfigError
 
@@ -28,7 +30,7 @@ def warn_of_few_seeds(num_seeds: int) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelBasedSampler:
+class ModelBasedSampler(Settings):
     """Sobol points first; then TPE or a Gaussian process proposes trials from finished and running ones."""
 
     name: Literal["tpe", "gp"]
@@ -37,14 +39,14 @@ class ModelBasedSampler:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FixedSampler:
+class FixedSampler(Settings):
     """Sobol points, random points, or every combination once. Proposals do not depend on scores."""
 
     name: Literal["qmc", "random", "grid"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class HalvingPruner:
+class HalvingPruner(Settings):
     """Promotion-type successive halving (arXiv 1810.05934, algorithm 2): the best trials at a rung continue."""
 
     name: Literal["halving"]
@@ -67,20 +69,28 @@ class HalvingPruner:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoPruner:
+class NoPruner(Settings):
     """Every trial runs to its end."""
 
     name: Literal["none"]
 
 
-SamplerConfig = ModelBasedSampler | FixedSampler | Component
+SamplerConfig = Annotated[
+    Annotated[ModelBasedSampler | FixedSampler, Field(discriminator="name"), Tag("settings")]
+    | Annotated[Component, Tag("component")],
+    OR_COMPONENT,
+]
 """A component is any Optuna sampler: one of Optuna, of OptunaHub or of the user."""
-PrunerConfig = HalvingPruner | NoPruner | Component
+PrunerConfig = Annotated[
+    Annotated[HalvingPruner | NoPruner, Field(discriminator="name"), Tag("settings")]
+    | Annotated[Component, Tag("component")],
+    OR_COMPONENT,
+]
 """A component is any Optuna pruner: one of Optuna or of the user."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalWorker:
+class LocalWorker(Settings):
     """One worker in the process of the controller."""
 
     name: Literal["local"]
@@ -99,7 +109,7 @@ class LocalWorker:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RayWorkers:
+class RayWorkers(Settings):
     """Workers that are Ray actors, on this machine or on a cluster."""
 
     name: Literal["ray"]
@@ -117,11 +127,11 @@ class RayWorkers:
     """As for `local`."""
 
 
-WorkerConfig = LocalWorker | RayWorkers | SlurmConfig
+WorkerConfig = Annotated[LocalWorker | RayWorkers | SlurmConfig, Field(discriminator="name")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepSettings:
+class SweepSettings(Settings):
     """Settings of the whole sweep."""
 
     trials: Positive | None
@@ -167,10 +177,10 @@ def parse_margin(setting: float | str) -> Margin:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConfirmConfig:
+class ConfirmConfig(Settings):
     """The stage after the search: trains the chosen settings on fresh seeds, and answers the sweep's questions."""
 
-    seeds: Annotated[int, (">=", 0), ("<=", MAX_CONFIRM_SEEDS)] | Literal["auto"]
+    seeds: Annotated[int, Field(strict=True, ge=0, le=MAX_CONFIRM_SEEDS)] | Literal["auto"]
     """Number of fresh seeds, 0 to 1000; 0 skips the stage, and fewer than 3 give a warning. `auto` trains in groups up
     to each of `looks`, and stops as soon as the questions are settled or can't be."""
     looks: tuple[Positive, ...]
@@ -203,7 +213,7 @@ class ConfirmConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig:
+class SweepConfig(Settings):
     """Sampler, pruner, workers and stages of a sweep."""
 
     sampler: SamplerConfig

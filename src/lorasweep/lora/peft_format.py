@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lorasweep.config.build import build
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.peft_settings import ALL_LINEAR_PATTERN, convert_from_peft, int_if_whole
 from lorasweep.lora.fully_trained import match_modules_to_save, trained_modules
@@ -125,7 +126,7 @@ def _build_config(raw: Mapping[str, Any], model: nn.Module) -> LoraConfig:
         settings[key] = {p: settings[key][p] for p in _keep_matching_patterns(settings[key], names)}
     for key in ("exclude", "modules_to_save"):
         settings[key] = _keep_matching_patterns(settings[key], names)
-    return LoraConfig(**settings)
+    return build(LoraConfig, settings, key="method")
 
 
 def _drop_unused_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:

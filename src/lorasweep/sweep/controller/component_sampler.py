@@ -16,7 +16,8 @@ from optuna.samplers import BaseSampler
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, create_trial
 
-from lorasweep.config.components import TARGET, Component, argument_names, instantiate, require_package
+from lorasweep.config.build import TARGET
+from lorasweep.config.components import Component, argument_names, instantiate, require_package
 from lorasweep.config.data import Direction
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.controller.encoding import Point

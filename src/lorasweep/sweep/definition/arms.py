@@ -16,9 +16,8 @@ from typing import Any
 
 from optuna.distributions import CategoricalDistribution
 
-from lorasweep.config.build import as_settings, build
+from lorasweep.config.build import TARGET, NonNegative, as_settings, build
 from lorasweep.config.command_line import parse_overrides
-from lorasweep.config.components import TARGET
 from lorasweep.config.compose import (
     LIST_GROUPS,
     LIST_SETTINGS,
@@ -31,7 +30,6 @@ from lorasweep.config.compose import (
     known_keys,
     layer_settings,
 )
-from lorasweep.config.limits import NonNegative
 from lorasweep.config.ranges import is_number
 from lorasweep.config.run import METHODS_ON_QUANTISED_BASE, RunConfig
 from lorasweep.config.sweep import SweepConfig

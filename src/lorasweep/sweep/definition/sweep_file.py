@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from pydantic.dataclasses import dataclass
 
-from lorasweep.config.build import build
+from lorasweep.config.build import Positive, Settings, build
 from lorasweep.config.compose import packaged_folder, refuse_resolvers
-from lorasweep.config.limits import Positive
 from lorasweep.config.yaml_file import load_yaml
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.alpha_over_rank import spell_out_multiplier
@@ -24,7 +24,7 @@ MAX_NAME_CHARACTERS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArmConfig:
+class ArmConfig(Settings):
     """One arm as in a sweep file."""
 
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class ArmConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepFile:
+class SweepFile(Settings):
     """The content of a sweep file."""
 
     name: str = "sweep"
