@@ -13,10 +13,8 @@ from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary as EventSummary
-from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
-from tensorboard.plugins.hparams import metadata as hparams_metadata
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
-from tensorboard.plugins.text import metadata as text_metadata
+from tensorboard.plugins.text.metadata import create_summary_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 
@@ -26,6 +24,7 @@ from lorasweep.redaction import redact
 from lorasweep.report.answers import AnswerLine
 from lorasweep.report.sweep_data import SweepData
 
+Value = EventSummary.Value
 HPARAMS_FOLDER = "hparams"
 """The row has a separate folder in the run's, so that TensorBoard's table has the row's metrics and no curves."""
 BOARD_FOLDER = "tensorboard"
@@ -38,9 +37,6 @@ ARM_TAG = "best trial of each arm"
 
 COSTS = ("trainable_params", "peak_memory_bytes", "wall_s")
 """The fields of a run's record that a row has."""
-
-StepSummary = tuple[int, EventSummary]
-"""A step and what TensorBoard shows at it."""
 
 
 def write_run_hparams(record: RunRecord, folder: Path, swept: Mapping[str, Any]) -> None:
@@ -63,8 +59,10 @@ def write_board(data: SweepData, answers: Sequence[AnswerLine], folder: Path) ->
     HParams has a row per trial, Scalars the best validation curve of each subject in one chart, and Text the answers.
     """
     lines = [f"- **{line.question}** {line.text}" for line in answers]
-    page = f"Figures and tables are in the page `{data.folder.absolute().name}/report/index.html`."
-    _write_events(folder / "arms", [(0, _text("answers", "\n".join([*lines, "", page])))])
+    lines += ["", f"Figures and tables are in the page `{data.folder.absolute().name}/report/index.html`."]
+    as_text = create_summary_metadata(display_name="answers", description="")
+    answer = Value(tag="answers", metadata=as_text, tensor=make_tensor_proto(["\n".join(lines)]))
+    _write_events(folder / "arms", [(0, answer)])
     _write_arms(data, folder / "arms")
     _write_trials(data, folder / "trials")
 
@@ -78,7 +76,7 @@ def _write_arms(data: SweepData, folder: Path) -> None:
             curve = (*curve, (last_step, curve[0][1]))
         if curve:
             tag = f"{ARM_TAG}/{data.record.metric}"
-            _write_events(folder / arm.name, [(step, _scalar(tag, value)) for step, value in curve])
+            _write_events(folder / arm.name, [(step, Value(tag=tag, simple_value=value)) for step, value in curve])
 
 
 def _write_trials(data: SweepData, folder: Path) -> None:
@@ -116,35 +114,17 @@ def _write_row(
         if value is not None
     }
     metrics = {**scores, **{cost: getattr(record, cost) for cost in COSTS}}
-    end = plugin_data_pb2.SessionEndInfo(status=api_pb2.STATUS_SUCCESS, end_time_secs=time.time())
-    ended = _summary(
-        hparams_metadata.SESSION_END_INFO_TAG,
-        metadata=hparams_metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=end)),
-        tensor=hparams_metadata.NULL_TENSOR,
-    )
-    values = [_scalar(key, value) for key, value in metrics.items() if value is not None and math.isfinite(value)]
-    _write_events(folder, [(0, one) for one in (hparams_pb(columns, trial_id=name), *values, ended)])
+    known = {key: value for key, value in metrics.items() if value is not None and math.isfinite(value)}
+    values = [*hparams_pb(columns, trial_id=name).value, *(Value(tag=k, simple_value=v) for k, v in known.items())]
+    _write_events(folder, [(0, value) for value in values])
 
 
-def _text(tag: str, markdown: str) -> EventSummary:
-    metadata = text_metadata.create_summary_metadata(display_name=tag, description="")
-    return _summary(tag, metadata=metadata, tensor=make_tensor_proto([markdown]))
-
-
-def _scalar(tag: str, value: float) -> EventSummary:
-    return _summary(tag, simple_value=value)
-
-
-def _summary(tag: str, **value: Any) -> EventSummary:
-    return EventSummary(value=[EventSummary.Value(tag=tag, **value)])
-
-
-def _write_events(folder: Path, summaries: Sequence[StepSummary]) -> None:
-    """Writes one event file in place of earlier ones."""
+def _write_events(folder: Path, values: Sequence[tuple[int, Any]]) -> None:
+    """Writes one event file with values by step, in place of earlier ones."""
     old = list(folder.glob(f"events.*{SUFFIX}"))
     writer = EventFileWriter(str(folder), filename_suffix=SUFFIX)
-    for step, summary in summaries:
-        writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+    for step, value in values:
+        writer.add_event(Event(wall_time=time.time(), step=step, summary=EventSummary(value=[value])))
     writer.close()
     # The new file is there before the old ones go.
     for path in old:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -40,7 +41,13 @@ FILE_READERS = {
     "training_arguments.py": "transformers",
 }
 """Who reads each file of recommended settings."""
-
+COSTS: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
+    ("trained", "trainable parameters", "trainable_params", wording.format_count),
+    ("steps", "optimizer steps done", "steps_done", wording.format_setting),
+    ("memory", "peak memory", "peak_memory_bytes", wording.format_bytes),
+    ("time", "time of the run", "wall_s", wording.format_seconds),
+)
+"""Columns of the table of trials: title, hover text, the field of the run's record, and how to format it."""
 Cell = tuple[str, float | str | None]
 """The text of a cell of the table of trials, and the value by which its column is sorted; None sorts last."""
 
@@ -68,7 +75,11 @@ def render_page(summary: Summary, panels: Sequence[Panel]) -> str:
             file_readers=FILE_READERS,
             columns=_list_columns(data),
             rows=[(trial, _build_cells(trial, summary)) for trial in select_trials(data).trials],
-            unfinished={state: _list_unfinished(data, state) for state in STATES if state != "complete"},
+            unfinished={
+                state: [run for run in (*data.trials, *data.confirm_runs) if run.state == state]
+                for state in STATES
+                if state != "complete"
+            },
             max_reasons=MAX_REASONS,
         )
     )
@@ -99,22 +110,6 @@ def figure_json(panel: Panel) -> Markup:
     return Markup(f"[{','.join(figure.to_json() for figure in panel.figures)}]")
 
 
-def _list_unfinished(data: SweepData, state: str) -> list[tuple[str, str, str, str]]:
-    """Returns name, run folder, settings or stage, and reason of each run in a state."""
-    stages = {"": data.trials, "confirm run": data.confirm_runs}
-    return [
-        (
-            trial.name,
-            trial.run,
-            stage or wording.format_settings(trial.params),
-            (trial.reason or "no reason recorded").strip(),
-        )
-        for stage, trials in stages.items()
-        for trial in trials
-        if trial.state == state
-    ]
-
-
 def _list_columns(data: SweepData) -> list[tuple[str, str]]:
     """Returns the titles of the table of trials with their hover texts."""
     return [
@@ -122,10 +117,7 @@ def _list_columns(data: SweepData) -> list[tuple[str, str]]:
         ("state", "complete, running, or why it stopped; `not better` than an answer that needs no training"),
         (wording.format_metric(data.record.metric), "best value on validation data"),
         *((wording.short_key(key), key) for key in data.swept_keys),
-        ("trained", "trainable parameters"),
-        ("steps", "optimizer steps done"),
-        ("memory", "peak memory"),
-        ("time", "time of the run"),
+        *((title, about) for title, about, _, _ in COSTS),
     ]
 
 
@@ -136,14 +128,8 @@ def _build_cells(trial: Trial, summary: Summary) -> list[Cell]:
     cells: list[Cell] = [(state, state), (wording.format_score(trial.value), trial.value)]
     for key in data.swept_keys:
         text, number = wording.format_setting(trial.params.get(key, "")), trial.numeric_setting(key)
-        is_swept = key in trial.params
-        cells.append((text, (text if number is None else number) if is_swept else None))
-    for name, form in (
-        ("trainable_params", wording.format_count),
-        ("steps_done", wording.format_setting),
-        ("peak_memory_bytes", wording.format_bytes),
-        ("wall_s", wording.format_seconds),
-    ):
+        cells.append((text, (text if number is None else number) if key in trial.params else None))
+    for _, _, name, form in COSTS:
         value = getattr(trial.record, name, None)
         cells.append((wording.UNKNOWN if value is None else form(value), value))
     return cells

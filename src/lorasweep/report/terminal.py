@@ -20,24 +20,16 @@ from lorasweep.wording import (
     UNKNOWN,
     count_decimals,
     count_percent_decimals,
-    format_bytes,
     format_count,
     format_estimate,
     format_metric,
     format_score,
-    format_seconds,
     format_settings,
-    format_share,
     format_share_estimate,
 )
 
-MAX_COLUMNS = 4
-"""Up to this many arms are columns of the table. More arms are rows."""
-BOLD_ROWS = ("arm", "test score", "search score")
 SEEDS = ("seed", "sweep.seed")
 """The settings in which sweeps of one definition differ."""
-MANY_ARMS_COLUMNS = ("arm", "best settings", "test score", "search score", "of full's gain", "trained")
-"""The columns if arms are rows, which must fit a terminal of 80 characters. The page has the others."""
 
 
 def render_terminal(*folders: Path) -> RenderableType:
@@ -99,24 +91,29 @@ def _find_fingerprint(sweep: SweepData, *keys: str) -> str | None:
 
 
 def _draw_arms(summary: Summary) -> Table:
+    """Returns a row for each subject; the page has more columns, which a terminal of 80 characters has no room for."""
     data = summary.data
+    found = [data.evidence.subject(arm.name) for arm in data.arms]
+    decimals = count_decimals(one.interval for one in found if one)
+    shares = [data.full_gain_share_of_arm(arm) for arm in data.arms]
+    share_decimals = count_percent_decimals(interval for _, interval in shares)
+    columns = {
+        "arm": [arm.name for arm in data.arms],
+        "best settings": [describe_setting(arm) for arm in data.arms],
+        "test score": [format_estimate(one.mean, one.interval, decimals=decimals) if one else UNKNOWN for one in found],
+        "search score": list_search_scores(summary),
+        "of full's gain": [format_share_estimate(*share, decimals=share_decimals) for share in shares],
+        "trained": [format_count(arm.cost("trainable_params")) for arm in data.arms],
+    }
+    if not data.evidence.subjects:
+        del columns["test score"]
     title = Text(f"{data.record.name}: {format_metric(data.record.metric)}", style="bold")
-    rows = _tabulate_arms(summary)
-    if len(data.arms) <= MAX_COLUMNS:
-        table = Table(show_header=False, title=title, title_justify="left")
-        table.add_column(style="dim")
-        for _ in data.arms:
-            table.add_column(justify="right", overflow="fold")
-        for name, cells in rows.items():
-            table.add_row(name, *(Text(cell, style="bold" if name in BOLD_ROWS else "") for cell in cells))
-        return table
     table = Table(title=title, title_justify="left")
-    rows = {name: cells for name, cells in rows.items() if name in MANY_ARMS_COLUMNS}
-    for name in rows:
+    for name in columns:
         is_text = name in ("arm", "best settings")
         table.add_column(name, justify="left" if is_text else "right", overflow="fold", no_wrap=name == "arm")
-    for arm_cells in zip(*rows.values(), strict=True):
-        table.add_row(*map(Text, arm_cells))
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*map(Text, cells))
     return table
 
 
@@ -140,42 +137,6 @@ def list_search_scores(summary: Summary) -> list[str]:
         beaten = f" (not better than {learning.answer.name})" if is_worse and learning.answer else ""
         marks.append(f"{'' if arm.best or not trial else f' ({trial.state})'}{beaten}")
     return [f"{format_score(score, beside=scores)}{mark}" for score, mark in zip(scores, marks, strict=True)]
-
-
-def _tabulate_arms(summary: Summary) -> dict[str, list[str]]:
-    """Returns, per name of a quantity, a text for each subject."""
-    data = summary.data
-    arms = data.arms
-    found = [data.evidence.subject(arm.name) for arm in arms]
-    decimals = count_decimals(one.interval for one in found if one)
-    confirmed = [format_estimate(one.mean, one.interval, decimals=decimals) if one else UNKNOWN for one in found]
-    shares = [data.full_gain_share_of_arm(arm) for arm in arms]
-    share_decimals = count_percent_decimals(interval for _, interval in shares)
-    return {
-        "arm": [arm.name for arm in arms],
-        "best settings": [describe_setting(arm) for arm in arms],
-        **({"test score": confirmed} if data.evidence.subjects else {}),
-        "search score": list_search_scores(summary),
-        "of full's gain": [format_share_estimate(*share, decimals=share_decimals) for share in shares],
-        "trained": [format_count(arm.cost("trainable_params")) for arm in arms],
-        "of base": [format_share(arm.cost("trainable_fraction")) for arm in arms],
-        "adapter": [format_bytes(arm.cost("adapter_bytes")) for arm in arms],
-        "memory": [_describe_memory(arm) for arm in arms],
-        "time": [format_seconds(arm.cost("wall_s")) for arm in arms],
-        **(
-            {"slots in use": [format_share(arm.occupancy) for arm in arms]}
-            if any(arm.occupancy for arm in arms)
-            else {}
-        ),
-        "trials": [arm.describe_states() for arm in arms],
-    }
-
-
-def _describe_memory(arm: ArmData) -> str:
-    """Returns the memory of the best trial's run, or of its whole pack with the number of runs in it."""
-    memory = format_bytes(arm.cost("peak_memory_bytes"))
-    pack = arm.best.record.pack if arm.best and arm.best.record else None
-    return f"{memory}, pack of {pack['slots']}" if pack else memory
 
 
 def is_one_definition(sweeps: Sequence[SweepData]) -> bool:
