@@ -107,11 +107,10 @@ def test_labels_decide_the_task_and_its_metric(tokenizer, kind, labels, names, t
 
 def test_balanced_weights_give_every_class_the_same_say_in_training_alone(tokenizer):
     source, _ = make_source(labelled, kind="single_label", label_names=("bad", "good"))
-    settings = config(data="table", class_weights="balanced", label_smoothing=0.1)
+    settings = config(data="table", class_weights="balanced")
     splits = build_splits(settings, source=source, tokenizer=tokenizer, model_kind="classifier")
     assert splits.train.weights.tolist() == [1.5, 0.75, 0.75]
     assert splits.validation.weights.tolist() == [1.0, 1.0, 1.0]
-    assert splits.task.label_smoothing == 0.1
     assert splits.train.describe()["labels"] == {"bad": 1, "good": 2}
 
 

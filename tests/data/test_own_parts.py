@@ -225,6 +225,3 @@ def test_a_component_is_a_metric_of_every_kind_of_data_and_names_stay():
         config = compose_run(given | needed.get(data, {}) | own.get(data, {}), require_all=False)
         assert config.data.metric.target == "torchmetrics.F1Score"
     assert compose_run({"data.metric": "loss"}).data.metric == "loss"
-    table = {"data": "table", "data.train": "a.csv", "data.task": "single_label", "data.label_smoothing": 0.1}
-    with pytest.raises(ConfigError, match=r"`data\.label_smoothing` must be 0 with `data\.loss`"):
-        compose_run(table | {"data.loss._target_": "torch.nn.CrossEntropyLoss"})

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from lorasweep.config.build import AtLeastTwo, Fraction, Positive, Settings
+from lorasweep.config.build import AtLeastTwo, Positive, Settings
 from lorasweep.config.components import Component
 from lorasweep.config.user_function import check_function_name
 from lorasweep.errors import ConfigError
@@ -206,8 +206,6 @@ class TableConfig(RowSettings):
     the labels themselves."""
     task: Literal["auto", LabelTask]
     """Kind of prediction. `auto` decides from the labels and prints its choice."""
-    label_smoothing: Fraction
-    """Share of each target that is spread evenly over all classes, 0 <= s < 1."""
     class_weights: Literal["none", "balanced"]
     """`balanced` weighs a class by examples / (classes · its examples) of the training split."""
     metric: LabelMetric | MetricComponent
@@ -300,19 +298,13 @@ def max_tokens_per_example(config: DataConfig) -> int:
 
 
 def check_label_settings(config: TableConfig, task: LabelTask) -> None:
-    """Raises ConfigError if the metric does not fit the task, or a setting for classes has no effect."""
+    """Raises ConfigError if the metric does not fit the task, or class weights have no effect."""
     if not isinstance(config.metric, MetricComponent) and config.metric not in ("auto", *METRICS_OF_TASK[task]):
         raise ConfigError(
             f"`data.metric` must be one of auto, {', '.join(METRICS_OF_TASK[task])} for `data.task={task}`, "
             f"but got {config.metric!r}."
         )
-    if config.loss is not None and config.label_smoothing:
+    if task != "single_label" and config.class_weights != "none":
         raise ConfigError(
-            f"`data.label_smoothing` must be 0 with `data.loss`, but got {config.label_smoothing!r}. "
-            "Give it to the loss."
-        )
-    if task != "single_label" and (config.label_smoothing, config.class_weights) != (0, "none"):
-        raise ConfigError(
-            f"`data.label_smoothing` must be 0 and `data.class_weights` none for `data.task={task}`, "
-            f"but got {config.label_smoothing!r} and {config.class_weights!r}, which would have no effect."
+            f"`data.class_weights` must be none for `data.task={task}`, but got {config.class_weights!r}."
         )

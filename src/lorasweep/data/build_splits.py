@@ -190,8 +190,7 @@ def describe_constant_answer(splits: DataSplits, label_names: Sequence[str]) -> 
 
 def _build_task(source: DataSource, config: DataConfig, validation: Split) -> Task:
     if source.kind == "single_label":
-        smoothing = config.label_smoothing if isinstance(config, TableConfig) else 0.0
-        return Classification(num_classes=len(source.label_names), label_smoothing=smoothing)
+        return Classification(num_classes=len(source.label_names))
     if source.kind == "multi_label":
         return MultiLabel(num_labels=len(source.label_names))
     if source.kind == "regression":

@@ -176,7 +176,7 @@ class LabelTask(Task):
 
     @abstractmethod
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Returns each example's loss, (examples,), without label smoothing and class weights."""
+        """Returns each example's loss, (examples,), without class weights."""
 
     @abstractmethod
     def fit_constant(self, labels: Tensor) -> Tensor:
@@ -228,11 +228,10 @@ class Classification(LabelTask):
     - `accuracy`: fraction of examples whose class is right.
     - `f1`: for two classes, F1 of the second class (as GLUE scores MRPC and QQP). Otherwise the mean over classes.
     - `matthews`: Matthews' correlation coefficient; 0 if all predictions or all labels are equal.
-    - `loss`: mean cross-entropy in nats, without class weights or smoothing.
+    - `loss`: mean cross-entropy in nats, without class weights.
     """
 
     num_classes: int
-    label_smoothing: float = 0.0
     metrics: tuple[str, ...] = METRICS_OF_TASK["single_label"]
 
     def fit_constant(self, labels: Tensor) -> Tensor:
@@ -244,11 +243,6 @@ class Classification(LabelTask):
 
     def _predict(self, logits: Tensor) -> Tensor:
         return logits.argmax(-1)
-
-    def _train_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        if self.own_loss is not None:
-            return self._apply_own_loss(logits, targets)
-        return cross_entropy(logits, targets, reduction="none", label_smoothing=self.label_smoothing)
 
     def _to_metric_input(self, logits: Tensor) -> Tensor:
         probabilities = logits.softmax(-1)
@@ -319,8 +313,8 @@ class Regression(LabelTask):
         return logits.squeeze(-1)
 
     def _train_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        numbers = self._predict(logits)
-        return (numbers - targets).square() if self.own_loss is None else self._apply_own_loss(numbers, targets)
+        # an own loss gets the numbers
+        return self._loss(logits, targets) if self.own_loss is None else self._apply_own_loss(logits[..., 0], targets)
 
     def compute_metrics(self, scores: ExampleScores) -> dict[str, Tensor]:
         """Returns each metric; a correlation is 0 if all predictions or all targets are equal."""
