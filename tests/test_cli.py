@@ -15,13 +15,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-import lorasweep
 import lorasweep.sweep.workers.worker as worker_file
 import lorasweep.training.inputs as workbench_file
 from lorasweep import api
 from lorasweep.cli import DONE, FAILED, INTERRUPTED, WRONG_REQUEST, main, run
-from lorasweep.errors import Diverged, OutOfMemory
-from lorasweep.record import ArmRow, SweepRecord, read_run, read_sweep, write_record
+from lorasweep.errors import Diverged
+from lorasweep.record import read_run, read_sweep
 from lorasweep.training.stop_signal import StopSignal
 
 MINI = {
@@ -192,14 +191,6 @@ def test_train_takes_a_mapping_by_layer_as_hydra_does(capsys, here, override):
     assert run(["train", "--cfg", "job", override, "++method.rank=3"]) == DONE
     method = yaml.safe_load(capsys.readouterr().out)["method"]
     assert (method["rank"], method["rank_pattern"]) == (3, {"down_proj": 2})
-
-
-@pytest.mark.slow
-def test_several_folders_of_which_one_is_no_sweep_are_refused_before_any_report_is_written(here, mini, capsys):
-    assert run(["sweep", mini]) == DONE
-    before = {path: path.stat().st_mtime_ns for path in here.rglob("*")}
-    assert run(["compare", "outputs/mini", "nowhere"]) == WRONG_REQUEST
-    assert {path: path.stat().st_mtime_ns for path in here.rglob("*")} == before
 
 
 @pytest.mark.parametrize(
@@ -446,21 +437,6 @@ def test_train_runs_once_in_a_new_folder_and_says_the_score(capsys, here, short)
     assert {path.name for path in (here / "outputs" / "train").iterdir()} == {"0001", "0002"}
 
 
-@pytest.mark.slow
-def test_train_takes_the_settings_that_a_sweep_recommends_and_says_so(here, mini, capsys):
-    assert run(["sweep", mini, "sweep.output=s"]) == DONE
-    best = min(read_sweep(here / "s").trials[1:], key=lambda row: row.value)
-    assert run(["train", "--from", "s", "output=one"]) == DONE
-    assert f"settings of trial {best.number} of arm `lora` in {here / 's'}" in capsys.readouterr().err
-    assert run(["train", "--from=s/lora", "trainer.max_steps=3", "output=two"]) == DONE
-    one, two = read_run(here / "one"), read_run(here / "two")
-    assert one.origin == two.origin == {"sweep": str(here / "s"), "name": "mini", "arm": "lora", "trial": best.number}
-    assert (one.config["method"]["rank"], one.steps_done, two.steps_done) == (best.params["method.rank"], 2, 3)
-    assert one.score == best.value  # the trial ran alone, with the same seed
-    found = lorasweep.train_run({"trainer.max_steps": 1}, from_sweep="s", output="three")
-    assert (found.record.origin, found.record.steps_done) == (one.origin, 1)
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -600,82 +576,6 @@ def test_a_sweep_whose_trials_all_fail_ends_with_1_and_says_where_to_look(capsys
     assert read_sweep(Path("outputs/mini")).status == "interrupted"
 
 
-@pytest.mark.slow
-def test_a_sweep_goes_from_file_to_report(capsys, here, mini):
-    assert run(["sweep", mini, "arms.lora.trials=3"]) == DONE
-    shown = capsys.readouterr().out
-    assert "sweep mini in outputs/mini" in shown
-    assert "report: outputs/mini/report/index.html" in shown
-    summary = json.loads((here / "outputs" / "mini" / "report" / "summary.json").read_text())
-    assert {arm["name"]: arm["trials"]["complete"] for arm in summary["arms"]} == {"frozen": 1, "lora": 3}
-    assert {path.name for path in here.iterdir()} == {"outputs", "mini.yaml"}
-    assert run(["compare", "outputs/mini"]) == DONE
-    again = capsys.readouterr().out
-    assert "report: outputs/mini/report/index.html" in again
-    assert run(["sweep", "--resume", "outputs/mini"]) == DONE
-    assert len(read_sweep(here / "outputs" / "mini").trials) == 4
-
-
-@pytest.mark.slow
-def test_a_finished_sweep_gets_a_confirm_stage(capsys, here, mini):
-    assert run(["sweep", mini]) == DONE
-    folder = here / "outputs" / "mini"
-    trials = read_sweep(folder).trials
-    assert read_sweep(folder).confirm == []
-    assert run(["sweep", "--resume", "outputs/mini", "confirm.seeds=2"]) == DONE
-    record = read_sweep(folder)
-    assert record.trials == trials
-    assert [(row.arm, row.state) for row in record.confirm] == [
-        ("frozen", "complete"),
-        ("lora", "complete"),
-        ("lora", "complete"),
-    ]
-    trial_of = {row.subject: row.trial for row in record.settings}
-    for row in record.confirm:
-        kept = read_run(folder / row.run)
-        assert (kept.arm, kept.trial, kept.config["seed"]) == (row.arm, trial_of[row.subject], row.seed)
-        assert row.value == kept.test["bits_per_byte"]
-        assert (folder / row.run / "test_scores.csv").is_file()
-    capsys.readouterr()
-    assert run(["sweep", "--resume", "outputs/mini", "confirm.seeds=1"]) == WRONG_REQUEST
-    assert "`confirm.seeds >= 2` must hold" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("is_complete", [True, False])
-def test_an_arm_without_the_test_score_that_was_asked_for_is_exit_code_1(capsys, here, mini, monkeypatch, is_complete):
-    true_score = worker_file.score_run
-
-    def score(folder, **others):
-        if folder.name.startswith("lora") and not is_complete:
-            raise OutOfMemory("the evaluation needs 2 GiB.")
-        return true_score(folder, **others)
-
-    monkeypatch.setattr(worker_file, "score_run", score)
-    assert run(["sweep", mini, "confirm.seeds=1"]) == (DONE if is_complete else FAILED)
-    printed = capsys.readouterr()
-    assert "report: outputs/mini/report/index.html" in printed.out
-    said = [line for line in printed.err.splitlines() if line.startswith("lorasweep: ")]
-    assert len(said) == (not is_complete)
-    assert all("arm `lora`" in line and "the evaluation needs 2 GiB. The" in line for line in said)
-
-
-@pytest.mark.slow
-def test_warnings_are_printed_before_the_first_trial(capsys, here, mini):
-    assert run(["sweep", mini, "confirm.seeds=1"]) == DONE
-    lines = capsys.readouterr().out.splitlines()
-    (warning,) = [n for n, line in enumerate(lines) if line.startswith("warning: `confirm.seeds` is 1")]
-    first = next(n for n, line in enumerate(lines) if line.startswith("frozen 1/1"))
-    assert warning < first
-
-
-@pytest.mark.slow
-def test_two_sweeps_of_one_name_have_two_folders(here, mini):
-    words = ["sweep", mini, "arms.lora.method.rank=1"]
-    assert run(words) == run(words) == DONE
-    assert {path.name for path in (here / "outputs").iterdir()} == {"mini", "mini-2"}
-
-
 def test_a_composed_sweep_is_shown_with_all_settings_and_ranges(capsys, here, mini):
     over_rank = "arms.lora.method.alpha={over_rank: [1, 2]}"
     assert run(["sweep", mini, "--cfg", "job", over_rank, "sampler=random", "optim.weight_decay=0.1"]) == DONE
@@ -756,95 +656,6 @@ def test_reproduce_says_identical_or_the_first_step_that_differs(here, short, ca
     assert {path.name for path in (here / "outputs" / "reproduce").iterdir()} == {"one"}
 
 
-@pytest.mark.slow
-def test_reproduce_runs_a_whole_sweep_again_and_says_identical(here, mini, capsys):
-    assert run(["sweep", mini, "sweep.output=s", "confirm.seeds=1"]) == DONE
-    before = {path: path.read_bytes() for path in (here / "s").rglob("*") if path.is_file()}
-    capsys.readouterr()
-    assert run(["reproduce", "s"]) == DONE
-    assert capsys.readouterr().out.splitlines()[-1] == (
-        "identical: all 5 runs, their decisions, losses and scores: outputs/reproduce/s"
-    )
-    again = read_sweep(here / "outputs" / "reproduce" / "s")
-    assert again.status == "complete"
-    assert [row.value for row in again.trials] == [row.value for row in read_sweep(here / "s").trials]
-    assert {path: path.read_bytes() for path in (here / "s").rglob("*") if path.is_file()} == before
-
-
-@pytest.mark.slow
-def test_a_grown_sweep_keeps_its_trials_and_is_reproduced_to_the_last_bit(here, mini, capsys):
-    (here / mini).write_text((here / mini).read_text().replace("pack_size: 1", "pack_size: 2"))
-    arm = "{settings: {method: lora, method.variant: dora}, space: {method.rank: [1, 2]}, trials: 2}"
-    space = "arms.lora.method.rank=[1,2,4,8]"
-    assert run(["sweep", mini, "sweep.output=s", space, "confirm.seeds=1"]) == DONE
-    before = read_sweep(here / "s")
-    assert run(["sweep", "--resume", "s", "arms.lora.trials=4", f"arms.dora={arm}"]) == DONE
-    after = read_sweep(here / "s")
-    assert [row for row in after.trials if row in before.trials] == before.trials
-    assert [(arm.name, arm.trials) for arm in after.arms] == [("frozen", 1), ("lora", 4), ("dora", 2)]
-    assert {row.arm for row in after.confirm} == {"frozen", "lora", "dora"}
-    assert (here / "s" / "report" / "index.html").is_file()
-    assert run(["reproduce", "s"]) == DONE
-    assert "identical: all " in capsys.readouterr().out.splitlines()[-1]
-    assert run(["sweep", "--resume", "s", "arms.lora.trials=3"]) == WRONG_REQUEST
-    assert "`arms.lora.trials >= 4` must hold, the number so far, but got 3." in capsys.readouterr().err
-
-
-def test_reproduce_says_where_a_sweep_first_differs_and_ends_with_1(here, mini, capsys):
-    assert run(["sweep", mini, "sweep.output=s"]) == DONE
-    log = here / "s" / "runs" / "lora-0001" / "steps.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
-    rows[0]["loss"] += 1.0
-    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    capsys.readouterr()
-    assert run(["reproduce", "s", "--output", "new"]) == FAILED
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith(f"different: trial lora-1, step 1: `loss` was {rows[0]['loss']!r} and is ")
-    assert last.endswith(": new")
-
-
-def test_a_sweep_that_is_not_complete_is_not_reproduced(here, mini, capsys):
-    assert run(["sweep", mini, "sweep.output=s"]) == DONE
-    for status in ("interrupted", "running"):
-        record = read_sweep(here / "s")
-        record.status = status
-        write_record(record, here / "s")
-        before = files_below(here)
-        capsys.readouterr()
-        assert run(["reproduce", "s"]) == WRONG_REQUEST
-        output = capsys.readouterr()
-        assert output.err == f"lorasweep: a sweep must be complete to be reproduced, but 's' is {status}.\n"
-        assert output.out == ""
-        assert files_below(here) == before
-
-
-@pytest.mark.parametrize("words", [["--steps", "1"], ["--tolerance", "0.1"]])
-def test_a_sweep_is_reproduced_as_a_whole_only(here, mini, capsys, words):
-    assert run(["sweep", mini, "sweep.output=s"]) == DONE
-    before = files_below(here)
-    capsys.readouterr()
-    assert run(["reproduce", "s", *words]) == WRONG_REQUEST
-    assert f"`{words[0]}` must be missing with a sweep" in capsys.readouterr().err
-    assert files_below(here) == before
-
-
-def test_reproduce_repeats_one_trial_of_a_sweep(here, mini, capsys):
-    assert run(["sweep", mini, "sweep.output=s"]) == DONE
-    capsys.readouterr()
-    assert run(["reproduce", "--trial", "s/lora/1", "--steps", "1"]) == DONE
-    assert "of s/runs/lora-0001 and outputs/reproduce/lora-0001" in capsys.readouterr().out
-    assert run(["reproduce", "--trial", "s/lora/7"]) == WRONG_REQUEST
-    assert (
-        "`--trial` must be SWEEP/ARM/NUMBER of a trial that has started (arms: frozen, lora)" in capsys.readouterr().err
-    )
-    raw = json.loads((here / "s" / "sweep.json").read_text())
-    for row in raw["trials"]:
-        row["run"] = "../elsewhere"
-    (here / "s" / "sweep.json").write_text(json.dumps(raw))
-    assert run(["reproduce", "--trial", "s/lora/1"]) == WRONG_REQUEST
-    assert "a trial's run must be inside the sweep's folder, but '../elsewhere' is not." in capsys.readouterr().err
-
-
 def test_a_small_share_of_trained_parameters_is_not_shown_as_none(short, capsys):
     words = [word for word in short if not word.startswith("method.")]
     assert run(["train", "method=intrinsic", "method.dim=20", *words, "output=few"]) == DONE
@@ -860,33 +671,3 @@ def test_inspecting_what_trained_nothing_is_one_line_and_exit_code_2(short, caps
     assert output.err.count("\n") == 1
     assert "has `method=frozen`. Name a run of another method." in output.err
     assert output.out == ""
-
-
-def test_inspect_takes_a_sweep_alone(here, mini, capsys):
-    assert run(["sweep", mini]) == DONE
-    capsys.readouterr()
-    assert run(["inspect", "outputs/mini", "outputs/mini"]) == WRONG_REQUEST
-    assert "`OTHER_RUN` can't be given with a sweep" in capsys.readouterr().err
-    assert run(["inspect", "outputs/mini"]) == DONE
-    assert capsys.readouterr().out.startswith("lora: outputs/mini/runs/lora-")
-
-
-def test_compare_of_several_sweeps_prints_one_table_and_writes_each_report(capsys, here):
-    arm = ArmRow(name="lora", method="lora", trials=1, settings={}, space={}, sampler="tpe", pruner="none")
-    for name in ("one", "two"):
-        write_record(
-            SweepRecord(
-                status="complete",
-                name=name,
-                metric="loss",
-                direction="minimize",
-                margin="5%",
-                definition={},
-                arms=[arm],
-            ),
-            here / name,
-        )
-    assert run(["compare", "one", "two"]) == DONE
-    assert "setting of each subject" in capsys.readouterr().out
-    assert (here / "one/report/index.html").is_file()
-    assert (here / "two/report/index.html").is_file()
