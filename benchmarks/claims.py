@@ -61,6 +61,10 @@ class Claim:
     """Returns whether it holds; None if the answers leave it open."""
 
 
+FULL = "as_good_as_full"
+"""The question on which most claims rest."""
+
+
 def find(rows: Rows, question: str, subject: str) -> str:
     """Returns the verdict on a subject, or `open`."""
     return next((row["verdict"] for row in rows if (row["question"], row["subject"]) == (question, subject)), "open")
@@ -79,8 +83,17 @@ def agree(verdicts: Sequence[str], *, yes: Sequence[str], no: Sequence[str]) -> 
     return True if all(verdict in yes for verdict in verdicts) else None
 
 
+def any_better(rows: Rows, subjects: Sequence[str]) -> bool:
+    """Returns whether one of the subjects is better than full fine-tuning."""
+    return any(find(rows, FULL, subject) == "better" for subject in subjects)
+
+
+def decide(*, holds: bool, fails: bool) -> bool | None:
+    """Returns True or False, or None if the answers leave it open. NaN makes both comparisons false."""
+    return True if holds else False if fails else None
+
+
 GOOD, BAD = ("equivalent", "better", "not worse"), ("worse",)
-FULL = "as_good_as_full"
 STATEMENTS = (
     Claim(
         statement="LoRA reaches full fine-tuning with a small share of the parameters.",
@@ -100,57 +113,45 @@ STATEMENTS = (
         statement="A base that has seen similar data needs a lower rank.",
         test="Rank 1 keeps a larger share of full's gain on near data than on far data: the intervals do not overlap.",
         results=("ladder-far", "ladder-near"),
-        judge=lambda of: (
-            True
-            if value(of[1], "lora-rank-1", "low") > value(of[0], "lora-rank-1", "high")
-            else False
-            if value(of[1], "lora-rank-1", "high") < value(of[0], "lora-rank-1", "low")
-            else None
+        judge=lambda of: decide(
+            holds=value(of[1], "lora-rank-1", "low") > value(of[0], "lora-rank-1", "high"),
+            fails=value(of[1], "lora-rank-1", "high") < value(of[0], "lora-rank-1", "low"),
         ),
     ),
     Claim(
         statement="α/r = 1 is full fine-tuning.",
         test="At rank 8 and α = 8, LoRA is equivalent to full fine-tuning, and α = 1 is not.",
         results=("alpha-far",),
-        judge=lambda of: (
-            False
-            if find(of[0], FULL, "lora-alpha-8") in BAD or find(of[0], FULL, "lora-alpha-1") in GOOD
-            else agree([find(of[0], FULL, "lora-alpha-8")], yes=("equivalent",), no=())
+        judge=lambda of: decide(
+            holds=find(of[0], FULL, "lora-alpha-8") == "equivalent" and find(of[0], FULL, "lora-alpha-1") not in GOOD,
+            fails=find(of[0], FULL, "lora-alpha-8") in BAD or find(of[0], FULL, "lora-alpha-1") in GOOD,
         ),
     ),
     Claim(
         statement="α and the learning rate are nearly one knob.",
         test="The shares of α = 1 and α = 64, each at its best rate, differ by less than 0.05 (over 0.1: fails).",
         results=("alpha-far",),
-        judge=lambda of: (
-            False
-            if abs(value(of[0], "lora-alpha-1") - value(of[0], "lora-alpha-64")) > 0.1
-            else True
-            if abs(value(of[0], "lora-alpha-1") - value(of[0], "lora-alpha-64")) < 0.05
-            else None
+        judge=lambda of: decide(
+            holds=abs(value(of[0], "lora-alpha-1") - value(of[0], "lora-alpha-64")) < 0.05,
+            fails=abs(value(of[0], "lora-alpha-1") - value(of[0], "lora-alpha-64")) > 0.1,
         ),
     ),
     Claim(
         statement="Adapting all layers matters more than the variant of LoRA.",
         test="At rank 8 attention alone is worse than full fine-tuning, and no variant is better than it.",
         results=("methods-far",),
-        judge=lambda of: (
-            False
-            if find(of[0], FULL, "attention") in GOOD
-            or any(find(of[0], FULL, name) == "better" for name in ("rslora", "loraplus", "dora"))
-            else agree([find(of[0], FULL, "attention")], yes=BAD, no=())
+        judge=lambda of: decide(
+            holds=find(of[0], FULL, "attention") in BAD and not any_better(of[0], ("rslora", "loraplus", "dora")),
+            fails=find(of[0], FULL, "attention") in GOOD or any_better(of[0], ("rslora", "loraplus", "dora")),
         ),
     ),
     Claim(
         statement="A few hundred random directions reach 90 % of full fine-tuning's gain.",
         test="1,000 directions keep at least 90 % of the gain, on far and on near data.",
         results=("directions-far", "directions-near"),
-        judge=lambda of: (
-            True
-            if all(value(rows, "intrinsic-dim-1000", "low") >= 0.9 for rows in of)
-            else False
-            if any(value(rows, "intrinsic-dim-1000", "high") < 0.9 for rows in of)
-            else None
+        judge=lambda of: decide(
+            holds=all(value(rows, "intrinsic-dim-1000", "low") >= 0.9 for rows in of),
+            fails=any(value(rows, "intrinsic-dim-1000", "high") < 0.9 for rows in of),
         ),
     ),
 )
