@@ -74,8 +74,6 @@ def test_choice_without_a_complete_trial_is_named_and_the_other_is_not_the_best(
     untried = "Nothing is known about `method.rank` 16: no complete trial of `lora` has it."
     assert untried in summary.sentences
     assert not any("best `method.rank`" in text for text in summary.sentences)
-    lora = next(one for one in summary.recommended if one.arm == "lora")
-    assert lora.sentences[0].endswith("No complete trial has rank 16.")
 
     def stop_early(raw: dict[str, Any]) -> None:
         pruned = next(trial for trial in raw["trials"] if trial["state"] == "pruned")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from lorasweep.report.evidence.questions import NEGATIVE_VERDICTS, POSITIVE_VERDICTS, Answer
+from lorasweep.report.evidence.questions import NEGATIVE_VERDICTS, POSITIVE_VERDICTS
 from lorasweep.report.sweep_data import ArmData, SweepData
 
 
@@ -16,8 +16,6 @@ class Choice:
 
     arm: ArmData
     is_settled: bool
-    answers: tuple[Answer, ...]
-    """The answers that decide about it, those that are open first."""
 
 
 def choose_value(data: SweepData, arm: str) -> Choice | None:
@@ -34,16 +32,12 @@ def choose_value(data: SweepData, arm: str) -> Choice | None:
     chain = data.evidence.list_answers("smallest", arm=arm)
     if not chain:
         best = min(subjects, key=lambda one: order_by_score(one, data))
-        return Choice(arm=best, is_settled=len(subjects) == 1, answers=())
-    sufficient = [answer for answer in chain if answer.verdict == "sufficient"]
-    smaller = [answer for answer in chain if answer.verdict != "sufficient"][-1:]
-    name = sufficient[0].subject if sufficient else chain[-1].compared_with[-1]
+        return Choice(arm=best, is_settled=len(subjects) == 1)
+    sufficient = [answer.subject for answer in chain if answer.verdict == "sufficient"]
+    smaller = [answer.verdict for answer in chain if answer.verdict != "sufficient"][-1:]
+    name = sufficient[0] if sufficient else chain[-1].compared_with[-1]
     chosen = next((one for one in subjects if one.name == name), subjects[-1])
-    return Choice(
-        arm=chosen,
-        is_settled=chosen.name == name and all(answer.verdict == "insufficient" for answer in smaller),
-        answers=(*smaller, *sufficient[:1]),
-    )
+    return Choice(arm=chosen, is_settled=chosen.name == name and set(smaller) <= {"insufficient"})
 
 
 def choose_arm(data: SweepData, methods: Sequence[str] | None = None) -> Choice | None:
@@ -59,24 +53,17 @@ def choose_arm(data: SweepData, methods: Sequence[str] | None = None) -> Choice 
     if not choices:
         return None
     beside_full = {one.arm.name: data.evidence.answer("as_good_as_full", one.arm.name) for one in choices}
-    known = {name: answer for name, answer in beside_full.items() if answer}
-    positive = [one for one in choices if (answer := known.get(one.arm.name)) and answer.verdict in POSITIVE_VERDICTS]
-    better = [one for one in positive if known[one.arm.name].verdict == "better"]
-    if positive:
-        chosen = (
-            min(better, key=lambda one: order_by_score(one.arm, data))
-            if better
-            else min(positive, key=lambda one: one.arm.cost("trainable_params") or math.inf)
-        )
-        return replace(chosen, answers=(known[chosen.arm.name], *chosen.answers))
-    chosen = min(choices, key=lambda one: order_by_score(one.arm, data))
-    found = [_compare(chosen.arm.name, one.arm.name, data) for one in choices if one is not chosen]
-    found.sort(key=lambda one: one[0])  # doubts first
-    return Choice(
-        arm=chosen.arm,
-        is_settled=chosen.is_settled and all(is_better for is_better, _ in found) and bool(data.evidence.subjects),
-        answers=(*(answer for _, answer in found if answer), *chosen.answers),
-    )
+    verdicts = {name: answer.verdict for name, answer in beside_full.items() if answer}
+    positive = [one for one in choices if verdicts.get(one.arm.name) in POSITIVE_VERDICTS]
+    better = [one for one in positive if verdicts[one.arm.name] == "better"]
+    if positive and not better:
+        return min(positive, key=lambda one: one.arm.cost("trainable_params") or math.inf)
+    chosen = min(better or choices, key=lambda one: order_by_score(one.arm, data))
+    if better:
+        return chosen
+    others = [one.arm.name for one in choices if one is not chosen]
+    is_best = bool(data.evidence.subjects) and all(_is_no_worse(chosen.arm.name, other, data) for other in others)
+    return Choice(arm=chosen.arm, is_settled=chosen.is_settled and is_best)
 
 
 def find_best_arm(method: str, data: SweepData) -> ArmData | None:
@@ -99,13 +86,11 @@ def find_value(arm: ArmData, data: SweepData) -> float | None:
     return arm.best.value if arm.best else None
 
 
-def _compare(subject: str, other: str, data: SweepData) -> tuple[bool, Answer | None]:
-    """Returns whether a subject is shown to be no worse than another, with the answer that compares them."""
+def _is_no_worse(subject: str, other: str, data: SweepData) -> bool:
+    """Returns whether an answer shows that a subject is no worse than another."""
     for answer in data.evidence.answers:
-        if answer.name == "smallest":
-            continue
-        if (answer.subject, answer.reference) == (subject, other):
-            return answer.verdict in POSITIVE_VERDICTS, answer
-        if (answer.subject, answer.reference) == (other, subject):
-            return answer.verdict in (*NEGATIVE_VERDICTS, "equivalent"), answer
-    return False, None
+        if answer.name != "smallest" and (answer.subject, answer.reference) == (subject, other):
+            return answer.verdict in POSITIVE_VERDICTS
+        if answer.name != "smallest" and (answer.subject, answer.reference) == (other, subject):
+            return answer.verdict in (*NEGATIVE_VERDICTS, "equivalent")
+    return False

@@ -15,7 +15,6 @@ import yaml
 from lorasweep.config.run import ALPHA, LR, RANK
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import SWEEP_FILE, Trial
-from lorasweep.report.answers import describe_answer, describe_regret
 from lorasweep.report.choice import Choice, choose_arm, choose_value, find_best_arm
 from lorasweep.report.findings import ONE_SEED, format_arm_score
 from lorasweep.report.learning import judge_learning
@@ -52,7 +51,7 @@ class Recommendation:
     is_settled: bool
     """Whether the answers settle that no other arm, and no smaller value of its key, is the one to use."""
     sentences: tuple[str, ...]
-    """The settings, their score, how sure the choice is, and how to get a confirmed adapter."""
+    """The settings, their score, and how to get a confirmed adapter."""
     settings: dict[str, str]
     """Names and values of the settings."""
     files: dict[str, str]
@@ -144,22 +143,14 @@ def _build(choice: Choice, data: SweepData, *, is_shown: bool, verb: str | None 
         arm=arm.name,
         is_settled=is_settled,
         sentences=(
-            f"{verb} {settings['method']} with {named}{steps} (`{arm.name}`).{_describe_untried(arm)}",
+            f"{verb} {settings['method']} with {named}{steps} (`{arm.name}`).",
             _describe_score(arm, data),
-            _describe_reasons(choice, data),
+            *([] if data.evidence.subjects else [ONE_SEED]),
             *_describe_export(arm, data),
         ),
         settings=settings,
         files=_write_files(arm, trial, data),
     )
-
-
-def _describe_untried(arm: ArmData) -> str:
-    """Returns a sentence about the choices that no complete trial of the arm has, or an empty text."""
-    untried = [
-        f"{LABELS.get(key, short_key(key))} {join_words(values, last='or')}" for key, values in arm.untried.items()
-    ]
-    return f" No complete trial has {join_words(untried, last='or')}." if untried else ""
 
 
 def _describe_export(arm: ArmData, data: SweepData) -> list[str]:
@@ -178,16 +169,6 @@ def _name_settings(arm: ArmData, trial: Trial) -> dict[str, str]:
         known = {key: value for key, value in known.items() if key not in (RANK, ALPHA)}
     named = {LABELS.get(key, short_key(key)): format_setting(v) for key, v in known.items() if v is not None}
     return named | {"method": METHOD_NAMES.get(arm.row.method, arm.row.method)}
-
-
-def _describe_reasons(choice: Choice, data: SweepData) -> str:
-    """Returns the answers that decide about the choice, or what they lack, as sentences."""
-    if not data.evidence.subjects:
-        return ONE_SEED
-    reasons = [f"{describe_answer(answer, data)}." for answer in choice.answers]
-    if not reasons and not choice.is_settled:
-        reasons = ["No question of the sweep compares it with the other arms."]
-    return " ".join([*reasons, f"{describe_regret(choice.arm, data)[0].capitalize()}."])
 
 
 def _describe_score(arm: ArmData, data: SweepData) -> str:

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lorasweep.record import SweepRecord
 from lorasweep.report.choice import find_value
 from lorasweep.report.figures.text import render_scores_by_value
 from lorasweep.report.summary import Summary, summarize
@@ -141,16 +143,13 @@ def list_search_scores(summary: Summary) -> list[str]:
 
 def is_one_definition(sweeps: Sequence[SweepData]) -> bool:
     """Returns whether sweeps ask the same questions of the same arms, so that they differ in their seeds alone."""
-    asked = [
-        [
-            replace(row, settings={key: value for key, value in row.settings.items() if key not in SEEDS})
-            for row in sweep.record.arms
-        ]
-        for sweep in sweeps
-    ]
-    records = [sweep.record for sweep in sweeps]
-    frame = [(record.metric, record.direction, record.margin, record.looks) for record in records]
-    return len(sweeps) > 1 and all((arms, one) == (asked[0], frame[0]) for arms, one in zip(asked, frame, strict=True))
+
+    def ask(record: SweepRecord) -> tuple[Any, ...]:
+        kept = [{key: value for key, value in row.settings.items() if key not in SEEDS} for row in record.arms]
+        arms = [replace(row, settings=settings) for row, settings in zip(record.arms, kept, strict=True)]
+        return arms, record.metric, record.direction, record.margin, record.looks
+
+    return len(sweeps) > 1 and all(ask(sweep.record) == ask(sweeps[0].record) for sweep in sweeps)
 
 
 def describe_spread(sweeps: Sequence[SweepData]) -> list[str]:
