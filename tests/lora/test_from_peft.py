@@ -8,11 +8,11 @@ from collections.abc import Callable
 import peft
 import pytest
 import torch
-from tests.lora.test_peft_format import IDS, make_bert, make_gpt2, make_llama, shake
+from tests.lora.test_peft_exchange import IDS, make_bert, make_gpt2, make_llama, shake
 from torch import nn
 
 from lorasweep.errors import ConfigError
-from lorasweep.lora import LoraConfig, inject_lora, load_lora_state, lora_state
+from lorasweep.lora import LoraConfig, inject_lora, lora_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
@@ -49,7 +49,8 @@ def test_layers_from_peft_compute_what_peft_computes(make: Callable[[], nn.Modul
         key: state[key] if key in state else biases[key.removeprefix("base_model.model.").replace(".base_layer", "")]
         for key in lora_state(ours)
     }
-    load_lora_state(ours, {key: t.float() for key, t in tensors.items()}, source="PEFT")
+    for key, tensor in lora_state(ours).items():
+        tensor.copy_(tensors[key].float())
     with torch.no_grad():  # what trains is fp32 here, so PEFT's values are rounded to it too
         for parameter in theirs.parameters():
             if parameter.requires_grad:

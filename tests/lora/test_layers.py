@@ -86,7 +86,7 @@ def test_a_copy_has_its_own_adapter() -> None:
 
 
 def test_says_its_rank_when_printed() -> None:
-    assert "rank=4, scaling=2, merged=False" in repr(make_layer())
+    assert "rank=4, scaling=2" in repr(make_layer())
 
 
 @pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook", "forward"])

@@ -14,7 +14,6 @@ from lorasweep.lora import (
     load_adapter,
     lora_layers,
     merge_lora,
-    remove_lora,
     save_adapter,
 )
 from lorasweep.lora.layer_kinds import dequantised_weight, is_quantised
@@ -68,16 +67,9 @@ def test_dequantised_weight_is_what_the_layer_multiplies_by() -> None:
 def test_removing_with_the_change_puts_dequantised_layers_in_place() -> None:
     model, x = adapt(make_quantised()), torch.randn(3, 8)
     expected = model(x)
-    remove_lora(model, merge=True)
+    merge_lora(model)
     assert type(model[0]) is nn.Linear
     torch.testing.assert_close(model(x), expected)
-
-
-def test_merging_into_a_quantised_weight_is_refused() -> None:
-    model = adapt(make_quantised())
-    with pytest.raises(ValueError, match="'0' is quantised"):
-        merge_lora(model)
-    assert not any(layer.is_merged for layer in lora_layers(model).values())
 
 
 @pytest.mark.parametrize(("setting", "value"), [("variant", "dora"), ("init", "pissa")])
@@ -117,7 +109,7 @@ def check_4_bit(device: str) -> None:
     assert losses[-1] < losses[0]
     assert torch.equal(model[0].base.weight, before)
     expected = model(x)
-    remove_lora(model, merge=True)
+    merge_lora(model)
     torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-4)  # kernels for 4 bits sum in another order
 
 

@@ -12,7 +12,7 @@ from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 
-from lorasweep.lora import LoraConfig, inject_lora, remove_lora
+from lorasweep.lora import LoraConfig, inject_lora, merge_lora
 from lorasweep.lora.inject import recompute_activations
 from lorasweep.lora.recompute import ActivationOutput, RecomputedActivation, restore_activations
 
@@ -315,7 +315,7 @@ def test_an_activation_with_hooks_stays_because_they_would_be_called_twice() -> 
 def test_removing_lora_restores_the_activations() -> None:
     model = make_mlp()
     act = model.act.base
-    remove_lora(model, merge=True)
+    merge_lora(model)
     assert model.act is act
 
 

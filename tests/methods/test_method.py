@@ -105,6 +105,11 @@ def test_head_lets_go_of_the_embeddings():
     assert base.model.config.tie_word_embeddings
 
 
+def make_loadable(base, name):
+    """A model that the method's `load` takes."""
+    return copy_sharing_weights(base.model) if METHODS[name].loads_onto_base else prepare(base, name, seed=1)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("name", TRAINING)
 def test_saved_weights_come_back_exactly(name, tied, tmp_path):
@@ -112,15 +117,16 @@ def test_saved_weights_come_back_exactly(name, tied, tmp_path):
     trained = prepare(base, name)
     train(trained, name)
     METHODS[name].save(trained, tmp_path / "new" / "best", base=base)
-    loaded = prepare(base, name, seed=1)
+    loaded = make_loadable(base, name)
     METHODS[name].load(loaded, tmp_path / "new" / "best")
+    loaded.eval()
     assert torch.equal(logits_of(loaded, name), logits_of(trained, name))
     assert not torch.equal(logits_of(loaded, name), logits_of(prepare(base, name), name))
     assert all(p.requires_grad for g in METHODS[name].trainable_groups(loaded, lr_ratio_b=1.0) for p in g.params)
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_saving_again_replaces_and_leaves_no_other_files(name, tmp_path):
+def test_saving_again_replaces_leaves_no_other_files_and_prints_nothing(name, tmp_path, capfd):
     base = make_base()
     model = prepare(base, name)
     METHODS[name].save(model, tmp_path, base=base)
@@ -128,17 +134,9 @@ def test_saving_again_replaces_and_leaves_no_other_files(name, tmp_path):
     train(model, name)
     METHODS[name].save(model, tmp_path, base=base)
     assert sorted(file.name for file in tmp_path.iterdir()) == files
-    loaded = prepare(base, name)
+    loaded = make_loadable(base, name)
     METHODS[name].load(loaded, tmp_path)
     assert torch.equal(logits_of(loaded, name), logits_of(model, name))
-
-
-@pytest.mark.parametrize("name", TRAINING)
-def test_saving_and_loading_print_nothing(name, tmp_path, capfd):
-    base = make_base()
-    model = prepare(base, name)
-    METHODS[name].save(model, tmp_path, base=base)
-    METHODS[name].load(model, tmp_path)
     assert capfd.readouterr() == ("", "")
 
 
@@ -185,7 +183,7 @@ def test_fully_trained_model_is_loaded_by_transformers(tmp_path, tied):
 @pytest.mark.parametrize("name", TRAINING)
 def test_missing_file_is_a_record_error(name, tmp_path):
     with pytest.raises(RecordError, match=str(tmp_path)):
-        METHODS[name].load(prepare(make_base(), name), tmp_path)
+        METHODS[name].load(make_loadable(make_base(), name), tmp_path)
 
 
 @pytest.mark.parametrize("name", TRAINING)
@@ -194,7 +192,7 @@ def test_cut_off_file_is_a_record_error_and_changes_nothing(name, tmp_path):
     METHODS[name].save(prepare(base, name), tmp_path, base=base)
     for file in tmp_path.glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:-10])
-    model = prepare(base, name, seed=1)
+    model = make_loadable(base, name)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(RecordError, match=str(tmp_path)):
         METHODS[name].load(model, tmp_path)
@@ -217,14 +215,6 @@ def test_model_of_another_shape_is_refused(tmp_path):
     other.config.intermediate_size = 40
     with pytest.raises(RecordError, match="LlamaForCausalLM"):
         METHODS["full"].load(other, tmp_path)
-
-
-def test_adapter_of_another_rank_is_refused(tmp_path):
-    base = make_base()
-    METHODS["lora"].save(prepare(base, "lora"), tmp_path, base=base)
-    other = prepare(base, "lora", config=LoraConfig(rank=3))
-    with pytest.raises(RecordError, match="must have shape"):
-        METHODS["lora"].load(other, tmp_path)
 
 
 @pytest.mark.parametrize(

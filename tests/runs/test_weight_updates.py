@@ -26,11 +26,12 @@ def merged_difference(model, base):
     """W - W0 of each LoRA layer from the library's own merge, by name."""
     merged = copy_sharing_weights(model)
     merge_lora(merged)
-    return {
-        name: weight_to_matrix(layer.base, layer.base.weight).double()
-        - weight_to_matrix(layer.base, base.model.get_submodule(name).weight).double()
-        for name, layer in lora_layers(merged).items()
-    }
+    difference = {}
+    for name in lora_layers(model):
+        layer, original = merged.get_submodule(name), base.model.get_submodule(name)
+        weight = layer.weight.double() - original.weight.double()
+        difference[name] = weight_to_matrix(original, weight)
+    return difference
 
 
 @pytest.mark.parametrize(

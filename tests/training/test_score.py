@@ -11,7 +11,6 @@ import torch
 
 from lorasweep.data.tasks import LANGUAGE_MODEL_METRICS
 from lorasweep.errors import RecordError
-from lorasweep.methods import METHODS
 from lorasweep.record import TEST_SCORES_FILE, compute_sha256, read_run
 from lorasweep.training.module import prepare_model
 from lorasweep.training.packs.pack import train_pack
@@ -64,8 +63,7 @@ def test_the_scores_are_those_of_the_best_weights_and_not_of_the_last(trained, i
     losses = {}
     blocks = inputs.splits.test().tokens
     for which in ("best", "last"):
-        model = prepare_model(make_config(), inputs.base).eval()
-        METHODS["lora"].load(model, folder / which)
+        model = restore_model(make_config(), inputs.base, folder=folder / which)
         with torch.no_grad():
             logits = model(input_ids=blocks[:, :-1]).logits
         losses[which] = torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten()).item()

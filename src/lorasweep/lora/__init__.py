@@ -8,10 +8,10 @@ all other parameters. `packed` trains many adapters at once on one base model.
 """
 
 from lorasweep.config.method import LoraConfig
-from lorasweep.lora.adapter_files import load_adapter, load_lora_state, lora_state, save_adapter
+from lorasweep.lora.adapter_files import load_adapter, lora_state, save_adapter
 from lorasweep.lora.inject import inject_lora
 from lorasweep.lora.layers import LoraLayer, lora_layers, split_lora_parameters
-from lorasweep.lora.merge import merge_lora, remove_lora, unmerge_lora
+from lorasweep.lora.merge import merge_lora, remove_lora
 from lorasweep.lora.packed.inject import (
     compact_slots,
     fill_slot,
@@ -31,7 +31,6 @@ __all__ = [
     "inject_lora",
     "inject_packed_lora",
     "load_adapter",
-    "load_lora_state",
     "lora_layers",
     "lora_state",
     "merge_lora",
@@ -40,5 +39,4 @@ __all__ = [
     "set_dropout_streams",
     "slot_model",
     "split_lora_parameters",
-    "unmerge_lora",
 ]

@@ -4,29 +4,47 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from lorasweep.config.build import build
 from lorasweep.config.method import LoraConfig, TrainedBias
+from lorasweep.config.peft_settings import ALL_LINEAR_PATTERN, convert_from_peft, int_if_whole
 from lorasweep.disk import require_regular_file, write_atomically
 from lorasweep.lora.fully_trained import find_trained_biases, get_bias_owner, match_modules_to_save, trained_modules
-from lorasweep.lora.functional import scaling_factor
-from lorasweep.lora.inject import inject_lora
+from lorasweep.lora.inject import check_not_injected, inject_lora
+from lorasweep.lora.layer_kinds import is_conv1d
 from lorasweep.lora.layers import LoraLayer, lora_layers
-from lorasweep.lora.merge import check_merged, require_lora_layers
-from lorasweep.lora.peft_format import KEY_PREFIX, config_from_peft, config_to_peft, get_peft_tensors, load_peft_tensors
-from lorasweep.lora.targets import get_pattern_value, plan_targets
+from lorasweep.lora.merge import require_lora_layers
+from lorasweep.lora.patterns import fits_pattern, is_name_ending
+from lorasweep.lora.targets import get_target_patterns, is_excluded, plan_targets
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 FINGERPRINT_KEY = "base_fingerprint"
+KEY_PREFIX = "base_model.model."
 MAX_CONFIG_BYTES = 2**24
 """Maximum size of `adapter_config.json` in bytes. A pattern for each of 100,000 layers fits."""
+# fmt: off
+UNSUPPORTED_KEYS = (
+    "alora_invocation_tokens", "arrow_config", "corda_config", "eva_config", "kasa_config", "layer_replication",
+    "layers_pattern", "lora_bias", "lora_ga_config", "megatron_config", "monteclora_config", "target_parameters",
+    "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
+)
+# fmt: on
+"""Keys of PEFT's configuration that must be unset. If lorasweep ignored them, the loaded model would compute
+different outputs."""
+INITS_KEEPING_BASE = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+"""Values of PEFT's `init_lora_weights` that do not change the base's weights."""
 
 
 def lora_state(model: nn.Module) -> dict[str, Tensor]:
@@ -35,30 +53,9 @@ def lora_state(model: nn.Module) -> dict[str, Tensor]:
     The tensors share memory with the model's parameters, except computed ones (PiSSA, parts of fused projections).
     """
     layers, modules = lora_layers(model), {name: module.trained for name, module in trained_modules(model).items()}
-    biases = find_trained_biases(model, _get_bias_setting(layers), layers, modules)
+    bias: TrainedBias = next((layer.config.bias for layer in layers.values()), "none")
+    biases = find_trained_biases(model, bias, layers, modules)
     return {key: tensor.detach() for key, tensor in _name_tensors(layers, modules, biases).items()}
-
-
-def load_lora_state(model: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
-    """Sets the adapter's values from tensors with the names and shapes of `lora_state`.
-
-    Args:
-        model: A model with LoRA layers.
-        tensors: The new values.
-        source: Where the tensors come from, for error messages.
-
-    Raises:
-        ValueError: A name or shape differs. The model is then unchanged.
-    """
-    _check_tensors(tensors, lora_state(model), model, source)
-    state = {key.removeprefix(KEY_PREFIX): tensor for key, tensor in tensors.items()}
-    layers, modules = lora_layers(model), trained_modules(model)
-    for name, layer in layers.items():
-        load_peft_tensors(layer, {key: state[f"{name}.{key}"] for key in get_peft_tensors(layer)})
-    for name, module in modules.items():
-        module.trained.load_state_dict({key: state[f"{name}.{key}"] for key in module.trained.state_dict()})
-    for name, bias in find_trained_biases(model, _get_bias_setting(layers), layers, modules).items():
-        bias.data.copy_(state[_build_bias_key(name, layers)])
 
 
 def save_adapter(
@@ -70,6 +67,8 @@ def save_adapter(
     base_revision: str | None = None,
 ) -> None:
     """Writes the adapter of `model`, for `load_adapter` and for PEFT. Each file is written atomically.
+
+    PiSSA is written as a plain LoRA of twice the rank, and parts of a fused projection as one plain LoRA.
 
     Args:
         model: A model with LoRA layers. The base's weights are not written.
@@ -85,60 +84,56 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     # clones, because safetensors refuses two tensors that share memory, such as tied weights
     tensors = {key: tensor.cpu().contiguous().clone() for key, tensor in lora_state(model).items()}
-    metadata = {"format": "pt"} | ({} if base_fingerprint is None else {FINGERPRINT_KEY: base_fingerprint})
+    # at most one key, because safetensors writes several in random order, and equal adapters must give equal bytes
+    metadata = None if base_fingerprint is None else {FINGERPRINT_KEY: base_fingerprint}
     config = config_to_peft(layers, model, base_path=base_path) | {"revision": base_revision}
     # weights first: if the process stops in between, a folder with a configuration still has its weights
-    write_atomically(folder / WEIGHTS_FILE, serialise(tensors, metadata=metadata))
+    write_atomically(folder / WEIGHTS_FILE, save(tensors, metadata=metadata))
     write_atomically(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
 
 
-def serialise(tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> bytes:
-    """Returns the bytes of a safetensors file. Equal tensors and metadata give equal bytes."""
-    content = save(dict(tensors), metadata=dict(metadata))
-    # safetensors writes the metadata in random order, so the header is replaced by one in sorted order. Its length is a
-    # multiple of 8, so that the data stays aligned.
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length]) | {"__metadata__": dict(sorted(metadata.items()))}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    padded = text + b" " * (-len(text) % 8)
-    return len(padded).to_bytes(8, "little") + padded + content[8 + length :]
-
-
 def load_adapter(model: nn.Module, folder: str | Path, *, base_fingerprint: str | None = None) -> None:
-    """Loads an adapter that `save_adapter` or PEFT wrote onto `model`. The adapter can be trained further.
-
-    The files contain PiSSA as a plain LoRA of twice the rank, and parts of a fused projection as one plain LoRA. A base
-    model gets these plain LoRA layers. A model that already has LoRA layers with the settings of the saved model keeps
-    PiSSA and the parts.
+    """Puts an adapter that `save_adapter` or PEFT wrote onto a base model. The adapter can be trained further.
 
     Args:
-        model: The base model, or a model with LoRA layers of the same names and ranks, whose values are overwritten.
+        model: The base model.
         folder: Contains `adapter_config.json` and `adapter_model.safetensors`.
-        base_fingerprint: Fingerprint of `model`'s base weights. It must equal the adapter's, if both are known.
+        base_fingerprint: Fingerprint of `model`'s weights. It must equal the adapter's, if both are known.
 
     Raises:
         ValueError: A file is missing or broken; the adapter has a feature that lorasweep does not support; its names,
-            shapes or fingerprint do not fit the model; or the model is merged. The model is then unchanged.
+            shapes or fingerprint do not fit the model; or the model has LoRA layers. The model is then unchanged.
     """
     folder = Path(folder)
-    source = f"the adapter in {str(folder)!r}"
+    check_not_injected(model)
     config = _read_config(folder / CONFIG_FILE, model)
     tensors, metadata = _read_tensors(folder / WEIGHTS_FILE)
     expected_fingerprint = metadata.get(FINGERPRINT_KEY)
     if None not in (expected_fingerprint, base_fingerprint) and expected_fingerprint != base_fingerprint:
         raise ValueError(
-            f"The base's fingerprint must be {expected_fingerprint!r} for {source}, but got {base_fingerprint!r}. "
-            "Load the base model on which the adapter was trained."
+            f"The base's fingerprint must be {expected_fingerprint!r} for the adapter in {str(folder)!r}, but got "
+            f"{base_fingerprint!r}. Load the base model on which the adapter was trained."
         )
-    layers = lora_layers(model)
     # all checks come before the first change, so that a refused model is unchanged
-    _check_tensors(tensors, lora_state(model) if layers else _build_expected_state(model, config), model, source)
-    if layers:
-        check_merged(layers, merged=False)
-        _check_scaling(layers, config, source)
+    _check_tensors(tensors, _build_expected_state(model, config), model, folder)
+    inject_lora(model, config, allow_full_rank=True, generator=torch.Generator())  # A and B are overwritten
+    for key, tensor in lora_state(model).items():
+        tensor.copy_(tensors[key])
+
+
+def get_peft_tensors(layer: LoraLayer) -> dict[str, Tensor]:
+    """Returns A, B and DoRA's magnitude of a layer, with PEFT's names and shapes."""
+    lora_a, lora_b = layer.get_plain_matrices()
+    magnitude: Tensor | None = layer.magnitude
+    if isinstance(layer.base, nn.Conv2d):
+        lora_a = lora_a.view(-1, *layer.weight.shape[1:])
+        lora_b = lora_b[:, :, None, None]
+        magnitude = None if magnitude is None else magnitude[None, :, None, None]
+    if isinstance(layer.base, nn.Embedding):
+        named = {"lora_embedding_A": lora_a, "lora_embedding_B": lora_b}
     else:
-        inject_lora(model, config, allow_full_rank=True, generator=torch.Generator())  # A and B are overwritten
-    load_lora_state(model, tensors, source=source)
+        named = {"lora_A.weight": lora_a, "lora_B.weight": lora_b}
+    return named if magnitude is None else {**named, "lora_magnitude_vector": magnitude}
 
 
 def _name_tensors(
@@ -150,17 +145,10 @@ def _name_tensors(
     }
     for name, module in modules.items():
         named |= {f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}
-    named |= {_build_bias_key(name, layers): bias for name, bias in biases.items()}
+    for name, bias in biases.items():
+        owner = get_bias_owner(name)
+        named[f"{owner}.base_layer.bias" if owner in layers else name] = bias
     return {f"{KEY_PREFIX}{name}": tensor for name, tensor in named.items()}
-
-
-def _build_bias_key(name: str, layers: Iterable[str]) -> str:
-    owner = get_bias_owner(name)
-    return f"{owner}.base_layer.bias" if owner in layers else name
-
-
-def _get_bias_setting(layers: Mapping[str, LoraLayer]) -> TrainedBias:
-    return next((layer.config.bias for layer in layers.values()), "none")
 
 
 def _build_expected_state(model: nn.Module, config: LoraConfig) -> dict[str, Tensor]:
@@ -172,8 +160,9 @@ def _build_expected_state(model: nn.Module, config: LoraConfig) -> dict[str, Ten
 
 
 def _check_tensors(
-    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], model: nn.Module, source: str
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], model: nn.Module, folder: Path
 ) -> None:
+    source = f"the adapter in {str(folder)!r}"
     remedy = "Use the base model and the settings with which the adapter was trained."
     for key, expected_tensor in expected.items():
         if key not in tensors:
@@ -193,20 +182,8 @@ def _check_tensors(
 def _is_copy_of_base(key: str, tensor: Tensor, model: nn.Module) -> bool:
     """Returns whether a tensor equals a base weight. PEFT also saves base weights of adapted embeddings and heads."""
     name, _, parameter = key.removeprefix(KEY_PREFIX).rpartition(".base_layer.")
-    module = dict(model.named_modules()).get(name)
-    base = getattr(getattr(module, "base", module), parameter, None) if parameter in ("weight", "bias") else None
-    return isinstance(base, Tensor) and base.shape == tensor.shape and torch.equal(tensor.to(base), base)
-
-
-def _check_scaling(layers: Mapping[str, LoraLayer], config: LoraConfig, source: str) -> None:
-    for name, layer in layers.items():
-        alpha = get_pattern_value(name, config.alpha_pattern, config.alpha)
-        stored = scaling_factor(alpha=alpha, rank=len(layer.get_plain_matrices()[0]), rule=config.scaling)
-        if not math.isclose(stored, layer.scaling, rel_tol=1e-6):
-            raise ValueError(
-                f"The scaling of {name!r} must be {layer.scaling:g}, but {source} has {stored:g}. "
-                "Inject LoRA with the `alpha` and `scaling` with which the adapter was trained."
-            )
+    base = dict(model.named_parameters(remove_duplicate=False)).get(f"{name}.{parameter}")
+    return base is not None and base.shape == tensor.shape and torch.equal(tensor.to(base), base)
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -226,3 +203,103 @@ def _read_config(path: Path, model: nn.Module) -> LoraConfig:
         return config_from_peft(json.loads(path.read_text(encoding="utf-8")), model)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} must be a LoRA configuration, but got: {error}") from error
+
+
+def config_to_peft(layers: Mapping[str, LoraLayer], model: nn.Module, *, base_path: str) -> dict[str, Any]:
+    """Returns the settings with which PEFT builds these layers in the base model at `base_path`.
+
+    Every layer is written as a plain LoRA (`LoraLayer.get_plain_matrices`), so `init_lora_weights` is PEFT's default.
+    """
+    config = next(iter(layers.values())).config
+    ranks = {name: layer.get_plain_matrices()[0].shape[0] for name, layer in layers.items()}
+    alphas = {name: _compute_alpha(layer, ranks[name]) for name, layer in layers.items()}
+    # the most common values are the defaults, so that the fewest layers need a pattern
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    return {
+        "peft_type": "LORA",
+        "task_type": find_task_type(model, has_trained_modules=bool(trained_modules(model))),
+        "base_model_name_or_path": base_path,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": int_if_whole(alpha),
+        "lora_dropout": config.dropout,
+        "target_modules": _build_peft_targets(model, layers),
+        "rank_pattern": {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {f"^{re.escape(name)}": int_if_whole(a) for name, a in alphas.items() if a != alpha},
+        "use_rslora": config.scaling == "alpha_over_sqrt_rank",
+        "use_dora": config.variant == "dora",
+        "bias": config.bias,
+        "fan_in_fan_out": any(is_conv1d(layer.base) for layer in layers.values()),
+        "init_lora_weights": True,
+        "modules_to_save": list(trained_modules(model)) or None,
+    }
+
+
+def config_from_peft(raw: object, model: nn.Module) -> LoraConfig:
+    """Returns PEFT's settings (parsed JSON) as a `LoraConfig`, without patterns that match no layer of the base model.
+
+    Raises:
+        ValueError: The settings are not those of LoRA, or have a key that lorasweep does not support.
+    """
+    peft_type = raw.get("peft_type") if isinstance(raw, dict) else raw
+    if not isinstance(raw, dict) or peft_type != "LORA":
+        raise ValueError(f"`peft_type` must be 'LORA', but got {peft_type!r}. Only LoRA adapters can be loaded.")
+    for key in UNSUPPORTED_KEYS:
+        if raw.get(key):
+            raise ValueError(f"`{key}` must be unset, but got {raw[key]!r}. lorasweep does not support this key.")
+    if raw.get("init_lora_weights", True) not in INITS_KEEPING_BASE:
+        raise ValueError(
+            f"`init_lora_weights` must not change the base's weights, but got {raw['init_lora_weights']!r}. "
+            "Convert the adapter with PEFT's `save_pretrained(..., path_initial_model_for_weight_conversion=...)`."
+        )
+    names = [name for name, _ in model.named_modules()]
+    try:
+        settings = convert_from_peft(raw)
+        # PEFT allows patterns that match nothing, but `inject_lora` takes them for mistakes
+        for key in ("rank_pattern", "alpha_pattern"):
+            settings[key] = {p: settings[key][p] for p in _keep_matching_patterns(settings[key], names)}
+        for key in ("exclude", "modules_to_save"):
+            settings[key] = _keep_matching_patterns(settings[key], names)
+        config = build(LoraConfig, settings, key="method")
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"A key is missing or has a wrong type: {error!r}. Save the adapter again.") from error
+    trained = match_modules_to_save(model, config.modules_to_save)
+    included = [name for name in names if not is_excluded(name, config, trained)]
+    used = _keep_matching_patterns((p for p in get_target_patterns(config) if p != ALL_LINEAR_PATTERN), included)
+    return replace(config, targets=used) if used else config
+
+
+def _keep_matching_patterns(patterns: Iterable[str], names: list[str]) -> tuple[str, ...]:
+    return tuple(pattern for pattern in patterns if any(fits_pattern(pattern, name) for name in names))
+
+
+def _compute_alpha(layer: LoraLayer, rank: int) -> float:
+    """Returns the α with which a plain LoRA of this rank has the same scaling as the layer."""
+    if rank == layer.rank:
+        return layer.target.alpha
+    ratio = rank / layer.rank
+    return layer.target.alpha * (ratio if layer.config.scaling == "alpha_over_rank" else math.sqrt(ratio))
+
+
+def find_task_type(model: nn.Module, *, has_trained_modules: bool) -> str | None:
+    """Returns PEFT's task name of a transformers model, for `AutoPeftModelFor...`; None if there is no such name.
+
+    A classifier without a trained module gets None, because PEFT assumes that the head of a SEQ_CLS model has trained.
+    """
+    name = type(model).__name__
+    if name.endswith("ForSequenceClassification"):
+        return "SEQ_CLS" if has_trained_modules else None
+    if name.endswith("ForConditionalGeneration"):
+        return "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else None
+    return "CAUSAL_LM" if name.endswith(("ForCausalLM", "LMHeadModel")) else None
+
+
+def _build_peft_targets(model: nn.Module, layers: Mapping[str, LoraLayer]) -> list[str] | str:
+    """Returns the last parts of the layers' names, or a regular expression if these parts match other layers too."""
+    endings = sorted({name.rpartition(".")[2] for name in layers})
+    # without names inside adapted layers and trained modules, such as `q_proj.base`
+    inner = tuple(f"{name}." for name in (*layers, *trained_modules(model)))
+    others = [n for n, _ in model.named_modules() if n not in layers and not f"{n}.".startswith(inner)]
+    is_ambiguous = any(is_name_ending(ending, name) for name in others for ending in endings)
+    return "|".join(map(re.escape, layers)) if is_ambiguous else endings

@@ -93,8 +93,6 @@ class LoraLayer(AdaptedLayer):
         initial_b: Copy of the initial B with PiSSA, else None.
         magnitude: (d_out,) in fp32, the norm of each row of the adapted weight (DoRA); else None.
         dropout_generator: Random stream of the dropout masks; torch's default stream if None.
-        unmerged_weight: The original weight while the base's weight is merged, else empty (see `merge_lora`). It is in
-            a tuple, so that it is neither a parameter nor in the state dict.
     """
 
     initial_a: Tensor | None
@@ -116,7 +114,6 @@ class LoraLayer(AdaptedLayer):
         self.target, self.config = target, target.config
         self.rank, self.row_ranges, self.scaling = target.rank, target.row_ranges, target.scaling
         self.dropout_generator: torch.Generator | None = None
-        self.unmerged_weight: tuple[nn.Parameter, ...] = ()
         device = self.weight.device if device is None else torch.device(device)
         is_drawn = device.type != "meta"
         (d_out, d_in), parts = matrix_shape(base), self._get_row_ranges()
@@ -134,22 +131,18 @@ class LoraLayer(AdaptedLayer):
             norms = self._compute_row_norms().float() if is_known else torch.empty(d_out, device=device)
             self.magnitude = nn.Parameter(norms.to(device))
 
-    @property
-    def is_merged(self) -> bool:
-        return bool(self.unmerged_weight)
-
     def get_plain_matrices(self) -> tuple[Float[Tensor, "width d_in"], Float[Tensor, "d_out width"]]:
         """Returns A and B of a plain LoRA (no PiSSA, no parts) that has the same weight update.
 
         A plain layer returns its parameters. PiSSA adds `rank` rows to A and columns to B, which subtract the initial
         update. The parts of a fused projection become blocks of a larger B.
         """
-        return self._convert_to_plain(self.lora_a, self.lora_b)
+        lora_b = self._spread_rows(self.lora_b)
+        if self.initial_a is None or self.initial_b is None:
+            return self.lora_a, lora_b
+        return torch.cat([self.lora_a, self.initial_a]), torch.cat([lora_b, -self._spread_rows(self.initial_b)], dim=1)
 
     def forward(self, x: Shaped[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:
-        if self.is_merged:
-            merged: Tensor = self.base(x)
-            return merged
         lora_a, lora_b = self.get_plain_matrices()
         keep = self._draw_keep_mask(x)
         factor = self.scaling if keep is None else self.scaling / (1 - self.config.dropout)
@@ -178,29 +171,10 @@ class LoraLayer(AdaptedLayer):
             matrix *= (self.magnitude / torch.linalg.vector_norm(matrix, dim=1))[:, None]
         return matrix_to_weight(self.base, matrix).to(self.weight.dtype).contiguous()
 
-    @torch.no_grad()
-    def load_plain_matrices(self, lora_a: Float[Tensor, "width d_in"], lora_b: Float[Tensor, "d_out width"]) -> None:
-        """Sets the parameters so that `get_plain_matrices` returns `lora_a` and `lora_b`.
-
-        Raises:
-            ValueError: B is not zero in a row that this layer does not adapt, or belongs to another initial update
-                (PiSSA). The layer is then unchanged.
-        """
-        new_a = lora_a[: len(self.lora_a)].to(self.lora_a)
-        new_b = self.gather_rows(lora_b[:, : len(self.lora_a)]).to(self.lora_b)
-        pairs = zip(self._convert_to_plain(new_a, new_b), (lora_a, lora_b), strict=True)
-        if not all(torch.allclose(plain, value.to(plain), equal_nan=True) for plain, value in pairs):
-            raise ValueError(
-                "A and B must fit the layer's adapted rows and its initial update, but they do not. "
-                "Load them onto the base model instead."
-            )
-        self.lora_a.copy_(new_a)
-        self.lora_b.copy_(new_b)
-
     def extra_repr(self) -> str:
         variant = "" if self.config.variant == "lora" else f"variant={self.config.variant}, "
-        rows = f"rows={self.row_ranges}, " if self.row_ranges else ""
-        return f"{variant}rank={self.rank}, scaling={self.scaling:g}, {rows}merged={self.is_merged}"
+        rows = f", rows={self.row_ranges}" if self.row_ranges else ""
+        return f"{variant}rank={self.rank}, scaling={self.scaling:g}{rows}"
 
     @torch.no_grad()
     def _draw(self, generator: torch.Generator | None) -> None:
@@ -219,13 +193,6 @@ class LoraLayer(AdaptedLayer):
     def _get_row_ranges(self) -> RowRanges:
         return self.row_ranges or ((0, matrix_shape(self.base)[0]),)
 
-    def _convert_to_plain(self, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns A and B of a plain LoRA with the update that the parameter values `lora_a` and `lora_b` have."""
-        if self.initial_a is None or self.initial_b is None:
-            return lora_a, self._spread_rows(lora_b)
-        plain_b = torch.cat([self._spread_rows(lora_b), -self._spread_rows(self.initial_b)], dim=1)
-        return torch.cat([lora_a, self.initial_a]), plain_b
-
     def _spread_rows(self, lora_b: Float[Tensor, "lengths rank"]) -> Float[Tensor, "d_out width"]:
         """Returns B for all rows of a fused projection: each part in its own rows and columns, zeros elsewhere."""
         if not self.row_ranges:
@@ -235,12 +202,6 @@ class LoraLayer(AdaptedLayer):
             spread[first:end, columns] = lora_b[part_begin : part_begin + end - first]
             part_begin += end - first
         return spread
-
-    def gather_rows(self, lora_b: Float[Tensor, "d_out width"]) -> Float[Tensor, "lengths rank"]:
-        """Returns the parts of B one below the other: the inverse of `_spread_rows`."""
-        if not self.row_ranges:
-            return lora_b
-        return torch.cat([lora_b[first:end, columns] for (first, end), columns in self.target.iter_parts()])
 
     def _compute_updated_matrix(self) -> Float[Tensor, "d_out d_in"]:
         """Returns W0 + scaling · B A."""

@@ -109,9 +109,4 @@ def suggest_layer(pattern: str, names: Iterable[str]) -> str:
     """Returns the sentence ` Did you mean ...?` with the most similar layer name; empty if no name is similar."""
     # the last part, the last two parts, or all parts of each name
     endings = dict.fromkeys(".".join(name.split(".")[-parts:]) for name in names for parts in (1, 2, 0))
-    if not pattern.startswith(REGEX_PREFIX):
-        return nearest(split_pattern(pattern)[0], endings)
-    # the words of an expression that no name has are compared, such as `q_porj` of `.*\.(q_porj|v_proj)`
-    words = re.findall(r"\w+", re.sub(r"\\[a-zA-Z]", " ", pattern.removeprefix(REGEX_PREFIX)))
-    unknown = (word for word in words if not any(word in ending for ending in endings))
-    return next(filter(None, (nearest(word, endings) for word in unknown)), "")
+    return nearest(split_pattern(pattern)[0], endings)

@@ -16,15 +16,7 @@ from lorasweep.config.peft_settings import ALL_LINEAR_PATTERN, REGEX_PREFIX
 from lorasweep.lora.fully_trained import find_trained_biases, is_inside, match_modules_to_save
 from lorasweep.lora.functional import RowRanges, scaling_factor
 from lorasweep.lora.layer_kinds import can_be_adapted, is_linear, is_quantised, matrix_shape
-from lorasweep.lora.patterns import (
-    find_first_match,
-    fits_pattern,
-    get_block_index,
-    is_name_ending,
-    parse_row_ranges,
-    split_pattern,
-    suggest_layer,
-)
+from lorasweep.lora.patterns import find_first_match, fits_pattern, get_block_index, parse_row_ranges, suggest_layer
 from lorasweep.stored_weights import count_parameters
 
 Number = TypeVar("Number", int, float)
@@ -246,22 +238,15 @@ def _explain_no_match(pattern: str, model: nn.Module, *, is_text: bool) -> str:
         return (
             f"{requirement}, but {type(model).__name__} has no linear layer except its head. Name the layers to adapt."
         )
-    names = find_adaptable_layers(model)
     # a pattern may also match a module that contains layers, such as a block
-    other = next((m for n, m in model.named_modules() if n and fits_pattern(pattern, n)), None)
+    other = next((module for name, module in model.named_modules() if name and fits_pattern(pattern, name)), None)
     if is_text:
         pattern = pattern.removeprefix(REGEX_PREFIX)
-    if other is None and is_text:
-        ending = next((name for name in names if is_name_ending(split_pattern(pattern)[0], name)), None)
-        if pattern.startswith(REGEX_PREFIX):
-            hint = f" Leave out {REGEX_PREFIX!r}, which is for the items of a list."
-        elif ending is not None:
-            hint = f" For the end of a name, such as {ending!r}, write the list ['{pattern}']."
-        else:
-            hint = suggest_layer(f"{REGEX_PREFIX}{pattern}", names)
-        return f"{requirement}, but {pattern!r}, a regular expression for whole names, matches none.{hint}"
-    if other is None:
-        return f"{requirement}, but {pattern!r} matches none.{suggest_layer(pattern, names)}"
-    endings = sorted({name.rpartition(".")[2] for name in find_adaptable_layers(other)})
-    remedy = f"Name the layers inside it: {', '.join(map(repr, endings))}." if endings else "Name another layer."
-    return f"{requirement}, but {pattern!r} is a {type(other).__name__}. {remedy}"
+    if other is not None:
+        endings = sorted({name.rpartition(".")[2] for name in find_adaptable_layers(other)})
+        remedy = f"Name the layers inside it: {', '.join(map(repr, endings))}." if endings else "Name another layer."
+        return f"{requirement}, but {pattern!r} is a {type(other).__name__}. {remedy}"
+    if is_text:
+        remedy = f" For the end of a name, write the list ['{pattern}']."
+        return f"{requirement}, but {pattern!r}, a regular expression for whole names, matches none.{remedy}"
+    return f"{requirement}, but {pattern!r} matches none.{suggest_layer(pattern, find_adaptable_layers(model))}"

@@ -18,7 +18,7 @@ from lorasweep.lora import (
     find_targets,
     inject_lora,
     load_adapter,
-    remove_lora,
+    merge_lora,
     save_adapter,
     split_lora_parameters,
 )
@@ -33,6 +33,7 @@ class LoraMethod(Method):
     """
 
     name = "lora"
+    loads_onto_base = True
 
     def check(self, model: nn.Module, config: MethodConfig, *, new_head_names: Sequence[str] = ()) -> None:
         """Raises a ConfigError if a target matches no layer, or a setting does not fit a layer (such as the rank)."""
@@ -70,7 +71,7 @@ class LoraMethod(Method):
         save_adapter(model, folder, base_path=base.path, base_fingerprint=base.fingerprint)
 
     def load(self, model: nn.Module, folder: Path) -> None:
-        """Loads an adapter onto a prepared model, or onto a base model, which then gets LoRA layers."""
+        """Loads an adapter onto a copy of the base model."""
         try:
             load_adapter(model, folder)
         except ValueError as error:
@@ -78,7 +79,7 @@ class LoraMethod(Method):
 
     def merge(self, model: nn.Module) -> None:
         """Replaces each LoRA layer by a plain layer with the merged weight, which is no longer tied."""
-        remove_lora(model, merge=True)
+        merge_lora(model)
         clear_tie_setting(model)
 
 

@@ -16,14 +16,13 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorasweep.config.method import MethodConfig
 from lorasweep.disk import write_atomically
 from lorasweep.errors import RecordError
-from lorasweep.lora.adapter_files import serialise
 from lorasweep.models.load import BaseModel
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -57,6 +56,8 @@ class Method(ABC):
     """Whether a bf16 base must run under bf16 autocast, because this method puts fp32 parameters into the model. Enter
     a new autocast context at each step: within one context, autocast keeps its bf16 copies of the first weights."""
     weights_file: ClassVar[str] = ""
+    loads_onto_base: ClassVar[bool] = False
+    """Whether `load` takes a copy of the base instead of a prepared model, because the files say how to adapt it."""
 
     def check(self, model: nn.Module, config: MethodConfig, *, new_head_names: Sequence[str] = ()) -> None:  # noqa: B027
         """Raises a ConfigError if the settings do not fit the model, without changing the model."""
@@ -112,18 +113,33 @@ class Method(ABC):
         """
         tensors = self._get_tensors_to_save(model)
         if tensors:
-            write_weights(folder / self.weights_file, tensors, metadata={"base_fingerprint": base.fingerprint})
+            folder.mkdir(parents=True, exist_ok=True)
+            contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            # one key, because safetensors writes several in random order, and equal weights must give equal bytes
+            content = save(contiguous, metadata={"base_fingerprint": base.fingerprint})
+            write_atomically(folder / self.weights_file, content)
 
     def load(self, model: nn.Module, folder: Path) -> None:
-        """Loads saved weights into a model that was prepared with the same settings.
+        """Loads saved weights into a model that was prepared with the same settings, or see `loads_onto_base`.
 
         Raises:
             RecordError: A file is missing or damaged, or is of another model. The model is then unchanged.
         """
-        tensors = self._get_tensors_to_save(model)
-        if tensors:
-            for name, saved in read_weights(folder / self.weights_file, expected=tensors).items():
-                tensors[name].copy_(saved)
+        tensors, file = self._get_tensors_to_save(model), folder / self.weights_file
+        if not tensors:
+            return
+        try:
+            saved = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise RecordError(f"{str(file)!r} must be a safetensors file, but can't be read: {error}.") from error
+        different = [name for name in {**saved, **tensors} if _get_shape(saved, name) != _get_shape(tensors, name)]
+        if different:
+            raise RecordError(
+                f"{str(file)!r} must contain the weights of this model, but {min(different)!r} differs. "
+                "Load the file into the base and method with which it was trained."
+            )
+        for name, tensor in tensors.items():
+            tensor.copy_(saved[name])
 
     def merge(self, model: nn.Module) -> None:
         """Turns a prepared model into a plain model of its class that contains the trained weights, in place.
@@ -162,6 +178,10 @@ class Method(ABC):
     def _get_tensors_to_save(self, model: nn.Module) -> dict[str, Tensor]:
         """Returns the tensors to save by name. They share memory with the model, so `load` can write into them."""
         return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _get_shape(tensors: Mapping[str, Tensor], name: str) -> torch.Size | None:
+    return tensors[name].shape if name in tensors else None
 
 
 def copy_sharing_weights(model: Module) -> Module:
@@ -258,32 +278,3 @@ def clear_tie_setting(model: nn.Module) -> None:
     head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if head is not None and head.weight is not model.get_input_embeddings().weight:
         model.config.tie_word_embeddings = False
-
-
-def write_weights(file: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file atomically, and creates its folder if missing."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(file, serialise(contiguous, metadata={"format": "pt", **metadata}))
-
-
-def read_weights(file: Path, *, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors of a safetensors file, which must have the names and shapes of `expected`.
-
-    Raises:
-        RecordError: The file is missing or damaged, or has other names or shapes.
-    """
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise RecordError(f"{str(file)!r} must be a safetensors file, but can't be read: {error}.") from error
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    expected_shapes = {name: tensor.shape for name, tensor in expected.items()}
-    if shapes != expected_shapes:
-        all_names = sorted(shapes | expected_shapes)
-        wrong = next(name for name in all_names if shapes.get(name) != expected_shapes.get(name))
-        raise RecordError(
-            f"{str(file)!r} must contain the weights of this model, but {wrong!r} differs. "
-            "Load the file into the base and method with which it was trained."
-        )
-    return tensors

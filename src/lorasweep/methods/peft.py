@@ -24,9 +24,8 @@ from lorasweep.config.method import MethodConfig, PeftConfig
 from lorasweep.config.peft_settings import import_peft
 from lorasweep.disk import require_regular_file, write_atomically
 from lorasweep.errors import ConfigError, RecordError, describe_error
-from lorasweep.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from lorasweep.lora.adapter_files import CONFIG_FILE, INITS_KEEPING_BASE, WEIGHTS_FILE, find_task_type
 from lorasweep.lora.layer_kinds import is_quantised
-from lorasweep.lora.peft_format import INITS_KEEPING_BASE, find_task_type
 from lorasweep.lora.targets import find_adaptable_layers
 from lorasweep.methods.method import (
     Forward,
@@ -69,6 +68,7 @@ class PeftMethod(Method):
 
     name = "peft"
     needs_autocast = True
+    loads_onto_base = True
 
     def check(self, model: nn.Module, config: MethodConfig, *, new_head_names: Sequence[str] = ()) -> None:
         """Raises a ConfigError if a key is wrong, or PEFT can't make these layers for the model."""
@@ -125,7 +125,7 @@ class PeftMethod(Method):
                 write_atomically(folder / name, (Path(temporary) / name).read_bytes())
 
     def load(self, model: nn.Module, folder: Path) -> None:
-        """Loads an adapter onto a copy of the base, or in place of the adapter that a prepared model has."""
+        """Loads an adapter onto a copy of the base model."""
         source = f"the adapter in {str(folder)!r}"
         try:
             require_regular_file(folder / CONFIG_FILE)  # PEFT would look for a missing file on the hub
@@ -134,8 +134,6 @@ class PeftMethod(Method):
             _check_config(peft_config, model)
             peft_config.inference_mode = False
             tensors = load_file(folder / WEIGHTS_FILE)
-            if "_peft_model" in model.__dict__:
-                _take_off(model, merge=False)
             with torch.random.fork_rng(devices=[]):
                 add_adapter(model, peft_config)
             model.train(model.training)  # also the new modules
@@ -156,13 +154,24 @@ class PeftMethod(Method):
         Raises:
             ConfigError: PEFT can't merge this kind of adapter.
         """
+        from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: PLC0415 (an optional package)
+
         try:
-            _take_off(model, merge=True)
+            for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
+                base = layer.get_base_layer()
+                if is_quantised(base):
+                    raise ValueError(f"{type(base).__name__} is quantised")
+                for name, parameter in base.named_parameters(recurse=False):  # PEFT merges in place
+                    setattr(base, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+            with quiet_peft():
+                get_wrapper(model).merge_and_unload()
         except (NotImplementedError, AttributeError, ValueError, TypeError) as error:
             raise ConfigError(
                 f"the adapter must be one that PEFT can merge into the base, but: {describe_error(error)}. "
                 "Only PEFT can use it: `lorasweep export --format peft`."
             ) from error
+        del model.__dict__["_peft_model"]
+        model.__dict__.pop("peft_config", None)
         clear_tie_setting(model)
         round_to_frozen_dtype(model)
 
@@ -364,24 +373,6 @@ def quiet_peft() -> Iterator[None]:
 
 def _refuse(action: str, error: Exception) -> ConfigError:
     return ConfigError(f"PEFT must {action} with `method.config`, but can't: {describe_error(error)}.")
-
-
-def _take_off(model: nn.Module, *, merge: bool) -> None:
-    """Removes the adapter from a prepared model, in place."""
-    wrapper = get_wrapper(model)
-    if merge:
-        from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: PLC0415 (an optional package)
-
-        for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
-            base = layer.get_base_layer()
-            if is_quantised(base):
-                raise ValueError(f"{type(base).__name__} is quantised")
-            for name, parameter in base.named_parameters(recurse=False):  # PEFT merges in place
-                setattr(base, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
-    with quiet_peft():
-        _ = wrapper.merge_and_unload() if merge else wrapper.unload()
-    del model.__dict__["_peft_model"]
-    model.__dict__.pop("peft_config", None)
 
 
 def _move_averages(allocator: Any, model: nn.Module) -> None:

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +23,6 @@ from lorasweep.config.run import RunConfig
 from lorasweep.disk import require_new_folder
 from lorasweep.errors import ConfigError, RunError, first_line
 from lorasweep.lora import load_adapter, save_adapter
-from lorasweep.lora.merge import weights_in_fp32
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.models.folder import find_local_path
 from lorasweep.models.load import BaseModel, fingerprint_weights
@@ -256,9 +256,31 @@ def compute_probe_logits(model: PreTrainedModel) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(len(embeddings), (PROBE_ROWS, PROBE_TOKENS), generator=generator)
     decoder = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
-    with weights_in_fp32(model), torch.inference_mode():
+    with _weights_in_fp32(model), torch.inference_mode():
         logits: Tensor = model(input_ids=tokens, **decoder).logits
     return logits
+
+
+@contextmanager
+def _weights_in_fp32(model: PreTrainedModel) -> Iterator[None]:
+    """Converts the bf16 and fp16 weights and buffers of a model to fp32 while the context is open.
+
+    The logits of two models can then be compared. In bf16 they can't: rounding of activations changes logits several
+    times more than rounding of merged weights does, and it differs between processors.
+    """
+    # the original data is kept, so that the model gets back the same memory, which other models may share
+    originals = [
+        (tensor, tensor.data)
+        for tensor in chain(model.parameters(), model.buffers())
+        if tensor.dtype in (torch.bfloat16, torch.float16)
+    ]
+    try:
+        for tensor, data in originals:
+            tensor.data = data.float()
+        yield
+    finally:
+        for tensor, data in originals:
+            tensor.data = data
 
 
 def _get_permanent_path(config: ModelConfig) -> str:

@@ -132,9 +132,9 @@ def _load_recorded_base(record: RunRecord, config: RunConfig) -> BaseModel:
 def restore_model(config: RunConfig, base: BaseModel, *, folder: Path) -> nn.Module:
     """Returns a copy of the base with the weights in `folder` (a run's `best` or `last`), in evaluation mode."""
     method, model = METHODS[config.method.name], copy_sharing_weights(base.model)
-    # Without `prepare` for adapters: PiSSA would compute the initial values again, and this machine may round
+    # Adapters are loaded without `prepare`: PiSSA would compute the initial values again, and this machine may round
     # differently, and AdaLoRA's ranks are those of the file.
-    if config.method.name not in ("lora", "peft"):
+    if not method.loads_onto_base:
         method.prepare(
             model,
             config.method,

@@ -14,7 +14,6 @@ from lorasweep.lora import (
     LoraConfig,
     inject_lora,
     inject_packed_lora,
-    load_lora_state,
     lora_state,
     set_dropout_streams,
     slot_model,
@@ -25,6 +24,10 @@ from lorasweep.lora.packed.inject import find_slots
 
 def stream(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def get_trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def randomise(model: nn.Module, seed: int) -> None:
@@ -93,7 +96,7 @@ def make_pack() -> Callable[..., PackAndSolos]:
             inject_lora(solo, config, generator=stream(slot))
             replace_dropout(solo)
             randomise(solo.double(), slot)
-            load_lora_state(slot_model(pack, slot), lora_state(solo), source="the solo model")
+            slot_model(pack, slot).load_state_dict(get_trained(solo), strict=False)
             solos.append(solo)
         assert find_slots(pack).num_slots == len(configs)
         return PackAndSolos(pack.train(), [solo.train() for solo in solos])

@@ -6,7 +6,6 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -17,7 +16,6 @@ from lorasweep.lora import (
     inject_lora,
     inject_packed_lora,
     load_adapter,
-    load_lora_state,
     lora_state,
     merge_lora,
     save_adapter,
@@ -80,8 +78,9 @@ def test_a_slot_as_a_model_shares_the_base_and_computes_what_the_slot_does(both,
         solo = slot_model(both.pack, slot)
         assert base <= {id(p) for p in solo.parameters()}
         torch.testing.assert_close(solo(rows), packed[slot])
-        merge_lora(solo)
-        torch.testing.assert_close(solo(rows), packed[slot])
+        merged = copy.deepcopy(solo)
+        merge_lora(merged)
+        torch.testing.assert_close(merged(rows), packed[slot])
     torch.testing.assert_close(torch.cat(both.pack(tokens).chunk(3)), torch.cat(packed))  # merging left the pack alone
 
 
@@ -93,17 +92,9 @@ def test_saved_files_are_those_of_the_solo_run(both, tmp_path: Path) -> None:
             assert (tmp_path / "slot" / name).read_bytes() == (tmp_path / "solo" / name).read_bytes()
 
 
-def test_a_file_goes_back_into_a_slot(both, make_model, tmp_path: Path) -> None:
+def test_a_file_of_a_slot_loads_onto_the_base(both, make_model, tmp_path: Path) -> None:
     expected = states(both.pack)
-    for slot in range(3):
-        save_adapter(slot_model(both.pack, slot), tmp_path / str(slot), base_path="tiny")
-    anew = make_model().double()
-    inject_packed_lora(anew, CONFIGS)
-    anew.double()
-    for slot in range(3):
-        saved = load_file(tmp_path / str(slot) / "adapter_model.safetensors")
-        load_lora_state(slot_model(anew, slot), saved, source="the file")
-        assert_identical(lora_state(slot_model(anew, slot)), expected[slot])
+    save_adapter(slot_model(both.pack, 0), tmp_path / "0", base_path="tiny")
     solo = make_model().double()
     load_adapter(solo, tmp_path / "0")
     assert_identical(lora_state(solo.double()), {key: t.float().double() for key, t in expected[0].items()})
@@ -131,23 +122,6 @@ def test_peft_loads_a_saved_slot(tmp_path: Path) -> None:
         loaded = peft.PeftModel.from_pretrained(make(), tmp_path)
         # fp32: sums of tens of terms in another order through two blocks
         torch.testing.assert_close(loaded(rows).logits, packed[slot], rtol=1e-4, atol=1e-5)
-
-
-def test_a_state_of_another_shape_is_refused_and_changes_nothing(both) -> None:
-    def load(slot: int, state: dict[str, Tensor]) -> None:
-        load_lora_state(slot_model(both.pack, slot), state, source="the checkpoint")
-
-    before = states(both.pack)
-    with pytest.raises(ValueError, match="must be in the checkpoint, but is missing"):
-        load(0, before[1])
-    wide = {key: torch.cat([tensor, tensor]) for key, tensor in before[0].items()}
-    with pytest.raises(ValueError, match="must have shape"):
-        load(0, wide)
-    dense = {key: tensor + 1 for key, tensor in before[2].items()}
-    with pytest.raises(ValueError, match="fit the layer's adapted rows"):
-        load(2, dense)
-    for slot in range(3):
-        assert_identical(lora_state(slot_model(both.pack, slot)), before[slot])
 
 
 def test_a_filled_slot_starts_as_its_solo_run_and_the_others_stay(both, make_model) -> None:

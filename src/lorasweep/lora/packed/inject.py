@@ -141,9 +141,8 @@ def fill_slot(
 def slot_model(model: nn.Module, slot: int) -> nn.Module:
     """Returns the solo model of a slot. It has the slot's parameters, so that training the pack trains this model.
 
-    The model takes the batch of one slot, and works with `lora_state`, `load_lora_state`, `save_adapter` and
-    `merge_lora`. Merging leaves the pack unchanged. The model has the pack's mode (`train` or `eval`), and its dropout
-    draws from torch's default stream.
+    The model takes the batch of one slot, and works with `lora_state` and `save_adapter`; merge a copy of it. The model
+    has the pack's mode (`train` or `eval`), and its dropout draws from torch's default stream.
 
     Raises:
         ValueError: The model is not packed or has no such slot.

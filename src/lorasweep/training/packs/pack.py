@@ -45,8 +45,6 @@ from lorasweep.lora import (
     compact_slots,
     fill_slot,
     inject_packed_lora,
-    load_lora_state,
-    lora_state,
     save_adapter,
     set_dropout_streams,
     slot_model,
@@ -351,7 +349,7 @@ class PackTrainer:
         run.record.trainable_fraction = trainable_params / run.record.total_params
         run.optimizer = SlotOptimizer(model, run.request.config, head_names=self.inputs.base.new_head_names)
         if run.resume_state:
-            load_lora_state(model, run.resume_state["adapter"], source=f"the checkpoint of {str(run.folder)!r}")
+            model.load_state_dict(run.resume_state["trained"], strict=False)  # the checkpoint lacks the base
             run.optimizer.load_state(run.resume_state["optimizer"])
             run.resume_state = {}
 
@@ -364,8 +362,9 @@ class PackTrainer:
     def _save_checkpoint(self, slot: int, run: SlotRun) -> None:
         """Writes a slot's checkpoint, unless the run already has one of this step."""
         if run.step != run.saved_step:
-            adapter = lora_state(slot_model(self.model, slot))
-            run.save_checkpoint({"adapter": adapter, "optimizer": run.optimizer.state()})
+            parameters = slot_model(self.model, slot).named_parameters()
+            trained = {name: parameter.detach() for name, parameter in parameters if parameter.requires_grad}
+            run.save_checkpoint({"trained": trained, "optimizer": run.optimizer.state()})
 
     def _save_weights(self, slot: int, folder: Path) -> None:
         base = self.inputs.base
