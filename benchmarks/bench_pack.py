@@ -309,7 +309,7 @@ class BlockTimer:
     """For each block, the tokens of one step, of all slots."""
 
     def __post_init__(self) -> None:
-        self._num_done = 0
+        self._num_done = -1  # the first call comes before the first step
         self._is_warm = False
 
     def stop_requested(self) -> bool:

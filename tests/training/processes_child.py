@@ -117,7 +117,7 @@ class Child:
             self.attempt(f"whole-{strategy}", **settings)
             for name in ("stopped", "moved"):
                 steps = iter(range(1, 9))
-                stop = {"stop_requested": lambda steps=steps: next(steps) == 3 and self.rank == 1}
+                stop = {"stop_requested": lambda steps=steps: next(steps) == 4 and self.rank == 1}
                 self.attempt(f"{name}-{strategy}", stop, **settings)
             self.attempt(f"stopped-{strategy}", {"resume": True}, **settings)
 
@@ -131,7 +131,7 @@ class Child:
         steps = iter(range(1, 9))
 
         def stop():
-            if next(steps) == 3 and self.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            if next(steps) == 4 and self.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
                 os.kill(os.getpid(), signal.SIGKILL)
             return False
 

@@ -31,8 +31,8 @@ def evaluations(folder):
 
 
 def stop_after(steps):
-    """A `stop_requested` that says yes at its `steps`-th question; it is asked once per step."""
-    asked = itertools.count(1)
+    """A `stop_requested` that says yes after so many steps; it is asked before the first and after each step."""
+    asked = itertools.count(0)
     return lambda: next(asked) >= steps
 
 

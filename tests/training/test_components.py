@@ -57,7 +57,7 @@ def test_a_run_with_another_optimizer_or_schedule_learns_and_resumes_exactly(tmp
     whole = train(tmp_path / "whole", config, inputs=inputs)
     assert whole.status == "complete"
     assert len({row["loss"] for row in rows(tmp_path / "whole") if "loss" in row}) == whole.steps_done
-    asked = iter([False, False, True])  # stops after the third step
+    asked = iter([False, False, False, True])  # stops after the third step
     train(tmp_path / "halves", config, inputs=inputs, stop_requested=lambda: next(asked))
     assert train(tmp_path / "halves", config, inputs=inputs, resume=True).status == "complete"
     assert rows(tmp_path / "halves") == rows(tmp_path / "whole")

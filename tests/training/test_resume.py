@@ -85,6 +85,14 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(tmp_path, make_config, 
     assert not list(folder.glob("*.ckpt"))
 
 
+def test_a_stop_that_was_requested_while_the_first_batch_was_prepared_is_heard_before_the_first_step(
+    tmp_path, make_config, inputs
+):
+    record = train(tmp_path, make_config(), inputs=inputs, stop_requested=lambda: True)
+    assert (record.status, record.steps_done, record.reason) == ("interrupted", 0, "stopped at step 0 of 4")
+    assert train(tmp_path, make_config(), inputs=inputs, resume=True).status == "complete"
+
+
 def test_a_checkpoint_has_only_what_trains(tmp_path, make_config, inputs):
     train(tmp_path, make_config(), inputs=inputs, stop_requested=stop_after(1))
     (checkpoint,) = tmp_path.glob("last-00000001-*.ckpt")

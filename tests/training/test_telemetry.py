@@ -84,7 +84,7 @@ def test_a_run_alone_is_training_and_evaluating_and_its_tokens_are_counted(make_
 def test_the_tokens_of_a_run_that_goes_on_are_counted_once(make_config, fresh, tmp_path):
     asked = iter(range(100))
     stopped = train_run(
-        make_config(), RunFolder(path=tmp_path / "run"), inputs=fresh, stop_requested=lambda: next(asked) >= 2
+        make_config(), RunFolder(path=tmp_path / "run"), inputs=fresh, stop_requested=lambda: next(asked) >= 3
     )
     assert stopped.status == "interrupted"
     before = fresh.telemetry.sample()["trained_tokens"]

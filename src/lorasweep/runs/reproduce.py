@@ -121,10 +121,11 @@ def reproduce_run(
     if tolerance is None:
         is_alone = record.pack is None and "processes" not in record.platform
         tolerance = 0.0 if is_alone else PACK_TOLERANCE.get(record.platform.get("precision", ""), 0.0)
-    failure, step = None, itertools.count(1)
+    failure, step = None, itertools.count()
 
     def is_done() -> bool:
-        # `train_run` calls this once after every step; `trainer.max_steps` stays, because the schedule depends on it
+        # `train_run` calls this before the first step and after every step. `trainer.max_steps` stays, because the
+        # schedule depends on it.
         is_limit = next(step) >= last_step and last_step < record.steps_planned
         return is_limit or stop_requested()
 

@@ -53,6 +53,8 @@ class RunCallback(lightning.Callback):
     """Learning rate of the last step."""
     counted_tokens: int = 0
     """Trained tokens that `telemetry` has counted."""
+    has_begun: bool = False
+    """Whether this process has prepared the first batch."""
     evaluated_step: int = -1
     """Step of the last evaluation."""
     is_paused: bool = False
@@ -68,6 +70,9 @@ class RunCallback(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self.telemetry.switch("training")
+        if not self.has_begun and self._should_stop(trainer):  # the first batch may have taken minutes
+            raise RunStopped
+        self.has_begun = True
 
     def on_before_optimizer_step(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: torch.optim.Optimizer

@@ -68,7 +68,8 @@ def train_run(
         inputs: Base model and data.
         on_evaluation: Gets the step and the metrics of every evaluation, and returns whether the run continues. The
             answer has no effect at the last step, or if early stopping ends the run.
-        stop_requested: Called after every step. If it returns True, the run stops with a checkpoint (`interrupted`).
+        stop_requested: Called before the first and after every step. If it returns True, the run stops with a
+            checkpoint (`interrupted`).
         resume: Whether to resume from the newest checkpoint in the folder, if there is one.
 
     Raises:

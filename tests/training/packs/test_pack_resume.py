@@ -228,7 +228,7 @@ def test_a_pack_that_was_asked_to_stop_goes_back_to_its_last_boundary_and_ends_t
     stopped = Search(tmp_path, search.make_config)
     asked = iter(range(100))
     jobs = [stopped.job(stopped.waiting.pop(0)) for _ in range(2)]
-    assert not stopped.train(jobs, inputs=inputs, stop_requested=lambda: next(asked) == 2)
+    assert not stopped.train(jobs, inputs=inputs, stop_requested=lambda: next(asked) == 3)
     state = read_pack_state(tmp_path / STATE)
     assert [(slot.folder_name, slot.step) for slot in state.slots] == [("run-0", 2), ("run-2", 0), ("run-3", 0)]
     record = read_run(tmp_path / "run-0")
@@ -264,7 +264,7 @@ def test_a_slot_whose_checkpoint_is_damaged_goes_on_from_the_one_before_and_a_no
     jobs = [search.job(f"run-{n}") for n in (0, 2)]
     asked = iter(range(100))
     search.waiting = []
-    assert not search.train(jobs, inputs=inputs, stop_requested=lambda: next(asked) == 4)
+    assert not search.train(jobs, inputs=inputs, stop_requested=lambda: next(asked) == 5)
     damaged = max((tmp_path / "run-2").glob("slot-*.ckpt"))
     damaged.write_bytes(damaged.read_bytes()[:-1])
     assert search.resume([], inputs=inputs)

@@ -46,7 +46,8 @@ class Worker:
     metric: str
     inputs_cache: InputsCache
     stop_requested: Callable[[], bool]
-    """Called after every step. If it returns True, the worker stops, and its trials keep their last checkpoints."""
+    """Called before the first and after every step of a training. If it returns True, the worker stops, and its trials
+    keep their last checkpoints."""
     name: str = ""
     """Unique name of the worker. Empty for a worker in the controller's process, which is the only worker."""
     num_workers: int = 1

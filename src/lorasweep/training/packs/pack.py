@@ -103,7 +103,7 @@ def train_pack(
         on_evaluation: Takes the evaluations of all slots and returns for each slot whether its run continues. A run
             that is complete (last step or early stopping) ends even if the answer is True.
         state_file: The file from which a killed pack resumes (see `packs.state`).
-        stop_requested: Called after every step. Returns whether to stop the pack.
+        stop_requested: Called before the first and after every step. Returns whether to stop the pack.
 
     Returns:
         True if every run ended, False if the pack was stopped.
@@ -179,6 +179,9 @@ class PackTrainer:
     def run(self, stop_requested: Callable[[], bool]) -> bool:
         """Trains until every run has ended. Returns False if the pack was stopped before."""
         self._commit()  # so that a pack that is killed before its first boundary can resume
+        if stop_requested():  # building the pack may have taken minutes
+            self._interrupt()
+            return False
         while self.runs:
             for _ in range(self.settings.eval_every_steps):
                 self._train_step()
