@@ -34,9 +34,6 @@ GLUE = {"data": "glue_mrpc"}
         ({**TABLE, "data.class_weights": "balance"}, ["none, balanced", "`balanced`"]),
         ({**TABLE, "data.metric": "perplexity"}, ["`data.metric`", "'perplexity'"]),
         ({**TABLE, "data.metric": "f1_macro"}, ["`data.metric`", "'f1_macro'"]),
-        ({**TABLE, "data.task": "regression", "data.metric": "f1"}, ["`data.metric`", "pearson", "'f1'"]),
-        ({**TABLE, "data.task": "regression", "data.class_weights": "balanced"}, ["`data.class_weights`"]),
-        ({"data": "glue_stsb", "data.metric": "accuracy"}, ["`data.metric`", "pearson", "'accuracy'"]),
     ],
 )
 def test_settings_that_can_not_be_meant_are_refused(settings, words):

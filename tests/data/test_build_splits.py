@@ -114,6 +114,21 @@ def test_balanced_weights_give_every_class_the_same_say_in_training_alone(tokeni
     assert splits.train.describe()["labels"] == {"bad": 1, "good": 2}
 
 
+@pytest.mark.parametrize(
+    ("labels", "kind", "settings", "key"),
+    [
+        ((0, 1, 1), "single_label", {"metric": "pearson"}, "metric"),
+        ((0.5, 1.0, 2.0), "regression", {"metric": "f1"}, "metric"),
+        ((0.5, 1.0, 2.0), "regression", {"class_weights": "balanced"}, "class_weights"),
+    ],
+)
+def test_settings_that_do_not_fit_the_labels_are_refused(tokenizer, labels, kind, settings, key):
+    names = ("a", "b") if kind == "single_label" else ()
+    source, _ = make_source(lambda name: labelled(name, labels), kind=kind, label_names=names)
+    with pytest.raises(ConfigError, match=rf"`data\.{key}` must be"):
+        build_splits(config(data="table", **settings), source=source, tokenizer=tokenizer, model_kind="classifier")
+
+
 def test_conversations_are_completions_or_sequences_by_the_model(tokenizer):
     source, _ = make_source(conversations, kind="conversations")
     settings = config(data="chat", template="plain")

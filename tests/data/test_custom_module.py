@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 from lightning import LightningDataModule
+from tests.data.conftest import make_data
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset, random_split
 
-from lorasweep.config.data import CustomDataConfig
 from lorasweep.data.build_splits import build_splits
 from lorasweep.data.reading import read_source
 from lorasweep.data.split import IGNORED
@@ -90,8 +90,7 @@ def own_data(monkeypatch):
 
 
 def make_config(name="build", **settings):
-    given = {"name": "own", "factory": f"own_data:{name}", "task": "single_label", "labels": ("no", "yes")}
-    return CustomDataConfig(**(given | {"metric": "auto"} | settings))
+    return make_data("own", **({"factory": f"own_data:{name}", "labels": ["no", "yes"]} | settings))
 
 
 def load(name="build", *, model_kind="classifier", **settings):
@@ -136,7 +135,7 @@ def test_test_split_is_set_up_only_when_it_is_asked_for(monkeypatch):
 
 
 def test_text_is_scored_at_the_token_before():
-    splits = load("text", model_kind="causal_lm", task="text", labels=())
+    splits = load("text", model_kind="causal_lm", task="text", labels=[])
     assert isinstance(splits.task, LanguageModelling)
     assert splits.metric == "loss"
     assert splits.train.weights.tolist() == [length - 1 for length in splits.train.lengths.tolist()]
@@ -149,7 +148,7 @@ def test_labels_of_other_kinds_are_numbers():
     several = load("several", task="multi_label", labels=("a", "b", "c"))
     assert isinstance(several.task, MultiLabel)
     assert several.train.batch([0, 1])["targets"].tolist() == [[1.0, 0.0, 1.0]] * 2
-    numbers = load("numbers", task="regression", labels=())
+    numbers = load("numbers", task="regression", labels=[])
     assert isinstance(numbers.task, Regression)
     assert numbers.train.batch([0, 1])["targets"].dtype == torch.float32
 
@@ -185,17 +184,15 @@ def test_wrong_labels_name_the_row():
     with pytest.raises(ConfigError, match=r"2 `data.labels`.* example 0 of the train split has 3"):
         load("several", task="multi_label")
     with pytest.raises(ConfigError, match=r"finite numbers.* example 0 of the train split"):
-        load("not_a_number", task="regression", labels=())
+        load("not_a_number", task="regression", labels=[])
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"factory": "build"}, "`data.factory` must have the form `package.module:function`, but got 'build'"),
-        ({"labels": ()}, "`data.labels` must name the labels with `data.task=single_label`"),
+        ({"labels": []}, "`data.labels` must name the labels with `data.task=single_label`"),
         ({"task": "regression"}, "`data.labels` must be empty with `data.task=regression`"),
-        ({"metric": "pearson"}, "`data.metric` must be one of auto, accuracy, f1, matthews, loss"),
-        ({"task": "text", "labels": (), "metric": "bits_per_byte"}, "must be one of auto, loss, perplexity"),
     ],
 )
 def test_wrong_setting_is_refused(settings, message):

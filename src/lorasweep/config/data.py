@@ -29,12 +29,6 @@ CustomMetric = Literal[LabelMetric, "perplexity"]
 Delimiter = Literal["auto", "comma", "semicolon", "tab", "pipe"]
 Quoting = Literal["auto", "csv", "none"]
 
-METRICS_OF_TASK: Mapping[LabelTask, tuple[LabelMetric, ...]] = {
-    "single_label": ("accuracy", "f1", "matthews", "loss"),
-    "multi_label": ("f1", "accuracy", "loss"),
-    "regression": ("pearson", "spearman", "mse", "loss"),
-}
-"""Metrics of each task. `auto` takes the first."""
 MINIMIZED_METRICS = ("bits_per_byte", "loss", "perplexity", "mse")
 """Metrics for which lower is better. For all other metrics, higher is better."""
 METRIC_RANGES: Mapping[str, tuple[float, float]] = {
@@ -216,8 +210,6 @@ class TableConfig(RowSettings):
         super().__post_init__()
         if self.labels is not None and len(set(self.labels)) < max(2, len(self.labels)):
             raise ConfigError(f"`data.labels` must be two or more different names, but got {list(self.labels)}.")
-        if self.task != "auto":
-            check_label_settings(self, self.task)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,12 +270,6 @@ class CustomDataConfig(LossSettings):
                 f"`data.labels` must {'name the labels' if named else 'be empty'} with `data.task={self.task}`, "
                 f"but got {list(self.labels)}."
             )
-        metrics = ("loss", "perplexity") if self.task == "text" else METRICS_OF_TASK[self.task]
-        if not isinstance(self.metric, MetricComponent) and self.metric not in ("auto", *metrics):
-            raise ConfigError(
-                f"`data.metric` must be one of auto, {', '.join(metrics)} with `data.task={self.task}`, "
-                f"but got {self.metric!r}."
-            )
 
 
 DataConfig = Annotated[
@@ -295,16 +281,3 @@ def max_tokens_per_example(config: DataConfig) -> int:
     if isinstance(config, CustomDataConfig):
         return 1  # unknown before the data is read
     return config.block_length if isinstance(config, BlockSettings) else config.max_length
-
-
-def check_label_settings(config: TableConfig, task: LabelTask) -> None:
-    """Raises ConfigError if the metric does not fit the task, or class weights have no effect."""
-    if not isinstance(config.metric, MetricComponent) and config.metric not in ("auto", *METRICS_OF_TASK[task]):
-        raise ConfigError(
-            f"`data.metric` must be one of auto, {', '.join(METRICS_OF_TASK[task])} for `data.task={task}`, "
-            f"but got {config.metric!r}."
-        )
-    if task != "single_label" and config.class_weights != "none":
-        raise ConfigError(
-            f"`data.class_weights` must be none for `data.task={task}`, but got {config.class_weights!r}."
-        )

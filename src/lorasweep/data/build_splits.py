@@ -112,8 +112,9 @@ def build_splits(
         start_token: First input token of the decoder, for an encoder-decoder.
 
     Raises:
-        ConfigError: The model can't learn from this kind of data, a split has nothing to predict, or the tokenizer is
-            missing or has no end-of-text token. Errors in the test split are raised at its first use.
+        ConfigError: The model can't learn from this kind of data, the metric does not fit it, a split has nothing to
+            predict, or the tokenizer is missing or has no end-of-text token. Errors in the test split are raised at its
+            first use.
     """
     if model_kind not in COMPATIBLE_MODEL_KINDS[source.kind]:
         kinds = COMPATIBLE_MODEL_KINDS[source.kind]
@@ -149,6 +150,15 @@ def build_splits(
     validation = build(source.validation)
     task = _build_task(source, config, validation)
     metric = task.metrics[0] if config.metric == "auto" else config.metric
+    if isinstance(metric, str) and metric not in task.metrics:
+        raise ConfigError(
+            f"`data.metric` must be one of auto, {', '.join(task.metrics)} for data of the kind {source.kind}, but got "
+            f"{metric!r}."
+        )
+    if isinstance(config, TableConfig) and config.class_weights != "none" and source.kind != "single_label":
+        raise ConfigError(
+            f"`data.class_weights` must be none unless each example has one class, but got {config.class_weights!r}."
+        )
     if isinstance(metric, MetricComponent):
         own_metric = build_own_metric(metric)
         task, metric = replace(task, own_metric=own_metric), own_metric.score.name
@@ -241,7 +251,7 @@ def _build_labelled(
     columns = tokenise_labelled(examples, tokenizer=tokenizer, max_length=config.max_length)
     labels, counts = _encode_labels(examples, source)
     class_weights = None
-    if config.class_weights == "balanced" and examples.name == "train":  # the config allows this only with classes
+    if config.class_weights == "balanced" and examples.name == "train":
         # n / (classes · count), as scikit-learn balances them. A class without examples counts as one example.
         class_weights = len(examples) / (len(counts) * torch.tensor(counts).clamp(min=1).float())
     texts = [text for example in examples.items for text in (example.text, example.pair or "")]

@@ -22,7 +22,6 @@ from torchmetrics.functional.classification import (
 )
 from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
 
-from lorasweep.config.data import METRICS_OF_TASK
 from lorasweep.data.own_metric import OwnMetric
 from lorasweep.data.split import IGNORED, NON_MODEL_KEYS, Batch
 
@@ -232,7 +231,7 @@ class Classification(LabelTask):
     """
 
     num_classes: int
-    metrics: tuple[str, ...] = METRICS_OF_TASK["single_label"]
+    metrics: tuple[str, ...] = ("accuracy", "f1", "matthews", "loss")
 
     def fit_constant(self, labels: Tensor) -> Tensor:
         # One more example of each class, so that a class without examples has a finite loss.
@@ -274,7 +273,7 @@ class MultiLabel(LabelTask):
     """
 
     num_labels: int
-    metrics: tuple[str, ...] = METRICS_OF_TASK["multi_label"]
+    metrics: tuple[str, ...] = ("f1", "accuracy", "loss")
 
     def fit_constant(self, labels: Tensor) -> Tensor:
         return ((labels.double().sum(0) + 1) / (len(labels) + 2)).logit().float()  # one more with, and one without
@@ -301,7 +300,7 @@ class MultiLabel(LabelTask):
 class Regression(LabelTask):
     """Predicts one number per example. `mse` is also the loss; `pearson` and `spearman` are correlations."""
 
-    metrics: tuple[str, ...] = METRICS_OF_TASK["regression"]
+    metrics: tuple[str, ...] = ("pearson", "spearman", "mse", "loss")
 
     def fit_constant(self, labels: Tensor) -> Tensor:
         return labels.double().mean(0, keepdim=True).float()

@@ -125,8 +125,6 @@ def test_order_of_the_names_is_that_of_the_training_file_before_it_is_split(read
         ("text,label\na,x\nb,1\n", {"task": "regression"}, ["`data.label=label`", "finite number", "'x'"]),
         ("text,lable\na,x\n", {}, ["`data.label`", "'train.csv'", "`lable`"]),
         ("text,label\na,x\n", {"text_pair": "b"}, ["`data.text_pair`", "'train.csv'", "'b'"]),
-        ("text,label\na,x\nb,y\n", {"metric": "pearson"}, ["`data.metric`", "accuracy, f1, matthews, loss"]),
-        ("text,label\na,1.5\nb,2\n", {"class_weights": "balanced"}, ["`data.class_weights`", "regression"]),
         ("text,label\na,x\nb,y\n", {}, ["`data.train`", "at least 3 different examples", "has 2"]),
     ],
 )

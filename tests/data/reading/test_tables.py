@@ -87,6 +87,8 @@ def test_files_without_a_header_are_read_by_the_given_columns(write, name, conte
     ("name", "content", "words"),
     [
         ("a.csv", "", ["'a.csv'", "No columns"]),
+        ("a.csv", "text,label\n", ["'a.csv'", "no data"]),
+        ("a.jsonl", "\n", ["'a.jsonl'", "no data"]),
         ("a.csv", "text,label\na,x\nb,x,z\n", ["'a.csv'", "line 3", "2 fields"]),
         ("a.csv", "text,label\nb,x,z\nc,x,z\n", ["'a.csv'", "does not match"]),
         ("a.csv", 'text,label\n"b,x\nc,y\n', ["'a.csv'", "EOF inside string"]),

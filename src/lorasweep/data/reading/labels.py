@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorasweep.config.data import LabelTask, TableConfig, check_label_settings
+from lorasweep.config.data import LabelTask, TableConfig
 from lorasweep.data.reading.splitting import build_source, content_key
 from lorasweep.data.reading.tables import check_plain, choose_columns, open_tables, parse_rows, require_text
 from lorasweep.data.source import DataSource, Label, LabelledText
@@ -46,7 +46,6 @@ def read_labelled(config: TableConfig) -> DataSource:
         shown_names=config.labels,
         key=key,
     )
-    check_label_settings(config, encoder.task)
 
     def parse(*values: Any, group: str | None) -> LabelledText:
         *texts, label = _check_row(values, config)
