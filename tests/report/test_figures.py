@@ -219,7 +219,7 @@ def test_a_margin_in_the_metric_s_unit_is_a_band_around_no_difference(ranked_cop
     figure = draw_tested(load_sweep_data(ranked_copy)).figures[0]
     (band,) = [shape for shape in figure.layout.shapes if shape.type == "rect"]
     assert (band.x0, band.x1) == (-0.02, 0.02)
-    assert figure.layout.xaxis.title.text == "difference from full (bits per byte, lower is better)"
+    assert figure.layout.xaxis.title.text == "difference (bits per byte, lower is better)"
 
 
 def test_learning_rates_of_each_arm_are_dots_and_its_best_a_ring(sweep: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import plotly.graph_objects as go
 
@@ -34,12 +35,6 @@ MAX_OTHER_ARMS = 6
 MAX_EMPTY_SPANS = 3
 """The frozen base is inside the axis if its distance is at most this multiple of the range of all other scores."""
 ROW_HEIGHT_PX = 34
-QUESTIONS: dict[QuestionName, str] = {
-    "as_good_as_full": "full",
-    "smallest": "a larger value",
-    "pair": "the other arm",
-}
-"""The kinds of questions in the order of their figures, and what a subject is compared with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,10 +162,9 @@ def _draw_chart(chart: ScoreChart, data: SweepData) -> go.Figure:
 def draw_tested(data: SweepData) -> Panel:
     """Returns a figure for each kind of question: what was tested, with the interval of the test and the margin."""
     title, figures = "Tested quantities", []
-    for name, reference in QUESTIONS.items():
+    for name in get_args(QuestionName):
         answers = [answer for answer in data.evidence.list_answers(name) if answer.value is not None]
-        if answers:
-            figures.append(_draw_answers(answers, reference, data))
+        figures += [_draw_answers(answers, data)] if answers else []
     if not figures:
         return Panel(key="tested", title=title, text="No question of the sweep has test scores.")
     text = (
@@ -182,14 +176,14 @@ def draw_tested(data: SweepData) -> Panel:
     return Panel(key="tested", title=title, text=text, figures=tuple(figures))
 
 
-def _draw_answers(answers: Sequence[Answer], reference: str, data: SweepData) -> go.Figure:
+def _draw_answers(answers: Sequence[Answer], data: SweepData) -> go.Figure:
     # A share of full's gain is 1 at equality. Beside another reference, the page shows it less 1.
     is_share, is_full = answers[0].is_share, answers[0].name == "as_good_as_full"
     equal, shift = (1.0, 0.0) if is_share and is_full else (0.0, 1.0 if is_share else 0.0)
     unit = "share of full's gain" if is_share else format_metric(data.record.metric)
     if not is_share:
         unit += f", {'lower' if data.sign > 0 else 'higher'} is better"
-    x_title = unit if is_share and is_full else f"difference from {reference} ({unit})"
+    x_title = unit if is_share and is_full else f"difference ({unit})"
     figure = build_figure(data, x_title=x_title, y_title=" ", height=90 + ROW_HEIGHT_PX * max(len(answers), 2))
     figure.update_xaxes(tickformat="~%" if is_share else None, exponentformat="none", nticks=6)
     figure.update_yaxes(type="category")
