@@ -37,14 +37,44 @@ class UntrainedAnswer:
     """An answer that needs no training, with its scores in the sweep's metric."""
 
     name: str
-    arm: str | None
+    metric: str
+    sign: int
+    """1 if lower scores are better, else -1."""
+    arm: str | None = None
     """The arm that is the frozen base; None for a constant answer."""
     score: float
     """On validation data."""
     test_score: float | None
     """None if nothing was confirmed."""
-    num_examples: float | None
+    num_examples: float | None = None
     """The number of validation examples; None for the frozen base."""
+
+    def measure_gain(self, trial: Trial) -> float:
+        """Returns how much better the best score of a trial is than the answer; 0 without a score."""
+        return 0.0 if trial.value is None else self.sign * (self.score - trial.value)
+
+    def find_chance(self, trial: Trial) -> float | None:
+        """Returns `chance_of_correlation` of a trial's best evaluation; None if the record has no correlation."""
+        metric = CORRELATIONS.get(self.metric)
+        correlation = finite_number(trial.record.best.get(metric)) if metric and trial.record else None
+        if correlation is None or self.num_examples is None:
+            return None
+        return chance_of_correlation(correlation, num_examples=self.num_examples)
+
+    def rate(self, trial: Trial, *, level: float) -> Rating:
+        """Returns the rating of a trial; `level` is the chance at which a correlation is no luck."""
+        if self.measure_gain(trial) <= 0:
+            return "not better"
+        chance = self.find_chance(trial)
+        if chance is None:
+            return "better"
+        return "beyond luck" if chance < level else "luck"
+
+    def describe_best(self, trials: Sequence[Trial]) -> str:
+        """Returns a clause with the best score of trials and the answer's."""
+        best = min((trial.value for trial in trials if trial.value is not None), key=lambda score: self.sign * score)
+        found, own = (format_score(score, beside=[best, self.score]) for score in (best, self.score))
+        return f"the best {format_metric(self.metric)} on validation data is {found}, that of {self.name} {own}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +94,9 @@ class Learning:
     unlearned: tuple[str, ...] = ()
     """The subjects that are not shown to have learned anything."""
 
-    def is_better(self, trial: Trial, *, sign: int) -> bool | None:
+    def is_better(self, trial: Trial) -> bool | None:
         """Returns whether a trial's best score is better than the answer's; None if one of them is not known."""
-        if self.answer is None or trial.value is None:
-            return None
-        return sign * (self.answer.score - trial.value) > 0
+        return None if self.answer is None or trial.value is None else self.answer.measure_gain(trial) > 0
 
 
 def judge_learning(data: SweepData) -> Learning:
@@ -86,7 +114,7 @@ def judge_learning(data: SweepData) -> Learning:
     trials = [trial for found in scored.values() for trial in found]
     num_evaluations = sum(max(len(trial.curve), 1) for trial in trials)
     level = LEVEL / num_evaluations  # Bonferroni's correction: each evaluation may be the best one by luck
-    ratings = {name: {_rate(trial, answer, data, level=level) for trial in found} for name, found in scored.items()}
+    ratings = {name: {answer.rate(trial, level=level) for trial in found} for name, found in scored.items()}
     subjects = [arm for arm in data.arms if arm.row.method != "frozen"]
     shown = {arm.name: _is_shown_on_test_data(arm.name, answer, data) for arm in subjects}
     shown_arms = {name: _join_shown([shown[arm.name] for arm in subjects if arm.arm == name]) for name in scored}
@@ -110,7 +138,7 @@ def judge_learning(data: SweepData) -> Learning:
         reason = f"on test data {compared}"
     else:  # every better trial is rated as luck, so the number of examples is known
         reason = (
-            f"{_compare_best(trials, answer, data)}. With {answer.num_examples:,} examples, the best of "
+            f"{answer.describe_best(trials)}. With {answer.num_examples:,} examples, the best of "
             f"{num_evaluations:,} evaluations can be that good by luck."
         )
     headline = f"Nothing is shown to be learned: {reason}"
@@ -131,7 +159,8 @@ def _find_answer(data: SweepData) -> UntrainedAnswer | None:
         test = _read_entry((run.record for run in data.confirm_runs), "test")
         return UntrainedAnswer(
             name=next((names[key] for key in names if key in scores), "the most frequent labels"),
-            arm=None,
+            metric=metric,
+            sign=data.sign,
             score=score,
             test_score=finite_number(test.get("constant_answer", {}).get(metric)),
             num_examples=finite_number(validation.get("examples")),
@@ -142,10 +171,11 @@ def _find_answer(data: SweepData) -> UntrainedAnswer | None:
     base = data.evidence.subject(data.evidence.base)
     return UntrainedAnswer(
         name="the frozen base",
+        metric=metric,
+        sign=data.sign,
         arm=data.evidence.base or arm,
         score=score,
         test_score=base.mean if base else None,
-        num_examples=None,
     )
 
 
@@ -158,11 +188,6 @@ def _read_entry(records: Iterable[RunRecord | None], split: str) -> dict[str, An
     return {}
 
 
-def _measure_gain(trial: Trial, answer: UntrainedAnswer, data: SweepData) -> float:
-    """Returns how much better the best score of a trial is than the answer."""
-    return data.sign * (answer.score - (answer.score if trial.value is None else trial.value))
-
-
 def _is_shown_on_test_data(name: str, answer: UntrainedAnswer, data: SweepData) -> bool | None:
     if answer.arm is not None:
         found = data.evidence.estimate_difference(name, answer.arm)
@@ -172,24 +197,6 @@ def _is_shown_on_test_data(name: str, answer: UntrainedAnswer, data: SweepData) 
     if subject is None or subject.interval is None or answer.test_score is None or len(subject.seeds) < 2:
         return None
     return max(data.sign * (end - answer.test_score) for end in subject.interval) < 0
-
-
-def _rate(trial: Trial, answer: UntrainedAnswer, data: SweepData, *, level: float) -> Rating:
-    if _measure_gain(trial, answer, data) <= 0:
-        return "not better"
-    chance = _find_chance(trial, answer, data)
-    if chance is None:
-        return "better"
-    return "beyond luck" if chance < level else "luck"
-
-
-def _find_chance(trial: Trial, answer: UntrainedAnswer, data: SweepData) -> float | None:
-    """Returns `chance_of_correlation` of a trial's best evaluation; None if its correlation is not in the records."""
-    metric = CORRELATIONS.get(data.record.metric)
-    correlation = finite_number(trial.record.best.get(metric)) if metric and trial.record else None
-    if correlation is None or answer.num_examples is None:
-        return None
-    return chance_of_correlation(correlation, num_examples=answer.num_examples)
 
 
 def chance_of_correlation(correlation: float, *, num_examples: float) -> float:
@@ -204,26 +211,18 @@ def _describe(trials: Sequence[Trial], answer: UntrainedAnswer, data: SweepData)
     """Returns a clause about trials that learned nothing."""
     count = f"all {len(trials)} trials score" if len(trials) > 1 else "the only trial scores"
     so_far = "" if data.record.status == "complete" else " so far"
-    worse = " or worse" if any(_measure_gain(trial, answer, data) < 0 for trial in trials) else ""
-    return f"{count}{so_far} like {answer.name}{worse} ({_compare_best(trials, answer, data)})"
-
-
-def _compare_best(trials: Sequence[Trial], answer: UntrainedAnswer, data: SweepData) -> str:
-    scores = [trial.value for trial in trials if trial.value is not None]
-    best = min(scores, key=lambda score: data.sign * score)
-    texts = [format_score(score, beside=[best, answer.score]) for score in (best, answer.score)]
-    metric = format_metric(data.record.metric)
-    return f"the best {metric} on validation data is {texts[0]}, that of {answer.name} {texts[1]}"
+    worse = " or worse" if any(answer.measure_gain(trial) < 0 for trial in trials) else ""
+    return f"{count}{so_far} like {answer.name}{worse} ({answer.describe_best(trials)})"
 
 
 def _describe_nothing(
     trials: Sequence[Trial], answer: UntrainedAnswer, data: SweepData, *, level: float
 ) -> tuple[str, str]:
     """Returns the headline if no trial is better than the answer, and what to check and to try."""
-    chances = [_find_chance(trial, answer, data) for trial in trials]
+    chances = [answer.find_chance(trial) for trial in trials]
     if any(chance is not None and chance < level for chance in chances):
         return (
-            f"No trial is better than {answer.name} ({_compare_best(trials, answer, data)}).",
+            f"No trial is better than {answer.name} ({answer.describe_best(trials)}).",
             "No settings are recommended. Predictions do depend on the labels: `data.metric=matthews` counts rare "
             "labels as much as frequent ones.",
         )

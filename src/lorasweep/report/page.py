@@ -123,7 +123,7 @@ def _list_columns(data: SweepData) -> list[tuple[str, str]]:
 
 def _build_cells(trial: Trial, summary: Summary) -> list[Cell]:
     data = summary.data
-    is_better = summary.learning.is_better(trial, sign=data.sign)
+    is_better = summary.learning.is_better(trial)
     state = f"{trial.state}, not better" if is_better is False and trial.trains else trial.state
     cells: list[Cell] = [(state, state), (wording.format_score(trial.value), trial.value)]
     for key in data.swept_keys:

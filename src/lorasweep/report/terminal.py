@@ -135,7 +135,7 @@ def list_search_scores(summary: Summary) -> list[str]:
     scores = [trial.value if trial else None for trial in shown]
     marks = []
     for arm, trial in zip(data.arms, shown, strict=True):
-        is_worse = trial and arm.row.method != "frozen" and learning.is_better(trial, sign=data.sign) is False
+        is_worse = trial and arm.row.method != "frozen" and learning.is_better(trial) is False
         beaten = f" (not better than {learning.answer.name})" if is_worse and learning.answer else ""
         marks.append(f"{'' if arm.best or not trial else f' ({trial.state})'}{beaten}")
     return [f"{format_score(score, beside=scores)}{mark}" for score, mark in zip(scores, marks, strict=True)]

@@ -48,7 +48,7 @@ def build_tables(summary: Summary) -> dict[str, pandas.DataFrame]:
     trials = trials.drop(columns=["stage", "seed", "step", f"test/{metric}"], errors="ignore").assign(
         method=[arm.row.method for arm in data.searches for _ in arm.trials],
         share_of_full_gain=[data.share_of_full_gain(trial.value) for trial in data.trials],
-        is_better_than_untrained=[summary.learning.is_better(trial, sign=data.sign) for trial in data.trials],
+        is_better_than_untrained=[summary.learning.is_better(trial) for trial in data.trials],
     )
     curves = [(trial.arm, trial.number, *point) for trial in data.trials for point in trial.curve]
     tables = {"trials.csv": trials, "curves.csv": pandas.DataFrame(curves, columns=["arm", "trial", "step", metric])}
