@@ -12,9 +12,8 @@ from lorasweep.data.reading.labels import is_missing, learn_labels
 from lorasweep.errors import ConfigError
 
 
-def learn(values, *, task="auto", class_names=(), shown_names=None):
-    key = "`data.label=label`"
-    return learn_labels(values, task=task, class_names=class_names, shown_names=shown_names, key=key)
+def learn(values, *, task="auto", class_names=()):
+    return learn_labels(values, task=task, class_names=class_names, key="`data.label=label`")
 
 
 def encode(code, values):
@@ -50,16 +49,13 @@ def test_names_that_the_data_set_states_keep_its_order():
     assert "no example of ['unclear']" in code.reason
 
 
-def test_labels_may_have_other_names_in_their_sorted_order():
-    code = learn([10, 9, 9], shown_names=["nine", "ten"])
-    assert (code.names, encode(code, ["9", 10])) == (("nine", "ten"), [0, 1])
-    assert code.reason.endswith("in sorted order: ('9', '10'). `data.labels` names them ('nine', 'ten').")
-    with pytest.raises(ValueError, match=r"must have a label that training has, \('9', '10'\), but has 'nine'"):
-        code.encode("nine")
-    with pytest.raises(ConfigError, match=r"`data.labels` must name each of the 2 labels of training, \('9', '10'\)"):
-        learn([10, 9], shown_names=["a", "b", "c"])
-    with pytest.raises(ConfigError, match=r"`data.labels` must be null, because the labels are numbers"):
-        learn([0.5, 9], shown_names=["a", "b"])
+def test_labels_may_have_other_names_in_their_sorted_order(read):
+    file = {"train.csv": "text,label\n" + "".join(f"text {n},{9 + n % 2}\n" for n in range(40))}
+    source = read("table", file, labels=["nine", "ten"])
+    assert source.label_names == ("nine", "ten")
+    assert [item.label for item in source.train.items] == [item.label for item in read("table", file).train.items]
+    with pytest.raises(ConfigError, match=r"`data.labels` must name each of the 2 classes of training, \('9', '10'\)"):
+        read("table", file, labels=["a", "b", "c"])
 
 
 @pytest.mark.parametrize(

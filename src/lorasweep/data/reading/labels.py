@@ -38,28 +38,34 @@ def read_labelled(config: TableConfig) -> DataSource:
     tables = open_tables(config, functools.partial(choose_columns, wanted))
     train = tables["train"]
     labels, _ = parse_rows(train, lambda *values, group: _check_row(values, config)[-1])
-    key = f"`data.label={config.label}`"
     encoder = learn_labels(
         labels,
         task=config.task,
         class_names=train.get_class_names(config.label),
-        shown_names=config.labels,
-        key=key,
+        key=f"`data.label={config.label}`",
     )
+    names = encoder.names if config.labels is None else config.labels
+    if len(names) != len(encoder.names):
+        raise ConfigError(
+            f"`data.labels` must name each of the {len(encoder.names)} classes of training, "
+            f"{shorten(encoder.names, 400)}, but got {len(names)} names."
+        )
 
     def parse(*values: Any, group: str | None) -> LabelledText:
         *texts, label = _check_row(values, config)
         return LabelledText(texts[0], texts[1] if len(texts) > 1 else None, encoder.encode(label), group)
 
     items, notes = parse_rows(train, parse)
+    if config.labels is not None:
+        notes = [f"`data.labels` names the classes {shorten(names, 400)}.", *notes]
     return build_source(
         (items, [encoder.reason, *notes]),
         lambda split: parse_rows(tables[split], parse),
         kind=encoder.task,
         given=config.given,
         key=_content_key,
-        describe=functools.partial(_describe, encoder),
-        label_names=encoder.names,
+        describe=functools.partial(_describe, names),
+        label_names=names,
         shared="text" if config.text_pair is None else "pair of texts",
         max_examples=config.max_examples,
     )
@@ -76,7 +82,7 @@ def _check_row(values: tuple[Any, ...], config: TableConfig) -> tuple[Any, ...]:
     return (*map(require_text, texts), label)
 
 
-def _describe(encoder: LabelEncoder, train: list[LabelledText], validation: list[LabelledText]) -> list[str]:
+def _describe(names: Sequence[str], train: list[LabelledText], validation: list[LabelledText]) -> list[str]:
     """Returns notes about contradicting labels and the share of each label."""
     notes = []
     first_label: dict[int, Label] = {}
@@ -84,12 +90,12 @@ def _describe(encoder: LabelEncoder, train: list[LabelledText], validation: list
     if conflicts := {key for key, label in keyed if first_label.setdefault(key, label) != label}:
         notes.append(f"{len(conflicts)} texts of train have several different labels.")
     labels: list[Any] = [item.label for item in train]
-    if encoder.task == "regression":
+    if not names:
         return notes
     counts = Counter(index for label in labels for index in (label if isinstance(label, list) else [label]))
-    listed = list(enumerate(encoder.names))[:MAX_LISTED_CLASSES]
+    listed = list(enumerate(names))[:MAX_LISTED_CLASSES]
     shares = [f"{name!r} {counts[index] / len(labels):.1%}" for index, name in listed]
-    others = f" and {len(encoder.names) - len(listed)} more" if len(encoder.names) > len(listed) else ""
+    others = f" and {len(names) - len(listed)} more" if len(names) > len(listed) else ""
     return [*notes, f"Labels of train: {', '.join(shares)}{others}."]
 
 
@@ -98,10 +104,8 @@ class LabelEncoder:
     """Encodes the labels of every split with what was learnt from the training file."""
 
     task: LabelTask
-    written: tuple[str, ...]
-    """The labels as they are written, in the order of their indices; empty under regression."""
     names: tuple[str, ...]
-    """Names of the classes in the same order: `written`, or `data.labels`."""
+    """The classes as they are written, in the order of their indices; empty under regression."""
     separator: str
     """Stands between several labels in one text."""
     reason: str
@@ -119,32 +123,28 @@ class LabelEncoder:
         return indices[0] if self.task == "single_label" else sorted(set(indices))
 
     def _index(self, name: str) -> int:
-        if name not in self.written:
+        if name not in self.names:
             raise ValueError(
-                f"must have a label that training has, {shorten(self.written, 400)}, but has {name!r}."
-                f"{nearest(name, self.written)}"
+                f"must have a label that training has, {shorten(self.names, 400)}, but has {name!r}."
+                f"{nearest(name, self.names)}"
             )
-        return self.written.index(name)
+        return self.names.index(name)
 
 
-def learn_labels(
-    values: Sequence[Any], *, task: str, class_names: Sequence[str], shown_names: Sequence[str] | None = None, key: str
-) -> LabelEncoder:
+def learn_labels(values: Sequence[Any], *, task: str, class_names: Sequence[str], key: str) -> LabelEncoder:
     """Returns the encoder of the labels of a training file.
 
     Args:
         values: The labels; none is missing.
         task: `data.task`.
         class_names: Names of the classes in the order that the data set states; empty if it states none.
-        shown_names: `data.labels`: other names of the classes, in the order of the labels.
         key: The setting and column of the label, for messages.
 
     Raises:
-        ConfigError: There is only one class, nearly every example has its own class, a label is not a number, or
-            `shown_names` does not have one name for each class.
+        ConfigError: There is only one class, nearly every example has its own class, or a label is not a number.
     """
     decided, why = _decide_task(values, task=task, class_names=class_names)
-    separator = _find_separator(values)
+    separator = next((mark for mark in SEPARATORS if any(mark in v for v in values if isinstance(v, str))), "|")
     try:
         labels: list[tuple[Any, ...]] = [
             (_parse_number(value),) if decided == "regression" else tuple(split_names(value, decided, separator))
@@ -158,29 +158,19 @@ def learn_labels(
     if decided == "regression":
         mean = math.fsum(number for (number,) in labels) / len(labels)
         reason = f"The model predicts a number ({why}); in training from {used[0]:g} to {used[-1]:g}, mean {mean:g}."
-        if shown_names is not None:
-            raise ConfigError(f"`data.labels` must be null, because the labels are numbers, but got {shown_names}.")
-        return LabelEncoder(task=decided, written=(), names=(), separator=separator, reason=reason)
+        return LabelEncoder(task=decided, names=(), separator=separator, reason=reason)
     if task == "auto" and decided == "single_label" and len(used) > max(MAX_SINGLE_CLASSES, len(values) / 2):
         raise ConfigError(
             f"{key} must have classes of several examples each, but has {len(used)} different values in {len(values)} "
             "examples. Name another column, or set `data.task` (regression for numbers)."
         )
-    written = tuple(class_names) or tuple(sorted(used, key=_sort_key))
-    names = written if shown_names is None else tuple(shown_names)
-    if len(names) != len(written):
-        raise ConfigError(
-            f"`data.labels` must name each of the {len(written)} labels of training, {shorten(written, 400)}, but got "
-            f"{len(names)} names."
-        )
+    names = tuple(class_names) or tuple(sorted(used, key=_sort_key))
     order = "as the data set orders them" if class_names else "in sorted order"
     count = "one" if decided == "single_label" else "any number"
-    reason = f"The model predicts {count} of {len(names)} classes ({why}), {order}: {shorten(written, 400)}."
-    if shown_names is not None:
-        reason += f" `data.labels` names them {shorten(names, 400)}."
-    if unused := [name for name in written if name not in used]:
+    reason = f"The model predicts {count} of {len(names)} classes ({why}), {order}: {shorten(names, 400)}."
+    if unused := [name for name in names if name not in used]:
         reason += f" Training has no example of {shorten(unused, 400)}."
-    return LabelEncoder(task=decided, written=written, names=names, separator=separator, reason=reason)
+    return LabelEncoder(task=decided, names=names, separator=separator, reason=reason)
 
 
 def _decide_task(values: Sequence[Any], *, task: str, class_names: Sequence[str]) -> tuple[LabelTask, str]:
@@ -198,11 +188,6 @@ def _decide_task(values: Sequence[Any], *, task: str, class_names: Sequence[str]
     if all(number.is_integer() for number in numbers):
         return "single_label", "labels are whole numbers; `data.task=regression` would predict them as numbers"
     return "regression", "labels are numbers with fractions"
-
-
-def _find_separator(values: Sequence[Any]) -> str:
-    texts = [value for value in values if isinstance(value, str)]
-    return next((mark for mark in SEPARATORS if any(mark in text for text in texts)), SEPARATORS[0])
 
 
 def is_missing(value: Any, *, task: str) -> bool:
