@@ -41,15 +41,15 @@ import numpy as np
 import optuna
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
-from optuna.trial import FrozenTrial, TrialState, create_trial
 from scipy.interpolate import Akima1DInterpolator
 
 from lorasweep.config.compose import compose_sweep
 from lorasweep.config.data import Direction
 from lorasweep.config.sweep import HalvingPruner, parse_margin
-from lorasweep.record import Question
+from lorasweep.record import Question, Trial
 from lorasweep.report.evidence.questions import Answer, Scale, answer_questions
 from lorasweep.report.evidence.scores import ConfirmScores
+from lorasweep.sweep.controller.history import History
 from lorasweep.sweep.controller.predictions import predict_best
 from lorasweep.sweep.controller.proposals import propose
 from lorasweep.sweep.controller.stopping_rules import Halving
@@ -209,7 +209,7 @@ def with_seed(arm: Arm, seed: int) -> Arm:
 class Search:
     """The trials of an arm as they ended."""
 
-    trials: list[FrozenTrial]
+    trials: list[Trial]
     steps: int
 
 
@@ -223,15 +223,15 @@ def run_search(arm: Arm, table: Table, *, seed: int, num_evaluations: int) -> Se
     params: list[dict[str, Any]] = []
     reached: list[int] = []
 
-    def show(*, is_over: bool = False) -> list[FrozenTrial]:
+    def show(*, is_over: bool = False) -> list[Trial]:
         return [
-            make_trial(arm, table, each, count, seed=seed, is_over=is_over)
-            for each, count in zip(params, reached, strict=True)
+            make_trial(number, table, each, count, seed=seed, is_over=is_over)
+            for number, (each, count) in enumerate(zip(params, reached, strict=True))
         ]
 
     for limit in (math.ceil(arm.trials / 2), arm.trials):
         while len(params) < limit:
-            proposed, _ = propose(arm, show(), number=len(params), direction=direction)
+            proposed, _ = propose(arm, History(arm, show(), direction=direction), number=len(params))
             params.append(proposed)
             reached.append(0)
         reached = [max(count, rungs[0]) for count in reached]
@@ -247,29 +247,25 @@ def run_search(arm: Arm, table: Table, *, seed: int, num_evaluations: int) -> Se
         after = rungs[place + 1] if place + 1 < len(rungs) else num_evaluations
         for index in alive:
             reached[index] = after
-    trials = show(is_over=True)
-    for number, trial in enumerate(trials):
-        trial.number = number
-    return Search(trials=trials, steps=sum(reached) * table.num_steps // num_evaluations)
+    return Search(trials=show(is_over=True), steps=sum(reached) * table.num_steps // num_evaluations)
 
 
 def _find_run(table: Table, params: Mapping[str, Any], seed: int) -> Run:
     return table.find_run(params.get(RANK, 0), params[LR], seed)
 
 
-def make_trial(
-    arm: Arm, table: Table, params: Mapping[str, Any], count: int, *, seed: int, is_over: bool
-) -> FrozenTrial:
+def make_trial(number: int, table: Table, params: Mapping[str, Any], count: int, *, seed: int, is_over: bool) -> Trial:
     """Returns a trial with its first evaluations; a complete one has its best as value."""
     run = _find_run(table, params, seed)
     is_complete = is_over and count == table.num_evaluations
-    state = TrialState.COMPLETE if is_complete else TrialState.PRUNED if is_over else TrialState.RUNNING
-    return create_trial(
-        state=state,
+    return Trial(
+        arm="",
+        number=number,
+        run="",
+        state="complete" if is_complete else "pruned" if is_over else "running",
         value=table.sign * min(table.sign * value for value in run.values) if is_complete else None,
         params=dict(params),
-        distributions=dict(arm.space),
-        intermediate_values={
+        values={
             (n + 1) * table.num_steps // table.num_evaluations: value for n, value in enumerate(run.values[:count])
         },
     )
@@ -313,7 +309,7 @@ def replay_sweep(table: Table, arms: Mapping[str, Arm], *, number: int, looks: S
     arm = with_seed(arms["lora"], number)
     found = run_search(arm, table, seed=search_seed, num_evaluations=num_evaluations)
     full = run_search(with_seed(arms["full"], number), table, seed=search_seed, num_evaluations=num_evaluations)
-    complete = [trial for trial in full.trials if trial.state == TrialState.COMPLETE]
+    complete = [trial for trial in full.trials if trial.state == "complete"]
     winner = min(complete, key=lambda trial: table.sign * (trial.value or 0.0))
     full_rate = winner.params[LR]
     direction: Direction = "minimize" if table.sign == 1 else "maximize"

@@ -44,10 +44,10 @@ import lorasweep.sweep.workers.worker as worker_file
 from lorasweep.config.data import get_built_in_metric
 from lorasweep.config.run import RunConfig
 from lorasweep.record import RunRecord, SweepRecord, measure_stage_occupancy, read_run, write_record
+from lorasweep.sweep.controller.arm_trials import TRIAL_ATTRIBUTE
 from lorasweep.sweep.controller.controller import Assignment, Controller
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.lifecycle import create_sweep, reopen_sweep
-from lorasweep.sweep.controller.trial import ASSIGNMENT_ATTRIBUTE, SCORE_ATTRIBUTE
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.workers.ray_cluster import start_local_cluster
 from lorasweep.training.packs.size import PackSize
@@ -127,8 +127,7 @@ def fill(sweep: SweepFolder, num_trials: int) -> None:
                 distributions=arm.space,
                 intermediate_values={step: score_of(params, number, step) for step in (25, 50, 75, 100, 125, 150)},
                 user_attrs={
-                    ASSIGNMENT_ATTRIBUTE: {"order": number, "passed": [25, 75], "promoted": []},
-                    SCORE_ATTRIBUTE: score,
+                    TRIAL_ATTRIBUTE: {"state": "complete", "value": score, "order": number, "passed": [25, 75]}
                 },
             )
         )

@@ -34,11 +34,12 @@ from typing import Any
 import numpy as np
 import optuna
 from numpy.typing import NDArray
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from lorasweep.config.compose import compose_sweep
+from lorasweep.record import Trial
 from lorasweep.sweep.controller import proposals
+from lorasweep.sweep.controller.history import History
 from lorasweep.sweep.controller.predictions import predict_best
 from lorasweep.sweep.controller.rate_law import RateLaw
 from lorasweep.sweep.definition.arms import Arm
@@ -123,30 +124,24 @@ WAYS = (
 )
 
 
-def run_search(table: Table, way: Way, arm: Arm, *, n: int) -> list[FrozenTrial]:
+def run_search(table: Table, way: Way, arm: Arm, *, n: int) -> list[Trial]:
     """Returns the complete trials of a search, by number."""
-    space, params = arm.space, list[dict[str, Any]]()
+    params = list[dict[str, Any]]()
     for limit in (math.ceil(FIRST_PART_FRACTION * n), n):
         known = len(params)
         while len(params) < limit:
-            history = [_make_trial(table, space, each, is_known=i < known) for i, each in enumerate(params)]
-            params.append(proposals.propose(arm, history, number=len(params), direction="minimize")[0])
-    trials = [_make_trial(table, space, each, is_known=True) for each in params]
-    for number, trial in enumerate(trials):
-        trial.number = number
-    return trials
+            trials = [_make_trial(i, table, each, is_known=i < known) for i, each in enumerate(params)]
+            history = History(arm, trials, direction="minimize")
+            params.append(proposals.propose(arm, history, number=len(params))[0])
+    return [_make_trial(number, table, each, is_known=True) for number, each in enumerate(params)]
 
 
-def _make_trial(
-    table: Table, space: Mapping[str, BaseDistribution], params: Mapping[str, Any], *, is_known: bool
-) -> FrozenTrial:
-    state = TrialState.COMPLETE if is_known else TrialState.RUNNING
-    return create_trial(
-        state=state, value=table.read(params) if is_known else None, params=dict(params), distributions=dict(space)
-    )
+def _make_trial(number: int, table: Table, params: Mapping[str, Any], *, is_known: bool) -> Trial:
+    value, state = (table.read(params), "complete") if is_known else (None, "running")
+    return Trial(arm="", number=number, run="", params=dict(params), state=state, value=value)
 
 
-def choose_settings(table: Table, way: Way, arm: Arm, trials: Sequence[FrozenTrial]) -> dict[int, Mapping[str, Any]]:
+def choose_settings(table: Table, way: Way, arm: Arm, trials: Sequence[Trial]) -> dict[int, Mapping[str, Any]]:
     """Returns the setting that is taken for each rank."""
     winner = min(trials, key=lambda trial: trial.value or math.inf)
     chosen: dict[int, Mapping[str, Any]] = {}
@@ -198,7 +193,7 @@ class _UseLaw:
     """Replaces the rate law by plain learning rates inside a `with` block, for ways that do not use it."""
 
     def __init__(self, way: Way) -> None:
-        self._modules = () if way.uses_law else (proposals, sys.modules[predict_best.__module__])
+        self._modules = () if way.uses_law else tuple(sys.modules[user.__module__] for user in (History, predict_best))
         self._before = [module.build_rate_law for module in self._modules]
 
     def __enter__(self) -> None:

@@ -14,7 +14,9 @@ from optuna.distributions import FloatDistribution
 from tests.sweep.controller.conftest import make_arm
 
 from lorasweep.config.sweep import FixedSampler
+from lorasweep.record import Trial
 from lorasweep.sweep.controller.arm_trials import ArmTrials
+from lorasweep.sweep.controller.stopping_rules import RungOrder
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "bench_stopping.py"
 
@@ -114,7 +116,9 @@ def run_by_controller(inputs, arm):
         study=optuna.create_study(storage=storage, study_name="lora"),
         storage=storage,
         space={"optim.lr": FloatDistribution(0, 1)},
+        build_trial=lambda number, params: Trial(arm="lora", number=number, params=dict(params), run=""),
         planned=len(arm.values),
+        order=RungOrder(direction="minimize"),
         rule=arm.rule,
         first_trials=arm.first_part,
     )
@@ -126,7 +130,7 @@ def run_by_controller(inputs, arm):
                 trials.promote(*promoted, order=order)
                 pack.append(promoted[0])
             elif trials.may_begin():
-                pack.append(trials.begin({"optim.lr": 0.5}, order=order, attributes={}))
+                pack.append(trials.begin({"optim.lr": 0.5}, order=order))
             else:
                 break
         if not pack:
@@ -134,7 +138,7 @@ def run_by_controller(inputs, arm):
         for entry in pack:
             done[entry.number] = done.get(entry.number, 0) + 1
             if done[entry.number] == arm.fails_at[entry.number]:
-                trials.end(entry, "failed", {})
+                trials.end(entry, "failed")
         pack = [entry for entry in pack if entry.state == "running"]
         for entry in pack:
             step = done[entry.number]
@@ -142,9 +146,9 @@ def run_by_controller(inputs, arm):
         for entry in sorted(pack, key=lambda entry: (done[entry.number], entry.number)):
             goes_on = trials.decide(entry, done[entry.number])
             if done[entry.number] == inputs.LAST:
-                trials.end(entry, "complete", {}, value=1.0)
+                trials.end(entry, "complete", value=1.0)
             elif not goes_on:
-                trials.pause(entry, {}, step=done[entry.number])
+                trials.pause(entry, step=done[entry.number])
         pack = [entry for entry in pack if entry.state == "running"]
     complete = tuple(number for number, entry in sorted(trials.trials.items()) if entry.state == "complete")
     return inputs.Outcome(steps=sum(done.values()), complete=complete)

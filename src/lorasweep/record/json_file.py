@@ -27,7 +27,7 @@ def _check_number(value: Any) -> Any:
     return math.nan if value is None else value
 
 
-Number = Annotated[float, BeforeValidator(_check_number)]
+Number = Annotated[int | float, BeforeValidator(_check_number)]
 """A float of a record. NaN and infinity are written as null, because JSON has neither, and null is read as NaN."""
 Count = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 """A whole number of a record, which fits into the 64 bits that numpy and pandas have."""

@@ -59,6 +59,22 @@ class Trial:
     """The sweep's metric on validation data at each evaluation, by step."""
     slot_steps: Number = 0.0
     """The run's share of the slots that its packs were planned with (see `measure_occupancy`); 0 for a run alone."""
+    losses: dict[Count, Number] = field(default_factory=dict)
+    """The validation loss at each rung."""
+    order: Count = 0
+    """Position in the order in which a stage hands out new and promoted trials, from 0.
+
+    If the trial's worker is gone and the trial is handed out again, the position stays the same."""
+    passed: list[Count] = field(default_factory=list)
+    """The rungs beyond which the trial may train."""
+    promoted: list[Count] = field(default_factory=list)
+    """The rungs in `passed` at which the trial was paused before it was allowed to continue."""
+    worker: str = ""
+    """Name of the worker that last received the trial; empty for the worker of the controller's process."""
+    request: Count = 0
+    """Number of the worker's request that was answered with this trial."""
+    sampler_state: dict[str, Any] = field(default_factory=dict)
+    """What a sampler that is set by `_target_` stores with a trial, such as the generation of a genetic algorithm."""
     record: RunRecord | None = field(default=None, init=False, repr=False, compare=False)
     """The run's record, once the report has read it; not part of `sweep.json`."""
 
@@ -97,8 +113,9 @@ class Trial:
         return self.stage == "confirm" and self.seed is None
 
     @property
-    def has_ended(self) -> bool:
-        return self.state not in ("running", "paused")
+    def is_live(self) -> bool:
+        """Whether the trial runs or is paused."""
+        return self.state in ("running", "paused")
 
     @property
     def is_complete(self) -> bool:

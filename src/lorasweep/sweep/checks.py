@@ -6,6 +6,7 @@ import math
 
 from lorasweep.config.data import MetricComponent, ScoreMetric
 from lorasweep.errors import ConfigError
+from lorasweep.sweep.controller.history import History
 from lorasweep.sweep.controller.proposals import propose
 from lorasweep.sweep.controller.stopping_rules import build_rule
 from lorasweep.sweep.definition.arms import Definition, name_arm_in_errors, restore_definition
@@ -45,7 +46,9 @@ def check_definition(definition: Definition, inputs_cache: InputsCache) -> None:
         with name_arm_in_errors(arm.name):
             build_rule(arm)
             if arm.space:
-                propose(arm, [], number=0, direction="minimize")  # raises if the sampler can't search this space
+                propose(
+                    arm, History(arm, direction="minimize"), number=0
+                )  # raises if the sampler can't search this space
             for config in arm.corners:
                 inputs = inputs_cache.load(config)
                 check_run(config, inputs.base)

@@ -139,7 +139,7 @@ def describe_params(params: Mapping[str, Any]) -> str:
 
 
 def list_ended_runs(record: SweepRecord) -> list[Trial]:
-    return [trial for trial in (*record.trials, *record.confirm) if trial.has_ended]
+    return [trial for trial in (*record.trials, *record.confirm) if not trial.is_live]
 
 
 def describe_confirm_stage(record: SweepRecord) -> str:

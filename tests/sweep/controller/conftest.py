@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -13,10 +13,12 @@ import pytest
 
 from lorasweep.config.compose import compose_sweep
 from lorasweep.config.sweep import SamplerConfig, SweepConfig
-from lorasweep.record import RunRecord, write_record
+from lorasweep.record import RunRecord, Trial, TrialState, write_record
 from lorasweep.sweep.controller.controller import Assignment, Controller
 from lorasweep.sweep.controller.folder import SweepFolder
+from lorasweep.sweep.controller.history import History
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
+from lorasweep.sweep.controller.proposals import propose
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.definition.space import Space
 from lorasweep.sweep.workers.worker import find_ended_run
@@ -141,6 +143,21 @@ def make_arm(
     sweep_config = default_sweep_config()
     sweep_config = replace(sweep_config, sampler=sampler, sweep=replace(sweep_config.sweep, seed=seed))
     return Arm(name=name, settings={}, space=space, trials=trials, sweep_config=sweep_config, confirm_each=confirm_each)
+
+
+def ask_for_proposal(arm: Arm, trials: Sequence[Trial], *, number: int | None = None, **how: Any) -> dict[str, Any]:
+    """The parameters that an arm's sampler proposes after these trials, which are numbered in their order."""
+    history = History(arm, number_trials(trials), direction=how.get("direction", "minimize"))
+    return propose(arm, history, number=len(trials) if number is None else number)[0]
+
+
+def make_trial(params: Mapping[str, Any], *, state: TrialState = "complete", **fields: Any) -> Trial:
+    """A trial of an arm's search."""
+    return Trial(arm="lora", number=0, run="", params=dict(params), state=state, **fields)
+
+
+def number_trials(trials: Sequence[Trial]) -> list[Trial]:
+    return [replace(trial, number=number) for number, trial in enumerate(trials)]
 
 
 @cache

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.trial import TrialState, create_trial
-from tests.sweep.controller.conftest import make_arm
+from tests.sweep.controller.conftest import ask_for_proposal, make_arm, make_trial
 
 from lorasweep.config.components import Component
 from lorasweep.errors import ConfigError
-from lorasweep.sweep.controller.component_sampler import SAMPLER_ATTRIBUTE
+from lorasweep.sweep.controller.history import History
 from lorasweep.sweep.controller.proposals import propose
 
 SPACE = {
@@ -31,14 +31,14 @@ def named(target, **arguments):
 
 def search(sampler, *, trials, space=SPACE, seed=0, arm="lora"):
     """Proposes trials one after another, each complete before the next, and returns their parameters and states."""
-    history, states = [], []
+    found, states = [], []
     for number in range(trials):
-        params, kept = propose(
-            make_arm(space, sampler, name=arm, seed=seed), history, number=number, direction="minimize"
-        )
+        asked = make_arm(space, sampler, name=arm, seed=seed)
+        params, kept = propose(asked, History(asked, found, direction="minimize"), number=number)
         states.append(json.loads(json.dumps(kept)))  # as the journal keeps it
-        history.append(create_trial(value=float(number % 3), params=params, distributions=space, user_attrs=states[-1]))
-    return [trial.params for trial in history], states
+        trial = make_trial(params, value=float(number % 3), sampler_state=states[-1])
+        found.append(replace(trial, number=number))
+    return [trial.params for trial in found], states
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_sampler_of_optunas_proposes_the_same_from_the_same_seed(sampler):
 
 def test_what_a_sampler_keeps_of_trials_is_handed_to_it_again():
     _, states = search(named("optuna.samplers.NSGAIISampler", population_size=4), trials=9)
-    generations = [state[SAMPLER_ATTRIBUTE]["trial"]["NSGAIISampler:generation"] for state in states]
+    generations = [state["trial"]["NSGAIISampler:generation"] for state in states]
     assert generations == [0] * 4 + [1] * 4 + [2]
 
 
@@ -98,14 +98,10 @@ def test_paused_running_and_infeasible_trials_are_shown_as_they_are():
     sys.modules["spy_sampler"] = module
     module.__spec__ = sys.spec if hasattr(sys, "spec") else __spec__
     params = {"method.rank": 4, "optim.lr": 1e-3, "trainer.max_steps": 5}
-    history = [
-        create_trial(state=TrialState.PRUNED, params=params, distributions=SPACE, intermediate_values={5: 1.5}),
-        create_trial(state=TrialState.RUNNING, params=params, distributions=SPACE),
-        create_trial(state=TrialState.PRUNED, params=params, distributions=SPACE, constraints={"memory": 1.0}),
-        create_trial(state=TrialState.FAIL, params=params, distributions=SPACE),
-    ]
+    trials = [make_trial(params, state=state) for state in ("paused", "running", "infeasible", "failed")]
+    trials[0].values = {5: 1.5}
     try:
-        propose(make_arm(SPACE, named("spy_sampler.Spy")), history, number=4, direction="maximize")
+        ask_for_proposal(make_arm(SPACE, named("spy_sampler.Spy")), trials)
     finally:
         del sys.modules["spy_sampler"]
     assert [trial.state.name for trial in seen["trials"]] == ["PRUNED", "RUNNING", "PRUNED", "FAIL"]
@@ -131,7 +127,7 @@ def test_paused_running_and_infeasible_trials_are_shown_as_they_are():
 )
 def test_what_is_no_sampler_is_refused_in_one_sentence(sampler, message):
     with pytest.raises(ConfigError, match=message) as refused:
-        propose(make_arm(SPACE, sampler), [], number=0, direction="minimize")
+        ask_for_proposal(make_arm(SPACE, sampler), [])
     assert "\n" not in str(refused.value)
 
 

@@ -241,7 +241,7 @@ def test_a_trial_enters_the_journal_with_all_its_parameters(begin, open_controll
     storage = controller.sweep.storage
     monkeypatch.setattr(storage, "set_trial_param", None)  # a trial that is filled in later would need it
     assignment = controller.take()
-    trial = controller.search.arms["lora"].frozen()[0]
+    trial = controller.search.arms["lora"].study.trials[0]
     assert set(trial.params) == {"method.rank", "optim.lr"} == set(assignment.params)
     close(controller)
 
@@ -253,7 +253,7 @@ def test_a_trial_that_somebody_else_added_to_the_study_is_left_out(begin, resume
     controller = resume(sweep.path)
     Simulation(controller).run()
     assert sorted(controller.search.arms["lora"].trials) == list(range(1, 9))
-    assert [row.number for row in controller.search.rows("lora")] == list(range(1, 9))
+    assert [trial.number for trial in controller.search.arms["lora"].trials.values()] == list(range(1, 9))
     close(controller)
 
 
@@ -277,8 +277,8 @@ def test_what_runs_out_of_memory_is_told_as_infeasible_and_never_ranked(begin, o
     controller.tell_failure(controller.take(), OutOfMemory("no memory"))
     trials = controller.search.arms["lora"]
     assert trials.trials[0].state == "infeasible"
-    assert trials.frozen()[0].constraints == {"memory": 1.0}
-    assert trials.frozen()[0].state == optuna.trial.TrialState.PRUNED
+    assert trials.study.trials[0].constraints == {"memory": 1.0}
+    assert trials.study.trials[0].state == optuna.trial.TrialState.PRUNED
     close(controller)
 
 

@@ -9,14 +9,11 @@ from collections import Counter
 
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
-from optuna.trial import TrialState, create_trial
-from tests.sweep.controller.conftest import make_arm
+from tests.sweep.controller.conftest import ask_for_proposal, make_arm, make_trial, number_trials
 
 from lorasweep.config.sweep import ModelBasedSampler
 from lorasweep.sweep.controller.history import History
 from lorasweep.sweep.controller.predictions import predict_best, propose_for_values
-from lorasweep.sweep.controller.proposals import propose
-from lorasweep.sweep.controller.rate_law import build_rate_law
 
 RANKS = [1, 4, 16, 64]
 GP = ModelBasedSampler(name="gp", startup_trials=None)
@@ -46,29 +43,24 @@ def build_arm(space=SPACE, *, trials=12, seed=0):
     return make_arm(space, GP, trials=trials, seed=seed, confirm_each="method.rank")
 
 
-def make_trial(arm, params, *, is_partial=False, value=None, **told):
+def make(arm, params, *, is_partial=False, value=None):
     value = cost(params) if value is None else value
     half = arm.corners[0].num_steps // 2
-    told |= {"intermediate_values": {half: value + PROGRESS}}
-    if not is_partial:
-        told["value"] = value
-    state = TrialState.PRUNED if is_partial else TrialState.COMPLETE
-    return create_trial(state=state, params=params, distributions=arm.space, **told)
+    values = {half: value + PROGRESS}
+    return (
+        make_trial(params, state="pruned", values=values)
+        if is_partial
+        else make_trial(params, value=value, values=values)
+    )
 
 
 def search(arm, *, num, partial=lambda number: False):
     """An arm of which each trial ends before the next begins."""
     history = []
     for number in range(num):
-        params, _ = propose(arm, history, number=number, direction="minimize")
-        history.append(make_trial(arm, params, is_partial=partial(number)))
-    return numbered(history)
-
-
-def numbered(trials):
-    for number, trial in enumerate(trials):
-        trial.number = number
-    return trials
+        params = ask_for_proposal(arm, history, number=number)
+        history.append(make(arm, params, is_partial=partial(number)))
+    return number_trials(history)
 
 
 def predict(arm, trials, rank, *, direction="minimize"):
@@ -76,7 +68,7 @@ def predict(arm, trials, rank, *, direction="minimize"):
 
 
 def make_history(arm, trials):
-    return History(arm.space, trials, direction="minimize", law=build_rate_law(arm))
+    return History(arm, number_trials(trials), direction="minimize")
 
 
 @pytest.mark.parametrize("space", [SPACE, WITH_ALPHA], ids=["one α", "several α/r"])
@@ -96,7 +88,7 @@ def test_the_best_rate_of_every_rank_is_found_from_twelve_trials_of_which_half_a
 def test_higher_scores_may_be_better():
     arm = build_arm()
     trials = search(arm, num=12)
-    mirrored = numbered([make_trial(arm, trial.params, value=-trial.value) for trial in trials])
+    mirrored = number_trials([make(arm, trial.params, value=-trial.value) for trial in trials])
     for rank in RANKS:
         found, other = predict(arm, trials, rank), predict(arm, mirrored, rank, direction="maximize")
         assert other.params == found.params
@@ -117,7 +109,7 @@ def test_a_prediction_says_whether_it_was_tried_and_how_far_the_nearest_trial_is
 
 def test_equal_predictions_keep_a_tried_trial():
     arm = build_arm()
-    trials = numbered([make_trial(arm, trial.params, value=1.0) for trial in search(arm, num=8)])
+    trials = number_trials([make(arm, trial.params, value=1.0) for trial in search(arm, num=8)])
     for rank in RANKS:
         found = predict(arm, trials, rank)
         assert found.trial == min(trial.number for trial in trials if trial.params["method.rank"] == rank)
@@ -144,21 +136,18 @@ def test_a_value_that_never_fits_in_memory_has_no_prediction():
     arm = build_arm()
     trials = search(arm, num=12)
     infeasible = [
-        create_trial(state=TrialState.PRUNED, params=trial.params, distributions=arm.space, constraints={"memory": 1.0})
-        if trial.params["method.rank"] == 64
-        else trial
-        for trial in trials
+        make_trial(trial.params, state="infeasible") if trial.params["method.rank"] == 64 else trial for trial in trials
     ]
-    assert predict(arm, numbered(infeasible), 64) is None
-    assert predict(arm, numbered(infeasible), 16) is not None
+    assert predict(arm, number_trials(infeasible), 64) is None
+    assert predict(arm, number_trials(infeasible), 16) is not None
 
 
 def test_without_a_result_there_is_no_prediction():
     arm = build_arm()
     params = {"method.rank": 4, "optim.lr": 1e-3}
-    for state in (TrialState.RUNNING, TrialState.FAIL, TrialState.PRUNED):
-        trial = create_trial(state=state, params=params, distributions=arm.space)
-        assert predict(arm, numbered([trial]), 4) is None
+    for state in ("running", "failed", "pruned"):
+        trial = make_trial(params, state=state)
+        assert predict(arm, number_trials([trial]), 4) is None
 
 
 def test_the_order_of_trials_changes_no_prediction():
@@ -181,10 +170,10 @@ def test_values_get_equal_numbers_of_trials(num):
 
 def test_values_that_got_fewer_trials_at_the_start_catch_up():
     arm = build_arm(trials=16)
-    history = [make_trial(arm, {"method.rank": 1, "optim.lr": rate}) for rate in (1e-4, 5e-4, 2e-3, 1e-2)]
+    history = [make(arm, {"method.rank": 1, "optim.lr": rate}) for rate in (1e-4, 5e-4, 2e-3, 1e-2)]
     for number in range(4, 16):
         point = propose_for_values(arm, make_history(arm, history), seed=3)
-        history.append(make_trial(arm, make_history(arm, history).encoding.decode(point)))
+        history.append(make(arm, make_history(arm, history).encoding.decode(point)))
         assert number  # each trial ends before the next
     assert Counter(trial.params["method.rank"] for trial in history) == dict.fromkeys(RANKS, 4)
 
@@ -193,29 +182,13 @@ def test_trials_that_begin_together_differ():
     arm = build_arm(trials=24)
     history = search(arm, num=8)
     for _ in range(8):
-        params, _ = propose(arm, history, number=len(history), direction="minimize")
-        history.append(create_trial(state=TrialState.RUNNING, params=params, distributions=arm.space))
+        params = ask_for_proposal(arm, history, number=len(history))
+        history.append(make_trial(params, state="running"))
     together = [trial.params for trial in history[8:]]
     assert Counter(params["method.rank"] for params in together) == dict.fromkeys(RANKS, 2)
     for rank in RANKS:
         rates = [params["optim.lr"] for params in together if params["method.rank"] == rank]
         assert abs(math.log(rates[0] / rates[1])) > math.log(1.02)
-
-
-def test_the_order_in_which_trials_ended_changes_no_proposal():
-    arm = build_arm()
-    trials = search(arm, num=8, partial=lambda number: number == 5)
-    expected = propose_for_values(arm, make_history(arm, trials), seed=3)
-    for seed in range(4):
-        history = make_history(arm, [])
-        for number, trial in enumerate(trials):
-            running = create_trial(state=TrialState.RUNNING, params=trial.params, distributions=arm.space)
-            history.update(number, running)
-        order = list(range(8))
-        random.Random(seed).shuffle(order)
-        for number in order:
-            history.update(number, trials[number])
-        assert propose_for_values(arm, history, seed=3) == expected
 
 
 def test_a_proposal_for_a_value_goes_where_its_cost_is_low_after_a_few_trials():
@@ -231,11 +204,11 @@ def test_values_that_are_no_numbers_are_searched_too():
     arm = make_arm(space, GP, trials=9, confirm_each="method.targets")
     history = []
     for number in range(9):
-        params, _ = propose(arm, history, number=number, direction="minimize")
+        params = ask_for_proposal(arm, history, number=number)
         value = 2 + math.log(params["optim.lr"] / 1e-3) ** 2
-        history.append(create_trial(value=value, params=params, distributions=space))
+        history.append(make_trial(params, value=value))
     assert Counter(trial.params["method.targets"] for trial in history) == dict.fromkeys(arm.subjects.values(), 3)
     for target in arm.subjects.values():
-        found = predict_best(arm, numbered(history), direction="minimize", fixed={"method.targets": target})
+        found = predict_best(arm, number_trials(history), direction="minimize", fixed={"method.targets": target})
         assert found.params["method.targets"] == target
         assert abs(math.log(found.params["optim.lr"] / 1e-3)) < math.log(1.5)

@@ -20,8 +20,8 @@ import pytest
 import torch
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import ExperimentalWarning
-from optuna.trial import TrialState, create_trial
-from tests.sweep.controller.conftest import make_arm
+from optuna.trial import create_trial
+from tests.sweep.controller.conftest import ask_for_proposal, make_arm, make_trial
 
 import lorasweep
 from lorasweep.config.compose import compose_sweep, packaged_folder
@@ -31,7 +31,7 @@ from lorasweep.sweep.controller import history as history_file
 from lorasweep.sweep.controller import proposals
 from lorasweep.sweep.controller.encoding import SpaceEncoding
 from lorasweep.sweep.controller.history import History
-from lorasweep.sweep.controller.proposals import count_startup_trials, propose
+from lorasweep.sweep.controller.proposals import count_startup_trials
 from lorasweep.sweep.controller.sobol import draw_sobol_point
 
 RANKS = [1, 2, 4, 8, 16, 32]
@@ -62,13 +62,13 @@ def quiet():
 def ask(history=(), *, space=SPACE, sampler="qmc", number=None, trials=16, seed=0, arm="lora", direction="minimize"):
     sampler = SAMPLERS[sampler] if isinstance(sampler, str) else sampler
     asked = make_arm(space, sampler, name=arm, trials=trials, seed=seed)
-    return propose(asked, history, number=len(history) if number is None else number, direction=direction)[0]
+    return ask_for_proposal(asked, history, number=number, direction=direction)
 
 
-def make_trial(params, *, space=SPACE, state=TrialState.COMPLETE, **told):
-    if state == TrialState.COMPLETE and "value" not in told:
-        told["value"] = bowl(params)
-    return create_trial(state=state, params=params, distributions={key: space[key] for key in params}, **told)
+def make(params, *, state="complete", **fields):
+    if state == "complete" and "value" not in fields:
+        fields["value"] = bowl(params)
+    return make_trial(params, state=state, **fields)
 
 
 def bowl(params):
@@ -84,7 +84,7 @@ def distance(params):
 
 def cover(num, *, arm="lora", space=SPACE, **how):
     """An arm's first points, each told as complete with its loss."""
-    return [make_trial(ask(space=space, number=number, arm=arm), space=space, **how) for number in range(num)]
+    return [make(ask(space=space, number=number, arm=arm), **how) for number in range(num)]
 
 
 def search(sampler, *, num, trials, arm="lora", space=SPACE, seed=0):
@@ -92,7 +92,7 @@ def search(sampler, *, num, trials, arm="lora", space=SPACE, seed=0):
     history = []
     for _ in range(num):
         params = ask(history, space=space, sampler=sampler, trials=trials, arm=arm, seed=seed)
-        history.append(make_trial(params, space=space))
+        history.append(make(params))
     return [trial.params for trial in history]
 
 
@@ -156,14 +156,14 @@ def test_a_model_is_asked_after_the_start_and_not_without_two_results(sampler):
     history = cover(8)
     assert ask(history[:7], sampler=sampler) == ask(number=7)
     assert ask(history, sampler=sampler) != ask(number=8)
-    running = [make_trial(trial.params, state=TrialState.RUNNING) for trial in history]
+    running = [make(trial.params, state="running") for trial in history]
     assert ask(running, sampler=sampler) == ask(number=8)
     assert ask([history[0], *running[1:]], sampler=sampler) == ask(number=8)
     assert ask([*history[:2], *running[2:]], sampler=sampler) != ask(number=8)
 
 
 def test_a_gaussian_process_proposes_the_same_where_gradients_are_off():
-    history = [make_trial(params, value=bowl(params)) for params in (ask(number=n) for n in range(8))]
+    history = [make(params, value=bowl(params)) for params in (ask(number=n) for n in range(8))]
     with torch.no_grad():
         inside = ask(history, sampler="gp")
     assert inside == ask(history, sampler="gp")
@@ -190,7 +190,7 @@ def test_a_model_goes_where_results_are_good(sampler, direction):
     sign = 1 if direction == "minimize" else -1
     found, covering = [], []
     for arm in "abcdefgh":
-        history = [make_trial(t.params, value=sign * t.value) for t in cover(12, arm=arm, space=AT_ONE_ALPHA)]
+        history = [make(t.params, value=sign * t.value) for t in cover(12, arm=arm, space=AT_ONE_ALPHA)]
         found.append(distance(ask(history, sampler=sampler, arm=arm, direction=direction, space=AT_ONE_ALPHA)))
         covering.append(distance(ask(number=12, arm=arm, space=AT_ONE_ALPHA)))
     # Sobol points lie half a decade off in the mean; a model that has learned nothing does too
@@ -198,12 +198,12 @@ def test_a_model_goes_where_results_are_good(sampler, direction):
 
 
 @pytest.mark.parametrize("sampler", MODELS)
-@pytest.mark.parametrize("state", [TrialState.PRUNED, TrialState.RUNNING])
+@pytest.mark.parametrize("state", ["pruned", "running"])
 def test_a_paused_trial_and_one_with_an_evaluation_count_as_partial_results(sampler, state):
     found = []
     for arm in "abcdefgh":
         history = [
-            make_trial(trial.params, state=state, intermediate_values={20: trial.value + 1, 40: trial.value + 0.5})
+            make(trial.params, state=state, values={20: trial.value + 1, 40: trial.value + 0.5})
             for trial in cover(12, arm=arm, space=AT_ONE_ALPHA)
         ]
         found.append(distance(ask(history, sampler=sampler, arm=arm, space=AT_ONE_ALPHA)))
@@ -215,18 +215,18 @@ def test_a_running_trial_changes_the_proposal(sampler):
     for arm in "abc":
         history = cover(8, arm=arm)
         first = ask(history, sampler=sampler, arm=arm)
-        second = ask([*history, make_trial(first, state=TrialState.RUNNING)], sampler=sampler, arm=arm, number=8)
+        second = ask([*history, make(first, state="running")], sampler=sampler, arm=arm, number=8)
         assert second != first, "the same number and seed: only the running trial is new"
 
 
 def test_a_gaussian_process_does_not_take_an_early_value_for_a_late_one():
     """A value after 20 steps is worse than any after 120 though its trial is the better one; the progress is added."""
-    history = [make_trial(t.params, intermediate_values={20: t.value + 3}) for t in cover(6)]
+    history = [make(t.params, values={20: t.value + 3}) for t in cover(6)]
     paused = [
-        make_trial(params, state=TrialState.PRUNED, intermediate_values={20: bowl(params) + 3})
+        make(params, state="pruned", values={20: bowl(params) + 3})
         for params in (ask(number=number) for number in range(6, 12))
     ]
-    whole = [make_trial(trial.params) for trial in [*history, *paused]]
+    whole = [make(trial.params) for trial in [*history, *paused]]
     assert ask([*history, *paused], sampler="gp") == pytest.approx(ask(whole, sampler="gp"))
 
 
@@ -235,25 +235,24 @@ def test_what_does_not_fit_in_memory_is_proposed_less(sampler):
     """Though the loss is lowest at the smallest rank that does not fit."""
     space = AT_ONE_ALPHA
     tried = {}
-    for state in (TrialState.PRUNED, TrialState.FAIL):
-        told = {"state": state, "constraints": {"memory": 1.0}} if state == TrialState.PRUNED else {"state": state}
+    for state in ("infeasible", "failed"):
         history = []
         for _ in range(40):
             params = ask(history, space=space, sampler=sampler, trials=24)
             fits = params["method.rank"] < 8
-            history.append(make_trial(params, space=space, **({} if fits else told)))
+            history.append(make(params, **({} if fits else {"state": state})))
         too_large = [trial.params["method.rank"] >= 8 for trial in history]
         assert sum(too_large[:12]) == 6, "half of the ranks, while points cover"
         tried[state] = sum(too_large[12:])
     # of 28, on several seeds: 7 to 12 where they are told as infeasible, 14 to 28 as failed: nothing is learned from it
-    assert tried[TrialState.PRUNED] < min(tried[TrialState.FAIL], 14)
+    assert tried["infeasible"] < min(tried["failed"], 14)
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "qmc", "random", "grid"])
 def test_what_failed_teaches_nothing(sampler):
     space = SPACE if sampler != "grid" else {key: SPACE[key] for key in ("method.rank", "method.alpha_over_rank")}
-    history = [make_trial({key: t.params[key] for key in space}, space=space, value=1.0) for t in cover(10)][:9]
-    failed = make_trial(ask(history, space=space, sampler=sampler), space=space, state=TrialState.FAIL)
+    history = [make({key: t.params[key] for key in space}, value=1.0) for t in cover(10)][:9]
+    failed = make(ask(history, space=space, sampler=sampler), state="failed")
     again = ask([*history, failed], space=space, sampler=sampler, number=9)
     assert again != failed.params
     if sampler in MODELS:  # without the rule on repeats, it would be proposed again
@@ -275,7 +274,7 @@ def test_numbers_are_ordered_and_other_choices_are_not():
         "trainer.progress": CategoricalDistribution([True, False]),
         "optim.lr": SPACE["optim.lr"],
     }
-    history = [make_trial(ask(space=space, number=number), space=space) for number in range(4)]
+    history = [make(ask(space=space, number=number)) for number in range(4)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(proposals, "TPESampler", Watching)
         ask(history, space=space, sampler="tpe", trials=4)
@@ -312,7 +311,7 @@ def test_proposals_are_of_the_user_s_own_choices_and_ranges(sampler):
         assert type(params["d"]) is int
         assert params["e"] in range(0, 101, 25)
         assert params["f"] in (0, 0.25, 0.5, 0.75, 1)
-        history.append(make_trial(params, space=space, value=math.log10(params["rate"]) ** 2))
+        history.append(make(params, value=math.log10(params["rate"]) ** 2))
     if sampler == "qmc":
         assert {repr(trial.params["a"]) for trial in history} == {"True", "1", "1.0", "None", "'1'"}
 
@@ -328,10 +327,10 @@ def test_a_repeated_proposal_is_replaced_by_the_next_point_of_the_sequence():
     near = next_points[0] | {"optim.lr": float(f"{next_points[0]['optim.lr']:.2g}")}
     far = next_points[0] | {"optim.lr": next_points[0]["optim.lr"] * 1.11}
     other = near | {"method.rank": next(rank for rank in RANKS if rank != near["method.rank"])}
-    assert ask([make_trial(near)], number=0) == next_points[1]
-    assert ask([make_trial(near), make_trial(next_points[1])], number=0) == next_points[2]
-    assert ask([make_trial(far)], number=0) == next_points[0]
-    assert ask([make_trial(other)], number=0) == next_points[0]
+    assert ask([make(near)], number=0) == next_points[1]
+    assert ask([make(near), make(next_points[1])], number=0) == next_points[2]
+    assert ask([make(far)], number=0) == next_points[0]
+    assert ask([make(other)], number=0) == next_points[0]
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "qmc", "random"])
@@ -340,7 +339,7 @@ def test_every_point_of_a_small_space_is_tried_before_one_is_repeated(sampler):
     history = []
     for _ in range(8):
         params = ask(history, space=space, sampler=sampler, trials=8)
-        history.append(make_trial(params, space=space, value=float(params["method.rank"])))
+        history.append(make(params, value=float(params["method.rank"])))
     points = [tuple(trial.params.values()) for trial in history]
     assert len(set(points[:6])) == 6
     assert len(points) == 8, "and it goes on without an error"
@@ -359,9 +358,9 @@ def test_a_grid_is_each_combination_once_in_an_order_of_the_seed():
     for seed in (0, 1):
         history = []
         for number in range(18):
-            state = (TrialState.FAIL, TrialState.RUNNING, TrialState.COMPLETE)[number % 3]
+            state = ("failed", "running", "complete")[number % 3]
             params = ask(history, space=space, sampler="grid", seed=seed)
-            history.append(make_trial(params, space=space, state=state))
+            history.append(make(params, state=state))
         orders[seed] = [tuple(trial.params.values()) for trial in history]
     assert set(orders[0]) == set(itertools.product(["default", "gaussian"], [1, 2, 4], [0.1, 0.2, 0.3]))
     assert len(set(orders[0])) == len(orders[0])
@@ -416,7 +415,7 @@ def test_the_order_of_keys_and_choices_in_the_file_changes_nothing(sampler):
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
 def test_what_was_proposed_before_and_random_states_of_the_process_change_nothing(sampler):
     space = {key: SPACE[key] for key in SPACE if sampler != "grid" or key != "optim.lr"}
-    history = [make_trial({k: t.params[k] for k in space}, space=space, value=t.value) for t in cover(8)]
+    history = [make({k: t.params[k] for k in space}, value=t.value) for t in cover(8)]
     first = ask(history, space=space, sampler=sampler)
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
@@ -449,9 +448,9 @@ def test_of_a_long_history_a_model_sees_the_best_half_and_the_latest_others(monk
     monkeypatch.setattr(proposals, "TPESampler", Watching)
     params = ask(number=0)
     values = [float(value) for value in random.Random(0).sample(range(1000), 60)]
-    results = [make_trial(params, value=value) for value in values]
-    partial = make_trial(params, state=TrialState.PRUNED, intermediate_values={20: -5.0})
-    running = [make_trial(ask(number=number), state=TrialState.RUNNING) for number in (100, 101)]
+    results = [make(params, value=value) for value in values]
+    partial = make(params, state="pruned", values={20: -5.0})
+    running = [make(ask(number=number), state="running") for number in (100, 101)]
     ask([partial, *results, *running], sampler="tpe", number=63, direction=direction)
     best = sorted(range(60), key=lambda i: values[i] if direction == "minimize" else -values[i])[:5]
     latest = [i for i in range(60) if i not in best][-5:]
@@ -463,7 +462,8 @@ def test_of_a_long_history_a_model_sees_the_best_half_and_the_latest_others(monk
 def test_a_point_repeats_another_if_all_of_its_values_round_to_it():
     space = {"a": FloatDistribution(-1, 1), "b": FloatDistribution(-1, 1), "n": IntDistribution(0, 2)}
     point = {"a": 0.5, "b": -0.001, "n": 1}
-    history = History(space, [make_trial(point, space=space, value=1.0)], direction="minimize")
+    arm = make_arm(space, SAMPLERS["random"])
+    history = History(arm, [make(point, value=1.0)], direction="minimize")
     assert history.has_tried({"a": 0.504, "b": -0.00101, "n": 1})
     for other in ({"a": 0.51}, {"b": -0.0011}, {"b": 0.001}, {"n": 2}):
         assert not history.has_tried(point | other)
@@ -509,11 +509,11 @@ def test_a_sampler_that_cannot_be_built_is_named_in_one_sentence(sampler, built,
 @pytest.mark.parametrize("sampler", MODELS)
 def test_results_that_are_all_equal_or_not_finite_are_no_error(sampler):
     history = cover(8)
-    same = [make_trial(trial.params, value=1.0) for trial in history]
+    same = [make(trial.params, value=1.0) for trial in history]
     assert ask(same, sampler=sampler)
-    odd = [*same[:4], *(make_trial(trial.params, value=math.inf) for trial in history[4:])]
+    odd = [*same[:4], *(make(trial.params, value=math.inf) for trial in history[4:])]
     assert ask(odd, sampler=sampler)
-    paused = [make_trial(t.params, state=TrialState.PRUNED, intermediate_values={20: math.nan}) for t in history[4:]]
+    paused = [make(t.params, state="pruned", values={20: math.nan}) for t in history[4:]]
     assert ask([*same[:4], *paused], sampler=sampler)
 
 

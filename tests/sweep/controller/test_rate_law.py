@@ -7,14 +7,11 @@ from collections import Counter
 
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.trial import create_trial
-from tests.sweep.controller.conftest import make_arm
+from tests.sweep.controller.conftest import ask_for_proposal, make_arm, make_trial
 
 from lorasweep.config.components import Component
 from lorasweep.config.sweep import FixedSampler, ModelBasedSampler
 from lorasweep.sweep.controller.encoding import SpaceEncoding
-from lorasweep.sweep.controller.history import History
-from lorasweep.sweep.controller.proposals import propose
 from lorasweep.sweep.controller.rate_law import build_rate_law
 from lorasweep.sweep.controller.sobol import draw_sobol_point
 from lorasweep.sweep.definition.arms import read_definition
@@ -124,12 +121,11 @@ SAMPLERS = {
 def test_no_proposal_leaves_the_range_of_rates(name, sampler):
     space = SPACES[name]
     arm = make_arm(space, SAMPLERS[sampler], trials=12)
-    history = History(space, direction="minimize", law=build_rate_law(arm))
+    trials = []
     for number in range(12):
-        params, _ = propose(arm, history, number=number, direction="minimize")
+        params = ask_for_proposal(arm, trials)
         assert LR.low <= params["optim.lr"] <= LR.high
-        told = {"value": float(number % 5), "params": params, "distributions": space}
-        history.update(number, create_trial(**told))
+        trials.append(make_trial(params, value=float(number % 5)))
 
 
 def test_sobol_points_have_every_octave_of_u_and_every_rank_once_per_group():
@@ -159,7 +155,7 @@ def test_sobol_points_of_each_multiplier_cover_the_rates_that_it_allows():
 def test_random_rates_do_not_pile_up_at_the_ends_of_their_range():
     space = SPACES["multiplier"]
     arm = make_arm(space, SAMPLERS["random"], trials=64)
-    rates = [propose(arm, [], number=number, direction="minimize")[0]["optim.lr"] for number in range(64)]
+    rates = [ask_for_proposal(arm, [], number=number)["optim.lr"] for number in range(64)]
     assert not {LR.low, LR.high} & set(rates)
 
 
@@ -168,7 +164,7 @@ def test_a_rate_that_is_fixed_in_a_users_sampler_is_a_learning_rate():
         target="optuna.samplers.PartialFixedSampler",
         arguments={"fixed_params": {"optim.lr": 3e-3}, "base_sampler": {"_target_": "optuna.samplers.RandomSampler"}},
     )
-    params, _ = propose(make_arm(RANK_AND_RATE, sampler), [], number=0, direction="minimize")
+    params = ask_for_proposal(make_arm(RANK_AND_RATE, sampler), [])
     assert params["optim.lr"] == pytest.approx(3e-3)
 
 
@@ -176,11 +172,10 @@ def test_a_model_does_not_repeat_a_rate_that_was_moved_into_its_range():
     """Two points beyond an end of the range are the same setting."""
     space = SPACES["multiplier"]
     arm = make_arm(space, SAMPLERS["gp"], trials=24)
-    history = History(space, direction="minimize", law=build_rate_law(arm))
-    seen = []
-    for number in range(16):
-        params, _ = propose(arm, history, number=number, direction="minimize")
+    trials, seen = [], []
+    for _ in range(16):
+        params = ask_for_proposal(arm, trials)
         cost = -math.log(params["optim.lr"]) - math.log(params["method.rank"])  # the best is beyond the range
-        history.update(number, create_trial(value=cost, params=params, distributions=space))
+        trials.append(make_trial(params, value=cost))
         seen.append((params["method.rank"], params["method.alpha_over_rank"], f"{params['optim.lr']:.2g}"))
     assert len(set(seen)) == len(seen)

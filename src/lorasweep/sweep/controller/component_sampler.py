@@ -7,58 +7,48 @@ the generation of a genetic algorithm, the journal keeps it with the trial, and 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
 import optuna
 from optuna.samplers import BaseSampler
 from optuna.storages import InMemoryStorage
-from optuna.trial import FrozenTrial, create_trial
+from optuna.trial import create_trial
 
 from lorasweep.config.build import TARGET
 from lorasweep.config.components import Component, argument_names, instantiate, require_package
-from lorasweep.config.data import Direction
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.controller.encoding import Point
-from lorasweep.sweep.definition.space import Space
+from lorasweep.sweep.controller.history import History
 from lorasweep.wording import nearest
 
-SAMPLER_ATTRIBUTE = "lorasweep:sampler"
-"""User attribute with the state that a sampler keeps with a trial that it proposed."""
 OPTUNA_HUB = "optunahub"
 
 
-def ask_sampler(
-    component: Component,
-    history: Sequence[FrozenTrial],
-    ranges: Space,
-    *,
-    seed: int,
-    direction: Direction,
-) -> tuple[Point, dict[str, Any]]:
-    """Returns the point of the next trial, and the user attributes that the trial must get.
+def ask_sampler(component: Component, history: History, *, seed: int) -> tuple[Point, dict[str, Any]]:
+    """Returns the point of the next trial, and what the sampler stores with it.
 
     Raises:
         ConfigError: The sampler can't be built.
     """
-    sampler = build_sampler(component, seed=seed)
+    sampler, ranges = build_sampler(component, seed=seed), history.encoding.ranges
     storage = InMemoryStorage()
-    study = optuna.create_study(sampler=sampler, direction=direction, storage=storage)
+    study = optuna.create_study(sampler=sampler, direction=history.direction, storage=storage)
     study_id = storage.get_study_id_from_name(study.study_name)
     known: dict[str, Any] = {}  # attributes that earlier samplers wrote to the study
-    for trial in history:
-        state = trial.user_attrs.get(SAMPLER_ATTRIBUTE, {})
-        known |= state.get("study", {})
+    for trial in history.trials:
+        known |= trial.sampler_state.get("study", {})
+        shown = history.show(trial)
         study.add_trial(
             create_trial(
-                state=trial.state,
-                value=trial.value,
-                params=trial.params,
+                state=shown.state,
+                value=shown.value,
+                params=shown.params,
                 distributions=ranges,
-                intermediate_values=trial.intermediate_values,
-                constraints=trial.constraints,
-                system_attrs=dict(state.get("trial", {})),  # Optuna adds the constraints to it
+                intermediate_values=shown.intermediate_values,
+                constraints=shown.constraints,
+                system_attrs=dict(trial.sampler_state.get("trial", {})),  # Optuna adds the constraints to it
             )
         )
     for name, value in known.items():
@@ -69,7 +59,7 @@ def ask_sampler(
         "trial": study.get_trials(deepcopy=False)[-1].system_attrs,
         "study": {name: value for name, value in study_attributes.items() if known.get(name) != value},
     }
-    return params, {SAMPLER_ATTRIBUTE: state} if any(state.values()) else {}
+    return params, state if any(state.values()) else {}
 
 
 def build_sampler(component: Component, *, seed: int) -> BaseSampler:

@@ -16,18 +16,11 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 from lorasweep.config.run import RunConfig
 from lorasweep.disk import remove_leftovers
 from lorasweep.errors import Diverged, OutOfMemory, RunError, WorkerError
-from lorasweep.record import RunRecord, add_telemetry
+from lorasweep.record import RunRecord, Trial, add_telemetry
 from lorasweep.redaction import redact
 from lorasweep.sweep.controller.arm_trials import ArmTrials
-from lorasweep.sweep.controller.folder import SweepFolder
-from lorasweep.sweep.controller.record_rows import RUNS_FOLDER
+from lorasweep.sweep.controller.folder import RUNS_FOLDER, SweepFolder
 from lorasweep.sweep.controller.stages import Confirmation, Search, Stage, choose_settings
-from lorasweep.sweep.controller.trial import (
-    REASON_ATTRIBUTE,
-    SCORE_ATTRIBUTE,
-    SLOT_STEPS_ATTRIBUTE,
-    Trial,
-)
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.definition.packing import rank_arms_by_duration
 from lorasweep.training.checkpoint import remove_checkpoints
@@ -120,6 +113,8 @@ class Controller:
                 for trial in trials.list_held_by(worker):
                     if trial.request == request:  # the answer was lost
                         return self._assign(trials, trial)
+        else:
+            request = 0  # no answer gets lost within a process, and the journal is to be the same after a restart
         if arms is None:
             self._advance_stage()
         candidates = [trials for name, trials in self.stage.arms.items() if arms is None or name in arms]
@@ -138,9 +133,9 @@ class Controller:
                 trials.promote(trial, rung, order=self._next_order(), worker=worker, request=request)
                 return self._assign(trials, trial)
             if trials.may_begin():
-                params, attributes = self.stage.propose(trials)
-                order = self._next_order()
-                trial = trials.begin(params, order=order, attributes=attributes, worker=worker, request=request)
+                params, state = self.stage.propose(trials)
+                handout = {"order": self._next_order(), "worker": worker, "request": request}
+                trial = trials.begin(params, **handout, sampler_state=state)
                 return self._assign(trials, trial)
         return None
 
@@ -189,15 +184,12 @@ class Controller:
             return
         trials, trial = self._find(assignment)
         value = record.test[record.metric] if assignment.reads_test else record.score
-        attributes: dict[str, Any] = {SCORE_ATTRIBUTE: value}
-        if record.pack is not None:
-            attributes[SLOT_STEPS_ATTRIBUTE] = record.pack["slot_steps"]
+        slot_steps = record.pack["slot_steps"] if record.pack else trial.slot_steps
         if record.status == "paused":
-            trials.pause(trial, attributes, step=record.steps_done)
+            trials.pause(trial, step=record.steps_done, value=value, slot_steps=slot_steps)
         else:
             self._failures_in_a_row = 0
-            assert value is not None  # a complete run was evaluated
-            trials.end(trial, "complete", attributes, value=value)
+            trials.end(trial, "complete", value=value, slot_steps=slot_steps)
         self._save_if_due()
 
     @_needs_storage
@@ -213,7 +205,7 @@ class Controller:
         state: Literal["infeasible", "failed"] = "infeasible" if isinstance(error, OutOfMemory) else "failed"
         reason = str(error) if isinstance(error, RunError) else traceback.format_exception_only(error)[-1].strip()
         trials, trial = self._find(assignment)
-        trials.end(trial, state, {REASON_ATTRIBUTE: redact(reason)})
+        trials.end(trial, state, reason=redact(reason))
         self._save_if_due()
         if self.confirm is not None and isinstance(error, Diverged):
             return  # divergence of a good trial on another seed is a result, not a fault of the sweep
@@ -231,7 +223,7 @@ class Controller:
         """Returns the trial whose run is in this folder, handed out again; None if this stage has no such trial."""
         for trials in self.stage.arms.values():
             for trial in trials.trials.values():
-                if self.stage.run_folder(trials.arm, trial.number).path.name == folder_name:
+                if trial.run == f"{RUNS_FOLDER}/{folder_name}":
                     if trial.is_live:
                         trials.hand_out_again(trial)
                     return self._assign(trials, trial)
@@ -300,15 +292,15 @@ class Controller:
     @_needs_storage
     def save(self, status: Status | None = None) -> None:
         record = self.sweep.record
-        record.trials = [row for arm in record.arms for row in self.search.rows(arm.name)]
+        record.trials = [trial for trials in self.search.arms.values() for trial in trials.trials.values()]
         if self.confirm is not None:
-            record.confirm = [row for arm in self.confirm.arms for row in self.confirm.rows(arm)]
+            record.confirm = [trial for trials in self.confirm.arms.values() for trial in trials.trials.values()]
         self.sweep.save(usage=functools.reduce(add_telemetry, self._usage.values(), {}), status=status)
 
     def _advance_stage(self) -> None:
         """Begins the next stage if every trial of this stage has ended, or is paused and may not continue."""
         while not self._is_over and all(
-            not trials.num_left and not trials.has_any("running") and trials.next_promoted() is None
+            not trials.num_left and not trials.list_in_state("running") and trials.next_promoted() is None
             for trials in self.stage.arms.values()
         ):
             rounds = self.sweep.definition.rounds
@@ -348,11 +340,10 @@ class Controller:
     def _prune_paused(self) -> None:
         """Ends all paused trials of the search as pruned."""
         for trials in self.search.arms.values():
-            for trial in trials.list_paused():
-                reason = f"stopped at step {max(trial.values)}, because other trials were better there"
-                folder = self.search.run_folder(trials.arm, trial.number).path
-                prune_paused_run(folder, reason=reason)
-                trials.end(trial, "pruned", {REASON_ATTRIBUTE: reason})
+            for trial in trials.list_in_state("paused"):
+                reason = f"stopped at step {trial.step}, because other trials were better there"
+                prune_paused_run(self.sweep.path / trial.run, reason=reason)
+                trials.end(trial, "pruned", reason=reason)
 
     def _add_warnings(self, arms: Iterable[ArmTrials]) -> None:
         for trials in arms:
@@ -370,9 +361,9 @@ class Controller:
         assignment = Assignment(
             arm=arm,
             number=trial.number,
-            params=stage.shown_params(arm, trial.params),
-            config=stage.config(arm, trial.params),
-            run_folder=stage.run_folder(arm, trial.number),
+            params=trial.shown_params,
+            config=stage.config(arm, trial),
+            run_folder=stage.run_folder(trial),
             stage=stage.name,
             reads_test=stage.reads_test,
             worker=trial.worker,
@@ -386,8 +377,8 @@ class Controller:
             return True
         if assignment.stage != self.stage.name:
             return False
-        _, trial = self._find(assignment)
-        return trial.is_in_training and trial.worker == assignment.worker
+        trials, trial = self._find(assignment)
+        return trials.is_in_training(trial) and trial.worker == assignment.worker
 
     def _find(self, assignment: Assignment) -> tuple[ArmTrials, Trial]:
         trials = self.stage.arms[assignment.arm.name]

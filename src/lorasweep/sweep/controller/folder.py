@@ -28,6 +28,7 @@ from lorasweep.sweep.controller.storage import SweepStorage, open_study
 from lorasweep.sweep.definition.arms import Definition
 from lorasweep.sweep.lock import LOCK_FILE
 
+RUNS_FOLDER = "runs"
 PACK_FILE = "pack.json"
 MAX_SAVE_FRACTION = 0.1
 """Maximum fraction of the time spent on writing the record. The journal has every trial meanwhile."""

@@ -17,6 +17,7 @@ from lorasweep.disk import network_file_system, remove_leftovers
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import (
     SWEEP_FILE,
+    ArmRow,
     SweepChange,
     SweepRecord,
     compute_sha256,
@@ -24,8 +25,7 @@ from lorasweep.record import (
     utc_now,
     write_record,
 )
-from lorasweep.sweep.controller.folder import SweepFolder
-from lorasweep.sweep.controller.record_rows import RUNS_FOLDER, arm_row
+from lorasweep.sweep.controller.folder import RUNS_FOLDER, SweepFolder
 from lorasweep.sweep.controller.storage import (
     JOURNAL_FILE,
     SweepStorage,
@@ -34,7 +34,7 @@ from lorasweep.sweep.controller.storage import (
     name_study,
     open_storage,
 )
-from lorasweep.sweep.definition.arms import Definition, restore_definition
+from lorasweep.sweep.definition.arms import Arm, Definition, restore_definition
 from lorasweep.sweep.definition.grow import (
     add_round,
     describe_growth,
@@ -44,6 +44,7 @@ from lorasweep.sweep.definition.grow import (
 )
 from lorasweep.sweep.definition.questions import list_questions
 from lorasweep.sweep.definition.seeds import draw_confirm_seeds
+from lorasweep.sweep.definition.space import describe_space
 from lorasweep.sweep.definition.sweep_file import read_content
 from lorasweep.sweep.definition.warnings import find_warnings
 from lorasweep.sweep.lock import take_lock
@@ -81,7 +82,7 @@ def create_sweep(
         definition=definition.raw,
         source=str(definition.source) if definition.source else None,
         source_sha256=compute_sha256(definition.source) if definition.source else None,
-        arms=[arm_row(arm) for arm in definition.arms],
+        arms=[build_arm_row(arm) for arm in definition.arms],
         questions=list_questions(definition),
         looks=list(definition.sweep_config.confirm.list_looks()),
         confirm_seeds=draw_confirm_seeds(definition),
@@ -213,7 +214,7 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None, file: 
     record.confirm_seeds = draw_confirm_seeds(definition)
     record.questions = list_questions(definition)
     record.looks = _merge_looks(record, definition)
-    record.arms = [arm_row(arm) for arm in definition.arms]
+    record.arms = [build_arm_row(arm) for arm in definition.arms]
     # the confirm stage adds its own warnings again
     record.warnings = [
         *find_warnings(definition),
@@ -222,6 +223,21 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None, file: 
         *_warn_of_unplanned_looks(record),
     ]
     return SweepFolder(path=path, definition=definition, record=record, storage=storage, lock=lock)
+
+
+def build_arm_row(arm: Arm) -> ArmRow:
+    config = arm.corners[0]
+    return ArmRow(
+        name=arm.name,
+        method=config.method.name,
+        trials=arm.trials,
+        steps=config.num_steps,
+        settings=dict(arm.settings),
+        space=describe_space(arm.space),
+        sampler=arm.sweep_config.sampler.name,
+        pruner=arm.sweep_config.pruner.name,
+        confirm_each=arm.confirm_each,
+    )
 
 
 def _merge_looks(record: SweepRecord, definition: Definition) -> list[int]:

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 from optuna.distributions import CategoricalDistribution
-from optuna.trial import FrozenTrial, TrialState
 
-from lorasweep.config.data import Direction
+from lorasweep.config.data import Direction, get_sign
+from lorasweep.config.run import LR
+from lorasweep.record import Trial
 from lorasweep.sweep.controller.encoding import Point, SpaceEncoding
 from lorasweep.sweep.controller.history import History, extrapolate_scores
-from lorasweep.sweep.controller.rate_law import LR, RateLaw, build_rate_law
+from lorasweep.sweep.controller.rate_law import RateLaw, build_rate_law
 from lorasweep.sweep.controller.sobol import draw_sobol_point
 from lorasweep.sweep.controller.surrogate import Coordinates, Surrogate, fit_surrogate
 from lorasweep.sweep.definition.arms import Arm
@@ -57,15 +58,15 @@ def propose_for_values(arm: Arm, history: History, *, seed: int) -> Point:
     assert arm.confirm_each is not None
     encoding, results, running = history.encoding, history.list_results(), history.list_running()
     values = encoding.choices[arm.confirm_each]
-    counts = Counter(trial.params[arm.confirm_each] for trial in (*results, *running))
+    counts = Counter(history.point(trial)[arm.confirm_each] for trial in (*results, *running))
     value = min(range(len(values)), key=lambda index: (counts[index], index))
     coordinates = Coordinates(arm.space, build_rate_law(arm))
-    points = coordinates.place([encoding.decode(trial.params) for trial in results])
+    points = coordinates.place([encoding.decode(history.point(trial)) for trial in results])
     costs = _list_costs(results, history.direction)
     done = _list_done(results, arm)
     surrogate = fit_surrogate(points, costs, done=done)
     if running:
-        believed = coordinates.place([encoding.decode(trial.params) for trial in running])
+        believed = coordinates.place([encoding.decode(history.point(trial)) for trial in running])
         expected = surrogate.predict(believed)[0]
         points, done = np.concatenate([points, believed]), [*done, *[1.0] * len(running)]
         surrogate = fit_surrogate(points, [*costs, *expected], done=done)
@@ -80,7 +81,7 @@ def propose_for_values(arm: Arm, history: History, *, seed: int) -> Point:
 
 def predict_best(
     arm: Arm,
-    trials: Sequence[FrozenTrial],
+    trials: Sequence[Trial],
     *,
     direction: Direction,
     fixed: Mapping[str, Any],
@@ -99,22 +100,22 @@ def predict_best(
         chosen: A setting to predict instead of the best one.
     """
     law = build_rate_law(arm)
-    known = [trial for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+    known = [trial for trial in trials if trial.state in ("complete", "pruned", "infeasible")]
     scores = extrapolate_scores(known)
     results = [(trial, score) for trial, score in zip(known, scores, strict=True) if score is not None]
     if not results:
         return None
-    infeasible = [trial for trial in known if any(excess > 0 for excess in trial.constraints.values())]
+    infeasible = [trial for trial in known if trial.state == "infeasible"]
     if any(fixed.items() <= trial.params.items() for trial in infeasible) and not any(
         fixed.items() <= trial.params.items() for trial, _ in results
     ):
         return None
-    sign = 1 if direction == "minimize" else -1
+    sign = get_sign(direction)
     coordinates = Coordinates(arm.space, law)
     points = coordinates.place([trial.params for trial, _ in results])
     done = _list_done([trial for trial, _ in results], arm)
     surrogate = fit_surrogate(points, [sign * score for _, score in results], done=done)
-    complete = [trial for trial, _ in results if trial.state == TrialState.COMPLETE]
+    complete = [trial for trial, _ in results if trial.state == "complete"]
     tried = {trial.number: dict(trial.params) for trial in complete if fixed.items() <= trial.params.items()}
     candidates = [*tried.values(), *_list_settings(arm.space, law, fixed)]
     mean, _ = surrogate.predict(coordinates.place(candidates))
@@ -128,20 +129,17 @@ def predict_best(
     )
 
 
-def _list_costs(results: Sequence[FrozenTrial], direction: Direction) -> list[float]:
+def _list_costs(results: Sequence[Trial], direction: Direction) -> list[float]:
     """Returns the cost of each result; one that is missing, such as that of a setting without memory, is the median."""
-    sign = 1 if direction == "minimize" else -1
+    sign = get_sign(direction)
     costs = [None if score is None else sign * score for score in extrapolate_scores(results)]
     median = float(np.median([cost for cost in costs if cost is not None]))
     return [median if cost is None else cost for cost in costs]
 
 
-def _list_done(results: Sequence[FrozenTrial], arm: Arm) -> list[float]:
+def _list_done(results: Sequence[Trial], arm: Arm) -> list[float]:
     """Returns the fraction of its steps that each trial has done."""
-    steps = [
-        math.inf if trial.state == TrialState.COMPLETE else max(trial.intermediate_values, default=0)
-        for trial in results
-    ]
+    steps = [math.inf if trial.state == "complete" else trial.step for trial in results]
     return [min(step / max(arm.corners[0].num_steps, 1), 1.0) for step in steps]
 
 
@@ -171,7 +169,7 @@ def _list_settings(space: Space, law: RateLaw, fixed: Mapping[str, Any]) -> list
     return settings
 
 
-def _find_rate_ratio(params: Mapping[str, Any], complete: Sequence[FrozenTrial], law: RateLaw) -> float | None:
+def _find_rate_ratio(params: Mapping[str, Any], complete: Sequence[Trial], law: RateLaw) -> float | None:
     rate = math.log(params[LR] * law.factor(params))
     others = [math.log(trial.params[LR] * law.factor(trial.params)) for trial in complete]
     return math.exp(min(abs(rate - other) for other in others)) if others else None

@@ -38,17 +38,16 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from lorasweep.config.components import Component
-from lorasweep.config.data import Direction
 from lorasweep.config.sweep import ModelBasedSampler
 from lorasweep.errors import ConfigError, first_line
+from lorasweep.record import Trial
 from lorasweep.sweep.controller.component_sampler import ask_sampler
 from lorasweep.sweep.controller.encoding import Point
 from lorasweep.sweep.controller.history import History, extrapolate_scores
 from lorasweep.sweep.controller.predictions import propose_for_values
-from lorasweep.sweep.controller.rate_law import SAMPLERS_IN_U, build_rate_law
 from lorasweep.sweep.controller.sobol import draw_sobol_point
 from lorasweep.sweep.definition.arms import Arm
-from lorasweep.sweep.definition.space import Space, list_grid_values
+from lorasweep.sweep.definition.space import list_grid_values
 
 MAX_STARTUP_TRIALS = 32
 """Number of Sobol points at the start of an arm of 64 trials or more."""
@@ -58,41 +57,33 @@ MAX_SOBOL_DRAWS = 20
 """Maximum number of Sobol points that are tried to replace a proposal that repeats an earlier trial."""
 
 
-def propose(
-    arm: Arm, history: History | Sequence[FrozenTrial], *, number: int, direction: Direction
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the parameters of an arm's next trial, and user attributes that the trial must get.
+def propose(arm: Arm, history: History, *, number: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the parameters of an arm's next trial, and what its sampler stores with it (`Trial.sampler_state`).
 
     Args:
         arm: The arm, with its sampler and the sweep's seed.
-        history: The arm's earlier trials; a list must be in the order of their numbers.
+        history: The arm's earlier trials.
         number: The index of the new trial among the arm's trials.
-        direction: Which scores are better.
 
     Raises:
         ConfigError: The sampler can't be built, or can't propose a trial for this space.
     """
-    if not isinstance(history, History):
-        law = build_rate_law(arm) if arm.sweep_config.sampler.name in SAMPLERS_IN_U else None
-        history = History(arm.space, history, direction=direction, law=law)
     sampler, encoding = arm.sweep_config.sampler, history.encoding
     seed, arm_seed = _derive_seed(arm, number), _derive_seed(arm)
     if not encoding.ranges:
         return encoding.decode({}), {}
-    attributes: dict[str, Any] = {}
+    state: dict[str, Any] = {}
     try:
         # a pack asks inside `torch.no_grad`, where a Gaussian process could not be fitted
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore", ExperimentalWarning)
             if isinstance(sampler, Component):
-                point, attributes = ask_sampler(
-                    sampler, history.list_all(), encoding.ranges, seed=seed, direction=direction
-                )
+                point, state = ask_sampler(sampler, history, seed=seed)
             elif sampler.name == "grid":
                 point = _choose_grid_point(arm, history)
             else:
                 if sampler.name == "random":
-                    point = _ask(RandomSampler(seed=seed), encoding.ranges, [], direction=direction)
+                    point = _ask(RandomSampler(seed=seed), history, [])
                 elif isinstance(sampler, ModelBasedSampler) and _has_enough_results(sampler, history, number, arm=arm):
                     point = (
                         propose_for_values(arm, history, seed=arm_seed)
@@ -113,7 +104,7 @@ def propose(
             f"`sampler` must be able to propose a trial for the space of arm {arm.name!r}, but {sampler.name!r} raised "
             f"{type(error).__name__}: {first_line(error)}. Use `sampler=qmc`."
         ) from error
-    return encoding.decode(point), attributes
+    return encoding.decode(point), state
 
 
 def count_startup_trials(sampler: ModelBasedSampler, *, trials: int) -> int:
@@ -132,7 +123,7 @@ def _derive_seed(arm: Arm, number: int | None = None) -> int:
 
 
 def _has_enough_results(sampler: ModelBasedSampler, history: History, number: int, *, arm: Arm) -> bool:
-    return number >= count_startup_trials(sampler, trials=arm.trials) and history.num_values >= MIN_RESULTS
+    return number >= count_startup_trials(sampler, trials=arm.trials) and history.count_values() >= MIN_RESULTS
 
 
 def _choose_grid_point(arm: Arm, history: History) -> Point:
@@ -156,25 +147,26 @@ def _shuffle_grid(axes: tuple[tuple[Any, ...], ...], seed: int) -> list[tuple[An
 
 def _ask_model(sampler: ModelBasedSampler, history: History, *, seed: int) -> Point:
     """Returns the point that TPE or a Gaussian process chooses from the arm's results and running trials."""
-    ranges, direction = history.encoding.ranges, history.direction
     # `n_startup_trials=1` turns off Optuna's random startup trials, because Sobol points take their place.
     model: BaseSampler
+    results = history.list_results()
     if sampler.name == "gp":
         model = GPSampler(n_startup_trials=1, seed=seed, warn_independent_sampling=False)
-        shown = _prepare_for_gp(history.list_results(), direction=direction)
+        shown = _show_to_gp(results, history)
     else:
         model = TPESampler(n_startup_trials=1, seed=seed)
-        shown = [copy.copy(trial) for trial in history.list_results()]
-        for trial in shown:
-            if trial.state == TrialState.RUNNING:  # TPE reads intermediate values of pruned trials only
-                trial.state = TrialState.PRUNED
-    point = _ask(model, ranges, [*shown, *history.list_running()], direction=direction)
+        # TPE reads intermediate values of pruned trials only
+        shown = [
+            history.show(trial, **({"state": TrialState.PRUNED} if trial.state == "running" else {}))
+            for trial in results
+        ]
+    point = _ask(model, history, [*shown, *map(history.show, history.list_running())])
     return history.encoding.encode(history.encoding.decode(point))  # the learning rate's range may not allow its u
 
 
-def _ask(sampler: BaseSampler, ranges: Space, shown: Sequence[FrozenTrial], *, direction: Direction) -> Point:
-    study = optuna.create_study(sampler=sampler, direction=direction, storage=_ProposalStorage(shown))
-    return study.ask(ranges).params
+def _ask(sampler: BaseSampler, history: History, shown: Sequence[FrozenTrial]) -> Point:
+    study = optuna.create_study(sampler=sampler, direction=history.direction, storage=_ProposalStorage(shown))
+    return study.ask(history.encoding.ranges).params
 
 
 class _ProposalStorage(InMemoryStorage):
@@ -199,7 +191,7 @@ class _ProposalStorage(InMemoryStorage):
         return [*(copy.deepcopy(shown) if deepcopy else shown), *super().get_all_trials(study_id, deepcopy, states)]
 
 
-def _prepare_for_gp(results: Sequence[FrozenTrial], *, direction: Direction) -> list[FrozenTrial]:
+def _show_to_gp(results: Sequence[Trial], history: History) -> list[FrozenTrial]:
     """Returns results as a Gaussian process reads them: as complete trials with a value.
 
     The value of a partial result is its last value plus the median progress of complete trials since that step. Values
@@ -207,15 +199,16 @@ def _prepare_for_gp(results: Sequence[FrozenTrial], *, direction: Direction) -> 
     others, and a model that fits such a value is less exact near the best trials (docs/benchmarks.md, Proposals).
     Trials that do not fit in memory also violate a constraint.
     """
-    better = min if direction == "minimize" else max
+    better = min if history.direction == "minimize" else max
     scores = extrapolate_scores(results)
     median = statistics.median(score for score in scores if score is not None)
+    shown = [
+        history.show(trial, state=TrialState.COMPLETE, value=median if score is None else better(score, median))
+        for trial, score in zip(results, scores, strict=True)
+    ]
     # Optuna's sampler requires the same constraints in every trial; a trial is feasible at or below 0
-    names = {name for trial in results for name in trial.constraints}
-    shown = [copy.copy(trial) for trial in results]
-    for trial, score in zip(shown, scores, strict=True):
-        trial.state, trial.value = TrialState.COMPLETE, median if score is None else better(score, median)
-        trial.system_attrs = dict(trial.system_attrs)  # `copy.copy` shares this dict with the study's trial
-        for name in sorted(names - trial.constraints.keys()):
+    names = {name for trial in shown for name in trial.constraints}
+    for trial in shown:
+        for name in names - trial.constraints.keys():
             trial.set_constraint(name, -1.0)
     return shown

@@ -21,12 +21,11 @@ from lorasweep.record import LookRow, SettingRow, Trial, find_winner, name_run, 
 from lorasweep.report.evidence.evidence import answer_sweep, build_scale, read_confirm_scores
 from lorasweep.sweep.controller.arm_trials import ArmTrials
 from lorasweep.sweep.controller.folder import SweepFolder
+from lorasweep.sweep.controller.history import History
 from lorasweep.sweep.controller.predictions import predict_best
 from lorasweep.sweep.controller.proposals import propose
-from lorasweep.sweep.controller.record_rows import SEED, SETTING, build_confirm_trial, build_search_trial
-from lorasweep.sweep.controller.stopping_rules import build_pruner, build_rule
+from lorasweep.sweep.controller.stopping_rules import RungOrder, build_pruner, build_rule
 from lorasweep.sweep.controller.storage import name_study
-from lorasweep.sweep.controller.trial import ASSIGNMENT_ATTRIBUTE
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.definition.seeds import has_fixed_score
 from lorasweep.training.run_log import RunFolder
@@ -36,6 +35,8 @@ FIRST_TRIALS_FRACTION = 0.5
 
 The other trials begin once all of these have a value of the first rung (docs/benchmarks.md, Proposals)."""
 
+SETTING, SEED = "setting", "seed"
+"""The parameters of a run in the study of the confirm stage: the number of its setting in the arm, and its seed."""
 SETTINGS_ATTRIBUTE = "lorasweep:settings"
 """The study of an arm's confirm stage keeps here the parameters of each setting, by number."""
 
@@ -52,46 +53,46 @@ class Search:
         self._sweep = sweep
         arms = sweep.definition.arms_in_round(sweep_round)
         self.arms = {name: self._read_trials(arm, session) for name, arm in arms.items()}
+        self._histories = {name: History(arm, direction=sweep.record.direction) for name, arm in arms.items()}
 
     def propose(self, trials: ArmTrials) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Returns the parameters of an arm's next trial, and user attributes that the trial must get."""
-        direction = self._sweep.record.direction
-        return propose(trials.arm, trials.history(), number=len(trials.trials), direction=direction)
+        """Returns the parameters of an arm's next trial, and what its sampler stores with it."""
+        history = self._histories[trials.arm.name]
+        history.update(trials.trials.values())
+        return propose(trials.arm, history, number=len(trials.trials))
 
-    def config(self, arm: Arm, params: Mapping[str, Any]) -> RunConfig:
+    def config(self, arm: Arm, trial: Trial) -> RunConfig:
         """Returns all settings of a trial's run."""
-        return arm.compose(params)
+        return arm.compose(trial.params)
 
-    def shown_params(self, arm: Arm, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the settings that distinguish a trial's run from others of its arm, as a person reads them."""
-        return dict(params)
-
-    def run_folder(self, arm: Arm, number: int) -> RunFolder:
+    def run_folder(self, trial: Trial) -> RunFolder:
         """Returns the folder of a trial's run, and the arm and trial that the run's record names."""
-        return RunFolder(path=self._sweep.path / name_run("search", arm.name, number), arm=arm.name, trial=number)
-
-    def rows(self, arm: str) -> list[Trial]:
-        """Returns the rows of an arm's trials, by number; an arm that a later round adds has none."""
-        if arm not in self.arms:
-            return []
-        trials = self.arms[arm]
-        return [
-            build_search_trial(trials.arm, frozen, is_paused=trials.trials[frozen.number].state == "paused")
-            for frozen in trials.frozen()
-        ]
+        return RunFolder(path=self._sweep.path / trial.run, arm=trial.arm, trial=trial.number)
 
     def _read_trials(self, arm: Arm, session: str | None) -> ArmTrials:
+        pruner = arm.sweep_config.pruner
+
+        def build_trial(number: int, params: Mapping[str, Any]) -> Trial:
+            value = None if arm.confirm_each is None else params[arm.confirm_each]
+            subject = name_subject(arm.name, arm.confirm_each, value)
+            run = name_run(self.name, arm.name, number)
+            return Trial(arm=arm.name, subject=subject, number=number, params=dict(params), run=run)
+
         is_adaptive = not isinstance(arm.sweep_config.sampler, FixedSampler)  # a component may learn
         return ArmTrials(
             arm,
             study=self._sweep.open_study(name_study(arm.name, self.name), pruner=build_pruner(arm)),
             storage=self._sweep.storage,
             space=arm.space,
+            build_trial=build_trial,
             planned=arm.trials,
+            order=RungOrder(
+                direction=self._sweep.record.direction,
+                by_loss=getattr(pruner, "criterion", "metric") == "loss",
+                constant_answer=self._sweep.record.constant_answer,
+            ),
             rule=build_rule(arm),
-            by_loss=getattr(arm.sweep_config.pruner, "criterion", "metric") == "loss",
-            constant_answer=self._sweep.record.constant_answer,
-            prunes_by_study=isinstance(arm.sweep_config.pruner, Component),
+            prunes_by_study=isinstance(pruner, Component),
             first_trials=math.ceil(FIRST_TRIALS_FRACTION * arm.trials) if is_adaptive else None,
             session=session,
         )
@@ -123,35 +124,18 @@ class Confirmation:
         self.arms = {arm.name: self._read_trials(arm, session) for arm in arms}
 
     def propose(self, trials: ArmTrials) -> tuple[dict[str, Any], dict[str, Any]]:
-        begun = {(trial.params[SETTING], trial.params[SEED]) for trial in trials.trials.values()}
+        begun = _list_begun(trials)
         setting, seed = next(run for run in self._plan[trials.arm.name] if run not in begun)
         return {SETTING: setting, SEED: seed}, {}
 
-    def config(self, arm: Arm, params: Mapping[str, Any]) -> RunConfig:
+    def config(self, arm: Arm, trial: Trial) -> RunConfig:
         """Returns the settings of a run, with every source of randomness set by the seed."""
-        return arm.compose({**self.shown_params(arm, params), **dict.fromkeys(SEED_KEYS, params[SEED])})
+        return arm.compose({**trial.params, **dict.fromkeys(SEED_KEYS, trial.seed)})
 
-    def shown_params(self, arm: Arm, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the values of the swept keys, with the seed in place of swept seeds."""
-        swept = self._list_all_params(arm.name)[params[SETTING]]
-        kept = {key: value for key, value in swept.items() if key not in SEED_KEYS}
-        return {**kept, SEED: params[SEED]}
-
-    def run_folder(self, arm: Arm, number: int) -> RunFolder:
+    def run_folder(self, trial: Trial) -> RunFolder:
         """Returns the folder of a run; the run's record names the trial of the search that has its setting."""
-        setting = self._settings.get((arm.name, self.arms[arm.name].trials[number].params[SETTING]))
-        folder = self._sweep.path / name_run("confirm", arm.name, number)
-        return RunFolder(path=folder, arm=arm.name, trial=setting.trial if setting else None)
-
-    def rows(self, arm: str) -> list[Trial]:
-        """Returns the rows of an arm's runs. A sweep that grew may also have runs of former settings."""
-        key, params = self._sweep.definition.find_arm(arm).confirm_each, self._list_all_params(arm)
-        subjects = [name_subject(arm, key, None if key is None else found[key]) for found in params]
-        kept = [{key: value for key, value in found.items() if key not in SEED_KEYS} for found in params]
-        return [
-            build_confirm_trial(arm, subjects[number := frozen.params[SETTING]], kept[number], frozen)
-            for frozen in self.arms[arm].frozen()
-        ]
+        setting = self._settings.get((trial.arm, trial.setting_number or 0))
+        return RunFolder(path=self._sweep.path / trial.run, arm=trial.arm, trial=setting.trial if setting else None)
 
     @property
     def has_next_look(self) -> bool:
@@ -161,10 +145,10 @@ class Confirmation:
     def begin_next_look(self) -> bool:
         """Tests the questions after all runs of a look have ended. Returns whether further runs are planned."""
         record, num_done = self._sweep.record, len(self.looks_done)
-        record.confirm = [row for arm in self.arms for row in self.rows(arm)]
+        record.confirm = [run for trials in self.arms.values() for run in trials.trials.values()]
         # A stage that was killed, or that grew, also has runs of later looks.
         seeds = record.confirm_seeds[: self._looks[num_done]]
-        known = replace(record, confirm=[row for row in record.confirm if row.seed in seeds])
+        known = replace(record, confirm=[run for run in record.confirm if run.seed in seeds])
         scores = read_confirm_scores(known, self._sweep.path)
         answers = answer_sweep(record, scores)
         hopeful = [answer for answer in answers if answer.may_settle]
@@ -182,8 +166,7 @@ class Confirmation:
         record.looks_done = list(self.looks_done)
         self._add_to_plan(subjects)
         for name, trials in self.arms.items():
-            begun = {(trial.params[SETTING], trial.params[SEED]) for trial in trials.trials.values()}
-            trials.planned = len(begun | set(self._plan[name]))
+            trials.planned = len(_list_begun(trials) | set(self._plan[name]))
         return bool(subjects)
 
     def _add_to_plan(self, subjects: Collection[str]) -> None:
@@ -197,25 +180,40 @@ class Confirmation:
                 if row.subject in subjects and not (is_fixed and self._plan[row.arm]):
                     self._plan[row.arm].append((row.setting, seed))
 
-    def _list_all_params(self, arm: str) -> list[dict[str, Any]]:
-        params: list[dict[str, Any]] = self.arms[arm].study.user_attrs[SETTINGS_ATTRIBUTE]
-        return params
-
     def _read_trials(self, arm: Arm, session: str | None) -> ArmTrials:
         study = self._sweep.open_study(name_study(arm.name, self.name))
-        begun = {
-            (trial.params[SETTING], trial.params[SEED])
-            for trial in study.get_trials(deepcopy=False)
-            if ASSIGNMENT_ATTRIBUTE in trial.user_attrs
-        }
-        return ArmTrials(
+        settings: list[dict[str, Any]] = study.user_attrs[SETTINGS_ATTRIBUTE]
+
+        def build_trial(number: int, params: Mapping[str, Any]) -> Trial:
+            setting, key = settings[params[SETTING]], arm.confirm_each
+            return Trial(
+                stage=self.name,
+                arm=arm.name,
+                subject=name_subject(arm.name, key, None if key is None else setting[key]),
+                number=number,
+                params={key: value for key, value in setting.items() if key not in SEED_KEYS},
+                setting_number=params[SETTING],
+                seed=params[SEED],
+                run=name_run(self.name, arm.name, number),
+            )
+
+        trials = ArmTrials(
             arm,
             study=study,
             storage=self._sweep.storage,
             space={SETTING: IntDistribution(0, 2**32 - 1), SEED: IntDistribution(0, 2**32 - 1)},
-            planned=len(begun | set(self._plan[arm.name])),
+            build_trial=build_trial,
+            planned=0,
+            order=RungOrder(direction=self._sweep.record.direction),
             session=session,
         )
+        trials.planned = len(_list_begun(trials) | set(self._plan[arm.name]))
+        return trials
+
+
+def _list_begun(trials: ArmTrials) -> set[tuple[int | None, int | None]]:
+    """Returns the settings and seeds of the confirm runs of an arm that have begun."""
+    return {(trial.setting_number, trial.seed) for trial in trials.trials.values()}
 
 
 Stage: TypeAlias = Search | Confirmation
@@ -245,12 +243,13 @@ def choose_settings(search: Search, *, sweep: SweepFolder) -> list[SettingRow]:
 
 def _choose(search: Search, arm: Arm, subject: str, value: Any, sweep: SweepFolder) -> SettingRow | None:
     fixed = {} if arm.confirm_each is None else {arm.confirm_each: value}
-    winner = None if fixed else find_winner(search.rows(arm.name), record=sweep.record)
+    trials = list(search.arms[arm.name].trials.values())
+    winner = None if fixed else find_winner(trials, record=sweep.record)
     if winner is None and not fixed:
         return None
     prediction = predict_best(
         arm,
-        search.arms[arm.name].frozen(),
+        trials,
         direction=sweep.record.direction,
         fixed=fixed,
         chosen=None if winner is None else winner.params,

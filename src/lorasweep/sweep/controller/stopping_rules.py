@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from optuna.pruners import BasePruner
 
 from lorasweep.config.components import Component, instantiate
+from lorasweep.config.data import Direction, get_sign
 from lorasweep.config.sweep import HalvingPruner
-from lorasweep.sweep.controller.trial import Trial
+from lorasweep.record import Trial
 from lorasweep.sweep.definition.arms import Arm
 
 Row = tuple[float, float, int]
@@ -24,8 +24,6 @@ Row = tuple[float, float, int]
 
 The loss orders trials of equal cost. The number only breaks exact ties of both.
 """
-Ranked = Sequence[Row]
-"""The rows of the trials at a rung, best first."""
 SCORE_ROUNDING = 1e-6
 """Relative difference up to which a score equals that of the constant answer.
 
@@ -39,11 +37,11 @@ class StoppingRule:
     rungs: tuple[int, ...] = ()
     """Optimizer steps at which trials are compared, ascending; each is a step with an evaluation."""
 
-    def count_kept(self, ranked: Ranked, *, all_arrived: bool) -> int:
+    def count_kept(self, ranked: Sequence[Row], *, all_arrived: bool) -> int:
         """Returns how many of the best trials at a rung may train beyond it.
 
         Args:
-            ranked: Every trial of the arm that has reached the rung and has not failed since.
+            ranked: Every trial of the arm that has reached the rung and has not failed since, best first.
             all_arrived: Whether no further trial of the arm can reach the rung.
         """
         return len(ranked)
@@ -62,7 +60,7 @@ class Halving(StoppingRule):
     reduction_factor: int
     min_survivors: int = 1
 
-    def count_kept(self, ranked: Ranked, *, all_arrived: bool) -> int:
+    def count_kept(self, ranked: Sequence[Row], *, all_arrived: bool) -> int:
         quotient = len(ranked) / self.reduction_factor
         count = max(math.ceil(quotient), self.min_survivors) if all_arrived else math.floor(quotient)
         return min(count, len(ranked))
@@ -107,8 +105,7 @@ def build_pruner(arm: Arm) -> BasePruner | None:
 class RungOrder:
     """The order of an arm's trials at a rung. It depends neither on the order of slots nor on that of reports."""
 
-    sign: Literal[1, -1]
-    """1 if lower values of the metric are better, -1 if higher values are better."""
+    direction: Direction
     by_loss: bool = False
     """Whether trials are compared by validation loss instead of the metric."""
     constant_answer: float | None = None
@@ -116,18 +113,19 @@ class RungOrder:
 
     def get_row(self, trial: Trial, rung: int) -> Row:
         """Returns how a rung ranks a trial. A NaN value and a missing or NaN loss count as infinite."""
-        cost, loss = self.sign * trial.values[rung], trial.losses.get(rung, math.inf)
+        sign = get_sign(self.direction)
+        cost, loss = sign * trial.values[rung], trial.losses.get(rung, math.inf)
         cost, loss = (math.inf if math.isnan(number) else number for number in (cost, loss))
         if self.by_loss:
             cost = loss
         elif self.constant_answer is not None and cost < math.inf and self.has_learned_nothing(trial, rung):
             # The metric does not say which of these trials begins to learn, but the loss does.
-            cost = self.sign * self.constant_answer
+            cost = sign * self.constant_answer
         return cost, loss, trial.number
 
     def has_learned_nothing(self, trial: Trial, rung: int) -> bool:
         """Returns whether a trial's value is no better than that of the constant answer."""
         if self.constant_answer is None:
             return False
-        gain = self.sign * (self.constant_answer - trial.values[rung])
+        gain = get_sign(self.direction) * (self.constant_answer - trial.values[rung])
         return not gain > SCORE_ROUNDING * abs(self.constant_answer)  # true for NaN too
