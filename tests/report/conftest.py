@@ -51,7 +51,7 @@ def curve_to(score: float, *, steps: int = STEPS, every: int = EVERY) -> list[tu
 def write_run(
     folder: Path, trial: Trial, *, method: str, curve: list[tuple[int, float]], trained: int, **values: Any
 ) -> None:
-    """Writes a run's record and steps as training does."""
+    """Writes a run's record as training does."""
     trial.values = dict(curve)
     done = curve[-1][0] if curve else 0
     best_step, best = min(curve, key=lambda point: point[1], default=(0, None))
@@ -85,21 +85,6 @@ def write_run(
         setattr(record, name, value)
     folder.mkdir(parents=True, exist_ok=True)
     write_record(record, folder)
-    write_steps(folder, curve)
-
-
-def write_steps(folder: Path, curve: list[tuple[int, float]]) -> None:
-    """Writes `steps.jsonl`: a loss at each step, a validation row at each evaluation."""
-    evaluations = dict(curve)
-    rows: list[dict[str, Any]] = []
-    for step in range(max(evaluations, default=0) + 1):
-        if step:
-            rows.append({"step": step, "loss": 1.2, "lr": 1e-3, "tokens_per_s": 52_000.0})
-        if step in evaluations:
-            rows.append(
-                {"step": step, "validation": {"bits_per_byte": evaluations[step], "loss": evaluations[step] * 0.7}}
-            )
-    (folder / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def lora_score(rank: int, alpha: float, lr: float) -> float:

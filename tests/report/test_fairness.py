@@ -101,17 +101,6 @@ def test_two_complete_trials_more_are_fair_and_three_are_not(even: Path) -> None
         assert judge(even).is_fair is expected
 
 
-def test_an_arm_without_a_complete_trial_is_not_compared_fairly(even: Path) -> None:
-    for number in range(6):
-        change_run(even, number, state="failed", steps=150)
-    assert "`lora` had 0 complete trials and `full` 6" in judge(even).sentences[0]
-
-
-def test_a_running_sweep_is_judged_so_far(even: Path) -> None:
-    edit_json(even / "sweep.json", lambda raw: raw.update(status="running"))
-    assert judge(even).sentences[0].endswith("so far fair.")
-
-
 def test_reruns_do_not_count(even: Path, confirmed: Path) -> None:
     full = judge(confirmed).arms[1]
     before = judge(even).arms[1]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from tests.fuzzing import FUZZ, NESTED, damage, damage_bytes, damage_json, refusal_allowed
+from tests.fuzzing import FUZZ, damage, damage_bytes, refusal_allowed
 
 from lorasweep.report import render_terminal
 from lorasweep.report.page import render_page
@@ -28,11 +28,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def damage_file(draw: st.DrawFn, path: Path, content: bytes) -> bytes:
     if path.suffix == ".json":
         return draw(damage(content))
-    if path.suffix == ".jsonl" and draw(st.booleans()):
-        lines = content.decode().splitlines()
-        index = draw(st.integers(0, len(lines) - 1))
-        lines[index] = draw(st.one_of(damage_json({"step": 25, "validation": {"bits_per_byte": 1.7}}), st.just(NESTED)))
-        return "\n".join(lines).encode()
     if path.suffix == ".csv" and draw(st.booleans()):
         cells = [line.split(",") for line in content.decode().splitlines()]
         row, column = draw(st.integers(0, len(cells) - 1)), draw(st.integers(0, len(cells[0]) - 1))

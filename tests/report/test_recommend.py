@@ -15,7 +15,7 @@ from lorasweep.config.compose import compose_run
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import find_winners, read_sweep
 from lorasweep.report import write_report
-from lorasweep.report.recommend import RECOMMENDED_FILES, Recommendation, read_recommended
+from lorasweep.report.recommend import Recommendation, read_recommended
 from lorasweep.report.summary import summarize
 
 from .conftest import build_rank_sweep, build_sweep, edit_json
@@ -77,18 +77,6 @@ def test_peft_gets_the_saved_configuration_and_with_pissa_the_rank_of_training(s
     lora = recommended(sweep)[-1]
     assert f"    r={lora.settings['rank']},\n" in lora.files["peft_config.py"]
     assert "    init_lora_weights='pissa',\n)" in lora.files["peft_config.py"]
-
-
-def test_files_of_an_earlier_recommendation_are_removed(confirmed: Path) -> None:
-    save_adapter_configs(confirmed, {"r": 4})
-    write_report(confirmed)
-    folder = confirmed / "report/recommended"
-    assert (folder / "lora/peft_config.py").exists()
-    edit_json(confirmed / "sweep.json", lambda raw: raw.update(confirm=[], settings=[]))
-    edit_json(confirmed / "sweep.json", lambda raw: [t.update(value=9.0) for t in raw["trials"] if t["arm"] == "full"])
-    write_report(confirmed)
-    assert {path.name for path in folder.iterdir() if path.is_file()} == set(RECOMMENDED_FILES)
-    assert not any((folder / "lora").iterdir())
 
 
 def keep_full_record(sweep: Path, settings: dict[str, Any]) -> None:

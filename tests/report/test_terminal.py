@@ -39,20 +39,6 @@ def test_markup_in_names_is_shown_not_obeyed(sweep: Path) -> None:
     assert "[red]bold[/red]" in shown(render_terminal(sweep))
 
 
-def test_damaged_run_is_named_below_the_table(sweep: Path) -> None:
-    (sweep / "runs/lora-0001/run.json").unlink()
-    assert "runs/lora-0001" in shown(render_terminal(sweep))
-
-
-def test_several_sweeps_of_one_name_stand_side_by_side(sweep: Path, tmp_path: Path) -> None:
-    other = build_sweep(tmp_path / "b" / "quickstart", full=0)
-    text = shown(render_terminal(sweep, other))
-    assert text.count("1.688") == 2
-    assert "93 % of full's gain" in text
-    assert "–" in text  # the second sweep has no full arm
-    assert "can't be compared" not in text
-
-
 def test_sweeps_with_different_metrics_are_not_compared(sweep: Path, tmp_path: Path) -> None:
     other = build_sweep(tmp_path / "other")
     edit_json(other / "sweep.json", lambda raw: raw.update(metric="loss"))

@@ -18,7 +18,7 @@ from lorasweep.report.evidence.estimates import (
     estimate_sum,
     subtract,
 )
-from lorasweep.report.evidence.scores import UNBOUNDED, ConfirmScores, ExampleScores, build_scores
+from lorasweep.report.evidence.scores import ConfirmScores, ExampleScores, build_scores
 
 from .conftest import plant
 
@@ -59,24 +59,6 @@ def test_what_is_common_to_examples_cancels_in_a_difference() -> None:
     scores = plant({"a": 1.0, "b": 1.5}, examples=60, seed_spread=0.001, example_spread=1.0, own_spread=0.001)
     errors = [estimate(scores, coefficients).error for coefficients in ({"a": 1.0}, {"a": 1.0, "b": -1.0})]
     assert errors[1] < errors[0] / 50
-
-
-def test_what_is_common_to_seeds_cancels_in_a_difference() -> None:
-    noise = np.random.default_rng(0).normal(0, 1, 5)
-    values = {(name, seed): place + noise[seed] for place, name in enumerate("ab") for seed in range(5)}
-    scores = build_scores(values, {})
-    assert estimate(scores, {"a": 1.0}).error > 0.1
-    # the rounding of differences of numbers up to 4
-    assert estimate(scores, {"a": 1.0, "b": -1.0}).error < 1e-15
-
-
-def test_the_frozen_base_stands_beside_every_seed() -> None:
-    scores = plant({"base": 2.0, "a": 1.0}, deterministic=frozenset({"base"}))
-    assert estimate(scores, {"base": 1.0, "a": -1.0}).seeds == (0, 1, 2, 3, 4)
-    alone = estimate(scores, {"base": 1.0})
-    assert alone.find_interval() == (2.0, 2.0)
-    assert alone.is_testable
-    assert (alone.p_positive, alone.p_negative) == (0.0, 1.0)
 
 
 def test_no_common_seed_or_no_score_gives_no_estimate() -> None:
@@ -251,22 +233,6 @@ def test_interval_ends_where_the_metric_ends(
     rows = {("a", seed): value for seed, value in enumerate(values)} | {("b", seed): 0.0 for seed in range(len(values))}
     found = find_interval(build_scores(rows, {}, score_range=score_range), arms)
     assert found == pytest.approx(interval, abs=1e-3)  # as many digits as the table of Student's t
-
-
-def test_cut_interval_does_not_change_a_test() -> None:
-    values = {("a", 0): 0.99, ("a", 1): 0.90, ("b", 0): 0.93, ("b", 1): 0.85}
-    whole, cut = (
-        estimate(build_scores(values, {}, score_range=score_range), {"a": 1.0, "b": -1.0})
-        for score_range in (UNBOUNDED, (0.0, 1.0))
-    )
-    assert (cut.p_positive, cut.p_negative) == (whole.p_positive, whole.p_negative)
-
-
-def test_a_constant_moves_the_bounds_of_a_sum() -> None:
-    scores = build_scores({("a", 0): 0.4, ("a", 1): 0.6}, {}, score_range=(0.0, 1.0))
-    found = estimate_sum(scores, {"a": -2.0}, constant=0.5)
-    assert found
-    assert found.bounds == (-1.5, 0.5)
 
 
 @pytest.mark.parametrize("spread", [0.0, 1e-12, 1e-17])

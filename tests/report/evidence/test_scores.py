@@ -23,21 +23,6 @@ def examples(
     )
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("row,value\n0,1\n", "columns must be"),
-        ("row,score,weight\n0,1,1\n", "`group`"),
-        ("row,score,weight,group\n0,<b>,1,0\n", "could not convert string to float"),
-    ],
-)
-def test_file_that_is_not_as_it_must_be_is_refused(tmp_path: Path, content: str, message: str) -> None:
-    path = tmp_path / "test_scores.csv"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=message):
-        read_examples(path)
-
-
 @pytest.mark.parametrize("weight", ["-1", "nan", "inf", "0", ""])
 def test_a_file_with_a_weight_that_no_run_writes_is_refused(tmp_path: Path, weight: str) -> None:
     (tmp_path / "a.csv").write_text(f"row,score,weight,group\n0,1.5,{weight},a\n1,2,{weight},b\n")
@@ -76,12 +61,6 @@ def test_of_perplexity_the_groups_have_the_linear_approximation_of_exp() -> None
     assert built.score("a", 0) == pytest.approx(score)
     # exp(x) = score · (1 + x + x² / 2 + ..) with |x| <= 0.015, so the rest is below 1.2e-4 of the score
     assert built.values["a"][0] == pytest.approx(np.exp(losses), rel=1.2e-4)
-
-
-def test_without_examples_a_run_has_one_value() -> None:
-    built = build_scores({("a", 0): 1.5, ("a", 1): 2.0}, {})
-    assert (built.num_groups, built.num_examples) == (0, 0)
-    assert [built.score("a", seed) for seed in (0, 1)] == [1.5, 2.0]
 
 
 def test_examples_of_one_group_are_taken_as_independent_and_the_report_says_so() -> None:
