@@ -68,36 +68,6 @@ def test_peft_reads_what_is_said_of_the_base(make_model, tmp_path: Path) -> None
     assert torch.equal(*(load_file(tmp_path / n / "adapter_model.safetensors").popitem()[1] for n in ("plain", "said")))
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ("up",), ("layers.0.up", "out"), r"layers\.0\..*"])
-@pytest.mark.parametrize("rule", ["alpha_over_rank", "alpha_over_sqrt_rank"])
-def test_peft_loads_what_is_saved_here(make_model, fill_b, tokens: Tensor, tmp_path: Path, targets, rule: str) -> None:
-    model = make_model()
-    inject_lora(model, LoraConfig(rank=2, alpha=3, targets=targets, scaling=rule))
-    fill_b(model)
-    save_adapter(model, tmp_path, base_path="tiny")
-    loaded = peft.PeftModel.from_pretrained(make_model(), tmp_path)
-    theirs = peft.get_peft_model_state_dict(loaded, save_embedding_layers=False)  # else it asks the hub
-    assert {key: tuple(t.shape) for key, t in theirs.items()} == {
-        k: tuple(t.shape) for k, t in lora_state(model).items()
-    }
-    torch.testing.assert_close(loaded(tokens), model(tokens))  # float32 defaults: products in another order
-
-
-@pytest.mark.parametrize("targets", ["all-linear", ["up"], r".*\.0\.(up|proj)", ["layers.0.up", "out"]])
-@pytest.mark.parametrize("use_rslora", [True, False])
-def test_what_peft_saves_loads_here(make_model, tokens: Tensor, tmp_path: Path, targets, use_rslora: bool) -> None:
-    config = peft.LoraConfig(
-        r=2, lora_alpha=3, target_modules=targets, use_rslora=use_rslora, init_lora_weights=False, lora_dropout=0.1
-    )
-    theirs = peft.get_peft_model(make_model(), config)
-    theirs.save_pretrained(tmp_path, save_embedding_layers=False)  # else it asks the hub
-    ours = make_model()
-    load_adapter(ours, tmp_path)
-    torch.testing.assert_close(ours.eval()(tokens), theirs.eval()(tokens))
-    ours.train()(tokens).sum().backward()
-    assert all(layer.lora_b.grad.any() for layer in lora_layers(ours).values())  # it goes on training
-
-
 def test_state_has_pefts_names_and_the_parameters_memory(model: nn.Module) -> None:
     inject_lora(model, LoraConfig(rank=2, targets=("layers.0.up",)))
     state = lora_state(model)
@@ -157,12 +127,6 @@ def test_files_that_are_missing_or_broken_are_refused(make_model, saved: Path) -
     assert_refused(make_model, saved, "adapter_config.json' must be a LoRA configuration")
     config.unlink()
     assert_refused(make_model, saved, "adapter_config.json' must be a LoRA configuration")
-
-
-def test_pickled_weights_are_not_opened(make_model, saved: Path) -> None:
-    torch.save({}, saved / "adapter_model.bin")
-    (saved / "adapter_model.safetensors").unlink()
-    assert_refused(make_model, saved, "adapter_model.safetensors' must be")
 
 
 @pytest.mark.parametrize(

@@ -219,25 +219,6 @@ def test_activation_checkpointing_keeps_nothing_and_gives_the_same_gradients(is_
     assert [reference() for reference in outputs] == [None]
 
 
-def test_reentrant_checkpointing_gives_the_same_gradients() -> None:
-    model = make_mlp(is_gated=True)
-    plain = make_plain(model)
-    checkpoint(model, make_x(), use_reentrant=True).sum().backward()
-    plain(make_x()).sum().backward()
-    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
-        assert (one.grad is None and other.grad is None) or torch.equal(one.grad, other.grad)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("is_gated", [False, True])
-def test_compiles_without_a_graph_break(is_gated: bool) -> None:
-    model, x = make_mlp(is_gated=is_gated), make_x()
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(gradients(model, x, compiled), gradients(model, x))
-
-
 def test_nothing_is_recomputed_without_a_gradient() -> None:
     model, z = make_mlp(), torch.ones(HIDDEN, dtype=torch.float64)
     assert type(model.act(z)) is Tensor  # the first layer's input
@@ -247,15 +228,6 @@ def test_nothing_is_recomputed_without_a_gradient() -> None:
         assert type(model.act(z)) is Tensor
     with torch.inference_mode():
         assert type(model.act(z)) is Tensor
-
-
-@pytest.mark.parametrize("targets", [("gate",), ("down",)])
-def test_activations_are_recomputed_only_before_lora_layers(targets: tuple[str, ...]) -> None:
-    torch.manual_seed(0)
-    model = Mlp("gelu", is_gated=False)
-    inject_lora(model, LoraConfig(rank=2, targets=targets))
-    z = torch.ones(HIDDEN, requires_grad=True)
-    assert isinstance(model.act(z), ActivationOutput) is (targets == ("down",))
 
 
 def test_layers_that_are_added_later_count() -> None:
@@ -290,21 +262,6 @@ def test_other_operations_return_plain_tensors() -> None:
         assert torch.equal(product.plain, model.act.base(z) * factor)
 
 
-def test_another_subclass_of_tensor_keeps_its_type() -> None:
-    class Other(Tensor):
-        pass
-
-    z = torch.ones(HIDDEN, dtype=torch.float64, requires_grad=True)
-    assert isinstance(make_mlp().act(z) * torch.ones(HIDDEN).as_subclass(Other), Other)
-
-
-@pytest.mark.parametrize("act", [nn.ReLU(), nn.Tanh(), nn.SiLU(inplace=True)], ids=str)
-def test_an_activation_whose_input_is_not_kept_stays(act: nn.Module) -> None:
-    model = nn.Sequential(nn.Linear(WIDTH, HIDDEN), act, nn.Linear(HIDDEN, WIDTH))
-    inject_lora(model, LoraConfig(rank=2))
-    assert model[1] is act
-
-
 def test_an_activation_with_hooks_stays_because_they_would_be_called_twice() -> None:
     model = nn.Sequential(nn.GELU(), nn.Linear(HIDDEN, WIDTH))
     model[0].register_forward_hook(lambda *_: None)
@@ -317,10 +274,3 @@ def test_removing_lora_restores_the_activations() -> None:
     act = model.act.base
     merge_lora(model)
     assert model.act is act
-
-
-def test_a_copied_and_a_pickled_model_recompute_too() -> None:
-    model = make_mlp(is_gated=True)
-    expected = gradients(model, make_x())
-    assert_identical(gradients(copy.deepcopy(model), make_x()), expected)
-    assert isinstance(pickle.loads(pickle.dumps(model.act)), RecomputedActivation)

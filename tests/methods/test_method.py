@@ -16,10 +16,6 @@ from lorasweep.models.load import fingerprint_weights
 from .conftest import CONFIGS, TOKENS, TRAINING, logits_of, make_base, prepare, train
 
 
-def test_registry_has_each_method_under_its_name():
-    assert {name: method.name for name, method in METHODS.items()} == {name: name for name in CONFIGS}
-
-
 def test_copy_has_its_own_modules_on_the_same_parameters():
     base = make_base()
     model = copy_sharing_weights(base.model)
@@ -269,12 +265,6 @@ def test_lora_plus_gives_b_its_own_rate():
     assert all(parameter.shape[0] == 2 for parameter in groups["lora_a"].params)
     assert all(parameter.shape[1] == 2 and not parameter.any() for parameter in groups["lora_b"].params)
     assert len(groups["lora_a"].params) == len(groups["lora_b"].params) == 14
-
-
-def test_one_rate_is_one_group():
-    for name in set(TRAINING) - {"intrinsic"}:  # its scales have their own
-        groups = METHODS[name].trainable_groups(prepare(make_base(), name), lr_ratio_b=1.0)
-        assert [(group.name, group.lr_factor) for group in groups] == [(name, 1.0)]
 
 
 def test_full_keeps_changes_that_bf16_could_not_hold():

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
 from lorasweep.models.attention import MAX_EAGER_TOKENS, choose_attention
-from lorasweep.models.load import Labels, fingerprint_weights, load_base
+from lorasweep.models.load import Labels, load_base
 
 LABELS = Labels(kind="single_label", names=("a", "b"))
 CPU = torch.device("cpu")
@@ -39,31 +38,6 @@ def test_short_examples_on_a_cpu_get_eager_and_all_others_sdpa(load, device, len
     assert choice.name == model.config._attn_implementation == name
     assert str(int(torch.as_tensor(lengths).median())) in choice.reason
     assert choose_attention(model, lengths=lengths, device=torch.device(device)) == choice
-
-
-@pytest.mark.parametrize(
-    ("architecture", "kind"),
-    [
-        ("llama", "causal_lm"),
-        ("gemma3", "causal_lm"),
-        ("gpt2", "classifier"),
-        ("bert", "classifier"),
-        ("t5", "seq2seq"),
-    ],
-)
-def test_nothing_else_of_the_model_changes(load, architecture, kind):
-    model = load(architecture, kind).model
-    before, modes = fingerprint_weights(model), [module.training for module in model.modules()]
-    stream = torch.get_rng_state()
-    assert choose_attention(model, lengths=[5, 9, 12, 12], device=CPU).name == "eager"
-    assert fingerprint_weights(model) == before
-    assert [module.training for module in model.modules()] == modes
-    assert torch.equal(torch.get_rng_state(), stream)
-
-
-def test_model_of_another_make_has_no_choice():
-    choice = choose_attention(nn.Linear(2, 2), lengths=[8], device=CPU)
-    assert choice == ("custom", "the model is not from transformers")
 
 
 def test_model_with_one_implementation_keeps_it(load, monkeypatch):

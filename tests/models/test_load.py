@@ -64,30 +64,6 @@ def test_embedded_model_is_frozen_in_evaluation_mode_and_one_dtype(dtype, model_
     assert 900_000 <= base.num_parameters <= 1_500_000
 
 
-def test_rotary_frequencies_stay_fp32(saved, model_config):
-    model = load_base(model_config(saved), dtype=torch.bfloat16).model
-    assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}
-
-
-def test_embedded_model_is_byte_level(model_config):
-    tokenizer = load_base(model_config(), dtype=torch.bfloat16).tokenizer
-    assert tokenizer("aü\n", add_special_tokens=False)["input_ids"] == list("aü\n".encode())
-    assert tokenizer.eos_token_id == 256
-
-
-def test_forward_gives_logits_and_keeps_no_cache(saved, model_config):
-    base = load_base(model_config(saved), dtype=torch.float32)
-    output = base.model(input_ids=torch.zeros(2, 3, dtype=torch.int64))
-    assert output.logits.shape == (2, 3, 257)
-    assert output.past_key_values is None
-
-
-def test_weights_are_those_on_disk(saved, model_config):
-    loaded = load_base(model_config(saved), dtype=torch.float32).model.state_dict()
-    original = LlamaForCausalLM.from_pretrained(saved).state_dict()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in original.items())
-
-
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_attention_is_the_one_asked_for(saved, attention, model_config):
     assert (
@@ -102,13 +78,6 @@ def test_attention_that_can_not_be_had_is_one_sentence(saved, model_config):
         ConfigError, match=r"`model.attention` must be available .* but got 'flash_attention_2' \(Flash"
     ):
         load_base(model_config(saved, attention="flash_attention_2"), dtype=torch.float32)
-
-
-def test_loading_prints_nothing_and_sets_no_environment(saved, capfd, model_config):
-    before = dict(os.environ)
-    load_base(model_config(saved), dtype=torch.float32)
-    assert capfd.readouterr() == ("", "")
-    assert dict(os.environ) == before
 
 
 def test_tied_weights_count_once(saved, model_config):
@@ -274,11 +243,6 @@ def test_labels_are_said_in_the_models_settings(save_random, model_config, kind,
     assert settings.id2label == dict(enumerate(names or ("LABEL_0",)))
 
 
-def test_labels_of_a_model_that_has_none_are_refused(model_config):
-    with pytest.raises(ConfigError, match=r"`model.kind` .* got 'causal_lm'.* `model=classifier`"):
-        load_base(model_config(), dtype=torch.float32, labels=LABELS)
-
-
 @pytest.fixture
 def classifier(save_random, model_config, tmp_path):
     """A folder with a whole classifier of three labels."""
@@ -311,12 +275,6 @@ def test_classifier_that_lacks_a_layer_is_refused(classifier, model_config):
         load_base(model_config(classifier, kind="classifier"), dtype=torch.float32)
 
 
-def test_model_of_another_kind_is_one_sentence(save_random, model_config):
-    with pytest.raises(ConfigError, match=r"`model.path` must be a sequence-to-sequence model") as caught:
-        load_base(model_config(save_random("llama"), kind="seq2seq"), dtype=torch.float32)
-    assert "\n" not in str(caught.value)
-
-
 def test_model_without_padding_pads_with_the_end_of_text(saved, model_config):
     base = load_base(model_config(saved, kind="classifier"), dtype=torch.float32, labels=LABELS)
     assert base.tokenizer.pad_token_id == base.tokenizer.eos_token_id == base.model.config.pad_token_id == 256
@@ -325,12 +283,6 @@ def test_model_without_padding_pads_with_the_end_of_text(saved, model_config):
     with torch.no_grad():
         padded, single = base.model(**rows).logits[0], base.model(**alone).logits[0]
     torch.testing.assert_close(padded, single)  # padding is masked
-
-
-def test_adapter_is_not_a_base(folder, model_config):
-    (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"`model.path` .* is an adapter.*lorasweep export"):
-        load_base(model_config(folder), dtype=torch.float32)
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 
 import pytest
 import torch
@@ -11,14 +10,11 @@ from tests.tiny_tokenizer import load_tokenizer
 from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lorasweep.config import components
 from lorasweep.errors import ConfigError
 from lorasweep.lora import LoraConfig, inject_lora
 from lorasweep.lora.layer_kinds import dequantised_weight, is_quantised
 from lorasweep.methods import copy_sharing_weights
 from lorasweep.models.load import Labels, fingerprint_weights, load_base
-from lorasweep.models.quantised import _hide_module
-from lorasweep.stored_weights import list_scales
 from lorasweep.training.memory import count_saved_bytes
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes, an optional extra, is not installed")
@@ -206,12 +202,6 @@ def test_a_module_that_is_quantised_is_not_trained_in_full(load):
         inject_lora(load("int8").model, LoraConfig(rank=2, modules_to_save=["up_proj"]))
 
 
-def test_a_missing_package_is_named(load, monkeypatch):
-    monkeypatch.setattr(components, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"`model.quantization=nf4` needs .*'bitsandbytes'.*lorasweep\[quantised\]"):
-        load("nf4")
-
-
 @pytest.mark.parametrize(
     ("settings", "key"), [({"factory": "own:build", "path": None}, "factory"), ({"gguf_file": "m.gguf"}, "gguf_file")]
 )
@@ -227,13 +217,3 @@ def test_files_that_are_quantised_already_are_refused(load, tmp_path):
         ConfigError, match=r"must be none for a model whose files are quantised already, but got 'int8'"
     ):
         load("int8", path=tmp_path)
-
-
-def test_a_module_is_hidden_only_inside_the_block():
-    with _hide_module("json"), pytest.raises(ImportError):
-        import json  # noqa: F401, PLC0415
-    assert sys.modules["json"].dumps([]) == "[]"
-
-
-def test_a_plain_parameter_has_no_scales():
-    assert list_scales(nn.Parameter(torch.zeros(2))) == []

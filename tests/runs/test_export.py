@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from contextlib import ExitStack
 from pathlib import Path
 
 import peft
@@ -141,13 +140,6 @@ def test_an_adapter_that_peft_trained_is_exported_for_peft_and_merged(trained, t
     assert largest_difference(logits_of(AutoModelForCausalLM.from_pretrained(merged.folder)), own) < LOGIT_TOLERANCE
 
 
-def test_peft_finds_the_base_by_itself(trained, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # PEFT asks the hub whether a local folder has a tokenizer
-    export_run(trained(), format="peft", out=tmp_path / "adapter")
-    model = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32)
-    assert largest_difference(logits_of(model), logits_of(restored(trained()))) < LOGIT_TOLERANCE
-
-
 @pytest.mark.parametrize("settings", [LORA[1], {"method": "full"}, {"method": "intrinsic"}])
 def test_transformers_loads_the_merged_model_with_the_same_logits(trained, tmp_path, settings):
     run = trained(settings)
@@ -214,24 +206,12 @@ def test_a_run_in_bf16_is_exported_from_its_base_in_bf16(trained_in_bf16, tmp_pa
     assert root_mean_square(own - exact) < root_mean_square(moves)
 
 
-def test_the_adapter_of_a_run_in_bf16_is_exported_as_it_is(trained_in_bf16, tmp_path):
-    assert export_run(trained_in_bf16(), format="peft", out=tmp_path / "adapter").difference == 0
-
-
 def test_the_base_is_bit_identical_after_an_export(trained, inputs, tmp_path):
     before = fingerprint_weights(inputs.base.model)
     model = restore_model(restore_config(read_run(trained())), inputs.base, folder=trained() / "best")
     METHODS["lora"].merge(model)
     assert fingerprint_weights(model) != before
     assert fingerprint_weights(inputs.base.model) == before
-
-
-def test_an_empty_folder_and_one_below_new_folders_are_filled(trained, tmp_path):
-    (tmp_path / "empty").mkdir()
-    for out in (tmp_path / "empty", tmp_path / "new" / "below"):
-        assert export_run(trained(), format="peft", out=out).folder == out
-        assert (out / "adapter_config.json").is_file()
-    assert {path.name for path in tmp_path.iterdir()} == {"empty", "new"}
 
 
 def test_a_folder_that_is_not_empty_is_refused(trained, tmp_path):
@@ -241,24 +221,6 @@ def test_a_folder_that_is_not_empty_is_refused(trained, tmp_path):
         with pytest.raises(ConfigError, match="`--out`"):
             export_run(trained(), format="merged", out=out)
     assert {path.name for path in (tmp_path / "full").iterdir()} == {"mine.txt"}
-
-
-def test_a_folder_that_another_export_filled_meanwhile_stays_as_it_is(tmp_path):
-    out = tmp_path / "out"
-    with ExitStack() as late:
-        (late.enter_context(create_folder_atomically(out)) / "late.txt").write_text("late")
-        out.mkdir()
-        (out / "first.txt").write_text("first")
-        with pytest.raises(RunError, match="`--out`"):
-            late.close()
-    assert [path.name for path in out.iterdir()] == ["first.txt"]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_a_folder_that_cannot_be_made_is_refused(trained, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match=r"`--out`.*below"):
-        export_run(trained(), format="peft", out=tmp_path / "file" / "below")
 
 
 @pytest.mark.parametrize("settings", [{"method": "full"}, {"method": "head"}])
@@ -271,11 +233,6 @@ def test_a_run_without_an_adapter_has_none_for_peft(trained, tmp_path, settings)
 def test_a_run_that_trained_nothing_is_refused(trained, tmp_path):
     with pytest.raises(ConfigError, match="`method=frozen`"):
         export_run(trained({"method": "frozen"}), format="merged", out=tmp_path / "out")
-
-
-def test_what_is_no_run_is_refused(tmp_path):
-    with pytest.raises(RecordError, match=r"run\.json"):
-        export_run(tmp_path, format="peft", out=tmp_path / "out")
 
 
 @pytest.fixture
@@ -337,11 +294,6 @@ def test_a_run_that_does_not_fit_its_record_is_refused_and_nothing_is_written(co
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
-def test_a_run_that_was_killed_can_be_exported(copied, tmp_path):
-    change_record(copied, status="running", files={})
-    assert export_run(copied, format="peft", out=tmp_path / "out").difference == 0
-
-
 def test_a_disk_that_fills_up_leaves_nothing_behind(trained, tmp_path, monkeypatch):
     def fail(model, folder, **settings):
         (folder / "half.safetensors").write_bytes(b"0")
@@ -365,16 +317,6 @@ def test_a_model_that_comes_back_otherwise_is_not_exported(trained, tmp_path, mo
     monkeypatch.setattr(export_file, "load_pretrained", load_tied)
     with pytest.raises(RunError, match=r"LlamaForCausalLM.*`--format peft`"):
         export_run(trained({"method": "head"}), format="merged", out=tmp_path / "out")
-    assert not any(tmp_path.iterdir())
-
-
-def test_a_model_that_does_not_load_again_is_not_exported(trained, tmp_path, monkeypatch):
-    def fail(*_, **__):
-        raise ValueError("unknown class.\nmore")
-
-    monkeypatch.setattr(export_file, "load_pretrained", fail)
-    with pytest.raises(RunError, match=r"LlamaForCausalLM.*unknown class"):
-        export_run(trained(), format="merged", out=tmp_path / "out")
     assert not any(tmp_path.iterdir())
 
 

@@ -110,10 +110,6 @@ def zero_b(run):
     edit_json(run / "run.json", lambda raw: raw.update(files={}))
 
 
-def edit_method(run, method):
-    edit_json(run / "run.json", lambda raw: raw["config"].update(method=method))
-
-
 def flip_a_bit(file):
     content = bytearray(file.read_bytes())
     content[-3] ^= 1

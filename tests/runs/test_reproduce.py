@@ -148,13 +148,6 @@ def test_a_run_that_diverged_diverges_again(make_config, inputs, tmp_path):
     assert read_run(found.folder).status == "failed"
 
 
-def test_a_run_that_trained_nothing_is_repeated(make_config, inputs, tmp_path):
-    run = tmp_path / "frozen"
-    train_run(make_config({"method": "frozen"}), RunFolder(path=run), inputs=inputs)
-    found = reproduce_run(run, output=tmp_path / "again")
-    assert found.describe().startswith("identical: 0 steps and 1 evaluations ")
-
-
 def test_a_run_of_a_pack_is_repeated_alone_within_the_tolerance_of_rounding(make_config, inputs, tmp_path):
     jobs = [
         RunRequest(
@@ -287,7 +280,3 @@ def test_another_process_trains_the_same_bits(short_run, tmp_path, monkeypatch, 
     ]
     assert values[0] == values[1]
     assert read_run(one).files == read_run(two).files
-
-
-def test_the_settings_of_the_repetition_are_those_of_the_run(run, repeat):
-    assert restore_solo_config(read_run(repeat().folder)) == restore_solo_config(read_run(run))

@@ -172,17 +172,6 @@ def test_the_first_decision_that_differs_is_named(one, other, change, said):
     assert compare_sweeps(one, other).describe() == f"different: {said}: {other}"
 
 
-def test_the_earliest_of_several_differences_is_named(one, other):
-    change_step(other / "runs" / "lora-0001", 0, loss=9.0)
-    change_step(other / "runs" / "lora-0000", 1, loss=9.0)
-    assert "trial lora-0, step 2: `loss`" in compare_sweeps(one, other).describe()
-
-
-def test_what_is_no_sweep_is_refused(one, tmp_path):
-    with pytest.raises(RecordError, match=r"must contain sweep\.json"):
-        compare_sweeps(one, tmp_path / "nowhere")
-
-
 @pytest.mark.parametrize("run", ["../one/runs/lora-0000", "/etc"])
 def test_a_run_outside_of_its_sweep_is_refused(one, other, run):
     change_record(other, lambda record: setattr(record.trials[0], "run", run))

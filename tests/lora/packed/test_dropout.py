@@ -9,7 +9,6 @@ from torch.utils.checkpoint import checkpoint
 
 from lorasweep.lora import LoraConfig, inject_packed_lora, set_dropout_streams
 from lorasweep.lora.dropout import Dropout
-from lorasweep.lora.packed.dropout import SlotDropout
 
 
 def stream(seed: int) -> torch.Generator:
@@ -41,17 +40,6 @@ def test_dropout_of_a_slot_is_that_of_a_solo_run(dtype: torch.dtype, shape: tupl
         with torch.random.fork_rng():
             torch.manual_seed(8 + slot)
             assert torch.equal(outputs[slot], Dropout(0.3)(rows))
-
-
-def test_draws_from_torchs_stream_when_given_none() -> None:
-    model = make_dropping()
-    inject_packed_lora(model, CONFIGS)
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        first = model(torch.ones(3, 6))
-        torch.manual_seed(3)
-        assert torch.equal(model(torch.ones(3, 6)), first)
-        assert not torch.equal(model(torch.ones(3, 6)), first)
 
 
 def test_a_slot_draws_the_same_whatever_the_others_draw() -> None:
@@ -88,14 +76,6 @@ def test_probability_one_drops_all() -> None:
     assert not model[1](torch.ones(2, 8)).any()
 
 
-def test_dropout_modules_still_look_like_torchs() -> None:
-    model = make_dropping()
-    inject_packed_lora(model, CONFIGS)
-    assert isinstance(model[1], SlotDropout)
-    assert isinstance(model[1], nn.Dropout)  # models ask such a module for `p`
-    assert model[1].p == 0.3
-
-
 @pytest.mark.parametrize("model_drops", [True, False])
 def test_drawing_again_under_gradient_checkpointing_is_refused(model_drops: bool) -> None:
     model = make_dropping(0.3 if model_drops else 0.0)
@@ -113,12 +93,3 @@ def test_gradient_checkpointing_without_dropout_gives_the_same_gradients(make_pa
     plain = torch.autograd.grad(pack(x).sum(), trains)
     again = torch.autograd.grad(checkpoint(pack, x, use_reentrant=False).sum(), trains)
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
-
-
-def test_streams_are_one_per_slot(make_model) -> None:
-    model = make_dropping()
-    inject_packed_lora(model, CONFIGS)
-    with pytest.raises(ValueError, match="3 dropout streams, one per slot, but got 1"):
-        set_dropout_streams(model, [stream(0)])
-    with pytest.raises(ValueError, match="must be packed"):
-        set_dropout_streams(make_model(), [])

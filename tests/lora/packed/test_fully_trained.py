@@ -97,13 +97,3 @@ def test_the_base_of_a_head_is_not_touched() -> None:
     assert before.grad is None
     assert torch.equal(before, value)
     assert not slot_model(model, 0).head.base.weight.requires_grad
-
-
-def test_rows_that_slots_do_not_share_out_evenly_are_refused() -> None:
-    for make in (make_linear, make_composite):
-        model = make()
-        inject_packed_lora(model, [LoraConfig(rank=1, targets=("body",), modules_to_save=HEAD)] * 4)
-        with pytest.raises(ValueError, match="must be a multiple of the 4 slots"):
-            model.head(
-                torch.ones(6, 6), **({} if make is make_linear else {"mask": torch.ones(6), "scale": torch.ones(())})
-            )

@@ -1,15 +1,11 @@
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lorasweep.lora import LoraConfig, inject_lora, inject_packed_lora, lora_state, slot_model, split_lora_parameters
-from lorasweep.lora.packed.fully_trained import packed_trained_modules
-from lorasweep.lora.packed.inject import copy_base, find_slots, why_not_packable
-from lorasweep.lora.packed.layers import packed_layers
+from lorasweep.lora.packed.inject import why_not_packable
 
 
 def stream(seed: int) -> torch.Generator:
@@ -71,25 +67,6 @@ def test_the_parameters_of_the_slots_train_and_the_base_stays(make_model, tokens
     for name, parameter in base.items():
         assert parameter.grad is None
         assert torch.equal(parameter, before[name])
-
-
-def test_layers_stand_in_the_models_order(make_model) -> None:
-    model = make_model()
-    inject_packed_lora(model, CONFIGS)
-    order = ["embed", "layers.0.up", "layers.0.proj", "layers.1.up", "layers.1.proj"]
-    assert list(packed_layers(model)) == order
-    assert list(packed_trained_modules(model)) == ["out"]
-    assert find_slots(model).num_slots == 3
-
-
-def test_the_base_can_be_copied_out_again(make_model, tokens: Tensor) -> None:
-    model, base = make_model(), make_model()
-    own = {id(p) for p in model.parameters()}
-    inject_packed_lora(model, CONFIGS)
-    copied = copy_base(model)
-    assert {id(p) for p in copied.parameters()} == own
-    assert str(copied) == str(base)
-    assert torch.equal(copied(tokens), base(tokens))
 
 
 @pytest.mark.parametrize(
@@ -170,24 +147,3 @@ def test_an_adapted_model_is_refused(make_model) -> None:
     inject_lora(solo, LoraConfig())
     with pytest.raises(ValueError, match="no LoRA layers yet"):
         inject_packed_lora(solo, [LoraConfig()])
-
-
-def test_a_model_without_a_pack_has_no_slots(model) -> None:
-    with pytest.raises(ValueError, match="must be packed"):
-        find_slots(model)
-
-
-def test_a_pack_can_be_copied(make_model, tokens: Tensor) -> None:
-    model = make_model()
-    inject_packed_lora(model, CONFIGS)
-    copied = copy.deepcopy(model)
-    assert torch.equal(copied(tokens), model(tokens))
-    assert packed_layers(copied)["embed"].slots is packed_layers(copied)["layers.0.up"].slots
-    assert packed_layers(copied)["embed"].slots is not packed_layers(model)["embed"].slots
-
-
-def test_a_packed_model_is_not_injected_again() -> None:
-    model = nn.Sequential(nn.Linear(4, 4))
-    inject_packed_lora(model, [LoraConfig(rank=2, targets=("0",))] * 2)
-    with pytest.raises(ValueError, match="must have no LoRA layers yet"):
-        inject_lora(model, LoraConfig(rank=2, targets=("0",)))

@@ -7,7 +7,7 @@ from torch.autograd import gradcheck
 from transformers.pytorch_utils import Conv1D
 
 from lorasweep.lora import LoraConfig, compact_slots, inject_packed_lora, set_dropout_streams
-from lorasweep.lora.packed.layers import group_like_ranks, packed_layers
+from lorasweep.lora.packed.layers import packed_layers
 from lorasweep.lora.recompute import RecomputedActivation
 
 SLOTS, ROWS = 3, 2
@@ -55,11 +55,6 @@ def test_ranks_of_several_groups_and_a_slot_without_this_layer(make_pack) -> Non
     ]
     inputs = torch.randn(12, 3, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     make_pack(make, configs).assert_equal(inputs)
-
-
-def test_groups_of_like_ranks() -> None:
-    assert group_like_ranks([0, 1, 16, 17, 17, 64]) == [slice(0, 3), slice(3, 5), slice(5, 6)]
-    assert group_like_ranks([64, 1]) == [slice(0, 1), slice(1, 2)]
 
 
 def test_activations_before_packed_layers_keep_only_their_input(make_pack) -> None:
@@ -174,10 +169,6 @@ def test_a_layer_used_under_two_names(make_pack) -> None:
     make_pack(make, configs).assert_equal(numbers(6))
 
 
-def test_one_slot_is_a_pack(make_model, make_pack) -> None:
-    make_pack(make_model, [LoraConfig(rank=2, dropout=0.3)]).assert_equal(tokens_of(11, 5))
-
-
 def test_evaluation_drops_nothing(make_model, make_pack) -> None:
     both = make_pack(make_model, [LoraConfig(rank=2, dropout=0.5)] * 3)
     both.pack.eval()
@@ -199,13 +190,3 @@ def test_rows_that_slots_do_not_share_out_evenly_are_refused(make_model) -> None
     inject_packed_lora(model, [LoraConfig(rank=1), LoraConfig(rank=2)])
     with pytest.raises(ValueError, match=r"must be a multiple of the 2 slots, but got shape \(3, 5, 8\)"):
         model(torch.zeros(3, 5, dtype=torch.long))
-
-
-def test_says_its_ranks(make_model) -> None:
-    model = make_model()
-    inject_packed_lora(model, [LoraConfig(rank=1, targets=("up",)), LoraConfig(rank=2, targets=("0.up",))])
-    assert "ranks=[1, 2]" in repr(model)
-    assert "ranks=[1, 0]" in repr(model)
-    layer = packed_layers(model)["layers.0.up"]
-    assert layer.weight is layer.base.weight
-    assert layer.bias is None
