@@ -20,6 +20,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from lorasweep.config.build import build
 from lorasweep.config.model import ModelConfig
 
 SIZES = {"vocab_size": 257, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256}
@@ -73,7 +74,8 @@ def model_config():
     """Makes the settings of a base model from its path; the others are those of `conf/model/causal_lm.yaml`."""
 
     def make(path="embedded:tiny", **settings):
-        return ModelConfig(**(SETTINGS | {"path": None if path is None else str(path)} | settings))
+        values = SETTINGS | {"path": None if path is None else str(path)} | settings
+        return build(ModelConfig, values, key="model")
 
     return make
 

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import shutil
 import sys
 
@@ -130,7 +129,6 @@ DAMAGES = {
     "index without map": (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "weight_map"),
     "index to elsewhere": (write_index_to_elsewhere, "must name files beside it, but names '../other"),
     "broken tokenizer": (lambda folder: (folder / "tokenizer.json").write_text('{"model": 5}'), "can't be loaded"),
-    "pipe": (lambda folder: os.mkfifo(folder / "added_tokens.json"), "but 'added_tokens.json' in .* is a pipe"),
     "no tokenizer": (lambda folder: [file.unlink() for file in folder.glob("tokenizer*")], "tokenizer"),
 }
 

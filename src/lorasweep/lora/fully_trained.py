@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map  # not public, but transformers registers its outputs and caches here alone
 
 from lorasweep.config.method import TrainedBias
 from lorasweep.lora.patterns import fits_pattern, suggest_layer

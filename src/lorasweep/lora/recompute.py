@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map_only  # see lora.fully_trained
 
 RECOMPUTED_ACTIVATIONS = (
     *("GELU", "SiLU", "Mish"),  # torch

@@ -90,12 +90,6 @@ def _download(config: ModelConfig) -> Path:
 
 
 def _check_weights(folder: Path, config: ModelConfig) -> None:
-    for path in folder.iterdir():
-        if path.exists() and not (path.is_file() or path.is_dir()):  # to open a pipe would wait for ever
-            raise ConfigError(
-                f"`model.path` must have regular files only, but {path.name!r} in {config.path!r} is a pipe or a "
-                "device. Remove it."
-            )
     if (folder / "adapter_config.json").exists():  # transformers would load its base model, too
         raise ConfigError(
             f"`model.path` must be a whole model, but {config.path!r} is an adapter. Use its base model, or merge "

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten  # see lora.fully_trained
 
 from lorasweep.lora.fully_trained import TrainedModule, call_in_precision_of
 from lorasweep.lora.packed.slots import Slots, check_rows

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -19,22 +19,17 @@ from lorasweep.config.method import LoraConfig
 from lorasweep.lora.fully_trained import TrainedModule, is_inside, trained_modules
 from lorasweep.lora.inject import check_not_injected, freeze, inject_lora, recompute_activations, replace_module
 from lorasweep.lora.layers import LoraLayer, lora_layers
-from lorasweep.lora.packed.dropout import SlotDropout
 from lorasweep.lora.packed.fully_trained import PackedTrainedModule, packed_trained_modules
 from lorasweep.lora.packed.layers import PackedLoraLayer, packed_layers
-from lorasweep.lora.packed.slots import Slots
+from lorasweep.lora.packed.slots import SlotDropout, Slots
 from lorasweep.lora.recompute import RecomputedActivation
 from lorasweep.lora.targets import Coverage
 
+PrepareSlotCopy: TypeAlias = Callable[..., None]
+"""Prepares a slot's copy of the base before LoRA is injected, for example draws a new head: `f(copy, generator=...)`.
 
-class PrepareSlotCopy(Protocol):
-    """Callback that prepares a slot's copy of the base before LoRA is injected, for example to draw a new head.
-
-    The callback may replace parameters of modules that the slot trains in full (`modules_to_save`). It must not write
-    into existing tensors, because all copies share them.
-    """
-
-    def __call__(self, model: nn.Module, /, *, generator: torch.Generator | None) -> None: ...
+It may replace parameters of modules that the slot trains in full (`modules_to_save`). It must not write into existing
+tensors, because all copies share them."""
 
 
 def inject_packed_lora(
@@ -132,6 +127,7 @@ def fill_slot(
     solo = copy_base(model)
     coverage = _inject_solo(solo, config, generator, prepare_copy)
     _check_slots_do_not_overlap(model, [solo])
+    # nothing below can fail; the slice also adds a slot after the last
     slots.models[slot : slot + 1], slots.generators[slot : slot + 1] = [solo], [None]
     slots.sequence_lengths = None
     _update_layers(model, slots)
@@ -161,6 +157,7 @@ def compact_slots(model: nn.Module, keep: Sequence[int]) -> None:
     """
     check_slots(model, keep)
     slots = find_slots(model)
+    # the object stays, because all layers and dropout modules of the pack refer to it
     slots.models = [slots.models[slot] for slot in keep]
     slots.generators = [slots.generators[slot] for slot in keep]
     slots.sequence_lengths = None
@@ -256,6 +253,8 @@ def _inject_solo(
 def _update_layers(model: nn.Module, slots: Slots) -> None:
     """Replaces the layers and modules that at least one slot trains by packed ones, and all others by their base."""
     layers, modules = [lora_layers(solo) for solo in slots.models], [trained_modules(solo) for solo in slots.models]
+    # All packed layers are made anew, because the stacks and factors of a layer have the slots' order and ranks. The
+    # parameters are those of the solo models, so no value and no optimizer state is lost.
     for packed in list(model.modules()):
         if isinstance(packed, PackedLoraLayer | PackedTrainedModule):
             replace_module(model, packed, packed.base)

@@ -47,6 +47,7 @@ class PackedLoraLayer(AdaptedLayer):
         self._stacks: list[tuple[MatrixStack, MatrixStack]] = []
 
     def forward(self, x: Shaped[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:
+        # slot-major rows: then the rows of a slot, and of a group of slots, are one view of x without a copy
         check_rows(x, self.slots.num_slots)
         keep = self._draw_keep_mask(x)
         factors = self._get_factors(x, is_dropped=keep is not None)
@@ -59,6 +60,8 @@ class PackedLoraLayer(AdaptedLayer):
         collectors = self.slots.collectors
         if collectors is None:
             return [self._stack_group(group, factor) for group, factor in zip(self._groups, factors, strict=True)]
+        # Filled at the first call of a step: parameters change only between steps, and a layer that is called twice,
+        # or in several micro-batches, adds its gradients to the same leaves.
         if self not in collectors:
             dtype, device = self._get_stack_dtype(), self.lora_a[0].device
             if not self._stacks or not self._stacks[0][0].fits(dtype, device):

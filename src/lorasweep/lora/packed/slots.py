@@ -60,6 +60,7 @@ class Slots:
             for collect in self.collectors.values():
                 collect()
         finally:
+            # also after an error: `fill` of the next block drops gradients that were not collected
             self.collectors = None
 
     def drop(self, x: Tensor, rate: float) -> Tensor:
@@ -81,7 +82,9 @@ class Slots:
         Raises:
             ValueError: A backward pass is running. It would draw another mask than the forward pass.
         """
-        if torch._C._current_graph_task_id() != -1:  # -1: no backward pass is running
+        # -1: no backward pass is running. torch has no public function that tells this; its own activation
+        # checkpointing calls this one. Only torch's default stream is set back for a recomputation, not the slots'.
+        if torch._C._current_graph_task_id() != -1:
             raise ValueError(
                 "Dropout in a pack must be drawn once, but activation checkpointing draws it again. "
                 "Set `method.dropout` and `model.dropout` to 0, or `trainer.activation_checkpointing` to false."
@@ -94,6 +97,8 @@ class Slots:
 
     def _draw_slot(self, slot: int, shape: torch.Size, device: torch.device, rate: float) -> Tensor:
         """Returns the mask of a slot. Padding, which its solo run does not have, is kept and draws nothing."""
+        # A stream for each slot, not one for the pack: a slot's masks must not depend on which slots are beside it.
+        # So a solo run draws the same, and slots may join, leave and move.
         if rate == 0:
             return torch.ones(shape, dtype=torch.bool, device=device)
         lengths = self.sequence_lengths
@@ -104,6 +109,21 @@ class Slots:
         keep = torch.ones(shape, dtype=torch.bool, device=device)
         keep[tuple(slice(size) for size in unpadded)] = drawn
         return keep
+
+
+class SlotDropout(nn.Dropout):
+    """Dropout that draws each slot's mask from the slot's stream. It replaces an `nn.Dropout` (`base`) of the model.
+
+    The masks equal those of `lora.dropout.Dropout` in a solo run.
+    """
+
+    def __init__(self, base: nn.Dropout, slots: Slots) -> None:
+        super().__init__(base.p)
+        self.base = base
+        self.slots = slots
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.slots.drop(input, self.p) if self.training else input
 
 
 def _cut_padding(shape: torch.Size, *, padded: int, length: int) -> torch.Size:

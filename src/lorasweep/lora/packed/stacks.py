@@ -55,6 +55,7 @@ class MatrixStack:
         self._pieces = [
             piece for slot, layer in enumerate(layers) if layer for piece in _list_pieces(layer, which, slot)
         ]
+        # views, so that one `_foreach_copy_` fills the whole stack
         self._targets = [self.values[piece.place] for piece in self._pieces]
         # one number that looks like a whole tensor, because only its gradient needs memory
         unused = like.new_zeros(()).expand(size)
@@ -68,7 +69,7 @@ class MatrixStack:
     def fill(self) -> None:
         """Copies the parameters into `values`, and forgets gradients that were not collected."""
         self.leaf.grad = None
-        if self._pieces:  # none of the group's slots may adapt this layer
+        if self._pieces:  # empty if no slot of the group adapts this layer
             torch._foreach_copy_(self._targets, [piece.cut(piece.parameter) for piece in self._pieces])
 
     @torch.no_grad()
