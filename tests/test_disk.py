@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +15,6 @@ import lorasweep
 from lorasweep.disk import (
     claim_folder,
     explain_unwritable,
-    network_file_system,
     numbered_folders,
     write_atomically,
 )
@@ -80,16 +78,6 @@ def test_an_error_of_a_runs_own_is_no_matter_of_the_disk(tmp_path):
     assert explain_unwritable(tmp_path, FileNotFoundError(errno.ENOENT, "no such file", "my.csv")) is None
     assert explain_unwritable(tmp_path, RuntimeError("shapes differ")) is None
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(("kind", "is_network"), [("nfs4", True), ("lustre", True), ("ext4", False), ("tmpfs", False)])
-def test_a_network_file_system_is_known_by_its_mount(tmp_path, monkeypatch, kind, is_network):
-    (tmp_path / "shared space").mkdir()
-    mounts = [("/", "ext4"), (str(tmp_path / "shared space"), "autofs"), (str(tmp_path / "shared space"), kind)]
-    parts = [SimpleNamespace(mountpoint=point, fstype=name) for point, name in mounts]
-    monkeypatch.setattr("psutil.disk_partitions", lambda all: parts)
-    assert network_file_system(tmp_path / "shared space" / "not" / "yet") == (kind if is_network else None)
-    assert network_file_system(tmp_path) is None
 
 
 CLAIM_MANY = """

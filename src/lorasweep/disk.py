@@ -24,11 +24,6 @@ PROBE_BYTES = 2**20
 """Size of the file that tests whether a folder can be written to."""
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE})
 """Error numbers that mean a problem of the whole disk, not of one file."""
-NETWORK_FILE_SYSTEMS = (
-    "nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "afs", "9p", "glusterfs", "wekafs", "panfs", "orangefs",
-    "fuse.sshfs", "fuse.glusterfs", "fuse.ceph", "fuse.juicefs", "fuse.s3fs", "fuse.gcsfuse", "ocfs2", "gfs2",
-)  # fmt: skip
-"""Prefixes of the names of network file systems on Linux."""
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -194,14 +189,3 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def network_file_system(path: Path) -> str | None:
-    """Returns the name of a path's file system if it is a network file system. The path need not exist yet."""
-    import psutil  # noqa: PLC0415 (`lorasweep.lora` writes files too, and needs torch only)
-
-    path = path.resolve()
-    mounts = [part for part in psutil.disk_partitions(all=True) if path.is_relative_to(part.mountpoint)]
-    # If several file systems are mounted at one point, the last one hides the others.
-    kind = max(reversed(mounts), key=lambda part: len(part.mountpoint)).fstype if mounts else ""
-    return kind if kind.startswith(NETWORK_FILE_SYSTEMS) else None

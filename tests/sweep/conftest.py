@@ -24,7 +24,7 @@ from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.lifecycle import create_sweep, reopen_sweep
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.workers.train import train_sweep
-from lorasweep.training.checkpoint import PackState, SlotState, write_pack_state
+from lorasweep.training.checkpoint import PackState, write_pack_state
 from lorasweep.training.packs.slot_run import RunRequest, SlotEvaluation
 from lorasweep.training.run_log import RunFolder
 from lorasweep.training.telemetry import Telemetry
@@ -320,8 +320,8 @@ class MadeUpPacks:
             return
         for job in jobs:
             self.checkpoints.setdefault(job.run_folder.path, set()).add(steps[job])
-        slots = tuple(SlotState(folder_name=job.run_folder.path.name, step=steps[job]) for job in jobs)
-        write_pack_state(state_file, PackState(slots=slots, rng_state=""))
+        done = {job.run_folder.path.name: steps[job] for job in jobs}
+        write_pack_state(state_file, PackState(steps=done, rng_state=""))
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from lorasweep.record import compute_sha256
 from lorasweep.training.checkpoint import (
     FoundCheckpoint,
     PackState,
-    SlotState,
     find_checkpoint,
     read_pack_state,
     read_rng_state,
@@ -135,13 +134,14 @@ def test_a_write_that_fails_leaves_the_ones_before(run):
 def test_a_state_of_a_pack_is_read_as_it_was_written_or_not_at_all(tmp_path):
     path = tmp_path / "pack.json"
     assert read_pack_state(path) is None
-    slots = (SlotState(folder_name="lora-0001", step=20), SlotState(folder_name="lora-0000", step=0))
-    state = PackState(slots=slots, rng_state=read_rng_state(CPU))
+    state = PackState(steps={"lora-0001": 20, "lora-0000": 0}, rng_state=read_rng_state(CPU))
     write_pack_state(path, state)
-    assert read_pack_state(path) == state
+    read = read_pack_state(path)
+    assert read == state
+    assert list(read.steps) == list(state.steps)  # in slot order
     cut(path)
     assert read_pack_state(path) is None
-    path.write_text('{"slots": [{}], "rng_state": ""}')
+    path.write_text('{"slots": {}, "rng_state": ""}')
     assert read_pack_state(path) is None
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -109,20 +109,11 @@ def _read_state(path: Path) -> dict[str, Any] | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlotState:
-    """The run in a slot."""
-
-    folder_name: str
-    """Name of the run's folder."""
-    step: int
-    """Optimizer steps done. If 0, the run has no checkpoint."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class PackState:
     """The state of a pack after an evaluation, or before its first step."""
 
-    slots: tuple[SlotState, ...]
+    steps: Mapping[str, int]
+    """Optimizer steps done, by the name of the run's folder, in slot order. After 0 steps a run has no checkpoint."""
     rng_state: str
     """State of torch's global random number generators as hex digits."""
 
@@ -134,9 +125,8 @@ def write_pack_state(path: Path, state: PackState) -> None:
 def read_pack_state(path: Path) -> PackState | None:
     """Returns the state in a file; None if the file is missing or damaged. Each run can then resume on its own."""
     try:
-        content = json.loads(path.read_text())
-        return PackState(**{**content, "slots": tuple(SlotState(**slot) for slot in content["slots"])})
-    except (OSError, ValueError, KeyError, TypeError):
+        return PackState(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
         return None
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 import lorasweep
-import lorasweep.sweep.controller.lifecycle as lifecycle_file
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import read_sweep
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
@@ -124,18 +123,6 @@ def test_a_running_sweep_says_so_and_looking_at_one_that_is_not_makes_no_lock(st
     (stopped / ".lock").unlink()
     assert not is_running(stopped)
     assert not (stopped / ".lock").exists()
-
-
-@pytest.mark.parametrize("where", ["new", "network"])
-def test_a_journal_on_a_network_file_system_is_warned_of(begin, three_arms, monkeypatch, where):
-    monkeypatch.setattr(lifecycle_file, "network_file_system", lambda path: "nfs4" if where == "network" else None)
-    folder = begin(three_arms)
-    folder.close()
-    warned = [warning for warning in folder.record.warnings if "network file system (nfs4)" in warning]
-    assert len(warned) == (where == "network")
-    reopened = reopen_sweep(folder.path)
-    reopened.close()
-    assert reopened.record.warnings == folder.record.warnings
 
 
 def edit(path, change):

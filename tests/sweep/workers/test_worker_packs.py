@@ -198,10 +198,10 @@ def test_the_rule_chooses_the_size_and_its_reason_is_kept(begin, work, packed, r
 def test_a_stopped_pack_resumes_with_the_same_runs_in_the_same_slots(begin, work, lora_only, runs, packs, stop_at):
     folder = begin(lora_only)
     assert not work(folder, stop_at=stop_at)
-    left = json.loads((folder.path / "pack.json").read_text())["slots"]
+    left = json.loads((folder.path / "pack.json").read_text())["steps"]
     before = len(packs.trained)
     assert work(reopen_sweep(folder.path))
-    slots = [(slot["folder_name"], slot["step"] + 2) for slot in left]
+    slots = [(name, step + 2) for name, step in left.items()]
     assert packs.trained[before : before + len(slots)] == slots
     assert packs.sizes == [4, len(left)]
     assert len(packs.trained) == len(set(packs.trained)) == 6 * 4

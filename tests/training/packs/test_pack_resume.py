@@ -88,7 +88,7 @@ class Search:
         state = read_pack_state(self.folder / STATE)
         assert state is not None
         self.waiting = list(waiting)
-        return self.train([self.job(slot.folder_name, start_step=slot.step) for slot in state.slots], inputs=inputs)
+        return self.train([self.job(name, start_step=step) for name, step in state.steps.items()], inputs=inputs)
 
     def train(self, jobs: list[RunRequest], *, inputs, **hooks) -> bool:
         return train_pack(
@@ -230,7 +230,7 @@ def test_a_pack_that_was_asked_to_stop_goes_back_to_its_last_boundary_and_ends_t
     jobs = [stopped.job(stopped.waiting.pop(0)) for _ in range(2)]
     assert not stopped.train(jobs, inputs=inputs, stop_requested=lambda: next(asked) == 3)
     state = read_pack_state(tmp_path / STATE)
-    assert [(slot.folder_name, slot.step) for slot in state.slots] == [("run-0", 2), ("run-2", 0), ("run-3", 0)]
+    assert list(state.steps.items()) == [("run-0", 2), ("run-2", 0), ("run-3", 0)]
     record = read_run(tmp_path / "run-0")
     assert (record.status, record.reason) == ("interrupted", "stopped after step 3 of 4")
     assert stopped.resume(stopped.waiting, inputs=inputs)
@@ -322,6 +322,6 @@ def test_the_stream_that_slots_share_continues_after_a_kill(make_config, tmp_pat
     (later.folder / STATE).unlink()
     other = Search(later.folder, config)
     other.waiting = later.waiting
-    jobs = [other.job(slot["folder_name"], start_step=slot["step"]) for slot in content["slots"]]
+    jobs = [other.job(name, start_step=step) for name, step in content["steps"].items()]
     assert other.train(jobs, inputs=inputs)
     assert rows(later.folder / "run-0") != rows(search.folder / "run-0")

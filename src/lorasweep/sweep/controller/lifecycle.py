@@ -13,7 +13,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from lorasweep.config.data import METRIC_RANGES, ScoreMetric
-from lorasweep.disk import network_file_system, remove_leftovers
+from lorasweep.disk import remove_leftovers
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import (
     SWEEP_FILE,
@@ -88,7 +88,7 @@ def create_sweep(
         confirm_seeds=draw_confirm_seeds(definition),
         margin=definition.sweep_config.confirm.margin,
         notes=list(notes),
-        warnings=[*find_warnings(definition), *_storage_warnings(path)],
+        warnings=find_warnings(definition),
         started_at=utc_now(),
     )
     with ExitStack() as undo:
@@ -218,7 +218,6 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None, file: 
     # the confirm stage adds its own warnings again
     record.warnings = [
         *find_warnings(definition),
-        *_storage_warnings(path),
         *(warning for change in record.changes for warning in warn_of_late_growth(change)),
         *_warn_of_unplanned_looks(record),
     ]
@@ -302,14 +301,4 @@ def _warn_of_unplanned_looks(record: SweepRecord) -> list[str]:
         f"Seeds were added after the questions had been tested with {join_words(list(map(str, done)), last='and')} "
         f"seeds. The tests now have the level of looks at {join_words(list(map(str, record.looks)))} seeds, but the "
         "earlier ones did not, so the chance of a false verdict is higher than 5 %."
-    ]
-
-
-def _storage_warnings(path: Path) -> list[str]:
-    kind = network_file_system(path)
-    if kind is None:
-        return []
-    return [
-        f"The journal is in {str(path)!r} on a network file system ({kind}). A second machine could open the sweep too "
-        "and damage it. Use a local disk."
     ]

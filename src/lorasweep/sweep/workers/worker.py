@@ -152,11 +152,11 @@ class Worker:
         state = None if self.name else read_pack_state(self._pack_file)
         if state is None:
             return
-        assignments = [self.controller.take_by_folder(slot.folder_name) for slot in state.slots]
+        assignments = [self.controller.take_by_folder(folder) for folder in state.steps]
         resumable = [assignment for assignment in assignments if assignment is not None]
         if len(resumable) == len(assignments):  # otherwise the file belongs to another stage
             slots = max(self._choose_slots(resumable[0].arm) or 1, len(resumable))
-            self._train_pack(resumable, slots=slots, start_steps=[slot.step for slot in state.slots])
+            self._train_pack(resumable, slots=slots, start_steps=list(state.steps.values()))
 
     def _train_pack(
         self, first_trials: Sequence[Assignment], *, slots: int, start_steps: Sequence[int] | None = None

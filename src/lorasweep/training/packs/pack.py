@@ -55,7 +55,6 @@ from lorasweep.methods import add_head_to_modules_to_save, copy_sharing_weights,
 from lorasweep.record import RunStatus
 from lorasweep.training.checkpoint import (
     PackState,
-    SlotState,
     read_pack_state,
     read_rng_state,
     remove_checkpoints,
@@ -375,9 +374,8 @@ class PackTrainer:
         save_adapter(model, folder, base_path=base.path, base_fingerprint=base.fingerprint)
 
     def _commit(self) -> None:
-        slots = tuple(SlotState(folder_name=run.folder.name, step=run.step) for run in self.runs)
-        rng_state = read_rng_state(self.device)
-        write_pack_state(self.state_file, PackState(slots=slots, rng_state=rng_state))
+        steps = {run.folder.name: run.step for run in self.runs}
+        write_pack_state(self.state_file, PackState(steps=steps, rng_state=read_rng_state(self.device)))
 
     def _share_time(self) -> None:
         """Adds an equal share of the seconds since the last boundary to each run."""
