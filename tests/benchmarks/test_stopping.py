@@ -48,39 +48,9 @@ def test_without_a_rule_every_trial_is_complete(inputs):
     assert outcome.complete == (0, 1, 2)
 
 
-def test_one_rung_keeps_the_better_half(inputs):
-    outcome = arm(inputs, [4.0, 1.0, 3.0, 2.0], halving(inputs, 3)).run()
-    assert outcome.complete == (1, 3)
-    assert outcome.steps == 2 * 3 + 2 * inputs.LAST
-
-
-def test_a_trial_of_the_first_part_is_promoted_when_the_others_are_worse(inputs):
-    # Of 0 and 1 the better one goes on; 2 and 3 come later and are worse than 0, which then is of the better half.
-    outcome = arm(inputs, [2.0, 1.0, 4.0, 3.0], halving(inputs, 6), first_part=2).run()
-    assert outcome.complete == (0, 1)
-    assert outcome.steps == 2 * 6 + 2 * inputs.LAST
-
-
-def test_a_trial_that_went_on_stays_complete_when_later_ones_are_better(inputs):
-    outcome = arm(inputs, [4.0, 3.0, 2.0, 1.0], halving(inputs, 6), first_part=2).run()
-    assert outcome.complete == (1, 2, 3)  # 1 was the better one of the first two
-    assert outcome.steps == 6 + 3 * inputs.LAST
-
-
-def test_a_failed_trial_is_not_compared_and_costs_what_it_trained(inputs):
-    outcome = arm(inputs, [0.0, 1.0, 2.0, 3.0], halving(inputs, 2), fails_at=[5, None, None, None]).run()
-    assert outcome.steps == 5 + 2 * 12 + 1 * 2
-    assert outcome.complete == (1, 2)  # of the three left, the best two go on
-
-
 def test_a_branch_is_counted_at_every_rung_that_a_trial_reaches(inputs):
     outcome = arm(inputs, [1.0, 2.0], halving(inputs, 2, 4), branch_steps=1).run()
     assert outcome.steps == (12 + 2) + (2 + 1)
-
-
-def test_a_minimum_of_survivors_holds_once_all_have_arrived(inputs):
-    rule = inputs.rules.Halving(rungs=(2,), reduction_factor=4, min_survivors=3)
-    assert arm(inputs, [5.0, 1.0, 4.0, 2.0, 3.0], rule, first_part=3).run().complete == (1, 3, 4)
 
 
 def random_arm(inputs, seed, rule):
@@ -100,7 +70,7 @@ def rules_of(inputs):
     ]
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(12))
 def test_the_order_of_slots_changes_nothing(inputs, seed):
     for rule in rules_of(inputs):
         straight = random_arm(inputs, seed, rule).run()
@@ -170,13 +140,6 @@ def test_the_extrapolation_of_a_curve_lies_below_what_is_known_of_it_and_is_sure
         spreads.append(variance)
     assert errors == sorted(errors, reverse=True)
     assert spreads == sorted(spreads, reverse=True)
-
-
-def test_a_trial_that_cannot_catch_up_is_stopped_by_its_extrapolation(inputs):
-    rule = inputs.Extrapolation(
-        rungs=(4,), least_probability=0.05, ends={(0, 4): (1.0, 0.01), (1, 4): (1.1, 0.01), (2, 4): (2.0, 0.01)}
-    )
-    assert rule.better_part(4, {0: 1.5, 1: 1.4, 2: 2.1}) == {0, 1}
 
 
 def row(trial, evaluation, value, *, seed=0):

@@ -35,31 +35,6 @@ SETTINGS: dict[str, Any] = {
     "trainer.device": "cpu",
 }
 """Settings of runs that take a fraction of a second."""
-HALVED_SWEEP: dict[str, Any] = {
-    "name": "halved",
-    "settings": SETTINGS
-    | {
-        "confirm.seeds": 2,
-        "sampler": "tpe",
-        "pruner": "halving",
-    },
-    "arms": {
-        "frozen": {"settings": {"method": "frozen"}},
-        "full": {
-            "settings": {"method": "full"},
-            "space": {"optim.lr": {"low": 1e-4, "high": 1e-3, "log": True}},
-            "trials": 2,
-        },
-        "lora": {
-            "settings": {"method": "lora", "method.dropout": 0.1},
-            "space": {"method.rank": [1, 2, 4], "optim.lr": {"low": 1e-3, "high": 1e-2, "log": True}},
-            "trials": 6,
-        },
-    },
-}
-"""A sweep in which trials are paused and promoted, with a confirm stage."""
-HALVED_TRIALS = {"frozen": 1, "full": 2, "lora": 6}
-HALVED_CONFIRM_RUNS = {"frozen": 1, "full": 2, "lora": 2}
 SERVER = """
 import json, os, signal, sys
 from lorasweep.cli import run
@@ -125,7 +100,7 @@ class Session:
         deadline = time.monotonic() + TIMEOUT_S
         while not condition():
             assert time.monotonic() < deadline, self.output
-            time.sleep(0.002)
+            time.sleep(0.01)
 
 
 def _ask(server: subprocess.Popen[str], question: dict[str, Any]) -> str:
@@ -134,6 +109,28 @@ def _ask(server: subprocess.Popen[str], question: dict[str, Any]) -> str:
     server.stdin.write(json.dumps(question) + "\n")
     server.stdin.flush()
     return server.stdout.readline()
+
+
+@pytest.fixture(scope="session")
+def halved_sweep() -> dict[str, Any]:
+    """A sweep in which trials are paused and promoted, with a confirm stage."""
+    return {
+        "name": "halved",
+        "settings": SETTINGS | {"confirm.seeds": 2, "sampler": "tpe", "pruner": "halving"},
+        "arms": {
+            "frozen": {"settings": {"method": "frozen"}},
+            "full": {
+                "settings": {"method": "full"},
+                "space": {"optim.lr": {"low": 1e-4, "high": 1e-3, "log": True}},
+                "trials": 2,
+            },
+            "lora": {
+                "settings": {"method": "lora", "method.dropout": 0.1},
+                "space": {"method.rank": [1, 2, 4], "optim.lr": {"low": 1e-3, "high": 1e-2, "log": True}},
+                "trials": 6,
+            },
+        },
+    }
 
 
 @pytest.fixture(scope="session")
@@ -205,17 +202,13 @@ def steps_of(run: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in read_steps(run)]
 
 
-def promoted_trials(folder: Path) -> int:
-    """How many trials were paused, and went on later."""
-    return sum(bool(turn["promoted"]) for trial in journal_of(folder) for turn in turns_of(trial))
-
-
-def turns_of(trial: optuna.trial.FrozenTrial) -> list[dict]:
+def read_turns(trial: optuna.trial.FrozenTrial) -> list[dict]:
+    """Returns what was decided of a trial at each rung."""
     return [value for value in trial.user_attrs.values() if isinstance(value, dict) and "promoted" in value]
 
 
-def journal_of(folder: Path) -> list[optuna.trial.FrozenTrial]:
-    """Every trial of every study."""
+def read_trials(folder: Path) -> list[optuna.trial.FrozenTrial]:
+    """Returns every trial of every study of a sweep."""
     storage = open_storage(folder)
     names = optuna.get_all_study_names(storage)
     return [trial for name in names for trial in optuna.load_study(study_name=name, storage=storage).trials]

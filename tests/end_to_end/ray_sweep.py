@@ -18,7 +18,7 @@ import yaml
 import lorasweep
 from lorasweep.record import read_run, read_steps, read_sweep
 
-from .conftest import TIMEOUT_S, journal_of
+from .conftest import SETTINGS, TIMEOUT_S, read_trials
 
 KILLS = int(os.environ.get("LORASWEEP_TEST_KILLS", "2"))
 """How often each kind of process is killed. From 10 on what takes long is tested too."""
@@ -27,16 +27,10 @@ thorough = pytest.mark.skipif(not THOROUGH, reason="takes long: LORASWEEP_TEST_K
 SPACE = {"optim.lr": {"low": 1e-4, "high": 1e-2, "log": True}}
 SWEEP = {
     "name": "on_ray",
-    "settings": {
-        "data.block_length": 32,
-        "data.max_validation_blocks": 4,
-        "data.max_test_blocks": 4,
-        "trainer.batch_size": 2,
-        "trainer.eval_batch_size": 4,
+    "settings": SETTINGS
+    | {
         "trainer.max_steps": 24,
         "trainer.eval_every_steps": 4,
-        "trainer.precision": "fp32",
-        "trainer.device": "cpu",
         "sampler": "qmc",
         "pruner": "none",
         "confirm.seeds": 1,
@@ -128,7 +122,7 @@ def check_whole(folder, *, steps=24):
     assert record.status == "complete"
     assert Counter((row.arm, row.state) for row in record.trials) == {("full", "complete"): 2, ("lora", "complete"): 4}
     assert Counter((row.arm, row.state) for row in record.confirm) == {("full", "complete"): 1, ("lora", "complete"): 1}
-    assert len(journal_of(folder)) == 6 + 2
+    assert len(read_trials(folder)) == 6 + 2
     for row in [*record.trials, *record.confirm]:
         run = read_run(folder / row.run)
         assert (run.status, run.steps_done) == ("complete", steps)

@@ -166,23 +166,6 @@ def test_of_two_sweeps_at_once_one_resumes_without_ray_and_one_after_its_driver_
     check_whole(tmp_path / "o2", steps=12)
 
 
-@thorough  # without Ray: test_stop.py
-def test_a_full_disk_ends_the_sweep_with_a_sentence_and_it_goes_on_when_there_is_room(start, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=30m", "tmpfs", str(disk)], capture_output=True).returncode:
-        pytest.skip("needs the right to mount a small tmpfs")
-    try:
-        printed = start("worker.num=2", "sweep.output=disk/sweep", "trainer.max_steps=12").wait(code=1)
-        assert "No space left on device" in printed.splitlines()[-1]
-        assert "lorasweep sweep --resume /" in printed.splitlines()[-1]
-        subprocess.run(["mount", "-o", "remount,size=400m", str(disk)], check=True)
-        start("--resume", "disk/sweep").wait()
-        check_whole(disk / "sweep", steps=12)
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
 class Nodes:
     """A cluster of this machine's, with nodes that come and go."""
 
