@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from tests.small_runs import SMALL_RUN
 from tests.tiny_tokenizer import load_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -21,20 +22,7 @@ from lorasweep.training.inputs import RunInputs, build_inputs
 
 pytest_plugins = ["tests.servers.slurm"]
 
-SHORT_RUN: dict[str, Any] = {
-    "data.block_length": 32,
-    "data.max_validation_blocks": 4,
-    "data.max_test_blocks": 4,
-    "trainer.batch_size": 2,
-    "trainer.eval_batch_size": 4,
-    "trainer.max_steps": 4,
-    "trainer.eval_every_steps": 2,
-    "trainer.precision": "fp32",
-    "trainer.device": "cpu",
-    "trainer.progress": False,
-    "method.rank": 2,
-    "optim.lr": 1e-2,
-}
+SHORT_RUN: dict[str, Any] = SMALL_RUN | {"trainer.progress": False, "method.rank": 2, "optim.lr": 1e-2}
 
 
 @pytest.fixture(scope="session", autouse=True)

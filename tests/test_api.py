@@ -10,27 +10,17 @@ from pathlib import Path
 import pandas
 import pytest
 import yaml
+from tests.small_runs import SMALL_RUN
 
 import lorasweep
 from lorasweep import api
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import read_sweep
 
-SMALL = {
-    "data.block_length": 32,
-    "data.max_validation_blocks": 2,
-    "data.max_test_blocks": 2,
-    "trainer.max_steps": 4,
-    "trainer.eval_every_steps": 2,
-    "trainer.batch_size": 2,
-    "trainer.eval_batch_size": 2,
-    "trainer.precision": "fp32",
-    "trainer.device": "cpu",
-}
 SWEEP = {
     "name": "small",
     "settings": {
-        **SMALL,
+        **SMALL_RUN,
         "sampler": "random",
         "pruner": "none",
         "confirm.seeds": 1,
@@ -122,13 +112,13 @@ def test_changes_are_in_the_record_before_anything_trains(result, monkeypatch, t
 
 
 def test_overrides_as_words_and_as_a_mapping_are_the_same_run(tmp_path):
-    words = [f"{key}={value}" for key, value in SMALL.items()]
+    words = [f"{key}={value}" for key, value in SMALL_RUN.items()]
     first = lorasweep.train_run([*words, "method.rank=2"], output=tmp_path / "words")
-    second = lorasweep.train_run({**SMALL, "method.rank": 2}, output=tmp_path / "mapping")
+    second = lorasweep.train_run({**SMALL_RUN, "method.rank": 2}, output=tmp_path / "mapping")
     assert first.score == second.score
     assert first.config == second.config
     assert lorasweep.load_run(tmp_path / "words").record == first.record
-    again = lorasweep.train_run({**SMALL, "method.rank": 2}, output=tmp_path / "mapping", resume=True)
+    again = lorasweep.train_run({**SMALL_RUN, "method.rank": 2}, output=tmp_path / "mapping", resume=True)
     assert again.record.ended_at == second.record.ended_at
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from tests.small_runs import TWO_STEPS
 
 import lorasweep
 from lorasweep.cli import run
@@ -98,20 +99,10 @@ def test_every_error_of_ours_is_in_the_drawn_tree():
     assert all(kind.__name__ in errors.__doc__ and issubclass(kind, errors.LoraSweepError) for kind in classes)
 
 
-BUDGET = {
-    "data.block_length": 32,
-    "data.max_validation_blocks": 2,
-    "data.max_test_blocks": 4,
-    "trainer.max_steps": 2,
-    "trainer.eval_every_steps": 1,
-    "trainer.batch_size": 2,
-    "trainer.eval_batch_size": 2,
-    "trainer.precision": "fp32",
-    "trainer.device": "cpu",
-}
+BUDGET = [f"{key}={value}" for key, value in TWO_STEPS.items()]
 APPENDED = {
-    "train": [f"{key}={value}" for key, value in BUDGET.items()],
-    "sweep": [*(f"{key}={value}" for key, value in BUDGET.items()), "sweep.trials=2", "confirm.seeds=2"],
+    "train": BUDGET,
+    "sweep": [*BUDGET, "sweep.trials=2", "confirm.seeds=2"],
 }
 APPENDED["plan"] = APPENDED["sweep"]
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import yaml
+from tests.small_runs import TWO_STEPS
 
 import lorasweep
 import lorasweep.sweep.workers.worker as worker_file
@@ -21,20 +22,7 @@ from lorasweep.record import read_run, read_sweep, write_record
 
 MINI = {
     "name": "mini",
-    "settings": {
-        "data.block_length": 32,
-        "data.max_validation_blocks": 4,
-        "data.max_test_blocks": 4,
-        "trainer.batch_size": 2,
-        "trainer.eval_batch_size": 4,
-        "trainer.max_steps": 2,
-        "trainer.eval_every_steps": 1,
-        "trainer.precision": "fp32",
-        "trainer.device": "cpu",
-        "worker.pack_size": 1,
-        "pruner": "none",
-        "confirm.seeds": 1,
-    },
+    "settings": TWO_STEPS | {"worker.pack_size": 1, "pruner": "none", "confirm.seeds": 1},
     "arms": {
         "frozen": {"settings": {"method": "frozen"}},
         "lora": {"settings": {"method": "lora"}, "space": {"method.rank": [1, 2]}, "trials": 2},

@@ -7,18 +7,10 @@ from pathlib import Path
 import nbclient
 import nbformat
 import pytest
+from tests.small_runs import SMALL_RUN
 
 import lorasweep
 
-BUDGET = {
-    "data.block_length": 32,
-    "data.max_validation_blocks": 4,
-    "data.max_test_blocks": 4,
-    "trainer.batch_size": 2,
-    "trainer.precision": "fp32",
-    "trainer.device": "cpu",
-}
-"""Added to the notebook's settings, so that a step takes a few milliseconds."""
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "notebooks" / "quickstart.ipynb"
 
 
@@ -28,7 +20,7 @@ def test_the_quickstart_notebook_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(lorasweep.__file__).parents[1]))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     cell = next(cell for cell in notebook.cells if "overrides={" in cell.source)
-    cell.source = cell.source.replace("overrides={", f"overrides={{**{BUDGET!r},")
+    cell.source = cell.source.replace("overrides={", f"overrides={{**{SMALL_RUN!r},")
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     texts = " ".join(str(output.get("data", output.get("text", ""))) for output in outputs)

@@ -16,6 +16,7 @@ from typing import Any
 
 import optuna
 import pytest
+from tests.small_runs import SMALL_RUN
 
 import lorasweep
 from lorasweep.record import read_run, read_steps, read_sweep
@@ -23,18 +24,7 @@ from lorasweep.sweep.controller.storage import open_storage
 
 TIMEOUT_S = float(os.environ.get("LORASWEEP_TEST_TIMEOUT_S", "1800"))
 """Seconds after which a wait counts as a hang: about 20 times the longest wait on two cores that are free."""
-SETTINGS: dict[str, Any] = {
-    "data.block_length": 32,
-    "data.max_validation_blocks": 4,
-    "data.max_test_blocks": 4,
-    "trainer.batch_size": 2,
-    "trainer.eval_batch_size": 4,
-    "trainer.max_steps": 12,
-    "trainer.eval_every_steps": 3,
-    "trainer.precision": "fp32",
-    "trainer.device": "cpu",
-}
-"""Settings of runs that take a fraction of a second."""
+SETTINGS = SMALL_RUN | {"trainer.max_steps": 12, "trainer.eval_every_steps": 3}
 SERVER = """
 import json, os, signal, sys
 from lorasweep.cli import run

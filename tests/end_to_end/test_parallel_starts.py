@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import pytest
 import yaml
+from tests.small_runs import TWO_STEPS
 
 from lorasweep.record import read_run, read_steps, read_sweep
 
 pytestmark = pytest.mark.slow
 
-BUDGET = {
-    "data.block_length": 32,
-    "data.max_validation_blocks": 2,
-    "data.max_test_blocks": 2,
-    "trainer.max_steps": 2,
-    "trainer.eval_every_steps": 1,
-    "trainer.batch_size": 2,
-    "trainer.eval_batch_size": 2,
-    "trainer.precision": "fp32",
-    "trainer.device": "cpu",
-}
-WORDS = [f"{key}={value}" for key, value in BUDGET.items()]
+WORDS = [f"{key}={value}" for key, value in TWO_STEPS.items()]
 SWEEP = {
     "name": "mini",
-    "settings": BUDGET | {"worker.pack_size": 1, "pruner": "none", "confirm.seeds": 0},
+    "settings": TWO_STEPS | {"worker.pack_size": 1, "pruner": "none", "confirm.seeds": 0},
     "arms": {"frozen": {"settings": {"method": "frozen"}}},
 }
 

@@ -1,0 +1,18 @@
+"""Settings of a run of the embedded model that takes a fraction of a second."""
+
+from __future__ import annotations
+
+from typing import Any
+
+SMALL_RUN: dict[str, Any] = {
+    "data.block_length": 32,
+    "data.max_validation_blocks": 4,
+    "data.max_test_blocks": 4,
+    "trainer.batch_size": 2,
+    "trainer.eval_batch_size": 4,
+    "trainer.max_steps": 4,
+    "trainer.eval_every_steps": 2,
+    "trainer.precision": "fp32",
+    "trainer.device": "cpu",
+}
+TWO_STEPS: dict[str, Any] = SMALL_RUN | {"trainer.max_steps": 2, "trainer.eval_every_steps": 1}
