@@ -83,6 +83,12 @@ def test_files_without_a_header_are_read_by_the_given_columns(write, name, conte
     assert read(path, columns=["label", "title", "text"], **rules) == [("so, and so", "x"), ("NA", "01")]
 
 
+@pytest.mark.parametrize("last", [{"label": "two"}, {"label": ["a"]}, {"label": 1, "other": 1}])
+def test_the_last_rows_of_a_long_json_file_may_be_of_another_type(write, last):
+    rows = [{"text": "x" * 2**20, "label": 0}] * 11 + [{"text": "end", **last}]  # `datasets` reads chunks of 10 MiB
+    assert read(write("a.jsonl", "\n".join(map(json.dumps, rows))))[-1] == ("end", last["label"])
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [

@@ -39,6 +39,9 @@ READERS: Mapping[str, str] = {
 }
 """By suffix of a file: the reader of `datasets`."""
 
+MAX_GZIP_RATIO = 20
+"""Bytes of a JSON file by its compressed bytes up to which all its rows decide the types of its columns."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Table:
@@ -122,8 +125,13 @@ def _load_hub(config: SplitSettings, split: str) -> Dataset:
 
 def _load_file(path: Path, config: RowSettings) -> Dataset:
     kind = find_kind(path)
-    # a chat that looks like the log of an agent would need another package
-    options: dict[str, Any] = {"parse_agent_traces": False} if READERS[kind] == "json" else {}
+    options: dict[str, Any] = {}
+    if READERS[kind] == "json":
+        num_bytes = path.stat().st_size * (MAX_GZIP_RATIO if path.suffix.lower() == ".gz" else 1)
+        options = {
+            "chunksize": max(num_bytes, 2**20),  # types are inferred from the first chunk, so it is the whole file
+            "parse_agent_traces": False,  # a chat that looks like the log of an agent would need another package
+        }
     # a warning of pandas means that it drops surplus fields
     with refuse_unreadable(path), warnings.catch_warnings(action="error", category=ParserWarning), quiet_datasets():
         if kind in DEFAULT_RULES:
