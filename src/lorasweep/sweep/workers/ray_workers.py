@@ -265,6 +265,7 @@ class WorkerPool:
         self._num = num
         self._needs = needs
         self._context = WorkerContext(current_folder=Path.cwd(), sweep_path=path.resolve(), code=code_versions())
+        # The journal has the names of dead workers, so the names of a resumed sweep's workers must be new.
         self._session = secrets.token_hex(4)
         self._members: dict[Any, _PoolMember] = {}  # the key is the running call of the worker's loop
         self._numbers = itertools.count(1)
@@ -290,6 +291,7 @@ class WorkerPool:
                 if not self._members:
                     require_nodes()
                 self._wait_for_ends()
+            # Workers end first, because their last calls still change the record that `finish` writes.
             self._stop_workers()
             return bool(self._controller.finish())
         finally:
@@ -327,7 +329,7 @@ class WorkerPool:
         ended, _ = ray.wait(list(self._members), timeout=CHECK_INTERVAL_S)
         for run in ended:
             member = self._members.pop(run)
-            member.kill()
+            member.kill()  # also its peers, which would wait for the process that ended
             try:
                 _get_results(run)
             except WorkerRefused as error:

@@ -67,6 +67,7 @@ class RayNode:
     def __call__(self) -> None:
         """Runs the node until the sweep is over. Exits with a message if the sweep has no head."""
         signal.signal(signal.SIGTERM, _exit_on_signal)
+        # A resumed sweep has another head at another address. The job keeps its machine and joins that head.
         for _ in range(MAX_NODE_STARTS):
             if (address := _wait_for_head(self.folder, wait_s=self.head_wait_s)) is None:
                 return
@@ -85,6 +86,7 @@ class RayNode:
             ) as temporary,
             run_child(self._command(address, temporary), environment=_node_environment(self.folder)) as child,
         ):
+            # A shared disk sends no events, so the file is read again and again.
             while read_address(self.folder) == address:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     child.wait(CHECK_INTERVAL_S)
@@ -132,6 +134,7 @@ def _end_child(child: subprocess.Popen[bytes]) -> None:
     """Ends a child process, and kills its descendants that still run."""
     if child.poll() is not None:
         return
+    # Found before the child ends: afterwards its children have another parent.
     descendants = psutil.Process(child.pid).children(recursive=True)
     child.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):

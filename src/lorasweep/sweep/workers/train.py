@@ -140,6 +140,7 @@ def _train_on_slurm(sweep: SweepFolder, config: SlurmConfig, *, stop_requested: 
     with start_head_for_nodes(path, ip=config.head_ip, token_file=path / TOKEN_FILE) as address:
         from lorasweep.sweep.workers.ray_workers import WorkerPool  # noqa: PLC0415 (only now may Ray be imported)
 
+        # After the token: a job that reads the address joins at once.
         write_address(path, address)
         try:
             submit_missing_jobs(config, path)

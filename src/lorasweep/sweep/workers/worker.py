@@ -58,7 +58,7 @@ class Worker:
     def __post_init__(self) -> None:
         self.telemetry = self.inputs_cache.telemetry
         self._pack_file = self.path / (f"pack-{self.name}.json" if self.name else PACK_FILE)
-        self._requests = itertools.count(1)
+        self._requests = itertools.count(1)  # Ray may repeat a call; the number tells the controller that it knows it
         self._plans = plan_packing(self.definition)
         self._max_slots: dict[Any, int | None] = {}  # by `ArmPacking.key`; None if packs do not pay
         self._is_interrupted = False
@@ -66,6 +66,7 @@ class Worker:
         """Runs to score on test data after the current pack, because scoring moves the base. None if no pack trains."""
 
     def run(self) -> None:
+        # Before `take`, which would hand out the trials of the pack one by one.
         self._resume_pack()
         while (assignment := self._wait_for_trial()) is not None:
             if (slots := self._choose_slots(assignment.arm)) is not None:
@@ -89,6 +90,7 @@ class Worker:
         """Returns the next trial to train, of the given arms or of all arms. None if no trial can train now."""
         names = None if arms is None else [arm.name for arm in arms]
         with self.telemetry.phase("storage"):
+            # A killed process may have ended the run without telling the controller. Such a run must not train again.
             while assignment := self.controller.take(names, worker=self.name, request=next(self._requests)):
                 if (record := find_ended_run(self.controller, assignment)) is None:
                     return assignment
