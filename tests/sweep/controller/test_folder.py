@@ -6,6 +6,7 @@ import errno
 import time
 
 import pytest
+from tests.sweep.controller.conftest import Simulation
 
 import lorasweep.sweep.controller.folder as folder_file
 from lorasweep.errors import WorkerError
@@ -88,6 +89,18 @@ def test_a_folder_that_was_moved_is_not_written_to(folder, tmp_path, becomes):
     with pytest.raises(WorkerError, match=r"but .* can't be written to: it was moved or removed. No finished run"):
         folder.save(usage={})
     assert not (folder.path / "sweep.json").exists()
+
+
+def test_a_sweep_whose_journal_was_removed_does_not_end_as_complete(begin, open_controller, content):
+    controller = open_controller(begin(content))
+    Simulation(controller).run()
+    assert controller.is_over()
+    path = controller.sweep.path
+    (path / "journal.log").unlink()
+    with pytest.raises(WorkerError, match=r"journal\.log"):
+        controller.finish()
+    assert read_sweep(path).status == "running"
+    controller.sweep.close()
 
 
 def test_a_full_disk_is_no_trials_fault(folder):

@@ -13,7 +13,8 @@ from typing import Any
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from lorasweep.sweep.controller.rate_law import LAW_KEYS, LR, RateLaw
+from lorasweep.config.run import LR
+from lorasweep.sweep.controller.rate_law import LAW_KEYS, RateLaw
 from lorasweep.sweep.definition.space import Space, list_corner_values
 
 Point = dict[str, Any]

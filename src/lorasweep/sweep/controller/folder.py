@@ -24,7 +24,7 @@ from optuna.pruners import BasePruner
 from lorasweep.disk import explain_unwritable
 from lorasweep.errors import WorkerError
 from lorasweep.record import SweepRecord, add_telemetry, utc_now, write_record
-from lorasweep.sweep.controller.storage import SweepStorage, open_study
+from lorasweep.sweep.controller.storage import JOURNAL_FILE, SweepStorage, open_study
 from lorasweep.sweep.definition.arms import Definition
 from lorasweep.sweep.lock import LOCK_FILE
 
@@ -88,17 +88,18 @@ class SweepFolder:
         self.save_duration_s = self.saved_s - began
 
     def check_disk(self, error: BaseException | None = None) -> None:
-        """Checks that the folder still exists and, if an error is given, that the folder is writable.
+        """Checks that the folder and its journal still exist and, if an error is given, that the folder is writable.
 
         Raises:
             WorkerError: The check failed, so no trial is to blame and the sweep must end here.
         """
-        try:
-            is_here = os.path.samestat(os.stat(self.path / LOCK_FILE), os.fstat(self.lock))
-        except OSError:
-            is_here = False
-        if not is_here:
+        if not _is_open_file(self.path / LOCK_FILE, self.lock):
             raise _unwritable(self.path, "it was moved or removed") from error
+        if not _is_open_file(self.path / JOURNAL_FILE, self.storage.journal.handle):
+            raise WorkerError(
+                f"{str(self.path / JOURNAL_FILE)!r} must stay while the sweep runs, but it was moved or removed. "
+                "Restore it, or start a new sweep."
+            ) from error
         if error is not None:
             check_writable(self.path, error)
 
@@ -115,6 +116,14 @@ class SweepFolder:
         """Closes the storage and releases the lock, so that the sweep can be resumed."""
         self.storage.journal.close()
         os.close(self.lock)
+
+
+def _is_open_file(path: Path, handle: int) -> bool:
+    """Returns whether a path still leads to the file that this process has open."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(handle))
+    except OSError:
+        return False
 
 
 def check_writable(path: Path, error: BaseException) -> None:

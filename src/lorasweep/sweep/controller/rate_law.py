@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorasweep.config.method import LoraConfig
+from lorasweep.config.run import LR, RANK
 from lorasweep.sweep.definition.alpha_over_rank import ALPHA, MULTIPLIER
 from lorasweep.sweep.definition.arms import Arm
 
-LR = "optim.lr"
-RANK = "method.rank"
 SCALING = "method.scaling"
 RATIO_B = "optim.lr_ratio_b"
 LAW_KEYS = (RANK, ALPHA, MULTIPLIER, SCALING, RATIO_B)

@@ -9,8 +9,8 @@ from typing import Any
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from scipy.stats import qmc
 
+from lorasweep.config.run import LR
 from lorasweep.sweep.controller.encoding import Point, SpaceEncoding
-from lorasweep.sweep.controller.rate_law import LR
 
 
 def draw_sobol_point(encoding: SpaceEncoding, index: int, *, seed: int) -> Point:

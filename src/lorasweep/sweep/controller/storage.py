@@ -39,10 +39,10 @@ class Journal(BaseJournalBackend):
 
     def __init__(self, path: Path) -> None:
         """Opens or creates the file, and removes a line that a killed process left unfinished."""
-        self._file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
+        self.handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
         content = path.read_bytes()
         self._size = content.rfind(b"\n") + 1
-        os.ftruncate(self._file, self._size)
+        os.ftruncate(self.handle, self._size)
         self._unread = deque(content[: self._size].splitlines())
         self._num_read = 0
         """Number of numbered lines that Optuna has read."""
@@ -65,10 +65,10 @@ class Journal(BaseJournalBackend):
         lines = [_write_line({LINE_KEY: number, **log}) for number, log in enumerate(logs, start=first)]
         data = b"".join(lines)
         try:
-            if os.write(self._file, data) != len(data):
+            if os.write(self.handle, data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError:
-            os.ftruncate(self._file, self._size)
+            os.ftruncate(self.handle, self._size)
             raise
         self._size += len(data)
         self._unread += lines
@@ -77,12 +77,12 @@ class Journal(BaseJournalBackend):
     def flush(self) -> None:
         """Makes sure that a power cut loses no operation."""
         if not self._is_flushed:
-            os.fsync(self._file)
+            os.fsync(self.handle)
             self._is_flushed = True
 
     def close(self) -> None:
         self.flush()
-        os.close(self._file)
+        os.close(self.handle)
 
 
 def check_journal(path: Path) -> None:

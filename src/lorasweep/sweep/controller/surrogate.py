@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from lorasweep.config.ranges import is_number
-from lorasweep.sweep.controller.rate_law import LR, RANK, RateLaw
+from lorasweep.config.run import LR, RANK
+from lorasweep.sweep.controller.rate_law import RateLaw
 from lorasweep.sweep.definition.alpha_over_rank import ALPHA, MULTIPLIER
 from lorasweep.sweep.definition.space import Space
 

@@ -11,14 +11,12 @@ from typing import Any
 from lorasweep.config.data import max_tokens_per_example
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.ranges import MAX_WIDTH_DIFFERENCE_DECADES, width_in_decades
-from lorasweep.config.run import RunConfig
+from lorasweep.config.run import LR, RunConfig
 from lorasweep.config.sweep import HalvingPruner, parse_margin, warn_of_few_seeds
 from lorasweep.sweep.definition.alpha_over_rank import ALPHA, MULTIPLIER
 from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.sweep.definition.space import describe_space
 from lorasweep.wording import join_words
-
-LR = "optim.lr"
 
 
 def find_warnings(definition: Definition) -> list[str]:
