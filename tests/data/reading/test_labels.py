@@ -1,4 +1,4 @@
-"""Labels become indices or numbers by rules that are said, and one that fits no rule is named with its place."""
+"""Labels become indices or numbers by rules that are said, tables become texts with labels, and misfits are named."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from lorasweep.data.reading.labels import is_missing, learn_labels
 from lorasweep.errors import ConfigError
+
+ROWS = [(f"text {n}", "ab"[n % 3 == 0]) for n in range(60)]
 
 
 def learn(values, *, task="auto", class_names=()):
@@ -118,3 +120,158 @@ def test_any_labels_are_encoded_or_refused(values, task):
         assert {index for indices in encoded for index in indices} == set(range(len(code.names)))
     else:
         assert all(math.isfinite(number) for number in encoded)
+
+
+def csv_of(rows, header="text,label"):
+    return "\n".join([header, *(",".join(map(str, row)) for row in rows)]) + "\n"
+
+
+def texts_of(split):
+    return [example.text for example in split.items]
+
+
+def labels_of(split):
+    return [example.label for example in split.items]
+
+
+def test_splits_that_are_given_are_read_as_they_are(read):
+    source = read(
+        "table", {"train.csv": csv_of(ROWS[:40]), "validation.csv": csv_of(ROWS[40:50]), "test.csv": csv_of(ROWS[50:])}
+    )
+    assert (source.kind, source.label_names) == ("single_label", ("a", "b"))
+    for split, rows in ((source.train, ROWS[:40]), (source.validation, ROWS[40:50]), (source.test(), ROWS[50:])):
+        assert split.items == [(text, None, "ab".index(label), None) for text, label in rows]
+    assert (source.train.name, source.validation.name, source.test().name) == ("train", "validation", "test")
+
+
+def test_rows_of_the_test_split_are_read_at_its_first_call_and_once(read):
+    source = read("table", {"train.csv": csv_of(ROWS), "test.csv": "text,label\nwithout a label,\n"})
+    with pytest.raises(ConfigError, match=r"row 1 of 'test\.csv' must have a label"):
+        source.test()
+    source = read("table", {"train.csv": csv_of(ROWS), "test.csv": csv_of(ROWS[:3])})
+    assert source.test() is source.test()
+
+
+def test_missing_splits_are_split_off_and_said(read):
+    source = read("table", {"train.csv": csv_of([*ROWS, *ROWS])})
+    splits = (source.train, source.validation, source.test())
+    texts = [set(texts_of(split)) for split in splits]
+    assert all(texts)
+    assert sum(map(len, texts)) == len(ROWS)  # a text and its copy are on the same side
+    assert sum(map(len, splits)) == 2 * len(ROWS)
+    validation, test = (note for note in source.notes if "is split off" in note)
+    assert f"validation is split off from train: {len(source.validation)} of 120 examples" in validation
+    assert "0 to 9 modulo 100" in validation
+    assert f"test is split off from train: {len(source.test())} of 120 examples" in test
+    assert not any("of validation have" in note for note in source.notes)
+    assert source.test().notes == ()
+
+
+def test_split_does_not_move_when_rows_are_added(read):
+    before = read("table", {"train.csv": csv_of(ROWS[:50])})
+    after = read("table", {"train.csv": csv_of(ROWS[::-1])})
+    assert set(texts_of(before.validation)) <= set(texts_of(after.validation))
+    assert set(texts_of(before.test())) <= set(texts_of(after.test()))
+
+
+def test_duplicates_are_counted(read):
+    source = read(
+        "table",
+        {
+            "train.csv": csv_of([("one", "a"), ("One ", "a"), ("two", "b"), ("two", "a")]),
+            "validation.csv": csv_of([("TWO", "a"), ("two", "b"), ("three", "b")]),
+            "test.csv": csv_of([("one", "a"), ("four", "b")]),
+        },
+    )
+    assert "2 of 4 examples of train repeat the text of another one." in source.notes
+    assert "2 of 3 examples of validation have the text of an example of train." in source.notes
+    assert "1 texts of train have several different labels." in source.notes
+    assert source.test().notes == ("1 of 2 examples of test have the text of an example of train.",)
+
+
+def test_pairs_of_texts_belong_together(read):
+    rows = [("q", "yes", "x"), ("q", "no", "y"), ("r", "yes", "x")]
+    source = read(
+        "table",
+        {f"{split}.csv": csv_of(rows, "question,answer,label") for split in ("train", "validation", "test")},
+        text="question",
+        text_pair="answer",
+    )
+    assert [item[:2] for item in source.train.items] == [row[:2] for row in rows]
+    assert "0 of 3 examples of train repeat the pair of texts of another one." in source.notes
+
+
+def test_limits_take_evenly_spaced_rows_of_each_split(read):
+    files = {f"{split}.csv": csv_of(ROWS) for split in ("train", "validation", "test")}
+    source = read("table", files, max_train_examples=30, max_validation_examples=2, max_test_examples=60)
+    assert texts_of(source.train) == [text for text, _ in ROWS[::2]]
+    assert texts_of(source.validation) == ["text 0", "text 30"]
+    assert len(source.test()) == 60
+    assert "train uses 30 of 60 examples, evenly spaced." in source.notes
+    assert "validation uses 2 of 60 examples, evenly spaced." in source.notes
+
+
+def test_fingerprint_is_of_what_is_used(read):
+    files = {"train.csv": csv_of(ROWS), "validation.csv": csv_of(ROWS[:5])}
+    whole, less = read("table", files), read("table", files, max_train_examples=30)
+    assert whole.train.fingerprint != less.train.fingerprint
+    assert whole.validation.fingerprint == less.validation.fingerprint
+    assert read("table", files).train.fingerprint == whole.train.fingerprint
+    other = {**files, "train.csv": csv_of([*ROWS[:-1], (ROWS[-1][0], "b" if ROWS[-1][1] == "a" else "a")])}
+    assert read("table", other).train.fingerprint != whole.train.fingerprint  # one label
+
+
+def test_order_of_the_names_is_that_of_the_training_file_before_it_is_split(read):
+    rows = [(f"text {n}", f"class {n % 20}") for n in range(60)]
+    source = read("table", {"train.csv": csv_of(rows)})
+    assert len(source.label_names) == 20
+    assert max(labels_of(source.test())) < 20
+
+
+@pytest.mark.parametrize(
+    ("content", "settings", "words"),
+    [
+        ("text,label\nfine,a\n ,b\n", {}, ["row 2 of 'train.csv'", "text", "' '", "remove"]),
+        ("text,label\n,b\n,b\nc,a\n", {}, ["row 1", "2 rows"]),
+        ("text,label\nfine,\n", {}, ["row 1 of 'train.csv'", "column 'label'"]),
+        ("text,label\na,x\nb,x\n", {}, ["`data.label=label`", "two different labels"]),
+        ("text,label\na,x\nb,1\n", {"task": "regression"}, ["`data.label=label`", "finite number", "'x'"]),
+        ("text,lable\na,x\n", {}, ["`data.label`", "'train.csv'", "`lable`"]),
+        ("text,label\na,x\n", {"text_pair": "b"}, ["`data.text_pair`", "'train.csv'", "'b'"]),
+        ("text,label\na,x\nb,y\n", {}, ["`data.train`", "at least 3 different examples", "has 2"]),
+    ],
+)
+def test_what_can_not_be_used_is_named(read, content, settings, words):
+    with pytest.raises(ConfigError) as raised:
+        read("table", {"train.csv": content}, **settings)
+    assert [word for word in words if word not in str(raised.value)] == []
+
+
+def test_unknown_label_of_another_split_is_named_when_it_is_read(read):
+    files = {"train.csv": csv_of(ROWS), "test.csv": "text,label\nfine,a\nwell,c\n"}
+    source = read("table", files)
+    with pytest.raises(ConfigError, match=r"row 2 of 'test.csv' must have a label that training has, \('a', 'b'\)"):
+        source.test()
+
+
+def test_group_of_a_row_is_the_value_of_its_column(read):
+    rows = [(*row, f" author {n % 7} ") for n, row in enumerate(ROWS)]
+    source = read("table", {"train.csv": csv_of(rows, "text,label,author")}, group="author")
+    without = read("table", {"train.csv": csv_of(rows, "text,label,author")})
+    groups = {example.text: example.group for example in source.train.items}
+    assert groups == {text: group.strip() for text, _, group in rows if text in groups}
+    assert source.train.fingerprint == without.train.fingerprint
+    assert {example.group for example in without.train.items} == {None}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"group": "autor"}, ["`data.group`", "'train.csv'", "'autor'", "`author`"]),
+        ({"group": "author"}, ["row 2 of 'train.csv'", "`data.group`", "''"]),
+    ],
+)
+def test_missing_group_is_named_before_training(read, settings, words):
+    with pytest.raises(ConfigError) as raised:
+        read("table", {"train.csv": "text,label,author\na,x,me\nb,y,\nc,x,you\n"}, **settings)
+    assert [word for word in words if word not in str(raised.value)] == []
