@@ -27,8 +27,9 @@ SHORT_RUN: dict[str, Any] = SMALL_RUN | {"trainer.progress": False, "method.rank
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keeps token ids out of the user's cache, so that no test depends on an earlier run."""
+    """Keeps token ids and tables out of the user's cache, so that no test depends on an earlier run."""
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    os.environ["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)  # for processes that a test starts
 
 
 @pytest.fixture(scope="session", autouse=True)
