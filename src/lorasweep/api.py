@@ -149,7 +149,7 @@ def train_run(
     """
     prepare_environment()
     settings, origin = read_recommended(Path(from_sweep)) if from_sweep is not None else ({}, {})
-    config = compose_run(layer_settings("train", settings, parse_overrides(overrides)))
+    config = compose_run(layer_settings(settings, parse_overrides(overrides)))
     path = None if output is None else str(output)
     return load_run(train_config(config, output=path, resume=resume, origin=origin).folder)
 

@@ -182,7 +182,7 @@ def _print_jobs(jobs: Sequence[Sequence[str]] | None, file_settings: Mapping[str
     if jobs is None:
         raise ConfigError("`--cfg job` must be used with Hydra's own sweeper, because another chooses its jobs later.")
     for job in jobs:
-        settings = layer_settings("train", file_settings, parse_overrides(job))
+        settings = layer_settings(file_settings, parse_overrides(job))
         compose_run(settings, require_all=False)  # raises if a value is wrong
         shown = OmegaConf.create(compose_values("train", settings, require_all=False))
         if package and not isinstance(shown := OmegaConf.select(shown, package), DictConfig):
@@ -208,7 +208,7 @@ def _compose(
 
     This is our own composition, because Hydra's keeps the default option's arguments if `_target_` names another class.
     """
-    settings = layer_settings("train", file_settings, parse_overrides(overrides))
+    settings = layer_settings(file_settings, parse_overrides(overrides))
     config, values = compose_run(settings), compose_values("train", settings)
     if is_grid and config.trainer.wants_processes:
         raise ConfigError(

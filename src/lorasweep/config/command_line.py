@@ -29,7 +29,6 @@ from lorasweep.config.compose import (
     group_options,
     hydra_session,
     known_keys,
-    refuse_resolvers,
 )
 from lorasweep.config.yaml_file import load_yaml
 from lorasweep.errors import ConfigError, first_line
@@ -62,7 +61,6 @@ def read_settings_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{str(path)!r} must be a YAML file of settings, but can't be read: {reason}.") from error
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise ConfigError(f"{str(path)!r} must hold lines such as `optim.lr: 0.001`, but got {settings!r}.")
-    refuse_resolvers(settings)
     return settings
 
 

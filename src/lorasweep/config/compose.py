@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
@@ -26,6 +26,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from lorasweep.config.build import TARGET, build
 from lorasweep.config.data import MetricComponent
+from lorasweep.config.method import ALPHA_OVER_RANK
 from lorasweep.config.run import OptimSettings, RunConfig
 from lorasweep.config.sweep import SweepConfig
 from lorasweep.errors import ConfigError, first_line
@@ -153,8 +154,6 @@ def compose_values(primary: Primary, settings: Mapping[str, Any], *, require_all
 
     Arguments and errors as in `compose_run`.
     """
-    refuse_resolvers(settings)
-    settings = _spread_components(settings)
     # Options of groups are composed first, because they decide which other keys exist.
     groups = {key: _hashable(value) for key, value in settings.items() if key in default_options(primary)}
     hydra_overrides = tuple(filter(is_hydra_override, settings))
@@ -166,6 +165,7 @@ def compose_values(primary: Primary, settings: Mapping[str, Any], *, require_all
         _drop_replaced_arguments(composed, settings)
         known = {key for key, _ in dotted_items(_as_dict(composed, resolve=False))}
         known |= {*default_options(primary), *filter(is_component_target, settings)}
+        known |= {ALPHA_OVER_RANK} & {f"{key}.over_rank" for key in known}
         for key, value in settings.items():
             if key not in groups:
                 mapping = find_mapping(key)
@@ -204,21 +204,6 @@ def find_mapping(key: str) -> str | None:
     return next((mapping for mapping in MAPPINGS if key.startswith(f"{mapping}.")), None)
 
 
-def _spread_components(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns settings in which `data.metric: {_target_: X, average: macro}` is two dotted keys.
-
-    A later setting can then change one argument. Arguments that were set before the mapping are dropped.
-    """
-    spread: dict[str, Any] = {}
-    for key, value in settings.items():
-        if key in COMPONENTS and isinstance(value, Mapping) and TARGET in value:
-            spread = {name: item for name, item in spread.items() if not name.startswith(f"{key}.")}
-            spread |= {f"{key}.{name}": item for name, item in value.items()}
-        else:
-            spread[key] = value
-    return spread
-
-
 def _drop_replaced_arguments(composed: DictConfig, settings: Mapping[str, Any]) -> None:
     """Removes the arguments of a group's option if the settings name another class by `_target_`."""
     for key in filter(is_component_target, settings):
@@ -227,14 +212,6 @@ def _drop_replaced_arguments(composed: DictConfig, settings: Mapping[str, Any]) 
         if isinstance(before, DictConfig) and before.get(TARGET) != settings[key]:
             kept = {name: before[name] for name in before if name in COMPONENTS.get(component, ())}
             OmegaConf.update(composed, component, kept, merge=False)
-
-
-def refuse_resolvers(values: Any) -> None:
-    """Raises ConfigError if settings call a resolver: `${oc.env:TOKEN}` would put a secret into a record."""
-    if called := re.search(r"\$\{[^'\"$]*?:", str(values)):  # each text in `str(values)` is between quotes
-        raise ConfigError(
-            f"an interpolation must name a setting (`${{optim.lr}}`), but got {called[0]!r}. Write the value instead."
-        )
 
 
 @cache  # because Hydra is slow; the result depends on the search path too
@@ -255,25 +232,32 @@ def _compose_groups(
     return composed
 
 
-def layer_settings(primary: Primary, *layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns settings of several layers together; later layers win (a file, one of its arms, the command line).
+def layer_settings(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings of several layers as one ordered list, in which later ones win (file, arm, command line).
 
     A layer that chooses another option or class for a group drops what earlier layers set inside the group:
-    `pruner.rungs` of a file is no setting of `pruner=none`.
+    `pruner.rungs` of a file is no setting of `pruner=none`. A value replaces all that earlier layers set inside it.
     """
     layered: dict[str, Any] = {}
+    defaults = {**default_options("train"), **default_options("sweep")}
     for layer in layers:
-        for group, default in default_options(primary).items():
-            target = f"{group}.{TARGET}"
-            is_other_option = group in layer and (layer[group] != layered.get(group, default) or target in layered)
-            is_other_class = target in layer and layer[target] != layered.get(target)
-            if is_other_option or is_other_class:
-                # Another class keeps the keys that lorasweep itself reads; another option brings its own.
-                kept = () if is_other_option else {f"{group}.{name}" for name in COMPONENTS.get(group, ())}
-                layered = {k: v for k, v in layered.items() if not k.startswith(f"{group}.") or k in kept}
-        # A whole mapping replaces the entries that earlier layers set in it.
-        layered = {key: value for key, value in layered.items() if find_mapping(key) not in layer}
-        layered |= layer
+        for key, value in layer.items():
+            group, _, last = key.rpartition(".")
+            kept: Collection[str] = ()
+            if key in defaults:
+                if value == layered.get(key, defaults[key]) and f"{key}.{TARGET}" not in layered:
+                    continue
+                replaced = f"{key}."
+            elif last == TARGET and group in defaults:
+                if value == layered.get(key):
+                    continue
+                # another class keeps the keys that lorasweep itself reads
+                replaced, kept = f"{group}.", {f"{group}.{name}" for name in COMPONENTS.get(group, ())}
+            else:
+                replaced = f"{key}."
+            layered = {k: v for k, v in layered.items() if not k.startswith(replaced) or k in kept}
+        # An equal key moves to the end: `method.alpha` and `method.alpha.over_rank` count in their order.
+        layered = {**{key: value for key, value in layered.items() if key not in layer}, **layer}
     return layered
 
 

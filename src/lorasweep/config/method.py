@@ -5,23 +5,45 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, ValidationInfo
 from pydantic.dataclasses import dataclass
 
 from lorasweep.config.build import Fraction, NonNegative, NonNegativeFloat, Positive, Rank, Settings, build
 from lorasweep.config.peft_settings import convert_to_peft, import_peft, read_peft_config
 from lorasweep.errors import ConfigError
 
+ALPHA_OVER_RANK = "method.alpha.over_rank"
+"""Sets α by its multiplier α/r: each run gets `method.alpha` = multiplier × `method.rank`."""
 Scaling = Literal["alpha_over_rank", "alpha_over_sqrt_rank"]
 Init = Literal["default", "gaussian", "pissa", "orthogonal"]
 Variant = Literal["lora", "dora"]
 TrainedBias = Literal["none", "lora_only", "all"]
 TrainedVectors = Literal["biases", "biases_and_norms"]
 IntrinsicForm = Literal["did", "said"]
+
+
+def spread_multiplier(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings in which `method.alpha: {over_rank: 2}` is written as `method.alpha.over_rank: 2`."""
+    spread: dict[str, Any] = {}
+    for key, value in settings.items():
+        is_multiplier = key.endswith("method.alpha") and isinstance(value, Mapping) and set(value) == {"over_rank"}
+        spread |= {f"{key}.over_rank": value["over_rank"]} if is_multiplier else {key: value}
+    return spread
+
+
+def multiply_rank(alpha: Any, info: ValidationInfo) -> Any:
+    """Returns α = multiplier × rank if α is given as `{over_rank: multiplier}`."""
+    if not isinstance(alpha, Mapping) or set(alpha) != {"over_rank"} or "rank" not in info.data:
+        return alpha
+    multiplier = alpha["over_rank"]
+    if not isinstance(multiplier, int | float) or not 0 <= multiplier < math.inf:
+        raise ConfigError(f"`{ALPHA_OVER_RANK}` must be a finite number >= 0, but got {multiplier!r}.")
+    return float(multiplier * info.data["rank"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +57,8 @@ class LoraConfig(Settings):
     name: Literal["lora"] = "lora"
     rank: Rank = 8
     """Rank r of the weight update B A, >= 1."""
-    alpha: NonNegativeFloat = 16.0
-    """Strength α of the update, >= 0. With 0 the model equals the base model."""
+    alpha: Annotated[NonNegativeFloat, BeforeValidator(multiply_rank)] = 16.0
+    """Strength α of the update, >= 0, or `{over_rank: α/r}`. With 0 the model equals the base model."""
     scaling: Scaling = "alpha_over_rank"
     """Factor on the update: α/r (LoRA, section 4.1) or α/√r (rsLoRA, arXiv 2312.03732)."""
     targets: str | tuple[str, ...] = "all-linear"

@@ -12,13 +12,14 @@ from typing import Any
 
 import yaml
 
+from lorasweep.config.method import ALPHA_OVER_RANK
 from lorasweep.config.run import ALPHA, LR, RANK
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import SWEEP_FILE, Trial
 from lorasweep.report.choice import Choice, choose_arm, choose_value, find_best_arm
 from lorasweep.report.findings import ONE_SEED, format_arm_score
 from lorasweep.report.learning import judge_learning
-from lorasweep.report.sweep_data import MULTIPLIER, ArmData, SweepData, load_sweep_data
+from lorasweep.report.sweep_data import ArmData, SweepData, load_sweep_data
 from lorasweep.wording import (
     format_metric,
     format_setting,
@@ -122,8 +123,8 @@ def read_recommended(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _list_overrides(arm: ArmData, trial: Trial) -> dict[str, Any]:
     """Returns the settings of a trial by dotted key, for `lorasweep train`."""
-    settings = {key: value for key, value in arm.row.settings.items() if key not in ("output", MULTIPLIER)}
-    settings |= {key: value for key, value in trial.params.items() if key != MULTIPLIER}
+    settings = {key: value for key, value in arm.row.settings.items() if key not in ("output", ALPHA_OVER_RANK)}
+    settings |= {key: value for key, value in trial.params.items() if key != ALPHA_OVER_RANK}
     exact = (STEPS, LR, *((RANK, ALPHA) if arm.row.method == "lora" else ()))
     # Named even if they are defaults, so that a later default changes nothing.
     return settings | {key: value for key in exact if (value := trial.setting(key)) is not None}
@@ -163,7 +164,7 @@ def _describe_export(arm: ArmData, data: SweepData) -> list[str]:
 
 
 def _name_settings(arm: ArmData, trial: Trial) -> dict[str, str]:
-    keys = [*LABELS, *(key for key in trial.params if key != MULTIPLIER and key not in LABELS)]
+    keys = [*LABELS, *(key for key in trial.params if key != ALPHA_OVER_RANK and key not in LABELS)]
     known = {key: trial.setting(key) for key in keys} | {"method.name": arm.row.method}
     if arm.row.method != "lora":
         known = {key: value for key, value in known.items() if key not in (RANK, ALPHA)}

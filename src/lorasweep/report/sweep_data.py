@@ -41,7 +41,6 @@ from lorasweep.wording import format_setting
 if TYPE_CHECKING:
     import pandas
 
-MULTIPLIER = "method.alpha_over_rank"
 """The key of α/r in a sweep that searches it."""
 
 

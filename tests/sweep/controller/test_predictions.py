@@ -20,13 +20,13 @@ GP = ModelBasedSampler(name="gp", startup_trials=None)
 BEST_U = 4e-3
 LR = FloatDistribution(1e-4, 1e-2, log=True)
 SPACE = {"method.rank": CategoricalDistribution(RANKS), "optim.lr": LR}
-WITH_ALPHA = SPACE | {"method.alpha_over_rank": CategoricalDistribution([0.5, 1, 2])}
+WITH_ALPHA = SPACE | {"method.alpha.over_rank": CategoricalDistribution([0.5, 1, 2])}
 PROGRESS = 0.3
 """How much each trial improves in the second half of its steps."""
 
 
 def get_alpha(params):
-    return params["method.alpha_over_rank"] * params["method.rank"] if "method.alpha_over_rank" in params else 16
+    return params["method.alpha.over_rank"] * params["method.rank"] if "method.alpha.over_rank" in params else 16
 
 
 def cost(params):

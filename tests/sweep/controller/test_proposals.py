@@ -37,7 +37,7 @@ from lorasweep.sweep.controller.sobol import draw_sobol_point
 RANKS = [1, 2, 4, 8, 16, 32]
 SPACE = {
     "method.rank": CategoricalDistribution(RANKS),
-    "method.alpha_over_rank": CategoricalDistribution([1, 2, 4]),
+    "method.alpha.over_rank": CategoricalDistribution([1, 2, 4]),
     "optim.lr": FloatDistribution(1e-4, 1e-2, log=True),
 }
 AT_ONE_ALPHA = {key: SPACE[key] for key in ("method.rank", "optim.lr")}
@@ -78,7 +78,7 @@ def bowl(params):
 
 def distance(params):
     """Decades to the best learning rate."""
-    alpha = params["method.alpha_over_rank"] * params["method.rank"] if "method.alpha_over_rank" in params else 16
+    alpha = params["method.alpha.over_rank"] * params["method.rank"] if "method.alpha.over_rank" in params else 16
     return abs(math.log10(params["optim.lr"] * math.sqrt(alpha / 16)) + 3)
 
 
@@ -123,7 +123,7 @@ def test_every_rank_is_tried_before_any_is_tried_again(seed):
     points = [ask(number=number, seed=seed) for number in range(12)]
     for first in (0, 6):
         assert sorted(point["method.rank"] for point in points[first : first + 6]) == RANKS
-    assert Counter(point["method.alpha_over_rank"] for point in points) == {1: 4, 2: 4, 4: 4}
+    assert Counter(point["method.alpha.over_rank"] for point in points) == {1: 4, 2: 4, 4: 4}
 
 
 def test_a_rank_is_not_tied_to_a_part_of_the_learning_rates():
@@ -250,7 +250,7 @@ def test_what_does_not_fit_in_memory_is_proposed_less(sampler):
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "qmc", "random", "grid"])
 def test_what_failed_teaches_nothing(sampler):
-    space = SPACE if sampler != "grid" else {key: SPACE[key] for key in ("method.rank", "method.alpha_over_rank")}
+    space = SPACE if sampler != "grid" else {key: SPACE[key] for key in ("method.rank", "method.alpha.over_rank")}
     history = [make({key: t.params[key] for key in space}, value=1.0) for t in cover(10)][:9]
     failed = make(ask(history, space=space, sampler=sampler), state="failed")
     again = ask([*history, failed], space=space, sampler=sampler, number=9)

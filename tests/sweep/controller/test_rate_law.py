@@ -47,10 +47,10 @@ RATES = {"optim.lr": {"low": 1e-4, "high": 1e-2, "log": True}}
         (
             {},
             {"method.rank": RANKS, "method.alpha": {"over_rank": [1, 2]}},
-            {"method.rank": 4, "method.alpha_over_rank": 2},
+            {"method.rank": 4, "method.alpha.over_rank": 2},
             8,
         ),
-        ({"method.rank": 8}, {"method.alpha": {"over_rank": [1, 2]}}, {"method.alpha_over_rank": 1}, 8),
+        ({"method.rank": 8}, {"method.alpha": {"over_rank": [1, 2]}}, {"method.alpha.over_rank": 1}, 8),
         (
             {"method.scaling": "alpha_over_sqrt_rank"},
             {"method.rank": RANKS},
@@ -83,7 +83,7 @@ def test_an_arm_that_does_not_search_the_rate_needs_no_law(build_law):
 
 SPACES = {
     "rank": RANK_AND_RATE,
-    "multiplier": RANK_AND_RATE | {"method.alpha_over_rank": CategoricalDistribution([0.5, 1, 4])},
+    "multiplier": RANK_AND_RATE | {"method.alpha.over_rank": CategoricalDistribution([0.5, 1, 4])},
     "alpha": RANK_AND_RATE | {"method.alpha": FloatDistribution(1, 64, log=True)},
     "rank range": {"method.rank": IntDistribution(1, 64, log=True), "optim.lr": LR},
     "scaling": RANK_AND_RATE | {"method.scaling": CategoricalDistribution(["alpha_over_rank", "alpha_over_sqrt_rank"])},
@@ -177,5 +177,5 @@ def test_a_model_does_not_repeat_a_rate_that_was_moved_into_its_range():
         params = ask_for_proposal(arm, trials)
         cost = -math.log(params["optim.lr"]) - math.log(params["method.rank"])  # the best is beyond the range
         trials.append(make_trial(params, value=cost))
-        seen.append((params["method.rank"], params["method.alpha_over_rank"], f"{params['optim.lr']:.2g}"))
+        seen.append((params["method.rank"], params["method.alpha.over_rank"], f"{params['optim.lr']:.2g}"))
     assert len(set(seen)) == len(seen)

@@ -404,17 +404,6 @@ def test_confirm_each_is_set_on_the_command_line_and_taken_back(read, content):
     assert subjects_of(read(content, "arms.lora.confirm_each=null")) == [("lora", None)]
 
 
-@pytest.mark.parametrize("key", ["method.alpha", "method.alpha_over_rank"])
-def test_confirm_each_of_alpha_means_its_multiplier_where_that_is_swept(read, content, key):
-    content["arms"]["lora"] |= {
-        "space": {"method.alpha": {"over_rank": [2, 1]}, "optim.lr": [0.01, 0.02]},
-        "confirm_each": key,
-    }
-    definition = read(content)
-    assert [value for _, value in subjects_of(definition)] == [1, 2]
-    assert definition.find_arm("lora").confirm_each == "method.alpha_over_rank"
-
-
 @pytest.mark.parametrize(
     ("key", "remedy"),
     [

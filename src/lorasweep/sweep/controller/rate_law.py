@@ -12,14 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorasweep.config.method import LoraConfig
-from lorasweep.config.run import LR, RANK
-from lorasweep.sweep.definition.alpha_over_rank import ALPHA, MULTIPLIER
+from lorasweep.config.method import ALPHA_OVER_RANK, LoraConfig
+from lorasweep.config.run import ALPHA, LR, RANK
 from lorasweep.sweep.definition.arms import Arm
 
 SCALING = "method.scaling"
 RATIO_B = "optim.lr_ratio_b"
-LAW_KEYS = (RANK, ALPHA, MULTIPLIER, SCALING, RATIO_B)
+LAW_KEYS = (RANK, ALPHA, ALPHA_OVER_RANK, SCALING, RATIO_B)
 """The swept keys that change the factor between the learning rate and u."""
 SAMPLERS_IN_U = ("qmc", "tpe", "gp")
 """The samplers that see u in place of the learning rate, because they cover the space or model the scores.
@@ -40,7 +39,11 @@ class RateLaw:
             return 1.0
         found = {**self.defaults, **{key: params[key] for key in LAW_KEYS if key in params}}
         rank = found[RANK]
-        alpha = found[MULTIPLIER] * rank if found.get(MULTIPLIER) is not None and ALPHA not in params else found[ALPHA]
+        alpha = (
+            found[ALPHA_OVER_RANK] * rank
+            if found.get(ALPHA_OVER_RANK) is not None and ALPHA not in params
+            else found[ALPHA]
+        )
         strength = alpha if found[SCALING] == "alpha_over_rank" else alpha * math.sqrt(rank)  # s · r
         return math.sqrt(strength * found[RATIO_B]) or 1.0
 
@@ -58,7 +61,7 @@ def build_rate_law(arm: Arm) -> RateLaw:
         defaults={
             RANK: method.rank,
             ALPHA: method.alpha,
-            MULTIPLIER: arm.settings.get(MULTIPLIER),
+            ALPHA_OVER_RANK: arm.settings.get(ALPHA_OVER_RANK),
             SCALING: method.scaling,
             RATIO_B: getattr(config.optim, "lr_ratio_b", 1.0),
         }

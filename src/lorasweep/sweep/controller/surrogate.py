@@ -15,17 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
+from lorasweep.config.method import ALPHA_OVER_RANK
 from lorasweep.config.ranges import is_number
-from lorasweep.config.run import LR, RANK
+from lorasweep.config.run import ALPHA, LR, RANK
 from lorasweep.sweep.controller.rate_law import RateLaw
-from lorasweep.sweep.definition.alpha_over_rank import ALPHA, MULTIPLIER
 from lorasweep.sweep.definition.space import Space
 
 Array = NDArray[np.float64]
 
 RATE_LENGTH_DECADES = 0.5
 """Distance in u over which scores are alike."""
-OCTAVE_LENGTHS = {RANK: 7.5, ALPHA: 10.0, MULTIPLIER: 10.0}
+OCTAVE_LENGTHS = {RANK: 7.5, ALPHA: 10.0, ALPHA_OVER_RANK: 10.0}
 """Distance in octaves over which scores at the same u are alike."""
 RANGE_LENGTH = 0.5
 """Distance over which scores are alike in any other key, as a fraction of its range."""

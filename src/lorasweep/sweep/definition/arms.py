@@ -21,29 +21,19 @@ from lorasweep.config.command_line import parse_overrides
 from lorasweep.config.compose import (
     LIST_GROUPS,
     LIST_SETTINGS,
-    MAPPINGS,
+    compose_run,
     compose_sweep,
     compose_values,
     default_options,
-    find_mapping,
     is_hydra_override,
-    known_keys,
     layer_settings,
 )
+from lorasweep.config.method import spread_multiplier
 from lorasweep.config.ranges import is_number
 from lorasweep.config.run import METHODS_ON_QUANTISED_BASE, RunConfig
 from lorasweep.config.sweep import SweepConfig
 from lorasweep.errors import ConfigError
 from lorasweep.record import name_subject
-from lorasweep.sweep.definition.alpha_over_rank import (
-    ALPHA,
-    MULTIPLIER,
-    compose_with_multiplier,
-    drop_rival_keys,
-    get_rival_key,
-    merge_layers,
-    spell_out_multiplier,
-)
 from lorasweep.sweep.definition.space import (
     MAX_GRID_COMBINATIONS,
     Space,
@@ -59,8 +49,8 @@ DEFAULT_TRIALS = 16
 CONFIRM_ENDING = "-confirm"
 """An ending that an arm's name must not have. The folder of a confirm run has the name of its arm, this ending and a
 number."""
-SHARED_LAYERS = (0, 2)
-"""Places, among the layers of an arm's settings, of those for all arms: the sweep file's and the command line's."""
+SWEEP_GROUPS = tuple(f.name for f in fields(SweepConfig))
+"""First names of the keys that belong to a sweep and not to its runs."""
 QUANTIZATION = "model.quantization"
 PATH_KEYS = ("data.train", "data.validation", "data.test", "model.path")
 """Settings whose values may be paths of files."""
@@ -94,7 +84,7 @@ class Arm:
     def compose(self, params: Mapping[str, Any]) -> RunConfig:
         """Returns the settings of a trial with these values of the swept keys."""
         with name_arm_in_errors(self.name):
-            return compose_with_multiplier({**self.settings, **params, "trainer.progress": False})
+            return compose_run({**self.settings, **params, "trainer.progress": False})
 
     @cached_property
     def corners(self) -> tuple[RunConfig, ...]:
@@ -187,34 +177,37 @@ def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Defini
             f"a sweep's override must read `key=value`, but got {key!r}. `+` and `~` are for `lorasweep train`; write "
             "a value, or an option such as `logger=none`."
         )
-    content, typed = _add_typed_arms(raw["file"], raw["overrides"])
-    file = parse_file(content)
-    overrides = spell_out_multiplier(typed, where="the command line")
-    sweep_overrides = _split_sweep_settings(overrides)[1]
-    used_keys = set(sweep_overrides)
-    arms = tuple(_build_arm(name, config, file, overrides, used_keys=used_keys) for name, config in file.arms.items())
-    for key in overrides:
-        if key not in used_keys:  # neither an arm nor the sweep has this setting
+    content, overrides = _add_typed_arms(raw["file"], raw["overrides"])
+    file, overrides = parse_file(content), spread_multiplier(overrides)
+    for_sweep = {key: value for key, value in overrides.items() if key.split(".")[0] in SWEEP_GROUPS}
+    for_runs = {key: value for key, value in overrides.items() if key not in for_sweep}
+    sweep_config = compose_sweep(_select(layer_settings(file.settings, for_sweep), of_sweep=True))
+    arms: list[Arm] = []
+    used_keys: set[str] = set()
+    for name, arm_config in file.arms.items():
+        chosen = _choose_overrides(name, arm_config, file, for_runs)
+        used_keys |= set(chosen)
+        arms.append(_build_arm(name, arm_config, file, {**for_sweep, **chosen}))
+    for key in for_runs:
+        if key not in used_keys:
             names = ", ".join(arm.name for arm in arms)
-            known = {f"method.{f.name}" for arm in arms for f in fields(arm.corners[0].method)} | {MULTIPLIER}
+            known = {f"method.{f.name}" for arm in arms for f in fields(arm.corners[0].method)}
             raise ConfigError(
                 f"`{key}` must be a setting of at least one arm ({names}), but is not.{nearest(key, known)} "
                 "Write `arms.ARM.KEY=VALUE` for one arm only."
             )
-    sweep_config = compose_sweep(layer_settings("sweep", _split_sweep_settings(file.settings)[1], sweep_overrides))
     _check_subjects(arms)
-    for arm in arms:
-        arm_settings = _list_shared_settings(arm.sweep_config)
-        for key, value in _list_shared_settings(sweep_config).items():
-            if (arm_value := arm_settings[key]) != value:
+    for arm in arms:  # they are compared, so they share the confirm stage
+        for name, value in asdict(sweep_config.confirm).items():
+            if (arm_value := getattr(arm.sweep_config.confirm, name)) != value:
                 raise ConfigError(
-                    f"`{key}` must be the same for all arms, because they are compared, but arm `{arm.name}` "
+                    f"`confirm.{name}` must be the same for all arms, because they are compared, but arm `{arm.name}` "
                     f"has {arm_value!r}, not {value!r}. Set it once for the whole sweep."
                 )
     return Definition(
         name=file.name,
         description=file.description,
-        arms=arms,
+        arms=tuple(arms),
         sweep_config=sweep_config,
         raw={"file": raw["file"], "overrides": dict(raw["overrides"]), "rounds": list(raw.get("rounds", ()))},
         source=source,
@@ -249,11 +242,6 @@ def _add_typed_arms(content: Any, overrides: Mapping[str, Any]) -> tuple[Any, di
     return {**content, "arms": arms}, {key: value for key, value in overrides.items() if key not in typed}
 
 
-def _list_shared_settings(config: SweepConfig) -> dict[str, Any]:
-    """Returns the settings of a sweep that are the same for all arms."""
-    return {f"confirm.{name}": value for name, value in asdict(config.confirm).items()}
-
-
 def make_paths_absolute(value: Any, key: str = "") -> Any:
     """Returns nested settings with absolute paths of files, so that the sweep can be resumed from any folder."""
     if isinstance(value, Mapping):
@@ -264,58 +252,73 @@ def make_paths_absolute(value: Any, key: str = "") -> Any:
     return os.path.abspath(value) if is_path and any(glob.iglob(value, recursive=True)) else value
 
 
-def _split_sweep_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the settings of runs, and the settings of `SweepConfig`."""
-    groups = {f.name for f in fields(SweepConfig)}
-    sweep_settings = {key: value for key, value in settings.items() if key.split(".")[0] in groups}
-    return {key: value for key, value in settings.items() if key not in sweep_settings}, sweep_settings
+def _choose_overrides(name: str, config: ArmConfig, file: SweepFile, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the overrides of runs that apply to one arm, those of this arm alone last.
+
+    An override without an arm's name does not apply if the arm's method lacks the setting, or if it is a range and the
+    arm searches nothing.
+    """
+    own = {key: value for key, value in overrides.items() if key.startswith(f"arms.{name}.")}
+    for_all = {key: value for key, value in overrides.items() if not key.startswith("arms.")}
+    layers = [file.settings, config.settings, _without_ranges(for_all), _without_ranges(_strip(name, own))]
+    options = {key: value for key, value in layer_settings(*layers).items() if key in default_options("train")}
+    with name_arm_in_errors(name):
+        method = compose_values("train", options, require_all=False)["method"]
+    chosen = {
+        key: value
+        for key, value in for_all.items()
+        if (not key.startswith("method.") or key.split(".")[1] in method)
+        and (config.space or not _is_range(key, value))
+    }
+    return chosen | own
 
 
-def _build_arm(
-    name: str, config: ArmConfig, file: SweepFile, overrides: Mapping[str, Any], *, used_keys: set[str]
-) -> Arm:
-    """Returns one arm, composed and checked. Adds the keys of overrides that apply to the arm to `used_keys`."""
+def _build_arm(name: str, config: ArmConfig, file: SweepFile, overrides: Mapping[str, Any]) -> Arm:
+    """Returns one arm, composed and checked, with the overrides that apply to it."""
     require_folder_name("an arm's name", name)
     if name.endswith(CONFIRM_ENDING):
         raise ConfigError(f"an arm's name must not end in `{CONFIRM_ENDING}`, but got {name!r}. Rename the arm.")
-    for_all = {key: value for key, value in overrides.items() if not key.startswith("arms.")}
-    typed = {key: value for key, value in overrides.items() if key.startswith(f"arms.{name}.")}
-    used_keys |= set(typed)
-    for_arm = {key.removeprefix(f"arms.{name}."): value for key, value in typed.items()}
-    if "trials" in for_arm:
-        for_arm["sweep.trials"] = for_arm.pop("trials")
-    confirm_each = for_arm.pop("confirm_each", config.confirm_each)
-    # later layers win: sweep file, its arm, then the command line from general to particular
-    layers = [_split_sweep_settings(layer) for layer in (file.settings, config.settings, for_all, for_arm)]
-    sweep_config = compose_sweep(layer_settings("sweep", *(sweep_layer for _, sweep_layer in layers)))
     with name_arm_in_errors(name):
-        run_layers = [run_layer for run_layer, _ in layers]
-        settings, ranges = _layer_run(run_layers, config=config, used_keys=used_keys)
-        own_keys = {key for index, layer in enumerate(run_layers) if index not in SHARED_LAYERS for key in layer}
-        settings = _choose_base(settings, own_keys)
+        typed = [{k: v for k, v in overrides.items() if not k.startswith("arms.")}, _strip(name, overrides)]
+        confirm_each = typed[1].pop("confirm_each", config.confirm_each)
+        if "trials" in typed[1]:
+            typed[1]["sweep.trials"] = typed[1].pop("trials")
+        # One ordered list of overrides, later ones win: sweep file, its arm, then the command line.
+        settings = layer_settings(file.settings, config.settings, *map(_without_ranges, typed))
         if given := [key for key in ("output", "resume") if key in settings]:
             raise ConfigError(
                 f"`{given[0]}` must be left out, because the sweep names the folders of its runs, but got "
                 f"{settings[given[0]]!r}. `sweep.output=DIR` names the sweep's folder, `--resume DIR` resumes a sweep."
             )
-        space = _parse_space(settings, ranges)
-    wanted = (sweep_config.sweep.trials, config.trials, DEFAULT_TRIALS)
-    trials = next(number for number in wanted if number is not None)
-    if not ranges and not config.space and (config.trials or 1) != 1:
+        replaced = layer_settings(*typed)
+        typed_ranges = {key: value for key, value in replaced.items() if _is_range(key, value)}
+        ranges = {
+            key: value
+            for key, value in config.space.items()
+            if key in typed_ranges or not any(_is_inside(key, one) or _is_inside(one, key) for one in replaced)
+        } | typed_ranges
+        settings = {key: value for key, value in settings.items() if not any(_is_inside(key, one) for one in ranges)}
+        own_keys = {*config.settings, *_strip(name, overrides)}
+        sweep_config = compose_sweep(_select(settings, of_sweep=True))
+        settings = _choose_base(_select(settings), own_keys)
+        values = as_settings(compose_run(settings))
+        space = {
+            key: parse_range(key, range_, is_whole=_is_whole(key, range_, values)) for key, range_ in ranges.items()
+        }
+    if not config.space and not space and (config.trials or 1) != 1:
         raise ConfigError(
             f"`arms.{name}.trials` must be 1 for an arm without a space, but got {config.trials!r}. Add a `space`."
         )
+    wanted = (sweep_config.sweep.trials, config.trials, DEFAULT_TRIALS)
     built = Arm(
         name=name,
         settings=settings,
         space=space,
-        trials=trials if space else 1,
+        trials=next(number for number in wanted if number is not None) if space else 1,
         sweep_config=sweep_config,
         confirm_each=_check_confirm_each(confirm_each, space, arm=name),
     )
-    assert (
-        built.corners
-    )  # this composes runs at the ends of all ranges, so that a wrong value raises before the first trial
+    _ = built.corners  # composes runs at the ends of all ranges, so that a wrong value raises before the first trial
     _check_grid(built)
     return built
 
@@ -328,8 +331,6 @@ def _check_confirm_each(key: Any, space: Space, *, arm: str) -> str | None:
     """
     if key is None:
         return None
-    if key == ALPHA and ALPHA not in space and MULTIPLIER in space:
-        key = MULTIPLIER
     if key not in space:
         raise ConfigError(
             f"`arms.{arm}.confirm_each` must be a swept key of the arm ({', '.join(space) or 'it sweeps none'}), but "
@@ -361,42 +362,43 @@ def _check_subjects(arms: Sequence[Arm]) -> None:
         )
 
 
-def _layer_run(
-    layers: Sequence[Mapping[str, Any]], *, config: ArmConfig, used_keys: set[str]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the settings of an arm's runs, and its swept keys with their ranges.
+def _strip(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the overrides of one arm without `arms.NAME.` before their keys."""
+    prefix = f"arms.{name}."
+    return {key.removeprefix(prefix): value for key, value in overrides.items() if key.startswith(prefix)}
 
-    Args:
-        layers: Settings of runs: from the file and from the arm; then from the command line for all arms and for this
-            arm. In the last two layers, values and ranges replace each other.
-        config: The arm as in the sweep file.
-        used_keys: Receives the command line's keys for all arms that apply to this arm.
-    """
-    *written, for_all, for_arm = layers
-    layered = layer_settings("train", *layers)
-    # all groups, because the arm's runs are composed from the same groups later, and Hydra's composition is cached
-    known = known_keys({group: layered[group] for group in default_options("train") if _is_option(layered, group)})
-    for_all = {
-        key: value
-        for key, value in for_all.items()
-        if key not in for_arm
-        and not (_is_range(key, value) and not config.space)
-        # an override without an arm's name does not apply to arms whose method does not have the setting
-        and not (key.startswith("method.") and (ALPHA if key == MULTIPLIER else find_mapping(key) or key) not in known)
-    }
-    used_keys |= set(for_all)
-    typed = [for_all, for_arm]
-    merged = merge_layers(*typed)
-    ranges = {key: value for key, value in merged.items() if _is_range(key, value)}
-    values = [{key: value for key, value in layer.items() if not _is_range(key, value)} for layer in typed]
-    settings: dict[str, Any] = {}
-    for layer in (*written, *values):
-        settings = layer_settings("train", drop_rival_keys(settings, layer), layer)
-    replaced = {*merged, *map(get_rival_key, merged)} - set(ranges)
-    return (
-        {key: value for key, value in settings.items() if key not in ranges and get_rival_key(key) not in ranges},
-        {key: value for key, value in config.space.items() if key not in replaced} | ranges,
-    )
+
+def _select(settings: Mapping[str, Any], *, of_sweep: bool = False) -> dict[str, Any]:
+    """Returns the settings of runs, or those of the sweep."""
+    return {key: value for key, value in settings.items() if (key.split(".")[0] in SWEEP_GROUPS) is of_sweep}
+
+
+def _is_inside(key: str, other: str) -> bool:
+    """Returns whether a key is the other one or a part of it, as `method.alpha.over_rank` is of `method.alpha`."""
+    return key == other or ("." in other and key.startswith(f"{other}."))
+
+
+def _without_ranges(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if not _is_range(key, value)}
+
+
+def _is_range(key: str, value: Any) -> bool:
+    """Returns whether an override searches its key. Loggers, lists of layers, patterns and components are values."""
+    if isinstance(value, Mapping):
+        return not {"low", "high"}.isdisjoint(value) and TARGET not in value
+    return isinstance(value, list) and key not in (*LIST_GROUPS, *LIST_SETTINGS)
+
+
+def _is_whole(key: str, range_: Any, values: Any) -> bool:
+    """Returns whether a swept key holds whole numbers, from its value in an arm's composed settings."""
+    for name in key.split("."):
+        if not isinstance(values, Mapping):  # `method.alpha.over_rank` is composed to α
+            break
+        if name not in values:
+            # an argument with a default in its class; a key that is no setting raises when `corners` are composed
+            return isinstance(range_, Mapping) and all(isinstance(bound, int) for bound in range_.values())
+        values = values[name]
+    return isinstance(values, int) and not isinstance(values, bool)
 
 
 def _choose_base(settings: dict[str, Any], own_keys: Collection[str]) -> dict[str, Any]:
@@ -406,37 +408,9 @@ def _choose_base(settings: dict[str, Any], own_keys: Collection[str]) -> dict[st
     """
     if "model" in own_keys or QUANTIZATION in own_keys:
         return settings
-    # Hydra's composition has no multiplier
-    known = {key: value for key, value in settings.items() if key != MULTIPLIER}
-    values = compose_values("train", known, require_all=False)
+    values = compose_values("train", settings, require_all=False)
     is_needed = values["method"]["name"] not in METHODS_ON_QUANTISED_BASE
     return {**settings, QUANTIZATION: "none"} if is_needed and values["model"]["quantization"] != "none" else settings
-
-
-def _is_option(settings: Mapping[str, Any], group: str) -> bool:
-    return group in settings and (isinstance(settings[group], str) or group in LIST_GROUPS)
-
-
-def _is_range(key: str, value: Any) -> bool:
-    """Returns whether an override searches its key. Loggers, lists, mappings by layer and components are values."""
-    if isinstance(value, Mapping):
-        return key not in MAPPINGS and TARGET not in value
-    return isinstance(value, list) and key not in (*LIST_GROUPS, *LIST_SETTINGS)
-
-
-def _parse_space(settings: Mapping[str, Any], ranges: Mapping[str, Any]) -> Space:
-    config = as_settings(compose_with_multiplier({k: v for k, v in settings.items() if k not in ranges}))
-    return {key: parse_range(key, range_, is_whole=_is_whole(key, range_, config)) for key, range_ in ranges.items()}
-
-
-def _is_whole(key: str, range_: Any, config: Any) -> bool:
-    """Returns whether a swept key holds whole numbers, from its value in an arm's composed settings."""
-    for name in (ALPHA if key == MULTIPLIER else key).split("."):
-        if not isinstance(config, Mapping) or name not in config:
-            # an argument with a default in its class; a key that is no setting raises when `corners` are composed
-            return isinstance(range_, Mapping) and all(isinstance(bound, int) for bound in range_.values())
-        config = config[name]
-    return isinstance(config, int) and not isinstance(config, bool)
 
 
 def _check_grid(arm: Arm) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from lorasweep.config.build import as_settings
-from lorasweep.sweep.definition.alpha_over_rank import ALPHA, MULTIPLIER, OVER_RANK
+from lorasweep.config.method import ALPHA_OVER_RANK
 from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.sweep.definition.space import describe_space
 
@@ -19,15 +21,9 @@ def describe_definition(definition: Definition) -> dict[str, Any]:
     return {"name": definition.name, **as_settings(definition.sweep_config), "arms": arms}
 
 
-def _describe_runs(arm: Arm) -> dict[str, Any]:
-    settings: dict[str, Any] = as_settings(arm.corners[0])
-    swept = describe_space(arm.space)
-    if MULTIPLIER in arm.settings:
-        swept[MULTIPLIER] = arm.settings[MULTIPLIER]
-    for key, value in swept.items():
-        *groups, name = (ALPHA if key == MULTIPLIER else key).split(".")
-        inner = settings
-        for group in groups:
-            inner = inner[group]
-        inner[name] = {OVER_RANK: value} if key == MULTIPLIER else value
-    return settings
+def _describe_runs(arm: Arm) -> Any:
+    settings = OmegaConf.create(as_settings(arm.corners[0]))
+    multiplier = {key: value for key, value in arm.settings.items() if key == ALPHA_OVER_RANK}
+    for key, value in {**multiplier, **describe_space(arm.space)}.items():
+        OmegaConf.update(settings, key, value, merge=False)
+    return OmegaConf.to_container(settings)

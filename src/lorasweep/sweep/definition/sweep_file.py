@@ -13,10 +13,10 @@ from omegaconf import OmegaConf
 from pydantic.dataclasses import dataclass
 
 from lorasweep.config.build import Positive, Settings, build
-from lorasweep.config.compose import packaged_folder, refuse_resolvers
+from lorasweep.config.compose import packaged_folder
+from lorasweep.config.method import spread_multiplier
 from lorasweep.config.yaml_file import load_yaml
 from lorasweep.errors import ConfigError
-from lorasweep.sweep.definition.alpha_over_rank import spell_out_multiplier
 from lorasweep.wording import nearest
 
 MAX_NAME_CHARACTERS = 100
@@ -85,7 +85,6 @@ def read_content(source: Path | Mapping[str, Any]) -> Any:
     """
     try:
         loaded = OmegaConf.create(dict(source)) if isinstance(source, Mapping) else load_yaml(source)
-        refuse_resolvers(OmegaConf.to_container(loaded, resolve=False))
         content = OmegaConf.to_container(loaded, resolve=True)
         json.dumps(content)  # the record keeps the content; YAML also has bytes and paths
         return content
@@ -109,16 +108,12 @@ def parse_file(content: Any) -> SweepFile:
     file = build(SweepFile, content)
     return replace(
         file,
-        settings=spell_out_multiplier(file.settings, where="settings"),
-        arms={name: _spell_out_arm(name, arm) for name, arm in file.arms.items()},
+        settings=spread_multiplier(file.settings),
+        arms={
+            name: replace(arm, settings=spread_multiplier(arm.settings), space=spread_multiplier(arm.space))
+            for name, arm in file.arms.items()
+        },
     )
-
-
-def _spell_out_arm(name: str, arm: ArmConfig) -> ArmConfig:
-    spelled: dict[str, Any] = {
-        key: spell_out_multiplier(getattr(arm, key), where=f"arms.{name}.{key}") for key in ("settings", "space")
-    }
-    return replace(arm, **spelled)
 
 
 def require_folder_name(what: str, name: str) -> None:

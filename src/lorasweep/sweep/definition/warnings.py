@@ -9,11 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lorasweep.config.data import max_tokens_per_example
-from lorasweep.config.method import LoraConfig
+from lorasweep.config.method import ALPHA, ALPHA_OVER_RANK, LoraConfig
 from lorasweep.config.ranges import MAX_WIDTH_DIFFERENCE_DECADES, width_in_decades
 from lorasweep.config.run import LR, RunConfig
 from lorasweep.config.sweep import HalvingPruner, parse_margin, warn_of_few_seeds
-from lorasweep.sweep.definition.alpha_over_rank import ALPHA, MULTIPLIER
 from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.sweep.definition.space import describe_space
 from lorasweep.wording import join_words
@@ -84,7 +83,7 @@ def _warn_of_learning_rates(arms: Sequence[Arm]) -> Iterator[str]:
 def _warn_of_alpha(arm: Arm) -> Iterator[str]:
     """Warns if the ranks of an arm differ but neither α nor the learning rate does, so that α/r differs too."""
     # where the rate is searched, it makes up for α: see the rate law
-    if {ALPHA, MULTIPLIER, LR} & {*arm.space} or MULTIPLIER in arm.settings:
+    if {ALPHA, ALPHA_OVER_RANK, LR} & {*arm.space} or ALPHA_OVER_RANK in arm.settings:
         return
     methods = [config.method for config in arm.corners if isinstance(config.method, LoraConfig)]
     scaled = [method for method in methods if method.scaling == "alpha_over_rank"]
