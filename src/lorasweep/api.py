@@ -86,8 +86,14 @@ def run_sweep(
         ConfigError: The request is wrong; nothing was written.
         LoraSweepError: The sweep can't continue. Call `resume_sweep` after you have removed the cause.
     """
+    return run_definition(read_sweep_definition(sweep, overrides), output=output, progress=progress)
+
+
+def run_definition(
+    definition: Definition, *, output: str | Path | None = None, progress: Progress = "auto"
+) -> SweepResult:
+    """Runs a sweep that was read and checked; other arguments and errors as in `run_sweep`."""
     prepare_environment()
-    definition = read_sweep_definition(sweep, overrides)
     inputs_cache = InputsCache()
     definition = set_steps(definition, inputs_cache)
     opened = start_sweep(definition, inputs_cache, output=output)

@@ -17,10 +17,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from lorasweep.config.redaction import redact
 from lorasweep.console import EscapingConsole, say, say_error, silence_event_writer
 from lorasweep.errors import ConfigError, LoraSweepError, RanksLost, RecordError
 from lorasweep.quick_imports import quick_imports
-from lorasweep.redaction import redact
 from lorasweep.training.stop_signal import INTERRUPTED
 
 if TYPE_CHECKING:
@@ -185,33 +185,31 @@ def sweep(arguments: argparse.Namespace) -> int:
         from lorasweep import api
         from lorasweep.config.command_line import parse_overrides
         from lorasweep.sweep.controller.lifecycle import saved_definition
+        from lorasweep.sweep.definition.describe import describe_definition
         from lorasweep.sweep.workers.train import add_jobs
 
     name, overrides = _split_name(arguments.overrides)
-    if arguments.resume:
-        definition = saved_definition(arguments.resume)
-    else:
-        definition = api.read_sweep_definition(name or DEFAULT_SWEEP, overrides)
-    if arguments.cfg:
-        from omegaconf import OmegaConf
-
-        from lorasweep.sweep.definition.describe import describe_definition
-
-        say(OmegaConf.to_yaml(OmegaConf.create(describe_definition(definition))).removesuffix("\n"))
-        return DONE
-    if (worker := definition.sweep_config.worker).name == "slurm" and worker.dry_run:
-        from lorasweep.sweep.workers.slurm import format_batch_file
-
-        output = definition.sweep_config.sweep.output or f"outputs/{definition.name}"
-        say(format_batch_file(worker, Path(output)).removesuffix("\n"))
-        return DONE
-    if arguments.resume and overrides and (added := add_jobs(arguments.resume, parse_overrides(overrides))) is not None:
-        say(f"the sweep is running. Submitted Slurm jobs: {' '.join(added) or 'none, it has as many already'}")
-        return DONE
-    if arguments.resume:
+    if arguments.resume and not arguments.cfg:
+        added = add_jobs(arguments.resume, parse_overrides(overrides)) if overrides else None
+        if added is not None:
+            say(f"the sweep is running. Submitted Slurm jobs: {' '.join(added) or 'none, it has as many already'}")
+            return DONE
         result = api.resume_sweep(arguments.resume, overrides=overrides, file=name)
     else:
-        result = api.run_sweep(name or DEFAULT_SWEEP, overrides=overrides)
+        if arguments.resume:
+            definition = saved_definition(arguments.resume)
+        else:
+            definition = api.read_sweep_definition(name or DEFAULT_SWEEP, overrides)
+        if arguments.cfg:
+            say(describe_definition(definition).removesuffix("\n"))
+            return DONE
+        if (worker := definition.sweep_config.worker).name == "slurm" and worker.dry_run:
+            from lorasweep.sweep.workers.slurm import format_batch_file
+
+            output = definition.sweep_config.sweep.output or f"outputs/{definition.name}"
+            say(format_batch_file(worker, Path(output)).removesuffix("\n"))
+            return DONE
+        result = api.run_definition(definition)
     return _show_sweep(result) if result.status == "complete" else _say_how_to_resume(result)
 
 

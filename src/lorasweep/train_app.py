@@ -27,18 +27,18 @@ from lorasweep.config.command_line import (
     sort_overrides,
 )
 from lorasweep.config.compose import (
-    compose_run,
+    build_run,
     compose_values,
     describe_hydra_error,
     layer_settings,
     packaged_folder,
     search_also,
 )
+from lorasweep.config.redaction import redact
 from lorasweep.config.run import RunConfig
 from lorasweep.console import say, say_error
 from lorasweep.errors import ConfigError, LoraSweepError
 from lorasweep.quick_imports import quick_imports
-from lorasweep.redaction import redact
 from lorasweep.results import RunResult
 from lorasweep.training.stop_signal import INTERRUPTED
 
@@ -182,9 +182,9 @@ def _print_jobs(jobs: Sequence[Sequence[str]] | None, file_settings: Mapping[str
     if jobs is None:
         raise ConfigError("`--cfg job` must be used with Hydra's own sweeper, because another chooses its jobs later.")
     for job in jobs:
-        settings = layer_settings(file_settings, parse_overrides(job))
-        compose_run(settings, require_all=False)  # raises if a value is wrong
-        shown = OmegaConf.create(compose_values("train", settings, require_all=False))
+        values = compose_values("train", layer_settings(file_settings, parse_overrides(job)), require_all=False)
+        build_run(values)  # raises if a value is wrong
+        shown = OmegaConf.create(values)
         if package and not isinstance(shown := OmegaConf.select(shown, package), DictConfig):
             raise ConfigError(f"`--package` must name a group of settings, such as `method`, but got {package!r}.")
         if len(jobs) > 1:
@@ -208,8 +208,8 @@ def _compose(
 
     This is our own composition, because Hydra's keeps the default option's arguments if `_target_` names another class.
     """
-    settings = layer_settings(file_settings, parse_overrides(overrides))
-    config, values = compose_run(settings), compose_values("train", settings)
+    values = compose_values("train", layer_settings(file_settings, parse_overrides(overrides)))
+    config = build_run(values)
     if is_grid and config.trainer.wants_processes:
         raise ConfigError(
             "`trainer.devices` must be 1 and `trainer.strategy` auto with `-m`, but got "

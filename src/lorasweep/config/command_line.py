@@ -32,6 +32,7 @@ from lorasweep.config.compose import (
 )
 from lorasweep.config.yaml_file import load_yaml
 from lorasweep.errors import ConfigError, first_line
+from lorasweep.wording import shorten
 
 OPTUNA_SWEEPER = "hydra-optuna-sweeper"
 """Its last release needs Optuna 2, the pre-release 1.4 takes Optuna 5."""
@@ -220,12 +221,12 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
 def _parse_one(parser: OverridesParser, override: str) -> Override:
     try:
         return parser.parse_overrides([override])[0]
-    except HydraException as error:
+    except (HydraException, ValueError) as error:  # ValueError: a number of more than 4,300 digits
         key, _, value = override.partition("=")
-        is_text = value and value[0] not in "[{'\""
+        is_text = value and value[0] not in "[{'\"" and not value.isdigit()
         quoted = shlex.quote(f'{key}="{value}"')
         hint = f" If the value is a text, keep quotes around it from the shell: {quoted}." if is_text else ""
-        raise ConfigError(f"an override must read `key=value`, but got {override!r}.{hint}") from error
+        raise ConfigError(f"an override must read `key=value`, but got {shorten(override, 200)}.{hint}") from error
 
 
 def _read_override(override: Override) -> tuple[str, Any]:

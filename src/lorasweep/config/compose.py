@@ -27,10 +27,10 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from lorasweep.config.build import TARGET, build
 from lorasweep.config.data import MetricComponent
 from lorasweep.config.method import ALPHA_OVER_RANK
+from lorasweep.config.redaction import redact
 from lorasweep.config.run import OptimSettings, RunConfig
 from lorasweep.config.sweep import SweepConfig
 from lorasweep.errors import ConfigError, first_line
-from lorasweep.redaction import redact
 from lorasweep.wording import nearest
 
 Primary = Literal["train", "sweep"]
@@ -127,8 +127,12 @@ def compose_run(settings: Mapping[str, Any], *, require_all: bool = True) -> Run
     Raises:
         ConfigError: A key or value is wrong; the message names the nearest valid one.
     """
-    values = compose_values("train", settings, require_all=require_all)
-    del values["output"], values["resume"]
+    return build_run(compose_values("train", settings, require_all=require_all))
+
+
+def build_run(values: Mapping[str, Any]) -> RunConfig:
+    """Returns the settings of one run from the values that `compose_values` composed; errors as in `compose_run`."""
+    values = {key: value for key, value in values.items() if key not in ("output", "resume")}
     _refuse_secrets(values)
     return build(RunConfig, values)
 

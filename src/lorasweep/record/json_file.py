@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from lorasweep.config.ranges import is_number
+from lorasweep.config.redaction import redact
 from lorasweep.disk import write_atomically
 from lorasweep.errors import RecordError
-from lorasweep.redaction import redact
 from lorasweep.wording import shorten
 
 VERSION: Literal[1] = 1

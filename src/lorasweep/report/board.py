@@ -19,8 +19,8 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 
 from lorasweep.config.ranges import is_number
+from lorasweep.config.redaction import redact
 from lorasweep.record import RunRecord
-from lorasweep.redaction import redact
 from lorasweep.report.answers import AnswerLine
 from lorasweep.report.sweep_data import SweepData
 

@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 import torch
 
+from lorasweep.config.redaction import HIDDEN
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError, Diverged, RecordError
 from lorasweep.models.attention import IMPLEMENTATIONS, AttentionChoice
 from lorasweep.record import STEPS_FILE, RunRecord, read_run
-from lorasweep.redaction import HIDDEN
 from lorasweep.runs.comparison import Difference, Values, list_differences, list_suspects, read_values
 from lorasweep.training.components import EVENT_LOGGER
 from lorasweep.training.inputs import RunInputs, build_inputs

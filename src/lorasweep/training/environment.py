@@ -19,10 +19,10 @@ from typing import Any, Literal
 
 import torch
 
+from lorasweep.config.redaction import is_secret_name, redact
 from lorasweep.config.run import TrainerConfig
 from lorasweep.errors import ConfigError
 from lorasweep.record import PATCH_FILE
-from lorasweep.redaction import is_secret_name, redact
 
 RECORDED_PACKAGES = (
     *("torch", "lightning", "transformers", "tokenizers", "safetensors", "torchmetrics", "numpy"),

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
 
+from lorasweep.config.redaction import redact
 from lorasweep.disk import explain_unwritable, write_atomically
 from lorasweep.errors import LoraSweepError, OutOfMemory, RanksLost, RunError, WorkerError, describe_error, first_line
 from lorasweep.record import RunStatus
-from lorasweep.redaction import redact
 
 HOST_OUT_OF_MEMORY_TEXTS = ("can't allocate memory", "std::bad_alloc")
 """Texts in the `RuntimeError` that torch raises if the host has no memory left."""

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
+from lorasweep.config.redaction import redact
 from lorasweep.config.run import RunConfig
 from lorasweep.disk import remove_leftovers
 from lorasweep.errors import Diverged, OutOfMemory, RunError, WorkerError
 from lorasweep.record import RunRecord, Trial, add_telemetry
-from lorasweep.redaction import redact
 from lorasweep.sweep.controller.arm_trials import ArmTrials
 from lorasweep.sweep.controller.folder import RUNS_FOLDER, SweepFolder
 from lorasweep.sweep.controller.stages import Confirmation, Search, Stage, choose_settings

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lorasweep.config.data import max_tokens_per_example
-from lorasweep.config.method import ALPHA, ALPHA_OVER_RANK, LoraConfig
+from lorasweep.config.method import ALPHA_OVER_RANK, LoraConfig
 from lorasweep.config.ranges import MAX_WIDTH_DIFFERENCE_DECADES, width_in_decades
-from lorasweep.config.run import LR, RunConfig
+from lorasweep.config.run import ALPHA, LR, RunConfig
 from lorasweep.config.sweep import HalvingPruner, parse_margin, warn_of_few_seeds
 from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.sweep.definition.space import describe_space

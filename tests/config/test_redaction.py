@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorasweep.redaction import is_secret_name, redact
+from lorasweep.config.redaction import is_secret_name, redact
 
 PASSWORD = "open-sesame-42"
 
