@@ -145,3 +145,4 @@ def test_large_batches_are_cut_in_little_time(mixed):
     assert sum(sizes) == 5000
     assert sizes[0] > sizes[-1]  # more of the short examples go together
     assert choose_accumulate(mixed, batch_size=5000, cost_per_batch=256) > 1
+    assert set(choose_micro_batch_sizes(mixed, batch_size=5000, micro_batches=1000)) == {5}

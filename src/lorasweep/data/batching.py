@@ -26,7 +26,8 @@ SAMPLED_STEPS = 100
 MAX_SAMPLED_EXAMPLES = 100_000
 """Maximum number of examples in these batches. Drawing them takes 0.1 s."""
 MAX_CUTS = 128
-"""Number of places in a batch at which it may be cut into micro-batches. The search takes the square of it."""
+"""Number of places in a large batch at which it may be cut into micro-batches: the search takes the square of it. More
+micro-batches than half of it have equal sizes."""
 BYTES_PER_POSITION = 16
 """Bytes of a token position in a batch: an int64 token and an int64 target."""
 BYTES_PER_DRAWN_EXAMPLE = 100
@@ -234,9 +235,9 @@ def choose_micro_batch_sizes(split: Split, *, batch_size: int, micro_batches: in
     The sizes have the least padding on average, found by dynamic programming. They are the same for every step, so that
     all slots of a pack have equal sizes.
     """
-    if micro_batches == 1 or _has_one_length(split):
+    if micro_batches == 1 or micro_batches > MAX_CUTS // 2 or _has_one_length(split):
         return tuple(batch_size // micro_batches + (n < batch_size % micro_batches) for n in range(micro_batches))
-    every = max(1, batch_size // max(MAX_CUTS, 2 * micro_batches))
+    every = max(1, batch_size // MAX_CUTS)
     ends = [*range(every, batch_size, every), batch_size]
     lengths = [estimate_lengths(split, batch_size)[end - 1] for end in ends]
     # best[j]: the fewest positions, padding included, for the ends[j] shortest examples in the micro-batches so far,
