@@ -178,9 +178,14 @@ def describe_untried(data: SweepData) -> list[str]:
     """Returns a sentence for each list of choices of which no complete trial has some."""
     untried: dict[tuple[str, tuple[str, ...]], list[str]] = defaultdict(list)
     for arm in data.searches:
-        for key, values in arm.untried.items():
-            if key != arm.row.confirm_each:  # the search's model predicts these values from the others
-                untried[key, values].append(f"`{arm.name}`")
+        for key, space in arm.row.space.items():
+            if not isinstance(space, list) or key == arm.row.confirm_each:  # the search's model predicts its values
+                continue
+            complete = [trial.params for trial in arm.trials if trial.is_complete]
+            tried = {format_setting(params[key]) for params in complete if key in params}
+            missing = tuple(choice for choice in map(format_setting, space) if choice not in tried)
+            if tried and missing:
+                untried[key, missing].append(f"`{arm.name}`")
     return [
         f"Nothing is known about `{key}` {join_words(values, last='or')}: no complete trial of "
         f"{join_words(arms)} has it."

@@ -36,7 +36,6 @@ from lorasweep.record import (
 )
 from lorasweep.report.evidence.estimates import Interval
 from lorasweep.report.evidence.evidence import Evidence, build_evidence, find_metric_range, read_confirm_scores
-from lorasweep.wording import format_setting
 
 if TYPE_CHECKING:
     import pandas
@@ -79,23 +78,6 @@ class ArmData:
 
     def count(self, state: TrialState) -> int:
         return sum(trial.state == state for trial in self.trials)
-
-    def tried_settings(self, key: str) -> tuple[str, ...]:
-        """Returns the different values of a swept key in complete trials, as text with three digits."""
-        found = [trial.params[key] for trial in self.trials if trial.is_complete and key in trial.params]
-        return tuple(dict.fromkeys(map(format_setting, found)))
-
-    @property
-    def untried(self) -> dict[str, tuple[str, ...]]:
-        """The choices of each swept key that no complete trial has; without keys that have no complete trial at all."""
-        choices = {
-            key: [format_setting(choice) for choice in space]
-            for key, space in self.row.space.items()
-            if isinstance(space, list)
-        }
-        tried = {key: self.tried_settings(key) for key in choices}
-        missing = {key: tuple(one for one in choices[key] if one not in tried[key]) for key in choices if tried[key]}
-        return {key: values for key, values in missing.items() if values}
 
     def describe_states(self) -> str:
         """Returns how many trials are in each state: `9 complete, 7 pruned`."""
