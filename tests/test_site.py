@@ -55,7 +55,7 @@ EXIT_CODE = re.compile(r"# exit code (\d)")
 HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 PORT = "8321"
 RUN_BUDGET = ("trainer.max_steps=2", "trainer.eval_every_steps=1", "trainer.batch_size=4", "trainer.device=cpu")
-SWEEP_BUDGET = (*RUN_BUDGET, "sweep.trials=2", "confirm.seeds=2")
+SWEEP_BUDGET = (*RUN_BUDGET, "sweep.trials=2", "confirm.seeds=1")
 TABLE_BUDGET = ("data.max_validation_examples=20", "data.max_test_examples=20")
 TEXT_BUDGET = ("data.max_validation_blocks=4", "data.max_test_blocks=4")
 
