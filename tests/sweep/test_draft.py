@@ -71,22 +71,6 @@ def test_pairs_conversations_and_running_text_are_recognised(here):
 
 
 @pytest.mark.parametrize(
-    "columns",
-    [
-        ("Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"),
-        ("Quality", "id1", "id2", "question1", "question2"),
-        ("Quality", "id1", "id2", "first", "second"),
-    ],
-)
-def test_two_columns_whose_names_differ_in_their_number_are_a_pair(here, columns):
-    rows = [(n % 2, 5000 + n, 6000 + n, f"one {n}", f"another long text {n}") for n in range(60)]
-    (here / "pairs.tsv").write_text("\n".join("\t".join(map(str, row)) for row in (columns, *rows)) + "\n")
-    settings = draft(MODEL, "data.train=pairs.tsv")["settings"]
-    found = tuple(settings[key] for key in ("data.label", "data.text", "data.text_pair"))
-    assert found == ("Quality", *columns[3:])
-
-
-@pytest.mark.parametrize(
     ("words", "said"),
     [
         (["data.train=topics.csv"], "model.path"),
