@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from lorasweep.config.user_function import call_user_function
+from lorasweep.config.components import call_user_function
 from lorasweep.errors import ConfigError
 
 MODULE = """

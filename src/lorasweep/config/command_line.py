@@ -30,7 +30,6 @@ from lorasweep.config.compose import (
     hydra_session,
     known_keys,
 )
-from lorasweep.config.yaml_file import load_yaml
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.wording import shorten
 
@@ -56,7 +55,7 @@ def read_settings_file(path: Path) -> dict[str, Any]:
         ConfigError: The file is missing, or does not hold keys and values.
     """
     try:
-        settings: Any = OmegaConf.to_container(load_yaml(path))
+        settings: Any = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # PyYAML and OmegaConf raise errors of many classes
         reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
         raise ConfigError(f"{str(path)!r} must be a YAML file of settings, but can't be read: {reason}.") from error

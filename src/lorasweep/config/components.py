@@ -1,19 +1,21 @@
-"""Third-party components that settings configure by `_target_`: checked, then instantiated by Hydra."""
+"""Code that settings name: components by `_target_`, which Hydra instantiates, and functions of the user."""
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import field
 from importlib.util import find_spec
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, TypeVar
 
 from pydantic.dataclasses import dataclass
 
 from lorasweep.config.build import TARGET, Settings
-from lorasweep.config.user_function import add_current_folder
 from lorasweep.errors import ConfigError, describe_error
 
 T = TypeVar("T")
@@ -137,3 +139,40 @@ def _describe_missing(error: Exception, *, key: str) -> str | None:
 def _describe_package(package: str, *, key: str, extra: str | None = None) -> str:
     installed = f"'lorasweep[{extra}]'" if extra else package
     return f"`{key}` needs the package {package!r}, which is not installed. Run `pip install {installed}`."
+
+
+def check_function_name(key: str, name: str) -> None:
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", name):
+        raise ConfigError(f"`{key}` must have the form `package.module:function`, but got {name!r}.")
+
+
+def call_user_function(name: str, *, key: str, offered: Mapping[str, Any]) -> Any:
+    """Imports and calls a function of the user, with those of the offered arguments that the function takes.
+
+    Args:
+        name: `package.module:function`. Python also looks for the module in the current folder.
+        key: Dotted key of the setting, for messages.
+        offered: Arguments by name.
+
+    Raises:
+        ConfigError: The function can't be imported, needs an argument that is not offered, or fails.
+    """
+    add_current_folder()
+    try:
+        function = resolve_name(name)
+        parameters = inspect.signature(function).parameters.values()
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        names = {parameter.name for parameter in parameters}
+        return function(**{name: value for name, value in offered.items() if takes_any or name in names})
+    except Exception as error:
+        arguments = f"the arguments {', '.join(offered)}" if offered else "no arguments"
+        raise ConfigError(
+            f"`{key}` must name a function that works with {arguments}, but {name!r} fails: {describe_error(error)}."
+        ) from error
+
+
+def add_current_folder() -> None:
+    """Lets Python import modules of the current folder, which the path of a console script does not include."""
+    if (folder := str(Path.cwd())) not in sys.path:
+        sys.path.append(folder)
+    importlib.invalidate_caches()  # a module may have been written since the last import

@@ -13,8 +13,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from lorasweep.config.build import AtLeastTwo, Positive, Settings
-from lorasweep.config.components import Component
-from lorasweep.config.user_function import check_function_name
+from lorasweep.config.components import Component, check_function_name
 from lorasweep.errors import ConfigError
 
 Direction = Literal["minimize", "maximize"]

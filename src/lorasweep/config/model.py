@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic.dataclasses import dataclass
 
 from lorasweep.config.build import Fraction, Settings
-from lorasweep.config.user_function import check_function_name
+from lorasweep.config.components import check_function_name
 from lorasweep.errors import ConfigError
 
 ModelKind = Literal["causal_lm", "classifier", "seq2seq"]

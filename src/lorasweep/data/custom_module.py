@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader, IterableDataset
 
+from lorasweep.config.components import call_user_function
 from lorasweep.config.data import CustomDataConfig, CustomTask
-from lorasweep.config.user_function import call_user_function
 from lorasweep.data.source import DataSource
 from lorasweep.data.split import IGNORED, Batch, Split
 from lorasweep.errors import ConfigError

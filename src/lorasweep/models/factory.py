@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lorasweep.config.components import call_user_function
 from lorasweep.config.model import ModelConfig
-from lorasweep.config.user_function import call_user_function
 from lorasweep.errors import ConfigError
 from lorasweep.models.dropout import set_dropout_modules, set_dropout_settings
 

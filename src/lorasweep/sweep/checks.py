@@ -10,8 +10,7 @@ from lorasweep.sweep.controller.history import History
 from lorasweep.sweep.controller.proposals import propose
 from lorasweep.sweep.controller.stopping_rules import build_rule
 from lorasweep.sweep.definition.arms import Definition, name_arm_in_errors, restore_definition
-from lorasweep.sweep.definition.bases import explain_bases
-from lorasweep.sweep.definition.packing import explain_solo_arms, plan_packing
+from lorasweep.sweep.definition.packing import explain_bases, explain_solo_arms, plan_packing
 from lorasweep.sweep.definition.seeds import draw_confirm_seeds
 from lorasweep.training.inputs import InputsCache, check_batch_memory
 from lorasweep.training.module import check_run

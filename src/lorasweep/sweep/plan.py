@@ -31,8 +31,7 @@ from lorasweep.errors import OutOfMemory, RunError
 from lorasweep.record import RunRecord, describe_confirmation, read_run
 from lorasweep.sweep.controller.stopping_rules import build_rule
 from lorasweep.sweep.definition.arms import Arm, Definition
-from lorasweep.sweep.definition.bases import explain_bases
-from lorasweep.sweep.definition.packing import explain_packing, plan_packing
+from lorasweep.sweep.definition.packing import explain_bases, explain_packing, plan_packing
 from lorasweep.sweep.definition.seeds import count_confirm_runs
 from lorasweep.sweep.definition.warnings import count_tokens, find_warnings
 from lorasweep.sweep.workers.worker import choose_slots, list_pack_arms

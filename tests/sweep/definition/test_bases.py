@@ -6,8 +6,7 @@ import pytest
 
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.definition.bases import explain_bases
-from lorasweep.sweep.definition.packing import explain_packing, plan_packing
+from lorasweep.sweep.definition.packing import explain_bases, explain_packing, plan_packing
 
 
 def quantizations(definition):

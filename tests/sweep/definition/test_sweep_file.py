@@ -58,10 +58,9 @@ def test_a_file_that_names_code_runs_none(write_file, tmp_path):
 @pytest.mark.parametrize(
     "text",
     [
-        "\n".join(["a0: &a0 [1, 1]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 20))]),
         "a: &a [*a]",
         "[" * 100_000,
-        "name: " + "x" * 2**20,
+        "name: " + "9" * 5000,
         "name: !!timestamp x",
         "name: !!bool x",
         "name: !!binary aGk=",

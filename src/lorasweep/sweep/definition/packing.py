@@ -1,4 +1,4 @@
-"""Decides which arms' trials can train together as a pack.
+"""Decides which arms' trials can train together as a pack, and says which base each arm trains on.
 
 Trials share a pack if they differ only in settings that each slot has for itself: `optim`, `schedule`, `logger`, seeds,
 and the settings of `method=lora` that can be stacked. Model, data and trainer settings must be equal.
@@ -14,7 +14,7 @@ from typing import Any
 
 from lorasweep.config.components import Component
 from lorasweep.config.method import LoraConfig, PeftConfig
-from lorasweep.config.run import RunConfig
+from lorasweep.config.run import METHODS_ON_QUANTISED_BASE, RunConfig
 from lorasweep.errors import ConfigError
 from lorasweep.lora.packed.inject import why_not_packable
 from lorasweep.sweep.definition.arms import Arm, Definition
@@ -152,6 +152,28 @@ def explain_packing(definition: Definition) -> list[str]:
         different = join_words(_list_differences(plans[first[0]].largest, plans[second[0]].largest))
         notes.append(f"{quote_names(first)} share no packs with {quote_names(second)}: {different} must be equal.")
     return [*notes, *(f"{quote_names(names)}: trials run alone. {reason}" for reason, names in alone.items())]
+
+
+def explain_bases(definition: Definition) -> list[str]:
+    """Returns a note on the bases of all arms; none if no arm has a quantised base."""
+    by_kind: dict[str, list[Arm]] = {}
+    for arm in definition.arms:
+        for kind in dict.fromkeys(config.model.quantization for config in arm.corners):
+            by_kind.setdefault(kind, []).append(arm)
+    unquantised = by_kind.pop("none", [])
+    if not by_kind:
+        return []
+    parts = [f"{quote_names([arm.name for arm in arms])}: the base in {kind}" for kind, arms in by_kind.items()]
+    if unquantised:
+        parts.append(f"{quote_names([arm.name for arm in unquantised])}: the unquantised base")
+    note = f"`model.quantization` decides the base of each arm. {'; '.join(parts)}."
+    if trained := [arm for arm in unquantised if arm.corners[0].method.name not in METHODS_ON_QUANTISED_BASE]:
+        verb = "train" if len(trained) > 1 else "trains"
+        names = quote_names([arm.name for arm in trained])
+        note += f" {names} {verb} weights of the base, which is not possible in few bits."
+    if unquantised:
+        note += " A difference between arms on different bases is also an effect of the quantisation."
+    return [note]
 
 
 def quote_names(names: Sequence[str]) -> str:

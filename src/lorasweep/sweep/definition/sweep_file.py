@@ -15,7 +15,6 @@ from pydantic.dataclasses import dataclass
 from lorasweep.config.build import Positive, Settings, build
 from lorasweep.config.compose import packaged_folder
 from lorasweep.config.method import spread_multiplier
-from lorasweep.config.yaml_file import load_yaml
 from lorasweep.errors import ConfigError
 from lorasweep.wording import nearest
 
@@ -84,7 +83,7 @@ def read_content(source: Path | Mapping[str, Any]) -> Any:
         ConfigError: The file is not YAML, or the content has values that YAML does not have.
     """
     try:
-        loaded = OmegaConf.create(dict(source)) if isinstance(source, Mapping) else load_yaml(source)
+        loaded = OmegaConf.create(dict(source)) if isinstance(source, Mapping) else OmegaConf.load(source)
         content = OmegaConf.to_container(loaded, resolve=True)
         json.dumps(content)  # the record keeps the content; YAML also has bytes and paths
         return content
