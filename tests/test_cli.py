@@ -465,7 +465,7 @@ def test_a_run_is_exported_and_the_difference_said(here, short, capsys, format):
     assert run(words) == DONE
     shown = capsys.readouterr().out
     assert shown.startswith(f"{format}, ")
-    assert ": new\nits logits differ from the run's by at most " in shown
+    assert ("\nits logits differ from the run's by at most " in shown) == (format == "merged")
     assert (here / "new" / {"peft": "adapter_config.json", "merged": "config.json"}[format]).is_file()
     before = files_below(here)
     assert run(words) == WRONG_REQUEST

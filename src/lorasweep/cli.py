@@ -292,13 +292,12 @@ def export(arguments: argparse.Namespace) -> int:
     written = export_run(
         arguments.run, format=arguments.format, out=arguments.out, dtype=arguments.dtype, trust=arguments.trust
     )
-    say(
-        f"{arguments.format}, {written.dtype}, {format_bytes(written.num_bytes)}: {arguments.out}\n"
-        f"its logits differ from the run's by at most {written.difference:.2g} (the largest is "
-        f"{written.largest_logit:.3g}), both computed in fp32"
-    )
-    if written.quantization != "none" and arguments.format == "merged":
-        say(f"the run had its base in {written.quantization}, but the merged model has the unquantised weights")
+    say(f"{arguments.format}, {written.dtype}, {format_bytes(written.num_bytes)}: {arguments.out}")
+    if written.largest_logit is not None:
+        say(
+            f"its logits differ from the run's by at most {written.difference:.2g} (the largest is "
+            f"{written.largest_logit:.3g}), both computed in fp32"
+        )
     return DONE
 
 

@@ -295,11 +295,11 @@ def test_a_run_that_does_not_fit_its_record_is_refused_and_nothing_is_written(co
 
 
 def test_a_disk_that_fills_up_leaves_nothing_behind(trained, tmp_path, monkeypatch):
-    def fail(model, folder, **settings):
-        (folder / "half.safetensors").write_bytes(b"0")
+    def fail(source, target):
+        target.write_bytes(b"0")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export_file, "save_adapter", fail)
+    monkeypatch.setattr(export_file.shutil, "copyfile", fail)
     with pytest.raises(RunError, match=r"`--out`.*No space left on device"):
         export_run(trained(), format="peft", out=tmp_path / "new" / "out")
     assert not any(tmp_path.iterdir())

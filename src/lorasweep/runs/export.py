@@ -1,10 +1,13 @@
 """Exports a run as an adapter for PEFT or as a whole model for transformers.
 
-The files are written to a temporary folder, loaded again and compared with the run. Then the folder is renamed.
+The files are written to a temporary folder, which is renamed at the end. A merged model is loaded again before and
+compared with the run.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,8 +25,8 @@ from lorasweep.config.model import ModelConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.disk import require_new_folder
 from lorasweep.errors import ConfigError, RunError, first_line
-from lorasweep.lora import load_adapter, save_adapter
-from lorasweep.methods import METHODS, copy_sharing_weights
+from lorasweep.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from lorasweep.methods import METHODS
 from lorasweep.models.folder import find_local_path
 from lorasweep.models.load import BaseModel, fingerprint_weights
 from lorasweep.models.pretrained import load_pretrained, quiet_transformers
@@ -47,19 +50,18 @@ PROBE_ROWS, PROBE_TOKENS = 8, 16
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """The folder of an exported run, and how much its logits differ from the run's."""
+    """The folder of an exported run, and how much a merged model differs from the run."""
 
     folder: Path
     dtype: str
     """Name of the type of the written weights: `fp32`, `bf16` or `fp16`."""
-    num_bytes: int
-    difference: float
-    """Largest absolute difference between the logits of `best/` and of the written weights on one batch, both in fp32.
-    Merging rounds weights to the base's dtype, and puts the unquantised base in place of a quantised one."""
-    quantization: str
-    """The run's `model.quantization`."""
-    largest_logit: float
-    """The largest absolute logit of the run."""
+    num_bytes: int = 0
+    difference: float = 0.0
+    """Largest absolute difference between the logits of `best/` and of the merged model on one batch, both in fp32.
+    Merging rounds weights to the base's dtype, and puts the unquantised base in place of a quantised one. 0 for an
+    adapter, whose weights are copied."""
+    largest_logit: float | None = None
+    """The largest absolute logit of the run; None for an adapter."""
 
 
 def export_run(
@@ -91,22 +93,14 @@ def export_run(
     check_kept_files(record, run, part="best")
     with create_folder_atomically(out) as folder:
         if format == "peft":
-            written_dtype = "fp32"
-            base_path = _get_permanent_path(config.model)
-            original, written = _export_adapter(record, config, run / "best", folder, base_path=base_path)
+            _copy_adapter(config.model, run / "best", folder)
+            export = Export(folder=out, dtype="fp32")
         else:
-            written_dtype, original, written = _export_merged(record, config, run / "best", folder, dtype=dtype)
-        card = build_card(record, config, run=run, format=format, dtype=written_dtype, repository=out.resolve().name)
+            export = replace(_export_merged(record, config, run / "best", folder, dtype=dtype), folder=out)
+        card = build_card(record, config, run=run, format=format, dtype=export.dtype, repository=out.resolve().name)
         card.save(folder / CARD_FILE)
         num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return Export(
-        folder=out,
-        dtype=written_dtype,
-        num_bytes=num_bytes,
-        difference=float((written - original).abs().max()),
-        largest_logit=float(original.abs().max()),
-        quantization=config.model.quantization,
-    )
+    return replace(export, num_bytes=num_bytes)
 
 
 @contextmanager
@@ -156,38 +150,20 @@ def _check_request(config: RunConfig, *, format: ExportFormat, out: Path, dtype:
     require_new_folder(out, key="--out", remedy="Name another folder.")
 
 
-def _export_adapter(
-    record: RunRecord, config: RunConfig, best: Path, folder: Path, *, base_path: str
-) -> tuple[Tensor, Tensor]:
-    """Writes the adapter. Returns the logits of the run, and of the base with the written adapter."""
-    base = restore_base(record, config)
-    model = _restore(config, base, best)
-    written = copy_sharing_weights(base.model)
-    assert isinstance(written, PreTrainedModel)
-    if config.method.name == "peft":
-        METHODS["peft"].save(model, folder, base=replace(base, path=base_path))
-        METHODS["peft"].load(written, folder)
-        written.train(False)
-    else:
-        save_adapter(
-            model,
-            folder,
-            base_path=base_path,
-            base_fingerprint=base.fingerprint,
-            base_revision=config.model.revision,
-        )
-        load_adapter(written, folder, base_fingerprint=base.fingerprint)
-    return compute_probe_logits(model), compute_probe_logits(written)
+def _copy_adapter(config: ModelConfig, best: Path, folder: Path) -> None:
+    """Copies an adapter, with the base's path and revision for other tools."""
+    shutil.copyfile(best / WEIGHTS_FILE, folder / WEIGHTS_FILE)
+    local = find_local_path(config)
+    base = {
+        "base_model_name_or_path": str(config.path if local is None else local.resolve()),
+        "revision": config.revision,
+    }
+    settings = json.loads((best / CONFIG_FILE).read_text(encoding="utf-8")) | base
+    (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _export_merged(
-    record: RunRecord, config: RunConfig, best: Path, folder: Path, *, dtype: str | None
-) -> tuple[str, Tensor, Tensor]:
-    """Writes the whole model.
-
-    Returns the name of the type of its weights, the logits of the run, and those of the model that transformers loads
-    again.
-    """
+def _export_merged(record: RunRecord, config: RunConfig, best: Path, folder: Path, *, dtype: str | None) -> Export:
+    """Writes the whole model, loads it again and compares the logits."""
     base, logits_of_run = restore_base(record, config), None
     if config.model.quantization != "none":
         # an adapter is merged into the weights that were quantised; the run itself had the rounded ones
@@ -208,7 +184,12 @@ def _export_merged(
         )
     names = {each: name for name, each in EXPORT_DTYPES.items()}
     original = logits if logits_of_run is None else logits_of_run
-    return names.get(torch_dtype, str(torch_dtype)), original, compute_probe_logits(written)
+    return Export(
+        folder=folder,
+        dtype=names.get(torch_dtype, str(torch_dtype)),
+        difference=float((compute_probe_logits(written) - original).abs().max()),
+        largest_logit=float(original.abs().max()),
+    )
 
 
 def _write_merged(
@@ -281,9 +262,3 @@ def _weights_in_fp32(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for tensor, data in originals:
             tensor.data = data
-
-
-def _get_permanent_path(config: ModelConfig) -> str:
-    """Returns the path of the base for other tools: the absolute path of a folder, or the hub id."""
-    folder = find_local_path(config)
-    return str(config.path if folder is None else folder.resolve())
