@@ -208,18 +208,33 @@ def estimate_ratio(
     The interval holds each value for which a test of numerator - value · denominator = 0 does not reject. It is None
     if a test of denominator = 0 does not reject: the interval would have no bounds.
     """
-    # A coefficient of 0 for the other sum's subjects takes both sums over the same seeds.
-    above = estimate_sum(scores, subtract(numerator, denominator, 0.0), of_best=of_best)
-    below = estimate_sum(scores, subtract(denominator, numerator, 0.0), of_best=of_best)
+
+    def estimate(factor: float, of: Coefficients, less: Coefficients) -> Estimate | None:
+        # A coefficient of 0 for the other sum's subjects takes all sums over the same seeds.
+        return estimate_sum(scores, subtract(of, less, factor), of_best=of_best)
+
+    above, below = estimate(0.0, numerator, denominator), estimate(0.0, denominator, numerator)
     if above is None or below is None or below.value == 0:
         return None
     ratio, level = above.value / below.value, (1 - confidence) / 2
     if min(below.p_positive, below.p_negative) > level:
         return ratio, None
-    ends = [
-        _solve(scores, numerator, denominator, ratio, direction, level=level, of_best=of_best) for direction in (-1, 1)
-    ]
-    return ratio, None if ends[0] is None or ends[1] is None else (ends[0], ends[1])
+
+    def excess(value: float) -> float:
+        found = estimate(value, numerator, denominator)
+        return min(found.p_positive, found.p_negative) - level if found else 1.0
+
+    def find_end(direction: int) -> float | None:
+        """Returns the end of the interval below (-1) or above (1) the ratio, or None if it is not found."""
+        width = 0.05
+        for _ in range(MAX_DOUBLINGS):
+            if excess(ratio + direction * width) < 0:
+                return float(brentq(excess, *sorted((ratio, ratio + direction * width)), xtol=1e-9))
+            width *= 2
+        return None
+
+    low, high = find_end(-1), find_end(1)
+    return ratio, None if low is None or high is None else (low, high)
 
 
 def subtract(numerator: Coefficients, denominator: Coefficients, factor: float) -> dict[str, float]:
@@ -233,27 +248,3 @@ def _bound_sum(coefficients: Coefficients, score_range: Interval, *, constant: f
     # Without 0: the product of 0 and an infinite end is not a number.
     ends = [[coefficient * end for end in score_range] for coefficient in coefficients.values() if coefficient]
     return constant + sum(map(min, ends)), constant + sum(map(max, ends))
-
-
-def _solve(
-    scores: ConfirmScores,
-    numerator: Coefficients,
-    denominator: Coefficients,
-    ratio: float,
-    direction: int,
-    *,
-    level: float,
-    of_best: bool,
-) -> float | None:
-    """Returns the end of the ratio's interval below (-1) or above (1) the ratio, or None if it is not found."""
-
-    def excess(value: float) -> float:
-        found = estimate_sum(scores, subtract(numerator, denominator, value), of_best=of_best)
-        return min(found.p_positive, found.p_negative) - level if found else 1.0
-
-    width = 0.05
-    for _ in range(MAX_DOUBLINGS):
-        if excess(ratio + direction * width) < 0:
-            return float(brentq(excess, *sorted((ratio, ratio + direction * width)), xtol=1e-9))
-        width *= 2
-    return None
