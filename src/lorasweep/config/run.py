@@ -216,6 +216,14 @@ LR, RANK, ALPHA = "optim.lr", "method.rank", "method.alpha"
 """The three settings of LoRA that a sweep is about."""
 
 
+def follows_rate_law(method: str, optimizer: str) -> bool:
+    """Returns whether the rate law was measured for a method and the name or class of an optimizer: LoRA under Adam.
+
+    Other optimizers move the weights by the size of the gradient, so the law's reason does not hold for them.
+    """
+    return method == "lora" and "adam" in optimizer.lower()
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Settings):
     """All settings of one run."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorasweep.config.ranges import is_number
+from lorasweep.config.run import follows_rate_law
 from lorasweep.record.json_file import Count, Number
 from lorasweep.record.run import RunRecord
 from lorasweep.wording import format_setting, short_key
@@ -131,6 +132,12 @@ class Trial:
     def trains(self) -> bool:
         """Whether the run trained anything, unlike the frozen base."""
         return self.record is not None and self.record.trainable_params > 0
+
+    @property
+    def follows_rate_law(self) -> bool:
+        """Whether learning rate and α are one coordinate, by the rate law; False without a record."""
+        optimizer = self.setting("optim.name") or self.setting("optim._target_")
+        return follows_rate_law(str(self.setting("method.name")), str(optimizer))
 
     def setting(self, key: str) -> Any:
         """Returns the value of a dotted key: the swept value, else the one in the run's configuration, else None."""

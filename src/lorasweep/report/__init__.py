@@ -3,12 +3,12 @@
 `write_report` writes the files, and `render_terminal` shows one sweep or several side by side. Nothing here imports
 torch.
 
-sweep_data          reads a sweep's folder: subjects with their trials and confirm runs, and the records of these
+sweep_data          a sweep's folder: subjects with their trials and confirm runs, and one table of all runs
 evidence            the test scores of subjects, and the answers to the sweep's questions
 learning, fairness  whether the trials beat an answer that needs no training, and whether arms were treated alike
-choice, recommend   the settings to use
+choice, recommend   the settings to use, as sentences and files
 answers             the three lines at the top of every output, and verdicts in words
-findings, advice    the other sentences, and what to do next
+findings            the other sentences, and what to search next
 summary             the content of the whole report
 figures, page, board, terminal, write
                     the report as a person sees it

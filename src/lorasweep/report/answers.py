@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lorasweep.config.run import ALPHA, LR, RANK
-from lorasweep.record import Trial
 from lorasweep.report.choice import choose_arm
 from lorasweep.report.evidence.questions import NEGATIVE_VERDICTS, POSITIVE_VERDICTS, Answer
 from lorasweep.report.learning import Learning
@@ -64,12 +63,6 @@ def name_value(subject: str, data: SweepData) -> str:
     arm = data.find_arm(subject)
     key = arm.key if arm else None
     return f"{short_key(key)} {format_setting(arm.row.settings[key])}" if arm and key else f"`{subject}`"
-
-
-def follows_rate_law(trial: Trial) -> bool:
-    """Returns whether the rate law was measured for a trial's method and optimizer: for LoRA under Adam and AdamW."""
-    optimizer = trial.setting("optim.name") or trial.setting("optim._target_")
-    return trial.setting("method.name") == "lora" and "adam" in str(optimizer).lower()
 
 
 def _answer_full(data: SweepData) -> tuple[str, bool]:
@@ -162,7 +155,7 @@ def _answer_setting(data: SweepData, learning: Learning) -> tuple[str, bool]:
     at = "" if rank is None else f"Rank {format_setting(rank)}: "
     more = f" with {format_settings(others)}" if others else ""
     law = ""
-    if alpha and lr and follows_rate_law(best):
+    if alpha and lr and best.follows_rate_law:
         law = f" At another α: lr = u/√α with u = {lr * math.sqrt(alpha):.3g}."
     if setting is None:
         return f"Open: {at.lower()}{values}{more} in the best complete trial so far; {NO_TEST_SCORES}.{law}", False

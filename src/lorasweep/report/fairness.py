@@ -12,7 +12,6 @@ from typing import Any
 from lorasweep.config.method import ALPHA_OVER_RANK
 from lorasweep.config.ranges import MAX_WIDTH_DIFFERENCE_DECADES, width_in_decades
 from lorasweep.config.run import ALPHA, LR
-from lorasweep.report.answers import follows_rate_law
 from lorasweep.report.sweep_data import ArmData, SweepData
 from lorasweep.wording import format_count, format_share, join_words
 
@@ -84,7 +83,7 @@ def measure_effort(arm: ArmData, data: SweepData) -> dict[str, Any]:
     arm's subjects, None if it is not known. `regret_margins` is the same as a multiple of the margin.
     """
     keys = set(arm.row.space)
-    if LR in keys and any(map(follows_rate_law, arm.trials)):
+    if LR in keys and any(trial.follows_rate_law for trial in arm.trials):
         keys -= {ALPHA, ALPHA_OVER_RANK}
     settings = [one.setting for one in data.arms if one.arm == arm.name and one.setting]
     regret = max((one.regret for one in settings if one.regret is not None), default=None)

@@ -9,7 +9,6 @@ import plotly.graph_objects as go
 
 from lorasweep.config.run import ALPHA, LR
 from lorasweep.record import Trial, find_winner
-from lorasweep.report.answers import follows_rate_law
 from lorasweep.report.figures.panel import (
     Panel,
     Point,
@@ -55,7 +54,7 @@ def draw_score_by_lr(data: SweepData) -> Panel:
 
 def _draw_rates(arms: Sequence[ArmData], data: SweepData) -> go.Figure:
     scored = [trial for arm in arms for trial in arm.trials if trial.value is not None]
-    has_u = len({trial.setting(ALPHA) for trial in scored}) > 1 and all(map(follows_rate_law, scored))
+    has_u = len({trial.setting(ALPHA) for trial in scored}) > 1 and all(trial.follows_rate_law for trial in scored)
 
     def find_x(trial: Trial) -> float:
         """Returns the learning rate, or the coordinate of the rate law; 0 if it is not known."""

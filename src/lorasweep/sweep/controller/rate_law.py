@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorasweep.config.method import ALPHA_OVER_RANK, LoraConfig
-from lorasweep.config.run import ALPHA, LR, RANK
+from lorasweep.config.run import ALPHA, LR, RANK, follows_rate_law
 from lorasweep.sweep.definition.arms import Arm
 
 SCALING = "method.scaling"
@@ -49,13 +49,10 @@ class RateLaw:
 
 
 def build_rate_law(arm: Arm) -> RateLaw:
-    """Returns the rate law of an arm, whose settings may fix α/r; none without LoRA, Adam or a searched rate.
-
-    Other optimizers move the weights by the size of the gradient, so the law's reason does not hold for them.
-    """
+    """Returns the rate law of an arm, whose settings may fix α/r; none without LoRA, Adam or a searched rate."""
     if LR not in arm.space or not isinstance(method := (config := arm.corners[0]).method, LoraConfig):
         return RateLaw(defaults={})
-    if "adam" not in config.optim.name.lower():
+    if not follows_rate_law("lora", config.optim.name):
         return RateLaw(defaults={})
     return RateLaw(
         defaults={
