@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import lorasweep.training.packs.size as pack_size_file
 from lorasweep.lora import slot_model
+from lorasweep.training.inputs import build_inputs
 from lorasweep.training.packs.pack import build_pack, build_pack_batch, compute_slot_losses
 from lorasweep.training.packs.size import (
     MAX_MEMORY_FRACTION,
@@ -123,8 +124,9 @@ class LiveStorages(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("settings", "slots"), [({"method.dropout": 0.1, "method.rank": 16}, 3), ({"trainer.batch_size": 8}, 1)]
 )
-def test_a_real_step_takes_what_is_counted(make_config, inputs, settings, slots):
-    config = make_config(settings)
+def test_a_real_step_takes_what_is_counted(make_config, settings, slots):
+    config = make_config({"model": "tiny", **settings})
+    inputs = build_inputs(config)
     counted = slots * count_slot_bytes(config, inputs=inputs)
     model, _ = build_pack([config] * slots, inputs=inputs)
     optimizers = [SlotOptimizer(slot_model(model, slot), config, head_names=()) for slot in range(slots)]
