@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lorasweep.config.compose import compose_run
-from lorasweep.data.reading.tables import open_parts, read_columns
+from lorasweep.data.reading.tables import load_datasets, read_columns
 from lorasweep.errors import ConfigError
 
 PACKAGE = "vaderSentiment==3.3.2"
@@ -67,7 +67,7 @@ def read_table(folder: Path, split: str) -> list[tuple[str, str]]:
         )
     try:
         config = compose_run({"data": "table", "data.train": str(files[0])}).data
-        ((name, dataset),) = open_parts(config, "train").items()
+        ((name, dataset),) = load_datasets(config, "train").items()
         columns = read_columns(dataset, ["text", "label"], name=name)
     except ConfigError as error:
         raise SystemExit(f"{files[0]} must have columns text and label, but could not be read: {error}") from error

@@ -23,7 +23,7 @@ from lorasweep.data.reading.tables import (
     READERS,
     find_files,
     find_kind,
-    open_parts,
+    load_datasets,
     read_columns,
     refuse_unreadable,
 )
@@ -115,7 +115,7 @@ def _choose_data(settings: Mapping[str, Any]) -> dict[str, Any]:
         return {"data": "text"}
     config = compose_run({"data": "table", **settings, "model": "tiny"}, require_all=False).data
     assert isinstance(config, TableConfig)
-    name, dataset = next(iter(open_parts(config, "train").items()))
+    name, dataset = next(iter(load_datasets(config, "train").items()))
     names = dataset.column_names
     if any(set(known) <= set(names) for known in KNOWN_COLUMNS):
         return {"data": "chat"}

@@ -47,7 +47,7 @@ MAX_GZIP_RATIO = 20
 class Table:
     """One split. No row was looked at yet."""
 
-    parts: Mapping[str, Dataset]
+    datasets: Mapping[str, Dataset]
     """By name: one data set for each file, so that messages can number the rows of a file; or one of the hub."""
     columns: Sequence[str]
     """The chosen columns."""
@@ -58,7 +58,7 @@ class Table:
 
     def get_class_names(self, column: str) -> tuple[str, ...]:
         """Returns the names of a column's classes in the order that the data set states; empty if it states none."""
-        return _get_class_names(next(iter(self.parts.values())), column)
+        return _get_class_names(next(iter(self.datasets.values())), column)
 
 
 def open_tables(config: SplitSettings, choose: ChooseColumns) -> dict[str, Table]:
@@ -70,22 +70,22 @@ def open_tables(config: SplitSettings, choose: ChooseColumns) -> dict[str, Table
     """
     tables = {}
     for split in config.given:
-        parts = open_parts(config, split)
+        loaded = load_datasets(config, split)
         columns: Sequence[str] = ()
-        for name, part in parts.items():
+        for name, dataset in loaded.items():
             try:
-                columns = choose(part.column_names, repr(name))
-                choose_columns([("group", config.group)], part.column_names, repr(name))
+                columns = choose(dataset.column_names, repr(name))
+                choose_columns([("group", config.group)], dataset.column_names, repr(name))
             except ConfigError as error:
                 is_delimited = config.path is None and find_kind(Path(name)) in DEFAULT_RULES
                 hint = " See also `data.columns` (for a file without a header) and `data.delimiter`."
                 raise ConfigError(f"{error}{hint if is_delimited else ''}") from error
         can_skip_rows = config.path is not None
-        tables[split] = Table(parts=parts, columns=columns, group=config.group, can_skip_rows=can_skip_rows)
+        tables[split] = Table(datasets=loaded, columns=columns, group=config.group, can_skip_rows=can_skip_rows)
     return tables
 
 
-def open_parts(config: SplitSettings, split: str) -> dict[str, Dataset]:
+def load_datasets(config: SplitSettings, split: str) -> dict[str, Dataset]:
     """Returns the data sets of a split by name: one for each file, or one of the hub."""
     given = config.given[split]
     rules = (config.columns, config.delimiter, config.quoting) if isinstance(config, RowSettings) else None
@@ -250,8 +250,8 @@ def parse_rows(table: Table, parse: Callable[..., T]) -> tuple[list[T], list[str
     """
     parsed: list[T] = []
     problems: list[str] = []
-    for name, part in table.parts.items():
-        columns = read_columns(part, [*table.columns, *([table.group] if table.group else [])], name=name)
+    for name, dataset in table.datasets.items():
+        columns = read_columns(dataset, [*table.columns, *([table.group] if table.group else [])], name=name)
         groups = columns[table.group] if table.group else None
         for index, values in enumerate(zip(*(columns[column] for column in table.columns), strict=True)):
             try:
@@ -263,7 +263,7 @@ def parse_rows(table: Table, parse: Callable[..., T]) -> tuple[list[T], list[str
         return parsed, []
     if not table.can_skip_rows:
         raise ConfigError(f"{problems[0]}. Correct or remove the row. {len(problems)} rows have a problem.")
-    name, first = next(iter(table.parts)), f"The first problem: {problems[0]}."
+    name, first = next(iter(table.datasets)), f"The first problem: {problems[0]}."
     if not parsed:
         raise ConfigError(f"{name!r} must have usable rows, but has none. {first}")
     return parsed, [f"{len(problems)} of {len(parsed) + len(problems)} rows of {name!r} are skipped. {first}"]
