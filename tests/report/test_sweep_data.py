@@ -1,4 +1,4 @@
-"""A sweep's records are joined, and whatever can't be read is a sentence."""
+"""A sweep's records are joined by subject, and whatever can't be read is a sentence."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from lorasweep.errors import RecordError
+from lorasweep.record import read_sweep, write_record
 from lorasweep.report.sweep_data import load_sweep_data
 
-from .conftest import build_sweep, confirm_sweep, edit_json
+from .conftest import build_rank_sweep, edit_json
 
 
 def test_trials_and_reruns_are_joined_with_their_runs(confirmed: Path) -> None:
@@ -105,13 +106,6 @@ def test_arm_without_a_rerun_is_named_and_the_others_are_compared(confirmed: Pat
     assert [answer.verdict for answer in data.evidence.answers] == ["open"]
 
 
-def test_arm_whose_reruns_all_failed_is_named(confirmed: Path) -> None:
-    edit_json(confirmed / "sweep.json", lambda raw: [row.update(state="failed", value=None) for row in raw["confirm"]])
-    data = load_sweep_data(confirmed)
-    assert any("`lora` has no score on test data" in problem for problem in data.problems)
-    assert data.evidence.subjects == ()
-
-
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
@@ -128,7 +122,54 @@ def test_damaged_examples_are_a_sentence_and_seeds_still_count(confirmed: Path, 
     assert (data.evidence.num_examples, len(lora.seeds)) == (0, 5)
 
 
-def test_sweep_without_examples_has_intervals_over_seeds(tmp_path: Path) -> None:
-    data = load_sweep_data(confirm_sweep(build_sweep(tmp_path), examples=0))
-    assert any("over seeds alone" in note for note in data.evidence.notes)
-    assert data.evidence.answers[0].is_settled
+def test_each_value_of_confirm_each_is_an_entry_with_its_trials_and_runs(tmp_path: Path) -> None:
+    data = load_sweep_data(build_rank_sweep(tmp_path, {16: 1.68, 1: 1.75}, seeds=3))
+
+    assert [arm.name for arm in data.arms] == ["frozen", "full", "lora-rank-1", "lora-rank-16"]
+    assert [arm.name for arm in data.searches] == ["frozen", "full", "lora"]
+    one, sixteen = data.arms[2:]
+    assert [arm.row.settings["method.rank"] for arm in (one, sixteen)] == [1, 16]
+    assert "method.rank" not in one.row.space
+    assert {trial.params["method.rank"] for trial in one.trials} == {1}
+    assert [run.seed for run in sixteen.confirm_runs] == [0, 1, 2]
+    assert len(data.searches[2].trials) == len(one.trials) + len(sixteen.trials)
+    assert len({trial.run for trial in data.trials}) == len(data.trials)
+
+
+def test_a_predicted_setting_has_the_record_of_its_first_confirm_run(tmp_path: Path) -> None:
+    data = load_sweep_data(build_rank_sweep(tmp_path, {1: 1.75, 16: 1.68}, seeds=3))
+    best = data.arms[3].best
+
+    assert best is not None
+    assert best.is_predicted
+    assert best.params == {"method.rank": 16, "optim.lr": 0.0102}
+    assert best.run == data.arms[3].confirm_runs[0].run
+    assert best.record is not None
+    assert data.arms[3].cost("trainable_params") == best.record.trainable_params
+    assert not data.arms[1].best.is_predicted  # type: ignore[union-attr]
+
+
+def test_before_the_confirm_stage_the_best_complete_trial_of_each_value_leads(tmp_path: Path) -> None:
+    folder = build_rank_sweep(tmp_path, {1: 1.75, 16: 1.68})
+    record = read_sweep(folder)
+    record.settings, record.confirm = [], []
+    for row in record.trials:
+        if row.arm == "lora" and row.params["method.rank"] == 1:
+            row.state = "paused"
+    write_record(record, folder)
+    one, sixteen = load_sweep_data(folder).arms[2:]
+
+    assert one.best is None
+    assert one.so_far is not None
+    assert one.so_far.value == 1.75
+    assert sixteen.best is not None
+    assert sixteen.best.params["optim.lr"] == 0.01
+    assert sixteen.so_far is None
+
+
+def test_looks_and_questions_that_no_sweep_writes_are_refused(tmp_path: Path) -> None:
+    folder = build_rank_sweep(tmp_path, {1: 1.75, 16: 1.68})
+    for change in ({"looks": [3, 2]}, {"looks": [0]}):
+        edit_json(folder / "sweep.json", lambda raw, change=change: raw.update(change))
+        with pytest.raises(RecordError, match="`looks` must be ascending"):
+            load_sweep_data(folder)
