@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -110,7 +111,7 @@ def _draw_arms(summary: Summary) -> Table:
     if not data.evidence.subjects:
         del columns["test score"]
     title = Text(f"{data.record.name}: {format_metric(data.record.metric)}", style="bold")
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in columns:
         is_text = name in ("arm", "best settings")
         table.add_column(name, justify="left" if is_text else "right", overflow="fold", no_wrap=name == "arm")
@@ -120,12 +121,17 @@ def _draw_arms(summary: Summary) -> Table:
 
 
 def describe_setting(arm: ArmData) -> str:
-    """Returns the settings of a subject, and whether they are predicted or those of a trial that stopped early."""
-    if arm.best:
-        return f"{format_settings(arm.best.params)}{' (predicted)' if arm.best.is_predicted else ''}"
-    if arm.so_far:
-        return f"no complete trial; {format_settings(arm.so_far.params)} ({arm.so_far.state})"
-    return "no complete trial"
+    """Returns the settings of a subject, and whether they are predicted or those of a trial that stopped early.
+
+    The value that the subject's name has is left out.
+    """
+    trial = arm.best or arm.so_far
+    if trial is None:
+        return "no complete trial"
+    settings = format_settings({key: value for key, value in trial.params.items() if key != arm.key})
+    if arm.best is None:
+        return f"no complete trial; {settings} ({trial.state})"
+    return f"{settings} (predicted)" if trial.is_predicted else settings
 
 
 def list_search_scores(summary: Summary) -> list[str]:
