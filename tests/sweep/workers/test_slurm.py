@@ -14,7 +14,6 @@ import pytest
 import yaml
 from tests.servers.daemon import wait_until
 from tests.servers.ray_head import LOOPBACK, RayHead
-from tests.servers.slurm import NODE
 
 from lorasweep.config.build import build
 from lorasweep.config.compose import packaged_folder
@@ -185,25 +184,6 @@ def listeners(pid):
     with contextlib.suppress(psutil.NoSuchProcess):
         return [found for found in psutil.Process(pid).net_connections("inet") if found.status == psutil.CONN_LISTEN]
     return []
-
-
-@pytest.mark.slow
-def test_a_job_that_is_requeued_joins_again_once_its_node_is_resumed(slurm, sweep, head):
-    ids = submit_missing_jobs(make_config(**SMALL, jobs=2), sweep)
-    assert [job.partition("_")[2] for job in ids] == ["0", "1"]
-    wait_for_nodes(head, *ids)
-    slurm.run("scancel", ids[1])
-    slurm.run("scontrol", "update", f"NodeName={NODE}", "State=DRAIN", "Reason=test")
-    wait_for_nodes(head, ids[0])
-    slurm.wait_for_node("draining")
-    slurm.run("scontrol", "requeue", ids[0])
-    wait_for_nodes(head)
-    slurm.wait_for_node("drained")
-    slurm.wait_for_jobs({ids[0]: "PENDING"})
-    assert "1 pending (" in describe_jobs(sweep)
-    slurm.run("scontrol", "update", f"NodeName={NODE}", "State=RESUME")
-    slurm.hurry(ids[0])
-    wait_for_nodes(head, ids[0])
 
 
 @pytest.mark.slow

@@ -31,7 +31,9 @@ SOCKETS_FOLDER = "/tmp"
 """Folder for Ray's temporary files. It is short, because Ray appends about 70 characters to the paths of its sockets,
 and Linux allows 107."""
 HEAD_PROCESSES = ("gcs_server", "raylet")
+"""Names of the processes without which a Ray head does not work."""
 HEAD_CHECK_INTERVAL_S = 0.5
+"""Seconds between two checks whether the head's processes run."""
 CONNECT_TIMEOUT_S = 10.0
 """Timeout of a connection to a Ray head."""
 HEALTH_CHECK_SETTINGS = {
