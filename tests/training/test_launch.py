@@ -1,0 +1,97 @@
+"""Who starts the processes of a run is found, and what one process raises reaches the others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lorasweep.config.compose import compose_run
+from lorasweep.errors import ConfigError, OutOfMemory, RanksLost, RunError
+from lorasweep.training.failures import explain_failure, take_failure_note
+from lorasweep.training.fsdp import check_shardable
+from lorasweep.training.processes import (
+    build_strategy,
+    find_launch,
+    join_processes,
+    run_on_first,
+)
+
+
+def trainer_of(**settings):
+    return compose_run({"trainer.device": "cpu"} | {k.replace("__", "."): v for k, v in settings.items()}).trainer
+
+
+def test_processes_that_were_launched_must_be_those_asked_for(monkeypatch):
+    for name, value in {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    launch = find_launch(trainer_of(trainer__devices="auto", trainer__num_nodes=2))
+    assert (launch.devices, launch.num_nodes, launch.num_processes) == (2, 2, 4)
+    with pytest.raises(ConfigError, match=r"must be 4, .* but got 1 and 1"):
+        find_launch(trainer_of())
+
+
+def test_a_strategy_of_lightnings_is_made_from_its_class():
+    part = {"_target_": "lightning.pytorch.strategies.DDPStrategy", "find_unused_parameters": True}
+    config = trainer_of(trainer__devices=2, trainer__strategy=part)
+    strategy = build_strategy(config, find_launch(config))
+    assert strategy._ddp_kwargs == {"find_unused_parameters": True}
+    for name, words in {
+        "callbacks.Timer": "`trainer.strategy._target_` must be a subclass of",
+        "strategies.ModelParallelStrategy": "`trainer.strategy` must be fsdp for",
+    }.items():
+        wrong = trainer_of(trainer__strategy={"_target_": f"lightning.pytorch.{name}"})
+        with pytest.raises(ConfigError, match=words):
+            build_strategy(wrong, find_launch(wrong))
+
+
+def test_a_quantised_base_is_not_sharded():
+    layer = torch.nn.Linear(2, 2)
+    layer.weight = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ConfigError, match=r"`trainer.strategy` must be ddp .* 'weight' is torch.uint8"):
+        check_shardable(layer)
+
+
+class Second:
+    """The second of two processes, as Fabric shows it."""
+
+    is_global_zero, global_rank, world_size = False, 1, 2
+
+    def __init__(self, sent=None):
+        self.sent = sent
+
+    def broadcast(self, obj):
+        return self.sent
+
+
+def test_what_the_first_process_raises_is_raised_by_all():
+    with join_processes(trainer_of()) as group:
+        assert run_on_first(group, lambda: 3) == 3
+        with pytest.raises(KeyError):
+            run_on_first(group, lambda: {}["missing"])
+    assert run_on_first(Second((5, None)), lambda: 3) == 5
+    with pytest.raises(RunError, match="the first process failed: KeyError"):
+        run_on_first(Second((None, RunError("the first process failed: KeyError: 'missing'"))), lambda: 3)
+
+
+def test_a_process_that_fails_alone_leaves_a_note(tmp_path):
+    gone = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
+    failed = explain_failure(OutOfMemory("no"), group=Second(), folder=tmp_path, micro_batches=2)
+    assert isinstance(failed, RanksLost)
+    assert "micro-batches of half the size" in str(failed)
+    told = explain_failure(gone, group=Second(), folder=tmp_path, micro_batches=2)
+    assert (type(told), str(told)) == (RanksLost, str(failed))
+    assert take_failure_note(tmp_path) == 2
+    assert take_failure_note(tmp_path) is None
+    own = ValueError("a row is broken")
+    assert explain_failure(own, group=Second(), folder=tmp_path, micro_batches=2) is own
+    told = explain_failure(gone, group=Second(), folder=tmp_path, micro_batches=2)
+    assert (type(told), str(told)) == (RunError, "rank 1 failed: ValueError: a row is broken")
+    assert take_failure_note(tmp_path) is None
+
+
+def test_a_process_that_is_gone_is_said_in_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr("lorasweep.training.failures.FAILURE_WAIT_S", 0.0)
+    gone = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
+    told = explain_failure(gone, group=Second(), folder=tmp_path, micro_batches=2)
+    assert isinstance(told, RanksLost)
+    assert "rank 1 waits for a process that is gone" in str(told)
