@@ -100,22 +100,6 @@ def test_outputs_and_gradients_are_bit_identical(
     assert_identical(gradients(model, make_x(dtype)), gradients(make_plain(model), make_x(dtype)))
 
 
-@pytest.mark.parametrize("activation", ["gelu_new", "silu"])
-@pytest.mark.parametrize("is_gated", [False, True])
-def test_gradients_under_autocast_are_bit_identical(activation: str, is_gated: bool) -> None:
-    results = []
-    model = make_mlp(activation, is_gated=is_gated, dtype=torch.float32)
-    for each in (model, make_plain(model)):
-
-        def compute(x: Tensor, each: nn.Module = each) -> Tensor:
-            with torch.autocast("cpu", dtype=torch.bfloat16):  # ends before the backward pass, as in training
-                return each(x)
-
-        results.append(gradients(each, make_x(torch.float32), compute))
-    assert results[0][0].dtype is torch.bfloat16
-    assert_identical(*results)
-
-
 def test_the_recomputation_runs_under_the_autocast_of_the_forward_pass() -> None:
     class GELU(nn.Module):
         """On a CPU, autocast changes only products of matrices."""
@@ -260,13 +244,6 @@ def test_other_operations_return_plain_tensors() -> None:
     for product in (activated * factor, factor * activated, torch.mul(factor, activated)):
         assert isinstance(product, ActivationOutput)
         assert torch.equal(product.plain, model.act.base(z) * factor)
-
-
-def test_an_activation_with_hooks_stays_because_they_would_be_called_twice() -> None:
-    model = nn.Sequential(nn.GELU(), nn.Linear(HIDDEN, WIDTH))
-    model[0].register_forward_hook(lambda *_: None)
-    inject_lora(model, LoraConfig(rank=2))
-    assert type(model[0]) is nn.GELU
 
 
 def test_removing_lora_restores_the_activations() -> None:

@@ -85,11 +85,6 @@ def test_a_pattern_without_a_layer_is_refused(model: nn.Module, targets: str | t
         find_targets(model, config(targets))
 
 
-def test_all_linear_needs_a_linear_layer() -> None:
-    with pytest.raises(ValueError, match="Sequential has no linear layer"):
-        find_targets(nn.Sequential(nn.ReLU()), config())
-
-
 def test_a_rank_above_a_layers_size_is_refused(model: nn.Module) -> None:
     with pytest.raises(ValueError, match=r"`method.rank <= 8` .* 'layers.0.up' \(16 × 8\), but got 9. Lower"):
         find_targets(model, config(rank=9))

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification, RobertaConfi
 
 from lorasweep.config.method import FrozenConfig, FullConfig, HeadConfig, LoraConfig
 from lorasweep.errors import ConfigError
-from lorasweep.lora import fill_slot, inject_packed_lora, lora_layers, set_dropout_streams, slot_model
+from lorasweep.lora import inject_packed_lora, lora_layers, set_dropout_streams
 from lorasweep.lora.fully_trained import trained_modules
 from lorasweep.lora.inject import replace_dropout
 from lorasweep.lora.packed.layers import packed_layers
@@ -125,13 +125,6 @@ def test_head_is_rounded_to_the_base_and_trains_in_fp32(base):
         )
 
 
-def test_lora_trains_a_head_at_its_own_group(base):
-    groups = {g.name: g for g in METHODS["lora"].trainable_groups(prepare(base, "lora", 0), lr_ratio_b=4.0)}
-    assert set(groups) == {"lora_a", "lora_b", "other"}
-    expected = sum(p.numel() for name in base.new_head_names for p in base.model.get_submodule(name).parameters())
-    assert sum(p.numel() for p in groups["other"].params) == expected
-
-
 def test_names_of_a_head_mean_no_other_module():
     config = add_head_to_modules_to_save(LoraConfig(modules_to_save=("embed",)), ["score", "bert.pooler"])
     assert config.modules_to_save == ("embed", "re:score", r"re:bert\.pooler")
@@ -145,39 +138,6 @@ def solo(base, config, seed):
     )
     replace_dropout(model)
     return model
-
-
-def assert_same_start(packed, slot, base, config, seed):
-    expected = solo(base, config, seed)
-    taken = slot_model(packed, slot)
-    wanted, got = expected.state_dict(), taken.state_dict()
-    trained = [name for name in wanted if ".trained." in name or "lora_" in name]
-    assert len(trained) >= 2 * len(lora_layers(expected)) + 2
-    assert {name for name in got if ".trained." in name or "lora_" in name} == set(trained)
-    assert all(torch.equal(got[name], wanted[name]) for name in trained)
-
-
-def test_slots_start_with_the_heads_of_their_runs_alone(base):
-    methods = [LoraConfig(rank=2), LoraConfig(rank=3), LoraConfig(rank=2)]
-    model = copy_sharing_weights(base.model)
-    inject_packed_lora(
-        model,
-        [add_head_to_modules_to_save(method, base.new_head_names) for method in methods],
-        generators=[torch.Generator().manual_seed(seed) for seed in (7, 8, 9)],
-        prepare_copy=start(base),
-    )
-    for slot, (method, seed) in enumerate(zip(methods, (7, 8, 9), strict=True)):
-        assert_same_start(model, slot, base, method, seed)
-    fill_slot(
-        model,
-        1,
-        add_head_to_modules_to_save(LoraConfig(rank=4), base.new_head_names),
-        generator=torch.Generator().manual_seed(11),
-        prepare_copy=start(base),
-    )
-    for slot, rank, seed in ((0, 2, 7), (1, 4, 11), (2, 2, 9)):
-        assert_same_start(model, slot, base, LoraConfig(rank=rank), seed)
-    assert fingerprint_weights(base.model, exclude=base.new_head_names) == base.fingerprint
 
 
 def test_pack_with_heads_gives_the_logits_and_gradients_of_its_runs(base):

@@ -105,15 +105,6 @@ def test_gradient_of_the_projection_is_that_of_finite_differences(shape):
     assert torch.autograd.gradcheck(lambda b, n: add_projection(b, n, signs), (base, vector))
 
 
-def test_sum_is_rounded_once_to_the_weights_dtype_and_the_base_stays():
-    base = torch.randn(30, 10).bfloat16().T
-    before = base.clone()
-    vector, signs = torch.randn(16) / 4, draw_signs(300, block=16)
-    change = add_projection(torch.zeros(10, 30), vector, signs)
-    assert torch.equal(add_projection(base, vector, signs), (base.float() + change).bfloat16())
-    assert torch.equal(base, before)
-
-
 @pytest.mark.parametrize("form", ["did", "said"])
 def test_as_many_numbers_train_as_the_dimension_says(form):
     model = prepare(make_base(), "intrinsic", config=IntrinsicConfig(dim=40, form=form))
@@ -195,16 +186,6 @@ def test_tied_weights_share_their_change():
     set_coordinates(untied)
     change = untied.lm_head.weight - base.model.lm_head.weight
     assert not torch.equal(change, untied.model.embed_tokens.weight - base.model.model.embed_tokens.weight)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_have_the_bases_dtype_and_gradients_fp32(dtype):
-    model = prepare(make_base(dtype=dtype), "intrinsic", config=SAID)
-    set_coordinates(model)
-    assert {weight.dtype for weight in weights_of(model).values()} == {dtype}
-    logits_of(model, "intrinsic").sum().backward()
-    intrinsic = find_intrinsic_parameters(model)
-    assert {intrinsic.coordinates.grad.dtype, intrinsic.scales.grad.dtype} == {torch.float32}
 
 
 def test_projection_depends_on_the_generator_alone():

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 from lorasweep.config.method import LoraConfig
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.methods import METHODS, copy_sharing_weights
-from lorasweep.models.load import fingerprint_weights
 
 from .conftest import CONFIGS, TOKENS, TRAINING, logits_of, make_base, prepare, train
 
@@ -84,13 +83,6 @@ def test_number_of_trained_parameters_is_the_methods():
         assert sum(parameter.numel() for group in groups for parameter in group.params) == number
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_full_keeps_ties(tied):
-    model = prepare(make_base(tied=tied), "full")
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-
-
 def test_head_lets_go_of_the_embeddings():
     base = make_base(tied=True)
     model = prepare(base, "head")
@@ -134,19 +126,6 @@ def test_saving_again_replaces_leaves_no_other_files_and_prints_nothing(name, tm
     METHODS[name].load(loaded, tmp_path)
     assert torch.equal(logits_of(loaded, name), logits_of(model, name))
     assert capfd.readouterr() == ("", "")
-
-
-def test_files_are_those_other_tools_read(tmp_path):
-    base = make_base()
-    for name in CONFIGS:
-        METHODS[name].save(prepare(base, name), tmp_path / name, base=base)
-    names = {name: {file.name for file in (tmp_path / name).glob("*")} for name in CONFIGS}
-    assert names["lora"] == {"adapter_config.json", "adapter_model.safetensors"}
-    assert {"config.json", "model.safetensors"} <= names["full"]
-    assert names["head"] == {"head.safetensors"}
-    assert names["bitfit"] == {"bitfit.safetensors"}
-    assert names["intrinsic"] == {"intrinsic.safetensors"}
-    assert names["frozen"] == set()
 
 
 def test_interrupted_save_keeps_the_earlier_one(tmp_path, monkeypatch):
@@ -204,15 +183,6 @@ def test_head_of_another_shape_is_refused(tmp_path):
         METHODS["head"].load(other, tmp_path)
 
 
-def test_model_of_another_shape_is_refused(tmp_path):
-    base = make_base()
-    METHODS["full"].save(prepare(base, "full"), tmp_path, base=base)
-    other = prepare(base, "full")
-    other.config.intermediate_size = 40
-    with pytest.raises(RecordError, match="LlamaForCausalLM"):
-        METHODS["full"].load(other, tmp_path)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -227,15 +197,6 @@ def test_wrong_lora_setting_is_found_by_check_and_by_prepare(settings, message):
         METHODS["lora"].check(base.model, config)
     with pytest.raises(ConfigError, match=message):
         prepare(base, "lora", config=config)
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_check_changes_nothing(name):
-    base = make_base()
-    modules = list(base.model.modules())
-    METHODS[name].check(base.model, CONFIGS[name])
-    assert list(base.model.modules()) == modules
-    assert fingerprint_weights(base.model) == base.fingerprint
 
 
 def test_model_without_an_output_head_is_refused():

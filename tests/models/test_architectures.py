@@ -92,13 +92,6 @@ def load(save_random, model_config):
 
 
 @pytest.mark.parametrize(("architecture", "kind", "head"), CASES)
-def test_what_the_checkpoint_lacks_is_the_head(load, architecture, kind, head):
-    base = load(architecture, kind)
-    assert base.new_head_names == head
-    assert base.kind == kind
-
-
-@pytest.mark.parametrize(("architecture", "kind", "head"), CASES)
 def test_every_linear_layer_but_the_head_is_adapted(load, architecture, kind, head):
     coverage = find_targets(load(architecture, kind).model, LoraConfig(rank=2))
     names = {"lm_head"} if kind != "classifier" else {"classifier", "score", "out_proj", "dense"}
@@ -153,14 +146,3 @@ def test_saved_weights_come_back_exactly(load, architecture, kind, head, method,
     METHODS[method].load(again, tmp_path)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=METHODS[method].needs_autocast):
         assert torch.equal(again(**make_batch(kind)).logits, model(**make_batch(kind)).logits)
-
-
-@pytest.mark.parametrize(("architecture", "kind", "head"), [case for case in CASES if case[2]])
-def test_head_method_trains_the_new_head_alone(load, architecture, kind, head):
-    base = load(architecture, kind)
-    model = prepare(base, "head")
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained
-    assert all(name.startswith(head) for name in trained)
-    losses = train(model, kind, "head")
-    assert losses[-1] < losses[0]

@@ -79,13 +79,6 @@ def test_attention_that_can_not_be_had_is_one_sentence(saved, model_config):
         load_base(model_config(saved, attention="flash_attention_2"), dtype=torch.float32)
 
 
-def test_tied_weights_count_once(saved, model_config):
-    base = load_base(model_config(saved), dtype=torch.float32)
-    embeddings = 257 * 16
-    layer = 4 * 16 * 16 + 3 * 16 * 24 + 2 * 16
-    assert base.num_parameters == embeddings + 2 * layer + 16
-
-
 def test_fingerprint_moves_with_any_weight_and_with_nothing_else(saved, model_config):
     config = model_config(saved)
     base = load_base(config, dtype=torch.bfloat16)
@@ -93,11 +86,6 @@ def test_fingerprint_moves_with_any_weight_and_with_nothing_else(saved, model_co
     weight = base.model.get_submodule("model.layers.1.mlp.up_proj").weight
     weight.data[3, 4] = weight.data[3, 4].nextafter(torch.tensor(9.0, dtype=weight.dtype))
     assert fingerprint_weights(base.model) != base.fingerprint
-
-
-def test_missing_embedded_model_lists_those_there_are(model_config):
-    with pytest.raises(ConfigError, match=r"`model.path` .* \(tiny\), but got 'embedded:tony'"):
-        load_base(model_config("embedded:tony"), dtype=torch.float32)
 
 
 def damage_weights(folder):
@@ -225,22 +213,6 @@ def test_fingerprint_does_not_count_a_new_head(save_random, model_config):
     assert three.num_parameters - two.num_parameters == 16 + 1
 
 
-@pytest.mark.parametrize(
-    ("kind", "names", "outputs", "problem"),
-    [
-        ("single_label", ("a", "b", "c"), 3, "single_label_classification"),
-        ("multi_label", ("a", "b"), 2, "multi_label_classification"),
-        ("regression", ("score",), 1, "regression"),
-        ("regression", (), 1, "regression"),
-    ],
-)
-def test_labels_are_said_in_the_models_settings(save_random, model_config, kind, names, outputs, problem):
-    config = model_config(save_random("bert"), kind="classifier")
-    settings = load_base(config, dtype=torch.float32, labels=Labels(kind=kind, names=names)).model.config
-    assert (settings.num_labels, settings.problem_type) == (outputs, problem)
-    assert settings.id2label == dict(enumerate(names or ("LABEL_0",)))
-
-
 @pytest.fixture
 def classifier(save_random, model_config, tmp_path):
     """A folder with a whole classifier of three labels."""
@@ -248,13 +220,6 @@ def classifier(save_random, model_config, tmp_path):
     base.model.save_pretrained(tmp_path)
     base.tokenizer.save_pretrained(tmp_path)
     return tmp_path
-
-
-def test_classifier_keeps_its_head_and_labels(classifier, model_config):
-    for labels in (None, LABELS):
-        base = load_base(model_config(classifier, kind="classifier"), dtype=torch.float32, labels=labels)
-        assert base.new_head_names == ()
-        assert base.model.config.id2label == {0: "calm", 1: "loud", 2: "odd"}
 
 
 def test_head_for_other_labels_is_new(classifier, model_config):

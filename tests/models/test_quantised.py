@@ -13,7 +13,6 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Lla
 from lorasweep.errors import ConfigError
 from lorasweep.lora import LoraConfig, inject_lora
 from lorasweep.lora.layer_kinds import dequantised_weight, is_quantised
-from lorasweep.methods import copy_sharing_weights
 from lorasweep.models.load import Labels, fingerprint_weights, load_base
 from lorasweep.training.memory import count_saved_bytes
 
@@ -93,13 +92,6 @@ def test_all_linear_layers_but_the_head_are_quantised_and_the_same_each_time(loa
     assert len({base.fingerprint, plain.fingerprint, *(load(each, dtype=dtype).fingerprint for each in KINDS)}) == 3
 
 
-def test_the_fingerprint_of_nf4_has_the_scales(load):
-    base = load("nf4")
-    layer = next(iter(quantised_layers(base.model).values()))
-    layer.weight.quant_state.absmax[0] += 1
-    assert fingerprint_weights(base.model) != base.fingerprint
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_outputs_and_gradients_are_those_of_the_dequantised_weights(load, kind):
     model = load(kind).model
@@ -143,16 +135,6 @@ def test_no_copy_of_a_weight_is_kept_for_the_backward_pass(load, kind):
         return count_saved_bytes(lambda: model(inputs_embeds=inputs).logits, model=model)
 
     assert count(load(kind).model) <= count(load().model)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_copies_share_weights_and_scales(load, kind):
-    base = load(kind)
-    own = {id(tensor) for p in base.model.parameters() for tensor in (p, *vars(getattr(p, "quant_state", p)).values())}
-    copied = copy_sharing_weights(base.model)
-    assert all(id(p) in own for p in copied.parameters())
-    states = [vars(layer) for layer in quantised_layers(copied).values()]
-    assert not any(isinstance(value, torch.Tensor) or hasattr(value, "absmax") for s in states for value in s.values())
 
 
 def test_conv1d_layers_are_quantised(load, save):

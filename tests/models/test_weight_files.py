@@ -63,14 +63,6 @@ def test_what_trains_is_drawn_as_on_a_whole_base_and_the_rest_is_read(bases, con
         assert torch.equal(found, expected[name]), name
 
 
-def test_tied_weights_stay_tied(tmp_path):
-    settings = LlamaConfig(**LLAMA, tie_word_embeddings=True)
-    AutoModelForCausalLM.from_config(settings).save_pretrained(tmp_path)
-    model, head, _ = build_on_meta(AutoModelForCausalLM, settings, tmp_path, dtype=torch.float32, may_lack_head=False)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert head == ()
-
-
 def test_weights_in_several_files_are_found(tmp_path):
     settings = LlamaConfig(**LLAMA)
     model = AutoModelForCausalLM.from_config(settings)

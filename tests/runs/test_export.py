@@ -14,9 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lorasweep.runs.export as export_file
 from lorasweep.config.compose import compose_run
 from lorasweep.errors import ConfigError, RecordError, RunError
-from lorasweep.methods import METHODS
 from lorasweep.models.folder import find_local_path
-from lorasweep.models.load import fingerprint_weights
 from lorasweep.record import read_run, write_record
 from lorasweep.runs.export import create_folder_atomically, export_run
 from lorasweep.training.inputs import build_inputs
@@ -206,14 +204,6 @@ def test_a_run_in_bf16_is_exported_from_its_base_in_bf16(trained_in_bf16, tmp_pa
     assert root_mean_square(own - exact) < root_mean_square(moves)
 
 
-def test_the_base_is_bit_identical_after_an_export(trained, inputs, tmp_path):
-    before = fingerprint_weights(inputs.base.model)
-    model = restore_model(restore_config(read_run(trained())), inputs.base, folder=trained() / "best")
-    METHODS["lora"].merge(model)
-    assert fingerprint_weights(model) != before
-    assert fingerprint_weights(inputs.base.model) == before
-
-
 def test_a_folder_that_is_not_empty_is_refused(trained, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
@@ -228,11 +218,6 @@ def test_a_run_without_an_adapter_has_none_for_peft(trained, tmp_path, settings)
     with pytest.raises(ConfigError, match=f"{settings['method']!r}.*`--format merged`"):
         export_run(trained(settings), format="peft", out=tmp_path / "out")
     assert not any(tmp_path.iterdir())
-
-
-def test_a_run_that_trained_nothing_is_refused(trained, tmp_path):
-    with pytest.raises(ConfigError, match="`method=frozen`"):
-        export_run(trained({"method": "frozen"}), format="merged", out=tmp_path / "out")
 
 
 @pytest.fixture
