@@ -20,7 +20,7 @@ have length 1, so their learning rates are √(D/d) times ours and depend on d.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +59,8 @@ class IntrinsicMethod(Method):
     def check(self, model: nn.Module, config: MethodConfig, *, new_head_names: Sequence[str] = ()) -> None:
         """Raises a ConfigError if d is above the number of weights, or with `said` not above the number of layers."""
         assert isinstance(config, IntrinsicConfig)
-        weights = find_weights(model)
-        num_weights, num_layers = sum(map(Tensor.numel, weights.values())), len(index_layers(weights))
+        layers = find_layers(model)
+        num_weights, num_layers = sum(weight.numel() for layer in layers for weight in layer), len(layers)
         if config.dim > num_weights:
             raise ConfigError(
                 f"`method.dim` must be at most {num_weights}, the number of weights, but got {config.dim!r}. "
@@ -73,14 +73,14 @@ class IntrinsicMethod(Method):
             )
 
     def _make_trainable(self, model: nn.Module, config: Any, *, generator: torch.Generator, **_: Any) -> None:
-        weights = find_weights(model)
-        layers = index_layers(weights)
+        layers = find_layers(model)
         intrinsic = IntrinsicParameters(config, num_scales=len(layers) if config.form == "said" else 0)
-        intrinsic.updates = tuple(
-            ProjectedUpdate(intrinsic, layer=layers[get_layer_name(name)], weight=weight)
-            for name, weight in weights.items()
-        )
-        updates = dict(zip(map(id, weights.values()), intrinsic.updates, strict=True))
+        updates = {
+            id(weight): ProjectedUpdate(intrinsic, layer=index, weight=weight)
+            for index, layer in enumerate(layers)
+            for weight in layer
+        }
+        intrinsic.updates = tuple(updates.values())
         # Tied weights have several names, and each name gets the same update. The loops need lists, because
         # parametrizing adds modules.
         for module in list(model.modules()):
@@ -134,7 +134,7 @@ class IntrinsicParameters(nn.Module):
         scales: λ, one per layer, initially ones; None with `did`.
         seed: Seed of the signs, below 2^32, because torch's CPU generator uses only 32 bits of it.
         block: n, the number of weights per block of the projection.
-        updates: The weight updates that are computed from these parameters, sorted by name of the weight.
+        updates: The weight updates that are computed from these parameters.
     """
 
     seed: Tensor
@@ -242,19 +242,16 @@ def _unpack_signs(signs: UInt8[Tensor, "2 bytes"], vector: Float[Tensor, " n"]) 
         yield columns, bits[:, :, columns].to(vector.dtype).mul_(-2).add_(1)
 
 
-def find_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns every floating-point parameter by name, sorted by name. A tied parameter appears once."""
-    return {name: weight for name, weight in sorted(model.named_parameters()) if weight.is_floating_point()}
+def find_layers(model: nn.Module) -> list[list[nn.Parameter]]:
+    """Returns the floating-point parameters of each block, and of each module outside the blocks, sorted by name.
 
-
-def get_layer_name(name: str) -> str:
-    """Returns the layer of a weight for `said`: its block, or its module if the weight is outside the blocks."""
-    return get_block_name(name) or name.rpartition(".")[0]
-
-
-def index_layers(weights: Iterable[str]) -> dict[str, int]:
-    """Returns the index of each layer, in the order in which the layers first appear in `weights`."""
-    return {layer: index for index, layer in enumerate(dict.fromkeys(map(get_layer_name, weights)))}
+    A tied parameter appears once.
+    """
+    layers: dict[str, list[nn.Parameter]] = {}
+    for name, weight in sorted(model.named_parameters()):
+        if weight.is_floating_point():
+            layers.setdefault(get_block_name(name) or name.rpartition(".")[0], []).append(weight)
+    return list(layers.values())
 
 
 def find_intrinsic_parameters(model: nn.Module) -> IntrinsicParameters:

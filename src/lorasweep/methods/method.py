@@ -236,7 +236,7 @@ def replace_by_trainable_copies(model: nn.Module, parameters: Iterable[nn.Parame
                 # autocast returns fp32 from embeddings and norms, and then adds all later outputs to it in fp32
                 module.register_forward_hook(partial(_cast_output, dtype=dtype))
                 break
-    _replace_parameters(model, {id(p): nn.Parameter(p.detach().to(torch.float32, copy=True)) for p in parameters})
+    replace_parameters(model, {p: nn.Parameter(p.detach().to(torch.float32, copy=True)) for p in parameters})
 
 
 def _cast_output(module: nn.Module, inputs: Any, output: Any, *, dtype: torch.dtype) -> Any:
@@ -247,15 +247,12 @@ def _cast_output(module: nn.Module, inputs: Any, output: Any, *, dtype: torch.dt
     return output
 
 
-def _replace_parameters(model: nn.Module, replacements: Mapping[int, nn.Parameter]) -> None:
-    """Replaces parameters wherever `model` uses them, so that tied parameters stay tied.
-
-    The keys of `replacements` are the `id`s of the old parameters.
-    """
+def replace_parameters(model: nn.Module, new: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    """Replaces parameters, the keys of `new`, wherever `model` uses them, so that tied parameters stay tied."""
     for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            if id(parameter) in replacements:
-                setattr(module, name, replacements[id(parameter)])
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if parameter in new:
+                setattr(module, name, new[parameter])
 
 
 def round_to_frozen_dtype(model: nn.Module) -> None:
@@ -266,7 +263,7 @@ def round_to_frozen_dtype(model: nn.Module) -> None:
         dtype = max(frozen, key=nn.Parameter.numel).dtype  # the largest, because small norms may have a wider dtype
         wider = [p for p in model.parameters() if p.is_floating_point() and p.dtype != dtype]
         # replaced by copies, because frozen parameters may belong to the base, which other runs share
-        _replace_parameters(model, {id(p): nn.Parameter(p.detach().to(dtype), requires_grad=False) for p in wider})
+        replace_parameters(model, {p: nn.Parameter(p.detach().to(dtype), requires_grad=False) for p in wider})
 
 
 def clear_tie_setting(model: nn.Module) -> None:

@@ -306,7 +306,7 @@ def add_adapter(
     peft, kind = import_peft(needed_by="method=peft"), peft_config.peft_type.value
     shared = {id(parameter) for parameter in model.parameters()}
     if getattr(peft_config, INIT, True) not in INITS_KEEPING_BASE:
-        # such a start writes into the base's weights, which other runs share
+        # such a start writes into the base's weights, which other runs share, and tied ones would change together
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))

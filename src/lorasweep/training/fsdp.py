@@ -21,6 +21,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import Optimizer
 
 from lorasweep.errors import ConfigError
+from lorasweep.methods.method import replace_parameters
 from lorasweep.models.weight_files import WeightFiles
 
 
@@ -122,14 +123,6 @@ def read_weight(parameter: nn.Parameter, name: str, files: WeightFiles | None) -
     if files.get_shape(stored) is None:  # an adapted layer holds the base's module as `base` or `trained`
         stored = ".".join(part for part in name.split(".") if part not in ("base", "trained"))
     return nn.Parameter(files.read(stored).to(parameter.dtype), requires_grad=parameter.requires_grad)
-
-
-def replace_parameters(model: nn.Module, new: Mapping[nn.Parameter, nn.Parameter]) -> None:
-    """Replaces parameters wherever the model uses them, so that tied parameters stay tied."""
-    for module in model.modules() if new else ():
-        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-            if parameter in new:
-                setattr(module, name, new[parameter])
 
 
 def find_blocks(model: nn.Module) -> Iterator[nn.Module]:
