@@ -21,6 +21,7 @@ from lorasweep.record import (
     Trial,
     TrialState,
     find_winner,
+    name_run,
     name_subject,
     read_sweep,
     write_record,
@@ -48,21 +49,27 @@ def curve_to(score: float, *, steps: int = STEPS, every: int = EVERY) -> list[tu
     ]
 
 
-def write_run(
-    folder: Path, trial: Trial, *, method: str, curve: list[tuple[int, float]], trained: int, **values: Any
-) -> None:
-    """Writes a run's record as training does."""
-    trial.values = dict(curve)
-    done = curve[-1][0] if curve else 0
-    best_step, best = min(curve, key=lambda point: point[1], default=(0, None))
+def make_trial(arm: str, number: int, params: dict[str, Any], curve: list[tuple[int, float]], **fields: Any) -> Trial:
+    """Returns a complete trial whose score is that of the curve's last step, unless `fields` say otherwise."""
+    value = curve[-1][1] if curve else None
+    known = {"state": "complete", "value": value, "run": name_run("search", arm, number)}
+    return Trial(arm=arm, number=number, params=params, values=dict(curve), **(known | fields))
+
+
+def write_run(folder: Path, trial: Trial, *, method: str, rank: int = 0, **values: Any) -> None:
+    """Writes a run's record as training does; `rank` is that of a LoRA arm that does not sweep it."""
+    rank = int(trial.params.get("method.rank", rank))
+    trained = {"frozen": 0, "full": FULL_PARAMS}.get(method, LORA_PARAMS_PER_RANK * rank)
+    done = trial.step
     config: dict[str, Any] = {"method": {"name": method}, "optim": {"name": "adamw", "lr": 1e-3}, "seed": 0}
     if method == "lora":
-        config["method"] |= {"rank": trained // LORA_PARAMS_PER_RANK, "alpha": 16}
+        config["method"] |= {"rank": rank, "alpha": 16}
     for key, value in trial.params.items():
         group, name = key.split(".")
         config[group][name] = value
+    best_step = min(trial.values, key=trial.values.__getitem__, default=None)
     record = RunRecord(
-        status="complete" if trial.state == "running" else trial.state,
+        status=trial.state,
         config=config,
         arm=trial.arm,
         trial=trial.number,
@@ -78,13 +85,13 @@ def write_run(
         trainable_fraction=trained / FULL_PARAMS,
         adapter_bytes=4 * trained,
         peak_memory_bytes=400 * 2**20 + 40 * trained,
-        best={"bits_per_byte": best, "step": best_step} if best is not None else {},
+        best={} if best_step is None else {"bits_per_byte": trial.values[best_step], "step": best_step},
         files={"best/adapter_model.safetensors": {"bytes": 4 * trained, "sha256": "0" * 64}},
     )
     for name, value in values.items():
         setattr(record, name, value)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_record(record, folder)
+    (folder / trial.run).mkdir(parents=True, exist_ok=True)
+    write_record(record, folder / trial.run)
 
 
 def lora_score(rank: int, alpha: float, lr: float) -> float:
@@ -93,8 +100,8 @@ def lora_score(rank: int, alpha: float, lr: float) -> float:
     return float(1.68 + 0.11 * rank**-0.6 + 0.09 * strength**2)
 
 
-def lora_trials(count: int, rng: random.Random) -> list[tuple[Trial, list[tuple[int, float]]]]:
-    """Returns lora trials with their curves: every third pruned, the fifth failed, the others complete."""
+def lora_trials(count: int, rng: random.Random) -> list[Trial]:
+    """Returns lora trials: every third pruned, the fifth failed, the others complete."""
     made = []
     for number in range(count):
         params = {
@@ -106,54 +113,26 @@ def lora_trials(count: int, rng: random.Random) -> list[tuple[Trial, list[tuple[
         state: TrialState = "failed" if number == 4 else "pruned" if number % 3 == 2 else "complete"
         curve = {"failed": [], "pruned": curve_to(score)[:3], "complete": curve_to(score)}[state]
         reasons = {"failed": "The loss became NaN at step 12.", "pruned": "Worse than half of the trials at step 50."}
-        value = min((v for _, v in curve), default=None)
-        row = Trial(
-            arm="lora",
-            number=number,
-            state=state,
-            params=params,
-            value=value,
-            run=f"runs/lora-{number:04d}",
-            reason=reasons.get(state),
-        )
-        made.append((row, curve))
+        made.append(make_trial("lora", number, params, curve, state=state, reason=reasons.get(state)))
     return made
 
 
-def full_trials(count: int) -> list[tuple[Trial, list[tuple[int, float]]]]:
+def full_trials(count: int) -> list[Trial]:
     """Returns complete full fine-tuning trials on a grid of learning rates."""
-    made = []
-    for number in range(count):
-        lr = 10 ** (-4 + 1.7 * number / max(count - 1, 1))
-        curve = curve_to(1.662 + 0.12 * math.log10(lr / 1.1e-3) ** 2)
-        row = Trial(
-            arm="full",
-            number=number,
-            state="complete",
-            params={"optim.lr": lr},
-            value=curve[-1][1],
-            run=f"runs/full-{number:04d}",
-        )
-        made.append((row, curve))
-    return made
+    rates = [10 ** (-4 + 1.7 * number / max(count - 1, 1)) for number in range(count)]
+    curves = [curve_to(1.662 + 0.12 * math.log10(lr / 1.1e-3) ** 2) for lr in rates]
+    return [make_trial("full", number, {"optim.lr": lr}, curves[number]) for number, lr in enumerate(rates)]
 
 
 def build_sweep(folder: Path, *, lora: int = 18, full: int = 6, frozen: int = 1, name: str = "quickstart") -> Path:
     """Writes a sweep's folder with that many trials per arm (an arm of 0 trials is left out) and returns it."""
     rng = random.Random(7)
-    base = Trial(arm="frozen", number=0, state="complete", params={}, value=BASE_SCORE, run="runs/frozen-0000")
-    trials = {
-        "frozen": [(base, [(0, BASE_SCORE)])][:frozen],
-        "lora": lora_trials(lora, rng),
-        "full": full_trials(full),
-    }
+    base = make_trial("frozen", 0, {}, [(0, BASE_SCORE)])
+    trials = {"frozen": [base][:frozen], "lora": lora_trials(lora, rng), "full": full_trials(full)}
     spaces = {"frozen": {}, "lora": LORA_SPACE, "full": FULL_SPACE}
     for arm, rows in trials.items():
-        for row, curve in rows:
-            trained = {"frozen": 0, "full": FULL_PARAMS}.get(
-                arm, LORA_PARAMS_PER_RANK * int(row.params.get("method.rank", 0))
-            )
-            write_run(folder / row.run, row, method=arm, curve=curve, trained=trained)
+        for row in rows:
+            write_run(folder, row, method=arm)
     folder.mkdir(parents=True, exist_ok=True)
     write_record(
         SweepRecord(
@@ -177,7 +156,7 @@ def build_sweep(folder: Path, *, lora: int = 18, full: int = 6, frozen: int = 1,
                 for arm, rows in trials.items()
                 if rows
             ],
-            trials=[row for rows in trials.values() for row, _ in rows],
+            trials=[row for rows in trials.values() for row in rows],
             started_at="2026-11-24T10:00:00+00:00",
             ended_at="2026-11-24T10:02:31+00:00",
             makespan_s=151.2,
@@ -202,35 +181,25 @@ def confirm_sweep(folder: Path, *, seeds: int = 5, examples: int = 40, noise: fl
             for seed in range(1 if arm.method == "frozen" else seeds):
                 value = (setting.score or 0.0) + (0 if arm.method == "frozen" else rng.gauss(0, noise))
                 number = next(numbers)
-                run = f"runs/{arm.name}-confirm-{number:04d}"
                 scores = spread_over_examples(value, difficulty, rng)
                 value = sum(scores) / len(scores) if scores else value
-                rank = setting.params.get("method.rank", arm.settings.get("method.rank", 0))
-                trained = {"frozen": 0, "full": FULL_PARAMS}.get(arm.method, LORA_PARAMS_PER_RANK * int(rank))
-                curve = curve_to(value)[: 1 if arm.method == "frozen" else None]
-                trial = Trial(
-                    arm=arm.name, number=0, state="complete", params=setting.params, value=setting.score, run=run
+                run = make_trial(
+                    arm.name,
+                    number,
+                    setting.params,
+                    curve_to(value)[: 1 if arm.method == "frozen" else None],
+                    stage="confirm",
+                    subject=setting.subject,
+                    setting_number=setting.setting,
+                    seed=seed,
+                    value=value,
+                    run=name_run("confirm", arm.name, number),
                 )
-                write_run(
-                    folder / run, trial, method=arm.method, curve=curve, trained=trained, test={sweep.metric: value}
-                )
+                rank = arm.settings.get("method.rank", 0)
+                write_run(folder, run, method=arm.method, rank=rank, test={sweep.metric: value})
                 if scores:
-                    write_test_scores(folder / run, scores)
-                sweep.confirm.append(
-                    Trial(
-                        stage="confirm",
-                        number=number,
-                        params=setting.params,
-                        values=dict(curve),
-                        arm=arm.name,
-                        subject=setting.subject,
-                        setting_number=setting.setting,
-                        seed=seed,
-                        state="complete",
-                        run=run,
-                        value=value,
-                    )
-                )
+                    write_test_scores(folder / run.run, scores)
+                sweep.confirm.append(run)
     sweep.confirm_seeds, sweep.looks = list(range(seeds)), [seeds]
     sweep.questions = list_questions(sweep)
     write_record(sweep, folder)
@@ -319,13 +288,14 @@ def build_rank_sweep(
         for place in range(5):
             number, lr = len(sweep.trials), 0.01 * 10 ** ((place - 2) / 2)
             value = score + 0.05 * math.log10(lr / 0.01) ** 2
-            run = f"runs/lora-{number:04d}"
-            params = {"method.rank": rank, "optim.lr": lr}
-            subject = name_subject("lora", "method.rank", rank)
-            row = Trial(
-                arm="lora", subject=subject, number=number, state="complete", params=params, value=value, run=run
+            row = make_trial(
+                "lora",
+                number,
+                {"method.rank": rank, "optim.lr": lr},
+                curve_to(value),
+                subject=name_subject("lora", "method.rank", rank),
             )
-            write_run(folder / run, row, method="lora", curve=curve_to(value), trained=LORA_PARAMS_PER_RANK * rank)
+            write_run(folder, row, method="lora")
             sweep.trials.append(row)
     write_record(sweep, folder)
     return confirm_sweep(folder, seeds=seeds, examples=examples, noise=noise)
