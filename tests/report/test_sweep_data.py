@@ -28,18 +28,6 @@ def test_trials_and_reruns_are_joined_with_their_runs(confirmed: Path) -> None:
     assert (data.evidence.num_examples, data.evidence.num_groups, data.problems) == (40, 20, ())
 
 
-def test_intervals_end_where_an_own_metric_ends(confirmed: Path) -> None:
-    lora = load_sweep_data(confirmed).evidence.subject("lora")
-    assert lora
-    assert lora.interval
-    assert lora.mean is not None
-    low = (lora.interval[0] + lora.mean) / 2
-    edit_json(confirmed / "sweep.json", lambda raw: raw.update(metric="Own", metric_range=[low, None]))
-    cut = load_sweep_data(confirmed).evidence.subject("lora")
-    assert cut
-    assert cut.interval == (low, lora.interval[1])
-
-
 @pytest.mark.parametrize("direction", ["minimize", "maximize"])
 def test_best_trial_is_the_best_complete_one(sweep: Path, direction: str) -> None:
     def make_pruned_best(raw: dict[str, Any]) -> None:
@@ -52,11 +40,6 @@ def test_best_trial_is_the_best_complete_one(sweep: Path, direction: str) -> Non
     complete = [trial.value for trial in lora.trials if trial.state == "complete" and trial.value is not None]
     assert lora.best
     assert lora.best.value == (min(complete) if direction == "minimize" else max(complete))
-
-
-def test_of_equal_trials_the_earlier_is_best(sweep: Path) -> None:
-    edit_json(sweep / "sweep.json", lambda raw: [trial.update(value=1.0) for trial in raw["trials"]])
-    assert [arm.best.number for arm in load_sweep_data(sweep).arms if arm.best] == [0, 0, 0]
 
 
 @pytest.mark.parametrize(

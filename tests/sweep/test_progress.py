@@ -112,13 +112,6 @@ def test_following_goes_on_where_the_folder_is_away_for_a_while(running, at_once
     assert not thread.is_alive()
 
 
-@pytest.mark.parametrize("is_complete", [False, True])
-def test_following_what_is_over_ends_at_once(folder, is_complete):
-    if is_complete:
-        write_record(sweep_record(status="complete"), folder)
-    show_until_over(folder, Console(file=io.StringIO()))
-
-
 def test_a_sweep_in_this_process_is_shown_with_a_line_per_run(begin, work, runs, content):
     content["settings"] |= {"pruner": "halving", "pruner.rungs": [0.25], "pruner.min_survivors": 1, "confirm.seeds": 2}
     folder = begin(content)
@@ -131,24 +124,6 @@ def test_a_sweep_in_this_process_is_shown_with_a_line_per_run(begin, work, runs,
     assert sum(line.startswith("confirm: ") for line in lines) == 1
     assert sum(line.split()[2] == "pruned" for line in lines) == sum(row.state == "pruned" for row in rows) > 0
     assert {line.split()[1] for line in lines[-5:]} == {"1/1", "1/2", "2/2"}
-
-
-def test_a_sweep_in_this_process_is_shown_with_a_table_that_is_taken_away(begin, work, runs, content):
-    folder = begin(content)
-    output = io.StringIO()
-    with show_progress(folder.path, Console(file=output, force_terminal=True, width=120)):
-        assert work(folder)
-    assert "made_up: bits_per_byte (minimize)" in output.getvalue()
-    assert output.getvalue().endswith("\x1b[2K")  # the last line is erased
-
-
-def test_a_sweep_that_fails_is_shown_no_longer(begin, content):
-    folder = begin(content)
-    before = threading.active_count()
-    with pytest.raises(Killed), show_progress(folder.path, Console(file=io.StringIO())):
-        raise Killed
-    assert threading.active_count() == before
-    folder.close()
 
 
 def test_a_killed_pack_that_goes_on_has_a_line_for_each_trial_once(begin, work, runs, packs, content, monkeypatch):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import io
 import os
-import threading
 import time
 from dataclasses import astuple
 
@@ -15,7 +14,7 @@ from rich.console import Console
 import lorasweep.sweep.status as status_file
 from lorasweep.errors import RecordError
 from lorasweep.record import SWEEP_FILE, ArmRow, LookRow, SettingRow, SweepRecord, Trial, write_record
-from lorasweep.sweep.status import describe_params, read_status, render_status
+from lorasweep.sweep.status import read_status, render_status
 
 
 def arm(name, *, method="lora", trials=4):
@@ -168,32 +167,6 @@ def test_the_confirm_stage_counts_a_seed_once_for_the_frozen_base(running):
     assert "now: lora confirm  step 4/8  1.5500  method.rank=1 seed=10" in shown
 
 
-def test_a_narrow_terminal_shows_names_and_headings_whole(running):
-    write_record(sweep_record(trials=[trial(0, "complete", 1.5)], looks=[1], confirm_seeds=[7]), running)
-    shown = show(read_status(running), width=80)
-    headings = shown.splitlines()[2].split()
-    assert headings == ["arm", "trials", "confirm", "best", "best", "settings"]  # no columns of zeros
-    assert "\n frozen " in shown
-
-
-def test_a_sweep_without_a_confirm_stage_has_no_column_for_it(folder):
-    headings = show(read_status(folder)).splitlines()[2].split()
-    assert headings == ["arm", "trials", "running", "paused", "pruned", "failed", "best", "best", "settings"]
-
-
-def test_an_arm_without_a_complete_trial_has_no_best(folder):
-    write_record(sweep_record(trials=[trial(0, "pruned", 1.0), trial(1, "paused", 1.0)]), folder)
-    assert [a.best for a in read_status(folder).arms] == [None, None]
-    assert "–" in show(read_status(folder))
-
-
-def test_the_best_is_the_highest_under_maximize(folder):
-    trials = [trial(0, "complete", 0.5), trial(1, "complete", 0.7), trial(2, "complete", 0.7)]
-    write_record(sweep_record(direction="maximize", trials=trials), folder)
-    (lora,) = [a for a in read_status(folder).arms if a.name == "lora"]
-    assert (lora.best, lora.best_params) == (0.7, {"method.rank": 2})  # the earlier of equals
-
-
 def test_reading_changes_nothing(running):
     before = {path: path.stat().st_mtime_ns for path in running.rglob("*")}
     show(read_status(running))
@@ -212,63 +185,11 @@ def test_a_folder_that_is_no_sweep_is_refused_with_the_sweep_of_a_near_name(fold
     assert str(refused.value).endswith(f"Did you mean `{folder}`?")
 
 
-def test_reading_never_fails_while_others_write(running):
-    done = threading.Event()
-
-    def write():
-        number = 0
-        while not done.is_set():
-            number += 1
-            write_record(sweep_record(notes=["x" * (number % 500)]), running)
-
-    writer = threading.Thread(target=write)
-    writer.start()
-    try:
-        for _ in range(200):
-            assert len(read_status(running).arms) == 2
-    finally:
-        done.set()
-        writer.join()
-
-
 def test_a_name_is_never_taken_for_markup(folder):
     write_record(sweep_record(name="[red]x", metric="[/]loss[red]", arms=[arm("[bold]")]), folder)
     shown = show(read_status(folder))
     assert "[red]x: [/]loss[red]" in shown
     assert "[bold]" in shown
-
-
-def test_params_are_shown_as_overrides():
-    params = {"method.rank": 8, "optim.lr": 0.0123456, "method.targets": None, "trainer.progress": True}
-    assert describe_params(params) == "method.rank=8 optim.lr=0.0123 method.targets=null trainer.progress=True"
-
-
-def test_the_status_of_a_real_sweep_during_and_after_it(begin, work, runs, content):
-    content["settings"] |= {"pruner": "halving", "pruner.rungs": [0.25], "pruner.min_survivors": 1}
-    folder = begin(content)
-    folder.is_due = lambda: True  # else it depends on the machine how often the record is written
-    seen = []
-
-    def score(config, step):
-        seen.append(read_status(folder.path))
-        return config.optim.lr
-
-    runs.score = score
-    assert work(folder)
-    assert all(status.is_running and not status.is_over for status in seen)
-    assert any(arm.search.paused for status in seen for arm in status.arms)
-    assert max(sum(arm.search.running for arm in status.arms) for status in seen) == 1
-    running = [row for status in seen for row in status.record.trials if row.state == "running"]
-    assert {row.step for row in running} >= {0, 2, 4, 6}
-    assert all((row.last_value is None) == (row.step == 0) for row in running)
-    assert {arm.steps for arm in seen[-1].record.arms} == {0, 8}
-    after = read_status(folder.path)
-    assert after.is_over
-    assert [astuple(arm.search)[:4] for arm in after.arms] == [
-        (1, 1, 0, 0),
-        (3, 3, 0, 0),
-        (6, 6, 0, 0),
-    ]
 
 
 def test_runs_of_former_settings_do_not_count(folder):

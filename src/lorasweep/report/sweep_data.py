@@ -18,7 +18,6 @@ from lorasweep.config.run import ALPHA, LR, RANK
 from lorasweep.config.sweep import parse_margin
 from lorasweep.errors import RecordError
 from lorasweep.record import (
-    STATES,
     SWEEP_FILE,
     ArmRow,
     RunRecord,
@@ -78,10 +77,6 @@ class ArmData:
 
     def count(self, state: TrialState) -> int:
         return sum(trial.state == state for trial in self.trials)
-
-    def describe_states(self) -> str:
-        """Returns how many trials are in each state: `9 complete, 7 pruned`."""
-        return ", ".join(f"{count} {state}" for state in STATES if (count := self.count(state))) or "none"
 
     def cost(self, name: str) -> Any:
         """Returns a field of the best run's record, such as `wall_s`; None if there is no such record."""

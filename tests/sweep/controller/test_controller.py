@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import random
 import time
-from collections import Counter
 
 import optuna
 import pytest
-from optuna.storages import JournalStorage
-from tests.sweep.conftest import WRITES, Killed, kill_at
+from tests.sweep.conftest import Killed, kill_at
 from tests.sweep.controller.conftest import EVERY, LAST, Simulation, outcome
 
 from lorasweep.errors import ConfigError, Diverged, OutOfMemory
 from lorasweep.sweep.controller.controller import Controller
-from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
 
 
@@ -57,13 +53,6 @@ def test_how_long_anything_takes_changes_nothing(simulate, content, monkeypatch)
 
     monkeypatch.setattr(time, "monotonic", now)
     assert simulate(content, folder="delayed") == whole
-
-
-def test_equal_trials_are_settled_by_number_in_any_order(simulate, content):
-    constant = {"curve": lambda a, step: 1.0, "loss": lambda a, step: 1.0}
-    found = simulate(content, **constant, slots=8, shuffle=random.Random(0))
-    complete = [number for _, number, _, state, _ in found if state == "complete"]
-    assert complete == simulate_numbers(found)
 
 
 def simulate_numbers(found):
@@ -175,19 +164,6 @@ def test_at_least_one_trial_is_complete_and_the_rest_is_told_as_pruned(simulate,
     assert len(found) == 8
 
 
-def test_a_failed_trial_gives_up_its_place_in_the_better_part(begin, open_controller, content):
-    content["settings"] |= {"sampler": "qmc", "pruner.rungs": [0.17]}
-    controller = open_controller(begin(content))
-    pack = [controller.take() for _ in range(8)]
-    assert controller.report([(a, EVERY, float(a.number)) for a in pack]) == [True] * 3 + [False] * 5
-    simulation = Simulation(controller, curve=lambda a, step: 1.0)
-    for assignment in pack[3:]:
-        controller.tell(assignment, simulation.record(assignment, EVERY, "paused"))
-    controller.tell_failure(pack[0], Diverged("the loss became NaN."))
-    assert controller.take().number == 3
-    close(controller)
-
-
 def take_all(controller):
     return list(iter(controller.take, None))
 
@@ -236,16 +212,6 @@ def test_a_controller_killed_at_any_write_ends_with_the_same_trials(
     close(controller)
 
 
-def test_a_trial_enters_the_journal_with_all_its_parameters(begin, open_controller, content, monkeypatch):
-    controller = open_controller(begin(content))
-    storage = controller.sweep.storage
-    monkeypatch.setattr(storage, "set_trial_param", None)  # a trial that is filled in later would need it
-    assignment = controller.take()
-    trial = controller.search.arms["lora"].study.trials[0]
-    assert set(trial.params) == {"method.rank", "optim.lr"} == set(assignment.params)
-    close(controller)
-
-
 def test_a_trial_that_somebody_else_added_to_the_study_is_left_out(begin, resume, content):
     sweep = begin(content)
     sweep.open_study("lora").ask({"optim.lr": optuna.distributions.FloatDistribution(1e-3, 1e-1, log=True)})
@@ -254,21 +220,6 @@ def test_a_trial_that_somebody_else_added_to_the_study_is_left_out(begin, resume
     Simulation(controller).run()
     assert sorted(controller.search.arms["lora"].trials) == list(range(1, 9))
     assert [trial.number for trial in controller.search.arms["lora"].trials.values()] == list(range(1, 9))
-    close(controller)
-
-
-def test_a_journal_cut_off_in_the_middle_of_a_line_is_resumed(begin, open_controller, resume, simulate, content):
-    whole = simulate(content, folder="whole", slots=1)
-    controller = open_controller(begin(content, folder="cut"))
-    simulation = Simulation(controller, slots=1)
-    running = [controller.take()]
-    simulation.advance(running)
-    close(controller)
-    journal = controller.sweep.path / "journal.log"
-    journal.write_bytes(journal.read_bytes() + b'{"op_code": 6, "worker')
-    controller = resume(controller.sweep.path)
-    Simulation(controller, slots=1, steps=simulation.steps).run()
-    assert outcome(controller) == whole
     close(controller)
 
 
@@ -356,34 +307,3 @@ def test_a_restarted_controller_leaves_a_promoted_trial_to_the_worker_that_train
     assert second.take(worker="s-2", request=1).number != 3
     assert second.report([(promoted, 2 * EVERY, 3.0)]) == [True]
     close(second)
-
-
-@pytest.mark.parametrize("sampler", ["random", "tpe"])
-def test_a_call_reads_no_more_trials_and_files_the_more_workers_there_are(begin, content, monkeypatch, sampler):
-    """By what is read, because a time would depend on the machine."""
-    content["settings"] |= {"sampler": sampler}
-    content["arms"]["lora"]["trials"] = 1000
-    read = Counter()
-
-    def counted(function, name):
-        return lambda *args, **kwargs: (read.update([name]), function(*args, **kwargs))[1]
-
-    for name in ("get_all_trials", "get_trial", *WRITES):
-        monkeypatch.setattr(JournalStorage, name, counted(getattr(JournalStorage, name), name))
-    monkeypatch.setattr(os, "open", counted(os.open, "open"))
-    monkeypatch.setattr(SweepFolder, "is_due", lambda _: False)
-    costs = []
-    for num_workers in (10, 200):
-        controller = Controller(begin(content, folder=str(num_workers)), session="s")
-        held = [controller.take(worker=f"s-{n}", request=0) for n in range(num_workers)]
-        controller.report([(a, EVERY, 1.0 + a.number) for a in held])
-        controller.take(worker="s-new", request=1)
-        read.clear()
-        assignment = controller.take(worker="s-new", request=2)
-        controller.report([(assignment, EVERY, 9999.0)])
-        record = Simulation(controller).record(assignment, EVERY, "paused")
-        opened = read["open"]
-        controller.tell(assignment, record)
-        costs.append({**read, "open": read["open"] - opened})
-        close(controller)
-    assert costs[0] == costs[1]

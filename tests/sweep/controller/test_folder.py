@@ -31,18 +31,6 @@ def stopped(begin, work, runs, three_arms):
     return opened.path
 
 
-def test_saving_lists_each_trial_with_its_run(stopped):
-    record = read_sweep(stopped)
-    states = {(row.arm, row.number): row.state for row in record.trials}
-    assert states["frozen", 0] == "complete"
-    assert {"running", "paused"} & set(states.values())
-    for row in record.trials:
-        assert row.run == f"runs/{row.arm}-{row.number:04d}"
-        assert (row.value is None) == (row.state == "running")
-        assert set(row.params) == set(next(arm for arm in record.arms if arm.name == row.arm).space)
-    assert record.status == "interrupted"
-
-
 def test_a_stopped_sweep_that_is_saved_again_says_the_same_of_its_trials(stopped, work, runs):
     before = read_sweep(stopped)
     assert not work(reopen_sweep(stopped), stop_at=1)
@@ -67,17 +55,6 @@ def test_saving_takes_no_more_than_its_share_of_the_time(folder, monkeypatch):
     assert not folder.is_due()
     folder.saved_s -= 60
     assert folder.is_due()
-
-
-def test_what_is_noted_or_warned_of_is_kept_once(folder):
-    folder.note(["a", "b"])
-    folder.note(["b", "c"])
-    for sentence in ("x", "x"):
-        folder.warn(sentence)
-    folder.save(usage={})
-    record = read_sweep(folder.path)
-    assert record.notes == ["a", "b", "c"]
-    assert record.warnings.count("x") == 1
 
 
 @pytest.mark.parametrize("becomes", ["moved", "replaced"])

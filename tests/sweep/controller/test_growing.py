@@ -204,16 +204,3 @@ def test_a_new_arm_may_not_use_a_seed_on_which_winners_ran_again(begin, work, ru
     with pytest.raises(ConfigError, match=rf"`seed` of an arm that is added must not be {seed}"):
         reopen_sweep(folder.path, changes={"arms.other": arm})
     reopen_sweep(folder.path, changes={"arms.other": NEW_ARM}).close()
-
-
-def test_the_trials_of_a_grid_go_on_where_they_ended(begin, work, runs, small):
-    small["settings"] |= {"sampler": "grid", "pruner": "none"}
-    del small["settings"]["pruner.rungs"], small["settings"]["pruner.min_survivors"]
-    small["arms"]["lora"] |= {"space": {"method.rank": [1, 2], "optim.lr": [0.01, 0.02]}, "trials": 2}
-    folder = begin(small)
-    assert work(folder)
-    with pytest.raises(ConfigError, match=r"`arms.lora.trials <= 4` must hold under `sampler=grid`"):
-        reopen_sweep(folder.path, changes={"arms.lora.trials": 5})
-    assert work(reopen_sweep(folder.path, changes={"arms.lora.trials": 4}))
-    points = [(row.params["method.rank"], row.params["optim.lr"]) for row in lora(rows_of(folder.path))]
-    assert sorted(points) == [(1, 0.01), (1, 0.02), (2, 0.01), (2, 0.02)]

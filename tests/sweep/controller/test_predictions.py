@@ -12,8 +12,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from tests.sweep.controller.conftest import ask_for_proposal, make_arm, make_trial, number_trials
 
 from lorasweep.config.sweep import ModelBasedSampler
-from lorasweep.sweep.controller.history import History
-from lorasweep.sweep.controller.predictions import predict_best, propose_for_values
+from lorasweep.sweep.controller.predictions import predict_best
 
 RANKS = [1, 4, 16, 64]
 GP = ModelBasedSampler(name="gp", startup_trials=None)
@@ -67,10 +66,6 @@ def predict(arm, trials, rank, *, direction="minimize"):
     return predict_best(arm, trials, direction=direction, fixed={"method.rank": rank})
 
 
-def make_history(arm, trials):
-    return History(arm, number_trials(trials), direction="minimize")
-
-
 @pytest.mark.parametrize("space", [SPACE, WITH_ALPHA], ids=["one α", "several α/r"])
 def test_the_best_rate_of_every_rank_is_found_from_twelve_trials_of_which_half_are_partial(space):
     errors = []
@@ -115,16 +110,6 @@ def test_equal_predictions_keep_a_tried_trial():
         assert found.trial == min(trial.number for trial in trials if trial.params["method.rank"] == rank)
 
 
-def test_predicted_rates_have_few_digits_and_stay_in_their_range():
-    for seed in range(3):
-        arm = build_arm(WITH_ALPHA, seed=seed)
-        for rank in RANKS:
-            found = predict(arm, search(arm, num=8), rank)
-            assert LR.low <= found.params["optim.lr"] <= LR.high
-            if found.trial is None:
-                assert found.params["optim.lr"] == float(f"{found.params['optim.lr']:.3g}")
-
-
 def test_the_regret_is_never_negative_and_shrinks_with_more_trials():
     arm = build_arm(trials=32)
     trials = search(arm, num=32)
@@ -166,16 +151,6 @@ def test_values_get_equal_numbers_of_trials(num):
     arm = build_arm(trials=num)
     counts = Counter(trial.params["method.rank"] for trial in search(arm, num=num))
     assert [counts[rank] for rank in RANKS] == [num // 4] * 4
-
-
-def test_values_that_got_fewer_trials_at_the_start_catch_up():
-    arm = build_arm(trials=16)
-    history = [make(arm, {"method.rank": 1, "optim.lr": rate}) for rate in (1e-4, 5e-4, 2e-3, 1e-2)]
-    for number in range(4, 16):
-        point = propose_for_values(arm, make_history(arm, history), seed=3)
-        history.append(make(arm, make_history(arm, history).encoding.decode(point)))
-        assert number  # each trial ends before the next
-    assert Counter(trial.params["method.rank"] for trial in history) == dict.fromkeys(RANKS, 4)
 
 
 def test_trials_that_begin_together_differ():

@@ -77,10 +77,6 @@ def test_the_law_is_used_with_adam_alone(build_law, optimizer, factor):
     assert build_law({"optim": optimizer}, RATES).factor({"optim.lr": 1e-3}) == factor
 
 
-def test_an_arm_that_does_not_search_the_rate_needs_no_law(build_law):
-    assert build_law({}, {"method.rank": RANKS}).factor({"method.rank": 64}) == 1
-
-
 SPACES = {
     "rank": RANK_AND_RATE,
     "multiplier": RANK_AND_RATE | {"method.alpha.over_rank": CategoricalDistribution([0.5, 1, 4])},
@@ -141,22 +137,6 @@ def test_sobol_points_have_every_octave_of_u_and_every_rank_once_per_group():
     for start in range(0, 64, len(RANKS)):
         ranks = [encoding.decode(point)["method.rank"] for point in points[start : start + len(RANKS)]]
         assert sorted(ranks) == RANKS
-
-
-def test_sobol_points_of_each_multiplier_cover_the_rates_that_it_allows():
-    """The range of u is wider than that of the rates, so some points are moved; none may pile up at an end."""
-    encoding = encode_space(SPACES["multiplier"])
-    rates = [encoding.decode(draw_sobol_point(encoding, index, seed=0))["optim.lr"] for index in range(256)]
-    assert len({f"{rate:.6g}" for rate in rates}) > 250
-    quarters = Counter(int(math.log10(rate / LR.low) * 2) for rate in rates)
-    assert all(quarters[quarter] > 256 / 4 / 2 for quarter in range(4))
-
-
-def test_random_rates_do_not_pile_up_at_the_ends_of_their_range():
-    space = SPACES["multiplier"]
-    arm = make_arm(space, SAMPLERS["random"], trials=64)
-    rates = [ask_for_proposal(arm, [], number=number)["optim.lr"] for number in range(64)]
-    assert not {LR.low, LR.high} & set(rates)
 
 
 def test_a_rate_that_is_fixed_in_a_users_sampler_is_a_learning_rate():

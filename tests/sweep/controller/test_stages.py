@@ -64,14 +64,6 @@ def test_each_arms_best_settings_run_on_the_same_fresh_seeds(begin, work, runs, 
     assert frozen.seed == seeds[0]
 
 
-def test_the_search_is_the_same_with_and_without_the_stage(begin, work, runs, confirming):
-    first, second = begin(confirming, folder="a"), begin(confirming, "confirm.seeds=0", folder="b")
-    assert work(first)
-    assert work(second)
-    assert first.record.trials == second.record.trials
-    assert second.record.confirm == []
-
-
 def test_the_confirm_stage_begins_when_every_search_is_over(begin, work, runs, confirming):
     folder = begin(confirming)
     assert work(folder)
@@ -212,14 +204,6 @@ def test_a_finished_search_gets_the_stage_later_and_more_seeds_later_still(begin
     assert rows_of(folder.path) == rows_of(whole.path)
     assert work(reopen_sweep(folder.path))
     assert counts(folder.path) == ASKED
-
-
-def test_a_warning_goes_with_its_reason(begin, work, runs, confirming):
-    folder = begin(confirming, "confirm.seeds=1")
-    assert work(folder)
-    assert any("`confirm.seeds` is 1" in warning for warning in read_sweep(folder.path).warnings)
-    assert work(reopen_sweep(folder.path, changes={"confirm.seeds": 2}))
-    assert not any("`confirm.seeds` is 1" in warning for warning in read_sweep(folder.path).warnings)
 
 
 def test_fewer_seeds_than_have_begun_are_refused(begin, work, runs, confirming):

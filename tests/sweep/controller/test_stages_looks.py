@@ -146,16 +146,6 @@ def test_a_stage_that_is_killed_in_a_later_look_decides_the_same_again(begin, wo
     assert outcome(killed.path) == outcome(whole.path)
 
 
-@pytest.mark.parametrize("stop_at", [3, 8])
-def test_a_stage_that_is_stopped_again_and_again_ends_as_if_it_was_not(begin, work, runs, asking, finish, stop_at):
-    set_scores(runs, noisy=[2, 4])
-    whole, stopped = (begin(asking, folder=name) for name in ("whole", "stopped"))
-    assert work(whole)
-    assert not work(stopped, stop_at=2)
-    finish(stopped.path, stop_at=stop_at)
-    assert outcome(stopped.path) == outcome(whole.path)
-
-
 @pytest.mark.parametrize("slots", [1, 3, 4])
 def test_the_order_of_slots_changes_no_look(begin, content, slots):
     content["settings"] |= {"confirm.seeds": "auto", "confirm.looks": LOOKS}
@@ -203,16 +193,6 @@ def test_more_seeds_than_planned_are_trained_on_every_subject_with_a_warning(beg
     for _ in range(2):  # also after it is resumed once more
         assert sum("false verdict" in said for said in read_sweep(folder.path).warnings) == 1
         assert work(reopen_sweep(folder.path))
-
-
-def test_seeds_that_are_changed_before_any_test_score_need_no_warning(begin, work, runs, asking):
-    set_scores(runs)
-    folder = begin(asking)
-    assert not work(folder, stop_at=2)
-    assert work(reopen_sweep(folder.path, changes={"confirm.seeds": 4}))
-    record = read_sweep(folder.path)
-    assert record.looks == [4]
-    assert not [said for said in record.warnings if "false verdict" in said]
 
 
 def test_a_value_that_never_fits_in_memory_is_left_out_with_a_warning(begin, work, runs, asking):

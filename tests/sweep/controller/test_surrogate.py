@@ -10,7 +10,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 import lorasweep.sweep.controller.surrogate as surrogate_file
 from lorasweep.sweep.controller.rate_law import RateLaw
-from lorasweep.sweep.controller.surrogate import Coordinates, compute_kernel, fit_surrogate
+from lorasweep.sweep.controller.surrogate import Coordinates, fit_surrogate
 
 POINTS = np.linspace(-2, 2, 9)[:, None]
 COSTS = 1 + 0.1 * POINTS[:, 0] ** 2
@@ -28,11 +28,6 @@ def test_it_goes_through_data_without_noise(monkeypatch):
     # the noise, times the condition of nine points that lie half a length scale apart
     assert mean == pytest.approx(inside, abs=1e-5)
     assert (deviation < 1e-3 * np.ptp(COSTS)).all()
-
-
-def test_it_is_less_sure_far_from_the_trials():
-    _, deviation = fit().predict(np.array([[0.0], [3.0], [30.0]]))
-    assert deviation[0] < deviation[1] < deviation[2]
 
 
 def test_the_size_of_a_diverged_value_changes_nothing():
@@ -76,13 +71,6 @@ def test_equal_and_few_costs_are_no_error(costs):
     assert np.isfinite(deviation).all()
     assert mean.min() >= min(costs) - 1
     assert mean.max() <= max(costs) + 1
-
-
-def test_covariances_fall_with_the_distance():
-    kernel = compute_kernel(POINTS, POINTS)
-    assert np.allclose(np.diag(kernel), 1)
-    assert (np.diff(kernel[0]) < 0).all()
-    assert (kernel == kernel.T).all()
 
 
 def test_coordinates_are_in_length_scales_and_keys_with_one_value_have_none():

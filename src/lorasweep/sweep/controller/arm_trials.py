@@ -98,6 +98,8 @@ class ArmTrials:
         They are kept sorted, because comparing thousands of trials at each report would take longer than training."""
         self._rows: dict[tuple[int, int], Row] = {}
         """The row of a trial in `_ranked`, by rung and number."""
+        self._kept: dict[int, list[Row]] | None = None
+        """By rung: the first rows of `_ranked`, of the trials that may train beyond the rung. None after a change."""
         self.warning: str | None = study.user_attrs.get(WARNING_ATTRIBUTE)
         """The warning that most trials have learned nothing by the first rung; None if there was no reason for it."""
         for frozen in study.get_trials(deepcopy=False):
@@ -167,6 +169,7 @@ class ArmTrials:
         self._storage.create_new_trial(self._study_id, template_trial=template)
         self.trials[trial.number] = trial
         self._in_training.add(trial.number)
+        self._kept = None
         return trial
 
     def promote(self, trial: Trial, rung: int, *, order: int, worker: str = "", request: int = 0) -> None:
@@ -208,7 +211,7 @@ class ArmTrials:
             return True
         if step in trial.passed:  # reported before, by a process that was killed later: the decision stays
             return step not in trial.promoted
-        if not self._is_kept(trial, step, self._list_kept(step)):
+        if not self._is_kept(trial, step, self._find_kept()[step]):
             return False
         self._write(trial, passed=sorted({*trial.passed, step}))
         return True
@@ -234,8 +237,8 @@ class ArmTrials:
 
         Higher rungs come first; within a rung, better trials come first.
         """
-        for rung in reversed(self._rule.rungs):
-            for *_, number in self._list_kept(rung):
+        for rung, kept in reversed(self._find_kept().items()):
+            for *_, number in kept:
                 trial = self.trials[number]
                 if trial.state == "paused" and rung not in trial.passed:
                     return trial, rung
@@ -268,13 +271,15 @@ class ArmTrials:
             f"{join_words(remedies, last='or')}."
         )
 
-    def _list_kept(self, rung: int) -> list[Row]:
-        """Returns the rows of the trials that may train beyond a rung, best first."""
-        kept: dict[int, list[Row]] = {}
-        for lower in self._rule.rungs[: self._rule.rungs.index(rung) + 1]:
-            all_arrived = self.num_left <= 0 and not self._may_arrive(lower, kept)
-            kept[lower] = self._ranked[lower][: self._rule.count_kept(self._ranked[lower], all_arrived=all_arrived)]
-        return kept[rung]
+    def _find_kept(self) -> dict[int, list[Row]]:
+        """Returns by rung, ascending, the rows of the trials that may train beyond it, best first."""
+        if self._kept is None:
+            kept: dict[int, list[Row]] = {}
+            for rung, ranked in self._ranked.items():
+                all_arrived = self.num_left <= 0 and not self._may_arrive(rung, kept)
+                kept[rung] = ranked[: self._rule.count_kept(ranked, all_arrived=all_arrived)]
+            self._kept = kept
+        return self._kept
 
     def _may_arrive(self, rung: int, kept: Mapping[int, list[Row]]) -> bool:
         """Returns whether a running or paused trial can still reach a rung; `kept` has all lower rungs."""
@@ -291,6 +296,7 @@ class ArmTrials:
 
     def _rank(self, trial: Trial) -> None:
         """Updates the trial's rows in `_ranked`."""
+        self._kept = None
         for rung, ranked in self._ranked.items():
             key = rung, trial.number
             if key in self._rows:
@@ -326,6 +332,7 @@ class ArmTrials:
             self._storage.set_trial_user_attr(self._find_id(trial), TRIAL_ATTRIBUTE, after)
             for name, value in changes.items():
                 setattr(trial, name, value)
+            self._kept = None
 
     def _find_id(self, trial: Trial) -> int:
         return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, trial.number)

@@ -13,18 +13,20 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import optuna
-from optuna.pruners import BasePruner
+from optuna.exceptions import ExperimentalWarning
+from optuna.pruners import BasePruner, NopPruner
 
 from lorasweep.disk import explain_unwritable
 from lorasweep.errors import WorkerError
 from lorasweep.record import SweepRecord, add_telemetry, utc_now, write_record
-from lorasweep.sweep.controller.storage import JOURNAL_FILE, SweepStorage, open_study
+from lorasweep.sweep.controller.storage import JOURNAL_FILE, SweepStorage
 from lorasweep.sweep.definition.arms import Definition
 from lorasweep.sweep.lock import LOCK_FILE
 
@@ -55,14 +57,22 @@ class SweepFolder:
         self.telemetry_before = dict(self.record.telemetry)
 
     def open_study(self, name: str, *, pruner: BasePruner | None = None) -> optuna.Study:
-        """Returns a study of the sweep, which is created if it is missing."""
-        return open_study(
-            self.storage,
-            name,
+        """Returns a study of the sweep, which is created if it is missing.
+
+        Its sampler is never used: `propose` asks a study in memory. Optuna's tools show the name of its metric.
+        """
+        study = optuna.create_study(
+            study_name=name,
+            storage=self.storage,
             direction=self.record.direction,
-            metric=self.record.metric,
-            pruner=pruner,
+            pruner=pruner or NopPruner(),
+            load_if_exists=True,
         )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            if study.metric_names is None:
+                study.set_metric_names([self.record.metric])
+        return study
 
     def is_due(self) -> bool:
         """Returns whether the record may be written again under `MAX_SAVE_FRACTION`."""

@@ -5,20 +5,15 @@ from __future__ import annotations
 import errno
 import json
 import os
-import warnings
 import zlib
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import optuna
-from optuna.exceptions import ExperimentalWarning
-from optuna.pruners import BasePruner, NopPruner
-from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend
 
-from lorasweep.config.data import Direction
 from lorasweep.errors import RecordError, first_line
 
 JOURNAL_FILE = "journal.log"
@@ -141,25 +136,3 @@ def damaged_journal(folder: Path, error: Exception) -> RecordError:
 def name_study(arm: str, stage: Literal["search", "confirm"]) -> str:
     """Returns the name of an arm's study in a stage. An arm's name has no slash, so names are unique."""
     return arm if stage == "search" else f"{arm}/{stage}"
-
-
-def open_study(
-    storage: BaseStorage,
-    name: str,
-    *,
-    direction: Direction,
-    metric: str,
-    pruner: BasePruner | None = None,
-) -> optuna.Study:
-    """Returns a study, and creates it if it is missing. Its sampler is never used: `propose` asks a study in memory.
-
-    optuna-dashboard and Optuna's tables show the name of the metric.
-    """
-    study = optuna.create_study(
-        study_name=name, storage=storage, direction=direction, pruner=pruner or NopPruner(), load_if_exists=True
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        if study.metric_names is None:
-            study.set_metric_names([metric])
-    return study
