@@ -19,8 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from lorasweep.config.command_line import (
     TrainOverrides,
-    allow_new_arguments,
     describe_job,
+    force_keys,
     list_jobs,
     parse_overrides,
     read_settings_file,
@@ -74,14 +74,12 @@ def run_train_app(arguments: argparse.Namespace, *, show: Show, refuse: Refuse) 
         if flags := _list_hydra_flags(arguments):
             if file_settings:  # Hydra would show the settings without those of the file
                 raise ConfigError(f"`{flags[0]}` must be used without a file of settings or `--from`.")
-            _run_hydra(flags, replace(overrides, run=tuple(allow_new_arguments(overrides.run))), lambda _: None)
+            _run_hydra(flags, replace(overrides, run=tuple(force_keys(overrides.run))), lambda _: None)
             return 0
         for job in jobs or ():  # every job of a grid is checked before the first one trains
             _compose(job, file_settings, is_grid=is_grid)
         train = partial(_train, file_settings=file_settings, origin=origin, is_grid=is_grid)
-        # every key was checked above
-        words = allow_new_arguments(overrides.run, has_file=bool(file_settings))
-        overrides = replace(overrides, run=tuple(words))
+        overrides = replace(overrides, run=tuple(force_keys(overrides.run)))  # every key was checked above
         return (_run_grid if is_grid else _run_once)(overrides, train, show=show, refuse=refuse)
 
 

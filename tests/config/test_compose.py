@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from lorasweep.config.build import as_settings
-from lorasweep.config.command_line import allow_new_arguments
+from lorasweep.config.command_line import force_keys
 from lorasweep.config.components import Component
 from lorasweep.config.compose import (
     LIST_GROUPS,
@@ -73,14 +73,9 @@ def test_an_argument_without_a_class_is_no_setting(key):
         compose_run({key: 1})
 
 
-def test_arguments_of_a_class_may_be_new_keys_to_hydra():
-    words = ["--cfg", "job", "optim=sgd", "optim.nesterov=true", "logger.csv.name=a", "method.rank=4", "-m"]
-    assert allow_new_arguments(words) == [
-        *("--cfg", "job", "optim=sgd", "++optim.nesterov=true", "++logger.csv.name=a", "method.rank=4", "-m")
-    ]
-    assert allow_new_arguments(["data=table", "data.text=a", "+x.y=1", "seed=2"], has_file=True) == [
-        *("data=table", "++data.text=a", "+x.y=1", "seed=2")
-    ]
+def test_dotted_keys_may_be_new_to_hydra():
+    words = ["optim=sgd", "optim.nesterov=true", "+x.y=1", "~logger.csv", "seed=2"]
+    assert force_keys(words) == ["optim=sgd", "++optim.nesterov=true", "+x.y=1", "~logger.csv", "seed=2"]
 
 
 def test_an_entry_of_a_mapping_is_set_by_its_dotted_key():

@@ -160,14 +160,14 @@ def _name_plugin(overrides: Sequence[str]) -> str:
     return f" A launcher or sweeper must be installed: {', '.join(commands)}." if commands else ""
 
 
-def allow_new_arguments(arguments: Sequence[str], *, has_file: bool = False) -> list[str]:
-    """Returns the overrides with `++` before each key that Hydra's own settings may lack, so that Hydra accepts it.
+def force_keys(overrides: Sequence[str]) -> list[str]:
+    """Returns the overrides of a run with `++` before dotted keys, so that Hydra also takes keys that it does not know.
 
-    With a file of settings, that is each key inside a group: Hydra does not know which option the file chooses.
+    These are arguments of a component, and keys of the option that a file of settings chooses.
     """
-    keys = [argument.partition("=")[0] for argument in arguments]
-    are_new = [_may_be_new(key) or (has_file and "." in key and key[0] not in "+~") for key in keys]
-    return [f"++{argument}" if is_new else argument for argument, is_new in zip(arguments, are_new, strict=True)]
+    keys = [override.partition("=")[0] for override in overrides]
+    are_plain = ["." in key and key[0] not in "+~" for key in keys]
+    return [f"++{override}" if is_plain else override for override, is_plain in zip(overrides, are_plain, strict=True)]
 
 
 def complete_override(prefix: str, typed: Sequence[str] = (), *, primaries: Sequence[Primary]) -> list[str]:

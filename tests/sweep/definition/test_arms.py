@@ -64,11 +64,6 @@ def test_an_arm_whose_space_was_fixed_away_has_one_trial(read, content):
     assert full.compose({}).optim.lr == 1e-3
 
 
-def test_an_override_of_one_arm_reaches_that_one_alone(read, content):
-    arms = arms_of(read(content, "arms.lora.trainer.batch_size=4"))
-    assert {name for name, arm in arms.items() if "trainer.batch_size" in arm.settings} == {"lora"}
-
-
 def test_an_override_of_one_arm_beats_one_of_all(read, content):
     for words in (["optim.eps=1e-6", "arms.lora.optim.eps=1e-7"], ["arms.lora.optim.eps=1e-7", "optim.eps=1e-6"]):
         arms = arms_of(read(content, *words))
@@ -100,17 +95,6 @@ def test_a_range_reaches_only_arms_with_a_space(read, content):
 def test_trials_are_set_for_all_arms_with_a_space_or_for_one(read, content):
     trials = {arm.name: arm.trials for arm in read(content, "sweep.trials=2", "arms.lora.trials=5").arms}
     assert trials == {"frozen": 1, "full": 2, "lora": 5}
-
-
-def test_sweep_settings_are_set_for_all_arms(read, content):
-    definition = read(content, "sampler=qmc", "pruner=halving", "pruner.reduction_factor=3", "sweep.seed=7")
-    for sweep_config in (definition.sweep_config, *(arm.sweep_config for arm in definition.arms)):
-        assert (sweep_config.sampler.name, sweep_config.pruner.name, sweep_config.pruner.reduction_factor) == (
-            "qmc",
-            "halving",
-            3,
-        )
-        assert sweep_config.sweep.seed == 7
 
 
 def test_an_arms_own_sweep_settings_beat_the_files_and_the_command_line_beats_both(read, content):
@@ -154,28 +138,6 @@ def test_the_option_that_a_file_has_already_keeps_what_the_file_set(read, conten
     lora = arms_of(read(content, "pruner=halving", "schedule=linear"))["lora"]
     assert lora.sweep_config.pruner.reduction_factor == 3
     assert lora.corners[0].schedule.warmup_fraction == 0.5
-
-
-def test_what_is_set_beside_another_option_stays(read, content):
-    content["settings"] |= {"pruner": "none"}
-    lora = arms_of(read(content, "pruner.reduction_factor=4", "pruner=halving"))["lora"]
-    assert (lora.sweep_config.pruner.name, lora.sweep_config.pruner.reduction_factor) == ("halving", 4)
-
-
-@pytest.mark.parametrize("word", ["output=outputs/mine", "resume=true"])
-def test_the_folder_of_a_run_is_no_setting_of_a_sweep(read, content, word):
-    with pytest.raises(ConfigError, match=rf"`{word.split('=')[0]}` must be left out, .*`sweep.output=DIR`"):
-        read(content, word)
-
-
-def test_a_pruner_of_the_users_own_is_set_by_its_target(read, content):
-    del content["settings"]["pruner"]
-    words = ["pruner._target_=optuna.pruners.PercentilePruner", "pruner.percentile=25.0"]
-    lora = arms_of(read(content, *words))["lora"]
-    assert (lora.sweep_config.pruner.target, dict(lora.sweep_config.pruner.arguments)) == (
-        "optuna.pruners.PercentilePruner",
-        {"percentile": 25.0},
-    )
 
 
 def test_arguments_of_an_optimizer_are_searched_as_other_settings(read, content):
@@ -230,13 +192,6 @@ def test_a_name_on_the_command_line_drops_the_class_of_the_file(read, content):
     assert arms_of(read(content, "optim=adamw"))["lora"].corners[0].optim.name == "adamw"
 
 
-def test_an_arms_method_drops_what_the_file_set_for_another_method(read, content):
-    content["settings"]["method.dropout"] = 0.1
-    arms = arms_of(read(content))
-    assert arms["lora"].corners[0].method.dropout == 0.1
-    assert arms["full"].corners[0].method.name == "full"
-
-
 def test_a_swept_group_leaves_its_settings_alone(read, content):
     content["settings"]["schedule.warmup_fraction"] = 0.5
     lora = arms_of(read(content, "arms.lora.schedule=choice(linear,cosine)"))["lora"]
@@ -254,96 +209,10 @@ def test_a_grid_takes_as_many_trials_as_it_has_combinations(read, content):
         read(content, "sampler=grid")
 
 
-def test_a_grid_that_is_too_large_to_lay_out_is_refused(read, content):
-    content["arms"]["lora"] |= {"space": {"trainer.max_steps": {"low": 1, "high": 10**8}}, "trials": 6}
-    with pytest.raises(
-        ConfigError, match=r"`arms.lora.space` must .* 100,000 .*, but has 100,000,000. Use `sampler=qmc`"
-    ):
-        read(content, "arms.lora.sampler=grid")
-
-
 def test_a_definition_comes_back_from_its_record(read, content):
     definition = read(content, "optim.eps=1e-6", "method.rank=choice(1,8)", "sweep.trials=2")
     restored = restore_definition(json.loads(json.dumps(definition.raw)), source=definition.source)
     assert restored == definition
-
-
-def change(content, path, value):
-    *parents, last = path
-    for name in parents:
-        content = content[name]
-    if value is None:
-        del content[last]
-    else:
-        content[last] = value
-
-
-@pytest.mark.parametrize(
-    ("path", "value", "message"),
-    [
-        (["arm"], {}, r"`arm` is not a setting. Did you mean `arms`\?"),
-        (["arms"], None, "at least one arm in `arms`"),
-        (["arms"], {}, "at least one arm in `arms`"),
-        (["arms", "lora"], 3, "`arms.lora` must be a .*, but got 3."),
-        (["arms", "a b"], {"settings": {}}, "an arm's name must .* letters.*, but got 'a b"),
-        (["arms", "a-confirm"], {"settings": {}}, "must not end in .*`-confirm`.*, but got 'a-confirm'"),
-        (["name"], "../x", "`name` must .* letters.*, but got '../x'."),
-        (["arms", "lora", "spaces"], {}, r"`arms.lora.spaces` is not a setting. Did you mean `space`\?"),
-        (["arms", "lora", "trials"], "six", "`arms.lora.trials` must be a whole number, but got 'six'."),
-        (["arms", "lora", "trials"], 0, "`arms.lora.trials >= 1` must hold, but got 0."),
-        (["arms", "frozen", "trials"], 2, "`arms.frozen.trials` must be 1 .*, but got 2. Add a `space`."),
-        (["arms", "lora", "space"], [1], r"`arms.lora.space` must be a mapping, but got \[1\]."),
-        (["settings", "optim.lrr"], 1, r"arm `frozen`: `optim.lrr` is not a setting. Did you mean `optim.lr`\?"),
-        (["arms", "lora", "settings", "method"], "lorra", r"`method` must be one of .*. Did you mean `lora`\?"),
-        (["arms", "lora", "settings", "method.rnk"], 1, "`method.rnk` is not a setting. Did you mean `method.rank`"),
-        (["arms", "lora", "space", "method.rnk"], [1], "`method.rnk` is not a setting. Did you mean `method.rank`"),
-        (["arms", "full", "space", "method.rank"], [1], "arm `full`: `method.rank` is not a setting."),
-        (["arms", "lora", "space", "optim"], [1], "arm `lora`: `optim` must be one of .*adamw.*, but got '1'."),
-        (["arms", "lora", "space", "method.rank"], [4, 0], "arm `lora`: `method.rank >= 1` must hold, but got 0."),
-        (["arms", "lora", "space", "optim.lr"], {"low": 0.1, "high": 0.01}, "arm `lora`: .*`optim.lr`.*`low <= high`"),
-        (["arms", "lora", "space", "optim.beta1"], {"low": 0.5, "high": 1.5}, "arm `lora`: .*optim.beta1.*got 1.5."),
-        (["settings", "sampler"], "tpee", r"`sampler` must be one of .*, but got 'tpee'. Did you mean `tpe`\?"),
-        (["settings", "worker.num"], 4, "`worker.num` must be 1 .*, but got 4. .* `worker=ray worker.num=4`"),
-    ],
-)
-def test_a_file_that_is_wrong_is_refused_by_name(read, content, path, value, message):
-    change(content, path, value)
-    with pytest.raises(ConfigError, match=f"^made_up.yaml: .*{message}"):
-        read(content)
-
-
-@pytest.mark.parametrize("text", ["name: [", "just words", "- a\n- b\n", "name: ${nothing}", "a: 1\na: 2\n", ""])
-def test_a_file_that_is_no_sweep_is_refused(read, text):
-    with pytest.raises(ConfigError, match=r"made_up\.yaml"):
-        read(text)
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("optim.lrr=1", r"`optim.lrr` is not a setting. Did you mean `optim.lr`\?"),
-        ("method.rnk=1", r"`method.rnk` must be a setting of at least one arm.* Did you mean `method.rank`\?"),
-        ("sweep.trails=1", r"`sweep.trails` is not a setting. Did you mean `sweep.trials`\?"),
-        ("arms.lorra.optim.lr=1", r"`arms.lorra.optim.lr` must be .* at least one arm \(frozen, full, lora\)"),
-        ("arms.lora.method.rnk=1", r"arm `lora`: `method.rnk` is not a setting. Did you mean `method.rank`\?"),
-        ("arms.full.method.rank=1", "arm `full`: `method.rank` is not a setting."),
-        ("arms.lora.trials=many", "`sweep.trials` must be a whole number, but got 'many'."),
-        ("arms.frozen.method.rank=choice(1,2)", "arm `frozen`: `method.rank` is not a setting"),
-        ("method.rank=0", "arm `lora`: `method.rank >= 1` must hold, but got 0."),
-        ("words", "an override must read `key=value`, but got"),
-        ("arms.lora=1", "`arms.lora` must be a new arm such as"),
-        ("arms.lora={trials: 2}", "`arms.lora` must be the name of a new arm"),
-    ],
-)
-def test_an_override_that_is_wrong_is_refused(read, content, override, message):
-    with pytest.raises(ConfigError, match=message):
-        read(content, override)
-
-
-def test_a_range_where_no_arm_has_a_space_is_refused(read, content):
-    content["arms"] = {"frozen": content["arms"]["frozen"]}
-    with pytest.raises(ConfigError, match=r"`optim.lr` must be a setting of at least one arm \(frozen\)"):
-        read(content, "optim.lr=choice(0.1,0.2)")
 
 
 def test_paths_of_files_are_kept_absolute_so_that_a_sweep_goes_on_from_anywhere(read, content, tmp_path, monkeypatch):
@@ -402,42 +271,3 @@ def test_confirm_each_is_set_on_the_command_line_and_taken_back(read, content):
     )
     content["arms"]["lora"]["confirm_each"] = "method.rank"
     assert subjects_of(read(content, "arms.lora.confirm_each=null")) == [("lora", None)]
-
-
-@pytest.mark.parametrize(
-    ("key", "remedy"),
-    [
-        ("method.rnak", "method.rank"),  # the nearest swept key
-        ("method.alpha", "Add the key to `space`"),
-        ("optim.lr", "list"),
-        ("method.bias", "at least two choices"),
-        (3, "3"),
-    ],
-)
-def test_a_key_that_can_not_be_confirmed_one_by_one_is_refused_with_what_to_do(read, content, key, remedy):
-    content["arms"]["lora"] |= {"confirm_each": key}
-    content["arms"]["lora"]["space"]["method.bias"] = ["none"]
-    with pytest.raises(ConfigError) as raised:
-        read(content)
-    assert "confirm_each" in str(raised.value)
-    assert str(key) in str(raised.value)
-    assert remedy in str(raised.value)
-
-
-def test_confirm_each_of_a_key_that_an_override_fixes_is_refused(read, content):
-    content["arms"]["lora"]["confirm_each"] = "method.rank"
-    with pytest.raises(ConfigError, match=r"arms\.lora\.confirm_each"):
-        read(content, "method.rank=2")
-
-
-def test_values_whose_subjects_would_have_one_name_are_refused(read, content):
-    content["arms"]["lora"] |= {"space": {"method.alpha": [1.0001, 1.0002]}, "confirm_each": "method.alpha"}
-    with pytest.raises(ConfigError, match=r"confirm_each"):
-        read(content)
-
-
-def test_a_subject_may_not_have_the_name_of_an_arm(read, content):
-    content["arms"]["lora"]["confirm_each"] = "method.rank"
-    content["arms"]["lora-rank-2"] = {"settings": {"method": "lora"}}
-    with pytest.raises(ConfigError, match=r"lora-rank-2"):
-        read(content)

@@ -290,17 +290,10 @@ def _build_arm(name: str, config: ArmConfig, file: SweepFile, overrides: Mapping
                 f"`{given[0]}` must be left out, because the sweep names the folders of its runs, but got "
                 f"{settings[given[0]]!r}. `sweep.output=DIR` names the sweep's folder, `--resume DIR` resumes a sweep."
             )
-        replaced = layer_settings(*typed)
-        typed_ranges = {key: value for key, value in replaced.items() if _is_range(key, value)}
-        ranges = {
-            key: value
-            for key, value in config.space.items()
-            if key in typed_ranges or not any(_is_inside(key, one) or _is_inside(one, key) for one in replaced)
-        } | typed_ranges
+        ranges = _replace_ranges(config.space, layer_settings(*typed))
         settings = {key: value for key, value in settings.items() if not any(_is_inside(key, one) for one in ranges)}
-        own_keys = {*config.settings, *_strip(name, overrides)}
         sweep_config = compose_sweep(_select(settings, of_sweep=True))
-        settings = _choose_base(_select(settings), own_keys)
+        settings = _choose_base(_select(settings), own_keys={*config.settings, *typed[1]})
         values = as_settings(compose_run(settings))
         space = {
             key: parse_range(key, range_, is_whole=_is_whole(key, range_, values)) for key, range_ in ranges.items()
@@ -321,6 +314,20 @@ def _build_arm(name: str, config: ArmConfig, file: SweepFile, overrides: Mapping
     _ = built.corners  # composes runs at the ends of all ranges, so that a wrong value raises before the first trial
     _check_grid(built)
     return built
+
+
+def _replace_ranges(space: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns an arm's swept keys with their ranges, after overrides.
+
+    A typed range replaces the file's one. A typed value ends the search of its key, and of a part of it.
+    """
+    ranges = {key: value for key, value in typed.items() if _is_range(key, value)}
+    kept = {
+        key: value
+        for key, value in space.items()
+        if key in ranges or not any(_is_inside(key, one) or _is_inside(one, key) for one in typed)
+    }
+    return kept | ranges  # a key stays in its place, because samplers see the keys in their order
 
 
 def _check_confirm_each(key: Any, space: Space, *, arm: str) -> str | None:
@@ -401,7 +408,7 @@ def _is_whole(key: str, range_: Any, values: Any) -> bool:
     return isinstance(values, int) and not isinstance(values, bool)
 
 
-def _choose_base(settings: dict[str, Any], own_keys: Collection[str]) -> dict[str, Any]:
+def _choose_base(settings: dict[str, Any], *, own_keys: Collection[str]) -> dict[str, Any]:
     """Returns an arm's settings with `model.quantization=none` if its method trains weights of the base.
 
     A quantisation that the arm itself sets stays, and is refused when its runs are composed.

@@ -1,0 +1,139 @@
+"""A sweep that can't be meant is refused in one sentence that names key, value and remedy."""
+
+from __future__ import annotations
+
+import pytest
+
+from lorasweep.errors import ConfigError
+from lorasweep.sweep.definition.arms import read_definition
+
+
+@pytest.fixture
+def read(write_file):
+    """Reads a sweep file's content with overrides; returns the definition."""
+    return lambda content, *overrides: read_definition(write_file(content), overrides)
+
+
+@pytest.mark.parametrize("word", ["output=outputs/mine", "resume=true"])
+def test_the_folder_of_a_run_is_no_setting_of_a_sweep(read, content, word):
+    with pytest.raises(ConfigError, match=rf"`{word.split('=')[0]}` must be left out, .*`sweep.output=DIR`"):
+        read(content, word)
+
+
+def test_a_grid_that_is_too_large_to_lay_out_is_refused(read, content):
+    content["arms"]["lora"] |= {"space": {"trainer.max_steps": {"low": 1, "high": 10**8}}, "trials": 6}
+    with pytest.raises(
+        ConfigError, match=r"`arms.lora.space` must .* 100,000 .*, but has 100,000,000. Use `sampler=qmc`"
+    ):
+        read(content, "arms.lora.sampler=grid")
+
+
+def change(content, path, value):
+    *parents, last = path
+    for name in parents:
+        content = content[name]
+    if value is None:
+        del content[last]
+    else:
+        content[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["arm"], {}, r"`arm` is not a setting. Did you mean `arms`\?"),
+        (["arms"], None, "at least one arm in `arms`"),
+        (["arms"], {}, "at least one arm in `arms`"),
+        (["arms", "lora"], 3, "`arms.lora` must be a .*, but got 3."),
+        (["arms", "a b"], {"settings": {}}, "an arm's name must .* letters.*, but got 'a b"),
+        (["arms", "a-confirm"], {"settings": {}}, "must not end in .*`-confirm`.*, but got 'a-confirm'"),
+        (["name"], "../x", "`name` must .* letters.*, but got '../x'."),
+        (["arms", "lora", "spaces"], {}, r"`arms.lora.spaces` is not a setting. Did you mean `space`\?"),
+        (["arms", "lora", "trials"], "six", "`arms.lora.trials` must be a whole number, but got 'six'."),
+        (["arms", "lora", "trials"], 0, "`arms.lora.trials >= 1` must hold, but got 0."),
+        (["arms", "frozen", "trials"], 2, "`arms.frozen.trials` must be 1 .*, but got 2. Add a `space`."),
+        (["arms", "lora", "space"], [1], r"`arms.lora.space` must be a mapping, but got \[1\]."),
+        (["settings", "optim.lrr"], 1, r"arm `frozen`: `optim.lrr` is not a setting. Did you mean `optim.lr`\?"),
+        (["arms", "lora", "settings", "method"], "lorra", r"`method` must be one of .*. Did you mean `lora`\?"),
+        (["arms", "lora", "settings", "method.rnk"], 1, "`method.rnk` is not a setting. Did you mean `method.rank`"),
+        (["arms", "lora", "space", "method.rnk"], [1], "`method.rnk` is not a setting. Did you mean `method.rank`"),
+        (["arms", "full", "space", "method.rank"], [1], "arm `full`: `method.rank` is not a setting."),
+        (["arms", "lora", "space", "optim"], [1], "arm `lora`: `optim` must be one of .*adamw.*, but got '1'."),
+        (["arms", "lora", "space", "method.rank"], [4, 0], "arm `lora`: `method.rank >= 1` must hold, but got 0."),
+        (["arms", "lora", "space", "optim.lr"], {"low": 0.1, "high": 0.01}, "arm `lora`: .*`optim.lr`.*`low <= high`"),
+        (["arms", "lora", "space", "optim.beta1"], {"low": 0.5, "high": 1.5}, "arm `lora`: .*optim.beta1.*got 1.5."),
+        (["settings", "sampler"], "tpee", r"`sampler` must be one of .*, but got 'tpee'. Did you mean `tpe`\?"),
+        (["settings", "worker.num"], 4, "`worker.num` must be 1 .*, but got 4. .* `worker=ray worker.num=4`"),
+    ],
+)
+def test_a_file_that_is_wrong_is_refused_by_name(read, content, path, value, message):
+    change(content, path, value)
+    with pytest.raises(ConfigError, match=f"^made_up.yaml: .*{message}"):
+        read(content)
+
+
+@pytest.mark.parametrize("text", ["name: [", "just words", "- a\n- b\n", "name: ${nothing}", "a: 1\na: 2\n", ""])
+def test_a_file_that_is_no_sweep_is_refused(read, text):
+    with pytest.raises(ConfigError, match=r"made_up\.yaml"):
+        read(text)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lrr=1", r"`optim.lrr` is not a setting. Did you mean `optim.lr`\?"),
+        ("method.rnk=1", r"`method.rnk` must be a setting of at least one arm.* Did you mean `method.rank`\?"),
+        ("sweep.trails=1", r"`sweep.trails` is not a setting. Did you mean `sweep.trials`\?"),
+        ("arms.lorra.optim.lr=1", r"`arms.lorra.optim.lr` must be .* at least one arm \(frozen, full, lora\)"),
+        ("arms.lora.method.rnk=1", r"arm `lora`: `method.rnk` is not a setting. Did you mean `method.rank`\?"),
+        ("arms.full.method.rank=1", "arm `full`: `method.rank` is not a setting."),
+        ("arms.lora.trials=many", "`sweep.trials` must be a whole number, but got 'many'."),
+        ("arms.frozen.method.rank=choice(1,2)", "arm `frozen`: `method.rank` is not a setting"),
+        ("method.rank=0", "arm `lora`: `method.rank >= 1` must hold, but got 0."),
+        ("words", "an override must read `key=value`, but got"),
+        ("arms.lora=1", "`arms.lora` must be a new arm such as"),
+        ("arms.lora={trials: 2}", "`arms.lora` must be the name of a new arm"),
+    ],
+)
+def test_an_override_that_is_wrong_is_refused(read, content, override, message):
+    with pytest.raises(ConfigError, match=message):
+        read(content, override)
+
+
+def test_a_range_where_no_arm_has_a_space_is_refused(read, content):
+    content["arms"] = {"frozen": content["arms"]["frozen"]}
+    with pytest.raises(ConfigError, match=r"`optim.lr` must be a setting of at least one arm \(frozen\)"):
+        read(content, "optim.lr=choice(0.1,0.2)")
+
+
+@pytest.mark.parametrize(
+    ("key", "remedy"),
+    [
+        ("method.rnak", "method.rank"),  # the nearest swept key
+        ("method.alpha", "Add the key to `space`"),
+        ("optim.lr", "list"),
+        ("method.bias", "at least two choices"),
+        (3, "3"),
+    ],
+)
+def test_a_key_that_can_not_be_confirmed_one_by_one_is_refused_with_what_to_do(read, content, key, remedy):
+    content["arms"]["lora"] |= {"confirm_each": key}
+    content["arms"]["lora"]["space"]["method.bias"] = ["none"]
+    with pytest.raises(ConfigError) as raised:
+        read(content)
+    assert "confirm_each" in str(raised.value)
+    assert str(key) in str(raised.value)
+    assert remedy in str(raised.value)
+
+
+def test_values_whose_subjects_would_have_one_name_are_refused(read, content):
+    content["arms"]["lora"] |= {"space": {"method.alpha": [1.0001, 1.0002]}, "confirm_each": "method.alpha"}
+    with pytest.raises(ConfigError, match=r"confirm_each"):
+        read(content)
+
+
+def test_a_subject_may_not_have_the_name_of_an_arm(read, content):
+    content["arms"]["lora"]["confirm_each"] = "method.rank"
+    content["arms"]["lora-rank-2"] = {"settings": {"method": "lora"}}
+    with pytest.raises(ConfigError, match=r"lora-rank-2"):
+        read(content)

@@ -1,0 +1,291 @@
+"""`lorasweep train`: Hydra's syntax and flags, files of settings, grids, and what a run says at its end."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+from contextlib import suppress
+
+import pytest
+import yaml
+
+from lorasweep import api
+from lorasweep.cli import DONE, FAILED, INTERRUPTED, WRONG_REQUEST, run
+from lorasweep.record import read_run
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """An empty current folder; the command line that Hydra saw is put back."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    return tmp_path
+
+
+@pytest.fixture
+def short(short_run):
+    """A run of a few seconds as one types it."""
+    words = []
+    for key, value in short_run.items():
+        words.append(f"{key}={str(value).lower() if isinstance(value, bool) else value}")
+    return words
+
+
+def files_below(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "'mine.yaml' must be a YAML file of settings, but can't be read: No such file or directory."),
+        ("folder", "'mine.yaml' must be a YAML file of settings, but can't be read: Is a directory."),
+        (b"optim.lr: [1", "'mine.yaml' must be a YAML file of settings, but can't be read: while parsing"),
+        (b"\xff\xfe\x00", "'mine.yaml' must be a YAML file of settings, but can't be read: 'utf-8' codec"),
+        (b"- 1\n- 2", "'mine.yaml' must hold lines such as `optim.lr: 0.001`, but got [1, 2]."),
+        (b"1: 2", "'mine.yaml' must hold lines such as `optim.lr: 0.001`, but got {1: 2}."),
+        (b"optim.lrr: 1", "`optim.lrr` is not a setting. Did you mean `optim.lr`?"),
+        (b"optim.lr: fast", "`optim.lr` must be a number, but got 'fast'."),
+    ],
+)
+def test_a_bad_file_of_settings_is_one_line_and_exit_code_2(here, capsys, content, message):
+    if content == "folder":
+        (here / "mine.yaml").mkdir()
+    elif content is not None:
+        (here / "mine.yaml").write_bytes(content)
+    assert run(["train", "mine.yaml"]) == WRONG_REQUEST
+    output = capsys.readouterr()
+    assert output.err.startswith("lorasweep: ")
+    assert output.err.count("\n") == 1
+    assert message in output.err
+    assert not (here / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("method.rank_pattern={down_proj:2}", "++method.rank_pattern={down_proj:2}"),
+        *("method.rank_pattern.down_proj=2", "+method.rank_pattern.down_proj=2"),
+    ],
+)
+def test_train_takes_a_mapping_by_layer_as_hydra_does(capsys, here, override):
+    assert run(["train", "--cfg", "job", override, "++method.rank=3"]) == DONE
+    method = yaml.safe_load(capsys.readouterr().out)["method"]
+    assert (method["rank"], method["rank_pattern"]) == (3, {"down_proj": 2})
+
+
+def test_the_help_of_train_lists_what_train_takes_and_nothing_of_a_sweep(capsys, here):
+    with pytest.raises(SystemExit) as ended:
+        run(["train", "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: lorasweep train ")
+    assert "--from SWEEP[/ARM]" in shown
+    assert "method=bitfit|frozen|full|head|intrinsic|lora|peft" in shown
+    assert "+experiment=low_memory|quick_check" in shown
+    assert not {"pruner=", "sampler=", "worker="} & set(re.findall(r"\w+=", shown))
+    assert not files_below(here)
+
+
+def settings_of(capsys, *words):
+    """The settings that `--cfg job` prints, one mapping for each job."""
+    capsys.readouterr()
+    assert run(["train", "--cfg", "job", *words]) == DONE
+    return list(yaml.safe_load_all(capsys.readouterr().out))
+
+
+def test_flags_stand_between_overrides_too(capsys):
+    assert run(["train", "method.rank=3", "--package", "method", "seed=1", "-c", "job", "method.alpha=2"]) == DONE
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["rank"], shown["alpha"]) == (3, 2)
+
+
+def test_keys_and_groups_are_added_removed_and_forced_as_in_hydra(capsys, here):
+    (shown,) = settings_of(capsys, "+optim.foreach=false", "~logger", "++method.rank=3", "optim=sgd", "~optim.momentum")
+    assert (shown["optim"]["foreach"], shown["logger"], shown["method"]["rank"]) == (False, {}, 3)
+    assert "momentum" not in shown["optim"]
+    (swept,) = settings_of(capsys, "optim._target_=torch.optim.RMSprop", "optim.momentum=0.5")
+    assert "beta1" not in swept["optim"]  # Hydra alone would keep it
+
+
+def test_shipped_experiments_change_several_groups_and_typed_keys_win(capsys):
+    (quick,) = settings_of(capsys, "+experiment=quick_check", "trainer.batch_size=2")
+    assert (list(quick["callbacks"]), quick["trainer"]["max_steps"], quick["trainer"]["batch_size"]) == (
+        ["lr_monitor"],
+        20,
+        2,
+    )
+    (low,) = settings_of(capsys, "+experiment=low_memory", "method=full")
+    assert (low["optim"]["_target_"].split(".")[-1], low["trainer"]["activation_checkpointing"]) == ("Adafactor", True)
+    assert low["method"]["name"] == "full"
+
+
+@pytest.fixture
+def own_groups(here, monkeypatch):
+    """A package `my_parts` whose folder `conf` has a method and an experiment."""
+    for group, content in {
+        "method": "defaults: [lora]\nrank: 5\n",
+        "experiment": "# @package _global_\ndefaults: [{override /method: mine}]\nseed: 9\n",
+    }.items():
+        (here / "my_parts" / "conf" / group).mkdir(parents=True)
+        (here / "my_parts" / "conf" / group / "mine.yaml").write_text(content)
+    (here / "my_parts" / "__init__.py").touch()
+    (here / "my_parts" / "conf" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(here)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--config-dir", "my_parts/conf"],
+        ["--config-dir=my_parts/conf"],
+        ["hydra.searchpath=[pkg://my_parts.conf]"],
+        ["hydra.searchpath=[my_parts/conf]"],
+    ],
+)
+def test_options_are_also_found_in_other_folders_and_packages(capsys, own_groups, words):
+    (chosen,) = settings_of(capsys, *words, "method=mine")
+    assert chosen["method"]["rank"] == 5
+    (added,) = settings_of(capsys, *words, "+experiment=mine")
+    assert (added["method"]["rank"], added["seed"]) == (5, 9)
+    assert run(["train", "--cfg", "job", "method=mine"]) == WRONG_REQUEST  # only where they were named
+
+
+def test_each_job_of_a_grid_is_shown(capsys, here):
+    jobs = settings_of(capsys, "-m", "method.rank=1,2", "+experiment=quick_check,low_memory")
+    assert [(job["method"]["rank"], job["trainer"]["max_steps"]) for job in jobs] == [
+        (1, 20),
+        (1, 150),
+        (2, 20),
+        (2, 150),
+    ]
+    assert not files_below(here)
+
+
+def test_a_file_of_settings_is_shown_under_what_was_typed(capsys, here):
+    (here / "mine.yaml").write_text("method.rank: 3\nseed: 4\n")
+    assert run(["train", "mine.yaml", "--cfg", "job", "seed=5"]) == DONE
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["method"]["rank"], shown["seed"]) == (3, 5)
+
+
+def test_a_run_changes_a_key_of_the_option_that_its_file_chooses(capsys, here, short):
+    (here / "mine.yaml").write_text("data: text\n")
+    (here / "book.txt").write_text("\n".join(f"Line {n} says some words." for n in range(400)))
+    words = [word for word in short if not word.startswith("data")]
+    assert run(["train", "mine.yaml", *words, "data.train=book.txt", "data.block_length=16", "output=out"]) == DONE
+    assert read_run(here / "out").config["data"]["train"] == "book.txt"
+
+
+@pytest.mark.parametrize("flags", [["--info", "searchpath"], ["--cfg", "hydra"], ["--hydra-help"]])
+def test_hydra_shows_its_own_settings(capsys, caplog, here, flags):
+    with suppress(SystemExit):
+        assert run(["train", *flags]) == DONE
+    assert "hydra" in capsys.readouterr().out + caplog.text
+    assert not files_below(here)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["+method.rank=4"], "Either remove + prefix: 'method.rank=4'"),
+        (["+method=full"], "Multiple values for method."),
+        (["+mine.key=4"], "`mine` is not a setting."),
+        (["~method"], "`method` must be set, but is missing."),
+        (["~optim.ghost"], "Could not delete from config. 'optim.ghost' does not exist."),
+        (["+experiment=ghost"], "Available options in 'experiment': low_memory quick_check."),
+        (["experiment=ghost"], "`experiment` must be added with a plus: `+experiment=low_memory`."),
+        (["hydra/launcher=ghost"], "`pip install hydra-ghost-launcher`"),
+        (["+optim.beta1=0.5"], "An item is already at 'optim.beta1'."),
+        (["--config-dir", "ghost"], "/ghost'."),
+        (["hydra.searchpath=[pkg://ghost]"], "'pkg://ghost'."),
+        (["-m", "method.rank=4,0"], "`method.rank >= 1` must hold, but got 0."),
+        (["-m", "method=lora,lorra"], "but got 'lorra'. Did you mean `lora`?"),
+        (["-m", "method.rank=1,4", "trainer.devices=2"], "`trainer.devices` must be 1 and `trainer.strategy` auto"),
+        (["--cfg", "job", "method.rank=0"], "`method.rank >= 1` must hold, but got 0."),
+        (["--cfg", "job", "--package", "ghost"], "must name a group of settings, such as `method`, but got 'ghost'."),
+        (["mine.yaml", "--info"], "`--info` must be used without a file of settings or `--from`."),
+        (["model=causal_lm"], "`model.path` must be set, but is missing."),
+    ],
+)
+def test_a_wrong_word_of_hydra_is_one_line_and_exit_code_2(capsys, here, words, message):
+    (here / "mine.yaml").write_text("seed: 1\n")
+    before = files_below(here)
+    assert run(["train", *words]) == WRONG_REQUEST
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("lorasweep: ")
+    assert message in line
+    assert files_below(here) == before
+
+
+def test_train_runs_once_in_a_new_folder_and_says_the_score(capsys, here, short):
+    assert run(["train", *short]) == DONE
+    record = read_run(here / "outputs" / "train" / "0001")
+    assert record.status == "complete"
+    line = capsys.readouterr().out
+    assert line.startswith(f"bits_per_byte {record.score:.4f} at step {record.best['step']:.0f} of 4, ")
+    assert line.endswith(": outputs/train/0001\n")
+    assert {path.name for path in here.iterdir()} == {"outputs"}
+    assert run(["train", *short]) == DONE
+    assert {path.name for path in (here / "outputs" / "train").iterdir()} == {"0001", "0002"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--from", "nowhere"], "a sweep's folder must contain sweep.json, but 'nowhere' does not."),
+        (["settings.yaml", "--from", "nowhere"], "`--from` must be used without a file of settings"),
+    ],
+)
+def test_a_source_of_settings_that_can_not_be_used_is_one_line_and_exit_code_2(here, capsys, words, message):
+    (here / "settings.yaml").write_text("method.rank: 2")
+    assert run(["train", *words]) == WRONG_REQUEST
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+@pytest.mark.slow
+def test_a_grid_runs_every_combination_and_leaves_nothing_else(here, short, capsys):
+    assert run(["train", "-m", *short, "method.rank=1,2"]) == DONE
+    folders = sorted((here / "outputs" / "train").glob("0*"))
+    assert [read_run(folder).config["method"]["rank"] for folder in folders] == [1, 2]
+    shown = [line for line in capsys.readouterr().out.splitlines() if "trained parameters" in line]
+    assert [line.partition(": bits_per_byte ")[0] for line in shown] == ["method.rank=1", "method.rank=2"]
+    assert {path.name for path in here.iterdir()} == {"outputs"}
+    assert {path.name for path in (here / "outputs" / "train").iterdir()} == {"0001", "0002", "multirun.yaml"}
+
+
+@pytest.mark.slow
+def test_a_run_is_resumed_with_its_settings_only(here, short, capsys):
+    words = ["train", *short, "output=run", "resume=true"]
+    assert run(words) == DONE  # there is none yet
+    first = read_run(here / "run")
+    assert run(words) == DONE
+    assert read_run(here / "run") == first
+    capsys.readouterr()
+    assert run([*words, "optim.lr=1e-5"]) == WRONG_REQUEST
+    assert "`optim.lr` must be" in capsys.readouterr().err
+    assert run(["train", *short, "resume=true"]) == WRONG_REQUEST
+    assert "must come with `output=DIR`" in capsys.readouterr().err
+
+
+def test_a_run_that_diverges_is_one_line_and_exit_code_1(here, short, capsys):
+    assert run(["train", *short, "optim.lr=1e30"]) == FAILED
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1
+    assert errors.startswith("lorasweep: ")
+
+
+def test_an_interrupted_run_ends_with_130_and_says_where_it_is(here, short, capsys, monkeypatch):
+    true_run = api.train_in_folder
+
+    def interrupted(*arguments, stop_requested, **others):
+        os.kill(os.getpid(), signal.SIGINT)
+        return true_run(*arguments, stop_requested=stop_requested, **others)
+
+    monkeypatch.setattr(api, "train_in_folder", interrupted)
+    assert run(["train", *short]) == INTERRUPTED == 130
+    assert read_run(here / "outputs" / "train" / "0001").status == "interrupted"
+    assert "outputs/train/0001" in capsys.readouterr().err
