@@ -182,7 +182,7 @@ def describe_regret(arm: ArmData, data: SweepData) -> tuple[str, bool]:
 
 
 def _describe_result(answer: Answer, data: SweepData, *, beside: Iterable[Answer] = ()) -> str:
-    """Returns the tested quantity with its interval, and the verdict; of an open answer what would settle it.
+    """Returns the tested quantity with its interval and verdict; an open answer also has its reason and remedy.
 
     `beside` are the answers of the same chain, whose intervals get the same number of decimals.
     """

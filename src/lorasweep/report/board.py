@@ -54,7 +54,7 @@ def write_run_hparams(record: RunRecord, folder: Path, swept: Mapping[str, Any])
 
 
 def write_board(data: SweepData, answers: Sequence[AnswerLine], folder: Path) -> None:
-    """Writes what TensorBoard shows of a sweep, in place of an earlier report's.
+    """Writes TensorBoard's files of a sweep, in place of an earlier report's.
 
     HParams has a row per trial, Scalars the best validation curve of each subject in one chart, and Text the answers.
     """

@@ -1,4 +1,4 @@
-"""Whether a sweep treated its arms alike, and whether the search found each arm's best setting.
+"""Judges whether a sweep treated its arms alike, and whether the search found each arm's best setting.
 
 `sweep.definition.warnings` warns about the plan before the first trial. This module judges the result. Confirm runs
 don't count: they choose nothing.
@@ -75,7 +75,7 @@ def judge_fairness(data: SweepData) -> tuple[list[str], dict[str, Any]]:
 
 
 def measure_effort(arm: ArmData, data: SweepData) -> dict[str, Any]:
-    """Returns what the search spent on an arm, and what it left open.
+    """Returns the trials and tokens that the search spent on an arm, and its expected regret.
 
     `tokens_trained` counts all trials, complete or not. `lr_decades` is the width of the range of learning rates, 0 if
     it is not searched. Of `dimensions`, the searched keys, learning rate and α count as one where the rate law joins
@@ -119,7 +119,7 @@ def _judge_search(efforts: Mapping[str, dict[str, Any]], data: SweepData) -> lis
 
 
 def _describe_regrets(efforts: Mapping[str, dict[str, Any]], data: SweepData) -> list[str]:
-    """Returns a sentence on the expected regrets as shares of full's gain, or in margins; none if none is known."""
+    """Returns a sentence on the expected regrets, as shares of full's gain or in margins; an empty list if unknown."""
     gain = data.evidence.gain or data.full_gain
     known = []
     for name, effort in efforts.items():

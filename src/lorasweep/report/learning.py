@@ -1,4 +1,4 @@
-"""Whether a sweep's trials learned anything: their scores against those of an answer that needs no training.
+"""Judges whether a sweep's trials learned anything: compares them with an answer that needs no training.
 
 For data with labels the answer is the most frequent label of the training data, or the mean of its numbers. Its scores
 are in the run records (`data.constant_answer`). For text it is the frozen base, if the sweep has that arm.
@@ -86,9 +86,9 @@ class Learning:
     trial is better by more than luck explains. None if no trial or no such answer has a score."""
     answer: UntrainedAnswer | None = None
     headline: str | None = None
-    """The failure in words; None if there is none."""
+    """The failure in words; None without a failure."""
     remedy: str | None = None
-    """What to check and to try if nothing was learned."""
+    """Advice if nothing was learned: things to check and to try."""
     warnings: tuple[str, ...] = ()
     """One sentence for each subject that learned nothing, if another one learned something."""
     unlearned: tuple[str, ...] = ()
@@ -218,7 +218,7 @@ def _describe(trials: Sequence[Trial], answer: UntrainedAnswer, data: SweepData)
 def _describe_nothing(
     trials: Sequence[Trial], answer: UntrainedAnswer, data: SweepData, *, level: float
 ) -> tuple[str, str]:
-    """Returns the headline if no trial is better than the answer, and what to check and to try."""
+    """Returns headline and remedy of a sweep in which no trial is better than the answer."""
     chances = [answer.find_chance(trial) for trial in trials]
     if any(chance is not None and chance < level for chance in chances):
         return (

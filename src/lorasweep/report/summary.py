@@ -53,7 +53,7 @@ class Summary:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Sentences on what makes the numbers unreliable: methods that learned nothing, and unequal searches."""
+        """Sentences on reasons to doubt the numbers: methods that learned nothing, and unequal searches."""
         return (
             *self.learning.warnings,
             *(self.fairness["sentences"][:1] if self.fairness["is_fair"] is False else ()),

@@ -1,4 +1,4 @@
-"""Figures of the confirm stage: test scores by value of an arm's `confirm_each` key, and what the questions tested."""
+"""Figures of the confirm stage: test scores by value of an arm's `confirm_each` key, and the tested quantities."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def _draw_chart(chart: ScoreChart, data: SweepData) -> go.Figure:
 
 
 def draw_tested(data: SweepData) -> Panel:
-    """Returns a figure for each kind of question: what was tested, with the interval of the test and the margin."""
+    """Returns a figure for each kind of question: the tested quantities with their intervals, and the margin."""
     title, figures = "Tested quantities", []
     for name in get_args(QuestionName):
         answers = [answer for answer in data.evidence.list_answers(name) if answer.value is not None]
@@ -168,10 +168,10 @@ def draw_tested(data: SweepData) -> Panel:
     if not figures:
         return Panel(key="tested", title=title, text="No question of the sweep has test scores.")
     text = (
-        "What the verdicts rest on: each subject beside its reference, on the same seeds and examples, with the "
-        f"{100 * data.evidence.confidence:.3g} % interval of the test. The line is equality, the band the margin. Of "
-        "several larger values, the one that is worst for the subject is shown. A dot without a bar has too few seeds "
-        "for an interval, or an interval without an end."
+        "The verdicts rest on these quantities: each subject beside its reference, on the same seeds and examples, "
+        f"with the {100 * data.evidence.confidence:.3g} % interval of the test. The line is equality, the band the "
+        "margin. Of several larger values, the one that is worst for the subject is shown. A dot without a bar has too "
+        "few seeds for an interval, or an interval without an end."
     )
     return Panel(key="tested", title=title, text=text, figures=tuple(figures))
 

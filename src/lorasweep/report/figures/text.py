@@ -57,7 +57,7 @@ def _draw_chart(chart: ScoreChart, data: SweepData) -> Table:
 
 
 def _draw_bar(found: SubjectEvidence, chart: ScoreChart, data: SweepData) -> str:
-    """Returns a line of characters. What is drawn later covers what is below it."""
+    """Returns a line of characters; a later mark covers an earlier one."""
     low, high = chart.score_range
     cells = [" "] * BAR_WIDTH
 

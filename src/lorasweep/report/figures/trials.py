@@ -87,7 +87,7 @@ def draw_learning_curves(data: SweepData) -> Panel:
     if not arms:
         return Panel(key="curves", title=title, text="No run has two evaluations, so there is no curve to draw.")
     figure = build_figure(data, x_title="training step")
-    # no predicted setting: its run has another seed, so its curve is not comparable with those of the search
+    # a predicted setting has no curve here: its run has another seed than the trials of the search
     winners = {arm.name: find_winner(arm.trials, record=data.record) for arm in arms}
     for arm in arms:
         trials = [t for t in arm.trials if t is not winners[arm.name] and t.curve and t.value is not None]
