@@ -16,7 +16,7 @@ from lorasweep.record import STATES, Trial
 from lorasweep.report.answers import describe_answer
 from lorasweep.report.figures.panel import Panel, build_link, choose_colours, select_trials
 from lorasweep.report.summary import Summary
-from lorasweep.report.sweep_data import SweepData
+from lorasweep.report.sweep_data import ArmData, SweepData
 from lorasweep.report.terminal import describe_setting, list_search_scores
 
 MAX_REASONS = 100
@@ -33,8 +33,6 @@ FILTERS = {
 }
 """The template's names of functions that format numbers and settings."""
 
-MAIN_PANELS = ("confirmed", "tested", "lr", "curves", "tradeoff")
-"""The panels that the page shows first and unfolded, in this order."""
 FILE_READERS = {
     "train.yaml": "lorasweep train",
     "peft_config.py": "PEFT",
@@ -53,9 +51,8 @@ Cell = tuple[str, float | str | None]
 
 
 def render_page(summary: Summary, panels: Sequence[Panel]) -> str:
-    """Returns the page as HTML, with the main panels before the others."""
+    """Returns the page as HTML."""
     data = summary.data
-    order = {key: index for index, key in enumerate(MAIN_PANELS)}
     return (
         _load_templates()
         .get_template("index.html")
@@ -68,10 +65,10 @@ def render_page(summary: Summary, panels: Sequence[Panel]) -> str:
             decimals=wording.count_decimals(subject.interval for subject in data.evidence.subjects),
             share_decimals=wording.count_percent_decimals(data.full_gain_share_of_arm(arm)[1] for arm in data.arms),
             describe_setting=describe_setting,
+            describe_states=describe_states,
             verdicts=[(answer, describe_answer(answer, data)) for answer in data.evidence.answers],
             colours=choose_colours(data),
-            panels=sorted(panels, key=lambda panel: order.get(panel.key, len(order))),
-            main_panels=MAIN_PANELS,
+            panels=panels,
             file_readers=FILE_READERS,
             columns=_list_columns(data),
             rows=[(trial, _build_cells(trial, summary)) for trial in select_trials(data).trials],
@@ -93,6 +90,11 @@ def _load_templates() -> Environment:
     environment.filters.update(FILTERS, code=mark_code, link=build_link)
     environment.globals.update(figure_json=figure_json, plotly_js=Markup(get_plotlyjs()))
     return environment
+
+
+def describe_states(arm: ArmData) -> str:
+    """Returns how many trials are in each state: `9 complete, 7 pruned`."""
+    return ", ".join(f"{count} {state}" for state in STATES if (count := arm.count(state))) or "none"
 
 
 def mark_code(text: str) -> Markup:
