@@ -173,6 +173,14 @@ def test_a_list_for_a_setting_that_is_always_a_list_is_its_value(read, content):
     assert {arm.corners[0].data.columns for arm in arms.values()} == {("label", "title", "text")}
 
 
+def test_a_list_of_the_sweep_itself_is_its_value(read, content):
+    del content["settings"]["pruner"]
+    definition = read(content, "confirm.looks=[3,5]", "arms.lora.pruner.rungs=[0.25]")
+    assert {arm.sweep_config.confirm.looks for arm in definition.arms} == {(3, 5)}
+    assert arms_of(definition)["lora"].sweep_config.pruner.rungs == (0.25,)
+    assert set(arms_of(definition)["lora"].space) == {"method.rank", "optim.lr"}
+
+
 def test_a_whole_argument_without_a_value_in_the_file_is_searched_in_whole_steps(read, content):
     content["arms"]["lora"]["settings"]["schedule._target_"] = "torch.optim.lr_scheduler.StepLR"
     content["arms"]["lora"]["space"] |= {"schedule.step_size": {"low": 1, "high": 5}}

@@ -391,6 +391,8 @@ def _without_ranges(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_range(key: str, value: Any) -> bool:
     """Returns whether an override searches its key. Loggers, lists of layers, patterns and components are values."""
+    if key.split(".")[0] in SWEEP_GROUPS:  # such as `confirm.looks=[3,6]`
+        return False
     if isinstance(value, Mapping):
         return not {"low", "high"}.isdisjoint(value) and TARGET not in value
     return isinstance(value, list) and key not in (*LIST_GROUPS, *LIST_SETTINGS)
