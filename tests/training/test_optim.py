@@ -10,6 +10,7 @@ import transformers
 from torch import nn
 from transformers import get_scheduler
 
+from lorasweep.config.build import build
 from lorasweep.config.compose import compose_run
 from lorasweep.config.run import OptimConfig, ScheduleConfig
 from lorasweep.errors import ConfigError
@@ -38,7 +39,8 @@ OPTIM = OptimConfig(
 
 
 def make_schedule(name, warmup_fraction, **arguments):
-    return ScheduleConfig(name=name, warmup_fraction=warmup_fraction, arguments=arguments)
+    settings = {"name": name, "warmup_fraction": warmup_fraction, **arguments}
+    return build(ScheduleConfig, settings, key="schedule")
 
 
 @pytest.mark.parametrize(
