@@ -178,6 +178,8 @@ def run_claim(name: str, arguments: list[str], *, folders: dict[str, str]) -> No
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for row in summary["questions"]:
+            if row["name"] == "setting":
+                continue
             low, high = row["interval"] or ("", "")
             chosen = json.dumps(settings.get(row["subject"], {}))
             writer.writerow(

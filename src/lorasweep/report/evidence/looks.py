@@ -1,6 +1,6 @@
 """Planned looks: the levels at which the confirm stage may test its questions several times.
 
-To test after each further seed until something is settled would raise the chance of a false verdict from 2.5 to 9 %.
+To test after each further seed until something is settled would raise the chance of a false verdict from 2.5 to 7.4 % with seeds 3 to 10.
 The looks are stated before the first result, and each of them tests at a lower level (Pocock 1977, Biometrika 64).
 """
 
