@@ -1,7 +1,8 @@
 """Planned looks: the levels at which the confirm stage may test its questions several times.
 
-To test after each further seed until something is settled would raise the chance of a false verdict from 2.5 to 7.4 % with seeds 3 to 10.
-The looks are stated before the first result, and each of them tests at a lower level (Pocock 1977, Biometrika 64).
+To test after each further seed until something is settled would raise the chance of a false verdict from 2.5 to 7.4 %
+with 3 to 10 seeds. The looks are stated before the first result, and each of them tests at a lower level (Pocock 1977,
+Biometrika 64).
 """
 
 from __future__ import annotations
