@@ -169,6 +169,8 @@ def compose_values(primary: Primary, settings: Mapping[str, Any], *, require_all
         _drop_replaced_arguments(composed, settings)
         known = {key for key, _ in dotted_items(_as_dict(composed, resolve=False))}
         known |= {*default_options(primary), *filter(is_component_target, settings)}
+        whole = {key for key, value in settings.items() if isinstance(value, Mapping) and TARGET in value}
+        known |= {f"{key}.{TARGET}" for key in whole}
         known |= {ALPHA_OVER_RANK} & {f"{key}.over_rank" for key in known}
         for key, value in settings.items():
             if key not in groups:
