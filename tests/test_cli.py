@@ -15,7 +15,7 @@ import yaml
 
 import lorasweep.sweep.workers.worker as worker_file
 import lorasweep.training.inputs as workbench_file
-from lorasweep.cli import DONE, FAILED, INTERRUPTED, WRONG_REQUEST, run
+from lorasweep.cli import DONE, FAILED, INTERRUPTED_EXIT_CODE, WRONG_REQUEST, run
 from lorasweep.errors import Diverged
 from lorasweep.record import read_sweep
 from lorasweep.training.stop_signal import StopSignal
@@ -240,7 +240,7 @@ def test_ctrl_c_before_anything_runs_ends_with_130(capsys, monkeypatch, mini):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(workbench_file, "build_inputs", interrupted)
-    assert run(["sweep", mini]) == INTERRUPTED
+    assert run(["sweep", mini]) == INTERRUPTED_EXIT_CODE
     assert capsys.readouterr().err == "lorasweep: interrupted\n"
     assert not Path("outputs").exists()
 

@@ -13,7 +13,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 
 from lorasweep import cli
-from lorasweep.cli import DONE, FAILED, INTERRUPTED, WRONG_REQUEST, run
+from lorasweep.cli import DONE, FAILED, INTERRUPTED_EXIT_CODE, WRONG_REQUEST, run
 from lorasweep.record import read_run
 
 
@@ -110,11 +110,11 @@ def test_the_worst_exit_code_of_a_grid_is_that_of_the_command(here, monkeypatch,
 
 
 def test_an_interrupted_job_ends_the_grid(here, monkeypatch, capsys):
-    codes = iter([INTERRUPTED])  # a second job would raise StopIteration
+    codes = iter([INTERRUPTED_EXIT_CODE])  # a second job would raise StopIteration
     monkeypatch.setattr("lorasweep.train_app._train", lambda **_: fake_result)
     fake_result = type("Result", (), {"record": type("Record", (), {"score": 1.0, "reason": "why"})})
     monkeypatch.setattr(cli, "_say_run", lambda *_: next(codes))
-    assert run(["train", "-m", "seed=1,2"]) == INTERRUPTED
+    assert run(["train", "-m", "seed=1,2"]) == INTERRUPTED_EXIT_CODE
 
 
 def test_a_sweeper_that_is_not_installed_is_one_sentence(capsys):

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from lorasweep import api
-from lorasweep.cli import DONE, FAILED, INTERRUPTED, WRONG_REQUEST, run
+from lorasweep.cli import DONE, FAILED, INTERRUPTED_EXIT_CODE, WRONG_REQUEST, run
 from lorasweep.record import read_run
 
 
@@ -286,6 +286,6 @@ def test_an_interrupted_run_ends_with_130_and_says_where_it_is(here, short, caps
         return true_run(*arguments, stop_requested=stop_requested, **others)
 
     monkeypatch.setattr(api, "train_in_folder", interrupted)
-    assert run(["train", *short]) == INTERRUPTED == 130
+    assert run(["train", *short]) == INTERRUPTED_EXIT_CODE == 130
     assert read_run(here / "outputs" / "train" / "0001").status == "interrupted"
     assert "outputs/train/0001" in capsys.readouterr().err

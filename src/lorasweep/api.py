@@ -38,9 +38,9 @@ from lorasweep.results import RunResult, SweepResult, load_run, load_sweep
 from lorasweep.runs.comparison import SweepReproduction, compare_sweeps
 from lorasweep.sweep.checks import (
     check_definition,
-    find_constant_answer,
     find_metric,
     list_notes,
+    score_constant_answer,
     set_steps,
 )
 from lorasweep.sweep.controller.folder import SweepFolder
@@ -197,7 +197,7 @@ def start_sweep(
         ConfigError: The sweep can't run as asked; nothing was written.
     """
     metric = check_sweep(definition, inputs_cache, output=output)
-    constant_answer, notes = find_constant_answer(definition, inputs_cache), list_notes(definition, inputs_cache)
+    constant_answer, notes = score_constant_answer(definition, inputs_cache), list_notes(definition, inputs_cache)
     wanted = definition.sweep_config.sweep.output if output is None else output
     folders = numbered_folders(default or Path("outputs") / definition.name)
     with claim_folder(None if wanted is None else Path(wanted), otherwise=folders, key="sweep.output") as path:

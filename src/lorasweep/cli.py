@@ -21,7 +21,7 @@ from lorasweep.config.redaction import redact
 from lorasweep.console import EscapingConsole, say, say_error, silence_event_writer
 from lorasweep.errors import ConfigError, LoraSweepError, RanksLost, RecordError
 from lorasweep.quick_imports import quick_imports
-from lorasweep.training.stop_signal import INTERRUPTED
+from lorasweep.training.stop_signal import INTERRUPTED_EXIT_CODE
 
 if TYPE_CHECKING:
     from lorasweep.config.compose import Primary
@@ -52,7 +52,7 @@ def run(arguments: Sequence[str]) -> int:
         return _say_exception(error)
     except KeyboardInterrupt as interrupt:
         say_error(f"interrupted. {interrupt}".rstrip(". "))
-        return INTERRUPTED
+        return INTERRUPTED_EXIT_CODE
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -352,7 +352,7 @@ def reproduce(arguments: argparse.Namespace) -> int:
         )
     say(comparison.describe())
     if comparison.verdict == "interrupted":
-        return INTERRUPTED
+        return INTERRUPTED_EXIT_CODE
     return DONE if comparison.holds else FAILED
 
 
@@ -372,7 +372,7 @@ def _reproduce_sweep(arguments: argparse.Namespace) -> int:
 def train(arguments: argparse.Namespace) -> int:
     from lorasweep.train_app import run_train_app
 
-    return run_train_app(arguments, show=_say_run, refuse=_say_exception)
+    return run_train_app(arguments, show_result=_say_run, show_error=_say_exception)
 
 
 def _split_name(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -389,7 +389,7 @@ def _say_run(result: RunResult, job: str) -> int:
     record = result.record
     if record.status == "interrupted":
         say_error(f"{record.reason}; to resume add `output={result.folder} resume=true` to the command")
-        return INTERRUPTED
+        return INTERRUPTED_EXIT_CODE
     score = "-" if record.score is None else f"{record.score:.4f}"
     start = f"{job}: " if job else ""
     say(
@@ -430,7 +430,7 @@ def _say_how_to_resume(result: SweepResult) -> int:
     also = f" and {ended} runs of the confirm stage" if record.confirm else ""
     say_error(f"stopped with {done} of {asked} trials{also} done. To resume type:")
     say(f"    lorasweep sweep --resume {result.folder}", file=sys.stderr)
-    return INTERRUPTED
+    return INTERRUPTED_EXIT_CODE
 
 
 def _say_exception(error: LoraSweepError | OSError, job: str = "") -> int:

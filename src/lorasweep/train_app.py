@@ -40,24 +40,24 @@ from lorasweep.console import say, say_error
 from lorasweep.errors import ConfigError, LoraSweepError
 from lorasweep.quick_imports import quick_imports
 from lorasweep.results import RunResult
-from lorasweep.training.stop_signal import INTERRUPTED
+from lorasweep.training.stop_signal import INTERRUPTED_EXIT_CODE
 
-Show = Callable[[RunResult, str], int]
-Refuse = Callable[[LoraSweepError | OSError, str], int]
+ShowResult = Callable[[RunResult, str], int]
+ShowError = Callable[[LoraSweepError | OSError, str], int]
 
 
 class JobError(Exception):
     """A job of a grid failed. The arguments are its exit code, its error as a sentence, and its process id."""
 
 
-def run_train_app(arguments: argparse.Namespace, *, show: Show, refuse: Refuse) -> int:
+def run_train_app(arguments: argparse.Namespace, *, show_result: ShowResult, show_error: ShowError) -> int:
     """Trains the run, or each job of a grid, or only shows settings. Returns the exit code, for a grid the worst one.
 
     Args:
         arguments: The parsed command line (`cli.build_parser`).
-        show: Prints a run's result and returns its exit code. Launchers call it in other processes. It gets the
+        show_result: Prints a run's result and returns its exit code. Launchers call it in other processes. It gets the
             overrides that only this job of a grid has; for a single run an empty text.
-        refuse: Prints an error and returns its exit code; called like `show`.
+        show_error: Prints an error and returns its exit code; called like `show_result`.
 
     Raises:
         ConfigError: An argument is not an override, or a key or value is wrong.
@@ -80,24 +80,28 @@ def run_train_app(arguments: argparse.Namespace, *, show: Show, refuse: Refuse) 
             _compose(job, file_settings, is_grid=is_grid)
         train = partial(_train, file_settings=file_settings, origin=origin, is_grid=is_grid)
         overrides = replace(overrides, run=tuple(force_keys(overrides.run)))  # every key was checked above
-        return (_run_grid if is_grid else _run_once)(overrides, train, show=show, refuse=refuse)
+        return (_run_grid if is_grid else _run_once)(overrides, train, show_result=show_result, show_error=show_error)
 
 
-def _run_once(overrides: TrainOverrides, train: Callable[[], RunResult], *, show: Show, refuse: Refuse) -> int:
+def _run_once(
+    overrides: TrainOverrides, train: Callable[[], RunResult], *, show_result: ShowResult, show_error: ShowError
+) -> int:
     codes = []
 
     def task(_: Any) -> None:
         try:
-            codes.append(show(train(), ""))
+            codes.append(show_result(train(), ""))
         except (LoraSweepError, OSError) as error:  # Hydra would print a traceback
-            codes.append(refuse(error, ""))
+            codes.append(show_error(error, ""))
 
     _run_hydra([], overrides, task)
     return max(codes)
 
 
-def _run_grid(overrides: TrainOverrides, train: Callable[[], RunResult], *, show: Show, refuse: Refuse) -> int:
-    """Runs the jobs that Hydra's sweeper chooses, where Hydra's launcher starts them.
+def _run_grid(
+    overrides: TrainOverrides, train: Callable[[], RunResult], *, show_result: ShowResult, show_error: ShowError
+) -> int:
+    """Runs the jobs that Hydra's sweeper chooses. Hydra's launcher starts them, perhaps in other processes.
 
     Hydra returns no results, so a job that fails appends its exit code to a file. The file is in the current folder,
     which jobs on other nodes must see too.
@@ -108,10 +112,10 @@ def _run_grid(overrides: TrainOverrides, train: Callable[[], RunResult], *, show
         job = str(redact(describe_job(HydraConfig.get().overrides.task, overrides.run)))
         try:
             result = train()
-            code, reason = show(result, job), result.record.reason
+            code, reason = show_result(result, job), result.record.reason
         except (LoraSweepError, OSError) as error:
-            code, reason = refuse(error, job), str(error)
-        if code == INTERRUPTED:  # this ends the grid
+            code, reason = show_error(error, job), str(error)
+        if code == INTERRUPTED_EXIT_CODE:  # this ends the grid
             raise KeyboardInterrupt
         if code:
             failures.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +167,7 @@ def _list_hydra_flags(arguments: argparse.Namespace) -> list[str]:
 
 
 def _read_source(arguments: argparse.Namespace) -> tuple[Mapping[str, Any], Mapping[str, Any], Sequence[str]]:
-    """Returns the settings of a file or of `--from`, the origin of the latter for the record, and the overrides."""
+    """Returns the settings of a file or of `--from`, the origin of the settings of `--from`, and the overrides."""
     first, *others = arguments.overrides or [""]
     is_file = first.endswith((".yaml", ".yml")) and "=" not in first
     if arguments.source is None:
@@ -178,7 +182,9 @@ def _read_source(arguments: argparse.Namespace) -> tuple[Mapping[str, Any], Mapp
 def _print_jobs(jobs: Sequence[Sequence[str]] | None, file_settings: Mapping[str, Any], *, package: str | None) -> int:
     """Prints the settings of each job as YAML documents, or a part of them (`package`)."""
     if jobs is None:
-        raise ConfigError("`--cfg job` must be used with Hydra's own sweeper, because another chooses its jobs later.")
+        raise ConfigError(
+            "`--cfg job` must be used with Hydra's own sweeper, because other sweepers choose jobs during the run."
+        )
     for job in jobs:
         values = compose_values("train", layer_settings(file_settings, parse_overrides(job)), require_all=False)
         build_run(values)  # raises if a value is wrong
@@ -208,7 +214,7 @@ def _compose(
     """
     values = compose_values("train", layer_settings(file_settings, parse_overrides(overrides)))
     config = build_run(values)
-    if is_grid and config.trainer.wants_processes:
+    if is_grid and config.trainer.needs_process_group:
         raise ConfigError(
             "`trainer.devices` must be 1 and `trainer.strategy` auto with `-m`, but got "
             f"{config.trainer.devices!r} and {config.trainer.strategy_name}. Use `lorasweep sweep` instead of a grid."

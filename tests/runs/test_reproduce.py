@@ -111,7 +111,7 @@ def test_what_differs_is_listed_in_order_of_suspicion(run, repeat):
 
     edit(run, change)
     edit_step(run, 1, "loss", 0.0)
-    suspects = repeat().suspects
+    reasons = repeat().reasons
     expected = [
         "data.train.fingerprint",
         "base.fingerprint",
@@ -122,7 +122,7 @@ def test_what_differs_is_listed_in_order_of_suspicion(run, repeat):
         "packages.numpy",
         "code.commit",
     ]
-    assert [suspect.split("`")[1] for suspect in suspects] == expected
+    assert [suspect.split("`")[1] for suspect in reasons] == expected
 
 
 def test_the_first_steps_are_those_of_the_whole_run(repeat):

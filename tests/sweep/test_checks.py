@@ -11,7 +11,7 @@ from tests.data.test_constant_answer import make_splits
 from lorasweep.data.tasks import Classification
 from lorasweep.errors import ConfigError
 from lorasweep.models.load import load_base
-from lorasweep.sweep.checks import check_definition, find_constant_answer, find_metric, list_notes
+from lorasweep.sweep.checks import check_definition, find_metric, list_notes, score_constant_answer
 from lorasweep.sweep.controller.stages import build_rule
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.warnings import find_warnings
@@ -52,14 +52,14 @@ def test_a_right_definition_passes(write_file, content, tiny_inputs):
 
 def test_the_constant_answer_is_that_of_all_arms(write_file, content, tiny_inputs):
     definition = read_definition(write_file(content), [])
-    assert find_constant_answer(definition, tiny_inputs) is None  # text
+    assert score_constant_answer(definition, tiny_inputs) is None  # text
     task = Classification(num_classes=2)
     one, other = (make_splits(task, [0, 1, 1], labels, torch.int64) for labels in ([0, 1, 1, 1], [0, 0, 1, 1]))
 
     def find(lora_splits):
         by_method = {"lora": lora_splits}
         load = lambda config: SimpleNamespace(splits=by_method.get(config.method.name, one))  # noqa: E731
-        return find_constant_answer(definition, SimpleNamespace(load=load))
+        return score_constant_answer(definition, SimpleNamespace(load=load))
 
     assert find(one) == 0.75
     assert find(other) is None

@@ -28,9 +28,9 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 TARGET = "_target_"
 MAX_VALUE_CHARACTERS = 200
 """Maximum length of a value in an error message."""
-SIGNS = {"greater_than_equal": ">=", "greater_than": ">", "less_than_equal": "<=", "less_than": "<"}
-"""The comparison that each of pydantic's errors of a limit names."""
-NOUNS = {
+COMPARISONS = {"greater_than_equal": ">=", "greater_than": ">", "less_than_equal": "<=", "less_than": "<"}
+"""Comparison operator for each type of pydantic error that reports a limit."""
+TYPE_DESCRIPTIONS = {
     "int": "a whole number",
     "float": "a number",
     "finite": "a finite number",
@@ -41,7 +41,7 @@ NOUNS = {
     "mapping": "a mapping",
     "dataclass": "a group of settings",
 }
-"""What a value must be, by the first word of pydantic's error (`int_type`, `int_parsing`)."""
+"""Description of the required type for each type of pydantic error, by its first word (`int_type`, `int_parsing`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Settings:
 
     @model_validator(mode="before")
     @classmethod
-    def prepare(cls, values: Any) -> Any:
+    def check_keys(cls, values: Any) -> Any:
         """Returns values by the names of the fields. Raises pydantic's error if a key is no field."""
         if not isinstance(values, Mapping):  # the class was called
             return values
@@ -68,13 +68,13 @@ class Settings:
         return values
 
 
-def is_component(value: Any) -> str:
+def get_union_tag(value: Any) -> str:
     """Returns the tag of a value in a union of our own settings and a component: `component` or `settings`."""
     names_class = TARGET in value if isinstance(value, Mapping) else hasattr(value, "target")
     return "component" if names_class else "settings"
 
 
-OR_COMPONENT = Discriminator(is_component)
+SETTINGS_OR_COMPONENT = Discriminator(get_union_tag)
 
 
 def build(kind: type[T], values: Mapping[str, Any], *, key: str = "") -> T:
@@ -118,43 +118,42 @@ def describe_errors(errors: Sequence[ErrorDetails], values: Any, *, key: str) ->
     """Returns one sentence for the first of pydantic's errors: the dotted key, what must hold, and the value."""
     key = ".".join(filter(None, (key, *_find_names(errors[0], values))))
     sentence = _describe(errors[0], key)
-    words = [
-        error["ctx"]["expected"] for error in errors[1:] if error["type"] == "literal_error"
-    ]  # as in `1 or "auto"`
+    # A union such as `int | Literal["auto"]` has an error for each member.
+    words = [error["ctx"]["expected"] for error in errors[1:] if error["type"] == "literal_error"]
     return f"{sentence} It may also be {words[0]}." if words and errors[0]["type"] != "literal_error" else sentence
 
 
 def _describe(error: ErrorDetails, key: str) -> str:
     kind, context, value = error["type"], error.get("ctx", {}), shorten(error["input"], MAX_VALUE_CHARACTERS)
-    if isinstance(cause := context.get("error"), ConfigError):  # a check of the settings themselves, with its key
+    if isinstance(cause := context.get("error"), ConfigError):  # raised by a `__post_init__`; the message has the key
         return str(cause)
     if kind == "unknown_key":
         return describe_unknown_key(f"{key}.{context['name']}" if key else context["name"], context["names"])
     if kind == "missing":
         return f"`{key}` must be set, but is missing."
-    if kind in SIGNS:
+    if kind in COMPARISONS:
         limit = next(iter(context.values()))
         shown = f"{limit:g}" if isinstance(limit, float) else limit
-        return f"`{key} {SIGNS[kind]} {shown}` must hold, but got {value}."
+        return f"`{key} {COMPARISONS[kind]} {shown}` must hold, but got {value}."
     if kind in ("literal_error", "union_tag_invalid"):
         expected = context.get("expected") or context["expected_tags"]
         choices = [choice.strip("' ") for choice in expected.replace(" or ", ", ").split(",")]
         given = context.get("tag", error["input"])
         near = nearest(given, choices) if isinstance(given, str) else ""
         return f"`{key}` must be one of {', '.join(choices)}, but got {shorten(given, MAX_VALUE_CHARACTERS)}.{near}"
-    noun = NOUNS.get(kind.partition("_")[0])
+    noun = TYPE_DESCRIPTIONS.get(kind.partition("_")[0])
     return f"`{key}` must be {noun}, but got {value}." if noun else f"`{key}`: {error['msg']}, but got {value}."
 
 
 def describe_unknown_key(key: str, names: Sequence[str]) -> str:
-    """Returns a sentence that names the nearest of the names that are known beside the last part of a dotted key."""
+    """Returns a sentence for a dotted key whose last part is none of `names`. It suggests the nearest of them."""
     group, _, name = key.rpartition(".")
     place = f"The settings of `{group}` are" if group else "The settings are"
     return f"`{key}` is not a setting.{nearest(name, names)} {place} {', '.join(names)}."
 
 
 def _find_names(error: ErrorDetails, values: Any) -> list[str]:
-    """Returns the names of an error's place in the values. pydantic puts the members of unions between them."""
+    """Returns the keys that lead to the wrong value. Skips pydantic's names for the members of unions."""
     names = []
     for part in error["loc"]:
         is_missing = error["type"] == "missing" and part == error["loc"][-1]
@@ -165,6 +164,6 @@ def _find_names(error: ErrorDetails, values: Any) -> list[str]:
     return names
 
 
-@cache  # because pydantic builds the validator from the types
+@cache  # pydantic builds a validator for each class, which is slow
 def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)

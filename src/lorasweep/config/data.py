@@ -1,6 +1,6 @@
 """Settings of data: source, columns, and maximum lengths.
 
-One `...Config` per file in `conf/data/`. Several kinds of data share the `...Settings`.
+Each file in `conf/data/` has a class `...Config`. The classes `...Settings` are shared by several kinds of data.
 """
 
 from __future__ import annotations
@@ -87,16 +87,16 @@ class SplitSettings(Settings):
     """Column with equal values for examples that depend on each other. The report's intervals resample whole groups."""
 
     @property
-    def given(self) -> dict[str, str]:
-        """The files or names of the splits that are set."""
+    def sources(self) -> dict[str, str]:
+        """The source of each split that is set: files, or the name of a split of `path`."""
         names = {"train": self.train, "validation": self.validation, "test": self.test}
         return {split: name for split, name in names.items() if name is not None}
 
     def __post_init__(self) -> None:
-        for key, name in {**self.given, "path": self.path}.items():
+        for key, name in {**self.sources, "path": self.path}.items():
             if name is not None and not name.strip():
                 raise ConfigError(f"`data.{key}` must name a file or data set, but is empty.")
-        if len(set(self.given.values())) < len(self.given):
+        if len(set(self.sources.values())) < len(self.sources):
             raise ConfigError(
                 "`data.train`, `data.validation` and `data.test` must be different, but got "
                 f"{self.train!r}, {self.validation!r} and {self.test!r}. Use null to take a split from `data.train`."
@@ -108,10 +108,10 @@ class SplitSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings(Settings):
-    """The loss that trains."""
+    """The training loss."""
 
     loss: Component | None = None
-    """A loss of torch by `_target_` that trains instead of the usual one; null keeps it. Evaluations do not use it."""
+    """A torch loss (`_target_`) for training; null takes the usual loss. Evaluations always use the usual loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,7 @@ class BlockSettings(LossSettings):
     separate_documents: bool
     """Whether attention ends at the borders of documents inside a block."""
     metric: TextMetric | MetricComponent
-    """Metric that is the run's score. For the three names, lower is better."""
+    """Metric that is the run's score. Lower is better, except for a `_target_` that says otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +232,7 @@ class ChatConfig(RowSettings):
     generate: bool
     """Whether the prompts of the test split are also answered, token by token, and scored by BLEU and ROUGE."""
     metric: TextMetric | MetricComponent
-    """Metric of the answers that is the score of the run. For the three names, lower is better."""
+    """Metric of the answers that is the run's score. Lower is better, except for a `_target_` that says otherwise."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -259,7 +259,7 @@ class CustomDataConfig(LossSettings):
     labels: tuple[str, ...]
     """Names of the labels in the order of their indices; empty for numbers and text."""
     metric: CustomMetric | MetricComponent
-    """`auto`: as in `table`, or the loss of text."""
+    """`auto`: the loss for text; for labels the same as with `data=table`."""
 
     def __post_init__(self) -> None:
         check_function_name("data.factory", self.factory)

@@ -10,7 +10,7 @@ from pydantic import Field, Tag
 from pydantic.dataclasses import dataclass
 
 from lorasweep.config.build import (
-    OR_COMPONENT,
+    SETTINGS_OR_COMPONENT,
     Fraction,
     NonNegativeFloat,
     Positive,
@@ -83,7 +83,7 @@ class OptimConfig(OptimSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerComponent(OptimSettings, Component):
-    """An optimizer of the class `optim._target_`. Its trials run alone. Keys without a field are arguments of it."""
+    """An optimizer of the class `optim._target_`, which gets all keys that are not fields. Its trials run alone."""
 
 
 ScheduleName = Literal[
@@ -142,15 +142,15 @@ class TrainerConfig(Settings):
     """Sequences per optimizer step, >= 1."""
     accumulate: Positive | Literal["auto"]
     """Number of micro-batches of one optimizer step, 1 to `trainer.batch_size`. Each has sequences of similar length.
-    The number does not change the training, except for the draws of dropout. `auto` weighs padding against calls of the
-    model by a fixed rule."""
+    The number does not change the training, except for the draws of dropout. `auto` follows a fixed
+    rule: more micro-batches need less padding, but more calls of the model."""
     eval_batch_size: Positive
     """Sequences of maximum length per evaluation batch. A batch of shorter sequences has more."""
     eval_every_steps: Positive
     """Steps between two evaluations on validation data. At an evaluation a run is checkpointed and may be pruned."""
     early_stop_evaluations: Positive | None
-    """Number of evaluations in a row without a better score that end a run; null trains all steps. The schedule does
-    not become shorter."""
+    """A run ends after this number of evaluations in a row without a better score; null trains all steps. The schedule
+    does not become shorter."""
     activation_checkpointing: bool
     """Whether activations are recomputed in the backward pass. It needs less memory and about a third more time."""
     compile: bool
@@ -181,8 +181,8 @@ class TrainerConfig(Settings):
         return self.strategy.name if isinstance(self.strategy, Component) else self.strategy
 
     @property
-    def wants_processes(self) -> bool:
-        """Whether a run needs a process group; it may have a single process."""
+    def needs_process_group(self) -> bool:
+        """Whether a run needs a process group, perhaps of a single process."""
         return (self.strategy, self.devices, self.num_nodes) != ("auto", 1, 1)
 
     @property
@@ -217,9 +217,10 @@ LR, RANK, ALPHA = "optim.lr", "method.rank", "method.alpha"
 
 
 def follows_rate_law(method: str, optimizer: str) -> bool:
-    """Returns whether the rate law was measured for a method and the name or class of an optimizer: LoRA under Adam.
+    """Returns whether the rate law was measured for a method and an optimizer. It was measured for LoRA under Adam.
 
-    Other optimizers move the weights by the size of the gradient, so the law's reason does not hold for them.
+    `optimizer` is a name or a class. Other optimizers move the weights by the size of the gradient, so the reason for
+    the law does not hold for them.
     """
     return method == "lora" and "adam" in optimizer.lower()
 
@@ -232,10 +233,10 @@ class RunConfig(Settings):
     data: DataConfig
     method: MethodConfig
     optim: Annotated[
-        Annotated[OptimConfig, Tag("settings")] | Annotated[OptimizerComponent, Tag("component")], OR_COMPONENT
+        Annotated[OptimConfig, Tag("settings")] | Annotated[OptimizerComponent, Tag("component")], SETTINGS_OR_COMPONENT
     ]
     schedule: Annotated[
-        Annotated[ScheduleConfig, Tag("settings")] | Annotated[Component, Tag("component")], OR_COMPONENT
+        Annotated[ScheduleConfig, Tag("settings")] | Annotated[Component, Tag("component")], SETTINGS_OR_COMPONENT
     ]
     """A `Component` is any scheduler of torch; its trials run alone."""
     trainer: TrainerConfig

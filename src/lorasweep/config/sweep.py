@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, Tag
 from pydantic.dataclasses import dataclass
 
-from lorasweep.config.build import OR_COMPONENT, AtLeastTwo, NonNegative, Positive, PositiveFloat, Settings
+from lorasweep.config.build import SETTINGS_OR_COMPONENT, AtLeastTwo, NonNegative, Positive, PositiveFloat, Settings
 from lorasweep.config.components import Component
 from lorasweep.config.slurm import SlurmConfig
 from lorasweep.errors import ConfigError
@@ -78,13 +78,13 @@ class NoPruner(Settings):
 SamplerConfig = Annotated[
     Annotated[ModelBasedSampler | FixedSampler, Field(discriminator="name"), Tag("settings")]
     | Annotated[Component, Tag("component")],
-    OR_COMPONENT,
+    SETTINGS_OR_COMPONENT,
 ]
 """A component is any Optuna sampler: one of Optuna, of OptunaHub or of the user."""
 PrunerConfig = Annotated[
     Annotated[HalvingPruner | NoPruner, Field(discriminator="name"), Tag("settings")]
     | Annotated[Component, Tag("component")],
-    OR_COMPONENT,
+    SETTINGS_OR_COMPONENT,
 ]
 """A component is any Optuna pruner: one of Optuna or of the user."""
 

@@ -1,8 +1,8 @@
 """LoRA as functions of tensors, without modules or state. Single runs and packs call the same functions.
 
 The rows of x are slot-major: the first rows belong to slot 0, the next rows to slot 1, and so on. The rows of slot k
-are multiplied by A and B of slot k only. A single run is a pack of one slot. Neighbouring slots of like rank form a
-group, whose products are computed together.
+are multiplied by A and B of slot k only. A single run is a pack of one slot. Neighbouring slots of similar rank
+form a group, whose products are computed together.
 
 The product A x has the shape (slots, rank, tokens). On a CPU this is up to five times faster than the shape
 (slots, tokens, rank).
@@ -37,9 +37,9 @@ class SlotGroup(NamedTuple):
     lora_b: Float[Tensor, "slots d_out rank"]
     factor: UpdateFactor
     """In fp32 or wider."""
-    values: tuple[Tensor, Tensor] | None = None
-    """A and B in the dtype of the linear layer's inputs, if somebody cast them before. `lora_a` and `lora_b` then only
-    take the gradients."""
+    cast: tuple[Tensor, Tensor] | None = None
+    """A and B in the dtype of the linear layer's inputs, if the caller has them; None casts them here. If set, `lora_a`
+    and `lora_b` only receive the gradients."""
 
 
 def scaling_factor(*, alpha: float, rank: int, rule: Scaling) -> float:
@@ -60,7 +60,7 @@ def lora_linear(
     *Differs* from PEFT: A and B are cast to the dtype of x. PEFT casts x to the dtype of A and so keeps a second copy.
 
     Args:
-        x: Inputs in the dtype of `weight`; under autocast in any dtype. The number of rows is a multiple of the slots.
+        x: Inputs in the dtype of `weight`; under autocast in any dtype. Every slot has the same number of rows.
         weight: The base's weight, or a transposed view of it.
         bias: The base's bias.
         groups: All slots. A and B may have any dtype; their gradients have that dtype.
@@ -75,7 +75,7 @@ def lora_linear(
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         kept = (x,) if recomputation is None else kept
     matrices = [matrix for group in groups for matrix in (group.lora_a, group.lora_b)]
-    cast = [matrix.detach().to(x.dtype) for group in groups for matrix in group.values or (group.lora_a, group.lora_b)]
+    cast = [matrix.detach().to(x.dtype) for group in groups for matrix in group.cast or (group.lora_a, group.lora_b)]
     factors = tuple(group.factor for group in groups)
     output: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
         x, weight, bias, factors, keep, recomputation, kept, cast, *matrices

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError
-from huggingface_hub.errors import HTTPError as HubError  # type: ignore[attr-defined]  # of its HTTP client
+from huggingface_hub.errors import HTTPError as HubError  # type: ignore[attr-defined]  # lacks a type stub
 
 from lorasweep.config.model import ModelConfig
 from lorasweep.errors import ConfigError, first_line

@@ -1,4 +1,4 @@
-"""Reads and writes a record as JSON: whole, without secrets, and checked by pydantic. Reading runs no code."""
+"""Reads and writes records as JSON. Files have no secrets and are written atomically. Reading runs no code."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def read_json(kind: type[T], path: Path) -> T:
     except (OSError, ValidationError) as error:
         found = _describe(error) if isinstance(error, ValidationError) else str(error)
         raise RecordError(
-            f"{str(path)!r} must be a whole record of this version of lorasweep, but is damaged or of another one: "
-            f"{found}. Restore the file."
+            f"{str(path)!r} must be a whole record of this version of lorasweep, but is damaged or has another "
+            f"version: {found}. Restore the file."
         ) from error
 
 

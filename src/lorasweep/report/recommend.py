@@ -1,4 +1,4 @@
-"""Recommends settings by the answers of a sweep, as text and as files for `lorasweep train`, PEFT and transformers."""
+"""Recommends settings from a sweep's answers, as text and as files for `lorasweep train`, PEFT and transformers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from lorasweep.wording import (
 RECOMMENDED_FILES = ("train.yaml", "peft_config.py", "training_arguments.py")
 STEPS = "trainer.max_steps"
 TRAIN_EXAMPLES = "data.max_train_examples"
-LABELS = {"method.name": "method", RANK: "rank", ALPHA: "α", LR: "learning rate", STEPS: "steps"}
+SETTING_NAMES = {"method.name": "method", RANK: "rank", ALPHA: "α", LR: "learning rate", STEPS: "steps"}
 """The settings that the recommendation shows first, with their names."""
 METHOD_NAMES = {"lora": "LoRA", "full": "full fine-tuning"}
 PEFT_KEYS = (
@@ -50,7 +50,7 @@ class Recommendation:
 
     arm: str
     is_settled: bool
-    """Whether the answers settle that no other arm, and no smaller value of its key, is the one to use."""
+    """Whether the answers settle the choice. Otherwise another arm or a smaller value may be as good."""
     sentences: tuple[str, ...]
     """The settings, their score, and how to get a confirmed adapter."""
     settings: dict[str, str]
@@ -77,7 +77,9 @@ def recommend(data: SweepData) -> list[Recommendation]:
 
 
 def read_recommended(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the settings that a sweep recommends, for a run on all training data, and the run's `origin`.
+    """Returns the recommended settings of a sweep, and the `origin` that the record of a run with them names.
+
+    The settings use all training data, even if the sweep used only a part.
 
     Args:
         source: The folder of a sweep, or `SWEEP/ARM` for the setting of an arm or of one of its confirmed values.
@@ -114,7 +116,6 @@ def read_recommended(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{str(source)!r} has none."
         )
     settings = _list_overrides(arm, arm.best)
-    # a search on a part of the data is cheaper, but the run that uses its result needs all
     settings = {key: None if key == TRAIN_EXAMPLES else value for key, value in settings.items()}
     number = None if arm.best.is_predicted else arm.best.number
     origin = {"sweep": str(folder.resolve()), "name": data.record.name, "arm": arm.name, "trial": number}
@@ -126,7 +127,7 @@ def _list_overrides(arm: ArmData, trial: Trial) -> dict[str, Any]:
     settings = {key: value for key, value in arm.row.settings.items() if key not in ("output", ALPHA_OVER_RANK)}
     settings |= {key: value for key, value in trial.params.items() if key != ALPHA_OVER_RANK}
     exact = (STEPS, LR, *((RANK, ALPHA) if arm.row.method == "lora" else ()))
-    # Named even if they are defaults, so that a later default changes nothing.
+    # These are listed even if they have default values, so that a change of a default has no effect.
     return settings | {key: value for key in exact if (value := trial.setting(key)) is not None}
 
 
@@ -164,11 +165,11 @@ def _describe_export(arm: ArmData, data: SweepData) -> list[str]:
 
 
 def _name_settings(arm: ArmData, trial: Trial) -> dict[str, str]:
-    keys = [*LABELS, *(key for key in trial.params if key != ALPHA_OVER_RANK and key not in LABELS)]
+    keys = [*SETTING_NAMES, *(key for key in trial.params if key != ALPHA_OVER_RANK and key not in SETTING_NAMES)]
     known = {key: trial.setting(key) for key in keys} | {"method.name": arm.row.method}
     if arm.row.method != "lora":
         known = {key: value for key, value in known.items() if key not in (RANK, ALPHA)}
-    named = {LABELS.get(key, short_key(key)): format_setting(v) for key, v in known.items() if v is not None}
+    named = {SETTING_NAMES.get(key, short_key(key)): format_setting(v) for key, v in known.items() if v is not None}
     return named | {"method": METHOD_NAMES.get(arm.row.method, arm.row.method)}
 
 
@@ -203,7 +204,7 @@ def _write_files(arm: ArmData, trial: Trial, data: SweepData) -> dict[str, str]:
 
 
 def _write_peft_config(trial: Trial, origin: str, run: Path) -> str | None:
-    """Returns PEFT's configuration for training, from the one beside the best weights; None if that can't be read."""
+    """Returns code for PEFT's configuration, from the file beside the best weights; None if the file can't be read."""
     try:
         saved = json.loads((run / "best" / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -21,7 +21,7 @@ from lorasweep.wording import shorten
 Values = Mapping[tuple[int, str], float | None]
 """Values by step and name (`loss`, `lr`, `validation loss`), in recorded order. None is NaN or infinite."""
 
-SUSPECTS = (
+POSSIBLE_REASONS = (
     *("data.train.fingerprint", "data.validation.fingerprint", "base.fingerprint"),
     # A pack adds in another order, which changes rounding. With `shared_draws`, its slots share the random numbers of
     # attention's dropout.
@@ -92,16 +92,18 @@ def list_differences(recorded: Values, repeated: Values) -> list[Difference]:
     ]
 
 
-def list_suspects(recorded: RunRecord, repeated: RunRecord) -> list[str]:
+def list_possible_reasons(recorded: RunRecord, repeated: RunRecord) -> list[str]:
     """Returns a clause for each part of the surroundings that differs, the most likely reason first."""
     before, after = _flatten_surroundings(recorded), _flatten_surroundings(repeated)
     different = [name for name in {**before, **after} if before.get(name) != after.get(name)]
-    ordered = dict.fromkeys(name for part in SUSPECTS for name in different if f"{name}.".startswith(f"{part}."))
+    ordered = dict.fromkeys(
+        name for part in POSSIBLE_REASONS for name in different if f"{name}.".startswith(f"{part}.")
+    )
     return [f"`{name}` was {shorten(before.get(name))} and is {shorten(after.get(name))}" for name in ordered]
 
 
 def _flatten_surroundings(record: RunRecord) -> dict[str, Any]:
-    groups = {name: getattr(record, name) for name in {suspect.partition(".")[0] for suspect in SUSPECTS}}
+    groups = {name: getattr(record, name) for name in {reason.partition(".")[0] for reason in POSSIBLE_REASONS}}
     return {name: value for name, value in dotted_items(groups) if not isinstance(value, Mapping)}
 
 
@@ -156,7 +158,7 @@ def compare_sweeps(first: Path, second: Path) -> SweepReproduction:
 
 
 def _list_parts(record: SweepRecord, folder: Path) -> Iterator[dict[str, Any]]:
-    """Yields what must be equal in a repetition, part by part: each value by its place in words."""
+    """Yields the values that a repetition must have too, part by part. Each value has its place in words as key."""
     keys = ("metric", "direction", "confirm_seeds")
     yield {f"sweep: `{key}`": getattr(record, key) for key in keys}
     yield {f"{row.subject}: `{key}`": value for row in record.settings for key, value in row.params.items()}

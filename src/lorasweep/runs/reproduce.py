@@ -17,7 +17,7 @@ from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError, Diverged, RecordError
 from lorasweep.models.attention import IMPLEMENTATIONS, AttentionChoice
 from lorasweep.record import STEPS_FILE, RunRecord, read_run
-from lorasweep.runs.comparison import Difference, Values, list_differences, list_suspects, read_values
+from lorasweep.runs.comparison import Difference, Values, list_differences, list_possible_reasons, read_values
 from lorasweep.training.components import EVENT_LOGGER
 from lorasweep.training.inputs import RunInputs, build_inputs
 from lorasweep.training.module import check_run
@@ -48,7 +48,7 @@ class Reproduction:
     """The values that differ by any size, in recorded order."""
     other_weights: tuple[str, ...] = ()
     """Weight files that differ although every value of the log is the same."""
-    suspects: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()
     """Clauses on hardware, software or data that may explain a difference, the most likely reason first."""
     failure: str | None = None
     """The error message if the repetition diverged."""
@@ -58,7 +58,7 @@ class Reproduction:
         return self.verdict in ("identical", "within tolerance")
 
     def describe(self) -> str:
-        """Returns the result in one line, and if it is different a line for each suspect."""
+        """Returns the result in one line, and if it is different a line for each reason."""
         num_steps = sum(name == "loss" for _, name in self.recorded)
         num_evaluations = len({step for step, name in self.recorded if name.startswith("validation ")})
         compared = f"{num_steps} steps and {num_evaluations} evaluations of {self.run} and {self.folder}"
@@ -81,9 +81,9 @@ class Reproduction:
         if self.failure is not None:
             clauses.append(f"it ended because {self.failure.rstrip('.')}")
         lines = [f"different: {'; '.join(clauses)}: {self.folder}", "no recorded hardware, software or data differs"]
-        if self.suspects:
-            suspects = (f"  {number}. {suspect}" for number, suspect in enumerate(self.suspects, start=1))
-            lines[1:] = ["possible reasons, the most likely first:", *suspects]
+        if self.reasons:
+            reasons = (f"  {number}. {reason}" for number, reason in enumerate(self.reasons, start=1))
+            lines[1:] = ["possible reasons, the most likely first:", *reasons]
         return "\n".join(lines)
 
 
@@ -157,7 +157,7 @@ def reproduce_run(
         recorded=recorded,
         differences=tuple(differences),
         other_weights=other_weights,
-        suspects=tuple(list_suspects(record, repeated)) if verdict == "different" else (),
+        reasons=tuple(list_possible_reasons(record, repeated)) if verdict == "different" else (),
         failure=failure,
     )
 
@@ -174,7 +174,7 @@ def restore_solo_config(record: RunRecord) -> RunConfig:
     trainer = {
         **record.config["trainer"],
         "precision": platform.get("precision", config.trainer.precision),
-        "device": "auto" if platform.get("device") == "gpu" else "cpu",  # without a GPU, it is the first suspect
+        "device": "auto" if platform.get("device") == "gpu" else "cpu",  # without a GPU, it is the first reason
         "accumulate": record.batching.get("micro_batches", config.trainer.accumulate),
         "strategy": "auto",
         "devices": 1,

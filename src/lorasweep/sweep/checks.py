@@ -74,10 +74,10 @@ def find_metric(definition: Definition, inputs_cache: InputsCache) -> ScoreMetri
     return inputs_cache.load(configs[0]).splits.score_metric
 
 
-def find_constant_answer(definition: Definition, inputs_cache: InputsCache) -> float | None:
-    """Returns the sweep's metric of the constant answer on validation data.
+def score_constant_answer(definition: Definition, inputs_cache: InputsCache) -> float | None:
+    """Returns the score on validation data of a model that always gives the same answer.
 
-    None for data without labels, and if the answer has different scores for different trials.
+    Returns None for data without labels, or if this score is not the same for all trials.
     """
     all_splits = {inputs_cache.load(config).splits for arm in definition.arms for config in arm.corners}
     scores = {s.score_constant_answer(s.validation).get(s.metric) for s in all_splits}

@@ -19,10 +19,10 @@ from lorasweep.config.data import TableConfig
 from lorasweep.data.reading.conversations import KNOWN_COLUMNS
 from lorasweep.data.reading.documents import open_text
 from lorasweep.data.reading.tables import (
-    DEFAULT_RULES,
+    DEFAULT_DIALECTS,
     READERS,
     find_files,
-    find_kind,
+    find_suffix,
     load_datasets,
     read_columns,
     refuse_unreadable,
@@ -129,9 +129,9 @@ def _choose_data(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _is_table(train: str) -> bool:
     """Returns whether a file has rows and columns. A txt file has them if there is a tab in its first line."""
     first = find_files(train, key="data.train")[0]
-    if first.is_dir() or find_kind(first) not in READERS:
+    if first.is_dir() or find_suffix(first) not in READERS:
         return False
-    if find_kind(first) != ".txt":
+    if find_suffix(first) != ".txt":
         return True
     with refuse_unreadable(first), open_text(first) as file:
         return "\t" in file.readline()
@@ -176,7 +176,7 @@ def _refuse_data_as_names(
 ) -> None:
     """Raises ConfigError if the first line of a csv, tsv or txt file is a row: its label occurs again below it."""
     label, text = guessed.get("data.label"), guessed.get("data.text")
-    is_delimited = find_kind(find_files(train, key="data.train")[0]) in DEFAULT_RULES
+    is_delimited = find_suffix(find_files(train, key="data.train")[0]) in DEFAULT_DIALECTS
     if not is_delimited or label is None or label in LABEL_COLUMNS or label not in columns[label]:
         return
     known = {label: "label", text: "text"}

@@ -6,14 +6,14 @@ import signal
 import threading
 from typing import Any
 
-INTERRUPTED = 130
+INTERRUPTED_EXIT_CODE = 130
 """Exit code of a command that Ctrl-C or a batch system ended before its work was done."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """Batch systems send SIGUSR1 or SIGUSR2 shortly before a job's time limit."""
 
 
 class _StopAtOnce(BaseException):
-    """Raised instead of KeyboardInterrupt, for which Lightning ends the process without a message."""
+    """Leaves Lightning's Trainer, which would end the process without a message on KeyboardInterrupt."""
 
 
 class StopSignal:
@@ -23,7 +23,7 @@ class StopSignal:
     """
 
     def __init__(self, remedy: str = "") -> None:
-        """`remedy` is a sentence for the user who stops the work at once, such as how to resume it."""
+        """`remedy` is a sentence that tells the user how to resume. It is shown after the second Ctrl-C."""
         self.requested = False
         self._remedy = remedy
         self._handlers: dict[int, Any] = {}

@@ -40,7 +40,7 @@ def read_texts(config: TextConfig) -> DataSource:
         train,
         read,
         kind="documents",
-        given=config.given,
+        given=config.sources,
         key=lambda document: content_key([document.text]),
         describe=lambda train, validation: [_describe("train", train), _describe("validation", validation)],
         split_off=_cut_ends if len(train[0]) < MIN_DOCUMENTS else None,
@@ -58,7 +58,7 @@ def _open_column(config: TextConfig) -> Callable[[str], ReadExamples[Document]]:
 
 
 def _open_files(config: TextConfig) -> Callable[[str], ReadExamples[Document]]:
-    files = {split: find_texts(name, key=f"data.{split}") for split, name in config.given.items()}
+    files = {split: find_texts(name, key=f"data.{split}") for split, name in config.sources.items()}
 
     def read(split: str) -> ReadExamples[Document]:
         paths, folder = files[split]

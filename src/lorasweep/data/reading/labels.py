@@ -11,7 +11,7 @@ from typing import Any
 
 from lorasweep.config.data import LabelTask, TableConfig
 from lorasweep.data.reading.splitting import build_source, content_key
-from lorasweep.data.reading.tables import check_plain, choose_columns, open_tables, parse_rows, require_text
+from lorasweep.data.reading.tables import choose_columns, open_tables, parse_rows, require_scalar, require_text
 from lorasweep.data.source import DataSource, Label, LabelledText
 from lorasweep.errors import ConfigError
 from lorasweep.wording import nearest, shorten
@@ -22,8 +22,8 @@ MAX_SINGLE_CLASSES = 20
 """With more classes than this, each must have two examples on average, unless `data.task` is set. Otherwise the column
 is probably a number or a text and not a label."""
 
-MAX_NUMBER = 1e18
-"""Highest number, positive or negative, that regression predicts. The loss squares it, and 1e36 is finite in fp32."""
+MAX_REGRESSION_LABEL = 1e18
+"""Highest absolute value of a label under regression. The loss squares it, and 1e36 is finite in fp32."""
 MAX_LISTED_CLASSES = 20
 """Maximum number of classes whose share of the training examples is printed."""
 
@@ -62,7 +62,7 @@ def read_labelled(config: TableConfig) -> DataSource:
         (items, [encoder.reason, *notes]),
         lambda split: parse_rows(tables[split], parse),
         kind=encoder.task,
-        given=config.given,
+        given=config.sources,
         key=_content_key,
         describe=functools.partial(_describe, names),
         label_names=names,
@@ -101,7 +101,7 @@ def _describe(names: Sequence[str], train: list[LabelledText], validation: list[
 
 @dataclass(frozen=True, kw_only=True)
 class LabelEncoder:
-    """Encodes the labels of every split with what was learnt from the training file."""
+    """Encodes the labels of every split by the task and the classes of the training split."""
 
     task: LabelTask
     names: tuple[str, ...]
@@ -198,11 +198,11 @@ def is_missing(value: Any, *, task: str) -> bool:
 
 
 def check_label(value: Any, *, column: str, task: str) -> None:
-    """Raises ValueError if a row has no label, or none that can be the name of a class or a number."""
+    """Raises ValueError if a row has no label, or if its label can be neither a class nor a number."""
     if is_missing(value, task=task):
         raise ValueError(f"must have a label in column {column!r}, but has {value!r}")
     for item in value if isinstance(value, list) else [value]:
-        check_plain(item)
+        require_scalar(item)
 
 
 def split_names(value: Any, task: LabelTask, separator: str) -> list[str]:
@@ -231,6 +231,6 @@ def _parse_number(value: Any) -> float:
             number = float(value)
         except (ValueError, OverflowError):
             number = math.nan
-        if abs(number) <= MAX_NUMBER:
+        if abs(number) <= MAX_REGRESSION_LABEL:
             return number
-    raise ValueError(f"must have a finite number up to {MAX_NUMBER:g} as label, but has {shorten(value)}")
+    raise ValueError(f"must have a finite number up to {MAX_REGRESSION_LABEL:g} as label, but has {shorten(value)}")

@@ -1,4 +1,4 @@
-"""Reads columns of tables by `datasets`: csv, tsv, txt, jsonl, json and parquet files, and data sets of the hub."""
+"""Reads columns of tables with `datasets`: csv, tsv, txt, jsonl, json and parquet files, and data sets of the hub."""
 
 from __future__ import annotations
 
@@ -26,29 +26,30 @@ T = TypeVar("T")
 ChooseColumns = Callable[[Sequence[str], str], Sequence[str]]
 """Takes the column names of a table and its name. Returns the columns to read. Raises ConfigError if one is missing."""
 DELIMITERS: Mapping[Delimiter, str] = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
-DEFAULT_RULES: Mapping[str, tuple[Delimiter, Quoting]] = {
+DEFAULT_DIALECTS: Mapping[str, tuple[Delimiter, Quoting]] = {
     ".csv": ("comma", "csv"),
     ".tsv": ("tab", "none"),
     ".txt": ("tab", "none"),
 }
 """Delimiter and quoting of each kind of delimited file under `auto`."""
 READERS: Mapping[str, str] = {
-    **dict.fromkeys(DEFAULT_RULES, "csv"),
+    **dict.fromkeys(DEFAULT_DIALECTS, "csv"),
     **dict.fromkeys((".jsonl", ".json"), "json"),
     ".parquet": "parquet",
 }
-"""By suffix of a file: the reader of `datasets`."""
+"""The reader of `datasets` for each file suffix."""
 
 MAX_GZIP_RATIO = 20
-"""Bytes of a JSON file by its compressed bytes up to which all its rows decide the types of its columns."""
+"""Highest assumed size of an uncompressed JSON file, divided by its gzip size. A larger file is read in several chunks,
+and the first chunk decides the types of the columns."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Table:
-    """One split. No row was looked at yet."""
+    """One split, whose rows are not read yet."""
 
     datasets: Mapping[str, Dataset]
-    """By name: one data set for each file, so that messages can number the rows of a file; or one of the hub."""
+    """Data sets by name: the hub's data set, or one for each file, so that messages can number the rows of a file."""
     columns: Sequence[str]
     """The chosen columns."""
     group: str | None = None
@@ -69,7 +70,7 @@ def open_tables(config: SplitSettings, choose: ChooseColumns) -> dict[str, Table
             all splits, so that a wrong test file is found before training.
     """
     tables = {}
-    for split in config.given:
+    for split in config.sources:
         loaded = load_datasets(config, split)
         columns: Sequence[str] = ()
         for name, dataset in loaded.items():
@@ -77,7 +78,7 @@ def open_tables(config: SplitSettings, choose: ChooseColumns) -> dict[str, Table
                 columns = choose(dataset.column_names, repr(name))
                 choose_columns([("group", config.group)], dataset.column_names, repr(name))
             except ConfigError as error:
-                is_delimited = config.path is None and find_kind(Path(name)) in DEFAULT_RULES
+                is_delimited = config.path is None and find_suffix(Path(name)) in DEFAULT_DIALECTS
                 hint = " See also `data.columns` (for a file without a header) and `data.delimiter`."
                 raise ConfigError(f"{error}{hint if is_delimited else ''}") from error
         can_skip_rows = config.path is not None
@@ -87,10 +88,10 @@ def open_tables(config: SplitSettings, choose: ChooseColumns) -> dict[str, Table
 
 def load_datasets(config: SplitSettings, split: str) -> dict[str, Dataset]:
     """Returns the data sets of a split by name: one for each file, or one of the hub."""
-    given = config.given[split]
+    given = config.sources[split]
     rules = (config.columns, config.delimiter, config.quoting) if isinstance(config, RowSettings) else None
     files = [] if config.path is not None else find_tables(given, key=f"data.{split}")
-    if rules not in (None, (None, "auto", "auto")) and not (files and find_kind(files[0]) in DEFAULT_RULES):
+    if rules not in (None, (None, "auto", "auto")) and not (files and find_suffix(files[0]) in DEFAULT_DIALECTS):
         raise ConfigError(
             "`data.columns` must be null, and `data.delimiter` and `data.quoting` auto, unless the files are csv, tsv "
             f"or txt, but got {rules}."
@@ -105,11 +106,11 @@ def _load_hub(config: SplitSettings, split: str) -> Dataset:
     path = Path(str(config.path)).expanduser()
     source = str(path.absolute()) if path.is_dir() else config.path
     try:
-        dataset = load_dataset(source, config.subset, split=config.given[split], revision=config.revision)
+        dataset = load_dataset(source, config.subset, split=config.sources[split], revision=config.revision)
     except Exception as error:  # each client and file format raises its own class of error
         raise ConfigError(
             f"`data.path` must be a data set on the hub or in its cache, or a folder, and `data.{split}` one of its "
-            f"splits, but {config.path!r} with {config.given[split]!r} can't be loaded: {first_line(error)}. Check "
+            f"splits, but {config.path!r} with {config.sources[split]!r} can't be loaded: {first_line(error)}. Check "
             "the spelling, `data.subset`, `data.revision` and the connection."
         ) from error
     # Without a network `datasets` ignores `revision` and takes the latest version in its cache. The cache keeps each
@@ -124,7 +125,7 @@ def _load_hub(config: SplitSettings, split: str) -> Dataset:
 
 
 def _load_file(path: Path, config: RowSettings) -> Dataset:
-    kind = find_kind(path)
+    kind = find_suffix(path)
     options: dict[str, Any] = {}
     if READERS[kind] == "json":
         num_bytes = path.stat().st_size * (MAX_GZIP_RATIO if path.suffix.lower() == ".gz" else 1)
@@ -134,7 +135,7 @@ def _load_file(path: Path, config: RowSettings) -> Dataset:
         }
     # a warning of pandas means that it drops surplus fields
     with refuse_unreadable(path), warnings.catch_warnings(action="error", category=ParserWarning), quiet_datasets():
-        if kind in DEFAULT_RULES:
+        if kind in DEFAULT_DIALECTS:
             options = _choose_csv_options(path, config)
         escaped = glob.escape(str(path))  # a name may have brackets
         return load_dataset(READERS[kind], data_files=escaped, split="train", **options)
@@ -142,7 +143,7 @@ def _load_file(path: Path, config: RowSettings) -> Dataset:
 
 def _choose_csv_options(path: Path, config: RowSettings) -> dict[str, Any]:
     """Returns options of `pandas.read_csv`. Every value stays a text: `NA` and `01` are not converted."""
-    default_delimiter, default_quoting = DEFAULT_RULES[find_kind(path)]
+    default_delimiter, default_quoting = DEFAULT_DIALECTS[find_suffix(path)]
     quoting = default_quoting if config.quoting == "auto" else config.quoting
     options: dict[str, Any] = {
         "sep": DELIMITERS[default_delimiter if config.delimiter == "auto" else config.delimiter],
@@ -170,7 +171,7 @@ def refuse_unreadable(path: Path) -> Iterator[None]:
     except Exception as error:  # each reader raises its own classes
         cause = error.__cause__ or error  # `datasets` wraps the error of pandas or pyarrow
         raise ConfigError(
-            f"{str(path)!r} must be a {find_kind(path)[1:] or 'text'} file in UTF-8, but can't be read: "
+            f"{str(path)!r} must be a {find_suffix(path)[1:] or 'text'} file in UTF-8, but can't be read: "
             f"{first_line(cause)}."
         ) from error
 
@@ -223,7 +224,7 @@ def find_tables(given: str, *, key: str) -> list[Path]:
         ConfigError: No such file exists, or the files are not of one known kind.
     """
     files = find_files(given, key=key)
-    kinds = {find_kind(file) for file in files}
+    kinds = {find_suffix(file) for file in files}
     if len(kinds) > 1 or not kinds <= READERS.keys():
         raise ConfigError(
             f"`{key}` must name files of one kind ({', '.join(READERS)}), but got {given!r}. Save them as one kind, "
@@ -232,7 +233,7 @@ def find_tables(given: str, *, key: str) -> list[Path]:
     return files
 
 
-def find_kind(path: Path) -> str:
+def find_suffix(path: Path) -> str:
     """Returns the suffix of a file's name in lower case, such as `.csv` for `a.csv` and `A.CSV.gz`."""
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
@@ -297,7 +298,7 @@ def _to_class_name(value: Any, names: Sequence[str]) -> Any:
 
 
 def _require_group(value: Any) -> str:
-    check_plain(value)
+    require_scalar(value)
     if value is None or not str(value).strip():
         raise ValueError(f"must have a value in the column of `data.group`, but has {value!r}")
     return str(value).strip()
@@ -310,7 +311,7 @@ def require_text(value: Any) -> str:
     return value
 
 
-def check_plain(value: Any) -> None:
+def require_scalar(value: Any) -> None:
     """Raises ValueError if a value is a list, a mapping or bytes."""
     if isinstance(value, list | tuple | dict | bytes):
         raise ValueError(f"must have texts and numbers, but has {shorten(value)}")

@@ -124,7 +124,7 @@ def predict_best(
         params=candidates[best],
         trial=list(tried)[best] if best < len(tried) else None,
         score=sign * float(mean[best]),
-        rate_ratio=_find_rate_ratio(candidates[best], complete, law) if coordinates.has_rate else None,
+        rate_ratio=_find_rate_ratio(candidates[best], complete, law) if coordinates.has_learning_rate else None,
         regret=_estimate_regret(surrogate, coordinates.place(candidates), best),
     )
 

@@ -1,7 +1,8 @@
 """A Gaussian process over an arm's trials: predicts the score of settings that were not tried.
 
-Its length scales are fixed, because a dozen trials can't tell them apart. They were chosen by replay on stored grids
-(docs/benchmarks.md, Proposals): the score changes within half a decade of u, and slowly with rank and α at a fixed u.
+Its length scales are fixed, because a dozen trials are too few to estimate them. They were chosen by replay on stored
+grids (docs/benchmarks.md, Proposals): the score changes within half a decade of u, and at a fixed u slowly with rank
+and α.
 """
 
 from __future__ import annotations
@@ -23,18 +24,19 @@ from lorasweep.sweep.definition.space import Space
 
 Array = NDArray[np.float64]
 
-RATE_LENGTH_DECADES = 0.5
-"""Distance in u over which scores are alike."""
-OCTAVE_LENGTHS = {RANK: 7.5, ALPHA: 10.0, ALPHA_OVER_RANK: 10.0}
-"""Distance in octaves over which scores at the same u are alike."""
-RANGE_LENGTH = 0.5
-"""Distance over which scores are alike in any other key, as a fraction of its range."""
-CHOICE_LENGTH = 1.5
-"""Distance over which scores are alike, in units of the distance of two choices that are not numbers."""
+RATE_LENGTH_SCALE_DECADES = 0.5
+"""Length scale of the kernel in u = lr · √(s · r) (`rate_law`), in decades."""
+LENGTH_SCALES_OCTAVES = {RANK: 7.5, ALPHA: 10.0, ALPHA_OVER_RANK: 10.0}
+"""Length scales of rank and α at the same u, in octaves."""
+RANGE_LENGTH_SCALE = 0.5
+"""Length scale of any other number, as a fraction of its range."""
+CHOICE_LENGTH_SCALE = 1.5
+"""Length scale of choices that are not numbers. Two different choices have the distance 1."""
 NOISE_VARIANCE = 0.03
 """Variance of the noise of a score, as a share of the variance of the scores."""
 PARTIAL_NOISE_VARIANCE = 1.0
-"""Variance of the noise that a score has in addition if no step is done, in the same unit; it falls linearly."""
+"""Variance of the additional noise of a trial that has done no step, in the same unit. It falls linearly to 0 at the
+last step."""
 JITTER = 1e-6
 """Added to the diagonal of a covariance, so that rounding does not make it singular."""
 DRAW_SEED = 0
@@ -56,17 +58,17 @@ class Coordinates:
             values = [one[key] for one in params]
             if key == LR:
                 rates = [math.log10(one[LR] * self._law.factor(one)) for one in params]
-                columns.append([rate / RATE_LENGTH_DECADES for rate in rates])
-            elif key in OCTAVE_LENGTHS and all(is_number(value) and value > 0 for value in values):
-                columns.append([math.log2(value) / OCTAVE_LENGTHS[key] for value in values])
+                columns.append([rate / RATE_LENGTH_SCALE_DECADES for rate in rates])
+            elif key in LENGTH_SCALES_OCTAVES and all(is_number(value) and value > 0 for value in values):
+                columns.append([math.log2(value) / LENGTH_SCALES_OCTAVES[key] for value in values])
             elif isinstance(distribution, FloatDistribution | IntDistribution):
-                columns.append([_find_position(value, distribution) / RANGE_LENGTH for value in values])
+                columns.append([_find_position(value, distribution) / RANGE_LENGTH_SCALE for value in values])
             elif isinstance(distribution, CategoricalDistribution):
                 columns += _place_choices(values, distribution.choices)
         return np.array(columns, dtype=np.float64).reshape(-1, len(params)).T
 
     @property
-    def has_rate(self) -> bool:
+    def has_learning_rate(self) -> bool:
         """Whether the learning rate varies."""
         return LR in self._space
 
@@ -83,9 +85,9 @@ def _place_choices(values: Sequence[Any], choices: Sequence[Any]) -> list[list[f
     """Returns one column with the positions of numbers among the sorted choices, or one column per choice."""
     if all(map(is_number, choices)):
         order = sorted(choices)
-        return [[order.index(value) / (len(order) - 1) / RANGE_LENGTH for value in values]]
+        return [[order.index(value) / (len(order) - 1) / RANGE_LENGTH_SCALE for value in values]]
     names = [repr(choice) for choice in choices]  # 1, 1.0 and True are equal
-    side = 1 / (math.sqrt(2) * CHOICE_LENGTH)
+    side = 1 / (math.sqrt(2) * CHOICE_LENGTH_SCALE)
     return [[side * (repr(value) == name) for value in values] for name in names]
 
 
@@ -110,7 +112,7 @@ class Surrogate:
         return self.centre + self.scale * (cross @ self.weights), self.scale * np.sqrt(variance)
 
     def draw(self, points: Array, *, num_draws: int) -> Array:
-        """Returns (draws, settings) costs that the trials allow at (settings, dimensions) points, without noise."""
+        """Returns (draws, settings) samples of the costs at (settings, dimensions) points, without noise."""
         cross = compute_kernel(points, self.points)
         half = np.linalg.solve(self.factor, cross.T)
         covariance = compute_kernel(points, points) - half.T @ half + JITTER * np.eye(len(points))

@@ -50,7 +50,7 @@ CONFIRM_ENDING = "-confirm"
 """An ending that an arm's name must not have. The folder of a confirm run has the name of its arm, this ending and a
 number."""
 SWEEP_GROUPS = tuple(f.name for f in fields(SweepConfig))
-"""First names of the keys that belong to a sweep and not to its runs."""
+"""Groups of settings that belong to a sweep and not to its runs: the first part of their keys."""
 QUANTIZATION = "model.quantization"
 PATH_KEYS = ("data.train", "data.validation", "data.test", "model.path")
 """Settings whose values may be paths of files."""
@@ -70,9 +70,9 @@ class Arm:
 
     @property
     def subjects(self) -> dict[str, Any]:
-        """The confirm stage's subjects: name and value of each choice of `confirm_each`, numbers ascending.
+        """Returns the subjects that the confirm stage compares, each name with its value of `confirm_each`.
 
-        Without that key, the arm itself with the value None.
+        Numbers are in ascending order. Without `confirm_each`, the only subject is the arm itself, with the value None.
         """
         if self.confirm_each is None:
             return {self.name: None}
@@ -88,10 +88,10 @@ class Arm:
 
     @cached_property
     def corners(self) -> tuple[RunConfig, ...]:
-        """Settings of runs at the ends of the space.
+        """Settings of runs at the ends of the swept ranges. The choices of a list are its ends.
 
-        All keys at their first ends, then one key at each of its other ends, then all keys at their last ends. A list
-        of choices has its choices as ends.
+        The first run has every key at its first end. The next runs each move one key to another of its ends. The last
+        run has every key at its last end.
         """
         ends = {key: list_corner_values(distribution) for key, distribution in self.space.items()}
         lows = {key: values[0] for key, values in ends.items()}
@@ -103,12 +103,12 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """A sweep as it was before it grew: the controller ends it before the trials that were added begin."""
+    """The trials and confirm seeds that a sweep had before it grew. They end before the added trials begin."""
 
     trials: Mapping[str, int]
     """Number of trials by arm. Arms that were added later are missing."""
     confirm_seeds: NonNegative
-    """Number of seeds of the confirm stage; 0 if the sweep grew before its winners ran again."""
+    """Number of seeds of the confirm stage; 0 if the sweep grew before this stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +124,8 @@ class Definition:
     it."""
     source: Path | None
     rounds: tuple[Round, ...] = ()
-    """The rounds that are followed by another one, because the sweep grew. A round follows from the record alone, so it
-    does not matter at which moment the sweep grew."""
+    """All rounds but the last, one for each time that the sweep grew. A round is computed from the record alone, so the
+    moment at which the sweep grew does not change its results."""
 
     def find_arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
@@ -137,7 +137,7 @@ class Definition:
         trials = self.rounds[number].trials
         return {arm.name: replace(arm, trials=trials[arm.name]) for arm in self.arms if arm.name in trials}
 
-    def count_first_trials(self, arms: Collection[Arm]) -> int:
+    def count_trials_in_first_round(self, arms: Collection[Arm]) -> int:
         """Returns the number of trials of these arms together, in the first round that has one of the arms."""
         rounds = (self.arms_in_round(number) for number in range(len(self.rounds) + 1))
         counts = (sum(in_round[arm.name].trials for arm in arms if arm.name in in_round) for in_round in rounds)
@@ -171,13 +171,13 @@ def read_definition(source: Path | Mapping[str, Any], overrides: Sequence[str] |
 
 
 def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Definition:
-    """Returns the definition that has this `raw`; errors as in `read_definition`."""
+    """Returns the definition whose `raw` is given. Raises the errors of `read_definition`."""
     for key in filter(is_hydra_override, raw["overrides"]):
         raise ConfigError(
             f"a sweep's override must read `key=value`, but got {key!r}. `+` and `~` are for `lorasweep train`; write "
             "a value, or an option such as `logger=none`."
         )
-    content, overrides = _add_typed_arms(raw["file"], raw["overrides"])
+    content, overrides = _add_command_line_arms(raw["file"], raw["overrides"])
     file, overrides = parse_file(content), spread_multiplier(overrides)
     for_sweep = {key: value for key, value in overrides.items() if key.split(".")[0] in SWEEP_GROUPS}
     for_runs = {key: value for key, value in overrides.items() if key not in for_sweep}
@@ -215,11 +215,13 @@ def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Defini
     )
 
 
-def _add_typed_arms(content: Any, overrides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Returns a sweep file's content with the typed arms (`arms.NAME={settings: ...}`), and the other overrides.
+def _add_command_line_arms(content: Any, overrides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Returns a sweep file's content with the arms of the command line, and the other overrides.
+
+    An arm of the command line is written as `arms.NAME={settings: ...}`.
 
     Raises:
-        ConfigError: A typed arm is no mapping, or the file has an arm of this name.
+        ConfigError: Such an arm is not a mapping, or the file has an arm of this name.
     """
     typed = {key: value for key, value in overrides.items() if re.fullmatch(r"arms\.[^.]+", key)}
     arms = content.get("arms") if isinstance(content, Mapping) else None
@@ -253,7 +255,7 @@ def make_paths_absolute(value: Any, key: str = "") -> Any:
 
 
 def _choose_overrides(name: str, config: ArmConfig, file: SweepFile, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the overrides of runs that apply to one arm, those of this arm alone last.
+    """Returns the overrides of runs that apply to one arm. Overrides with the arm's name come last.
 
     An override without an arm's name does not apply if the arm's method lacks the setting, or if it is a range and the
     arm searches nothing.
@@ -293,7 +295,7 @@ def _build_arm(name: str, config: ArmConfig, file: SweepFile, overrides: Mapping
         ranges = _replace_ranges(config.space, layer_settings(*typed))
         settings = {key: value for key, value in settings.items() if not any(_is_inside(key, one) for one in ranges)}
         sweep_config = compose_sweep(_select(settings, of_sweep=True))
-        settings = _choose_base(_select(settings), own_keys={*config.settings, *typed[1]})
+        settings = _drop_inherited_quantization(_select(settings), own_keys={*config.settings, *typed[1]})
         values = as_settings(compose_run(settings))
         space = {
             key: parse_range(key, range_, is_whole=_is_whole(key, range_, values)) for key, range_ in ranges.items()
@@ -381,7 +383,7 @@ def _select(settings: Mapping[str, Any], *, of_sweep: bool = False) -> dict[str,
 
 
 def _is_inside(key: str, other: str) -> bool:
-    """Returns whether a key is the other one or a part of it, as `method.alpha.over_rank` is of `method.alpha`."""
+    """Returns whether a key equals another key or lies below it, as `method.alpha.over_rank` below `method.alpha`."""
     return key == other or ("." in other and key.startswith(f"{other}."))
 
 
@@ -410,7 +412,7 @@ def _is_whole(key: str, range_: Any, values: Any) -> bool:
     return isinstance(values, int) and not isinstance(values, bool)
 
 
-def _choose_base(settings: dict[str, Any], *, own_keys: Collection[str]) -> dict[str, Any]:
+def _drop_inherited_quantization(settings: dict[str, Any], *, own_keys: Collection[str]) -> dict[str, Any]:
     """Returns an arm's settings with `model.quantization=none` if its method trains weights of the base.
 
     A quantisation that the arm itself sets stays, and is refused when its runs are composed.
@@ -434,6 +436,6 @@ def _check_grid(arm: Arm) -> None:
         )
     if arm.trials > count:
         raise ConfigError(
-            f"`arms.{arm.name}.trials <= {count}` must hold under `sampler=grid`, the number of combinations, "
+            f"`arms.{arm.name}.trials <= {count}` must hold under `sampler=grid`, which has {count} combinations, "
             f"but got {arm.trials!r}."
         )

@@ -26,7 +26,7 @@ JOBS_FOLDER = "slurm"
 """Folder in a sweep's folder for the files of the jobs that are nodes of the Ray cluster."""
 COMMAND_TIMEOUT_S = 60
 MAX_REQUEUES = 1000
-"""Number of times that a job may be requeued at its time limit. A job that finds no head ends earlier."""
+"""Number of times that a job may be requeued at its time limit. A job that finds no Ray head ends earlier."""
 BUSY_TEXTS = ("busy", "down", "not available now", "drained")
 """Parts of sbatch's answer if a job could start later, but not now."""
 

@@ -254,7 +254,7 @@ def choose_slots(definition: Definition, arm: Arm, *, inputs_cache: InputsCache,
     if wanted != "auto":
         return PackSize(wanted, "")
     # of the first round, so that packs of trials that have ended have the same size if the sweep is run again
-    trials = math.ceil(definition.count_first_trials(list_pack_arms(definition, arm)) / num_workers)
+    trials = math.ceil(definition.count_trials_in_first_round(list_pack_arms(definition, arm)) / num_workers)
     return choose_pack_size(plan.largest, inputs=inputs_cache.load(plan.largest), trials_left=trials)
 
 
