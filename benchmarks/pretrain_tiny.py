@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -62,7 +63,7 @@ def build_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def encode(documents: list[Document]) -> Tensor:
+def encode(documents: Sequence[Document]) -> Tensor:
     """Returns the documents' bytes as one row of token ids, each text followed by the end token."""
     ids: list[int] = []
     for document in documents:

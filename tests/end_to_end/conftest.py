@@ -192,11 +192,6 @@ def steps_of(run: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in read_steps(run)]
 
 
-def read_turns(trial: optuna.trial.FrozenTrial) -> list[dict]:
-    """Returns what was decided of a trial at each rung."""
-    return [value for value in trial.user_attrs.values() if isinstance(value, dict) and "promoted" in value]
-
-
 def read_trials(folder: Path) -> list[optuna.trial.FrozenTrial]:
     """Returns every trial of every study of a sweep."""
     storage = open_storage(folder)

@@ -16,8 +16,9 @@ import yaml
 import lorasweep
 from lorasweep.record import read_run, read_steps, read_sweep
 from lorasweep.runs.comparison import compare_sweeps
+from lorasweep.sweep.controller.arm_trials import TRIAL_ATTRIBUTE
 
-from .conftest import TIMEOUT_S, read_trials, read_turns, state_of, steps_of
+from .conftest import TIMEOUT_S, read_trials, state_of, steps_of
 
 KILLS = int(os.environ.get("LORASWEEP_TEST_KILLS", "2"))
 """How often a sweep is killed, for each size of packs."""
@@ -88,7 +89,7 @@ def once(file):
 
 def count_promoted(folder: Path) -> int:
     """Returns how many trials were paused and resumed later."""
-    return sum(any(turn["promoted"] for turn in read_turns(trial)) for trial in read_trials(folder))
+    return sum(bool(trial.user_attrs[TRIAL_ATTRIBUTE]["promoted"]) for trial in read_trials(folder))
 
 
 def check_whole(folder: Path) -> None:
