@@ -152,7 +152,7 @@ def test_a_grown_sweep_keeps_its_trials_and_is_reproduced_to_the_last_bit(sweep,
     assert last == "identical: all 8 runs, their decisions, losses and scores: outputs/reproduce/s"
     assert read_files(sweep) == files
     assert run(["sweep", "--resume", "s", "arms.lora.trials=2"]) == WRONG_REQUEST
-    assert "`arms.lora.trials >= 3` must hold, the number so far, but got 2." in capsys.readouterr().err
+    assert "`arms.lora.trials >= 3` must hold, because the sweep has that many, but got 2." in capsys.readouterr().err
 
 
 def test_reproduce_says_where_a_sweep_first_differs_and_ends_with_1(sweep, capsys):

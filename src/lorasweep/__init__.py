@@ -10,7 +10,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lorasweep.training.thread_waiting import set_thread_waiting
+from lorasweep.training.openmp import set_openmp_spin_count
 
 if TYPE_CHECKING:
     from lorasweep.api import resume_sweep, run_sweep, train_run
@@ -32,7 +32,7 @@ __all__ = [
     "train_run",
 ]
 
-set_thread_waiting()  # here, because every entry (command, Python, Ray) imports this file before torch
+set_openmp_spin_count()  # here, because every entry (command, Python, Ray) imports this file before torch
 
 _HOMES = {
     **dict.fromkeys(("resume_sweep", "run_sweep", "train_run"), "lorasweep.api"),

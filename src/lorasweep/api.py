@@ -32,8 +32,8 @@ from lorasweep.disk import claim_folder, lock_folder, numbered_folders, require_
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import RUN_FILE, read_run, read_sweep, write_record
 from lorasweep.report import write_report
-from lorasweep.report.board import write_run_hparams
 from lorasweep.report.recommend import read_recommended
+from lorasweep.report.tensorboard import write_run_hparams
 from lorasweep.results import RunResult, SweepResult, load_run, load_sweep
 from lorasweep.runs.comparison import SweepReproduction, compare_sweeps
 from lorasweep.sweep.checks import (

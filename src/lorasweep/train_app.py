@@ -27,12 +27,12 @@ from lorasweep.config.command_line import (
     sort_overrides,
 )
 from lorasweep.config.compose import (
+    add_search_path,
     build_run,
     compose_values,
     describe_hydra_error,
     layer_settings,
     packaged_folder,
-    search_also,
 )
 from lorasweep.config.redaction import redact
 from lorasweep.config.run import RunConfig
@@ -67,7 +67,7 @@ def run_train_app(arguments: argparse.Namespace, *, show_result: ShowResult, sho
     overrides = sort_overrides(words)
     is_grid = arguments.multirun or "hydra.mode=MULTIRUN" in overrides.hydra
     folders = [] if arguments.config_dir is None else [f"file://{arguments.config_dir.absolute()}"]
-    with search_also([*folders, *overrides.search_path]):
+    with add_search_path([*folders, *overrides.search_path]):
         jobs = list_jobs(overrides, is_grid=is_grid)
         if arguments.cfg == "job":
             return _print_jobs(jobs, file_settings, package=arguments.package)

@@ -15,7 +15,7 @@ from lorasweep.config.components import Component
 from lorasweep.config.compose import (
     LIST_GROUPS,
     LIST_SETTINGS,
-    MAPPINGS,
+    MAPPING_SETTINGS,
     compose_run,
     compose_sweep,
     compose_values,
@@ -101,7 +101,7 @@ def test_every_mapping_with_free_keys_is_known():
             kinds += [part for part in parts if is_dataclass(part) and part not in kinds]
             found |= {(kind, name)} if any(get_origin(part) is Mapping for part in parts) else set()
     names = {name for kind, name in found if kind is not Component and name not in (*LIST_GROUPS, "arguments")}
-    assert names == {mapping.rpartition(".")[2] for mapping in MAPPINGS}
+    assert names == {mapping.rpartition(".")[2] for mapping in MAPPING_SETTINGS}
 
 
 def test_every_setting_of_a_run_that_is_a_list_is_known():

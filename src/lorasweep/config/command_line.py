@@ -19,16 +19,16 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from lorasweep.config.compose import (
-    COMPONENTS,
+    COMPONENT_SETTINGS,
     LIST_GROUPS,
-    MAPPINGS,
+    MAPPING_SETTINGS,
     Primary,
-    added_groups,
     default_options,
     describe_hydra_error,
     group_options,
     hydra_session,
     known_keys,
+    list_groups_without_default,
 )
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.wording import shorten
@@ -109,7 +109,7 @@ def list_jobs(overrides: TrainOverrides, *, is_grid: bool) -> list[list[str]] | 
         ConfigError: Hydra refuses its settings, or an override has several values without `-m`.
     """
     with hydra_session():
-        groups = added_groups()  # an experiment may set `hydra.sweeper`
+        groups = list_groups_without_default()  # an experiment may set `hydra.sweeper`
         fixed = [override for override in _parse(overrides.run) if not override.is_sweep_override()]
         added = [
             str(override.input_line) for override in fixed if override.is_add() and override.key_or_group in groups
@@ -184,7 +184,7 @@ def complete_override(prefix: str, typed: Sequence[str] = (), *, primaries: Sequ
         if has_value:
             return [f"{key}={option}" for option in group_options(name) if f"{key}={option}".startswith(prefix)]
         if sign == "+":
-            return [f"+{group}=" for group in added_groups() if group.startswith(name)]
+            return [f"+{group}=" for group in list_groups_without_default() if group.startswith(name)]
     keys = {known for primary in primaries for known in (*default_options(primary), *_known_keys(typed, primary))}
     return [f"{sign}{known}{'' if sign == '~' else '='}" for known in sorted(keys) if known.startswith(name)]
 
@@ -203,13 +203,15 @@ def describe_groups(*primaries: Primary) -> str:
         groups = [group for primary in primaries for group in default_options(primary)]
         lines = [f"  {group}={'|'.join(group_options(group))}" for group in groups]
         if "train" in primaries:
-            lines += [f"  +{group}={'|'.join(group_options(group))}" for group in added_groups()]
+            lines += [f"  +{group}={'|'.join(group_options(group))}" for group in list_groups_without_default()]
     return "\n".join(["groups of settings, and the options of each:", *lines])
 
 
 def _may_be_new(key: str) -> bool:
     """Returns whether a key is an argument of a component, or a mapping or an entry of one."""
-    return key in MAPPINGS or key.startswith(tuple(f"{name}." for name in (*COMPONENTS, *LIST_GROUPS, *MAPPINGS)))
+    return key in MAPPING_SETTINGS or key.startswith(
+        tuple(f"{name}." for name in (*COMPONENT_SETTINGS, *LIST_GROUPS, *MAPPING_SETTINGS))
+    )
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:

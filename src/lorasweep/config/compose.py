@@ -1,7 +1,7 @@
 """Settings from `conf/` and overrides: Hydra composes them, `build` creates the frozen dataclasses.
 
-Files of `conf/` in the current folder replace files of the packaged `conf/`. Folders of `search_also` add options and
-groups to both.
+Files of `conf/` in the current folder replace files of the packaged `conf/`. Folders of `add_search_path` add options
+and groups to both.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from lorasweep.wording import nearest
 
 Primary = Literal["train", "sweep"]
 """Name of a primary config (Hydra's term): the YAML file in `conf/` from which a composition starts."""
-PACKAGE = Path(__file__).parent.parent
-COMPONENTS: Mapping[str, frozenset[str]] = {
+PACKAGE_FOLDER = Path(__file__).parent.parent
+COMPONENT_SETTINGS: Mapping[str, frozenset[str]] = {
     "optim": frozenset(f.name for f in fields(OptimSettings)),
     "data.metric": frozenset(f.name for f in fields(MetricComponent)) - {"target", "arguments"},
     **dict.fromkeys(
@@ -44,7 +44,7 @@ COMPONENTS: Mapping[str, frozenset[str]] = {
     ),
 }
 """Settings that may name a class by `_target_`, each with the keys that lorasweep reads and the class does not get."""
-MAPPINGS = ("method.rank_pattern", "method.alpha_pattern", "method.config", "worker.extra")
+MAPPING_SETTINGS = ("method.rank_pattern", "method.alpha_pattern", "method.config", "worker.extra")
 """Settings that are mappings with the user's own keys, such as names of layers."""
 LIST_SETTINGS = (
     *("data.columns", "data.labels", "method.exclude", "method.layers", "method.modules_to_save"),
@@ -67,8 +67,8 @@ LIST_GROUPS = ("logger", "callbacks")
 
 def packaged_folder(name: Literal["conf", "sweeps"]) -> Path:
     """Returns a folder of lorasweep's own files: inside an installed package, or beside `src` in a checkout."""
-    inside = PACKAGE / name
-    return inside if inside.is_dir() else PACKAGE.parent.parent / name
+    inside = PACKAGE_FOLDER / name
+    return inside if inside.is_dir() else PACKAGE_FOLDER.parent.parent / name
 
 
 def find_user_conf() -> Path | None:
@@ -91,7 +91,7 @@ class SearchUserConf(SearchPathPlugin):
 
 
 @contextmanager
-def search_also(folders: Sequence[str]) -> Iterator[None]:
+def add_search_path(folders: Sequence[str]) -> Iterator[None]:
     """Makes Hydra search more folders inside the `with` block: Hydra's `--config-dir` and `hydra.searchpath`.
 
     Raises:
@@ -190,7 +190,7 @@ def compose_values(primary: Primary, settings: Mapping[str, Any], *, require_all
 
 
 def describe_hydra_error(error: HydraException) -> str:
-    """Returns Hydra's message in one line: its last lines name the options, or say what to type."""
+    """Returns Hydra's whole message as one line, because its last lines name the options or say what to type."""
     return " ".join(str(error).split("\nConfig search path")[0].split()).rstrip(".:") + "."
 
 
@@ -202,12 +202,14 @@ def is_hydra_override(key: str) -> bool:
 def is_component_target(key: str) -> bool:
     """Returns whether a key is the `_target_` of a component that is not nested in another component."""
     outer, _, last = key.rpartition(".")
-    return last == TARGET and (outer in COMPONENTS or (outer.count(".") == 1 and outer.split(".")[0] in LIST_GROUPS))
+    return last == TARGET and (
+        outer in COMPONENT_SETTINGS or (outer.count(".") == 1 and outer.split(".")[0] in LIST_GROUPS)
+    )
 
 
 def find_mapping(key: str) -> str | None:
-    """Returns the mapping that a dotted key has an entry of: `method.rank_pattern` for `method.rank_pattern.q_proj`."""
-    return next((mapping for mapping in MAPPINGS if key.startswith(f"{mapping}.")), None)
+    """Returns the mapping in which a key is an entry: `method.rank_pattern` for `method.rank_pattern.q_proj`."""
+    return next((mapping for mapping in MAPPING_SETTINGS if key.startswith(f"{mapping}.")), None)
 
 
 def _drop_replaced_arguments(composed: DictConfig, settings: Mapping[str, Any]) -> None:
@@ -216,7 +218,7 @@ def _drop_replaced_arguments(composed: DictConfig, settings: Mapping[str, Any]) 
         component = key.removesuffix(f".{TARGET}")
         before = OmegaConf.select(composed, component)
         if isinstance(before, DictConfig) and before.get(TARGET) != settings[key]:
-            kept = {name: before[name] for name in before if name in COMPONENTS.get(component, ())}
+            kept = {name: before[name] for name in before if name in COMPONENT_SETTINGS.get(component, ())}
             OmegaConf.update(composed, component, kept, merge=False)
 
 
@@ -242,7 +244,8 @@ def layer_settings(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Returns settings of several layers as one ordered list, in which later ones win (file, arm, command line).
 
     A layer that chooses another option or class for a group drops what earlier layers set inside the group:
-    `pruner.rungs` of a file is no setting of `pruner=none`. A value replaces all that earlier layers set inside it.
+    `pruner.rungs` of a file is no setting of `pruner=none`. A value for a key replaces all earlier values below the
+    key.
     """
     layered: dict[str, Any] = {}
     defaults = {**default_options("train"), **default_options("sweep")}
@@ -258,7 +261,7 @@ def layer_settings(*layers: Mapping[str, Any]) -> dict[str, Any]:
                 if value == layered.get(key):
                     continue
                 # another class keeps the keys that lorasweep itself reads
-                replaced, kept = f"{group}.", {f"{group}.{name}" for name in COMPONENTS.get(group, ())}
+                replaced, kept = f"{group}.", {f"{group}.{name}" for name in COMPONENT_SETTINGS.get(group, ())}
             else:
                 replaced = f"{key}."
             layered = {k: v for k, v in layered.items() if not k.startswith(replaced) or k in kept}
@@ -275,7 +278,7 @@ def _hashable(option: Any) -> Any:
 
 
 def known_keys(settings: Mapping[str, Any], *, primary: Primary = "train") -> set[str]:
-    """Returns every dotted key with these options of groups."""
+    """Returns every dotted key that exists with the options of groups in `settings`."""
     return {key for key, _ in dotted_items(compose_values(primary, settings, require_all=False))}
 
 
@@ -312,7 +315,7 @@ def group_options(group: str) -> list[str]:
     return sorted(GlobalHydra.instance().config_loader().get_group_options(group))
 
 
-def added_groups() -> list[str]:
+def list_groups_without_default() -> list[str]:
     """Returns the groups of `lorasweep train` without a default, such as `experiment`. Needs a `hydra_session`."""
     with_default = {*default_options("train"), *default_options("sweep"), "hydra"}
     return sorted(set(GlobalHydra.instance().config_loader().list_groups("")) - with_default)
@@ -338,7 +341,7 @@ def _check_option(group: str, option: str) -> None:
 
 
 def dotted_items(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the dotted keys and values of nested mappings, of each inner mapping too: `optim`, then `optim.lr`."""
+    """Yields the dotted keys and values of nested mappings. Inner mappings are values too: `optim`, then `optim.lr`."""
     for name, value in values.items():
         yield f"{prefix}{name}", value
         if isinstance(value, Mapping):

@@ -23,7 +23,7 @@ class Bounds:
 
 
 def find_bounds(swept: Any) -> Bounds | None:
-    """Returns the bounds of a range, or None without two different numbers or with a value that is no number.
+    """Returns the bounds of a range, or None if a value is not a number or if there are no two different numbers.
 
     Args:
         swept: A list of choices in any order, or a mapping with `low`, `high` and perhaps `log`.
@@ -43,6 +43,6 @@ def width_in_decades(swept: Any) -> float | None:
 
 
 def is_number(value: Any) -> bool:
-    """Returns whether a value is a finite number and no boolean."""
+    """Returns whether a value is a finite number, and not a boolean."""
     # The last comparison is false for NaN.
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER

@@ -42,7 +42,7 @@ class Message(NamedTuple):
 
 
 class Conversation(NamedTuple):
-    """Messages, the last one from the assistant. A prompt is a user's message, its completion the assistant's."""
+    """Messages, the last one from the assistant. A prompt with its completion has two messages."""
 
     messages: list[Message]
     group: str | None = None
@@ -84,7 +84,7 @@ class DataSource:
     test: Callable[[], Examples[Any] | Split]
     """Returns the test split. The first call reads it, and later calls return the same object."""
     notes: tuple[str, ...] = ()
-    """Such as: how a missing split was taken from train, the number of duplicates, the score of a constant answer."""
+    """Notes for the user, for example the number of duplicates, or how a missing split was taken from train."""
 
 
 def collect_examples(name: str, items: list[Example], notes: tuple[str, ...] = ()) -> Examples[Example]:

@@ -72,14 +72,14 @@ def matrix_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def weight_to_matrix(module: nn.Module, weight: Float[Tensor, "*weight_shape"]) -> Float[Tensor, "d_out d_in"]:
-    """Returns a weight in the shape of `module`'s weight as a matrix, without a copy."""
+    """Returns a tensor that has the shape of `module`'s weight as a (d_out, d_in) matrix, without a copy."""
     if isinstance(module, nn.Embedding) or is_conv1d(module):
         return weight.t()
     return weight.flatten(1)
 
 
 def matrix_to_weight(module: nn.Module, matrix: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "*weight_shape"]:
-    """Returns a matrix in the shape of `module`'s weight, without a copy."""
+    """Returns a (d_out, d_in) matrix as a tensor that has the shape of `module`'s weight, without a copy."""
     if isinstance(module, nn.Embedding) or is_conv1d(module):
         return matrix.t()
     return matrix.view(-1, *module.weight.shape[1:]) if isinstance(module, nn.Conv2d) else matrix

@@ -18,20 +18,20 @@ class Choice:
     is_settled: bool
 
 
-def choose_value(data: SweepData, arm: str) -> Choice | None:
+def choose_subject(data: SweepData, arm: str) -> Choice | None:
     """Returns the subject of an arm to use; None if none has a score.
 
-    It is the smallest value that is shown to be sufficient, else the largest. Without that question it is the subject
-    with the best score. The choice is settled if the next smaller value is shown to be insufficient, or if there is
-    none.
+    If the sweep asks for the smallest sufficient value, the subject is the smallest value that is shown to be
+    sufficient, else the largest. Then the choice is settled if the next smaller value is shown to be insufficient, or
+    if there is no smaller value. If the sweep does not ask, the subject is the one with the best score.
     """
-    subjects = [one for one in data.arms if one.arm == arm and find_value(one, data) is not None]
+    subjects = [one for one in data.arms if one.arm == arm and find_score(one, data) is not None]
     subjects = [one for one in subjects if one.best and one.best.record]
     if not subjects:
         return None
     chain = data.evidence.list_answers("smallest", arm=arm)
     if not chain:
-        best = min(subjects, key=lambda one: order_by_score(one, data))
+        best = min(subjects, key=lambda one: get_score_sort_key(one, data))
         return Choice(arm=best, is_settled=len(subjects) == 1)
     sufficient = [answer.subject for answer in chain if answer.verdict == "sufficient"]
     smaller = [answer.verdict for answer in chain if answer.verdict != "sufficient"][-1:]
@@ -43,13 +43,13 @@ def choose_value(data: SweepData, arm: str) -> Choice | None:
 def choose_arm(data: SweepData, methods: Sequence[str] | None = None) -> Choice | None:
     """Returns the subject to use among all arms that train, or among those of some methods.
 
-    It is the one with the fewest trained parameters among those that are as good as full fine-tuning, or one that is
-    better than it. If none is shown to be as good, it is the one with the best score, and the choice is settled if all
-    others are shown to be worse than it.
+    If a subject is shown to be better than full fine-tuning, it is used. Else if subjects are shown to be as good, the
+    one with the fewest trained parameters is used. Else the one with the best score is used, and the choice is settled
+    if all others are shown to be no better.
     """
     rows = [arm.row for arm in data.searches if arm.row.method != "frozen"]
     names = [row.name for row in rows if methods is None or row.method in methods]
-    choices = [choice for name in names if (choice := choose_value(data, name)) and choice.arm.best]
+    choices = [choice for name in names if (choice := choose_subject(data, name)) and choice.arm.best]
     if not choices:
         return None
     beside_full = {one.arm.name: data.evidence.answer("as_good_as_full", one.arm.name) for one in choices}
@@ -58,7 +58,7 @@ def choose_arm(data: SweepData, methods: Sequence[str] | None = None) -> Choice 
     better = [one for one in positive if verdicts[one.arm.name] == "better"]
     if positive and not better:
         return min(positive, key=lambda one: one.arm.cost("trainable_params") or math.inf)
-    chosen = min(better or choices, key=lambda one: order_by_score(one.arm, data))
+    chosen = min(better or choices, key=lambda one: get_score_sort_key(one.arm, data))
     if better:
         return chosen
     others = [one.arm.name for one in choices if one is not chosen]
@@ -68,17 +68,17 @@ def choose_arm(data: SweepData, methods: Sequence[str] | None = None) -> Choice 
 
 def find_best_arm(method: str, data: SweepData) -> ArmData | None:
     """Returns the subject of a method with the best score; None if none has a score."""
-    arms = [arm for arm in data.arms if arm.row.method == method and find_value(arm, data) is not None]
-    return min(arms, key=lambda arm: order_by_score(arm, data), default=None)
+    arms = [arm for arm in data.arms if arm.row.method == method and find_score(arm, data) is not None]
+    return min(arms, key=lambda arm: get_score_sort_key(arm, data), default=None)
 
 
-def order_by_score(arm: ArmData, data: SweepData) -> float:
+def get_score_sort_key(arm: ArmData, data: SweepData) -> float:
     """Returns a key that sorts subjects from the best score to the worst; those without a score come last."""
-    value = find_value(arm, data)
+    value = find_score(arm, data)
     return math.inf if value is None else data.sign * value
 
 
-def find_value(arm: ArmData, data: SweepData) -> float | None:
+def find_score(arm: ArmData, data: SweepData) -> float | None:
     """Returns the score of a subject: on test data after a confirm stage, else that of the best complete trial."""
     if data.evidence.subjects:
         found = data.evidence.subject(arm.name)

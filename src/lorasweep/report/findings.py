@@ -15,7 +15,7 @@ from lorasweep.config.run import RANK
 from lorasweep.config.sweep import parse_margin
 from lorasweep.record import Trial
 from lorasweep.report.answers import describe_answer
-from lorasweep.report.choice import find_best_arm, find_value, order_by_score
+from lorasweep.report.choice import find_best_arm, find_score, get_score_sort_key
 from lorasweep.report.learning import Learning
 from lorasweep.report.sweep_data import ArmData, SweepData
 from lorasweep.wording import (
@@ -60,12 +60,12 @@ def describe_findings(data: SweepData, fairness: list[str], learning: Learning) 
 
 
 def _describe_scores(data: SweepData) -> list[str]:
-    if all(find_value(arm, data) is None for arm in data.arms):
+    if all(find_score(arm, data) is None for arm in data.arms):
         return ["No trial is complete, so there is no score to compare."]
     base, full = (find_best_arm(method, data) for method in ("frozen", "full"))
     if base is None or full is None:
         gain = ["No share of full's gain is known, because that needs a score of the frozen base and of `full`."]
-    elif order_by_score(base, data) <= order_by_score(full, data):
+    elif get_score_sort_key(base, data) <= get_score_sort_key(full, data):
         gain = ["Full fine-tuning gained nothing, so no share of its gain is given."]
     else:
         gain = []
@@ -74,7 +74,7 @@ def _describe_scores(data: SweepData) -> list[str]:
 
 def format_arm_score(arm: ArmData, data: SweepData) -> str:
     """Returns a subject's score: on test data with its interval after a confirm stage, else the best trial's."""
-    value = find_value(arm, data)
+    value = find_score(arm, data)
     if found := data.evidence.subject(arm.name):
         decimals = count_decimals(one.interval for one in data.evidence.subjects)
         return format_estimate(value, found.interval, decimals=decimals)

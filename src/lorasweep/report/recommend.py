@@ -16,7 +16,7 @@ from lorasweep.config.method import ALPHA_OVER_RANK
 from lorasweep.config.run import ALPHA, LR, RANK
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import SWEEP_FILE, Trial
-from lorasweep.report.choice import Choice, choose_arm, choose_value, find_best_arm
+from lorasweep.report.choice import Choice, choose_arm, choose_subject, find_best_arm
 from lorasweep.report.findings import ONE_SEED, format_arm_score
 from lorasweep.report.learning import judge_learning
 from lorasweep.report.sweep_data import ArmData, SweepData, load_sweep_data
@@ -103,7 +103,7 @@ def read_recommended(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{nearest(source.name, names)}"
         )
     name = source.name if is_arm else next((one.arm for one in recommend(data)), None)
-    choice = choose_value(data, name) if name else None
+    choice = choose_subject(data, name) if name else None
     arm = data.find_arm(name) or (choice.arm if choice else None)
     if not is_arm and (learning := judge_learning(data)).state == "nothing":
         raise RecordError(

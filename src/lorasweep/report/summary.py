@@ -44,7 +44,7 @@ class Summary:
     learning: Learning
     """Whether the trials are better than an answer that needs no training. Its headline is the report's headline."""
     fairness: dict[str, Any]
-    """`is_fair`, which is None if fewer than two arms train, `sentences`, and `arms` with the effort of each."""
+    """`is_fair` (None if fewer than two arms train), `sentences`, and `arms` (the effort of each arm)."""
     time: dict[str, Any] | None
     """The worker's time by activity as `break_down_time` returns it."""
     sentences: tuple[str, ...]

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorasweep.record import SweepRecord
-from lorasweep.report.choice import find_value
+from lorasweep.report.choice import find_score
 from lorasweep.report.figures.text import render_scores_by_value
 from lorasweep.report.summary import Summary, summarize
 from lorasweep.report.sweep_data import ArmData, SweepData
@@ -194,7 +194,7 @@ def _draw_side_by_side(sweeps: Sequence[SweepData]) -> Table:
 
 def _describe_spread_of(arms: Sequence[tuple[SweepData, ArmData]]) -> str:
     """Returns mean, standard deviation and range of a subject's score, and of its share of full's gain."""
-    scores = [value for sweep, arm in arms if (value := find_value(arm, sweep)) is not None]
+    scores = [value for sweep, arm in arms if (value := find_score(arm, sweep)) is not None]
     shares = [share for sweep, arm in arms if (share := sweep.full_gain_share_of_arm(arm)[0]) is not None]
     lines = []
     percent = [100 * share for share in shares]

@@ -8,11 +8,11 @@ from pathlib import Path
 import pandas
 
 from lorasweep.disk import write_atomically
-from lorasweep.report.board import BOARD_FOLDER, write_board
 from lorasweep.report.figures import draw_panels
 from lorasweep.report.page import render_page
 from lorasweep.report.recommend import RECOMMENDED_FILES
 from lorasweep.report.summary import Summary, summarize
+from lorasweep.report.tensorboard import TENSORBOARD_FOLDER, write_tensorboard
 
 REPORT_FOLDER = "report"
 RECOMMENDED_FOLDER = "recommended"
@@ -37,7 +37,7 @@ def write_report(folder: Path) -> Summary:
     for name, content in files.items():
         write_atomically(folder / REPORT_FOLDER / name, content)
     _write_recommended(summary, folder / REPORT_FOLDER / RECOMMENDED_FOLDER)
-    write_board(summary.data, summary.answers, folder / REPORT_FOLDER / BOARD_FOLDER)
+    write_tensorboard(summary.data, summary.answers, folder / REPORT_FOLDER / TENSORBOARD_FOLDER)
     return summary
 
 

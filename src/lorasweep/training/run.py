@@ -213,7 +213,7 @@ class _Session:
                 try:
                     if record.steps_planned:
                         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-                    # if the last steps are fewer than `trainer.eval_every_steps`
+                    # Lightning evaluates every `trainer.eval_every_steps`, so the last steps may lack an evaluation.
                     if callback.evaluated_step != trainer.global_step:
                         trainer.validate(module, datamodule=data, verbose=False)
                 finally:

@@ -229,7 +229,8 @@ def find_run_end(
 
     A run without remaining steps and a run that early stopping ends are complete, even if `should_pause` is true.
     """
-    # a record that was read has floats; `steps_done` of an interrupted run may be later
+    # `steps_done` is not used: an interrupted run may have done steps after its last evaluation. Values of `last` that
+    # were read from a file are floats.
     step = int(record.last.get("step", 0))
     if step >= record.steps_planned:
         return "complete", None

@@ -48,13 +48,13 @@ def test_time_of_all_sessions_is_added_and_time_in_between_is_not(stopped, work,
 
 
 def test_saving_takes_no_more_than_its_share_of_the_time(folder, monkeypatch):
-    assert folder.is_due()  # it was never saved
+    assert folder.is_save_due()  # it was never saved
     folder.saved_s, folder.save_duration_s = time.monotonic(), 100.0
-    assert not folder.is_due()
+    assert not folder.is_save_due()
     folder.saved_s -= 850  # a record that takes 100 s is written every 1,000 s
-    assert not folder.is_due()
+    assert not folder.is_save_due()
     folder.saved_s -= 60
-    assert folder.is_due()
+    assert folder.is_save_due()
 
 
 @pytest.mark.parametrize("becomes", ["moved", "replaced"])

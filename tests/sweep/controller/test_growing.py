@@ -149,7 +149,7 @@ def test_an_arm_is_added_by_the_command_line_or_by_the_file(begin, work, runs, c
 
 
 REFUSED = [
-    ({"arms.lora.trials": 5}, r"`arms.lora.trials >= 6` must hold, the number so far, but got 5\."),
+    ({"arms.lora.trials": 5}, r"`arms.lora.trials >= 6` must hold, because the sweep has that many, but got 5\."),
     ({"sweep.trials": 5}, r"`arms.lora.trials >= 6` must hold"),
     ({"optim.eps": 1e-6}, r"arm `frozen`: `optim.eps` must stay 1e-08, because .* but got 1e-06\."),
     ({"arms.lora.optim.lr": 0.02}, r"arm `lora`: `optim.lr` must stay \{'low': 0.001, .* but got 0.02\."),

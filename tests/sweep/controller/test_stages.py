@@ -171,7 +171,7 @@ def test_paused_trials_are_pruned_before_the_confirm_stage_and_none_of_them_is_a
         "pruner.min_survivors": 1,
     }
     folder = begin(confirming, "arms.lora.trials=8")
-    folder.is_due = lambda: True
+    folder.is_save_due = lambda: True
     seen = {}
 
     def score(config, step):

@@ -23,7 +23,9 @@ from lorasweep.report.evidence.scores import (
 
 Ratio = tuple[float, Interval | None]
 """A ratio of two sums of scores with its interval."""
-OVER_SEEDS_ALONE = "Single test examples have no scores here, so intervals are over seeds alone, on this test data."
+NO_EXAMPLE_SCORES = (
+    "Single test examples have no scores here, so intervals are over seeds alone: other test data may differ by more."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,7 @@ class Evidence:
     confidence: float = 0.95
     """The confidence of the intervals that the answers use; all answers together have 95 %."""
     notes: tuple[str, ...] = ()
-    """One sentence for each limit of the numbers."""
+    """One sentence for each reason why the numbers are less certain."""
     scores: ConfirmScores | None = None
 
     def subject(self, name: str | None) -> SubjectEvidence | None:
@@ -82,7 +84,7 @@ class Evidence:
         return next((one for one in self.answers if (one.name, one.subject) == (name, subject)), None)
 
     def estimate_difference(self, first: str, second: str | None) -> Estimate | None:
-        """Returns first less second on the same seeds and examples, for numbers that answer no question."""
+        """Returns `first - second` on the same seeds and examples, for pairs that no question compares."""
         if self.scores is None or second is None:
             return None
         return estimate_sum(self.scores, {first: 1.0, second: -1.0})
@@ -108,7 +110,7 @@ def build_evidence(record: SweepRecord, scores: ConfirmScores, *, groups: str | 
         relative_gain=_estimate_relative_gain(scores, scale) if gain else None,
         margin=margin * gain if margin and gain and scale.margin.is_share_of_gain else margin,
         confidence=1 - 2 * level,
-        notes=(*([OVER_SEEDS_ALONE] if names and not scores.num_examples else []), *scores.problems),
+        notes=(*([NO_EXAMPLE_SCORES] if names and not scores.num_examples else []), *scores.problems),
         scores=scores,
     )
 
@@ -182,7 +184,7 @@ def answer_sweep(record: SweepRecord, scores: ConfirmScores, *, groups: str | No
 
 
 def build_scale(record: SweepRecord, scores: ConfirmScores) -> Scale:
-    """Returns the margin with the best scored arm of `frozen` and of `full`."""
+    """Returns the margin, the sign of the metric, and the best subjects of `frozen` and of `full`."""
     sign = record.sign
 
     def find_best(method: str) -> str | None:

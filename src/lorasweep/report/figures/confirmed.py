@@ -10,7 +10,7 @@ from typing import get_args
 import plotly.graph_objects as go
 
 from lorasweep.record import QuestionName
-from lorasweep.report.choice import choose_value
+from lorasweep.report.choice import choose_subject
 from lorasweep.report.evidence.estimates import Interval
 from lorasweep.report.evidence.evidence import SubjectEvidence
 from lorasweep.report.evidence.questions import Answer
@@ -118,7 +118,7 @@ def _build_chart(values: list[ArmData], others: list[ArmData], data: SweepData) 
         scores += [base.mean] if distance <= MAX_EMPTY_SPANS * (max(scores) - min(scores)) else []
     ends = [end for one in found if one is not full for end in find_interval(one, data) or ()]
     chosen = (
-        choose_value(data, values[0].arm) if values and evidence.list_answers("smallest", arm=values[0].arm) else None
+        choose_subject(data, values[0].arm) if values and evidence.list_answers("smallest", arm=values[0].arm) else None
     )
     return ScoreChart(
         values=tuple(values),

@@ -385,5 +385,5 @@ class Controller:
         return trials, trials.trials[assignment.number]
 
     def _save_if_due(self) -> None:
-        if self.sweep.is_due():
+        if self.sweep.is_save_due():
             self.save()

@@ -1,4 +1,4 @@
-"""A sweep's folder while it is open: its lock, its Optuna storage, and the record that shows both to people.
+"""A sweep's folder while it is open: its lock, its Optuna storage, and its record.
 
 DIR/sweep.json     the record: what was asked for, each trial and its run
 DIR/journal.log    Optuna's storage: studies ARM and ARM/confirm of each arm
@@ -33,7 +33,7 @@ from lorasweep.sweep.lock import LOCK_FILE
 RUNS_FOLDER = "runs"
 PACK_FILE = "pack.json"
 MAX_SAVE_FRACTION = 0.1
-"""Maximum fraction of the time spent on writing the record. The journal has every trial meanwhile."""
+"""Maximum fraction of the time that writing the record may take. The journal has the trials that the record lacks."""
 
 
 @dataclass(kw_only=True)
@@ -48,7 +48,7 @@ class SweepFolder:
     """File descriptor of the folder's lock. The system releases it when the process ends for any reason."""
     opened_s: float = field(default_factory=time.monotonic)
     saved_s: float = -math.inf
-    """Monotonic time of the last time that the record was written."""
+    """Monotonic time at which the record was last written."""
     save_duration_s: float = 0.0
 
     def __post_init__(self) -> None:
@@ -74,7 +74,7 @@ class SweepFolder:
                 study.set_metric_names([self.record.metric])
         return study
 
-    def is_due(self) -> bool:
+    def is_save_due(self) -> bool:
         """Returns whether the record may be written again under `MAX_SAVE_FRACTION`."""
         return time.monotonic() - self.saved_s >= self.save_duration_s * (1 / MAX_SAVE_FRACTION - 1)
 
@@ -137,7 +137,7 @@ def _is_open_file(path: Path, handle: int) -> bool:
 
 
 def check_writable(path: Path, error: BaseException) -> None:
-    """Raises `WorkerError` if an error has the reason that a sweep's folder can't be written to."""
+    """Raises `WorkerError` if an error occurred because a sweep's folder can't be written to."""
     reason = explain_unwritable(path, error)
     if reason is not None:
         raise _unwritable(path, reason if path.is_dir() else "it was moved or removed") from error

@@ -1,4 +1,4 @@
-"""Grows a sweep that has begun: more trials, more arms. What its trials depend on must stay."""
+"""Grows a sweep that has begun: more trials, more arms. Settings that change its trials must stay."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def describe_growth(change: SweepChange) -> list[str]:
     if not change.trials:
         return []
     grown = join_words([f"{count} trials of `{name}`" for name, count in change.trials.items()])
-    return [f"The sweep grew to {grown} at {change.at}, when the last stage that had begun was {change.stage}."]
+    return [f"The sweep grew to {grown} at {change.at}, in the stage `{change.stage}`."]
 
 
 def warn_of_late_growth(change: SweepChange) -> list[str]:
@@ -81,8 +81,8 @@ def warn_of_late_growth(change: SweepChange) -> list[str]:
     grown = join_words([f"`{name}`" for name in change.trials])
     return [
         f"The search of {grown} grew at {change.at}, after winners had been scored on test data. Winners are chosen on "
-        "validation data only, but if scores on test data were the reason to search on, a difference in a verdict is "
-        "less certain than the verdict says."
+        "validation data only. But if you searched on because of scores on test data, verdicts are less certain than "
+        "they say."
     ]
 
 
@@ -110,13 +110,13 @@ def _check_arms(old: Definition, new: Definition) -> None:
             )
         if grown.trials < arm.trials:
             raise ConfigError(
-                f"`arms.{arm.name}.trials >= {arm.trials}` must hold, the number so far, but got {grown.trials}. "
-                "Start a new sweep for fewer trials."
+                f"`arms.{arm.name}.trials >= {arm.trials}` must hold, because the sweep has that many, "
+                f"but got {grown.trials}. Start a new sweep for fewer trials."
             )
 
 
 def _list_differences(old: Arm, new: Arm) -> Iterator[tuple[str, Any, Any]]:
-    """Yields each key on which trials depend and that differs, with both values: of the space, the sweep, the runs."""
+    """Yields each setting that differs and that changes trials: its key, its old value and its new value."""
     swept = dict.fromkeys([*old.space, *new.space])
     pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]] = (
         (_describe_values(old, swept), _describe_values(new, swept)),

@@ -63,7 +63,7 @@ def add_jobs(path: Path, changes: Mapping[str, Any]) -> list[str] | None:
     Returns None if the sweep is not running on Slurm.
 
     Raises:
-        ConfigError: Another setting than those of the workers would change.
+        ConfigError: A changed setting does not belong to `worker`.
     """
     config = saved_definition(path, changes=changes).sweep_config.worker
     if not isinstance(config, SlurmConfig) or not is_running(path):
@@ -138,9 +138,9 @@ def _train_on_slurm(sweep: SweepFolder, config: SlurmConfig, *, stop_requested: 
             )
 
     with start_head_for_nodes(path, ip=config.head_ip, token_file=path / TOKEN_FILE) as address:
-        from lorasweep.sweep.workers.ray_workers import WorkerPool  # noqa: PLC0415 (only now may Ray be imported)
+        from lorasweep.sweep.workers.ray_workers import WorkerPool  # noqa: PLC0415 (Ray must be imported after the head has started)
 
-        # After the token: a job that reads the address joins at once.
+        # The address is written after the token, because a job that reads the address joins at once.
         write_address(path, address)
         try:
             submit_missing_jobs(config, path)

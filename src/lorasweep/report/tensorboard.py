@@ -26,17 +26,17 @@ from lorasweep.report.sweep_data import SweepData
 
 Value = EventSummary.Value
 HPARAMS_FOLDER = "hparams"
-"""The row has a separate folder in the run's, so that TensorBoard's table has the row's metrics and no curves."""
-BOARD_FOLDER = "tensorboard"
+"""Folder in a run's folder for its row in HParams. It is separate, so that TensorBoard's table has no curves."""
+TENSORBOARD_FOLDER = "tensorboard"
 """The folder in a sweep's `report/`. `arms/` has the answers and a folder per arm, `trials/` a folder per trial.
-TensorBoard selects no run if there are more than 40, so that `arms/` must be useful alone."""
-SUFFIX = ".lorasweep"
-"""The end of the names of event files written here, by which a later call finds and replaces them."""
+TensorBoard selects no run if there are more than 40, so `arms/` must be useful alone."""
+EVENT_FILE_SUFFIX = ".lorasweep"
+"""Suffix of our event files. A later call finds and replaces the files with this suffix."""
 ARM_TAG = "best trial of each arm"
 """The group of the arms' curves. All arms have the same tag, so that TensorBoard draws them in one chart."""
 
 COSTS = ("trainable_params", "peak_memory_bytes", "wall_s")
-"""The fields of a run's record that a row has."""
+"""Fields of a run's record that are metrics of its row."""
 
 
 def write_run_hparams(record: RunRecord, folder: Path, swept: Mapping[str, Any]) -> None:
@@ -53,7 +53,7 @@ def write_run_hparams(record: RunRecord, folder: Path, swept: Mapping[str, Any])
         _write_row(folder / HPARAMS_FOLDER, name, record, settings, {f"best/{record.metric}": record.score})
 
 
-def write_board(data: SweepData, answers: Sequence[AnswerLine], folder: Path) -> None:
+def write_tensorboard(data: SweepData, answers: Sequence[AnswerLine], folder: Path) -> None:
     """Writes TensorBoard's files of a sweep, in place of an earlier report's.
 
     HParams has a row per trial, Scalars the best validation curve of each subject in one chart, and Text the answers.
@@ -121,11 +121,11 @@ def _write_row(
 
 def _write_events(folder: Path, values: Sequence[tuple[int, Any]]) -> None:
     """Writes one event file with values by step, in place of earlier ones."""
-    old = list(folder.glob(f"events.*{SUFFIX}"))
-    writer = EventFileWriter(str(folder), filename_suffix=SUFFIX)
+    old = list(folder.glob(f"events.*{EVENT_FILE_SUFFIX}"))
+    writer = EventFileWriter(str(folder), filename_suffix=EVENT_FILE_SUFFIX)
     for step, value in values:
         writer.add_event(Event(wall_time=time.time(), step=step, summary=EventSummary(value=[value])))
     writer.close()
-    # The new file is there before the old ones go.
+    # Old files are removed last, so that a killed process leaves at least one whole file.
     for path in old:
         path.unlink()

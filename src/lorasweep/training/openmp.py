@@ -6,13 +6,14 @@ import os
 import sys
 
 SPIN_COUNT = 20_000
-"""Number of times that a waiting thread looks for work before it sleeps: about a millisecond. It has a core to itself.
+"""Number of times that a waiting thread looks for work before it sleeps, if every thread has its own core. This takes
+about a millisecond.
 
 With 0, each operation must wake the threads: a step of a pack took 121 instead of 72 ms on 2 cores. With OpenMP's own
 default, 300,000, the step was as fast, but used more processor time (docs/benchmarks.md, threads)."""
 
 
-def set_thread_waiting() -> None:
+def set_openmp_spin_count() -> None:
     """Sets `GOMP_SPINCOUNT` for this process and its children, unless the user has set how threads wait.
 
     It is 0 if other processes train on the same cores. There a thread that spins keeps the other threads of its step

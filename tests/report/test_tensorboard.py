@@ -13,7 +13,7 @@ from tensorboard.plugins.hparams import metadata
 
 from lorasweep.record import read_run
 from lorasweep.report import write_report
-from lorasweep.report.board import ARM_TAG, BOARD_FOLDER, HPARAMS_FOLDER, write_run_hparams
+from lorasweep.report.tensorboard import ARM_TAG, HPARAMS_FOLDER, TENSORBOARD_FOLDER, write_run_hparams
 
 from .conftest import edit_json
 
@@ -22,7 +22,7 @@ from .conftest import edit_json
 def board(confirmed: Path) -> Path:
     """The TensorBoard folder of a confirmed sweep's report."""
     write_report(confirmed)
-    return confirmed / "report" / BOARD_FOLDER
+    return confirmed / "report" / TENSORBOARD_FOLDER
 
 
 def load(folder: Path) -> EventAccumulator:
@@ -82,7 +82,7 @@ def test_row_of_a_paused_trial_becomes_pruned_with_the_next_report(sweep: Path) 
         write_report(sweep)
 
     set_state("paused")
-    row = sweep / "report" / BOARD_FOLDER / "trials/lora-0002"
+    row = sweep / "report" / TENSORBOARD_FOLDER / "trials/lora-0002"
     assert row_of(row)[1]["status"] == "paused"
     set_state("pruned")
     assert row_of(row)[1]["status"] == "pruned"
@@ -98,7 +98,7 @@ def test_the_best_curves_of_all_arms_have_one_tag_so_that_they_are_one_chart(boa
 
 def test_answers_are_a_text_that_names_the_page(confirmed: Path) -> None:
     summary = write_report(confirmed)
-    (event,) = load(confirmed / "report" / BOARD_FOLDER / "arms").Tensors("answers")
+    (event,) = load(confirmed / "report" / TENSORBOARD_FOLDER / "arms").Tensors("answers")
     text = event.tensor_proto.string_val[0].decode()
     assert all(line.text in text for line in summary.answers)
     assert "quickstart/report/index.html" in text
