@@ -147,6 +147,7 @@ def test_a_grown_sweep_keeps_its_trials_and_is_reproduced_to_the_last_bit(sweep,
     assert [row for row in after.trials if row in before.trials] == before.trials
     assert [(arm.name, arm.trials) for arm in after.arms] == [("frozen", 1), ("lora", 3), ("dora", 1)]
     assert {row.arm for row in after.confirm} == {"frozen", "lora", "dora"}
+    Path("mini.yaml").unlink()
     assert run(["reproduce", "s"]) == DONE
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "identical: all 8 runs, their decisions, losses and scores: outputs/reproduce/s"

@@ -285,9 +285,9 @@ def reproduce_sweep(
     torch.set_num_threads(record.threads or torch.get_num_threads())
     if output is not None:
         require_new_folder(output, key="--output")
-    # the setting names the folder of the original
+    # The setting names the folder of the original, and the sweep file may be gone: the record has its content.
     sweep_config = replace(definition.sweep_config, sweep=replace(definition.sweep_config.sweep, output=None))
-    definition, inputs_cache = replace(definition, sweep_config=sweep_config), InputsCache()
+    definition, inputs_cache = replace(definition, sweep_config=sweep_config, source=None), InputsCache()
     opened = start_sweep(definition, inputs_cache, output=output, default=_reproduction_path(folder))
     result = train_opened_sweep(opened, inputs_cache, progress=progress)
     return result, compare_sweeps(folder, result.folder) if result.status == "complete" else None
