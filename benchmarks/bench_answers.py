@@ -57,6 +57,8 @@ from lorasweep.sweep.definition.arms import Arm
 
 FOLDER = Path(__file__).parent / "answers"
 RANKS = (1, 4, 16, 64)
+MIN_SEEDS = 3
+"""Fewer recorded seeds say too little on the truth, which is the mean over all seeds."""
 TRIALS = 16
 """Trials of each arm, as in sweeps/quickstart.yaml."""
 RANK, LR = "method.rank", "optim.lr"
@@ -152,6 +154,12 @@ class Table:
     def gain(self) -> float:
         """Full fine-tuning's true gain, positive."""
         return self.sign * (self.base - self.best[0])
+
+
+def list_tasks() -> list[str]:
+    """Returns the recorded tasks with enough seeds for a replay."""
+    seeds = Counter(path.name.rsplit("_seed", 1)[0] for path in FOLDER.glob("*_seed*.csv"))
+    return sorted((task for task, num in seeds.items() if num >= MIN_SEEDS), reverse=True)
 
 
 def read_table(task: str) -> Table:
@@ -493,7 +501,7 @@ def measure_time_to_answer(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=["stdlib_docs", "stdlib_code", "movie_snippets"])
+    parser.add_argument("--tasks", nargs="+", help=f"default: those with at least {MIN_SEEDS} recorded seeds")
     parser.add_argument("--replays", type=int, default=500)
     parser.add_argument("--looks", type=int, nargs="+", help="numbers of seeds; default: those of conf/sweep.yaml")
     parser.add_argument("--trials", type=int, default=TRIALS)
@@ -510,7 +518,7 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     looks = args.looks or compose_sweep({}).confirm.list_looks()
     results, times = {}, {}
-    for task in args.tasks:
+    for task in args.tasks or list_tasks():
         table = read_table(task)
         truth = find_truth(table)
         arms = {method: build_arm(table, method, trials=args.trials) for method in ("lora", "full")}
