@@ -113,7 +113,7 @@ def resume_sweep(
 
     Args:
         folder: The sweep's folder.
-        overrides: What changes: settings of `worker` and `confirm`, or `["arms.lora.trials=20"]`.
+        overrides: Changed settings of `worker` and `confirm`, or more trials such as `["arms.lora.trials=20"]`.
         file: The sweep file again, with more arms or trials.
         progress: As in `run_sweep`.
 
@@ -306,7 +306,7 @@ def _reproduction_path(original: Path) -> Path:
 
 
 def prepare_environment() -> None:
-    """Sets what other packages read once, when they start: a variable for tokenizers, unless the user has set it."""
+    """Sets a variable for tokenizers, unless the user has set it, and hides warnings of bitsandbytes."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # PEFT imports bitsandbytes if it is installed, which then warns that it has no fast code for processors
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -249,7 +249,7 @@ def new(arguments: argparse.Namespace) -> int:
 
 
 def plan(arguments: argparse.Namespace) -> int:
-    """Checks a sweep as its start does, measures its parts in small and shows what it will cost. Keeps no file."""
+    """Checks a sweep, measures a few steps of its trainings, and shows the cost of the sweep. Keeps no file."""
     with quick_imports():
         from lorasweep import api
         from lorasweep.sweep.checks import set_steps
@@ -434,7 +434,7 @@ def _say_how_to_resume(result: SweepResult) -> int:
 
 
 def _say_exception(error: LoraSweepError | OSError, job: str = "") -> int:
-    """Prints an error as one sentence, after the job of a grid that it belongs to, and returns its exit code.
+    """Prints an error as one sentence and returns its exit code. In a grid, the sentence begins with the job.
 
     If several processes train together, the first prints for all, and each one prints that it lost the others.
     """

@@ -125,7 +125,7 @@ def count_decimals(
 def format_estimate(value: float | None, interval: tuple[float, float] | None, *, decimals: int | None = None) -> str:
     """Returns a score with its interval, if given: `1.372 [1.365, 1.379]`.
 
-    `decimals` is that of the estimates beside it; without it, narrow intervals get more decimals.
+    `decimals` is the number that neighbouring estimates have. None gives narrow intervals more decimals.
     """
     if value is None or interval is None:
         return format_score(value)
@@ -146,7 +146,7 @@ def count_percent_decimals(intervals: Iterable[tuple[float, float] | None], *, c
 def format_share_estimate(
     value: float | None, interval: tuple[float, float] | None, *, decimals: int | None = None
 ) -> str:
-    """Returns a fraction in percent with its interval: `92 % [90, 94]`; `decimals` is that of the shares beside it."""
+    """Returns a fraction in percent with its interval: `92 % [90, 94]`; `decimals` is that of its neighbours."""
     if value is None or interval is None:
         return format_share(value)
     decimals = count_percent_decimals([interval]) if decimals is None else decimals

@@ -174,7 +174,7 @@ def complete_override(prefix: str, typed: Sequence[str] = (), *, primaries: Sequ
     """Returns the overrides that begin with a prefix: a key with `=`, or after a group's `=` its options.
 
     Args:
-        prefix: What was typed of the word.
+        prefix: The typed beginning of the word to complete.
         typed: The words before it. Their options of groups decide which keys there are.
         primaries: The primary configs whose keys the command takes.
     """
@@ -198,7 +198,7 @@ def _known_keys(typed: Sequence[str], primary: Primary) -> set[str]:
 
 
 def describe_groups(*primaries: Primary) -> str:
-    """Returns a line for each group of primary configs, with its options, and for each group that `+GROUP=` adds."""
+    """Returns a line with the options of each group of primary configs, and of each group that `+GROUP=` adds."""
     with hydra_session():
         groups = [group for primary in primaries for group in default_options(primary)]
         lines = [f"  {group}={'|'.join(group_options(group))}" for group in groups]

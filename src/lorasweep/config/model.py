@@ -21,7 +21,7 @@ class ModelConfig(Settings):
 
     name: str
     kind: ModelKind
-    """What it predicts: the next token (`causal_lm`), labels or a number (`classifier`), or a text (`seq2seq`)."""
+    """Kind of output: the next token (`causal_lm`), labels or a number (`classifier`), or a text (`seq2seq`)."""
     path: str | None
     """Hub id, folder or GGUF file; `embedded:tiny` is inside this package. With `model.factory`, `path` is the source
     of the tokenizer, or null if the function returns a tokenizer."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 ALL_LINEAR_PATTERN = "all-linear"
 REGEX_PREFIX = "re:"
 PLAIN_NAME = re.compile(r"\w+(\.\w+)*")
-"""A layer's name, or the end of one: as a regular expression it matches the same layers."""
+"""A layer's name or its end. It matches the same layers, whether it is read as a name or as a regular expression."""
 INITS: Mapping[Any, str] = {True: "default", "gaussian": "gaussian", "orthogonal": "orthogonal", "pissa": "pissa"}
 """`LoraConfig.init` for each value of PEFT's `init_lora_weights`."""
 # fmt: off
@@ -42,7 +42,7 @@ def import_peft(*, needed_by: str) -> Any:
 
 
 def read_peft_config(peft_config: Any) -> dict[str, Any]:
-    """Returns the settings of LoRA, by field of `LoraConfig`, of a `peft.LoraConfig`.
+    """Converts a `peft.LoraConfig` to settings by field of our `LoraConfig`.
 
     Raises:
         ConfigError: It is of another PEFT method, or has a field that lorasweep's layers can't do. All such fields are
@@ -78,7 +78,7 @@ def read_peft_config(peft_config: Any) -> dict[str, Any]:
 
 
 def convert_from_peft(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns settings by field of `LoraConfig` for PEFT's settings by name. `init_lora_weights` is left out.
+    """Converts PEFT's settings to settings by field of our `LoraConfig`. `init_lora_weights` is left out.
 
     Raises:
         KeyError, TypeError, AttributeError: A setting is missing or of another type.

@@ -26,8 +26,8 @@ SAMPLED_STEPS = 100
 MAX_SAMPLED_EXAMPLES = 100_000
 """Maximum number of examples in these batches. Drawing them takes 0.1 s."""
 MAX_CUTS = 128
-"""Number of places in a large batch at which it may be cut into micro-batches: the search takes the square of it. More
-micro-batches than half of it have equal sizes."""
+"""Number of places in a large batch at which it may be cut into micro-batches: the time of the search grows with
+its square. More than half as many micro-batches get equal sizes."""
 BYTES_PER_POSITION = 16
 """Bytes of a token position in a batch: an int64 token and an int64 target."""
 BYTES_PER_DRAWN_EXAMPLE = 100

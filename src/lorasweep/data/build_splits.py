@@ -82,9 +82,9 @@ class DataSplits:
     def score_constant_answer(self, split: Split) -> dict[str, float]:
         """Returns every metric of a split if each example gets the same answer; empty for text and own data modules.
 
-        The answer needs no training: the most frequent class of the training split (of equally frequent ones the
-        first), all labels that more than half of its examples have, or the mean of its numbers. The loss is that of the
-        shares of the labels.
+        The answer needs no training. It is the most frequent class of the training split (the first of equally frequent
+        classes), all labels that more than half of its examples have, or the mean of its numbers. For the loss, the
+        predicted probabilities are the shares of the labels.
         """
         train, task = self.train, self.task
         if not (isinstance(train, LabelledSplit) and isinstance(split, LabelledSplit) and isinstance(task, LabelTask)):
@@ -219,7 +219,7 @@ def check_own_parts(task: Task, targets: Tensor, *, num_outputs: int) -> None:
         num_outputs: Number of classes, labels or tokens.
 
     Raises:
-        ConfigError: One of them fails, or the loss is not differentiable or none of each item.
+        ConfigError: One of them fails, the loss is not differentiable, or it is not one loss for each item.
     """
     if isinstance(task, LanguageModelling):
         targets = targets[targets != IGNORED][None, :MAX_CHECKED_EXAMPLES]

@@ -57,7 +57,7 @@ class ExampleScores:
         return self.map(lambda values: values.chunk(slots)[slot])  # all slots have the same number of scored tokens
 
     def reorder(self, order: Tensor) -> ExampleScores:
-        """Returns the scores with the examples in another order, without what an own metric gets."""
+        """Returns the scores with the examples in another order, without `metric_input` and `metric_target`."""
         return self.map(lambda values: values[order], names=EXAMPLE_FIELDS)
 
 
@@ -312,7 +312,7 @@ class Regression(LabelTask):
         return logits.squeeze(-1)
 
     def _train_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        # an own loss gets the numbers
+        # The loss of `data.loss` gets the predicted numbers.
         return self._loss(logits, targets) if self.own_loss is None else self._apply_own_loss(logits[..., 0], targets)
 
     def compute_metrics(self, scores: ExampleScores) -> dict[str, Tensor]:

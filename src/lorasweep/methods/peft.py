@@ -1,7 +1,8 @@
-"""`peft`: trains any adapter of the package PEFT that replaces layers: VeRA, AdaLoRA, IA³, LoRA's other starts.
+"""`peft`: trains any adapter of the package PEFT that replaces layers: VeRA, AdaLoRA, IA³, LoRA's other initial values.
 
-PEFT checks the settings and makes, saves, loads and merges the adapter. The checks here refuse what would run, but not
-as asked: adapters that change the model's inputs or the base, and settings that need calls which a run does not make.
+PEFT checks the settings and makes, saves, loads and merges the adapter. The checks here refuse settings that PEFT
+accepts, but a run would not follow: adapters that change the model's inputs or the base, and settings that need calls
+which a run does not make.
 """
 
 from __future__ import annotations
@@ -49,12 +50,12 @@ REFUSED_KEYS = (
     *("megatron_config", "megatron_core"),  # PEFT would import the module that they name
     *("arrow_config", "kasa_config", "monteclora_config", "use_asa"),  # need another loss or other calls in training
 )
-"""Keys of PEFT's configuration that a run can't do."""
+"""Keys of PEFT's configuration that are refused, because a run can't follow them."""
 TYPES_ON_QUANTISED_BASE = ("LORA", "ADALORA", "HIRA", "IA3", "PVERA", "RANDLORA", "ROAD", "VERA")
 """Values of `peft_type` whose layers call a quantised layer. Layers of other types compute with its stored bytes."""
 MAX_EVA_BATCHES = 1_000
-"""Number of batches after which EVA's start gives up. PEFT would repeat the data without end until all layers converge,
-and they never do if a batch has fewer tokens than a layer has ranks."""
+"""Maximum number of batches for EVA's initial values. PEFT would repeat the data until all layers converge. They never
+do if a batch has fewer tokens than a layer has ranks."""
 UNSET_STEPS = 2**40
 """AdaLoRA's `total_step` until training begins, if the user set none. `end_step` sets the run's number of steps."""
 
@@ -75,7 +76,7 @@ class PeftMethod(Method):
         assert isinstance(config, PeftConfig)
         peft_config = build_peft_config(config.config, model, new_head_names=new_head_names)
         if isinstance(config.config.get(INIT), str):
-            setattr(peft_config, INIT, True)  # a start may decompose each weight, and change it
+            setattr(peft_config, INIT, True)  # other initial values may decompose and change each weight
         copy = copy_sharing_weights(model)
         with torch.random.fork_rng(devices=[]):
             add_adapter(copy, peft_config, new_head_names=new_head_names, has_values=False)
@@ -220,7 +221,7 @@ class PeftMethod(Method):
 
 
 class EvaBatches:
-    """The batches for EVA's start. It ends with a ConfigError, where PEFT would repeat the batches."""
+    """The batches for EVA's initial values. Raises ConfigError at the end, where PEFT would repeat the batches."""
 
     def __init__(self, batches: Iterable[Any]) -> None:
         self.batches = batches
@@ -334,7 +335,7 @@ def _set_values(model: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
     wrapper = get_wrapper(model)
     config, pattern = wrapper.peft_config[ADAPTER], None
     if find_rank_allocator(model) is not None and config.rank_pattern:
-        # before PEFT does so while it loads, because it then makes layers in the base's dtype, which rounds the values
+        # PEFT would resize the layers while it loads, but in the base's dtype, which rounds the values.
         pattern, config.rank_pattern = config.rank_pattern, None
         wrapper.base_model.resize_modules_by_rank_pattern(pattern, ADAPTER)
         train_in_fp32(model)
@@ -345,7 +346,7 @@ def _set_values(model: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def train_in_fp32(model: nn.Module) -> None:
-    """Converts what trains to fp32: PEFT makes some layers in the base's dtype."""
+    """Converts trainable parameters to fp32, because PEFT makes some layers in the base's dtype."""
     for name, parameter in model.named_parameters():
         if name.endswith(f"ranknum.{ADAPTER}"):  # AdaLoRA's number of ranks; PEFT unfreezes it on a bf16 base
             parameter.requires_grad_(False)
@@ -359,13 +360,13 @@ def get_wrapper(model: nn.Module) -> Any:
 
 
 def find_rank_allocator(model: nn.Module) -> Any:
-    """Returns what decides on AdaLoRA's ranks; None for other adapters."""
+    """Returns PEFT's object that decides on AdaLoRA's ranks; None for other adapters."""
     return getattr(get_wrapper(model).base_model, "rankallocator", None)
 
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Suppresses PEFT's warnings: what matters is checked and raised."""
+    """Suppresses PEFT's warnings, because the checks here raise errors instead."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -101,7 +101,7 @@ class BaseModel:
 def load_base(
     config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None = None, on_meta: bool = False
 ) -> BaseModel:
-    """Loads the base model in `dtype` on the CPU, with the linear layers that `model.quantization` says in fewer bits.
+    """Loads the base model in `dtype` on the CPU. With `model.quantization`, linear layers are stored in fewer bits.
 
     Buffers that transformers keeps in fp32 stay in fp32.
 

@@ -43,8 +43,8 @@ class RunRecord:
     `trial`. Empty if they were typed. `command` has what was typed."""
     pack: dict[str, Any] | None = None
     """`slot`, the number of `slots` when the run joined the pack, and `shared_draws`: whether a fused kernel drew the
-    attention's dropout for all slots at once, so that a run alone would differ. `slot_steps` is the run's share of the
-    slots that its packs were planned with (see `measure_occupancy`). Null for a run alone."""
+    attention's dropout for all slots at once, so that a run alone would differ. `slot_steps` is the sum over
+    the run's steps of planned slots per run in its pack (see `measure_occupancy`). Null for a run alone."""
     metric: str
     """The score's name, such as `bits_per_byte`."""
     direction: Direction
@@ -62,7 +62,7 @@ class RunRecord:
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By split (`train`, `validation`, `test`): `fingerprint`, `bytes`, and `documents` and `blocks`, or `examples`.
     Validation and test data with labels have `constant_answer`: every metric of the answer that needs no training
-    (`data.constant_answer`)."""
+    (`DataSplits.score_constant_answer`)."""
     notes: list[str] = field(default_factory=list)
     """Sentences on the data: splits, duplicates, the majority class."""
     batching: dict[str, Any] = field(default_factory=dict)

@@ -49,7 +49,7 @@ class SettingRow:
     score: float | None
     """The score on validation data: that of the trial, or the predicted one."""
     rate_ratio: float | None = None
-    """The ratio of u, the coordinate of the rate law, to that of the nearest complete trial, at least 1."""
+    """Factor, at least 1, between the setting's u (see `rate_law`) and the u of the nearest complete trial."""
     regret: float | None = None
     """How much better the best setting in the space is expected to be, by the search's model, in the metric's unit."""
 
@@ -87,7 +87,7 @@ class ArmRow:
 
 @dataclass(kw_only=True)
 class SweepChange:
-    """What `--resume` changed in a sweep."""
+    """A change of a sweep by `--resume`."""
 
     at: str
     """UTC, ISO 8601."""
@@ -115,15 +115,16 @@ class SweepRecord:
     """Lowest and highest possible value of a metric that is set by `_target_`; null is no limit. Empty for others."""
     direction: Direction
     constant_answer: float | None = None
-    """The metric of the answer that needs no training (`data.constant_answer`) on validation data.
+    """The score on validation data of the answer that needs no training (`DataSplits.score_constant_answer`).
 
     Null for data without labels, and if the trials have different data. At rungs, trials that are no better count as
     equal in the metric."""
     definition: dict[str, Any]
-    """Content of the sweep file (`file`) and `overrides`, which `--resume` composes again. `rounds` has the sweep as it
-    was each time before it grew: `trials` of each arm, and `confirm_seeds`, 0 if no winner had run again by then."""
+    """Content of the sweep file (`file`) and `overrides`, which `--resume` composes again. `rounds` has an entry for each
+    time that the sweep grew, with the numbers before: `trials` of each arm, and `confirm_seeds`, 0 if the confirm stage
+    had not begun."""
     changes: list[SweepChange] = field(default_factory=list)
-    """What each `--resume` changed, in order."""
+    """The change of each `--resume`, in order."""
     source: str | None = None
     """Path of the sweep file."""
     source_sha256: str | None = None
@@ -222,7 +223,7 @@ def measure_stage_occupancy(record: SweepRecord) -> dict[str, float]:
 def add_telemetry(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
     """Adds up the values of two processes, or of two sessions of a sweep.
 
-    Of two peaks, returns the higher peak. Of two first steps, returns the earlier step.
+    Peaks are not added: the higher peak counts, and the earlier of two first steps.
     """
     total = dict(first)
     for name, value in second.items():

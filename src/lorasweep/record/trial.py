@@ -40,7 +40,7 @@ class Trial:
     stage: Stage = "search"
     arm: str
     subject: str = ""
-    """What the run belongs to: the arm, or one value of its `confirm_each` key (`name_subject`)."""
+    """The subject of the run: its arm, or one value of the arm's `confirm_each` key (`name_subject`)."""
     number: Count
     """Number of the trial in its arm and stage."""
     state: TrialState = "running"
@@ -51,7 +51,7 @@ class Trial:
     seed: Count | None = None
     """Seed of initial values, data order and dropout of a confirm run. All subjects have the same seeds."""
     value: float | None = None
-    """The sweep's metric: the best value on validation data, or in the confirm stage that on test data."""
+    """The sweep's metric: the best value on validation data; in the confirm stage the value on test data."""
     run: str
     """The run's folder, relative to the sweep's."""
     reason: str | None = None
@@ -59,7 +59,7 @@ class Trial:
     values: dict[Count, Number] = field(default_factory=dict)
     """The sweep's metric on validation data at each evaluation, by step."""
     slot_steps: Number = 0.0
-    """The run's share of the slots that its packs were planned with (see `measure_occupancy`); 0 for a run alone."""
+    """Sum over the run's steps of planned slots per run in its pack (see `measure_occupancy`); 0 for a run alone."""
     losses: dict[Count, Number] = field(default_factory=dict)
     """The validation loss at each rung."""
     order: Count = 0
@@ -160,7 +160,7 @@ def name_run(stage: Stage, arm: str, number: int) -> str:
 
 
 def name_subject(arm: str, key: str | None, value: Any) -> str:
-    """Returns the name of what is confirmed: an arm, or one value of its `confirm_each` key, such as `lora-rank-16`."""
+    """Returns the name of a subject: an arm, or one value of its `confirm_each` key, such as `lora-rank-16`."""
     if key is None:
         return arm
     return f"{arm}-{short_key(key)}-" + re.sub(r"[^\w.-]+", "_", format_setting(value))

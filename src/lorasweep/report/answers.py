@@ -27,7 +27,7 @@ from lorasweep.wording import (
 
 NO_TEST_SCORES = "nothing is confirmed on test data yet"
 VERDICT_WORDS = {"not worse": "not worse by more than the margin"}
-"""Verdicts that read otherwise in a sentence."""
+"""Verdicts that have another wording in a sentence."""
 
 
 @dataclass(frozen=True, kw_only=True)

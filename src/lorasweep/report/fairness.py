@@ -16,15 +16,15 @@ from lorasweep.report.sweep_data import ArmData, SweepData
 from lorasweep.wording import format_count, format_share, join_words
 
 MAX_RATIO = 1.25
-"""Arms are treated alike if none has more than this times another's tokens or complete trials."""
+"""Maximum ratio of the tokens or complete trials of two arms that count as treated alike."""
 MAX_COMPLETE_DIFFERENCE = 2
-"""Arms are treated alike if none has more than this many more complete trials than another, at any ratio.
+"""Maximum difference of the complete trials of two arms that count as treated alike, at any ratio.
 
 Which trials belong to the best half of a rung depends on the order of the trials. On stored learning curves, two arms
 of 8 to 16 trials under the default rule differ by three or more in 0 to 1 % of the pairs, by two in 4 to 14 %."""
 MAX_DENSITY_RATIO = 2.0
-"""Without an expected regret, arms are treated alike if none has more than this times another's trials for each
-searched dimension."""
+"""Maximum ratio of the trials per searched dimension of two arms that count as treated alike. It is used if an expected
+regret is missing."""
 
 MEASURES: dict[str, tuple[str, Callable[[Any], str], Callable[[float, float], bool]]] = {
     "trials_asked": ("trials", str, lambda low, high: low < high),
@@ -41,7 +41,7 @@ MEASURES: dict[str, tuple[str, Callable[[Any], str], Callable[[float, float], bo
     ),
     "dimensions": ("searched dimensions", str, lambda low, high: False),
 }
-"""By measure: its unit, how to format it, and whether a lowest and a highest value differ too much."""
+"""For each measure: its unit, how to format it, and whether a lowest and a highest value differ too much."""
 
 
 def judge_fairness(data: SweepData) -> tuple[list[str], dict[str, Any]]:
@@ -78,8 +78,8 @@ def measure_effort(arm: ArmData, data: SweepData) -> dict[str, Any]:
     """Returns the trials and tokens that the search spent on an arm, and its expected regret.
 
     `tokens_trained` counts all trials, complete or not. `lr_decades` is the width of the range of learning rates, 0 if
-    it is not searched. Of `dimensions`, the searched keys, learning rate and α count as one where the rate law joins
-    them. `regret` is how much better an untried setting is expected to be, in the metric's unit: the largest of the
+    it is not searched. `dimensions` is the number of searched keys; under the rate law, learning rate and α count as
+    one key. `regret` is how much better an untried setting is expected to be, in the metric's unit: the largest of the
     arm's subjects, None if it is not known. `regret_margins` is the same as a multiple of the margin.
     """
     keys = set(arm.row.space)

@@ -175,7 +175,7 @@ def describe_margin(data: SweepData) -> str:
 
 
 def describe_untried(data: SweepData) -> list[str]:
-    """Returns a sentence for each list of choices of which no complete trial has some."""
+    """Returns a sentence for each key with choices that no complete trial has."""
     untried: dict[tuple[str, tuple[str, ...]], list[str]] = defaultdict(list)
     for arm in data.searches:
         for key, space in arm.row.space.items():

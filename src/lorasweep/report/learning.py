@@ -1,7 +1,8 @@
 """Judges whether a sweep's trials learned anything: compares them with an answer that needs no training.
 
 For data with labels the answer is the most frequent label of the training data, or the mean of its numbers. Its scores
-are in the run records (`data.constant_answer`). For text it is the frozen base, if the sweep has that arm.
+are in the run records (`constant_answer` in `RunRecord.data`). For text it is the frozen base, if the sweep has that
+arm.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ CORRELATIONS = {
     "pearson": "pearson",
     "spearman": "spearman",
 }
-"""By metric, the correlation of predictions and labels, which is 0 on average if the predictions know nothing."""
+"""For each metric, the correlation of predictions and labels that is 0 on average if the predictions know nothing."""
 LEVEL = 0.05
 """The chance that guesses are taken for knowledge, over all evaluations of a sweep."""
 
 Rating = Literal["not better", "luck", "better", "beyond luck"]
-"""How the best score of a trial compares with the answer's. `better`: the metric has no test against luck."""
+"""Result of comparing a trial's best score with the answer's score. `better` is used for a metric without a test
+against luck."""
 
 
 @dataclass(frozen=True, kw_only=True)

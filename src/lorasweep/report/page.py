@@ -38,7 +38,7 @@ FILE_READERS = {
     "peft_config.py": "PEFT",
     "training_arguments.py": "transformers",
 }
-"""Who reads each file of recommended settings."""
+"""The program that reads each file of recommended settings."""
 COSTS: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
     ("trained", "trainable parameters", "trainable_params", wording.format_count),
     ("steps", "optimizer steps done", "steps_done", wording.format_setting),
@@ -98,7 +98,7 @@ def describe_states(arm: ArmData) -> str:
 
 
 def mark_code(text: str) -> Markup:
-    """Returns text as HTML in which text between backticks is code that breaks at its spaces, not inside `--format`."""
+    """Returns text as HTML, with code between backticks. Lines break at spaces of code, never inside `--format`."""
 
     def mark(found: re.Match[str]) -> str:
         words = [f"<span>{word}</span>" for word in found[1].split(" ")]

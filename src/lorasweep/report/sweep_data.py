@@ -39,8 +39,6 @@ from lorasweep.report.evidence.evidence import Evidence, build_evidence, find_me
 if TYPE_CHECKING:
     import pandas
 
-"""The key of α/r in a sweep that searches it."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class ArmData:

@@ -36,7 +36,7 @@ SEEDS = ("seed", "sweep.seed")
 
 
 def render_terminal(*folders: Path) -> RenderableType:
-    """Returns the results of the sweeps in these folders: a table and sentences, of several sweeps side by side.
+    """Returns the results of one sweep as a table and sentences, or of several sweeps side by side.
 
     Raises:
         RecordError: A folder is not a sweep, or its record is damaged.
@@ -135,7 +135,7 @@ def describe_setting(arm: ArmData) -> str:
 
 
 def list_search_scores(summary: Summary) -> list[str]:
-    """Returns the score of each subject on validation data; a mark says if it is not final, or beats no answer."""
+    """Returns the score of each subject on validation data; a mark says if it is not final, or learned nothing."""
     data, learning = summary.data, summary.learning
     shown = [arm.best or arm.so_far for arm in data.arms]
     scores = [trial.value if trial else None for trial in shown]

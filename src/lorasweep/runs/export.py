@@ -1,7 +1,7 @@
 """Exports a run as an adapter for PEFT or as a whole model for transformers.
 
-The files are written to a temporary folder, which is renamed at the end. A merged model is loaded again before and
-compared with the run.
+The files are written to a temporary folder, which is renamed at the end. Before that, a merged model is loaded
+again and compared with the run.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def _export_merged(record: RunRecord, config: RunConfig, best: Path, folder: Pat
     """Writes the whole model, loads it again and compares the logits."""
     base, logits_of_run = restore_base(record, config), None
     if config.model.quantization != "none":
-        # an adapter is merged into the weights that were quantised; the run itself had the rounded ones
+        # An adapter is merged into the unquantised weights. The run itself computed with the quantised weights.
         logits_of_run = compute_probe_logits(_restore(config, base, best))
         config, base = restore_unquantised_base(record, config)
     kind, torch_dtype, fingerprint, logits = _write_merged(config, base, best, folder, dtype=dtype)

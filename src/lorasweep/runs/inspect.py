@@ -215,7 +215,7 @@ def render_inspection(inspection: Inspection) -> RenderableType:
 
 
 def as_json(inspections: Mapping[str, Inspection]) -> str:
-    """Returns the score, the sentences and every layer of each inspection, by arm; of one run if its arm is empty."""
+    """Returns score, sentences and every layer of each inspection, by arm. The arm of a single run is empty."""
     content = {
         arm: {
             "run": str(inspection.folder),

@@ -67,7 +67,7 @@ name: {name}
 settings:
 {settings}
   sweep.trials: 12 # of each arm that has a space; all ranks share LoRA's
-  confirm.margin: 5% # the smallest difference that matters: of the gain of full over frozen, or a number
+  confirm.margin: 5% # smallest difference that matters, as a share of full's gain over frozen, or a number
 arms:
   frozen: {{settings: {{method: frozen}}}} # the base as it is
   full:

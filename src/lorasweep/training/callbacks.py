@@ -60,7 +60,9 @@ class RunCallback(lightning.Callback):
     is_paused: bool = False
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self.counted_tokens = _as_training_module(pl_module).progress.tokens_trained  # of the steps before the resume
+        self.counted_tokens = _as_training_module(
+            pl_module
+        ).progress.tokens_trained  # the tokens of the steps before the resume
         if self.run_log is not None:
             record = self.run_log.record
             record.trainable_params = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
@@ -108,8 +110,8 @@ class RunCallback(lightning.Callback):
         # 1. The rows, the kept weights and the record.
         whole_model = module.whole_model()
         run_on_first(trainer.strategy, lambda: self._write_evaluation(trainer, module, whole_model))
-        # 2. The report, which closes a paused run. A run that is killed after it is already paused, or it repeats the
-        #    interval, because this step has no checkpoint yet. Then it reports the same values again.
+        # 2. The report, which closes a paused run. A run that is killed after this report is already paused, or it
+        #    repeats the interval, because this step has no checkpoint yet, and reports the same values again.
         status = run_on_first(trainer.strategy, lambda: self._report(trainer))
         self.is_paused = status == "paused"
         # 3. The checkpoint, from which the run resumes without reporting this evaluation again.

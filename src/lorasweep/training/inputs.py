@@ -44,7 +44,7 @@ class RunInputs:
     attention: AttentionChoice | None = None
     """The choice of `model.attention=auto`; None if `model.attention` names an implementation."""
     telemetry: Telemetry = field(default_factory=Telemetry, compare=False)
-    """The clock of this process."""
+    """Counts the seconds and tokens of this process."""
 
     def whole_base(self, config: RunConfig) -> BaseModel:
         """Returns the base with all weights in memory, also under `fsdp`, which leaves them in files."""
@@ -113,7 +113,7 @@ def _cache_key(config: RunConfig) -> tuple[Any, ...]:
 def build_inputs(config: RunConfig, *, telemetry: Telemetry | None = None) -> RunInputs:
     """Loads the base model and the data of a run. Raises `ConfigError` if they can't be loaded.
 
-    `telemetry` is the clock of this process.
+    `telemetry` counts the seconds and tokens of this process.
     """
     precision = resolve_precision(config.trainer)
     source = read_source(config.data)

@@ -129,7 +129,7 @@ class TrainingModule(lightning.LightningModule):
         data = self._data_module()
         if data is None:
             raise ConfigError(
-                "`method` computes its start from training data, so the Trainer must have lorasweep's `DataModule`."
+                "`method` computes values from training data, so the Trainer must have lorasweep's `DataModule`."
             )
         return data.first_batches(number)
 

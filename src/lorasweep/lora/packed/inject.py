@@ -46,8 +46,8 @@ def inject_packed_lora(
     adapts becomes one packed layer. The parameters of slot k are those of `slot_model(model, k)`, for example for its
     optimizer.
 
-    A step is fastest if neighbouring slots have like ranks (`compact_slots` sorts slots). Move the model to its device
-    before this call.
+    A step is fastest if neighbouring slots have similar ranks (`compact_slots` sorts slots). Move the model to its
+    device before this call.
 
     Each `nn.Dropout` of the base draws from one stream per slot (`set_dropout_streams`). Functional dropout, such as
     dropout of attention probabilities in transformers, does so inside `FunctionalDropout(slots.drop)`; else, and inside

@@ -109,7 +109,10 @@ class Estimate:
         ends = [-float(stdtrit(count, level)) for _, count in self._list_parts()]
         if max(ends) == min(ends):
             return ends[0]
-        low, high = 0.99 * min(ends), 1.01 * max(ends)  # with room, for parts that are next to nothing
+        low, high = (
+            0.99 * min(ends),
+            1.01 * max(ends),
+        )  # 1 % wider, because the ends are not exact if a part is nearly 0
         return float(brentq(lambda deviation: self._compute_tail(deviation) - level, low, high, xtol=1e-9))
 
     @property
@@ -121,8 +124,8 @@ class Estimate:
         """Returns the estimate as it would be with more seeds or examples, if its value stayed the same.
 
         Args:
-            num_seeds: Number of seeds; None keeps those there are.
-            groups_factor: The number of groups of examples, divided by that of now.
+            num_seeds: Number of seeds; None keeps the present number.
+            groups_factor: The number of groups of examples, divided by the present number.
         """
         count = len(self.seeds)
         ratio = count / (num_seeds or count)
@@ -143,9 +146,10 @@ class Estimate:
 def estimate_sum(
     scores: ConfirmScores, coefficients: Coefficients, *, constant: float = 0.0, of_best: bool = False
 ) -> Estimate | None:
-    """Returns constant + Σ coefficient · mean of the subject, over the seeds that all subjects have; None without.
+    """Returns constant + Σ coefficient · mean of the subject, over the seeds that all subjects have.
 
-    With `of_best` it is an estimate for the best setting of each subject. Its error then includes the search's.
+    Returns None if there is no such seed. With `of_best`, the sum is that of the best settings of the subjects. Its
+    error then includes the error of the search, which may have missed these settings.
     """
     if any(not scores.values.get(subject) for subject in coefficients):
         return None
@@ -176,7 +180,7 @@ def _estimate_mean(
     seeds_variance = float(by_seed.var(ddof=1)) / num_seeds if num_seeds > 1 else 0.0
     groups_variance = interaction = 0.0
     if num_groups > 1:
-        # of a ratio of sums over groups that are drawn with their weights (Cochran 1977, section 6.3)
+        # The variance of a ratio of sums over groups that are drawn with their weights (Cochran 1977, section 6.3).
         stretch = num_groups / (num_groups - 1)
         groups_variance = stretch * float(((shares * (by_group - mean)) ** 2).sum())
         if num_seeds > 1:

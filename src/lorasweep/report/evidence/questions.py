@@ -34,7 +34,7 @@ POWER_SCORE = 0.84
 SEED_STEPS = (*range(2, 21), *range(25, 101, 5))
 """Numbers of seeds that are tried to settle a question."""
 GROUP_FACTORS = (1.5, 2, 3, 4, 6, 8, 12, 16)
-"""Numbers of groups of test examples, divided by that of now, that are tried to settle a question."""
+"""Factors on the present number of groups of test examples that are tried to settle a question."""
 Verdict = Literal["better", "equivalent", "not worse", "worse", "sufficient", "insufficient", "open"]
 """The words of every output: terminal, page, CSV, JSON and TensorBoard. `not worse` is: not by more than the margin."""
 POSITIVE_VERDICTS: tuple[Verdict, ...] = ("better", "equivalent", "not worse", "sufficient")
@@ -49,13 +49,13 @@ class Answer:
     arm: str
     subject: str
     reference: str
-    """For `smallest`: the larger value that refutes the subject, or else the one that is worst for it."""
+    """For `smallest`: the larger value that refutes the subject, or else the value that is nearest to doing so."""
     compared_with: tuple[str, ...]
     """All subjects that it is compared with."""
     verdict: Verdict
     value: float | None
     """The tested quantity: the subject's share of the reference's gain over the frozen base if the margin is a share of
-    it, else subject less reference in the metric's unit."""
+    it, else the difference `subject - reference` in the metric's unit."""
     interval: Interval | None
     """The interval that the tests of this look use. A verdict never contradicts it."""
     is_share: bool
@@ -74,7 +74,7 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """The margin, and the sum of scores whose share it is."""
+    """The margin, and the subjects whose difference (the gain) it may be a share of."""
 
     margin: Margin
     sign: int
@@ -89,7 +89,7 @@ class Scale:
         return not self.margin.is_share_of_gain or (self.base is not None and self.full is not None)
 
     def advantage(self, subject: str, reference: str, *, margins: float) -> tuple[dict[str, float], float]:
-        """Returns coefficients and constant of: subject's advantage over the reference, less a number of margins."""
+        """Returns coefficients and constant of the sum `advantage of subject over reference - margins · margin`."""
         better = {reference: float(self.sign), subject: -float(self.sign)}
         if not self.margin.is_share_of_gain:
             return better, -margins * self.margin.value
@@ -130,7 +130,7 @@ def answer_questions(
 
 @dataclass(frozen=True, kw_only=True)
 class _Comparison:
-    """A subject beside one reference: its advantage plus one margin, as it is, and less one margin."""
+    """A subject compared with one reference: its advantage, and its advantage plus and minus one margin."""
 
     reference: str
     above_lower: Estimate | None
@@ -189,7 +189,7 @@ def _answer_chain(
         if answer.is_settled:
             answers.append(answer)
         elif alone[subject] != "open":
-            answers.append(replace(answer, open_because="a value that is tested before it is open"))
+            answers.append(replace(answer, open_because="another value, which is tested first, is open"))
         else:
             known = found if is_whole[subject] else []
             answers.append(_explain_open(answer, known, judge=judge, level=level, max_seeds=max_seeds, groups=groups))
@@ -223,8 +223,8 @@ def _explain_open(
 ) -> Answer:
     """Returns an open answer with its reason and the cheapest evidence that would settle it with a chance of 80 %.
 
-    The estimates are assumed to stay. A test then succeeds with that probability if it would succeed now at a level
-    whose boundary is higher by the 80 % quantile of its error.
+    Assumes that more evidence leaves the estimates as they are, and only makes their errors smaller. A test has a
+    chance of 80 % if it succeeds even when its boundary is `POWER_SCORE` standard errors farther away.
     """
     if not found:
         return replace(answer, open_because="there are no test scores of both on the same seeds")
@@ -252,7 +252,7 @@ def _explain_open(
     answer = replace(
         answer,
         open_because=f"the interval is too wide, mostly because few {largest} were used",
-        # one standard error in its favour: only a hopeless question is given up
+        # The boundary is one standard error nearer, so that only a hopeless question is given up.
         may_settle=num_seeds < max_seeds and settles(max_seeds, 1.0, shift=-1.0),
     )
     for seeds in SEED_STEPS:

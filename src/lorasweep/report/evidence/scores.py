@@ -102,7 +102,7 @@ def build_scores(
 
     The scores of examples are used if every run has them and they fit the run's score and each other: a comparison of
     two runs needs both. Perplexity is exp of the examples' mean; its groups get the values of a linear approximation.
-    The one run of a subject in `deterministic`, for which a seed makes no difference, stands beside every seed.
+    A subject in `deterministic` has one run, because its seed makes no difference. Its score counts for every seed.
     `score_range` has the lowest and the highest possible score. `search_errors` are those of `ConfirmScores`.
     """
     first = next(iter(examples.values()), None)

@@ -31,7 +31,7 @@ from lorasweep.report.sweep_data import ArmData, SweepData
 from lorasweep.wording import format_estimate, format_metric, format_setting, format_share_estimate, short_key
 
 MAX_OTHER_ARMS = 6
-"""Arms without `confirm_each` stand beside an arm's values unless there are more of them than this."""
+"""Maximum number of arms without `confirm_each` that are shown beside the values of an arm."""
 MAX_EMPTY_SPANS = 3
 """The frozen base is inside the axis if its distance is at most this multiple of the range of all other scores."""
 ROW_HEIGHT_PX = 34
@@ -67,11 +67,11 @@ def draw_scores_by_value(data: SweepData) -> Panel:
         # the error that all subjects share, mostly that of the choice of test examples, would hide every difference
         sentences.append(
             f"Bars are the {100 * evidence.confidence:.3g} % intervals of the difference from {full} on the same seeds "
-            f"and examples, set at the mean of {full}; intervals of single means are in the table."
+            f"and examples, added to the mean of {full}; intervals of single means are in the table."
         )
         sentences += [f"The band is the margin around {full}."] if evidence.margin is not None else []
         if len({one.seeds for one in evidence.subjects if one.name != evidence.base}) > 1:
-            sentences.append(f"A bar stands where the seeds in common with {full} put it, so its dot may lie aside.")
+            sentences.append(f"A bar counts only the seeds in common with {full}, so its dot may not be in its middle.")
     else:
         sentences.append("Bars are the 95 % intervals of the means.")
     if any(chart.smallest_sufficient for chart in charts):
@@ -102,7 +102,7 @@ def find_interval(found: SubjectEvidence, data: SweepData) -> Interval | None:
 
 
 def find_band(data: SweepData) -> Interval | None:
-    """Returns full's mean less and plus the margin; None if either is not known."""
+    """Returns full's mean minus and plus the margin; None if either is not known."""
     full, margin = data.evidence.subject(data.evidence.full), data.evidence.margin
     return (full.mean - margin, full.mean + margin) if full and margin is not None else None
 
@@ -177,7 +177,7 @@ def draw_tested(data: SweepData) -> Panel:
 
 
 def _draw_answers(answers: Sequence[Answer], data: SweepData) -> go.Figure:
-    # A share of full's gain is 1 at equality. Beside another reference, the page shows it less 1.
+    # A share of full's gain is 1 at equality. For another reference than full, the page shows the share minus 1.
     is_share, is_full = answers[0].is_share, answers[0].name == "as_good_as_full"
     equal, shift = (1.0, 0.0) if is_share and is_full else (0.0, 1.0 if is_share else 0.0)
     unit = "share of full's gain" if is_share else format_metric(data.record.metric)

@@ -26,8 +26,8 @@ RAMPS = (("#2fb5c4", "#7d3fc8"), ("#a3ad28", "#1c7a80"))
 MAX_SHOWN_TRIALS = 300
 """Figures and table show at most about this many trials: more make the page large and slow to open."""
 MAX_BAR_SPANS = 0.5
-"""An axis shows the ends of intervals up to this multiple of the range of scores beyond it. Intervals of two seeds may
-be so wide that nothing else could be seen."""
+"""An axis goes beyond the range of scores, to the ends of intervals, by at most this multiple of the range. Intervals
+of two seeds may be so wide that nothing else could be seen."""
 DEFAULT_HEIGHT_PX = 400
 PIXELS_PER_CHARACTER = 8
 """The width of a character of the names beside a figure, rounded up."""

@@ -1,7 +1,7 @@
 """The trials of one arm in one stage: keeps them in the arm's study, compares them at rungs, and chooses the next.
 
-The study is the only store. A `Trial` is its trial as everyone else sees it: Optuna has the parameters, the
-intermediate values and how the trial ended, and one user attribute has the other fields.
+The study is the only store. A `Trial` is made from the study's trial: Optuna has the parameters, the intermediate
+values and the final state, and one user attribute has the other fields.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ class ArmTrials:
             return not optuna.trial.Trial(self.study, self._find_id(trial)).should_prune()
         if step not in self._rule.rungs:
             return True
-        if step in trial.passed:  # reported before, by a process that was killed later: the decision stays
+        if step in trial.passed:  # A process that was killed later has already reported this. The decision stays.
             return step not in trial.promoted
         if not self._is_kept(trial, step, self._find_kept()[step]):
             return False
@@ -218,7 +218,9 @@ class ArmTrials:
 
     def pause(self, trial: Trial, *, step: int, **fields: Any) -> None:
         """Notes that a trial's run was paused at a step; `fields` are further fields of the trial."""
-        if step in trial.promoted:  # a killed process was told so before: the trial is handed out again
+        if (
+            step in trial.promoted
+        ):  # A process that was killed later has already been told this. The trial is handed out again.
             self._write(trial, **fields, worker="", request=0)
         else:
             self._write(trial, **fields, state="paused")

@@ -70,7 +70,7 @@ class SpaceEncoding:
         return params
 
     def move_into_range(self, point: Point, fraction: float) -> Point:
-        """Returns a point whose u the range of the learning rate allows: its own, or that of the rate at a fraction."""
+        """Returns the point. If the range of the learning rate excludes its u, takes that of the rate at `fraction`."""
         if self._rates is None:
             return point
         factor = self._law.factor(self.decode(point))

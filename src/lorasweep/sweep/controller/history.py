@@ -34,8 +34,8 @@ SHOWN_STATES: Mapping[TrialState, OptunaState] = {
 class History:
     """An arm's trials, with a point of the space that samplers search in place of each trial's parameters.
 
-    A complete trial is a result, and a paused or pruned one a partial result; so is a running one that was evaluated.
-    A running trial that was not is no result yet. A failed trial is hidden, but its point is not proposed again.
+    A complete trial is a result. A paused, pruned or evaluated running trial is a partial result. A running trial
+    without an evaluation is no result yet. A failed trial is hidden, but its point is not proposed again.
     """
 
     def __init__(self, arm: Arm, trials: Iterable[Trial] = (), *, direction: Direction) -> None:
@@ -49,7 +49,7 @@ class History:
         self.update(trials)
 
     def update(self, trials: Iterable[Trial]) -> None:
-        """Replaces the trials; those that were known before have the same parameters as then."""
+        """Replaces the trials. The parameters of a known trial must not have changed."""
         self.trials = list(trials)
         for trial in self.trials[len(self._points) :]:
             self._points[trial.number] = self.encoding.encode(trial.params)
@@ -62,7 +62,7 @@ class History:
         """Returns the results in the order of their numbers: all, or `MAX_HISTORY_TRIALS` of them if there are more.
 
         One half of the returned results are the best results. The other half are the latest of the remaining results.
-        Of complete trials, the better are best; then come partial results, those of more steps first, as in TPE.
+        Complete trials are ranked by score. Partial results rank below them, by their number of steps, as in TPE.
         """
         results = [trial for trial in self.trials if is_result(trial)]
         if len(results) <= MAX_HISTORY_TRIALS:
@@ -96,7 +96,7 @@ class History:
         return self._round(point) in self._tried
 
     def show(self, trial: Trial, **changes: Any) -> FrozenTrial:
-        """Returns a trial as Optuna's samplers read it; `changes` are fields of it that are to be different."""
+        """Returns a trial as Optuna's samplers read it; `changes` replace some of its fields."""
         fields: dict[str, Any] = {
             "number": trial.number,
             "trial_id": trial.number,

@@ -23,10 +23,10 @@ from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.definition.space import Space
 
 NUM_CANDIDATES = 256
-"""Number of settings of a value among which the best is chosen: a learning rate of two decades in steps of 2 %."""
+"""Number of settings among which the best is chosen, for each value. Over two decades, learning rates differ by 2 %."""
 CANDIDATE_SEED = 0
 EXPLORATION = 1.0
-"""A new trial has the lowest mean less this many standard deviations. On stored grids 1 leaves less regret than 0."""
+"""A new trial has the lowest `mean - EXPLORATION · standard deviation`. On stored grids 1 leaves less regret than 0."""
 REGRET_DRAWS = 500
 REGRET_CANDIDATES = 64
 RATE_DIGITS = 3
@@ -43,10 +43,10 @@ class Prediction:
     score: float
     """The predicted score on validation data."""
     rate_ratio: float | None
-    """The ratio of u to that of the nearest complete trial, at least 1; None if the rate is not searched or no trial is
-    complete."""
+    """Factor, at least 1, between this u and that of the nearest complete trial; None if the rate is not searched or no
+    trial is complete."""
     regret: float
-    """How much better the best setting is expected to be than this one, by the model: its mean over draws."""
+    """How much better the best setting is expected to be than this one: the mean over draws from the model."""
 
 
 def propose_for_values(arm: Arm, history: History, *, seed: int) -> Point:
@@ -130,7 +130,7 @@ def predict_best(
 
 
 def _list_costs(results: Sequence[Trial], direction: Direction) -> list[float]:
-    """Returns the cost of each result; one that is missing, such as that of a setting without memory, is the median."""
+    """Returns the cost of each result. The median replaces missing costs, such as those of infeasible trials."""
     sign = get_sign(direction)
     costs = [None if score is None else sign * score for score in extrapolate_scores(results)]
     median = float(np.median([cost for cost in costs if cost is not None]))
@@ -176,7 +176,7 @@ def _find_rate_ratio(params: Mapping[str, Any], complete: Sequence[Trial], law: 
 
 
 def _estimate_regret(surrogate: Surrogate, candidates: Any, best: int) -> float:
-    """Returns the mean over draws from the model of: the cost of the chosen candidate, less the lowest cost."""
+    """Returns `cost of the chosen candidate - lowest cost`, as a mean over draws from the model."""
     step = max(len(candidates) // REGRET_CANDIDATES, 1)
     shown = np.concatenate([candidates[best : best + 1], candidates[::step]])
     draws = surrogate.draw(shown, num_draws=REGRET_DRAWS)

@@ -23,7 +23,7 @@ LAW_KEYS = (RANK, ALPHA, ALPHA_OVER_RANK, SCALING, RATIO_B)
 SAMPLERS_IN_U = ("qmc", "tpe", "gp")
 """The samplers that see u in place of the learning rate, because they cover the space or model the scores.
 
-`random` draws learning rates, and the arguments of a sampler by `_target_`, such as `fixed_params`, name them."""
+`random` draws learning rates. The arguments of a sampler by `_target_`, such as `fixed_params`, have learning rates."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -109,7 +109,7 @@ class RungOrder:
     by_loss: bool = False
     """Whether trials are compared by validation loss instead of the metric."""
     constant_answer: float | None = None
-    """The metric of the constant answer on validation data (`data.constant_answer`); None if there is none."""
+    """Validation score of the constant answer (`DataSplits.score_constant_answer`); None if there is none."""
 
     def get_row(self, trial: Trial, rung: int) -> Row:
         """Returns how a rung ranks a trial. A NaN value and a missing or NaN loss count as infinite."""

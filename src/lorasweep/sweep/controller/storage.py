@@ -20,7 +20,7 @@ JOURNAL_FILE = "journal.log"
 LINE_KEY = "line"
 """Key of the number of a line that a sweep wrote. Optuna ignores it, and lines of other programs have none."""
 CHECKSUM_MARK = b',"crc32":'
-"""Stands between a line and the CRC-32 of the line without it. Optuna ignores the key."""
+"""Begins the checksum at the end of a line: the CRC-32 of the line before the mark. Optuna ignores the key."""
 
 
 class Journal(BaseJournalBackend):

@@ -100,8 +100,8 @@ def plan_packing(definition: Definition) -> dict[str, ArmPacking]:
 def rank_arms_by_duration(definition: Definition) -> dict[str, int]:
     """Returns for each arm its place, 0 first, in the order in which workers take trials of equally advanced arms.
 
-    What keeps a worker busy for longest comes first, so that short work is left for workers that become free at the
-    end (longest processing time first, Graham 1969). That is a pack; then runs alone, by the computations of a run.
+    The longest work comes first, so that short work is left for workers that become free at the end (longest processing
+    time first, Graham 1969). A pack takes longest. Runs alone follow, those with the most computations first.
     """
     plans = plan_packing(definition)
 

@@ -58,7 +58,7 @@ class Worker:
     def __post_init__(self) -> None:
         self.telemetry = self.inputs_cache.telemetry
         self._pack_file = self.path / (f"pack-{self.name}.json" if self.name else PACK_FILE)
-        self._requests = itertools.count(1)  # Ray may repeat a call; the number tells the controller that it knows it
+        self._requests = itertools.count(1)  # Ray may repeat a call. The controller knows it by its number.
         self._plans = plan_packing(self.definition)
         self._max_slots: dict[Any, int | None] = {}  # by `ArmPacking.key`; None if packs do not pay
         self._is_interrupted = False
@@ -66,7 +66,7 @@ class Worker:
         """Runs to score on test data after the current pack, because scoring moves the base. None if no pack trains."""
 
     def run(self) -> None:
-        # Before `take`, which would hand out the trials of the pack one by one.
+        # The pack is resumed before `take` is called, which would hand out its trials one by one.
         self._resume_pack()
         while (assignment := self._wait_for_trial()) is not None:
             if (slots := self._choose_slots(assignment.arm)) is not None:
@@ -222,7 +222,7 @@ class Worker:
         return self._share_slots(arm, slots) if slots and wanted == "auto" and self.num_workers > 1 else slots
 
     def _share_slots(self, arm: Arm, slots: int) -> int:
-        """Returns the size of packs with which every worker gets some of a stage's runs, at most `slots`.
+        """Returns a size of packs, at most `slots`, that leaves runs of the stage for every worker.
 
         If the stage has runs outside of these packs, workers without a pack train those, and packs stay large.
         """
@@ -253,7 +253,7 @@ def choose_slots(definition: Definition, arm: Arm, *, inputs_cache: InputsCache,
         return PackSize(1, "")
     if wanted != "auto":
         return PackSize(wanted, "")
-    # of the first round, so that packs of trials that have ended have the same size if the sweep is run again
+    # Only trials of the first round count, so that a repeated sweep has packs of the same size, even if it grew.
     trials = math.ceil(definition.count_trials_in_first_round(list_pack_arms(definition, arm)) / num_workers)
     return choose_pack_size(plan.largest, inputs=inputs_cache.load(plan.largest), trials_left=trials)
 

@@ -356,7 +356,7 @@ class PackTrainer:
             run.resume_state = {}
 
     def _arrange(self, kept: Iterable[int]) -> None:
-        """Drops all other slots, and sorts the kept ones by rank, because neighbours of like rank train faster."""
+        """Drops all other slots, and sorts the kept ones by rank, because neighbours of similar rank train faster."""
         order = sorted(kept, key=lambda slot: _get_method(self.runs[slot].request.config).rank)
         compact_slots(self.model, order)
         self.runs = [self.runs[slot] for slot in order]

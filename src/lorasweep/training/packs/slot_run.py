@@ -182,7 +182,7 @@ class SlotOptimizer:
         return lr
 
     def state(self) -> dict[str, Any]:
-        """Returns the state from which a run with the same settings goes on. It shares memory with the optimizer."""
+        """Returns the state from which a run with the same settings resumes. It shares memory with the optimizer."""
         return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -199,7 +199,7 @@ def _flatten_group(group: ParameterGroup) -> list[nn.Parameter]:
 
 
 def flatten_parameters(parameters: Sequence[nn.Parameter], *, shape: tuple[int, ...]) -> nn.Parameter:
-    """Returns one parameter with the values of the given ones, which become views of it, as do their gradients.
+    """Joins parameters into one. The given parameters become views of it, and their gradients views of its gradient.
 
     The gradients start as zeros. Backward passes add to them in place, as long as no gradient is set to None.
 
