@@ -209,7 +209,7 @@ def with_seed(arm: Arm, seed: int) -> Arm:
     """Returns an arm of a sweep with another seed, with the same composed settings."""
     config = replace(arm.sweep_config, sweep=replace(arm.sweep_config.sweep, seed=seed))
     other = replace(arm, sweep_config=config)
-    other.__dict__["corners"] = arm.corners  # to compose them again takes longer than a replay
+    other.__dict__["corner_configs"] = arm.corner_configs  # to compose them again takes longer than a replay
     return other
 
 

@@ -177,7 +177,7 @@ def measure(table: Table, way: Way, *, n: int, draws: int) -> dict[str, Any]:
         for seed in range(draws):
             config = replace(base.sweep_config, sweep=replace(base.sweep_config.sweep, seed=seed))
             arm = replace(base, sweep_config=config)
-            arm.__dict__["corners"] = base.corners  # to compose them again takes longer than a search
+            arm.__dict__["corner_configs"] = base.corner_configs  # to compose them again takes longer than a search
             trials = run_search(table, way, arm, n=n)
             winners.append(min(table.regret(trial.params) for trial in trials))
             chosen = choose_settings(table, way, arm, trials)

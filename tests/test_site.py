@@ -169,7 +169,7 @@ def test_the_sweep_file_for_a_large_model_is_read_with_its_command(tmp_path):
     file = tmp_path / "qlora.yaml"
     file.write_text(next(block.content for block in read_blocks("tutorials/qlora.md") if block.file == file.name))
     words = ["model.path=owner/name", "data.train=train.jsonl", "arms.full={settings: {method: full}}"]
-    arms = {arm.name: arm.corners[0] for arm in read_definition(file, words).arms}
+    arms = {arm.name: arm.corner_configs[0] for arm in read_definition(file, words).arms}
     assert arms.pop("full").model.quantization == "none"
     assert {config.model.quantization for config in arms.values()} == {"nf4"}
 

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from lorasweep.report.figures import panel as panels
-from lorasweep.report.figures.confirmed import draw_scores_by_value, draw_tested
+from lorasweep.report.figures.confirmed import draw_scores_by_value, draw_tested_quantities
 from lorasweep.report.figures.panel import choose_colours, pad_range, select_trials
 from lorasweep.report.figures.text import render_scores_by_value
 from lorasweep.report.figures.trials import draw_learning_curves, draw_score_by_lr
@@ -153,7 +153,7 @@ def test_nothing_confirmed_is_a_sentence(sweep: Path) -> None:
     panel = draw_scores_by_value(data)
     assert panel.figures == ()
     assert "Nothing was confirmed" in panel.text
-    assert draw_tested(data).figures == ()
+    assert draw_tested_quantities(data).figures == ()
     assert render_scores_by_value(data) is None
 
 
@@ -172,7 +172,7 @@ def test_text_has_a_row_for_each_subject_and_fits_a_terminal(ranked: SweepData) 
 
 
 def test_tested_quantities_are_those_of_the_answers_beside_the_margin(ranked: SweepData) -> None:
-    as_good, smallest = draw_tested(ranked).figures
+    as_good, smallest = draw_tested_quantities(ranked).figures
     answers = ranked.evidence.list_answers("as_good_as_full")[::-1]
     assert [trace.x[0] for trace in find_traces(as_good, size=11)] == [answer.value for answer in answers]
     assert list_bars(as_good, "x") == [answer.interval for answer in answers]

@@ -165,6 +165,6 @@ def test_an_own_metric_is_typed_as_a_mapping_or_key_by_key(write_file, content):
         "data.metric.task=multiclass",
         "data.metric.num_classes=512",
     ]
-    first, second = (read_definition(write_file(content), words).arms[0].corners[0] for words in (typed, apart))
+    first, second = (read_definition(write_file(content), words).arms[0].corner_configs[0] for words in (typed, apart))
     assert first.data.metric == second.data.metric
     assert first.data.metric.arguments == {"task": "multiclass", "num_classes": 512}

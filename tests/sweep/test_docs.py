@@ -51,7 +51,7 @@ def test_each_form_of_alpha_is_taken(file, line):
     content["arms"]["lora"][where] |= yaml.safe_load(line)
     file.write_text(yaml.safe_dump(content))
     for arm in read_definition(file, []).arms[2:]:
-        assert {config.method.alpha / config.method.rank for config in arm.corners} <= {0.5, 1, 2, 4, 8}
+        assert {config.method.alpha / config.method.rank for config in arm.corner_configs} <= {0.5, 1, 2, 4, 8}
 
 
 @pytest.mark.parametrize("line", GROWTH, ids=lambda line: line.split("outputs/ranks ")[1].split("#")[0].strip())

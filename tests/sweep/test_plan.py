@@ -14,7 +14,7 @@ import lorasweep.sweep.plan as plan_file
 from lorasweep.errors import Diverged, OutOfMemory, RunError
 from lorasweep.record import RunRecord
 from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.plan import GroupPlan, Part, Seconds, list_parts, plan_sweep, render_plan
+from lorasweep.sweep.plan import GroupPlan, Part, TimeRange, list_parts, plan_sweep, render_plan
 from lorasweep.training.inputs import InputsCache
 
 
@@ -46,7 +46,7 @@ def test_the_lower_end_prunes_all_that_the_rule_allows(define, plan_group):
     _, arms = define()
     assert list_parts(arms["lora"]) == [Part(0, 2, 8), Part(2, 4, 4), Part(4, 8, 2)]
     # pruned: 8 · 2 + 4 · 2 + 2 · 4 = 32 steps and 8 + 4 + 2 · 2 = 16 evaluations; else 64 steps and 32 evaluations
-    assert plan_group(arms["lora"]).estimate_search() == Seconds(32 + 160, 64 + 320)
+    assert plan_group(arms["lora"]).estimate_search() == TimeRange(32 + 160, 64 + 320)
 
 
 def test_a_pruner_of_another_package_may_prune_all_but_one(define, content):
@@ -59,7 +59,7 @@ def test_packs_share_their_time_and_a_rest_takes_a_whole_pack(define, plan_group
     _, arms = define(pruner="none")
     group = plan_group(arms["lora"], slots=3, loading_s=0.5)
     pack_s = 0.5 + 8 + 4 * 10
-    assert group.estimate_search() == pytest.approx(Seconds(8 / 3 * pack_s, 3 * pack_s))
+    assert group.estimate_search() == pytest.approx(TimeRange(8 / 3 * pack_s, 3 * pack_s))
 
 
 def test_confirm_runs_are_scored_on_test_data_and_the_frozen_base_is_evaluated_once(define, plan_group):

@@ -27,7 +27,7 @@ TrainedVectors = Literal["biases", "biases_and_norms"]
 IntrinsicForm = Literal["did", "said"]
 
 
-def spread_multiplier(settings: Mapping[str, Any]) -> dict[str, Any]:
+def flatten_alpha_over_rank(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns settings in which `method.alpha: {over_rank: 2}` is written as `method.alpha.over_rank: 2`."""
     spread: dict[str, Any] = {}
     for key, value in settings.items():

@@ -42,7 +42,7 @@ from lorasweep.wording import nearest
 ADAPTER = "default"
 """PEFT's name of the only adapter of a model."""
 INIT = "init_lora_weights"
-STARTS = (True, False, "gaussian", "orthogonal", "olora", "pissa", "mica", "eva")
+INITIALISATIONS = (True, False, "gaussian", "orthogonal", "olora", "pissa", "mica", "eva")
 """Values of `init_lora_weights`. Missing are `pissa_niter_[number]`, whose random numbers change the base, but are not
 saved; `corda` and `lora_ga`, which need covariances or gradients before the first step; and `loftq`, which is not
 tested, because it needs a GPU."""
@@ -276,10 +276,10 @@ def _check_config(config: Any, model: nn.Module) -> None:
         value = getattr(config, field.name)
         if field.name in REFUSED_KEYS and value not in (field.default, None, False):
             raise ConfigError(f"`method.config.{field.name}` must be left out, because no run can do it: {value!r}.")
-    if start not in STARTS:
+    if start not in INITIALISATIONS:
         raise ConfigError(
-            f"`method.config.{INIT}` must be one of {', '.join(map(str, STARTS))}, but got {start!r}."
-            f"{nearest(str(start), [name for name in STARTS if isinstance(name, str)])}"
+            f"`method.config.{INIT}` must be one of {', '.join(map(str, INITIALISATIONS))}, but got {start!r}."
+            f"{nearest(str(start), [name for name in INITIALISATIONS if isinstance(name, str)])}"
         )
     if any(is_quantised(layer) for layer in find_adaptable_layers(model).values()) and (
         kind not in TYPES_ON_QUANTISED_BASE or getattr(config, "use_dora", False) or start not in INITS_KEEPING_BASE

@@ -21,9 +21,9 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from lorasweep.models.pretrained import outermost_modules, quiet_transformers
 
 INDEX_FILE, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
-MAX_FREE_COUNT = 1000
+MAX_COUNT_WITHOUT_WEIGHTS = 1000
 """A configuration may have this many layers, experts or labels without any weights: they cost little to create."""
-MAX_FREE_PARAMETERS = 10**8
+MAX_PARAMETERS_WITHOUT_WEIGHTS = 10**8
 """A model may have as many parameters as this without any weights, such as those of a new head: 400 MB in fp32."""
 MAX_PARAMETERS_PER_BYTE = 16
 """Maximum number of parameters per byte of the weight files. A quantised file has at most 8 parameters in a byte."""
@@ -110,7 +110,7 @@ def check_claimed_counts(folder: Path) -> None:
     num_tensors = len(WeightFiles(folder)) if has_weight_files(folder) else 0
     for key, count in _iter_counts(settings):
         limit, unit = (_measure_files(folder), "bytes") if "label" in key else (num_tensors, "tensors")
-        if count > max(limit, MAX_FREE_COUNT):
+        if count > max(limit, MAX_COUNT_WITHOUT_WEIGHTS):
             raise ValueError(f"its config.json has `{key}` {count}, but its weight files have only {limit} {unit}")
 
 
@@ -126,7 +126,7 @@ def check_claimed_size(model_class: Any, settings: Any, folder: Path) -> None:
     except Exception:  # transformers explains the problem when it loads the model, which begins in the same way
         return
     num_parameters, num_bytes = sum(parameter.numel() for parameter in model.parameters()), _measure_files(folder)
-    if num_parameters > max(MAX_PARAMETERS_PER_BYTE * num_bytes, MAX_FREE_PARAMETERS):
+    if num_parameters > max(MAX_PARAMETERS_PER_BYTE * num_bytes, MAX_PARAMETERS_WITHOUT_WEIGHTS):
         raise ValueError(f"its config.json has {num_parameters:,} parameters, but its weight files {num_bytes:,} bytes")
 
 

@@ -37,7 +37,7 @@ from lorasweep.record.sweep import (
     read_sweep,
 )
 from lorasweep.record.trial import (
-    MEASURED,
+    COST_FIELDS,
     STATES,
     Curve,
     Stage,
@@ -50,7 +50,7 @@ from lorasweep.record.trial import (
 )
 
 __all__ = [
-    "MEASURED",
+    "COST_FIELDS",
     "PATCH_FILE",
     "RUN_FILE",
     "STATES",

@@ -21,7 +21,7 @@ Stage = Literal["search", "confirm"]
 TrialState = Literal["running", "paused", "complete", "pruned", "failed", "infeasible"]
 STATES: tuple[TrialState, ...] = ("complete", "paused", "pruned", "failed", "infeasible", "running")
 """The states of a trial, in the order of the report."""
-MEASURED = (
+COST_FIELDS = (
     *("steps_planned", "steps_done", "tokens_trained", "tokens_per_s", "wall_s"),
     *("trainable_params", "trainable_fraction", "adapter_bytes", "peak_memory_bytes"),
 )
@@ -181,7 +181,7 @@ def build_frame(trials: Iterable[Trial], *, metric: str, keys: Sequence[str] = (
     """Returns a table with a row per run and its settings as columns with dotted keys.
 
     `METRIC` is the best score on validation data and `test/METRIC` that of a confirm run on test data. Trials with a
-    record also have its costs (`MEASURED`) and `best_step`.
+    record also have its costs (`COST_FIELDS`) and `best_step`.
 
     Args:
         trials: The rows.
@@ -212,6 +212,6 @@ def _build_row(trial: Trial, metric: str, keys: Sequence[str]) -> dict[str, Any]
         **{key: trial.setting(key) for key in keys},
     }
     if record is not None:
-        row |= {name: getattr(record, name) for name in MEASURED}
+        row |= {name: getattr(record, name) for name in COST_FIELDS}
         row["best_step"] = int(record.best["step"]) if "step" in record.best else None
     return row | {"step": trial.step, "run": trial.run, "reason": trial.reason}

@@ -73,7 +73,7 @@ def _answer_full(data: SweepData) -> tuple[str, bool]:
         return "Not asked: no arm has `method=full`. Add one to compare LoRA with it.", False
     if not data.evidence.subjects:
         best = [arm for arm in data.arms if arm.row.method == "lora" and arm.best]
-        shares = [share for arm in best if (share := data.full_gain_share_of_arm(arm)[0]) is not None]
+        shares = [share for arm in best if (share := data.arm_share_of_full_gain(arm)[0]) is not None]
         kept = f" The best LoRA trial keeps {format_share(max(shares))} of full's gain there." if shares else ""
         return f"{_say_unconfirmed(data)}{kept}", False
     chains = [(arm, data.evidence.list_answers("as_good_as_full", arm=arm)) for arm in arms]

@@ -15,14 +15,14 @@ from lorasweep.config.run import ALPHA, LR
 from lorasweep.report.sweep_data import ArmData, SweepData
 from lorasweep.wording import format_count, format_share, join_words
 
-MAX_RATIO = 1.25
+MAX_EFFORT_RATIO = 1.25
 """Maximum ratio of the tokens or complete trials of two arms that count as treated alike."""
-MAX_COMPLETE_DIFFERENCE = 2
+MAX_COMPLETE_TRIALS_DIFFERENCE = 2
 """Maximum difference of the complete trials of two arms that count as treated alike, at any ratio.
 
 Which trials belong to the best half of a rung depends on the order of the trials. On stored learning curves, two arms
 of 8 to 16 trials under the default rule differ by three or more in 0 to 1 % of the pairs, by two in 4 to 14 %."""
-MAX_DENSITY_RATIO = 2.0
+MAX_TRIALS_PER_DIMENSION_RATIO = 2.0
 """Maximum ratio of the trials per searched dimension of two arms that count as treated alike. It is used if an expected
 regret is missing."""
 
@@ -31,9 +31,11 @@ MEASURES: dict[str, tuple[str, Callable[[Any], str], Callable[[float, float], bo
     "trials_complete": (
         "complete trials",
         str,
-        lambda low, high: low == 0 < high or (high - low > MAX_COMPLETE_DIFFERENCE and high > MAX_RATIO * low),
+        lambda low, high: (
+            low == 0 < high or (high - low > MAX_COMPLETE_TRIALS_DIFFERENCE and high > MAX_EFFORT_RATIO * low)
+        ),
     ),
-    "tokens_trained": ("tokens", format_count, lambda low, high: high > MAX_RATIO * low),
+    "tokens_trained": ("tokens", format_count, lambda low, high: high > MAX_EFFORT_RATIO * low),
     "lr_decades": (
         "decades of learning rates",
         "{:.1f}".format,
@@ -113,7 +115,7 @@ def _judge_search(efforts: Mapping[str, dict[str, Any]], data: SweepData) -> lis
     if len(density) < 2 or all(one["regret_margins"] is not None for one in efforts.values()):
         return []
     least, most = min(density, key=density.__getitem__), max(density, key=density.__getitem__)
-    if density[most] <= MAX_DENSITY_RATIO * density[least]:
+    if density[most] <= MAX_TRIALS_PER_DIMENSION_RATIO * density[least]:
         return []
     return [f"`{least}` had {density[least]:.2g} trials for each searched dimension and `{most}` {density[most]:.2g}"]
 

@@ -63,7 +63,7 @@ def render_page(summary: Summary, panels: Sequence[Panel]) -> str:
             evidence=data.evidence,
             search_scores=list_search_scores(summary),
             decimals=wording.count_decimals(subject.interval for subject in data.evidence.subjects),
-            share_decimals=wording.count_percent_decimals(data.full_gain_share_of_arm(arm)[1] for arm in data.arms),
+            share_decimals=wording.count_percent_decimals(data.arm_share_of_full_gain(arm)[1] for arm in data.arms),
             describe_setting=describe_setting,
             describe_states=describe_states,
             verdicts=[(answer, describe_answer(answer, data)) for answer in data.evidence.answers],

@@ -180,7 +180,7 @@ def _describe_score(arm: ArmData, data: SweepData) -> str:
         for method, name in ends.items()
         if arm.row.method != method and (end := find_best_arm(method, data))
     ]
-    share, interval = data.full_gain_share_of_arm(arm)
+    share, interval = data.arm_share_of_full_gain(arm)
     if share is not None and arm.row.method != "full":
         others.append(f"it keeps {format_share_estimate(share, interval)} of what full fine-tuning gains")
     on = "test data" if data.evidence.subjects else "validation data"

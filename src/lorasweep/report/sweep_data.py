@@ -178,7 +178,7 @@ class SweepData:
         margin = parse_margin(self.record.margin)
         return margin.value if margin.is_share_of_gain else 0.0
 
-    def full_gain_share_of_arm(self, arm: ArmData) -> tuple[float | None, Interval | None]:
+    def arm_share_of_full_gain(self, arm: ArmData) -> tuple[float | None, Interval | None]:
         """Returns an arm's share of full fine-tuning's gain with its interval: on test data after a confirm stage."""
         if self.evidence.subjects:
             confirmed = self.evidence.subject(arm.name)

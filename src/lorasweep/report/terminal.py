@@ -98,7 +98,7 @@ def _draw_arms(summary: Summary) -> Table:
     data = summary.data
     found = [data.evidence.subject(arm.name) for arm in data.arms]
     decimals = count_decimals(one.interval for one in found if one)
-    shares = [data.full_gain_share_of_arm(arm) for arm in data.arms]
+    shares = [data.arm_share_of_full_gain(arm) for arm in data.arms]
     share_decimals = count_percent_decimals(interval for _, interval in shares)
     columns = {
         "arm": [arm.name for arm in data.arms],
@@ -195,7 +195,7 @@ def _draw_side_by_side(sweeps: Sequence[SweepData]) -> Table:
 def _describe_spread_of(arms: Sequence[tuple[SweepData, ArmData]]) -> str:
     """Returns mean, standard deviation and range of a subject's score, and of its share of full's gain."""
     scores = [value for sweep, arm in arms if (value := find_score(arm, sweep)) is not None]
-    shares = [share for sweep, arm in arms if (share := sweep.full_gain_share_of_arm(arm)[0]) is not None]
+    shares = [share for sweep, arm in arms if (share := sweep.arm_share_of_full_gain(arm)[0]) is not None]
     lines = []
     percent = [100 * share for share in shares]
     for values, form, ending in ((scores, "{:.4g}", ""), (percent, "{:.1f}", " % of full's gain")):
@@ -213,6 +213,6 @@ def _describe_best(arm: ArmData, data: SweepData) -> str:
     found = data.evidence.subject(arm.name)
     searched = format_score(arm.best.value, beside=[other.best.value for other in data.arms if other.best])
     score = format_estimate(found.mean, found.interval) if found else searched
-    share, interval = data.full_gain_share_of_arm(arm)
+    share, interval = data.arm_share_of_full_gain(arm)
     gain = f"{format_share_estimate(share, interval)} of full's gain; " if share is not None else ""
     return f"{score}\n{gain}{describe_setting(arm)}"

@@ -40,7 +40,7 @@ from lorasweep.runs.weight_updates import read_weight_updates
 from lorasweep.training.restore import check_kept_files, refuse_code, restore_base, restore_config, restore_model
 from lorasweep.wording import UNKNOWN, format_share
 
-FOLDER = "inspect"
+INSPECT_FOLDER = "inspect"
 """Folder in a run's folder for the measurements."""
 DESCRIBED_COUNTS = (1, 4, 16)
 """Numbers of top directions whose φ is in a sentence."""
@@ -63,7 +63,7 @@ class Inspection:
 
     def write(self) -> None:
         """Writes the files of `RUN/inspect/`. Deletes an earlier `similarity.csv` if there are no overlaps."""
-        folder = self.folder / FOLDER
+        folder = self.folder / INSPECT_FOLDER
         write_atomically(folder / "layers.csv", as_csv({"": self}))
         write_atomically(folder / "spectra.json", json.dumps(self.spectra) + "\n")
         if self.overlaps:

@@ -30,7 +30,7 @@ def set_steps(definition: Definition, inputs_cache: InputsCache) -> Definition:
     epochs, overrides = definition.sweep_config.sweep.epochs, definition.raw["overrides"]
     if epochs is None or STEPS_KEY in overrides:
         return definition
-    config = definition.arms[0].corners[0]
+    config = definition.arms[0].corner_configs[0]
     wanted = max(MIN_STEPS, epochs * len(inputs_cache.load(config).splits.train) / config.trainer.batch_size)
     every = math.ceil(wanted / NUM_EVALUATIONS)
     steps = {STEPS_KEY: NUM_EVALUATIONS * every, EVALUATIONS_KEY: every}
@@ -48,7 +48,7 @@ def check_definition(definition: Definition, inputs_cache: InputsCache) -> None:
                 propose(
                     arm, History(arm, direction="minimize"), number=0
                 )  # raises if the sampler can't search this space
-            for config in arm.corners:
+            for config in arm.corner_configs:
                 inputs = inputs_cache.load(config)
                 check_run(config, inputs.base)
                 check_batch_memory(config.trainer, inputs.splits.train)
@@ -62,7 +62,7 @@ def check_definition(definition: Definition, inputs_cache: InputsCache) -> None:
 
 def find_metric(definition: Definition, inputs_cache: InputsCache) -> ScoreMetric:
     """Returns the metric by which every trial is scored. With `data.metric=auto` it depends on the data."""
-    configs = [config for arm in definition.arms for config in arm.corners]
+    configs = [config for arm in definition.arms for config in arm.corner_configs]
     metrics = sorted({inputs_cache.load(config).splits.metric for config in configs})
     if len(metrics) > 1:
         raise ConfigError(f"`data.metric` must be the same for all arms, but got {', '.join(metrics)}.")
@@ -79,7 +79,7 @@ def score_constant_answer(definition: Definition, inputs_cache: InputsCache) -> 
 
     Returns None for data without labels, or if this score is not the same for all trials.
     """
-    all_splits = {inputs_cache.load(config).splits for arm in definition.arms for config in arm.corners}
+    all_splits = {inputs_cache.load(config).splits for arm in definition.arms for config in arm.corner_configs}
     scores = {s.score_constant_answer(s.validation).get(s.metric) for s in all_splits}
     score = scores.pop() if len(scores) == 1 else None
     return score if score is not None and math.isfinite(score) else None
@@ -90,7 +90,7 @@ def list_notes(definition: Definition, inputs_cache: InputsCache) -> list[str]:
 
     A note that several arms share appears once.
     """
-    of_inputs = (note for arm in definition.arms for note in inputs_cache.load(arm.corners[0]).notes)
+    of_inputs = (note for arm in definition.arms for note in inputs_cache.load(arm.corner_configs[0]).notes)
     others = [*explain_bases(definition), *explain_solo_arms(definition), *_note_one_group(definition, inputs_cache)]
     return list(dict.fromkeys([*of_inputs, *others]))
 
@@ -99,7 +99,7 @@ def _note_one_group(definition: Definition, inputs_cache: InputsCache) -> list[s
     """Returns a note if all test examples are in one group, such as one document."""
     if not definition.sweep_config.confirm.list_looks():
         return []
-    groups = inputs_cache.load(definition.arms[0].corners[0]).splits.test().groups
+    groups = inputs_cache.load(definition.arms[0].corner_configs[0]).splits.test().groups
     if len(set(groups)) != 1:
         return []
     return [

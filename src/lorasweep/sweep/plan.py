@@ -46,8 +46,8 @@ NUM_STEPS = 6
 """Steps of a measured training, which ends with one evaluation. The first step is not counted, because it warms up."""
 
 
-class Seconds(NamedTuple):
-    """A range of time: with as much pruning as the stopping rule allows, and without pruning."""
+class TimeRange(NamedTuple):
+    """A range of time in seconds: with as much pruning as the stopping rule allows, and without pruning."""
 
     low: float
     high: float
@@ -73,21 +73,21 @@ class GroupPlan:
     kept_bytes: int
     """Size of the folder of one run."""
 
-    def estimate_search(self) -> Seconds:
+    def estimate_search(self) -> TimeRange:
         parts = [part for arm in self.arms for part in list_parts(arm)]
         low = sum(part.trials / self.slots * self._train(part.start, part.stop) for part in parts)
-        return Seconds(low, self.estimate_runs(sum(arm.trials for arm in self.arms)))
+        return TimeRange(low, self.estimate_runs(sum(arm.trials for arm in self.arms)))
 
     def estimate_runs(self, num_runs: int) -> float:
         """Returns the seconds of runs from their first to their last step."""
-        return math.ceil(num_runs / self.slots) * self._train(0, self.arms[0].corners[0].num_steps)
+        return math.ceil(num_runs / self.slots) * self._train(0, self.arms[0].corner_configs[0].num_steps)
 
     def estimate_confirm(self, num_runs: int) -> float:
         """Returns the seconds of confirm runs, each of which is scored on test data."""
         return self.estimate_runs(num_runs) + num_runs * self.test_ratio * self.evaluation_s / self.slots
 
     def _train(self, start: int, stop: int) -> float:
-        every = self.arms[0].corners[0].trainer.eval_every_steps
+        every = self.arms[0].corner_configs[0].trainer.eval_every_steps
         num_evaluations = math.ceil(stop / every) - start // every if stop else 1
         return self.loading_s + (stop - start) * self.step_s + num_evaluations * self.evaluation_s
 
@@ -103,7 +103,7 @@ class Part(NamedTuple):
 
 def list_parts(arm: Arm) -> list[Part]:
     """Returns the parts of an arm's search if the stopping rule prunes all that its bounds allow."""
-    rule, config, trials = build_rule(arm), arm.corners[0], arm.trials
+    rule, config, trials = build_rule(arm), arm.corner_configs[0], arm.trials
     steps, every = config.num_steps, config.trainer.eval_every_steps
     if isinstance(arm.sweep_config.pruner, Component) and every < steps:
         # a pruner of another package may prune at any evaluation
@@ -234,7 +234,7 @@ def render_plan(definition: Definition, groups: Sequence[GroupPlan]) -> Renderab
     confirm_runs = count_confirm_runs(definition)
     group_of = {arm.name: group for group in groups for arm in group.arms}
     for arm in definition.arms:
-        group, runs, config = group_of[arm.name], arm.trials + confirm_runs[arm.name], arm.corners[0]
+        group, runs, config = group_of[arm.name], arm.trials + confirm_runs[arm.name], arm.corner_configs[0]
         search, confirm = _estimate(group, confirm_runs)
         share = runs / sum(each.trials + confirm_runs[each.name] for each in group.arms)
         table.add_row(
@@ -251,7 +251,7 @@ def render_plan(definition: Definition, groups: Sequence[GroupPlan]) -> Renderab
     return Group(table, *(Text(f"• {note}") for note in _list_notes(definition, groups)))
 
 
-def _estimate(group: GroupPlan, confirm_runs: dict[str, int]) -> tuple[Seconds, float]:
+def _estimate(group: GroupPlan, confirm_runs: dict[str, int]) -> tuple[TimeRange, float]:
     """Returns the time of a group's search, and the seconds of its confirm runs."""
     return group.estimate_search(), group.estimate_confirm(sum(confirm_runs[arm.name] for arm in group.arms))
 
@@ -278,6 +278,6 @@ def _list_notes(definition: Definition, groups: Sequence[GroupPlan]) -> Iterator
         f"({', '.join(parts)}). The lower end prunes all that the stopping rule allows; the upper end prunes "
         f"nothing.{shared}"
     )
-    data = [arm.corners[0].data for arm in definition.arms]
+    data = [arm.corner_configs[0].data for arm in definition.arms]
     if any(isinstance(each, ChatConfig) and each.generate for each in data):
         yield "The time to generate answers (`data.generate`) is not measured."

@@ -44,7 +44,7 @@ def build_arm(space=SPACE, *, trials=12, seed=0):
 
 def make(arm, params, *, is_partial=False, value=None):
     value = cost(params) if value is None else value
-    half = arm.corners[0].num_steps // 2
+    half = arm.corner_configs[0].num_steps // 2
     values = {half: value + PROGRESS}
     return (
         make_trial(params, state="pruned", values=values)

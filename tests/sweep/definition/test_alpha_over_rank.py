@@ -41,7 +41,7 @@ def test_choices_of_the_multiplier_are_searched_under_its_own_key(lora):
 def test_a_range_of_the_multiplier_is_searched(lora):
     arm = lora({}, {**RANKS, "method.alpha": {"over_rank": {"low": 0.5, "high": 8, "log": True}}})
     assert arm.space[ALPHA_OVER_RANK] == FloatDistribution(0.5, 8, log=True)
-    assert {config.method.alpha / config.method.rank for config in arm.corners} == {0.5, 8}
+    assert {config.method.alpha / config.method.rank for config in arm.corner_configs} == {0.5, 8}
 
 
 def test_the_key_of_the_multiplier_can_be_typed_as_it_is_recorded(lora):

@@ -42,7 +42,7 @@ def test_an_arm_composes_its_trials(read, content):
 
 
 def test_corners_are_both_ends_of_each_range_and_all_upper_ends(read, content):
-    corners = [(c.method.rank, c.optim.lr) for c in arms_of(read(content))["lora"].corners]
+    corners = [(c.method.rank, c.optim.lr) for c in arms_of(read(content))["lora"].corner_configs]
     assert corners == [(1, 1e-3), (2, 1e-3), (4, 1e-3), (1, 1e-1), (4, 1e-1)]
 
 
@@ -130,14 +130,14 @@ def test_another_option_of_a_group_has_its_own_defaults(read, content, set_in_fi
     for settings in (content["settings"], content["arms"]["lora"]["settings"]):
         settings |= set_in_file
         lora = arms_of(read(content, word))["lora"]
-        assert getattr(lora.sweep_config if of_sweep else lora.corners[0], group) == of_conf
+        assert getattr(lora.sweep_config if of_sweep else lora.corner_configs[0], group) == of_conf
 
 
 def test_the_option_that_a_file_has_already_keeps_what_the_file_set(read, content):
     content["settings"] |= {"pruner": "halving", "pruner.reduction_factor": 3, "schedule.warmup_fraction": 0.5}
     lora = arms_of(read(content, "pruner=halving", "schedule=linear"))["lora"]
     assert lora.sweep_config.pruner.reduction_factor == 3
-    assert lora.corners[0].schedule.warmup_fraction == 0.5
+    assert lora.corner_configs[0].schedule.warmup_fraction == 0.5
 
 
 def test_arguments_of_an_optimizer_are_searched_as_other_settings(read, content):
@@ -156,9 +156,9 @@ def test_arguments_of_an_optimizer_are_searched_as_other_settings(read, content)
 def test_a_list_of_loggers_or_callbacks_is_no_choice_of_one(read, content):
     arms = arms_of(read(content, "logger=[tensorboard,csv]", "arms.lora.callbacks=[lr_monitor,device_stats]"))
     assert set(arms["lora"].space) == {"method.rank", "optim.lr"}
-    config = arms["lora"].corners[0]
+    config = arms["lora"].corner_configs[0]
     assert (list(config.logger), list(config.callbacks)) == (["tensorboard", "csv"], ["lr_monitor", "device_stats"])
-    assert list(arms["full"].corners[0].callbacks) == []
+    assert list(arms["full"].corner_configs[0].callbacks) == []
 
 
 def test_a_list_for_a_setting_that_is_always_a_list_is_its_value(read, content):
@@ -166,11 +166,12 @@ def test_a_list_for_a_setting_that_is_always_a_list_is_its_value(read, content):
         read(content, "method.exclude=[k_proj,o_proj]", "method.layers=[0,1]", "method.targets=[q_proj,v_proj]")
     )["lora"]
     assert set(lora.space) == {"method.rank", "optim.lr"}
-    assert lora.corners[0].method.targets == ("q_proj", "v_proj")
-    assert (lora.corners[0].method.exclude, lora.corners[0].method.layers) == (("k_proj", "o_proj"), (0, 1))
+    method = lora.corner_configs[0].method
+    assert method.targets == ("q_proj", "v_proj")
+    assert (method.exclude, method.layers) == (("k_proj", "o_proj"), (0, 1))
     content["settings"] = {"data": "table", "data.train": "topics.csv", "model": "tiny", "model.kind": "classifier"}
     arms = arms_of(read(content, "data.columns=[label,title,text]"))
-    assert {arm.corners[0].data.columns for arm in arms.values()} == {("label", "title", "text")}
+    assert {arm.corner_configs[0].data.columns for arm in arms.values()} == {("label", "title", "text")}
 
 
 def test_a_list_of_the_sweep_itself_is_its_value(read, content):
@@ -190,22 +191,22 @@ def test_a_whole_argument_without_a_value_in_the_file_is_searched_in_whole_steps
 def test_another_class_on_the_command_line_drops_what_the_file_set_for_the_first_but_our_settings(read, content):
     content["settings"] |= {"optim": "sgd", "optim.momentum": 0.5, "optim.lr": 0.2}
     lora = arms_of(read(content, "optim._target_=torch.optim.RMSprop", "optim.alpha=0.9"))["lora"]
-    config = lora.corners[0]
+    config = lora.corner_configs[0]
     assert (config.optim.target, dict(config.optim.arguments)) == ("torch.optim.RMSprop", {"alpha": 0.9})
     assert config.optim.lr == 0.2 or "optim.lr" in lora.space
 
 
 def test_a_name_on_the_command_line_drops_the_class_of_the_file(read, content):
     content["settings"] |= {"optim._target_": "torch.optim.RMSprop", "optim.alpha": 0.9}
-    assert arms_of(read(content, "optim=adamw"))["lora"].corners[0].optim.name == "adamw"
+    assert arms_of(read(content, "optim=adamw"))["lora"].corner_configs[0].optim.name == "adamw"
 
 
 def test_a_swept_group_leaves_its_settings_alone(read, content):
     content["settings"]["schedule.warmup_fraction"] = 0.5
     lora = arms_of(read(content, "arms.lora.schedule=choice(linear,cosine)"))["lora"]
     assert lora.space["schedule"] == CategoricalDistribution(["linear", "cosine"])
-    assert {config.schedule.name for config in lora.corners} == {"linear", "cosine"}
-    assert {config.schedule.warmup_fraction for config in lora.corners} == {0.5}
+    assert {config.schedule.name for config in lora.corner_configs} == {"linear", "cosine"}
+    assert {config.schedule.warmup_fraction for config in lora.corner_configs} == {0.5}
 
 
 def test_a_grid_takes_as_many_trials_as_it_has_combinations(read, content):
@@ -240,14 +241,14 @@ def test_paths_of_files_are_kept_absolute_so_that_a_sweep_goes_on_from_anywhere(
 )
 def test_a_mapping_by_layer_is_a_value_and_no_range(read, content, override):
     lora = arms_of(read(content, override))["lora"]
-    assert lora.corners[0].method.rank_pattern == {"down_proj": 2}
+    assert lora.corner_configs[0].method.rank_pattern == {"down_proj": 2}
     assert not any(key.startswith("method.rank_pattern") for key in lora.space)
 
 
 def test_an_entry_of_a_mapping_by_layer_can_be_swept(read, content):
     lora = arms_of(read(content, "method.rank_pattern.down_proj=2,4"))["lora"]
-    assert [corner.method.rank_pattern["down_proj"] for corner in lora.corners[:1]] == [2]
-    assert {corner.method.rank_pattern["down_proj"] for corner in lora.corners} == {2, 4}
+    assert [corner.method.rank_pattern["down_proj"] for corner in lora.corner_configs[:1]] == [2]
+    assert {corner.method.rank_pattern["down_proj"] for corner in lora.corner_configs} == {2, 4}
 
 
 def test_an_arm_can_be_typed(read, content):

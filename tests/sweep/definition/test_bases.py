@@ -10,7 +10,7 @@ from lorasweep.sweep.definition.packing import explain_bases, explain_packing, p
 
 
 def quantizations(definition):
-    return {arm.name: {config.model.quantization for config in arm.corners} for arm in definition.arms}
+    return {arm.name: {config.model.quantization for config in arm.corner_configs} for arm in definition.arms}
 
 
 def test_arms_that_train_weights_of_the_base_have_it_unquantised(write_file, content):

@@ -95,8 +95,8 @@ def test_an_adapter_of_peft_trains_alone_and_its_keys_are_swept(write_file, cont
     definition = read_definition(write_file(content), ["method.config.d_initial=0.2", "worker.pack_size=auto"])
     arm = next(arm for arm in definition.arms if arm.name == "lora")
     whole = {"peft_type": "VERA", "target_modules": ["q_proj"], "d_initial": 0.2}
-    assert {config.method.config["r"] for config in arm.corners} == {8, 16}
-    assert all(config.method.config == {**whole, "r": config.method.config["r"]} for config in arm.corners)
+    assert {config.method.config["r"] for config in arm.corner_configs} == {8, 16}
+    assert all(config.method.config == {**whole, "r": config.method.config["r"]} for config in arm.corner_configs)
     (note,) = explain_solo_arms(definition)
     assert note.startswith("`lora`: its trials run alone. `method=peft` trains one adapter at a time through PEFT")
     reason = "`method=peft` trains one adapter at a time through PEFT; only `method=lora` shares packs."

@@ -159,7 +159,7 @@ def _draw_chart(chart: ScoreChart, data: SweepData) -> go.Figure:
     return figure
 
 
-def draw_tested(data: SweepData) -> Panel:
+def draw_tested_quantities(data: SweepData) -> Panel:
     """Returns a figure for each kind of question: the tested quantities with their intervals, and the margin."""
     title, figures = "Tested quantities", []
     for name in get_args(QuestionName):

@@ -32,7 +32,7 @@ WARNING_ATTRIBUTE = "lorasweep:warning"
 """User attribute of a study: the sentence of `ArmTrials.warning`."""
 MIN_TRIALS_TO_WARN = 4
 """Number of trials that must reach the first rung before a warning says that most of them have learned nothing."""
-TOLD_STATES: dict[TrialState, OptunaState] = {
+OPTUNA_END_STATES: dict[TrialState, OptunaState] = {
     "complete": OptunaState.COMPLETE,
     "failed": OptunaState.FAIL,
     "pruned": OptunaState.PRUNED,
@@ -325,7 +325,7 @@ class ArmTrials:
         if trial.state == "infeasible":
             optuna.trial.Trial(self.study, self._find_id(trial)).set_constraint("memory", 1.0)
         value = trial.value if trial.state == "complete" else None
-        self.study.tell(trial.number, value, state=TOLD_STATES[trial.state])
+        self.study.tell(trial.number, value, state=OPTUNA_END_STATES[trial.state])
 
     def _write(self, trial: Trial, **changes: Any) -> None:
         """Changes fields of a trial: first in the journal, all with one write."""

@@ -20,7 +20,7 @@ from lorasweep.sweep.definition.arms import Arm
 MAX_HISTORY_TRIALS = 200
 """Number of results that a model sees. The cost of a Gaussian process grows with the cube of this number: at 200 a
 proposal takes about 0.5 s (TPE: 0.04 s), at 500 about 3 s."""
-SHOWN_STATES: Mapping[TrialState, OptunaState] = {
+OPTUNA_SHOWN_STATES: Mapping[TrialState, OptunaState] = {
     "complete": OptunaState.COMPLETE,
     "paused": OptunaState.PRUNED,  # a sampler reads a pruned trial as a result of fewer steps
     "pruned": OptunaState.PRUNED,
@@ -100,7 +100,7 @@ class History:
         fields: dict[str, Any] = {
             "number": trial.number,
             "trial_id": trial.number,
-            "state": SHOWN_STATES[trial.state],
+            "state": OPTUNA_SHOWN_STATES[trial.state],
             "value": trial.value if trial.state == "complete" else None,
             "datetime_start": None,
             "datetime_complete": None,

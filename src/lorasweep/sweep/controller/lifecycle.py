@@ -225,7 +225,7 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None, file: 
 
 
 def build_arm_row(arm: Arm) -> ArmRow:
-    config = arm.corners[0]
+    config = arm.corner_configs[0]
     return ArmRow(
         name=arm.name,
         method=config.method.name,

@@ -140,7 +140,7 @@ def _list_costs(results: Sequence[Trial], direction: Direction) -> list[float]:
 def _list_done(results: Sequence[Trial], arm: Arm) -> list[float]:
     """Returns the fraction of its steps that each trial has done."""
     steps = [math.inf if trial.state == "complete" else trial.step for trial in results]
-    return [min(step / max(arm.corners[0].num_steps, 1), 1.0) for step in steps]
+    return [min(step / max(arm.corner_configs[0].num_steps, 1), 1.0) for step in steps]
 
 
 def _list_points(encoding: SpaceEncoding, key: str, value: int, *, seed: int) -> list[Point]:

@@ -72,7 +72,7 @@ def build_rule(arm: Arm) -> StoppingRule:
     Raises:
         ConfigError: The pruner can't be built.
     """
-    pruner, config = arm.sweep_config.pruner, arm.corners[0]
+    pruner, config = arm.sweep_config.pruner, arm.corner_configs[0]
     if not config.num_steps:
         return StoppingRule()
     every, max_steps = config.trainer.eval_every_steps, config.trainer.max_steps

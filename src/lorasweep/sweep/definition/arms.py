@@ -28,7 +28,7 @@ from lorasweep.config.compose import (
     is_hydra_override,
     layer_settings,
 )
-from lorasweep.config.method import spread_multiplier
+from lorasweep.config.method import flatten_alpha_over_rank
 from lorasweep.config.ranges import is_number
 from lorasweep.config.run import METHODS_ON_QUANTISED_BASE, RunConfig
 from lorasweep.config.sweep import SweepConfig
@@ -87,7 +87,7 @@ class Arm:
             return compose_run({**self.settings, **params, "trainer.progress": False})
 
     @cached_property
-    def corners(self) -> tuple[RunConfig, ...]:
+    def corner_configs(self) -> tuple[RunConfig, ...]:
         """Settings of runs at the ends of the swept ranges. The choices of a list are its ends.
 
         The first run has every key at its first end. The next runs each move one key to another of its ends. The last
@@ -178,7 +178,7 @@ def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Defini
             "a value, or an option such as `logger=none`."
         )
     content, overrides = _add_command_line_arms(raw["file"], raw["overrides"])
-    file, overrides = parse_file(content), spread_multiplier(overrides)
+    file, overrides = parse_file(content), flatten_alpha_over_rank(overrides)
     for_sweep = {key: value for key, value in overrides.items() if key.split(".")[0] in SWEEP_GROUPS}
     for_runs = {key: value for key, value in overrides.items() if key not in for_sweep}
     sweep_config = compose_sweep(_select(layer_settings(file.settings, for_sweep), of_sweep=True))
@@ -191,7 +191,7 @@ def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Defini
     for key in for_runs:
         if key not in used_keys:
             names = ", ".join(arm.name for arm in arms)
-            known = {f"method.{f.name}" for arm in arms for f in fields(arm.corners[0].method)}
+            known = {f"method.{f.name}" for arm in arms for f in fields(arm.corner_configs[0].method)}
             raise ConfigError(
                 f"`{key}` must be a setting of at least one arm ({names}), but is not.{nearest(key, known)} "
                 "Write `arms.ARM.KEY=VALUE` for one arm only."
@@ -313,7 +313,7 @@ def _build_arm(name: str, config: ArmConfig, file: SweepFile, overrides: Mapping
         sweep_config=sweep_config,
         confirm_each=_check_confirm_each(confirm_each, space, arm=name),
     )
-    _ = built.corners  # composes runs at the ends of all ranges, so that a wrong value raises before the first trial
+    _ = built.corner_configs  # composes runs at the ends of all ranges, so that a wrong value raises now
     _check_grid(built)
     return built
 
@@ -406,7 +406,7 @@ def _is_whole(key: str, range_: Any, values: Any) -> bool:
         if not isinstance(values, Mapping):  # `method.alpha.over_rank` is composed to α
             break
         if name not in values:
-            # an argument with a default in its class; a key that is no setting raises when `corners` are composed
+            # an argument with a default in its class; an unknown key raises when `corner_configs` are composed
             return isinstance(range_, Mapping) and all(isinstance(bound, int) for bound in range_.values())
         values = values[name]
     return isinstance(values, int) and not isinstance(values, bool)

@@ -17,7 +17,7 @@ def describe_definition(definition: Definition) -> str:
     """
     described = OmegaConf.create({"name": definition.name, **as_settings(definition.sweep_config), "arms": {}})
     for arm in definition.arms:
-        settings = OmegaConf.create(as_settings(arm.corners[0]))
+        settings = OmegaConf.create(as_settings(arm.corner_configs[0]))
         multiplier = {key: value for key, value in arm.settings.items() if key == ALPHA_OVER_RANK}
         for key, value in {**multiplier, **describe_space(arm.space)}.items():
             OmegaConf.update(settings, key, value, merge=False)

@@ -121,7 +121,7 @@ def _list_differences(old: Arm, new: Arm) -> Iterator[tuple[str, Any, Any]]:
     pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]] = (
         (_describe_values(old, swept), _describe_values(new, swept)),
         (_list_sweep_settings(old), _list_sweep_settings(new)),
-        *zip(map(_list_run_settings, old.corners), map(_list_run_settings, new.corners), strict=False),
+        *zip(map(_list_run_settings, old.corner_configs), map(_list_run_settings, new.corner_configs), strict=False),
     )
     for before, after in pairs:
         for key in dict.fromkeys([*before, *after]):
@@ -131,7 +131,7 @@ def _list_differences(old: Arm, new: Arm) -> Iterator[tuple[str, Any, Any]]:
 
 def _describe_values(arm: Arm, keys: Iterable[str]) -> dict[str, Any]:
     """Returns for each key its range in the arm's space, or else its value."""
-    values = {**_list_run_settings(arm.corners[0]), **describe_space(arm.space)}
+    values = {**_list_run_settings(arm.corner_configs[0]), **describe_space(arm.space)}
     return {key: values.get(key, MISSING) for key in keys}
 
 

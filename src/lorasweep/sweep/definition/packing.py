@@ -107,7 +107,7 @@ def rank_arms_by_duration(definition: Definition) -> dict[str, int]:
 
     def sort_key(arm: Arm) -> tuple[bool, float]:
         is_packed = plans[arm.name].key is not None and arm.sweep_config.worker.pack_size != 1
-        return not is_packed, -max(map(_count_passes, arm.corners))
+        return not is_packed, -max(map(_count_passes, arm.corner_configs))
 
     return {arm.name: place for place, arm in enumerate(sorted(definition.arms, key=sort_key))}
 
@@ -158,7 +158,7 @@ def explain_bases(definition: Definition) -> list[str]:
     """Returns a note on the bases of all arms; none if no arm has a quantised base."""
     by_kind: dict[str, list[Arm]] = {}
     for arm in definition.arms:
-        for kind in dict.fromkeys(config.model.quantization for config in arm.corners):
+        for kind in dict.fromkeys(config.model.quantization for config in arm.corner_configs):
             by_kind.setdefault(kind, []).append(arm)
     unquantised = by_kind.pop("none", [])
     if not by_kind:
@@ -167,7 +167,7 @@ def explain_bases(definition: Definition) -> list[str]:
     if unquantised:
         parts.append(f"{quote_names([arm.name for arm in unquantised])}: the unquantised base")
     note = f"`model.quantization` decides the base of each arm. {'; '.join(parts)}."
-    if trained := [arm for arm in unquantised if arm.corners[0].method.name not in METHODS_ON_QUANTISED_BASE]:
+    if trained := [arm for arm in unquantised if arm.corner_configs[0].method.name not in METHODS_ON_QUANTISED_BASE]:
         verb = "train" if len(trained) > 1 else "trains"
         names = quote_names([arm.name for arm in trained])
         note += f" {names} {verb} weights of the base, which is not possible in few bits."
@@ -191,12 +191,12 @@ def _list_differences(first: RunConfig, second: RunConfig) -> list[str]:
 
 
 def _plan_arm(arm: Arm) -> ArmPacking:
-    config = arm.corners[0]
+    config = arm.corner_configs[0]
     obstacles = _list_obstacles(arm)
     return ArmPacking(
         key=None if obstacles else (config.model, config.data, config.trainer),
         reason=" ".join(obstacles),
-        largest=max(arm.corners, key=lambda config: getattr(config.method, "rank", 0)),
+        largest=max(arm.corner_configs, key=lambda config: getattr(config.method, "rank", 0)),
     )
 
 
@@ -208,7 +208,7 @@ def _list_obstacles(arm: Arm) -> list[str]:
         for key in arm.space
         if key.split(".")[0] not in SLOT_GROUPS
     ]
-    for config in arm.corners:
+    for config in arm.corner_configs:
         obstacles += _list_run_obstacles(config)
     return list(dict.fromkeys(obstacles))
 

@@ -24,12 +24,12 @@ def list_questions(definition: Definition) -> list[Question]:
     Raises:
         ConfigError: `confirm.pairs` names an arm that the sweep does not have.
     """
-    trained = [arm for arm in definition.arms if arm.corners[0].method.name != "frozen"]
-    full = next((arm for arm in trained if arm.corners[0].method.name == "full"), None)
+    trained = [arm for arm in definition.arms if arm.corner_configs[0].method.name != "frozen"]
+    full = next((arm for arm in trained if arm.corner_configs[0].method.name == "full"), None)
     pairs = definition.sweep_config.confirm.pairs
     questions = []
     if full is not None:
-        others = [arm for arm in trained if arm.corners[0].method.name != "full"]
+        others = [arm for arm in trained if arm.corner_configs[0].method.name != "full"]
         questions += [_compare(arm, name="as_good_as_full", reference=full.name) for arm in others]
     elif not pairs:
         questions += [_compare(arm, name="pair", reference=_name_largest(trained[0])) for arm in trained[1:]]

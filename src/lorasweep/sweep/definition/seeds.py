@@ -27,7 +27,7 @@ def draw_confirm_seeds(definition: Definition) -> list[int]:
         ConfigError: The search may use so many seeds that too few are left.
     """
     count = max(definition.sweep_config.confirm.list_looks(), default=0)
-    configs = [arm.corners[0] for arm in definition.arms] if count else []
+    configs = [arm.corner_configs[0] for arm in definition.arms] if count else []
     fixed = {seed for config in configs for seed in (config.seed, *astuple(config.seeds))}
     ranges = [arm.space[name] for arm in definition.arms for name in SEED_KEYS if name in arm.space]
     # crc32 is the same in every process, unlike Python's hash of a text
@@ -45,7 +45,7 @@ def draw_confirm_seeds(definition: Definition) -> list[int]:
 
 def has_fixed_score(arm: Arm) -> bool:
     """Returns whether the seed makes no difference to an arm: the frozen base, unless a classifier's head is new."""
-    config = arm.corners[0]
+    config = arm.corner_configs[0]
     return config.method.name == "frozen" and config.model.kind != "classifier"
 
 

@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from lorasweep.config.build import Positive, Settings, build
 from lorasweep.config.compose import packaged_folder
-from lorasweep.config.method import spread_multiplier
+from lorasweep.config.method import flatten_alpha_over_rank
 from lorasweep.errors import ConfigError
 from lorasweep.wording import nearest
 
@@ -107,9 +107,9 @@ def parse_file(content: Any) -> SweepFile:
     file = build(SweepFile, content)
     return replace(
         file,
-        settings=spread_multiplier(file.settings),
+        settings=flatten_alpha_over_rank(file.settings),
         arms={
-            name: replace(arm, settings=spread_multiplier(arm.settings), space=spread_multiplier(arm.space))
+            name: replace(arm, settings=flatten_alpha_over_rank(arm.settings), space=flatten_alpha_over_rank(arm.space))
             for name, arm in file.arms.items()
         },
     )

@@ -20,7 +20,7 @@ from lorasweep.wording import join_words
 
 def find_warnings(definition: Definition) -> list[str]:
     # the frozen base has neither a budget nor a learning rate to compare
-    trained = [arm for arm in definition.arms if max(map(count_tokens, arm.corners))]
+    trained = [arm for arm in definition.arms if max(map(count_tokens, arm.corner_configs))]
     warnings = [
         *_warn_of_budgets(trained),
         *_warn_of_learning_rates(trained),
@@ -33,7 +33,7 @@ def find_warnings(definition: Definition) -> list[str]:
         )
     confirm = definition.sweep_config.confirm
     warnings += warn_of_few_seeds(max(confirm.list_looks(), default=0))
-    methods = {config.method.name for arm in definition.arms for config in arm.corners}
+    methods = {config.method.name for arm in definition.arms for config in arm.corner_configs}
     missing = [f"`method={name}`" for name in ("full", "frozen") if name not in methods]
     has_questions = len(definition.arms) > 1 or any(arm.confirm_each for arm in definition.arms)
     if confirm.seeds and has_questions and missing and parse_margin(confirm.margin).is_share_of_gain:
@@ -51,13 +51,13 @@ def count_tokens(config: RunConfig) -> int:
 
 
 def _has_no_rung(arm: Arm) -> bool:
-    trainer = arm.corners[0].trainer
+    trainer = arm.corner_configs[0].trainer
     return isinstance(arm.sweep_config.pruner, HalvingPruner) and trainer.eval_every_steps >= trainer.max_steps
 
 
 def _warn_of_budgets(arms: Sequence[Arm]) -> Iterator[str]:
     trials = {arm.name: arm.trials for arm in arms}
-    tokens = {arm.name: max(map(count_tokens, arm.corners)) for arm in arms}
+    tokens = {arm.name: max(map(count_tokens, arm.corner_configs)) for arm in arms}
     if len(set(trials.values())) > 1:
         yield (
             f"Arms have unequal numbers of trials ({_format_by_arm(trials)}): an arm with more trials has more "
@@ -85,7 +85,7 @@ def _warn_of_alpha(arm: Arm) -> Iterator[str]:
     # where the rate is searched, it makes up for α: see the rate law
     if {ALPHA, ALPHA_OVER_RANK, LR} & {*arm.space} or ALPHA_OVER_RANK in arm.settings:
         return
-    methods = [config.method for config in arm.corners if isinstance(config.method, LoraConfig)]
+    methods = [config.method for config in arm.corner_configs if isinstance(config.method, LoraConfig)]
     scaled = [method for method in methods if method.scaling == "alpha_over_rank"]
     ranks, alphas = {method.rank for method in scaled}, {method.alpha for method in scaled}
     if len(ranks) < 2 or len(alphas) != 1:

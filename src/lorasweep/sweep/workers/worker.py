@@ -228,7 +228,7 @@ class Worker:
         """
         names = {other.name for other in list_pack_arms(self.definition, arm)}
         counts = self.controller.count_stage_runs()
-        others = [arm for arm in self.definition.arms if arm.name not in names and arm.corners[0].num_steps]
+        others = [arm for arm in self.definition.arms if arm.name not in names and arm.corner_configs[0].num_steps]
         if any(counts[other.name] for other in others):
             return slots
         return min(slots, math.ceil(sum(count for name, count in counts.items() if name in names) / self.num_workers))
