@@ -104,7 +104,7 @@ def convert_to_peft(config: LoraConfig) -> dict[str, Any]:
     """Returns the arguments of `peft.LoraConfig` for these settings.
 
     Raises:
-        ConfigError: PEFT has no such setting; it is named.
+        ConfigError: PEFT lacks one of these settings. The message names it.
     """
     targets = config.targets if isinstance(config.targets, str) else _join_patterns(config.targets, key="targets")
     if config.layers and isinstance(targets, str):

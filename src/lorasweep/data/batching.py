@@ -22,12 +22,13 @@ from lorasweep.data.split import Batch, Split
 MAX_MICRO_BATCHES = 16
 """Maximum number of micro-batches per step that `trainer.accumulate=auto` considers."""
 SAMPLED_STEPS = 100
-"""Number of steps whose batches are drawn to estimate the typical lengths in a batch, unless they are large."""
+"""Number of steps whose batches are drawn to estimate the typical lengths in a batch. Large batches are drawn for fewer
+steps (`MAX_SAMPLED_EXAMPLES`)."""
 MAX_SAMPLED_EXAMPLES = 100_000
-"""Maximum number of examples in these batches. Drawing them takes 0.1 s."""
+"""Maximum number of examples in all these batches together. Drawing them takes 0.1 s."""
 MAX_CUTS = 128
-"""Number of places in a large batch at which it may be cut into micro-batches: the time of the search grows with
-its square. More than half as many micro-batches get equal sizes."""
+"""Number of places at which a large batch may be cut into micro-batches. The time of the search grows with its square.
+With more than `MAX_CUTS / 2` micro-batches, all get equal sizes without a search."""
 BYTES_PER_POSITION = 16
 """Bytes of a token position in a batch: an int64 token and an int64 target."""
 BYTES_PER_DRAWN_EXAMPLE = 100

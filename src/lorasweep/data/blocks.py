@@ -107,7 +107,7 @@ def choose_evenly(counts: Sequence[int], *, limit: int) -> list[int]:
         counts: The number of blocks of each document, in the order of the blocks.
         limit: Number of blocks to choose, less than the sum of `counts`.
     """
-    # raise all shares block by block; a document that has no more blocks stays behind
+    # Each round gives every document one block more, as long as it has one.
     shares, share = [0] * len(counts), 0
     while sum(shares) < limit:
         share += 1

@@ -231,7 +231,7 @@ def _count_parameters(layer: nn.Module, target: Target) -> int:
 def _explain_no_match(pattern: str, model: nn.Module, *, is_text: bool) -> str:
     """Returns the error message for a pattern that matches no layer that can be adapted.
 
-    `is_text` says whether `targets` is this one text, which is a regular expression for whole names.
+    `is_text` is True if `targets` is a single text, which is a regular expression for whole names, and not a list.
     """
     requirement = "`method.targets` must match layers that can be adapted"
     if pattern == ALL_LINEAR_PATTERN:

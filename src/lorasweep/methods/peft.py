@@ -1,4 +1,4 @@
-"""`peft`: trains any adapter of the package PEFT that replaces layers: VeRA, AdaLoRA, IA³, LoRA's other initial values.
+"""`peft`: trains adapters of PEFT that replace layers: VeRA, AdaLoRA, IA³, LoRA with other initial values.
 
 PEFT checks the settings and makes, saves, loads and merges the adapter. The checks here refuse settings that PEFT
 accepts, but a run would not follow: adapters that change the model's inputs or the base, and settings that need calls
@@ -198,8 +198,8 @@ class PeftMethod(Method):
             allocator.set_total_step(max_steps)
         if config.tinit >= config.total_step - config.tfinal:
             raise ConfigError(
-                f"`method.config.tinit + method.config.tfinal < {config.total_step}` must hold, the number of steps, "
-                f"but got {config.tinit} and {config.tfinal}."
+                f"`method.config.tinit + method.config.tfinal < {config.total_step}` must hold, because the run has "
+                f"{config.total_step} steps, but got {config.tinit} and {config.tfinal}."
             )
         _move_averages(allocator, model)
         wrapper.base_model.update_and_allocate(step)
@@ -216,7 +216,9 @@ class PeftMethod(Method):
         if allocator is None or not state:
             return
         allocator.exp_avg_ipt, allocator.exp_avg_unc = dict(state["exp_avg_ipt"]), dict(state["exp_avg_unc"])
-        allocator.ipt = dict(allocator.exp_avg_ipt)  # only its names count: each step computes the values again
+        allocator.ipt = dict(
+            allocator.exp_avg_ipt
+        )  # AdaLoRA needs only the names in it: each step computes the values again
         get_wrapper(model).peft_config[ADAPTER].rank_pattern = state["rank_pattern"]
 
 
@@ -271,22 +273,22 @@ def build_peft_config(settings: Mapping[str, Any], model: nn.Module, *, new_head
 
 def _check_config(config: Any, model: nn.Module) -> None:
     """Raises a ConfigError if PEFT accepts a configuration, but a run can't do what it asks for."""
-    kind, start = config.peft_type.value, getattr(config, INIT, True)
+    kind, init = config.peft_type.value, getattr(config, INIT, True)
     for field in fields(config):
         value = getattr(config, field.name)
         if field.name in REFUSED_KEYS and value not in (field.default, None, False):
             raise ConfigError(f"`method.config.{field.name}` must be left out, because no run can do it: {value!r}.")
-    if start not in INITIALISATIONS:
+    if init not in INITIALISATIONS:
         raise ConfigError(
-            f"`method.config.{INIT}` must be one of {', '.join(map(str, INITIALISATIONS))}, but got {start!r}."
-            f"{nearest(str(start), [name for name in INITIALISATIONS if isinstance(name, str)])}"
+            f"`method.config.{INIT}` must be one of {', '.join(map(str, INITIALISATIONS))}, but got {init!r}."
+            f"{nearest(str(init), [name for name in INITIALISATIONS if isinstance(name, str)])}"
         )
     if any(is_quantised(layer) for layer in find_adaptable_layers(model).values()) and (
-        kind not in TYPES_ON_QUANTISED_BASE or getattr(config, "use_dora", False) or start not in INITS_KEEPING_BASE
+        kind not in TYPES_ON_QUANTISED_BASE or getattr(config, "use_dora", False) or init not in INITS_KEEPING_BASE
     ):
         raise ConfigError(
-            f"`method.config` must not compute with the weights of a quantised base, but {kind} does so, or its "
-            f"`use_dora` or `{INIT}`. Use one of {', '.join(TYPES_ON_QUANTISED_BASE)} with the defaults of both."
+            f"`method.config` must not compute with the weights of a quantised base, but {kind}, `use_dora` or "
+            f"`{INIT}` does so. Use one of {', '.join(TYPES_ON_QUANTISED_BASE)} with the defaults of both."
         )
 
 
@@ -307,7 +309,7 @@ def add_adapter(
     peft, kind = import_peft(needed_by="method=peft"), peft_config.peft_type.value
     shared = {id(parameter) for parameter in model.parameters()}
     if getattr(peft_config, INIT, True) not in INITS_KEEPING_BASE:
-        # such a start writes into the base's weights, which other runs share, and tied ones would change together
+        # These initial values change the base's weights, which other runs share. Tied weights would change together.
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))

@@ -26,8 +26,8 @@ CORRELATIONS = {
     "spearman": "spearman",
 }
 """For each metric, the correlation of predictions and labels that is 0 on average if the predictions know nothing."""
-LEVEL = 0.05
-"""The chance that guesses are taken for knowledge, over all evaluations of a sweep."""
+LUCK_LEVEL = 0.05
+"""Significance level: the chance that guesses count as learned, over all evaluations of a sweep."""
 
 Rating = Literal["not better", "luck", "better", "beyond luck"]
 """Result of comparing a trial's best score with the answer's score. `better` is used for a metric without a test
@@ -63,8 +63,8 @@ class UntrainedAnswer:
             return None
         return chance_of_correlation(correlation, num_examples=self.num_examples)
 
-    def rate(self, trial: Trial, *, level: float) -> Rating:
-        """Returns the rating of a trial; `level` is the chance at which a correlation is no luck."""
+    def rate_trial(self, trial: Trial, *, level: float) -> Rating:
+        """Returns the rating of a trial; `level` is the chance below which a correlation does not count as luck."""
         if self.measure_gain(trial) <= 0:
             return "not better"
         chance = self.find_chance(trial)
@@ -115,8 +115,8 @@ def judge_learning(data: SweepData) -> Learning:
         return Learning()
     trials = [trial for found in scored.values() for trial in found]
     num_evaluations = sum(max(len(trial.curve), 1) for trial in trials)
-    level = LEVEL / num_evaluations  # Bonferroni's correction: each evaluation may be the best one by luck
-    ratings = {name: {answer.rate(trial, level=level) for trial in found} for name, found in scored.items()}
+    level = LUCK_LEVEL / num_evaluations  # Bonferroni's correction: each evaluation may be the best one by luck
+    ratings = {name: {answer.rate_trial(trial, level=level) for trial in found} for name, found in scored.items()}
     subjects = [arm for arm in data.arms if arm.row.method != "frozen"]
     shown = {arm.name: _is_shown_on_test_data(arm.name, answer, data) for arm in subjects}
     shown_arms = {name: _join_shown([shown[arm.name] for arm in subjects if arm.arm == name]) for name in scored}

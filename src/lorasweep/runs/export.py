@@ -78,7 +78,7 @@ def export_run(
         run: The run's folder.
         format: `peft` writes the adapter; `merged` writes the whole model, with the adapter merged, and its tokenizer.
         out: A new or empty folder; unchanged after an error.
-        dtype: A key of `EXPORT_DTYPES` for the weights of a merged model. None: the type in which the run had the base.
+        dtype: A key of `EXPORT_DTYPES` for the weights of a merged model. None: the type of the base in the run.
         trust: Whether to run code or read a pickle that the run's settings name.
 
     Raises:

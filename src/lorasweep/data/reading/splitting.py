@@ -40,13 +40,13 @@ def build_source(
 
     Args:
         train: The whole training file.
-        read: Reads another split that is given.
+        read: Reads a split in `given` other than train.
         kind: Kind of the examples.
         given: Names of the splits that the settings name. The others are taken from the training examples.
         key: Content key of an example. Examples with the same key count as duplicates.
         describe: Returns notes for the user about the training and validation examples.
         label_names: Names of the classes.
-        shared: What examples with the same content key share, for notes.
+        shared: Name of the part that examples with the same content key share, for notes (`text`).
         max_examples: Maximum number of examples by split.
         split_off: Takes the missing splits from the training examples; None assigns examples by content key.
 

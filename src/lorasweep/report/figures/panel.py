@@ -19,7 +19,7 @@ from lorasweep.report.sweep_data import ArmData, SweepData
 from lorasweep.wording import format_metric, format_score, format_settings
 
 METHOD_COLOURS = {"frozen": "#868e96", "full": "#d9622b", "lora": "#3578c6"}
-"""Colours that hold on light and on dark paper."""
+"""Colours that are readable on a light and on a dark page."""
 OTHER_COLOURS = ("#159588", "#9a63c4", "#b8901f", "#c94f7c", "#5f9e3f", "#2fa3c4", "#a8714a", "#7a7fd0")
 RAMPS = (("#2fb5c4", "#7d3fc8"), ("#a3ad28", "#1c7a80"))
 """The first and the last colour of the values of an arm's key, smallest value first: one pair for each such arm."""
@@ -173,7 +173,7 @@ def find_score_range(data: SweepData, scores: Sequence[float]) -> Interval | Non
     The range starts at the best score, or at the score of full fine-tuning if it is better. It ends at the worst score
     or at the frozen base's score, whichever is worse, but at most a quarter of the gain beyond the frozen base's score.
     Without a frozen base, or if no score is better than the base's, it ends at the 90 % quantile (at the worst score if
-    there are fewer than 10). A margin is added at both ends, up to where the metric ends.
+    there are fewer than 10). A margin is added at both ends, but not beyond the limits of the metric.
     """
     if not scores:
         return None
@@ -190,7 +190,7 @@ def find_score_range(data: SweepData, scores: Sequence[float]) -> Interval | Non
 
 
 def pad_range(low: float, high: float, *, limits: Interval) -> Interval:
-    """Returns a range with a margin at both ends, which goes up to the limits."""
+    """Returns a range with a margin at both ends, but not beyond the limits."""
     pad = 0.06 * (high - low) or 0.05 * abs(low) or 1.0
     return max(low - pad, limits[0]), min(high + pad, limits[1])
 

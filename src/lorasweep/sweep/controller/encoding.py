@@ -70,7 +70,7 @@ class SpaceEncoding:
         return params
 
     def move_into_range(self, point: Point, fraction: float) -> Point:
-        """Returns the point. If the range of the learning rate excludes its u, takes that of the rate at `fraction`."""
+        """Returns the point if its learning rate is in range. Else u is that of the rate at `fraction` of the range."""
         if self._rates is None:
             return point
         factor = self._law.factor(self.decode(point))

@@ -91,8 +91,8 @@ def plan_packing(definition: Definition) -> dict[str, ArmPacking]:
         num_trials = sum(other.trials for other in packable if plans[other.name].key == plan.key)
         if plan.key is not None and size > num_trials:
             raise ConfigError(
-                f"`worker.pack_size <= {num_trials}` must hold, the number of trials that can share a pack with arm "
-                f"`{arm.name}`, but got {size!r}."
+                f"`worker.pack_size <= {num_trials}` must hold, because only {num_trials} trials can share a pack "
+                f"with arm `{arm.name}`, but got {size!r}."
             )
     return plans
 
