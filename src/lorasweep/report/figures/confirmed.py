@@ -129,8 +129,8 @@ def _build_chart(values: list[ArmData], others: list[ArmData], data: SweepData) 
 
 
 def _draw_chart(chart: ScoreChart, data: SweepData) -> go.Figure:
-    title = short_key(chart.values[0].key or "") if chart.values else "arm"
-    figure = build_figure(data, x_title=title, y_title=f"{format_metric(data.record.metric)}, test data")
+    key = short_key(chart.values[0].key or "") if chart.values else ""
+    figure = build_figure(data, x_title=" ", y_title=f"{format_metric(data.record.metric)}, test data")
     figure.update_xaxes(type="category", showgrid=False)
     figure.update_yaxes(range=chart.score_range)
     evidence, band = data.evidence, find_band(data)
@@ -139,7 +139,7 @@ def _draw_chart(chart: ScoreChart, data: SweepData) -> go.Figure:
     if band:
         figure.add_hrect(y0=band[0], y1=band[1], fillcolor=METHOD_COLOURS["full"], opacity=0.15, line_width=0)
     # with the key's name, a value differs from an arm of the same name
-    places = {arm.name: f"{title} {format_setting(arm.row.settings[arm.key])}" for arm in chart.values if arm.key}
+    places = {arm.name: f"{key} {format_setting(arm.row.settings[arm.key])}" for arm in chart.values if arm.key}
     places = {name: escape(place) for name, place in (places | {arm.name: arm.name for arm in chart.others}).items()}
     means = {name: one.mean for name in places if (one := evidence.subject(name))}
     rows = [places[arm.name] for arm in chart.values]
