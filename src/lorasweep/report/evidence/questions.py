@@ -118,9 +118,11 @@ def answer_questions(
         scores: The scores of the confirm stage so far.
         scale: The margin.
         looks: Numbers of seeds at the planned looks.
-        groups: The name of the groups of test examples, such as `documents`, for the answers' words.
+        groups: The name of the groups of test examples, such as `documents`, for the answers' words. It is not used if
+            each example is a group.
     """
     level = compute_level(questions, looks)
+    groups = groups if scores.num_groups < scores.num_examples else None
     return [
         answer
         for question in questions
