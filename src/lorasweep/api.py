@@ -224,11 +224,14 @@ def train_opened_sweep(opened: SweepFolder, inputs_cache: InputsCache, *, progre
     """Trains the remaining trials of an open sweep and closes it; writes the report if the sweep is complete."""
     folder = opened.path
     remedy = f"To resume type `lorasweep sweep --resume {folder}`"
-    with StopSignal(remedy) as stop, _report_progress(folder, progress):
-        is_complete = train_sweep(opened, inputs_cache, stop_requested=stop)
-    if is_complete:
-        write_report(folder)
-    return load_sweep(folder)
+    try:
+        with StopSignal(remedy) as stop, _report_progress(folder, progress):
+            is_complete = train_sweep(opened, inputs_cache, stop_requested=stop)
+        if is_complete:
+            write_report(folder)
+        return load_sweep(folder)
+    except KeyboardInterrupt:  # also after the stop signal's context has ended
+        raise KeyboardInterrupt(remedy) from None
 
 
 def train_config(

@@ -428,8 +428,12 @@ def _say_how_to_resume(result: SweepResult) -> int:
     asked = sum(arm.trials for arm in record.arms)
     ended = sum(row.state != "running" for row in record.confirm)
     also = f" and {ended} runs of the confirm stage" if record.confirm else ""
-    say_error(f"stopped with {done} of {asked} trials{also} done. To resume type:")
-    say(f"    lorasweep sweep --resume {result.folder}", file=sys.stderr)
+    remedy = f"lorasweep sweep --resume {result.folder}"
+    try:
+        say_error(f"stopped with {done} of {asked} trials{also} done. To resume type:")
+        say(f"    {remedy}", file=sys.stderr)
+    except KeyboardInterrupt:  # a further Ctrl-C
+        raise KeyboardInterrupt(f"To resume type `{remedy}`") from None
     return INTERRUPTED_EXIT_CODE
 
 
