@@ -1,4 +1,4 @@
-"""What a run, a trial and a sweep leave on disk: one class for each, read and written here only.
+"""Records on disk: one class each for a run, a trial and a sweep. No other package reads or writes these files.
 
 `run.json` is the record of a run and `steps.jsonl` the log of its steps. `sweep.json` is the record of a sweep with all
 of its trials.

@@ -75,7 +75,7 @@ class Trial:
     request: Count = 0
     """Number of the worker's request that was answered with this trial."""
     sampler_state: dict[str, Any] = field(default_factory=dict)
-    """What a sampler that is set by `_target_` stores with a trial, such as the generation of a genetic algorithm."""
+    """Values that a sampler set by `_target_` stores with a trial, such as the generation of a genetic algorithm."""
     record: RunRecord | None = field(default=None, init=False, repr=False, compare=False)
     """The run's record, once the report has read it; not part of `sweep.json`."""
 
