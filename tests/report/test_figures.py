@@ -8,12 +8,10 @@ from typing import Any
 
 import plotly.graph_objects as go
 import pytest
-from rich.console import Console
 
 from lorasweep.report.figures import panel as panels
-from lorasweep.report.figures.confirmed import draw_scores_by_value, draw_tested_quantities
+from lorasweep.report.figures.confirmed import draw_scores_by_value
 from lorasweep.report.figures.panel import choose_colours, pad_range, select_trials
-from lorasweep.report.figures.text import render_scores_by_value
 from lorasweep.report.figures.trials import draw_learning_curves, draw_score_by_lr
 from lorasweep.report.sweep_data import SweepData, load_sweep_data
 
@@ -44,17 +42,9 @@ def find_traces(figure: go.Figure, **marker: Any) -> list[Any]:
     return [trace for trace in figure.data if all(trace.marker[key] == value for key, value in marker.items())]
 
 
-def list_bars(figure: go.Figure, along: str = "y") -> list[tuple[float, float]]:
+def list_bars(figure: go.Figure) -> list[tuple[float, float]]:
     """Returns the ends of the bars of intervals, in the order of the figure."""
-    return [tuple(trace[along]) for trace in figure.data if trace.mode == "lines" and trace.line.width == 4]
-
-
-def render(data: SweepData) -> list[str]:
-    """Returns the lines of the figure as text in a terminal of 80 characters."""
-    console = Console(width=80)
-    with console.capture() as capture:
-        console.print(render_scores_by_value(data))
-    return capture.get().splitlines()
+    return [tuple(trace.y) for trace in figure.data if trace.mode == "lines" and trace.line.width == 4]
 
 
 def test_each_arm_keeps_one_colour_of_its_own(sweep: Path) -> None:
@@ -153,36 +143,6 @@ def test_nothing_confirmed_is_a_sentence(sweep: Path) -> None:
     panel = draw_scores_by_value(data)
     assert panel.figures == ()
     assert "Nothing was confirmed" in panel.text
-    assert draw_tested_quantities(data).figures == ()
-    assert render_scores_by_value(data) is None
-
-
-def test_text_has_a_row_for_each_subject_and_fits_a_terminal(ranked: SweepData) -> None:
-    lines = render(ranked)
-    rows = {line.split()[0]: line for line in lines[1:7]}
-    assert list(rows) == [*(f"lora-rank-{rank}" for rank in RANK_SCORES), "full", "frozen"]
-    assert max(map(len, lines)) <= 80
-    assert "lora-rank-16 (enough)" in rows["lora-rank-16"]
-    means = {name: one.mean for name in rows if (one := ranked.evidence.subject(name))}
-    places = {name: row.index("●") for name, row in rows.items()}
-    by_mean = sorted(means, key=lambda name: means[name])
-    assert [places[name] for name in by_mean] == sorted(places.values())
-    assert rows["full"].count("░") > 1
-    assert all(row[places["frozen"]] in "┊●" for row in rows.values())
-
-
-def test_tested_quantities_are_those_of_the_answers_beside_the_margin(ranked: SweepData) -> None:
-    as_good, smallest = draw_tested_quantities(ranked).figures
-    answers = ranked.evidence.list_answers("as_good_as_full")[::-1]
-    assert [trace.x[0] for trace in find_traces(as_good, size=11)] == [answer.value for answer in answers]
-    assert list_bars(as_good, "x") == [answer.interval for answer in answers]
-    rows = [trace.y[0] for trace in find_traces(as_good, size=11)]
-    assert rows == [f"{answer.subject}: {answer.verdict}" for answer in answers]
-    (band,) = [shape for shape in as_good.layout.shapes if shape.type == "rect"]
-    assert (band.x0, band.x1) == pytest.approx((0.95, 1.05))
-    # beside another reference than full, a share is that of the difference
-    differences = [trace.x[0] for trace in find_traces(smallest, size=11)]
-    assert differences == [(answer.value or 0) - 1 for answer in ranked.evidence.list_answers("smallest")[::-1]]
 
 
 def test_learning_rates_of_each_arm_are_dots_and_its_best_a_ring(sweep: Path) -> None:

@@ -1,4 +1,4 @@
-"""The sentences below the answers: test examples, the margin, ends of ranges, and values that were not tried."""
+"""The sentences below the answers: test examples, the margin, and ends of ranges."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from lorasweep.report.findings import describe_edges, describe_untried
+from lorasweep.report.findings import describe_edges
 from lorasweep.report.summary import summarize
 from lorasweep.report.sweep_data import load_sweep_data
 
-from .conftest import build_rank_sweep, confirm_winners, edit_json
+from .conftest import confirm_winners, edit_json
 
 
 @pytest.mark.parametrize(
@@ -59,45 +59,6 @@ def test_arms_with_the_same_edge_share_a_sentence(sweep: Path) -> None:
     edit_json(sweep / "sweep.json", widen)
     (sentence,) = describe_edges(load_sweep_data(sweep))
     assert "`optim.lr` of `lora` (0.03) and `full` (0.005) lies at the upper end" in sentence
-
-
-def keep_rank(raw: dict[str, Any], rank: int) -> None:
-    """Lets the lora arm choose between that rank and eight times it, and gives all its trials that rank."""
-    raw["arms"][1]["space"]["method.rank"] = [rank, 8 * rank]
-    for trial in raw["trials"]:
-        trial["params"] |= {"method.rank": rank} if trial["arm"] == "lora" else {}
-
-
-def test_choice_without_a_complete_trial_is_named_and_the_other_is_not_the_best(sweep: Path) -> None:
-    edit_json(sweep / "sweep.json", lambda raw: keep_rank(raw, 2))
-    summary = summarize(sweep)
-    untried = "Nothing is known about `method.rank` 16: no complete trial of `lora` has it."
-    assert untried in summary.sentences
-    assert not any("best `method.rank`" in text for text in summary.sentences)
-
-    def stop_early(raw: dict[str, Any]) -> None:
-        pruned = next(trial for trial in raw["trials"] if trial["state"] == "pruned")
-        pruned["params"]["method.rank"] = 16
-
-    edit_json(sweep / "sweep.json", stop_early)
-    assert untried in summarize(sweep).sentences
-
-
-def test_arms_without_the_same_choice_share_a_sentence(sweep: Path) -> None:
-    def add_arm(raw: dict[str, Any]) -> None:
-        keep_rank(raw, 2)
-        raw["arms"].append({**raw["arms"][1], "name": "more"})
-        raw["trials"] += [{**trial, "arm": "more"} for trial in raw["trials"] if trial["arm"] == "lora"]
-
-    edit_json(sweep / "sweep.json", add_arm)
-    (sentence,) = describe_untried(load_sweep_data(sweep))
-    assert "no complete trial of `lora` and `more` has it" in sentence
-
-
-def test_a_value_of_confirm_each_without_a_trial_is_predicted_and_not_unknown(tmp_path: Path) -> None:
-    folder = build_rank_sweep(tmp_path, {1: 1.75, 4: 1.7})
-    edit_json(folder / "sweep.json", lambda raw: raw["arms"][-1]["space"].update({"method.rank": [1, 4, 16]}))
-    assert describe_untried(load_sweep_data(folder)) == []
 
 
 @pytest.mark.parametrize(

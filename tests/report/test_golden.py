@@ -21,7 +21,7 @@ from lorasweep.report.summary import summarize
 from .conftest import BASE_SCORE, build_rank_sweep, build_sweep, confirm_sweep, edit_json, scatter_seeds
 
 GOLDEN = Path(__file__).parent / "golden"
-SHOWN = ("failure", "answers", "use", "findings", "arms", "verdicts")
+SHOWN = ("failure", "answers", "use", "warnings", "findings", "arms", "verdicts")
 """The ids of the parts of the page that are compared."""
 
 

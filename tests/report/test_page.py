@@ -56,7 +56,7 @@ def written(sweep: Path) -> Page:
     return Page((sweep / "report/index.html").read_text())
 
 
-SECTIONS = ["confirmed", "arms", "tested", "lr", "curves", "tradeoff", "unfinished", "trials"]
+SECTIONS = ["confirmed", "arms", "lr", "curves", "tradeoff", "unfinished", "trials"]
 
 
 def count_figures(sweep: Path) -> int:

@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 
-from lorasweep.report import write_report
-from lorasweep.report.summary import ACTIVITIES, Summary, summarize
-from lorasweep.training.telemetry import Telemetry
+from lorasweep.report.summary import Summary, summarize
 
 from .conftest import BASE_SCORE, edit_json
 
@@ -63,38 +61,3 @@ def test_paused_trials_count_like_pruned_ones_and_are_named(sweep: Path) -> None
     assert lora["best"] == before.as_json()["arms"][1]["best"]
     assert summary.data.steps_saved_by_pruning == before.data.steps_saved_by_pruning
     assert any("pruning saved 600 of 3,600 planned steps so far (17 %)" in text for text in summary.sentences)
-
-
-TELEMETRY = {
-    "wall_s": 100.0,
-    "training_s": 60.0,
-    "evaluating_s": 20.0,
-    "loading_s": 4.0,
-    "storage_s": 1.0,
-    "saving_s": 0.0,
-    "trained_tokens": 600_000.0,
-    "peak_memory_bytes": 2.0**30,
-    "cpu_s": 150.0,
-}
-
-
-def test_activities_add_up_to_the_time_and_skip_those_that_took_none(sweep: Path) -> None:
-    edit_json(sweep / "sweep.json", lambda raw: raw.update(telemetry=TELEMETRY, device="cpu", threads=2))
-    time = write_report(sweep).time
-    assert time
-    assert time["seconds"] == {
-        "training": 60,
-        "evaluating": 20,
-        "loading models and data": 4,
-        "proposing and storing trials": 1,
-        "other": 15,
-    }
-    for part in ("1 min 40 s on cpu with 2 threads", "10 k tokens per second", "1.5 processor cores", "1 GiB"):
-        assert part in time["sentence"]
-    page = (sweep / "report" / "index.html").read_text()
-    assert '<th scope="row">loading models and data</th><td class="num">4.0 s</td>' in page
-    assert "width:60.0%" in page
-
-
-def test_what_the_report_reads_is_what_telemetry_measures() -> None:
-    assert {*ACTIVITIES, "wall_s", "cpu_s", "trained_tokens", "peak_memory_bytes"} == set(Telemetry().sample())

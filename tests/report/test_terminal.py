@@ -12,7 +12,7 @@ from rich.console import Console, RenderableType
 
 from lorasweep.report import render_terminal
 from lorasweep.report.sweep_data import load_sweep_data
-from lorasweep.report.terminal import describe_differences, describe_spread
+from lorasweep.report.terminal import describe_differences
 
 from .conftest import build_rank_sweep, build_sweep, edit_json
 
@@ -65,22 +65,6 @@ def test_why_scores_of_two_sweeps_cannot_be_compared_is_said(
     said = [text for text in describe_differences([load_sweep_data(s) for s in sweeps]) if "different" in text]
     assert len(said) == (1 if sentence else 0)
     assert sentence is None or sentence in said[0]
-
-
-def test_sweeps_of_one_definition_show_their_spread(tmp_path: Path) -> None:
-    first = build_rank_sweep(tmp_path / "a", {1: 1.8, 16: 1.662})
-    second = build_rank_sweep(tmp_path / "b", {1: 1.8, 16: 1.67})
-    for seed, sweep in enumerate((first, second)):
-        settings = {"sweep.seed": seed}
-        edit_json(sweep / "sweep.json", lambda raw, new=settings: [arm["settings"].update(new) for arm in raw["arms"]])
-    sweeps = [load_sweep_data(sweep) for sweep in (first, second)]
-    text = shown(render_terminal(first, second), width=300)
-    means = [one.mean for data in sweeps if (one := data.evidence.subject("lora-rank-16"))]
-    assert f"{sum(means) / 2:.4g} ± {abs(means[0] - means[1]) / 2**0.5:.4g}" in text
-    (sentence,) = describe_spread(sweeps)
-    assert "`lora-rank-1` smallest: 2 insufficient" in sentence
-    edit_json(second / "sweep.json", lambda raw: raw.update(margin=0.01))
-    assert describe_spread([load_sweep_data(first), load_sweep_data(second)]) == []
 
 
 def test_a_value_without_a_complete_trial_shows_its_best_so_far(tmp_path: Path) -> None:

@@ -6,14 +6,14 @@ don't count: they choose nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from lorasweep.config.method import ALPHA_OVER_RANK
 from lorasweep.config.ranges import MAX_WIDTH_DIFFERENCE_DECADES, width_in_decades
 from lorasweep.config.run import ALPHA, LR
 from lorasweep.report.sweep_data import ArmData, SweepData
-from lorasweep.wording import format_count, format_share, join_words
+from lorasweep.wording import format_count, join_words
 
 MAX_EFFORT_RATIO = 1.25
 """Maximum ratio of the tokens or complete trials of two arms that count as treated alike."""
@@ -25,25 +25,14 @@ of 8 to 16 trials under the default rule differ by three or more in 0 to 1 % of 
 MAX_TRIALS_PER_DIMENSION_RATIO = 2.0
 """Maximum ratio of the trials per searched dimension of two arms that count as treated alike. It is used if an expected
 regret is missing."""
-
-MEASURES: dict[str, tuple[str, Callable[[Any], str], Callable[[float, float], bool]]] = {
-    "trials_asked": ("trials", str, lambda low, high: low < high),
-    "trials_complete": (
-        "complete trials",
-        str,
-        lambda low, high: (
-            low == 0 < high or (high - low > MAX_COMPLETE_TRIALS_DIFFERENCE and high > MAX_EFFORT_RATIO * low)
-        ),
-    ),
-    "tokens_trained": ("tokens", format_count, lambda low, high: high > MAX_EFFORT_RATIO * low),
-    "lr_decades": (
-        "decades of learning rates",
-        "{:.1f}".format,
-        lambda low, high: high - low > MAX_WIDTH_DIFFERENCE_DECADES,
-    ),
-    "dimensions": ("searched dimensions", str, lambda low, high: False),
+UNITS = {
+    "trials_asked": "trials",
+    "trials_complete": "complete trials",
+    "tokens_trained": "tokens",
+    "lr_decades": "decades of learning rates",
+    "dimensions": "searched dimensions",
 }
-"""For each measure: its unit, how to format it, and whether a lowest and a highest value differ too much."""
+"""The compared parts of an arm's effort, with the noun that follows the number."""
 
 
 def judge_fairness(data: SweepData) -> tuple[list[str], dict[str, Any]]:
@@ -53,25 +42,22 @@ def judge_fairness(data: SweepData) -> tuple[list[str], dict[str, Any]]:
         The judgement in sentences; none if fewer than two arms train. Then `is_fair`, which is None in that case, and
         `arms`, the effort of each arm that trains as `measure_effort` returns it.
     """
-    efforts = {arm.name: measure_effort(arm, data) for arm in data.searches if arm.row.method != "frozen"}
-    arms = [{"arm": name, **effort} for name, effort in efforts.items()]
-    if len(efforts) < 2:
+    arms = [measure_effort(arm, data) for arm in data.searches if arm.row.method != "frozen"]
+    if len(arms) < 2:
         return [], {"is_fair": None, "arms": arms}
     faults, ranges = [], []
-    for measure, (unit, form, differs_too_much) in MEASURES.items():
-        values = {name: effort[measure] for name, effort in efforts.items()}
-        least, most = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
-        low, high = form(values[least]), form(values[most])
-        ranges.append(_count(low, unit) if low == high else f"{low} to {high} {unit}")
-        if differs_too_much(values[least], values[most]):
-            faults.append(f"`{least}` had {_count(low, unit)} and `{most}` {high}")
-    faults += _judge_search(efforts, data)
+    for measure in UNITS:
+        least, most = _find_ends(arms, measure)
+        low, high = (_format(arm, measure) for arm in (least, most))
+        ranges.append(_count(low, measure) if low == high else f"{low} to {high} {UNITS[measure]}")
+        if _differs_too_much(measure, least[measure], most[measure]):
+            faults.append(f"`{least['arm']}` had {_count(low, measure)} and `{most['arm']}` {high}")
+    faults += _judge_search(arms, data)
     so_far = "" if data.record.status == "complete" else "so far "
     judgement = f"not fair: {'; '.join(faults)}" if faults else "fair"
     sentences = [
         f"The comparison of arms is {so_far}{judgement}.",
         f"Each of the {len(arms)} arms that train had {join_words(ranges)}.",
-        *_describe_regrets(efforts, data),
     ]
     return sentences, {"is_fair": not faults, "arms": arms}
 
@@ -82,26 +68,34 @@ def measure_effort(arm: ArmData, data: SweepData) -> dict[str, Any]:
     `tokens_trained` counts all trials, complete or not. `lr_decades` is the width of the range of learning rates, 0 if
     it is not searched. `dimensions` is the number of searched keys; under the rate law, learning rate and α count as
     one key. `regret` is how much better an untried setting is expected to be, in the metric's unit: the largest of the
-    arm's subjects, None if it is not known. `regret_margins` is the same as a multiple of the margin.
+    arm's subjects, None if it is not known.
     """
     keys = set(arm.row.space)
     if LR in keys and any(trial.follows_rate_law for trial in arm.trials):
         keys -= {ALPHA, ALPHA_OVER_RANK}
     settings = [one.setting for one in data.arms if one.arm == arm.name and one.setting]
-    regret = max((one.regret for one in settings if one.regret is not None), default=None)
-    margin = data.evidence.margin
     return {
+        "arm": arm.name,
         "trials_asked": arm.row.trials,
         "trials_complete": arm.count("complete"),
         "tokens_trained": sum(trial.record.tokens_trained for trial in arm.trials if trial.record),
         "lr_decades": width_in_decades(arm.row.space.get(LR)) or 0.0,
         "dimensions": len(keys),
-        "regret": regret,
-        "regret_margins": None if regret is None or not margin else regret / margin,
+        "regret": max((one.regret for one in settings if one.regret is not None), default=None),
     }
 
 
-def _judge_search(efforts: Mapping[str, dict[str, Any]], data: SweepData) -> list[str]:
+def _differs_too_much(measure: str, low: float, high: float) -> bool:
+    if measure == "trials_asked":
+        return low < high
+    if measure == "trials_complete":
+        return low == 0 < high or (high - low > MAX_COMPLETE_TRIALS_DIFFERENCE and high > MAX_EFFORT_RATIO * low)
+    if measure == "tokens_trained":
+        return high > MAX_EFFORT_RATIO * low
+    return measure == "lr_decades" and high - low > MAX_WIDTH_DIFFERENCE_DECADES
+
+
+def _judge_search(arms: Sequence[dict[str, Any]], data: SweepData) -> list[str]:
     """Returns a clause if an untried setting could decide the comparison.
 
     That is an expected regret of more than one margin. If it is not known, the trials of each dimension count.
@@ -111,28 +105,28 @@ def _judge_search(efforts: Mapping[str, dict[str, Any]], data: SweepData) -> lis
     lucky = [f"{regret:.2g} margins for `{subject}`" for subject, regret in regrets.items() if regret > 1]
     if lucky:
         return [f"an untried setting is expected to be better by {join_words(lucky)}, so luck of the search may decide"]
-    density = {name: one["trials_asked"] / one["dimensions"] for name, one in efforts.items() if one["dimensions"]}
-    if len(density) < 2 or all(one["regret_margins"] is not None for one in efforts.values()):
+    if margin and all(arm["regret"] is not None for arm in arms):
         return []
-    least, most = min(density, key=density.__getitem__), max(density, key=density.__getitem__)
-    if density[most] <= MAX_TRIALS_PER_DIMENSION_RATIO * density[least]:
+    searched = [arm | {"density": arm["trials_asked"] / arm["dimensions"]} for arm in arms if arm["dimensions"]]
+    if len(searched) < 2:
         return []
-    return [f"`{least}` had {density[least]:.2g} trials for each searched dimension and `{most}` {density[most]:.2g}"]
-
-
-def _describe_regrets(efforts: Mapping[str, dict[str, Any]], data: SweepData) -> list[str]:
-    """Returns a sentence on the expected regrets, as shares of full's gain or in margins; an empty list if unknown."""
-    gain = data.evidence.gain or data.full_gain
-    known = []
-    for name, effort in efforts.items():
-        if effort["regret"] is not None and gain is not None:
-            known.append(f"{format_share(effort['regret'] / gain)} of full's gain for `{name}`")
-        elif effort["regret_margins"] is not None:
-            known.append(f"{effort['regret_margins']:.2g} margins for `{name}`")
-    if not known:
+    least, most = _find_ends(searched, "density")
+    if most["density"] <= MAX_TRIALS_PER_DIMENSION_RATIO * least["density"]:
         return []
-    return [f"By the search's model, an untried setting is expected to gain more by {join_words(known)}."]
+    few, many = (f"{arm['density']:.2g}" for arm in (least, most))
+    return [f"`{least['arm']}` had {few} trials for each searched dimension and `{most['arm']}` {many}"]
 
 
-def _count(number: str, unit: str) -> str:
-    return f"{number} {unit.removesuffix('s') if number == '1' else unit}"
+def _find_ends(arms: Sequence[dict[str, Any]], measure: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the arms with the lowest and the highest value of a measure."""
+    return min(arms, key=lambda arm: arm[measure]), max(arms, key=lambda arm: arm[measure])
+
+
+def _format(arm: dict[str, Any], measure: str) -> str:
+    if measure == "tokens_trained":
+        return format_count(arm[measure])
+    return f"{arm[measure]:.1f}" if measure == "lr_decades" else str(arm[measure])
+
+
+def _count(number: str, measure: str) -> str:
+    return f"{number} {UNITS[measure].removesuffix('s') if number == '1' else UNITS[measure]}"

@@ -1,4 +1,4 @@
-"""The sentences below the three answers: scores, other verdicts, effort, fairness, limits, and where to search next.
+"""The sentences below the three answers: scores, effort, fairness, tests, limits, and where to search next.
 
 Scores on test data, if there are any, replace the scores of the search.
 """
@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any
 
 from lorasweep.config.ranges import find_bounds
 from lorasweep.config.run import RANK
 from lorasweep.config.sweep import parse_margin
 from lorasweep.record import Trial
-from lorasweep.report.answers import describe_answer
 from lorasweep.report.choice import find_best_arm, find_score, get_score_sort_key
 from lorasweep.report.learning import Learning
 from lorasweep.report.sweep_data import ArmData, SweepData
@@ -40,20 +37,15 @@ ONE_SEED = (
 
 
 def describe_findings(data: SweepData, fairness: list[str], learning: Learning) -> list[str]:
-    """Returns the sentences, the most important first. The headline of a failure stands above them."""
-    gain, tests = describe_gain(data), describe_tests(data)
+    """Returns the sentences, the most important first. Warnings and the headline of a failure stand above them."""
     return [
         *_describe_scores(data),
-        *([gain] if gain else []),
-        *([learning.remedy] if learning.remedy else []),
-        *learning.warnings,
-        *list_details(data),
+        *_describe_gain(data),
         *_describe_effort(data),
         *fairness,
-        *([tests, describe_margin(data)] if tests else []),
+        *([_describe_tests(data), _describe_margin(data)] if data.evidence.answers else []),
         *(data.evidence.notes if data.evidence.subjects else [ONE_SEED]),
         *data.record.warnings,
-        *describe_untried(data),
         *([] if learning.state == "nothing" else describe_edges(data)),
         *data.record.notes,
     ]
@@ -96,21 +88,9 @@ def _describe_metric(data: SweepData) -> str:
     )
 
 
-def list_details(data: SweepData) -> list[str]:
-    """Returns a sentence for each answer that is not in the three lines: on other methods, and on pairs."""
-    lora = {arm.name for arm in data.arms if arm.row.method == "lora"}
-    return [
-        f"{describe_answer(answer, data)}."
-        for answer in data.evidence.answers
-        if answer.name == "pair" or answer.subject not in lora
-    ]
-
-
-def describe_tests(data: SweepData) -> str | None:
-    """Returns a sentence on the planned looks, the seeds and the level of the answers; None without answers."""
+def _describe_tests(data: SweepData) -> str:
+    """Returns a sentence on the planned looks, the seeds and the level of the answers."""
     record, evidence = data.record, data.evidence
-    if not evidence.answers:
-        return None
     used = max((len(subject.seeds) for subject in evidence.subjects), default=0)
     count, looks = len(record.questions), join_words([str(look) for look in record.looks])
     planned = f"at {len(record.looks)} planned looks" if len(record.looks) > 1 else "once"
@@ -121,16 +101,16 @@ def describe_tests(data: SweepData) -> str | None:
     )
 
 
-def describe_gain(data: SweepData) -> str | None:
-    """Returns a sentence on full fine-tuning's gain as a share of the frozen base's score; None without both."""
+def _describe_gain(data: SweepData) -> list[str]:
+    """Returns a sentence on full fine-tuning's gain as a share of the frozen base's score; none without both."""
     found = data.evidence.relative_gain
     if found is None:
-        return None
+        return []
     verb = "lowers" if data.sign > 0 else "raises"
-    return (
+    return [
         f"Full fine-tuning {verb} the frozen base's {format_metric(data.record.metric)} by "
         f"{format_share_estimate(*found)}: the smaller this share, the nearer is the data to what the base knows."
-    )
+    ]
 
 
 def _describe_effort(data: SweepData) -> list[str]:
@@ -155,7 +135,7 @@ def _describe_effort(data: SweepData) -> list[str]:
     return sentences
 
 
-def describe_margin(data: SweepData) -> str:
+def _describe_margin(data: SweepData) -> str:
     """Returns a sentence about the smallest difference that matters, or why none is known."""
     setting, margin = data.record.margin, data.evidence.margin
     is_share = parse_margin(setting).is_share_of_gain
@@ -174,64 +154,32 @@ def describe_margin(data: SweepData) -> str:
     )
 
 
-def describe_untried(data: SweepData) -> list[str]:
-    """Returns a sentence for each key with choices that no complete trial has."""
-    untried: dict[tuple[str, tuple[str, ...]], list[str]] = defaultdict(list)
-    for arm in data.searches:
-        for key, space in arm.row.space.items():
-            if not isinstance(space, list) or key == arm.row.confirm_each:  # the search's model predicts its values
-                continue
-            complete = [trial.params for trial in arm.trials if trial.is_complete]
-            tried = {format_setting(params[key]) for params in complete if key in params}
-            missing = tuple(choice for choice in map(format_setting, space) if choice not in tried)
-            if tried and missing:
-                untried[key, missing].append(f"`{arm.name}`")
-    return [
-        f"Nothing is known about `{key}` {join_words(values, last='or')}: no complete trial of "
-        f"{join_words(arms)} has it."
-        for (key, values), arms in untried.items()
-    ]
-
-
 def describe_edges(data: SweepData) -> list[str]:
-    """Returns a sentence for each key whose best value lies at an end of its range."""
-    edges: dict[tuple[str, str], list[tuple[str, Any]]] = defaultdict(list)
-    trials = {arm.name: arm.trials for arm in data.searches}
-    for arm in data.arms:
-        for key, end in find_best_edges(arm, trials[arm.arm]).items():
-            if arm.best:
-                edges[key, end].append((arm.name, arm.best.params[key]))
-    sentences = []
-    for (key, end), bests in edges.items():
-        arms = join_words([f"`{name}` ({format_setting(value)})" for name, value in bests])
-        direction = "lower" if end == "lower" else "higher"
-        sentences.append(
-            f"The best `{key}` of {arms} lies at the {end} end of its range: search {direction} values too."
-        )
-    return sentences
-
-
-def find_best_edges(arm: ArmData, trials: Sequence[Trial]) -> dict[str, str]:
-    """Returns the swept keys whose value in the best trial lies at an end of its range: `lower` or `upper` by key.
+    """Returns a sentence for each key whose best value lies at an end of its range.
 
     A key is left out if no complete trial of the whole arm lies away from that end: then nothing shows that the end is
     better.
     """
-    complete = [_find_edges(arm, trial) for trial in trials if trial.is_complete]
-    edges = _find_edges(arm, arm.best) if arm.best else {}
-    return {key: end for key, end in edges.items() if any(others.get(key) != end for others in complete)}
+    trials = {arm.name: [trial for trial in arm.trials if trial.is_complete] for arm in data.searches}
+    edges: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for arm in data.arms:
+        for key, value in (arm.best.params if arm.best else {}).items():
+            end = _find_end(arm, key, arm.best)
+            if end and any(_find_end(arm, key, trial) != end for trial in trials[arm.arm]):
+                edges[key, end].append(f"`{arm.name}` ({format_setting(value)})")
+    return [
+        f"The best `{key}` of {join_words(arms)} lies at the {end} end of its range: search "
+        f"{'lower' if end == 'lower' else 'higher'} values too."
+        for (key, end), arms in edges.items()
+    ]
 
 
-def _find_edges(arm: ArmData, trial: Trial) -> dict[str, str]:
-    ends = {key: _find_end(arm.row.space.get(key), trial.numeric_setting(key)) for key in trial.params}
-    # No rank is lower than 1, so there is nothing to search below it.
-    return {key: end for key, end in ends.items() if end and not (key == RANK and trial.params[key] == 1)}
-
-
-def _find_end(space: Any, value: float | None) -> str | None:
-    bounds = find_bounds(space)
-    if value is None or bounds is None or (bounds.is_log and value <= 0):
-        return None
+def _find_end(arm: ArmData, key: str, trial: Trial | None) -> str | None:
+    """Returns `lower` or `upper` if a trial's value lies at that end of the arm's range, else None."""
+    space = arm.row.space.get(key)
+    value, bounds = trial.numeric_setting(key) if trial else None, find_bounds(space)
+    if value is None or bounds is None or (bounds.is_log and value <= 0) or (key == RANK and value == 1):
+        return None  # no rank is lower than 1, so there is nothing to search below it
     low, high = bounds.low, bounds.high
     position = math.log(value / low) / math.log(high / low) if bounds.is_log else (value - low) / (high - low)
     # In a list of choices only the smallest and the largest are at an end.

@@ -33,12 +33,6 @@ FILTERS = {
 }
 """The template's names of functions that format numbers and settings."""
 
-FILE_READERS = {
-    "train.yaml": "lorasweep train",
-    "peft_config.py": "PEFT",
-    "training_arguments.py": "transformers",
-}
-"""The program that reads each file of recommended settings."""
 COSTS: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
     ("trained", "trainable parameters", "trainable_params", wording.format_count),
     ("steps", "optimizer steps done", "steps_done", wording.format_setting),
@@ -69,7 +63,6 @@ def render_page(summary: Summary, panels: Sequence[Panel]) -> str:
             verdicts=[(answer, describe_answer(answer, data)) for answer in data.evidence.answers],
             colours=choose_colours(data),
             panels=panels,
-            file_readers=FILE_READERS,
             columns=_list_columns(data),
             rows=[(trial, _build_cells(trial, summary)) for trial in select_trials(data).trials],
             unfinished={

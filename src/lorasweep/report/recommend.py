@@ -1,11 +1,9 @@
-"""Recommends settings from a sweep's answers, as text and as files for `lorasweep train`, PEFT and transformers."""
+"""Recommends settings from a sweep's answers, as text and as files for `lorasweep train` and PEFT."""
 
 from __future__ import annotations
 
 import json
-import math
 import shlex
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from lorasweep.config.run import ALPHA, LR, RANK
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import SWEEP_FILE, Trial
 from lorasweep.report.choice import Choice, choose_arm, choose_subject, find_best_arm
-from lorasweep.report.findings import ONE_SEED, format_arm_score
+from lorasweep.report.findings import format_arm_score
 from lorasweep.report.learning import judge_learning
 from lorasweep.report.sweep_data import ArmData, SweepData, load_sweep_data
 from lorasweep.wording import (
@@ -29,7 +27,7 @@ from lorasweep.wording import (
     short_key,
 )
 
-RECOMMENDED_FILES = ("train.yaml", "peft_config.py", "training_arguments.py")
+RECOMMENDED_FILES = ("train.yaml", "peft_config.py")
 STEPS = "trainer.max_steps"
 TRAIN_EXAMPLES = "data.max_train_examples"
 SETTING_NAMES = {"method.name": "method", RANK: "rank", ALPHA: "α", LR: "learning rate", STEPS: "steps"}
@@ -40,8 +38,6 @@ PEFT_KEYS = (
     *("bias", "init_lora_weights", "modules_to_save", "fan_in_fan_out", "task_type"),
 )
 """The keys of a saved `adapter_config.json` that say how to train; the others are about the file and its base."""
-UNKNOWN_TO_TRANSFORMERS = {"lr_ratio_b": 1.0, "lr_ratio_head": 1.0, "layer_decay": 1.0, "ema_decay": None}
-"""Keys of `optim` that `TrainingArguments` lack, with the values that have no effect."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +143,6 @@ def _build(choice: Choice, data: SweepData, *, is_shown: bool, verb: str | None 
         sentences=(
             f"{verb} {settings['method']} with {named}{steps} (`{arm.name}`).",
             _describe_score(arm, data),
-            *([] if data.evidence.subjects else [ONE_SEED]),
             *_describe_export(arm, data),
         ),
         settings=settings,
@@ -196,11 +191,10 @@ def _write_files(arm: ArmData, trial: Trial, data: SweepData) -> dict[str, str]:
     files = {
         "train.yaml": f"# {origin} Train with: lorasweep train train.yaml\n"
         + yaml.safe_dump(_list_overrides(arm, trial), sort_keys=False, allow_unicode=True),
-        "training_arguments.py": _write_training_arguments(arm, trial, origin),
     }
     if arm.row.method == "lora" and (peft_config := _write_peft_config(trial, origin, data.folder / trial.run)):
         files["peft_config.py"] = peft_config
-    return {name: files[name] for name in RECOMMENDED_FILES if name in files}
+    return files
 
 
 def _write_peft_config(trial: Trial, origin: str, run: Path) -> str | None:
@@ -214,57 +208,5 @@ def _write_peft_config(trial: Trial, origin: str, run: Path) -> str | None:
         saved |= {"r": trial.setting(RANK), "lora_alpha": trial.setting(ALPHA), "rank_pattern": {}, "alpha_pattern": {}}
     if init != "default":  # PEFT has the same names
         saved["init_lora_weights"] = init
-    return _write_call("peft", "LoraConfig", "peft_config", {k: saved[k] for k in PEFT_KEYS if saved.get(k)}, origin)
-
-
-def _write_training_arguments(arm: ArmData, trial: Trial, origin: str) -> str:
-    config: Mapping[str, Any] = trial.record.config if trial.record else {}
-    optim, schedule, trainer = (config.get(group, {}) for group in ("optim", "schedule", "trainer"))
-    steps, every = trainer.get("max_steps"), trainer.get("eval_every_steps")
-    clip = optim.get("clip_norm")
-    arguments = {
-        "output_dir": f"outputs/{arm.name}",
-        "max_steps": steps,
-        "per_device_train_batch_size": trainer.get("batch_size"),
-        "learning_rate": optim.get("lr"),
-        "lr_scheduler_type": "constant_with_warmup" if schedule.get("name") == "constant" else schedule.get("name"),
-        "lr_scheduler_kwargs": _list_schedule_arguments(schedule, steps),
-        "warmup_steps": math.ceil(schedule["warmup_fraction"] * steps) if "warmup_fraction" in schedule else None,
-        "weight_decay": optim.get("weight_decay"),
-        "adam_beta1": optim.get("beta1"),
-        "adam_beta2": optim.get("beta2"),
-        "adam_epsilon": optim.get("eps"),
-        # transformers does not clip at 0
-        "max_grad_norm": 0.0 if "clip_norm" in optim and clip is None else clip,
-        "eval_strategy": "steps" if every else None,
-        "eval_steps": every,
-        "save_steps": every,
-        "load_best_model_at_end": True if every else None,
-        "seed": config.get("seed"),
-    }
-    hints = [
-        f"optim.{key}={optim[key]} has no argument here."
-        for key, no_effect in UNKNOWN_TO_TRANSFORMERS.items()
-        if optim.get(key, no_effect) != no_effect
-    ]
-    if trial.record and trial.record.platform.get("precision") == "bf16" and arm.row.method != "full":
-        hints.append("The base was in bf16: from_pretrained(..., dtype=torch.bfloat16).")
-    for group, part in (("optim", optim), ("schedule", schedule)):
-        if "_target_" in part:
-            hints.append(f"{group} was {part['_target_']}: pass it to Trainer(optimizers=...).")
-    known = {key: value for key, value in arguments.items() if value not in (None, {})}
-    return _write_call("transformers", "TrainingArguments", "training_arguments", known, " ".join([origin, *hints]))
-
-
-def _list_schedule_arguments(schedule: Mapping[str, Any], steps: int | None) -> dict[str, Any]:
-    """Returns transformers' arguments of a schedule, as `training.optim` passes them."""
-    arguments = {key: value for key, value in schedule.get("arguments", {}).items() if value is not None}
-    if "decay_fraction" in arguments and steps:
-        arguments["num_decay_steps"] = math.ceil(arguments.pop("decay_fraction") * steps)
-    return arguments
-
-
-def _write_call(package: str, name: str, variable: str, arguments: Mapping[str, Any], comment: str) -> str:
-    """Returns Python code that creates an object."""
-    lines = "".join(f"    {key}={value!r},\n" for key, value in arguments.items())
-    return f"# {comment}\nfrom {package} import {name}\n\n{variable} = {name}(\n{lines})\n"
+    arguments = "".join(f"    {key}={saved[key]!r},\n" for key in PEFT_KEYS if saved.get(key))
+    return f"# {origin}\nfrom peft import LoraConfig\n\npeft_config = LoraConfig(\n{arguments})\n"

@@ -6,15 +6,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lorasweep.record import STATES, SweepRecord, measure_stage_occupancy
+from lorasweep.record import STATES, measure_stage_occupancy
 from lorasweep.report.answers import AnswerLine, list_answer_lines
 from lorasweep.report.choice import choose_arm
 from lorasweep.report.fairness import judge_fairness
 from lorasweep.report.findings import describe_findings
 from lorasweep.report.learning import Learning, judge_learning
 from lorasweep.report.recommend import Recommendation, recommend
-from lorasweep.report.sweep_data import ArmData, SweepData, finite_number, load_sweep_data
-from lorasweep.wording import format_bytes, format_count, format_seconds, short_key
+from lorasweep.report.sweep_data import ArmData, SweepData, load_sweep_data
+from lorasweep.wording import short_key
 
 COSTS = ("trainable_params", "trainable_fraction", "adapter_bytes", "peak_memory_bytes", "wall_s")
 """The fields of the best run's record that `summary.json` has for each arm."""
@@ -23,15 +23,6 @@ EVIDENCE_FIELDS = (
     *("num_examples", "num_groups", "base", "full", "gain", "relative_gain", "margin", "confidence", "notes"),
 )
 """The fields of `Evidence` that `summary.json` has under the same names."""
-
-ACTIVITIES = {
-    "training_s": "training",
-    "evaluating_s": "evaluating",
-    "loading_s": "loading models and data",
-    "saving_s": "saving",
-    "storage_s": "proposing and storing trials",
-}
-"""The telemetry's keys of times that don't overlap, with the name of each activity. The rest of the time is `other`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +36,8 @@ class Summary:
     """Whether the trials are better than an answer that needs no training. Its headline is the report's headline."""
     fairness: dict[str, Any]
     """`is_fair` (None if fewer than two arms train), `sentences`, and `arms` (the effort of each arm)."""
-    time: dict[str, Any] | None
-    """The worker's time by activity as `break_down_time` returns it."""
     sentences: tuple[str, ...]
+    """The findings that are neither an answer nor a warning."""
     recommended: tuple[Recommendation, ...]
     """The settings to use; a second entry has those for LoRA if another method is recommended. Empty if nothing was
     learned."""
@@ -55,10 +45,8 @@ class Summary:
     @property
     def warnings(self) -> tuple[str, ...]:
         """Sentences on reasons to doubt the numbers: methods that learned nothing, and unequal searches."""
-        return (
-            *self.learning.warnings,
-            *(self.fairness["sentences"][:1] if self.fairness["is_fair"] is False else ()),
-        )
+        unfair = self.fairness["sentences"][:1] if self.fairness["is_fair"] is False else ()
+        return (*self.learning.warnings, *unfair)
 
     def as_json(self) -> dict[str, Any]:
         """Returns the content of `report/summary.json`."""
@@ -89,7 +77,6 @@ class Summary:
             # The evidence on a subject is in its entry in `arms`, under `confirmed`.
             "evidence": {name: getattr(data.evidence, name) for name in EVIDENCE_FIELDS},
             "fairness": self.fairness,
-            "time": self.time,
         }
 
 
@@ -106,8 +93,7 @@ def summarize(folder: Path) -> Summary:
         answers=list_answer_lines(data, learning),
         learning=learning,
         fairness={"sentences": fairness, **facts},
-        time=break_down_time(data.record),
-        sentences=tuple(describe_findings(data, fairness, learning)),
+        sentences=tuple(describe_findings(data, fairness[0 if facts["is_fair"] else 1 :], learning)),
         recommended=tuple(recommend(data)),
     )
 
@@ -135,30 +121,6 @@ def list_question_entries(data: SweepData, learning: Learning) -> list[dict[str,
         "interval": None if choice.arm.setting.regret is None else (0.0, choice.arm.setting.regret),
     }
     return [*entries, setting]
-
-
-def break_down_time(record: SweepRecord) -> dict[str, Any] | None:
-    """Returns the worker's time by activity; None if the record does not hold the worker's total time.
-
-    `wall_s` is the total, `seconds` has the time of each activity that took some, and `sentence` sums it up.
-    """
-    known = {key: number for key, value in record.telemetry.items() if (number := finite_number(value) or 0.0) > 0}
-    if "wall_s" not in known:
-        return None
-    wall_s = known["wall_s"]
-    seconds = {name: known[key] for key, name in ACTIVITIES.items() if key in known}
-    if (rest := wall_s - sum(seconds.values())) > 0:
-        seconds["other"] = rest
-    parts = [f"The worker ran for {format_seconds(wall_s)} on {record.device} with {record.threads} threads"]
-    if "trained_tokens" in known and "training_s" in known:
-        parts.append(f"{format_count(known['trained_tokens'] / known['training_s'])} tokens per second of training")
-    if "cpu_s" in known:
-        parts.append(f"{known['cpu_s'] / wall_s:.1f} processor cores on average")
-    if "peak_memory_bytes" in known:
-        parts.append(f"at most {format_bytes(known['peak_memory_bytes'])} of memory")
-    if "gpu_peak_memory_bytes" in known:
-        parts.append(f"at most {format_bytes(known['gpu_peak_memory_bytes'])} on a GPU")
-    return {"wall_s": wall_s, "seconds": seconds, "sentence": f"{'; '.join(parts)}."}
 
 
 def _summarize_arm(arm: ArmData, data: SweepData) -> dict[str, Any]:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lorasweep.record import SweepRecord
-from lorasweep.report.choice import find_score
-from lorasweep.report.figures.text import render_scores_by_value
+from lorasweep.report.answers import describe_answer
 from lorasweep.report.summary import Summary, summarize
 from lorasweep.report.sweep_data import ArmData, SweepData
 from lorasweep.wording import (
@@ -31,9 +25,6 @@ from lorasweep.wording import (
     format_share_estimate,
 )
 
-SEEDS = ("seed", "sweep.seed")
-"""The settings in which sweeps of one definition differ."""
-
 
 def render_terminal(*folders: Path) -> RenderableType:
     """Returns the results of one sweep as a table and sentences, or of several sweeps side by side.
@@ -43,23 +34,40 @@ def render_terminal(*folders: Path) -> RenderableType:
     """
     summaries = [summarize(folder) for folder in folders]
     if len(summaries) == 1:
-        table = _draw_arms(summaries[0])
-        sentences = [*summaries[0].sentences, *summaries[0].data.problems]
+        (summary,) = summaries
+        remedy = [summary.learning.remedy] if summary.learning.remedy else []
+        sentences = [
+            *remedy,
+            *summary.warnings,
+            *list_details(summary.data),
+            *summary.sentences,
+            *summary.data.problems,
+        ]
+        table = _draw_arms(summary)
         answers = [
             Text.assemble((line.question, "bold"), f" {line.text}", style="" if line.is_settled else "yellow")
-            for line in summaries[0].answers
+            for line in summary.answers
         ]
-        charts = [chart] if (chart := render_scores_by_value(summaries[0].data)) else []
     else:
-        sweeps, answers, charts = [summary.data for summary in summaries], [], []
+        sweeps, answers = [summary.data for summary in summaries], []
         table = _draw_side_by_side(sweeps)
-        sentences = [*describe_spread(sweeps), *describe_differences(sweeps)]
+        sentences = describe_differences(sweeps)
     failures = [
         Text(headline if len(summaries) == 1 else f"{summary.data.folder}: {headline}", style="bold red")
         for summary in summaries
         if (headline := summary.learning.headline)
     ]
-    return Group(*failures, *answers, *charts, table, *(Text(f"• {sentence}") for sentence in sentences))
+    return Group(*failures, *answers, table, *(Text(f"• {sentence}") for sentence in sentences))
+
+
+def list_details(data: SweepData) -> list[str]:
+    """Returns a sentence for each answer that is not in the three lines: on other methods, and on pairs."""
+    lora = {arm.name for arm in data.arms if arm.row.method == "lora"}
+    return [
+        f"{describe_answer(answer, data)}."
+        for answer in data.evidence.answers
+        if answer.name == "pair" or answer.subject not in lora
+    ]
 
 
 def describe_differences(sweeps: Sequence[SweepData]) -> list[str]:
@@ -147,63 +155,15 @@ def list_search_scores(summary: Summary) -> list[str]:
     return [f"{format_score(score, beside=scores)}{mark}" for score, mark in zip(scores, marks, strict=True)]
 
 
-def is_one_definition(sweeps: Sequence[SweepData]) -> bool:
-    """Returns whether sweeps ask the same questions of the same arms, so that they differ in their seeds alone."""
-
-    def ask(record: SweepRecord) -> tuple[Any, ...]:
-        kept = [{key: value for key, value in row.settings.items() if key not in SEEDS} for row in record.arms]
-        arms = [replace(row, settings=settings) for row, settings in zip(record.arms, kept, strict=True)]
-        return arms, record.metric, record.direction, record.margin, record.looks
-
-    return len(sweeps) > 1 and all(ask(sweep.record) == ask(sweeps[0].record) for sweep in sweeps)
-
-
-def describe_spread(sweeps: Sequence[SweepData]) -> list[str]:
-    """Returns how often the answers of sweeps of one definition agree; empty for other sweeps."""
-    if not is_one_definition(sweeps):
-        return []
-    first, parts = sweeps[0], []
-    for answer in first.evidence.answers:
-        found = [one.evidence.answer(answer.name, answer.subject) for one in sweeps]
-        counts = Counter(one.verdict if one else "open" for one in found)
-        question = answer.name.replace("_", " ")
-        said = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
-        parts.append(f"`{answer.subject}` {question}: {said}")
-    if not parts:
-        return []
-    return [f"Verdicts over {len(sweeps)} sweeps of one definition: {'; '.join(parts)}."]
-
-
 def _draw_side_by_side(sweeps: Sequence[SweepData]) -> Table:
-    """Returns a column for each sweep; for sweeps of one definition also one with the spread over them."""
-    has_spread = is_one_definition(sweeps)
     table = Table(title="setting of each subject", title_justify="left", show_lines=True)
     table.add_column("subject", overflow="fold")
     for sweep in sweeps:
         table.add_column(Text(f"{sweep.record.name}\n{sweep.folder}"), overflow="fold")
-    if has_spread:
-        table.add_column(f"mean ± std [range] over {len(sweeps)} sweeps", overflow="fold")
     for name in dict.fromkeys(arm.name for sweep in sweeps for arm in sweep.arms):
-        arms = [(sweep, sweep.find_arm(name)) for sweep in sweeps]
-        cells = [_describe_best(arm, sweep) if arm else UNKNOWN for sweep, arm in arms]
-        if has_spread:
-            cells.append(_describe_spread_of([(sweep, arm) for sweep, arm in arms if arm]))
+        cells = [_describe_best(arm, sweep) if (arm := sweep.find_arm(name)) else UNKNOWN for sweep in sweeps]
         table.add_row(Text(name), *map(Text, cells))
     return table
-
-
-def _describe_spread_of(arms: Sequence[tuple[SweepData, ArmData]]) -> str:
-    """Returns mean, standard deviation and range of a subject's score, and of its share of full's gain."""
-    scores = [value for sweep, arm in arms if (value := find_score(arm, sweep)) is not None]
-    shares = [share for sweep, arm in arms if (share := sweep.arm_share_of_full_gain(arm)[0]) is not None]
-    lines = []
-    percent = [100 * share for share in shares]
-    for values, form, ending in ((scores, "{:.4g}", ""), (percent, "{:.1f}", " % of full's gain")):
-        if len(values) > 1:
-            numbers = (mean(values), stdev(values), min(values), max(values))
-            average, spread, low, high = (form.format(number) for number in numbers)
-            lines.append(f"{average} ± {spread} [{low}, {high}]{ending}")
-    return "\n".join(lines) or UNKNOWN
 
 
 def _describe_best(arm: ArmData, data: SweepData) -> str:

@@ -88,12 +88,10 @@ class Scale:
         """Whether differences can be compared with the margin."""
         return not self.margin.is_share_of_gain or (self.base is not None and self.full is not None)
 
-    def advantage(self, subject: str, reference: str, *, margins: float) -> tuple[dict[str, float], float]:
-        """Returns coefficients and constant of the sum `advantage of subject over reference - margins · margin`."""
-        better = {reference: float(self.sign), subject: -float(self.sign)}
-        if not self.margin.is_share_of_gain:
-            return better, -margins * self.margin.value
-        return subtract(better, self.gain, margins * self.margin.value), 0.0
+    @property
+    def is_share(self) -> bool:
+        """Whether differences are compared as shares of full fine-tuning's gain."""
+        return self.margin.is_share_of_gain and self.is_known
 
     @property
     def gain(self) -> Coefficients:
@@ -101,6 +99,28 @@ class Scale:
         assert self.base is not None
         assert self.full is not None
         return {self.base: float(self.sign), self.full: -float(self.sign)}
+
+    def estimate_advantage(
+        self, scores: ConfirmScores, subject: str, reference: str, *, margins: float, of_best: bool
+    ) -> Estimate | None:
+        """Returns by how much a subject is better than a reference, plus this number of margins."""
+        better = {reference: float(self.sign), subject: -float(self.sign)}
+        if self.is_share:  # also for no margin, so that all estimates are over the same seeds
+            return estimate_sum(scores, subtract(better, self.gain, -margins * self.margin.value), of_best=of_best)
+        return estimate_sum(scores, better, constant=margins * self.margin.value, of_best=of_best)
+
+    def measure(
+        self, scores: ConfirmScores, subject: str, reference: str, *, confidence: float, of_best: bool
+    ) -> tuple[float | None, Interval | None]:
+        """Returns the quantity that is shown, `Answer.value`, with its interval."""
+        if not self.is_share:
+            found = estimate_sum(scores, {subject: 1.0, reference: -1.0}, of_best=of_best)
+            return (found.value, found.find_interval(confidence)) if found else (None, None)
+        # the share of full's gain is 1 + advantage over the reference / gain
+        better = {reference: float(self.sign), subject: -float(self.sign)}
+        kept = subtract(better, self.gain, -1.0)
+        ratio = estimate_ratio(scores, kept, self.gain, confidence=confidence, of_best=of_best)
+        return ratio or (None, None)
 
 
 def compute_level(questions: Sequence[Question], looks: Sequence[int]) -> float:
@@ -132,68 +152,71 @@ def answer_questions(
 
 @dataclass(frozen=True, kw_only=True)
 class _Comparison:
-    """A subject compared with one reference: its advantage, and its advantage plus and minus one margin."""
+    """A subject compared with one reference: estimates of its advantage."""
 
     reference: str
-    above_lower: Estimate | None
-    """Positive if the subject is not worse by more than the margin. None without a margin."""
-    difference: Estimate
-    below_upper: Estimate | None
-    """Positive if the subject is better by more than the margin."""
+    advantage: Estimate
+    """Positive if the subject is better."""
+    plus_margin: Estimate | None
+    """The advantage plus the margin: positive if the subject is not worse by more. None without a margin."""
+    minus_margin: Estimate | None
+    """The advantage minus the margin: positive if the subject is better by more."""
 
     def project(self, *, num_seeds: int, groups_factor: float) -> _Comparison:
         """Returns the comparison with more seeds and examples, if all values stayed the same."""
-        lower, difference, upper = (
-            estimate.project(num_seeds=num_seeds, groups_factor=groups_factor) if estimate else None
-            for estimate in (self.above_lower, self.difference, self.below_upper)
+
+        def project(estimate: Estimate) -> Estimate:
+            return estimate.project(num_seeds=num_seeds, groups_factor=groups_factor)
+
+        return _Comparison(
+            reference=self.reference,
+            advantage=project(self.advantage),
+            plus_margin=self.plus_margin and project(self.plus_margin),
+            minus_margin=self.minus_margin and project(self.minus_margin),
         )
-        assert difference is not None
-        return replace(self, above_lower=lower, difference=difference, below_upper=upper)
 
 
 def _answer_chain(
     question: Question, scores: ConfirmScores, scale: Scale, *, level: float, max_seeds: int, groups: str | None
 ) -> list[Answer]:
-    if question.name == "smallest":
-        pairs = {subject: question.subjects[place + 1 :] for place, subject in enumerate(question.subjects[:-1])}
+    is_smallest = question.name == "smallest"
+    if is_smallest:
+        references = {name: question.subjects[place:] for place, name in enumerate(question.subjects[:-1], start=1)}
     else:
         assert question.reference is not None
-        pairs = {subject: [question.reference] for subject in question.subjects}
+        references = {name: [question.reference] for name in question.subjects}
     # values of one arm share a search, so an error of it moves them together
-    of_best = question.name != "smallest"
-    compared = {
-        subject: [pair for name in references if (pair := _compare(subject, name, scores, scale, of_best=of_best))]
-        for subject, references in pairs.items()
-    }
-    is_whole = {subject: len(compared[subject]) == len(pairs[subject]) for subject in pairs}
-    judge = _judge_sufficiency if question.name == "smallest" else _judge_difference
-    alone = {subject: judge(found, level=level) if is_whole[subject] else "open" for subject, found in compared.items()}
-    verdicts = _apply_order(alone)
+    of_best = not is_smallest
+    judge = _judge_sufficiency if is_smallest else _judge_difference
+    compared: dict[str, list[_Comparison]] = {}
+    alone: dict[str, Verdict] = {}
+    for subject, names in references.items():
+        found = [_compare(subject, name, scores, scale, of_best=of_best) for name in names]
+        compared[subject] = [pair for pair in found if pair]
+        alone[subject] = judge(compared[subject], level=level) if all(found) else "open"
     answers = []
-    for subject, found in compared.items():
-        worst = _find_worst(found, verdicts[subject])
-        value, interval = None, None
+    for subject, verdict in _apply_order(alone).items():
+        worst, value, interval = _find_worst(compared[subject], verdict), None, None
         if worst is not None:
-            confidence = 1 - 2 * level
-            value, interval = _measure(subject, worst.reference, scores, scale, confidence=confidence, of_best=of_best)
+            value, interval = scale.measure(scores, subject, worst.reference, confidence=1 - 2 * level, of_best=of_best)
         answer = Answer(
             name=question.name,
             arm=question.arm,
             subject=subject,
-            reference=worst.reference if worst else pairs[subject][-1],
-            compared_with=tuple(pairs[subject]),
-            verdict=verdicts[subject],
+            reference=worst.reference if worst else references[subject][-1],
+            compared_with=tuple(references[subject]),
+            verdict=verdict,
             value=value,
             interval=interval,
-            is_share=scale.margin.is_share_of_gain and scale.is_known,
-            num_seeds=len(worst.difference.seeds) if worst else 0,
+            is_share=scale.is_share,
+            num_seeds=len(worst.advantage.seeds) if worst else 0,
         )
         if answer.is_settled:
             answers.append(answer)
         elif alone[subject] != "open":
             answers.append(replace(answer, open_because="another value, which is tested first, is open"))
         else:
-            known = found if is_whole[subject] else []
+            known = compared[subject] if len(compared[subject]) == len(references[subject]) else []
             answers.append(_explain_open(answer, known, judge=judge, level=level, max_seeds=max_seeds, groups=groups))
     return answers
 
@@ -202,16 +225,13 @@ def _compare(subject: str, reference: str, scores: ConfirmScores, scale: Scale, 
     """Returns a comparison on the seeds that all its subjects have; None if one has no scores."""
 
     def estimate(margins: float) -> Estimate | None:
-        coefficients, constant = scale.advantage(subject, reference, margins=margins)
-        return estimate_sum(scores, coefficients, constant=constant, of_best=of_best)
+        return scale.estimate_advantage(scores, subject, reference, margins=margins, of_best=of_best)
 
-    if not scale.is_known:
-        found = estimate_sum(scores, {reference: float(scale.sign), subject: -float(scale.sign)}, of_best=of_best)
-        return _Comparison(reference=reference, above_lower=None, difference=found, below_upper=None) if found else None
-    lower, difference, upper = estimate(-1.0), estimate(0.0), estimate(1.0)
-    if difference is None:
+    advantage = estimate(0.0)
+    if advantage is None:
         return None
-    return _Comparison(reference=reference, above_lower=lower, difference=difference, below_upper=upper)
+    plus_margin, minus_margin = (estimate(1.0), estimate(-1.0)) if scale.is_known else (None, None)
+    return _Comparison(reference=reference, advantage=advantage, plus_margin=plus_margin, minus_margin=minus_margin)
 
 
 def _explain_open(
@@ -230,10 +250,10 @@ def _explain_open(
     """
     if not found:
         return replace(answer, open_because="there are no test scores of both on the same seeds")
-    if any(pair.above_lower is None for pair in found):
+    if any(pair.plus_margin is None for pair in found):
         remedy = "`confirm.margin` as a number in the metric's unit, or arms `full` and `frozen`"
         return replace(answer, open_because="no margin is known", to_settle=remedy)
-    num_seeds = min(len(pair.difference.seeds) for pair in found)
+    num_seeds = min(len(pair.advantage.seeds) for pair in found)
     if num_seeds < 2:
         reason = "one seed says nothing about another"
         return replace(answer, open_because=reason, to_settle="more seeds", may_settle=True)
@@ -243,7 +263,7 @@ def _explain_open(
         projected = [pair.project(num_seeds=seeds, groups_factor=factor) for pair in found]
         return judge(projected, level=shifted) != "open"
 
-    worst = max((pair.difference for pair in found), key=lambda estimate: estimate.error)
+    worst = max((pair.advantage for pair in found), key=lambda estimate: estimate.error)
     examples = groups or "test examples"
     parts = {
         "seeds": worst.seeds_variance,
@@ -271,24 +291,23 @@ def _explain_open(
 
 def _judge_difference(found: Sequence[_Comparison], *, level: float) -> Verdict:
     (pair,) = found
-    is_not_worse = pair.above_lower is not None and pair.above_lower.p_positive < level
-    is_not_better = pair.below_upper is not None and pair.below_upper.p_negative < level
+    is_not_worse = pair.plus_margin is not None and pair.plus_margin.p_positive < level
+    is_not_better = pair.minus_margin is not None and pair.minus_margin.p_negative < level
     # Equivalence goes first: a difference below the margin does not matter, even if its sign is known.
     if is_not_worse and is_not_better:
         return "equivalent"
-    if pair.difference.p_positive < level:
+    if pair.advantage.p_positive < level:
         return "better"
     if is_not_worse:
         return "not worse"
-    return "worse" if pair.difference.p_negative < level else "open"
+    return "worse" if pair.advantage.p_negative < level else "open"
 
 
 def _judge_sufficiency(found: Sequence[_Comparison], *, level: float) -> Verdict:
     """A value must be shown against every larger value; it is refuted by any of them, at a share of the level."""
-    lower = [pair.above_lower for pair in found]
-    if any(estimate is None for estimate in lower):
+    known = [pair.plus_margin for pair in found if pair.plus_margin is not None]
+    if len(known) < len(found):
         return "open"
-    known = [estimate for estimate in lower if estimate]
     if all(estimate.p_positive < level for estimate in known):
         return "sufficient"
     return "insufficient" if min(estimate.p_negative for estimate in known) < level / len(known) else "open"
@@ -298,8 +317,8 @@ def _find_worst(found: Sequence[_Comparison], verdict: Verdict) -> _Comparison |
     """Returns the comparison that is shown beside a verdict: the one that refutes the subject, or the lowest value."""
 
     def rank(pair: _Comparison) -> float:
-        lower = pair.above_lower if verdict == "insufficient" else None
-        return lower.p_negative if lower else pair.difference.value
+        lower = pair.plus_margin if verdict == "insufficient" else None
+        return lower.p_negative if lower else pair.advantage.value
 
     return min(found, key=rank, default=None)
 
@@ -314,18 +333,3 @@ def _apply_order(alone: Mapping[str, Verdict]) -> dict[str, Verdict]:
                 break
             allowed[subject] = alone[subject]
     return allowed
-
-
-def _measure(
-    subject: str, reference: str, scores: ConfirmScores, scale: Scale, *, confidence: float, of_best: bool
-) -> tuple[float | None, Interval | None]:
-    """Returns the tested quantity with the interval of the tests."""
-    if not (scale.margin.is_share_of_gain and scale.is_known):
-        found = estimate_sum(scores, {subject: 1.0, reference: -1.0}, of_best=of_best)
-        return (found.value, found.find_interval(confidence)) if found else (None, None)
-    # the share of full's gain is 1 + advantage over the reference / gain
-    advantage, _ = scale.advantage(subject, reference, margins=0.0)
-    ratio = estimate_ratio(
-        scores, subtract(advantage, scale.gain, -1.0), scale.gain, confidence=confidence, of_best=of_best
-    )
-    return ratio or (None, None)

@@ -25,9 +25,6 @@ RAMPS = (("#2fb5c4", "#7d3fc8"), ("#a3ad28", "#1c7a80"))
 """The first and the last colour of the values of an arm's key, smallest value first: one pair for each such arm."""
 MAX_SHOWN_TRIALS = 300
 """Figures and table show at most about this many trials: more make the page large and slow to open."""
-MAX_BAR_SPANS = 0.5
-"""An axis goes beyond the range of scores, to the ends of intervals, by at most this multiple of the range. Intervals
-of two seeds may be so wide that nothing else could be seen."""
 DEFAULT_HEIGHT_PX = 400
 PIXELS_PER_CHARACTER = 8
 """The width of a character of the names beside a figure, rounded up."""
@@ -195,13 +192,6 @@ def pad_range(low: float, high: float, *, limits: Interval) -> Interval:
     return max(low - pad, limits[0]), min(high + pad, limits[1])
 
 
-def find_bar_range(scores: Sequence[float], ends: Sequence[float], *, limits: Interval) -> Interval:
-    """Returns the range of an axis that shows all scores, and the ends of intervals that are not far from them."""
-    low, high = min(scores), max(scores)
-    reach = MAX_BAR_SPANS * (high - low) or math.inf
-    return pad_range(max(min([low, *ends]), low - reach), min(max([high, *ends]), high + reach), limits=limits)
-
-
 def add_line(
     figure: go.Figure, x: Sequence[Any], y: Sequence[float | None], colour: str, name: str, **trace: Any
 ) -> None:
@@ -256,13 +246,3 @@ def add_trials(figure: go.Figure, points: Iterable[Point], colour: str, name: st
         opacity=0.75,
         **marker,
     )
-
-
-def add_estimate(
-    figure: go.Figure, x: Any, y: Any, interval: Interval | None, colour: str, name: str, *, text: str, along: str = "y"
-) -> None:
-    """Adds a dot with a hover text, and an interval along one axis as a bar, which need not be around the dot."""
-    if interval is not None:
-        bar = {"x": [x, x], "y": [y, y]} | {along: list(interval)}
-        add_line(figure, bar["x"], bar["y"], colour, name, line={"width": 4}, opacity=0.6)
-    add_markers(figure, [x], [y], colour, name, text=[escape(text)], size=11)
