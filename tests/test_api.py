@@ -67,7 +67,8 @@ def test_dataframes_have_a_row_per_trial_run_and_step(result):
 
 def test_figures_and_the_table_show_what_the_report_shows(result):
     assert all(figure.data for figure in result.figures().values())
-    assert result.table() is not None
+    assert "bits_per_byte" in result.table()
+    assert str(result.load_run(result.best("lora"))).startswith("complete: bits_per_byte ")
 
 
 def test_the_kept_weights_come_back_as_a_model(result):

@@ -6,7 +6,8 @@ Results hold no models and no open files, so they can be kept for any time.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     import optuna
     import pandas
     from plotly.graph_objects import Figure
-    from rich.console import RenderableType
     from torch import nn
 
 
@@ -38,7 +38,12 @@ class RunResult:
     """One run: its record and the weights that it kept in its folder."""
 
     folder: Path
-    record: RunRecord
+    record: RunRecord = field(repr=False)
+
+    def __str__(self) -> str:
+        score = "no score" if self.score is None else f"{self.metric} {self.score:.4f}"
+        steps = f"{self.record.steps_done:,} of {self.record.steps_planned:,} steps"
+        return f"{self.status}: {score}, {steps}, {self.folder}"
 
     @property
     def status(self) -> str:
@@ -103,7 +108,7 @@ class SweepResult:
     """One sweep, with its record as it was when this result was read."""
 
     folder: Path
-    record: SweepRecord
+    record: SweepRecord = field(repr=False)
 
     @property
     def status(self) -> str:
@@ -196,11 +201,15 @@ class SweepResult:
         panels = draw_panels(load_sweep_data(self.folder))
         return {panel.title: figure for panel in panels for figure in panel.figures[:1]}
 
-    def table(self) -> RenderableType:
-        """Returns the table of the report, which `rich.print` shows."""
-        from lorasweep.report import render_terminal  # noqa: PLC0415 (plotly is slow to import)
+    def table(self) -> str:
+        """Returns the answers and the table of the report as text."""
+        from lorasweep.console import EscapingConsole  # noqa: PLC0415 (rich is slow to import)
+        from lorasweep.report import render_terminal  # noqa: PLC0415
 
-        return render_terminal(self.folder)
+        console = EscapingConsole(file=StringIO(), width=100)
+        with console.capture() as shown:
+            console.print(render_terminal(self.folder))
+        return shown.get()
 
     def _check_arm(self, arm: str) -> None:
         if arm not in self.arms:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from types import SimpleNamespace
 
+import lightning
 import pytest
 import torch
 from tests.tiny_tokenizer import load_tokenizer
@@ -66,6 +67,15 @@ def build_other():
 
 def build_unknown_head():
     return Bag(3), None, ("haed",)
+
+
+class OwnSteps(lightning.LightningModule):
+    def training_step(self, batch):
+        return 0.0
+
+
+def build_own_steps():
+    return OwnSteps()
 
 
 def build_plain():
@@ -166,6 +176,7 @@ def test_dropout_without_effect_is_refused(load):
     [
         ("build_other", "nn.Module, .* but 'own_models:build_other' returns str"),
         ("build_unknown_head", "names of modules .* returns 'haed'"),
+        ("build_own_steps", "must return the network, .* `training_step`"),
         ("biuld", "no attribute .biuld"),
     ],
 )

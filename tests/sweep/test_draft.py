@@ -9,7 +9,9 @@ import pytest
 import yaml
 
 from lorasweep.cli import DONE, WRONG_REQUEST, run
+from lorasweep.sweep.controller.stopping_rules import build_rule
 from lorasweep.sweep.definition.arms import read_definition
+from lorasweep.sweep.definition.packing import explain_solo_arms
 
 MODEL = "model.path=embedded:tiny"
 
@@ -39,6 +41,7 @@ def test_columns_lengths_and_steps_come_from_the_data(here, capsys):
     assert (settings["data.text"], settings["data.label"]) == ("review", "stars")
     assert settings["data.max_length"] % 8 == 0
     assert settings["trainer.max_steps"] == 60  # three passes over fewer than 200 examples are fewer steps
+    assert "trainer.eval_every_steps" not in settings
     assert list(sweep["arms"]) == ["frozen", "full", "lora"]
     written = (here / "mine.yaml").read_text()
     assert "passes over" in written
@@ -98,6 +101,21 @@ def test_a_file_whose_first_line_is_data_needs_names(here, capsys):
     assert "'data.columns=[label,text,column3]'" in said
     settings = draft(MODEL, "data.train=topics.csv", "data.columns=[label,text,column3]")["settings"]
     assert (settings["data.text"], settings["data.label"]) == ("text", "label")
+
+
+def test_every_row_of_every_split_is_read(here, capsys):
+    write_topics(here / "topics.csv")
+    (here / "test.csv").write_text("stars,review,author\n1,good,2\n1,good,2,3,4\n")
+    draft(MODEL, "data.train=topics.csv", "data.test=test.csv", code=WRONG_REQUEST)
+    assert "test.csv" in capsys.readouterr().err
+
+
+def test_another_number_of_steps_keeps_rungs_and_packs(here):
+    write_topics(here / "topics.csv")
+    draft(MODEL, "data.train=topics.csv")
+    arm = read_definition(here / "mine.yaml", ["trainer.max_steps=1000"]).find_arm("lora")
+    assert build_rule(arm).rungs == (200, 400)
+    assert explain_solo_arms(read_definition(here / "mine.yaml", ["trainer.max_steps=1000"])) == []
 
 
 def test_a_file_is_never_replaced(here, capsys):

@@ -7,6 +7,7 @@ and groups to both.
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -114,6 +115,20 @@ def add_search_path(folders: Sequence[str]) -> Iterator[None]:
 @cache  # once per process
 def register_search_path() -> None:
     Plugins.instance().register(SearchUserConf)
+
+
+def about_a_sixth(steps: Any) -> int:
+    """Returns the divisor of a number of steps that is nearest to a sixth of it, or a sixth if no divisor is near.
+
+    With a divisor the last step is evaluated, so trials can share packs. Rungs are at a sixth and at half of a run.
+    """
+    if not isinstance(steps, int) or steps < 1:  # refused when the settings are checked
+        return 1
+    divisors = [n for n in range(math.ceil(steps / 12), steps // 3 + 1) if steps % n == 0]
+    return min(divisors, key=lambda n: abs(6 * n - steps), default=math.ceil(steps / 6))
+
+
+OmegaConf.register_new_resolver("about_a_sixth", about_a_sixth, replace=True)
 
 
 def compose_run(settings: Mapping[str, Any], *, require_all: bool = True) -> RunConfig:

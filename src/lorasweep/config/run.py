@@ -147,7 +147,8 @@ class TrainerConfig(Settings):
     eval_batch_size: Positive
     """Sequences of maximum length per evaluation batch. A batch of shorter sequences has more."""
     eval_every_steps: Positive
-    """Steps between two evaluations on validation data. At an evaluation a run is checkpointed and may be pruned."""
+    """Steps between two evaluations on validation data. At an evaluation a run is checkpointed and may be pruned. By
+    default about a sixth of `trainer.max_steps`."""
     early_stop_evaluations: Positive | None
     """A run ends after this number of evaluations in a row without a better score; null trains all steps. The schedule
     does not become shorter."""

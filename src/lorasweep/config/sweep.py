@@ -137,8 +137,8 @@ class SweepSettings(Settings):
     trials: Positive | None
     """Number of trials of every arm with a space; null keeps the number of each arm. It may grow on `--resume`."""
     epochs: PositiveFloat | None
-    """Passes over the training data. They set `trainer.max_steps` (at least 60) and `trainer.eval_every_steps` (a sixth
-    of it) when the sweep starts. Null, or `trainer.max_steps` on the command line, keeps the number of steps."""
+    """Passes over the training data. They set `trainer.max_steps` (60 to 900) when the sweep starts. Null, or
+    `trainer.max_steps` on the command line, keeps the number of steps."""
     seed: NonNegative
     """Seed of the samplers; each arm draws from a separate random stream."""
     output: str | None

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from lightning import LightningModule
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -53,6 +54,12 @@ def _unpack(result: Any, name: str) -> tuple[nn.Module, PreTrainedTokenizerBase 
         raise ConfigError(
             "`model.factory` must return an nn.Module, (model, tokenizer) or (model, tokenizer, names of new modules) "
             f"with a tokenizer of transformers, but {name!r} returns {got}."
+        )
+    if isinstance(model, LightningModule) and type(model).training_step is not LightningModule.training_step:
+        raise ConfigError(
+            f"`model.factory` must return the network, but {name!r} returns a LightningModule with its own "
+            f"`training_step`, which lorasweep would never call. Return the network inside {type(model).__name__}; "
+            "`optim`, `schedule` and `data.loss` replace its optimizer and loss."
         )
     module_names = {module_name for module_name, _ in model.named_modules() if module_name}
     if unknown := [module_name for module_name in new_names if module_name not in module_names]:

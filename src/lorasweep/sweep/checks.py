@@ -15,11 +15,18 @@ from lorasweep.sweep.definition.seeds import draw_confirm_seeds
 from lorasweep.training.inputs import InputsCache, check_batch_memory
 from lorasweep.training.module import check_run
 
-STEPS_KEY, EVALUATIONS_KEY = "trainer.max_steps", "trainer.eval_every_steps"
-MIN_STEPS = 60
-"""Fewest steps that `sweep.epochs` sets: with fewer, a learning rate has no time to show whether it is good."""
+STEPS_KEY = "trainer.max_steps"
+MIN_STEPS, MAX_STEPS = 60, 900
+"""Bounds of the steps that `sweep.epochs` sets: with fewer, a learning rate has no time to show whether it is good, and
+a sweep trains dozens of runs."""
 NUM_EVALUATIONS = 6
-"""Evaluations of a run whose steps `sweep.epochs` sets. Rungs are at a sixth and at half of a run."""
+"""The steps that `sweep.epochs` sets are a multiple of it, so that a sixth of them, the first rung, is whole."""
+
+
+def count_steps(epochs: float, num_examples: int, batch_size: int) -> int:
+    """Returns the steps of this number of passes over the data, within the bounds."""
+    sixth = math.ceil(epochs * num_examples / batch_size / NUM_EVALUATIONS)
+    return NUM_EVALUATIONS * min(max(sixth, MIN_STEPS // NUM_EVALUATIONS), MAX_STEPS // NUM_EVALUATIONS)
 
 
 def set_steps(definition: Definition, inputs_cache: InputsCache) -> Definition:
@@ -31,10 +38,24 @@ def set_steps(definition: Definition, inputs_cache: InputsCache) -> Definition:
     if epochs is None or STEPS_KEY in overrides:
         return definition
     config = definition.arms[0].corner_configs[0]
-    wanted = max(MIN_STEPS, epochs * len(inputs_cache.load(config).splits.train) / config.trainer.batch_size)
-    every = math.ceil(wanted / NUM_EVALUATIONS)
-    steps = {STEPS_KEY: NUM_EVALUATIONS * every, EVALUATIONS_KEY: every}
-    return restore_definition({**definition.raw, "overrides": {**overrides, **steps}}, source=definition.source)
+    steps = count_steps(epochs, len(inputs_cache.load(config).splits.train), config.trainer.batch_size)
+    raw = {**definition.raw, "overrides": {**overrides, STEPS_KEY: steps}}
+    return restore_definition(raw, source=definition.source)
+
+
+def warn_of_short_runs(definition: Definition, inputs_cache: InputsCache) -> list[str]:
+    """Returns a warning if the runs of the arms that train see less than one pass over the user's training data."""
+    config = next((arm.corner_configs[0] for arm in definition.arms if arm.corner_configs[0].num_steps), None)
+    if config is None or config.data.name.startswith("stdlib"):
+        return []
+    num_examples, batch_size = len(inputs_cache.load(config).splits.train), config.trainer.batch_size
+    passes = config.num_steps * batch_size / num_examples
+    if passes >= 1:
+        return []
+    return [
+        f"Each run trains {config.num_steps:,} steps of {batch_size}: {passes:.2f} passes over {num_examples:,} "
+        f"training examples. `trainer.max_steps={math.ceil(num_examples / batch_size)}` makes one pass."
+    ]
 
 
 def check_definition(definition: Definition, inputs_cache: InputsCache) -> None:
@@ -91,7 +112,12 @@ def list_notes(definition: Definition, inputs_cache: InputsCache) -> list[str]:
     A note that several arms share appears once.
     """
     of_inputs = (note for arm in definition.arms for note in inputs_cache.load(arm.corner_configs[0]).notes)
-    others = [*explain_bases(definition), *explain_solo_arms(definition), *_note_one_group(definition, inputs_cache)]
+    others = [
+        *warn_of_short_runs(definition, inputs_cache),
+        *explain_bases(definition),
+        *explain_solo_arms(definition),
+        *_note_one_group(definition, inputs_cache),
+    ]
     return list(dict.fromkeys([*of_inputs, *others]))
 
 

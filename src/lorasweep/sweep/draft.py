@@ -17,17 +17,18 @@ import yaml
 from lorasweep.config.compose import compose_run
 from lorasweep.config.data import TableConfig
 from lorasweep.data.reading.conversations import KNOWN_COLUMNS
-from lorasweep.data.reading.documents import open_text
 from lorasweep.data.reading.tables import (
     DEFAULT_DIALECTS,
     READERS,
     find_files,
     find_suffix,
     load_datasets,
+    open_text,
     read_columns,
     refuse_unreadable,
 )
 from lorasweep.errors import ConfigError
+from lorasweep.sweep.checks import MAX_STEPS, STEPS_KEY, count_steps
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.training.inputs import RunInputs, build_inputs
 from lorasweep.wording import format_count, join_words
@@ -45,10 +46,6 @@ TEXT_COLUMNS: Mapping[str, str | None] = {
 }
 """Usual names of the column of texts, in the order in which they are tried, each with that of its second text."""
 EPOCHS = 3
-MIN_STEPS, MAX_STEPS = 60, 1000
-"""Bounds of `trainer.max_steps`. A sweep trains dozens of runs, so a draft does not begin with longer ones."""
-NUM_EVALUATIONS = 12
-"""Evaluations of a run. Rungs are at a sixth and at half of a run, so both are evaluated."""
 MAX_VALIDATION_EXAMPLES = 1000
 MAX_MEASURED_TOKENS = 4096
 """Length up to which examples are measured."""
@@ -104,6 +101,7 @@ def draft_sweep(path: Path, settings: Mapping[str, Any]) -> str:
     # blocks of text have a fixed length; the length of examples is measured
     lengths = {"data.max_length": MAX_MEASURED_TOKENS} if chosen["data"] in ("table", "chat") else {}
     inputs = build_inputs(compose_run({**lengths, **chosen}))
+    inputs.splits.test()  # reads every row, because the confirm stage would fail after hours of training
     text = _fill_template(path, {**chosen, **_choose_numbers(inputs, chosen)}, inputs)
     read_definition(yaml.safe_load(text))  # a draft must be a sweep that starts
     return text
@@ -188,11 +186,9 @@ def _refuse_data_as_names(
 
 
 def _choose_numbers(inputs: RunInputs, chosen: Mapping[str, Any]) -> dict[str, int]:
-    """Returns length, batch size, steps and evaluations that the user did not set, for three passes over the data."""
+    """Returns length, batch size and steps that the user did not set, for three passes over the data."""
     train = inputs.splits.train
     batch_size = int(chosen.get("trainer.batch_size", min(16, len(train))))
-    wanted = NUM_EVALUATIONS * math.ceil(EPOCHS * len(train) / batch_size / NUM_EVALUATIONS)
-    steps = int(chosen.get("trainer.max_steps", min(MAX_STEPS, max(MIN_STEPS, wanted))))
     numbers = {}
     if chosen["data"] in ("table", "chat"):
         covered = int(train.lengths.double().quantile(COVERED_SHARE))
@@ -201,9 +197,8 @@ def _choose_numbers(inputs: RunInputs, chosen: Mapping[str, Any]) -> dict[str, i
         numbers["data.max_length"] = min(limit, MAX_MEASURED_TOKENS, 8 * math.ceil(covered / 8))
         if len(inputs.splits.validation) > MAX_VALIDATION_EXAMPLES:
             numbers["data.max_validation_examples"] = MAX_VALIDATION_EXAMPLES
-    numbers["trainer.max_steps"] = steps
+    numbers[STEPS_KEY] = count_steps(EPOCHS, len(train), batch_size)
     numbers["trainer.batch_size"] = batch_size
-    numbers["trainer.eval_every_steps"] = max(1, steps // NUM_EVALUATIONS)
     return {key: number for key, number in numbers.items() if key not in chosen}
 
 
@@ -215,12 +210,11 @@ def _fill_template(path: Path, settings: Mapping[str, Any], inputs: RunInputs) -
         f"The base has {format_count(parameters)} parameters. The data has {len(train):,} training sequences{named}.",
         *inputs.splits.notes,
     ]
-    epochs = trainer.max_steps * trainer.batch_size / len(train)
+    passes = trainer.max_steps * trainer.batch_size / len(train)
     comments = {
         "data.max_length": f"{train.lengths.double().mean():.0f} tokens on average, {int(train.lengths.max())} at most",
-        "trainer.max_steps": f"{epochs:.1f} passes over {len(train):,} training examples",
-        "trainer.eval_every_steps": f"{trainer.max_steps // trainer.eval_every_steps} evaluations; weak trials pause "
-        "at two",
+        STEPS_KEY: f"{passes:.1f} passes over {len(train):,} training examples"
+        + (f"; more than {MAX_STEPS} steps are for you to choose" if trainer.max_steps == MAX_STEPS else ""),
         "data.max_validation_examples": "evenly spaced; an evaluation of all takes longer",
     }
     lines = [

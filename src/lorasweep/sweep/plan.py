@@ -278,6 +278,9 @@ def _list_notes(definition: Definition, groups: Sequence[GroupPlan]) -> Iterator
         f"({', '.join(parts)}). The lower end prunes all that the stopping rule allows; the upper end prunes "
         f"nothing.{shared}"
     )
+    yield (
+        f"Memory is the peak of {NUM_STEPS} steps. Later batches may have longer rows: leave half as much again free."
+    )
     data = [arm.corner_configs[0].data for arm in definition.arms]
     if any(isinstance(each, ChatConfig) and each.generate for each in data):
         yield "The time to generate answers (`data.generate`) is not measured."

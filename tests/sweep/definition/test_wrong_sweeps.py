@@ -93,11 +93,17 @@ def test_a_file_that_is_no_sweep_is_refused(read, text):
         ("words", "an override must read `key=value`, but got"),
         ("arms.lora=1", "`arms.lora` must be a new arm such as"),
         ("arms.lora={trials: 2}", "`arms.lora` must be the name of a new arm"),
+        ("arms.lroa=null", r"`arms.lroa=null` must name an arm of the sweep file. Did you mean `lora`\?"),
+        ("~arms.lora", "`arms.ARM=null`"),
     ],
 )
 def test_an_override_that_is_wrong_is_refused(read, content, override, message):
     with pytest.raises(ConfigError, match=message):
         read(content, override)
+
+
+def test_an_arm_is_left_out_with_null(read, content):
+    assert [arm.name for arm in read(content, "arms.full=null").arms] == ["frozen", "lora"]
 
 
 def test_a_range_where_no_arm_has_a_space_is_refused(read, content):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import gzip
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TextIO, cast
 
 from lorasweep.config.data import TextConfig
 from lorasweep.data.reading.splitting import ReadExamples, build_source, content_key
@@ -15,6 +13,7 @@ from lorasweep.data.reading.tables import (
     choose_columns,
     find_files,
     open_tables,
+    open_text,
     parse_rows,
     refuse_unreadable,
     require_text,
@@ -70,12 +69,6 @@ def _open_files(config: TextConfig) -> Callable[[str], ReadExamples[Document]]:
         return documents, [f"{num_blank} files of {split} without text are skipped."] if num_blank else []
 
     return read
-
-
-def open_text(path: Path) -> TextIO:
-    """Opens a UTF-8 file, also one compressed by gzip, without its byte order mark. Line ends become line feeds."""
-    open_file = gzip.open if path.suffix.lower() == ".gz" else open
-    return cast(TextIO, open_file(path, "rt", encoding="utf-8-sig"))
 
 
 def _read_text(path: Path) -> str:

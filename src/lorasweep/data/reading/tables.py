@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import glob
+import gzip
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar, cast
 
 import datasets
 import pandas
@@ -144,9 +145,12 @@ def _load_file(path: Path, config: RowSettings) -> Dataset:
 def _choose_csv_options(path: Path, config: RowSettings) -> dict[str, Any]:
     """Returns options of `pandas.read_csv`. Every value stays a text: `NA` and `01` are not converted."""
     default_delimiter, default_quoting = DEFAULT_DIALECTS[find_suffix(path)]
-    quoting = default_quoting if config.quoting == "auto" else config.quoting
+    separator = DELIMITERS[default_delimiter if config.delimiter == "auto" else config.delimiter]
+    quoting = config.quoting
+    if quoting == "auto":
+        quoting = "csv" if default_quoting == "csv" or _has_csv_quotes(path, separator) else "none"
     options: dict[str, Any] = {
-        "sep": DELIMITERS[default_delimiter if config.delimiter == "auto" else config.delimiter],
+        "sep": separator,
         "quoting": csv.QUOTE_MINIMAL if quoting == "csv" else csv.QUOTE_NONE,
         "na_filter": False,  # otherwise the text NA would be lost
         "index_col": False,  # otherwise the first field would be lost in a file whose rows are longer than its header
@@ -159,6 +163,15 @@ def _choose_csv_options(path: Path, config: RowSettings) -> dict[str, Any]:
         "header": None if config.columns else 0,
         "features": Features(dict.fromkeys(names, Value("string"))),
     }
+
+
+def _has_csv_quotes(path: Path, separator: str) -> bool:
+    """Returns whether a file has quotes, and they stand only around whole fields, or doubled inside such fields."""
+    with open_text(path) as file:
+        text = file.read()
+    end = re.escape(separator)
+    rest = re.sub(rf'(?:(?<=[{end}\n])|\A)"(?:[^"]|"")*+"(?=[{end}\n]|\Z)', "", text)
+    return '"' not in rest and rest != text
 
 
 @contextmanager
@@ -231,6 +244,12 @@ def find_tables(given: str, *, key: str) -> list[Path]:
             "narrow the glob, or rename a file without a suffix (`.txt`: tabs between its fields)."
         )
     return files
+
+
+def open_text(path: Path) -> TextIO:
+    """Opens a UTF-8 file, also one compressed by gzip, without its byte order mark. Line ends become line feeds."""
+    open_file = gzip.open if path.suffix.lower() == ".gz" else open
+    return cast(TextIO, open_file(path, "rt", encoding="utf-8-sig"))
 
 
 def find_suffix(path: Path) -> str:

@@ -175,7 +175,7 @@ def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Defini
     for key in filter(is_hydra_override, raw["overrides"]):
         raise ConfigError(
             f"a sweep's override must read `key=value`, but got {key!r}. `+` and `~` are for `lorasweep train`; write "
-            "a value, or an option such as `logger=none`."
+            "a value, an option such as `logger=none`, or `arms.ARM=null` to leave out an arm."
         )
     content, overrides = _add_command_line_arms(raw["file"], raw["overrides"])
     file, overrides = parse_file(content), flatten_alpha_over_rank(overrides)
@@ -218,10 +218,10 @@ def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Defini
 def _add_command_line_arms(content: Any, overrides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Returns a sweep file's content with the arms of the command line, and the other overrides.
 
-    An arm of the command line is written as `arms.NAME={settings: ...}`.
+    An arm of the command line is written as `arms.NAME={settings: ...}`; `arms.NAME=null` leaves out one of the file.
 
     Raises:
-        ConfigError: Such an arm is not a mapping, or the file has an arm of this name.
+        ConfigError: Such an arm is not a mapping, the file has an arm of this name, or it lacks an arm to leave out.
     """
     typed = {key: value for key, value in overrides.items() if re.fullmatch(r"arms\.[^.]+", key)}
     arms = content.get("arms") if isinstance(content, Mapping) else None
@@ -230,15 +230,19 @@ def _add_command_line_arms(content: Any, overrides: Mapping[str, Any]) -> tuple[
     arms = dict(arms)
     for key, value in typed.items():
         name = key.removeprefix("arms.")
+        if value is None:
+            if arms.pop(name, None) is None:
+                raise ConfigError(f"`{key}=null` must name an arm of the sweep file.{nearest(name, arms)}")
+            continue
         if not isinstance(value, Mapping):
             raise ConfigError(
                 f"`{key}` must be a new arm such as `{{settings: {{method: lora}}, space: {{optim.lr: [0.1, 1]}}}}`, "
-                f"but got {value!r}."
+                f"or null to leave out an arm of the sweep file, but got {value!r}."
             )
         if name in arms:
             raise ConfigError(
                 f"`{key}` must be the name of a new arm, but the sweep file has an arm {name!r}. Set one key of it: "
-                f"`{key}.KEY=VALUE`."
+                f"`{key}.KEY=VALUE`, or leave it out: `{key}=null`."
             )
         arms[name] = value
     return {**content, "arms": arms}, {key: value for key, value in overrides.items() if key not in typed}
