@@ -236,7 +236,6 @@ OPTIONS = [
 MANDATORY = {
     **{f"model={option}": {"model.path": "owner/name"} for option in ("causal_lm", "classifier", "seq2seq")},
     "model=own": {"model.factory": "own:build"},
-    "sampler=optunahub": {"sampler.package": "samplers/auto_sampler", "sampler.sampler": "AutoSampler"},
     "data=own": {"data.factory": "own:build", "data.labels": ["no", "yes"]},
     **{f"data={option}": {"data.train": "file"} for option in ("text", "table", "chat")},
 }

@@ -10,7 +10,6 @@ SETTINGS = {
     "kind": "causal_lm",
     "path": "owner/name",
     "revision": None,
-    "gguf_file": None,
     "factory": None,
     "attention": "auto",
     "quantization": "none",
@@ -36,21 +35,15 @@ def test_dropout_is_a_rate(dropout):
         compose_run({"model.dropout": dropout})
 
 
-def test_gguf_file_is_one():
-    with pytest.raises(ValueError, match=r"`model.gguf_file` must end in \.gguf, but got 'model.bin'"):
-        make(gguf_file="model.bin")
-
-
 @pytest.mark.parametrize("factory", ["package.module", "package:", ":f", "a b:c", "./file.py:f", "a.b:c.d", "1a:f"])
 def test_factory_is_a_module_and_a_function(factory):
     with pytest.raises(ValueError, match=r"`model.factory` must have the form `package.module:function`"):
         make(factory=factory, path=None)
 
 
-@pytest.mark.parametrize(("key", "value"), [("gguf_file", "a.gguf"), ("revision", "v1")])
-def test_setting_without_effect_beside_a_factory_is_refused(key, value):
-    with pytest.raises(ValueError, match=f"`model.{key}` must be null with `model.factory`"):
-        make(factory="own:build", path=None, **{key: value})
+def test_a_revision_without_a_path_is_refused():
+    with pytest.raises(ValueError, match=r"`model.revision` must be null without `model.path`"):
+        make(factory="own:build", path=None, revision="v1")
 
 
 def test_factory_may_take_its_tokenizer_from_a_path():

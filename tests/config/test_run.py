@@ -21,7 +21,6 @@ from lorasweep.errors import ConfigError
         ("optim.lr", float("nan"), "`optim.lr` must be a finite number, but got nan."),
         ("optim.lr_ratio_head", 0.0, "`optim.lr_ratio_head > 0` must hold, but got 0.0."),
         ("optim.layer_decay", 1.5, "`optim.layer_decay <= 1` must hold, but got 1.5."),
-        ("optim.ema_decay", 1.0, "`optim.ema_decay < 1` must hold, but got 1.0."),
         ("trainer.early_stop_evaluations", 0, "`trainer.early_stop_evaluations >= 1` must hold, but got 0."),
         ("optim.lr_ratio_b", 0.0, "`optim.lr_ratio_b > 0` must hold, but got 0.0."),
         ("optim.weight_decay", -0.1, "`optim.weight_decay >= 0` must hold, but got -0.1."),
@@ -60,7 +59,6 @@ def test_a_learning_rate_of_b_is_refused_where_there_is_no_b(method):
     [
         ({"method": "head"}, "`method`"),
         ({"trainer.compile": True}, "`trainer.compile`"),
-        ({"optim.ema_decay": 0.9}, "`optim.ema_decay`"),
     ],
 )
 def test_what_can_not_be_sharded_is_refused(settings, key):

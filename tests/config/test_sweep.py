@@ -27,7 +27,7 @@ from lorasweep.errors import ConfigError
         ({"pruner.rungs": [0.2, 1.0]}, "ascending fractions of a run.* but got"),
         ({"pruner.min_steps": 2}, "`pruner.min_steps` is not a setting."),
         ({"pruner": "hyperband"}, "`pruner` must be one of halving, none, but got 'hyperband'."),
-        ({"sampler": "cmaes"}, "`sampler` must be one of gp, grid, optunahub, qmc, random, tpe, but got 'cmaes'."),
+        ({"sampler": "cmaes"}, "`sampler` must be one of gp, grid, qmc, random, tpe, but got 'cmaes'."),
         ({"worker.num": 2}, "`worker.num` must be 1 .*, but got 2. .* `worker=ray worker.num=2`"),
         ({"worker.num": 0}, "`worker.num` must be 1 .*, but got 0"),
         ({"worker": "ray", "worker.num": 0}, "`worker.num >= 1` must hold, but got 0"),

@@ -45,12 +45,6 @@ def test_missing_folder_is_not_looked_for_on_the_hub(path, folder, monkeypatch, 
     assert repr(path) in str(raised.value)
 
 
-def test_gguf_file_is_found_by_its_own_path_or_by_its_name(folder, model_config):
-    (folder / "some.gguf").touch()
-    assert find_model_folder(model_config(folder / "some.gguf")) == (folder, "some.gguf")
-    assert find_model_folder(model_config(folder, gguf_file="some.gguf")) == (folder, "some.gguf")
-
-
 def test_unreachable_hub_is_one_sentence(download, model_config):
     download(ConnectionError("no network\nmore"))
     with pytest.raises(ConfigError, match=r"`model\.path` .*'nobody/nothing' .*: no network\. Check"):
@@ -68,14 +62,13 @@ def test_gated_model_says_what_to_do(download, model_config):
     [
         ({}, {"*.safetensors"}),
         ({"allow_pickle": True}, {"*.safetensors", "pytorch_model*.bin*"}),
-        ({"gguf_file": "small.gguf"}, {"small.gguf"}),
         ({"trust_remote_code": True}, {"*.safetensors", "*.py"}),
         ({"factory": "own:build"}, set()),
     ],
 )
 def test_only_what_may_be_read_is_downloaded(folder, download, model_config, settings, weights):
     calls = download()
-    assert find_model_folder(model_config("owner/name", revision="v1", **settings))[0] == folder
+    assert find_model_folder(model_config("owner/name", revision="v1", **settings)) == folder
     ((path, asked),) = calls
     assert (path, asked["revision"]) == ("owner/name", "v1")
     assert set(asked["allow_patterns"]) == weights | set(folder_file.ALWAYS_DOWNLOADED)

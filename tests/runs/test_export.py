@@ -113,21 +113,12 @@ def test_peft_loads_the_adapter_onto_its_base_with_the_same_logits(trained, tmp_
     assert largest_difference(before, own) > 10 * LOGIT_TOLERANCE
 
 
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")  # PEFT, of AdaLoRA's own keys
-@pytest.mark.parametrize(
-    ("kind", "more"),
-    [
-        ("VERA", {"r": 8}),
-        ("ADALORA", {"init_r": 3, "target_r": 1}),
-        ("LORA", {"r": 2, "init_lora_weights": "eva"}),
-    ],
-)
-def test_an_adapter_that_peft_trained_is_exported_for_peft_and_merged(trained, tmp_path, kind, more):
-    config = {"peft_type": kind, "target_modules": ["q_proj", "down_proj"], **more}
+def test_an_adapter_that_peft_trained_is_exported_for_peft_and_merged(trained, tmp_path):
+    config = {"peft_type": "VERA", "target_modules": ["q_proj", "down_proj"], "r": 8}
     run = trained({"method": "peft", "method.config": config})
     written = export_run(run, format="peft", out=tmp_path / "adapter")
     assert written.difference == 0
-    assert f"An adapter ({kind}, fp32)" in (written.folder / "README.md").read_text()
+    assert "An adapter (VERA, fp32)" in (written.folder / "README.md").read_text()
     base = load_embedded()
     before = logits_of(base)
     model = peft.PeftModel.from_pretrained(base, written.folder)

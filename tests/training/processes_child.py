@@ -42,7 +42,7 @@ VARIANTS = {
         {"trainer.activation_checkpointing": True},
         {"trainer.early_stop_evaluations": 1, "optim.lr": 1e-12},
     ],
-    "ddp": [{"optim.ema_decay": 0.5}, {"method": "head"}],
+    "ddp": [{"method": "head"}],
 }
 """Settings that must work too, by strategy."""
 TRUE_LOSSES = tasks_file.compute_token_losses

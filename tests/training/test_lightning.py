@@ -179,8 +179,6 @@ def test_wrong_uses_are_refused_in_one_sentence(words, data, make_trainer):
         make_trainer(max_steps=-1, max_epochs=3).fit(module, data)
     with pytest.raises(ConfigError, match="`data` must be the same in TrainingModule and DataModule"):
         make_trainer().fit(lorasweep.TrainingModule([*words, "data.block_length=16"]), data)
-    with pytest.raises(ConfigError, match=r"`optim.ema_decay` must be null"):
-        make_trainer().fit(lorasweep.TrainingModule([*words, "optim.ema_decay=0.9"]), data)
     with pytest.raises(ConfigError, match=r"`method.rankk` is not a setting"):
         lorasweep.TrainingModule(["method.rankk=8"])
 

@@ -29,7 +29,6 @@ OPTIM = OptimConfig(
     lr_ratio_b=1.0,
     lr_ratio_head=1.0,
     layer_decay=1.0,
-    ema_decay=None,
     weight_decay=0.5,
     beta1=0.8,
     beta2=0.9,

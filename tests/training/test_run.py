@@ -16,17 +16,14 @@ from tests.training.runs import (
     losses,
     out_of_memory_above,
     settings_of,
-    stop_after,
     train,
 )
 
 from lorasweep.errors import Diverged, OutOfMemory
-from lorasweep.methods import METHODS
 from lorasweep.models.load import fingerprint_weights
 from lorasweep.record import compute_sha256, read_run
 from lorasweep.training.environment import has_cpu_bf16
 from lorasweep.training.inputs import build_inputs
-from lorasweep.training.module import prepare_model
 
 KEPT = {
     "lora": {"adapter_config.json", ADAPTER},
@@ -292,26 +289,3 @@ def test_a_compiled_model_trains_the_same(tmp_path, make_config, quantisable_mod
     assert found == pytest.approx([loss for _, loss, _ in losses(tmp_path / "eager")], rel=1e-3)
     kept = [load_file(tmp_path / name / "best" / ADAPTER).keys() for name in ("compiled", "eager")]
     assert kept[0] == kept[1]
-
-
-def test_the_running_mean_of_the_weights_is_what_is_evaluated_and_saved(tmp_path, make_config, inputs):
-    averaged = make_config({"optim.ema_decay": 0.5})
-    train(tmp_path / "mean", averaged, inputs=inputs)
-    plain = make_config()
-    train(tmp_path / "plain", plain, inputs=inputs)
-    assert losses(tmp_path / "mean") == losses(tmp_path / "plain")  # training itself is the same
-    mean: dict[str, torch.Tensor] = {}
-    for step in range(5):  # by hand: the mean over the weights after 0, 1, ... steps
-        folder = tmp_path / f"after{step}"
-        if step == 0:
-            model = prepare_model(plain, inputs.base)
-            METHODS["lora"].save(model, folder / "last", base=inputs.base)
-        else:
-            stop = stop_after(step)
-            short = make_config({"trainer.eval_every_steps": 1})
-            train(folder, short, inputs=inputs, stop_requested=stop)
-        weights = load_file(folder / "last" / ADAPTER)
-        mean = {name: weights[name] if not mean else 0.5 * mean[name] + 0.5 * weights[name] for name in weights}
-    kept = load_file(tmp_path / "mean" / "last" / ADAPTER)
-    for name, expected in mean.items():
-        torch.testing.assert_close(kept[name], expected, rtol=1e-5, atol=1e-7)  # fp32, another order of operations

@@ -163,7 +163,7 @@ class PeftConfig(Settings):
 
     name: Literal["peft"] = "peft"
     config: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """`peft_type`, such as VERA, ADALORA or IA3, and the settings of PEFT's configuration of that type."""
+    """`peft_type`, such as VERA or IA3, and the settings of PEFT's configuration of that type."""
 
 
 MethodConfig = Annotated[

@@ -23,12 +23,10 @@ class ModelConfig(Settings):
     kind: ModelKind
     """Kind of output: the next token (`causal_lm`), labels or a number (`classifier`), or a text (`seq2seq`)."""
     path: str | None
-    """Hub id, folder or GGUF file; `embedded:tiny` is inside this package. With `model.factory`, `path` is the source
+    """Hub id or folder; `embedded:tiny` is inside this package. With `model.factory`, `path` is the source
     of the tokenizer, or null if the function returns a tokenizer."""
     revision: str | None
     """Version on the hub; a commit, branch or tag."""
-    gguf_file: str | None
-    """Name of the GGUF file in that folder or on the hub, dequantised as it is loaded; null reads safetensors."""
     factory: str | None
     """Custom model: `package.module:function`, which returns an `nn.Module` (see docs/models.md); null loads `path`."""
     attention: Attention
@@ -46,14 +44,10 @@ class ModelConfig(Settings):
 
     def __post_init__(self) -> None:
         self._check_source()
-        if self.gguf_file is not None and not self.gguf_file.endswith(".gguf"):
-            raise ConfigError(f"`model.gguf_file` must end in .gguf, but got {self.gguf_file!r}.")
-
-        if self.quantization != "none" and (self.factory is not None or self.gguf_file is not None):
-            source = "model.factory" if self.factory is not None else "model.gguf_file"
+        if self.quantization != "none" and self.factory is not None:
             raise ConfigError(
-                f"`model.quantization` must be none with `{source}`, but got {self.quantization!r}. Only a model of "
-                "transformers in safetensors is quantised while it is loaded."
+                f"`model.quantization` must be none with `model.factory`, but got {self.quantization!r}. Only a model "
+                "of transformers is quantised while it is loaded."
             )
 
     def _check_source(self) -> None:
@@ -62,9 +56,7 @@ class ModelConfig(Settings):
                 raise ConfigError("`model.path` must name a folder or hub id, but is empty.")
             return
         check_function_name("model.factory", self.factory)
-        without_effect = {"gguf_file": self.gguf_file, "revision": None if self.path else self.revision}
-        for key, value in without_effect.items():
-            if value is not None:
-                raise ConfigError(
-                    f"`model.{key}` must be null with `model.factory`, but got {value!r}, which has no effect."
-                )
+        if self.revision is not None and not self.path:
+            raise ConfigError(
+                f"`model.revision` must be null without `model.path`, but got {self.revision!r}, which has no effect."
+            )

@@ -48,7 +48,7 @@ LayerDecay = Annotated[float, Field(gt=0, le=1)]
 
 @dataclass(frozen=True, kw_only=True)
 class OptimSettings(Settings):
-    """Learning rates, weight decay, averaging and gradient clipping of any optimizer."""
+    """Learning rates, weight decay and gradient clipping of any optimizer."""
 
     lr: PositiveFloat
     """Peak learning rate, > 0."""
@@ -59,9 +59,6 @@ class OptimSettings(Settings):
     layer_decay: LayerDecay
     """Learning rate of a block divided by the rate of the block above it (ULMFiT, arXiv 1801.06146, section 3.2),
     0 < f <= 1. The embeddings lie below the first block."""
-    ema_decay: Fraction | None
-    """Decay of an exponential moving average of the weights, 0 <= f < 1, which is evaluated and saved; null uses the
-    weights themselves. Trials with an average run alone."""
     weight_decay: NonNegativeFloat
     """Weight decay of matrices. Vectors (biases, norms) do not decay. A class without `weight_decay` needs 0."""
     clip_norm: PositiveFloat | None
@@ -271,7 +268,6 @@ class RunConfig(Settings):
                 "model.quantization": self.model.quantization != "none",
                 "method": self.method.name not in ("full", "lora"),
                 "trainer.compile": self.trainer.compile,
-                "optim.ema_decay": self.optim.ema_decay is not None,
             }
             for key, is_conflict in conflicts.items():
                 if is_conflict:

@@ -80,7 +80,7 @@ SamplerConfig = Annotated[
     | Annotated[Component, Tag("component")],
     SETTINGS_OR_COMPONENT,
 ]
-"""A component is any Optuna sampler: one of Optuna, of OptunaHub or of the user."""
+"""A component is any Optuna sampler: one of Optuna or of the user."""
 PrunerConfig = Annotated[
     Annotated[HalvingPruner | NoPruner, Field(discriminator="name"), Tag("settings")]
     | Annotated[Component, Tag("component")],

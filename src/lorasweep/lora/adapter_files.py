@@ -43,7 +43,7 @@ UNSUPPORTED_KEYS = (
 # fmt: on
 """Keys of PEFT's configuration that must be unset. If lorasweep ignored them, the loaded model would compute
 different outputs."""
-INITS_KEEPING_BASE = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+INITS_KEEPING_BASE = (True, False, None, "gaussian", "orthogonal", "mica")
 """Values of PEFT's `init_lora_weights` that do not change the base's weights."""
 
 

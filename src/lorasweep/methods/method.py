@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,9 +26,6 @@ from lorasweep.errors import RecordError
 from lorasweep.models.load import BaseModel
 
 Module = TypeVar("Module", bound=nn.Module)
-
-LoadBatches = Callable[[int], Iterable[Any]]
-Forward = Callable[[nn.Module, Any], Any]
 
 DEFAULT_HEAD_DEVIATION = 0.02
 """Standard deviation of a new head's weights if the model's settings have no `initializer_range`. BERT and GPT-2 use
@@ -148,32 +145,6 @@ class Method(ABC):
         weights are rounded to the dtype of the frozen ones.
         """
         round_to_frozen_dtype(model)
-
-    def initialise(self, model: nn.Module, *, load_batches: LoadBatches, forward: Forward) -> None:  # noqa: B027
-        """Computes initial values from training data, before the first step of a run, also of one that resumes.
-
-        Args:
-            model: A prepared model.
-            load_batches: Returns the first batches of the training data, from their number.
-            forward: Calls a model with a batch.
-
-        Raises:
-            ConfigError: The values can't be computed from this data.
-        """
-
-    def penalty(self, model: nn.Module) -> Tensor | None:
-        """Returns what the method adds to the loss of each step; None for nothing."""
-        return None
-
-    def end_step(self, model: nn.Module, *, step: int, max_steps: int) -> None:  # noqa: B027
-        """Is called after each optimizer step, when gradients are still there. `step` counts from 1."""
-
-    def training_state(self, model: nn.Module) -> dict[str, Any]:
-        """Returns what a checkpoint must keep besides the trained parameters."""
-        return {}
-
-    def load_training_state(self, model: nn.Module, state: Mapping[str, Any]) -> None:  # noqa: B027
-        """Restores what `training_state` returned."""
 
     def _get_tensors_to_save(self, model: nn.Module) -> dict[str, Tensor]:
         """Returns the tensors to save by name. They share memory with the model, so `load` can write into them."""

@@ -1,4 +1,4 @@
-"""`peft`: trains adapters of PEFT that replace layers: VeRA, AdaLoRA, IA³, LoRA with other initial values.
+"""`peft`: trains adapters of PEFT that replace layers: VeRA, IA³, LoRA with other initial values.
 
 PEFT checks the settings and makes, saves, loads and merges the adapter. The checks here refuse settings that PEFT
 accepts, but a run would not follow: adapters that change the model's inputs or the base, and settings that need calls
@@ -7,11 +7,10 @@ which a run does not make.
 
 from __future__ import annotations
 
-import io
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from lorasweep.config.method import MethodConfig, PeftConfig
 from lorasweep.config.peft_settings import import_peft
@@ -29,8 +28,6 @@ from lorasweep.lora.adapter_files import CONFIG_FILE, INITS_KEEPING_BASE, WEIGHT
 from lorasweep.lora.layer_kinds import is_quantised
 from lorasweep.lora.targets import find_adaptable_layers
 from lorasweep.methods.method import (
-    Forward,
-    LoadBatches,
     Method,
     clear_tie_setting,
     copy_sharing_weights,
@@ -42,22 +39,19 @@ from lorasweep.wording import nearest
 ADAPTER = "default"
 """PEFT's name of the only adapter of a model."""
 INIT = "init_lora_weights"
-INITIALISATIONS = (True, False, "gaussian", "orthogonal", "olora", "pissa", "mica", "eva")
+INITIALISATIONS = (True, False, "gaussian", "orthogonal", "olora", "pissa", "mica")
 """Values of `init_lora_weights`. Missing are `pissa_niter_[number]`, whose random numbers change the base, but are not
-saved; `corda` and `lora_ga`, which need covariances or gradients before the first step; and `loftq`, which is not
+saved; `corda`, `eva` and `lora_ga`, which need data or gradients before the first step; and `loftq`, which is not
 tested, because it needs a GPU."""
 REFUSED_KEYS = (
     *("megatron_config", "megatron_core"),  # PEFT would import the module that they name
     *("arrow_config", "kasa_config", "monteclora_config", "use_asa"),  # need another loss or other calls in training
 )
 """Keys of PEFT's configuration that are refused, because a run can't follow them."""
-TYPES_ON_QUANTISED_BASE = ("LORA", "ADALORA", "HIRA", "IA3", "PVERA", "RANDLORA", "ROAD", "VERA")
+REFUSED_TYPES = ("ADALORA",)
+"""Values of `peft_type` that need PEFT's own training loop: AdaLoRA drops ranks after each step."""
+TYPES_ON_QUANTISED_BASE = ("LORA", "HIRA", "IA3", "PVERA", "RANDLORA", "ROAD", "VERA")
 """Values of `peft_type` whose layers call a quantised layer. Layers of other types compute with its stored bytes."""
-MAX_EVA_BATCHES = 1_000
-"""Maximum number of batches for EVA's initial values. PEFT would repeat the data until all layers converge. They never
-do if a batch has fewer tokens than a layer has ranks."""
-UNSET_STEPS = 2**40
-"""AdaLoRA's `total_step` until training begins, if the user set none. `end_step` sets the run's number of steps."""
 
 
 class PeftMethod(Method):
@@ -89,31 +83,6 @@ class PeftMethod(Method):
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
             add_adapter(model, peft_config, new_head_names=new_head_names)
 
-    def initialise(self, model: nn.Module, *, load_batches: LoadBatches, forward: Forward) -> None:
-        """Computes EVA's A and the rank of each layer from the layers' inputs (arXiv 2410.07170)."""
-        wrapper = get_wrapper(model)
-        if getattr(wrapper.peft_config[ADAPTER], INIT, None) != "eva":
-            return
-        peft, is_training = import_peft(needed_by="method=peft"), model.training
-        is_half = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
-        device = next(model.parameters()).device
-        try:
-            # PEFT prints one line for each layer and each batch that has too few tokens
-            with quiet_peft(), redirect_stdout(io.StringIO()), torch.autocast(device.type, enabled=is_half):
-                peft.initialize_lora_eva_weights(
-                    wrapper,
-                    dataloader=EvaBatches(load_batches(MAX_EVA_BATCHES)),
-                    forward_fn=lambda _, batch: forward(model, batch),
-                    gather_distributed_inputs=False,  # each process computes the same values from the same batches
-                    show_progress_bar=False,
-                )
-        except ConfigError:
-            raise
-        except Exception as error:  # PEFT raises errors of many classes, such as IndexError for an encoder-decoder
-            raise _refuse("start EVA", error) from error
-        train_in_fp32(model)
-        model.train(is_training)
-
     def save(self, model: nn.Module, folder: Path, *, base: BaseModel) -> None:
         """Writes the adapter, as PEFT's `save_pretrained` does."""
         wrapper = get_wrapper(model)
@@ -129,9 +98,10 @@ class PeftMethod(Method):
         """Loads an adapter onto a copy of the base model."""
         source = f"the adapter in {str(folder)!r}"
         try:
+            peft = import_peft(needed_by="method=peft")
             require_regular_file(folder / CONFIG_FILE)  # PEFT would look for a missing file on the hub
             with quiet_peft():
-                peft_config = import_peft(needed_by="method=peft").PeftConfig.from_pretrained(str(folder))
+                peft_config = peft.PeftConfig.from_pretrained(str(folder))
             _check_config(peft_config, model)
             peft_config.inference_mode = False
             tensors = load_file(folder / WEIGHTS_FILE)
@@ -139,7 +109,7 @@ class PeftMethod(Method):
                 add_adapter(model, peft_config)
             model.train(model.training)  # also the new modules
             with quiet_peft():
-                found = _set_values(model, tensors)
+                found = peft.set_peft_model_state_dict(get_wrapper(model), tensors, adapter_name=ADAPTER)
         except (OSError, ValueError, AttributeError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
             raise RecordError(f"{source} must load, but does not: {describe_error(error)}.") from error
         # adapters may share one parameter under several names, of which the file has one
@@ -176,69 +146,6 @@ class PeftMethod(Method):
         clear_tie_setting(model)
         round_to_frozen_dtype(model)
 
-    def penalty(self, model: nn.Module) -> Tensor | None:
-        """Returns AdaLoRA's penalty, which keeps A and B near orthogonal (arXiv 2303.10512, equation 4)."""
-        weight = getattr(get_wrapper(model).peft_config[ADAPTER], "orth_reg_weight", 0.0)
-        if not weight or find_rank_allocator(model) is None:
-            return None
-        terms = []
-        for name, parameter in model.named_parameters():
-            if "lora_A" in name or "lora_B" in name:
-                gram = parameter @ parameter.T if "lora_A" in name else parameter.T @ parameter
-                terms.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram), device=gram.device)))
-        return weight * torch.stack(terms).mean()
-
-    def end_step(self, model: nn.Module, *, step: int, max_steps: int) -> None:
-        """Lets AdaLoRA measure how important each rank is, and drop ranks."""
-        if (allocator := find_rank_allocator(model)) is None:
-            return
-        wrapper = get_wrapper(model)
-        config = wrapper.peft_config[ADAPTER]
-        if config.total_step == UNSET_STEPS:
-            allocator.set_total_step(max_steps)
-        if config.tinit >= config.total_step - config.tfinal:
-            raise ConfigError(
-                f"`method.config.tinit + method.config.tfinal < {config.total_step}` must hold, because the run has "
-                f"{config.total_step} steps, but got {config.tinit} and {config.tfinal}."
-            )
-        _move_averages(allocator, model)
-        wrapper.base_model.update_and_allocate(step)
-
-    def training_state(self, model: nn.Module) -> dict[str, Any]:
-        """Returns the averages from which AdaLoRA decides, and its decisions so far; empty for other adapters."""
-        if (allocator := find_rank_allocator(model)) is None:
-            return {}
-        pattern = get_wrapper(model).peft_config[ADAPTER].rank_pattern
-        return {"exp_avg_ipt": allocator.exp_avg_ipt, "exp_avg_unc": allocator.exp_avg_unc, "rank_pattern": pattern}
-
-    def load_training_state(self, model: nn.Module, state: Mapping[str, Any]) -> None:
-        allocator = find_rank_allocator(model)
-        if allocator is None or not state:
-            return
-        allocator.exp_avg_ipt, allocator.exp_avg_unc = dict(state["exp_avg_ipt"]), dict(state["exp_avg_unc"])
-        allocator.ipt = dict(
-            allocator.exp_avg_ipt
-        )  # AdaLoRA needs only the names in it: each step computes the values again
-        get_wrapper(model).peft_config[ADAPTER].rank_pattern = state["rank_pattern"]
-
-
-class EvaBatches:
-    """The batches for EVA's initial values. Raises ConfigError at the end, where PEFT would repeat the batches."""
-
-    def __init__(self, batches: Iterable[Any]) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return MAX_EVA_BATCHES
-
-    def __iter__(self) -> Iterator[Any]:
-        yield from self.batches
-        raise ConfigError(
-            f"`method.config.{INIT}=eva` must converge within {MAX_EVA_BATCHES} batches, but does not. Raise "
-            "`trainer.batch_size`, so that a batch has more tokens than ranks, or lower `method.config.r`, or `rho` or "
-            "`tau` in `method.config.eva_config`."
-        )
-
 
 def build_peft_config(settings: Mapping[str, Any], model: nn.Module, *, new_head_names: Sequence[str] = ()) -> Any:
     """Returns PEFT's configuration for `method.config`.
@@ -259,8 +166,6 @@ def build_peft_config(settings: Mapping[str, Any], model: nn.Module, *, new_head
         )
     if new_head_names:
         settings["modules_to_save"] = [*(settings.get("modules_to_save") or ()), *new_head_names]
-    if kind == "ADALORA":
-        settings.setdefault("total_step", UNSET_STEPS)
     settings["task_type"] = find_task_type(model, has_trained_modules=bool(settings.get("modules_to_save")))
     try:
         with quiet_peft():
@@ -274,6 +179,8 @@ def build_peft_config(settings: Mapping[str, Any], model: nn.Module, *, new_head
 def _check_config(config: Any, model: nn.Module) -> None:
     """Raises a ConfigError if PEFT accepts a configuration, but a run can't do what it asks for."""
     kind, init = config.peft_type.value, getattr(config, INIT, True)
+    if kind in REFUSED_TYPES:
+        raise ConfigError(f"`method.config.peft_type` must be one that needs no calls in training, but got {kind!r}.")
     for field in fields(config):
         value = getattr(config, field.name)
         if field.name in REFUSED_KEYS and value not in (field.default, None, False):
@@ -332,26 +239,9 @@ def add_adapter(
     model.__dict__["_peft_model"] = wrapper  # not an attribute, which would put the model into itself
 
 
-def _set_values(model: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
-    """Sets the adapter's values. Returns the missing and the unexpected names."""
-    wrapper = get_wrapper(model)
-    config, pattern = wrapper.peft_config[ADAPTER], None
-    if find_rank_allocator(model) is not None and config.rank_pattern:
-        # PEFT would resize the layers while it loads, but in the base's dtype, which rounds the values.
-        pattern, config.rank_pattern = config.rank_pattern, None
-        wrapper.base_model.resize_modules_by_rank_pattern(pattern, ADAPTER)
-        train_in_fp32(model)
-    found = import_peft(needed_by="method=peft").set_peft_model_state_dict(wrapper, tensors, adapter_name=ADAPTER)
-    if pattern:
-        config.rank_pattern = pattern
-    return found
-
-
 def train_in_fp32(model: nn.Module) -> None:
     """Converts trainable parameters to fp32, because PEFT makes some layers in the base's dtype."""
-    for name, parameter in model.named_parameters():
-        if name.endswith(f"ranknum.{ADAPTER}"):  # AdaLoRA's number of ranks; PEFT unfreezes it on a bf16 base
-            parameter.requires_grad_(False)
+    for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.float()
 
@@ -359,11 +249,6 @@ def train_in_fp32(model: nn.Module) -> None:
 def get_wrapper(model: nn.Module) -> Any:
     """Returns the `PeftModel` of a prepared model."""
     return model.__dict__["_peft_model"]
-
-
-def find_rank_allocator(model: nn.Module) -> Any:
-    """Returns PEFT's object that decides on AdaLoRA's ranks; None for other adapters."""
-    return getattr(get_wrapper(model).base_model, "rankallocator", None)
 
 
 @contextmanager
@@ -376,11 +261,3 @@ def quiet_peft() -> Iterator[None]:
 
 def _refuse(action: str, error: Exception) -> ConfigError:
     return ConfigError(f"PEFT must {action} with `method.config`, but can't: {describe_error(error)}.")
-
-
-def _move_averages(allocator: Any, model: nn.Module) -> None:
-    """Moves AdaLoRA's averages to the device of their parameters: a checkpoint is read on the CPU."""
-    for name, parameter in model.named_parameters():
-        for averages in (allocator.exp_avg_ipt, allocator.exp_avg_unc):
-            if name in averages:
-                averages[name] = averages[name].to(parameter.device)

@@ -19,23 +19,21 @@ ALWAYS_DOWNLOADED = ["*.json", "*.txt", "*.model", "*.jinja"]
 """Patterns for the names of files that are always downloaded: configuration and tokenizer, not weights."""
 
 
-def find_model_folder(config: ModelConfig) -> tuple[Path, str | None]:
-    """Returns the folder of `model.path`, and the name of the GGUF file in it or None. Downloads missing files.
+def find_model_folder(config: ModelConfig) -> Path:
+    """Returns the folder of `model.path`. Downloads missing files.
 
     Raises:
         ConfigError: The model can't be found or downloaded, is only an adapter, or has its weights in a pickle file
             and `model.allow_pickle` is false.
     """
     path = find_local_path(config) or _download(config)
-    if path.is_file():
-        return path.parent, path.name
     if config.factory is None:
         _check_weights(path, config)
-    return path, config.gguf_file
+    return path
 
 
 def find_local_path(config: ModelConfig) -> Path | None:
-    """Returns the folder or GGUF file that `model.path` names, or None for a hub id.
+    """Returns the folder that `model.path` names, or None for a hub id.
 
     Raises:
         ConfigError: The folder or embedded model does not exist, or `model.revision` is set for a local path.
@@ -48,14 +46,13 @@ def find_local_path(config: ModelConfig) -> Path | None:
             raise ConfigError(f"`model.path` must name an embedded model ({', '.join(names)}), but got {path!r}.")
         return package / path.removeprefix(EMBEDDED_PREFIX)
     local = Path(path).expanduser()
-    if local.is_dir() or (local.is_file() and local.suffix == ".gguf"):
+    if local.is_dir():
         if config.revision is not None:
             raise ConfigError(f"`model.revision` must be null for a local {path!r}, but got {config.revision!r}.")
         return local
     if path.startswith(("/", ".", "~")) or path.count("/") > 1 or local.is_file():
         raise ConfigError(
-            f"`model.path` must be a folder, a GGUF file or a hub id such as 'owner/name', but got {path!r}. "
-            "Check its spelling."
+            f"`model.path` must be a folder or a hub id such as 'owner/name', but got {path!r}. Check its spelling."
         )
     return None
 
@@ -65,7 +62,7 @@ def _download(config: ModelConfig) -> Path:
     assert config.path is not None
     wanted = list(ALWAYS_DOWNLOADED)
     if config.factory is None:
-        wanted += [config.gguf_file] if config.gguf_file else ["*.safetensors"]
+        wanted += ["*.safetensors"]
         wanted += ["pytorch_model*.bin*"] if config.allow_pickle else []
     wanted += ["*.py"] if config.trust_remote_code else []
     try:
@@ -95,7 +92,7 @@ def _check_weights(folder: Path, config: ModelConfig) -> None:
             f"`model.path` must be a whole model, but {config.path!r} is an adapter. Use its base model, or merge "
             "the adapter first (`lorasweep export`)."
         )
-    if config.gguf_file is None and not config.allow_pickle and not any(folder.glob("*.safetensors")):
+    if not config.allow_pickle and not any(folder.glob("*.safetensors")):
         raise ConfigError(
             f"`model.path` must have weights in safetensors, but {config.path!r} has none. "
             "`model.allow_pickle=true` reads a pickle file, which can run hidden code, so use it only if you trust it."

@@ -10,7 +10,6 @@ from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
-import transformers
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -33,8 +32,6 @@ from lorasweep.models.quantised import PACKAGES, build_arguments, finish_quantis
 from lorasweep.models.weight_files import (
     WeightFiles,
     build_on_meta,
-    check_claimed_counts,
-    check_claimed_size,
     has_weight_files,
 )
 from lorasweep.stored_weights import count_parameters, list_scales
@@ -179,35 +176,22 @@ def _load(
     config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None, on_meta: bool
 ) -> tuple[nn.Module, PreTrainedTokenizerBase | None, tuple[str, ...], WeightFiles | None]:
     """Returns the model, its tokenizer, the names of its new modules, and the files if the weights were not loaded."""
-    folder, gguf_file = find_model_folder(config)
+    folder = find_model_folder(config)
     model_class, is_classifier = MODEL_CLASSES[config.kind], config.kind == "classifier"
     shared: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    if gguf_file is not None:
-        shared["gguf_file"] = gguf_file
     attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
-    if gguf_file is not None and config.quantization != "none":
-        raise ConfigError(
-            f"`model.quantization` must be none for a GGUF file, but got {config.quantization!r} with {config.path!r}."
-        )
     with _refuse_damaged_files(config):
-        is_checked = gguf_file is None and not config.allow_pickle and not config.trust_remote_code
-        if is_checked:
-            check_claimed_counts(folder)
         settings = AutoConfig.from_pretrained(str(folder), **shared)
         tokenizer = AutoTokenizer.from_pretrained(str(folder), **shared)
         _set_model_settings(settings, config, labels)
-        if on_meta and gguf_file is None and not config.trust_remote_code and has_weight_files(folder):
+        if on_meta and not config.trust_remote_code and has_weight_files(folder):
             built = build_on_meta(model_class, settings, folder, dtype=dtype, may_lack_head=is_classifier, **attention)
             if built is not None:
                 model, head_names, files = built
                 return model, tokenizer, head_names, files
         arguments = {"config": settings, **attention, **shared}
-        if gguf_file is not None and hasattr(transformers, "GgufConfig"):  # older versions always dequantise
-            arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        if gguf_file is not None or config.allow_pickle:
-            arguments["use_safetensors"] = None if gguf_file is None else False  # None prefers safetensors, else pickle
-        if is_checked:
-            check_claimed_size(model_class, settings, folder)
+        if config.allow_pickle:
+            arguments["use_safetensors"] = None  # prefers safetensors
         if config.quantization != "none":
             arguments |= build_arguments(config, model_class, settings, dtype=dtype)
         if is_classifier:
@@ -216,14 +200,12 @@ def _load(
             model, head_names = load_pretrained(model_class, str(folder), dtype=dtype, **arguments), ()
     if config.quantization != "none":
         finish_quantised(model, config)
-    if gguf_file is not None:
-        setattr(model, "hf_quantizer", None)  # noqa: B010 (mypy); with a quantizer, transformers refuses to save the model
     return model, tokenizer, head_names, None
 
 
 def _load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of `model.path`, for a model that `model.factory` builds without tokenizer."""
-    folder, _ = find_model_folder(config)
+    folder = find_model_folder(config)
     with _refuse_damaged_files(config):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=config.trust_remote_code

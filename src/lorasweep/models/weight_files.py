@@ -5,10 +5,8 @@ Used if several processes shard a model: each process reads only its tensors, so
 
 from __future__ import annotations
 
-import copy
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,17 +14,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from lorasweep.models.pretrained import outermost_modules, quiet_transformers
 
 INDEX_FILE, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
-MAX_COUNT_WITHOUT_WEIGHTS = 1000
-"""A configuration may have this many layers, experts or labels without any weights: they cost little to create."""
-MAX_PARAMETERS_WITHOUT_WEIGHTS = 10**8
-"""A model may have as many parameters as this without any weights, such as those of a new head: 400 MB in fp32."""
-MAX_PARAMETERS_PER_BYTE = 16
-"""Maximum number of parameters per byte of the weight files. A quantised file has at most 8 parameters in a byte."""
 
 
 def has_weight_files(folder: Path) -> bool:
@@ -46,10 +38,6 @@ class WeightFiles:
             with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
                 names = dict.fromkeys(file.keys(), WEIGHTS_FILE)
         self._files = {name: folder / file for name, file in names.items()}
-
-    def __len__(self) -> int:
-        """Returns the number of tensors."""
-        return len(self._files)
 
     def get_shape(self, name: str) -> tuple[int, ...] | None:
         """Returns the shape of a tensor, or None if no file has it."""
@@ -95,54 +83,6 @@ def build_on_meta(
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(folder))
     return model, outermost_modules(model, missing), files
-
-
-def check_claimed_counts(folder: Path) -> None:
-    """Refuses a `config.json` with many more layers, experts or labels than its weight files have room for.
-
-    transformers would create them one by one before it looks at the weights.
-
-    Raises:
-        ValueError: A number is too large.
-        Exception: A file is missing or damaged.
-    """
-    settings, _ = PreTrainedConfig.get_config_dict(str(folder))
-    num_tensors = len(WeightFiles(folder)) if has_weight_files(folder) else 0
-    for key, count in _iter_counts(settings):
-        limit, unit = (_measure_files(folder), "bytes") if "label" in key else (num_tensors, "tensors")
-        if count > max(limit, MAX_COUNT_WITHOUT_WEIGHTS):
-            raise ValueError(f"its config.json has `{key}` {count}, but its weight files have only {limit} {unit}")
-
-
-def check_claimed_size(model_class: Any, settings: Any, folder: Path) -> None:
-    """Refuses a configuration of a far larger model than its weight files, before any memory is taken.
-
-    Raises:
-        ValueError: The model has too many parameters.
-    """
-    try:
-        with quiet_transformers(), torch.device("meta"):
-            model: nn.Module = model_class.from_config(copy.deepcopy(settings), trust_remote_code=False)
-    except Exception:  # transformers explains the problem when it loads the model, which begins in the same way
-        return
-    num_parameters, num_bytes = sum(parameter.numel() for parameter in model.parameters()), _measure_files(folder)
-    if num_parameters > max(MAX_PARAMETERS_PER_BYTE * num_bytes, MAX_PARAMETERS_WITHOUT_WEIGHTS):
-        raise ValueError(f"its config.json has {num_parameters:,} parameters, but its weight files {num_bytes:,} bytes")
-
-
-def _iter_counts(settings: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """Yields the keys of numbers of modules or labels, at any depth, and their values."""
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and "label" not in key:  # `label2id` has the user's own keys
-            yield from _iter_counts(value)
-        elif re.search("layer|depth|expert|label", key):
-            items = value if isinstance(value, list) else [value]
-            yield from ((key, item) for item in items if isinstance(item, int))
-
-
-def _measure_files(folder: Path) -> int:
-    """Returns the number of bytes in the safetensors files of a folder."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 @contextmanager

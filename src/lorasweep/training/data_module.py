@@ -88,16 +88,6 @@ class DataModule(lightning.LightningDataModule):
         )
         return build_loader(self.splits.train, batches)
 
-    def first_batches(self, number: int) -> DataLoader[Batch]:
-        """Returns the training batches of the first `number` steps, of all processes together."""
-        batches = StepBatchSampler(
-            self.splits.train,
-            batch_size=self.config.trainer.batch_size,
-            num_steps=number,
-            seed=self.config.seeds.data_order,
-        )
-        return build_loader(self.splits.train, batches)
-
     def val_dataloader(self) -> DataLoader[Batch]:
         return build_evaluation_loader(
             self.splits.validation, batch_size=self.config.trainer.eval_batch_size, share=self.share

@@ -27,7 +27,7 @@ from lorasweep.record import PATCH_FILE
 RECORDED_PACKAGES = (
     *("torch", "lightning", "transformers", "tokenizers", "safetensors", "torchmetrics", "numpy"),
     *("datasets", "pyarrow", "scipy", "optuna", "hydra-core", "omegaconf"),
-    *("accelerate", "gguf", "bitsandbytes"),
+    *("accelerate", "bitsandbytes"),
 )
 """Packages whose versions are in a run's record."""
 NUMERIC_VARIABLES = (

@@ -19,7 +19,6 @@ import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils.data import DataLoader
 
 from lorasweep.config.build import as_settings
 from lorasweep.config.method import LoraConfig
@@ -80,11 +79,6 @@ class TrainingModule(lightning.LightningModule):
             base, task = base or self._inputs.base, task or self._inputs.splits.task
             self.config = replace(self.config, trainer=replace(self.config.trainer, precision=self._inputs.precision))
             check_run(self.config, base)
-            if self.config.optim.ema_decay is not None:
-                raise ConfigError(
-                    f"`optim.ema_decay` must be null in your own Trainer, but got {self.config.optim.ema_decay!r}. Use "
-                    "Lightning's callback `WeightAveraging`."
-                )
         assert base is not None
         assert task is not None
         self.base = base
@@ -113,7 +107,6 @@ class TrainingModule(lightning.LightningModule):
             mesh = self._device_mesh["data_parallel"]
             shard_model(model, mesh, keep_trained_whole=keep_trained_whole, files=self.base.files)
         self.model = model
-        self.method.initialise(model, load_batches=self._load_first_batches, forward=self.task.losses)
         # Each process draws the dropout masks of its own examples, so it needs its own random stream.
         torch.manual_seed(dropout_seed(self.config.seeds.dropout, rank=self.global_rank))
 
@@ -124,14 +117,6 @@ class TrainingModule(lightning.LightningModule):
                 raise ConfigError(
                     f"`{key}` must be the same in TrainingModule and DataModule. Give both the same settings."
                 )
-
-    def _load_first_batches(self, number: int) -> DataLoader[Batch]:
-        data = self._data_module()
-        if data is None:
-            raise ConfigError(
-                "`method` computes values from training data, so the Trainer must have lorasweep's `DataModule`."
-            )
-        return data.first_batches(number)
 
     def _data_module(self) -> DataModule | None:
         data = getattr(self.trainer, "datamodule", None)
@@ -175,8 +160,6 @@ class TrainingModule(lightning.LightningModule):
         self._micro_losses.append(share.detach())
         self._micro_tokens.append(batch["num_tokens"])
         self._micro_positions += batch["input_ids"].numel() if "input_ids" in batch else int(batch["num_tokens"])
-        if (penalty := self.method.penalty(self.model)) is not None:
-            share = share + penalty / (self.accumulate * self.trainer.world_size)
         # Each share is already divided by the weight of the whole step, so shares must be added up. Lightning averages
         # over micro-batches, and its strategies average over processes, which this factor reverses.
         return share * self.accumulate * self.trainer.world_size
@@ -207,12 +190,6 @@ class TrainingModule(lightning.LightningModule):
         # logged loss is their mean, too.
         self.log("train/loss", losses.sum().float() * (self.accumulate / len(losses)), prog_bar=True)
         self.log("train/lr", optimizer.param_groups[0]["lr"])
-
-    def optimizer_step(self, *arguments: Any, **named: Any) -> None:
-        super().optimizer_step(*arguments, **named)
-        # the Trainer counts the step afterwards
-        step = self.trainer.global_step + 1
-        self.method.end_step(self.model, step=step, max_steps=self.trainer.max_steps)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         self.progress.train_s += time.perf_counter() - self._step_began
@@ -277,7 +254,6 @@ class TrainingModule(lightning.LightningModule):
             dist.all_gather_object(streams, streams[0])
         checkpoint["base"] = self.base.fingerprint
         checkpoint["progress"] = self.progress.state()
-        checkpoint["method"] = self.method.training_state(self.model)
         # a resumed run must draw the masks that the run would have drawn, on every process
         checkpoint["dropout_streams"] = streams
 
@@ -288,7 +264,6 @@ class TrainingModule(lightning.LightningModule):
                 f"{checkpoint['base']!r}), but {self.base.path!r} has {self.base.fingerprint!r}."
             )
         self.progress = TrainingProgress.from_state(checkpoint["progress"])
-        self.method.load_training_state(self.model, checkpoint["method"])
         streams = checkpoint["dropout_streams"]
         if self._trainer is not None and self.global_rank < len(streams):  # the checkpoint may have fewer processes
             torch.set_rng_state(streams[self.global_rank])

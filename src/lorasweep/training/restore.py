@@ -133,7 +133,7 @@ def restore_model(config: RunConfig, base: BaseModel, *, folder: Path) -> nn.Mod
     """Returns a copy of the base with the weights in `folder` (a run's `best` or `last`), in evaluation mode."""
     method, model = METHODS[config.method.name], copy_sharing_weights(base.model)
     # Adapters are loaded without `prepare`: PiSSA would compute the initial values again, and this machine may round
-    # differently, and AdaLoRA's ranks are those of the file.
+    # differently.
     if not method.loads_onto_base:
         method.prepare(
             model,

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import Logger
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import OutOfMemory
 from lorasweep.record import RunRecord, RunStatus, read_run
-from lorasweep.training.callbacks import OnEvaluation, RunCallback, RunStopped, WeightAveraging
+from lorasweep.training.callbacks import OnEvaluation, RunCallback, RunStopped
 from lorasweep.training.checkpoint import FoundCheckpoint, find_checkpoint, remove_checkpoints
 from lorasweep.training.components import build_callbacks, build_profiler, finish_loggers, start_loggers
 from lorasweep.training.data_module import DataModule
@@ -201,10 +201,8 @@ class _Session:
         module = TrainingModule(config, base=inputs.base, task=inputs.splits.task, accumulate=accumulate)
         data = DataModule(config, splits=inputs.splits, accumulate=accumulate)
         # At the end of an evaluation Lightning calls them in this order. The user's callbacks come first, because our
-        # checkpoint keeps their state. The averaging comes last, because the others need the averaged weights.
+        # checkpoint keeps their state.
         callbacks = [*build_callbacks(config), callback]
-        if config.optim.ema_decay is not None:
-            callbacks.append(WeightAveraging(config.optim.ema_decay))
         loggers = start_loggers(config, self.run_folder.path, is_first_process=self.group.is_global_zero)
         status: RunStatus = "complete"
         try:

@@ -22,7 +22,6 @@ SPACE = {
     "optim.lr": FloatDistribution(1e-4, 1e-2, log=True),
     "trainer.max_steps": IntDistribution(1, 50),
 }
-HUB = "lorasweep.sweep.controller.component_sampler.OptunaHubSampler"
 
 
 def named(target, **arguments):
@@ -129,37 +128,3 @@ def test_what_is_no_sampler_is_refused_in_one_sentence(sampler, message):
     with pytest.raises(ConfigError, match=message) as refused:
         ask_for_proposal(make_arm(SPACE, sampler), [])
     assert "\n" not in str(refused.value)
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A package `optunahub` whose registry has one sampler."""
-
-    class Given(optuna.samplers.RandomSampler):
-        def __init__(self, seed=None, width=1):
-            super().__init__(seed=seed)
-            made.append({"seed": seed, "width": width})
-
-    made: list[dict[str, object]] = []
-    asked = []
-    registry = ModuleType("registry")
-    registry.Given = Given
-    package = ModuleType("optunahub")
-    package.load_module = lambda package, ref: asked.append((package, ref)) or registry
-    package.__spec__ = __spec__
-    monkeypatch.setitem(sys.modules, "optunahub", package)
-    return made, asked
-
-
-def test_a_sampler_of_optunahub_gets_the_seed(hub):
-    made, asked = hub
-    sampler = named(HUB, package="samplers/given", sampler="Given", ref="abc", width=2)
-    assert search(sampler, trials=3) == search(sampler, trials=3)
-    assert set(asked) == {("samplers/given", "abc")}
-    assert {entry["width"] for entry in made} == {2}
-    assert len({entry["seed"] for entry in made}) == 3
-
-
-def test_a_sampler_that_optunahubs_package_does_not_have_is_refused_with_the_nearest(hub):
-    with pytest.raises(ConfigError, match=r"`sampler.sampler` must be a sampler in 'samplers/given'.* `Given`\?"):
-        search(named(HUB, package="samplers/given", sampler="Givn"), trials=1)

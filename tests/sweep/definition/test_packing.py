@@ -51,7 +51,6 @@ def test_arms_that_differ_in_what_a_slot_owns_share_a_pack(write_file, content):
         ("method.init", "pissa", "`method.init=pissa` can't be packed", "method.init=default"),
         ("method.bias", "all", "`method.bias=all` can't be packed", "method.bias=none"),
         ("trainer.max_steps", 9, "not a multiple of `trainer.eval_every_steps`", "trainer.max_steps=10"),
-        ("optim.ema_decay", 0.5, "`optim.ema_decay` is not supported in packs", "optim.ema_decay=null"),
         ("trainer.devices", 2, "`trainer.devices` is not supported in packs", "trainer.devices=1"),
         ("trainer.compile", True, "`trainer.compile` is not supported in packs", "trainer.compile=false"),
         ("optim", "sgd", "`optim._target_` is not supported in packs", "optim=adamw"),

@@ -1,4 +1,4 @@
-"""Samplers that settings name by `_target_`: from Optuna, from OptunaHub, or from the user's code.
+"""Samplers that settings name by `_target_`: from Optuna, or from the user's code.
 
 Each trial is proposed by a new sampler with its own seed. If a sampler stores anything beside the parameters, such as
 the generation of a genetic algorithm, the journal keeps it with the trial, and the next sampler gets it.
@@ -6,9 +6,7 @@ the generation of a genetic algorithm, the journal keeps it with the trial, and 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
-from importlib import import_module
 from typing import Any
 
 import optuna
@@ -17,13 +15,9 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import create_trial
 
 from lorasweep.config.build import TARGET
-from lorasweep.config.components import Component, argument_names, instantiate, require_package
-from lorasweep.errors import ConfigError
+from lorasweep.config.components import Component, argument_names, instantiate
 from lorasweep.sweep.controller.encoding import Point
 from lorasweep.sweep.controller.history import History
-from lorasweep.wording import nearest
-
-OPTUNA_HUB = "optunahub"
 
 
 def ask_sampler(component: Component, history: History, *, seed: int) -> tuple[Point, dict[str, Any]]:
@@ -84,32 +78,3 @@ def _add_seeds(value: Any, *, seed: int, key: str) -> Any:
     if TARGET in value and "seed" in argument_names(value[TARGET], key=key)[0]:
         seeded["seed"] = seed
     return seeded
-
-
-class OptunaHubSampler(BaseSampler):
-    """A sampler from OptunaHub (https://hub.optuna.org). Creating one downloads code and runs it."""
-
-    def __new__(  # type: ignore[misc]  # it returns the sampler of the package itself
-        cls, package: str, sampler: str, *, ref: str = "main", seed: int | None = None, **arguments: Any
-    ) -> BaseSampler:
-        """Returns a sampler of a package, which is downloaded unless it is in OptunaHub's cache.
-
-        Args:
-            package: The package in the registry, such as `samplers/auto_sampler`.
-            sampler: The class in the package, such as `AutoSampler`.
-            ref: Branch, tag or commit of the registry. Give a commit if the sweep is to be repeated later.
-            seed: Handed to the class, if it takes a seed.
-            arguments: Further arguments of the class.
-
-        Raises:
-            ConfigError: OptunaHub is not installed, or the package has no such sampler.
-        """
-        require_package(OPTUNA_HUB, key="sampler")
-        module = import_module(OPTUNA_HUB).load_module(package, ref=ref)
-        sampler_class = getattr(module, sampler, None)
-        if not (isinstance(sampler_class, type) and issubclass(sampler_class, BaseSampler)):
-            near = nearest(sampler, vars(module))
-            raise ConfigError(f"`sampler.sampler` must be a sampler in {package!r}, but got {sampler!r}.{near}")
-        if "seed" in inspect.signature(sampler_class).parameters:
-            arguments = {**arguments, "seed": seed}
-        return sampler_class(**arguments)

@@ -31,7 +31,6 @@ SOLO_SETTINGS: Mapping[str, tuple[Callable[[RunConfig], bool], str, str]] = {
         "trainer.activation_checkpointing=false",
     ),
     "trainer.devices": (lambda config: config.trainer.needs_process_group, "", "trainer.devices=1"),
-    "optim.ema_decay": (lambda config: config.optim.ema_decay is not None, "", "optim.ema_decay=null"),
     "optim._target_": (
         lambda config: isinstance(config.optim, Component),
         ", because all slots train with AdamW",
