@@ -107,7 +107,7 @@ BAD = [
     (["plan", "mini.yaml", "method.rnk=4"], "Did you mean `method.rank`?"),
     (["compare", "nowhere"], "nowhere"),
     (["export", "nowhere", "--format", "peft", "--out", "new"], "run.json, but 'nowhere'"),
-    (["inspect", "nowhere", "full"], "a run's folder must contain run.json, but 'nowhere' does not."),
+    (["inspect", "nowhere"], "a run's folder must contain run.json, but 'nowhere' does not."),
     (["reproduce", "full"], "a run's folder must contain run.json, but 'full' does not."),
     (["reproduce"], "must have either a folder or `--trial SWEEP/ARM/NUMBER`"),
     (["reproduce", "--trial", "full/lora/0"], "a sweep's folder must contain sweep.json, but 'full' does not."),
@@ -303,23 +303,13 @@ def test_a_plan_and_the_start_of_a_sweep_check_test_data_and_workers(capsys, her
     assert "`trainer.devices` must be 1 with `worker=local`" in capsys.readouterr().err
 
 
-def test_inspect_shows_a_run_as_a_table_json_or_csv_and_writes_its_files(here, short, capsys):
-    assert run(["train", *short, "output=one"]) == run(["train", *short, "output=two", "seed=1"]) == DONE
+def test_inspect_shows_a_run_as_a_table_and_writes_its_files(here, short, capsys):
+    assert run(["train", *short, "output=one"]) == DONE
     capsys.readouterr()
-    assert run(["inspect", "one", "two"]) == DONE
+    assert run(["inspect", "one"]) == DONE
     shown = capsys.readouterr().out
     assert "updates by kind of layer" in shown
-    assert "This run and `two` share" in " ".join(shown.split())
-    assert {path.name for path in (here / "one" / "inspect").iterdir()} == {
-        "layers.csv",
-        "similarity.csv",
-        "spectra.json",
-    }
-    assert run(["inspect", "one", "--format", "json"]) == DONE
-    content = json.loads(capsys.readouterr().out)
-    assert len(content["layers"]) == 28
-    assert run(["inspect", "one", "--format", "csv"]) == DONE
-    assert capsys.readouterr().out == (here / "one" / "inspect" / "layers.csv").read_text()
+    assert {path.name for path in (here / "one" / "inspect").iterdir()} == {"layers.csv", "spectra.json"}
 
 
 def test_reproduce_says_identical_or_the_first_step_that_differs(here, short, capsys):

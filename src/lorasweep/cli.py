@@ -130,8 +130,6 @@ def build_parser() -> argparse.ArgumentParser:
     inspect_parser.add_argument(
         "folder", type=Path, metavar="RUN", help="folder of a run, or of a sweep: its best runs"
     )
-    inspect_parser.add_argument("other", type=Path, nargs="?", metavar="OTHER_RUN", help="a run to compare with")
-    inspect_parser.add_argument("--format", choices=("table", "json", "csv"), default="table", help="what to print")
     reproduce_parser = add(reproduce, "run a run or a sweep again from its record and compare the results")
     reproduce_parser.add_argument(
         "folder", type=Path, nargs="?", metavar="RUN|SWEEP", help="folder of a run, or of a whole sweep"
@@ -305,19 +303,13 @@ def inspect(arguments: argparse.Namespace) -> int:
     """Analyses the weights of a run, or of a sweep's best runs; writes the tables into `inspect/` and shows them."""
     with quick_imports():
         from lorasweep.record import SWEEP_FILE
-        from lorasweep.runs.inspect import as_csv, as_json, inspect_run, inspect_sweep, render_inspection
+        from lorasweep.runs.inspect import inspect_run, inspect_sweep, render_inspection
 
-    folder, other = arguments.folder, arguments.other
+    folder, trust = arguments.folder, arguments.trust
     is_sweep = (folder / SWEEP_FILE).is_file()
-    if is_sweep and other is not None:
-        raise ConfigError(f"`OTHER_RUN` can't be given with a sweep, but got {str(other)!r}. Name two runs instead.")
-    trust = arguments.trust
     inspections, problems = (
-        inspect_sweep(folder, trust=trust) if is_sweep else ({"": inspect_run(folder, other=other, trust=trust)}, [])
+        inspect_sweep(folder, trust=trust) if is_sweep else ({"": inspect_run(folder, trust=trust)}, [])
     )
-    if arguments.format != "table":
-        say((as_json if arguments.format == "json" else as_csv)(inspections).removesuffix("\n"))
-        return DONE
     console = EscapingConsole()
     for arm, inspection in inspections.items():
         if is_sweep:

@@ -1,4 +1,4 @@
-"""Decompositions, norms, ranks and φ against numpy, known values and the definitions, in float64."""
+"""Decompositions, norms and ranks against numpy, known values and the definitions, in float64."""
 
 from __future__ import annotations
 
@@ -10,15 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorasweep.runs.spectra import (
-    MEAN,
-    compare_subspaces,
-    decompose,
-    energy_rank,
-    measure_layers,
-    relative_norm,
-    top_directions,
-)
+from lorasweep.runs.spectra import decompose, energy_rank, measure_layers, relative_norm
 from lorasweep.runs.weight_updates import WeightUpdate, read_weight_updates
 
 from .conftest import decompose_updates, lora
@@ -85,53 +77,3 @@ def test_lora_is_amplified_over_its_trained_rank_as_in_the_paper(base, trained):
         u, _, vh = torch.linalg.svd(dense)
         inside = u[:, :3].t() @ change.base.double() @ vh[:3].t()
         assert row.amplification == pytest.approx((dense.norm() / inside.norm()).item(), rel=1e-6)
-
-
-def draw_directions(count: int, dimension: int, *, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(dimension, count, generator=generator, dtype=torch.float64))[0].t()
-
-
-def phi(first, second):
-    return {(row.i, row.j): row.phi for row in compare_subspaces({"q": first}, {"q": second}) if row.layer == "q"}
-
-
-@settings(max_examples=30, deadline=None)
-@given(n=st.integers(1, 9), m=st.integers(1, 9), seed=st.integers(0, 50))
-def test_phi_is_its_definition(n, m, seed):
-    first, second = draw_directions(n, 9, seed=seed), draw_directions(m, 9, seed=seed + 1000)
-    for (i, j), value in phi(first, -second).items():  # signs are free
-        expected = torch.linalg.matrix_norm(first[:i] @ second[:j].t()) ** 2 / min(i, j)
-        assert value == pytest.approx(expected.item(), abs=1e-12)
-
-
-def test_random_directions_are_as_similar_as_is_said():
-    draws = [
-        compare_subspaces({"q": draw_directions(8, 40, seed=s)}, {"q": draw_directions(4, 40, seed=s + 500)})
-        for s in range(200)
-    ]
-    for rows in zip(*draws, strict=True):
-        mean = sum(row.phi for row in rows) / len(rows)
-        # four standard errors of a mean over 200 draws; one draw of φ(1, 1) has deviation √2 / 40
-        assert mean == pytest.approx(rows[0].random, abs=4 * math.sqrt(2 / 200) / 40)
-
-
-def test_means_are_over_the_layers_that_have_so_many_directions():
-    first = {"p": draw_directions(1, 10), "q": draw_directions(2, 20)}
-    second = {"p": first["p"], "q": draw_directions(1, 20, seed=1), "elsewhere": first["p"]}
-    rows = compare_subspaces(first, second)
-    by_cell = {(row.layer, row.i, row.j): row for row in rows}
-    assert by_cell.keys() == {(MEAN, 1, 1), (MEAN, 2, 1), ("p", 1, 1), ("q", 1, 1), ("q", 2, 1)}
-    assert by_cell[MEAN, 1, 1].phi == pytest.approx((1 + by_cell["q", 1, 1].phi) / 2)
-    assert by_cell[MEAN, 1, 1].random == pytest.approx(0.075)
-    assert by_cell[MEAN, 2, 1].phi == pytest.approx(by_cell["q", 2, 1].phi)
-
-
-def test_directions_in_which_nothing_changed_are_left_out(base, trained):
-    model = trained(lora(rank=4))
-    model.model.layers[0].self_attn.q_proj.lora_b.data[:, 2:] = 0
-    model.model.layers[1].self_attn.q_proj.lora_b.data.zero_()
-    found = top_directions(decompose_updates(read_weight_updates(model, base.model)))
-    assert len(found["model.layers.0.self_attn.q_proj"]) == 2
-    assert "model.layers.1.self_attn.q_proj" not in found
-    assert len(found) == 13

@@ -1,4 +1,4 @@
-"""Measures the weight updates ΔW of finished runs: `lorasweep inspect RUN [OTHER_RUN]` or `lorasweep inspect SWEEP`.
+"""Measures the weight updates ΔW of finished runs: `lorasweep inspect RUN` or `lorasweep inspect SWEEP`.
 
 `weight_updates` reads ΔW from a model, `spectra` measures it, and this file writes and shows the results.
 """
@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig
@@ -26,24 +24,13 @@ from lorasweep.lora.targets import plan_targets
 from lorasweep.methods import METHODS, copy_sharing_weights, draw_head
 from lorasweep.models.load import BaseModel
 from lorasweep.record import RunRecord, find_winners, get_run_folder, read_run, read_sweep
-from lorasweep.runs.spectra import (
-    MEAN,
-    LayerRow,
-    Overlap,
-    compare_subspaces,
-    decompose,
-    measure_layers,
-    relative_norm,
-    top_directions,
-)
+from lorasweep.runs.spectra import LayerRow, decompose, measure_layers, relative_norm
 from lorasweep.runs.weight_updates import read_weight_updates
 from lorasweep.training.restore import check_kept_files, refuse_code, restore_base, restore_config, restore_model
 from lorasweep.wording import UNKNOWN, format_share
 
 INSPECT_FOLDER = "inspect"
 """Folder in a run's folder for the measurements."""
-DESCRIBED_COUNTS = (1, 4, 16)
-"""Numbers of top directions whose φ is in a sentence."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,48 +42,29 @@ class Inspection:
     layers: tuple[LayerRow, ...]
     spectra: Mapping[str, list[float]]
     """Singular values of every updated matrix by layer, in descending order."""
-    directions: Mapping[str, Tensor]
-    """Top directions by layer, see `spectra.top_directions`."""
-    overlaps: tuple[Overlap, ...] = ()
-    """φ between this run and another run."""
     sentences: tuple[str, ...]
 
     def write(self) -> None:
-        """Writes the files of `RUN/inspect/`. Deletes an earlier `similarity.csv` if there are no overlaps."""
+        """Writes the files of `RUN/inspect/`."""
         folder = self.folder / INSPECT_FOLDER
-        write_atomically(folder / "layers.csv", as_csv({"": self}))
+        rows = [asdict(row) for row in self.layers]
+        write_atomically(folder / "layers.csv", csv_text(list(rows[0]), (row.values() for row in rows)))
         write_atomically(folder / "spectra.json", json.dumps(self.spectra) + "\n")
-        if self.overlaps:
-            write_atomically(folder / "similarity.csv", csv_text(Overlap._fields, self.overlaps))
-        else:
-            (folder / "similarity.csv").unlink(missing_ok=True)
 
 
-def inspect_run(folder: Path, *, other: Path | None = None, trust: bool = False) -> Inspection:
+def inspect_run(folder: Path, *, trust: bool = False) -> Inspection:
     """Inspects a run's best weights, writes the measurements into the run's folder `inspect/` and returns them.
 
     Args:
         folder: A run's folder.
-        other: Folder of another run of the same base, whose directions are compared with this run's directions.
         trust: Whether to run code or read a pickle that the run's settings name.
 
     Raises:
-        RecordError: A folder has no run, weights are missing or damaged, nothing was trained, or the bases differ.
+        RecordError: The folder has no run, weights are missing or damaged, or nothing was trained.
         ConfigError: The base model can't be loaded.
     """
     record, config = read_trained_run(folder, trust=trust)
-    others = None if other is None else (other, *read_trained_run(other, trust=trust))
-    base = restore_base(record, config)
-    inspection = measure_run(folder, record, config, base)
-    if others is not None:
-        overlaps = compare_subspaces(inspection.directions, measure_run(*others, base).directions)
-        if not overlaps:
-            raise RecordError(
-                f"two runs must train a common layer to be compared, but {str(folder)!r} and {str(other)!r} do not. "
-                "Name two runs with common `method.targets`."
-            )
-        sentence = _describe_overlaps(f"`{other}`", overlaps)
-        inspection = replace(inspection, overlaps=overlaps, sentences=(*inspection.sentences, sentence))
+    inspection = measure_run(folder, record, config, restore_base(record, config))
     inspection.write()
     return inspection
 
@@ -187,7 +155,6 @@ def measure_run(folder: Path, record: RunRecord, config: RunConfig, base: BaseMo
         record=record,
         layers=layers,
         spectra={name: parts.s.tolist() for name, parts in decompositions.items()},
-        directions=top_directions(decompositions),
         sentences=_describe_layers(config.method.name, layers),
     )
 
@@ -214,31 +181,6 @@ def render_inspection(inspection: Inspection) -> RenderableType:
     return Group(table, *(Text(f"• {sentence}") for sentence in inspection.sentences))
 
 
-def as_json(inspections: Mapping[str, Inspection]) -> str:
-    """Returns score, sentences and every layer of each inspection, by arm. The arm of a single run is empty."""
-    content = {
-        arm: {
-            "run": str(inspection.folder),
-            "metric": inspection.record.metric,
-            "score": inspection.record.score,
-            "sentences": inspection.sentences,
-            "layers": [asdict(row) for row in inspection.layers],
-        }
-        for arm, inspection in inspections.items()
-    }
-    return json.dumps(content.get("", content), indent=1) + "\n"
-
-
-def as_csv(inspections: Mapping[str, Inspection]) -> str:
-    """Returns a line for each updated weight. The first column is the arm, unless its name is empty (a single run)."""
-    rows: list[dict[str, Any]] = [
-        ({"arm": arm} if arm else {}) | asdict(row)
-        for arm, inspection in inspections.items()
-        for row in inspection.layers
-    ]
-    return csv_text(list(rows[0]), (row.values() for row in rows))
-
-
 def _describe_layers(method: str, rows: Sequence[LayerRow]) -> tuple[str, ...]:
     """Returns sentences on the size of the updates and their rank."""
     ranks = sorted({row.trained_rank for row in rows if row.trained_rank is not None})
@@ -252,17 +194,6 @@ def _describe_layers(method: str, rows: Sequence[LayerRow]) -> tuple[str, ...]:
         plural = "s" if count > 1 else ""
         sentences.append(f"90 % of the squared norm lies in {count} direction{plural} (median over layers).")
     return tuple(sentences)
-
-
-def _describe_overlaps(other: str, overlaps: Sequence[Overlap]) -> str:
-    """Returns a sentence on the mean φ over layers of this run's and another run's top directions."""
-    means = {row.i: row for row in overlaps if row.layer == MEAN and row.i == row.j}
-    shares = [
-        f"{means[n].phi:.2f} of the first {f'{n} directions' if n > 1 else 'direction'} (random: {means[n].random:.2f})"
-        for n in DESCRIBED_COUNTS
-        if n in means
-    ]
-    return f"This run and {other} share (φ, mean over layers) {', '.join(shares)}."
 
 
 def _format_median(values: Sequence[float | None], *, digits: int) -> str:

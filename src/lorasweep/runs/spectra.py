@@ -1,11 +1,9 @@
-"""Singular values, norms and shared subspaces of weight updates ΔW, in float64."""
+"""Singular values and norms of weight updates ΔW, in float64."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -15,10 +13,6 @@ from lorasweep.runs.weight_updates import WeightUpdate
 
 ENERGY_FRACTION = 0.9
 """Fraction of the squared norm that `energy_rank` directions hold."""
-COMPARED_COUNTS = (1, 2, 4, 8, 16, 32, 64)
-"""Numbers of top directions that are compared. Numbers that exceed an update's directions are skipped."""
-MEAN = "mean"
-"""Replaces the layer's name in rows with the mean over layers."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,18 +44,6 @@ class LayerRow:
     amplification: float | None
     """‖ΔW‖_F / ‖Uᵀ W0 V‖_F within the first directions of ΔW (LoRA, section 7.3). Their number is the trained rank, or
     `energy_rank` if LoRA did not train the weight."""
-
-
-class Overlap(NamedTuple):
-    """φ of the first i directions of one update and the first j of another; a line of `similarity.csv`."""
-
-    layer: str
-    i: int
-    j: int
-    phi: float
-    """0: orthogonal; 1: the smaller subspace lies in the larger one."""
-    random: float
-    """Mean φ of random directions: max(i, j) over the dimension."""
 
 
 def decompose(left: Float[Tensor, "d_out r"], right: Float[Tensor, "r d_in"] | None = None) -> Decomposition:
@@ -122,42 +104,3 @@ def relative_norm(rows: Sequence[LayerRow]) -> float | None:
     """Returns ‖ΔW‖_F / ‖W0‖_F of all these weights together; None if W0 is zero."""
     base = sum(row.base_norm**2 for row in rows) ** 0.5
     return sum(row.update_norm**2 for row in rows) ** 0.5 / base if base else None
-
-
-def top_directions(decompositions: Mapping[str, Decomposition]) -> dict[str, Float[Tensor, "n d_in"]]:
-    """Returns by layer the first right singular vectors of ΔW, at most 64. Layers with ΔW = 0 are skipped.
-
-    *Differs* from the paper, which takes the vectors of A, because full fine-tuning has no A. For LoRA both span the
-    same space.
-    """
-    directions = {}
-    for layer, parts in decompositions.items():
-        # directions below the rounding of fp32 are noise
-        count = int((parts.s > parts.s[:1] * torch.finfo(torch.float32).eps).sum())
-        if count:
-            directions[layer] = parts.vh[: min(count, COMPARED_COUNTS[-1])]
-    return directions
-
-
-def compare_subspaces(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> tuple[Overlap, ...]:
-    """Returns the means of φ over layers, then φ of every layer that both runs trained. See `top_directions`."""
-    rows = [row for layer in first if layer in second for row in _compare_layer(layer, first[layer], second[layer])]
-    by_counts: dict[tuple[int, int], list[Overlap]] = {}
-    for row in rows:
-        by_counts.setdefault((row.i, row.j), []).append(row)
-    means = [
-        Overlap(MEAN, i, j, fmean(row.phi for row in group), fmean(row.random for row in group))
-        for (i, j), group in sorted(by_counts.items())
-    ]
-    return (*means, *rows)
-
-
-def _compare_layer(layer: str, first: Float[Tensor, "n d"], second: Float[Tensor, "m d"]) -> list[Overlap]:
-    """Returns φ(i, j) = ‖Uᵢᵀ Uⱼ‖²_F / min(i, j) of orthonormal rows (LoRA, equation 4)."""
-    sums = ((first @ second.t()) ** 2).cumsum(0).cumsum(1).tolist()  # ‖Uᵢᵀ Uⱼ‖²_F at index (i - 1, j - 1)
-    return [
-        Overlap(layer, i, j, sums[i - 1][j - 1] / min(i, j), max(i, j) / first.shape[1])
-        for i in COMPARED_COUNTS
-        for j in COMPARED_COUNTS
-        if i <= len(first) and j <= len(second)
-    ]
