@@ -8,13 +8,15 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import os
 import pydoc_data.topics
 import sysconfig
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from lorasweep.data.source import DataSource, Document, Examples, collect_examples
 
+STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
 EXCLUDED_FOLDERS = frozenset({"encodings", "pydoc_data", "site-packages", "__pycache__"})
 TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
 NUM_PRETRAINING_BUCKETS = 70
@@ -24,6 +26,7 @@ SPLIT_BUCKETS = {"train": range(40), "validation": range(40, 57), "test": range(
 intervals of a report are over its documents."""
 MIN_DOCSTRING_CHARACTERS = 500
 DOCUMENTED_NODES = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+BLOCK_NODES = (ast.stmt, ast.excepthandler, ast.match_case)
 
 
 def assign_bucket(key: str) -> int:
@@ -42,20 +45,15 @@ def get_module_key(path: str) -> str:
     return name.removeprefix("test_").lstrip("_").removeprefix("py")
 
 
-def read_standard_library(*, with_tests: bool) -> Iterator[Document]:
-    """Yields the files of the standard library, sorted by path. Some distributions of Python have no test suites."""
-    folder = Path(sysconfig.get_path("stdlib"))
+@functools.cache
+def list_standard_library(*, with_tests: bool) -> tuple[Path, ...]:
+    """Returns the files of the standard library, sorted. Some distributions of Python have no test suites."""
     excluded = EXCLUDED_FOLDERS if with_tests else EXCLUDED_FOLDERS | TEST_FOLDERS
-    for file in sorted(folder.rglob("*.py")):
-        path = file.relative_to(folder).as_posix()
-        if excluded.intersection(path.split("/")):
-            continue
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            continue  # a few files are in other encodings to test Python's decoding
-        if text:
-            yield Document(name=path, text=text)
+    found: list[Path] = []
+    for folder, folders, files in os.walk(STANDARD_LIBRARY):
+        folders[:] = set(folders) - excluded  # `os.walk` does not enter them: `site-packages` may have 50,000 files
+        found += [Path(folder, file) for file in files if file.endswith(".py")]
+    return tuple(sorted(found))
 
 
 @functools.cache
@@ -76,12 +74,15 @@ def read_code(split: str) -> tuple[Document, ...]:
     The files of 70 % of the modules, with their test suites, are `pretraining`. The others are split by file.
     """
     is_pretraining = split == "pretraining"
-    return tuple(
-        document
-        for document in read_standard_library(with_tests=is_pretraining)
-        if (assign_bucket(get_module_key(document.name)) < NUM_PRETRAINING_BUCKETS) == is_pretraining
-        and (is_pretraining or _is_in_split(document, split))
-    )
+    documents: list[Document] = []
+    for file in list_standard_library(with_tests=is_pretraining):
+        name = file.relative_to(STANDARD_LIBRARY).as_posix()
+        if (assign_bucket(get_module_key(name)) < NUM_PRETRAINING_BUCKETS) != is_pretraining:
+            continue
+        if is_pretraining or _is_in_split(name, split):
+            with suppress(UnicodeDecodeError):  # a few files are in other encodings to test Python's decoding
+                documents.append(Document(name=name, text=file.read_text(encoding="utf-8")))
+    return tuple(document for document in documents if document.text)
 
 
 @functools.cache
@@ -94,7 +95,7 @@ def read_docs(split: str) -> tuple[Document, ...]:
     pages = [Document(name=name, text=text) for name, text in sorted(pydoc_data.topics.topics.items())]
     docstrings = [document._replace(text=join_docstrings(document.text)) for document in read_code(split)]
     return (
-        *(page for page in pages if _is_in_split(page, split)),
+        *(page for page in pages if _is_in_split(page.name, split)),
         *(document for document in docstrings if len(document.text) >= MIN_DOCSTRING_CHARACTERS),
     )
 
@@ -105,10 +106,13 @@ def join_docstrings(code: str) -> str:
         tree = ast.parse(code)
     except SyntaxError:  # some files are templates
         return ""
-    documented = [node for node in ast.walk(tree) if isinstance(node, DOCUMENTED_NODES)]
+    nodes: list[ast.AST] = [tree]
+    for node in nodes:  # grows; unlike `ast.walk`, it skips expressions, which are most nodes and have no docstrings
+        nodes += [child for child in ast.iter_child_nodes(node) if isinstance(child, BLOCK_NODES)]
+    documented = [node for node in nodes if isinstance(node, DOCUMENTED_NODES)]
     documented.sort(key=lambda node: getattr(node, "lineno", 0))  # a module has no line
     return "\n\n".join(text for node in documented if (text := ast.get_docstring(node)))
 
 
-def _is_in_split(document: Document, split: str) -> bool:
-    return assign_bucket(document.name) in SPLIT_BUCKETS[split]
+def _is_in_split(name: str, split: str) -> bool:
+    return assign_bucket(name) in SPLIT_BUCKETS[split]
