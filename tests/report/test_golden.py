@@ -40,7 +40,7 @@ class PageText(HTMLParser):
             self.lines.append(f"== {name}")
         if self._shown_tags or name in SHOWN:
             self._shown_tags += [tag] if tag not in ("br", "input") else []
-            if tag in ("p", "li", "tr", "h2", "dt", "summary"):
+            if tag in ("p", "li", "tr", "h2", "dt", "summary", "pre"):
                 self.lines.append("")
             elif tag in ("td", "th", "dd"):
                 self.lines[-1] += " | "
@@ -52,8 +52,7 @@ class PageText(HTMLParser):
             self._shown_tags.pop()
 
     def handle_data(self, data: str) -> None:
-        # the files of the recommended settings have tests of their own
-        if self._shown_tags and not {"pre", "button", "script"} & {*self._shown_tags}:
+        if self._shown_tags and not {"button", "script"} & {*self._shown_tags}:
             self.lines[-1] += data
 
 

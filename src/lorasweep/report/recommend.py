@@ -1,14 +1,11 @@
-"""Recommends settings from a sweep's answers, as text and as files for `lorasweep train` and PEFT."""
+"""Recommends settings from a sweep's answers, and reads them for `lorasweep train --from`."""
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from lorasweep.config.method import ALPHA_OVER_RANK
 from lorasweep.config.run import ALPHA, LR, RANK
@@ -27,32 +24,26 @@ from lorasweep.wording import (
     short_key,
 )
 
-RECOMMENDED_FILES = ("train.yaml", "peft_config.py")
 STEPS = "trainer.max_steps"
 TRAIN_EXAMPLES = "data.max_train_examples"
 SETTING_NAMES = {"method.name": "method", RANK: "rank", ALPHA: "α", LR: "learning rate", STEPS: "steps"}
 """The settings that the recommendation shows first, with their names."""
 METHOD_NAMES = {"lora": "LoRA", "full": "full fine-tuning"}
-PEFT_KEYS = (
-    *("r", "lora_alpha", "target_modules", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
-    *("bias", "init_lora_weights", "modules_to_save", "fan_in_fan_out", "task_type"),
-)
-"""The keys of a saved `adapter_config.json` that say how to train; the others are about the file and its base."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recommendation:
-    """The settings of one arm, for people and as files."""
+    """The settings of one arm."""
 
     arm: str
     is_settled: bool
     """Whether the answers settle the choice. Otherwise another arm or a smaller value may be as good."""
     sentences: tuple[str, ...]
-    """The settings, their score, and how to get a confirmed adapter."""
+    """The settings and their score."""
     settings: dict[str, str]
     """Names and values of the settings."""
-    files: dict[str, str]
-    """The content of each file by its name."""
+    commands: dict[str, str]
+    """The command for each thing that a user may want next."""
 
 
 def recommend(data: SweepData) -> list[Recommendation]:
@@ -143,20 +134,22 @@ def _build(choice: Choice, data: SweepData, *, is_shown: bool, verb: str | None 
         sentences=(
             f"{verb} {settings['method']} with {named}{steps} (`{arm.name}`).",
             _describe_score(arm, data),
-            *_describe_export(arm, data),
         ),
         settings=settings,
-        files=_write_files(arm, trial, data),
+        commands=_list_commands(arm, data),
     )
 
 
-def _describe_export(arm: ArmData, data: SweepData) -> list[str]:
-    """Returns a sentence with the command that writes the adapter of the first confirm run, if there is one."""
+def _list_commands(arm: ArmData, data: SweepData) -> dict[str, str]:
+    """Returns the commands that train the settings again, and that export the adapter of the first confirm run."""
+    commands = {}
+    if data.record.status == "complete":
+        commands["To train it on all data"] = f"lorasweep train --from {shlex.quote(str(data.folder / arm.name))}"
     runs = [run.run for run in arm.confirm_runs if run.is_complete]
-    if arm.row.method not in ("lora", "peft") or not runs:
-        return []
-    run = shlex.quote(str(data.folder / runs[0]))
-    return [f"To get the adapter of its first confirm run: `lorasweep export {run} --format peft --out adapter`."]
+    if arm.row.method in ("lora", "peft") and runs:
+        run = shlex.quote(str(data.folder / runs[0]))
+        commands["To get the adapter of its first confirm run"] = f"lorasweep export {run} --format peft --out adapter"
+    return commands
 
 
 def _name_settings(arm: ArmData, trial: Trial) -> dict[str, str]:
@@ -182,31 +175,3 @@ def _describe_score(arm: ArmData, data: SweepData) -> str:
     order = "lower" if data.record.direction == "minimize" else "higher"
     scored = f"{format_arm_score(arm, data)} {format_metric(data.record.metric)}"
     return f"It scores {scored} on {on} ({order} is better){f'; {join_words(others)}' if others else ''}."
-
-
-def _write_files(arm: ArmData, trial: Trial, data: SweepData) -> dict[str, str]:
-    """Returns the files; a method other than LoRA, or a trial without its weights, has no `peft_config.py`."""
-    named = "a predicted setting" if trial.is_predicted else f"trial {trial.number}"
-    origin = f"From sweep {data.record.name}, arm {arm.name}, {named}."
-    files = {
-        "train.yaml": f"# {origin} Train with: lorasweep train train.yaml\n"
-        + yaml.safe_dump(_list_overrides(arm, trial), sort_keys=False, allow_unicode=True),
-    }
-    if arm.row.method == "lora" and (peft_config := _write_peft_config(trial, origin, data.folder / trial.run)):
-        files["peft_config.py"] = peft_config
-    return files
-
-
-def _write_peft_config(trial: Trial, origin: str, run: Path) -> str | None:
-    """Returns code for PEFT's configuration, from the file beside the best weights; None if the file can't be read."""
-    try:
-        saved = json.loads((run / "best" / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    init = trial.setting("method.init") or "default"
-    if init == "pissa":  # saved as a plain LoRA of twice the rank
-        saved |= {"r": trial.setting(RANK), "lora_alpha": trial.setting(ALPHA), "rank_pattern": {}, "alpha_pattern": {}}
-    if init != "default":  # PEFT has the same names
-        saved["init_lora_weights"] = init
-    arguments = "".join(f"    {key}={saved[key]!r},\n" for key in PEFT_KEYS if saved.get(key))
-    return f"# {origin}\nfrom peft import LoraConfig\n\npeft_config = LoraConfig(\n{arguments})\n"

@@ -70,10 +70,7 @@ class Summary:
             "base": {"score": data.best_score("frozen")},
             "arms": [_summarize_arm(arm, data) for arm in data.arms],
             "sentences": self.sentences,
-            "recommended": [
-                {"arm": one.arm, "is_settled": one.is_settled, "sentences": one.sentences, "settings": one.settings}
-                for one in self.recommended
-            ],
+            "recommended": [asdict(one) for one in self.recommended],
             # The evidence on a subject is in its entry in `arms`, under `confirmed`.
             "evidence": {name: getattr(data.evidence, name) for name in EVIDENCE_FIELDS},
             "fairness": self.fairness,

@@ -10,12 +10,10 @@ import pandas
 from lorasweep.disk import write_atomically
 from lorasweep.report.figures import draw_panels
 from lorasweep.report.page import render_page
-from lorasweep.report.recommend import RECOMMENDED_FILES
 from lorasweep.report.summary import Summary, summarize
 from lorasweep.report.tensorboard import TENSORBOARD_FOLDER, write_tensorboard
 
 REPORT_FOLDER = "report"
-RECOMMENDED_FOLDER = "recommended"
 QUESTION_FIELDS = (
     *("name", "arm", "subject", "reference", "verdict", "value", "is_share", "num_seeds", "open_because", "to_settle"),
 )
@@ -36,7 +34,6 @@ def write_report(folder: Path) -> Summary:
     files |= {name: table.to_csv(index=False) for name, table in build_tables(summary).items()}
     for name, content in files.items():
         write_atomically(folder / REPORT_FOLDER / name, content)
-    _write_recommended(summary, folder / REPORT_FOLDER / RECOMMENDED_FOLDER)
     write_tensorboard(summary.data, summary.answers, folder / REPORT_FOLDER / TENSORBOARD_FOLDER)
     return summary
 
@@ -63,14 +60,3 @@ def build_tables(summary: Summary) -> dict[str, pandas.DataFrame]:
         ]
         tables["questions.csv"] = pandas.DataFrame.from_records(answers)
     return tables
-
-
-def _write_recommended(summary: Summary, folder: Path) -> None:
-    """Writes the files of the recommended settings, and in `lora/` those for LoRA if another method is recommended."""
-    for index, target in enumerate((folder, folder / "lora")):
-        files = summary.recommended[index].files if index < len(summary.recommended) else {}
-        for name in RECOMMENDED_FILES:
-            if name in files:
-                write_atomically(target / name, files[name])
-            else:  # an earlier report may have recommended another method
-                (target / name).unlink(missing_ok=True)
