@@ -105,11 +105,9 @@ def test_changes_are_in_the_record_before_anything_trains(result, monkeypatch, t
 
     monkeypatch.setattr(api, "train_opened_sweep", look)
     folder = Path(shutil.copytree(result.folder, tmp_path / "copy"))
-    seeds = len(read_sweep(folder).confirm_seeds)
     lorasweep.resume_sweep(folder, overrides={"confirm.seeds": 3, "arms.lora.trials": 3}, progress=None)
     (record,) = seen
     assert (record.status, len(record.confirm_seeds), record.arms[1].trials) == ("interrupted", 3, 3)
-    assert record.definition["rounds"] == [{"trials": {"frozen": 1, "lora": 2}, "confirm_seeds": seeds}]
 
 
 def test_overrides_as_words_and_as_a_mapping_are_the_same_run(tmp_path):

@@ -273,17 +273,18 @@ def reproduce_sweep(
         The repeated sweep, and the comparison, or None if the repeated sweep was interrupted.
 
     Raises:
-        ConfigError: The sweep had several workers.
+        ConfigError: The sweep had several workers, or grew.
         RecordError: The sweep is not complete, or the folder is not a sweep.
     """
     prepare_environment()
     record, definition = read_sweep(folder), saved_definition(folder)
     if record.status != "complete":
         raise RecordError(f"a sweep must be complete to be reproduced, but {str(folder)!r} is {record.status}.")
-    if (worker := definition.sweep_config.worker.name) != "local":
+    if (worker := definition.sweep_config.worker.name) != "local" or any(change.trials for change in record.changes):
+        reason = f"had `worker={worker}`" if worker != "local" else "grew, and its proposals depend on when it did"
         raise ConfigError(
-            f"a sweep must have had one worker to be reproduced as a whole, but {str(folder)!r} had `worker={worker}`. "
-            "Its proposals depend on the order of results. Reproduce a trial with `--trial SWEEP/ARM/NUMBER`."
+            f"a sweep must have had one worker and not have grown to be reproduced as a whole, but {str(folder)!r} "
+            f"{reason}. Reproduce a trial with `--trial SWEEP/ARM/NUMBER`."
         )
     torch.set_num_threads(record.threads or torch.get_num_threads())
     if output is not None:

@@ -120,9 +120,7 @@ class SweepRecord:
     Null for data without labels, and if the trials have different data. At rungs, trials that are no better count as
     equal in the metric."""
     definition: dict[str, Any]
-    """Content of the sweep file (`file`) and `overrides`, which `--resume` composes again. `rounds` has an entry for
-    each time that the sweep grew, with the numbers before: `trials` of each arm, and `confirm_seeds`, 0 if the confirm
-    stage had not begun."""
+    """Content of the sweep file (`file`) and `overrides`, which `--resume` composes again."""
     changes: list[SweepChange] = field(default_factory=list)
     """The change of each `--resume`, in order."""
     source: str | None = None

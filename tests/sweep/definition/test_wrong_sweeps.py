@@ -92,8 +92,8 @@ def test_a_file_that_is_no_sweep_is_refused(read, text):
         ("method.rank=0", "arm `lora`: `method.rank >= 1` must hold, but got 0."),
         ("words", "an override must read `key=value`, but got"),
         ("arms.lora=1", "`arms.lora` must be a new arm such as"),
-        ("arms.lora={trials: 2}", "`arms.lora` must be the name of a new arm"),
-        ("arms.lroa=null", r"`arms.lroa=null` must name an arm of the sweep file. Did you mean `lora`\?"),
+        ("arms.lora={trials: 2}", "`arms.lora` must be the settings of a new arm"),
+        ("arms.lroa=null", r"null to leave out an arm of the sweep file .*lora.*, but got None"),
         ("~arms.lora", "`arms.ARM=null`"),
     ],
 )

@@ -83,8 +83,7 @@ class Controller:
         """
         self.sweep = sweep
         self.session = session
-        self._round = self._find_round()
-        self.search = Search(sweep, sweep_round=self._round, session=session)
+        self.search = Search(sweep, session=session)
         self.confirm: Confirmation | None = None
         self._is_over = False
         self._failures_in_a_row = 0
@@ -303,39 +302,15 @@ class Controller:
             not trials.num_left and not trials.list_in_state("running") and trials.next_promoted() is None
             for trials in self.stage.arms.values()
         ):
-            rounds = self.sweep.definition.rounds
-            is_last_round = self._round == len(rounds)
-            looks = list(self.sweep.record.looks)
-            if not is_last_round:  # the sweep grew after this number of seeds
-                looks = [look for look in looks if look <= rounds[self._round].confirm_seeds]
+            looks = self.sweep.record.looks
             if self.confirm is None:
                 self._prune_paused()
             if looks and self.confirm is None:
                 settings = choose_settings(self.search, sweep=self.sweep)
                 self.sweep.record.settings = settings
                 self.confirm = Confirmation(self.sweep, settings, looks=looks, session=self.session)
-            elif self.confirm is not None and self.confirm.has_next_look and self.confirm.begin_next_look():
-                continue
-            elif is_last_round:
+            elif self.confirm is None or not self.confirm.has_next_look or not self.confirm.begin_next_look():
                 self._is_over = True
-            else:
-                self.save()  # while this round's confirm stage is known here
-                self._round, self.confirm = self._round + 1, None
-                self.search = Search(self.sweep, sweep_round=self._round, session=self.session)
-
-    def _find_round(self) -> int:
-        """Returns the first round that has all trials that have begun. Rounds count from 0 (`Definition.rounds`)."""
-        definition = self.sweep.definition
-        last = len(definition.rounds)
-        if not last:
-            return 0
-        begun = {name: len(trials.trials) for name, trials in Search(self.sweep, sweep_round=last).arms.items()}
-
-        def has_all(number: int) -> bool:
-            planned = definition.arms_in_round(number)
-            return all(count <= planned[name].trials if name in planned else not count for name, count in begun.items())
-
-        return next((number for number in range(last) if has_all(number)), last)
 
     def _prune_paused(self) -> None:
         """Ends all paused trials of the search as pruned."""

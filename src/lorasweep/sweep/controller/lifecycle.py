@@ -36,8 +36,6 @@ from lorasweep.sweep.controller.storage import (
 )
 from lorasweep.sweep.definition.arms import Arm, Definition, restore_definition
 from lorasweep.sweep.definition.grow import (
-    add_round,
-    describe_growth,
     grow_definition,
     list_grown_arms,
     warn_of_late_growth,
@@ -116,12 +114,8 @@ def saved_definition(path: Path, *, changes: Mapping[str, Any] | None = None) ->
         ConfigError: A trial that has begun would change.
     """
     record = read_sweep(path)
-    overrides, rounds = record.definition.get("overrides"), record.definition.get("rounds", [])
-    is_whole = isinstance(overrides, dict) and "file" in record.definition and isinstance(rounds, list)
-    if not is_whole or not all(isinstance(values, dict) for values in rounds):
-        raise RecordError(
-            f"`definition` in {str(path / SWEEP_FILE)!r} must have `file`, `overrides` and `rounds`. Restore it."
-        )
+    if not isinstance(record.definition.get("overrides"), dict) or "file" not in record.definition:
+        raise RecordError(f"`definition` in {str(path / SWEEP_FILE)!r} must have `file` and `overrides`. Restore it.")
     source = Path(record.source) if record.source else None
     return grow_definition(restore_definition(record.definition, source=source), changes=changes or {})
 
@@ -191,23 +185,16 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None, file: 
         if has_confirm:
             _check_confirm_seeds(record, draw_confirm_seeds(definition))
         undo.pop_all()
-    if grown := list_grown_arms(old, definition):
-        definition = add_round(
-            definition,
-            trials={arm.name: arm.trials for arm in old.arms},
-            confirm_seeds=len(record.confirm_seeds) if has_confirm else 0,
-        )
     if definition.raw != record.definition:
         change = SweepChange(
             at=utc_now(),
             stage="confirm" if has_confirm else "search",
             settings=dict(changes or {}),
             file=None if file is None else str(file),
-            trials=grown,
+            trials=list_grown_arms(old, definition),
         )
         record.changes.append(change)
         record.status = "interrupted"  # until a controller has found that nothing is left to do
-        record.notes += describe_growth(change)
     record.definition = definition.raw
     if file is not None:
         record.source, record.source_sha256 = str(file), compute_sha256(file)

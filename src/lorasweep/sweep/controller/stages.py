@@ -1,7 +1,5 @@
 """The stages of a sweep: `search` tunes on validation data, `confirm` scores the chosen settings on test data.
 
-A sweep that grew runs through the stages in rounds: a round ends before the trials that were added begin.
-
 The controller makes the same calls to both stages. A stage decides which trials there are and what run each becomes.
 """
 
@@ -48,12 +46,12 @@ class Search:
     reads_test = False
     """Whether a complete run has still to be scored on test data."""
 
-    def __init__(self, sweep: SweepFolder, *, sweep_round: int, session: str | None = None) -> None:
-        """Reads the trials that have begun. Rounds count from 0 (`Definition.rounds`)."""
+    def __init__(self, sweep: SweepFolder, *, session: str | None = None) -> None:
+        """Reads the trials that have begun."""
         self._sweep = sweep
-        arms = sweep.definition.arms_in_round(sweep_round)
-        self.arms = {name: self._read_trials(arm, session) for name, arm in arms.items()}
-        self._histories = {name: History(arm, direction=sweep.record.direction) for name, arm in arms.items()}
+        arms = sweep.definition.arms
+        self.arms = {arm.name: self._read_trials(arm, session) for arm in arms}
+        self._histories = {arm.name: History(arm, direction=sweep.record.direction) for arm in arms}
 
     def propose(self, trials: ArmTrials) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns the parameters of an arm's next trial, and what its sampler stores with it."""
@@ -103,7 +101,7 @@ class Confirmation:
 
     Seeds come in groups, up to each planned look. After a look, only the subjects of questions that are open and that
     further seeds may settle train on. What happens follows from the scores alone, so a stage that was killed goes the
-    same way again. Runs that an earlier round began are kept, and are not repeated.
+    same way again. Runs that began before a sweep grew are kept, and are not repeated.
     """
 
     name: Literal["confirm"] = "confirm"
@@ -220,7 +218,7 @@ Stage: TypeAlias = Search | Confirmation
 
 
 def choose_settings(search: Search, *, sweep: SweepFolder) -> list[SettingRow]:
-    """Returns the setting that the confirm stage trains for each subject of the round's arms.
+    """Returns the setting that the confirm stage trains for each subject.
 
     It is the best complete trial of an arm, or the setting that is predicted best for a value of `confirm_each`. The
     study of the arm's confirm stage keeps the parameters, before any run begins.

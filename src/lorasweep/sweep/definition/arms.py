@@ -5,18 +5,17 @@ from __future__ import annotations
 import glob
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from optuna.distributions import CategoricalDistribution
 
-from lorasweep.config.build import TARGET, NonNegative, as_settings, build
+from lorasweep.config.build import TARGET, as_settings
 from lorasweep.config.command_line import parse_overrides
 from lorasweep.config.compose import (
     LIST_GROUPS,
@@ -102,16 +101,6 @@ class Arm:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Round:
-    """The trials and confirm seeds that a sweep had before it grew. They end before the added trials begin."""
-
-    trials: Mapping[str, int]
-    """Number of trials by arm. Arms that were added later are missing."""
-    confirm_seeds: NonNegative
-    """Number of seeds of the confirm stage; 0 if the sweep grew before this stage."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Definition:
     """A whole sweep, with its settings composed and checked for each arm."""
 
@@ -120,28 +109,11 @@ class Definition:
     arms: tuple[Arm, ...]
     sweep_config: SweepConfig
     raw: dict[str, Any]
-    """The content of the sweep file, the overrides and the rounds. `restore_definition` composes the same sweep from
-    it."""
+    """The content of the sweep file (`file`) and the `overrides`. `restore_definition` composes the same sweep."""
     source: Path | None
-    rounds: tuple[Round, ...] = ()
-    """All rounds but the last, one for each time that the sweep grew. A round is computed from the record alone, so the
-    moment at which the sweep grew does not change its results."""
 
     def find_arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
-
-    def arms_in_round(self, number: int) -> dict[str, Arm]:
-        """Returns the arms of a round by name, with their trials at its end. Rounds count from 0."""
-        if number == len(self.rounds):
-            return {arm.name: arm for arm in self.arms}
-        trials = self.rounds[number].trials
-        return {arm.name: replace(arm, trials=trials[arm.name]) for arm in self.arms if arm.name in trials}
-
-    def count_trials_in_first_round(self, arms: Collection[Arm]) -> int:
-        """Returns the number of trials of these arms together, in the first round that has one of the arms."""
-        rounds = (self.arms_in_round(number) for number in range(len(self.rounds) + 1))
-        counts = (sum(in_round[arm.name].trials for arm in arms if arm.name in in_round) for in_round in rounds)
-        return next(filter(None, counts))
 
 
 @contextmanager
@@ -161,7 +133,7 @@ def read_definition(source: Path | Mapping[str, Any], overrides: Sequence[str] |
     Raises:
         ConfigError: The file can't be read, a key or range is wrong, or an arm does not compose.
     """
-    raw = make_paths_absolute({"file": read_content(source), "overrides": parse_overrides(overrides), "rounds": []})
+    raw = make_paths_absolute({"file": read_content(source), "overrides": parse_overrides(overrides)})
     if isinstance(source, Mapping):
         return restore_definition(raw, source=None)
     try:
@@ -177,75 +149,56 @@ def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Defini
             f"a sweep's override must read `key=value`, but got {key!r}. `+` and `~` are for `lorasweep train`; write "
             "a value, an option such as `logger=none`, or `arms.ARM=null` to leave out an arm."
         )
-    content, overrides = _add_command_line_arms(raw["file"], raw["overrides"])
-    file, overrides = parse_file(content), flatten_alpha_over_rank(overrides)
-    for_sweep = {key: value for key, value in overrides.items() if key.split(".")[0] in SWEEP_GROUPS}
-    for_runs = {key: value for key, value in overrides.items() if key not in for_sweep}
+    content, overrides = _change_arms(raw["file"], flatten_alpha_over_rank(raw["overrides"]))
+    file = parse_file(content)
+    for_sweep, for_runs = _select(overrides, of_sweep=True), _select(overrides)
     sweep_config = compose_sweep(_select(layer_settings(file.settings, for_sweep), of_sweep=True))
-    arms: list[Arm] = []
-    used_keys: set[str] = set()
-    for name, arm_config in file.arms.items():
-        chosen = _choose_overrides(name, arm_config, file, for_runs)
-        used_keys |= set(chosen)
-        arms.append(_build_arm(name, arm_config, file, {**for_sweep, **chosen}))
-    for key in for_runs:
-        if key not in used_keys:
-            names = ", ".join(arm.name for arm in arms)
-            known = {f"method.{f.name}" for arm in arms for f in fields(arm.corner_configs[0].method)}
-            raise ConfigError(
-                f"`{key}` must be a setting of at least one arm ({names}), but is not.{nearest(key, known)} "
-                "Write `arms.ARM.KEY=VALUE` for one arm only."
-            )
+    chosen = {name: _choose_overrides(name, arm_config, file, for_runs) for name, arm_config in file.arms.items()}
+    arms = [_build_arm(name, file.arms[name], file, {**for_sweep, **keys}) for name, keys in chosen.items()]
+    # A wrong value at one end of a range raises here, because all corners are composed.
+    known = {f"method.{f.name}" for arm in arms for corner in arm.corner_configs for f in fields(corner.method)}
+    if unused := [key for key in for_runs if not any(key in keys for keys in chosen.values())]:
+        raise ConfigError(
+            f"`{unused[0]}` must be a setting of at least one arm ({', '.join(chosen)}), but is not."
+            f"{nearest(unused[0], known)} Write `arms.ARM.KEY=VALUE` for one arm only."
+        )
     _check_subjects(arms)
     for arm in arms:  # they are compared, so they share the confirm stage
-        for name, value in asdict(sweep_config.confirm).items():
-            if (arm_value := getattr(arm.sweep_config.confirm, name)) != value:
-                raise ConfigError(
-                    f"`confirm.{name}` must be the same for all arms, because they are compared, but arm `{arm.name}` "
-                    f"has {arm_value!r}, not {value!r}. Set it once for the whole sweep."
-                )
+        if arm.sweep_config.confirm != sweep_config.confirm:
+            raise ConfigError(
+                f"`confirm` must be the same for all arms, because they are compared, but arm `{arm.name}` changes it. "
+                "Set it once for the whole sweep."
+            )
     return Definition(
         name=file.name,
         description=file.description,
         arms=tuple(arms),
         sweep_config=sweep_config,
-        raw={"file": raw["file"], "overrides": dict(raw["overrides"]), "rounds": list(raw.get("rounds", ()))},
+        raw={"file": raw["file"], "overrides": dict(raw["overrides"])},
         source=source,
-        rounds=tuple(build(Round, values, key="rounds") for values in raw.get("rounds", ())),
     )
 
 
-def _add_command_line_arms(content: Any, overrides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Returns a sweep file's content with the arms of the command line, and the other overrides.
+def _change_arms(content: Any, overrides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Adds arms that are typed as `arms.NAME={settings: ...}`, and leaves out those typed as `arms.NAME=null`.
 
-    An arm of the command line is written as `arms.NAME={settings: ...}`; `arms.NAME=null` leaves out one of the file.
-
-    Raises:
-        ConfigError: Such an arm is not a mapping, the file has an arm of this name, or it lacks an arm to leave out.
+    Returns the changed content of the sweep file, and the other overrides.
     """
-    typed = {key: value for key, value in overrides.items() if re.fullmatch(r"arms\.[^.]+", key)}
+    typed = {key: value for key, value in overrides.items() if key.startswith("arms.") and key.count(".") == 1}
     arms = content.get("arms") if isinstance(content, Mapping) else None
     if not typed or not isinstance(arms, Mapping):  # `parse_file` refuses a file without arms
         return content, dict(overrides)
-    arms = dict(arms)
     for key, value in typed.items():
-        name = key.removeprefix("arms.")
-        if value is None:
-            if arms.pop(name, None) is None:
-                raise ConfigError(f"`{key}=null` must name an arm of the sweep file.{nearest(name, arms)}")
-            continue
-        if not isinstance(value, Mapping):
+        if (key.removeprefix("arms.") in arms) is not (value is None):
             raise ConfigError(
-                f"`{key}` must be a new arm such as `{{settings: {{method: lora}}, space: {{optim.lr: [0.1, 1]}}}}`, "
-                f"or null to leave out an arm of the sweep file, but got {value!r}."
+                f"`{key}` must be the settings of a new arm, or null to leave out an arm of the sweep file "
+                f"({', '.join(arms)}), but got {value!r}. Set one key of an arm with `{key}.KEY=VALUE`."
             )
-        if name in arms:
-            raise ConfigError(
-                f"`{key}` must be the name of a new arm, but the sweep file has an arm {name!r}. Set one key of it: "
-                f"`{key}.KEY=VALUE`, or leave it out: `{key}=null`."
-            )
-        arms[name] = value
-    return {**content, "arms": arms}, {key: value for key, value in overrides.items() if key not in typed}
+    changed = {**arms, **{key.removeprefix("arms."): value for key, value in typed.items()}}
+    return (
+        {**content, "arms": {name: arm for name, arm in changed.items() if arm is not None}},
+        {key: value for key, value in overrides.items() if key not in typed},
+    )
 
 
 def make_paths_absolute(value: Any, key: str = "") -> Any:
@@ -309,17 +262,17 @@ def _build_arm(name: str, config: ArmConfig, file: SweepFile, overrides: Mapping
             f"`arms.{name}.trials` must be 1 for an arm without a space, but got {config.trials!r}. Add a `space`."
         )
     wanted = (sweep_config.sweep.trials, config.trials, DEFAULT_TRIALS)
-    built = Arm(
+    arm = Arm(
         name=name,
         settings=settings,
         space=space,
         trials=next(number for number in wanted if number is not None) if space else 1,
         sweep_config=sweep_config,
-        confirm_each=_check_confirm_each(confirm_each, space, arm=name),
+        confirm_each=confirm_each,
     )
-    _ = built.corner_configs  # composes runs at the ends of all ranges, so that a wrong value raises now
-    _check_grid(built)
-    return built
+    _check_confirm_each(arm)
+    _check_grid(arm)
+    return arm
 
 
 def _replace_ranges(space: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, Any]:
@@ -336,31 +289,14 @@ def _replace_ranges(space: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[
     return kept | ranges  # a key stays in its place, because samplers see the keys in their order
 
 
-def _check_confirm_each(key: Any, space: Space, *, arm: str) -> str | None:
-    """Returns the swept key whose choices are confirmed one by one.
-
-    Raises:
-        ConfigError: The key is not swept, has a range instead of choices, or one choice.
-    """
-    if key is None:
-        return None
-    if key not in space:
+def _check_confirm_each(arm: Arm) -> None:
+    key = arm.confirm_each
+    range_ = None if key is None else arm.space.get(key)
+    if key is not None and not (isinstance(range_, CategoricalDistribution) and len(range_.choices) > 1):
         raise ConfigError(
-            f"`arms.{arm}.confirm_each` must be a swept key of the arm ({', '.join(space) or 'it sweeps none'}), but "
-            f"got {key!r}.{nearest(str(key), space)} Add the key to `space` with a list of choices."
+            f"`arms.{arm.name}.confirm_each` must be a swept key with a list of at least two choices, but got {key!r}."
+            f"{nearest(str(key), arm.space)} Write it in `space`, such as `method.rank: [1, 4, 16]`."
         )
-    distribution = space[key]
-    if not isinstance(distribution, CategoricalDistribution):
-        raise ConfigError(
-            f"`arms.{arm}.confirm_each` must be a key with a list of choices, but `{key}` has a range. Write its "
-            f"values as a list, such as `{key}: [1, 4, 16]`."
-        )
-    if len(distribution.choices) < 2:
-        raise ConfigError(
-            f"`arms.{arm}.confirm_each` must be a key with at least two choices, but `{key}` has only "
-            f"{distribution.choices[0]!r}. Add a choice, or remove `confirm_each`."
-        )
-    return str(key)
 
 
 def _check_subjects(arms: Sequence[Arm]) -> None:

@@ -253,8 +253,7 @@ def choose_slots(definition: Definition, arm: Arm, *, inputs_cache: InputsCache,
         return PackSize(1, "")
     if wanted != "auto":
         return PackSize(wanted, "")
-    # Only trials of the first round count, so that a repeated sweep has packs of the same size, even if it grew.
-    trials = math.ceil(definition.count_trials_in_first_round(list_pack_arms(definition, arm)) / num_workers)
+    trials = math.ceil(sum(other.trials for other in list_pack_arms(definition, arm)) / num_workers)
     return choose_pack_size(plan.largest, inputs=inputs_cache.load(plan.largest), trials_left=trials)
 
 
