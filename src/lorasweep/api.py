@@ -173,7 +173,7 @@ def check_resumed_sweep(opened: SweepFolder, inputs_cache: InputsCache) -> None:
         ConfigError: The sweep can't run as asked; nothing was written.
     """
     definition, record = opened.definition, opened.record
-    check_workers(definition, opened.path)
+    check_workers(definition)
     check_definition(definition, inputs_cache)
     if record.changes:
         if (metric := find_metric(definition, inputs_cache).name) != record.metric:
@@ -214,8 +214,7 @@ def check_sweep(definition: Definition, inputs_cache: InputsCache, *, output: st
     if wanted is not None:
         remedy = f"To resume a sweep type `lorasweep sweep --resume {wanted}`."
         require_new_folder(Path(wanted), key="sweep.output", remedy=remedy)
-    for warning in check_workers(definition, Path(wanted or f"outputs/{definition.name}")):
-        say(f"warning: {warning}", file=sys.stderr)
+    check_workers(definition)
     check_definition(definition, inputs_cache)
     return find_metric(definition, inputs_cache)
 

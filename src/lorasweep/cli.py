@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -181,17 +180,11 @@ def _list_primaries(arguments: argparse.Namespace) -> Sequence[Primary]:
 def sweep(arguments: argparse.Namespace) -> int:
     with quick_imports():
         from lorasweep import api
-        from lorasweep.config.command_line import parse_overrides
         from lorasweep.sweep.controller.lifecycle import saved_definition
         from lorasweep.sweep.definition.describe import describe_definition
-        from lorasweep.sweep.workers.train import add_jobs
 
     name, overrides = _split_name(arguments.overrides)
     if arguments.resume and not arguments.cfg:
-        added = add_jobs(arguments.resume, parse_overrides(overrides)) if overrides else None
-        if added is not None:
-            say(f"the sweep is running. Submitted Slurm jobs: {' '.join(added) or 'none, it has as many already'}")
-            return DONE
         result = api.resume_sweep(arguments.resume, overrides=overrides, file=name)
     else:
         if arguments.resume:
@@ -200,12 +193,6 @@ def sweep(arguments: argparse.Namespace) -> int:
             definition = api.read_sweep_definition(name or DEFAULT_SWEEP, overrides)
         if arguments.cfg:
             say(describe_definition(definition).removesuffix("\n"))
-            return DONE
-        if (worker := definition.sweep_config.worker).name == "slurm" and worker.dry_run:
-            from lorasweep.sweep.workers.slurm import format_batch_file
-
-            output = definition.sweep_config.sweep.output or f"outputs/{definition.name}"
-            say(format_batch_file(worker, Path(output)).removesuffix("\n"))
             return DONE
         result = api.run_definition(definition)
     return _show_sweep(result) if result.status == "complete" else _say_how_to_resume(result)
@@ -220,10 +207,6 @@ def status(arguments: argparse.Namespace) -> int:
         with suppress(KeyboardInterrupt):  # the display ends, the sweep continues
             show_until_over(arguments.folder, console)
     console.print(render_status(read_status(arguments.folder)))
-    if (arguments.folder / "slurm").is_dir() and find_spec("submitit"):
-        from lorasweep.sweep.workers.slurm import describe_jobs
-
-        say(f"Slurm jobs: {describe_jobs(arguments.folder)}")
     return DONE
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import sys
@@ -15,18 +16,12 @@ import yaml
 from tests.servers.daemon import wait_until
 from tests.servers.ray_head import LOOPBACK, RayHead
 
+import lorasweep.sweep.workers.slurm as slurm_file
 from lorasweep.config.build import build
 from lorasweep.config.compose import packaged_folder
-from lorasweep.config.slurm import SlurmConfig
-from lorasweep.errors import ConfigError, WorkerError
-from lorasweep.sweep.workers.slurm import (
-    SlurmJobs,
-    check_slurm,
-    describe_jobs,
-    format_batch_file,
-    read_live_jobs,
-    submit_missing_jobs,
-)
+from lorasweep.config.sweep import SlurmConfig
+from lorasweep.errors import ConfigError
+from lorasweep.sweep.workers.slurm import read_live_jobs, submit_jobs
 from lorasweep.sweep.workers.slurm_job import RayNode, write_address
 from lorasweep.sweep.workers.train import HOPELESS_REASONS
 
@@ -44,8 +39,24 @@ def portable(text, folder):
     return text.replace(str(folder), "SWEEP").replace(sys.executable, "PYTHON").replace(str(Path.cwd()), "HERE")
 
 
-def test_the_batch_file_is_the_recorded_one(tmp_path):
-    config = make_config(
+@pytest.fixture
+def batch_file(tmp_path, monkeypatch):
+    """Submits jobs to a Slurm that only numbers them, and returns their batch file."""
+    for name in ("srun", "sbatch"):
+        (tmp_path / name).write_text("#!/bin/sh\necho Submitted batch job 12\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+
+    def submit(**settings):
+        (tmp_path / "quickstart").mkdir()
+        submit_jobs(make_config(**settings), tmp_path / "quickstart")
+        return portable((tmp_path / "quickstart" / "slurm" / "12_submission.sh").read_text(), tmp_path)
+
+    return submit
+
+
+def test_the_batch_file_is_the_recorded_one(batch_file):
+    text = batch_file(
         jobs=8,
         partition="gpu",
         account="lab",
@@ -58,13 +69,12 @@ def test_the_batch_file_is_the_recorded_one(tmp_path):
         setup=["module load cuda"],
         extra={"reservation": "on tuesday", "exclusive": True, "nice": 5},
     )
-    assert portable(format_batch_file(config, tmp_path / "quickstart"), tmp_path) == RECORDED.read_text()
+    assert text == RECORDED.read_text()
 
 
-def test_one_job_that_is_not_requeued_has_no_array(tmp_path):
-    text = format_batch_file(make_config(requeue=False, gpus=0), tmp_path / "quickstart")
+def test_one_job_that_is_not_requeued(batch_file):
+    text = batch_file(requeue=False, gpus=0)
     assert "#SBATCH --no-requeue" in text
-    assert "--array" not in text
     assert "gpus" not in text
 
 
@@ -85,33 +95,9 @@ def test_a_wrong_setting_is_refused_with_its_key(settings, message):
 
 def test_a_machine_without_slurm_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"`worker=slurm`.*No such file .*sbatch"):
-        check_slurm(make_config(), tmp_path)
-
-
-def test_a_slurm_that_does_not_answer_is_refused(tmp_path, monkeypatch, slurm_server):
-    (tmp_path / "slurm.conf").write_text("ClusterName=none\n")
-    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
-    with pytest.raises(ConfigError, match="`sbatch --test-only` says"):
-        check_slurm(make_config(), tmp_path)
-    assert describe_jobs(tmp_path) == "Slurm does not answer"
-
-
-@pytest.mark.parametrize(
-    ("settings", "refusal"),
-    [
-        ({"partition": "mian"}, "invalid partition"),
-        ({"constraint": "a100"}, "feature"),
-        ({"gpus": 1}, "gres"),
-        ({"cpus": 3}, "node configuration"),
-        ({"mem_gb": 9}, "node configuration"),
-        ({"extra": {"blu": 2}}, "unrecognized option"),
-    ],
-)
-def test_jobs_that_slurm_would_never_run_are_refused_with_its_answer(slurm, tmp_path, settings, refusal):
-    with pytest.raises(ConfigError, match=f"(?i)`worker=slurm`.*says .*{refusal}.*`worker.partition`"):
-        check_slurm(make_config(**{**SMALL, **settings}), tmp_path)
-    assert slurm.jobs() == {}
+    with pytest.raises(ConfigError, match=r"`worker=slurm`.*srun"):
+        submit_jobs(make_config(), tmp_path)
+    assert read_live_jobs(tmp_path) is None
 
 
 @pytest.fixture
@@ -155,29 +141,27 @@ def errors_of(sweep, job):
 
 
 @pytest.mark.slow
-def test_jobs_join_the_head_more_are_added_and_a_cancelled_one_harms_no_other(slurm, sweep, head):
-    config = make_config(**SMALL)
-    assert check_slurm(config, sweep) == []
-    (first,) = submit_missing_jobs(config, sweep)
-    wait_for_nodes(head, first)
-    of_first = processes_of(sweep)
-    (second,) = submit_missing_jobs(make_config(**SMALL, jobs=2), sweep)
+def test_jobs_join_the_head_and_a_cancelled_one_harms_no_other(slurm, sweep, head):
+    first, second = submit(slurm, make_config(**SMALL), sweep), submit(slurm, make_config(**SMALL), sweep)
     wait_for_nodes(head, first, second)
-    assert describe_jobs(sweep) == "2 running"
+    assert sorted(read_live_jobs(sweep).values()) == ["running", "running"]
     assert head.run_on(f"slurm-{second}")["SLURM_JOB_ID"] == second
     listening = {connection.laddr.ip for pid in processes_of(sweep) for connection in listeners(pid)}
     assert listening <= {"127.0.0.1", "::ffff:127.0.0.1"}
     slurm.run("scancel", first)
     wait_for_nodes(head, second)
     slurm.wait_for_jobs({second: "RUNNING"})
-    assert read_live_jobs(sweep) == {second: "running"}
     assert head.run_on(f"slurm-{second}")["SLURM_JOB_ID"] == second
-    assert of_first
-    assert not any(psutil.pid_exists(pid) for pid in of_first)
-    assert not any(folder.exists() for folder in of_first.values())
-    write_address(sweep, "")
+    head.kill()
     slurm.wait_for_jobs({})
-    assert slurm.tell(second)["JobState"] == "COMPLETED"
+    assert not processes_of(sweep)
+
+
+def submit(slurm, config, sweep):
+    before = set(slurm.jobs())
+    submit_jobs(config, sweep)
+    (job,) = set(slurm.jobs()) - before
+    return job
 
 
 def listeners(pid):
@@ -189,7 +173,7 @@ def listeners(pid):
 @pytest.mark.slow
 @pytest.mark.parametrize(("requeue", "after"), [(True, "PENDING"), (False, "FAILED")])
 def test_a_job_that_is_told_of_its_end_leaves_and_is_requeued_where_asked(slurm, sweep, head, requeue, after):
-    (job,) = submit_missing_jobs(make_config(**SMALL, requeue=requeue), sweep)
+    job = submit(slurm, make_config(**SMALL, requeue=requeue), sweep)
     wait_for_nodes(head, job)
     slurm.run("scancel", "--signal=USR2", job)
     wait_for_nodes(head)
@@ -199,45 +183,30 @@ def test_a_job_that_is_told_of_its_end_leaves_and_is_requeued_where_asked(slurm,
         wait_for_nodes(head, job)
 
 
-@pytest.mark.slow
-def test_a_node_leaves_a_head_that_is_gone_and_joins_the_next_one(slurm, sweep, head):
-    (job,) = submit_missing_jobs(make_config(**SMALL), sweep)
-    wait_for_nodes(head, job)
-    head.kill()
-    wait_until(lambda: not processes_of(sweep), "the node has left")
-    assert slurm.jobs() == {job: "RUNNING"}
-    second = RayHead(sweep)
-    try:
-        wait_for_nodes(second, job)
-        third = RayHead(sweep)  # while the second one still answers
-        try:
-            wait_for_nodes(third, job)
-            assert second.nodes() == []
-        finally:
-            third.kill()
-    finally:
-        second.kill()
-
-
 def test_a_job_with_more_time_than_its_partition_allows_is_known_to_be_hopeless(slurm, sweep):
-    (job,) = submit_missing_jobs(make_config(**{**SMALL, "timeout_min": 11}), sweep)
+    submit_jobs(make_config(**{**SMALL, "timeout_min": 11}), sweep)
     wait_until(
-        lambda: any(reason in read_live_jobs(sweep)[job] for reason in HOPELESS_REASONS),
+        lambda: any(reason in state for reason in HOPELESS_REASONS for state in read_live_jobs(sweep).values()),
         lambda: str(read_live_jobs(sweep)),
         every=0.2,
     )
 
 
 @pytest.mark.slow
-def test_a_job_without_a_head_ends_with_a_sentence(slurm, sweep):
+def test_a_job_without_a_head_ends_with_a_sentence(slurm, sweep, monkeypatch):
     write_address(sweep, "127.0.0.1:1")
-    node = RayNode(folder=sweep, requeue=True, num_cpus=1, num_gpus=0, head_wait_s=1)
-    (job,) = SlurmJobs(make_config(**SMALL), sweep).submit_nodes(node, 1)
+    monkeypatch.setattr(slurm_file, "RayNode", functools.partial(RayNode, head_wait_s=1))
+    job = submit(slurm, make_config(**SMALL), sweep)
     slurm.wait_for_jobs({})
     assert slurm.tell(job)["JobState"] == "FAILED"
     assert "lorasweep sweep --resume" in errors_of(sweep, job)
 
 
-def test_what_slurm_refuses_at_submission_is_one_sentence(slurm, sweep):
-    with pytest.raises(WorkerError, match="invalid partition"):
-        submit_missing_jobs(make_config(**SMALL, partition="none"), sweep)
+@pytest.mark.parametrize(
+    ("settings", "refusal"),
+    [({"partition": "mian"}, "invalid partition"), ({"extra": {"blu": 2}}, "unrecognized option")],
+)
+def test_what_slurm_refuses_is_one_sentence(slurm, sweep, settings, refusal):
+    with pytest.raises(ConfigError, match=f"(?i)`worker=slurm`.*{refusal}.*`worker.partition`"):
+        submit_jobs(make_config(**{**SMALL, **settings}), sweep)
+    assert slurm.jobs() == {}

@@ -6,19 +6,14 @@ waits beside a node needs little memory.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 from submitit.core.utils import DelayedSubmission
 from submitit.slurm.slurm import SlurmJobEnvironment
 
@@ -30,15 +25,7 @@ ADDRESS_FILE = "ray.address"
 TOKEN_FILE = "ray.token"
 """File in a sweep's folder with the secret token for joining the sweep's Ray cluster. Its mode is 0600."""
 DEFAULT_HEAD_WAIT_S = 600
-"""Seconds that a job waits for a head. A sweep that is resumed in this time keeps the machines of its jobs."""
-CHECK_INTERVAL_S = 5
-"""Seconds between two reads of the address file on the shared disk."""
-MAX_NODE_STARTS = 20
-"""Number of times that a job may start its node: once for each head, and again after the node ended by itself."""
-MAX_SHUTDOWN_S = 20
-"""Seconds that a child process has to end by itself. Slurm kills the job after 30 (KillWait)."""
-PR_SET_PDEATHSIG = 1
-"""Option of Linux's prctl that sets the signal for a process whose parent ends."""
+"""Seconds that a job waits for a head. A requeued job may begin while the sweep is being resumed."""
 
 
 def write_address(folder: Path, address: str) -> None:
@@ -56,7 +43,7 @@ def read_address(folder: Path) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class RayNode:
-    """A node of a sweep's Ray cluster for as long as the sweep has a head. Runs again after the job is requeued."""
+    """A node of a sweep's Ray cluster, for as long as the head lives. Runs again after the job is requeued."""
 
     folder: Path
     requeue: bool
@@ -65,32 +52,15 @@ class RayNode:
     head_wait_s: float = DEFAULT_HEAD_WAIT_S
 
     def __call__(self) -> None:
-        """Runs the node until the sweep is over. Exits with a message if the sweep has no head."""
-        signal.signal(signal.SIGTERM, _exit_on_signal)
-        # A resumed sweep has another head at another address. The job keeps its machine and joins that head.
-        for _ in range(MAX_NODE_STARTS):
-            if (address := _wait_for_head(self.folder, wait_s=self.head_wait_s)) is None:
-                return
-            self._join(address)
-        sys.exit(f"lorasweep: a node must stay in the Ray cluster at {address}, but it ended {MAX_NODE_STARTS} times.")
+        """Runs `ray start` until the head ends or Slurm ends the job. Exits with a message if the sweep has no head."""
+        if (address := _wait_for_head(self.folder, wait_s=self.head_wait_s)) is None:
+            return
+        with tempfile.TemporaryDirectory(prefix="lorasweep-", dir=SOCKETS_FOLDER, ignore_cleanup_errors=True) as folder:
+            subprocess.run(self._command(address, folder), env=_node_environment(self.folder), check=False)
 
     def checkpoint(self) -> DelayedSubmission | None:
         """Returns the task for a requeued job; None: submitit does not requeue. submitit calls this on SIGUSR2."""
         return DelayedSubmission(self) if self.requeue else None
-
-    def _join(self, address: str) -> None:
-        """Runs `ray start` until it ends by itself or the sweep has another head."""
-        with (
-            tempfile.TemporaryDirectory(
-                prefix="lorasweep-", dir=SOCKETS_FOLDER, ignore_cleanup_errors=True
-            ) as temporary,
-            run_child(self._command(address, temporary), environment=_node_environment(self.folder)) as child,
-        ):
-            # A shared disk sends no events, so the file is read again and again.
-            while read_address(self.folder) == address:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    child.wait(CHECK_INTERVAL_S)
-                    return
 
     def _command(self, address: str, temp_dir: str) -> list[str]:
         options = {
@@ -110,44 +80,6 @@ class RayNode:
             options["node-ip-address"] = host
         arguments = [f"--{name}={value}" for name, value in options.items()]
         return [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *arguments]
-
-
-@contextlib.contextmanager
-def run_child(command: Sequence[str], *, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Runs a child process during the block. Afterwards ends the child and its descendants."""
-    child = subprocess.Popen(command, env=environment, preexec_fn=_prepare_child)
-    try:
-        yield child
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second SIGTERM of Slurm must not interrupt the cleanup
-        _end_child(child)
-        signal.signal(signal.SIGTERM, _exit_on_signal)
-
-
-def _prepare_child() -> None:
-    """Makes the child end with its parent. It ignores SIGUSR2, which Slurm sends to all processes of a job."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-
-
-def _end_child(child: subprocess.Popen[bytes]) -> None:
-    """Ends a child process, and kills its descendants that still run."""
-    if child.poll() is not None:
-        return
-    # Found before the child ends: afterwards its children have another parent.
-    descendants = psutil.Process(child.pid).children(recursive=True)
-    child.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        child.wait(MAX_SHUTDOWN_S)
-    for process in (child, *descendants):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    child.wait()
-
-
-def _exit_on_signal(number: int, frame: object) -> None:
-    """Raises SystemExit, so that every `finally` runs."""
-    sys.exit(128 + number)
 
 
 def _wait_for_head(folder: Path, *, wait_s: float) -> str | None:

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
 from lorasweep.config.run import TrainerConfig
-from lorasweep.config.slurm import SlurmConfig
-from lorasweep.config.sweep import LocalWorker, RayWorkers
+from lorasweep.config.sweep import LocalWorker, RayWorkers, SlurmConfig
 from lorasweep.errors import ConfigError, WorkerError
 from lorasweep.sweep.controller.controller import Controller
 from lorasweep.sweep.controller.folder import SweepFolder
-from lorasweep.sweep.controller.lifecycle import saved_definition
 from lorasweep.sweep.definition.arms import Definition
-from lorasweep.sweep.lock import is_running
 from lorasweep.sweep.workers.ray_cluster import (
     WorkerNeeds,
     check_capacity,
@@ -35,8 +30,8 @@ HOPELESS_REASONS = ("PartitionTimeLimit", "PartitionNodeLimit", "MaxWallDuration
 """Parts of Slurm's reasons for a waiting job that can never start. Slurm accepts the submission of such a job."""
 
 
-def check_workers(definition: Definition, path: Path) -> list[str]:
-    """Checks that the workers of a sweep can train its trials, and returns warnings. The folder need not exist yet."""
+def check_workers(definition: Definition) -> None:
+    """Raises ConfigError if the workers of a sweep can't train its trials."""
     config = definition.sweep_config.worker
     processes = {arm.name: count_processes_per_trial(arm.corner_configs[0].trainer) for arm in definition.arms}
     listed = ", ".join(f"{number} (arm `{name}`)" for name, number in processes.items())
@@ -50,33 +45,6 @@ def check_workers(definition: Definition, path: Path) -> list[str]:
             "`trainer.devices` times `trainer.num_nodes` must be the same for all arms, because a worker has that many "
             f"processes, but got {listed}."
         )
-    if isinstance(config, SlurmConfig):
-        from lorasweep.sweep.workers.slurm import check_slurm  # noqa: PLC0415 (needs submitit)
-
-        return check_slurm(config, path)
-    return []
-
-
-def add_jobs(path: Path, changes: Mapping[str, Any]) -> list[str] | None:
-    """Submits more Slurm jobs for a running sweep, and returns their ids. Example of `changes`: `{"worker.jobs": 8}`.
-
-    Returns None if the sweep is not running on Slurm.
-
-    Raises:
-        ConfigError: A changed setting does not belong to `worker`.
-    """
-    config = saved_definition(path, changes=changes).sweep_config.worker
-    if not isinstance(config, SlurmConfig) or not is_running(path):
-        return None
-    if others := [key for key in changes if key.split(".")[0] != "worker"]:
-        raise ConfigError(
-            f"`{others[0]}` must stay while a sweep runs, but {str(path)!r} is running. Stop it, then resume it with "
-            "the change."
-        )
-    from lorasweep.sweep.workers.slurm import check_slurm, submit_missing_jobs  # noqa: PLC0415
-
-    check_slurm(config, path)
-    return submit_missing_jobs(config, path)
 
 
 def train_sweep(sweep: SweepFolder, inputs_cache: InputsCache, *, stop_requested: Callable[[], bool]) -> bool:
@@ -119,7 +87,7 @@ def _train_on_ray(sweep: SweepFolder, config: RayWorkers, *, stop_requested: Cal
 
 
 def _train_on_slurm(sweep: SweepFolder, config: SlurmConfig, *, stop_requested: Callable[[], bool]) -> bool:
-    from lorasweep.sweep.workers.slurm import cancel_jobs, read_live_jobs, submit_missing_jobs  # noqa: PLC0415
+    from lorasweep.sweep.workers.slurm import cancel_jobs, read_live_jobs, submit_jobs  # noqa: PLC0415
     from lorasweep.sweep.workers.slurm_job import TOKEN_FILE, write_address  # noqa: PLC0415
 
     path = sweep.path
@@ -143,12 +111,13 @@ def _train_on_slurm(sweep: SweepFolder, config: SlurmConfig, *, stop_requested: 
         # The address is written after the token, because a job that reads the address joins at once.
         write_address(path, address)
         try:
-            submit_missing_jobs(config, path)
+            cancel_jobs(path)  # of a sweep whose process was killed
+            submit_jobs(config, path)
             pool = WorkerPool(path, num="auto", needs=_worker_needs(sweep.definition, config))
             return pool.train(stop_requested=stop_requested, require_nodes=require_jobs)
         finally:
             write_address(path, "")  # tells the nodes to end
-            cancel_jobs(path)  # ends the jobs that still wait for a machine
+            cancel_jobs(path)
 
 
 def count_processes_per_trial(trainer: TrainerConfig) -> int:
