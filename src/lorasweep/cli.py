@@ -99,16 +99,17 @@ def build_parser() -> argparse.ArgumentParser:
     train_parser.add_argument(
         "--from", dest="source", metavar="SWEEP[/ARM]", help="begin with the settings that a sweep recommends"
     )
-    train_parser.add_argument(
+    modes = train_parser.add_mutually_exclusive_group()
+    modes.add_argument(
         *("-m", "--multirun"), action="store_true", help="train each combination of values: method.rank=1,4"
     )
-    train_parser.add_argument(*("-c", "--cfg"), choices=["job", "hydra", "all"], help="print settings, train nothing")
+    modes.add_argument(*("-c", "--cfg"), choices=["job", "hydra", "all"], help="print settings, train nothing")
     train_parser.add_argument(*("-p", "--package"), metavar="GROUP", help="the part that --cfg prints, such as method")
     train_parser.add_argument(
         *("-cd", "--config-dir"), type=Path, metavar="DIR", help="a folder with more options of groups"
     )
     infos = ["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"]
-    train_parser.add_argument(
+    modes.add_argument(
         *("-i", "--info"), nargs="?", const="all", choices=infos, help="print how Hydra composes the settings"
     )
     train_parser.add_argument("--hydra-help", action="store_true", help="print Hydra's own settings and launchers")

@@ -6,8 +6,6 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +15,7 @@ from hydra.core.utils import env_override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from lorasweep.config.command_line import (
-    TrainOverrides,
-    describe_job,
-    force_keys,
-    list_jobs,
-    parse_overrides,
-    read_settings_file,
-    sort_overrides,
-)
+from lorasweep.config.command_line import force_keys, parse_overrides, read_settings_file, sort_overrides
 from lorasweep.config.compose import (
     add_search_path,
     build_run,
@@ -35,7 +25,6 @@ from lorasweep.config.compose import (
     packaged_folder,
 )
 from lorasweep.config.redaction import redact
-from lorasweep.config.run import RunConfig
 from lorasweep.console import say, say_error
 from lorasweep.errors import ConfigError, LoraSweepError
 from lorasweep.quick_imports import quick_imports
@@ -51,12 +40,12 @@ class JobError(Exception):
 
 
 def run_train_app(arguments: argparse.Namespace, *, show_result: ShowResult, show_error: ShowError) -> int:
-    """Trains the run, or each job of a grid, or only shows settings. Returns the exit code, for a grid the worst one.
+    """Trains the run, or each job of a grid, or only shows settings. Returns the exit code.
 
     Args:
         arguments: The parsed command line (`cli.build_parser`).
         show_result: Prints a run's result and returns its exit code. Launchers call it in other processes. It gets the
-            overrides that only this job of a grid has; for a single run an empty text.
+            overrides of a job of a grid; for a single run an empty text.
         show_error: Prints an error and returns its exit code; called like `show_result`.
 
     Raises:
@@ -64,80 +53,43 @@ def run_train_app(arguments: argparse.Namespace, *, show_result: ShowResult, sho
         RecordError: `--from` names no sweep with recommended settings.
     """
     file_settings, origin, words = _read_source(arguments)
-    overrides = sort_overrides(words)
-    is_grid = arguments.multirun or "hydra.mode=MULTIRUN" in overrides.hydra
+    run, hydra, search_path = sort_overrides(words)
     folders = [] if arguments.config_dir is None else [f"file://{arguments.config_dir.absolute()}"]
-    with add_search_path([*folders, *overrides.search_path]):
-        jobs = list_jobs(overrides, is_grid=is_grid)
+    with add_search_path([*folders, *search_path]):
         if arguments.cfg == "job":
-            return _print_jobs(jobs, file_settings, package=arguments.package)
-        if flags := _list_hydra_flags(arguments):
-            if file_settings:  # Hydra would show the settings without those of the file
-                raise ConfigError(f"`{flags[0]}` must be used without a file of settings or `--from`.")
-            _run_hydra(flags, replace(overrides, run=tuple(force_keys(overrides.run))), lambda _: None)
+            _print_settings(run, file_settings, package=arguments.package)
             return 0
-        for job in jobs or ():  # every job of a grid is checked before the first one trains
-            _compose(job, file_settings, is_grid=is_grid)
-        train = partial(_train, file_settings=file_settings, origin=origin, is_grid=is_grid)
-        overrides = replace(overrides, run=tuple(force_keys(overrides.run)))  # every key was checked above
-        return (_run_grid if is_grid else _run_once)(overrides, train, show_result=show_result, show_error=show_error)
+        flags = _list_hydra_flags(arguments)
+        if flags and file_settings:  # Hydra would show the settings without those of the file
+            raise ConfigError(f"`{flags[0]}` must be used without a file of settings or `--from`.")
+        is_grid, codes = arguments.multirun, [0]
 
+        def train_job(_: Any) -> float | None:
+            job = redact(HydraConfig.get().job.override_dirname.replace("++", "")) if is_grid else ""
+            try:
+                result = _train(file_settings=file_settings, origin=origin, is_grid=is_grid)
+                code, reason = show_result(result, job), result.record.reason
+            except (LoraSweepError, OSError) as error:
+                code, reason = show_error(error, job), str(error)
+            if code == INTERRUPTED_EXIT_CODE and is_grid:  # this ends the grid
+                raise KeyboardInterrupt
+            if code and is_grid:
+                raise JobError(code, reason, os.getpid())
+            codes.append(code)  # of a single run, because Hydra prints a line for each error
+            return None if code else result.record.score  # an optimizing sweeper reads it
 
-def _run_once(
-    overrides: TrainOverrides, train: Callable[[], RunResult], *, show_result: ShowResult, show_error: ShowError
-) -> int:
-    codes = []
-
-    def task(_: Any) -> None:
         try:
-            codes.append(show_result(train(), ""))
-        except (LoraSweepError, OSError) as error:  # Hydra would print a traceback
-            codes.append(show_error(error, ""))
-
-    _run_hydra([], overrides, task)
-    return max(codes)
-
-
-def _run_grid(
-    overrides: TrainOverrides, train: Callable[[], RunResult], *, show_result: ShowResult, show_error: ShowError
-) -> int:
-    """Runs the jobs that Hydra's sweeper chooses. Hydra's launcher starts them, perhaps in other processes.
-
-    Hydra returns no results, so a job that fails appends its exit code to a file. The file is in the current folder,
-    which jobs on other nodes must see too.
-    """
-    failures = Path("outputs", "train", f".failures-{os.getpid()}").absolute()
-
-    def task(_: Any) -> float | None:
-        job = str(redact(describe_job(HydraConfig.get().overrides.task, overrides.run)))
-        try:
-            result = train()
-            code, reason = show_result(result, job), result.record.reason
-        except (LoraSweepError, OSError) as error:
-            code, reason = show_error(error, job), str(error)
-        if code == INTERRUPTED_EXIT_CODE:  # this ends the grid
-            raise KeyboardInterrupt
-        if code:
-            failures.parent.mkdir(parents=True, exist_ok=True)
-            with failures.open("a", encoding="ascii") as file:
-                file.write(f"{code}\n")
-            raise JobError(code, reason, os.getpid())
-        return result.record.score  # an optimizing sweeper reads it
-
-    try:
-        _run_hydra(["--multirun"], overrides, task)
-    except JobError as error:
-        code: int
-        code, reason, process = error.args
-        if process != os.getpid():  # it printed the error elsewhere, perhaps into a file
-            say_error(f"a job failed: {reason}")
-        return max(code, *map(int, failures.read_text(encoding="ascii").split()))
-    finally:
-        failures.unlink(missing_ok=True)
-    return 0
+            _run_hydra([*flags, *(["--multirun"] if is_grid else [])], [*hydra, *force_keys(run)], train_job)
+        except JobError as error:
+            code: int
+            code, reason, process = error.args
+            if process != os.getpid():  # it printed the error elsewhere, perhaps into a file
+                say_error(f"a job failed: {reason}")
+            return code
+        return max(codes)
 
 
-def _run_hydra(flags: Sequence[str], overrides: TrainOverrides, task: Callable[[Any], float | None]) -> None:
+def _run_hydra(flags: Sequence[str], overrides: Sequence[str], task: Callable[[Any], float | None]) -> None:
     """Calls Hydra's main function. Raises ConfigError if Hydra refuses a setting."""
     argv = sys.argv
 
@@ -146,7 +98,7 @@ def _run_hydra(flags: Sequence[str], overrides: TrainOverrides, task: Callable[[
         return task(composed)
 
     app = hydra.main(version_base="1.3", config_path=str(packaged_folder("conf").resolve()), config_name="train")
-    sys.argv = ["lorasweep train", *flags, *overrides.hydra, *overrides.run]
+    sys.argv = ["lorasweep train", *flags, *overrides]
     try:
         with env_override({"HYDRA_FULL_ERROR": "1"}):  # Hydra raises errors instead of printing them
             app(task_with_argv)()
@@ -179,44 +131,31 @@ def _read_source(arguments: argparse.Namespace) -> tuple[Mapping[str, Any], Mapp
     return *read_recommended(Path(arguments.source)), arguments.overrides
 
 
-def _print_jobs(jobs: Sequence[Sequence[str]] | None, file_settings: Mapping[str, Any], *, package: str | None) -> int:
-    """Prints the settings of each job as YAML documents, or a part of them (`package`)."""
-    if jobs is None:
-        raise ConfigError(
-            "`--cfg job` must be used with Hydra's own sweeper, because other sweepers choose jobs during the run."
-        )
-    for job in jobs:
-        values = compose_values("train", layer_settings(file_settings, parse_overrides(job)), require_all=False)
-        build_run(values)  # raises if a value is wrong
-        shown = OmegaConf.create(values)
-        if package and not isinstance(shown := OmegaConf.select(shown, package), DictConfig):
-            raise ConfigError(f"`--package` must name a group of settings, such as `method`, but got {package!r}.")
-        if len(jobs) > 1:
-            say(f"--- # {' '.join(job)}")
-        say(OmegaConf.to_yaml(shown).removesuffix("\n"))
-    return 0
+def _print_settings(overrides: Sequence[str], file_settings: Mapping[str, Any], *, package: str | None) -> None:
+    """Prints the settings of a run as YAML, or a part of them (`package`)."""
+    values = compose_values("train", layer_settings(file_settings, parse_overrides(overrides)), require_all=False)
+    build_run(values)  # raises if a value is wrong
+    shown = OmegaConf.create(values)
+    if package and not isinstance(shown := OmegaConf.select(shown, package), DictConfig):
+        raise ConfigError(f"`--package` must name a group of settings, such as `method`, but got {package!r}.")
+    say(OmegaConf.to_yaml(shown).removesuffix("\n"))
 
 
 def _train(*, file_settings: Mapping[str, Any], origin: Mapping[str, Any], is_grid: bool) -> RunResult:
+    """Trains one run. The settings are our own composition of Hydra's overrides.
+
+    Hydra's composition knows neither the file of settings nor `method.alpha.over_rank`, and keeps the arguments of the
+    default option if `_target_` names another class.
+    """
     with quick_imports():
         from lorasweep import api  # noqa: PLC0415 (torch and Lightning are slow to import; `--help` needs neither)
 
-    config, output, resume = _compose(HydraConfig.get().overrides.task, file_settings, is_grid=is_grid)
-    return api.train_config(config, output=output, resume=resume, origin=origin)
-
-
-def _compose(
-    overrides: Sequence[str], file_settings: Mapping[str, Any], *, is_grid: bool
-) -> tuple[RunConfig, str | None, bool]:
-    """Returns the settings of one run, its `output` and its `resume`.
-
-    This is our own composition, because Hydra's keeps the default option's arguments if `_target_` names another class.
-    """
-    values = compose_values("train", layer_settings(file_settings, parse_overrides(overrides)))
+    settings = layer_settings(file_settings, parse_overrides(HydraConfig.get().overrides.task))
+    values = compose_values("train", settings)
     config = build_run(values)
     if is_grid and config.trainer.needs_process_group:
         raise ConfigError(
             "`trainer.devices` must be 1 and `trainer.strategy` auto with `-m`, but got "
             f"{config.trainer.devices!r} and {config.trainer.strategy_name}. Use `lorasweep sweep` instead of a grid."
         )
-    return config, values["output"], bool(values["resume"])
+    return api.train_config(config, output=values["output"], resume=bool(values["resume"]), origin=origin)

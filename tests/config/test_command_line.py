@@ -1,10 +1,10 @@
-"""Overrides in Hydra's syntax: what they mean, which jobs `-m` makes of them, and how they are completed."""
+"""Overrides in Hydra's syntax: what they mean, and how they are completed."""
 
 from __future__ import annotations
 
 import pytest
 
-from lorasweep.config.command_line import complete_override, list_jobs, parse_overrides, sort_overrides
+from lorasweep.config.command_line import complete_override, parse_overrides, sort_overrides
 from lorasweep.errors import ConfigError
 
 
@@ -58,50 +58,10 @@ def test_what_is_no_override_is_refused(override, message):
 
 def test_hydras_own_settings_are_kept_from_the_run():
     words = ["hydra/launcher=joblib", "method.rank=4", "hydra.searchpath=[pkg://a,/b]", "+hydra.verbose=true"]
-    sorted_words = sort_overrides(words)
-    assert sorted_words.run == ("method.rank=4",)
-    assert sorted_words.hydra == ("hydra/launcher=joblib", "+hydra.verbose=true")
-    assert sorted_words.search_path == ("pkg://a", "/b")
-
-
-@pytest.mark.parametrize(
-    ("words", "jobs"),
-    [
-        (["method.rank=4"], [["method.rank=4"]]),
-        (["method.rank=1,4"], [["method.rank=1"], ["method.rank=4"]]),
-        (["method.rank=range(1,4)"], [["method.rank=1"], ["method.rank=2"], ["method.rank=3"]]),
-        (["method=glob(b*)"], [["method=bitfit"]]),
-        (["seed=1,2", "~logger", "method=lora"], [[f"seed={seed}", "~logger=null", "method=lora"] for seed in (1, 2)]),
-        (["hydra/sweeper=basic", "+experiment=a,b"], [["+experiment=a"], ["+experiment=b"]]),
-    ],
-)
-def test_a_grid_has_every_combination(words, jobs):
-    assert list_jobs(sort_overrides(words), is_grid=True) == jobs
-
-
-def test_an_experiment_may_have_a_grid(tmp_path, monkeypatch):
-    (tmp_path / "conf" / "experiment").mkdir(parents=True)
-    grid = "# @package _global_\nhydra:\n  sweeper:\n    params:\n      method.rank: 1,4\n"
-    (tmp_path / "conf" / "experiment" / "ranks.yaml").write_text(grid)
-    monkeypatch.chdir(tmp_path)
-    jobs = list_jobs(sort_overrides(["+experiment=ranks", "seed=3"]), is_grid=True)
-    assert jobs == [[f"method.rank={rank}", "+experiment=ranks", "seed=3"] for rank in (1, 4)]
-
-
-@pytest.mark.parametrize(
-    ("words", "is_grid", "message"),
-    [
-        (["method.rank=1,4"], False, "`method.rank` must have one value, but got 'method.rank=1,4'. Add `-m`"),
-        (["method.rank=interval(1,4)"], False, "ranges are for `lorasweep sweep`"),
-        (["method.rank=interval(1,4)"], True, "`-m` must have values, .* Use `lorasweep sweep` to search an interval."),
-        (["hydra/launcher=ghost"], False, "Could not find 'hydra/launcher/ghost'.*`pip install hydra-ghost-launcher`"),
-        (["hydra.swep.dir=a"], False, "Could not override 'hydra.swep.dir'"),
-        (["+hydra.sweeper.params.seed='1,2'"], True, "Hydra can't apply .*hydra.sweeper.params"),
-    ],
-)
-def test_words_that_make_no_jobs_are_refused(words, is_grid, message):
-    with pytest.raises(ConfigError, match=message):
-        list_jobs(sort_overrides(words), is_grid=is_grid)
+    run, hydra, search_path = sort_overrides(words)
+    assert run == ["method.rank=4"]
+    assert hydra == ["hydra/launcher=joblib", "+hydra.verbose=true"]
+    assert search_path == ["pkg://a", "/b"]
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,9 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra import compose
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweeperConf
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
@@ -24,17 +20,13 @@ from lorasweep.config.compose import (
     MAPPING_SETTINGS,
     Primary,
     default_options,
-    describe_hydra_error,
     group_options,
     hydra_session,
     known_keys,
     list_groups_without_default,
 )
-from lorasweep.errors import ConfigError, first_line
+from lorasweep.errors import ConfigError
 from lorasweep.wording import shorten
-
-OPTUNA_SWEEPER = "hydra-optuna-sweeper"
-"""Its last release needs Optuna 2, the pre-release 1.4 takes Optuna 5."""
 
 
 def parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
@@ -64,20 +56,8 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     return settings
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainOverrides:
-    """The overrides of `lorasweep train`, sorted by who reads them."""
-
-    run: tuple[str, ...]
-    """Overrides of the run's settings."""
-    hydra: tuple[str, ...]
-    """Overrides of Hydra's own settings: `hydra/launcher=joblib`."""
-    search_path: tuple[str, ...]
-    """Folders and packages of `hydra.searchpath`."""
-
-
-def sort_overrides(overrides: Sequence[str]) -> TrainOverrides:
-    """Separates the overrides of a run from those of Hydra.
+def sort_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """Returns the overrides of a run, the overrides of Hydra's own settings, and the folders of `hydra.searchpath`.
 
     Raises:
         ConfigError: A word is not an override.
@@ -92,72 +72,7 @@ def sort_overrides(overrides: Sequence[str]) -> TrainOverrides:
             search_path += map(str, paths if isinstance(paths, list) else [paths])
         else:
             (hydra if re.match(r"hydra(\W|$)", key) else run).append(str(override.input_line))
-    return TrainOverrides(run=tuple(run), hydra=tuple(hydra), search_path=tuple(search_path))
-
-
-def list_jobs(overrides: TrainOverrides, *, is_grid: bool) -> list[list[str]] | None:
-    """Returns the overrides of each job: one job, or every combination of a grid.
-
-    Args:
-        overrides: The overrides.
-        is_grid: Whether to run several jobs (`-m`).
-
-    Returns:
-        None if a sweeper other than Hydra's own decides at run time which jobs there are.
-
-    Raises:
-        ConfigError: Hydra refuses its settings, or an override has several values without `-m`.
-    """
-    with hydra_session():
-        groups = list_groups_without_default()  # an experiment may set `hydra.sweeper`
-        fixed = [override for override in _parse(overrides.run) if not override.is_sweep_override()]
-        added = [
-            str(override.input_line) for override in fixed if override.is_add() and override.key_or_group in groups
-        ]
-        try:
-            hydra = compose("train", overrides=[*added, *overrides.hydra], return_hydra_config=True).hydra
-        except HydraException as error:
-            raise ConfigError(f"{describe_hydra_error(error)}{_name_plugin(overrides.hydra)}") from error
-        except (AttributeError, AssertionError) as error:  # OmegaConf's, about a key inside null
-            raise ConfigError(f"Hydra can't apply {' '.join(overrides.hydra)!r}: {first_line(error)}.") from error
-        if not is_grid:
-            for override in _parse(overrides.run):
-                if override.is_sweep_override():
-                    raise ConfigError(
-                        f"`{override.key_or_group}` must have one value, but got {override.input_line!r}. "
-                        "Add `-m` to run each of several values; ranges are for `lorasweep sweep`."
-                    )
-            return [list(overrides.run)]
-        if hydra.sweeper._target_ != BasicSweeperConf._target_:
-            return None
-        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-        params = [f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()]
-        try:
-            (jobs,) = BasicSweeper.split_arguments(
-                parser.parse_overrides([*params, *overrides.run]), max_batch_size=None
-            )
-        except HydraException as error:  # an interval
-            raise ConfigError(
-                f"`-m` must have values, such as `method.rank=1,2,4` or `method.rank=range(1,5)`, but "
-                f"{first_line(error)}. Use `lorasweep sweep` to search an interval."
-            ) from error
-    return jobs
-
-
-def describe_job(job: Sequence[str], overrides: Sequence[str]) -> str:
-    """Returns the overrides of one job of a grid without those that all jobs have: `method.rank=4 seed=1`."""
-    last = {override.key_or_group: override for override in _parse(overrides)}  # a key may be typed twice
-    fixed = {key for key, override in last.items() if not override.is_sweep_override()}
-    own = [override for override in _parse(job) if override.key_or_group not in fixed]
-    return " ".join(str(override.input_line).lstrip("+") for override in own)
-
-
-def _name_plugin(overrides: Sequence[str]) -> str:
-    """Returns a sentence that names the packages of the launcher and sweeper that overrides choose."""
-    chosen = [re.match(r"hydra/(launcher|sweeper)=([a-z]+)", override) for override in overrides]
-    packages = [f"hydra-{plugin[2]}-{plugin[1]}" for plugin in chosen if plugin]
-    commands = [f"`pip install {'--pre ' if package == OPTUNA_SWEEPER else ''}{package}`" for package in packages]
-    return f" A launcher or sweeper must be installed: {', '.join(commands)}." if commands else ""
+    return run, hydra, search_path
 
 
 def force_keys(overrides: Sequence[str]) -> list[str]:
