@@ -31,7 +31,7 @@ from lorasweep.errors import OutOfMemory, RunError
 from lorasweep.record import RunRecord, describe_confirmation, read_run
 from lorasweep.sweep.controller.stopping_rules import build_rule
 from lorasweep.sweep.definition.arms import Arm, Definition
-from lorasweep.sweep.definition.packing import explain_bases, explain_packing, plan_packing
+from lorasweep.sweep.definition.packing import explain_bases, explain_solo_arms, plan_packing
 from lorasweep.sweep.definition.seeds import count_confirm_runs
 from lorasweep.sweep.definition.warnings import count_tokens, find_warnings
 from lorasweep.sweep.workers.worker import choose_slots, list_pack_arms
@@ -258,7 +258,7 @@ def _estimate(group: GroupPlan, confirm_runs: dict[str, int]) -> tuple[TimeRange
 
 def _list_notes(definition: Definition, groups: Sequence[GroupPlan]) -> Iterator[str]:
     yield from explain_bases(definition)
-    yield from explain_packing(definition)
+    yield from explain_solo_arms(definition)
     for group in groups:
         if group.reason:
             yield f"{', '.join(f'`{arm.name}`' for arm in group.arms)}: {group.reason}"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
+from lorasweep.config.compose import compose_run
+from lorasweep.config.method import LoraConfig
 from lorasweep.errors import ConfigError
+from lorasweep.lora.packed.inject import why_not_packable
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.packing import (
-    explain_packing,
+    NEEDED_SETTINGS,
     explain_solo_arms,
     plan_packing,
     rank_arms_by_duration,
@@ -45,43 +48,47 @@ def test_arms_that_differ_in_what_a_slot_owns_share_a_pack(write_file, content):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "reason", "remedy"),
+    ("key", "value", "remedy"),
     [
-        ("method.variant", "dora", "`method.variant=dora` can't be packed", "method.variant=lora"),
-        ("method.init", "pissa", "`method.init=pissa` can't be packed", "method.init=default"),
-        ("method.bias", "all", "`method.bias=all` can't be packed", "method.bias=none"),
-        ("trainer.max_steps", 9, "not a multiple of `trainer.eval_every_steps`", "trainer.max_steps=10"),
-        ("trainer.devices", 2, "`trainer.devices` is not supported in packs", "trainer.devices=1"),
-        ("trainer.compile", True, "`trainer.compile` is not supported in packs", "trainer.compile=false"),
-        ("optim", "sgd", "`optim._target_` is not supported in packs", "optim=adamw"),
-        ("callbacks", ["lr_monitor"], "`callbacks` is not supported in packs", "callbacks=none"),
-        ("trainer.profiler", "simple", "`trainer.profiler` is not supported in packs", "trainer.profiler=null"),
-        ("schedule", "one_cycle", "`schedule._target_` is not supported in packs", "schedule=cosine"),
+        ("method.variant", "dora", "method.variant=lora"),
+        ("method.init", "pissa", "method.init=default"),
+        ("method.bias", "all", "method.bias=none"),
+        ("trainer.max_steps", 9, "trainer.max_steps=10"),
+        ("trainer.devices", 2, "trainer.devices=1"),
+        ("trainer.compile", True, "trainer.compile=false"),
+        ("optim", "sgd", "optim=adamw"),
+        ("callbacks", ["lr_monitor"], "callbacks=none"),
+        ("trainer.profiler", "simple", "trainer.profiler=null"),
+        ("schedule", "one_cycle", "schedule=cosine"),
     ],
 )
-def test_a_setting_that_slots_do_not_have_runs_alone_and_says_what_mends_it(
-    write_file, content, key, value, reason, remedy
-):
+def test_a_setting_that_slots_do_not_have_runs_alone_and_says_what_mends_it(write_file, content, key, value, remedy):
     content["arms"]["lora"]["settings"][key] = value
     lora = plan(write_file, content)["lora"]
     assert lora.key is None
-    assert reason in lora.reason
-    assert lora.reason.endswith(f"Set `{remedy}`.")
+    assert lora.reason.endswith(f"`{remedy}`.")
     assert plan(write_file, content, f"arms.lora.{remedy}")["lora"].key is not None
 
 
 def test_every_obstacle_is_named(write_file, content):
     content["arms"]["lora"]["settings"] |= {"method.variant": "dora", "method.bias": "all", "callbacks": ["lr_monitor"]}
     reason = plan(write_file, content)["lora"].reason
-    assert "Set `method.variant=lora` and `method.bias=none`." in reason
-    assert "Set `callbacks=none`." in reason
+    assert reason == "Packs need `method.variant=lora`, `method.bias=none` and `callbacks=none`."
+
+
+def test_a_setting_is_needed_exactly_if_the_layers_can_not_be_packed():
+    for name in ("variant", "init", "bias"):
+        for value in get_args(get_type_hints(LoraConfig)[name]):
+            config = compose_run({f"method.{name}": value, "method.rank": 2})
+            needs = any(key.startswith("method.") and not holds(config) for key, holds in NEEDED_SETTINGS.items())
+            assert needs is (why_not_packable(config.method) is not None), (name, value)
 
 
 def test_notes_say_why_trials_run_alone(write_file, content):
     assert explain_solo_arms(read_definition(write_file(content), [])) == []  # `full` has no slots under any settings
     content["arms"]["lora"]["settings"]["optim"] = "sgd"
     (note,) = explain_solo_arms(read_definition(write_file(content), ["worker.pack_size=auto"]))
-    assert note.startswith("`lora`: its trials run alone. `optim._target_` is not supported in packs")
+    assert note.startswith("`lora`: its trials run alone. Packs need `optim=adamw`.")
     assert explain_solo_arms(read_definition(write_file(content), ["worker.pack_size=1"])) == []
 
 
@@ -97,9 +104,7 @@ def test_an_adapter_of_peft_trains_alone_and_its_keys_are_swept(write_file, cont
     assert {config.method.config["r"] for config in arm.corner_configs} == {8, 16}
     assert all(config.method.config == {**whole, "r": config.method.config["r"]} for config in arm.corner_configs)
     (note,) = explain_solo_arms(definition)
-    assert note.startswith("`lora`: its trials run alone. `method=peft` trains one adapter at a time through PEFT")
-    reason = "`method=peft` trains one adapter at a time through PEFT; only `method=lora` shares packs."
-    assert f"`lora`: trials run alone. {reason}" in explain_packing(definition)
+    assert note.startswith("`lora`: its trials run alone. `method=peft` trains alone")
 
 
 def test_arms_with_other_loggers_share_a_pack(write_file, content):
@@ -145,17 +150,3 @@ def test_what_keeps_a_worker_busy_for_longest_comes_first(write_file, content, p
     content["arms"]["longer"] = {"settings": {"method": "full", "trainer.max_steps": 16}}
     places = rank_arms_by_duration(read_definition(write_file(content)))
     assert sorted(places, key=places.get) == expected
-
-
-def test_a_plan_says_which_arms_share_packs_and_what_keeps_the_others_from_it(write_file, content):
-    content["settings"]["worker.pack_size"] = "auto"
-    content["arms"]["same"] = {"settings": {"method": "lora", "method.alpha": 4}, "trials": 1}
-    content["arms"]["longer"] = {"settings": {"method": "lora", "trainer.max_steps": 16}, "trials": 1}
-    assert explain_packing(read_definition(write_file(content), [])) == [
-        "`lora` and `same`: trials share packs on one frozen base.",
-        "`longer`: trials share packs on one frozen base.",
-        "`lora` and `same` share no packs with `longer`: `trainer.max_steps` must be equal.",
-        "`full`: trials run alone. `method=full` trains alone; only `method=lora` shares packs.",
-    ]
-    alone = explain_packing(read_definition(write_file(content), ["worker.pack_size=1"]))
-    assert alone[1].startswith("`lora`, `same` and `longer`: trials run alone. `worker.pack_size` is 1.")
