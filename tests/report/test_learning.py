@@ -166,6 +166,9 @@ def test_test_scores_are_compared_with_the_majority_class_of_test_data(
     learning = judge_learning(load_sweep_data(confirmed))
     assert learning.state == "learned"
     assert any(text.startswith("On test data no method") for text in learning.warnings) is not is_shown
+    write_report(confirmed)
+    marked = "not shown to beat the majority class" in (confirmed / "report/index.html").read_text()
+    assert marked is not is_shown
 
 
 @pytest.mark.parametrize("share", [0.5, 0.1])

@@ -87,6 +87,7 @@ def test_paused_trials_are_shown_as_paused(sweep: Path) -> None:
     assert sum(len(trace["y"]) for trace in crosses) == 12
     rows = [found.get("class") for tag, found in page.tags if tag == "tr"]
     assert rows.count("paused") == 6
+    assert len(re.findall(r"\d at step \d", page.text)) == 6  # a score so far is not a final one
 
 
 def test_page_fetches_nothing(sweep: Path) -> None:

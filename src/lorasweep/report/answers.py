@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorasweep.config.run import ALPHA, LR, RANK
@@ -88,22 +88,22 @@ def _judge_chain(chain: Sequence[Answer], data: SweepData) -> tuple[str, bool]:
     arm = data.find_arm(chain[0].subject)
     if positive:
         first = name_value(positive[0].subject, data)
-        said = f"{first} {_describe_result(positive[0], data, beside=chain)}"
+        said = f"{first} {_describe_result(positive[0], data)}"
         if len(chain) == 1:
             return f"Yes: {said}.", True
         if not smaller:
             what = short_key(arm.key) if arm and arm.key else "value"
             return f"Yes, at every {what} that was tried: {said}.", True
-        below = f"{name_value(smaller[0].subject, data)} {_describe_result(smaller[0], data, beside=chain)}"
+        below = f"{name_value(smaller[0].subject, data)} {_describe_result(smaller[0], data)}"
         return f"Yes from {first} on: {said}; {below}.", smaller[0].is_settled
     largest = chain[-1]
     name = name_value(largest.subject, data)
     if largest.verdict in NEGATIVE_VERDICTS:
-        said = f"{name} {_describe_result(largest, data, beside=chain)}."
+        said = f"{name} {_describe_result(largest, data)}."
         return f"No{', at none of the values' if len(chain) > 1 else ''}: {said}", True
     worse = [name_value(answer.subject, data) for answer in chain if answer.verdict in NEGATIVE_VERDICTS]
     more = f" {join_words(worse)} {'is' if len(worse) == 1 else 'are'} worse." if worse else ""
-    said = f"{name} {_describe_quantity(largest, data, beside=chain)}; {_describe_open(largest)}."
+    said = f"{name} {_describe_quantity(largest, data)}; {_describe_open(largest)}."
     return f"Open: {said}{_capitalize(more)}", False
 
 
@@ -124,10 +124,10 @@ def judge_smallest(arm: str, data: SweepData) -> tuple[str, bool]:
     smaller = [answer for answer in chain if answer.verdict != "sufficient"][-1:]
     largest = name_value(chain[-1].compared_with[-1], data)
     below = name_value(smaller[0].subject, data) if smaller else ""
-    doubt = _describe_result(smaller[0], data, beside=chain) if smaller else ""
+    doubt = _describe_result(smaller[0], data) if smaller else ""
     if sufficient:
         first = name_value(sufficient[0].subject, data)
-        said = f"{first} {_describe_result(sufficient[0], data, beside=chain)}"
+        said = f"{first} {_describe_result(sufficient[0], data)}"
         if not smaller:
             return f"{_capitalize(first)} is enough, the smallest that was tried: it{said.removeprefix(first)}.", True
         if smaller[0].verdict == "insufficient":
@@ -137,7 +137,7 @@ def judge_smallest(arm: str, data: SweepData) -> tuple[str, bool]:
         return f"{_capitalize(largest)}, the largest that was tried: {below} is not enough, it {doubt}.", True
     worse = [name_value(answer.subject, data) for answer in chain if answer.verdict == "insufficient"]
     more = f" {_capitalize(join_words(worse))} {'is' if len(worse) == 1 else 'are'} not enough." if worse else ""
-    said = f"{below} {_describe_quantity(smaller[0], data, beside=chain)}; {_describe_open(smaller[0])}."
+    said = f"{below} {_describe_quantity(smaller[0], data)}; {_describe_open(smaller[0])}."
     return f"Open: nothing below {largest} is shown to be enough. {_capitalize(said)}{more}", False
 
 
@@ -181,15 +181,12 @@ def describe_regret(arm: ArmData, data: SweepData) -> tuple[str, bool]:
     return f"the best untried setting is expected to gain {size} more{luck}", is_small
 
 
-def _describe_result(answer: Answer, data: SweepData, *, beside: Iterable[Answer] = ()) -> str:
-    """Returns the tested quantity with its interval and verdict; an open answer also has its reason and remedy.
-
-    `beside` are the answers of the same chain, whose intervals get the same number of decimals.
-    """
+def _describe_result(answer: Answer, data: SweepData) -> str:
+    """Returns the tested quantity with its interval and verdict; an open answer also has its reason and remedy."""
     verdict = VERDICT_WORDS.get(answer.verdict, answer.verdict)
     if answer.verdict == "open":
         verdict = f"open: {_describe_open(answer)}"
-    return f"{_describe_quantity(answer, data, beside=[*beside, answer])} ({verdict})"
+    return f"{_describe_quantity(answer, data)} ({verdict})"
 
 
 def _describe_open(answer: Answer) -> str:
@@ -197,18 +194,22 @@ def _describe_open(answer: Answer) -> str:
     return f"{answer.open_because}{closing}"
 
 
-def _describe_quantity(answer: Answer, data: SweepData, *, beside: Sequence[Answer]) -> str:
-    """Returns the tested quantity with its interval, as the predicate of a sentence about the subject."""
+def _describe_quantity(answer: Answer, data: SweepData) -> str:
+    """Returns the tested quantity with its interval, as the predicate of a sentence about the subject.
+
+    All answers of a question have the same number of decimals.
+    """
     if answer.value is None:
         return f"is not compared with {name_value(answer.reference, data)}"
     value, interval, margin = answer.value, answer.interval, data.margin_share
+    intervals = [one.interval for one in data.evidence.list_answers(answer.name, arm=answer.arm)]
     if not answer.is_share:
         margin = data.evidence.margin or 0.0
-        decimals = count_decimals((one.interval for one in beside), critical=(0.0, margin, -margin))
+        decimals = count_decimals(intervals, critical=(0.0, margin, -margin))
         difference = format_estimate(value, interval, decimals=decimals)
         return f"differs from `{answer.reference}` by {difference} {format_metric(data.record.metric)}"
     critical = (1.0, 1.0 - margin, 1.0 + margin)
-    decimals = count_percent_decimals((one.interval for one in beside), critical=critical)
+    decimals = count_percent_decimals(intervals, critical=critical)
     if answer.name == "as_good_as_full":
         return f"keeps {format_share_estimate(value, interval, decimals=decimals)} of full's gain"
     # of another reference the tested quantity is 1 plus the difference as a share of full's gain

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from lorasweep.report.evidence.questions import NEGATIVE_VERDICTS, POSITIVE_VERDICTS
 from lorasweep.report.sweep_data import ArmData, SweepData
+from lorasweep.wording import count_decimals, format_estimate, format_score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,18 @@ def find_score(arm: ArmData, data: SweepData) -> float | None:
         found = data.evidence.subject(arm.name)
         return found.mean if found else None
     return arm.best.value if arm.best else None
+
+
+def format_arm_score(arm: ArmData, data: SweepData) -> str:
+    """Returns a subject's score: on test data with its interval after a confirm stage, else the best trial's.
+
+    All subjects of a sweep get the same number of decimals.
+    """
+    value = find_score(arm, data)
+    if found := data.evidence.subject(arm.name):
+        decimals = count_decimals(one.interval for one in data.evidence.subjects)
+        return format_estimate(value, found.interval, decimals=decimals)
+    return format_score(value, beside=[other.best.value for other in data.arms if other.best])
 
 
 def _is_no_worse(subject: str, other: str, data: SweepData) -> bool:

@@ -16,9 +16,7 @@ from lorasweep.report.choice import find_best_arm, find_score, get_score_sort_ke
 from lorasweep.report.learning import Learning
 from lorasweep.report.sweep_data import ArmData, SweepData
 from lorasweep.wording import (
-    count_decimals,
     format_count,
-    format_estimate,
     format_metric,
     format_score,
     format_seconds,
@@ -62,15 +60,6 @@ def _describe_scores(data: SweepData) -> list[str]:
     else:
         gain = []
     return [_describe_metric(data), *gain]
-
-
-def format_arm_score(arm: ArmData, data: SweepData) -> str:
-    """Returns a subject's score: on test data with its interval after a confirm stage, else the best trial's."""
-    value = find_score(arm, data)
-    if found := data.evidence.subject(arm.name):
-        decimals = count_decimals(one.interval for one in data.evidence.subjects)
-        return format_estimate(value, found.interval, decimals=decimals)
-    return format_score(value, beside=[other.best.value for other in data.arms if other.best])
 
 
 def _describe_metric(data: SweepData) -> str:

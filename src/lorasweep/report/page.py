@@ -14,6 +14,7 @@ from plotly.offline import get_plotlyjs
 from lorasweep import wording
 from lorasweep.record import STATES, Trial
 from lorasweep.report.answers import describe_answer
+from lorasweep.report.choice import format_arm_score
 from lorasweep.report.figures.panel import Panel, build_link, choose_colours, select_trials
 from lorasweep.report.summary import Summary
 from lorasweep.report.sweep_data import ArmData, SweepData
@@ -25,7 +26,6 @@ FILTERS = {
     "count": wording.format_count,
     "size": wording.format_bytes,
     "share": wording.format_share_estimate,
-    "estimate": wording.format_estimate,
     "seconds": wording.format_seconds,
     "score": wording.format_score,
     "metric": wording.format_metric,
@@ -56,11 +56,12 @@ def render_page(summary: Summary, panels: Sequence[Panel]) -> str:
             summary=summary,
             evidence=data.evidence,
             search_scores=list_search_scores(summary),
-            decimals=wording.count_decimals(subject.interval for subject in data.evidence.subjects),
+            format_arm_score=format_arm_score,
             share_decimals=wording.count_percent_decimals(data.arm_share_of_full_gain(arm)[1] for arm in data.arms),
             describe_setting=describe_setting,
             describe_states=describe_states,
             verdicts=[(answer, describe_answer(answer, data)) for answer in data.evidence.answers],
+            unlearned=summary.learning.unlearned if summary.learning.answer else (),
             colours=choose_colours(data),
             panels=panels,
             columns=_list_columns(data),
@@ -120,7 +121,9 @@ def _build_cells(trial: Trial, summary: Summary) -> list[Cell]:
     data = summary.data
     is_better = summary.learning.is_better(trial)
     state = f"{trial.state}, not better" if is_better is False and trial.trains else trial.state
-    cells: list[Cell] = [(state, state), (wording.format_score(trial.value), trial.value)]
+    # the best value of a trial that was stopped early is not that of all its steps
+    so_far = f" at step {trial.step}" if trial.is_stopped_early and trial.value is not None else ""
+    cells: list[Cell] = [(state, state), (f"{wording.format_score(trial.value)}{so_far}", trial.value)]
     for key in data.swept_keys:
         text, number = wording.format_setting(trial.params.get(key, "")), trial.numeric_setting(key)
         cells.append((text, (text if number is None else number) if key in trial.params else None))

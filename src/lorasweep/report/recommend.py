@@ -11,8 +11,7 @@ from lorasweep.config.method import ALPHA_OVER_RANK
 from lorasweep.config.run import ALPHA, LR, RANK
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import SWEEP_FILE, Trial
-from lorasweep.report.choice import Choice, choose_arm, choose_subject, find_best_arm
-from lorasweep.report.findings import format_arm_score
+from lorasweep.report.choice import Choice, choose_arm, choose_subject, find_best_arm, format_arm_score
 from lorasweep.report.learning import judge_learning
 from lorasweep.report.sweep_data import ArmData, SweepData, load_sweep_data
 from lorasweep.wording import (

@@ -11,14 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from lorasweep.report.answers import describe_answer
+from lorasweep.report.choice import format_arm_score
 from lorasweep.report.summary import Summary, summarize
 from lorasweep.report.sweep_data import ArmData, SweepData
 from lorasweep.wording import (
     UNKNOWN,
-    count_decimals,
     count_percent_decimals,
     format_count,
-    format_estimate,
     format_metric,
     format_score,
     format_settings,
@@ -104,14 +103,12 @@ def _find_fingerprint(sweep: SweepData, *keys: str) -> str | None:
 def _draw_arms(summary: Summary) -> Table:
     """Returns a row for each subject; the page has more columns, which a terminal of 80 characters has no room for."""
     data = summary.data
-    found = [data.evidence.subject(arm.name) for arm in data.arms]
-    decimals = count_decimals(one.interval for one in found if one)
     shares = [data.arm_share_of_full_gain(arm) for arm in data.arms]
     share_decimals = count_percent_decimals(interval for _, interval in shares)
     columns = {
         "arm": [arm.name for arm in data.arms],
         "best settings": [describe_setting(arm) for arm in data.arms],
-        "test score": [format_estimate(one.mean, one.interval, decimals=decimals) if one else UNKNOWN for one in found],
+        "test score": [format_arm_score(arm, data) for arm in data.arms],
         "search score": list_search_scores(summary),
         "of full's gain": [format_share_estimate(*share, decimals=share_decimals) for share in shares],
         "trained": [format_count(arm.cost("trainable_params")) for arm in data.arms],
@@ -170,9 +167,6 @@ def _describe_best(arm: ArmData, data: SweepData) -> str:
     """Returns a subject's score, on test data if it was confirmed, its share of full's gain, and its settings."""
     if arm.best is None:
         return describe_setting(arm)
-    found = data.evidence.subject(arm.name)
-    searched = format_score(arm.best.value, beside=[other.best.value for other in data.arms if other.best])
-    score = format_estimate(found.mean, found.interval) if found else searched
     share, interval = data.arm_share_of_full_gain(arm)
     gain = f"{format_share_estimate(share, interval)} of full's gain; " if share is not None else ""
-    return f"{score}\n{gain}{describe_setting(arm)}"
+    return f"{format_arm_score(arm, data)}\n{gain}{describe_setting(arm)}"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from lorasweep.report.choice import choose_subject
+from lorasweep.report.choice import choose_subject, format_arm_score
 from lorasweep.report.evidence.estimates import Interval
 from lorasweep.report.evidence.evidence import SubjectEvidence
 from lorasweep.report.figures.panel import (
@@ -23,7 +23,7 @@ from lorasweep.report.figures.panel import (
     pad_range,
 )
 from lorasweep.report.sweep_data import ArmData, SweepData
-from lorasweep.wording import format_estimate, format_metric, format_setting, short_key
+from lorasweep.wording import format_metric, format_setting, short_key
 
 MAX_OTHER_ARMS = 6
 """Maximum number of arms without `confirm_each` that are shown beside the values of an arm."""
@@ -94,7 +94,7 @@ def _draw_scores(values: Sequence[ArmData], others: Sequence[ArmData], data: Swe
         colour = colours[arm.name]
         if interval := _find_interval(found, data):
             add_line(figure, [place, place], interval, colour, arm.name, line={"width": 4}, opacity=0.6)
-        text = escape(f"{arm.name}: {format_estimate(found.mean, found.interval)}")
+        text = escape(f"{arm.name}: {format_arm_score(arm, data)}")
         add_markers(figure, [place], [found.mean], colour, arm.name, text=[text], size=11)
         seeds = [(place, run, run.value) for run in arm.confirm_runs if run.is_complete and run.value is not None]
         add_trials(figure, seeds, colour, arm.name, symbol="circle-open")
