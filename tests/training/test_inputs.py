@@ -8,7 +8,7 @@ import lorasweep.training.inputs as inputs_file
 from lorasweep.errors import ConfigError
 from lorasweep.models.attention import AttentionChoice
 from lorasweep.record import read_run
-from lorasweep.training.inputs import InputsCache, resolve_accumulate
+from lorasweep.training.inputs import InputsCache, check_batch_memory
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
 
@@ -36,8 +36,8 @@ def test_the_attention_that_was_chosen_is_said_and_recorded(make_config, inputs,
     )
 
 
-@pytest.mark.parametrize("accumulate", ["auto", 10**9])
+@pytest.mark.parametrize("accumulate", [1, 10**9])
 def test_a_batch_larger_than_the_memory_is_refused_before_it_is_drawn(make_config, inputs, accumulate):
     config = make_config({"trainer.batch_size": 10**10, "trainer.accumulate": accumulate}).trainer
     with pytest.raises(ConfigError, match=r"`trainer\.batch_size` must fit the free memory .* 10000000000 examples"):
-        resolve_accumulate(config, inputs.splits.train)
+        check_batch_memory(config, inputs.splits.train)

@@ -67,7 +67,7 @@ def train_here(config, inputs, base, folder):
         callbacks=[recorder],
         default_root_dir=folder,
     )
-    module = TrainingModule(config, base=replace(base, model=copy.deepcopy(base.model)), task=inputs.splits.task)
+    module = TrainingModule(config, inputs=replace(inputs, base=replace(base, model=copy.deepcopy(base.model))))
     trainer.fit(module, datamodule=DataModule(config, splits=inputs.splits))
     return recorder
 

@@ -137,7 +137,7 @@ class TrainerConfig(Settings):
     """Optimizer steps, >= 1."""
     batch_size: Positive
     """Sequences per optimizer step, >= 1."""
-    accumulate: Positive | Literal["auto"]
+    accumulate: Positive
     """Number of micro-batches of one optimizer step, 1 to `trainer.batch_size`. Each has sequences of similar length.
     The number does not change the training, except for the draws of dropout. `auto` follows a fixed
     rule: more micro-batches need less padding, but more calls of the model."""
@@ -189,7 +189,7 @@ class TrainerConfig(Settings):
         return self.strategy_name in ("fsdp", "model_parallel", "ModelParallelStrategy")
 
     def __post_init__(self) -> None:
-        if self.accumulate != "auto" and self.accumulate > self.batch_size:
+        if self.accumulate > self.batch_size:
             raise ConfigError(
                 "`trainer.accumulate <= trainer.batch_size` must hold, "
                 f"but got {self.accumulate!r} and {self.batch_size!r}."

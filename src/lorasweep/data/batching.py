@@ -5,7 +5,6 @@ The seed and the step number alone decide a batch, so a run can resume at any st
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import math
@@ -19,16 +18,6 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lorasweep.data.split import Batch, Split
 
-MAX_MICRO_BATCHES = 16
-"""Maximum number of micro-batches per step that `trainer.accumulate=auto` considers."""
-SAMPLED_STEPS = 100
-"""Number of steps whose batches are drawn to estimate the typical lengths in a batch. Large batches are drawn for fewer
-steps (`MAX_SAMPLED_EXAMPLES`)."""
-MAX_SAMPLED_EXAMPLES = 100_000
-"""Maximum number of examples in all these batches together. Drawing them takes 0.1 s."""
-MAX_CUTS = 128
-"""Number of places at which a large batch may be cut into micro-batches. The time of the search grows with its square.
-With more than `MAX_CUTS / 2` micro-batches, all get equal sizes without a search."""
 BYTES_PER_POSITION = 16
 """Bytes of a token position in a batch: an int64 token and an int64 target."""
 BYTES_PER_DRAWN_EXAMPLE = 100
@@ -120,7 +109,7 @@ class StepBatchSampler(MicroBatchSampler):
         self.seed = seed
         self.start_step = start_step
         self.accumulate = accumulate
-        self.sizes = choose_micro_batch_sizes(split, batch_size=batch_size, micro_batches=accumulate)
+        self.sizes = [batch_size // accumulate + (n < batch_size % accumulate) for n in range(accumulate)]
         self._latest_pass: tuple[int, list[int]] | None = None  # pass number and order
 
     def __len__(self) -> int:
@@ -229,67 +218,6 @@ def cut_by_length(
     return [list(itertools.islice(ordered, size)) for size in sizes]
 
 
-@functools.lru_cache(maxsize=64)
-def choose_micro_batch_sizes(split: Split, *, batch_size: int, micro_batches: int) -> tuple[int, ...]:
-    """Returns the sizes of a step's micro-batches, from the shortest to the longest examples.
-
-    The sizes have the least padding on average, found by dynamic programming. They are the same for every step, so that
-    all slots of a pack have equal sizes.
-    """
-    if micro_batches == 1 or micro_batches > MAX_CUTS // 2 or _has_one_length(split):
-        return tuple(batch_size // micro_batches + (n < batch_size % micro_batches) for n in range(micro_batches))
-    every = max(1, batch_size // MAX_CUTS)
-    ends = [*range(every, batch_size, every), batch_size]
-    lengths = [estimate_lengths(split, batch_size)[end - 1] for end in ends]
-    # best[j]: the fewest positions, padding included, for the ends[j] shortest examples in the micro-batches so far,
-    # and the sizes of these micro-batches. Each further micro-batch takes the examples from ends[i] to ends[j], padded
-    # to the longest of them.
-    best: list[tuple[float, tuple[int, ...]]] = [(end * lengths[j], (end,)) for j, end in enumerate(ends)]
-    for _ in range(micro_batches - 1):
-        best = [
-            min(
-                ((best[i][0] + (end - ends[i]) * lengths[j], (*best[i][1], end - ends[i])) for i in range(j)),
-                default=(math.inf, ()),
-            )
-            for j, end in enumerate(ends)
-        ]
-    return best[-1][1]
-
-
-@functools.lru_cache(maxsize=64)
-def estimate_lengths(split: Split, batch_size: int) -> tuple[float, ...]:
-    """Returns the mean length of the shortest example in a step, then of the second shortest, and so on."""
-    num_steps = max(1, min(SAMPLED_STEPS, MAX_SAMPLED_EXAMPLES // batch_size))
-    steps = StepBatchSampler(split, batch_size=batch_size, num_steps=num_steps, seed=0)
-    drawn = torch.stack([split.lengths[torch.tensor(steps.get_step_indices(step))] for step in range(num_steps)])
-    return tuple(drawn.sort(dim=1).values.double().mean(0).tolist())
-
-
-def choose_accumulate(split: Split, *, batch_size: int, cost_per_batch: int, slots: int = 1) -> int:
-    """Returns the number of micro-batches per step for `trainer.accumulate=auto`: the one with the lowest cost.
-
-    A further micro-batch saves padding but costs one more call of the model. Nothing is measured, so the same arguments
-    always get the same number.
-
-    Args:
-        split: Examples to train on.
-        batch_size: Examples per step.
-        cost_per_batch: Fixed cost of a micro-batch, expressed as a number of token positions.
-        slots: Runs that train together, each with `batch_size` examples.
-    """
-    if _has_one_length(split):
-        return 1
-    typical = torch.tensor(estimate_lengths(split, batch_size))
-
-    def cost(count: int) -> float:
-        sizes = torch.tensor(choose_micro_batch_sizes(split, batch_size=batch_size, micro_batches=count))
-        # The last example of each micro-batch is its longest, so all others are padded to its length.
-        positions = float((sizes * typical[sizes.cumsum(0) - 1]).sum())
-        return slots * positions + count * cost_per_batch
-
-    return min(range(1, min(batch_size, MAX_MICRO_BATCHES) + 1), key=cost)
-
-
 def count_batch_bytes(split: Split, *, batch_size: int, micro_batches: int) -> int:
     """Returns the bytes of a step's indices and of one of its micro-batches, without the model's activations."""
     positions = math.ceil(batch_size / micro_batches) * float(split.lengths.double().mean())
@@ -317,7 +245,3 @@ def draw_order(num_examples: int, *, seed: int, pass_number: int) -> list[int]:
     digest = hashlib.sha256(f"{seed}/{pass_number}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     return torch.randperm(num_examples, generator=generator).tolist()
-
-
-def _has_one_length(split: Split) -> bool:
-    return int(split.lengths.min()) == int(split.lengths.max())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import lightning
 from torch.utils.data import DataLoader
 
-from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import (
     SINGLE_PROCESS,
     MicroBatch,
@@ -41,7 +40,7 @@ class DataModule(lightning.LightningDataModule):
         Args:
             config: The settings of the `TrainingModule`, such as the arguments of `lorasweep train`.
             splits: The data.
-            accumulate: Micro-batches per batch. None: `trainer.accumulate`, or 1 for `auto`.
+            accumulate: Micro-batches per batch. None: `trainer.accumulate`.
 
         Raises:
             ConfigError: A setting is wrong, or the data or the base model's tokenizer can't be loaded.
@@ -53,7 +52,7 @@ class DataModule(lightning.LightningDataModule):
             self._inputs = share_inputs(self.config)
             splits = self._inputs.splits
         self.splits = splits
-        self.accumulate = accumulate or get_accumulate(self.config)
+        self.accumulate = accumulate or self.config.trainer.accumulate
 
     @property
     def share(self) -> ProcessShare:
@@ -103,8 +102,3 @@ class DataModule(lightning.LightningDataModule):
         split, size = self.splits.test(), self.config.trainer.eval_batch_size
         starts = range(0, len(split), size)
         return build_loader(split, [MicroBatch(list(range(n, min(n + size, len(split)))), 1.0) for n in starts])
-
-
-def get_accumulate(config: RunConfig) -> int:
-    """Returns the micro-batches per batch; 1 for `trainer.accumulate=auto`."""
-    return 1 if config.trainer.accumulate == "auto" else config.trainer.accumulate

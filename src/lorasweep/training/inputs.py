@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
@@ -11,11 +11,11 @@ import torch
 
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig, TrainerConfig
-from lorasweep.data.batching import MAX_MICRO_BATCHES, EvaluationSampler, choose_accumulate, count_batch_bytes
+from lorasweep.data.batching import EvaluationSampler, count_batch_bytes
 from lorasweep.data.build_splits import DataSplits, build_splits
 from lorasweep.data.reading import read_source
 from lorasweep.data.source import DataSource
-from lorasweep.data.split import Split
+from lorasweep.data.split import Batch, Split
 from lorasweep.data.split import padding_fraction as measure_padding
 from lorasweep.errors import ConfigError
 from lorasweep.methods import METHODS
@@ -24,14 +24,8 @@ from lorasweep.models.load import BaseModel, Labels, load_base
 from lorasweep.training.environment import DTYPES, Precision, get_device, resolve_precision
 from lorasweep.training.memory import free_memory_bytes
 from lorasweep.training.telemetry import Telemetry
+from lorasweep.training.unpadded import Layout, can_unpad, lay_out
 from lorasweep.wording import format_bytes
-
-MICRO_BATCH_COST_POSITIONS: Mapping[Precision, int] = {"fp32": 128, "bf16": 512}
-"""Fixed cost of a micro-batch, expressed as the number of token positions that take as long.
-
-Fitted to steps with 1 to 8 micro-batches of MiniLM-L6 on 2 cores, it is 70 to 80 positions in fp32, and in bf16 200
-(one run) to 480 (8 slots). The values are higher, because a faster processor takes less time per position, but as long
-per call. GPU: not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +37,8 @@ class RunInputs:
     precision: Precision
     attention: AttentionChoice | None = None
     """The choice of `model.attention=auto`; None if `model.attention` names an implementation."""
+    can_unpad: bool = False
+    """Whether the model can train these examples without padding."""
     telemetry: Telemetry = field(default_factory=Telemetry, compare=False)
     """Counts the seconds and tokens of this process."""
 
@@ -59,6 +55,12 @@ class RunInputs:
     def autocast(self, config: RunConfig) -> torch.autocast:
         """Returns a context in which a forward pass computes as in training."""
         return torch.autocast(get_device(config.trainer).type, torch.bfloat16, enabled=self.needs_autocast(config))
+
+    def lay_out(self, batch: Batch, settings: TrainerConfig, *, slots: int = 1) -> Layout | None:
+        """Returns how a batch trains without padding; None if it trains as it is."""
+        # activation checkpointing calls layers again after the forward pass, and a compiled model has no hooks
+        is_plain = not (settings.activation_checkpointing or settings.compile)
+        return lay_out(batch, slots=slots) if self.can_unpad and is_plain else None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -131,8 +133,20 @@ def build_inputs(config: RunConfig, *, telemetry: Telemetry | None = None) -> Ru
     if config.model.attention == "auto":
         attention = choose_attention(base.model, lengths=splits.train.lengths, device=get_device(config.trainer))
     return RunInputs(
-        base=base, splits=splits, precision=precision, attention=attention, telemetry=telemetry or Telemetry()
+        base=base,
+        splits=splits,
+        precision=precision,
+        attention=attention,
+        can_unpad=base.files is None and can_unpad(base.model, _build_small_batch(splits.train)),
+        telemetry=telemetry or Telemetry(),
     )
+
+
+def _build_small_batch(split: Split) -> Batch:
+    """Returns the shortest example, and the shortest of the longer ones if there are any."""
+    shortest = int(split.lengths.argmin())
+    longer = split.lengths.double().masked_fill(split.lengths == split.lengths.min(), math.inf)
+    return split.batch([shortest, int(longer.argmin())])
 
 
 def _leaves_base_in_files(config: RunConfig) -> bool:
@@ -150,22 +164,12 @@ def _get_labels(source: DataSource) -> Labels | None:
     return Labels(kind=source.kind, names=names)  # type: ignore[arg-type]
 
 
-def resolve_accumulate(config: TrainerConfig, split: Split, *, slots: int = 1) -> int:
-    """Returns the micro-batches per optimizer step for `trainer.accumulate`. Raises `ConfigError` as below."""
-    check_batch_memory(config, split)
-    if config.accumulate == "auto":
-        cost = MICRO_BATCH_COST_POSITIONS[resolve_precision(config)]
-        return choose_accumulate(split, batch_size=config.batch_size, cost_per_batch=cost, slots=slots)
-    return config.accumulate
-
-
 def check_batch_memory(config: TrainerConfig, split: Split) -> None:
     """Raises ConfigError if one step's examples do not fit the free memory, before anything of this size is allocated.
 
     Only the batch itself is counted. What the model needs for it is found by trying.
     """
-    accumulate = MAX_MICRO_BATCHES if config.accumulate == "auto" else config.accumulate
-    needed = count_batch_bytes(split, batch_size=config.batch_size, micro_batches=accumulate)
+    needed = count_batch_bytes(split, batch_size=config.batch_size, micro_batches=config.accumulate)
     free = free_memory_bytes()
     if needed > free:
         raise ConfigError(

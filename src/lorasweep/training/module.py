@@ -24,19 +24,20 @@ from lorasweep.config.build import as_settings
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.data.split import Batch
-from lorasweep.data.tasks import EXAMPLE_FIELDS, Evaluation, Task
+from lorasweep.data.tasks import EXAMPLE_FIELDS, Evaluation
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.lora.dropout import FunctionalDropout, drop_from_default_stream
 from lorasweep.lora.inject import replace_dropout
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.models.load import BaseModel
 from lorasweep.training.components import check_components
-from lorasweep.training.data_module import DataModule, get_accumulate
+from lorasweep.training.data_module import DataModule
 from lorasweep.training.fsdp import average_gradients, check_shardable, copy_trained_weights, shard_model
-from lorasweep.training.inputs import share_inputs
+from lorasweep.training.inputs import RunInputs, share_inputs
 from lorasweep.training.optim import build_optimizer, build_schedule, check_optim, split_by_learning_rate
 from lorasweep.training.restore import Settings, read_settings
 from lorasweep.training.telemetry import TrainingProgress
+from lorasweep.training.unpadded import unpadded
 
 
 class TrainingModule(lightning.LightningModule):
@@ -54,19 +55,17 @@ class TrainingModule(lightning.LightningModule):
         self,
         config: Settings,
         *,
-        base: BaseModel | None = None,
-        task: Task | None = None,
+        inputs: RunInputs | None = None,
         accumulate: int | None = None,
         trust: bool = False,
     ) -> None:
-        """Loads the base model and the data, unless `base` and `task` are given.
+        """Loads the base model and the data, unless `inputs` are given.
 
         Args:
             config: The arguments of `lorasweep train`, or the mapping in a checkpoint. In a user's own Trainer, the
                 Trainer's steps, devices and precision replace the settings `trainer.*`.
-            base: The base model. Its weights are never written.
-            task: How examples are scored. None: as the data in `config` says.
-            accumulate: Micro-batches into which the data cuts each batch. None: as in `DataModule`.
+            inputs: The base model, whose weights are never written, and the data.
+            accumulate: Micro-batches into which the data cuts each batch. None: `trainer.accumulate`.
             trust: Whether code and pickles that a checkpoint names may be loaded.
 
         Raises:
@@ -74,20 +73,17 @@ class TrainingModule(lightning.LightningModule):
         """
         super().__init__()
         self.config = read_settings(config, trust=trust)
-        self._inputs = share_inputs(self.config) if base is None or task is None else None
-        if self._inputs is not None:
-            base, task = base or self._inputs.base, task or self._inputs.splits.task
-            self.config = replace(self.config, trainer=replace(self.config.trainer, precision=self._inputs.precision))
-            check_run(self.config, base)
-        assert base is not None
-        assert task is not None
-        self.base = base
-        self.task = task
-        self.accumulate = accumulate or get_accumulate(self.config)
+        in_own_trainer = inputs is None
+        self.inputs = inputs = inputs or share_inputs(self.config)
+        if in_own_trainer:
+            self.config = replace(self.config, trainer=replace(self.config.trainer, precision=inputs.precision))
+            check_run(self.config, inputs.base)
+        self.base, self.task = inputs.base, inputs.splits.task
+        self.accumulate = accumulate or self.config.trainer.accumulate
         self.method = METHODS[self.config.method.name]
-        self.evaluation = Evaluation(task)
+        self.evaluation = Evaluation(self.task)
         # in `lorasweep train`, `start_loggers` has already logged the settings
-        self.save_hyperparameters({"config": as_settings(self.config)}, logger=self._inputs is not None)
+        self.save_hyperparameters({"config": as_settings(self.config)}, logger=in_own_trainer)
         self.progress = TrainingProgress()
         self.step_losses = torch.zeros(0)
         self._micro_losses: list[Tensor] = []
@@ -155,11 +151,15 @@ class TrainingModule(lightning.LightningModule):
         self._step_began = time.perf_counter()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        with self._dropout():
+        layout = self.inputs.lay_out(batch, self.config.trainer)
+        with self._dropout(), unpadded(self.model, layout):
             share = self.task.losses(self.model, batch).sum() / batch["step_weight"]
         self._micro_losses.append(share.detach())
         self._micro_tokens.append(batch["num_tokens"])
-        self._micro_positions += batch["input_ids"].numel() if "input_ids" in batch else int(batch["num_tokens"])
+        if layout is not None:
+            self._micro_positions += layout.num_positions
+        else:
+            self._micro_positions += batch["input_ids"].numel() if "input_ids" in batch else int(batch["num_tokens"])
         # Each share is already divided by the weight of the whole step, so shares must be added up. Lightning averages
         # over micro-batches, and its strategies average over processes, which this factor reverses.
         return share * self.accumulate * self.trainer.world_size

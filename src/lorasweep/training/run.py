@@ -29,7 +29,7 @@ from lorasweep.training.failures import (
     status_after,
     take_failure_note,
 )
-from lorasweep.training.inputs import RunInputs, describe_batching, resolve_accumulate
+from lorasweep.training.inputs import RunInputs, check_batch_memory, describe_batching
 from lorasweep.training.module import TrainingModule
 from lorasweep.training.processes import (
     build_strategy,
@@ -173,7 +173,8 @@ class _Session:
         elif "micro_batches" in earlier_batching:  # a resumed run keeps its number
             accumulate = int(earlier_batching["micro_batches"])
         else:
-            accumulate = resolve_accumulate(config.trainer, inputs.splits.train)
+            check_batch_memory(config.trainer, inputs.splits.train)
+            accumulate = config.trainer.accumulate
         record.batching = describe_batching(inputs, config.trainer, accumulate=accumulate)
         if too_large:
             record.batching["too_large"] = list(too_large)
@@ -198,7 +199,7 @@ class _Session:
         """Trains, writes the progress into the record, and returns the run's status and its reason."""
         config, inputs = self.config, self.inputs
         accumulate = int(record.batching["micro_batches"])
-        module = TrainingModule(config, base=inputs.base, task=inputs.splits.task, accumulate=accumulate)
+        module = TrainingModule(config, inputs=inputs, accumulate=accumulate)
         data = DataModule(config, splits=inputs.splits, accumulate=accumulate)
         # At the end of an evaluation Lightning calls them in this order. The user's callbacks come first, because our
         # checkpoint keeps their state.

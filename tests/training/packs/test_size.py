@@ -130,7 +130,7 @@ def test_a_real_step_takes_what_is_counted(make_config, settings, slots):
     counted = slots * count_slot_bytes(config, inputs=inputs)
     model, _ = build_pack([config] * slots, inputs=inputs)
     optimizers = [SlotOptimizer(slot_model(model, slot), config, head_names=()) for slot in range(slots)]
-    (micro,) = build_first_micro_batches(config, inputs, slots=1, num_steps=1)  # blocks of one length: all are as large
+    (micro,) = build_first_micro_batches(config, inputs, num_steps=1)  # blocks of one length: all are as large
     batch = build_pack_batch(inputs.splits.train, [micro] * slots, model=model)
     there = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)

@@ -205,7 +205,7 @@ def set_sequence_lengths(model: nn.Module, lengths: Sequence[int] | None) -> Non
     slots = find_slots(model)
     if lengths is not None:
         _check_count(lengths, slots.num_slots, "sequence lengths")
-    slots.sequence_lengths = None if lengths is None else tuple(lengths)
+    slots.note_lengths(lengths)
 
 
 def find_slots(model: nn.Module) -> Slots:

@@ -38,6 +38,10 @@ class Slots:
     def num_slots(self) -> int:
         return len(self.models)
 
+    def note_lengths(self, lengths: Sequence[int] | None) -> None:
+        """Sets `sequence_lengths`, of the modules that are called next."""
+        self.sequence_lengths = None if lengths is None else tuple(lengths)
+
     @contextmanager
     def compute_only_slot(self, slot: int) -> Iterator[None]:
         """Draws masks for this slot only, inside the block. The caller must pass only the rows of this slot."""

@@ -64,7 +64,7 @@ from lorasweep.training.checkpoint import (
 )
 from lorasweep.training.environment import deterministic_algorithms, get_device, reset_peak_memory
 from lorasweep.training.failures import convert_memory_errors, status_after
-from lorasweep.training.inputs import RunInputs, resolve_accumulate
+from lorasweep.training.inputs import RunInputs, check_batch_memory
 from lorasweep.training.packs.slot_run import (
     NextRun,
     OnPackEvaluation,
@@ -75,6 +75,7 @@ from lorasweep.training.packs.slot_run import (
 )
 from lorasweep.training.run import never_stop
 from lorasweep.training.run_log import Metrics, find_run_end
+from lorasweep.training.unpadded import unpadded
 
 
 def train_pack(
@@ -96,8 +97,7 @@ def train_pack(
     Args:
         requests: The first runs, one per slot. They have the same model, data and trainer settings.
         inputs: Base model and data.
-        slots: Maximum number of slots in packs of these runs. The size of micro-batches depends on it, so a run has the
-            same micro-batches in every pack.
+        slots: Maximum number of slots in packs of these runs.
         next_run: Called at each evaluation until the pack has `slots` runs again or no run is left.
         on_evaluation: Takes the evaluations of all slots and returns for each slot whether its run continues. A run
             that is complete (last step or early stopping) ends even if the answer is True.
@@ -156,7 +156,7 @@ class PackTrainer:
         inputs, self.settings = self.inputs, requests[0].config.trainer
         self.device = get_device(self.settings)
         self.task = inputs.splits.task
-        self.accumulate = resolve_accumulate(self.settings, inputs.splits.train, slots=self.slots)
+        check_batch_memory(self.settings, inputs.splits.train)
         self.runs = [self._open_run(request, slot=slot, slots=len(requests)) for slot, request in enumerate(requests)]
         self.model, coverages = build_pack([run.request.config for run in self.runs], inputs=inputs)
         for slot, coverage in enumerate(coverages):
@@ -212,7 +212,8 @@ class PackTrainer:
             for micros in zip(*(run.sampler.get_step(run.step) for run in self.runs), strict=True):
                 batch = build_pack_batch(self.inputs.splits.train, micros, model=self.model)
                 batch = move_batch(batch, self.device)
-                with FunctionalDropout(slots.drop):
+                layout = self.inputs.lay_out(batch, self.settings, slots=slots.num_slots)
+                with FunctionalDropout(slots.drop), unpadded(self.model, layout, note_lengths=slots.note_lengths):
                     losses = compute_slot_losses(self.task, self.model, batch, slots=slots.num_slots)
                 # Each slot divides by the weight of its step, as a solo run does. No parameter belongs to two slots, so
                 # the gradient of the sum over slots is each slot's gradient.
@@ -220,7 +221,7 @@ class PackTrainer:
                 losses = losses / weights  # (slots,)
                 losses.sum().backward()  # type: ignore[no-untyped-call]
                 micro_losses.append(losses.detach())
-                positions = batch["input_ids"].numel() // len(micros)
+                positions = (layout.num_positions if layout else batch["input_ids"].numel()) // len(micros)
                 for run, micro in zip(self.runs, micros, strict=True):
                     tokens += run.count_tokens(micro, positions=positions)
         if rng_state_before is not None:
@@ -342,7 +343,7 @@ class PackTrainer:
         return True
 
     def _open_run(self, request: RunRequest, *, slot: int, slots: int) -> SlotRun:
-        return SlotRun(request, inputs=self.inputs, slot=slot, slots=slots, accumulate=self.accumulate)
+        return SlotRun(request, inputs=self.inputs, slot=slot, slots=slots)
 
     def _prepare_run(self, slot: int, *, trainable_params: int) -> None:
         """Records a run's number of trained parameters, builds its optimizer, and loads its checkpoint, if any."""

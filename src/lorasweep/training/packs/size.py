@@ -18,9 +18,10 @@ from lorasweep.errors import OutOfMemory
 from lorasweep.stored_weights import list_scales
 from lorasweep.training.environment import Precision, get_device
 from lorasweep.training.failures import convert_memory_errors
-from lorasweep.training.inputs import RunInputs, resolve_accumulate
+from lorasweep.training.inputs import RunInputs, check_batch_memory
 from lorasweep.training.memory import count_saved_bytes, machine_memory_bytes
 from lorasweep.training.packs.pack import build_pack, build_pack_batch, compute_slot_losses
+from lorasweep.training.unpadded import unpadded
 from lorasweep.wording import format_bytes
 
 MAX_SLOTS: Mapping[str, int] = {"cpu": 8, "cuda": 32}
@@ -102,10 +103,13 @@ def count_slot_bytes(config: RunConfig, *, inputs: RunInputs) -> int:
     device, split = get_device(config.trainer), inputs.splits.train
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device.type == "cuda" else []):
         model, _ = build_pack([config], inputs=inputs)
-        micros = build_first_micro_batches(config, inputs, slots=1, num_steps=NUM_COUNTED_STEPS)
+        micros = build_first_micro_batches(config, inputs, num_steps=NUM_COUNTED_STEPS)
         largest = max(micros, key=lambda m: len(m.indices) * int(split.lengths[torch.tensor(m.indices)].max()))
         batch = move_batch(build_pack_batch(split, [largest], model=model), device)
-        saved = count_saved_bytes(lambda: compute_slot_losses(inputs.splits.task, model, batch, slots=1), model=model)
+        with unpadded(model, inputs.lay_out(batch, config.trainer)):
+            saved = count_saved_bytes(
+                lambda: compute_slot_losses(inputs.splits.task, model, batch, slots=1), model=model
+            )
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return saved + BYTES_PER_TRAINED_PARAMETER * trained
 
@@ -113,13 +117,12 @@ def count_slot_bytes(config: RunConfig, *, inputs: RunInputs) -> int:
 def count_pass_tokens(config: RunConfig, slots: int, *, inputs: RunInputs) -> int:
     """Returns the mean number of tokens, without padding, in one pass through the model of a pack."""
     split, settings = inputs.splits.train, config.trainer
-    accumulate = resolve_accumulate(settings, split, slots=slots)
-    return math.ceil(slots * settings.batch_size * float(split.lengths.double().mean()) / accumulate)
+    return math.ceil(slots * settings.batch_size * float(split.lengths.double().mean()) / settings.accumulate)
 
 
-def build_first_micro_batches(config: RunConfig, inputs: RunInputs, *, slots: int, num_steps: int) -> list[MicroBatch]:
-    """Returns the micro-batches of a run's first `num_steps` steps in a pack with this number of slots."""
+def build_first_micro_batches(config: RunConfig, inputs: RunInputs, *, num_steps: int) -> list[MicroBatch]:
+    """Returns the micro-batches of a run's first `num_steps` steps."""
     split, settings = inputs.splits.train, config.trainer
-    accumulate = resolve_accumulate(settings, split, slots=slots)
-    size = settings.batch_size
+    check_batch_memory(settings, split)
+    size, accumulate = settings.batch_size, settings.accumulate
     return list(StepBatchSampler(split, batch_size=size, num_steps=num_steps, seed=0, accumulate=accumulate))

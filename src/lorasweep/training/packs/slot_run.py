@@ -72,7 +72,7 @@ class SlotRun:
 
     optimizer: SlotOptimizer
 
-    def __init__(self, request: RunRequest, *, inputs: RunInputs, slot: int, slots: int, accumulate: int) -> None:
+    def __init__(self, request: RunRequest, *, inputs: RunInputs, slot: int, slots: int) -> None:
         config, folder = request.config, request.run_folder.path
         self.request = request
         self.folder = folder
@@ -89,7 +89,7 @@ class SlotRun:
         self.wall_s = 0.0
         self.record = open_record(config, request.run_folder, inputs, found=found)
         self.record.pack = pack
-        self.record.batching = describe_batching(inputs, config.trainer, accumulate=accumulate)
+        self.record.batching = describe_batching(inputs, config.trainer, accumulate=config.trainer.accumulate)
         self.log = RunLog(self.record, folder, start_step=self.step)
         self.loggers = start_loggers(config, folder)
         # Dropout masks come from a stream of this slot, so that they do not depend on the other slots. The stream has
@@ -102,7 +102,7 @@ class SlotRun:
             batch_size=config.trainer.batch_size,
             num_steps=config.trainer.max_steps,
             seed=config.seeds.data_order,
-            accumulate=accumulate,
+            accumulate=config.trainer.accumulate,
         )
 
     def count_tokens(self, micro: MicroBatch, *, positions: int) -> int:

@@ -1,0 +1,318 @@
+"""Trains examples of different lengths without padding.
+
+Between the embeddings and the head, the examples of a slot are one sequence. Linear layers, norms, activations and
+dropout see only real tokens, and in a pack the padding to the longest slot. Attention works on rows again, in chunks of
+similar lengths, with the model's own function and mask. So the outputs are those of the padded batch, apart from
+rounding. Nothing in the model changes: the hooks and the attention function are there only inside `unpadded`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lorasweep.data.split import NON_MODEL_KEYS, Batch
+
+ATTENTION_CHUNKS = 4
+"""Number of chunks of similar lengths in which attention computes the rows of a slot. More chunks have less padding and
+more calls."""
+PREFIX = "lorasweep_"
+"""Begins the names under which transformers knows the attention functions of this module."""
+MAX_DIFFERENCE = 0.05
+"""Maximum difference of padded and unpadded outputs, over the largest output: more than bf16 rounds, and much less than
+a model differs whose tokens see other examples."""
+
+NoteLengths = Callable[[Sequence[int]], None]
+"""Takes the number of real tokens of each slot, for modules that are called next with slots padded to the longest."""
+
+
+class Chunk(NamedTuple):
+    """Rows of similar lengths, as many of each slot, slot after slot."""
+
+    rows: Int[Tensor, " rows"]
+    length: int
+    slot_lengths: tuple[int, ...]
+    """The longest row of each slot."""
+
+
+class Layout:
+    """Where each token of a padded batch is in the unpadded sequences, (slots, width), and in attention's chunks.
+
+    Attributes:
+        slot_lengths: Number of real tokens of each slot.
+        width: The largest of them.
+        row_lengths: The longest row of each slot.
+        chunks: The rows in chunks of similar lengths.
+    """
+
+    def __init__(self, mask: Int[Tensor, "rows length"], *, slots: int) -> None:
+        """Reads the lengths of the rows from a mask that is 1 at the first tokens of each row, and 0 at padding."""
+        self.shape = mask.shape
+        lengths = mask.cpu().sum(1)  # on a GPU, each index that is read would wait
+        by_slot = lengths.view(slots, -1)  # (slots, rows of a slot)
+        self.slot_lengths: tuple[int, ...] = tuple(by_slot.sum(1).tolist())
+        self.row_lengths: tuple[int, ...] = tuple(by_slot.amax(1).tolist())
+        self.width = max(self.slot_lengths)
+        # the first position of each row in the unpadded sequences, which are numbered as one
+        starts = by_slot.cumsum(1) - by_slot + self.width * torch.arange(slots)[:, None]
+        self.chunks = list(_iter_chunks(by_slot))
+        order = torch.cat([chunk.rows for chunk in self.chunks])
+        widths = torch.cat([chunk.rows.new_full((len(chunk.rows),), chunk.length) for chunk in self.chunks])
+        num_positions = slots * self.width
+        padded = torch.arange(len(lengths)) * mask.shape[1]
+        unpad = _Move.between(padded, starts.flatten(), lengths, sizes=(mask.numel(), num_positions))
+        ends = widths.cumsum(0)
+        to_chunks = _Move.between(
+            starts.flatten()[order], ends - widths, lengths[order], sizes=(num_positions, int(ends[-1]))
+        )
+        self.unpad, self.to_chunks = unpad.to(mask.device), to_chunks.to(mask.device)
+        self.pad, self.from_chunks = self.unpad.reversed(), self.to_chunks.reversed()
+        self._moved: dict[int, tuple[Tensor, Tensor]] = {}
+        self._masks: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    @property
+    def num_positions(self) -> int:
+        return len(self.slot_lengths) * self.width
+
+    def unpad_rows(self, x: Tensor) -> Tensor:
+        """Returns (rows, length, ...), or (1, length, ...) for values that all rows share, as (slots, width, ...)."""
+        if x.shape[0] == 1:
+            x = x.expand(self.shape[0], *x.shape[1:])
+        return self.unpad(x.flatten(0, 1)).view(len(self.slot_lengths), self.width, *x.shape[2:])
+
+    def unpad_once(self, x: Tensor) -> Tensor:
+        """Returns `unpad_rows(x)`, computed once for the layers that get the same tensor."""
+        if id(x) not in self._moved:
+            self._moved[id(x)] = x, self.unpad_rows(x)  # with x, so that no other tensor gets its id
+        return self._moved[id(x)][1]
+
+    def pad_rows(self, x: Tensor) -> Tensor:
+        """Returns (slots, width, ...) as (rows, length, ...). At padding it has the values of another token."""
+        return self.pad(x.flatten(0, 1)).view(*self.shape, *x.shape[2:])
+
+    def cut_mask(self, mask: Tensor | None, index: int) -> Tensor | None:
+        """Returns the part of an attention mask (rows or 1, heads or 1, length, length) for a chunk."""
+        if mask is None:
+            return None
+        if (id(mask), index) not in self._masks:
+            chunk = self.chunks[index]
+            rows = mask if mask.shape[0] == 1 else mask[chunk.rows.to(mask.device)]
+            self._masks[id(mask), index] = mask, rows[:, :, : chunk.length, : chunk.length]
+        return self._masks[id(mask), index][1]
+
+
+def _iter_chunks(by_slot: Int[Tensor, "slots rows"]) -> Iterator[Chunk]:
+    slots, num_rows = by_slot.shape
+    first_rows = num_rows * torch.arange(slots)[:, None]
+    for columns in by_slot.argsort(dim=1, stable=True).tensor_split(min(ATTENTION_CHUNKS, num_rows), dim=1):
+        longest = by_slot.gather(1, columns).amax(1).tolist()
+        yield Chunk((columns + first_rows).flatten(), max(longest), tuple(longest))
+
+
+class _Move(NamedTuple):
+    """Moves tokens between two arrangements. At padding the result has the first value, whose gradient must be 0."""
+
+    take: Int[Tensor, " target"]
+    """For each position of the result, the position from which its value comes."""
+    back: Int[Tensor, " source"]
+    """The same in the other direction."""
+    padding: Int[Tensor, " padding"]
+    """Positions of the result that are padding."""
+    unused: Int[Tensor, " unused"]
+    """Positions of the source that are padding."""
+
+    @classmethod
+    def between(cls, sources: Tensor, targets: Tensor, lengths: Tensor, *, sizes: tuple[int, int]) -> _Move:
+        """Returns the move of rows with these first positions in source and target, and these lengths."""
+        row = torch.arange(len(lengths)).repeat_interleave(lengths)
+        within = torch.arange(len(row)) - (lengths.cumsum(0) - lengths)[row]
+        source, target = sources[row] + within, targets[row] + within
+        take, back = row.new_full((sizes[1],), -1), row.new_full((sizes[0],), -1)
+        take[target], back[source] = source, target
+        padding, unused = ((positions < 0).nonzero().flatten() for positions in (take, back))
+        return cls(take.clamp_(min=0), back.clamp_(min=0), padding, unused)
+
+    def reversed(self) -> _Move:
+        return _Move(self.back, self.take, self.unused, self.padding)
+
+    def to(self, device: torch.device) -> _Move:
+        return _Move(*(positions.to(device) for positions in self))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        moved: Tensor = _Take.apply(x, self)  # type: ignore[no-untyped-call]
+        return moved
+
+
+class _Take(torch.autograd.Function):
+    """Takes rows. Each is taken once, so backward takes rows too, which is faster than to add them up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, move: _Move) -> Tensor:
+        ctx.move = move
+        return x.index_select(0, move.take)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.index_select(0, ctx.move.back).index_fill_(0, ctx.move.unused, 0), None
+
+
+_LAYOUT: ContextVar[tuple[Layout, NoteLengths] | None] = ContextVar("layout", default=None)
+"""The layout of the batch that a model computes now, inside `unpadded`."""
+
+
+def lay_out(batch: Batch, *, slots: int = 1) -> Layout | None:
+    """Returns the layout of a batch; None if no example is padded, or each slot has only one."""
+    mask = batch.get("attention_mask")
+    return None if mask is None or len(mask) == slots else Layout(mask, slots=slots)
+
+
+def _ignore(lengths: Sequence[int]) -> None:
+    """A run alone has no slots to pad."""
+
+
+@contextmanager
+def unpadded(model: nn.Module, layout: Layout | None, *, note_lengths: NoteLengths = _ignore) -> Iterator[None]:
+    """Lets calls of the model inside the block compute a batch without padding.
+
+    Args:
+        model: A model for which `can_unpad` is True, perhaps with LoRA layers or packed.
+        layout: Of the batch; None changes nothing.
+        note_lengths: Called whenever slots are padded in another way, with the number of real tokens of each slot.
+    """
+    if layout is None:
+        yield
+        return
+    assert isinstance(model, PreTrainedModel)
+    layers = _find_layers(model)
+    assert layers is not None
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        positions = {name: _unpad_positions(layout, kwargs[name]) for name in kwargs if "position" in name}
+        named = {**kwargs, **positions}
+        if module is not layers[0]:
+            return args, named
+        note_lengths(layout.slot_lengths)
+        if args:
+            return (layout.unpad_rows(args[0]), *args[1:]), named
+        return args, {**named, "hidden_states": layout.unpad_rows(named["hidden_states"])}
+
+    def leave(module: nn.Module, args: Any, output: Any) -> Any:
+        note_lengths(layout.row_lengths)
+        return (layout.pad_rows(output[0]), *output[1:]) if isinstance(output, tuple) else layout.pad_rows(output)
+
+    hooks = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
+    hooks.append(layers[-1].register_forward_hook(leave))
+    config, attention = model.config, model.config._attn_implementation
+    token = _LAYOUT.set((layout, note_lengths))
+    try:
+        config._attn_implementation = PREFIX + attention
+        yield
+    finally:
+        config._attn_implementation = attention
+        _LAYOUT.reset(token)
+        for hook in hooks:
+            hook.remove()
+
+
+def _unpad_positions(layout: Layout, value: Any) -> Any:
+    """Returns position ids, or the cosines and sines of rotary embeddings, without padding."""
+    if isinstance(value, tuple):
+        return tuple(_unpad_positions(layout, part) for part in value)
+    is_by_token = isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == layout.shape[1]
+    return layout.unpad_once(value) if is_by_token else value
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Computes attention chunk by chunk with the model's own function, for unpadded (slots, heads, width, size)."""
+    entry = _LAYOUT.get()
+    assert entry is not None
+    layout, note_lengths = entry
+    own_function = _find_attention(module)
+    chunks = [_split_rows(layout, x) for x in (query, key, value)]
+    outputs = []
+    for index, (chunk, *inputs) in enumerate(zip(layout.chunks, *chunks, strict=True)):
+        note_lengths(chunk.slot_lengths)
+        output, _ = own_function(module, *inputs, layout.cut_mask(attention_mask, index), **kwargs)
+        outputs.append(output.flatten(0, 1).flatten(1))  # (rows · length, heads · size)
+    note_lengths(layout.slot_lengths)
+    joined = layout.from_chunks(torch.cat(outputs))
+    return joined.view(query.shape[0], query.shape[2], query.shape[1], -1), None
+
+
+def _split_rows(layout: Layout, x: Tensor) -> list[Tensor]:
+    """Returns (slots, heads, width, size) as (rows, heads, length, size) of each chunk."""
+    heads, size = x.shape[1], x.shape[3]
+    tokens = layout.to_chunks(x.transpose(1, 2).flatten(2).flatten(0, 1))  # (positions of all chunks, heads · size)
+    parts = torch.split(tokens, [len(chunk.rows) * chunk.length for chunk in layout.chunks])
+    return [
+        part.view(len(chunk.rows), chunk.length, heads, size).transpose(1, 2)
+        for part, chunk in zip(parts, layout.chunks, strict=True)
+    ]
+
+
+def _find_attention(module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
+    """Returns the function that the model would call without `unpadded`."""
+    config: Any = module.config
+    name = config._attn_implementation.removeprefix(PREFIX)
+    # each architecture has its own eager attention
+    own_function: Callable[..., tuple[Tensor, Any]]
+    if name == "eager":
+        own_function = sys.modules[type(module).__module__].eager_attention_forward
+    else:
+        own_function = ALL_ATTENTION_FUNCTIONS[name]
+    return own_function
+
+
+for _name in ("eager", "sdpa"):
+    AttentionInterface.register(PREFIX + _name, _attend)
+    AttentionMaskInterface.register(PREFIX + _name, ALL_MASK_ATTENTION_FUNCTIONS[_name])
+
+
+def can_unpad(model: nn.Module, batch: Batch) -> bool:
+    """Returns whether `unpadded` gives the model's own outputs: it computes a small padded batch in both ways.
+
+    The model must be one of transformers, with one stack of layers whose attention is eager or sdpa.
+    """
+    layout = lay_out(batch)
+    if layout is None or not isinstance(model, PreTrainedModel) or _find_layers(model) is None:
+        return False
+    if model.config._attn_implementation not in ("eager", "sdpa"):
+        return False
+    inputs = {name: value for name, value in batch.items() if name not in NON_MODEL_KEYS}
+    try:
+        with torch.no_grad():
+            expected = model.base_model(**inputs)[0]  # (rows, length, hidden size)
+            with unpadded(model, layout):
+                outputs = model.base_model(**inputs)[0]
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        return False  # the layers take other arguments than those that this module knows
+    is_real = batch["attention_mask"].bool()
+    expected, outputs = expected[is_real].float(), outputs[is_real].float()
+    return bool((outputs - expected).abs().max() <= MAX_DIFFERENCE * expected.abs().max())
+
+
+def _find_layers(model: nn.Module) -> nn.ModuleList | None:
+    """Returns the model's stack of layers; None if it has none or several."""
+    stacks = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
+    ]
+    return stacks[0] if len(stacks) == 1 else None

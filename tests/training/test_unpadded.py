@@ -1,0 +1,99 @@
+"""Training without padding gives the outputs and gradients of the padded batch."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from lorasweep.training.unpadded import can_unpad, lay_out, unpadded
+
+SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+BERT = transformers.BertConfig(**SIZES, intermediate_size=32, num_labels=3)
+LLAMA = transformers.LlamaConfig(**SIZES, intermediate_size=32, num_key_value_heads=1)
+T5 = transformers.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+
+
+def make_model(config, attention="eager"):
+    torch.manual_seed(0)
+    kinds = {"bert": "SequenceClassification", "llama": "CausalLM", "t5": "Seq2SeqLM"}
+    model_class = getattr(transformers, f"AutoModelFor{kinds[config.model_type]}")
+    return model_class.from_config(copy.deepcopy(config), attn_implementation=attention).double().eval()
+
+
+def make_batch(lengths):
+    ids = torch.randint(5, 50, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+def differentiate(model, batch, layout):
+    """Returns the logits at real tokens, and all gradients of the sum of their squares."""
+    model.zero_grad()
+    with unpadded(model, layout):
+        logits = model(**batch).logits
+    if logits.dim() == 3:
+        logits = logits[batch["attention_mask"].bool()]
+    logits.square().sum().backward()
+    return logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("config", [BERT, LLAMA], ids=["bert", "llama"])
+@pytest.mark.parametrize("slots", [1, 2, 4])
+def test_outputs_and_gradients_are_those_of_the_padded_batch(config, attention, slots):
+    model, batch = make_model(config, attention), make_batch([7, 3, 9, 8, 2, 6, 4, 8])
+    assert can_unpad(model, make_batch([3, 5]))
+    expected = differentiate(model, batch, None)
+    layout = lay_out(batch, slots=slots)
+    assert layout.num_positions < batch["input_ids"].numel()
+    for found, own in zip(differentiate(model, batch, layout), expected, strict=True):
+        torch.testing.assert_close(found, own)
+
+
+def test_linear_layers_see_the_real_tokens_only():
+    model, batch = make_model(BERT), make_batch([2, 9, 4])
+    seen = []
+    model.bert.encoder.layer[1].output.dense.register_forward_pre_hook(lambda layer, args: seen.append(args[0].shape))
+    with unpadded(model, lay_out(batch)):
+        model(**batch)
+    assert seen == [(1, 15, 32)]
+
+
+def test_the_model_is_as_before_also_after_an_error():
+    model, batch = make_model(BERT), make_batch([2, 5])
+    expected = model(**batch).logits
+    with pytest.raises(KeyboardInterrupt), unpadded(model, lay_out(batch)):
+        raise KeyboardInterrupt
+    assert model.config._attn_implementation == "eager"
+    assert torch.equal(model(**batch).logits, expected)
+
+
+class MixingLayer(nn.Module):
+    """Adds to each token the token before it, so that an unpadded row sees the row before it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return self.layer(hidden_states, *args, **kwargs) + hidden_states.roll(1, dims=1)
+
+
+def test_models_that_need_their_rows_are_not_unpadded():
+    batch = make_batch([3, 5])
+    assert not can_unpad(make_model(T5), {**batch, "decoder_input_ids": batch["input_ids"]})
+    assert not can_unpad(nn.Linear(2, 2), batch)
+    mixing = make_model(BERT)
+    dense = mixing.bert.encoder.layer[1].output
+    dense.forward = MixingLayer(copy.deepcopy(dense)).forward
+    assert not can_unpad(mixing, batch)
+
+
+@pytest.mark.parametrize(("lengths", "slots"), [([4, 4], 1), ([2, 5], 2)])
+def test_without_padding_or_with_one_row_per_slot_nothing_changes(lengths, slots):
+    batch = make_batch(lengths)
+    if min(lengths) == max(lengths):
+        del batch["attention_mask"]  # as the data leaves it out
+    assert lay_out(batch, slots=slots) is None
