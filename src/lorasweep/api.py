@@ -47,6 +47,9 @@ from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.lifecycle import create_sweep, reopen_sweep, saved_definition
 from lorasweep.sweep.definition.arms import Definition, read_definition
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
+from lorasweep.sweep.draft import draft_definition
+from lorasweep.sweep.fit import fit_minutes
+from lorasweep.sweep.plan import GroupPlan, plan_sweep
 from lorasweep.sweep.progress import report_status, show_progress
 from lorasweep.sweep.status import SweepStatus
 from lorasweep.sweep.workers.train import check_workers, train_sweep
@@ -60,15 +63,17 @@ from lorasweep.training.stop_signal import StopSignal
 
 __all__ = ["load_run", "load_sweep", "resume_sweep", "run_sweep", "train_run"]
 
+DEFAULT_SWEEP = "quickstart"
+"""The sweep that runs if neither a name nor data is given."""
 Overrides: TypeAlias = Sequence[str] | Mapping[str, Any]
 """Arguments of the command line (`["optim.lr=1e-3"]`), or dotted keys and values (`{"optim.lr": 1e-3}`)."""
-Progress: TypeAlias = Callable[[SweepStatus], None] | Literal["auto"] | None
+Progress: TypeAlias = Callable[[SweepStatus], None] | Literal["auto", "verbose"] | None
 """Called with the state of a sweep about once a second, from a thread. `auto` shows a live table in a terminal, and
-plain lines in a notebook or a pipe."""
+plain lines in a notebook or a pipe; `verbose` also prints the notes on data and packs first."""
 
 
 def run_sweep(
-    sweep: str | Path | Mapping[str, Any] = "quickstart",
+    sweep: str | Path | Mapping[str, Any] | None = None,
     *,
     overrides: Overrides = (),
     output: str | Path | None = None,
@@ -78,6 +83,7 @@ def run_sweep(
 
     Args:
         sweep: Name of a sweep of lorasweep or of the folder `sweeps/`, a YAML file, or the content of a YAML file.
+            None drafts a sweep for the `data.train` of the overrides, or without it runs the quickstart.
         overrides: Settings that replace settings of the sweep.
         output: A new or empty folder; by default `outputs/NAME` with the next free number.
         progress: Receives the state of the sweep while it runs.
@@ -160,10 +166,28 @@ def train_run(
     return load_run(train_config(config, output=path, resume=resume, origin=origin).folder)
 
 
-def read_sweep_definition(sweep: str | Path | Mapping[str, Any], overrides: Overrides) -> Definition:
-    """Reads and checks a sweep; raises ConfigError if it does not exist, or a key or value is wrong."""
+def read_sweep_definition(sweep: str | Path | Mapping[str, Any] | None, overrides: Overrides) -> Definition:
+    """Reads and checks a sweep; raises ConfigError if it does not exist, or a key or value is wrong.
+
+    None is the quickstart, or a sweep that is drafted for the data that the overrides name.
+    """
+    if sweep is None:
+        overrides, sweep = parse_overrides(overrides), DEFAULT_SWEEP
+        if {"data.train", "data.path"} & overrides.keys():
+            return draft_definition(overrides)
     content = sweep if isinstance(sweep, Mapping) else find_sweep_file(str(sweep))
     return read_definition(content, overrides)
+
+
+def measure_sweep(
+    definition: Definition, inputs_cache: InputsCache, *, minutes: float | None, on_progress: Callable[[str], None]
+) -> tuple[Definition, list[GroupPlan], str]:
+    """Checks a sweep and measures its trainings. With `minutes` as `fit_minutes`, otherwise it stays as it is."""
+    definition = set_steps(definition, inputs_cache)
+    check_sweep(definition, inputs_cache)
+    if minutes is not None:
+        return fit_minutes(definition, minutes, inputs_cache, on_progress=on_progress)
+    return definition, plan_sweep(definition, inputs_cache, on_progress=on_progress), ""
 
 
 def check_resumed_sweep(opened: SweepFolder, inputs_cache: InputsCache) -> None:
@@ -318,7 +342,9 @@ def prepare_environment() -> None:
 def _report_progress(folder: Path, progress: Progress) -> Any:
     if progress is None:
         return nullcontext()
-    return show_progress(folder, EscapingConsole()) if progress == "auto" else report_status(folder, progress)
+    if isinstance(progress, str):
+        return show_progress(folder, EscapingConsole(), verbose=progress == "verbose")
+    return report_status(folder, progress)
 
 
 def _check_run_folder(output: str | None, config: RunConfig, *, resume: bool) -> RunResult | None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from lorasweep.config.redaction import redact
 from lorasweep.console import EscapingConsole, say, say_error, silence_event_writer
@@ -25,10 +25,10 @@ from lorasweep.training.stop_signal import INTERRUPTED_EXIT_CODE
 if TYPE_CHECKING:
     from lorasweep.config.compose import Primary
     from lorasweep.results import RunResult, SweepResult
+    from lorasweep.sweep.definition.arms import Definition
+    from lorasweep.sweep.plan import GroupPlan
 
 DONE, FAILED, WRONG_REQUEST = 0, 1, 2
-DEFAULT_SWEEP = "quickstart"
-"""The sweep that runs if no name is typed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -82,7 +82,9 @@ def build_parser() -> argparse.ArgumentParser:
         overrides.completer = complete_argument  # type: ignore[attr-defined]  # read by argcomplete
 
     sweep_parser = add(sweep, "search every arm of a sweep and write the report")
-    add_overrides(sweep_parser, "NAME|FILE key=value", "default: quickstart")
+    add_overrides(
+        sweep_parser, "NAME|FILE key=value", "default: a sweep for data.train=FILE model.path=..., else quickstart"
+    )
     sweep_parser.add_argument(
         "--resume",
         type=Path,
@@ -121,8 +123,10 @@ def build_parser() -> argparse.ArgumentParser:
     add_overrides(plan_parser, "NAME|FILE key=value", "as in sweep")
     compare_parser = add(compare, "write and show the report of finished or running sweeps again")
     compare_parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders of sweeps")
-    export_parser = add(export, "write a run's adapter for PEFT, or the merged model for transformers")
-    export_parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
+    export_parser = add(export, "write an adapter for PEFT, or the merged model for transformers")
+    export_parser.add_argument(
+        "run", type=Path, metavar="SWEEP[/ARM]|RUN", help="folder of a sweep: its recommended run; or of a run"
+    )
     export_parser.add_argument("--format", required=True, choices=["peft", "merged"])
     export_parser.add_argument("--out", type=Path, metavar="D", required=True, help="a new or empty folder")
     export_parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="type of merged weights")
@@ -138,6 +142,12 @@ def build_parser() -> argparse.ArgumentParser:
     reproduce_parser.add_argument("--tolerance", type=float, metavar="T", help="maximum relative difference")
     reproduce_parser.add_argument("--steps", type=int, metavar="N", help="compare the first N steps only")
     reproduce_parser.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/reproduce/NAME")
+    for shown in (sweep_parser, compare_parser):
+        shown.add_argument("--verbose", action="store_true", help="print all notes and findings of the report")
+    for timed in (sweep_parser, plan_parser, new_parser):
+        timed.add_argument(
+            "--minutes", type=float, metavar="N", help="fit seeds, trials and steps to this time, which is measured"
+        )
     for reader in (export_parser, inspect_parser):
         reader.add_argument(
             "--trust", action="store_true", help="allow code and pickles that the model of the run needs"
@@ -185,18 +195,23 @@ def sweep(arguments: argparse.Namespace) -> int:
         from lorasweep.sweep.definition.describe import describe_definition
 
     name, overrides = _split_name(arguments.overrides)
+    progress: Literal["auto", "verbose"] = "verbose" if arguments.verbose else "auto"
+    if arguments.resume and arguments.minutes:
+        raise ConfigError("`--minutes` must be left out with `--resume`, because the sweep has its trials and steps.")
     if arguments.resume and not arguments.cfg:
-        result = api.resume_sweep(arguments.resume, overrides=overrides, file=name)
+        result = api.resume_sweep(arguments.resume, overrides=overrides, file=name, progress=progress)
     else:
         if arguments.resume:
             definition = saved_definition(arguments.resume)
         else:
-            definition = api.read_sweep_definition(name or DEFAULT_SWEEP, overrides)
+            definition = _read_definition(name, overrides, minutes=arguments.minutes)[0]
         if arguments.cfg:
             say(describe_definition(definition).removesuffix("\n"))
             return DONE
-        result = api.run_definition(definition)
-    return _show_sweep(result) if result.status == "complete" else _say_how_to_resume(result)
+        result = api.run_definition(definition, progress=progress)
+    if result.status != "complete":
+        return _say_how_to_resume(result)
+    return _show_sweep(result, verbose=arguments.verbose)
 
 
 def status(arguments: argparse.Namespace) -> int:
@@ -223,7 +238,13 @@ def new(arguments: argparse.Namespace) -> int:
     if path.suffix not in (".yaml", ".yml") or path.exists():
         raise ConfigError(f"`FILE.yaml` must be a new file with the suffix .yaml, but got {str(path)!r}.")
     api.prepare_environment()
-    text = draft_sweep(path, parse_overrides(arguments.overrides))
+    settings = parse_overrides(arguments.overrides)
+    text = draft_sweep(path, settings)
+    if arguments.minutes is not None:
+        definition, _ = _read_definition(None, arguments.overrides, minutes=arguments.minutes)
+        steps = {"trainer.max_steps": definition.arms[-1].corner_configs[0].num_steps}
+        looks = definition.sweep_config.confirm.looks
+        text = draft_sweep(path, settings | steps, trials=definition.arms[-1].trials, looks=looks)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text)
     say(f"wrote {path}. Read it, then type:\n    lorasweep plan {path}\n    lorasweep sweep {path}")
@@ -233,27 +254,39 @@ def new(arguments: argparse.Namespace) -> int:
 def plan(arguments: argparse.Namespace) -> int:
     """Checks a sweep, measures a few steps of its trainings, and shows the cost of the sweep. Keeps no file."""
     with quick_imports():
-        from lorasweep import api
-        from lorasweep.sweep.checks import set_steps
-        from lorasweep.sweep.plan import plan_sweep, render_plan
-        from lorasweep.training.inputs import InputsCache
+        from lorasweep.sweep.plan import render_plan
         from lorasweep.wording import format_seconds
 
     began = time.monotonic()
-    api.prepare_environment()
     name, overrides = _split_name(arguments.overrides)
-    inputs_cache, definition = InputsCache(), api.read_sweep_definition(name or DEFAULT_SWEEP, overrides)
-    say("loading the model and the data", file=sys.stderr)
-    definition = set_steps(definition, inputs_cache)
-    api.check_sweep(definition, inputs_cache)
-    groups = plan_sweep(
-        definition,
-        inputs_cache,
-        on_progress=lambda what: say(f"{time.monotonic() - began:3.0f} s: measuring {what}", file=sys.stderr),
-    )
+    definition, groups = _read_definition(name, overrides, minutes=arguments.minutes, is_measured=True)
     EscapingConsole().print(render_plan(definition, groups))
     say(f"this plan took {format_seconds(time.monotonic() - began)}", file=sys.stderr)
     return DONE
+
+
+def _read_definition(
+    name: str | None, overrides: Sequence[str], *, minutes: float | None, is_measured: bool = False
+) -> tuple[Definition, list[GroupPlan]]:
+    """Returns a sweep, fitted to the minutes if they are given, and its measured trainings if they were made."""
+    from lorasweep import api
+    from lorasweep.training.inputs import InputsCache
+
+    api.prepare_environment()
+    definition = api.read_sweep_definition(name, overrides)
+    if minutes is None and not is_measured:
+        return definition, []
+    began = time.monotonic()
+    say("loading the model and the data", file=sys.stderr)
+    definition, groups, given_up = api.measure_sweep(
+        definition,
+        InputsCache(),
+        minutes=minutes,
+        on_progress=lambda what: say(f"{time.monotonic() - began:3.0f} s: measuring {what}", file=sys.stderr),
+    )
+    if given_up:
+        say(given_up, file=sys.stderr)
+    return definition, groups
 
 
 def compare(arguments: argparse.Namespace) -> int:
@@ -263,17 +296,21 @@ def compare(arguments: argparse.Namespace) -> int:
     results = [load_sweep(folder) for folder in arguments.folders]
     for result in results:
         write_report(result.folder)
-    return _show_reports(results)
+    return _show_reports(results, verbose=arguments.verbose)
 
 
 def export(arguments: argparse.Namespace) -> int:
     with quick_imports():
+        from lorasweep.record import RUN_FILE, SWEEP_FILE
+        from lorasweep.report.recommend import find_recommended_run
         from lorasweep.runs.export import export_run
         from lorasweep.wording import format_bytes
 
-    written = export_run(
-        arguments.run, format=arguments.format, out=arguments.out, dtype=arguments.dtype, trust=arguments.trust
-    )
+    run = arguments.run
+    if not (run / RUN_FILE).is_file() and any((one / SWEEP_FILE).is_file() for one in (run, run.parent)):
+        run, described = find_recommended_run(run)
+        say(f"exporting {described}: {run}")
+    written = export_run(run, format=arguments.format, out=arguments.out, dtype=arguments.dtype, trust=arguments.trust)
     say(f"{arguments.format}, {written.dtype}, {format_bytes(written.num_bytes)}: {arguments.out}")
     if written.largest_logit is not None:
         say(
@@ -376,9 +413,9 @@ def _say_run(result: RunResult, job: str) -> int:
     return DONE
 
 
-def _show_sweep(result: SweepResult) -> int:
+def _show_sweep(result: SweepResult, *, verbose: bool) -> int:
     """Prints the table of a complete sweep. Fails if an arm lacks the test score that was asked for."""
-    _show_reports([result])
+    _show_reports([result], verbose=verbose)
     for arm, reason in result.unconfirmed.items():
         say_error(
             f"the confirm stage must score every arm on test data, but has no score of arm `{arm}`: "
@@ -387,14 +424,20 @@ def _show_sweep(result: SweepResult) -> int:
     return FAILED if result.unconfirmed else DONE
 
 
-def _show_reports(results: Sequence[SweepResult]) -> int:
-    """Prints one table of all sweeps, and the paths of their HTML reports."""
+def _show_reports(results: Sequence[SweepResult], *, verbose: bool) -> int:
+    """Prints the answers and the table of all sweeps, their files, and what to type next."""
     from lorasweep.report import render_terminal
+    from lorasweep.report.recommend import recommend
+    from lorasweep.report.sweep_data import load_sweep_data
 
-    console = EscapingConsole()
-    console.print(render_terminal(*(result.folder for result in results)))
+    EscapingConsole().print(render_terminal(*(result.folder for result in results), verbose=verbose))
     for result in results:
-        console.print(f"report: {result.report}", highlight=False, markup=False, soft_wrap=True)
+        say(f"report: {result.report}")
+    if len(results) == 1 and not verbose:
+        say(f"All findings: lorasweep compare {results[0].folder} --verbose")
+        for recommendation in recommend(load_sweep_data(results[0].folder))[:1]:
+            for purpose, command in recommendation.commands.items():
+                say(f"{purpose}: {command}")
     return DONE
 
 

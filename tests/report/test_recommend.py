@@ -28,7 +28,7 @@ def test_better_method_is_recommended_with_lora_as_the_alternative(finished_and_
     assert "full fine-tuning scores" in lora.sentences[1]
     train, export = lora.commands.values()
     assert train == f"lorasweep train --from {finished_and_confirmed}/lora"
-    assert export == f"lorasweep export {finished_and_confirmed}/runs/lora-confirm-0000 --format peft --out adapter"
+    assert export == f"lorasweep export {finished_and_confirmed}/lora --format peft --out adapter"
     assert len(full.commands) == 1
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from lorasweep.cli import DONE, WRONG_REQUEST, run
+from lorasweep.sweep.controller.lifecycle import saved_definition
 from lorasweep.sweep.controller.stopping_rules import build_rule
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.packing import explain_solo_arms
@@ -122,3 +124,16 @@ def test_a_file_is_never_replaced(here, capsys):
     (here / "mine.yaml").write_text("name: old")
     draft(MODEL, "data.train=topics.csv", code=WRONG_REQUEST)
     assert (here / "mine.yaml").read_text() == "name: old"
+
+
+@pytest.mark.slow
+def test_data_without_a_file_are_swept_and_what_is_recommended_is_exported(here, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    write_topics(here / "topics.csv")
+    budget = ["trainer.max_steps=4", "sweep.trials=2", "confirm.seeds=1", "arms.full=null"]
+    assert run(["sweep", MODEL, "data.train=topics.csv", "method.rank=choice(1,2)", *budget]) == DONE
+    assert [arm.trials for arm in saved_definition(here / "outputs" / "topics").arms] == [1, 2]
+    for source, folder in (("outputs/topics/lora-rank-2", "one"), ("outputs/topics/lora-rank-1", "other")):
+        assert run(["export", source, "--format", "peft", "--out", folder]) == DONE
+        assert f"exporting {Path(source).name}" in capsys.readouterr().out
+        assert (here / folder / "adapter_model.safetensors").is_file()

@@ -65,10 +65,36 @@ def recommend(data: SweepData) -> list[Recommendation]:
 def read_recommended(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the recommended settings of a sweep, and the `origin` that the record of a run with them names.
 
-    The settings use all training data, even if the sweep used only a part.
+    The settings use all training data, even if the sweep used only a part. Argument and errors as in
+    `find_recommended`.
+    """
+    folder, data, arm, trial = find_recommended(source, key="--from")
+    settings = _list_overrides(arm, trial)
+    settings = {key: None if key == TRAIN_EXAMPLES else value for key, value in settings.items()}
+    number = None if trial.is_predicted else trial.number
+    return settings, {"sweep": str(folder.resolve()), "name": data.record.name, "arm": arm.name, "trial": number}
+
+
+def find_recommended_run(source: Path) -> tuple[Path, str]:
+    """Returns the folder of the run to export, and a sentence that says which run it is.
+
+    Of the runs of the recommended setting it is the one with the best score on validation data, because test data has
+    no part in a choice. Argument and errors as in `find_recommended`.
+    """
+    folder, data, arm, trial = find_recommended(source, key="SWEEP")
+    scored = [(run, run.record.score) for run in arm.confirm_runs if run.is_complete and run.record]
+    runs = [(data.sign * score, run) for run, score in scored if score is not None]
+    run = min(runs, key=lambda pair: pair[0])[1] if runs else trial
+    best = f", the best of {len(runs)} seeds on validation data" if len(runs) > 1 else ""
+    return folder / run.run, f"{run.name}{best}"
+
+
+def find_recommended(source: Path, *, key: str) -> tuple[Path, SweepData, ArmData, Trial]:
+    """Returns a sweep's folder, its data, the recommended subject, and the trial with the subject's setting.
 
     Args:
         source: The folder of a sweep, or `SWEEP/ARM` for the setting of an arm or of one of its confirmed values.
+        key: The name of the argument, for messages.
 
     Raises:
         RecordError: The folder is not a sweep, the sweep is not complete, or there are no such settings.
@@ -79,13 +105,13 @@ def read_recommended(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     data = load_sweep_data(folder)
     if data.record.status != "complete":
         raise RecordError(
-            f"`--from` must be a sweep that is complete, but {str(folder)!r} is {data.record.status}. "
+            f"`{key}` must be a sweep that is complete, but {str(folder)!r} is {data.record.status}. "
             f"Type `lorasweep sweep --resume {folder}`."
         )
     names = list(dict.fromkeys(arm.name for arm in (*data.searches, *data.arms)))
     if is_arm and source.name not in names:
         raise ConfigError(
-            f"`--from` must be SWEEP or SWEEP/ARM with one of the arms {', '.join(names)}, but got {str(source)!r}."
+            f"`{key}` must be SWEEP or SWEEP/ARM with one of the arms {', '.join(names)}, but got {str(source)!r}."
             f"{nearest(source.name, names)}"
         )
     name = source.name if is_arm else next((one.arm for one in recommend(data)), None)
@@ -93,19 +119,15 @@ def read_recommended(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     arm = data.find_arm(name) or (choice.arm if choice else None)
     if not is_arm and (learning := judge_learning(data)).state == "nothing":
         raise RecordError(
-            f"`--from` must be a sweep that learned something, but {str(folder)!r} did not: {learning.headline} "
-            f"`--from {folder}/ARM` trains the settings of an arm nevertheless."
+            f"`{key}` must be a sweep that learned something, but {str(folder)!r} did not: {learning.headline} "
+            f"`{folder}/ARM` names an arm nevertheless."
         )
     if arm is None or arm.best is None or arm.best.record is None or arm.row.method == "frozen":
         raise RecordError(
-            "`--from` must be a sweep, or an arm, with a complete trial of a method that trains, but "
+            f"`{key}` must be a sweep, or an arm, with a complete trial of a method that trains, but "
             f"{str(source)!r} has none."
         )
-    settings = _list_overrides(arm, arm.best)
-    settings = {key: None if key == TRAIN_EXAMPLES else value for key, value in settings.items()}
-    number = None if arm.best.is_predicted else arm.best.number
-    origin = {"sweep": str(folder.resolve()), "name": data.record.name, "arm": arm.name, "trial": number}
-    return settings, origin
+    return folder, data, arm, arm.best
 
 
 def _list_overrides(arm: ArmData, trial: Trial) -> dict[str, Any]:
@@ -140,14 +162,15 @@ def _build(choice: Choice, data: SweepData, *, is_shown: bool, verb: str | None 
 
 
 def _list_commands(arm: ArmData, data: SweepData) -> dict[str, str]:
-    """Returns the commands that train the settings again, and that export the adapter of the first confirm run."""
+    """Returns the commands that train the settings again, and that export the adapter of a confirm run."""
     commands = {}
     if data.record.status == "complete":
         commands["To train it on all data"] = f"lorasweep train --from {shlex.quote(str(data.folder / arm.name))}"
-    runs = [run.run for run in arm.confirm_runs if run.is_complete]
-    if arm.row.method in ("lora", "peft") and runs:
-        run = shlex.quote(str(data.folder / runs[0]))
-        commands["To get the adapter of its first confirm run"] = f"lorasweep export {run} --format peft --out adapter"
+    if arm.row.method in ("lora", "peft") and any(run.is_complete for run in arm.confirm_runs):
+        source = shlex.quote(str(data.folder / arm.name))
+        commands["To get the adapter of its best confirm run"] = (
+            f"lorasweep export {source} --format peft --out adapter"
+        )
     return commands
 
 

@@ -25,8 +25,10 @@ from lorasweep.wording import (
 )
 
 
-def render_terminal(*folders: Path) -> RenderableType:
-    """Returns the results of one sweep as a table and sentences, or of several sweeps side by side.
+def render_terminal(*folders: Path, verbose: bool = False) -> RenderableType:
+    """Returns the answers and the table of one sweep, or several sweeps side by side.
+
+    `verbose` adds the other sentences of the report.
 
     Raises:
         RecordError: A folder is not a sweep, or its record is damaged.
@@ -38,8 +40,8 @@ def render_terminal(*folders: Path) -> RenderableType:
         sentences = [
             *remedy,
             *summary.warnings,
-            *list_details(summary.data),
-            *summary.sentences,
+            *(list_details(summary.data) if verbose else ()),
+            *(summary.sentences if verbose else ()),
             *summary.data.problems,
         ]
         table = _draw_arms(summary)

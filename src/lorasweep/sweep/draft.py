@@ -7,6 +7,7 @@ from the kind of model; nothing is trained.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -29,7 +30,8 @@ from lorasweep.data.reading.tables import (
 )
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.checks import MAX_STEPS, STEPS_KEY, count_steps
-from lorasweep.sweep.definition.arms import read_definition
+from lorasweep.sweep.definition.arms import Definition, is_range, read_definition
+from lorasweep.sweep.definition.sweep_file import MAX_NAME_CHARACTERS
 from lorasweep.training.inputs import RunInputs, build_inputs
 from lorasweep.wording import format_count, join_words
 
@@ -63,7 +65,8 @@ TEMPLATE = """\
 name: {name}
 settings:
 {settings}
-  sweep.trials: 12 # of each arm that has a space; all ranks share LoRA's
+  sweep.trials: {trials} # of each arm that has a space; all ranks share LoRA's
+  confirm.looks: {looks} # numbers of seeds at which the questions are tested
   confirm.margin: 5% # smallest difference that matters, as a share of full's gain over frozen, or a number
 arms:
   frozen: {{settings: {{method: frozen}}}} # the base as it is
@@ -80,12 +83,27 @@ arms:
 """
 
 
-def draft_sweep(path: Path, settings: Mapping[str, Any]) -> str:
+def draft_definition(overrides: Mapping[str, Any]) -> Definition:
+    """Returns the sweep that `lorasweep new` would write for the model and data of overrides. Errors as there."""
+    settings = {
+        key: value
+        for key, value in overrides.items()
+        if key.split(".")[0] in ("model", "data", "trainer") and not is_range(key, value)
+    }
+    others = {key: value for key, value in overrides.items() if key not in settings}
+    source = str(settings.get("data.path") or settings["data.train"])
+    name = re.sub(r"\W+", "-", Path(source).name.split(".")[0])[:MAX_NAME_CHARACTERS].strip("-")
+    return read_definition(yaml.safe_load(draft_sweep(Path(f"{name or 'sweep'}.yaml"), settings)), others)
+
+
+def draft_sweep(path: Path, settings: Mapping[str, Any], *, trials: int = 12, looks: Sequence[int] = (3, 6, 10)) -> str:
     """Reads the model and the data, and returns the content of a sweep file for them.
 
     Args:
         path: Where the file will be written. The sweep has its name.
         settings: `model.path` and `data.train` or `data.path`, and perhaps further settings of a run, which are kept.
+        trials: `sweep.trials`.
+        looks: `confirm.looks`.
 
     Raises:
         ConfigError: A setting is missing or wrong, or the model or the data can't be read.
@@ -102,7 +120,7 @@ def draft_sweep(path: Path, settings: Mapping[str, Any]) -> str:
     lengths = {"data.max_length": MAX_MEASURED_TOKENS} if chosen["data"] in ("table", "chat") else {}
     inputs = build_inputs(compose_run({**lengths, **chosen}))
     inputs.splits.test()  # reads every row, because the confirm stage would fail after hours of training
-    text = _fill_template(path, {**chosen, **_choose_numbers(inputs, chosen)}, inputs)
+    text = _fill_template(path, {**chosen, **_choose_numbers(inputs, chosen)}, inputs, trials=trials, looks=looks)
     read_definition(yaml.safe_load(text))  # a draft must be a sweep that starts
     return text
 
@@ -202,7 +220,9 @@ def _choose_numbers(inputs: RunInputs, chosen: Mapping[str, Any]) -> dict[str, i
     return {key: number for key, number in numbers.items() if key not in chosen}
 
 
-def _fill_template(path: Path, settings: Mapping[str, Any], inputs: RunInputs) -> str:
+def _fill_template(
+    path: Path, settings: Mapping[str, Any], inputs: RunInputs, *, trials: int, looks: Sequence[int]
+) -> str:
     train, trainer, labels = inputs.splits.train, compose_run(settings).trainer, inputs.base.labels
     parameters = sum(parameter.numel() for parameter in inputs.base.model.parameters())
     named = "" if labels is None or len(labels.names) < 2 else f" and {len(labels.names)} labels"
@@ -227,6 +247,8 @@ def _fill_template(path: Path, settings: Mapping[str, Any], inputs: RunInputs) -
         facts="\n".join(f"# {fact}" for fact in facts),
         name=_format_value(path.stem),
         settings="\n".join(lines),
+        trials=trials,
+        looks=list(looks),
         full_low=f"{low:.1e}",
         full_high=f"{high:.1e}",
         lora_low=f"{10 * low:.1e}",

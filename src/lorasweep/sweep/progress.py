@@ -34,10 +34,11 @@ POLL_INTERVAL_S = 1.0
 class ProgressDisplay:
     """Shows each status that it is called with. Removes the live table at the end of the `with` block."""
 
-    def __init__(self, console: Console, *, announce: bool = True) -> None:
-        """`announce` also prints the sweep's folder, notes and warnings."""
+    def __init__(self, console: Console, *, announce: bool = True, verbose: bool = False) -> None:
+        """`announce` also prints the sweep's folder and warnings, and with `verbose` its notes."""
         self._console = console
         self._announce = announce
+        self._verbose = verbose
         self._status: SweepStatus | None = None
         self._shown_runs: set[str] = set()
         """Runs that had ended before the first status or whose line is printed."""
@@ -59,7 +60,7 @@ class ProgressDisplay:
             self._shown_runs = {row.run for row in list_ended_runs(status.record)}
             if self._announce:
                 self._print(f"sweep {status.record.name} in {status.folder}")
-                for note in status.record.notes:
+                for note in status.record.notes if self._verbose else ():
                     self._print(f"• {note}")
         self._status = status
         if self._announce:
@@ -97,9 +98,9 @@ class ProgressDisplay:
 
 
 @contextmanager
-def show_progress(folder: Path, console: Console) -> Iterator[None]:
+def show_progress(folder: Path, console: Console, *, verbose: bool = False) -> Iterator[None]:
     """Shows a sweep on a console during the block, in which the caller trains it."""
-    with ProgressDisplay(console) as display, report_status(folder, display):
+    with ProgressDisplay(console, verbose=verbose) as display, report_status(folder, display):
         yield
 
 

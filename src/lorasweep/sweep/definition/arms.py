@@ -226,8 +226,7 @@ def _choose_overrides(name: str, config: ArmConfig, file: SweepFile, overrides: 
     chosen = {
         key: value
         for key, value in for_all.items()
-        if (not key.startswith("method.") or key.split(".")[1] in method)
-        and (config.space or not _is_range(key, value))
+        if (not key.startswith("method.") or key.split(".")[1] in method) and (config.space or not is_range(key, value))
     }
     return chosen | own
 
@@ -280,7 +279,7 @@ def _replace_ranges(space: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[
 
     A typed range replaces the file's one. A typed value ends the search of its key, and of a part of it.
     """
-    ranges = {key: value for key, value in typed.items() if _is_range(key, value)}
+    ranges = {key: value for key, value in typed.items() if is_range(key, value)}
     kept = {
         key: value
         for key, value in space.items()
@@ -328,10 +327,10 @@ def _is_inside(key: str, other: str) -> bool:
 
 
 def _without_ranges(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if not _is_range(key, value)}
+    return {key: value for key, value in settings.items() if not is_range(key, value)}
 
 
-def _is_range(key: str, value: Any) -> bool:
+def is_range(key: str, value: Any) -> bool:
     """Returns whether an override searches its key. Loggers, lists of layers, patterns and components are values."""
     if key.split(".")[0] in SWEEP_GROUPS:  # such as `confirm.looks=[3,6]`
         return False

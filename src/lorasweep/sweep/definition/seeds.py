@@ -49,11 +49,11 @@ def has_fixed_score(arm: Arm) -> bool:
     return config.method.name == "frozen" and config.model.kind != "classifier"
 
 
-def count_confirm_runs(definition: Definition) -> dict[str, int]:
-    """Returns the number of confirm runs of each arm, if the questions are settled at the first look."""
+def count_confirm_runs(definition: Definition, *, look: int = 0) -> dict[str, int]:
+    """Returns the number of confirm runs of each arm, if the questions are settled at the look with this index."""
     looks = definition.sweep_config.confirm.list_looks()
-    first = looks[0] if looks else 0
-    return {arm.name: min(first, 1) if has_fixed_score(arm) else first * len(arm.subjects) for arm in definition.arms}
+    seeds = looks[look] if looks else 0
+    return {arm.name: min(seeds, 1) if has_fixed_score(arm) else seeds * len(arm.subjects) for arm in definition.arms}
 
 
 def _contains(range_: BaseDistribution, seed: int) -> bool:
