@@ -109,8 +109,6 @@ BAD = [
     (["export", "nowhere", "--format", "peft", "--out", "new"], "run.json, but 'nowhere'"),
     (["inspect", "nowhere"], "a run's folder must contain run.json, but 'nowhere' does not."),
     (["reproduce", "full"], "a run's folder must contain run.json, but 'full' does not."),
-    (["reproduce"], "must have either a folder or `--trial SWEEP/ARM/NUMBER`"),
-    (["reproduce", "--trial", "full/lora/0"], "a sweep's folder must contain sweep.json, but 'full' does not."),
     (["train", "data.train=https://me:open-sesame@host/a.csv", "data=table"], "but got 'https://***@host/a.csv'."),
     (["sweep", "mini.yaml", "model.path=https://me:open-sesame@host"], "`model.path` must not contain a password"),
     (["train", "method.rnk=4"], "`method.rnk` is not a setting. Did you mean `method.rank`?"),

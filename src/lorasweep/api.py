@@ -35,7 +35,7 @@ from lorasweep.report import write_report
 from lorasweep.report.recommend import read_recommended
 from lorasweep.report.tensorboard import write_run_hparams
 from lorasweep.results import RunResult, SweepResult, load_run, load_sweep
-from lorasweep.runs.comparison import SweepReproduction, compare_sweeps
+from lorasweep.runs.reproduce import SweepReproduction, compare_sweeps
 from lorasweep.sweep.checks import (
     check_definition,
     find_metric,
@@ -307,7 +307,7 @@ def reproduce_sweep(
         reason = f"had `worker={worker}`" if worker != "local" else "grew, and its proposals depend on when it did"
         raise ConfigError(
             f"a sweep must have had one worker and not have grown to be reproduced as a whole, but {str(folder)!r} "
-            f"{reason}. Reproduce a trial with `--trial SWEEP/ARM/NUMBER`."
+            f"{reason}. Reproduce one of its runs."
         )
     torch.set_num_threads(record.threads or torch.get_num_threads())
     if output is not None:

@@ -129,16 +129,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     export_parser.add_argument("--format", required=True, choices=["peft", "merged"])
     export_parser.add_argument("--out", type=Path, metavar="D", required=True, help="a new or empty folder")
-    export_parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="type of merged weights")
     inspect_parser = add(inspect, "show how much of its rank a run used, from its weights")
     inspect_parser.add_argument(
         "folder", type=Path, metavar="RUN", help="folder of a run, or of a sweep: its best runs"
     )
     reproduce_parser = add(reproduce, "run a run or a sweep again from its record and compare the results")
-    reproduce_parser.add_argument(
-        "folder", type=Path, nargs="?", metavar="RUN|SWEEP", help="folder of a run, or of a whole sweep"
-    )
-    reproduce_parser.add_argument("--trial", metavar="SWEEP/ARM/NUMBER", help="a trial of a sweep instead of RUN")
+    reproduce_parser.add_argument("folder", type=Path, metavar="RUN|SWEEP", help="folder of a run, or of a whole sweep")
     reproduce_parser.add_argument("--tolerance", type=float, metavar="T", help="maximum relative difference")
     reproduce_parser.add_argument("--steps", type=int, metavar="N", help="compare the first N steps only")
     reproduce_parser.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/reproduce/NAME")
@@ -310,7 +306,7 @@ def export(arguments: argparse.Namespace) -> int:
     if not (run / RUN_FILE).is_file() and any((one / SWEEP_FILE).is_file() for one in (run, run.parent)):
         run, described = find_recommended_run(run)
         say(f"exporting {described}: {run}")
-    written = export_run(run, format=arguments.format, out=arguments.out, dtype=arguments.dtype, trust=arguments.trust)
+    written = export_run(run, format=arguments.format, out=arguments.out, trust=arguments.trust)
     say(f"{arguments.format}, {written.dtype}, {format_bytes(written.num_bytes)}: {arguments.out}")
     if written.largest_logit is not None:
         say(
@@ -345,14 +341,11 @@ def reproduce(arguments: argparse.Namespace) -> int:
     with quick_imports():
         from lorasweep import api
         from lorasweep.record import SWEEP_FILE
-        from lorasweep.results import find_trial
         from lorasweep.runs.reproduce import reproduce_run
         from lorasweep.training.stop_signal import StopSignal
 
-    if (arguments.folder is None) == (arguments.trial is None):
-        raise ConfigError("`lorasweep reproduce` must have either a folder or `--trial SWEEP/ARM/NUMBER`.")
     api.prepare_environment()
-    folder = find_trial(arguments.trial) if arguments.folder is None else arguments.folder
+    folder = arguments.folder
     if (folder / SWEEP_FILE).is_file():
         return _reproduce_sweep(arguments)
     with StopSignal() as stop, api.claim_reproduction_folder(folder, arguments.output) as output:

@@ -232,21 +232,3 @@ def load_run(folder: str | Path) -> RunResult:
         RecordError: The folder is not a run, or its record is damaged.
     """
     return RunResult(folder=Path(folder), record=read_run(Path(folder)))
-
-
-def find_trial(name: str) -> Path:
-    """Returns the run's folder of a trial that is named `SWEEP/ARM/NUMBER`.
-
-    Raises:
-        ConfigError: The sweep has no such trial.
-        RecordError: SWEEP is not a sweep's folder.
-    """
-    path = Path(name)
-    result = load_sweep(path.parent.parent)
-    for trial in result.trials:
-        if (trial.arm, str(trial.number)) == (path.parent.name, path.name):
-            return get_run_folder(result.folder, trial.run)
-    raise ConfigError(
-        f"`--trial` must be SWEEP/ARM/NUMBER of a trial that has started (arms: {', '.join(result.arms)}), "
-        f"but got {name!r}."
-    )

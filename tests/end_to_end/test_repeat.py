@@ -15,7 +15,7 @@ import yaml
 
 import lorasweep
 from lorasweep.record import read_run, read_steps, read_sweep
-from lorasweep.runs.comparison import compare_sweeps
+from lorasweep.runs.reproduce import compare_sweeps
 from lorasweep.sweep.controller.arm_trials import TRIAL_ATTRIBUTE
 
 from .conftest import TIMEOUT_S, read_trials, state_of, steps_of

@@ -17,8 +17,7 @@ from lorasweep.config.method import LoraConfig, MethodConfig
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.models.load import BaseModel, fingerprint_weights
 from lorasweep.record import ArmRow, SweepRecord, Trial, read_run, write_record
-from lorasweep.runs.spectra import Decomposition, decompose
-from lorasweep.runs.weight_updates import WeightUpdate
+from lorasweep.runs.weight_updates import Decomposition, WeightUpdate, decompose
 from lorasweep.training.inputs import RunInputs
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder

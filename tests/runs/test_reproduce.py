@@ -80,7 +80,6 @@ def test_the_first_step_that_differs_is_named(run, repeat):
     assert not found.holds
     assert [(one.step, one.name, one.recorded) for one in found.differences] == [(3, "loss", 1.0), (4, "loss", -7.0)]
     assert "different: first at step 3 loss was 1.0 and is " in found.describe()
-    assert "step 4 loss was -7.0" in found.describe()
     assert "no recorded hardware, software or data differs" in found.describe()
 
 

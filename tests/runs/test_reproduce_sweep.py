@@ -17,7 +17,7 @@ from lorasweep.record import (
     read_sweep,
     write_record,
 )
-from lorasweep.runs.comparison import compare_sweeps
+from lorasweep.runs.reproduce import compare_sweeps
 
 STEPS = [
     {"step": 1, "loss": 2.5, "lr": 0.01, "tokens_per_s": 100.0},

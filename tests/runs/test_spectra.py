@@ -10,8 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorasweep.runs.spectra import decompose, energy_rank, measure_layers, relative_norm
-from lorasweep.runs.weight_updates import WeightUpdate, read_weight_updates
+from lorasweep.runs.weight_updates import (
+    WeightUpdate,
+    decompose,
+    energy_rank,
+    measure_layers,
+    read_weight_updates,
+    relative_norm,
+)
 
 from .conftest import decompose_updates, lora
 

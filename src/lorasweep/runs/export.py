@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -42,8 +42,7 @@ from lorasweep.training.restore import (
 )
 
 ExportFormat = Literal["peft", "merged"]
-EXPORT_DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Types of the weights of a merged model, by name."""
+DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 PROBE_ROWS, PROBE_TOKENS = 8, 16
 """Size of the batch of random tokens whose logits are compared."""
 
@@ -69,7 +68,6 @@ def export_run(
     *,
     format: ExportFormat,
     out: Path,
-    dtype: str | None = None,
     trust: bool = False,
 ) -> Export:
     """Writes the best weights of a run for PEFT or transformers, with a model card.
@@ -78,25 +76,24 @@ def export_run(
         run: The run's folder.
         format: `peft` writes the adapter; `merged` writes the whole model, with the adapter merged, and its tokenizer.
         out: A new or empty folder; unchanged after an error.
-        dtype: A key of `EXPORT_DTYPES` for the weights of a merged model. None: the type of the base in the run.
         trust: Whether to run code or read a pickle that the run's settings name.
 
     Raises:
-        ConfigError: `out` is not empty, the base model can't be loaded, or the format or type does not fit the run.
+        ConfigError: `out` is not empty, the base model can't be loaded, or the format does not fit the run.
         RecordError: The folder has no run, its weights are missing or damaged, or the base model has changed.
         RunError: The files can't be written, or transformers loads different weights from them.
     """
     record = read_run(run)
     config = restore_config(record)
     refuse_code(config, trust=trust)
-    _check_request(config, format=format, out=out, dtype=dtype)
+    _check_request(config, format=format, out=out)
     check_kept_files(record, run, part="best")
     with create_folder_atomically(out) as folder:
         if format == "peft":
             _copy_adapter(config.model, run / "best", folder)
             export = Export(folder=out, dtype="fp32")
         else:
-            export = replace(_export_merged(record, config, run / "best", folder, dtype=dtype), folder=out)
+            export = replace(_export_merged(record, config, run / "best", folder), folder=out)
         card = build_card(record, config, run=run, format=format, dtype=export.dtype, repository=out.resolve().name)
         card.save(folder / CARD_FILE)
         num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -124,15 +121,8 @@ def create_folder_atomically(out: Path) -> Iterator[Path]:
         raise RunError(f"`--out` must be a folder that can be written to, but got {str(out)!r}: {error}.") from error
 
 
-def _check_request(config: RunConfig, *, format: ExportFormat, out: Path, dtype: str | None) -> None:
+def _check_request(config: RunConfig, *, format: ExportFormat, out: Path) -> None:
     method = config.method.name
-    if dtype is not None and dtype not in EXPORT_DTYPES:
-        raise ConfigError(f"`--dtype` must be one of {', '.join(EXPORT_DTYPES)}, but got {dtype!r}.")
-    if dtype is not None and format == "peft":
-        raise ConfigError(
-            f"`--dtype` must be left out with `--format peft`, because adapters are written in fp32, as they were "
-            f"trained, but got {dtype!r}."
-        )
     if config.model.factory is not None:
         raise ConfigError(
             f"a run must have a transformers model to be exported, but got `model.factory={config.model.factory}`. "
@@ -162,14 +152,14 @@ def _copy_adapter(config: ModelConfig, best: Path, folder: Path) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _export_merged(record: RunRecord, config: RunConfig, best: Path, folder: Path, *, dtype: str | None) -> Export:
+def _export_merged(record: RunRecord, config: RunConfig, best: Path, folder: Path) -> Export:
     """Writes the whole model, loads it again and compares the logits."""
     base, logits_of_run = restore_base(record, config), None
     if config.model.quantization != "none":
         # An adapter is merged into the unquantised weights. The run itself computed with the quantised weights.
         logits_of_run = compute_probe_logits(_restore(config, base, best))
         config, base = restore_unquantised_base(record, config)
-    kind, torch_dtype, fingerprint, logits = _write_merged(config, base, best, folder, dtype=dtype)
+    kind, torch_dtype, fingerprint, logits = _write_merged(config, base, best, folder)
     del base
     # `_write_merged` is a separate function, so that its models are freed before the merged model is loaded
     attention = {} if config.model.attention == "auto" else {"attn_implementation": config.model.attention}
@@ -182,46 +172,27 @@ def _export_merged(record: RunRecord, config: RunConfig, best: Path, folder: Pat
             f"a merged {kind.__name__} must load with the written weights, but transformers loads different weights. "
             "Use `--format peft`."
         )
-    names = {each: name for name, each in EXPORT_DTYPES.items()}
     original = logits if logits_of_run is None else logits_of_run
     return Export(
         folder=folder,
-        dtype=names.get(torch_dtype, str(torch_dtype)),
+        dtype=DTYPE_NAMES.get(torch_dtype, str(torch_dtype)),
         difference=float((compute_probe_logits(written) - original).abs().max()),
         largest_logit=float(original.abs().max()),
     )
 
 
 def _write_merged(
-    config: RunConfig, base: BaseModel, best: Path, folder: Path, *, dtype: str | None
+    config: RunConfig, base: BaseModel, best: Path, folder: Path
 ) -> tuple[type[PreTrainedModel], torch.dtype, str, Tensor]:
     model = _restore(config, base, best)
     logits = compute_probe_logits(model)
-    if dtype is not None:
-        _convert(model, torch.float32)  # first, so that merged weights are rounded once
     METHODS[config.method.name].merge(model)
-    if dtype is not None:
-        _convert(model, EXPORT_DTYPES[dtype])
     model.config.use_cache = True  # training switched it off
     with quiet_transformers():
         model.save_pretrained(folder)
         if base.tokenizer is not None:
             base.tokenizer.save_pretrained(folder)
     return type(model), model.dtype, fingerprint_weights(model), logits
-
-
-def _convert(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Converts all parameters of a model, in place. Buffers stay, as when transformers loads a model.
-
-    Raises:
-        ConfigError: A weight is too large for the type.
-    """
-    for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(dtype)
-        if not parameter.isfinite().all():
-            raise ConfigError(
-                f"`--dtype` must hold every weight, but one of `{name}` is not finite in {dtype}. Use bf16 or fp32."
-            )
 
 
 def _restore(config: RunConfig, base: BaseModel, best: Path) -> PreTrainedModel:

@@ -1,6 +1,6 @@
 """Measures the weight updates ΔW of finished runs: `lorasweep inspect RUN` or `lorasweep inspect SWEEP`.
 
-`weight_updates` reads ΔW from a model, `spectra` measures it, and this file writes and shows the results.
+`weight_updates` reads ΔW from a model and measures it, and this file writes and shows the results.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from lorasweep.lora.targets import plan_targets
 from lorasweep.methods import METHODS, copy_sharing_weights, draw_head
 from lorasweep.models.load import BaseModel
 from lorasweep.record import RunRecord, find_winners, get_run_folder, read_run, read_sweep
-from lorasweep.runs.spectra import LayerRow, decompose, measure_layers, relative_norm
-from lorasweep.runs.weight_updates import read_weight_updates
+from lorasweep.runs.weight_updates import LayerRow, decompose, measure_layers, read_weight_updates, relative_norm
 from lorasweep.training.restore import check_kept_files, refuse_code, restore_base, restore_config, restore_model
 from lorasweep.wording import UNKNOWN, format_share
 

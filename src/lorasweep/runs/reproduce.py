@@ -1,10 +1,11 @@
-"""Repeats a run from its record and compares it step by step: `lorasweep reproduce RUN`."""
+"""Repeats a run from its record and compares it step by step (`lorasweep reproduce RUN`), and compares two sweeps."""
 
 from __future__ import annotations
 
 import itertools
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,18 +13,19 @@ from typing import Any, Literal
 
 import torch
 
+from lorasweep.config.compose import dotted_items
 from lorasweep.config.redaction import HIDDEN
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError, Diverged, RecordError
 from lorasweep.models.attention import IMPLEMENTATIONS, AttentionChoice
-from lorasweep.record import STEPS_FILE, RunRecord, read_run
-from lorasweep.runs.comparison import Difference, Values, list_differences, list_possible_reasons, read_values
+from lorasweep.record import STEPS_FILE, RunRecord, SweepRecord, get_run_folder, read_run, read_steps, read_sweep
 from lorasweep.training.components import EVENT_LOGGER
 from lorasweep.training.inputs import RunInputs, build_inputs
 from lorasweep.training.module import check_run
 from lorasweep.training.restore import restore_config
 from lorasweep.training.run import never_stop, train_run
 from lorasweep.training.run_log import RunFolder
+from lorasweep.wording import shorten
 
 PACK_TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
 """Default tolerance for a run that was trained in a pack or by several processes. A run alone rounds sums differently.
@@ -31,6 +33,45 @@ The difference grows with the number of steps and with the learning rate. Over 6
 most 2e-7 in fp32 and 2e-3 in bf16. At too high a learning rate (3e-2) it was 1e-5 and 2e-2."""
 
 Verdict = Literal["identical", "within tolerance", "different", "interrupted"]
+Values = Mapping[tuple[int, str], float | None]
+"""Values by step and name (`loss`, `lr`, `validation loss`), in recorded order. None is NaN or infinite."""
+
+POSSIBLE_REASONS = (
+    *("data.train.fingerprint", "data.validation.fingerprint", "base.fingerprint"),
+    # A pack adds in another order, which changes rounding. With `shared_draws`, its slots share the random numbers of
+    # attention's dropout.
+    *("pack.slots", "pack.shared_draws"),
+    *("platform.precision", "platform.device", "platform.gpu", "platform.cuda", "platform.cudnn"),
+    *("batching.micro_batches", "batching.attention.name", "packages.torch"),
+    *("platform.processes", "platform.strategy", "platform.processor", "platform.instructions", "platform.threads"),
+    *("platform.matmul_precision", "environment", "packages", "platform", "code"),
+)
+"""Parts of a run's record, outside its settings, that may change its losses, the most likely reason first."""
+MISSING = "missing"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A recorded value that is missing or different in the repetition."""
+
+    step: int
+    name: str
+    recorded: float | None
+    repeated: float | None
+    """None is NaN, infinite or missing."""
+
+    @property
+    def relative(self) -> float:
+        """The difference divided by the larger value; infinite if a value is NaN, infinite or missing."""
+        if self.recorded is None or self.repeated is None:
+            return math.inf
+        return abs(self.recorded - self.repeated) / max(abs(self.recorded), abs(self.repeated))
+
+    def describe(self) -> str:
+        """Returns a clause: `at step 3 loss was 1.5 and is 1.6 (a relative difference of 0.0625)`."""
+        before, after = ("no finite number" if x is None else repr(x) for x in (self.recorded, self.repeated))
+        clause = f"at step {self.step} {self.name} was {before} and is {after}"
+        return f"{clause} (a relative difference of {self.relative:.2g})" if self.relative < math.inf else clause
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,22 +103,18 @@ class Reproduction:
         num_steps = sum(name == "loss" for _, name in self.recorded)
         num_evaluations = len({step for step, name in self.recorded if name.startswith("validation ")})
         compared = f"{num_steps} steps and {num_evaluations} evaluations of {self.run} and {self.folder}"
-        largest = max(self.differences, key=lambda difference: difference.relative, default=None)
         if self.verdict == "interrupted":
             return f"interrupted: {self.folder} has the steps so far"
         if self.verdict == "identical":
             return f"identical: {compared} are the same, bit for bit"
         if self.verdict == "within tolerance":
+            largest = max(self.differences, key=lambda difference: difference.relative, default=None)
             detail = f"the largest difference: {largest.describe()}" if largest else "weights differ in bits"
             return f"within a tolerance of {self.tolerance:g}: {compared}; {detail}"
-        clauses = []
         first = next((difference for difference in self.differences if difference.relative > self.tolerance), None)
-        if first is None or largest is None:
-            clauses = [f"every logged value is the same, but weights differ in {', '.join(self.other_weights)}"]
-        else:
+        clauses = [f"every logged value is the same, but weights differ in {', '.join(self.other_weights)}"]
+        if first is not None:
             clauses = [f"first {first.describe()}"]
-            if first.relative < largest.relative:
-                clauses.append(f"the largest {largest.describe()}")
         if self.failure is not None:
             clauses.append(f"it ended because {self.failure.rstrip('.')}")
         lines = [f"different: {'; '.join(clauses)}: {self.folder}", "no recorded hardware, software or data differs"]
@@ -233,3 +270,107 @@ def _build_inputs(config: RunConfig, record: RunRecord) -> RunInputs:
         return build_inputs(config)
     inputs = build_inputs(replace(config, model=replace(config.model, attention=name)))
     return replace(inputs, attention=AttentionChoice(name, "as in the repeated run"))
+
+
+def read_values(run: Path, *, up_to: int | None = None) -> Values:
+    """Returns loss and learning rate of each step of a run, and every metric of each evaluation.
+
+    Args:
+        run: The run's folder.
+        up_to: The last step to return; None returns all.
+    """
+    values: dict[tuple[int, str], float | None] = {}
+    for row in read_steps(run):
+        if up_to is not None and row["step"] > up_to:
+            continue
+        named: dict[str, Any] = {name: row[name] for name in ("loss", "lr") if name in row}
+        named |= {f"validation {name}": value for name, value in row.get("validation", {}).items()}
+        for name, value in named.items():
+            values[row["step"], name] = float(value) if value is not None and math.isfinite(value) else None
+    return values
+
+
+def list_differences(recorded: Values, repeated: Values) -> list[Difference]:
+    """Returns the values that differ, in recorded order. Values that only the repetition has are ignored."""
+    return [
+        Difference(step=step, name=name, recorded=value, repeated=repeated.get((step, name)))
+        for (step, name), value in recorded.items()
+        if repeated.get((step, name), MISSING) != value
+    ]
+
+
+def list_possible_reasons(recorded: RunRecord, repeated: RunRecord) -> list[str]:
+    """Returns a clause for each part of the surroundings that differs, the most likely reason first."""
+    before, after = _flatten_surroundings(recorded), _flatten_surroundings(repeated)
+    different = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    ordered = dict.fromkeys(
+        name for part in POSSIBLE_REASONS for name in different if f"{name}.".startswith(f"{part}.")
+    )
+    return [f"`{name}` was {shorten(before.get(name))} and is {shorten(after.get(name))}" for name in ordered]
+
+
+def _flatten_surroundings(record: RunRecord) -> dict[str, Any]:
+    groups = {name: getattr(record, name) for name in {reason.partition(".")[0] for reason in POSSIBLE_REASONS}}
+    return {name: value for name, value in dotted_items(groups) if not isinstance(value, Mapping)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepReproduction:
+    """The comparison of a sweep with its repetition."""
+
+    folder: Path
+    """The new sweep's folder."""
+    num_runs: int
+    """Number of runs of all stages: trials, and runs of the confirm stage."""
+    difference: str | None
+    """The first difference in a clause: trial or run, step, key and both values."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the two sweeps are identical."""
+        return self.difference is None
+
+    def describe(self) -> str:
+        if self.difference is None:
+            return f"identical: all {self.num_runs} runs, their decisions, losses and scores: {self.folder}"
+        return f"different: {self.difference}: {self.folder}"
+
+
+def compare_sweeps(first: Path, second: Path) -> SweepReproduction:
+    """Compares proposals, decisions, losses of every step and scores of two sweeps, trial by trial.
+
+    Args:
+        first: Folder of the sweep that was reproduced.
+        second: Folder of the new sweep.
+
+    Raises:
+        RecordError: A sweep has no record, or the record is damaged.
+    """
+    before, after = read_sweep(first), read_sweep(second)
+    parts = zip(_list_parts(before, first), _list_parts(after, second), strict=False)
+    difference = next(
+        (
+            f"{place} was {one.get(place, 'nothing')!r} and is {other.get(place, 'nothing')!r}"
+            for one, other in parts
+            for place in {**one, **other}
+            if one.get(place, "nothing") != other.get(place, "nothing")
+        ),
+        None,
+    )
+    return SweepReproduction(folder=second, num_runs=len(before.trials) + len(before.confirm), difference=difference)
+
+
+def _list_parts(record: SweepRecord, folder: Path) -> Iterator[dict[str, Any]]:
+    """Yields the values that a repetition must have too, part by part. Each value has its place in words as key."""
+    keys = ("metric", "direction", "confirm_seeds")
+    yield {f"sweep: `{key}`": getattr(record, key) for key in keys}
+    yield {f"{row.subject}: `{key}`": value for row in record.settings for key, value in row.params.items()}
+    for name, rows in (("trials", record.trials), ("confirm runs", record.confirm)):
+        yield {f"sweep: `number of {name}`": len(rows)}
+        for row in rows:
+            is_trial = row.stage == "search"
+            where = f"trial {row.arm}-{row.number}" if is_trial else f"confirm run {row.subject} seed {row.seed}"
+            yield {f"{where}: `{key}`": value for key, value in row.params.items()}
+            logged = read_values(get_run_folder(folder, row.run))
+            yield {f"{where}, step {step}: `{key}`": logged[step, key] for step, key in sorted(logged)}
+            yield {f"{where}: `{key}`": getattr(row, key) for key in ("state", "value")}
