@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 
 from lorasweep.sweep.definition.arms import read_definition
+from lorasweep.sweep.definition.sweep_file import find_sweep_file
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "claims.py"))
-SWEEPS = Path(__file__).parents[2] / "sweeps"
 CLAIMS, STATEMENTS = SCRIPT["CLAIMS"], SCRIPT["STATEMENTS"]
 
 
 @pytest.mark.parametrize("name", CLAIMS)
 def test_the_sweep_of_a_claim_is_valid_and_has_a_frozen_base(name):
     sweep, *overrides = CLAIMS[name]
-    assert read_definition(SWEEPS / f"{sweep}.yaml", overrides).arms[0].name == "frozen"
+    assert read_definition(find_sweep_file(sweep), overrides).arms[0].name == "frozen"
 
 
 SUBJECTS = [

@@ -73,7 +73,7 @@ def find_sweep_file(name: str) -> Path:
 def list_sweep_files() -> dict[str, Path]:
     """Returns the files of all sweeps by name. A file in the current folder replaces a packaged file."""
     folders = (packaged_folder("sweeps"), Path.cwd() / "sweeps")
-    return {path.stem: path for folder in folders for path in folder.glob("*.yaml") if path.is_file()}
+    return {path.stem: path for folder in folders for path in folder.rglob("*.yaml") if path.is_file()}
 
 
 def read_content(source: Path | Mapping[str, Any]) -> Any:
