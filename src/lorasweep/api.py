@@ -50,8 +50,7 @@ from lorasweep.sweep.definition.sweep_file import find_sweep_file
 from lorasweep.sweep.draft import draft_definition
 from lorasweep.sweep.fit import fit_minutes
 from lorasweep.sweep.plan import GroupPlan, plan_sweep
-from lorasweep.sweep.progress import report_status, show_progress
-from lorasweep.sweep.status import SweepStatus
+from lorasweep.sweep.status import SweepStatus, report_status, show_progress
 from lorasweep.sweep.workers.train import check_workers, train_sweep
 from lorasweep.training.inputs import InputsCache, build_inputs
 from lorasweep.training.module import check_run

@@ -11,7 +11,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -95,7 +94,6 @@ def build_parser() -> argparse.ArgumentParser:
     sweep_parser.add_argument(*("-c", "--cfg"), choices=["job"], help="print all settings of all arms, train nothing")
     status_parser = add(status, "show the arms of a sweep and the best trial so far")
     status_parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the sweep")
-    status_parser.add_argument("--follow", action="store_true", help="update until the sweep ends, or Ctrl-C")
     train_parser = add(train, "train one run, or a grid of runs with -m; a Hydra app")
     add_overrides(train_parser, "FILE key=value", "settings of the run; FILE is a YAML file of settings")
     train_parser.add_argument(
@@ -211,14 +209,9 @@ def sweep(arguments: argparse.Namespace) -> int:
 
 
 def status(arguments: argparse.Namespace) -> int:
-    from lorasweep.sweep.progress import show_until_over
     from lorasweep.sweep.status import read_status, render_status
 
-    console = EscapingConsole()
-    if arguments.follow:
-        with suppress(KeyboardInterrupt):  # the display ends, the sweep continues
-            show_until_over(arguments.folder, console)
-    console.print(render_status(read_status(arguments.folder)))
+    EscapingConsole().print(render_status(read_status(arguments.folder)))
     return DONE
 
 

@@ -10,14 +10,13 @@ import time
 import pytest
 from rich.console import Console
 
-import lorasweep.sweep.progress as progress_file
-from lorasweep.record import read_sweep, write_record
+import lorasweep.sweep.status as status_file
+from lorasweep.record import read_sweep
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
-from lorasweep.sweep.progress import report_status, show_progress, show_until_over
+from lorasweep.sweep.status import report_status, show_progress
 
 from .conftest import Killed
-from .test_status import confirm_row, setting, sweep_record, trial
 from .test_status import folder as folder
 from .test_status import running as running
 
@@ -45,18 +44,6 @@ def test_an_error_of_a_callers_function_is_not_hidden(running, monkeypatch):
     assert str(errors[0].exc_value) == "my disk is full"
 
 
-@pytest.fixture
-def at_once(monkeypatch):
-    """Looks as often as it can."""
-    monkeypatch.setattr(progress_file, "POLL_INTERVAL_S", 0.001)
-
-
-def in_background(folder, console):
-    thread = threading.Thread(target=show_until_over, args=(folder, console), daemon=True)
-    thread.start()
-    return thread
-
-
 def wait_for(condition):
     deadline = time.monotonic() + 60
     while not condition():
@@ -64,52 +51,14 @@ def wait_for(condition):
         time.sleep(0.005)
 
 
-def test_following_shows_the_table_until_the_sweep_is_complete(running, at_once):
+def test_a_terminal_shows_a_table_also_where_the_folder_is_away_for_a_while(running, monkeypatch):
+    monkeypatch.setattr(status_file, "POLL_INTERVAL_S", 0.001)
     output = io.StringIO()
-    thread = in_background(running, Console(file=output, force_terminal=True, width=120))
-    wait_for(lambda: "made_up: bits_per_byte" in output.getvalue())
-    assert thread.is_alive()
-    write_record(sweep_record(status="complete"), running)
-    thread.join(60)
-    assert not thread.is_alive()
-
-
-def test_following_without_a_terminal_prints_a_line_for_each_trial_that_ends(running, at_once):
-    output = io.StringIO()
-    thread = in_background(running, Console(file=output, width=200))
-    time.sleep(0.05)
-    assert output.getvalue() == ""  # what had ended before is in the table that `status` shows
-    ended = [
-        *(trial(0, "complete", 1.5), trial(1, "pruned", 1.8), trial(2, "complete", 1.4), trial(3, "paused", 1.7)),
-        *(trial(4, "infeasible"), trial(5, "failed")),
-    ]
-    write_record(sweep_record(trials=ended), running)
-    wait_for(lambda: output.getvalue().count("\n") == 2)
-    time.sleep(0.05)
-    seeds = [confirm_row(7, "complete", 1.6), confirm_row(8, "running")]
-    rows = {"settings": [setting()], "confirm": seeds, "confirm_seeds": [7, 8], "looks": [2]}
-    write_record(sweep_record(trials=ended, **rows, status="complete"), running)
-    thread.join(60)
-    lines = output.getvalue().splitlines()
-    assert lines.pop(2).startswith("confirm: ")
-    assert lines == [
-        "lora 4/6  complete     1.4000  method.rank=3",
-        "lora 5/6  failed            -  method.rank=6",
-        "lora 1/2  complete     1.6000  method.rank=1 seed=7",
-    ]
-
-
-def test_following_goes_on_where_the_folder_is_away_for_a_while(running, at_once):
-    output = io.StringIO()
-    thread = in_background(running, Console(file=output, force_terminal=True, width=120))
-    wait_for(lambda: output.getvalue())
-    os.rename(running / "sweep.json", running / "away.json")
-    time.sleep(0.05)
-    assert thread.is_alive()
-    os.rename(running / "away.json", running / "sweep.json")
-    write_record(sweep_record(status="complete"), running)
-    thread.join(60)
-    assert not thread.is_alive()
+    with show_progress(running, Console(file=output, force_terminal=True, width=120)):
+        os.rename(running / "sweep.json", running / "away.json")
+        time.sleep(0.05)
+        os.rename(running / "away.json", running / "sweep.json")
+        wait_for(lambda: "made_up: bits_per_byte" in output.getvalue())
 
 
 def test_a_sweep_in_this_process_is_shown_with_a_line_per_run(begin, work, runs, content):

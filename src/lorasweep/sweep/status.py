@@ -1,21 +1,24 @@
-"""Shows the state of a sweep as a table, for `lorasweep status` and the live display of `lorasweep sweep`.
+"""Shows the state of a sweep: a table for `lorasweep status`, and while it runs a live table or plain lines.
 
-It only reads the sweep's record, so it can show a sweep that other processes train. It takes no lock, and writes no
-file.
+This file only reads the sweep's record, so it can show a sweep that other processes train. It takes no lock, and writes
+no file.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from rich.box import SIMPLE
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -39,6 +42,8 @@ MAX_SHOWN_RUNS = 16
 """Maximum number of running trials that are listed below the table."""
 MIN_SHOWN_AGE_S = 5.0
 """The table says how old the record is from this age on, in seconds."""
+POLL_INTERVAL_S = 1.0
+"""Seconds between two reads of a sweep's record."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +90,6 @@ class SweepStatus:
     arms: tuple[ArmStatus, ...]
 
     @property
-    def is_over(self) -> bool:
-        """Whether the sweep is complete, or no process runs it."""
-        return self.record.status == "complete" or not self.is_running
-
-    @property
     def seconds_left(self) -> float | None:
         """Estimated seconds for the remaining trainings, from the mean so far; None before the first one has ended."""
         stages = [stage for arm in self.arms if arm.is_trained for stage in arm.stages]
@@ -121,7 +121,7 @@ def render_status(status: SweepStatus) -> RenderableType:
     if shares := measure_stage_occupancy(record):
         listed = ", ".join(f"{stage} {format_share(share)}" for stage, share in shares.items())
         notes.append(f"share of the packs' slots that trained: {listed}")
-    if not status.is_over:
+    if status.is_running and record.status != "complete":
         notes += _describe_running_trials(record)
         left = status.seconds_left
         expected = "" if left is None else f", about {format_seconds(left)} left at this pace"
@@ -142,16 +142,11 @@ def list_ended_runs(record: SweepRecord) -> list[Trial]:
     return [trial for trial in (*record.trials, *record.confirm) if not trial.is_live]
 
 
-def describe_confirm_stage(record: SweepRecord) -> str:
-    """Returns a line that says what the confirm stage does."""
-    return f"confirm: {describe_confirmation(record.looks)}"
-
-
 def _describe_running_trials(record: SweepRecord) -> Iterator[str]:
     steps_of = {arm.name: arm.steps for arm in record.arms}
     running = [row for row in (*record.trials, *record.confirm) if row.state == "running"]
     if record.confirm:
-        yield describe_confirm_stage(record)
+        yield f"confirm: {describe_confirmation(record.looks)}"
     for row in running[:MAX_SHOWN_RUNS]:
         params = row.shown_params
         steps = params.get("trainer.max_steps", steps_of.get(row.arm))
@@ -229,3 +224,102 @@ def _count_runs(rows: Sequence[Trial], *, asked: int) -> StageCounts:
         pruned=states["pruned"],
         failed=states["failed"] + states["infeasible"],
     )
+
+
+class ProgressDisplay:
+    """Shows each status that it is called with. Removes the live table at the end of the `with` block."""
+
+    def __init__(self, console: Console, *, verbose: bool = False) -> None:
+        """`verbose` also prints the sweep's notes."""
+        self._console = console
+        self._verbose = verbose
+        self._status: SweepStatus | None = None
+        self._shown_runs: set[str] = set()
+        """Runs that had ended before the first status or whose line is printed."""
+        self._shown_warnings: set[str] = set()
+        self._live = Live(console=console, get_renderable=self._render, transient=True)
+
+    def __enter__(self) -> ProgressDisplay:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def __call__(self, status: SweepStatus) -> None:
+        """Prints new warnings and, without a terminal, a line for each run that ended since the last status."""
+        if self._status is None:
+            self._shown_runs = {row.run for row in list_ended_runs(status.record)}
+            self._print(f"sweep {status.record.name} in {status.folder}")
+            for note in status.record.notes if self._verbose else ():
+                self._print(f"• {note}")
+        self._status = status
+        for warning in status.record.warnings:
+            if warning not in self._shown_warnings:
+                self._shown_warnings.add(warning)
+                self._print(f"warning: {warning}")
+        if not self._console.is_terminal:
+            for line in self._new_lines(status):
+                self._print(line)
+
+    def _render(self) -> RenderableType:
+        return "" if self._status is None else render_status(self._status)
+
+    def _print(self, line: str) -> None:
+        self._console.print(escape(line), highlight=False, soft_wrap=True)
+
+    def _new_lines(self, status: SweepStatus) -> Iterator[str]:
+        """Yields a line for each run that ended and has no line yet: `lora 4/6  complete  1.4  optim.lr=0.01`."""
+        record, ended = status.record, list_ended_runs(status.record)
+        stages = ("search", "confirm")
+        asked = {(stage, arm.name): getattr(arm, stage).asked for arm in status.arms for stage in stages}
+        done = Counter((row.stage, row.arm) for row in ended if row.run in self._shown_runs)
+        for row in ended:
+            if row.run in self._shown_runs:
+                continue
+            stage = row.stage, row.arm
+            if row.stage == "confirm" and not any(name == "confirm" for name, _ in done):
+                yield f"confirm: {describe_confirmation(record.looks)}"
+            done[stage] += 1
+            self._shown_runs.add(row.run)
+            score = "-" if row.value is None else f"{row.value:.4f}"
+            params = describe_params(row.shown_params)
+            yield f"{row.arm} {done[stage]}/{asked[stage]}  {row.state:<10} {score:>8}  {params}"
+
+
+@contextmanager
+def show_progress(folder: Path, console: Console, *, verbose: bool = False) -> Iterator[None]:
+    """Shows a sweep on a console during the block, in which the caller trains it."""
+    with ProgressDisplay(console, verbose=verbose) as display, report_status(folder, display):
+        yield
+
+
+@contextmanager
+def report_status(folder: Path, on_status: Callable[[SweepStatus], None]) -> Iterator[None]:
+    """Calls a function with the sweep's status: once at the start, then about once a second, and once at the end."""
+
+    def read() -> SweepStatus:
+        return replace(read_status(folder), is_running=True)  # a controller on Ray may not have opened the sweep yet
+
+    stop = threading.Event()
+
+    def poll() -> None:
+        is_last = False
+        while not is_last:
+            is_last = stop.wait(POLL_INTERVAL_S)  # the last call is after the stop, so that it shows the end
+            status = None
+            with suppress(RecordError, OSError):  # for example while the folder is moved
+                status = read()
+            if status is not None:
+                on_status(status)  # outside of `suppress`: an OSError of the user's own function is shown
+
+    on_status(read())  # not in the thread, so that the sweep is shown before any trial has ended
+    thread = threading.Thread(target=poll)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
