@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lorasweep.config.build import as_settings, build
-from lorasweep.config.components import Component, argument_names, find_class, instantiate
+from lorasweep.config.components import Component, find_class, instantiate
 from lorasweep.errors import ConfigError
 
 PRUNER = optuna.pruners.BasePruner
@@ -108,11 +108,6 @@ def test_a_package_that_is_missing_is_named_with_its_install_command(monkeypatch
             key="logger.wandb",
             expected=lightning.pytorch.loggers.Logger,
         )
-
-
-def test_the_names_of_a_class_arguments_are_found():
-    assert argument_names(PERCENTILE, key="pruner")[0][0] == "percentile"
-    assert argument_names("lightning.pytorch.loggers.WandbLogger", key="logger")[1]
 
 
 def test_settings_of_a_part_are_the_same_after_a_round_trip():

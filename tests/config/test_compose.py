@@ -22,7 +22,6 @@ from lorasweep.config.compose import (
     default_options,
     group_options,
     hydra_session,
-    known_keys,
     layer_settings,
     packaged_folder,
 )
@@ -37,11 +36,6 @@ def test_a_setting_of_peft_is_set_alone_or_with_the_whole_mapping():
     assert compose_run(settings).method.config == {**whole, "r": 16}
     with pytest.raises(ConfigError, match=r"`method.config` is not a setting"):
         compose_run({"method.config.r": 16})
-
-
-def test_a_run_has_the_values_of_conf():
-    config = compose_run({})
-    assert (config.model.name, config.method.name, config.trainer.max_steps) == ("tiny", "lora", 150)
 
 
 def test_options_of_groups_and_dotted_keys_are_set_together():
@@ -114,12 +108,6 @@ def test_every_setting_of_a_run_that_is_a_list_is_known():
     assert found | {"targets"} == {setting.rpartition(".")[2] for setting in LIST_SETTINGS}  # it may be a text too
 
 
-def test_lists_and_mappings_are_set_whole():
-    config = compose_run({"method.targets": ["q_proj", "v_proj"], "method.rank_pattern": {"q_proj": 4}})
-    assert config.method.targets == ("q_proj", "v_proj")
-    assert config.method.rank_pattern == {"q_proj": 4}
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -142,29 +130,8 @@ def test_a_key_or_value_that_is_wrong_is_refused(settings, message):
         compose_run(settings)
 
 
-def test_a_message_is_one_line():
-    with pytest.raises(ConfigError) as caught:
-        compose_run({"seed": "${nothing}"})
-    assert "\n" not in str(caught.value)
-
-
-def test_a_sweep_setting_is_no_setting_of_a_run():
-    with pytest.raises(ConfigError, match=r"`sampler.startup_trials` is not a setting."):
-        compose_run({"sampler.startup_trials": 3})
-
-
-def test_a_sweep_has_the_values_of_conf():
-    sweep_config = compose_sweep({"pruner": "none"})
-    assert (sweep_config.sampler.name, sweep_config.pruner.name, sweep_config.sweep.trials) == ("gp", "none", None)
-
-
 def test_interpolations_follow_what_was_set():
     assert compose_values("train", {"seed": 3})["seeds"] == {"init": 3, "data_order": 3, "dropout": 3}
-
-
-def test_known_keys_are_those_of_the_chosen_options():
-    assert "method.rank" in known_keys({"method": "lora"})
-    assert "method.rank" not in known_keys({"method": "full"})
 
 
 @pytest.mark.parametrize(
@@ -255,9 +222,3 @@ def test_a_conf_file_has_one_line_for_every_setting_and_no_other(primary, group,
     if written.pop("defaults", None):  # it says what differs from another file
         names = [name for name in names if name in list(written)]
     assert sorted(written) == sorted(names)
-
-
-@pytest.mark.parametrize("key", ["\ud800\udc00", "a\0b", "../conf", "é"])
-def test_a_key_that_names_no_folder_is_refused_as_any_other(key):
-    with pytest.raises(ConfigError, match="is not a setting"):
-        compose_run({key: 1})

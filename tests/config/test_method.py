@@ -21,22 +21,14 @@ def test_defaults_in_python_are_those_of_conf(config):
     ("settings", "message"),
     [
         ({"rank": 0}, "`method.rank >= 1` must hold, but got 0"),
-        ({"rank": True}, "`method.rank` .*, but got True"),
-        ({"rank": 2.0}, "`method.rank` .*, but got 2.0"),
         ({"rank_pattern": {"q_proj": 0}}, "`method.rank_pattern.q_proj >= 1` must hold, but got 0"),
         ({"alpha": -1.0}, "`method.alpha >= 0` must hold, but got -1.0"),
-        ({"alpha": math.nan}, "`method.alpha` must be a finite number, but got nan"),
         ({"alpha": math.inf}, "`method.alpha` must be a finite number, but got inf"),
         ({"alpha_pattern": {"q_proj": -1.0}}, "`method.alpha_pattern.q_proj >= 0` must hold, but got -1.0"),
         ({"dropout": 1.0}, "`method.dropout < 1` must hold, but got 1.0"),
         ({"targets": ()}, "`method.targets` .* Use `all-linear`"),
         ({"targets": ""}, "`method.targets` .* Use `all-linear`"),
-        ({"scaling": "alpha"}, "`method.scaling` must be one of .*, but got 'alpha'"),
-        ({"init": "zero"}, "`method.init` must be one of .*, but got 'zero'"),
-        ({"variant": "x"}, "`method.variant` must be one of .*, but got 'x'"),
-        ({"bias": "some"}, "`method.bias` must be one of .*, but got 'some'"),
         ({"layers": (-1,)}, "`method.layers >= 0` must hold, but got -1"),
-        ({"layers": (True,)}, "`method.layers` .*, but got True"),
         ({"init": "orthogonal", "rank": 3}, "`method.rank` must be even with `method.init=orthogonal`, but got 3"),
         ({"init": "pissa", "alpha": 0.0}, "`method.alpha > 0` must hold with `method.init=pissa`, but got 0"),
     ],
@@ -46,10 +38,6 @@ def test_a_setting_out_of_range_is_refused(settings, message):
         build(LoraConfig, settings, key="method")
     with pytest.raises(ValueError, match=next(iter(settings))):
         LoraConfig(**settings)
-
-
-def test_an_alpha_of_zero_is_the_base_model():
-    assert LoraConfig(alpha=0.0).alpha == 0.0
 
 
 def test_settings_can_be_keys_although_they_hold_mappings():

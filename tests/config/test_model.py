@@ -46,10 +46,6 @@ def test_a_revision_without_a_path_is_refused():
         make(factory="own:build", path=None, revision="v1")
 
 
-def test_factory_may_take_its_tokenizer_from_a_path():
-    assert make(factory="own.models:build", revision="v1").path == "owner/name"
-
-
 @pytest.mark.parametrize("method", ["full", "head", "bitfit", "intrinsic"])
 def test_a_method_that_trains_weights_of_the_base_needs_them_unquantised(method):
     settings = {"model.quantization": "nf4", "method": method}
@@ -71,7 +67,3 @@ def test_no_model_of_conf_allows_a_risk(file):
     assert config.name == file.stem
     assert not config.allow_pickle
     assert not config.trust_remote_code
-
-
-def test_kind_of_a_ready_model_can_be_changed():
-    assert compose_run({"model": "gpt2", "model.kind": "classifier"}).model.kind == "classifier"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorasweep.config.redaction import is_secret_name, redact
+from lorasweep.config.redaction import redact
 
 PASSWORD = "open-sesame-42"
 
@@ -28,8 +28,3 @@ def test_values_of_variables_named_like_secrets_are_hidden_wherever_they_stand(m
     monkeypatch.setenv("CREDENTIALS_FILE", "/home/me/secret.json")
     value = {"said": [f"x{PASSWORD}y", 3, None], "other": "short and /home/me/secret.json"}
     assert redact(value) == {"said": ["x***y", 3, None], "other": "short and /home/me/secret.json"}
-
-
-@pytest.mark.parametrize(("name", "is_secret"), [("HF_TOKEN", True), ("DB_PASSWORD", True), ("OMP_NUM_THREADS", False)])
-def test_names_of_secret_variables(name, is_secret):
-    assert is_secret_name(name) is is_secret

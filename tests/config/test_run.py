@@ -13,33 +13,13 @@ from lorasweep.errors import ConfigError
     [
         ("model.path", "", "`model.path` must name a folder or hub id, but is empty."),
         ("data.block_length", 1, "`data.block_length >= 2` must hold, but got 1."),
-        ("data.max_validation_blocks", 0, "`data.max_validation_blocks >= 1` must hold, but got 0."),
-        ("data.max_test_blocks", -1, "`data.max_test_blocks >= 1` must hold, but got -1."),
         ("optim.lr", 0.0, "`optim.lr > 0` must hold, but got 0.0."),
-        ("optim.lr", -1e-3, "`optim.lr > 0` must hold, but got -0.001."),
         ("optim.lr", float("inf"), "`optim.lr` must be a finite number, but got inf."),
-        ("optim.lr", float("nan"), "`optim.lr` must be a finite number, but got nan."),
-        ("optim.lr_ratio_head", 0.0, "`optim.lr_ratio_head > 0` must hold, but got 0.0."),
-        ("optim.layer_decay", 1.5, "`optim.layer_decay <= 1` must hold, but got 1.5."),
-        ("trainer.early_stop_evaluations", 0, "`trainer.early_stop_evaluations >= 1` must hold, but got 0."),
-        ("optim.lr_ratio_b", 0.0, "`optim.lr_ratio_b > 0` must hold, but got 0.0."),
         ("optim.weight_decay", -0.1, "`optim.weight_decay >= 0` must hold, but got -0.1."),
-        ("optim.eps", -1e-8, "`optim.eps >= 0` must hold, but got -1e-08."),
-        ("optim.beta1", 1.0, "`optim.beta1 < 1` must hold, but got 1.0."),
-        ("optim.beta2", -0.1, "`optim.beta2 >= 0` must hold, but got -0.1."),
-        ("optim.clip_norm", 0.0, "`optim.clip_norm > 0` must hold, but got 0.0."),
         ("schedule.warmup_fraction", 1.0, "`schedule.warmup_fraction < 1` must hold, but got 1.0."),
         ("trainer.max_steps", 0, "`trainer.max_steps >= 1` must hold, but got 0."),
-        ("trainer.batch_size", 0, "`trainer.batch_size >= 1` must hold, but got 0."),
-        ("trainer.accumulate", 0, "`trainer.accumulate >= 1` must hold, but got 0."),
         ("trainer.accumulate", 17, "`trainer.accumulate <= trainer.batch_size` must hold, but got 17 and 16."),
-        ("trainer.devices", 0, "`trainer.devices >= 1` must hold, but got 0."),
-        ("trainer.num_nodes", 0, "`trainer.num_nodes >= 1` must hold, but got 0."),
-        ("trainer.eval_batch_size", 0, "`trainer.eval_batch_size >= 1` must hold, but got 0."),
-        ("trainer.eval_every_steps", 0, "`trainer.eval_every_steps >= 1` must hold, but got 0."),
-        ("seeds.init", -1, r"`seeds.init >= 0` must hold, but got -1."),
         ("seeds.data_order", 2**32, r"`seeds.data_order < 4294967296` must hold, but got 4294967296."),
-        ("seeds.dropout", -1, r"`seeds.dropout >= 0` must hold, but got -1."),
         ("seed", -1, r"`seed >= 0` must hold, but got -1."),
     ],
 )
@@ -69,9 +49,3 @@ def test_what_can_not_be_sharded_is_refused(settings, key):
 def test_one_seed_sets_every_seed_that_is_not_set_by_itself():
     seeds = compose_run({"seed": 5, "seeds.dropout": 7}).seeds
     assert (seeds.init, seeds.data_order, seeds.dropout) == (5, 5, 7)
-
-
-def test_null_lifts_a_limit():
-    config = compose_run({"optim.clip_norm": None, "data.max_validation_blocks": None})
-    assert config.optim.clip_norm is None
-    assert config.data.max_validation_blocks is None

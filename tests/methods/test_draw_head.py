@@ -11,11 +11,8 @@ from transformers import BertConfig, BertForSequenceClassification, RobertaConfi
 
 from lorasweep.config.method import FrozenConfig, FullConfig, HeadConfig, LoraConfig
 from lorasweep.errors import ConfigError
-from lorasweep.lora import inject_packed_lora, lora_layers, set_dropout_streams
 from lorasweep.lora.fully_trained import trained_modules
-from lorasweep.lora.inject import replace_dropout
-from lorasweep.lora.packed.layers import packed_layers
-from lorasweep.methods import METHODS, add_head_to_modules_to_save, copy_sharing_weights, draw_head
+from lorasweep.methods import METHODS, copy_sharing_weights, draw_head
 from lorasweep.models.load import BaseModel, fingerprint_weights
 
 SIZES = {
@@ -123,41 +120,3 @@ def test_head_is_rounded_to_the_base_and_trains_in_fp32(base):
         assert all(
             parameter.dtype == torch.float32 and parameter.requires_grad for parameter in module.trained.parameters()
         )
-
-
-def test_names_of_a_head_mean_no_other_module():
-    config = add_head_to_modules_to_save(LoraConfig(modules_to_save=("embed",)), ["score", "bert.pooler"])
-    assert config.modules_to_save == ("embed", "re:score", r"re:bert\.pooler")
-    assert add_head_to_modules_to_save(config, ()) is config
-
-
-def solo(base, config, seed):
-    model = copy_sharing_weights(base.model)
-    METHODS["lora"].prepare(
-        model, config, generator=torch.Generator().manual_seed(seed), new_head_names=base.new_head_names
-    )
-    replace_dropout(model)
-    return model
-
-
-def test_pack_with_heads_gives_the_logits_and_gradients_of_its_runs(base):
-    methods, seeds = [LoraConfig(rank=2, dropout=0.1), LoraConfig(rank=4)], (7, 8)
-    model = copy_sharing_weights(base.model)
-    inject_packed_lora(
-        model,
-        [add_head_to_modules_to_save(method, base.new_head_names) for method in methods],
-        generators=[torch.Generator().manual_seed(seed) for seed in seeds],
-        prepare_copy=start(base),
-    )
-    set_dropout_streams(model, [torch.Generator().manual_seed(seed) for seed in (1, 2)])
-    logits = model.train()(input_ids=TOKENS.repeat(2, 1)).logits
-    logits.square().sum().backward()
-    for slot, (method, seed) in enumerate(zip(methods, seeds, strict=True)):
-        alone = solo(base, method, seed)
-        torch.manual_seed(slot + 1)
-        expected = alone.train()(input_ids=TOKENS).logits
-        expected.square().sum().backward()
-        torch.testing.assert_close(logits[4 * slot : 4 * slot + 4], expected)
-        layers = lora_layers(alone)
-        for name, layer in packed_layers(model).items():
-            torch.testing.assert_close(layer.layers[slot].lora_a.grad, layers[name].lora_a.grad)

@@ -147,36 +147,6 @@ def test_gradient_through_a_model_is_that_of_finite_differences():
     assert torch.autograd.gradcheck(forward, trained)
 
 
-def test_with_all_dimensions_a_planted_linear_problem_is_solved_as_by_full():
-    torch.manual_seed(0)
-    model = nn.Linear(8, 8, bias=False)
-    x, planted = torch.randn(64, 8), torch.randn(8, 8)
-    y = x @ (model.weight + planted).detach().T
-
-    def fit(trained, parameters, *, steps=400):
-        optimizer = torch.optim.LBFGS(parameters, max_iter=steps, tolerance_grad=1e-9, tolerance_change=0.0)
-
-        def closure():
-            optimizer.zero_grad()
-            loss = (trained(x) - y).square().mean()
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
-        return float((trained(x) - y).detach().square().mean())
-
-    whole = copy.deepcopy(model)
-    floor = fit(whole, whole.parameters())
-    start = float((model(x) - y).detach().square().mean())
-    assert floor < 1e-6 * start
-    losses = {}
-    for dim in (16, 32, 64):
-        prepared = prepare_any(model.requires_grad_(False), IntrinsicConfig(dim=dim, form="did"))
-        losses[dim] = fit(prepared, [find_intrinsic_parameters(prepared).coordinates])
-    assert losses[64] < 1e-6 * start  # 64 numbers are as many as the weights
-    assert losses[16] > losses[32] > 0.1 * start  # fewer leave out what lies outside their subspace
-
-
 def test_tied_weights_share_their_change():
     model = prepare(make_base(tied=True), "intrinsic", config=DID)
     set_coordinates(model)

@@ -165,12 +165,6 @@ def test_dropout_is_set_in_its_modules(load):
     assert load("build").model.drop.p == 0.5
 
 
-def test_dropout_without_effect_is_refused(load):
-    with pytest.raises(ConfigError, match=r"`model.dropout` .* but got 0.1"):
-        load("build_plain", dropout=0.1)
-    assert load("build_plain", dropout=0.0).num_parameters == 6
-
-
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -12,9 +12,7 @@ from lorasweep.data.tasks import Classification
 from lorasweep.errors import ConfigError
 from lorasweep.models.load import load_base
 from lorasweep.sweep.checks import check_definition, find_metric, list_notes, score_constant_answer
-from lorasweep.sweep.controller.stages import build_rule
 from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.definition.warnings import find_warnings
 from lorasweep.training.inputs import InputsCache, RunInputs
 
 
@@ -91,30 +89,6 @@ def test_a_rule_that_cant_be_is_refused_with_its_arm(write_file, content, tiny_i
         check_definition(definition, tiny_inputs)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
-
-
-@pytest.mark.parametrize(("rungs", "every", "expected"), [([0.5, 0.99], 2, (4,)), ([0.5], 8, ())])
-def test_a_rung_without_an_evaluation_before_the_end_is_left_out(write_file, content, rungs, every, expected):
-    content["settings"] |= {"pruner": "halving", "pruner.rungs": rungs, "trainer.eval_every_steps": every}
-    definition = read_definition(write_file(content), [])
-    rules = [build_rule(arm) for arm in definition.arms if arm.name != "frozen"]
-    assert {getattr(rule, "rungs", None) for rule in rules} == {expected}
-    warned = [warning for warning in find_warnings(definition) if "trainer.eval_every_steps" in warning]
-    assert len(warned) == (not expected)
-
-
-def test_the_frozen_base_needs_no_rung(write_file, content, tiny_inputs):
-    content["settings"] |= {"pruner": "halving"}
-    content["arms"] = {"frozen": content["arms"]["frozen"]}
-    content["arms"]["frozen"]["settings"]["trainer.eval_every_steps"] = 8
-    check_definition(read_definition(write_file(content), []), tiny_inputs)
-
-
-def test_a_search_that_leaves_no_seed_is_refused(write_file, content, tiny_inputs):
-    content["settings"]["confirm.seeds"] = 2
-    content["arms"]["lora"]["space"]["seed"] = {"low": 0, "high": 2**32 - 1}
-    with pytest.raises(ConfigError, match="needs 2 seeds"):
-        check_definition(read_definition(write_file(content), []), tiny_inputs)
 
 
 def test_test_data_that_cannot_be_read_is_refused_before_the_search(write_file, content, tiny_inputs):

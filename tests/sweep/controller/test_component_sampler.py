@@ -78,12 +78,6 @@ def test_what_a_sampler_keeps_of_the_study_is_handed_to_it_again():
     assert len(set(rates)) == 9
 
 
-def test_every_combination_comes_once_from_brute_force():
-    space = {"method.rank": CategoricalDistribution([1, 4]), "trainer.max_steps": IntDistribution(1, 3)}
-    params, _ = search(named("optuna.samplers.BruteForceSampler"), trials=6, space=space)
-    assert len({tuple(p.values()) for p in params}) == 6
-
-
 def test_paused_running_and_infeasible_trials_are_shown_as_they_are():
     seen = {}
 

@@ -9,7 +9,6 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from tests.sweep.controller.conftest import ask_for_proposal, make_arm, make_trial
 
-from lorasweep.config.components import Component
 from lorasweep.config.sweep import FixedSampler, ModelBasedSampler
 from lorasweep.sweep.controller.encoding import SpaceEncoding
 from lorasweep.sweep.controller.rate_law import build_rate_law
@@ -137,15 +136,6 @@ def test_sobol_points_have_every_octave_of_u_and_every_rank_once_per_group():
     for start in range(0, 64, len(RANKS)):
         ranks = [encoding.decode(point)["method.rank"] for point in points[start : start + len(RANKS)]]
         assert sorted(ranks) == RANKS
-
-
-def test_a_rate_that_is_fixed_in_a_users_sampler_is_a_learning_rate():
-    sampler = Component(
-        target="optuna.samplers.PartialFixedSampler",
-        arguments={"fixed_params": {"optim.lr": 3e-3}, "base_sampler": {"_target_": "optuna.samplers.RandomSampler"}},
-    )
-    params = ask_for_proposal(make_arm(RANK_AND_RATE, sampler), [])
-    assert params["optim.lr"] == pytest.approx(3e-3)
 
 
 def test_a_model_does_not_repeat_a_rate_that_was_moved_into_its_range():

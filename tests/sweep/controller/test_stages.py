@@ -6,7 +6,7 @@ import pytest
 from tests.sweep.conftest import Killed
 
 import lorasweep.sweep.workers.worker as worker_file
-from lorasweep.errors import ConfigError, Diverged, OutOfMemory, WorkerError
+from lorasweep.errors import ConfigError, Diverged, OutOfMemory
 from lorasweep.record import read_run, read_sweep
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
 
@@ -114,14 +114,6 @@ def test_a_stopped_sweep_ends_with_exactly_its_seeds(begin, work, runs, confirmi
     finish(stopped.path, stop_at=None if stop_at == 1 else stop_at + 1)
     assert rows_of(stopped.path) == rows_of(whole.path)
     assert sorted(runs.scored) == sorted(row.run.removeprefix("runs/") for row in read_sweep(whole.path).confirm)
-
-
-def test_a_complete_sweep_that_is_taken_up_again_scores_nothing(begin, work, runs, confirming):
-    folder = begin(confirming)
-    assert work(folder)
-    before, begun, scored = rows_of(folder.path), len(runs.begun), len(runs.scored)
-    assert work(reopen_sweep(folder.path))
-    assert (rows_of(folder.path), len(runs.begun), len(runs.scored)) == (before, begun, scored)
 
 
 def test_a_run_that_was_scored_but_not_told_is_neither_trained_nor_scored_again(
@@ -250,17 +242,6 @@ def test_a_run_that_cannot_be_scored_is_a_row_with_its_reason(begin, work, runs,
     folder = begin(confirming, "sweep.max_failures=100")
     assert work(folder)
     assert {(row.state, row.reason) for row in read_sweep(folder.path).confirm} == {("infeasible", "2 GiB")}
-
-
-def test_too_many_runs_in_a_row_that_cannot_be_scored_stop_the_sweep(begin, work, runs, confirming):
-    def score_on_test(record):
-        raise OSError("no space left on device")
-
-    runs.score_on_test = score_on_test
-    folder = begin(confirming, "sweep.max_failures=2")
-    with pytest.raises(WorkerError, match=r"fewer than 2 trials in a row may fail .* no space left on device"):
-        work(folder)
-    assert read_sweep(folder.path).status == "interrupted"
 
 
 def test_an_arm_without_a_complete_trial_is_left_out_and_said_so(begin, work, runs, confirming):

@@ -208,25 +208,3 @@ def test_a_value_that_never_fits_in_memory_is_left_out_with_a_warning(begin, wor
     assert list(count_seeds(folder.path)) == [name for name in SUBJECTS if name != "lora-rank-4"]
     (warning,) = [said for said in read_sweep(folder.path).warnings if "lora-rank-4" in said]
     assert "skips" in warning
-
-
-def test_a_sweep_that_grows_keeps_the_runs_of_former_settings(begin, work, runs, asking):
-    set_scores(runs)
-    folder = begin(asking)
-    assert work(folder)
-    before = read_sweep(folder.path)
-    runs.score = lambda config, step: abs(config.optim.lr - 0.05)  # the trials that are added have another best rate
-    assert work(reopen_sweep(folder.path, changes={"arms.lora.trials": 16}))
-    record = read_sweep(folder.path)
-    assert [row for row in record.confirm if row in before.confirm] == before.confirm
-    assert len({row.run for row in record.confirm}) == len(record.confirm)
-    former, now = (
-        {row.subject: (row.setting, row.params) for row in found.settings if row.arm == "lora"}
-        for found in (before, record)
-    )
-    changed = [name for name in now if now[name] != former[name]]
-    assert changed
-    assert not {now[name][0] for name in changed} & {number for number, _ in former.values()}
-    for name in now:
-        seeds = [row.seed for row in record.confirm if (row.subject, row.setting_number) == (name, now[name][0])]
-        assert seeds == record.confirm_seeds[:3]

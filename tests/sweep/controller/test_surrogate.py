@@ -92,10 +92,3 @@ def test_choices_without_an_order_are_equally_far_apart():
     placed = Coordinates(space, NO_LAW).place([{"method.targets": name} for name in space["method.targets"].choices])
     distances = [np.linalg.norm(placed[first] - placed[second]) for first, second in ((0, 1), (0, 2), (1, 2))]
     assert distances == pytest.approx([1 / 1.5] * 3)
-
-
-def test_a_choice_of_zero_has_a_place():
-    space = {"method.alpha": CategoricalDistribution([0, 8, 32])}
-    placed = Coordinates(space, NO_LAW).place([{"method.alpha": value} for value in (0, 8, 32)])
-    assert np.isfinite(placed).all()
-    assert len({*placed[:, 0]}) == 3
