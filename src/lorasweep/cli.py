@@ -186,7 +186,7 @@ def sweep(arguments: argparse.Namespace) -> int:
     with quick_imports():
         from lorasweep import api
         from lorasweep.sweep.controller.lifecycle import saved_definition
-        from lorasweep.sweep.definition.describe import describe_definition
+        from lorasweep.sweep.definition.arms import describe_definition
 
     name, overrides = _split_name(arguments.overrides)
     progress: Literal["auto", "verbose"] = "verbose" if arguments.verbose else "auto"

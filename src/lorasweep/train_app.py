@@ -23,6 +23,7 @@ from lorasweep.config.compose import (
     describe_hydra_error,
     layer_settings,
     packaged_folder,
+    refuse_secrets,
 )
 from lorasweep.config.redaction import redact
 from lorasweep.console import say, say_error
@@ -62,6 +63,7 @@ def run_train_app(arguments: argparse.Namespace, *, show_result: ShowResult, sho
         flags = _list_hydra_flags(arguments)
         if flags and file_settings:  # Hydra would show the settings without those of the file
             raise ConfigError(f"`{flags[0]}` must be used without a file of settings or `--from`.")
+        refuse_secrets(parse_overrides(run))  # because Hydra prints the overrides of a job that fails
         is_grid, codes = arguments.multirun, [0]
 
         def train_job(_: Any) -> float | None:

@@ -148,7 +148,7 @@ def compose_run(settings: Mapping[str, Any], *, require_all: bool = True) -> Run
 def build_run(values: Mapping[str, Any]) -> RunConfig:
     """Returns the settings of one run from the values that `compose_values` composed; errors as in `compose_run`."""
     values = {key: value for key, value in values.items() if key not in ("output", "resume")}
-    _refuse_secrets(values)
+    refuse_secrets(values)
     return build(RunConfig, values)
 
 
@@ -157,7 +157,7 @@ def compose_sweep(settings: Mapping[str, Any]) -> SweepConfig:
     return build(SweepConfig, compose_values("sweep", settings))
 
 
-def _refuse_secrets(values: Mapping[str, Any]) -> None:
+def refuse_secrets(values: Mapping[str, Any]) -> None:
     """Raises ConfigError if a setting holds a secret: a record never keeps it, so the run could not be repeated."""
     texts = {key: value for key, value in dotted_items(values) if isinstance(value, str)}
     for key, redacted in redact(texts).items():

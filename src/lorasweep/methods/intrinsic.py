@@ -1,20 +1,16 @@
 """`intrinsic`: trains d coordinates of a random subspace of all weights (arXiv 1804.08838; 2012.13255, sections 3, 4).
 
-The intrinsic dimension of a task is the smallest d with which training reaches 90 % of the performance of full
-fine-tuning. The random projection P from the d coordinates to the weights is never built. It is a product of random
-signs and a Hadamard transform (Ailon and Chazelle 2009, "The fast Johnson-Lindenstrauss transform"):
+The projection P from the d coordinates to the weights is never built. It is a product of random signs and a Hadamard
+transform (Ailon and Chazelle 2009, "The fast Johnson-Lindenstrauss transform"):
 
     P = S H G / √d      for each block of n weights
 
 n is the smallest power of two ≥ d (and at least 8). H is the Hadamard matrix (n × n). S and G are diagonal matrices of
-random signs, other ones for each block. They are stored as two bits per weight.
+random signs, other ones for each block, stored as two bits per weight. Every entry of P is ±1/√d, so a step of size η
+in each of the d numbers moves each weight by about η, for any d.
 
-Every entry of P is ±1/√d and every row has length 1. So a step of size η in each of the d numbers moves each weight by
-about η, for any d. Within whole blocks, the columns are orthogonal.
-
-*Differs* from Fastfood (Le, Sarlós and Smola 2013: H G Π H B with normal G), which both papers use. P has one Hadamard
-transform instead of two, random signs instead of normal numbers, and exactly orthogonal columns. The papers' columns
-have length 1, so their learning rates are √(D/d) times ours and depend on d.
+*Differs* from Fastfood (Le, Sarlós and Smola 2013), which both papers use: one Hadamard transform instead of two, and
+signs instead of normal numbers. Columns of P have length √(D/d) instead of 1, so learning rates do not depend on d.
 """
 
 from __future__ import annotations
@@ -45,12 +41,9 @@ WEIGHTS_PER_CHUNK = 2**18
 class IntrinsicMethod(Method):
     """Trains all weights θ in a random subspace: θ = θ0 + P θ_d (`did`).
 
-    With `said`, each layer i also trains a scale λ_i: θ_i = θ0_i + λ_i P_i θ_(d-m). m is the number of layers.
-
-    Only θ_d and λ are trained. They are saved with the seed of P. A new head is a part of θ: its θ0 are drawn values.
-
-    Each forward pass computes every weight in fp32 and rounds it once to the base's dtype, in which the model runs.
-    Until the end of the backward pass, the computed weights take as much memory as the base.
+    With `said`, each layer i of m also trains a scale λ_i: θ_i = θ0_i + λ_i P_i θ_(d-m). θ_d and λ are saved with the
+    seed of P. Each forward pass computes every weight in fp32 and rounds it once to the base's dtype. Until the end of
+    the backward pass, the computed weights take as much memory as the base.
     """
 
     name = "intrinsic"
@@ -60,16 +53,12 @@ class IntrinsicMethod(Method):
         """Raises a ConfigError if d is above the number of weights, or with `said` not above the number of layers."""
         assert isinstance(config, IntrinsicConfig)
         layers = find_layers(model)
-        num_weights, num_layers = sum(weight.numel() for layer in layers for weight in layer), len(layers)
-        if config.dim > num_weights:
+        num_weights = sum(weight.numel() for layer in layers for weight in layer)
+        num_scales = len(layers) if config.form == "said" else 0
+        if not num_scales < config.dim <= num_weights:
             raise ConfigError(
-                f"`method.dim` must be at most {num_weights}, the number of weights, but got {config.dim!r}. "
-                "Lower `method.dim`, or use `method=full`."
-            )
-        if config.form == "said" and config.dim <= num_layers:
-            raise ConfigError(
-                f"`method.dim` must be more than {num_layers}, the number of layers, with `method.form=said`, "
-                f"but got {config.dim!r}. Raise `method.dim`, or use `method.form=did`."
+                f"`{num_scales} < method.dim <= {num_weights}` must hold with `method.form={config.form}` (the "
+                f"scales of `said`, one per layer, and the number of weights), but got {config.dim!r}."
             )
 
     def _make_trainable(self, model: nn.Module, config: Any, *, generator: torch.Generator, **_: Any) -> None:
@@ -93,8 +82,7 @@ class IntrinsicMethod(Method):
     def trainable_groups(self, model: nn.Module, *, lr_ratio_b: float) -> list[ParameterGroup]:
         """Returns the coordinates as one group, and the scales as a group with √(D/d) times the learning rate.
 
-        In the paper, both have the same learning rate, because the columns of P have length 1. Here they have length
-        √(D/d).
+        The factor is the length of P's columns, which is 1 in the paper.
         """
         intrinsic = find_intrinsic_parameters(model)
         groups = [ParameterGroup(name="intrinsic", params=(intrinsic.coordinates,), lr_factor=1.0)]
@@ -127,30 +115,25 @@ class IntrinsicMethod(Method):
 
 
 class IntrinsicParameters(nn.Module):
-    """The trained parameters of `intrinsic`, and the seed of the projection.
-
-    Attributes:
-        coordinates: θ_d with `did`, θ_(d-m) with `said`; initially zeros.
-        scales: λ, one per layer, initially ones; None with `did`.
-        seed: Seed of the signs, below 2^32, because torch's CPU generator uses only 32 bits of it.
-        block: n, the number of weights per block of the projection.
-        updates: The weight updates that are computed from these parameters.
-    """
+    """The trained parameters of `intrinsic`, and the seed of the projection."""
 
     seed: Tensor
 
     def __init__(self, config: IntrinsicConfig, *, num_scales: int) -> None:
         super().__init__()
-        self.coordinates = nn.Parameter(torch.zeros(config.dim - num_scales))
+        self.coordinates = nn.Parameter(torch.zeros(config.dim - num_scales))  # θ_d with `did`, θ_(d-m) with `said`
         self.scales = nn.Parameter(torch.ones(num_scales)) if num_scales else None
-        self.register_buffer("seed", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("seed", torch.zeros((), dtype=torch.int64))  # 32 bits, as torch's CPU generator
         self.block = max(SIGNS_PER_BYTE, 1 << (len(self.coordinates) - 1).bit_length())
         self.updates: tuple[ProjectedUpdate, ...] = ()
 
     def draw_projection(self) -> None:
+        """Draws the bits of G and of S for each weight."""
         generator = torch.Generator().manual_seed(int(self.seed))
         for update in self.updates:
-            update.draw_signs(generator)
+            num_bytes = -(-update.num_weights // self.block) * self.block // SIGNS_PER_BYTE
+            signs = torch.randint(0, 256, (2, num_bytes), dtype=torch.uint8, generator=generator)
+            update.signs = signs.to(update.signs.device)
 
 
 class ProjectedUpdate(nn.Module):
@@ -164,12 +147,6 @@ class ProjectedUpdate(nn.Module):
         self.layer = layer
         self.num_weights = weight.numel()
         self.register_buffer("signs", torch.empty(0, dtype=torch.uint8, device=weight.device), persistent=False)
-
-    def draw_signs(self, generator: torch.Generator) -> None:
-        """Draws the bits of G and of S for this weight."""
-        num_bytes = -(-self.num_weights // self.intrinsic.block) * self.intrinsic.block // SIGNS_PER_BYTE
-        signs = torch.randint(0, 256, (2, num_bytes), dtype=torch.uint8, generator=generator)
-        self.signs = signs.to(self.signs.device)
 
     def forward(self, weight: Tensor) -> Tensor:
         intrinsic = self.intrinsic
@@ -185,10 +162,8 @@ def add_projection(
 ) -> Float[Tensor, "*shape"]:
     """Returns base + S H G vector in the shape and dtype of `base`, computed in the wider dtype and rounded once.
 
-    Args:
-        base: Weights. Their values do not change.
-        vector: The vector to project, divided by √d and padded with zeros to n elements, a power of two.
-        signs: Bits of G and of S, for as many whole blocks of n weights as `base` needs.
+    `vector` is divided by √d and padded with zeros to n elements. `signs` has the bits of G and of S, for as many whole
+    blocks as `base` needs.
     """
     result: Tensor = _AddProjection.apply(base, vector, signs)  # type: ignore[no-untyped-call]
     return result
@@ -220,10 +195,7 @@ class _AddProjection(torch.autograd.Function):
 
 
 def apply_hadamard(x: Float[Tensor, "n columns"]) -> Float[Tensor, "n columns"]:
-    """Returns H x, computed in log2(n) steps of sums and differences. n must be a power of two.
-
-    H is not normalised: H H = n I.
-    """
+    """Returns H x, computed in log2(n) steps of sums and differences. H is not normalised: H H = n I."""
     size, half = len(x), 1
     while half < size:
         above, below = x.reshape(size // (2 * half), 2, -1).unbind(1)
@@ -243,10 +215,7 @@ def _unpack_signs(signs: UInt8[Tensor, "2 bytes"], vector: Float[Tensor, " n"]) 
 
 
 def find_layers(model: nn.Module) -> list[list[nn.Parameter]]:
-    """Returns the floating-point parameters of each block, and of each module outside the blocks, sorted by name.
-
-    A tied parameter appears once.
-    """
+    """Returns the floating-point parameters of each block and of each module outside the blocks; tied ones once."""
     layers: dict[str, list[nn.Parameter]] = {}
     for name, weight in sorted(model.named_parameters()):
         if weight.is_floating_point():

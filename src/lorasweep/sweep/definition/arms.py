@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
 from optuna.distributions import CategoricalDistribution
 
 from lorasweep.config.build import TARGET, as_settings
@@ -27,7 +28,7 @@ from lorasweep.config.compose import (
     is_hydra_override,
     layer_settings,
 )
-from lorasweep.config.method import flatten_alpha_over_rank
+from lorasweep.config.method import ALPHA_OVER_RANK, flatten_alpha_over_rank
 from lorasweep.config.ranges import is_number
 from lorasweep.config.run import METHODS_ON_QUANTISED_BASE, RunConfig
 from lorasweep.config.sweep import SweepConfig
@@ -36,6 +37,7 @@ from lorasweep.record import name_subject
 from lorasweep.sweep.definition.space import (
     MAX_GRID_COMBINATIONS,
     Space,
+    describe_space,
     list_corner_values,
     list_grid_values,
     parse_range,
@@ -177,6 +179,21 @@ def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Defini
         raw={"file": raw["file"], "overrides": dict(raw["overrides"])},
         source=source,
     )
+
+
+def describe_definition(definition: Definition) -> str:
+    """Returns a sweep as YAML: its own settings, and all settings of each arm's runs.
+
+    A swept key has its range as a value, in the form of a sweep file.
+    """
+    described = OmegaConf.create({"name": definition.name, **as_settings(definition.sweep_config), "arms": {}})
+    for arm in definition.arms:
+        settings = OmegaConf.create(as_settings(arm.corner_configs[0]))
+        multiplier = {key: value for key, value in arm.settings.items() if key == ALPHA_OVER_RANK}
+        for key, value in {**multiplier, **describe_space(arm.space)}.items():
+            OmegaConf.update(settings, key, value, merge=False)
+        described.arms[arm.name] = {"trials": arm.trials, **settings}
+    return OmegaConf.to_yaml(described)
 
 
 def _change_arms(content: Any, overrides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
