@@ -114,7 +114,7 @@ BAD = [
     (["train", "method.rnk=4"], "`method.rnk` is not a setting. Did you mean `method.rank`?"),
     (["train", "r=4"], "`r` is not a setting. PEFT's `r` is `method.rank` here."),
     (["train", "method.lora_alpha=4"], "`method.lora_alpha` is not a setting. PEFT's `lora_alpha` is `method.alpha`"),
-    (["train", "method.rank=1,2"], "Add `-m` to run each of several values"),
+    (["train", "method.rank=1,2"], "To sweep over it, add --multirun"),
     (["train", "model.path=embedded:big"], "`model.path` must name an embedded model (tiny), but got 'embedded:big'."),
     (["train", "output=full"], "`output` must be a new or empty folder, but 'full' is not."),
 ]

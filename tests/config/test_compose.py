@@ -69,7 +69,7 @@ def test_an_argument_without_a_class_is_no_setting(key):
 
 def test_dotted_keys_may_be_new_to_hydra():
     words = ["optim=sgd", "optim.nesterov=true", "+x.y=1", "~logger.csv", "seed=2"]
-    assert force_keys(words) == ["optim=sgd", "++optim.nesterov=true", "+x.y=1", "~logger.csv", "seed=2"]
+    assert force_keys(words) == ["optim=sgd", "++optim.nesterov=true", "+x.y=1", "~logger.csv", "++seed=2"]
 
 
 def test_an_entry_of_a_mapping_is_set_by_its_dotted_key():

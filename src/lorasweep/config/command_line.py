@@ -76,12 +76,13 @@ def sort_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str], list
 
 
 def force_keys(overrides: Sequence[str]) -> list[str]:
-    """Returns the overrides of a run with `++` before dotted keys, so that Hydra also takes keys that it does not know.
+    """Returns the overrides of a run with `++` before keys that are no groups, so that Hydra takes unknown ones too.
 
-    These are arguments of a component, and keys of the option that a file of settings chooses.
+    They are arguments of a component, keys of the option that a file of settings chooses, or wrong keys, for which
+    `compose_run` names the nearest one.
     """
     keys = [override.partition("=")[0] for override in overrides]
-    are_plain = ["." in key and key[0] not in "+~" for key in keys]
+    are_plain = [key[0] not in "+~" and "/" not in key and key not in default_options("train") for key in keys]
     return [f"++{override}" if is_plain else override for override, is_plain in zip(overrides, are_plain, strict=True)]
 
 
