@@ -13,7 +13,6 @@ from lorasweep.data.batching import (
     cut_by_length,
     draw_order,
 )
-from lorasweep.data.split import padding_fraction
 
 
 class LengthsOnly:
@@ -83,12 +82,6 @@ def test_micro_batches_hold_examples_of_like_length():
     assert cut_by_length([3, 2, 1, 0], lengths, sizes=[4]) == [[3, 2, 1, 0]]
 
 
-def test_the_step_weight_is_that_of_all_its_rows():
-    split = LengthsOnly([1, 1, 1], weights=[0.5, 2.0, 1.0])
-    for micro in StepBatchSampler(split, batch_size=3, num_steps=2, seed=0, accumulate=3):
-        assert micro.step_weight == 3.5
-
-
 @settings(max_examples=50, deadline=None)
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60), batch_size=st.integers(1, 8))
 def test_evaluation_has_every_example_once_within_the_budget(lengths, batch_size):
@@ -97,10 +90,3 @@ def test_evaluation_has_every_example_once_within_the_budget(lengths, batch_size
     assert len(sampler) == len(list(sampler))
     for micro in sampler:
         assert len(micro.indices) * max(lengths[n] for n in micro.indices) <= batch_size * max(lengths)
-
-
-def test_padding_is_the_share_of_positions_that_are_not_tokens():
-    lengths = torch.tensor([2, 4, 3])
-    assert padding_fraction(lengths, [[0, 1]]) == 1 - 6 / 8
-    assert padding_fraction(lengths, [[0], [1], [2]]) == 0
-    assert padding_fraction(lengths, []) == 0

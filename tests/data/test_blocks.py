@@ -1,13 +1,11 @@
 """Documents become token blocks that score every token once, and a bad split is named before anything is trained."""
 
-import math
-
 import pytest
 import torch
 import transformers
 from beartype import beartype
 from jaxtyping import jaxtyped
-from tests.tiny_tokenizer import END_OF_TEXT, load_tokenizer
+from tests.tiny_tokenizer import load_tokenizer
 
 from lorasweep.config.compose import compose_run
 from lorasweep.data import blocks as blocks_file
@@ -61,30 +59,10 @@ def test_group_of_a_block_is_the_document_of_the_first_token_that_it_predicts(to
     assert make_split(named, tokenizer).groups == ("one", "two", "c")
 
 
-def test_a_split_counts_bytes_and_tokens(tokenizer):
-    split = make_split(make_documents("añb", "cdef"), tokenizer)
-    assert split.describe() == {"documents": 2, "bytes": 8, "blocks": 2, "fingerprint": split.fingerprint}
-    assert math.isclose(split.bytes_per_token, 8 / 10)  # 8 bytes and 2 ends
-    assert split.lengths.tolist() == split.weights.tolist() == [4, 4]
-
-
-def test_targets_are_the_next_tokens(tokenizer):
-    batch = make_split(make_documents("abcdefgh"), tokenizer).batch([1, 0])
-    assert batch["input_ids"].tolist() == [[101, 102, 103, 104], [97, 98, 99, 100]]
-    assert batch["targets"].tolist() == [[102, 103, 104, END_OF_TEXT], [98, 99, 100, 101]]
-    assert set(batch) == {"input_ids", "targets"}
-
-
 def test_a_split_shorter_than_a_block_is_named(tokenizer):
     assert len(make_split(make_documents("abcd"), tokenizer)) == 1
     with pytest.raises(ConfigError, match=r"`data.block_length` .* 5 tokens of the train split"):
         make_split(make_documents("abcd"), tokenizer, block_length=5)
-
-
-def test_positions_start_anew_after_the_end_of_a_document():
-    tokens = torch.tensor([[7, 0, 7, 7, 0], [0, 0, 7, 7, 7], [7, 7, 7, 7, 7]])
-    expected = [[0, 1, 0, 1, 2], [0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
-    assert compute_document_positions(tokens, separator=0).tolist() == expected
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

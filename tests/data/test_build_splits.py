@@ -61,13 +61,6 @@ def conversations(name):
     return collect_examples(name, talks)
 
 
-def test_limits_of_validation_and_test_do_not_touch_training(tokenizer):
-    source, _ = make_source(documents, kind="documents")
-    settings = config(block_length=4, max_validation_blocks=3, max_test_blocks=2)
-    splits = build_splits(settings, source=source, tokenizer=tokenizer, model_kind="causal_lm")
-    assert [len(split) for split in (splits.train, splits.validation, splits.test())] == [20, 3, 2]
-
-
 def test_the_test_split_is_read_once_and_not_before_it_is_called_for(tokenizer):
     source, read = make_source(documents, kind="documents")
     splits = build_splits(config(block_length=4), source=source, tokenizer=tokenizer, model_kind="causal_lm")
@@ -167,9 +160,3 @@ def test_data_that_the_model_cant_learn_from_is_refused(tokenizer, read_examples
     source, _ = make_source(read_examples, kind=kind, label_names=("a", "b"))
     with pytest.raises(ConfigError, match=f"`model.kind` must be {wanted} for `data={data}`"):
         build_splits(config(data=data), source=source, tokenizer=tokenizer, model_kind=model_kind)
-
-
-def test_a_model_without_a_tokenizer_is_refused():
-    source, _ = make_source(documents, kind="documents")
-    with pytest.raises(ConfigError, match=r"`model\.factory` must return a tokenizer"):
-        build_splits(config(), source=source, tokenizer=None, model_kind="causal_lm")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lorasweep.config.command_line import parse_overrides
-from lorasweep.config.compose import compose_run, packaged_folder
+from lorasweep.config.compose import compose_run
 from lorasweep.data.reading import read_source
 
 GUIDE = (Path(__file__).parent.parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
@@ -36,8 +36,3 @@ def test_every_example_is_read(command, folder):
 @pytest.mark.parametrize("command", OTHER_COMMANDS)
 def test_every_command_without_files_is_valid(command):
     assert data_of(command).name == "own" or data_of(command).path
-
-
-@pytest.mark.parametrize("file", sorted((packaged_folder("conf") / "data").glob("*.yaml")), ids=lambda file: file.stem)
-def test_every_kind_of_data_is_in_the_guide(file):
-    assert f"{file.stem}`" in GUIDE

@@ -11,7 +11,6 @@ from torchmetrics.functional import auroc
 from torchmetrics.functional.classification import binary_average_precision, multilabel_f1_score
 
 from lorasweep.config.components import instantiate
-from lorasweep.config.compose import compose_run
 from lorasweep.config.data import MetricComponent
 from lorasweep.data.build_splits import check_own_parts
 from lorasweep.data.own_metric import build_own_metric
@@ -215,13 +214,3 @@ def test_a_loss_that_can_not_train_is_refused(task, target, settings):
         check_own_parts(
             type(task)(**(vars(task) | {"own_loss": build_loss(target, **settings)})), targets, num_outputs=3
         )
-
-
-def test_a_component_is_a_metric_of_every_kind_of_data_and_names_stay():
-    for data in ("table", "stdlib_docs", "chat", "own"):
-        given = {"data": data, "data.metric._target_": "torchmetrics.F1Score", "data.metric.task": "binary"}
-        needed = {"table": {"data.train": "a.csv"}, "chat": {"data.train": "a.jsonl"}}
-        own = {"own": {"data.factory": "a:b", "data.labels": ["x", "y"]}}
-        config = compose_run(given | needed.get(data, {}) | own.get(data, {}), require_all=False)
-        assert config.data.metric.target == "torchmetrics.F1Score"
-    assert compose_run({"data.metric": "loss"}).data.metric == "loss"

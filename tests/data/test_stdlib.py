@@ -7,7 +7,6 @@ from lorasweep.data.reading import read_source
 from lorasweep.data.stdlib import (
     assign_bucket,
     get_module_key,
-    join_docstrings,
     read_code,
     read_docs,
 )
@@ -38,12 +37,6 @@ def test_tests_of_held_out_modules_are_not_pretrained_on():
         get_module_key(document.name) for split in ("train", "validation", "test") for document in read_code(split)
     }
     assert pretrained.isdisjoint(held_out)
-
-
-def test_docstrings_come_in_the_order_of_the_file():
-    code = '"""Module."""\nclass A:\n    """Class."""\n    def f(self):\n        """Method."""\n'
-    assert join_docstrings(code) == "Module.\n\nClass.\n\nMethod."
-    assert join_docstrings("def broken(:") == ""
 
 
 def test_embedded_text_comes_as_documents_in_its_own_splits():

@@ -68,12 +68,6 @@ def test_a_spelled_out_special_token_is_text(tokenizer):
     assert rows(made) == [[*b"<|endoftext|>", END_OF_TEXT]]
 
 
-def test_a_tokenizer_without_an_end_is_refused(tokenizer):
-    tokenizer.eos_token = None
-    with pytest.raises(ConfigError, match="must have a tokenizer with an end-of-text token"):
-        tokenise_text(tokenizer, "text")
-
-
 def test_the_same_rows_come_from_the_cache(tokenizer, own_cache, monkeypatch):
     made = tokenise_text(tokenizer, "ab", "cde")
 

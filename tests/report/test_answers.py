@@ -10,20 +10,16 @@ import pytest
 
 from lorasweep.report import render_terminal, write_report
 from lorasweep.report.answers import AnswerLine
-from lorasweep.report.summary import Summary, summarize
+from lorasweep.report.summary import summarize
 from lorasweep.report.sweep_data import load_sweep_data
 from lorasweep.report.terminal import list_details
 
-from .conftest import build_rank_sweep, build_sweep, confirm_sweep, edit_json, scatter_seeds
+from .conftest import build_rank_sweep, build_sweep, confirm_sweep, edit_json
 from .test_terminal import shown
 
 
 def answers(sweep: Path) -> tuple[AnswerLine, ...]:
     return summarize(sweep).answers
-
-
-def verdicts(summary: Summary, name: str) -> dict[str, str]:
-    return {answer.subject: answer.verdict for answer in summary.data.evidence.answers if answer.name == name}
 
 
 def test_every_output_begins_with_the_same_lines(tmp_path: Path) -> None:
@@ -38,35 +34,6 @@ def test_every_output_begins_with_the_same_lines(tmp_path: Path) -> None:
     assert [entry["question"] for entry in summary.as_json()["answers"]] == [one.question for one in summary.answers]
     assert page.index('id="answers"') < page.index('id="use"')
     assert all(f"<dt>{line.question}</dt>" in page for line in summary.answers)
-
-
-def test_open_answers_say_why_and_what_would_settle_them(tmp_path: Path) -> None:
-    sweep = build_rank_sweep(tmp_path, {1: 1.9, 4: 1.665, 16: 1.662}, seeds=4, noise=0.0005)
-    scatter_seeds(sweep, "lora-rank-16", 0.012)
-    summary = summarize(sweep)
-    full, rank, _ = summary.answers
-    answer = summary.data.evidence.answer("as_good_as_full", "lora-rank-16")
-    assert answer
-    assert answer.verdict == "open"
-    assert not full.is_settled
-    assert full.text.startswith("Open: rank 16 keeps")
-    assert f"{answer.open_because}; {answer.to_settle} would probably settle it" in full.text
-    assert "more seeds would" in full.text
-    assert rank.text.startswith("Open: nothing below rank 16 is shown to be enough. Rank 4")
-    assert "Rank 1 is not enough." in rank.text
-    assert not any(one.is_settled for one in summary.recommended)
-
-
-def test_a_value_above_an_open_one_is_enough_and_the_choice_is_not_settled(tmp_path: Path) -> None:
-    sweep = build_rank_sweep(tmp_path, {4: 1.68, 16: 1.6625, 64: 1.662}, seeds=4, noise=0.0005)
-    scatter_seeds(sweep, "lora-rank-4", 0.012)
-    summary = summarize(sweep)
-    assert verdicts(summary, "smallest") == {"lora-rank-4": "open", "lora-rank-16": "sufficient"}
-    rank = summary.answers[1]
-    assert rank.text.startswith("Rank 16 is enough; whether rank 4 is enough is open")
-    assert not rank.is_settled
-    lora = next(one for one in summary.recommended if one.arm.startswith("lora"))
-    assert (lora.arm, lora.is_settled) == ("lora-rank-16", False)
 
 
 @pytest.mark.parametrize(

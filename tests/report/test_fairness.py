@@ -101,12 +101,6 @@ def test_two_complete_trials_more_are_fair_and_three_are_not(even: Path) -> None
         assert judge(even).is_fair is expected
 
 
-def test_reruns_do_not_count(even: Path, confirmed: Path) -> None:
-    full = judge(confirmed).arms[1]
-    before = judge(even).arms[1]
-    assert (full.trials_complete, full.tokens_trained) == (before.trials_complete, before.tokens_trained)
-
-
 def set_regret(sweep: Path, regret: float | None) -> None:
     edit_json(sweep / "sweep.json", lambda raw: [row.update(regret=regret) for row in raw["settings"]])
 

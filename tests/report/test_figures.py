@@ -11,8 +11,8 @@ import pytest
 
 from lorasweep.report.figures import panel as panels
 from lorasweep.report.figures.confirmed import draw_scores_by_value
-from lorasweep.report.figures.panel import choose_colours, pad_range, select_trials
-from lorasweep.report.figures.trials import draw_learning_curves, draw_score_by_lr
+from lorasweep.report.figures.panel import select_trials
+from lorasweep.report.figures.trials import draw_score_by_lr
 from lorasweep.report.sweep_data import SweepData, load_sweep_data
 
 from .conftest import build_rank_sweep, build_sweep, edit_json
@@ -47,21 +47,6 @@ def list_bars(figure: go.Figure) -> list[tuple[float, float]]:
     return [tuple(trace.y) for trace in figure.data if trace.mode == "lines" and trace.line.width == 4]
 
 
-def test_each_arm_keeps_one_colour_of_its_own(sweep: Path) -> None:
-    def add_arms(raw: dict[str, Any]) -> None:
-        raw["arms"] += [{**raw["arms"][1], "name": f"lora-{index}"} for index in range(20)]
-
-    before = choose_colours(load_sweep_data(sweep))
-    edit_json(sweep / "sweep.json", add_arms)
-    after = choose_colours(load_sweep_data(sweep))
-    assert before == {arm: after[arm] for arm in ("frozen", "lora", "full")}
-    assert len({after[f"lora-{index}"] for index in range(8)}) == 8
-
-
-def test_values_of_a_key_are_shades_of_their_own(ranked: SweepData) -> None:
-    assert len(set(choose_colours(ranked).values())) == 3 + len(RANK_SCORES)
-
-
 def test_diverged_score_does_not_flatten_the_others_and_is_counted(sweep: Path) -> None:
     def diverge(raw: dict[str, Any]) -> None:
         next(trial for trial in raw["trials"] if trial["arm"] == "lora")["value"] = 90.0
@@ -70,11 +55,6 @@ def test_diverged_score_does_not_flatten_the_others_and_is_counted(sweep: Path) 
     (figure,) = draw_score_by_lr(load_sweep_data(sweep)).figures
     assert figure.layout.yaxis.range[1] < 2.3
     assert "1 outside the range" in figure.layout.xaxis.title.text
-
-
-def test_a_range_ends_where_the_metric_ends() -> None:
-    assert pad_range(0.8, 0.99, limits=(0.0, 1.0))[1] == 1.0
-    assert pad_range(0.8, 0.8, limits=(0.0, 1.0)) == pytest.approx((0.76, 0.84))
 
 
 def test_dots_over_rank_are_the_means_on_test_data_and_rings_their_seeds(ranked: SweepData) -> None:
@@ -138,13 +118,6 @@ def test_without_confirm_each_the_arms_are_compared_and_without_full_bars_are_th
     assert list_bars(draw_scores_by_value(data).figures[0]) == [lora.interval]
 
 
-def test_nothing_confirmed_is_a_sentence(sweep: Path) -> None:
-    data = load_sweep_data(sweep)
-    panel = draw_scores_by_value(data)
-    assert panel.figures == ()
-    assert "Nothing was confirmed" in panel.text
-
-
 def test_learning_rates_of_each_arm_are_dots_and_its_best_a_ring(sweep: Path) -> None:
     data = load_sweep_data(sweep)
     (figure,) = draw_score_by_lr(data).figures
@@ -178,12 +151,6 @@ def test_an_arm_with_confirm_each_has_its_rates_by_value_and_predicted_settings_
     assert lora.layout.xaxis.title.text == "u = lr · √α (log scale)"
     (first, *_) = find_traces(lora, symbol="diamond-open")
     assert first.x[0] == pytest.approx(ranked.record.settings[2].params["optim.lr"] * 2)
-
-
-def test_the_bold_curve_of_a_predicted_setting_is_that_of_its_best_trial(ranked: SweepData) -> None:
-    figure = draw_learning_curves(ranked).figures[0]
-    bold = {trace.name: trace.y[-1] for trace in figure.data if trace.line.width == 3}
-    assert bold["lora-rank-16"] == pytest.approx(RANK_SCORES[16])
 
 
 def test_a_large_sweep_shows_evenly_spaced_trials_with_the_best(

@@ -47,20 +47,6 @@ def test_best_value_at_the_end_of_its_range_is_said_if_a_complete_trial_lies_els
     assert describe_edges(load_sweep_data(sweep)) == []
 
 
-def test_arms_with_the_same_edge_share_a_sentence(sweep: Path) -> None:
-    def widen(raw: dict[str, Any]) -> None:
-        for arm, best in ((1, 3e-2), (2, 5e-3)):
-            raw["arms"][arm]["space"] = {"optim.lr": {"low": 1e-4, "high": best, "log": True}}
-            mine = [trial for trial in raw["trials"] if trial["arm"] == raw["arms"][arm]["name"]]
-            for trial in mine:
-                trial.update(params={"optim.lr": best})
-            mine[-2].update(params={"optim.lr": 1e-3}, value=3.0, state="complete")
-
-    edit_json(sweep / "sweep.json", widen)
-    (sentence,) = describe_edges(load_sweep_data(sweep))
-    assert "`optim.lr` of `lora` (0.03) and `full` (0.005) lies at the upper end" in sentence
-
-
 @pytest.mark.parametrize(
     ("data", "groups"),
     [

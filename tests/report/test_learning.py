@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 from collections.abc import Callable
@@ -18,7 +17,6 @@ from lorasweep.report.learning import chance_of_correlation, judge_learning
 from lorasweep.report.sweep_data import load_sweep_data
 
 from .conftest import BASE_SCORE, confirm_winners, edit_json
-from .test_terminal import shown
 
 MAJORITY = 0.69
 
@@ -80,17 +78,6 @@ def test_no_settings_are_recommended_if_nothing_was_learned(sweep: Path) -> None
     assert "nothing to recommend yet" not in (sweep / "report/index.html").read_text()
 
 
-def test_trials_that_do_not_beat_the_majority_class_are_marked(sweep: Path) -> None:
-    classify(sweep, lambda trial: 0.8 if trial["arm"] == "lora" else MAJORITY, matthews=0.5)
-    summary = write_report(sweep)
-    assert summary.learning.unlearned == ("full",)
-    assert "(not better than the majority class)" in shown(render_terminal(sweep))
-    rows = list(csv.DictReader((sweep / "report/trials.csv").read_text().splitlines()))
-    assert {row["is_better_than_untrained"] for row in rows if row["arm"] == "full"} == {"False"}
-    assert {row["is_better_than_untrained"] for row in rows if row["arm"] == "lora"} == {"True", ""}
-    assert (sweep / "report/index.html").read_text().count("complete, not better") == 2 * 6  # text and sort key
-
-
 def test_an_arm_that_learned_nothing_beside_one_that_did_is_a_warning(sweep: Path) -> None:
     classify(sweep, lambda trial: 0.8 if trial["arm"] == "lora" else MAJORITY, matthews=0.5)
     summary = write_report(sweep)
@@ -113,13 +100,6 @@ def test_a_better_score_must_be_more_than_luck(sweep: Path, matthews: float, exa
     if state == "not shown":
         assert "by luck" in (learning.headline or "")
         assert learning.remedy is None  # the settings are shown, and not called settled
-
-
-def test_a_correlation_without_a_better_accuracy_is_told_apart(sweep: Path) -> None:
-    learning = judge_learning(load_sweep_data(classify(sweep, lambda trial: 0.6, matthews=0.5)))
-    assert learning.state == "nothing"
-    assert "No trial is better than the majority class" in (learning.headline or "")
-    assert "`data.metric=matthews`" in (learning.remedy or "")
 
 
 def test_text_is_compared_with_the_frozen_base(sweep: Path) -> None:

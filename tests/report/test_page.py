@@ -14,7 +14,7 @@ from plotly.offline import get_plotlyjs
 
 from lorasweep.report import page, write_report
 from lorasweep.report.figures import draw_panels
-from lorasweep.report.page import mark_code, render_page
+from lorasweep.report.page import render_page
 from lorasweep.report.summary import summarize
 from lorasweep.report.sweep_data import load_sweep_data
 
@@ -147,11 +147,6 @@ def test_damaged_runs_are_named_and_counted_beyond_five(sweep: Path) -> None:
     page = written(sweep)
     assert "runs/lora-0000" in page.text
     assert "2 more problems like these." in page.text
-
-
-def test_code_marks_only_what_stood_between_backticks() -> None:
-    assert mark_code("`a<b` & c") == "<code>a&lt;b</code> &amp; c"
-    assert mark_code("`a --b`") == "<code><span>a</span> <span>--b</span></code>"  # breaks at the space only
 
 
 @pytest.mark.slow

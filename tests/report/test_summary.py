@@ -12,19 +12,6 @@ from lorasweep.report.summary import Summary, summarize
 from .conftest import BASE_SCORE, edit_json
 
 
-def test_occupancy_of_packs_is_in_the_summary(sweep: Path) -> None:
-    def pack(raw: dict[str, Any]) -> None:
-        for trial in raw["trials"]:
-            if trial["arm"] == "lora":
-                trial.update(values={"50": 1.5}, slot_steps=50 / 0.37)
-
-    assert all(arm["occupancy"] is None for arm in summarize(sweep).as_json()["arms"])
-    edit_json(sweep / "sweep.json", pack)
-    raw = summarize(sweep).as_json()
-    assert raw["occupancy"] == {"search": pytest.approx(0.37)}
-    assert [arm["occupancy"] for arm in raw["arms"]] == [None, pytest.approx(0.37), None]
-
-
 def shares_of(summary: Summary) -> list[float | None]:
     return [arm["share_of_full_gain"] for arm in summary.as_json()["arms"]]
 

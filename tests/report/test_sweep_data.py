@@ -62,22 +62,6 @@ def test_run_that_cannot_be_read_is_a_sentence_and_its_trial_stays(
     assert data.arms[2].trials[2].value is not None
 
 
-@pytest.mark.parametrize("row", ["trials", "confirm"])
-def test_sweep_record_of_wrong_types_is_refused(confirmed: Path, row: str) -> None:
-    edit_json(confirmed / "sweep.json", lambda raw: raw[row][2].update(run=5))
-    with pytest.raises(RecordError, match="run"):
-        load_sweep_data(confirmed)
-
-
-def test_setting_is_the_swept_one_else_the_configured_one(sweep: Path) -> None:
-    data = load_sweep_data(sweep)
-    lora, frozen = data.arms[1].trials[0], data.arms[0].trials[0]
-    assert lora.setting("method.rank") == lora.params["method.rank"]
-    assert frozen.setting("optim.lr") == 1e-3
-    assert frozen.setting("optim.lr.deeper") is None
-    assert frozen.numeric_setting("method.name") is None
-
-
 def test_arm_without_a_rerun_is_named_and_the_others_are_compared(confirmed: Path) -> None:
     def drop(raw: dict[str, Any]) -> None:
         raw["confirm"] = [row for row in raw["confirm"] if row["arm"] != "full"]

@@ -15,8 +15,6 @@ from lorasweep.record import read_run
 from lorasweep.report import write_report
 from lorasweep.report.tensorboard import ARM_TAG, HPARAMS_FOLDER, TENSORBOARD_FOLDER, write_run_hparams
 
-from .conftest import edit_json
-
 
 @pytest.fixture
 def board(confirmed: Path) -> Path:
@@ -55,12 +53,6 @@ def test_row_has_numbers_as_numbers_and_the_rest_as_text(sweep: Path) -> None:
     assert metrics["trainable_params"] == record.trainable_params
 
 
-def test_run_without_a_score_has_no_row(sweep: Path) -> None:
-    run = sweep / "runs/lora-0004"
-    write_run_hparams(read_run(run), run, {})
-    assert not (run / HPARAMS_FOLDER).exists()
-
-
 def test_rows_by_name_are_complete_trials_from_best_to_worst_and_then_the_others(board: Path) -> None:
     rows = [row_of(folder) for folder in (board / "trials").iterdir()]
     rows.sort(key=lambda row: row[0])  # TensorBoard's order
@@ -76,32 +68,12 @@ def test_rows_by_name_are_complete_trials_from_best_to_worst_and_then_the_others
     assert sorted(str(row[1]["arm"]) for row in rows if "test/bits_per_byte" in row[2]) == ["frozen", "full", "lora"]
 
 
-def test_row_of_a_paused_trial_becomes_pruned_with_the_next_report(sweep: Path) -> None:
-    def set_state(state: str) -> None:
-        edit_json(sweep / "sweep.json", lambda raw: raw["trials"][3].update(state=state))
-        write_report(sweep)
-
-    set_state("paused")
-    row = sweep / "report" / TENSORBOARD_FOLDER / "trials/lora-0002"
-    assert row_of(row)[1]["status"] == "paused"
-    set_state("pruned")
-    assert row_of(row)[1]["status"] == "pruned"
-
-
 def test_the_best_curves_of_all_arms_have_one_tag_so_that_they_are_one_chart(board: Path) -> None:
     tag = f"{ARM_TAG}/bits_per_byte"
     curves = {arm: load(board / "arms" / arm).Scalars(tag) for arm in ("frozen", "full", "lora")}
     assert [point.step for point in curves["lora"]] == [0, 25, 50, 75, 100, 125, 150]
     assert [point.step for point in curves["frozen"]] == [0, 150]
     assert len({point.value for point in curves["frozen"]}) == 1
-
-
-def test_answers_are_a_text_that_names_the_page(confirmed: Path) -> None:
-    summary = write_report(confirmed)
-    (event,) = load(confirmed / "report" / TENSORBOARD_FOLDER / "arms").Tensors("answers")
-    text = event.tensor_proto.string_val[0].decode()
-    assert all(line.text in text for line in summary.answers)
-    assert "quickstart/report/index.html" in text
 
 
 def test_report_loads_neither_torch_nor_optuna() -> None:

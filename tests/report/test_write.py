@@ -6,9 +6,6 @@ import csv
 import json
 from pathlib import Path
 
-import pytest
-
-from lorasweep.errors import RecordError
 from lorasweep.report import write_report
 
 
@@ -37,9 +34,3 @@ def test_files_have_a_line_per_trial_evaluation_and_confirm_run(confirmed: Path)
     assert (question["subject"], question["verdict"]) == ("lora", "worse")
     assert (float(question["low"]), float(question["high"])) == answer.interval
     assert json.loads((confirmed / "report/summary.json").read_text()) == json.loads(json.dumps(summary.as_json()))
-
-
-def test_folder_that_is_no_sweep_is_refused_and_left_alone(tmp_path: Path) -> None:
-    with pytest.raises(RecordError, match=r"must contain sweep\.json"):
-        write_report(tmp_path)
-    assert list(tmp_path.iterdir()) == []

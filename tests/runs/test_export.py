@@ -16,7 +16,7 @@ from lorasweep.config.compose import compose_run
 from lorasweep.errors import ConfigError, RecordError, RunError
 from lorasweep.models.folder import find_local_path
 from lorasweep.record import read_run, write_record
-from lorasweep.runs.export import create_folder_atomically, export_run
+from lorasweep.runs.export import export_run
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.restore import restore_base, restore_config, restore_model
 from lorasweep.training.run import train_run
@@ -195,15 +195,6 @@ def test_a_run_in_bf16_is_exported_from_its_base_in_bf16(trained_in_bf16, tmp_pa
     assert root_mean_square(own - exact) < root_mean_square(moves)
 
 
-def test_a_folder_that_is_not_empty_is_refused(trained, tmp_path):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine.txt").write_text("mine")
-    for out in (tmp_path / "full", tmp_path / "full" / "mine.txt"):
-        with pytest.raises(ConfigError, match="`--out`"):
-            export_run(trained(), format="merged", out=out)
-    assert {path.name for path in (tmp_path / "full").iterdir()} == {"mine.txt"}
-
-
 @pytest.mark.parametrize("settings", [{"method": "full"}, {"method": "head"}])
 def test_a_run_without_an_adapter_has_none_for_peft(trained, tmp_path, settings):
     with pytest.raises(ConfigError, match=f"{settings['method']!r}.*`--format merged`"):
@@ -294,14 +285,3 @@ def test_a_model_that_comes_back_otherwise_is_not_exported(trained, tmp_path, mo
     with pytest.raises(RunError, match=r"LlamaForCausalLM.*`--format peft`"):
         export_run(trained({"method": "head"}), format="merged", out=tmp_path / "out")
     assert not any(tmp_path.iterdir())
-
-
-def test_a_folder_appears_at_the_end_only(tmp_path):
-    with create_folder_atomically(tmp_path / "out") as folder:
-        (folder / "file").write_text("whole")
-        assert not (tmp_path / "out").exists()
-    assert (tmp_path / "out" / "file").read_text() == "whole"
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    with pytest.raises(KeyboardInterrupt), create_folder_atomically(tmp_path / "other"):
-        raise KeyboardInterrupt
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]

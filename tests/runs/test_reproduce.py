@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import lorasweep.runs.reproduce as reproduce_file
 from lorasweep.cli import run as run_command
@@ -130,13 +129,6 @@ def test_the_first_steps_are_those_of_the_whole_run(repeat):
     assert read_run(found.folder).steps_done == 3
 
 
-def test_a_paused_run_is_repeated_up_to_its_end(make_config, inputs, tmp_path):
-    run = tmp_path / "paused"
-    train_run(make_config(), RunFolder(path=run), inputs=inputs, on_evaluation=lambda step, value: False)
-    found = reproduce_run(run, output=tmp_path / "again")
-    assert found.describe().startswith("identical: 2 steps and 1 evaluations ")
-
-
 def test_a_run_that_diverged_diverges_again(make_config, inputs, tmp_path):
     run = tmp_path / "diverged"
     config = make_config({"optim.lr": 1e30, "optim.clip_norm": None})
@@ -227,37 +219,10 @@ def test_a_damaged_log_is_one_sentence(run, repeat, name, value):
         repeat()
 
 
-@pytest.mark.parametrize("attention", [[], "eager", {"name": 3}])
-def test_what_the_record_says_of_attention_is_only_a_hint(run, repeat, attention):
-    edit(run, lambda raw: raw["batching"].update(attention=attention))
-    edit_step(run, 1, "loss", 0.0)
-    assert repeat().verdict == "different"
-
-
 def test_a_run_without_steps_is_refused(run, repeat):
     (run / STEPS_FILE).unlink()
     with pytest.raises(RecordError, match="logged a step"):
         repeat()
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"tolerance": -1.0}, "`0 <= --tolerance < 1` must hold, but got -1.0"),
-        ({"steps": 0}, "`--steps >= 1` must hold, but got 0"),
-    ],
-)
-def test_a_wrong_request_is_refused(repeat, given, message):
-    with pytest.raises(ConfigError, match=message):
-        repeat(**given)
-
-
-@pytest.mark.parametrize("recorded", [1, 10**9, 0, None])
-def test_the_threads_of_the_run_are_taken_where_there_can_be_so_many(recorded):
-    before = torch.get_num_threads()
-    with reproduce_file._recorded_threads(recorded):
-        assert torch.get_num_threads() == (1 if recorded == 1 else before)
-    assert torch.get_num_threads() == before
 
 
 @pytest.mark.slow

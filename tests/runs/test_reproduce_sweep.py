@@ -138,13 +138,6 @@ def test_the_first_step_that_differs_is_named_with_its_key(one, other, run, row,
     assert found.describe().endswith(f": {other}")
 
 
-def test_a_run_that_ended_earlier_differs_where_it_ended(one, other):
-    path = other / "runs" / "lora-0001" / "steps.jsonl"
-    path.write_text(path.read_text().splitlines(keepends=True)[0])
-    assert "trial lora-1, step 2: `loss` was 2.0 and is 'nothing'" in compare_sweeps(one, other).describe()
-    assert "trial lora-1, step 2: `loss` was 'nothing' and is 2.0" in compare_sweeps(other, one).describe()
-
-
 def set_value(record, key, value):
     setattr(record.trials[1], key, value)
 

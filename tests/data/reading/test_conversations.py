@@ -68,14 +68,6 @@ def test_answers_to_one_prompt_stay_in_one_split(read):
     assert f"train has {len(source.train)} conversations with {len(prompts[0])} different prompts." in source.notes
 
 
-def test_few_prompts_are_split_by_their_answers(read):
-    rows = [{"prompt": "write a poem", "completion": f"poem {n}"} for n in range(60)]
-    source = read("chat", {"train.jsonl": jsonl_of(*rows)})
-    assert min(len(source.train), len(source.validation), len(source.test())) >= 1
-    assert any("whose content has a hash" in note for note in source.notes)
-    assert "0 of" in next(note for note in source.notes if "repeat the content" in note)
-
-
 @pytest.mark.parametrize(
     ("row", "words"),
     [

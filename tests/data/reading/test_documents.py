@@ -45,14 +45,6 @@ def test_glob_and_file_name_documents_below_their_folder(read):
     assert (names_of(source.validation), names_of(source.test())) == (["b.txt"], ["z.txt"])
 
 
-def test_files_without_text_are_left_out_and_counted(read):
-    source = read(
-        "text", {"books/a": "a", "books/b": " \n", "books/c": ""}, train="books", validation="books/a", test="books/a*"
-    )
-    assert names_of(source.train) == ["a"]
-    assert "2 files of train without text" in source.notes[0]
-
-
 def test_many_documents_are_split_by_their_content(read):
     source = read("text", {f"books/{n}": f"book {n}" for n in range(100)}, train="books")
     splits = [set(names_of(split)) for split in (source.train, source.validation, source.test())]
@@ -88,11 +80,6 @@ def test_stretches_of_a_document_make_it_up(text, bounds):
     document = Document(name="x", text=text)
     pieces = [cut_document(document, low=low, high=high).text for low, high in itertools.pairwise(marks)]
     assert "".join(pieces) == text
-
-
-def test_text_without_line_ends_is_cut_at_a_space_or_right_there():
-    assert cut_document(Document(name="x", text="word " * 100), low=0, high=50).text.endswith("word ")
-    assert cut_document(Document(name="x", text="w" * 100), low=0, high=50).text == "w" * 50
 
 
 @pytest.mark.parametrize(

@@ -34,11 +34,6 @@ def test_a_number_too_large_to_learn_is_refused_under_regression(read, number):
         read("table", {"train.csv": f"text,label\n{rows}b,{number}\n"}, task="regression")
 
 
-def test_a_number_of_5000_digits_may_be_the_name_of_a_class(read):
-    rows = "".join(f"a{number},{'12'[number % 2] * 5000}\n" for number in range(30))
-    assert [len(name) for name in read("table", {"train.csv": f"text,label\n{rows}"}).label_names] == [5000, 5000]
-
-
 OUT_OF_RANGE = {
     "date": pyarrow.array([10**9, 5], pyarrow.int32()).cast(pyarrow.date32()),
     "timestamp": pyarrow.array([2**62, 5]).cast(pyarrow.timestamp("us")),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasweep.data.reading.labels import is_missing, learn_labels
+from lorasweep.data.reading.labels import learn_labels
 from lorasweep.errors import ConfigError
 
 ROWS = [(f"text {n}", "ab"[n % 3 == 0]) for n in range(60)]
@@ -93,15 +93,6 @@ def test_labels_that_do_not_fit_are_named(values, task, words):
     assert [word for word in ("`data.label=label`", *words) if word not in str(raised.value)] == []
 
 
-def test_missing_is_null_nan_and_the_empty_text():
-    for value in (None, math.nan, "", " "):
-        assert is_missing(value, task="auto")
-    for value in ("none", "null", "NA", 0, False, [], "0"):
-        assert not is_missing(value, task="auto")
-    assert not is_missing("", task="multi_label")
-    assert is_missing(None, task="multi_label")
-
-
 @given(
     values=st.lists(
         st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.text()), min_size=1, max_size=8
@@ -128,10 +119,6 @@ def csv_of(rows, header="text,label"):
 
 def texts_of(split):
     return [example.text for example in split.items]
-
-
-def labels_of(split):
-    return [example.label for example in split.items]
 
 
 def test_splits_that_are_given_are_read_as_they_are(read):
@@ -165,13 +152,6 @@ def test_missing_splits_are_split_off_and_said(read):
     assert f"test is split off from train: {len(source.test())} of 120 examples" in test
     assert not any("of validation have" in note for note in source.notes)
     assert source.test().notes == ()
-
-
-def test_split_does_not_move_when_rows_are_added(read):
-    before = read("table", {"train.csv": csv_of(ROWS[:50])})
-    after = read("table", {"train.csv": csv_of(ROWS[::-1])})
-    assert set(texts_of(before.validation)) <= set(texts_of(after.validation))
-    assert set(texts_of(before.test())) <= set(texts_of(after.test()))
 
 
 def test_duplicates_are_counted(read):
@@ -211,23 +191,6 @@ def test_limits_take_evenly_spaced_rows_of_each_split(read):
     assert "validation uses 2 of 60 examples, evenly spaced." in source.notes
 
 
-def test_fingerprint_is_of_what_is_used(read):
-    files = {"train.csv": csv_of(ROWS), "validation.csv": csv_of(ROWS[:5])}
-    whole, less = read("table", files), read("table", files, max_train_examples=30)
-    assert whole.train.fingerprint != less.train.fingerprint
-    assert whole.validation.fingerprint == less.validation.fingerprint
-    assert read("table", files).train.fingerprint == whole.train.fingerprint
-    other = {**files, "train.csv": csv_of([*ROWS[:-1], (ROWS[-1][0], "b" if ROWS[-1][1] == "a" else "a")])}
-    assert read("table", other).train.fingerprint != whole.train.fingerprint  # one label
-
-
-def test_order_of_the_names_is_that_of_the_training_file_before_it_is_split(read):
-    rows = [(f"text {n}", f"class {n % 20}") for n in range(60)]
-    source = read("table", {"train.csv": csv_of(rows)})
-    assert len(source.label_names) == 20
-    assert max(labels_of(source.test())) < 20
-
-
 @pytest.mark.parametrize(
     ("content", "settings", "words"),
     [
@@ -262,16 +225,3 @@ def test_group_of_a_row_is_the_value_of_its_column(read):
     assert groups == {text: group.strip() for text, _, group in rows if text in groups}
     assert source.train.fingerprint == without.train.fingerprint
     assert {example.group for example in without.train.items} == {None}
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"group": "autor"}, ["`data.group`", "'train.csv'", "'autor'", "`author`"]),
-        ({"group": "author"}, ["row 2 of 'train.csv'", "`data.group`", "''"]),
-    ],
-)
-def test_missing_group_is_named_before_training(read, settings, words):
-    with pytest.raises(ConfigError) as raised:
-        read("table", {"train.csv": "text,label,author\na,x,me\nb,y,\nc,x,you\n"}, **settings)
-    assert [word for word in words if word not in str(raised.value)] == []

@@ -36,11 +36,3 @@ def test_splits_are_disjoint_whole_and_hold_equal_examples_together(keys, missin
     assert all(indices == sorted(indices) for indices in splits.values())
     sets = [{keys[index] for index in indices} for indices in splits.values()]
     assert sum(map(len, sets)) == len(set(keys))
-
-
-def test_small_data_gives_each_split_the_smallest_keys():
-    assert assign_splits([50, 60, 70, 60], missing=["validation", "test"]) == {
-        "train": [2],
-        "validation": [0],
-        "test": [1, 3],
-    }

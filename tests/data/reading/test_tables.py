@@ -119,14 +119,6 @@ def test_what_is_broken_is_named(write, name, content, words):
     assert [word for word in words if word.lower() not in str(raised.value).lower()] == []
 
 
-@pytest.mark.parametrize(
-    ("name", "rules"), [("a.jsonl", {"columns": ["text", "label"]}), ("a.parquet", {"delimiter": "tab"})]
-)
-def test_rules_of_delimited_files_are_refused_for_others(write, name, rules):
-    with pytest.raises(ConfigError, match=r"`data\.columns` must be null"):
-        read(write(name, "{}"), **rules)
-
-
 def test_rows_of_several_files_know_their_place(write):
     write("a.csv", "text,label\none,x\ntwo,y\n")
     write("b.csv", "text,label\n\nthree,x\n")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 from scipy.stats import norm
@@ -18,16 +16,6 @@ POCOCK = [(2, 2.178), (3, 2.289), (5, 2.413)]
 def test_boundaries_of_equal_looks_are_pococks(num_looks: int, boundary: float) -> None:
     level = compute_look_level(tuple(range(2, 2 * num_looks + 1, 2)), level=0.025)
     assert norm.isf(level) == pytest.approx(boundary, abs=1e-3)  # the table has three decimals
-
-
-def test_one_look_has_the_whole_level() -> None:
-    assert compute_look_level((5,), level=0.0123) == 0.0123
-
-
-def test_more_looks_have_a_lower_level_and_never_less_than_their_share() -> None:
-    levels = [compute_look_level(tuple(range(3, 3 + count)), level=0.025) for count in range(1, 5)]
-    assert all(later < earlier for earlier, later in itertools.pairwise(levels))
-    assert all(level >= 0.025 / count for count, level in enumerate(levels, start=1))
 
 
 @pytest.mark.parametrize("level", [0.025, 0.025 / 8])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -209,15 +208,6 @@ def test_more_seeds_are_planned_where_they_may_settle_it_and_not_where_test_exam
     assert (of_seeds.verdict, of_groups.verdict) == ("open", "open")
     assert (of_seeds.may_settle, of_groups.may_settle) == (True, False)
     assert of_seeds.open_because != of_groups.open_because
-
-
-def test_groups_are_named_only_if_they_have_several_examples() -> None:
-    scores = plant_open(seed_spread=0.001, group_spread=0.3)
-    for num_examples, name in ((10, "test examples"), (20, "documents")):
-        of_groups = replace(scores, num_examples=num_examples)
-        (found,) = answer_questions([PAIR], of_groups, UNIT, looks=LOOKS, groups="documents")
-        assert found.open_because
-        assert name in found.open_because
 
 
 def test_after_the_last_look_nothing_further_is_planned() -> None:

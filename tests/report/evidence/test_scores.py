@@ -45,13 +45,6 @@ def test_the_means_of_groups_with_their_shares_are_the_score_of_the_run() -> Non
         assert built.values["a"][0][place] == pytest.approx(expected)
 
 
-def test_a_group_without_weight_is_left_out() -> None:
-    found = examples([1.0, 2.0, 9.0], [1.0, 1.0, 0.0], groups="abc")
-    built = build_scores({("a", 0): 1.5}, {("a", 0): found})
-    assert built.num_groups == 2
-    assert np.isfinite(built.values["a"][0]).all()
-
-
 def test_of_perplexity_the_groups_have_the_linear_approximation_of_exp() -> None:
     losses = [1.0, 1.01, 1.02, 0.99]
     found = examples(losses)
