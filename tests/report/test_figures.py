@@ -9,13 +9,11 @@ from typing import Any
 import plotly.graph_objects as go
 import pytest
 
-from lorasweep.report.figures import panel as panels
 from lorasweep.report.figures.confirmed import draw_scores_by_value
-from lorasweep.report.figures.panel import select_trials
 from lorasweep.report.figures.trials import draw_score_by_lr
 from lorasweep.report.sweep_data import SweepData, load_sweep_data
 
-from .conftest import build_rank_sweep, build_sweep, edit_json
+from .conftest import build_rank_sweep, edit_json
 
 RANK_SCORES = {1: 1.74, 4: 1.69, 16: 1.668, 64: 1.663}
 
@@ -151,17 +149,3 @@ def test_an_arm_with_confirm_each_has_its_rates_by_value_and_predicted_settings_
     assert lora.layout.xaxis.title.text == "u = lr · √α (log scale)"
     (first, *_) = find_traces(lora, symbol="diamond-open")
     assert first.x[0] == pytest.approx(ranked.record.settings[2].params["optim.lr"] * 2)
-
-
-def test_a_large_sweep_shows_evenly_spaced_trials_with_the_best(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    large = load_sweep_data(build_sweep(tmp_path, lora=60))
-    assert select_trials(large) is large
-    monkeypatch.setattr(panels, "MAX_SHOWN_TRIALS", 20)
-    shown = select_trials(large)
-    assert len(shown.trials) <= 20 + len(large.arms)
-    assert {arm.best.run for arm in large.arms if arm.best} <= {trial.run for trial in shown.trials}
-    assert [arm.name for arm in shown.searches] == [arm.name for arm in large.searches]
-    numbers = [trial.number for trial in shown.searches[1].trials if trial.number is not None]
-    assert numbers == sorted(numbers)

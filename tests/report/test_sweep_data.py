@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from lorasweep.errors import RecordError
-from lorasweep.record import read_sweep, write_record
 from lorasweep.report.sweep_data import load_sweep_data
 
 from .conftest import build_rank_sweep, edit_json
@@ -114,24 +113,6 @@ def test_a_predicted_setting_has_the_record_of_its_first_confirm_run(tmp_path: P
     assert best.record is not None
     assert data.arms[3].cost("trainable_params") == best.record.trainable_params
     assert not data.arms[1].best.is_predicted  # type: ignore[union-attr]
-
-
-def test_before_the_confirm_stage_the_best_complete_trial_of_each_value_leads(tmp_path: Path) -> None:
-    folder = build_rank_sweep(tmp_path, {1: 1.75, 16: 1.68})
-    record = read_sweep(folder)
-    record.settings, record.confirm = [], []
-    for row in record.trials:
-        if row.arm == "lora" and row.params["method.rank"] == 1:
-            row.state = "paused"
-    write_record(record, folder)
-    one, sixteen = load_sweep_data(folder).arms[2:]
-
-    assert one.best is None
-    assert one.so_far is not None
-    assert one.so_far.value == 1.75
-    assert sixteen.best is not None
-    assert sixteen.best.params["optim.lr"] == 0.01
-    assert sixteen.so_far is None
 
 
 def test_looks_and_questions_that_no_sweep_writes_are_refused(tmp_path: Path) -> None:

@@ -120,7 +120,6 @@ def test_sweeps_that_differ_in_times_and_speeds_are_identical(one, other):
             {"loss": 2.0000000000000004},
             "trial lora-1, step 2: `loss` was 2.0 and is 2.00000",
         ),
-        ("lora-0000", 0, {"lr": 0.02}, "trial lora-0, step 1: `lr` was 0.01 and is 0.02"),
         (
             "lora-0000",
             2,
@@ -146,18 +145,10 @@ def set_value(record, key, value):
     ("change", "said"),
     [
         (lambda r: r.trials[1].params.update({"optim.lr": 0.02}), "trial lora-1: `optim.lr` was 0.01 and is 0.02"),
-        (lambda r: r.trials[1].params.pop("optim.lr"), "trial lora-1: `optim.lr` was 0.01 and is 'nothing'"),
         (lambda r: set_value(r, "state", "complete"), "trial lora-1: `state` was 'pruned' and is 'complete'"),
-        (lambda r: set_value(r, "value", 1.76), "trial lora-1: `value` was 1.75 and is 1.76"),
         (lambda r: r.settings[0].params.update({"method.rank": 2}), "lora: `method.rank` was 4 and is 2"),
-        (
-            lambda r: r.confirm[0].params.update({"method.rank": 2}),
-            "confirm run lora seed 7: `method.rank` was 4 and is 2",
-        ),
         (lambda r: r.trials.pop(), "sweep: `number of trials` was 2 and is 1"),
-        (lambda r: setattr(r, "confirm_seeds", [7]), "sweep: `confirm_seeds` was [7, 9] and is [7]"),
         (lambda r: setattr(r.confirm[0], "value", 2.1), "confirm run lora seed 7: `value` was 2.0 and is 2.1"),
-        (lambda r: setattr(r, "metric", "loss"), "sweep: `metric` was 'bits_per_byte' and is 'loss'"),
     ],
 )
 def test_the_first_decision_that_differs_is_named(one, other, change, said):

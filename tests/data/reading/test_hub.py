@@ -141,16 +141,3 @@ def test_glue_validates_on_its_own_split_and_takes_the_test_split_from_train(rea
     test = source.test()
     assert 0 < len(test) < 20
     assert sorted(item[:3] for item in (*source.train.items, *test.items)) == sorted(GLUE)
-
-
-def test_glue_has_numbers_and_matched_validation_where_the_task_has(read, fill_cache):
-    stsb = Features({"sentence1": Value("string"), "sentence2": Value("string"), "label": Value("float32")})
-    rows = rows_of(*((a, b, n / 8) for n, (a, b, _) in enumerate(GLUE)), features=stsb)
-    fill_cache("nyu-mll/glue", subset="stsb", train=rows, validation=rows)
-    assert read("glue_stsb", {}).kind == "regression"
-    mnli = Features(
-        {"premise": Value("string"), "hypothesis": Value("string"), "label": ClassLabel(names=["e", "n", "c"])}
-    )
-    rows = rows_of(*GLUE, features=mnli)
-    fill_cache("nyu-mll/glue", subset="mnli", train=rows, validation_matched=rows, validation_mismatched=rows)
-    assert read("glue_mnli", {}).validation.items[0][:3] == GLUE[0]
