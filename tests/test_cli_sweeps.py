@@ -186,6 +186,6 @@ def test_reproduce_repeats_one_trial_of_a_sweep(sweep, capsys):
     assert "of s/runs/lora-0001 and outputs/reproduce/lora-0001" in capsys.readouterr().out
 
 
-def test_inspect_shows_the_best_runs_of_a_sweep(sweep, capsys):
+def test_inspect_takes_the_recommended_run_of_a_sweep(sweep, capsys):
     assert run(["inspect", "s"]) == DONE
-    assert capsys.readouterr().out.startswith("lora: s/runs/lora-")
+    assert "inspecting lora" in capsys.readouterr().out

@@ -129,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     export_parser.add_argument("--out", type=Path, metavar="D", required=True, help="a new or empty folder")
     inspect_parser = add(inspect, "show how much of its rank a run used, from its weights")
     inspect_parser.add_argument(
-        "folder", type=Path, metavar="RUN", help="folder of a run, or of a sweep: its best runs"
+        "run", type=Path, metavar="SWEEP[/ARM]|RUN", help="folder of a sweep: its recommended run; or of a run"
     )
     reproduce_parser = add(reproduce, "run a run or a sweep again from its record and compare the results")
     reproduce_parser.add_argument("folder", type=Path, metavar="RUN|SWEEP", help="folder of a run, or of a whole sweep")
@@ -290,15 +290,10 @@ def compare(arguments: argparse.Namespace) -> int:
 
 def export(arguments: argparse.Namespace) -> int:
     with quick_imports():
-        from lorasweep.record import RUN_FILE, SWEEP_FILE
-        from lorasweep.report.recommend import find_recommended_run
         from lorasweep.runs.export import export_run
         from lorasweep.wording import format_bytes
 
-    run = arguments.run
-    if not (run / RUN_FILE).is_file() and any((one / SWEEP_FILE).is_file() for one in (run, run.parent)):
-        run, described = find_recommended_run(run)
-        say(f"exporting {described}: {run}")
+    run = _choose_run(arguments.run, verb="exporting")
     written = export_run(run, format=arguments.format, out=arguments.out, trust=arguments.trust)
     say(f"{arguments.format}, {written.dtype}, {format_bytes(written.num_bytes)}: {arguments.out}")
     if written.largest_logit is not None:
@@ -310,24 +305,25 @@ def export(arguments: argparse.Namespace) -> int:
 
 
 def inspect(arguments: argparse.Namespace) -> int:
-    """Analyses the weights of a run, or of a sweep's best runs; writes the tables into `inspect/` and shows them."""
+    """Analyses the weights of a run, writes the tables into its folder `inspect/` and shows them."""
     with quick_imports():
-        from lorasweep.record import SWEEP_FILE
-        from lorasweep.runs.inspect import inspect_run, inspect_sweep, render_inspection
+        from lorasweep.runs.inspect import inspect_run, render_inspection
 
-    folder, trust = arguments.folder, arguments.trust
-    is_sweep = (folder / SWEEP_FILE).is_file()
-    inspections, problems = (
-        inspect_sweep(folder, trust=trust) if is_sweep else ({"": inspect_run(folder, trust=trust)}, [])
-    )
-    console = EscapingConsole()
-    for arm, inspection in inspections.items():
-        if is_sweep:
-            console.print(f"{arm}: {inspection.folder}", style="bold", markup=False)
-        console.print(render_inspection(inspection))
-    for problem in problems:
-        say(problem)
+    inspection = inspect_run(_choose_run(arguments.run, verb="inspecting"), trust=arguments.trust)
+    EscapingConsole().print(render_inspection(inspection))
     return DONE
+
+
+def _choose_run(folder: Path, *, verb: str) -> Path:
+    """Returns the folder if it is a run, or the recommended run of SWEEP or SWEEP/ARM."""
+    from lorasweep.record import RUN_FILE, SWEEP_FILE
+    from lorasweep.report.recommend import find_recommended_run
+
+    if (folder / RUN_FILE).is_file() or not any((one / SWEEP_FILE).is_file() for one in (folder, folder.parent)):
+        return folder
+    run, described = find_recommended_run(folder)
+    say(f"{verb} {described}: {run}")
+    return run
 
 
 def reproduce(arguments: argparse.Namespace) -> int:

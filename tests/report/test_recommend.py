@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from lorasweep.errors import ConfigError, RecordError
-from lorasweep.record import find_winners, read_sweep
 from lorasweep.report.recommend import Recommendation, read_recommended
 from lorasweep.report.summary import summarize
+from lorasweep.results import load_sweep
 
 from .conftest import build_rank_sweep, edit_json
 
@@ -62,7 +62,7 @@ def test_settings_are_read_of_a_sweep_or_of_an_arm_and_use_all_training_data(con
             "sweep": str(confirmed.resolve()),
             "name": "quickstart",
             "arm": one.arm,
-            "trial": find_winners(read_sweep(confirmed))[one.arm].number,  # type: ignore[union-attr]
+            "trial": load_sweep(confirmed).best(one.arm).number,
         }
 
 

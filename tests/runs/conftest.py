@@ -16,7 +16,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lorasweep.config.method import LoraConfig, MethodConfig
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.models.load import BaseModel, fingerprint_weights
-from lorasweep.record import ArmRow, SweepRecord, Trial, read_run, write_record
 from lorasweep.runs.weight_updates import Decomposition, WeightUpdate, decompose
 from lorasweep.training.inputs import RunInputs
 from lorasweep.training.run import train_run
@@ -102,41 +101,3 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
-
-
-@pytest.fixture
-def sweep(trained_runs: dict[str, Path], tmp_path: Path) -> Path:
-    """The folder of a sweep with a trial for each of the runs, in arms lora (two trials), full, frozen and none."""
-    folder = tmp_path / "sweep"
-    arms = {"frozen": ["frozen"], "lora": ["lora", "other"], "full": ["full"], "none": []}
-    trials = []
-    for arm, names in arms.items():
-        for number, name in enumerate(names):
-            run = f"runs/{arm}-{number:04d}"
-            shutil.copytree(trained_runs[name], folder / run)
-            value = read_run(folder / run).score
-            trials.append(Trial(arm=arm, number=number, state="complete", params={}, value=value, run=run))
-    rows = [
-        ArmRow(
-            name=arm,
-            method="lora" if arm == "none" else arm,
-            trials=max(len(names), 1),
-            settings={},
-            space={},
-            sampler="tpe",
-            pruner="none",
-        )
-        for arm, names in arms.items()
-    ]
-    record = SweepRecord(
-        status="complete",
-        name="mini",
-        metric="bits_per_byte",
-        direction="minimize",
-        margin="5%",
-        definition={},
-        arms=rows,
-        trials=trials,
-    )
-    write_record(record, folder)
-    return folder

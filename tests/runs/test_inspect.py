@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lorasweep.errors import RecordError
 from lorasweep.models.load import fingerprint_weights
-from lorasweep.record import find_winners, read_sweep, write_record
-from lorasweep.runs.inspect import inspect_run, inspect_sweep, render_inspection
+from lorasweep.runs.inspect import inspect_run, render_inspection
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
 
@@ -99,33 +98,10 @@ def test_a_run_that_can_not_be_inspected_is_refused(runs, damage, message):
     assert not (runs["lora"] / "inspect").exists()
 
 
-def printed(renderable):
+def test_the_table_has_every_kind_of_layer_and_the_sentences(runs):
+    inspection = inspect_run(runs["full"])
     console = Console(file=io.StringIO(), width=80)
-    console.print(renderable)
-    return console.file.getvalue()
-
-
-def test_the_winners_of_a_sweep_are_inspected_and_printed_by_arm(sweep):
-    found, problems = inspect_sweep(sweep)
-    winners = find_winners(read_sweep(sweep))
-    assert found.keys() == {"lora", "full"}
-    assert problems == ["Arm `none` has no complete trial to inspect."]
-    for arm, inspection in found.items():
-        assert inspection.folder == sweep / winners[arm].run
-        assert (inspection.folder / "inspect" / "layers.csv").is_file()
-        text = printed(render_inspection(inspection))
-        assert all(kind in text for kind in {row.kind for row in inspection.layers if row.energy_rank is not None})
-        assert all(sentence in " ".join(text.split()) for sentence in inspection.sentences)
-
-
-def test_a_winner_that_can_not_be_inspected_is_a_sentence(sweep, runs):
-    record = read_sweep(sweep)
-    (sweep / find_winners(record)["lora"].run / ADAPTER).write_bytes(b"no")
-    found, problems = inspect_sweep(sweep)
-    assert found.keys() == {"full"}
-    assert any("Arm `lora` can't be inspected:" in problem for problem in problems)
-    next(trial for trial in record.trials if trial.arm == "full").run = f"../{runs['full'].name}"
-    write_record(record, sweep)
-    with pytest.raises(RecordError, match="trained winner"):  # a folder outside the sweep is not touched
-        inspect_sweep(sweep)
-    assert not (runs["full"] / "inspect").exists()
+    console.print(render_inspection(inspection))
+    text = console.file.getvalue()
+    assert all(kind in text for kind in {row.kind for row in inspection.layers if row.energy_rank is not None})
+    assert all(sentence in " ".join(text.split()) for sentence in inspection.sentences)

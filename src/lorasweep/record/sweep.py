@@ -200,12 +200,6 @@ def find_winner(trials: Iterable[Trial], *, record: SweepRecord) -> Trial | None
     )
 
 
-def find_winners(record: SweepRecord) -> dict[str, Trial | None]:
-    """Returns the winner of each arm that trains; None for an arm without a complete trial."""
-    trained = [arm.name for arm in record.arms if arm.method != "frozen"]
-    return {arm: find_winner((trial for trial in record.trials if trial.arm == arm), record=record) for arm in trained}
-
-
 def list_confirm_runs(subject: str, *, record: SweepRecord) -> list[Trial]:
     """Returns the confirm runs of a subject. A sweep that grew may also have runs of its former setting."""
     current = {(row.subject, row.setting) for row in record.settings}

@@ -1,4 +1,4 @@
-"""Measures the weight updates ΔW of finished runs: `lorasweep inspect RUN` or `lorasweep inspect SWEEP`.
+"""Measures the weight updates ΔW of a finished run: `lorasweep inspect RUN`.
 
 `weight_updates` reads ΔW from a model and measures it, and this file writes and shows the results.
 """
@@ -23,7 +23,7 @@ from lorasweep.errors import RecordError
 from lorasweep.lora.targets import plan_targets
 from lorasweep.methods import METHODS, copy_sharing_weights, draw_head
 from lorasweep.models.load import BaseModel
-from lorasweep.record import RunRecord, find_winners, get_run_folder, read_run, read_sweep
+from lorasweep.record import RunRecord, read_run
 from lorasweep.runs.weight_updates import LayerRow, decompose, measure_layers, read_weight_updates, relative_norm
 from lorasweep.training.restore import check_kept_files, refuse_code, restore_base, restore_config, restore_model
 from lorasweep.wording import UNKNOWN, format_share
@@ -66,40 +66,6 @@ def inspect_run(folder: Path, *, trust: bool = False) -> Inspection:
     inspection = measure_run(folder, record, config, restore_base(record, config))
     inspection.write()
     return inspection
-
-
-def inspect_sweep(folder: Path, *, trust: bool = False) -> tuple[dict[str, Inspection], list[str]]:
-    """Inspects the best run of each arm as `inspect_run` does.
-
-    Returns:
-        The inspections by arm, and a sentence for each arm that has no complete trial or can't be inspected.
-
-    Raises:
-        RecordError: The folder is not a sweep's, or no arm can be inspected.
-        ConfigError: A base model can't be loaded.
-    """
-    inspections: dict[str, Inspection] = {}
-    problems: list[str] = []
-    bases: dict[str, BaseModel] = {}
-    for arm, winner in find_winners(read_sweep(folder)).items():
-        if winner is None:
-            problems.append(f"Arm `{arm}` has no complete trial to inspect.")
-            continue
-        try:
-            run = get_run_folder(folder, winner.run)
-            record, config = read_trained_run(run, trust=trust)
-            key = json.dumps(record.base, sort_keys=True)
-            if key not in bases:  # arms on the same base share it
-                bases[key] = restore_base(record, config)
-            inspections[arm] = measure_run(run, record, config, bases[key])
-        except RecordError as error:
-            problems.append(f"Arm `{arm}` can't be inspected: {error}")
-    if not inspections:
-        why = f" ({problems[0]})" if problems else ""
-        raise RecordError(f"a sweep must have an arm with a trained winner, but {str(folder)!r} has none{why}.")
-    for inspection in inspections.values():
-        inspection.write()
-    return inspections, problems
 
 
 def read_trained_run(folder: Path, *, trust: bool = False) -> tuple[RunRecord, RunConfig]:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from lorasweep.errors import ConfigError
-from lorasweep.record import find_winners, list_confirm_runs, read_sweep
+from lorasweep.record import list_confirm_runs, read_sweep
 from lorasweep.results import load_sweep
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
 
@@ -73,11 +73,11 @@ def test_a_new_winner_is_chosen_and_confirmed_on_the_same_seeds_and_runs_of_the_
     folder = begin(confirming)
     assert work(folder)
     before = read_sweep(folder.path)
-    best = find_winners(before)["lora"].number
+    best = load_sweep(folder.path).best("lora").number
     runs.score = lambda config, step: 1 / (1 + step)  # all trials that are added are better
     assert work(reopen_sweep(folder.path, changes=MORE))
     record = read_sweep(folder.path)
-    winner = find_winners(record)["lora"]
+    winner = load_sweep(folder.path).best("lora")
     assert winner.number >= 6 > best
     assert {row.seed for row in list_confirm_runs("lora", record=record)} == set(before.confirm_seeds)
     assert [row.trial for row in record.settings if row.subject == "lora"] == [winner.number]
