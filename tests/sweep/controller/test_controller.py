@@ -10,7 +10,7 @@ import pytest
 from tests.sweep.conftest import Killed, kill_at
 from tests.sweep.controller.conftest import EVERY, LAST, Simulation, outcome
 
-from lorasweep.errors import ConfigError, Diverged, OutOfMemory
+from lorasweep.errors import Diverged, OutOfMemory
 from lorasweep.sweep.controller.controller import Controller
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
 
@@ -157,13 +157,6 @@ def test_all_values_of_a_report_are_stored_before_anything_is_decided(begin, ope
     close(controller)
 
 
-def test_at_least_one_trial_is_complete_and_the_rest_is_told_as_pruned(simulate, content):
-    found = simulate(content)
-    assert "complete" in states(found)
-    assert set(states(found)) == {"complete", "pruned"}
-    assert len(found) == 8
-
-
 def take_all(controller):
     return list(iter(controller.take, None))
 
@@ -231,23 +224,6 @@ def test_what_runs_out_of_memory_is_told_as_infeasible_and_never_ranked(begin, o
     assert trials.study.trials[0].constraints == {"memory": 1.0}
     assert trials.study.trials[0].state == optuna.trial.TrialState.PRUNED
     close(controller)
-
-
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [
-        ({"pruner.rungs": [0.5, 1.0]}, "pruner.rungs"),
-        ({"pruner.rungs": []}, "pruner.rungs"),
-        ({"pruner._target_": "optuna.pruners.NoSuchPruner"}, "pruner._target_"),
-        ({"pruner._target_": "pathlib.Path"}, "pruner._target_"),
-        ({"pruner._target_": "optuna.pruners.PercentilePruner", "pruner.percent": 5}, "pruner"),
-    ],
-)
-def test_a_rule_that_cant_be_is_refused_in_one_sentence(begin, open_controller, content, settings, named):
-    content["settings"] = {k: v for k, v in content["settings"].items() if not k.startswith("pruner")} | settings
-    with pytest.raises(ConfigError, match=named.replace(".", r"\.")) as refused:
-        open_controller(begin(content))
-    assert "\n" not in str(refused.value)
 
 
 def test_a_pruner_of_the_users_own_is_asked_after_all_values_are_reported(begin, open_controller, content):

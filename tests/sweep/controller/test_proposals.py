@@ -10,7 +10,6 @@ import random
 import statistics
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,6 @@ from lorasweep.config.sweep import FixedSampler, ModelBasedSampler
 from lorasweep.sweep.controller import history as history_file
 from lorasweep.sweep.controller import proposals
 from lorasweep.sweep.controller.encoding import SpaceEncoding
-from lorasweep.sweep.controller.proposals import count_startup_trials
 from lorasweep.sweep.controller.sobol import draw_sobol_point
 
 RANKS = [1, 2, 4, 8, 16, 32]
@@ -106,22 +104,6 @@ def test_each_part_of_a_range_has_one_of_the_first_points(seed, num):
     assert sorted(of_lr) == sorted(of_dropout) == list(range(num))
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_every_rank_is_tried_before_any_is_tried_again(seed):
-    points = [ask(number=number, seed=seed) for number in range(12)]
-    for first in (0, 6):
-        assert sorted(point["method.rank"] for point in points[first : first + 6]) == RANKS
-    assert Counter(point["method.alpha.over_rank"] for point in points) == {1: 4, 2: 4, 4: 4}
-
-
-@pytest.mark.parametrize(
-    ("startup", "trials", "expected"),
-    [(None, 8, 4), (None, 7, 4), (None, 1, 1), (None, 1000, 32), (3, 8, 3), (9, 8, 9)],
-)
-def test_half_of_an_arm_starts_as_sobol_points_unless_the_user_says_how_many(startup, trials, expected):
-    assert count_startup_trials(ModelBasedSampler(name="tpe", startup_trials=startup), trials=trials) == expected
-
-
 @pytest.mark.parametrize("sampler", MODELS)
 def test_a_model_is_asked_after_the_start_and_not_without_two_results(sampler):
     history = cover(8)
@@ -147,46 +129,6 @@ def test_a_model_goes_where_results_are_good(sampler, direction):
         covering.append(distance(ask(number=12, arm=arm, space=AT_ONE_ALPHA)))
     # Sobol points lie half a decade off in the mean; a model that has learned nothing does too
     assert statistics.mean(found) < 0.5 * statistics.mean(covering)
-
-
-@pytest.mark.parametrize("sampler", MODELS)
-@pytest.mark.parametrize("state", ["pruned", "running"])
-def test_a_paused_trial_and_one_with_an_evaluation_count_as_partial_results(sampler, state):
-    found = []
-    for arm in "abcdefgh":
-        history = [
-            make(trial.params, state=state, values={20: trial.value + 1, 40: trial.value + 0.5})
-            for trial in cover(12, arm=arm, space=AT_ONE_ALPHA)
-        ]
-        found.append(distance(ask(history, sampler=sampler, arm=arm, space=AT_ONE_ALPHA)))
-    assert statistics.mean(found) < 0.25  # half of that of Sobol points, as above
-
-
-def test_numbers_are_ordered_and_other_choices_are_not():
-    """Seen at what the sampler gets: a proposal alone shows no order."""
-    seen = {}
-
-    class Watching(optuna.samplers.TPESampler):
-        def sample_relative(self, study, trial, search_space):
-            seen.update(search_space)
-            return super().sample_relative(study, trial, search_space)
-
-    space = {
-        "method.rank": CategoricalDistribution([8, 1, 64]),
-        "method.init": CategoricalDistribution(["gaussian", "default"]),
-        "trainer.progress": CategoricalDistribution([True, False]),
-        "optim.lr": SPACE["optim.lr"],
-    }
-    history = [make(ask(space=space, number=number)) for number in range(4)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(proposals, "TPESampler", Watching)
-        ask(history, space=space, sampler="tpe", trials=4)
-    assert seen == {
-        "method.rank": IntDistribution(0, 2),
-        "method.init": CategoricalDistribution([0, 1]),
-        "trainer.progress": CategoricalDistribution([0, 1]),
-        "optim.lr": FloatDistribution(1e-4 * math.sqrt(16), 1e-2 * math.sqrt(16), log=True),  # u at α = 16
-    }
 
 
 # what is proposed is valid, and no trial is proposed twice
