@@ -17,13 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 from lorasweep.config.method import LoraConfig
-from lorasweep.config.run import RunConfig
 from lorasweep.disk import csv_text, write_atomically
 from lorasweep.errors import RecordError
 from lorasweep.lora.targets import plan_targets
 from lorasweep.methods import METHODS, copy_sharing_weights, draw_head
-from lorasweep.models.load import BaseModel
-from lorasweep.record import RunRecord, read_run
+from lorasweep.record import read_run
 from lorasweep.runs.weight_updates import LayerRow, decompose, measure_layers, read_weight_updates, relative_norm
 from lorasweep.training.restore import check_kept_files, refuse_code, restore_base, restore_config, restore_model
 from lorasweep.wording import UNKNOWN, format_share
@@ -36,19 +34,10 @@ INSPECT_FOLDER = "inspect"
 class Inspection:
     """Measurements of the weight updates of one run."""
 
-    folder: Path
-    record: RunRecord
     layers: tuple[LayerRow, ...]
     spectra: Mapping[str, list[float]]
     """Singular values of every updated matrix by layer, in descending order."""
     sentences: tuple[str, ...]
-
-    def write(self) -> None:
-        """Writes the files of `RUN/inspect/`."""
-        folder = self.folder / INSPECT_FOLDER
-        rows = [asdict(row) for row in self.layers]
-        write_atomically(folder / "layers.csv", csv_text(list(rows[0]), (row.values() for row in rows)))
-        write_atomically(folder / "spectra.json", json.dumps(self.spectra) + "\n")
 
 
 def inspect_run(folder: Path, *, trust: bool = False) -> Inspection:
@@ -59,20 +48,8 @@ def inspect_run(folder: Path, *, trust: bool = False) -> Inspection:
         trust: Whether to run code or read a pickle that the run's settings name.
 
     Raises:
-        RecordError: The folder has no run, weights are missing or damaged, or nothing was trained.
+        RecordError: The folder has no run, its weights or its base are missing or changed, or nothing was trained.
         ConfigError: The base model can't be loaded.
-    """
-    record, config = read_trained_run(folder, trust=trust)
-    inspection = measure_run(folder, record, config, restore_base(record, config))
-    inspection.write()
-    return inspection
-
-
-def read_trained_run(folder: Path, *, trust: bool = False) -> tuple[RunRecord, RunConfig]:
-    """Returns record and settings of a run whose weight files have the recorded checksums.
-
-    Raises:
-        RecordError: The folder is not a run's; its record or weights are damaged or missing; or the run trains nothing.
     """
     record = read_run(folder)
     config = restore_config(record)
@@ -83,21 +60,7 @@ def read_trained_run(folder: Path, *, trust: bool = False) -> tuple[RunRecord, R
             "Name a run of another method."
         )
     check_kept_files(record, folder, part="best")
-    return record, config
-
-
-def measure_run(folder: Path, record: RunRecord, config: RunConfig, base: BaseModel) -> Inspection:
-    """Returns the inspection of a run and writes nothing.
-
-    Raises:
-        RecordError: The run was trained on another base, or its weights equal the base's or do not fit it.
-    """
-    trained_on = record.base.get("fingerprint")
-    if trained_on != base.fingerprint:
-        raise RecordError(
-            f"{str(folder)!r} must be inspected on the base model it was trained on ({trained_on!r}), but "
-            f"{base.path!r} has {base.fingerprint!r}. Restore that model, or train the run again."
-        )
+    base = restore_base(record, config)
     model = restore_model(config, base, folder=folder / "best")
     if config.method.name == "peft":
         METHODS["peft"].merge(model)  # the updates are read from plain weights
@@ -115,13 +78,11 @@ def measure_run(folder: Path, record: RunRecord, config: RunConfig, base: BaseMo
             f"a run must have changed its base to be inspected, but the best weights of {str(folder)!r} equal the "
             "base's. Name a run that trained for longer."
         )
-    return Inspection(
-        folder=folder,
-        record=record,
-        layers=layers,
-        spectra={name: parts.s.tolist() for name, parts in decompositions.items()},
-        sentences=_describe_layers(config.method.name, layers),
-    )
+    spectra = {name: parts.s.tolist() for name, parts in decompositions.items()}
+    rows = [asdict(row) for row in layers]
+    write_atomically(folder / INSPECT_FOLDER / "layers.csv", csv_text(list(rows[0]), (row.values() for row in rows)))
+    write_atomically(folder / INSPECT_FOLDER / "spectra.json", json.dumps(spectra) + "\n")
+    return Inspection(layers=layers, spectra=spectra, sentences=_describe_layers(config.method.name, layers))
 
 
 def render_inspection(inspection: Inspection) -> RenderableType:

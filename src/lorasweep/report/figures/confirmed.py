@@ -11,6 +11,7 @@ from lorasweep.report.choice import choose_subject, format_arm_score
 from lorasweep.report.evidence.estimates import Interval
 from lorasweep.report.evidence.evidence import SubjectEvidence
 from lorasweep.report.figures.panel import (
+    MAX_EMPTY_SPANS,
     METHOD_COLOURS,
     Panel,
     add_line,
@@ -30,8 +31,6 @@ MAX_OTHER_ARMS = 6
 MAX_BAR_SPANS = 0.5
 """The axis goes beyond the range of scores, to the ends of intervals, by at most this multiple of the range. Intervals
 of two seeds may be so wide that nothing else could be seen."""
-MAX_EMPTY_SPANS = 3
-"""The frozen base is inside the axis if its distance is at most this multiple of the range of all other scores."""
 
 
 def draw_scores_by_value(data: SweepData) -> Panel:
