@@ -185,6 +185,7 @@ def test_hydra_shows_its_own_settings(capsys, caplog, here, flags):
         (["~method"], "`method` must be set, but is missing."),
         (["~optim.ghost"], "Could not delete from config. 'optim.ghost' does not exist."),
         (["+experiment=ghost"], "Available options in 'experiment': low_memory quick_check."),
+        (["experiment=ghost"], "To append to your default list use +experiment=ghost"),
         (["hydra/launcher=ghost"], "Could not find 'hydra/launcher/ghost'"),
         (["+optim.beta1=0.5"], "An item is already at 'optim.beta1'."),
         (["--config-dir", "ghost"], "/ghost'."),

@@ -81,8 +81,10 @@ def force_keys(overrides: Sequence[str]) -> list[str]:
     They are arguments of a component, keys of the option that a file of settings chooses, or wrong keys, for which
     `compose_run` names the nearest one.
     """
+    with hydra_session():
+        groups = {*default_options("train"), *list_groups_without_default()}
     keys = [override.partition("=")[0] for override in overrides]
-    are_plain = [key[0] not in "+~" and "/" not in key and key not in default_options("train") for key in keys]
+    are_plain = [key[0] not in "+~" and "/" not in key and key not in groups for key in keys]
     return [f"++{override}" if is_plain else override for override, is_plain in zip(overrides, are_plain, strict=True)]
 
 

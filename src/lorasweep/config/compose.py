@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -301,14 +300,6 @@ def _check_key(key: str, known: set[str], *, primary: Primary) -> None:
     names = key.split(".")
     outer = (".".join(names[:depth]) for depth in range(1, len(names)))
     if key not in known and not any(f"{one}.{TARGET}" in known for one in outer):
-        options = []
-        if re.fullmatch(r"[\w/]+", key, flags=re.ASCII):  # Hydra looks for a folder of this name
-            with hydra_session():
-                options = group_options(key)
-        if options:  # such as `experiment`, which has no default
-            raise ConfigError(
-                f"`{key}` must be added with a plus: `+{key}={options[0]}`. Its options: {', '.join(options)}."
-            )
         alias = PEFT_ALIASES.get(names[-1]) if len(names) == 1 or names[:-1] == ["method"] else None
         hint = f" PEFT's `{names[-1]}` is `{alias}` here." if alias else nearest(key, sorted(known))
         raise ConfigError(
