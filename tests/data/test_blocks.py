@@ -41,14 +41,6 @@ def test_blocks_predict_every_token_but_the_first_once():
     assert torch.equal(blocks[1:, 0], blocks[:-1, -1])
 
 
-def test_fewer_blocks_are_evenly_spaced_and_training_keeps_all(tokenizer):
-    text = "abcdefghijklmnopqrstuvwxyz01"  # 7 blocks
-    first = [block[0] for block in make_split(make_documents(text), tokenizer, max_test_blocks=3).tokens.tolist()]
-    assert first == list(text.encode()[::4])
-    held_out = make_split(make_documents(text, name="test"), tokenizer, max_test_blocks=3)
-    assert [block[0] for block in held_out.tokens.tolist()] == list(text.encode()[::8][:3])
-
-
 def test_group_of_a_block_is_the_document_of_the_first_token_that_it_predicts(tokenizer):
     # tokens: abc$defg$hi, so block 1 begins with the d and predicts from the e on; block 2 begins with the $
     split = make_split(make_documents("abc", "defg", "hijk", name="test"), tokenizer)

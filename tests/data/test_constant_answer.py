@@ -10,7 +10,7 @@ import torch
 from tests.data.ragged import make_ragged
 from torch import Tensor
 
-from lorasweep.data.build_splits import DataSplits, describe_constant_answer
+from lorasweep.data.build_splits import DataSplits
 from lorasweep.data.examples import LabelledSplit
 from lorasweep.data.tasks import Classification, MultiLabel, Regression, Task
 
@@ -58,18 +58,3 @@ def test_mean_has_the_squared_error_around_it_and_no_correlation(count: int) -> 
     found = score(Regression(), train, validation, torch.float32)
     assert found["mse"] == pytest.approx(sum((x - mean) ** 2 for x in validation) / 3, rel=1e-5)  # fp32
     assert (found["pearson"], found["spearman"]) == (0, 0)
-
-
-@pytest.mark.parametrize(
-    ("task", "train", "names", "note"),
-    [
-        (Classification(num_classes=2), [0, 0, 1], ("a", "b"), "'a', the most frequent label"),
-        (MultiLabel(num_labels=2), [[1, 0], [1, 1]], ("a", "b"), "'a', as most examples"),
-        (MultiLabel(num_labels=2), [[0, 0], [0, 1]], ("a", "b"), "no label, as most"),
-        (Regression(), [1.0, 2.5], (), "1.75, the mean of train, has pearson 0.0000, spearman 0.0000 and mse 0.5625"),
-    ],
-)
-def test_the_answer_and_its_scores_are_said(task: Task, train: list[Any], names: tuple[str, ...], note: str) -> None:
-    dtype = torch.int64 if isinstance(task, Classification) else torch.float32
-    (found,) = describe_constant_answer(make_splits(task, train, train, dtype), names)
-    assert note in found

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from lorasweep.errors import RecordError
 from lorasweep.report.sweep_data import load_sweep_data
 
 from .conftest import build_rank_sweep, edit_json
@@ -113,11 +112,3 @@ def test_a_predicted_setting_has_the_record_of_its_first_confirm_run(tmp_path: P
     assert best.record is not None
     assert data.arms[3].cost("trainable_params") == best.record.trainable_params
     assert not data.arms[1].best.is_predicted  # type: ignore[union-attr]
-
-
-def test_looks_and_questions_that_no_sweep_writes_are_refused(tmp_path: Path) -> None:
-    folder = build_rank_sweep(tmp_path, {1: 1.75, 16: 1.68})
-    for change in ({"looks": [3, 2]}, {"looks": [0]}):
-        edit_json(folder / "sweep.json", lambda raw, change=change: raw.update(change))
-        with pytest.raises(RecordError, match="`looks` must be ascending"):
-            load_sweep_data(folder)

@@ -216,12 +216,6 @@ def test_a_damaged_log_is_one_sentence(run, repeat, name, value):
         repeat()
 
 
-def test_a_run_without_steps_is_refused(run, repeat):
-    (run / STEPS_FILE).unlink()
-    with pytest.raises(RecordError, match="logged a step"):
-        repeat()
-
-
 @pytest.mark.slow
 def test_another_process_trains_the_same_bits(short_run, tmp_path, monkeypatch, capsys):
     """A fresh process trains from the command line, and this one repeats it."""

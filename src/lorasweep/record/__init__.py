@@ -4,7 +4,7 @@
 of its trials.
 """
 
-from lorasweep.record.json_file import VERSION, dump_row, write_record
+from lorasweep.record.json_file import dump_row, write_record
 from lorasweep.record.run import (
     PATCH_FILE,
     RUN_FILE,
@@ -36,9 +36,7 @@ from lorasweep.record.sweep import (
     read_sweep,
 )
 from lorasweep.record.trial import (
-    COST_FIELDS,
     STATES,
-    Curve,
     Stage,
     Trial,
     TrialState,
@@ -49,16 +47,13 @@ from lorasweep.record.trial import (
 )
 
 __all__ = [
-    "COST_FIELDS",
     "PATCH_FILE",
     "RUN_FILE",
     "STATES",
     "STEPS_FILE",
     "SWEEP_FILE",
     "TEST_SCORES_FILE",
-    "VERSION",
     "ArmRow",
-    "Curve",
     "LookRow",
     "Question",
     "QuestionName",
