@@ -14,7 +14,7 @@ import pytest
 import torch
 from tests.small_runs import SMALL_RUN
 from tests.tiny_tokenizer import load_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from lorasweep.config.compose import compose_run
 from lorasweep.config.run import RunConfig
@@ -97,3 +97,20 @@ def quantisable_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def inputs(make_config: Callable[..., RunConfig]) -> RunInputs:
     """Base model and data of such a run, in fp32."""
     return build_inputs(make_config())
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Returns the folder of a small random encoder, in place of the model of 22 M parameters that the pages name."""
+    folder = tmp_path_factory.mktemp("encoder")
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertModel(BertConfig(**sizes, vocab_size=257)).save_pretrained(folder)
+    load_tokenizer().save_pretrained(folder)
+    return str(folder)

@@ -15,10 +15,7 @@ from pathlib import Path
 from typing import NamedTuple, get_type_hints
 
 import pytest
-import torch
 import yaml
-from tests.tiny_tokenizer import load_tokenizer
-from transformers import BertConfig, BertModel
 
 import lorasweep
 import lorasweep.errors
@@ -115,18 +112,6 @@ def run_script(content: str) -> None:
 
 def squeeze(text: str) -> str:
     return " ".join(text.split())
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory) -> str:
-    """Returns the folder of a small random encoder, in place of the model of 22 M parameters that the pages name."""
-    folder = tmp_path_factory.mktemp("encoder")
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        BertModel(BertConfig(**sizes, vocab_size=257)).save_pretrained(folder)
-    load_tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 def free_port() -> str:
