@@ -102,6 +102,12 @@ def test_a_better_score_must_be_more_than_luck(sweep: Path, matthews: float, exa
         assert learning.remedy is None  # the settings are shown, and not called settled
 
 
+def test_a_correlation_without_a_better_accuracy_is_told_apart(sweep: Path) -> None:
+    learning = judge_learning(load_sweep_data(classify(sweep, lambda trial: 0.6, matthews=0.5)))
+    assert learning.state == "nothing"
+    assert "`data.metric=matthews`" in (learning.remedy or "")
+
+
 def test_text_is_compared_with_the_frozen_base(sweep: Path) -> None:
     assert judge_learning(load_sweep_data(sweep)).state == "learned"
 

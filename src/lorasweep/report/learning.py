@@ -108,8 +108,8 @@ def judge_learning(data: SweepData) -> Learning:
     against luck a better trial is enough, unless test data don't show the arm to be better.
     """
     answer = _find_answer(data)
-    trains = [arm for arm in data.searches if arm.row.method != "frozen"]
-    scored = {arm.name: [trial for trial in arm.trials if trial.value is not None] for arm in trains}
+    arms = [arm for arm in data.searches if arm.row.method != "frozen"]
+    scored = {arm.name: [trial for trial in arm.trials if trial.value is not None] for arm in arms}
     scored = {name: trials for name, trials in scored.items() if trials}
     if answer is None or not scored:
         return Learning()
@@ -119,25 +119,25 @@ def judge_learning(data: SweepData) -> Learning:
     ratings = {name: {answer.rate_trial(trial, level=level) for trial in found} for name, found in scored.items()}
     subjects = [arm for arm in data.arms if arm.row.method != "frozen"]
     shown = {arm.name: _is_shown_on_test_data(arm.name, answer, data) for arm in subjects}
-    shown_arms = {name: _join_shown([shown[arm.name] for arm in subjects if arm.arm == name]) for name in scored}
+    shown_arms = {name: {shown[arm.name] for arm in subjects if arm.arm == name} for name in scored}
     learned = {
         name
         for name, found in ratings.items()
-        if shown_arms[name] or "beyond luck" in found or ("better" in found and shown_arms[name] is None)
+        if True in shown_arms[name] or "beyond luck" in found or ("better" in found and False not in shown_arms[name])
     }
-    is_refuted = set(shown_arms.values()) in ({False}, {False, None})
-    compared = f"no method is shown to be better than {answer.name} ({format_score(answer.test_score)})."
+    known = set().union(*shown_arms.values()) - {None}
+    refuted = f"no method is shown to be better than {answer.name} ({format_score(answer.test_score)})."
     if learned:
         failed = [name for name, found in ratings.items() if name not in learned and "better" not in found]
         warnings = [f"`{name}` learned nothing: {_describe(scored[name], answer, data)}." for name in failed]
-        warnings += [f"On test data {compared}"] if is_refuted else []
+        warnings += [f"On test data {refuted}"] if known == {False} else []
         unlearned = [arm.name for arm in data.arms if shown.get(arm.name) is False or arm.arm in failed]
         return Learning(state="learned", answer=answer, warnings=tuple(warnings), unlearned=tuple(unlearned))
     if all(found == {"not better"} for found in ratings.values()):
         headline, remedy = _describe_nothing(trials, answer, data, level=level)
         return Learning(state="nothing", answer=answer, headline=headline, remedy=remedy, unlearned=tuple(shown))
-    if is_refuted:
-        reason = f"on test data {compared}"
+    if known == {False}:
+        reason = f"on test data {refuted}"
     else:  # every better trial is rated as luck, so the number of examples is known
         reason = (
             f"{answer.describe_best(trials)}. With {answer.num_examples:,} examples, the best of "
@@ -145,12 +145,6 @@ def judge_learning(data: SweepData) -> Learning:
         )
     headline = f"Nothing is shown to be learned: {reason}"
     return Learning(state="not shown", answer=answer, headline=headline, unlearned=tuple(shown))
-
-
-def _join_shown(found: Sequence[bool | None]) -> bool | None:
-    """Returns whether test data show that any subject of an arm is better; None if nothing is known of any."""
-    known = [one for one in found if one is not None]
-    return any(known) if known else None
 
 
 def _find_answer(data: SweepData) -> UntrainedAnswer | None:
