@@ -85,12 +85,13 @@ def summarize(folder: Path) -> Summary:
     """
     data = load_sweep_data(folder)
     learning, (fairness, facts) = judge_learning(data), judge_fairness(data)
+    findings = fairness if facts["is_fair"] else fairness[1:]  # that arms were treated unequally is a warning
     return Summary(
         data=data,
         answers=list_answer_lines(data, learning),
         learning=learning,
         fairness={"sentences": fairness, **facts},
-        sentences=tuple(describe_findings(data, fairness[0 if facts["is_fair"] else 1 :], learning)),
+        sentences=tuple(describe_findings(data, findings, learning)),
         recommended=tuple(recommend(data)),
     )
 
