@@ -37,15 +37,16 @@ from lorasweep.data.batching import StepBatchSampler, build_evaluation_loader
 from lorasweep.data.split import Split, repeat_batch
 from lorasweep.data.tasks import Evaluation
 from lorasweep.lora import inject_packed_lora, set_dropout_streams, slot_model
-from lorasweep.lora.packed.inject import set_sequence_lengths
+from lorasweep.lora.packed.inject import find_slots, set_sequence_lengths
 from lorasweep.methods import METHODS, add_head_to_modules_to_save, copy_sharing_weights, draw_head
 from lorasweep.training.environment import deterministic_algorithms
-from lorasweep.training.inputs import RunInputs, build_inputs, resolve_accumulate
+from lorasweep.training.inputs import RunInputs, build_inputs
 from lorasweep.training.module import prepare_model
 from lorasweep.training.optim import build_optimizer, schedule_factor, split_by_learning_rate
 from lorasweep.training.packs.pack import build_pack_batch, compute_slot_losses
 from lorasweep.training.packs.slot_run import SlotOptimizer
 from lorasweep.training.score import evaluate_model
+from lorasweep.training.unpadded import unpadded
 
 NUM_EVALUATIONS = 12
 BRANCH_EVALUATIONS = (2, 4, 6, 8, 11)
@@ -180,7 +181,7 @@ class LoraPack:
     def __init__(self, points: Sequence[Point], configs: Sequence[RunConfig], *, inputs: RunInputs) -> None:
         """Fills a slot with each trial."""
         self.points, self.configs, self.inputs = points, configs, inputs
-        seeds, settings = configs[0].seeds, configs[0].trainer
+        seeds = configs[0].seeds
         torch.manual_seed(seeds.dropout)
         self.model: nn.Module = copy_sharing_weights(inputs.base.model)
         start = functools.partial(draw_head, names=inputs.base.new_head_names)
@@ -194,15 +195,16 @@ class LoraPack:
         ]
         self.streams = [torch.Generator().manual_seed(seeds.dropout) for _ in configs]
         set_dropout_streams(self.model, self.streams)
-        accumulate = resolve_accumulate(settings, inputs.splits.train, slots=len(configs))
-        self.order = _order(configs[0], inputs, accumulate=accumulate)
+        self.order = _order(configs[0], inputs)
 
     def train_step(self, step: int, *, factor: float) -> None:
         """Makes one step in every slot; all slots see the same rows, since their seeds are the same."""
         slots = len(self.points)
         for micro in self.order.get_step(step):
             rows = build_pack_batch(self.inputs.splits.train, [micro] * slots, model=self.model)
-            losses = compute_slot_losses(self.inputs.splits.task, self.model, rows, slots=slots)
+            layout = self.inputs.lay_out(rows, self.configs[0].trainer, slots=slots)
+            with unpadded(self.model, layout, note_lengths=find_slots(self.model).note_lengths):
+                losses = compute_slot_losses(self.inputs.splits.task, self.model, rows, slots=slots)
             (losses / micro.step_weight).sum().backward()  # type: ignore[no-untyped-call]
         for optimizer in self.optimizers:
             for group in optimizer.optimizer.param_groups:
@@ -260,8 +262,7 @@ class SoloTrial:
         self.optimizer = build_optimizer(config.optim, groups)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.mixed = inputs.precision == "bf16" and method.needs_autocast
-        accumulate = resolve_accumulate(config.trainer, inputs.splits.train)
-        self.order = _order(config, inputs, accumulate=accumulate)
+        self.order = _order(config, inputs)
 
     def train_step(self, step: int, *, factor: float) -> None:
         """Makes one step."""
@@ -461,13 +462,12 @@ def _lora(config: RunConfig) -> LoraConfig:
     return config.method
 
 
-def _order(config: RunConfig, inputs: RunInputs, *, accumulate: int) -> StepBatchSampler:
+def _order(config: RunConfig, inputs: RunInputs) -> StepBatchSampler:
     return StepBatchSampler(
         inputs.splits.train,
         batch_size=config.trainer.batch_size,
         num_steps=config.trainer.max_steps,
         seed=config.seeds.data_order,
-        accumulate=accumulate,
     )
 
 

@@ -15,6 +15,7 @@ from lorasweep.training.openmp import set_openmp_spin_count
 if TYPE_CHECKING:
     from lorasweep.api import resume_sweep, run_sweep, train_run
     from lorasweep.record import Trial
+    from lorasweep.report.judge import judge
     from lorasweep.results import RunResult, SweepResult, load_run, load_sweep
     from lorasweep.training.data_module import DataModule
     from lorasweep.training.module import TrainingModule
@@ -25,6 +26,7 @@ __all__ = [
     "SweepResult",
     "TrainingModule",
     "Trial",
+    "judge",
     "load_run",
     "load_sweep",
     "resume_sweep",
@@ -40,6 +42,7 @@ _HOMES = {
     "DataModule": "lorasweep.training.data_module",
     "TrainingModule": "lorasweep.training.module",
     "Trial": "lorasweep.record",
+    "judge": "lorasweep.report.judge",
 }
 """The module of each public name."""
 

@@ -121,6 +121,26 @@ def build_parser() -> argparse.ArgumentParser:
     add_overrides(plan_parser, "NAME|FILE key=value", "as in sweep")
     compare_parser = add(compare, "write and show the report of finished or running sweeps again")
     compare_parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders of sweeps")
+    judge_parser = add(judge, "give verdicts on scores of runs that were trained elsewhere")
+    judge_parser.add_argument("scores", type=Path, metavar="FILE.csv|DIR", help="scores with arm, seed and score")
+    judge_parser.add_argument("--metric", required=True, help="name of the score, such as accuracy or TASK/acc")
+    directions = judge_parser.add_mutually_exclusive_group(required=True)
+    directions.add_argument("--maximize", action="store_true", help="higher scores are better")
+    directions.add_argument("--minimize", action="store_true", help="lower scores are better")
+    judge_parser.add_argument(
+        "--margin", required=True, help="smallest difference that matters: 0.01, or 5%% of the gain"
+    )
+    judge_parser.add_argument("--reference", default="full", metavar="ARM", help="compared with the others")
+    judge_parser.add_argument("--base", default="frozen", metavar="ARM", help="the untrained model")
+    judge_parser.add_argument("--key", default="value", help="what the column value is, such as rank")
+    judge_parser.add_argument(
+        "--looks", nargs="+", type=int, default=(), metavar="N", help="all planned numbers of seeds"
+    )
+    judge_parser.add_argument(
+        "--columns", nargs="+", default=(), metavar="arm=Name", help="names of the file's columns"
+    )
+    judge_parser.add_argument("--pattern", default="{arm}/{seed}", help="where a run's path has arm and seed")
+    judge_parser.add_argument("--out", type=Path, metavar="D", help="write a page, CSV and JSON here")
     export_parser = add(export, "write an adapter for PEFT, or the merged model for transformers")
     export_parser.add_argument(
         "run", type=Path, metavar="SWEEP[/ARM]|RUN", help="folder of a sweep: its recommended run; or of a run"
@@ -286,6 +306,30 @@ def compare(arguments: argparse.Namespace) -> int:
     for result in results:
         write_report(result.folder)
     return _show_reports(results, verbose=arguments.verbose)
+
+
+def judge(arguments: argparse.Namespace) -> int:
+    from lorasweep.report.judge import judge, read_scores
+
+    columns = dict(given.split("=", 1) for given in arguments.columns if "=" in given)
+    if len(columns) < len(arguments.columns):
+        raise ConfigError("`--columns` must be pairs such as `arm=Name`, ours before the file's.")
+    scores = read_scores(arguments.scores, metric=arguments.metric, columns=columns, pattern=arguments.pattern)
+    found = judge(
+        scores,
+        margin=arguments.margin,
+        maximize=arguments.maximize,
+        metric=arguments.metric,
+        reference=arguments.reference,
+        base=arguments.base,
+        key=arguments.key,
+        looks=arguments.looks,
+    )
+    EscapingConsole().print(found.render())
+    if arguments.out:
+        found.write(arguments.out, title=arguments.scores.stem)
+        say(f"page: {arguments.out / 'index.html'}")
+    return DONE
 
 
 def export(arguments: argparse.Namespace) -> int:

@@ -48,7 +48,7 @@ def render_page(summary: Summary, panels: Sequence[Panel]) -> str:
     """Returns the page as HTML."""
     data = summary.data
     return (
-        _load_templates()
+        load_templates()
         .get_template("index.html")
         .render(
             data=data,
@@ -77,7 +77,8 @@ def render_page(summary: Summary, panels: Sequence[Panel]) -> str:
 
 
 @functools.cache  # compiling the templates takes longer than rendering them
-def _load_templates() -> Environment:
+def load_templates() -> Environment:
+    """Returns the templates with their filters."""
     environment = Environment(
         loader=PackageLoader("lorasweep.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )

@@ -58,7 +58,7 @@ class RunInputs:
 
     def lay_out(self, batch: Batch, settings: TrainerConfig, *, slots: int = 1) -> Layout | None:
         """Returns how a batch trains without padding; None if it trains as it is."""
-        # activation checkpointing calls layers again after the forward pass, and compiled or sharded models have own hooks
+        # activation checkpointing calls layers again after the forward pass; compiled and sharded models have own hooks
         is_plain = not (settings.activation_checkpointing or settings.compile or settings.is_sharded)
         return lay_out(batch, slots=slots) if self.can_unpad and is_plain else None
 

@@ -1,0 +1,343 @@
+"""The evidence without the training: verdicts on scores of runs that were trained elsewhere.
+
+The tests are those of a sweep's confirm stage (`evidence.questions`). The search that chose the settings is not known,
+so its luck is not in the intervals.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lorasweep.config.data import METRIC_RANGES
+from lorasweep.config.ranges import is_number
+from lorasweep.config.sweep import parse_margin
+from lorasweep.disk import write_atomically
+from lorasweep.errors import ConfigError
+from lorasweep.record import Question, name_subject
+from lorasweep.report.evidence.estimates import Estimate, estimate_sum
+from lorasweep.report.evidence.questions import Answer, Scale, answer_questions, compute_level
+from lorasweep.report.evidence.scores import UNBOUNDED, ConfirmScores, ExampleScores, RunKey, build_scores
+from lorasweep.wording import format_estimate, format_share_estimate, join_words
+
+if TYPE_CHECKING:
+    import pandas
+
+REQUIRED_COLUMNS = ("arm", "seed", "score")
+COLUMNS = (*REQUIRED_COLUMNS, "value", "example", "group", "weight")
+PATTERN = "{arm}/{seed}"
+NOT_TESTED = "one seed: not tested"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """Verdicts on scores of runs that were trained elsewhere."""
+
+    answers: tuple[Answer, ...]
+    scores: ConfirmScores
+    margin: float | str
+    confidence: float
+    """The confidence of the intervals; all answers together have 95 %."""
+
+    def table(self) -> pandas.DataFrame:
+        """Returns a row per answer: question, subject, reference, verdict, value with interval, seeds, what is open."""
+        import pandas  # noqa: PLC0415 (slow to import)
+
+        return pandas.DataFrame.from_records(self.as_json()["questions"])
+
+    def means(self) -> dict[str, Estimate]:
+        """Returns each subject's mean score over its seeds."""
+        found = {name: estimate_sum(self.scores, {name: 1.0}) for name in self.scores.values}
+        return {name: estimate for name, estimate in found.items() if estimate is not None}
+
+    def as_json(self) -> dict[str, Any]:
+        questions = [asdict(answer) for answer in self.answers]
+        for entry in questions:
+            entry["low"], entry["high"] = entry.pop("interval") or (None, None)
+            del entry["arm"], entry["may_settle"]
+        means = {
+            name: {"mean": mean.value, "std": mean.std, "interval": mean.find_interval(), "seeds": len(mean.seeds)}
+            for name, mean in self.means().items()
+        }
+        return {
+            "margin": self.margin,
+            "confidence": self.confidence,
+            "num_examples": self.scores.num_examples,
+            "num_groups": self.scores.num_groups,
+            "subjects": means,
+            "questions": questions,
+            "notes": list(self.notes),
+        }
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        unknown = "The luck of the search that chose these settings is not in the intervals: it is not in the scores."
+        examples = () if self.scores.num_examples else ("Intervals are over seeds alone: no examples have scores.",)
+        return (unknown, *examples, *self.scores.problems)
+
+    def render(self) -> RenderableType:
+        """Returns the answers and the mean scores for the terminal."""
+        answers = [
+            Text.assemble((question, "bold"), f" {text}", style="" if is_settled else "yellow")
+            for question, text, is_settled in self._list_lines()
+        ]
+        means = Table("arm", "mean score", "seeds", box=None, header_style="bold")
+        for name, mean in self.means().items():
+            means.add_row(name, format_estimate(mean.value, mean.find_interval()), str(len(mean.seeds)))
+        return Group(*answers, means, *(Text(f"• {note}") for note in self.notes))
+
+    def _list_lines(self) -> list[tuple[str, str, bool]]:
+        """Returns each question, its answer in words, and whether it is settled."""
+        lines = []
+        for answer in self.answers:
+            asks_enough = answer.name == "smallest"
+            asked = f"Is {answer.subject} {'enough' if asks_enough else f'as good as {answer.reference}'}?"
+            shown = format_share_estimate if answer.is_share else format_estimate
+            what = f" of {answer.reference}'s gain" if answer.is_share and not asks_enough else ""
+            why = "; ".join(filter(None, (answer.open_because, answer.to_settle)))
+            text = f"{answer.verdict}: {shown(answer.value, answer.interval)}{what}" + (f" ({why})" if why else "")
+            lines.append((asked, text, answer.is_settled))
+        return lines
+
+    def write(self, folder: Path, *, title: str) -> None:
+        """Writes `verdicts.csv`, `verdicts.json` and the page `index.html` into a folder."""
+        from lorasweep.report.page import load_templates  # noqa: PLC0415 (imports plotly)
+
+        page = load_templates().get_template("judgement.html")
+        folder.mkdir(parents=True, exist_ok=True)
+        content = page.render(found=self, title=title, lines=self._list_lines(), format_estimate=format_estimate)
+        write_atomically(folder / "index.html", content)
+        write_atomically(folder / "verdicts.csv", self.table().to_csv(index=False))
+        write_atomically(folder / "verdicts.json", json.dumps(self.as_json(), indent=1) + "\n")
+
+
+def judge(
+    scores: pandas.DataFrame,
+    *,
+    margin: float | str,
+    maximize: bool,
+    metric: str = "",
+    reference: str = "full",
+    base: str | None = "frozen",
+    key: str = "value",
+    looks: Sequence[int] = (),
+) -> Judgement:
+    """Returns verdicts on the scores of runs that were trained elsewhere.
+
+    Each arm but `reference` and `base` is compared with the reference, on the seeds and examples that both have. If an
+    arm has several values, such as ranks, they share one chain of tests, and it is also asked which value is enough.
+
+    Args:
+        scores: A row per run, or per run and example of the test data, with the columns `arm`, `seed`, `score`, and
+            perhaps `value` (of an arm's setting), `example`, `group` (such as the document) and `weight`.
+        margin: The smallest difference that matters: a number in the metric's unit, or a percentage of the gain of
+            `reference` over `base` such as `5%`.
+        maximize: Whether higher scores are better.
+        metric: The name of the score. It sets the range of a score that has one, such as `accuracy`.
+        reference: The arm with which others are compared.
+        base: The arm that is the untrained model, if there is one.
+        key: What `value` is, such as `rank`, for the names of subjects.
+        looks: Numbers of seeds at which the scores were or will be tested. Empty: this is the only test. Who adds seeds
+            until a verdict appears must name all looks, or the error rate does not hold.
+
+    Raises:
+        ConfigError: The table lacks columns, arms or numbers, or has a run twice, or the margin is wrong.
+    """
+    _check_table(scores, reference=reference)
+    parsed = parse_margin(margin)
+    names = [str(name) for name in dict.fromkeys(scores["arm"])]
+    base = base if base in names else None
+    if parsed.is_share_of_gain and base is None:
+        raise ConfigError(
+            f"a margin of {margin!r} is a share of the gain over the untrained model, so its scores must be there, but "
+            "no arm is named by `base`. Add them, or give the margin as a number."
+        )
+    questions, subjects = [], {reference: {reference: scores[scores["arm"] == reference]}}
+    for arm in names:
+        rows = scores[scores["arm"] == arm]
+        subjects[arm] = _split_values(arm, rows, key=key)
+        if arm in (reference, base):
+            subjects[arm] = {arm: rows}
+            continue
+        chain = list(subjects[arm])
+        asked = "as_good_as_full" if reference == "full" else "pair"
+        questions.append(Question(name=asked, arm=arm, key=None, subjects=chain, reference=reference))  # type: ignore[arg-type]
+        if len(chain) > 1:
+            questions.append(Question(name="smallest", arm=arm, key=key, subjects=chain, reference=None))
+    if not questions:
+        raise ConfigError(
+            f"the scores must have another arm beside {join_words([reference, *([base] if base else [])])}."
+        )
+    values, examples = _read_runs({name: rows for of_arm in subjects.values() for name, rows in of_arm.items()})
+    found = build_scores(
+        values,
+        examples,
+        deterministic=[base] if base and sum(name == base for name, _ in values) == 1 else [],
+        is_perplexity=metric == "perplexity",
+        score_range=METRIC_RANGES.get(metric, UNBOUNDED),
+    )
+    num_seeds = max(len(seeds) for seeds in found.values.values())
+    planned = tuple(sorted({*looks, num_seeds})) if looks else (num_seeds,)
+    scale = Scale(margin=parsed, sign=-1 if maximize else 1, base=base, full=reference)
+    answers = answer_questions(questions, found, scale, looks=planned, groups="groups")
+    return Judgement(
+        answers=tuple(
+            replace(a, open_because=NOT_TESTED) if a.num_seeds == 1 and not a.is_settled else a for a in answers
+        ),
+        scores=found,
+        margin=margin,
+        confidence=1 - 2 * compute_level(questions, planned),
+    )
+
+
+def _check_table(scores: pandas.DataFrame, *, reference: str) -> None:
+    if missing := [name for name in REQUIRED_COLUMNS if name not in scores]:
+        raise ConfigError(
+            f"the scores must have the columns {join_words(REQUIRED_COLUMNS)}, but {join_words(missing)} is missing "
+            f"among {join_words([str(name) for name in scores]) or 'no columns'}. Name yours with `--columns arm=...`."
+        )
+    if reference not in set(scores["arm"]):
+        arms = join_words([str(name) for name in dict.fromkeys(scores["arm"])], last="or")
+        raise ConfigError(f"the arm that others are compared with must be one of {arms}, but got {reference!r}.")
+    for name in {"score", "weight"} & set(scores):
+        for row, value in enumerate(scores[name]):
+            if not is_number(value) or (name == "weight" and value < 0):
+                raise ConfigError(f"row {row + 1} must have a finite number as its {name}, but has {value!r}.")
+    identity = [name for name in ("arm", "value", "seed", "example") if name in scores]
+    repeated = scores[scores.duplicated(identity)]
+    if len(repeated):
+        first = ", ".join(f"{name} {repeated.iloc[0][name]!r}" for name in identity)
+        raise ConfigError(
+            f"each run must have one row, or one for each `example`, but there are several with {first}. If two runs "
+            "have the same seed, give them different ones."
+        )
+
+
+def _split_values(arm: str, rows: pandas.DataFrame, *, key: str) -> dict[str, pandas.DataFrame]:
+    """Returns the rows of each value of an arm by the name of the subject, smallest value first."""
+    if "value" not in rows or rows["value"].nunique() < 2:
+        return {arm: rows}
+    values = sorted(rows["value"].dropna().unique().tolist())
+    return {name_subject(arm, key, value): rows[rows["value"] == value] for value in values}
+
+
+def _read_runs(
+    subjects: Mapping[str, pandas.DataFrame],
+) -> tuple[dict[RunKey, float], dict[RunKey, ExampleScores]]:
+    """Returns the score of each run, and its scores of single examples if it has them."""
+    labels = sorted({str(seed) for rows in subjects.values() for seed in rows["seed"]})
+    values: dict[RunKey, float] = {}
+    examples: dict[RunKey, ExampleScores] = {}
+    for name, rows in subjects.items():
+        for seed, run in rows.groupby("seed", sort=False):
+            run_key = name, labels.index(str(seed))
+            weights = run["weight"].to_numpy(float) if "weight" in run else np.ones(len(run))
+            if not weights.sum() > 0:
+                raise ConfigError(f"the weights of `{name}`, seed {seed}, must have a positive sum.")
+            values[run_key] = float(np.average(run["score"].to_numpy(float), weights=weights))
+            if "example" in run and run["example"].notna().all():
+                ordered = run.sort_values("example", key=lambda column: column.astype(str))
+                identifiers = tuple(ordered["example"].astype(str))
+                examples[run_key] = ExampleScores(
+                    rows=identifiers,
+                    scores=ordered["score"].to_numpy(float),
+                    weights=ordered["weight"].to_numpy(float) if "weight" in ordered else np.ones(len(ordered)),
+                    groups=tuple(ordered["group"].astype(str)) if "group" in ordered else identifiers,
+                )
+    return values, examples
+
+
+def read_scores(path: Path, *, metric: str, columns: Mapping[str, str], pattern: str = PATTERN) -> pandas.DataFrame:
+    """Reads the scores of runs from a CSV file, or from a folder of runs.
+
+    A folder may have files `trainer_state.json` of transformers' Trainer (the last evaluation counts, and of several
+    checkpoints the one with most steps), or files `samples_TASK_*.jsonl` and `results_*.json` of lm-evaluation-harness
+    (the metric is `TASK/NAME`, such as `hellaswag/acc`). `pattern` says where a file's path has arm, seed and value.
+
+    Raises:
+        ConfigError: There are no such files, a path does not fit the pattern, or a file has no such metric.
+    """
+    import pandas  # noqa: PLC0415 (slow to import)
+
+    if path.is_file():
+        try:
+            table = pandas.read_csv(path)
+        except (ValueError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{str(path)!r} must be a CSV file of scores, but can't be read: {error}") from error
+        return table.rename(columns={theirs: ours for ours, theirs in columns.items()})
+    rows = [*_read_trainer_states(path, metric, pattern), *_read_harness(path, metric, pattern)]
+    if not rows:
+        raise ConfigError(
+            f"{str(path)!r} must be a CSV file, or a folder with trainer_state.json or results_*.json, but has neither."
+        )
+    return pandas.DataFrame.from_records(rows)
+
+
+def _read_trainer_states(folder: Path, metric: str, pattern: str) -> Iterator[dict[str, Any]]:
+    latest: dict[tuple[tuple[str, str], ...], tuple[int, float]] = {}
+    for file in sorted(folder.rglob("trainer_state.json")):
+        state = _read_json(file)
+        entries = [entry for entry in state.get("log_history", []) if metric in entry or f"eval_{metric}" in entry]
+        if not entries:
+            raise ConfigError(f"{str(file)!r} must have the metric {metric!r} in its log, but has none of that name.")
+        last, run = entries[-1], _match(pattern, file.parent.relative_to(folder).as_posix(), file)
+        step, score = int(state.get("global_step", 0)), last.get(metric, last.get(f"eval_{metric}"))
+        if step >= latest.get(tuple(run.items()), (-1, 0.0))[0]:
+            latest[tuple(run.items())] = step, score
+    for items, (_, score) in latest.items():
+        yield {**dict(items), "score": score}
+
+
+def _read_harness(folder: Path, metric: str, pattern: str) -> Iterator[dict[str, Any]]:
+    task, _, name = metric.rpartition("/")
+    for file in sorted(folder.rglob("results_*.json")):
+        run = _match(pattern, file.parent.relative_to(folder).as_posix(), file)
+        samples = sorted(file.parent.glob(f"samples_{task}_*.jsonl"))
+        if samples:
+            for line in samples[-1].read_text().splitlines():
+                sample = json.loads(line)
+                if name not in sample:
+                    raise ConfigError(f"{str(samples[-1])!r} must have {name!r} of each sample, but a sample has none.")
+                yield {**run, "score": float(sample[name]), "example": str(sample["doc_id"])}
+            continue
+        results = _read_json(file).get("results", {}).get(task, {})
+        score = results.get(name, results.get(f"{name},none"))
+        if score is None:
+            raise ConfigError(f"{str(file)!r} must have the result TASK/NAME of `--metric`, but has no {metric!r}.")
+        yield {**run, "score": score}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{str(file)!r} must be JSON, but is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{str(file)!r} must be a JSON object, but has {content!r:.40}.")
+    return content
+
+
+def _match(pattern: str, path: str, file: Path) -> dict[str, Any]:
+    """Returns arm, seed and perhaps value, from the beginning of a run's path relative to the folder."""
+    escaped = re.escape(pattern).replace(r"\{", "{").replace(r"\}", "}")
+    found = re.match(re.sub(r"{(arm|seed|value)}", r"(?P<\1>[^/]+?)", escaped) + r"(/|$)", path)
+    if found is None or not {"arm", "seed"} <= found.groupdict().keys():
+        raise ConfigError(
+            f"`--pattern` must say where the path of a run has {{arm}} and {{seed}}, but {pattern!r} does not fit "
+            f"{path!r} of {str(file)!r}."
+        )
+    parts: dict[str, Any] = found.groupdict()
+    if "value" in parts:
+        number = float(parts["value"]) if re.fullmatch(r"[\d.]+(e-?\d+)?", parts["value"]) else math.nan
+        parts["value"] = parts["value"] if math.isnan(number) else number
+    return parts

@@ -1,0 +1,136 @@
+"""Verdicts on scores of runs that were trained elsewhere."""
+
+import json
+import random
+
+import pandas
+import pytest
+
+import lorasweep
+from lorasweep.cli import run
+from lorasweep.errors import ConfigError
+from lorasweep.record import TEST_SCORES_FILE, read_sweep
+from lorasweep.report.evidence.evidence import answer_sweep, read_confirm_scores
+from lorasweep.report.judge import read_scores
+
+from .conftest import build_rank_sweep
+
+
+def make_scores(means, *, seeds=5, noise=0.004, examples=0):
+    """Returns a table of accuracies: `means` by arm, plus the noise of each seed, which all arms share."""
+    rng = random.Random(3)
+    common = [rng.gauss(0, noise) for _ in range(seeds)]
+    rows = []
+    for arm, mean in means.items():
+        for seed in range(seeds):
+            score = mean + common[seed] + rng.gauss(0, noise / 10)
+            for example in range(examples) or [None]:
+                of_example = {} if example is None else {"example": example, "group": example // 2}
+                rows.append({"arm": arm, "seed": seed, "score": score, **of_example})
+    return pandas.DataFrame(rows)
+
+
+def judge(scores, **settings):
+    given = {"margin": 0.01, "maximize": True, "metric": "accuracy", **settings}
+    return {answer.subject: answer for answer in lorasweep.judge(scores, **given).answers}
+
+
+@pytest.mark.parametrize("examples", [0, 20])
+def test_arms_are_compared_with_the_reference_on_the_same_seeds(examples):
+    means = {"full": 0.85, "lora": 0.851, "bitfit": 0.80, "dora": 0.88, "frozen": 0.5}
+    answers = judge(make_scores(means, examples=examples))
+    verdicts = {name: answer.verdict for name, answer in answers.items()}
+    assert verdicts == {"lora": "equivalent", "bitfit": "worse", "dora": "better"}
+    assert answers["bitfit"].value == pytest.approx(-0.05, abs=0.002)
+    assert judge(make_scores(means), maximize=False)["bitfit"].verdict == "better"
+    shares = judge(make_scores(means), margin="5%")
+    assert shares["lora"].value == pytest.approx(0.351 / 0.35, abs=0.01)
+    assert judge(make_scores(means), reference="bitfit")["full"].verdict == "better"
+
+
+def test_one_seed_is_never_a_verdict():
+    answer = judge(make_scores({"full": 0.9, "lora": 0.5}, seeds=1))["lora"]
+    assert (answer.verdict, answer.open_because) == ("open", "one seed: not tested")
+
+
+def test_a_sweep_of_ours_gets_its_own_verdicts(tmp_path):
+    folder = build_rank_sweep(tmp_path, {1: 1.8, 4: 1.67, 16: 1.662}, examples=40)
+    sweep = read_sweep(folder)
+    rows = []
+    for one in sweep.confirm:
+        arm = next(arm for arm in sweep.arms if arm.name == one.arm)
+        examples = pandas.read_csv(folder / one.run / TEST_SCORES_FILE)
+        value = one.params.get(arm.confirm_each) if arm.confirm_each else None
+        named = {"row": "example"}
+        rows.append(examples.rename(columns=named).assign(arm=one.arm, seed=one.seed, value=value))
+    found = lorasweep.judge(
+        pandas.concat(rows), margin=sweep.margin, maximize=False, key="rank", looks=sweep.looks, metric=sweep.metric
+    )
+    expected = [one for one in answer_sweep(sweep, read_confirm_scores(sweep, folder)) if one.name != "pair"]
+
+    def list_verdicts(answers):
+        return sorted((one.name, one.subject, one.verdict, round(one.value, 6), one.num_seeds) for one in answers)
+
+    assert len(found.answers) > 3
+    assert list_verdicts(found.answers) == list_verdicts(expected)
+
+
+def test_files_of_the_trainer_and_of_the_harness_are_read(tmp_path):
+    for arm, seed in (("lora", 0), ("full", 1)):
+        for step in (10, 20):
+            folder = tmp_path / "trainer" / f"{arm}-r8" / str(seed) / f"checkpoint-{step}"
+            folder.mkdir(parents=True)
+            log = [{"eval_accuracy": 0.5, "step": 5}, {"eval_accuracy": step / 100, "step": step}, {"loss": 1.0}]
+            (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": log}))
+        folder = tmp_path / "harness" / f"{arm}-{seed}" / "model"
+        folder.mkdir(parents=True)
+        (folder / "results_2026.json").write_text(json.dumps({"results": {"arc": {"acc,none": 0.25}}}))
+    scores = read_scores(tmp_path / "trainer", metric="accuracy", columns={}, pattern="{arm}-r{value}/{seed}")
+    assert scores.to_dict("records") == [
+        {"arm": "full", "seed": "1", "value": 8.0, "score": 0.2},
+        {"arm": "lora", "seed": "0", "value": 8.0, "score": 0.2},
+    ]
+    scores = read_scores(tmp_path / "harness", metric="arc/acc", columns={}, pattern="{arm}-{seed}")
+    assert scores["score"].tolist() == [0.25, 0.25]
+    samples = [{"doc_id": number, "acc": float(number == 1)} for number in range(3)]
+    for folder in (tmp_path / "harness").glob("*/model"):
+        (folder / "samples_arc_2026.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    scores = read_scores(tmp_path / "harness", metric="arc/acc", columns={}, pattern="{arm}-{seed}")
+    assert scores["score"].tolist() == [0, 1, 0] * 2
+    with pytest.raises(ConfigError, match="must have the metric 'f1'"):
+        read_scores(tmp_path / "trainer", metric="f1", columns={})
+    with pytest.raises(ConfigError, match=r"`--pattern` .* does not fit 'full-1/model'"):
+        read_scores(tmp_path / "harness", metric="arc/acc", columns={}, pattern="runs/{arm}/{seed}")
+
+
+def test_the_command_prints_verdicts_and_writes_files(tmp_path, capsys):
+    scores = make_scores({"full": 0.85, "lora": 0.85}).rename(columns={"arm": "Name", "score": "metrics.acc"})
+    scores.to_csv(tmp_path / "mlflow.csv", index=False)
+    words = ["judge", str(tmp_path / "mlflow.csv"), "--metric", "accuracy", "--maximize", "--margin", "0.01"]
+    words += ["--columns", "arm=Name", "score=metrics.acc", "--out", str(tmp_path / "out")]
+    assert run(words) == 0
+    shown = capsys.readouterr().out
+    assert "Is lora as good as full? equivalent" in shown
+    assert "Is lora as good as full?" in (tmp_path / "out" / "index.html").read_text()
+    written = json.loads((tmp_path / "out" / "verdicts.json").read_text())
+    assert written["questions"][0]["verdict"] == "equivalent"
+    assert pandas.read_csv(tmp_path / "out" / "verdicts.csv")["subject"].tolist() == ["lora"]
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "message"),
+    [
+        (lambda rows: rows.drop(columns="seed"), {}, "columns arm, seed and score, but seed is missing"),
+        (lambda rows: rows, {"reference": "fulll"}, "must be one of full or lora, but got 'fulll'"),
+        (lambda rows: pandas.concat([rows, rows]), {}, "one row, or one for each `example`"),
+        (lambda rows: rows.assign(score=float("nan")), {}, "row 1 must have a finite number as its score"),
+        (lambda rows: rows.assign(weight=-1.0), {}, "row 1 must have a finite number as its weight"),
+        (lambda rows: rows.assign(weight=0.0), {}, "must have a positive sum"),
+        (lambda rows: rows, {"margin": "5%"}, "no arm is named by `base`"),
+        (lambda rows: rows, {"margin": "wide"}, "must be a positive number"),
+        (lambda rows: rows[rows["arm"] == "full"], {}, "another arm beside full"),
+    ],
+)
+def test_wrong_scores_are_refused_in_one_sentence(change, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        judge(change(make_scores({"full": 0.9, "lora": 0.9})), **settings)
