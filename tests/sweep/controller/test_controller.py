@@ -105,6 +105,31 @@ def test_a_resumed_sweep_decides_by_the_constant_answer_and_the_losses(
     close(again)
 
 
+@pytest.mark.parametrize(("unlearned", "is_warned"), [(3, False), (4, True)])
+def test_a_search_whose_trials_have_learned_nothing_says_so_once(
+    begin, open_controller, resume, content, unlearned, is_warned
+):
+    content["settings"] |= {"sampler": "qmc", "pruner.min_survivors": 7}
+    controller = open_controller(begin(content, constant_answer=5.0))
+    before = list(controller.sweep.record.warnings)
+    pack = [controller.take() for _ in range(6)]
+    values = [9.0] * unlearned + [1.0] * (6 - unlearned)
+    evaluations = [(a, EVERY, value) for a, value in zip(pack, values, strict=True)]
+    controller.report(evaluations[:3])
+    assert controller.sweep.record.warnings == before  # three trials are too few
+    controller.report(evaluations[3:])
+    found = controller.sweep.record.warnings[len(before) :]
+    assert len(found) == is_warned
+    if is_warned:
+        for part in ("4 of 6 trials of `lora`", "5.000", "trainer.max_steps", "optim.lr", "pruner.criterion=loss"):
+            assert part in found[0]
+    controller.report([(controller.take(), EVERY, 1.0) for _ in range(2)])  # so it is no more than half of them
+    close(controller)
+    again = resume(controller.sweep.path)
+    assert again.sweep.record.warnings[len(before) :] == found
+    close(again)
+
+
 def test_a_paused_trial_goes_on_when_it_comes_into_the_better_part(begin, open_controller, content):
     content["settings"] |= {"sampler": "qmc", "pruner.rungs": [0.17]}
     controller = open_controller(begin(content))

@@ -19,6 +19,7 @@ from optuna.trial import TrialState as OptunaState
 from lorasweep.record import Trial, TrialState
 from lorasweep.sweep.controller.stopping_rules import Row, RungOrder, StoppingRule
 from lorasweep.sweep.definition.arms import Arm
+from lorasweep.wording import format_metric, format_score, join_words
 
 TRIAL_ATTRIBUTE = "lorasweep"
 """User attribute of a study's trial with the fields `KEPT_FIELDS`. Trials that other programs added have none."""
@@ -27,6 +28,10 @@ KEPT_FIELDS = (
     *("order", "passed", "promoted", "worker", "request", "sampler_state"),
 )
 """The fields of a trial that Optuna has no place for. They are written together, so that they always fit together."""
+WARNING_ATTRIBUTE = "lorasweep:warning"
+"""User attribute of a study: the sentence of `ArmTrials.warning`."""
+MIN_TRIALS_TO_WARN = 4
+"""Number of trials that must reach the first rung before a warning says that most of them have learned nothing."""
 OPTUNA_END_STATES: dict[TrialState, OptunaState] = {
     "complete": OptunaState.COMPLETE,
     "failed": OptunaState.FAIL,
@@ -95,6 +100,8 @@ class ArmTrials:
         """The row of a trial in `_ranked`, by rung and number."""
         self._kept: dict[int, list[Row]] | None = None
         """By rung: the first rows of `_ranked`, of the trials that may train beyond the rung. None after a change."""
+        self.warning: str | None = study.user_attrs.get(WARNING_ATTRIBUTE)
+        """The warning that most trials have learned nothing by the first rung; None if there was no reason for it."""
         for frozen in study.get_trials(deepcopy=False):
             if TRIAL_ATTRIBUTE in frozen.user_attrs:
                 self._read(frozen, session=session)
@@ -238,6 +245,33 @@ class ArmTrials:
                 if trial.state == "paused" and rung not in trial.passed:
                     return trial, rung
         return None
+
+    def update_warning(self, metric: str) -> None:
+        """Sets `warning` if most trials at the first rung are no better than the constant answer.
+
+        It is written into the journal and then stays, so that a resumed sweep has the same warning.
+        """
+        if self.warning is not None or self._order.constant_answer is None or not self._rule.rungs:
+            return
+        first = self._rule.rungs[0]
+        arrived = [self.trials[number] for *_, number in self._ranked[first]]
+        unlearned = sum(self._order.has_learned_nothing(trial, first) for trial in arrived)
+        if len(arrived) >= MIN_TRIALS_TO_WARN and unlearned > len(arrived) / 2:
+            self.warning = self._describe_unlearned(metric, unlearned=unlearned, arrived=len(arrived))
+            self.study.set_user_attr(WARNING_ATTRIBUTE, self.warning)
+
+    def _describe_unlearned(self, metric: str, *, unlearned: int, arrived: int) -> str:
+        remedies = ["more steps (`trainer.max_steps`)", "other learning rates (`optim.lr`)"]
+        if metric in ("accuracy", "f1"):
+            remedies.append("another metric (`data.metric=matthews` if each example has one label)")
+        if metric != "loss" and not self._order.by_loss:
+            remedies.append("`pruner.criterion=loss`")
+        return (
+            f"At step {self._rule.rungs[0]}, {unlearned} of {arrived} trials of `{self.arm.name}` have learned nothing "
+            f"yet: their {format_metric(metric)} is no better than that of an answer that needs no training "
+            f"({format_score(self._order.constant_answer)}). If this stays so, start a new sweep with "
+            f"{join_words(remedies, last='or')}."
+        )
 
     def _find_kept(self) -> dict[int, list[Row]]:
         """Returns by rung, ascending, the rows of the trials that may train beyond it, best first."""

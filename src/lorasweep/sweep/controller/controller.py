@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import traceback
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
@@ -90,6 +90,7 @@ class Controller:
         self._deaths_in_a_row = 0
         self._usage: dict[str, Mapping[str, float]] = {}
         self._places = rank_arms_by_duration(sweep.definition)
+        self._add_warnings(self.search.arms.values())
         self._advance_stage()
 
     @property
@@ -167,6 +168,10 @@ class Controller:
         in_order = sorted(reported, key=lambda found: (found[0].arm.name, found[2], found[1].number))
         for trials, trial, step, value in in_order:
             trials.store(trial, step, value, loss=loss_of.get((trials.arm.name, trial.number)))
+        arms = {trials.arm.name: trials for trials, *_ in reported}
+        for trials in arms.values():
+            trials.update_warning(self.sweep.record.metric)
+        self._add_warnings(arms.values())
         decisions = {(trials.arm.name, trial.number): trials.decide(trial, step) for trials, trial, step, _ in in_order}
         self._save_if_due()  # a trial often begins just after a save, so its first report is the next chance to save
         return [decisions[trials.arm.name, trial.number] for trials, trial, _, _ in reported]
@@ -314,6 +319,11 @@ class Controller:
                 reason = f"stopped at step {trial.step}, because other trials were better there"
                 prune_paused_run(self.sweep.path / trial.run, reason=reason)
                 trials.end(trial, "pruned", reason=reason)
+
+    def _add_warnings(self, arms: Iterable[ArmTrials]) -> None:
+        for trials in arms:
+            if trials.warning is not None:
+                self.sweep.warn(trials.warning)
 
     def _sort_key(self, trials: ArmTrials) -> tuple[bool, float, int]:
         return bool(trials.arm.space), trials.begun_fraction, self._places[trials.arm.name]
