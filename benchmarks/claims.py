@@ -211,19 +211,23 @@ def write_page() -> None:
     lines = [
         "# Claims on LoRA, tested",
         "",
-        "Each statement has a test that could fail, stated in `benchmarks/claims.py`, and is run as a sweep. *Holds*",
-        "and *fails* follow from the answers alone; *open* means that they decide neither. All sweeps but `sentences`",
-        "use the embedded model, which is a toy: the page shows how to test a statement, not what is true of your",
+        "Each statement has a test that could fail, and is run as a sweep (`benchmarks/claims.py`). *Open*: the answers",
+        "decide neither. The embedded model is a toy: the page shows how to test a statement, not what is true of your",
         "model. The value is the share of full fine-tuning's gain on test data, with the interval of the test.",
         "",
     ]
+    waiting, shown = [], set()
     for claim in STATEMENTS:
         found = [read_rows(name) for name in claim.results]
-        outcome = {True: "holds", False: "fails", None: "open"}[claim.judge(found)] if all(found) else "not run yet"
+        if not all(found):
+            waiting.append(f"- {claim.statement} Test: {claim.test}")
+            continue
+        outcome = {True: "holds", False: "fails", None: "open"}[claim.judge(found)]
         lines += [f"## {claim.statement} {outcome.capitalize()}.", "", f"Test: {claim.test}", ""]
         for name, rows in zip(claim.results, found, strict=True):
-            if rows:
-                lines += [f"`{name}`:", "", *_draw_table(rows), ""]
+            lines += [f"`{name}`, as above.", ""] if name in shown else [f"`{name}`:", "", *_draw_table(rows), ""]
+            shown.add(name)
+    lines += ["## Not run yet", "", *waiting, ""] if waiting else []
     if rows := read_rows("sentences"):
         lines += ["## Sentences: MiniLM on film reviews", "", *_draw_table(rows), ""]
     lines += ["## Said often, and not a matter of measuring", "", *[f"- {text}" for text in NOT_MEASURED], ""]

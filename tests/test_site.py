@@ -25,6 +25,7 @@ from lorasweep.cli import build_parser, run
 from lorasweep.config.run import RunConfig
 from lorasweep.config.sweep import SweepConfig
 from lorasweep.sweep.definition.arms import read_definition
+from lorasweep.sweep.definition.sweep_file import find_sweep_file
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -150,11 +151,9 @@ def test_every_block_of_a_lesson_runs_or_has_a_reason(page, tmp_path, monkeypatc
             shown = captured.out + captured.err
 
 
-def test_the_sweep_file_for_a_large_model_is_read_with_its_command(tmp_path):
-    file = tmp_path / "qlora.yaml"
-    file.write_text(next(block.content for block in read_blocks("tutorials/qlora.md") if block.file == file.name))
+def test_full_fine_tuning_beside_qlora_has_the_unquantised_base():
     words = ["model.path=owner/name", "data.train=train.jsonl", "arms.full={settings: {method: full}}"]
-    arms = {arm.name: arm.corner_configs[0] for arm in read_definition(file, words).arms}
+    arms = {arm.name: arm.corner_configs[0] for arm in read_definition(find_sweep_file("qlora"), words).arms}
     assert arms.pop("full").model.quantization == "none"
     assert {config.model.quantization for config in arms.values()} == {"nf4"}
 
