@@ -10,7 +10,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lorasweep.training.openmp import set_openmp_spin_count
+from lorasweep.training.torch_variables import set_torch_variables
 
 if TYPE_CHECKING:
     from lorasweep.api import resume_sweep, run_sweep, train_run
@@ -34,7 +34,7 @@ __all__ = [
     "train_run",
 ]
 
-set_openmp_spin_count()  # here, because every entry (command, Python, Ray) imports this file before torch
+set_torch_variables()  # here, because every entry (command, Python, Ray) imports this file before torch
 
 _HOMES = {
     **dict.fromkeys(("resume_sweep", "run_sweep", "train_run"), "lorasweep.api"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import lorasweep
+from lorasweep.training.torch_variables import set_torch_variables
 
 NUM_CORES = len(os.sched_getaffinity(0))
 
@@ -61,3 +62,10 @@ def test_threads_sleep_at_once_only_if_cores_are_shared_and_the_user_did_not_cho
 def test_a_worker_on_ray_does_not_spin_with_the_setting_that_it_inherits():
     pytest.importorskip("ray")
     assert spin_count_of_openmp("import ray, lorasweep, torch", GOMP_SPINCOUNT="20000") == 0
+
+
+def test_onednn_keeps_few_products_unless_the_user_chose(monkeypatch):
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    set_torch_variables()
+    assert (os.environ["LRU_CACHE_CAPACITY"], os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) == ("7", "256")
