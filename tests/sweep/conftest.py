@@ -348,6 +348,7 @@ class NoInputs:
         self.test_reads = 0
         self.telemetry = Telemetry()
         self.splits = self
+        self.base = SimpleNamespace(new_head_names=("head",))  # so that the seed makes a difference to every run
 
     def load(self, config: RunConfig) -> NoInputs:
         return self

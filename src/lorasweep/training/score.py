@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torchmetrics.functional.text import rouge_score, sacre_bleu_score
 
+from lorasweep.config.build import as_settings
 from lorasweep.config.data import ChatConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import EvaluationSampler
@@ -18,12 +22,13 @@ from lorasweep.data.examples import CompletionSplit, SequenceSplit
 from lorasweep.data.split import IGNORED, Split, move_batch
 from lorasweep.data.tasks import Evaluation, ExampleScores, Task
 from lorasweep.disk import csv_text, write_atomically
-from lorasweep.errors import ConfigError
-from lorasweep.record import TEST_SCORES_FILE, RunRecord, compute_sha256, read_run, write_record
+from lorasweep.errors import ConfigError, RecordError
+from lorasweep.record import RUN_FILE, TEST_SCORES_FILE, RunRecord, compute_sha256, read_run, write_record
 from lorasweep.training.environment import get_device
 from lorasweep.training.failures import convert_memory_errors
 from lorasweep.training.inputs import RunInputs
 from lorasweep.training.restore import restore_config, restore_model
+from lorasweep.training.run_log import RunFolder
 
 ROUGE_NAMES = ("rouge1", "rouge2", "rougeL")
 MAX_ANSWER_LENGTH_RATIO = 1.5
@@ -69,6 +74,31 @@ def score_run(folder: Path, *, inputs: RunInputs) -> RunRecord:
     record.test = values | answers
     write_record(record, folder)  # last, because a record with test scores is not scored again
     return record
+
+
+def copy_base_run(config: RunConfig, run_folder: RunFolder, *, inputs: RunInputs) -> RunRecord | None:
+    """Returns the record of a run of the unchanged base, copied from a run of the arm that differs in the seeds alone.
+
+    Returns None if there is no such run with the same base, data and precision, or if the seed makes a difference,
+    because the method trains or the base has a new random head.
+    """
+    if config.method.name != "frozen" or inputs.base.new_head_names:
+        return None
+    splits, path = inputs.splits, run_folder.path
+    wanted = inputs.precision, inputs.base.fingerprint, splits.train.fingerprint, splits.validation.fingerprint
+    for folder in sorted(path.parent.glob(f"{run_folder.arm}-*")):
+        with suppress(RecordError):  # it has not begun, or is damaged
+            record = read_run(folder)
+            parts = (record.base, record.data["train"], record.data["validation"])
+            found = record.platform["precision"], *(part["fingerprint"] for part in parts)
+            with_seeds = replace(restore_config(record), seed=config.seed, seeds=config.seeds)
+            if (record.status, with_seeds, found) == ("complete", config, wanted):
+                shutil.copytree(folder, path, dirs_exist_ok=True, ignore=shutil.ignore_patterns(RUN_FILE))
+                record.config, record.trial, record.wall_s = as_settings(config), run_folder.trial, 0.0
+                record.notes.append(f"The base is the one of {folder.name}, so its scores are that run's.")
+                write_record(record, path)  # last, because a record that is complete does not run again
+                return record
+    return None
 
 
 def evaluate_model(model: nn.Module, split: Split, *, task: Task, config: RunConfig, inputs: RunInputs) -> Scores:

@@ -25,7 +25,7 @@ from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.size import PackSize, choose_pack_size
 from lorasweep.training.packs.slot_run import RunRequest, SlotEvaluation
 from lorasweep.training.run import train_run
-from lorasweep.training.score import score_run
+from lorasweep.training.score import copy_base_run, score_run
 
 LOSS_METRIC = "loss"
 """Metric that every task reports, also if another metric is its score."""
@@ -127,16 +127,22 @@ class Worker:
         self._note_usage()
 
     def _train_alone(self, assignment: Assignment) -> Outcome:
-        return _catch_failure(
-            lambda: (self.train_alone or train_run)(
-                assignment.config,
-                assignment.run_folder,
-                inputs=self.inputs_cache.load(assignment.config),
+        def train() -> RunRecord:
+            config, folder = assignment.config, assignment.run_folder
+            inputs = self.inputs_cache.load(config)
+            if (record := copy_base_run(config, folder, inputs=inputs)) is not None:
+                self.report([(assignment, record.steps_done, record.last)])
+                return record
+            return (self.train_alone or train_run)(
+                config,
+                folder,
+                inputs=inputs,
                 on_evaluation=lambda step, metrics: self.report([(assignment, step, metrics)])[0],
                 stop_requested=self.stop_requested,
                 resume=True,
             )
-        )
+
+        return _catch_failure(train)
 
     def _score(self, assignment: Assignment) -> RunRecord:
         inputs = self.inputs_cache.load(assignment.config)
