@@ -11,10 +11,11 @@ from rich.console import Console
 from tests.conftest import SHORT_RUN
 
 import lorasweep.sweep.plan as plan_file
+from lorasweep.data.batching import StepBatchSampler
 from lorasweep.errors import Diverged, OutOfMemory, RunError
 from lorasweep.record import RunRecord
 from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.plan import GroupPlan, Part, TimeRange, list_parts, plan_sweep, render_plan
+from lorasweep.sweep.plan import GroupPlan, Part, TimeRange, choose_data_order, list_parts, plan_sweep, render_plan
 from lorasweep.training.inputs import InputsCache
 
 
@@ -102,6 +103,22 @@ def plan(write_file, content, inputs, tmp_path, monkeypatch):
         return {group.arms[0].name: group for group in groups}, said
 
     return plan
+
+
+def test_the_measured_steps_have_a_row_that_is_as_long_as_those_of_a_whole_run(make_config, inputs):
+    class Rows:
+        lengths, weights = torch.full((100,), 5), torch.ones(100)
+
+        def __len__(self):
+            return 100
+
+    split = Rows()
+    split.lengths[13] = 50
+    config = make_config({"trainer.max_steps": 100, "trainer.batch_size": 1})
+    order = choose_data_order(config, split=split)
+    steps = StepBatchSampler(split, batch_size=1, num_steps=plan_file.NUM_STEPS, seed=order)
+    assert [13] in [micro.indices for micro in steps]
+    assert choose_data_order(config, split=inputs.splits.train) == 0  # blocks have one length
 
 
 def test_each_group_is_measured_once_and_the_base_stays(plan, inputs):

@@ -27,6 +27,8 @@ from lorasweep.config.components import Component
 from lorasweep.config.data import ChatConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.config.sweep import RayWorkers
+from lorasweep.data.batching import StepBatchSampler
+from lorasweep.data.split import Split
 from lorasweep.errors import OutOfMemory, RunError
 from lorasweep.record import RunRecord, describe_confirmation, read_run
 from lorasweep.sweep.controller.stopping_rules import build_rule
@@ -44,6 +46,9 @@ from lorasweep.wording import format_bytes, format_count, format_seconds_range
 
 NUM_STEPS = 6
 """Steps of a measured training, which ends with one evaluation. The first step is not counted, because it warms up."""
+
+MAX_DATA_ORDERS = 100
+"""Data orders that are searched for long rows. More would make planning slower."""
 
 
 class TimeRange(NamedTuple):
@@ -142,8 +147,9 @@ def _measure_group(
     slots, reason = choose_slots(definition, arm, inputs_cache=inputs_cache, num_workers=count_workers(definition))
     arms = list_pack_arms(definition, arm) if slots > 1 else [arm]
     names = ", ".join(each.name for each in arms)
-    config = _shorten(plan_packing(definition)[arm.name].largest)
+    config = plan_packing(definition)[arm.name].largest
     inputs = inputs_cache.load(config)
+    config = _shorten(config, choose_data_order(config, split=inputs.splits.train))
     with tempfile.TemporaryDirectory(prefix="lorasweep-plan-") as folder:
         while True:
             on_progress(f"{names}: {slots} {'trial' if slots == 1 else 'trials in a pack'}")
@@ -204,7 +210,21 @@ def _train_briefly(config: RunConfig, slots: int, *, inputs: RunInputs, folder: 
     return runs[0].path, statistics.median(steps_s) if steps_s else 0.0  # `frozen` has no steps
 
 
-def _shorten(config: RunConfig) -> RunConfig:
+def choose_data_order(config: RunConfig, *, split: Split) -> int:
+    """Returns a seed of the data order with which a few steps need about as much memory as a whole run.
+
+    It is the seed whose first steps have the most tokens in one, among as many seeds as the run has such parts.
+    """
+
+    def count_tokens_of_largest_step(seed: int) -> int:
+        steps = StepBatchSampler(split, batch_size=config.trainer.batch_size, num_steps=NUM_STEPS, seed=seed)
+        return max(int(split.lengths[torch.tensor(steps.get_step_indices(n))].sum()) for n in range(NUM_STEPS))
+
+    num_seeds = min(MAX_DATA_ORDERS, math.ceil(config.trainer.max_steps / NUM_STEPS))
+    return max(range(num_seeds), key=count_tokens_of_largest_step)
+
+
+def _shorten(config: RunConfig, data_order: int) -> RunConfig:
     """Returns the settings of a training with few steps and one evaluation, in one process and without loggers."""
     trainer = replace(
         config.trainer,
@@ -214,7 +234,7 @@ def _shorten(config: RunConfig) -> RunConfig:
         devices=1,
         num_nodes=1,
     )
-    return replace(config, trainer=trainer, logger={})
+    return replace(config, trainer=trainer, seeds=replace(config.seeds, data_order=data_order), logger={})
 
 
 def count_workers(definition: Definition) -> int:
@@ -277,9 +297,6 @@ def _list_notes(definition: Definition, groups: Sequence[GroupPlan]) -> Iterator
         f"Time on this machine, if it does nothing else: {format_seconds_range(low + confirm, high + confirm)} "
         f"({', '.join(parts)}). The lower end prunes all that the stopping rule allows; the upper end prunes "
         f"nothing.{shared}"
-    )
-    yield (
-        f"Memory is the peak of {NUM_STEPS} steps. Later batches may have longer rows: leave half as much again free."
     )
     data = [arm.corner_configs[0].data for arm in definition.arms]
     if any(isinstance(each, ChatConfig) and each.generate for each in data):
