@@ -7,6 +7,7 @@ waits beside a node needs little memory.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,8 @@ TOKEN_FILE = "ray.token"
 """File in a sweep's folder with the secret token for joining the sweep's Ray cluster. Its mode is 0600."""
 DEFAULT_HEAD_WAIT_S = 600
 """Seconds that a job waits for a head. A requeued job may begin while the sweep is being resumed."""
+MAX_SHUTDOWN_S = 20
+"""Seconds that Ray has to end a node. Slurm kills the job after 30 (KillWait)."""
 
 
 def write_address(folder: Path, address: str) -> None:
@@ -56,7 +59,17 @@ class RayNode:
         if (address := _wait_for_head(self.folder, wait_s=self.head_wait_s)) is None:
             return
         with tempfile.TemporaryDirectory(prefix="lorasweep-", dir=SOCKETS_FOLDER, ignore_cleanup_errors=True) as folder:
-            subprocess.run(self._command(address, folder), env=_node_environment(self.folder), check=False)
+            # Slurm sends SIGUSR2 to all processes of a job, but only submitit's handler in this process needs it.
+            child = subprocess.Popen(
+                self._command(address, folder),
+                env=_node_environment(self.folder),
+                preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
+            )
+            try:
+                child.wait()
+            finally:
+                child.terminate()  # Ray then takes the node out of the cluster
+                child.wait(MAX_SHUTDOWN_S)
 
     def checkpoint(self) -> DelayedSubmission | None:
         """Returns the task for a requeued job; None: submitit does not requeue. submitit calls this on SIGUSR2."""
