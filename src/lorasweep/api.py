@@ -166,10 +166,7 @@ def train_run(
 
 
 def read_sweep_definition(sweep: str | Path | Mapping[str, Any] | None, overrides: Overrides) -> Definition:
-    """Reads and checks a sweep; raises ConfigError if it does not exist, or a key or value is wrong.
-
-    None is the quickstart, or a sweep that is drafted for the data that the overrides name.
-    """
+    """Reads and checks a sweep. None: drafts one for the data of the overrides; without data it is the quickstart."""
     if sweep is None:
         overrides, sweep = parse_overrides(overrides), DEFAULT_SWEEP
         if {"data.train", "data.path"} & overrides.keys():

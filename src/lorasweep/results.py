@@ -42,8 +42,9 @@ class RunResult:
 
     def __str__(self) -> str:
         score = "no score" if self.score is None else f"{self.metric} {self.score:.4f}"
-        steps = f"{self.record.steps_done:,} of {self.record.steps_planned:,} steps"
-        return f"{self.status}: {score}, {steps}, {self.folder}"
+        return (
+            f"{self.status}: {score}, {self.record.steps_done:,} of {self.record.steps_planned:,} steps, {self.folder}"
+        )
 
     @property
     def status(self) -> str:

@@ -120,7 +120,7 @@ def draft_sweep(path: Path, settings: Mapping[str, Any], *, trials: int = 12, lo
     lengths = {"data.max_length": MAX_MEASURED_TOKENS} if chosen["data"] in ("table", "chat") else {}
     inputs = build_inputs(compose_run({**lengths, **chosen}))
     inputs.splits.test()  # reads every row, because the confirm stage would fail after hours of training
-    text = _fill_template(path, {**chosen, **_choose_numbers(inputs, chosen)}, inputs, trials=trials, looks=looks)
+    text = _fill_template(path, {**chosen, **_choose_numbers(inputs, chosen)}, inputs, trials=trials, looks=list(looks))
     read_definition(yaml.safe_load(text))  # a draft must be a sweep that starts
     return text
 
@@ -220,9 +220,7 @@ def _choose_numbers(inputs: RunInputs, chosen: Mapping[str, Any]) -> dict[str, i
     return {key: number for key, number in numbers.items() if key not in chosen}
 
 
-def _fill_template(
-    path: Path, settings: Mapping[str, Any], inputs: RunInputs, *, trials: int, looks: Sequence[int]
-) -> str:
+def _fill_template(path: Path, settings: Mapping[str, Any], inputs: RunInputs, **numbers: Any) -> str:
     train, trainer, labels = inputs.splits.train, compose_run(settings).trainer, inputs.base.labels
     parameters = sum(parameter.numel() for parameter in inputs.base.model.parameters())
     named = "" if labels is None or len(labels.names) < 2 else f" and {len(labels.names)} labels"
@@ -247,8 +245,7 @@ def _fill_template(
         facts="\n".join(f"# {fact}" for fact in facts),
         name=_format_value(path.stem),
         settings="\n".join(lines),
-        trials=trials,
-        looks=list(looks),
+        **numbers,
         full_low=f"{low:.1e}",
         full_high=f"{high:.1e}",
         lora_low=f"{10 * low:.1e}",
