@@ -29,22 +29,13 @@ from lorasweep.models.factory import build_custom_model
 from lorasweep.models.folder import find_model_folder
 from lorasweep.models.pretrained import load_pretrained, load_with_new_head, quiet_transformers
 from lorasweep.models.quantised import PACKAGES, build_arguments, finish_quantised
-from lorasweep.models.weight_files import (
-    WeightFiles,
-    build_on_meta,
-    has_weight_files,
-)
+from lorasweep.models.weight_files import WeightFiles, build_on_meta, has_weight_files
 from lorasweep.stored_weights import count_parameters, list_scales
 
 MODEL_CLASSES: dict[ModelKind, Any] = {
     "causal_lm": AutoModelForCausalLM,
     "classifier": AutoModelForSequenceClassification,
     "seq2seq": AutoModelForSeq2SeqLM,
-}
-KIND_NAMES: dict[ModelKind, str] = {
-    "causal_lm": "causal language model",
-    "classifier": "model for sequence classification",
-    "seq2seq": "sequence-to-sequence model",
 }
 
 
@@ -258,7 +249,7 @@ def _to_config_error(error: BaseException, config: ModelConfig) -> ConfigError:
         has_sentence = isinstance(error, OSError | ValueError | RuntimeError | ImportError)
         reason = first_line(error) if has_sentence else describe_error(error)
     return ConfigError(
-        f"`model.path` must be a {KIND_NAMES[config.kind]} with its tokenizer, but {config.path!r} can't be loaded: "
+        f"`model.path` must be a {config.kind} model with its tokenizer, but {config.path!r} can't be loaded: "
         f"{reason}. Download the model again, or use another model."
     )
 

@@ -226,14 +226,8 @@ def choose_data_order(config: RunConfig, *, split: Split) -> int:
 
 def _shorten(config: RunConfig, data_order: int) -> RunConfig:
     """Returns the settings of a training with few steps and one evaluation, in one process and without loggers."""
-    trainer = replace(
-        config.trainer,
-        max_steps=NUM_STEPS,
-        eval_every_steps=NUM_STEPS,
-        strategy="auto",
-        devices=1,
-        num_nodes=1,
-    )
+    trainer = replace(config.trainer, max_steps=NUM_STEPS, eval_every_steps=NUM_STEPS, strategy="auto")
+    trainer = replace(trainer, devices=1, num_nodes=1)
     return replace(config, trainer=trainer, seeds=replace(config.seeds, data_order=data_order), logger={})
 
 

@@ -45,7 +45,7 @@ DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.fl
 def resolve_precision(config: TrainerConfig) -> Precision:
     """Returns the precision for `trainer.precision`: `auto` is bf16 if the processor or GPU has it, else fp32."""
     on_gpu = resolve_device(config) == "gpu"
-    has_bf16 = has_gpu_bf16() if on_gpu else has_cpu_bf16()
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else has_cpu_bf16()
     if config.precision == "auto":
         return "bf16" if has_bf16 else "fp32"
     if config.precision == "bf16" and on_gpu and not has_bf16:
@@ -70,11 +70,6 @@ def get_device(config: TrainerConfig) -> torch.device:
 def name_device() -> str:
     """Returns the name of the default device, such as `NVIDIA H100 (cuda:0)` or `cpu`."""
     return f"{torch.cuda.get_device_name()} (cuda:0)" if torch.cuda.is_available() else "cpu"
-
-
-def has_gpu_bf16() -> bool:
-    """Returns whether the default GPU computes in bf16."""
-    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 @cache
