@@ -251,9 +251,10 @@ def new(arguments: argparse.Namespace) -> int:
     text = draft_sweep(path, settings)
     if arguments.minutes is not None:
         definition, _ = _read_definition(None, arguments.overrides, minutes=arguments.minutes)
-        steps = {"trainer.max_steps": definition.arms[-1].corner_configs[0].num_steps}
-        looks = definition.sweep_config.confirm.looks
-        text = draft_sweep(path, settings | steps, trials=definition.arms[-1].trials, looks=looks)
+        fitted = [
+            key for key in ("trainer.max_steps", "sweep.trials", "confirm.looks") if key in definition.raw["overrides"]
+        ]
+        text = draft_sweep(path, settings | {key: definition.raw["overrides"][key] for key in fitted})
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text)
     say(f"wrote {path}. Read it, then type:\n    lorasweep plan {path}\n    lorasweep sweep {path}")

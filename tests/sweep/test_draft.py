@@ -53,10 +53,11 @@ def test_columns_lengths_and_steps_come_from_the_data(here, capsys):
 
 def test_settings_of_the_user_are_kept(here):
     write_topics(here / "topics.csv")
-    sweep = draft(MODEL, "data.train=topics.csv", "data.label=author", "data.max_length=24", "trainer.max_steps=7")
+    words = ["data.label=author", "data.max_length=24", "trainer.max_steps=7", "sweep.trials=3"]
+    sweep = draft(MODEL, "data.train=topics.csv", *words)
     settings = sweep["settings"]
     assert (settings["data.label"], settings["data.max_length"], settings["trainer.max_steps"]) == ("author", 24, 7)
-    assert settings["data.text"] == "review"
+    assert (settings["data.text"], settings["sweep.trials"]) == ("review", 3)
 
 
 def test_pairs_conversations_and_running_text_are_recognised(here):

@@ -76,10 +76,9 @@ def read_recommended(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def find_recommended_run(source: Path) -> tuple[Path, str]:
-    """Returns the folder of the run to export, and a sentence that says which run it is.
+    """Returns the folder of the recommended run, and its name. Errors as in `find_recommended`.
 
-    Of the runs of the recommended setting it is the one with the best score on validation data, because test data has
-    no part in a choice. Argument and errors as in `find_recommended`.
+    It has the best score on validation data of its setting's runs: test data has no part in a choice.
     """
     folder, data, arm, trial = find_recommended(source, key="SWEEP")
     scored = [(run, run.record.score) for run in arm.confirm_runs if run.is_complete and run.record]

@@ -49,8 +49,7 @@ def warn_of_short_runs(definition: Definition, inputs_cache: InputsCache) -> lis
     if config is None or config.data.name.startswith("stdlib"):
         return []
     num_examples, batch_size = len(inputs_cache.load(config).splits.train), config.trainer.batch_size
-    passes = config.num_steps * batch_size / num_examples
-    if passes >= 1:
+    if (passes := config.num_steps * batch_size / num_examples) >= 1:
         return []
     return [
         f"Each run trains {config.num_steps:,} steps of {batch_size}: {passes:.2f} passes over {num_examples:,} "

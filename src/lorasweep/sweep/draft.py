@@ -30,7 +30,7 @@ from lorasweep.data.reading.tables import (
 )
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.checks import MAX_STEPS, STEPS_KEY, count_steps
-from lorasweep.sweep.definition.arms import Definition, is_range, read_definition
+from lorasweep.sweep.definition.arms import SWEEP_GROUPS, Definition, is_range, read_definition
 from lorasweep.sweep.definition.sweep_file import MAX_NAME_CHARACTERS
 from lorasweep.training.inputs import RunInputs, build_inputs
 from lorasweep.wording import format_count, join_words
@@ -57,6 +57,13 @@ FULL_RATES = {"causal_lm": (2e-6, 2e-4)}
 DEFAULT_FULL_RATES = (1e-5, 1e-3)
 """Two decades of learning rates for full fine-tuning by kind of model. LoRA's are ten times as high, which is the ratio
 of "LoRA Without Regret" (2025)."""
+SWEEP_SETTINGS = {"sweep.trials": 12, "confirm.looks": [3, 6, 10], "confirm.margin": "5%"}
+COMMENTS = {
+    "sweep.trials": "of each arm that has a space; all ranks share LoRA's",
+    "confirm.looks": "numbers of seeds at which the questions are tested",
+    "confirm.margin": "smallest difference that matters, as a share of full's gain over frozen, or a number",
+    "data.max_validation_examples": "evenly spaced; an evaluation of all takes longer",
+}
 TEMPLATE = """\
 # LoRA and full fine-tuning beside the frozen base. First look at the cost, then start:
 #   lorasweep plan {path}
@@ -65,9 +72,6 @@ TEMPLATE = """\
 name: {name}
 settings:
 {settings}
-  sweep.trials: {trials} # of each arm that has a space; all ranks share LoRA's
-  confirm.looks: {looks} # numbers of seeds at which the questions are tested
-  confirm.margin: 5% # smallest difference that matters, as a share of full's gain over frozen, or a number
 arms:
   frozen: {{settings: {{method: frozen}}}} # the base as it is
   full:
@@ -85,42 +89,39 @@ arms:
 
 def draft_definition(overrides: Mapping[str, Any]) -> Definition:
     """Returns the sweep that `lorasweep new` would write for the model and data of overrides. Errors as there."""
-    settings = {
-        key: value
-        for key, value in overrides.items()
-        if key.split(".")[0] in ("model", "data", "trainer") and not is_range(key, value)
-    }
+    settings = {k: v for k, v in overrides.items() if re.match(r"(model|data|trainer)\b", k) and not is_range(k, v)}
     others = {key: value for key, value in overrides.items() if key not in settings}
     source = str(settings.get("data.path") or settings["data.train"])
     name = re.sub(r"\W+", "-", Path(source).name.split(".")[0])[:MAX_NAME_CHARACTERS].strip("-")
     return read_definition(yaml.safe_load(draft_sweep(Path(f"{name or 'sweep'}.yaml"), settings)), others)
 
 
-def draft_sweep(path: Path, settings: Mapping[str, Any], *, trials: int = 12, looks: Sequence[int] = (3, 6, 10)) -> str:
+def draft_sweep(path: Path, settings: Mapping[str, Any]) -> str:
     """Reads the model and the data, and returns the content of a sweep file for them.
 
     Args:
         path: Where the file will be written. The sweep has its name.
-        settings: `model.path` and `data.train` or `data.path`, and perhaps further settings of a run, which are kept.
-        trials: `sweep.trials`.
-        looks: `confirm.looks`.
+        settings: `model.path` and `data.train` or `data.path`, and perhaps further settings, which are kept.
 
     Raises:
         ConfigError: A setting is missing or wrong, or the model or the data can't be read.
     """
     if not {"data", "data.train", "data.path"} & settings.keys():
         raise ConfigError(
-            "`lorasweep new` must know the data: add `data.train=FILE`, or `data.path=HUB-ID data.train=SPLIT`."
+            "a drafted sweep must know the data: add `data.train=FILE`, or `data.path=HUB-ID data.train=SPLIT`."
         )
+    of_sweep = {key: value for key, value in settings.items() if key.split(".")[0] in SWEEP_GROUPS}
+    settings = {key: value for key, value in settings.items() if key not in of_sweep}
     chosen = {**({} if "data" in settings else _choose_data(settings)), **settings}
     chosen = {"model": "classifier" if chosen["data"] == "table" else "causal_lm", **chosen}
     if chosen["model"] in ("classifier", "causal_lm", "seq2seq") and "model.path" not in chosen:
-        raise ConfigError("`lorasweep new` must know the model: add `model.path=FOLDER-OR-HUB-ID`.")
+        raise ConfigError("a drafted sweep must know the model: add `model.path=FOLDER-OR-HUB-ID`.")
     # blocks of text have a fixed length; the length of examples is measured
     lengths = {"data.max_length": MAX_MEASURED_TOKENS} if chosen["data"] in ("table", "chat") else {}
     inputs = build_inputs(compose_run({**lengths, **chosen}))
     inputs.splits.test()  # reads every row, because the confirm stage would fail after hours of training
-    text = _fill_template(path, {**chosen, **_choose_numbers(inputs, chosen)}, inputs, trials=trials, looks=list(looks))
+    numbers = _choose_numbers(inputs, chosen)
+    text = _fill_template(path, {**chosen, **numbers}, {**SWEEP_SETTINGS, **of_sweep}, inputs)
     read_definition(yaml.safe_load(text))  # a draft must be a sweep that starts
     return text
 
@@ -220,7 +221,7 @@ def _choose_numbers(inputs: RunInputs, chosen: Mapping[str, Any]) -> dict[str, i
     return {key: number for key, number in numbers.items() if key not in chosen}
 
 
-def _fill_template(path: Path, settings: Mapping[str, Any], inputs: RunInputs, **numbers: Any) -> str:
+def _fill_template(path: Path, settings: Mapping[str, Any], of_sweep: Mapping[str, Any], inputs: RunInputs) -> str:
     train, trainer, labels = inputs.splits.train, compose_run(settings).trainer, inputs.base.labels
     parameters = sum(parameter.numel() for parameter in inputs.base.model.parameters())
     named = "" if labels is None or len(labels.names) < 2 else f" and {len(labels.names)} labels"
@@ -230,14 +231,14 @@ def _fill_template(path: Path, settings: Mapping[str, Any], inputs: RunInputs, *
     ]
     passes = trainer.max_steps * trainer.batch_size / len(train)
     comments = {
+        **COMMENTS,
         "data.max_length": f"{train.lengths.double().mean():.0f} tokens on average, {int(train.lengths.max())} at most",
         STEPS_KEY: f"{passes:.1f} passes over {len(train):,} training examples"
         + (f"; more than {MAX_STEPS} steps are for you to choose" if trainer.max_steps == MAX_STEPS else ""),
-        "data.max_validation_examples": "evenly spaced; an evaluation of all takes longer",
     }
     lines = [
         f"  {key}: {_format_value(value)}" + (f" # {comments[key]}" if key in comments else "")
-        for key, value in settings.items()
+        for key, value in {**settings, **of_sweep}.items()
     ]
     low, high = FULL_RATES.get(inputs.base.kind, DEFAULT_FULL_RATES)
     return TEMPLATE.format(
@@ -245,7 +246,6 @@ def _fill_template(path: Path, settings: Mapping[str, Any], inputs: RunInputs, *
         facts="\n".join(f"# {fact}" for fact in facts),
         name=_format_value(path.stem),
         settings="\n".join(lines),
-        **numbers,
         full_low=f"{low:.1e}",
         full_high=f"{high:.1e}",
         lora_low=f"{10 * low:.1e}",

@@ -25,9 +25,7 @@ def fit_minutes(
     Seeds go first, then trials, then steps. The estimate prunes nothing and trains all seeds, so the sweep may end
     earlier.
 
-    Raises:
-        ConfigError: The smallest budget takes longer.
-        RunError: A training failed, as it would in the sweep.
+    Raises ConfigError if the smallest budget takes longer, and the errors of `plan_sweep`.
     """
     groups, seconds = plan_sweep(definition, inputs_cache, on_progress=on_progress), 0.0
     most_trials = max(arm.trials for arm in definition.arms)

@@ -66,6 +66,7 @@ def find_sweep_file(name: str) -> Path:
     if name not in files:
         raise ConfigError(
             f"a sweep must be one of {', '.join(sorted(files))} or a YAML file, but got {name!r}.{nearest(name, files)}"
+            f"{f' Name data by `data.train={name}`.' if Path(name).is_file() else ''}"
         )
     return files[name]
 
