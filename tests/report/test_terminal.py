@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from lorasweep.report import render_terminal
+from lorasweep.report.summary import summarize
 from lorasweep.report.sweep_data import load_sweep_data
 from lorasweep.report.terminal import describe_differences
 
@@ -21,6 +22,12 @@ def shown(renderable: RenderableType, *, width: int = 200) -> str:
     console = Console(width=width, record=True, file=io.StringIO())
     console.print(renderable)
     return console.export_text()
+
+
+def test_findings_are_shown_if_asked_for(sweep: Path) -> None:
+    finding = summarize(sweep).sentences[0].split(".")[0]
+    assert finding not in shown(render_terminal(sweep), width=1000)
+    assert finding in shown(render_terminal(sweep, verbose=True), width=1000)
 
 
 def test_markup_in_names_is_shown_not_obeyed(sweep: Path) -> None:
