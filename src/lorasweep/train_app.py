@@ -15,7 +15,7 @@ from hydra.core.utils import env_override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from lorasweep.config.command_line import force_keys, parse_overrides, read_settings_file, sort_overrides
+from lorasweep.config.command_line import describe_job, force_keys, parse_overrides, read_settings_file, sort_overrides
 from lorasweep.config.compose import (
     add_search_path,
     build_run,
@@ -67,7 +67,7 @@ def run_train_app(arguments: argparse.Namespace, *, show_result: ShowResult, sho
         is_grid, codes = arguments.multirun, [0]
 
         def train_job(_: Any) -> float | None:
-            job = redact(HydraConfig.get().job.override_dirname.replace("++", "")) if is_grid else ""
+            job = redact(describe_job(HydraConfig.get().overrides.task, run)) if is_grid else ""
             try:
                 result = _train(file_settings=file_settings, origin=origin, is_grid=is_grid)
                 code, reason = show_result(result, job), result.record.reason

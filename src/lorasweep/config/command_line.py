@@ -75,6 +75,14 @@ def sort_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str], list
     return run, hydra, search_path
 
 
+def describe_job(job: Sequence[str], overrides: Sequence[str]) -> str:
+    """Returns the overrides of one job of a grid without those that all jobs have: `method.rank=4 seed=1`."""
+    last = {override.key_or_group: override for override in _parse(overrides)}  # a key may be typed twice
+    fixed = {key for key, override in last.items() if not override.is_sweep_override()}
+    own = [override for override in _parse(job) if override.key_or_group not in fixed]
+    return " ".join(str(override.input_line).lstrip("+") for override in own)
+
+
 def force_keys(overrides: Sequence[str]) -> list[str]:
     """Returns the overrides of a run with `++` before keys that are no groups, so that Hydra takes unknown ones too.
 
