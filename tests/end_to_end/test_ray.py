@@ -41,7 +41,7 @@ from .ray_sweep import (
 from .ray_sweep import start as start
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
-STEPS = 6 * KILLS
+STEPS = 40 * KILLS
 """Optimizer steps of a trial whose processes are killed."""
 
 
