@@ -25,10 +25,6 @@ BUDGETS = {
 }
 
 
-def test_it_is_short():
-    assert len(README.split()) <= 600
-
-
 def test_its_sweep_file_is_a_sweep():
     (content,) = [content for language, content in BLOCKS if language == "yaml"]
     assert [arm.name for arm in read_definition(yaml.safe_load(content)).arms] == ["frozen", "full", "lora"]

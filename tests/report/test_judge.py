@@ -97,6 +97,9 @@ def test_files_of_the_trainer_and_of_the_harness_are_read(tmp_path):
         (folder / "samples_arc_2026.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     scores = read_scores(tmp_path / "harness", metric="arc/acc", columns={}, pattern="{arm}-{seed}")
     assert scores["score"].tolist() == [0, 1, 0] * 2
+    (folder / "samples_arc_2026.jsonl").write_text("{")
+    with pytest.raises(ConfigError, match="must be JSON, but is damaged"):
+        read_scores(tmp_path / "harness", metric="arc/acc", columns={}, pattern="{arm}-{seed}")
     with pytest.raises(ConfigError, match="must have the metric 'f1'"):
         read_scores(tmp_path / "trainer", metric="f1", columns={})
     with pytest.raises(ConfigError, match=r"`--pattern` .* does not fit 'full-1/model'"):
@@ -126,6 +129,8 @@ def test_the_command_prints_verdicts_and_writes_files(tmp_path, capsys):
         (lambda rows: rows.assign(score=float("nan")), {}, "row 1 must have a finite number as its score"),
         (lambda rows: rows.assign(weight=-1.0), {}, "row 1 must have a finite number as its weight"),
         (lambda rows: rows.assign(weight=0.0), {}, "must have a positive sum"),
+        (lambda rows: rows.assign(seed=float("nan")), {}, "must have an arm and a seed"),
+        (lambda rows: rows, {"looks": [0, 3]}, "each at least 1"),
         (lambda rows: rows, {"margin": "5%"}, "no arm is named by `base`"),
         (lambda rows: rows, {"margin": "wide"}, "must be a positive number"),
         (lambda rows: rows[rows["arm"] == "full"], {}, "another arm beside full"),

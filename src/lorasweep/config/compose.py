@@ -119,7 +119,7 @@ def register_search_path() -> None:
 def about_a_sixth(steps: Any) -> int:
     """Returns the divisor of a number of steps that is nearest to a sixth of it, or a sixth if no divisor is near.
 
-    With a divisor the last step is evaluated, so trials can share packs. Rungs are at a sixth and at half of a run.
+    With a divisor the last step is evaluated, so trials can share packs. Rungs are moved to evaluations.
     """
     if not isinstance(steps, int) or steps < 1:  # refused when the settings are checked
         return 1

@@ -24,7 +24,7 @@ from lorasweep.config.ranges import is_number
 from lorasweep.config.sweep import parse_margin
 from lorasweep.disk import write_atomically
 from lorasweep.errors import ConfigError
-from lorasweep.record import Question, name_subject
+from lorasweep.record import Question, QuestionName, name_subject
 from lorasweep.report.evidence.estimates import Estimate, estimate_sum
 from lorasweep.report.evidence.questions import Answer, Scale, answer_questions, compute_level
 from lorasweep.report.evidence.scores import UNBOUNDED, ConfirmScores, ExampleScores, RunKey, build_scores
@@ -139,7 +139,8 @@ def judge(
 
     Args:
         scores: A row per run, or per run and example of the test data, with the columns `arm`, `seed`, `score`, and
-            perhaps `value` (of an arm's setting), `example`, `group` (such as the document) and `weight`.
+            perhaps `value` (of an arm's setting), `example`, `group` (such as the document) and `weight`. A run's score
+            is the mean over its examples, so give losses and not perplexities.
         margin: The smallest difference that matters: a number in the metric's unit, or a percentage of the gain of
             `reference` over `base` such as `5%`.
         maximize: Whether higher scores are better.
@@ -154,36 +155,40 @@ def judge(
         ConfigError: The table lacks columns, arms or numbers, or has a run twice, or the margin is wrong.
     """
     _check_table(scores, reference=reference)
+    if any(look < 1 for look in looks):
+        raise ConfigError(f"looks must be numbers of seeds, each at least 1, but got {list(looks)}.")
     parsed = parse_margin(margin)
-    names = [str(name) for name in dict.fromkeys(scores["arm"])]
+    scores = scores.assign(arm=scores["arm"].astype(str))
+    names = scores["arm"].unique().tolist()
     base = base if base in names else None
     if parsed.is_share_of_gain and base is None:
         raise ConfigError(
             f"a margin of {margin!r} is a share of the gain over the untrained model, so its scores must be there, but "
             "no arm is named by `base`. Add them, or give the margin as a number."
         )
-    questions, subjects = [], {reference: {reference: scores[scores["arm"] == reference]}}
+    asked: QuestionName = "as_good_as_full" if reference == "full" else "pair"
+    questions: list[Question] = []
+    subjects: dict[str, pandas.DataFrame] = {}
     for arm in names:
         rows = scores[scores["arm"] == arm]
-        subjects[arm] = _split_values(arm, rows, key=key)
         if arm in (reference, base):
-            subjects[arm] = {arm: rows}
+            subjects[arm] = rows
             continue
-        chain = list(subjects[arm])
-        asked = "as_good_as_full" if reference == "full" else "pair"
-        questions.append(Question(name=asked, arm=arm, key=None, subjects=chain, reference=reference))  # type: ignore[arg-type]
+        values_of_arm = _split_values(arm, rows, key=key)
+        subjects |= values_of_arm
+        chain = list(values_of_arm)
+        questions.append(Question(name=asked, arm=arm, key=None, subjects=chain, reference=reference))
         if len(chain) > 1:
             questions.append(Question(name="smallest", arm=arm, key=key, subjects=chain, reference=None))
     if not questions:
         raise ConfigError(
             f"the scores must have another arm beside {join_words([reference, *([base] if base else [])])}."
         )
-    values, examples = _read_runs({name: rows for of_arm in subjects.values() for name, rows in of_arm.items()})
+    values, examples = _read_runs(subjects)
     found = build_scores(
         values,
         examples,
         deterministic=[base] if base and sum(name == base for name, _ in values) == 1 else [],
-        is_perplexity=metric == "perplexity",
         score_range=METRIC_RANGES.get(metric, UNBOUNDED),
     )
     num_seeds = max(len(seeds) for seeds in found.values.values())
@@ -206,10 +211,12 @@ def _check_table(scores: pandas.DataFrame, *, reference: str) -> None:
             f"the scores must have the columns {join_words(REQUIRED_COLUMNS)}, but {join_words(missing)} is missing "
             f"among {join_words([str(name) for name in scores]) or 'no columns'}. Name yours with `--columns arm=...`."
         )
-    if reference not in set(scores["arm"]):
+    if scores[["arm", "seed"]].isna().any(axis=None):
+        raise ConfigError("each row of the scores must have an arm and a seed, but one is empty.")
+    if reference not in set(scores["arm"].astype(str)):
         arms = join_words([str(name) for name in dict.fromkeys(scores["arm"])], last="or")
         raise ConfigError(f"the arm that others are compared with must be one of {arms}, but got {reference!r}.")
-    for name in {"score", "weight"} & set(scores):
+    for name in [name for name in ("score", "weight") if name in scores]:
         for row, value in enumerate(scores[name]):
             if not is_number(value) or (name == "weight" and value < 0):
                 raise ConfigError(f"row {row + 1} must have a finite number as its {name}, but has {value!r}.")
@@ -286,7 +293,7 @@ def read_scores(path: Path, *, metric: str, columns: Mapping[str, str], pattern:
 def _read_trainer_states(folder: Path, metric: str, pattern: str) -> Iterator[dict[str, Any]]:
     latest: dict[tuple[tuple[str, str], ...], tuple[int, float]] = {}
     for file in sorted(folder.rglob("trainer_state.json")):
-        state = _read_json(file)
+        state = _parse_json(file.read_text(), file)
         entries = [entry for entry in state.get("log_history", []) if metric in entry or f"eval_{metric}" in entry]
         if not entries:
             raise ConfigError(f"{str(file)!r} must have the metric {metric!r} in its log, but has none of that name.")
@@ -305,21 +312,23 @@ def _read_harness(folder: Path, metric: str, pattern: str) -> Iterator[dict[str,
         samples = sorted(file.parent.glob(f"samples_{task}_*.jsonl"))
         if samples:
             for line in samples[-1].read_text().splitlines():
-                sample = json.loads(line)
-                if name not in sample:
-                    raise ConfigError(f"{str(samples[-1])!r} must have {name!r} of each sample, but a sample has none.")
-                yield {**run, "score": float(sample[name]), "example": str(sample["doc_id"])}
+                sample = _parse_json(line, samples[-1])
+                if name not in sample or "doc_id" not in sample:
+                    raise ConfigError(
+                        f"each sample of {str(samples[-1])!r} must have doc_id and {name!r}, but one has not."
+                    )
+                yield {**run, "score": sample[name], "example": str(sample["doc_id"])}
             continue
-        results = _read_json(file).get("results", {}).get(task, {})
+        results = _parse_json(file.read_text(), file).get("results", {}).get(task, {})
         score = results.get(name, results.get(f"{name},none"))
         if score is None:
             raise ConfigError(f"{str(file)!r} must have the result TASK/NAME of `--metric`, but has no {metric!r}.")
         yield {**run, "score": score}
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _parse_json(text: str, file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(text)
     except ValueError as error:
         raise ConfigError(f"{str(file)!r} must be JSON, but is damaged: {error}") from error
     if not isinstance(content, dict):

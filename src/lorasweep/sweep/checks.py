@@ -20,7 +20,7 @@ MIN_STEPS, MAX_STEPS = 60, 900
 """Bounds of the steps that `sweep.epochs` sets: with fewer, a learning rate has no time to show whether it is good, and
 a sweep trains dozens of runs."""
 NUM_EVALUATIONS = 6
-"""The steps that `sweep.epochs` sets are a multiple of it, so that a sixth of them, the first rung, is whole."""
+"""The steps that `sweep.epochs` sets are a multiple of it, so that the rung at half of a run is an evaluation."""
 
 
 def count_steps(epochs: float, num_examples: int, batch_size: int) -> int:
