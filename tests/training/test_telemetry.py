@@ -18,7 +18,7 @@ from lorasweep.training.run_log import RunFolder
 from lorasweep.training.score import score_run
 from lorasweep.training.telemetry import Telemetry
 
-PHASES = ("loading_s", "training_s", "evaluating_s", "saving_s", "storage_s")
+PHASES = ("loading_s", "training_s", "evaluating_s", "scoring_s", "saving_s", "storage_s")
 
 
 @pytest.fixture
@@ -116,11 +116,11 @@ def test_a_packs_tokens_are_those_of_all_its_slots(make_config, fresh, tmp_path)
     assert min(usage["training_s"], usage["evaluating_s"], usage["loading_s"]) > 0
 
 
-def test_scoring_on_test_data_is_evaluating(make_config, inputs, fresh, tmp_path):
+def test_scoring_on_test_data_is_a_phase(make_config, inputs, fresh, tmp_path):
     train_run(make_config(), RunFolder(path=tmp_path / "run"), inputs=inputs)
     score_run(tmp_path / "run", inputs=fresh)
     usage = fresh.telemetry.sample()
-    assert (usage["evaluating_s"] > 0, usage["training_s"]) == (True, 0)
+    assert (usage["scoring_s"] > 0, usage["evaluating_s"], usage["training_s"]) == (True, 0, 0)
 
 
 def test_the_peak_stays_when_runs_measure_theirs_anew(make_config, fresh, tmp_path):

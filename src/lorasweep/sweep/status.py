@@ -25,37 +25,50 @@ from rich.text import Text
 
 from lorasweep.errors import RecordError
 from lorasweep.record import (
+    STATES,
     SWEEP_FILE,
     ArmRow,
     SweepRecord,
     Trial,
+    TrialState,
     describe_confirmation,
     find_winner,
     list_confirm_runs,
-    measure_stage_occupancy,
+    read_run,
     read_sweep,
 )
 from lorasweep.sweep.lock import is_running
-from lorasweep.wording import UNKNOWN, format_seconds, format_setting, format_share, nearest
+from lorasweep.wording import UNKNOWN, format_seconds, format_seconds_range, format_setting, join_words, nearest
 
 MAX_SHOWN_RUNS = 16
 """Maximum number of running trials that are listed below the table."""
 MIN_SHOWN_AGE_S = 5.0
 """The table says how old the record is from this age on, in seconds."""
+MAX_MEASURED_RUNS = 4
+"""Runs of an arm whose records say how long a step takes. More records would make each poll slower."""
 POLL_INTERVAL_S = 1.0
 """Seconds between two reads of a sweep's record."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageCounts:
-    """Numbers of runs of one arm in one stage. Infeasible runs count as failed. Only the search pauses and prunes."""
+class StageStatus:
+    """The runs of one arm in one stage. Only the search pauses and prunes."""
 
+    runs: list[Trial]
     asked: int
-    done: int
-    running: int
-    paused: int
-    pruned: int
-    failed: int
+    """Number of runs; in the confirm stage up to the look that is due."""
+
+    @property
+    def done(self) -> int:
+        return sum(not run.is_live for run in self.runs)
+
+    def estimate_steps_left(self, steps: int) -> float:
+        """Returns the steps left if runs stop where the earlier ones did on average, or after `steps` steps."""
+        stops = [run.step for run in self.runs if run.state != "running"]
+        running = [run.step for run in self.runs if run.state == "running"]
+        stop = fmean(stops) if stops else steps
+        left = sum((stop if step < stop else max(step, steps)) - step for step in running)
+        return left + stop * (self.asked - len(self.runs))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,19 +76,25 @@ class ArmStatus:
     """The state of one arm."""
 
     name: str
-    is_trained: bool
-    """Whether the runs of the arm train; those of `frozen` take too little time for an estimate."""
-    search: StageCounts
-    confirm: StageCounts
-    best: float | None
-    """Search score of the best trial."""
-    best_params: Mapping[str, Any]
+    steps: int
+    """Optimizer steps of a complete run; 0 if nothing trains."""
+    step_s: float
+    """Seconds of a step in the arm's last runs; in a pack, a run's share of them. 0 before a run has ended."""
+    search: StageStatus
+    confirm: StageStatus
+    max_confirm_runs: int
+    """Number of confirm runs if every look is needed."""
+    best: Trial | None
+    """The best complete trial."""
     test_mean: float | None
     """Mean of the metric on test data over the complete seeds."""
 
     @property
-    def stages(self) -> tuple[StageCounts, ...]:
+    def stages(self) -> tuple[StageStatus, ...]:
         return self.search, self.confirm
+
+    def count(self, state: TrialState) -> int:
+        return sum(run.state == state for stage in self.stages for run in stage.runs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +109,25 @@ class SweepStatus:
     arms: tuple[ArmStatus, ...]
 
     @property
-    def seconds_left(self) -> float | None:
-        """Estimated seconds for the remaining trainings, from the mean so far; None before the first one has ended."""
-        stages = [stage for arm in self.arms if arm.is_trained for stage in arm.stages]
-        asked, done = sum(stage.asked for stage in stages), sum(stage.done for stage in stages)
-        return self.record.makespan_s / done * (asked - done) if done else None
+    def seconds_left(self) -> tuple[float, float] | None:
+        """Estimated seconds up to the look that is due, and with every look; None before a run has ended.
+
+        Each step counts by its arm's `step_s`, each score on test data by the mean of those so far. The pace is the
+        time so far by this work so far, so that loading and the number of workers are in it.
+        """
+        stages = [(arm, stage) for arm in self.arms for stage in arm.stages]
+        scoring_s = self.record.telemetry.get("scoring_s", 0.0)
+        score_s = scoring_s / max(1, sum(arm.confirm.done for arm in self.arms))
+        done = scoring_s + sum(arm.step_s * run.step for arm, stage in stages for run in stage.runs)
+        if not done:
+            return None
+        due = sum(arm.step_s * stage.estimate_steps_left(arm.steps) for arm, stage in stages)
+        due += score_s * sum(arm.confirm.asked - arm.confirm.done for arm in self.arms)
+        later = sum(
+            (arm.step_s * arm.steps + score_s) * (arm.max_confirm_runs - arm.confirm.asked) for arm in self.arms
+        )
+        pace = self.record.makespan_s / done
+        return pace * due, pace * (due + later)
 
 
 def read_status(folder: Path) -> SweepStatus:
@@ -108,7 +141,7 @@ def read_status(folder: Path) -> SweepStatus:
             f"it once the model and the data are loaded.{nearest(str(folder), others)}"
         )
     record = read_sweep(folder)
-    arms = tuple(_arm_status(arm, record) for arm in record.arms)
+    arms = tuple(_arm_status(arm, record, folder) for arm in record.arms)
     age_s = max(0.0, time.time() - path.stat().st_mtime)
     return SweepStatus(folder=folder, record=record, record_age_s=age_s, is_running=is_running(folder), arms=arms)
 
@@ -118,16 +151,11 @@ def render_status(status: SweepStatus) -> RenderableType:
     record = status.record
     title = f"{record.name}: {record.metric} ({record.direction}), {record.status}"
     notes: list[str] = []
-    if shares := measure_stage_occupancy(record):
-        listed = ", ".join(f"{stage} {format_share(share)}" for stage, share in shares.items())
-        notes.append(f"share of the packs' slots that trained: {listed}")
     if status.is_running and record.status != "complete":
         notes += _describe_running_trials(record)
-        left = status.seconds_left
-        expected = "" if left is None else f", about {format_seconds(left)} left at this pace"
         age = status.record_age_s
-        written = f", as of {format_seconds(age)} ago" if age >= MIN_SHOWN_AGE_S else ""
-        notes.append(f"{format_seconds(record.makespan_s)} so far{expected}{written}")
+        written = f" (as of {format_seconds(age)} ago)" if age >= MIN_SHOWN_AGE_S else ""
+        notes.append(f"{format_seconds(record.makespan_s)} so far{written}{_describe_time_left(status)}")
     elif record.status != "complete":
         notes.append(f"• No process runs this sweep. Type `lorasweep sweep --resume {status.folder}` to resume it.")
     return Group(Text(title, style="bold"), _arms_table(status), *map(Text, notes))
@@ -140,6 +168,20 @@ def describe_params(params: Mapping[str, Any]) -> str:
 
 def list_ended_runs(record: SweepRecord) -> list[Trial]:
     return [trial for trial in (*record.trials, *record.confirm) if not trial.is_live]
+
+
+def _describe_time_left(status: SweepStatus) -> str:
+    """Returns the estimate and what it is based on; empty if there is none."""
+    gaps = [f"no run of `{arm.name}` has ended" for arm in status.arms if arm.steps and not arm.step_s]
+    if not any(arm.confirm.done for arm in status.arms) and status.record.looks:
+        gaps.append("test data is not scored")
+    if status.seconds_left is None:
+        return ""
+    left = f"{'more than' if gaps else 'about'} {format_seconds_range(*status.seconds_left)} left"
+    basis = f"{join_words(gaps)} yet" if gaps else "by the last runs of each arm"
+    return (
+        f", {left} ({basis}; the upper end has every look)" if len(status.record.looks) > 1 else f", {left} ({basis})"
+    )
 
 
 def _describe_running_trials(record: SweepRecord) -> Iterator[str]:
@@ -161,11 +203,8 @@ def _arms_table(status: SweepStatus) -> Table:
     confirms = any(arm.confirm.asked for arm in status.arms)
     tested = any(arm.test_mean is not None for arm in status.arms)
     table = Table(header_style="bold", box=SIMPLE, padding=(0, 1, 0, 0))
-    counts = {
-        name: [sum(getattr(stage, name) for stage in arm.stages) for arm in status.arms]
-        for name in ("running", "paused", "pruned", "failed")
-    }
-    shown = {name: numbers for name, numbers in counts.items() if any(numbers)}  # leaves room for names and settings
+    counts = {state: [arm.count(state) for arm in status.arms] for state in STATES if state != "complete"}
+    shown = {state: numbers for state, numbers in counts.items() if any(numbers)}  # leaves room for names and settings
     table.add_column("arm", overflow="fold", min_width=min(20, max(len(arm.name) for arm in status.arms)))
     for name in ["trials", *shown, *(["confirm"] if confirms else []), "best", *(["test"] if tested else [])]:
         table.add_column(name, justify="right", no_wrap=True)
@@ -176,9 +215,9 @@ def _arms_table(status: SweepStatus) -> Table:
             f"{arm.search.done}/{arm.search.asked}",
             *(str(numbers[index]) for numbers in shown.values()),
             *([f"{arm.confirm.done}/{arm.confirm.asked}"] if confirms else []),
-            _format_score(arm.best),
+            _format_score(arm.best.value if arm.best else None),
             *([_format_score(arm.test_mean)] if tested else []),
-            escape(describe_params(arm.best_params)),
+            escape(describe_params(arm.best.params if arm.best else {})),
         )
     return table
 
@@ -187,43 +226,45 @@ def _format_score(value: float | None) -> str:
     return UNKNOWN if value is None else f"{value:.4f}"
 
 
-def _arm_status(arm: ArmRow, record: SweepRecord) -> ArmStatus:
+def _arm_status(arm: ArmRow, record: SweepRecord, folder: Path) -> ArmStatus:
     trials = [row for row in record.trials if row.arm == arm.name]
-    best = find_winner(trials, record=record)
     subjects = [row.subject for row in record.settings if row.arm == arm.name]
     confirmed = [row for subject in subjects for row in list_confirm_runs(subject, record=record)]
     tested = [row.value for row in confirmed if row.state == "complete" and row.value is not None]
+    planned, max_planned = _count_planned_runs(arm, subjects, record)
     return ArmStatus(
         name=arm.name,
-        is_trained=arm.method != "frozen",
-        search=_count_runs(trials, asked=arm.trials),
-        best=None if best is None else best.value,
-        best_params={} if best is None else best.params,
-        confirm=_count_runs(confirmed, asked=max(_count_planned_runs(arm, subjects, record), len(confirmed))),
+        steps=arm.steps,
+        step_s=_measure_step([*trials, *confirmed], folder),
+        search=StageStatus(runs=trials, asked=arm.trials),
+        confirm=StageStatus(runs=confirmed, asked=max(planned, len(confirmed))),
+        max_confirm_runs=max(max_planned, len(confirmed)),
+        best=find_winner(trials, record=record),
         test_mean=fmean(tested) if tested else None,
     )
 
 
-def _count_planned_runs(arm: ArmRow, subjects: Sequence[str], record: SweepRecord) -> int:
-    """Returns the number of confirm runs of an arm, up to the look that is due."""
+def _measure_step(runs: Sequence[Trial], folder: Path) -> float:
+    """Returns the mean seconds of a step in the last runs of an arm, from the runs' own records."""
+    wall_s, steps = 0.0, 0
+    for run in [run for run in runs if run.state != "running" and run.step][-MAX_MEASURED_RUNS:]:
+        with suppress(RecordError):  # someone removed the run's folder
+            record = read_run(folder / run.run)
+            wall_s, steps = wall_s + record.wall_s, steps + record.steps_done
+    return wall_s / steps if steps else 0.0
+
+
+def _count_planned_runs(arm: ArmRow, subjects: Sequence[str], record: SweepRecord) -> tuple[int, int]:
+    """Returns the numbers of confirm runs of an arm: up to the look that is due, and with every look."""
     if arm.method == "frozen":  # perhaps no seed changes its score; its begun runs are counted
-        return min(len(record.looks), 1)
-    trained = dict.fromkeys(subjects or [arm.name], record.looks[0] if record.looks else 0)
+        return (min(len(record.looks), 1),) * 2
+    if not subjects:  # before the settings are chosen
+        subjects = arm.space[arm.confirm_each] if arm.confirm_each else [arm.name]
+    due = dict.fromkeys(subjects, record.looks[0] if record.looks else 0)
     for done, seeds in zip(record.looks_done, record.looks[1:], strict=False):
-        trained |= {subject: seeds for subject in done.next if subject in trained}
-    return sum(trained.values())
-
-
-def _count_runs(rows: Sequence[Trial], *, asked: int) -> StageCounts:
-    states = Counter(row.state for row in rows)
-    return StageCounts(
-        asked=asked,
-        done=len(rows) - states["running"] - states["paused"],
-        running=states["running"],
-        paused=states["paused"],
-        pruned=states["pruned"],
-        failed=states["failed"] + states["infeasible"],
-    )
+        due |= {subject: seeds for subject in done.next if subject in due}
+    trained = [subject for subject in due if not record.looks_done or subject in record.looks_done[-1].next]
+    return sum(due.values()), sum((due | dict.fromkeys(trained, max(record.looks, default=0))).values())
 
 
 class ProgressDisplay:
@@ -273,8 +314,8 @@ class ProgressDisplay:
     def _new_lines(self, status: SweepStatus) -> Iterator[str]:
         """Yields a line for each run that ended and has no line yet: `lora 4/6  complete  1.4  optim.lr=0.01`."""
         record, ended = status.record, list_ended_runs(status.record)
-        stages = ("search", "confirm")
-        asked = {(stage, arm.name): getattr(arm, stage).asked for arm in status.arms for stage in stages}
+        asked = {("search", arm.name): arm.search.asked for arm in status.arms}
+        asked |= {("confirm", arm.name): arm.confirm.asked for arm in status.arms}
         done = Counter((row.stage, row.arm) for row in ended if row.run in self._shown_runs)
         for row in ended:
             if row.run in self._shown_runs:

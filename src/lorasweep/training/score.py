@@ -59,7 +59,7 @@ def score_run(folder: Path, *, inputs: RunInputs) -> RunRecord:
     split = inputs.splits.test()
     task = inputs.splits.get_task(split)
     model = restore_model(config, inputs.whole_base(config), folder=folder / "best")
-    with convert_memory_errors(), inputs.telemetry.phase("evaluating"):
+    with convert_memory_errors(), inputs.telemetry.phase("scoring"):
         values, examples = evaluate_model(model, split, task=task, config=config, inputs=inputs)
         generates = isinstance(config.data, ChatConfig) and config.data.generate
         answers = score_answers(model, split, config=config, inputs=inputs) if generates else {}

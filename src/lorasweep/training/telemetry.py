@@ -14,9 +14,9 @@ from torch import Tensor
 from lorasweep.record import RunRecord
 from lorasweep.training.environment import process_peak_bytes
 
-Phase = Literal["loading", "training", "evaluating", "saving", "storage"]
-"""Phases of a process. `loading` includes memory measurements. `saving` writes weights, checkpoints and logs. `storage`
-is the controller's work on the studies."""
+Phase = Literal["loading", "training", "evaluating", "scoring", "saving", "storage"]
+"""Phases of a process. `loading` includes memory measurements. `scoring` is on test data. `saving` writes weights,
+checkpoints and logs. `storage` is the controller's work on the studies."""
 
 
 class Telemetry:
