@@ -52,7 +52,7 @@ from lorasweep.report.evidence.scores import ConfirmScores
 from lorasweep.sweep.controller.history import History
 from lorasweep.sweep.controller.predictions import predict_best
 from lorasweep.sweep.controller.proposals import propose
-from lorasweep.sweep.controller.stopping_rules import Halving, list_rungs
+from lorasweep.sweep.controller.stopping_rules import Halving
 from lorasweep.sweep.definition.arms import Arm
 
 FOLDER = Path(__file__).parent / "answers"
@@ -226,7 +226,7 @@ def run_search(arm: Arm, table: Table, *, seed: int, num_evaluations: int) -> Se
     direction = "minimize" if table.sign == 1 else "maximize"
     pruner = arm.sweep_config.pruner
     assert isinstance(pruner, HalvingPruner)
-    rungs = sorted({max(1, round(fraction * num_evaluations)) for fraction in list_rungs(arm, pruner)})
+    rungs = sorted({max(1, round(fraction * num_evaluations)) for fraction in pruner.rungs})
     rule = Halving(rungs=tuple(rungs), reduction_factor=pruner.reduction_factor, min_survivors=pruner.min_survivors)
     params: list[dict[str, Any]] = []
     reached: list[int] = []

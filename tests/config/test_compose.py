@@ -222,3 +222,10 @@ def test_a_conf_file_has_one_line_for_every_setting_and_no_other(primary, group,
     if written.pop("defaults", None):  # it says what differs from another file
         names = [name for name in names if name in list(written)]
     assert sorted(written) == sorted(names)
+
+
+@pytest.mark.parametrize(
+    ("steps", "space"), [(1, 1), (20, 10), (60, 30), (125, 25), (75, 15), (97, 49), (1000, 500), (1500, 375)]
+)
+def test_a_run_is_evaluated_at_its_half_and_end(steps, space):
+    assert compose_run({"trainer.max_steps": steps}).trainer.eval_every_steps == space

@@ -117,7 +117,7 @@ def test_another_number_of_steps_keeps_rungs_and_packs(here):
     write_topics(here / "topics.csv")
     draft(MODEL, "data.train=topics.csv")
     arm = read_definition(here / "mine.yaml", ["trainer.max_steps=1000"]).find_arm("lora")
-    assert build_rule(arm).rungs == (400,)
+    assert build_rule(arm).rungs == (500,)
     assert explain_solo_arms(read_definition(here / "mine.yaml", ["trainer.max_steps=1000"])) == []
 
 

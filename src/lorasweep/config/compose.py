@@ -36,6 +36,8 @@ from lorasweep.wording import nearest
 Primary = Literal["train", "sweep"]
 """Name of a primary config (Hydra's term): the YAML file in `conf/` from which a composition starts."""
 PACKAGE_FOLDER = Path(__file__).parent.parent
+MAX_EVALUATION_SPACE = 500
+"""Maximum of steps between two evaluations by default. A run that is killed repeats the steps since its last one."""
 COMPONENT_SETTINGS: Mapping[str, frozenset[str]] = {
     "optim": frozenset(f.name for f in fields(OptimSettings)),
     "data.metric": frozenset(f.name for f in fields(MetricComponent)) - {"target", "arguments"},
@@ -116,18 +118,21 @@ def register_search_path() -> None:
     Plugins.instance().register(SearchUserConf)
 
 
-def about_a_sixth(steps: Any) -> int:
-    """Returns the divisor of a number of steps that is nearest to a sixth of it, or a sixth if no divisor is near.
+def space_evaluations(steps: Any) -> int:
+    """Returns the steps between evaluations: one at half of a run and one at its end, or more, at most 500 apart.
 
-    With a divisor the last step is evaluated, so trials can share packs. Rungs are moved to evaluations.
+    Trials are compared at half of a run, and share packs if the last step is evaluated. Without a divisor that does
+    both, the last step may lack an evaluation of its own.
     """
     if not isinstance(steps, int) or steps < 1:  # refused when the settings are checked
         return 1
-    divisors = [n for n in range(math.ceil(steps / 12), steps // 3 + 1) if steps % n == 0]
-    return min(divisors, key=lambda n: abs(6 * n - steps), default=math.ceil(steps / 6))
+    longest = min(steps / 2, MAX_EVALUATION_SPACE)
+    divisors = [n for n in range(math.ceil(longest / 5), int(longest) + 1) if steps % n == 0]
+    # The second number is how far the nearest evaluation is from half of the run, in evaluations.
+    return max(divisors, key=lambda n: (-(steps // n % 2) * n, n), default=math.ceil(longest))
 
 
-OmegaConf.register_new_resolver("about_a_sixth", about_a_sixth, replace=True)
+OmegaConf.register_new_resolver("space_evaluations", space_evaluations, replace=True)
 
 
 def compose_run(settings: Mapping[str, Any], *, require_all: bool = True) -> RunConfig:

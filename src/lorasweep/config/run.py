@@ -139,13 +139,12 @@ class TrainerConfig(Settings):
     """Sequences per optimizer step, >= 1."""
     accumulate: Positive
     """Number of micro-batches of one optimizer step, 1 to `trainer.batch_size`. Each has sequences of similar length.
-    The number does not change the training, except for the draws of dropout. `auto` follows a fixed
-    rule: more micro-batches need less padding, but more calls of the model."""
+    The number does not change the training, except for the draws of dropout."""
     eval_batch_size: Positive
     """Sequences of maximum length per evaluation batch. A batch of shorter sequences has more."""
     eval_every_steps: Positive
     """Steps between two evaluations on validation data. At an evaluation a run is checkpointed and may be pruned. By
-    default about a sixth of `trainer.max_steps`."""
+    default at half of `trainer.max_steps` and at the end, at most 500 steps apart."""
     early_stop_evaluations: Positive | None
     """A run ends after this number of evaluations in a row without a better score; null trains all steps. The schedule
     does not become shorter."""

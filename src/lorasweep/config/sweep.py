@@ -50,9 +50,8 @@ class HalvingPruner(Settings):
     """Promotion-type successive halving (arXiv 1810.05934, algorithm 2): the best trials at a rung continue."""
 
     name: Literal["halving"]
-    rungs: tuple[float, ...] | Literal["auto"]
-    """Rungs as ascending fractions of a run. Each rung is moved to the nearest evaluation. `auto`: half of the run; a
-    sixth of it too if the sweep has no confirm stage."""
+    rungs: tuple[float, ...]
+    """Rungs as ascending fractions of a run. Each rung is moved to the nearest evaluation."""
     reduction_factor: AtLeastTwo
     """One in `reduction_factor` trials continues at each rung."""
     min_survivors: Positive
@@ -62,8 +61,6 @@ class HalvingPruner(Settings):
     orders trials whose metric is equal."""
 
     def __post_init__(self) -> None:
-        if self.rungs == "auto":
-            return
         if not self.rungs or list(self.rungs) != sorted({rung for rung in self.rungs if 0 < rung < 1}):
             raise ConfigError(
                 "`pruner.rungs` must be ascending fractions of a run, each more than 0 and less than 1, but got "

@@ -19,14 +19,12 @@ STEPS_KEY = "trainer.max_steps"
 MIN_STEPS, MAX_STEPS = 60, 900
 """Bounds of the steps that `sweep.epochs` sets: with fewer, a learning rate has no time to show whether it is good, and
 a sweep trains dozens of runs."""
-NUM_EVALUATIONS = 6
-"""The steps that `sweep.epochs` sets are a multiple of it, so that the rung at half of a run is an evaluation."""
 
 
 def count_steps(epochs: float, num_examples: int, batch_size: int) -> int:
     """Returns the steps of this number of passes over the data, within the bounds."""
-    sixth = math.ceil(epochs * num_examples / batch_size / NUM_EVALUATIONS)
-    return NUM_EVALUATIONS * min(max(sixth, MIN_STEPS // NUM_EVALUATIONS), MAX_STEPS // NUM_EVALUATIONS)
+    half = math.ceil(epochs * num_examples / batch_size / 2)  # an even number has an evaluation at its half
+    return 2 * min(max(half, MIN_STEPS // 2), MAX_STEPS // 2)
 
 
 def set_steps(definition: Definition, inputs_cache: InputsCache) -> Definition:

@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from lorasweep.config.compose import space_evaluations
 from lorasweep.errors import ConfigError
-from lorasweep.sweep.checks import MIN_STEPS, NUM_EVALUATIONS, STEPS_KEY
+from lorasweep.sweep.checks import MIN_STEPS, STEPS_KEY
 from lorasweep.sweep.definition.arms import Definition, restore_definition
 from lorasweep.sweep.definition.seeds import count_confirm_runs
 from lorasweep.sweep.plan import GroupPlan, plan_sweep
@@ -40,7 +41,7 @@ def fit_minutes(
             overrides["sweep.trials"] = trials
             given_up.append(f"{trials} of {most_trials} trials an arm (a better learning rate may be missed)")
         if steps != most_steps:
-            overrides |= {STEPS_KEY: steps, "trainer.eval_every_steps": steps // NUM_EVALUATIONS}
+            overrides |= {STEPS_KEY: steps, "trainer.eval_every_steps": space_evaluations(steps)}
             given_up.append(f"{steps:,} of {most_steps:,} steps a run (the answers hold for shorter training)")
         fitted = restore_definition({**definition.raw, "overrides": overrides}, source=definition.source)
         measured = [replace(one, arms=tuple(fitted.find_arm(arm.name) for arm in one.arms)) for one in groups]
@@ -63,4 +64,4 @@ def _list_budgets(steps: int, trials: int, looks: tuple[int, ...]) -> Iterator[t
                 yield steps, max(min(MIN_TRIALS, trials), trials * part // 4), looks[:last]
         if steps <= MIN_STEPS:
             return
-        steps = NUM_EVALUATIONS * (max(MIN_STEPS, steps // 2) // NUM_EVALUATIONS)
+        steps = 2 * (max(MIN_STEPS, steps // 2) // 2)

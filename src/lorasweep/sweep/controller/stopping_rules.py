@@ -66,15 +66,6 @@ class Halving(StoppingRule):
         return min(count, len(ranked))
 
 
-def list_rungs(arm: Arm, pruner: HalvingPruner) -> tuple[float, ...]:
-    """Returns the rungs of an arm as fractions of a run."""
-    if pruner.rungs != "auto":
-        return pruner.rungs
-    # At an early rung, rates are ahead that are later too high, for low ranks most of all. That costs a search for one
-    # winner little, and answers on every rank much (docs/benchmarks.md, answers).
-    return (1 / 6, 0.5) if arm.sweep_config.confirm.seeds == 0 else (0.5,)
-
-
 def build_rule(arm: Arm) -> StoppingRule:
     """Returns the rule that decides which trials of an arm are paused.
 
@@ -89,7 +80,7 @@ def build_rule(arm: Arm) -> StoppingRule:
     if isinstance(pruner, HalvingPruner):
         # A rung that is nearer to the end of the run than to the last evaluation before the end is dropped.
         latest = steps[-1] + every / 2 if steps else 0
-        wanted = [fraction * max_steps for fraction in list_rungs(arm, pruner) if fraction * max_steps <= latest]
+        wanted = [fraction * max_steps for fraction in pruner.rungs if fraction * max_steps <= latest]
         rungs = {min(steps, key=lambda step: (abs(step - rung), step)) for rung in wanted}
         return Halving(
             rungs=tuple(sorted(rungs)), reduction_factor=pruner.reduction_factor, min_survivors=pruner.min_survivors
