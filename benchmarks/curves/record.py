@@ -106,7 +106,6 @@ TASKS = {
             "data": "chat",
             "method": "lora",
             "data.max_length": 320,
-            "data.packing": False,
             "data.max_validation_examples": 20,
             "trainer.batch_size": 3,
         },

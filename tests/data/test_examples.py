@@ -1,4 +1,4 @@
-"""Examples of different lengths: padded batches, packed sequences and cut steps give the same losses and gradients."""
+"""Examples of different lengths: padded batches and cut steps give the same losses and gradients."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def labelled(**settings):
     )
 
 
-def completions(*, packing=False):
+def completions():
     targets = [[IGNORED, *tokens[2:], 3] if len(tokens) > 1 else [3] for tokens in TOKENS]
     return CompletionSplit(
         name="train",
@@ -36,7 +36,6 @@ def completions(*, packing=False):
         bytes=9,
         targets=make_ragged(targets),
         scored_bytes=30,
-        packing=packing,
     )
 
 
@@ -99,24 +98,6 @@ def test_the_gradient_of_a_step_cut_by_length_is_that_of_the_padded_batch(llama,
         torch.testing.assert_close(cut, whole, rtol=1e-5, atol=0)  # losses are fp32
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)  # cross-entropy runs in fp32
-
-
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_packed_examples_do_not_see_each_other(llama, attention):
-    llama.set_attn_implementation(attention)
-    task, indices = LanguageModelling(bytes_per_token=1.0), [0, 1, 2, 3, 4]
-    apart = torch.stack([task.losses(llama, completions().batch([n]))[0] for n in indices])
-    batch = completions(packing=True).batch(indices)
-    assert batch["input_ids"].shape == (3, 5)
-    torch.testing.assert_close(task.losses(llama, batch), apart, rtol=1e-5, atol=1e-6)  # losses are fp32
-
-
-def test_slots_never_share_a_packed_sequence():
-    batch = completions(packing=True).batch([0, 1, 2, 3, 1, 3], slots=2)
-    of_first, of_second = batch["examples"].chunk(2)
-    scored = batch["targets"] != IGNORED
-    assert set(of_first[scored.chunk(2)[0]].tolist()) <= {0, 1, 2}
-    assert set(of_second[scored.chunk(2)[1]].tolist()) == {3, 4, 5}
 
 
 def test_an_encoder_decoder_sees_its_target_shifted():

@@ -72,14 +72,6 @@ def test_training_loss_of_a_text_counts_only_what_is_scored(table):
     assert losses[0].item() == pytest.approx(expected.item(), rel=1e-6)  # fp32 sums of three
 
 
-def test_examples_that_share_a_sequence_are_told_apart(table):
-    batch = text_batch()
-    apart = LanguageModelling(bytes_per_token=1.0).losses(table, batch)
-    joined = {name: value.view(1, -1) for name, value in batch.items()}
-    joined["examples"] = torch.arange(5).repeat_interleave(8).view(1, -1)
-    torch.testing.assert_close(LanguageModelling(bytes_per_token=1.0).losses(table, joined), apart)
-
-
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_batch_repeated_for_slots_scores_the_same_in_each(table, packed):
     batch, task = text_batch(), LanguageModelling(bytes_per_token=1.0)

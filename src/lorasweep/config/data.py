@@ -227,8 +227,6 @@ class ChatConfig(RowSettings):
     tokenizer has a template, else `plain`."""
     separator: str
     """Text between the prompt and the completion of a `plain` template."""
-    packing: bool
-    """Whether short conversations share one sequence, without attending to each other."""
     generate: bool
     """Whether the prompts of the test split are also answered, token by token, and scored by BLEU and ROUGE."""
     metric: TextMetric | MetricComponent

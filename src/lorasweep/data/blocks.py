@@ -45,7 +45,7 @@ class BlockSplit(Split):
     def weights(self) -> Tensor:
         return self.lengths.float()
 
-    def batch(self, indices: Sequence[int], *, slots: int = 1) -> Batch:
+    def batch(self, indices: Sequence[int]) -> Batch:
         """Returns the blocks at these indices. The target at each position is the next token."""
         blocks = self.tokens[torch.tensor(indices)]  # (batch, block + 1)
         batch = {"input_ids": blocks[:, :-1].contiguous(), "targets": blocks[:, 1:].contiguous()}

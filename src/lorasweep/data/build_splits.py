@@ -297,7 +297,7 @@ def _build_chats(
     if is_seq2seq:
         assert start_token is not None
         return SequenceSplit(**fields, start_token=start_token)
-    return CompletionSplit(**fields, packing=config.packing).drop_unscored()
+    return CompletionSplit(**fields).drop_unscored()
 
 
 def _shared_fields(

@@ -47,7 +47,7 @@ class CustomSplit(Split):
     def weights(self) -> Tensor:
         return self.num_scored
 
-    def batch(self, indices: Sequence[int], *, slots: int = 1) -> Batch:
+    def batch(self, indices: Sequence[int]) -> Batch:
         return build_batch(self.collate([self.dataset[index] for index in indices]), task=self.task)
 
     def describe(self) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class LabelledSplit(ExampleSplit):
     def weights(self) -> Tensor:
         return torch.ones(len(self.labels)) if self.class_weights is None else self.class_weights[self.labels]
 
-    def batch(self, indices: Sequence[int], *, slots: int = 1) -> Batch:
+    def batch(self, indices: Sequence[int]) -> Batch:
         rows = torch.tensor(indices)
         batch = {**self._inputs(indices), "targets": self.labels[rows]}
         if self.token_types is not None:
@@ -140,10 +140,6 @@ class TextSplit(ExampleSplit):
 class CompletionSplit(TextSplit):
     """Conversations for a causal model. `targets[i]` is the token after `tokens[i]`."""
 
-    packing: bool = False
-    """Whether several examples share one sequence. Positions restart at 0 in each example, so that none attends to
-    another."""
-
     def drop_unscored(self) -> CompletionSplit:
         """Returns the split without examples that have no scored token, because their answers were cut off."""
         is_scored = self.weights > 0
@@ -151,35 +147,8 @@ class CompletionSplit(TextSplit):
             return self
         return replace(self.select(is_scored), facts={**self.facts, "left_out": int((~is_scored).sum())})
 
-    def batch(self, indices: Sequence[int], *, slots: int = 1) -> Batch:
-        """Returns the examples: one per padded sequence, or several per sequence if `packing` is set."""
-        if self.packing:
-            return self._pack(indices, slots=slots)
+    def batch(self, indices: Sequence[int]) -> Batch:
         return {**self._inputs(indices), "targets": self.targets.padded(indices, fill=IGNORED)}
-
-    def _pack(self, indices: Sequence[int], *, slots: int) -> Batch:
-        num_per_slot = len(indices) // slots
-        lengths = [int(self.lengths[index]) for index in indices]
-        bins: list[list[list[int]]] = []  # bins[slot][sequence]: positions in `indices` that share this sequence
-        for slot in range(slots):
-            members = range(slot * num_per_slot, (slot + 1) * num_per_slot)
-            bins.append(fill_bins({n: lengths[n] for n in members}, capacity=max(lengths)))
-        # A pack divides a batch evenly among its slots. So slots with fewer sequences are filled with empty ones.
-        num_sequences = max(map(len, bins))
-        for slot_bins in bins:
-            slot_bins += [[]] * (num_sequences - len(slot_bins))
-        sequences = [members for slot_bins in bins for members in slot_bins]
-
-        def join(values: list[list[Tensor]], fill: int) -> Tensor:
-            joined = [torch.cat(row) if row else torch.full((1,), fill) for row in values]
-            return pad_sequence(joined, batch_first=True, padding_value=fill)
-
-        return {
-            "input_ids": join([[self.tokens[indices[n]] for n in row] for row in sequences], self.pad_token),
-            "position_ids": join([[torch.arange(lengths[n]) for n in row] for row in sequences], 0),
-            "targets": join([[self.targets[indices[n]] for n in row] for row in sequences], IGNORED),
-            "examples": join([[torch.full((lengths[n],), n) for n in row] for row in sequences], 0),
-        }
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -189,7 +158,7 @@ class SequenceSplit(TextSplit):
     start_token: int
     """The decoder's first input token."""
 
-    def batch(self, indices: Sequence[int], *, slots: int = 1) -> Batch:
+    def batch(self, indices: Sequence[int]) -> Batch:
         """Returns the padded examples. The decoder's input is `start_token` and the targets without the last one."""
         targets = self.targets.padded(indices, fill=IGNORED)
         previous = targets.masked_fill(targets == IGNORED, self.pad_token)[:, :-1]
@@ -199,20 +168,3 @@ class SequenceSplit(TextSplit):
             "decoder_input_ids": torch.cat([start, previous], dim=1),
             "targets": targets,
         }
-
-
-def fill_bins(lengths: Mapping[int, int], *, capacity: int) -> list[list[int]]:
-    """Returns the keys in bins. The lengths in a bin add up to at most `capacity`.
-
-    The algorithm is first fit decreasing (Johnson 1973): the longest first, each into the first bin with enough room.
-    """
-    bins: list[list[int]] = []
-    free: list[int] = []
-    for key in sorted(lengths, key=lambda key: (-lengths[key], key)):
-        index = next((n for n, room in enumerate(free) if room >= lengths[key]), len(bins))
-        if index == len(bins):
-            bins.append([])
-            free.append(capacity)
-        bins[index].append(key)
-        free[index] -= lengths[key]
-    return bins

@@ -13,14 +13,13 @@ from torch import Tensor
 
 IGNORED = -100
 """Target at positions that are not scored. It is the `ignore_index` of torch's cross-entropy."""
-NON_MODEL_KEYS = ("targets", "examples", "weights", "step_weight", "num_tokens")
+NON_MODEL_KEYS = ("targets", "weights", "step_weight", "num_tokens")
 """Keys of a batch that are not arguments of the model."""
 
 Batch = dict[str, Tensor]
 """The model's arguments by name (such as `input_ids`, and `attention_mask` if an example is padded), and:
 
 - `targets`: the next token at each position, (batch, length) int64, or `IGNORED`. For labels: one label per example.
-- `examples`: the number of the example at each position, (batch, length) int64. Only if examples share sequences.
 - `weights`: the weight of each example's loss, (examples,) float. Only if weights differ.
 - `step_weight`: the number that divides the step's loss, a scalar. Only in batches of a loader.
 - `num_tokens`: number of positions without padding, a scalar. Only in batches of a loader.
@@ -61,13 +60,8 @@ class Split(Protocol):
         return id(self)  # `lru_cache` needs a hash, and dataclasses with `eq=False` compare by identity
 
     @abstractmethod
-    def batch(self, indices: Sequence[int], *, slots: int = 1) -> Batch:
-        """Returns the examples at these indices, padded to the longest.
-
-        Args:
-            indices: Indices of examples. For several slots: equally many for each slot, slot after slot.
-            slots: Number of slots of the pack. Examples of different slots never share a sequence.
-        """
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Returns the examples at these indices, padded to the longest."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -87,12 +81,4 @@ def move_batch(batch: Batch, device: torch.device) -> Batch:
 
 def repeat_batch(batch: Batch, *, slots: int) -> Batch:
     """Returns a batch repeated for every slot, slot after slot."""
-    if slots == 1:
-        return batch
-    repeated = {name: x.repeat(slots, *[1] * (x.dim() - 1)) if x.dim() else x for name, x in batch.items()}
-    if "examples" in batch:
-        # Losses are added up by example number, so the examples of different slots must have different numbers.
-        num_examples = int(batch["examples"].max()) + 1
-        slot_of_row = torch.arange(slots, device=batch["examples"].device).repeat_interleave(len(batch["examples"]))
-        repeated["examples"] = repeated["examples"] + num_examples * slot_of_row[:, None]
-    return repeated
+    return {name: x.repeat(slots, *[1] * (x.dim() - 1)) if x.dim() else x for name, x in batch.items()}

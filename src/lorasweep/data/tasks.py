@@ -137,10 +137,10 @@ class LanguageModelling(Task):
     def compute_losses(self, logits: Tensor, batch: Batch) -> Tensor:
         targets = batch["targets"]
         if self.own_loss is None:
-            return sum_by_example(compute_token_losses(logits, targets), batch)
+            return compute_token_losses(logits, targets).sum(-1)
         scored = targets != IGNORED
         losses = self._apply_own_loss(logits[scored], targets[scored])
-        return sum_by_example(losses.new_zeros(targets.shape).masked_scatter(scored, losses), batch)
+        return losses.new_zeros(targets.shape).masked_scatter(scored, losses).sum(-1)
 
     def score_logits(self, logits: Tensor, batch: Batch) -> ExampleScores:
         targets, own_columns = batch["targets"], {}
@@ -149,7 +149,7 @@ class LanguageModelling(Task):
             own_columns = {"metric_input": logits.argmax(-1)[scored], "metric_target": targets[scored]}
         # fp64, because the tokens of a whole evaluation are added up
         losses = compute_token_losses(logits, targets)
-        loss, items = (sum_by_example(values.double(), batch) for values in (losses, scored))
+        loss, items = (values.double().sum(-1) for values in (losses, scored))
         return ExampleScores(loss=loss, items=items, **own_columns)
 
     def compute_metrics(self, scores: ExampleScores) -> dict[str, Tensor]:
@@ -373,15 +373,6 @@ def compute_logits(model: nn.Module, batch: Batch) -> Tensor:
     output = model(**{name: value for name, value in batch.items() if name not in NON_MODEL_KEYS})
     logits: Tensor = output if isinstance(output, Tensor) else output.logits
     return logits.to(torch.promote_types(logits.dtype, torch.float32))  # fp64 stays under `precision="64-true"`
-
-
-def sum_by_example(values: Float[Tensor, "batch length"], batch: Batch) -> Float[Tensor, " examples"]:
-    """Returns the sum of the values at the positions of each example."""
-    if "examples" not in batch:
-        return values.sum(-1)
-    example_numbers = batch["examples"]  # several examples share a sequence
-    sums = values.new_zeros(int(example_numbers.max()) + 1)
-    return sums.index_add(0, example_numbers.flatten(), values.flatten())
 
 
 def _unpack(scores: ExampleScores) -> tuple[Tensor, Tensor]:

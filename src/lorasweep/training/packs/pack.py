@@ -417,7 +417,7 @@ def build_pack_batch(split: Split, micros: Sequence[MicroBatch], *, model: nn.Mo
     """Returns a slot-major batch of all slots' examples, and sets the slots' sequence lengths in the packed model."""
     max_lengths = [int(split.lengths[torch.tensor(micro.indices)].max()) for micro in micros]
     set_sequence_lengths(model, max_lengths if len(set(max_lengths)) > 1 else None)
-    return split.batch([index for micro in micros for index in micro.indices], slots=len(micros))
+    return split.batch([index for micro in micros for index in micro.indices])
 
 
 def compute_slot_losses(task: Task, model: nn.Module, batch: Batch, *, slots: int) -> Tensor:
