@@ -56,7 +56,7 @@ def test_a_method_that_trains_weights_of_the_base_needs_them_unquantised(method)
 
 def test_a_quantised_base_is_not_sharded():
     with pytest.raises(ValueError, match=r"`trainer.strategy` must be ddp with this value of `model.quantization`"):
-        compose_run({"model.quantization": "int8", "trainer.strategy": "fsdp"})
+        compose_run({"model.quantization": "nf4", "trainer.strategy": "fsdp"})
 
 
 @pytest.mark.parametrize("file", sorted((packaged_folder("conf") / "model").glob("*.yaml")), ids=lambda file: file.stem)

@@ -72,12 +72,8 @@ def test_training_loss_of_a_text_counts_only_what_is_scored(table):
     assert losses[0].item() == pytest.approx(expected.item(), rel=1e-6)  # fp32 sums of three
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_batch_repeated_for_slots_scores_the_same_in_each(table, packed):
+def test_a_batch_repeated_for_slots_scores_the_same_in_each(table):
     batch, task = text_batch(), LanguageModelling(bytes_per_token=1.0)
-    if packed:
-        batch = {name: value.view(1, -1) for name, value in batch.items()}
-        batch["examples"] = torch.arange(5).repeat_interleave(8).view(1, -1)
     scores = task.score(table, repeat_batch(batch, slots=3))
     alone = task.score(table, batch)
     for slot in range(3):

@@ -122,8 +122,9 @@ def test_files_that_are_missing_or_broken_are_refused(make_model, saved: Path) -
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "IA3"}, "`peft_type` must be 'LORA', but got 'IA3'"),
-        ({"lora_bias": True}, "`lora_bias` must be unset, but got True"),
+        ({"peft_type": "IA3"}, "`peft_type` must be LORA, but got 'IA3'"),
+        ({"lora_bias": True}, "got `lora_bias` True"),
+        ({"bias": "all"}, "got `bias` 'all'"),
         ({"target_modules": None}, "must be a LoRA configuration"),
         ({"r": 0}, "must be a LoRA configuration"),
         ({"r": "8"}, "must be a LoRA configuration"),

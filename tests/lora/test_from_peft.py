@@ -22,8 +22,8 @@ EQUAL = [
     (make_llama, {"target_modules": r".*\.1\..*(q|v)_proj", "init_lora_weights": "gaussian"}),
     (make_llama, {"target_modules": ["q_proj", "o_proj"], "rank_pattern": {"1.self_attn.q_proj": 2, r"o_.*": 6}}),
     (make_llama, {"target_modules": ["q_proj", "o_proj"], "alpha_pattern": {"^model.layers.1.self_attn.q_proj": 1}}),
-    (make_llama, {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": 1, "bias": "lora_only"}),
-    (make_llama, {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*0.*q_proj", "bias": "all"}),
+    (make_llama, {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": 1}),
+    (make_llama, {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*0.*q_proj"}),
     (make_llama, {"target_modules": ["v_proj"], "use_dora": True, "init_lora_weights": "orthogonal"}),
     (make_llama, {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"], "lora_dropout": 0.1}),
     (make_gpt2, {"target_modules": ["c_attn", "wte"], "fan_in_fan_out": True}),
@@ -39,18 +39,9 @@ def test_layers_from_peft_compute_what_peft_computes(make: Callable[[], nn.Modul
     inject_lora(ours, config)
     theirs = peft.get_peft_model(make().double(), theirs_config)
     shake(theirs)
-    biases = {
-        name.replace(".base_layer.bias", ".bias").removeprefix("base_model.model."): parameter
-        for name, parameter in theirs.named_parameters()
-        if name.endswith("bias") and parameter.requires_grad
-    }
     state = peft.get_peft_model_state_dict(theirs, save_embedding_layers=False)
-    tensors = {
-        key: state[key] if key in state else biases[key.removeprefix("base_model.model.").replace(".base_layer", "")]
-        for key in lora_state(ours)
-    }
     for key, tensor in lora_state(ours).items():
-        tensor.copy_(tensors[key].float())
+        tensor.copy_(state[key].float())
     with torch.no_grad():  # what trains is fp32 here, so PEFT's values are rounded to it too
         for parameter in theirs.parameters():
             if parameter.requires_grad:
@@ -65,7 +56,7 @@ ROUND_TRIPS = [
     LoraConfig(
         rank=4, alpha=2.5, scaling="alpha_over_sqrt_rank", targets=("k_proj", "q_proj"), dropout=0.1, layers=(0, 2)
     ),
-    LoraConfig(targets=r".*\.(q|v)_proj", init="pissa", exclude=(r"re:.*\.0\..*",), bias="all"),
+    LoraConfig(targets=r".*\.(q|v)_proj", init="pissa", exclude=(r"re:.*\.0\..*",)),
     LoraConfig(
         variant="dora",
         init="gaussian",
@@ -73,7 +64,6 @@ ROUND_TRIPS = [
         alpha_pattern={"v_proj": 3.0},
         exclude=("lm_head", "score"),
         modules_to_save=("classifier",),
-        bias="lora_only",
     ),
 ]
 

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -62,29 +60,6 @@ def test_modules_with_a_tied_weight_must_be_named_together(make_model, tokens: T
 def test_a_module_that_is_not_there_is_refused(make_model) -> None:
     with pytest.raises(ValueError, match=r"`method.modules_to_save` must .* 'outt' .* Did you mean `out`"):
         adapt(make_model(), modules_to_save=("outt",))
-
-
-@pytest.mark.parametrize(
-    ("which", "expected"),
-    [
-        ("none", set()),
-        ("lora_only", {"layers.0.proj.base.bias", "layers.1.proj.base.bias"}),
-        ("all", {"layers.0.proj.base.bias", "layers.1.proj.base.bias", "norm.bias"}),
-    ],
-)
-def test_biases_train_on_copies(make_model, tokens: Tensor, which: str, expected: set[str]) -> None:
-    base = make_model()
-    base.norm = nn.LayerNorm(3)
-    share = {id(p): p for p in base.parameters()}
-    model = copy.deepcopy(base, share)
-    before = {name: p.clone() for name, p in base.named_parameters()}
-    coverage = inject_lora(model, LoraConfig(rank=2, targets=("proj",), bias=which))
-    trains = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
-    assert trains == expected
-    assert coverage.trainable_params == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    model.norm.bias.grad = torch.zeros(3)
-    step(model, tokens)
-    assert all(torch.equal(p, before[name]) for name, p in base.named_parameters())
 
 
 def test_arguments_by_name_reach_the_copy() -> None:

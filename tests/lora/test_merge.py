@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorasweep.lora import LoraConfig, inject_lora, lora_layers, merge_lora, remove_lora
+from lorasweep.lora import LoraConfig, inject_lora, lora_layers, merge_lora
 
 # Bits of each number of a dtype, the leading one included.
 BITS = {torch.float32: 24, torch.bfloat16: 8, torch.float16: 11}
@@ -40,7 +40,6 @@ SETTINGS = [
     {"variant": "dora"},
     {"init": "pissa"},
     {"targets": ("up[0:4,8:12]", "embed")},
-    {"bias": "all"},
     {"modules_to_save": ("out",)},
 ]
 
@@ -64,18 +63,6 @@ def test_a_merged_model_is_a_plain_one_with_the_same_output(
     torch.testing.assert_close(model(tokens), adapted, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("settings", [{}, {"variant": "dora"}, {"modules_to_save": ("out",)}], ids=str)
-def test_removing_brings_back_the_base(make_model, fill_b, settings: dict) -> None:
-    model, base = make_model(), make_model()
-    before = dict(model.named_parameters())
-    inject_lora(model, LoraConfig(rank=2, **settings))
-    fill_b(model)
-    remove_lora(model)
-    assert [type(m) for m in model.modules()] == [type(m) for m in base.modules()]
-    after = dict(model.named_parameters())
-    assert all(after[name] is before[name] and torch.equal(after[name], p) for name, p in base.named_parameters())
-
-
 def test_eval_does_not_merge_and_merging_leaves_a_tied_weight_alone(model: nn.Module, fill_b) -> None:
     model.out.weight = model.embed.weight
     inject_lora(model, LoraConfig(rank=2, targets=("out",)))
@@ -89,10 +76,6 @@ def test_eval_does_not_merge_and_merging_leaves_a_tied_weight_alone(model: nn.Mo
     assert not torch.equal(model.out.weight, before)
 
 
-def test_what_can_not_be_merged_or_removed_is_refused(model: nn.Module) -> None:
-    for call in (merge_lora, remove_lora):
-        with pytest.raises(ValueError, match="must have LoRA layers"):
-            call(model)
-    inject_lora(model, LoraConfig(rank=2, bias="lora_only"))
-    with pytest.raises(ValueError, match=r"`method.bias` must be 'none'"):
-        remove_lora(model)
+def test_a_model_without_lora_is_not_merged(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match="must have LoRA layers"):
+        merge_lora(model)

@@ -18,7 +18,6 @@ from lorasweep.training.memory import count_saved_bytes
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes, an optional extra, is not installed")
 
-KINDS = ("nf4", "int8")
 DTYPES = (torch.float32, torch.bfloat16)
 # appendix E of arXiv 2305.14314
 NF4_VALUES = (
@@ -71,30 +70,19 @@ def test_nf4_stores_the_nearest_of_16_values_times_the_largest_of_64(load):
         torch.testing.assert_close(dequantised_weight(layer), expected, rtol=0.02, atol=0)
 
 
-def test_int8_stores_the_nearest_of_255_steps_of_each_row(load):
-    plain, model = load().model, load("int8").model
-    for name, layer in quantised_layers(model).items():
-        weight = plain.get_submodule(name).weight
-        steps = weight.abs().amax(dim=1, keepdim=True) / 127
-        # half a step, and before it bitsandbytes rounds to fp16, which keeps 11 bits: 127 / 2048 steps at most
-        assert ((dequantised_weight(layer) - weight).abs() <= 0.57 * steps).all()
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_all_linear_layers_but_the_head_are_quantised_and_the_same_each_time(load, kind, dtype):
-    plain, base = load(dtype=dtype), load(kind, dtype=dtype)
+def test_all_linear_layers_but_the_head_are_quantised_and_the_same_each_time(load, dtype):
+    plain, base = load(dtype=dtype), load("nf4", dtype=dtype)
     assert set(linear_layers(base.model)) - set(quantised_layers(base.model)) == {"lm_head"}
     others = [p for p in base.model.parameters() if p.is_floating_point() and p.dim() > 1]
     assert {p.dtype for p in others} == {dtype}
     assert not any(p.requires_grad for p in base.model.parameters())
     assert base.num_parameters == plain.num_parameters
-    assert len({base.fingerprint, plain.fingerprint, *(load(each, dtype=dtype).fingerprint for each in KINDS)}) == 3
+    assert load("nf4", dtype=dtype).fingerprint == base.fingerprint != plain.fingerprint
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_outputs_and_gradients_are_those_of_the_dequantised_weights(load, kind):
-    model = load(kind).model
+def test_outputs_and_gradients_are_those_of_the_dequantised_weights(load):
+    model = load("nf4").model
     reference = copy.deepcopy(load().model)
     for name, layer in quantised_layers(model).items():
         reference.get_submodule(name).weight.copy_(dequantised_weight(layer))
@@ -108,10 +96,9 @@ def test_outputs_and_gradients_are_those_of_the_dequantised_weights(load, kind):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_evaluation_changes_neither_gradients_nor_weights(load, kind, dtype):
+def test_an_evaluation_changes_neither_gradients_nor_weights(load, dtype):
     """bitsandbytes alone loses the base's part of gradients after an evaluation, on CPUs with AVX512-BF16."""
-    base = load(kind, dtype=dtype)
+    base = load("nf4", dtype=dtype)
     before = run_backward(base.model)
     with torch.no_grad():
         base.model.eval()(input_ids=TOKENS)
@@ -128,37 +115,33 @@ def run_backward(model):
     return logits.detach(), inputs.grad
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_copy_of_a_weight_is_kept_for_the_backward_pass(load, kind):
+def test_no_copy_of_a_weight_is_kept_for_the_backward_pass(load):
     def count(model):
         inputs = model.get_input_embeddings()(TOKENS).detach().requires_grad_()
         return count_saved_bytes(lambda: model(inputs_embeds=inputs).logits, model=model)
 
-    assert count(load(kind).model) <= count(load().model)
+    assert count(load("nf4").model) <= count(load().model)
 
 
 def test_conv1d_layers_are_quantised(load, save):
     torch.manual_seed(0)
     path = save(GPT2LMHeadModel(GPT2Config(vocab_size=257, n_embd=64, n_layer=2, n_head=2, n_positions=64)))
     plain = load(path=path).model(input_ids=TOKENS).logits
-    for kind, tolerance in (("nf4", 0.2), ("int8", 0.02)):
-        model = load(kind, path=path).model
-        assert len(quantised_layers(model)) == 8
-        assert 0 < (model(input_ids=TOKENS).logits - plain).norm() < tolerance * plain.norm()
+    model = load("nf4", path=path).model
+    assert len(quantised_layers(model)) == 8
+    assert 0 < (model(input_ids=TOKENS).logits - plain).norm() < 0.2 * plain.norm()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_new_head_and_a_pooler_are_not_quantised(load, save, kind):
+def test_a_new_head_and_a_pooler_are_not_quantised(load, save):
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     path = save(BertModel(BertConfig(vocab_size=257, **sizes)))
     labels = Labels(kind="single_label", names=("a", "b", "c"))
-    base = load(kind, path=path, labels=labels)
+    base = load("nf4", path=path, labels=labels)
     assert base.new_head_names == ("classifier",)
     assert set(linear_layers(base.model)) - set(quantised_layers(base.model)) == {"bert.pooler.dense", "classifier"}
-    inject_lora(base.model, LoraConfig(rank=2, modules_to_save=["classifier"], bias="all"))
+    inject_lora(base.model, LoraConfig(rank=2, modules_to_save=["classifier"]))
     base.model.train()(input_ids=TOKENS).logits.sum().backward()
     trained = {name: p for name, p in base.model.named_parameters() if p.requires_grad}
-    assert any(name.endswith("query.base.bias") for name in trained)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.values())
 
 
@@ -171,28 +154,25 @@ def test_a_layer_whose_rows_are_no_whole_blocks_stays_unquantised(load, save):
         "lm_head",
         "model.layers.0.mlp.down_proj",
     }
-    assert len(quantised_layers(load("int8", path=path).model)) == 7
 
 
 def test_a_model_without_a_layer_to_quantise_is_refused(load):
-    with pytest.raises(ConfigError, match=r"multiple of 64 inputs, but 'embedded:tiny' has none .* Use int8 or none"):
+    with pytest.raises(ConfigError, match=r"multiple of 64 inputs, but 'embedded:tiny' has none"):
         load("nf4", path="embedded:tiny")
 
 
 def test_a_module_that_is_quantised_is_not_trained_in_full(load):
     with pytest.raises(ValueError, match=r"`method.modules_to_save` .* 'model.layers.0.mlp.up_proj' is quantised"):
-        inject_lora(load("int8").model, LoraConfig(rank=2, modules_to_save=["up_proj"]))
+        inject_lora(load("nf4").model, LoraConfig(rank=2, modules_to_save=["up_proj"]))
 
 
 def test_only_models_of_transformers_are_quantised(model_config):
-    with pytest.raises(ConfigError, match=r"`model.quantization` must be none with `model.factory`, but got 'int8'"):
-        model_config(quantization="int8", factory="own:build", path=None)
+    with pytest.raises(ConfigError, match=r"`model.quantization` must be none with `model.factory`, but got 'nf4'"):
+        model_config(quantization="nf4", factory="own:build", path=None)
 
 
 def test_files_that_are_quantised_already_are_refused(load, tmp_path):
     load("nf4").model.save_pretrained(tmp_path)
     load_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(
-        ConfigError, match=r"must be none for a model whose files are quantised already, but got 'int8'"
-    ):
-        load("int8", path=tmp_path)
+    with pytest.raises(ConfigError, match=r"must be none for a model whose files are quantised already, but got 'nf4'"):
+        load("nf4", path=tmp_path)

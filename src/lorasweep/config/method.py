@@ -22,7 +22,6 @@ ALPHA_OVER_RANK = "method.alpha.over_rank"
 Scaling = Literal["alpha_over_rank", "alpha_over_sqrt_rank"]
 Init = Literal["default", "gaussian", "pissa", "orthogonal"]
 Variant = Literal["lora", "dora"]
-TrainedBias = Literal["none", "lora_only", "all"]
 TrainedVectors = Literal["biases", "biases_and_norms"]
 IntrinsicForm = Literal["did", "said"]
 
@@ -82,8 +81,6 @@ class LoraConfig(Settings):
     """Indices of the blocks that get an update (the first number in a layer's name); empty for all."""
     modules_to_save: tuple[str, ...] = ()
     """Patterns of modules (heads, embeddings) that train in full, on a copy in fp32, and are saved with the adapter."""
-    bias: TrainedBias = "none"
-    """Biases that train, on copies: `none`, `lora_only` (biases of the adapted layers) or `all` biases of the model."""
 
     def __post_init__(self) -> None:
         if not self.targets:

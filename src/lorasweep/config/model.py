@@ -12,7 +12,7 @@ from lorasweep.errors import ConfigError
 
 ModelKind = Literal["causal_lm", "classifier", "seq2seq"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
-Quantization = Literal["none", "nf4", "int8"]
+Quantization = Literal["none", "nf4"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class ModelConfig(Settings):
     attention: Attention
     """Implementation of attention; `auto` takes eager for short rows on a CPU, else sdpa."""
     quantization: Quantization
-    """How the frozen weights of linear layers are stored: `nf4` in 4 bits (QLoRA), `int8` in 8 bits, `none` as
+    """How the frozen weights of linear layers are stored: `nf4` in 4 bits (QLoRA), `none` as
     `trainer.precision` says. In a sweep, arms whose method trains weights of the base get the unquantised base."""
     dropout: Fraction | None
     """Rate of every dropout of the base in training, 0 <= p < 1; null keeps the rates of the model."""

@@ -23,7 +23,7 @@ INITS: Mapping[Any, str] = {True: "default", "gaussian": "gaussian", "orthogonal
 # fmt: off
 CONVERTED_FIELDS = frozenset({
     "r", "lora_alpha", "use_rslora", "target_modules", "lora_dropout", "init_lora_weights", "use_dora", "rank_pattern",
-    "alpha_pattern", "exclude_modules", "layers_to_transform", "modules_to_save", "bias",
+    "alpha_pattern", "exclude_modules", "layers_to_transform", "modules_to_save",
 })
 """Fields of PEFT's `LoraConfig` that `convert_from_peft` and `read_peft_config` read."""
 FIELDS_WITHOUT_EFFECT = frozenset({
@@ -32,7 +32,7 @@ FIELDS_WITHOUT_EFFECT = frozenset({
 })
 # fmt: on
 """Fields of PEFT's `LoraConfig` that say where an adapter belongs, follow from the model (`fan_in_fan_out`), or act
-only with another field that is refused. All other fields must have their defaults."""
+only with another field that is refused. All other fields must be empty."""
 
 
 def import_peft(*, needed_by: str) -> Any:
@@ -49,32 +49,39 @@ def read_peft_config(peft_config: Any) -> dict[str, Any]:
             named.
     """
     values = peft_config.to_dict()
+    init = values.get("init_lora_weights")
+    is_known = isinstance(init, str) or init is True  # 1 == True, but is no setting
+    ours = INITS.get(init) if is_known else None
+    refuse_unsupported_fields(values, also=() if ours or "init_lora_weights" not in values else ("init_lora_weights",))
+    if not values["target_modules"]:
+        raise ConfigError(
+            f"`target_modules` must name layers, but got {values['target_modules']!r}, for which PEFT looks up the "
+            "kind of the model. Use `all-linear`, or a list of names."
+        )
+    return convert_from_peft(values) | {"init": ours}
+
+
+def refuse_unsupported_fields(values: Mapping[str, Any], *, also: Iterable[str] = ()) -> None:
+    """Raises ConfigError if PEFT's settings are not those of LoRA, or have fields that lorasweep's layers can't do.
+
+    `also` has fields whose values are not supported. If lorasweep ignored such a field, the model would compute other
+    outputs.
+    """
     kind = getattr(values.get("peft_type"), "value", values.get("peft_type"))
     if kind != "LORA":
         raise ConfigError(
             f"`peft_type` must be LORA, but got {kind!r}. "
             f"Train it with `method=peft method.config={{peft_type: {kind}}}`."
         )
-    defaults = type(peft_config)().to_dict()
-    refused = [
-        name
-        for name, value in values.items()
-        if name not in CONVERTED_FIELDS | FIELDS_WITHOUT_EFFECT and value != defaults.get(name)
-    ]
-    if _find_init(values["init_lora_weights"]) is None:
-        refused.append("init_lora_weights")
-    if refused:
-        given = join_words([f"`{name}` {values[name]!r}" for name in refused])
+    known = CONVERTED_FIELDS | FIELDS_WITHOUT_EFFECT
+    # PEFT's defaults of all other fields are empty, except the text "none" of `bias`
+    refused = [name for name, value in values.items() if name not in known and value and value != "none"]
+    if named := [*refused, *also]:
+        given = join_words([f"`{name}` {values[name]!r}" for name in named])
         raise ConfigError(
-            f"a `peft.LoraConfig` must have only fields that lorasweep's LoRA layers can do, but got {given}. Use the "
+            f"PEFT's settings must have only fields that lorasweep's LoRA layers can do, but got {given}. Use the "
             "default, or train it with `method=peft`."
         )
-    if not values["target_modules"]:
-        raise ConfigError(
-            f"`target_modules` must name layers, but got {values['target_modules']!r}, for which PEFT looks up the "
-            "kind of the model. Use `all-linear`, or a list of names."
-        )
-    return convert_from_peft(values) | {"init": _find_init(values["init_lora_weights"])}
 
 
 def convert_from_peft(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,7 +103,6 @@ def convert_from_peft(raw: Mapping[str, Any]) -> dict[str, Any]:
         "exclude": _list_patterns(raw.get("exclude_modules") or ()),
         "layers": (layers,) if isinstance(layers, int) else tuple(layers or ()),
         "modules_to_save": tuple(raw.get("modules_to_save") or ()),
-        "bias": raw.get("bias", "none"),
     }
 
 
@@ -127,17 +133,11 @@ def convert_to_peft(config: LoraConfig) -> dict[str, Any]:
         "exclude_modules": _join_patterns(config.exclude, key="exclude") or None,
         "layers_to_transform": list(config.layers) or None,
         "modules_to_save": list(config.modules_to_save) or None,
-        "bias": config.bias,
     }
 
 
 def int_if_whole(number: float) -> float | int:
     return int(number) if number == int(number) else number
-
-
-def _find_init(value: Any) -> str | None:
-    """Returns the value of `LoraConfig.init`; None if lorasweep has no such initial values."""
-    return INITS.get(value) if isinstance(value, str) or value is True else None  # 1 == True, but is no setting
 
 
 def _list_patterns(modules: str | Iterable[str]) -> tuple[str, ...]:

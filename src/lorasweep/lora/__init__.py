@@ -11,7 +11,7 @@ from lorasweep.config.method import LoraConfig
 from lorasweep.lora.adapter_files import load_adapter, lora_state, save_adapter
 from lorasweep.lora.inject import inject_lora
 from lorasweep.lora.layers import LoraLayer, lora_layers, split_lora_parameters
-from lorasweep.lora.merge import merge_lora, remove_lora
+from lorasweep.lora.merge import merge_lora
 from lorasweep.lora.packed.inject import (
     compact_slots,
     fill_slot,
@@ -34,7 +34,6 @@ __all__ = [
     "lora_layers",
     "lora_state",
     "merge_lora",
-    "remove_lora",
     "save_adapter",
     "set_dropout_streams",
     "slot_model",

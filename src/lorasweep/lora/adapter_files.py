@@ -17,10 +17,15 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from lorasweep.config.build import build
-from lorasweep.config.method import LoraConfig, TrainedBias
-from lorasweep.config.peft_settings import ALL_LINEAR_PATTERN, convert_from_peft, int_if_whole
+from lorasweep.config.method import LoraConfig
+from lorasweep.config.peft_settings import (
+    ALL_LINEAR_PATTERN,
+    convert_from_peft,
+    int_if_whole,
+    refuse_unsupported_fields,
+)
 from lorasweep.disk import require_regular_file, write_atomically
-from lorasweep.lora.fully_trained import find_trained_biases, get_bias_owner, match_modules_to_save, trained_modules
+from lorasweep.lora.fully_trained import match_modules_to_save, trained_modules
 from lorasweep.lora.inject import check_not_injected, inject_lora
 from lorasweep.lora.layer_kinds import is_conv1d
 from lorasweep.lora.layers import LoraLayer, lora_layers
@@ -34,15 +39,6 @@ FINGERPRINT_KEY = "base_fingerprint"
 KEY_PREFIX = "base_model.model."
 MAX_CONFIG_BYTES = 2**24
 """Maximum size of `adapter_config.json` in bytes. A pattern for each of 100,000 layers fits."""
-# fmt: off
-UNSUPPORTED_KEYS = (
-    "alora_invocation_tokens", "arrow_config", "corda_config", "eva_config", "kasa_config", "layer_replication",
-    "layers_pattern", "lora_bias", "lora_ga_config", "megatron_config", "monteclora_config", "target_parameters",
-    "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
-)
-# fmt: on
-"""Keys of PEFT's configuration that must be unset. If lorasweep ignored them, the loaded model would compute
-different outputs."""
 INITS_KEEPING_BASE = (True, False, None, "gaussian", "orthogonal", "mica")
 """Values of PEFT's `init_lora_weights` that do not change the base's weights."""
 
@@ -52,10 +48,8 @@ def lora_state(model: nn.Module) -> dict[str, Tensor]:
 
     The tensors share memory with the model's parameters, except computed ones (PiSSA, parts of fused projections).
     """
-    layers, modules = lora_layers(model), {name: module.trained for name, module in trained_modules(model).items()}
-    bias: TrainedBias = next((layer.config.bias for layer in layers.values()), "none")
-    biases = find_trained_biases(model, bias, layers, modules)
-    return {key: tensor.detach() for key, tensor in _name_tensors(layers, modules, biases).items()}
+    modules = {name: module.trained for name, module in trained_modules(model).items()}
+    return {key: tensor.detach() for key, tensor in _name_tensors(lora_layers(model), modules).items()}
 
 
 def save_adapter(
@@ -136,18 +130,13 @@ def get_peft_tensors(layer: LoraLayer) -> dict[str, Tensor]:
     return named if magnitude is None else {**named, "lora_magnitude_vector": magnitude}
 
 
-def _name_tensors(
-    layers: Mapping[str, LoraLayer], modules: Mapping[str, nn.Module], biases: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def _name_tensors(layers: Mapping[str, LoraLayer], modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Returns the tensors of an adapter by PEFT's names."""
     named = {
         f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in get_peft_tensors(layer).items()
     }
     for name, module in modules.items():
         named |= {f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}
-    for name, bias in biases.items():
-        owner = get_bias_owner(name)
-        named[f"{owner}.base_layer.bias" if owner in layers else name] = bias
     return {f"{KEY_PREFIX}{name}": tensor for name, tensor in named.items()}
 
 
@@ -155,8 +144,7 @@ def _build_expected_state(model: nn.Module, config: LoraConfig) -> dict[str, Ten
     """Returns the names and shapes that `lora_state` would return for the adapted model, on the meta device."""
     _, targets = plan_targets(model, config, allow_full_rank=True)
     layers = {name: LoraLayer(model.get_submodule(name), target, device="meta") for name, target in targets.items()}
-    modules = match_modules_to_save(model, config.modules_to_save)
-    return _name_tensors(layers, modules, find_trained_biases(model, config.bias, targets, modules))
+    return _name_tensors(layers, match_modules_to_save(model, config.modules_to_save))
 
 
 def _check_tensors(
@@ -229,7 +217,7 @@ def config_to_peft(layers: Mapping[str, LoraLayer], model: nn.Module, *, base_pa
         "alpha_pattern": {f"^{re.escape(name)}": int_if_whole(a) for name, a in alphas.items() if a != alpha},
         "use_rslora": config.scaling == "alpha_over_sqrt_rank",
         "use_dora": config.variant == "dora",
-        "bias": config.bias,
+        "bias": "none",
         "fan_in_fan_out": any(is_conv1d(layer.base) for layer in layers.values()),
         "init_lora_weights": True,
         "modules_to_save": list(trained_modules(model)) or None,
@@ -242,12 +230,9 @@ def config_from_peft(raw: object, model: nn.Module) -> LoraConfig:
     Raises:
         ValueError: The settings are not those of LoRA, or have a key that lorasweep does not support.
     """
-    peft_type = raw.get("peft_type") if isinstance(raw, dict) else raw
-    if not isinstance(raw, dict) or peft_type != "LORA":
-        raise ValueError(f"`peft_type` must be 'LORA', but got {peft_type!r}. Only LoRA adapters can be loaded.")
-    for key in UNSUPPORTED_KEYS:
-        if raw.get(key):
-            raise ValueError(f"`{key}` must be unset, but got {raw[key]!r}. lorasweep does not support this key.")
+    if not isinstance(raw, dict):
+        raise ValueError(f"it must be a JSON object, but got {type(raw).__name__}")
+    refuse_unsupported_fields(raw)
     if raw.get("init_lora_weights", True) not in INITS_KEEPING_BASE:
         raise ValueError(
             f"`init_lora_weights` must not change the base's weights, but got {raw['init_lora_weights']!r}. "

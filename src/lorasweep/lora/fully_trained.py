@@ -1,4 +1,4 @@
-"""Modules (`modules_to_save`) and biases that train in full, beside the LoRA layers.
+"""Modules (`modules_to_save`) that train in full, beside the LoRA layers.
 
 Copies of them train, because other models may share the base's tensors, so nothing may write to these tensors.
 """
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map  # not public, but transformers registers its outputs and caches here alone
 
-from lorasweep.config.method import TrainedBias
 from lorasweep.lora.patterns import fits_pattern, suggest_layer
 
 
@@ -107,41 +106,6 @@ def copy_as_trainable(modules: Mapping[str, nn.Module]) -> dict[str, TrainedModu
 def trained_modules(model: nn.Module) -> dict[str, TrainedModule]:
     """Returns the modules of `model` that train in full by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, TrainedModule)}
-
-
-def find_trained_biases(
-    model: nn.Module, setting: TrainedBias, layers: Collection[str], trained: Collection[str]
-) -> dict[str, nn.Parameter]:
-    """Returns the biases that `method.bias` selects, by name, without biases inside modules that train in full.
-
-    Args:
-        model: A base model, or a model with LoRA layers.
-        setting: The value of `method.bias`.
-        layers: Names of the adapted layers.
-        trained: Names of the modules that train in full.
-    """
-    if setting == "none":
-        return {}
-    biases = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if name.rpartition(".")[2] == "bias" and not is_inside(name, trained)
-    }
-    if setting == "all":
-        return biases
-    return {name: bias for name, bias in biases.items() if get_bias_owner(name) in layers}
-
-
-def get_bias_owner(name: str) -> str:
-    """Returns the base model's name of the layer of a bias: `fc` for `fc.bias` and for `fc.base.bias`."""
-    return name.removesuffix(".bias").removesuffix(".base")
-
-
-def copy_biases(model: nn.Module, biases: Iterable[str]) -> None:
-    """Replaces the named biases by trainable copies in the base's dtype."""
-    for name in biases:
-        owner = model.get_submodule(name.rpartition(".")[0])
-        owner.bias = nn.Parameter(owner.bias.detach().clone())  # type: ignore[operator]
 
 
 def is_inside(name: str, modules: Iterable[str]) -> bool:

@@ -7,7 +7,7 @@ from torch import nn
 
 from lorasweep.config.method import LoraConfig
 from lorasweep.lora.dropout import Dropout
-from lorasweep.lora.fully_trained import copy_as_trainable, copy_biases, find_trained_biases, match_modules_to_save
+from lorasweep.lora.fully_trained import copy_as_trainable, match_modules_to_save
 from lorasweep.lora.layer_kinds import is_linear, matrix_shape
 from lorasweep.lora.layers import AdaptedLayer, LoraLayer
 from lorasweep.lora.recompute import replace_activations
@@ -24,8 +24,8 @@ def inject_lora(
 ) -> Coverage:
     """Adapts `model` in place: matched layers become LoRA layers, and all other parameters are frozen.
 
-    Modules and biases that `config` names (`modules_to_save`, `bias`) train too. The base's tensors keep their values,
-    so several models that share them can be adapted.
+    Modules that `config.modules_to_save` names train too. The base's tensors keep their values, so several models that
+    share them can be adapted.
 
     Args:
         model: Any module that contains the layers.
@@ -47,10 +47,8 @@ def inject_lora(
         for name, target in targets.items()
     ]
     modules = match_modules_to_save(model, config.modules_to_save)
-    biases = find_trained_biases(model, config.bias, targets, modules)
     # all checks are done: nothing below can fail, so a refused model is unchanged
     freeze(model)
-    copy_biases(model, biases)
     for layer in layers:
         replace_module(model, layer.base, layer)
     for trained in copy_as_trainable(modules).values():

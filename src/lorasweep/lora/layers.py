@@ -227,7 +227,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 
 
 def split_lora_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-    """Returns all A, all B, and the other trainable parameters (heads, row norms, biases), each in the model's order.
+    """Returns all A, all B, and the other trainable parameters (heads, row norms), each in the model's order.
 
     LoRA+ (arXiv 2402.12354, section 4) trains B with `optim.lr_ratio_b` times the learning rate of A. This includes
     embeddings, whose A is initially zero instead of B.

@@ -1,4 +1,4 @@
-"""Turns an adapted model into a plain model again, with or without the weight updates."""
+"""Turns an adapted model into a plain model with the merged weights."""
 
 from __future__ import annotations
 
@@ -28,26 +28,6 @@ def merge_lora(model: nn.Module) -> None:
     for module in trained_modules(model).values():
         dtype = next((parameter.dtype for parameter in module.base.parameters()), None)
         replace_module(model, module, module.trained.to(dtype))
-    restore_activations(model)
-    model.requires_grad_(False)
-
-
-def remove_lora(model: nn.Module) -> None:
-    """Replaces each LoRA layer by its base layer, so that `model` is its base model again.
-
-    Raises:
-        ValueError: The model has no LoRA layers, or biases trained, whose original values are no longer known.
-    """
-    layers = require_lora_layers(model)
-    if any(layer.config.bias != "none" for layer in layers.values()):
-        raise ValueError(
-            "`method.bias` must be 'none' to restore the base model, but biases have trained. "
-            "Load the base model again."
-        )
-    for layer in layers.values():
-        replace_module(model, layer, layer.base)
-    for module in trained_modules(model).values():
-        replace_module(model, module, module.base)
     restore_activations(model)
     model.requires_grad_(False)
 

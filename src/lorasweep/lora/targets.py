@@ -13,7 +13,7 @@ from torch import nn
 
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.peft_settings import ALL_LINEAR_PATTERN, REGEX_PREFIX
-from lorasweep.lora.fully_trained import find_trained_biases, is_inside, match_modules_to_save
+from lorasweep.lora.fully_trained import is_inside, match_modules_to_save
 from lorasweep.lora.functional import RowRanges, scaling_factor
 from lorasweep.lora.layer_kinds import can_be_adapted, is_linear, is_quantised, matrix_shape
 from lorasweep.lora.patterns import find_first_match, fits_pattern, get_block_index, parse_row_ranges, suggest_layer
@@ -34,8 +34,8 @@ class Coverage:
     unmatched: tuple[str, ...]
     """Names of the linear layers that are not adapted."""
     trainable_params: int
-    """Number of trainable parameters: Σ r (d_in + d_out) over the matched layers, DoRA's row norms, and the biases and
-    modules that train in full."""
+    """Number of trainable parameters: Σ r (d_in + d_out) over the matched layers, DoRA's row norms, and the modules
+    that train in full."""
     total_params: int
     """Number of parameters of the adapted model. A tensor that is used twice counts once."""
 
@@ -102,11 +102,10 @@ def plan_targets(
         _check_variant(name, layers[name], config)
     added = sum(_count_parameters(layers[name], target) for name, target in targets.items())
     copied = sum(p.numel() for module in trained.values() for p in module.parameters())
-    biases = sum(p.numel() for p in find_trained_biases(model, config.bias, names, trained).values())
     coverage = Coverage(
         matched=matched,
         unmatched=tuple(name for name, layer in layers.items() if is_linear(layer) and name not in matched_names),
-        trainable_params=added + copied + biases,
+        trainable_params=added + copied,
         total_params=added + copied + count_parameters(model),
     )
     return coverage, targets

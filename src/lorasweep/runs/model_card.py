@@ -103,7 +103,7 @@ def _describe_loading(record: RunRecord, config: ModelConfig, *, format: str, re
         if labels:
             arguments = f", num_labels={1 if labels['kind'] == 'regression' else len(labels['names'])}"
         if config.quantization != "none":
-            given = ", ".join(f"{key}={value!r}" for key, value in TRANSFORMERS_ARGUMENTS[config.quantization].items())
+            given = ", ".join(f"{key}={value!r}" for key, value in TRANSFORMERS_ARGUMENTS.items())
             imports.append("from transformers import BitsAndBytesConfig")
             lines = [f"quantization = BitsAndBytesConfig({given})"]
             arguments += ", quantization_config=quantization"

@@ -74,8 +74,6 @@ def test_the_parameters_of_the_slots_train_and_the_base_stays(make_model, tokens
     [
         (LoraConfig(variant="dora"), "`method.variant=dora` can't be packed"),
         (LoraConfig(init="pissa"), "`method.init=pissa` can't be packed"),
-        (LoraConfig(bias="all"), "`method.bias=all` can't be packed"),
-        (LoraConfig(bias="lora_only"), "`method.bias=lora_only` can't be packed"),
     ],
 )
 def test_says_why_a_configuration_can_not_be_packed(make_model, config: LoraConfig, words: str) -> None:

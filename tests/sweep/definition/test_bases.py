@@ -21,10 +21,8 @@ def test_arms_that_train_weights_of_the_base_have_it_unquantised(write_file, con
 
 
 def test_the_command_line_sets_it_for_all_arms_too(write_file, content):
-    definition = read_definition(
-        write_file(content), ["model.quantization=int8", "arms.frozen.model.quantization=none"]
-    )
-    assert quantizations(definition) == {"frozen": {"none"}, "lora": {"int8"}, "full": {"none"}}
+    definition = read_definition(write_file(content), ["model.quantization=nf4", "arms.frozen.model.quantization=none"])
+    assert quantizations(definition) == {"frozen": {"none"}, "lora": {"nf4"}, "full": {"none"}}
 
 
 def test_a_model_of_the_sweep_may_be_quantised_by_its_file(write_file, content, tmp_path, monkeypatch):
@@ -62,10 +60,10 @@ def test_a_note_says_which_base_each_arm_has(write_file, content):
 def test_arms_on_different_bases_share_no_packs(write_file, content):
     del content["settings"]["worker.pack_size"]
     lora = content["arms"].pop("lora")
-    for kind in ("none", "nf4", "int8"):
+    for kind in ("none", "nf4"):
         content["arms"][f"lora-{kind}"] = lora | {"settings": {"method": "lora", "model.quantization": kind}}
     definition = read_definition(write_file(content), [])
     plans = plan_packing(definition)
-    keys = [plans[f"lora-{kind}"].key for kind in ("none", "nf4", "int8")]
+    keys = [plans[f"lora-{kind}"].key for kind in ("none", "nf4")]
     assert None not in keys
-    assert len(set(keys)) == 3
+    assert len(set(keys)) == 2

@@ -52,7 +52,6 @@ def test_arms_that_differ_in_what_a_slot_owns_share_a_pack(write_file, content):
     [
         ("method.variant", "dora", "method.variant=lora"),
         ("method.init", "pissa", "method.init=default"),
-        ("method.bias", "all", "method.bias=none"),
         ("trainer.max_steps", 9, "trainer.max_steps=10"),
         ("trainer.devices", 2, "trainer.devices=1"),
         ("trainer.compile", True, "trainer.compile=false"),
@@ -71,13 +70,17 @@ def test_a_setting_that_slots_do_not_have_runs_alone_and_says_what_mends_it(writ
 
 
 def test_every_obstacle_is_named(write_file, content):
-    content["arms"]["lora"]["settings"] |= {"method.variant": "dora", "method.bias": "all", "callbacks": ["lr_monitor"]}
+    content["arms"]["lora"]["settings"] |= {
+        "method.variant": "dora",
+        "method.init": "pissa",
+        "callbacks": ["lr_monitor"],
+    }
     reason = plan(write_file, content)["lora"].reason
-    assert reason == "Packs need `method.variant=lora`, `method.bias=none` and `callbacks=none`."
+    assert reason == "Packs need `method.variant=lora`, `method.init=default` and `callbacks=none`."
 
 
 def test_a_setting_is_needed_exactly_if_the_layers_can_not_be_packed():
-    for name in ("variant", "init", "bias"):
+    for name in ("variant", "init"):
         for value in get_args(get_type_hints(LoraConfig)[name]):
             config = compose_run({f"method.{name}": value, "method.rank": 2})
             needs = any(key.startswith("method.") and not holds(config) for key, holds in NEEDED_SETTINGS.items())

@@ -116,13 +116,13 @@ def test_a_range_where_no_arm_has_a_space_is_refused(read, content):
     [
         ("method.rnak", "method.rank"),  # the nearest swept key
         ("optim.lr", "list"),
-        ("method.bias", "at least two choices"),
+        ("method.init", "at least two choices"),
         (3, "3"),
     ],
 )
 def test_a_key_that_can_not_be_confirmed_one_by_one_is_refused_with_what_to_do(read, content, key, remedy):
     content["arms"]["lora"] |= {"confirm_each": key}
-    content["arms"]["lora"]["space"]["method.bias"] = ["none"]
+    content["arms"]["lora"]["space"]["method.init"] = ["gaussian"]
     with pytest.raises(ConfigError) as raised:
         read(content)
     assert "confirm_each" in str(raised.value)

@@ -173,8 +173,6 @@ def why_not_packable(config: LoraConfig) -> str | None:
             "`method.init=pissa` can't be packed: it trains the difference of two large products, so that in bf16 a "
             "packed run would differ from a run alone by more than other runs do."
         )
-    if config.bias != "none":
-        return f"`method.bias={config.bias}` can't be packed: it trains the base's biases, which all slots share."
     return None
 
 
