@@ -87,7 +87,7 @@ TASKS = {
             "data.max_validation_examples": 500,
             "trainer.max_steps": 84,
             "trainer.batch_size": 16,
-            "trainer.eval_every_steps": 21,
+            "trainer.eval_every_steps": 42,
         },
         ranks=(1, 4, 16, 64),
         num_rates=6,
