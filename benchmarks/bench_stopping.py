@@ -9,11 +9,11 @@ share of the steps of n complete trials. The loss is the final score of the winn
 of the n trials, as a share of full fine-tuning's gain: the frozen base minus the best full run on this data and seed.
 If full was not recorded, the best trial of the task replaces it.
 
-It is chosen on all tasks except `e2e_nlg_lora`, for a search of one winner. It is the rule with the fewest steps among the rules that
-meet the bounds below for every n. If no rule meets them, the rule must meet only the bounds on the loss. Only rules
-that the product offers can be chosen: they compare trials by the metric or the loss of the weights. The output also
-names the best of all rules. The product's default has one rung, at half of a run, because its search must serve every
-rank (`bench_answers.py`).
+It is chosen on all tasks except `e2e_nlg_lora`, for a search of one winner: the rule with the fewest steps among the
+rules that meet the bounds below for every n. If no rule meets them, the rule must meet only the bounds on the loss.
+Only rules that the product offers can be chosen: they compare trials by the metric or the loss of the weights. The
+output also names the best of all rules. The product's default has one rung, at half of a run, because its search must
+serve every rank (`bench_answers.py`).
 """
 
 from __future__ import annotations
