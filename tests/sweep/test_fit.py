@@ -18,7 +18,10 @@ def definition(monkeypatch):
 
     def measure(definition, inputs_cache, **_):
         zeros = {"loading_s": 0.0, "evaluation_s": 0.0, "test_ratio": 0.0, "record": None, "kept_bytes": 0}
-        return [GroupPlan(arms=(arm,), slots=1, reason="", step_s=0.1, **zeros) for arm in definition.arms]
+        return [
+            GroupPlan(arms=(arm,), slots=1, reason="", step_s=0.1, trained_params={}, **zeros)
+            for arm in definition.arms
+        ]
 
     monkeypatch.setattr(fit_file, "plan_sweep", measure)
     return read_definition(find_sweep_file("quickstart"), ["trainer.max_steps=240"])

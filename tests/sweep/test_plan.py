@@ -38,6 +38,7 @@ def plan_group(inputs):
         record = RunRecord.__new__(RunRecord)
         record.trainable_params, record.peak_memory_bytes = 123_456, 1234 * 2**20
         values = {"slots": 1, "loading_s": 0.0, "step_s": 1.0, "evaluation_s": 10.0, "test_ratio": 0.0} | measured
+        values["trained_params"] = {arm.name: {"rank 1": 23_456, "rank 4": 123_456} if arm.space else {"": 0}}
         return GroupPlan(arms=(arm,), reason="", record=record, kept_bytes=2**20, **values)
 
     return plan_group
@@ -70,16 +71,22 @@ def test_confirm_runs_are_scored_on_test_data_and_the_frozen_base_is_evaluated_o
     assert plan_group(arms["frozen"], step_s=0.0).estimate_runs(1) == 10
 
 
-def test_a_plan_fits_eighty_columns(define, plan_group):
-    definition, arms = define("confirm.seeds=3")
-    groups = [plan_group(arm, step_s=60.0, evaluation_s=0.0) for arm in arms.values()]
+def test_a_plan_fits_eighty_columns_and_breaks_no_name(content, write_file, plan_group):
+    content["settings"]["confirm.seeds"] = 3
+    content["arms"] = {"frozen": content["arms"]["frozen"], "loraplus-rank16": content["arms"]["lora"] | {"trials": 8}}
+    definition = read_definition(write_file(content), [])
+    groups = [plan_group(arm, step_s=60.0, evaluation_s=0.0) for arm in definition.arms]
     console = Console(record=True, width=80, file=io.StringIO())
     console.print(render_plan(definition, groups))
     shown = console.export_text()
-    (line,) = [line for line in shown.splitlines() if line.strip().startswith("lora ")]
-    assert line.split()[:7] == ["lora", "8", "+", "3", "88", "45.1", "k"]
-    assert "1.21 GiB" in line
     assert "…" not in shown
+    lines = [line.split() for line in shown.splitlines()]
+    (line,) = [line for line in lines if line[:1] == ["loraplus-rank16"]]
+    assert line[:9] == ["loraplus-rank16", "8", "+", "3", "45.1", "k", "≤", "123", "k"]
+    assert "1.21 GiB" in " ".join(line)
+    # of 11 runs of 1 MiB, half have 100,000 parameters less, in fp32 and kept twice
+    assert ["rank", "1", "23.5", "k", "1.3", "MiB"] in lines
+    assert ["rank", "4", "123", "k", "5.5", "MiB"] in lines
 
 
 @pytest.fixture
@@ -128,6 +135,8 @@ def test_each_group_is_measured_once_and_the_base_stays(plan, inputs):
     assert (groups["frozen"].step_s, groups["frozen"].record.trainable_params) == (0, 0)
     assert groups["lora"].slots == 3
     assert groups["lora"].record.config["method"]["rank"] == 2
+    trained = groups["lora"].trained_params["lora"]
+    assert 2 * trained["rank 1"] == trained["rank 2"] == groups["lora"].record.trainable_params
     assert groups["lora"].test_ratio == 1  # four blocks each
     for name in ("full", "lora"):
         assert min(groups[name].step_s, groups[name].evaluation_s, groups[name].loading_s) > 0

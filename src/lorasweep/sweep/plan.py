@@ -1,7 +1,7 @@
-"""Plans a sweep: exact numbers of runs, steps and tokens; time and memory from one short training per group of arms.
+"""Plans a sweep: exact numbers of runs, tokens and trained parameters; time and memory from a short training.
 
-Arms whose trials share packs are a group, and so is each other arm. The training is the sweep's own: a full pack of the
-runs with the highest rank, or one run alone.
+Arms whose trials share packs are a group, and so is each other arm. Each group has one training, which is the
+sweep's own: a full pack of the runs with the highest rank, or one run alone.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from lorasweep.config.build import as_settings
 from lorasweep.config.components import Component
 from lorasweep.config.data import ChatConfig
 from lorasweep.config.run import RunConfig
@@ -38,6 +39,7 @@ from lorasweep.sweep.definition.seeds import count_confirm_runs
 from lorasweep.sweep.definition.warnings import count_tokens, find_warnings
 from lorasweep.sweep.workers.worker import choose_slots, list_pack_arms
 from lorasweep.training.inputs import InputsCache, RunInputs
+from lorasweep.training.module import prepare_model
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.slot_run import RunRequest
 from lorasweep.training.run import train_run
@@ -46,6 +48,9 @@ from lorasweep.wording import format_bytes, format_count, format_seconds_range
 
 NUM_STEPS = 6
 """Steps of a measured training, which ends with one evaluation. The first step is not counted, because it warms up."""
+
+MAX_NAME_WIDTH = 16
+"""Longest name of an arm that never wraps in 80 columns."""
 
 MAX_DATA_ORDERS = 100
 """Data orders that are searched for long rows. More would make planning slower."""
@@ -76,7 +81,9 @@ class GroupPlan:
     record: RunRecord
     """Record of one of the measured runs."""
     kept_bytes: int
-    """Size of the folder of one run."""
+    """Size of the folder of that run."""
+    trained_params: dict[str, dict[str, int]]
+    """Trained parameters of the runs of each arm, by name of the arm and rank or dimension (such as `rank 4`)."""
 
     def estimate_search(self) -> TimeRange:
         parts = [part for arm in self.arms for part in list_parts(arm)]
@@ -180,7 +187,22 @@ def _measure_group(
         test_ratio=test_ratio,
         record=record,
         kept_bytes=kept_bytes,
+        trained_params={each.name: _count_trained(each, record, inputs=inputs) for each in arms},
     )
+
+
+def _count_trained(arm: Arm, measured: RunRecord, *, inputs: RunInputs) -> dict[str, int]:
+    """Returns the trained parameters of an arm's runs by rank or dimension, from the shapes of a prepared model."""
+    counts: dict[str, int] = {}
+    for config in arm.corner_configs:
+        method = as_settings(config)["method"]
+        size = next((f"{name} {method[name]}" for name in ("rank", "dim") if name in method), "")
+        if method == measured.config["method"]:  # does not copy a large model again under `full`
+            counts[size] = measured.trainable_params
+        elif size not in counts:
+            model = prepare_model(config, inputs.base)
+            counts[size] = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return counts
 
 
 def _train_briefly(config: RunConfig, slots: int, *, inputs: RunInputs, folder: Path) -> tuple[Path, float]:
@@ -240,28 +262,33 @@ def count_workers(definition: Definition) -> int:
 def render_plan(definition: Definition, groups: Sequence[GroupPlan]) -> RenderableType:
     """Returns a table with a row for each arm, followed by sentences on packs, stages, time, memory and warnings."""
     title = escape(f"{definition.name}: nothing is trained yet")
-    # an arm's long name may wrap, but numbers never do
+    # an arm's name may wrap if it is very long, but numbers never do
     table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE, padding=(0, 0))
-    table.add_column("arm", overflow="fold")
-    for name in ("runs", "steps", "tokens", "trained", "pack", "memory", "disk", "time"):
+    longest = max(len(arm.name) for arm in definition.arms)
+    table.add_column("arm", overflow="fold", min_width=min(MAX_NAME_WIDTH, longest))
+    for name in ("runs", "tokens", "trained", "pack", "memory", "disk", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     confirm_runs = count_confirm_runs(definition)
     group_of = {arm.name: group for group in groups for arm in group.arms}
     for arm in definition.arms:
         group, runs, config = group_of[arm.name], arm.trials + confirm_runs[arm.name], arm.corner_configs[0]
         search, confirm = _estimate(group, confirm_runs)
+        sizes, first = group.trained_params[arm.name], group.record.trainable_params
+        # of the trained weights, which are in fp32, the best and the last are kept
+        disk = {size: runs / len(sizes) * (group.kept_bytes + 8 * (trained - first)) for size, trained in sizes.items()}
         share = runs / sum(each.trials + confirm_runs[each.name] for each in group.arms)
         table.add_row(
             escape(arm.name),
             " + ".join(map(str, filter(None, (arm.trials, confirm_runs[arm.name])))),
-            format_count(runs * config.num_steps),
             format_count(runs * count_tokens(config)),
-            format_count(group.record.trainable_params),
+            "≤ " * (len(sizes) > 1) + format_count(max(sizes.values())),
             str(group.slots),
             format_bytes(group.record.peak_memory_bytes),
-            format_bytes(runs * group.kept_bytes),
+            format_bytes(sum(disk.values())),
             format_seconds_range(share * (search.low + confirm), share * (search.high + confirm)),
         )
+        for size, trained in sizes.items() if len(sizes) > 1 else ():
+            table.add_row(f" {size}", "", "", format_count(trained), "", "", format_bytes(disk[size]))
     return Group(table, *(Text(f"• {note}") for note in _list_notes(definition, groups)))
 
 
