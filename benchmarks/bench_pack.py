@@ -129,6 +129,14 @@ def solo_step(model: nn.Module, task: Task, settings: OptimConfig, *, times: int
     return step
 
 
+def wrap_with_peft(task: Task) -> nn.Module:
+    """PEFT's LoRA on the layers that ours adapts."""
+    own, theirs = copy.deepcopy(task.model), copy.deepcopy(task.model)
+    inject_lora(own, LoraConfig(rank=RANK))
+    names = [name for name, module in own.named_modules() if hasattr(module, "lora_a")]
+    return peft.get_peft_model(theirs, peft.LoraConfig(r=RANK, lora_alpha=16, target_modules=names))
+
+
 def make_ways(task: Task, slots: int) -> dict[str, Step]:
     """One step of `slots` trials in each way."""
     run = compose_run({"optim.lr": 1e-4})
@@ -136,9 +144,7 @@ def make_ways(task: Task, slots: int) -> dict[str, Step]:
     own = copy.deepcopy(task.model)
     inject_lora(own, config)
     large = copy.deepcopy(own)
-    theirs = copy.deepcopy(task.model)
-    names = [name for name, module in own.named_modules() if hasattr(module, "lora_a")]
-    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=RANK, lora_alpha=16, target_modules=names))
+    theirs = wrap_with_peft(task)
     packed = copy.deepcopy(task.model)
     inject_packed_lora(packed, [config] * slots)
     ids, targets = token_batch(task, slots, next(packed.parameters()).device)
@@ -178,10 +184,11 @@ def measure(task: Task, slots: int, *, rounds: int) -> str:
     }
     pack_s = statistics.median(times["pack"])
     tokens = task.rows * task.length
+    saved, saved_peft = count_saved_mib(task, slots)
     return (
         f"| {task.name} | {slots} | {tokens} | {1000 * pack_s / slots:.1f} | {tokens * slots / pack_s:,.0f} | "
         f"{ratios['own solo']:.2f} | {ratios['PEFT']:.2f} | {ratios['ceiling']:.2f} | "
-        f"{saved_mib(task, slots):,.0f} |"
+        f"{saved:,.0f} | {saved / (slots * saved_peft):.2f} |"
     )
 
 
@@ -190,20 +197,26 @@ def print_steps(
 ) -> None:
     """Prints the table of single steps."""
     print(f"\n{dtype_name}\n")
-    print("| model | K | tokens/slot | ms per trial-step | tokens/s | × own solo | × PEFT | of ceiling | saved MiB |")
-    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
+    print(
+        "| model | K | tokens/slot | ms per trial-step | tokens/s | × own solo | × PEFT | of ceiling | saved MiB | × PEFT |"
+    )
+    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
     for name in models:
         task = load_task(name, DTYPES[dtype_name], device)
         for slots in sizes:
             print(measure(task, slots, rounds=rounds), flush=True)
 
 
-def saved_mib(task: Task, slots: int) -> float:
-    """Memory that one step of a pack keeps for its backward pass, in MiB."""
+def count_saved_mib(task: Task, slots: int) -> tuple[float, float]:
+    """Memory that a step keeps for its backward pass, in MiB: of a pack, and of one run of PEFT."""
     packed = copy.deepcopy(task.model)
     inject_packed_lora(packed, [LoraConfig(rank=RANK)] * slots)
-    ids, targets = token_batch(task, slots, next(packed.parameters()).device)
-    return count_saved_bytes(lambda: slot_losses(packed, ids, targets, slots=slots), model=packed) / 2**20
+
+    def count(model: nn.Module, times: int) -> float:
+        ids, targets = token_batch(task, times, next(model.parameters()).device)
+        return count_saved_bytes(lambda: slot_losses(model, ids, targets, slots=times), model=model) / 2**20
+
+    return count(packed, slots), count(wrap_with_peft(task).train(), 1)
 
 
 @dataclass(frozen=True, kw_only=True)
