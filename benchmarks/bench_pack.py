@@ -197,9 +197,7 @@ def print_steps(
 ) -> None:
     """Prints the table of single steps."""
     print(f"\n{dtype_name}\n")
-    print(
-        "| model | K | tokens/slot | ms per trial-step | tokens/s | × own solo | × PEFT | of ceiling | saved MiB | × PEFT |"
-    )
+    print("| model | K | tokens | ms a trial-step | tokens/s | × own solo | × PEFT | of ceiling | saved MiB | × PEFT |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
     for name in models:
         task = load_task(name, DTYPES[dtype_name], device)
