@@ -16,6 +16,7 @@ from typing import NamedTuple, get_type_hints
 
 import pytest
 import yaml
+from pymdownx.slugs import slugify
 
 import lorasweep
 import lorasweep.errors
@@ -35,7 +36,6 @@ LESSONS = (
     "tutorials/pairs.md",
     "tutorials/qlora.md",
     "tutorials/eight_gpus.md",
-    "tutorials/cluster.md",
     "how-to.md",
     "peft.md",
     "command_line.md",
@@ -219,6 +219,15 @@ def test_the_navigation_has_every_page():
     named = set(re.findall(r": ([\w/-]+\.md)$", yaml.safe_dump(yaml.safe_load(text)["nav"]), flags=re.MULTILINE))
     pages = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
     assert named == pages | set(load_hook().ROOT_PAGES.values())
+
+
+def test_links_to_the_glossary_lead_to_a_term():
+    glossary = (DOCS / "glossary.md").read_text(encoding="utf-8")
+    anchors = {slugify(case="lower")(term, "-") for term in re.findall(r"^## (.+)$", glossary, flags=re.MULTILINE)}
+    pages = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *DOCS.rglob("*.md"))]
+    linked = {anchor for page in pages for anchor in re.findall(r"glossary\.md(?:#([^)]+))?\)", page)}
+    assert linked - {""} <= anchors
+    assert {"arm", "confirm-stage", "look", "margin", "pack-slot", "rung", "trial", "verdict"} <= linked
 
 
 def test_the_site_loads_nothing_from_other_servers():
