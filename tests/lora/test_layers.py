@@ -19,6 +19,18 @@ def make_layer(*, bias: bool = True, dropout: float = 0.0, dtype: torch.dtype = 
     return LoraLayer(base, Target(config=LoraConfig(rank=4, dropout=dropout), rank=4, alpha=8.0))
 
 
+def test_an_encoder_layer_of_torch_applies_its_update_in_evaluation_too() -> None:
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    inject_lora(encoder, LoraConfig(targets=["linear1", "linear2"], rank=2))
+    for layer in (encoder.linear1, encoder.linear2):
+        nn.init.normal_(layer.lora_b)
+    x = torch.randn(2, 3, 8)
+    expected = encoder(x)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.eval()(x), expected)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rule", ["alpha_over_rank", "alpha_over_sqrt_rank"])
 def test_equals_pefts_layer_with_the_same_a_and_b(bias: bool, rule: str) -> None:

@@ -35,6 +35,8 @@ class AdaptedLayer(nn.Module):
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
+        # Without gradients, torch's encoder layers would compute with the base's weights instead of calling this layer.
+        torch.backends.mha.set_fastpath_enabled(False)
         self.base = base
         self.calls_base = has_custom_forward(base)
 
