@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import io
 import os
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from rich.console import Console
 import lorasweep.sweep.controller.folder as folder_file
 import lorasweep.sweep.status as status_file
 from lorasweep.errors import RecordError
-from lorasweep.record import ArmRow, LookRow, RunRecord, SettingRow, SweepRecord, Trial, write_record
+from lorasweep.record import SWEEP_FILE, ArmRow, LookRow, RunRecord, SettingRow, SweepRecord, Trial, write_record
 from lorasweep.sweep.status import read_status, render_status
 
 
@@ -178,6 +179,8 @@ def test_the_time_left_says_what_it_is_based_on(running):
     assert shown.endswith("about 40 to 80 s left (by the last runs of each arm; the upper end has every look)")
     shown = show_after(trials, looks=[], arms=[arm("lora", trials=4), arm("full", method="full")], makespan_s=64)
     assert shown.endswith("more than 64 s left (no run of `full` has ended yet)")
+    os.utime(running / SWEEP_FILE, (0, time.time() - 130))
+    assert show(read_status(running)).splitlines()[-1].startswith("as of 2 min 10 s ago: 1 min 04 s so far, more than")
 
 
 def test_a_stopped_sweep_shows_the_command_that_resumes_it(folder):

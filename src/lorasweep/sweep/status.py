@@ -154,8 +154,8 @@ def render_status(status: SweepStatus) -> RenderableType:
     if status.is_running and record.status != "complete":
         notes += _describe_running_trials(record)
         age = status.record_age_s
-        written = f" (as of {format_seconds(age)} ago)" if age >= MIN_SHOWN_AGE_S else ""
-        notes.append(f"{format_seconds(record.makespan_s)} so far{written}{_describe_time_left(status)}")
+        written = f"as of {format_seconds(age)} ago: " if age >= MIN_SHOWN_AGE_S else ""
+        notes.append(f"{written}{format_seconds(record.makespan_s)} so far{_describe_time_left(status)}")
     elif record.status != "complete":
         notes.append(f"• No process runs this sweep. Type `lorasweep sweep --resume {status.folder}` to resume it.")
     return Group(Text(title, style="bold"), _arms_table(status), *map(Text, notes))
