@@ -128,6 +128,10 @@ def test_conversations_are_completions_or_sequences_by_the_model(tokenizer):
     causal = build_splits(settings, source=source, tokenizer=tokenizer, model_kind="causal_lm")
     assert isinstance(causal.train, CompletionSplit)
     assert isinstance(causal.task, LanguageModelling)
+    prompt, completion = source.train.items[0].messages
+    names = {"tokenizer": tokenizer, "prompt": prompt.content, "completion": completion.content}
+    encoded = eval(causal.train.describe()["format"], names)["input_ids"]  # the code in the model card
+    assert causal.train.tokens[0].tolist() == encoded[:-1]
     other = build_splits(settings, source=source, tokenizer=tokenizer, model_kind="seq2seq", start_token=0)
     assert isinstance(other.train, SequenceSplit)
 

@@ -33,7 +33,7 @@ from lorasweep.data.own_metric import build_own_metric
 from lorasweep.data.source import Conversation, DataSource, Examples, LabelledText
 from lorasweep.data.split import IGNORED, Split
 from lorasweep.data.tasks import Classification, LabelTask, LanguageModelling, MultiLabel, Regression, Task
-from lorasweep.data.tokenise import tokenise_chats, tokenise_labelled, tokenise_sequences
+from lorasweep.data.tokenise import describe_chat_format, tokenise_chats, tokenise_labelled, tokenise_sequences
 from lorasweep.errors import ConfigError, describe_error
 from lorasweep.wording import join_words
 
@@ -293,6 +293,7 @@ def _build_chats(
         **_shared_fields(examples, columns, texts=texts, config=config, tokenizer=tokenizer),
         "targets": columns["targets"],
         "scored_bytes": int(columns["scored_bytes"].values.sum()),
+        "facts": {"format": describe_chat_format(config, tokenizer, is_seq2seq=is_seq2seq)},
     }
     if is_seq2seq:
         assert start_token is not None

@@ -75,10 +75,8 @@ def tokenise_chats(
         ConfigError: The tokenizer has no chat template, its template can't format these conversations, or it has no
             end-of-text token for a plain template.
     """
-    # `auto` uses the chat template if the tokenizer has one, because the model was trained with it.
-    has_template, max_length = tokenizer.chat_template is not None, config.max_length
-    with_template = config.template == "model" or (config.template == "auto" and has_template)
-    if with_template and not has_template:
+    with_template, max_length = _uses_template(config, tokenizer), config.max_length
+    if with_template and tokenizer.chat_template is None:
         raise ConfigError(
             "`data.template=model` needs a tokenizer with a chat template, but this model's tokenizer has none. "
             "Use `data.template=plain`."
@@ -131,6 +129,22 @@ def tokenise_sequences(
     settings = {"separator": config.separator, "max_length": config.max_length}
     key = cache_key(tokenizer, examples.fingerprint, form="sequences", **settings)
     return map_cached(columns, tokenise, key=key)
+
+
+def describe_chat_format(config: ChatConfig, tokenizer: PreTrainedTokenizerBase, *, is_seq2seq: bool) -> str:
+    """Returns Python code for how a prompt and its completion become one example."""
+    if is_seq2seq:
+        return "tokenizer(prompt, text_target=completion)"
+    if _uses_template(config, tokenizer):
+        return "tokenizer.apply_chat_template(messages)"
+    start = f"{tokenizer.bos_token!r} + " if tokenizer.bos_token else ""
+    text = f"{start}prompt + {config.separator!r} + completion + {tokenizer.eos_token!r}"
+    return f"tokenizer({text}, add_special_tokens=False)"
+
+
+def _uses_template(config: ChatConfig, tokenizer: PreTrainedTokenizerBase) -> bool:
+    # `auto` uses the chat template if the tokenizer has one, because the model was trained with it.
+    return config.template == "model" or (config.template == "auto" and tokenizer.chat_template is not None)
 
 
 def get_end_token(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -14,9 +14,10 @@ from lorasweep.config.compose import dotted_items
 from lorasweep.config.method import PeftConfig
 from lorasweep.config.model import ModelConfig
 from lorasweep.config.run import RunConfig
+from lorasweep.errors import RecordError
 from lorasweep.models.folder import EMBEDDED_PREFIX, find_local_path
 from lorasweep.models.quantised import TRANSFORMERS_ARGUMENTS
-from lorasweep.record import SWEEP_FILE, RunRecord
+from lorasweep.record import SWEEP_FILE, RunRecord, read_sweep
 
 CARD_FILE = "README.md"
 SUMMARY_FILE = "report/summary.json"
@@ -97,9 +98,10 @@ def _describe_loading(record: RunRecord, config: ModelConfig, *, format: str, re
     labels = (record.base.get("labels") or {}) if config.kind == "classifier" else {}
     name, base = f"Auto{MODEL_CLASSES[config.kind]}", name_base(config)
     imports, lines, notes = ["from transformers import AutoTokenizer"], [], []
-    arguments, tokenizer = ', dtype="auto"', repository
+    arguments, tokenizer = ', dtype="auto"', f'"{repository}"'
     if format == "peft":
-        name, arguments, tokenizer = f"AutoPeft{MODEL_CLASSES[config.kind]}", "", base
+        name, arguments = f"AutoPeft{MODEL_CLASSES[config.kind]}", ""
+        tokenizer = 'model.peft_config["default"].base_model_name_or_path'
         if labels:
             arguments = f", num_labels={1 if labels['kind'] == 'regression' else len(labels['names'])}"
         if config.quantization != "none":
@@ -108,13 +110,18 @@ def _describe_loading(record: RunRecord, config: ModelConfig, *, format: str, re
             lines = [f"quantization = BitsAndBytesConfig({given})"]
             arguments += ", quantization_config=quantization"
         if find_local_path(config) is not None:
-            notes.append(f"The base `{base}` is not on the hub: put its path into `adapter_config.json`.")
+            notes.append(
+                f"The base `{base}` is a folder: `adapter_config.json` has its path on the machine of the export. On "
+                "another machine, write its path there."
+            )
     imports.append(f"from {'peft' if format == 'peft' else 'transformers'} import {name}")
     lines += [
         f'model = {name}.from_pretrained("{repository}"{arguments})',
-        f'tokenizer = AutoTokenizer.from_pretrained("{tokenizer}")',
+        f"tokenizer = AutoTokenizer.from_pretrained({tokenizer})",
     ]
     code = "\n".join([*imports, "", *lines])
+    if text := record.data.get("train", {}).get("format"):
+        notes.append(f"In training, an example was `{text}`. Write prompts in the same way.")
     if config.quantization != "none":
         notes.append(f"In training and evaluation its linear layers were stored in {config.quantization}.")
     if config.quantization != "none" and format == "merged":
@@ -139,19 +146,26 @@ def _describe_scores(record: RunRecord) -> str:
 
 def _describe_verdict(record: RunRecord, run: Path) -> str:
     """Returns the sentences of the report of the sweep that this run, or its settings, come from."""
-    folder, arm, trial = run.resolve().parent.parent, record.arm, record.trial
-    if arm is None or not (folder / SWEEP_FILE).is_file():
-        folder = Path(record.origin.get("sweep", ""))
-        arm, trial = record.origin.get("arm"), record.origin.get("trial")
+    folder = run.resolve().parent.parent
     try:
+        if record.arm is not None and (folder / SWEEP_FILE).is_file():
+            sweep = read_sweep(folder)
+            trial = next(one for one in (*sweep.trials, *sweep.confirm) if (folder / one.run) == run.resolve())
+            subject, params = trial.subject, trial.params
+            source = f"trial {trial.number}" if trial.seed is None else f"the confirm run with seed {trial.seed}"
+        else:
+            folder, subject, params = Path(record.origin["sweep"]), record.origin["arm"], {}
+            number = record.origin["trial"]
+            source = "the predicted setting" if number is None else f"trial {number}"
         summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
         found = {entry["arm"]: entry["sentences"] for entry in summary["recommended"]}
-        name = arm if arm in found else next(iter(found))
-        lines = [f"- {sentence}" for sentence in found[name]]
-    except (OSError, ValueError, LookupError, TypeError, StopIteration):  # the report can be missing or damaged
+        best = {entry["name"]: entry["best"]["params"] or {} for entry in summary["arms"]}.get(subject, {})
+        is_best = all(best.get(key, value) == value for key, value in params.items())
+        lines = [f"- {sentence}" for sentence in found[subject if subject in found else next(iter(found))]]
+    except (OSError, RecordError, ValueError, LookupError, TypeError, StopIteration):  # missing or damaged
         return "Nothing: the run is not from a sweep with a report."
-    also = "" if name == arm else " The report recommends another arm."
-    lead = f"The settings are those of trial {trial} of arm `{arm}` of the sweep `{summary.get('sweep')}`."
+    also = "" if subject in found and is_best else " The report recommends other settings."
+    lead = f"The settings are from {source} of `{subject}` in the sweep `{summary.get('sweep')}`."
     return "\n".join([f"{lead}{also} The report says:", "", *lines])
 
 
