@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lorasweep.report.findings import describe_edges
+from lorasweep.report.fairness import list_edges
 from lorasweep.report.summary import summarize
 from lorasweep.report.sweep_data import load_sweep_data
 
@@ -40,11 +40,13 @@ def test_best_value_at_the_end_of_its_range_is_said_if_a_complete_trial_lies_els
         raw["trials"][2].update(value=3.0, params={"method.rank": 8 if isinstance(value, int) else 2e-3})
 
     edit_json(sweep / "sweep.json", sweep_one_rank)
-    said = describe_edges(load_sweep_data(sweep))
+    said = list_edges(load_sweep_data(sweep))
     assert len(said) == (1 if end else 0)
-    assert all("`method.rank` of `lora`" in text and f"{end} end" in text for text in said)
-    edit_json(sweep / "sweep.json", lambda raw: raw["trials"][2].update(state="paused"))
-    assert describe_edges(load_sweep_data(sweep)) == []
+    assert all(key == "method.rank" and f"`{key}` of `lora`" in text and f"{end} end" in text for key, text in said)
+    edit_json(sweep / "sweep.json", lambda raw: raw["trials"][2].update(state="pruned"))  # its score at a rung counts
+    assert len(list_edges(load_sweep_data(sweep))) == len(said)
+    edit_json(sweep / "sweep.json", lambda raw: raw["trials"][2].update(value=None))
+    assert list_edges(load_sweep_data(sweep)) == []
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from optuna.storages import BaseStorage
+from torch import nn
 
 import lorasweep.sweep.workers.worker as worker_file
 from lorasweep.config.data import get_built_in_metric
@@ -348,7 +349,9 @@ class NoInputs:
         self.test_reads = 0
         self.telemetry = Telemetry()
         self.splits = self
-        self.base = SimpleNamespace(new_head_names=("head",))  # so that the seed makes a difference to every run
+        self.base = SimpleNamespace(  # so that the seed makes a difference to every run
+            new_head_names=("head",), labels=None, model=nn.ModuleDict({"head": nn.Identity()})
+        )
 
     def load(self, config: RunConfig) -> NoInputs:
         return self

@@ -45,6 +45,9 @@ def test_columns_lengths_and_steps_come_from_the_data(here, capsys):
     assert settings["trainer.max_steps"] == 60  # three passes over fewer than 200 examples are fewer steps
     assert "trainer.eval_every_steps" not in settings
     assert list(sweep["arms"]) == ["frozen", "full", "lora"]
+    full, lora = (sweep["arms"][name]["space"]["optim.lr"] for name in ("full", "lora"))
+    assert (full["low"], full["high"]) == (3e-5, 3e-3)  # the base is narrow: 160
+    assert (lora["low"], lora["high"]) == pytest.approx((3e-4, 3e-2))
     written = (here / "mine.yaml").read_text()
     assert "passes over" in written
     assert "lorasweep plan mine.yaml" in capsys.readouterr().out

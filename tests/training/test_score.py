@@ -9,9 +9,11 @@ import math
 import pytest
 import torch
 
+from lorasweep.config.compose import compose_run
 from lorasweep.data.tasks import LANGUAGE_MODEL_METRICS
 from lorasweep.errors import RecordError
 from lorasweep.record import TEST_SCORES_FILE, compute_sha256, read_run
+from lorasweep.training.inputs import build_inputs
 from lorasweep.training.module import prepare_model
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.slot_run import RunRequest
@@ -180,3 +182,20 @@ def test_weights_that_are_missing_or_damaged_are_refused_and_nothing_is_written(
         score_run(folder, inputs=inputs)
     assert (folder / "run.json").read_bytes() == before
     assert not (folder / TEST_SCORES_FILE).exists()
+
+
+def test_a_base_with_a_new_head_gives_the_most_frequent_label_on_every_seed(tmp_path):
+    rows = ["text,label", *(f"words {n},{'often' if n % 3 else 'rare'}" for n in range(150))]
+    (tmp_path / "topics.csv").write_text("\n".join(rows) + "\n")
+    words = {"model": "classifier", "model.path": "embedded:tiny", "data": "table", "data.text": "text"}
+    words |= {"data.label": "label", "data.train": str(tmp_path / "topics.csv"), "method": "frozen"}
+    config, other = (compose_run({**words, "seed": seed}) for seed in (0, 1))
+    inputs = build_inputs(config)
+    train_run(config, RunFolder(path=tmp_path / "a-0", arm="a", trial=0), inputs=inputs)
+    record = score_run(tmp_path / "a-0", inputs=inputs)
+    expected = inputs.splits.score_constant_answer(inputs.splits.test())
+    assert record.test == pytest.approx(expected, rel=1e-2)  # the base computes in bf16
+    assert record.test["accuracy"] == expected["accuracy"] > 0.5
+    copied = copy_base_run(other, RunFolder(path=tmp_path / "a-1", arm="a", trial=1), inputs=inputs)
+    assert copied is not None
+    assert copied.test == record.test

@@ -79,6 +79,11 @@ class DataSplits:
         scores = self.score_constant_answer(split)
         return split.describe() | ({"constant_answer": scores} if scores else {})
 
+    def fit_constant_answer(self) -> Tensor | None:
+        """Returns the logits of the constant answer, (outputs,); None for text and own data modules."""
+        has_labels = isinstance(self.train, LabelledSplit) and isinstance(self.task, LabelTask)
+        return self.task.fit_constant(self.train.labels) if has_labels else None  # type: ignore[attr-defined]
+
     def score_constant_answer(self, split: Split) -> dict[str, float]:
         """Returns every metric of a split if each example gets the same answer; empty for text and own data modules.
 
@@ -86,11 +91,10 @@ class DataSplits:
         classes), all labels that more than half of its examples have, or the mean of its numbers. For the loss, the
         predicted probabilities are the shares of the labels.
         """
-        train, task = self.train, self.task
-        if not (isinstance(train, LabelledSplit) and isinstance(split, LabelledSplit) and isinstance(task, LabelTask)):
+        constant, task = self.fit_constant_answer(), self.task
+        if constant is None or not isinstance(split, LabelledSplit):
             return {}
-        logits = task.fit_constant(train.labels).expand(len(split), -1)
-        scores = task.compute(task.score_logits(logits, {"targets": split.labels}))
+        scores = task.compute(task.score_logits(constant.expand(len(split), -1), {"targets": split.labels}))
         return {name: float(value) for name, value in scores.items()}
 
 

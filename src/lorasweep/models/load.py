@@ -46,6 +46,8 @@ class Labels:
     kind: Literal["single_label", "multi_label", "regression"]
     names: tuple[str, ...]
     """Names of the classes in the order of the model's outputs. For regression: empty, or the name of the number."""
+    constant: tuple[float, ...] = ()
+    """Logits of the answer that needs no model, such as the most frequent class of train; empty if it is not known."""
 
     @property
     def num_outputs(self) -> int:

@@ -207,7 +207,9 @@ def _describe_quantity(answer: Answer, data: SweepData) -> str:
         margin = data.evidence.margin or 0.0
         decimals = count_decimals(intervals, critical=(0.0, margin, -margin))
         difference = format_estimate(value, interval, decimals=decimals)
-        return f"differs from `{answer.reference}` by {difference} {format_metric(data.record.metric)}"
+        order = "lower" if data.sign > 0 else "higher"
+        metric = f"{format_metric(data.record.metric)} ({order} is better)"
+        return f"differs from `{answer.reference}` by {difference} {metric}"
     critical = (1.0, 1.0 - margin, 1.0 + margin)
     decimals = count_percent_decimals(intervals, critical=critical)
     if answer.name == "as_good_as_full":
@@ -215,7 +217,7 @@ def _describe_quantity(answer: Answer, data: SweepData) -> str:
     # of another reference the tested quantity is 1 plus the difference as a share of full's gain
     shifted = None if interval is None else (interval[0] - 1, interval[1] - 1)
     difference = format_share_estimate(value - 1, shifted, decimals=decimals)
-    return f"differs from {name_value(answer.reference, data)} by {difference} of full's gain"
+    return f"differs from {name_value(answer.reference, data)} by {difference} of full's gain (more is better)"
 
 
 def _describe_unlearned(data: SweepData, learning: Learning) -> str:

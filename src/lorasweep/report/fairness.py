@@ -6,14 +6,17 @@ don't count: they choose nothing.
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 from lorasweep.config.method import ALPHA_OVER_RANK
-from lorasweep.config.ranges import MAX_WIDTH_DIFFERENCE_DECADES, width_in_decades
-from lorasweep.config.run import ALPHA, LR
+from lorasweep.config.ranges import MAX_WIDTH_DIFFERENCE_DECADES, find_bounds, width_in_decades
+from lorasweep.config.run import ALPHA, LR, RANK
+from lorasweep.record import Trial
 from lorasweep.report.sweep_data import ArmData, SweepData
-from lorasweep.wording import format_count, join_words
+from lorasweep.wording import format_count, format_setting, join_words
 
 MAX_EFFORT_RATIO = 1.25
 """Maximum ratio of the tokens or complete trials of two arms that count as treated alike."""
@@ -25,6 +28,8 @@ of 8 to 16 trials under the default rule differ by three or more in 0 to 1 % of 
 MAX_TRIALS_PER_DIMENSION_RATIO = 2.0
 """Maximum ratio of the trials per searched dimension of two arms that count as treated alike. It is used if an expected
 regret is missing."""
+EDGE_FRACTION = 0.05
+"""A value is at an end of its range if it is closer to the end than this share of the range."""
 UNITS = {
     "trials_asked": "trials",
     "trials_complete": "complete trials",
@@ -35,17 +40,22 @@ UNITS = {
 """The compared parts of an arm's effort, with the noun that follows the number."""
 
 
-def judge_fairness(data: SweepData) -> tuple[list[str], dict[str, Any]]:
-    """Returns whether arms had equal trials, similar tokens and ranges, and an expected regret below the margin.
+def judge_fairness(data: SweepData, *, has_learned: bool = True) -> tuple[list[str], dict[str, Any]]:
+    """Returns whether arms had equal trials, similar tokens and ranges, and whether their searches found the best.
+
+    A search did not if the best learning rate lies at an end of its range, or if the expected regret exceeds the
+    margin.
 
     Returns:
-        The judgement in sentences; none if fewer than two arms train. Then `is_fair`, which is None in that case, and
-        `arms`, the effort of each arm that trains as `measure_effort` returns it.
+        The judgement in sentences; only those on ranges if fewer than two arms train. Then `is_fair`, which is None in
+        that case, and `arms`, the effort of each arm that trains as `measure_effort` returns it.
     """
     arms = [measure_effort(arm, data) for arm in data.searches if arm.row.method != "frozen"]
+    edges = list_edges(data) if has_learned else []
+    others = [f"{clause[0].upper()}{clause[1:]}." for key, clause in edges if key != LR or len(arms) < 2]
     if len(arms) < 2:
-        return [], {"is_fair": None, "arms": arms}
-    faults, ranges = [], []
+        return others, {"is_fair": None, "arms": arms}
+    faults, ranges = [clause for key, clause in edges if key == LR], []
     for measure in UNITS:
         least, most = _find_ends(arms, measure)
         low, high = (_format(arm, measure) for arm in (least, most))
@@ -58,6 +68,7 @@ def judge_fairness(data: SweepData) -> tuple[list[str], dict[str, Any]]:
     sentences = [
         f"The comparison of arms is {so_far}{judgement}.",
         f"Each of the {len(arms)} arms that train had {join_words(ranges)}.",
+        *others,
     ]
     return sentences, {"is_fair": not faults, "arms": arms}
 
@@ -130,3 +141,40 @@ def _format(arm: dict[str, Any], measure: str) -> str:
 
 def _count(number: str, measure: str) -> str:
     return f"{number} {UNITS[measure].removesuffix('s') if number == '1' else UNITS[measure]}"
+
+
+def list_edges(data: SweepData) -> list[tuple[str, str]]:
+    """Returns each key whose best value lies at an end of its range, with a clause that says so.
+
+    A key is left out if no trial with a score lies away from that end: then nothing shows that the end is better.
+    """
+    trials = {arm.name: [trial for trial in arm.trials if trial.value is not None] for arm in data.searches}
+    edges: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for arm in data.arms:
+        for key, value in (arm.best.params if arm.best else {}).items():
+            if key in (ALPHA, ALPHA_OVER_RANK) and arm.best and arm.best.follows_rate_law:
+                continue  # another α is only another rate
+            end = _find_end(arm, key, arm.best)
+            if end and any(_find_end(arm, key, trial) != end for trial in trials[arm.arm]):
+                edges[key, end].append(f"`{arm.name}` ({format_setting(value)})")
+    return [
+        (
+            key,
+            f"the best `{key}` of {join_words(arms)} lies at the {end} end of its range, so "
+            f"{'lower' if end == 'lower' else 'higher'} values may be better",
+        )
+        for (key, end), arms in edges.items()
+    ]
+
+
+def _find_end(arm: ArmData, key: str, trial: Trial | None) -> str | None:
+    """Returns `lower` or `upper` if a trial's value lies at that end of the arm's range, else None."""
+    space = arm.row.space.get(key)
+    value, bounds = trial.numeric_setting(key) if trial else None, find_bounds(space)
+    if value is None or bounds is None or (bounds.is_log and value <= 0) or (key == RANK and value == 1):
+        return None  # no rank is lower than 1, so there is nothing to search below it
+    low, high = bounds.low, bounds.high
+    position = math.log(value / low) / math.log(high / low) if bounds.is_log else (value - low) / (high - low)
+    # In a list of choices only the smallest and the largest are at an end.
+    margin = 0.0 if isinstance(space, list) else EDGE_FRACTION
+    return "lower" if position <= margin else "upper" if position >= 1 - margin else None

@@ -5,36 +5,26 @@ Scores on test data, if there are any, replace the scores of the search.
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-
-from lorasweep.config.ranges import find_bounds
-from lorasweep.config.run import RANK
 from lorasweep.config.sweep import parse_margin
-from lorasweep.record import Trial
 from lorasweep.report.choice import find_best_arm, find_score, get_score_sort_key
-from lorasweep.report.learning import Learning
-from lorasweep.report.sweep_data import ArmData, SweepData
+from lorasweep.report.sweep_data import SweepData
 from lorasweep.wording import (
     format_count,
     format_metric,
     format_score,
     format_seconds,
-    format_setting,
     format_share,
     format_share_estimate,
     join_words,
 )
 
-EDGE_FRACTION = 0.05
-"""A value is at an end of its range if it is closer to the end than this share of the range."""
 ONE_SEED = (
     "Every score is one seed on validation data, on which the search also picked the winners; "
     "whether the differences are more than chance is not tested yet."
 )
 
 
-def describe_findings(data: SweepData, fairness: list[str], learning: Learning) -> list[str]:
+def describe_findings(data: SweepData, fairness: list[str]) -> list[str]:
     """Returns the sentences, the most important first. Warnings and the headline of a failure stand above them."""
     return [
         *_describe_scores(data),
@@ -44,7 +34,6 @@ def describe_findings(data: SweepData, fairness: list[str], learning: Learning) 
         *([_describe_tests(data), _describe_margin(data)] if data.evidence.answers else []),
         *(data.evidence.notes if data.evidence.subjects else [ONE_SEED]),
         *data.record.warnings,
-        *([] if learning.state == "nothing" else describe_edges(data)),
         *data.record.notes,
     ]
 
@@ -92,9 +81,9 @@ def _describe_tests(data: SweepData) -> str:
 
 def _describe_gain(data: SweepData) -> list[str]:
     """Returns a sentence on full fine-tuning's gain as a share of the frozen base's score; none without both."""
-    found = data.evidence.relative_gain
-    if found is None:
-        return []
+    found, base = data.evidence.relative_gain, data.find_arm(data.evidence.base)
+    if found is None or base is None or (base.best and base.best.record and base.best.record.base.get("head")):
+        return []  # a base with a new head gives a constant answer, so the gain says nothing about what the base knows
     verb = "lowers" if data.sign > 0 else "raises"
     return [
         f"Full fine-tuning {verb} the frozen base's {format_metric(data.record.metric)} by "
@@ -141,36 +130,3 @@ def _describe_margin(data: SweepData) -> str:
         f"The margin, the smallest difference that matters, is {format_score(margin)} "
         f"{format_metric(data.record.metric)}{meaning}, as stated in the sweep.{moves}"
     )
-
-
-def describe_edges(data: SweepData) -> list[str]:
-    """Returns a sentence for each key whose best value lies at an end of its range.
-
-    A key is left out if no complete trial of the whole arm lies away from that end: then nothing shows that the end is
-    better.
-    """
-    trials = {arm.name: [trial for trial in arm.trials if trial.is_complete] for arm in data.searches}
-    edges: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for arm in data.arms:
-        for key, value in (arm.best.params if arm.best else {}).items():
-            end = _find_end(arm, key, arm.best)
-            if end and any(_find_end(arm, key, trial) != end for trial in trials[arm.arm]):
-                edges[key, end].append(f"`{arm.name}` ({format_setting(value)})")
-    return [
-        f"The best `{key}` of {join_words(arms)} lies at the {end} end of its range: search "
-        f"{'lower' if end == 'lower' else 'higher'} values too."
-        for (key, end), arms in edges.items()
-    ]
-
-
-def _find_end(arm: ArmData, key: str, trial: Trial | None) -> str | None:
-    """Returns `lower` or `upper` if a trial's value lies at that end of the arm's range, else None."""
-    space = arm.row.space.get(key)
-    value, bounds = trial.numeric_setting(key) if trial else None, find_bounds(space)
-    if value is None or bounds is None or (bounds.is_log and value <= 0) or (key == RANK and value == 1):
-        return None  # no rank is lower than 1, so there is nothing to search below it
-    low, high = bounds.low, bounds.high
-    position = math.log(value / low) / math.log(high / low) if bounds.is_log else (value - low) / (high - low)
-    # In a list of choices only the smallest and the largest are at an end.
-    margin = 0.0 if isinstance(space, list) else EDGE_FRACTION
-    return "lower" if position <= margin else "upper" if position >= 1 - margin else None

@@ -84,14 +84,15 @@ def summarize(folder: Path) -> Summary:
         RecordError: The folder is not a sweep, or its record is damaged.
     """
     data = load_sweep_data(folder)
-    learning, (fairness, facts) = judge_learning(data), judge_fairness(data)
-    findings = fairness if facts["is_fair"] else fairness[1:]  # that arms were treated unequally is a warning
+    learning = judge_learning(data)
+    fairness, facts = judge_fairness(data, has_learned=learning.state != "nothing")
+    findings = fairness[1:] if facts["is_fair"] is False else fairness  # that a comparison is unfair is a warning
     return Summary(
         data=data,
         answers=list_answer_lines(data, learning),
         learning=learning,
         fairness={"sentences": fairness, **facts},
-        sentences=tuple(describe_findings(data, findings, learning)),
+        sentences=tuple(describe_findings(data, findings)),
         recommended=tuple(recommend(data)),
     )
 

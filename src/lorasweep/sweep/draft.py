@@ -53,10 +53,11 @@ MAX_MEASURED_TOKENS = 4096
 """Length up to which examples are measured."""
 COVERED_SHARE = 0.99
 """Share of the examples that `data.max_length` does not cut."""
-FULL_RATES = {"causal_lm": (2e-6, 2e-4)}
-DEFAULT_FULL_RATES = (1e-5, 1e-3)
-"""Two decades of learning rates for full fine-tuning by kind of model. LoRA's are ten times as high, which is the ratio
-of "LoRA Without Regret" (2025)."""
+RATE_TIMES_WIDTH = 0.05
+DEFAULT_WIDTH = 768
+"""The middle of the two decades of learning rates for full fine-tuning, times the model's width: Adam's best rate is
+proportional to 1 / width (Yang et al. 2022, arXiv 2203.03466). So the middle is 3e-4 at a width of 160, 6.5e-5 at 768
+and 1.2e-5 at 4,096. LoRA's rates are ten times as high, which is the ratio of "LoRA Without Regret" (2025)."""
 SWEEP_SETTINGS = {"sweep.trials": 12, "confirm.looks": [3, 6, 10], "confirm.margin": "5%"}
 COMMENTS = {
     "sweep.trials": "of each arm that has a space; all ranks share LoRA's",
@@ -240,7 +241,10 @@ def _fill_template(path: Path, settings: Mapping[str, Any], of_sweep: Mapping[st
         f"  {key}: {_format_value(value)}" + (f" # {comments[key]}" if key in comments else "")
         for key, value in {**settings, **of_sweep}.items()
     ]
-    low, high = FULL_RATES.get(inputs.base.kind, DEFAULT_FULL_RATES)
+    middle = RATE_TIMES_WIDTH / (
+        getattr(getattr(inputs.base.model, "config", None), "hidden_size", None) or DEFAULT_WIDTH
+    )
+    low, high = (float(f"{rate:.0e}") for rate in (middle / 10, middle * 10))
     return TEMPLATE.format(
         path=path,
         facts="\n".join(f"# {fact}" for fact in facts),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -129,6 +129,8 @@ def build_inputs(config: RunConfig, *, telemetry: Telemetry | None = None) -> Ru
         model_kind=base.kind,
         start_token=getattr(getattr(base.model, "config", None), "decoder_start_token_id", None),
     )
+    if base.labels is not None and (constant := splits.fit_constant_answer()) is not None:
+        base = replace(base, labels=replace(base.labels, constant=tuple(constant.tolist())))
     attention = None
     if config.model.attention == "auto":
         attention = choose_attention(base.model, lengths=splits.train.lengths, device=get_device(config.trainer))

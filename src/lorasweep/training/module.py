@@ -29,6 +29,7 @@ from lorasweep.errors import ConfigError, RecordError
 from lorasweep.lora.dropout import FunctionalDropout, drop_from_default_stream
 from lorasweep.lora.inject import replace_dropout
 from lorasweep.methods import METHODS, copy_sharing_weights
+from lorasweep.methods.frozen import set_constant_answer
 from lorasweep.models.load import BaseModel
 from lorasweep.training.components import check_components
 from lorasweep.training.data_module import DataModule
@@ -294,6 +295,8 @@ def prepare_model(config: RunConfig, base: BaseModel) -> nn.Module:
     model = copy_sharing_weights(base.model)
     generator = torch.Generator().manual_seed(config.seeds.init)
     METHODS[config.method.name].prepare(model, config.method, generator=generator, new_head_names=base.new_head_names)
+    if config.method.name == "frozen":
+        set_constant_answer(model, base)
     replace_dropout(model)
     torch.manual_seed(config.seeds.dropout)
     model.train()  # turns dropout on; Lightning switches modes for evaluations and restores them

@@ -14,6 +14,7 @@ from lorasweep.config.build import as_settings, build
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.methods import METHODS, copy_sharing_weights
+from lorasweep.methods.frozen import set_constant_answer
 from lorasweep.models.load import BaseModel, Labels, load_base
 from lorasweep.record import RunRecord, compute_sha256
 from lorasweep.training.environment import DTYPES
@@ -141,6 +142,8 @@ def restore_model(config: RunConfig, base: BaseModel, *, folder: Path) -> nn.Mod
             generator=torch.Generator().manual_seed(config.seeds.init),
             new_head_names=base.new_head_names,
         )
+    if config.method.name == "frozen":
+        set_constant_answer(model, base)
     method.load(model, folder)
     model.train(False)
     return model

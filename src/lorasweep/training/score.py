@@ -23,6 +23,7 @@ from lorasweep.data.split import IGNORED, Split, move_batch
 from lorasweep.data.tasks import Evaluation, ExampleScores, Task
 from lorasweep.disk import csv_text, write_atomically
 from lorasweep.errors import ConfigError, RecordError
+from lorasweep.methods.frozen import find_output_layer
 from lorasweep.record import RUN_FILE, TEST_SCORES_FILE, RunRecord, compute_sha256, read_run, write_record
 from lorasweep.training.environment import get_device
 from lorasweep.training.failures import convert_memory_errors
@@ -82,7 +83,9 @@ def copy_base_run(config: RunConfig, run_folder: RunFolder, *, inputs: RunInputs
     Returns None if there is no such run with the same base, data and precision, or if the seed makes a difference,
     because the method trains or the base has a new random head.
     """
-    if config.method.name != "frozen" or inputs.base.new_head_names:
+    if config.method.name != "frozen":
+        return None
+    if inputs.base.new_head_names and find_output_layer(inputs.base.model, inputs.base) is None:
         return None
     splits, path = inputs.splits, run_folder.path
     wanted = inputs.precision, inputs.base.fingerprint, splits.train.fingerprint, splits.validation.fingerprint

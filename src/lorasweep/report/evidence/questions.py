@@ -271,9 +271,12 @@ def _explain_open(
         "trials of the search": worst.search_variance,
     }
     largest = max(parts, key=parts.__getitem__)
+    reason = f"the interval is too wide, mostly because few {largest} were used"
+    if answer.is_share and answer.interval is None:
+        reason = "full fine-tuning's gain over the frozen base is not shown, so the share has no interval"
     answer = replace(
         answer,
-        open_because=f"the interval is too wide, mostly because few {largest} were used",
+        open_because=reason,
         # The boundary is one standard error nearer, so that only a hopeless question is given up.
         may_settle=num_seeds < max_seeds and settles(max_seeds, 1.0, shift=-1.0),
     )
