@@ -314,13 +314,13 @@ def test_reproduce_says_identical_or_the_first_step_that_differs(here, short, ca
     assert run(["train", *short, "output=one"]) == DONE
     capsys.readouterr()
     assert run(["reproduce", "one", "--steps", "1"]) == DONE
-    assert capsys.readouterr().out.startswith("identical: 1 steps and 0 evaluations of one and outputs/reproduce/one ")
+    assert capsys.readouterr().out.startswith("identical: 1 steps of one and outputs/reproduce/one ")
     log = here / "one" / "steps.jsonl"
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     rows[1]["loss"] += 1.0
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert run(["reproduce", "one", "--output", "new"]) == FAILED
-    assert capsys.readouterr().out.startswith("different: first at step 2 loss was ")
+    assert capsys.readouterr().out.startswith("different: first step 2: `loss` was ")
     assert run(["reproduce", "one", "--output", "new"]) == WRONG_REQUEST
     assert "`--output` must be a new or empty folder, but 'new' is not." in capsys.readouterr().err
     assert {path.name for path in (here / "outputs" / "reproduce").iterdir()} == {"one"}

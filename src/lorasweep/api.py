@@ -35,7 +35,7 @@ from lorasweep.report import write_report
 from lorasweep.report.recommend import read_recommended
 from lorasweep.report.tensorboard import write_run_hparams
 from lorasweep.results import RunResult, SweepResult, load_run, load_sweep
-from lorasweep.runs.reproduce import SweepReproduction, compare_sweeps
+from lorasweep.runs.reproduce import Reproduction, compare_sweeps
 from lorasweep.sweep.checks import (
     check_definition,
     find_metric,
@@ -280,7 +280,7 @@ def train_config(
 
 def reproduce_sweep(
     folder: Path, *, output: Path | None = None, progress: Progress = "auto"
-) -> tuple[SweepResult, SweepReproduction | None]:
+) -> tuple[SweepResult, Reproduction | None]:
     """Runs a sweep again with the same number of threads; compares proposals, decisions, losses and scores.
 
     Args:

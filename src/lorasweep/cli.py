@@ -390,7 +390,7 @@ def reproduce(arguments: argparse.Namespace) -> int:
             steps=arguments.steps,
             stop_requested=stop,
         )
-    say(comparison.describe())
+    say(comparison.description)
     if comparison.verdict == "interrupted":
         return INTERRUPTED_EXIT_CODE
     return DONE if comparison.holds else FAILED
@@ -405,7 +405,7 @@ def _reproduce_sweep(arguments: argparse.Namespace) -> int:
     result, compared = api.reproduce_sweep(arguments.folder, output=arguments.output)
     if compared is None:
         return _say_how_to_resume(result)
-    say(compared.describe())
+    say(compared.description)
     return DONE if compared.holds else FAILED
 
 

@@ -116,7 +116,7 @@ def check_whole(folder: Path) -> None:
 def check_same(first: Path, second: Path) -> None:
     """Two sweeps have the same proposals, decisions, losses, evaluations, scores and files of weights."""
     assert state_of(second) == state_of(first)
-    assert compare_sweeps(first, second).describe().startswith(f"identical: all {NUM_RUNS} runs, ")
+    assert compare_sweeps(first, second).description.startswith(f"identical: all {NUM_RUNS} runs, ")
 
 
 def test_two_sweeps_of_one_file_and_seed_are_identical(tmp_path, file, once, finish):

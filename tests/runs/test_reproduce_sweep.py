@@ -107,8 +107,7 @@ def test_sweeps_that_differ_in_times_and_speeds_are_identical(one, other):
     change_step(other / "runs" / "lora-0000", 0, tokens_per_s=7.0)
     found = compare_sweeps(one, other)
     assert found.holds
-    assert found.num_runs == 4
-    assert found.describe() == f"identical: all 4 runs, their decisions, losses and scores: {other}"
+    assert found.description == f"identical: all 4 runs, their decisions, losses and scores: {other}"
 
 
 @pytest.mark.parametrize(
@@ -133,8 +132,8 @@ def test_the_first_step_that_differs_is_named_with_its_key(one, other, run, row,
     change_step(other / "runs" / run, row, **values)
     found = compare_sweeps(one, other)
     assert not found.holds
-    assert found.describe().startswith(f"different: {said}")
-    assert found.describe().endswith(f": {other}")
+    assert found.description.startswith(f"different: {said}")
+    assert found.description.endswith(f": {other}")
 
 
 def set_value(record, key, value):
@@ -153,7 +152,7 @@ def set_value(record, key, value):
 )
 def test_the_first_decision_that_differs_is_named(one, other, change, said):
     change_record(other, change)
-    assert compare_sweeps(one, other).describe() == f"different: {said}: {other}"
+    assert compare_sweeps(one, other).description == f"different: {said}: {other}"
 
 
 @pytest.mark.parametrize("run", ["../one/runs/lora-0000", "/etc"])

@@ -1,4 +1,4 @@
-"""Repeats a run from its record and compares it step by step (`lorasweep reproduce RUN`), and compares two sweeps."""
+"""Trains a run again and compares it step by step (`lorasweep reproduce RUN`), and compares two sweeps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +16,10 @@ from lorasweep.config.compose import dotted_items
 from lorasweep.config.redaction import HIDDEN
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError, Diverged, RecordError
-from lorasweep.models.attention import IMPLEMENTATIONS, AttentionChoice
+from lorasweep.models.attention import IMPLEMENTATIONS
 from lorasweep.record import STEPS_FILE, RunRecord, SweepRecord, get_run_folder, read_run, read_steps, read_sweep
 from lorasweep.training.components import EVENT_LOGGER
-from lorasweep.training.inputs import RunInputs, build_inputs
+from lorasweep.training.inputs import build_inputs
 from lorasweep.training.module import check_run
 from lorasweep.training.restore import restore_config
 from lorasweep.training.run import never_stop, train_run
@@ -31,97 +30,30 @@ PACK_TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
 """Default tolerance for a run that was trained in a pack or by several processes. A run alone rounds sums differently.
 The difference grows with the number of steps and with the learning rate. Over 60 steps of the embedded model it was at
 most 2e-7 in fp32 and 2e-3 in bf16. At too high a learning rate (3e-2) it was 1e-5 and 2e-2."""
-
-Verdict = Literal["identical", "within tolerance", "different", "interrupted"]
-Values = Mapping[tuple[int, str], float | None]
-"""Values by step and name (`loss`, `lr`, `validation loss`), in recorded order. None is NaN or infinite."""
-
 POSSIBLE_REASONS = (
     *("data.train.fingerprint", "data.validation.fingerprint", "base.fingerprint"),
     # A pack adds in another order, which changes rounding. With `shared_draws`, its slots share the random numbers of
     # attention's dropout.
-    *("pack.slots", "pack.shared_draws"),
-    *("platform.precision", "platform.device", "platform.gpu", "platform.cuda", "platform.cudnn"),
-    *("batching.micro_batches", "batching.attention.name", "packages.torch"),
-    *("platform.processes", "platform.strategy", "platform.processor", "platform.instructions", "platform.threads"),
-    *("platform.matmul_precision", "environment", "packages", "platform", "code"),
+    *("pack.slots", "pack.shared_draws", "platform.precision", "platform.device", "batching.micro_batches"),
+    *("packages.torch", "platform", "environment", "packages", "code"),
 )
 """Parts of a run's record, outside its settings, that may change its losses, the most likely reason first."""
-MISSING = "missing"
+MISSING = "nothing"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difference:
-    """A recorded value that is missing or different in the repetition."""
-
-    step: int
-    name: str
-    recorded: float | None
-    repeated: float | None
-    """None is NaN, infinite or missing."""
-
-    @property
-    def relative(self) -> float:
-        """The difference divided by the larger value; infinite if a value is NaN, infinite or missing."""
-        if self.recorded is None or self.repeated is None:
-            return math.inf
-        return abs(self.recorded - self.repeated) / max(abs(self.recorded), abs(self.repeated))
-
-    def describe(self) -> str:
-        """Returns a clause: `at step 3 loss was 1.5 and is 1.6 (a relative difference of 0.0625)`."""
-        before, after = ("no finite number" if x is None else repr(x) for x in (self.recorded, self.repeated))
-        clause = f"at step {self.step} {self.name} was {before} and is {after}"
-        return f"{clause} (a relative difference of {self.relative:.2g})" if self.relative < math.inf else clause
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class Reproduction:
-    """The comparison of a run with its repetition."""
+    """The comparison of a run or a sweep with its repetition."""
 
-    run: Path
     folder: Path
     """Folder of the repetition."""
-    verdict: Verdict
-    tolerance: float
-    recorded: Values
-    """The values of the run that were compared."""
-    differences: tuple[Difference, ...]
-    """The values that differ by any size, in recorded order."""
-    other_weights: tuple[str, ...] = ()
-    """Weight files that differ although every value of the log is the same."""
-    reasons: tuple[str, ...] = ()
-    """Clauses on hardware, software or data that may explain a difference, the most likely reason first."""
-    failure: str | None = None
-    """The error message if the repetition diverged."""
+    verdict: Literal["identical", "within tolerance", "different", "interrupted"]
+    description: str
+    """What was compared and the first difference; for a run also a line for each possible reason."""
 
     @property
     def holds(self) -> bool:
         return self.verdict in ("identical", "within tolerance")
-
-    def describe(self) -> str:
-        """Returns the result in one line, and if it is different a line for each reason."""
-        num_steps = sum(name == "loss" for _, name in self.recorded)
-        num_evaluations = len({step for step, name in self.recorded if name.startswith("validation ")})
-        compared = f"{num_steps} steps and {num_evaluations} evaluations of {self.run} and {self.folder}"
-        if self.verdict == "interrupted":
-            return f"interrupted: {self.folder} has the steps so far"
-        if self.verdict == "identical":
-            return f"identical: {compared} are the same, bit for bit"
-        if self.verdict == "within tolerance":
-            largest = max(self.differences, key=lambda difference: difference.relative, default=None)
-            detail = f"the largest difference: {largest.describe()}" if largest else "weights differ in bits"
-            return f"within a tolerance of {self.tolerance:g}: {compared}; {detail}"
-        first = next((difference for difference in self.differences if difference.relative > self.tolerance), None)
-        clauses = [f"every logged value is the same, but weights differ in {', '.join(self.other_weights)}"]
-        if first is not None:
-            clauses = [f"first {first.describe()}"]
-        if self.failure is not None:
-            clauses.append(f"it ended because {self.failure.rstrip('.')}")
-        lines = [f"different: {'; '.join(clauses)}: {self.folder}", "no recorded hardware, software or data differs"]
-        if self.reasons:
-            reasons = (f"  {number}. {reason}" for number, reason in enumerate(self.reasons, start=1))
-            lines[1:] = ["possible reasons, the most likely first:", *reasons]
-        return "\n".join(lines)
 
 
 def reproduce_run(
@@ -138,7 +70,7 @@ def reproduce_run(
         run: The run's folder.
         output: A new folder for the repetition.
         tolerance: Largest relative difference that counts as the same. None means `PACK_TOLERANCE` for a run that was
-            trained in a pack or by several processes, and 0 for any other.
+            trained in a pack or by several processes, and 0 for any other. With 0 the saved weights must be equal too.
         steps: Number of steps to train and compare. The schedule is still that of the whole run. None means
             all steps.
         stop_requested: Called after every step; returns whether to stop.
@@ -153,11 +85,17 @@ def reproduce_run(
     if steps is not None and steps < 1:
         raise ConfigError(f"`--steps >= 1` must hold, but got {steps!r}.")
     record = read_run(run)
-    config = restore_solo_config(record)
-    last_step = _last_step(record, run, steps=steps)
+    config, platform = restore_solo_config(record), record.platform
+    last_step = min(steps or record.steps_planned, _find_last_step(record, run))
     if tolerance is None:
-        is_alone = record.pack is None and "processes" not in record.platform
-        tolerance = 0.0 if is_alone else PACK_TOLERANCE.get(record.platform.get("precision", ""), 0.0)
+        is_alone = record.pack is None and "processes" not in platform
+        tolerance = 0.0 if is_alone else PACK_TOLERANCE.get(platform.get("precision", ""), 0.0)
+    if isinstance(threads := platform.get("threads"), int) and 1 <= threads <= 4 * (os.cpu_count() or 1):
+        torch.set_num_threads(threads)  # the order of sums depends on it
+    recorded_attention = record.batching.get("attention")
+    attention = recorded_attention.get("name") if isinstance(recorded_attention, dict) else None
+    if config.model.attention == "auto" and attention in IMPLEMENTATIONS:
+        config = replace(config, model=replace(config.model, attention=attention))
     failure, step = None, itertools.count()
 
     def is_done() -> bool:
@@ -166,37 +104,34 @@ def reproduce_run(
         is_limit = next(step) >= last_step and last_step < record.steps_planned
         return is_limit or stop_requested()
 
-    with _recorded_threads(record.platform.get("threads")):
-        inputs = _build_inputs(config, record)
-        check_run(config, inputs.base)
-        try:
-            train_run(config, RunFolder(path=output), inputs=inputs, stop_requested=is_done)
-        except Diverged as error:
-            failure = str(error)
-    repeated, recorded = read_run(output), read_values(run, up_to=last_step)
-    differences = list_differences(recorded, read_values(output))
-    other_weights: tuple[str, ...] = ()
-    if last_step == record.steps_planned and not differences:
-        files = [name for name in record.files if name.endswith(".safetensors")]
-        other_weights = tuple(name for name in files if record.files[name] != repeated.files.get(name))
-    verdict: Verdict = "within tolerance"
+    inputs = build_inputs(config)
+    check_run(config, inputs.base)
+    try:
+        train_run(config, RunFolder(path=output), inputs=inputs, stop_requested=is_done)
+    except Diverged as error:
+        failure = f"it ended because {error}".rstrip(".")
+    repeated = read_run(output)
     if repeated.status == "interrupted" and repeated.steps_done < last_step:
-        verdict = "interrupted"
-    elif any(difference.relative > tolerance for difference in differences) or (other_weights and not tolerance):
-        verdict = "different"
-    elif not differences and not other_weights:
-        verdict = "identical"
-    return Reproduction(
-        run=run,
-        folder=output,
-        verdict=verdict,
-        tolerance=tolerance,
-        recorded=recorded,
-        differences=tuple(differences),
-        other_weights=other_weights,
-        reasons=tuple(list_possible_reasons(record, repeated)) if verdict == "different" else (),
-        failure=failure,
-    )
+        description = f"interrupted: {output} has the steps so far"
+        return Reproduction(folder=output, verdict="interrupted", description=description)
+    before, after = read_values(run, up_to=last_step), read_values(output)
+    if last_step == record.steps_planned and not tolerance:
+        before, after = before | _list_weights(record), after | _list_weights(repeated)
+    differences = {place: difference for place in before if (difference := _compare(place, before, after))}
+    compared = f"{last_step} steps of {run} and {output}"
+    if not differences:
+        description = f"identical: {compared} are the same, bit for bit"
+        return Reproduction(folder=output, verdict="identical", description=description)
+    first = next((place for place in differences if differences[place] > tolerance), None)
+    if first is None:
+        largest = _describe(max(differences, key=differences.__getitem__), before, after)
+        description = f"within a tolerance of {tolerance:g}: {compared}; the largest difference: {largest}"
+        return Reproduction(folder=output, verdict="within tolerance", description=description)
+    clauses = filter(None, (f"first {_describe(first, before, after)}", failure))
+    reasons = [f"  {number}. {reason}" for number, reason in enumerate(list_possible_reasons(record, repeated), 1)]
+    lead = "possible reasons, the most likely first:" if reasons else "no recorded hardware, software or data differs"
+    description = "\n".join([f"different: {'; '.join(clauses)}: {output}", lead, *reasons])
+    return Reproduction(folder=output, verdict="different", description=description)
 
 
 def restore_solo_config(record: RunRecord) -> RunConfig:
@@ -224,14 +159,14 @@ def restore_solo_config(record: RunRecord) -> RunConfig:
     return restore_config(replace(record, config={**record.config, "trainer": trainer, "logger": local}))
 
 
-def _last_step(record: RunRecord, run: Path, *, steps: int | None) -> int:
-    """Returns the last step to train.
+def _find_last_step(record: RunRecord, run: Path) -> int:
+    """Returns the last step that a run logged.
 
     Raises:
         RecordError: The run logged no step, its log is damaged, or its settings held a secret.
     """
-    logged = read_values(run)
-    if not logged:
+    last_logged = max((row["step"] for row in read_steps(run)), default=0)
+    if not last_logged:
         raise RecordError(
             f"a run must have logged a step to be repeated, but {str(run)!r} logged no step. Name another run."
         )
@@ -240,63 +175,47 @@ def _last_step(record: RunRecord, run: Path, *, steps: int | None) -> int:
             f"{str(run)!r} must have no secrets in its settings to be repeated, because its record does not keep them. "
             "Start it again using `lorasweep train`."
         )
-    last_logged = max(step for step, _ in logged)
     if record.status == "complete" and last_logged < record.steps_done:
         raise RecordError(
             f"{str(run / STEPS_FILE)!r} must have all {record.steps_done} steps of the run, but is damaged after step "
             f"{last_logged}. Restore the file."
         )
-    last = record.steps_planned if record.status == "complete" else last_logged
-    return min(steps or last, last)
+    return record.steps_planned if record.status == "complete" else last_logged
 
 
-@contextmanager
-def _recorded_threads(recorded: Any) -> Iterator[None]:
-    """Sets torch's number of threads, on which the order of sums depends. Restores the number afterwards."""
-    before = torch.get_num_threads()
-    if type(recorded) is int and 1 <= recorded <= 4 * (os.cpu_count() or 1):
-        torch.set_num_threads(recorded)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def read_values(run: Path, *, up_to: float = math.inf) -> dict[str, Any]:
+    """Returns loss and learning rate of each step of a run, and every metric of each evaluation, by place in words.
 
-
-def _build_inputs(config: RunConfig, record: RunRecord) -> RunInputs:
-    """Returns base model and data, with the recorded implementation of attention."""
-    attention = record.batching.get("attention")
-    name = attention.get("name") if isinstance(attention, dict) else None
-    if config.model.attention != "auto" or name not in IMPLEMENTATIONS:
-        return build_inputs(config)
-    inputs = build_inputs(replace(config, model=replace(config.model, attention=name)))
-    return replace(inputs, attention=AttentionChoice(name, "as in the repeated run"))
-
-
-def read_values(run: Path, *, up_to: int | None = None) -> Values:
-    """Returns loss and learning rate of each step of a run, and every metric of each evaluation.
-
-    Args:
-        run: The run's folder.
-        up_to: The last step to return; None returns all.
+    None is NaN or infinite. Steps after `up_to` are skipped.
     """
-    values: dict[tuple[int, str], float | None] = {}
+    values: dict[str, Any] = {}
     for row in read_steps(run):
-        if up_to is not None and row["step"] > up_to:
-            continue
         named: dict[str, Any] = {name: row[name] for name in ("loss", "lr") if name in row}
         named |= {f"validation {name}": value for name, value in row.get("validation", {}).items()}
-        for name, value in named.items():
-            values[row["step"], name] = float(value) if value is not None and math.isfinite(value) else None
+        if row["step"] <= up_to:
+            values |= {f"step {row['step']}: `{name}`": value for name, value in named.items()}
     return values
 
 
-def list_differences(recorded: Values, repeated: Values) -> list[Difference]:
-    """Returns the values that differ, in recorded order. Values that only the repetition has are ignored."""
-    return [
-        Difference(step=step, name=name, recorded=value, repeated=repeated.get((step, name)))
-        for (step, name), value in recorded.items()
-        if repeated.get((step, name), MISSING) != value
-    ]
+def _list_weights(record: RunRecord) -> dict[str, Any]:
+    files = {name: kept for name, kept in record.files.items() if name.endswith(".safetensors")}
+    return {f"weights in {name}: `sha256`": kept.get("sha256") for name, kept in files.items()}
+
+
+def _compare(place: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> float:
+    """Returns the relative difference of two values; infinite if one of them is missing or not a finite number."""
+    one, other = before.get(place, MISSING), after.get(place, MISSING)
+    if one == other:
+        return 0.0
+    if not (isinstance(one, int | float) and isinstance(other, int | float)):
+        return math.inf
+    return abs(one - other) / max(abs(one), abs(other))
+
+
+def _describe(place: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    clause = f"{place} was {shorten(before.get(place, MISSING))} and is {shorten(after.get(place, MISSING))}"
+    relative = _compare(place, before, after)
+    return f"{clause} (a relative difference of {relative:.2g})" if relative < math.inf else clause
 
 
 def list_possible_reasons(recorded: RunRecord, repeated: RunRecord) -> list[str]:
@@ -314,29 +233,7 @@ def _flatten_surroundings(record: RunRecord) -> dict[str, Any]:
     return {name: value for name, value in dotted_items(groups) if not isinstance(value, Mapping)}
 
 
-@dataclass(frozen=True, kw_only=True)
-class SweepReproduction:
-    """The comparison of a sweep with its repetition."""
-
-    folder: Path
-    """The new sweep's folder."""
-    num_runs: int
-    """Number of runs of all stages: trials, and runs of the confirm stage."""
-    difference: str | None
-    """The first difference in a clause: trial or run, step, key and both values."""
-
-    @property
-    def holds(self) -> bool:
-        """Whether the two sweeps are identical."""
-        return self.difference is None
-
-    def describe(self) -> str:
-        if self.difference is None:
-            return f"identical: all {self.num_runs} runs, their decisions, losses and scores: {self.folder}"
-        return f"different: {self.difference}: {self.folder}"
-
-
-def compare_sweeps(first: Path, second: Path) -> SweepReproduction:
+def compare_sweeps(first: Path, second: Path) -> Reproduction:
     """Compares proposals, decisions, losses of every step and scores of two sweeps, trial by trial.
 
     Args:
@@ -347,17 +244,14 @@ def compare_sweeps(first: Path, second: Path) -> SweepReproduction:
         RecordError: A sweep has no record, or the record is damaged.
     """
     before, after = read_sweep(first), read_sweep(second)
-    parts = zip(_list_parts(before, first), _list_parts(after, second), strict=False)
-    difference = next(
-        (
-            f"{place} was {one.get(place, 'nothing')!r} and is {other.get(place, 'nothing')!r}"
-            for one, other in parts
-            for place in {**one, **other}
-            if one.get(place, "nothing") != other.get(place, "nothing")
-        ),
-        None,
-    )
-    return SweepReproduction(folder=second, num_runs=len(before.trials) + len(before.confirm), difference=difference)
+    for one, other in zip(_list_parts(before, first), _list_parts(after, second), strict=False):
+        for place in {**one, **other}:
+            if one.get(place, MISSING) != other.get(place, MISSING):
+                description = f"different: {_describe(place, one, other)}: {second}"
+                return Reproduction(folder=second, verdict="different", description=description)
+    num_runs = len(before.trials) + len(before.confirm)
+    description = f"identical: all {num_runs} runs, their decisions, losses and scores: {second}"
+    return Reproduction(folder=second, verdict="identical", description=description)
 
 
 def _list_parts(record: SweepRecord, folder: Path) -> Iterator[dict[str, Any]]:
@@ -372,5 +266,5 @@ def _list_parts(record: SweepRecord, folder: Path) -> Iterator[dict[str, Any]]:
             where = f"trial {row.arm}-{row.number}" if is_trial else f"confirm run {row.subject} seed {row.seed}"
             yield {f"{where}: `{key}`": value for key, value in row.params.items()}
             logged = read_values(get_run_folder(folder, row.run))
-            yield {f"{where}, step {step}: `{key}`": logged[step, key] for step, key in sorted(logged)}
+            yield {f"{where}, {place}": value for place, value in logged.items()}
             yield {f"{where}: `{key}`": getattr(row, key) for key in ("state", "value")}
