@@ -1,16 +1,17 @@
 """Compares a whole sweep with today's way to do the same work, from the start of the command to its end.
 
     python benchmarks/bench_today.py [--data movie_snippets|FOLDER|...] [--model FOLDER-OR-HUB-ID] [--seeds 0 1 2]
-        [--train 2000] [--validation 1000] [--trials 8] [--steps 125] [--ways today tuned solo ours] [--threads 2]
-        [--quick]
+        [--train 2000] [--validation 1000] [--trials 8] [--steps 130] [--ways today tuned solo ours default]
+        [--threads 2] [--quick]
 
 Every way searches LoRA's rank (1 to 64) and learning rate for the same classifier of sentences (default: MiniLM-L6 with
-real weights) in the same space, with 8 trials of 125 steps of 16 sentences and 5 evaluations:
+real weights) in the same space, with 8 trials of 130 steps of 16 sentences and 5 evaluations:
 
     today   Optuna with MedianPruner, PEFT and transformers' Trainer at their defaults (benchmarks/trainer_sweep.py)
     tuned   the same in bf16, grouped by length, with evaluation batch 32, and without pruning
     solo    `lorasweep sweep` with worker.pack_size=1 and pruner=none: all trials to their end, one after another
-    ours    `lorasweep sweep` as it comes
+    ours    `lorasweep sweep` with these evaluations
+    default `lorasweep sweep` as it comes: evaluations at half of a run and at its end
 
 lorasweep runs no confirm stage (`confirm.seeds=0`), because the other ways have none. Each way is a process of its own
 that reads the same files. The makespan is the time from its start to its end, imports included. `start` is the time
@@ -46,7 +47,7 @@ WORK: Mapping[str, Any] = {
     "lr_low": 5e-4,
     "lr_high": 1e-2,
     "trials": 8,
-    "steps": 125,
+    "steps": 130,
     "batch_size": 16,
     "evaluations": 5,
     "max_length": 128,
@@ -60,6 +61,7 @@ WAYS = {
     "tuned": "the same, tuned",
     "solo": "lorasweep, trials one by one",
     "ours": "lorasweep sweep",
+    "default": "lorasweep sweep, own evaluations",
 }
 MIB = 2**20
 
@@ -102,6 +104,7 @@ def run_way(way: str, work: Mapping[str, Any], folder: Path) -> Outcome:
         (folder / "sweep.yaml").write_text(yaml.safe_dump(describe_sweep(work)))
         command = ["-m", "lorasweep", "sweep", str(folder / "sweep.yaml"), f"sweep.output={output}"]
         command += ["worker.pack_size=1", "pruner=none"] if way == "solo" else []
+        command += [f"trainer.eval_every_steps={work['steps'] // 2}"] if way == "default" else []
     environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache")}  # so that no seed reads another's rows
     started_at = time.time()
     makespan_s, peak_memory_bytes = run_process(command, log=folder / "log.txt", environment=environment)
