@@ -193,14 +193,12 @@ def test_the_shell_completes_words(here, line, completions):
 
 
 @pytest.mark.parametrize("format", ["peft", "merged"])
-def test_a_run_is_exported_and_the_difference_said(here, short, capsys, format):
+def test_a_run_is_exported(here, short, capsys, format):
     assert run(["train", *short, "output=mine"]) == DONE
     capsys.readouterr()
     words = ["export", "mine", "--format", format, "--out", "new"]
     assert run(words) == DONE
-    shown = capsys.readouterr().out
-    assert shown.startswith(f"{format}, ")
-    assert ("\nits logits differ from the run's by at most " in shown) == (format == "merged")
+    assert capsys.readouterr().out.startswith(f"{format}, ")
     assert (here / "new" / {"peft": "adapter_config.json", "merged": "config.json"}[format]).is_file()
     before = files_below(here)
     assert run(words) == WRONG_REQUEST

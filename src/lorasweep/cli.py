@@ -341,11 +341,6 @@ def export(arguments: argparse.Namespace) -> int:
     run = _choose_run(arguments.run, verb="exporting")
     written = export_run(run, format=arguments.format, out=arguments.out, trust=arguments.trust)
     say(f"{arguments.format}, {written.dtype}, {format_bytes(written.num_bytes)}: {arguments.out}")
-    if written.largest_logit is not None:
-        say(
-            f"its logits differ from the run's by at most {written.difference:.2g} (the largest is "
-            f"{written.largest_logit:.3g}), both computed in fp32"
-        )
     return DONE
 
 

@@ -25,10 +25,6 @@ from lorasweep.training.run_log import RunFolder
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT
 
 TOKENS = torch.randint(256, (3, 20), generator=torch.Generator().manual_seed(1))
-PROBE = torch.randint(
-    257, (export_file.PROBE_ROWS, export_file.PROBE_TOKENS), generator=torch.Generator().manual_seed(0)
-)
-"""The tokens of `compute_probe_logits` for the embedded model."""
 # fp32, logits up to about 10: sums in another order, through 4 layers, of parts that cancel (PiSSA)
 LOGIT_TOLERANCE = 1e-4
 LORA = (
@@ -99,7 +95,6 @@ def root_mean_square(values):
 def test_peft_loads_the_adapter_onto_its_base_with_the_same_logits(trained, tmp_path, settings):
     run = trained(settings)
     written = export_run(run, format="peft", out=tmp_path / "adapter")
-    assert written.difference == 0
     assert {file.name for file in written.folder.iterdir()} == {
         "README.md",
         "adapter_config.json",
@@ -117,7 +112,6 @@ def test_an_adapter_that_peft_trained_is_exported_for_peft_and_merged(trained, t
     config = {"peft_type": "VERA", "target_modules": ["q_proj", "down_proj"], "r": 8}
     run = trained({"method": "peft", "method.config": config})
     written = export_run(run, format="peft", out=tmp_path / "adapter")
-    assert written.difference == 0
     assert "An adapter (VERA, fp32)" in (written.folder / "README.md").read_text()
     base = load_embedded()
     before = logits_of(base)
@@ -137,7 +131,6 @@ def test_transformers_loads_the_merged_model_with_the_same_logits(trained, tmp_p
     own = logits_of(restored(run))
     assert largest_difference(logits_of(model), own) < LOGIT_TOLERANCE
     assert largest_difference(logits_of(load_embedded()), own) > 10 * LOGIT_TOLERANCE
-    assert written.difference < LOGIT_TOLERANCE
     assert written.num_bytes == sum(file.stat().st_size for file in written.folder.iterdir())
 
 
@@ -178,20 +171,16 @@ def test_a_run_in_bf16_is_exported_from_its_base_in_bf16(trained_in_bf16, tmp_pa
     run = trained_in_bf16(settings)
     written = export_run(run, format="merged", out=tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(written.folder, dtype="auto")
-    own = logits_of(restored(run).double(), PROBE)
+    own = logits_of(restored(run).double())
     if settings["method"] == "full":
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-        assert largest_difference(logits_of(model, PROBE), own) < LOGIT_TOLERANCE
-        assert written.difference < LOGIT_TOLERANCE
+        assert largest_difference(logits_of(model), own) < LOGIT_TOLERANCE
         return
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    exact = logits_of(model.double(), PROBE)
-    # the number told is that of exact arithmetic, up to what fp32 loses
-    assert written.difference == pytest.approx(largest_difference(exact, own), abs=LOGIT_TOLERANCE)
-    assert written.difference > 10 * LOGIT_TOLERANCE  # so that the line above says something
+    exact = logits_of(model.double())
     # Rounding moves each weight by at most half a spacing, evenly spread: 1/√3 of half a spacing in the root mean
     # square. If it moved all of them by half a spacing at random, the logits would move √3 times as far.
-    moves = torch.stack([logits_of(move_weights(copy.deepcopy(model), seed=seed), PROBE) - exact for seed in range(3)])
+    moves = torch.stack([logits_of(move_weights(copy.deepcopy(model), seed=seed)) - exact for seed in range(3)])
     assert root_mean_square(own - exact) < root_mean_square(moves)
 
 

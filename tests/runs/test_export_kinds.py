@@ -107,7 +107,6 @@ def test_transformers_loads_the_merged_model(train, tmp_path, kind, settings):
     written = export_run(run, format="merged", out=tmp_path / "model")
     model = AUTO[kind].from_pretrained(written.folder)
     assert (logits_of(model, GIVEN[kind]) - own_logits(run, GIVEN[kind])).abs().max() < LOGIT_TOLERANCE
-    assert written.difference < LOGIT_TOLERANCE
     tokenizer = transformers.AutoTokenizer.from_pretrained(written.folder)
     assert tokenizer("w3 w4")["input_ids"][:2] == [6, 7]
     if kind == "classifier":
@@ -138,4 +137,3 @@ def test_peft_loads_the_adapter_and_the_head(train, tmp_path, monkeypatch, kind,
         kind == "seq2seq"
     )
     assert (logits_of(model, GIVEN[kind]) - own_logits(run, GIVEN[kind])).abs().max() < LOGIT_TOLERANCE
-    assert written.difference == 0

@@ -8,12 +8,14 @@ import json
 import shutil
 
 import pytest
+import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from lorasweep.errors import RecordError
 from lorasweep.models.load import fingerprint_weights
-from lorasweep.runs.inspect import inspect_run, render_inspection
+from lorasweep.runs.inspect import decompose, inspect_run, measure_updates, relative_norm, render_inspection
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
 
@@ -24,6 +26,52 @@ ADAPTER = "best/adapter_model.safetensors"
 
 def read_csv(text):
     return list(csv.DictReader(text.splitlines()))
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("rank", [1, 4, None])
+def test_a_decomposition_is_that_of_the_whole_matrix(rank):
+    matrix = draw(40, rank or 30) @ draw(rank or 30, 30, seed=1)
+    u, s, vh = decompose(matrix, rank=rank)
+    assert len(s) == (rank or 30)
+    # float64 rounding of sums of some dozens of products of numbers of size 1
+    torch.testing.assert_close(u * s @ vh, matrix, rtol=0, atol=1e-10)
+    torch.testing.assert_close(s, torch.linalg.svdvals(matrix)[: len(s)], rtol=1e-10, atol=1e-10)
+
+
+def change(model, **added):
+    """Returns a copy of a model with these values added to its parameters."""
+    changed = nn.Sequential(nn.Linear(3, 3))
+    changed.load_state_dict({name: value + added.get(name[2:], 0) for name, value in model.state_dict().items()})
+    return changed
+
+
+def test_a_row_has_the_norms_ranks_and_share_of_its_change():
+    base = nn.Sequential(nn.Linear(3, 3)).requires_grad_(False)
+    base.load_state_dict({"0.weight": 2 * torch.eye(3), "0.bias": torch.tensor([3.0, 4.0, 0.0])})
+    model = change(base, weight=torch.diag(torch.tensor([3.0, 4.0, 0.0])), bias=torch.tensor([0.0, 5.0, 0.0]))
+    (matrix, vector), spectra = measure_updates(model, base, ranks={}, has_low_rank=True)
+    assert (matrix.layer, matrix.kind, matrix.d_out, matrix.d_in, matrix.trained_rank) == ("0", "0", 3, 3, None)
+    assert (matrix.update_norm, matrix.base_norm) == pytest.approx((5, 2 * 3**0.5))
+    assert spectra == {"0": pytest.approx([4, 3, 0])}
+    assert matrix.energy_rank == 2  # the first holds 64 %
+    assert matrix.amplification == pytest.approx(5 / 8**0.5)
+    assert matrix.norm_share == vector.norm_share == pytest.approx(0.5)
+    assert relative_norm([matrix, vector]) == pytest.approx((50 / 37) ** 0.5)
+    assert (vector.kind, vector.update_norm, vector.base_norm, vector.d_in) == ("0.bias", 5, 5, None)
+    assert (vector.energy_rank, vector.amplification) == (None, None)
+
+
+def test_lora_is_amplified_over_its_trained_rank_as_in_the_paper():
+    base = nn.Sequential(nn.Linear(3, 3)).requires_grad_(False)
+    added = (draw(3, 1) @ draw(1, 3, seed=1)).float()
+    ((row, *_), _) = measure_updates(change(base, weight=added), base, ranks={"0": 1}, has_low_rank=True)
+    u, s, vh = torch.linalg.svd(added)
+    expected = s[0] / (u[:, :1].t() @ base[0].weight @ vh[:1].t()).abs()
+    assert row.amplification == pytest.approx(expected.item(), rel=1e-4)  # the weights are in fp32
 
 
 def test_files_hold_what_was_found_and_repeat_to_the_byte(runs):
@@ -42,13 +90,22 @@ def test_files_hold_what_was_found_and_repeat_to_the_byte(runs):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize("settings", [{"method.init": "pissa"}, {"method.targets": ["q_proj[0:32,64:96]"]}])
-def test_files_keep_the_rank_that_trained(settings, tmp_path, make_config, inputs):
-    """The adapter file has twice the rank: PiSSA's start, or two parts of a projection, as one plain LoRA."""
+@pytest.mark.parametrize(
+    ("settings", "rank", "num_layers"),
+    [
+        ({"method.init": "pissa"}, 2, 28),  # the adapter file has it as plain LoRA of twice the rank
+        ({"method.targets": ["q_proj[0:32,64:96]"]}, 4, 4),  # two parts
+        ({"method.variant": "dora"}, 2, 28),
+        ({"method": "intrinsic", "method.dim": 40}, None, 38),
+        ({"method": "bitfit", "method.train": "biases_and_norms"}, None, 9),
+    ],
+    ids=str,
+)
+def test_every_method_is_measured(settings, rank, num_layers, tmp_path, make_config, inputs):
     train_run(make_config(settings), RunFolder(path=tmp_path), inputs=inputs)
     found = inspect_run(tmp_path)
-    assert {row.trained_rank for row in found.layers} == {2}
-    assert len(found.layers) == (28 if "method.init" in settings else 8)
+    assert {row.trained_rank for row in found.layers} == {rank}
+    assert len(found.layers) == num_layers
     # the update is the difference from the start, which PiSSA takes from the base's own weights
     assert all(row.update_norm < 0.5 * row.base_norm for row in found.layers)
 

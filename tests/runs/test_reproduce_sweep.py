@@ -74,7 +74,6 @@ def one(tmp_path):
         confirm_seeds=[7, 9],
         started_at="2026-01-01T00:00:00+00:00",
         makespan_s=10.0,
-        telemetry={"wall_s": 10.0},
     )
     write_record(record, folder)
     return folder
@@ -101,7 +100,7 @@ def change_step(folder, row, **values):
 def test_sweeps_that_differ_in_times_and_speeds_are_identical(one, other):
     def change(record):
         record.started_at, record.makespan_s = "2027-01-01T00:00:00+00:00", 99.0
-        record.telemetry, record.threads = {"wall_s": 99.0}, 1
+        record.threads = 1
 
     change_record(other, change)
     change_step(other / "runs" / "lora-0000", 0, tokens_per_s=7.0)
@@ -152,7 +151,7 @@ def set_value(record, key, value):
 )
 def test_the_first_decision_that_differs_is_named(one, other, change, said):
     change_record(other, change)
-    assert compare_sweeps(one, other).description == f"different: {said}: {other}"
+    assert compare_sweeps(one, other).description.startswith(f"different: {said}")
 
 
 @pytest.mark.parametrize("run", ["../one/runs/lora-0000", "/etc"])

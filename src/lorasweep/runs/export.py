@@ -1,7 +1,7 @@
 """Exports a run as an adapter for PEFT or as a whole model for transformers.
 
 The files are written to a temporary folder, which is renamed at the end. Before that, a merged model is loaded
-again and compared with the run.
+again, and its weights are compared with those that were written.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import chain
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from lorasweep.config.model import ModelConfig
@@ -43,24 +41,16 @@ from lorasweep.training.restore import (
 
 ExportFormat = Literal["peft", "merged"]
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-PROBE_ROWS, PROBE_TOKENS = 8, 16
-"""Size of the batch of random tokens whose logits are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """The folder of an exported run, and how much a merged model differs from the run."""
+    """An exported run."""
 
     folder: Path
     dtype: str
     """Name of the type of the written weights: `fp32`, `bf16` or `fp16`."""
-    num_bytes: int = 0
-    difference: float = 0.0
-    """Largest absolute difference between the logits of `best/` and of the merged model on one batch, both in fp32.
-    Merging rounds weights to the base's dtype, and puts the unquantised base in place of a quantised one. 0 for an
-    adapter, whose weights are copied."""
-    largest_logit: float | None = None
-    """The largest absolute logit of the run; None for an adapter."""
+    num_bytes: int
 
 
 def export_run(
@@ -91,13 +81,13 @@ def export_run(
     with create_folder_atomically(out) as folder:
         if format == "peft":
             _copy_adapter(config.model, run / "best", folder)
-            export = Export(folder=out, dtype="fp32")
+            dtype = "fp32"
         else:
-            export = replace(_export_merged(record, config, run / "best", folder), folder=out)
-        card = build_card(record, config, run=run, format=format, dtype=export.dtype, repository=out.resolve().name)
+            dtype = _export_merged(record, config, run / "best", folder)
+        card = build_card(record, config, run=run, format=format, dtype=dtype, repository=out.resolve().name)
         card.save(folder / CARD_FILE)
         num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return replace(export, num_bytes=num_bytes)
+    return Export(folder=out, dtype=dtype, num_bytes=num_bytes)
 
 
 @contextmanager
@@ -152,19 +142,16 @@ def _copy_adapter(config: ModelConfig, best: Path, folder: Path) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _export_merged(record: RunRecord, config: RunConfig, best: Path, folder: Path) -> Export:
-    """Writes the whole model, loads it again and compares the logits."""
-    base, logits_of_run = restore_base(record, config), None
-    if config.model.quantization != "none":
-        # An adapter is merged into the unquantised weights. The run itself computed with the quantised weights.
-        logits_of_run = compute_probe_logits(_restore(config, base, best))
+def _export_merged(record: RunRecord, config: RunConfig, best: Path, folder: Path) -> str:
+    """Writes the whole model, checks that it loads with the same weights, and returns the name of their type."""
+    base = restore_base(record, config)
+    if config.model.quantization != "none":  # an adapter is merged into the unquantised weights
         config, base = restore_unquantised_base(record, config)
-    kind, torch_dtype, fingerprint, logits = _write_merged(config, base, best, folder)
-    del base
-    # `_write_merged` is a separate function, so that its models are freed before the merged model is loaded
+    kind, dtype, fingerprint = _write_merged(config, base, best, folder)
+    del base  # and the models of `_write_merged`, before the merged model is loaded
     attention = {} if config.model.attention == "auto" else {"attn_implementation": config.model.attention}
     try:
-        written = load_pretrained(kind, str(folder), dtype=torch_dtype, **attention)
+        written = load_pretrained(kind, str(folder), dtype=dtype, **attention)
     except Exception as error:
         raise RunError(f"a merged {kind.__name__} must load again, but does not: {first_line(error)}.") from error
     if fingerprint_weights(written) != fingerprint:
@@ -172,64 +159,18 @@ def _export_merged(record: RunRecord, config: RunConfig, best: Path, folder: Pat
             f"a merged {kind.__name__} must load with the written weights, but transformers loads different weights. "
             "Use `--format peft`."
         )
-    original = logits if logits_of_run is None else logits_of_run
-    return Export(
-        folder=folder,
-        dtype=DTYPE_NAMES.get(torch_dtype, str(torch_dtype)),
-        difference=float((compute_probe_logits(written) - original).abs().max()),
-        largest_logit=float(original.abs().max()),
-    )
+    return DTYPE_NAMES.get(dtype, str(dtype))
 
 
 def _write_merged(
     config: RunConfig, base: BaseModel, best: Path, folder: Path
-) -> tuple[type[PreTrainedModel], torch.dtype, str, Tensor]:
-    model = _restore(config, base, best)
-    logits = compute_probe_logits(model)
+) -> tuple[type[PreTrainedModel], torch.dtype, str]:
+    model = restore_model(config, base, folder=best)
+    assert isinstance(model, PreTrainedModel)  # `_check_request` refuses other models
     METHODS[config.method.name].merge(model)
     model.config.use_cache = True  # training switched it off
     with quiet_transformers():
         model.save_pretrained(folder)
         if base.tokenizer is not None:
             base.tokenizer.save_pretrained(folder)
-    return type(model), model.dtype, fingerprint_weights(model), logits
-
-
-def _restore(config: RunConfig, base: BaseModel, best: Path) -> PreTrainedModel:
-    model = restore_model(config, base, folder=best)
-    assert isinstance(model, PreTrainedModel)  # `_check_request` refuses other models
-    return model
-
-
-def compute_probe_logits(model: PreTrainedModel) -> Tensor:
-    """Returns logits (rows, tokens, vocabulary) for a fixed batch of random tokens, computed in fp32 on the CPU."""
-    embeddings = model.get_input_embeddings().weight
-    assert isinstance(embeddings, Tensor)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(len(embeddings), (PROBE_ROWS, PROBE_TOKENS), generator=generator)
-    decoder = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
-    with _weights_in_fp32(model), torch.inference_mode():
-        logits: Tensor = model(input_ids=tokens, **decoder).logits
-    return logits
-
-
-@contextmanager
-def _weights_in_fp32(model: PreTrainedModel) -> Iterator[None]:
-    """Converts the bf16 and fp16 weights and buffers of a model to fp32 while the context is open.
-
-    The logits of two models can then be compared. In bf16 they can't: rounding of activations changes logits several
-    times more than rounding of merged weights does, and it differs between processors.
-    """
-    # the original data is kept, so that the model gets back the same memory, which other models may share
-    originals = [
-        (tensor, tensor.data)
-        for tensor in chain(model.parameters(), model.buffers())
-        if tensor.dtype in (torch.bfloat16, torch.float16)
-    ]
-    try:
-        for tensor, data in originals:
-            tensor.data = data.float()
-        yield
-    finally:
-        for tensor, data in originals:
-            tensor.data = data
+    return type(model), model.dtype, fingerprint_weights(model)

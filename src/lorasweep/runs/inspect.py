@@ -1,33 +1,68 @@
-"""Measures the weight updates ΔW of a finished run: `lorasweep inspect RUN`.
-
-`weight_updates` reads ΔW from a model and measures it, and this file writes and shows the results.
-"""
+"""Measures the weight updates ΔW of a finished run: norms, singular values and rank (`lorasweep inspect RUN`)."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 
 import torch
+from jaxtyping import Float
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor, nn
 
 from lorasweep.config.method import LoraConfig
 from lorasweep.disk import csv_text, write_atomically
 from lorasweep.errors import RecordError
+from lorasweep.lora.layer_kinds import weight_to_matrix
 from lorasweep.lora.targets import plan_targets
 from lorasweep.methods import METHODS, copy_sharing_weights, draw_head
 from lorasweep.record import read_run
-from lorasweep.runs.weight_updates import LayerRow, decompose, measure_layers, read_weight_updates, relative_norm
-from lorasweep.training.restore import check_kept_files, refuse_code, restore_base, restore_config, restore_model
+from lorasweep.training.restore import (
+    check_kept_files,
+    refuse_code,
+    restore_base,
+    restore_config,
+    restore_model,
+    restore_unquantised_base,
+)
 from lorasweep.wording import UNKNOWN, format_share
 
 INSPECT_FOLDER = "inspect"
 """Folder in a run's folder for the measurements."""
+ENERGY_FRACTION = 0.9
+"""Fraction of the squared norm that `energy_rank` directions hold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRow:
+    """Norms and rank of the update of one weight; a line of `layers.csv`. Biases and norms have no rank."""
+
+    layer: str
+    d_out: int
+    d_in: int | None
+    trained_rank: int | None
+    """Rank at which LoRA trained the weight; for a fused projection the sum over its parts."""
+    update_norm: float
+    """‖ΔW‖_F."""
+    base_norm: float
+    """‖W0‖_F."""
+    norm_share: float = 0.0
+    """‖ΔW‖²_F divided by its sum over all weights of the run."""
+    energy_rank: int | None = None
+    amplification: float | None = None
+    """‖ΔW‖_F / ‖Uᵀ W0 V‖_F within the first directions of ΔW (LoRA, section 7.3). Their number is the trained rank, or
+    `energy_rank` if LoRA did not train the weight. None if W0 is zero there."""
+
+    @property
+    def kind(self) -> str:
+        """The last component of the name, which is the same in every block: `q_proj` or `q_proj.bias`."""
+        names = self.layer.split(".")
+        return ".".join(names[-2:] if names[-1] == "bias" else names[-1:])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,40 +84,101 @@ def inspect_run(folder: Path, *, trust: bool = False) -> Inspection:
 
     Raises:
         RecordError: The folder has no run, its weights or its base are missing or changed, or nothing was trained.
-        ConfigError: The base model can't be loaded.
+        ConfigError: The base model can't be loaded, or PEFT can't merge the adapter.
     """
     record = read_run(folder)
     config = restore_config(record)
     refuse_code(config, trust=trust)
-    if config.method.name == "frozen":
-        raise RecordError(
-            f"a run must have trained something to be inspected, but {str(folder)!r} has `method=frozen`. "
-            "Name a run of another method."
-        )
     check_kept_files(record, folder, part="best")
-    base = restore_base(record, config)
+    base, method = restore_base(record, config), config.method
+    if config.model.quantization != "none":
+        config, base = restore_unquantised_base(record, config)
+    base.model.float()  # merging into bf16 would round the updates
+    ranks = {}
+    if isinstance(method, LoraConfig):
+        # the adapter file has PiSSA and parts of fused projections as plain LoRA of a higher rank
+        targets = plan_targets(base.model, method, allow_full_rank=True)[1]
+        ranks = {name: target.rank * len(target.row_ranges or [None]) for name, target in targets.items()}
     model = restore_model(config, base, folder=folder / "best")
-    if config.method.name == "peft":
-        METHODS["peft"].merge(model)  # the updates are read from plain weights
+    METHODS[method.name].merge(model)
     # the head as the run drew it before training
     start = copy_sharing_weights(base.model)
     draw_head(start, base.new_head_names, generator=torch.Generator().manual_seed(config.seeds.init))
-    targets = {}
-    if isinstance(config.method, LoraConfig):
-        targets = plan_targets(base.model, config.method, allow_full_rank=True)[1]
-    updates = read_weight_updates(model, start, targets=targets)
-    decompositions = {update.name: decompose(update.left, update.right) for update in updates if update.is_matrix}
-    layers = measure_layers(updates, decompositions)
-    if not any(row.update_norm for row in layers):
+    layers, spectra = measure_updates(model, start, ranks=ranks, has_low_rank=getattr(method, "variant", "") == "lora")
+    if not layers:
         raise RecordError(
             f"a run must have changed its base to be inspected, but the best weights of {str(folder)!r} equal the "
-            "base's. Name a run that trained for longer."
+            "base's. Name a run that trained for longer, and not with `method=frozen`."
         )
-    spectra = {name: parts.s.tolist() for name, parts in decompositions.items()}
     rows = [asdict(row) for row in layers]
     write_atomically(folder / INSPECT_FOLDER / "layers.csv", csv_text(list(rows[0]), (row.values() for row in rows)))
     write_atomically(folder / INSPECT_FOLDER / "spectra.json", json.dumps(spectra) + "\n")
-    return Inspection(layers=layers, spectra=spectra, sentences=_describe_layers(config.method.name, layers))
+    return Inspection(layers=layers, spectra=spectra, sentences=_describe_layers(method.name, layers))
+
+
+@torch.no_grad()
+def measure_updates(
+    model: nn.Module, base: nn.Module, *, ranks: Mapping[str, int], has_low_rank: bool
+) -> tuple[tuple[LayerRow, ...], dict[str, list[float]]]:
+    """Returns a row for each weight that changed, in the model's order, and the singular values of matrices by layer.
+
+    Args:
+        model: The trained model, merged into a plain one.
+        base: The base model, with the new head as the run initialised it.
+        ranks: Rank of each layer that LoRA trained.
+        has_low_rank: Whether the updates of those layers have this rank. DoRA's new row norms change every direction.
+    """
+    originals = dict(base.named_parameters(remove_duplicate=False))
+    rows, spectra = [], {}
+    for name, weight in model.named_parameters():
+        original = originals.get(name)
+        if original is None or weight is original or torch.equal(weight, original):
+            continue
+        layer, change, before = name.removesuffix(".weight"), weight.double() - original.double(), original.double()
+        if change.dim() > 1:
+            owner = base.get_submodule(name.rpartition(".")[0])
+            change, before = weight_to_matrix(owner, change), weight_to_matrix(owner, before)
+        row = LayerRow(
+            layer=layer,
+            d_out=len(change),
+            d_in=change.shape[1] if change.dim() > 1 else None,
+            trained_rank=ranks.get(layer),
+            update_norm=change.norm().item(),
+            base_norm=before.norm().item(),
+        )
+        if change.dim() > 1:
+            u, s, vh = decompose(change, rank=ranks.get(layer) if has_low_rank else None)
+            spectra[layer], directions = s.tolist(), count_directions(s)
+            count = row.trained_rank or directions
+            inside = (u[:, :count].t() @ before @ vh[:count].t()).norm().item()
+            amplification = s[:count].norm().item() / inside if inside else None
+            row = replace(row, energy_rank=directions, amplification=amplification)
+        rows.append(row)
+    total = sum(row.update_norm**2 for row in rows)
+    return tuple(replace(row, norm_share=row.update_norm**2 / total) for row in rows), spectra
+
+
+def decompose(matrix: Float[Tensor, "d_out d_in"], *, rank: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns U, the singular values in descending order, and Vᵀ; of a matrix of a known low rank only these."""
+    if rank is None or 2 * rank >= min(matrix.shape):
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        return u[:, :rank], s[:rank], vh[:rank]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # `svd_lowrank` draws directions; it costs d_out · d_in · rank
+        u, s, v = torch.svd_lowrank(matrix, q=rank)
+    return u, s, v.t()
+
+
+def count_directions(s: Float[Tensor, " n"]) -> int:
+    """Returns the smallest number of directions that hold 90 % of the squared norm."""
+    held = (s / s[0]).square().cumsum(0)  # divided by the largest value, so that squares do not underflow
+    return int((held < ENERGY_FRACTION * held[-1]).sum().item()) + 1
+
+
+def relative_norm(rows: Sequence[LayerRow]) -> float | None:
+    """Returns ‖ΔW‖_F / ‖W0‖_F of all these weights together; None if W0 is zero."""
+    base = sum(row.base_norm**2 for row in rows) ** 0.5
+    return sum(row.update_norm**2 for row in rows) ** 0.5 / base if base else None
 
 
 def render_inspection(inspection: Inspection) -> RenderableType:
@@ -111,15 +207,12 @@ def _describe_layers(method: str, rows: Sequence[LayerRow]) -> tuple[str, ...]:
     """Returns sentences on the size of the updates and their rank."""
     ranks = sorted({row.trained_rank for row in rows if row.trained_rank is not None})
     trained = f" at rank {' to '.join(map(str, dict.fromkeys([ranks[0], ranks[-1]])))}" if ranks else ""
-    weights = f"{len(rows)} weight{'s' if len(rows) > 1 else ''}"
-    sentences = [
-        f"`{method}`{trained} changed {weights} of the base by {format_share(relative_norm(rows))} of their norm."
-    ]
-    if directions := [row.energy_rank for row in rows if row.energy_rank is not None]:
-        count = round(median(directions))
-        plural = "s" if count > 1 else ""
-        sentences.append(f"90 % of the squared norm lies in {count} direction{plural} (median over layers).")
-    return tuple(sentences)
+    changed = f"`{method}`{trained} changed {len(rows)} weights of the base by {format_share(relative_norm(rows))}"
+    directions = [row.energy_rank for row in rows if row.energy_rank is not None]
+    if not directions:
+        return (f"{changed} of their norm.",)
+    held = f"90 % of the squared norm lies in this number of directions (median over layers): {median(directions):.0f}."
+    return f"{changed} of their norm.", held
 
 
 def _format_median(values: Sequence[float | None], *, digits: int) -> str:
