@@ -167,10 +167,9 @@ def test_a_command_that_is_not_understood_ends_with_2(capsys, words):
     assert "usage: lorasweep" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["--version"], ["train", "--version"], ["train", "-m", "--version", "seed=1"]])
-def test_the_version_is_that_of_lorasweep(capsys, words):
+def test_the_version_is_that_of_lorasweep(capsys):
     with pytest.raises(SystemExit) as ended:
-        run(words)
+        run(["--version"])
     assert (ended.value.code, capsys.readouterr().out) == (0, f"lorasweep {version('lorasweep')}\n")
 
 

@@ -36,7 +36,7 @@ def test_a_launcher_gives_each_job_a_folder_and_the_command_an_exit_code(here, s
     (here / "more" / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 9\n")
     (here / "my_callbacks.py").write_text("from lightning import Callback\n\n\nclass Mine(Callback):\n    pass\n")
     callback = ["callbacks.mine._target_=my_callbacks.Mine"]
-    own = ["--config-dir", "more", "+experiment=mine", *callback]
+    own = ["hydra.searchpath=[more]", "+experiment=mine", *callback]
     words = ["-m", f"hydra/launcher={launcher}", *short, *own, "optim.lr=1e30,1e-3"]
     command = [sys.executable, "-m", "lorasweep", "train", *words]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), *sys.path])}
@@ -96,7 +96,7 @@ def test_an_optimizing_sweeper_gets_the_scores_and_chooses_the_next_job(here, sh
 def test_the_exit_code_of_a_grid_is_that_of_the_first_job_that_failed(here, monkeypatch, capsys):
     """The second of three jobs is wrong in a way that only its start shows, the third fails."""
     codes = iter([DONE, WRONG_REQUEST, FAILED])
-    monkeypatch.setattr("lorasweep.train_app._train", lambda **_: fake_result)
+    monkeypatch.setattr("lorasweep.train_app._train", lambda *_, **__: fake_result)
     fake_result = type("Result", (), {"record": type("Record", (), {"score": 1.0, "reason": "why"})})
     monkeypatch.setattr(cli, "_say_run", lambda *_: next(codes))
     assert run(["train", "-m", "seed=1,2,3"]) == WRONG_REQUEST
@@ -106,7 +106,7 @@ def test_the_exit_code_of_a_grid_is_that_of_the_first_job_that_failed(here, monk
 
 def test_an_interrupted_job_ends_the_grid(here, monkeypatch, capsys):
     codes = iter([INTERRUPTED_EXIT_CODE])  # a second job would raise StopIteration
-    monkeypatch.setattr("lorasweep.train_app._train", lambda **_: fake_result)
+    monkeypatch.setattr("lorasweep.train_app._train", lambda *_, **__: fake_result)
     fake_result = type("Result", (), {"record": type("Record", (), {"score": 1.0, "reason": "why"})})
     monkeypatch.setattr(cli, "_say_run", lambda *_: next(codes))
     assert run(["train", "-m", "seed=1,2"]) == INTERRUPTED_EXIT_CODE

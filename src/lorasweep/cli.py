@@ -57,8 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lorasweep", description="Finds the LoRA rank, alpha and learning rate for your model and data."
     )
-    parser_version = f"lorasweep {version('lorasweep')}"
-    parser.add_argument("--version", action="version", version=parser_version)
+    parser.add_argument("--version", action="version", version=f"lorasweep {version('lorasweep')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(command: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
@@ -95,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     status_parser = add(status, "show the arms of a sweep and the best trial so far")
     status_parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the sweep")
     train_parser = add(train, "train one run, or a grid of runs with -m; a Hydra app")
-    add_overrides(train_parser, "FILE key=value", "settings of the run; FILE is a YAML file of settings")
+    add_overrides(train_parser, "key=value", "settings of the run")
     train_parser.add_argument(
         "--from", dest="source", metavar="SWEEP[/ARM]", help="begin with the settings that a sweep recommends"
     )
@@ -103,17 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     modes.add_argument(
         *("-m", "--multirun"), action="store_true", help="train each combination of values: method.rank=1,4"
     )
-    modes.add_argument(*("-c", "--cfg"), choices=["job", "hydra", "all"], help="print settings, train nothing")
-    train_parser.add_argument(*("-p", "--package"), metavar="GROUP", help="the part that --cfg prints, such as method")
-    train_parser.add_argument(
-        *("-cd", "--config-dir"), type=Path, metavar="DIR", help="a folder with more options of groups"
-    )
-    infos = ["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"]
-    modes.add_argument(
-        *("-i", "--info"), nargs="?", const="all", choices=infos, help="print how Hydra composes the settings"
-    )
-    train_parser.add_argument("--hydra-help", action="store_true", help="print Hydra's own settings and launchers")
-    train_parser.add_argument("--version", action="version", version=parser_version)
+    modes.add_argument(*("-c", "--cfg"), choices=["job"], help="print all settings, train nothing")
     new_parser = add(new, "write a commented sweep file for your model and data")
     new_parser.add_argument("file", type=Path, metavar="FILE.yaml", help="the file to write")
     add_overrides(new_parser, "key=value", "model.path=FOLDER-OR-HUB-ID data.train=FILE ...")

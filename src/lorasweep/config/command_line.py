@@ -6,13 +6,11 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 
 from lorasweep.config.compose import (
     COMPONENT_SETTINGS,
@@ -38,22 +36,6 @@ def parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, A
         ConfigError: A word is not of the form `key=value`.
     """
     return dict(overrides) if isinstance(overrides, Mapping) else dict(map(_read_override, _parse(overrides)))
-
-
-def read_settings_file(path: Path) -> dict[str, Any]:
-    """Returns the dotted keys and values of a YAML file.
-
-    Raises:
-        ConfigError: The file is missing, or does not hold keys and values.
-    """
-    try:
-        settings: Any = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # PyYAML and OmegaConf raise errors of many classes
-        reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
-        raise ConfigError(f"{str(path)!r} must be a YAML file of settings, but can't be read: {reason}.") from error
-    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
-        raise ConfigError(f"{str(path)!r} must hold lines such as `optim.lr: 0.001`, but got {settings!r}.")
-    return settings
 
 
 def sort_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
@@ -86,8 +68,8 @@ def describe_job(job: Sequence[str], overrides: Sequence[str]) -> str:
 def force_keys(overrides: Sequence[str]) -> list[str]:
     """Returns the overrides of a run with `++` before keys that are no groups, so that Hydra takes unknown ones too.
 
-    They are arguments of a component, keys of the option that a file of settings chooses, or wrong keys, for which
-    `compose_run` names the nearest one.
+    They are arguments of a component, keys of the option that `--from` chooses, or wrong keys, for which `compose_run`
+    names the nearest one.
     """
     with hydra_session():
         groups = {*default_options("train"), *list_groups_without_default()}

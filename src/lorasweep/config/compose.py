@@ -94,7 +94,7 @@ class SearchUserConf(SearchPathPlugin):
 
 @contextmanager
 def add_search_path(folders: Sequence[str]) -> Iterator[None]:
-    """Makes Hydra search more folders inside the `with` block: Hydra's `--config-dir` and `hydra.searchpath`.
+    """Makes Hydra search more folders inside the `with` block, those of `hydra.searchpath`.
 
     Raises:
         ConfigError: A folder or package does not exist.
@@ -105,8 +105,8 @@ def add_search_path(folders: Sequence[str]) -> Iterator[None]:
             for source in GlobalHydra.instance().config_loader().get_sources():
                 if not source.available():
                     raise ConfigError(
-                        "`--config-dir` and `hydra.searchpath` must name folders that exist, or packages "
-                        f"(`pkg://NAME`), but got {source.full_path()!r}."
+                        "`hydra.searchpath` must name folders that exist, or packages (`pkg://NAME`), but got "
+                        f"{source.full_path()!r}."
                     )
         yield
     finally:
