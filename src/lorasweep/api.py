@@ -30,15 +30,14 @@ from lorasweep.config.run import RunConfig
 from lorasweep.console import EscapingConsole, say
 from lorasweep.disk import claim_folder, lock_folder, numbered_folders, require_new_folder
 from lorasweep.errors import ConfigError, RecordError
-from lorasweep.record import RUN_FILE, read_run, read_sweep, write_record
+from lorasweep.record import RUN_FILE, SWEEP_FILE, read_run, read_sweep, write_record
 from lorasweep.report import write_report
 from lorasweep.report.recommend import read_recommended
 from lorasweep.report.tensorboard import write_run_hparams
 from lorasweep.results import RunResult, SweepResult, load_run, load_sweep
-from lorasweep.runs.reproduce import Reproduction, compare_sweeps
+from lorasweep.runs.reproduce import Reproduction, compare_sweeps, reproduce_run
 from lorasweep.sweep.checks import (
     check_definition,
-    find_metric,
     list_notes,
     score_constant_answer,
     set_steps,
@@ -51,7 +50,7 @@ from lorasweep.sweep.draft import draft_definition
 from lorasweep.sweep.fit import fit_minutes
 from lorasweep.sweep.plan import GroupPlan, plan_sweep
 from lorasweep.sweep.status import SweepStatus, report_status, show_progress
-from lorasweep.sweep.workers.train import check_workers, train_sweep
+from lorasweep.sweep.workers.train import train_sweep
 from lorasweep.training.inputs import InputsCache, build_inputs
 from lorasweep.training.module import check_run
 from lorasweep.training.processes import join_processes, run_on_first
@@ -130,9 +129,14 @@ def resume_sweep(
     prepare_environment()
     source = None if file is None else find_sweep_file(str(file))
     opened = reopen_sweep(Path(folder), changes=parse_overrides(overrides), file=source)
-    inputs_cache = InputsCache()
+    inputs_cache, definition, record = InputsCache(), opened.definition, opened.record
     try:
-        check_resumed_sweep(opened, inputs_cache)
+        metric = check_definition(definition, inputs_cache).name
+        if metric != record.metric:
+            raise ConfigError(f"`data.metric` must stay {record.metric!r} for all arms, but got {metric!r}.")
+        if record.changes:
+            opened.note(list_notes(definition, inputs_cache))
+        write_record(record, opened.path)  # now, because a controller in another process reads the changes from it
     except BaseException:
         opened.close()
         raise
@@ -186,22 +190,6 @@ def measure_sweep(
     return definition, plan_sweep(definition, inputs_cache, on_progress=on_progress), ""
 
 
-def check_resumed_sweep(opened: SweepFolder, inputs_cache: InputsCache) -> None:
-    """Checks a sweep that is resumed with its models, data and workers, and then writes its record.
-
-    Raises:
-        ConfigError: The sweep can't run as asked; nothing was written.
-    """
-    definition, record = opened.definition, opened.record
-    check_workers(definition)
-    check_definition(definition, inputs_cache)
-    if record.changes:
-        if (metric := find_metric(definition, inputs_cache).name) != record.metric:
-            raise ConfigError(f"`data.metric` must stay {record.metric!r} for all arms, but got {metric!r}.")
-        opened.note(list_notes(definition, inputs_cache))
-    write_record(record, opened.path)  # now, because a controller in another process reads the changes from it
-
-
 def start_sweep(
     definition: Definition, inputs_cache: InputsCache, *, output: str | Path | None, default: Path | None = None
 ) -> SweepFolder:
@@ -234,9 +222,7 @@ def check_sweep(definition: Definition, inputs_cache: InputsCache, *, output: st
     if wanted is not None:
         remedy = f"To resume a sweep type `lorasweep sweep --resume {wanted}`."
         require_new_folder(Path(wanted), key="sweep.output", remedy=remedy)
-    check_workers(definition)
-    check_definition(definition, inputs_cache)
-    return find_metric(definition, inputs_cache)
+    return check_definition(definition, inputs_cache)
 
 
 def train_opened_sweep(opened: SweepFolder, inputs_cache: InputsCache, *, progress: Progress) -> SweepResult:
@@ -278,28 +264,37 @@ def train_config(
         return RunResult(folder=folder, record=record)
 
 
-def reproduce_sweep(
-    folder: Path, *, output: Path | None = None, progress: Progress = "auto"
-) -> tuple[SweepResult, Reproduction | None]:
-    """Runs a sweep again with the same number of threads; compares proposals, decisions, losses and scores.
+def reproduce(
+    folder: Path, *, output: Path | None = None, tolerance: float | None = None, steps: int | None = None
+) -> Reproduction:
+    """Runs a run or a whole sweep again and compares both.
 
     Args:
-        folder: The sweep to run again.
+        folder: Folder of a run or a sweep. A sweep runs with the same number of threads, and must be identical.
         output: A new or empty folder; by default `outputs/reproduce/NAME` with the next free number.
-        progress: As in `run_sweep`.
-
-    Returns:
-        The repeated sweep, and the comparison, or None if the repeated sweep was interrupted.
+        tolerance: As in `reproduce_run`; only of a run.
+        steps: As in `reproduce_run`; only of a run.
 
     Raises:
-        ConfigError: The sweep had several workers, or grew.
-        RecordError: The sweep is not complete, or the folder is not a sweep.
+        ConfigError: The request is wrong, or the sweep had several workers, or grew.
+        RecordError: The record is damaged, or the sweep is not complete.
     """
     prepare_environment()
+    default = Path("outputs") / "reproduce" / folder.resolve().name
+    if (folder / SWEEP_FILE).is_file():
+        if (tolerance, steps) != (None, None):
+            raise ConfigError("`--tolerance` and `--steps` must be missing with a sweep, which is compared as a whole.")
+        return _reproduce_sweep(folder, output, default=default)
+    with StopSignal() as stop, claim_folder(output, otherwise=numbered_folders(default), key="--output") as claimed:
+        return reproduce_run(folder, output=claimed, tolerance=tolerance, steps=steps, stop_requested=stop)
+
+
+def _reproduce_sweep(folder: Path, output: Path | None, *, default: Path) -> Reproduction:
     record, definition = read_sweep(folder), saved_definition(folder)
     if record.status != "complete":
         raise RecordError(f"a sweep must be complete to be reproduced, but {str(folder)!r} is {record.status}.")
-    if (worker := definition.sweep_config.worker.name) != "local" or any(change.trials for change in record.changes):
+    worker = definition.sweep_config.worker.name
+    if worker != "local" or any(change.trials for change in record.changes):
         reason = f"had `worker={worker}`" if worker != "local" else "grew, and its proposals depend on when it did"
         raise ConfigError(
             f"a sweep must have had one worker and not have grown to be reproduced as a whole, but {str(folder)!r} "
@@ -311,21 +306,12 @@ def reproduce_sweep(
     # The setting names the folder of the original, and the sweep file may be gone: the record has its content.
     sweep_config = replace(definition.sweep_config, sweep=replace(definition.sweep_config.sweep, output=None))
     definition, inputs_cache = replace(definition, sweep_config=sweep_config, source=None), InputsCache()
-    opened = start_sweep(definition, inputs_cache, output=output, default=_reproduction_path(folder))
-    result = train_opened_sweep(opened, inputs_cache, progress=progress)
-    return result, compare_sweeps(folder, result.folder) if result.status == "complete" else None
-
-
-def claim_reproduction_folder(original: Path, wanted: Path | None) -> AbstractContextManager[Path]:
-    """Creates the folder of a repeated run, by default `outputs/reproduce/NAME` with the next free number.
-
-    Arguments and errors as in `claim_folder`.
-    """
-    return claim_folder(wanted, otherwise=numbered_folders(_reproduction_path(original)), key="--output")
-
-
-def _reproduction_path(original: Path) -> Path:
-    return Path("outputs") / "reproduce" / original.resolve().name
+    opened = start_sweep(definition, inputs_cache, output=output, default=default)
+    result = train_opened_sweep(opened, inputs_cache, progress="auto")
+    if result.status == "complete":
+        return compare_sweeps(folder, result.folder)
+    remedy = f"interrupted. To resume type:\n    lorasweep sweep --resume {result.folder}"
+    return Reproduction(folder=result.folder, verdict="interrupted", description=remedy)
 
 
 def prepare_environment() -> None:

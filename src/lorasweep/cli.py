@@ -305,16 +305,8 @@ def judge(arguments: argparse.Namespace) -> int:
     if len(columns) < len(arguments.columns):
         raise ConfigError("`--columns` must be pairs such as `arm=Name`, ours before the file's.")
     scores = read_scores(arguments.scores, metric=arguments.metric, columns=columns, pattern=arguments.pattern)
-    found = judge(
-        scores,
-        margin=arguments.margin,
-        maximize=arguments.maximize,
-        metric=arguments.metric,
-        reference=arguments.reference,
-        base=arguments.base,
-        key=arguments.key,
-        looks=arguments.looks,
-    )
+    names = ("margin", "maximize", "metric", "reference", "base", "key", "looks")
+    found = judge(scores, **{name: getattr(arguments, name) for name in names})
     EscapingConsole().print(found.render())
     if arguments.out:
         found.write(arguments.out, title=arguments.scores.stem)
@@ -358,39 +350,14 @@ def _choose_run(folder: Path, *, verb: str) -> Path:
 def reproduce(arguments: argparse.Namespace) -> int:
     with quick_imports():
         from lorasweep import api
-        from lorasweep.record import SWEEP_FILE
-        from lorasweep.runs.reproduce import reproduce_run
-        from lorasweep.training.stop_signal import StopSignal
 
-    api.prepare_environment()
-    folder = arguments.folder
-    if (folder / SWEEP_FILE).is_file():
-        return _reproduce_sweep(arguments)
-    with StopSignal() as stop, api.claim_reproduction_folder(folder, arguments.output) as output:
-        comparison = reproduce_run(
-            folder,
-            output=output,
-            tolerance=arguments.tolerance,
-            steps=arguments.steps,
-            stop_requested=stop,
-        )
-    say(comparison.description)
-    if comparison.verdict == "interrupted":
+    found = api.reproduce(
+        arguments.folder, output=arguments.output, tolerance=arguments.tolerance, steps=arguments.steps
+    )
+    say(found.description)
+    if found.verdict == "interrupted":
         return INTERRUPTED_EXIT_CODE
-    return DONE if comparison.holds else FAILED
-
-
-def _reproduce_sweep(arguments: argparse.Namespace) -> int:
-    from lorasweep import api
-
-    for name in ("tolerance", "steps"):
-        if getattr(arguments, name) is not None:
-            raise ConfigError(f"`--{name}` must be missing with a sweep, which is compared as a whole.")
-    result, compared = api.reproduce_sweep(arguments.folder, output=arguments.output)
-    if compared is None:
-        return _say_how_to_resume(result)
-    say(compared.description)
-    return DONE if compared.holds else FAILED
+    return DONE if found.holds else FAILED
 
 
 def train(arguments: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ from lorasweep.sweep.controller.stopping_rules import build_rule
 from lorasweep.sweep.definition.arms import Definition, name_arm_in_errors, restore_definition
 from lorasweep.sweep.definition.packing import explain_bases, explain_solo_arms, plan_packing
 from lorasweep.sweep.definition.seeds import draw_confirm_seeds
+from lorasweep.sweep.workers.train import check_workers
 from lorasweep.training.inputs import InputsCache, check_batch_memory
 from lorasweep.training.module import check_run
 
@@ -55,8 +56,13 @@ def warn_of_short_runs(definition: Definition, inputs_cache: InputsCache) -> lis
     ]
 
 
-def check_definition(definition: Definition, inputs_cache: InputsCache) -> None:
-    """Checks every arm, with the settings at the ends of its ranges. Raises `ConfigError`."""
+def check_definition(definition: Definition, inputs_cache: InputsCache) -> ScoreMetric:
+    """Checks the workers and every arm, with the settings at the ends of its ranges. Returns the sweep's metric.
+
+    Raises:
+        ConfigError: The sweep can't run as asked.
+    """
+    check_workers(definition)
     plan_packing(definition)
     draw_confirm_seeds(definition)
     for arm in definition.arms:
@@ -76,6 +82,7 @@ def check_definition(definition: Definition, inputs_cache: InputsCache) -> None:
                     inputs.splits.test()  # now, because the confirm stage reads it after hours of training
                 except ConfigError as error:
                     raise ConfigError(f"{error} Or skip the confirm stage with `confirm.seeds=0`.") from error
+    return find_metric(definition, inputs_cache)
 
 
 def find_metric(definition: Definition, inputs_cache: InputsCache) -> ScoreMetric:
