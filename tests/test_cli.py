@@ -70,11 +70,6 @@ def files_below(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
 
 
-def own_pruner(target, *arguments):
-    """The words that name a pruner's class."""
-    return [f"pruner._target_={target}", *arguments]
-
-
 BAD = [
     (["status", "."], "`lorasweep status` must get the folder of a sweep, but '.' has no sweep.json."),
     (["sweep", "quickstat"], "Did you mean `quickstart`?"),
@@ -86,10 +81,10 @@ BAD = [
     (["sweep", "mini.yaml", "words"], "an override must read `key=value`"),
     (["sweep", "mini.yaml", "+experiment=quick_check"], "`+` and `~` are for `lorasweep train`"),
     (["sweep", "mini.yaml", "worker.num=2"], "`worker.num` must be 1 with `worker=local`, but got 2."),
-    (["sweep", "mini.yaml", *own_pruner("pathlib.Path")], "must be a subclass of"),
+    (["sweep", "mini.yaml", "sampler._target_=pathlib.Path"], "must be a subclass of"),
     (
-        ["sweep", "mini.yaml", *own_pruner("optuna.pruners.PercentilePruner", "pruner.percent=5")],
-        "arm `lora`: `pruner` must have arguments that 'optuna.pruners.PercentilePruner' takes, but got {'percent': 5",
+        ["sweep", "mini.yaml", "sampler._target_=optuna.samplers.QMCSampler", "sampler.sort=5"],
+        "arm `lora`: `sampler` must have arguments that 'optuna.samplers.QMCSampler' takes, but got {'sort': 5",
     ),
     (["sweep", "empty.yaml"], "`arms.lora.trials` must be 1 for an arm without a space, but got 2. Add a `space`."),
     (["sweep", "mini.yaml", "worker.pack_size=99"], "`worker.pack_size <= "),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from lorasweep.config.redaction import redact
-from lorasweep.console import EscapingConsole, say, say_error, silence_event_writer
+from lorasweep.console import EscapingConsole, say, say_error
 from lorasweep.errors import ConfigError, LoraSweepError, RanksLost, RecordError
 from lorasweep.quick_imports import quick_imports
 from lorasweep.training.stop_signal import INTERRUPTED_EXIT_CODE
@@ -37,15 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def run(arguments: Sequence[str]) -> int:
     """Runs one command and returns its exit code; prints errors of lorasweep as one line."""
     try:
-        with silence_event_writer():
-            parser = build_parser()
-            parsed, others = parser.parse_known_args(arguments)
-            if hasattr(parsed, "overrides") and not any(other.startswith("-") for other in others):
-                parsed.overrides = [*parsed.overrides, *others]  # also overrides after a flag
-            elif others:
-                parser.error(f"unrecognized arguments: {' '.join(others)}")
-            command: Callable[[argparse.Namespace], int] = parsed.command
-            return command(parsed)
+        parser = build_parser()
+        parsed, others = parser.parse_known_args(arguments)
+        if hasattr(parsed, "overrides") and not any(other.startswith("-") for other in others):
+            parsed.overrides = [*parsed.overrides, *others]  # also overrides after a flag
+        elif others:
+            parser.error(f"unrecognized arguments: {' '.join(others)}")
+        command: Callable[[argparse.Namespace], int] = parsed.command
+        return command(parsed)
     except (LoraSweepError, OSError) as error:
         return _say_exception(error)
     except KeyboardInterrupt as interrupt:

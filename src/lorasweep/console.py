@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import sys
-import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -36,23 +34,3 @@ def say_error(text: str) -> None:
 
 def _escape_controls(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-
-
-@contextmanager
-def silence_event_writer() -> Iterator[None]:
-    """Suppresses the traceback of TensorBoard's writer thread when the disk is full.
-
-    The main thread gets the same OSError, and its error message is enough.
-    """
-    previous_hook = threading.excepthook
-
-    def print_unless_event_writer(arguments: threading.ExceptHookArgs) -> None:
-        is_event_writer = type(arguments.thread).__name__ == "_AsyncWriterThread"
-        if not (is_event_writer and issubclass(arguments.exc_type, OSError)):
-            previous_hook(arguments)
-
-    threading.excepthook = print_unless_event_writer
-    try:
-        yield
-    finally:
-        threading.excepthook = previous_hook

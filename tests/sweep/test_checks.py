@@ -74,23 +74,6 @@ def test_arms_with_different_metrics_are_refused(write_file, content):
         find_metric(read_definition(write_file(content), []), InputsCache())
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"pruner._target_": "optuna.pruners.NoSuch"}, "`pruner._target_` must be the import path of a class"),
-        ({"pruner._target_": "optuna.pruners.PercentilePruner"}, "`pruner` must have arguments that"),
-    ],
-)
-def test_a_rule_that_cant_be_is_refused_with_its_arm(write_file, content, tiny_inputs, settings, message):
-    del content["settings"]["pruner"]
-    content["settings"] |= settings
-    definition = read_definition(write_file(content), [])
-    with pytest.raises(ConfigError, match=r"^arm `(full|lora)`: ") as refused:
-        check_definition(definition, tiny_inputs)
-    assert message in str(refused.value)
-    assert "\n" not in str(refused.value)
-
-
 def test_test_data_that_cannot_be_read_is_refused_before_the_search(write_file, content, tiny_inputs):
     class WithoutTest:
         def load(self, config):

@@ -51,12 +51,6 @@ def test_the_lower_end_prunes_all_that_the_rule_allows(define, plan_group):
     assert plan_group(arms["lora"]).estimate_search() == TimeRange(32 + 160, 64 + 320)
 
 
-def test_a_pruner_of_another_package_may_prune_all_but_one(define, content):
-    del content["settings"]["pruner"]
-    _, arms = define(**{"pruner._target_": "optuna.pruners.MedianPruner"})
-    assert [part.trials for part in list_parts(arms["lora"])] == [8, 1]
-
-
 def test_packs_share_their_time_and_a_rest_takes_a_whole_pack(define, plan_group):
     _, arms = define(pruner="none")
     group = plan_group(arms["lora"], slots=3, loading_s=0.5)

@@ -81,12 +81,7 @@ SamplerConfig = Annotated[
     SETTINGS_OR_COMPONENT,
 ]
 """A component is any Optuna sampler: one of Optuna or of the user."""
-PrunerConfig = Annotated[
-    Annotated[HalvingPruner | NoPruner, Field(discriminator="name"), Tag("settings")]
-    | Annotated[Component, Tag("component")],
-    SETTINGS_OR_COMPONENT,
-]
-"""A component is any Optuna pruner: one of Optuna or of the user."""
+PrunerConfig = Annotated[HalvingPruner | NoPruner, Field(discriminator="name")]
 
 
 @dataclass(frozen=True, kw_only=True)

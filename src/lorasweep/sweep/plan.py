@@ -24,7 +24,6 @@ from rich.table import Table
 from rich.text import Text
 
 from lorasweep.config.build import as_settings
-from lorasweep.config.components import Component
 from lorasweep.config.data import ChatConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.config.sweep import RayWorkers
@@ -116,10 +115,7 @@ class Part(NamedTuple):
 def list_parts(arm: Arm) -> list[Part]:
     """Returns the parts of an arm's search if the stopping rule prunes all that its bounds allow."""
     rule, config, trials = build_rule(arm), arm.corner_configs[0], arm.trials
-    steps, every = config.num_steps, config.trainer.eval_every_steps
-    if isinstance(arm.sweep_config.pruner, Component) and every < steps:
-        # a pruner of another package may prune at any evaluation
-        return [Part(0, every, trials), Part(every, steps, 1)]
+    steps = config.num_steps
     parts, start = [], 0
     for rung in rule.rungs:
         parts.append(Part(start, rung, trials))

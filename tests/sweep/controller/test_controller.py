@@ -226,30 +226,6 @@ def test_what_runs_out_of_memory_is_told_as_infeasible_and_never_ranked(begin, o
     close(controller)
 
 
-def test_a_pruner_of_the_users_own_is_asked_after_all_values_are_reported(begin, open_controller, content):
-    content["settings"] = {k: v for k, v in content["settings"].items() if not k.startswith("pruner")}
-    content["settings"] |= {
-        "sampler": "qmc",
-        "pruner._target_": "tests.sweep.controller.test_controller.WorstOfPeers",
-    }
-    controller = open_controller(begin(content))
-    pack = [controller.take() for _ in range(4)]
-    goes_on = controller.report([(a, EVERY, -float(a.number)) for a in pack])
-    assert goes_on == [False, True, True, True]
-    close(controller)
-
-
-class WorstOfPeers(optuna.pruners.BasePruner):
-    """Prunes the one trial that is worst among all that have reached its step."""
-
-    def prune(self, study, trial):
-        step = trial.last_step
-        values = [
-            t.intermediate_values[step] for t in study.get_trials(deepcopy=False) if step in t.intermediate_values
-        ]
-        return len(values) > 1 and trial.intermediate_values[step] == max(values)
-
-
 @pytest.mark.parametrize(("criterion", "expected"), [("loss", [True, False, False]), ("metric", [False, False, True])])
 def test_rungs_compare_by_loss_or_by_the_metric_as_asked(begin, open_controller, resume, content, criterion, expected):
     content["settings"] |= {"sampler": "qmc", "pruner.criterion": criterion}

@@ -8,7 +8,6 @@ from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.warnings import find_warnings
 
 RATES = {"low": 1e-3, "high": 1e-1, "log": True}
-SEARCHED = {"method.rank": [1, 64], "optim.lr": RATES}
 
 
 @pytest.fixture
@@ -27,29 +26,6 @@ def test_a_fair_sweep_is_not_warned_of(warnings):
     assert warnings({}) == []
 
 
-def test_a_fixed_alpha_is_warned_of_where_the_rank_is_searched(warnings):
-    (warning,) = [said for said in warnings({"space": {"method.rank": [1, 64]}}) if "method.alpha" in said]
-    assert "`method.alpha` of `lora` is 16" in warning
-    assert "α/r = 16 at rank 1 and 0.25 at rank 64" in warning
-    assert "`method.alpha: {over_rank: 2}`" in warning
-
-
-@pytest.mark.parametrize(
-    "lora",
-    [
-        {"space": {"method.rank": [1, 64], "method.alpha": [8, 16], "optim.lr": RATES}},
-        {"space": {"method.rank": [1, 64], "method.alpha": {"over_rank": [1, 2]}, "optim.lr": RATES}},
-        {"space": SEARCHED, "settings": {"method": "lora", "method.alpha": {"over_rank": 2}}},
-        {"space": SEARCHED, "settings": {"method.scaling": "alpha_over_sqrt_rank"}},
-        {"space": SEARCHED},  # the learning rate makes up for α
-        {"space": {"method.rank": [8], "optim.lr": RATES}},
-        {"space": {"optim.lr": RATES}, "settings": {"method.rank": 64}},
-    ],
-)
-def test_alpha_that_moves_or_a_rank_that_stays_is_not_warned_of(warnings, lora):
-    assert warnings(lora) == []
-
-
 def test_unequal_numbers_of_trials_are_warned_of(warnings):
     (warning,) = warnings({"trials": 6})
     assert warning.startswith("Arms have unequal numbers of trials (full 3, lora 6): ")
@@ -59,17 +35,6 @@ def test_unequal_numbers_of_trials_are_warned_of(warnings):
 def test_unequal_tokens_per_trial_are_warned_of(warnings):
     (warning,) = warnings({"settings": {"trainer.max_steps": 16}})
     assert warning.startswith("Arms train on unequal numbers of tokens per trial (full 4,096, lora 8,192): ")
-
-
-def test_learning_rates_searched_over_unequal_ranges_are_warned_of(warnings):
-    (warning,) = warnings({"space": {"optim.lr": {"low": 1e-3, "high": 3e-2, "log": True}}})
-    assert "(in decades: full 2.0, lora 1.5)" in warning
-    assert warnings({"space": {"optim.lr": {"low": 1e-3, "high": 4e-2, "log": True}}}) == []
-
-
-def test_a_learning_rate_that_one_arm_does_not_search_is_warned_of(warnings):
-    (warning,) = warnings({"space": {"method.rank": [8, 16], "method.alpha": [8, 16]}})
-    assert "(in decades: full 2.0, lora 0.0)" in warning
 
 
 def test_the_frozen_base_has_no_budget_to_compare(warnings, content):

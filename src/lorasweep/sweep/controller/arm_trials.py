@@ -58,7 +58,6 @@ class ArmTrials:
         planned: int,
         order: RungOrder,
         rule: StoppingRule | None = None,
-        prunes_by_study: bool = False,
         first_trials: int | None = None,
         session: str | None = None,
     ) -> None:
@@ -73,7 +72,6 @@ class ArmTrials:
             planned: Number of trials of the arm, including trials that have ended.
             order: How trials are compared at a rung.
             rule: Decides which trials may train beyond a rung. None lets every trial run to its end.
-            prunes_by_study: Whether the study's pruner decides at every evaluation, instead of `rule` at rungs.
             first_trials: Number of trials that begin first; the others wait for their results. None sets no limit.
             session: Prefix of the names of workers that may train trials now; None if no worker trains.
         """
@@ -90,7 +88,6 @@ class ArmTrials:
         self._build_trial = build_trial
         self._order = order
         self._rule = rule or StoppingRule()
-        self._prunes_by_study = prunes_by_study
         self._first_trials = planned if first_trials is None else first_trials
         self._ranked: dict[int, list[Row]] = {rung: [] for rung in self._rule.rungs}
         """By rung: the rows of the trials that have a value there and did not fail, best first.
@@ -205,8 +202,6 @@ class ArmTrials:
 
     def decide(self, trial: Trial, step: int) -> bool:
         """Returns whether a trial continues after an evaluation. All values of its step must be stored before."""
-        if self._prunes_by_study:
-            return not optuna.trial.Trial(self.study, self._find_id(trial)).should_prune()
         if step not in self._rule.rungs:
             return True
         if step in trial.passed:  # A process that was killed later has already reported this. The decision stays.

@@ -21,7 +21,6 @@ from typing import Literal
 
 import optuna
 from optuna.exceptions import ExperimentalWarning
-from optuna.pruners import BasePruner, NopPruner
 
 from lorasweep.disk import explain_unwritable
 from lorasweep.errors import WorkerError
@@ -54,7 +53,7 @@ class SweepFolder:
     def __post_init__(self) -> None:
         self.makespan_before_s = self.record.makespan_s  # of earlier sessions
 
-    def open_study(self, name: str, *, pruner: BasePruner | None = None) -> optuna.Study:
+    def open_study(self, name: str) -> optuna.Study:
         """Returns a study of the sweep, which is created if it is missing.
 
         Its sampler is never used: `propose` asks a study in memory. Optuna's tools show the name of its metric.
@@ -63,7 +62,6 @@ class SweepFolder:
             study_name=name,
             storage=self.storage,
             direction=self.record.direction,
-            pruner=pruner or NopPruner(),
             load_if_exists=True,
         )
         with warnings.catch_warnings():

@@ -12,7 +12,6 @@ from typing import Any, Literal, TypeAlias
 
 from optuna.distributions import IntDistribution
 
-from lorasweep.config.components import Component
 from lorasweep.config.run import SEED_KEYS, RunConfig
 from lorasweep.config.sweep import FixedSampler
 from lorasweep.record import LookRow, SettingRow, Trial, find_winner, name_run, name_subject
@@ -22,7 +21,7 @@ from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.history import History
 from lorasweep.sweep.controller.predictions import predict_best
 from lorasweep.sweep.controller.proposals import propose
-from lorasweep.sweep.controller.stopping_rules import RungOrder, build_pruner, build_rule
+from lorasweep.sweep.controller.stopping_rules import RungOrder, build_rule
 from lorasweep.sweep.controller.storage import name_study
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.definition.seeds import has_fixed_score
@@ -79,7 +78,7 @@ class Search:
         is_adaptive = not isinstance(arm.sweep_config.sampler, FixedSampler)  # a component may learn
         return ArmTrials(
             arm,
-            study=self._sweep.open_study(name_study(arm.name, self.name), pruner=build_pruner(arm)),
+            study=self._sweep.open_study(name_study(arm.name, self.name)),
             storage=self._sweep.storage,
             space=arm.space,
             build_trial=build_trial,
@@ -90,7 +89,6 @@ class Search:
                 constant_answer=self._sweep.record.constant_answer,
             ),
             rule=build_rule(arm),
-            prunes_by_study=isinstance(pruner, Component),
             first_trials=math.ceil(FIRST_TRIALS_FRACTION * arm.trials) if is_adaptive else None,
             session=session,
         )

@@ -11,9 +11,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from optuna.pruners import BasePruner
-
-from lorasweep.config.components import Component, instantiate
 from lorasweep.config.data import Direction, get_sign
 from lorasweep.config.sweep import HalvingPruner
 from lorasweep.record import Trial
@@ -67,38 +64,19 @@ class Halving(StoppingRule):
 
 
 def build_rule(arm: Arm) -> StoppingRule:
-    """Returns the rule that decides which trials of an arm are paused.
-
-    Raises:
-        ConfigError: The pruner can't be built.
-    """
+    """Returns the rule that decides which trials of an arm are paused."""
     pruner, config = arm.sweep_config.pruner, arm.corner_configs[0]
-    if not config.num_steps:
+    if not config.num_steps or not isinstance(pruner, HalvingPruner):
         return StoppingRule()
     every, max_steps = config.trainer.eval_every_steps, config.trainer.max_steps
     steps = range(every, max_steps, every)
-    if isinstance(pruner, HalvingPruner):
-        # A rung that is nearer to the end of the run than to the last evaluation before the end is dropped.
-        latest = steps[-1] + every / 2 if steps else 0
-        wanted = [fraction * max_steps for fraction in pruner.rungs if fraction * max_steps <= latest]
-        rungs = {min(steps, key=lambda step: (abs(step - rung), step)) for rung in wanted}
-        return Halving(
-            rungs=tuple(sorted(rungs)), reduction_factor=pruner.reduction_factor, min_survivors=pruner.min_survivors
-        )
-    build_pruner(arm)  # a pruner that can't be built must raise before the first trial
-    return StoppingRule()
-
-
-def build_pruner(arm: Arm) -> BasePruner | None:
-    """Returns the arm's pruner if it is set by `_target_`, else None.
-
-    Raises:
-        ConfigError: The pruner can't be built.
-    """
-    if not isinstance(arm.sweep_config.pruner, Component):
-        return None
-    expected: type[BasePruner] = BasePruner  # type: ignore[type-abstract]
-    return instantiate(arm.sweep_config.pruner, key="pruner", expected=expected)
+    # A rung that is nearer to the end of the run than to the last evaluation before the end is dropped.
+    latest = steps[-1] + every / 2 if steps else 0
+    wanted = [fraction * max_steps for fraction in pruner.rungs if fraction * max_steps <= latest]
+    rungs = {min(steps, key=lambda step: (abs(step - rung), step)) for rung in wanted}
+    return Halving(
+        rungs=tuple(sorted(rungs)), reduction_factor=pruner.reduction_factor, min_survivors=pruner.min_survivors
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
