@@ -20,14 +20,6 @@ def test_the_folder_of_a_run_is_no_setting_of_a_sweep(read, content, word):
         read(content, word)
 
 
-def test_a_grid_that_is_too_large_to_lay_out_is_refused(read, content):
-    content["arms"]["lora"] |= {"space": {"trainer.max_steps": {"low": 1, "high": 10**8}}, "trials": 6}
-    with pytest.raises(
-        ConfigError, match=r"`arms.lora.space` must .* 100,000 .*, but has 100,000,000. Use `sampler=qmc`"
-    ):
-        read(content, "arms.lora.sampler=grid")
-
-
 def change(content, path, value):
     *parents, last = path
     for name in parents:

@@ -5,7 +5,7 @@ are asked on a new study in memory, so nothing is written, and a sampler keeps n
 
 - `qmc`: every trial is a scrambled Sobol point.
 - `random`: every trial is a random point.
-- `grid`: every trial is a combination of the grid that no earlier trial has.
+- `grid`: every trial is a combination of the grid that no earlier trial has, from Optuna's `BruteForceSampler`.
 - `tpe` and `gp`: the first `count_startup_trials` trials, and all trials before `MIN_RESULTS` results, are scrambled
   Sobol points. A model proposes the other trials. It sees every running trial without a result, and at most
   `MAX_HISTORY_TRIALS` results: half of them are the best ones, the others are the latest.
@@ -22,18 +22,16 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import random
 import statistics
 import warnings
 import zlib
 from collections.abc import Container, Sequence
-from functools import lru_cache
 from typing import Any
 
 import optuna
 import torch
 from optuna.exceptions import ExperimentalWarning
-from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, BruteForceSampler, GPSampler, RandomSampler, TPESampler
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState
 
@@ -47,7 +45,6 @@ from lorasweep.sweep.controller.history import History, extrapolate_scores
 from lorasweep.sweep.controller.predictions import propose_for_values
 from lorasweep.sweep.controller.sobol import draw_sobol_point
 from lorasweep.sweep.definition.arms import Arm
-from lorasweep.sweep.definition.space import list_grid_values
 
 MAX_STARTUP_TRIALS = 32
 """Number of Sobol points at the start of an arm of 64 trials or more."""
@@ -80,7 +77,7 @@ def propose(arm: Arm, history: History, *, number: int) -> tuple[dict[str, Any],
             if isinstance(sampler, Component):
                 point, state = ask_sampler(sampler, history, seed=seed)
             elif sampler.name == "grid":
-                point = _choose_grid_point(arm, history)
+                point = _ask(BruteForceSampler(seed=seed), history, [history.show(trial) for trial in history.trials])
             else:
                 if sampler.name == "random":
                     point = _ask(RandomSampler(seed=seed), history, [])
@@ -124,25 +121,6 @@ def _derive_seed(arm: Arm, number: int | None = None) -> int:
 
 def _has_enough_results(sampler: ModelBasedSampler, history: History, number: int, *, arm: Arm) -> bool:
     return number >= count_startup_trials(sampler, trials=arm.trials) and history.count_values() >= MIN_RESULTS
-
-
-def _choose_grid_point(arm: Arm, history: History) -> Point:
-    """Returns the next untried combination of the grid. The grid is shuffled with the arm's seed."""
-    encoding = history.encoding
-    axes = tuple(
-        tuple(range(len(encoding.choices[key])) if key in encoding.choices else list_grid_values(key, range_))
-        for key, range_ in encoding.ranges.items()
-    )
-    grid = (dict(zip(encoding.ranges, values, strict=True)) for values in _shuffle_grid(axes, _derive_seed(arm)))
-    # no arm has more trials than combinations
-    return next(point for point in grid if not history.has_tried(point))
-
-
-@lru_cache
-def _shuffle_grid(axes: tuple[tuple[Any, ...], ...], seed: int) -> list[tuple[Any, ...]]:
-    combinations = list(itertools.product(*axes))
-    random.Random(seed).shuffle(combinations)
-    return combinations
 
 
 def _ask_model(sampler: ModelBasedSampler, history: History, *, seed: int) -> Point:

@@ -35,11 +35,10 @@ from lorasweep.config.sweep import SweepConfig
 from lorasweep.errors import ConfigError
 from lorasweep.record import name_subject
 from lorasweep.sweep.definition.space import (
-    MAX_GRID_COMBINATIONS,
     Space,
+    count_combinations,
     describe_space,
     list_corner_values,
-    list_grid_values,
     parse_range,
 )
 from lorasweep.sweep.definition.sweep_file import ArmConfig, SweepFile, parse_file, read_content, require_folder_name
@@ -381,17 +380,12 @@ def _drop_inherited_quantization(settings: dict[str, Any], *, own_keys: Collecti
 
 
 def _check_grid(arm: Arm) -> None:
-    """Raises ConfigError if `sampler=grid` has too many combinations, or fewer combinations than trials."""
-    if arm.sweep_config.sampler.name != "grid" or not arm.space:
+    """Raises ConfigError if an arm has more trials than `sampler=grid` has combinations, or a continuous range."""
+    if arm.sweep_config.sampler.name != "grid":
         return
-    count = math.prod(len(list_grid_values(key, distribution)) for key, distribution in arm.space.items())
-    if count > MAX_GRID_COMBINATIONS:
+    count = count_combinations(arm.space)
+    if not arm.trials <= count < math.inf:
         raise ConfigError(
-            f"`arms.{arm.name}.space` must have at most {MAX_GRID_COMBINATIONS:,} combinations under `sampler=grid`, "
-            f"but has {count:,}. Use `sampler=qmc`."
-        )
-    if arm.trials > count:
-        raise ConfigError(
-            f"`arms.{arm.name}.trials <= {count}` must hold under `sampler=grid`, which has {count} combinations, "
-            f"but got {arm.trials!r}."
+            f"`arms.{arm.name}.trials <= {count:g}` must hold under `sampler=grid`, and each range must be a list or "
+            f"have a `step`, but got {arm.trials!r} trials."
         )

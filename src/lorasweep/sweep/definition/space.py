@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from decimal import Decimal
+from collections.abc import Mapping
 from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -15,8 +14,6 @@ from lorasweep.errors import ConfigError, first_line
 from lorasweep.wording import nearest
 
 RANGE_KEYS = ("low", "high", "log", "step")
-MAX_GRID_COMBINATIONS = 100_000
-"""Maximum number of combinations under `sampler=grid`, because all of them are listed in memory."""
 Space = dict[str, BaseDistribution]
 """The distribution of each swept key."""
 
@@ -68,26 +65,17 @@ def list_corner_values(distribution: BaseDistribution) -> list[Any]:
     return [distribution.low, distribution.high]
 
 
-def list_grid_values(key: str, distribution: BaseDistribution) -> Sequence[Any]:
-    """Returns every value of a range, for `sampler=grid`.
-
-    Raises:
-        ConfigError: The range is continuous, or has too many values.
-    """
-    if isinstance(distribution, CategoricalDistribution):
-        return distribution.choices
-    if isinstance(distribution, IntDistribution) and not distribution.log:
-        return range(distribution.low, distribution.high + 1, distribution.step)
-    if isinstance(distribution, FloatDistribution) and distribution.step is not None:
-        low, high, step = (Decimal(str(n)) for n in (distribution.low, distribution.high, distribution.step))
-        count = int((high - low) / step) + 1
-        if count > MAX_GRID_COMBINATIONS:
-            raise ConfigError(
-                f"the range of `{key}` must have at most {MAX_GRID_COMBINATIONS:,} values under `sampler=grid`, but "
-                f"has {count:,}. Use a larger `step`."
-            )
-        return [float(low + n * step) for n in range(count)]  # 0.3, not 0.30000000000000004
-    raise ConfigError(f"the range of `{key}` must be a list or have a `step` under `sampler=grid`, but is continuous.")
+def count_combinations(space: Space) -> float:
+    """Returns the number of combinations of all values of a space; infinite if a range is continuous."""
+    count = 1.0
+    for distribution in space.values():
+        if isinstance(distribution, CategoricalDistribution):
+            count *= len(distribution.choices)
+        elif isinstance(distribution, FloatDistribution | IntDistribution):
+            if distribution.step is None or distribution.log:
+                return math.inf
+            count *= round((distribution.high - distribution.low) / distribution.step) + 1
+    return count
 
 
 def describe_space(space: Space) -> dict[str, Any]:
