@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import lightning
 import optuna
 import pytest
 import torch
@@ -79,11 +78,7 @@ def test_what_is_no_import_path_is_refused(target):
         (PERCENTILE, {}, "missing 1 required positional argument: 'percentile'"),
         (PERCENTILE, {"percentile": 200.0}, "Percentile must be between 0 and 100"),
         ("optuna.pruners.NoSuch", {}, "`pruner._target_` must be the import path of a class"),
-        (
-            "deepspeed.NoSuch",
-            {},
-            "`pruner` needs the package 'deepspeed', which is not installed. Run `pip install deeps",
-        ),
+        ("deepspeed.NoSuch", {}, "`pruner._target_` must .*: ModuleNotFoundError: No module named 'deepspeed'"),
     ],
 )
 def test_an_error_of_a_class_is_one_sentence(target, arguments, message, caplog):
@@ -98,16 +93,6 @@ def test_a_module_that_fails_when_it_is_imported_is_one_sentence(tmp_path, monke
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match=r"`pruner._target_` must be .* got 'broken_pruner.Pruner': RuntimeError: no"):
         find_class("broken_pruner.Pruner", key="pruner", expected=PRUNER)
-
-
-def test_a_package_that_is_missing_is_named_with_its_install_command(monkeypatch):
-    monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", False)
-    with pytest.raises(ConfigError, match=r"`logger.wandb` "):
-        instantiate(
-            named("lightning.pytorch.loggers.WandbLogger"),
-            key="logger.wandb",
-            expected=lightning.pytorch.loggers.Logger,
-        )
 
 
 def test_settings_of_a_part_are_the_same_after_a_round_trip():

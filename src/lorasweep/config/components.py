@@ -20,8 +20,6 @@ from lorasweep.errors import ConfigError, describe_error
 
 T = TypeVar("T")
 
-PIP_INSTALL_PATTERN = re.compile(r"pip install (?:-U )?'?([\w.-]+)")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Component(Settings):
@@ -78,7 +76,10 @@ def check_component(component: Component, *, key: str, expected: type, **more_ar
 def require_package(package: str, *, key: str, extra: str | None = None) -> None:
     """Raises ConfigError if a package is not installed. `extra` is the extra of lorasweep that installs it."""
     if find_spec(package) is None:
-        raise ConfigError(_describe_package(package, key=key, extra=extra))
+        installed = f"'lorasweep[{extra}]'" if extra else package
+        raise ConfigError(
+            f"`{key}` needs the package {package!r}, which is not installed. Run `pip install {installed}`."
+        )
 
 
 def find_class(target: Any, *, key: str, expected: type[T]) -> type[T]:
@@ -94,7 +95,7 @@ def find_class(target: Any, *, key: str, expected: type[T]) -> type[T]:
     try:
         imported = resolve_name(target)  # Hydra's own function would also log an error on several lines
     except Exception as error:  # a module may raise any error while Python imports it
-        raise ConfigError(_describe_missing(error, key=key) or f"{message}: {describe_error(error)}.") from error
+        raise ConfigError(f"{message}: {describe_error(error)}.") from error
     if not isinstance(imported, type):
         raise ConfigError(f"{message}, which is no class.")
     if not issubclass(imported, expected):
@@ -121,24 +122,10 @@ def _describe_failure(error: Exception, component: Component, *, key: str) -> st
     cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
     if isinstance(cause, ConfigError):  # a class of lorasweep raised it, so the message is complete
         return str(cause)
-    return _describe_missing(cause, key=key) or (
+    return (
         f"`{key}` must have arguments that {component.target!r} takes, but got {dict(component.arguments)!r}: "
         f"{describe_error(cause)}."
     )
-
-
-def _describe_missing(error: Exception, *, key: str) -> str | None:
-    """Returns a sentence that names the package that is not installed, if this caused the error."""
-    if not isinstance(error, ModuleNotFoundError):
-        return None
-    quoted = PIP_INSTALL_PATTERN.search(str(error))  # Lightning's errors have no `name`, but quote the pip command
-    package = quoted[1] if quoted else (error.name or "").partition(".")[0]
-    return _describe_package(package, key=key)
-
-
-def _describe_package(package: str, *, key: str, extra: str | None = None) -> str:
-    installed = f"'lorasweep[{extra}]'" if extra else package
-    return f"`{key}` needs the package {package!r}, which is not installed. Run `pip install {installed}`."
 
 
 def check_function_name(key: str, name: str) -> None:

@@ -142,16 +142,7 @@ class SlurmConfig(Settings):
     head_ip: str | None
     """IP address at which the jobs reach the head; null uses the address that Ray finds."""
     partition: str | None
-    """Partition of the jobs. Null uses the cluster's default; the same holds for `account`, `qos`, `constraint` and
-    `mem_gb`."""
-    account: str | None
-    """Account that Slurm charges."""
-    qos: str | None
-    """Quality of service of the jobs."""
-    constraint: str | None
-    """Features that a machine must have, in Slurm's syntax (`a100|h100`)."""
-    mem_gb: PositiveFloat | None
-    """Memory of one job in GB."""
+    """Partition of the jobs. Null uses the cluster's default."""
     timeout_min: Positive
     """Time limit of a job in minutes, after which Slurm ends it."""
     signal_delay_s: Positive
@@ -162,7 +153,7 @@ class SlurmConfig(Settings):
     setup: tuple[str, ...]
     """Shell commands to run before the node starts, such as `module load cuda`."""
     extra: Mapping[str, str | int | bool]
-    """Further sbatch options by their long names, such as `{reservation: tuesday, exclusive: true}`. They replace
+    """Further sbatch options by their long names, such as `{account: me, mem: 64G, constraint: a100}`. They replace
     options that the other settings give."""
 
     def __post_init__(self) -> None:

@@ -3,7 +3,6 @@
 # Parameters
 #SBATCH --account=lab
 #SBATCH --array=0-7%8
-#SBATCH --constraint='a100|h100'
 #SBATCH --cpus-per-task=24
 #SBATCH --error=SWEEP/quickstart/slurm/%A_%a_0_log.err
 #SBATCH --exclusive
@@ -16,7 +15,6 @@
 #SBATCH --open-mode=append
 #SBATCH --output=SWEEP/quickstart/slurm/%A_%a_0_log.out
 #SBATCH --partition=gpu
-#SBATCH --qos=high
 #SBATCH --requeue
 #SBATCH --reservation='on tuesday'
 #SBATCH --signal=USR2@120

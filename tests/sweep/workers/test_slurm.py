@@ -59,15 +59,11 @@ def test_the_batch_file_is_the_recorded_one(batch_file):
     text = batch_file(
         jobs=8,
         partition="gpu",
-        account="lab",
-        qos="high",
         processes_per_job=4,
         gpus=1,
         cpus=6,
-        mem_gb=1.5,
-        constraint="a100|h100",
         setup=["module load cuda"],
-        extra={"reservation": "on tuesday", "exclusive": True, "nice": 5},
+        extra={"account": "lab", "mem": "1536M", "reservation": "on tuesday", "exclusive": True, "nice": 5},
     )
     assert text == RECORDED.read_text()
 
@@ -84,7 +80,6 @@ def test_one_job_that_is_not_requeued(batch_file):
         ({"jobs": 0}, r"`worker.jobs >= 1`.* got 0"),
         ({"gpus": -1}, r"`worker.gpus >= 0`.* got -1"),
         ({"pack_size": 0}, r"`worker.pack_size >= 1`.* got 0"),
-        ({"mem_gb": 0}, r"`worker.mem_gb > 0`.* got 0"),
         ({"timeout_min": 2}, r"`worker.signal_delay_s < 120`.* got 120"),
     ],
 )

@@ -35,15 +35,7 @@ def submit_jobs(config: SlurmConfig, folder: Path) -> None:
         ConfigError: Slurm is missing, or refuses the jobs.
     """
     num_cpus, num_gpus = config.processes_per_job * config.cpus, config.processes_per_job * config.gpus
-    options = {
-        "partition": config.partition,
-        "account": config.account,
-        "qos": config.qos,
-        "constraint": config.constraint,
-        "gpus_per_node": num_gpus or None,
-        "mem": None if config.mem_gb is None else f"{round(config.mem_gb * 1024)}M",
-        "setup": list(config.setup) or None,
-    }
+    options = {"partition": config.partition, "gpus_per_node": num_gpus, "setup": list(config.setup)}
     node = RayNode(folder=folder.resolve(), requeue=config.requeue, num_cpus=num_cpus, num_gpus=num_gpus)
     try:
         executor = submitit.SlurmExecutor(folder.resolve() / JOBS_FOLDER, max_num_timeout=MAX_REQUEUES)
@@ -58,7 +50,7 @@ def submit_jobs(config: SlurmConfig, folder: Path) -> None:
             srun_args=[f"--cpus-per-task={num_cpus}"],  # srun of Slurm 22.05 to 23.02 ignores sbatch's value
             array_parallelism=sys.maxsize,  # all jobs of an array may run at once
             additional_parameters={"requeue" if config.requeue else "no-requeue": True, **config.extra},
-            **{name: value for name, value in options.items() if value is not None},
+            **{name: value for name, value in options.items() if value},
         )
         with _environment_outside_job():
             executor.submit_array([node] * config.jobs)
