@@ -155,10 +155,9 @@ def test_a_run_that_can_not_be_inspected_is_refused(runs, damage, message):
     assert not (runs["lora"] / "inspect").exists()
 
 
-def test_the_table_has_every_kind_of_layer_and_the_sentences(runs):
+def test_the_table_has_every_kind_of_layer(runs):
     inspection = inspect_run(runs["full"])
     console = Console(file=io.StringIO(), width=80)
     console.print(render_inspection(inspection))
     text = console.file.getvalue()
     assert all(kind in text for kind in {row.kind for row in inspection.layers if row.energy_rank is not None})
-    assert all(sentence in " ".join(text.split()) for sentence in inspection.sentences)

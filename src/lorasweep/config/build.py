@@ -128,7 +128,10 @@ def _describe(error: ErrorDetails, key: str) -> str:
     if isinstance(cause := context.get("error"), ConfigError):  # raised by a `__post_init__`; the message has the key
         return str(cause)
     if kind == "unknown_key":
-        return describe_unknown_key(f"{key}.{context['name']}" if key else context["name"], context["names"])
+        names = context["names"]
+        unknown, place = (f"{key}.{context['name']}", f"of `{key}` ") if key else (context["name"], "")
+        near = nearest(context["name"], names)
+        return f"`{unknown}` is not a setting.{near} The settings {place}are {', '.join(names)}."
     if kind == "missing":
         return f"`{key}` must be set, but is missing."
     if kind in COMPARISONS:
@@ -143,13 +146,6 @@ def _describe(error: ErrorDetails, key: str) -> str:
         return f"`{key}` must be one of {', '.join(choices)}, but got {shorten(given, MAX_VALUE_CHARACTERS)}.{near}"
     noun = TYPE_DESCRIPTIONS.get(kind.partition("_")[0])
     return f"`{key}` must be {noun}, but got {value}." if noun else f"`{key}`: {error['msg']}, but got {value}."
-
-
-def describe_unknown_key(key: str, names: Sequence[str]) -> str:
-    """Returns a sentence for a dotted key whose last part is none of `names`. It suggests the nearest of them."""
-    group, _, name = key.rpartition(".")
-    place = f"The settings of `{group}` are" if group else "The settings are"
-    return f"`{key}` is not a setting.{nearest(name, names)} {place} {', '.join(names)}."
 
 
 def _find_names(error: ErrorDetails, values: Any) -> list[str]:

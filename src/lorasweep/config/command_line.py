@@ -115,13 +115,6 @@ def describe_groups(*primaries: Primary) -> str:
     return "\n".join(["groups of settings, and the options of each:", *lines])
 
 
-def _may_be_new(key: str) -> bool:
-    """Returns whether a key is an argument of a component, or a mapping or an entry of one."""
-    return key in MAPPING_SETTINGS or key.startswith(
-        tuple(f"{name}." for name in (*COMPONENT_SETTINGS, *LIST_GROUPS, *MAPPING_SETTINGS))
-    )
-
-
 def _parse(overrides: Sequence[str]) -> list[Override]:
     parser = OverridesParser.create()
     return [_parse_one(parser, override) for override in overrides]
@@ -142,7 +135,10 @@ def _read_override(override: Override) -> tuple[str, Any]:
     key, value = str(override.key_or_group), override._value
     if not key:
         raise ConfigError(f"an override must read `key=value`, but got {override.input_line!r}.")
-    if override.is_delete() or (override.is_add() and not _may_be_new(key)):
+    # an argument of a component, or a mapping or an entry of one
+    mappings = tuple(f"{name}." for name in (*COMPONENT_SETTINGS, *LIST_GROUPS, *MAPPING_SETTINGS))
+    may_be_new = key in MAPPING_SETTINGS or key.startswith(mappings)
+    if override.is_delete() or (override.is_add() and not may_be_new):
         return str(override.input_line), None  # Hydra applies it
     if override.is_force_add() and key in {*default_options("train"), *default_options("sweep")}:
         raise ConfigError(f"`{key}` must be chosen without a plus, but got {override.input_line!r}.")

@@ -10,7 +10,7 @@ from statistics import median
 
 import torch
 from jaxtyping import Float
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
@@ -72,7 +72,6 @@ class Inspection:
     layers: tuple[LayerRow, ...]
     spectra: Mapping[str, list[float]]
     """Singular values of every updated matrix by layer, in descending order."""
-    sentences: tuple[str, ...]
 
 
 def inspect_run(folder: Path, *, trust: bool = False) -> Inspection:
@@ -113,7 +112,7 @@ def inspect_run(folder: Path, *, trust: bool = False) -> Inspection:
     rows = [asdict(row) for row in layers]
     write_atomically(folder / INSPECT_FOLDER / "layers.csv", csv_text(list(rows[0]), (row.values() for row in rows)))
     write_atomically(folder / INSPECT_FOLDER / "spectra.json", json.dumps(spectra) + "\n")
-    return Inspection(layers=layers, spectra=spectra, sentences=_describe_layers(method.name, layers))
+    return Inspection(layers=layers, spectra=spectra)
 
 
 @torch.no_grad()
@@ -182,7 +181,7 @@ def relative_norm(rows: Sequence[LayerRow]) -> float | None:
 
 
 def render_inspection(inspection: Inspection) -> RenderableType:
-    """Returns a table with a row for each kind of layer, and the sentences."""
+    """Returns a table with a row for each kind of layer."""
     table = Table(title="updates by kind of layer (medians)", title_justify="left")
     table.add_column("layers", no_wrap=True)
     for name in ("share", "of base", "90 % in", "times base"):
@@ -200,19 +199,7 @@ def render_inspection(inspection: Inspection) -> RenderableType:
             _format_median([row.energy_rank for row in rows], digits=0),
             _format_median([row.amplification for row in rows], digits=2),
         )
-    return Group(table, *(Text(f"• {sentence}") for sentence in inspection.sentences))
-
-
-def _describe_layers(method: str, rows: Sequence[LayerRow]) -> tuple[str, ...]:
-    """Returns sentences on the size of the updates and their rank."""
-    ranks = sorted({row.trained_rank for row in rows if row.trained_rank is not None})
-    trained = f" at rank {' to '.join(map(str, dict.fromkeys([ranks[0], ranks[-1]])))}" if ranks else ""
-    changed = f"`{method}`{trained} changed {len(rows)} weights of the base by {format_share(relative_norm(rows))}"
-    directions = [row.energy_rank for row in rows if row.energy_rank is not None]
-    if not directions:
-        return (f"{changed} of their norm.",)
-    held = f"90 % of the squared norm lies in this number of directions (median over layers): {median(directions):.0f}."
-    return f"{changed} of their norm.", held
+    return table
 
 
 def _format_median(values: Sequence[float | None], *, digits: int) -> str:

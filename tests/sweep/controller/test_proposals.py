@@ -25,8 +25,7 @@ import lorasweep
 from lorasweep.config.sweep import FixedSampler, ModelBasedSampler
 from lorasweep.sweep.controller import history as history_file
 from lorasweep.sweep.controller import proposals
-from lorasweep.sweep.controller.encoding import SpaceEncoding
-from lorasweep.sweep.controller.sobol import draw_sobol_point
+from lorasweep.sweep.controller.encoding import SpaceEncoding, draw_sobol_point
 
 RANKS = [1, 2, 4, 8, 16, 32]
 SPACE = {

@@ -10,9 +10,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from tests.sweep.controller.conftest import ask_for_proposal, make_arm, make_trial
 
 from lorasweep.config.sweep import FixedSampler, ModelBasedSampler
-from lorasweep.sweep.controller.encoding import SpaceEncoding
-from lorasweep.sweep.controller.rate_law import build_rate_law
-from lorasweep.sweep.controller.sobol import draw_sobol_point
+from lorasweep.sweep.controller.encoding import SpaceEncoding, build_rate_law, draw_sobol_point
 from lorasweep.sweep.definition.arms import read_definition
 
 RANKS = [1, 4, 16, 64]

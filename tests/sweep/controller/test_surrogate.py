@@ -9,7 +9,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 import lorasweep.sweep.controller.surrogate as surrogate_file
-from lorasweep.sweep.controller.rate_law import RateLaw
+from lorasweep.sweep.controller.encoding import RateLaw
 from lorasweep.sweep.controller.surrogate import Coordinates, fit_surrogate
 
 POINTS = np.linspace(-2, 2, 9)[:, None]

@@ -108,22 +108,8 @@ class ArmTrials:
         """Number of trials that have not begun."""
         return self.planned - len(self.trials)
 
-    @property
-    def begun_fraction(self) -> float:
-        """Fraction of the trials that have begun."""
-        return len(self.trials) / self.planned if self.planned else 1.0
-
-    @property
-    def next_order(self) -> int:
-        """One more than the highest order of a trial."""
-        return 1 + max((trial.order for trial in self.trials.values()), default=-1)
-
     def is_in_training(self, trial: Trial) -> bool:
         return trial.number in self._in_training
-
-    def find_abandoned(self) -> list[Trial]:
-        """Returns the running trials whose worker is gone."""
-        return [trial for trial in self.list_in_state("running") if not self.is_in_training(trial)]
 
     def list_held_by(self, worker: str) -> list[Trial]:
         """Returns the trials that a worker trains now."""

@@ -117,7 +117,8 @@ class Controller:
             self._advance_stage()
         candidates = [trials for name, trials in self.stage.arms.items() if arms is None or name in arms]
         # First the trials of workers that are gone, in the order in which they were handed out.
-        abandoned = [(trials, trial) for trials in candidates for trial in trials.find_abandoned()]
+        running = [(trials, trial) for trials in candidates for trial in trials.list_in_state("running")]
+        abandoned = [(trials, trial) for trials, trial in running if not trials.is_in_training(trial)]
         if abandoned:
             trials, trial = min(abandoned, key=lambda pair: pair[1].order)
             trials.hand_out_again(trial, worker=worker, request=request)
@@ -321,10 +322,12 @@ class Controller:
                 self.sweep.warn(trials.warning)
 
     def _sort_key(self, trials: ArmTrials) -> tuple[bool, float, int]:
-        return bool(trials.arm.space), trials.begun_fraction, self._places[trials.arm.name]
+        begun_fraction = len(trials.trials) / trials.planned if trials.planned else 1.0
+        return bool(trials.arm.space), begun_fraction, self._places[trials.arm.name]
 
     def _next_order(self) -> int:
-        return max(trials.next_order for trials in self.stage.arms.values())
+        orders = [trial.order for trials in self.stage.arms.values() for trial in trials.trials.values()]
+        return 1 + max(orders, default=-1)
 
     def _assign(self, trials: ArmTrials, trial: Trial) -> Assignment:
         arm, stage = trials.arm, self.stage

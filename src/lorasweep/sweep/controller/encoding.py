@@ -1,24 +1,81 @@
-"""Converts an arm's parameters to points, which Optuna's samplers read, and points to parameters.
+"""The points that samplers search: converts an arm's parameters to points and back, and draws Sobol points.
 
 A point has the index of a choice instead of the choice. Choices that are numbers are sorted, so that a model knows that
 rank 8 lies between 4 and 16. Other choices are categories. A learning rate that is searched on a log scale becomes the
-coordinate u of the rate law (`rate_law`), whose best value is about the same at every rank and α.
+coordinate u of the rate law.
+
+The rate law: in the coordinate u = lr · √(s · r · λ), LoRA's best learning rate is about the same at every rank. s is
+the factor on B A (α/r, or α/√r), r the rank, and λ the ratio of the learning rates of B and A (LoRA+). With α/r the
+coordinate is lr · √α. Under Adam both A and B move by about lr a step, so after t steps the update has grown like
+s · r · (lr · t)². docs/benchmarks.md compares other powers on stored results.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from scipy.stats import qmc
 
-from lorasweep.config.run import LR
-from lorasweep.sweep.controller.rate_law import LAW_KEYS, RateLaw
+from lorasweep.config.method import ALPHA_OVER_RANK, LoraConfig
+from lorasweep.config.run import ALPHA, LR, RANK, follows_rate_law
+from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.definition.space import Space, list_corner_values
 
 Point = dict[str, Any]
 """A value for each key that can vary. For a list of choices the value is the index of a choice."""
+SCALING = "method.scaling"
+RATIO_B = "optim.lr_ratio_b"
+LAW_KEYS = (RANK, ALPHA, ALPHA_OVER_RANK, SCALING, RATIO_B)
+"""The swept keys that change the factor between the learning rate and u."""
+SAMPLERS_IN_U = ("qmc", "tpe", "gp")
+"""The samplers that see u in place of the learning rate, because they cover the space or model the scores.
+
+`random` draws learning rates. The arguments of a sampler by `_target_`, such as `fixed_params`, have learning rates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RateLaw:
+    """Computes the factor u / lr of a trial's parameters. Without LoRA it is 1, so that u is the learning rate."""
+
+    defaults: Mapping[str, Any]
+    """The values of `LAW_KEYS` that an arm does not sweep; empty for a method without a scaling."""
+
+    def factor(self, params: Mapping[str, Any]) -> float:
+        """Returns √(s · r · λ). It is 1 at α = 0, where the learning rate has no effect."""
+        if not self.defaults:
+            return 1.0
+        found = {**self.defaults, **{key: params[key] for key in LAW_KEYS if key in params}}
+        rank = found[RANK]
+        alpha = (
+            found[ALPHA_OVER_RANK] * rank
+            if found.get(ALPHA_OVER_RANK) is not None and ALPHA not in params
+            else found[ALPHA]
+        )
+        strength = alpha if found[SCALING] == "alpha_over_rank" else alpha * math.sqrt(rank)  # s · r
+        return math.sqrt(strength * found[RATIO_B]) or 1.0
+
+
+def build_rate_law(arm: Arm) -> RateLaw:
+    """Returns the rate law of an arm, whose settings may fix α/r; none without LoRA, Adam or a searched rate."""
+    if LR not in arm.space or not isinstance(method := (config := arm.corner_configs[0]).method, LoraConfig):
+        return RateLaw(defaults={})
+    if not follows_rate_law("lora", config.optim.name):
+        return RateLaw(defaults={})
+    return RateLaw(
+        defaults={
+            RANK: method.rank,
+            ALPHA: method.alpha,
+            ALPHA_OVER_RANK: arm.settings.get(ALPHA_OVER_RANK),
+            SCALING: method.scaling,
+            RATIO_B: getattr(config.optim, "lr_ratio_b", 1.0),
+        }
+    )
 
 
 class SpaceEncoding:
@@ -89,3 +146,51 @@ def _sort_choices(choices: Iterable[Any]) -> tuple[list[Any], bool]:
     if are_numbers:
         return sorted(choices, key=lambda choice: (choice, repr(choice))), True
     return sorted(choices, key=lambda choice: (type(choice).__name__, repr(choice))), False
+
+
+def draw_sobol_point(encoding: SpaceEncoding, index: int, *, seed: int) -> Point:
+    """Returns the point at an index of an arm's Sobol sequence.
+
+    The coordinates equal those of Optuna's QMC sampler. That sampler draws all earlier points again for each point.
+
+    *Differs* for choices: each of k choices appears exactly once in each group of k successive points. The point with
+    the lowest coordinate of the group gets the first choice. Optuna cuts the coordinate into k equal parts, but Sobol
+    points cover only 2^n parts evenly: with 6 ranks, 81 % of the sequences lack a rank in the first 6 points.
+    Points cover u of the rate law where the range of the learning rate allows it, elsewhere the learning rate.
+    """
+    counts = {key: len(encoding.choices[key]) for key in encoding.ranges if key in encoding.choices}
+    # SciPy wants a power of 2. It must include the last point of the group of k points that `index` is in.
+    num_points = 1 << (index + max(counts.values(), default=1)).bit_length()
+    fractions = _draw_sequence(len(encoding.ranges), seed, num_points)
+    point: Point = {}
+    for column, (key, range_) in enumerate(encoding.ranges.items()):
+        if key in counts:
+            first = index - index % counts[key]
+            group = fractions[first : first + counts[key], column]
+            point[key] = int((group < fractions[index, column]).sum())
+        else:
+            point[key] = _scale_to(range_, float(fractions[index, column]))
+    if LR not in encoding.ranges:
+        return point
+    return encoding.move_into_range(point, float(fractions[index, list(encoding.ranges).index(LR)]))
+
+
+@lru_cache
+def _draw_sequence(num_keys: int, seed: int, num_points: int) -> Any:
+    """Returns an array (num_points, num_keys) of numbers from 0 to 1."""
+    return qmc.Sobol(num_keys, scramble=True, seed=seed).random(num_points)
+
+
+def _scale_to(range_: BaseDistribution, fraction: float) -> float:
+    """Returns the value at a fraction of a range's length, as Optuna's QMC sampler does."""
+    assert isinstance(range_, FloatDistribution | IntDistribution)
+    step = range_.step or 0
+    # half a step beyond both ends, so that the values at the ends are as frequent as the others
+    low, high = range_.low - step / 2, range_.high + step / 2
+    if range_.log:
+        value = math.exp(math.log(low) + fraction * (math.log(high) - math.log(low)))
+    else:
+        value = low + fraction * (high - low)
+    if step:
+        value = round((value - range_.low) / step) * step + range_.low
+    return min(max(value, range_.low), range_.high)

@@ -13,8 +13,7 @@ from optuna.trial import TrialState as OptunaState
 
 from lorasweep.config.data import Direction, get_sign
 from lorasweep.record import Trial, TrialState
-from lorasweep.sweep.controller.encoding import Point, SpaceEncoding
-from lorasweep.sweep.controller.rate_law import SAMPLERS_IN_U, build_rate_law
+from lorasweep.sweep.controller.encoding import SAMPLERS_IN_U, Point, SpaceEncoding, build_rate_law
 from lorasweep.sweep.definition.arms import Arm
 
 MAX_HISTORY_TRIALS = 200
@@ -86,10 +85,6 @@ class History:
     def list_running(self) -> list[Trial]:
         """Returns the running trials without a result, in the order of their numbers."""
         return [trial for trial in self.trials if trial.state == "running" and not is_result(trial)]
-
-    def count_values(self) -> int:
-        """Returns the number of results that have a finite value."""
-        return sum(is_result(trial) and trial.state != "infeasible" for trial in self.trials)
 
     def has_tried(self, point: Point) -> bool:
         """Returns whether a trial had this point. Values of continuous ranges are compared to two digits."""

@@ -200,7 +200,8 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None, file: 
         record.source, record.source_sha256 = str(file), compute_sha256(file)
     record.confirm_seeds = draw_confirm_seeds(definition)
     record.questions = list_questions(definition)
-    record.looks = _merge_looks(record, definition)
+    done, planned = [look.seeds for look in record.looks_done], definition.sweep_config.confirm.list_looks()
+    record.looks = sorted({*done, *(look for look in planned if look > max(done, default=0))})
     record.arms = [build_arm_row(arm) for arm in definition.arms]
     # the confirm stage adds its own warnings again
     record.warnings = [
@@ -224,13 +225,6 @@ def build_arm_row(arm: Arm) -> ArmRow:
         pruner=arm.sweep_config.pruner.name,
         confirm_each=arm.confirm_each,
     )
-
-
-def _merge_looks(record: SweepRecord, definition: Definition) -> list[int]:
-    """Returns the looks of a resumed sweep: those that were tested already, and those that are planned now."""
-    done = [look.seeds for look in record.looks_done]
-    planned = definition.sweep_config.confirm.list_looks()
-    return sorted({*done, *(look for look in planned if look > max(done, default=0))})
 
 
 def _check_confirm_seeds(record: SweepRecord, seeds: Sequence[int]) -> None:

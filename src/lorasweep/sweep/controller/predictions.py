@@ -14,10 +14,8 @@ from optuna.distributions import CategoricalDistribution
 from lorasweep.config.data import Direction, get_sign
 from lorasweep.config.run import LR
 from lorasweep.record import Trial
-from lorasweep.sweep.controller.encoding import Point, SpaceEncoding
+from lorasweep.sweep.controller.encoding import Point, RateLaw, SpaceEncoding, build_rate_law, draw_sobol_point
 from lorasweep.sweep.controller.history import History, extrapolate_scores
-from lorasweep.sweep.controller.rate_law import RateLaw, build_rate_law
-from lorasweep.sweep.controller.sobol import draw_sobol_point
 from lorasweep.sweep.controller.surrogate import Coordinates, Surrogate, fit_surrogate
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.definition.space import Space
@@ -124,7 +122,9 @@ def predict_best(
         params=candidates[best],
         trial=list(tried)[best] if best < len(tried) else None,
         score=sign * float(mean[best]),
-        rate_ratio=_find_rate_ratio(candidates[best], complete, law) if coordinates.has_learning_rate else None,
+        rate_ratio=_find_rate_ratio(candidates[best], complete, law)
+        if LR in arm.space and not arm.space[LR].single()
+        else None,
         regret=_estimate_regret(surrogate, coordinates.place(candidates), best),
     )
 

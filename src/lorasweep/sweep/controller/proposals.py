@@ -40,10 +40,9 @@ from lorasweep.config.sweep import ModelBasedSampler
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.record import Trial
 from lorasweep.sweep.controller.component_sampler import ask_sampler
-from lorasweep.sweep.controller.encoding import Point
-from lorasweep.sweep.controller.history import History, extrapolate_scores
+from lorasweep.sweep.controller.encoding import Point, draw_sobol_point
+from lorasweep.sweep.controller.history import History, extrapolate_scores, get_last_value
 from lorasweep.sweep.controller.predictions import propose_for_values
-from lorasweep.sweep.controller.sobol import draw_sobol_point
 from lorasweep.sweep.definition.arms import Arm
 
 MAX_STARTUP_TRIALS = 32
@@ -81,7 +80,11 @@ def propose(arm: Arm, history: History, *, number: int) -> tuple[dict[str, Any],
             else:
                 if sampler.name == "random":
                     point = _ask(RandomSampler(seed=seed), history, [])
-                elif isinstance(sampler, ModelBasedSampler) and _has_enough_results(sampler, history, number, arm=arm):
+                elif (
+                    isinstance(sampler, ModelBasedSampler)
+                    and number >= count_startup_trials(sampler, trials=arm.trials)
+                    and sum(get_last_value(trial) is not None for trial in history.list_results()) >= MIN_RESULTS
+                ):
                     point = (
                         propose_for_values(arm, history, seed=arm_seed)
                         if sampler.name == "gp" and arm.confirm_each
@@ -117,10 +120,6 @@ def count_startup_trials(sampler: ModelBasedSampler, *, trials: int) -> int:
 def _derive_seed(arm: Arm, number: int | None = None) -> int:
     """Returns the seed of one trial or, without a number, of the whole arm."""
     return zlib.crc32(f"{arm.sweep_config.sweep.seed}/{arm.name}/{'' if number is None else number}".encode())
-
-
-def _has_enough_results(sampler: ModelBasedSampler, history: History, number: int, *, arm: Arm) -> bool:
-    return number >= count_startup_trials(sampler, trials=arm.trials) and history.count_values() >= MIN_RESULTS
 
 
 def _ask_model(sampler: ModelBasedSampler, history: History, *, seed: int) -> Point:

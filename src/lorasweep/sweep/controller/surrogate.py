@@ -19,7 +19,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from lorasweep.config.method import ALPHA_OVER_RANK
 from lorasweep.config.ranges import is_number
 from lorasweep.config.run import ALPHA, LR, RANK
-from lorasweep.sweep.controller.rate_law import RateLaw
+from lorasweep.sweep.controller.encoding import RateLaw
 from lorasweep.sweep.definition.space import Space
 
 Array = NDArray[np.float64]
@@ -66,11 +66,6 @@ class Coordinates:
             elif isinstance(distribution, CategoricalDistribution):
                 columns += _place_choices(values, distribution.choices)
         return np.array(columns, dtype=np.float64).reshape(-1, len(params)).T
-
-    @property
-    def has_learning_rate(self) -> bool:
-        """Whether the learning rate varies."""
-        return LR in self._space
 
 
 def _find_position(value: float, distribution: FloatDistribution | IntDistribution) -> float:

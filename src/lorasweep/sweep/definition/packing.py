@@ -83,19 +83,15 @@ def rank_arms_by_duration(definition: Definition) -> dict[str, int]:
     """
     plans = plan_packing(definition)
 
+    def count_passes(config: RunConfig) -> int:
+        # in forward passes of one token; backward for activations costs one, and for the gradients of all weights one
+        return count_tokens(config) * {"head": 1, "full": 3, "intrinsic": 3}.get(config.method.name, 2)
+
     def sort_key(arm: Arm) -> tuple[bool, float]:
         is_packed = plans[arm.name].key is not None and arm.sweep_config.worker.pack_size != 1
-        return not is_packed, -max(map(_count_passes, arm.corner_configs))
+        return not is_packed, -max(map(count_passes, arm.corner_configs))
 
     return {arm.name: place for place, arm in enumerate(sorted(definition.arms, key=sort_key))}
-
-
-def _count_passes(config: RunConfig) -> int:
-    """Returns the cost of a run, in forward passes of one token.
-
-    A backward pass costs one for the gradients of activations, and another one for those of all weights.
-    """
-    return count_tokens(config) * {"head": 1, "full": 3, "intrinsic": 3}.get(config.method.name, 2)
 
 
 def explain_solo_arms(definition: Definition) -> list[str]:

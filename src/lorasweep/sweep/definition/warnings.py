@@ -18,9 +18,11 @@ def find_warnings(definition: Definition) -> list[str]:
     # the frozen base has neither a budget nor a learning rate to compare
     trained = [arm for arm in definition.arms if max(map(count_tokens, arm.corner_configs))]
     warnings = list(_warn_of_budgets(trained))
-    if late := ", ".join(arm.name for arm in trained if _has_no_rung(arm)):
+    halved = [arm for arm in trained if isinstance(arm.sweep_config.pruner, HalvingPruner)]
+    trainers = {arm.name: arm.corner_configs[0].trainer for arm in halved}
+    if late := [name for name, trainer in trainers.items() if trainer.eval_every_steps >= trainer.max_steps]:
         warnings.append(
-            f"Trials of {late} are never stopped early, because they have no evaluation before their last step. "
+            f"Trials of {', '.join(late)} are never stopped early, because they have no evaluation before their last step. "
             "Lower `trainer.eval_every_steps`, or choose `pruner=none`."
         )
     confirm = definition.sweep_config.confirm
@@ -40,11 +42,6 @@ def find_warnings(definition: Definition) -> list[str]:
 def count_tokens(config: RunConfig) -> int:
     """Returns the maximum number of training tokens of a run; 0 under `method=frozen`."""
     return config.num_steps * config.trainer.batch_size * max_tokens_per_example(config.data)
-
-
-def _has_no_rung(arm: Arm) -> bool:
-    trainer = arm.corner_configs[0].trainer
-    return isinstance(arm.sweep_config.pruner, HalvingPruner) and trainer.eval_every_steps >= trainer.max_steps
 
 
 def _warn_of_budgets(arms: Sequence[Arm]) -> Iterator[str]:
