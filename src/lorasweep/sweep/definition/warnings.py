@@ -22,8 +22,8 @@ def find_warnings(definition: Definition) -> list[str]:
     trainers = {arm.name: arm.corner_configs[0].trainer for arm in halved}
     if late := [name for name, trainer in trainers.items() if trainer.eval_every_steps >= trainer.max_steps]:
         warnings.append(
-            f"Trials of {', '.join(late)} are never stopped early, because they have no evaluation before their last step. "
-            "Lower `trainer.eval_every_steps`, or choose `pruner=none`."
+            f"Trials of {', '.join(late)} are never stopped early, because they have no evaluation before their last "
+            "step. Lower `trainer.eval_every_steps`, or choose `pruner=none`."
         )
     confirm = definition.sweep_config.confirm
     warnings += warn_of_few_seeds(max(confirm.list_looks(), default=0))
