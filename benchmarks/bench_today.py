@@ -64,20 +64,6 @@ WAYS = {
     "default": "lorasweep sweep, own evaluations",
 }
 MIB = 2**20
-SWEEP_CODE = """
-import json, pathlib, sys
-from lorasweep.quick_imports import quick_imports
-with quick_imports():
-    from lorasweep import api
-    from lorasweep.training.inputs import InputsCache
-file, output, telemetry, *overrides = sys.argv[1:]
-cache = InputsCache()
-api.prepare_environment()
-definition = api.set_steps(api.read_sweep_definition(file, overrides), cache)
-api.train_opened_sweep(api.start_sweep(definition, cache, output=output), cache, progress="auto")
-pathlib.Path(telemetry).write_text(json.dumps(cache.telemetry.sample()))
-"""
-"""What `lorasweep sweep` does, and writes the time and memory of each phase."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,13 +102,13 @@ def run_way(way: str, work: Mapping[str, Any], folder: Path) -> Outcome:
         command += ["--tuned"] if way == "tuned" else []
     else:
         (folder / "sweep.yaml").write_text(yaml.safe_dump(describe_sweep(work)))
-        command = ["-c", SWEEP_CODE, str(folder / "sweep.yaml"), str(output), str(folder / "telemetry.json")]
+        command = ["-m", "lorasweep", "sweep", str(folder / "sweep.yaml"), f"sweep.output={output}"]
         command += ["worker.pack_size=1", "pruner=none"] if way == "solo" else []
         command += [f"trainer.eval_every_steps={work['steps'] // 2}"] if way == "default" else []
     environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache")}  # so that no seed reads another's rows
     started_at = time.time()
     makespan_s, peak_memory_bytes = run_process(command, log=folder / "log.txt", environment=environment)
-    result = json.loads((output / "result.json").read_text()) if way in ("today", "tuned") else read_result(folder)
+    result = json.loads((output / "result.json").read_text()) if way in ("today", "tuned") else read_result(output)
     return Outcome(
         makespan_s=makespan_s,
         peak_memory_bytes=peak_memory_bytes,
@@ -178,9 +164,9 @@ def describe_sweep(work: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """Returns the fields of `Outcome`, and the folder of the best adapter, of a sweep of ours."""
-    sweep, telemetry = load_sweep(folder / "output"), json.loads((folder / "telemetry.json").read_text())
-    best = sweep.best("lora")
+    """Returns the fields of `Outcome`, and the folder of the best adapter, from a sweep's record."""
+    sweep = load_sweep(folder)
+    telemetry, best = sweep.record.telemetry, sweep.best("lora")
     return {
         **{name: telemetry[name] for name in ("first_step_at", "training_s", "evaluating_s", "saving_s")},
         "gpu_peak_memory_bytes": telemetry.get("gpu_peak_memory_bytes", 0),

@@ -30,6 +30,7 @@ SWEEP = {
         },
     },
 }
+PHASES = ("loading", "training", "evaluating", "scoring", "saving", "storage")
 pytestmark = pytest.mark.slow
 
 
@@ -63,6 +64,13 @@ def test_a_sweep_that_is_looked_at_all_the_time_is_seen_to_go_on_and_ends_well(t
     assert "watched: bits_per_byte (minimize), complete" in shown
     assert "6/6" in shown
     assert "Type" not in shown
+
+    # its time is divided into phases, which the report shows
+    numbers = read_sweep(folder).telemetry
+    parts = [numbers[f"{name}_s"] for name in PHASES]
+    assert 0 < sum(parts) <= numbers["wall_s"] + 0.01
+    assert min(numbers[name] for name in ("training_s", "evaluating_s", "storage_s", "trained_tokens")) > 0
+    assert numbers["peak_memory_bytes"] > 2**20
 
 
 def test_a_killed_sweep_is_seen_as_such_with_what_to_type(tmp_path, watched, capsys):

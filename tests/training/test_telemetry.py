@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import lorasweep.training.telemetry as telemetry_file
+from lorasweep.record import add_telemetry
 from lorasweep.training.environment import process_peak_bytes
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.slot_run import RunRequest
@@ -55,6 +56,21 @@ def test_each_second_belongs_to_the_innermost_phase(clock):
     assert seconds(usage) == {"training_s": 10, "storage_s": 4, "evaluating_s": 16}
     assert usage["wall_s"] == usage["cpu_s"] == 63
     assert usage["first_step_at"] == 101
+
+
+def test_two_sessions_add_times_and_tokens_and_keep_the_larger_peaks():
+    first = {"wall_s": 2.0, "trained_tokens": 5.0, "peak_memory_bytes": 9.0}
+    second = {"wall_s": 3.0, "trained_tokens": 1.0, "peak_memory_bytes": 7.0, "gpu_peak_memory_bytes": 4.0}
+    together = {"wall_s": 5, "trained_tokens": 6, "peak_memory_bytes": 9, "gpu_peak_memory_bytes": 4}
+    assert add_telemetry(first, second) == add_telemetry(second, first) == together
+    assert add_telemetry({}, first) == first
+
+
+def test_the_first_step_of_two_sessions_is_the_earlier_one():
+    assert add_telemetry({"first_step_at": 5.0}, {"first_step_at": 9.0}) == {"first_step_at": 5}
+    assert (
+        add_telemetry({"first_step_at": 9.0}, {}) == add_telemetry({}, {"first_step_at": 9.0}) == {"first_step_at": 9}
+    )
 
 
 def test_a_run_alone_is_training_and_evaluating_and_its_tokens_are_counted(make_config, fresh, tmp_path):

@@ -27,6 +27,7 @@ from lorasweep.record.sweep import (
     SettingRow,
     SweepChange,
     SweepRecord,
+    add_telemetry,
     describe_confirmation,
     find_winner,
     get_run_folder,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -154,6 +155,8 @@ class SweepRecord:
     """Device of the last trials: `cpu`, `cuda:0`, ..."""
     threads: Count = 0
     """Number of CPU threads of one operation."""
+    telemetry: dict[str, Number] = field(default_factory=dict)
+    """Time and memory by purpose, with the keys of `training.telemetry`."""
 
     @property
     def sign(self) -> Literal[1, -1]:
@@ -207,6 +210,18 @@ def measure_stage_occupancy(record: SweepRecord) -> dict[str, float]:
     """Returns `measure_occupancy` of each stage in which a run trained in a pack."""
     shares = {"search": measure_occupancy(record.trials), "confirm": measure_occupancy(record.confirm)}
     return {stage: share for stage, share in shares.items() if share is not None}
+
+
+def add_telemetry(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
+    """Adds up the values of two processes, or of two sessions of a sweep.
+
+    Peaks are not added: the higher peak counts, and the earlier of two first steps.
+    """
+    total = dict(first)
+    for name, value in second.items():
+        combine = max if "peak" in name else min if name == "first_step_at" else operator.add
+        total[name] = combine(total[name], value) if name in total else value
+    return total
 
 
 def describe_confirmation(looks: Sequence[int]) -> str:

@@ -44,6 +44,7 @@ def test_time_of_all_sessions_is_added_and_time_in_between_is_not(stopped, work,
     assert not work(reopened, stop_at=1)
     second = read_sweep(stopped)
     assert 1000 <= second.makespan_s - first.makespan_s < 1500
+    assert second.telemetry["wall_s"] > first.telemetry["wall_s"]
 
 
 def test_saving_takes_no_more_than_its_share_of_the_time(folder, monkeypatch):
@@ -63,7 +64,7 @@ def test_a_folder_that_was_moved_is_not_written_to(folder, tmp_path, becomes):
         (folder.path / "runs").mkdir(parents=True)
         (folder.path / ".lock").touch()
     with pytest.raises(WorkerError, match=r"but .* can't be written to: it was moved or removed. No finished run"):
-        folder.save()
+        folder.save(usage={})
     assert not (folder.path / "sweep.json").exists()
 
 

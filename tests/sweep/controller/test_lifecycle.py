@@ -35,6 +35,8 @@ def test_a_stopped_sweep_is_taken_up_with_its_trials(stopped):
         studies = [folder.open_study(arm.name) for arm in folder.definition.arms]
         assert sum(len(study.get_trials()) for study in studies) == len(before.trials) > 0
         assert folder.makespan_before_s == before.makespan_s > 0
+        assert folder.telemetry_before == before.telemetry
+        assert before.telemetry["wall_s"] > 0
     finally:
         folder.close()
 

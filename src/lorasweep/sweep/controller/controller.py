@@ -17,7 +17,7 @@ from lorasweep.config.redaction import redact
 from lorasweep.config.run import RunConfig
 from lorasweep.disk import remove_leftovers
 from lorasweep.errors import Diverged, OutOfMemory, RunError, WorkerError
-from lorasweep.record import RunRecord, Trial
+from lorasweep.record import RunRecord, Trial, add_telemetry
 from lorasweep.sweep.controller.arm_trials import ArmTrials
 from lorasweep.sweep.controller.folder import RUNS_FOLDER, SweepFolder
 from lorasweep.sweep.controller.stages import Confirmation, Search, Stage, choose_settings
@@ -88,6 +88,7 @@ class Controller:
         self._is_over = False
         self._failures_in_a_row = 0
         self._deaths_in_a_row = 0
+        self._usage: dict[str, Mapping[str, float]] = {}
         self._places = rank_arms_by_duration(sweep.definition)
         self._add_warnings(self.search.arms.values())
         self._advance_stage()
@@ -274,6 +275,10 @@ class Controller:
     def note_worker(self, *, device: str, threads: int) -> None:
         self.sweep.record.device, self.sweep.record.threads = device, threads
 
+    def note_usage(self, worker: str, usage: Mapping[str, float]) -> None:
+        """Notes the time and memory that a worker has used so far in this session."""
+        self._usage[worker] = usage
+
     @_needs_storage
     def finish(self) -> bool:
         """Writes the record as complete or interrupted, and returns whether the sweep is complete."""
@@ -290,7 +295,7 @@ class Controller:
         record.trials = [trial for trials in self.search.arms.values() for trial in trials.trials.values()]
         if self.confirm is not None:
             record.confirm = [trial for trials in self.confirm.arms.values() for trial in trials.trials.values()]
-        self.sweep.save(status)
+        self.sweep.save(usage=functools.reduce(add_telemetry, self._usage.values(), {}), status=status)
 
     def _advance_stage(self) -> None:
         """Begins the next stage if every trial of this stage has ended, or is paused and may not continue."""

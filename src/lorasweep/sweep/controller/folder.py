@@ -14,7 +14,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -24,7 +24,7 @@ from optuna.exceptions import ExperimentalWarning
 
 from lorasweep.disk import explain_unwritable
 from lorasweep.errors import WorkerError
-from lorasweep.record import SweepRecord, utc_now, write_record
+from lorasweep.record import SweepRecord, add_telemetry, utc_now, write_record
 from lorasweep.sweep.controller.storage import JOURNAL_FILE, SweepStorage
 from lorasweep.sweep.definition.arms import Definition
 from lorasweep.sweep.lock import LOCK_FILE
@@ -51,7 +51,9 @@ class SweepFolder:
     save_duration_s: float = 0.0
 
     def __post_init__(self) -> None:
-        self.makespan_before_s = self.record.makespan_s  # of earlier sessions
+        # This session's time and memory are added to those of earlier sessions.
+        self.makespan_before_s = self.record.makespan_s
+        self.telemetry_before = dict(self.record.telemetry)
 
     def open_study(self, name: str) -> optuna.Study:
         """Returns a study of the sweep, which is created if it is missing.
@@ -74,8 +76,10 @@ class SweepFolder:
         """Returns whether the record may be written again under `MAX_SAVE_FRACTION`."""
         return time.monotonic() - self.saved_s >= self.save_duration_s * (1 / MAX_SAVE_FRACTION - 1)
 
-    def save(self, status: Literal["running", "complete", "interrupted"] | None = None) -> None:
-        """Writes the record with the time of this session, and perhaps a new status.
+    def save(
+        self, *, usage: Mapping[str, float], status: Literal["running", "complete", "interrupted"] | None = None
+    ) -> None:
+        """Writes the record with the time and memory of all workers of this session, and perhaps a new status.
 
         Raises:
             WorkerError: The folder is gone.
@@ -84,6 +88,7 @@ class SweepFolder:
         self.check_disk()
         record = self.record
         record.makespan_s = self.makespan_before_s + began - self.opened_s
+        record.telemetry = add_telemetry(self.telemetry_before, usage)
         if status is not None:
             record.status, record.ended_at = status, utc_now() if status != "running" else None
         write_record(record, self.path)

@@ -73,6 +73,7 @@ class Worker:
                 self._train_pack([assignment], slots=slots)
             else:
                 self.tell(assignment, self._train_alone(assignment))
+        self._note_usage()
 
     def _wait_for_trial(self) -> Assignment | None:
         """Waits for the next trial and returns it. Returns None if the sweep is over or stopped."""
@@ -123,6 +124,7 @@ class Worker:
                 self.controller.tell_failure(assignment, outcome)
             else:
                 self.controller.tell(assignment, outcome)
+        self._note_usage()
 
     def _train_alone(self, assignment: Assignment) -> Outcome:
         def train() -> RunRecord:
@@ -236,6 +238,9 @@ class Worker:
         if any(counts[other.name] for other in others):
             return slots
         return min(slots, math.ceil(sum(count for name, count in counts.items() if name in names) / self.num_workers))
+
+    def _note_usage(self) -> None:
+        self.controller.note_usage(self.name, self.telemetry.sample())
 
 
 def list_pack_arms(definition: Definition, arm: Arm) -> list[Arm]:
