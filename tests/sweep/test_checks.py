@@ -78,7 +78,7 @@ def test_test_data_that_cannot_be_read_is_refused_before_the_search(write_file, 
     class WithoutTest:
         def load(self, config):
             inputs = tiny_inputs.load(config)
-            splits = SimpleNamespace(train=inputs.splits.train, test=self.test)
+            splits = SimpleNamespace(train=inputs.splits.train, test=self.test, metric=inputs.splits.metric)
             return SimpleNamespace(base=inputs.base, splits=splits)
 
         def test(self):
