@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas
 import pytest
-import yaml
 from tests.small_runs import SMALL_RUN
 
 import lorasweep
@@ -146,19 +143,3 @@ def test_an_arm_that_is_not_there_is_refused(result):
     for call in (result.best, result.study):
         with pytest.raises(ConfigError, match=r"`arm` must be one of frozen, lora.*'full'"):
             call("full")
-
-
-def test_importing_the_package_imports_no_torch_and_lists_its_names():
-    code = "import sys, lorasweep; print(*dir(lorasweep)); sys.exit('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0
-    assert {"run_sweep", "resume_sweep", "load_sweep", "train_run", "load_run"} <= set(done.stdout.split())
-
-
-def test_a_sweep_file_is_found_by_its_path(tmp_path, monkeypatch):
-    file = tmp_path / "mine.yaml"
-    file.write_text(yaml.safe_dump({**SWEEP, "arms": {"frozen": SWEEP["arms"]["frozen"]}}, sort_keys=False))
-    monkeypatch.chdir(tmp_path)
-    found = lorasweep.run_sweep(Path("mine.yaml"), overrides=["confirm.seeds=0"], progress=None)
-    assert found.folder == Path("outputs/small")
-    assert len(found.trials) == 1

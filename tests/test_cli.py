@@ -135,16 +135,6 @@ def test_bad_input_is_one_line_and_exit_code_2_and_changes_nothing(here, mini, c
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], *([name, "--help"] for name in ("sweep", "plan", "compare", "inspect", "export"))]
-)
-def test_help_is_shown(capsys, words):
-    with pytest.raises(SystemExit) as ended:
-        run(words)
-    assert ended.value.code == 0
-    assert "usage: lorasweep" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
     "words",
     [
         [],

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from pathlib import Path
 
 import pytest
 
 from lorasweep.config.command_line import parse_overrides
-from lorasweep.config.compose import compose_run, packaged_folder
+from lorasweep.config.compose import compose_run
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
 
@@ -24,10 +23,3 @@ def test_each_command_composes(line):
         compose_run(parse_overrides(words))
     else:
         read_definition(find_sweep_file(words[0]), words[1:])
-
-
-@pytest.mark.parametrize("group", ["optim", "schedule", "logger", "callbacks", "sampler", "pruner"])
-def test_the_table_names_every_shipped_option(group):
-    (row,) = [line for line in PAGE.splitlines() if line.startswith(f"| `{group}`")]
-    shipped = {path.stem for path in (packaged_folder("conf") / group).glob("*.yaml")}
-    assert shipped <= set(re.findall(r"`(\w+)`", row))

@@ -25,8 +25,6 @@ import lorasweep.report
 from lorasweep.cli import build_parser, run
 from lorasweep.config.run import RunConfig
 from lorasweep.config.sweep import SweepConfig
-from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.definition.sweep_file import find_sweep_file
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -42,8 +40,6 @@ LESSONS = (
     "troubleshooting.md",
 )
 """Pages whose blocks run."""
-OTHER_PAGES = ("index.md", "comparison.md", "glossary.md", "reference/api.md", "reference/settings.md")
-"""Pages without blocks. The remaining pages have tests of their own, or show what was measured."""
 BLOCK = re.compile(
     r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```(?P<language>\w+)(?: title=\"(?P<file>[^\"\n]+)\")?\n"
     r"(?P<content>.*?)^```$",
@@ -151,24 +147,6 @@ def test_every_block_of_a_lesson_runs_or_has_a_reason(page, tmp_path, monkeypatc
             shown = captured.out + captured.err
 
 
-def test_full_fine_tuning_beside_qlora_has_the_unquantised_base():
-    words = ["model.path=owner/name", "data.train=train.jsonl", "arms.full={settings: {method: full}}"]
-    arms = {arm.name: arm.corner_configs[0] for arm in read_definition(find_sweep_file("qlora"), words).arms}
-    assert arms.pop("full").model.quantization == "none"
-    assert {config.model.quantization for config in arms.values()} == {"nf4"}
-
-
-def test_every_block_is_found():
-    blocks = [block for page in LESSONS for block in read_blocks(page)]
-    fences = sum((DOCS / page).read_text(encoding="utf-8").count("\n```") for page in LESSONS)
-    assert 2 * len(blocks) == fences
-
-
-@pytest.mark.parametrize("page", OTHER_PAGES)
-def test_a_page_whose_blocks_are_not_run_has_none(page):
-    assert "```" not in (DOCS / page).read_text(encoding="utf-8")
-
-
 def load_hook():
     spec = importlib.util.spec_from_file_location("site_reference", DOCS / "hooks" / "reference.py")
     module = importlib.util.module_from_spec(spec)
@@ -228,11 +206,3 @@ def test_links_to_the_glossary_lead_to_a_term():
     linked = {anchor for page in pages for anchor in re.findall(r"glossary\.md(?:#([^)]+))?\)", page)}
     assert linked - {""} <= anchors
     assert {"arm", "confirm-stage", "look", "margin", "pack-slot", "rung", "trial", "verdict"} <= linked
-
-
-def test_the_site_loads_nothing_from_other_servers():
-    settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    assert "font: false" in settings  # otherwise Google's fonts
-    assert "https://" not in settings
-    # Material would load Mermaid from unpkg.com
-    assert [page.name for page in DOCS.rglob("*.md") if "```mermaid" in page.read_text(encoding="utf-8")] == []

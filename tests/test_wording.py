@@ -7,43 +7,10 @@ import pytest
 from lorasweep.wording import (
     count_decimals,
     count_percent_decimals,
-    format_count,
     format_estimate,
     format_score,
-    format_seconds,
-    format_seconds_range,
     format_share_estimate,
 )
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0, "0"),
-        (999, "999"),
-        (11_264, "11.3 k"),
-        (999_700, "1 M"),
-        (None, "–"),
-    ],
-)
-def test_counts_have_three_digits_and_a_unit(value: float | None, text: str) -> None:
-    assert format_count(value) == text
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (4.21, "4.2 s"),
-        (9.99, "10 s"),
-        (59.7, "1 min 00 s"),
-        (151.2, "2 min 31 s"),
-        (3599.8, "1 h 00 min"),
-        (3840, "1 h 04 min"),
-        (None, "–"),
-    ],
-)
-def test_times_never_show_sixty_of_a_unit(value: float | None, text: str) -> None:
-    assert format_seconds(value) == text
 
 
 @pytest.mark.parametrize(
@@ -108,18 +75,3 @@ def test_an_end_never_looks_like_the_value_that_it_excludes() -> None:
     assert format_share_estimate(0.98, interval) == "98.0 % [95.2, 100.4]"  # 100 % is inside
     decimals = count_percent_decimals([(0.9504, 1.2)], critical=(0.95,))
     assert format_share_estimate(1.0, (0.9504, 1.2), decimals=decimals) == "100.00 % [95.04, 120.00]"
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "text"),
-    [
-        (1.26, 3.0, "1.3 to 3.0 s"),
-        (38.2, 71.0, "38 to 71 s"),
-        (4.0, 4.01, "4.0 s"),
-        (50, 100, "0.8 to 1.7 min"),
-        (660, 3540, "11 to 59 min"),
-        (5000, 9000, "1.4 to 2.5 h"),
-    ],
-)
-def test_a_range_of_time_has_one_unit(low: float, high: float, text: str) -> None:
-    assert format_seconds_range(low, high) == text

@@ -11,7 +11,6 @@ from pydantic.dataclasses import dataclass
 
 from lorasweep.config.build import NonNegativeFloat, Positive, PositiveFloat, Settings, as_settings, build, convert
 from lorasweep.errors import ConfigError
-from lorasweep.wording import nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +86,6 @@ def test_an_unknown_key_is_refused_with_the_nearest_and_all_others():
         build(Drawing, VALUES | {"titel": "t"}, key="page")
 
 
-def test_a_missing_key_is_refused():
-    with pytest.raises(ConfigError, match=r"`page.signed` must be set, but is missing."):
-        build(Drawing, {key: value for key, value in VALUES.items() if key != "signed"}, key="page")
-
-
 def test_settings_as_mappings_give_the_same_settings():
     made = build(Drawing, VALUES)
     assert build(Drawing, as_settings(made)) == made
@@ -103,15 +97,3 @@ def test_settings_as_mappings_give_the_same_settings():
 )
 def test_values_become_the_declared_type(kind, value, made):
     assert convert(kind, value, key="k") == made
-
-
-@pytest.mark.parametrize(
-    ("name", "hint"),
-    [
-        ("optim.lrr", " Did you mean `optim.lr`?"),
-        ("rank", " Did you mean `method.rank`?"),
-        ("zzzzzzzz", ""),
-    ],
-)
-def test_nearest_names_what_was_probably_meant(name, hint):
-    assert nearest(name, ["optim.lr", "method.rank", "seed"]) == hint

@@ -23,12 +23,6 @@ def make(**settings):
     return ModelConfig(**(SETTINGS | settings))
 
 
-@pytest.mark.parametrize("path", ["", None])
-def test_a_model_must_be_named(path):
-    with pytest.raises(ValueError, match=r"`model.path` must name a folder or hub id, but is empty"):
-        make(path=path)
-
-
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, 2])
 def test_dropout_is_a_rate(dropout):
     with pytest.raises(ValueError, match=r"`model.dropout (<|>=) [01]` must hold"):
@@ -52,11 +46,6 @@ def test_a_method_that_trains_weights_of_the_base_needs_them_unquantised(method)
     with pytest.raises(ValueError, match=rf"`model.quantization` must be none with `method={method}`.* got 'nf4'"):
         compose_run(settings)
     assert compose_run({**settings, "method": "frozen"}).model.quantization == "nf4"
-
-
-def test_a_quantised_base_is_not_sharded():
-    with pytest.raises(ValueError, match=r"`trainer.strategy` must be ddp with this value of `model.quantization`"):
-        compose_run({"model.quantization": "nf4", "trainer.strategy": "fsdp"})
 
 
 @pytest.mark.parametrize("file", sorted((packaged_folder("conf") / "model").glob("*.yaml")), ids=lambda file: file.stem)

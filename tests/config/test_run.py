@@ -39,6 +39,7 @@ def test_a_learning_rate_of_b_is_refused_where_there_is_no_b(method):
     [
         ({"method": "head"}, "`method`"),
         ({"trainer.compile": True}, "`trainer.compile`"),
+        ({"model.quantization": "nf4"}, "`model.quantization`"),
     ],
 )
 def test_what_can_not_be_sharded_is_refused(settings, key):

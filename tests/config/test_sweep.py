@@ -7,9 +7,6 @@ import pytest
 from lorasweep.config.components import Component
 from lorasweep.config.compose import compose_sweep
 from lorasweep.config.sweep import (
-    FixedSampler,
-    HalvingPruner,
-    ModelBasedSampler,
     parse_margin,
 )
 from lorasweep.errors import ConfigError
@@ -53,15 +50,6 @@ def test_a_sweep_setting_out_of_range_is_refused(settings, message):
 def test_a_margin_is_a_share_of_the_gain_or_a_number(margin, value, is_share):
     found = parse_margin(compose_sweep({"confirm.margin": margin}).confirm.margin)
     assert (found.value, found.is_share_of_gain) == (pytest.approx(value), is_share)
-
-
-def test_a_sampler_and_a_pruner_are_told_apart_by_name():
-    sweep_config = compose_sweep({"sampler": "qmc", "pruner": "halving", "pruner.rungs": [0.25]})
-    assert sweep_config.sampler == FixedSampler(name="qmc")
-    assert sweep_config.pruner == HalvingPruner(
-        name="halving", rungs=(0.25,), reduction_factor=2, min_survivors=1, criterion="metric"
-    )
-    assert isinstance(compose_sweep({}).sampler, ModelBasedSampler)
 
 
 def test_a_sampler_of_the_users_own_takes_any_argument_and_the_place_of_ours():

@@ -52,13 +52,3 @@ def test_runs_and_sweeps_that_want_the_same_folder_get_it_once(tmp_path, run_tog
     assert sorted(codes) == [0, 2], printed
     assert "Traceback" not in printed
     assert read_sweep(tmp_path / "empty").status == "complete"
-
-
-def test_sweeps_and_repetitions_that_start_together_have_a_folder_each(tmp_path, run_together):
-    (tmp_path / "mini.yaml").write_text(yaml.safe_dump(SWEEP))
-    codes, printed = run_together(*[["sweep", "mini.yaml"]] * 2)
-    assert codes == [0] * 2, printed
-    assert [read_sweep(tmp_path / "outputs" / name).status for name in ("mini", "mini-2")] == ["complete"] * 2
-    codes, printed = run_together(*[["reproduce", "outputs/mini"]] * 2)
-    assert codes == [0] * 2, printed
-    assert {path.name for path in (tmp_path / "outputs" / "reproduce").iterdir()} == {"mini", "mini-2"}

@@ -27,23 +27,6 @@ MAX_SAVES = 150
 TRIALS = {"frozen": 1, "full": 2, "lora": 6}
 CONFIRM_RUNS = {"frozen": 1, "full": 2, "lora": 2}
 NUM_RUNS = sum(TRIALS.values()) + sum(CONFIRM_RUNS.values())
-DELAYS = """
-import os, random, time
-import lorasweep.sweep.controller.stages as stages
-from lorasweep.sweep.workers.worker import Worker
-from lorasweep.training.run_log import RunLog
-clock = random.Random(os.urandom(8))
-def delayed(function, most_s):
-    def call(*arguments, **named):
-        time.sleep(clock.uniform(0, most_s))
-        found = function(*arguments, **named)
-        time.sleep(clock.uniform(0, most_s))
-        return found
-    return call
-stages.propose = delayed(stages.propose, 0.1)
-RunLog.write_evaluation = delayed(RunLog.write_evaluation, 0.05)
-Worker.report = delayed(Worker.report, 0.05)
-"""
 KILL = """
 import itertools, os, pathlib, signal
 saves = itertools.count(1)
@@ -122,11 +105,6 @@ def check_same(first: Path, second: Path) -> None:
 def test_two_sweeps_of_one_file_and_seed_are_identical(tmp_path, file, once, finish):
     finish("sweep", str(file), "worker.pack_size=1", "sweep.output=again")
     check_same(once("1"), tmp_path / "again")
-
-
-def test_a_sweep_with_delays_in_proposals_and_evaluations_is_identical(tmp_path, file, once, finish):
-    finish("sweep", str(file), "worker.pack_size=3", "sweep.output=delayed", before=DELAYS)
-    check_same(once("3"), tmp_path / "delayed")
 
 
 def read_ended(folder: Path) -> dict[str, bytes]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import subprocess
 import time
@@ -124,22 +123,6 @@ def test_a_full_disk_ends_a_sweep_with_a_sentence_and_it_goes_on_when_there_is_r
     disk("size=64m")
     finish("sweep", "--resume", "disk/sweep")
     check_complete(sweep, before, trials=12, num_steps=4)
-
-
-def test_a_disk_that_turns_read_only_ends_a_sweep_with_a_sentence(tmp_path, begin, finish, words, disk):
-    disk("ro")
-    refused = finish(*words, "sweep.output=disk/sweep", code=2)
-    assert "`sweep.output`" in refused
-    assert "Read-only file system" in refused
-    session = begin(*words)
-    session.wait_for(has_ended(tmp_path / "sweep", 1))
-    session.kill()
-    disk("rw,size=64m")
-    shutil.copytree(tmp_path / "sweep", tmp_path / "disk" / "sweep")
-    before = list_ended_rows(tmp_path / "disk" / "sweep")
-    disk("ro")
-    assert "Read-only file system" in finish("sweep", "--resume", "disk/sweep", code=2)
-    assert list_ended_rows(tmp_path / "disk" / "sweep") == before
 
 
 def test_a_folder_that_is_moved_away_ends_the_sweep_with_a_sentence_and_goes_on_where_it_is(

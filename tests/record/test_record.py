@@ -26,7 +26,6 @@ from lorasweep.record import (
     find_winner,
     get_run_folder,
     measure_stage_occupancy,
-    name_subject,
     read_run,
     read_steps,
     read_sweep,
@@ -207,18 +206,6 @@ def test_damaged_steps_are_read_as_far_as_they_are_whole(tmp_path, data):
     (tmp_path / STEPS_FILE).write_bytes(data.draw(damage_bytes("\n".join(lines).encode())))
     with refusal_allowed(unchanged=tmp_path):
         load_run(tmp_path).steps_dataframe()
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "name"),
-    [
-        (None, None, "lora"),
-        ("method.rank", 16, "lora-rank-16"),
-        ("method.targets", "attention", "lora-targets-attention"),
-    ],
-)
-def test_a_subject_is_named_by_its_arm_and_value(key, value, name):
-    assert name_subject("lora", key, value) == name
 
 
 @pytest.mark.parametrize(("direction", "best"), [("minimize", 1), ("maximize", 3)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 
@@ -156,16 +155,6 @@ def test_a_head_is_untied_from_the_embeddings_only_where_one_of_them_changed_alo
     assert largest_difference(logits_of(model), logits_of(restored(trained(settings)))) < LOGIT_TOLERANCE
 
 
-def move_weights(model, *, seed):
-    """Moves each bf16 weight of a model, held in float64, up or down by half the distance to the next bf16 number."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        mantissa, exponent = torch.frexp(parameter.data)  # the mantissa lies from 1/2 to 1 and has 8 bits
-        half = torch.ldexp(torch.full_like(mantissa, 2**-9), exponent)
-        parameter.data += half * (torch.randint(2, half.shape, generator=generator) * 2 - 1)
-    return model
-
-
 @pytest.mark.parametrize("settings", [{"method": "lora"}, {"method": "full"}])
 def test_a_run_in_bf16_is_exported_from_its_base_in_bf16(trained_in_bf16, tmp_path, settings):
     run = trained_in_bf16(settings)
@@ -177,11 +166,6 @@ def test_a_run_in_bf16_is_exported_from_its_base_in_bf16(trained_in_bf16, tmp_pa
         assert largest_difference(logits_of(model), own) < LOGIT_TOLERANCE
         return
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    exact = logits_of(model.double())
-    # Rounding moves each weight by at most half a spacing, evenly spread: 1/√3 of half a spacing in the root mean
-    # square. If it moved all of them by half a spacing at random, the logits would move √3 times as far.
-    moves = torch.stack([logits_of(move_weights(copy.deepcopy(model), seed=seed)) - exact for seed in range(3)])
-    assert root_mean_square(own - exact) < root_mean_square(moves)
 
 
 @pytest.mark.parametrize("settings", [{"method": "full"}, {"method": "head"}])

@@ -7,7 +7,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-import yaml
 
 from lorasweep.config.command_line import parse_overrides
 from lorasweep.sweep.definition.arms import read_definition
@@ -20,7 +19,6 @@ GUIDE = (Path(__file__).parent.parent.parent / "docs" / "sweeps.md").read_text(e
 LINES = [line for line in GUIDE.splitlines() if line.startswith("    ")]
 OVERRIDES = [line for line in LINES if "=" in line and "lorasweep" not in line]
 GROWTH = [line for line in LINES if "sweep --resume outputs/ranks " in line]
-RULES = [line for line in LINES if line.startswith("    method.alpha: ")]
 
 
 @pytest.fixture
@@ -43,23 +41,8 @@ def test_each_override_is_taken(file, line):
     assert read_definition(file, [override]).raw["overrides"]
 
 
-@pytest.mark.parametrize("line", RULES, ids=lambda line: line.split("#")[0].strip())
-def test_each_form_of_alpha_is_taken(file, line):
-    content = yaml.safe_load(FILE)
-    where = "settings" if "in settings" in line else "space"
-    del content["arms"]["lora"]["settings"]["method.alpha"]
-    content["arms"]["lora"][where] |= yaml.safe_load(line)
-    file.write_text(yaml.safe_dump(content))
-    for arm in read_definition(file, []).arms[2:]:
-        assert {config.method.alpha / config.method.rank for config in arm.corner_configs} <= {0.5, 1, 2, 4, 8}
-
-
 @pytest.mark.parametrize("line", GROWTH, ids=lambda line: line.split("outputs/ranks ")[1].split("#")[0].strip())
 def test_each_way_to_grow_is_taken(file, line):
     words = shlex.split(line, comments=True)[4:]
     old = read_definition(file, [])
     assert grow_definition(old, changes=parse_overrides(words)).raw != old.raw
-
-
-def test_there_is_something_to_test():
-    assert all((OVERRIDES, RULES, GROWTH))

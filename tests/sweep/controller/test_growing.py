@@ -92,22 +92,6 @@ def test_a_new_winner_is_chosen_and_confirmed_on_the_same_seeds_and_runs_of_the_
     assert warning in reopened.record.warnings
 
 
-def test_changes_are_recorded_with_their_date(begin, work, runs, confirming):
-    folder = begin(confirming)
-    assert not work(folder, stop_at=3)
-    for changes in (MORE, {"confirm.seeds": 3}):
-        reopen_sweep(folder.path, changes=changes).close()
-        assert work(reopen_sweep(folder.path, changes=changes))
-        assert work(reopen_sweep(folder.path, changes=changes))  # changes nothing
-    record = read_sweep(folder.path)
-    assert [(change.settings, change.trials, change.stage) for change in record.changes] == [
-        (MORE, {"lora": 10}, "search"),
-        ({"confirm.seeds": 3}, {}, "confirm"),
-    ]
-    assert all(change.at.endswith("+00:00") for change in record.changes)
-    assert not any("scored on test data" in warning for warning in record.warnings)
-
-
 def test_an_arm_is_added_by_the_command_line_or_by_the_file(begin, work, runs, confirming, tmp_path):
     typed, filed = begin(confirming, folder="typed"), begin(confirming, folder="filed")
     for folder in (typed, filed):

@@ -67,12 +67,6 @@ def test_a_sweep_can_be_resumed_in_another_folder_and_from_another_one(stopped, 
     assert len(read_sweep(moved).trials) == 10
 
 
-def test_leftovers_of_a_killed_process_are_removed(stopped):
-    (stopped / ".sweep.json.1-0a.tmp").write_text("{")
-    reopen_sweep(stopped).close()
-    assert not list(stopped.glob(".*.tmp"))
-
-
 def test_a_sweep_of_another_version_is_refused_and_nothing_changes(stopped):
     edit(stopped / "sweep.json", lambda raw: raw.update(version=2))
     before = contents(stopped)
@@ -103,11 +97,6 @@ def test_a_changed_sweep_file_is_refused_and_nothing_changes(stopped, tmp_path, 
     with pytest.raises(ConfigError, match=r"'.*made_up.yaml' has changed. Restore it"):
         reopen_sweep(stopped)
     assert contents(stopped) == before
-
-
-def test_a_deleted_sweep_file_does_not_matter(stopped, tmp_path):
-    (tmp_path / "made_up.yaml").unlink()
-    reopen_sweep(stopped).close()
 
 
 def test_a_folder_that_is_no_sweep_is_refused_and_nothing_changes(tmp_path):

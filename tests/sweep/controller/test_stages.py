@@ -86,24 +86,6 @@ def test_nothing_of_the_test_part_is_read_before_the_search_is_over(begin, work,
     assert counts(folder.path) == ASKED
 
 
-def test_without_a_confirm_stage_the_test_part_is_never_read(begin, work, runs, three_arms, inputs_cache):
-    folder = begin(three_arms)
-    assert work(folder, inputs_cache=inputs_cache)
-    assert inputs_cache.test_reads == 0
-
-
-def test_a_seed_that_was_searched_gives_way_to_the_fresh_ones(begin, work, runs, confirming):
-    confirming["arms"]["lora"]["space"]["seed"] = [0, 1]
-    confirming["arms"]["lora"]["settings"]["seeds.init"] = 5
-    folder = begin(confirming)
-    assert work(folder)
-    rows = [row for row in read_sweep(folder.path).confirm if row.arm == "lora"]
-    configs = [runs.configs[folder.path / row.run] for row in rows]
-    assert (
-        [config.seed for config in configs] == [config.seeds.init for config in configs] == folder.record.confirm_seeds
-    )
-
-
 @pytest.mark.parametrize("stop_at", [1, 5])
 def test_a_stopped_sweep_ends_with_exactly_its_seeds(begin, work, runs, confirming, finish, stop_at):
     whole = begin(confirming, folder="whole")

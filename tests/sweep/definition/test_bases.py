@@ -6,7 +6,7 @@ import pytest
 
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.definition.packing import explain_bases, plan_packing
+from lorasweep.sweep.definition.packing import plan_packing
 
 
 def quantizations(definition):
@@ -20,11 +20,6 @@ def test_arms_that_train_weights_of_the_base_have_it_unquantised(write_file, con
     assert quantizations(definition) == {"frozen": {"nf4"}, "lora": {"nf4"}, "full": {"none"}, "head": {"none"}}
 
 
-def test_the_command_line_sets_it_for_all_arms_too(write_file, content):
-    definition = read_definition(write_file(content), ["model.quantization=nf4", "arms.frozen.model.quantization=none"])
-    assert quantizations(definition) == {"frozen": {"none"}, "lora": {"nf4"}, "full": {"none"}}
-
-
 def test_a_model_of_the_sweep_may_be_quantised_by_its_file(write_file, content, tmp_path, monkeypatch):
     folder = tmp_path / "conf" / "model"
     folder.mkdir(parents=True)
@@ -36,25 +31,6 @@ def test_a_model_of_the_sweep_may_be_quantised_by_its_file(write_file, content, 
     content["arms"]["full"]["settings"]["model"] = "mine"
     with pytest.raises(ConfigError, match=r"arm `full`: `model.quantization` must be none with `method=full`"):
         read_definition(write_file(content), [])
-
-
-@pytest.mark.parametrize("override", ["arms.full.model.quantization=nf4", None])
-def test_it_is_refused_for_one_arm_that_trains_the_base(write_file, content, override):
-    if override is None:
-        content["arms"]["full"]["settings"]["model.quantization"] = "nf4"
-    with pytest.raises(ConfigError, match=r"`model.quantization` must be none with `method=full`.* got 'nf4'"):
-        read_definition(write_file(content), [override] if override else [])
-
-
-def test_a_note_says_which_base_each_arm_has(write_file, content):
-    assert explain_bases(read_definition(write_file(content), [])) == []
-    definition = read_definition(write_file(content), ["model.quantization=nf4"])
-    (note,) = explain_bases(definition)
-    assert "`frozen` and `lora` nf4; `full` none. A difference" in note
-    lora = read_definition(
-        write_file({**content, "arms": {"lora": content["arms"]["lora"]}}), ["model.quantization=nf4"]
-    )
-    assert explain_bases(lora) == ["`model.quantization` of each arm: `lora` nf4."]
 
 
 def test_arms_on_different_bases_share_no_packs(write_file, content):

@@ -31,14 +31,6 @@ def test_lora_trials_share_packs_and_others_run_alone(write_file, content):
     assert plans["lora"].largest.method.rank == 4
 
 
-@pytest.mark.parametrize("method", ["head", "bitfit", "intrinsic"])
-def test_methods_that_change_the_base_itself_run_alone_and_say_why(write_file, content, method):
-    content["arms"]["full"]["settings"]["method"] = method
-    plans = plan(write_file, content)
-    assert plans["full"].key is None
-    assert f"`method={method}` trains alone" in plans["full"].reason
-
-
 def test_arms_that_differ_in_what_a_slot_owns_share_a_pack(write_file, content):
     content["arms"]["other"] = {"settings": {"method": "lora", "method.alpha": 4, "schedule": "cosine"}, "trials": 1}
     content["arms"]["longer"] = {"settings": {"method": "lora", "trainer.max_steps": 16}, "trials": 1}
@@ -69,30 +61,12 @@ def test_a_setting_that_slots_do_not_have_runs_alone_and_says_what_mends_it(writ
     assert plan(write_file, content, f"arms.lora.{remedy}")["lora"].key is not None
 
 
-def test_every_obstacle_is_named(write_file, content):
-    content["arms"]["lora"]["settings"] |= {
-        "method.variant": "dora",
-        "method.init": "pissa",
-        "callbacks": ["lr_monitor"],
-    }
-    reason = plan(write_file, content)["lora"].reason
-    assert reason == "Packs need `method.variant=lora`, `method.init=default` and `callbacks=none`."
-
-
 def test_a_setting_is_needed_exactly_if_the_layers_can_not_be_packed():
     for name in ("variant", "init"):
         for value in get_args(get_type_hints(LoraConfig)[name]):
             config = compose_run({f"method.{name}": value, "method.rank": 2})
             needs = any(key.startswith("method.") and not holds(config) for key, holds in NEEDED_SETTINGS.items())
             assert needs is (why_not_packable(config.method) is not None), (name, value)
-
-
-def test_notes_say_why_trials_run_alone(write_file, content):
-    assert explain_solo_arms(read_definition(write_file(content), [])) == []  # `full` has no slots under any settings
-    content["arms"]["lora"]["settings"]["optim"] = "sgd"
-    (note,) = explain_solo_arms(read_definition(write_file(content), ["worker.pack_size=auto"]))
-    assert note.startswith("`lora`: its trials run alone. Packs need `optim=adamw`.")
-    assert explain_solo_arms(read_definition(write_file(content), ["worker.pack_size=1"])) == []
 
 
 def test_an_adapter_of_peft_trains_alone_and_its_keys_are_swept(write_file, content):
@@ -108,19 +82,6 @@ def test_an_adapter_of_peft_trains_alone_and_its_keys_are_swept(write_file, cont
     assert all(config.method.config == {**whole, "r": config.method.config["r"]} for config in arm.corner_configs)
     (note,) = explain_solo_arms(definition)
     assert note.startswith("`lora`: its trials run alone. `method=peft` trains alone")
-
-
-def test_arms_with_other_loggers_share_a_pack(write_file, content):
-    content["arms"]["lora"]["settings"]["logger"] = ["tensorboard", "csv"]
-    content["arms"]["other"] = {"settings": {"method": "lora", "logger": "none"}, "trials": 1}
-    plans = plan(write_file, content)
-    assert plans["other"].key is not None
-    assert plans["other"].key == plans["lora"].key
-
-
-def test_a_swept_schedule_with_a_name_is_packed(write_file, content):
-    content["arms"]["lora"]["space"]["schedule"] = ["linear", "inverse_sqrt", "warmup_stable_decay"]
-    assert plan(write_file, content)["lora"].key is not None
 
 
 def test_a_swept_setting_that_slots_share_runs_alone(write_file, content):

@@ -75,12 +75,6 @@ def test_a_pair_with_an_unknown_arm_is_refused_with_the_nearest(ask, content):
         ask(content, "confirm.pairs=[[loar,full]]")
 
 
-def test_an_unknown_pair_leaves_no_folder(begin, content, tmp_path):
-    with pytest.raises(ConfigError):
-        begin(content, "confirm.pairs=[[loar,full]]")
-    assert not (tmp_path / "sweep").exists()
-
-
 def test_questions_and_looks_are_in_the_record_before_the_first_trial(begin, content):
     content["arms"]["lora"]["confirm_each"] = "method.rank"
     folder = begin(content, "confirm.seeds=auto", "confirm.looks=[2,4]")

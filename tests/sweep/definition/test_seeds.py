@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
-from lorasweep.config.run import SEED_KEYS
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.seeds import draw_confirm_seeds, has_fixed_score
-
-SEEDS_OF_0 = [253181, 295403, 688465]
 
 
 @pytest.fixture
@@ -27,11 +22,6 @@ def test_seeds_depend_on_the_sweeps_seed_and_their_number_alone(define):
     assert draw_confirm_seeds(define("confirm.seeds=8"))[:5] == five
     assert set(draw_confirm_seeds(define("confirm.seeds=5", "sweep.seed=1"))).isdisjoint(five)
     assert draw_confirm_seeds(define("confirm.seeds=0")) == []
-
-
-def test_seeds_stay_what_they_were(define):
-    """A stage begun by one version goes on with the next."""
-    assert draw_confirm_seeds(define("confirm.seeds=3")) == SEEDS_OF_0
 
 
 def test_by_default_there_are_seeds_for_every_look(three_arms, write_file):
@@ -57,12 +47,6 @@ def test_a_seed_of_the_search_is_not_used_again(define, key):
 def test_a_search_that_leaves_no_seed_is_refused(define):
     with pytest.raises(ConfigError, match=r"`confirm.seeds` needs 5 seeds.*Narrow the range of `seed`"):
         draw_confirm_seeds(define("confirm.seeds=5", "arms.lora.seed=interval(0,4294967295)"))
-
-
-def test_a_seed_sets_every_source_of_chance(make_config):
-    config = make_config({"seeds.init": 1, **dict.fromkeys(SEED_KEYS, 77)})
-    assert {config.seed, *dataclasses.asdict(config.seeds).values()} == {77}
-    assert {f"seeds.{name}" for name in dataclasses.asdict(config.seeds)} | {"seed"} == set(SEED_KEYS)
 
 
 def test_seeds_make_no_difference_to_the_frozen_base_of_a_language_model_alone(define):

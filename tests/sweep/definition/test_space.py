@@ -8,7 +8,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from lorasweep.errors import ConfigError
-from lorasweep.sweep.definition.space import count_combinations, describe_space, list_corner_values, parse_range
+from lorasweep.sweep.definition.space import count_combinations, describe_space, parse_range
 
 
 @pytest.mark.parametrize(
@@ -72,18 +72,6 @@ def test_a_step_that_does_not_reach_the_upper_end_is_refused(value, whole):
     """Optuna would lower the end with a warning; the file should say what is tried."""
     with pytest.raises(ConfigError, match=r"`k` .*not divisible by `step`"):
         parse_range("k", value, is_whole=whole)
-
-
-@pytest.mark.parametrize(
-    ("distribution", "corners"),
-    [
-        (CategoricalDistribution(["a", "b", "c"]), ["a", "b", "c"]),
-        (IntDistribution(1, 9), [1, 9]),
-        (FloatDistribution(0.5, 2.0), [0.5, 2.0]),
-    ],
-)
-def test_corners_are_all_choices_or_both_ends(distribution, corners):
-    assert list_corner_values(distribution) == corners
 
 
 @pytest.mark.parametrize(

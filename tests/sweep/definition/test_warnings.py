@@ -37,11 +37,6 @@ def test_unequal_tokens_per_trial_are_warned_of(warnings):
     assert warning.startswith("Arms train on unequal numbers of tokens per trial (full 4,096, lora 8,192): ")
 
 
-def test_the_frozen_base_has_no_budget_to_compare(warnings, content):
-    assert content["arms"]["frozen"]["settings"]["method"] == "frozen"
-    assert warnings({}) == []
-
-
 def test_fewer_than_three_seeds_are_warned_of(warnings):
     for count in (1, 2):
         (warning,) = warnings({}, f"confirm.seeds={count}")

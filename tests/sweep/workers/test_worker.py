@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import optuna
 import pytest
 
 from lorasweep.config.compose import packaged_folder
 from lorasweep.errors import Diverged, OutOfMemory, WorkerError
 from lorasweep.record import read_run, read_sweep
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
-from lorasweep.sweep.controller.storage import open_storage
 
 GRID = {"method.rank": [1, 2, 4], "optim.lr": [0.01, 0.1]}
 
@@ -23,16 +21,6 @@ def counts(path):
     for row in read_sweep(path).trials:
         found.setdefault(row.arm, []).append(row.state)
     return {arm: {state: states.count(state) for state in set(states)} for arm, states in found.items()}
-
-
-def test_every_arm_gets_its_trials(begin, work, runs, content):
-    folder = begin(content)
-    assert work(folder)
-    assert counts(folder.path) == {"frozen": {"complete": 1}, "full": {"complete": 3}, "lora": {"complete": 6}}
-    record = read_sweep(folder.path)
-    assert record.status == "complete"
-    assert record.ended_at is not None
-    assert len(runs.begun) == 10
 
 
 HALVING = {"pruner": "halving", "pruner.rungs": [0.25, 0.5], "pruner.reduction_factor": 2, "pruner.min_survivors": 1}
@@ -121,18 +109,6 @@ def test_the_total_is_kept_with_failures_pruning_and_infeasible_trials_among_the
     for row in read_sweep(folder.path).trials:
         assert (row.value is None) == (row.state in ("failed", "infeasible"))
         assert (row.reason is not None) == (row.state != "complete")
-
-
-def test_a_trial_that_does_not_fit_is_told_to_the_sampler_as_infeasible(begin, work, runs, content):
-    def score(config, step):
-        raise OutOfMemory("2 GiB")
-
-    runs.score = score
-    content["arms"] = {"full": content["arms"]["full"] | {"trials": 2}}
-    folder = begin(content)
-    assert work(folder)
-    study = optuna.load_study(study_name="full", storage=open_storage(folder.path))
-    assert [trial.constraints for trial in study.get_trials()] == [{"memory": 1.0}] * 2
 
 
 @pytest.mark.parametrize("sampler", ["tpe", pytest.param("gp", marks=pytest.mark.slow)])

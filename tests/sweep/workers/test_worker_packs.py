@@ -42,13 +42,6 @@ def test_a_packed_arm_has_exactly_its_trials(begin, work, packed, runs, packs):
     assert not (folder.path / "pack.json").exists()
 
 
-def test_a_pack_begins_with_no_more_slots_than_an_adaptive_sampler_may_propose(begin, work, packed, runs, packs):
-    packed["settings"]["sampler"] = "tpe"
-    packed["arms"]["lora"]["trials"] = 5
-    assert work(begin(packed))
-    assert packs.sizes[0] == 3  # half of 5, rounded up
-
-
 def test_a_pack_is_full_as_soon_as_the_first_trials_of_an_adaptive_sampler_are_compared(
     begin, work, lora_only, runs, packs
 ):
