@@ -73,21 +73,16 @@ def files_below(folder):
 BAD = [
     (["status", "."], "`lorasweep status` must get the folder of a sweep, but '.' has no sweep.json."),
     (["sweep", "quickstat"], "Did you mean `quickstart`?"),
-    (["sweep", "nothing.yaml"], "a sweep file must exist, but 'nothing.yaml' does not."),
     (["sweep", "./notes.txt"], "notes.txt: a sweep file must "),
     (["sweep", "mini.yaml", "method.rnk=4"], "Did you mean `method.rank`?"),
-    (["sweep", "mini.yaml", "method.rank=0"], "mini.yaml: arm `lora`: `method.rank >= 1` must hold, but got 0."),
     (["sweep", "mini.yaml", "method.targets=[q_prj]"], "q_proj"),
-    (["sweep", "mini.yaml", "words"], "an override must read `key=value`"),
     (["sweep", "mini.yaml", "+experiment=quick_check"], "`+` and `~` are for `lorasweep train`"),
-    (["sweep", "mini.yaml", "worker.num=2"], "`worker.num` must be 1 with `worker=local`, but got 2."),
     (["sweep", "mini.yaml", "sampler._target_=pathlib.Path"], "must be a subclass of"),
     (
         ["sweep", "mini.yaml", "sampler._target_=optuna.samplers.QMCSampler", "sampler.sort=5"],
         "arm `lora`: `sampler` must have arguments that 'optuna.samplers.QMCSampler' takes, but got {'sort': 5",
     ),
     (["sweep", "empty.yaml"], "`arms.lora.trials` must be 1 for an arm without a space, but got 2. Add a `space`."),
-    (["sweep", "mini.yaml", "worker.pack_size=99"], "`worker.pack_size <= "),
     (["sweep", "mini.yaml", "arms.frozen.data.metric=loss"], "`data.metric`"),
     (
         ["sweep", "mini.yaml", "sweep.output=full"],
@@ -109,7 +104,6 @@ BAD = [
     (["train", "method.rnk=4"], "`method.rnk` is not a setting. Did you mean `method.rank`?"),
     (["train", "r=4"], "`r` is not a setting. PEFT's `r` is `method.rank` here."),
     (["train", "method.lora_alpha=4"], "`method.lora_alpha` is not a setting. PEFT's `lora_alpha` is `method.alpha`"),
-    (["train", "method.rank=1,2"], "To sweep over it, add --multirun"),
     (["train", "model.path=embedded:big"], "`model.path` must name an embedded model (tiny), but got 'embedded:big'."),
     (["train", "output=full"], "`output` must be a new or empty folder, but 'full' is not."),
 ]

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import is_dataclass
-from typing import get_args, get_origin, get_type_hints
-
 import pytest
 from omegaconf import OmegaConf
 
 from lorasweep.config.build import as_settings
-from lorasweep.config.command_line import force_keys
-from lorasweep.config.components import Component
 from lorasweep.config.compose import (
     LIST_GROUPS,
-    LIST_SETTINGS,
-    MAPPING_SETTINGS,
     compose_run,
     compose_sweep,
     compose_values,
@@ -25,8 +17,6 @@ from lorasweep.config.compose import (
     layer_settings,
     packaged_folder,
 )
-from lorasweep.config.run import RunConfig
-from lorasweep.config.sweep import SweepConfig
 from lorasweep.errors import ConfigError
 
 
@@ -67,11 +57,6 @@ def test_an_argument_without_a_class_is_no_setting(key):
         compose_run({key: 1})
 
 
-def test_dotted_keys_may_be_new_to_hydra():
-    words = ["optim=sgd", "optim.nesterov=true", "+x.y=1", "~logger.csv", "seed=2"]
-    assert force_keys(words) == ["optim=sgd", "++optim.nesterov=true", "+x.y=1", "~logger.csv", "++seed=2"]
-
-
 def test_an_entry_of_a_mapping_is_set_by_its_dotted_key():
     config = compose_run({"method.rank_pattern.q_proj": 4, "method.rank_pattern.mlp.up_proj": 2})
     assert config.method.rank_pattern == {"q_proj": 4, "mlp.up_proj": 2}
@@ -84,28 +69,6 @@ def test_an_entry_of_a_mapping_is_set_by_its_dotted_key():
 def test_a_later_mapping_replaces_entries_of_an_earlier_layer():
     layers = {"method.rank_pattern.q_proj": 4}, {"method.rank_pattern": {"k_proj": 2}}, {"method.rank_pattern.o": 1}
     assert compose_run(layer_settings(*layers)).method.rank_pattern == {"k_proj": 2, "o": 1}
-
-
-def test_every_mapping_with_free_keys_is_known():
-    kinds = [RunConfig, SweepConfig]
-    found = set()
-    for kind in kinds:  # grows
-        for name, hint in get_type_hints(kind).items():
-            parts = [hint, *get_args(hint)]
-            kinds += [part for part in parts if is_dataclass(part) and part not in kinds]
-            found |= {(kind, name)} if any(get_origin(part) is Mapping for part in parts) else set()
-    names = {name for kind, name in found if kind is not Component and name not in (*LIST_GROUPS, "arguments")}
-    assert names == {mapping.rpartition(".")[2] for mapping in MAPPING_SETTINGS}
-
-
-def test_every_setting_of_a_run_that_is_a_list_is_known():
-    kinds, found = [RunConfig], set()
-    for kind in kinds:  # grows
-        for name, hint in get_type_hints(kind).items():
-            parts = [part for part in get_args(hint) or [hint] if part is not type(None)]
-            kinds += [part for part in parts if is_dataclass(part) and part not in kinds]
-            found |= {name} if get_origin(hint) is tuple or [get_origin(part) for part in parts] == [tuple] else set()
-    assert found | {"targets"} == {setting.rpartition(".")[2] for setting in LIST_SETTINGS}  # it may be a text too
 
 
 @pytest.mark.parametrize(
@@ -171,17 +134,6 @@ def test_a_users_own_conf_is_found_first(tmp_path, monkeypatch):
     with hydra_session():
         assert group_options("optim") == ["adafactor", "adamw", "adamw_8bit", "mine", "sgd"]
     assert compose_run({}).trainer.max_steps == 150  # the packaged files are still found
-
-
-def test_a_users_conf_counts_in_its_own_folder_only(tmp_path, monkeypatch):
-    (tmp_path / "conf" / "optim").mkdir(parents=True)
-    (tmp_path / "conf" / "optim" / "mine.yaml").write_text("name: adamw\n")
-    monkeypatch.chdir(tmp_path)
-    with hydra_session():
-        assert "mine" in group_options("optim")
-    monkeypatch.chdir(tmp_path.parent)
-    with hydra_session():
-        assert "mine" not in group_options("optim")
 
 
 def test_a_users_file_with_a_key_too_many_is_refused(tmp_path, monkeypatch):

@@ -86,10 +86,6 @@ def largest_difference(one, other):
     return (one - other).abs().max().item()
 
 
-def root_mean_square(values):
-    return values.square().mean().sqrt().item()
-
-
 @pytest.mark.parametrize("settings", LORA)
 def test_peft_loads_the_adapter_onto_its_base_with_the_same_logits(trained, tmp_path, settings):
     run = trained(settings)

@@ -35,12 +35,6 @@ def test_a_file_becomes_arms_in_its_order(read, content):
     assert arms_of(definition)["frozen"].space == {}
 
 
-def test_an_arm_composes_its_trials(read, content):
-    config = arms_of(read(content))["lora"].compose({"method.rank": 2, "optim.lr": 0.5})
-    assert (config.method.rank, config.optim.lr, config.trainer.max_steps) == (2, 0.5, 8)
-    assert not config.trainer.progress
-
-
 def test_corners_are_both_ends_of_each_range_and_all_upper_ends(read, content):
     corners = [(c.method.rank, c.optim.lr) for c in arms_of(read(content))["lora"].corner_configs]
     assert corners == [(1, 1e-3), (2, 1e-3), (4, 1e-3), (1, 1e-1), (4, 1e-1)]
@@ -182,12 +176,6 @@ def test_a_list_of_the_sweep_itself_is_its_value(read, content):
     assert set(arms_of(definition)["lora"].space) == {"method.rank", "optim.lr"}
 
 
-def test_a_whole_argument_without_a_value_in_the_file_is_searched_in_whole_steps(read, content):
-    content["arms"]["lora"]["settings"]["schedule._target_"] = "torch.optim.lr_scheduler.StepLR"
-    content["arms"]["lora"]["space"] |= {"schedule.step_size": {"low": 1, "high": 5}}
-    assert arms_of(read(content))["lora"].space["schedule.step_size"] == IntDistribution(1, 5)
-
-
 def test_another_class_on_the_command_line_drops_what_the_file_set_for_the_first_but_our_settings(read, content):
     content["settings"] |= {"optim": "sgd", "optim.momentum": 0.5, "optim.lr": 0.2}
     lora = arms_of(read(content, "optim._target_=torch.optim.RMSprop", "optim.alpha=0.9"))["lora"]
@@ -243,12 +231,6 @@ def test_a_mapping_by_layer_is_a_value_and_no_range(read, content, override):
     lora = arms_of(read(content, override))["lora"]
     assert lora.corner_configs[0].method.rank_pattern == {"down_proj": 2}
     assert not any(key.startswith("method.rank_pattern") for key in lora.space)
-
-
-def test_an_entry_of_a_mapping_by_layer_can_be_swept(read, content):
-    lora = arms_of(read(content, "method.rank_pattern.down_proj=2,4"))["lora"]
-    assert [corner.method.rank_pattern["down_proj"] for corner in lora.corner_configs[:1]] == [2]
-    assert {corner.method.rank_pattern["down_proj"] for corner in lora.corner_configs} == {2, 4}
 
 
 def test_an_arm_can_be_typed(read, content):
