@@ -10,7 +10,8 @@ are asked on a new study in memory, so nothing is written, and a sampler keeps n
   Sobol points. A model proposes the other trials. It sees every running trial without a result, and at most
   `MAX_HISTORY_TRIALS` results: half of them are the best ones, the others are the latest.
 - `gp` in an arm with `confirm_each`: a Gaussian process of `surrogate` proposes trials for each value in turn.
-- `_target_`: the sampler proposes every trial.
+- `_target_`: the sampler, of Optuna or of the user, proposes every trial. If it stores anything beside the parameters,
+  such as the generation of a genetic algorithm, the journal keeps it with the trial, and the next sampler gets it.
 
 With `qmc`, `random`, `tpe` and `gp`, a proposal that repeats an earlier trial of the arm is replaced by the first of
 the next `MAX_SOBOL_DRAWS` Sobol points that repeats no trial. If all of them repeat one, as in a small space, the
@@ -25,7 +26,7 @@ import math
 import statistics
 import warnings
 import zlib
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -33,13 +34,13 @@ import torch
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, BruteForceSampler, GPSampler, RandomSampler, TPESampler
 from optuna.storages import InMemoryStorage
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from lorasweep.config.components import Component
+from lorasweep.config.build import TARGET
+from lorasweep.config.components import Component, argument_names, instantiate
 from lorasweep.config.sweep import ModelBasedSampler
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.record import Trial
-from lorasweep.sweep.controller.component_sampler import ask_sampler
 from lorasweep.sweep.controller.encoding import Point, draw_sobol_point
 from lorasweep.sweep.controller.history import History, extrapolate_scores, get_last_value
 from lorasweep.sweep.controller.predictions import propose_for_values
@@ -74,7 +75,7 @@ def propose(arm: Arm, history: History, *, number: int) -> tuple[dict[str, Any],
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore", ExperimentalWarning)
             if isinstance(sampler, Component):
-                point, state = ask_sampler(sampler, history, seed=seed)
+                point, state = _ask_component(sampler, history, seed=seed)
             elif sampler.name == "grid":
                 point = _ask(BruteForceSampler(seed=seed), history, [history.show(trial) for trial in history.trials])
             else:
@@ -189,3 +190,63 @@ def _show_to_gp(results: Sequence[Trial], history: History) -> list[FrozenTrial]
         for name in names - trial.constraints.keys():
             trial.set_constraint(name, -1.0)
     return shown
+
+
+def _ask_component(component: Component, history: History, *, seed: int) -> tuple[Point, dict[str, Any]]:
+    """Returns the point of the next trial, and what the sampler stores with it.
+
+    Raises:
+        ConfigError: The sampler can't be built.
+    """
+    sampler, ranges = _build_sampler(component, seed=seed), history.encoding.ranges
+    storage = InMemoryStorage()
+    study = optuna.create_study(sampler=sampler, direction=history.direction, storage=storage)
+    study_id = storage.get_study_id_from_name(study.study_name)
+    known: dict[str, Any] = {}  # attributes that earlier samplers wrote to the study
+    for trial in history.trials:
+        known |= trial.sampler_state.get("study", {})
+        shown = history.show(trial)
+        study.add_trial(
+            create_trial(
+                state=shown.state,
+                value=shown.value,
+                params=shown.params,
+                distributions=ranges,
+                intermediate_values=shown.intermediate_values,
+                constraints=shown.constraints,
+                system_attrs=dict(trial.sampler_state.get("trial", {})),  # Optuna adds the constraints to it
+            )
+        )
+    for name, value in known.items():
+        storage.set_study_system_attr(study_id, name, value)
+    params = study.ask(ranges).params
+    study_attributes = storage.get_study_system_attrs(study_id)
+    state = {
+        "trial": study.get_trials(deepcopy=False)[-1].system_attrs,
+        "study": {name: value for name, value in study_attributes.items() if known.get(name) != value},
+    }
+    return params, state if any(state.values()) else {}
+
+
+def _build_sampler(component: Component, *, seed: int) -> BaseSampler:
+    """Returns the sampler that a component names. It and samplers in its arguments get the seed, if they take a seed.
+
+    Raises:
+        ConfigError: The class is missing or not a sampler, or does not take these arguments.
+    """
+    seeded: dict[str, Any] = _add_seeds({TARGET: component.target, **component.arguments}, seed=seed, key="sampler")
+    del seeded[TARGET]
+    expected: type[BaseSampler] = BaseSampler  # type: ignore[type-abstract]
+    return instantiate(Component(target=component.target, arguments=seeded), key="sampler", expected=expected)
+
+
+def _add_seeds(value: Any, *, seed: int, key: str) -> Any:
+    """Returns a component's settings with a seed for each class in them that takes a seed."""
+    if isinstance(value, list | tuple):
+        return [_add_seeds(item, seed=seed, key=f"{key}.{position}") for position, item in enumerate(value)]
+    if not isinstance(value, Mapping):
+        return value
+    seeded = {name: _add_seeds(item, seed=seed, key=f"{key}.{name}") for name, item in value.items()}
+    if TARGET in value and "seed" in argument_names(value[TARGET], key=key)[0]:
+        seeded["seed"] = seed
+    return seeded
