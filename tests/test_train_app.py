@@ -36,19 +36,6 @@ def files_below(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
-        *("method.rank_pattern={down_proj:2}", "++method.rank_pattern={down_proj:2}"),
-        *("method.rank_pattern.down_proj=2", "+method.rank_pattern.down_proj=2"),
-    ],
-)
-def test_train_takes_a_mapping_by_layer_as_hydra_does(capsys, here, override):
-    assert run(["train", "--cfg", "job", override, "++method.rank=3"]) == DONE
-    method = yaml.safe_load(capsys.readouterr().out)["method"]
-    assert (method["rank"], method["rank_pattern"]) == (3, {"down_proj": 2})
-
-
 def test_the_help_of_train_lists_what_train_takes_and_nothing_of_a_sweep(capsys, here):
     with pytest.raises(SystemExit) as ended:
         run(["train", "--help"])
@@ -67,12 +54,6 @@ def settings_of(capsys, *words):
     capsys.readouterr()
     assert run(["train", "--cfg", "job", *words]) == DONE
     return list(yaml.safe_load_all(capsys.readouterr().out))
-
-
-def test_flags_stand_between_overrides_too(capsys):
-    assert run(["train", "method.rank=3", "-c", "job", "method.alpha=2"]) == DONE
-    shown = yaml.safe_load(capsys.readouterr().out)["method"]
-    assert (shown["rank"], shown["alpha"]) == (3, 2)
 
 
 def test_keys_and_groups_are_added_removed_and_forced_as_in_hydra(capsys, here):

@@ -80,7 +80,3 @@ def test_hydras_own_settings_are_kept_from_the_run():
 )
 def test_a_word_is_completed_with_what_train_takes(prefix, typed, completions):
     assert complete_override(prefix, typed, primaries=["train"]) == completions
-
-
-def test_a_sweep_also_takes_its_own_groups():
-    assert "pruner=" in complete_override("prun", primaries=["sweep", "train"])

@@ -127,25 +127,12 @@ def zero_b(run):
     edit_json(run / "run.json", lambda raw: raw.update(files={}))
 
 
-def flip_a_bit(file):
-    content = bytearray(file.read_bytes())
-    content[-3] ^= 1
-    file.write_bytes(content)
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda run: (run / "run.json").unlink(), r"run\.json"),
         (zero_b, "equal the base"),
-        (lambda run: flip_a_bit(run / ADAPTER), "adapter_model.*has changed"),
-        (lambda run: (run / "best/adapter_config.json").unlink(), "adapter_config.*is missing"),
         (lambda run: shutil.rmtree(run / "best"), "`best`"),
-        (lambda run: edit_json(run / "run.json", lambda raw: raw["config"]["method"].update(rnk=3)), r"method\.rnk"),
-        (
-            lambda run: edit_json(run / "run.json", lambda raw: raw["config"].update(method={"name": "frozen"})),
-            "frozen",
-        ),
     ],
 )
 def test_a_run_that_can_not_be_inspected_is_refused(runs, damage, message):

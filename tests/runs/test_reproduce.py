@@ -14,7 +14,7 @@ import lorasweep.runs.reproduce as reproduce_file
 from lorasweep.cli import run as run_command
 from lorasweep.errors import ConfigError, Diverged, RecordError
 from lorasweep.record import RUN_FILE, STEPS_FILE, read_run, read_steps
-from lorasweep.runs.reproduce import PACK_TOLERANCE, reproduce_run, restore_solo_config
+from lorasweep.runs.reproduce import PACK_TOLERANCE, reproduce_run
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.slot_run import RunRequest
 from lorasweep.training.run import train_run
@@ -161,14 +161,6 @@ def test_a_run_of_a_pack_is_repeated_alone_within_the_tolerance_of_rounding(make
 def test_an_interrupted_repetition_says_nothing_of_the_rest(repeat):
     found = repeat(stop_requested=lambda: True)
     assert (found.verdict, found.holds) == ("interrupted", False)
-
-
-def test_what_was_auto_is_as_it_turned_out(make_config, run):
-    record = read_run(run)
-    record.platform |= {"precision": "bf16", "device": "gpu"}
-    record.batching["micro_batches"] = 2
-    trainer = restore_solo_config(record).trainer
-    assert (trainer.precision, trainer.device, trainer.accumulate) == ("bf16", "auto", 2)
 
 
 def forbid(monkeypatch, name):

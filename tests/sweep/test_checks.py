@@ -11,7 +11,7 @@ from tests.data.test_constant_answer import make_splits
 from lorasweep.data.tasks import Classification
 from lorasweep.errors import ConfigError
 from lorasweep.models.load import load_base
-from lorasweep.sweep.checks import check_definition, find_metric, list_notes, score_constant_answer
+from lorasweep.sweep.checks import check_definition, find_metric, score_constant_answer
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.training.inputs import InputsCache, RunInputs
 
@@ -89,15 +89,6 @@ def test_test_data_that_cannot_be_read_is_refused_before_the_search(write_file, 
     with pytest.raises(ConfigError, match=r"the test split must not be empty, .* `confirm\.seeds=0`"):
         check_definition(definition, WithoutTest())
     check_definition(read_definition(write_file(content), ["confirm.seeds=0"]), WithoutTest())
-
-
-def test_notes_on_the_data_of_several_arms_are_said_once(write_file, content):
-    class InputsCache:
-        def load(self, config):
-            return SimpleNamespace(notes=("shared", f"of {config.method.name}"))
-
-    notes = list_notes(read_definition(write_file(content), []), InputsCache())
-    assert notes == ["shared", "of frozen", "of full", "of lora"]
 
 
 def test_an_own_metric_is_the_same_for_all_trials(write_file, content):

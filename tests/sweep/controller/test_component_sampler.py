@@ -71,13 +71,6 @@ def test_what_a_sampler_keeps_of_trials_is_handed_to_it_again():
     assert generations == [0] * 4 + [1] * 4 + [2]
 
 
-def test_what_a_sampler_keeps_of_the_study_is_handed_to_it_again():
-    """The Halton sequence counts its points in the study: ten trials are ten points of it."""
-    params, _ = search(named("optuna.samplers.QMCSampler", qmc_type="halton", scramble=False), trials=10)
-    rates = sorted(p["optim.lr"] for p in params[1:])  # the first is drawn independently
-    assert len(set(rates)) == 9
-
-
 def test_paused_running_and_infeasible_trials_are_shown_as_they_are():
     seen = {}
 

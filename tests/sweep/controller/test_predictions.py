@@ -146,13 +146,6 @@ def test_the_order_of_trials_changes_no_prediction():
         assert second.score == pytest.approx(first.score)  # sums in another order
 
 
-@pytest.mark.parametrize("num", [8, 12, 16])
-def test_values_get_equal_numbers_of_trials(num):
-    arm = build_arm(trials=num)
-    counts = Counter(trial.params["method.rank"] for trial in search(arm, num=num))
-    assert [counts[rank] for rank in RANKS] == [num // 4] * 4
-
-
 def test_trials_that_begin_together_differ():
     arm = build_arm(trials=24)
     history = search(arm, num=8)

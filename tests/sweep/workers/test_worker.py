@@ -60,18 +60,6 @@ def test_a_sweep_stopped_in_packs_proposes_what_an_uninterrupted_one_does(
     assert rows_of(stopped.path) == rows_of(whole.path)
 
 
-def test_an_interrupted_trial_goes_on_under_its_number(begin, work, runs, content):
-    folder = begin(content)
-    assert not work(folder, stop_at=4)
-    (left,) = [row for row in read_sweep(folder.path).trials if row.state == "running"]
-    begun = len(runs.begun)
-    assert work(reopen_sweep(folder.path))
-    assert runs.begun[begun] == (left.arm, left.number)
-    (again,) = [row for row in read_sweep(folder.path).trials if (row.arm, row.number) == (left.arm, left.number)]
-    assert (again.state, again.params) == ("complete", left.params)
-    assert sum(session == (left.arm, left.number) for session in runs.begun) == 2
-
-
 def test_a_complete_sweep_that_is_taken_up_again_trains_nothing(begin, work, runs, content):
     folder = begin(content)
     assert work(folder)

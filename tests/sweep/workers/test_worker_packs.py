@@ -171,22 +171,6 @@ def test_a_trial_that_diverges_in_a_pack_fails_alone(begin, work, packed, runs, 
     assert any(row.state == "failed" for row in lora_rows(folder))
 
 
-def test_the_rule_chooses_the_size_and_its_reason_is_kept(begin, work, packed, runs, packs, monkeypatch):
-    asked = []
-
-    def choose(config, *, inputs, trials_left):
-        asked.append((config.method.rank, trials_left))
-        return SimpleNamespace(slots=3, reason="Three trials share a pack, because that is so.")
-
-    monkeypatch.setattr(worker_file, "choose_pack_size", choose)
-    packed["settings"] |= {"worker.pack_size": "auto"}
-    folder = begin(packed)
-    assert work(folder)
-    assert asked == [(4, 6)]
-    assert packs.sizes == [3]
-    assert read_sweep(folder.path).notes.count("Three trials share a pack, because that is so.") == 1
-
-
 @pytest.mark.parametrize("stop_at", [2, 4, 7])  # before the first step, in the middle, after slots were refilled
 def test_a_stopped_pack_resumes_with_the_same_runs_in_the_same_slots(begin, work, lora_only, runs, packs, stop_at):
     folder = begin(lora_only)
