@@ -78,8 +78,9 @@ def test_test_data_that_cannot_be_read_is_refused_before_the_search(write_file, 
     class WithoutTest:
         def load(self, config):
             inputs = tiny_inputs.load(config)
-            splits = SimpleNamespace(train=inputs.splits.train, test=self.test, metric=inputs.splits.metric)
-            return SimpleNamespace(base=inputs.base, splits=splits)
+            true = inputs.splits
+            known = {"train": true.train, "metric": true.metric, "score_metric": true.score_metric}
+            return SimpleNamespace(base=inputs.base, splits=SimpleNamespace(test=self.test, **known))
 
         def test(self):
             raise ConfigError("the test split must not be empty, but has no document.")
