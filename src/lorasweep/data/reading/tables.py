@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import glob
 import gzip
+import json
 import re
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO, TypeVar, cast
+from typing import Any, Literal, TextIO, TypeVar, cast
 
 import datasets
 import pandas
@@ -55,8 +57,9 @@ class Table:
     """The chosen columns."""
     group: str | None = None
     """The column that `data.group` names."""
-    can_skip_rows: bool = False
-    """Whether unusable rows are skipped and counted (users can't correct a hub data set). Otherwise they are errors."""
+    file_settings: RowSettings | None = None
+    """The settings of files; None for a data set of the hub, which users can't correct: its unusable rows are skipped
+    and counted. In a file they are errors."""
 
     def get_class_names(self, column: str) -> tuple[str, ...]:
         """Returns the names of a column's classes in the order that the data set states; empty if it states none."""
@@ -82,8 +85,8 @@ def open_tables(config: SplitSettings, choose: ChooseColumns) -> dict[str, Table
                 is_delimited = config.path is None and find_suffix(Path(name)) in DEFAULT_DIALECTS
                 hint = " See also `data.columns` (for a file without a header) and `data.delimiter`."
                 raise ConfigError(f"{error}{hint if is_delimited else ''}") from error
-        can_skip_rows = config.path is not None
-        tables[split] = Table(datasets=loaded, columns=columns, group=config.group, can_skip_rows=can_skip_rows)
+        rules = config if config.path is None and isinstance(config, RowSettings) else None
+        tables[split] = Table(datasets=loaded, columns=columns, group=config.group, file_settings=rules)
     return tables
 
 
@@ -134,8 +137,8 @@ def _load_file(path: Path, config: RowSettings) -> Dataset:
             "chunksize": max(num_bytes, 2**20),  # types are inferred from the first chunk, so it is the whole file
             "parse_agent_traces": False,  # a chat that looks like the log of an agent would need another package
         }
-    # a warning of pandas means that it drops surplus fields
-    with refuse_unreadable(path), warnings.catch_warnings(action="error", category=ParserWarning), quiet_datasets():
+    surplus_fields_are_errors = warnings.catch_warnings(action="error", category=ParserWarning)
+    with refuse_unreadable(path, config), surplus_fields_are_errors, quiet_datasets():
         if kind in DEFAULT_DIALECTS:
             options = _choose_csv_options(path, config)
         escaped = glob.escape(str(path))  # a name may have brackets
@@ -144,14 +147,10 @@ def _load_file(path: Path, config: RowSettings) -> Dataset:
 
 def _choose_csv_options(path: Path, config: RowSettings) -> dict[str, Any]:
     """Returns options of `pandas.read_csv`. Every value stays a text: `NA` and `01` are not converted."""
-    default_delimiter, default_quoting = DEFAULT_DIALECTS[find_suffix(path)]
-    separator = DELIMITERS[default_delimiter if config.delimiter == "auto" else config.delimiter]
-    quoting = config.quoting
-    if quoting == "auto":
-        quoting = "csv" if default_quoting == "csv" or _has_csv_quotes(path, separator) else "none"
+    separator, quoting = _choose_dialect(path, config)
     options: dict[str, Any] = {
         "sep": separator,
-        "quoting": csv.QUOTE_MINIMAL if quoting == "csv" else csv.QUOTE_NONE,
+        "quoting": quoting,
         "na_filter": False,  # otherwise the text NA would be lost
         "index_col": False,  # otherwise the first field would be lost in a file whose rows are longer than its header
         "encoding": "utf-8-sig",
@@ -165,6 +164,16 @@ def _choose_csv_options(path: Path, config: RowSettings) -> dict[str, Any]:
     }
 
 
+def _choose_dialect(path: Path, config: RowSettings) -> tuple[str, Literal[0, 3]]:
+    """Returns the separator of a delimited file, and the `csv` module's constant for its quotes."""
+    default_delimiter, default_quoting = DEFAULT_DIALECTS[find_suffix(path)]
+    separator = DELIMITERS[default_delimiter if config.delimiter == "auto" else config.delimiter]
+    quoting = config.quoting
+    if quoting == "auto":
+        quoting = "csv" if default_quoting == "csv" or _has_csv_quotes(path, separator) else "none"
+    return separator, csv.QUOTE_MINIMAL if quoting == "csv" else csv.QUOTE_NONE
+
+
 def _has_csv_quotes(path: Path, separator: str) -> bool:
     """Returns whether a file has quotes, and they stand only around whole fields, or doubled inside such fields."""
     with open_text(path) as file:
@@ -175,18 +184,59 @@ def _has_csv_quotes(path: Path, separator: str) -> bool:
 
 
 @contextmanager
-def refuse_unreadable(path: Path) -> Iterator[None]:
-    """Raises ConfigError instead of the errors that libraries raise for a file that is damaged or of another kind."""
+def refuse_unreadable(path: Path, config: RowSettings | None = None) -> Iterator[None]:
+    """Raises ConfigError instead of the errors that libraries raise for a file that is damaged or of another kind.
+
+    `config` is that of a table.
+    """
     try:
         yield
     except ConfigError:
         raise
     except Exception as error:  # each reader raises its own classes
         cause = error.__cause__ or error  # `datasets` wraps the error of pandas or pyarrow
-        raise ConfigError(
-            f"{str(path)!r} must be a {find_suffix(path)[1:] or 'text'} file in UTF-8, but can't be read: "
-            f"{first_line(cause)}."
-        ) from error
+        kind = find_suffix(path)[1:] or "text"
+        reason = _find_fault(path)
+        if config is not None and "EOF inside string" in str(cause):
+            last = [1, *_list_row_lines(path, config)][-1]
+            reason = f"must close every quote, but the row of line {last} has an open one. See also `data.quoting`"
+        reason = reason or f"must be a {kind} file, but can't be read: {first_line(cause)}"
+        raise ConfigError(f"{str(path)!r} {reason}.") from error
+
+
+def _find_fault(path: Path) -> str | None:
+    """Returns which line of a text file is not UTF-8 or JSON; None if there is none, or if the file can't be opened."""
+    kind = find_suffix(path)
+    if kind == ".parquet":
+        return None
+    with suppress(OSError, EOFError, zlib.error, RecursionError), _open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                text = line.decode("utf-8-sig").strip()
+                if kind == ".jsonl" and text:
+                    json.loads(text)
+            except UnicodeDecodeError:
+                remedy = f"iconv -f cp1252 -t utf-8 {path} > {path.with_stem(f'{path.stem}-utf8')}"
+                return f"must be in UTF-8, but line {number} is not. Convert it, perhaps by `{remedy}`"
+            except json.JSONDecodeError as error:
+                return f"must have JSON on every line, but line {number} is wrong: {error.msg} at column {error.colno}"
+    return None
+
+
+def _list_row_lines(path: Path, config: RowSettings) -> list[int]:
+    """Returns the line on which each row of a csv, tsv, txt or jsonl file begins. Fields may have line feeds."""
+    with open_text(path) as file:
+        if find_suffix(path) == ".jsonl":
+            return [number for number, line in enumerate(file, start=1) if line.strip()]
+        separator, quoting = _choose_dialect(path, config)
+        lines: list[int] = []
+        end = 0
+        reader = csv.reader(file, delimiter=separator, quoting=quoting)
+        with suppress(csv.Error):  # a field is too long for this reader: the lines up to it are known
+            for fields in reader:
+                lines += [end + 1] if fields else []
+                end = reader.line_num
+    return lines if config.columns else lines[1:]
 
 
 @contextmanager
@@ -248,8 +298,11 @@ def find_tables(given: str, *, key: str) -> list[Path]:
 
 def open_text(path: Path) -> TextIO:
     """Opens a UTF-8 file, also one compressed by gzip, without its byte order mark. Line ends become line feeds."""
-    open_file = gzip.open if path.suffix.lower() == ".gz" else open
-    return cast(TextIO, open_file(path, "rt", encoding="utf-8-sig"))
+    return cast(TextIO, _open(path, "rt", encoding="utf-8-sig"))
+
+
+def _open(path: Path, mode: str, **options: Any) -> Any:
+    return (gzip.open if path.suffix.lower() == ".gz" else open)(path, mode, **options)
 
 
 def find_suffix(path: Path) -> str:
@@ -258,7 +311,7 @@ def find_suffix(path: Path) -> str:
 
 
 def parse_rows(table: Table, parse: Callable[..., T]) -> tuple[list[T], list[str]]:
-    """Returns each row parsed with `parse`, and a note on how many rows are skipped if any are.
+    """Returns each row parsed with `parse`, and notes on rows that are skipped and on values that are not read.
 
     Args:
         table: The rows to parse.
@@ -269,8 +322,13 @@ def parse_rows(table: Table, parse: Callable[..., T]) -> tuple[list[T], list[str
         ConfigError: A row of a file is unusable, or all rows of a hub data set are.
     """
     parsed: list[T] = []
-    problems: list[str] = []
+    problems: list[tuple[str, int, dict[str, Any], ValueError]] = []
+    notes: list[str] = []
     for name, dataset in table.datasets.items():
+        # pandas names a column `Unnamed: 2` if the header does not name it: surplus commas, or a text with commas
+        unnamed = [column for column in dataset.column_names if column.startswith("Unnamed: ")]
+        if unnamed and (num_rows := sum(any(row.values()) for row in dataset.select_columns(unnamed))):
+            notes.append(f"{num_rows} rows of {name!r} have values in columns without a name, which are not read.")
         columns = read_columns(dataset, [*table.columns, *([table.group] if table.group else [])], name=name)
         groups = columns[table.group] if table.group else None
         for index, values in enumerate(zip(*(columns[column] for column in table.columns), strict=True)):
@@ -278,15 +336,26 @@ def parse_rows(table: Table, parse: Callable[..., T]) -> tuple[list[T], list[str
                 group = None if groups is None else _require_group(groups[index])
                 parsed.append(parse(*values, group=group))
             except ValueError as error:
-                problems.append(f"row {index + 1} of {name!r} {error}")
+                problems.append((name, index, dict(zip(table.columns, values, strict=True)), error))
     if not problems:
-        return parsed, []
-    if not table.can_skip_rows:
-        raise ConfigError(f"{problems[0]}. Correct or remove the row. {len(problems)} rows have a problem.")
-    name, first = next(iter(table.datasets)), f"The first problem: {problems[0]}."
+        return parsed, notes
+    name, index, fields, problem = problems[0]
+    shown = ", ".join(f"`{column}` {shorten(value, 40)}" for column, value in fields.items())
+    first = f"{_name_place(name, index, table.file_settings)} of {name!r} {problem}. The row has {shown}."
+    if table.file_settings is not None:
+        also = f" {len(problems)} rows have a problem." if len(problems) > 1 else ""
+        raise ConfigError(f"{first} Correct or remove it.{also}")
     if not parsed:
-        raise ConfigError(f"{name!r} must have usable rows, but has none. {first}")
-    return parsed, [f"{len(problems)} of {len(parsed) + len(problems)} rows of {name!r} are skipped. {first}"]
+        raise ConfigError(f"{name!r} must have usable rows, but has none. The first problem: {first}")
+    skipped = f"{len(problems)} of {len(parsed) + len(problems)} rows of {name!r} are skipped."
+    return parsed, [*notes, f"{skipped} The first problem: {first}"]
+
+
+def _name_place(name: str, index: int, config: RowSettings | None) -> str:
+    """Returns the line of a row, or its number in a file without lines."""
+    is_in_lines = config is not None and find_suffix(Path(name)) in (*DEFAULT_DIALECTS, ".jsonl")
+    lines = _list_row_lines(Path(name), config) if config is not None and is_in_lines else []
+    return f"line {lines[index]}" if index < len(lines) else f"row {index + 1}"
 
 
 def read_columns(dataset: Dataset, names: Iterable[str], *, name: str) -> dict[str, list[Any]]:
