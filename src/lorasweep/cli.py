@@ -232,8 +232,10 @@ def new(arguments: argparse.Namespace) -> int:
         from lorasweep.sweep.draft import draft_sweep
 
     path = arguments.file
-    if path.suffix not in (".yaml", ".yml") or path.exists():
-        raise ConfigError(f"`FILE.yaml` must be a new file with the suffix .yaml, but got {str(path)!r}.")
+    if path.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"`FILE.yaml` must have the suffix .yaml, but got {str(path)!r}.")
+    if path.exists():
+        raise ConfigError(f"`FILE.yaml` must be a new file, but {str(path)!r} exists already. Name another one.")
     api.prepare_environment()
     settings = parse_overrides(arguments.overrides)
     text = draft_sweep(path, settings)

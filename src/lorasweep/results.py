@@ -163,6 +163,20 @@ class SweepResult:
             raise RecordError(f"arm `{arm}` must have a complete trial, but has none yet.")
         return winner
 
+    def recommended(self, subject: str | None = None) -> Trial:
+        """Returns the setting that the report recommends, in `params`, as `lorasweep train --from` takes it.
+
+        Args:
+            subject: An arm, or one value of its `confirm_each` key (`lora-rank-8`). None is the whole sweep.
+
+        Raises:
+            ConfigError: The sweep has no such subject.
+            RecordError: The sweep is not complete, or has no such setting.
+        """
+        from lorasweep.report.recommend import find_recommended  # noqa: PLC0415 (slow to import)
+
+        return find_recommended(self.folder / (subject or ""), key="subject")[-1]
+
     def load_run(self, trial: Trial) -> RunResult:
         """Returns the run of a trial, read from its folder."""
         return load_run(get_run_folder(self.folder, trial.run))

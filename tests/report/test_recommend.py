@@ -46,6 +46,8 @@ def test_predicted_setting_is_read_with_the_value_of_confirm_each(tmp_path: Path
         found, origin = read_recommended(source)
         assert (found["method.rank"], found["optim.lr"]) == (8, 0.0102)
         assert (origin["arm"], origin["trial"]) == ("lora-rank-8", None)
+    for subject in (None, "lora", "lora-rank-8"):
+        assert load_sweep(sweep).recommended(subject).params == {"method.rank": 8, "optim.lr": 0.0102}
     assert read_recommended(sweep / "lora-rank-2")[0]["method.rank"] == 2
 
 

@@ -50,6 +50,7 @@ def test_columns_lengths_and_steps_come_from_the_data(here, capsys):
     assert (lora["low"], lora["high"]) == pytest.approx((3e-4, 3e-2))
     written = (here / "mine.yaml").read_text()
     assert "passes over" in written
+    assert "data.metric: accuracy # or f1, matthews or loss\n" in written
     assert "lorasweep plan mine.yaml" in capsys.readouterr().out
     assert [arm.trials for arm in read_definition(here / "mine.yaml").arms] == [1, 12, 12]
 
@@ -61,6 +62,15 @@ def test_settings_of_the_user_are_kept(here):
     settings = sweep["settings"]
     assert (settings["data.label"], settings["data.max_length"], settings["trainer.max_steps"]) == ("author", 24, 7)
     assert (settings["data.text"], settings["sweep.trials"]) == ("review", 3)
+
+
+def test_other_metric_is_suggested_if_most_examples_have_one_label(here, capsys):
+    rows = [f"text {n},{'rare' if n % 10 == 0 else 'usual'}\n" for n in range(300)]
+    (here / "rare.csv").write_text("text,label\n" + "".join(rows))
+    assert draft(MODEL, "data.train=rare.csv")["settings"]["data.metric"] == "accuracy"
+    assert "so matthews says more" in (here / "mine.yaml").read_text()
+    assert run(["new", "mine.yaml", MODEL, "data.train=rare.csv"]) == WRONG_REQUEST
+    assert "mine.yaml' exists already" in capsys.readouterr().err
 
 
 def test_pairs_conversations_and_running_text_are_recognised(here):
@@ -82,7 +92,7 @@ def test_pairs_conversations_and_running_text_are_recognised(here):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["data.train=topics.csv"], "model.path"),
+        (["data.train=topics.csv"], "`model.path=embedded:tiny`"),
         ([MODEL], "data.train"),
         ([MODEL, "data.train=missing.csv"], "missing.csv"),
         ([MODEL, "data.train=numbers.csv"], "`data.text`"),

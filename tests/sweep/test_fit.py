@@ -6,7 +6,7 @@ import pytest
 
 import lorasweep.sweep.fit as fit_file
 from lorasweep.errors import ConfigError
-from lorasweep.sweep.definition.arms import read_definition
+from lorasweep.sweep.definition.arms import read_definition, restore_definition
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
 from lorasweep.sweep.fit import fit_minutes
 from lorasweep.sweep.plan import GroupPlan
@@ -46,5 +46,11 @@ def test_seeds_go_first_then_trials_then_steps(definition):
 
 
 def test_a_time_that_is_too_short_is_refused_with_the_shortest(definition):
-    with pytest.raises(ConfigError, match=r"`--minutes` must be at least \d+ .* but got 0.5"):
+    with pytest.raises(ConfigError, match=r"`--minutes` must be at least \d+ .* but got 0.5") as raised:
         fit(definition, 0.5)
+    helps = ("`arms.full=null`", "`method.rank`", "`confirm.seeds`", "`data.block_length`")
+    assert [name for name in helps if name not in str(raised.value)] == []
+    without_full = restore_definition({**definition.raw, "overrides": {"arms.full": None}}, source=definition.source)
+    with pytest.raises(ConfigError) as raised:
+        fit(without_full, 0.5)
+    assert "arms.full" not in str(raised.value)

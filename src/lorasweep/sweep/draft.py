@@ -33,7 +33,7 @@ from lorasweep.sweep.checks import MAX_STEPS, STEPS_KEY, count_steps
 from lorasweep.sweep.definition.arms import SWEEP_GROUPS, Definition, is_range, read_definition
 from lorasweep.sweep.definition.sweep_file import MAX_NAME_CHARACTERS
 from lorasweep.training.inputs import RunInputs, build_inputs
-from lorasweep.wording import format_count, join_words
+from lorasweep.wording import format_count, format_share, join_words
 
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "sentiment", "score", "rating", "stars")
 """Usual names of the column of labels, in the order in which they are tried."""
@@ -51,6 +51,8 @@ EPOCHS = 3
 MAX_VALIDATION_EXAMPLES = 1000
 MAX_MEASURED_TOKENS = 4096
 """Length up to which examples are measured."""
+MAX_BALANCED_SHARE = 0.8
+"""Share of the most frequent label up to which accuracy is a good metric."""
 COVERED_SHARE = 0.99
 """Share of the examples that `data.max_length` does not cut."""
 RATE_TIMES_WIDTH = 0.05
@@ -116,13 +118,17 @@ def draft_sweep(path: Path, settings: Mapping[str, Any]) -> str:
     chosen = {**({} if "data" in settings else _choose_data(settings)), **settings}
     chosen = {"model": "classifier" if chosen["data"] == "table" else "causal_lm", **chosen}
     if chosen["model"] in ("classifier", "causal_lm", "seq2seq") and "model.path" not in chosen:
-        raise ConfigError("a drafted sweep must know the model: add `model.path=FOLDER-OR-HUB-ID`.")
+        raise ConfigError(
+            "a drafted sweep must know the model: add `model.path=FOLDER-OR-HUB-ID`. `model.path=embedded:tiny` is the "
+            "embedded toy."
+        )
     # blocks of text have a fixed length; the length of examples is measured
     lengths = {"data.max_length": MAX_MEASURED_TOKENS} if chosen["data"] in ("table", "chat") else {}
     inputs = build_inputs(compose_run({**lengths, **chosen}))
     inputs.splits.test()  # reads every row, because the confirm stage would fail after hours of training
     numbers = _choose_numbers(inputs, chosen)
-    text = _fill_template(path, {**chosen, **numbers}, {**SWEEP_SETTINGS, **of_sweep}, inputs)
+    metric = {} if any(key.startswith("data.metric") for key in chosen) else {"data.metric": inputs.splits.metric}
+    text = _fill_template(path, {**chosen, **metric, **numbers}, {**SWEEP_SETTINGS, **of_sweep}, inputs)
     read_definition(yaml.safe_load(text))  # a draft must be a sweep that starts
     return text
 
@@ -230,9 +236,14 @@ def _fill_template(path: Path, settings: Mapping[str, Any], of_sweep: Mapping[st
         f"The base has {format_count(parameters)} parameters. The data has {len(train):,} training sequences{named}.",
         *inputs.splits.notes,
     ]
+    others = [name for name in inputs.splits.task.metrics if name != inputs.splits.metric]
+    constant = inputs.splits.score_constant_answer(inputs.splits.validation).get("accuracy", 0.0)
+    advice = f"; most examples have one label ({format_share(constant)}), so matthews says more"
+    is_advised = "matthews" in others and constant > MAX_BALANCED_SHARE
     passes = trainer.max_steps * trainer.batch_size / len(train)
     comments = {
         **COMMENTS,
+        "data.metric": f"or {join_words(others, last='or')}{advice if is_advised else ''}",
         "data.max_length": f"{train.lengths.double().mean():.0f} tokens on average, {int(train.lengths.max())} at most",
         STEPS_KEY: f"{passes:.1f} passes over {len(train):,} training examples"
         + (f"; more than {MAX_STEPS} steps are for you to choose" if trainer.max_steps == MAX_STEPS else ""),

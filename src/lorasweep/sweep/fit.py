@@ -13,6 +13,7 @@ from lorasweep.sweep.definition.arms import Definition, restore_definition
 from lorasweep.sweep.definition.seeds import count_confirm_runs
 from lorasweep.sweep.plan import GroupPlan, plan_sweep
 from lorasweep.training.inputs import InputsCache
+from lorasweep.wording import join_words
 
 MIN_TRIALS = 6
 """Fewest trials of an arm. With fewer, the best learning rate of two decades is found by luck."""
@@ -52,8 +53,22 @@ def fit_minutes(
             return fitted, measured, f"within {minutes:g} min: {'; '.join(given_up) or 'nothing is given up'}."
     raise ConfigError(
         f"`--minutes` must be at least {math.ceil(seconds / 60)} for this sweep on this machine, but got {minutes:g}. "
-        "Leave out an arm (`arms.full=null`), or take a smaller model or shorter texts."
+        f"What helps: {join_words(list(_list_savings(definition)))}."
     )
+
+
+def _list_savings(definition: Definition) -> Iterator[str]:
+    """Yields the changes that shorten this sweep beyond the smallest budget."""
+    looks, names = definition.sweep_config.confirm.list_looks(), [arm.name for arm in definition.arms]
+    if "full" in names and len(names) > 1:
+        yield "leave out an arm (`arms.full=null`)"
+    yield from (f"fewer values of `{arm.confirm_each}`" for arm in definition.arms if arm.confirm_each)
+    if looks and looks[0] > 1:
+        yield f"fewer than {looks[0]} seeds (`confirm.seeds`)"
+    fields = ("max_length", "block_length", "max_validation_examples", "max_validation_blocks")
+    data = definition.arms[0].corner_configs[0].data
+    yield from (f"a lower `data.{field}`" for field in fields if hasattr(data, field))
+    yield "a smaller model"
 
 
 def _list_budgets(steps: int, trials: int, looks: tuple[int, ...]) -> Iterator[tuple[int, int, tuple[int, ...]]]:
