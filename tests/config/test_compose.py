@@ -51,7 +51,7 @@ def test_a_class_takes_the_place_of_an_option_and_leaves_our_settings():
     assert (config.optim.lr, config.optim.clip_norm) == (1e-3, None)
 
 
-@pytest.mark.parametrize("key", ["logger.mine.prefix", "optim.momentum", "schedule.total_steps", "trainer.profiler.a"])
+@pytest.mark.parametrize("key", ["logger.mine.prefix", "optim.momentum", "schedule.total_steps", "trainer.strategy.a"])
 def test_an_argument_without_a_class_is_no_setting(key):
     with pytest.raises(ConfigError, match=f"`{key}` is not a setting"):
         compose_run({key: 1})

@@ -12,7 +12,6 @@ from torchmetrics.functional.classification import binary_average_precision, mul
 
 from lorasweep.config.components import instantiate
 from lorasweep.config.data import MetricComponent
-from lorasweep.data.build_splits import check_own_parts
 from lorasweep.data.own_metric import build_own_metric
 from lorasweep.data.split import IGNORED
 from lorasweep.data.tasks import Classification, Evaluation, LanguageModelling, MultiLabel, Regression
@@ -45,11 +44,6 @@ class Focal(nn.Module):
     def forward(self, logits, targets):
         losses = cross_entropy(logits, targets, reduction="none")
         return (1 - (-losses).exp()) * losses
-
-
-class Flat(nn.Module):
-    def forward(self, logits, targets):
-        return (logits.argmax(-1) != targets).float()
 
 
 class Table(nn.Module):
@@ -159,12 +153,8 @@ def test_the_direction_of_a_metric_comes_from_its_class_or_the_settings():
     ],
 )
 def test_a_metric_that_can_not_score_is_refused(target, settings):
-    def check():
-        task = Classification(num_classes=3, own_metric=build_metric(target, **settings))
-        check_own_parts(task, CLASSES, num_outputs=3)
-
     with pytest.raises(ConfigError, match=r"`data\.metric"):
-        check()
+        evaluate(Classification(num_classes=3, own_metric=build_metric(target, **settings)), draw(12, 3), CLASSES)
 
 
 def test_losses_of_labels_and_numbers_are_those_of_torch():
@@ -198,19 +188,10 @@ def test_a_loss_of_text_counts_scored_tokens_and_tells_slots_apart():
     torch.testing.assert_close(by_slot, expected.view(2, 2).sum(1))
 
 
-@pytest.mark.parametrize(
-    ("target", "settings"),
-    [
-        ("torch.optim.SGD", {}),
-        ("torch.nn.CrossEntropyLoss", {}),  # the mean of all items
-        (f"{__name__}.Flat", {}),  # not differentiable
-        ("torch.nn.CosineEmbeddingLoss", {}),  # takes other arguments
-    ],
-)
-@pytest.mark.parametrize("task", [Classification(num_classes=3), LanguageModelling(bytes_per_token=None)])
-def test_a_loss_that_can_not_train_is_refused(task, target, settings):
-    targets = CLASSES if isinstance(task, Classification) else CLASSES.view(2, 6)
+def test_a_loss_that_is_no_module_or_a_mean_is_refused():
     with pytest.raises(ConfigError, match=r"`data\.loss"):
-        check_own_parts(
-            type(task)(**(vars(task) | {"own_loss": build_loss(target, **settings)})), targets, num_outputs=3
-        )
+        build_loss("torch.optim.SGD")
+    batch = {"input_ids": torch.arange(5), "targets": CLASSES[:5]}
+    task = Classification(num_classes=3, own_loss=build_loss("torch.nn.CrossEntropyLoss"))
+    with pytest.raises(ConfigError, match=r"`data\.loss` .*reduction=none"):
+        task.losses(Table(draw(5, 3)), batch)

@@ -71,29 +71,6 @@ def prepare_plain(model):
     return copied
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("config", [BIASES, NORMS], ids=["biases", "norms"])
-def test_training_moves_only_copies_and_what_is_saved_comes_back(dtype, config, tmp_path):
-    base = make_bert(dtype=dtype)
-    model = prepare(base, config)
-    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    optimizer = torch.optim.AdamW(METHOD.trainable_groups(model, lr_ratio_b=1.0)[0].params, lr=0.05)
-    losses = []
-    for _ in range(5):
-        loss = nn.functional.cross_entropy(logits_of(model), torch.tensor([0, 2]))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    assert fingerprint_weights(base.model) == base.fingerprint
-    METHOD.save(model, tmp_path, base=base)
-    loaded = prepare(base, config)
-    METHOD.load(loaded, tmp_path)
-    assert torch.equal(logits_of(loaded), logits_of(model))
-    assert trained_names(loaded) == trained_names(model)
-
-
 def test_model_without_biases_is_refused_with_what_to_do():
     base = make_base()
     message = r"`method.train=biases` .* LlamaForCausalLM .*biases_and_norms.*`method=lora`"

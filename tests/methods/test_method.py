@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from lorasweep.config.method import LoraConfig
 from lorasweep.errors import ConfigError, RecordError
@@ -119,16 +118,6 @@ def test_saving_again_replaces_leaves_no_other_files_and_prints_nothing(name, tm
     METHODS[name].load(loaded, tmp_path)
     assert torch.equal(logits_of(loaded, name), logits_of(model, name))
     assert capfd.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_fully_trained_model_is_loaded_by_transformers(tmp_path, tied):
-    base = make_base(tied=tied)
-    model = prepare(base, "full")
-    train(model, "full")
-    METHODS["full"].save(model, tmp_path, base=base)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(loaded(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits)
 
 
 @pytest.mark.parametrize("name", TRAINING)

@@ -132,17 +132,3 @@ def test_peft_loads_what_a_run_saved(load, save_random, architecture, kind, head
         expected, got = (m.eval()(**make_batch(kind)).logits for m in (model, loaded))
     # fp32 sums in another order: PEFT adds the change to the output, we add into it
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("method", ["lora", "full", "head"])
-@pytest.mark.parametrize(("architecture", "kind", "head"), CASES)
-def test_saved_weights_come_back_exactly(load, architecture, kind, head, method, tmp_path):
-    base = load(architecture, kind, dtype=torch.bfloat16)
-    model = prepare(base, method)
-    with torch.autocast("cpu", torch.bfloat16, enabled=METHODS[method].needs_autocast):
-        train(model, kind, method, steps=2)
-    METHODS[method].save(model, tmp_path, base=base)
-    again = copy_sharing_weights(base.model) if METHODS[method].loads_onto_base else prepare(base, method, seed=1)
-    METHODS[method].load(again, tmp_path)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=METHODS[method].needs_autocast):
-        assert torch.equal(again(**make_batch(kind)).logits, model(**make_batch(kind)).logits)

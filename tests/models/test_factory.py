@@ -10,7 +10,6 @@ import pytest
 import torch
 from tests.tiny_tokenizer import load_tokenizer
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from lorasweep.config.method import FullConfig, HeadConfig, LoraConfig
 from lorasweep.errors import ConfigError
@@ -131,38 +130,6 @@ def test_what_it_draws_is_the_same_each_time_and_moves_no_stream(load):
     torch.manual_seed(4)
     assert load("build").fingerprint == first.fingerprint
     assert fingerprint_weights(load("build").model) == fingerprint_weights(first.model)
-
-
-@pytest.mark.parametrize("name", ["lora", "full", "head"])
-def test_run_trains_saves_and_loads_it(load, name, tmp_path):
-    base = load("build")
-    model = prepare(base, name).train()
-    method = METHODS[name]
-    optimizer = torch.optim.AdamW(
-        [{"params": g.params} for g in method.trainable_groups(model, lr_ratio_b=1.0)], lr=0.1
-    )
-    losses = []
-    for _ in range(12):
-        loss = cross_entropy(model(input_ids=TOKENS).logits, TARGETS)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert min(losses[-3:]) < losses[0]
-    assert fingerprint_weights(base.model, exclude=base.new_head_names) == base.fingerprint
-    method.save(model, tmp_path, base=base)
-    again = copy_sharing_weights(base.model) if method.loads_onto_base else prepare(base, name, seed=1)
-    method.load(again, tmp_path)
-    for copy in (model, again):  # the statistics of batch norm are saved by `full` only
-        copy.norm.load_state_dict(base.model.norm.state_dict(), strict=True)
-        copy.eval()
-    assert torch.equal(again(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits)
-
-
-def test_dropout_is_set_in_its_modules(load):
-    assert load("build", dropout=0.0).model.drop.p == 0
-    assert load("build", dropout=0.25).model.drop.p == 0.25
-    assert load("build").model.drop.p == 0.5
 
 
 @pytest.mark.parametrize(

@@ -63,14 +63,6 @@ def test_embedded_model_is_frozen_in_evaluation_mode_and_one_dtype(dtype, model_
     assert 900_000 <= base.num_parameters <= 1_500_000
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_attention_is_the_one_asked_for(saved, attention, model_config):
-    assert (
-        load_base(model_config(saved, attention=attention), dtype=torch.float32).model.config._attn_implementation
-        == attention
-    )
-
-
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash_attn is installed")
 def test_attention_that_can_not_be_had_is_one_sentence(saved, model_config):
     with pytest.raises(

@@ -101,31 +101,6 @@ def test_the_smallest_sufficient_rank_has_a_mark_only_if_it_is_settled(ranked: S
     assert not find_traces(draw_scores_by_value(load_sweep_data(ranked_copy)).figures[0], symbol="diamond-open")
 
 
-def test_without_confirm_each_the_arms_are_compared_and_without_full_bars_are_those_of_means(confirmed: Path) -> None:
-    panel = draw_scores_by_value(load_sweep_data(confirmed))
-    assert panel.title == "Test score by arm"
-    assert [trace.x[0] for trace in find_traces(panel.figures[0], size=11)] == ["lora"]
-
-    def drop(raw: dict[str, Any]) -> None:
-        raw["confirm"] = [row for row in raw["confirm"] if row["arm"] != "full"]
-
-    edit_json(confirmed / "sweep.json", drop)
-    data = load_sweep_data(confirmed)
-    lora = data.evidence.subject("lora")
-    assert lora
-    assert list_bars(draw_scores_by_value(data).figures[0]) == [lora.interval]
-
-
-def test_learning_rates_of_each_arm_are_dots_and_its_best_a_ring(sweep: Path) -> None:
-    data = load_sweep_data(sweep)
-    (figure,) = draw_score_by_lr(data).figures
-    rings = find_traces(figure, symbol="circle-open")
-    assert [ring.y[0] for ring in rings] == [data.best_score("lora"), data.best_score("full")]
-    crosses = find_traces(figure, symbol="x-thin-open")
-    assert [len(cross.x) for cross in crosses] == [6, 0]
-    assert figure.layout.xaxis.title.text == "learning rate (log scale)"
-
-
 def test_an_arm_with_confirm_each_has_its_rates_by_value_and_predicted_settings_as_diamonds(
     ranked: SweepData, ranked_copy: Path
 ) -> None:

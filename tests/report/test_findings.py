@@ -11,7 +11,7 @@ from lorasweep.report.fairness import list_edges
 from lorasweep.report.summary import summarize
 from lorasweep.report.sweep_data import load_sweep_data
 
-from .conftest import confirm_winners, edit_json
+from .conftest import edit_json
 
 
 @pytest.mark.parametrize(
@@ -61,9 +61,3 @@ def test_groups_of_test_examples_are_named(confirmed: Path, data: dict[str, str 
     for run in confirmed.glob("runs/*-confirm-*"):
         edit_json(run / "run.json", lambda raw: raw["config"].update(data=data))
     assert groups in summarize(confirmed).sentences[0]
-
-
-def test_margin_without_a_gain_names_the_key(confirmed: Path) -> None:
-    edit_json(confirmed / "sweep.json", lambda raw: raw.update(direction="maximize"))
-    confirm_winners(confirmed)
-    assert any("No margin" in text and "`confirm.margin`" in text for text in summarize(confirmed).sentences)

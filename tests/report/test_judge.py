@@ -98,7 +98,7 @@ def test_files_of_the_trainer_and_of_the_harness_are_read(tmp_path):
     scores = read_scores(tmp_path / "harness", metric="arc/acc", columns={}, pattern="{arm}-{seed}")
     assert scores["score"].tolist() == [0, 1, 0] * 2
     (folder / "samples_arc_2026.jsonl").write_text("{")
-    with pytest.raises(ConfigError, match="must be JSON, but is damaged"):
+    with pytest.raises(ConfigError, match="is damaged"):
         read_scores(tmp_path / "harness", metric="arc/acc", columns={}, pattern="{arm}-{seed}")
     with pytest.raises(ConfigError, match="must have the metric 'f1'"):
         read_scores(tmp_path / "trainer", metric="f1", columns={})

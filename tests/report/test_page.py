@@ -12,10 +12,8 @@ from typing import Any
 import pytest
 from plotly.offline import get_plotlyjs
 
-from lorasweep.report import page, write_report
+from lorasweep.report import write_report
 from lorasweep.report.figures import draw_panels
-from lorasweep.report.page import render_page
-from lorasweep.report.summary import summarize
 from lorasweep.report.sweep_data import load_sweep_data
 
 from .conftest import build_sweep, edit_json
@@ -134,13 +132,6 @@ def test_what_is_missing_is_a_sentence_and_the_rest_still_appears(
     assert [name for name in page.ids if name in SECTIONS] == SECTIONS
 
 
-def test_sweep_without_any_trial_has_a_page(sweep: Path) -> None:
-    edit_json(sweep / "sweep.json", lambda raw: raw.update(trials=[], arms=[], status="running"))
-    page = written(sweep)
-    assert page.figures == []
-    assert "No trial is complete" in page.text
-
-
 def test_damaged_runs_are_named_and_counted_beyond_five(sweep: Path) -> None:
     for number in range(7):
         (sweep / f"runs/lora-{number:04d}/run.json").write_text("{")
@@ -157,16 +148,3 @@ def test_report_of_a_thousand_trials_takes_at_most_twenty_seconds(tmp_path: Path
     # processor time: what else runs on the machine does not count
     assert time.process_time() - start <= 20
     assert (sweep / "report/index.html").stat().st_size - len(get_plotlyjs().encode()) < 1e6
-
-
-def test_page_of_a_large_sweep_says_that_it_shows_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    large = summarize(build_sweep(tmp_path, lora=60))
-    assert "Figures and table show" not in render_page(large, [])
-    monkeypatch.setattr("lorasweep.report.figures.panel.MAX_SHOWN_TRIALS", 30)
-    monkeypatch.setattr(page, "MAX_REASONS", 3)
-    text = render_page(large, [])
-    rows = text.count('<th scope="row" data-key=')
-    assert rows < len(large.data.trials)
-    assert f"Figures and table show {rows} of {len(large.data.trials)} trials" in text
-    assert "of which the first 3 are listed</summary>" in text
-    assert text.count("Worse than half of the trials") == 3

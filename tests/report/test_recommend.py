@@ -73,11 +73,6 @@ def test_model_card_names_the_confirm_run_and_says_whether_its_settings_are_reco
     assert "recommends other settings" in describe(trial.run)  # its learning rate is another
 
 
-def test_sweep_without_a_complete_trial_recommends_nothing(sweep: Path) -> None:
-    edit_json(sweep / "sweep.json", lambda raw: [t.update(state="failed", value=None) for t in raw["trials"]])
-    assert recommended(sweep) == []
-
-
 def test_settings_are_read_of_a_sweep_or_of_an_arm_and_use_all_training_data(confirmed: Path) -> None:
     limited = {"data": "table", "data.max_train_examples": 100, "trainer.batch_size": 4}
     edit_json(confirmed / "sweep.json", lambda raw: [arm["settings"].update(limited) for arm in raw["arms"]])

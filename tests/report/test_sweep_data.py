@@ -99,16 +99,3 @@ def test_each_value_of_confirm_each_is_an_entry_with_its_trials_and_runs(tmp_pat
     assert [run.seed for run in sixteen.confirm_runs] == [0, 1, 2]
     assert len(data.searches[2].trials) == len(one.trials) + len(sixteen.trials)
     assert len({trial.run for trial in data.trials}) == len(data.trials)
-
-
-def test_a_predicted_setting_has_the_record_of_its_first_confirm_run(tmp_path: Path) -> None:
-    data = load_sweep_data(build_rank_sweep(tmp_path, {1: 1.75, 16: 1.68}, seeds=3))
-    best = data.arms[3].best
-
-    assert best is not None
-    assert best.is_predicted
-    assert best.params == {"method.rank": 16, "optim.lr": 0.0102}
-    assert best.run == data.arms[3].confirm_runs[0].run
-    assert best.record is not None
-    assert data.arms[3].cost("trainable_params") == best.record.trainable_params
-    assert not data.arms[1].best.is_predicted  # type: ignore[union-attr]

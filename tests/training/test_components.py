@@ -197,20 +197,6 @@ def test_an_early_stopping_of_lightnings_ends_the_run_and_resumes_with_what_it_k
 
 
 @pytest.mark.parametrize(
-    ("profiler", "file"),
-    [
-        ({"trainer.profiler": "simple"}, "fit-profile.txt"),
-        ({"trainer.profiler": "advanced"}, "fit-profile.txt"),
-        ({"trainer.profiler._target_": "lightning.pytorch.profilers.SimpleProfiler"}, "fit-profile.txt"),
-    ],
-    ids=["simple", "advanced", "target"],
-)
-def test_a_profiler_writes_into_the_runs_folder(tmp_path, make_config, inputs, profiler, file):
-    train(tmp_path, make_config(profiler), inputs=inputs)
-    assert "training_step" in (tmp_path / file).read_text()
-
-
-@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"logger": "wandb"}, "`logger.wandb` .*`pip install wandb`"),
@@ -219,7 +205,6 @@ def test_a_profiler_writes_into_the_runs_folder(tmp_path, make_config, inputs, p
         ({"logger.a._target_": "lightning.pytorch.callbacks.Timer"}, "`logger.a._target_` must be a subclass of"),
         ({"callbacks.a._target_": "lightning.pytorch.loggers.CSVLogger"}, "`callbacks.a._target_` must be a subclass"),
         ({"callbacks": "early_stopping", "callbacks.early_stopping.mode": "best"}, "`callbacks.early_stopping` must"),
-        ({"trainer.profiler._target_": "lightning.pytorch.callbacks.Timer"}, "`trainer.profiler._target_` must be a"),
     ],
 )
 def test_parts_that_cant_be_are_refused_before_anything_is_written(

@@ -26,12 +26,6 @@ from lorasweep.training.environment import (
 TRAINER = compose_run({"trainer.device": "cpu"}).trainer
 
 
-@pytest.mark.parametrize("has_bf16", [True, False])
-def test_auto_takes_bf16_where_the_processor_has_it(monkeypatch, has_bf16):
-    monkeypatch.setattr(environment_file, "has_cpu_bf16", lambda: has_bf16)
-    assert resolve_precision(TRAINER) == ("bf16" if has_bf16 else "fp32")
-
-
 def test_bf16_is_refused_on_a_gpu_without_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
@@ -39,12 +33,6 @@ def test_bf16_is_refused_on_a_gpu_without_it(monkeypatch):
     with pytest.raises(ConfigError, match=r"`trainer.precision` must be fp32 .*'bf16'"):
         resolve_precision(wanted)
     assert resolve_precision(dataclasses.replace(wanted, precision="auto")) == "fp32"
-
-
-def test_a_gpu_is_refused_where_there_is_none(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match=r"`trainer.device` must be cpu"):
-        resolve_device(dataclasses.replace(TRAINER, device="gpu"))
 
 
 @pytest.mark.parametrize(

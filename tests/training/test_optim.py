@@ -20,7 +20,7 @@ from lorasweep.training.optim import (
     build_schedule,
     check_optim,
     schedule_factor,
-    split_by_learning_rate,
+    split_head,
 )
 
 OPTIM = OptimConfig(
@@ -28,7 +28,6 @@ OPTIM = OptimConfig(
     lr=0.1,
     lr_ratio_b=1.0,
     lr_ratio_head=1.0,
-    layer_decay=1.0,
     weight_decay=0.5,
     beta1=0.8,
     beta2=0.9,
@@ -186,7 +185,7 @@ class Blocks(nn.Module):
 
 def rates(model, **changes):
     groups = [ParameterGroup(name="full", params=tuple(model.parameters()), lr_factor=2.0)]
-    refined = split_by_learning_rate(model, groups, replace(OPTIM, **changes), head_names=("classifier",))
+    refined = split_head(model, groups, replace(OPTIM, **changes), head_names=("classifier",))
     names = {id(p): name for name, p in model.named_parameters()}
     return {names[id(p)]: group.lr_factor for group in refined for p in group.params}
 
@@ -195,10 +194,3 @@ def test_the_head_has_its_own_rate():
     found = rates(Blocks(), lr_ratio_head=10.0)
     assert {name for name, rate in found.items() if rate == 20.0} == {"classifier.weight", "classifier.bias"}
     assert set(found.values()) == {2.0, 20.0}
-
-
-def test_lower_blocks_have_lower_rates():
-    found = rates(Blocks(), layer_decay=0.5)
-    assert found["embed_tokens.weight"] == 0.5
-    assert found["layers.0.weight"] == 1.0
-    assert found["layers.1.weight"] == found["norm.weight"] == found["classifier.weight"] == 2.0

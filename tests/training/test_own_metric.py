@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from lorasweep.config.compose import compose_run
-from lorasweep.errors import ConfigError
 from lorasweep.record import read_run
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.packs.pack import train_pack
@@ -70,16 +69,3 @@ def test_a_packed_run_scores_as_it_would_alone_and_the_record_restores_the_metri
     scored = score_run(tmp_path / "alone-0", inputs=own_inputs)
     assert 0 < scored.test[NAME] < 1
     assert not (tmp_path / "alone-0" / "test_scores.csv").exists()  # its parts are not the scores of examples
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"data.metric.num_classes": 4},
-        {"data.metric._target_": "torchmetrics.text.Perplexity"},
-        {"data.metric.average": None},
-    ],
-)
-def test_a_metric_that_does_not_fit_the_text_is_refused_before_training(settings):
-    with pytest.raises(ConfigError, match=r"`data\.metric`"):
-        build_inputs(compose_run(TEXT | METRIC | settings))

@@ -9,13 +9,9 @@ import numpy as np
 import pytest
 
 import lorasweep.training.telemetry as telemetry_file
-from lorasweep.record import add_telemetry
 from lorasweep.training.environment import process_peak_bytes
-from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.packs.slot_run import RunRequest
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
-from lorasweep.training.score import score_run
 from lorasweep.training.telemetry import Telemetry
 
 PHASES = ("loading_s", "training_s", "evaluating_s", "scoring_s", "saving_s", "storage_s")
@@ -58,21 +54,6 @@ def test_each_second_belongs_to_the_innermost_phase(clock):
     assert usage["first_step_at"] == 101
 
 
-def test_two_sessions_add_times_and_tokens_and_keep_the_larger_peaks():
-    first = {"wall_s": 2.0, "trained_tokens": 5.0, "peak_memory_bytes": 9.0}
-    second = {"wall_s": 3.0, "trained_tokens": 1.0, "peak_memory_bytes": 7.0, "gpu_peak_memory_bytes": 4.0}
-    together = {"wall_s": 5, "trained_tokens": 6, "peak_memory_bytes": 9, "gpu_peak_memory_bytes": 4}
-    assert add_telemetry(first, second) == add_telemetry(second, first) == together
-    assert add_telemetry({}, first) == first
-
-
-def test_the_first_step_of_two_sessions_is_the_earlier_one():
-    assert add_telemetry({"first_step_at": 5.0}, {"first_step_at": 9.0}) == {"first_step_at": 5}
-    assert (
-        add_telemetry({"first_step_at": 9.0}, {}) == add_telemetry({}, {"first_step_at": 9.0}) == {"first_step_at": 9}
-    )
-
-
 def test_a_run_alone_is_training_and_evaluating_and_its_tokens_are_counted(make_config, fresh, tmp_path):
     record = train_run(make_config(), RunFolder(path=tmp_path / "run"), inputs=fresh)
     usage = fresh.telemetry.sample()
@@ -91,36 +72,6 @@ def test_the_tokens_of_a_run_that_goes_on_are_counted_once(make_config, fresh, t
     record = train_run(make_config(), RunFolder(path=tmp_path / "run"), inputs=fresh, resume=True)
     assert 0 < before < record.tokens_trained
     assert fresh.telemetry.sample()["trained_tokens"] == record.tokens_trained
-
-
-def test_a_packs_tokens_are_those_of_all_its_slots(make_config, fresh, tmp_path):
-    records = []
-    jobs = [
-        RunRequest(
-            config=make_config({"seed": seed}),
-            run_folder=RunFolder(path=tmp_path / str(seed)),
-            on_end=records.append,
-        )
-        for seed in range(2)
-    ]
-    assert train_pack(
-        jobs,
-        inputs=fresh,
-        slots=len(jobs),
-        next_run=lambda: None,
-        on_evaluation=lambda evaluated: [True] * len(evaluated),
-        state_file=tmp_path / "pack.json",
-    )
-    usage = fresh.telemetry.sample()
-    assert usage["trained_tokens"] == sum(record.tokens_trained for record in records) > 0
-    assert min(usage["training_s"], usage["evaluating_s"], usage["loading_s"]) > 0
-
-
-def test_scoring_on_test_data_is_a_phase(make_config, inputs, fresh, tmp_path):
-    train_run(make_config(), RunFolder(path=tmp_path / "run"), inputs=inputs)
-    score_run(tmp_path / "run", inputs=fresh)
-    usage = fresh.telemetry.sample()
-    assert (usage["scoring_s"] > 0, usage["evaluating_s"], usage["training_s"]) == (True, 0, 0)
 
 
 def test_the_peak_stays_when_runs_measure_theirs_anew(make_config, fresh, tmp_path):

@@ -35,11 +35,6 @@ def spin_count_of_openmp(code: str, **environment: str) -> int:
     return int(shown[0])
 
 
-@pytest.mark.parametrize("module", ["lorasweep.lora", "lorasweep.sweep.workers.worker"])
-def test_openmp_gets_the_short_spinning_before_it_starts(module):
-    assert spin_count_of_openmp(f"import {module}") == 20_000
-
-
 @pytest.mark.parametrize(
     ("environment", "count"),
     [
@@ -57,11 +52,6 @@ def test_openmp_gets_the_short_spinning_before_it_starts(module):
 )
 def test_threads_sleep_at_once_only_if_cores_are_shared_and_the_user_did_not_choose(environment, count):
     assert spin_count_of_openmp("import lorasweep, torch", **environment) == count
-
-
-def test_a_worker_on_ray_does_not_spin_with_the_setting_that_it_inherits():
-    pytest.importorskip("ray")
-    assert spin_count_of_openmp("import ray, lorasweep, torch", GOMP_SPINCOUNT="20000") == 0
 
 
 def test_onednn_keeps_few_products_unless_the_user_chose(monkeypatch):

@@ -41,7 +41,7 @@ MAX_EVALUATION_SPACE = 500
 COMPONENT_SETTINGS: Mapping[str, frozenset[str]] = {
     "optim": frozenset(f.name for f in fields(OptimSettings)),
     "data.metric": frozenset(f.name for f in fields(MetricComponent)) - {"target", "arguments"},
-    **dict.fromkeys(("data.loss", "schedule", "sampler", "trainer.profiler", "trainer.strategy"), frozenset[str]()),
+    **dict.fromkeys(("data.loss", "schedule", "sampler", "trainer.strategy"), frozenset[str]()),
 }
 """Settings that may name a class by `_target_`, each with the keys that lorasweep reads and the class does not get."""
 MAPPING_SETTINGS = ("method.rank_pattern", "method.alpha_pattern", "method.config", "worker.extra")

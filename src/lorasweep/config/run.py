@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import field, fields
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, Tag
+from pydantic import Tag
 from pydantic.dataclasses import dataclass
 
 from lorasweep.config.build import (
@@ -43,7 +43,6 @@ be started from the command line."""
 
 METHODS_ON_QUANTISED_BASE = ("lora", "peft", "frozen")
 """Methods that leave all weights of the base as they are. The others train some, so they need the unquantised base."""
-LayerDecay = Annotated[float, Field(gt=0, le=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +55,6 @@ class OptimSettings(Settings):
     """Learning rate of B divided by the learning rate of A (LoRA+, arXiv 2402.12354); 1 is plain LoRA."""
     lr_ratio_head: PositiveFloat
     """Learning rate of a new head and of `method.modules_to_save`, divided by `optim.lr`."""
-    layer_decay: LayerDecay
-    """Learning rate of a block divided by the rate of the block above it (ULMFiT, arXiv 1801.06146, section 3.2),
-    0 < f <= 1. The embeddings lie below the first block."""
     weight_decay: NonNegativeFloat
     """Weight decay of matrices. Vectors (biases, norms) do not decay. A class without `weight_decay` needs 0."""
     clip_norm: PositiveFloat | None
@@ -169,8 +165,6 @@ class TrainerConfig(Settings):
     without a deterministic implementation. `false` uses the fastest."""
     progress: bool
     """Whether a single run shows a progress bar."""
-    profiler: Literal["simple", "advanced", "pytorch"] | Component | None
-    """A Lightning profiler, by name or by `_target_`. It writes into the run's folder, and its trials run alone."""
 
     @property
     def strategy_name(self) -> str:

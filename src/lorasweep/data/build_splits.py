@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,10 +30,10 @@ from lorasweep.data.custom_module import CustomSplit
 from lorasweep.data.examples import CompletionSplit, ExampleSplit, LabelledSplit, Ragged, SequenceSplit, TextSplit
 from lorasweep.data.own_metric import build_own_metric
 from lorasweep.data.source import Conversation, DataSource, Examples, LabelledText
-from lorasweep.data.split import IGNORED, Split
+from lorasweep.data.split import Split
 from lorasweep.data.tasks import Classification, LabelTask, LanguageModelling, MultiLabel, Regression, Task
 from lorasweep.data.tokenise import describe_chat_format, tokenise_chats, tokenise_labelled, tokenise_sequences
-from lorasweep.errors import ConfigError, describe_error
+from lorasweep.errors import ConfigError
 from lorasweep.wording import join_words
 
 COMPATIBLE_MODEL_KINDS: Mapping[str, tuple[ModelKind, ...]] = {
@@ -43,10 +42,6 @@ COMPATIBLE_MODEL_KINDS: Mapping[str, tuple[ModelKind, ...]] = {
     **dict.fromkeys(("single_label", "multi_label", "regression"), ("classifier",)),
 }
 """For each kind of data: the model kinds that can learn from it. The first is suggested in messages."""
-
-
-MAX_CHECKED_EXAMPLES = 64
-"""Number of validation examples with which `data.metric._target_` and `data.loss` are tried before training."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -168,10 +163,6 @@ def build_splits(
         task, metric = replace(task, own_metric=own_metric), own_metric.score.name
     if config.loss is not None:
         task = replace(task, own_loss=instantiate(config.loss, key="data.loss", expected=nn.Module))
-    if task.own_metric is not None or task.own_loss is not None:
-        targets = validation.batch(range(min(len(validation), MAX_CHECKED_EXAMPLES)))["targets"]
-        num_outputs = 1 if source.kind == "regression" else len(source.label_names) or len(tokenizer or ())
-        check_own_parts(task, targets, num_outputs=num_outputs)
     splits = DataSplits(
         train=build(source.train),
         validation=validation,
@@ -212,41 +203,6 @@ def _build_task(source: DataSource, config: DataConfig, validation: Split) -> Ta
     if isinstance(config, CustomDataConfig):
         return LanguageModelling(bytes_per_token=None, metrics=("loss", "perplexity"))
     return LanguageModelling(bytes_per_token=validation.bytes_per_token)  # type: ignore[attr-defined]
-
-
-def check_own_parts(task: Task, targets: Tensor, *, num_outputs: int) -> None:
-    """Gives the task's own metric and own loss made-up logits for some targets, before anything trains.
-
-    Args:
-        task: The task.
-        targets: Targets of a validation batch.
-        num_outputs: Number of classes, labels or tokens.
-
-    Raises:
-        ConfigError: One of them fails, the loss is not differentiable, or it is not one loss for each item.
-    """
-    if isinstance(task, LanguageModelling):
-        targets = targets[targets != IGNORED][None, :MAX_CHECKED_EXAMPLES]
-        num_outputs = max(num_outputs, int(targets.max()) + 1)
-    shape = targets.shape if isinstance(task, MultiLabel) else (*targets.shape, num_outputs)
-    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    logits.view(-1, shape[-1])[0, -1] = 100.0  # a model may predict every class or token, also the last one
-    batch = {"targets": targets}
-    key, wanted = "data.loss", "a differentiable loss of each item (`data.loss.reduction=none`)"
-    try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            losses = task.compute_losses(logits.requires_grad_(), batch)
-            if losses.shape != targets.shape[:1]:
-                raise ValueError(f"it gives a tensor of shape {tuple(losses.shape)} for {len(targets)} examples")
-            losses.sum().backward()  # type: ignore[no-untyped-call]
-        key, wanted = "data.metric", "one number"
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings(action="ignore"):
-            task.compute(task.score_logits(logits, batch))
-    except Exception as error:  # both may be the user's
-        raise ConfigError(
-            f"`{key}` must give {wanted} from outputs of shape {tuple(shape)} and targets of shape "
-            f"{tuple(targets.shape)}, but fails: {describe_error(error)}."
-        ) from error
 
 
 def _build_labelled(

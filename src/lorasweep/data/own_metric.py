@@ -11,7 +11,7 @@ from torchmetrics import Metric
 
 from lorasweep.config.components import instantiate
 from lorasweep.config.data import MetricComponent, ScoreMetric
-from lorasweep.errors import ConfigError
+from lorasweep.errors import ConfigError, describe_error
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,10 +33,16 @@ class OwnMetric:
         """Returns the metric as a scalar, float64."""
         metric = self.metric.to(predicted.device)
         metric.reset()
-        metric.update(predicted, target)
-        value = metric.compute()
-        metric.reset()
-        return torch.as_tensor(value, device=predicted.device).double().reshape(())
+        try:
+            metric.update(predicted, target)
+            return torch.as_tensor(metric.compute(), device=predicted.device).double().reshape(())
+        except Exception as error:  # the metric may be the user's
+            raise ConfigError(
+                f"`data.metric` must give one number from predictions of shape {tuple(predicted.shape)} and targets of "
+                f"shape {tuple(target.shape)}, but fails: {describe_error(error)}."
+            ) from error
+        finally:
+            metric.reset()
 
 
 def build_own_metric(component: MetricComponent) -> OwnMetric:

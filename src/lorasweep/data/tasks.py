@@ -24,6 +24,7 @@ from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrco
 
 from lorasweep.data.own_metric import OwnMetric
 from lorasweep.data.split import IGNORED, NON_MODEL_KEYS, Batch
+from lorasweep.errors import ConfigError
 
 LANGUAGE_MODEL_METRICS = ("bits_per_byte", "loss", "perplexity")
 EXAMPLE_FIELDS = ("loss", "items", "prediction", "target")
@@ -117,6 +118,11 @@ class Task(ABC):
         """Returns the loss of each item, (items,), by `own_loss`. A further axis of its result is averaged."""
         assert self.own_loss is not None
         losses: Tensor = self.own_loss.to(predicted.device)(predicted, target)
+        if losses.shape[:1] != target.shape[:1]:  # a mean would be divided by the number of items once more
+            raise ConfigError(
+                f"`data.loss` must give a loss of each item (`data.loss.reduction=none`), but got the shape "
+                f"{tuple(losses.shape)} for {len(target)} items."
+            )
         return losses.flatten(1).mean(1) if losses.ndim > 1 else losses
 
 

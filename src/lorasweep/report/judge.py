@@ -7,9 +7,9 @@ so its luck is not in the intervals.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from lorasweep.config.data import METRIC_RANGES
 from lorasweep.config.ranges import is_number
 from lorasweep.config.sweep import parse_margin
 from lorasweep.disk import write_atomically
-from lorasweep.errors import ConfigError
+from lorasweep.errors import ConfigError, describe_error
 from lorasweep.record import Question, QuestionName, name_subject
 from lorasweep.report.evidence.estimates import Estimate, estimate_sum
 from lorasweep.report.evidence.questions import Answer, Scale, answer_questions, compute_level
@@ -277,63 +277,59 @@ def read_scores(path: Path, *, metric: str, columns: Mapping[str, str], pattern:
     import pandas  # noqa: PLC0415 (slow to import)
 
     if path.is_file():
-        try:
-            table = pandas.read_csv(path)
-        except (ValueError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{str(path)!r} must be a CSV file of scores, but can't be read: {error}") from error
-        return table.rename(columns={theirs: ours for ours, theirs in columns.items()})
-    rows = [*_read_trainer_states(path, metric, pattern), *_read_harness(path, metric, pattern)]
-    if not rows:
+        with _refuse_damaged(path):
+            return pandas.read_csv(path).rename(columns={theirs: ours for ours, theirs in columns.items()})
+    states = [_read_trainer_state(file, path, metric, pattern) for file in sorted(path.rglob("trainer_state.json"))]
+    harness = [_read_harness(file, path, metric, pattern) for file in sorted(path.rglob("results_*.json"))]
+    if not states and not harness:
         raise ConfigError(
             f"{str(path)!r} must be a CSV file, or a folder with trainer_state.json or results_*.json, but has neither."
         )
-    return pandas.DataFrame.from_records(rows)
+    found = pandas.DataFrame.from_records(states)
+    if states:
+        runs = [name for name in found if name not in ("step", "score")]
+        found = found.sort_values("step", kind="stable").drop_duplicates(runs, keep="last").sort_index()
+        found = found.drop(columns="step")
+    return pandas.concat([found, *harness], ignore_index=True)
 
 
-def _read_trainer_states(folder: Path, metric: str, pattern: str) -> Iterator[dict[str, Any]]:
-    latest: dict[tuple[tuple[str, str], ...], tuple[int, float]] = {}
-    for file in sorted(folder.rglob("trainer_state.json")):
-        state = _parse_json(file.read_text(), file)
-        entries = [entry for entry in state.get("log_history", []) if metric in entry or f"eval_{metric}" in entry]
-        if not entries:
-            raise ConfigError(f"{str(file)!r} must have the metric {metric!r} in its log, but has none of that name.")
-        last, run = entries[-1], _match(pattern, file.parent.relative_to(folder).as_posix(), file)
-        step, score = int(state.get("global_step", 0)), last.get(metric, last.get(f"eval_{metric}"))
-        if step >= latest.get(tuple(run.items()), (-1, 0.0))[0]:
-            latest[tuple(run.items())] = step, score
-    for items, (_, score) in latest.items():
-        yield {**dict(items), "score": score}
+def _read_trainer_state(file: Path, folder: Path, metric: str, pattern: str) -> dict[str, Any]:
+    """Returns the run, the step and the last evaluation of one of its checkpoints."""
+    with _refuse_damaged(file):
+        state = json.loads(file.read_text())
+        entries = [entry for entry in state["log_history"] if metric in entry or f"eval_{metric}" in entry]
+        step = int(state["global_step"])
+    if not entries:
+        raise ConfigError(f"{str(file)!r} must have the metric {metric!r} in its log, but has none of that name.")
+    score = entries[-1].get(metric, entries[-1].get(f"eval_{metric}"))
+    return {**_match(pattern, file.parent.relative_to(folder).as_posix(), file), "step": step, "score": score}
 
 
-def _read_harness(folder: Path, metric: str, pattern: str) -> Iterator[dict[str, Any]]:
+def _read_harness(file: Path, folder: Path, metric: str, pattern: str) -> pandas.DataFrame:
+    """Returns the scores of a run's samples, or its result if no samples were logged."""
+    import pandas  # noqa: PLC0415 (slow to import)
+
     task, _, name = metric.rpartition("/")
-    for file in sorted(folder.rglob("results_*.json")):
-        run = _match(pattern, file.parent.relative_to(folder).as_posix(), file)
-        samples = sorted(file.parent.glob(f"samples_{task}_*.jsonl"))
-        if samples:
-            for line in samples[-1].read_text().splitlines():
-                sample = _parse_json(line, samples[-1])
-                if name not in sample or "doc_id" not in sample:
-                    raise ConfigError(
-                        f"each sample of {str(samples[-1])!r} must have doc_id and {name!r}, but one has not."
-                    )
-                yield {**run, "score": sample[name], "example": str(sample["doc_id"])}
-            continue
-        results = _parse_json(file.read_text(), file).get("results", {}).get(task, {})
-        score = results.get(name, results.get(f"{name},none"))
-        if score is None:
-            raise ConfigError(f"{str(file)!r} must have the result TASK/NAME of `--metric`, but has no {metric!r}.")
-        yield {**run, "score": score}
+    run = _match(pattern, file.parent.relative_to(folder).as_posix(), file)
+    if samples := sorted(file.parent.glob(f"samples_{task}_*.jsonl")):
+        with _refuse_damaged(samples[-1]):
+            table = pandas.read_json(samples[-1], lines=True)[["doc_id", name]]
+        return pandas.DataFrame({**run, "score": table[name], "example": table["doc_id"].astype(str)})
+    with _refuse_damaged(file):
+        results = json.loads(file.read_text())["results"].get(task, {})
+    score = results.get(name, results.get(f"{name},none"))
+    if score is None:
+        raise ConfigError(f"{str(file)!r} must have the result TASK/NAME of `--metric`, but has no {metric!r}.")
+    return pandas.DataFrame([{**run, "score": score}])
 
 
-def _parse_json(text: str, file: Path) -> dict[str, Any]:
+@contextmanager
+def _refuse_damaged(file: Path) -> Iterator[None]:
+    """Raises ConfigError instead of the errors of parsers, and of missing or wrong parts."""
     try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{str(file)!r} must be JSON, but is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{str(file)!r} must be a JSON object, but has {content!r:.40}.")
-    return content
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{str(file)!r} must be a file of scores, but is damaged: {describe_error(error)}") from error
 
 
 def _match(pattern: str, path: str, file: Path) -> dict[str, Any]:
@@ -347,6 +343,6 @@ def _match(pattern: str, path: str, file: Path) -> dict[str, Any]:
         )
     parts: dict[str, Any] = found.groupdict()
     if "value" in parts:
-        number = float(parts["value"]) if re.fullmatch(r"[\d.]+(e-?\d+)?", parts["value"]) else math.nan
-        parts["value"] = parts["value"] if math.isnan(number) else number
+        with suppress(ValueError):
+            parts["value"] = float(parts["value"])
     return parts

@@ -11,27 +11,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from scipy.special import ndtr
-
 from lorasweep.config.run import LR
 from lorasweep.record import RunRecord, Trial
 from lorasweep.report.sweep_data import SweepData, finite_number
 from lorasweep.wording import format_metric, format_score, format_setting
-
-CORRELATIONS = {
-    "accuracy": "matthews",
-    "f1": "matthews",
-    "matthews": "matthews",
-    "pearson": "pearson",
-    "spearman": "spearman",
-}
-"""For each metric, the correlation of predictions and labels that is 0 on average if the predictions know nothing."""
-LUCK_LEVEL = 0.05
-"""Significance level: the chance that guesses count as learned, over all evaluations of a sweep."""
-
-Rating = Literal["not better", "luck", "better", "beyond luck"]
-"""Result of comparing a trial's best score with the answer's score. `better` is used for a metric without a test
-against luck."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,29 +31,10 @@ class UntrainedAnswer:
     """On validation data."""
     test_score: float | None
     """None if nothing was confirmed."""
-    num_examples: float | None = None
-    """The number of validation examples; None for the frozen base."""
 
     def measure_gain(self, trial: Trial) -> float:
         """Returns how much better the best score of a trial is than the answer; 0 without a score."""
         return 0.0 if trial.value is None else self.sign * (self.score - trial.value)
-
-    def find_chance(self, trial: Trial) -> float | None:
-        """Returns `chance_of_correlation` of a trial's best evaluation; None if the record has no correlation."""
-        metric = CORRELATIONS.get(self.metric)
-        correlation = finite_number(trial.record.best.get(metric)) if metric and trial.record else None
-        if correlation is None or self.num_examples is None:
-            return None
-        return chance_of_correlation(correlation, num_examples=self.num_examples)
-
-    def rate_trial(self, trial: Trial, *, level: float) -> Rating:
-        """Returns the rating of a trial; `level` is the chance below which a correlation does not count as luck."""
-        if self.measure_gain(trial) <= 0:
-            return "not better"
-        chance = self.find_chance(trial)
-        if chance is None:
-            return "better"
-        return "beyond luck" if chance < level else "luck"
 
     def describe_best(self, trials: Sequence[Trial]) -> str:
         """Returns a clause with the best score of trials and the answer's."""
@@ -84,8 +48,8 @@ class Learning:
     """Whether the trials are better than an answer that needs no training."""
 
     state: Literal["learned", "not shown", "nothing"] | None = None
-    """`nothing`: no trial is better. `not shown`: no arm is shown to be better on test data, or without test data no
-    trial is better by more than luck explains. None if no trial or no such answer has a score."""
+    """`nothing`: no trial is better. `not shown`: trials are better on validation data, but test data show no arm to be
+    better. None if no trial or no such answer has a score."""
     answer: UntrainedAnswer | None = None
     headline: str | None = None
     """The failure in words; None without a failure."""
@@ -104,8 +68,7 @@ class Learning:
 def judge_learning(data: SweepData) -> Learning:
     """Returns whether the trials are better than an answer that needs no training.
 
-    An arm has learned if test data show it, or if a trial is better by more than luck. For a metric without a test
-    against luck a better trial is enough, unless test data don't show the arm to be better.
+    An arm has learned if test data show it, or if a trial is better and there are no test data of the arm.
     """
     answer = _find_answer(data)
     arms = [arm for arm in data.searches if arm.row.method != "frozen"]
@@ -113,37 +76,22 @@ def judge_learning(data: SweepData) -> Learning:
     scored = {name: trials for name, trials in scored.items() if trials}
     if answer is None or not scored:
         return Learning()
-    trials = [trial for found in scored.values() for trial in found]
-    num_evaluations = sum(max(len(trial.curve), 1) for trial in trials)
-    level = LUCK_LEVEL / num_evaluations  # Bonferroni's correction: each evaluation may be the best one by luck
-    ratings = {name: {answer.rate_trial(trial, level=level) for trial in found} for name, found in scored.items()}
+    is_better = {name: any(answer.measure_gain(trial) > 0 for trial in found) for name, found in scored.items()}
     subjects = [arm for arm in data.arms if arm.row.method != "frozen"]
     shown = {arm.name: _is_shown_on_test_data(arm.name, answer, data) for arm in subjects}
     shown_arms = {name: {shown[arm.name] for arm in subjects if arm.arm == name} for name in scored}
-    learned = {
-        name
-        for name, found in ratings.items()
-        if True in shown_arms[name] or "beyond luck" in found or ("better" in found and False not in shown_arms[name])
-    }
-    known = set().union(*shown_arms.values()) - {None}
+    learned = {name for name, found in shown_arms.items() if True in found or (is_better[name] and False not in found)}
     refuted = f"no method is shown to be better than {answer.name} ({format_score(answer.test_score)})."
     if learned:
-        failed = [name for name, found in ratings.items() if name not in learned and "better" not in found]
+        failed = [name for name in scored if name not in learned and not is_better[name]]
         warnings = [f"`{name}` learned nothing: {_describe(scored[name], answer, data)}." for name in failed]
-        warnings += [f"On test data {refuted}"] if known == {False} else []
         unlearned = [arm.name for arm in data.arms if shown.get(arm.name) is False or arm.arm in failed]
         return Learning(state="learned", answer=answer, warnings=tuple(warnings), unlearned=tuple(unlearned))
-    if all(found == {"not better"} for found in ratings.values()):
-        headline, remedy = _describe_nothing(trials, answer, data, level=level)
+    if not any(is_better.values()):
+        trials = [trial for found in scored.values() for trial in found]
+        headline, remedy = _describe_nothing(trials, answer, data)
         return Learning(state="nothing", answer=answer, headline=headline, remedy=remedy, unlearned=tuple(shown))
-    if known == {False}:
-        reason = f"on test data {refuted}"
-    else:  # every better trial is rated as luck, so the number of examples is known
-        reason = (
-            f"{answer.describe_best(trials)}. With {answer.num_examples:,} examples, the best of "
-            f"{num_evaluations:,} evaluations can be that good by luck."
-        )
-    headline = f"Nothing is shown to be learned: {reason}"
+    headline = f"Nothing is shown to be learned: on test data {refuted}"
     return Learning(state="not shown", answer=answer, headline=headline, unlearned=tuple(shown))
 
 
@@ -159,7 +107,6 @@ def _find_answer(data: SweepData) -> UntrainedAnswer | None:
             sign=data.sign,
             score=score,
             test_score=finite_number(test.get("constant_answer", {}).get(metric)),
-            num_examples=finite_number(validation.get("examples")),
         )
     if (score := data.best_score("frozen")) is None:
         return None
@@ -195,14 +142,6 @@ def _is_shown_on_test_data(name: str, answer: UntrainedAnswer, data: SweepData) 
     return max(data.sign * (end - answer.test_score) for end in subject.interval) < 0
 
 
-def chance_of_correlation(correlation: float, *, num_examples: float) -> float:
-    """Returns the probability that predictions correlate at least as much with labels that are independent of them.
-
-    The variance of a permuted correlation is 1 / (n - 1), and smaller for Matthews' of more than two classes.
-    """
-    return float(ndtr(-correlation * max(num_examples - 1, 0) ** 0.5))
-
-
 def _describe(trials: Sequence[Trial], answer: UntrainedAnswer, data: SweepData) -> str:
     """Returns a clause about trials that learned nothing."""
     count = f"all {len(trials)} trials score" if len(trials) > 1 else "the only trial scores"
@@ -211,17 +150,8 @@ def _describe(trials: Sequence[Trial], answer: UntrainedAnswer, data: SweepData)
     return f"{count}{so_far} like {answer.name}{worse} ({answer.describe_best(trials)})"
 
 
-def _describe_nothing(
-    trials: Sequence[Trial], answer: UntrainedAnswer, data: SweepData, *, level: float
-) -> tuple[str, str]:
+def _describe_nothing(trials: Sequence[Trial], answer: UntrainedAnswer, data: SweepData) -> tuple[str, str]:
     """Returns headline and remedy of a sweep in which no trial is better than the answer."""
-    chances = [answer.find_chance(trial) for trial in trials]
-    if any(chance is not None and chance < level for chance in chances):
-        return (
-            f"No trial is better than {answer.name} ({answer.describe_best(trials)}).",
-            "No settings are recommended. Predictions do depend on the labels: `data.metric=matthews` counts rare "
-            "labels as much as frequent ones.",
-        )
     check = "the data" if answer.arm else "that the labels belong to the texts"
     steps = max((trial.record.steps_done for trial in trials if trial.record), default=0)
     rates = sorted({lr for trial in trials if (lr := trial.numeric_setting(LR)) is not None})

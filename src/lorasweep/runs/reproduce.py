@@ -137,7 +137,7 @@ def reproduce_run(
 def restore_solo_config(record: RunRecord) -> RunConfig:
     """Returns a run's settings for one process, with the recorded precision, device and micro-batches.
 
-    A profiler, and loggers that may send metrics to a server, are removed. They do not affect training.
+    Loggers that may send metrics to a server are removed. They do not affect training.
 
     Raises:
         RecordError: The settings or what the record says of the machine are damaged, or of another version.
@@ -152,7 +152,6 @@ def restore_solo_config(record: RunRecord) -> RunConfig:
         "devices": 1,
         "num_nodes": 1,
         "progress": False,
-        "profiler": None,
     }
     local = {name: record.config["logger"][name] for name, part in config.logger.items() if part.target == EVENT_LOGGER}
     # restored from mappings, so that the types of what was recorded are checked

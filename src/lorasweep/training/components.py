@@ -1,4 +1,4 @@
-"""Builds the Lightning loggers, callbacks and profilers that a run's settings name."""
+"""Builds the Lightning loggers and callbacks that a run's settings name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.utilities import rank_zero_only
 
 from lorasweep.config.build import as_settings
@@ -18,12 +17,6 @@ from lorasweep.config.components import Component, argument_names, check_compone
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError
 
-PROFILERS: Mapping[str, type[Profiler]] = {
-    "simple": SimpleProfiler,
-    "advanced": AdvancedProfiler,
-    "pytorch": PyTorchProfiler,
-}
-"""Lightning's profilers by the names that its Trainer takes."""
 EVENT_LOGGER = "lorasweep.training.components.EventLogger"
 """Import path of the default logger, which writes into the run's folder and nowhere else."""
 LOGGER_PACKAGES: Mapping[str, str] = {
@@ -94,22 +87,10 @@ def build_callbacks(config: RunConfig) -> list[lightning.Callback]:
     return [callback for callback in callbacks if config.trainer.progress or not isinstance(callback, ProgressBar)]
 
 
-def build_profiler(config: RunConfig) -> Profiler | None:
-    profiler = config.trainer.profiler
-    if profiler is None:
-        return None
-    options = {"filename": "profile"}  # in the run's folder; without a file name Lightning prints the profile
-    if not isinstance(profiler, Component):
-        return PROFILERS[profiler](**options)
-    known_names = argument_names(profiler.target, key="trainer.profiler")[0]
-    options = {name: value for name, value in options.items() if name in known_names and name not in profiler.arguments}
-    return instantiate(profiler, key="trainer.profiler", expected=Profiler, **options)  # type: ignore[type-abstract]
-
-
 def check_components(config: RunConfig) -> None:
-    """Refuses loggers, callbacks and profilers that can't be built, before anything is written.
+    """Refuses loggers and callbacks that can't be built, before anything is written.
 
-    Callbacks and profilers are built for the check. Loggers are not, because some connect to a server.
+    Callbacks are built for the check. Loggers are not, because some connect to a server.
     """
     for name, component in config.logger.items():
         key = f"logger.{name}"
@@ -121,4 +102,3 @@ def check_components(config: RunConfig) -> None:
                 f"`{key}` needs the package {package!r}, which is not installed. Run `pip install {package}`."
             )
     build_callbacks(config)
-    build_profiler(config)

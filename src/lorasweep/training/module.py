@@ -35,7 +35,7 @@ from lorasweep.training.components import check_components
 from lorasweep.training.data_module import DataModule
 from lorasweep.training.fsdp import average_gradients, check_shardable, copy_trained_weights, shard_model
 from lorasweep.training.inputs import RunInputs, share_inputs
-from lorasweep.training.optim import build_optimizer, build_schedule, check_optim, split_by_learning_rate
+from lorasweep.training.optim import build_optimizer, build_schedule, check_optim, split_head
 from lorasweep.training.restore import Settings, read_settings
 from lorasweep.training.telemetry import TrainingProgress
 from lorasweep.training.unpadded import unpadded
@@ -136,7 +136,7 @@ class TrainingModule(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         config, steps = self.config, self.trainer.max_steps
         groups = self.method.trainable_groups(self.model, lr_ratio_b=config.optim.lr_ratio_b)
-        groups = split_by_learning_rate(self.model, groups, config.optim, head_names=self.base.new_head_names)
+        groups = split_head(self.model, groups, config.optim, head_names=self.base.new_head_names)
         optimizer = build_optimizer(config.optim, groups)
         if steps > 0:  # otherwise the Trainer has no `max_steps`, and the schedule has the length `trainer.max_steps`
             config = replace(config, trainer=replace(config.trainer, max_steps=steps))

@@ -13,41 +13,30 @@ from torch import nn
 from lorasweep.config.components import Component, argument_names, instantiate
 from lorasweep.config.run import OptimConfig, OptimizerComponent, RunConfig, ScheduleConfig
 from lorasweep.errors import ConfigError, describe_error
-from lorasweep.lora.patterns import get_block_index
 from lorasweep.methods import ParameterGroup
 
 
-def split_by_learning_rate(
+def split_head(
     model: nn.Module,
     groups: Sequence[ParameterGroup],
     config: OptimConfig | OptimizerComponent,
     *,
     head_names: Sequence[str],
 ) -> list[ParameterGroup]:
-    """Returns a method's groups, split by the learning rates of `optim.lr_ratio_head` and `optim.layer_decay`.
+    """Returns a method's groups, with parameters of a head in groups of their own if `optim.lr_ratio_head` is not 1.
 
     `head_names` are the names of the base's new modules, such as a classifier's head.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    top = max((block for block in map(get_block_index, names.values()) if block is not None), default=-1)
+    heads = tuple(f"{module}." for module in head_names)
     refined: dict[tuple[str, float], list[nn.Parameter]] = {}
     for group in groups:
         for parameter in group.params:
-            name = names[id(parameter)]
             # LoRA's group `other` has the modules that train in full, beside A and B
-            is_head = group.name == "other" or name.startswith(tuple(f"{module}." for module in head_names))
+            is_head = group.name == "other" or names[id(parameter)].startswith(heads)
             factor = group.lr_factor * (config.lr_ratio_head if is_head else 1.0)
-            factor *= config.layer_decay ** _blocks_above(name, top=top)
             refined.setdefault((group.name, factor), []).append(parameter)
     return [ParameterGroup(name=key[0], params=tuple(params), lr_factor=key[1]) for key, params in refined.items()]
-
-
-def _blocks_above(name: str, *, top: int) -> int:
-    """Returns the number of blocks above a parameter: 0 for the last block and for later layers."""
-    block = get_block_index(name)
-    if block is not None:
-        return top - block
-    return top + 1 if "embed" in name else 0
 
 
 def build_optimizer(

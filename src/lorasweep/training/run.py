@@ -19,7 +19,7 @@ from lorasweep.errors import OutOfMemory
 from lorasweep.record import RunRecord, RunStatus, read_run
 from lorasweep.training.callbacks import OnEvaluation, RunCallback, RunStopped
 from lorasweep.training.checkpoint import FoundCheckpoint, find_checkpoint, remove_checkpoints
-from lorasweep.training.components import build_callbacks, build_profiler, finish_loggers, start_loggers
+from lorasweep.training.components import build_callbacks, finish_loggers, start_loggers
 from lorasweep.training.data_module import DataModule
 from lorasweep.training.environment import deterministic_algorithms, reset_peak_memory, resolve_device
 from lorasweep.training.failures import (
@@ -254,7 +254,6 @@ class _Session:
             plugins=[launch.environment],
             precision="bf16-mixed" if self.inputs.needs_autocast(config) else "32-true",
             logger=loggers or False,
-            profiler=build_profiler(config),
             callbacks=callbacks,
             max_epochs=1,
             max_steps=settings.max_steps,

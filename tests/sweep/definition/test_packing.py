@@ -49,7 +49,6 @@ def test_arms_that_differ_in_what_a_slot_owns_share_a_pack(write_file, content):
         ("trainer.compile", True, "trainer.compile=false"),
         ("optim", "sgd", "optim=adamw"),
         ("callbacks", ["lr_monitor"], "callbacks=none"),
-        ("trainer.profiler", "simple", "trainer.profiler=null"),
         ("schedule", "one_cycle", "schedule=cosine"),
     ],
 )

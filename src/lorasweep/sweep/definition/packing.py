@@ -27,7 +27,6 @@ NEEDED_SETTINGS: Mapping[str, Callable[[RunConfig], bool]] = {
     "trainer.compile=false": lambda config: not config.trainer.compile,
     "trainer.activation_checkpointing=false": lambda config: not config.trainer.activation_checkpointing,
     "trainer.devices=1": lambda config: not config.trainer.needs_process_group,
-    "trainer.profiler=null": lambda config: config.trainer.profiler is None,
     "optim=adamw": lambda config: not isinstance(config.optim, Component),
     "schedule=cosine": lambda config: not isinstance(config.schedule, Component),
     "callbacks=none": lambda config: not config.callbacks,
