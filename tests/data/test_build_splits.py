@@ -7,7 +7,7 @@ from tests.tiny_tokenizer import load_tokenizer
 
 from lorasweep.config.compose import compose_run
 from lorasweep.data.build_splits import build_splits
-from lorasweep.data.examples import CompletionSplit, LabelledSplit, SequenceSplit
+from lorasweep.data.examples import CompletionSplit, LabelledSplit
 from lorasweep.data.source import Conversation, DataSource, Document, LabelledText, Message, collect_examples
 from lorasweep.data.tasks import Classification, LanguageModelling, MultiLabel, Regression
 from lorasweep.errors import ConfigError
@@ -122,7 +122,7 @@ def test_settings_that_do_not_fit_the_labels_are_refused(tokenizer, labels, kind
         build_splits(config(data="table", **settings), source=source, tokenizer=tokenizer, model_kind="classifier")
 
 
-def test_conversations_are_completions_or_sequences_by_the_model(tokenizer):
+def test_conversations_are_completions(tokenizer):
     source, _ = make_source(conversations, kind="conversations")
     settings = config(data="chat", template="plain")
     causal = build_splits(settings, source=source, tokenizer=tokenizer, model_kind="causal_lm")
@@ -132,8 +132,6 @@ def test_conversations_are_completions_or_sequences_by_the_model(tokenizer):
     names = {"tokenizer": tokenizer, "prompt": prompt.content, "completion": completion.content}
     encoded = eval(causal.train.describe()["format"], names)["input_ids"]  # the code in the model card
     assert causal.train.tokens[0].tolist() == encoded[:-1]
-    other = build_splits(settings, source=source, tokenizer=tokenizer, model_kind="seq2seq", start_token=0)
-    assert isinstance(other.train, SequenceSplit)
 
 
 def test_examples_whose_answer_is_cut_off_are_dropped_and_counted(tokenizer):
@@ -157,7 +155,7 @@ def test_examples_whose_answer_is_cut_off_are_dropped_and_counted(tokenizer):
     [
         (documents, "documents", "stdlib_docs", "classifier", "causal_lm"),
         (labelled, "single_label", "table", "causal_lm", "classifier"),
-        (conversations, "conversations", "chat", "classifier", "causal_lm or seq2seq"),
+        (conversations, "conversations", "chat", "classifier", "causal_lm"),
     ],
 )
 def test_data_that_the_model_cant_learn_from_is_refused(tokenizer, read_examples, kind, data, model_kind, wanted):

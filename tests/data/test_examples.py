@@ -6,7 +6,7 @@ import transformers
 from tests.data.ragged import make_ragged
 
 from lorasweep.data.batching import StepBatchSampler
-from lorasweep.data.examples import CompletionSplit, LabelledSplit, SequenceSplit
+from lorasweep.data.examples import CompletionSplit, LabelledSplit
 from lorasweep.data.split import IGNORED
 from lorasweep.data.tasks import Classification, LanguageModelling
 
@@ -98,20 +98,3 @@ def test_the_gradient_of_a_step_cut_by_length_is_that_of_the_padded_batch(llama,
         torch.testing.assert_close(cut, whole, rtol=1e-5, atol=0)  # losses are fp32
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)  # cross-entropy runs in fp32
-
-
-def test_an_encoder_decoder_sees_its_target_shifted():
-    split = SequenceSplit(
-        name="train",
-        fingerprint="0",
-        tokens=make_ragged([[5, 6], [7]]),
-        pad_token=0,
-        bytes=3,
-        targets=make_ragged([[8, 1], [9, 10, 1]]),
-        start_token=2,
-        scored_bytes=5,
-    )
-    batch = split.batch([0, 1])
-    assert batch["decoder_input_ids"].tolist() == [[2, 8, 1], [2, 9, 10]]
-    assert batch["targets"].tolist() == [[8, 1, IGNORED], [9, 10, 1]]
-    assert split.bytes_per_token == 1.0

@@ -10,7 +10,7 @@ import lorasweep.data.tokenise as tokenise_file
 from lorasweep.config.compose import compose_run
 from lorasweep.data.source import Conversation, Document, LabelledText, Message, collect_examples
 from lorasweep.data.split import IGNORED
-from lorasweep.data.tokenise import cache_key, tokenise_chats, tokenise_documents, tokenise_labelled, tokenise_sequences
+from lorasweep.data.tokenise import cache_key, tokenise_chats, tokenise_documents, tokenise_labelled
 from lorasweep.errors import ConfigError
 
 TEMPLATE = (
@@ -44,10 +44,10 @@ def tokenise_text(tokenizer, *texts):
     return tokenise_documents(examples, tokenizer=tokenizer)
 
 
-def tokenise_chat(tokenizer, *conversations, tokenise=tokenise_chats, template="plain", max_length=64):
+def tokenise_chat(tokenizer, *conversations, template="plain", max_length=64):
     settings = {"template": template, "max_length": max_length, "separator": "|", "train": "x"}
     config = compose_run({"data": "chat", **{f"data.{key}": value for key, value in settings.items()}}).data
-    return tokenise(collect_examples("train", list(conversations)), config=config, tokenizer=tokenizer)
+    return tokenise_chats(collect_examples("train", list(conversations)), config=config, tokenizer=tokenizer)
 
 
 def scored(made, tokenizer, row=0):
@@ -147,13 +147,6 @@ def test_the_models_template_is_used_where_there_is_one(tokenizer):
     assert seen(plain) == "$hi|yes"
     assert seen(made) == "<u>hi\n<a>yes\n<u>so\n<a>no"
     assert scored(made, tokenizer) == "yes\nno\n"
-
-
-def test_an_encoder_decoder_reads_the_past_and_writes_the_answer(tokenizer):
-    made = tokenise_chat(tokenizer, chat("hi", "yes", "so", "no"), tokenise=tokenise_sequences, max_length=6)
-    assert seen(made) == "hi|yeo"  # cut, the last token stays
-    assert "".join(map(chr, rows(made["targets"])[0])) == "no"
-    assert rows(made["scored_bytes"]) == [[2]]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM, AutoPeftModelForSequenceClassification
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from torch.nn.functional import cross_entropy
 
 from lorasweep.config.method import BitfitConfig, FrozenConfig, FullConfig, HeadConfig, IntrinsicConfig, LoraConfig
@@ -25,12 +25,10 @@ CASES = [
     ("gpt2", "classifier", ("score",)),
     ("qwen3", "classifier", ("score",)),
     ("t5", "classifier", ("classification_head",)),
-    ("t5", "seq2seq", ()),
 ]
 PEFT = {
     "causal_lm": AutoPeftModelForCausalLM,
     "classifier": AutoPeftModelForSequenceClassification,
-    "seq2seq": AutoPeftModelForSeq2SeqLM,
 }
 CONFIGS = {
     "frozen": FrozenConfig(),
@@ -47,10 +45,7 @@ RATES = {"lora": 0.02, "full": 0.005, "head": 0.05}
 def make_batch(kind):
     tokens = torch.arange(4 * 9).reshape(4, 9) % 40 + 60
     tokens[:, -1] = 256
-    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    if kind == "seq2seq":
-        batch["decoder_input_ids"] = tokens.flip(1)
-    return batch
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
 def loss_of(model, kind):

@@ -1,4 +1,4 @@
-"""Classifiers and encoder-decoders are exported with what tells their labels, and their new head."""
+"""Classifiers are exported with what tells their labels, and their new head."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ pytestmark = [
 ]
 WORDS = [f"w{n}" for n in range(40)]
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-T5_SIZES = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
 TOKENS = torch.randint(3, 43, (3, 9), generator=torch.Generator().manual_seed(1))
 # fp32, two small layers: sums in another order
 LOGIT_TOLERANCE = 1e-5
@@ -30,7 +29,7 @@ LOGIT_TOLERANCE = 1e-5
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny BERT and T5 with random weights and a tokenizer of words, and data for each."""
+    """A tiny BERT with random weights and a tokenizer of words, and data."""
     folder = tmp_path_factory.mktemp("kinds")
     vocabulary = {word: n for n, word in enumerate(["[PAD]", "[UNK]", "[END]", *WORDS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -39,34 +38,25 @@ def folder(tmp_path_factory):
         tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]", eos_token="[END]"
     )
     torch.manual_seed(0)
-    made = {
-        "classifier": transformers.BertModel(transformers.BertConfig(vocab_size=64, **SIZES)),
-        "seq2seq": transformers.T5ForConditionalGeneration(
-            transformers.T5Config(vocab_size=64, decoder_start_token_id=0, eos_token_id=2, **T5_SIZES)
-        ),
-    }
-    for kind, model in made.items():
-        model.save_pretrained(folder / kind)
-        tokenizer.save_pretrained(folder / kind)
+    transformers.BertModel(transformers.BertConfig(vocab_size=64, **SIZES)).save_pretrained(folder / "bert")
+    tokenizer.save_pretrained(folder / "bert")
     texts = [" ".join(WORDS[(n * 7 + k) % 40] for k in range(2 + n % 9)) for n in range(40)]
     rows = [{"text": text, "label": ("odd", "even", "none")[n % 3]} for n, text in enumerate(texts)]
-    (folder / "classifier.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    pairs = [{"prompt": text, "completion": text} for text in texts]
-    (folder / "seq2seq.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 
 
 @pytest.fixture
 def train(folder, tmp_path):
-    """Trains a short run of one kind and gives its folder."""
+    """Trains a short run and gives its folder."""
 
-    def train(kind, settings):
-        data = {"classifier": {"data": "table"}, "seq2seq": {"data": "chat"}}[kind]
+    def train(settings):
         short = {
-            "model": kind,
-            "model.path": str(folder / kind),
+            "model": "classifier",
+            "model.path": str(folder / "bert"),
+            "data": "table",
             "model.attention": "eager",
-            "data.train": str(folder / f"{kind}.jsonl"),
+            "data.train": str(folder / "rows.jsonl"),
             "trainer.batch_size": 4,
             "trainer.max_steps": 3,
             "trainer.eval_every_steps": 3,
@@ -75,42 +65,33 @@ def train(folder, tmp_path):
             "trainer.progress": False,
             "optim.lr": 1e-2,
         }
-        config = compose_run({**short, **data, **settings})
+        config = compose_run({**short, **settings})
         train_run(config, RunFolder(path=tmp_path / "run"), inputs=build_inputs(config))
         return tmp_path / "run"
 
     return train
 
 
-def own_logits(run, given):
+def own_logits(run):
     record = read_run(run)
     config = restore_config(record)
-    return logits_of(restore_model(config, restore_base(record, config), folder=run / "best"), given)
+    return logits_of(restore_model(config, restore_base(record, config), folder=run / "best"))
 
 
-def logits_of(model, given):
+def logits_of(model):
     with torch.inference_mode():
-        return model.eval()(input_ids=TOKENS, **given).logits
-
-
-GIVEN = {"classifier": {}, "seq2seq": {"decoder_input_ids": TOKENS}}
-AUTO = {
-    "classifier": transformers.AutoModelForSequenceClassification,
-    "seq2seq": transformers.AutoModelForSeq2SeqLM,
-}
+        return model.eval()(input_ids=TOKENS).logits
 
 
 @pytest.mark.parametrize("settings", [{"method.rank": 2}, {"method": "head"}])
-@pytest.mark.parametrize("kind", GIVEN)
-def test_transformers_loads_the_merged_model(train, tmp_path, kind, settings):
-    run = train(kind, settings)
+def test_transformers_loads_the_merged_model(train, tmp_path, settings):
+    run = train(settings)
     written = export_run(run, format="merged", out=tmp_path / "model")
-    model = AUTO[kind].from_pretrained(written.folder)
-    assert (logits_of(model, GIVEN[kind]) - own_logits(run, GIVEN[kind])).abs().max() < LOGIT_TOLERANCE
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(written.folder)
+    assert (logits_of(model) - own_logits(run)).abs().max() < LOGIT_TOLERANCE
     tokenizer = transformers.AutoTokenizer.from_pretrained(written.folder)
     assert tokenizer("w3 w4")["input_ids"][:2] == [6, 7]
-    if kind == "classifier":
-        assert sorted(model.config.id2label.values()) == ["even", "none", "odd"]
+    assert sorted(model.config.id2label.values()) == ["even", "none", "odd"]
 
 
 def run_code_of_card(folder):
@@ -120,20 +101,13 @@ def run_code_of_card(folder):
     return names["model"], names["tokenizer"]
 
 
-PEFT_TARGETS = {"classifier": ["query", "value"], "seq2seq": ["q", "v"]}
-
-
 @pytest.mark.parametrize("method", ["lora", "peft"])
-@pytest.mark.parametrize("kind", GIVEN)
-def test_peft_loads_the_adapter_and_the_head(train, tmp_path, monkeypatch, kind, method):
+def test_peft_loads_the_adapter_and_the_head(train, tmp_path, monkeypatch, method):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # PEFT asks the hub whether a local folder has a tokenizer
-    vera = {"method": "peft", "method.config": {"peft_type": "VERA", "r": 4, "target_modules": PEFT_TARGETS[kind]}}
-    run = train(kind, {"method.rank": 2} if method == "lora" else vera)
+    vera = {"method": "peft", "method.config": {"peft_type": "VERA", "r": 4, "target_modules": ["query", "value"]}}
+    run = train({"method.rank": 2} if method == "lora" else vera)
     written = export_run(run, format="peft", out=tmp_path / "adapter")
     monkeypatch.chdir(tmp_path)
     model, tokenizer = run_code_of_card(written.folder)
     assert tokenizer("w3 w4")["input_ids"][:2] == [6, 7]
-    assert ("tokenizer(prompt, text_target=completion)" in (written.folder / "README.md").read_text()) == (
-        kind == "seq2seq"
-    )
-    assert (logits_of(model, GIVEN[kind]) - own_logits(run, GIVEN[kind])).abs().max() < LOGIT_TOLERANCE
+    assert (logits_of(model) - own_logits(run)).abs().max() < LOGIT_TOLERANCE

@@ -10,7 +10,7 @@ from lorasweep.config.build import Fraction, Settings
 from lorasweep.config.components import check_function_name
 from lorasweep.errors import ConfigError
 
-ModelKind = Literal["causal_lm", "classifier", "seq2seq"]
+ModelKind = Literal["causal_lm", "classifier"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 Quantization = Literal["none", "nf4"]
 
@@ -21,7 +21,7 @@ class ModelConfig(Settings):
 
     name: str
     kind: ModelKind
-    """Kind of output: the next token (`causal_lm`), labels or a number (`classifier`), or a text (`seq2seq`)."""
+    """Kind of output: the next token (`causal_lm`), or labels or a number (`classifier`)."""
     path: str | None
     """Hub id or folder; `embedded:tiny` is inside this package. With `model.factory`, `path` is the source
     of the tokenizer, or null if the function returns a tokenizer."""

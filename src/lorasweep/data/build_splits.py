@@ -27,21 +27,20 @@ from lorasweep.config.data import (
 from lorasweep.config.model import ModelKind
 from lorasweep.data.blocks import build_block_split
 from lorasweep.data.custom_module import CustomSplit
-from lorasweep.data.examples import CompletionSplit, ExampleSplit, LabelledSplit, Ragged, SequenceSplit, TextSplit
+from lorasweep.data.examples import CompletionSplit, ExampleSplit, LabelledSplit, Ragged
 from lorasweep.data.own_metric import build_own_metric
 from lorasweep.data.source import Conversation, DataSource, Examples, LabelledText
 from lorasweep.data.split import Split
 from lorasweep.data.tasks import Classification, LabelTask, LanguageModelling, MultiLabel, Regression, Task
-from lorasweep.data.tokenise import describe_chat_format, tokenise_chats, tokenise_labelled, tokenise_sequences
+from lorasweep.data.tokenise import describe_chat_format, tokenise_chats, tokenise_labelled
 from lorasweep.errors import ConfigError
 from lorasweep.wording import join_words
 
-COMPATIBLE_MODEL_KINDS: Mapping[str, tuple[ModelKind, ...]] = {
-    "documents": ("causal_lm",),
-    "conversations": ("causal_lm", "seq2seq"),
-    **dict.fromkeys(("single_label", "multi_label", "regression"), ("classifier",)),
+MODEL_KINDS: Mapping[str, ModelKind] = {
+    **dict.fromkeys(("documents", "conversations"), "causal_lm"),
+    **dict.fromkeys(("single_label", "multi_label", "regression"), "classifier"),
 }
-"""For each kind of data: the model kinds that can learn from it. The first is suggested in messages."""
+"""For each kind of data: the kind of model that can learn from it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -99,7 +98,6 @@ def build_splits(
     source: DataSource,
     tokenizer: PreTrainedTokenizerBase | None,
     model_kind: ModelKind,
-    start_token: int | None = None,
 ) -> DataSplits:
     """Returns the splits with their task. The test split is tokenised at its first use, the others at once.
 
@@ -108,18 +106,16 @@ def build_splits(
         source: The examples of the data set.
         tokenizer: The model's tokenizer; None if the model has no tokenizer.
         model_kind: `model.kind`.
-        start_token: First input token of the decoder, for an encoder-decoder.
 
     Raises:
         ConfigError: The model can't learn from this kind of data, the metric does not fit it, a split has nothing to
             predict, or the tokenizer is missing or has no end-of-text token. Errors in the test split are raised at its
             first use.
     """
-    if model_kind not in COMPATIBLE_MODEL_KINDS[source.kind]:
-        kinds = COMPATIBLE_MODEL_KINDS[source.kind]
+    if model_kind != (wanted := MODEL_KINDS[source.kind]):
         raise ConfigError(
-            f"`model.kind` must be {' or '.join(kinds)} for `data={config.name}`, but got {model_kind!r}. "
-            f"Use `model={kinds[0]}`, or other data."
+            f"`model.kind` must be {wanted} for `data={config.name}`, but got {model_kind!r}. Use `model={wanted}`, or "
+            "other data."
         )
 
     def build(examples: Any) -> Split:
@@ -136,9 +132,7 @@ def build_splits(
             split = _build_labelled(examples, config=config, source=source, tokenizer=tokenizer)
         else:
             assert isinstance(config, ChatConfig)
-            split = _build_chats(
-                examples, config=config, tokenizer=tokenizer, model_kind=model_kind, start_token=start_token
-            )
+            split = _build_chats(examples, config=config, tokenizer=tokenizer)
         if not len(split):
             raise ConfigError(
                 f"the {split.name} split of `data={config.name}` must have a token to predict, but all its answers are "
@@ -239,26 +233,17 @@ def _encode_labels(examples: Examples[LabelledText], source: DataSource) -> tupl
 
 
 def _build_chats(
-    examples: Examples[Conversation],
-    *,
-    config: ChatConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    model_kind: ModelKind,
-    start_token: int | None,
-) -> TextSplit:
-    is_seq2seq = model_kind == "seq2seq"
-    columns = (tokenise_sequences if is_seq2seq else tokenise_chats)(examples, config=config, tokenizer=tokenizer)
+    examples: Examples[Conversation], *, config: ChatConfig, tokenizer: PreTrainedTokenizerBase
+) -> CompletionSplit:
+    columns = tokenise_chats(examples, config=config, tokenizer=tokenizer)
     texts = [message.content for conversation in examples.items for message in conversation.messages]
-    fields = {
+    split = CompletionSplit(
         **_shared_fields(examples, columns, texts=texts, config=config, tokenizer=tokenizer),
-        "targets": columns["targets"],
-        "scored_bytes": int(columns["scored_bytes"].values.sum()),
-        "facts": {"format": describe_chat_format(config, tokenizer, is_seq2seq=is_seq2seq)},
-    }
-    if is_seq2seq:
-        assert start_token is not None
-        return SequenceSplit(**fields, start_token=start_token)
-    return CompletionSplit(**fields).drop_unscored()
+        targets=columns["targets"],
+        scored_bytes=int(columns["scored_bytes"].values.sum()),
+        facts={"format": describe_chat_format(config, tokenizer)},
+    )
+    return split.drop_unscored()
 
 
 def _shared_fields(

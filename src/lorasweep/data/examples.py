@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,11 +106,11 @@ class LabelledSplit(ExampleSplit):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class TextSplit(ExampleSplit):
+class CompletionSplit(ExampleSplit):
     """Conversations. The model predicts the assistant's tokens, and only these are scored."""
 
     targets: Ragged
-    """The token to predict at each position; `IGNORED` at positions that are not scored."""
+    """The token after each position; `IGNORED` at positions that are not scored."""
     scored_bytes: int
     """Number of UTF-8 bytes of the scored text."""
 
@@ -126,45 +126,18 @@ class TextSplit(ExampleSplit):
         """Number of bytes per scored token."""
         return self.scored_bytes / max(float(self.weights.sum()), 1.0)
 
-    def select(self, mask: Tensor) -> Self:
-        """Returns the split with the examples that a boolean mask, (examples,), selects. Keeps the fingerprint."""
-        return replace(
-            self,
-            tokens=self.tokens.select(mask),
-            targets=self.targets.select(mask),
-            groups=tuple(itertools.compress(self.groups, mask.tolist())),
-        )
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class CompletionSplit(TextSplit):
-    """Conversations for a causal model. `targets[i]` is the token after `tokens[i]`."""
-
     def drop_unscored(self) -> CompletionSplit:
         """Returns the split without examples that have no scored token, because their answers were cut off."""
         is_scored = self.weights > 0
         if is_scored.all():
             return self
-        return replace(self.select(is_scored), facts={**self.facts, "left_out": int((~is_scored).sum())})
+        return replace(
+            self,
+            tokens=self.tokens.select(is_scored),
+            targets=self.targets.select(is_scored),
+            groups=tuple(itertools.compress(self.groups, is_scored.tolist())),
+            facts={**self.facts, "left_out": int((~is_scored).sum())},
+        )
 
     def batch(self, indices: Sequence[int]) -> Batch:
         return {**self._inputs(indices), "targets": self.targets.padded(indices, fill=IGNORED)}
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class SequenceSplit(TextSplit):
-    """Conversations for an encoder-decoder: the encoder reads `tokens`, and the decoder predicts `targets`."""
-
-    start_token: int
-    """The decoder's first input token."""
-
-    def batch(self, indices: Sequence[int]) -> Batch:
-        """Returns the padded examples. The decoder's input is `start_token` and the targets without the last one."""
-        targets = self.targets.padded(indices, fill=IGNORED)
-        previous = targets.masked_fill(targets == IGNORED, self.pad_token)[:, :-1]
-        start = previous.new_full((len(previous), 1), self.start_token)
-        return {
-            **self._inputs(indices),
-            "decoder_input_ids": torch.cat([start, previous], dim=1),
-            "targets": targets,
-        }

@@ -128,7 +128,7 @@ class Task(ABC):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LanguageModelling(Task):
-    """Predicts the next token; for causal models and encoder-decoders.
+    """Predicts the next token.
 
     - `loss`: nats per scored token, L = Σ nats / Σ tokens.
     - `perplexity`: exp(L), per token.

@@ -103,38 +103,8 @@ def tokenise_chats(
     return map_cached({"conversation": texts}, tokenise, key=key)
 
 
-def tokenise_sequences(
-    examples: Examples[Conversation], *, config: ChatConfig, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Ragged]:
-    """Returns the columns of `tokenise_chats` for an encoder-decoder.
-
-    `input_ids` are all messages except the last one, and `targets` are the last message.
-    """
-
-    def tokenise(columns: Columns) -> Columns:
-        source = tokenizer(columns["source"], return_attention_mask=False, verbose=False)["input_ids"]
-        # `text_target` selects the tokenizer of the output language if a model has two (Marian, mBART).
-        target = tokenizer(text_target=columns["target"], return_attention_mask=False, verbose=False)["input_ids"]
-        return {
-            "input_ids": [_truncate(ids, config.max_length) for ids in source],
-            "targets": [_truncate(ids, config.max_length) for ids in target],
-            "full_length": [[max(len(a), len(b))] for a, b in zip(source, target, strict=True)],
-            "scored_bytes": [[len(text.encode())] for text in columns["target"]],
-        }
-
-    columns = {
-        "source": [config.separator.join(message.content for message in chat.messages[:-1]) for chat in examples.items],
-        "target": [chat.messages[-1].content for chat in examples.items],
-    }
-    settings = {"separator": config.separator, "max_length": config.max_length}
-    key = cache_key(tokenizer, examples.fingerprint, form="sequences", **settings)
-    return map_cached(columns, tokenise, key=key)
-
-
-def describe_chat_format(config: ChatConfig, tokenizer: PreTrainedTokenizerBase, *, is_seq2seq: bool) -> str:
+def describe_chat_format(config: ChatConfig, tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns Python code for how a prompt and its completion become one example."""
-    if is_seq2seq:
-        return "tokenizer(prompt, text_target=completion)"
     if _uses_template(config, tokenizer):
         return "tokenizer.apply_chat_template(messages)"
     start = f"{tokenizer.bos_token!r} + " if tokenizer.bos_token else ""
@@ -267,8 +237,3 @@ def _plain_encoder(tokenizer: PreTrainedTokenizerBase, separator: str) -> Encode
         return ids, scored
 
     return encode
-
-
-def _truncate(ids: list[int], length: int) -> list[int]:
-    """Returns at most `length` tokens. The last token stays, because it ends the text."""
-    return ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]

@@ -275,8 +275,6 @@ def find_task_type(model: nn.Module, *, has_trained_modules: bool) -> str | None
     name = type(model).__name__
     if name.endswith("ForSequenceClassification"):
         return "SEQ_CLS" if has_trained_modules else None
-    if name.endswith("ForConditionalGeneration"):
-        return "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else None
     return "CAUSAL_LM" if name.endswith(("ForCausalLM", "LMHeadModel")) else None
 
 

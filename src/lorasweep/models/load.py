@@ -14,7 +14,6 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -35,7 +34,6 @@ from lorasweep.stored_weights import count_parameters, list_scales
 MODEL_CLASSES: dict[ModelKind, Any] = {
     "causal_lm": AutoModelForCausalLM,
     "classifier": AutoModelForSequenceClassification,
-    "seq2seq": AutoModelForSeq2SeqLM,
 }
 
 

@@ -22,12 +22,11 @@ from lorasweep.record import SWEEP_FILE, RunRecord, read_sweep
 CARD_FILE = "README.md"
 SUMMARY_FILE = "report/summary.json"
 """The file in a sweep's folder with the sentences of its report."""
-PIPELINE_TAGS = {"causal_lm": "text-generation", "classifier": "text-classification", "seq2seq": "text2text-generation"}
+PIPELINE_TAGS = {"causal_lm": "text-generation", "classifier": "text-classification"}
 """The hub's name for what a model does, by `model.kind`."""
 MODEL_CLASSES = {
     "causal_lm": "ModelForCausalLM",
     "classifier": "ModelForSequenceClassification",
-    "seq2seq": "ModelForSeq2SeqLM",
 }
 """Names of the classes that load a model, without `Auto` (transformers) or `AutoPeft` (PEFT)."""
 SHOWN_SETTINGS = (

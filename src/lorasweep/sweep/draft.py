@@ -117,7 +117,7 @@ def draft_sweep(path: Path, settings: Mapping[str, Any]) -> str:
     settings = {key: value for key, value in settings.items() if key not in of_sweep}
     chosen = {**({} if "data" in settings else _choose_data(settings)), **settings}
     chosen = {"model": "classifier" if chosen["data"] == "table" else "causal_lm", **chosen}
-    if chosen["model"] in ("classifier", "causal_lm", "seq2seq") and "model.path" not in chosen:
+    if chosen["model"] in ("classifier", "causal_lm") and "model.path" not in chosen:
         raise ConfigError(
             "a drafted sweep must know the model: add `model.path=FOLDER-OR-HUB-ID`. `model.path=embedded:tiny` is the "
             "embedded toy."

@@ -127,7 +127,6 @@ def build_inputs(config: RunConfig, *, telemetry: Telemetry | None = None) -> Ru
         source=source,
         tokenizer=base.tokenizer,
         model_kind=base.kind,
-        start_token=getattr(getattr(base.model, "config", None), "decoder_start_token_id", None),
     )
     if base.labels is not None and (constant := splits.fit_constant_answer()) is not None:
         base = replace(base, labels=replace(base.labels, constant=tuple(constant.tolist())))

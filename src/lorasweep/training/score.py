@@ -18,7 +18,7 @@ from lorasweep.config.build import as_settings
 from lorasweep.config.data import ChatConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import EvaluationSampler
-from lorasweep.data.examples import CompletionSplit, SequenceSplit
+from lorasweep.data.examples import CompletionSplit
 from lorasweep.data.split import IGNORED, Split, move_batch
 from lorasweep.data.tasks import Evaluation, ExampleScores, Task
 from lorasweep.disk import csv_text, write_atomically
@@ -150,7 +150,7 @@ def score_answers(model: nn.Module, split: Split, *, config: RunConfig, inputs: 
     Source: sacreBLEU with tokenizer 13a (Post 2018), ROUGE (Lin 2004). The answers of all examples with the same prompt
     are the references for one generated answer, as in E2E NLG.
     """
-    if not hasattr(model, "generate") or not isinstance(split, CompletionSplit | SequenceSplit):
+    if not hasattr(model, "generate") or not isinstance(split, CompletionSplit):
         raise ConfigError(
             "`data.generate` must be false for a model that does not generate text, but is true. Add "
             "`data.generate=false`."
@@ -173,20 +173,19 @@ def score_answers(model: nn.Module, split: Split, *, config: RunConfig, inputs: 
     return scores | {name: float(rouge[f"{name}_fmeasure"]) for name in ROUGE_NAMES}
 
 
-def gather_references(split: CompletionSplit | SequenceSplit) -> dict[tuple[int, ...], list[list[int]]]:
+def gather_references(split: CompletionSplit) -> dict[tuple[int, ...], list[list[int]]]:
     """Returns the reference answers to each prompt of a split, as token ids."""
     references: dict[tuple[int, ...], list[list[int]]] = {}
     for row in range(len(split)):
         tokens, targets = split.tokens[row].tolist(), split.targets[row].tolist()
         scored = [index for index, target in enumerate(targets) if target != IGNORED]
-        if isinstance(split, CompletionSplit):  # prompt and answer are one sequence, and only the answer is scored
-            if scored != list(range(scored[0], scored[-1] + 1)):
-                raise ConfigError(
-                    "`data.generate` must be false if an example has several answers, but is true. Add "
-                    "`data.generate=false`."
-                )
-            tokens = tokens[: scored[0] + 1]
-        references.setdefault(tuple(tokens), []).append([targets[index] for index in scored])
+        # prompt and answer are one sequence, and only the answer is scored
+        if scored != list(range(scored[0], scored[-1] + 1)):
+            raise ConfigError(
+                "`data.generate` must be false if an example has several answers, but is true. Add "
+                "`data.generate=false`."
+            )
+        references.setdefault(tuple(tokens[: scored[0] + 1]), []).append([targets[index] for index in scored])
     return references
 
 
@@ -196,18 +195,16 @@ def generate(
     prompts: list[tuple[int, ...]],
     *,
     max_tokens: int,
-    split: CompletionSplit | SequenceSplit,
+    split: CompletionSplit,
     config: RunConfig,
     inputs: RunInputs,
 ) -> list[list[int]]:
     """Returns the tokens of one answer to each prompt, without the end-of-text token."""
     device = get_device(config.trainer)
-    is_decoder = isinstance(split, CompletionSplit)
-    # A decoder continues the prompt, so padding must be on the left. An encoder only reads the prompt.
-    side = "left" if is_decoder else "right"
     rows = [torch.tensor(prompt) for prompt in prompts]
-    tokens = pad_sequence(rows, batch_first=True, padding_value=split.pad_token, padding_side=side)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
+    # the model continues the prompt, so padding must be on the left
+    tokens = pad_sequence(rows, batch_first=True, padding_value=split.pad_token, padding_side="left")
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
     model.to(device).eval()
     # without a tokenizer every answer has `max_tokens`
     end = None if inputs.base.tokenizer is None else inputs.base.tokenizer.eos_token_id
@@ -223,8 +220,7 @@ def generate(
             use_cache=True,
         )
     model.cpu()
-    # a decoder returns the prompt before the answer, and an encoder-decoder model returns its start token
-    answers = generated[:, tokens.shape[1] if is_decoder else 1 :].tolist()
+    answers = generated[:, tokens.shape[1] :].tolist()
     return [answer[: answer.index(end)] if end in answer else answer for answer in answers]
 
 
