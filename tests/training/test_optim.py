@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 import transformers
@@ -20,14 +18,12 @@ from lorasweep.training.optim import (
     build_schedule,
     check_optim,
     schedule_factor,
-    split_head,
 )
 
 OPTIM = OptimConfig(
     name="adamw",
     lr=0.1,
     lr_ratio_b=1.0,
-    lr_ratio_head=1.0,
     weight_decay=0.5,
     beta1=0.8,
     beta2=0.9,
@@ -170,27 +166,3 @@ def test_a_schedule_of_torchs_gets_the_optimizer_and_values_of_other_settings():
         schedule.step()
     assert max(rates) == pytest.approx(0.2)
     assert rates[0] == pytest.approx(0.2 / 25)
-
-
-class Blocks(nn.Module):
-    """Embeddings, two blocks and a new head."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(3, 2)
-        self.layers = nn.ModuleList([nn.Linear(2, 2, bias=False) for _ in range(2)])
-        self.norm = nn.LayerNorm(2)
-        self.classifier = nn.Linear(2, 2)
-
-
-def rates(model, **changes):
-    groups = [ParameterGroup(name="full", params=tuple(model.parameters()), lr_factor=2.0)]
-    refined = split_head(model, groups, replace(OPTIM, **changes), head_names=("classifier",))
-    names = {id(p): name for name, p in model.named_parameters()}
-    return {names[id(p)]: group.lr_factor for group in refined for p in group.params}
-
-
-def test_the_head_has_its_own_rate():
-    found = rates(Blocks(), lr_ratio_head=10.0)
-    assert {name for name, rate in found.items() if rate == 20.0} == {"classifier.weight", "classifier.bias"}
-    assert set(found.values()) == {2.0, 20.0}

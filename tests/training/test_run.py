@@ -27,7 +27,7 @@ from lorasweep.training.inputs import build_inputs
 
 KEPT = {
     "lora": {"adapter_config.json", ADAPTER},
-    "full": {"config.json", "generation_config.json", "model.safetensors"},
+    "full": {"model.safetensors"},
     "head": {"head.safetensors"},
     "bitfit": {"bitfit.safetensors"},
     "intrinsic": {"intrinsic.safetensors"},

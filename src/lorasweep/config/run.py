@@ -53,8 +53,6 @@ class OptimSettings(Settings):
     """Peak learning rate, > 0."""
     lr_ratio_b: PositiveFloat
     """Learning rate of B divided by the learning rate of A (LoRA+, arXiv 2402.12354); 1 is plain LoRA."""
-    lr_ratio_head: PositiveFloat
-    """Learning rate of a new head and of `method.modules_to_save`, divided by `optim.lr`."""
     weight_decay: NonNegativeFloat
     """Weight decay of matrices. Vectors (biases, norms) do not decay. A class without `weight_decay` needs 0."""
     clip_norm: PositiveFloat | None

@@ -34,7 +34,6 @@ from lorasweep.methods.method import (
     round_to_frozen_dtype,
 )
 from lorasweep.models.load import BaseModel
-from lorasweep.wording import nearest
 
 ADAPTER = "default"
 """PEFT's name of the only adapter of a model."""
@@ -48,8 +47,6 @@ REFUSED_KEYS = (
     *("arrow_config", "kasa_config", "monteclora_config", "use_asa"),  # need another loss or other calls in training
 )
 """Keys of PEFT's configuration that are refused, because a run can't follow them."""
-REFUSED_TYPES = ("ADALORA",)
-"""Values of `peft_type` that need PEFT's own training loop: AdaLoRA drops ranks after each step."""
 TYPES_ON_QUANTISED_BASE = ("LORA", "HIRA", "IA3", "PVERA", "RANDLORA", "ROAD", "VERA")
 """Values of `peft_type` whose layers call a quantised layer. Layers of other types compute with its stored bytes."""
 
@@ -160,10 +157,7 @@ def build_peft_config(settings: Mapping[str, Any], model: nn.Module, *, new_head
     settings = dict(settings)
     kind = settings.pop("peft_type", None)
     if kind not in kinds:
-        raise ConfigError(
-            f"`method.config.peft_type` must be one of {', '.join(kinds)}, but got {kind!r}."
-            f"{nearest(str(kind).upper(), kinds)}"
-        )
+        raise ConfigError(f"`method.config.peft_type` must be one of {', '.join(kinds)}, but got {kind!r}.")
     if new_head_names:
         settings["modules_to_save"] = [*(settings.get("modules_to_save") or ()), *new_head_names]
     settings["task_type"] = find_task_type(model, has_trained_modules=bool(settings.get("modules_to_save")))
@@ -179,7 +173,7 @@ def build_peft_config(settings: Mapping[str, Any], model: nn.Module, *, new_head
 def _check_config(config: Any, model: nn.Module) -> None:
     """Raises a ConfigError if PEFT accepts a configuration, but a run can't do what it asks for."""
     kind, init = config.peft_type.value, getattr(config, INIT, True)
-    if kind in REFUSED_TYPES:
+    if kind == "ADALORA":  # drops ranks after each step
         raise ConfigError(f"`method.config.peft_type` must be one that needs no calls in training, but got {kind!r}.")
     for field in fields(config):
         value = getattr(config, field.name)
@@ -188,7 +182,6 @@ def _check_config(config: Any, model: nn.Module) -> None:
     if init not in INITIALISATIONS:
         raise ConfigError(
             f"`method.config.{INIT}` must be one of {', '.join(map(str, INITIALISATIONS))}, but got {init!r}."
-            f"{nearest(str(init), [name for name in INITIALISATIONS if isinstance(name, str)])}"
         )
     if any(is_quantised(layer) for layer in find_adaptable_layers(model).values()) and (
         kind not in TYPES_ON_QUANTISED_BASE or getattr(config, "use_dora", False) or init not in INITS_KEEPING_BASE

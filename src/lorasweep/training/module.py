@@ -35,7 +35,7 @@ from lorasweep.training.components import check_components
 from lorasweep.training.data_module import DataModule
 from lorasweep.training.fsdp import average_gradients, check_shardable, copy_trained_weights, shard_model
 from lorasweep.training.inputs import RunInputs, share_inputs
-from lorasweep.training.optim import build_optimizer, build_schedule, check_optim, split_head
+from lorasweep.training.optim import build_optimizer, build_schedule, check_optim
 from lorasweep.training.restore import Settings, read_settings
 from lorasweep.training.telemetry import TrainingProgress
 from lorasweep.training.unpadded import unpadded
@@ -136,7 +136,6 @@ class TrainingModule(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         config, steps = self.config, self.trainer.max_steps
         groups = self.method.trainable_groups(self.model, lr_ratio_b=config.optim.lr_ratio_b)
-        groups = split_head(self.model, groups, config.optim, head_names=self.base.new_head_names)
         optimizer = build_optimizer(config.optim, groups)
         if steps > 0:  # otherwise the Trainer has no `max_steps`, and the schedule has the length `trainer.max_steps`
             config = replace(config, trainer=replace(config.trainer, max_steps=steps))
@@ -314,14 +313,6 @@ def check_run(config: RunConfig, base: BaseModel) -> None:
     check_components(config)
     if config.trainer.is_sharded:
         check_shardable(base.model)
-    has_head = bool(base.new_head_names) and config.method.name != "frozen"
-    if isinstance(config.method, LoraConfig):
-        has_head = has_head or bool(config.method.modules_to_save)
-    if config.optim.lr_ratio_head != 1 and not has_head:
-        raise ConfigError(
-            f"`optim.lr_ratio_head` must be 1 for a model without a new head, but got {config.optim.lr_ratio_head!r}. "
-            "Remove it: it would have no effect."
-        )
 
 
 def _checkpoint_activations(model: nn.Module) -> None:

@@ -16,29 +16,6 @@ from lorasweep.errors import ConfigError, describe_error
 from lorasweep.methods import ParameterGroup
 
 
-def split_head(
-    model: nn.Module,
-    groups: Sequence[ParameterGroup],
-    config: OptimConfig | OptimizerComponent,
-    *,
-    head_names: Sequence[str],
-) -> list[ParameterGroup]:
-    """Returns a method's groups, with parameters of a head in groups of their own if `optim.lr_ratio_head` is not 1.
-
-    `head_names` are the names of the base's new modules, such as a classifier's head.
-    """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    heads = tuple(f"{module}." for module in head_names)
-    refined: dict[tuple[str, float], list[nn.Parameter]] = {}
-    for group in groups:
-        for parameter in group.params:
-            # LoRA's group `other` has the modules that train in full, beside A and B
-            is_head = group.name == "other" or names[id(parameter)].startswith(heads)
-            factor = group.lr_factor * (config.lr_ratio_head if is_head else 1.0)
-            refined.setdefault((group.name, factor), []).append(parameter)
-    return [ParameterGroup(name=key[0], params=tuple(params), lr_factor=key[1]) for key, params in refined.items()]
-
-
 def build_optimizer(
     config: OptimConfig | OptimizerComponent, groups: Sequence[ParameterGroup]
 ) -> torch.optim.Optimizer:

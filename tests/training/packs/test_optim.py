@@ -60,7 +60,7 @@ def settings(**changes: object) -> RunConfig:
 
 SETTINGS = (
     settings(weight_decay=0.1),
-    settings(lr=3e-3, lr_ratio_b=4.0, lr_ratio_head=3.0, beta1=0.8, clip_norm=0.05),
+    settings(lr=3e-3, lr_ratio_b=4.0, beta1=0.8, clip_norm=0.05),
     settings(lr=2e-2, beta2=0.95, eps=1e-6, weight_decay=0.01),
     settings(lr=1e-3, lr_ratio_b=0.5, weight_decay=0.3, clip_norm=1.0),
 )
@@ -93,7 +93,7 @@ class SoloRun:
         groups = [
             ParameterGroup(name="a", params=a, lr_factor=1.0),
             ParameterGroup(name="b", params=b, lr_factor=run.optim.lr_ratio_b),
-            ParameterGroup(name="other", params=other, lr_factor=run.optim.lr_ratio_head),
+            ParameterGroup(name="other", params=other, lr_factor=1.0),
         ]
         self.optimizer = build_optimizer(run.optim, groups)
         self.schedule = build_schedule(run, self.optimizer)

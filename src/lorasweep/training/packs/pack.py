@@ -350,7 +350,7 @@ class PackTrainer:
         run, model = self.runs[slot], slot_model(self.model, slot)
         run.record.trainable_params = trainable_params
         run.record.trainable_fraction = trainable_params / run.record.total_params
-        run.optimizer = SlotOptimizer(model, run.request.config, head_names=self.inputs.base.new_head_names)
+        run.optimizer = SlotOptimizer(model, run.request.config)
         if run.resume_state:
             model.load_state_dict(run.resume_state["trained"], strict=False)  # the checkpoint lacks the base
             run.optimizer.load_state(run.resume_state["optimizer"])

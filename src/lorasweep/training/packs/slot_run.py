@@ -20,7 +20,7 @@ from lorasweep.training.checkpoint import find_checkpoint, save_checkpoint
 from lorasweep.training.components import finish_loggers, start_loggers
 from lorasweep.training.environment import get_device
 from lorasweep.training.inputs import RunInputs, describe_batching
-from lorasweep.training.optim import build_optimizer, build_schedule, split_head
+from lorasweep.training.optim import build_optimizer, build_schedule
 from lorasweep.training.run_log import Metrics, RunFolder, RunLog, open_record
 from lorasweep.training.telemetry import TrainingProgress
 
@@ -158,9 +158,8 @@ class SlotOptimizer:
     runs it has no effect on the model's outputs.
     """
 
-    def __init__(self, model: nn.Module, config: RunConfig, *, head_names: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, config: RunConfig) -> None:
         groups = METHODS["lora"].trainable_groups(model, lr_ratio_b=config.optim.lr_ratio_b)
-        groups = split_head(model, groups, config.optim, head_names=head_names)
         flat = [
             ParameterGroup(name=group.name, params=tuple(_flatten_group(group)), lr_factor=group.lr_factor)
             for group in groups
