@@ -16,7 +16,6 @@ from lorasweep.errors import ConfigError
 
 check_shapes = jaxtyped(typechecker=beartype)
 cut_blocks = check_shapes(blocks_file.cut_blocks)
-compute_document_positions = check_shapes(blocks_file.compute_document_positions)
 
 
 @pytest.fixture(scope="module")

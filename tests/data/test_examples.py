@@ -11,7 +11,6 @@ from lorasweep.data.split import IGNORED
 from lorasweep.data.tasks import Classification, LanguageModelling
 
 TOKENS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14], [15], [16, 17, 18, 19]]
-# float64, other shapes: only the order of sums differs
 
 
 def labelled(**settings):

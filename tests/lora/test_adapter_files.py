@@ -12,14 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tests.fuzzing import FUZZ, NESTED, damage, damage_bytes, refusal_allowed
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorasweep.lora import (
     LoraConfig,
     inject_lora,
     load_adapter,
     lora_layers,
-    lora_state,
     patterns,
     save_adapter,
 )
@@ -66,14 +65,6 @@ def test_peft_reads_what_is_said_of_the_base(make_model, tmp_path: Path) -> None
     assert (plain.base_model_name_or_path, plain.revision) == ("owner/name", None)
     assert (said.base_model_name_or_path, said.revision) == ("owner/name", "v2")
     assert torch.equal(*(load_file(tmp_path / n / "adapter_model.safetensors").popitem()[1] for n in ("plain", "said")))
-
-
-def test_state_has_pefts_names_and_the_parameters_memory(model: nn.Module) -> None:
-    inject_lora(model, LoraConfig(rank=2, targets=("layers.0.up",)))
-    state = lora_state(model)
-    prefix = "base_model.model.layers.0.up"
-    assert list(state) == [f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"]
-    assert state[f"{prefix}.lora_A.weight"].data_ptr() == lora_layers(model)["layers.0.up"].lora_a.data_ptr()
 
 
 def test_a_failed_write_leaves_what_was_there(make_model, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lorasweep.lora import LoraConfig, inject_lora, load_adapter, lora_layers, lora_state, save_adapter
-from lorasweep.lora.adapter_files import config_from_peft
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # what PEFT calls in transformers
@@ -199,21 +197,3 @@ def test_saved_base_weights_of_another_model_are_refused(tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"'base_model.model.model.embed_tokens.base_layer.weight' is not"):
         load_adapter(other, tmp_path)
     assert not lora_layers(other)
-
-
-@pytest.mark.parametrize(
-    "raw", [[], None, 3, {}, {"peft_type": "LORA"}, {"peft_type": "LORA", "r": 4, "lora_alpha": []}]
-)
-def test_what_is_no_lora_configuration_is_refused(raw: object) -> None:
-    with pytest.raises(ValueError, match=r"must be LORA|a JSON object|wrong type"):
-        config_from_peft(raw, nn.Linear(2, 2))
-
-
-def test_saved_settings_are_plain_json(tmp_path: Path) -> None:
-    model = make_llama()
-    inject_lora(model, LoraConfig(rank=4, alpha=6, layers=(1,), rank_pattern={"q_proj": 2}))
-    save_adapter(model, tmp_path, base_path="some/base")
-    saved = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert saved["base_model_name_or_path"] == "some/base"
-    assert (saved["r"], saved["lora_alpha"]) == (4, 6)
-    assert saved["rank_pattern"] == {r"^model\.layers\.1\.self_attn\.q_proj": 2}

@@ -38,11 +38,6 @@ def trained_names(model):
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def logits_of(model):
-    with torch.autocast("cpu", torch.bfloat16, enabled=METHOD.needs_autocast):
-        return model(input_ids=torch.arange(12).reshape(2, 6)).logits.float()
-
-
 def test_biases_train_and_nothing_else():
     base = make_bert()
     expected = {name for name, _ in base.model.named_parameters() if name.endswith(".bias")}

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from lorasweep.config.method import IntrinsicConfig
 from lorasweep.errors import ConfigError, RecordError
-from lorasweep.methods import METHODS, copy_sharing_weights
+from lorasweep.methods import METHODS
 from lorasweep.methods.intrinsic import IntrinsicParameters, add_projection, apply_hadamard, find_intrinsic_parameters
 
 from .conftest import logits_of, make_base, prepare, train
@@ -18,12 +18,6 @@ from .conftest import logits_of, make_base, prepare, train
 DID, SAID = IntrinsicConfig(dim=40, form="did"), IntrinsicConfig(dim=40, form="said")
 LAYERS = 4  # of the small Llama: embeddings (tied to the head), two blocks, the last norm
 METHOD = METHODS["intrinsic"]
-
-
-def prepare_any(model, config, *, seed=0):
-    copied = copy_sharing_weights(model)
-    METHOD.prepare(copied, config, generator=torch.Generator().manual_seed(seed))
-    return copied
 
 
 def set_coordinates(model, *, seed=0):
@@ -43,12 +37,6 @@ def weights_of(model):
         for key in getattr(module, "parametrizations", {}):
             found[f"{name}.{key}"] = getattr(module, key).detach()
     return found
-
-
-def changes_of(model, base):
-    """What each weight differs by from the base's."""
-    weights = weights_of(model)
-    return {name: weights[name] - before for name, before in base.model.named_parameters()}
 
 
 def draw_signs(count, *, block, seed=0):

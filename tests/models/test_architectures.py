@@ -42,14 +42,14 @@ LABELS = Labels(kind="single_label", names=("calm", "loud"))
 RATES = {"lora": 0.02, "full": 0.005, "head": 0.05}
 
 
-def make_batch(kind):
+def make_batch():
     tokens = torch.arange(4 * 9).reshape(4, 9) % 40 + 60
     tokens[:, -1] = 256
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
 def loss_of(model, kind):
-    batch = make_batch(kind)
+    batch = make_batch()
     logits = model(**batch).logits.float()
     if kind == "classifier":
         return cross_entropy(logits, torch.tensor([0, 1, 1, 0]))
@@ -111,7 +111,7 @@ def test_all_methods_compute_in_one_precision(load, architecture, kind, head, me
     logits = []
     for name in ("frozen", method):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=METHODS[name].needs_autocast):
-            logits.append(prepare(base, name).eval()(**make_batch(kind)).logits)
+            logits.append(prepare(base, name).eval()(**make_batch()).logits)
     assert torch.equal(*logits)
 
 
@@ -124,6 +124,6 @@ def test_peft_loads_what_a_run_saved(load, save_random, architecture, kind, head
     METHODS["lora"].save(model, tmp_path, base=base)
     loaded = PEFT[kind].from_pretrained(tmp_path)
     with torch.no_grad():
-        expected, got = (m.eval()(**make_batch(kind)).logits for m in (model, loaded))
+        expected, got = (m.eval()(**make_batch()).logits for m in (model, loaded))
     # fp32 sums in another order: PEFT adds the change to the output, we add into it
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)

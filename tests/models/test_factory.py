@@ -11,14 +11,12 @@ import torch
 from tests.tiny_tokenizer import load_tokenizer
 from torch import nn
 
-from lorasweep.config.method import FullConfig, HeadConfig, LoraConfig
 from lorasweep.errors import ConfigError
-from lorasweep.methods import METHODS, copy_sharing_weights
+from lorasweep.methods import copy_sharing_weights
 from lorasweep.models.load import Labels, fingerprint_weights, load_base
 
 LABELS = Labels(kind="single_label", names=("a", "b", "c"))
 TOKENS = torch.arange(32).reshape(4, 8)
-TARGETS = torch.tensor([0, 1, 2, 1])
 
 
 class Bag(nn.Module):
@@ -77,10 +75,6 @@ def build_own_steps():
     return OwnSteps()
 
 
-def build_plain():
-    return nn.Linear(2, 2)
-
-
 @pytest.fixture(autouse=True)
 def own_module(monkeypatch):
     monkeypatch.setitem(sys.modules, "own_models", sys.modules[__name__])
@@ -93,15 +87,6 @@ def load(model_config):
         return load_base(config, dtype=dtype, labels=labels)
 
     return load
-
-
-def prepare(base, name, *, seed=0):
-    config = {"lora": LoraConfig(rank=2), "full": FullConfig(), "head": HeadConfig()}[name]
-    model = copy_sharing_weights(base.model)
-    METHODS[name].prepare(
-        model, config, generator=torch.Generator().manual_seed(seed), new_head_names=base.new_head_names
-    )
-    return model
 
 
 def test_function_gives_model_tokenizer_and_head(load):

@@ -175,18 +175,6 @@ def test_code_that_comes_with_a_model_runs_only_when_it_is_trusted(folder, tmp_p
     assert type(base.model).__name__ == "OwnModel"
 
 
-def test_new_head_is_the_same_each_time_and_moves_no_stream(save_random, model_config):
-    config = model_config(save_random("bert"), kind="classifier")
-    torch.manual_seed(1)
-    before = torch.get_rng_state()
-    first = load_base(config, dtype=torch.float32, labels=LABELS)
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(2)
-    again = load_base(config, dtype=torch.float32, labels=LABELS)
-    assert fingerprint_weights(again.model) == fingerprint_weights(first.model)
-    assert first.model.classifier.weight.any()
-
-
 def test_fingerprint_does_not_count_a_new_head(save_random, model_config):
     config = model_config(save_random("roberta"), kind="classifier")
     two = load_base(config, dtype=torch.float32, labels=Labels(kind="single_label", names=("a", "b")))

@@ -13,27 +13,11 @@ from lorasweep.report.summary import summarize
 from lorasweep.report.sweep_data import load_sweep_data
 from lorasweep.report.terminal import list_details
 
-from .conftest import build_rank_sweep, build_sweep, edit_json
+from .conftest import build_rank_sweep, edit_json
 
 
 def answers(sweep: Path) -> tuple[AnswerLine, ...]:
     return summarize(sweep).answers
-
-
-@pytest.mark.parametrize(
-    ("sizes", "line", "words"),
-    [
-        ({"lora": 0}, 0, "no arm has `method=lora`"),
-        ({"full": 0}, 0, "Add one to compare"),
-        ({}, 0, "`confirm.seeds=auto`"),
-        ({}, 1, "`confirm_each: method.rank`"),
-        ({}, 2, "best complete trial so far"),
-    ],
-)
-def test_what_was_not_asked_is_said_with_the_key(tmp_path: Path, sizes: dict[str, int], line: int, words: str) -> None:
-    found = answers(build_sweep(tmp_path, **sizes))[line]
-    assert words in found.text
-    assert not found.is_settled
 
 
 def test_other_methods_and_pairs_get_a_sentence_each(tmp_path: Path) -> None:

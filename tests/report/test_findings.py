@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from lorasweep.report.fairness import list_edges
-from lorasweep.report.summary import summarize
 from lorasweep.report.sweep_data import load_sweep_data
 
 from .conftest import edit_json
@@ -47,17 +46,3 @@ def test_best_value_at_the_end_of_its_range_is_said_if_a_complete_trial_lies_els
     assert len(list_edges(load_sweep_data(sweep))) == len(said)
     edit_json(sweep / "sweep.json", lambda raw: raw["trials"][2].update(value=None))
     assert list_edges(load_sweep_data(sweep)) == []
-
-
-@pytest.mark.parametrize(
-    ("data", "groups"),
-    [
-        ({"name": "text", "group": None}, "40 test examples in 20 documents."),
-        ({"name": "chat", "group": None}, "40 test examples in 20 prompts."),
-        ({"name": "table", "group": "author"}, "40 test examples in 20 groups of `author`."),
-    ],
-)
-def test_groups_of_test_examples_are_named(confirmed: Path, data: dict[str, str | None], groups: str) -> None:
-    for run in confirmed.glob("runs/*-confirm-*"):
-        edit_json(run / "run.json", lambda raw: raw["config"].update(data=data))
-    assert groups in summarize(confirmed).sentences[0]

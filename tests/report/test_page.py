@@ -71,23 +71,6 @@ def test_page_has_every_section_and_figure(sweep: Path) -> None:
     assert "The loss became NaN at step 12." in page.text
 
 
-def test_paused_trials_are_shown_as_paused(sweep: Path) -> None:
-    def pause(raw: dict[str, Any]) -> None:
-        for trial in raw["trials"]:
-            trial["state"] = "paused" if trial["state"] == "pruned" else trial["state"]
-
-    edit_json(sweep / "sweep.json", pause)
-    page = written(sweep)
-    assert "11 complete, 6 paused, 1 failed" in page.text
-    assert "6 paused" in page.text.split("Not finished")[2]
-    crosses = [trace for figure in page.figures for trace in figure["data"] if "x-thin" in str(trace.get("marker"))]
-    # against the learning rate, and at the end of the learning curves
-    assert sum(len(trace["y"]) for trace in crosses) == 12
-    rows = [found.get("class") for tag, found in page.tags if tag == "tr"]
-    assert rows.count("paused") == 6
-    assert len(re.findall(r"\d at step \d", page.text)) == 6  # a score so far is not a final one
-
-
 def test_page_fetches_nothing(sweep: Path) -> None:
     page = written(sweep)
     assert not [found for tag, found in page.tags if "src" in found]

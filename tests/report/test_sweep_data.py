@@ -71,22 +71,6 @@ def test_arm_without_a_rerun_is_named_and_the_others_are_compared(confirmed: Pat
     assert [answer.verdict for answer in data.evidence.answers] == ["open"]
 
 
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        ("row,score,weight,group\n0,nan,1,0\n1,1,1,1\n", "their mean is nan"),
-        ("row,score,weight,group\n0,9,1,0\n1,9,1,1\n", "their mean is 9"),
-    ],
-)
-def test_damaged_examples_are_a_sentence_and_seeds_still_count(confirmed: Path, content: str, sentence: str) -> None:
-    (confirmed / "runs/lora-confirm-0002/test_scores.csv").write_text(content)
-    data = load_sweep_data(confirmed)
-    assert any(sentence in text for text in (*data.problems, *data.evidence.notes))
-    lora = data.evidence.subject("lora")
-    assert lora
-    assert (data.evidence.num_examples, len(lora.seeds)) == (0, 5)
-
-
 def test_each_value_of_confirm_each_is_an_entry_with_its_trials_and_runs(tmp_path: Path) -> None:
     data = load_sweep_data(build_rank_sweep(tmp_path, {16: 1.68, 1: 1.75}, seeds=3))
 

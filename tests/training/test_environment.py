@@ -19,7 +19,6 @@ from lorasweep.training.environment import (
     deterministic_algorithms,
     peak_memory_bytes,
     reset_peak_memory,
-    resolve_device,
     resolve_precision,
 )
 
@@ -33,15 +32,6 @@ def test_bf16_is_refused_on_a_gpu_without_it(monkeypatch):
     with pytest.raises(ConfigError, match=r"`trainer.precision` must be fp32 .*'bf16'"):
         resolve_precision(wanted)
     assert resolve_precision(dataclasses.replace(wanted, precision="auto")) == "fp32"
-
-
-@pytest.mark.parametrize(
-    ("device", "available", "expected"),
-    [("auto", True, "gpu"), ("auto", False, "cpu"), ("cpu", True, "cpu"), ("gpu", True, "gpu")],
-)
-def test_auto_takes_the_gpu_where_there_is_one(monkeypatch, device, available, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-    assert resolve_device(dataclasses.replace(TRAINER, device=device)) == expected
 
 
 def test_the_patch_leads_from_the_commit_to_the_code(monkeypatch, tmp_path):

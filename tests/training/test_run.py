@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 
 import pytest
@@ -68,40 +67,24 @@ def test_a_run_leaves_exactly_these_files_and_the_base_bit_equal_and_frozen(tmp_
     assert not inputs.base.model.training
 
 
-def test_the_record_says_everything(finished, make_config, inputs):
+def test_the_record_describes_run_data_and_base(finished, inputs):
     record = read_run(finished)
-    assert record.status == "complete"
-    assert record.reason is None
+    assert (record.status, record.reason, record.metric, record.direction) == (
+        "complete",
+        None,
+        "bits_per_byte",
+        "minimize",
+    )
     assert record.config["method"]["rank"] == 2
-    assert record.config == json.loads(json.dumps(record.config))
-    assert (record.metric, record.direction) == ("bits_per_byte", "minimize")
-    assert {"version"} <= set(record.code)
-    assert record.packages["torch"]
-    assert record.platform["precision"] == "fp32"
+    assert record.base["fingerprint"] == inputs.base.fingerprint
     assert set(record.data) == {"train", "validation"}
-    for part in record.data.values():
-        assert set(part) >= {"documents", "bytes", "blocks", "fingerprint"}
-    assert record.base == {
-        "path": "embedded:tiny",
-        "fingerprint": inputs.base.fingerprint,
-        "parameters": inputs.base.num_parameters,
-        "kind": "causal_lm",
-        "head": [],
-        "labels": None,
-    }
-    assert record.started_at <= record.ended_at
-    assert (record.steps_planned, record.steps_done) == (4, 4)
-    assert record.tokens_trained == 4 * 2 * 32
-    assert record.tokens_per_s > 0
-    assert record.wall_s > 0
-    assert record.total_params == inputs.base.num_parameters
+    assert (record.steps_planned, record.steps_done, record.tokens_trained) == (4, 4, 4 * 2 * 32)
     weights = load_file(finished / "best" / ADAPTER)
     assert record.trainable_params == sum(tensor.numel() for tensor in weights.values())
     assert record.trainable_fraction == record.trainable_params / record.total_params
     assert record.adapter_bytes == (finished / "best" / ADAPTER).stat().st_size
     assert record.peak_memory_bytes > 10 * 2**20
     assert record.last["step"] == 4
-    assert set(record.last) == {"step", "bits_per_byte", "loss", "perplexity"}
     assert record.score == min(values["bits_per_byte"] for _, values in evaluations(finished))
 
 

@@ -15,8 +15,6 @@ from lorasweep.errors import RecordError
 from lorasweep.record import TEST_SCORES_FILE, compute_sha256, read_run
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.module import prepare_model
-from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.packs.slot_run import RunRequest
 from lorasweep.training.restore import restore_model
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
@@ -116,14 +114,6 @@ def test_an_evaluation_draws_nothing_and_returns_examples_in_the_order_of_the_sp
     torch.testing.assert_close(together.loss, one_by_one.loss, rtol=1e-4, atol=1e-4)  # fp32, other batch shapes
 
 
-def test_bits_per_byte_count_the_bytes_of_the_test_part(trained, inputs):
-    record = score_run(trained(), inputs=inputs)
-    per_token = inputs.splits.test().bytes_per_token
-    nats = record.test["loss"]
-    assert record.test["bits_per_byte"] == pytest.approx(nats / (per_token * 0.6931471805599453), rel=1e-12)
-    assert per_token != inputs.splits.validation.bytes_per_token
-
-
 def test_rows_of_perplexity_are_losses_of_which_it_is_the_exponential(make_config, inputs, tmp_path):
     by_perplexity = dataclasses.replace(inputs, splits=dataclasses.replace(inputs.splits, metric="perplexity"))
     config = make_config({"data.metric": "perplexity"})
@@ -147,31 +137,6 @@ def test_a_run_is_scored_once(trained, inputs):
     again = dataclasses.replace(inputs, splits=dataclasses.replace(inputs.splits, test=read))
     assert score_run(folder, inputs=again) == first
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-
-
-def test_a_run_in_a_pack_is_scored_like_one_alone(make_config, inputs, tmp_path):
-    configs = [make_config({"method.rank": rank, "seed": 3}) for rank in (1, 2)]
-    jobs = [
-        RunRequest(
-            config=config,
-            run_folder=RunFolder(path=tmp_path / f"packed-{n}"),
-            on_end=lambda record: None,
-        )
-        for n, config in enumerate(configs)
-    ]
-    assert train_pack(
-        jobs,
-        inputs=inputs,
-        slots=len(jobs),
-        next_run=lambda: None,
-        on_evaluation=lambda evaluated: [True] * len(evaluated),
-        state_file=tmp_path / "pack.json",
-    )
-    for n, config in enumerate(configs):
-        alone = tmp_path / f"alone-{n}"
-        train_run(config, RunFolder(path=alone), inputs=inputs)
-        packed = score_run(tmp_path / f"packed-{n}", inputs=inputs).test["loss"]
-        assert packed == pytest.approx(score_run(alone, inputs=inputs).test["loss"], rel=1e-4)  # rounding of 4 steps
 
 
 def test_weights_that_are_missing_or_damaged_are_refused_and_nothing_is_written(trained, inputs):

@@ -42,18 +42,6 @@ def test_dropout_of_a_slot_is_that_of_a_solo_run(dtype: torch.dtype, shape: tupl
             assert torch.equal(outputs[slot], Dropout(0.3)(rows))
 
 
-def test_a_slot_draws_the_same_whatever_the_others_draw() -> None:
-    x = torch.randn(3, 6, generator=stream(1))
-    outputs = []
-    for other_seed in (4, 5):
-        model = make_dropping()
-        inject_packed_lora(model, CONFIGS, generators=[stream(0)] * 3)
-        set_dropout_streams(model, [stream(other_seed), stream(2), stream(other_seed)])
-        outputs.append(model(x))
-    assert torch.equal(outputs[0][1], outputs[1][1])
-    assert not torch.equal(outputs[0][0], outputs[1][0])
-
-
 def test_evaluation_and_probability_zero_draw_nothing() -> None:
     model = make_dropping(0.0)
     inject_packed_lora(model, CONFIGS[1:2])

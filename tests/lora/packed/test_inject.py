@@ -31,25 +31,6 @@ def test_every_slot_starts_as_its_solo_run(make_model) -> None:
         assert all(torch.equal(value, expected[key]) for key, value in got.items())
 
 
-def test_slots_without_generators_draw_one_after_the_other(make_model) -> None:
-    model = make_model()
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        inject_packed_lora(model, CONFIGS)
-        torch.manual_seed(3)
-        for slot, config in enumerate(CONFIGS):
-            solo = make_model_keeping_stream(make_model)
-            inject_lora(solo, config)
-            assert all(
-                torch.equal(lora_state(slot_model(model, slot))[key], value) for key, value in lora_state(solo).items()
-            )
-
-
-def make_model_keeping_stream(make_model) -> nn.Module:
-    with torch.random.fork_rng():
-        return make_model()
-
-
 def test_starts_as_the_base_exactly(make_model, tokens: Tensor) -> None:
     model, base = make_model(), make_model()
     inject_packed_lora(model, [LoraConfig(rank=2), LoraConfig(rank=1), LoraConfig(rank=3, targets=("up",))])

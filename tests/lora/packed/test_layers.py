@@ -177,14 +177,6 @@ def test_evaluation_drops_nothing(make_model, make_pack) -> None:
     torch.testing.assert_close(*both.run(tokens_of(11, 5)))
 
 
-def test_scaling_is_not_rounded_when_the_model_is_cast(make_model) -> None:
-    model = make_model()
-    inject_packed_lora(model, [LoraConfig(rank=3, alpha=1, targets=("up",))] * 2)  # 1/3 is no bf16 number
-    layer = packed_layers(model.bfloat16())["layers.0.up"]
-    (factor,) = layer._get_factors(torch.empty(2, 8, dtype=torch.bfloat16), is_dropped=False)
-    assert torch.equal(factor, torch.full((2, 1, 1), 1 / 3))
-
-
 def test_rows_that_slots_do_not_share_out_evenly_are_refused(make_model) -> None:
     model = make_model()
     inject_packed_lora(model, [LoraConfig(rank=1), LoraConfig(rank=2)])

@@ -48,11 +48,6 @@ def assert_identical(got: dict[str, Tensor], expected: dict[str, Tensor]) -> Non
     assert all(torch.equal(value, expected[key]) for key, value in got.items())
 
 
-def test_a_slot_reads_as_its_solo_runs_adapter(both) -> None:
-    for slot, solo in enumerate(both.solos):
-        assert_identical(lora_state(slot_model(both.pack, slot)), lora_state(solo))
-
-
 def test_training_a_slots_model_trains_the_slot(both) -> None:
     tokens = torch.randint(11, (3, 5), generator=stream(1))
     before = both.pack.eval()(tokens).detach().chunk(3)

@@ -133,7 +133,7 @@ class PackedRun:
         self.losses: list[list[Tensor]] = [[] for _ in configs]
 
     def build_optimizer(self, slot: int, run: RunConfig) -> SlotOptimizer:
-        return SlotOptimizer(slot_model(self.model, slot), run, head_names=())
+        return SlotOptimizer(slot_model(self.model, slot), run)
 
     def train(self, batches: Sequence[Sequence[Tensor]]) -> None:
         """One list of batches for each slot."""

@@ -129,7 +129,7 @@ def test_a_real_step_takes_what_is_counted(make_config, settings, slots):
     inputs = build_inputs(config)
     counted = slots * count_slot_bytes(config, inputs=inputs)
     model, _ = build_pack([config] * slots, inputs=inputs)
-    optimizers = [SlotOptimizer(slot_model(model, slot), config, head_names=()) for slot in range(slots)]
+    optimizers = [SlotOptimizer(slot_model(model, slot), config) for slot in range(slots)]
     (micro,) = build_first_micro_batches(config, inputs, num_steps=1)  # blocks of one length: all are as large
     batch = build_pack_batch(inputs.splits.train, [micro] * slots, model=model)
     there = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
