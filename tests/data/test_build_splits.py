@@ -9,7 +9,7 @@ from lorasweep.config.compose import compose_run
 from lorasweep.data.build_splits import build_splits
 from lorasweep.data.examples import CompletionSplit, LabelledSplit
 from lorasweep.data.source import Conversation, DataSource, Document, LabelledText, Message, collect_examples
-from lorasweep.data.tasks import Classification, LanguageModelling, MultiLabel, Regression
+from lorasweep.data.tasks import Classification, LanguageModelling, Regression
 from lorasweep.errors import ConfigError
 
 
@@ -81,7 +81,6 @@ def test_bits_per_byte_of_a_split_count_its_own_bytes(tokenizer):
     ("kind", "labels", "names", "task", "metric"),
     [
         ("single_label", (0, 1, 1), ("bad", "good"), Classification, "accuracy"),
-        ("multi_label", ([0], [], [0, 1]), ("a", "b"), MultiLabel, "f1"),
         ("regression", (0.5, 1.0, 2.0), (), Regression, "pearson"),
     ],
 )
@@ -91,8 +90,7 @@ def test_labels_decide_the_task_and_its_metric(tokenizer, kind, labels, names, t
     assert isinstance(splits.task, task)
     assert splits.metric == metric
     assert isinstance(splits.train, LabelledSplit)
-    targets = splits.train.batch([0, 1, 2])["targets"].tolist()
-    assert targets == {"multi_label": [[1, 0], [0, 0], [1, 1]]}.get(kind, list(labels))
+    assert splits.train.batch([0, 1, 2])["targets"].tolist() == list(labels)
     assert splits.train.describe()["examples"] == 3
     assert splits.notes[0] == "said"
     assert splits.notes[1].startswith("Always answering")

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, random_split
 from lorasweep.data.build_splits import build_splits
 from lorasweep.data.reading import read_source
 from lorasweep.data.split import IGNORED
-from lorasweep.data.tasks import Classification, LanguageModelling, MultiLabel, Regression
+from lorasweep.data.tasks import Classification, LanguageModelling, Regression
 from lorasweep.errors import ConfigError
 
 ROWS = [{"input_ids": torch.arange(n % 5 + 2), "labels": torch.tensor(n % 5 % 2)} for n in range(20)]
@@ -67,7 +67,6 @@ class Stream(IterableDataset):
 MADE = {
     "build": Own,
     "text": lambda: Own([{"input_ids": row["input_ids"]} for row in ROWS]),
-    "several": lambda: Own([row | {"labels": torch.tensor([1, 0, 1])} for row in ROWS]),
     "numbers": lambda: Own([row | {"labels": torch.tensor(n / 2)} for n, row in enumerate(ROWS)]),
     "images": lambda: Own([{"pixels": torch.ones(3, 2, 2), "labels": 1} for _ in ROWS], collate=None),
     "no_module": lambda: 7,
@@ -145,9 +144,6 @@ def test_text_is_scored_at_the_token_before():
 
 
 def test_labels_of_other_kinds_are_numbers():
-    several = load("several", task="multi_label", labels=("a", "b", "c"))
-    assert isinstance(several.task, MultiLabel)
-    assert several.train.batch([0, 1])["targets"].tolist() == [[1.0, 0.0, 1.0]] * 2
     numbers = load("numbers", task="regression", labels=[])
     assert isinstance(numbers.task, Regression)
     assert numbers.train.batch([0, 1])["targets"].dtype == torch.float32
@@ -181,8 +177,6 @@ def test_wrong_module_is_one_sentence(name, message):
 def test_wrong_labels_name_the_row():
     with pytest.raises(ConfigError, match=r"`data.labels` .* example . of the train split .* 1"):
         load(labels=("only",))
-    with pytest.raises(ConfigError, match=r"2 `data.labels`.* example 0 of the train split has 3"):
-        load("several", task="multi_label")
     with pytest.raises(ConfigError, match=r"finite numbers.* example 0 of the train split"):
         load("not_a_number", task="regression", labels=[])
 

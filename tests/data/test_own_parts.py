@@ -8,13 +8,13 @@ import torchmetrics
 from torch import nn
 from torch.nn.functional import cross_entropy, huber_loss, multi_margin_loss, one_hot
 from torchmetrics.functional import auroc
-from torchmetrics.functional.classification import binary_average_precision, multilabel_f1_score
+from torchmetrics.functional.classification import binary_average_precision
 
 from lorasweep.config.components import instantiate
 from lorasweep.config.data import MetricComponent
 from lorasweep.data.own_metric import build_own_metric
 from lorasweep.data.split import IGNORED
-from lorasweep.data.tasks import Classification, Evaluation, LanguageModelling, MultiLabel, Regression
+from lorasweep.data.tasks import Classification, Evaluation, LanguageModelling, Regression
 from lorasweep.errors import ConfigError
 from lorasweep.training.packs.pack import compute_slot_losses
 
@@ -94,12 +94,6 @@ METRICS = {
         lambda own: Classification(num_classes=2, own_metric=own),
         (draw(12, 2), CLASSES.clamp(max=1)),
         lambda logits, targets: binary_average_precision(logits.softmax(-1)[:, 1], targets),
-    ),
-    "several labels": (
-        ("torchmetrics.classification.MultilabelF1Score", {"num_labels": 4}),
-        lambda own: MultiLabel(num_labels=4, own_metric=own),
-        (draw(12, 4), (draw(12, 4, seed=1) > 0).float()),
-        lambda logits, targets: multilabel_f1_score(logits.sigmoid(), targets.long(), num_labels=4),
     ),
     "numbers": (
         ("torchmetrics.MeanAbsoluteError", {}),

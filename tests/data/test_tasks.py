@@ -15,7 +15,6 @@ from lorasweep.data.tasks import (
     Evaluation,
     ExampleScores,
     LanguageModelling,
-    MultiLabel,
     Regression,
 )
 
@@ -130,17 +129,6 @@ def test_class_weights_are_those_of_torch():
     losses = Classification(num_classes=3).losses(model, {**batch, "weights": weights})
     expected = cross_entropy(model(batch["input_ids"]), batch["targets"], weight=weight)
     torch.testing.assert_close(losses.sum() / weights.sum(), expected)
-
-
-def test_several_labels_count_each_and_all():
-    task = MultiLabel(num_labels=2)
-    logits = torch.tensor([[1.0, -1.0], [1.0, 1.0], [-1.0, -1.0]])
-    batch = {"input_ids": torch.arange(3), "targets": torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])}
-    values = task.compute(task.score(FixedModel(logits), batch))
-    assert values["accuracy"].item() == pytest.approx(1 / 3)
-    assert values["f1"].item() == pytest.approx(2 * 2 / (3 + 3))
-    losses = task.losses(FixedModel(logits), batch)
-    assert losses.mean().item() == pytest.approx(values["loss"].item(), rel=1e-6)
 
 
 def test_regression_is_scored_by_error_and_correlation():

@@ -22,7 +22,7 @@ TextMetric = Literal["bits_per_byte", "loss", "perplexity"]
 """Scores of predicted text, per token or byte; lower is better for each."""
 LabelMetric = Literal["auto", "accuracy", "f1", "matthews", "pearson", "spearman", "mse", "loss"]
 """Scores of predicted labels. `auto`: accuracy of one label, F1 of several, Pearson's correlation of numbers."""
-LabelTask = Literal["single_label", "multi_label", "regression"]
+LabelTask = Literal["single_label", "regression"]
 CustomTask = Literal[LabelTask, "text"]
 CustomMetric = Literal[LabelMetric, "perplexity"]
 Delimiter = Literal["auto", "comma", "semicolon", "tab", "pipe"]
@@ -193,7 +193,7 @@ class TableConfig(RowSettings):
     text_pair: str | None
     """Column of a second text that is read together with the first."""
     label: str
-    """Column of the label: a name, a number, or a list of names."""
+    """Column of the label: a name or a number."""
     labels: tuple[str, ...] | None
     """Names of the classes in the sorted order of the labels, such as `[negative, positive]` for 0 and 1; null takes
     the labels themselves."""
@@ -202,8 +202,7 @@ class TableConfig(RowSettings):
     class_weights: Literal["none", "balanced"]
     """`balanced` weighs a class by examples / (classes · its examples) of the training split."""
     metric: LabelMetric | MetricComponent
-    """Metric that is the score of the run. `auto`: accuracy of one label, F1 of several, Pearson's correlation of
-    numbers."""
+    """Metric that is the score of the run. `auto`: accuracy of a label, Pearson's correlation of numbers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -253,7 +252,7 @@ class CustomDataConfig(LossSettings):
     factory: str
     """`package.module:function` that returns the module (see docs/data.md). The code runs."""
     task: CustomTask
-    """Kind of the `labels` of each example: an index, zeros and ones, a number, or the tokens of a text."""
+    """Kind of the `labels` of each example: an index, a number, or the tokens of a text."""
     labels: tuple[str, ...]
     """Names of the labels in the order of their indices; empty for numbers and text."""
     metric: CustomMetric | MetricComponent
@@ -261,7 +260,7 @@ class CustomDataConfig(LossSettings):
 
     def __post_init__(self) -> None:
         check_function_name("data.factory", self.factory)
-        named = self.task in ("single_label", "multi_label")
+        named = self.task == "single_label"
         if named is not bool(self.labels):
             raise ConfigError(
                 f"`data.labels` must {'name the labels' if named else 'be empty'} with `data.task={self.task}`, "

@@ -31,14 +31,14 @@ from lorasweep.data.examples import CompletionSplit, ExampleSplit, LabelledSplit
 from lorasweep.data.own_metric import build_own_metric
 from lorasweep.data.source import Conversation, DataSource, Examples, LabelledText
 from lorasweep.data.split import Split
-from lorasweep.data.tasks import Classification, LabelTask, LanguageModelling, MultiLabel, Regression, Task
+from lorasweep.data.tasks import Classification, LabelTask, LanguageModelling, Regression, Task
 from lorasweep.data.tokenise import describe_chat_format, tokenise_chats, tokenise_labelled
 from lorasweep.errors import ConfigError
 from lorasweep.wording import join_words
 
 MODEL_KINDS: Mapping[str, ModelKind] = {
     **dict.fromkeys(("documents", "conversations"), "causal_lm"),
-    **dict.fromkeys(("single_label", "multi_label", "regression"), "classifier"),
+    **dict.fromkeys(("single_label", "regression"), "classifier"),
 }
 """For each kind of data: the kind of model that can learn from it."""
 
@@ -82,8 +82,7 @@ class DataSplits:
         """Returns every metric of a split if each example gets the same answer; empty for text and own data modules.
 
         The answer needs no training. It is the most frequent class of the training split (the first of equally frequent
-        classes), all labels that more than half of its examples have, or the mean of its numbers. For the loss, the
-        predicted probabilities are the shares of the labels.
+        classes), or the mean of its numbers. For the loss, the predicted probabilities are the shares of the classes.
         """
         constant, task = self.fit_constant_answer(), self.task
         if constant is None or not isinstance(split, LabelledSplit):
@@ -178,9 +177,6 @@ def describe_constant_answer(splits: DataSplits, label_names: Sequence[str]) -> 
     logits = splits.task.fit_constant(splits.train.labels)
     if isinstance(splits.task, Regression):
         answer = f"{float(logits):.4g}, the mean of train"
-    elif isinstance(splits.task, MultiLabel):
-        names = [repr(name) for name, logit in zip(label_names, logits.tolist(), strict=True) if logit > 0]
-        answer = f"{join_words(names) if names else 'no label'}, as most examples of train"
     else:
         answer = f"{label_names[int(logits.argmax())]!r}, the most frequent label of train"
     values = [f"{name} {value:.4f}" for name, value in scores.items() if name != "loss"]
@@ -190,8 +186,6 @@ def describe_constant_answer(splits: DataSplits, label_names: Sequence[str]) -> 
 def _build_task(source: DataSource, config: DataConfig, validation: Split) -> Task:
     if source.kind == "single_label":
         return Classification(num_classes=len(source.label_names))
-    if source.kind == "multi_label":
-        return MultiLabel(num_labels=len(source.label_names))
     if source.kind == "regression":
         return Regression()
     if isinstance(config, CustomDataConfig):
@@ -220,16 +214,11 @@ def _build_labelled(
 
 def _encode_labels(examples: Examples[LabelledText], source: DataSource) -> tuple[Tensor, list[int]]:
     """Returns the labels as a tensor for `LabelledSplit`, and the number of examples of each class."""
-    labels: list[Any] = [example.label for example in examples.items]
+    labels = [example.label for example in examples.items]
     if source.kind == "regression":
         return torch.tensor(labels, dtype=torch.float32), []
-    if source.kind == "single_label":
-        classes = torch.tensor(labels, dtype=torch.int64)
-        return classes, classes.bincount(minlength=len(source.label_names)).tolist()
-    is_set = torch.zeros(len(labels), len(source.label_names))
-    for row, indices in enumerate(labels):
-        is_set[row, torch.tensor(indices, dtype=torch.int64)] = 1.0
-    return is_set, [int(count) for count in is_set.sum(0)]
+    classes = torch.tensor(labels, dtype=torch.int64)
+    return classes, classes.bincount(minlength=len(source.label_names)).tolist()
 
 
 def _build_chats(

@@ -120,7 +120,7 @@ def build_batch(collated: Any, *, task: CustomTask) -> Batch:
         return {**batch, "targets": pad(labels[:, 1:], (0, 1), value=IGNORED)}
     if task == "single_label":
         return {**batch, "targets": labels.long().flatten()}
-    return {**batch, "targets": labels.float().flatten() if task == "regression" else labels.float()}
+    return {**batch, "targets": labels.float().flatten()}
 
 
 def _read_split(config: CustomDataConfig, module: LightningDataModule, name: str) -> CustomSplit:
@@ -166,11 +166,6 @@ def _check_targets(targets: Tensor, config: CustomDataConfig, *, source: str) ->
         raise ConfigError(
             f"`data.labels` must name every label, but has {num_labels} names, and {source} has label "
             f"{unknown[0]}. Labels count from 0."
-        )
-    if config.task == "multi_label" and targets.shape[-1] != num_labels:
-        raise ConfigError(
-            f"`labels` must have a 0 or 1 for each of the {num_labels} `data.labels`, but {source} has "
-            f"{targets.shape[-1]} values."
         )
     if not targets.isfinite().all():
         raise ConfigError(f"`labels` must be finite numbers, but {source} has NaN or infinity.")

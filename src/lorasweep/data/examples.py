@@ -82,10 +82,10 @@ class ExampleSplit(Split):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LabelledSplit(ExampleSplit):
-    """Texts, each with its label: a class, several classes, or a number."""
+    """Texts, each with its label: a class or a number."""
 
     labels: Tensor
-    """Class indices, (examples,) int64; 0 or 1 per class, (examples, classes) float; or numbers, (examples,) float."""
+    """Class indices, (examples,) int64; or numbers, (examples,) float."""
     token_types: Ragged | None = None
     """For pairs of texts: 0 at tokens of the first text, 1 at the second. None if the model has no token types."""
     class_weights: Tensor | None = None

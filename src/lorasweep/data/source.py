@@ -10,9 +10,9 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 from lorasweep.data.split import Split
 
 Role = Literal["system", "user", "assistant"]
-Kind = Literal["documents", "single_label", "multi_label", "regression", "conversations"]
-Label = int | float | list[int]
-"""A class index; for regression a number; for `multi_label` the sorted indices of the example's classes."""
+Kind = Literal["documents", "single_label", "regression", "conversations"]
+Label = int | float
+"""A class index; for regression a number."""
 
 
 class Document(NamedTuple):

@@ -11,14 +11,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 from torchmetrics.functional.classification import (
     multiclass_accuracy,
     multiclass_f1_score,
     multiclass_matthews_corrcoef,
-    multilabel_exact_match,
-    multilabel_f1_score,
 )
 from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
 
@@ -40,7 +38,7 @@ class ExampleScores:
     items: Tensor
     """Number of scored items of each example, (examples,): its scored tokens for text, 1 for labels."""
     prediction: Tensor | None = None
-    """Predicted class or number, (examples,), or 0 or 1 for each class, (examples, classes). None for text."""
+    """Predicted class or number, (examples,). None for text."""
     target: Tensor | None = None
     """The right answer, in the shape of `prediction`."""
     metric_input: Tensor | None = None
@@ -189,7 +187,7 @@ class LabelTask(Task):
 
     @abstractmethod
     def _predict(self, logits: Tensor) -> Tensor:
-        """Returns the predicted class or number of each example, or 0 or 1 for each class."""
+        """Returns the predicted class or number of each example."""
 
     def _train_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Returns each example's training loss, (examples,), without class weights."""
@@ -215,10 +213,10 @@ class LabelTask(Task):
         )
 
     def per_example(self, metric: str, scores: ExampleScores) -> tuple[Tensor, Tensor] | None:
-        """Returns the loss of each example, or for `accuracy` 1 if all its labels are right. All weights are 1."""
+        """Returns the loss of each example, or for `accuracy` 1 if its class is right. All weights are 1."""
         if metric == "accuracy":
             predicted, target = _unpack(scores)
-            values = (predicted == target).view(len(target), -1).all(-1).double()
+            values = (predicted == target).double()
         elif metric in ("loss", "mse"):
             values = scores.loss.double()
         else:
@@ -265,39 +263,6 @@ class Classification(LabelTask):
             "accuracy": multiclass_accuracy(predicted, target, classes, average="micro").double(),
             "f1": (f1[1] if classes == 2 else f1).double(),
             "matthews": matthews.where(varies, 0.0),
-            "loss": scores.loss.double().mean(),
-        }
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class MultiLabel(LabelTask):
-    """Predicts any number of labels per example.
-
-    - `f1`: micro F1, which counts each pair of an example and a label once.
-    - `accuracy`: fraction of examples whose labels are all right.
-    - `loss`: binary cross-entropy in nats, mean over labels and examples.
-    """
-
-    num_labels: int
-    metrics: tuple[str, ...] = ("f1", "accuracy", "loss")
-
-    def fit_constant(self, labels: Tensor) -> Tensor:
-        return ((labels.double().sum(0) + 1) / (len(labels) + 2)).logit().float()  # one more with, and one without
-
-    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(-1)
-
-    def _predict(self, logits: Tensor) -> Tensor:
-        return (logits > 0).long()
-
-    def _to_metric_input(self, logits: Tensor) -> Tensor:
-        return logits.sigmoid()
-
-    def compute_metrics(self, scores: ExampleScores) -> dict[str, Tensor]:
-        predicted, target = _unpack(scores)
-        return {
-            "f1": multilabel_f1_score(predicted, target, self.num_labels, average="micro").double(),
-            "accuracy": multilabel_exact_match(predicted, target, self.num_labels).double(),
             "loss": scores.loss.double().mean(),
         }
 

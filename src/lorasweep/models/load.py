@@ -41,7 +41,7 @@ MODEL_CLASSES: dict[ModelKind, Any] = {
 class Labels:
     """The labels that a classifier predicts."""
 
-    kind: Literal["single_label", "multi_label", "regression"]
+    kind: Literal["single_label", "regression"]
     names: tuple[str, ...]
     """Names of the classes in the order of the model's outputs. For regression: empty, or the name of the number."""
     constant: tuple[float, ...] = ()

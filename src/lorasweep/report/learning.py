@@ -99,10 +99,9 @@ def _find_answer(data: SweepData) -> UntrainedAnswer | None:
     metric, validation = data.record.metric, _read_entry(data.run_records, "validation")
     scores = validation.get("constant_answer", {})
     if (score := finite_number(scores.get(metric))) is not None:
-        names = {"pearson": "the mean of the training labels", "matthews": "the majority class"}
         test = _read_entry((run.record for run in data.confirm_runs), "test")
         return UntrainedAnswer(
-            name=next((names[key] for key in names if key in scores), "the most frequent labels"),
+            name="the mean of the training labels" if "pearson" in scores else "the majority class",
             metric=metric,
             sign=data.sign,
             score=score,

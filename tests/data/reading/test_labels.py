@@ -35,8 +35,6 @@ def encode(code, values):
         (["1", "0.5"], "regression", ()),
         ([1, 0.5], "regression", ()),
         (["1e-3", "5"], "regression", ()),
-        ([["b"], ["a", "b"], []], "multi_label", ("a", "b")),
-        ([[2], [10, 2]], "multi_label", ("2", "10")),
     ],
 )
 def test_task_is_seen_from_the_labels_and_names_are_sorted(values, task, names):
@@ -61,28 +59,12 @@ def test_labels_may_have_other_names_in_their_sorted_order(read):
 
 
 @pytest.mark.parametrize(
-    ("values", "encoded"),
-    [
-        (["a|b", "b", ""], [[0, 1], [1], []]),
-        (["a;b", "b", ""], [[0, 1], [1], []]),
-        (["b, a", "b"], [[0, 1], [1]]),
-        (["a,b|c", "c"], [[0, 1], [1]]),
-        ([["b", "a", "b"], ["b"]], [[0, 1], [1]]),
-        (["a", ["b"]], [[0], [1]]),
-    ],
-)
-def test_several_labels_may_be_one_text_or_a_list(values, encoded):
-    assert encode(learn(values, task="multi_label"), values) == encoded
-
-
-@pytest.mark.parametrize(
     ("values", "task", "words"),
     [
         (["1", "good"], "regression", ["finite number", "'good'"]),
         (["1", "1e999"], "regression", ["finite number", "'1e999'"]),
         ([1, True], "regression", ["finite number", "True"]),
         (["a", "a"], "auto", ["two different labels", "['a']"]),
-        ([[], []], "auto", ["two different labels", "[]"]),
         (["2.5", "2.5"], "auto", ["two different labels", "2.5"]),
         ([str(n) for n in range(30)], "auto", ["30 different values", "`data.task`"]),
     ],
@@ -94,10 +76,8 @@ def test_labels_that_do_not_fit_are_named(values, task, words):
 
 
 @given(
-    values=st.lists(
-        st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.text()), min_size=1, max_size=8
-    ),
-    task=st.sampled_from(["auto", "single_label", "multi_label", "regression"]),
+    values=st.lists(st.booleans() | st.integers() | st.floats() | st.text(), min_size=1, max_size=8),
+    task=st.sampled_from(["auto", "single_label", "regression"]),
 )
 def test_any_labels_are_encoded_or_refused(values, task):
     try:
@@ -107,8 +87,6 @@ def test_any_labels_are_encoded_or_refused(values, task):
     encoded = encode(code, values)
     if code.task == "single_label":
         assert set(encoded) == set(range(len(code.names)))
-    elif code.task == "multi_label":
-        assert {index for indices in encoded for index in indices} == set(range(len(code.names)))
     else:
         assert all(math.isfinite(number) for number in encoded)
 

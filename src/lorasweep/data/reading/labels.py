@@ -16,8 +16,6 @@ from lorasweep.data.source import DataSource, Label, LabelledText
 from lorasweep.errors import ConfigError
 from lorasweep.wording import nearest, shorten
 
-SEPARATORS = ("|", ";", ",")
-"""Separators of several labels in one text. The first of these that occurs in the training split is used."""
 MAX_SINGLE_CLASSES = 20
 """With more classes than this, each must have two examples on average, unless `data.task` is set. Otherwise the column
 is probably a number or a text and not a label."""
@@ -78,7 +76,9 @@ def _content_key(item: LabelledText) -> int:
 def _check_row(values: tuple[Any, ...], config: TableConfig) -> tuple[Any, ...]:
     """Returns the text, the second text if there is one, and the label; raises ValueError if one of them is missing."""
     *texts, label = values
-    check_label(label, column=config.label, task=config.task)
+    if is_missing(label):
+        raise ValueError(f"must have a label in column {config.label!r}, but has {label!r}")
+    require_scalar(label)
     return (*map(require_text, texts), label)
 
 
@@ -89,12 +89,11 @@ def _describe(names: Sequence[str], train: list[LabelledText], validation: list[
     keyed = ((_content_key(item), item.label) for item in train)
     if conflicts := {key for key, label in keyed if first_label.setdefault(key, label) != label}:
         notes.append(f"{len(conflicts)} texts of train have several different labels.")
-    labels: list[Any] = [item.label for item in train]
     if not names:
         return notes
-    counts = Counter(index for label in labels for index in (label if isinstance(label, list) else [label]))
+    counts = Counter(item.label for item in train)
     listed = list(enumerate(names))[:MAX_LISTED_CLASSES]
-    shares = [f"{name!r} {counts[index] / len(labels):.1%}" for index, name in listed]
+    shares = [f"{name!r} {counts[index] / len(train):.1%}" for index, name in listed]
     others = f" and {len(names) - len(listed)} more" if len(names) > len(listed) else ""
     return [*notes, f"Labels of train: {', '.join(shares)}{others}."]
 
@@ -106,23 +105,18 @@ class LabelEncoder:
     task: LabelTask
     names: tuple[str, ...]
     """The classes as they are written, in the order of their indices; empty under regression."""
-    separator: str
-    """Stands between several labels in one text."""
     reason: str
     """A sentence for the user: what is predicted, why, and the order of the classes."""
 
     def encode(self, value: Any) -> Label:
-        """Returns the class index, the number, or the sorted indices of several labels.
+        """Returns the class index or the number.
 
         Raises:
             ValueError: The value is not a finite number, or not a label of the training file.
         """
         if self.task == "regression":
             return _parse_number(value)
-        indices = [self._index(name) for name in split_names(value, self.task, self.separator)]
-        return indices[0] if self.task == "single_label" else sorted(set(indices))
-
-    def _index(self, name: str) -> int:
+        name = _to_name(value)
         if name not in self.names:
             raise ValueError(
                 f"must have a label that training has, {shorten(self.names, 400)}, but has {name!r}."
@@ -144,41 +138,34 @@ def learn_labels(values: Sequence[Any], *, task: str, class_names: Sequence[str]
         ConfigError: There is only one class, nearly every example has its own class, or a label is not a number.
     """
     decided, why = _decide_task(values, task=task, class_names=class_names)
-    separator = next((mark for mark in SEPARATORS if any(mark in v for v in values if isinstance(v, str))), "|")
     try:
-        labels: list[tuple[Any, ...]] = [
-            (_parse_number(value),) if decided == "regression" else tuple(split_names(value, decided, separator))
-            for value in values
-        ]
+        labels: list[Any] = [_parse_number(value) if decided == "regression" else _to_name(value) for value in values]
     except ValueError as error:
         raise ConfigError(f"{key} {error} for `data.task=regression`.") from error
-    used = sorted({part for label in labels for part in label})
-    if len(set(labels)) < 2:
+    used = sorted(set(labels))
+    if len(used) < 2:
         raise ConfigError(f"{key} must have at least two different labels in training, but has only {used}.")
     if decided == "regression":
-        mean = math.fsum(number for (number,) in labels) / len(labels)
+        mean = math.fsum(labels) / len(labels)
         reason = f"The model predicts a number ({why}); in training from {used[0]:g} to {used[-1]:g}, mean {mean:g}."
-        return LabelEncoder(task=decided, names=(), separator=separator, reason=reason)
-    if task == "auto" and decided == "single_label" and len(used) > max(MAX_SINGLE_CLASSES, len(values) / 2):
+        return LabelEncoder(task=decided, names=(), reason=reason)
+    if task == "auto" and len(used) > max(MAX_SINGLE_CLASSES, len(values) / 2):
         raise ConfigError(
             f"{key} must have classes of several examples each, but has {len(used)} different values in {len(values)} "
             "examples. Name another column, or set `data.task` (regression for numbers)."
         )
     names = tuple(class_names) or tuple(sorted(used, key=_sort_key))
     order = "as the data set orders them" if class_names else "in sorted order"
-    count = "one" if decided == "single_label" else "any number"
-    reason = f"The model predicts {count} of {len(names)} classes ({why}), {order}: {shorten(names, 400)}."
+    reason = f"The model predicts one of {len(names)} classes ({why}), {order}: {shorten(names, 400)}."
     if unused := [name for name in names if name not in used]:
         reason += f" Training has no example of {shorten(unused, 400)}."
-    return LabelEncoder(task=decided, names=names, separator=separator, reason=reason)
+    return LabelEncoder(task=decided, names=names, reason=reason)
 
 
 def _decide_task(values: Sequence[Any], *, task: str, class_names: Sequence[str]) -> tuple[LabelTask, str]:
     """Returns the task of the labels, and why it was chosen."""
-    if task in ("single_label", "multi_label", "regression"):
+    if task in ("single_label", "regression"):
         return task, "as `data.task` says"  # type: ignore[return-value]
-    if any(isinstance(value, list) for value in values):
-        return "multi_label", "labels are lists"
     if class_names:
         return "single_label", "the data set names its classes"
     try:
@@ -190,26 +177,11 @@ def _decide_task(values: Sequence[Any], *, task: str, class_names: Sequence[str]
     return "regression", "labels are numbers with fractions"
 
 
-def is_missing(value: Any, *, task: str) -> bool:
-    """Returns whether a row has no label: null, NaN or a blank text. Under `multi_label` a blank text is a label."""
+def is_missing(value: Any) -> bool:
+    """Returns whether a row has no label: null, NaN or a blank text."""
     if isinstance(value, str):
-        return task != "multi_label" and not value.strip()
+        return not value.strip()
     return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def check_label(value: Any, *, column: str, task: str) -> None:
-    """Raises ValueError if a row has no label, or if its label can be neither a class nor a number."""
-    if is_missing(value, task=task):
-        raise ValueError(f"must have a label in column {column!r}, but has {value!r}")
-    for item in value if isinstance(value, list) else [value]:
-        require_scalar(item)
-
-
-def split_names(value: Any, task: LabelTask, separator: str) -> list[str]:
-    """Returns the names of the classes in a label: exactly one name, unless the task is `multi_label`."""
-    if task == "multi_label" and isinstance(value, str):
-        value = [name for name in value.split(separator) if name.strip()]
-    return [_to_name(item) for item in (value if task == "multi_label" and isinstance(value, list) else [value])]
 
 
 def _to_name(value: Any) -> str:

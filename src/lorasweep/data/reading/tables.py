@@ -17,7 +17,7 @@ from typing import Any, Literal, TextIO, TypeVar, cast
 
 import datasets
 import pandas
-from datasets import ClassLabel, Dataset, Features, List, Value, load_dataset
+from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 from pandas.errors import ParserWarning
 
 from lorasweep.config.data import Delimiter, Quoting, RowSettings, SplitSettings
@@ -373,15 +373,12 @@ def read_columns(dataset: Dataset, names: Iterable[str], *, name: str) -> dict[s
 
 def _get_class_names(dataset: Dataset, column: str) -> tuple[str, ...]:
     feature = dataset.features[column]
-    feature = feature.feature if isinstance(feature, List) else feature
     return tuple(feature.names) if isinstance(feature, ClassLabel) and feature.names else ()
 
 
 def _to_class_name(value: Any, names: Sequence[str]) -> Any:
     if not names or value is None:
         return value
-    if isinstance(value, list):
-        return [_to_class_name(item, names) for item in value]
     return names[value] if value >= 0 else None
 
 
