@@ -115,14 +115,3 @@ def test_a_model_that_mixes_rows_is_refused() -> None:
     with pytest.raises(ValueError, match="'1' is a batch norm"):
         inject_packed_lora(model, [LoraConfig(rank=1)] * 2)
     assert type(model[0]) is nn.Linear
-
-
-def test_an_adapted_model_is_refused(make_model) -> None:
-    model = make_model()
-    inject_packed_lora(model, [LoraConfig()])
-    with pytest.raises(ValueError, match="no LoRA layers yet"):
-        inject_packed_lora(model, [LoraConfig()])
-    solo = make_model()
-    inject_lora(solo, LoraConfig())
-    with pytest.raises(ValueError, match="no LoRA layers yet"):
-        inject_packed_lora(solo, [LoraConfig()])
