@@ -148,7 +148,7 @@ def make_ways(task: Task, slots: int) -> dict[str, Step]:
     packed = copy.deepcopy(task.model)
     inject_packed_lora(packed, [config] * slots)
     ids, targets = token_batch(task, slots, next(packed.parameters()).device)
-    optimizers = [SlotOptimizer(slot_model(packed, slot), run, head_names=()) for slot in range(slots)]
+    optimizers = [SlotOptimizer(slot_model(packed, slot), run) for slot in range(slots)]
 
     def pack_step() -> None:
         slot_losses(packed, ids, targets, slots=slots).sum().backward()
