@@ -29,7 +29,12 @@ ROOT_PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.m
 """Files of the root folder that are also pages of the site."""
 PRIMARIES: Mapping[Primary, type] = {"train": RunConfig, "sweep": SweepConfig}
 SIGNS = {"ge": "≥", "le": "≤", "gt": ">", "lt": "<"}
-OTHER_VALUES = {"seed": "whole number ≥ 0", "output": "text, or `null`", "resume": "`true`, `false`"}
+OTHER_VALUES = {
+    **dict.fromkeys(("module", "datamodule"), "a class by `_target_`, or `null`"),
+    "seed": "whole number ≥ 0",
+    "output": "text, or `null`",
+    "resume": "`true`, `false`",
+}
 """Possible values of the settings of a run that are in no group."""
 KINDS = {int: "whole number", float: "number", str: "text", bool: "`true`, `false`", Any: "any value"}
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lorasweep.results import RunResult, SweepResult, load_run, load_sweep
     from lorasweep.training.data_module import DataModule
     from lorasweep.training.module import TrainingModule
+    from lorasweep.training.own_module import record_scores
 
 __all__ = [
     "DataModule",
@@ -29,6 +30,7 @@ __all__ = [
     "judge",
     "load_run",
     "load_sweep",
+    "record_scores",
     "resume_sweep",
     "run_sweep",
     "train_run",
@@ -42,6 +44,7 @@ _HOMES = {
     "DataModule": "lorasweep.training.data_module",
     "TrainingModule": "lorasweep.training.module",
     "Trial": "lorasweep.record",
+    "record_scores": "lorasweep.training.own_module",
     "judge": "lorasweep.report.judge",
 }
 """The module of each public name."""

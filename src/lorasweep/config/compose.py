@@ -28,7 +28,7 @@ from lorasweep.config.build import TARGET, build
 from lorasweep.config.data import MetricComponent
 from lorasweep.config.method import ALPHA_OVER_RANK
 from lorasweep.config.redaction import redact
-from lorasweep.config.run import OptimSettings, RunConfig
+from lorasweep.config.run import ModuleComponent, OptimSettings, RunConfig
 from lorasweep.config.sweep import SweepConfig
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.wording import nearest
@@ -40,14 +40,16 @@ MAX_EVALUATION_SPACE = 500
 """Maximum of steps between two evaluations by default. A run that is killed repeats the steps since its last one."""
 COMPONENT_SETTINGS: Mapping[str, frozenset[str]] = {
     "optim": frozenset(f.name for f in fields(OptimSettings)),
+    "module": frozenset(f.name for f in fields(ModuleComponent)) - {"target", "arguments"},
     "data.metric": frozenset(f.name for f in fields(MetricComponent)) - {"target", "arguments"},
-    **dict.fromkeys(("data.loss", "schedule", "sampler", "trainer.strategy"), frozenset[str]()),
+    **dict.fromkeys(("datamodule", "data.loss", "schedule", "sampler", "trainer.strategy"), frozenset[str]()),
 }
 """Settings that may name a class by `_target_`, each with the keys that lorasweep reads and the class does not get."""
 MAPPING_SETTINGS = ("method.rank_pattern", "method.alpha_pattern", "method.config", "worker.extra")
 """Settings that are mappings with the user's own keys, such as names of layers."""
 LIST_SETTINGS = (
     *("data.columns", "data.labels", "method.exclude", "method.layers", "method.modules_to_save"),
+    "module.new_modules",
     "method.targets",  # names of layers, as in PEFT
 )
 """Settings that take a list. A list that is typed for one of them is its value, not a list of choices."""
@@ -175,6 +177,8 @@ def compose_values(primary: Primary, settings: Mapping[str, Any], *, require_all
 
     Arguments and errors as in `compose_run`.
     """
+    if any(key.split(".")[0] == "module" for key in settings):  # it takes the place of model and data
+        settings = {"model": "module", "data": "module", **settings}
     # Options of groups are composed first, because they decide which other keys exist.
     groups = {key: _hashable(value) for key, value in settings.items() if key in default_options(primary)}
     hydra_overrides = tuple(filter(is_hydra_override, settings))

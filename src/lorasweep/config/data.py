@@ -268,12 +268,22 @@ class CustomDataConfig(LossSettings):
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModuleDataConfig(LossSettings):
+    """The data of `datamodule._target_`, for the user's own LightningModule."""
+
+    name: Literal["module"]
+    metric: Literal["auto"]
+    """Not used: `metric.name` is the run's score."""
+
+
 DataConfig = Annotated[
-    StdlibConfig | TextConfig | TableConfig | ChatConfig | CustomDataConfig, Field(discriminator="name")
+    StdlibConfig | TextConfig | TableConfig | ChatConfig | CustomDataConfig | ModuleDataConfig,
+    Field(discriminator="name"),
 ]
 
 
 def max_tokens_per_example(config: DataConfig) -> int:
-    if isinstance(config, CustomDataConfig):
+    if isinstance(config, CustomDataConfig | ModuleDataConfig):
         return 1  # unknown before the data is read
     return config.block_length if isinstance(config, BlockSettings) else config.max_length

@@ -20,7 +20,7 @@ from lorasweep.config.build import (
     convert,
 )
 from lorasweep.config.components import Component
-from lorasweep.config.data import DataConfig
+from lorasweep.config.data import DataConfig, Direction
 from lorasweep.config.method import MethodConfig
 from lorasweep.config.model import ModelConfig
 from lorasweep.errors import ConfigError
@@ -188,6 +188,26 @@ class TrainerConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModuleComponent(Component):
+    """A LightningModule of the user by `_target_`, which gets all keys that are not fields. Its trials run alone."""
+
+    lr_argument: str | None = None
+    """The argument that gets `optim.lr`. Needed if the module has its own `configure_optimizers`."""
+    new_modules: tuple[str, ...] = ()
+    """Names of modules that are not pre-trained, such as `classifier`. Each run draws their weights with `seeds.init`,
+    and every method except `frozen` trains them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggedMetric(Settings):
+    """The score of `module`: with `metric.name=val_acc`, `validation_step` logs `val_acc`, `test_step` `test_acc`."""
+
+    name: str | None = None
+    direction: Direction | None = None
+    """Whether a lower or a higher value is better."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SeedsConfig(Settings):
     """A seed for each source of randomness, so that users can change a single one."""
 
@@ -237,12 +257,20 @@ class RunConfig(Settings):
     """Default of every seed in `seeds`."""
     seeds: SeedsConfig
 
+    module: ModuleComponent | None = None
+    """The user's own LightningModule, instead of `model`, `data` and lorasweep's module."""
+    datamodule: Component | None = None
+    """The LightningDataModule of `module`."""
+    metric: LoggedMetric = field(default_factory=LoggedMetric)
+    """The score of `module`."""
+
     @property
     def num_steps(self) -> int:
         """Optimizer steps of the whole run; 0 under `method=frozen`, which trains nothing."""
         return 0 if self.method.name == "frozen" else self.trainer.max_steps
 
     def __post_init__(self) -> None:
+        self._check_own_module()
         if self.optim.lr_ratio_b != 1 and self.method.name != "lora":
             raise ConfigError(
                 f"`optim.lr_ratio_b` must be 1 unless `method=lora`, but got {self.optim.lr_ratio_b!r} "
@@ -266,3 +294,31 @@ class RunConfig(Settings):
                         f"`trainer.strategy` must be ddp with this value of `{key}`, because no process has whole "
                         f"weights otherwise, but got {self.trainer.strategy_name!r}."
                     )
+
+    def _check_own_module(self) -> None:
+        needed = {
+            "datamodule._target_": self.datamodule,
+            "metric.name": self.metric.name,
+            "metric.direction": self.metric.direction,
+        }
+        for key, value in needed.items():
+            if (value is None) is not (self.module is None):
+                raise ConfigError(f"`module._target_`, your own LightningModule, and `{key}` must be set together.")
+        if self.module is None:
+            return
+        is_foreign = {
+            "model": self.model.name != "module",
+            "data": self.data.name != "module",
+            "model.quantization": self.model.quantization != "none",
+            "model.dropout": self.model.dropout is not None,
+            "data.loss": self.data.loss is not None,
+            "trainer.accumulate": self.trainer.accumulate != 1,
+            "trainer.compile": self.trainer.compile,
+            "trainer.activation_checkpointing": self.trainer.activation_checkpointing,
+            "trainer.devices": self.trainer.needs_process_group,
+        }
+        for key in (key for key, is_set in is_foreign.items() if is_set):
+            raise ConfigError(
+                f"`{key}` has no effect on your own LightningModule (`module._target_`). Remove it: the module, the "
+                "data module or their arguments decide."
+            )

@@ -58,8 +58,7 @@ def _unpack(result: Any, name: str) -> tuple[nn.Module, PreTrainedTokenizerBase 
     if isinstance(model, LightningModule) and type(model).training_step is not LightningModule.training_step:
         raise ConfigError(
             f"`model.factory` must return the network, but {name!r} returns a LightningModule with its own "
-            f"`training_step`, which lorasweep would never call. Return the network inside {type(model).__name__}; "
-            "`optim`, `schedule` and `data.loss` replace its optimizer and loss."
+            f"`training_step`, which would never be called. Set `module._target_` instead (docs/own_module.md)."
         )
     module_names = {module_name for module_name, _ in model.named_modules() if module_name}
     if unknown := [module_name for module_name in new_names if module_name not in module_names]:

@@ -113,9 +113,10 @@ def create_folder_atomically(out: Path) -> Iterator[Path]:
 
 def _check_request(config: RunConfig, *, format: ExportFormat, out: Path) -> None:
     method = config.method.name
-    if config.model.factory is not None:
+    own = config.model.factory or (config.module and config.module.target)
+    if own:
         raise ConfigError(
-            f"a run must have a transformers model to be exported, but got `model.factory={config.model.factory}`. "
+            f"a run must have a transformers model to be exported, but got your own {own!r}. "
             "Use the weights in `best/` of the run's folder."
         )
     if method == "frozen":

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from lorasweep.config.run import TrainerConfig
 from lorasweep.errors import Diverged
 from lorasweep.training.checkpoint import remove_older_checkpoints, save_checkpoint
 from lorasweep.training.module import TrainingModule
+from lorasweep.training.own_module import OwnModuleRun
 from lorasweep.training.processes import run_on_first
 from lorasweep.training.run_log import Metrics, RunLog, find_run_end
 from lorasweep.training.telemetry import Telemetry
@@ -48,6 +49,8 @@ class RunCallback(lightning.Callback):
     """Only the first process has a log."""
     logged_step: int
     """Last logged step. Initially the step at which the training begins or resumes."""
+    run: TrainingModule | OwnModuleRun = field(init=False)
+    """The module that trains, or what stands around a module of the user."""
     lr: float = 0.0
     """Learning rate of the last step."""
     counted_tokens: int = 0
@@ -59,9 +62,7 @@ class RunCallback(lightning.Callback):
     is_paused: bool = False
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self.counted_tokens = _as_training_module(
-            pl_module
-        ).progress.tokens_trained  # the tokens of the steps before the resume
+        self.counted_tokens = self.run.progress.tokens_trained  # the tokens of the steps before the resume
         if self.run_log is not None:
             record = self.run_log.record
             record.trainable_params = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
@@ -87,28 +88,27 @@ class RunCallback(lightning.Callback):
         if step > self.logged_step:
             self.logged_step = step
             if self.run_log is not None:
-                self.run_log.note_step(step, _as_training_module(pl_module).step_losses, self.lr)
+                self.run_log.note_step(step, self.run.step_losses, self.lr)
         ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         # A run can't stop between a step and its evaluation: a resumed run assumes that a checkpoint of this step was
         # written after the evaluation. `on_validation_end` then checks for the stop request.
         if ends_step and step % self.config.eval_every_steps and self._should_stop(trainer):
-            run_on_first(trainer.strategy, lambda: self._flush(pl_module))
+            run_on_first(trainer.strategy, self._flush)
             _save_checkpoint(trainer, self.folder)
             raise RunStopped
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        run_on_first(trainer.strategy, lambda: self._flush(pl_module))
+        run_on_first(trainer.strategy, self._flush)
         self.telemetry.switch("evaluating")
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Writes and reports the evaluation, and stops if the run is paused, complete or asked to stop."""
         self.telemetry.switch("saving")
         self.evaluated_step = trainer.global_step
-        module = _as_training_module(pl_module)
         # In this order, a run that is killed between two of these actions repeats at most one interval.
         # 1. The rows, the kept weights and the record.
-        whole_model = module.whole_model()
-        run_on_first(trainer.strategy, lambda: self._write_evaluation(trainer, module, whole_model))
+        whole_model = self.run.whole_model()
+        run_on_first(trainer.strategy, lambda: self._write_evaluation(trainer, whole_model))
         # 2. The report, which closes a paused run. A run that is killed after this report is already paused, or it
         #    repeats the interval, because this step has no checkpoint yet, and reports the same values again.
         status = run_on_first(trainer.strategy, lambda: self._report(trainer))
@@ -122,7 +122,7 @@ class RunCallback(lightning.Callback):
             raise RunStopped
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        run_on_first(trainer.strategy, lambda: self._flush(pl_module))
+        run_on_first(trainer.strategy, self._flush)
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
@@ -130,11 +130,11 @@ class RunCallback(lightning.Callback):
         # `run_on_first` would wait for the other processes, which may be gone. When `Diverged` is raised, the steps are
         # already written.
         if not isinstance(exception, Diverged):
-            self._flush(pl_module)
+            self._flush()
 
-    def _flush(self, module: lightning.LightningModule) -> None:
+    def _flush(self) -> None:
         """Counts the tokens since the last flush, and writes the steps on the first process."""
-        progress = _as_training_module(module).progress
+        progress = self.run.progress
         tokens = progress.tokens_trained  # waits for the device, which still counts as training
         self.telemetry.add_tokens(tokens - self.counted_tokens)
         self.counted_tokens = tokens
@@ -142,20 +142,20 @@ class RunCallback(lightning.Callback):
         if self.run_log is not None:
             self.run_log.flush(progress.tokens_per_s)
 
-    def _write_evaluation(self, trainer: lightning.Trainer, module: TrainingModule, model: nn.Module) -> None:
+    def _write_evaluation(self, trainer: lightning.Trainer, model: nn.Module) -> None:
         assert self.run_log is not None
-        module.progress.write_to(self.run_log.record)
+        self.run.progress.write_to(self.run_log.record)
         self.run_log.write_evaluation(
             trainer.global_step,
-            _validation_metrics(trainer),
-            save=lambda folder: module.method.save(model, folder, base=module.base),
+            self.run.get_metrics(),
+            save=lambda folder: self.run.save_weights(model, folder),
         )
 
     def _report(self, trainer: lightning.Trainer) -> str | None:
         """Reports the evaluation. Returns the run's final status if the run ends before its last step."""
         assert self.run_log is not None
         record = self.run_log.record
-        continues = self.on_evaluation(trainer.global_step, _validation_metrics(trainer))
+        continues = self.on_evaluation(trainer.global_step, self.run.get_metrics())
         end = find_run_end(record, self.config, should_pause=not continues)
         if end is None or record.steps_done >= record.steps_planned:  # Lightning ends after the last step by itself
             return None
@@ -169,12 +169,6 @@ class RunCallback(lightning.Callback):
         return bool(trainer.strategy.reduce_boolean_decision(self.stop_requested(), all=False))
 
 
-def _validation_metrics(trainer: lightning.Trainer) -> Metrics:
-    prefix = "validation/"
-    metrics = trainer.callback_metrics
-    return {name.removeprefix(prefix): float(value) for name, value in metrics.items() if name.startswith(prefix)}
-
-
 def _save_checkpoint(trainer: lightning.Trainer, folder: Path) -> None:
     """Writes Lightning's checkpoint of the trained parameters. Every process takes part, and the first writes."""
     if trainer.is_global_zero:
@@ -182,8 +176,3 @@ def _save_checkpoint(trainer: lightning.Trainer, folder: Path) -> None:
         remove_older_checkpoints(folder, kind="last")
     else:
         trainer.save_checkpoint(folder / "last.ckpt")
-
-
-def _as_training_module(module: lightning.LightningModule) -> TrainingModule:
-    assert isinstance(module, TrainingModule)
-    return module

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakValueDictionary
 
 import torch
@@ -23,6 +23,8 @@ from lorasweep.models.attention import AttentionChoice, choose_attention
 from lorasweep.models.load import BaseModel, Labels, load_base
 from lorasweep.training.environment import DTYPES, Precision, get_device, resolve_precision
 from lorasweep.training.memory import free_memory_bytes
+from lorasweep.training.own_data import read_own_data
+from lorasweep.training.own_module import check_steps, load_own_base
 from lorasweep.training.telemetry import Telemetry
 from lorasweep.training.unpadded import Layout, can_unpad, lay_out
 from lorasweep.wording import format_bytes
@@ -50,7 +52,12 @@ class RunInputs:
 
     def needs_autocast(self, config: RunConfig) -> bool:
         """Returns whether a run computes in bf16 by autocast, because its method adds fp32 weights to a bf16 base."""
-        return self.precision == "bf16" and METHODS[config.method.name].needs_autocast
+        is_own = config.module is not None  # its weights stay as the module has them
+        return self.precision == "bf16" and (is_own or METHODS[config.method.name].needs_autocast)
+
+    def lightning_precision(self, config: RunConfig) -> Literal["bf16-mixed", "32-true"]:
+        """Returns `precision` of a run's `lightning.Trainer`."""
+        return "bf16-mixed" if self.needs_autocast(config) else "32-true"
 
     def autocast(self, config: RunConfig) -> torch.autocast:
         """Returns a context in which a forward pass computes as in training."""
@@ -80,6 +87,8 @@ class RunInputs:
         }
 
 
+MAX_OWN_MODULES = 8
+"""Maximum number of a user's modules, with different arguments, that a process keeps in memory."""
 _USED_INPUTS: WeakValueDictionary[tuple[Any, ...], RunInputs] = WeakValueDictionary()
 """Inputs that an object of this process still refers to."""
 
@@ -102,6 +111,8 @@ class InputsCache:
     def load(self, config: RunConfig) -> RunInputs:
         key = _cache_key(config)
         if key not in self._loaded:
+            if config.module is not None and len(self._loaded) >= MAX_OWN_MODULES:
+                self._loaded.clear()  # each value of a swept argument of the module is another base
             with self.telemetry.phase("loading"):
                 self._loaded[key] = build_inputs(config, telemetry=self.telemetry)
         return self._loaded[key]
@@ -109,7 +120,8 @@ class InputsCache:
 
 def _cache_key(config: RunConfig) -> tuple[Any, ...]:
     trainer = config.trainer
-    return config.model, config.data, resolve_precision(trainer), trainer.device, _leaves_base_in_files(config)
+    parts = config.model, config.data, config.module, config.datamodule, config.metric
+    return *parts, resolve_precision(trainer), trainer.device, _leaves_base_in_files(config)
 
 
 def build_inputs(config: RunConfig, *, telemetry: Telemetry | None = None) -> RunInputs:
@@ -118,6 +130,11 @@ def build_inputs(config: RunConfig, *, telemetry: Telemetry | None = None) -> Ru
     `telemetry` counts the seconds and tokens of this process.
     """
     precision = resolve_precision(config.trainer)
+    if config.module is not None:
+        own_data, base = read_own_data(config), load_own_base(config)
+        inputs = RunInputs(base=base, splits=own_data, precision=precision, telemetry=telemetry or Telemetry())
+        check_steps(config, base, own_data, precision=inputs.lightning_precision(config))
+        return inputs
     source = read_source(config.data)
     base = load_base(
         config.model, dtype=DTYPES[precision], labels=_get_labels(source), on_meta=_leaves_base_in_files(config)

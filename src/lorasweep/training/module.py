@@ -5,11 +5,11 @@ It works under any `lightning.Trainer`. The parts that only `lorasweep train` ne
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -35,7 +35,7 @@ from lorasweep.training.components import check_components
 from lorasweep.training.data_module import DataModule
 from lorasweep.training.fsdp import average_gradients, check_shardable, copy_trained_weights, shard_model
 from lorasweep.training.inputs import RunInputs, share_inputs
-from lorasweep.training.optim import build_optimizer, build_schedule, check_optim
+from lorasweep.training.optim import check_optim, configure_optimizers
 from lorasweep.training.restore import Settings, read_settings
 from lorasweep.training.telemetry import TrainingProgress
 from lorasweep.training.unpadded import unpadded
@@ -133,19 +133,19 @@ class TrainingModule(lightning.LightningModule):
         copy_trained_weights(self.model, copy)
         return copy or self.model
 
+    def get_metrics(self) -> dict[str, float]:
+        """Returns the metrics of the last evaluation on validation data."""
+        prefix, metrics = "validation/", self.trainer.callback_metrics
+        return {name.removeprefix(prefix): float(value) for name, value in metrics.items() if name.startswith(prefix)}
+
+    def save_weights(self, model: nn.Module, folder: Path) -> None:
+        self.method.save(model, folder, base=self.base)
+
     def configure_optimizers(self) -> Any:
         config, steps = self.config, self.trainer.max_steps
-        groups = self.method.trainable_groups(self.model, lr_ratio_b=config.optim.lr_ratio_b)
-        optimizer = build_optimizer(config.optim, groups)
         if steps > 0:  # otherwise the Trainer has no `max_steps`, and the schedule has the length `trainer.max_steps`
             config = replace(config, trainer=replace(config.trainer, max_steps=steps))
-        schedule = build_schedule(config, optimizer)
-        stepped: dict[str, Any] = {"scheduler": schedule, "interval": "step"}
-        if isinstance(schedule, ReduceLROnPlateau):
-            # Lightning would step it after `RunCallback` has written the checkpoint of the evaluation, so that a
-            # resumed run would miss the step. So Lightning never steps it, and `on_validation_epoch_end` does.
-            stepped |= {"monitor": "validation/loss", "frequency": sys.maxsize}
-        return {"optimizer": optimizer, "lr_scheduler": stepped}
+        return configure_optimizers(config, self.model, monitor="validation/loss")
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         self._step_began = time.perf_counter()

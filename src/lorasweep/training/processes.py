@@ -37,6 +37,8 @@ ProcessGroup: TypeAlias = Fabric | Strategy
 IRRELEVANT_WARNINGS = (
     ".*does not have many workers.*",  # the data is in memory
     ".*this fit will run with no optimizer.*",  # a pack has one outside of Lightning
+    ".*your dataloader is not resumable.*",  # `SeededLoader` is
+    ".*in eval mode at the start of training.*",  # norms with the statistics of a frozen base
     "The `srun` command is available",  # on the login node of a cluster
     ".*LeafSpec.*",  # Lightning with a newer torch
     ".*`lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`.*",

@@ -18,6 +18,7 @@ from lorasweep.methods.frozen import set_constant_answer
 from lorasweep.models.load import BaseModel, Labels, load_base
 from lorasweep.record import RunRecord, compute_sha256
 from lorasweep.training.environment import DTYPES
+from lorasweep.training.own_module import load_own_base
 
 Settings: TypeAlias = RunConfig | Sequence[str] | Mapping[str, Any]
 """Settings of a run: a `RunConfig`, the arguments of `lorasweep train` (`["method.rank=8"]`), or a nested mapping."""
@@ -65,10 +66,12 @@ def refuse_code(config: RunConfig, *, trust: bool) -> None:
     """
     if trust:
         return
-    for key in ("factory", "trust_remote_code", "allow_pickle"):
-        if value := getattr(config.model, key):
+    settings = {f"model.{key}": getattr(config.model, key) for key in ("factory", "trust_remote_code", "allow_pickle")}
+    settings["module._target_"] = None if config.module is None else config.module.target
+    for key, value in settings.items():
+        if value:
             raise ConfigError(
-                f"`model.{key}` of a recorded run must not name code or allow pickles, but got {value!r}. If you trust "
+                f"`{key}` of a recorded run must not name code or allow pickles, but got {value!r}. If you trust "
                 "the author, add `--trust` to the command, or `trust=True` in Python."
             )
 
@@ -127,6 +130,8 @@ def _load_recorded_base(record: RunRecord, config: RunConfig) -> BaseModel:
             f"`platform.precision` and `base.labels` in a run's record must be as the run wrote them, but: {error!r}. "
             "Restore the file."
         ) from error
+    if config.module is not None:
+        return load_own_base(config)
     return load_base(config.model, dtype=dtype, labels=labels)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import lightning
@@ -16,6 +16,8 @@ from lightning.pytorch.loggers import Logger
 
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import OutOfMemory
+from lorasweep.methods.method import replace_parameters
+from lorasweep.models.load import BaseModel
 from lorasweep.record import RunRecord, RunStatus, read_run
 from lorasweep.training.callbacks import OnEvaluation, RunCallback, RunStopped
 from lorasweep.training.checkpoint import FoundCheckpoint, find_checkpoint, remove_checkpoints
@@ -30,7 +32,9 @@ from lorasweep.training.failures import (
     take_failure_note,
 )
 from lorasweep.training.inputs import RunInputs, check_batch_memory, describe_batching
-from lorasweep.training.module import TrainingModule
+from lorasweep.training.module import TrainingModule, prepare_model
+from lorasweep.training.own_data import OwnSplits
+from lorasweep.training.own_module import OwnModuleRun, build_module
 from lorasweep.training.processes import (
     build_strategy,
     find_launch,
@@ -96,7 +100,9 @@ def train_run(
         except OutOfMemory:
             record = read_run(run_folder.path)
             micro_batches = int(record.batching.get("micro_batches", 1))
-            if group.world_size > 1 or micro_batches >= config.trainer.batch_size or not record.steps_planned:
+            # the loader of a user's module makes whole batches
+            can_cut = config.module is None and micro_batches < config.trainer.batch_size
+            if group.world_size > 1 or not can_cut or not record.steps_planned:
                 raise
             too_large.append(micro_batches)
         resume = False  # a run with two different numbers of micro-batches could not be reproduced
@@ -199,11 +205,19 @@ class _Session:
         """Trains, writes the progress into the record, and returns the run's status and its reason."""
         config, inputs = self.config, self.inputs
         accumulate = int(record.batching["micro_batches"])
-        module = TrainingModule(config, inputs=inputs, accumulate=accumulate)
-        data = DataModule(config, splits=inputs.splits, accumulate=accumulate)
+        module: lightning.LightningModule
+        data: lightning.LightningDataModule
         # At the end of an evaluation Lightning calls them in this order. The user's callbacks come first, because our
         # checkpoint keeps their state.
         callbacks = [*build_callbacks(config), callback]
+        if isinstance(inputs.splits, OwnSplits):
+            run = OwnModuleRun(config, inputs.base, module=_prepare_own_module(config, inputs.base))
+            module, data = run.module, inputs.splits.seed_loaders(config.seeds.data_order)
+            callbacks.insert(-1, run)  # before `callback`, which reads its values
+            callback.run = run
+        else:
+            module = callback.run = TrainingModule(config, inputs=inputs, accumulate=accumulate)
+            data = DataModule(config, splits=inputs.splits, accumulate=accumulate)
         loggers = start_loggers(config, self.run_folder.path, is_first_process=self.group.is_global_zero)
         status: RunStatus = "complete"
         try:
@@ -224,7 +238,7 @@ class _Session:
         if self.log is None:
             return status, None
         record = self.log.record
-        module.progress.write_to(record)
+        callback.run.progress.write_to(record)
         progress = f"step {trainer.global_step} of {record.steps_planned}"
         if callback.is_paused:
             return "paused", record.reason
@@ -252,10 +266,10 @@ class _Session:
             num_nodes=launch.num_nodes,
             strategy=build_strategy(settings, launch),
             plugins=[launch.environment],
-            precision="bf16-mixed" if self.inputs.needs_autocast(config) else "32-true",
+            precision=self.inputs.lightning_precision(config),
             logger=loggers or False,
             callbacks=callbacks,
-            max_epochs=1,
+            max_epochs=1 if config.module is None else -1,  # our own data is one epoch
             max_steps=settings.max_steps,
             val_check_interval=settings.eval_every_steps * accumulate,
             check_val_every_n_epoch=None,
@@ -274,12 +288,22 @@ class _Session:
         return trainer
 
 
-def _free_training_memory(trainer: lightning.Trainer, module: TrainingModule) -> None:
+def _prepare_own_module(config: RunConfig, base: BaseModel) -> lightning.LightningModule:
+    """Returns the user's module with the run's arguments, the base's weights, and what the method changes."""
+    module = build_module(config)
+    shared = zip(module.parameters(), base.model.parameters(), strict=True)
+    replace_parameters(module, dict(shared))
+    prepared = prepare_model(config, replace(base, model=module))
+    assert isinstance(prepared, lightning.LightningModule)
+    return prepared
+
+
+def _free_training_memory(trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
     """Drops the model and the optimizer of a run that has ended.
 
     Lightning's objects refer to each other in cycles. Without this, weights, gradients and moments of many runs would
     stay in memory until Python's next full garbage collection.
     """
-    module._modules.pop("model", None)
+    module._modules.clear()
     trainer.strategy.optimizers = []
     trainer.strategy.lr_scheduler_configs = []

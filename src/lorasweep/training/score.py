@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from lightning import LightningModule
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torchmetrics.functional.text import rouge_score, sacre_bleu_score
@@ -28,6 +29,8 @@ from lorasweep.record import RUN_FILE, TEST_SCORES_FILE, RunRecord, compute_sha2
 from lorasweep.training.environment import get_device
 from lorasweep.training.failures import convert_memory_errors
 from lorasweep.training.inputs import RunInputs
+from lorasweep.training.own_data import OwnSplits
+from lorasweep.training.own_module import score_on_test
 from lorasweep.training.restore import restore_config, restore_model
 from lorasweep.training.run_log import RunFolder
 
@@ -58,23 +61,36 @@ def score_run(folder: Path, *, inputs: RunInputs) -> RunRecord:
         return record
     config = restore_config(record)
     split = inputs.splits.test()
-    task = inputs.splits.get_task(split)
     model = restore_model(config, inputs.whole_base(config), folder=folder / "best")
     with convert_memory_errors(), inputs.telemetry.phase("scoring"):
-        values, examples = evaluate_model(model, split, task=task, config=config, inputs=inputs)
-        generates = isinstance(config.data, ChatConfig) and config.data.generate
-        answers = score_answers(model, split, config=config, inputs=inputs) if generates else {}
-    groups = split.groups or tuple(map(str, range(len(split))))
-    lines = _format_row_scores(record.metric, examples, task=task, value=values[record.metric], groups=groups)
+        if isinstance(inputs.splits, OwnSplits):
+            assert isinstance(model, LightningModule)
+            precision = inputs.lightning_precision(config)
+            values, lines = score_on_test(config, model, inputs.splits, precision=precision)
+        else:
+            values, lines = _score_on_split(model, split, record.metric, config=config, inputs=inputs)
     if lines is not None:
         path = folder / TEST_SCORES_FILE
         write_atomically(path, lines)
         record.files[TEST_SCORES_FILE] = {"bytes": path.stat().st_size, "sha256": compute_sha256(path)}
     record.data[split.name] = inputs.splits.describe(split)
     record.notes += [note for note in split.notes if note not in record.notes]
-    record.test = values | answers
+    record.test = values
     write_record(record, folder)  # last, because a record with test scores is not scored again
     return record
+
+
+def _score_on_split(
+    model: nn.Module, split: Split, metric: str, *, config: RunConfig, inputs: RunInputs
+) -> tuple[dict[str, float], str | None]:
+    """Returns every metric on a split, also of generated answers, and what `_format_row_scores` returns."""
+    task = inputs.splits.get_task(split)
+    values, examples = evaluate_model(model, split, task=task, config=config, inputs=inputs)
+    generates = isinstance(config.data, ChatConfig) and config.data.generate
+    answers = score_answers(model, split, config=config, inputs=inputs) if generates else {}
+    groups = split.groups or tuple(map(str, range(len(split))))
+    lines = _format_row_scores(metric, examples, task=task, value=values[metric], groups=groups)
+    return values | answers, lines
 
 
 def copy_base_run(config: RunConfig, run_folder: RunFolder, *, inputs: RunInputs) -> RunRecord | None:

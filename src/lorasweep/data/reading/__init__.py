@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorasweep.config.data import ChatConfig, CustomDataConfig, DataConfig, StdlibConfig, TextConfig
+from lorasweep.config.data import ChatConfig, CustomDataConfig, DataConfig, StdlibConfig, TableConfig, TextConfig
 from lorasweep.data.custom_module import read_custom_module
 from lorasweep.data.reading.conversations import read_conversations
 from lorasweep.data.reading.documents import read_texts
@@ -28,4 +28,5 @@ def read_source(config: DataConfig) -> DataSource:
         return read_custom_module(config)
     if isinstance(config, ChatConfig):
         return read_conversations(config)
+    assert isinstance(config, TableConfig)
     return read_labelled(config)

@@ -149,6 +149,9 @@ def _list_run_obstacles(config: RunConfig) -> Iterator[str]:
     if not isinstance(config.method, LoraConfig):
         yield f"`method={config.method.name}` trains alone; only `method=lora` shares packs."
         return  # no other setting would change that
+    if config.module is not None:
+        yield "A LightningModule of your own (`module._target_`) has its own steps, which slots can't share."
+        return
     if config.model.factory is not None:
         yield "`model.factory` may mix the examples of a batch, which a pack shares. A model of `model.path` does not."
     if needed := [f"`{override}`" for override, holds in NEEDED_SETTINGS.items() if not holds(config)]:

@@ -28,7 +28,7 @@ from lorasweep.training.run import train_run
 from lorasweep.training.score import copy_base_run, score_run
 
 LOSS_METRIC = "loss"
-"""Metric that every task reports, also if another metric is its score."""
+"""Metric that every task reports, also if another metric is its score. A module of the user may not log it."""
 POLL_INTERVAL_S = 2.0
 """Seconds until a worker asks again after it got no trial, while other workers train."""
 Outcome: TypeAlias = RunRecord | Exception
@@ -102,7 +102,9 @@ class Worker:
         with self.telemetry.phase("storage"):
             return self.controller.report(
                 [(assignment, step, metrics[self.metric]) for assignment, step, metrics in evaluations],
-                losses={assignment: metrics[LOSS_METRIC] for assignment, _, metrics in evaluations},
+                losses={
+                    assignment: metrics[LOSS_METRIC] for assignment, _, metrics in evaluations if LOSS_METRIC in metrics
+                },
             )
 
     def tell(self, assignment: Assignment, outcome: Outcome) -> None:

@@ -1,0 +1,173 @@
+"""The data of a user's own LightningModule: the loaders of a LightningDataModule as they are, but repeatable."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
+
+from lorasweep.config.components import Component, instantiate
+from lorasweep.config.data import ScoreMetric
+from lorasweep.config.run import LoggedMetric, RunConfig
+from lorasweep.data.build_splits import DataSplits
+from lorasweep.data.custom_module import LOADER_METHODS, CustomSplit
+from lorasweep.data.tasks import Task
+from lorasweep.errors import ConfigError
+
+Streams = tuple[Any, Any, Any]
+"""States of the random streams of torch, NumPy and Python, from which a user's code may draw."""
+
+
+def get_streams() -> Streams:
+    return torch.get_rng_state(), np.random.get_state(), random.getstate()
+
+
+def set_streams(states: Streams) -> None:
+    torch.set_rng_state(states[0])
+    np.random.set_state(states[1])
+    random.setstate(states[2])
+
+
+@contextmanager
+def random_streams(start: int | Streams) -> Iterator[None]:
+    """Starts the random streams from a seed or from these states, and restores them after the block."""
+    before = get_streams()
+    if isinstance(start, int):
+        torch.default_generator.manual_seed(start)
+        np.random.seed(start)
+        random.seed(start)
+    else:
+        set_streams(start)
+    try:
+        yield
+    finally:
+        set_streams(before)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeededLoader:
+    """A user's loader with its own random streams, so that its batches do not depend on what the model draws."""
+
+    loader: DataLoader[Any]
+    seed: int
+    count_read: Callable[[], int]
+    """Returns how many batches were read before a pass begins. A resumed run skips those of its current pass."""
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        pass_number, num_skipped = divmod(self.count_read(), len(self))
+        with random_streams((self.seed + pass_number) % 2**32):
+            batches, streams = iter(self.loader), get_streams()
+        for number in range(len(self)):
+            with random_streams(streams):
+                batch, streams = next(batches), get_streams()
+            if number >= num_skipped:
+                yield batch
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OwnSplits(DataSplits):
+    """The user's data module, and the metric that the user's module logs."""
+
+    task: Task = None  # type: ignore[assignment]  # the module has its own loss and metrics
+    data_module: LightningDataModule
+    score: ScoreMetric
+
+    @property
+    def score_metric(self) -> ScoreMetric:
+        return self.score
+
+    def seed_loaders(self, seed: int) -> LightningDataModule:
+        """Returns the data module. The seed decides the order of its training data, also after a run was resumed."""
+        data, own = self.data_module, type(self.data_module)
+
+        def load(name: str) -> SeededLoader:
+            is_train, loader = name == "train", getattr(own, LOADER_METHODS[name])(data)
+            count = (lambda: data.trainer.global_step) if is_train else (lambda: 0)  # type: ignore[union-attr]
+            return SeededLoader(loader=loader, seed=seed if is_train else 0, count_read=count)
+
+        for name, method in LOADER_METHODS.items():
+            setattr(data, method, functools.partial(load, name))
+        return data
+
+
+def read_own_data(config: RunConfig) -> OwnSplits:
+    """Creates the data module of `datamodule._target_` and sets it up, once and with the same seed for all runs.
+
+    Errors of the data module's own code are raised as they are, with its traceback.
+
+    Raises:
+        ConfigError: It is no LightningDataModule, or has a loader that runs can't be compared on.
+    """
+    assert config.datamodule is not None
+    return _read_data(config.datamodule, config.metric, batch_size=config.trainer.batch_size)
+
+
+@functools.lru_cache(maxsize=1)  # modules with other arguments have the same data
+def _read_data(component: Component, metric: LoggedMetric, *, batch_size: int) -> OwnSplits:
+    with random_streams(0):
+        data = instantiate(component, key="datamodule", expected=LightningDataModule)
+        data.prepare_data()
+        data.setup("fit")
+    setup = data.setup
+    data.prepare_data = data.setup = lambda *_, **__: None  # type: ignore  # the Trainer would draw other splits
+
+    @functools.cache
+    def read_test() -> CustomSplit:
+        with random_streams(0):
+            setup("test")
+        return _read_split(data, "test")
+
+    train, validation = (_read_split(data, name) for name in ("train", "validation"))
+    found: Any = data.train_dataloader().batch_size
+    if found not in (None, batch_size):
+        raise ConfigError(
+            f"`trainer.batch_size` must be {found}, as in the training loader of `datamodule`, but got {batch_size}."
+        )
+    assert metric.name is not None
+    assert metric.direction is not None
+    score = ScoreMetric(name=metric.name, direction=metric.direction, range=(-math.inf, math.inf))
+    return OwnSplits(
+        train=train, validation=validation, test=read_test, metric=score.name, data_module=data, score=score
+    )
+
+
+def _read_split(data: LightningDataModule, name: str) -> CustomSplit:
+    """Returns the size of a split and the fingerprint of its first batch. Each example counts as one token."""
+    loader: Any = getattr(type(data), LOADER_METHODS[name])(data)
+    try:
+        num_examples, num_batches = len(loader.dataset), len(loader)
+    except (TypeError, AttributeError):
+        num_examples = num_batches = 0
+    if not num_batches:
+        raise ConfigError(
+            f"`{LOADER_METHODS[name]}` of `datamodule` must return one DataLoader with a known number of batches, "
+            f"but got {type(loader).__name__}."
+        )
+    digest = hashlib.sha256(str(num_examples).encode())
+    for leaf in tree_leaves(next(iter(SeededLoader(loader=loader, seed=0, count_read=lambda: 0)))):
+        is_tensor = isinstance(leaf, Tensor)
+        digest.update(leaf.cpu().flatten().view(torch.uint8).numpy().tobytes() if is_tensor else repr(leaf).encode())
+    return CustomSplit(
+        name=name,
+        fingerprint=digest.hexdigest()[:16],
+        dataset=loader.dataset,
+        collate=loader.collate_fn,
+        task="single_label",  # not read, because the module's loaders make the batches
+        num_tokens=torch.ones(num_examples, dtype=torch.int64),
+        num_scored=torch.ones(num_examples),
+    )

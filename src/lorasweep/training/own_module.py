@@ -1,0 +1,206 @@
+"""Trains and scores a user's own LightningModule (`module._target_`), whose steps are used as they are."""
+
+from __future__ import annotations
+
+import functools
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning import LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lorasweep.config.components import instantiate
+from lorasweep.config.run import RunConfig
+from lorasweep.disk import csv_text
+from lorasweep.errors import ConfigError
+from lorasweep.methods import METHODS, copy_sharing_weights
+from lorasweep.models.load import BaseModel, fingerprint_weights
+from lorasweep.stored_weights import count_parameters
+from lorasweep.training.environment import resolve_device
+from lorasweep.training.optim import configure_optimizers
+from lorasweep.training.own_data import OwnSplits, random_streams
+from lorasweep.training.processes import find_launch, quiet_lightning
+from lorasweep.training.telemetry import TrainingProgress
+from lorasweep.wording import nearest
+
+
+def build_module(config: RunConfig) -> LightningModule:
+    """Creates the user's module. Raises `ConfigError` if lorasweep can't train it."""
+    component = config.module
+    assert component is not None
+    learning_rate = {component.lr_argument: config.optim.lr} if component.lr_argument else {}
+    with random_streams(0):  # the same weights at each call, whatever the seed of the run
+        module = instantiate(component, key="module", expected=LightningModule, **learning_rate)
+    if not module.automatic_optimization:
+        raise ConfigError(f"`module` must have automatic optimization, but {component.target!r} has a manual one.")
+    for step in ("training_step", "validation_step", "test_step"):
+        if not is_overridden(step, module):
+            raise ConfigError(f"`module` must have a `{step}`, but {component.target!r} has none.")
+    if is_overridden("configure_optimizers", module) and not component.lr_argument:
+        raise ConfigError(
+            f"`module.lr_argument` must name the argument of {component.target!r} that takes `optim.lr`, because its "
+            "own `configure_optimizers` sets the learning rate."
+        )
+    names = sorted(name for name, _ in module.named_modules() if name)
+    for name in component.new_modules:
+        if name not in names:
+            raise ConfigError(f"`module.new_modules` must name submodules, but got {name!r}.{nearest(name, names)}")
+    return module
+
+
+def load_own_base(config: RunConfig) -> BaseModel:
+    """Returns the user's module as a base, with frozen parameters."""
+    module = build_module(config).requires_grad_(False).train(False)
+    assert config.module is not None
+    return BaseModel(
+        model=module,
+        tokenizer=None,
+        path=config.module.target,
+        fingerprint=fingerprint_weights(module, exclude=config.module.new_modules),
+        num_parameters=count_parameters(module),
+        kind=config.model.kind,
+        new_head_names=config.module.new_modules,
+    )
+
+
+class OwnModuleRun(lightning.Callback):
+    """What `TrainingModule` does beside its steps, for a user's module."""
+
+    def __init__(self, config: RunConfig, base: BaseModel, *, module: LightningModule) -> None:
+        """`module` is the prepared copy of the base."""
+        self.module, self.base, self.method = module, base, METHODS[config.method.name]
+        self.metric = str(config.metric.name)
+        self.progress = TrainingProgress()
+        self.step_losses = torch.zeros(0)
+        self._step_began = 0.0
+        module.strict_loading = False  # a checkpoint has only the trained parameters
+        if self.method.name != "full":
+            # Running statistics belong to the frozen base, and the files of other methods could not keep them.
+            for norm in (part for part in module.modules() if hasattr(part, "running_mean")):
+                norm.eval()
+        if not is_overridden("configure_optimizers", module):
+            build: Any = functools.partial(configure_optimizers, config, module)
+            module.configure_optimizers = build  # type: ignore[method-assign]
+
+    def whole_model(self) -> nn.Module:
+        return self.module
+
+    def get_metrics(self) -> dict[str, float]:
+        """Returns the score of the last evaluation. Loggers have the other values that the module logs."""
+        return {self.metric: float(self.module.trainer.callback_metrics[self.metric])}
+
+    def save_weights(self, model: nn.Module, folder: Path) -> None:
+        self.method.save(model, folder, base=self.base)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._step_began = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.progress.train_s += time.perf_counter() - self._step_began
+        first = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()), ())
+        self.progress.tokens = self.progress.tokens_trained + len(first)  # each example counts as one token
+        self.progress.positions += len(first)
+        self.step_losses = outputs["loss"].detach().float().reshape(1) if outputs else torch.zeros(1)
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keeps the trained parameters and the buffers without the base, and the random state of torch."""
+        frozen = {name for name, parameter in pl_module.named_parameters() if not parameter.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+        # the record has the arguments, and a checkpoint must load with `weights_only`
+        for key in [key for key in checkpoint if "hyper_parameters" in key or "hparams" in key]:
+            del checkpoint[key]
+        checkpoint |= {"progress": self.progress.state(), "torch_stream": torch.get_rng_state()}
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.progress = TrainingProgress.from_state(checkpoint["progress"])
+        torch.set_rng_state(checkpoint["torch_stream"])
+
+
+def check_steps(config: RunConfig, base: BaseModel, splits: OwnSplits, *, precision: Any) -> None:
+    """Tries both evaluations on one batch of the base, because a sweep would fail hours later.
+
+    Errors of the module's own code are raised as they are, with its traceback.
+
+    Raises:
+        ConfigError: The steps do not log the metric.
+    """
+    module: Any = copy_sharing_weights(base.model)
+    _evaluate(config, module, splits, step="validate", precision=precision, num_batches=1)
+    score_on_test(config, module, splits, precision=precision, num_batches=1)
+
+
+def score_on_test(
+    config: RunConfig, module: Any, splits: OwnSplits, *, precision: Any, num_batches: int | None = None
+) -> tuple[dict[str, float], str | None]:
+    """Returns the metric on test data under its name on validation data, and CSV lines `row,score,weight,group`.
+
+    The lines have the scores that `record_scores` got; None if it was not called. Errors as in `check_steps`.
+    """
+    splits.test()
+    _recorded.clear()
+    values = {
+        splits.metric: _evaluate(config, module, splits, step="test", precision=precision, num_batches=num_batches)
+    }
+    rows = [(n, score, 1, n if group is None else group) for n, (score, group) in enumerate(_recorded)]
+    return values, csv_text(("row", "score", "weight", "group"), rows) if rows else None
+
+
+def _evaluate(
+    config: RunConfig, module: LightningModule, splits: OwnSplits, *, step: str, precision: Any, num_batches: int | None
+) -> float:
+    """Calls `Trainer.validate` or `Trainer.test`, and returns the metric."""
+    # `test_acc` for `val_acc`, and `test/loss` for `validation/loss`
+    test_name = re.sub(r"^val(id(ation)?)?(?=[^a-z]|$)", "test", splits.metric)
+    metric = test_name if step == "test" else splits.metric
+    with quiet_lightning(), random_streams(0):
+        trainer = lightning.Trainer(
+            accelerator=resolve_device(config.trainer),
+            devices=1,
+            plugins=[find_launch(config.trainer).environment],
+            precision=precision,
+            logger=False,
+            limit_val_batches=num_batches,
+            limit_test_batches=num_batches,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            inference_mode=False,  # other runs train on the same weights
+        )
+        getattr(trainer, step)(module, datamodule=splits.seed_loaders(0), verbose=False)
+    module.cpu()
+    logged = trainer.callback_metrics
+    if metric not in logged:
+        hook = "test_step" if step == "test" else "validation_step"
+        raise ConfigError(
+            f"`metric.name={splits.metric}` needs a module whose `{hook}` logs {metric!r} with `self.log`, but it logs "
+            f"{', '.join(sorted(logged)) or 'nothing'}."
+        )
+    return float(logged[metric])
+
+
+_recorded: list[tuple[float, Any]] = []
+"""Score and group of each example since the evaluation on test data began."""
+
+
+def record_scores(values: Tensor | Sequence[float], groups: Sequence[Any] | None = None) -> None:
+    """Keeps the scores of single test examples, so that verdicts are also over examples. Call it in `test_step`.
+
+    Args:
+        values: One score for each example of the batch. Their mean over the test data must be the metric.
+        groups: The group of each example, if examples depend on each other, such as the images of one patient.
+    """
+    scores = torch.as_tensor(values).detach().double().flatten().tolist()
+    _recorded.extend(zip(scores, [None] * len(scores) if groups is None else groups, strict=True))

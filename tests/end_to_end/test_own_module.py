@@ -1,0 +1,40 @@
+"""Whole sweeps of two modules of a user's own: LoRA, full fine-tuning and the frozen base, up to the verdicts."""
+
+from __future__ import annotations
+
+import pytest
+from tests.training.test_own_module import DIGITS, PREFERENCES
+
+import lorasweep
+
+ARMS = {
+    "frozen": {"settings": {"method": "frozen"}},
+    "full": {
+        "settings": {"method": "full"},
+        "space": {"optim.lr": {"low": 1e-3, "high": 3e-2, "log": True}},
+    },
+    "lora": {
+        "settings": {"method": "lora"},
+        "space": {"method.rank": [1, 4], "optim.lr": {"low": 3e-3, "high": 1e-1, "log": True}},
+        "confirm_each": "method.rank",
+    },
+}
+SHORT = {"sweep.trials": 4, "confirm.seeds": 3, "confirm.margin": 0.1, "trainer.max_steps": 40, "sweep.seed": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("settings", "swept"), [(DIGITS, "module.dropout"), (PREFERENCES, "module.temperature")])
+def test_a_sweep_of_a_users_module_ends_with_verdicts(tmp_path, settings, swept):
+    settings = {key: value for key, value in settings.items() if key not in ("optim.lr", "trainer.eval_every_steps")}
+    arms = {**ARMS, "full": ARMS["full"] | {"space": ARMS["full"]["space"] | {swept: [0.1, 0.5]}}}
+    sweep = {"name": "own", "settings": settings | SHORT, "arms": arms}
+    result = lorasweep.run_sweep(sweep, output=tmp_path / "sweep", progress=None)
+    trials = result.trials_dataframe()
+    assert set(trials["state"]) <= {"complete", "pruned"}
+    assert result.best("full").params[swept] in (0.1, 0.5)
+    assert trials[result.metric].notna().all()
+    assert len(result.confirm_dataframe()) == 3 * 4
+    report = result.table()
+    assert "lora-rank-1" in report
+    assert "lora-rank-4" in report
+    assert "seeds alone" not in report  # the module records the scores of examples

@@ -1,0 +1,125 @@
+"""Two modules as users write them: they use nothing of lorasweep but `record_scores`."""
+
+from __future__ import annotations
+
+import lightning
+import torch
+from sklearn.datasets import load_digits
+from torch.nn.functional import cross_entropy, logsigmoid
+from torch.utils.data import DataLoader, TensorDataset, random_split
+from transformers import ViTConfig, ViTModel
+
+import lorasweep
+
+
+class DigitClassifier(lightning.LightningModule):
+    def __init__(self, learning_rate=1e-3, layers=2, dropout=0.0, log_as="val_acc", automatic=True):
+        super().__init__()
+        self.automatic_optimization = automatic
+        self.save_hyperparameters()
+        config = ViTConfig(
+            image_size=8,
+            patch_size=4,
+            num_channels=1,
+            hidden_size=16,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            intermediate_size=32,
+            hidden_dropout_prob=dropout,
+        )
+        self.vit = ViTModel(config, add_pooling_layer=False)
+        self.norm = torch.nn.BatchNorm1d(16)
+        self.classifier = torch.nn.Linear(16, 10)
+
+    def forward(self, images):
+        return self.classifier(self.norm(self.vit(images).last_hidden_state[:, 0]))
+
+    def training_step(self, batch, batch_idx):
+        images, labels = batch
+        loss = cross_entropy(self(images), labels)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        images, labels = batch
+        self.log(self.hparams.log_as, (self(images).argmax(-1) == labels).float().mean(), prog_bar=True)
+
+    def test_step(self, batch, batch_idx):
+        images, labels = batch
+        right = (self(images).argmax(-1) == labels).float()
+        self.log("test_acc", right.mean())
+        lorasweep.record_scores(right)
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.hparams.learning_rate)
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]  # after each epoch
+
+
+class Digits(lightning.LightningDataModule):
+    """Splits at random without a seed, as many do."""
+
+    def __init__(self, batch_size=32):
+        super().__init__()
+        self.batch_size = batch_size
+
+    def setup(self, stage=None):
+        images, labels = load_digits(return_X_y=True)
+        data = TensorDataset(torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(labels))
+        self.train, self.val, self.test = random_split(data, [0.7, 0.15, 0.15])
+
+    def train_dataloader(self):
+        return DataLoader(self.train, batch_size=self.batch_size, shuffle=True)
+
+    def val_dataloader(self):
+        return DataLoader(self.val, batch_size=256)
+
+    def test_dataloader(self):
+        return DataLoader(self.test, batch_size=256)
+
+
+class PreferenceModel(lightning.LightningModule):
+    """Scores two answers and learns which one is preferred. lorasweep's `optim` builds the optimizer."""
+
+    def __init__(self, temperature=1.0, width=16):
+        super().__init__()
+        self.temperature = temperature
+        self.embed = torch.nn.Embedding(20, width)
+        layer = torch.nn.TransformerEncoderLayer(width, 2, 2 * width, dropout=0.0, batch_first=True)
+        self.encoder = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.reward = torch.nn.Linear(width, 1)
+
+    def compute_losses(self, batch):
+        chosen, rejected = (self.reward(self.encoder(self.embed(batch[name])).mean(1)) for name in batch)
+        return -logsigmoid((chosen - rejected).squeeze(-1) / self.temperature)
+
+    def training_step(self, batch):
+        return self.compute_losses(batch).mean()
+
+    def validation_step(self, batch):
+        self.log("val/loss", self.compute_losses(batch).mean())
+
+    def test_step(self, batch):
+        losses = self.compute_losses(batch)
+        self.log("test/loss", losses.mean())
+        # two rows in a row are of one prompt
+        lorasweep.record_scores(losses, groups=[f"prompt {row // 2}" for row in range(len(losses))])
+
+
+class Preferences(lightning.LightningDataModule):
+    """The preferred answer has more tokens below 10."""
+
+    def setup(self, stage=None):
+        answers = torch.randint(20, (512, 2, 8), generator=torch.Generator().manual_seed(0))
+        order = (answers < 10).sum(-1).argsort(1, descending=True)
+        rows = answers.gather(1, order[..., None].expand_as(answers))
+        data = [{"chosen": row[0], "rejected": row[1]} for row in rows]
+        self.rows = {"train": data[:320], "val": data[320:416], "test": data[416:]}
+
+    def train_dataloader(self):
+        return DataLoader(self.rows["train"], batch_size=16, shuffle=True)
+
+    def val_dataloader(self):
+        return DataLoader(self.rows["val"], batch_size=96)
+
+    def test_dataloader(self):
+        return DataLoader(self.rows["test"], batch_size=96)

@@ -1,0 +1,179 @@
+"""A user's own LightningModule trains with each method, resumes exactly, and every mistake in it is one sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tests.training.own_modules import DigitClassifier
+
+import lorasweep
+from lorasweep.cli import main
+from lorasweep.config.compose import compose_run
+from lorasweep.errors import ConfigError
+from lorasweep.record import read_run, read_steps
+from lorasweep.sweep.definition.arms import read_definition
+from lorasweep.sweep.definition.packing import plan_packing
+from lorasweep.training.inputs import build_inputs
+from lorasweep.training.module import check_run
+from lorasweep.training.restore import restore_model
+from lorasweep.training.run import train_run
+from lorasweep.training.run_log import RunFolder
+from lorasweep.training.score import score_run
+
+MODULES = "tests.training.own_modules"
+DIGITS = {
+    "module._target_": f"{MODULES}.DigitClassifier",
+    "module.lr_argument": "learning_rate",
+    "module.new_modules": ["classifier"],
+    "datamodule._target_": f"{MODULES}.Digits",
+    "datamodule.batch_size": 64,
+    "metric": {"name": "val_acc", "direction": "maximize"},
+    "trainer.batch_size": 64,
+    "trainer.max_steps": 24,  # an epoch has 20
+    "trainer.eval_every_steps": 10,
+    "trainer.precision": "fp32",
+    "trainer.device": "cpu",
+    "trainer.progress": False,
+    "optim.lr": 1e-2,
+}
+PREFERENCES = {
+    "module._target_": f"{MODULES}.PreferenceModel",
+    "module.new_modules": ["reward"],
+    "datamodule._target_": f"{MODULES}.Preferences",
+    "metric.name": "val/loss",
+    "metric.direction": "minimize",
+    "trainer.max_steps": 24,
+    "trainer.precision": "fp32",
+    "trainer.device": "cpu",
+    "trainer.progress": False,
+    "optim.lr": 1e-2,
+}
+
+
+def prepare(settings):
+    config = compose_run(settings)
+    inputs = build_inputs(config)
+    check_run(config, inputs.base)
+    return config, inputs
+
+
+def train(settings, folder, **arguments):
+    config, inputs = prepare(settings)
+    return train_run(config, RunFolder(path=folder), inputs=inputs, **arguments), inputs
+
+
+def read_values(folder):
+    return [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in read_steps(folder)]
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "head"])
+def test_a_method_trains_the_users_module_and_its_kept_weights_have_the_recorded_score(tmp_path, method):
+    settings = DIGITS | {"method": method}
+    record, inputs = train(settings, tmp_path)
+    assert record.status == "complete"
+    assert record.tokens_trained == 23 * 64 + 1258 % 64  # the last batch of an epoch is smaller
+    base, model = inputs.base.model, restore_model(compose_run(settings), inputs.base, folder=tmp_path / "best")
+    images, labels = map(torch.cat, zip(*inputs.splits.seed_loaders(0).val_dataloader(), strict=True))
+    with torch.no_grad():
+        accuracy = (model(images).argmax(-1) == labels).float().mean()
+    assert record.score == pytest.approx(float(accuracy))
+    is_same = torch.equal(model.norm.running_mean, base.norm.running_mean)
+    assert is_same is (method != "full")  # statistics belong to the frozen base
+    record = score_run(tmp_path, inputs=inputs)
+    assert 0 < record.test["val_acc"] <= 1
+    assert "test_scores.csv" in record.files
+
+
+@pytest.mark.parametrize("stop_at", [7, 20, 23])
+def test_a_stopped_run_resumes_with_the_same_losses(tmp_path, stop_at):
+    settings = DIGITS | {"module.dropout": 0.1, "trainer.eval_every_steps": 20 if stop_at == 20 else 10}
+    whole, inputs = train(settings, tmp_path / "whole")
+    calls = []
+
+    def stop():
+        calls.append(1)
+        return len(calls) > stop_at
+
+    arguments = {"inputs": inputs, "resume": True}
+    config, folder = compose_run(settings), RunFolder(path=tmp_path / "parts")
+    assert train_run(config, folder, stop_requested=stop, **arguments).status == "interrupted"
+    assert 0 < read_run(folder.path).steps_done < 24
+    assert train_run(config, folder, **arguments).score == whole.score
+    assert read_values(folder.path) == read_values(tmp_path / "whole")
+
+
+def test_the_data_order_depends_on_its_seed_and_not_on_the_method(tmp_path):
+    inputs = build_inputs(compose_run(DIGITS))
+
+    def read_labels(seed):
+        torch.rand(seed + 1)  # what the model draws
+        data = inputs.splits.seed_loaders(seed)
+        return [labels.tolist() for _, labels in data.train_dataloader()]
+
+    assert read_labels(1) == read_labels(1) != read_labels(2)
+
+
+def test_optim_trains_a_module_without_an_optimizer_of_its_own(tmp_path):
+    _, inputs = train(PREFERENCES, tmp_path)
+    rates = [row["lr"] for row in read_steps(tmp_path) if "lr" in row]
+    assert max(rates) == 1e-2
+    assert rates[-1] < 2e-3  # the schedule's decay
+    scores = score_run(tmp_path, inputs=inputs)
+    lines = (tmp_path / "test_scores.csv").read_text().splitlines()
+    assert lines[0] == "row,score,weight,group"
+    assert lines[1].endswith("prompt 0")
+    assert scores.test["val/loss"] == pytest.approx(sum(float(line.split(",")[1]) for line in lines[1:]) / 96)
+
+
+class NoTest(DigitClassifier):
+    test_step = lorasweep.TrainingModule.__bases__[0].test_step
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"module.log_as": "accuracy"}, ["metric.name=val_acc", "validation_step", "accuracy"]),
+        ({"module.automatic": False}, ["automatic optimization"]),
+        ({"method.targets": ["q_prj"]}, ["method.targets", "q_prj"]),
+        ({"module.lr_argument": None}, ["module.lr_argument", "optim.lr"]),
+        ({"module.lr_argument": "lr"}, ["module", "lr"]),
+        ({"module.new_modules": ["clasifier"]}, ["module.new_modules", "classifier"]),
+        ({"module._target_": f"{MODULES}.Digits"}, ["module._target_", "LightningModule"]),
+        ({"module._target_": f"{__name__}.NoTest"}, ["test_step"]),
+        ({"datamodule._target_": f"{MODULES}.DigitClassifier"}, ["datamodule._target_", "LightningDataModule"]),
+        ({"trainer.batch_size": 32}, ["trainer.batch_size", "64"]),
+        ({"metric.direction": None}, ["metric.direction"]),
+        ({"trainer.accumulate": 2}, ["trainer.accumulate", "module._target_"]),
+        ({"model.quantization": "nf4"}, ["model.quantization", "module._target_"]),
+    ],
+)
+def test_a_mistake_is_one_sentence(changes, words):
+    settings = {key: value for key, value in DIGITS.items() if key != "metric"}
+    settings |= {"metric.name": "val_acc", "metric.direction": "maximize"} | changes
+    with pytest.raises(ConfigError) as caught:
+        prepare(settings)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_sweep_file_of_the_page_is_a_sweep_whose_trials_run_alone():
+    page = Path("docs/own_module.md").read_text()
+    content = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0].replace("mine.", f"{MODULES}."))
+    definition = read_definition(content)
+    for arm in definition.arms:
+        for config in arm.corner_configs:
+            check_run(config, build_inputs(config).base)
+    plan = plan_packing(definition)["lora"]
+    assert plan.key is None
+    assert "module._target_" in plan.reason
+
+
+def test_a_mistake_ends_the_command_with_exit_code_2(capsys, tmp_path):
+    words = [f"{key}={value}" for key, value in PREFERENCES.items() if key != "metric.name"]
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", *words, "metric.name=val_los", f"output={tmp_path / 'run'}"])
+    assert "val/loss" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
