@@ -71,6 +71,14 @@ def test_page_has_every_section_and_figure(sweep: Path) -> None:
     assert "The loss became NaN at step 12." in page.text
 
 
+def test_links_name_the_sections_in_their_order(confirmed: Path) -> None:
+    page = written(confirmed)
+    sections = {*SECTIONS, "verdicts"}
+    links = [(found.get("href") or "").removeprefix("#") for tag, found in page.tags if tag == "a"]
+    assert [link for link in links if link in sections] == [name for name in page.ids if name in sections]
+    assert "verdicts" in links
+
+
 def test_page_fetches_nothing(sweep: Path) -> None:
     page = written(sweep)
     assert not [found for tag, found in page.tags if "src" in found]

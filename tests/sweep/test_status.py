@@ -185,7 +185,9 @@ def test_the_time_left_says_what_it_is_based_on(running):
 
 def test_a_stopped_sweep_shows_the_command_that_resumes_it(folder):
     status = read_status(folder)
-    assert f"lorasweep sweep --resume {folder}" in show(status, width=400)
+    shown = show(status, width=400)
+    assert f"lorasweep sweep --resume {folder}" in shown
+    assert ("running" in shown.splitlines()[2], "interrupted" in shown.splitlines()[2]) == (False, True), shown
 
 
 def test_a_complete_sweep_is_over_and_shows_no_command(running):

@@ -72,7 +72,8 @@ def _answer_full(data: SweepData) -> tuple[str, bool]:
     if not any(arm.row.method == "full" for arm in data.searches):
         return "Not asked: no arm has `method=full`. Add one to compare LoRA with it.", False
     if not data.evidence.subjects:
-        best = [arm for arm in data.arms if arm.row.method == "lora" and arm.best]
+        is_searched = data.record.status == "complete"  # before the end, the arms may have had unequal searches
+        best = [arm for arm in data.arms if is_searched and arm.row.method == "lora" and arm.best]
         shares = [share for arm in best if (share := data.arm_share_of_full_gain(arm)[0]) is not None]
         kept = f" The best LoRA trial keeps {format_share(max(shares))} of full's gain there." if shares else ""
         return f"{_say_unconfirmed(data)}{kept}", False

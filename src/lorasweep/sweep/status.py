@@ -206,7 +206,8 @@ def _arms_table(status: SweepStatus) -> Table:
     counts = {state: [arm.count(state) for arm in status.arms] for state in STATES if state != "complete"}
     shown = {state: numbers for state, numbers in counts.items() if any(numbers)}  # leaves room for names and settings
     table.add_column("arm", overflow="fold", min_width=min(20, max(len(arm.name) for arm in status.arms)))
-    for name in ["trials", *shown, *(["confirm"] if confirms else []), "best", *(["test"] if tested else [])]:
+    names = [state if status.is_running or state != "running" else "interrupted" for state in shown]
+    for name in ["trials", *names, *(["confirm"] if confirms else []), "best", *(["test"] if tested else [])]:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("best settings", overflow="fold", min_width=len("best settings"))
     for index, arm in enumerate(status.arms):
@@ -309,7 +310,8 @@ class ProgressDisplay:
         return "" if self._status is None else render_status(self._status)
 
     def _print(self, line: str) -> None:
-        self._console.print(escape(line), highlight=False, soft_wrap=True)
+        # without a terminal a line stays whole, for programs that read it
+        self._console.print(escape(line), highlight=False, soft_wrap=not self._console.is_terminal)
 
     def _new_lines(self, status: SweepStatus) -> Iterator[str]:
         """Yields a line for each run that ended and has no line yet: `lora 4/6  complete  1.4  optim.lr=0.01`."""

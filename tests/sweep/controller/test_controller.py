@@ -127,6 +127,8 @@ def test_a_search_whose_trials_have_learned_nothing_says_so_once(
     close(controller)
     again = resume(controller.sweep.path)
     assert again.sweep.record.warnings[len(before) :] == found
+    again.report([(again.take(), 2 * EVERY, 1.0)])
+    assert again.sweep.record.warnings == before  # a trial has learned since
     close(again)
 
 

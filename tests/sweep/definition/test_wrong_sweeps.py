@@ -76,7 +76,7 @@ def test_a_file_that_is_no_sweep_is_refused(read, text):
         ("arms.full.method.rank=1", "arm `full`: `method.rank` is not a setting."),
         ("arms.lora.trials=many", "`sweep.trials` must be a whole number, but got 'many'."),
         ("arms.lora={trials: 2}", "`arms.lora` must be the settings of a new arm"),
-        ("arms.lroa=null", r"null to leave out an arm of the sweep file .*lora.*, but got None"),
+        ("arms.lroa=null", r"null to leave out an arm .*lora.*, but got null\. Did you mean `arms.lora`"),
         ("~arms.lora", "`arms.ARM=null`"),
     ],
 )

@@ -147,8 +147,11 @@ def draw_tradeoff(data: SweepData) -> Panel:
 
 def _draw_cost(axis: str, groups: dict[str, list[Point]], data: SweepData) -> go.Figure:
     figure, colours = build_figure(data, x_title=axis, height=340), choose_colours(data)
-    figure.update_xaxes(type="log" if "log" in axis else "linear", exponentformat="SI")
     points = [point for group in groups.values() for point in group]
+    figure.update_xaxes(type="log" if "log" in axis else "linear", exponentformat="SI")
+    costs = [cost for cost, _, _ in points]
+    if "log" in axis and 0 < 10 * min(costs, default=0) < max(costs):  # a label for each decade is enough
+        figure.update_xaxes(dtick=1, minor={"ticks": "outside"})
     best: list[tuple[float, float]] = []
     for cost, _, score in sorted(points, key=lambda point: (point[0], data.sign * point[2])):
         if not best or data.sign * score < data.sign * best[-1][1]:

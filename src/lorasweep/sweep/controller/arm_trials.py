@@ -227,6 +227,14 @@ class ArmTrials:
                     return trial, rung
         return None
 
+    @property
+    def has_learned(self) -> bool:
+        """Whether a trial is better than the constant answer at an evaluation after the first rung."""
+        first = min(self._rule.rungs, default=0)
+        return any(
+            one.step > first and not self._order.has_learned_nothing(one, one.step) for one in self.trials.values()
+        )
+
     def update_warning(self, metric: str) -> None:
         """Sets `warning` if most trials at the first rung are no better than the constant answer.
 

@@ -322,9 +322,13 @@ class Controller:
                 trials.end(trial, "pruned", reason=reason)
 
     def _add_warnings(self, arms: Iterable[ArmTrials]) -> None:
+        """Adds the warnings that most trials have learned nothing yet, and removes those that are no longer true."""
+        warnings = self.sweep.record.warnings
         for trials in arms:
-            if trials.warning is not None:
+            if trials.warning is not None and not trials.has_learned:
                 self.sweep.warn(trials.warning)
+            elif trials.warning in warnings:
+                warnings.remove(trials.warning)
 
     def _sort_key(self, trials: ArmTrials) -> tuple[bool, float, int]:
         begun_fraction = len(trials.trials) / trials.planned if trials.planned else 1.0

@@ -208,7 +208,8 @@ def _change_arms(content: Any, overrides: Mapping[str, Any]) -> tuple[Any, dict[
         if (key.removeprefix("arms.") in arms) is not (value is None):
             raise ConfigError(
                 f"`{key}` must be the settings of a new arm, or null to leave out an arm of the sweep file "
-                f"({', '.join(arms)}), but got {value!r}. Set one key of an arm with `{key}.KEY=VALUE`."
+                f"({', '.join(arms)}), but got {'null' if value is None else repr(value)}."
+                f"{nearest(key, [f'arms.{name}' for name in arms])} Set one key of an arm with `{key}.KEY=VALUE`."
             )
     changed = {**arms, **{key.removeprefix("arms."): value for key, value in typed.items()}}
     return (
