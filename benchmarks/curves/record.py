@@ -42,7 +42,7 @@ from lorasweep.methods import METHODS, add_head_to_modules_to_save, copy_sharing
 from lorasweep.training.environment import deterministic_algorithms
 from lorasweep.training.inputs import RunInputs, build_inputs
 from lorasweep.training.module import prepare_model
-from lorasweep.training.optim import build_optimizer, schedule_factor, split_head
+from lorasweep.training.optim import build_optimizer, schedule_factor
 from lorasweep.training.packs.pack import build_pack_batch, compute_slot_losses
 from lorasweep.training.packs.slot_run import SlotOptimizer
 from lorasweep.training.score import evaluate_model
@@ -257,7 +257,6 @@ class SoloTrial:
         method = METHODS[config.method.name]
         self.model = prepare_model(config, inputs.base)
         groups = method.trainable_groups(self.model, lr_ratio_b=config.optim.lr_ratio_b)
-        groups = split_head(self.model, groups, config.optim, head_names=inputs.base.new_head_names)
         self.optimizer = build_optimizer(config.optim, groups)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.mixed = inputs.precision == "bf16" and method.needs_autocast
