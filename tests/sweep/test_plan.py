@@ -36,6 +36,7 @@ def define(write_file, content):
 def plan_group(inputs):
     def plan_group(arm, **measured):
         record = RunRecord.__new__(RunRecord)
+        record.metric = "bits_per_byte"
         record.trainable_params, record.peak_memory_bytes = 123_456, 1234 * 2**20
         values = {"slots": 1, "loading_s": 0.0, "step_s": 1.0, "evaluation_s": 10.0, "test_ratio": 0.0} | measured
         values["trained_params"] = {arm.name: {"rank 1": 23_456, "rank 4": 123_456} if arm.space else {"": 0}}
@@ -74,6 +75,7 @@ def test_a_plan_fits_eighty_columns_and_breaks_no_name(content, write_file, plan
     console.print(render_plan(definition, groups))
     shown = console.export_text()
     assert "…" not in shown
+    assert "scored by bits_per_byte" in shown
     lines = [line.split() for line in shown.splitlines()]
     (line,) = [line for line in lines if line[:1] == ["loraplus-rank16"]]
     assert line[:9] == ["loraplus-rank16", "8", "+", "3", "45.1", "k", "≤", "123", "k"]

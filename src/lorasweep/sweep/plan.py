@@ -257,7 +257,8 @@ def count_workers(definition: Definition) -> int:
 
 def render_plan(definition: Definition, groups: Sequence[GroupPlan]) -> RenderableType:
     """Returns a table with a row for each arm, followed by sentences on packs, stages, time, memory and warnings."""
-    title = escape(f"{definition.name}: nothing is trained yet")
+    metric = groups[0].record.metric
+    title = escape(f"{definition.name}: scored by {metric} (`data.metric`), nothing is trained yet")
     # an arm's name may wrap if it is very long, but numbers never do
     table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE, padding=(0, 0))
     longest = max(len(arm.name) for arm in definition.arms)
