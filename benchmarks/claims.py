@@ -34,6 +34,7 @@ CLAIMS = {
     "methods-far": ["methods"],
     "directions-far": ["intrinsic_dimension"],
     "directions-near": ["intrinsic_dimension", NEAR],
+    "forgetting": ["forgetting"],
 }
 """The sweep and the settings of each result. All use the embedded model and data."""
 WITH_DATA = {
@@ -63,6 +64,9 @@ class Claim:
 
 FULL = "as_good_as_full"
 """The question on which most claims rest."""
+FORGOTTEN = "forgotten_of_code"
+"""The rows of the retained data set of `forgetting`: the change of bits per byte against the frozen base."""
+FORGETTING_RANKS = tuple(f"lora-rank-{rank}" for rank in (1, 4, 16, 64))
 
 
 def find(rows: Rows, question: str, subject: str) -> str:
@@ -70,9 +74,9 @@ def find(rows: Rows, question: str, subject: str) -> str:
     return next((row["verdict"] for row in rows if (row["question"], row["subject"]) == (question, subject)), "open")
 
 
-def value(rows: Rows, subject: str, column: str = "value") -> float:
+def value(rows: Rows, subject: str, column: str = "value", question: str = FULL) -> float:
     """Returns a subject's share of full fine-tuning's gain, or an end of its interval; NaN if it is not known."""
-    found = [row[column] for row in rows if (row["question"], row["subject"]) == ("as_good_as_full", subject)]
+    found = [row[column] for row in rows if (row["question"], row["subject"]) == (question, subject)]
     return float(found[0]) if found and found[0] else float("nan")
 
 
@@ -86,6 +90,20 @@ def agree(verdicts: Sequence[str], *, yes: Sequence[str], no: Sequence[str]) -> 
 def any_better(rows: Rows, subjects: Sequence[str]) -> bool:
     """Returns whether one of the subjects is better than full fine-tuning."""
     return any(find(rows, FULL, subject) == "better" for subject in subjects)
+
+
+def forgets_less(rows: Rows, subject: str, other: str) -> bool:
+    """Returns whether a subject forgets less than another: the intervals of the changes do not overlap."""
+    return value(rows, subject, "high", FORGOTTEN) < value(rows, other, "low", FORGOTTEN)
+
+
+def compare_forgetting(rows: Rows) -> bool | None:
+    """Returns whether each rank that is as good as full fine-tuning forgets less than it."""
+    as_good = [rank for rank in FORGETTING_RANKS if find(rows, FULL, rank) in GOOD]
+    return decide(
+        holds=bool(as_good) and all(forgets_less(rows, rank, "full") for rank in as_good),
+        fails=any(forgets_less(rows, "full", rank) for rank in as_good),
+    )
 
 
 def decide(*, holds: bool, fails: bool) -> bool | None:
@@ -154,6 +172,22 @@ STATEMENTS = (
             fails=any(value(rows, "intrinsic-dim-1000", "high") < 0.9 for rows in of),
         ),
     ),
+    Claim(
+        statement="LoRA forgets less than full fine-tuning at equal gain.",
+        test="Each rank that is as good as full fine-tuning on prose loses less on code: the intervals do not overlap. "
+        "Fails if one of them loses more.",
+        results=("forgetting",),
+        judge=lambda of: compare_forgetting(of[0]),
+    ),
+    Claim(
+        statement="A higher rank forgets more.",
+        test="Rank 1 loses less on code than rank 64: the intervals do not overlap. Fails if it loses more.",
+        results=("forgetting",),
+        judge=lambda of: decide(
+            holds=forgets_less(of[0], "lora-rank-1", "lora-rank-64"),
+            fails=forgets_less(of[0], "lora-rank-64", "lora-rank-1"),
+        ),
+    ),
 )
 NOT_MEASURED = (
     "**A 200 × 200 matrix at rank 2 keeps 8,000 numbers.** It keeps 2 · (200 + 200) = 800: LoRA trains r (d + k), "
@@ -177,7 +211,11 @@ def run_claim(name: str, arguments: list[str], *, folders: dict[str, str]) -> No
     with (RESULTS / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        for row in summary["questions"]:
+        forgotten = [
+            row | {"name": f"forgotten_of_{row['data']}", "reference": "frozen", "value": row["change"]}
+            for row in summary["retained"]
+        ]
+        for row in [*summary["questions"], *forgotten]:
             if row["name"] == "setting":
                 continue
             low, high = row["interval"] or ("", "")
@@ -213,7 +251,8 @@ def write_page() -> None:
         "",
         "Each statement has a test that could fail, and is run as a sweep (`benchmarks/claims.py`). *Open*: answers",
         "decide neither. The embedded model is a toy: the page shows how to test a statement, not what is true of your",
-        "model. The value is the share of full fine-tuning's gain on test data, with the interval of the test.",
+        "model. The value is the share of full fine-tuning's gain on test data, with the interval of the test; of what",
+        "was forgotten it is the change against the frozen base.",
         "",
     ]
     waiting, shown = [], set()

@@ -39,6 +39,7 @@ from lorasweep.runs.reproduce import Reproduction, compare_sweeps, reproduce_run
 from lorasweep.sweep.checks import (
     check_definition,
     list_notes,
+    list_retained,
     score_constant_answer,
     set_steps,
 )
@@ -209,7 +210,14 @@ def start_sweep(
     wanted = definition.sweep_config.sweep.output if output is None else output
     folders = numbered_folders(default or Path("outputs") / definition.name)
     with claim_folder(None if wanted is None else Path(wanted), otherwise=folders, key="sweep.output") as path:
-        return create_sweep(definition, path, metric=metric, constant_answer=constant_answer, notes=notes)
+        return create_sweep(
+            definition,
+            path,
+            metric=metric,
+            retained=list_retained(definition, inputs_cache),
+            constant_answer=constant_answer,
+            notes=notes,
+        )
 
 
 def check_sweep(definition: Definition, inputs_cache: InputsCache, *, output: str | Path | None = None) -> ScoreMetric:

@@ -22,7 +22,8 @@ def test_the_sweep_of_a_claim_is_valid_and_has_a_frozen_base(name):
 
 
 SUBJECTS = [
-    *(f"lora-rank-{rank}" for rank in (1, 2, 8, 32, 160)),
+    "full",
+    *(f"lora-rank-{rank}" for rank in (1, 2, 4, 8, 16, 32, 64, 160)),
     *(f"lora-alpha-{alpha}" for alpha in (1, 8, 16, 64)),
     *("attention", "rslora", "loraplus", "dora", "intrinsic-dim-1000"),
 ]
@@ -34,9 +35,10 @@ def draw_rows(drawn):
         share = drawn.uniform(0.7, 1.1)
         verdict = drawn.choice(["equivalent", "not worse", "better", "worse", "open"])
         interval = {"low": str(share - 0.01), "high": str(share + 0.01)}
-        rows.append(
-            {"question": "as_good_as_full", "subject": name, "verdict": verdict, "value": str(share)} | interval
-        )
+        rows += [
+            {"question": question, "subject": name, "verdict": verdict, "value": str(share)} | interval
+            for question in ("as_good_as_full", "forgotten_of_code")
+        ]
     return rows
 
 

@@ -134,7 +134,7 @@ class MadeUpRuns:
     raised: list[Exception] = field(default_factory=list)
     """Errors that a test asked for, as they were raised."""
 
-    def score_run(self, folder: Path, *, inputs: Any) -> RunRecord:
+    def score_run(self, folder: Path, *, inputs: Any, retained: Any = None) -> RunRecord:
         assert not self.base_is_in_use
         record = read_run(folder)
         assert record.status == "complete"

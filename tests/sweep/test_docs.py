@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lorasweep.config.command_line import parse_overrides
 from lorasweep.sweep.definition.arms import read_definition
@@ -15,7 +16,7 @@ from lorasweep.sweep.definition.seeds import draw_confirm_seeds
 from lorasweep.sweep.definition.warnings import find_warnings
 
 GUIDE = (Path(__file__).parent.parent.parent / "docs" / "sweeps.md").read_text(encoding="utf-8")
-(FILE,) = re.findall(r"^```yaml\n(.*?)^```", GUIDE, flags=re.MULTILINE | re.DOTALL)
+FILE, RETAIN = re.findall(r"^```yaml\n(.*?)^```", GUIDE, flags=re.MULTILINE | re.DOTALL)
 LINES = [line for line in GUIDE.splitlines() if line.startswith("    ")]
 OVERRIDES = [line for line in LINES if "=" in line and "lorasweep" not in line]
 GROWTH = [line for line in LINES if "sweep --resume outputs/ranks " in line]
@@ -33,6 +34,13 @@ def test_the_file_is_a_fair_sweep_with_a_confirm_stage(file):
     assert [arm.name for arm in definition.arms] == ["frozen", "full", "lora"]
     assert find_warnings(definition) == []
     assert len(draw_confirm_seeds(definition)) == max(definition.sweep_config.confirm.looks)
+
+
+def test_the_retained_data_sets_are_taken(file):
+    content = yaml.safe_load(FILE)
+    content["settings"] |= yaml.safe_load(RETAIN)["settings"]
+    definition = read_definition(content, [])
+    assert {name: data.name for name, data in definition.retained.items()} == {"code": "stdlib_code", "old": "text"}
 
 
 @pytest.mark.parametrize("line", OVERRIDES, ids=lambda line: line.split("#")[0].strip())

@@ -45,7 +45,7 @@ COMPONENT_SETTINGS: Mapping[str, frozenset[str]] = {
     **dict.fromkeys(("datamodule", "data.loss", "schedule", "sampler", "trainer.strategy"), frozenset[str]()),
 }
 """Settings that may name a class by `_target_`, each with the keys that lorasweep reads and the class does not get."""
-MAPPING_SETTINGS = ("method.rank_pattern", "method.alpha_pattern", "method.config", "worker.extra")
+MAPPING_SETTINGS = ("method.rank_pattern", "method.alpha_pattern", "method.config", "worker.extra", "retain.data")
 """Settings that are mappings with the user's own keys, such as names of layers."""
 LIST_SETTINGS = (
     *("data.columns", "data.labels", "method.exclude", "method.layers", "method.modules_to_save"),

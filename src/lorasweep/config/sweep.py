@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, Tag
 from pydantic.dataclasses import dataclass
@@ -250,6 +250,17 @@ class ConfirmConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RetainConfig(Settings):
+    """What was forgotten: data sets on whose test splits the confirm stage also scores each run and the frozen base."""
+
+    data: Mapping[str, str | Mapping[str, Any]]
+    """By a name of your choice: an option of the group `data`, such as `stdlib_code`, or settings of the data such as
+    `{data: table, data.train: old.csv}`. Empty: nothing further is scored."""
+    margin: PositiveFloat
+    """How much worse than the frozen base counts as forgotten, in the unit of the data's metric."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SweepConfig(Settings):
     """Sampler, pruner, workers and stages of a sweep."""
 
@@ -258,3 +269,4 @@ class SweepConfig(Settings):
     worker: WorkerConfig
     sweep: SweepSettings
     confirm: ConfirmConfig
+    retain: RetainConfig

@@ -7,6 +7,7 @@ of its trials.
 from lorasweep.record.json_file import dump_row, write_record
 from lorasweep.record.run import (
     PATCH_FILE,
+    RETAINED_SCORES_FILE,
     RUN_FILE,
     STEPS_FILE,
     TEST_SCORES_FILE,
@@ -24,6 +25,7 @@ from lorasweep.record.sweep import (
     LookRow,
     Question,
     QuestionName,
+    RetainedRow,
     SettingRow,
     SweepChange,
     SweepRecord,

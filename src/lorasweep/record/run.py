@@ -17,6 +17,8 @@ from lorasweep.record.json_file import VERSION, Count, Number, read_json
 RUN_FILE = "run.json"
 STEPS_FILE = "steps.jsonl"
 TEST_SCORES_FILE = "test_scores.csv"
+RETAINED_SCORES_FILE = "retained-{}.csv"
+"""As `TEST_SCORES_FILE`, for the retained data set of a name."""
 PATCH_FILE = "code.patch"
 
 RunStatus = Literal["running", "complete", "paused", "pruned", "failed", "infeasible", "interrupted"]
@@ -94,6 +96,8 @@ class RunRecord:
     last: dict[str, Number] = field(default_factory=dict)
     test: dict[str, Number] = field(default_factory=dict)
     """Every metric of the best weights on the test split; empty unless the confirm stage scored the run."""
+    retained: dict[str, dict[str, Number]] = field(default_factory=dict)
+    """The same on the test split of each data set of `retain.data`, by its name."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """`bytes` and `sha256` of each kept file, by its path in the run's folder."""
 

@@ -66,6 +66,17 @@ class LookRow:
 
 
 @dataclass(kw_only=True)
+class RetainedRow:
+    """A data set of `retain.data`, on which the confirm stage shows what was forgotten."""
+
+    name: str
+    metric: str
+    direction: Direction
+    metric_range: list[Number]
+    """Lowest and highest possible value of the metric; infinity is null."""
+
+
+@dataclass(kw_only=True)
 class ArmRow:
     """One arm of a sweep."""
 
@@ -143,6 +154,10 @@ class SweepRecord:
     """The runs of the confirm stage, by arm and number. A sweep that grew may also have runs of former settings."""
     margin: float | str
     """`confirm.margin` as it was stated before the first trial."""
+    retained: list[RetainedRow] = field(default_factory=list)
+    """The data sets of `retain.data`."""
+    retain_margin: float = 0.01
+    """`retain.margin` as it was stated before the first trial."""
     notes: list[str] = field(default_factory=list)
     """Sentences on the data (splits, duplicates, the majority class and its score), on packs, and on how it grew."""
     warnings: list[str] = field(default_factory=list)

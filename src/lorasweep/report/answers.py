@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorasweep.config.run import ALPHA, LR, RANK
+from lorasweep.record import RetainedRow
 from lorasweep.report.choice import choose_arm
+from lorasweep.report.evidence.evidence import RetainedChange
 from lorasweep.report.evidence.questions import NEGATIVE_VERDICTS, POSITIVE_VERDICTS, Answer
 from lorasweep.report.learning import Learning
 from lorasweep.report.sweep_data import ArmData, SweepData
@@ -40,22 +42,30 @@ class AnswerLine:
 
 
 def list_answer_lines(data: SweepData, learning: Learning) -> tuple[AnswerLine, ...]:
-    """Returns the three lines at the top of the report."""
+    """Returns the three lines at the top of the report, and one for each retained data set."""
     marked = _describe_unlearned(data, learning)
     lines = (
         ("Is LoRA as good as full fine-tuning here?", *_answer_full(data)),
         ("Which rank is enough?", *_answer_rank(data)),
         ("At which α and learning rate?", *_answer_setting(data, learning)),
     )
-    return tuple(
+    answers = [
         AnswerLine(question=question, text=f"{text}{'' if index else marked}", is_settled=is_settled)
         for index, (question, text, is_settled) in enumerate(lines)
-    )
+    ]
+    return (*answers, *(_answer_retained(row, data) for row in data.record.retained))
 
 
 def describe_answer(answer: Answer, data: SweepData) -> str:
     """Returns the answer on one subject as a sentence without the full stop."""
     return f"`{answer.subject}` {_describe_result(answer, data)}"
+
+
+def describe_change(change: RetainedChange, data: SweepData) -> str:
+    """Returns the change of a subject's score on a retained data set, with its verdict."""
+    is_small = change.verdict in POSITIVE_VERDICTS and change.verdict != "better"
+    verdict = f"no more forgotten than {data.record.retain_margin:g}" if is_small else change.verdict
+    return f"{format_estimate(change.change, change.interval)} ({verdict})"
 
 
 def name_value(subject: str, data: SweepData) -> str:
@@ -168,6 +178,20 @@ def _answer_setting(data: SweepData, learning: Learning) -> tuple[str, bool]:
         origin = f"tried as trial {best.number} of `{best.arm}`"
     regret, is_small = describe_regret(choice.arm, data)
     return f"{at}{values}{more} ({origin}; {regret}).{law}", is_small
+
+
+def _answer_retained(row: RetainedRow, data: SweepData) -> AnswerLine:
+    question, base = f"What was forgotten of {row.name}?", data.evidence.base
+    changes = [change for change in data.retained if change.data == row.name and change.subject != base]
+    if not changes:
+        return AnswerLine(question=question, text=f"Open: {NO_TEST_SCORES}.", is_settled=False)
+    order = "lower" if row.direction == "minimize" else "higher"
+    parts = [f"{name_value(change.subject, data)} {describe_change(change, data)}" for change in changes]
+    return AnswerLine(
+        question=question,
+        text=f"Changes of {format_metric(row.metric)} against `{base}` ({order} is better): {'; '.join(parts)}.",
+        is_settled=all(change.verdict != "open" for change in changes),
+    )
 
 
 def describe_regret(arm: ArmData, data: SweepData) -> tuple[str, bool]:

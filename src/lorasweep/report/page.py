@@ -13,7 +13,7 @@ from plotly.offline import get_plotlyjs
 
 from lorasweep import wording
 from lorasweep.record import STATES, Trial
-from lorasweep.report.answers import describe_answer
+from lorasweep.report.answers import describe_answer, describe_change
 from lorasweep.report.choice import format_arm_score
 from lorasweep.report.figures.panel import Panel, build_link, choose_colours, select_trials
 from lorasweep.report.summary import Summary
@@ -61,6 +61,7 @@ def render_page(summary: Summary, panels: Sequence[Panel]) -> str:
             describe_setting=describe_setting,
             describe_states=describe_states,
             verdicts=[(answer, describe_answer(answer, data)) for answer in data.evidence.answers],
+            retained=[(change, describe_change(change, data)) for change in data.retained],
             unlearned=summary.learning.unlearned if summary.learning.answer else (),
             colours=choose_colours(data),
             panels=panels,

@@ -71,6 +71,7 @@ class Summary:
             "arms": [_summarize_arm(arm, data) for arm in data.arms],
             "sentences": self.sentences,
             "recommended": [asdict(one) for one in self.recommended],
+            "retained": [asdict(change) for change in data.retained],
             # The evidence on a subject is in its entry in `arms`, under `confirmed`.
             "evidence": {name: getattr(data.evidence, name) for name in EVIDENCE_FIELDS},
             "fairness": self.fairness,

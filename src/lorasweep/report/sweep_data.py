@@ -34,7 +34,14 @@ from lorasweep.record import (
     read_sweep,
 )
 from lorasweep.report.evidence.estimates import Interval
-from lorasweep.report.evidence.evidence import Evidence, build_evidence, find_metric_range, read_confirm_scores
+from lorasweep.report.evidence.evidence import (
+    Evidence,
+    RetainedChange,
+    build_evidence,
+    compare_retained,
+    find_metric_range,
+    read_confirm_scores,
+)
 
 if TYPE_CHECKING:
     import pandas
@@ -97,6 +104,8 @@ class SweepData:
     """One sentence for each run that can't be read, and for each subject without all of its test scores."""
     evidence: Evidence
     """The results of the confirm stage; empty if there was none."""
+    retained: tuple[RetainedChange, ...] = ()
+    """What each subject forgot of each data set of `retain.data`."""
 
     @property
     def trials(self) -> tuple[Trial, ...]:
@@ -227,6 +236,8 @@ def load_sweep_data(folder: Path) -> SweepData:
         problems += [sentence for arm in arms if (sentence := _describe_missing_scores(arm))]
     current = {(setting.subject, setting.setting) for setting in record.settings}
     groups = name_example_groups(run for arm in arms for run in arm.confirm_runs)
+    evidence = build_evidence(record, read_confirm_scores(record, folder), groups=groups)
+    retained = tuple(compare_retained(record, folder, evidence, problems=problems))
     return SweepData(
         folder=folder,
         record=record,
@@ -234,7 +245,8 @@ def load_sweep_data(folder: Path) -> SweepData:
         searches=tuple(searches),
         former_runs=tuple(run for run in record.confirm if (run.subject, run.setting_number) not in current),
         problems=tuple(problems),
-        evidence=build_evidence(record, read_confirm_scores(record, folder), groups=groups),
+        evidence=evidence,
+        retained=retained,
     )
 
 

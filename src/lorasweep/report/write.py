@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas
@@ -59,4 +60,9 @@ def build_tables(summary: Summary) -> dict[str, pandas.DataFrame]:
             for answer in data.evidence.answers
         ]
         tables["questions.csv"] = pandas.DataFrame.from_records(answers)
+    if data.retained:
+        changes = pandas.DataFrame.from_records([asdict(change) for change in data.retained])
+        ends = [interval or (None, None) for interval in changes.pop("interval")]
+        changes["low"], changes["high"] = zip(*ends, strict=True)
+        tables["retained.csv"] = changes
     return tables

@@ -6,10 +6,11 @@ import math
 
 from lorasweep.config.data import MetricComponent, ScoreMetric
 from lorasweep.errors import ConfigError
+from lorasweep.record import RetainedRow
 from lorasweep.sweep.controller.history import History
 from lorasweep.sweep.controller.proposals import propose
 from lorasweep.sweep.controller.stopping_rules import build_rule
-from lorasweep.sweep.definition.arms import Definition, name_arm_in_errors, restore_definition
+from lorasweep.sweep.definition.arms import Definition, name_in_errors, restore_definition
 from lorasweep.sweep.definition.packing import explain_bases, explain_solo_arms, plan_packing
 from lorasweep.sweep.definition.seeds import draw_confirm_seeds
 from lorasweep.sweep.workers.train import check_workers
@@ -65,8 +66,9 @@ def check_definition(definition: Definition, inputs_cache: InputsCache) -> Score
     check_workers(definition)
     plan_packing(definition)
     draw_confirm_seeds(definition)
+    list_retained(definition, inputs_cache)
     for arm in definition.arms:
-        with name_arm_in_errors(arm.name):
+        with name_in_errors(f"arm `{arm.name}`"):
             build_rule(arm)
             if arm.space:
                 propose(
@@ -83,6 +85,21 @@ def check_definition(definition: Definition, inputs_cache: InputsCache) -> Score
                 except ConfigError as error:
                     raise ConfigError(f"{error} Or skip the confirm stage with `confirm.seeds=0`.") from error
     return find_metric(definition, inputs_cache)
+
+
+def list_retained(definition: Definition, inputs_cache: InputsCache) -> list[RetainedRow]:
+    """Returns the data sets of `retain.data` with their metrics. Raises `ConfigError` if a model can't be scored."""
+    rows = []
+    for name, data in definition.retained.items():
+        with name_in_errors(f"`retain.data.{name}`"):
+            for arm in definition.arms:
+                splits = inputs_cache.load_splits(data, arm.corner_configs[0])
+            splits.test()  # now, because the confirm stage reads it after hours of training
+        metric = splits.score_metric
+        rows.append(
+            RetainedRow(name=name, metric=metric.name, direction=metric.direction, metric_range=list(metric.range))
+        )
+    return rows
 
 
 def find_metric(definition: Definition, inputs_cache: InputsCache) -> ScoreMetric:

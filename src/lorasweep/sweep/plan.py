@@ -76,7 +76,7 @@ class GroupPlan:
     evaluation_s: float
     """Seconds of one evaluation on validation data, with writing weights and checkpoints."""
     test_ratio: float
-    """Tokens of the test split divided by tokens of the validation split; 0 without a confirm stage."""
+    """Tokens of all scored test splits divided by tokens of the validation split; 0 without a confirm stage."""
     record: RunRecord
     """Record of one of the measured runs."""
     kept_bytes: int
@@ -171,7 +171,9 @@ def _measure_group(
         raise RunError(record.reason or record.status)
     test_ratio = 0.0
     if definition.sweep_config.confirm.list_looks():
-        test_ratio = int(inputs.splits.test().lengths.sum()) / int(inputs.splits.validation.lengths.sum())
+        retained = [inputs_cache.load_splits(data, config) for data in definition.retained.values()]
+        num_tokens = sum(int(splits.test().lengths.sum()) for splits in (inputs.splits, *retained))
+        test_ratio = num_tokens / int(inputs.splits.validation.lengths.sum())
     spent = {name: after[f"{name}_s"] - before[f"{name}_s"] for name in ("loading", "evaluating", "saving")}
     return GroupPlan(
         arms=tuple(arms),

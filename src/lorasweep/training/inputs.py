@@ -9,6 +9,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from lorasweep.config.data import DataConfig
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig, TrainerConfig
 from lorasweep.data.batching import EvaluationSampler, count_batch_bytes
@@ -27,7 +28,7 @@ from lorasweep.training.own_data import read_own_data
 from lorasweep.training.own_module import check_steps, load_own_base
 from lorasweep.training.telemetry import Telemetry
 from lorasweep.training.unpadded import Layout, can_unpad, lay_out
-from lorasweep.wording import format_bytes
+from lorasweep.wording import format_bytes, join_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +108,7 @@ class InputsCache:
     def __init__(self) -> None:
         self.telemetry = Telemetry()
         self._loaded: dict[tuple[Any, ...], RunInputs] = {}
+        self._other_splits: dict[tuple[DataConfig, tuple[Any, ...]], DataSplits] = {}
 
     def load(self, config: RunConfig) -> RunInputs:
         key = _cache_key(config)
@@ -116,6 +118,25 @@ class InputsCache:
             with self.telemetry.phase("loading"):
                 self._loaded[key] = build_inputs(config, telemetry=self.telemetry)
         return self._loaded[key]
+
+    def load_splits(self, data: DataConfig, config: RunConfig) -> DataSplits:
+        """Returns the splits of other data than a run's own, prepared for the run's base model.
+
+        Raises:
+            ConfigError: The data can't be read, or the model can't predict it.
+        """
+        key = data, _cache_key(config)
+        if key not in self._other_splits:
+            base = self.load(config).base
+            with self.telemetry.phase("loading"):
+                source = read_source(data)
+                splits = build_splits(data, source=source, tokenizer=base.tokenizer, model_kind=base.kind)
+            labels, learned = _get_labels(source), base.labels and replace(base.labels, constant=())
+            if labels is not None and labels != learned:
+                names, found = (join_words(one.names if one else []) for one in (learned, labels))
+                raise ConfigError(f"labels must be those that the model learns ({names}), but are {found}.")
+            self._other_splits[key] = splits
+        return self._other_splits[key]
 
 
 def _cache_key(config: RunConfig) -> tuple[Any, ...]:
@@ -139,12 +160,7 @@ def build_inputs(config: RunConfig, *, telemetry: Telemetry | None = None) -> Ru
     base = load_base(
         config.model, dtype=DTYPES[precision], labels=_get_labels(source), on_meta=_leaves_base_in_files(config)
     )
-    splits = build_splits(
-        config.data,
-        source=source,
-        tokenizer=base.tokenizer,
-        model_kind=base.kind,
-    )
+    splits = build_splits(config.data, source=source, tokenizer=base.tokenizer, model_kind=base.kind)
     if base.labels is not None and (constant := splits.fit_constant_answer()) is not None:
         base = replace(base, labels=replace(base.labels, constant=tuple(constant.tolist())))
     attention = None

@@ -212,7 +212,7 @@ def _reopen_record(folder: Path, *, step: int, notes: Sequence[str]) -> RunRecor
     record = read_run(folder)
     record.notes += [note for note in notes if note not in record.notes]
     record.status, record.reason, record.ended_at = "running", None, None
-    record.test = {}
+    record.test, record.retained = {}, {}
     if record.last.get("step", 0) > step:
         # An evaluation is written before the checkpoint of its step. So the record of a killed run may be ahead.
         record.best, record.last, record.steps_done = {}, {}, 0

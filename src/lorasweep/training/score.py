@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,13 +20,22 @@ from lorasweep.config.build import as_settings
 from lorasweep.config.data import ChatConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import EvaluationSampler
+from lorasweep.data.build_splits import DataSplits
 from lorasweep.data.examples import CompletionSplit
 from lorasweep.data.split import IGNORED, Split, move_batch
 from lorasweep.data.tasks import Evaluation, ExampleScores, Task
 from lorasweep.disk import csv_text, write_atomically
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.methods.frozen import find_output_layer
-from lorasweep.record import RUN_FILE, TEST_SCORES_FILE, RunRecord, compute_sha256, read_run, write_record
+from lorasweep.record import (
+    RETAINED_SCORES_FILE,
+    RUN_FILE,
+    TEST_SCORES_FILE,
+    RunRecord,
+    compute_sha256,
+    read_run,
+    write_record,
+)
 from lorasweep.training.environment import get_device
 from lorasweep.training.failures import convert_memory_errors
 from lorasweep.training.inputs import RunInputs
@@ -46,10 +56,13 @@ class Scores(NamedTuple):
     examples: ExampleScores
 
 
-def score_run(folder: Path, *, inputs: RunInputs) -> RunRecord:
+def score_run(
+    folder: Path, *, inputs: RunInputs, retained: Mapping[str, DataSplits] = MappingProxyType({})
+) -> RunRecord:
     """Scores a run's best weights on the test split, and returns the updated record. Skips a run that has test scores.
 
-    If the run's metric is a mean over examples, also writes `test_scores.csv`.
+    The test splits of `retained` data sets, which the run did not learn, are scored too. If a metric is a mean over
+    examples, also writes `test_scores.csv`, or `retained-NAME.csv`.
 
     Raises:
         ConfigError: There is no test split, or it can't be read.
@@ -68,11 +81,19 @@ def score_run(folder: Path, *, inputs: RunInputs) -> RunRecord:
             precision = inputs.lightning_precision(config)
             values, lines = score_on_test(config, model, inputs.splits, precision=precision)
         else:
-            values, lines = _score_on_split(model, split, record.metric, config=config, inputs=inputs)
-    if lines is not None:
-        path = folder / TEST_SCORES_FILE
-        write_atomically(path, lines)
-        record.files[TEST_SCORES_FILE] = {"bytes": path.stat().st_size, "sha256": compute_sha256(path)}
+            values, lines = _score_on_split(model, inputs.splits, config=config, inputs=inputs)
+            if isinstance(config.data, ChatConfig) and config.data.generate:
+                values |= score_answers(model, split, config=config, inputs=inputs)
+        files = {TEST_SCORES_FILE: lines}
+        for name, splits in retained.items():
+            found = _score_on_split(model, splits, config=config, inputs=inputs)
+            record.retained[name], files[RETAINED_SCORES_FILE.format(name)] = found
+            record.data[f"retained-{name}"] = splits.describe(splits.test())
+    for file, lines in files.items():
+        if lines is not None:
+            write_atomically(folder / file, lines)
+            size, sha256 = (folder / file).stat().st_size, compute_sha256(folder / file)
+            record.files[file] = {"bytes": size, "sha256": sha256}
     record.data[split.name] = inputs.splits.describe(split)
     record.notes += [note for note in split.notes if note not in record.notes]
     record.test = values
@@ -81,16 +102,14 @@ def score_run(folder: Path, *, inputs: RunInputs) -> RunRecord:
 
 
 def _score_on_split(
-    model: nn.Module, split: Split, metric: str, *, config: RunConfig, inputs: RunInputs
+    model: nn.Module, splits: DataSplits, *, config: RunConfig, inputs: RunInputs
 ) -> tuple[dict[str, float], str | None]:
-    """Returns every metric on a split, also of generated answers, and what `_format_row_scores` returns."""
-    task = inputs.splits.get_task(split)
+    """Returns every metric on the test split, and what `_format_row_scores` returns."""
+    split, metric = splits.test(), splits.metric
+    task = splits.get_task(split)
     values, examples = evaluate_model(model, split, task=task, config=config, inputs=inputs)
-    generates = isinstance(config.data, ChatConfig) and config.data.generate
-    answers = score_answers(model, split, config=config, inputs=inputs) if generates else {}
     groups = split.groups or tuple(map(str, range(len(split))))
-    lines = _format_row_scores(metric, examples, task=task, value=values[metric], groups=groups)
-    return values | answers, lines
+    return values, _format_row_scores(metric, examples, task=task, value=values[metric], groups=groups)
 
 
 def copy_base_run(config: RunConfig, run_folder: RunFolder, *, inputs: RunInputs) -> RunRecord | None:

@@ -103,7 +103,7 @@ def test_a_run_that_was_scored_but_not_told_is_neither_trained_nor_scored_again(
 ):
     folder = begin(confirming)
 
-    def score_and_die(path, *, inputs):
+    def score_and_die(path, *, inputs, retained):
         record = runs.score_run(path, inputs=inputs)
         if len(runs.scored) == 3:
             raise Killed

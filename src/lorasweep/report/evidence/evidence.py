@@ -1,17 +1,27 @@
-"""The evidence of one sweep, read from its folder: test scores of subjects, and answers to the sweep's questions."""
+"""The evidence of one sweep, read from its folder: test scores, answers to its questions, and what was forgotten."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from lorasweep.config.data import METRIC_RANGES
+from lorasweep.config.data import METRIC_RANGES, get_sign
 from lorasweep.config.ranges import is_number
-from lorasweep.config.sweep import parse_margin
-from lorasweep.record import TEST_SCORES_FILE, QuestionName, SweepRecord
+from lorasweep.config.sweep import Margin, parse_margin
+from lorasweep.record import RETAINED_SCORES_FILE, TEST_SCORES_FILE, QuestionName, RetainedRow, SweepRecord
 from lorasweep.report.evidence.estimates import Estimate, Interval, estimate_ratio, estimate_sum
-from lorasweep.report.evidence.questions import Answer, Scale, answer_questions, compute_level
+from lorasweep.report.evidence.questions import (
+    Answer,
+    Scale,
+    Verdict,
+    answer_questions,
+    compare_pair,
+    compute_level,
+    judge_difference,
+)
 from lorasweep.report.evidence.scores import (
     UNBOUNDED,
     ConfirmScores,
@@ -90,6 +100,26 @@ class Evidence:
         return estimate_sum(self.scores, {first: 1.0, second: -1.0})
 
 
+@dataclass(frozen=True, kw_only=True)
+class RetainedChange:
+    """The change of a subject's score on a retained data set against the frozen base, on the same seeds and examples.
+
+    Its interval has the level of the sweep's questions, but its verdict is not one of those that share 5 %.
+    """
+
+    data: str
+    """The name of the data set."""
+    metric: str
+    subject: str
+    num_seeds: int
+    base_score: float
+    change: float
+    """`subject - base` in the metric's unit; exactly 0 for the base."""
+    interval: Interval | None
+    verdict: Verdict
+    """Against the base: `equivalent` and `not worse` mean that no more than the margin was forgotten."""
+
+
 def build_evidence(record: SweepRecord, scores: ConfirmScores, *, groups: str | None) -> Evidence:
     """Returns the evidence of a sweep; `groups` is the name of the groups of its test examples, such as `documents`."""
     scale = build_scale(record, scores)
@@ -147,8 +177,13 @@ def _estimate_relative_gain(scores: ConfirmScores, scale: Scale) -> Ratio | None
     return estimate_ratio(scores, scale.gain, {scale.base: 1.0}) if base and base.value > 0 else None
 
 
-def read_confirm_scores(record: SweepRecord, folder: Path) -> ConfirmScores:
-    """Returns the test scores of the complete runs of the settings that are confirmed now."""
+def read_confirm_scores(record: SweepRecord, folder: Path, *, retained: RetainedRow | None = None) -> ConfirmScores:
+    """Returns the test scores of the complete runs of the settings that are confirmed now.
+
+    With `retained`, these are the scores on a retained data set, which are in the runs' records.
+    """
+    file = TEST_SCORES_FILE if retained is None else RETAINED_SCORES_FILE.format(retained.name)
+    data = record if retained is None else retained
     current = {(row.subject, row.setting) for row in record.settings}
     values: dict[RunKey, float] = {}
     examples: dict[RunKey, ExampleScores] = {}
@@ -156,21 +191,27 @@ def read_confirm_scores(record: SweepRecord, folder: Path) -> ConfirmScores:
     for row in record.confirm:
         if row.seed is None or not row.is_complete or (row.subject, row.setting_number) not in current:
             continue
-        values[row.subject, row.seed] = float(row.value or 0.0)
-        path = folder / row.run / TEST_SCORES_FILE
+        value: Any = row.value or 0.0
+        if retained is not None:
+            value = row.record.retained.get(retained.name, {}).get(retained.metric) if row.record else None
+            if not is_number(value):
+                problems.append(f"`{row.run}` has no score on `{retained.name}`.")
+                continue
+        values[row.subject, row.seed] = float(value)
+        path = folder / row.run / file
         try:
             if path.is_file():
                 examples[row.subject, row.seed] = read_examples(path)
         except (OSError, ValueError) as error:
-            problems.append(f"`{row.run}/{TEST_SCORES_FILE}` is not used: {error}.")
+            problems.append(f"`{row.run}/{file}` is not used: {error}.")
     frozen = {arm.name for arm in record.arms if arm.method == "frozen"}
     num_runs = {name: sum(subject == name for subject, _ in values) for name in frozen}
     return build_scores(
         values,
         examples,
         deterministic={name for name, count in num_runs.items() if count == 1},
-        is_perplexity=record.metric == "perplexity",
-        score_range=find_metric_range(record),
+        is_perplexity=data.metric == "perplexity",
+        score_range=find_metric_range(data),
         problems=problems,
         search_errors={row.subject: row.regret for row in record.settings if row.regret is not None},
     )
@@ -196,9 +237,41 @@ def build_scale(record: SweepRecord, scores: ConfirmScores) -> Scale:
     return Scale(margin=parse_margin(record.margin), sign=sign, base=find_best("frozen"), full=find_best("full"))
 
 
-def find_metric_range(record: SweepRecord) -> tuple[float, float]:
-    """Returns the lowest and the highest possible value of the sweep's metric."""
+def find_metric_range(record: SweepRecord | RetainedRow) -> tuple[float, float]:
+    """Returns the lowest and the highest possible value of the metric of a sweep or of a retained data set."""
     if len(record.metric_range) != 2:
         return METRIC_RANGES.get(record.metric, UNBOUNDED)
     low, high = record.metric_range  # infinity was written as null
     return (low if is_number(low) else -math.inf, high if is_number(high) else math.inf)
+
+
+def compare_retained(
+    record: SweepRecord, folder: Path, evidence: Evidence, *, problems: list[str]
+) -> Iterator[RetainedChange]:
+    """Yields the change of each subject on each retained data set. The records of the confirm runs must be read.
+
+    Adds a sentence to `problems` for each score that can't be used.
+    """
+    base, confidence = evidence.base, evidence.confidence
+    margin = Margin(value=record.retain_margin, is_share_of_gain=False)
+    for row in record.retained if base else ():
+        assert base is not None
+        scores = read_confirm_scores(record, folder, retained=row)
+        problems += [problem for problem in scores.problems if problem not in problems]
+        scale = Scale(margin=margin, sign=get_sign(row.direction), base=base, full=None)
+        for subject in [setting.subject for setting in record.settings]:
+            # The numbers are about the confirmed setting itself, so the error of the search is not part of them.
+            pair = compare_pair(subject, base, scores, scale, of_best=False)
+            change, interval = scale.measure(scores, subject, base, confidence=confidence, of_best=False)
+            base_score = estimate_sum(scores, {base: 1.0})
+            if pair and change is not None and base_score:
+                yield RetainedChange(
+                    data=row.name,
+                    metric=row.metric,
+                    subject=subject,
+                    num_seeds=len(pair.advantage.seeds),
+                    base_score=base_score.value,
+                    change=change,
+                    interval=interval,
+                    verdict=judge_difference([pair], level=(1 - confidence) / 2),
+                )

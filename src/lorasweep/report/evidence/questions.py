@@ -104,7 +104,7 @@ class Scale:
         self, scores: ConfirmScores, subject: str, reference: str, *, margins: float, of_best: bool
     ) -> Estimate | None:
         """Returns by how much a subject is better than a reference, plus this number of margins."""
-        better = {reference: float(self.sign), subject: -float(self.sign)}
+        better = subtract({reference: float(self.sign)}, {subject: float(self.sign)}, 1.0)
         if self.is_share:  # also for no margin, so that all estimates are over the same seeds
             return estimate_sum(scores, subtract(better, self.gain, -margins * self.margin.value), of_best=of_best)
         return estimate_sum(scores, better, constant=margins * self.margin.value, of_best=of_best)
@@ -114,7 +114,7 @@ class Scale:
     ) -> tuple[float | None, Interval | None]:
         """Returns the quantity that is shown, `Answer.value`, with its interval."""
         if not self.is_share:
-            found = estimate_sum(scores, {subject: 1.0, reference: -1.0}, of_best=of_best)
+            found = estimate_sum(scores, subtract({subject: 1.0}, {reference: 1.0}, 1.0), of_best=of_best)
             return (found.value, found.find_interval(confidence)) if found else (None, None)
         # the share of full's gain is 1 + advantage over the reference / gain
         better = {reference: float(self.sign), subject: -float(self.sign)}
@@ -187,11 +187,11 @@ def _answer_chain(
         references = {name: [question.reference] for name in question.subjects}
     # values of one arm share a search, so an error of it moves them together
     of_best = not is_smallest
-    judge = _judge_sufficiency if is_smallest else _judge_difference
+    judge = _judge_sufficiency if is_smallest else judge_difference
     compared: dict[str, list[_Comparison]] = {}
     alone: dict[str, Verdict] = {}
     for subject, names in references.items():
-        found = [_compare(subject, name, scores, scale, of_best=of_best) for name in names]
+        found = [compare_pair(subject, name, scores, scale, of_best=of_best) for name in names]
         compared[subject] = [pair for pair in found if pair]
         alone[subject] = judge(compared[subject], level=level) if all(found) else "open"
     answers = []
@@ -221,7 +221,9 @@ def _answer_chain(
     return answers
 
 
-def _compare(subject: str, reference: str, scores: ConfirmScores, scale: Scale, *, of_best: bool) -> _Comparison | None:
+def compare_pair(
+    subject: str, reference: str, scores: ConfirmScores, scale: Scale, *, of_best: bool
+) -> _Comparison | None:
     """Returns a comparison on the seeds that all its subjects have; None if one has no scores."""
 
     def estimate(margins: float) -> Estimate | None:
@@ -292,7 +294,7 @@ def _explain_open(
     return replace(answer, open_because=f"no practical number of seeds or {examples} would settle it")
 
 
-def _judge_difference(found: Sequence[_Comparison], *, level: float) -> Verdict:
+def judge_difference(found: Sequence[_Comparison], *, level: float) -> Verdict:
     (pair,) = found
     is_not_worse = pair.plus_margin is not None and pair.plus_margin.p_positive < level
     is_not_better = pair.minus_margin is not None and pair.minus_margin.p_negative < level

@@ -1,4 +1,4 @@
-"""The figure of the confirm stage: test scores by value of an arm's `confirm_each` key, or by arm."""
+"""The figures of the confirm stage: test scores by value of an arm's `confirm_each` key, and what was forgotten."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
+from lorasweep.config.data import get_sign
+from lorasweep.record import RetainedRow
 from lorasweep.report.choice import choose_subject, format_arm_score
 from lorasweep.report.evidence.estimates import Interval
 from lorasweep.report.evidence.evidence import SubjectEvidence
@@ -140,3 +142,36 @@ def _find_band(data: SweepData) -> Interval | None:
     """Returns full's mean minus and plus the margin; None if either is not known."""
     full, margin = data.evidence.subject(data.evidence.full), data.evidence.margin
     return (full.mean - margin, full.mean + margin) if full and margin is not None else None
+
+
+def draw_retained(data: SweepData) -> Panel:
+    """Returns a figure for each retained data set: the gain of each subject on test data, and its loss on this data."""
+    text = (
+        "Each dot is a subject: to the right it learned more than the frozen base, upwards it forgot more. Bars are "
+        f"the {100 * data.evidence.confidence:.3g} % intervals of what was forgotten, on the same seeds and examples. "
+        "The band is the margin."
+    )
+    figures = tuple(_draw_data_set(row, data) for row in data.record.retained)
+    return Panel(key="retained", title="Learned and forgotten", text=text, figures=figures)
+
+
+def _draw_data_set(row: RetainedRow, data: SweepData) -> go.Figure:
+    base, colours, sign = data.evidence.base, choose_colours(data), get_sign(row.direction)
+    figure = build_figure(
+        data,
+        x_title=f"learned: gain of {format_metric(data.record.metric)} on test data",
+        y_title=f"forgotten: loss of {format_metric(row.metric)} on {row.name}",
+    )
+    changes = [change for change in data.retained if change.data == row.name]
+    margin = data.record.retain_margin
+    figure.add_hrect(y0=-margin, y1=margin, fillcolor=METHOD_COLOURS["frozen"], opacity=0.15, line_width=0)
+    for change in changes:
+        name, colour = change.subject, colours[change.subject]
+        gain = data.evidence.estimate_difference(name, base) if name != base else None
+        learned, forgotten = -data.sign * gain.value if gain else 0.0, sign * change.change
+        if change.interval:
+            ends = [sign * end for end in change.interval]
+            add_line(figure, [learned, learned], ends, colour, name, line={"width": 4}, opacity=0.6)
+        text = [escape(f"{name}: learned {learned:.4g}, forgotten {forgotten:.4g}")]
+        add_markers(figure, [learned], [forgotten], colour, name, text=text, size=11, showlegend=True)
+    return figure

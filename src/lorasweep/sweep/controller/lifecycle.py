@@ -18,6 +18,7 @@ from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import (
     SWEEP_FILE,
     ArmRow,
+    RetainedRow,
     SweepChange,
     SweepRecord,
     compute_sha256,
@@ -54,6 +55,7 @@ def create_sweep(
     path: Path,
     *,
     metric: ScoreMetric,
+    retained: Sequence[RetainedRow] = (),
     constant_answer: float | None = None,
     notes: Sequence[str] = (),
 ) -> SweepFolder:
@@ -63,6 +65,7 @@ def create_sweep(
         definition: The sweep.
         path: The new folder.
         metric: The metric that every arm is scored by.
+        retained: The data sets of `retain.data` with their metrics.
         constant_answer: The metric of the constant answer on validation data; None if there is none.
         notes: Sentences on how the data was made.
 
@@ -85,6 +88,8 @@ def create_sweep(
         looks=list(definition.sweep_config.confirm.list_looks()),
         confirm_seeds=draw_confirm_seeds(definition),
         margin=definition.sweep_config.confirm.margin,
+        retained=list(retained),
+        retain_margin=definition.sweep_config.retain.margin,
         notes=list(notes),
         warnings=find_warnings(definition),
         started_at=utc_now(),

@@ -28,6 +28,7 @@ from lorasweep.config.compose import (
     is_hydra_override,
     layer_settings,
 )
+from lorasweep.config.data import DataConfig
 from lorasweep.config.method import ALPHA_OVER_RANK, flatten_alpha_over_rank
 from lorasweep.config.ranges import is_number
 from lorasweep.config.run import METHODS_ON_QUANTISED_BASE, RunConfig
@@ -42,7 +43,7 @@ from lorasweep.sweep.definition.space import (
     parse_range,
 )
 from lorasweep.sweep.definition.sweep_file import ArmConfig, SweepFile, parse_file, read_content, require_folder_name
-from lorasweep.wording import nearest
+from lorasweep.wording import join_words, nearest
 
 DEFAULT_TRIALS = 16
 """Number of trials of an arm with a space, if neither sweep file nor command line sets it."""
@@ -83,7 +84,7 @@ class Arm:
 
     def compose(self, params: Mapping[str, Any]) -> RunConfig:
         """Returns the settings of a trial with these values of the swept keys."""
-        with name_arm_in_errors(self.name):
+        with name_in_errors(f"arm `{self.name}`"):
             return compose_run({**self.settings, **params, "trainer.progress": False})
 
     @cached_property
@@ -112,18 +113,20 @@ class Definition:
     raw: dict[str, Any]
     """The content of the sweep file (`file`) and the `overrides`. `restore_definition` composes the same sweep."""
     source: Path | None
+    retained: Mapping[str, DataConfig]
+    """The data sets of `retain.data` by name."""
 
     def find_arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
 
 
 @contextmanager
-def name_arm_in_errors(name: str) -> Iterator[None]:
-    """Puts the arm's name before the message of any ConfigError that is raised inside."""
+def name_in_errors(what: str) -> Iterator[None]:
+    """Puts a name, such as that of an arm, before the message of any ConfigError that is raised inside."""
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(f"arm `{name}`: {error}") from error
+        raise ConfigError(f"{what}: {error}") from error
 
 
 def read_definition(source: Path | Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = ()) -> Definition:
@@ -165,11 +168,12 @@ def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Defini
         )
     _check_subjects(arms)
     for arm in arms:  # they are compared, so they share the confirm stage
-        if arm.sweep_config.confirm != sweep_config.confirm:
-            raise ConfigError(
-                f"`confirm` must be the same for all arms, because they are compared, but arm `{arm.name}` changes it. "
-                "Set it once for the whole sweep."
-            )
+        for group in ("confirm", "retain"):
+            if getattr(arm.sweep_config, group) != getattr(sweep_config, group):
+                raise ConfigError(
+                    f"`{group}` must be the same for all arms, because they are compared, but arm `{arm.name}` changes "
+                    "it. Set it once for the whole sweep."
+                )
     return Definition(
         name=file.name,
         description=file.description,
@@ -177,7 +181,34 @@ def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Defini
         sweep_config=sweep_config,
         raw={"file": raw["file"], "overrides": dict(raw["overrides"])},
         source=source,
+        retained=_compose_retained(sweep_config, arms),
     )
+
+
+def _compose_retained(config: SweepConfig, arms: Sequence[Arm]) -> dict[str, DataConfig]:
+    """Returns the data sets of `retain.data` by name."""
+    frozen = [arm for arm in arms if arm.corner_configs[0].method.name == "frozen"]
+    if config.retain.data and not (frozen and config.confirm.list_looks()):
+        raise ConfigError(
+            "`retain.data` must be empty without a confirm stage and an arm with `method=frozen`, which are compared, "
+            f"but names {join_words(list(config.retain.data))}. Write `confirm.seeds=auto` and "
+            "`arms.frozen={settings: {method: frozen}}`, or `retain.data={}`."
+        )
+    if config.retain.data and any(arm.corner_configs[0].module is not None for arm in arms):
+        raise ConfigError(
+            "`retain.data` must be empty with your own LightningModule, which scores its own data alone, but names "
+            f"{join_words(list(config.retain.data))}."
+        )
+    retained: dict[str, DataConfig] = {}
+    for name, chosen in config.retain.data.items():
+        require_folder_name("a name in `retain.data`", name)
+        typed = {"data": chosen} if isinstance(chosen, str) else chosen
+        with name_in_errors(f"`retain.data.{name}`"):
+            if others := [key for key in typed if key.split(".")[0] != "data"]:
+                raise ConfigError(f"its settings must be `data` or begin with `data.`, but got `{others[0]}`.")
+            model = {key: value for key, value in frozen[0].settings.items() if key.split(".")[0] != "data"}
+            retained[name] = compose_run({**model, **typed}).data
+    return retained
 
 
 def describe_definition(definition: Definition) -> str:
@@ -238,7 +269,7 @@ def _choose_overrides(name: str, config: ArmConfig, file: SweepFile, overrides: 
     for_all = {key: value for key, value in overrides.items() if not key.startswith("arms.")}
     layers = [file.settings, config.settings, _without_ranges(for_all), _without_ranges(_strip(name, own))]
     options = {key: value for key, value in layer_settings(*layers).items() if key in default_options("train")}
-    with name_arm_in_errors(name):
+    with name_in_errors(f"arm `{name}`"):
         method = compose_values("train", options, require_all=False)["method"]
     chosen = {
         key: value
@@ -253,7 +284,7 @@ def _build_arm(name: str, config: ArmConfig, file: SweepFile, overrides: Mapping
     require_folder_name("an arm's name", name)
     if name.endswith(CONFIRM_ENDING):
         raise ConfigError(f"an arm's name must not end in `{CONFIRM_ENDING}`, but got {name!r}. Rename the arm.")
-    with name_arm_in_errors(name):
+    with name_in_errors(f"arm `{name}`"):
         typed = [{k: v for k, v in overrides.items() if not k.startswith("arms.")}, _strip(name, overrides)]
         confirm_each = typed[1].pop("confirm_each", config.confirm_each)
         if "trials" in typed[1]:

@@ -148,7 +148,9 @@ class Worker:
 
     def _score(self, assignment: Assignment) -> RunRecord:
         inputs = self.inputs_cache.load(assignment.config)
-        record = score_run(assignment.run_folder.path, inputs=inputs)
+        others = self.definition.retained.items()
+        retained = {name: self.inputs_cache.load_splits(data, assignment.config) for name, data in others}
+        record = score_run(assignment.run_folder.path, inputs=inputs, retained=retained)
         self.controller.note(inputs.splits.test().notes)
         return record
 

@@ -1,0 +1,126 @@
+"""What was forgotten: changes on retained data sets against the frozen base, in every output."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorasweep.record import RETAINED_SCORES_FILE, RetainedRow, read_run, read_sweep, write_record
+from lorasweep.report import render_terminal, write_report
+from lorasweep.report.figures import draw_panels
+from lorasweep.report.sweep_data import load_sweep_data
+
+from .conftest import edit_json
+
+BASE = 1.5
+
+
+def retain(folder: Path, forgotten: dict[str, float], **row: Any) -> Path:
+    """Adds scores on a retained data set to a confirmed sweep: the base's score, plus what each subject forgot.
+
+    Both of its test examples change alike, and seeds by at most 0.001.
+    """
+    record = read_sweep(folder)
+    row = {
+        "name": "code",
+        "metric": "bits_per_byte",
+        "direction": "minimize",
+        "metric_range": [0.0, float("inf")],
+    } | row
+    record.retained = [RetainedRow(**row)]
+    for run in record.confirm:
+        of_run = read_run(folder / run.run)
+        score = BASE + forgotten[run.subject] + (0 if run.subject == "frozen" else 0.0005 * (-1) ** (run.seed or 0))
+        of_run.retained = {"code": {row["metric"]: score}}
+        lines = [f"{n},{score + (-1) ** n!r},1.0,document {n}" for n in range(2)]
+        path = folder / run.run / RETAINED_SCORES_FILE.format("code")
+        path.write_text("\n".join(["row,score,weight,group", *lines, ""]))
+        write_record(of_run, folder / run.run)
+    write_record(record, folder)
+    return folder
+
+
+FORGOTTEN = {"frozen": 0.0, "full": 0.3, "lora": 0.004}
+
+
+def find(folder: Path) -> dict[str, Any]:
+    return {change.subject: change for change in load_sweep_data(folder).retained}
+
+
+def test_the_frozen_base_is_exactly_0_and_others_are_judged_by_the_margin(confirmed: Path) -> None:
+    found = find(retain(confirmed, FORGOTTEN))
+    assert (found["frozen"].change, found["frozen"].interval, found["frozen"].verdict) == (0, (0, 0), "equivalent")
+    assert {name: change.verdict for name, change in found.items()} | {"frozen": None} == {
+        "frozen": None,
+        "full": "worse",
+        "lora": "equivalent",
+    }
+    assert found["full"].change == pytest.approx(0.3, abs=0.0005)
+    low, high = found["full"].interval
+    assert low < found["full"].change < high
+    assert high - low < 0.01  # the difference of the two examples is that of the base too
+    assert found["full"].base_score == BASE
+    assert (found["frozen"].num_seeds, found["full"].num_seeds) == (5, 5)
+
+
+def test_the_direction_is_that_of_the_data(confirmed: Path) -> None:
+    folder = retain(confirmed, FORGOTTEN, metric="score", direction="maximize", metric_range=[0.0, 2.0])
+    assert find(folder)["full"].verdict == "better"
+    assert find(retain(confirmed, {**FORGOTTEN, "full": -0.3}, metric="score", direction="maximize"))[
+        "full"
+    ].verdict == ("worse")
+
+
+def test_one_seed_or_a_missing_score_is_no_verdict(confirmed: Path) -> None:
+    folder = retain(confirmed, FORGOTTEN)
+    runs = [run for run in read_sweep(folder).confirm if run.subject == "lora"]
+    for run in runs[1:]:
+        edit_json(folder / run.run / "run.json", lambda raw: raw.update(retained={}))
+    data = load_sweep_data(folder)
+    change = next(one for one in data.retained if one.subject == "lora")
+    assert (change.num_seeds, change.verdict) == (1, "open")
+    assert f"`{runs[1].run}` has no score on `code`." in data.problems
+
+
+def test_every_output_has_it(confirmed: Path) -> None:
+    folder = retain(confirmed, FORGOTTEN)
+    summary = write_report(folder)
+    with (folder / "report" / "retained.csv").open() as file:
+        rows = {row["subject"]: row for row in csv.DictReader(file)}
+    assert {*rows} == {"frozen", "full", "lora"}
+    assert (rows["full"]["data"], rows["full"]["metric"], rows["full"]["verdict"]) == ("code", "bits_per_byte", "worse")
+    assert float(rows["full"]["low"]) < float(rows["full"]["change"]) < float(rows["full"]["high"])
+    stored = json.loads((folder / "report" / "summary.json").read_text())["retained"]
+    assert {row["subject"]: row["change"] for row in stored} == {n: float(row["change"]) for n, row in rows.items()}
+    line = summary.answers[-1]
+    assert line.question == "What was forgotten of code?"
+    assert line.is_settled
+    assert "(worse)" in line.text
+    assert "(no more forgotten than 0.01)" in line.text
+    assert "`frozen` 0" not in line.text
+    page = (folder / "report" / "index.html").read_text()
+    assert "full: forgotten of code" in page
+    assert "Learned and forgotten" in page
+    assert render_terminal(folder)
+
+
+def test_the_figure_has_what_was_learned_against_what_was_forgotten(confirmed: Path) -> None:
+    data = load_sweep_data(retain(confirmed, FORGOTTEN))
+    panel = next(panel for panel in draw_panels(data) if panel.key == "retained")
+    dots = {trace.name: (trace.x[0], trace.y[0]) for trace in panel.figures[0].data if trace.mode == "markers"}
+    means = {one.name: one.mean for one in data.evidence.subjects}
+    assert dots["frozen"] == (0, 0)
+    for name in ("full", "lora"):
+        learned, forgotten = means["frozen"] - means[name], FORGOTTEN[name]
+        assert dots[name] == pytest.approx((learned, forgotten), abs=0.001)
+
+
+def test_a_sweep_without_retained_data_says_nothing_of_it(confirmed: Path) -> None:
+    summary = write_report(confirmed)
+    assert len(summary.answers) == 3
+    assert "retained" not in {panel.key for panel in draw_panels(summary.data)}
+    assert not (confirmed / "report" / "retained.csv").exists()
