@@ -139,7 +139,7 @@ def test_a_killed_sweep_is_resumed_to_the_last_bit(tmp_path, file, once, begin, 
 
 def test_a_trial_that_was_paused_and_resumed_ends_as_one_that_was_never_paused(tmp_path, file, finish):
     words = ["worker.pack_size=1", "sampler=qmc", "confirm.seeds=0", "arms.full.trials=1"]  # it proposes the same
-    finish("sweep", str(file), *words, "sweep.output=halved")
+    finish("sweep", str(file), *words, "pruner.rungs=[0.25,0.5]", "sweep.output=halved")
     finish("sweep", str(file), *words, "sweep.output=all", "pruner=none")
     halved, whole = tmp_path / "halved", tmp_path / "all"
     assert count_promoted(halved) > 0
