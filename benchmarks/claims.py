@@ -115,7 +115,7 @@ GOOD, BAD = ("equivalent", "better", "not worse"), ("worse",)
 STATEMENTS = (
     Claim(
         statement="LoRA reaches full fine-tuning with a small share of the parameters.",
-        test="On far data, rank 32 or lower is equivalent to full fine-tuning or better.",
+        test="On far data, rank 32 is equivalent to full fine-tuning, not worse, or better.",
         results=("ladder-far",),
         judge=lambda of: agree([find(of[0], FULL, "lora-rank-32")], yes=GOOD, no=BAD),
     ),
