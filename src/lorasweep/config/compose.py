@@ -128,7 +128,7 @@ def space_evaluations(steps: Any) -> int:
         return 1
     longest = min(steps / 2, MAX_EVALUATION_SPACE)
     divisors = [n for n in range(math.ceil(longest / 5), int(longest) + 1) if steps % n == 0]
-    # The second number is how far the nearest evaluation is from half of the run, in evaluations.
+    # An even number of evaluations has one at half; with an odd number, short intervals come nearest to it.
     return max(divisors, key=lambda n: (-(steps // n % 2) * n, n), default=math.ceil(longest))
 
 

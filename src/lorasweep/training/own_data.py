@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves  # see lora.fully_trained
 from torch.utils.data import DataLoader
 
 from lorasweep.config.components import Component, instantiate

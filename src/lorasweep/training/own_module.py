@@ -14,7 +14,7 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves  # see lora.fully_trained
 
 from lorasweep.config.components import instantiate
 from lorasweep.config.run import RunConfig

@@ -44,7 +44,7 @@ def draw_confirm_seeds(definition: Definition) -> list[int]:
 
 
 def has_fixed_score(arm: Arm) -> bool:
-    """Returns whether the seed makes no difference to an arm: the frozen base, unless a classifier's head is new."""
+    """Returns whether the seed surely makes no difference to an arm: the frozen base, unless it may have a new head."""
     config = arm.corner_configs[0]
     return config.method.name == "frozen" and config.model.kind != "classifier"
 
