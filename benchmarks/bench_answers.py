@@ -1,6 +1,6 @@
 """Replays whole sweeps on stored complete runs, from the search to the verdicts, and counts wrong and open answers.
 
-    python benchmarks/bench_answers.py [--replays 500] [--tasks stdlib_docs ...] [--json] [--details]
+    python benchmarks/bench_answers.py [--replays 500] [--tasks stdlib_docs ...] [--quarter] [--json] [--details]
 
 Tables (`benchmarks/answers/`, made by `record_answers.py`): LoRA at ranks × learning rates and full fine-tuning at
 learning rates, each on several seeds, with validation curves and the score of each test document or example. Between
@@ -8,7 +8,8 @@ two stored rates, scores are interpolated (modified Akima splines in the logarit
 
 A replay draws a seed for the search, seeds for the confirm stage and test documents (or examples), all with
 replacement. The search proposes with the product's `propose` (a pack of all trials that may begin), stops at the
-default rungs, and predicts with the product's `predict_best`; the confirm stage asks `answer_questions` at
+default rungs, and predicts with the product's `predict_best` (with `--quarter` on runs of a quarter of the steps, whose
+best rates are carried over as with `search.steps_fraction`); the confirm stage asks `answer_questions` at
 each look. Truth is the mean over all seeds and documents, at the rate whose mean is best. The truth of a rank is
 decidable if its share of full's gain is within half a margin of 1 or at least two margins away; likewise for the
 smallest rank.
@@ -45,6 +46,7 @@ from scipy.interpolate import Akima1DInterpolator
 
 from lorasweep.config.compose import compose_sweep
 from lorasweep.config.data import Direction
+from lorasweep.config.run import STEPS_KEY
 from lorasweep.config.sweep import HalvingPruner, parse_margin
 from lorasweep.record import Question, Trial
 from lorasweep.report.evidence.questions import Answer, Scale, answer_questions
@@ -52,6 +54,7 @@ from lorasweep.report.evidence.scores import ConfirmScores
 from lorasweep.sweep.controller.history import History
 from lorasweep.sweep.controller.predictions import predict_best
 from lorasweep.sweep.controller.proposals import propose
+from lorasweep.sweep.controller.rate_powers import scale_rate
 from lorasweep.sweep.controller.stopping_rules import Halving
 from lorasweep.sweep.definition.arms import Arm
 
@@ -162,10 +165,10 @@ def list_tasks() -> list[str]:
     return sorted((task for task, num in seeds.items() if num >= MIN_SEEDS), reverse=True)
 
 
-def read_table(task: str) -> Table:
-    about = json.loads((FOLDER / f"{task}.json").read_text())
+def read_table(task: str, folder: Path = FOLDER) -> Table:
+    about = json.loads((folder / f"{task}.json").read_text())
     runs, frozen = {}, {}
-    for path in sorted(FOLDER.glob(f"{task}_seed*.csv")):
+    for path in sorted(folder.glob(f"{task}_seed*.csv")):
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
                 digits = not about["groups"]
@@ -221,9 +224,9 @@ class Search:
     steps: int
 
 
-def run_search(arm: Arm, table: Table, *, seed: int, num_evaluations: int) -> Search:
+def run_search(arm: Arm, table: Table, *, seed: int) -> Search:
     """Replays the search of an arm: half of the trials, their first rung, the other half, then the later rungs."""
-    direction = "minimize" if table.sign == 1 else "maximize"
+    direction, num_evaluations = "minimize" if table.sign == 1 else "maximize", table.num_evaluations
     pruner = arm.sweep_config.pruner
     assert isinstance(pruner, HalvingPruner)
     rungs = sorted({max(1, round(fraction * num_evaluations)) for fraction in pruner.rungs})
@@ -306,20 +309,28 @@ QUESTIONS = [
 ]
 
 
-def replay_sweep(table: Table, arms: Mapping[str, Arm], *, number: int, looks: Sequence[int]) -> Outcome:
-    """Returns the outcome of one sweep with its own draw of seeds and test groups."""
+def replay_sweep(
+    table: Table, searched: Table, arms: Mapping[str, Arm], *, number: int, looks: Sequence[int]
+) -> Outcome:
+    """Returns the outcome of one sweep with its own draw of seeds and test groups; the search uses its own table."""
     rng = np.random.default_rng(number)
-    num_evaluations = table.num_evaluations
-    search_seed = int(rng.choice(table.seeds))
+    search_seed = int(rng.choice(searched.seeds))
+
+    def carry_over(rate: float, method: str) -> float:
+        if searched is not table:
+            rate = scale_rate(rate, method, {STEPS_KEY: table.num_steps / searched.num_steps})[0]
+        rates = table.rates[0 if method == "full" else RANKS[0]]
+        return min(max(rate, rates[0]), rates[-1])
+
     seeds = [int(seed) for seed in rng.choice(table.seeds, size=max(looks))]
     groups = rng.integers(len(table.shares), size=len(table.shares))
     shares = table.shares[groups] / table.shares[groups].sum()
     arm = with_seed(arms["lora"], number)
-    found = run_search(arm, table, seed=search_seed, num_evaluations=num_evaluations)
-    full = run_search(with_seed(arms["full"], number), table, seed=search_seed, num_evaluations=num_evaluations)
+    found = run_search(arm, searched, seed=search_seed)
+    full = run_search(with_seed(arms["full"], number), searched, seed=search_seed)
     complete = [trial for trial in full.trials if trial.state == "complete"]
     winner = min(complete, key=lambda trial: table.sign * (trial.value or 0.0))
-    full_rate = winner.params[LR]
+    full_rate = carry_over(winner.params[LR], "full")
     direction: Direction = "minimize" if table.sign == 1 else "maximize"
     predicted = predict_best(arms["full"], full.trials, direction=direction, fixed={}, chosen=winner.params)
     assert predicted is not None
@@ -327,7 +338,7 @@ def replay_sweep(table: Table, arms: Mapping[str, Arm], *, number: int, looks: S
     for rank in RANKS:
         prediction = predict_best(arm, found.trials, direction=direction, fixed={RANK: rank})
         assert prediction is not None
-        rates[rank] = prediction.params[LR]
+        rates[rank] = carry_over(prediction.params[LR], "lora")
         errors[f"lora-rank-{rank}"] = prediction.regret
     scale = Scale(margin=parse_margin("5%"), sign=table.sign, base="frozen", full="full")
     values: dict[str, dict[int, Array]] = {"frozen": {}, "full": {}, **{f"lora-rank-{rank}": {} for rank in RANKS}}
@@ -512,6 +523,7 @@ def main() -> None:
         metavar=("TODAY", "TUNED", "OURS"),
         help="seconds of a trial-step with its share of evaluations, as bench_today.py measures them",
     )
+    parser.add_argument("--quarter", action="store_true", help="search with a quarter of the steps")
     parser.add_argument("--json", action="store_true", help="print JSON only")
     parser.add_argument("--details", action="store_true", help="print how often each verdict was given")
     args = parser.parse_args()
@@ -521,8 +533,9 @@ def main() -> None:
     for task in args.tasks or list_tasks():
         table = read_table(task)
         truth = find_truth(table)
-        arms = {method: build_arm(table, method, trials=args.trials) for method in ("lora", "full")}
-        outcomes = [replay_sweep(table, arms, number=number, looks=looks) for number in range(args.replays)]
+        searched = read_table(task, FOLDER / "quarter") if args.quarter else table
+        arms = {method: build_arm(searched, method, trials=args.trials) for method in ("lora", "full")}
+        outcomes = [replay_sweep(table, searched, arms, number=number, looks=looks) for number in range(args.replays)]
         results[task] = summarize(outcomes, truth)
         if args.seconds:
             times[task] = measure_time_to_answer(table, outcomes, args.seconds, replays=min(args.replays, 100))

@@ -45,15 +45,15 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model() -> LlamaForCausalLM:
-    """Returns the untrained network: Llama architecture, 4 layers of width 160, tied embeddings, 1.28 M parameters."""
+def build_model(width: int) -> LlamaForCausalLM:
+    """Returns the untrained network: Llama architecture, 4 layers, tied embeddings; 1.28 M parameters at width 160."""
     config = LlamaConfig(
         vocab_size=257,
-        hidden_size=160,
-        intermediate_size=432,
+        hidden_size=width,
+        intermediate_size=width * 27 // 10,
         num_hidden_layers=4,
-        num_attention_heads=5,
-        num_key_value_heads=5,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 32,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         bos_token_id=END_OF_TEXT,
@@ -142,6 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--steps", type=int, default=9_000)
+    parser.add_argument("--width", type=int, default=160, help="a multiple of 32")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences of 512 bytes per step")
     parser.add_argument("--lr", type=float, default=1.2e-2)
     arguments = parser.parse_args()
@@ -152,7 +153,7 @@ def main() -> None:
     held_out = encode(read_code("validation") + read_code("test"))
     fingerprint = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
     print(f"pre-training on {len(tokens):,} bytes of {len(documents)} modules, fingerprint {fingerprint}", flush=True)
-    model = build_model()
+    model = build_model(arguments.width)
     pretrain(model, tokens, held_out, steps=arguments.steps, batch_size=arguments.batch_size, lr=arguments.lr)
     model.bfloat16().save_pretrained(arguments.out)
     build_tokenizer().save_pretrained(arguments.out)

@@ -1,13 +1,13 @@
 """Records complete runs with test scores, on which `bench_answers.py` replays whole sweeps up to their verdicts.
 
-    python benchmarks/record_answers.py --task stdlib_docs --seed 0 [key=value ...]
+    python benchmarks/record_answers.py --task stdlib_docs --seed 0 [--quarter] [key=value ...]
 
 Trains LoRA at every rank × learning rate of a grid and full fine-tuning at every learning rate, with one seed, and
 scores the frozen base. Each run goes to its end without a stopping rule; the weights of its best evaluation on
 validation data are scored on test data, as the product does. Writes benchmarks/answers/TASK_seedN.csv with one row per
 run. `values` and `losses` have the metric and the loss on validation data at each evaluation. `test` has the mean test
-score of each group of examples (a document), in the order of TASK.json, or one digit per example. A file that exists is
-left as it is.
+score of each group of examples (a document), in the order of TASK.json, or one digit per example. With `--quarter`,
+runs have a quarter of the steps and go to benchmarks/answers/quarter. A file that exists is left as it is.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import csv
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,12 @@ TASKS = {
         full_lr_low=1e-5,
     ),
 }
+
+
+def take_quarter(task: AnswerTask) -> AnswerTask:
+    """Returns the task with runs of a quarter of the steps, which are evaluated three times."""
+    steps = task.settings["trainer.max_steps"] // 4
+    return replace(task, settings={**task.settings, "trainer.max_steps": steps, "trainer.eval_every_steps": steps // 3})
 
 
 def record(task: AnswerTask, *, seed: int, overrides: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -225,16 +231,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", required=True, choices=TASKS)
     parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--quarter", action="store_true", help="runs of a quarter of the steps")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as data.train=train.tsv")
     args = parser.parse_args()
-    path = FOLDER / f"{args.task}_seed{args.seed}.csv"
+    task, folder = TASKS[args.task], FOLDER
+    if args.quarter:
+        task, folder = take_quarter(task), FOLDER / "quarter"
+    path = folder / f"{args.task}_seed{args.seed}.csv"
     if path.exists():
         return
     began = time.monotonic()
     overrides = {key: yaml.safe_load(value) for key, value in (item.split("=", 1) for item in args.overrides)}
-    rows, groups = record(TASKS[args.task], seed=args.seed, overrides=overrides)
-    FOLDER.mkdir(exist_ok=True)
-    (FOLDER / f"{args.task}.json").write_text(json.dumps(groups, indent=1) + "\n")
+    rows, groups = record(task, seed=args.seed, overrides=overrides)
+    folder.mkdir(exist_ok=True)
+    (folder / f"{args.task}.json").write_text(json.dumps(groups, indent=1) + "\n")
     with path.with_suffix(".part").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()

@@ -188,10 +188,7 @@ class LoraPack:
         methods = [add_head_to_modules_to_save(_lora(config), inputs.base.new_head_names) for config in configs]
         inject_packed_lora(self.model, methods, generators=generators, prepare_copy=start)
         self.model.train()
-        heads = inputs.base.new_head_names
-        self.optimizers = [
-            SlotOptimizer(slot_model(self.model, slot), config, head_names=heads) for slot, config in enumerate(configs)
-        ]
+        self.optimizers = [SlotOptimizer(slot_model(self.model, slot), config) for slot, config in enumerate(configs)]
         self.streams = [torch.Generator().manual_seed(seeds.dropout) for _ in configs]
         set_dropout_streams(self.model, self.streams)
         self.order = _order(configs[0], inputs)

@@ -109,6 +109,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_overrides(plan_parser, "NAME|FILE key=value", "as in sweep")
     compare_parser = add(compare, "write and show the report of finished or running sweeps again")
     compare_parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders of sweeps")
+    transfer_parser = add(transfer, "predict the learning rate of longer runs from a sweep, and test it")
+    transfer_parser.add_argument("source", type=Path, metavar="SWEEP[/ARM]", help="folder of a complete sweep")
+    add_overrides(transfer_parser, "key=value", "what changes, such as trainer.max_steps=800")
     judge_parser = add(judge, "give verdicts on scores of runs that were trained elsewhere")
     judge_parser.add_argument("scores", type=Path, metavar="FILE.csv|DIR", help="scores with arm, seed and score")
     judge_parser.add_argument("--metric", required=True, help="name of the score, such as accuracy or TASK/acc")
@@ -297,6 +300,23 @@ def compare(arguments: argparse.Namespace) -> int:
     for result in results:
         write_report(result.folder)
     return _show_reports(results, verbose=arguments.verbose)
+
+
+def transfer(arguments: argparse.Namespace) -> int:
+    """Predicts the learning rate for changed settings of a sweep, and trains it beside half and twice of it."""
+    with quick_imports():
+        from lorasweep import api
+        from lorasweep.config.command_line import parse_overrides
+        from lorasweep.sweep.transfer import judge_transfer, plan_transfer
+
+    planned = plan_transfer(arguments.source, parse_overrides(arguments.overrides))
+    say(planned.describe())
+    result = api.run_sweep(planned.content)
+    if result.status != "complete":
+        return _say_how_to_resume(result)
+    shown = _show_sweep(result, verbose=False)
+    say(judge_transfer(result.folder))
+    return shown
 
 
 def judge(arguments: argparse.Namespace) -> int:

@@ -21,7 +21,7 @@ from lorasweep.sweep.status import read_status, render_status
 def arm(name, *, method="lora", trials=4):
     steps = 0 if method == "frozen" else 8
     given = {"settings": {}, "space": {}, "sampler": "tpe", "pruner": "none"}
-    return ArmRow(name=name, method=method, trials=trials, steps=steps, **given)
+    return ArmRow(name=name, method=method, trials=trials, steps=steps, search_steps=steps, **given)
 
 
 def trial(number, state, value=None, *, arm="lora"):

@@ -185,6 +185,15 @@ class SweepSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SearchConfig(Settings):
+    """How the trials of the search differ from the runs of the confirm stage."""
+
+    steps_fraction: Annotated[float, Field(gt=0, le=1)]
+    """Fraction of `trainer.max_steps` that a trial trains. The confirm stage trains all steps, with the learning rate
+    that follows from the trials' best by the measured power of the steps (docs/transfer.md)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Margin:
     """The smallest difference between two arms that matters."""
 
@@ -268,5 +277,6 @@ class SweepConfig(Settings):
     pruner: PrunerConfig
     worker: WorkerConfig
     sweep: SweepSettings
+    search: SearchConfig
     confirm: ConfirmConfig
     retain: RetainConfig

@@ -86,6 +86,8 @@ class ArmRow:
     """Number of trials that the user asked for."""
     steps: Count = 0
     """Optimizer steps of a complete run, unless `trainer.max_steps` is swept."""
+    search_steps: Count = 0
+    """Optimizer steps of a complete trial: fewer if the search has a `search.steps_fraction`."""
     settings: dict[str, Any]
     """Dotted keys and values that differ from the defaults."""
     space: dict[str, Any]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.config.method import ALPHA_OVER_RANK
-from lorasweep.config.run import ALPHA, LR, RANK
+from lorasweep.config.run import ALPHA, LR, RANK, STEPS_KEY
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import SWEEP_FILE, Trial
 from lorasweep.report.choice import Choice, choose_arm, choose_subject, find_best_arm, format_arm_score
@@ -23,9 +23,8 @@ from lorasweep.wording import (
     short_key,
 )
 
-STEPS = "trainer.max_steps"
 TRAIN_EXAMPLES = "data.max_train_examples"
-SETTING_NAMES = {"method.name": "method", RANK: "rank", ALPHA: "α", LR: "learning rate", STEPS: "steps"}
+SETTING_NAMES = {"method.name": "method", RANK: "rank", ALPHA: "α", LR: "learning rate", STEPS_KEY: "steps"}
 """The settings that the recommendation shows first, with their names."""
 METHOD_NAMES = {"lora": "LoRA", "full": "full fine-tuning"}
 
@@ -62,13 +61,13 @@ def recommend(data: SweepData) -> list[Recommendation]:
     return [one for one in found if one is not None]
 
 
-def read_recommended(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_recommended(source: Path, *, key: str = "--from") -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the recommended settings of a sweep, and the `origin` that the record of a run with them names.
 
-    The settings use all training data, even if the sweep used only a part. Argument and errors as in
+    The settings use all training data, even if the sweep used only a part. Arguments and errors as in
     `find_recommended`.
     """
-    folder, data, arm, trial = find_recommended(source, key="--from")
+    folder, data, arm, trial = find_recommended(source, key=key)
     settings = _list_overrides(arm, trial)
     settings = {key: None if key == TRAIN_EXAMPLES else value for key, value in settings.items()}
     number = None if trial.is_predicted else trial.number
@@ -133,7 +132,7 @@ def _list_overrides(arm: ArmData, trial: Trial) -> dict[str, Any]:
     """Returns the settings of a trial by dotted key, for `lorasweep train`."""
     settings = {key: value for key, value in arm.row.settings.items() if key not in ("output", ALPHA_OVER_RANK)}
     settings |= {key: value for key, value in trial.params.items() if key != ALPHA_OVER_RANK}
-    exact = (STEPS, LR, *((RANK, ALPHA) if arm.row.method == "lora" else ()))
+    exact = (STEPS_KEY, LR, *((RANK, ALPHA) if arm.row.method == "lora" else ()))
     # These are listed even if they have default values, so that a change of a default has no effect.
     return settings | {key: value for key in exact if (value := trial.setting(key)) is not None}
 

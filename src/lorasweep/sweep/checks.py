@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from lorasweep.config.data import MetricComponent, ScoreMetric
+from lorasweep.config.run import STEPS_KEY
 from lorasweep.errors import ConfigError
 from lorasweep.record import RetainedRow
 from lorasweep.sweep.controller.history import History
@@ -17,7 +18,6 @@ from lorasweep.sweep.workers.train import check_workers
 from lorasweep.training.inputs import InputsCache, check_batch_memory
 from lorasweep.training.module import check_run
 
-STEPS_KEY = "trainer.max_steps"
 MIN_STEPS, MAX_STEPS = 60, 900
 """Bounds of the steps that `sweep.epochs` sets: with fewer, a learning rate has no time to show whether it is good, and
 a sweep trains dozens of runs."""

@@ -17,6 +17,7 @@ import yaml
 
 from lorasweep.config.compose import compose_run
 from lorasweep.config.data import TableConfig
+from lorasweep.config.run import STEPS_KEY
 from lorasweep.data.reading.conversations import KNOWN_COLUMNS
 from lorasweep.data.reading.tables import (
     DEFAULT_DIALECTS,
@@ -29,7 +30,7 @@ from lorasweep.data.reading.tables import (
     refuse_unreadable,
 )
 from lorasweep.errors import ConfigError
-from lorasweep.sweep.checks import MAX_STEPS, STEPS_KEY, count_steps
+from lorasweep.sweep.checks import MAX_STEPS, count_steps
 from lorasweep.sweep.definition.arms import SWEEP_GROUPS, Definition, is_range, read_definition
 from lorasweep.sweep.definition.sweep_file import MAX_NAME_CHARACTERS
 from lorasweep.training.inputs import RunInputs, build_inputs

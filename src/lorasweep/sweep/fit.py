@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from lorasweep.config.compose import space_evaluations
+from lorasweep.config.run import STEPS_KEY
 from lorasweep.errors import ConfigError
-from lorasweep.sweep.checks import MIN_STEPS, STEPS_KEY
+from lorasweep.sweep.checks import MIN_STEPS
 from lorasweep.sweep.definition.arms import Definition, restore_definition
 from lorasweep.sweep.definition.seeds import count_confirm_runs
 from lorasweep.sweep.plan import GroupPlan, plan_sweep

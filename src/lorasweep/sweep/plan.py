@@ -85,9 +85,11 @@ class GroupPlan:
     """Trained parameters of the runs of each arm, by name of the arm and rank or dimension (such as `rank 4`)."""
 
     def estimate_search(self) -> TimeRange:
-        parts = [part for arm in self.arms for part in list_parts(arm)]
+        parts = [part for arm in self.arms for part in list_parts(arm.searched)]
         low = sum(part.trials / self.slots * self._train(part.start, part.stop) for part in parts)
-        return TimeRange(low, self.estimate_runs(sum(arm.trials for arm in self.arms)))
+        steps = self.arms[0].searched.corner_configs[0].num_steps
+        rounds = math.ceil(sum(arm.trials for arm in self.arms) / self.slots)
+        return TimeRange(low, rounds * self._train(0, steps))
 
     def estimate_runs(self, num_runs: int) -> float:
         """Returns the seconds of runs from their first to their last step."""
@@ -279,7 +281,10 @@ def render_plan(definition: Definition, groups: Sequence[GroupPlan]) -> Renderab
         table.add_row(
             escape(arm.name),
             " + ".join(map(str, filter(None, (arm.trials, confirm_runs[arm.name])))),
-            format_count(runs * count_tokens(config)),
+            format_count(
+                arm.trials * count_tokens(arm.searched.corner_configs[0])
+                + confirm_runs[arm.name] * count_tokens(config)
+            ),
             "≤ " * (len(sizes) > 1) + format_count(max(sizes.values())),
             str(group.slots),
             format_bytes(group.record.peak_memory_bytes),

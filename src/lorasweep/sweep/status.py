@@ -78,6 +78,8 @@ class ArmStatus:
     name: str
     steps: int
     """Optimizer steps of a complete run; 0 if nothing trains."""
+    search_steps: int
+    """Those of a complete trial."""
     step_s: float
     """Seconds of a step in the arm's last runs; in a pack, a run's share of them. 0 before a run has ended."""
     search: StageStatus
@@ -121,7 +123,10 @@ class SweepStatus:
         done = scoring_s + sum(arm.step_s * run.step for arm, stage in stages for run in stage.runs)
         if not done:
             return None
-        due = sum(arm.step_s * stage.estimate_steps_left(arm.steps) for arm, stage in stages)
+        due = sum(
+            arm.step_s * stage.estimate_steps_left(arm.search_steps if stage is arm.search else arm.steps)
+            for arm, stage in stages
+        )
         due += score_s * sum(arm.confirm.asked - arm.confirm.done for arm in self.arms)
         later = sum(
             (arm.step_s * arm.steps + score_s) * (arm.max_confirm_runs - arm.confirm.asked) for arm in self.arms
@@ -185,13 +190,14 @@ def _describe_time_left(status: SweepStatus) -> str:
 
 
 def _describe_running_trials(record: SweepRecord) -> Iterator[str]:
-    steps_of = {arm.name: arm.steps for arm in record.arms}
+    steps_of = {(arm.name, "search"): arm.search_steps for arm in record.arms}
+    steps_of |= {(arm.name, "confirm"): arm.steps for arm in record.arms}
     running = [row for row in (*record.trials, *record.confirm) if row.state == "running"]
     if record.confirm:
         yield f"confirm: {describe_confirmation(record.looks)}"
     for row in running[:MAX_SHOWN_RUNS]:
         params = row.shown_params
-        steps = params.get("trainer.max_steps", steps_of.get(row.arm))
+        steps = params.get("trainer.max_steps", steps_of.get((row.arm, row.stage)))
         name = f"trial {row.number}" if row.stage == "search" else "confirm"
         value = "" if row.last_value is None else f"  {row.last_value:.4f}"
         yield f"now: {row.arm} {name}  step {row.step}{f'/{steps}' if steps else ''}{value}  {describe_params(params)}"
@@ -236,6 +242,7 @@ def _arm_status(arm: ArmRow, record: SweepRecord, folder: Path) -> ArmStatus:
     return ArmStatus(
         name=arm.name,
         steps=arm.steps,
+        search_steps=arm.search_steps,
         step_s=_measure_step([*trials, *confirmed], folder),
         search=StageStatus(runs=trials, asked=arm.trials),
         confirm=StageStatus(runs=confirmed, asked=max(planned, len(confirmed))),

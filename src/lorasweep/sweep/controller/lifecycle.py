@@ -224,6 +224,7 @@ def build_arm_row(arm: Arm) -> ArmRow:
         method=config.method.name,
         trials=arm.trials,
         steps=config.num_steps,
+        search_steps=arm.searched.corner_configs[0].num_steps,
         settings=dict(arm.settings),
         space=describe_space(arm.space),
         sampler=arm.sweep_config.sampler.name,

@@ -12,15 +12,16 @@ from typing import Any, Literal, TypeAlias
 
 from optuna.distributions import IntDistribution
 
-from lorasweep.config.run import SEED_KEYS, RunConfig
+from lorasweep.config.run import LR, SEED_KEYS, STEPS_KEY, RunConfig
 from lorasweep.config.sweep import FixedSampler
 from lorasweep.record import LookRow, SettingRow, Trial, find_winner, name_run, name_subject
 from lorasweep.report.evidence.evidence import answer_sweep, build_scale, read_confirm_scores
 from lorasweep.sweep.controller.arm_trials import ArmTrials
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.history import History
-from lorasweep.sweep.controller.predictions import predict_best
+from lorasweep.sweep.controller.predictions import RATE_DIGITS, predict_best
 from lorasweep.sweep.controller.proposals import propose
+from lorasweep.sweep.controller.rate_powers import scale_rate
 from lorasweep.sweep.controller.stopping_rules import RungOrder, build_rule
 from lorasweep.sweep.controller.storage import name_study
 from lorasweep.sweep.definition.arms import Arm
@@ -48,7 +49,7 @@ class Search:
     def __init__(self, sweep: SweepFolder, *, session: str | None = None) -> None:
         """Reads the trials that have begun."""
         self._sweep = sweep
-        arms = sweep.definition.arms
+        arms = [arm.searched for arm in sweep.definition.arms]
         self.arms = {arm.name: self._read_trials(arm, session) for arm in arms}
         self._histories = {arm.name: History(arm, direction=sweep.record.direction) for arm in arms}
 
@@ -252,13 +253,17 @@ def _choose(search: Search, arm: Arm, subject: str, value: Any, sweep: SweepFold
     )
     if prediction is None:
         return None
+    params, trial = prediction.params, winner.number if winner else prediction.trial
+    if (fraction := arm.sweep_config.search.steps_fraction) < 1 and LR in params:  # no trial has trained all steps
+        rate, *_ = scale_rate(params[LR], arm.corner_configs[0].method.name, {STEPS_KEY: 1 / fraction})
+        params, trial = {**params, LR: float(f"{rate:.{RATE_DIGITS}g}")}, None
     return SettingRow(
         subject=subject,
         arm=arm.name,
         setting=0,
         value=value,
-        params=prediction.params,
-        trial=winner.number if winner else prediction.trial,
+        params=params,
+        trial=trial,
         score=winner.value if winner else prediction.score,
         rate_ratio=prediction.rate_ratio,
         regret=prediction.regret if arm.space else None,

@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from lorasweep.config.compose import (
 from lorasweep.config.data import DataConfig
 from lorasweep.config.method import ALPHA_OVER_RANK, flatten_alpha_over_rank
 from lorasweep.config.ranges import is_number
-from lorasweep.config.run import METHODS_ON_QUANTISED_BASE, RunConfig
+from lorasweep.config.run import METHODS_ON_QUANTISED_BASE, STEPS_KEY, RunConfig
 from lorasweep.config.sweep import SweepConfig
 from lorasweep.errors import ConfigError
 from lorasweep.record import name_subject
@@ -81,6 +81,16 @@ class Arm:
         if all(map(is_number, values)):
             values = sorted(values)
         return {name_subject(self.name, self.confirm_each, value): value for value in values}
+
+    @cached_property
+    def searched(self) -> Arm:
+        """Returns the arm as the search trains it: with `search.steps_fraction` of the steps."""
+        fraction = self.sweep_config.search.steps_fraction
+        if fraction == 1:
+            return self
+        steps = max(2, round(fraction * self.corner_configs[0].trainer.max_steps))
+        kept = {key: value for key, value in self.settings.items() if key != "trainer.eval_every_steps"}
+        return replace(self, settings={**kept, STEPS_KEY: steps})
 
     def compose(self, params: Mapping[str, Any]) -> RunConfig:
         """Returns the settings of a trial with these values of the swept keys."""
@@ -319,6 +329,11 @@ def _build_arm(name: str, config: ArmConfig, file: SweepFile, overrides: Mapping
     )
     _check_confirm_each(arm)
     _check_grid(arm)
+    if sweep_config.search.steps_fraction < 1 and (STEPS_KEY in space or not sweep_config.confirm.list_looks()):
+        raise ConfigError(
+            f"`search.steps_fraction` must be 1 if `{STEPS_KEY}` is searched and without a confirm stage, which trains "
+            f"all steps, but got {sweep_config.search.steps_fraction:g}."
+        )
     return arm
 
 

@@ -1,0 +1,105 @@
+"""Settings that carry over: predicts the learning rate of other runs from a sweep, and tests the prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorasweep.config.compose import compose_run, layer_settings
+from lorasweep.config.run import LR, STEPS_KEY
+from lorasweep.errors import ConfigError
+from lorasweep.report.evidence.questions import NEGATIVE_VERDICTS
+from lorasweep.report.recommend import read_recommended
+from lorasweep.report.sweep_data import load_sweep_data
+from lorasweep.sweep.controller.rate_powers import BATCH_KEY, POWERS, scale_rate
+from lorasweep.sweep.definition.arms import SWEEP_GROUPS
+from lorasweep.wording import join_words
+
+PREDICTED = "predicted"
+NEIGHBOURS = {"half": 0.5, "twice": 2.0}
+"""The arms beside the predicted rate, and their factors on it."""
+TEST_SETTINGS = {"confirm.seeds": 3, "confirm.pairs": [[PREDICTED, name] for name in NEIGHBOURS]}
+RATE_DIGITS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """A predicted learning rate, and the sweep that tests it."""
+
+    rate: float
+    low: float
+    high: float
+    """Ends of its 95 % interval; they only have the error of the powers, not that of the sweep's rate."""
+    before: float
+    """The sweep's rate."""
+    unknown: tuple[str, ...]
+    """Changed settings without a measured effect on the rate."""
+    content: Mapping[str, Any]
+    """The content of a sweep file: the predicted rate, half of it and twice of it."""
+
+    def describe(self) -> str:
+        found = f"learning rate {self.rate:.3g} [{self.low:.3g}, {self.high:.3g}], from {self.before:.3g} of the sweep."
+        if self.unknown:
+            found += f" The effect of {join_words([f'`{key}`' for key in self.unknown])} on it is not known."
+        return found
+
+
+def plan_transfer(source: Path, changes: Mapping[str, Any]) -> Transfer:
+    """Returns the predicted rate for the recommended settings of a sweep with changes, and the sweep that tests it.
+
+    Args:
+        source: The folder of a complete sweep, or `SWEEP/ARM`.
+        changes: Dotted keys of a run and their new values; those of a sweep go to the sweep that tests.
+
+    Raises:
+        ConfigError: Nothing that changes a run is given, the rate is given, or the sweep has no margin.
+        RecordError: The sweep is not complete, or recommends nothing.
+    """
+    settings, origin = read_recommended(source, key="SWEEP")
+    for_sweep = {key: value for key, value in changes.items() if key.split(".")[0] in SWEEP_GROUPS}
+    changed = {key: value for key, value in changes.items() if key not in for_sweep}
+    if not changed or LR in changed:
+        raise ConfigError(
+            f"a setting of the run other than `{LR}` must be changed, such as `{STEPS_KEY}=800`, but got "
+            f"{join_words(list(changed)) or 'none'}."
+        )
+    margin = load_sweep_data(Path(origin["sweep"])).evidence.margin
+    if margin is None:
+        raise ConfigError(f"the sweep must have a margin that is known, but {origin['sweep']!r} has none.")
+    old, new = compose_run(settings), compose_run(layer_settings(settings, changed))
+    ratios = {
+        STEPS_KEY: new.trainer.max_steps / old.trainer.max_steps,
+        BATCH_KEY: new.trainer.batch_size / old.trainer.batch_size,
+    }
+    method = old.method.name
+    rate, low, high = scale_rate(old.optim.lr, method, ratios)
+    rates = {PREDICTED: rate, **{name: factor * rate for name, factor in NEIGHBOURS.items()}}
+    shared = {key: value for key, value in layer_settings(settings, changed).items() if key != LR}
+    return Transfer(
+        rate=rate,
+        low=low,
+        high=high,
+        before=old.optim.lr,
+        unknown=tuple(key for key in changed if key not in POWERS.get(method, {})),
+        content={
+            "name": "transfer",
+            "settings": {**shared, **TEST_SETTINGS, "confirm.margin": margin, **for_sweep},
+            "arms": {name: {"settings": {LR: float(f"{each:.{RATE_DIGITS}g}")}} for name, each in rates.items()},
+        },
+    )
+
+
+def judge_transfer(folder: Path) -> str:
+    """Returns what the test shows: a hit, a miss, or that it is open."""
+    answers = {answer.reference: answer for answer in load_sweep_data(folder).evidence.list_answers("pair")}
+    missing = [name for name in NEIGHBOURS if name not in answers]
+    if missing:
+        return f"open: {join_words([f'`{name}`' for name in missing])} has no score."
+    compared = join_words([f"{answer.verdict} against `{name}`" for name, answer in answers.items()])
+    if worse := [name for name, answer in answers.items() if answer.verdict in NEGATIVE_VERDICTS]:
+        return f"miss: the predicted rate is {compared}. Search again, or take `{worse[0]}`."
+    if all(answer.is_settled for answer in answers.values()):
+        return f"hit: the predicted rate is {compared}."
+    return f"open: the predicted rate is {compared}. More `confirm.seeds` may settle it."
