@@ -57,6 +57,7 @@ def test_trials_train_a_fraction_of_the_steps_and_confirm_runs_all(short_sweep):
     expected = scale_rate(winner.params[LR], "lora", {STEPS_KEY: 4.0})[0]
     assert setting.params[LR] == pytest.approx(expected, rel=0.01)
     assert setting.trial is None  # no trial has trained all steps
+    assert "carried over from trials of 2 of 8 steps" in " ".join(short_sweep.table().split())
     (arm,) = read_status(short_sweep.folder).arms
     assert (arm.search_steps, arm.steps) == (2, 8)
 

@@ -170,7 +170,10 @@ def _answer_setting(data: SweepData, learning: Learning) -> tuple[str, bool]:
         law = f" At another α: lr = u/√α with u = {lr * math.sqrt(alpha):.3g}."
     if setting is None:
         return f"Open: {at.lower()}{values}{more} in the best complete trial so far; {NO_TEST_SCORES}.{law}", False
-    if best.is_predicted:
+    row = choice.arm.row
+    if row.search_steps < row.steps:
+        origin = f"carried over from trials of {row.search_steps:,} of {row.steps:,} steps"
+    elif best.is_predicted:
         ratio = setting.rate_ratio
         near = "" if ratio is None else f", a factor of {ratio:.3g} from the rate of the nearest complete trial"
         origin = f"predicted{near}"
