@@ -72,8 +72,6 @@ def shorten(words: list[str]) -> list[str]:
     if words[0] not in ("train", "sweep", "plan"):
         return words
     data = TABLE_BUDGET if any(word.startswith("data.train=") for word in words) else TEXT_BUDGET
-    if "data=own" in words:
-        data = ()
     return [*words, *(RUN_BUDGET if words[0] == "train" else SWEEP_BUDGET), *data]
 
 

@@ -26,13 +26,13 @@ def theirs(tmp_path, monkeypatch):
     (tmp_path / "evil.py").write_text("import pathlib\npathlib.Path('canary').write_text('ran')\n")
     sweep_file = tmp_path / "theirs" / "sweep.json"
     record = json.loads(sweep_file.read_text())
-    named = {"callbacks.a._target_": "evil.Callback", "model.factory": "evil:build", "sampler._target_": "evil.S"}
+    named = {"callbacks.a._target_": "evil.Callback", "sampler._target_": "evil.S"}
     record["definition"]["file"]["settings"] |= named
     sweep_file.write_text(json.dumps(record))
     (run_file,) = (tmp_path / "theirs" / "runs").glob("*/run.json")
     record = json.loads(run_file.read_text())
     record["config"]["callbacks"] = {"a": {"_target_": "evil.Callback"}}
-    record["config"]["model"]["factory"] = "evil:build"
+    record["config"]["model"]["trust_remote_code"] = True
     run_file.write_text(json.dumps(record))
     yield tmp_path / "theirs"
     assert not (tmp_path / "canary").exists()
@@ -50,4 +50,4 @@ def test_the_code_of_a_strangers_model_needs_trust(theirs, capsys, command):
     name, *options = command.split()
     assert run([name, str(folder), *options]) == WRONG_REQUEST
     refused = capsys.readouterr().err
-    assert all(word in refused for word in ("`model.factory`", "evil:build", "--trust"))
+    assert all(word in refused for word in ("`model.trust_remote_code`", "--trust"))

@@ -154,8 +154,6 @@ OPTIONS = [
 
 MANDATORY = {
     **{f"model={option}": {"model.path": "owner/name"} for option in ("causal_lm", "classifier")},
-    "model=own": {"model.factory": "own:build"},
-    "data=own": {"data.factory": "own:build", "data.labels": ["no", "yes"]},
     **{f"data={option}": {"data.train": "file"} for option in ("text", "table", "chat")},
 }
 """What has no default."""

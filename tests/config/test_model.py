@@ -10,7 +10,6 @@ SETTINGS = {
     "kind": "causal_lm",
     "path": "owner/name",
     "revision": None,
-    "factory": None,
     "attention": "auto",
     "quantization": "none",
     "dropout": None,
@@ -29,17 +28,6 @@ def test_dropout_is_a_rate(dropout):
         compose_run({"model.dropout": dropout})
 
 
-@pytest.mark.parametrize("factory", ["package.module", "package:", ":f", "a b:c", "./file.py:f", "a.b:c.d", "1a:f"])
-def test_factory_is_a_module_and_a_function(factory):
-    with pytest.raises(ValueError, match=r"`model.factory` must have the form `package.module:function`"):
-        make(factory=factory, path=None)
-
-
-def test_a_revision_without_a_path_is_refused():
-    with pytest.raises(ValueError, match=r"`model.revision` must be null without `model.path`"):
-        make(factory="own:build", path=None, revision="v1")
-
-
 @pytest.mark.parametrize("method", ["full", "head", "bitfit", "intrinsic"])
 def test_a_method_that_trains_weights_of_the_base_needs_them_unquantised(method):
     settings = {"model.quantization": "nf4", "method": method}
@@ -51,7 +39,6 @@ def test_a_method_that_trains_weights_of_the_base_needs_them_unquantised(method)
 @pytest.mark.parametrize("file", sorted((packaged_folder("conf") / "model").glob("*.yaml")), ids=lambda file: file.stem)
 def test_no_model_of_conf_allows_a_risk(file):
     given = {"model.path": "owner/name"} if file.stem in ("causal_lm", "classifier") else {}
-    given |= {"model.factory": "own:build"} if file.stem == "own" else {}
     config = compose_run({"model": file.stem, **given}).model
     assert config.name == file.stem
     assert not config.allow_pickle

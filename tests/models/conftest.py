@@ -59,7 +59,6 @@ SETTINGS = {
     "kind": "causal_lm",
     "path": "embedded:tiny",
     "revision": None,
-    "factory": None,
     "attention": "auto",
     "quantization": "none",
     "dropout": None,

@@ -63,7 +63,6 @@ def test_gated_model_says_what_to_do(download, model_config):
         ({}, {"*.safetensors"}),
         ({"allow_pickle": True}, {"*.safetensors", "pytorch_model*.bin*"}),
         ({"trust_remote_code": True}, {"*.safetensors", "*.py"}),
-        ({"factory": "own:build"}, set()),
     ],
 )
 def test_only_what_may_be_read_is_downloaded(folder, download, model_config, settings, weights):

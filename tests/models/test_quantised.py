@@ -157,11 +157,6 @@ def test_a_module_that_is_quantised_is_not_trained_in_full(load):
         inject_lora(load("nf4").model, LoraConfig(rank=2, modules_to_save=["up_proj"]))
 
 
-def test_only_models_of_transformers_are_quantised(model_config):
-    with pytest.raises(ConfigError, match=r"`model.quantization` must be none with `model.factory`, but got 'nf4'"):
-        model_config(quantization="nf4", factory="own:build", path=None)
-
-
 def test_files_that_are_quantised_already_are_refused(load, tmp_path):
     load("nf4").model.save_pretrained(tmp_path)
     load_tokenizer().save_pretrained(tmp_path)

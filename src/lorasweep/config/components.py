@@ -1,10 +1,9 @@
-"""Code that settings name: components by `_target_`, which Hydra instantiates, and functions of the user."""
+"""Components: classes that settings name by `_target_`, which Hydra instantiates."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import field
@@ -126,36 +125,6 @@ def _describe_failure(error: Exception, component: Component, *, key: str) -> st
         f"`{key}` must have arguments that {component.target!r} takes, but got {dict(component.arguments)!r}: "
         f"{describe_error(cause)}."
     )
-
-
-def check_function_name(key: str, name: str) -> None:
-    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", name):
-        raise ConfigError(f"`{key}` must have the form `package.module:function`, but got {name!r}.")
-
-
-def call_user_function(name: str, *, key: str, offered: Mapping[str, Any]) -> Any:
-    """Imports and calls a function of the user, with those of the offered arguments that the function takes.
-
-    Args:
-        name: `package.module:function`. Python also looks for the module in the current folder.
-        key: Dotted key of the setting, for messages.
-        offered: Arguments by name.
-
-    Raises:
-        ConfigError: The function can't be imported, needs an argument that is not offered, or fails.
-    """
-    add_current_folder()
-    try:
-        function = resolve_name(name)
-        parameters = inspect.signature(function).parameters.values()
-        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-        names = {parameter.name for parameter in parameters}
-        return function(**{name: value for name, value in offered.items() if takes_any or name in names})
-    except Exception as error:
-        arguments = f"the arguments {', '.join(offered)}" if offered else "no arguments"
-        raise ConfigError(
-            f"`{key}` must name a function that works with {arguments}, but {name!r} fails: {describe_error(error)}."
-        ) from error
 
 
 def add_current_folder() -> None:

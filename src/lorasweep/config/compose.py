@@ -42,7 +42,7 @@ COMPONENT_SETTINGS: Mapping[str, frozenset[str]] = {
     "optim": frozenset(f.name for f in fields(OptimSettings)),
     "module": frozenset(f.name for f in fields(ModuleComponent)) - {"target", "arguments"},
     "data.metric": frozenset(f.name for f in fields(MetricComponent)) - {"target", "arguments"},
-    **dict.fromkeys(("datamodule", "data.loss", "schedule", "sampler", "trainer.strategy"), frozenset[str]()),
+    **dict.fromkeys(("datamodule", "schedule", "sampler", "trainer.strategy"), frozenset[str]()),
 }
 """Settings that may name a class by `_target_`, each with the keys that lorasweep reads and the class does not get."""
 MAPPING_SETTINGS = ("method.rank_pattern", "method.alpha_pattern", "method.config", "worker.extra", "retain.data")

@@ -13,7 +13,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from lorasweep.config.build import AtLeastTwo, Positive, Settings
-from lorasweep.config.components import Component, check_function_name
+from lorasweep.config.components import Component
 from lorasweep.errors import ConfigError
 
 Direction = Literal["minimize", "maximize"]
@@ -23,8 +23,6 @@ TextMetric = Literal["bits_per_byte", "loss", "perplexity"]
 LabelMetric = Literal["auto", "accuracy", "f1", "matthews", "pearson", "spearman", "mse", "loss"]
 """Scores of predicted labels. `auto`: accuracy of one label, F1 of several, Pearson's correlation of numbers."""
 LabelTask = Literal["single_label", "regression"]
-CustomTask = Literal[LabelTask, "text"]
-CustomMetric = Literal[LabelMetric, "perplexity"]
 Delimiter = Literal["auto", "comma", "semicolon", "tab", "pipe"]
 Quoting = Literal["auto", "csv", "none"]
 
@@ -107,15 +105,7 @@ class SplitSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossSettings(Settings):
-    """The training loss."""
-
-    loss: Component | None = None
-    """A torch loss (`_target_`) for training; null takes the usual loss. Evaluations always use the usual loss."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowSettings(SplitSettings, LossSettings):
+class RowSettings(SplitSettings):
     """Settings of data whose examples are rows of a table: how files are cut into fields, and maximum sizes."""
 
     columns: tuple[str, ...] | None
@@ -144,7 +134,7 @@ class RowSettings(SplitSettings, LossSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockSettings(LossSettings):
+class BlockSettings(Settings):
     """How running text is cut into blocks."""
 
     block_length: AtLeastTwo
@@ -245,31 +235,7 @@ class ChatConfig(RowSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CustomDataConfig(LossSettings):
-    """A LightningDataModule of the user."""
-
-    name: Literal["own"]
-    factory: str
-    """`package.module:function` that returns the module (see docs/data.md). The code runs."""
-    task: CustomTask
-    """Kind of the `labels` of each example: an index, a number, or the tokens of a text."""
-    labels: tuple[str, ...]
-    """Names of the labels in the order of their indices; empty for numbers and text."""
-    metric: CustomMetric | MetricComponent
-    """`auto`: the loss for text; for labels the same as with `data=table`."""
-
-    def __post_init__(self) -> None:
-        check_function_name("data.factory", self.factory)
-        named = self.task == "single_label"
-        if named is not bool(self.labels):
-            raise ConfigError(
-                f"`data.labels` must {'name the labels' if named else 'be empty'} with `data.task={self.task}`, "
-                f"but got {list(self.labels)}."
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModuleDataConfig(LossSettings):
+class ModuleDataConfig(Settings):
     """The data of `datamodule._target_`, for the user's own LightningModule."""
 
     name: Literal["module"]
@@ -278,12 +244,12 @@ class ModuleDataConfig(LossSettings):
 
 
 DataConfig = Annotated[
-    StdlibConfig | TextConfig | TableConfig | ChatConfig | CustomDataConfig | ModuleDataConfig,
+    StdlibConfig | TextConfig | TableConfig | ChatConfig | ModuleDataConfig,
     Field(discriminator="name"),
 ]
 
 
 def max_tokens_per_example(config: DataConfig) -> int:
-    if isinstance(config, CustomDataConfig | ModuleDataConfig):
+    if isinstance(config, ModuleDataConfig):
         return 1  # unknown before the data is read
     return config.block_length if isinstance(config, BlockSettings) else config.max_length

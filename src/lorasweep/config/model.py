@@ -7,7 +7,6 @@ from typing import Literal
 from pydantic.dataclasses import dataclass
 
 from lorasweep.config.build import Fraction, Settings
-from lorasweep.config.components import check_function_name
 from lorasweep.errors import ConfigError
 
 ModelKind = Literal["causal_lm", "classifier"]
@@ -22,13 +21,10 @@ class ModelConfig(Settings):
     name: str
     kind: ModelKind
     """Kind of output: the next token (`causal_lm`), or labels or a number (`classifier`)."""
-    path: str | None
-    """Hub id or folder; `embedded:tiny` is inside this package. With `model.factory`, `path` is the source
-    of the tokenizer, or null if the function returns a tokenizer."""
+    path: str
+    """Hub id or folder; `embedded:tiny` is inside this package."""
     revision: str | None
     """Version on the hub; a commit, branch or tag."""
-    factory: str | None
-    """Custom model: `package.module:function`, which returns an `nn.Module` (see docs/models.md); null loads `path`."""
     attention: Attention
     """Implementation of attention; `auto` takes eager for short rows on a CPU, else sdpa."""
     quantization: Quantization
@@ -43,20 +39,5 @@ class ModelConfig(Settings):
     """Whether to run Python code that comes with the model. Risk: the code runs with all your rights."""
 
     def __post_init__(self) -> None:
-        self._check_source()
-        if self.quantization != "none" and self.factory is not None:
-            raise ConfigError(
-                f"`model.quantization` must be none with `model.factory`, but got {self.quantization!r}. Only a model "
-                "of transformers is quantised while it is loaded."
-            )
-
-    def _check_source(self) -> None:
-        if self.factory is None:
-            if not self.path:
-                raise ConfigError("`model.path` must name a folder or hub id, but is empty.")
-            return
-        check_function_name("model.factory", self.factory)
-        if self.revision is not None and not self.path:
-            raise ConfigError(
-                f"`model.revision` must be null without `model.path`, but got {self.revision!r}, which has no effect."
-            )
+        if not self.path:
+            raise ConfigError("`model.path` must name a folder or hub id, but is empty.")

@@ -312,7 +312,6 @@ class RunConfig(Settings):
             "data": self.data.name != "module",
             "model.quantization": self.model.quantization != "none",
             "model.dropout": self.model.dropout is not None,
-            "data.loss": self.data.loss is not None,
             "trainer.accumulate": self.trainer.accumulate != 1,
             "trainer.compile": self.trainer.compile,
             "trainer.activation_checkpointing": self.trainer.activation_checkpointing,

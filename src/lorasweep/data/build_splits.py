@@ -8,13 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lorasweep.config.components import instantiate
 from lorasweep.config.data import (
     ChatConfig,
-    CustomDataConfig,
     DataConfig,
     MetricComponent,
     RowSettings,
@@ -26,7 +24,6 @@ from lorasweep.config.data import (
 )
 from lorasweep.config.model import ModelKind
 from lorasweep.data.blocks import build_block_split
-from lorasweep.data.custom_module import CustomSplit
 from lorasweep.data.examples import CompletionSplit, ExampleSplit, LabelledSplit, Ragged
 from lorasweep.data.own_metric import build_own_metric
 from lorasweep.data.source import Conversation, DataSource, Examples, LabelledText
@@ -95,7 +92,7 @@ def build_splits(
     config: DataConfig,
     *,
     source: DataSource,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase,
     model_kind: ModelKind,
 ) -> DataSplits:
     """Returns the splits with their task. The test split is tokenised at its first use, the others at once.
@@ -103,13 +100,12 @@ def build_splits(
     Args:
         config: Settings of the data.
         source: The examples of the data set.
-        tokenizer: The model's tokenizer; None if the model has no tokenizer.
+        tokenizer: The model's tokenizer.
         model_kind: `model.kind`.
 
     Raises:
         ConfigError: The model can't learn from this kind of data, the metric does not fit it, a split has nothing to
-            predict, or the tokenizer is missing or has no end-of-text token. Errors in the test split are raised at its
-            first use.
+            predict, or the tokenizer has no end-of-text token. Errors in the test split are raised at its first use.
     """
     if model_kind != (wanted := MODEL_KINDS[source.kind]):
         raise ConfigError(
@@ -118,12 +114,6 @@ def build_splits(
         )
 
     def build(examples: Any) -> Split:
-        if isinstance(examples, CustomSplit):
-            return examples
-        if tokenizer is None:
-            raise ConfigError(
-                "`model.factory` must return a tokenizer for this data, but has none. Return one, or set `model.path`."
-            )
         if isinstance(config, StdlibConfig | TextConfig):
             return build_block_split(examples, config=config, tokenizer=tokenizer)
         split: ExampleSplit
@@ -140,7 +130,7 @@ def build_splits(
         return split
 
     validation = build(source.validation)
-    task = _build_task(source, config, validation)
+    task = _build_task(source, validation)
     metric = task.metrics[0] if config.metric == "auto" else config.metric
     if isinstance(metric, str) and metric not in task.metrics:
         raise ConfigError(
@@ -154,8 +144,6 @@ def build_splits(
     if isinstance(metric, MetricComponent):
         own_metric = build_own_metric(metric)
         task, metric = replace(task, own_metric=own_metric), own_metric.score.name
-    if config.loss is not None:
-        task = replace(task, own_loss=instantiate(config.loss, key="data.loss", expected=nn.Module))
     splits = DataSplits(
         train=build(source.train),
         validation=validation,
@@ -183,13 +171,11 @@ def describe_constant_answer(splits: DataSplits, label_names: Sequence[str]) -> 
     return [f"Always answering {answer}, has {join_words(values)} on validation."]
 
 
-def _build_task(source: DataSource, config: DataConfig, validation: Split) -> Task:
+def _build_task(source: DataSource, validation: Split) -> Task:
     if source.kind == "single_label":
         return Classification(num_classes=len(source.label_names))
     if source.kind == "regression":
         return Regression()
-    if isinstance(config, CustomDataConfig):
-        return LanguageModelling(bytes_per_token=None, metrics=("loss", "perplexity"))
     return LanguageModelling(bytes_per_token=validation.bytes_per_token)  # type: ignore[attr-defined]
 
 

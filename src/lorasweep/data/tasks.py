@@ -22,7 +22,6 @@ from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrco
 
 from lorasweep.data.own_metric import OwnMetric
 from lorasweep.data.split import IGNORED, NON_MODEL_KEYS, Batch
-from lorasweep.errors import ConfigError
 
 LANGUAGE_MODEL_METRICS = ("bits_per_byte", "loss", "perplexity")
 EXAMPLE_FIELDS = ("loss", "items", "prediction", "target")
@@ -66,9 +65,6 @@ class Task(ABC):
 
     own_metric: OwnMetric | None = None
     """The metric of `data.metric._target_`, which `compute` adds to the task's metrics."""
-    own_loss: nn.Module | None = None
-    """The loss of `data.loss._target_`, which trains instead of the task's. Evaluations keep the task's loss, so that
-    runs with different losses compare."""
 
     @property
     @abstractmethod
@@ -112,17 +108,6 @@ class Task(ABC):
         For perplexity, the weighted mean is its logarithm. Returns None for a metric that is not a mean over examples.
         """
 
-    def _apply_own_loss(self, predicted: Tensor, target: Tensor) -> Tensor:
-        """Returns the loss of each item, (items,), by `own_loss`. A further axis of its result is averaged."""
-        assert self.own_loss is not None
-        losses: Tensor = self.own_loss.to(predicted.device)(predicted, target)
-        if losses.shape[:1] != target.shape[:1]:  # a mean would be divided by the number of items once more
-            raise ConfigError(
-                f"`data.loss` must give a loss of each item (`data.loss.reduction=none`), but got the shape "
-                f"{tuple(losses.shape)} for {len(target)} items."
-            )
-        return losses.flatten(1).mean(1) if losses.ndim > 1 else losses
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LanguageModelling(Task):
@@ -134,17 +119,12 @@ class LanguageModelling(Task):
       compared between models with different tokenizers.
     """
 
-    bytes_per_token: float | None
-    """Number of UTF-8 bytes of the scored text divided by its number of tokens, > 0; None if unknown."""
+    bytes_per_token: float
+    """Number of UTF-8 bytes of the scored text divided by its number of tokens, > 0."""
     metrics: tuple[str, ...] = LANGUAGE_MODEL_METRICS
 
     def compute_losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        targets = batch["targets"]
-        if self.own_loss is None:
-            return compute_token_losses(logits, targets).sum(-1)
-        scored = targets != IGNORED
-        losses = self._apply_own_loss(logits[scored], targets[scored])
-        return losses.new_zeros(targets.shape).masked_scatter(scored, losses).sum(-1)
+        return compute_token_losses(logits, batch["targets"]).sum(-1)
 
     def score_logits(self, logits: Tensor, batch: Batch) -> ExampleScores:
         targets, own_columns = batch["targets"], {}
@@ -158,17 +138,18 @@ class LanguageModelling(Task):
 
     def compute_metrics(self, scores: ExampleScores) -> dict[str, Tensor]:
         loss = scores.loss.double().sum() / scores.items.double().sum()
-        values = {"loss": loss, "perplexity": loss.exp()}
-        if self.bytes_per_token is None:
-            return values
-        return {"bits_per_byte": loss / (math.log(2) * self.bytes_per_token), **values}
+        return {
+            "bits_per_byte": loss / (math.log(2) * self.bytes_per_token),
+            "loss": loss,
+            "perplexity": loss.exp(),
+        }
 
     def per_example(self, metric: str, scores: ExampleScores) -> tuple[Tensor, Tensor] | None:
         """Returns the loss per token of each example (in nats, or in bits per byte), and its number of tokens."""
         if metric not in LANGUAGE_MODEL_METRICS:
             return None
         per_token = scores.loss.double() / scores.items.double().clamp(min=1)
-        if metric == "bits_per_byte" and self.bytes_per_token is not None:
+        if metric == "bits_per_byte":
             per_token = per_token / (math.log(2) * self.bytes_per_token)
         return per_token, scores.items
 
@@ -189,16 +170,12 @@ class LabelTask(Task):
     def _predict(self, logits: Tensor) -> Tensor:
         """Returns the predicted class or number of each example."""
 
-    def _train_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Returns each example's training loss, (examples,), without class weights."""
-        return self._loss(logits, targets) if self.own_loss is None else self._apply_own_loss(logits, targets)
-
     def _to_metric_input(self, logits: Tensor) -> Tensor:
         """Returns what the own metric gets as predictions."""
         return self._predict(logits)
 
     def compute_losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        losses = self._train_loss(logits, batch["targets"])
+        losses = self._loss(logits, batch["targets"])
         return losses * batch["weights"] if "weights" in batch else losses
 
     def score_logits(self, logits: Tensor, batch: Batch) -> ExampleScores:
@@ -281,10 +258,6 @@ class Regression(LabelTask):
 
     def _predict(self, logits: Tensor) -> Tensor:
         return logits.squeeze(-1)
-
-    def _train_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        # The loss of `data.loss` gets the predicted numbers.
-        return self._loss(logits, targets) if self.own_loss is None else self._apply_own_loss(logits[..., 0], targets)
 
     def compute_metrics(self, scores: ExampleScores) -> dict[str, Tensor]:
         """Returns each metric; a correlation is 0 if all predictions or all targets are equal."""

@@ -25,7 +25,7 @@ class AttentionChoice(NamedTuple):
     """The attention implementation of a model, with the reason."""
 
     name: str
-    """`sdpa` or `eager`; `custom` for a model that is not from transformers."""
+    """`sdpa` or `eager`."""
     reason: str
     """The end of the sentence "Attention is eager: ..."."""
 
@@ -40,8 +40,7 @@ def choose_attention(model: nn.Module, *, lengths: Tensor | Sequence[int], devic
         lengths: Number of tokens of each training example, at least one example.
         device: The device on which the model trains.
     """
-    if not isinstance(model, PreTrainedModel):
-        return AttentionChoice("custom", "the model is not from transformers")
+    assert isinstance(model, PreTrainedModel)
     usable = [name for name in IMPLEMENTATIONS if _set_attention(model, name)]
     if len(usable) < len(IMPLEMENTATIONS):
         return AttentionChoice(str(model.config._attn_implementation), "the model has no other implementation")

@@ -25,13 +25,8 @@ def set_dropout_settings(settings: Any, rate: float) -> None:
             set_dropout_settings(nested, rate)
 
 
-def set_dropout_modules(model: nn.Module, rate: float) -> int:
-    """Sets the rate of all dropout modules, torch attention modules and recurrent layers. Returns their number."""
-    dropouts = [module for module in model.modules() if isinstance(module, _DropoutNd)]
-    for module in dropouts:
-        module.p = rate
-    # These modules have no dropout module inside. They pass their attribute `dropout` to a function.
-    with_attribute = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention | nn.RNNBase)]
-    for attention_or_rnn in with_attribute:
-        setattr(attention_or_rnn, "dropout", rate)  # noqa: B010 (mypy takes a plain assignment for a submodule)
-    return len(dropouts) + len(with_attribute)
+def set_dropout_modules(model: nn.Module, rate: float) -> None:
+    """Sets the rate of all dropout modules, also of those that do not read it from the configuration."""
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = rate

@@ -15,8 +15,8 @@ from lorasweep.errors import ConfigError, first_line
 EMBEDDED_PREFIX = "embedded:"
 HUB_TIMEOUT_S = 10.0
 """Seconds to wait for the hub's answer before its cache is used. The client's default is far longer."""
-ALWAYS_DOWNLOADED = ["*.json", "*.txt", "*.model", "*.jinja"]
-"""Patterns for the names of files that are always downloaded: configuration and tokenizer, not weights."""
+ALWAYS_DOWNLOADED = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
+"""Patterns for the names of files that are always downloaded: configuration, tokenizer and weights."""
 
 
 def find_model_folder(config: ModelConfig) -> Path:
@@ -27,8 +27,7 @@ def find_model_folder(config: ModelConfig) -> Path:
             and `model.allow_pickle` is false.
     """
     path = find_local_path(config) or _download(config)
-    if config.factory is None:
-        _check_weights(path, config)
+    _check_weights(path, config)
     return path
 
 
@@ -38,7 +37,7 @@ def find_local_path(config: ModelConfig) -> Path | None:
     Raises:
         ConfigError: The folder or embedded model does not exist, or `model.revision` is set for a local path.
     """
-    path = config.path or ""
+    path = config.path
     if path.startswith(EMBEDDED_PREFIX):
         package = Path(str(importlib.resources.files("lorasweep.models")))
         names = sorted(file.parent.name for file in package.glob("*/config.json"))
@@ -59,11 +58,8 @@ def find_local_path(config: ModelConfig) -> Path | None:
 
 def _download(config: ModelConfig) -> Path:
     """Returns the folder of a hub id in the hub's cache. Downloads the files that the cache does not have."""
-    assert config.path is not None
-    wanted = list(ALWAYS_DOWNLOADED)
-    if config.factory is None:
-        wanted += ["*.safetensors"]
-        wanted += ["pytorch_model*.bin*"] if config.allow_pickle else []
+    wanted = [*ALWAYS_DOWNLOADED]
+    wanted += ["pytorch_model*.bin*"] if config.allow_pickle else []
     wanted += ["*.py"] if config.trust_remote_code else []
     try:
         folder = snapshot_download(

@@ -24,7 +24,6 @@ from lorasweep.config.components import require_package
 from lorasweep.config.model import ModelConfig, ModelKind
 from lorasweep.errors import ConfigError, describe_error, first_line
 from lorasweep.models.dropout import set_dropout_modules, set_dropout_settings
-from lorasweep.models.factory import build_custom_model
 from lorasweep.models.folder import find_model_folder
 from lorasweep.models.pretrained import load_pretrained, load_with_new_head, quiet_transformers
 from lorasweep.models.quantised import PACKAGES, build_arguments, finish_quantised
@@ -58,10 +57,9 @@ class BaseModel:
 
     model: nn.Module
     """In evaluation mode, with frozen parameters and without key-value cache. `model(input_ids=...)` has `logits`."""
-    tokenizer: PreTrainedTokenizerBase | None
-    """None only if `model.factory` returns no tokenizer and `model.path` is null."""
+    tokenizer: PreTrainedTokenizerBase
     path: str
-    """The value of `model.path`, or of `model.factory`."""
+    """The value of `model.path`, or of `module._target_`."""
     fingerprint: str
     """Result of `fingerprint_weights` without new modules. The same model has another fingerprint in another dtype or
     quantisation."""
@@ -112,23 +110,16 @@ def load_base(
         raise ConfigError(
             f"`model.kind` must be classifier for data with labels, but got {config.kind!r}. Use `model=classifier`."
         )
-    files = None
-    if config.factory is not None:
-        model, tokenizer, head_names = build_custom_model(config, dtype=dtype, offered={"labels": labels})
-        if tokenizer is None and config.path is not None:
-            tokenizer = _load_tokenizer(config)
-    else:
-        model, tokenizer, head_names, files = _load(config, dtype=dtype, labels=labels, on_meta=on_meta)
-        if config.dropout is not None:
-            set_dropout_modules(model, config.dropout)
+    model, tokenizer, head_names, files = _load(config, dtype=dtype, labels=labels, on_meta=on_meta)
+    if config.dropout is not None:
+        set_dropout_modules(model, config.dropout)
     _set_padding(model, tokenizer)
     model.requires_grad_(False).train(False)
-    if isinstance(model, PreTrainedModel):
-        model.config.use_cache = False
+    model.config.use_cache = False
     return BaseModel(
         model=model,
         tokenizer=tokenizer,
-        path=config.factory or str(config.path),
+        path=config.path,
         fingerprint=fingerprint_weights(model, exclude=head_names, files=files),
         num_parameters=count_parameters(model),
         kind=config.kind,
@@ -165,7 +156,7 @@ def fingerprint_weights(model: nn.Module, *, exclude: Collection[str] = (), file
 
 def _load(
     config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None, on_meta: bool
-) -> tuple[nn.Module, PreTrainedTokenizerBase | None, tuple[str, ...], WeightFiles | None]:
+) -> tuple[Any, PreTrainedTokenizerBase, tuple[str, ...], WeightFiles | None]:
     """Returns the model, its tokenizer, the names of its new modules, and the files if the weights were not loaded."""
     folder = find_model_folder(config)
     model_class, is_classifier = MODEL_CLASSES[config.kind], config.kind == "classifier"
@@ -192,16 +183,6 @@ def _load(
     if config.quantization != "none":
         finish_quantised(model, config)
     return model, tokenizer, head_names, None
-
-
-def _load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of `model.path`, for a model that `model.factory` builds without tokenizer."""
-    folder = find_model_folder(config)
-    with _refuse_damaged_files(config):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(folder), trust_remote_code=config.trust_remote_code
-        )
-    return tokenizer
 
 
 @contextmanager
@@ -254,14 +235,10 @@ def _to_config_error(error: BaseException, config: ModelConfig) -> ConfigError:
     )
 
 
-def _set_padding(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> None:
+def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Sets the end-of-text token as padding if the tokenizer has no padding token. Padded positions are masked."""
-    if tokenizer is None:
-        return
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
-    settings: Any = getattr(model, "config", None)
-    if hasattr(settings, "get_text_config"):
-        settings = settings.get_text_config()  # a model that also reads images has its text settings inside
-    if settings is not None and getattr(settings, "pad_token_id", None) is None:
+    settings = model.config.get_text_config()  # a model that also reads images has its text settings inside
+    if getattr(settings, "pad_token_id", None) is None:
         settings.pad_token_id = tokenizer.pad_token_id

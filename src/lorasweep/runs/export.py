@@ -113,10 +113,9 @@ def create_folder_atomically(out: Path) -> Iterator[Path]:
 
 def _check_request(config: RunConfig, *, format: ExportFormat, out: Path) -> None:
     method = config.method.name
-    own = config.model.factory or (config.module and config.module.target)
-    if own:
+    if config.module is not None:
         raise ConfigError(
-            f"a run must have a transformers model to be exported, but got your own {own!r}. "
+            f"a run must have a transformers model to be exported, but got your own {config.module.target!r}. "
             "Use the weights in `best/` of the run's folder."
         )
     if method == "frozen":

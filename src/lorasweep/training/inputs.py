@@ -73,7 +73,7 @@ class RunInputs:
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences on how the data was prepared and which attention was chosen."""
-        if self.attention is None or self.attention.name == "custom":
+        if self.attention is None:
             return self.splits.notes
         return (*self.splits.notes, f"Attention is {self.attention.name}: {self.attention.reason}.")
 

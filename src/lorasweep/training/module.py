@@ -156,10 +156,7 @@ class TrainingModule(lightning.LightningModule):
             share = self.task.losses(self.model, batch).sum() / batch["step_weight"]
         self._micro_losses.append(share.detach())
         self._micro_tokens.append(batch["num_tokens"])
-        if layout is not None:
-            self._micro_positions += layout.num_positions
-        else:
-            self._micro_positions += batch["input_ids"].numel() if "input_ids" in batch else int(batch["num_tokens"])
+        self._micro_positions += batch["input_ids"].numel() if layout is None else layout.num_positions
         # Each share is already divided by the weight of the whole step, so shares must be added up. Lightning averages
         # over micro-batches, and its strategies average over processes, which this factor reverses.
         return share * self.accumulate * self.trainer.world_size

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils._pytree import tree_leaves  # see lora.fully_trained
 from torch.utils.data import DataLoader
@@ -22,43 +23,27 @@ from lorasweep.config.components import Component, instantiate
 from lorasweep.config.data import ScoreMetric
 from lorasweep.config.run import LoggedMetric, RunConfig
 from lorasweep.data.build_splits import DataSplits
-from lorasweep.data.custom_module import LOADER_METHODS, CustomSplit
+from lorasweep.data.split import Batch, Split
 from lorasweep.data.tasks import Task
 from lorasweep.errors import ConfigError
 
-Streams = tuple[Any, Any, Any]
-"""States of the random streams of torch, NumPy and Python, from which a user's code may draw."""
-
-
-def get_streams() -> Streams:
-    return torch.get_rng_state(), np.random.get_state(), random.getstate()
-
-
-def set_streams(states: Streams) -> None:
-    torch.set_rng_state(states[0])
-    np.random.set_state(states[1])
-    random.setstate(states[2])
+LOADER_METHODS = {"train": "train_dataloader", "validation": "val_dataloader", "test": "test_dataloader"}
 
 
 @contextmanager
-def random_streams(start: int | Streams) -> Iterator[None]:
-    """Starts the random streams from a seed or from these states, and restores them after the block."""
-    before = get_streams()
-    if isinstance(start, int):
-        torch.default_generator.manual_seed(start)
-        np.random.seed(start)
-        random.seed(start)
-    else:
-        set_streams(start)
-    try:
+def random_streams(*seeds: int) -> Iterator[None]:
+    """Starts the random streams of torch, NumPy and Python, from which a user's code may draw, inside the block."""
+    seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
+    with isolate_rng(include_cuda=False):
+        torch.default_generator.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
         yield
-    finally:
-        set_streams(before)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SeededLoader:
-    """A user's loader with its own random streams, so that its batches do not depend on what the model draws."""
+    """A user's loader whose batches depend only on the seed and their number, not on what the model draws."""
 
     loader: DataLoader[Any]
     seed: int
@@ -70,13 +55,34 @@ class SeededLoader:
 
     def __iter__(self) -> Iterator[Any]:
         pass_number, num_skipped = divmod(self.count_read(), len(self))
-        with random_streams((self.seed + pass_number) % 2**32):
-            batches, streams = iter(self.loader), get_streams()
+        with random_streams(self.seed, pass_number):
+            batches = iter(self.loader)
         for number in range(len(self)):
-            with random_streams(streams):
-                batch, streams = next(batches), get_streams()
+            with random_streams(self.seed, pass_number, number):
+                batch = next(batches)
             if number >= num_skipped:
                 yield batch
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OwnSplit(Split):
+    """The size of a split of the user's data module, whose loaders make the batches. Each example counts as a token."""
+
+    num_examples: int
+
+    @functools.cached_property
+    def lengths(self) -> Tensor:
+        return torch.ones(self.num_examples, dtype=torch.int64)
+
+    @property
+    def weights(self) -> Tensor:
+        return self.lengths.float()
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        return {"examples": self.num_examples, "fingerprint": self.fingerprint}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -127,7 +133,7 @@ def _read_data(component: Component, metric: LoggedMetric, *, batch_size: int) -
     data.prepare_data = data.setup = lambda *_, **__: None  # type: ignore  # the Trainer would draw other splits
 
     @functools.cache
-    def read_test() -> CustomSplit:
+    def read_test() -> OwnSplit:
         with random_streams(0):
             setup("test")
         return _read_split(data, "test")
@@ -146,8 +152,8 @@ def _read_data(component: Component, metric: LoggedMetric, *, batch_size: int) -
     )
 
 
-def _read_split(data: LightningDataModule, name: str) -> CustomSplit:
-    """Returns the size of a split and the fingerprint of its first batch. Each example counts as one token."""
+def _read_split(data: LightningDataModule, name: str) -> OwnSplit:
+    """Returns the size of a split and the fingerprint of its first batch."""
     loader: Any = getattr(type(data), LOADER_METHODS[name])(data)
     try:
         num_examples, num_batches = len(loader.dataset), len(loader)
@@ -162,12 +168,4 @@ def _read_split(data: LightningDataModule, name: str) -> CustomSplit:
     for leaf in tree_leaves(next(iter(SeededLoader(loader=loader, seed=0, count_read=lambda: 0)))):
         is_tensor = isinstance(leaf, Tensor)
         digest.update(leaf.cpu().flatten().view(torch.uint8).numpy().tobytes() if is_tensor else repr(leaf).encode())
-    return CustomSplit(
-        name=name,
-        fingerprint=digest.hexdigest()[:16],
-        dataset=loader.dataset,
-        collate=loader.collate_fn,
-        task="single_label",  # not read, because the module's loaders make the batches
-        num_tokens=torch.ones(num_examples, dtype=torch.int64),
-        num_scored=torch.ones(num_examples),
-    )
+    return OwnSplit(name=name, fingerprint=digest.hexdigest()[:16], num_examples=num_examples)

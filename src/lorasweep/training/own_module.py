@@ -61,7 +61,7 @@ def load_own_base(config: RunConfig) -> BaseModel:
     assert config.module is not None
     return BaseModel(
         model=module,
-        tokenizer=None,
+        tokenizer=None,  # type: ignore[arg-type]  # the user's data module reads the data
         path=config.module.target,
         fingerprint=fingerprint_weights(module, exclude=config.module.new_modules),
         num_parameters=count_parameters(module),

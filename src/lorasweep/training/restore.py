@@ -66,7 +66,7 @@ def refuse_code(config: RunConfig, *, trust: bool) -> None:
     """
     if trust:
         return
-    settings = {f"model.{key}": getattr(config.model, key) for key in ("factory", "trust_remote_code", "allow_pickle")}
+    settings = {f"model.{key}": getattr(config.model, key) for key in ("trust_remote_code", "allow_pickle")}
     settings["module._target_"] = None if config.module is None else config.module.target
     for key, value in settings.items():
         if value:

@@ -88,11 +88,6 @@ def test_a_swept_setting_that_slots_share_runs_alone(write_file, content):
     assert "`trainer.batch_size` is swept" in plan(write_file, content)["lora"].reason
 
 
-def test_a_model_of_the_users_own_runs_alone(write_file, content):
-    content["settings"] |= {"model": "own", "model.factory": "models:build"}
-    assert "`model.factory` may mix the examples of a batch" in plan(write_file, content)["lora"].reason
-
-
 def test_a_pack_larger_than_its_trials_is_refused(write_file, content):
     with pytest.raises(ConfigError, match=r"`worker.pack_size <= 6` must hold.*but got 7"):
         plan(write_file, content, "worker.pack_size=7")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from lorasweep.config.data import ChatConfig, CustomDataConfig, DataConfig, StdlibConfig, TableConfig, TextConfig
-from lorasweep.data.custom_module import read_custom_module
+from lorasweep.config.data import ChatConfig, DataConfig, StdlibConfig, TableConfig, TextConfig
 from lorasweep.data.reading.conversations import read_conversations
 from lorasweep.data.reading.documents import read_texts
 from lorasweep.data.reading.labels import read_labelled
@@ -24,8 +23,6 @@ def read_source(config: DataConfig) -> DataSource:
         return read_stdlib(config.name)
     if isinstance(config, TextConfig):
         return read_texts(config)
-    if isinstance(config, CustomDataConfig):
-        return read_custom_module(config)
     if isinstance(config, ChatConfig):
         return read_conversations(config)
     assert isinstance(config, TableConfig)

@@ -152,8 +152,6 @@ def _list_run_obstacles(config: RunConfig) -> Iterator[str]:
     if config.module is not None:
         yield "A LightningModule of your own (`module._target_`) has its own steps, which slots can't share."
         return
-    if config.model.factory is not None:
-        yield "`model.factory` may mix the examples of a batch, which a pack shares. A model of `model.path` does not."
     if needed := [f"`{override}`" for override, holds in NEEDED_SETTINGS.items() if not holds(config)]:
         yield f"Packs need {join_words(needed)}."
     if trainer.max_steps % trainer.eval_every_steps:
