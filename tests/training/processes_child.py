@@ -106,8 +106,6 @@ class Child:
                 self.attempt(f"variant-{strategy}-{number}", trainer__strategy=strategy, **settings)
         base = self.inputs_cache.load(self.base).base
         self.outcomes["base"] = fingerprint_weights(base.model) == base.fingerprint
-        on_meta = self.inputs_cache.load(config_of(trainer__devices=2, trainer__strategy="fsdp")).base
-        self.outcomes["on meta"] = all(parameter.is_meta for parameter in on_meta.model.parameters())
 
     def end(self):
         """Runs that are paused, stopped and resumed, and that diverge on one process."""

@@ -20,7 +20,6 @@ def inject_lora(
     *,
     generator: torch.Generator | None = None,
     allow_full_rank: bool = False,
-    device: str | None = None,
 ) -> Coverage:
     """Adapts `model` in place: matched layers become LoRA layers, and all other parameters are frozen.
 
@@ -32,7 +31,6 @@ def inject_lora(
         config: The layers to adapt, and the settings of LoRA.
         generator: CPU random stream of A and B, used in the order of the layers; torch's default stream if None.
         allow_full_rank: Whether the rank may be above the smaller side of a layer's weight.
-        device: Device of A and B; the base's if None.
 
     Returns:
         Names of the matched and the unmatched layers, and numbers of parameters.
@@ -42,10 +40,7 @@ def inject_lora(
     """
     check_not_injected(model)
     coverage, targets = plan_targets(model, config, allow_full_rank=allow_full_rank)
-    layers = [
-        LoraLayer(model.get_submodule(name), target, generator=generator, device=device)
-        for name, target in targets.items()
-    ]
+    layers = [LoraLayer(model.get_submodule(name), target, generator=generator) for name, target in targets.items()]
     modules = match_modules_to_save(model, config.modules_to_save)
     # all checks are done: nothing below can fail, so a refused model is unchanged
     freeze(model)

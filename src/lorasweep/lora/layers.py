@@ -128,10 +128,8 @@ class LoraLayer(AdaptedLayer):
         self.register_buffer("initial_b", self.lora_b.detach().clone() if has_initial_copy else None)
         self.magnitude = None
         if self.config.variant == "dora":
-            # a base on the meta device has no values yet, so its row norms are not known
-            is_known = is_drawn and not self.weight.is_meta
-            norms = self._compute_row_norms().float() if is_known else torch.empty(d_out, device=device)
-            self.magnitude = nn.Parameter(norms.to(device))
+            norms = self._compute_row_norms().float() if is_drawn else torch.empty(d_out, device=device)
+            self.magnitude = nn.Parameter(norms)
 
     def get_plain_matrices(self) -> tuple[Float[Tensor, "width d_in"], Float[Tensor, "d_out width"]]:
         """Returns A and B of a plain LoRA (no PiSSA, no parts) that has the same weight update.

@@ -46,10 +46,7 @@ class LoraMethod(Method):
     def _make_trainable(
         self, model: nn.Module, config: Any, *, generator: torch.Generator, new_head_names: Sequence[str]
     ) -> None:
-        # the weights of a model on the meta device are loaded later, but A and B are drawn now and need memory
-        device = "cpu" if any(parameter.is_meta for parameter in model.parameters()) else None
-        config = add_head_to_modules_to_save(config, new_head_names)
-        inject_lora(model, config, generator=generator, device=device)
+        inject_lora(model, add_head_to_modules_to_save(config, new_head_names), generator=generator)
 
     def trainable_groups(self, model: nn.Module, *, lr_ratio_b: float) -> list[ParameterGroup]:
         """Returns A and B as one group, or as two groups if `lr_ratio_b` is not 1 (LoRA+, arXiv 2402.12354).

@@ -187,9 +187,7 @@ def draw_head(model: nn.Module, names: Sequence[str], *, generator: torch.Genera
                     values = torch.randn(parameter.shape, generator=generator) * deviation
                 else:
                     values = torch.full(parameter.shape, 1.0 if key == "weight" else 0.0)
-                # a model on the meta device gets its weights from the checkpoint later, but not those of a new head
-                device = "cpu" if parameter.is_meta else parameter.device
-                values = values.to(device, parameter.dtype)
+                values = values.to(parameter.device, parameter.dtype)
                 setattr(module, key, nn.Parameter(values, requires_grad=parameter.requires_grad))
 
 

@@ -27,7 +27,6 @@ from lorasweep.models.dropout import set_dropout_modules, set_dropout_settings
 from lorasweep.models.folder import find_model_folder
 from lorasweep.models.pretrained import load_pretrained, load_with_new_head, quiet_transformers
 from lorasweep.models.quantised import PACKAGES, build_arguments, finish_quantised
-from lorasweep.models.weight_files import WeightFiles, build_on_meta, has_weight_files
 from lorasweep.stored_weights import count_parameters, list_scales
 
 MODEL_CLASSES: dict[ModelKind, Any] = {
@@ -69,8 +68,6 @@ class BaseModel:
     new_head_names: tuple[str, ...] = ()
     """Names of modules that the checkpoint does not have. Each run draws their weights with its seed."""
     labels: Labels | None = None
-    files: WeightFiles | None = None
-    """Files with the weights if the model is on the meta device; None if the weights are in memory."""
 
     def describe(self) -> dict[str, Any]:
         """Returns the model's entry in a run record."""
@@ -84,9 +81,7 @@ class BaseModel:
         }
 
 
-def load_base(
-    config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None = None, on_meta: bool = False
-) -> BaseModel:
+def load_base(config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None = None) -> BaseModel:
     """Loads the base model in `dtype` on the CPU. With `model.quantization`, linear layers are stored in fewer bits.
 
     Buffers that transformers keeps in fp32 stay in fp32.
@@ -95,8 +90,6 @@ def load_base(
         config: Settings of the model.
         dtype: Type of the parameters.
         labels: Labels of a classifier; None keeps the labels of its checkpoint.
-        on_meta: Whether to leave the weights in their files (`BaseModel.files`). The weights are loaded nevertheless
-            unless the files are safetensors with the same names and shapes as the model's parameters.
 
     Raises:
         ConfigError: The model is missing, damaged, incomplete or not of `model.kind`. Or its files need
@@ -110,7 +103,7 @@ def load_base(
         raise ConfigError(
             f"`model.kind` must be classifier for data with labels, but got {config.kind!r}. Use `model=classifier`."
         )
-    model, tokenizer, head_names, files = _load(config, dtype=dtype, labels=labels, on_meta=on_meta)
+    model, tokenizer, head_names = _load(config, dtype=dtype, labels=labels)
     if config.dropout is not None:
         set_dropout_modules(model, config.dropout)
     _set_padding(model, tokenizer)
@@ -120,16 +113,15 @@ def load_base(
         model=model,
         tokenizer=tokenizer,
         path=config.path,
-        fingerprint=fingerprint_weights(model, exclude=head_names, files=files),
+        fingerprint=fingerprint_weights(model, exclude=head_names),
         num_parameters=count_parameters(model),
         kind=config.kind,
         new_head_names=head_names,
         labels=labels,
-        files=files,
     )
 
 
-def fingerprint_weights(model: nn.Module, *, exclude: Collection[str] = (), files: WeightFiles | None = None) -> str:
+def fingerprint_weights(model: nn.Module, *, exclude: Collection[str] = ()) -> str:
     """Returns the first 16 hex digits of a SHA-256 over the names and bytes of all parameters, sorted by name.
 
     Tied parameters count once, under their first name. A 4-bit parameter has the bytes of its scales too.
@@ -137,27 +129,21 @@ def fingerprint_weights(model: nn.Module, *, exclude: Collection[str] = (), file
     Args:
         model: Any module.
         exclude: Names of modules whose parameters are skipped.
-        files: Files to read parameters from that are on the meta device.
     """
     digest = hashlib.sha256()
     excluded = tuple(f"{name}." for name in exclude)
     for name, parameter in sorted(model.named_parameters()):
         if not name.startswith(excluded):
             digest.update(name.encode())
-            if parameter.is_meta:
-                assert files is not None
-                values = files.read(name).to(parameter.dtype)
-            else:
-                values = parameter.detach()
-            for tensor in (values, *list_scales(parameter)):
+            for tensor in (parameter.detach(), *list_scales(parameter)):
                 digest.update(tensor.cpu().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
 def _load(
-    config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None, on_meta: bool
-) -> tuple[Any, PreTrainedTokenizerBase, tuple[str, ...], WeightFiles | None]:
-    """Returns the model, its tokenizer, the names of its new modules, and the files if the weights were not loaded."""
+    config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None
+) -> tuple[Any, PreTrainedTokenizerBase, tuple[str, ...]]:
+    """Returns the model, its tokenizer and the names of its new modules."""
     folder = find_model_folder(config)
     model_class, is_classifier = MODEL_CLASSES[config.kind], config.kind == "classifier"
     shared: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
@@ -166,11 +152,6 @@ def _load(
         settings = AutoConfig.from_pretrained(str(folder), **shared)
         tokenizer = AutoTokenizer.from_pretrained(str(folder), **shared)
         _set_model_settings(settings, config, labels)
-        if on_meta and not config.trust_remote_code and has_weight_files(folder):
-            built = build_on_meta(model_class, settings, folder, dtype=dtype, may_lack_head=is_classifier, **attention)
-            if built is not None:
-                model, head_names, files = built
-                return model, tokenizer, head_names, files
         arguments = {"config": settings, **attention, **shared}
         if config.allow_pickle:
             arguments["use_safetensors"] = None  # prefers safetensors
@@ -182,7 +163,7 @@ def _load(
             model, head_names = load_pretrained(model_class, str(folder), dtype=dtype, **arguments), ()
     if config.quantization != "none":
         finish_quantised(model, config)
-    return model, tokenizer, head_names, None
+    return model, tokenizer, head_names
 
 
 @contextmanager

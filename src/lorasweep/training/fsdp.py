@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
@@ -22,7 +21,6 @@ from torch.optim import Optimizer
 
 from lorasweep.errors import ConfigError
 from lorasweep.methods.method import replace_parameters
-from lorasweep.models.weight_files import WeightFiles
 
 
 class FsdpStrategy(ModelParallelStrategy):
@@ -78,9 +76,7 @@ def check_shardable(model: nn.Module) -> None:
             )
 
 
-def shard_model(
-    model: nn.Module, mesh: DeviceMesh, *, keep_trained_whole: bool, files: WeightFiles | None = None
-) -> None:
+def shard_model(model: nn.Module, mesh: DeviceMesh, *, keep_trained_whole: bool) -> None:
     """Shards the weights of a prepared model in place, block by block. The tensors of the base model do not change.
 
     Args:
@@ -88,41 +84,16 @@ def shard_model(
         mesh: The processes.
         keep_trained_whole: Whether every process keeps the whole trained weights. `average_gradients` then averages
             their gradients.
-        files: The files with the weights that are on the meta device. Each process reads one weight at a time and keeps
-            its shard.
     """
-    device = torch.device(mesh.device_type)
-    # 1. Trained weights that stay whole are read whole.
     unsharded = {p for p in model.parameters() if p.requires_grad} if keep_trained_whole else set()
-    read = {p: read_weight(p, name, files) for name, p in model.named_parameters() if p in unsharded and p.is_meta}
-    replace_parameters(model, read)
-    unsharded = {read.get(p, p) for p in unsharded}
-    # 2. `fully_shard` changes parameters in place, and other runs share the base's parameters. So it gets new
-    #    parameters, which share memory with the base's parameters.
+    # `fully_shard` changes parameters in place, and other runs share the base's parameters. So it gets new parameters,
+    # which share memory with the base's parameters.
     copies = {
         p: nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters() if p not in unsharded
     }
     replace_parameters(model, copies)
     for block in [*find_blocks(model), model]:
         fully_shard(block, mesh=mesh, ignored_params=unsharded)
-    # 3. The other weights are read from files and cut into shards, without messages between processes.
-    shards: dict[nn.Parameter, nn.Parameter] = {}
-    for name, p in model.named_parameters():
-        if p.is_meta:
-            assert isinstance(p, DTensor)
-            weight = read_weight(p, name, files).detach().to(device)
-            shard = distribute_tensor(weight, p.device_mesh, p.placements, src_data_rank=None)
-            shards[p] = nn.Parameter(shard, requires_grad=p.requires_grad)
-    replace_parameters(model, shards)
-
-
-def read_weight(parameter: nn.Parameter, name: str, files: WeightFiles | None) -> nn.Parameter:
-    """Returns a parameter of a prepared model with the values in the files, whole and on the CPU."""
-    assert files is not None
-    stored = name
-    if files.get_shape(stored) is None:  # an adapted layer holds the base's module as `base` or `trained`
-        stored = ".".join(part for part in name.split(".") if part not in ("base", "trained"))
-    return nn.Parameter(files.read(stored).to(parameter.dtype), requires_grad=parameter.requires_grad)
 
 
 def find_blocks(model: nn.Module) -> Iterator[nn.Module]:

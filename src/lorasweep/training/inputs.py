@@ -10,7 +10,6 @@ from weakref import WeakValueDictionary
 import torch
 
 from lorasweep.config.data import DataConfig
-from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig, TrainerConfig
 from lorasweep.data.batching import EvaluationSampler, count_batch_bytes
 from lorasweep.data.build_splits import DataSplits, build_splits
@@ -44,12 +43,6 @@ class RunInputs:
     """Whether the model can train these examples without padding."""
     telemetry: Telemetry = field(default_factory=Telemetry, compare=False)
     """Counts the seconds and tokens of this process."""
-
-    def whole_base(self, config: RunConfig) -> BaseModel:
-        """Returns the base with all weights in memory, also under `fsdp`, which leaves them in files."""
-        if self.base.files is None:
-            return self.base
-        return load_base(config.model, dtype=DTYPES[self.precision], labels=self.base.labels)
 
     def needs_autocast(self, config: RunConfig) -> bool:
         """Returns whether a run computes in bf16 by autocast, because its method adds fp32 weights to a bf16 base."""
@@ -142,7 +135,7 @@ class InputsCache:
 def _cache_key(config: RunConfig) -> tuple[Any, ...]:
     trainer = config.trainer
     parts = config.model, config.data, config.module, config.datamodule, config.metric
-    return *parts, resolve_precision(trainer), trainer.device, _leaves_base_in_files(config)
+    return *parts, resolve_precision(trainer), trainer.device
 
 
 def build_inputs(config: RunConfig, *, telemetry: Telemetry | None = None) -> RunInputs:
@@ -157,9 +150,7 @@ def build_inputs(config: RunConfig, *, telemetry: Telemetry | None = None) -> Ru
         check_steps(config, base, own_data, precision=inputs.lightning_precision(config))
         return inputs
     source = read_source(config.data)
-    base = load_base(
-        config.model, dtype=DTYPES[precision], labels=_get_labels(source), on_meta=_leaves_base_in_files(config)
-    )
+    base = load_base(config.model, dtype=DTYPES[precision], labels=_get_labels(source))
     splits = build_splits(config.data, source=source, tokenizer=base.tokenizer, model_kind=base.kind)
     if base.labels is not None and (constant := splits.fit_constant_answer()) is not None:
         base = replace(base, labels=replace(base.labels, constant=tuple(constant.tolist())))
@@ -171,7 +162,7 @@ def build_inputs(config: RunConfig, *, telemetry: Telemetry | None = None) -> Ru
         splits=splits,
         precision=precision,
         attention=attention,
-        can_unpad=base.files is None and can_unpad(base.model, _build_small_batch(splits.train)),
+        can_unpad=can_unpad(base.model, _build_small_batch(splits.train)),
         telemetry=telemetry or Telemetry(),
     )
 
@@ -181,14 +172,6 @@ def _build_small_batch(split: Split) -> Batch:
     shortest = int(split.lengths.argmin())
     longer = split.lengths.double().masked_fill(split.lengths == split.lengths.min(), math.inf)
     return split.batch([shortest, int(longer.argmin())])
-
-
-def _leaves_base_in_files(config: RunConfig) -> bool:
-    """Returns whether each process reads only its share of the base's weights."""
-    method = config.method
-    # PiSSA decomposes whole weights, and DoRA needs the norms of their rows
-    needs_whole_weights = isinstance(method, LoraConfig) and (method.init == "pissa" or method.variant == "dora")
-    return config.trainer.is_sharded and not needs_whole_weights
 
 
 def _get_labels(source: DataSource) -> Labels | None:

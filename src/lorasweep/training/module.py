@@ -102,7 +102,7 @@ class TrainingModule(lightning.LightningModule):
         if self._device_mesh is not None:
             keep_trained_whole = isinstance(self.config.method, LoraConfig)
             mesh = self._device_mesh["data_parallel"]
-            shard_model(model, mesh, keep_trained_whole=keep_trained_whole, files=self.base.files)
+            shard_model(model, mesh, keep_trained_whole=keep_trained_whole)
         self.model = model
         # Each process draws the dropout masks of its own examples, so it needs its own random stream.
         torch.manual_seed(dropout_seed(self.config.seeds.dropout, rank=self.global_rank))

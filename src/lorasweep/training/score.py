@@ -74,7 +74,7 @@ def score_run(
         return record
     config = restore_config(record)
     split = inputs.splits.test()
-    model = restore_model(config, inputs.whole_base(config), folder=folder / "best")
+    model = restore_model(config, inputs.base, folder=folder / "best")
     with convert_memory_errors(), inputs.telemetry.phase("scoring"):
         if isinstance(inputs.splits, OwnSplits):
             assert isinstance(model, LightningModule)
