@@ -13,7 +13,6 @@ SETTINGS = {
     "attention": "auto",
     "quantization": "none",
     "dropout": None,
-    "allow_pickle": False,
     "trust_remote_code": False,
 }
 
@@ -41,5 +40,4 @@ def test_no_model_of_conf_allows_a_risk(file):
     given = {"model.path": "owner/name"} if file.stem in ("causal_lm", "classifier") else {}
     config = compose_run({"model": file.stem, **given}).model
     assert config.name == file.stem
-    assert not config.allow_pickle
     assert not config.trust_remote_code

@@ -19,7 +19,6 @@ from lorasweep.lora import (
     inject_lora,
     load_adapter,
     lora_layers,
-    patterns,
     save_adapter,
 )
 
@@ -154,17 +153,9 @@ def test_a_pipe_in_the_place_of_a_file_is_not_opened(make_model, saved: Path, na
     assert_refused(make_model, saved, "it is not a regular file")
 
 
-def test_a_configuration_that_is_nested_or_long_without_end_is_refused(make_model, saved: Path) -> None:
-    for content in (NESTED, '{"peft_type": "LORA"}' + " " * 2**24):
-        (saved / "adapter_config.json").write_text(content)
-        assert_refused(make_model, saved, "must be a LoRA configuration")
-
-
-@pytest.mark.parametrize("key", ["target_modules", "exclude_modules"])
-def test_a_pattern_that_would_match_for_years_is_refused(make_model, saved: Path, key: str, monkeypatch) -> None:
-    monkeypatch.setattr(patterns, "MATCH_TIMEOUT_S", 0.05)
-    change_config(saved, **{key: "(.?)" * 40 + r"\1\2\3[!?]"})
-    assert_refused(make_model, saved, r"must match a name within 0\.05 s")
+def test_a_configuration_that_is_nested_without_end_is_refused(make_model, saved: Path) -> None:
+    (saved / "adapter_config.json").write_text(NESTED)
+    assert_refused(make_model, saved, "must be a LoRA configuration")
 
 
 @pytest.mark.slow

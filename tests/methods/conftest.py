@@ -14,8 +14,9 @@ from lorasweep.config.method import (
     LoraConfig,
     PeftConfig,
 )
-from lorasweep.methods import METHODS, copy_sharing_weights
+from lorasweep.methods import METHODS
 from lorasweep.models.load import BaseModel, fingerprint_weights
+from lorasweep.stored_weights import count_parameters
 
 CONFIGS = {
     "lora": LoraConfig(rank=2, alpha=4),
@@ -49,20 +50,25 @@ def make_base(*, tied=True, dtype=torch.bfloat16):
         nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)  # not `.to`, which would cast the rotary frequencies too
+    return as_base(model)
+
+
+def as_base(model, **more):
+    """A model as `load_base` gives it."""
     model.requires_grad_(False).eval()
+    fingerprint = fingerprint_weights(model, exclude=more.get("new_head_names", ()))
     return BaseModel(
         model=model,
         tokenizer=None,
         path="some/base",
-        fingerprint=fingerprint_weights(model),
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        fingerprint=fingerprint,
+        num_parameters=count_parameters(model),
+        **more,
     )
 
 
 def prepare(base, name, *, config=None, seed=0):
-    model = copy_sharing_weights(base.model)
-    METHODS[name].prepare(model, config or CONFIGS[name], generator=torch.Generator().manual_seed(seed))
-    return model
+    return METHODS[name].prepare(base, config or CONFIGS[name], generator=torch.Generator().manual_seed(seed))
 
 
 def logits_of(model, name):

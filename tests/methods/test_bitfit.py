@@ -7,10 +7,9 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from lorasweep.config.method import BitfitConfig
 from lorasweep.errors import ConfigError
-from lorasweep.methods import METHODS, copy_sharing_weights
-from lorasweep.models.load import BaseModel, fingerprint_weights
+from lorasweep.methods import METHODS
 
-from .conftest import make_base
+from .conftest import as_base, make_base
 
 METHOD = METHODS["bitfit"]
 BIASES, NORMS = BitfitConfig(), BitfitConfig(train="biases_and_norms")
@@ -21,17 +20,11 @@ def make_bert(*, dtype=torch.float32):
     settings = BertConfig(
         vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_labels=3
     )
-    model = BertForSequenceClassification(settings).to(dtype).requires_grad_(False).eval()
-    number = sum(p.numel() for p in model.parameters())
-    return BaseModel(
-        model=model, tokenizer=None, path="bert", fingerprint=fingerprint_weights(model), num_parameters=number
-    )
+    return as_base(BertForSequenceClassification(settings).to(dtype))
 
 
 def prepare(base, config):
-    model = copy_sharing_weights(base.model)
-    METHOD.prepare(model, config, generator=torch.Generator())
-    return model
+    return METHOD.prepare(base, config, generator=torch.Generator())
 
 
 def trained_names(model):
@@ -57,13 +50,7 @@ def test_norms_train_where_they_are_asked_for():
 def test_biases_of_other_names_count_and_relative_positions_do_not():
     attention = nn.MultiheadAttention(8, 2)
     attention.relative_attention_bias = nn.Embedding(4, 2)
-    assert trained_names(prepare_plain(attention)) == {"in_proj_bias", "out_proj.bias"}
-
-
-def prepare_plain(model):
-    copied = copy_sharing_weights(model.requires_grad_(False))
-    METHOD.prepare(copied, BIASES, generator=torch.Generator())
-    return copied
+    assert trained_names(prepare(as_base(attention), BIASES)) == {"in_proj_bias", "out_proj.bias"}
 
 
 def test_model_without_biases_is_refused_with_what_to_do():

@@ -12,8 +12,9 @@ from transformers import BertConfig, BertForSequenceClassification, RobertaConfi
 from lorasweep.config.method import FrozenConfig, FullConfig, HeadConfig, LoraConfig
 from lorasweep.errors import ConfigError
 from lorasweep.lora.fully_trained import trained_modules
-from lorasweep.methods import METHODS, copy_sharing_weights, draw_head
-from lorasweep.models.load import BaseModel, fingerprint_weights
+from lorasweep.methods import METHODS, draw_head
+
+from .conftest import as_base
 
 SIZES = {
     "vocab_size": 40,
@@ -38,24 +39,11 @@ def base(request):
         "bert": (BertForSequenceClassification, BertConfig),
         "roberta": (RobertaForSequenceClassification, RobertaConfig),
     }[request.param]
-    model = kind(settings(**SIZES)).requires_grad_(False).eval()
-    return BaseModel(
-        model=model,
-        tokenizer=None,
-        path="some/base",
-        fingerprint=fingerprint_weights(model, exclude=HEADS[request.param]),
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        kind="classifier",
-        new_head_names=HEADS[request.param],
-    )
+    return as_base(kind(settings(**SIZES)), kind="classifier", new_head_names=HEADS[request.param])
 
 
 def prepare(base, name, seed):
-    model = copy_sharing_weights(base.model)
-    METHODS[name].prepare(
-        model, CONFIGS[name], generator=torch.Generator().manual_seed(seed), new_head_names=base.new_head_names
-    )
-    return model
+    return METHODS[name].prepare(base, CONFIGS[name], generator=torch.Generator().manual_seed(seed))
 
 
 def start(base):

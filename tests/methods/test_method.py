@@ -9,7 +9,7 @@ from torch import nn
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.methods import METHODS, copy_sharing_weights
 
-from .conftest import CONFIGS, TOKENS, TRAINING, logits_of, make_base, prepare, train
+from .conftest import CONFIGS, TOKENS, TRAINING, as_base, logits_of, make_base, prepare, train
 
 
 def test_copy_has_its_own_modules_on_the_same_parameters():
@@ -152,7 +152,7 @@ def test_model_without_an_output_head_is_refused():
     with pytest.raises(ConfigError, match="`method=head` needs"):
         METHODS["head"].check(model, CONFIGS["head"])
     with pytest.raises(ConfigError, match="`method=head` needs"):
-        METHODS["head"].prepare(model, CONFIGS["head"], generator=torch.Generator())
+        METHODS["head"].prepare(as_base(model), CONFIGS["head"], generator=torch.Generator())
 
 
 def test_lora_start_depends_on_the_generator_alone():

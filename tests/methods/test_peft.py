@@ -16,7 +16,7 @@ from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.methods.peft import TYPES_ON_QUANTISED_BASE
 from lorasweep.models.load import fingerprint_weights, load_base
 
-from .conftest import TOKENS, make_base, prepare, train
+from .conftest import TOKENS, as_base, make_base, prepare, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # what PEFT calls
 METHOD = METHODS["peft"]
@@ -69,20 +69,19 @@ def test_only_fp32_values_train_on_a_bf16_base():
 def test_a_new_head_trains_and_is_saved(tmp_path):
     torch.manual_seed(0)
     sizes = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
-    model = BertForSequenceClassification(BertConfig(**sizes, vocab_size=32)).eval().requires_grad_(False)
+    model = BertForSequenceClassification(BertConfig(**sizes, vocab_size=32))
+    base = as_base(model, new_head_names=("classifier",))
     config = PeftConfig(config={"peft_type": "IA3", "target_modules": ["key"], "feedforward_modules": []})
-    copies = [copy_sharing_weights(model) for _ in range(2)]
-    METHOD.prepare(copies[0], config, generator=torch.Generator().manual_seed(0), new_head_names=("classifier",))
-    trained = [name for name, p in copies[0].named_parameters() if p.requires_grad]
+    prepared, loaded = METHOD.prepare(base, config, generator=torch.Generator()), copy_sharing_weights(model)
+    trained = [name for name, p in prepared.named_parameters() if p.requires_grad]
     assert [name for name in trained if name.startswith("classifier.")]
     with torch.no_grad():
-        for name, parameter in copies[0].named_parameters():
+        for name, parameter in prepared.named_parameters():
             if name in trained:
                 parameter += 0.1
-    base = make_base()
-    METHOD.save(copies[0], tmp_path, base=base)
-    METHOD.load(copies[1], tmp_path)
-    assert torch.equal(copies[1].eval()(input_ids=TOKENS).logits, copies[0].eval()(input_ids=TOKENS).logits)
+    METHOD.save(prepared, tmp_path, base=base)
+    METHOD.load(loaded, tmp_path)
+    assert torch.equal(loaded.eval()(input_ids=TOKENS).logits, prepared.eval()(input_ids=TOKENS).logits)
     with pytest.raises(ConfigError, match=r"TRAINABLE_TOKENS .*modules_to_save"):
         METHOD.check(
             model,
@@ -137,9 +136,8 @@ def test_types_that_call_a_quantised_layer_train_on_it_and_others_are_refused(qu
         expected = base.model(input_ids=TOKENS).logits
     for kind in TYPES_ON_QUANTISED_BASE:
         more = {"r": 4} if "LORA" in kind or "VERA" in kind else {}
-        model = copy_sharing_weights(base.model)
         config = PeftConfig(config={"peft_type": kind, "target_modules": ["q_proj", "down_proj"], **more})
-        METHOD.prepare(model, config, generator=torch.Generator().manual_seed(0))
+        model = METHOD.prepare(base, config, generator=torch.Generator().manual_seed(0))
         logits = model.train()(input_ids=TOKENS).logits
         torch.testing.assert_close(logits, expected, rtol=0, atol=0.02)
         logits.square().mean().backward()

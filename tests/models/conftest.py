@@ -62,7 +62,6 @@ SETTINGS = {
     "attention": "auto",
     "quantization": "none",
     "dropout": None,
-    "allow_pickle": False,
     "trust_remote_code": False,
 }
 

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from lorasweep.config.method import BitfitConfig, FrozenConfig, FullConfig, HeadConfig, IntrinsicConfig, LoraConfig
 from lorasweep.lora import find_targets
-from lorasweep.methods import METHODS, copy_sharing_weights
+from lorasweep.methods import METHODS
 from lorasweep.models.load import Labels, fingerprint_weights, load_base
 
 CASES = [
@@ -57,11 +57,7 @@ def loss_of(model, kind):
 
 
 def prepare(base, method, *, seed=0):
-    model = copy_sharing_weights(base.model)
-    METHODS[method].prepare(
-        model, CONFIGS[method], generator=torch.Generator().manual_seed(seed), new_head_names=base.new_head_names
-    )
-    return model
+    return METHODS[method].prepare(base, CONFIGS[method], generator=torch.Generator().manual_seed(seed))
 
 
 def train(model, kind, method, *, steps=8):

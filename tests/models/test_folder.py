@@ -61,7 +61,6 @@ def test_gated_model_says_what_to_do(download, model_config):
     ("settings", "weights"),
     [
         ({}, {"*.safetensors"}),
-        ({"allow_pickle": True}, {"*.safetensors", "pytorch_model*.bin*"}),
         ({"trust_remote_code": True}, {"*.safetensors", "*.py"}),
     ],
 )

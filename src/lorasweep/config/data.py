@@ -216,8 +216,6 @@ class ChatConfig(RowSettings):
     tokenizer has a template, else `plain`."""
     separator: str
     """Text between the prompt and the completion of a `plain` template."""
-    generate: bool
-    """Whether the prompts of the test split are also answered, token by token, and scored by BLEU and ROUGE."""
     metric: TextMetric | MetricComponent
     """Metric of the answers that is the run's score. Lower is better, except for a `_target_` that says otherwise."""
 

@@ -32,9 +32,6 @@ class ModelConfig(Settings):
     `trainer.precision` says. In a sweep, arms whose method trains weights of the base get the unquantised base."""
     dropout: Fraction | None
     """Rate of every dropout of the base in training, 0 <= p < 1; null keeps the rates of the model."""
-    allow_pickle: bool
-    """Whether to read weights from a pickle file if safetensors are missing. Risk: a pickle can run hidden code.
-    torch's restricted reader guards against that, but has had security holes."""
     trust_remote_code: bool
     """Whether to run Python code that comes with the model. Risk: the code runs with all your rights."""
 

@@ -37,8 +37,6 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 FINGERPRINT_KEY = "base_fingerprint"
 KEY_PREFIX = "base_model.model."
-MAX_CONFIG_BYTES = 2**24
-"""Maximum size of `adapter_config.json` in bytes. A pattern for each of 100,000 layers fits."""
 INITS_KEEPING_BASE = (True, False, None, "gaussian", "orthogonal", "mica")
 """Values of PEFT's `init_lora_weights` that do not change the base's weights."""
 
@@ -186,8 +184,6 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read_config(path: Path, model: nn.Module) -> LoraConfig:
     try:
         require_regular_file(path)
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ValueError(f"it has more than {MAX_CONFIG_BYTES:,} bytes")
         return config_from_peft(json.loads(path.read_text(encoding="utf-8")), model)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} must be a LoRA configuration, but got: {error}") from error

@@ -7,16 +7,13 @@ from collections.abc import Iterable
 from functools import lru_cache
 from itertools import pairwise
 
-import regex
-
 from lorasweep.config.peft_settings import REGEX_PREFIX
 from lorasweep.lora.functional import RowRanges
 from lorasweep.wording import nearest
 
 QKV_LETTERS = ("q", "k", "v")
-MATCH_TIMEOUT_S = 1.0
-"""Seconds after which a regular expression is refused. To match a name takes microseconds, but nested optional groups
-in a hostile adapter would take years."""
+_compile = lru_cache(maxsize=10_000)(re.compile)
+"""An adapter may have a pattern for each layer, and each is compared with all layers. `re` keeps only 512."""
 
 
 def is_name_ending(ending: str, name: str) -> bool:
@@ -31,24 +28,14 @@ def fits_pattern(pattern: str, name: str) -> bool:
     """Returns whether a pattern other than `all-linear` matches this name.
 
     Raises:
-        ValueError: The pattern is not a valid regular expression, or takes longer than `MATCH_TIMEOUT_S`.
+        ValueError: The pattern is not a valid regular expression.
     """
     if not pattern.startswith(REGEX_PREFIX):
         return is_name_ending(split_pattern(pattern)[0], name)
     try:
-        return _compile(pattern.removeprefix(REGEX_PREFIX)).fullmatch(name, timeout=MATCH_TIMEOUT_S) is not None
-    except TimeoutError as error:
-        raise ValueError(
-            f"{pattern!r} must match a name within {MATCH_TIMEOUT_S:g} s, but takes longer for {name!r}. "
-            "Write it without repetitions inside repetitions."
-        ) from error
-    except (regex.error, RecursionError, OverflowError) as error:
+        return _compile(pattern.removeprefix(REGEX_PREFIX)).fullmatch(name) is not None
+    except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"{pattern!r} must be a regular expression, but got an error: {error}. Correct it.") from error
-
-
-@lru_cache(maxsize=10_000)  # an adapter may have a pattern for each layer, and each is compared with all layers
-def _compile(expression: str) -> regex.Pattern[str]:
-    return regex.compile(expression)
 
 
 def find_first_match(patterns: Iterable[str], name: str) -> str | None:

@@ -10,6 +10,7 @@ from torch import nn
 from lorasweep.config.method import BitfitConfig, MethodConfig
 from lorasweep.errors import ConfigError
 from lorasweep.methods.method import Method, replace_by_trainable_copies
+from lorasweep.models.load import BaseModel
 
 
 class BitfitMethod(Method):
@@ -33,8 +34,8 @@ class BitfitMethod(Method):
             f"but {type(model).__name__} has none. Use {remedy}`method=lora`."
         )
 
-    def _make_trainable(self, model: nn.Module, config: Any, *, new_head_names: Sequence[str], **_: Any) -> None:
-        head = [parameter for name in new_head_names for parameter in model.get_submodule(name).parameters()]
+    def _make_trainable(self, model: nn.Module, config: Any, *, base: BaseModel, **_: Any) -> None:
+        head = [parameter for name in base.new_head_names for parameter in model.get_submodule(name).parameters()]
         replace_by_trainable_copies(model, [*find_biases_and_norms(model, config), *head])
         for module in filter(is_norm, model.modules()):
             cast_frozen_norm_parameters(module)

@@ -20,20 +20,15 @@ class FrozenMethod(Method):
 
     name = "frozen"
 
-    def _make_trainable(self, model: nn.Module, config: Any, **_: Any) -> None:
-        pass  # a copy of the base is frozen already
+    def _make_trainable(self, model: nn.Module, config: Any, *, base: BaseModel, **_: Any) -> None:
+        layer = find_output_layer(model, base)
+        if layer is not None and base.labels is not None:
+            weight = layer.weight
+            layer.weight = nn.Parameter(torch.zeros_like(weight), requires_grad=False)
+            layer.bias = nn.Parameter(torch.tensor(base.labels.constant).to(weight), requires_grad=False)
 
     def merge(self, model: nn.Module) -> None:
         """Does nothing, because the model has no trained parameters."""
-
-
-def set_constant_answer(model: nn.Module, base: BaseModel) -> None:
-    """Lets the new head of a copy of the base give the constant answer; unchanged if there is none."""
-    layer = find_output_layer(model, base)
-    if layer is not None and base.labels is not None:
-        weight = layer.weight
-        layer.weight = nn.Parameter(torch.zeros_like(weight), requires_grad=False)
-        layer.bias = nn.Parameter(torch.tensor(base.labels.constant).to(weight), requires_grad=False)
 
 
 def find_output_layer(model: nn.Module, base: BaseModel) -> nn.Linear | None:

@@ -13,6 +13,7 @@ from torch import nn
 from lorasweep.config.method import MethodConfig
 from lorasweep.errors import ConfigError
 from lorasweep.methods.method import Method, clear_tie_setting, replace_by_trainable_copies
+from lorasweep.models.load import BaseModel
 
 
 class HeadMethod(Method):
@@ -30,8 +31,8 @@ class HeadMethod(Method):
         if not new_head_names:
             find_head(model)
 
-    def _make_trainable(self, model: nn.Module, config: Any, *, new_head_names: Sequence[str], **_: Any) -> None:
-        heads = [model.get_submodule(name) for name in new_head_names] or [find_head(model)]
+    def _make_trainable(self, model: nn.Module, config: Any, *, base: BaseModel, **_: Any) -> None:
+        heads = [model.get_submodule(name) for name in base.new_head_names] or [find_head(model)]
         for head in heads:
             # replaced only inside the head, so that tied embeddings keep the frozen weight
             replace_by_trainable_copies(head, head.parameters())

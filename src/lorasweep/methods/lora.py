@@ -43,10 +43,8 @@ class LoraMethod(Method):
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
-    def _make_trainable(
-        self, model: nn.Module, config: Any, *, generator: torch.Generator, new_head_names: Sequence[str]
-    ) -> None:
-        inject_lora(model, add_head_to_modules_to_save(config, new_head_names), generator=generator)
+    def _make_trainable(self, model: nn.Module, config: Any, *, base: BaseModel, generator: torch.Generator) -> None:
+        inject_lora(model, add_head_to_modules_to_save(config, base.new_head_names), generator=generator)
 
     def trainable_groups(self, model: nn.Module, *, lr_ratio_b: float) -> list[ParameterGroup]:
         """Returns A and B as one group, or as two groups if `lr_ratio_b` is not 1 (LoRA+, arXiv 2402.12354).

@@ -59,35 +59,26 @@ class Method(ABC):
     def check(self, model: nn.Module, config: MethodConfig, *, new_head_names: Sequence[str] = ()) -> None:  # noqa: B027
         """Raises a ConfigError if the settings do not fit the model, without changing the model."""
 
-    def prepare(
-        self,
-        model: nn.Module,
-        config: MethodConfig,
-        *,
-        generator: torch.Generator,
-        new_head_names: Sequence[str] = (),
-    ) -> None:
-        """Makes a copy of the base trainable, in place. The tensors that it shares with the base do not change.
+    def prepare(self, base: BaseModel, config: MethodConfig, *, generator: torch.Generator) -> nn.Module:
+        """Returns a trainable copy of the base, whose tensors do not change.
 
         Args:
-            model: A copy from `copy_sharing_weights`. Only trained parameters, in fp32, get `requires_grad`.
-            config: Settings of this method.
+            base: The base model. Every method draws values for its new head, and all methods except `frozen` train it.
+            config: Settings of this method. Only trained parameters, in fp32, get `requires_grad`.
             generator: CPU random stream (`seeds.init`). The new head is drawn first, then the values of the method.
-            new_head_names: Names of modules that are missing in the checkpoint (`BaseModel.new_head_names`). Every
-                method draws values for them, and all methods except `frozen` train them.
 
         Raises:
             ConfigError: The settings do not fit the model.
         """
+        model = copy_sharing_weights(base.model)
         # before the check, because drawing unties the head, and the check depends on ties
-        draw_head(model, new_head_names, generator=generator)
-        self.check(model, config, new_head_names=new_head_names)
-        self._make_trainable(model, config, generator=generator, new_head_names=new_head_names)
+        draw_head(model, base.new_head_names, generator=generator)
+        self.check(model, config, new_head_names=base.new_head_names)
+        self._make_trainable(model, config, base=base, generator=generator)
+        return model
 
     @abstractmethod
-    def _make_trainable(
-        self, model: nn.Module, config: Any, *, generator: torch.Generator, new_head_names: Sequence[str]
-    ) -> None:
+    def _make_trainable(self, model: nn.Module, config: Any, *, base: BaseModel, generator: torch.Generator) -> None:
         """Replaces parameters or modules of a copy. `check` has accepted the copy, and its new head is drawn."""
 
     def trainable_groups(self, model: nn.Module, *, lr_ratio_b: float) -> list[ParameterGroup]:

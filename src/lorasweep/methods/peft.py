@@ -72,13 +72,11 @@ class PeftMethod(Method):
         with torch.random.fork_rng(devices=[]):
             add_adapter(copy, peft_config, new_head_names=new_head_names, has_values=False)
 
-    def _make_trainable(
-        self, model: nn.Module, config: Any, *, generator: torch.Generator, new_head_names: Sequence[str]
-    ) -> None:
-        peft_config = build_peft_config(config.config, model, new_head_names=new_head_names)
+    def _make_trainable(self, model: nn.Module, config: Any, *, base: BaseModel, generator: torch.Generator) -> None:
+        peft_config = build_peft_config(config.config, model, new_head_names=base.new_head_names)
         with torch.random.fork_rng(devices=[]):  # PEFT draws from torch's default stream
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-            add_adapter(model, peft_config, new_head_names=new_head_names)
+            add_adapter(model, peft_config, new_head_names=base.new_head_names)
 
     def save(self, model: nn.Module, folder: Path, *, base: BaseModel) -> None:
         """Writes the adapter, as PEFT's `save_pretrained` does."""

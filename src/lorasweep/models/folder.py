@@ -23,8 +23,7 @@ def find_model_folder(config: ModelConfig) -> Path:
     """Returns the folder of `model.path`. Downloads missing files.
 
     Raises:
-        ConfigError: The model can't be found or downloaded, is only an adapter, or has its weights in a pickle file
-            and `model.allow_pickle` is false.
+        ConfigError: The model can't be found or downloaded, is only an adapter, or has no weights in safetensors.
     """
     path = find_local_path(config) or _download(config)
     _check_weights(path, config)
@@ -58,9 +57,7 @@ def find_local_path(config: ModelConfig) -> Path | None:
 
 def _download(config: ModelConfig) -> Path:
     """Returns the folder of a hub id in the hub's cache. Downloads the files that the cache does not have."""
-    wanted = [*ALWAYS_DOWNLOADED]
-    wanted += ["pytorch_model*.bin*"] if config.allow_pickle else []
-    wanted += ["*.py"] if config.trust_remote_code else []
+    wanted = [*ALWAYS_DOWNLOADED, *(["*.py"] if config.trust_remote_code else [])]
     try:
         folder = snapshot_download(
             config.path,
@@ -88,8 +85,8 @@ def _check_weights(folder: Path, config: ModelConfig) -> None:
             f"`model.path` must be a whole model, but {config.path!r} is an adapter. Use its base model, or merge "
             "the adapter first (`lorasweep export`)."
         )
-    if not config.allow_pickle and not any(folder.glob("*.safetensors")):
+    if not any(folder.glob("*.safetensors")):
         raise ConfigError(
-            f"`model.path` must have weights in safetensors, but {config.path!r} has none. "
-            "`model.allow_pickle=true` reads a pickle file, which can run hidden code, so use it only if you trust it."
+            f"`model.path` must have weights in safetensors, but {config.path!r} has none. Save the model again with "
+            "transformers' `save_pretrained`."
         )

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -92,9 +91,8 @@ def load_base(config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None 
         labels: Labels of a classifier; None keeps the labels of its checkpoint.
 
     Raises:
-        ConfigError: The model is missing, damaged, incomplete or not of `model.kind`. Or its files need
-            `model.allow_pickle` or `model.trust_remote_code`. Or labels are given, but the model is not a classifier.
-            Or it can't be quantised.
+        ConfigError: The model is missing, damaged, incomplete or not of `model.kind`. Or it needs
+            `model.trust_remote_code`. Or labels are given, but the model is not a classifier. Or it can't be quantised.
     """
     if config.quantization != "none":
         for package in PACKAGES:
@@ -153,8 +151,6 @@ def _load(
         tokenizer = AutoTokenizer.from_pretrained(str(folder), **shared)
         _set_model_settings(settings, config, labels)
         arguments = {"config": settings, **attention, **shared}
-        if config.allow_pickle:
-            arguments["use_safetensors"] = None  # prefers safetensors
         if config.quantization != "none":
             arguments |= build_arguments(config, model_class, settings, dtype=dtype)
         if is_classifier:
@@ -204,12 +200,9 @@ def _to_config_error(error: BaseException, config: ModelConfig) -> ConfigError:
             f"`model.attention` must be available for this model and machine, but got {config.attention!r} "
             f"({first_line(error)}). Use `model.attention=auto`."
         )
-    # The message of an UnpicklingError is not shown, because it advises to read the file without restrictions.
-    if isinstance(error, UnpicklingError):
-        reason = "it contains objects that are not tensors"
-    else:  # other errors than these have messages that need the name of their class
-        has_sentence = isinstance(error, OSError | ValueError | RuntimeError | ImportError)
-        reason = first_line(error) if has_sentence else describe_error(error)
+    # other errors than these have messages that need the name of their class
+    has_sentence = isinstance(error, OSError | ValueError | RuntimeError | ImportError)
+    reason = first_line(error) if has_sentence else describe_error(error)
     return ConfigError(
         f"`model.path` must be a {config.kind} model with its tokenizer, but {config.path!r} can't be loaded: "
         f"{reason}. Download the model again, or use another model."

@@ -6,11 +6,9 @@ stored bytes, and with them the fingerprint, are the same on every machine.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib import import_module
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,7 +48,6 @@ def build_arguments(config: ModelConfig, model_class: Any, settings: Any, *, dty
             f"`model.quantization` must be none for a model whose files are quantised already, but got "
             f"{config.quantization!r} with {config.path!r}."
         )
-    _import_bitsandbytes()
     bits = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         **TRANSFORMERS_ARGUMENTS,
         bnb_4bit_compute_dtype=dtype,
@@ -103,24 +100,3 @@ def _count_inputs(module: nn.Module) -> int:
     if isinstance(module, Conv1D):
         return int(module.weight.shape[0])
     return module.in_features if isinstance(module, nn.Linear) else 0
-
-
-def _import_bitsandbytes() -> None:
-    """Imports bitsandbytes without the native code that it would download from the hub."""
-    if "bitsandbytes" in sys.modules:
-        return
-    with _hide_module("kernels"), quiet_transformers():
-        import_module("bitsandbytes")
-
-
-@contextmanager
-def _hide_module(name: str) -> Iterator[None]:
-    """Makes `import name` fail inside the block."""
-    before = sys.modules.get(name)
-    sys.modules[name] = cast(Any, None)
-    try:
-        yield
-    finally:
-        del sys.modules[name]
-        if before is not None:
-            sys.modules[name] = before

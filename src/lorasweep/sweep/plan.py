@@ -24,7 +24,6 @@ from rich.table import Table
 from rich.text import Text
 
 from lorasweep.config.build import as_settings
-from lorasweep.config.data import ChatConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.config.sweep import RayWorkers
 from lorasweep.data.batching import StepBatchSampler
@@ -323,6 +322,3 @@ def _list_notes(definition: Definition, groups: Sequence[GroupPlan]) -> Iterator
         f"({', '.join(parts)}). The lower end prunes all that the stopping rule allows; the upper end prunes "
         f"nothing.{shared}"
     )
-    data = [arm.corner_configs[0].data for arm in definition.arms]
-    if any(isinstance(each, ChatConfig) and each.generate for each in data):
-        yield "The time to generate answers (`data.generate`) is not measured."

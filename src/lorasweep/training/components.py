@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,15 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lorasweep.config.build import as_settings
-from lorasweep.config.components import Component, argument_names, check_component, find_class, instantiate
+from lorasweep.config.components import (
+    Component,
+    argument_names,
+    check_component,
+    find_class,
+    instantiate,
+    require_package,
+)
 from lorasweep.config.run import RunConfig
-from lorasweep.errors import ConfigError
 
 EVENT_LOGGER = "lorasweep.training.components.EventLogger"
 """Import path of the default logger, which writes into the run's folder and nowhere else."""
@@ -97,8 +102,6 @@ def check_components(config: RunConfig) -> None:
         run_arguments = _find_run_arguments(component, key=key, folder=Path("run"))
         check_component(component, key=key, expected=Logger, **run_arguments)
         package = LOGGER_PACKAGES.get(component.name)
-        if package is not None and find_spec(package) is None:
-            raise ConfigError(
-                f"`{key}` needs the package {package!r}, which is not installed. Run `pip install {package}`."
-            )
+        if package is not None:
+            require_package(package, key=key)
     build_callbacks(config)

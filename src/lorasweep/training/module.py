@@ -28,8 +28,7 @@ from lorasweep.data.tasks import EXAMPLE_FIELDS, Evaluation
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.lora.dropout import FunctionalDropout, drop_from_default_stream
 from lorasweep.lora.inject import replace_dropout
-from lorasweep.methods import METHODS, copy_sharing_weights
-from lorasweep.methods.frozen import set_constant_answer
+from lorasweep.methods import METHODS
 from lorasweep.models.load import BaseModel
 from lorasweep.training.components import check_components
 from lorasweep.training.data_module import DataModule
@@ -67,7 +66,7 @@ class TrainingModule(lightning.LightningModule):
                 Trainer's steps, devices and precision replace the settings `trainer.*`.
             inputs: The base model, whose weights are never written, and the data.
             accumulate: Micro-batches into which the data cuts each batch. None: `trainer.accumulate`.
-            trust: Whether code and pickles that a checkpoint names may be loaded.
+            trust: Whether code that a checkpoint names may run.
 
         Raises:
             ConfigError: A setting is wrong or names code without `trust`, or model or data can't be loaded.
@@ -288,11 +287,8 @@ def prepare_model(config: RunConfig, base: BaseModel) -> nn.Module:
     # The global seed is set before the method draws, and again after it: neither earlier draws nor the method's draws
     # may change the dropout masks.
     torch.manual_seed(config.seeds.dropout)
-    model = copy_sharing_weights(base.model)
     generator = torch.Generator().manual_seed(config.seeds.init)
-    METHODS[config.method.name].prepare(model, config.method, generator=generator, new_head_names=base.new_head_names)
-    if config.method.name == "frozen":
-        set_constant_answer(model, base)
+    model = METHODS[config.method.name].prepare(base, config.method, generator=generator)
     replace_dropout(model)
     torch.manual_seed(config.seeds.dropout)
     model.train()  # turns dropout on; Lightning switches modes for evaluations and restores them

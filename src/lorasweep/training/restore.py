@@ -14,7 +14,6 @@ from lorasweep.config.build import as_settings, build
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.methods import METHODS, copy_sharing_weights
-from lorasweep.methods.frozen import set_constant_answer
 from lorasweep.models.load import BaseModel, Labels, load_base
 from lorasweep.record import RunRecord, compute_sha256
 from lorasweep.training.environment import DTYPES
@@ -31,7 +30,7 @@ def read_settings(given: Settings, *, trust: bool = False) -> RunConfig:
 
     Args:
         given: Settings in one of three forms. A nested mapping may come from a checkpoint of an unknown author.
-        trust: Whether code and pickles that a nested mapping names may be loaded.
+        trust: Whether code that a nested mapping names may run.
 
     Raises:
         ConfigError: A key or value is wrong, or the settings name code and `trust` is False.
@@ -60,18 +59,17 @@ def restore_config(record: RunRecord) -> RunConfig:
 
 
 def refuse_code(config: RunConfig, *, trust: bool) -> None:
-    """Refuses to load a model whose settings name code or a pickle, because whoever wrote the files may be unknown.
+    """Refuses to load a model whose settings name code, because whoever wrote the files may be unknown.
 
     Commands that train do not ask: to run somebody's settings is to run their code.
     """
     if trust:
         return
-    settings = {f"model.{key}": getattr(config.model, key) for key in ("trust_remote_code", "allow_pickle")}
-    settings["module._target_"] = None if config.module is None else config.module.target
-    for key, value in settings.items():
+    module = None if config.module is None else config.module.target
+    for key, value in {"model.trust_remote_code": config.model.trust_remote_code, "module._target_": module}.items():
         if value:
             raise ConfigError(
-                f"`{key}` of a recorded run must not name code or allow pickles, but got {value!r}. If you trust "
+                f"`{key}` of a recorded run must not name code, but got {value!r}. If you trust "
                 "the author, add `--trust` to the command, or `trust=True` in Python."
             )
 
@@ -137,18 +135,12 @@ def _load_recorded_base(record: RunRecord, config: RunConfig) -> BaseModel:
 
 def restore_model(config: RunConfig, base: BaseModel, *, folder: Path) -> nn.Module:
     """Returns a copy of the base with the weights in `folder` (a run's `best` or `last`), in evaluation mode."""
-    method, model = METHODS[config.method.name], copy_sharing_weights(base.model)
-    # Adapters are loaded without `prepare`: PiSSA would compute the initial values again, and this machine may round
-    # differently.
-    if not method.loads_onto_base:
-        method.prepare(
-            model,
-            config.method,
-            generator=torch.Generator().manual_seed(config.seeds.init),
-            new_head_names=base.new_head_names,
-        )
-    if config.method.name == "frozen":
-        set_constant_answer(model, base)
+    method = METHODS[config.method.name]
+    if method.loads_onto_base:
+        # Not prepared: PiSSA would compute the initial values again, and this machine may round differently.
+        model = copy_sharing_weights(base.model)
+    else:
+        model = method.prepare(base, config.method, generator=torch.Generator().manual_seed(config.seeds.init))
     method.load(model, folder)
     model.train(False)
     return model

@@ -1,4 +1,4 @@
-"""Scores a model on a split, scores a finished run on the test split, and scores generated answers."""
+"""Scores a model on a split, and a finished run on the test split."""
 
 from __future__ import annotations
 
@@ -8,24 +8,20 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
-from torchmetrics.functional.text import rouge_score, sacre_bleu_score
 
 from lorasweep.config.build import as_settings
-from lorasweep.config.data import ChatConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import EvaluationSampler
 from lorasweep.data.build_splits import DataSplits
-from lorasweep.data.examples import CompletionSplit
-from lorasweep.data.split import IGNORED, Split, move_batch
+from lorasweep.data.split import Split, move_batch
 from lorasweep.data.tasks import Evaluation, ExampleScores, Task
 from lorasweep.disk import csv_text, write_atomically
-from lorasweep.errors import ConfigError, RecordError
+from lorasweep.errors import RecordError
 from lorasweep.methods.frozen import find_output_layer
 from lorasweep.record import (
     RETAINED_SCORES_FILE,
@@ -43,10 +39,6 @@ from lorasweep.training.own_data import OwnSplits
 from lorasweep.training.own_module import score_on_test
 from lorasweep.training.restore import restore_config, restore_model
 from lorasweep.training.run_log import RunFolder
-
-ROUGE_NAMES = ("rouge1", "rouge2", "rougeL")
-MAX_ANSWER_LENGTH_RATIO = 1.5
-"""Maximum length of a generated answer, divided by the length of the longest reference answer (in tokens)."""
 
 
 class Scores(NamedTuple):
@@ -82,8 +74,6 @@ def score_run(
             values, lines = score_on_test(config, model, inputs.splits, precision=precision)
         else:
             values, lines = _score_on_split(model, inputs.splits, config=config, inputs=inputs)
-            if isinstance(config.data, ChatConfig) and config.data.generate:
-                values |= score_answers(model, split, config=config, inputs=inputs)
         files = {TEST_SCORES_FILE: lines}
         for name, splits in retained.items():
             found = _score_on_split(model, splits, config=config, inputs=inputs)
@@ -177,88 +167,3 @@ def _format_row_scores(
         return None  # for example if class weights change the loss and not the metric
     columns = range(len(scores)), scores.tolist(), weights.tolist(), groups
     return csv_text(("row", "score", "weight", "group"), zip(*columns, strict=True))
-
-
-def score_answers(model: nn.Module, split: Split, *, config: RunConfig, inputs: RunInputs) -> dict[str, float]:
-    """Answers every prompt of a split by greedy decoding, and returns corpus BLEU (0 to 100) and ROUGE F-measures.
-
-    Source: sacreBLEU with tokenizer 13a (Post 2018), ROUGE (Lin 2004). The answers of all examples with the same prompt
-    are the references for one generated answer, as in E2E NLG.
-    """
-    if not hasattr(model, "generate") or not isinstance(split, CompletionSplit):
-        raise ConfigError(
-            "`data.generate` must be false for a model that does not generate text, but is true. Add "
-            "`data.generate=false`."
-        )
-    references = gather_references(split)
-    prompts = list(references)
-    max_tokens = int(
-        MAX_ANSWER_LENGTH_RATIO * max(len(answer) for answers in references.values() for answer in answers)
-    )
-    answers: list[str] = []
-    size = config.trainer.eval_batch_size
-    for first in range(0, len(prompts), size):
-        tokens = generate(
-            model, prompts[first : first + size], max_tokens=max_tokens, split=split, config=config, inputs=inputs
-        )
-        answers += _decode_texts(tokens, inputs)
-    expected = [_decode_texts(list(references[prompt]), inputs) for prompt in prompts]
-    rouge = rouge_score(answers, expected, rouge_keys=ROUGE_NAMES)
-    scores = {"bleu": 100 * float(sacre_bleu_score(answers, expected))}
-    return scores | {name: float(rouge[f"{name}_fmeasure"]) for name in ROUGE_NAMES}
-
-
-def gather_references(split: CompletionSplit) -> dict[tuple[int, ...], list[list[int]]]:
-    """Returns the reference answers to each prompt of a split, as token ids."""
-    references: dict[tuple[int, ...], list[list[int]]] = {}
-    for row in range(len(split)):
-        tokens, targets = split.tokens[row].tolist(), split.targets[row].tolist()
-        scored = [index for index, target in enumerate(targets) if target != IGNORED]
-        # prompt and answer are one sequence, and only the answer is scored
-        if scored != list(range(scored[0], scored[-1] + 1)):
-            raise ConfigError(
-                "`data.generate` must be false if an example has several answers, but is true. Add "
-                "`data.generate=false`."
-            )
-        references.setdefault(tuple(tokens[: scored[0] + 1]), []).append([targets[index] for index in scored])
-    return references
-
-
-@torch.no_grad()
-def generate(
-    model: Any,
-    prompts: list[tuple[int, ...]],
-    *,
-    max_tokens: int,
-    split: CompletionSplit,
-    config: RunConfig,
-    inputs: RunInputs,
-) -> list[list[int]]:
-    """Returns the tokens of one answer to each prompt, without the end-of-text token."""
-    device = get_device(config.trainer)
-    rows = [torch.tensor(prompt) for prompt in prompts]
-    # the model continues the prompt, so padding must be on the left
-    tokens = pad_sequence(rows, batch_first=True, padding_value=split.pad_token, padding_side="left")
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
-    model.to(device).eval()
-    # without a tokenizer every answer has `max_tokens`
-    end = None if inputs.base.tokenizer is None else inputs.base.tokenizer.eos_token_id
-    with inputs.autocast(config):
-        generated: Tensor = model.generate(
-            input_ids=tokens.to(device),
-            attention_mask=mask.to(device),
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=max_tokens,
-            pad_token_id=split.pad_token,
-            eos_token_id=end,
-            use_cache=True,
-        )
-    model.cpu()
-    answers = generated[:, tokens.shape[1] :].tolist()
-    return [answer[: answer.index(end)] if end in answer else answer for answer in answers]
-
-
-def _decode_texts(rows: list[list[int]], inputs: RunInputs) -> list[str]:
-    assert inputs.base.tokenizer is not None
-    return [str(inputs.base.tokenizer.decode(row, skip_special_tokens=True)).strip() for row in rows]

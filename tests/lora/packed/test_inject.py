@@ -68,8 +68,6 @@ def test_a_refused_request_leaves_the_model_as_it_was(make_model) -> None:
     model = make_model()
     before = str(model)
     requests = [
-        ([], None, "at least one slot"),
-        ([LoraConfig()], [None, None], "1 generators, one per slot, but got 2"),
         ([LoraConfig(), LoraConfig(targets=("upp",))], None, "Did you mean `up`"),
         ([LoraConfig(), LoraConfig(rank=99)], None, "`method.rank <= 8` must hold"),
         (

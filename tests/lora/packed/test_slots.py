@@ -153,16 +153,3 @@ def test_compaction_drops_what_no_slot_needs(both) -> None:
     assert isinstance(both.pack.out, nn.Linear)
     both.solos = [both.solos[1]]
     both.assert_equal(torch.randint(11, (2, 5), generator=stream(1)))
-
-
-@pytest.mark.parametrize("keep", [[], [0, 0], [3], [-1]])
-def test_slots_must_be_there(both, keep: list[int]) -> None:
-    text = str(both.pack)
-    with pytest.raises(ValueError, match="distinct indices from 0 to 2"):
-        compact_slots(both.pack, keep)
-    assert str(both.pack) == text
-    if len(keep) == 1:
-        with pytest.raises(ValueError, match="distinct indices"):
-            slot_model(both.pack, keep[0])
-        with pytest.raises(ValueError, match="distinct indices"):
-            fill_slot(both.pack, 4 if keep[0] == 3 else keep[0], LoraConfig())  # 3 would add a slot

@@ -68,9 +68,6 @@ def inject_packed_lora(
     """
     streams = [None] * len(configs) if generators is None else generators
     _check_model(model)
-    if not configs:
-        raise ValueError("A pack must have at least one slot, but got no configuration. Give one per slot.")
-    _check_count(streams, len(configs), "generators")
     for slot, config in enumerate(configs):
         _check_packable(config, slot)
     # One solo model per slot, so that each slot's checks and random numbers are exactly those of a solo run.
@@ -117,12 +114,10 @@ def fill_slot(
         The matched and the unmatched layers.
 
     Raises:
-        ValueError: The model is not packed or has no such slot; or `config` can't be packed (`why_not_packable`),
-            can't be packed with the other slots, or is refused by `inject_lora`. The pack is then unchanged.
+        ValueError: The model is not packed; or `config` can't be packed (`why_not_packable`), can't be packed with the
+            other slots, or is refused by `inject_lora`. The pack is then unchanged.
     """
     slots = find_slots(model)
-    if slot != slots.num_slots:
-        check_slots(model, [slot])
     _check_packable(config, slot)
     solo = copy_base(model)
     coverage = _inject_solo(solo, config, generator, prepare_copy)
@@ -139,11 +134,7 @@ def slot_model(model: nn.Module, slot: int) -> nn.Module:
 
     The model takes the batch of one slot, and works with `lora_state` and `save_adapter`; merge a copy of it. The model
     has the pack's mode (`train` or `eval`), and its dropout draws from torch's default stream.
-
-    Raises:
-        ValueError: The model is not packed or has no such slot.
     """
-    check_slots(model, [slot])
     return find_slots(model).models[slot].train(model.training)
 
 
@@ -151,11 +142,7 @@ def compact_slots(model: nn.Module, keep: Sequence[int]) -> None:
     """Drops all slots except `keep`, which become slots 0, 1, ... in this order. So it can also sort slots.
 
     Layers that only dropped slots adapt are removed, so that a step costs less. The other slots stay as they are.
-
-    Raises:
-        ValueError: The model is not packed; or `keep` is empty, has a duplicate, or has a slot that does not exist.
     """
-    check_slots(model, keep)
     slots = find_slots(model)
     # the object stays, because all layers and dropout modules of the pack refer to it
     slots.models = [slots.models[slot] for slot in keep]
@@ -182,13 +169,8 @@ def set_dropout_streams(model: nn.Module, streams: Sequence[torch.Generator | No
     A slot draws the same masks as a solo run if its stream has the seed that the solo run gives to torch. This holds
     for LoRA layers on any device, and for the base's `nn.Dropout` on a CPU. The slot's batches must have the same shape
     as the solo run's batches. If the pack pads the batches, call `set_sequence_lengths` too.
-
-    Raises:
-        ValueError: The model is not packed, or there are more or fewer streams than slots.
     """
-    slots = find_slots(model)
-    _check_count(streams, slots.num_slots, "dropout streams")
-    slots.generators[:] = streams
+    find_slots(model).generators[:] = streams
 
 
 def set_sequence_lengths(model: nn.Module, lengths: Sequence[int] | None) -> None:
@@ -196,36 +178,16 @@ def set_sequence_lengths(model: nn.Module, lengths: Sequence[int] | None) -> Non
 
     For inputs of shape (rows, length, ...) and probabilities of shape (rows, heads, length, length), dropout then draws
     a mask only for a slot's unpadded length, so that the mask equals the solo run's.
-
-    Raises:
-        ValueError: The model is not packed, or there are more or fewer lengths than slots.
     """
-    slots = find_slots(model)
-    if lengths is not None:
-        _check_count(lengths, slots.num_slots, "sequence lengths")
-    slots.note_lengths(lengths)
+    find_slots(model).note_lengths(lengths)
 
 
 def find_slots(model: nn.Module) -> Slots:
-    """Returns the slots of a packed model.
-
-    Raises:
-        ValueError: The model is not packed.
-    """
+    """Returns the slots of a packed model. Raises a ValueError if the model is not packed."""
     layers = list(packed_layers(model).values())
     if not layers:
         raise ValueError("`model` must be packed, but it has no packed layers. Call `inject_packed_lora` first.")
     return layers[0].slots
-
-
-def check_slots(model: nn.Module, slots: Sequence[int]) -> None:
-    """Raises a ValueError if the model is not packed, or `slots` is empty, has a duplicate or a slot out of range."""
-    count = find_slots(model).num_slots
-    if not slots or not set(slots) <= set(range(count)) or len(set(slots)) < len(slots):
-        raise ValueError(
-            f"Slots must be one or more distinct indices from 0 to {count - 1}, but got {list(slots)}. "
-            "After `compact_slots`, the remaining slots have new indices."
-        )
 
 
 def copy_base(model: nn.Module) -> nn.Module:
@@ -277,11 +239,6 @@ def _check_model(model: nn.Module) -> None:
             f"A packed model must compute each row independently, but {batch_norm!r} is a batch norm, which mixes the "
             "slots. Train without packs."
         )
-
-
-def _check_count(values: Sequence[object], num_slots: int, kind: str) -> None:
-    if len(values) != num_slots:
-        raise ValueError(f"The pack needs {num_slots} {kind}, one per slot, but got {len(values)}.")
 
 
 def _check_packable(config: LoraConfig, slot: int) -> None:
