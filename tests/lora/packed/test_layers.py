@@ -30,6 +30,77 @@ def seeded(model: nn.Module) -> nn.Module:
     return model
 
 
+class ScaledEmbedding(nn.Embedding):
+    """As in models that scale the rows of their embedding."""
+
+    embed_scale = 3.0
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens) * self.embed_scale
+
+
+def make_embedding(kind: type[nn.Embedding]) -> nn.Module:
+    return nn.Sequential(kind(11, 6), nn.Linear(6, 4))
+
+
+def make_convolution(padding_mode: str) -> nn.Module:
+    first = nn.Conv2d(2, 5, 3, stride=2, padding=1, padding_mode=padding_mode)
+    return nn.Sequential(first, nn.Tanh(), nn.Conv2d(5, 3, 1, bias=False))
+
+
+def make_shared() -> nn.Module:
+    layer = nn.Linear(6, 6)
+    return nn.Sequential(layer, nn.Tanh(), layer)
+
+
+EMBEDDED = [
+    LoraConfig(rank=2, targets=("0", "1")),
+    LoraConfig(rank=4, targets=("0[0:3]", "1"), dropout=0.3),
+    LoraConfig(rank=1, targets=("1",)),
+]
+CONVOLVED = [
+    LoraConfig(rank=2, targets=("0", "2"), dropout=0.3),
+    LoraConfig(rank=1, targets=("2",)),
+    LoraConfig(rank=4, targets=("0[1:3]",), dropout=0.1),
+]
+CASES = {
+    "groups of ranks": (
+        lambda: nn.Sequential(nn.Linear(40, 36), nn.Tanh(), nn.Linear(36, 40)),
+        [LoraConfig(rank=1, dropout=0.2), LoraConfig(rank=20), LoraConfig(rank=33, targets=("2",), dropout=0.4)],
+        numbers(3, 40),
+    ),
+    "conv1d": (
+        lambda: nn.Sequential(Conv1D(12, 6), nn.Tanh(), Conv1D(4, 12)),
+        [LoraConfig(rank=2), LoraConfig(rank=3, targets=("2",), dropout=0.5), LoraConfig(rank=1, targets=("0",))],
+        numbers(3, 6),
+    ),
+    "fused rows": (
+        lambda: nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 4)),
+        [
+            LoraConfig(rank=2, targets=("0[q,v]", "2"), dropout=0.2),
+            LoraConfig(rank=3, targets=("0",)),
+            LoraConfig(rank=2, targets=("0[1:5,6:7,10:12]",)),
+        ],
+        numbers(3, 6),
+    ),
+    "embedding": (lambda: make_embedding(nn.Embedding), EMBEDDED, tokens_of(11, 5)),
+    "scaled embedding": (lambda: make_embedding(ScaledEmbedding), EMBEDDED, tokens_of(11, 5)),
+    "convolution": (lambda: make_convolution("zeros"), CONVOLVED, numbers(2, 6, 5)),
+    "circular convolution": (lambda: make_convolution("circular"), CONVOLVED, numbers(2, 6, 5)),
+    "two names": (
+        make_shared,
+        [LoraConfig(rank=2, dropout=0.2), LoraConfig(rank=1), LoraConfig(rank=3)],
+        numbers(6),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_layer_of_mixed_slots_is_that_of_each_solo_run(make_pack, case: str) -> None:
+    make, configs, inputs = CASES[case]
+    make_pack(lambda: seeded(make()), configs).assert_equal(inputs)
+
+
 def test_linear_layers_of_mixed_slots(make_model, make_pack) -> None:
     configs = [
         LoraConfig(rank=3, alpha=5, dropout=0.4),
@@ -39,22 +110,6 @@ def test_linear_layers_of_mixed_slots(make_model, make_pack) -> None:
         ),
     ]
     make_pack(make_model, configs).assert_equal(tokens_of(11, 5))
-
-
-def test_ranks_of_several_groups_and_a_slot_without_this_layer(make_pack) -> None:
-    def make() -> nn.Module:
-        return seeded(nn.Sequential(nn.Linear(40, 36), nn.Tanh(), nn.Linear(36, 40)))
-
-    configs = [
-        LoraConfig(rank=1, dropout=0.2),
-        LoraConfig(rank=20),
-        LoraConfig(rank=2, targets=("2",), dropout=0.4),
-        LoraConfig(rank=33),
-        LoraConfig(rank=33, dropout=0.1),
-        LoraConfig(rank=20, init="gaussian"),
-    ]
-    inputs = torch.randn(12, 3, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    make_pack(make, configs).assert_equal(inputs)
 
 
 def test_activations_before_packed_layers_keep_only_their_input(make_pack) -> None:
@@ -67,62 +122,6 @@ def test_activations_before_packed_layers_keep_only_their_input(make_pack) -> No
     compact_slots(both.pack, [2, 0])
     both.solos = [both.solos[2], both.solos[0]]
     both.assert_equal(numbers(3, 6))
-
-
-def test_conv1d(make_pack) -> None:
-    def make() -> nn.Module:
-        return seeded(nn.Sequential(Conv1D(12, 6), nn.Tanh(), Conv1D(4, 12)))
-
-    configs = [LoraConfig(rank=2), LoraConfig(rank=3, targets=("2",), dropout=0.5), LoraConfig(rank=1, targets=("0",))]
-    make_pack(make, configs).assert_equal(numbers(3, 6))
-
-
-def test_fused_rows_differ_from_slot_to_slot(make_pack) -> None:
-    def make() -> nn.Module:
-        return seeded(nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 4)))
-
-    configs = [
-        LoraConfig(rank=2, targets=("0[q,v]", "2"), dropout=0.2),
-        LoraConfig(rank=3, targets=("0",)),
-        LoraConfig(rank=2, targets=("0[1:5,6:7,10:12]",)),
-    ]
-    make_pack(make, configs).assert_equal(numbers(3, 6))
-
-
-class ScaledEmbedding(nn.Embedding):
-    """As in models that scale the rows of their embedding."""
-
-    embed_scale = 3.0
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return super().forward(tokens) * self.embed_scale
-
-
-@pytest.mark.parametrize("kind", [nn.Embedding, ScaledEmbedding])
-def test_embeddings(make_pack, kind: type[nn.Embedding]) -> None:
-    def make() -> nn.Module:
-        return seeded(nn.Sequential(kind(11, 6), nn.Linear(6, 4)))
-
-    configs = [
-        LoraConfig(rank=2, targets=("0", "1")),
-        LoraConfig(rank=4, targets=("0[0:3]", "1"), dropout=0.3),
-        LoraConfig(rank=1, targets=("1",)),
-    ]
-    make_pack(make, configs).assert_equal(tokens_of(11, 5))
-
-
-@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
-def test_convolutions(make_pack, padding_mode: str) -> None:
-    def make() -> nn.Module:
-        first = nn.Conv2d(2, 5, 3, stride=2, padding=1, padding_mode=padding_mode)
-        return seeded(nn.Sequential(first, nn.Tanh(), nn.Conv2d(5, 3, 1, bias=False)))
-
-    configs = [
-        LoraConfig(rank=2, targets=("0", "2"), dropout=0.3),
-        LoraConfig(rank=1, targets=("2",)),
-        LoraConfig(rank=4, targets=("0[1:3]",), dropout=0.1),
-    ]
-    make_pack(make, configs).assert_equal(numbers(2, 6, 5))
 
 
 def test_a_base_with_hooks_computes_its_own_output(make_pack) -> None:
@@ -158,15 +157,6 @@ def test_gradients_of_a_whole_pack_by_finite_differences(make_pack) -> None:
         return pack(tokens_of(7, 2)).pow(2)
 
     assert gradcheck(run, tuple(p for p in pack.parameters() if p.requires_grad))  # which moves them in place
-
-
-def test_a_layer_used_under_two_names(make_pack) -> None:
-    def make() -> nn.Module:
-        layer = nn.Linear(6, 6)
-        return seeded(nn.Sequential(layer, nn.Tanh(), layer))
-
-    configs = [LoraConfig(rank=2, dropout=0.2), LoraConfig(rank=1), LoraConfig(rank=3)]
-    make_pack(make, configs).assert_equal(numbers(6))
 
 
 def test_evaluation_drops_nothing(make_model, make_pack) -> None:
