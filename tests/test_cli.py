@@ -277,15 +277,6 @@ def test_a_plan_and_the_start_of_a_sweep_check_test_data_and_workers(capsys, her
     assert "`trainer.devices` must be 1 with `worker=local`" in capsys.readouterr().err
 
 
-def test_inspect_shows_a_run_as_a_table_and_writes_its_files(here, short, capsys):
-    assert run(["train", *short, "output=one"]) == DONE
-    capsys.readouterr()
-    assert run(["inspect", "one"]) == DONE
-    shown = capsys.readouterr().out
-    assert "updates by kind of layer" in shown
-    assert {path.name for path in (here / "one" / "inspect").iterdir()} == {"layers.csv", "spectra.json"}
-
-
 def test_reproduce_says_identical_or_the_first_step_that_differs(here, short, capsys):
     assert run(["train", *short, "output=one"]) == DONE
     capsys.readouterr()

@@ -5,12 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from types import ModuleType
 
 import pytest
 import yaml
-from hydra.core.plugins import Plugins
-from hydra.plugins.sweeper import Sweeper
 
 from lorasweep import cli
 from lorasweep.cli import DONE, FAILED, INTERRUPTED_EXIT_CODE, WRONG_REQUEST, run
@@ -50,47 +47,6 @@ def test_a_launcher_gives_each_job_a_folder_and_the_command_an_exit_code(here, s
     assert [record.config["seed"] for record in records] == [9, 9]
     assert all("my_callbacks" in str(record.config["callbacks"]) for record in records)
     assert not list((here / "outputs" / "train").glob(".failures*"))
-
-
-class Halving(Sweeper):
-    """Trains ranks 4 and 2, then a rank next to the better one, as an optimizing sweeper would."""
-
-    scores: list[float] = []  # noqa: RUF012
-
-    def __init__(self, **_):
-        """Takes the arguments of Hydra's own sweeper, whose configuration names this class."""
-
-    def setup(self, *, hydra_context, task_function, config):
-        own = {"hydra_context": hydra_context, "task_function": task_function, "config": config}
-        self.launcher = Plugins.instance().instantiate_launcher(**own)
-
-    def sweep(self, arguments):
-        for rank in (4, 2):
-            (job,) = self.launcher.launch([[*arguments[:-1], f"method.rank={rank}"]], initial_job_idx=len(self.scores))
-            self.scores.append(job.return_value)
-        best = 4 if self.scores[0] < self.scores[1] else 2
-        (job,) = self.launcher.launch([[*arguments[:-1], f"method.rank={best + 1}"]], initial_job_idx=2)
-        self.scores.append(job.return_value)
-
-
-@pytest.fixture
-def own_sweeper(monkeypatch):
-    """The words that choose `Halving`, which Hydra believes to be installed."""
-    module = ModuleType("hydra_plugins.halving")
-    module.Halving = Halving
-    monkeypatch.setitem(sys.modules, "hydra_plugins.halving", module)
-    monkeypatch.setattr(Halving, "__module__", "hydra_plugins.halving")
-    monkeypatch.setattr(Halving, "scores", [])
-    Plugins.instance().register(Halving)
-    return ["hydra.sweeper._target_=hydra_plugins.halving.Halving"]
-
-
-def test_an_optimizing_sweeper_gets_the_scores_and_chooses_the_next_job(here, short, own_sweeper):
-    assert run(["train", "-m", *own_sweeper, *short, "method.rank=interval(1,8)"]) == DONE
-    records = [read_run(here / "outputs" / "train" / name) for name in ("0001", "0002", "0003")]
-    assert [record.score for record in records] == Halving.scores
-    best = min(records[:2], key=lambda record: record.score).config["method"]["rank"]
-    assert [record.config["method"]["rank"] for record in records] == [4, 2, best + 1]
 
 
 def test_the_exit_code_of_a_grid_is_that_of_the_first_job_that_failed(here, monkeypatch, capsys):

@@ -56,12 +56,6 @@ def test_estimate_has_the_decimals_that_its_interval_deserves(
     assert format_estimate(value, interval) == text
 
 
-def test_share_has_its_interval_in_percent() -> None:
-    assert format_share_estimate(0.92, (0.895, 0.944)) == "92 % [90, 94]"
-    assert format_share_estimate(0.92, None) == "92 %"
-    assert format_share_estimate(None, None) == "–"
-
-
 def test_estimates_beside_each_other_have_the_decimals_of_the_narrowest() -> None:
     intervals = [(1.3, 1.5), (1.365, 1.379), None, (2.0, 2.0)]
     decimals = count_decimals(intervals)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import transformers
 from beartype import beartype
 from jaxtyping import jaxtyped
 from tests.tiny_tokenizer import load_tokenizer
@@ -11,7 +10,6 @@ from lorasweep.config.compose import compose_run
 from lorasweep.data import blocks as blocks_file
 from lorasweep.data.blocks import build_block_split, choose_evenly
 from lorasweep.data.source import Document, collect_examples
-from lorasweep.data.tasks import compute_logits, compute_token_losses
 from lorasweep.errors import ConfigError
 
 check_shapes = jaxtyped(typechecker=beartype)
@@ -27,9 +25,9 @@ def make_documents(*texts, name="train"):
     return collect_examples(name, [Document(f"document {n}", text) for n, text in enumerate(texts)])
 
 
-def make_split(documents, tokenizer, *, block_length=4, separate=False, **limits):
-    settings = {"data.block_length": block_length, "data.separate_documents": separate}
-    config = compose_run({"data": "stdlib_docs", **settings, **{f"data.{key}": value for key, value in limits.items()}})
+def make_split(documents, tokenizer, *, block_length=4, **limits):
+    settings = {"data.block_length": block_length, **{f"data.{key}": value for key, value in limits.items()}}
+    config = compose_run({"data": "stdlib_docs", **settings})
     return build_block_split(documents, config=config.data, tokenizer=tokenizer)
 
 
@@ -54,27 +52,6 @@ def test_a_split_shorter_than_a_block_is_named(tokenizer):
     assert len(make_split(make_documents("abcd"), tokenizer)) == 1
     with pytest.raises(ConfigError, match=r"`data.block_length` .* 5 tokens of the train split"):
         make_split(make_documents("abcd"), tokenizer, block_length=5)
-
-
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_no_token_sees_an_earlier_document_where_documents_are_separate(tokenizer, attention):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
-    model.set_attn_implementation(attention)
-    model.config.use_cache = False  # as `load_base` sets it; with a cache transformers looks for no packed sequences
-
-    def losses(text, separate):
-        split = make_split(make_documents(text, "xyzuvw"), tokenizer, block_length=9, separate=separate)
-        with torch.no_grad():
-            batch = split.batch([0])
-            return compute_token_losses(compute_logits(model, batch), batch["targets"])[0, 3:]  # of the second document
-
-    # fp32 in two orders of summation
-    torch.testing.assert_close(losses("ab", True), losses("cd", True), rtol=1e-5, atol=1e-6)
-    assert (losses("ab", False) - losses("cd", False)).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("counts", [[1, 5, 5, 9], [3, 3, 3], [1, 0, 40], [1] * 20])

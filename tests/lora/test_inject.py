@@ -78,12 +78,6 @@ def test_a_layer_used_twice_in_a_forward_gets_both_gradients() -> None:
     assert torch.autograd.gradcheck(loss, (layer.lora_a, layer.lora_b))
 
 
-def test_keeps_the_training_mode(model: nn.Module) -> None:
-    model.eval()
-    inject_lora(model, LoraConfig(rank=2))
-    assert not any(module.training for module in model.modules())
-
-
 def test_a_rank_above_a_layers_size_leaves_the_model_unchanged(model: nn.Module) -> None:
     with pytest.raises(ValueError, match=r"`method.rank <= 8` must hold"):
         inject_lora(model, LoraConfig(rank=9))

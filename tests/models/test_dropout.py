@@ -6,8 +6,7 @@ import pytest
 import torch
 from transformers import Wav2Vec2Config
 
-from lorasweep.models.dropout import set_dropout_settings
-from lorasweep.models.load import Labels, load_base
+from lorasweep.models.load import Labels, load_base, set_dropout_settings
 
 LABELS = Labels(kind="single_label", names=("a", "b"))
 TOKENS = torch.arange(60, 84).reshape(2, 12)

@@ -246,9 +246,9 @@ def test_a_model_that_comes_back_otherwise_is_not_exported(trained, tmp_path, mo
     load = export_file.load_pretrained
 
     def load_tied(kind, source, **settings):
-        model = load(kind, source, **settings)
+        model, new_names = load(kind, source, **settings)
         model.lm_head.weight = model.model.embed_tokens.weight
-        return model
+        return model, new_names
 
     monkeypatch.setattr(export_file, "load_pretrained", load_tied)
     with pytest.raises(RunError, match=r"LlamaForCausalLM.*`--format peft`"):

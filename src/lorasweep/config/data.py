@@ -143,8 +143,6 @@ class BlockSettings(Settings):
     """Maximum number of validation blocks, evenly spaced; null uses all."""
     max_test_blocks: Positive | None
     """Maximum number of test blocks, evenly spaced; null uses all."""
-    separate_documents: bool
-    """Whether attention ends at the borders of documents inside a block."""
     metric: TextMetric | MetricComponent
     """Metric that is the run's score. Lower is better, except for a `_target_` that says otherwise."""
 

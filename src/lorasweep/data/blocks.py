@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from lorasweep.config.data import StdlibConfig, TextConfig
 from lorasweep.data.source import Document, Examples
 from lorasweep.data.split import Batch, Split
-from lorasweep.data.tokenise import get_end_token, tokenise_documents
+from lorasweep.data.tokenise import tokenise_documents
 from lorasweep.errors import ConfigError
 
 
@@ -34,8 +34,6 @@ class BlockSplit(Split):
     """Number of UTF-8 bytes of all texts."""
     bytes_per_token: float
     """Mean number of bytes per token in all documents; the end of a document counts as a token."""
-    separator: int | None = None
-    """Id of the token that ends a document if `data.separate_documents` is set; otherwise None."""
 
     @functools.cached_property
     def lengths(self) -> Tensor:
@@ -48,10 +46,7 @@ class BlockSplit(Split):
     def batch(self, indices: Sequence[int]) -> Batch:
         """Returns the blocks at these indices. The target at each position is the next token."""
         blocks = self.tokens[torch.tensor(indices)]  # (batch, block + 1)
-        batch = {"input_ids": blocks[:, :-1].contiguous(), "targets": blocks[:, 1:].contiguous()}
-        if self.separator is None:
-            return batch
-        return {**batch, "position_ids": compute_document_positions(batch["input_ids"], separator=self.separator)}
+        return {"input_ids": blocks[:, :-1].contiguous(), "targets": blocks[:, 1:].contiguous()}
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -96,7 +91,6 @@ def build_block_split(
         bytes=num_bytes,
         bytes_per_token=num_bytes / len(tokens),
         fingerprint=examples.fingerprint,
-        separator=get_end_token(tokenizer) if config.separate_documents else None,
     )
 
 
@@ -127,15 +121,3 @@ def choose_evenly(counts: Sequence[int], *, limit: int) -> list[int]:
 def cut_blocks(tokens: Int[Tensor, " tokens"], *, block_length: int) -> Int[Tensor, "blocks {block_length}+1"]:
     """Returns a view of the tokens as blocks that overlap by one token."""
     return tokens.unfold(0, block_length + 1, block_length)
-
-
-def compute_document_positions(tokens: Int[Tensor, "batch block"], *, separator: int) -> Int[Tensor, "batch block"]:
-    """Returns the position of each token in its document. Positions restart at 0 in each block.
-
-    transformers starts a new sequence if a position is not the previous position plus 1. A sequence does not attend to
-    earlier sequences.
-    """
-    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    starts = torch.zeros_like(tokens)
-    starts[:, 1:] = torch.where(tokens[:, :-1] == separator, positions[:, 1:], 0)
-    return positions - starts.cummax(dim=1).values

@@ -9,9 +9,8 @@ all other parameters. `packed` trains many adapters at once on one base model.
 
 from lorasweep.config.method import LoraConfig
 from lorasweep.lora.adapter_files import load_adapter, lora_state, save_adapter
-from lorasweep.lora.inject import inject_lora
+from lorasweep.lora.inject import inject_lora, merge_lora
 from lorasweep.lora.layers import LoraLayer, lora_layers, split_lora_parameters
-from lorasweep.lora.merge import merge_lora
 from lorasweep.lora.packed.inject import (
     compact_slots,
     fill_slot,

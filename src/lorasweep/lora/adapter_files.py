@@ -26,10 +26,9 @@ from lorasweep.config.peft_settings import (
 )
 from lorasweep.disk import require_regular_file, write_atomically
 from lorasweep.lora.fully_trained import match_modules_to_save, trained_modules
-from lorasweep.lora.inject import check_not_injected, inject_lora
+from lorasweep.lora.inject import check_not_injected, inject_lora, require_lora_layers
 from lorasweep.lora.layer_kinds import is_conv1d
 from lorasweep.lora.layers import LoraLayer, lora_layers
-from lorasweep.lora.merge import require_lora_layers
 from lorasweep.lora.patterns import fits_pattern, is_name_ending
 from lorasweep.lora.targets import get_target_patterns, is_excluded, plan_targets
 

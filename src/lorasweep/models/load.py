@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,9 +23,8 @@ from transformers import (
 from lorasweep.config.components import require_package
 from lorasweep.config.model import ModelConfig, ModelKind
 from lorasweep.errors import ConfigError, describe_error, first_line
-from lorasweep.models.dropout import set_dropout_modules, set_dropout_settings
 from lorasweep.models.folder import find_model_folder
-from lorasweep.models.pretrained import load_pretrained, load_with_new_head, quiet_transformers
+from lorasweep.models.pretrained import load_pretrained, quiet_transformers
 from lorasweep.models.quantised import PACKAGES, build_arguments, finish_quantised
 from lorasweep.stored_weights import count_parameters, list_scales
 
@@ -32,6 +32,9 @@ MODEL_CLASSES: dict[ModelKind, Any] = {
     "causal_lm": AutoModelForCausalLM,
     "classifier": AutoModelForSequenceClassification,
 }
+
+LAYER_DROP_NAMES = ("layerdrop", "layer_drop", "drop_path")
+"""Rates whose names contain one of these skip whole layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +146,7 @@ def _load(
 ) -> tuple[Any, PreTrainedTokenizerBase, tuple[str, ...]]:
     """Returns the model, its tokenizer and the names of its new modules."""
     folder = find_model_folder(config)
-    model_class, is_classifier = MODEL_CLASSES[config.kind], config.kind == "classifier"
+    model_class = MODEL_CLASSES[config.kind]
     shared: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     with _refuse_damaged_files(config):
@@ -153,10 +156,9 @@ def _load(
         arguments = {"config": settings, **attention, **shared}
         if config.quantization != "none":
             arguments |= build_arguments(config, model_class, settings, dtype=dtype)
-        if is_classifier:
-            model, head_names = load_with_new_head(model_class, str(folder), dtype=dtype, **arguments)
-        else:
-            model, head_names = load_pretrained(model_class, str(folder), dtype=dtype, **arguments), ()
+        model, head_names = load_pretrained(
+            model_class, str(folder), dtype=dtype, may_lack_head=config.kind == "classifier", **arguments
+        )
     if config.quantization != "none":
         finish_quantised(model, config)
     return model, tokenizer, head_names
@@ -216,3 +218,24 @@ def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     settings = model.config.get_text_config()  # a model that also reads images has its text settings inside
     if getattr(settings, "pad_token_id", None) is None:
         settings.pad_token_id = tokenizer.pad_token_id
+
+
+def set_dropout_settings(settings: Any, rate: float) -> None:
+    """Sets every dropout rate in a model's configuration (transformers' `PreTrainedConfig`), also in nested ones.
+
+    Functions inside a model, such as attention, read their rate there. Rates that skip whole layers are set only to 0.
+    """
+    for name, value in list(vars(settings).items()):
+        is_rate = value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+        if "drop" in name and is_rate and (rate == 0 or not any(part in name for part in LAYER_DROP_NAMES)):
+            setattr(settings, name, float(rate))
+    for name in getattr(settings, "sub_configs", {}):
+        if (nested := getattr(settings, name, None)) is not None:
+            set_dropout_settings(nested, rate)
+
+
+def set_dropout_modules(model: nn.Module, rate: float) -> None:
+    """Sets the rate of all dropout modules, also of those that do not read it from the configuration."""
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = rate

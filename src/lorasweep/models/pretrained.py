@@ -16,44 +16,45 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 
-def load_pretrained(model_class: Any, source: str, *, dtype: torch.dtype, **settings: Any) -> PreTrainedModel:
-    """Loads a model in `dtype` and checks that the checkpoint has all its weights.
+def load_pretrained(
+    model_class: Any, source: str, *, dtype: torch.dtype, may_lack_head: bool = False, **settings: Any
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """Loads a model in `dtype`, and checks that the checkpoint has its weights.
+
+    The head is every module outside the pre-trained network (`classifier`, `score`), and the pooler inside. A new head
+    is initialised as its architecture defines, with a fixed seed. Later, each run draws the head again.
 
     Args:
         model_class: A model class of transformers, or one of its `AutoModel...` classes.
         source: Folder or hub id.
         dtype: Type of the parameters; some buffers (rotary frequencies) stay fp32.
+        may_lack_head: Whether the checkpoint may have no head, or a head for other labels.
         settings: Passed on to `from_pretrained`.
-
-    Raises:
-        ValueError: Weights are missing or have the wrong shape. transformers alone would only warn.
-        Exception: The files are missing, damaged or of an unknown kind. transformers raises errors of many classes.
-    """
-    model, missing = _load(model_class, source, dtype=dtype, **settings)
-    _require_no_missing(missing)
-    return model
-
-
-def load_with_new_head(
-    model_class: Any, source: str, *, dtype: torch.dtype, **settings: Any
-) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """Loads a model whose checkpoint may have no head, or a head for other labels.
-
-    The head is every module outside the pre-trained network (`classifier`, `score`), and the pooler inside. A new head
-    is initialised as its architecture defines, with a fixed seed. Later, each run draws the head again.
 
     Returns:
         The model, and the names of its new modules: of two nested modules only the outer one.
 
     Raises:
-        ValueError: Other weights are missing or have the wrong shape.
+        ValueError: Weights are missing or have the wrong shape. transformers alone would only warn.
         Exception: The files are missing, damaged or of an unknown kind. transformers raises errors of many classes.
     """
-    with torch.random.fork_rng(devices=[]):
+    model: PreTrainedModel
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # the same weights at each call, whatever the seed of the run
-        model, missing = _load(model_class, source, dtype=dtype, **settings)
+        model, info = model_class.from_pretrained(
+            source,
+            dtype=dtype,
+            ignore_mismatched_sizes=True,  # no error, because `info` names them
+            output_loading_info=True,
+            **({"use_safetensors": True, "trust_remote_code": False} | settings),
+        )
+    missing = sorted(info["missing_keys"]) + sorted(name for name, *_ in info["mismatched_keys"])
     network = f"{model.base_model_prefix}."
-    _require_no_missing([name for name in missing if name.startswith(network) and "pooler" not in name.split(".")])
+    needed = [
+        name for name in missing if not may_lack_head or (name.startswith(network) and "pooler" not in name.split("."))
+    ]
+    if needed:
+        raise ValueError(f"{len(needed)} of its weights are missing or have another shape, such as {needed[0]!r}")
     return model, outermost_modules(model, missing)
 
 
@@ -86,24 +87,3 @@ def quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if had_bars:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _load(model_class: Any, source: str, *, dtype: torch.dtype, **settings: Any) -> tuple[PreTrainedModel, list[str]]:
-    """Returns a model, and the names of weights that the checkpoint does not have or has in another shape."""
-    with quiet_transformers():
-        model: PreTrainedModel
-        model, info = model_class.from_pretrained(
-            source,
-            dtype=dtype,
-            ignore_mismatched_sizes=True,  # no error, because `info` names them
-            output_loading_info=True,
-            **({"use_safetensors": True, "trust_remote_code": False} | settings),
-        )
-    return model, sorted(info["missing_keys"]) + sorted(name for name, *_ in info["mismatched_keys"])
-
-
-def _require_no_missing(missing: Collection[str]) -> None:
-    if missing:
-        raise ValueError(
-            f"{len(missing)} of its weights are missing or have another shape, such as {next(iter(missing))!r}"
-        )

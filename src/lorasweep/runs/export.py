@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -149,9 +149,11 @@ def _export_merged(record: RunRecord, config: RunConfig, best: Path, folder: Pat
         config, base = restore_unquantised_base(record, config)
     kind, dtype, fingerprint = _write_merged(config, base, best, folder)
     del base  # and the models of `_write_merged`, before the merged model is loaded
-    attention = {} if config.model.attention == "auto" else {"attn_implementation": config.model.attention}
+    attention: dict[str, Any] = (
+        {} if config.model.attention == "auto" else {"attn_implementation": config.model.attention}
+    )
     try:
-        written = load_pretrained(kind, str(folder), dtype=dtype, **attention)
+        written, _ = load_pretrained(kind, str(folder), dtype=dtype, **attention)
     except Exception as error:
         raise RunError(f"a merged {kind.__name__} must load again, but does not: {first_line(error)}.") from error
     if fingerprint_weights(written) != fingerprint:

@@ -124,18 +124,6 @@ def test_packed_rows_of_different_lengths_train_as_alone(make, tmp_path, kind):
         assert one.batching["micro_batches"] == other.batching["micro_batches"] == 2
 
 
-def test_each_run_draws_its_own_head_from_its_seed(make, tmp_path):
-    inputs = build_inputs(make("table", {}))
-    heads = []
-    for name, seed in (("one", 1), ("again", 1), ("other", 2)):
-        config = make("table", {"seed": seed, "optim.lr": 1e-9})
-        train_run(config, RunFolder(path=tmp_path / name), inputs=inputs)
-        adapter = load_file(tmp_path / name / "last" / ADAPTER)
-        heads.append(next(adapter[key] for key in adapter if "classifier" in key and key.endswith("weight")))
-    assert torch.equal(heads[0], heads[1])
-    assert not torch.allclose(heads[0], heads[2], atol=1e-3)
-
-
 def test_a_classifier_learns_and_its_score_is_accuracy(make, tmp_path):
     config = make("table", {"trainer.max_steps": 90, "trainer.eval_every_steps": 30, "model.dropout": 0.0})
     inputs = build_inputs(config)
