@@ -7,7 +7,8 @@ scores the frozen base. Each run goes to its end without a stopping rule; the we
 validation data are scored on test data, as the product does. Writes benchmarks/answers/TASK_seedN.csv with one row per
 run. `values` and `losses` have the metric and the loss on validation data at each evaluation. `test` has the mean test
 score of each group of examples (a document), in the order of TASK.json, or one digit per example. With `--quarter`,
-runs have a quarter of the steps and go to benchmarks/answers/quarter. A file that exists is left as it is.
+runs have a quarter of the steps and no test scores, and go to benchmarks/answers/quarter. A file that exists is left as
+it is.
 """
 
 from __future__ import annotations
@@ -103,7 +104,9 @@ def take_quarter(task: AnswerTask) -> AnswerTask:
     return replace(task, settings={**task.settings, "trainer.max_steps": steps, "trainer.eval_every_steps": steps // 3})
 
 
-def record(task: AnswerTask, *, seed: int, overrides: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def record(
+    task: AnswerTask, *, seed: int, overrides: Mapping[str, Any], has_test: bool = True
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Trains all runs of a task with one seed. Returns their rows, and the groups of the test examples."""
     shared = {**task.settings, **dict.fromkeys(SEED_KEYS, seed), **overrides}
     base = compose_run({**shared, "method": "frozen"})
@@ -139,7 +142,7 @@ def record(task: AnswerTask, *, seed: int, overrides: Mapping[str, Any]) -> tupl
         add("frozen", Point(number=-1, lr=0.0), [scored[0].values], 0, text)
         weights = torch.zeros(len(groups)).index_add_(0, owner, test.weights) if owner is not None else None
         for method, trials in _list_trials(task, shared, inputs):
-            curves, best, texts = train(trials, metric=metric, owner=owner)
+            curves, best, texts = train(trials, metric=metric, owner=owner, has_test=has_test)
             for slot, point in enumerate(trials.points):
                 add(method, point, curves[slot], best[slot], texts[slot])
     return rows, {
@@ -151,7 +154,7 @@ def record(task: AnswerTask, *, seed: int, overrides: Mapping[str, Any]) -> tupl
 
 
 def train(
-    trials: LoraPack | SoloTrial, *, metric: str, owner: Tensor | None
+    trials: LoraPack | SoloTrial, *, metric: str, owner: Tensor | None, has_test: bool
 ) -> tuple[list[list[dict[str, float]]], list[int], list[str]]:
     """Trains trials to their end.
 
@@ -179,6 +182,8 @@ def train(
             curve.append(values)
             if len(curve) == 1 or sign * values[metric] < sign * curve[best[slot]][metric]:
                 best[slot], weights[slot] = len(curve) - 1, [p.detach().clone() for p in parameters[slot]]
+    if not has_test:
+        return curves, best, [""] * num
     with torch.no_grad():
         for own, kept in zip(parameters, weights, strict=True):
             for parameter, value in zip(own, kept, strict=True):
@@ -242,7 +247,7 @@ def main() -> None:
         return
     began = time.monotonic()
     overrides = {key: yaml.safe_load(value) for key, value in (item.split("=", 1) for item in args.overrides)}
-    rows, groups = record(task, seed=args.seed, overrides=overrides)
+    rows, groups = record(task, seed=args.seed, overrides=overrides, has_test=not args.quarter)
     folder.mkdir(exist_ok=True)
     (folder / f"{args.task}.json").write_text(json.dumps(groups, indent=1) + "\n")
     with path.with_suffix(".part").open("w", newline="") as file:

@@ -80,13 +80,16 @@ CONDITIONS = {
     },
 }
 
+TASKS = {"steps": "far", "batch": "far", "code": "near", "minilm": "sentences", "full": "full, far"}
+"""The task of a condition, by the letters of its name."""
 FITS = (
-    ("LoRA, far", ("steps", "batch"), ("steps", "batch")),
-    ("LoRA, near", ("code",), ("steps",)),
-    ("LoRA, sentences", ("minilm",), ("steps",)),
-    ("full, far", ("full",), ("steps",)),
+    (("far",), ("steps", "batch")),
+    (("near",), ("steps",)),
+    (("sentences",), ("steps",)),
+    (("far", "near", "sentences"), ("steps", "batch")),
+    (("full, far",), ("steps",)),
 )
-"""A title, the beginnings of the conditions' names, and the settings whose power is fitted."""
+"""Tasks that are fitted together, and the settings whose powers are fitted."""
 
 
 def record(name: str, *, seed: int, overrides: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -147,6 +150,10 @@ class Best:
     batch: int
     rate: float
 
+    @property
+    def task(self) -> str:
+        return TASKS.get(self.condition.rstrip("0123456789"), "")
+
 
 def read_best_rates() -> list[Best]:
     found = []
@@ -162,10 +169,13 @@ def read_best_rates() -> list[Best]:
 
 
 def fit_powers(found: Sequence[Best], keys: Sequence[str]) -> dict[str, tuple[float, float, float]]:
-    """Returns the power of each key with its 95 % interval, by least squares in logarithms with an offset per seed."""
-    seeds = sorted({best.seed for best in found})
+    """Returns each power with its 95 % interval: least squares in logarithms, with an offset per task and seed."""
+    groups = sorted({(best.task, best.seed) for best in found})
     design = np.array(
-        [[*(math.log(getattr(best, key)) for key in keys), *(best.seed == seed for seed in seeds)] for best in found],
+        [
+            [*(math.log(getattr(best, key)) for key in keys), *((best.task, best.seed) == group for group in groups)]
+            for best in found
+        ],
         dtype=np.float64,
     )
     rates = np.log([best.rate for best in found])
@@ -203,10 +213,12 @@ def main() -> None:
     found = read_best_rates()
     for name in dict.fromkeys(best.condition for best in found):
         print(f"{name}: best rate {', '.join(f'{best.rate:.2g}' for best in found if best.condition == name)}")
-    for title, names, keys in FITS:
-        chosen = [best for best in found if best.condition.startswith(names)]
+    for tasks, keys in FITS:
+        chosen = [best for best in found if best.task in tasks]
         for key, (power, low, high) in fit_powers(chosen, keys).items():
-            print(f"{title}: power of {key} {power:.2f} [{low:.2f}, {high:.2f}] from {len(chosen)} best rates")
+            print(
+                f"{' + '.join(tasks)}: power of {key} {power:.2f} [{low:.2f}, {high:.2f}] from {len(chosen)} best rates"
+            )
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def short_sweep(tmp_path_factory):
 
 
 def test_a_rate_moves_by_the_power_of_its_method_and_setting():
-    power = POWERS["lora"][BATCH_KEY]
+    power = POWERS[BATCH_KEY]
     rate, low, high = scale_rate(0.01, "lora", {BATCH_KEY: 4.0})
     assert rate == pytest.approx(0.01 * 4**power.value)
     assert (low, high) == (pytest.approx(0.01 * 4**power.low), pytest.approx(0.01 * 4**power.high))

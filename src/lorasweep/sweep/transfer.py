@@ -13,7 +13,7 @@ from lorasweep.errors import ConfigError
 from lorasweep.report.evidence.questions import NEGATIVE_VERDICTS
 from lorasweep.report.recommend import read_recommended
 from lorasweep.report.sweep_data import load_sweep_data
-from lorasweep.sweep.controller.rate_powers import BATCH_KEY, POWERS, scale_rate
+from lorasweep.sweep.controller.rate_powers import BATCH_KEY, find_powers, scale_rate
 from lorasweep.sweep.definition.arms import SWEEP_GROUPS
 from lorasweep.wording import join_words
 
@@ -82,7 +82,7 @@ def plan_transfer(source: Path, changes: Mapping[str, Any]) -> Transfer:
         low=low,
         high=high,
         before=old.optim.lr,
-        unknown=tuple(key for key in changed if key not in POWERS.get(method, {})),
+        unknown=tuple(key for key in changed if key not in find_powers(method)),
         content={
             "name": "transfer",
             "settings": {**shared, **TEST_SETTINGS, "confirm.margin": margin, **for_sweep},
