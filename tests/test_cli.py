@@ -170,22 +170,6 @@ def test_the_shell_completes_words(here, line, completions):
     assert [word.strip() for word in written.read_text().split("\n")] == completions
 
 
-@pytest.mark.parametrize("format", ["peft", "merged"])
-def test_a_run_is_exported(here, short, capsys, format):
-    assert run(["train", *short, "output=mine"]) == DONE
-    capsys.readouterr()
-    words = ["export", "mine", "--format", format, "--out", "new"]
-    assert run(words) == DONE
-    assert capsys.readouterr().out.startswith(f"{format}, ")
-    assert (here / "new" / {"peft": "adapter_config.json", "merged": "config.json"}[format]).is_file()
-    before = files_below(here)
-    assert run(words) == WRONG_REQUEST
-    assert capsys.readouterr().err == (
-        "lorasweep: `--out` must be a new or empty folder, but 'new' is not. Name another folder.\n"
-    )
-    assert files_below(here) == before
-
-
 def test_a_second_ctrl_c_ends_at_once():
     before = signal.getsignal(signal.SIGINT)
     stop = StopSignal("To resume type x")

@@ -3,28 +3,6 @@
 import pytest
 
 from lorasweep.config.compose import compose_run, packaged_folder
-from lorasweep.config.model import ModelConfig
-
-SETTINGS = {
-    "name": "causal_lm",
-    "kind": "causal_lm",
-    "path": "owner/name",
-    "revision": None,
-    "attention": "auto",
-    "quantization": "none",
-    "dropout": None,
-    "trust_remote_code": False,
-}
-
-
-def make(**settings):
-    return ModelConfig(**(SETTINGS | settings))
-
-
-@pytest.mark.parametrize("dropout", [-0.1, 1.0, 2])
-def test_dropout_is_a_rate(dropout):
-    with pytest.raises(ValueError, match=r"`model.dropout (<|>=) [01]` must hold"):
-        compose_run({"model.dropout": dropout})
 
 
 @pytest.mark.parametrize("method", ["full", "head", "bitfit", "intrinsic"])

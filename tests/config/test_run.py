@@ -12,15 +12,10 @@ from lorasweep.errors import ConfigError
     ("key", "value", "message"),
     [
         ("model.path", "", "`model.path` must name a folder or hub id, but is empty."),
-        ("data.block_length", 1, "`data.block_length >= 2` must hold, but got 1."),
         ("optim.lr", 0.0, "`optim.lr > 0` must hold, but got 0.0."),
-        ("optim.lr", float("inf"), "`optim.lr` must be a finite number, but got inf."),
-        ("optim.weight_decay", -0.1, "`optim.weight_decay >= 0` must hold, but got -0.1."),
         ("schedule.warmup_fraction", 1.0, "`schedule.warmup_fraction < 1` must hold, but got 1.0."),
-        ("trainer.max_steps", 0, "`trainer.max_steps >= 1` must hold, but got 0."),
         ("trainer.accumulate", 17, "`trainer.accumulate <= trainer.batch_size` must hold, but got 17 and 16."),
         ("seeds.data_order", 2**32, r"`seeds.data_order < 4294967296` must hold, but got 4294967296."),
-        ("seed", -1, r"`seed >= 0` must hold, but got -1."),
     ],
 )
 def test_a_setting_out_of_range_is_refused(key, value, message):

@@ -105,21 +105,6 @@ def test_saved_weights_come_back_exactly(name, tied, tmp_path):
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_saving_again_replaces_leaves_no_other_files_and_prints_nothing(name, tmp_path, capfd):
-    base = make_base()
-    model = prepare(base, name)
-    METHODS[name].save(model, tmp_path, base=base)
-    files = sorted(file.name for file in tmp_path.iterdir())
-    train(model, name)
-    METHODS[name].save(model, tmp_path, base=base)
-    assert sorted(file.name for file in tmp_path.iterdir()) == files
-    loaded = make_loadable(base, name)
-    METHODS[name].load(loaded, tmp_path)
-    assert torch.equal(logits_of(loaded, name), logits_of(model, name))
-    assert capfd.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize("name", TRAINING)
 def test_missing_file_is_a_record_error(name, tmp_path):
     with pytest.raises(RecordError, match=str(tmp_path)):
         METHODS[name].load(make_loadable(make_base(), name), tmp_path)

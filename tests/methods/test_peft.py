@@ -61,11 +61,6 @@ def test_an_adapter_trains_alone_and_comes_back_here_and_in_peft(kind, tmp_path)
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
 
 
-def test_only_fp32_values_train_on_a_bf16_base():
-    model = prepare(make_base(), "peft", config=PeftConfig(config=KINDS["vera"]))
-    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-
-
 def test_a_new_head_trains_and_is_saved(tmp_path):
     torch.manual_seed(0)
     sizes = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}

@@ -153,14 +153,6 @@ def test_a_wild_learning_rate_diverges_and_the_record_says_so(tmp_path, make_con
     assert record.ended_at is not None
 
 
-def test_a_loss_that_is_nan_ends_the_run_at_the_next_evaluation(tmp_path, make_config, inputs, monkeypatch):
-    damage(monkeypatch, lambda values: values * math.nan, training=True)
-    with pytest.raises(Diverged, match=r"training loss .* at step 1. Lower `optim.lr`"):
-        train(tmp_path, make_config(), inputs=inputs)
-    assert [row[1] for row in losses(tmp_path)] == [None, None]
-    assert read_run(tmp_path).status == "failed"
-
-
 def test_a_score_that_is_nan_ends_the_run(tmp_path, make_config, inputs, monkeypatch):
     damage(monkeypatch, lambda values: values * math.nan, training=False)
     with pytest.raises(Diverged, match="the validation bits_per_byte became nan at step 2"):

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from lorasweep.lora import (
     inject_lora,
     lora_state,
     merge_lora,
-    save_adapter,
     set_dropout_streams,
     slot_model,
 )
@@ -48,18 +46,6 @@ def assert_identical(got: dict[str, Tensor], expected: dict[str, Tensor]) -> Non
     assert all(torch.equal(value, expected[key]) for key, value in got.items())
 
 
-def test_training_a_slots_model_trains_the_slot(both) -> None:
-    tokens = torch.randint(11, (3, 5), generator=stream(1))
-    before = both.pack.eval()(tokens).detach().chunk(3)
-    optimizer = torch.optim.SGD([p for p in slot_model(both.pack, 0).parameters() if p.requires_grad], lr=0.1)
-    both.pack(tokens).pow(2).sum().backward()
-    optimizer.step()
-    after = both.pack(tokens).detach().chunk(3)
-    assert not torch.allclose(after[0], before[0])
-    assert torch.equal(after[1], before[1])
-    assert torch.equal(after[2], before[2])
-
-
 def test_a_slot_as_a_model_shares_the_base_and_computes_what_the_slot_does(both, make_model) -> None:
     tokens = torch.randint(11, (3, 5), generator=stream(1))
     both.pack.eval()
@@ -73,14 +59,6 @@ def test_a_slot_as_a_model_shares_the_base_and_computes_what_the_slot_does(both,
         merge_lora(merged)
         torch.testing.assert_close(merged(rows), packed[slot])
     torch.testing.assert_close(torch.cat(both.pack(tokens).chunk(3)), torch.cat(packed))  # merging left the pack alone
-
-
-def test_saved_files_are_those_of_the_solo_run(both, tmp_path: Path) -> None:
-    for slot, solo in enumerate(both.solos):
-        save_adapter(slot_model(both.pack, slot), tmp_path / "slot", base_path="tiny", base_fingerprint="abc")
-        save_adapter(solo, tmp_path / "solo", base_path="tiny", base_fingerprint="abc")
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            assert (tmp_path / "slot" / name).read_bytes() == (tmp_path / "solo" / name).read_bytes()
 
 
 def test_a_filled_slot_starts_as_its_solo_run_and_the_others_stay(both, make_model) -> None:
