@@ -354,7 +354,7 @@ def replay_sweep(
         scores = ConfirmScores(
             values=values, shares=shares, num_examples=len(shares), problems=(), search_errors=errors
         )
-        answers = answer_questions(QUESTIONS, scores, scale, looks=looks, groups="documents")
+        answers = answer_questions(QUESTIONS, scores, scale, looks=looks)
         hopeful = [answer for answer in answers if answer.may_settle]
         training = {name for answer in hopeful for name in (answer.subject, *answer.compared_with)}
         if not training:

@@ -8,71 +8,38 @@ each evaluation, `tell`), and times the call. Every worker always has a trial.
 With `--ray N` the workers are N Ray actors on this machine, which call the controller's actor as often as they can:
 
     python benchmarks/bench_controller.py --ray 64 --trials 2000 --sampler tpe
-
-With `--occupancy` the real workers train whole sweeps with stored learning curves, on a clock that is computed. It
-prints the share of the slots of packs that trained, and the makespan. Both are the same in each run:
-
-    python benchmarks/bench_controller.py --occupancy --seeds 8
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import heapq
 import math
 import os
 import random
-import statistics
 import sys
 import tempfile
-import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import psutil
 import yaml
 from optuna.trial import TrialState, create_trial
 
-import lorasweep.sweep.workers.worker as worker_file
 from lorasweep.config.data import get_built_in_metric
-from lorasweep.config.run import RunConfig
-from lorasweep.record import RunRecord, SweepRecord, measure_stage_occupancy, read_run, write_record
+from lorasweep.record import RunRecord, read_run, write_record
 from lorasweep.sweep.controller.arm_trials import TRIAL_ATTRIBUTE
 from lorasweep.sweep.controller.controller import Assignment, Controller
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.lifecycle import create_sweep, reopen_sweep
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.workers.ray_cluster import start_local_cluster
-from lorasweep.training.packs.size import PackSize
-from lorasweep.training.packs.slot_run import NextRun, OnPackEvaluation, RunRequest, SlotEvaluation
-from lorasweep.training.run_log import RunFolder
-from lorasweep.training.telemetry import Telemetry
 
 SPACE = {"method.rank": [1, 2, 4, 8, 16, 32, 64], "optim.lr": {"low": 1e-4, "high": 1e-1, "log": True}}
 METRIC = "bits_per_byte"
 CALLS = ("take", "report", "tell")
-PACK_SLOTS = 8
-STEP_OVERHEAD = 2.0
-"""Time of a step beside its slots, as a multiple of one slot's time.
-
-`bench_pack.py` measured 50.7, 33.0, 24.4 and 20.2 ms per trial-step of `tiny` in bf16 with 1, 2, 4 and 8 slots. These
-are 35 ms + 16 ms per slot; MiniLM-L6 gives 37 ms + 18 ms."""
-FULL_SLOT_TIME = 1.5
-"""Time of a step of full fine-tuning beside the overhead: it also computes the gradients of the weights."""
-POLL_TIME = 20.0
-"""Time until a worker asks again after it got no trial. Two steps of a full pack."""
-CURVES = Path(__file__).parent / "curves"
-LR = {"optim.lr": {"low": 1e-4, "high": 1e-1, "log": True}}
-FROZEN_SCORE = 1.84
-DIVERGED_SCORE = 100.0
-"""A score that is worse than every other, because the stored curves have NaN there."""
 
 
 def main() -> None:
@@ -85,13 +52,8 @@ def main() -> None:
     parser.add_argument(
         "--ray", type=int, help="number of Ray actors that call the controller; default: one loop without Ray"
     )
-    parser.add_argument("--occupancy", action="store_true", help="simulate whole sweeps, from search to confirm")
-    parser.add_argument("--seeds", type=int, default=8, help="with --occupancy: number of sweeps per row")
     parser.add_argument("--folder", type=Path, help="parent of the sweep's folder; default: a temporary folder")
     asked = parser.parse_args()
-    if asked.occupancy:
-        measure_occupancy(num_seeds=asked.seeds)
-        return
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
         sweep = make_sweep(Path(folder), asked.sampler, asked.filled + asked.trials)
         fill(sweep, asked.filled)
@@ -360,234 +322,6 @@ class PlayingWorker:
             self._worker.advance(self._controller, timed, self._paused)
             if self._worker.assignment is None and self._controller.is_over():
                 return seconds
-
-
-def list_occupancy_sweeps() -> dict[str, dict[str, Any]]:
-    """Returns the content of the simulated sweeps by name, all with the default rungs and stages."""
-
-    def lora(num_trials: int, rank: int = 8) -> dict[str, Any]:
-        return {
-            "settings": {"method": "lora", "method.rank": rank},
-            "space": {**LR, "method.alpha": [4, 16, 64]},
-            "trials": num_trials,
-        }
-
-    full = {"settings": {"method": "full"}, "space": LR}
-    ranks = {f"lora-rank{rank}": lora(8, rank) for rank in (1, 4, 16, 64)}
-    arms: dict[str, dict[str, Any]] = {
-        "quickstart: lora 12, full 12": {"lora": lora(12), "full": {**full, "trials": 12}},
-        "lora 8": {"lora": lora(8)},
-        "lora 24": {"lora": lora(24)},
-        "4 ranks × 8": ranks,
-        "4 ranks × 8, full 8": {**ranks, "full": {**full, "trials": 8}},
-    }
-    settings = {"trainer.max_steps": 120, "trainer.eval_every_steps": 10, "sampler": "tpe"}
-    frozen = {"frozen": {"settings": {"method": "frozen"}}}
-    return {
-        name: {"name": "occupancy", "settings": settings, "arms": {**frozen, **content}}
-        for name, content in arms.items()
-    }
-
-
-def measure_occupancy(*, num_seeds: int) -> None:
-    """Prints a table in Markdown with a row for each sweep and number of workers; means over seeds."""
-    print("| sweep | workers | slots in use: search, confirm | makespan, steps of a full pack |")
-    print("|---|--:|---|--:|")
-    full_step = STEP_OVERHEAD + PACK_SLOTS
-    for name, content in list_occupancy_sweeps().items():
-        for num_workers in (1, 2, 4):
-            sweeps = [SimulatedSweep(content, num_workers=num_workers, seed=seed).run() for seed in range(num_seeds)]
-            occupancies = [measure_stage_occupancy(record) for record, _ in sweeps]
-            cells = [f"{statistics.fmean(each[stage] for each in occupancies):.0%}" for stage in ("search", "confirm")]
-            makespan = statistics.fmean(time for _, time in sweeps) / full_step
-            print(f"| {name} | {num_workers} | {', '.join(cells)} | {makespan:.0f} |", flush=True)
-
-
-class VirtualClock:
-    """Lets threads run one at a time, each until it sleeps. The thread that wakes up first is next."""
-
-    def __init__(self, num_threads: int) -> None:
-        self.now = 0.0
-        self._sleeping = [(0.0, thread) for thread in range(num_threads)]
-        self._turns = [threading.Event() for _ in range(num_threads)]
-
-    def wake_next(self) -> None:
-        """Lets the next thread run. The caller must end or wait."""
-        if self._sleeping:
-            self.now, thread = heapq.heappop(self._sleeping)
-            self._turns[thread].set()
-
-    def wait(self, thread: int) -> None:
-        """Waits until it is this thread's turn."""
-        self._turns[thread].wait()
-        self._turns[thread].clear()
-
-    def sleep(self, thread: int, duration: float) -> None:
-        heapq.heappush(self._sleeping, (self.now + duration, thread))
-        self.wake_next()
-        self.wait(thread)
-
-
-class SimulatedSweep:
-    """A sweep whose workers train nothing: a run's scores are a stored curve, and a step takes a computed time."""
-
-    def __init__(self, content: Mapping[str, Any], *, num_workers: int, seed: int) -> None:
-        self._definition = read_definition(content, {"sweep.seed": seed})
-        self._clock = VirtualClock(num_workers)
-        self._num_workers = num_workers
-        self._thread = threading.local()
-        self._runs: dict[Path, RunRecord] = {}
-        """The records of all runs that trained, as their checkpoints would have them."""
-        self._curves = {method: read_curves(method, seed=seed % 3) for method in ("lora", "full")}
-        self._order = {
-            arm.name: random.Random(f"{seed}/{arm.name}").sample(range(24), 24) for arm in self._definition.arms
-        }
-
-    def run(self) -> tuple[SweepRecord, float]:
-        """Returns the sweep's record and its makespan, in times of one slot."""
-        replaced = {
-            "train_pack": self.train_pack,
-            "train_run": self.train_run,
-            "score_run": self.score_run,
-            "choose_pack_size": lambda config, *, inputs, trials_left: PackSize(min(PACK_SLOTS, trials_left), ""),
-            "time": SimpleNamespace(sleep=lambda _: self._sleep(POLL_TIME)),
-        }
-        with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(worker_file, **replaced):
-            sweep = create_sweep(self._definition, Path(folder) / "sweep", metric=get_built_in_metric(METRIC))
-            controller = Controller(sweep, session="worker")
-            threads = [
-                threading.Thread(target=self._work, args=(number, sweep, controller))
-                for number in range(self._num_workers)
-            ]
-            for thread in threads:
-                thread.start()
-            self._clock.wake_next()
-            for thread in threads:
-                thread.join()
-            assert controller.finish()
-            sweep.close()
-        return sweep.record, self._clock.now
-
-    def _work(self, number: int, sweep: SweepFolder, controller: Controller) -> None:
-        self._thread.number = number
-        inputs: Any = SimpleNamespace(
-            splits=SimpleNamespace(test=lambda: SimpleNamespace(notes=())), telemetry=Telemetry()
-        )
-        inputs.load = lambda config: inputs
-        self._clock.wait(number)
-        try:
-            worker_file.Worker(
-                path=sweep.path,
-                definition=self._definition,
-                controller=controller,
-                metric=METRIC,
-                inputs_cache=inputs,
-                stop_requested=lambda: False,
-                name=f"worker-{number}" if self._num_workers > 1 else "",
-                num_workers=self._num_workers,
-            ).run()
-        finally:
-            self._clock.wake_next()
-
-    def _sleep(self, duration: float) -> None:
-        self._clock.sleep(self._thread.number, duration)
-
-    def train_pack(
-        self,
-        requests: Sequence[RunRequest],
-        *,
-        slots: int,
-        next_run: NextRun,
-        on_evaluation: OnPackEvaluation,
-        **_: Any,
-    ) -> bool:
-        """Makes the calls of the real `train_pack`."""
-        running = list(requests)
-        while running:
-            num, trainer = len(running), running[0].config.trainer
-            self._sleep(trainer.eval_every_steps * (STEP_OVERHEAD + num))
-            records = [self._advance(request.config, request.run_folder, slot_steps=slots / num) for request in running]
-            evaluations = [
-                SlotEvaluation(request=request, step=record.steps_done, metrics=record.last)
-                for request, record in zip(running, records, strict=True)
-            ]
-            answers = on_evaluation(evaluations)
-            kept = []
-            for request, record, goes_on in zip(running, records, answers, strict=True):
-                if record.steps_done < trainer.max_steps and goes_on:
-                    kept.append(request)
-                else:
-                    request.on_end(self._close(record, request.run_folder))
-            while len(kept) < slots and (refill := next_run()) is not None:
-                kept.append(refill)
-            running = kept
-        return True
-
-    def train_run(
-        self,
-        config: RunConfig,
-        folder: RunFolder,
-        *,
-        on_evaluation: Callable[[int, Mapping[str, float]], bool],
-        **_: Any,
-    ) -> RunRecord:
-        """Makes the calls of the real `train_run`."""
-        goes_on = True
-        record = self._advance(config, folder) if config.method.name == "frozen" else None
-        while record is None or (record.steps_done < config.trainer.max_steps and goes_on):
-            self._sleep(config.trainer.eval_every_steps * (STEP_OVERHEAD + FULL_SLOT_TIME))
-            record = self._advance(config, folder)
-            goes_on = on_evaluation(record.steps_done, record.last)
-        return self._close(record, folder)
-
-    def score_run(self, path: Path, **_: Any) -> RunRecord:
-        """Returns the record of a run with its validation score as its test score."""
-        record = self._runs[path]
-        record.test = {METRIC: record.last[METRIC]}
-        return record
-
-    def _advance(self, config: RunConfig, folder: RunFolder, *, slot_steps: float = 0.0) -> RunRecord:
-        """Trains a run up to its next evaluation; in a pack, each step takes `slot_steps` of the planned slots."""
-        is_frozen, trainer = config.method.name == "frozen", config.trainer
-        record = self._runs.setdefault(
-            folder.path,
-            RunRecord(
-                status="running",
-                config=asdict(config),
-                metric=METRIC,
-                direction="minimize",
-                pack={"slot_steps": 0.0} if slot_steps else None,
-            ),
-        )
-        if is_frozen:
-            record.steps_done, value = trainer.max_steps, FROZEN_SCORE
-        else:
-            record.steps_done += trainer.eval_every_steps
-            trial = self._order[str(folder.arm)][(folder.trial or 0) % 24]
-            value = self._curves[config.method.name][trial][round(12 * record.steps_done / trainer.max_steps)]
-        if record.pack:
-            record.pack["slot_steps"] += slot_steps * trainer.eval_every_steps
-        record.last = {METRIC: value}
-        record.best = {METRIC: min(value, record.best.get(METRIC, math.inf)), "step": record.steps_done}
-        return record
-
-    def _close(self, record: RunRecord, folder: RunFolder) -> RunRecord:
-        is_complete = record.steps_done >= record.config["trainer"]["max_steps"]
-        record.status = "complete" if is_complete else "paused"
-        folder.path.mkdir(parents=True, exist_ok=True)
-        write_record(record, folder.path)  # the end of the search reads the records of paused runs
-        return record
-
-
-def read_curves(method: str, *, seed: int) -> list[dict[int, float]]:
-    """Returns the scores of 24 stored trials at each twelfth of a run."""
-    curves: dict[int, dict[int, float]] = defaultdict(dict)
-    with (CURVES / f"stdlib_docs_{method}_seed{seed}.csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            if row["evaluation"] != "0":
-                value = float(row["value"])
-                curves[int(row["trial"])][int(row["evaluation"])] = value if math.isfinite(value) else DIVERGED_SCORE
-    return [curves[trial] for trial in sorted(curves)]
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def judge(truth: tuple[float, ...], noise: float, repeats: int) -> tuple[float, 
             values = {name: {seed: found[seed : seed + 1] for seed in range(look)} for name, found in runs.items()}
             values["frozen"] = {seed: np.ones(1) for seed in range(look)}
             scores = ConfirmScores(values=values, shares=np.ones(1), num_examples=0, problems=())
-            answers = answer_questions(questions, scores, scale, looks=LOOKS, groups=None)
+            answers = answer_questions(questions, scores, scale, looks=LOOKS)
             is_false |= any(_is_false(answer, means) for answer in answers)
             if all(answer.is_settled for answer in answers):
                 break

@@ -84,21 +84,6 @@ def test_a_sweep_goes_from_file_to_report(swept, sweep, capsys):
     assert len(read_sweep(sweep).trials) == 3
 
 
-def test_several_folders_of_which_one_is_no_sweep_are_refused_before_any_report_is_written(sweep):
-    before = read_files(sweep)
-    assert run(["compare", "s", "nowhere"]) == WRONG_REQUEST
-    assert read_files(sweep) == before
-
-
-def test_compare_of_several_sweeps_prints_one_table_and_writes_each_report(sweep, capsys):
-    shutil.rmtree(sweep / "report")
-    shutil.copytree(sweep, sweep.parent / "other")
-    assert run(["compare", "s", "other"]) == DONE
-    assert "setting of each subject" in capsys.readouterr().out
-    assert (sweep / "report/index.html").is_file()
-    assert (sweep.parent / "other/report/index.html").is_file()
-
-
 def test_train_takes_the_settings_that_a_sweep_recommends_and_says_so(sweep, capsys):
     best = min(read_sweep(sweep).trials[1:], key=lambda row: row.value)
     assert run(["train", "--from", "s", "output=one"]) == DONE

@@ -109,7 +109,6 @@ def resume_sweep(
     folder: str | Path,
     *,
     overrides: Overrides = (),
-    file: str | Path | None = None,
     progress: Progress = "auto",
 ) -> SweepResult:
     """Continues a sweep to its number of trials, writes its report, and returns its result.
@@ -119,7 +118,6 @@ def resume_sweep(
     Args:
         folder: The sweep's folder.
         overrides: Changed settings of `worker` and `confirm`, or more trials such as `["arms.lora.trials=20"]`.
-        file: The sweep file again, with more arms or trials.
         progress: As in `run_sweep`.
 
     Raises:
@@ -128,8 +126,7 @@ def resume_sweep(
         LoraSweepError: The sweep can't continue.
     """
     prepare_environment()
-    source = None if file is None else find_sweep_file(str(file))
-    opened = reopen_sweep(Path(folder), changes=parse_overrides(overrides), file=source)
+    opened = reopen_sweep(Path(folder), changes=parse_overrides(overrides))
     inputs_cache, definition, record = InputsCache(), opened.definition, opened.record
     try:
         metric = check_definition(definition, inputs_cache).name

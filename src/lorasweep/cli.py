@@ -86,8 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--resume",
         type=Path,
         metavar="DIR",
-        help="resume the sweep in this folder; may add arms.ARM.trials=N, confirm.seeds=N, worker=ray "
-        "..., or the sweep file with more arms",
+        help="resume the sweep in this folder; may add arms.ARM.trials=N, confirm.seeds=N, worker=ray ...",
     )
     sweep_parser.add_argument(*("-c", "--cfg"), choices=["job"], help="print all settings of all arms, train nothing")
     status_parser = add(status, "show the arms of a sweep and the best trial so far")
@@ -107,8 +106,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_overrides(new_parser, "key=value", "model.path=FOLDER-OR-HUB-ID data.train=FILE ...")
     plan_parser = add(plan, "estimate the time, memory and disk of a sweep without training it")
     add_overrides(plan_parser, "NAME|FILE key=value", "as in sweep")
-    compare_parser = add(compare, "write and show the report of finished or running sweeps again")
-    compare_parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders of sweeps")
+    compare_parser = add(compare, "write and show the report of a finished or running sweep again")
+    compare_parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the sweep")
     transfer_parser = add(transfer, "predict the learning rate of longer runs from a sweep, and test it")
     transfer_parser.add_argument("source", type=Path, metavar="SWEEP[/ARM]", help="folder of a complete sweep")
     add_overrides(transfer_parser, "key=value", "what changes, such as trainer.max_steps=800")
@@ -201,10 +200,11 @@ def sweep(arguments: argparse.Namespace) -> int:
 
     name, overrides = _split_name(arguments.overrides)
     progress: Literal["auto", "verbose"] = "verbose" if arguments.verbose else "auto"
-    if arguments.resume and arguments.minutes:
-        raise ConfigError("`--minutes` must be left out with `--resume`, because the sweep has its trials and steps.")
+    if arguments.resume and (arguments.minutes or name):
+        given = "`--minutes`" if arguments.minutes else repr(name)
+        raise ConfigError(f"{given} must be left out with `--resume`, because the sweep has arms, trials and steps.")
     if arguments.resume and not arguments.cfg:
-        result = api.resume_sweep(arguments.resume, overrides=overrides, file=name, progress=progress)
+        result = api.resume_sweep(arguments.resume, overrides=overrides, progress=progress)
     else:
         if arguments.resume:
             definition = saved_definition(arguments.resume)
@@ -296,10 +296,9 @@ def compare(arguments: argparse.Namespace) -> int:
     from lorasweep.report import write_report
     from lorasweep.results import load_sweep
 
-    results = [load_sweep(folder) for folder in arguments.folders]
-    for result in results:
-        write_report(result.folder)
-    return _show_reports(results, verbose=arguments.verbose)
+    result = load_sweep(arguments.folder)
+    write_report(result.folder)
+    return _show_report(result, verbose=arguments.verbose)
 
 
 def transfer(arguments: argparse.Namespace) -> int:
@@ -414,7 +413,7 @@ def _say_run(result: RunResult, job: str) -> int:
 
 def _show_sweep(result: SweepResult, *, verbose: bool) -> int:
     """Prints the table of a complete sweep. Fails if an arm lacks the test score that was asked for."""
-    _show_reports([result], verbose=verbose)
+    _show_report(result, verbose=verbose)
     for arm, reason in result.unconfirmed.items():
         say_error(
             f"the confirm stage must score every arm on test data, but has no score of arm `{arm}`: "
@@ -423,18 +422,17 @@ def _show_sweep(result: SweepResult, *, verbose: bool) -> int:
     return FAILED if result.unconfirmed else DONE
 
 
-def _show_reports(results: Sequence[SweepResult], *, verbose: bool) -> int:
-    """Prints the answers and the table of all sweeps, their files, and what to type next."""
+def _show_report(result: SweepResult, *, verbose: bool) -> int:
+    """Prints the answers and the table of a sweep, the page, and what to type next."""
     from lorasweep.report import render_terminal
     from lorasweep.report.recommend import recommend
     from lorasweep.report.sweep_data import load_sweep_data
 
-    EscapingConsole().print(render_terminal(*(result.folder for result in results), verbose=verbose))
-    for result in results:
-        say(f"report: {result.report}")
-    if len(results) == 1 and not verbose:
-        say(f"All findings: lorasweep compare {results[0].folder} --verbose")
-        for recommendation in recommend(load_sweep_data(results[0].folder))[:1]:
+    EscapingConsole().print(render_terminal(result.folder, verbose=verbose))
+    say(f"report: {result.report}")
+    if not verbose:
+        say(f"All findings: lorasweep compare {result.folder} --verbose")
+        for recommendation in recommend(load_sweep_data(result.folder))[:1]:
             for purpose, command in recommendation.commands.items():
                 say(f"{purpose}: {command}")
     return DONE

@@ -14,12 +14,14 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lorasweep.errors import ConfigError
+from lorasweep.errors import ConfigError, RecordError
 
+LOCK_FILE = ".lock"
+"""The file in a sweep's folder that is locked while a process runs the sweep."""
 PROBE_BYTES = 2**20
 """Size of the file that tests whether a folder can be written to."""
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE})
@@ -133,7 +135,7 @@ def lock_folder(path: Path, *, key: str) -> Iterator[Path]:
     Raises:
         ConfigError: Another process has locked the folder.
     """
-    import fcntl  # noqa: PLC0415 (Windows lacks it, and `lorasweep.lora` imports this file)
+    import fcntl  # noqa: PLC0415
 
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -149,6 +151,52 @@ def lock_folder(path: Path, *, key: str) -> Iterator[Path]:
         yield path
     finally:
         os.close(handle)
+
+
+def is_running(path: Path) -> bool:
+    """Returns whether a process has a sweep's folder open; False if the file system has no locks."""
+    import fcntl  # noqa: PLC0415 (Windows lacks it, and `lorasweep.lora` imports this file)
+
+    try:
+        handle = os.open(path / LOCK_FILE, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return False
+
+
+def take_lock(path: Path, undo: ExitStack) -> int:
+    """Takes the lock of a sweep's folder and returns its file descriptor.
+
+    The system releases it when the process ends for any reason.
+
+    Raises:
+        RecordError: Another process holds the lock, or the folder's file system has no locks.
+    """
+    import fcntl  # noqa: PLC0415
+
+    try:
+        handle = os.open(path / LOCK_FILE, os.O_CREAT | os.O_RDWR)
+        undo.callback(os.close, handle)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RecordError(
+            f"a sweep must be run by one process, but another one has {str(path)!r} open. Wait for it, or look with "
+            f"`lorasweep status {path}`."
+        ) from error
+    except OSError as error:
+        raise RecordError(
+            f"a sweep's folder must be writable and on a file system with locks, but {str(path)!r} is not: "
+            f"{error.strerror}. Use a local disk."
+        ) from error
+    return handle
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -11,8 +11,6 @@ import numpy as np
 import optuna
 import pytest
 
-from lorasweep.sweep.controller import history, proposals
-
 FILE = Path(__file__).parents[2] / "benchmarks" / "bench_proposals.py"
 
 
@@ -61,23 +59,3 @@ def test_the_same_seeds_give_the_same_row(bench, table, name):
     first, second = (bench.measure(table, way, n=8, draws=3) for _ in range(2))
     assert first == second
     assert 0 <= first["winner_median"] <= first["winner_p95"]
-
-
-def test_half_of_the_trials_begin_before_the_first_result_and_the_others_see_it(bench, table, monkeypatch):
-    asked = []
-
-    def spy(arm, history, **settings):
-        asked.append([trial.state for trial in history.trials])
-        return original(arm, history, **settings)
-
-    original = proposals.propose
-    monkeypatch.setattr(bench.proposals, "propose", spy)
-    bench.measure(table, find_way(bench, "TPE in u"), n=4, draws=1)
-    assert asked == [[], ["running"], ["complete"] * 2, ["complete"] * 2 + ["running"]]
-
-
-def test_the_law_is_left_out_inside_of_ways_without_it_and_comes_back(bench):
-    before = history.build_rate_law
-    with bench._UseLaw(find_way(bench, "TPE, learning rate")):
-        assert history.build_rate_law(None).factor({}) == 1
-    assert history.build_rate_law is before

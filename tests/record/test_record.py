@@ -25,7 +25,6 @@ from lorasweep.record import (
     build_frame,
     find_winner,
     get_run_folder,
-    measure_stage_occupancy,
     read_run,
     read_steps,
     read_sweep,
@@ -164,18 +163,6 @@ def test_a_secret_is_not_written(tmp_path, monkeypatch):
     write_record(record, tmp_path)
     assert (read_run(tmp_path).config, read_run(tmp_path).reason) == ({"path": "https://***@host"}, "401 for ***")
     assert record.reason == "401 for open-sesame-42"  # in memory it is as it was
-
-
-def test_occupancy_is_the_share_of_the_packs_slots_that_trained():
-    """A pack of four slots: three runs train 2 steps, then one of them 6 more. 12 of 4 * 8 slot-steps are used."""
-    given = {"arm": "lora", "state": "complete", "params": {}, "value": 1.0, "run": "r"}
-    shares = [(2, 2 * 4 / 3), (2, 2 * 4 / 3), (8, 2 * 4 / 3 + 6 * 4)]
-    packed = [Trial(number=n, values={step: 1.0}, slot_steps=slots, **given) for n, (step, slots) in enumerate(shares)]
-    alone = Trial(number=3, values={100: 1.0}, **given)
-    assert measure_stage_occupancy(make_sweep(trials=[*packed, alone], confirm=[])) == {
-        "search": pytest.approx(12 / 32)
-    }
-    assert measure_stage_occupancy(make_sweep(trials=[alone], confirm=[])) == {}
 
 
 @pytest.mark.slow

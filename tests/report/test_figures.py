@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 import pytest
 
 from lorasweep.report.figures.confirmed import draw_scores_by_value
-from lorasweep.report.figures.trials import draw_score_by_lr, draw_tradeoff
+from lorasweep.report.figures.trials import draw_score_by_lr
 from lorasweep.report.sweep_data import SweepData, load_sweep_data
 
 from .conftest import build_rank_sweep, edit_json
@@ -53,11 +53,6 @@ def test_diverged_score_does_not_flatten_the_others_and_is_counted(sweep: Path) 
     (figure,) = draw_score_by_lr(load_sweep_data(sweep)).figures
     assert figure.layout.yaxis.range[1] < 2.3
     assert "1 outside the range" in figure.layout.xaxis.title.text
-
-
-def test_costs_over_several_decades_have_a_label_for_each_decade(ranked: SweepData) -> None:
-    figures = [figure for figure in draw_tradeoff(ranked).figures if figure.layout.xaxis.type == "log"]
-    assert [figure.layout.xaxis.dtick for figure in figures] == [1]
 
 
 def test_dots_over_rank_are_the_means_on_test_data_and_rings_their_seeds(ranked: SweepData) -> None:

@@ -117,10 +117,3 @@ def test_the_figure_has_what_was_learned_against_what_was_forgotten(confirmed: P
     for name in ("full", "lora"):
         learned, forgotten = means["frozen"] - means[name], FORGOTTEN[name]
         assert dots[name] == pytest.approx((learned, forgotten), abs=0.001)
-
-
-def test_a_sweep_without_retained_data_says_nothing_of_it(confirmed: Path) -> None:
-    summary = write_report(confirmed)
-    assert len(summary.answers) == 3
-    assert "retained" not in {panel.key for panel in draw_panels(summary.data)}
-    assert not (confirmed / "report" / "retained.csv").exists()

@@ -26,20 +26,6 @@ def test_trials_and_reruns_are_joined_with_their_runs(confirmed: Path) -> None:
     assert (data.evidence.num_examples, data.evidence.num_groups, data.problems) == (40, 20, ())
 
 
-@pytest.mark.parametrize("direction", ["minimize", "maximize"])
-def test_best_trial_is_the_best_complete_one(sweep: Path, direction: str) -> None:
-    def make_pruned_best(raw: dict[str, Any]) -> None:
-        raw["direction"] = direction
-        pruned = next(trial for trial in raw["trials"] if trial["state"] == "pruned")
-        pruned["value"] = 0.5 if direction == "minimize" else 5.0
-
-    edit_json(sweep / "sweep.json", make_pruned_best)
-    lora = load_sweep_data(sweep).arms[1]
-    complete = [trial.value for trial in lora.trials if trial.state == "complete" and trial.value is not None]
-    assert lora.best
-    assert lora.best.value == (min(complete) if direction == "minimize" else max(complete))
-
-
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [

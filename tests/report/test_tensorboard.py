@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,18 +52,11 @@ def test_row_has_numbers_as_numbers_and_the_rest_as_text(sweep: Path) -> None:
     assert metrics["trainable_params"] == record.trainable_params
 
 
-def test_rows_by_name_are_complete_trials_from_best_to_worst_and_then_the_others(board: Path) -> None:
+def test_each_trial_has_a_row_and_winners_have_a_score_on_test_data(board: Path) -> None:
     rows = [row_of(folder) for folder in (board / "trials").iterdir()]
-    rows.sort(key=lambda row: row[0])  # TensorBoard's order
-    statuses = [settings["status"] for _, settings, _ in rows]
-    num_complete = statuses.count("complete")
-    assert statuses[:num_complete] == ["complete"] * num_complete
-    assert {*statuses[num_complete:]} == {"pruned", "failed"}
     assert len(rows) == 25
-    scores = [metrics["best/bits_per_byte"] for _, _, metrics in rows[:num_complete]]
-    assert scores == sorted(scores)
-    assert re.fullmatch(r"01 (full|lora)-\d{4} of quickstart", rows[0][0])
-    # Arms' winners have a score on test data.
+    assert {settings["status"] for _, settings, _ in rows} == {"complete", "pruned", "failed"}
+    assert "lora-0000 of quickstart" in {name for name, _, _ in rows}
     assert sorted(str(row[1]["arm"]) for row in rows if "test/bits_per_byte" in row[2]) == ["frozen", "full", "lora"]
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorasweep.runs.export as export_file
 from lorasweep.config.compose import compose_run
-from lorasweep.errors import ConfigError, RecordError, RunError
+from lorasweep.errors import RecordError, RunError
 from lorasweep.models.folder import find_local_path
 from lorasweep.record import read_run, write_record
 from lorasweep.runs.export import export_run
@@ -162,13 +162,6 @@ def test_a_run_in_bf16_is_exported_from_its_base_in_bf16(trained_in_bf16, tmp_pa
         assert largest_difference(logits_of(model), own) < LOGIT_TOLERANCE
         return
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-
-
-@pytest.mark.parametrize("settings", [{"method": "full"}, {"method": "head"}])
-def test_a_run_without_an_adapter_has_none_for_peft(trained, tmp_path, settings):
-    with pytest.raises(ConfigError, match=f"{settings['method']!r}.*`--format merged`"):
-        export_run(trained(settings), format="peft", out=tmp_path / "out")
-    assert not any(tmp_path.iterdir())
 
 
 @pytest.fixture

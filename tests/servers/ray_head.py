@@ -59,7 +59,7 @@ def _serve(folder: Path, temporary: str) -> None:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: PLC0415
 
     from lorasweep.sweep.workers.ray_cluster import HEALTH_CHECK_SETTINGS, OBJECT_STORE_BYTES  # noqa: PLC0415
-    from lorasweep.sweep.workers.slurm_job import write_address  # noqa: PLC0415
+    from lorasweep.sweep.workers.slurm import write_address  # noqa: PLC0415
 
     ray.init(
         _node_ip_address="127.0.0.1",

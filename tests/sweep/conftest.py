@@ -181,13 +181,12 @@ class MadeUpRuns:
         self.values.setdefault(folder, {})[step] = value
         return value
 
-    def close(self, config: RunConfig, folder: Path, step: int, status: Any, *, pack: Any = None) -> RunRecord:
+    def close(self, config: RunConfig, folder: Path, step: int, status: Any) -> RunRecord:
         """Writes a run's record and returns it."""
         value, best = min((value, at) for at, value in self.values[folder].items() if at <= step)
         record = RunRecord(
             status=status,
             config=asdict(config),
-            pack=pack,
             metric=config.data.metric,
             direction="minimize",
             best={config.data.metric: value, "step": best},
@@ -213,8 +212,6 @@ class MadeUpPacks:
     """Steps at which each run has a checkpoint for packs."""
     trained: list[tuple[str, int]] = field(default_factory=list)
     """Folder name and step of each evaluation, in order."""
-    slot_steps: dict[tuple[Path, int], float] = field(default_factory=dict)
-    """Each run's share of the planned slots up to each of its steps."""
 
     def __call__(
         self,
@@ -260,8 +257,7 @@ class MadeUpPacks:
                 for job in jobs:
                     self._interrupt(job, steps[job])
                 return False
-            share = most / len(jobs)
-            living = [job for job in jobs if self._advance(job, steps, share, every=trainer.eval_every_steps)]
+            living = [job for job in jobs if self._advance(job, steps, every=trainer.eval_every_steps)]
             values = [self.runs.values[job.run_folder.path][steps[job]] for job in living]
             evaluated = [
                 SlotEvaluation(request=job, step=steps[job], metrics={"loss": value, job.config.data.metric: value})
@@ -283,10 +279,8 @@ class MadeUpPacks:
             self._commit(jobs, steps, state_file)
         return True
 
-    def _advance(self, job: RunRequest, steps: dict[RunRequest, int], share: float, *, every: int) -> bool:
+    def _advance(self, job: RunRequest, steps: dict[RunRequest, int], *, every: int) -> bool:
         """Trains a slot up to its next evaluation and returns whether its run goes on."""
-        path = job.run_folder.path
-        self.slot_steps[path, steps[job] + every] = self.slot_steps.get((path, steps[job]), 0.0) + share * every
         steps[job] += every
         self.trained.append((job.run_folder.path.name, steps[job]))
         try:
@@ -302,8 +296,7 @@ class MadeUpPacks:
             return False
         if not done:
             self.checkpoints.setdefault(job.run_folder.path, set()).add(step)
-        path, pack = job.run_folder.path, {"slot_steps": self.slot_steps[job.run_folder.path, step]}
-        job.on_end(self.runs.close(job.config, path, step, "complete" if done else "paused", pack=pack))
+        job.on_end(self.runs.close(job.config, job.run_folder.path, step, "complete" if done else "paused"))
         return True
 
     def _first_step(self, job: RunRequest) -> int:

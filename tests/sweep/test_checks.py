@@ -35,19 +35,6 @@ def test_an_arm_that_does_not_fit_the_model_is_refused_by_name(write_file, conte
         check_definition(definition, tiny_inputs)
 
 
-def test_a_target_that_is_not_there_is_refused_with_the_nearest(write_file, content, tiny_inputs):
-    content["arms"]["lora"]["settings"]["method.targets"] = ["q_prj"]
-    definition = read_definition(write_file(content), [])
-    with pytest.raises(ConfigError, match=r"^arm `lora`: .*q_prj.*q_proj"):
-        check_definition(definition, tiny_inputs)
-
-
-def test_a_right_definition_passes(write_file, content, tiny_inputs):
-    definition = read_definition(write_file(content), [])
-    check_definition(definition, tiny_inputs)
-    assert find_metric(definition, tiny_inputs).name == "bits_per_byte"
-
-
 def test_the_constant_answer_is_that_of_all_arms(write_file, content, tiny_inputs):
     definition = read_definition(write_file(content), [])
     assert score_constant_answer(definition, tiny_inputs) is None  # text

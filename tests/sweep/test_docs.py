@@ -11,8 +11,8 @@ import yaml
 
 from lorasweep.config.command_line import parse_overrides
 from lorasweep.sweep.definition.arms import read_definition
+from lorasweep.sweep.definition.confirm import draw_confirm_seeds
 from lorasweep.sweep.definition.grow import grow_definition
-from lorasweep.sweep.definition.seeds import draw_confirm_seeds
 from lorasweep.sweep.definition.warnings import find_warnings
 
 GUIDE = (Path(__file__).parent.parent.parent / "docs" / "sweeps.md").read_text(encoding="utf-8")

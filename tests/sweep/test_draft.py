@@ -134,12 +134,6 @@ def test_another_number_of_steps_keeps_rungs_and_packs(here):
     assert explain_solo_arms(read_definition(here / "mine.yaml", ["trainer.max_steps=1000"])) == []
 
 
-def test_a_file_is_never_replaced(here, capsys):
-    (here / "mine.yaml").write_text("name: old")
-    draft(MODEL, "data.train=topics.csv", code=WRONG_REQUEST)
-    assert (here / "mine.yaml").read_text() == "name: old"
-
-
 @pytest.mark.slow
 def test_data_without_a_file_are_swept_and_what_is_recommended_is_exported(here, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", list(sys.argv))

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 import lorasweep.sweep.status as status_file
-from lorasweep.record import read_sweep, write_record
+from lorasweep.record import read_sweep
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
 from lorasweep.sweep.status import report_status, show_progress
@@ -19,7 +19,6 @@ from lorasweep.sweep.status import report_status, show_progress
 from .conftest import Killed
 from .test_status import folder as folder
 from .test_status import running as running
-from .test_status import sweep_record
 
 
 def test_a_callers_function_gets_every_status_and_the_last_one(begin, work, runs, content):
@@ -60,17 +59,6 @@ def test_a_terminal_shows_a_table_also_where_the_folder_is_away_for_a_while(runn
         time.sleep(0.05)
         os.rename(running / "away.json", running / "sweep.json")
         wait_for(lambda: "made_up: bits_per_byte" in output.getvalue())
-
-
-@pytest.mark.parametrize("is_terminal", [False, True])
-def test_a_warning_is_wrapped_between_words_in_a_terminal_and_whole_elsewhere(running, is_terminal):
-    warning = "warning: most trials have learned nothing yet, so give them more steps"
-    write_record(sweep_record(warnings=[warning.removeprefix("warning: ")]), running)
-    output = io.StringIO()
-    with show_progress(running, Console(file=output, force_terminal=is_terminal, width=30)):
-        pass
-    assert (warning in output.getvalue()) is not is_terminal
-    assert [word for word in warning.split()[1:] if word not in output.getvalue().split()] == []
 
 
 def test_a_sweep_in_this_process_is_shown_with_a_line_per_run(begin, work, runs, content):

@@ -103,7 +103,7 @@ def test_trials_are_counted_by_state(running):
     shown = show(status)
     assert "made_up: bits_per_byte (minimize), running" in shown
     (line,) = [line for line in shown.splitlines() if line.strip().startswith("lora")]
-    assert line.split() == ["lora", "3/6", "1", "1", "1", "1", "1.5000", "method.rank=1"]
+    assert line.split() == ["lora", "3/6", "1", "1", "1", "1", "1.5000", "rank", "1"]
     assert "resume" not in shown
 
 
@@ -114,8 +114,8 @@ def test_running_trials_have_lines_with_step_and_last_value(running):
     write_record(sweep_record(trials=rows), running)
     lines = [line for line in show(read_status(running)).splitlines() if line.startswith("now:")]
     assert lines[:2] == [
-        "now: lora trial 0  step 4/8  1.7500  method.rank=1",
-        "now: lora trial 1  step 0/100  trainer.max_steps=100",
+        "now: lora trial 0  step 4/8  1.7500  rank 1",
+        "now: lora trial 1  step 0/100  max_steps 100",
     ]
     assert len(lines) == status_file.MAX_SHOWN_RUNS + 1
     assert lines[-1] == f"now: {20 - status_file.MAX_SHOWN_RUNS} more"
@@ -148,11 +148,9 @@ def test_the_time_left_is_about_what_the_sweep_then_takes(begin, work, runs, pac
     assert seen[0].seconds_left is None
     for status in seen:
         if status.seconds_left is not None:
-            due, last = status.seconds_left
             true_s = clock.now - status.record.makespan_s
             is_known = all(arm.step_s or arm.name == "frozen" for arm in status.arms)
-            assert (0.8 * true_s if is_known else 0) < due < 1.25 * true_s
-            assert last > due
+            assert (0.8 * true_s if is_known else 0) < status.seconds_left < 1.25 * true_s
     assert sum(status.seconds_left is not None for status in seen) > 50
 
 
@@ -172,13 +170,13 @@ def test_the_time_left_says_what_it_is_based_on(running):
     trials = [trial(0, "complete", 1.5), trial(1, "complete", 1.5)]
     assert show_after([], looks=[2]) == "1 min 05 s so far"
     shown = show_after(trials[:1], looks=[2], makespan_s=32)
-    assert shown.endswith("more than 96 s left (test data is not scored yet)")
+    assert shown.endswith("more than 1 min 36 s left (test data is not scored yet)")
     confirmed = {"confirmed": [confirm_row(7, "complete", 1.5)], "telemetry": {"scoring_s": 4.0}, "makespan_s": 104}
     assert show_after(trials, **confirmed, looks=[2]).endswith("about 40 s left (by the last runs of each arm)")
     shown = show_after(trials, **confirmed, looks=[2, 3])
-    assert shown.endswith("about 40 to 80 s left (by the last runs of each arm; the upper end has every look)")
+    assert shown.endswith("about 40 s left (by the last runs of each arm; open questions need more seeds)")
     shown = show_after(trials, looks=[], arms=[arm("lora", trials=4), arm("full", method="full")], makespan_s=64)
-    assert shown.endswith("more than 64 s left (no run of `full` has ended yet)")
+    assert shown.endswith("more than 1 min 04 s left (no run of `full` has ended yet)")
     os.utime(running / SWEEP_FILE, (0, time.time() - 130))
     assert show(read_status(running)).splitlines()[-1].startswith("as of 2 min 10 s ago: 1 min 04 s so far, more than")
 
@@ -188,12 +186,6 @@ def test_a_stopped_sweep_shows_the_command_that_resumes_it(folder):
     shown = show(status, width=400)
     assert f"lorasweep sweep --resume {folder}" in shown
     assert ("running" in shown.splitlines()[2], "interrupted" in shown.splitlines()[2]) == (False, True), shown
-
-
-def test_a_complete_sweep_is_over_and_shows_no_command(running):
-    write_record(sweep_record(status="complete"), running)
-    status = read_status(running)
-    assert "Type" not in show(status)
 
 
 def test_the_confirm_stage_counts_a_seed_once_for_the_frozen_base(running):
@@ -206,15 +198,9 @@ def test_the_confirm_stage_counts_a_seed_once_for_the_frozen_base(running):
     assert [(a.confirm.done, a.confirm.asked) for a in status.arms] == [(0, 1), (3, 4)]
     shown = show(status)
     (line,) = [line for line in shown.splitlines() if line.strip().startswith("lora")]
-    assert sorted(line.split()) == sorted(["lora", "3/6", *"11121", "3/4", "1.5000", "1.7000", "method.rank=1"])
+    assert sorted(line.split()) == sorted(["lora", "3/6", *"11121", "3/4", "1.5000", "1.7000", "rank", "1"])
     assert "4 fresh seeds" in shown
-    assert "now: lora confirm  step 4/8  1.5500  method.rank=1 seed=10" in shown
-
-
-def test_reading_changes_nothing(running):
-    before = {path: path.stat().st_mtime_ns for path in running.rglob("*")}
-    show(read_status(running))
-    assert {path: path.stat().st_mtime_ns for path in running.rglob("*")} == before
+    assert "now: lora confirm  step 4/8  1.5500  rank 1, seed 10" in shown
 
 
 def test_a_folder_that_is_no_sweep_is_refused_with_the_sweep_of_a_near_name(folder):
@@ -227,13 +213,6 @@ def test_a_folder_that_is_no_sweep_is_refused_with_the_sweep_of_a_near_name(fold
         read_status(folder.parent / f"{folder.name}x")
     assert "does not exist. A sweep that was just started" in str(refused.value)
     assert str(refused.value).endswith(f"Did you mean `{folder}`?")
-
-
-def test_a_name_is_never_taken_for_markup(folder):
-    write_record(sweep_record(name="[red]x", metric="[/]loss[red]", arms=[arm("[bold]")]), folder)
-    shown = show(read_status(folder))
-    assert "[red]x: [/]loss[red]" in shown
-    assert "[bold]" in shown
 
 
 def test_runs_of_former_settings_do_not_count(folder):

@@ -34,7 +34,6 @@ from lorasweep.record.sweep import (
     find_winner,
     get_run_folder,
     list_confirm_runs,
-    measure_stage_occupancy,
     read_sweep,
 )
 from lorasweep.record.trial import (
@@ -43,7 +42,6 @@ from lorasweep.record.trial import (
     Trial,
     TrialState,
     build_frame,
-    measure_occupancy,
     name_run,
     name_subject,
 )

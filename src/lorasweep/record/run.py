@@ -45,8 +45,7 @@ class RunRecord:
     `trial`. Empty if they were typed. `command` has what was typed."""
     pack: dict[str, Any] | None = None
     """`slot`, the number of `slots` when the run joined the pack, and `shared_draws`: whether a fused kernel drew the
-    attention's dropout for all slots at once, so that a run alone would differ. `slot_steps` is the sum over
-    the run's steps of planned slots per run in its pack (see `measure_occupancy`). Null for a run alone."""
+    attention's dropout for all slots at once, so that a run alone would differ. Null for a run alone."""
     metric: str
     """The score's name, such as `bits_per_byte`."""
     direction: Direction

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from lorasweep.config.data import Direction, get_sign
 from lorasweep.errors import RecordError
 from lorasweep.record.json_file import VERSION, Count, Number, read_json
-from lorasweep.record.trial import Stage, Trial, measure_occupancy
+from lorasweep.record.trial import Stage, Trial
 from lorasweep.wording import join_words
 
 SWEEP_FILE = "sweep.json"
@@ -108,8 +108,6 @@ class SweepChange:
     """The last stage that had begun."""
     settings: dict[str, Any]
     """The overrides that were typed."""
-    file: str | None
-    """The sweep file that was given; null keeps the earlier one."""
     trials: dict[str, Count]
     """Number of trials of each arm that is new or got more trials."""
 
@@ -221,12 +219,6 @@ def list_confirm_runs(subject: str, *, record: SweepRecord) -> list[Trial]:
     """Returns the confirm runs of a subject. A sweep that grew may also have runs of its former setting."""
     current = {(row.subject, row.setting) for row in record.settings}
     return [run for run in record.confirm if run.subject == subject and (run.subject, run.setting_number) in current]
-
-
-def measure_stage_occupancy(record: SweepRecord) -> dict[str, float]:
-    """Returns `measure_occupancy` of each stage in which a run trained in a pack."""
-    shares = {"search": measure_occupancy(record.trials), "confirm": measure_occupancy(record.confirm)}
-    return {stage: share for stage, share in shares.items() if share is not None}
 
 
 def add_telemetry(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:

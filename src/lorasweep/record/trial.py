@@ -58,8 +58,6 @@ class Trial:
     """Why the trial failed, was pruned or does not fit in memory."""
     values: dict[Count, Number] = field(default_factory=dict)
     """The sweep's metric on validation data at each evaluation, by step."""
-    slot_steps: Number = 0.0
-    """Sum over the run's steps of planned slots per run in its pack (see `measure_occupancy`); 0 for a run alone."""
     losses: dict[Count, Number] = field(default_factory=dict)
     """The validation loss at each rung."""
     order: Count = 0
@@ -164,17 +162,6 @@ def name_subject(arm: str, key: str | None, value: Any) -> str:
     if key is None:
         return arm
     return f"{arm}-{short_key(key)}-" + re.sub(r"[^\w.-]+", "_", format_setting(value))
-
-
-def measure_occupancy(trials: Iterable[Trial]) -> float | None:
-    """Returns the share of the slots of packs that trained, from 0 to 1; None if no run trained in a pack.
-
-    In a step of a pack, all slots of its planned size could train, but some may be empty. So the share is the number of
-    steps of all runs, divided by the sum of the planned sizes over all steps of the packs. Each run that trains in a
-    step has an equal share of the planned size in its `slot_steps`. Runs alone don't count.
-    """
-    packed = [trial for trial in trials if trial.slot_steps]
-    return sum(trial.step for trial in packed) / sum(trial.slot_steps for trial in packed) if packed else None
 
 
 def build_frame(trials: Iterable[Trial], *, metric: str, keys: Sequence[str] = ()) -> pandas.DataFrame:

@@ -1,7 +1,6 @@
 """The report of a sweep, made from records alone: terminal table, CSV, JSON, one HTML page and TensorBoard's files.
 
-`write_report` writes the files, and `render_terminal` shows one sweep or several side by side. Nothing here imports
-torch.
+`write_report` writes the files, and `render_terminal` shows them in a terminal. Nothing here imports torch.
 
 sweep_data          a sweep's folder: subjects with their trials and confirm runs, and one table of all runs
 evidence            the test scores of subjects, and the answers to the sweep's questions

@@ -19,12 +19,7 @@ from lorasweep.report.sweep_data import ArmData, SweepData
 from lorasweep.wording import format_count, format_setting, join_words
 
 MAX_EFFORT_RATIO = 1.25
-"""Maximum ratio of the tokens or complete trials of two arms that count as treated alike."""
-MAX_COMPLETE_TRIALS_DIFFERENCE = 2
-"""Maximum difference of the complete trials of two arms that count as treated alike, at any ratio.
-
-Which trials belong to the best half of a rung depends on the order of the trials. On stored learning curves, two arms
-of 8 to 16 trials under the default rule differ by three or more in 0 to 1 % of the pairs, by two in 4 to 14 %."""
+"""Maximum ratio of the tokens of two arms that count as treated alike."""
 MAX_TRIALS_PER_DIMENSION_RATIO = 2.0
 """Maximum ratio of the trials per searched dimension of two arms that count as treated alike. It is used if an expected
 regret is missing."""
@@ -32,7 +27,6 @@ EDGE_FRACTION = 0.05
 """A value is at an end of its range if it is closer to the end than this share of the range."""
 UNITS = {
     "trials_asked": "trials",
-    "trials_complete": "complete trials",
     "tokens_trained": "tokens",
     "lr_decades": "decades of learning rates",
     "dimensions": "searched dimensions",
@@ -88,7 +82,6 @@ def measure_effort(arm: ArmData, data: SweepData) -> dict[str, Any]:
     return {
         "arm": arm.name,
         "trials_asked": arm.row.trials,
-        "trials_complete": arm.count("complete"),
         "tokens_trained": sum(trial.record.tokens_trained for trial in arm.trials if trial.record),
         "lr_decades": width_in_decades(arm.row.space.get(LR)) or 0.0,
         "dimensions": len(keys),
@@ -99,8 +92,6 @@ def measure_effort(arm: ArmData, data: SweepData) -> dict[str, Any]:
 def _differs_too_much(measure: str, low: float, high: float) -> bool:
     if measure == "trials_asked":
         return low < high
-    if measure == "trials_complete":
-        return low == 0 < high or (high - low > MAX_COMPLETE_TRIALS_DIFFERENCE and high > MAX_EFFORT_RATIO * low)
     if measure == "tokens_trained":
         return high > MAX_EFFORT_RATIO * low
     return measure == "lr_decades" and high - low > MAX_WIDTH_DIFFERENCE_DECADES

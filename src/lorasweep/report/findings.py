@@ -58,7 +58,7 @@ def _describe_metric(data: SweepData) -> str:
         return f"Scores are {metric}, {order} is better."
     counts = sorted({len(arm.seeds) for arm in evidence.subjects if arm.name != evidence.base} or {1})
     seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    groups = f" in {evidence.num_groups:,} {data.example_groups}" if data.example_groups else ""
+    groups = f" in {evidence.num_groups:,} groups" if evidence.num_groups != evidence.num_examples else ""
     examples = f" and {evidence.num_examples:,} test examples{groups}" if evidence.num_examples else ""
     return (
         f"Scores are {metric} on test data that no search has seen, {order} is better: means over {seeds} fresh "

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from lorasweep.record import Question, QuestionName, name_subject
 from lorasweep.report.evidence.estimates import Estimate, estimate_sum
 from lorasweep.report.evidence.questions import Answer, Scale, answer_questions, compute_level
 from lorasweep.report.evidence.scores import UNBOUNDED, ConfirmScores, ExampleScores, RunKey, build_scores
+from lorasweep.report.terminal import render_answers
 from lorasweep.wording import format_estimate, format_share_estimate, join_words
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Judgement:
         """Returns a row per answer: question, subject, reference, verdict, value with interval, seeds, what is open."""
         import pandas  # noqa: PLC0415 (slow to import)
 
-        return pandas.DataFrame.from_records(self.as_json()["questions"])
+        return pandas.DataFrame.from_records([answer.as_row() for answer in self.answers])
 
     def means(self) -> dict[str, Estimate]:
         """Returns each subject's mean score over its seeds."""
@@ -61,10 +62,6 @@ class Judgement:
         return {name: estimate for name, estimate in found.items() if estimate is not None}
 
     def as_json(self) -> dict[str, Any]:
-        questions = [asdict(answer) for answer in self.answers]
-        for entry in questions:
-            entry["low"], entry["high"] = entry.pop("interval") or (None, None)
-            del entry["arm"], entry["may_settle"]
         means = {
             name: {"mean": mean.value, "std": mean.std, "interval": mean.find_interval(), "seeds": len(mean.seeds)}
             for name, mean in self.means().items()
@@ -75,7 +72,7 @@ class Judgement:
             "num_examples": self.scores.num_examples,
             "num_groups": self.scores.num_groups,
             "subjects": means,
-            "questions": questions,
+            "questions": [answer.as_row() for answer in self.answers],
             "notes": list(self.notes),
         }
 
@@ -87,14 +84,10 @@ class Judgement:
 
     def render(self) -> RenderableType:
         """Returns the answers and the mean scores for the terminal."""
-        answers = [
-            Text.assemble((question, "bold"), f" {text}", style="" if is_settled else "yellow")
-            for question, text, is_settled in self._list_lines()
-        ]
         means = Table("arm", "mean score", "seeds", box=None, header_style="bold")
         for name, mean in self.means().items():
             means.add_row(name, format_estimate(mean.value, mean.find_interval()), str(len(mean.seeds)))
-        return Group(*answers, means, *(Text(f"• {note}") for note in self.notes))
+        return Group(*render_answers(self._list_lines()), means, *(Text(f"• {note}") for note in self.notes))
 
     def _list_lines(self) -> list[tuple[str, str, bool]]:
         """Returns each question, its answer in words, and whether it is settled."""
@@ -194,7 +187,7 @@ def judge(
     num_seeds = max(len(seeds) for seeds in found.values.values())
     planned = tuple(sorted({*looks, num_seeds})) if looks else (num_seeds,)
     scale = Scale(margin=parsed, sign=-1 if maximize else 1, base=base, full=reference)
-    answers = answer_questions(questions, found, scale, looks=planned, groups="groups")
+    answers = answer_questions(questions, found, scale, looks=planned)
     return Judgement(
         answers=tuple(
             replace(a, open_because=NOT_TESTED) if a.num_seeds == 1 and not a.is_settled else a for a in answers

@@ -28,7 +28,6 @@ from lorasweep.record import (
     build_frame,
     find_winner,
     list_confirm_runs,
-    measure_occupancy,
     name_subject,
     read_run,
     read_sweep,
@@ -67,8 +66,6 @@ class ArmData:
     """The best trial that was paused or pruned, if no trial is complete."""
     confirm_runs: tuple[Trial, ...]
     """The confirm runs of the setting that is confirmed now."""
-    occupancy: float | None
-    """Share of the slots of packs that trained, in all stages; None if no run trained in a pack."""
 
     @property
     def name(self) -> str:
@@ -144,12 +141,6 @@ class SweepData:
         """The lowest and the highest possible value of the metric."""
         return find_metric_range(self.record)
 
-    @property
-    def example_groups(self) -> str | None:
-        """The name of the groups of test examples, such as `documents`; None if each example is a group."""
-        is_grouped = self.evidence.num_groups != self.evidence.num_examples
-        return name_example_groups(self.confirm_runs) if is_grouped else None
-
     def find_arm(self, subject: str | None) -> ArmData | None:
         """Returns the entry of a subject."""
         return next((arm for arm in self.arms if arm.name == subject), None)
@@ -205,16 +196,6 @@ def finite_number(value: Any) -> float | None:
     return value if is_number(value) else None
 
 
-def name_example_groups(confirm_runs: Iterable[Trial]) -> str | None:
-    """Returns the name of the groups of test examples, such as `documents`; None without confirm runs."""
-    run = next((run for run in confirm_runs if run.record), None)
-    if run is None:
-        return None
-    if column := run.setting("data.group"):
-        return f"groups of `{column}`"
-    return "prompts" if run.setting("data.name") == "chat" else "documents"
-
-
 def load_sweep_data(folder: Path) -> SweepData:
     """Reads a sweep's folder: its record, and the record of each of its runs.
 
@@ -235,8 +216,7 @@ def load_sweep_data(folder: Path) -> SweepData:
     if record.confirm:
         problems += [sentence for arm in arms if (sentence := _describe_missing_scores(arm))]
     current = {(setting.subject, setting.setting) for setting in record.settings}
-    groups = name_example_groups(run for arm in arms for run in arm.confirm_runs)
-    evidence = build_evidence(record, read_confirm_scores(record, folder), groups=groups)
+    evidence = build_evidence(record, read_confirm_scores(record, folder))
     retained = tuple(compare_retained(record, folder, evidence, problems=problems))
     return SweepData(
         folder=folder,
@@ -305,7 +285,6 @@ def _build_arm(row: ArmRow, record: SweepRecord, *, arm: str) -> ArmData:
         best=best,
         so_far=None if any(trial.is_complete for trial in trials) else so_far,
         confirm_runs=tuple(confirm_runs),
-        occupancy=measure_occupancy(run for run in (*record.trials, *record.confirm) if run.arm == arm),
     )
 
 

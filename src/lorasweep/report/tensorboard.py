@@ -80,14 +80,8 @@ def _write_arms(data: SweepData, folder: Path) -> None:
 
 
 def _write_trials(data: SweepData, folder: Path) -> None:
-    """Writes the row of each trial.
-
-    TensorBoard sorts rows by name. A name starts with the trial's place among complete trials, so the best is on top.
-    Other trials have no place and come last.
-    """
+    """Writes the row of each trial."""
     metric, sweep = data.record.metric, data.folder.absolute().name
-    ranked = sorted((t for t in data.trials if t.is_complete), key=lambda t: data.sign * (t.value or 0.0))
-    places = {trial.run: f"{place:0{len(str(len(ranked)))}}" for place, trial in enumerate(ranked, start=1)}
     for arm in data.arms:
         confirmed = data.evidence.subject(arm.name)
         for trial in arm.trials:
@@ -99,8 +93,7 @@ def _write_trials(data: SweepData, folder: Path) -> None:
                 f"best/{metric}": trial.value,
                 f"test/{metric}": confirmed.mean if confirmed and trial is arm.best else None,
             }
-            name = f"{places.get(trial.run, '–')} {run} of {sweep}"
-            _write_row(folder / run, name, trial.record, settings, scores)
+            _write_row(folder / run, f"{run} of {sweep}", trial.record, settings, scores)
 
 
 def _write_row(

@@ -1,8 +1,8 @@
-"""The report in the terminal (rich): the answers and the subjects of one sweep, or several sweeps side by side."""
+"""The report in the terminal (rich): the answers and the subjects of a sweep."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich import box
@@ -15,7 +15,6 @@ from lorasweep.report.choice import format_arm_score
 from lorasweep.report.summary import Summary, summarize
 from lorasweep.report.sweep_data import ArmData, SweepData
 from lorasweep.wording import (
-    UNKNOWN,
     count_percent_decimals,
     format_count,
     format_metric,
@@ -25,40 +24,34 @@ from lorasweep.wording import (
 )
 
 
-def render_terminal(*folders: Path, verbose: bool = False) -> RenderableType:
-    """Returns the answers and the table of one sweep, or several sweeps side by side.
-
-    `verbose` adds the other sentences of the report.
+def render_terminal(folder: Path, *, verbose: bool = False) -> RenderableType:
+    """Returns the answers and the table of a sweep; `verbose` adds the other sentences of the report.
 
     Raises:
-        RecordError: A folder is not a sweep, or its record is damaged.
+        RecordError: The folder is not a sweep, or its record is damaged.
     """
-    summaries = [summarize(folder) for folder in folders]
-    if len(summaries) == 1:
-        (summary,) = summaries
-        remedy = [summary.learning.remedy] if summary.learning.remedy else []
-        sentences = [
-            *remedy,
-            *summary.warnings,
-            *(list_details(summary.data) if verbose else ()),
-            *(summary.sentences if verbose else ()),
-            *summary.data.problems,
-        ]
-        table = _draw_arms(summary)
-        answers = [
-            Text.assemble((line.question, "bold"), f" {line.text}", style="" if line.is_settled else "yellow")
-            for line in summary.answers
-        ]
-    else:
-        sweeps, answers = [summary.data for summary in summaries], []
-        table = _draw_side_by_side(sweeps)
-        sentences = describe_differences(sweeps)
-    failures = [
-        Text(headline if len(summaries) == 1 else f"{summary.data.folder}: {headline}", style="bold red")
-        for summary in summaries
-        if (headline := summary.learning.headline)
+    summary = summarize(folder)
+    learning = summary.learning
+    sentences = [
+        *([learning.remedy] if learning.remedy else []),
+        *summary.warnings,
+        *([*list_details(summary.data), *summary.sentences] if verbose else ()),
+        *summary.data.problems,
     ]
-    return Group(*failures, *answers, table, *(Text(f"• {sentence}") for sentence in sentences))
+    return Group(
+        *([Text(learning.headline, style="bold red")] if learning.headline else []),
+        *render_answers((line.question, line.text, line.is_settled) for line in summary.answers),
+        _draw_arms(summary),
+        *(Text(f"• {sentence}") for sentence in sentences),
+    )
+
+
+def render_answers(lines: Iterable[tuple[str, str, bool]]) -> list[Text]:
+    """Returns a line for each question with its answer, yellow if it is not settled."""
+    return [
+        Text.assemble((question, "bold"), f" {text}", style="" if is_settled else "yellow")
+        for question, text, is_settled in lines
+    ]
 
 
 def list_details(data: SweepData) -> list[str]:
@@ -69,37 +62,6 @@ def list_details(data: SweepData) -> list[str]:
         for answer in data.evidence.answers
         if answer.name == "pair" or answer.subject not in lora
     ]
-
-
-def describe_differences(sweeps: Sequence[SweepData]) -> list[str]:
-    """Returns the reasons why scores of the sweeps can't be compared, and a sentence about tests between sweeps."""
-    traits: dict[str, list[str | None]] = {
-        "metrics": [sweep.record.metric for sweep in sweeps],
-        "test data": [_find_fingerprint(sweep, "data", "test") for sweep in sweeps],
-        "validation data": [_find_fingerprint(sweep, "data", "validation") for sweep in sweeps],
-        "base models": [_find_fingerprint(sweep, "base") for sweep in sweeps],
-    }
-    sentences = [
-        f"The sweeps have different {name}: their scores can't be compared."
-        for name, values in traits.items()
-        if len({*values} - {None}) > 1
-    ]
-    tested = (
-        "Questions were tested inside each sweep; differences between sweeps are not tested. "
-        "A score without an interval is one seed on validation data."
-    )
-    return [*sentences, tested]
-
-
-def _find_fingerprint(sweep: SweepData, *keys: str) -> str | None:
-    """Returns the fingerprint of the data or the base model in the first run record that has one."""
-    for record in (*(rerun.record for rerun in sweep.confirm_runs), *sweep.run_records):
-        found = getattr(record, keys[0]) if record else {}
-        for key in keys[1:]:
-            found = found.get(key) or {}
-        if found.get("fingerprint"):
-            return str(found["fingerprint"])
-    return None
 
 
 def _draw_arms(summary: Summary) -> Table:
@@ -152,23 +114,3 @@ def list_search_scores(summary: Summary) -> list[str]:
         beaten = f" (not better than {learning.answer.name})" if is_worse and learning.answer else ""
         marks.append(f"{'' if arm.best or not trial else f' ({trial.state})'}{beaten}")
     return [f"{format_score(score, beside=scores)}{mark}" for score, mark in zip(scores, marks, strict=True)]
-
-
-def _draw_side_by_side(sweeps: Sequence[SweepData]) -> Table:
-    table = Table(title="setting of each subject", title_justify="left", show_lines=True)
-    table.add_column("subject", overflow="fold")
-    for sweep in sweeps:
-        table.add_column(Text(f"{sweep.record.name}\n{sweep.folder}"), overflow="fold")
-    for name in dict.fromkeys(arm.name for sweep in sweeps for arm in sweep.arms):
-        cells = [_describe_best(arm, sweep) if (arm := sweep.find_arm(name)) else UNKNOWN for sweep in sweeps]
-        table.add_row(Text(name), *map(Text, cells))
-    return table
-
-
-def _describe_best(arm: ArmData, data: SweepData) -> str:
-    """Returns a subject's score, on test data if it was confirmed, its share of full's gain, and its settings."""
-    if arm.best is None:
-        return describe_setting(arm)
-    share, interval = data.arm_share_of_full_gain(arm)
-    gain = f"{format_share_estimate(share, interval)} of full's gain; " if share is not None else ""
-    return f"{format_arm_score(arm, data)}\n{gain}{describe_setting(arm)}"

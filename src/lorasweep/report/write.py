@@ -15,10 +15,6 @@ from lorasweep.report.summary import Summary, summarize
 from lorasweep.report.tensorboard import TENSORBOARD_FOLDER, write_tensorboard
 
 REPORT_FOLDER = "report"
-QUESTION_FIELDS = (
-    *("name", "arm", "subject", "reference", "verdict", "value", "is_share", "num_seeds", "open_because", "to_settle"),
-)
-"""The columns of `questions.csv` that are fields of an `Answer`, beside the ends of its interval."""
 
 
 def write_report(folder: Path) -> Summary:
@@ -54,12 +50,7 @@ def build_tables(summary: Summary) -> dict[str, pandas.DataFrame]:
         runs = runs[["arm", "subject", "seed", f"test/{metric}", "state", "run"]]
         tables["confirmed.csv"] = runs.rename(columns={f"test/{metric}": metric})
     if data.evidence.answers:
-        answers = [
-            {name: getattr(answer, name) for name in QUESTION_FIELDS}
-            | dict(zip(("low", "high"), answer.interval or (None, None), strict=True))
-            for answer in data.evidence.answers
-        ]
-        tables["questions.csv"] = pandas.DataFrame.from_records(answers)
+        tables["questions.csv"] = pandas.DataFrame.from_records([answer.as_row() for answer in data.evidence.answers])
     if data.retained:
         changes = pandas.DataFrame.from_records([asdict(change) for change in data.retained])
         ends = [interval or (None, None) for interval in changes.pop("interval")]

@@ -13,7 +13,6 @@ from lorasweep.sweep.controller.proposals import propose
 from lorasweep.sweep.controller.stopping_rules import build_rule
 from lorasweep.sweep.definition.arms import Definition, name_in_errors, restore_definition
 from lorasweep.sweep.definition.packing import explain_bases, explain_solo_arms, plan_packing
-from lorasweep.sweep.definition.seeds import draw_confirm_seeds
 from lorasweep.sweep.workers.train import check_workers
 from lorasweep.training.inputs import InputsCache, check_batch_memory
 from lorasweep.training.module import check_run
@@ -65,7 +64,6 @@ def check_definition(definition: Definition, inputs_cache: InputsCache) -> Score
     """
     check_workers(definition)
     plan_packing(definition)
-    draw_confirm_seeds(definition)
     list_retained(definition, inputs_cache)
     for arm in definition.arms:
         with name_in_errors(f"arm `{arm.name}`"):

@@ -11,7 +11,7 @@ from lorasweep.config.run import STEPS_KEY
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.checks import MIN_STEPS
 from lorasweep.sweep.definition.arms import Definition, restore_definition
-from lorasweep.sweep.definition.seeds import count_confirm_runs
+from lorasweep.sweep.definition.confirm import count_confirm_runs
 from lorasweep.sweep.plan import GroupPlan, plan_sweep
 from lorasweep.training.inputs import InputsCache
 from lorasweep.wording import join_words

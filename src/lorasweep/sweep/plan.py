@@ -32,8 +32,8 @@ from lorasweep.errors import OutOfMemory, RunError
 from lorasweep.record import RunRecord, describe_confirmation, read_run
 from lorasweep.sweep.controller.stopping_rules import build_rule
 from lorasweep.sweep.definition.arms import Arm, Definition
+from lorasweep.sweep.definition.confirm import count_confirm_runs
 from lorasweep.sweep.definition.packing import explain_bases, explain_solo_arms, plan_packing
-from lorasweep.sweep.definition.seeds import count_confirm_runs
 from lorasweep.sweep.definition.warnings import count_tokens, find_warnings
 from lorasweep.sweep.workers.worker import choose_slots, list_pack_arms
 from lorasweep.training.inputs import InputsCache, RunInputs

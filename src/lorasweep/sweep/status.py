@@ -9,12 +9,11 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console, Group, RenderableType
@@ -23,6 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from lorasweep.disk import is_running
 from lorasweep.errors import RecordError
 from lorasweep.record import (
     STATES,
@@ -37,8 +37,7 @@ from lorasweep.record import (
     read_run,
     read_sweep,
 )
-from lorasweep.sweep.lock import is_running
-from lorasweep.wording import UNKNOWN, format_seconds, format_seconds_range, format_setting, join_words, nearest
+from lorasweep.wording import UNKNOWN, format_seconds, format_settings, join_words, nearest
 
 MAX_SHOWN_RUNS = 16
 """Maximum number of running trials that are listed below the table."""
@@ -84,8 +83,6 @@ class ArmStatus:
     """Seconds of a step in the arm's last runs; in a pack, a run's share of them. 0 before a run has ended."""
     search: StageStatus
     confirm: StageStatus
-    max_confirm_runs: int
-    """Number of confirm runs if every look is needed."""
     best: Trial | None
     """The best complete trial."""
     test_mean: float | None
@@ -111,8 +108,8 @@ class SweepStatus:
     arms: tuple[ArmStatus, ...]
 
     @property
-    def seconds_left(self) -> tuple[float, float] | None:
-        """Estimated seconds up to the look that is due, and with every look; None before a run has ended.
+    def seconds_left(self) -> float | None:
+        """Estimated seconds up to the look that is due; None before a run has ended.
 
         Each step counts by its arm's `step_s`, each score on test data by the mean of those so far. The pace is the
         time so far by this work so far, so that loading and the number of workers are in it.
@@ -128,11 +125,7 @@ class SweepStatus:
             for arm, stage in stages
         )
         due += score_s * sum(arm.confirm.asked - arm.confirm.done for arm in self.arms)
-        later = sum(
-            (arm.step_s * arm.steps + score_s) * (arm.max_confirm_runs - arm.confirm.asked) for arm in self.arms
-        )
-        pace = self.record.makespan_s / done
-        return pace * due, pace * (due + later)
+        return self.record.makespan_s / done * due
 
 
 def read_status(folder: Path) -> SweepStatus:
@@ -166,11 +159,6 @@ def render_status(status: SweepStatus) -> RenderableType:
     return Group(Text(title, style="bold"), _arms_table(status), *map(Text, notes))
 
 
-def describe_params(params: Mapping[str, Any]) -> str:
-    """Returns swept values in one line: `method.rank=8 optim.lr=0.0123`."""
-    return " ".join(f"{key}={format_setting(value)}" for key, value in params.items())
-
-
 def list_ended_runs(record: SweepRecord) -> list[Trial]:
     return [trial for trial in (*record.trials, *record.confirm) if not trial.is_live]
 
@@ -182,11 +170,10 @@ def _describe_time_left(status: SweepStatus) -> str:
         gaps.append("test data is not scored")
     if status.seconds_left is None:
         return ""
-    left = f"{'more than' if gaps else 'about'} {format_seconds_range(*status.seconds_left)} left"
+    left = f"{'more than' if gaps else 'about'} {format_seconds(status.seconds_left)} left"
     basis = f"{join_words(gaps)} yet" if gaps else "by the last runs of each arm"
-    return (
-        f", {left} ({basis}; the upper end has every look)" if len(status.record.looks) > 1 else f", {left} ({basis})"
-    )
+    more = "; open questions need more seeds" if len(status.record.looks) > 1 + len(status.record.looks_done) else ""
+    return f", {left} ({basis}{more})"
 
 
 def _describe_running_trials(record: SweepRecord) -> Iterator[str]:
@@ -200,7 +187,7 @@ def _describe_running_trials(record: SweepRecord) -> Iterator[str]:
         steps = params.get("trainer.max_steps", steps_of.get((row.arm, row.stage)))
         name = f"trial {row.number}" if row.stage == "search" else "confirm"
         value = "" if row.last_value is None else f"  {row.last_value:.4f}"
-        yield f"now: {row.arm} {name}  step {row.step}{f'/{steps}' if steps else ''}{value}  {describe_params(params)}"
+        yield f"now: {row.arm} {name}  step {row.step}{f'/{steps}' if steps else ''}{value}  {format_settings(params)}"
     if len(running) > MAX_SHOWN_RUNS:
         yield f"now: {len(running) - MAX_SHOWN_RUNS} more"
 
@@ -224,7 +211,7 @@ def _arms_table(status: SweepStatus) -> Table:
             *([f"{arm.confirm.done}/{arm.confirm.asked}"] if confirms else []),
             _format_score(arm.best.value if arm.best else None),
             *([_format_score(arm.test_mean)] if tested else []),
-            escape(describe_params(arm.best.params if arm.best else {})),
+            escape(format_settings(arm.best.params) if arm.best else ""),
         )
     return table
 
@@ -238,15 +225,13 @@ def _arm_status(arm: ArmRow, record: SweepRecord, folder: Path) -> ArmStatus:
     subjects = [row.subject for row in record.settings if row.arm == arm.name]
     confirmed = [row for subject in subjects for row in list_confirm_runs(subject, record=record)]
     tested = [row.value for row in confirmed if row.state == "complete" and row.value is not None]
-    planned, max_planned = _count_planned_runs(arm, subjects, record)
     return ArmStatus(
         name=arm.name,
         steps=arm.steps,
         search_steps=arm.search_steps,
         step_s=_measure_step([*trials, *confirmed], folder),
         search=StageStatus(runs=trials, asked=arm.trials),
-        confirm=StageStatus(runs=confirmed, asked=max(planned, len(confirmed))),
-        max_confirm_runs=max(max_planned, len(confirmed)),
+        confirm=StageStatus(runs=confirmed, asked=max(_count_due_runs(arm, subjects, record), len(confirmed))),
         best=find_winner(trials, record=record),
         test_mean=fmean(tested) if tested else None,
     )
@@ -262,17 +247,16 @@ def _measure_step(runs: Sequence[Trial], folder: Path) -> float:
     return wall_s / steps if steps else 0.0
 
 
-def _count_planned_runs(arm: ArmRow, subjects: Sequence[str], record: SweepRecord) -> tuple[int, int]:
-    """Returns the numbers of confirm runs of an arm: up to the look that is due, and with every look."""
+def _count_due_runs(arm: ArmRow, subjects: Sequence[str], record: SweepRecord) -> int:
+    """Returns the number of confirm runs of an arm up to the look that is due."""
     if arm.method == "frozen":  # perhaps no seed changes its score; its begun runs are counted
-        return (min(len(record.looks), 1),) * 2
+        return min(len(record.looks), 1)
     if not subjects:  # before the settings are chosen
         subjects = arm.space[arm.confirm_each] if arm.confirm_each else [arm.name]
     due = dict.fromkeys(subjects, record.looks[0] if record.looks else 0)
     for done, seeds in zip(record.looks_done, record.looks[1:], strict=False):
         due |= {subject: seeds for subject in done.next if subject in due}
-    trained = [subject for subject in due if not record.looks_done or subject in record.looks_done[-1].next]
-    return sum(due.values()), sum((due | dict.fromkeys(trained, max(record.looks, default=0))).values())
+    return sum(due.values())
 
 
 class ProgressDisplay:
@@ -321,7 +305,7 @@ class ProgressDisplay:
         self._console.print(escape(line), highlight=False, soft_wrap=not self._console.is_terminal)
 
     def _new_lines(self, status: SweepStatus) -> Iterator[str]:
-        """Yields a line for each run that ended and has no line yet: `lora 4/6  complete  1.4  optim.lr=0.01`."""
+        """Yields a line for each run that ended and has no line yet: `lora 4/6  complete  1.4  lr 0.01`."""
         record, ended = status.record, list_ended_runs(status.record)
         asked = {("search", arm.name): arm.search.asked for arm in status.arms}
         asked |= {("confirm", arm.name): arm.confirm.asked for arm in status.arms}
@@ -335,7 +319,7 @@ class ProgressDisplay:
             done[stage] += 1
             self._shown_runs.add(row.run)
             score = "-" if row.value is None else f"{row.value:.4f}"
-            params = describe_params(row.shown_params)
+            params = format_settings(row.shown_params)
             yield f"{row.arm} {done[stage]}/{asked[stage]}  {row.state:<10} {score:>8}  {params}"
 
 

@@ -89,8 +89,6 @@ class TrainingProgress:
     """Trained tokens with padding."""
     train_s: float = 0.0
     """Seconds spent in training steps, without evaluations. A run in a pack counts its share of each step."""
-    slot_steps: float = 0.0
-    """Sum over the run's steps in packs: planned number of slots, divided by the number of runs that trained."""
 
     @property
     def tokens_trained(self) -> int:
@@ -116,5 +114,3 @@ class TrainingProgress:
     def write_to(self, record: RunRecord) -> None:
         record.tokens_trained, record.tokens_per_s = self.tokens_trained, self.tokens_per_s
         record.batching["padding_fraction"]["train"] = round(self.padding_fraction, 4)
-        if record.pack is not None:
-            record.pack["slot_steps"] = round(self.slot_steps, 4)

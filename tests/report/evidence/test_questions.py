@@ -16,7 +16,6 @@ from lorasweep.report.evidence.questions import (
     Answer,
     Scale,
     answer_questions,
-    compute_level,
 )
 from lorasweep.report.evidence.scores import ConfirmScores
 
@@ -66,7 +65,7 @@ PAIR = ask("as_good_as_full", ["r1"], "full")
 def answer(
     question: Question, scores: ConfirmScores, scale: Scale = SHARE, *, looks: Sequence[int] = LOOKS
 ) -> dict[str, Answer]:
-    answers = answer_questions([question], scores, scale, looks=looks, groups=None)
+    answers = answer_questions([question], scores, scale, looks=looks)
     return {found.subject: found for found in answers}
 
 
@@ -188,12 +187,6 @@ def test_a_refuted_value_is_shown_beside_the_value_that_refutes_it() -> None:
     assert found.interval[1] < 0.95
 
 
-def test_more_questions_and_more_looks_have_lower_levels() -> None:
-    assert compute_level([AS_GOOD], [5]) == pytest.approx(0.025)
-    assert compute_level([AS_GOOD, SMALLEST], [5]) == pytest.approx(0.0125)
-    assert compute_level([AS_GOOD], LOOKS) < 0.025
-
-
 def plant_open(*, seed_spread: float, group_spread: float) -> ConfirmScores:
     """Three seeds and ten groups whose means are exactly equal, with these spreads."""
     seeds, groups = np.array([-1.0, 0.0, 1.0]), np.linspace(-1.0, 1.0, 10)
@@ -208,12 +201,6 @@ def test_more_seeds_are_planned_where_they_may_settle_it_and_not_where_test_exam
     assert (of_seeds.verdict, of_groups.verdict) == ("open", "open")
     assert (of_seeds.may_settle, of_groups.may_settle) == (True, False)
     assert of_seeds.open_because != of_groups.open_because
-
-
-def test_after_the_last_look_nothing_further_is_planned() -> None:
-    scores = plant_open(seed_spread=0.03, group_spread=0.001)
-    assert answer(PAIR, scores, UNIT, looks=(3, 10))["r1"].may_settle
-    assert not answer(PAIR, scores, UNIT, looks=(3,))["r1"].may_settle
 
 
 @pytest.mark.parametrize("missing", ["base", "full"])

@@ -137,11 +137,6 @@ def test_equal_values_are_ordered_by_loss_whatever_the_numbers_are(numbers):
     assert rank(RungOrder(direction="maximize"), trials) == [best, second, third, last]
 
 
-def test_the_number_only_breaks_exact_ties_of_value_and_loss():
-    trials = [reported(2, 0.8, 0.1), reported(1, 0.8, 0.1), reported(3, 0.8, None), reported(0, 0.8, None)]
-    assert rank(RungOrder(direction="maximize"), trials) == [1, 2, 0, 3]
-
-
 @pytest.mark.parametrize(("direction", "sign"), [("minimize", 1), ("maximize", -1)])
 def test_trials_no_better_than_the_constant_answer_are_ordered_by_loss(direction, sign):
     order = RungOrder(direction=direction, constant_answer=sign * 0.5)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
-from types import ModuleType
 
-import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from tests.sweep.controller.conftest import ask_for_proposal, make_arm, make_trial
@@ -69,30 +66,6 @@ def test_what_a_sampler_keeps_of_trials_is_handed_to_it_again():
     _, states = search(named("optuna.samplers.NSGAIISampler", population_size=4), trials=9)
     generations = [state["trial"]["NSGAIISampler:generation"] for state in states]
     assert generations == [0] * 4 + [1] * 4 + [2]
-
-
-def test_paused_running_and_infeasible_trials_are_shown_as_they_are():
-    seen = {}
-
-    class Spy(optuna.samplers.RandomSampler):
-        def sample_independent(self, study, trial, name, distribution):
-            seen["trials"] = study.get_trials(deepcopy=False)[:-1]
-            return super().sample_independent(study, trial, name, distribution)
-
-    module = ModuleType("spy_sampler")
-    module.Spy, Spy.__module__ = Spy, "spy_sampler"
-    sys.modules["spy_sampler"] = module
-    module.__spec__ = sys.spec if hasattr(sys, "spec") else __spec__
-    params = {"method.rank": 4, "optim.lr": 1e-3, "trainer.max_steps": 5}
-    trials = [make_trial(params, state=state) for state in ("paused", "running", "infeasible", "failed")]
-    trials[0].values = {5: 1.5}
-    try:
-        ask_for_proposal(make_arm(SPACE, named("spy_sampler.Spy")), trials)
-    finally:
-        del sys.modules["spy_sampler"]
-    assert [trial.state.name for trial in seen["trials"]] == ["PRUNED", "RUNNING", "PRUNED", "FAIL"]
-    assert seen["trials"][0].intermediate_values == {5: 1.5}
-    assert seen["trials"][2].constraints == {"memory": 1.0}
 
 
 @pytest.mark.parametrize(

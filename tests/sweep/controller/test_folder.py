@@ -8,7 +8,6 @@ import time
 import pytest
 from tests.sweep.controller.conftest import Simulation
 
-import lorasweep.sweep.controller.folder as folder_file
 from lorasweep.errors import WorkerError
 from lorasweep.record import read_sweep
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
@@ -29,12 +28,6 @@ def stopped(begin, work, runs, three_arms):
     opened = begin(three_arms)
     assert not work(opened, stop_at=8)
     return opened.path
-
-
-def test_a_stopped_sweep_that_is_saved_again_says_the_same_of_its_trials(stopped, work, runs):
-    before = read_sweep(stopped)
-    assert not work(reopen_sweep(stopped), stop_at=1)
-    assert read_sweep(stopped).trials == before.trials
 
 
 def test_time_of_all_sessions_is_added_and_time_in_between_is_not(stopped, work, runs):
@@ -106,20 +99,3 @@ def test_a_disk_that_is_full_when_a_trial_ends_ends_the_sweep_and_the_trial_goes
     runs.score = true_score
     assert work(reopen_sweep(opened.path))
     assert {row.state for row in read_sweep(opened.path).trials} == {"complete"}
-
-
-def test_a_record_that_cant_be_written_ends_the_sweep_with_a_sentence(begin, work, runs, three_arms, monkeypatch):
-    opened = begin(three_arms)
-    true_write = folder_file.write_record
-
-    def fail(record, path):
-        if record.trials:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        true_write(record, path)
-
-    monkeypatch.setattr(folder_file, "write_record", fail)
-    with pytest.raises(WorkerError, match=r"can't be written to: No space left on device"):
-        work(opened)
-    monkeypatch.setattr(folder_file, "write_record", true_write)
-    assert work(reopen_sweep(opened.path))
-    assert len(read_sweep(opened.path).trials) == 10

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 
+from lorasweep.disk import is_running
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import read_sweep
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
-from lorasweep.sweep.lock import is_running
 
 
 def contents(folder):
@@ -67,26 +66,12 @@ def test_a_sweep_can_be_resumed_in_another_folder_and_from_another_one(stopped, 
     assert len(read_sweep(moved).trials) == 10
 
 
-def test_a_sweep_of_another_version_is_refused_and_nothing_changes(stopped):
-    edit(stopped / "sweep.json", lambda raw: raw.update(version=2))
-    before = contents(stopped)
-    with pytest.raises(RecordError, match="version"):
-        reopen_sweep(stopped)
-    assert contents(stopped) == before
-
-
 def test_a_running_sweep_says_so_and_looking_at_one_that_is_not_makes_no_lock(stopped, tmp_path):
     assert not is_running(stopped)
     assert not is_running(tmp_path / "nowhere")
     (stopped / ".lock").unlink()
     assert not is_running(stopped)
     assert not (stopped / ".lock").exists()
-
-
-def edit(path, change):
-    raw = json.loads(path.read_text())
-    change(raw)
-    path.write_text(json.dumps(raw))
 
 
 @pytest.mark.parametrize("change", [lambda text: text + "\n", lambda text: text.replace("trials: 6", "trials: 9")])
@@ -99,35 +84,12 @@ def test_a_changed_sweep_file_is_refused_and_nothing_changes(stopped, tmp_path, 
     assert contents(stopped) == before
 
 
-def test_a_folder_that_is_no_sweep_is_refused_and_nothing_changes(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(RecordError, match=r"must contain sweep.json"):
-        reopen_sweep(tmp_path)
-    assert contents(tmp_path) == {"notes.txt": b"mine"}
-
-
 def test_a_sweep_without_its_journal_is_refused_and_nothing_changes(stopped):
     (stopped / "journal.log").unlink()
     before = contents(stopped)
     with pytest.raises(RecordError, match=r"must contain journal.log"):
         reopen_sweep(stopped)
     assert contents(stopped) == before
-
-
-def test_a_refused_sweep_is_not_left_locked(stopped, tmp_path):
-    (stopped / "journal.log").rename(tmp_path / "journal.log")
-    with pytest.raises(RecordError, match=r"must contain journal.log"):
-        reopen_sweep(stopped)
-    (tmp_path / "journal.log").rename(stopped / "journal.log")
-    reopen_sweep(stopped).close()
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_is_not_writable_is_refused(stopped):
-    (stopped / ".lock").unlink()
-    stopped.chmod(0o500)
-    with pytest.raises(RecordError, match="a sweep's folder must be writable"):
-        reopen_sweep(stopped)
 
 
 @pytest.mark.parametrize(("key", "value"), [("definition", {}), ("definition", {"file": {}}), ("arms", [])])

@@ -6,7 +6,7 @@ import pytest
 from tests.sweep.conftest import Killed
 
 import lorasweep.sweep.workers.worker as worker_file
-from lorasweep.errors import ConfigError, Diverged, OutOfMemory
+from lorasweep.errors import Diverged, OutOfMemory
 from lorasweep.record import read_run, read_sweep
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
 
@@ -64,15 +64,6 @@ def test_each_arms_best_settings_run_on_the_same_fresh_seeds(begin, work, runs, 
     assert frozen.seed == seeds[0]
 
 
-def test_the_confirm_stage_begins_when_every_search_is_over(begin, work, runs, confirming):
-    folder = begin(confirming)
-    assert work(folder)
-    assert ["-confirm-" in path.name for path in runs.configs] == 8 * [False] + 7 * [True]
-    assert len(runs.begun) == 8 + 7
-    assert len(runs.scored) == len(set(runs.scored)) == 7
-    assert all("-confirm-" in name for name in runs.scored)
-
-
 def test_nothing_of_the_test_part_is_read_before_the_search_is_over(begin, work, runs, confirming, inputs_cache):
     def score(config, step):
         if len(runs.begun) <= 8:
@@ -120,23 +111,6 @@ def test_a_run_that_was_scored_but_not_told_is_neither_trained_nor_scored_again(
     assert len(runs.scored) == len(set(runs.scored)) == 7
 
 
-def test_a_search_run_that_ended_but_was_not_told_is_not_trained_again(begin, work, runs, three_arms, monkeypatch):
-    folder = begin(three_arms)
-
-    def run_and_die(config, run_folder, **others):
-        record = runs(config, run_folder, **others)
-        if len(runs.begun) == 3:
-            raise Killed
-        return record
-
-    monkeypatch.setattr(worker_file, "train_run", run_and_die)
-    with pytest.raises(Killed):
-        work(folder)
-    assert work(reopen_sweep(folder.path))
-    assert len(runs.begun) == len(set(runs.begun)) == 10
-    assert {row.state for row in read_sweep(folder.path).trials} == {"complete"}
-
-
 def test_paused_trials_are_pruned_before_the_confirm_stage_and_none_of_them_is_a_winner(begin, work, runs, confirming):
     confirming["settings"] |= {
         "pruner": "halving",
@@ -178,25 +152,6 @@ def test_a_finished_search_gets_the_stage_later_and_more_seeds_later_still(begin
     assert rows_of(folder.path) == rows_of(whole.path)
     assert work(reopen_sweep(folder.path))
     assert counts(folder.path) == ASKED
-
-
-def test_fewer_seeds_than_have_begun_are_refused(begin, work, runs, confirming):
-    folder = begin(confirming)
-    assert work(folder)
-    before = (folder.path / "sweep.json").read_bytes()
-    with pytest.raises(ConfigError, match=r"`confirm.seeds >= 3`.* but got 2\."):
-        reopen_sweep(folder.path, changes={"confirm.seeds": 2})
-    assert (folder.path / "sweep.json").read_bytes() == before
-    reopen_sweep(folder.path).close()
-
-
-def test_the_margin_is_recorded_and_may_not_change_after_the_first_result(begin, work, runs, confirming):
-    folder = begin(confirming, "confirm.margin=0.01")
-    assert work(folder)
-    assert read_sweep(folder.path).margin == 0.01
-    with pytest.raises(ConfigError, match=r"`confirm.margin` must stay 0.01.* but got '5%'"):
-        reopen_sweep(folder.path, changes={"confirm.margin": "5%"})
-    reopen_sweep(folder.path, changes={"confirm.margin": 0.01}).close()
 
 
 def test_a_seed_that_diverges_keeps_its_row_and_stops_nothing(begin, work, runs, confirming):

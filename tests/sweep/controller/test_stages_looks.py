@@ -9,7 +9,6 @@ from tests.sweep.conftest import Killed
 from tests.sweep.controller.conftest import Simulation
 
 import lorasweep.sweep.controller.stages as stages_file
-from lorasweep.errors import OutOfMemory
 from lorasweep.record import read_run, read_sweep
 from lorasweep.sweep.controller.controller import Controller
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
@@ -193,18 +192,3 @@ def test_more_seeds_than_planned_are_trained_on_every_subject_with_a_warning(beg
     for _ in range(2):  # also after it is resumed once more
         assert sum("false verdict" in said for said in read_sweep(folder.path).warnings) == 1
         assert work(reopen_sweep(folder.path))
-
-
-def test_a_value_that_never_fits_in_memory_is_left_out_with_a_warning(begin, work, runs, asking):
-    def score(config, step):
-        if getattr(config.method, "rank", 0) == 4:
-            raise OutOfMemory("2 GiB")
-        return config.optim.lr
-
-    runs.score = score
-    set_scores(runs)
-    folder = begin(asking, "sweep.max_failures=100")
-    assert work(folder)
-    assert list(count_seeds(folder.path)) == [name for name in SUBJECTS if name != "lora-rank-4"]
-    (warning,) = [said for said in read_sweep(folder.path).warnings if "lora-rank-4" in said]
-    assert "skips" in warning

@@ -49,12 +49,6 @@ def test_partial_results_move_the_prediction_less_than_complete_ones():
     assert drops[0] > drops[1] > drops[2] > 0
 
 
-def test_the_same_trials_give_the_same_predictions_and_draws():
-    first, second = fit(), fit()
-    assert (first.predict(POINTS)[0] == second.predict(POINTS)[0]).all()
-    assert (first.draw(POINTS, num_draws=5) == second.draw(POINTS, num_draws=5)).all()
-
-
 def test_draws_have_the_mean_and_the_deviation_of_the_prediction():
     model, places = fit(), np.array([[0.3], [3.0]])
     mean, deviation = model.predict(places)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from optuna.distributions import CategoricalDistribution
 
-from lorasweep.config.method import ALPHA_OVER_RANK, LoraConfig
+from lorasweep.config.method import ALPHA_OVER_RANK
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.arms import read_definition
 
@@ -63,15 +63,6 @@ def test_an_override_may_search_what_was_fixed_and_fix_what_was_searched(lora):
     assert (set(fixed.space), fixed.settings["method.alpha"]) == ({"method.rank"}, 8)
 
 
-def test_an_arm_beats_the_whole_sweep_by_either_key(write_file, content):
-    content["arms"] = {"lora": {"settings": {"method": "lora", "method.alpha": 8}}, "other": {"settings": {}}}
-    content["settings"] |= {"method.alpha": {"over_rank": 2}, "method.rank": 4}
-    arms = read_definition(write_file(content), []).arms
-    assert [arm.compose({}).method.alpha for arm in arms] == [8, 8]
-    content["arms"]["lora"]["settings"]["method.alpha"] = {"over_rank": 3}
-    assert read_definition(write_file(content), []).arms[0].compose({}).method.alpha == 12
-
-
 @pytest.mark.parametrize(
     ("settings", "space", "message"),
     [
@@ -86,7 +77,3 @@ def test_an_arm_beats_the_whole_sweep_by_either_key(write_file, content):
 def test_a_multiplier_that_does_not_fit_is_refused(lora, settings, space, message):
     with pytest.raises(ConfigError, match=message):
         lora(settings, space)
-
-
-def test_the_multiplier_works_without_hydra():
-    assert LoraConfig(rank=4, alpha={"over_rank": 2}).alpha == 8

@@ -46,12 +46,6 @@ def test_an_override_reaches_every_arm_that_has_the_key(read, content):
     assert {name for name, arm in arms.items() if "method.alpha" in arm.settings} == {"lora"}
 
 
-def test_an_override_fixes_a_swept_key(read, content):
-    lora = arms_of(read(content, "method.rank=2"))["lora"]
-    assert lora.space == {"optim.lr": LR}
-    assert lora.settings["method.rank"] == 2
-
-
 def test_an_arm_whose_space_was_fixed_away_has_one_trial(read, content):
     full = arms_of(read(content, "arms.full.optim.lr=1e-3"))["full"]
     assert (full.space, full.trials) == ({}, 1)
@@ -79,11 +73,6 @@ def test_an_override_of_one_arm_beats_one_of_all(read, content):
 )
 def test_a_range_in_hydras_words_replaces_or_adds_one(read, content, override, key, expected):
     assert arms_of(read(content, override))["lora"].space[key] == expected
-
-
-def test_a_range_reaches_only_arms_with_a_space(read, content):
-    arms = arms_of(read(content, "optim.lr=choice(0.1,0.2)"))
-    assert [name for name, arm in arms.items() if "optim.lr" in arm.space] == ["full", "lora"]
 
 
 def test_trials_are_set_for_all_arms_with_a_space_or_for_one(read, content):
@@ -127,13 +116,6 @@ def test_another_option_of_a_group_has_its_own_defaults(read, content, set_in_fi
         assert getattr(lora.sweep_config if of_sweep else lora.corner_configs[0], group) == of_conf
 
 
-def test_the_option_that_a_file_has_already_keeps_what_the_file_set(read, content):
-    content["settings"] |= {"pruner": "halving", "pruner.reduction_factor": 3, "schedule.warmup_fraction": 0.5}
-    lora = arms_of(read(content, "pruner=halving", "schedule=linear"))["lora"]
-    assert lora.sweep_config.pruner.reduction_factor == 3
-    assert lora.corner_configs[0].schedule.warmup_fraction == 0.5
-
-
 def test_arguments_of_an_optimizer_are_searched_as_other_settings(read, content):
     content["arms"]["lora"]["settings"]["optim"] = "sgd"
     content["arms"]["lora"]["space"] |= {"optim.dampening": {"low": 0.0, "high": 0.5}}
@@ -174,19 +156,6 @@ def test_a_list_of_the_sweep_itself_is_its_value(read, content):
     assert {arm.sweep_config.confirm.looks for arm in definition.arms} == {(3, 5)}
     assert arms_of(definition)["lora"].sweep_config.pruner.rungs == (0.25,)
     assert set(arms_of(definition)["lora"].space) == {"method.rank", "optim.lr"}
-
-
-def test_another_class_on_the_command_line_drops_what_the_file_set_for_the_first_but_our_settings(read, content):
-    content["settings"] |= {"optim": "sgd", "optim.momentum": 0.5, "optim.lr": 0.2}
-    lora = arms_of(read(content, "optim._target_=torch.optim.RMSprop", "optim.alpha=0.9"))["lora"]
-    config = lora.corner_configs[0]
-    assert (config.optim.target, dict(config.optim.arguments)) == ("torch.optim.RMSprop", {"alpha": 0.9})
-    assert config.optim.lr == 0.2 or "optim.lr" in lora.space
-
-
-def test_a_name_on_the_command_line_drops_the_class_of_the_file(read, content):
-    content["settings"] |= {"optim._target_": "torch.optim.RMSprop", "optim.alpha": 0.9}
-    assert arms_of(read(content, "optim=adamw"))["lora"].corner_configs[0].optim.name == "adamw"
 
 
 def test_a_swept_group_leaves_its_settings_alone(read, content):

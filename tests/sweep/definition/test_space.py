@@ -8,7 +8,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from lorasweep.errors import ConfigError
-from lorasweep.sweep.definition.space import count_combinations, describe_space, parse_range
+from lorasweep.sweep.definition.space import describe_space, parse_range
 
 
 @pytest.mark.parametrize(
@@ -62,30 +62,6 @@ def test_a_wrong_range_is_refused(value, message):
 def test_a_range_of_whole_numbers_has_whole_bounds_and_steps(value):
     with pytest.raises(ConfigError, match=r"`k` must have a whole number as `(low|step)`, but got 0.5."):
         parse_range("k", value, is_whole=True)
-
-
-@pytest.mark.parametrize(
-    ("value", "whole"),
-    [({"low": 1, "high": 8, "step": 3}, True), ({"low": 0.0, "high": 1.0, "step": 0.3}, False)],
-)
-def test_a_step_that_does_not_reach_the_upper_end_is_refused(value, whole):
-    """Optuna would lower the end with a warning; the file should say what is tried."""
-    with pytest.raises(ConfigError, match=r"`k` .*not divisible by `step`"):
-        parse_range("k", value, is_whole=whole)
-
-
-@pytest.mark.parametrize(
-    ("distribution", "count"),
-    [
-        (CategoricalDistribution(["a", "b"]), 2),
-        (IntDistribution(2, 8, step=3), 3),
-        (FloatDistribution(0.1, 0.7, step=0.2), 4),
-        (FloatDistribution(0.0, 1.0), math.inf),
-        (IntDistribution(1, 64, log=True), math.inf),
-    ],
-)
-def test_combinations_of_a_grid_are_counted(distribution, count):
-    assert count_combinations({"a": distribution, "b": CategoricalDistribution([1, 2, 3])}) == 3 * count
 
 
 def test_a_described_space_reads_as_the_same_space():

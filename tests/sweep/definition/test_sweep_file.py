@@ -39,14 +39,6 @@ def test_a_sweep_that_is_not_there_is_refused(name, message):
         find_sweep_file(name)
 
 
-def test_aliases_that_a_person_writes_are_read(write_file):
-    arm = "settings: {method: lora}, space: {optim.lr: &lr {low: 1.0e-3, high: 1.0e-1, log: true}}"
-    path = write_file(
-        f"name: x\narms:\n  a: {{{arm}}}\n  b: {{settings: {{method: full}}, space: {{optim.lr: *lr}}}}\n"
-    )
-    assert [arm.name for arm in read_definition(path, []).arms] == ["a", "b"]
-
-
 def test_a_file_that_names_code_runs_none(write_file, tmp_path):
     name = f"!!python/object/apply:os.system ['touch {tmp_path}/ran']"
     path = write_file(f"name: {name}\narms: {{a: {{settings: {{method: frozen}}}}}}\n")

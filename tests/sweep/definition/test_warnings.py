@@ -55,20 +55,6 @@ def test_a_margin_that_no_arm_can_measure_is_warned_of(warnings, content, method
     assert warnings({}, "confirm.seeds=0") == []
 
 
-@pytest.mark.parametrize("method", ["full", "frozen"])
-def test_the_smallest_value_of_an_arm_alone_needs_a_margin_too(write_file, content, method):
-    content["arms"] = {name: arm for name, arm in content["arms"].items() if name in ("lora", method)}
-    overrides = ["confirm.seeds=3", "arms.lora.confirm_each=method.rank"]
-
-    def found(*more):
-        return [w for w in find_warnings(read_definition(write_file(content), [*overrides, *more])) if "margin" in w]
-
-    assert len(found()) == 1
-    assert found("confirm.margin=0.01") == []
-    content["arms"].pop(method)
-    assert len(found()) == 1
-
-
 def test_warnings_are_in_the_record(begin, content):
     folder = begin(content, "arms.lora.trials=9", "arms.full.trainer.max_steps=16")
     folder.close()

@@ -114,12 +114,6 @@ def test_a_key_that_can_not_be_confirmed_one_by_one_is_refused_with_what_to_do(r
     assert remedy in str(raised.value)
 
 
-def test_values_whose_subjects_would_have_one_name_are_refused(read, content):
-    content["arms"]["lora"] |= {"space": {"method.alpha": [1.0001, 1.0002]}, "confirm_each": "method.alpha"}
-    with pytest.raises(ConfigError, match=r"confirm_each"):
-        read(content)
-
-
 def test_a_subject_may_not_have_the_name_of_an_arm(read, content):
     content["arms"]["lora"]["confirm_each"] = "method.rank"
     content["arms"]["lora-rank-2"] = {"settings": {"method": "lora"}}

@@ -21,8 +21,7 @@ from lorasweep.config.build import build
 from lorasweep.config.compose import packaged_folder
 from lorasweep.config.sweep import SlurmConfig
 from lorasweep.errors import ConfigError
-from lorasweep.sweep.workers.slurm import read_live_jobs, submit_jobs
-from lorasweep.sweep.workers.slurm_job import RayNode, write_address
+from lorasweep.sweep.workers.slurm import RayNode, read_live_jobs, submit_jobs, write_address
 from lorasweep.sweep.workers.train import HOPELESS_REASONS
 
 RECORDED = Path(__file__).parent / "batch.sh"

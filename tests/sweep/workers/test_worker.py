@@ -7,7 +7,6 @@ import pytest
 from lorasweep.config.compose import packaged_folder
 from lorasweep.errors import Diverged, OutOfMemory, WorkerError
 from lorasweep.record import read_run, read_sweep
-from lorasweep.sweep.controller.lifecycle import reopen_sweep
 
 GRID = {"method.rank": [1, 2, 4], "optim.lr": [0.01, 0.1]}
 
@@ -43,29 +42,6 @@ def test_a_stopped_sweep_proposes_what_an_uninterrupted_one_does(begin, work, fi
     finish(stopped.path, stop_at=stop_at)
     assert rows_of(stopped.path) == rows_of(whole.path)
     assert {row.state for row in read_sweep(whole.path).trials} == {"complete", "pruned"}
-
-
-@pytest.mark.parametrize("sampler", ["tpe", "grid"])
-def test_a_sweep_stopped_in_packs_proposes_what_an_uninterrupted_one_does(
-    begin, work, finish, runs, packs, content, sampler
-):
-    content["settings"] |= {"sampler": sampler, "worker.pack_size": 3} | HALVING
-    content["arms"]["lora"] |= {"space": {"method.rank": [1, 2, 4], "optim.lr": [0.001, 0.01, 0.1]}, "trials": 8}
-    content["arms"]["full"] |= {"space": {"optim.lr": [0.001, 0.01, 0.1]}}
-    whole = begin(content, folder="whole")
-    assert work(whole)
-    stopped = begin(content, folder="stopped")
-    assert not work(stopped, stop_at=3)
-    finish(stopped.path, stop_at=3)
-    assert rows_of(stopped.path) == rows_of(whole.path)
-
-
-def test_a_complete_sweep_that_is_taken_up_again_trains_nothing(begin, work, runs, content):
-    folder = begin(content)
-    assert work(folder)
-    before, begun = rows_of(folder.path), len(runs.begun)
-    assert work(reopen_sweep(folder.path))
-    assert (rows_of(folder.path), len(runs.begun)) == (before, begun)
 
 
 def test_the_total_is_kept_with_failures_pruning_and_infeasible_trials_among_them(begin, work, runs, content):

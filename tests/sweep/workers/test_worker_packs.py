@@ -10,7 +10,7 @@ from tests.sweep.conftest import NoInputs, of_arm
 
 import lorasweep.sweep.workers.worker as worker_file
 from lorasweep.errors import Diverged, OutOfMemory
-from lorasweep.record import measure_stage_occupancy, read_sweep
+from lorasweep.record import read_sweep
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
 
 
@@ -32,16 +32,6 @@ def lora_rows(folder):
     return of_arm(read_sweep(folder.path).trials, "lora")
 
 
-def test_a_packed_arm_has_exactly_its_trials(begin, work, packed, runs, packs):
-    folder = begin(packed)
-    assert work(folder)
-    assert [(row.number, row.state) for row in lora_rows(folder)] == [(n, "complete") for n in range(6)]
-    assert packs.sizes == [4]
-    assert {arm for arm, _ in runs.begun} == {"frozen", "full"}
-    assert len(packs.trained) == len(set(packs.trained)) == 6 * 4
-    assert not (folder.path / "pack.json").exists()
-
-
 def test_a_pack_is_full_as_soon_as_the_first_trials_of_an_adaptive_sampler_are_compared(
     begin, work, lora_only, runs, packs
 ):
@@ -53,16 +43,6 @@ def test_a_pack_is_full_as_soon_as_the_first_trials_of_an_adaptive_sampler_are_c
     assert packs.trained.index(("lora-0007", 2)) < min(
         packs.trained.index((name, 6)) for name, step in packs.trained if step == 6
     )
-
-
-def test_the_share_of_slots_that_trained_is_kept_and_is_the_same_after_a_stop(begin, work, lora_only, runs, packs):
-    whole, stopped = begin(lora_only, folder="whole"), begin(lora_only, folder="stopped")
-    assert work(whole)
-    assert not work(stopped, stop_at=4)
-    assert work(reopen_sweep(stopped.path))
-    # four of six trials fill the four slots to the end, then the other two train beside two empty slots
-    for folder in (whole, stopped):
-        assert measure_stage_occupancy(read_sweep(folder.path)) == {"search": pytest.approx(6 / 8)}
 
 
 @pytest.mark.parametrize(

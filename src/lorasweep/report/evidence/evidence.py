@@ -120,8 +120,7 @@ class RetainedChange:
     """Against the base: `equivalent` and `not worse` mean that no more than the margin was forgotten."""
 
 
-def build_evidence(record: SweepRecord, scores: ConfirmScores, *, groups: str | None) -> Evidence:
-    """Returns the evidence of a sweep; `groups` is the name of the groups of its test examples, such as `documents`."""
+def build_evidence(record: SweepRecord, scores: ConfirmScores) -> Evidence:
     scale = build_scale(record, scores)
     level = compute_level(record.questions, record.looks) if record.looks else 0.025
     names = [row.subject for row in record.settings if scores.values.get(row.subject)]
@@ -131,7 +130,7 @@ def build_evidence(record: SweepRecord, scores: ConfirmScores, *, groups: str | 
     margin = None if scale.margin.is_share_of_gain and gain is None else scale.margin.value
     return Evidence(
         subjects=tuple(found for name in names if (found := _describe(name, scores, scale, level=level))),
-        answers=tuple(answer_sweep(record, scores, groups=groups)),
+        answers=tuple(answer_sweep(record, scores)),
         num_examples=scores.num_examples,
         num_groups=scores.num_groups,
         base=scale.base,
@@ -217,11 +216,11 @@ def read_confirm_scores(record: SweepRecord, folder: Path, *, retained: Retained
     )
 
 
-def answer_sweep(record: SweepRecord, scores: ConfirmScores, *, groups: str | None = None) -> list[Answer]:
-    """Returns the answers to the questions of a sweep; `groups` names the groups of its test examples."""
+def answer_sweep(record: SweepRecord, scores: ConfirmScores) -> list[Answer]:
+    """Returns the answers to the questions of a sweep."""
     if not record.looks:
         return []
-    return answer_questions(record.questions, scores, build_scale(record, scores), looks=record.looks, groups=groups)
+    return answer_questions(record.questions, scores, build_scale(record, scores), looks=record.looks)
 
 
 def build_scale(record: SweepRecord, scores: ConfirmScores) -> Scale:

@@ -16,8 +16,8 @@ All chains share the level of 5 % (Bonferroni): the chance that a sweep gives an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 from scipy.special import ndtr, ndtri
 
@@ -70,6 +70,12 @@ class Answer:
     @property
     def is_settled(self) -> bool:
         return self.verdict != "open"
+
+    def as_row(self) -> dict[str, Any]:
+        """Returns the answer as CSV and JSON files have it, with the ends of the interval as `low` and `high`."""
+        row = asdict(self)
+        low, high = row.pop("interval") or (None, None)
+        return {key: row[key] for key in row if key not in ("compared_with", "may_settle")} | {"low": low, "high": high}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,24 +135,14 @@ def compute_level(questions: Sequence[Question], looks: Sequence[int]) -> float:
 
 
 def answer_questions(
-    questions: Sequence[Question], scores: ConfirmScores, scale: Scale, *, looks: Sequence[int], groups: str | None
+    questions: Sequence[Question], scores: ConfirmScores, scale: Scale, *, looks: Sequence[int]
 ) -> list[Answer]:
-    """Returns an answer on each subject of each question.
-
-    Args:
-        questions: The questions of the sweep.
-        scores: The scores of the confirm stage so far.
-        scale: The margin.
-        looks: Numbers of seeds at the planned looks.
-        groups: The name of the groups of test examples, such as `documents`, for the answers' words. It is not used if
-            each example is a group.
-    """
+    """Returns an answer on each subject of each question, at planned looks with these numbers of seeds."""
     level = compute_level(questions, looks)
-    groups = groups if scores.num_groups < scores.num_examples else None
     return [
         answer
         for question in questions
-        for answer in _answer_chain(question, scores, scale, level=level, max_seeds=max(looks), groups=groups)
+        for answer in _answer_chain(question, scores, scale, level=level, max_seeds=max(looks))
     ]
 
 
@@ -177,7 +173,7 @@ class _Comparison:
 
 
 def _answer_chain(
-    question: Question, scores: ConfirmScores, scale: Scale, *, level: float, max_seeds: int, groups: str | None
+    question: Question, scores: ConfirmScores, scale: Scale, *, level: float, max_seeds: int
 ) -> list[Answer]:
     is_smallest = question.name == "smallest"
     if is_smallest:
@@ -217,7 +213,7 @@ def _answer_chain(
             answers.append(replace(answer, open_because="another value, which is tested first, is open"))
         else:
             known = compared[subject] if len(compared[subject]) == len(references[subject]) else []
-            answers.append(_explain_open(answer, known, judge=judge, level=level, max_seeds=max_seeds, groups=groups))
+            answers.append(_explain_open(answer, known, scores, judge=judge, level=level, max_seeds=max_seeds))
     return answers
 
 
@@ -239,11 +235,11 @@ def compare_pair(
 def _explain_open(
     answer: Answer,
     found: Sequence[_Comparison],
+    scores: ConfirmScores,
     *,
     judge: Callable[..., Verdict],
     level: float,
     max_seeds: int,
-    groups: str | None,
 ) -> Answer:
     """Returns an open answer with its reason and the cheapest evidence that would settle it with a chance of 80 %.
 
@@ -266,7 +262,7 @@ def _explain_open(
         return judge(projected, level=shifted) != "open"
 
     worst = max((pair.advantage for pair in found), key=lambda estimate: estimate.error)
-    examples = groups or "test examples"
+    examples = "groups of test examples" if scores.num_groups < scores.num_examples else "test examples"
     parts = {
         "seeds": worst.seeds_variance,
         examples: worst.groups_variance,

@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 
 from lorasweep.record import Trial, TrialState
+from lorasweep.sweep.controller.history import OPTUNA_STATES
 from lorasweep.sweep.controller.stopping_rules import Row, RungOrder, StoppingRule
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.wording import format_metric, format_score, join_words
@@ -24,21 +25,12 @@ from lorasweep.wording import format_metric, format_score, join_words
 TRIAL_ATTRIBUTE = "lorasweep"
 """User attribute of a study's trial with the fields `KEPT_FIELDS`. Trials that other programs added have none."""
 KEPT_FIELDS = (
-    *("state", "value", "reason", "losses", "slot_steps"),
+    *("state", "value", "reason", "losses"),
     *("order", "passed", "promoted", "worker", "request", "sampler_state"),
 )
 """The fields of a trial that Optuna has no place for. They are written together, so that they always fit together."""
-WARNING_ATTRIBUTE = "lorasweep:warning"
-"""User attribute of a study: the sentence of `ArmTrials.warning`."""
 MIN_TRIALS_TO_WARN = 4
 """Number of trials that must reach the first rung before a warning says that most of them have learned nothing."""
-OPTUNA_END_STATES: dict[TrialState, OptunaState] = {
-    "complete": OptunaState.COMPLETE,
-    "failed": OptunaState.FAIL,
-    "pruned": OptunaState.PRUNED,
-    "infeasible": OptunaState.PRUNED,  # a sampler ignores failed trials, but learns from a violated constraint
-}
-"""How Optuna calls the states of trials that have ended."""
 
 
 class ArmTrials:
@@ -97,8 +89,6 @@ class ArmTrials:
         """The row of a trial in `_ranked`, by rung and number."""
         self._kept: dict[int, list[Row]] | None = None
         """By rung: the first rows of `_ranked`, of the trials that may train beyond the rung. None after a change."""
-        self.warning: str | None = study.user_attrs.get(WARNING_ATTRIBUTE)
-        """The warning that most trials have learned nothing by the first rung; None if there was no reason for it."""
         for frozen in study.get_trials(deepcopy=False):
             if TRIAL_ATTRIBUTE in frozen.user_attrs:
                 self._read(frozen, session=session)
@@ -229,35 +219,32 @@ class ArmTrials:
 
     @property
     def has_learned(self) -> bool:
-        """Whether a trial is better than the constant answer at an evaluation after the first rung."""
-        first = min(self._rule.rungs, default=0)
-        return any(
-            one.step > first and not self._order.has_learned_nothing(one, one.step) for one in self.trials.values()
-        )
+        """Whether half of the trials at the first rung, or any trial after it, beat the constant answer.
 
-    def update_warning(self, metric: str) -> None:
-        """Sets `warning` if most trials at the first rung are no better than the constant answer.
-
-        It is written into the journal and then stays, so that a resumed sweep has the same warning.
+        True too while few trials have arrived, and without a constant answer or rungs.
         """
-        if self.warning is not None or self._order.constant_answer is None or not self._rule.rungs:
-            return
+        if self._order.constant_answer is None or not self._rule.rungs:
+            return True
         first = self._rule.rungs[0]
         arrived = [self.trials[number] for *_, number in self._ranked[first]]
         unlearned = sum(self._order.has_learned_nothing(trial, first) for trial in arrived)
-        if len(arrived) >= MIN_TRIALS_TO_WARN and unlearned > len(arrived) / 2:
-            self.warning = self._describe_unlearned(metric, unlearned=unlearned, arrived=len(arrived))
-            self.study.set_user_attr(WARNING_ATTRIBUTE, self.warning)
+        later = (trial for trial in self.trials.values() if trial.step > first)
+        return (
+            len(arrived) < MIN_TRIALS_TO_WARN
+            or unlearned <= len(arrived) / 2
+            or any(not self._order.has_learned_nothing(trial, trial.step) for trial in later)
+        )
 
-    def _describe_unlearned(self, metric: str, *, unlearned: int, arrived: int) -> str:
+    def describe_unlearned(self, metric: str) -> str:
+        """Returns the warning for `has_learned` being False. It has no number that changes, so it is shown once."""
         remedies = ["more steps (`trainer.max_steps`)", "other learning rates (`optim.lr`)"]
         if metric in ("accuracy", "f1"):
             remedies.append("another metric (`data.metric=matthews` if each example has one label)")
         if metric != "loss" and not self._order.by_loss:
             remedies.append("`pruner.criterion=loss`")
         return (
-            f"At step {self._rule.rungs[0]}, {unlearned} of {arrived} trials of `{self.arm.name}` have learned nothing "
-            f"yet: their {format_metric(metric)} is no better than that of an answer that needs no training "
+            f"Most trials of `{self.arm.name}` have learned nothing at step {min(self._rule.rungs, default=0)}: their "
+            f"{format_metric(metric)} is no better than that of an answer that needs no training "
             f"({format_score(self._order.constant_answer)}). If this stays so, start a new sweep with "
             f"{join_words(remedies, last='or')}."
         )
@@ -314,7 +301,7 @@ class ArmTrials:
         if trial.state == "infeasible":
             optuna.trial.Trial(self.study, self._find_id(trial)).set_constraint("memory", 1.0)
         value = trial.value if trial.state == "complete" else None
-        self.study.tell(trial.number, value, state=OPTUNA_END_STATES[trial.state])
+        self.study.tell(trial.number, value, state=OPTUNA_STATES[trial.state])
 
     def _write(self, trial: Trial, **changes: Any) -> None:
         """Changes fields of a trial: first in the journal, all with one write."""

@@ -170,8 +170,6 @@ class Controller:
         for trials, trial, step, value in in_order:
             trials.store(trial, step, value, loss=loss_of.get((trials.arm.name, trial.number)))
         arms = {trials.arm.name: trials for trials, *_ in reported}
-        for trials in arms.values():
-            trials.update_warning(self.sweep.record.metric)
         self._add_warnings(arms.values())
         decisions = {(trials.arm.name, trial.number): trials.decide(trial, step) for trials, trial, step, _ in in_order}
         self._save_if_due()  # a trial often begins just after a save, so its first report is the next chance to save
@@ -184,12 +182,11 @@ class Controller:
             return
         trials, trial = self._find(assignment)
         value = record.test[record.metric] if assignment.reads_test else record.score
-        slot_steps = record.pack["slot_steps"] if record.pack else trial.slot_steps
         if record.status == "paused":
-            trials.pause(trial, step=record.steps_done, value=value, slot_steps=slot_steps)
+            trials.pause(trial, step=record.steps_done, value=value)
         else:
             self._failures_in_a_row = 0
-            trials.end(trial, "complete", value=value, slot_steps=slot_steps)
+            trials.end(trial, "complete", value=value)
         self._save_if_due()
 
     @_needs_storage
@@ -323,12 +320,13 @@ class Controller:
 
     def _add_warnings(self, arms: Iterable[ArmTrials]) -> None:
         """Adds the warnings that most trials have learned nothing yet, and removes those that are no longer true."""
-        warnings = self.sweep.record.warnings
+        record = self.sweep.record
         for trials in arms:
-            if trials.warning is not None and not trials.has_learned:
-                self.sweep.warn(trials.warning)
-            elif trials.warning in warnings:
-                warnings.remove(trials.warning)
+            warning = trials.describe_unlearned(record.metric)
+            if not trials.has_learned:
+                self.sweep.warn(warning)
+            elif warning in record.warnings:
+                record.warnings.remove(warning)
 
     def _sort_key(self, trials: ArmTrials) -> tuple[bool, float, int]:
         begun_fraction = len(trials.trials) / trials.planned if trials.planned else 1.0

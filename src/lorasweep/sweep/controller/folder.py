@@ -22,12 +22,11 @@ from typing import Literal
 import optuna
 from optuna.exceptions import ExperimentalWarning
 
-from lorasweep.disk import explain_unwritable
+from lorasweep.disk import LOCK_FILE, explain_unwritable
 from lorasweep.errors import WorkerError
 from lorasweep.record import SweepRecord, add_telemetry, utc_now, write_record
 from lorasweep.sweep.controller.storage import JOURNAL_FILE, SweepStorage
 from lorasweep.sweep.definition.arms import Definition
-from lorasweep.sweep.lock import LOCK_FILE
 
 RUNS_FOLDER = "runs"
 PACK_FILE = "pack.json"

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from optuna.distributions import FloatDistribution
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 
 from lorasweep.config.data import Direction, get_sign
@@ -19,7 +19,7 @@ from lorasweep.sweep.definition.arms import Arm
 MAX_HISTORY_TRIALS = 200
 """Number of results that a model sees. The cost of a Gaussian process grows with the cube of this number: at 200 a
 proposal takes about 0.5 s (TPE: 0.04 s), at 500 about 3 s."""
-OPTUNA_SHOWN_STATES: Mapping[TrialState, OptunaState] = {
+OPTUNA_STATES: Mapping[TrialState, OptunaState] = {
     "complete": OptunaState.COMPLETE,
     "paused": OptunaState.PRUNED,  # a sampler reads a pruned trial as a result of fewer steps
     "pruned": OptunaState.PRUNED,
@@ -27,7 +27,7 @@ OPTUNA_SHOWN_STATES: Mapping[TrialState, OptunaState] = {
     "failed": OptunaState.FAIL,
     "running": OptunaState.RUNNING,
 }
-"""How a sampler sees the states of trials."""
+"""How Optuna calls the states of trials; a paused trial is still running in the study."""
 
 
 class History:
@@ -58,29 +58,19 @@ class History:
         return self._points[trial.number]
 
     def list_results(self) -> list[Trial]:
-        """Returns the results in the order of their numbers: all, or `MAX_HISTORY_TRIALS` of them if there are more.
+        """Returns the results in the order of their numbers: all, or the `MAX_HISTORY_TRIALS` best if there are more.
 
-        One half of the returned results are the best results. The other half are the latest of the remaining results.
         Complete trials are ranked by score. Partial results rank below them, by their number of steps, as in TPE.
         """
-        results = [trial for trial in self.trials if is_result(trial)]
-        if len(results) <= MAX_HISTORY_TRIALS:
-            return results
-        max_best, sign = MAX_HISTORY_TRIALS // 2, get_sign(self.direction)
+        sign = get_sign(self.direction)
 
         def sort_key(trial: Trial) -> tuple[float, ...]:
-            if (value := get_last_value(trial)) is None:
-                return 2, 0, 0.0, trial.number
-            return (
-                (0, 0, sign * value, trial.number)
-                if trial.state == "complete"
-                else (1, -trial.step, sign * value, trial.number)
-            )
+            value = get_last_value(trial)
+            steps = math.inf if trial.state == "complete" else trial.step
+            return (1, 0, 0.0) if value is None else (0, -steps, sign * value)
 
-        best = {trial.number for trial in sorted(results, key=sort_key)[:max_best]}
-        latest = [trial.number for trial in results if trial.number not in best][max_best - MAX_HISTORY_TRIALS :]
-        shown = best.union(latest)
-        return [trial for trial in results if trial.number in shown]
+        results = sorted((trial for trial in self.trials if is_result(trial)), key=sort_key)
+        return sorted(results[:MAX_HISTORY_TRIALS], key=lambda trial: trial.number)
 
     def list_running(self) -> list[Trial]:
         """Returns the running trials without a result, in the order of their numbers."""
@@ -91,24 +81,17 @@ class History:
         return self._round(point) in self._tried
 
     def show(self, trial: Trial, **changes: Any) -> FrozenTrial:
-        """Returns a trial as Optuna's samplers read it; `changes` replace some of its fields."""
-        fields: dict[str, Any] = {
-            "number": trial.number,
-            "trial_id": trial.number,
-            "state": OPTUNA_SHOWN_STATES[trial.state],
+        """Returns a trial as Optuna's samplers read it; `changes` replace arguments of `create_trial`."""
+        arguments: dict[str, Any] = {
+            "state": OPTUNA_STATES[trial.state],
             "value": trial.value if trial.state == "complete" else None,
-            "datetime_start": None,
-            "datetime_complete": None,
             "params": self.point(trial),
             "distributions": self.encoding.ranges,
             "intermediate_values": dict(trial.values),
-            "user_attrs": {},
-            "system_attrs": {},
+            "constraints": {"memory": 1.0} if trial.state == "infeasible" else None,
+            "system_attrs": dict(trial.sampler_state.get("trial", {})),
         }
-        shown = FrozenTrial(**fields | changes)
-        if trial.state == "infeasible":
-            shown.set_constraint("memory", 1.0)
-        return shown
+        return create_trial(**arguments | changes)
 
     def _round(self, point: Point) -> tuple[Any, ...]:
         """Returns a point's values. Values of continuous ranges are rounded to two significant digits."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from lorasweep.config.data import METRIC_RANGES, ScoreMetric
-from lorasweep.disk import remove_leftovers
+from lorasweep.disk import remove_leftovers, take_lock
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import (
     SWEEP_FILE,
@@ -36,18 +36,14 @@ from lorasweep.sweep.controller.storage import (
     open_storage,
 )
 from lorasweep.sweep.definition.arms import Arm, Definition, restore_definition
+from lorasweep.sweep.definition.confirm import draw_confirm_seeds, list_questions
 from lorasweep.sweep.definition.grow import (
     grow_definition,
     list_grown_arms,
     warn_of_late_growth,
 )
-from lorasweep.sweep.definition.questions import list_questions
-from lorasweep.sweep.definition.seeds import draw_confirm_seeds
 from lorasweep.sweep.definition.space import describe_space
-from lorasweep.sweep.definition.sweep_file import read_content
 from lorasweep.sweep.definition.warnings import find_warnings
-from lorasweep.sweep.lock import take_lock
-from lorasweep.wording import join_words
 
 
 def create_sweep(
@@ -148,62 +144,47 @@ def load_study(path: Path, arm: str) -> optuna.Study:
         raise damaged_journal(path, error) from error
 
 
-def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None, file: Path | None = None) -> SweepFolder:
+def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> SweepFolder:
     """Opens a sweep to resume it. Its files are not changed yet.
 
     Args:
         path: The sweep's folder.
         changes: Overrides: other settings of the workers and of the confirm stage, more trials or arms.
-        file: The sweep file again, with more arms or trials. None: the file must be as it was.
 
     Raises:
         RecordError: The folder is not a sweep, its record or journal is damaged, or another process runs it.
         ConfigError: A trial that has begun would change.
     """
     record, old = read_sweep(path), saved_definition(path)
-    if file is None:
-        _require_same_file(old.source, record, path)
-    definition = grow_definition(
-        old, changes=changes or {}, content=None if file is None else read_content(file), source=file
-    )
+    _require_same_file(old.source, record, path)
+    definition = grow_definition(old, changes=changes or {})
     if [row.name for row in record.arms] != [arm.name for arm in old.arms]:
         raise RecordError(f"`arms` in {str(path / SWEEP_FILE)!r} must be those of its `definition`. Restore it.")
-    margin = definition.sweep_config.confirm.margin
-    if record.margin != margin:
-        raise ConfigError(
-            f"`confirm.margin` must stay {record.margin!r}, which was stated before the first result, but got "
-            f"{margin!r}. Start a new sweep."
-        )
     with ExitStack() as undo:
         lock = take_lock(path, undo)
         remove_leftovers(path)
         _require_journal(path)
         storage = _open(path, undo)
-        names = optuna.get_all_study_names(storage)
-        if not names:
-            raise RecordError(
-                f"{str(path / JOURNAL_FILE)!r} must have the studies of the sweep, but has none of them. "
-                "Restore it, or start a new sweep."
-            )
-        _require_all_trials(record, storage)
+        names = _require_all_trials(record, storage)
         has_confirm = any(name_study(arm.name, "confirm") in names for arm in definition.arms)
-        if has_confirm:
-            _check_confirm_seeds(record, draw_confirm_seeds(definition))
+        seeds, known = draw_confirm_seeds(definition), record.confirm_seeds
+        if has_confirm and seeds[: len(known)] != known:
+            raise ConfigError(
+                f"`confirm.seeds >= {len(known)}` must hold, since the confirm stage began with these, and no arm may "
+                f"have one of them as its `seed`, but got {len(seeds)}."
+            )
         undo.pop_all()
     if definition.raw != record.definition:
         change = SweepChange(
             at=utc_now(),
             stage="confirm" if has_confirm else "search",
             settings=dict(changes or {}),
-            file=None if file is None else str(file),
             trials=list_grown_arms(old, definition),
         )
         record.changes.append(change)
         record.status = "interrupted"  # until a controller has found that nothing is left to do
     record.definition = definition.raw
-    if file is not None:
-        record.source, record.source_sha256 = str(file), compute_sha256(file)
-    record.confirm_seeds = draw_confirm_seeds(definition)
+    record.confirm_seeds = seeds
     record.questions = list_questions(definition)
     done, planned = [look.seeds for look in record.looks_done], definition.sweep_config.confirm.list_looks()
     record.looks = sorted({*done, *(look for look in planned if look > max(done, default=0))})
@@ -211,8 +192,7 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None, file: 
     # the confirm stage adds its own warnings again
     record.warnings = [
         *find_warnings(definition),
-        *(warning for change in record.changes for warning in warn_of_late_growth(change)),
-        *_warn_of_unplanned_looks(record),
+        *warn_of_late_growth(record.changes),
     ]
     return SweepFolder(path=path, definition=definition, record=record, storage=storage, lock=lock)
 
@@ -233,22 +213,11 @@ def build_arm_row(arm: Arm) -> ArmRow:
     )
 
 
-def _check_confirm_seeds(record: SweepRecord, seeds: Sequence[int]) -> None:
-    """Raises ConfigError if the new seeds of the confirm stage, which has begun, lack a seed that it has already."""
-    if len(seeds) < len(record.confirm_seeds):
-        raise ConfigError(
-            f"`confirm.seeds >= {len(record.confirm_seeds)}` must hold, since the confirm stage began with these, "
-            f"but got {len(seeds)}."
-        )
-    if taken := [seed for seed in record.confirm_seeds if seed not in seeds]:
-        raise ConfigError(
-            f"`seed` of an arm that is added must not be {taken[0]}, because winners run again on it. Choose another "
-            "seed."
-        )
+def _require_all_trials(record: SweepRecord, storage: SweepStorage) -> Collection[str]:
+    """Returns the names of the studies. Raises RecordError if the storage lacks trials that the record has.
 
-
-def _require_all_trials(record: SweepRecord, storage: SweepStorage) -> None:
-    """Raises RecordError if the storage lacks trials that the record has: it is always written before the record."""
+    The storage is always written before the record.
+    """
     counts = {summary.study_name: summary.n_trials for summary in optuna.get_all_study_summaries(storage)}
     for arm, number in Counter(row.arm for row in record.trials).items():
         found = counts.get(name_study(arm, "search"), 0)
@@ -257,13 +226,14 @@ def _require_all_trials(record: SweepRecord, storage: SweepStorage) -> None:
                 f"the storage of a sweep must have the {number} trials of `{arm}` in {SWEEP_FILE}, but has {found}. "
                 "Its end was cut off. Restore it, or start a new sweep."
             )
+    return counts
 
 
 def _require_same_file(source: Path | None, record: SweepRecord, path: Path) -> None:
     if source is not None and source.is_file() and record.source_sha256 != compute_sha256(source):
         raise ConfigError(
             f"the sweep file must be as it was when {str(path)!r} began, but {str(source)!r} has changed. Restore it. "
-            f"If it only has more arms or trials, type `lorasweep sweep {source} --resume {path}`."
+            f"For more trials or arms, type `lorasweep sweep --resume {path} arms.ARM.trials=N`."
         )
 
 
@@ -276,16 +246,3 @@ def _open(path: Path, undo: ExitStack) -> SweepStorage:
 def _require_journal(path: Path) -> None:
     if not (path / JOURNAL_FILE).is_file():
         raise RecordError(f"a sweep's folder must contain {JOURNAL_FILE}, but {str(path)!r} does not.")
-
-
-def _warn_of_unplanned_looks(record: SweepRecord) -> list[str]:
-    """Returns a warning if seeds were added after a look that was planned as the last one."""
-    done = [look.seeds for look in record.looks_done]
-    late = [change for change in record.changes if change.stage == "confirm"]
-    if not any(key.startswith("confirm.") for change in late for key in change.settings):
-        return []
-    return [
-        f"Seeds were added after the questions had been tested with {join_words(list(map(str, done)), last='and')} "
-        f"seeds. The tests now have the level of looks at {join_words(list(map(str, record.looks)))} seeds, but the "
-        "earlier ones did not, so the chance of a false verdict is higher than 5 %."
-    ]

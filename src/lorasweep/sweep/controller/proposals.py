@@ -8,7 +8,7 @@ are asked on a new study in memory, so nothing is written, and a sampler keeps n
 - `grid`: every trial is a combination of the grid that no earlier trial has, from Optuna's `BruteForceSampler`.
 - `tpe` and `gp`: the first `count_startup_trials` trials, and all trials before `MIN_RESULTS` results, are scrambled
   Sobol points. A model proposes the other trials. It sees every running trial without a result, and at most
-  `MAX_HISTORY_TRIALS` results: half of them are the best ones, the others are the latest.
+  `MAX_HISTORY_TRIALS` results, the best ones.
 - `gp` in an arm with `confirm_each`: a Gaussian process of `surrogate` proposes trials for each value in turn.
 - `_target_`: the sampler, of Optuna or of the user, proposes every trial. If it stores anything beside the parameters,
   such as the generation of a genetic algorithm, the journal keeps it with the trial, and the next sampler gets it.
@@ -20,13 +20,12 @@ proposal stays.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import statistics
 import warnings
 import zlib
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -34,7 +33,7 @@ import torch
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, BruteForceSampler, GPSampler, RandomSampler, TPESampler
 from optuna.storages import InMemoryStorage
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState
 
 from lorasweep.config.build import TARGET
 from lorasweep.config.components import Component, argument_names, instantiate
@@ -74,13 +73,13 @@ def propose(arm: Arm, history: History, *, number: int) -> tuple[dict[str, Any],
         # a pack asks inside `torch.no_grad`, where a Gaussian process could not be fitted
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore", ExperimentalWarning)
-            if isinstance(sampler, Component):
-                point, state = _ask_component(sampler, history, seed=seed)
-            elif sampler.name == "grid":
-                point = _ask(BruteForceSampler(seed=seed), history, [history.show(trial) for trial in history.trials])
+            if isinstance(sampler, Component) or sampler.name == "grid":
+                brute_force = BruteForceSampler(seed=seed)
+                chosen = _build_sampler(sampler, seed=seed) if isinstance(sampler, Component) else brute_force
+                point, state = _ask(chosen, history, [history.show(trial) for trial in history.trials])
             else:
                 if sampler.name == "random":
-                    point = _ask(RandomSampler(seed=seed), history, [])
+                    point, _ = _ask(RandomSampler(seed=seed), history, [])
                 elif (
                     isinstance(sampler, ModelBasedSampler)
                     and number >= count_startup_trials(sampler, trials=arm.trials)
@@ -138,35 +137,28 @@ def _ask_model(sampler: ModelBasedSampler, history: History, *, seed: int) -> Po
             history.show(trial, **({"state": TrialState.PRUNED} if trial.state == "running" else {}))
             for trial in results
         ]
-    point = _ask(model, history, [*shown, *map(history.show, history.list_running())])
+    point, _ = _ask(model, history, [*shown, *map(history.show, history.list_running())])
     return history.encoding.encode(history.encoding.decode(point))  # the learning rate's range may not allow its u
 
 
-def _ask(sampler: BaseSampler, history: History, shown: Sequence[FrozenTrial]) -> Point:
-    study = optuna.create_study(sampler=sampler, direction=history.direction, storage=_ProposalStorage(shown))
-    return study.ask(history.encoding.ranges).params
-
-
-class _ProposalStorage(InMemoryStorage):
-    """Holds the trials that a sampler sees and the trial that it proposes.
-
-    `Study.add_trial` would copy and check each trial, which takes longer than a proposal.
-    """
-
-    def __init__(self, shown: Sequence[FrozenTrial]) -> None:
-        super().__init__()
-        self._shown = shown
-        for number, trial in enumerate(shown, start=1):  # the new trial is number 0
-            trial.number = number
-
-    def get_all_trials(
-        self,
-        study_id: int,
-        deepcopy: bool = True,  # noqa: FBT001, FBT002 (Optuna's)
-        states: Container[TrialState] | None = None,
-    ) -> list[FrozenTrial]:
-        shown = [trial for trial in self._shown if states is None or trial.state in states]
-        return [*(copy.deepcopy(shown) if deepcopy else shown), *super().get_all_trials(study_id, deepcopy, states)]
+def _ask(sampler: BaseSampler, history: History, shown: Sequence[FrozenTrial]) -> tuple[Point, dict[str, Any]]:
+    """Returns the point of the next trial, and what the sampler stores with it."""
+    storage = InMemoryStorage()
+    study = optuna.create_study(sampler=sampler, direction=history.direction, storage=storage)
+    study_id = storage.get_study_id_from_name(study.study_name)
+    study.add_trials(shown)
+    known: dict[str, Any] = {}  # attributes that earlier samplers wrote to the study
+    for trial in history.trials:
+        known |= trial.sampler_state.get("study", {})
+    for name, value in known.items():
+        storage.set_study_system_attr(study_id, name, value)
+    params = study.ask(history.encoding.ranges).params
+    study_attributes = storage.get_study_system_attrs(study_id)
+    state = {
+        "trial": study.get_trials(deepcopy=False)[-1].system_attrs,
+        "study": {name: value for name, value in study_attributes.items() if known.get(name) != value},
+    }
+    return params, state if any(state.values()) else {}
 
 
 def _show_to_gp(results: Sequence[Trial], history: History) -> list[FrozenTrial]:
@@ -190,42 +182,6 @@ def _show_to_gp(results: Sequence[Trial], history: History) -> list[FrozenTrial]
         for name in names - trial.constraints.keys():
             trial.set_constraint(name, -1.0)
     return shown
-
-
-def _ask_component(component: Component, history: History, *, seed: int) -> tuple[Point, dict[str, Any]]:
-    """Returns the point of the next trial, and what the sampler stores with it.
-
-    Raises:
-        ConfigError: The sampler can't be built.
-    """
-    sampler, ranges = _build_sampler(component, seed=seed), history.encoding.ranges
-    storage = InMemoryStorage()
-    study = optuna.create_study(sampler=sampler, direction=history.direction, storage=storage)
-    study_id = storage.get_study_id_from_name(study.study_name)
-    known: dict[str, Any] = {}  # attributes that earlier samplers wrote to the study
-    for trial in history.trials:
-        known |= trial.sampler_state.get("study", {})
-        shown = history.show(trial)
-        study.add_trial(
-            create_trial(
-                state=shown.state,
-                value=shown.value,
-                params=shown.params,
-                distributions=ranges,
-                intermediate_values=shown.intermediate_values,
-                constraints=shown.constraints,
-                system_attrs=dict(trial.sampler_state.get("trial", {})),  # Optuna adds the constraints to it
-            )
-        )
-    for name, value in known.items():
-        storage.set_study_system_attr(study_id, name, value)
-    params = study.ask(ranges).params
-    study_attributes = storage.get_study_system_attrs(study_id)
-    state = {
-        "trial": study.get_trials(deepcopy=False)[-1].system_attrs,
-        "study": {name: value for name, value in study_attributes.items() if known.get(name) != value},
-    }
-    return params, state if any(state.values()) else {}
 
 
 def _build_sampler(component: Component, *, seed: int) -> BaseSampler:

@@ -25,7 +25,7 @@ from lorasweep.sweep.controller.rate_powers import scale_rate
 from lorasweep.sweep.controller.stopping_rules import RungOrder, build_rule
 from lorasweep.sweep.controller.storage import name_study
 from lorasweep.sweep.definition.arms import Arm
-from lorasweep.sweep.definition.seeds import has_fixed_score
+from lorasweep.sweep.definition.confirm import has_fixed_score
 from lorasweep.training.run_log import RunFolder
 
 FIRST_TRIALS_FRACTION = 0.5

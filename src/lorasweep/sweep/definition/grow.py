@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorasweep.config.build import as_settings
@@ -15,35 +14,26 @@ from lorasweep.sweep.definition.arms import Arm, Definition, make_paths_absolute
 from lorasweep.sweep.definition.space import describe_space
 from lorasweep.wording import join_words
 
-CHANGEABLE_GROUPS = ("worker", "confirm")
-"""Groups of a sweep's settings that change no trial of the search. `reopen_sweep` checks those of `confirm`."""
-CHANGEABLE_KEYS = ("sweep.trials", "sweep.output")
-"""Settings that change no trial that has begun. The numbers of trials are checked separately."""
+CHANGEABLE_KEYS = ("sweep.trials", "sweep.output", "confirm.seeds", "confirm.looks")
+"""Settings that change no trial that has begun, beside those of `worker`. Numbers of trials and seeds are checked
+separately."""
 MISSING = "nothing"
 """Shown in messages in place of a setting that is missing."""
 
 
-def grow_definition(
-    old: Definition, *, changes: Mapping[str, Any], content: Any = None, source: Path | None = None
-) -> Definition:
-    """Returns the definition of a sweep that has begun, with changes applied.
-
-    Args:
-        old: The sweep's definition so far.
-        changes: Overrides, such as `{"arms.lora.trials": 20}`.
-        content: The content of a sweep file that replaces the earlier one; None keeps the earlier one.
-        source: The path of that file.
+def grow_definition(old: Definition, *, changes: Mapping[str, Any]) -> Definition:
+    """Returns the definition of a sweep that has begun, with changes such as `{"arms.lora.trials": 20}` applied.
 
     Raises:
         ConfigError: A key is wrong, or a trial that has begun would change.
     """
-    if not changes and content is None:
+    if not changes:
         return old
     overrides = old.raw["overrides"]
     if "worker" in changes:  # the new kind of workers may not have the old kind's settings
         overrides = {key: value for key, value in overrides.items() if key.split(".")[0] != "worker"}
-    raw = {"file": old.raw["file"] if content is None else content, "overrides": {**overrides, **changes}}
-    new = restore_definition(make_paths_absolute(raw), source=old.source if content is None else source)
+    raw = {"file": old.raw["file"], "overrides": {**overrides, **changes}}
+    new = restore_definition(make_paths_absolute(raw), source=old.source)
     _check_arms(old, new)
     return new
 
@@ -54,30 +44,26 @@ def list_grown_arms(old: Definition, new: Definition) -> dict[str, int]:
     return {arm.name: arm.trials for arm in new.arms if arm.trials != before.get(arm.name)}
 
 
-def warn_of_late_growth(change: SweepChange) -> list[str]:
-    """Returns a warning if the sweep got more trials or arms after the confirm stage had begun."""
-    if not change.trials or change.stage != "confirm":
+def warn_of_late_growth(changes: Sequence[SweepChange]) -> list[str]:
+    """Returns a warning if the sweep got more trials, arms or seeds after the confirm stage had begun."""
+    late = [change for change in changes if change.stage == "confirm"]
+    grown = [f"trials of `{name}`" for change in late for name in change.trials]
+    grown += ["seeds" for change in late if {"confirm.seeds", "confirm.looks"} & change.settings.keys()]
+    if not grown:
         return []
-    grown = join_words([f"`{name}`" for name in change.trials])
     return [
-        f"The search of {grown} grew at {change.at}, after winners had been scored on test data. Winners are chosen on "
-        "validation data only. But if you searched on because of scores on test data, verdicts are less certain than "
-        "they say."
+        f"The sweep got more {join_words(list(dict.fromkeys(grown)))} up to {late[-1].at}, after test scores were "
+        "known. Settings are still chosen on validation data alone. But if you went on because of test scores, the "
+        "chance of a false verdict is higher than 5 %."
     ]
 
 
 def _check_arms(old: Definition, new: Definition) -> None:
-    """Raises ConfigError unless every old arm is there, in the old order, with the settings of its trials."""
-    if new.name != old.name:
-        raise ConfigError(f"`name` must stay {old.name!r} in a sweep that has begun, but got {new.name!r}.")
+    """Raises ConfigError unless every old arm is there, with the settings of its trials."""
     arms = {arm.name: arm for arm in new.arms}
-    names = [arm.name for arm in old.arms]
-    if [name for name in arms if name in names] != names:
-        raise ConfigError(
-            f"a sweep that has begun must keep its arms ({', '.join(names)}) in their order, but got "
-            f"{', '.join(arms)}. Add arms after them, or start a new sweep."
-        )
     for arm in old.arms:
+        if arm.name not in arms:
+            raise ConfigError(f"a sweep that has begun must keep its arm `{arm.name}`. Start a new sweep without it.")
         before, after = _list_settings(arm), _list_settings(arms[arm.name])
         for key in dict.fromkeys([*before, *after]):
             if (value := after.get(key, MISSING)) != (kept := before.get(key, MISSING)):
@@ -101,5 +87,5 @@ def _list_settings(arm: Arm) -> dict[str, Any]:
         for key, value in (multiplier, *dotted_items(settings))
         if not isinstance(value, Mapping)
         and key not in (*arm.space, *CHANGEABLE_KEYS)
-        and key.split(".")[0] not in CHANGEABLE_GROUPS
+        and not key.startswith("worker.")
     }

@@ -87,14 +87,13 @@ def _train_on_ray(sweep: SweepFolder, config: RayWorkers, *, stop_requested: Cal
 
 
 def _train_on_slurm(sweep: SweepFolder, config: SlurmConfig, *, stop_requested: Callable[[], bool]) -> bool:
-    from lorasweep.sweep.workers.slurm import cancel_jobs, read_live_jobs, submit_jobs  # noqa: PLC0415
-    from lorasweep.sweep.workers.slurm_job import TOKEN_FILE, write_address  # noqa: PLC0415
+    from lorasweep.sweep.workers import slurm  # noqa: PLC0415 (needs submitit)
 
     path = sweep.path
 
     def require_jobs() -> None:
         time.sleep(JOBS_INTERVAL_S)
-        states = read_live_jobs(path)
+        states = slurm.read_live_jobs(path)
         if states is None:  # Slurm does not answer now
             return
         if all(any(reason in state for reason in HOPELESS_REASONS) for state in states.values()):
@@ -105,19 +104,19 @@ def _train_on_slurm(sweep: SweepFolder, config: SlurmConfig, *, stop_requested: 
                 f"Type `lorasweep sweep --resume {path}` to submit other jobs."
             )
 
-    with start_head_for_nodes(path, ip=config.head_ip, token_file=path / TOKEN_FILE) as address:
+    with start_head_for_nodes(path, ip=config.head_ip, token_file=path / slurm.TOKEN_FILE) as address:
         from lorasweep.sweep.workers.ray_workers import WorkerPool  # noqa: PLC0415 (Ray must be imported after the head has started)
 
         # The address is written after the token, because a job that reads the address joins at once.
-        write_address(path, address)
+        slurm.write_address(path, address)
         try:
-            cancel_jobs(path)  # of a sweep whose process was killed
-            submit_jobs(config, path)
+            slurm.cancel_jobs(path)  # of a sweep whose process was killed
+            slurm.submit_jobs(config, path)
             pool = WorkerPool(path, num="auto", needs=_worker_needs(sweep.definition, config))
             return pool.train(stop_requested=stop_requested, require_nodes=require_jobs)
         finally:
-            write_address(path, "")  # tells the nodes to end
-            cancel_jobs(path)
+            slurm.write_address(path, "")  # tells the nodes to end
+            slurm.cancel_jobs(path)
 
 
 def count_processes_per_trial(trainer: TrainerConfig) -> int:

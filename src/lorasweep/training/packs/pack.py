@@ -234,7 +234,6 @@ class PackTrainer:
         seconds = (time.perf_counter() - started) / len(self.runs)
         for run in self.runs:
             run.progress.train_s += seconds
-            run.progress.slot_steps += self.slots / len(self.runs)
 
     @torch.no_grad()
     def _evaluate(self) -> list[Metrics]:

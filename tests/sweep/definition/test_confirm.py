@@ -1,4 +1,4 @@
-"""A sweep states its questions before it starts: what is compared with what follows from its arms alone."""
+"""Questions follow from the arms alone; confirm seeds are fresh, and the same for every arm."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from lorasweep.errors import ConfigError
 from lorasweep.record import read_sweep
 from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.definition.questions import list_questions
+from lorasweep.sweep.definition.confirm import draw_confirm_seeds, has_fixed_score, list_questions
 
 RANKS = ["lora-rank-1", "lora-rank-2", "lora-rank-4"]
 OTHER = {"settings": {"method": "lora", "method.rank": 2}, "space": {"optim.lr": [0.01, 0.02]}, "trials": 2}
@@ -83,3 +83,43 @@ def test_questions_and_looks_are_in_the_record_before_the_first_trial(begin, con
     assert [question.name for question in record.questions] == ["as_good_as_full", "smallest"]
     assert (record.looks, len(record.confirm_seeds), record.trials) == ([2, 4], 4, [])
     assert {arm.name: arm.confirm_each for arm in record.arms} == {"frozen": None, "full": None, "lora": "method.rank"}
+
+
+@pytest.fixture
+def define(write_file, three_arms):
+    return lambda *overrides: read_definition(write_file(three_arms), overrides)
+
+
+def test_seeds_depend_on_the_sweeps_seed_and_their_number_alone(define):
+    five = draw_confirm_seeds(define("confirm.seeds=5"))
+    assert len(set(five)) == 5
+    assert all(0 <= seed < 1_000_000 for seed in five)
+    assert draw_confirm_seeds(define("confirm.seeds=5", "arms.lora.trials=9")) == five
+    assert draw_confirm_seeds(define("confirm.seeds=8"))[:5] == five
+    assert set(draw_confirm_seeds(define("confirm.seeds=5", "sweep.seed=1"))).isdisjoint(five)
+    assert draw_confirm_seeds(define("confirm.seeds=0")) == []
+
+
+def test_by_default_there_are_seeds_for_every_look(three_arms, write_file):
+    del three_arms["settings"]["confirm.seeds"]
+    definition = read_definition(write_file(three_arms), [])
+    looks = definition.sweep_config.confirm.list_looks()
+    assert len(looks) > 1
+    assert len(draw_confirm_seeds(definition)) == looks[-1]
+
+
+@pytest.mark.parametrize("key", ["seed", "seeds.init", "seeds.data_order", "seeds.dropout"])
+def test_a_seed_of_the_search_is_not_used_again(define, key):
+    first, second, *_ = draw_confirm_seeds(define("confirm.seeds=5"))
+    fixed = draw_confirm_seeds(define("confirm.seeds=5", f"arms.lora.{key}={first}"))
+    searched = draw_confirm_seeds(define("confirm.seeds=5", f"arms.lora.{key}=choice(1,{first})"))
+    for seeds in (fixed, searched):
+        assert first not in seeds
+        assert seeds[0] == second
+        assert len(set(seeds)) == 5
+
+
+def test_seeds_make_no_difference_to_the_frozen_base_of_a_language_model_alone(define):
+    fixed = {arm.name: has_fixed_score(arm) for arm in define().arms}
+    assert fixed.pop("frozen")
+    assert not any(fixed.values())

@@ -1,14 +1,18 @@
-"""The questions of a sweep, which are stated before its first trial."""
+"""What the confirm stage is asked before the first trial: the questions of a sweep, and the seeds of its runs."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import itertools
+import zlib
+from dataclasses import astuple, replace
 
 from lorasweep.errors import ConfigError
 from lorasweep.record import Question, QuestionName
 from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.wording import nearest
 
+SEED_LIMIT = 1_000_000
+"""Seeds are below this number, so that a person can read and type them."""
 SIZE_KEYS = ("method.rank", "method.dim")
 """The `confirm_each` keys of which a smaller value costs less, so that the smallest sufficient value is asked for."""
 
@@ -60,3 +64,34 @@ def _compare(arm: Arm, *, name: QuestionName, reference: str) -> Question:
 def _name_largest(arm: Arm) -> str:
     """Returns the subject with the largest value of an arm."""
     return list(arm.subjects)[-1]
+
+
+def draw_confirm_seeds(definition: Definition) -> list[int]:
+    """Returns the seeds of the confirm stage: the same for every arm, and none that the search is set to use.
+
+    The seeds depend on `sweep.seed`. A larger number of seeds begins with the same seeds, so that a stage can grow.
+    """
+    count = max(definition.sweep_config.confirm.list_looks(), default=0)
+    configs = [config for arm in definition.arms for config in arm.corner_configs] if count else []
+    used = {seed for config in configs for seed in (config.seed, *astuple(config.seeds))}
+    seeds: dict[int, None] = {}
+    numbers = itertools.count()
+    while len(seeds) < count:
+        # crc32 is the same in every process, unlike Python's hash of a text
+        seed = zlib.crc32(f"{definition.sweep_config.sweep.seed}/confirm/{next(numbers)}".encode()) % SEED_LIMIT
+        if seed not in used:
+            seeds[seed] = None
+    return list(seeds)
+
+
+def has_fixed_score(arm: Arm) -> bool:
+    """Returns whether the seed surely makes no difference to an arm: the frozen base, unless it may have a new head."""
+    config = arm.corner_configs[0]
+    return config.method.name == "frozen" and config.model.kind != "classifier"
+
+
+def count_confirm_runs(definition: Definition, *, look: int = 0) -> dict[str, int]:
+    """Returns the number of confirm runs of each arm, if the questions are settled at the look with this index."""
+    looks = definition.sweep_config.confirm.list_looks()
+    seeds = looks[look] if looks else 0
+    return {arm.name: min(seeds, 1) if has_fixed_score(arm) else seeds * len(arm.subjects) for arm in definition.arms}
