@@ -42,15 +42,14 @@ FULL_OF = {"stdlib_docs_lora": "stdlib_docs_full", "stdlib_code_lora": "stdlib_c
 NOISE_SHARE = 1 / 3
 """Seed noise is the spread over seeds of a setting's final score, beside what a seed does to all settings alike, pooled
 over this best share of the settings."""
-RULES: Mapping[str, tuple[StoppingRule, bool]] = {
-    "none": (StoppingRule(), False),
-    "cutoff at 2, best 1/3": (Halving(rungs=(2,), reduction_factor=3), False),
-    "halving at 2, 6, best 1/2": (Halving(rungs=(2, 6), reduction_factor=2), False),
-    "halving at 2, 6, best 1/2, by loss": (Halving(rungs=(2, 6), reduction_factor=2), True),
-    "cutoff at 6, best 1/2 (the default)": (Halving(rungs=(6,), reduction_factor=2), False),
-    "cutoff at 6, best 1/3": (Halving(rungs=(6,), reduction_factor=3), False),
+RULES: Mapping[str, StoppingRule] = {
+    "none": StoppingRule(),
+    "cutoff at 2, best 1/3": Halving(rungs=(2,), reduction_factor=3),
+    "halving at 2, 6, best 1/2": Halving(rungs=(2, 6), reduction_factor=2),
+    "cutoff at 6, best 1/2 (the default)": Halving(rungs=(6,), reduction_factor=2),
+    "cutoff at 6, best 1/3": Halving(rungs=(6,), reduction_factor=3),
 }
-"""The compared rules by name, and whether they compare trials by the validation loss instead of the metric."""
+"""The compared rules by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +58,6 @@ class Curve:
 
     values: Mapping[int, float]
     """The metric at each evaluation."""
-    losses: Mapping[int, float]
     fails_at: int | None
     """The evaluation at which the trial failed with NaN."""
 
@@ -218,15 +216,13 @@ class Tally:
         return "{:4.0f} {:7.2f} {:7.2f} {:5.0f}".format(*(100 * number for number in numbers))
 
 
-def replay(rule: StoppingRule, data: TaskSeed, tally: Tally, *, n: int, draws: int, by_loss: bool) -> None:
+def replay(rule: StoppingRule, data: TaskSeed, tally: Tally, *, n: int, draws: int) -> None:
     """Adds the results of a rule on `draws` random draws of n trials; every rule gets the same draws."""
     random = np.random.default_rng([n, data.seed])
     for _ in range(draws):
         curves = [data.curves[i] for i in random.choice(len(data.curves), size=n, replace=False)]
-        # bits per byte are proportional to the loss, so both rank trials equally
-        judged = [curve.losses if by_loss and data.task in MAXIMIZED else curve.values for curve in curves]
-        fails_at = [curve.fails_at for curve in curves]
-        outcome = Arm(judged, fails_at, rule, first_part=math.ceil(FIRST_PART_FRACTION * n)).run()
+        values, fails_at = [curve.values for curve in curves], [curve.fails_at for curve in curves]
+        outcome = Arm(values, fails_at, rule, first_part=math.ceil(FIRST_PART_FRACTION * n)).run()
         best = min(curve.final for curve in curves)
         chosen = min((curves[number].final for number in outcome.complete), default=math.inf)
         tally.steps.append(outcome.steps / (LAST * n))
@@ -293,7 +289,7 @@ def _read_trials(rows: Sequence[Mapping[str, str]], task: str) -> tuple[Curve, .
         values = {int(row["evaluation"]): _value(row, task) for row in of}
         losses = {int(row["evaluation"]): float(row["val_loss"]) for row in of}
         broken = [t for t in values if not (math.isfinite(values[t]) and math.isfinite(losses[t]))]
-        curves.append(Curve(values=values, losses=losses, fails_at=min(broken, default=None)))
+        curves.append(Curve(values=values, fails_at=min(broken, default=None)))
     return tuple(curves)
 
 
@@ -308,12 +304,12 @@ def main() -> None:
     data = [each for each in read_curves(Path(__file__).parent / "curves") if each.task != LEFT_OUT]
     print("Steps, median and 95th percentile of the loss, best or within seed noise, in %; rungs in twelfths of a run.")
     print(f"{'rule':38}" + "".join(f"{f'n = {n}':30}" for n in NUM_TRIALS))
-    for name, (rule, by_loss) in RULES.items():
+    for name, rule in RULES.items():
         cells = []
         for n in NUM_TRIALS:
             tally = Tally()
             for each in data:
-                replay(rule, each, tally, n=n, draws=draws, by_loss=by_loss)
+                replay(rule, each, tally, n=n, draws=draws)
             cells.append(f"{tally.show():30}")
         print(f"{name:38}{''.join(cells)}")
 

@@ -218,9 +218,9 @@ def test_a_sweep_whose_trials_all_fail_ends_with_1_and_says_where_to_look(capsys
 
 def test_a_composed_sweep_is_shown_with_all_settings_and_ranges(capsys, here, mini):
     over_rank = "arms.lora.method.alpha={over_rank: [1, 2]}"
-    assert run(["sweep", mini, "--cfg", "job", over_rank, "sampler=random", "optim.weight_decay=0.1"]) == DONE
+    assert run(["sweep", mini, "--cfg", "job", over_rank, "sampler=qmc", "optim.weight_decay=0.1"]) == DONE
     shown = yaml.safe_load(capsys.readouterr().out)
-    assert (shown["name"], shown["sampler"]["name"], shown["confirm"]["seeds"]) == ("mini", "random", 0)
+    assert (shown["name"], shown["sampler"]["name"], shown["confirm"]["seeds"]) == ("mini", "qmc", 0)
     frozen, lora = shown["arms"]["frozen"], shown["arms"]["lora"]
     assert (frozen["trials"], frozen["method"], lora["trials"]) == (1, {"name": "frozen"}, 2)
     assert (lora["method"]["rank"], lora["method"]["alpha"]) == ([1, 2], {"over_rank": [1, 2]})

@@ -13,7 +13,7 @@ import pytest
 from optuna.distributions import FloatDistribution
 from tests.sweep.controller.conftest import make_arm
 
-from lorasweep.config.sweep import FixedSampler
+from lorasweep.config.sweep import SobolSampler
 from lorasweep.record import Trial
 from lorasweep.sweep.controller.arm_trials import ArmTrials
 from lorasweep.sweep.controller.stopping_rules import Halving, RungOrder
@@ -48,7 +48,7 @@ def run_by_controller(inputs, arm):
     """Steps and complete trials where the controller's own `ArmTrials` decides what the replay decides."""
     storage = optuna.storages.InMemoryStorage()
     trials = ArmTrials(
-        make_arm({"optim.lr": FloatDistribution(0, 1)}, FixedSampler(name="random")),
+        make_arm({"optim.lr": FloatDistribution(0, 1)}, SobolSampler(name="qmc")),
         study=optuna.create_study(storage=storage, study_name="lora"),
         storage=storage,
         space={"optim.lr": FloatDistribution(0, 1)},

@@ -36,7 +36,7 @@ from lorasweep.errors import ConfigError
             for margin in (0.0, -0.1, "0%", "100%", "five", "%")
         ),
         ({"confirm.seed": 3}, r"`confirm.seed` is not a setting. Did you mean `confirm.seeds`\?"),
-        ({"sampler": "random", "sampler.startup_trials": 3}, "`sampler.startup_trials` is not a setting."),
+        ({"sampler": "qmc", "sampler.startup_trials": 3}, "`sampler.startup_trials` is not a setting."),
     ],
 )
 def test_a_sweep_setting_out_of_range_is_refused(settings, message):

@@ -8,12 +8,9 @@ from typing import Any
 import pytest
 
 from lorasweep.errors import ConfigError, RecordError
-from lorasweep.record import read_run
 from lorasweep.report.recommend import Recommendation, read_recommended
 from lorasweep.report.summary import summarize
-from lorasweep.report.write import write_report
 from lorasweep.results import load_sweep
-from lorasweep.runs.model_card import build_card
 
 from .conftest import build_rank_sweep, edit_json
 
@@ -49,28 +46,6 @@ def test_predicted_setting_is_read_with_the_value_of_confirm_each(tmp_path: Path
     for subject in (None, "lora", "lora-rank-8"):
         assert load_sweep(sweep).recommended(subject).params == {"method.rank": 8, "optim.lr": 0.0102}
     assert read_recommended(sweep / "lora-rank-2")[0]["method.rank"] == 2
-
-
-def test_model_card_names_the_confirm_run_and_says_whether_its_settings_are_recommended(
-    tmp_path: Path, make_config: Any
-) -> None:
-    sweep = build_rank_sweep(tmp_path, {2: 1.75, 8: 1.6605}, noise=0.0002)
-    write_report(sweep)
-
-    def describe(run: str) -> str:
-        record = read_run(sweep / run)
-        return str(
-            build_card(record, make_config(), run=sweep / run, format="peft", dtype="fp32", repository="adapter")
-        )
-
-    runs = {run.subject: run for run in load_sweep(sweep).record.confirm}
-    best, other = runs["lora-rank-8"], runs["lora-rank-2"]
-    assert f"from the confirm run with seed {best.seed} of `lora-rank-8` in the sweep" in describe(best.run)
-    assert "recommends other settings" not in describe(best.run)
-    assert "of `lora-rank-2` in the sweep `quickstart`. The report recommends other settings." in describe(other.run)
-    trial = next(trial for trial in load_sweep(sweep).trials if trial.subject == "lora-rank-8")
-    assert f"from trial {trial.number} of `lora-rank-8`" in describe(trial.run)
-    assert "recommends other settings" in describe(trial.run)  # its learning rate is another
 
 
 def test_settings_are_read_of_a_sweep_or_of_an_arm_and_use_all_training_data(confirmed: Path) -> None:

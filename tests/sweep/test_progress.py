@@ -77,7 +77,7 @@ def test_a_sweep_in_this_process_is_shown_with_a_line_per_run(begin, work, runs,
 
 def test_a_killed_pack_that_goes_on_has_a_line_for_each_trial_once(begin, work, runs, packs, content, monkeypatch):
     monkeypatch.setattr(SweepFolder, "is_save_due", lambda self: True)  # the record has all that was told
-    content["settings"] |= {"worker.pack_size": 3, "sampler": "random"}
+    content["settings"] |= {"worker.pack_size": 3, "sampler": "qmc"}
     content["arms"] = {"lora": content["arms"]["lora"]}
     folder = begin(content)
     true_close, closed = runs.close, []

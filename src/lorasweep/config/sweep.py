@@ -39,10 +39,10 @@ class ModelBasedSampler(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FixedSampler(Settings):
-    """Sobol points, random points, or every combination once. Proposals do not depend on scores."""
+class SobolSampler(Settings):
+    """Sobol points, which do not depend on scores."""
 
-    name: Literal["qmc", "random", "grid"]
+    name: Literal["qmc"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +56,6 @@ class HalvingPruner(Settings):
     """One in `reduction_factor` trials continues at each rung."""
     min_survivors: Positive
     """Minimum number of trials that continue at a rung that no other trial can still reach."""
-    criterion: Literal["loss", "metric"]
-    """Trials are compared by the sweep's metric, which also picks the winner, or by the validation loss. The loss also
-    orders trials whose metric is equal."""
 
     def __post_init__(self) -> None:
         if not self.rungs or list(self.rungs) != sorted({rung for rung in self.rungs if 0 < rung < 1}):
@@ -76,7 +73,7 @@ class NoPruner(Settings):
 
 
 SamplerConfig = Annotated[
-    Annotated[ModelBasedSampler | FixedSampler, Field(discriminator="name"), Tag("settings")]
+    Annotated[ModelBasedSampler | SobolSampler, Field(discriminator="name"), Tag("settings")]
     | Annotated[Component, Tag("component")],
     SETTINGS_OR_COMPONENT,
 ]

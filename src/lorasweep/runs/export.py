@@ -84,7 +84,7 @@ def export_run(
             dtype = "fp32"
         else:
             dtype = _export_merged(record, config, run / "best", folder)
-        card = build_card(record, config, run=run, format=format, dtype=dtype, repository=out.resolve().name)
+        card = build_card(record, config, format=format, dtype=dtype, repository=out.resolve().name)
         card.save(folder / CARD_FILE)
         num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return Export(folder=out, dtype=dtype, num_bytes=num_bytes)

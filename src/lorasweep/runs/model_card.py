@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,11 @@ from lorasweep.config.compose import dotted_items
 from lorasweep.config.method import PeftConfig
 from lorasweep.config.model import ModelConfig
 from lorasweep.config.run import RunConfig
-from lorasweep.errors import RecordError
 from lorasweep.models.folder import EMBEDDED_PREFIX, find_local_path
 from lorasweep.models.quantised import TRANSFORMERS_ARGUMENTS
-from lorasweep.record import SWEEP_FILE, RunRecord, read_sweep
+from lorasweep.record import RunRecord
 
 CARD_FILE = "README.md"
-SUMMARY_FILE = "report/summary.json"
-"""The file in a sweep's folder with the sentences of its report."""
 PIPELINE_TAGS = {"causal_lm": "text-generation", "classifier": "text-classification"}
 """The hub's name for what a model does, by `model.kind`."""
 MODEL_CLASSES = {
@@ -38,15 +34,12 @@ SHOWN_DATA = ("examples", "blocks", "documents", "fingerprint")
 """The facts on a split that a card shows."""
 
 
-def build_card(
-    record: RunRecord, config: RunConfig, *, run: Path, format: str, dtype: str, repository: str
-) -> ModelCard:
+def build_card(record: RunRecord, config: RunConfig, *, format: str, dtype: str, repository: str) -> ModelCard:
     """Returns the card of an exported run. It has no path of this machine.
 
     Args:
         record: The run's record.
         config: The run's settings.
-        run: The run's folder. If it belongs to a sweep, the card has what the sweep's report says of its arm.
         format: `peft` or `merged`.
         dtype: Name of the type of the written weights, such as `bf16`.
         repository: `USER/NAME` on the hub, or the name of the exported folder, from which the example loads.
@@ -75,7 +68,6 @@ def build_card(
     sections = {
         "How to load": _describe_loading(record, config.model, format=format, repository=repository),
         "Scores": _describe_scores(record),
-        "What the sweep found": _describe_verdict(record, run),
         "How it was trained": _describe_training(record, config, data_name),
     }
     body = "\n".join(f"## {title}\n\n{text}\n" for title, text in sections.items())
@@ -141,31 +133,6 @@ def _describe_scores(record: RunRecord) -> str:
     ]
     at = "" if step is None else f", after step {step:.0f} of {record.steps_planned}"
     return "\n".join([*lines, "", f"The weights are those with the best score on validation data{at}."])
-
-
-def _describe_verdict(record: RunRecord, run: Path) -> str:
-    """Returns the sentences of the report of the sweep that this run, or its settings, come from."""
-    folder = run.resolve().parent.parent
-    try:
-        if record.arm is not None and (folder / SWEEP_FILE).is_file():
-            sweep = read_sweep(folder)
-            trial = next(one for one in (*sweep.trials, *sweep.confirm) if (folder / one.run) == run.resolve())
-            subject, params = trial.subject, trial.params
-            source = f"trial {trial.number}" if trial.seed is None else f"the confirm run with seed {trial.seed}"
-        else:
-            folder, subject, params = Path(record.origin["sweep"]), record.origin["arm"], {}
-            number = record.origin["trial"]
-            source = "the predicted setting" if number is None else f"trial {number}"
-        summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
-        found = {entry["arm"]: entry["sentences"] for entry in summary["recommended"]}
-        best = {entry["name"]: entry["best"]["params"] or {} for entry in summary["arms"]}.get(subject, {})
-        is_best = all(best.get(key, value) == value for key, value in params.items())
-        lines = [f"- {sentence}" for sentence in found[subject if subject in found else next(iter(found))]]
-    except (OSError, RecordError, ValueError, LookupError, TypeError, StopIteration):  # missing or damaged
-        return "Nothing: the run is not from a sweep with a report."
-    also = "" if subject in found and is_best else " The report recommends other settings."
-    lead = f"The settings are from {source} of `{subject}` in the sweep `{summary.get('sweep')}`."
-    return "\n".join([f"{lead}{also} The report says:", "", *lines])
 
 
 def _describe_training(record: RunRecord, config: RunConfig, data_name: str) -> str:

@@ -16,7 +16,8 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.trial import create_trial
 from tests.sweep.controller.conftest import ask_for_proposal, make_arm, make_trial
 
-from lorasweep.config.sweep import FixedSampler, ModelBasedSampler
+from lorasweep.config.components import Component
+from lorasweep.config.sweep import ModelBasedSampler, SobolSampler
 from lorasweep.sweep.controller import history as history_file
 from lorasweep.sweep.controller import proposals
 from lorasweep.sweep.controller.encoding import SpaceEncoding, draw_sobol_point
@@ -31,9 +32,9 @@ AT_ONE_ALPHA = {key: SPACE[key] for key in ("method.rank", "optim.lr")}
 SAMPLERS = {
     "tpe": ModelBasedSampler(name="tpe", startup_trials=None),
     "gp": ModelBasedSampler(name="gp", startup_trials=None),
-    "qmc": FixedSampler(name="qmc"),
-    "random": FixedSampler(name="random"),
-    "grid": FixedSampler(name="grid"),
+    "qmc": SobolSampler(name="qmc"),
+    "random": Component(target="optuna.samplers.RandomSampler", arguments={}),
+    "grid": Component(target="optuna.samplers.BruteForceSampler", arguments={}),
 }
 MODELS = ("tpe", "gp")
 

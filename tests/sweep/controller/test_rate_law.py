@@ -9,14 +9,14 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from tests.sweep.controller.conftest import ask_for_proposal, make_arm, make_trial
 
-from lorasweep.config.sweep import FixedSampler, ModelBasedSampler
+from lorasweep.config.sweep import ModelBasedSampler, SobolSampler
 from lorasweep.sweep.controller.encoding import SpaceEncoding, build_rate_law, draw_sobol_point
 from lorasweep.sweep.definition.arms import read_definition
 
 RANKS = [1, 4, 16, 64]
 LR = FloatDistribution(1e-4, 1e-2, log=True)
 RANK_AND_RATE = {"method.rank": CategoricalDistribution(RANKS), "optim.lr": LR}
-QMC = FixedSampler(name="qmc")
+QMC = SobolSampler(name="qmc")
 
 
 @pytest.fixture
@@ -105,7 +105,6 @@ SAMPLERS = {
     "tpe": ModelBasedSampler(name="tpe", startup_trials=2),
     "gp": ModelBasedSampler(name="gp", startup_trials=2),
     "qmc": QMC,
-    "random": FixedSampler(name="random"),
 }
 
 

@@ -8,7 +8,6 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from lorasweep.config.compose import compose_run, compose_sweep
-from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.arms import read_definition, restore_definition
 
 LR = FloatDistribution(1e-3, 1e-1, log=True)
@@ -82,9 +81,9 @@ def test_trials_are_set_for_all_arms_with_a_space_or_for_one(read, content):
 
 def test_an_arms_own_sweep_settings_beat_the_files_and_the_command_line_beats_both(read, content):
     content["settings"]["sampler"] = "qmc"
-    content["arms"]["lora"]["settings"]["sampler"] = "random"
+    content["arms"]["lora"]["settings"]["sampler"] = "tpe"
     names = {arm.name: arm.sweep_config.sampler.name for arm in read(content).arms}
-    assert names == {"frozen": "qmc", "full": "qmc", "lora": "random"}
+    assert names == {"frozen": "qmc", "full": "qmc", "lora": "tpe"}
     names = {arm.name: arm.sweep_config.sampler.name for arm in read(content, "sampler=gp").arms}
     assert names == {"frozen": "gp", "full": "gp", "lora": "gp"}
     names = {
@@ -98,7 +97,6 @@ def test_an_arms_own_sweep_settings_beat_the_files_and_the_command_line_beats_bo
     [
         ({"pruner.reduction_factor": 4}, "pruner=none", "none"),
         ({"pruner.rungs": [0.5], "pruner.reduction_factor": 4}, "arms.lora.pruner=none", "none"),
-        ({"sampler.startup_trials": 7}, "sampler=random", "random"),
         ({"sampler.startup_trials": 7}, "arms.lora.sampler=qmc", "qmc"),
         ({"schedule.warmup_fraction": 0.5}, "schedule=constant", "constant"),
         ({"schedule.warmup_fraction": 0.5}, "arms.lora.schedule=cosine", "cosine"),
@@ -164,15 +162,6 @@ def test_a_swept_group_leaves_its_settings_alone(read, content):
     assert lora.space["schedule"] == CategoricalDistribution(["linear", "cosine"])
     assert {config.schedule.name for config in lora.corner_configs} == {"linear", "cosine"}
     assert {config.schedule.warmup_fraction for config in lora.corner_configs} == {0.5}
-
-
-def test_a_grid_takes_as_many_trials_as_it_has_combinations(read, content):
-    content["arms"]["lora"] |= {"space": {"method.rank": [1, 2], "optim.lr": [0.1, 0.2, 0.3]}, "trials": 6}
-    content["arms"]["full"] |= {"space": {"optim.lr": {"low": 0.1, "high": 0.3, "step": 0.1}}, "trials": 3}
-    assert read(content, "sampler=grid").sweep_config.sampler.name == "grid"
-    content["arms"]["lora"]["trials"] = 7
-    with pytest.raises(ConfigError, match=r"`arms.lora.trials <= 6` must hold .*`sampler=grid`.*, but got 7."):
-        read(content, "sampler=grid")
 
 
 def test_a_definition_comes_back_from_its_record(read, content):

@@ -15,7 +15,6 @@ from lorasweep.sweep.definition.packing import (
     NEEDED_SETTINGS,
     explain_solo_arms,
     plan_packing,
-    rank_arms_by_duration,
 )
 
 
@@ -96,18 +95,6 @@ def test_a_pack_larger_than_its_trials_is_refused(write_file, content):
 def test_a_pack_asked_for_an_arm_without_slots_is_refused(write_file, content):
     with pytest.raises(ConfigError, match=r"`worker.pack_size` must be 1 or auto for arm `full`, but got 2"):
         plan(write_file, content, "arms.full.worker.pack_size=2")
-
-
-@pytest.mark.parametrize(
-    ("pack_size", "expected"),
-    [("auto", ["lora", "longer", "full", "head", "frozen"]), (1, ["longer", "full", "lora", "head", "frozen"])],
-)
-def test_what_keeps_a_worker_busy_for_longest_comes_first(write_file, content, pack_size, expected):
-    content["settings"]["worker.pack_size"] = pack_size
-    content["arms"]["head"] = {"settings": {"method": "head"}}
-    content["arms"]["longer"] = {"settings": {"method": "full", "trainer.max_steps": 16}}
-    places = rank_arms_by_duration(read_definition(write_file(content)))
-    assert sorted(places, key=places.get) == expected
 
 
 def quantizations(definition):

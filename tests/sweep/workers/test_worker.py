@@ -28,7 +28,7 @@ HALVING = {"pruner": "halving", "pruner.rungs": [0.25, 0.5], "pruner.reduction_f
 @pytest.mark.parametrize(
     ("sampler", "stop_at"),
     [
-        ("random", 3),
+        ("qmc", 3),
         ("tpe", 7),
         pytest.param("gp", 5, marks=pytest.mark.slow),
     ],
@@ -125,7 +125,7 @@ def test_trials_are_pruned_and_keep_their_best_score(begin, work, runs, content)
 
 
 def test_a_paused_trial_goes_on_under_its_number_from_where_it_was(begin, work, runs, content):
-    content["settings"] |= HALVING | {"sampler": "random"}
+    content["settings"] |= HALVING | {"sampler": "qmc"}
     content["arms"] = {"lora": content["arms"]["lora"] | {"trials": 12}}
     steps = {}
 

@@ -17,7 +17,7 @@ from lorasweep.sweep.controller.lifecycle import reopen_sweep
 @pytest.fixture
 def packed(content):
     """Three arms, of which the trials of `lora` train in packs of four."""
-    content["settings"] |= {"worker.pack_size": 4, "sampler": "random"}
+    content["settings"] |= {"worker.pack_size": 4, "sampler": "qmc"}
     return content
 
 

@@ -240,8 +240,6 @@ class ArmTrials:
         remedies = ["more steps (`trainer.max_steps`)", "other learning rates (`optim.lr`)"]
         if metric in ("accuracy", "f1"):
             remedies.append("another metric (`data.metric=matthews` if each example has one label)")
-        if metric != "loss" and not self._order.by_loss:
-            remedies.append("`pruner.criterion=loss`")
         return (
             f"Most trials of `{self.arm.name}` have learned nothing at step {min(self._rule.rungs, default=0)}: their "
             f"{format_metric(metric)} is no better than that of an answer that needs no training "

@@ -22,7 +22,6 @@ from lorasweep.sweep.controller.arm_trials import ArmTrials
 from lorasweep.sweep.controller.folder import RUNS_FOLDER, SweepFolder
 from lorasweep.sweep.controller.stages import Confirmation, Search, Stage, choose_settings
 from lorasweep.sweep.definition.arms import Arm
-from lorasweep.sweep.definition.packing import rank_arms_by_duration
 from lorasweep.training.checkpoint import remove_checkpoints
 from lorasweep.training.run_log import RunFolder, prune_paused_run
 
@@ -89,7 +88,6 @@ class Controller:
         self._failures_in_a_row = 0
         self._deaths_in_a_row = 0
         self._usage: dict[str, Mapping[str, float]] = {}
-        self._places = rank_arms_by_duration(sweep.definition)
         self._add_warnings(self.search.arms.values())
         self._advance_stage()
 
@@ -125,9 +123,8 @@ class Controller:
             trials.hand_out_again(trial, worker=worker, request=request)
             return self._assign(trials, trial)
         # Then arms without a space, then the arm that has begun the smallest fraction of its trials; of equal arms, the
-        # one whose trials keep a worker busy for longest. Within an arm, a paused trial that may continue comes before
-        # a new trial.
-        for trials in sorted(candidates, key=self._sort_key):
+        # first of the sweep file. Within an arm, a paused trial that may continue comes before a new trial.
+        for trials in sorted(candidates, key=lambda one: (bool(one.arm.space), len(one.trials) / max(one.planned, 1))):
             if (promoted := trials.next_promoted()) is not None:
                 trial, rung = promoted
                 trials.promote(trial, rung, order=self._next_order(), worker=worker, request=request)
@@ -257,7 +254,8 @@ class Controller:
 
     def count_stage_runs(self) -> dict[str, int]:
         """Returns by arm how many runs the current stage has altogether, from its first to its last."""
-        return {name: self.stage.arms[name].planned if name in self.stage.arms else 0 for name in self._places}
+        arms = [arm.name for arm in self.sweep.definition.arms]
+        return {name: self.stage.arms[name].planned if name in self.stage.arms else 0 for name in arms}
 
     def is_over(self) -> bool:
         return self._is_over
@@ -327,10 +325,6 @@ class Controller:
                 self.sweep.warn(warning)
             elif warning in record.warnings:
                 record.warnings.remove(warning)
-
-    def _sort_key(self, trials: ArmTrials) -> tuple[bool, float, int]:
-        begun_fraction = len(trials.trials) / trials.planned if trials.planned else 1.0
-        return bool(trials.arm.space), begun_fraction, self._places[trials.arm.name]
 
     def _next_order(self) -> int:
         orders = [trial.order for trials in self.stage.arms.values() for trial in trials.trials.values()]

@@ -17,8 +17,8 @@ from lorasweep.sweep.controller.encoding import SAMPLERS_IN_U, Point, SpaceEncod
 from lorasweep.sweep.definition.arms import Arm
 
 MAX_HISTORY_TRIALS = 200
-"""Number of results that a model sees. The cost of a Gaussian process grows with the cube of this number: at 200 a
-proposal takes about 0.5 s (TPE: 0.04 s), at 500 about 3 s."""
+"""Number of results, and of running trials, that a model sees. The cost of a Gaussian process grows with the cube of
+this number: at 200 a proposal takes about 0.5 s (TPE: 0.04 s), at 500 about 3 s."""
 OPTUNA_STATES: Mapping[TrialState, OptunaState] = {
     "complete": OptunaState.COMPLETE,
     "paused": OptunaState.PRUNED,  # a sampler reads a pruned trial as a result of fewer steps
@@ -73,8 +73,9 @@ class History:
         return sorted(results[:MAX_HISTORY_TRIALS], key=lambda trial: trial.number)
 
     def list_running(self) -> list[Trial]:
-        """Returns the running trials without a result, in the order of their numbers."""
-        return [trial for trial in self.trials if trial.state == "running" and not is_result(trial)]
+        """Returns the latest running trials without a result, at most `MAX_HISTORY_TRIALS`."""
+        running = [trial for trial in self.trials if trial.state == "running" and not is_result(trial)]
+        return running[-MAX_HISTORY_TRIALS:]
 
     def has_tried(self, point: Point) -> bool:
         """Returns whether a trial had this point. Values of continuous ranges are compared to two digits."""

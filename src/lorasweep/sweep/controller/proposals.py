@@ -4,16 +4,15 @@ A proposal depends only on the sweep's seed, the arm's name, the trial's number 
 are asked on a new study in memory, so nothing is written, and a sampler keeps no state between trials:
 
 - `qmc`: every trial is a scrambled Sobol point.
-- `random`: every trial is a random point.
-- `grid`: every trial is a combination of the grid that no earlier trial has, from Optuna's `BruteForceSampler`.
 - `tpe` and `gp`: the first `count_startup_trials` trials, and all trials before `MIN_RESULTS` results, are scrambled
   Sobol points. A model proposes the other trials. It sees every running trial without a result, and at most
   `MAX_HISTORY_TRIALS` results, the best ones.
 - `gp` in an arm with `confirm_each`: a Gaussian process of `surrogate` proposes trials for each value in turn.
-- `_target_`: the sampler, of Optuna or of the user, proposes every trial. If it stores anything beside the parameters,
-  such as the generation of a genetic algorithm, the journal keeps it with the trial, and the next sampler gets it.
+- `random`, `grid` and `_target_`: the sampler, of Optuna or of the user, proposes every trial. If it stores anything
+  beside the parameters, such as the generation of a genetic algorithm, the journal keeps it with the trial, and the
+  next sampler gets it.
 
-With `qmc`, `random`, `tpe` and `gp`, a proposal that repeats an earlier trial of the arm is replaced by the first of
+With `qmc`, `tpe` and `gp`, a proposal that repeats an earlier trial of the arm is replaced by the first of
 the next `MAX_SOBOL_DRAWS` Sobol points that repeats no trial. If all of them repeat one, as in a small space, the
 proposal stays.
 """
@@ -31,7 +30,7 @@ from typing import Any
 import optuna
 import torch
 from optuna.exceptions import ExperimentalWarning
-from optuna.samplers import BaseSampler, BruteForceSampler, GPSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, GPSampler, TPESampler
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState
 
@@ -73,14 +72,11 @@ def propose(arm: Arm, history: History, *, number: int) -> tuple[dict[str, Any],
         # a pack asks inside `torch.no_grad`, where a Gaussian process could not be fitted
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore", ExperimentalWarning)
-            if isinstance(sampler, Component) or sampler.name == "grid":
-                brute_force = BruteForceSampler(seed=seed)
-                chosen = _build_sampler(sampler, seed=seed) if isinstance(sampler, Component) else brute_force
-                point, state = _ask(chosen, history, [history.show(trial) for trial in history.trials])
+            if isinstance(sampler, Component):
+                shown = [history.show(trial) for trial in history.trials]
+                point, state = _ask(_build_sampler(sampler, seed=seed), history, shown)
             else:
-                if sampler.name == "random":
-                    point, _ = _ask(RandomSampler(seed=seed), history, [])
-                elif (
+                if (
                     isinstance(sampler, ModelBasedSampler)
                     and number >= count_startup_trials(sampler, trials=arm.trials)
                     and sum(get_last_value(trial) is not None for trial in history.list_results()) >= MIN_RESULTS

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 from optuna.distributions import IntDistribution
 
 from lorasweep.config.run import LR, SEED_KEYS, STEPS_KEY, RunConfig
-from lorasweep.config.sweep import FixedSampler
+from lorasweep.config.sweep import SobolSampler
 from lorasweep.record import LookRow, SettingRow, Trial, find_winner, name_run, name_subject
 from lorasweep.report.evidence.evidence import answer_sweep, build_scale, read_confirm_scores
 from lorasweep.sweep.controller.arm_trials import ArmTrials
@@ -68,15 +68,13 @@ class Search:
         return RunFolder(path=self._sweep.path / trial.run, arm=trial.arm, trial=trial.number)
 
     def _read_trials(self, arm: Arm, session: str | None) -> ArmTrials:
-        pruner = arm.sweep_config.pruner
-
         def build_trial(number: int, params: Mapping[str, Any]) -> Trial:
             value = None if arm.confirm_each is None else params[arm.confirm_each]
             subject = name_subject(arm.name, arm.confirm_each, value)
             run = name_run(self.name, arm.name, number)
             return Trial(arm=arm.name, subject=subject, number=number, params=dict(params), run=run)
 
-        is_adaptive = not isinstance(arm.sweep_config.sampler, FixedSampler)  # a component may learn
+        is_adaptive = not isinstance(arm.sweep_config.sampler, SobolSampler)  # a component may learn
         return ArmTrials(
             arm,
             study=self._sweep.open_study(name_study(arm.name, self.name)),
@@ -86,7 +84,6 @@ class Search:
             planned=arm.trials,
             order=RungOrder(
                 direction=self._sweep.record.direction,
-                by_loss=getattr(pruner, "criterion", "metric") == "loss",
                 constant_answer=self._sweep.record.constant_answer,
             ),
             rule=build_rule(arm),

@@ -84,8 +84,6 @@ class RungOrder:
     """The order of an arm's trials at a rung. It depends neither on the order of slots nor on that of reports."""
 
     direction: Direction
-    by_loss: bool = False
-    """Whether trials are compared by validation loss instead of the metric."""
     constant_answer: float | None = None
     """Validation score of the constant answer (`DataSplits.score_constant_answer`); None if there is none."""
 
@@ -94,9 +92,7 @@ class RungOrder:
         sign = get_sign(self.direction)
         cost, loss = sign * trial.values[rung], trial.losses.get(rung, math.inf)
         cost, loss = (math.inf if math.isnan(number) else number for number in (cost, loss))
-        if self.by_loss:
-            cost = loss
-        elif self.constant_answer is not None and cost < math.inf and self.has_learned_nothing(trial, rung):
+        if self.constant_answer is not None and cost < math.inf and self.has_learned_nothing(trial, rung):
             # The metric does not say which of these trials begins to learn, but the loss does.
             cost = sign * self.constant_answer
         return cost, loss, trial.number

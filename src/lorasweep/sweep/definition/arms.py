@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import math
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -37,7 +36,6 @@ from lorasweep.errors import ConfigError
 from lorasweep.record import name_subject
 from lorasweep.sweep.definition.space import (
     Space,
-    count_combinations,
     describe_space,
     list_corner_values,
     parse_range,
@@ -328,7 +326,6 @@ def _build_arm(name: str, config: ArmConfig, file: SweepFile, overrides: Mapping
         confirm_each=confirm_each,
     )
     _check_confirm_each(arm)
-    _check_grid(arm)
     if sweep_config.search.steps_fraction < 1 and (STEPS_KEY in space or not sweep_config.confirm.list_looks()):
         raise ConfigError(
             f"`search.steps_fraction` must be 1 if `{STEPS_KEY}` is searched and without a confirm stage, which trains "
@@ -424,15 +421,3 @@ def _drop_inherited_quantization(settings: dict[str, Any], *, own_keys: Collecti
     values = compose_values("train", settings, require_all=False)
     is_needed = values["method"]["name"] not in METHODS_ON_QUANTISED_BASE
     return {**settings, QUANTIZATION: "none"} if is_needed and values["model"]["quantization"] != "none" else settings
-
-
-def _check_grid(arm: Arm) -> None:
-    """Raises ConfigError if an arm has more trials than `sampler=grid` has combinations, or a continuous range."""
-    if arm.sweep_config.sampler.name != "grid":
-        return
-    count = count_combinations(arm.space)
-    if not arm.trials <= count < math.inf:
-        raise ConfigError(
-            f"`arms.{arm.name}.trials <= {count:g}` must hold under `sampler=grid`, and each range must be a list or "
-            f"have a `step`, but got {arm.trials!r} trials."
-        )

@@ -16,7 +16,6 @@ from lorasweep.config.method import LoraConfig, PeftConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.arms import Arm, Definition
-from lorasweep.sweep.definition.warnings import count_tokens
 from lorasweep.wording import join_words
 
 SLOT_GROUPS = ("method", "optim", "schedule", "logger", "seed", "seeds")
@@ -72,25 +71,6 @@ def plan_packing(definition: Definition) -> dict[str, ArmPacking]:
                 f"with arm `{arm.name}`, but got {size!r}."
             )
     return plans
-
-
-def rank_arms_by_duration(definition: Definition) -> dict[str, int]:
-    """Returns for each arm its place, 0 first, in the order in which workers take trials of equally advanced arms.
-
-    The longest work comes first, so that short work is left for workers that become free at the end (longest processing
-    time first, Graham 1969). A pack takes longest. Runs alone follow, those with the most computations first.
-    """
-    plans = plan_packing(definition)
-
-    def count_passes(config: RunConfig) -> int:
-        # in forward passes of one token; backward for activations costs one, and for the gradients of all weights one
-        return count_tokens(config) * {"head": 1, "full": 3, "intrinsic": 3}.get(config.method.name, 2)
-
-    def sort_key(arm: Arm) -> tuple[bool, float]:
-        is_packed = plans[arm.name].key is not None and arm.sweep_config.worker.pack_size != 1
-        return not is_packed, -max(map(count_passes, arm.corner_configs))
-
-    return {arm.name: place for place, arm in enumerate(sorted(definition.arms, key=sort_key))}
 
 
 def explain_solo_arms(definition: Definition) -> list[str]:

@@ -65,19 +65,6 @@ def list_corner_values(distribution: BaseDistribution) -> list[Any]:
     return [distribution.low, distribution.high]
 
 
-def count_combinations(space: Space) -> float:
-    """Returns the number of combinations of all values of a space; infinite if a range is continuous."""
-    count = 1.0
-    for distribution in space.values():
-        if isinstance(distribution, CategoricalDistribution):
-            count *= len(distribution.choices)
-        elif isinstance(distribution, FloatDistribution | IntDistribution):
-            if distribution.step is None or distribution.log:
-                return math.inf
-            count *= round((distribution.high - distribution.low) / distribution.step) + 1
-    return count
-
-
 def describe_space(space: Space) -> dict[str, Any]:
     """Returns a space in the form of a sweep file, for the sweep's record."""
     described: dict[str, Any] = {}
