@@ -48,8 +48,7 @@ from lorasweep.sweep.controller.lifecycle import create_sweep, reopen_sweep, sav
 from lorasweep.sweep.definition.arms import Definition, read_definition
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
 from lorasweep.sweep.draft import draft_definition
-from lorasweep.sweep.fit import fit_minutes
-from lorasweep.sweep.plan import GroupPlan, plan_sweep
+from lorasweep.sweep.plan import GroupPlan, fit_minutes, plan_sweep
 from lorasweep.sweep.status import SweepStatus, report_status, show_progress
 from lorasweep.sweep.workers.train import train_sweep
 from lorasweep.training.inputs import InputsCache, build_inputs

@@ -40,52 +40,26 @@ def make_run(**values):
 
 
 def make_sweep(**values):
-    arm = ArmRow(
-        name="lora",
-        method="lora",
-        trials=2,
-        settings={},
-        space={"method.rank": [1, 2]},
-        sampler="tpe",
-        pruner="none",
-    )
-    trial = Trial(arm="lora", number=0, state="failed", params={"method.rank": 1}, value=None, run="r", reason="x")
-    confirmed = Trial(
-        stage="confirm",
-        number=0,
-        params={"method.rank": 1},
-        arm="lora",
-        subject="lora",
-        setting_number=0,
-        seed=7,
-        state="complete",
-        run="runs/lora-confirm-0000",
-        value=1.5,
-    )
-    question = Question(name="as_good_as_full", arm="lora", key=None, subjects=["lora"], reference="full")
-    setting = SettingRow(
-        subject="lora", arm="lora", setting=0, value=None, params={"method.rank": 1}, trial=0, score=1.5
-    )
-    return SweepRecord(
-        **(
-            {
-                "status": "running",
-                "name": "s",
-                "metric": "loss",
-                "direction": "minimize",
-                "margin": "5%",
-                "definition": {"file": {}},
-                "arms": [arm],
-                "trials": [trial],
-                "questions": [question],
-                "looks": [3, 6],
-                "settings": [setting],
-                "looks_done": [LookRow(seeds=3, open=["lora"], next=[])],
-                "confirm": [confirmed],
-            }
-            | values
-        )
-    )
+    common = {"arm": "lora", "number": 0, "params": {"method.rank": 1}}
+    space = {"method.rank": [1, 2]}
+    arm = ArmRow(name="lora", method="lora", trials=2, settings={}, space=space, sampler="tpe", pruner="none")
+    confirmed = Trial(stage="confirm", setting_number=0, seed=7, state="complete", run="r1", value=1.5, **common)
+    given = {
+        "status": "running",
+        "name": "s",
+        "metric": "loss",
+        "direction": "minimize",
+        "margin": "5%",
+        "definition": {"file": {}},
+        "arms": [arm],
+        "trials": [Trial(state="failed", run="r0", reason="x", **common)],
+        "questions": [Question(name="as_good_as_full", arm="lora", key=None, subjects=["lora"], reference="full")],
+        "looks": [3, 6],
+        "settings": [SettingRow(subject="lora", arm="lora", setting=0, value=None, params={}, trial=0, score=1.5)],
+        "looks_done": [LookRow(seeds=3, open=["lora"], next=[])],
+        "confirm": [confirmed],
+    }
+    return SweepRecord(**(given | values))
 
 
 def test_a_run_comes_back_as_it_was_written(tmp_path):

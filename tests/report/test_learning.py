@@ -58,18 +58,6 @@ def test_trials_that_score_like_the_majority_class_are_the_headline_everywhere(s
     assert console.export_text().startswith(headline)
 
 
-def test_no_settings_are_recommended_if_nothing_was_learned(sweep: Path) -> None:
-    summary = write_report(classify(sweep, lambda trial: MAJORITY))
-    assert summary.recommended == ()
-    assert not any("end of its range" in sentence for sentence in summary.sentences)
-    remedy = summary.learning.remedy
-    assert remedy
-    assert "more steps than 150" in remedy
-    assert "verdicts" not in remedy  # nothing was confirmed
-    assert "tried: 0.0001 to" in remedy
-    assert "nothing to recommend yet" not in (sweep / "report/index.html").read_text()
-
-
 def test_an_arm_that_learned_nothing_beside_one_that_did_is_a_warning(sweep: Path) -> None:
     classify(sweep, lambda trial: 0.8 if trial["arm"] == "lora" else MAJORITY)
     summary = write_report(sweep)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import peft
@@ -167,14 +168,7 @@ def test_a_run_in_bf16_is_exported_from_its_base_in_bf16(trained_in_bf16, tmp_pa
 @pytest.fixture
 def copied(trained, tmp_path):
     """A run to damage."""
-    run = tmp_path / "run"
-    run.mkdir()
-    for file in trained().rglob("*"):
-        if file.is_file():
-            target = run / file.relative_to(trained())
-            target.parent.mkdir(exist_ok=True)
-            target.write_bytes(file.read_bytes())
-    return run
+    return shutil.copytree(trained(), tmp_path / "run")
 
 
 def change_record(run: Path, **fields) -> None:

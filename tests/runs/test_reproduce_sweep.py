@@ -36,25 +36,13 @@ def one(tmp_path):
     """A sweep of two trials, of which one was confirmed on two seeds."""
     folder = tmp_path / "one"
     params = {"method.rank": 4, "optim.lr": 0.01}
+    common = {"arm": "lora", "params": params}
     trials = [
-        Trial(arm="lora", number=0, state="complete", params=params, value=1.5, run="runs/lora-0000"),
-        Trial(arm="lora", number=1, state="pruned", params=params, value=1.75, run="runs/lora-0001"),
+        Trial(number=n, state=state, value=value, run=f"runs/lora-000{n}", **common)
+        for n, (state, value) in enumerate([("complete", 1.5), ("pruned", 1.75)])
     ]
-    confirm = [
-        Trial(
-            stage="confirm",
-            number=n,
-            params=params,
-            arm="lora",
-            subject="lora",
-            setting_number=0,
-            seed=s,
-            state="complete",
-            run=f"runs/lora-confirm-{n:04d}",
-            value=2.0,
-        )
-        for n, s in enumerate((7, 9))
-    ]
+    common |= {"stage": "confirm", "setting_number": 0, "state": "complete", "value": 2.0}
+    confirm = [Trial(number=n, seed=seed, run=f"runs/lora-confirm-000{n}", **common) for n, seed in enumerate((7, 9))]
     setting = SettingRow(subject="lora", arm="lora", setting=0, value=None, params=params, trial=0, score=1.5)
     arm = ArmRow(name="lora", method="lora", trials=2, settings={}, space={}, sampler="tpe", pruner="none")
     for row in (*trials, *confirm):

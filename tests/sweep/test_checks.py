@@ -92,15 +92,3 @@ def test_an_own_metric_is_the_same_for_all_trials(write_file, content):
 
     with pytest.raises(ConfigError, match=r"`data.metric` must be the same for all trials.* different arguments"):
         find_metric(read_definition(write_file(content), []), InputsCache())
-
-
-def test_an_own_metric_is_typed_as_a_mapping_or_key_by_key(write_file, content):
-    typed = ["data.metric={_target_: torchmetrics.Accuracy, task: multiclass, num_classes: 512}"]
-    apart = [
-        "data.metric._target_=torchmetrics.Accuracy",
-        "data.metric.task=multiclass",
-        "data.metric.num_classes=512",
-    ]
-    first, second = (read_definition(write_file(content), words).arms[0].corner_configs[0] for words in (typed, apart))
-    assert first.data.metric == second.data.metric
-    assert first.data.metric.arguments == {"task": "multiclass", "num_classes": 512}

@@ -12,10 +12,11 @@ from tests.conftest import SHORT_RUN
 
 import lorasweep.sweep.plan as plan_file
 from lorasweep.data.batching import StepBatchSampler
-from lorasweep.errors import Diverged, OutOfMemory, RunError
+from lorasweep.errors import ConfigError, OutOfMemory
 from lorasweep.record import RunRecord
 from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.plan import GroupPlan, Part, TimeRange, choose_data_order, list_parts, plan_sweep, render_plan
+from lorasweep.sweep.definition.sweep_file import find_sweep_file
+from lorasweep.sweep.plan import GroupPlan, choose_data_order, fit_minutes, plan_sweep, render_plan
 from lorasweep.training.inputs import InputsCache
 
 
@@ -47,16 +48,15 @@ def plan_group(inputs):
 
 def test_the_lower_end_prunes_all_that_the_rule_allows(define, plan_group):
     _, arms = define()
-    assert list_parts(arms["lora"]) == [Part(0, 2, 8), Part(2, 4, 4), Part(4, 8, 2)]
     # pruned: 8 · 2 + 4 · 2 + 2 · 4 = 32 steps and 8 + 4 + 2 · 2 = 16 evaluations; else 64 steps and 32 evaluations
-    assert plan_group(arms["lora"]).estimate_search() == TimeRange(32 + 160, 64 + 320)
+    assert plan_group(arms["lora"]).estimate_search() == (32 + 160, 64 + 320)
 
 
 def test_packs_share_their_time_and_a_rest_takes_a_whole_pack(define, plan_group):
     _, arms = define(pruner="none")
     group = plan_group(arms["lora"], slots=3, loading_s=0.5)
     pack_s = 0.5 + 8 + 4 * 10
-    assert group.estimate_search() == pytest.approx(TimeRange(8 / 3 * pack_s, 3 * pack_s))
+    assert group.estimate_search() == pytest.approx((8 / 3 * pack_s, 3 * pack_s))
 
 
 def test_confirm_runs_are_scored_on_test_data_and_the_frozen_base_is_evaluated_once(define, plan_group):
@@ -151,10 +151,39 @@ def test_a_pack_that_does_not_fit_is_halved_as_in_the_sweep(plan, monkeypatch):
     assert groups["lora"].slots == 1
 
 
-def test_a_training_that_fails_names_its_arm(plan, monkeypatch):
-    def fail(*_, **__):
-        raise Diverged("the loss is infinite")
+@pytest.fixture
+def quickstart(monkeypatch):
+    """The quickstart with 240 steps, of which each takes a tenth of a second."""
 
-    monkeypatch.setattr(plan_file, "train_run", fail)
-    with pytest.raises(RunError, match=r"arm `frozen`.*the loss is infinite"):
-        plan()
+    def measure(definition, inputs_cache, **_):
+        zeros = {"loading_s": 0.0, "evaluation_s": 0.0, "test_ratio": 0.0, "record": None, "kept_bytes": 0}
+        return [
+            GroupPlan(arms=(arm,), slots=1, reason="", step_s=0.1, trained_params={}, **zeros)
+            for arm in definition.arms
+        ]
+
+    monkeypatch.setattr(plan_file, "plan_sweep", measure)
+    return read_definition(find_sweep_file("quickstart"), ["trainer.max_steps=240"])
+
+
+def fit(definition, minutes):
+    fitted, groups, given_up = fit_minutes(definition, minutes, None, on_progress=print)
+    assert [group.arms[0] for group in groups] == list(fitted.arms)
+    arm = fitted.find_arm("lora")
+    return (arm.trials, arm.corner_configs[0].num_steps, fitted.sweep_config.confirm.looks), given_up
+
+
+def test_seeds_go_first_then_trials_then_steps(quickstart):
+    # 2 arms of 16 trials and 5 subjects of 10 seeds, 24 s each: 32.8 minutes
+    assert fit(quickstart, 33)[0] == (16, 240, (3, 6, 10))
+    assert fit(quickstart, 32)[0] == (16, 240, (3, 6))
+    assert fit(quickstart, 16.5)[0] == (12, 240, (3,))
+    found, given_up = fit(quickstart, 12)
+    assert found == (16, 120, (3,))
+    assert "3 of 10 seeds" in given_up
+    assert "120 of 240 steps" in given_up
+
+
+def test_a_time_that_is_too_short_is_refused_with_the_shortest(quickstart):
+    with pytest.raises(ConfigError, match=r"`--minutes` must be at least \d+ .* but got 0.5.*`confirm.seeds`"):
+        fit(quickstart, 0.5)

@@ -30,19 +30,8 @@ def trial(number, state, value=None, *, arm="lora"):
 
 
 def confirm_row(seed, state, value=None, *, number=0):
-    run = f"runs/lora-confirm-{number}{seed:04d}"
-    return Trial(
-        stage="confirm",
-        number=0,
-        params={"method.rank": 1},
-        arm="lora",
-        subject="lora",
-        setting_number=number,
-        seed=seed,
-        state=state,
-        run=run,
-        value=value,
-    )
+    given = {"stage": "confirm", "arm": "lora", "number": 0, "params": {"method.rank": 1}, "setting_number": number}
+    return Trial(seed=seed, state=state, value=value, run=f"runs/lora-confirm-{number}{seed:04d}", **given)
 
 
 def setting(number=0):

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from rich.box import SIMPLE
@@ -24,14 +23,16 @@ from rich.table import Table
 from rich.text import Text
 
 from lorasweep.config.build import as_settings
-from lorasweep.config.run import RunConfig
+from lorasweep.config.compose import space_evaluations
+from lorasweep.config.run import STEPS_KEY, RunConfig
 from lorasweep.config.sweep import RayWorkers
 from lorasweep.data.batching import StepBatchSampler
 from lorasweep.data.split import Split
-from lorasweep.errors import OutOfMemory, RunError
+from lorasweep.errors import ConfigError, OutOfMemory, RunError
 from lorasweep.record import RunRecord, describe_confirmation, read_run
+from lorasweep.sweep.checks import MIN_STEPS
 from lorasweep.sweep.controller.stopping_rules import build_rule
-from lorasweep.sweep.definition.arms import Arm, Definition
+from lorasweep.sweep.definition.arms import Arm, Definition, restore_definition
 from lorasweep.sweep.definition.confirm import count_confirm_runs
 from lorasweep.sweep.definition.packing import explain_bases, explain_solo_arms, plan_packing
 from lorasweep.sweep.definition.warnings import count_tokens, find_warnings
@@ -50,15 +51,11 @@ NUM_STEPS = 6
 MAX_NAME_WIDTH = 16
 """Longest name of an arm that never wraps in 80 columns."""
 
+MIN_TRIALS = 6
+"""Fewest trials of an arm. With fewer, the best learning rate of two decades is found by luck."""
+
 MAX_DATA_ORDERS = 100
 """Data orders that are searched for long rows. More would make planning slower."""
-
-
-class TimeRange(NamedTuple):
-    """A range of time in seconds: with as much pruning as the stopping rule allows, and without pruning."""
-
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +80,17 @@ class GroupPlan:
     trained_params: dict[str, dict[str, int]]
     """Trained parameters of the runs of each arm, by name of the arm and rank or dimension (such as `rank 4`)."""
 
-    def estimate_search(self) -> TimeRange:
-        parts = [part for arm in self.arms for part in list_parts(arm.searched)]
-        low = sum(part.trials / self.slots * self._train(part.start, part.stop) for part in parts)
-        steps = self.arms[0].searched.corner_configs[0].num_steps
+    def estimate_search(self) -> tuple[float, float]:
+        """Returns the seconds of the search with as much pruning as the stopping rule allows, and without pruning."""
+        low, steps = 0.0, self.arms[0].searched.corner_configs[0].num_steps
+        for arm in self.arms:
+            rule, trials, start = build_rule(arm.searched), arm.trials, 0
+            for stop in (*rule.rungs, steps):
+                low += trials / self.slots * self._train(start, stop)
+                ranked = [(float(number), 0.0, number) for number in range(trials)]
+                start, trials = stop, rule.count_kept(ranked, all_arrived=True)
         rounds = math.ceil(sum(arm.trials for arm in self.arms) / self.slots)
-        return TimeRange(low, rounds * self._train(0, steps))
+        return low, rounds * self._train(0, steps)
 
     def estimate_runs(self, num_runs: int) -> float:
         """Returns the seconds of runs from their first to their last step."""
@@ -102,26 +104,6 @@ class GroupPlan:
         every = self.arms[0].corner_configs[0].trainer.eval_every_steps
         num_evaluations = math.ceil(stop / every) - start // every if stop else 1
         return self.loading_s + (stop - start) * self.step_s + num_evaluations * self.evaluation_s
-
-
-class Part(NamedTuple):
-    """A range of optimizer steps that the same number of trials train."""
-
-    start: int
-    stop: int
-    """The last step; 0 under `method=frozen`."""
-    trials: int
-
-
-def list_parts(arm: Arm) -> list[Part]:
-    """Returns the parts of an arm's search if the stopping rule prunes all that its bounds allow."""
-    rule, config, trials = build_rule(arm), arm.corner_configs[0], arm.trials
-    steps = config.num_steps
-    parts, start = [], 0
-    for rung in rule.rungs:
-        parts.append(Part(start, rung, trials))
-        start, trials = rung, rule.count_kept([(float(n), 0.0, n) for n in range(trials)], all_arrived=True)
-    return [*parts, Part(start, steps, trials)]
 
 
 def plan_sweep(
@@ -258,6 +240,56 @@ def count_workers(definition: Definition) -> int:
     return config.num if isinstance(config, RayWorkers) and config.num != "auto" else 1
 
 
+def fit_minutes(
+    definition: Definition, minutes: float, inputs_cache: InputsCache, *, on_progress: Callable[[str], None]
+) -> tuple[Definition, list[GroupPlan], str]:
+    """Returns a checked sweep that ends within the minutes, its measured trainings, and what the time gives up.
+
+    Seeds go first, then trials, then steps. The estimate prunes nothing and trains all seeds, so the sweep may end
+    earlier.
+
+    Raises ConfigError if the smallest budget takes longer, and the errors of `plan_sweep`.
+    """
+    groups, seconds = plan_sweep(definition, inputs_cache, on_progress=on_progress), 0.0
+    most_trials = max(arm.trials for arm in definition.arms)
+    most_steps = max(arm.corner_configs[0].num_steps for arm in definition.arms)
+    all_looks = definition.sweep_config.confirm.list_looks()
+    for steps, trials, looks in _list_budgets(most_steps, most_trials, all_looks):
+        overrides, given_up = dict(definition.raw["overrides"]), []
+        if looks != all_looks:
+            overrides["confirm.looks"] = list(looks)
+            given_up.append(f"at most {looks[-1]} of {all_looks[-1]} seeds (small differences stay open)")
+        if trials != most_trials:
+            overrides["sweep.trials"] = trials
+            given_up.append(f"{trials} of {most_trials} trials an arm (a better learning rate may be missed)")
+        if steps != most_steps:
+            overrides |= {STEPS_KEY: steps, "trainer.eval_every_steps": space_evaluations(steps)}
+            given_up.append(f"{steps:,} of {most_steps:,} steps a run (the answers hold for shorter training)")
+        fitted = restore_definition({**definition.raw, "overrides": overrides}, source=definition.source)
+        measured = [replace(one, arms=tuple(fitted.find_arm(arm.name) for arm in one.arms)) for one in groups]
+        runs = count_confirm_runs(fitted, look=-1)
+        confirm_s = (one.estimate_confirm(sum(runs[arm.name] for arm in one.arms)) for one in measured)
+        seconds = sum(one.estimate_search()[1] for one in measured) + sum(confirm_s)
+        if seconds <= 60 * minutes:
+            return fitted, measured, f"within {minutes:g} min: {'; '.join(given_up) or 'nothing is given up'}."
+    raise ConfigError(
+        f"`--minutes` must be at least {math.ceil(seconds / 60)} for this sweep on this machine, but got {minutes:g}. "
+        "What helps: fewer arms (`arms.full=null`), values of `confirm_each` or seeds (`confirm.seeds`), shorter or "
+        "fewer examples (`data.max_length`, `data.max_validation_examples`), and a smaller model."
+    )
+
+
+def _list_budgets(steps: int, trials: int, looks: tuple[int, ...]) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+    """Yields numbers of steps, trials and looks, from the given ones to the smallest."""
+    while True:
+        for part in (4, 3, 2):
+            for last in range(len(looks), 0, -1) if looks else (0,):
+                yield steps, max(min(MIN_TRIALS, trials), trials * part // 4), looks[:last]
+        if steps <= MIN_STEPS:
+            return
+        steps = 2 * (max(MIN_STEPS, steps // 2) // 2)
+
+
 def render_plan(definition: Definition, groups: Sequence[GroupPlan]) -> RenderableType:
     """Returns a table with a row for each arm, followed by sentences on packs, stages, time, memory and warnings."""
     metric = groups[0].record.metric
@@ -272,7 +304,8 @@ def render_plan(definition: Definition, groups: Sequence[GroupPlan]) -> Renderab
     group_of = {arm.name: group for group in groups for arm in group.arms}
     for arm in definition.arms:
         group, runs, config = group_of[arm.name], arm.trials + confirm_runs[arm.name], arm.corner_configs[0]
-        search, confirm = _estimate(group, confirm_runs)
+        low, high = group.estimate_search()
+        confirm = group.estimate_confirm(sum(confirm_runs[each.name] for each in group.arms))
         sizes, first = group.trained_params[arm.name], group.record.trainable_params
         # of the trained weights, which are in fp32, the best and the last are kept
         disk = {size: runs / len(sizes) * (group.kept_bytes + 8 * (trained - first)) for size, trained in sizes.items()}
@@ -288,16 +321,11 @@ def render_plan(definition: Definition, groups: Sequence[GroupPlan]) -> Renderab
             str(group.slots),
             format_bytes(group.record.peak_memory_bytes),
             format_bytes(sum(disk.values())),
-            format_seconds_range(share * (search.low + confirm), share * (search.high + confirm)),
+            format_seconds_range(share * (low + confirm), share * (high + confirm)),
         )
         for size, trained in sizes.items() if len(sizes) > 1 else ():
             table.add_row(f" {size}", "", "", format_count(trained), "", "", format_bytes(disk[size]))
     return Group(table, *(Text(f"• {note}") for note in _list_notes(definition, groups)))
-
-
-def _estimate(group: GroupPlan, confirm_runs: dict[str, int]) -> tuple[TimeRange, float]:
-    """Returns the time of a group's search, and the seconds of its confirm runs."""
-    return group.estimate_search(), group.estimate_confirm(sum(confirm_runs[arm.name] for arm in group.arms))
 
 
 def _list_notes(definition: Definition, groups: Sequence[GroupPlan]) -> Iterator[str]:
@@ -310,9 +338,9 @@ def _list_notes(definition: Definition, groups: Sequence[GroupPlan]) -> Iterator
     confirm_stage = f"then confirm: {describe_confirmation(looks)}" if looks else "no confirm stage"
     yield f"Stages (the numbers of runs): search on validation data; {confirm_stage}."
     yield from find_warnings(definition)
-    times = [_estimate(group, count_confirm_runs(definition)) for group in groups]
-    low, high = (sum(getattr(search, end) for search, _ in times) for end in ("low", "high"))
-    confirm = sum(seconds for _, seconds in times)
+    confirm_runs = count_confirm_runs(definition)
+    low, high = (sum(ends) for ends in zip(*(group.estimate_search() for group in groups), strict=True))
+    confirm = sum(group.estimate_confirm(sum(confirm_runs[arm.name] for arm in group.arms)) for group in groups)
     parts = [f"search {format_seconds_range(low, high)}"]
     parts += [f"confirm {format_seconds_range(confirm, confirm)}"] if confirm else []
     workers = count_workers(definition)
