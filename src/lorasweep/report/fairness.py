@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lorasweep.config.method import ALPHA_OVER_RANK
@@ -25,13 +25,19 @@ MAX_TRIALS_PER_DIMENSION_RATIO = 2.0
 regret is missing."""
 EDGE_FRACTION = 0.05
 """A value is at an end of its range if it is closer to the end than this share of the range."""
-UNITS = {
-    "trials_asked": "trials",
-    "tokens_trained": "tokens",
-    "lr_decades": "decades of learning rates",
-    "dimensions": "searched dimensions",
-}
-"""The compared parts of an arm's effort, with the noun that follows the number."""
+MEASURES: tuple[tuple[str, str, Callable[[float], str], Callable[[float, float], bool]], ...] = (
+    ("trials_asked", "trials", str, lambda low, high: low < high),
+    ("tokens_trained", "tokens", format_count, lambda low, high: high > MAX_EFFORT_RATIO * low),
+    (
+        "lr_decades",
+        "decades of learning rates",
+        "{:.1f}".format,
+        lambda low, high: high - low > MAX_WIDTH_DIFFERENCE_DECADES,
+    ),
+    ("dimensions", "searched dimensions", str, lambda low, high: False),
+)
+"""The compared parts of an arm's effort: name, unit, how to show it, and whether the lowest and the highest value of
+two arms differ too much."""
 
 
 def judge_fairness(data: SweepData, *, has_learned: bool = True) -> tuple[list[str], dict[str, Any]]:
@@ -50,12 +56,13 @@ def judge_fairness(data: SweepData, *, has_learned: bool = True) -> tuple[list[s
     if len(arms) < 2:
         return others, {"is_fair": None, "arms": arms}
     faults, ranges = [clause for key, clause in edges if key == LR], []
-    for measure in UNITS:
+    for measure, unit, show, differs in MEASURES:
         least, most = _find_ends(arms, measure)
-        low, high = (_format(arm, measure) for arm in (least, most))
-        ranges.append(_count(low, measure) if low == high else f"{low} to {high} {UNITS[measure]}")
-        if _differs_too_much(measure, least[measure], most[measure]):
-            faults.append(f"`{least['arm']}` had {_count(low, measure)} and `{most['arm']}` {high}")
+        low, high = show(least[measure]), show(most[measure])
+        counted = f"{low} {unit.removesuffix('s') if low == '1' else unit}"
+        ranges.append(counted if low == high else f"{low} to {high} {unit}")
+        if differs(least[measure], most[measure]):
+            faults.append(f"`{least['arm']}` had {counted} and `{most['arm']}` {high}")
     faults += _judge_search(arms, data)
     so_far = "" if data.record.status == "complete" else "so far "
     judgement = f"not fair: {'; '.join(faults)}" if faults else "fair"
@@ -89,14 +96,6 @@ def measure_effort(arm: ArmData, data: SweepData) -> dict[str, Any]:
     }
 
 
-def _differs_too_much(measure: str, low: float, high: float) -> bool:
-    if measure == "trials_asked":
-        return low < high
-    if measure == "tokens_trained":
-        return high > MAX_EFFORT_RATIO * low
-    return measure == "lr_decades" and high - low > MAX_WIDTH_DIFFERENCE_DECADES
-
-
 def _judge_search(arms: Sequence[dict[str, Any]], data: SweepData) -> list[str]:
     """Returns a clause if an untried setting could decide the comparison.
 
@@ -122,16 +121,6 @@ def _judge_search(arms: Sequence[dict[str, Any]], data: SweepData) -> list[str]:
 def _find_ends(arms: Sequence[dict[str, Any]], measure: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the arms with the lowest and the highest value of a measure."""
     return min(arms, key=lambda arm: arm[measure]), max(arms, key=lambda arm: arm[measure])
-
-
-def _format(arm: dict[str, Any], measure: str) -> str:
-    if measure == "tokens_trained":
-        return format_count(arm[measure])
-    return f"{arm[measure]:.1f}" if measure == "lr_decades" else str(arm[measure])
-
-
-def _count(number: str, measure: str) -> str:
-    return f"{number} {UNITS[measure].removesuffix('s') if number == '1' else UNITS[measure]}"
 
 
 def list_edges(data: SweepData) -> list[tuple[str, str]]:

@@ -106,6 +106,7 @@ REFUSED = [
     ({"optim.eps": 1e-6}, r"arm `frozen`: `optim.eps` must stay 1e-08, because .* but got 1e-06\."),
     ({"arms.lora.optim.lr": 0.02}, r"arm `lora`: `optim.lr` must stay \{'low': 0.001, .* but got 0.02\."),
     ({"sampler": "qmc"}, r"`sampler.name` must stay 'tpe', .* but got 'qmc'"),
+    ({"confirm.margin": 0.5}, r"`confirm.margin` must stay '5%'"),
     ({"sweep.seed": 1}, r"`sweep.seed` must stay 0, "),
     ({"arms.frozen": None}, r"must keep its arm `frozen`"),
     ({"arms.lora": NEW_ARM}, r"`arms.lora` must be the settings of a new arm"),
