@@ -84,7 +84,7 @@ class RunResult:
 
         Args:
             weights: Weights of the best evaluation, or of the last evaluation.
-            trust: Whether to run code or read a pickle that the run's settings name.
+            trust: Whether to run code that the run's settings name.
 
         Raises:
             ConfigError: The settings name code, and `trust` is False.
