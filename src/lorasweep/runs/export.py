@@ -66,7 +66,7 @@ def export_run(
         run: The run's folder.
         format: `peft` writes the adapter; `merged` writes the whole model, with the adapter merged, and its tokenizer.
         out: A new or empty folder; unchanged after an error.
-        trust: Whether to run code or read a pickle that the run's settings name.
+        trust: Whether to run code that the run's settings name.
 
     Raises:
         ConfigError: `out` is not empty, the base model can't be loaded, or the format does not fit the run.

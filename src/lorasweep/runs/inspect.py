@@ -79,7 +79,7 @@ def inspect_run(folder: Path, *, trust: bool = False) -> Inspection:
 
     Args:
         folder: A run's folder.
-        trust: Whether to run code or read a pickle that the run's settings name.
+        trust: Whether to run code that the run's settings name.
 
     Raises:
         RecordError: The folder has no run, its weights or its base are missing or changed, or nothing was trained.
