@@ -29,7 +29,7 @@ def test_other_methods_and_pairs_get_a_sentence_each(tmp_path: Path) -> None:
 
     edit_json(sweep / "sweep.json", ask)
     (sentence,) = list_details(load_sweep_data(sweep))
-    assert sentence.startswith("`lora-rank-4` differs from rank 16 by -10")
+    assert sentence.startswith("`lora-rank-4` gains -10 %")
 
 
 @pytest.mark.parametrize(

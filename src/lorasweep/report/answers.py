@@ -245,7 +245,7 @@ def _describe_quantity(answer: Answer, data: SweepData) -> str:
     # of another reference the tested quantity is 1 plus the difference as a share of full's gain
     shifted = None if interval is None else (interval[0] - 1, interval[1] - 1)
     difference = format_share_estimate(value - 1, shifted, decimals=decimals)
-    return f"differs from {name_value(answer.reference, data)} by {difference} of full's gain (more is better)"
+    return f"gains {difference} of full's gain against {name_value(answer.reference, data)}"
 
 
 def _describe_unlearned(data: SweepData, learning: Learning) -> str:
