@@ -129,8 +129,6 @@ def make_arm(name: str, trials: int) -> ArmRow:
         trials=trials,
         settings={"method": method_of(name), **({"method.rank": rank} if rank else {})},
         space=space,
-        sampler="tpe",
-        pruner="halving",
     )
 
 

@@ -42,7 +42,7 @@ def make_run(**values):
 def make_sweep(**values):
     common = {"arm": "lora", "number": 0, "params": {"method.rank": 1}}
     space = {"method.rank": [1, 2]}
-    arm = ArmRow(name="lora", method="lora", trials=2, settings={}, space=space, sampler="tpe", pruner="none")
+    arm = ArmRow(name="lora", method="lora", trials=2, settings={}, space=space)
     confirmed = Trial(stage="confirm", setting_number=0, seed=7, state="complete", run="r1", value=1.5, **common)
     given = {
         "status": "running",

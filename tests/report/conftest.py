@@ -150,8 +150,6 @@ def build_sweep(folder: Path, *, lora: int = 18, full: int = 6, frozen: int = 1,
                     trials=len(rows),
                     settings={"method": arm},
                     space=spaces[arm],
-                    sampler="tpe",
-                    pruner="successive_halving",
                 )
                 for arm, rows in trials.items()
                 if rows
@@ -279,8 +277,6 @@ def build_rank_sweep(
         trials=5 * len(scores),
         settings={"method": "lora", "method.alpha": 16},
         space=space,
-        sampler="gp",
-        pruner="none",
         confirm_each="method.rank",
     )
     sweep.arms.append(arm)

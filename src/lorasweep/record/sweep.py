@@ -92,8 +92,6 @@ class ArmRow:
     """Dotted keys and values that differ from the defaults."""
     space: dict[str, Any]
     """Swept keys: a list of choices or a mapping `low`, `high`, and `log` or `step`."""
-    sampler: str
-    pruner: str
     confirm_each: str | None = None
     """The swept key whose values are confirmed one by one."""
 

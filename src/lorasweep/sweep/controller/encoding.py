@@ -33,10 +33,6 @@ SCALING = "method.scaling"
 RATIO_B = "optim.lr_ratio_b"
 LAW_KEYS = (RANK, ALPHA, ALPHA_OVER_RANK, SCALING, RATIO_B)
 """The swept keys that change the factor between the learning rate and u."""
-SAMPLERS_IN_U = ("qmc", "tpe", "gp")
-"""The samplers that see u in place of the learning rate, because they cover the space or model the scores.
-
-`random` draws learning rates. The arguments of a sampler by `_target_`, such as `fixed_params`, have learning rates."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,10 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 
+from lorasweep.config.components import Component
 from lorasweep.config.data import Direction, get_sign
 from lorasweep.record import Trial, TrialState
-from lorasweep.sweep.controller.encoding import SAMPLERS_IN_U, Point, SpaceEncoding, build_rate_law
+from lorasweep.sweep.controller.encoding import Point, SpaceEncoding, build_rate_law
 from lorasweep.sweep.definition.arms import Arm
 
 MAX_HISTORY_TRIALS = 200
@@ -38,7 +39,8 @@ class History:
     """
 
     def __init__(self, arm: Arm, trials: Iterable[Trial] = (), *, direction: Direction) -> None:
-        law = build_rate_law(arm) if arm.sweep_config.sampler.name in SAMPLERS_IN_U else None
+        # the arguments of a sampler by `_target_`, such as `fixed_params`, have learning rates
+        law = None if isinstance(arm.sweep_config.sampler, Component) else build_rate_law(arm)
         self.encoding = SpaceEncoding(arm.space, law=law)
         self.direction: Direction = direction
         self.trials: list[Trial] = []

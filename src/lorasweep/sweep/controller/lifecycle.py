@@ -207,8 +207,6 @@ def build_arm_row(arm: Arm) -> ArmRow:
         search_steps=arm.searched.corner_configs[0].num_steps,
         settings=dict(arm.settings),
         space=describe_space(arm.space),
-        sampler=arm.sweep_config.sampler.name,
-        pruner=arm.sweep_config.pruner.name,
         confirm_each=arm.confirm_each,
     )
 
