@@ -106,8 +106,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_overrides(new_parser, "key=value", "model.path=FOLDER-OR-HUB-ID data.train=FILE ...")
     plan_parser = add(plan, "estimate the time, memory and disk of a sweep without training it")
     add_overrides(plan_parser, "NAME|FILE key=value", "as in sweep")
-    compare_parser = add(compare, "write and show the report of a finished or running sweep again")
-    compare_parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the sweep")
+    compare_parser = add(compare, "write and show the report of a sweep again, or the spread of several sweeps")
+    compare_parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders of sweeps")
     transfer_parser = add(transfer, "predict the learning rate of longer runs from a sweep, and test it")
     transfer_parser.add_argument("source", type=Path, metavar="SWEEP[/ARM]", help="folder of a complete sweep")
     add_overrides(transfer_parser, "key=value", "what changes, such as trainer.max_steps=800")
@@ -294,11 +294,16 @@ def _read_definition(
 
 def compare(arguments: argparse.Namespace) -> int:
     from lorasweep.report import write_report
+    from lorasweep.report.terminal import render_spread
     from lorasweep.results import load_sweep
 
-    result = load_sweep(arguments.folder)
-    write_report(result.folder)
-    return _show_report(result, verbose=arguments.verbose)
+    results = [load_sweep(folder) for folder in arguments.folders]
+    for result in results:
+        write_report(result.folder)
+    if len(results) == 1:
+        return _show_report(results[0], verbose=arguments.verbose)
+    EscapingConsole().print(render_spread(arguments.folders))
+    return DONE
 
 
 def transfer(arguments: argparse.Namespace) -> int:

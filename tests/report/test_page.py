@@ -54,7 +54,7 @@ def written(sweep: Path) -> Page:
     return Page((sweep / "report/index.html").read_text())
 
 
-SECTIONS = ["confirmed", "arms", "lr", "curves", "unfinished", "trials"]
+SECTIONS = ["confirmed", "arms", "lr", "curves", "tradeoff", "unfinished", "trials"]
 
 
 def count_figures(sweep: Path) -> int:

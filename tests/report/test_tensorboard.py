@@ -1,4 +1,4 @@
-"""What TensorBoard reads: rows of the HParams tab."""
+"""What TensorBoard reads: rows of the HParams tab, the best curves of a sweep's arms, and the answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tensorboard.plugins.hparams import metadata
 
 from lorasweep.record import read_run
 from lorasweep.report import write_report
-from lorasweep.report.tensorboard import HPARAMS_FOLDER, TENSORBOARD_FOLDER, write_run_hparams
+from lorasweep.report.tensorboard import ARM_TAG, HPARAMS_FOLDER, TENSORBOARD_FOLDER, write_run_hparams
 
 
 @pytest.fixture
@@ -58,6 +58,14 @@ def test_each_trial_has_a_row_and_winners_have_a_score_on_test_data(board: Path)
     assert {settings["status"] for _, settings, _ in rows} == {"complete", "pruned", "failed"}
     assert "lora-0000 of quickstart" in {name for name, _, _ in rows}
     assert sorted(str(row[1]["arm"]) for row in rows if "test/bits_per_byte" in row[2]) == ["frozen", "full", "lora"]
+
+
+def test_the_best_curves_of_all_arms_have_one_tag_so_that_they_are_one_chart(board: Path) -> None:
+    tag = f"{ARM_TAG}/bits_per_byte"
+    curves = {arm: load(board / "arms" / arm).Scalars(tag) for arm in ("frozen", "full", "lora")}
+    assert [point.step for point in curves["lora"]] == [0, 25, 50, 75, 100, 125, 150]
+    assert [point.step for point in curves["frozen"]] == [0, 150]
+    assert len({point.value for point in curves["frozen"]}) == 1
 
 
 def test_report_loads_neither_torch_nor_optuna() -> None:

@@ -7,10 +7,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console, RenderableType
 
+from lorasweep.errors import ConfigError
 from lorasweep.report import render_terminal
 from lorasweep.report.summary import summarize
+from lorasweep.report.terminal import render_spread
 
 from .conftest import build_rank_sweep, edit_json
 
@@ -37,3 +40,20 @@ def test_a_value_without_a_complete_trial_shows_its_best_so_far(tmp_path: Path) 
 
     edit_json(sweep / "sweep.json", pause)
     assert re.search(r"1\.80+ \(paused\)", shown(render_terminal(sweep)))
+
+
+def test_several_sweeps_have_a_row_per_subject_with_the_spread_of_their_scores(tmp_path: Path) -> None:
+    sweeps = [build_rank_sweep(tmp_path / name, {4: score, 16: 1.7}) for name, score in (("one", 1.75), ("two", 1.78))]
+    text = shown(render_spread(sweeps))
+    values = []
+    for sweep in sweeps:
+        subject = summarize(sweep).data.evidence.subject("lora-rank-4")
+        assert subject is not None
+        assert subject.share_of_full_gain is not None
+        values.append(subject.share_of_full_gain)
+    mean, half = sum(values) / 2, abs(values[0] - values[1]) / 2**0.5
+    row = next(line for line in text.splitlines() if line.strip().startswith("lora-rank-4"))
+    assert row.split()[1:] == [*(f"{value:.3f}" for value in values), f"{mean:.3f}", "±", f"{half:.3f}"]
+    edit_json(sweeps[1] / "sweep.json", lambda raw: raw.update(metric="loss"))
+    with pytest.raises(ConfigError, match="must have the same metric"):
+        render_spread(sweeps)

@@ -1,4 +1,4 @@
-"""TensorBoard: a row in HParams for each trial, and the answers as text.
+"""TensorBoard: a row in HParams for each trial, one chart with the best curve of each arm, and the answers as text.
 
 This needs TensorBoard alone, neither TensorFlow nor torch.
 """
@@ -28,9 +28,12 @@ Value = EventSummary.Value
 HPARAMS_FOLDER = "hparams"
 """Folder in a run's folder for its row in HParams. It is separate, so that TensorBoard's table has no curves."""
 TENSORBOARD_FOLDER = "tensorboard"
-"""The folder in a sweep's `report/`: `answers/`, and `trials/` with a folder per trial."""
+"""The folder in a sweep's `report/`. `arms/` has the answers and a folder per arm, `trials/` a folder per trial.
+TensorBoard selects no run if there are more than 40, so `arms/` must be useful alone."""
 EVENT_FILE_SUFFIX = ".lorasweep"
 """Suffix of our event files. A later call finds and replaces the files with this suffix."""
+ARM_TAG = "best trial of each arm"
+"""The group of the arms' curves. All arms have the same tag, so that TensorBoard draws them in one chart."""
 
 COSTS = ("trainable_params", "peak_memory_bytes", "wall_s")
 """Fields of a run's record that are metrics of its row."""
@@ -53,14 +56,27 @@ def write_run_hparams(record: RunRecord, folder: Path, swept: Mapping[str, Any])
 def write_tensorboard(data: SweepData, answers: Sequence[AnswerLine], folder: Path) -> None:
     """Writes TensorBoard's files of a sweep, in place of an earlier report's.
 
-    HParams has a row per trial, and Text the answers. The curves are in the files of the runs.
+    HParams has a row per trial, Scalars the best validation curve of each subject in one chart, and Text the answers.
     """
     lines = [f"- **{line.question}** {line.text}" for line in answers]
     lines += ["", f"Figures and tables are in the page `{data.folder.absolute().name}/report/index.html`."]
     as_text = create_summary_metadata(display_name="answers", description="")
     answer = Value(tag="answers", metadata=as_text, tensor=make_tensor_proto(["\n".join(lines)]))
-    _write_events(folder / "answers", [(0, answer)])
+    _write_events(folder / "arms", [(0, answer)])
+    _write_arms(data, folder / "arms")
     _write_trials(data, folder / "trials")
+
+
+def _write_arms(data: SweepData, folder: Path) -> None:
+    """Writes the best validation curve of each subject, as a run of TensorBoard, so that each has its own colour."""
+    last_step = max((step for trial in data.trials for step, _ in trial.curve), default=0)
+    for arm in data.arms:
+        curve = arm.best.curve if arm.best else ()
+        if len(curve) == 1:  # the frozen base: one evaluation, drawn as a line across the chart
+            curve = (*curve, (last_step, curve[0][1]))
+        if curve:
+            tag = f"{ARM_TAG}/{data.record.metric}"
+            _write_events(folder / arm.name, [(step, Value(tag=tag, simple_value=value)) for step, value in curve])
 
 
 def _write_trials(data: SweepData, folder: Path) -> None:

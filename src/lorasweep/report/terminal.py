@@ -1,8 +1,9 @@
-"""The report in the terminal (rich): the answers and the subjects of a sweep."""
+"""The report in the terminal (rich): the answers and the subjects of a sweep, or the spread of several sweeps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich import box
@@ -10,6 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lorasweep.config.run import LR
+from lorasweep.errors import ConfigError
 from lorasweep.report.answers import describe_answer
 from lorasweep.report.choice import format_arm_score
 from lorasweep.report.summary import Summary, summarize
@@ -19,8 +22,10 @@ from lorasweep.wording import (
     format_count,
     format_metric,
     format_score,
+    format_setting,
     format_settings,
     format_share_estimate,
+    join_words,
 )
 
 
@@ -44,6 +49,40 @@ def render_terminal(folder: Path, *, verbose: bool = False) -> RenderableType:
         _draw_arms(summary),
         *(Text(f"• {sentence}") for sentence in sentences),
     )
+
+
+def render_spread(folders: Sequence[Path]) -> RenderableType:
+    """Returns the score and the learning rate of each subject in several sweeps, and their spread.
+
+    Sweeps of one definition with other `sweep.seed` show what luck of the search there is. Nothing is tested.
+
+    Raises:
+        ConfigError: The sweeps do not have the same metric.
+        RecordError: A folder is not a sweep, or its record is damaged.
+    """
+    sweeps = [summarize(folder).data for folder in folders]
+    if len(metrics := {sweep.record.metric for sweep in sweeps}) > 1:
+        raise ConfigError(f"sweeps must have the same metric to be compared, but have {join_words(sorted(metrics))}.")
+    is_share = all(sweep.evidence.gain for sweep in sweeps)
+    shown = "share of full's gain" if is_share else format_metric(metrics.pop())
+    table = Table(
+        title=f"{shown}, and the learning rate", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    table.add_column("arm", overflow="fold")
+    for name in (*(str(folder) for folder in folders), "mean ± sd"):
+        table.add_column(Text(name), justify="right", overflow="fold")
+    for name in dict.fromkeys(arm.name for sweep in sweeps for arm in sweep.arms):
+        found, cells = [], []
+        for sweep in sweeps:
+            subject, arm = sweep.evidence.subject(name), sweep.find_arm(name)
+            value = (subject.share_of_full_gain if is_share else subject.mean) if subject else None
+            rate = arm.best.params.get(LR) if arm and arm.best else None
+            cells.append("–" if value is None else f"{value:.3f}" + (f"\n{format_setting(rate)}" if rate else ""))
+            found += [] if value is None else [value]
+        spread = f"{statistics.fmean(found):.3f} ± {statistics.stdev(found):.3f}" if len(found) > 1 else "–"
+        table.add_row(name, *cells, spread)
+    note = "The spread is that of search, seeds and training together. Differences between sweeps are not tested."
+    return Group(table, Text(f"• {note}"))
 
 
 def render_answers(lines: Iterable[tuple[str, str, bool]]) -> list[Text]:

@@ -2,10 +2,10 @@
 
 from lorasweep.report.figures.confirmed import draw_retained, draw_scores_by_value
 from lorasweep.report.figures.panel import Panel, select_trials
-from lorasweep.report.figures.trials import draw_learning_curves, draw_score_by_lr
+from lorasweep.report.figures.trials import draw_learning_curves, draw_score_by_lr, draw_tradeoff
 from lorasweep.report.sweep_data import SweepData
 
-PANELS = (draw_scores_by_value, draw_score_by_lr, draw_learning_curves)
+PANELS = (draw_scores_by_value, draw_score_by_lr, draw_learning_curves, draw_tradeoff)
 """The panels in the order of the page."""
 
 

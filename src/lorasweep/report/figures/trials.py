@@ -1,4 +1,4 @@
-"""Figures of trials: score against the learning rate, and over training steps."""
+"""Figures of trials: score against the learning rate, over training steps, and against cost."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from lorasweep.config.run import ALPHA, LR
 from lorasweep.record import Trial, find_winner
 from lorasweep.report.figures.panel import (
     Panel,
+    Point,
     add_line,
     add_markers,
     add_trials,
@@ -24,6 +25,12 @@ from lorasweep.report.sweep_data import ArmData, SweepData
 
 MAX_CURVE_POINTS = 30
 """A curve has at most about this many points."""
+COSTS = (
+    ("trainable_params", 1, "trainable parameters (log scale)"),
+    ("peak_memory_bytes", 2**20, "peak memory (MiB)"),
+    ("wall_s", 1, "time of the run (s)"),
+)
+"""The field of a run's record, the value of one unit on the axis, and the axis title."""
 
 
 def draw_score_by_lr(data: SweepData) -> Panel:
@@ -114,3 +121,46 @@ def draw_learning_curves(data: SweepData) -> Panel:
         "trials that were paused or pruned."
     )
     return Panel(key="curves", title=title, text=text, figures=(figure,))
+
+
+def draw_tradeoff(data: SweepData) -> Panel:
+    """Returns score against each cost, over the complete trials of every arm that trains something."""
+    title, figures = "Score against cost", []
+    for field, unit, axis in COSTS:
+        groups = {
+            arm.name: [
+                (getattr(trial.record, field) / unit, trial, trial.value)
+                for trial in arm.trials
+                if trial.is_complete and trial.trains and trial.value is not None
+            ]
+            for arm in data.arms
+        }
+        figures += [_draw_cost(axis, groups, data)] if any(groups.values()) else []
+    if not figures:
+        return Panel(key="tradeoff", title=title, text="No complete trial that trains something has a readable record.")
+    text = (
+        "Complete trials against their cost. The stepped line joins the best trials: no trial is both cheaper and "
+        "better than a point on it. Click a point to open its run's folder."
+    )
+    return Panel(key="tradeoff", title=title, text=text, figures=tuple(figures))
+
+
+def _draw_cost(axis: str, groups: dict[str, list[Point]], data: SweepData) -> go.Figure:
+    figure, colours = build_figure(data, x_title=axis, height=340), choose_colours(data)
+    points = [point for group in groups.values() for point in group]
+    figure.update_xaxes(type="log" if "log" in axis else "linear", exponentformat="SI")
+    costs = [cost for cost, _, _ in points]
+    if "log" in axis and 0 < 10 * min(costs, default=0) < max(costs):  # a label for each decade is enough
+        figure.update_xaxes(dtick=1, minor={"ticks": "outside"})
+    best: list[tuple[float, float]] = []
+    for cost, _, score in sorted(points, key=lambda point: (point[0], data.sign * point[2])):
+        if not best or data.sign * score < data.sign * best[-1][1]:
+            best.append((cost, score))
+    line = {"width": 1.5, "shape": "hv"}
+    x, y = [cost for cost, _ in best], [score for _, score in best]
+    add_line(figure, x, y, "#868e96", "best up to this cost", showlegend=True, line=line)
+    for name, dots in groups.items():
+        if dots:
+            add_trials(figure, dots, colours[name], name, showlegend=True)
+    set_score_axis(figure, data, [score for _, _, score in points])
+    return figure
