@@ -175,9 +175,7 @@ def forbid(monkeypatch, name):
     [
         (lambda raw: raw.update(config=[]), "config"),
         (lambda raw: raw["config"]["optim"].update(lr="fast"), r"optim"),
-        (lambda raw: raw["batching"].update(micro_batches="many"), "accumulate"),
         (lambda raw: raw["platform"].update(precision=["fp32"]), "precision"),
-        (lambda raw: raw["data"].update(train=[]), "data"),
         (lambda raw: raw.update(best={"loss": 10**400}), "best"),
         (lambda raw: raw["config"]["model"].update(path="https://***@host"), "secrets"),
     ],

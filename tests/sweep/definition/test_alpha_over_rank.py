@@ -67,8 +67,6 @@ def test_an_override_may_search_what_was_fixed_and_fix_what_was_searched(lora):
     ("settings", "space", "message"),
     [
         ({"method.alpha": {"over_rank": -1}}, {}, "`method.alpha.over_rank` must be .* got -1"),
-        ({"method.alpha": {"over_rank": "a"}}, {}, "`method.alpha.over_rank` must be .* got 'a'"),
-        ({"method.alpha": {"over_rank": float("inf")}}, {}, "`method.alpha.over_rank` must be .* got inf"),
         ({"method.alpha": {"over_rnk": 2}}, {}, "`method.alpha` must be a number, but got"),
         ({}, {"method.alpha": {"over_rank": 2}}, "the range of `method.alpha.over_rank` must be"),
         ({"method": "full", ALPHA_OVER_RANK: 2}, {}, "`method.alpha.over_rank` is not a setting"),

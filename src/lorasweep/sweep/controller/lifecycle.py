@@ -107,18 +107,17 @@ def create_sweep(
     return opened
 
 
-def saved_definition(path: Path, *, changes: Mapping[str, Any] | None = None) -> Definition:
-    """Returns the definition of the sweep in a folder, with `changes` such as `{"arms.lora.trials": 20}` applied.
+def saved_definition(path: Path) -> Definition:
+    """Returns the definition of the sweep in a folder.
 
     Raises:
         RecordError: The folder is not a sweep, or its record is damaged.
-        ConfigError: A trial that has begun would change.
     """
     record = read_sweep(path)
     if not isinstance(record.definition.get("overrides"), dict) or "file" not in record.definition:
         raise RecordError(f"`definition` in {str(path / SWEEP_FILE)!r} must have `file` and `overrides`. Restore it.")
     source = Path(record.source) if record.source else None
-    return grow_definition(restore_definition(record.definition, source=source), changes=changes or {})
+    return restore_definition(record.definition, source=source)
 
 
 def load_study(path: Path, arm: str) -> optuna.Study:
