@@ -9,6 +9,8 @@ import torch
 
 import lorasweep.data.tasks as tasks_file
 from lorasweep.record import read_steps
+from lorasweep.training.packs.pack import train_pack
+from lorasweep.training.packs.slot_run import RunRequest
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
 
@@ -20,6 +22,22 @@ VERA = {"peft_type": "VERA", "r": 8, "d_initial": 0.1, "target_modules": ["q_pro
 
 def train(folder, config, *, inputs, **hooks):
     return train_run(config, RunFolder(path=Path(folder)), inputs=inputs, **hooks)
+
+
+def train_together(configs, *, inputs, state_file):
+    """Trains runs in one pack; `configs` have them by their folders."""
+    requests = [
+        RunRequest(config=config, run_folder=RunFolder(path=folder), on_end=lambda end: None)
+        for folder, config in configs.items()
+    ]
+    train_pack(
+        requests,
+        inputs=inputs,
+        slots=len(requests),
+        next_run=lambda: None,
+        on_evaluation=lambda evaluated: [True] * len(evaluated),
+        state_file=state_file,
+    )
 
 
 def losses(folder):

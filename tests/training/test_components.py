@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import csv
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tests.training.runs import train, train_together
 
 from lorasweep.errors import ConfigError
 from lorasweep.record import read_run, read_steps
 from lorasweep.training.components import check_components
 from lorasweep.training.optim import schedule_factor
-from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.packs.slot_run import RunRequest
 from lorasweep.training.restore import restore_config
-from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunFolder
 
 PLATEAU = {
     "schedule._target_": "torch.optim.lr_scheduler.ReduceLROnPlateau",
@@ -28,10 +24,6 @@ PLATEAU = {
     "schedule.patience": 0,
     "schedule.factor": 0.5,
 }
-
-
-def train(folder, config, *, inputs, **hooks):
-    return train_run(config, RunFolder(path=Path(folder)), inputs=inputs, **hooks)
 
 
 def rows(folder):
@@ -135,31 +127,19 @@ def test_several_loggers_get_every_metric_in_the_runs_folder(tmp_path, make_conf
 
 def test_each_slot_of_a_pack_has_its_own_loggers(tmp_path, make_config, inputs):
     settings = {"logger": ["tensorboard", "csv"], **OWN, "trainer.max_steps": 4, "trainer.eval_every_steps": 2}
-    jobs = [
-        RunRequest(
-            config=make_config({**settings, "optim.lr": rate, "schedule": name}),
-            run_folder=RunFolder(path=tmp_path / name),
-            on_end=lambda record: None,
-        )
+    jobs = {
+        tmp_path / name: make_config({**settings, "optim.lr": rate, "schedule": name})
         for name, rate in (("polynomial", 1e-3), ("inverse_sqrt", 2e-3))
-    ]
-    train_pack(
-        jobs,
-        inputs=inputs,
-        slots=2,
-        next_run=lambda: None,
-        on_evaluation=lambda evaluated: [True] * len(evaluated),
-        state_file=tmp_path / "pack.json",
-    )
+    }
+    train_together(jobs, inputs=inputs, state_file=tmp_path / "pack.json")
     assert [own.run_name for own in Memory.runs] == ["polynomial", "inverse_sqrt"]
-    for own, job in zip(Memory.runs, jobs, strict=True):
-        folder = job.run_folder.path
+    for own, (folder, config) in zip(Memory.runs, jobs.items(), strict=True):
         expected = {row["step"]: row for row in read_steps(folder) if "loss" in row}
         for step, metrics in own.metrics:
             if "train/loss" in metrics:
                 assert (metrics["train/loss"], metrics["train/lr"]) == (expected[step]["loss"], expected[step]["lr"])
-        factors = [schedule_factor(job.config.schedule, n, max_steps=4, lr=job.config.optim.lr) for n in range(4)]
-        assert [row["lr"] for row in expected.values()] == [job.config.optim.lr * factor for factor in factors]
+        factors = [schedule_factor(config.schedule, n, max_steps=4, lr=config.optim.lr) for n in range(4)]
+        assert [row["lr"] for row in expected.values()] == [config.optim.lr * factor for factor in factors]
         assert [float(row["train/lr"]) for row in csv_rows(folder) if row["train/lr"]] == [
             row["lr"] for row in expected.values()
         ]

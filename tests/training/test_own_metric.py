@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from tests.training.runs import train_together
 
 from lorasweep.config.compose import compose_run
 from lorasweep.record import read_run
 from lorasweep.training.inputs import build_inputs
-from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.packs.slot_run import RunRequest
 from lorasweep.training.restore import restore_config
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
@@ -40,23 +39,8 @@ def test_a_packed_run_scores_as_it_would_alone_and_the_record_restores_the_metri
     configs = [compose_run(TEXT | METRIC | {"method.rank": rank, "optim.lr": 1e-2}) for rank in (2, 4)]
     for rank, config in enumerate(configs):
         train_run(config, RunFolder(path=tmp_path / f"alone-{rank}"), inputs=own_inputs)
-    requests = [
-        RunRequest(
-            config=config,
-            run_folder=RunFolder(path=tmp_path / f"packed-{rank}"),
-            start_step=None,
-            on_end=lambda end: None,
-        )
-        for rank, config in enumerate(configs)
-    ]
-    train_pack(
-        requests,
-        inputs=own_inputs,
-        slots=2,
-        next_run=lambda: None,
-        on_evaluation=lambda evaluated: [True] * len(evaluated),
-        state_file=tmp_path / "pack.json",
-    )
+    packed = {tmp_path / f"packed-{rank}": config for rank, config in enumerate(configs)}
+    train_together(packed, inputs=own_inputs, state_file=tmp_path / "pack.json")
     for rank in range(2):
         alone, packed = (read_run(tmp_path / f"{how}-{rank}") for how in ("alone", "packed"))
         assert alone.metric == packed.metric == NAME

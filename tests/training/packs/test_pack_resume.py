@@ -275,21 +275,6 @@ def test_a_slot_whose_checkpoint_is_damaged_goes_on_from_the_one_before_and_a_no
         assert read_run(tmp_path / f"run-{n}").status == "complete"
 
 
-def test_paused_runs_that_go_on_in_the_same_slots_end_as_if_they_were_never_paused(make_config, inputs, tmp_path):
-    def train(folder: Path, *, pause: bool) -> None:
-        folder.mkdir(exist_ok=True)
-        search = Search(folder, make_config)
-        search.supply = lambda: None
-        search.report = lambda evaluated: [not pause] * len(evaluated)
-        assert search.train([search.job(f"run-{n}") for n in (0, 1, 2)], inputs=inputs)
-
-    train(tmp_path / "whole", pause=False)
-    train(tmp_path / "paused", pause=True)
-    assert {read_run(tmp_path / "paused" / f"run-{n}").status for n in (0, 1, 2)} == {"paused"}
-    train(tmp_path / "paused", pause=False)
-    assert_same_runs(tmp_path / "paused", tmp_path / "whole")
-
-
 def test_the_stream_that_slots_share_continues_after_a_kill(make_config, tmp_path):
     """A model that drops attention probabilities in its fused kernel draws for all slots from torch's own stream."""
     settings = GPT2Config(vocab_size=257, n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=256)
