@@ -64,20 +64,6 @@ def test_a_layer_used_under_two_names_stays_one_layer() -> None:
     assert len(lora_layers(model)) == 1
 
 
-def test_a_layer_used_twice_in_a_forward_gets_both_gradients() -> None:
-    model = nn.ModuleDict({"layer": nn.Linear(4, 4)}).double()
-    inject_lora(model, LoraConfig(rank=2))
-    layer = model["layer"].double()
-    nn.init.normal_(layer.lora_b)
-    x = torch.randn(3, 4, dtype=torch.float64)
-
-    def loss(a: Tensor, b: Tensor) -> Tensor:
-        twice = torch.func.functional_call(layer, {"lora_a": a, "lora_b": b}, (x,))
-        return torch.func.functional_call(layer, {"lora_a": a, "lora_b": b}, (twice,)).pow(2).sum()
-
-    assert torch.autograd.gradcheck(loss, (layer.lora_a, layer.lora_b))
-
-
 def test_a_rank_above_a_layers_size_leaves_the_model_unchanged(model: nn.Module) -> None:
     with pytest.raises(ValueError, match=r"`method.rank <= 8` must hold"):
         inject_lora(model, LoraConfig(rank=9))

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -17,10 +16,6 @@ from lorasweep.lora import (
     save_adapter,
 )
 from lorasweep.lora.layer_kinds import dequantised_weight, is_quantised
-
-needs_bitsandbytes = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes, an optional extra, is not installed"
-)
 
 
 class IntegerLinear(nn.Linear):
@@ -84,43 +79,3 @@ def test_an_adapter_of_a_quantised_base_can_be_saved_and_loaded(tmp_path: Path) 
     loaded = make_quantised()
     load_adapter(loaded, tmp_path)
     assert torch.equal(loaded(x), model(x))
-
-
-def check_4_bit(device: str) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8)).to(device)
-    x = torch.randn(5, 64, device=device)
-    exact = model(x).detach()
-    quantised = importlib.import_module("bitsandbytes").nn.Linear4bit(64, 64, compute_dtype=torch.float32)
-    quantised.load_state_dict(model[0].state_dict())
-    model[0] = quantised.to(device)  # bitsandbytes quantises in `to`
-    assert is_quantised(model[0])
-    assert 0 < (model(x) - exact).norm() < 0.2 * exact.norm()  # 4 bits: each weight off by about a tenth
-    before = model[0].weight.clone()
-    adapt(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    losses = []
-    for _ in range(5):
-        loss = (model(x) - exact).pow(2).mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    assert torch.equal(model[0].base.weight, before)
-    expected = model(x)
-    merge_lora(model)
-    torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-4)  # kernels for 4 bits sum in another order
-
-
-@needs_bitsandbytes
-@pytest.mark.filterwarnings("ignore")  # bitsandbytes tells of kernels that it could not load
-def test_a_4_bit_base_trains_on_a_cpu() -> None:
-    check_4_bit("cpu")
-
-
-@pytest.mark.gpu
-@needs_bitsandbytes
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-def test_a_4_bit_base_trains_on_a_gpu() -> None:
-    check_4_bit("cuda")

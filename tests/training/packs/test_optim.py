@@ -22,7 +22,7 @@ from lorasweep.lora import (
 from lorasweep.lora.inject import replace_dropout
 from lorasweep.methods import ParameterGroup
 from lorasweep.training.optim import build_optimizer, build_schedule
-from lorasweep.training.packs.slot_run import SlotOptimizer, flatten_parameters
+from lorasweep.training.packs.slot_run import SlotOptimizer
 
 ROWS, LENGTH, VOCABULARY = 2, 6, 23
 TIGHT = {
@@ -174,16 +174,3 @@ def test_slots_that_join_and_leave_are_their_solo_runs() -> None:
         solo = SoloRun(make_llama(), config, SETTINGS[seed], seed)
         solo.train(batches[seed][:num_steps])
         assert_same_trial(pack, slot, solo)
-
-
-def test_values_and_gradients_are_views_of_one_vector() -> None:
-    parameters = [nn.Parameter(torch.randn(2, 3)), nn.Parameter(torch.randn(4, 1))]
-    before = [parameter.detach().clone() for parameter in parameters]
-    flat = flatten_parameters(parameters, shape=(1, -1))
-    assert flat.shape == (1, 10)
-    assert all(torch.equal(parameter, value) for parameter, value in zip(parameters, before, strict=True))
-    sum((parameter * 2).sum() for parameter in parameters).backward()
-    assert torch.equal(flat.grad, torch.full((1, 10), 2.0))
-    with torch.no_grad():
-        flat.zero_()
-    assert not any(parameter.any() for parameter in parameters)
