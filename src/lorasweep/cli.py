@@ -154,7 +154,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
     for reader in (export_parser, inspect_parser):
         reader.add_argument(
-            "--trust", action="store_true", help="allow code and pickles that the model of the run needs"
+            "--trust", action="store_true", help="allow code that the model of the run needs"
         )
     if "_ARGCOMPLETE" in os.environ:  # the shell asks for completions
         import argcomplete
