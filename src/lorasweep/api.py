@@ -61,8 +61,6 @@ from lorasweep.training.stop_signal import StopSignal
 
 __all__ = ["load_run", "load_sweep", "resume_sweep", "run_sweep", "train_run"]
 
-DEFAULT_SWEEP = "quickstart"
-"""The sweep that runs if neither a name nor data is given."""
 Overrides: TypeAlias = Sequence[str] | Mapping[str, Any]
 """Arguments of the command line (`["optim.lr=1e-3"]`), or dotted keys and values (`{"optim.lr": 1e-3}`)."""
 Progress: TypeAlias = Callable[[SweepStatus], None] | Literal["auto", "verbose"] | None
@@ -81,7 +79,7 @@ def run_sweep(
 
     Args:
         sweep: Name of a sweep of lorasweep or of the folder `sweeps/`, a YAML file, or the content of a YAML file.
-            None drafts a sweep for the `data.train` of the overrides, or without it runs the quickstart.
+            None drafts a sweep for the data of the overrides.
         overrides: Settings that replace settings of the sweep.
         output: A new or empty folder; by default `outputs/NAME` with the next free number.
         progress: Receives the state of the sweep while it runs.
@@ -167,11 +165,9 @@ def train_run(
 
 
 def read_sweep_definition(sweep: str | Path | Mapping[str, Any] | None, overrides: Overrides) -> Definition:
-    """Reads and checks a sweep. None: drafts one for the data of the overrides; without data it is the quickstart."""
+    """Reads and checks a sweep. None drafts one for the data of the overrides."""
     if sweep is None:
-        overrides, sweep = parse_overrides(overrides), DEFAULT_SWEEP
-        if {"data.train", "data.path"} & overrides.keys():
-            return draft_definition(overrides)
+        return draft_definition(parse_overrides(overrides))
     content = sweep if isinstance(sweep, Mapping) else find_sweep_file(str(sweep))
     return read_definition(content, overrides)
 

@@ -79,9 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
         overrides.completer = complete_argument  # type: ignore[attr-defined]  # read by argcomplete
 
     sweep_parser = add(sweep, "search every arm of a sweep and write the report")
-    add_overrides(
-        sweep_parser, "NAME|FILE key=value", "default: a sweep for data.train=FILE model.path=..., else quickstart"
-    )
+    add_overrides(sweep_parser, "NAME|FILE key=value", "default: a sweep for data.train=FILE model.path=...")
     sweep_parser.add_argument(
         "--resume",
         type=Path,

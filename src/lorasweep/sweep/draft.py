@@ -96,7 +96,7 @@ def draft_definition(overrides: Mapping[str, Any]) -> Definition:
     """Returns the sweep that `lorasweep new` would write for the model and data of overrides. Errors as there."""
     settings = {k: v for k, v in overrides.items() if re.match(r"(model|data|trainer)\b", k) and not is_range(k, v)}
     others = {key: value for key, value in overrides.items() if key not in settings}
-    source = str(settings.get("data.path") or settings["data.train"])
+    source = str(settings.get("data.path") or settings.get("data.train") or settings.get("data", ""))
     name = re.sub(r"\W+", "-", Path(source).name.split(".")[0])[:MAX_NAME_CHARACTERS].strip("-")
     return read_definition(yaml.safe_load(draft_sweep(Path(f"{name or 'sweep'}.yaml"), settings)), others)
 
@@ -112,8 +112,10 @@ def draft_sweep(path: Path, settings: Mapping[str, Any]) -> str:
         ConfigError: A setting is missing or wrong, or the model or the data can't be read.
     """
     if not {"data", "data.train", "data.path"} & settings.keys():
+        given = f"`{'`, `'.join(settings)}`" if settings else "nothing"
         raise ConfigError(
-            "a drafted sweep must know the data: add `data.train=FILE`, or `data.path=HUB-ID data.train=SPLIT`."
+            "a sweep must have a name (`lorasweep sweep quickstart`) or a file, or `data.train=FILE`, or "
+            f"`data.path=HUB-ID data.train=SPLIT`, but got {given}."
         )
     of_sweep = {key: value for key, value in settings.items() if key.split(".")[0] in SWEEP_GROUPS}
     settings = {key: value for key, value in settings.items() if key not in of_sweep}

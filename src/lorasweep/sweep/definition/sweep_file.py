@@ -60,12 +60,14 @@ def find_sweep_file(name: str) -> Path:
     if name.endswith((".yaml", ".yml")) or "/" in name:
         path = Path(name)
         if not path.is_file():
-            raise ConfigError(f"a sweep file must exist, but {name!r} does not.")
+            others = map(str, path.parent.glob("*.y*ml"))
+            raise ConfigError(f"a sweep file must exist, but {name!r} does not.{nearest(name, others)}")
         return path
     files = list_sweep_files()
     if name not in files:
         raise ConfigError(
-            f"a sweep must be one of {', '.join(sorted(files))} or a YAML file, but got {name!r}.{nearest(name, files)}"
+            f"a sweep must be one of {', '.join(sorted(files))} or a YAML file, but got {name!r}."
+            f"{nearest(name, [*(path.name for path in Path.cwd().glob('*.y*ml')), *files])}"
             f"{f' Name data by `data.train={name}`.' if Path(name).is_file() else ''}"
         )
     return files[name]
