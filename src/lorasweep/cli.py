@@ -435,7 +435,7 @@ def _show_report(result: SweepResult, *, verbose: bool) -> int:
     say(f"report: {result.report}")
     if not verbose:
         say(f"All findings: lorasweep compare {result.folder} --verbose")
-        for recommendation in recommend(load_sweep_data(result.folder))[:1]:
+        for recommendation in recommend(load_sweep_data(result.folder)):
             for purpose, command in recommendation.commands.items():
                 say(f"{purpose}: {command}")
     return DONE

@@ -145,7 +145,8 @@ def judge_smallest(arm: str, data: SweepData) -> tuple[str, bool]:
             return f"{_capitalize(first)} is enough and {below} is not: {said}; {below} {doubt}.", True
         return f"{_capitalize(first)} is enough; whether {below} is enough is open: {said}; {below} {doubt}.", False
     if smaller[0].verdict == "insufficient":
-        return f"{_capitalize(largest)}, the largest that was tried: {below} is not enough, it {doubt}.", True
+        said = _describe_quantity(smaller[0], data)  # without the verdict, which the sentence says
+        return f"{_capitalize(largest)}, the largest that was tried: {below} is not enough, it {said}.", True
     worse = [name_value(answer.subject, data) for answer in chain if answer.verdict == "insufficient"]
     more = f" {_capitalize(join_words(worse))} {'is' if len(worse) == 1 else 'are'} not enough." if worse else ""
     said = f"{below} {_describe_quantity(smaller[0], data)}; {_describe_open(smaller[0])}."

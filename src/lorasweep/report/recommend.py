@@ -57,7 +57,7 @@ def recommend(data: SweepData) -> list[Recommendation]:
     found = [_build(chosen, data, is_shown=is_shown)]
     lora = choose_arm(data, ["lora"])
     if lora and chosen.arm.row.method != "lora":
-        found.append(_build(lora, data, is_shown=is_shown, verb="With LoRA instead, use"))
+        found.append(_build(lora, data, is_shown=is_shown))
     return [one for one in found if one is not None]
 
 
@@ -137,7 +137,7 @@ def _list_overrides(arm: ArmData, trial: Trial) -> dict[str, Any]:
     return settings | {key: value for key in exact if (value := trial.setting(key)) is not None}
 
 
-def _build(choice: Choice, data: SweepData, *, is_shown: bool, verb: str | None = None) -> Recommendation | None:
+def _build(choice: Choice, data: SweepData, *, is_shown: bool) -> Recommendation | None:
     """Returns the recommendation of a subject; None if its run can't be read."""
     arm, trial = choice.arm, choice.arm.best
     if trial is None or trial.record is None:
@@ -146,7 +146,7 @@ def _build(choice: Choice, data: SweepData, *, is_shown: bool, verb: str | None 
     is_settled = choice.is_settled and is_shown and bool(data.evidence.subjects)
     named = join_words([f"{name} {value}" for name, value in settings.items() if name not in ("method", "steps")])
     steps = f" for {settings['steps']} steps" if "steps" in settings else ""
-    verb = verb or ("Use" if is_settled else "Best known so far, but not settled:")
+    verb = "Use" if is_settled else "Best known so far, but not settled:"
     return Recommendation(
         arm=arm.name,
         is_settled=is_settled,
@@ -161,11 +161,10 @@ def _build(choice: Choice, data: SweepData, *, is_shown: bool, verb: str | None 
 
 def _list_commands(arm: ArmData, data: SweepData) -> dict[str, str]:
     """Returns the commands that train the settings again, and that export the adapter of a confirm run."""
-    commands = {}
+    commands, source = {}, shlex.quote(str(data.folder / arm.name))
     if data.record.status == "complete":
-        commands["To train it on all data"] = f"lorasweep train --from {shlex.quote(str(data.folder / arm.name))}"
+        commands[f"To train {arm.name} on all data"] = f"lorasweep train --from {source}"
     if arm.row.method in ("lora", "peft") and any(run.is_complete for run in arm.confirm_runs):
-        source = shlex.quote(str(data.folder / arm.name))
         commands["To get the adapter of its best confirm run"] = (
             f"lorasweep export {source} --format peft --out adapter"
         )
