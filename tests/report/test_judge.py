@@ -123,9 +123,9 @@ def test_the_command_prints_verdicts_and_writes_files(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "settings", "message"),
     [
-        (lambda rows: rows.drop(columns="seed"), {}, "columns arm, seed and score, but seed is missing"),
+        (lambda rows: rows.drop(columns="seed"), {}, "columns arm, seed and score, but lack seed"),
         (lambda rows: rows, {"reference": "fulll"}, "must be one of full or lora, but got 'fulll'"),
-        (lambda rows: pandas.concat([rows, rows]), {}, "one row, or one for each `example`"),
+        (lambda rows: pandas.concat([rows, rows]), {}, "several with arm full, seed 0. If they differ in a setting"),
         (lambda rows: rows.assign(score=float("nan")), {}, "row 1 must have a finite number as its score"),
         (lambda rows: rows.assign(weight=-1.0), {}, "row 1 must have a finite number as its weight"),
         (lambda rows: rows.assign(weight=0.0), {}, "must have a positive sum"),

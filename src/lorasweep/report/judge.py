@@ -201,8 +201,8 @@ def judge(
 def _check_table(scores: pandas.DataFrame, *, reference: str) -> None:
     if missing := [name for name in REQUIRED_COLUMNS if name not in scores]:
         raise ConfigError(
-            f"the scores must have the columns {join_words(REQUIRED_COLUMNS)}, but {join_words(missing)} is missing "
-            f"among {join_words([str(name) for name in scores]) or 'no columns'}. Name yours with `--columns arm=...`."
+            f"the scores must have the columns {join_words(REQUIRED_COLUMNS)}, but lack {join_words(missing)}: they "
+            f"have {join_words([str(name) for name in scores]) or 'no columns'}. Name yours with `--columns arm=...`."
         )
     if scores[["arm", "seed"]].isna().any(axis=None):
         raise ConfigError("each row of the scores must have an arm and a seed, but one is empty.")
@@ -216,10 +216,10 @@ def _check_table(scores: pandas.DataFrame, *, reference: str) -> None:
     identity = [name for name in ("arm", "value", "seed", "example") if name in scores]
     repeated = scores[scores.duplicated(identity)]
     if len(repeated):
-        first = ", ".join(f"{name} {repeated.iloc[0][name]!r}" for name in identity)
+        first = ", ".join(f"{name} {repeated.iloc[0][name]}" for name in identity)
         raise ConfigError(
-            f"each run must have one row, or one for each `example`, but there are several with {first}. If two runs "
-            "have the same seed, give them different ones."
+            f"each run must have one row, or one for each `example`, but there are several with {first}. If they "
+            "differ in a setting, such as the rank, name its column with `--columns value=...`, else give other seeds."
         )
 
 
