@@ -110,8 +110,8 @@ def test_splits_that_are_given_are_read_as_they_are(read):
 
 
 def test_rows_of_the_test_split_are_read_at_its_first_call_and_once(read):
-    source = read("table", {"train.csv": csv_of(ROWS), "test.csv": "text,label\nwithout a label,\n"})
-    with pytest.raises(ConfigError, match=r"line 2 of 'test\.csv' must have a label"):
+    source = read("table", {"train.csv": csv_of(ROWS), "test.csv": "text,label\none,\ntwo,a\nthree,\n"})
+    with pytest.raises(ConfigError, match=r"line 2 of 'test\.csv' must have a label.* 2 rows .*, also line 4\."):
         source.test()
     source = read("table", {"train.csv": csv_of(ROWS), "test.csv": csv_of(ROWS[:3])})
     assert source.test() is source.test()

@@ -95,7 +95,8 @@ def _parse_row(*values: Any, group: str | None) -> Conversation:
         else:
             raise ValueError(f"must have a list of messages, but has {shorten(value)}")
     if not messages or messages[-1].role != "assistant":
-        raise ValueError(f"must have messages that end with the assistant's, but has {shorten(values)}")
+        roles_given = [message.role for message in messages]
+        raise ValueError(f"must have messages that end with the assistant's, but has the roles {shorten(roles_given)}")
     conversation = Conversation(messages, group)
     return conversation if group is not None else conversation._replace(group=f"{_prompt_key(conversation):016x}")
 

@@ -9,6 +9,7 @@ import json
 import re
 import warnings
 import zlib
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from pandas.errors import ParserWarning
 
 from lorasweep.config.data import Delimiter, Quoting, RowSettings, SplitSettings
 from lorasweep.errors import ConfigError, first_line
-from lorasweep.wording import nearest, shorten
+from lorasweep.wording import join_words, nearest, shorten
 
 T = TypeVar("T")
 
@@ -42,6 +43,8 @@ READERS: Mapping[str, str] = {
 }
 """The reader of `datasets` for each file suffix."""
 
+MAX_NAMED_ROWS = 10
+"""Maximum of wrong rows that an error names."""
 MAX_GZIP_RATIO = 20
 """Highest assumed size of an uncompressed JSON file, divided by its gzip size. A larger file is read in several chunks,
 and the first chunk decides the types of the columns."""
@@ -216,7 +219,8 @@ def _find_fault(path: Path) -> str | None:
                 if kind == ".jsonl" and text:
                     json.loads(text)
             except UnicodeDecodeError:
-                remedy = f"iconv -f cp1252 -t utf-8 {path} > {path.with_stem(f'{path.stem}-utf8')}"
+                encoding = "utf-16" if line.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "cp1252"
+                remedy = f"iconv -f {encoding} -t utf-8 {path} > {path.with_stem(f'{path.stem}-utf8')}"
                 return f"must be in UTF-8, but line {number} is not. Convert it, perhaps by `{remedy}`"
             except json.JSONDecodeError as error:
                 return f"must have JSON on every line, but line {number} is wrong: {error.msg} at column {error.colno}"
@@ -343,7 +347,9 @@ def parse_rows(table: Table, parse: Callable[..., T]) -> tuple[list[T], list[str
     shown = ", ".join(f"`{column}` {shorten(value, 40)}" for column, value in fields.items())
     first = f"{_name_place(name, index, table.file_settings)} of {name!r} {problem}. The row has {shown}."
     if table.file_settings is not None:
-        also = f" {len(problems)} rows have a problem." if len(problems) > 1 else ""
+        more = [(_name_place(*row[:2], table.file_settings), row[0]) for row in problems[1:MAX_NAMED_ROWS]]
+        others = [place if file == name else f"{place} of {file!r}" for place, file in more]
+        also = f" {len(problems)} rows have a problem, also {join_words(others)}." if others else ""
         raise ConfigError(f"{first} Correct or remove it.{also}")
     if not parsed:
         raise ConfigError(f"{name!r} must have usable rows, but has none. The first problem: {first}")
