@@ -241,9 +241,9 @@ class ArmTrials:
         if metric in ("accuracy", "f1"):
             remedies.append("another metric (`data.metric=matthews` if each example has one label)")
         return (
-            f"Most trials of `{self.arm.name}` have learned nothing at step {min(self._rule.rungs, default=0)}: their "
-            f"{format_metric(metric)} is no better than that of an answer that needs no training "
-            f"({format_score(self._order.constant_answer)}). If this stays so, start a new sweep with "
+            f"Most trials of `{self.arm.name}` had learned nothing at step {min(self._rule.rungs, default=0)}: their "
+            f"{format_metric(metric)} was no better than that of an answer that needs no training "
+            f"({format_score(self._order.constant_answer)}). If no later score is better, start a new sweep with "
             f"{join_words(remedies, last='or')}."
         )
 

@@ -50,7 +50,7 @@ def _warn_of_budgets(arms: Sequence[Arm]) -> Iterator[str]:
     if len(set(trials.values())) > 1:
         yield (
             f"Arms have unequal numbers of trials ({_format_by_arm(trials)}): an arm with more trials has more "
-            "chances of a good score. `sweep.trials=N` gives every arm the same number."
+            "chances of a good score. `sweep.trials=N` gives every arm with a `space` the same number."
         )
     if len(set(tokens.values())) > 1:
         yield (
