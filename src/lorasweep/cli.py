@@ -151,9 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
             "--minutes", type=float, metavar="N", help="fit seeds, trials and steps to this time, which is measured"
         )
     for reader in (export_parser, inspect_parser):
-        reader.add_argument(
-            "--trust", action="store_true", help="allow code that the model of the run needs"
-        )
+        reader.add_argument("--trust", action="store_true", help="allow code that the model of the run needs")
     if "_ARGCOMPLETE" in os.environ:  # the shell asks for completions
         import argcomplete
 
