@@ -102,6 +102,7 @@ BAD = [
     (["compare", "nowhere"], "nowhere"),
     (["export", "nowhere", "--format", "peft", "--out", "new"], "run.json, but 'nowhere'"),
     (["inspect", "nowhere"], "a run's folder must contain run.json, but 'nowhere' does not."),
+    (["inspect", "fulll"], "but 'fulll' does not. Name another folder. Did you mean `full`?"),
     (["reproduce", "full"], "a run's folder must contain run.json, but 'full' does not."),
     (["train", "data.train=https://me:open-sesame@host/a.csv", "data=table"], "but got 'https://***@host/a.csv'."),
     (["sweep", "mini.yaml", "model.path=https://me:open-sesame@host"], "`model.path` must not contain a password"),

@@ -53,6 +53,13 @@ def test_one_seed_is_never_a_verdict():
     assert (answer.verdict, answer.open_because) == ("open", "one seed: not tested")
 
 
+def test_one_run_of_the_base_counts_for_every_seed_and_a_note_says_so():
+    scores = make_scores({"full": 0.85, "lora": 0.851, "frozen": 0.5})
+    found = lorasweep.judge(scores[(scores["arm"] != "frozen") | (scores["seed"] == 0)], margin="5%", maximize=True)
+    assert found.answers[0].verdict == "equivalent"
+    assert "`frozen` has one run, whose score counts for every seed." in found.notes
+
+
 def test_a_sweep_of_ours_gets_its_own_verdicts(tmp_path):
     folder = build_rank_sweep(tmp_path, {1: 1.8, 4: 1.67, 16: 1.662}, examples=40)
     sweep = read_sweep(folder)

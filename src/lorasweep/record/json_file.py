@@ -15,7 +15,7 @@ from lorasweep.config.ranges import is_number
 from lorasweep.config.redaction import redact
 from lorasweep.disk import write_atomically
 from lorasweep.errors import RecordError
-from lorasweep.wording import shorten
+from lorasweep.wording import nearest, shorten
 
 VERSION: Literal[1] = 1
 """Version of the format. Records of another version are refused."""
@@ -51,8 +51,10 @@ def read_json(kind: type[T], path: Path) -> T:
         RecordError: The file is missing, damaged, of another format or of another version.
     """
     if not path.is_file():
+        others = [str(folder) for folder in path.parent.parent.glob("*") if folder.is_dir()]
         raise RecordError(
             f"a {path.stem}'s folder must contain {path.name}, but {str(path.parent)!r} does not. Name another folder."
+            f"{nearest(str(path.parent), others) if not path.parent.exists() else ''}"
         )
     try:
         record: T = _adapter(kind).validate_json(path.read_bytes(), strict=True)  # type: ignore[arg-type]

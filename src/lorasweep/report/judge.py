@@ -178,10 +178,12 @@ def judge(
             f"the scores must have another arm beside {join_words([reference, *([base] if base else [])])}."
         )
     values, examples = _read_runs(subjects)
+    deterministic = [base] if base and sum(name == base for name, _ in values) == 1 else []
     found = build_scores(
         values,
         examples,
-        deterministic=[base] if base and sum(name == base for name, _ in values) == 1 else [],
+        deterministic=deterministic,
+        problems=[f"`{name}` has one run, whose score counts for every seed." for name in deterministic],
         score_range=METRIC_RANGES.get(metric, UNBOUNDED),
     )
     num_seeds = max(len(seeds) for seeds in found.values.values())

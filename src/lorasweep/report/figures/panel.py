@@ -135,7 +135,7 @@ def set_score_axis(figure: go.Figure, data: SweepData, scores: Sequence[float]) 
     scores_by_method = {method: data.best_score(method) for method in ("full", "frozen")}
     add_references(figure, {name: (name, score) for name, score in scores_by_method.items() if score is not None})
     if num_outside := sum(not limits[0] <= score <= limits[1] for score in scores):
-        figure.layout.xaxis.title.text += f" · {num_outside} outside the range of scores"
+        figure.layout.xaxis.title.text += f"<br>{num_outside} outside the range of scores"
 
 
 def add_references(figure: go.Figure, references: Mapping[str, tuple[str, float]]) -> None:
