@@ -212,17 +212,20 @@ def run_claim(name: str, arguments: list[str], *, folders: dict[str, str]) -> No
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         forgotten = [
-            row
-            | {"name": f"forgotten_of_{row['data']}", "reference": "frozen", "value": row["change"]}
-            | dict(zip(("low", "high"), row["interval"] or ("", ""), strict=True))
+            row | {"name": f"forgotten_of_{row['data']}", "reference": "frozen", "value": row["change"]}
             for row in summary["retained"]
         ]
         for row in [*summary["questions"], *forgotten]:
+            if row["name"] == "setting":
+                continue
+            low, high = row["interval"] or ("", "")
             chosen = json.dumps(settings.get(row["subject"], {}))
             writer.writerow(
                 {
                     "question": row["name"],
-                    **{key: row[key] for key in ("subject", "reference", "verdict", "value", "low", "high")},
+                    **{key: row[key] for key in ("subject", "reference", "verdict", "value")},
+                    "low": low,
+                    "high": high,
                     "settings": chosen,
                 }
             )

@@ -32,6 +32,23 @@ def test_other_methods_and_pairs_get_a_sentence_each(tmp_path: Path) -> None:
     assert sentence.startswith("`lora-rank-4` gains -10 %")
 
 
+def test_summary_has_an_entry_for_each_answer_and_the_setting(tmp_path: Path) -> None:
+    sweep = build_rank_sweep(tmp_path, {1: 1.8, 4: 1.7, 16: 1.662})
+    summary = summarize(sweep)
+    entries = summary.as_json()["questions"]
+    assert all(
+        entry.keys() == {"name", "subject", "reference", "verdict", "value", "interval", "open_because", "to_settle"}
+        for entry in entries
+    )
+    assert [entry["name"] for entry in entries] == ["as_good_as_full"] * 3 + ["smallest_rank"] * 2 + ["setting"]
+    first = summary.data.evidence.answers[0]
+    assert [entries[0][key] for key in ("subject", "value", "interval")] == [first.subject, first.value, first.interval]
+    assert entries[-1]["subject"] == "lora-rank-16"
+    assert entries[-1]["value"] == {"method.rank": 16, "optim.lr": 0.0102}
+    assert entries[-1]["interval"] == (0.0, 0.001)
+    assert entries[-1]["verdict"] == "predicted"
+
+
 @pytest.mark.parametrize(
     ("optim", "has_law"),
     [

@@ -8,11 +8,13 @@ from typing import Any
 
 from lorasweep.record import STATES
 from lorasweep.report.answers import AnswerLine, list_answer_lines
+from lorasweep.report.choice import choose_arm
 from lorasweep.report.fairness import judge_fairness
 from lorasweep.report.findings import describe_findings
 from lorasweep.report.learning import Learning, judge_learning
 from lorasweep.report.recommend import Recommendation, recommend
 from lorasweep.report.sweep_data import ArmData, SweepData, load_sweep_data
+from lorasweep.wording import short_key
 
 COSTS = ("trainable_params", "trainable_fraction", "adapter_bytes", "peak_memory_bytes", "wall_s")
 """The fields of the best run's record that `summary.json` has for each arm."""
@@ -54,7 +56,7 @@ class Summary:
             "status": record.status,
             "headline": self.learning.headline,
             "answers": [asdict(line) for line in self.answers],
-            "questions": [answer.as_row() for answer in data.evidence.answers],
+            "questions": list_question_entries(data, self.learning),
             "warnings": self.warnings,
             "learning": asdict(self.learning),
             "metric": record.metric,
@@ -93,6 +95,31 @@ def summarize(folder: Path) -> Summary:
         sentences=tuple(describe_findings(data, findings)),
         recommended=tuple(recommend(data)),
     )
+
+
+def list_question_entries(data: SweepData, learning: Learning) -> list[dict[str, Any]]:
+    """Returns an entry for each answer, and one for the recommended setting of LoRA, as `summary.json` has them.
+
+    The name of the question on the smallest sufficient value ends in the last part of its key: `smallest_rank`.
+    """
+    keys = {question.arm: short_key(question.key or "") for question in data.record.questions}
+    shown = ("subject", "reference", "verdict", "value", "interval", "open_because", "to_settle")
+    entries = [
+        {"name": f"smallest_{keys[answer.arm]}" if answer.name == "smallest" else answer.name}
+        | {field: getattr(answer, field) for field in shown}
+        for answer in data.evidence.answers
+    ]
+    choice = choose_arm(data, ["lora"])
+    if learning.state == "nothing" or choice is None or choice.arm.setting is None or choice.arm.best is None:
+        return entries
+    setting = dict.fromkeys(shown) | {
+        "name": "setting",
+        "subject": choice.arm.name,
+        "verdict": "predicted" if choice.arm.best.is_predicted else "tried",
+        "value": choice.arm.best.params,
+        "interval": None if choice.arm.setting.regret is None else (0.0, choice.arm.setting.regret),
+    }
+    return [*entries, setting]
 
 
 def _summarize_arm(arm: ArmData, data: SweepData) -> dict[str, Any]:
