@@ -45,17 +45,19 @@ def choose_arm(data: SweepData, methods: Sequence[str] | None = None) -> Choice 
     """Returns the subject to use among all arms that train, or among those of some methods.
 
     If a subject is shown to be better than full fine-tuning, it is used. Else if subjects are shown to be as good, the
-    one with the fewest trained parameters is used. Else the one with the best score is used, and the choice is settled
-    if all others are shown to be no better.
+    one with the fewest trained parameters is used. If only a larger value than the smallest sufficient one is shown to
+    be as good, that is used, and a smaller one may be as good. Else the one with the best score is used, and the choice
+    is settled if all others are shown to be no better.
     """
     rows = [arm.row for arm in data.searches if arm.row.method != "frozen"]
     names = [row.name for row in rows if methods is None or row.method in methods]
     choices = [choice for name in names if (choice := choose_subject(data, name)) and choice.arm.best]
     if not choices:
         return None
-    beside_full = {one.arm.name: data.evidence.answer("as_good_as_full", one.arm.name) for one in choices}
-    verdicts = {name: answer.verdict for name, answer in beside_full.items() if answer}
+    verdicts = {answer.subject: answer.verdict for answer in data.evidence.list_answers("as_good_as_full")}
     positive = [one for one in choices if verdicts.get(one.arm.name) in POSITIVE_VERDICTS]
+    as_good = [arm for arm in data.arms if arm.arm in names and verdicts.get(arm.name) in POSITIVE_VERDICTS]
+    positive = positive or [Choice(arm=arm, is_settled=False) for arm in as_good if arm.best and arm.best.record]
     better = [one for one in positive if verdicts[one.arm.name] == "better"]
     if positive and not better:
         return min(positive, key=lambda one: one.arm.cost("trainable_params") or math.inf)
