@@ -185,5 +185,5 @@ def test_seeds_go_first_then_trials_then_steps(quickstart):
 
 
 def test_a_time_that_is_too_short_is_refused_with_the_shortest(quickstart):
-    with pytest.raises(ConfigError, match=r"`--minutes` must be at least \d+ .* but got 0.5.*`confirm.seeds`"):
+    with pytest.raises(ConfigError, match=r"`--minutes` must be at least \d+ .* but got 0.5.*confirm.seeds=3"):
         fit(quickstart, 0.5)

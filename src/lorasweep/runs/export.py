@@ -125,7 +125,7 @@ def _check_request(config: RunConfig, *, format: ExportFormat, out: Path) -> Non
     if format == "peft" and method not in ("lora", "peft"):
         raise ConfigError(
             f"`--format peft` must have a run of `method=lora` or `method=peft`, but got {method!r}. "
-            "Use `--format merged`."
+            "Use `--format merged`, or name a LoRA arm: `SWEEP/ARM`."
         )
     require_new_folder(out, key="--out", remedy="Name another folder.")
 

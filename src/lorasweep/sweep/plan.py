@@ -274,8 +274,8 @@ def fit_minutes(
             return fitted, measured, f"within {minutes:g} min: {'; '.join(given_up) or 'nothing is given up'}."
     raise ConfigError(
         f"`--minutes` must be at least {math.ceil(seconds / 60)} for this sweep on this machine, but got {minutes:g}. "
-        "What helps: fewer arms (`arms.full=null`), values of `confirm_each` or seeds (`confirm.seeds`), shorter or "
-        "fewer examples (`data.max_length`, `data.max_validation_examples`), and a smaller model."
+        "What helps: fewer arms (`arms.full=null`), values of `confirm_each` or seeds (`confirm.seeds=3`), shorter "
+        "or fewer examples (`data.max_length`, `data.max_validation_examples`), and a smaller model."
     )
 
 
