@@ -213,8 +213,8 @@ def simulate(sweep: SweepFolder, num_workers: int, *, every: int) -> None:
     drawn, paused_at, times = random.Random(0), {}, Times(sweep.path)
     trials = controller.search.arms["lora"]
     before = len(trials.trials)
-    (arm,) = sweep.record.arms
-    asked = f"{num_workers} workers, {before:,} trials before, {trials.planned - before:,} to go, {arm.sampler}"
+    sampler = trials.arm.sweep_config.sampler.name
+    asked = f"{num_workers} workers, {before:,} trials before, {trials.planned - before:,} to go, {sampler}"
     print(f"{asked}; load {os.getloadavg()[0]:.1f}")
     times.print_head()
     printed = before
