@@ -355,8 +355,8 @@ def replay_sweep(
             values=values, shares=shares, num_examples=len(shares), problems=(), search_errors=errors
         )
         answers = answer_questions(QUESTIONS, scores, scale, looks=looks)
-        hopeful = [answer for answer in answers if answer.may_settle]
-        training = {name for answer in hopeful for name in (answer.subject, *answer.compared_with)}
+        undecided = [answer for answer in answers if answer.may_settle]
+        training = {name for answer in undecided for name in (answer.subject, *answer.compared_with)}
         if not training:
             break
         training |= {"frozen", "full"}

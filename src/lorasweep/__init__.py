@@ -38,7 +38,7 @@ __all__ = [
 
 set_torch_variables()  # here, because every entry (command, Python, Ray) imports this file before torch
 
-_HOMES = {
+_MODULES = {
     **dict.fromkeys(("resume_sweep", "run_sweep", "train_run"), "lorasweep.api"),
     **dict.fromkeys(("RunResult", "SweepResult", "load_run", "load_sweep"), "lorasweep.results"),
     "DataModule": "lorasweep.training.data_module",
@@ -56,9 +56,9 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version  # noqa: PLC0415 (rarely needed)
 
         return version("lorasweep")
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

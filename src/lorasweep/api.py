@@ -44,7 +44,7 @@ from lorasweep.sweep.checks import (
     set_steps,
 )
 from lorasweep.sweep.controller.folder import SweepFolder
-from lorasweep.sweep.controller.lifecycle import create_sweep, reopen_sweep, saved_definition
+from lorasweep.sweep.controller.lifecycle import create_sweep, read_saved_definition, reopen_sweep
 from lorasweep.sweep.definition.arms import Definition, read_definition
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
 from lorasweep.sweep.draft import draft_definition
@@ -290,7 +290,7 @@ def reproduce(
 
 
 def _reproduce_sweep(folder: Path, output: Path | None, *, default: Path) -> Reproduction:
-    record, definition = read_sweep(folder), saved_definition(folder)
+    record, definition = read_sweep(folder), read_saved_definition(folder)
     if record.status != "complete":
         raise RecordError(f"a sweep must be complete to be reproduced, but {str(folder)!r} is {record.status}.")
     worker = definition.sweep_config.worker.name

@@ -148,7 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
         shown.add_argument("--verbose", action="store_true", help="print all notes and findings of the report")
     for timed in (sweep_parser, plan_parser, new_parser):
         timed.add_argument(
-            "--minutes", type=float, metavar="N", help="fit seeds, trials and steps to this time, which is measured"
+            "--minutes", type=float, metavar="N", help="choose seeds, trials and steps for this time, after measuring"
         )
     for reader in (export_parser, inspect_parser):
         reader.add_argument("--trust", action="store_true", help="allow code that the model of the run needs")
@@ -191,19 +191,19 @@ def _list_primaries(arguments: argparse.Namespace) -> Sequence[Primary]:
 def sweep(arguments: argparse.Namespace) -> int:
     with quick_imports():
         from lorasweep import api
-        from lorasweep.sweep.controller.lifecycle import saved_definition
+        from lorasweep.sweep.controller.lifecycle import read_saved_definition
         from lorasweep.sweep.definition.arms import describe_definition
 
     name, overrides = _split_name(arguments.overrides)
     progress: Literal["auto", "verbose"] = "verbose" if arguments.verbose else "auto"
     if arguments.resume and (arguments.minutes or name):
         given = "`--minutes`" if arguments.minutes else repr(name)
-        raise ConfigError(f"{given} must be left out with `--resume`, because the sweep has arms, trials and steps.")
+        raise ConfigError(f"{given} must be left out with `--resume`, because the sweep already has these.")
     if arguments.resume and not arguments.cfg:
         result = api.resume_sweep(arguments.resume, overrides=overrides, progress=progress)
     else:
         if arguments.resume:
-            definition = saved_definition(arguments.resume)
+            definition = read_saved_definition(arguments.resume)
         else:
             definition = _read_definition(name, overrides, minutes=arguments.minutes)[0]
         if arguments.cfg:
@@ -267,7 +267,7 @@ def plan(arguments: argparse.Namespace) -> int:
 def _read_definition(
     name: str | None, overrides: Sequence[str], *, minutes: float | None, is_measured: bool = False
 ) -> tuple[Definition, list[GroupPlan]]:
-    """Returns a sweep, fitted to the minutes if they are given, and its measured trainings if they were made."""
+    """Returns a sweep, fitted to `minutes` if given, and the plans of its groups of arms if they were measured."""
     from lorasweep import api
     from lorasweep.training.inputs import InputsCache
 
@@ -324,7 +324,7 @@ def judge(arguments: argparse.Namespace) -> int:
 
     columns = dict(given.split("=", 1) for given in arguments.columns if "=" in given)
     if len(columns) < len(arguments.columns):
-        raise ConfigError("`--columns` must be pairs such as `arm=Name`, ours before the file's.")
+        raise ConfigError("`--columns` must be pairs such as `arm=Name`: our name, then the file's.")
     scores = read_scores(arguments.scores, metric=arguments.metric, columns=columns, pattern=arguments.pattern)
     names = ("margin", "maximize", "metric", "reference", "base", "key", "looks")
     found = judge(scores, **{name: getattr(arguments, name) for name in names})
@@ -457,7 +457,7 @@ def _say_how_to_resume(result: SweepResult) -> int:
 def _say_exception(error: LoraSweepError | OSError, job: str = "") -> int:
     """Prints an error as one sentence and returns its exit code. In a grid, the sentence begins with the job.
 
-    If several processes train together, the first prints for all, and each one prints that it lost the others.
+    If several processes train together, only the first prints errors; every process prints `RanksLost`.
     """
     if _rank() > 0 and not isinstance(error, RanksLost):
         return FAILED

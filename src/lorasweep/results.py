@@ -67,7 +67,7 @@ class RunResult:
         return self.record.config
 
     def steps_dataframe(self) -> pandas.DataFrame:
-        """Returns one row per optimizer step: `loss`, `lr`, and `validation/METRIC` at evaluated steps."""
+        """Returns one row per step: `loss`, `lr`, `tokens_per_s`, and `validation/METRIC` at evaluations."""
         import pandas  # noqa: PLC0415 (slow to import)
 
         rows: dict[int, dict[str, float]] = defaultdict(dict)
@@ -138,7 +138,7 @@ class SweepResult:
 
     @property
     def unconfirmed(self) -> dict[str, str]:
-        """Why arms have no score in the confirm stage, by arm. Empty while the sweep goes on, or without that stage."""
+        """Why an arm has no confirm score, by arm. Empty before the sweep is complete, or without that stage."""
         if self.status != "complete" or not self.record.confirm_seeds:
             return {}
         scored = {row.arm for row in self.record.confirm if row.state == "complete"}
@@ -164,7 +164,7 @@ class SweepResult:
         return winner
 
     def recommended(self, subject: str | None = None) -> Trial:
-        """Returns the setting that the report recommends, in `params`, as `lorasweep train --from` takes it.
+        """Returns the recommended setting as a trial. Its `params` are the settings of `lorasweep train --from`.
 
         Args:
             subject: An arm, or one value of its `confirm_each` key (`lora-rank-8`). None is the whole sweep.
@@ -209,7 +209,7 @@ class SweepResult:
         return load_study(self.folder, arm)
 
     def figures(self) -> dict[str, Figure]:
-        """Returns the report's plotly figures by title. Figures without data are skipped."""
+        """Returns the first plotly figure of each panel of the report, by title. Panels without data are skipped."""
         from lorasweep.report.figures import draw_panels  # noqa: PLC0415 (plotly is slow to import)
         from lorasweep.report.sweep_data import load_sweep_data  # noqa: PLC0415
 

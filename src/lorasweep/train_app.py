@@ -59,18 +59,19 @@ def run_train_app(arguments: argparse.Namespace, *, show_result: ShowResult, sho
         from lorasweep.report.recommend import read_recommended  # noqa: PLC0415 (slow to import)
 
         settings, origin = read_recommended(Path(arguments.source))
-    run, hydra, search_path = sort_overrides(arguments.overrides)
+    run_overrides, hydra_arguments, search_path = sort_overrides(arguments.overrides)
     with add_search_path(search_path):
         if arguments.cfg:
-            values = compose_values("train", layer_settings(settings, parse_overrides(run)), require_all=False)
+            layers = layer_settings(settings, parse_overrides(run_overrides))
+            values = compose_values("train", layers, require_all=False)
             build_run(values)  # raises if a value is wrong
             say(OmegaConf.to_yaml(OmegaConf.create(values)).removesuffix("\n"))
             return 0
-        refuse_secrets(parse_overrides(run))  # because Hydra prints the overrides of a job that fails
+        refuse_secrets(parse_overrides(run_overrides))  # because Hydra prints the overrides of a job that fails
         is_grid, codes = arguments.multirun, [0]
 
         def train_job(_: Any) -> float | None:
-            job = redact(describe_job(HydraConfig.get().overrides.task, run)) if is_grid else ""
+            job = redact(describe_job(HydraConfig.get().overrides.task, run_overrides)) if is_grid else ""
             try:
                 result = _train(settings, origin=origin, is_grid=is_grid)
                 code, reason = show_result(result, job), result.record.reason
@@ -80,15 +81,15 @@ def run_train_app(arguments: argparse.Namespace, *, show_result: ShowResult, sho
                 raise KeyboardInterrupt
             if code and is_grid:
                 raise JobError(code, reason, os.getpid())
-            codes.append(code)  # of a single run, because Hydra prints a line for each error
+            codes.append(code)  # a single run raises nothing, because Hydra would print a line for the error
             return None if code else result.record.score  # an optimizing sweeper reads it
 
         try:
-            _run_hydra([*(["--multirun"] if is_grid else []), *hydra, *force_keys(run)], train_job)
+            _run_hydra([*(["--multirun"] if is_grid else []), *hydra_arguments, *force_keys(run_overrides)], train_job)
         except JobError as error:
             code: int
             code, reason, process = error.args
-            if process != os.getpid():  # it printed the error elsewhere, perhaps into a file
+            if process != os.getpid():  # the job's process printed the error, perhaps into a file
                 say_error(f"a job failed: {reason}")
             return code
         return max(codes)

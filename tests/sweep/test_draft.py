@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from lorasweep.cli import DONE, WRONG_REQUEST, run
-from lorasweep.sweep.controller.lifecycle import saved_definition
+from lorasweep.sweep.controller.lifecycle import read_saved_definition
 from lorasweep.sweep.controller.stopping_rules import build_rule
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.packing import explain_solo_arms
@@ -140,7 +140,7 @@ def test_data_without_a_file_are_swept_and_what_is_recommended_is_exported(here,
     write_topics(here / "topics.csv")
     budget = ["trainer.max_steps=4", "sweep.trials=2", "confirm.seeds=1", "arms.full=null"]
     assert run(["sweep", MODEL, "data.train=topics.csv", "method.rank=choice(1,2)", *budget]) == DONE
-    assert [arm.trials for arm in saved_definition(here / "outputs" / "topics").arms] == [1, 2]
+    assert [arm.trials for arm in read_saved_definition(here / "outputs" / "topics").arms] == [1, 2]
     for source, folder in (("outputs/topics/lora-rank-2", "one"), ("outputs/topics/lora-rank-1", "other")):
         assert run(["export", source, "--format", "peft", "--out", folder]) == DONE
         assert f"exporting {Path(source).name}" in capsys.readouterr().out

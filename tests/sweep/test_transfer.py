@@ -80,7 +80,7 @@ def test_a_fraction_that_can_not_be_carried_over_is_refused(override, said):
 def test_the_plan_has_the_predicted_rate_half_of_it_and_twice_of_it(short_sweep):
     planned = plan_transfer(short_sweep.folder / "lora", {STEPS_KEY: 16, "confirm.seeds": 5, "data.block_length": 64})
     before = short_sweep.record.settings[0].params[LR]
-    assert planned.before == before
+    assert planned.source_rate == before
     assert planned.rate == pytest.approx(scale_rate(before, "lora", {STEPS_KEY: 2.0})[0])
     assert planned.unknown == ("data.block_length",)
     definition = read_definition(planned.content)

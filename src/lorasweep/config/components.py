@@ -105,7 +105,7 @@ def find_class(target: Any, *, key: str, expected: type[T]) -> type[T]:
     return imported
 
 
-def argument_names(target: Any, *, key: str) -> tuple[list[str], bool]:
+def list_argument_names(target: Any, *, key: str) -> tuple[list[str], bool]:
     """Returns the names of a class's parameters, and whether the class also takes arbitrary keyword arguments.
 
     Raises:

@@ -21,7 +21,7 @@ Direction = Literal["minimize", "maximize"]
 TextMetric = Literal["bits_per_byte", "loss", "perplexity"]
 """Scores of predicted text, per token or byte; lower is better for each."""
 LabelMetric = Literal["auto", "accuracy", "f1", "matthews", "pearson", "spearman", "mse", "loss"]
-"""Scores of predicted labels. `auto`: accuracy of one label, F1 of several, Pearson's correlation of numbers."""
+"""Scores of predicted labels. `auto`: accuracy of classes, Pearson's correlation of numbers."""
 LabelTask = Literal["single_label", "regression"]
 Delimiter = Literal["auto", "comma", "semicolon", "tab", "pipe"]
 Quoting = Literal["auto", "csv", "none"]
@@ -82,7 +82,7 @@ class SplitSettings(Settings):
     test: str | None
     """As `train`; null takes the split from `train`."""
     group: str | None
-    """Column with equal values for examples that depend on each other. The report's intervals resample whole groups."""
+    """Column with equal values for examples that depend on each other. The report's intervals are over groups."""
 
     @property
     def sources(self) -> dict[str, str]:

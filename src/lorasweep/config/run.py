@@ -37,8 +37,8 @@ StrategyName = Literal[
     "deepspeed_stage_2",
     "deepspeed_stage_3",
 ]
-"""Names of Lightning's strategies. Strategies that fork or spawn processes are missing, because their processes can't
-be started from the command line."""
+"""Names of Lightning's strategies. Those that fork or spawn are missing, because lorasweep starts each process by a
+command line."""
 
 
 METHODS_ON_QUANTISED_BASE = ("lora", "peft", "frozen")
@@ -200,7 +200,7 @@ class ModuleComponent(Component):
 
 @dataclass(frozen=True, kw_only=True)
 class LoggedMetric(Settings):
-    """The score of `module`: with `metric.name=val_acc`, `validation_step` logs `val_acc`, `test_step` `test_acc`."""
+    """The score of `module`, such as `val_acc`: `validation_step` must log `val_acc`, and `test_step` `test_acc`."""
 
     name: str | None = None
     direction: Direction | None = None
@@ -307,7 +307,7 @@ class RunConfig(Settings):
                 raise ConfigError(f"`module._target_`, your own LightningModule, and `{key}` must be set together.")
         if self.module is None:
             return
-        is_foreign = {
+        has_no_effect = {
             "model": self.model.name != "module",
             "data": self.data.name != "module",
             "model.quantization": self.model.quantization != "none",
@@ -317,7 +317,7 @@ class RunConfig(Settings):
             "trainer.activation_checkpointing": self.trainer.activation_checkpointing,
             "trainer.devices": self.trainer.needs_process_group,
         }
-        for key in (key for key, is_set in is_foreign.items() if is_set):
+        for key in (key for key, is_set in has_no_effect.items() if is_set):
             raise ConfigError(
                 f"`{key}` has no effect on your own LightningModule (`module._target_`). Remove it: the module, the "
                 "data module or their arguments decide."

@@ -20,7 +20,7 @@ seeds, 4.3 with three and 2.8 with five (Student's t)."""
 
 
 def warn_of_few_seeds(num_seeds: int) -> list[str]:
-    """Returns a warning if the confirm stage has too few seeds; no seeds skip the stage and need none."""
+    """Returns a warning if the confirm stage has too few seeds; none if it is skipped (0 seeds)."""
     if not 0 < num_seeds < MIN_RELIABLE_SEEDS:
         return []
     return [
@@ -55,7 +55,7 @@ class HalvingPruner(Settings):
     reduction_factor: AtLeastTwo
     """One in `reduction_factor` trials continues at each rung."""
     min_survivors: Positive
-    """Minimum number of trials that continue at a rung that no other trial can still reach."""
+    """Minimum number of trials that continue beyond a rung, once no further trial can reach it."""
 
     def __post_init__(self) -> None:
         if not self.rungs or list(self.rungs) != sorted({rung for rung in self.rungs if 0 < rung < 1}):
@@ -186,8 +186,8 @@ class SearchConfig(Settings):
     """How the trials of the search differ from the runs of the confirm stage."""
 
     steps_fraction: Annotated[float, Field(gt=0, le=1)]
-    """Fraction of `trainer.max_steps` that a trial trains. The confirm stage trains all steps, with the learning rate
-    that follows from the trials' best by the measured power of the steps (docs/transfer.md)."""
+    """Fraction of `trainer.max_steps` that a trial trains. The confirm stage trains all steps. It scales the
+    trials' best learning rate by a measured power of the steps (docs/transfer.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +196,7 @@ class Margin:
 
     value: float
     is_share_of_gain: bool
-    """Whether the value is a share of full fine-tuning's gain over the frozen base, else it is in the metric's unit."""
+    """Whether the value is a share of full fine-tuning's gain over the frozen base. Else in the metric's unit."""
 
 
 def parse_margin(setting: float | str) -> Margin:
@@ -230,7 +230,7 @@ class ConfirmConfig(Settings):
     """Ascending numbers of seeds at which `seeds=auto` tests the questions."""
     margin: float | str
     """The smallest difference between two arms that matters: a number in the metric's unit (0.01), or a percentage of
-    the gain of `full` over `frozen` on test data (5%). It decides about equivalent arms and the rank."""
+    the gain of `full` over `frozen` on test data (5%). The verdicts on arms and on the rank use it."""
     pairs: tuple[tuple[str, ...], ...]
     """Further questions: pairs of arms to compare, such as `[[lora, dora]]`. Without `full` and without pairs, every
     arm is compared with the first one that trains."""
@@ -257,7 +257,7 @@ class ConfirmConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class RetainConfig(Settings):
-    """What was forgotten: data sets on whose test splits the confirm stage also scores each run and the frozen base."""
+    """Data sets that measure forgetting: the confirm stage scores each run and the frozen base on their test splits."""
 
     data: Mapping[str, str | Mapping[str, Any]]
     """By a name of your choice: an option of the group `data`, such as `stdlib_code`, or settings of the data such as

@@ -22,8 +22,8 @@ TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
 NUM_PRETRAINING_BUCKETS = 70
 """Number of buckets, out of 100, whose modules the embedded model was pre-trained on."""
 SPLIT_BUCKETS = {"train": range(40), "validation": range(40, 57), "test": range(57, 100)}
-"""Buckets of a document's name that belong to each split. The test split is large, because the
-intervals of a report are over its documents."""
+"""Buckets of a document's name that belong to each split. The test split is large, because each of its documents is one
+group in the report's intervals: more documents make them narrower."""
 MIN_DOCSTRING_CHARACTERS = 500
 DOCUMENTED_NODES = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 BLOCK_NODES = (ast.stmt, ast.excepthandler, ast.match_case)

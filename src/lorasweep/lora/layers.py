@@ -57,7 +57,8 @@ class AdaptedLayer(nn.Module):
         Args:
             x: Token ids (rows, ...) of an embedding, images (rows, d_in, height, width) of a convolution, or inputs
                 (rows, ..., d_in) of a linear layer.
-            groups: All slots. The factors are the scalings, divided by (1 - dropout) if inputs are dropped.
+            groups: Groups of slots that together have all slots. The factors are the scalings, divided by
+                (1 - dropout) if inputs are dropped.
             keep: Dropout mask, False for each input that is dropped before A; None keeps all inputs.
         """
         base = self.base

@@ -66,7 +66,7 @@ class Target:
         return self.rank * max(1, len(self.row_ranges))
 
     def iter_parts(self) -> Iterator[tuple[tuple[int, int], slice]]:
-        """Yields the row range of each part, and the part's columns in a B that contains one block per part."""
+        """Yields each part's rows in the layer, and its columns in a B of all parts (`rank` columns per part)."""
         for index, part in enumerate(self.row_ranges):
             yield part, slice(index * self.rank, (index + 1) * self.rank)
 

@@ -46,7 +46,7 @@ def find_local_path(config: ModelConfig) -> Path | None:
     local = Path(path).expanduser()
     if local.is_dir():
         if config.revision is not None:
-            raise ConfigError(f"`model.revision` must be null for a local {path!r}, but got {config.revision!r}.")
+            raise ConfigError(f"`model.revision` must be null for the folder {path!r}, but got {config.revision!r}.")
         return local
     if path.startswith(("/", ".", "~")) or path.count("/") > 1 or local.is_file():
         raise ConfigError(

@@ -43,9 +43,9 @@ class Labels:
 
     kind: Literal["single_label", "regression"]
     names: tuple[str, ...]
-    """Names of the classes in the order of the model's outputs. For regression: empty, or the name of the number."""
+    """Names of the classes in the order of the model's outputs. For regression: only `value`."""
     constant: tuple[float, ...] = ()
-    """Logits of the answer that needs no model, such as the most frequent class of train; empty if it is not known."""
+    """Logits of a constant prediction, such as the most frequent class of train; empty if it is not known."""
 
     @property
     def num_outputs(self) -> int:
@@ -202,7 +202,7 @@ def _to_config_error(error: BaseException, config: ModelConfig) -> ConfigError:
             f"`model.attention` must be available for this model and machine, but got {config.attention!r} "
             f"({first_line(error)}). Use `model.attention=auto`."
         )
-    # other errors than these have messages that need the name of their class
+    # messages of other classes, such as KeyError, are hard to understand without the name of the class
     has_sentence = isinstance(error, OSError | ValueError | RuntimeError | ImportError)
     reason = first_line(error) if has_sentence else describe_error(error)
     return ConfigError(

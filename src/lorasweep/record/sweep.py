@@ -49,7 +49,7 @@ class SettingRow:
     score: float | None
     """The score on validation data: that of the trial, or the predicted one."""
     rate_ratio: float | None = None
-    """Factor, at least 1, between the setting's u (see `rate_law`) and the u of the nearest complete trial."""
+    """Factor, at least 1, between the setting's u (see `encoding.RateLaw`) and the u of the nearest complete trial."""
     regret: float | None = None
     """How much better the best setting in the space is expected to be, by the search's model, in the metric's unit."""
 

@@ -43,14 +43,14 @@ class AnswerLine:
 
 def list_answer_lines(data: SweepData, learning: Learning) -> tuple[AnswerLine, ...]:
     """Returns the three lines at the top of the report, and one for each retained data set."""
-    marked = _describe_unlearned(data, learning)
+    unlearned = _describe_unlearned(data, learning)
     lines = (
         ("Is LoRA as good as full fine-tuning here?", *_answer_full(data)),
         ("Which rank is enough?", *_answer_rank(data)),
         ("At which α and learning rate?", *_answer_setting(data, learning)),
     )
     answers = [
-        AnswerLine(question=question, text=f"{text}{'' if index else marked}", is_settled=is_settled)
+        AnswerLine(question=question, text=f"{text}{'' if index else unlearned}", is_settled=is_settled)
         for index, (question, text, is_settled) in enumerate(lines)
     ]
     return (*answers, *(_answer_retained(row, data) for row in data.record.retained))
@@ -85,8 +85,10 @@ def _answer_full(data: SweepData) -> tuple[str, bool]:
         is_searched = data.record.status == "complete"  # before the end, the arms may have had unequal searches
         best = [arm for arm in data.arms if is_searched and arm.row.method == "lora" and arm.best]
         shares = [share for arm in best if (share := data.arm_share_of_full_gain(arm)[0]) is not None]
-        kept = f" The best LoRA trial keeps {format_share(max(shares))} of full's gain there." if shares else ""
-        return f"{_say_unconfirmed(data)}{kept}", False
+        if not shares:
+            return _say_unconfirmed(data), False
+        kept = f"The best LoRA trial keeps {format_share(max(shares))} of full's gain on validation data."
+        return f"{_say_unconfirmed(data)} {kept}", False
     chains = [(arm, data.evidence.list_answers("as_good_as_full", arm=arm)) for arm in arms]
     found = [(arm, _judge_chain(chain, data)) for arm, chain in chains if chain]
     return _join_arms(found) if found else ("Open: the sweep does not state this question.", False)
@@ -135,15 +137,15 @@ def judge_smallest(arm: str, data: SweepData) -> tuple[str, bool]:
     smaller = [answer for answer in chain if answer.verdict != "sufficient"][-1:]
     largest = name_value(chain[-1].compared_with[-1], data)
     below = name_value(smaller[0].subject, data) if smaller else ""
-    doubt = _describe_result(smaller[0], data) if smaller else ""
+    result = _describe_result(smaller[0], data) if smaller else ""
     if sufficient:
         first = name_value(sufficient[0].subject, data)
         said = f"{first} {_describe_result(sufficient[0], data)}"
         if not smaller:
             return f"{_capitalize(first)} is enough, the smallest that was tried: it{said.removeprefix(first)}.", True
         if smaller[0].verdict == "insufficient":
-            return f"{_capitalize(first)} is enough and {below} is not: {said}; {below} {doubt}.", True
-        return f"{_capitalize(first)} is enough; whether {below} is enough is open: {said}; {below} {doubt}.", False
+            return f"{_capitalize(first)} is enough and {below} is not: {said}; {below} {result}.", True
+        return f"{_capitalize(first)} is enough; whether {below} is enough is open: {said}; {below} {result}.", False
     if smaller[0].verdict == "insufficient":
         said = _describe_quantity(smaller[0], data)  # without the verdict, which the sentence says
         return f"{_capitalize(largest)}, the largest that was tried: {below} is not enough, it {said}.", True
@@ -206,8 +208,8 @@ def describe_regret(arm: ArmData, data: SweepData) -> tuple[str, bool]:
     gain, margin = data.evidence.gain or data.full_gain, data.evidence.margin
     size = f"{format_share(regret / gain)} of full's gain" if gain else f"{format_score(regret)} {data.record.metric}"
     is_small = margin is not None and regret <= margin
-    luck = "" if is_small or margin is None else ", more than the margin: more trials would lower it"
-    return f"the best untried setting is expected to gain {size} more{luck}", is_small
+    advice = "" if is_small or margin is None else ", which is above the margin; more trials would lower it"
+    return f"the best untried setting is expected to gain {size} more{advice}", is_small
 
 
 def _describe_result(answer: Answer, data: SweepData) -> str:
@@ -243,7 +245,7 @@ def _describe_quantity(answer: Answer, data: SweepData) -> str:
     decimals = count_percent_decimals(intervals, critical=critical)
     if answer.name == "as_good_as_full":
         return f"keeps {format_share_estimate(value, interval, decimals=decimals)} of full's gain"
-    # of another reference the tested quantity is 1 plus the difference as a share of full's gain
+    # against another reference, the tested quantity is 1 plus the difference as a share of full's gain
     shifted = None if interval is None else (interval[0] - 1, interval[1] - 1)
     difference = format_share_estimate(value - 1, shifted, decimals=decimals)
     return f"gains {difference} of full's gain against {name_value(answer.reference, data)}"
@@ -264,7 +266,7 @@ def _describe_unlearned(data: SweepData, learning: Learning) -> str:
 def _say_unconfirmed(data: SweepData) -> str:
     if data.record.looks:
         return f"Open: {NO_TEST_SCORES}; the confirm stage follows the search."
-    return f"Open: {NO_TEST_SCORES}; `confirm.seeds=auto` adds the stage that does."
+    return f"Open: {NO_TEST_SCORES}; `confirm.seeds=auto` adds the confirm stage."
 
 
 def _join_arms(found: Sequence[tuple[str, tuple[str, bool]]]) -> tuple[str, bool]:

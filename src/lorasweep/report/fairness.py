@@ -43,12 +43,12 @@ two arms differ too much."""
 def judge_fairness(data: SweepData, *, has_learned: bool = True) -> tuple[list[str], dict[str, Any]]:
     """Returns whether arms had equal trials, similar tokens and ranges, and whether their searches found the best.
 
-    A search did not if the best learning rate lies at an end of its range, or if the expected regret exceeds the
-    margin.
+    A search did not find the best if the best learning rate lies at an end of its range, or if the expected regret
+    exceeds the margin.
 
     Returns:
-        The judgement in sentences; only those on ranges if fewer than two arms train. Then `is_fair`, which is None in
-        that case, and `arms`, the effort of each arm that trains as `measure_effort` returns it.
+        The judgement in sentences, and a mapping with `is_fair` and `arms`, the `measure_effort` of each arm that
+        trains. If fewer than two arms train, only sentences on ranges are returned, and `is_fair` is None.
     """
     arms = [measure_effort(arm, data) for arm in data.searches if arm.row.method != "frozen"]
     edges = list_edges(data) if has_learned else []
@@ -57,7 +57,7 @@ def judge_fairness(data: SweepData, *, has_learned: bool = True) -> tuple[list[s
         return others, {"is_fair": None, "arms": arms}
     faults, ranges = [clause for key, clause in edges if key == LR], []
     for measure, unit, show, differs in MEASURES:
-        least, most = _find_ends(arms, measure)
+        least, most = _find_extreme_arms(arms, measure)
         low, high = show(least[measure]), show(most[measure])
         counted = f"{low} {unit.removesuffix('s') if low == '1' else unit}"
         ranges.append(counted if low == high else f"{low} to {high} {unit}")
@@ -99,26 +99,26 @@ def measure_effort(arm: ArmData, data: SweepData) -> dict[str, Any]:
 def _judge_search(arms: Sequence[dict[str, Any]], data: SweepData) -> list[str]:
     """Returns a clause if an untried setting could decide the comparison.
 
-    That is an expected regret of more than one margin. If it is not known, the trials of each dimension count.
+    It could if its expected regret exceeds the margin. If the regret is not known, the trials per dimension decide.
     """
     margin = data.evidence.margin
     regrets = {row.subject: row.regret / margin for row in data.record.settings if margin and row.regret is not None}
-    lucky = [f"{regret:.2g} margins for `{subject}`" for subject, regret in regrets.items() if regret > 1]
-    if lucky:
-        return [f"an untried setting is expected to be better by {join_words(lucky)}, so luck of the search may decide"]
+    above = [f"{regret:.2g} margins for `{subject}`" for subject, regret in regrets.items() if regret > 1]
+    if above:
+        return [f"an untried setting is expected to be better by {join_words(above)}, so luck of the search may decide"]
     if margin and all(arm["regret"] is not None for arm in arms):
         return []
     searched = [arm | {"density": arm["trials_asked"] / arm["dimensions"]} for arm in arms if arm["dimensions"]]
     if len(searched) < 2:
         return []
-    least, most = _find_ends(searched, "density")
+    least, most = _find_extreme_arms(searched, "density")
     if most["density"] <= MAX_TRIALS_PER_DIMENSION_RATIO * least["density"]:
         return []
     few, many = (f"{arm['density']:.2g}" for arm in (least, most))
     return [f"`{least['arm']}` had {few} trials for each searched dimension and `{most['arm']}` {many}"]
 
 
-def _find_ends(arms: Sequence[dict[str, Any]], measure: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _find_extreme_arms(arms: Sequence[dict[str, Any]], measure: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the arms with the lowest and the highest value of a measure."""
     return min(arms, key=lambda arm: arm[measure]), max(arms, key=lambda arm: arm[measure])
 
@@ -126,14 +126,14 @@ def _find_ends(arms: Sequence[dict[str, Any]], measure: str) -> tuple[dict[str, 
 def list_edges(data: SweepData) -> list[tuple[str, str]]:
     """Returns each key whose best value lies at an end of its range, with a clause that says so.
 
-    A key is left out if no trial with a score lies away from that end: then nothing shows that the end is better.
+    A key is left out if all trials with a score lie at that end, because no trial shows that others are worse.
     """
     trials = {arm.name: [trial for trial in arm.trials if trial.value is not None] for arm in data.searches}
     edges: dict[tuple[str, str], list[str]] = defaultdict(list)
     for arm in data.arms:
         for key, value in (arm.best.params if arm.best else {}).items():
             if key in (ALPHA, ALPHA_OVER_RANK) and arm.best and arm.best.follows_rate_law:
-                continue  # another α is only another rate
+                continue  # under the rate law, another α only means another learning rate
             end = _find_end(arm, key, arm.best)
             if end and any(_find_end(arm, key, trial) != end for trial in trials[arm.arm]):
                 edges[key, end].append(f"`{arm.name}` ({format_setting(value)})")

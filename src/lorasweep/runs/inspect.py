@@ -95,7 +95,7 @@ def inspect_run(folder: Path, *, trust: bool = False) -> Inspection:
     base.model.float()  # merging into bf16 would round the updates
     ranks = {}
     if isinstance(method, LoraConfig):
-        # the adapter file has PiSSA and parts of fused projections as plain LoRA of a higher rank
+        # ranks of the settings: adapter files store PiSSA and fused projections as plain LoRA of a higher rank
         targets = plan_targets(base.model, method, allow_full_rank=True)[1]
         ranks = {name: target.rank * len(target.row_ranges or [None]) for name, target in targets.items()}
     model = restore_model(config, base, folder=folder / "best")
@@ -158,7 +158,7 @@ def measure_updates(
 
 
 def decompose(matrix: Float[Tensor, "d_out d_in"], *, rank: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns U, the singular values in descending order, and Vᵀ; of a matrix of a known low rank only these."""
+    """Returns U, the descending singular values and Vᵀ; only the first `rank` of each if the rank is known."""
     if rank is None or 2 * rank >= min(matrix.shape):
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
         return u[:, :rank], s[:rank], vh[:rank]
@@ -184,7 +184,7 @@ def render_inspection(inspection: Inspection) -> RenderableType:
     """Returns a table with a row for each kind of layer."""
     table = Table(title="updates by kind of layer (medians)", title_justify="left")
     table.add_column("layers", no_wrap=True)
-    for name in ("share", "of base", "90 % in", "times base"):
+    for name in ("share of ‖ΔW‖²", "‖ΔW‖ / ‖W0‖", "directions of 90 %", "amplification"):
         table.add_column(name, justify="right")
     groups: dict[str, list[LayerRow]] = {}
     for row in inspection.layers:

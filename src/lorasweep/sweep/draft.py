@@ -56,15 +56,15 @@ MAX_BALANCED_SHARE = 0.8
 """Share of the most frequent label up to which accuracy is a good metric."""
 COVERED_SHARE = 0.99
 """Share of the examples that `data.max_length` does not cut."""
-RATE_TIMES_WIDTH = 0.05
 DEFAULT_WIDTH = 768
+RATE_TIMES_WIDTH = 0.05
 """The middle of the two decades of learning rates for full fine-tuning, times the model's width: Adam's best rate is
 proportional to 1 / width (Yang et al. 2022, arXiv 2203.03466). So the middle is 3e-4 at a width of 160, 6.5e-5 at 768
 and 1.2e-5 at 4,096, and the best recorded rates, 7e-4 at 160 and 1.6e-4 at 384, lie inside. LoRA's rates are ten times
 as high, which is the ratio of "LoRA Without Regret" (2025)."""
 SWEEP_SETTINGS = {"sweep.trials": 12, "confirm.looks": [3, 6, 10], "confirm.margin": "5%"}
 COMMENTS = {
-    "sweep.trials": "of each arm that has a space; all ranks share LoRA's",
+    "sweep.trials": "number for each arm with a space; all ranks of LoRA share one search",
     "confirm.looks": "numbers of seeds at which the questions are tested",
     "confirm.margin": "smallest difference that matters, as a share of full's gain over frozen, or a number",
     "data.max_validation_examples": "evenly spaced; an evaluation of all takes longer",
@@ -93,7 +93,7 @@ arms:
 
 
 def draft_definition(overrides: Mapping[str, Any]) -> Definition:
-    """Returns the sweep that `lorasweep new` would write for the model and data of overrides. Errors as there."""
+    """Returns the sweep that `lorasweep new` would write for these overrides. Errors as in `draft_sweep`."""
     settings = {k: v for k, v in overrides.items() if re.match(r"(model|data|trainer)\b", k) and not is_range(k, v)}
     others = {key: value for key, value in overrides.items() if key not in settings}
     source = str(settings.get("data.path") or settings.get("data.train") or settings.get("data", ""))
@@ -242,7 +242,7 @@ def _fill_template(path: Path, settings: Mapping[str, Any], of_sweep: Mapping[st
     ]
     others = [name for name in inputs.splits.task.metrics if name != inputs.splits.metric]
     constant = inputs.splits.score_constant_answer(inputs.splits.validation).get("accuracy", 0.0)
-    advice = f"; most examples have one label ({format_share(constant)}), so matthews says more"
+    advice = f"; one label has {format_share(constant)} of the examples, so matthews says more"
     is_advised = "matthews" in others and constant > MAX_BALANCED_SHARE
     passes = trainer.max_steps * trainer.batch_size / len(train)
     comments = {
@@ -250,7 +250,7 @@ def _fill_template(path: Path, settings: Mapping[str, Any], of_sweep: Mapping[st
         "data.metric": f"or {join_words(others, last='or')}{advice if is_advised else ''}",
         "data.max_length": f"{train.lengths.double().mean():.0f} tokens on average, {int(train.lengths.max())} at most",
         STEPS_KEY: f"{passes:.1f} passes over {len(train):,} training examples"
-        + (f"; more than {MAX_STEPS} steps are for you to choose" if trainer.max_steps == MAX_STEPS else ""),
+        + (f"; the draft has at most {MAX_STEPS} steps, set more if needed" if trainer.max_steps == MAX_STEPS else ""),
     }
     lines = [
         f"  {key}: {_format_value(value)}" + (f" # {comments[key]}" if key in comments else "")

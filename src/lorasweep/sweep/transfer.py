@@ -1,4 +1,4 @@
-"""Settings that carry over: predicts the learning rate of other runs from a sweep, and tests the prediction."""
+"""Predicts the learning rate for changed settings from a sweep, and tests the prediction (`lorasweep transfer`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lorasweep.wording import join_words
 
 PREDICTED = "predicted"
 NEIGHBOURS = {"half": 0.5, "twice": 2.0}
-"""The arms beside the predicted rate, and their factors on it."""
+"""The other arms of the test, with their learning rates as multiples of the predicted rate."""
 TEST_SETTINGS = {"confirm.seeds": 3, "confirm.pairs": [[PREDICTED, name] for name in NEIGHBOURS]}
 RATE_DIGITS = 3
 
@@ -31,27 +31,30 @@ class Transfer:
     rate: float
     low: float
     high: float
-    """Ends of its 95 % interval; they only have the error of the powers, not that of the sweep's rate."""
-    before: float
-    """The sweep's rate."""
+    """Ends of its 95 % interval. It contains the error of the powers, but not that of the sweep's rate."""
+    source_rate: float
+    """The learning rate that the sweep recommends."""
     unknown: tuple[str, ...]
     """Changed settings without a measured effect on the rate."""
     content: Mapping[str, Any]
     """The content of a sweep file: the predicted rate, half of it and twice of it."""
 
     def describe(self) -> str:
-        found = f"learning rate {self.rate:.3g} [{self.low:.3g}, {self.high:.3g}], from {self.before:.3g} of the sweep."
+        found = (
+            f"learning rate {self.rate:.3g} [{self.low:.3g}, {self.high:.3g}], "
+            f"from {self.source_rate:.3g} of the sweep."
+        )
         if self.unknown:
             found += f" The effect of {join_words([f'`{key}`' for key in self.unknown])} on it is not known."
         return found
 
 
 def plan_transfer(source: Path, changes: Mapping[str, Any]) -> Transfer:
-    """Returns the predicted rate for the recommended settings of a sweep with changes, and the sweep that tests it.
+    """Changes the recommended settings of a sweep. Returns their predicted learning rate and a sweep that tests it.
 
     Args:
         source: The folder of a complete sweep, or `SWEEP/ARM`.
-        changes: Dotted keys of a run and their new values; those of a sweep go to the sweep that tests.
+        changes: New values by dotted key: settings of the run, or of the sweep that tests the prediction.
 
     Raises:
         ConfigError: Nothing that changes a run is given, the rate is given, or the sweep has no margin.
@@ -81,7 +84,7 @@ def plan_transfer(source: Path, changes: Mapping[str, Any]) -> Transfer:
         rate=rate,
         low=low,
         high=high,
-        before=old.optim.lr,
+        source_rate=old.optim.lr,
         unknown=tuple(key for key in changed if key not in find_powers(method)),
         content={
             "name": "transfer",

@@ -50,7 +50,7 @@ class RunCallback(lightning.Callback):
     logged_step: int
     """Last logged step. Initially the step at which the training begins or resumes."""
     run: TrainingModule | OwnModuleRun = field(init=False)
-    """The module that trains, or what stands around a module of the user."""
+    """The module that trains, or the wrapper of the user's own module."""
     lr: float = 0.0
     """Learning rate of the last step."""
     counted_tokens: int = 0
@@ -109,8 +109,8 @@ class RunCallback(lightning.Callback):
         # 1. The rows, the kept weights and the record.
         whole_model = self.run.whole_model()
         run_on_first(trainer.strategy, lambda: self._write_evaluation(trainer, whole_model))
-        # 2. The report, which closes a paused run. A run that is killed after this report is already paused, or it
-        #    repeats the interval, because this step has no checkpoint yet, and reports the same values again.
+        # 2. The report, which closes a paused run. If another run is killed after this report, it repeats the interval
+        #    and reports the same values again, because this step has no checkpoint yet.
         status = run_on_first(trainer.strategy, lambda: self._report(trainer))
         self.is_paused = status == "paused"
         # 3. The checkpoint, from which the run resumes without reporting this evaluation again.

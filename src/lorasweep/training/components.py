@@ -14,10 +14,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from lorasweep.config.build import as_settings
 from lorasweep.config.components import (
     Component,
-    argument_names,
     check_component,
     find_class,
     instantiate,
+    list_argument_names,
     require_package,
 )
 from lorasweep.config.run import RunConfig
@@ -76,7 +76,7 @@ def finish_loggers(loggers: list[Logger]) -> None:
 
 def _find_run_arguments(component: Component, *, key: str, folder: Path) -> dict[str, Any]:
     """Returns the arguments that name the run and its folder, if the logger's class takes them."""
-    names, _ = argument_names(component.target, key=key)
+    names, _ = list_argument_names(component.target, key=key)
     run_arguments = {"save_dir": str(folder), "run_name": folder.name}
     if issubclass(find_class(component.target, key=key, expected=Logger), WandbLogger):  # type: ignore[type-abstract]
         run_arguments["name"] = folder.name

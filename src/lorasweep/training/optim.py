@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lorasweep.config.components import Component, argument_names, instantiate
+from lorasweep.config.components import Component, instantiate, list_argument_names
 from lorasweep.config.run import OptimConfig, OptimizerComponent, RunConfig, ScheduleConfig
 from lorasweep.errors import ConfigError, describe_error
 from lorasweep.methods import METHODS, ParameterGroup
@@ -40,7 +40,7 @@ def build_optimizer(
 
 
 def _build_component(config: OptimizerComponent, param_groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    names, takes_any = argument_names(config.target, key="optim")
+    names, takes_any = list_argument_names(config.target, key="optim")
     if "weight_decay" not in names and not takes_any:
         if config.weight_decay:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""Variables for torch's libraries: how OpenMP's threads wait, and how many products oneDNN keeps prepared."""
+"""Environment variables for torch's libraries: how OpenMP's threads wait, and the size of oneDNN's primitive cache."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ about a millisecond.
 With 0, each operation must wake the threads: a step of a pack took 121 instead of 72 ms on 2 cores. With OpenMP's own
 default, 300,000, the step was as fast, but used more processor time (docs/benchmarks.md, threads)."""
 
-MAX_PREPARED_PRODUCTS = 256
-"""Matrix products, by shape, that torch and oneDNN each keep prepared. With their default, 1,024, products in bf16 of
-rows of different lengths took 0.55 GiB. A product that has to be prepared again takes 0.1 to 0.3 ms more."""
+MAX_CACHED_PRIMITIVES = 256
+"""Size of the caches of torch and oneDNN for primitives (prepared matrix products of one shape). With their default,
+1,024, bf16 products of rows of different lengths took 0.55 GiB. A missing primitive costs 0.1 to 0.3 ms."""
 
 
 def set_torch_variables() -> None:
     """Sets the variables for this process and its children, unless the user has set them. Torch reads them once."""
     for variable in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-        os.environ.setdefault(variable, str(MAX_PREPARED_PRODUCTS))
+        os.environ.setdefault(variable, str(MAX_CACHED_PRIMITIVES))
     _set_openmp_spin_count()
 
 
@@ -36,7 +36,7 @@ def _set_openmp_spin_count() -> None:
 
 
 def _shares_cores() -> bool:
-    """Returns whether this is a worker on Ray, or was given fewer threads than it has cores."""
+    """Returns whether this process is a Ray worker, or was given fewer threads than it has cores."""
     if "ray" in sys.modules:  # Ray's workers import Ray before anything of ours
         return True
     threads = os.environ.get("OMP_NUM_THREADS", "")

@@ -16,7 +16,7 @@ from lorasweep.data.source import DataSource, Label, LabelledText
 from lorasweep.errors import ConfigError
 from lorasweep.wording import nearest, shorten
 
-MAX_SINGLE_CLASSES = 20
+MAX_UNCHECKED_CLASSES = 20
 """With more classes than this, each must have two examples on average, unless `data.task` is set. Otherwise the column
 is probably a number or a text and not a label."""
 
@@ -149,7 +149,7 @@ def learn_labels(values: Sequence[Any], *, task: str, class_names: Sequence[str]
         mean = math.fsum(labels) / len(labels)
         reason = f"The model predicts a number ({why}); in training from {used[0]:g} to {used[-1]:g}, mean {mean:g}."
         return LabelEncoder(task=decided, names=(), reason=reason)
-    if task == "auto" and len(used) > max(MAX_SINGLE_CLASSES, len(values) / 2):
+    if task == "auto" and len(used) > max(MAX_UNCHECKED_CLASSES, len(values) / 2):
         raise ConfigError(
             f"{key} must have classes of several examples each, but has {len(used)} different values in {len(values)} "
             "examples. Name another column, or set `data.task` (regression for numbers)."

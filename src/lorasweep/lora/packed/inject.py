@@ -50,8 +50,8 @@ def inject_packed_lora(
     device before this call.
 
     Each `nn.Dropout` of the base draws from one stream per slot (`set_dropout_streams`). Functional dropout, such as
-    dropout of attention probabilities in transformers, does so inside `FunctionalDropout(slots.drop)`; else, and inside
-    fused kernels, it draws from torch's default stream for all rows.
+    dropout of attention probabilities in transformers, draws from torch's default stream for all rows. Inside
+    `FunctionalDropout(slots.drop)` it draws from one stream per slot too, except in fused kernels.
 
     Args:
         model: Any module that `inject_lora` can adapt. The first dimension of its inputs must be the batch.
@@ -105,7 +105,7 @@ def fill_slot(
 
     Args:
         model: A packed model.
-        slot: Index of the slot. The number of slots adds a slot.
+        slot: Index of the slot. An index equal to the number of slots adds a slot.
         config: LoRA settings of the new trial. The targets may be layers that no slot has adapted before.
         generator: CPU random stream of A and B, used as in `inject_lora`; torch's default stream if None.
         prepare_copy: As in `inject_packed_lora`.
@@ -158,7 +158,7 @@ def why_not_packable(config: LoraConfig) -> str | None:
     if config.init == "pissa":
         return (
             "`method.init=pissa` can't be packed: it trains the difference of two large products, so that in bf16 a "
-            "packed run would differ from a run alone by more than other runs do."
+            "packed run would differ too much from the same run alone."
         )
     return None
 

@@ -28,8 +28,8 @@ class Estimate:
     """A sum of mean scores, and the parts of its variance.
 
     Runs with other seeds and other groups of examples would give other scores. The variance is that of two crossed
-    random effects (Cameron, Gelbach and Miller 2011, equation 2.8): seeds + groups - interaction, where the interaction
-    is in both of the first two parts.
+    random effects (Cameron, Gelbach and Miller 2011, equation 2.8): seeds + groups - interaction. The interaction is
+    subtracted once, because both other parts contain it.
     """
 
     value: float
@@ -57,7 +57,7 @@ class Estimate:
     def error(self) -> float:
         """The standard error."""
         total = self.seeds_variance + self.groups_variance - self.interaction_variance
-        # the difference of estimates may be too small or even negative
+        # the estimate of the interaction may be too large, which would make the total too small or negative
         return math.sqrt(max(total, self.seeds_variance, self.groups_variance) + self.search_variance)
 
     @property
@@ -78,7 +78,7 @@ class Estimate:
         return self._compute_tail(value / self.error)
 
     def _compute_tail(self, deviation: float) -> float:
-        """Returns the probability that an estimate exceeds its true value by a deviation, in units of the error.
+        """Returns the probability that the estimate is above its true value by at least `deviation` standard errors.
 
         It is the mean of the parts' t distributions, weighted by their variances. Satterthwaite's degrees of freedom
         are too many where three seeds have, by chance, nearly equal scores: simulated with 3 seeds and 60 groups, tests
@@ -105,14 +105,12 @@ class Estimate:
         return float(low), float(high)
 
     def _find_deviation(self, level: float) -> float:
-        """Returns the deviation, in units of the error, that an estimate exceeds with this probability."""
+        """Returns the number of standard errors that the estimate's deviation exceeds with probability `level`."""
         ends = [-float(stdtrit(count, level)) for _, count in self._list_parts()]
         if max(ends) == min(ends):
             return ends[0]
-        low, high = (
-            0.99 * min(ends),
-            1.01 * max(ends),
-        )  # 1 % wider, because the ends are not exact if a part is nearly 0
+        # 1 % wider, because the ends are not exact if a part is nearly 0
+        low, high = 0.99 * min(ends), 1.01 * max(ends)
         return float(brentq(lambda deviation: self._compute_tail(deviation) - level, low, high, xtol=1e-9))
 
     @property
@@ -144,12 +142,12 @@ class Estimate:
 
 
 def estimate_sum(
-    scores: ConfirmScores, coefficients: Coefficients, *, constant: float = 0.0, of_best: bool = False
+    scores: ConfirmScores, coefficients: Coefficients, *, constant: float = 0.0, adds_search_error: bool = False
 ) -> Estimate | None:
     """Returns constant + Σ coefficient · mean of the subject, over the seeds that all subjects have.
 
-    Returns None if there is no such seed. With `of_best`, the sum is that of the best settings of the subjects. Its
-    error then includes the error of the search, which may have missed these settings.
+    Returns None if there is no such seed. `adds_search_error` estimates the sum for each subject's best settings: the
+    error then includes that of the search, which may have missed them.
     """
     if any(not scores.values.get(subject) for subject in coefficients):
         return None
@@ -160,7 +158,7 @@ def estimate_sum(
     for subject, coefficient in coefficients.items():
         if coefficient:  # 0 · infinity is not a number
             sums += coefficient * np.array([scores.values[subject][seed] for seed in seeds])
-    errors = {subject: scores.search_errors.get(subject, 0.0) if of_best else 0.0 for subject in coefficients}
+    errors = {subject: scores.search_errors.get(subject, 0.0) if adds_search_error else 0.0 for subject in coefficients}
     return _estimate_mean(
         sums,
         scores,
@@ -181,11 +179,11 @@ def _estimate_mean(
     groups_variance = interaction = 0.0
     if num_groups > 1:
         # The variance of a ratio of sums over groups that are drawn with their weights (Cochran 1977, section 6.3).
-        stretch = num_groups / (num_groups - 1)
-        groups_variance = stretch * float(((shares * (by_group - mean)) ** 2).sum())
+        correction = num_groups / (num_groups - 1)
+        groups_variance = correction * float(((shares * (by_group - mean)) ** 2).sum())
         if num_seeds > 1:
             rest = sums - by_group[None] - by_seed[:, None] + mean
-            interaction = stretch * float(((shares[None] * rest) ** 2).sum()) / (num_seeds * (num_seeds - 1))
+            interaction = correction * float(((shares[None] * rest) ** 2).sum()) / (num_seeds * (num_seeds - 1))
     return Estimate(
         value=mean,
         seeds=seeds,
@@ -205,7 +203,7 @@ def estimate_ratio(
     denominator: Coefficients,
     *,
     confidence: float = CONFIDENCE,
-    of_best: bool = False,
+    adds_search_error: bool = False,
 ) -> tuple[float, Interval | None] | None:
     """Returns a ratio of two sums with its interval by Fieller's theorem (1954); None if a sum is not known.
 
@@ -213,27 +211,29 @@ def estimate_ratio(
     if a test of denominator = 0 does not reject: the interval would have no bounds.
     """
 
-    def estimate(factor: float, of: Coefficients, less: Coefficients) -> Estimate | None:
-        # A coefficient of 0 for the other sum's subjects takes all sums over the same seeds.
-        return estimate_sum(scores, subtract(of, less, factor), of_best=of_best)
+    def estimate_difference(factor: float, first: Coefficients, second: Coefficients) -> Estimate | None:
+        # With factor 0, the subjects of `second` still restrict the seeds, so that all sums have the same seeds.
+        return estimate_sum(scores, subtract(first, second, factor), adds_search_error=adds_search_error)
 
-    above, below = estimate(0.0, numerator, denominator), estimate(0.0, denominator, numerator)
+    above = estimate_difference(0.0, numerator, denominator)
+    below = estimate_difference(0.0, denominator, numerator)
     if above is None or below is None or below.value == 0:
         return None
     ratio, level = above.value / below.value, (1 - confidence) / 2
     if min(below.p_positive, below.p_negative) > level:
         return ratio, None
 
-    def excess(value: float) -> float:
-        found = estimate(value, numerator, denominator)
+    def compute_p_minus_level(value: float) -> float:
+        found = estimate_difference(value, numerator, denominator)
         return min(found.p_positive, found.p_negative) - level if found else 1.0
 
     def find_end(direction: int) -> float | None:
         """Returns the end of the interval below (-1) or above (1) the ratio, or None if it is not found."""
         width = 0.05
         for _ in range(MAX_DOUBLINGS):
-            if excess(ratio + direction * width) < 0:
-                return float(brentq(excess, *sorted((ratio, ratio + direction * width)), xtol=1e-9))
+            if compute_p_minus_level(ratio + direction * width) < 0:
+                ends = sorted((ratio, ratio + direction * width))
+                return float(brentq(compute_p_minus_level, *ends, xtol=1e-9))
             width *= 2
         return None
 
@@ -249,6 +249,6 @@ def subtract(numerator: Coefficients, denominator: Coefficients, factor: float) 
 
 def _bound_sum(coefficients: Coefficients, score_range: Interval, *, constant: float) -> Interval:
     """Returns the lowest and the highest possible value of constant + Σ coefficient · mean of the subject."""
-    # Without 0: the product of 0 and an infinite end is not a number.
+    # Coefficients of 0 are skipped, because 0 times an infinite end is not a number.
     ends = [[coefficient * end for end in score_range] for coefficient in coefficients.values() if coefficient]
     return constant + sum(map(min, ends)), constant + sum(map(max, ends))

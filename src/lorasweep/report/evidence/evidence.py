@@ -156,7 +156,7 @@ def _describe(name: str, scores: ConfirmScores, scale: Scale, *, level: float) -
             share = float(name == full)
         else:
             kept, whole = {base: 1.0, name: -1.0}, {base: 1.0, full: -1.0}
-            ratio = estimate_ratio(scores, kept, whole, confidence=1 - 2 * level, of_best=True)
+            ratio = estimate_ratio(scores, kept, whole, confidence=1 - 2 * level, adds_search_error=True)
             share, interval = ratio or (None, None)
     return SubjectEvidence(
         name=name,
@@ -260,8 +260,8 @@ def compare_retained(
         scale = Scale(margin=margin, sign=get_sign(row.direction), base=base, full=None)
         for subject in [setting.subject for setting in record.settings]:
             # The numbers are about the confirmed setting itself, so the error of the search is not part of them.
-            pair = compare_pair(subject, base, scores, scale, of_best=False)
-            change, interval = scale.measure(scores, subject, base, confidence=confidence, of_best=False)
+            pair = compare_pair(subject, base, scores, scale, adds_search_error=False)
+            change, interval = scale.measure(scores, subject, base, confidence=confidence, adds_search_error=False)
             base_score = estimate_sum(scores, {base: 1.0})
             if pair and change is not None and base_score:
                 yield RetainedChange(

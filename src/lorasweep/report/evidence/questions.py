@@ -107,25 +107,29 @@ class Scale:
         return {self.base: float(self.sign), self.full: -float(self.sign)}
 
     def estimate_advantage(
-        self, scores: ConfirmScores, subject: str, reference: str, *, margins: float, of_best: bool
+        self, scores: ConfirmScores, subject: str, reference: str, *, margins: float, adds_search_error: bool
     ) -> Estimate | None:
         """Returns by how much a subject is better than a reference, plus this number of margins."""
         better = subtract({reference: float(self.sign)}, {subject: float(self.sign)}, 1.0)
         if self.is_share:  # also for no margin, so that all estimates are over the same seeds
-            return estimate_sum(scores, subtract(better, self.gain, -margins * self.margin.value), of_best=of_best)
-        return estimate_sum(scores, better, constant=margins * self.margin.value, of_best=of_best)
+            return estimate_sum(
+                scores, subtract(better, self.gain, -margins * self.margin.value), adds_search_error=adds_search_error
+            )
+        return estimate_sum(scores, better, constant=margins * self.margin.value, adds_search_error=adds_search_error)
 
     def measure(
-        self, scores: ConfirmScores, subject: str, reference: str, *, confidence: float, of_best: bool
+        self, scores: ConfirmScores, subject: str, reference: str, *, confidence: float, adds_search_error: bool
     ) -> tuple[float | None, Interval | None]:
         """Returns the quantity that is shown, `Answer.value`, with its interval."""
         if not self.is_share:
-            found = estimate_sum(scores, subtract({subject: 1.0}, {reference: 1.0}, 1.0), of_best=of_best)
+            found = estimate_sum(
+                scores, subtract({subject: 1.0}, {reference: 1.0}, 1.0), adds_search_error=adds_search_error
+            )
             return (found.value, found.find_interval(confidence)) if found else (None, None)
         # the share of full's gain is 1 + advantage over the reference / gain
         better = {reference: float(self.sign), subject: -float(self.sign)}
         kept = subtract(better, self.gain, -1.0)
-        ratio = estimate_ratio(scores, kept, self.gain, confidence=confidence, of_best=of_best)
+        ratio = estimate_ratio(scores, kept, self.gain, confidence=confidence, adds_search_error=adds_search_error)
         return ratio or (None, None)
 
 
@@ -182,19 +186,21 @@ def _answer_chain(
         assert question.reference is not None
         references = {name: [question.reference] for name in question.subjects}
     # values of one arm share a search, so an error of it moves them together
-    of_best = not is_smallest
+    adds_search_error = not is_smallest
     judge = _judge_sufficiency if is_smallest else judge_difference
     compared: dict[str, list[_Comparison]] = {}
     alone: dict[str, Verdict] = {}
     for subject, names in references.items():
-        found = [compare_pair(subject, name, scores, scale, of_best=of_best) for name in names]
+        found = [compare_pair(subject, name, scores, scale, adds_search_error=adds_search_error) for name in names]
         compared[subject] = [pair for pair in found if pair]
         alone[subject] = judge(compared[subject], level=level) if all(found) else "open"
     answers = []
     for subject, verdict in _apply_order(alone).items():
         worst, value, interval = _find_worst(compared[subject], verdict), None, None
         if worst is not None:
-            value, interval = scale.measure(scores, subject, worst.reference, confidence=1 - 2 * level, of_best=of_best)
+            value, interval = scale.measure(
+                scores, subject, worst.reference, confidence=1 - 2 * level, adds_search_error=adds_search_error
+            )
         answer = Answer(
             name=question.name,
             arm=question.arm,
@@ -218,12 +224,14 @@ def _answer_chain(
 
 
 def compare_pair(
-    subject: str, reference: str, scores: ConfirmScores, scale: Scale, *, of_best: bool
+    subject: str, reference: str, scores: ConfirmScores, scale: Scale, *, adds_search_error: bool
 ) -> _Comparison | None:
     """Returns a comparison on the seeds that all its subjects have; None if one has no scores."""
 
     def estimate(margins: float) -> Estimate | None:
-        return scale.estimate_advantage(scores, subject, reference, margins=margins, of_best=of_best)
+        return scale.estimate_advantage(
+            scores, subject, reference, margins=margins, adds_search_error=adds_search_error
+        )
 
     advantage = estimate(0.0)
     if advantage is None:

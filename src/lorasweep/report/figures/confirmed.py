@@ -13,7 +13,7 @@ from lorasweep.report.choice import choose_subject, format_arm_score
 from lorasweep.report.evidence.estimates import Interval
 from lorasweep.report.evidence.evidence import SubjectEvidence
 from lorasweep.report.figures.panel import (
-    MAX_EMPTY_SPANS,
+    MAX_BASE_DISTANCE,
     METHOD_COLOURS,
     Panel,
     add_line,
@@ -30,9 +30,9 @@ from lorasweep.wording import format_metric, format_setting, short_key
 
 MAX_OTHER_ARMS = 6
 """Maximum number of arms without `confirm_each` that are shown beside the values of an arm."""
-MAX_BAR_SPANS = 0.5
-"""The axis goes beyond the range of scores, to the ends of intervals, by at most this multiple of the range. Intervals
-of two seeds may be so wide that nothing else could be seen."""
+MAX_BAR_EXTENSION = 0.5
+"""The axis is extended beyond the range of the scores to show whole intervals, by at most this multiple of the range.
+Intervals of two seeds may be so wide that nothing else could be seen."""
 
 
 def draw_scores_by_value(data: SweepData) -> Panel:
@@ -49,8 +49,8 @@ def draw_scores_by_value(data: SweepData) -> Panel:
     if not shown:
         text = "Nothing was confirmed: every score is one seed on validation data. `confirm.seeds=auto` adds the stage."
         return Panel(key="confirmed", title=title, text=text)
-    few = others if len(others) <= MAX_OTHER_ARMS else []
-    figures = [_draw_scores(values, few, data) for values in by_arm.values()]
+    beside = others if len(others) <= MAX_OTHER_ARMS else []
+    figures = [_draw_scores(values, beside, data) for values in by_arm.values()]
     # if full fine-tuning is alone, it is a point and not only a band
     figures = figures or [_draw_scores([], others or shown, data)]
     return Panel(key="confirmed", title=title, text=_describe_marks(data), figures=tuple(figures))
@@ -62,11 +62,12 @@ def _describe_marks(data: SweepData) -> str:
     end = "A diamond marks the smallest value that is enough."
     if not evidence.full:
         return f"{dots} Bars are the 95 % intervals of the means. {end}"
-    # the error that all subjects share, mostly that of the choice of test examples, would hide every difference
+    # intervals of differences, because an interval of a mean also has the error that all subjects share (the choice of
+    # test examples), which is larger than most differences
     bars = (
         f"Bars are the {100 * evidence.confidence:.3g} % intervals of the difference from {full} on the same seeds "
-        f"and examples, added to the mean of {full}; intervals of single means are in the table. A bar counts only "
-        f"the seeds in common with {full}. The band is the margin around {full}."
+        f"and examples, added to the mean of {full}; intervals of single means are in the table. A bar uses only "
+        f"the seeds that {full} has too. The band is the margin around {full}."
     )
     return f"{dots} {bars} {end}"
 
@@ -112,10 +113,10 @@ def _find_score_range(rows: Sequence[SubjectEvidence], data: SweepData) -> Inter
         scores += [full.mean, *(_find_band(data) or ())]
     if base := evidence.subject(evidence.base):
         distance = max(min(scores) - base.mean, base.mean - max(scores))
-        scores += [base.mean] if distance <= MAX_EMPTY_SPANS * (max(scores) - min(scores)) else []
+        scores += [base.mean] if distance <= MAX_BASE_DISTANCE * (max(scores) - min(scores)) else []
     ends = [end for found in rows if found is not full for end in _find_interval(found, data) or ()]
     low, high = min(scores), max(scores)
-    reach = MAX_BAR_SPANS * (high - low) or math.inf
+    reach = MAX_BAR_EXTENSION * (high - low) or math.inf
     low, high = max(min([low, *ends]), low - reach), min(max([high, *ends]), high + reach)
     return pad_range(low, high, limits=data.metric_range)
 

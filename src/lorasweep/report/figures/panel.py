@@ -25,7 +25,7 @@ RAMPS = (("#2fb5c4", "#7d3fc8"), ("#a3ad28", "#1c7a80"))
 """The first and the last colour of the values of an arm's key, smallest value first: one pair for each such arm."""
 MAX_SHOWN_TRIALS = 300
 """Figures and table show at most about this many trials: more make the page large and slow to open."""
-MAX_EMPTY_SPANS = 3
+MAX_BASE_DISTANCE = 3
 """The frozen base is inside an axis if its distance is at most this multiple of the range of all other scores."""
 DEFAULT_HEIGHT_PX = 400
 PIXELS_PER_CHARACTER = 8
@@ -171,7 +171,7 @@ def find_score_range(data: SweepData, scores: Sequence[float]) -> Interval | Non
 
     The range starts at the best score, or at the score of full fine-tuning if it is better. It ends at the worst score,
     but at most a quarter of the gain beyond the frozen base's score, which is inside if it is near
-    (`MAX_EMPTY_SPANS`). Without a frozen base, or if no score is better than the base's, it ends at the 90 % quantile
+    (`MAX_BASE_DISTANCE`). Without a frozen base, or if no score is better than the base's, it ends at the 90 % quantile
     (at the worst score if there are fewer than 10). A margin is added at both ends, but not beyond the limits of the
     metric.
     """
@@ -184,7 +184,7 @@ def find_score_range(data: SweepData, scores: Sequence[float]) -> Interval | Non
     if base is not None and data.sign * base > best:
         end = data.sign * base
         worst = min(worst, best + 1.25 * (end - best))
-        worst = max(worst, end) if end - worst <= MAX_EMPTY_SPANS * (worst - best) else worst
+        worst = max(worst, end) if end - worst <= MAX_BASE_DISTANCE * (worst - best) else worst
     elif len(signed) >= 10:
         worst = min(worst, signed[int(0.9 * (len(signed) - 1))])
     low, high = sorted((data.sign * best, data.sign * worst))

@@ -30,7 +30,7 @@ COSTS = (
     ("peak_memory_bytes", 2**20, "peak memory (MiB)"),
     ("wall_s", 1, "time of the run (s)"),
 )
-"""The field of a run's record, the value of one unit on the axis, and the axis title."""
+"""For each figure: the field of a run's record, the divisor of its values, and the title of the axis."""
 
 
 def draw_score_by_lr(data: SweepData) -> Panel:
@@ -73,9 +73,10 @@ def _draw_rates(arms: Sequence[ArmData], data: SweepData) -> go.Figure:
         add_trials(figure, complete, colour, arm.name, showlegend=True)
         add_trials(figure, stopped, colour, arm.name, symbol="x-thin-open")
         if arm.best and (x := find_x(arm.best)):
-            look = "diamond-open" if arm.best.is_predicted else "circle-open"
+            symbol = "diamond-open" if arm.best.is_predicted else "circle-open"
             text = [build_label(arm.best)]
-            add_markers(figure, [x], [arm.best.value], colour, arm.name, text=text, symbol=look, size=16, line_width=2)
+            score = arm.best.value
+            add_markers(figure, [x], [score], colour, arm.name, text=text, symbol=symbol, size=16, line_width=2)
     set_score_axis(figure, data, scores)
     return figure
 

@@ -189,9 +189,8 @@ class ArmTrials:
 
     def pause(self, trial: Trial, *, step: int, **fields: Any) -> None:
         """Notes that a trial's run was paused at a step; `fields` are further fields of the trial."""
-        if (
-            step in trial.promoted
-        ):  # A process that was killed later has already been told this. The trial is handed out again.
+        if step in trial.promoted:
+            # a process that was killed later has already been told this, so the trial is handed out again
             self._write(trial, **fields, worker="", request=0)
         else:
             self._write(trial, **fields, state="paused")
@@ -239,7 +238,7 @@ class ArmTrials:
         """Returns the warning for `has_learned` being False. It has no number that changes, so it is shown once."""
         remedies = ["more steps (`trainer.max_steps`)", "other learning rates (`optim.lr`)"]
         if metric in ("accuracy", "f1"):
-            remedies.append("another metric (`data.metric=matthews` if each example has one label)")
+            remedies.append("another metric (`data.metric=matthews`)")
         return (
             f"Most trials of `{self.arm.name}` had learned nothing at step {min(self._rule.rungs, default=0)}: their "
             f"{format_metric(metric)} was no better than that of an answer that needs no training "

@@ -88,7 +88,7 @@ class Controller:
         self._failures_in_a_row = 0
         self._deaths_in_a_row = 0
         self._usage: dict[str, Mapping[str, float]] = {}
-        self._add_warnings(self.search.arms.values())
+        self._update_warnings(self.search.arms.values())
         self._advance_stage()
 
     @property
@@ -111,7 +111,7 @@ class Controller:
                     if trial.request == request:  # the answer was lost
                         return self._assign(trials, trial)
         else:
-            request = 0  # no answer gets lost within a process, and the journal is to be the same after a restart
+            request = 0  # a call within a process is never repeated, and a resumed sweep must write the same journal
         if arms is None:
             self._advance_stage()
         candidates = [trials for name, trials in self.stage.arms.items() if arms is None or name in arms]
@@ -167,7 +167,7 @@ class Controller:
         for trials, trial, step, value in in_order:
             trials.store(trial, step, value, loss=loss_of.get((trials.arm.name, trial.number)))
         arms = {trials.arm.name: trials for trials, *_ in reported}
-        self._add_warnings(arms.values())
+        self._update_warnings(arms.values())
         decisions = {(trials.arm.name, trial.number): trials.decide(trial, step) for trials, trial, step, _ in in_order}
         self._save_if_due()  # a trial often begins just after a save, so its first report is the next chance to save
         return [decisions[trials.arm.name, trial.number] for trials, trial, _, _ in reported]
@@ -253,7 +253,7 @@ class Controller:
         return max(trial.values, default=None) == step and step not in trial.passed
 
     def count_stage_runs(self) -> dict[str, int]:
-        """Returns by arm how many runs the current stage has altogether, from its first to its last."""
+        """Returns the planned number of runs of the current stage by arm, including finished runs."""
         arms = [arm.name for arm in self.sweep.definition.arms]
         return {name: self.stage.arms[name].planned if name in self.stage.arms else 0 for name in arms}
 
@@ -316,7 +316,7 @@ class Controller:
                 prune_paused_run(self.sweep.path / trial.run, reason=reason)
                 trials.end(trial, "pruned", reason=reason)
 
-    def _add_warnings(self, arms: Iterable[ArmTrials]) -> None:
+    def _update_warnings(self, arms: Iterable[ArmTrials]) -> None:
         """Adds the warnings that most trials have learned nothing yet, and removes those that are no longer true."""
         record = self.sweep.record
         for trials in arms:

@@ -83,7 +83,7 @@ class History:
         """Returns whether a trial had this point. Values of continuous ranges are compared to two digits."""
         return self._round(point) in self._tried
 
-    def show(self, trial: Trial, **changes: Any) -> FrozenTrial:
+    def build_frozen_trial(self, trial: Trial, **changes: Any) -> FrozenTrial:
         """Returns a trial as Optuna's samplers read it; `changes` replace arguments of `create_trial`."""
         arguments: dict[str, Any] = {
             "state": OPTUNA_STATES[trial.state],

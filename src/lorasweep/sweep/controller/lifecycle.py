@@ -62,7 +62,7 @@ def create_sweep(
         path: The new folder.
         metric: The metric that every arm is scored by.
         retained: The data sets of `retain.data` with their metrics.
-        constant_answer: The metric of the constant answer on validation data; None if there is none.
+        constant_answer: Validation score of a constant prediction (the baseline); None if it is not defined.
         notes: Sentences on how the data was made.
 
     Raises:
@@ -107,7 +107,7 @@ def create_sweep(
     return opened
 
 
-def saved_definition(path: Path) -> Definition:
+def read_saved_definition(path: Path) -> Definition:
     """Returns the definition of the sweep in a folder.
 
     Raises:
@@ -144,7 +144,7 @@ def load_study(path: Path, arm: str) -> optuna.Study:
 
 
 def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> SweepFolder:
-    """Opens a sweep to resume it. Its files are not changed yet.
+    """Opens a sweep to resume it. The record is not written yet; what a killed process left unfinished is removed.
 
     Args:
         path: The sweep's folder.
@@ -152,9 +152,9 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
 
     Raises:
         RecordError: The folder is not a sweep, its record or journal is damaged, or another process runs it.
-        ConfigError: A trial that has begun would change.
+        ConfigError: A trial or confirm run that has begun would change, or the sweep file has changed.
     """
-    record, old = read_sweep(path), saved_definition(path)
+    record, old = read_sweep(path), read_saved_definition(path)
     _require_same_file(old.source, record, path)
     definition = grow_definition(old, changes=changes or {})
     if [row.name for row in record.arms] != [arm.name for arm in old.arms]:
@@ -169,8 +169,8 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
         seeds, known = draw_confirm_seeds(definition), record.confirm_seeds
         if has_confirm and seeds[: len(known)] != known:
             raise ConfigError(
-                f"`confirm.seeds >= {len(known)}` must hold, since the confirm stage began with these, and no arm may "
-                f"have one of them as its `seed`, but got {len(seeds)}."
+                f"`confirm.seeds >= {len(known)}` must hold, because the confirm stage began with {len(known)} seeds, "
+                f"and no arm may have one of them as its `seed`, but got {len(seeds)}."
             )
         undo.pop_all()
     if definition.raw != record.definition:

@@ -87,7 +87,7 @@ def predict_best(
 ) -> Prediction | None:
     """Returns the setting of an arm that is predicted best, with some keys at fixed values.
 
-    Uses complete trials, and what paused and pruned trials reached. A setting that does not fit in memory is not
+    Uses complete trials and the partial results of pruned trials. A setting that does not fit in memory is not
     chosen. Returns None if no trial has a result, or nothing with the fixed values fits.
 
     Args:

@@ -35,7 +35,7 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from lorasweep.config.build import TARGET
-from lorasweep.config.components import Component, argument_names, instantiate
+from lorasweep.config.components import Component, instantiate, list_argument_names
 from lorasweep.config.sweep import ModelBasedSampler
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.record import Trial
@@ -73,7 +73,7 @@ def propose(arm: Arm, history: History, *, number: int) -> tuple[dict[str, Any],
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore", ExperimentalWarning)
             if isinstance(sampler, Component):
-                shown = [history.show(trial) for trial in history.trials]
+                shown = [history.build_frozen_trial(trial) for trial in history.trials]
                 point, state = _ask(_build_sampler(sampler, seed=seed), history, shown)
             else:
                 if (
@@ -125,16 +125,16 @@ def _ask_model(sampler: ModelBasedSampler, history: History, *, seed: int) -> Po
     results = history.list_results()
     if sampler.name == "gp":
         model = GPSampler(n_startup_trials=1, seed=seed, warn_independent_sampling=False)
-        shown = _show_to_gp(results, history)
+        shown = _build_gp_trials(results, history)
     else:
         model = TPESampler(n_startup_trials=1, seed=seed)
         # TPE reads intermediate values of pruned trials only
         shown = [
-            history.show(trial, **({"state": TrialState.PRUNED} if trial.state == "running" else {}))
+            history.build_frozen_trial(trial, **({"state": TrialState.PRUNED} if trial.state == "running" else {}))
             for trial in results
         ]
-    point, _ = _ask(model, history, [*shown, *map(history.show, history.list_running())])
-    return history.encoding.encode(history.encoding.decode(point))  # the learning rate's range may not allow its u
+    point, _ = _ask(model, history, [*shown, *map(history.build_frozen_trial, history.list_running())])
+    return history.encoding.encode(history.encoding.decode(point))  # limits u to the range of the learning rate
 
 
 def _ask(sampler: BaseSampler, history: History, shown: Sequence[FrozenTrial]) -> tuple[Point, dict[str, Any]]:
@@ -157,7 +157,7 @@ def _ask(sampler: BaseSampler, history: History, shown: Sequence[FrozenTrial]) -
     return params, state if any(state.values()) else {}
 
 
-def _show_to_gp(results: Sequence[Trial], history: History) -> list[FrozenTrial]:
+def _build_gp_trials(results: Sequence[Trial], history: History) -> list[FrozenTrial]:
     """Returns results as a Gaussian process reads them: as complete trials with a value.
 
     The value of a partial result is its last value plus the median progress of complete trials since that step. Values
@@ -169,7 +169,9 @@ def _show_to_gp(results: Sequence[Trial], history: History) -> list[FrozenTrial]
     scores = extrapolate_scores(results)
     median = statistics.median(score for score in scores if score is not None)
     shown = [
-        history.show(trial, state=TrialState.COMPLETE, value=median if score is None else better(score, median))
+        history.build_frozen_trial(
+            trial, state=TrialState.COMPLETE, value=median if score is None else better(score, median)
+        )
         for trial, score in zip(results, scores, strict=True)
     ]
     # Optuna's sampler requires the same constraints in every trial; a trial is feasible at or below 0
@@ -199,6 +201,6 @@ def _add_seeds(value: Any, *, seed: int, key: str) -> Any:
     if not isinstance(value, Mapping):
         return value
     seeded = {name: _add_seeds(item, seed=seed, key=f"{key}.{name}") for name, item in value.items()}
-    if TARGET in value and "seed" in argument_names(value[TARGET], key=key)[0]:
+    if TARGET in value and "seed" in list_argument_names(value[TARGET], key=key)[0]:
         seeded["seed"] = seed
     return seeded

@@ -1,4 +1,4 @@
-"""How the best learning rate moves with the length of runs and the batch size, as measured in docs/transfer.md."""
+"""How the best learning rate depends on the number of steps and the batch size, as measured in docs/transfer.md."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Power:
 
 BATCH_KEY = "trainer.batch_size"
 POWERS: Mapping[str, Power] = {STEPS_KEY: Power(-0.20, -0.44, 0.04), BATCH_KEY: Power(0.49, 0.26, 0.72)}
-"""By setting, of LoRA."""
+"""The powers of LoRA's best learning rate, by setting."""
 
 
 def find_powers(method: str) -> Mapping[str, Power]:

@@ -29,9 +29,9 @@ from lorasweep.sweep.definition.confirm import has_fixed_score
 from lorasweep.training.run_log import RunFolder
 
 FIRST_TRIALS_FRACTION = 0.5
-"""Fraction of an arm's trials that an adaptive sampler proposes before it has results of them.
+"""Fraction of an arm's trials that begin first under an adaptive sampler.
 
-The other trials begin once all of these have a value of the first rung (docs/benchmarks.md, Proposals)."""
+The other trials wait for their results, as `ArmTrials.may_begin` describes (docs/benchmarks.md, Proposals)."""
 
 SETTING, SEED = "setting", "seed"
 """The parameters of a run in the study of the confirm stage: the number of its setting in the arm, and its seed."""
@@ -95,9 +95,9 @@ class Search:
 class Confirmation:
     """The setting of each subject is trained again on fresh seeds, each run to its end, and scored once on test data.
 
-    Seeds come in groups, up to each planned look. After a look, only the subjects of questions that are open and that
-    further seeds may settle train on. What happens follows from the scores alone, so a stage that was killed goes the
-    same way again. Runs that began before a sweep grew are kept, and are not repeated.
+    Seeds come in groups, up to each planned look. After a look, only subjects of open questions that further seeds may
+    settle train on more seeds. The decisions depend on the scores alone, so a resumed stage makes the same decisions.
+    Runs that began before a sweep grew are kept, and are not repeated.
     """
 
     name: Literal["confirm"] = "confirm"
@@ -145,17 +145,17 @@ class Confirmation:
         known = replace(record, confirm=[run for run in record.confirm if run.seed in seeds])
         scores = read_confirm_scores(known, self._sweep.path)
         answers = answer_sweep(record, scores)
-        hopeful = [answer for answer in answers if answer.may_settle]
-        subjects = {name for answer in hopeful for name in (answer.subject, *answer.compared_with)}
-        if hopeful and (scale := build_scale(record, scores)).margin.is_share_of_gain:
+        undecided = [answer for answer in answers if answer.may_settle]
+        subjects = {name for answer in undecided for name in (answer.subject, *answer.compared_with)}
+        if undecided and (scale := build_scale(record, scores)).margin.is_share_of_gain:
             subjects |= {name for name in (scale.base, scale.full) if name is not None}
         if self._sweep.definition.sweep_config.confirm.seeds != "auto":  # more seeds were asked for explicitly
             subjects = {row.subject for row in self._settings.values()}
         if num_done + 1 == len(self._looks):
             subjects = set()
-        is_open = [answer.subject for answer in answers if not answer.is_settled]
+        open_subjects = [answer.subject for answer in answers if not answer.is_settled]
         self.looks_done.append(
-            LookRow(seeds=self._looks[num_done], open=list(dict.fromkeys(is_open)), next=sorted(subjects))
+            LookRow(seeds=self._looks[num_done], open=list(dict.fromkeys(open_subjects)), next=sorted(subjects))
         )
         record.looks_done = list(self.looks_done)
         self._add_to_plan(subjects)

@@ -25,7 +25,7 @@ from lorasweep.sweep.definition.space import Space
 Array = NDArray[np.float64]
 
 RATE_LENGTH_SCALE_DECADES = 0.5
-"""Length scale of the kernel in u = lr · √(s · r) (`rate_law`), in decades."""
+"""Length scale of the kernel in u = lr · √(s · r) (`RateLaw`), in decades."""
 LENGTH_SCALES_OCTAVES = {RANK: 7.5, ALPHA: 10.0, ALPHA_OVER_RANK: 10.0}
 """Length scales of rank and α at the same u, in octaves."""
 RANGE_LENGTH_SCALE = 0.5

@@ -1,4 +1,4 @@
-"""What the confirm stage is asked before the first trial: the questions of a sweep, and the seeds of its runs."""
+"""Fixes the confirm stage before the first trial: the questions that it answers, and the seeds of its runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lorasweep.wording import nearest
 SEED_LIMIT = 1_000_000
 """Seeds are below this number, so that a person can read and type them."""
 SIZE_KEYS = ("method.rank", "method.dim")
-"""The `confirm_each` keys of which a smaller value costs less, so that the smallest sufficient value is asked for."""
+"""The `confirm_each` keys whose smaller values cost less. For them, a sweep asks for the smallest sufficient value."""
 
 
 def list_questions(definition: Definition) -> list[Question]:
@@ -34,9 +34,9 @@ def list_questions(definition: Definition) -> list[Question]:
     questions = []
     if full is not None:
         others = [arm for arm in trained if arm.corner_configs[0].method.name != "full"]
-        questions += [_compare(arm, name="as_good_as_full", reference=full.name) for arm in others]
+        questions += [_build_question(arm, name="as_good_as_full", reference=full.name) for arm in others]
     elif not pairs:
-        questions += [_compare(arm, name="pair", reference=_name_largest(trained[0])) for arm in trained[1:]]
+        questions += [_build_question(arm, name="pair", reference=_name_largest(trained[0])) for arm in trained[1:]]
     questions += [
         Question(name="smallest", arm=arm.name, key=arm.confirm_each, subjects=list(arm.subjects), reference=None)
         for arm in trained
@@ -51,13 +51,13 @@ def list_questions(definition: Definition) -> list[Question]:
                     f"{nearest(name, known)}"
                 )
         reference = second if second in known[second].subjects else _name_largest(known[second])
-        question = _compare(known[first], name="pair", reference=reference)
-        # the name of one value asks about that value alone
+        question = _build_question(known[first], name="pair", reference=reference)
+        # a pair that names one value, such as `lora-rank-8`, is about that value alone
         questions.append(replace(question, subjects=[first]) if first in question.subjects else question)
     return questions
 
 
-def _compare(arm: Arm, *, name: QuestionName, reference: str) -> Question:
+def _build_question(arm: Arm, *, name: QuestionName, reference: str) -> Question:
     return Question(name=name, arm=arm.name, key=arm.confirm_each, subjects=list(arm.subjects), reference=reference)
 
 
@@ -67,7 +67,7 @@ def _name_largest(arm: Arm) -> str:
 
 
 def draw_confirm_seeds(definition: Definition) -> list[int]:
-    """Returns the seeds of the confirm stage: the same for every arm, and none that the search is set to use.
+    """Returns the seeds of the confirm stage: the same for every arm, and different from the seeds of the search.
 
     The seeds depend on `sweep.seed`. A larger number of seeds begins with the same seeds, so that a stage can grow.
     """
@@ -85,7 +85,7 @@ def draw_confirm_seeds(definition: Definition) -> list[int]:
 
 
 def has_fixed_score(arm: Arm) -> bool:
-    """Returns whether the seed surely makes no difference to an arm: the frozen base, unless it may have a new head."""
+    """Returns whether an arm has the same score with every seed: the frozen base, unless it may have a new head."""
     config = arm.corner_configs[0]
     return config.method.name == "frozen" and config.model.kind != "classifier"
 

@@ -140,8 +140,8 @@ def _start_head(sweep: Path, **options: Any) -> Iterator[None]:
 def _end_with_head(sweep: Path, temporary: Path, ended: threading.Event) -> None:
     """Ends this process and all of its Ray processes if one of the head's processes is gone.
 
-    Ray's own code would end this process later and without a message, so no exception can be caught. Ray's agents would
-    look for the head for a minute.
+    Ray's own code would end this process later, without a message and without an exception. Ray's agents would look for
+    the head for a minute.
     """
     this = psutil.Process()
     head = [child for child in this.children() if child.name() in HEAD_PROCESSES]

@@ -36,7 +36,7 @@ from lorasweep.config.run import RunConfig
 from lorasweep.errors import LoraSweepError, RanksLost, WorkerError, first_line
 from lorasweep.record import RunRecord, read_sweep
 from lorasweep.sweep.controller.controller import Controller
-from lorasweep.sweep.controller.lifecycle import reopen_sweep, saved_definition
+from lorasweep.sweep.controller.lifecycle import read_saved_definition, reopen_sweep
 from lorasweep.sweep.workers.ray_cluster import WorkerNeeds, count_fitting_workers
 from lorasweep.sweep.workers.worker import Worker
 from lorasweep.training.environment import describe_packages, name_device
@@ -161,7 +161,7 @@ class WorkerActor:
             _end_process()
         Worker(
             path=path,
-            definition=saved_definition(path),
+            definition=read_saved_definition(path),
             controller=client,  # type: ignore[arg-type]
             metric=read_sweep(path).metric,
             inputs_cache=self._inputs_cache,

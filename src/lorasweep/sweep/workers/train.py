@@ -110,7 +110,7 @@ def _train_on_slurm(sweep: SweepFolder, config: SlurmConfig, *, stop_requested: 
         # The address is written after the token, because a job that reads the address joins at once.
         slurm.write_address(path, address)
         try:
-            slurm.cancel_jobs(path)  # of a sweep whose process was killed
+            slurm.cancel_jobs(path)  # jobs that a killed process of this sweep left behind
             slurm.submit_jobs(config, path)
             pool = WorkerPool(path, num="auto", needs=_worker_needs(sweep.definition, config))
             return pool.train(stop_requested=stop_requested, require_nodes=require_jobs)

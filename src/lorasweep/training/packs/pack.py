@@ -223,7 +223,7 @@ class PackTrainer:
                 micro_losses.append(losses.detach())
                 positions = (layout.num_positions if layout else batch["input_ids"].numel()) // len(micros)
                 for run, micro in zip(self.runs, micros, strict=True):
-                    tokens += run.count_tokens(micro, positions=positions)
+                    tokens += run.add_tokens(micro, positions=positions)
         if rng_state_before is not None:
             self.has_shared_draws = rng_state_before != read_rng_state(self.device)
         for run, run_losses in zip(self.runs, torch.stack(micro_losses, dim=1), strict=True):

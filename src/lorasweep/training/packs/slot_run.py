@@ -105,7 +105,7 @@ class SlotRun:
             accumulate=config.trainer.accumulate,
         )
 
-    def count_tokens(self, micro: MicroBatch, *, positions: int) -> int:
+    def add_tokens(self, micro: MicroBatch, *, positions: int) -> int:
         """Adds a micro-batch to the progress, and returns its number of tokens. `positions` includes padding."""
         tokens = int(self.inputs.splits.train.lengths[torch.tensor(micro.indices)].sum())
         self.progress.tokens += tokens
@@ -154,8 +154,8 @@ class SlotOptimizer:
     A hundred small matrices per slot would take longer to step than to train. So parameters with the same settings
     become one vector (`flatten_parameters`), which `torch.optim.AdamW` steps in one call.
 
-    *Differs* from the solo run: a parameter that never gets a gradient has a zero gradient here, so it decays. In both
-    runs it has no effect on the model's outputs.
+    *Differs* from the solo run: a parameter that never gets a gradient has a zero gradient here, so it is changed by
+    weight decay. In both runs it has no effect on the model's outputs.
     """
 
     def __init__(self, model: nn.Module, config: RunConfig) -> None:
@@ -176,7 +176,7 @@ class SlotOptimizer:
             nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         self.optimizer.step()
         self.schedule.step()
-        # Not None: the gradients of the small parameters are views of these tensors.
+        # The gradients must not become None: those of the small parameters are views of these tensors.
         self.optimizer.zero_grad(set_to_none=False)
         return lr
 
