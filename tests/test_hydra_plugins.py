@@ -26,15 +26,18 @@ def short(short_run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+@pytest.mark.parametrize(
+    "launcher", [["joblib", "hydra.launcher.n_jobs=2"], ["submitit_local"]], ids=lambda words: words[0]
+)
 def test_a_launcher_gives_each_job_a_folder_and_the_command_an_exit_code(here, short, launcher):
+    name, *its_settings = launcher  # on one core joblib would run the jobs in this process
     # what the command line says of folders must reach the other processes
     (here / "more" / "experiment").mkdir(parents=True)
     (here / "more" / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 9\n")
     (here / "my_callbacks.py").write_text("from lightning import Callback\n\n\nclass Mine(Callback):\n    pass\n")
     callback = ["callbacks.mine._target_=my_callbacks.Mine"]
     own = ["hydra.searchpath=[more]", "+experiment=mine", *callback]
-    words = ["-m", f"hydra/launcher={launcher}", *short, *own, "optim.lr=1e30,1e-3"]
+    words = ["-m", f"hydra/launcher={name}", *its_settings, *short, *own, "optim.lr=1e30,1e-3"]
     command = [sys.executable, "-m", "lorasweep", "train", *words]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), *sys.path])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
