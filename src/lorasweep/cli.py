@@ -314,9 +314,10 @@ def transfer(arguments: argparse.Namespace) -> int:
     result = api.run_sweep(planned.content)
     if result.status != "complete":
         return _say_how_to_resume(result)
-    shown = _show_sweep(result, verbose=False)
     say(judge_transfer(result.folder))
-    return shown
+    say(f"report: {result.report}")
+    say(f"To train it on all data: lorasweep train --from {result.folder}/predicted")
+    return FAILED if result.unconfirmed else DONE
 
 
 def judge(arguments: argparse.Namespace) -> int:

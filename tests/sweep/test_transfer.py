@@ -110,7 +110,10 @@ def test_a_prediction_is_a_hit_a_miss_or_open(short_sweep, monkeypatch, verdicts
         evidence = type(
             "Evidence",
             (),
-            {"list_answers": lambda self, name: [Answers(*p) for p in zip(NEIGHBOURS, verdicts, strict=True)]},
+            {
+                "subjects": (),
+                "list_answers": lambda self, name: [Answers(*p) for p in zip(NEIGHBOURS, verdicts, strict=True)],
+            },
         )()
 
     monkeypatch.setattr(transfer_file, "load_sweep_data", lambda folder: Data)
@@ -124,7 +127,8 @@ def test_the_command_trains_the_three_rates_and_says_what_it_found(short_sweep, 
     assert run(["transfer", source, "trainer.max_steps=16", "confirm.seeds=2", "sweep.output=long"]) == DONE
     printed = capsys.readouterr().out
     assert f"from {short_sweep.record.settings[0].params[LR]:.3g} of the sweep" in printed
-    assert any(printed.strip().splitlines()[-1].startswith(word) for word in ("hit: ", "miss: ", "open: "))
+    (verdict,) = [line for line in printed.splitlines() if line.split(": ")[0] in ("hit", "miss", "open")]
+    assert all(f"`{name}` " in verdict for name in (PREDICTED, *NEIGHBOURS))
     result = lorasweep.load_sweep(tmp_path / "long")
     assert {read_run(result.folder / trial.run).steps_planned for trial in result.record.confirm} == {16}
 

@@ -15,7 +15,7 @@ from lorasweep.report.recommend import read_recommended
 from lorasweep.report.sweep_data import load_sweep_data
 from lorasweep.sweep.controller.rate_powers import BATCH_KEY, find_powers, scale_rate
 from lorasweep.sweep.definition.arms import SWEEP_GROUPS
-from lorasweep.wording import join_words
+from lorasweep.wording import format_score, join_words
 
 PREDICTED = "predicted"
 NEIGHBOURS = {"half": 0.5, "twice": 2.0}
@@ -95,14 +95,17 @@ def plan_transfer(source: Path, changes: Mapping[str, Any]) -> Transfer:
 
 
 def judge_transfer(folder: Path) -> str:
-    """Returns what the test shows: a hit, a miss, or that it is open."""
-    answers = {answer.reference: answer for answer in load_sweep_data(folder).evidence.list_answers("pair")}
-    missing = [name for name in NEIGHBOURS if name not in answers]
-    if missing:
+    """Returns what the test shows, a hit, a miss, or that it is open, with the scores on test data."""
+    evidence = load_sweep_data(folder).evidence
+    answers = {answer.reference: answer for answer in evidence.list_answers("pair")}
+    if missing := [name for name in NEIGHBOURS if name not in answers]:
         return f"open: {join_words([f'`{name}`' for name in missing])} has no score."
-    compared = join_words([f"{answer.verdict} against `{name}`" for name, answer in answers.items()])
+    means = [one.mean for one in evidence.subjects]
+    scores = ", ".join(f"`{one.name}` {format_score(one.mean, beside=means)}" for one in evidence.subjects)
+    said = join_words([f"{answer.verdict} against `{name}`" for name, answer in answers.items()])
+    said = f"the predicted rate is {said} ({scores})."
     if worse := [name for name, answer in answers.items() if answer.verdict in NEGATIVE_VERDICTS]:
-        return f"miss: the predicted rate is {compared}. Search again, or take `{worse[0]}`."
+        return f"miss: {said} Search again, or take `{worse[0]}`."
     if all(answer.is_settled for answer in answers.values()):
-        return f"hit: the predicted rate is {compared}."
-    return f"open: the predicted rate is {compared}. More `confirm.seeds` may settle it."
+        return f"hit: {said}"
+    return f"open: {said} More `confirm.seeds` may settle it."
