@@ -314,9 +314,10 @@ def transfer(arguments: argparse.Namespace) -> int:
     result = api.run_sweep(planned.content)
     if result.status != "complete":
         return _say_how_to_resume(result)
-    say(judge_transfer(result.folder))
+    verdict, arm = judge_transfer(result.folder)
+    say(verdict)
     say(f"report: {result.report}")
-    say(f"To train it on all data: lorasweep train --from {result.folder}/predicted")
+    say(f"To train {arm} on all data: lorasweep train --from {result.folder}/{arm}")
     return FAILED if result.unconfirmed else DONE
 
 

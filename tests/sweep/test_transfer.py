@@ -117,7 +117,9 @@ def test_a_prediction_is_a_hit_a_miss_or_open(short_sweep, monkeypatch, verdicts
         )()
 
     monkeypatch.setattr(transfer_file, "load_sweep_data", lambda folder: Data)
-    assert transfer_file.judge_transfer(short_sweep.folder).startswith(said)
+    verdict, arm = transfer_file.judge_transfer(short_sweep.folder)
+    assert verdict.startswith(said)
+    assert arm == ("twice" if "worse" in verdicts else PREDICTED)
 
 
 def test_the_command_trains_the_three_rates_and_says_what_it_found(short_sweep, tmp_path, monkeypatch, capsys):

@@ -94,18 +94,18 @@ def plan_transfer(source: Path, changes: Mapping[str, Any]) -> Transfer:
     )
 
 
-def judge_transfer(folder: Path) -> str:
-    """Returns what the test shows, a hit, a miss, or that it is open, with the scores on test data."""
+def judge_transfer(folder: Path) -> tuple[str, str]:
+    """Returns what the test shows, a hit, a miss, or that it is open, and the arm to use."""
     evidence = load_sweep_data(folder).evidence
     answers = {answer.reference: answer for answer in evidence.list_answers("pair")}
     if missing := [name for name in NEIGHBOURS if name not in answers]:
-        return f"open: {join_words([f'`{name}`' for name in missing])} has no score."
+        return f"open: {join_words([f'`{name}`' for name in missing])} has no score.", PREDICTED
     means = [one.mean for one in evidence.subjects]
     scores = ", ".join(f"`{one.name}` {format_score(one.mean, beside=means)}" for one in evidence.subjects)
     said = join_words([f"{answer.verdict} against `{name}`" for name, answer in answers.items()])
     said = f"the predicted rate is {said} ({scores})."
     if worse := [name for name, answer in answers.items() if answer.verdict in NEGATIVE_VERDICTS]:
-        return f"miss: {said} Search again, or take `{worse[0]}`."
+        return f"miss: {said} Take `{worse[0]}`, or search again.", worse[0]
     if all(answer.is_settled for answer in answers.values()):
-        return f"hit: {said}"
-    return f"open: {said} More `confirm.seeds` may settle it."
+        return f"hit: {said}", PREDICTED
+    return f"open: {said} More `confirm.seeds` may settle it.", PREDICTED
