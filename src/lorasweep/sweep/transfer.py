@@ -13,6 +13,7 @@ from lorasweep.errors import ConfigError
 from lorasweep.report.evidence.questions import NEGATIVE_VERDICTS
 from lorasweep.report.recommend import read_recommended
 from lorasweep.report.sweep_data import load_sweep_data
+from lorasweep.sweep.controller.predictions import RATE_DIGITS
 from lorasweep.sweep.controller.rate_powers import BATCH_KEY, find_powers, scale_rate
 from lorasweep.sweep.definition.arms import SWEEP_GROUPS
 from lorasweep.wording import format_score, join_words
@@ -21,7 +22,6 @@ PREDICTED = "predicted"
 NEIGHBOURS = {"half": 0.5, "twice": 2.0}
 """The other arms of the test, with their learning rates as multiples of the predicted rate."""
 TEST_SETTINGS = {"confirm.seeds": 3, "confirm.pairs": [[PREDICTED, name] for name in NEIGHBOURS]}
-RATE_DIGITS = 3
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -251,8 +251,10 @@ def _choose(search: Search, arm: Arm, subject: str, value: Any, sweep: SweepFold
     if prediction is None:
         return None
     params, trial = prediction.params, winner.number if winner else prediction.trial
-    if (fraction := arm.sweep_config.search.steps_fraction) < 1 and LR in params:  # no trial has trained all steps
-        rate, *_ = scale_rate(params[LR], arm.corner_configs[0].method.name, {STEPS_KEY: 1 / fraction})
+    searched, whole = (one.corner_configs[0] for one in (arm, sweep.definition.find_arm(arm.name)))
+    if searched.num_steps < whole.num_steps and LR in params:  # no trial has trained all steps
+        ratio = whole.num_steps / searched.num_steps  # not 1 / fraction, because steps are rounded
+        rate, *_ = scale_rate(params[LR], whole.method.name, {STEPS_KEY: ratio})
         params, trial = {**params, LR: float(f"{rate:.{RATE_DIGITS}g}")}, None
     return SettingRow(
         subject=subject,
