@@ -1,13 +1,8 @@
 """What tests of several packages share: the settings of a run of a few seconds, and its base model and data."""
 
-from __future__ import annotations
-
 import gc
 import logging
 import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import datasets
 import pytest
@@ -17,30 +12,29 @@ from tests.tiny_tokenizer import load_tokenizer
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from lorasweep.config.compose import compose_run
-from lorasweep.config.run import RunConfig
-from lorasweep.training.inputs import RunInputs, build_inputs
+from lorasweep.training.inputs import build_inputs
 
 pytest_plugins = ["tests.servers.slurm"]
 
-SHORT_RUN: dict[str, Any] = SMALL_RUN | {"trainer.progress": False, "method.rank": 2, "optim.lr": 1e-2}
+SHORT_RUN = SMALL_RUN | {"trainer.progress": False, "method.rank": 2, "optim.lr": 1e-2}
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+def _own_cache(tmp_path_factory):
     """Keeps token ids and tables out of the user's cache, so that no test depends on an earlier run."""
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
     os.environ["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)  # for processes that a test starts
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _freeze_modules() -> None:
+def _freeze_modules():
     """Takes what the imports made out of the garbage collector's way, which each run's end calls: 0.7 s a call."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
-def _restore_logging() -> Iterator[None]:
+def _restore_logging():
     """Takes back what Hydra sets up: its handlers would write to the stream of this test, which pytest closes."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
@@ -50,7 +44,7 @@ def _restore_logging() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _flush_nothing() -> Iterator[None]:
+def _flush_nothing():
     """Leaves files in the system's cache: no test cuts the power, and a flush of a journal takes 5 ms or more."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
@@ -58,16 +52,16 @@ def _flush_nothing() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def short_run() -> dict[str, Any]:
+def short_run():
     """Dotted keys and values of a run of a few seconds."""
     return dict(SHORT_RUN)
 
 
 @pytest.fixture(scope="session")
-def make_config() -> Callable[..., RunConfig]:
+def make_config():
     """Makes the settings of a run of a few seconds; keys of LoRA are left out under other methods."""
 
-    def make(settings: dict[str, Any] | None = None, /) -> RunConfig:
+    def make(settings=None, /):
         given = dict(settings or {})
         short = {
             key: value
@@ -80,10 +74,10 @@ def make_config() -> Callable[..., RunConfig]:
 
 
 @pytest.fixture(scope="session")
-def quantisable_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def quantisable_model(tmp_path_factory):
     """Folder of a small random Llama with a byte tokenizer. The widths of its layers are multiples of 64, as nf4 needs;
     those of the embedded model are not."""
-    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     config = LlamaConfig(**sizes, vocab_size=257, num_attention_heads=2, num_key_value_heads=1, eos_token_id=256)
     folder = tmp_path_factory.mktemp("quantisable")
     with torch.random.fork_rng():
@@ -94,16 +88,16 @@ def quantisable_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def inputs(make_config: Callable[..., RunConfig]) -> RunInputs:
+def inputs(make_config):
     """Base model and data of such a run, in fp32."""
     return build_inputs(make_config())
 
 
 @pytest.fixture(scope="session")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+def encoder(tmp_path_factory):
     """Returns the folder of a small random encoder, in place of the model of 22 M parameters that the pages name."""
     folder = tmp_path_factory.mktemp("encoder")
-    sizes: dict[str, Any] = {
+    sizes = {
         "hidden_size": 64,
         "intermediate_size": 64,
         "num_hidden_layers": 2,

@@ -1,15 +1,10 @@
 """Damages files at random, and checks that their reader reads or refuses them, in time, and writes nothing."""
 
-from __future__ import annotations
-
 import copy
 import json
 import signal
 import warnings
-from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -34,7 +29,7 @@ HOSTILE_TEXTS = [
     "re:(a?(a?)?)*",
     "\n",
 ]
-HOSTILE: list[Any] = [
+HOSTILE = [
     *HOSTILE_NUMBERS,
     *HOSTILE_TEXTS,
     None,
@@ -55,10 +50,10 @@ class TooSlow(BaseException):
 
 
 @contextmanager
-def refusal_allowed(*, unchanged: Path, error: type[Exception] = LoraSweepError) -> Iterator[None]:
+def refusal_allowed(*, unchanged, error=LoraSweepError):
     """Allows the code inside to refuse with this class of error. The files below `unchanged` must stay as they are."""
 
-    def stop(number: int, frame: object) -> None:
+    def stop(number, frame):
         raise TooSlow(f"the reader took more than {MAX_CASE_S} s")
 
     before, handler = list_files(unchanged), signal.signal(signal.SIGALRM, stop)
@@ -73,13 +68,13 @@ def refusal_allowed(*, unchanged: Path, error: type[Exception] = LoraSweepError)
     assert list_files(unchanged) == before
 
 
-def list_files(folder: Path) -> dict[Path, tuple[int, int]]:
+def list_files(folder):
     """Returns size and time of the last change of each file and folder below a folder."""
     return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.rglob("*"))}
 
 
 @st.composite
-def damage_bytes(draw: st.DrawFn, content: bytes) -> bytes:
+def damage_bytes(draw, content):
     """Returns content of which one part was replaced, repeated, removed or cut off."""
     start = draw(st.integers(0, len(content)))
     length = draw(st.one_of(st.integers(0, 8), st.integers(0, len(content))))
@@ -88,7 +83,7 @@ def damage_bytes(draw: st.DrawFn, content: bytes) -> bytes:
 
 
 @st.composite
-def damage_json(draw: st.DrawFn, content: Any) -> str:
+def damage_json(draw, content):
     """Returns JSON in which up to three values were replaced, added or removed."""
     root = {"": copy.deepcopy(content)}
     for _ in range(draw(st.integers(1, 3))):
@@ -107,13 +102,13 @@ def damage_json(draw: st.DrawFn, content: Any) -> str:
     return json.dumps(root[""])
 
 
-def damage(content: bytes) -> st.SearchStrategy[bytes]:
+def damage(content):
     """Returns damaged versions of a JSON file: as text and as bytes."""
     as_json = damage_json(json.loads(content)).map(str.encode)
     return st.one_of(as_json, as_json, damage_bytes(content), st.just(NESTED.encode()))
 
 
-def _iterate_places(container: Any) -> Iterator[tuple[Any, Any]]:
+def _iterate_places(container):
     """Yields each container in nested values, with each of its keys or indices."""
     for key, value in list(container.items() if isinstance(container, dict) else enumerate(container)):
         yield container, key

@@ -1,10 +1,6 @@
 """Settings of a run of the embedded model that takes a fraction of a second."""
 
-from __future__ import annotations
-
-from typing import Any
-
-SMALL_RUN: dict[str, Any] = {
+SMALL_RUN = {
     "data.block_length": 32,
     "data.max_validation_blocks": 4,
     "data.max_test_blocks": 4,
@@ -15,4 +11,4 @@ SMALL_RUN: dict[str, Any] = {
     "trainer.precision": "fp32",
     "trainer.device": "cpu",
 }
-TWO_STEPS: dict[str, Any] = SMALL_RUN | {"trainer.max_steps": 2, "trainer.eval_every_steps": 1}
+TWO_STEPS = SMALL_RUN | {"trainer.max_steps": 2, "trainer.eval_every_steps": 1}

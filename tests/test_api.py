@@ -1,7 +1,5 @@
 """The Python API runs, resumes and reads sweeps and runs, and raises what the command line would say."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

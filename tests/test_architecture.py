@@ -1,7 +1,5 @@
 """The package about itself: what is shipped works, what is drawn in the documents is so."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import zipfile

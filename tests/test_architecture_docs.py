@@ -1,7 +1,5 @@
 """docs/architecture.md is true: its tree is the code's, and its path of a trial can be followed from file to file."""
 
-from __future__ import annotations
-
 import ast
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Exit codes, one line per error, and a disk that bad input leaves as it was."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """What the commands do with a whole sweep: they print it, add to it, compare it, repeat it."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

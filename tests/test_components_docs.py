@@ -1,7 +1,5 @@
 """The page on parts says what is so: each of its commands composes, and it names every shipped option."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What is printed holds no control character but the console's own, whatever names say."""
 
-from __future__ import annotations
-
 import io
 
 import pytest
@@ -16,13 +14,13 @@ HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202eevil\u2066\u2028[red]\r\b<b>\ud80
 ESCAPES = ("\x1b", "\x07", "\x9b", "\u202e", "\u2066", "\u2028", "\r", "\b", "\ud800", "\0")
 
 
-def shown(renderable: object) -> str:
+def shown(renderable):
     file = io.StringIO()
     EscapingConsole(file=file, width=300, force_terminal=False).print(renderable)
     return file.getvalue()
 
 
-def table() -> Table:
+def table():
     made = Table(title=Text(HOSTILE))
     made.add_column(Text(HOSTILE))
     made.add_row(Text(HOSTILE, style="bold"))

@@ -1,7 +1,5 @@
 """What is written is there whole or not at all, and what the system refuses is told from a run's own errors."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re
@@ -12,12 +10,7 @@ from pathlib import Path
 import pytest
 
 import lorasweep
-from lorasweep.disk import (
-    claim_folder,
-    explain_unwritable,
-    numbered_folders,
-    write_atomically,
-)
+from lorasweep.disk import claim_folder, explain_unwritable, numbered_folders, write_atomically
 from lorasweep.errors import ConfigError
 
 

@@ -1,7 +1,5 @@
 """Hydra's launchers and sweepers run `lorasweep train -m`: own folders, an exit code, the score of each job."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

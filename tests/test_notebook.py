@@ -1,7 +1,5 @@
 """The notebook of the documents runs from its first cell to its last and shows what it says."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import nbclient

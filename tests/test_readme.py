@@ -1,7 +1,5 @@
 """README is short and true: each command runs, and what it shows has the shape of what is printed."""
 
-from __future__ import annotations
-
 import csv
 import re
 import shlex

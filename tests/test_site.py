@@ -1,7 +1,5 @@
 """The site is true: every block of its lessons runs or says why not, and its reference has every name of the code."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import re
@@ -63,11 +61,11 @@ class Block(NamedTuple):
     content: str
 
 
-def read_blocks(page: str) -> list[Block]:
+def read_blocks(page):
     return [Block(**found.groupdict()) for found in BLOCK.finditer((DOCS / page).read_text(encoding="utf-8"))]
 
 
-def shorten(words: list[str]) -> list[str]:
+def shorten(words):
     """Returns the arguments of a command with a budget of a few steps."""
     if words[0] not in ("train", "sweep", "plan"):
         return words
@@ -75,7 +73,7 @@ def shorten(words: list[str]) -> list[str]:
     return [*words, *(RUN_BUDGET if words[0] == "train" else SWEEP_BUDGET), *data]
 
 
-def run_commands(content: str) -> None:
+def run_commands(content):
     """Runs the commands of a block in this process, because a new process would import torch for each."""
     for line in content.splitlines():
         expected = EXIT_CODE.search(line)
@@ -84,7 +82,7 @@ def run_commands(content: str) -> None:
         assert code == int(expected[1] if expected else 0), line
 
 
-def run_script(content: str) -> None:
+def run_script(content):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     source = str(Path(lorasweep.__file__).parents[1])
     environment = os.environ | {"PATH": path, "PYTHONPATH": source, "HF_HUB_OFFLINE": "1"}
@@ -105,11 +103,11 @@ def run_script(content: str) -> None:
     print(output)
 
 
-def squeeze(text: str) -> str:
+def squeeze(text):
     return " ".join(text.split())
 
 
-def free_port() -> str:
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
@@ -123,7 +121,7 @@ def test_every_block_of_a_lesson_runs_or_has_a_reason(page, tmp_path, monkeypatc
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    scope: dict[str, object] = {}
+    scope = {}
     port, shown = free_port(), ""
     for reason, language, file, content in read_blocks(page):
         content = content.replace(HUB_ID, encoder).replace(PORT, port)
@@ -152,7 +150,7 @@ def load_hook():
     return module
 
 
-def list_keys(kind: type, prefix: str = "") -> set[str]:
+def list_keys(kind, prefix=""):
     """Returns every dotted key that the settings of a class may have, except a component's own arguments."""
     keys = set()
     for name, hint in get_type_hints(kind, include_extras=True).items():

@@ -1,7 +1,5 @@
 """`lorasweep train`: Hydra's syntax and flags, grids, and what a run says at its end."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

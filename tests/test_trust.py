@@ -1,7 +1,5 @@
 """Reading the results of a stranger runs no code; their model's code runs only after `--trust`."""
 
-from __future__ import annotations
-
 import json
 import sys
 

@@ -1,7 +1,5 @@
 """Numbers as people read them."""
 
-from __future__ import annotations
-
 import pytest
 
 from lorasweep.wording import (
@@ -17,7 +15,7 @@ from lorasweep.wording import (
     ("value", "text"),
     [(1.68812, "1.688"), (0.0, "0.000"), (0.001234, "0.001234"), (123456.0, "1.235e+05"), (None, "–")],
 )
-def test_scores_keep_the_digits_that_matter(value: float | None, text: str) -> None:
+def test_scores_keep_the_digits_that_matter(value, text):
     assert format_score(value) == text
 
 
@@ -32,9 +30,7 @@ def test_scores_keep_the_digits_that_matter(value: float | None, text: str) -> N
         ([float("inf"), float("nan"), -1.0], ["inf", "nan", "-1.000"]),
     ],
 )
-def test_scores_that_differ_read_differently_with_at_most_six_digits(
-    scores: list[float | None], texts: list[str]
-) -> None:
+def test_scores_that_differ_read_differently_with_at_most_six_digits(scores, texts):
     assert [format_score(score, beside=scores) for score in scores] == texts
 
 
@@ -50,13 +46,11 @@ def test_scores_that_differ_read_differently_with_at_most_six_digits(
         (None, None, "–"),
     ],
 )
-def test_estimate_has_the_decimals_that_its_interval_deserves(
-    value: float | None, interval: tuple[float, float] | None, text: str
-) -> None:
+def test_estimate_has_the_decimals_that_its_interval_deserves(value, interval, text):
     assert format_estimate(value, interval) == text
 
 
-def test_estimates_beside_each_other_have_the_decimals_of_the_narrowest() -> None:
+def test_estimates_beside_each_other_have_the_decimals_of_the_narrowest():
     intervals = [(1.3, 1.5), (1.365, 1.379), None, (2.0, 2.0)]
     decimals = count_decimals(intervals)
     assert decimals == 3
@@ -64,7 +58,7 @@ def test_estimates_beside_each_other_have_the_decimals_of_the_narrowest() -> Non
     assert count_decimals([None]) is None
 
 
-def test_an_end_never_looks_like_the_value_that_it_excludes() -> None:
+def test_an_end_never_looks_like_the_value_that_it_excludes():
     interval = (0.952, 1.004)
     assert format_share_estimate(0.98, interval) == "98.0 % [95.2, 100.4]"  # 100 % is inside
     decimals = count_percent_decimals([(0.9504, 1.2)], critical=(0.95,))

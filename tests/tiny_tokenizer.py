@@ -1,16 +1,13 @@
 """The byte-level tokenizer of the embedded model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from lorasweep.models import tiny
 
 END_OF_TEXT = 256
 
 
-def load_tokenizer() -> PreTrainedTokenizerBase:
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(Path(tiny.__file__).parent)
-    return tokenizer
+def load_tokenizer():
+    return AutoTokenizer.from_pretrained(Path(tiny.__file__).parent)

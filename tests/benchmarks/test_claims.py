@@ -1,7 +1,5 @@
 """The sweeps behind docs/claims.md are valid, and each of its tests can fail."""
 
-from __future__ import annotations
-
 import random
 import runpy
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The replay of samplers: it asks the product's `propose` in the worker's order, and the same seed gives the same."""
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import sys

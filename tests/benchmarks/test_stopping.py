@@ -1,7 +1,5 @@
 """The replay of stopping rules decides as the controller does, whatever the order of slots."""
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import random

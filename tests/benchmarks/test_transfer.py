@@ -1,7 +1,5 @@
 """The fits behind docs/transfer.md, and that the powers which lorasweep uses are those of the recordings."""
 
-from __future__ import annotations
-
 import runpy
 import sys
 from pathlib import Path

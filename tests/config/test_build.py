@@ -1,9 +1,7 @@
 """Plain mappings become settings of the declared types, and whatever does not fit is one sentence with its key."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import pytest
 from pydantic import Field
@@ -35,7 +33,7 @@ class Drawing(Settings):
     signed: bool
 
 
-VALUES: dict[str, Any] = {
+VALUES = {
     "title": "t",
     "shape": {"name": "round", "radius": 1},
     "colour": "red",

@@ -1,7 +1,5 @@
 """Overrides in Hydra's syntax: what they mean, and how they are completed."""
 
-from __future__ import annotations
-
 import pytest
 
 from lorasweep.config.command_line import complete_override, parse_overrides, sort_overrides

@@ -1,7 +1,5 @@
 """Components by `_target_`: made with their arguments, or refused in one sentence."""
 
-from __future__ import annotations
-
 import optuna
 import pytest
 import torch
@@ -15,7 +13,7 @@ PRUNER = optuna.pruners.BasePruner
 PERCENTILE = "optuna.pruners.PercentilePruner"
 
 
-def named(target: str, **arguments) -> Component:
+def named(target, **arguments):
     return Component(target=target, arguments=arguments)
 
 

@@ -1,7 +1,5 @@
 """Hydra's words and files become settings; what does not compose is one sentence that names the nearest valid thing."""
 
-from __future__ import annotations
-
 import pytest
 from omegaconf import OmegaConf
 

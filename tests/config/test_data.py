@@ -1,7 +1,5 @@
 """Settings of data are complete and without effectless ones; a task of GLUE is a table of the hub."""
 
-from __future__ import annotations
-
 import pytest
 
 from lorasweep.config.compose import compose_run

@@ -1,7 +1,5 @@
 """The settings of methods: one default for Hydra and for Python, and no value out of range."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

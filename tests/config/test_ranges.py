@@ -1,9 +1,6 @@
 """The ends and the width of a swept range, in the form of a sweep file."""
 
-from __future__ import annotations
-
 import math
-from typing import Any
 
 import pytest
 
@@ -27,7 +24,7 @@ from lorasweep.config.ranges import Bounds, find_bounds, width_in_decades
         (None, None),
     ],
 )
-def test_bounds_are_the_smallest_and_the_largest_number(swept: Any, bounds: Bounds | None) -> None:
+def test_bounds_are_the_smallest_and_the_largest_number(swept, bounds):
     assert find_bounds(swept) == bounds
 
 
@@ -40,6 +37,6 @@ def test_bounds_are_the_smallest_and_the_largest_number(swept: Any, bounds: Boun
         (["a"], None),
     ],
 )
-def test_width_is_the_logarithm_of_the_largest_over_the_smallest(swept: Any, width: float | None) -> None:
+def test_width_is_the_logarithm_of_the_largest_over_the_smallest(swept, width):
     # abs: two logarithms of about 1 are each rounded to 1e-16
     assert width_in_decades(swept) == (None if width is None else pytest.approx(width, abs=1e-14))

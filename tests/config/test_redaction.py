@@ -1,7 +1,5 @@
 """Passwords in addresses and secrets of environment variables are hidden; other text stays."""
 
-from __future__ import annotations
-
 import pytest
 
 from lorasweep.config.redaction import redact

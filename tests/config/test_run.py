@@ -1,7 +1,5 @@
 """No setting of a run is out of range, and none is without effect."""
 
-from __future__ import annotations
-
 import pytest
 
 from lorasweep.config.compose import compose_run

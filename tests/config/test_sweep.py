@@ -1,14 +1,10 @@
 """No setting of a sweep is out of range."""
 
-from __future__ import annotations
-
 import pytest
 
 from lorasweep.config.components import Component
 from lorasweep.config.compose import compose_sweep
-from lorasweep.config.sweep import (
-    parse_margin,
-)
+from lorasweep.config.sweep import parse_margin
 from lorasweep.errors import ConfigError
 
 

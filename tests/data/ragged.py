@@ -1,7 +1,5 @@
 """Sequences of different lengths from lists."""
 
-from __future__ import annotations
-
 import torch
 
 from lorasweep.data.examples import Ragged

@@ -7,12 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorasweep.data.batching import (
-    EvaluationSampler,
-    StepBatchSampler,
-    cut_by_length,
-    draw_order,
-)
+from lorasweep.data.batching import EvaluationSampler, StepBatchSampler, cut_by_length, draw_order
 
 
 class LengthsOnly:

@@ -56,7 +56,7 @@ def test_a_split_shorter_than_a_block_is_named(tokenizer):
 
 @pytest.mark.parametrize("counts", [[1, 5, 5, 9], [3, 3, 3], [1, 0, 40], [1] * 20])
 @pytest.mark.parametrize("limit", [1, 4, 8])
-def test_chosen_blocks_are_spread_evenly_over_documents(counts: list[int], limit: int) -> None:
+def test_chosen_blocks_are_spread_evenly_over_documents(counts, limit):
     owners = [document for document, count in enumerate(counts) for _ in range(count)]
     chosen = choose_evenly(counts, limit=limit)
     assert len(set(chosen)) == limit

@@ -1,26 +1,22 @@
 """The scores of the most frequent label or of the mean of train, computed by the task that scores a run."""
 
-from __future__ import annotations
-
 import math
-from typing import Any
 
 import pytest
 import torch
 from tests.data.ragged import make_ragged
-from torch import Tensor
 
 from lorasweep.data.build_splits import DataSplits
 from lorasweep.data.examples import LabelledSplit
-from lorasweep.data.tasks import Classification, Regression, Task
+from lorasweep.data.tasks import Classification, Regression
 
 
-def make_split(name: str, labels: Tensor) -> LabelledSplit:
+def make_split(name, labels):
     tokens = make_ragged([[1]] * len(labels))
     return LabelledSplit(name=name, fingerprint="0", tokens=tokens, pad_token=0, bytes=len(labels), labels=labels)
 
 
-def make_splits(task: Task, train: list[Any], validation: list[Any], dtype: torch.dtype) -> DataSplits:
+def make_splits(task, train, validation, dtype):
     named = {"train": train, "validation": validation}
     found = [make_split(name, torch.tensor(labels, dtype=dtype)) for name, labels in named.items()]
     return DataSplits(
@@ -28,13 +24,13 @@ def make_splits(task: Task, train: list[Any], validation: list[Any], dtype: torc
     )
 
 
-def score(task: Task, train: list[Any], validation: list[Any], dtype: torch.dtype = torch.int64) -> dict[str, float]:
+def score(task, train, validation, dtype=torch.int64):
     splits = make_splits(task, train, validation, dtype)
     return splits.score_constant_answer(splits.validation)
 
 
 @pytest.mark.parametrize("train", [[0, 2, 2, 1, 2, 0], [1, 0, 1, 0], [2, 2, 2]])
-def test_most_frequent_class_of_train_is_the_answer(train: list[int]) -> None:
+def test_most_frequent_class_of_train_is_the_answer(train):
     validation = [2, 0, 0, 1, 2, 2, 1]
     found = score(Classification(num_classes=3), train, validation)
     most_frequent = max(range(3), key=train.count)  # of equally frequent ones the first
@@ -46,7 +42,7 @@ def test_most_frequent_class_of_train_is_the_answer(train: list[int]) -> None:
 
 
 @pytest.mark.parametrize("count", [3, 7, 1000])
-def test_mean_has_the_squared_error_around_it_and_no_correlation(count: int) -> None:
+def test_mean_has_the_squared_error_around_it_and_no_correlation(count):
     train, validation = [0.1 * n for n in range(count)], [0.3, 0.7, 2.0]
     mean = sum(train) / count
     found = score(Regression(), train, validation, torch.float32)

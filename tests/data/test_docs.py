@@ -1,7 +1,5 @@
 """What the guide to one's own data shows is read as it says."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from pathlib import Path

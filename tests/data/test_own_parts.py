@@ -1,7 +1,5 @@
 """A metric by `_target_` computes what torchmetrics would, or is refused before training."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torchmetrics

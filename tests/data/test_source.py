@@ -1,7 +1,5 @@
 """A fingerprint moves with everything that a run would see differently, and with nothing else."""
 
-from __future__ import annotations
-
 from lorasweep.data.source import Conversation, Document, LabelledText, Message, fingerprint_examples
 
 

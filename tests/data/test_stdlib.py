@@ -4,12 +4,7 @@ import pytest
 from tests.data.conftest import make_data
 
 from lorasweep.data.reading import read_source
-from lorasweep.data.stdlib import (
-    assign_bucket,
-    get_module_key,
-    read_code,
-    read_docs,
-)
+from lorasweep.data.stdlib import assign_bucket, get_module_key, read_code, read_docs
 
 
 def test_bucket_of_a_key_is_fixed():

@@ -4,7 +4,6 @@ import datasets
 import pytest
 from tests.tiny_tokenizer import END_OF_TEXT, load_tokenizer
 from tokenizers.normalizers import Lowercase
-from transformers import PreTrainedTokenizerBase
 
 import lorasweep.data.tokenise as tokenise_file
 from lorasweep.config.compose import compose_run
@@ -71,7 +70,7 @@ def test_a_spelled_out_special_token_is_text(tokenizer):
 def test_the_same_rows_come_from_the_cache(tokenizer, own_cache, monkeypatch):
     made = tokenise_text(tokenizer, "ab", "cde")
 
-    def fail(*_: object) -> None:
+    def fail(*_):
         raise AssertionError("tokenised again")
 
     monkeypatch.setattr(tokenise_file, "tokenise_plain", fail)
@@ -126,7 +125,7 @@ def test_pairs_are_told_apart_where_the_model_does():
     backend.post_processor = processors.TemplateProcessing(
         single="$A [S]", pair="$A [S] $B:1 [S]:1", special_tokens=[("[S]", 1)]
     )
-    typed: PreTrainedTokenizerBase = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[U]")
+    typed = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[U]")
     typed.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     examples = collect_examples("train", [LabelledText("a a", "b", 0)])
     made = tokenise_labelled(examples, tokenizer=typed, max_length=8)

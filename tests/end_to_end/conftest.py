@@ -1,7 +1,5 @@
 """Real processes to be killed, forked from one that has imported everything, and all that a sweep came to."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -9,10 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import optuna
 import pytest
@@ -65,27 +61,27 @@ class Session:
     code: int | None = None
     """Its exit code once it has been waited for."""
 
-    def send(self, number: int) -> None:
+    def send(self, number):
         """Sends the process a signal."""
         os.kill(self.pid, number)
 
-    def wait(self) -> int:
+    def wait(self):
         """Waits for the end and returns the exit code, minus the signal's number where one ended it."""
         if self.code is None:
             self.code = int(_ask(self.server, {"wait": self.pid}))
         return self.code
 
-    def kill(self) -> None:
+    def kill(self):
         """Kills it at once."""
         self.send(signal.SIGKILL)
         self.wait()
 
     @property
-    def output(self) -> str:
+    def output(self):
         """What it printed, on both streams."""
         return self.path.read_text()
 
-    def wait_for(self, condition: Callable[[], bool]) -> None:
+    def wait_for(self, condition):
         """Waits until something is on disk."""
         deadline = time.monotonic() + TIMEOUT_S
         while not condition():
@@ -93,7 +89,7 @@ class Session:
             time.sleep(0.01)
 
 
-def _ask(server: subprocess.Popen[str], question: dict[str, Any]) -> str:
+def _ask(server, question):
     assert server.stdin is not None
     assert server.stdout is not None
     server.stdin.write(json.dumps(question) + "\n")
@@ -102,7 +98,7 @@ def _ask(server: subprocess.Popen[str], question: dict[str, Any]) -> str:
 
 
 @pytest.fixture(scope="session")
-def halved_sweep() -> dict[str, Any]:
+def halved_sweep():
     """A sweep in which trials are paused and promoted, with a confirm stage."""
     return {
         "name": "halved",
@@ -124,7 +120,7 @@ def halved_sweep() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def _server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
+def _server(tmp_path_factory):
     environment = os.environ | {
         "PYTHONPATH": str(Path(lorasweep.__file__).parent.parent),
         "OMP_NUM_THREADS": "1",
@@ -143,11 +139,11 @@ def _server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Pop
 
 
 @pytest.fixture
-def begin(_server: subprocess.Popen[str], tmp_path: Path) -> Iterator[Callable[..., Session]]:
+def begin(_server, tmp_path):
     """Begins a command in the test's folder; `before` is Python to run in its process first."""
-    begun: list[Session] = []
+    begun = []
 
-    def start(*words: str, before: str = "", folder: Path = tmp_path) -> Session:
+    def start(*words, before="", folder=tmp_path):
         output = tmp_path / f"output-{len(begun)}.txt"
         question = {"words": words, "folder": str(folder), "output": str(output), "before": before}
         begun.append(Session(_server, int(_ask(_server, question)), output))
@@ -160,10 +156,10 @@ def begin(_server: subprocess.Popen[str], tmp_path: Path) -> Iterator[Callable[.
 
 
 @pytest.fixture
-def finish(begin: Callable[..., Session]) -> Callable[..., str]:
+def finish(begin):
     """Runs a command to its end, which must be a good one, and returns what it printed."""
 
-    def run(*words: str, code: int = 0, **others: Any) -> str:
+    def run(*words, code=0, **others):
         session = begin(*words, **others)
         assert session.wait() == code, session.output
         return session.output
@@ -171,7 +167,7 @@ def finish(begin: Callable[..., Session]) -> Callable[..., str]:
     return run
 
 
-def state_of(folder: Path) -> dict[str, tuple]:
+def state_of(folder):
     """Every trial by its run's folder: what was proposed, how it ended, each loss and evaluation, and its weights."""
     record = read_sweep(folder)
     rows = [(row.run, row.arm, row.number, row.params, row.state, row.value, row.reason) for row in record.trials]
@@ -188,11 +184,11 @@ def state_of(folder: Path) -> dict[str, tuple]:
     return state
 
 
-def steps_of(run: Path) -> list[dict]:
+def steps_of(run):
     return [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in read_steps(run)]
 
 
-def read_trials(folder: Path) -> list[optuna.trial.FrozenTrial]:
+def read_trials(folder):
     """Returns every trial of every study of a sweep."""
     storage = open_storage(folder)
     names = optuna.get_all_study_names(storage)

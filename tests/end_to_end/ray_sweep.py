@@ -1,13 +1,10 @@
 """A small sweep in a process of its own with workers on Ray, and what must be true of it in the end."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -49,7 +46,7 @@ SWEEP = {
 class RaySweep:
     """`lorasweep sweep` in a process of its own, and the processes that it started."""
 
-    def __init__(self, *words: str, folder: Path, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, *words, folder, environment=None):
         self.output = folder / f"output-{len(list(folder.glob('output-*')))}.txt"
         path = [str(Path(lorasweep.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         with self.output.open("w") as written:
@@ -63,18 +60,18 @@ class RaySweep:
                 stderr=subprocess.STDOUT,
             )
 
-    def find(self, name: str) -> list[psutil.Process]:
+    def find(self, name):
         """Returns the processes below this one whose title begins with a name."""
         return find_processes(name, below=self.process.pid)
 
-    def wait(self, *, code: int = 0) -> str:
+    def wait(self, *, code=0):
         """Waits for the end, which must be this one, and returns what was printed."""
         assert self.process.wait(TIMEOUT_S) == code, self.output.read_text()
         return self.output.read_text()
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., RaySweep]]:
+def start(tmp_path):
     """Begins a sweep of the file on Ray."""
     (tmp_path / "on_ray.yaml").write_text(yaml.safe_dump(SWEEP, sort_keys=False))
     begun = []
@@ -93,7 +90,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., RaySweep]]:
             sweep.process.wait()
 
 
-def find_processes(name: str, *, below: int) -> list[psutil.Process]:
+def find_processes(name, *, below):
     """Returns the processes below one whose title begins with a name."""
     found = []
     for process in psutil.Process(below).children(recursive=True):

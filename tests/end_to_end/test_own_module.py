@@ -1,7 +1,5 @@
 """Whole sweeps of two modules of a user's own: LoRA, full fine-tuning and the frozen base, up to the verdicts."""
 
-from __future__ import annotations
-
 import pytest
 from tests.training.test_own_module import DIGITS, PREFERENCES
 

@@ -1,7 +1,5 @@
 """Commands that start together in one folder have a folder each, and none of them touches another's files."""
 
-from __future__ import annotations
-
 import pytest
 import yaml
 from tests.small_runs import TWO_STEPS

@@ -1,7 +1,5 @@
 """Workers on a real Ray on 127.0.0.1: whatever process is killed, nothing is lost and the total stays."""
 
-from __future__ import annotations
-
 import os
 import random
 import secrets

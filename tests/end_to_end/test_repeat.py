@@ -1,7 +1,5 @@
 """The same sweep again, also when it is slowed down or killed, is the same sweep to the last bit."""
 
-from __future__ import annotations
-
 import os
 import random
 import signal
@@ -70,12 +68,12 @@ def once(file):
     return run
 
 
-def count_promoted(folder: Path) -> int:
+def count_promoted(folder):
     """Returns how many trials were paused and resumed later."""
     return sum(bool(trial.user_attrs[TRIAL_ATTRIBUTE]["promoted"]) for trial in read_trials(folder))
 
 
-def check_whole(folder: Path) -> None:
+def check_whole(folder):
     """The sweep is what was asked for, each trial was told once, and nothing is left over."""
     record = read_sweep(folder)
     assert record.status == "complete"
@@ -96,7 +94,7 @@ def check_whole(folder: Path) -> None:
     assert [path for path in folder.rglob("*") if path.name.endswith((".tmp", ".ckpt"))] == []
 
 
-def check_same(first: Path, second: Path) -> None:
+def check_same(first, second):
     """Two sweeps have the same proposals, decisions, losses, evaluations, scores and files of weights."""
     assert state_of(second) == state_of(first)
     assert compare_sweeps(first, second).description.startswith(f"identical: all {NUM_RUNS} runs, ")
@@ -107,7 +105,7 @@ def test_two_sweeps_of_one_file_and_seed_are_identical(tmp_path, file, once, fin
     check_same(once("1"), tmp_path / "again")
 
 
-def read_ended(folder: Path) -> dict[str, bytes]:
+def read_ended(folder):
     """Returns the files of each run whose end the study has been told."""
     record = read_sweep(folder)
     ended = [row.run for row in (*record.trials, *record.confirm) if row.state not in ("running", "paused")]

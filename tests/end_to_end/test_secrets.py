@@ -1,7 +1,5 @@
 """No secret of the environment or of a setting is in any file that a run, a grid or a sweep leaves."""
 
-from __future__ import annotations
-
 import pytest
 import yaml
 from tests.small_runs import TWO_STEPS

@@ -1,7 +1,5 @@
 """`worker=slurm` on a real Slurm: jobs that are cancelled, requeued and drained lose no trial."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

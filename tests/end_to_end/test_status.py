@@ -1,7 +1,5 @@
 """A real sweep that is looked at: what is said of it while it runs, once it was killed, and when it is complete."""
 
-from __future__ import annotations
-
 import time
 
 import pytest

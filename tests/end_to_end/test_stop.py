@@ -1,11 +1,8 @@
 """Stopped by a signal, and things that go wrong around a sweep: one sentence, nothing lost, and it goes on."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 import yaml
@@ -36,10 +33,10 @@ def words(tmp_path):
     return ["sweep", "stopped.yaml", "sweep.output=sweep", "worker.pack_size=1"]
 
 
-def has_ended(folder: Path, number: int):
+def has_ended(folder, number):
     """Whether so many trials have ended, and another has a checkpoint."""
 
-    def condition() -> bool:
+    def condition():
         if not (folder / "sweep.json").exists():
             return False
         return len(list_ended_rows(folder)) >= number and any(folder.rglob("*.ckpt"))
@@ -47,11 +44,11 @@ def has_ended(folder: Path, number: int):
     return condition
 
 
-def list_ended_rows(folder: Path):
+def list_ended_rows(folder):
     return [row for row in read_sweep(folder).trials if row.state != "running"]
 
 
-def check_complete(folder: Path, before, *, trials: int = 3, num_steps: int = 24) -> None:
+def check_complete(folder, before, *, trials=3, num_steps=24):
     """The sweep has its trials, those that had ended as they were."""
     record = read_sweep(folder)
     assert (record.status, len(record.trials)) == ("complete", trials)

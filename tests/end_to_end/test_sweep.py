@@ -1,7 +1,5 @@
 """A whole sweep of the embedded model, as a person runs it: from a file to a report."""
 
-from __future__ import annotations
-
 import csv
 import json
 from collections import Counter

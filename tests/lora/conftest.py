@@ -1,14 +1,10 @@
 """A small model with the shapes of a language model, made anew for each test."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
 import pytest
 import torch
 from beartype import beartype
-from jaxtyping import Float, jaxtyped
-from torch import Tensor, nn
+from jaxtyping import jaxtyped
+from torch import nn
 
 from lorasweep.lora import functional, layers
 from lorasweep.lora.packed import layers as packed_layers
@@ -17,29 +13,29 @@ from lorasweep.lora.packed import layers as packed_layers
 class Block(nn.Module):
     """Two projections with a nonlinearity between; `proj` has a bias, `up` has none."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.up = nn.Linear(8, 16, bias=False)
         self.act = nn.Tanh()
         self.proj = nn.Linear(16, 8)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return x + self.proj(self.act(self.up(x)))
 
 
 class TinyLM(nn.Module):
     """Embedding, two blocks, and an output head that `get_output_embeddings` names."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.embed = nn.Embedding(11, 8)
         self.layers = nn.ModuleList(Block() for _ in range(2))
         self.out = nn.Linear(8, 11, bias=False)
 
-    def get_output_embeddings(self) -> nn.Linear:
+    def get_output_embeddings(self):
         return self.out
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens):
         hidden = self.embed(tokens)
         for layer in self.layers:
             hidden = layer(hidden)
@@ -47,10 +43,10 @@ class TinyLM(nn.Module):
 
 
 @pytest.fixture
-def make_model() -> Callable[[], TinyLM]:
+def make_model():
     """Makes equal models: the same weights at each call."""
 
-    def make() -> TinyLM:
+    def make():
         torch.manual_seed(0)
         return TinyLM()
 
@@ -58,20 +54,20 @@ def make_model() -> Callable[[], TinyLM]:
 
 
 @pytest.fixture
-def model(make_model: Callable[[], TinyLM]) -> TinyLM:
+def model(make_model):
     return make_model()
 
 
 @pytest.fixture
-def tokens() -> Tensor:
+def tokens():
     return torch.randint(0, 11, (3, 5), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture
-def fill_b() -> Callable[[nn.Module], None]:
+def fill_b():
     """Gives every B of a model random values, so that the change is not zero."""
 
-    def fill(adapted: nn.Module) -> None:
+    def fill(adapted):
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():
             for name, parameter in adapted.named_parameters():
@@ -82,7 +78,7 @@ def fill_b() -> Callable[[nn.Module], None]:
 
 
 @pytest.fixture(autouse=True)
-def check_shapes(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+def check_shapes(monkeypatch, request):
     """Checks the shapes in the signatures of `lora.functional` at each call that a layer makes."""
     if "compiles" in request.node.name:  # the check itself would break the graph
         return
@@ -94,10 +90,5 @@ def check_shapes(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 
 
 @jaxtyped(typechecker=beartype)
-def make_checked_group(
-    lora_a: Float[Tensor, "slots rank d_in"],
-    lora_b: Float[Tensor, "slots d_out rank"],
-    factor: object,
-    values: tuple[Float[Tensor, "slots rank d_in"], Float[Tensor, "slots d_out rank"]] | None = None,
-) -> functional.SlotGroup:
+def make_checked_group(lora_a, lora_b, factor, values=None):
     return functional.SlotGroup(lora_a, lora_b, factor, values)

@@ -1,9 +1,6 @@
-from __future__ import annotations
-
 import json
 import os
 import shutil
-from pathlib import Path
 
 import peft
 import pytest
@@ -12,19 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tests.fuzzing import FUZZ, NESTED, damage, damage_bytes, refusal_allowed
-from torch import Tensor
 
-from lorasweep.lora import (
-    LoraConfig,
-    inject_lora,
-    load_adapter,
-    lora_layers,
-    save_adapter,
-)
+from lorasweep.lora import LoraConfig, inject_lora, load_adapter, lora_layers, save_adapter
 
 
 @pytest.fixture
-def saved(make_model, fill_b, tmp_path: Path) -> Path:
+def saved(make_model, fill_b, tmp_path):
     """A folder with an adapter of rank 2 on the `up` layers."""
     model = make_model()
     inject_lora(model, LoraConfig(rank=2, alpha=8, targets=("up",), dropout=0.1))
@@ -33,12 +23,12 @@ def saved(make_model, fill_b, tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
-def change_config(folder: Path, **changes: object) -> None:
+def change_config(folder, **changes):
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_saved_and_loaded_is_the_same(make_model, fill_b, tokens: Tensor, tmp_path: Path) -> None:
+def test_saved_and_loaded_is_the_same(make_model, fill_b, tokens, tmp_path):
     model = make_model()
     coverage = inject_lora(model, LoraConfig(rank=2, alpha=8, scaling="alpha_over_sqrt_rank", targets=("up", "0.proj")))
     fill_b(model)
@@ -55,7 +45,7 @@ def test_saved_and_loaded_is_the_same(make_model, fill_b, tokens: Tensor, tmp_pa
     }
 
 
-def test_peft_reads_what_is_said_of_the_base(make_model, tmp_path: Path) -> None:
+def test_peft_reads_what_is_said_of_the_base(make_model, tmp_path):
     model = make_model()
     inject_lora(model, LoraConfig(rank=2))
     save_adapter(model, tmp_path / "plain", base_path="owner/name")
@@ -66,12 +56,12 @@ def test_peft_reads_what_is_said_of_the_base(make_model, tmp_path: Path) -> None
     assert torch.equal(*(load_file(tmp_path / n / "adapter_model.safetensors").popitem()[1] for n in ("plain", "said")))
 
 
-def test_a_failed_write_leaves_what_was_there(make_model, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_what_was_there(make_model, saved, monkeypatch):
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     model = make_model()
     inject_lora(model, LoraConfig(rank=4))
 
-    def fail(*_: object) -> None:
+    def fail(*_):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "fsync", fail)
@@ -80,7 +70,7 @@ def test_a_failed_write_leaves_what_was_there(make_model, saved: Path, monkeypat
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
 
 
-def assert_refused(make_model, folder: Path, message: str, **kwargs: str) -> None:
+def assert_refused(make_model, folder, message, **kwargs):
     """Loading fails with `message` and leaves a fresh model as it was."""
     model = make_model()
     with pytest.raises(ValueError, match=message):
@@ -90,12 +80,12 @@ def assert_refused(make_model, folder: Path, message: str, **kwargs: str) -> Non
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), make_model().parameters(), strict=True))
 
 
-def test_another_base_is_refused_by_its_fingerprint(make_model, saved: Path) -> None:
+def test_another_base_is_refused_by_its_fingerprint(make_model, saved):
     assert_refused(make_model, saved, "must be 'abc'.* but got 'xyz'", base_fingerprint="xyz")
     load_adapter(make_model(), saved, base_fingerprint="abc")
 
 
-def test_files_that_are_missing_or_broken_are_refused(make_model, saved: Path) -> None:
+def test_files_that_are_missing_or_broken_are_refused(make_model, saved):
     weights, config = saved / "adapter_model.safetensors", saved / "adapter_config.json"
     whole = weights.read_bytes()
     for broken in (whole[:-5], whole[:20], b"", b"\xff" * 100):
@@ -127,12 +117,12 @@ def test_files_that_are_missing_or_broken_are_refused(make_model, saved: Path) -
         ({"target_modules": ["upp"]}, "Did you mean `up`"),
     ],
 )
-def test_a_configuration_that_would_be_misread_is_refused(make_model, saved: Path, changes: dict, message: str) -> None:
+def test_a_configuration_that_would_be_misread_is_refused(make_model, saved, changes, message):
     change_config(saved, **changes)
     assert_refused(make_model, saved, message)
 
 
-def test_tensors_that_do_not_belong_are_refused(make_model, saved: Path) -> None:
+def test_tensors_that_do_not_belong_are_refused(make_model, saved):
     path = saved / "adapter_model.safetensors"
     good = load_file(path)
     save_file({**good, "base_model.model.embed.weight": torch.zeros(11, 8)}, path)
@@ -141,19 +131,19 @@ def test_tensors_that_do_not_belong_are_refused(make_model, saved: Path) -> None
     assert_refused(make_model, saved, "dtype like torch.float32, but got .* torch.int32")
 
 
-def test_a_hostile_rank_is_refused_before_memory_is_taken(make_model, saved: Path) -> None:
+def test_a_hostile_rank_is_refused_before_memory_is_taken(make_model, saved):
     change_config(saved, r=10**9)
     assert_refused(make_model, saved, r"shape \(1000000000, 8\) .* got \(2, 8\)")
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_a_pipe_in_the_place_of_a_file_is_not_opened(make_model, saved: Path, name: str) -> None:
+def test_a_pipe_in_the_place_of_a_file_is_not_opened(make_model, saved, name):
     (saved / name).unlink()
     os.mkfifo(saved / name)
     assert_refused(make_model, saved, "it is not a regular file")
 
 
-def test_a_configuration_that_is_nested_without_end_is_refused(make_model, saved: Path) -> None:
+def test_a_configuration_that_is_nested_without_end_is_refused(make_model, saved):
     (saved / "adapter_config.json").write_text(NESTED)
     assert_refused(make_model, saved, "must be a LoRA configuration")
 
@@ -162,7 +152,7 @@ def test_a_configuration_that_is_nested_without_end_is_refused(make_model, saved
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 @FUZZ
 @given(data=st.data())
-def test_a_damaged_adapter_is_loaded_or_refused(make_model, saved: Path, name: str, data: st.DataObject) -> None:
+def test_a_damaged_adapter_is_loaded_or_refused(make_model, saved, name, data):
     folder = saved.with_name("damaged")
     shutil.copytree(saved, folder, dirs_exist_ok=True)
     content = (saved / name).read_bytes()

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn
@@ -9,12 +7,12 @@ from lorasweep.lora.dropout import Dropout, draw_keep_mask
 from lorasweep.lora.inject import replace_dropout
 
 
-def stream(seed: int) -> torch.Generator:
+def stream(seed):
     return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.999])
-def test_each_element_is_dropped_with_the_rate(rate: float) -> None:
+def test_each_element_is_dropped_with_the_rate(rate):
     size = 400_000
     keep = draw_keep_mask((4, size // 4), rate=rate, device=torch.device("cpu"), generator=stream(0))
     assert (keep.dtype, keep.shape) == (torch.bool, (4, size // 4))
@@ -27,13 +25,13 @@ def test_each_element_is_dropped_with_the_rate(rate: float) -> None:
 
 
 @pytest.mark.parametrize("rate", [0.0, 1e-9, 1.0])
-def test_rates_at_the_ends(rate: float) -> None:
+def test_rates_at_the_ends(rate):
     keep = draw_keep_mask((1000,), rate=rate, device=torch.device("cpu"), generator=stream(0))
     assert keep.all() if rate < 0.5 else not keep.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_kept_elements_are_scaled_and_the_mean_stays(dtype: torch.dtype) -> None:
+def test_kept_elements_are_scaled_and_the_mean_stays(dtype):
     x = torch.ones(100_000, dtype=dtype)
     output = Dropout(0.2)(x)
     assert output.dtype is dtype
@@ -41,17 +39,17 @@ def test_kept_elements_are_scaled_and_the_mean_stays(dtype: torch.dtype) -> None
     assert output.double().mean() == pytest.approx(1, abs=0.01)
 
 
-def test_gradients() -> None:
+def test_gradients():
     x = torch.randn(3, 5, generator=stream(1), dtype=torch.float64, requires_grad=True)
 
-    def run(x: torch.Tensor) -> torch.Tensor:
+    def run(x):
         torch.manual_seed(3)
         return Dropout(0.4)(x).pow(2)
 
     assert gradcheck(run, (x,))
 
 
-def test_modules_are_replaced_and_evaluation_drops_nothing() -> None:
+def test_modules_are_replaced_and_evaluation_drops_nothing():
     model = nn.Sequential(nn.Dropout(0.5), nn.Sequential(nn.Dropout(0.25), nn.Dropout1d(0.5)))
     replace_dropout(model)
     assert [type(module) for module in (model[0], *model[1])] == [Dropout, Dropout, nn.Dropout1d]

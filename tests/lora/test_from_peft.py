@@ -1,7 +1,5 @@
 """Settings cross between `LoraConfig` and PEFT's: the same layers, the same outputs, and nothing dropped silently."""
 
-from __future__ import annotations
-
 import sys
 
 import peft
@@ -31,13 +29,13 @@ ROUND_TRIPS = [
 
 
 @pytest.mark.parametrize("config", ROUND_TRIPS)
-def test_to_peft_and_back_gives_the_same_settings(config: LoraConfig) -> None:
+def test_to_peft_and_back_gives_the_same_settings(config):
     theirs = config.to_peft()
     assert isinstance(theirs, peft.LoraConfig)
     assert LoraConfig.from_peft(theirs) == config
 
 
-def test_mixed_patterns_match_the_same_layers_in_peft() -> None:
+def test_mixed_patterns_match_the_same_layers_in_peft():
     config = LoraConfig(
         rank=2, targets=("q_proj", r"re:.*\.1\..*up_proj"), rank_pattern={r"re:.*layers\.1\..*q_proj": 1}
     )
@@ -63,7 +61,7 @@ def test_mixed_patterns_match_the_same_layers_in_peft() -> None:
         (peft.AdaLoraConfig(target_modules=["q_proj"], total_step=9), ["`peft_type` must be LORA"]),
     ],
 )
-def test_what_our_layers_cannot_do_is_refused_by_name(theirs: peft.PeftConfig, named: list[str]) -> None:
+def test_what_our_layers_cannot_do_is_refused_by_name(theirs, named):
     for part in named:
         with pytest.raises(ConfigError, match=part):
             LoraConfig.from_peft(theirs)
@@ -78,12 +76,12 @@ def test_what_our_layers_cannot_do_is_refused_by_name(theirs: peft.PeftConfig, n
         (LoraConfig(modules_to_save=("re:.*",)), r"`method.modules_to_save` .* 're:\.\*'"),
     ],
 )
-def test_what_peft_cannot_do_is_refused_by_name(config: LoraConfig, named: str) -> None:
+def test_what_peft_cannot_do_is_refused_by_name(config, named):
     with pytest.raises(ConfigError, match=named):
         config.to_peft()
 
 
-def test_a_missing_peft_is_one_sentence_that_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_peft_is_one_sentence_that_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigError, match=r"needs the package 'peft'.* `pip install 'lorasweep\[peft\]'`"):
         LoraConfig().to_peft()

@@ -1,19 +1,17 @@
-from __future__ import annotations
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorasweep.lora import LoraConfig, inject_lora
 from lorasweep.lora.fully_trained import trained_modules
 
 
-def adapt(model: nn.Module, **changes: object) -> nn.Module:
+def adapt(model, **changes):
     inject_lora(model, LoraConfig(rank=2, targets=("up",), **changes))
     return model
 
 
-def step(model: nn.Module, tokens: Tensor) -> None:
+def step(model, tokens):
     model(tokens).float().pow(2).sum().backward()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -21,7 +19,7 @@ def step(model: nn.Module, tokens: Tensor) -> None:
                 parameter -= 0.1 * parameter.grad
 
 
-def test_a_module_to_save_trains_on_a_copy(make_model, tokens: Tensor) -> None:
+def test_a_module_to_save_trains_on_a_copy(make_model, tokens):
     model, base = make_model(), make_model()
     adapt(model, modules_to_save=("out",))
     assert torch.equal(model(tokens), base(tokens))
@@ -31,7 +29,7 @@ def test_a_module_to_save_trains_on_a_copy(make_model, tokens: Tensor) -> None:
     assert model.get_output_embeddings() is model.out
 
 
-def test_the_copy_is_fp32_on_a_bf16_base(make_model, tokens: Tensor) -> None:
+def test_the_copy_is_fp32_on_a_bf16_base(make_model, tokens):
     model = adapt(make_model().bfloat16(), modules_to_save=("out", "embed"))
     assert {p.dtype for p in trained_modules(model)["out"].trained.parameters()} == {torch.float32}
     assert model(tokens).dtype is torch.bfloat16
@@ -39,7 +37,7 @@ def test_the_copy_is_fp32_on_a_bf16_base(make_model, tokens: Tensor) -> None:
     assert trained_modules(model)["embed"].weight.dtype is torch.float32
 
 
-def test_layers_inside_a_module_to_save_get_no_change(make_model) -> None:
+def test_layers_inside_a_module_to_save_get_no_change(make_model):
     model = make_model()
     coverage = inject_lora(model, LoraConfig(rank=2, targets=("all-linear",), modules_to_save=("layers.1",)))
     assert coverage.layers == ("layers.0.up", "layers.0.proj")
@@ -47,7 +45,7 @@ def test_layers_inside_a_module_to_save_get_no_change(make_model) -> None:
     assert coverage.trainable_params == 2 * 2 * (8 + 16) + full
 
 
-def test_modules_with_a_tied_weight_must_be_named_together(make_model, tokens: Tensor) -> None:
+def test_modules_with_a_tied_weight_must_be_named_together(make_model, tokens):
     model = make_model()
     model.out.weight = model.embed.weight
     with pytest.raises(ValueError, match=r"`method.modules_to_save` must include 'embed'"):
@@ -57,19 +55,19 @@ def test_modules_with_a_tied_weight_must_be_named_together(make_model, tokens: T
     step(model, tokens)
 
 
-def test_a_module_that_is_not_there_is_refused(make_model) -> None:
+def test_a_module_that_is_not_there_is_refused(make_model):
     with pytest.raises(ValueError, match=r"`method.modules_to_save` must .* 'outt' .* Did you mean `out`"):
         adapt(make_model(), modules_to_save=("outt",))
 
 
-def test_arguments_by_name_reach_the_copy() -> None:
+def test_arguments_by_name_reach_the_copy():
     class Scale(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.weight = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
             self.bias = None
 
-        def forward(self, x: Tensor, *, times: int) -> dict[str, Tensor]:
+        def forward(self, x, *, times):
             return {"y": x * self.weight * times}
 
     model = nn.ModuleDict({"up": nn.Linear(2, 2), "scale": Scale()})

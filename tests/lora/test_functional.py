@@ -1,44 +1,30 @@
-from __future__ import annotations
-
 import pytest
 import torch
-from torch import Tensor
 from torch.autograd import gradcheck
 
-from lorasweep.lora.functional import SlotGroup, UpdateFactor, linear_update, lora_linear
+from lorasweep.lora.functional import SlotGroup, linear_update, lora_linear
 
 SLOTS, ROWS = 3, 2
 FACTORS = torch.tensor([0.7, 0.0, 2.0], dtype=torch.float64)[:, None, None]
 
 
-def make_inputs(
-    *, shape: tuple[int, ...] = (SLOTS * ROWS, 3, 5), slots: int = SLOTS, d_out: int = 4, rank: int = 2
-) -> tuple[Tensor, ...]:
+def make_inputs(*, shape=(SLOTS * ROWS, 3, 5), slots=SLOTS, d_out=4, rank=2):
     """x, weight, bias, stacked A and stacked B in float64."""
     generator = torch.Generator().manual_seed(0)
     shapes = (shape, (d_out, shape[-1]), (d_out,), (slots, rank, shape[-1]), (slots, d_out, rank))
     return tuple(torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
 
 
-def run_lora(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    *,
-    factor: UpdateFactor,
-    keep: Tensor | None = None,
-) -> Tensor:
+def run_lora(x, weight, bias, a, b, *, factor, keep=None):
     """`lora_linear` with all slots in one group."""
     return lora_linear(x, weight, bias, [SlotGroup(a, b, factor)], keep=keep)
 
 
-def make_keep(x: Tensor) -> Tensor:
+def make_keep(x):
     return torch.rand(x.shape, generator=torch.Generator().manual_seed(3)) > 0.5
 
 
-def dense(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, factor: Tensor) -> Tensor:
+def dense(x, weight, bias, a, b, factor):
     """The formula slot by slot, with the change as a full matrix."""
     rows = x.chunk(len(a)) if x.numel() else [x] * len(a)
     return torch.cat(
@@ -48,7 +34,7 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, 
 
 @pytest.mark.parametrize("shape", [(6, 5), (6, 3, 5), (3, 2, 3, 5), (0, 5)])
 @pytest.mark.parametrize("slots", [1, SLOTS])
-def test_output_and_gradients_equal_the_dense_formula(shape: tuple[int, ...], slots: int) -> None:
+def test_output_and_gradients_equal_the_dense_formula(shape, slots):
     x, weight, bias, a, b = make_inputs(shape=shape, slots=slots)
     chosen = bias if slots == 1 else None
     leaves = [t.requires_grad_() for t in (x, a, b)]
@@ -60,7 +46,7 @@ def test_output_and_gradients_equal_the_dense_formula(shape: tuple[int, ...], sl
 
 
 @pytest.mark.parametrize("drop", [True, False])
-def test_groups_of_slots_equal_one_padded_group(drop: bool) -> None:
+def test_groups_of_slots_equal_one_padded_group(drop):
     x, weight, bias, a, b = make_inputs()
     keep = make_keep(x) if drop else None
     a, b = a.clone(), b.clone()
@@ -79,14 +65,14 @@ TRAINS = [(True,) * 5, *(tuple(i == k for i in range(5)) for k in range(5)), (Fa
 
 @pytest.mark.parametrize("drop", [True, False])
 @pytest.mark.parametrize("trains", TRAINS)
-def test_gradcheck_of_what_trains(drop: bool, trains: tuple[bool, ...]) -> None:
+def test_gradcheck_of_what_trains(drop, trains):
     inputs = make_inputs(shape=(SLOTS * ROWS, 3))
     inputs = tuple(t.requires_grad_(needs) for t, needs in zip(inputs, trains, strict=True))
     keep = make_keep(inputs[0]) if drop else None
     assert gradcheck(lambda *t: run_lora(*t, factor=FACTORS, keep=keep), inputs)
 
 
-def test_gradcheck_of_transposed_views() -> None:
+def test_gradcheck_of_transposed_views():
     x, weight, bias, a, b = make_inputs(shape=(SLOTS * ROWS, 3))
     x, weight = (t.t().contiguous().t().requires_grad_() for t in (x, weight))
     assert not x.is_contiguous()
@@ -94,7 +80,7 @@ def test_gradcheck_of_transposed_views() -> None:
     assert gradcheck(lambda *t: run_lora(*t, factor=FACTORS), inputs)
 
 
-def test_gradcheck_of_an_expanded_input_and_gradient() -> None:
+def test_gradcheck_of_an_expanded_input_and_gradient():
     x, weight, bias, a, b = make_inputs(shape=(SLOTS, 1, 5))
     x.requires_grad_()
     out = run_lora(x.expand(SLOTS, 3, 5), weight, bias, a, b, factor=FACTORS)
@@ -103,14 +89,14 @@ def test_gradcheck_of_an_expanded_input_and_gradient() -> None:
     torch.testing.assert_close(got, expected)
 
 
-def test_dropout_leaves_the_base_alone() -> None:
+def test_dropout_leaves_the_base_alone():
     x, weight, bias, a, b = make_inputs(shape=(3, 5), slots=1)
     keep = make_keep(x)
     expected = torch.nn.functional.linear(x, weight, bias) + 0.7 * (x * keep) @ a[0].t() @ b[0].t()
     torch.testing.assert_close(run_lora(x, weight, bias, a, b, factor=0.7, keep=keep), expected)
 
 
-def test_a_second_derivative_is_refused_instead_of_wrong() -> None:
+def test_a_second_derivative_is_refused_instead_of_wrong():
     x, weight, bias, a, b = make_inputs()
     a.requires_grad_()
     (grad,) = torch.autograd.grad(run_lora(x, weight, bias, a, b, factor=1.0).pow(2).sum(), a, create_graph=True)
@@ -118,7 +104,7 @@ def test_a_second_derivative_is_refused_instead_of_wrong() -> None:
         grad.sum().backward()
 
 
-def test_fp32_adapters_on_a_bf16_base_get_fp32_gradients() -> None:
+def test_fp32_adapters_on_a_bf16_base_get_fp32_gradients():
     x, weight, bias, a, b = make_inputs(shape=(SLOTS * ROWS, 32, 64), d_out=16, rank=4)
     half = [t.bfloat16() for t in (x, weight, bias)]
     adapters = [t.float().requires_grad_() for t in (a, b)]
@@ -135,7 +121,7 @@ def test_fp32_adapters_on_a_bf16_base_get_fp32_gradients() -> None:
 
 
 @pytest.mark.parametrize("drop", [True, False])
-def test_the_change_alone_is_what_is_added(drop: bool) -> None:
+def test_the_change_alone_is_what_is_added(drop):
     x, weight, bias, a, b = make_inputs()
     keep = make_keep(x) if drop else None
     leaves = [t.requires_grad_() for t in (x, a, b)]
@@ -146,11 +132,11 @@ def test_the_change_alone_is_what_is_added(drop: bool) -> None:
     torch.testing.assert_close(torch.autograd.grad(parts.sum(), leaves), torch.autograd.grad(whole.sum(), leaves))
 
 
-def test_a_slot_of_nan_leaves_the_others_bit_identical() -> None:
+def test_a_slot_of_nan_leaves_the_others_bit_identical():
     x, weight, bias, a, b = make_inputs()
     leaves = [t.requires_grad_() for t in (x, a, b)]
 
-    def run() -> list[Tensor]:
+    def run():
         out = run_lora(x, weight, bias, a, b, factor=FACTORS)
         return [out, *torch.autograd.grad(out.pow(2).sum(), leaves)]
 

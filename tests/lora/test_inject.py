@@ -1,15 +1,13 @@
-from __future__ import annotations
-
 import copy
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorasweep.lora import LoraConfig, LoraLayer, inject_lora, lora_layers
 
 
-def train_steps(model: nn.Module, tokens: Tensor, *, num_steps: int = 3) -> list[float]:
+def train_steps(model, tokens, *, num_steps=3):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
     losses = []
     for _ in range(num_steps):
@@ -21,7 +19,7 @@ def train_steps(model: nn.Module, tokens: Tensor, *, num_steps: int = 3) -> list
     return losses
 
 
-def test_only_a_and_b_train(model: nn.Module) -> None:
+def test_only_a_and_b_train(model):
     coverage = inject_lora(model, LoraConfig(rank=2))
     trains = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     assert {name.rpartition(".")[2] for name in trains} == {"lora_a", "lora_b"}
@@ -29,7 +27,7 @@ def test_only_a_and_b_train(model: nn.Module) -> None:
     assert sum(p.numel() for p in model.parameters()) == coverage.total_params
 
 
-def test_training_lowers_the_loss_and_leaves_the_base_bit_identical(make_model, tokens: Tensor) -> None:
+def test_training_lowers_the_loss_and_leaves_the_base_bit_identical(make_model, tokens):
     model, base = make_model(), make_model()
     inject_lora(model, LoraConfig(rank=2, dropout=0.1))
     losses = train_steps(model, tokens)
@@ -39,7 +37,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_bit_identical(make_model, 
     assert all(torch.equal(after[name], p) for name, p in base.named_parameters())
 
 
-def test_two_copies_that_share_frozen_tensors_do_not_meet(model: nn.Module, tokens: Tensor) -> None:
+def test_two_copies_that_share_frozen_tensors_do_not_meet(model, tokens):
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     share = {id(parameter): parameter for parameter in model.parameters()}
@@ -55,7 +53,7 @@ def test_two_copies_that_share_frozen_tensors_do_not_meet(model: nn.Module, toke
     assert first.base.weight is second.base.weight is model.layers[0].up.weight
 
 
-def test_a_layer_used_under_two_names_stays_one_layer() -> None:
+def test_a_layer_used_under_two_names_stays_one_layer():
     shared = nn.Linear(4, 4)
     model = nn.ModuleDict({"first": shared, "second": shared})
     inject_lora(model, LoraConfig(rank=2))
@@ -64,7 +62,7 @@ def test_a_layer_used_under_two_names_stays_one_layer() -> None:
     assert len(lora_layers(model)) == 1
 
 
-def test_a_rank_above_a_layers_size_leaves_the_model_unchanged(model: nn.Module) -> None:
+def test_a_rank_above_a_layers_size_leaves_the_model_unchanged(model):
     with pytest.raises(ValueError, match=r"`method.rank <= 8` must hold"):
         inject_lora(model, LoraConfig(rank=9))
     assert not lora_layers(model)
@@ -73,7 +71,7 @@ def test_a_rank_above_a_layers_size_leaves_the_model_unchanged(model: nn.Module)
     assert lora_layers(model)["layers.0.up"].rank == 9
 
 
-def test_injecting_twice_is_refused(model: nn.Module) -> None:
+def test_injecting_twice_is_refused(model):
     inject_lora(model, LoraConfig(rank=2))
     with pytest.raises(ValueError, match=r"no LoRA layers yet, but 'layers.0.up' is one"):
         inject_lora(model, LoraConfig(rank=2))

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import copy
 
 import peft
@@ -12,13 +10,13 @@ from lorasweep.lora import LoraConfig, LoraLayer, inject_lora, merge_lora, split
 from lorasweep.lora.targets import Target
 
 
-def make_layer(*, bias: bool = True, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> LoraLayer:
+def make_layer(*, bias=True, dropout=0.0, dtype=torch.float32):
     torch.manual_seed(0)
     base = nn.Linear(6, 10, bias=bias, dtype=dtype)
     return LoraLayer(base, Target(config=LoraConfig(rank=4, dropout=dropout), rank=4, alpha=8.0))
 
 
-def test_an_encoder_layer_of_torch_applies_its_update_in_evaluation_too() -> None:
+def test_an_encoder_layer_of_torch_applies_its_update_in_evaluation_too():
     torch.manual_seed(0)
     encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     inject_lora(encoder, LoraConfig(targets=["linear1", "linear2"], rank=2))
@@ -32,7 +30,7 @@ def test_an_encoder_layer_of_torch_applies_its_update_in_evaluation_too() -> Non
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rule", ["alpha_over_rank", "alpha_over_sqrt_rank"])
-def test_equals_pefts_layer_with_the_same_a_and_b(bias: bool, rule: str) -> None:
+def test_equals_pefts_layer_with_the_same_a_and_b(bias, rule):
     torch.manual_seed(0)
     base = nn.Linear(6, 10, bias=bias)
     ours = LoraLayer(copy.deepcopy(base), Target(config=LoraConfig(scaling=rule), rank=4, alpha=8.0))
@@ -52,13 +50,13 @@ def test_equals_pefts_layer_with_the_same_a_and_b(bias: bool, rule: str) -> None
     torch.testing.assert_close(grads, reference, rtol=1e-5, atol=1e-4)  # sums of 15 squares: entries near 100
 
 
-def test_adapters_are_fp32_on_a_bf16_base() -> None:
+def test_adapters_are_fp32_on_a_bf16_base():
     layer = make_layer(dtype=torch.bfloat16)
     assert layer.lora_a.dtype is layer.lora_b.dtype is torch.float32
     assert layer(torch.randn(3, 6, dtype=torch.bfloat16)).dtype is torch.bfloat16
 
 
-def test_dropout_acts_in_training_only_and_follows_its_generator() -> None:
+def test_dropout_acts_in_training_only_and_follows_its_generator():
     layer, x = make_layer(dropout=0.5), torch.randn(64, 6)
     nn.init.normal_(layer.lora_b)
     layer.eval()
@@ -73,7 +71,7 @@ def test_dropout_acts_in_training_only_and_follows_its_generator() -> None:
 
 
 @pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook", "forward"])
-def test_a_base_with_hooks_is_called(hook: str) -> None:
+def test_a_base_with_hooks_is_called(hook):
     base, x, calls = nn.Linear(6, 10), torch.randn(3, 6), []
     if hook == "forward":
         base.forward = lambda x: calls.append(1) or nn.Linear.forward(base, x)  # as accelerate wraps a layer
@@ -87,11 +85,11 @@ def test_a_base_with_hooks_is_called(hook: str) -> None:
     assert calls == [1]
 
 
-def test_an_embedding_that_scales_its_rows_scales_the_change() -> None:
+def test_an_embedding_that_scales_its_rows_scales_the_change():
     class Scaled(nn.Embedding):
         embed_scale = 3.0
 
-        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        def forward(self, tokens):
             return super().forward(tokens) * self.embed_scale
 
     model = nn.ModuleDict({"embed": Scaled(7, 4)})
@@ -103,7 +101,7 @@ def test_an_embedding_that_scales_its_rows_scales_the_change() -> None:
     torch.testing.assert_close(model["embed"](tokens), separate)
 
 
-def test_every_trained_parameter_is_in_one_group(model: nn.Module) -> None:
+def test_every_trained_parameter_is_in_one_group(model):
     config = LoraConfig(rank=2, targets=("up", "embed"), variant="dora", modules_to_save=("out",))
     inject_lora(model, config)
     a, b, other = split_lora_parameters(model)

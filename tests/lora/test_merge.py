@@ -1,8 +1,5 @@
-from __future__ import annotations
-
 import pytest
 import torch
-from torch import Tensor, nn
 
 from lorasweep.lora import LoraConfig, inject_lora, lora_layers, merge_lora
 
@@ -14,7 +11,7 @@ SUM_ERROR = 2**-20
 
 @pytest.mark.parametrize("dtype", BITS)
 @pytest.mark.parametrize("settings", [{}, {"variant": "dora"}, {"init": "pissa"}, {"targets": ("up[0:4,8:12]",)}])
-def test_merged_weights_are_the_exact_ones_rounded_once(model: nn.Module, fill_b, dtype: torch.dtype, settings) -> None:
+def test_merged_weights_are_the_exact_ones_rounded_once(model, fill_b, dtype, settings):
     model.to(dtype)
     inject_lora(model, LoraConfig(rank=2, **settings))
     fill_b(model)
@@ -49,9 +46,7 @@ SETTINGS = [
     # outputs reach 10; products are summed in another order
     [({}, torch.float64, 1e-12), *((settings, torch.float32, 1e-5) for settings in SETTINGS)],
 )
-def test_a_merged_model_is_a_plain_one_with_the_same_output(
-    make_model, tokens: Tensor, fill_b, settings: dict, dtype, tolerance: float
-) -> None:
+def test_a_merged_model_is_a_plain_one_with_the_same_output(make_model, tokens, fill_b, settings, dtype, tolerance):
     model, base = make_model().to(dtype), make_model()
     inject_lora(model, LoraConfig(rank=2, **settings))
     fill_b(model)
@@ -63,7 +58,7 @@ def test_a_merged_model_is_a_plain_one_with_the_same_output(
     torch.testing.assert_close(model(tokens), adapted, rtol=0, atol=tolerance)
 
 
-def test_eval_does_not_merge_and_merging_leaves_a_tied_weight_alone(model: nn.Module, fill_b) -> None:
+def test_eval_does_not_merge_and_merging_leaves_a_tied_weight_alone(model, fill_b):
     model.out.weight = model.embed.weight
     inject_lora(model, LoraConfig(rank=2, targets=("out",)))
     fill_b(model)
@@ -76,6 +71,6 @@ def test_eval_does_not_merge_and_merging_leaves_a_tied_weight_alone(model: nn.Mo
     assert not torch.equal(model.out.weight, before)
 
 
-def test_a_model_without_lora_is_not_merged(model: nn.Module) -> None:
+def test_a_model_without_lora_is_not_merged(model):
     with pytest.raises(ValueError, match="must have LoRA layers"):
         merge_lora(model)

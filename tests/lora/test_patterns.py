@@ -1,11 +1,9 @@
-from __future__ import annotations
-
 import pytest
 
 from lorasweep.lora.patterns import fits_pattern, parse_row_ranges
 
 
-def test_a_regular_expression_must_match_the_whole_name() -> None:
+def test_a_regular_expression_must_match_the_whole_name():
     assert fits_pattern(r"re:.*\.(q|v)_proj", "layers.0.q_proj")
     assert not fits_pattern(r"re:(q|v)_proj", "layers.0.q_proj")
     assert fits_pattern("c_attn[q,v]", "h.0.c_attn")
@@ -23,7 +21,7 @@ def test_a_regular_expression_must_match_the_whole_name() -> None:
         ("re:c_attn[qk]", ()),
     ],
 )
-def test_rows(pattern: str, expected: tuple[tuple[int, int], ...]) -> None:
+def test_rows(pattern, expected):
     assert parse_row_ranges(pattern, num_rows=12) == expected
 
 
@@ -40,12 +38,12 @@ def test_rows(pattern: str, expected: tuple[tuple[int, int], ...]) -> None:
         ("qkv[q,q]", 12, "must be separate ranges"),
     ],
 )
-def test_rows_that_make_no_sense_are_refused(pattern: str, num_rows: int, message: str) -> None:
+def test_rows_that_make_no_sense_are_refused(pattern, num_rows, message):
     with pytest.raises(ValueError, match=message):
         parse_row_ranges(pattern, num_rows=num_rows)
 
 
 @pytest.mark.parametrize("expression", ["(" * 100_000, "a{99999999999999999999}", "(?P<n>a)(?P<n>"])
-def test_an_expression_that_can_not_be_compiled_is_refused(expression: str) -> None:
+def test_an_expression_that_can_not_be_compiled_is_refused(expression):
     with pytest.raises(ValueError, match="must be a regular expression, but got an error"):
         fits_pattern(f"re:{expression}", "x")

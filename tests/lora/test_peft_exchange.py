@@ -1,17 +1,13 @@
 """Adapters cross between this package and PEFT, for every kind of layer and variant, with the same logits."""
 
-from __future__ import annotations
-
 import warnings
-from collections.abc import Callable
-from pathlib import Path
 
 import peft
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from lorasweep.lora import LoraConfig, inject_lora, load_adapter, lora_layers, lora_state, save_adapter
 
@@ -22,20 +18,20 @@ pytestmark = [
 IDS = torch.arange(14).view(2, 7) % 11
 
 
-def make_gpt2() -> nn.Module:
+def make_gpt2():
     torch.manual_seed(0)
     sizes = {"n_layer": 2, "n_embd": 24, "n_head": 2, "vocab_size": 50, "n_positions": 16}
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).eval()
 
 
-def make_llama() -> nn.Module:
+def make_llama():
     torch.manual_seed(0)
     sizes = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = transformers.LlamaConfig(**sizes, intermediate_size=24, vocab_size=50, attention_bias=True)
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def make_bert() -> nn.Module:
+def make_bert():
     torch.manual_seed(0)
     sizes = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
     return transformers.BertForSequenceClassification(transformers.BertConfig(**sizes, vocab_size=50)).eval()
@@ -44,28 +40,28 @@ def make_bert() -> nn.Module:
 class Pictures(nn.Module):
     """A convolution on an embedding of tokens laid out as a picture, and a head."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.embed = nn.Embedding(11, 6)
         self.conv = nn.Conv2d(2, 5, 3, stride=2, padding=1)
         self.head = nn.Linear(5 * 3 * 3, 4)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens):
         picture = self.embed(tokens[:, :6]).view(-1, 1, 6, 6)  # (batch, 1, 6 tokens, 6)
         return self.head(self.conv(torch.cat([picture, picture.transpose(2, 3)], dim=1)).flatten(1))
 
 
-def make_pictures() -> nn.Module:
+def make_pictures():
     torch.manual_seed(0)
     return Pictures().eval()
 
 
-def logits(model: nn.Module) -> Tensor:
+def logits(model):
     output = model(IDS)
     return getattr(output, "logits", output)
 
 
-def shake(model: nn.Module) -> None:
+def shake(model):
     """Moves everything that trains, as training would."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -102,9 +98,7 @@ EVERY_WAY = [
 
 
 @pytest.mark.parametrize(("make", "settings"), EVERY_WAY, ids=lambda value: getattr(value, "__name__", str(value)))
-def test_what_is_saved_here_gives_the_same_logits_everywhere(
-    make: Callable[[], nn.Module], settings: dict, tmp_path: Path
-) -> None:
+def test_what_is_saved_here_gives_the_same_logits_everywhere(make, settings, tmp_path):
     config = LoraConfig(**{"rank": 4, "alpha": 6.0} | settings)
     model, base = make(), logits(make())
     inject_lora(model, config, generator=torch.Generator().manual_seed(0))
@@ -141,9 +135,7 @@ THEIR_WAYS = [
 
 
 @pytest.mark.parametrize(("make", "settings"), THEIR_WAYS, ids=lambda value: getattr(value, "__name__", str(value)))
-def test_what_peft_trained_loads_here_and_goes_on_training(
-    make: Callable[[], nn.Module], settings: dict, tmp_path: Path
-) -> None:
+def test_what_peft_trained_loads_here_and_goes_on_training(make, settings, tmp_path):
     theirs = peft.get_peft_model(make(), peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "lora_dropout": 0.1} | settings))
     shake(theirs)
     theirs.eval()
@@ -159,8 +151,8 @@ def test_what_peft_trained_loads_here_and_goes_on_training(
     assert sum(p.numel() for p in trains.values()) == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
 
 
-def test_names_that_end_alike_stay_apart(tmp_path: Path) -> None:
-    def make() -> nn.Module:
+def test_names_that_end_alike_stay_apart(tmp_path):
+    def make():
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
 
@@ -177,14 +169,14 @@ def test_names_that_end_alike_stay_apart(tmp_path: Path) -> None:
     torch.testing.assert_close(again(x), model(x))
 
 
-def test_an_adapter_that_changed_its_base_is_refused(tmp_path: Path) -> None:
+def test_an_adapter_that_changed_its_base_is_refused(tmp_path):
     theirs = peft.get_peft_model(make_llama(), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"))
     theirs.save_pretrained(tmp_path, save_embedding_layers=False)
     with pytest.raises(ValueError, match=r"`init_lora_weights` .* got 'pissa'. Convert"):
         load_adapter(make_llama(), tmp_path)
 
 
-def test_saved_base_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+def test_saved_base_weights_of_another_model_are_refused(tmp_path):
     theirs = peft.get_peft_model(make_llama(), peft.LoraConfig(target_modules=["embed_tokens"]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,48 +1,36 @@
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lorasweep.lora import (
-    LoraConfig,
-    LoraLayer,
-    inject_lora,
-    load_adapter,
-    lora_layers,
-    merge_lora,
-    save_adapter,
-)
+from lorasweep.lora import LoraConfig, LoraLayer, inject_lora, load_adapter, lora_layers, merge_lora, save_adapter
 from lorasweep.lora.layer_kinds import dequantised_weight, is_quantised
 
 
 class IntegerLinear(nn.Linear):
     """A quantised layer in a few lines: weights as whole numbers, dequantised at use."""
 
-    def __init__(self, d_in: int, d_out: int) -> None:
+    def __init__(self, d_in, d_out):
         super().__init__(d_in, d_out)
         self.step = self.weight.detach().abs().max() / 127
         self.weight = nn.Parameter((self.weight.detach() / self.step).round().to(torch.int8), requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return nn.functional.linear(x, self.weight.to(x.dtype) * self.step, self.bias)
 
 
-def make_quantised() -> nn.Module:
+def make_quantised():
     torch.manual_seed(0)
     return nn.Sequential(IntegerLinear(8, 16), nn.Tanh(), IntegerLinear(16, 4))
 
 
-def adapt(model: nn.Module) -> nn.Module:
+def adapt(model):
     inject_lora(model, LoraConfig(rank=2, targets="all-linear"))
     for layer in lora_layers(model).values():
         nn.init.normal_(layer.lora_b)
     return model
 
 
-def test_a_quantised_base_computes_its_own_output_and_the_change_is_added() -> None:
+def test_a_quantised_base_computes_its_own_output_and_the_change_is_added():
     model, x = adapt(make_quantised()), torch.randn(3, 8, requires_grad=True)
     layer = model[0]
     assert isinstance(layer, LoraLayer)
@@ -53,13 +41,13 @@ def test_a_quantised_base_computes_its_own_output_and_the_change_is_added() -> N
     assert layer.lora_a.grad.any()
 
 
-def test_dequantised_weight_is_what_the_layer_multiplies_by() -> None:
+def test_dequantised_weight_is_what_the_layer_multiplies_by():
     layer = make_quantised()[0]
     assert is_quantised(layer)
     torch.testing.assert_close(dequantised_weight(layer), layer.weight * layer.step)
 
 
-def test_removing_with_the_change_puts_dequantised_layers_in_place() -> None:
+def test_removing_with_the_change_puts_dequantised_layers_in_place():
     model, x = adapt(make_quantised()), torch.randn(3, 8)
     expected = model(x)
     merge_lora(model)
@@ -68,12 +56,12 @@ def test_removing_with_the_change_puts_dequantised_layers_in_place() -> None:
 
 
 @pytest.mark.parametrize(("setting", "value"), [("variant", "dora"), ("init", "pissa")])
-def test_what_reads_the_weight_is_refused(setting: str, value: str) -> None:
+def test_what_reads_the_weight_is_refused(setting, value):
     with pytest.raises(ValueError, match=f"`method.{setting}={value}` .* '0' is a Integ"):
         inject_lora(make_quantised(), LoraConfig(rank=2, **{setting: value}))
 
 
-def test_an_adapter_of_a_quantised_base_can_be_saved_and_loaded(tmp_path: Path) -> None:
+def test_an_adapter_of_a_quantised_base_can_be_saved_and_loaded(tmp_path):
     model, x = adapt(make_quantised()), torch.randn(3, 8)
     save_adapter(model, tmp_path, base_path="")
     loaded = make_quantised()

@@ -1,12 +1,9 @@
-from __future__ import annotations
-
 import copy
 import weakref
-from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
@@ -20,21 +17,19 @@ WIDTH, HIDDEN, ROWS = 6, 10, 7
 class Mlp(nn.Module):
     """`down(act(gate(x)) * up(x))` as in Llama, or `down(act(gate(x)))` as in BERT and GPT-2."""
 
-    def __init__(self, activation: str, *, is_gated: bool) -> None:
+    def __init__(self, activation, *, is_gated):
         super().__init__()
         self.gate = nn.Linear(WIDTH, HIDDEN)
         self.up = nn.Linear(WIDTH, HIDDEN) if is_gated else None
         self.act = ACT2FN[activation]
         self.down = nn.Linear(HIDDEN, WIDTH)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         activated = self.act(self.gate(x))
         return self.down(activated if self.up is None else activated * self.up(x))
 
 
-def make_mlp(
-    activation: str = "gelu_new", *, is_gated: bool = False, dtype: torch.dtype = torch.float64, dropout: float = 0.0
-) -> Mlp:
+def make_mlp(activation="gelu_new", *, is_gated=False, dtype=torch.float64, dropout=0.0):
     torch.manual_seed(0)
     model = Mlp(activation, is_gated=is_gated).to(dtype)
     inject_lora(model, LoraConfig(rank=2, dropout=dropout))
@@ -45,17 +40,17 @@ def make_mlp(
     return model
 
 
-def make_plain(model: nn.Module) -> nn.Module:
+def make_plain(model):
     plain = copy.deepcopy(model)
     restore_activations(plain)
     return plain
 
 
-def make_x(dtype: torch.dtype = torch.float64) -> Tensor:
+def make_x(dtype=torch.float64):
     return torch.randn(ROWS, WIDTH, dtype=dtype, generator=torch.Generator().manual_seed(1)).requires_grad_()
 
 
-def gradients(model: nn.Module, x: Tensor, compute: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
+def gradients(model, x, compute=None):
     """Output, and gradients of everything that trains and of x."""
     torch.manual_seed(2)
     output = model(x) if compute is None else compute(x)
@@ -63,16 +58,16 @@ def gradients(model: nn.Module, x: Tensor, compute: Callable[[Tensor], Tensor] |
     return [output, *torch.autograd.grad(output.float().pow(2).sum(), [*trained, x])]
 
 
-def assert_identical(got: list[Tensor], expected: list[Tensor]) -> None:
+def assert_identical(got, expected):
     assert len(got) == len(expected)
     assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
 
 
-def count_kept(model: nn.Module, x: Tensor) -> int:
+def count_kept(model, x):
     """Number of kept tensors of the size of an activation."""
     kept = set()
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor):
         if tensor.numel() == ROWS * HIDDEN:
             kept.add(tensor.untyped_storage().data_ptr())
         return tensor
@@ -90,19 +85,17 @@ ACTIVATIONS = ["gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "quick_gelu
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("is_gated", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_outputs_and_gradients_are_bit_identical(
-    activation: str, is_gated: bool, dtype: torch.dtype, dropout: float
-) -> None:
+def test_outputs_and_gradients_are_bit_identical(activation, is_gated, dtype, dropout):
     model = make_mlp(activation, is_gated=is_gated, dtype=dtype, dropout=dropout)
     assert isinstance(model.act, RecomputedActivation)
     assert_identical(gradients(model, make_x(dtype)), gradients(make_plain(model), make_x(dtype)))
 
 
-def test_the_recomputation_runs_under_the_autocast_of_the_forward_pass() -> None:
+def test_the_recomputation_runs_under_the_autocast_of_the_forward_pass():
     class GELU(nn.Module):
         """On a CPU, autocast changes only products of matrices."""
 
-        def forward(self, z: Tensor) -> Tensor:
+        def forward(self, z):
             return z @ torch.eye(HIDDEN)
 
     model = nn.Sequential(nn.Linear(WIDTH, HIDDEN), GELU(), nn.Linear(HIDDEN, WIDTH))
@@ -124,25 +117,23 @@ def test_the_recomputation_runs_under_the_autocast_of_the_forward_pass() -> None
         ("relu", False, 1, 1),
     ],
 )
-def test_only_the_inputs_of_an_activation_are_kept(
-    activation: str, is_gated: bool, kept: int, kept_without: int
-) -> None:
+def test_only_the_inputs_of_an_activation_are_kept(activation, is_gated, kept, kept_without):
     model = make_mlp(activation, is_gated=is_gated)
     assert count_kept(model, make_x()) == kept
     assert count_kept(make_plain(model), make_x()) == kept_without
 
 
 @pytest.mark.parametrize("is_gated", [False, True])
-def test_gradcheck(is_gated: bool) -> None:
+def test_gradcheck(is_gated):
     model = make_mlp(is_gated=is_gated)
     assert gradcheck(model, make_x())
 
 
 @pytest.mark.parametrize("is_gated", [False, True])
-def test_layers_that_share_an_activation_compute_it_once_in_the_backward_pass(is_gated: bool) -> None:
+def test_layers_that_share_an_activation_compute_it_once_in_the_backward_pass(is_gated):
     model = make_mlp(is_gated=is_gated)
     model.second = copy.deepcopy(model.down)
-    calls: list[str] = []
+    calls = []
     model.act.base.forward = lambda z, forward=model.act.base.forward: calls.append("") or forward(z)
     activated = model.act(model.gate(make_x()))
     activated = activated if model.up is None else activated * model.up(make_x())
@@ -152,12 +143,12 @@ def test_layers_that_share_an_activation_compute_it_once_in_the_backward_pass(is
     assert len(calls) == 2
 
 
-def test_an_output_that_is_changed_in_place_is_kept() -> None:
+def test_an_output_that_is_changed_in_place_is_kept():
     results = []
     model = make_mlp()
     for each in (model, make_plain(model)):
 
-        def compute(x: Tensor, each: nn.Module = each) -> Tensor:
+        def compute(x, each=each):
             activated = each.act(each.gate(x))
             activated.mul_(3)
             return each.down(activated)
@@ -167,14 +158,14 @@ def test_an_output_that_is_changed_in_place_is_kept() -> None:
 
 
 @pytest.mark.parametrize("is_gated", [False, True])
-def test_activation_checkpointing_keeps_nothing_and_gives_the_same_gradients(is_gated: bool) -> None:
+def test_activation_checkpointing_keeps_nothing_and_gives_the_same_gradients(is_gated):
     model = make_mlp(is_gated=is_gated)
 
-    def compute(x: Tensor) -> Tensor:
+    def compute(x):
         return checkpoint(model, x, use_reentrant=False)
 
     assert_identical(gradients(model, make_x(), compute), gradients(make_plain(model), make_x()))
-    outputs: list[weakref.ref[Tensor]] = []
+    outputs = []
     model.gate.register_forward_hook(lambda module, args, output: outputs.append(weakref.ref(output)))
     output = compute(make_x())
     assert output.requires_grad

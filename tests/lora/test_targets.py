@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn
@@ -11,18 +9,18 @@ UP = ("layers.0.up", "layers.1.up")
 PROJ = ("layers.0.proj", "layers.1.proj")
 
 
-def config(targets: str | tuple[str, ...] = "all-linear", *, rank: int = 2) -> LoraConfig:
+def config(targets="all-linear", *, rank=2):
     return LoraConfig(rank=rank, targets=targets)
 
 
-def test_all_linear_leaves_out_the_output_head(model: nn.Module) -> None:
+def test_all_linear_leaves_out_the_output_head(model):
     coverage = find_targets(model, config())
     assert set(coverage.layers) == {*UP, *PROJ}
     assert coverage.unmatched == ("out",)
 
 
 @pytest.mark.parametrize("head", ["lm_head", "score", "classifier"])
-def test_all_linear_knows_a_head_by_its_name(head: str) -> None:
+def test_all_linear_knows_a_head_by_its_name(head):
     model = nn.ModuleDict({"body": nn.Linear(4, 4), head: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))})
     assert find_targets(model, config()).layers == ("body",)
 
@@ -42,22 +40,22 @@ def test_all_linear_knows_a_head_by_its_name(head: str) -> None:
         (("up", "up", "layers.0.up"), UP),
     ],
 )
-def test_patterns(model: nn.Module, targets: str | tuple[str, ...], expected: tuple[str, ...]) -> None:
+def test_patterns(model, targets, expected):
     assert find_targets(model, config(targets)).layers == expected
 
 
-def test_a_name_matches_whole_parts_only() -> None:
+def test_a_name_matches_whole_parts_only():
     model = nn.ModuleDict({"q_proj": nn.Linear(2, 2), "seq_proj": nn.Linear(2, 2)})
     assert find_targets(model, config(("q_proj",))).layers == ("q_proj",)
 
 
-def test_a_layer_used_twice_appears_once() -> None:
+def test_a_layer_used_twice_appears_once():
     shared = nn.Linear(2, 2)
     model = nn.ModuleDict({"first": shared, "second": shared})
     assert find_targets(model, config(rank=1)).layers == ("first",)
 
 
-def test_works_on_the_meta_device_and_changes_nothing(make_model) -> None:
+def test_works_on_the_meta_device_and_changes_nothing(make_model):
     with torch.device("meta"):
         model = make_model()
     before = {name: (type(module), id(module)) for name, module in model.named_modules()}
@@ -80,18 +78,18 @@ def test_works_on_the_meta_device_and_changes_nothing(make_model) -> None:
         ("up", r"'up', a regular expression .* write the list \['up'\]"),
     ],
 )
-def test_a_pattern_without_a_layer_is_refused(model: nn.Module, targets: str | tuple[str, ...], message: str) -> None:
+def test_a_pattern_without_a_layer_is_refused(model, targets, message):
     with pytest.raises(ValueError, match=message):
         find_targets(model, config(targets))
 
 
-def test_layers_choose_blocks_by_index(model: nn.Module) -> None:
+def test_layers_choose_blocks_by_index(model):
     assert find_targets(model, LoraConfig(rank=2, layers=(1,))).layers == ("layers.1.up", "layers.1.proj")
     with pytest.raises(ValueError, match=r"`method.layers` .* but got 2. Use \["):
         find_targets(model, LoraConfig(rank=2, layers=(1, 2)))
 
 
-def test_exclude_leaves_layers_out(model: nn.Module) -> None:
+def test_exclude_leaves_layers_out(model):
     coverage = find_targets(model, LoraConfig(rank=2, exclude=("proj", r"re:layers\.0\..*")))
     assert coverage.layers == ("layers.1.up",)
     assert set(coverage.unmatched) == {"layers.0.up", "layers.0.proj", "layers.1.proj", "out"}
@@ -118,19 +116,19 @@ def test_exclude_leaves_layers_out(model: nn.Module) -> None:
         ({"targets": ("up", "up[4:8]")}, "must select one set of rows of layer 'layers.0.up'"),
     ],
 )
-def test_a_setting_without_effect_or_against_another_is_refused(model: nn.Module, settings: dict, message: str) -> None:
+def test_a_setting_without_effect_or_against_another_is_refused(model, settings, message):
     with pytest.raises(ValueError, match=message):
         find_targets(model, LoraConfig(**{"rank": 2} | settings))
 
 
-def test_patterns_set_rank_and_strength_by_layer(model: nn.Module) -> None:
+def test_patterns_set_rank_and_strength_by_layer(model):
     settings = {"rank_pattern": {"0.up": 3, "up": 4}, "alpha_pattern": {"re:.*proj": 5.0}}
     coverage, targets = plan_targets(model, LoraConfig(rank=2, alpha=1.0, **settings))
     assert [(t.rank, t.alpha) for t in targets.values()] == [(3, 1.0), (2, 5.0), (4, 1.0), (2, 5.0)]
     assert coverage.trainable_params == (3 + 2 + 4 + 2) * (8 + 16)
 
 
-def test_counts_agree_with_what_is_injected(make_model) -> None:
+def test_counts_agree_with_what_is_injected(make_model):
     config = LoraConfig(rank=2, targets=("up[0:4,8:12]", "proj", "embed"), variant="dora", modules_to_save=("out",))
     model, coverage = make_model(), find_targets(make_model(), config)
     assert inject_lora(model, config) == coverage
@@ -138,7 +136,7 @@ def test_counts_agree_with_what_is_injected(make_model) -> None:
     assert coverage.total_params == sum(p.numel() for p in model.parameters())
 
 
-def test_attention_of_torch_is_refused_by_name() -> None:
+def test_attention_of_torch_is_refused_by_name():
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "up": nn.Linear(4, 4)})
     assert find_targets(model, config()).layers == ("up",)
     with pytest.raises(ValueError, match="'out_proj' is a NonDynamicallyQuantizableLinear"):

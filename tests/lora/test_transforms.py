@@ -1,10 +1,7 @@
 """LoRA layers under what torch does to a model: autocast, checkpointing, compilation, inference mode."""
 
-from __future__ import annotations
-
 import pytest
 import torch
-from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorasweep.lora import LoraConfig, inject_lora
@@ -20,18 +17,18 @@ VARIANTS = [
 
 
 @pytest.fixture(params=VARIANTS, ids=str)
-def adapted(request: pytest.FixtureRequest, make_model, fill_b) -> nn.Module:
+def adapted(request, make_model, fill_b):
     model = make_model()
     inject_lora(model, LoraConfig(rank=2, **request.param), generator=torch.Generator().manual_seed(0))
     fill_b(model)
     return model
 
 
-def gradients(model: nn.Module, output: Tensor) -> list[Tensor]:
+def gradients(model, output):
     return list(torch.autograd.grad(output.pow(2).sum(), [p for p in model.parameters() if p.requires_grad]))
 
 
-def test_activation_checkpointing_gives_the_same_gradients(adapted: nn.Module, tokens: Tensor) -> None:
+def test_activation_checkpointing_gives_the_same_gradients(adapted, tokens):
     torch.manual_seed(1)
     plain = gradients(adapted, adapted(tokens))
     torch.manual_seed(1)  # dropout's masks are drawn again in the recomputed forward
@@ -42,7 +39,7 @@ def test_activation_checkpointing_gives_the_same_gradients(adapted: nn.Module, t
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_compiles_without_a_graph_break(adapted: nn.Module, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiles_without_a_graph_break(adapted, tokens, monkeypatch):
     torch._dynamo.reset()  # code compiled for the models before this one counts towards its limit
     compiled = torch.compile(adapted, fullgraph=True, backend="aot_eager")
     torch.manual_seed(1)
@@ -57,7 +54,7 @@ def test_compiles_without_a_graph_break(adapted: nn.Module, tokens: Tensor, monk
         assert torch.isfinite(compiled(tokens)).all()
 
 
-def test_autocast_stays_near_fp32_and_gives_fp32_gradients(adapted: nn.Module, tokens: Tensor) -> None:
+def test_autocast_stays_near_fp32_and_gives_fp32_gradients(adapted, tokens):
     torch.manual_seed(1)
     exact = adapted(tokens)
     torch.manual_seed(1)

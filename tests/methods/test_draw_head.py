@@ -1,7 +1,5 @@
 """A run draws its new head from its own seed, alone or in a pack, and never in the base."""
 
-from __future__ import annotations
-
 import functools
 
 import pytest

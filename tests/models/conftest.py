@@ -1,7 +1,5 @@
 """Small random models of the architectures that people use, saved as transformers saves them."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from tests.tiny_tokenizer import load_tokenizer

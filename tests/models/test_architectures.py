@@ -1,7 +1,5 @@
 """On each architecture that people use: a run adapts it, learns, saves, and both PEFT and we load what it saved."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification

@@ -1,7 +1,5 @@
 """Attention follows a rule of device and length, and nothing else of the model changes."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

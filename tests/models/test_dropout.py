@@ -1,7 +1,5 @@
 """`model.dropout` reaches every dropout of a base, those inside functions too."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from transformers import Wav2Vec2Config

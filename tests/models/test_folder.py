@@ -1,7 +1,5 @@
 """A model's files are found in a folder or by the hub's client, and what can't be had is one sentence."""
 
-from __future__ import annotations
-
 import shutil
 
 import pytest

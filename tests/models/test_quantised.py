@@ -1,7 +1,5 @@
 """A base in few bits: the values that are stored, the gradients that pass through, and what stays unquantised."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """Records are whole or absent, hold JSON only, and what can't be read is one sentence."""
 
-from __future__ import annotations
-
 import json
 import math
 

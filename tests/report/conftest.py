@@ -1,14 +1,9 @@
 """A realistic sweep's folder for the report's tests: arms frozen, lora (complete, pruned, failed) and full."""
 
-from __future__ import annotations
-
 import json
 import math
 import random
 import shutil
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,7 +14,6 @@ from lorasweep.record import (
     SettingRow,
     SweepRecord,
     Trial,
-    TrialState,
     find_winner,
     name_run,
     name_subject,
@@ -33,15 +27,15 @@ LORA_PARAMS_PER_RANK = 11_264
 STEPS = 150
 EVERY = 25
 
-LORA_SPACE: dict[str, Any] = {
+LORA_SPACE = {
     "method.rank": [1, 4, 16, 64],
     "method.alpha": [8, 16, 32, 64],
     "optim.lr": {"low": 1e-3, "high": 3e-2, "log": True},
 }
-FULL_SPACE: dict[str, Any] = {"optim.lr": {"low": 1e-4, "high": 5e-3, "log": True}}
+FULL_SPACE = {"optim.lr": {"low": 1e-4, "high": 5e-3, "log": True}}
 
 
-def curve_to(score: float, *, steps: int = STEPS, every: int = EVERY) -> list[tuple[int, float]]:
+def curve_to(score, *, steps=STEPS, every=EVERY):
     """Returns a validation curve that starts at the base's score and falls to `score`."""
     return [
         (step, score + (BASE_SCORE - score) * math.exp(-4 * step / STEPS) * (1 - step / STEPS))
@@ -49,19 +43,19 @@ def curve_to(score: float, *, steps: int = STEPS, every: int = EVERY) -> list[tu
     ]
 
 
-def make_trial(arm: str, number: int, params: dict[str, Any], curve: list[tuple[int, float]], **fields: Any) -> Trial:
+def make_trial(arm, number, params, curve, **fields):
     """Returns a complete trial whose score is that of the curve's last step, unless `fields` say otherwise."""
     value = curve[-1][1] if curve else None
     known = {"state": "complete", "value": value, "run": name_run("search", arm, number)}
     return Trial(arm=arm, number=number, params=params, values=dict(curve), **(known | fields))
 
 
-def write_run(folder: Path, trial: Trial, *, method: str, rank: int = 0, **values: Any) -> None:
+def write_run(folder, trial, *, method, rank=0, **values):
     """Writes a run's record as training does; `rank` is that of a LoRA arm that does not sweep it."""
     rank = int(trial.params.get("method.rank", rank))
     trained = {"frozen": 0, "full": FULL_PARAMS}.get(method, LORA_PARAMS_PER_RANK * rank)
     done = trial.step
-    config: dict[str, Any] = {"method": {"name": method}, "optim": {"name": "adamw", "lr": 1e-3}, "seed": 0}
+    config = {"method": {"name": method}, "optim": {"name": "adamw", "lr": 1e-3}, "seed": 0}
     if method == "lora":
         config["method"] |= {"rank": rank, "alpha": 16}
     for key, value in trial.params.items():
@@ -94,13 +88,13 @@ def write_run(folder: Path, trial: Trial, *, method: str, rank: int = 0, **value
     write_record(record, folder / trial.run)
 
 
-def lora_score(rank: int, alpha: float, lr: float) -> float:
+def lora_score(rank, alpha, lr):
     """Returns a score like those of a tiny model: falls with rank, best where lr · α/16 is about 0.012."""
     strength = math.log10(lr * (alpha / 16) ** 0.5 / 0.012)
     return float(1.68 + 0.11 * rank**-0.6 + 0.09 * strength**2)
 
 
-def lora_trials(count: int, rng: random.Random) -> list[Trial]:
+def lora_trials(count, rng):
     """Returns lora trials: every third pruned, the fifth failed, the others complete."""
     made = []
     for number in range(count):
@@ -110,21 +104,21 @@ def lora_trials(count: int, rng: random.Random) -> list[Trial]:
             "optim.lr": 10 ** rng.uniform(-3, math.log10(3e-2)),
         }
         score = lora_score(params["method.rank"], params["method.alpha"], params["optim.lr"]) + rng.gauss(0, 0.004)
-        state: TrialState = "failed" if number == 4 else "pruned" if number % 3 == 2 else "complete"
+        state = "failed" if number == 4 else "pruned" if number % 3 == 2 else "complete"
         curve = {"failed": [], "pruned": curve_to(score)[:3], "complete": curve_to(score)}[state]
         reasons = {"failed": "The loss became NaN at step 12.", "pruned": "Worse than half of the trials at step 50."}
         made.append(make_trial("lora", number, params, curve, state=state, reason=reasons.get(state)))
     return made
 
 
-def full_trials(count: int) -> list[Trial]:
+def full_trials(count):
     """Returns complete full fine-tuning trials on a grid of learning rates."""
     rates = [10 ** (-4 + 1.7 * number / max(count - 1, 1)) for number in range(count)]
     curves = [curve_to(1.662 + 0.12 * math.log10(lr / 1.1e-3) ** 2) for lr in rates]
     return [make_trial("full", number, {"optim.lr": lr}, curves[number]) for number, lr in enumerate(rates)]
 
 
-def build_sweep(folder: Path, *, lora: int = 18, full: int = 6, frozen: int = 1, name: str = "quickstart") -> Path:
+def build_sweep(folder, *, lora=18, full=6, frozen=1, name="quickstart"):
     """Writes a sweep's folder with that many trials per arm (an arm of 0 trials is left out) and returns it."""
     rng = random.Random(7)
     base = make_trial("frozen", 0, {}, [(0, BASE_SCORE)])
@@ -164,7 +158,7 @@ def build_sweep(folder: Path, *, lora: int = 18, full: int = 6, frozen: int = 1,
     return folder
 
 
-def confirm_sweep(folder: Path, *, seeds: int = 5, examples: int = 40, noise: float = 0.004) -> Path:
+def confirm_sweep(folder, *, seeds=5, examples=40, noise=0.004):
     """Adds a confirm stage to a sweep built by `build_sweep`: the setting of each subject on that many seeds.
 
     Test scores are the setting's validation score plus noise; single examples have scores unless `examples` is 0.
@@ -204,7 +198,7 @@ def confirm_sweep(folder: Path, *, seeds: int = 5, examples: int = 40, noise: fl
     return folder
 
 
-def list_settings(sweep: SweepRecord, arm: ArmRow) -> list[SettingRow]:
+def list_settings(sweep, arm):
     """Returns the best complete trial of an arm, or that of each value of its `confirm_each` key as if predicted."""
     mine = [row for row in sweep.trials if row.arm == arm.name and row.state == "complete"]
     key = arm.confirm_each
@@ -233,11 +227,11 @@ def list_settings(sweep: SweepRecord, arm: ArmRow) -> list[SettingRow]:
     return settings
 
 
-def list_questions(sweep: SweepRecord) -> list[Question]:
+def list_questions(sweep):
     """Returns the questions that the controller states for these settings."""
     methods = {arm.name: arm.method for arm in sweep.arms}
     keys = {arm.name: arm.confirm_each for arm in sweep.arms}
-    subjects: dict[str, list[str]] = {}
+    subjects = {}
     for row in sweep.settings:
         subjects.setdefault(row.arm, []).append(row.subject)
     full = next((name for name, method in methods.items() if method == "full" and name in subjects), None)
@@ -255,14 +249,7 @@ def list_questions(sweep: SweepRecord) -> list[Question]:
     return [*as_good, *smallest]
 
 
-def build_rank_sweep(
-    folder: Path,
-    scores: dict[int, float],
-    *,
-    seeds: int = 5,
-    examples: int = 0,
-    noise: float = 0.002,
-) -> Path:
+def build_rank_sweep(folder, scores, *, seeds=5, examples=0, noise=0.002):
     """Writes a confirmed sweep with frozen, full, and one lora arm with `confirm_each: method.rank`.
 
     Each rank has five trials on a parabola over the learning rate, without noise, whose best score is given; confirm
@@ -297,28 +284,28 @@ def build_rank_sweep(
     return confirm_sweep(folder, seeds=seeds, examples=examples, noise=noise)
 
 
-def spread_over_examples(value: float, difficulty: list[float], rng: random.Random) -> list[float]:
+def spread_over_examples(value, difficulty, rng):
     """Returns scores of examples around a value: as hard in every run, with a little noise of the run's own."""
     return [value + hardness + rng.gauss(0, 0.01) for hardness in difficulty]
 
 
-def write_test_scores(run: Path, scores: list[float]) -> None:
+def write_test_scores(run, scores):
     """Writes a run's `test_scores.csv`, all examples with the same weight. Each group has two examples."""
     lines = [f"{row},{score!r},1.0,document {row // 2}" for row, score in enumerate(scores)]
     (run / "test_scores.csv").write_text("\n".join(["row,score,weight,group", *lines, ""]))
 
 
-def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+def edit_json(path, change):
     """Reads a JSON file, lets `change` change it, writes it."""
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
 
 
-def scatter_seeds(sweep: Path, subject: str, spread: float) -> Path:
+def scatter_seeds(sweep, subject, spread):
     """Moves the scores of a subject's seeds apart."""
 
-    def change(raw: dict[str, Any]) -> None:
+    def change(raw):
         for place, row in enumerate(row for row in raw["confirm"] if row["subject"] == subject):
             row["value"] += spread * (-1) ** place
 
@@ -327,31 +314,31 @@ def scatter_seeds(sweep: Path, subject: str, spread: float) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory):
     """Returns the folder of a finished sweep of 25 trials, which no test may change."""
     return build_sweep(tmp_path_factory.mktemp("finished") / "quickstart")
 
 
 @pytest.fixture(scope="session")
-def finished_and_confirmed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished_and_confirmed(tmp_path_factory):
     """Returns the folder of the same sweep with a confirm stage of 5 seeds and 40 test examples."""
     return confirm_sweep(build_sweep(tmp_path_factory.mktemp("confirmed") / "quickstart"))
 
 
 # Copies: to write a sweep takes longer, because each record waits for the disk.
 @pytest.fixture
-def sweep(finished: Path, tmp_path: Path) -> Path:
+def sweep(finished, tmp_path):
     """Returns the folder of a finished sweep of 25 trials, which the test may change."""
     return shutil.copytree(finished, tmp_path / "quickstart")
 
 
 @pytest.fixture
-def confirmed(finished_and_confirmed: Path, tmp_path: Path) -> Path:
+def confirmed(finished_and_confirmed, tmp_path):
     """Returns the folder of a confirmed sweep, which the test may change."""
     return shutil.copytree(finished_and_confirmed, tmp_path / "quickstart")
 
 
-def confirm_winners(folder: Path) -> None:
+def confirm_winners(folder):
     """Makes the confirmed settings of a changed sweep those of the trials that win now."""
     record = read_sweep(folder)
     for setting in record.settings:

@@ -1,14 +1,9 @@
 """The three lines at the top: verdict, number and interval, or what is open and what would close it."""
 
-from __future__ import annotations
-
 import shutil
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from lorasweep.report.answers import AnswerLine
 from lorasweep.report.summary import summarize
 from lorasweep.report.sweep_data import load_sweep_data
 from lorasweep.report.terminal import list_details
@@ -16,14 +11,14 @@ from lorasweep.report.terminal import list_details
 from .conftest import build_rank_sweep, edit_json
 
 
-def answers(sweep: Path) -> tuple[AnswerLine, ...]:
+def answers(sweep):
     return summarize(sweep).answers
 
 
-def test_other_methods_and_pairs_get_a_sentence_each(tmp_path: Path) -> None:
+def test_other_methods_and_pairs_get_a_sentence_each(tmp_path):
     sweep = build_rank_sweep(tmp_path, {4: 1.7, 16: 1.662})
 
-    def ask(raw: dict[str, Any]) -> None:
+    def ask(raw):
         pair = {"name": "pair", "arm": "lora", "key": None, "subjects": ["lora-rank-4"], "reference": "lora-rank-16"}
         raw["questions"].append(pair)
 
@@ -32,7 +27,7 @@ def test_other_methods_and_pairs_get_a_sentence_each(tmp_path: Path) -> None:
     assert sentence.startswith("`lora-rank-4` gains -10 %")
 
 
-def test_summary_has_an_entry_for_each_answer_and_the_setting(tmp_path: Path) -> None:
+def test_summary_has_an_entry_for_each_answer_and_the_setting(tmp_path):
     sweep = build_rank_sweep(tmp_path, {1: 1.8, 4: 1.7, 16: 1.662})
     summary = summarize(sweep)
     entries = summary.as_json()["questions"]
@@ -58,9 +53,7 @@ def test_summary_has_an_entry_for_each_answer_and_the_setting(tmp_path: Path) ->
         ({"_target_": "torch.optim.SGD"}, False),
     ],
 )
-def test_the_rate_at_another_alpha_is_said_only_of_adam(
-    finished_and_confirmed: Path, tmp_path: Path, optim: dict[str, str], has_law: bool
-) -> None:
+def test_the_rate_at_another_alpha_is_said_only_of_adam(finished_and_confirmed, tmp_path, optim, has_law):
     sweep = shutil.copytree(finished_and_confirmed, tmp_path / "sweep")
     for run in sweep.glob("runs/*/run.json"):
         edit_json(run, lambda raw: raw["config"].update(optim={"lr": 1e-3, **optim}))

@@ -1,11 +1,8 @@
 """The page in a real browser: figures are drawn, nothing is logged as an error, the table sorts and filters."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -65,7 +62,7 @@ COMPLAINT = r"CONSOLE.*(?:Uncaught|Error|Failed|Refused).*"
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs chromium in the search path")]
 
 
-def open_page(page: Path, profile: Path, *, size: str) -> tuple[str, str]:
+def open_page(page, profile, *, size):
     """Returns the page as the browser has it after five seconds, and what it logged."""
     command = [str(CHROMIUM), *OPTIONS, f"--user-data-dir={profile}", f"--window-size={size}", page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
@@ -73,7 +70,7 @@ def open_page(page: Path, profile: Path, *, size: str) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("size", ["1200,900", "500,900"])
-def test_page_draws_sorts_and_logs_no_error(confirmed: Path, tmp_path: Path, size: str) -> None:
+def test_page_draws_sorts_and_logs_no_error(confirmed, tmp_path, size):
     sweep = confirmed
     edit_json(sweep / "sweep.json", lambda raw: raw.update(name="<b>&amp;</b>"))
     write_report(sweep)

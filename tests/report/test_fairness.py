@@ -1,11 +1,6 @@
 """Fairness is judged by what ran: trials, tokens and the widths of learning-rate ranges."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -19,7 +14,7 @@ TOKENS_PER_STEP = 16 * 128
 
 
 @pytest.fixture
-def even(tmp_path: Path) -> Path:
+def even(tmp_path):
     """A sweep of 6 trials per arm, all complete, with learning rates over 1.5 and 1.7 decades."""
     sweep = build_sweep(tmp_path / "even", lora=6, full=6)
     for number in (2, 4, 5):
@@ -27,8 +22,8 @@ def even(tmp_path: Path) -> Path:
     return sweep
 
 
-def change_run(sweep: Path, number: int, *, state: str, steps: int) -> None:
-    def change_trial(raw: dict[str, Any]) -> None:
+def change_run(sweep, number, *, state, steps):
+    def change_trial(raw):
         (trial,) = (row for row in raw["trials"] if (row["arm"], row["number"]) == ("lora", number))
         trial.update(state=state, value=1.8)
 
@@ -39,14 +34,14 @@ def change_run(sweep: Path, number: int, *, state: str, steps: int) -> None:
     )
 
 
-def judge(sweep: Path) -> SimpleNamespace:
+def judge(sweep):
     """Returns the judgement with each value as an attribute."""
     sentences, facts = judge_fairness(load_sweep_data(sweep))
     arms = [SimpleNamespace(**arm) for arm in facts["arms"]]
     return SimpleNamespace(sentences=sentences, is_fair=facts["is_fair"], arms=arms)
 
 
-def test_equal_arms_are_fair_and_the_numbers_are_named(even: Path) -> None:
+def test_equal_arms_are_fair_and_the_numbers_are_named(even):
     fairness = judge(even)
     assert fairness.is_fair
     assert "is fair" in fairness.sentences[0]
@@ -54,15 +49,15 @@ def test_equal_arms_are_fair_and_the_numbers_are_named(even: Path) -> None:
         assert part in fairness.sentences[1]
 
 
-def ask_for_more(raw: dict[str, Any]) -> None:
+def ask_for_more(raw):
     raw["arms"][1]["trials"] = 8
 
 
-def narrow(raw: dict[str, Any]) -> None:
+def narrow(raw):
     raw["arms"][1]["space"]["optim.lr"] = {"low": 1e-3, "high": 2e-3, "log": True}
 
 
-def search_no_rate(raw: dict[str, Any]) -> None:
+def search_no_rate(raw):
     del raw["arms"][1]["space"]["optim.lr"]
 
 
@@ -74,9 +69,7 @@ def search_no_rate(raw: dict[str, Any]) -> None:
         (search_no_rate, "`lora` had 0.0 decades of learning rates and `full` 1.7"),
     ],
 )
-def test_what_the_definition_gave_unequally_is_named(
-    even: Path, change: Callable[[dict[str, Any]], None], fault: str
-) -> None:
+def test_what_the_definition_gave_unequally_is_named(even, change, fault):
     edit_json(even / "sweep.json", change)
     fairness = judge(even)
     assert fairness.is_fair is False
@@ -84,7 +77,7 @@ def test_what_the_definition_gave_unequally_is_named(
 
 
 @pytest.mark.parametrize("state", ["pruned", "paused"])
-def test_trials_that_stopped_early_count_with_the_tokens_that_they_trained(even: Path, state: str) -> None:
+def test_trials_that_stopped_early_count_with_the_tokens_that_they_trained(even, state):
     for number in (2, 3, 4, 5):
         change_run(even, number, state=state, steps=50)
     fairness = judge(even)
@@ -93,11 +86,11 @@ def test_trials_that_stopped_early_count_with_the_tokens_that_they_trained(even:
     assert "`lora` had 1.02 M tokens and `full` 1.84 M" in fairness.sentences[0]
 
 
-def set_regret(sweep: Path, regret: float | None) -> None:
+def set_regret(sweep, regret):
     edit_json(sweep / "sweep.json", lambda raw: [row.update(regret=regret) for row in raw["settings"]])
 
 
-def test_a_search_that_left_more_than_a_margin_open_is_decided_by_luck(tmp_path: Path) -> None:
+def test_a_search_that_left_more_than_a_margin_open_is_decided_by_luck(tmp_path):
     sweep = build_rank_sweep(tmp_path, {4: 1.7})
     edit_json(sweep / "sweep.json", lambda raw: [arm.update(trials=5) for arm in raw["arms"]])
     margin = load_sweep_data(sweep).evidence.margin
@@ -111,11 +104,11 @@ def test_a_search_that_left_more_than_a_margin_open_is_decided_by_luck(tmp_path:
     assert "1.5 margins for `lora-rank-4`" in fairness.sentences[0]
 
 
-def test_rate_and_alpha_of_lora_are_one_dimension_and_without_a_model_their_trials_count(even: Path) -> None:
+def test_rate_and_alpha_of_lora_are_one_dimension_and_without_a_model_their_trials_count(even):
     lora, full = judge(even).arms
     assert (lora.dimensions, full.dimensions) == (2, 1)  # rank, and rate with α
 
-    def sweep_dropout(raw: dict[str, Any]) -> None:
+    def sweep_dropout(raw):
         raw["arms"][1]["space"] |= {"method.dropout": {"low": 0.0, "high": 0.5}}
 
     edit_json(even / "sweep.json", sweep_dropout)
@@ -136,10 +129,8 @@ def test_rate_and_alpha_of_lora_are_one_dimension_and_without_a_model_their_tria
         ({"low": 1e-4, "high": 1e-2, "log": True}, -1.0, None),
     ],
 )
-def test_best_value_at_the_end_of_its_range_is_said_if_a_complete_trial_lies_elsewhere(
-    sweep: Path, space: object, value: object, end: str | None
-) -> None:
-    def sweep_one_rank(raw: dict[str, Any]) -> None:
+def test_best_value_at_the_end_of_its_range_is_said_if_a_complete_trial_lies_elsewhere(sweep, space, value, end):
+    def sweep_one_rank(raw):
         raw["arms"][1]["space"] = {"method.rank": space}
         for trial in raw["trials"]:
             trial["params"] = {"method.rank": value} if trial["arm"] == "lora" else {}

@@ -1,17 +1,12 @@
 """The figures' own arithmetic: ranges, fronts, the selection of trials, and what each panel shows."""
 
-from __future__ import annotations
-
 import shutil
-from pathlib import Path
-from typing import Any
 
-import plotly.graph_objects as go
 import pytest
 
 from lorasweep.report.figures.confirmed import draw_scores_by_value
 from lorasweep.report.figures.trials import draw_score_by_lr
-from lorasweep.report.sweep_data import SweepData, load_sweep_data
+from lorasweep.report.sweep_data import load_sweep_data
 
 from .conftest import build_rank_sweep, edit_json
 
@@ -19,34 +14,34 @@ RANK_SCORES = {1: 1.74, 4: 1.69, 16: 1.668, 64: 1.663}
 
 
 @pytest.fixture(scope="module")
-def ranked_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def ranked_folder(tmp_path_factory):
     """Returns the folder of a confirmed sweep with one lora arm that confirms each rank; no test may change it."""
     return build_rank_sweep(tmp_path_factory.mktemp("ranks") / "sweep", RANK_SCORES, examples=40)
 
 
 @pytest.fixture
-def ranked(ranked_folder: Path) -> SweepData:
+def ranked(ranked_folder):
     return load_sweep_data(ranked_folder)
 
 
 @pytest.fixture
-def ranked_copy(ranked_folder: Path, tmp_path: Path) -> Path:
+def ranked_copy(ranked_folder, tmp_path):
     """Returns a copy of that folder, which the test may change."""
     return shutil.copytree(ranked_folder, tmp_path / "sweep")
 
 
-def find_traces(figure: go.Figure, **marker: Any) -> list[Any]:
+def find_traces(figure, **marker):
     """Returns the traces whose markers have these settings."""
     return [trace for trace in figure.data if all(trace.marker[key] == value for key, value in marker.items())]
 
 
-def list_bars(figure: go.Figure) -> list[tuple[float, float]]:
+def list_bars(figure):
     """Returns the ends of the bars of intervals, in the order of the figure."""
     return [tuple(trace.y) for trace in figure.data if trace.mode == "lines" and trace.line.width == 4]
 
 
-def test_diverged_score_does_not_flatten_the_others_and_is_counted(sweep: Path) -> None:
-    def diverge(raw: dict[str, Any]) -> None:
+def test_diverged_score_does_not_flatten_the_others_and_is_counted(sweep):
+    def diverge(raw):
         next(trial for trial in raw["trials"] if trial["arm"] == "lora")["value"] = 90.0
 
     edit_json(sweep / "sweep.json", diverge)
@@ -55,7 +50,7 @@ def test_diverged_score_does_not_flatten_the_others_and_is_counted(sweep: Path) 
     assert "1 outside the range" in figure.layout.xaxis.title.text
 
 
-def test_dots_over_rank_are_the_means_on_test_data_and_rings_their_seeds(ranked: SweepData) -> None:
+def test_dots_over_rank_are_the_means_on_test_data_and_rings_their_seeds(ranked):
     panel = draw_scores_by_value(ranked)
     (figure,) = panel.figures
     assert panel.title == "Test score by rank"
@@ -68,7 +63,7 @@ def test_dots_over_rank_are_the_means_on_test_data_and_rings_their_seeds(ranked:
         assert all(link.startswith("../runs/lora-confirm-") for link in ring.customdata)
 
 
-def test_bars_are_intervals_of_the_difference_from_full_and_the_band_is_the_margin(ranked: SweepData) -> None:
+def test_bars_are_intervals_of_the_difference_from_full_and_the_band_is_the_margin(ranked):
     (figure,) = draw_scores_by_value(ranked).figures
     evidence = ranked.evidence
     full, base = evidence.subject("full"), evidence.subject("frozen")
@@ -87,23 +82,21 @@ def test_bars_are_intervals_of_the_difference_from_full_and_the_band_is_the_marg
     assert [note.text.split()[0] for note in figure.layout.annotations] == ["full", "frozen"]
 
 
-def test_the_smallest_sufficient_rank_has_a_mark_only_if_it_is_settled(ranked: SweepData, ranked_copy: Path) -> None:
+def test_the_smallest_sufficient_rank_has_a_mark_only_if_it_is_settled(ranked, ranked_copy):
     verdicts = {answer.subject: answer.verdict for answer in ranked.evidence.list_answers("smallest")}
     assert verdicts["lora-rank-4"] == "insufficient"
     assert verdicts["lora-rank-16"] == "sufficient"
     (mark,) = find_traces(draw_scores_by_value(ranked).figures[0], symbol="diamond-open")
     assert mark.x[0] == "rank 16"
 
-    def keep_one_seed(raw: dict[str, Any]) -> None:
+    def keep_one_seed(raw):
         raw["confirm"] = [row for row in raw["confirm"] if row["seed"] == 0]
 
     edit_json(ranked_copy / "sweep.json", keep_one_seed)
     assert not find_traces(draw_scores_by_value(load_sweep_data(ranked_copy)).figures[0], symbol="diamond-open")
 
 
-def test_an_arm_with_confirm_each_has_its_rates_by_value_and_predicted_settings_as_diamonds(
-    ranked: SweepData, ranked_copy: Path
-) -> None:
+def test_an_arm_with_confirm_each_has_its_rates_by_value_and_predicted_settings_as_diamonds(ranked, ranked_copy):
     full, lora = draw_score_by_lr(ranked).figures
     assert {trace.legendgroup for trace in full.data} == {"full"}
     subjects = [f"lora-rank-{rank}" for rank in RANK_SCORES]
@@ -114,7 +107,7 @@ def test_an_arm_with_confirm_each_has_its_rates_by_value_and_predicted_settings_
     assert dots == [5] * 4
     assert lora.layout.xaxis.title.text == "learning rate (log scale)"
 
-    def sweep_alpha(raw: dict[str, Any]) -> None:
+    def sweep_alpha(raw):
         for row in (*raw["trials"], *raw["settings"]):
             if row["arm"] == "lora":
                 row["params"]["method.alpha"] = 4 * row["params"]["method.rank"]

@@ -4,14 +4,10 @@ After an intended change, renew the files with `LORASWEEP_RENEW_GOLDEN=1 pytest 
 the difference before you commit it.
 """
 
-from __future__ import annotations
-
 import os
 import re
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -28,13 +24,13 @@ SHOWN = ("failure", "answers", "use", "warnings", "findings", "arms", "verdicts"
 class PageText(HTMLParser):
     """Collects the text of some parts of the page: a line for each paragraph, list item and row of a table."""
 
-    def __init__(self, page: str) -> None:
+    def __init__(self, page):
         super().__init__()
         self.lines: list[str] = []
         self._shown_tags: list[str] = []  # the open tags from the shown part on
         self.feed(page)
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(self, tag, attrs):
         name = dict(attrs).get("id")
         if name in SHOWN:
             self.lines.append(f"== {name}")
@@ -47,23 +43,23 @@ class PageText(HTMLParser):
             elif tag == "small":
                 self.lines[-1] += " "
 
-    def handle_endtag(self, tag: str) -> None:
+    def handle_endtag(self, tag):
         if self._shown_tags:
             self._shown_tags.pop()
 
-    def handle_data(self, data: str) -> None:
+    def handle_data(self, data):
         if self._shown_tags and not {"button", "script"} & {*self._shown_tags}:
             self.lines[-1] += data
 
 
-def read_page(sweep: Path) -> str:
+def read_page(sweep):
     lines = PageText(render_page(summarize(sweep), [])).lines
     text = "\n".join(squeezed for line in lines if (squeezed := re.sub(r"\s+", " ", line).strip(" |")))
     return text.replace(str(sweep), "SWEEP") + "\n"
 
 
-def fail_to_learn(sweep: Path) -> Path:
-    def change(raw: dict[str, Any]) -> None:
+def fail_to_learn(sweep):
+    def change(raw):
         for trial in raw["trials"]:
             trial["value"] = BASE_SCORE if trial["arm"] == "frozen" else BASE_SCORE + 0.1
 
@@ -71,12 +67,12 @@ def fail_to_learn(sweep: Path) -> Path:
     return sweep
 
 
-def measure_margin_in_bits(sweep: Path) -> Path:
+def measure_margin_in_bits(sweep):
     edit_json(sweep / "sweep.json", lambda raw: raw.update(margin=0.02))
     return sweep
 
 
-SWEEPS: dict[str, Callable[[Path], Path]] = {
+SWEEPS = {
     "equivalent_worse_sufficient": lambda folder: build_rank_sweep(
         folder, {4: 1.70, 16: 1.6635, 64: 1.662}, noise=0.0005
     ),
@@ -98,7 +94,7 @@ SWEEPS: dict[str, Callable[[Path], Path]] = {
 
 
 @pytest.mark.parametrize("verdict", SWEEPS)
-def test_page_says_what_it_said(tmp_path: Path, verdict: str) -> None:
+def test_page_says_what_it_said(tmp_path, verdict):
     text = read_page(SWEEPS[verdict](tmp_path))
     golden = GOLDEN / f"{verdict}.txt"
     if os.environ.get("LORASWEEP_RENEW_GOLDEN"):

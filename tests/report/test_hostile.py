@@ -1,9 +1,6 @@
 """A report of damaged files is written, with what is missing said in sentences, or refused in one sentence."""
 
-from __future__ import annotations
-
 import io
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -19,13 +16,13 @@ from .conftest import build_rank_sweep
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small(tmp_path_factory):
     """The folder of a confirmed sweep of two ranks in one arm."""
     return build_rank_sweep(tmp_path_factory.mktemp("small"), {1: 1.8, 4: 1.7}, seeds=2, examples=12)
 
 
 @st.composite
-def damage_file(draw: st.DrawFn, path: Path, content: bytes) -> bytes:
+def damage_file(draw, path, content):
     if path.suffix == ".json":
         return draw(damage(content))
     if path.suffix == ".csv" and draw(st.booleans()):
@@ -39,7 +36,7 @@ def damage_file(draw: st.DrawFn, path: Path, content: bytes) -> bytes:
 @pytest.mark.slow
 @FUZZ
 @given(data=st.data())
-def test_a_report_of_a_damaged_file_is_shown_or_refused(small: Path, data: st.DataObject) -> None:
+def test_a_report_of_a_damaged_file_is_shown_or_refused(small, data):
     path = data.draw(st.sampled_from([path for path in sorted(small.rglob("*")) if path.is_file()]))
     content = path.read_bytes()
     path.write_bytes(data.draw(damage_file(path, content)))

@@ -1,12 +1,7 @@
 """A sweep that learned nothing says so first, and recommends nothing."""
 
-from __future__ import annotations
-
 import io
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -20,16 +15,16 @@ from .conftest import BASE_SCORE, confirm_winners, edit_json
 MAJORITY = 0.69
 
 
-def classify(sweep: Path, accuracy: Callable[[dict[str, Any]], float]) -> Path:
+def classify(sweep, accuracy):
     """Makes a sweep one of a classifier, with an accuracy for each trial."""
     scores = {}
 
-    def change_sweep(raw: dict[str, Any]) -> None:
+    def change_sweep(raw):
         raw.update(metric="accuracy", direction="maximize", margin=0.01)
         for trial in (trial for trial in raw["trials"] if trial["value"] is not None):
             trial["value"] = scores[trial["run"]] = accuracy(trial)
 
-    def change_run(raw: dict[str, Any], score: float | None) -> None:
+    def change_run(raw, score):
         raw.update(metric="accuracy", direction="maximize", best={"accuracy": score} if score else {})
         constant = {"accuracy": MAJORITY, "f1": 0.0, "matthews": 0.0, "loss": 0.62}
         raw["data"] = {split: {"examples": 500, "constant_answer": constant} for split in ("validation", "test")}
@@ -43,7 +38,7 @@ def classify(sweep: Path, accuracy: Callable[[dict[str, Any]], float]) -> Path:
     return sweep
 
 
-def test_trials_that_score_like_the_majority_class_are_the_headline_everywhere(sweep: Path) -> None:
+def test_trials_that_score_like_the_majority_class_are_the_headline_everywhere(sweep):
     summary = write_report(classify(sweep, lambda trial: MAJORITY))
     headline = summary.learning.headline
     assert headline
@@ -58,7 +53,7 @@ def test_trials_that_score_like_the_majority_class_are_the_headline_everywhere(s
     assert console.export_text().startswith(headline)
 
 
-def test_an_arm_that_learned_nothing_beside_one_that_did_is_a_warning(sweep: Path) -> None:
+def test_an_arm_that_learned_nothing_beside_one_that_did_is_a_warning(sweep):
     classify(sweep, lambda trial: 0.8 if trial["arm"] == "lora" else MAJORITY)
     summary = write_report(sweep)
     assert (summary.learning.state, summary.learning.headline) == ("learned", None)
@@ -70,15 +65,15 @@ def test_an_arm_that_learned_nothing_beside_one_that_did_is_a_warning(sweep: Pat
     assert 'id="failure"' not in page
 
 
-def set_test_scores(sweep: Path, score: Callable[[int], float]) -> None:
-    def change(raw: dict[str, Any]) -> None:
+def set_test_scores(sweep, score):
+    def change(raw):
         for row in raw["confirm"]:
             row["value"] = row["value"] if row["arm"] == "frozen" else score(row["seed"])
 
     edit_json(sweep / "sweep.json", change)
 
 
-def test_gains_that_test_data_do_not_show_are_said(confirmed: Path) -> None:
+def test_gains_that_test_data_do_not_show_are_said(confirmed):
     assert judge_learning(load_sweep_data(confirmed)).state == "learned"
     set_test_scores(confirmed, lambda seed: BASE_SCORE + 0.1 * (seed - 2))
     summary = write_report(confirmed)
@@ -88,9 +83,7 @@ def test_gains_that_test_data_do_not_show_are_said(confirmed: Path) -> None:
 
 
 @pytest.mark.parametrize(("spread", "is_shown"), [(0.01, True), (0.1, False)])
-def test_test_scores_are_compared_with_the_majority_class_of_test_data(
-    confirmed: Path, spread: float, is_shown: bool
-) -> None:
+def test_test_scores_are_compared_with_the_majority_class_of_test_data(confirmed, spread, is_shown):
     classify(confirmed, lambda trial: 0.72)
     set_test_scores(confirmed, lambda seed: 0.75 + spread * (seed - 2))
     learning = judge_learning(load_sweep_data(confirmed))

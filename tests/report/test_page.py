@@ -1,12 +1,9 @@
 """The HTML page: whole on its own, safe with hostile names, and there even where parts of a sweep are missing."""
 
-from __future__ import annotations
-
 import json
 import re
 import time
 from html.parser import HTMLParser
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +21,7 @@ HOSTILE = "</script><img src=x onerror=alert(1)>"
 class Page(HTMLParser):
     """Collects a page's ids, links, tags with sources, and visible text."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text):
         super().__init__()
         self.ids: list[str] = []
         self.links: list[str] = []
@@ -34,14 +31,14 @@ class Page(HTMLParser):
         self._is_figures = False
         self.feed(text)
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(self, tag, attrs):
         found = dict(attrs)
         self.tags.append((tag, found))
         self.ids += [found["id"] or ""] if "id" in found else []
         self.links += [found["href"] or ""] if tag == "a" else []
         self._is_figures = tag == "script" and found.get("class") == "figure-data"
 
-    def handle_data(self, data: str) -> None:
+    def handle_data(self, data):
         if self._is_figures:
             self.figures += json.loads(data)
             self._is_figures = False
@@ -49,7 +46,7 @@ class Page(HTMLParser):
             self.text += data
 
 
-def written(sweep: Path) -> Page:
+def written(sweep):
     write_report(sweep)
     return Page((sweep / "report/index.html").read_text())
 
@@ -57,12 +54,12 @@ def written(sweep: Path) -> Page:
 SECTIONS = ["confirmed", "arms", "lr", "curves", "tradeoff", "unfinished", "trials"]
 
 
-def count_figures(sweep: Path) -> int:
+def count_figures(sweep):
     data = load_sweep_data(sweep)
     return sum(len(panel.figures) for panel in draw_panels(data))
 
 
-def test_page_has_every_section_and_figure(sweep: Path) -> None:
+def test_page_has_every_section_and_figure(sweep):
     page = written(sweep)
     assert [name for name in page.ids if name in SECTIONS] == SECTIONS
     assert len(page.figures) == count_figures(sweep) > 0
@@ -71,7 +68,7 @@ def test_page_has_every_section_and_figure(sweep: Path) -> None:
     assert "The loss became NaN at step 12." in page.text
 
 
-def test_page_fetches_nothing(sweep: Path) -> None:
+def test_page_fetches_nothing(sweep):
     page = written(sweep)
     assert not [found for tag, found in page.tags if "src" in found]
     hrefs = [found["href"] or "" for _, found in page.tags if "href" in found]
@@ -80,8 +77,8 @@ def test_page_fetches_nothing(sweep: Path) -> None:
     assert all("url(" not in style and "@import" not in style for style in styles)
 
 
-def test_hostile_names_are_text(sweep: Path) -> None:
-    def spoil(raw: dict[str, Any]) -> None:
+def test_hostile_names_are_text(sweep):
+    def spoil(raw):
         raw.update(name=HOSTILE, description=HOSTILE)
         raw["arms"][1]["name"] = HOSTILE
         for trial in raw["trials"]:
@@ -107,16 +104,14 @@ def test_hostile_names_are_text(sweep: Path) -> None:
         ({"lora": 0, "full": 0}, "No run has two evaluations"),
     ],
 )
-def test_what_is_missing_is_a_sentence_and_the_rest_still_appears(
-    tmp_path: Path, change: dict[str, Any], sentence: str
-) -> None:
+def test_what_is_missing_is_a_sentence_and_the_rest_still_appears(tmp_path, change, sentence):
     page = written(build_sweep(tmp_path, **change))
     assert sentence in page.text
     assert [name for name in page.ids if name in SECTIONS] == SECTIONS
 
 
 @pytest.mark.slow
-def test_report_of_a_thousand_trials_takes_at_most_twenty_seconds(tmp_path: Path) -> None:
+def test_report_of_a_thousand_trials_takes_at_most_twenty_seconds(tmp_path):
     sweep = build_sweep(tmp_path, lora=900, full=100)
     start = time.process_time()
     write_report(sweep)

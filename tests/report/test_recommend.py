@@ -1,25 +1,20 @@
 """The recommended settings follow the verdicts, and `lorasweep train --from` reads them."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from lorasweep.errors import ConfigError, RecordError
-from lorasweep.report.recommend import Recommendation, read_recommended
+from lorasweep.report.recommend import read_recommended
 from lorasweep.report.summary import summarize
 from lorasweep.results import load_sweep
 
 from .conftest import build_rank_sweep, edit_json, scatter_seeds
 
 
-def recommended(sweep: Path) -> list[Recommendation]:
+def recommended(sweep):
     return list(summarize(sweep).recommended)
 
 
-def test_better_method_is_recommended_with_lora_as_the_alternative(finished_and_confirmed: Path) -> None:
+def test_better_method_is_recommended_with_lora_as_the_alternative(finished_and_confirmed):
     full, lora = recommended(finished_and_confirmed)
     assert (full.arm, full.is_settled) == ("full", True)
     assert full.settings.keys() == {"method", "learning rate"}
@@ -32,12 +27,12 @@ def test_better_method_is_recommended_with_lora_as_the_alternative(finished_and_
     assert len(full.commands) == 1
 
 
-def test_rank_is_the_smallest_sufficient_one_and_not_the_best(tmp_path: Path) -> None:
+def test_rank_is_the_smallest_sufficient_one_and_not_the_best(tmp_path):
     found = recommended(build_rank_sweep(tmp_path, {2: 1.75, 8: 1.6605, 32: 1.66}, noise=0.0002))
     assert [(one.settings["rank"], one.is_settled) for one in found] == [("8", True)]  # it is as good as full, too
 
 
-def test_a_larger_rank_is_recommended_if_only_that_one_is_shown_to_be_as_good_as_full(tmp_path: Path) -> None:
+def test_a_larger_rank_is_recommended_if_only_that_one_is_shown_to_be_as_good_as_full(tmp_path):
     sweep = build_rank_sweep(tmp_path, {4: 1.72, 16: 1.66, 64: 1.652})
     for rank in (16, 64):
         scatter_seeds(sweep, f"lora-rank-{rank}", 0.012)
@@ -48,7 +43,7 @@ def test_a_larger_rank_is_recommended_if_only_that_one_is_shown_to_be_as_good_as
     assert [(one.settings["rank"], one.is_settled) for one in recommended(sweep)] == [("64", False)]
 
 
-def test_predicted_setting_is_read_with_the_value_of_confirm_each(tmp_path: Path) -> None:
+def test_predicted_setting_is_read_with_the_value_of_confirm_each(tmp_path):
     sweep = build_rank_sweep(tmp_path, {2: 1.75, 8: 1.6605}, noise=0.0002)
     for source in (sweep, sweep / "lora", sweep / "lora-rank-8"):
         found, origin = read_recommended(source)
@@ -59,7 +54,7 @@ def test_predicted_setting_is_read_with_the_value_of_confirm_each(tmp_path: Path
     assert read_recommended(sweep / "lora-rank-2")[0]["method.rank"] == 2
 
 
-def test_settings_are_read_of_a_sweep_or_of_an_arm_and_use_all_training_data(confirmed: Path) -> None:
+def test_settings_are_read_of_a_sweep_or_of_an_arm_and_use_all_training_data(confirmed):
     limited = {"data": "table", "data.max_train_examples": 100, "trainer.batch_size": 4}
     edit_json(confirmed / "sweep.json", lambda raw: [arm["settings"].update(limited) for arm in raw["arms"]])
     full, lora = recommended(confirmed)
@@ -74,7 +69,7 @@ def test_settings_are_read_of_a_sweep_or_of_an_arm_and_use_all_training_data(con
         }
 
 
-def test_a_sweep_without_recommended_settings_is_refused(confirmed: Path) -> None:
+def test_a_sweep_without_recommended_settings_is_refused(confirmed):
     wrong = {
         "lra": (ConfigError, r"with one of the arms frozen, .*lra.* Did you mean `lora`\?"),
         "frozen": (RecordError, "a complete trial of a method that trains"),
@@ -88,10 +83,10 @@ def test_a_sweep_without_recommended_settings_is_refused(confirmed: Path) -> Non
         read_recommended(confirmed)
 
 
-def test_runs_of_a_former_setting_are_in_no_mean(confirmed: Path) -> None:
+def test_runs_of_a_former_setting_are_in_no_mean(confirmed):
     before = {one.name: one.mean for one in summarize(confirmed).data.evidence.subjects}
 
-    def add_former(raw: dict[str, Any]) -> None:
+    def add_former(raw):
         rows = [row for row in raw["confirm"] if row["arm"] == "lora"]
         raw["confirm"] += [row | {"setting_number": row["setting_number"] + 1, "value": 9.0} for row in rows]
 

@@ -1,11 +1,7 @@
 """What was forgotten: changes on retained data sets against the frozen base, in every output."""
 
-from __future__ import annotations
-
 import csv
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,7 +15,7 @@ from .conftest import edit_json
 BASE = 1.5
 
 
-def retain(folder: Path, forgotten: dict[str, float], **row: Any) -> Path:
+def retain(folder, forgotten, **row):
     """Adds scores on a retained data set to a confirmed sweep: the base's score, plus what each subject forgot.
 
     Both of its test examples change alike, and seeds by at most 0.001.
@@ -47,11 +43,11 @@ def retain(folder: Path, forgotten: dict[str, float], **row: Any) -> Path:
 FORGOTTEN = {"frozen": 0.0, "full": 0.3, "lora": 0.004}
 
 
-def find(folder: Path) -> dict[str, Any]:
+def find(folder):
     return {change.subject: change for change in load_sweep_data(folder).retained}
 
 
-def test_the_frozen_base_is_exactly_0_and_others_are_judged_by_the_margin(confirmed: Path) -> None:
+def test_the_frozen_base_is_exactly_0_and_others_are_judged_by_the_margin(confirmed):
     found = find(retain(confirmed, FORGOTTEN))
     assert (found["frozen"].change, found["frozen"].interval, found["frozen"].verdict) == (0, (0, 0), "equivalent")
     assert {name: change.verdict for name, change in found.items()} | {"frozen": None} == {
@@ -67,7 +63,7 @@ def test_the_frozen_base_is_exactly_0_and_others_are_judged_by_the_margin(confir
     assert (found["frozen"].num_seeds, found["full"].num_seeds) == (5, 5)
 
 
-def test_the_direction_is_that_of_the_data(confirmed: Path) -> None:
+def test_the_direction_is_that_of_the_data(confirmed):
     folder = retain(confirmed, FORGOTTEN, metric="score", direction="maximize", metric_range=[0.0, 2.0])
     assert find(folder)["full"].verdict == "better"
     assert find(retain(confirmed, {**FORGOTTEN, "full": -0.3}, metric="score", direction="maximize"))[
@@ -75,7 +71,7 @@ def test_the_direction_is_that_of_the_data(confirmed: Path) -> None:
     ].verdict == ("worse")
 
 
-def test_one_seed_or_a_missing_score_is_no_verdict(confirmed: Path) -> None:
+def test_one_seed_or_a_missing_score_is_no_verdict(confirmed):
     folder = retain(confirmed, FORGOTTEN)
     runs = [run for run in read_sweep(folder).confirm if run.subject == "lora"]
     for run in runs[1:]:
@@ -86,7 +82,7 @@ def test_one_seed_or_a_missing_score_is_no_verdict(confirmed: Path) -> None:
     assert f"`{runs[1].run}` has no score on `code`." in data.problems
 
 
-def test_every_output_has_it(confirmed: Path) -> None:
+def test_every_output_has_it(confirmed):
     folder = retain(confirmed, FORGOTTEN)
     summary = write_report(folder)
     with (folder / "report" / "retained.csv").open() as file:
@@ -108,7 +104,7 @@ def test_every_output_has_it(confirmed: Path) -> None:
     assert render_terminal(folder)
 
 
-def test_the_figure_has_what_was_learned_against_what_was_forgotten(confirmed: Path) -> None:
+def test_the_figure_has_what_was_learned_against_what_was_forgotten(confirmed):
     data = load_sweep_data(retain(confirmed, FORGOTTEN))
     panel = next(panel for panel in draw_panels(data) if panel.key == "retained")
     dots = {trace.name: (trace.x[0], trace.y[0]) for trace in panel.figures[0].data if trace.mode == "markers"}

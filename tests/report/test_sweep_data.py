@@ -1,10 +1,5 @@
 """A sweep's records are joined by subject, and whatever can't be read is a sentence."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from lorasweep.report.sweep_data import load_sweep_data
@@ -12,7 +7,7 @@ from lorasweep.report.sweep_data import load_sweep_data
 from .conftest import build_rank_sweep, edit_json
 
 
-def test_trials_and_reruns_are_joined_with_their_runs(confirmed: Path) -> None:
+def test_trials_and_reruns_are_joined_with_their_runs(confirmed):
     edit_json(confirmed / "sweep.json", lambda raw: raw["confirm"].reverse())
     data = load_sweep_data(confirmed)
     assert [(arm.name, len(arm.trials), len(arm.confirm_runs)) for arm in data.arms] == [
@@ -34,9 +29,7 @@ def test_trials_and_reruns_are_joined_with_their_runs(confirmed: Path) -> None:
         ('{"format": "lorasweep.run", "version": 1}', "damaged"),
     ],
 )
-def test_run_that_cannot_be_read_is_a_sentence_and_its_trial_stays(
-    sweep: Path, content: str | None, sentence: str
-) -> None:
+def test_run_that_cannot_be_read_is_a_sentence_and_its_trial_stays(sweep, content, sentence):
     path = sweep / "runs/full-0002/run.json"
     path.unlink() if content is None else path.write_text(content)
     data = load_sweep_data(sweep)
@@ -46,8 +39,8 @@ def test_run_that_cannot_be_read_is_a_sentence_and_its_trial_stays(
     assert data.arms[2].trials[2].value is not None
 
 
-def test_arm_without_a_rerun_is_named_and_the_others_are_compared(confirmed: Path) -> None:
-    def drop(raw: dict[str, Any]) -> None:
+def test_arm_without_a_rerun_is_named_and_the_others_are_compared(confirmed):
+    def drop(raw):
         raw["confirm"] = [row for row in raw["confirm"] if row["arm"] != "full"]
 
     edit_json(confirmed / "sweep.json", drop)
@@ -57,7 +50,7 @@ def test_arm_without_a_rerun_is_named_and_the_others_are_compared(confirmed: Pat
     assert [answer.verdict for answer in data.evidence.answers] == ["open"]
 
 
-def test_each_value_of_confirm_each_is_an_entry_with_its_trials_and_runs(tmp_path: Path) -> None:
+def test_each_value_of_confirm_each_is_an_entry_with_its_trials_and_runs(tmp_path):
     data = load_sweep_data(build_rank_sweep(tmp_path, {16: 1.68, 1: 1.75}, seeds=3))
 
     assert [arm.name for arm in data.arms] == ["frozen", "full", "lora-rank-1", "lora-rank-16"]

@@ -1,10 +1,7 @@
 """What TensorBoard reads: rows of the HParams tab, the best curves of a sweep's arms, and the answers."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -16,19 +13,19 @@ from lorasweep.report.tensorboard import ARM_TAG, HPARAMS_FOLDER, TENSORBOARD_FO
 
 
 @pytest.fixture
-def board(confirmed: Path) -> Path:
+def board(confirmed):
     """The TensorBoard folder of a confirmed sweep's report."""
     write_report(confirmed)
     return confirmed / "report" / TENSORBOARD_FOLDER
 
 
-def load(folder: Path) -> EventAccumulator:
+def load(folder):
     events = EventAccumulator(str(folder))
     events.Reload()
     return events
 
 
-def row_of(folder: Path) -> tuple[str, dict[str, object], dict[str, float]]:
+def row_of(folder):
     """Returns the name, the settings and the metrics of a row in HParams."""
     events = load(folder)
     content = events.summary_metadata[metadata.SESSION_START_INFO_TAG].plugin_data.content
@@ -37,7 +34,7 @@ def row_of(folder: Path) -> tuple[str, dict[str, object], dict[str, float]]:
     return start.group_name, settings, {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
 
 
-def test_row_has_numbers_as_numbers_and_the_rest_as_text(sweep: Path) -> None:
+def test_row_has_numbers_as_numbers_and_the_rest_as_text(sweep):
     run = sweep / "runs/full-0000"
     record = read_run(run)
     for rank in (4, 8):  # the second row replaces the first
@@ -52,7 +49,7 @@ def test_row_has_numbers_as_numbers_and_the_rest_as_text(sweep: Path) -> None:
     assert metrics["trainable_params"] == record.trainable_params
 
 
-def test_each_trial_has_a_row_and_winners_have_a_score_on_test_data(board: Path) -> None:
+def test_each_trial_has_a_row_and_winners_have_a_score_on_test_data(board):
     rows = [row_of(folder) for folder in (board / "trials").iterdir()]
     assert len(rows) == 25
     assert {settings["status"] for _, settings, _ in rows} == {"complete", "pruned", "failed"}
@@ -60,7 +57,7 @@ def test_each_trial_has_a_row_and_winners_have_a_score_on_test_data(board: Path)
     assert sorted(str(row[1]["arm"]) for row in rows if "test/bits_per_byte" in row[2]) == ["frozen", "full", "lora"]
 
 
-def test_the_best_curves_of_all_arms_have_one_tag_so_that_they_are_one_chart(board: Path) -> None:
+def test_the_best_curves_of_all_arms_have_one_tag_so_that_they_are_one_chart(board):
     tag = f"{ARM_TAG}/bits_per_byte"
     curves = {arm: load(board / "arms" / arm).Scalars(tag) for arm in ("frozen", "full", "lora")}
     assert [point.step for point in curves["lora"]] == [0, 25, 50, 75, 100, 125, 150]
@@ -68,7 +65,7 @@ def test_the_best_curves_of_all_arms_have_one_tag_so_that_they_are_one_chart(boa
     assert len({point.value for point in curves["frozen"]}) == 1
 
 
-def test_report_loads_neither_torch_nor_optuna() -> None:
+def test_report_loads_neither_torch_nor_optuna():
     unwanted = {"torch", "lightning", "optuna", "tensorflow", "transformers"}
     code = f"import sys, lorasweep.report; print(*({unwanted} & {{*sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

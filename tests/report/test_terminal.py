@@ -1,14 +1,10 @@
 """The report in the terminal."""
 
-from __future__ import annotations
-
 import io
 import re
-from pathlib import Path
-from typing import Any
 
 import pytest
-from rich.console import Console, RenderableType
+from rich.console import Console
 
 from lorasweep.errors import ConfigError
 from lorasweep.report import render_terminal
@@ -18,22 +14,22 @@ from lorasweep.report.terminal import render_spread
 from .conftest import build_rank_sweep, edit_json
 
 
-def shown(renderable: RenderableType, *, width: int = 200) -> str:
+def shown(renderable, *, width=200):
     console = Console(width=width, record=True, file=io.StringIO())
     console.print(renderable)
     return console.export_text()
 
 
-def test_findings_are_shown_if_asked_for(sweep: Path) -> None:
+def test_findings_are_shown_if_asked_for(sweep):
     finding = summarize(sweep).sentences[0].split(".")[0]
     assert finding not in shown(render_terminal(sweep), width=1000)
     assert finding in shown(render_terminal(sweep, verbose=True), width=1000)
 
 
-def test_a_value_without_a_complete_trial_shows_its_best_so_far(tmp_path: Path) -> None:
+def test_a_value_without_a_complete_trial_shows_its_best_so_far(tmp_path):
     sweep = build_rank_sweep(tmp_path, {1: 1.8, 16: 1.662})
 
-    def pause(raw: dict[str, Any]) -> None:
+    def pause(raw):
         raw.update(settings=[], confirm=[])
         for trial in raw["trials"]:
             trial["state"] = "paused" if trial["params"].get("method.rank") == 1 else trial["state"]
@@ -42,7 +38,7 @@ def test_a_value_without_a_complete_trial_shows_its_best_so_far(tmp_path: Path) 
     assert re.search(r"1\.80+ \(paused\)", shown(render_terminal(sweep)))
 
 
-def test_several_sweeps_have_a_row_per_subject_with_the_spread_of_their_scores(tmp_path: Path) -> None:
+def test_several_sweeps_have_a_row_per_subject_with_the_spread_of_their_scores(tmp_path):
     sweeps = [build_rank_sweep(tmp_path / name, {4: score, 16: 1.7}) for name, score in (("one", 1.75), ("two", 1.78))]
     text = shown(render_spread(sweeps))
     values = []

@@ -1,20 +1,17 @@
 """The files that a report consists of."""
 
-from __future__ import annotations
-
 import csv
 import json
-from pathlib import Path
 
 from lorasweep.report import write_report
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
+def read_csv(path):
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def test_files_have_a_line_per_trial_evaluation_and_confirm_run(confirmed: Path) -> None:
+def test_files_have_a_line_per_trial_evaluation_and_confirm_run(confirmed):
     summary = write_report(confirmed)
     trials = read_csv(confirmed / "report/trials.csv")
     assert len(trials) == 25

@@ -1,10 +1,7 @@
 """What is exported loads in PEFT and transformers and computes what the run does; what fails leaves nothing behind."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from pathlib import Path
 
 import peft
 import pytest
@@ -171,7 +168,7 @@ def copied(trained, tmp_path):
     return shutil.copytree(trained(), tmp_path / "run")
 
 
-def change_record(run: Path, **fields) -> None:
+def change_record(run, **fields):
     record = read_run(run)
     for name, value in fields.items():
         setattr(record, name, value)

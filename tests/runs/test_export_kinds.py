@@ -1,7 +1,5 @@
 """Classifiers are exported with what tells their labels, and their new head."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

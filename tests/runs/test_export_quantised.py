@@ -1,7 +1,5 @@
 """A run on a quantised base is exported as an adapter for it, or merged into the unquantised weights."""
 
-from __future__ import annotations
-
 import peft
 import pytest
 import torch

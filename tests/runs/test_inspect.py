@@ -1,7 +1,5 @@
 """A run inspected from its folder: the files have what was found, nothing else changes, and a sweep goes arm by arm."""
 
-from __future__ import annotations
-
 import csv
 import json
 import shutil

@@ -1,7 +1,5 @@
 """A run is repeated from its record: bit for bit here, and where it is not, the first step and the reason are named."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

@@ -1,21 +1,11 @@
 """Two sweeps are compared proposal by proposal, step by step; the first difference has its trial, step and key."""
 
-from __future__ import annotations
-
 import json
 import shutil
 
 import pytest
 
-from lorasweep.record import (
-    ArmRow,
-    RunRecord,
-    SettingRow,
-    SweepRecord,
-    Trial,
-    read_sweep,
-    write_record,
-)
+from lorasweep.record import ArmRow, RunRecord, SettingRow, SweepRecord, Trial, read_sweep, write_record
 from lorasweep.runs.reproduce import compare_sweeps
 
 STEPS = [

@@ -1,15 +1,11 @@
 """A server's process: where its program is, which port is free, who runs it, and that it ends with the tests."""
 
-from __future__ import annotations
-
 import os
 import pwd
 import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import pytest
 
@@ -20,12 +16,12 @@ ELSEWHERE = ("/usr/sbin", "/usr/local/sbin")
 """Where Debian keeps servers that are not on a user's path."""
 
 
-def find_program(name: str) -> str | None:
+def find_program(name):
     """Returns a program's path."""
     return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *ELSEWHERE]))
 
 
-def need(programs: Iterable[str], *, packages: str) -> None:
+def need(programs, *, packages):
     """Skips the test with a reason where a program isn't installed; fails it where servers are required."""
     missing = [name for name in ("setpriv", *programs) if find_program(name) is None]
     if not missing:
@@ -36,14 +32,14 @@ def need(programs: Iterable[str], *, packages: str) -> None:
     pytest.skip(reason)
 
 
-def find_free_port() -> int:
+def find_free_port():
     """Returns a port that nobody listens on at this moment."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
-def find_servant(*names: str) -> str | None:
+def find_servant(*names):
     """Returns the user to run a server as that refuses to be run by root; None where the tests aren't root's."""
     if os.getuid() != 0:
         return None
@@ -51,14 +47,7 @@ def find_servant(*names: str) -> str | None:
     return next(name for name in (*names, "nobody") if name in known)
 
 
-def start_daemon(
-    words: Iterable[str | Path],
-    *,
-    log: Path,
-    user: str | None = None,
-    environment: dict[str, str] | None = None,
-    folder: Path | None = None,
-) -> subprocess.Popen[bytes]:
+def start_daemon(words, *, log, user=None, environment=None, folder=None):
     """Starts a server in the foreground; it gets SIGKILL when this process is gone, however that ends."""
     program, *rest = (str(word) for word in words)
     path = find_program(program)
@@ -78,7 +67,7 @@ def start_daemon(
         )
 
 
-def wait_until(condition: Callable[[], bool], what: str, *, seconds: float = PATIENCE_S, every: float = 0.05) -> None:
+def wait_until(condition, what, *, seconds=PATIENCE_S, every=0.05):
     """Waits for something, or fails and says for what."""
     deadline = time.monotonic() + seconds
     while not condition():

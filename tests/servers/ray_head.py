@@ -1,7 +1,5 @@
 """A Ray head on 127.0.0.1, as a process of its own, for tests of nodes that join a sweep's cluster."""
 
-from __future__ import annotations
-
 import json
 import os
 import secrets
@@ -10,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 LOOPBACK = Path(__file__).parent / "ray_loopback"
 """For PYTHONPATH of every process that starts a part of Ray."""
@@ -19,7 +16,7 @@ LOOPBACK = Path(__file__).parent / "ray_loopback"
 class RayHead:
     """The head of a sweep's cluster, which writes its address into the sweep's folder; it ends with this process."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder):
         token = folder / "ray.token"
         if not token.exists():
             token.touch(0o600)
@@ -34,27 +31,27 @@ class RayHead:
         )
         self._ask("address")
 
-    def nodes(self) -> list[str]:
+    def nodes(self):
         """The names of the nodes that joined and are there."""
         return sorted(self._ask("nodes"))
 
-    def run_on(self, node: str) -> dict[str, str]:
+    def run_on(self, node):
         """Runs a task on a node, and returns the environment that it saw there."""
         return dict(self._ask(f"run {node}"))
 
-    def kill(self) -> None:
+    def kill(self):
         """Ends the head and its part of Ray at once."""
         self._process.kill()
         self._process.communicate()
         shutil.rmtree(self._temporary, ignore_errors=True)
 
-    def _ask(self, question: str) -> Any:
+    def _ask(self, question):
         self._process.stdin.write(question + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
 
-def _serve(folder: Path, temporary: str) -> None:
+def _serve(folder, temporary):
     import ray  # noqa: PLC0415
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: PLC0415
 
@@ -76,7 +73,7 @@ def _serve(folder: Path, temporary: str) -> None:
     for question in sys.stdin:
         word, _, name = question.strip().partition(" ")
         nodes = {node["NodeName"]: node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != head}
-        answer: Any = address
+        answer = address
         if word == "nodes":
             answer = list(nodes)
         elif word == "run":

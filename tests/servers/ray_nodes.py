@@ -4,8 +4,6 @@ Prints its address. Reads `add`, `add FOLDER` (a node that imports from that fol
 input and repeats the word once that is done. Ends with its standard input.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 
@@ -15,7 +13,7 @@ from ray.cluster_utils import Cluster
 NODE = {"include_dashboard": False, "object_store_memory": 80 * 2**20}
 
 
-def main() -> None:
+def main():
     """Serves until standard input ends."""
     cores = int(sys.argv[1])
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cores, "node_ip_address": "127.0.0.1", **NODE})

@@ -1,7 +1,5 @@
 """Slurm on one node with 2 CPUs: munge, slurmctld and slurmd as this user's own processes, on ports of 127.0.0.1."""
 
-from __future__ import annotations
-
 import contextlib
 import getpass
 import os
@@ -11,7 +9,6 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,11 +61,11 @@ class Slurm:
     _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
-    def environment(self) -> dict[str, str]:
+    def environment(self):
         """Makes Slurm's commands, and submitit, speak to this cluster."""
         return {"SLURM_CONF": str(self._settings)}
 
-    def start(self) -> None:
+    def start(self):
         """Starts it, and returns when the node takes jobs."""
         key = self.folder / "munge.key"
         key.touch(0o600)
@@ -95,7 +92,7 @@ class Slurm:
         self._start("slurmd", "-D", "-N", NODE)
         self.wait_for_node("idle")
 
-    def stop(self) -> None:
+    def stop(self):
         """Ends every process of the cluster and of its jobs."""
         for name in ("slurmd", "slurmctld", "munged"):
             process = self._processes.pop(name, None)
@@ -108,27 +105,27 @@ class Slurm:
                     process.kill()
             time.sleep(0.01)
 
-    def run(self, *words: str) -> str:
+    def run(self, *words):
         """Runs one of Slurm's commands and returns what it printed."""
         done = subprocess.run(words, env=os.environ | self.environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
-    def jobs(self) -> dict[str, str]:
+    def jobs(self):
         """The state of every job and array task that has not ended, by its id: `RUNNING`, `PENDING`, ..."""
         rows = self.run("squeue", "--noheader", "--array", "--format=%i %T").splitlines()
         return dict(row.split() for row in rows)
 
-    def tell(self, job: str) -> dict[str, str]:
+    def tell(self, job):
         """What Slurm knows of a job: `JobState`, `Restarts`, `Reason`, ..."""
         words = self.run("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait_for_jobs(self, states: dict[str, str]) -> None:
+    def wait_for_jobs(self, states):
         """Waits until exactly these jobs are left, in these states."""
         wait_until(lambda: self.jobs() == states, lambda: f"{states}: {self.jobs()}", every=0.2)
 
-    def wait_for_node(self, *states: str) -> None:
+    def wait_for_node(self, *states):
         """Waits until the node is in one of these states (`idle`, `draining`, ...)."""
         told = ["sinfo", "--noheader", "--format=%T"]
         env = os.environ | self.environment
@@ -138,11 +135,11 @@ class Slurm:
             every=0.1,
         )
 
-    def hurry(self, job: str) -> None:
+    def hurry(self, job):
         """Lets a job that was requeued start at once, not after Slurm's two minutes, and waits until it runs."""
         wait_until(lambda: self._runs(job), lambda: f"it runs again: {self.tell(job)}, {self.run('sinfo')}", every=0.5)
 
-    def clear(self) -> None:
+    def clear(self):
         """Cancels every job, and lets the node take jobs again."""
         self.run("scancel", "--quiet", "--user", getpass.getuser())
         self.wait_for_jobs({})
@@ -150,11 +147,11 @@ class Slurm:
             self.run("scontrol", "update", f"NodeName={NODE}", "State=RESUME")
             self.wait_for_node("idle")
 
-    def processes(self) -> list[psutil.Process]:
+    def processes(self):
         """The processes of this cluster's jobs, of their steps, and those that they started."""
         return [process for process in psutil.process_iter() if self._owns(process)]
 
-    def _owns(self, process: psutil.Process) -> bool:
+    def _owns(self, process):
         try:
             if " ".join(process.cmdline()).startswith(STEP_TITLE):  # the title lies where its environment was
                 return process.cwd() == str(self.folder)
@@ -163,25 +160,25 @@ class Slurm:
             return False
         return given.get("SLURM_CONF") == str(self._settings) and "SLURM_JOB_ID" in given
 
-    def _runs(self, job: str) -> bool:
+    def _runs(self, job):
         told = self.tell(job)
         if told["JobState"] == "PENDING":  # its time to begin is set again when the last of its processes has ended
             self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
         return told["JobState"] == "RUNNING"
 
-    def _start(self, program: str, *words: str) -> None:
+    def _start(self, program, *words):
         log = self.folder / f"{program}.txt"
         self._processes[program] = start_daemon(
             [program, *words], log=log, environment=self.environment, folder=self.folder
         )
 
     @property
-    def _settings(self) -> Path:
+    def _settings(self):
         return self.folder / "slurm.conf"
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items):
     """Marks every test that starts Slurm."""
     for item in items:
         if "slurm_server" in getattr(item, "fixturenames", ()):
@@ -189,7 +186,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def slurm_server() -> Iterator[Slurm]:
+def slurm_server():
     """A Slurm cluster of this machine alone."""
     need(["munged", "slurmctld", "slurmd", "sbatch"], packages="slurm-wlm munge")
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
@@ -203,7 +200,7 @@ def slurm_server() -> Iterator[Slurm]:
 
 
 @pytest.fixture
-def slurm(slurm_server: Slurm, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slurm]:
+def slurm(slurm_server, monkeypatch):
     """A Slurm cluster with no jobs, to which the commands of this process and its children speak."""
     for name, value in slurm_server.environment.items():
         monkeypatch.setenv(name, value)

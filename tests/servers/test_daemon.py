@@ -1,7 +1,5 @@
 """A server that isn't installed is a reason to skip, or a failure where servers are required."""
 
-from __future__ import annotations
-
 import pytest
 
 from .daemon import REQUIRED, need

@@ -1,36 +1,30 @@
 """Sweeps with made-up runs, whose scores are computed from their settings instead of trained."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import yaml
-from optuna.storages import BaseStorage
 from torch import nn
 
 import lorasweep.sweep.workers.worker as worker_file
 from lorasweep.config.data import get_built_in_metric
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import Diverged, WorkerError
-from lorasweep.record import RunRecord, Trial, read_run, write_record
-from lorasweep.sweep.controller.folder import SweepFolder
+from lorasweep.record import RunRecord, read_run, write_record
 from lorasweep.sweep.controller.lifecycle import create_sweep, reopen_sweep
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.workers.train import train_sweep
 from lorasweep.training.checkpoint import PackState, write_pack_state
-from lorasweep.training.packs.slot_run import RunRequest, SlotEvaluation
-from lorasweep.training.run_log import RunFolder
+from lorasweep.training.packs.slot_run import SlotEvaluation
 from lorasweep.training.telemetry import Telemetry
 
-CONTENT: dict[str, Any] = {
+CONTENT = {
     "name": "made_up",
     "description": "three arms",
     "settings": {
@@ -58,22 +52,22 @@ CONTENT: dict[str, Any] = {
 
 
 @pytest.fixture
-def three_arms() -> dict[str, Any]:
+def three_arms():
     """A sweep file's content, to change."""
     return copy.deepcopy(CONTENT)
 
 
 @pytest.fixture
-def content(three_arms: dict[str, Any]) -> dict[str, Any]:
+def content(three_arms):
     """A sweep file's content, to change."""
     return three_arms
 
 
 @pytest.fixture
-def write_file(tmp_path: Path) -> Callable[[Any], Path]:
+def write_file(tmp_path):
     """Writes a sweep file and returns where it is."""
 
-    def write(content: Any) -> Path:
+    def write(content):
         path = tmp_path / "made_up.yaml"
         path.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
         return path
@@ -88,12 +82,12 @@ class Killed(BaseException):
 WRITES = ("create_new_trial", "set_trial_user_attr", "set_trial_intermediate_value", "set_trial_state_values")
 
 
-def kill_at(monkeypatch: pytest.MonkeyPatch, storage: BaseStorage, count: int, *, after: bool) -> None:
+def kill_at(monkeypatch, storage, count, *, after):
     """Raises `Killed` at the write of this number to the storage, before it or right after it."""
     left = [count]
 
-    def wrap(write: Any) -> Any:
-        def call(*arguments: Any, **named: Any) -> Any:
+    def wrap(write):
+        def call(*arguments, **named):
             left[0] -= 1
             if left[0] == 0 and not after:
                 raise Killed
@@ -134,7 +128,7 @@ class MadeUpRuns:
     raised: list[Exception] = field(default_factory=list)
     """Errors that a test asked for, as they were raised."""
 
-    def score_run(self, folder: Path, *, inputs: Any, retained: Any = None) -> RunRecord:
+    def score_run(self, folder, *, inputs, retained=None):
         assert not self.base_is_in_use
         record = read_run(folder)
         assert record.status == "complete"
@@ -145,16 +139,7 @@ class MadeUpRuns:
             write_record(record, folder)
         return record
 
-    def __call__(
-        self,
-        config: RunConfig,
-        run_folder: RunFolder,
-        *,
-        inputs: Any,
-        on_evaluation: Callable[[int, dict[str, float]], bool],
-        stop_requested: Callable[[], bool],
-        resume: bool,
-    ) -> RunRecord:
+    def __call__(self, config, run_folder, *, inputs, on_evaluation, stop_requested, resume):
         assert resume
         assert run_folder.arm is not None
         self.begun.append((run_folder.arm, run_folder.trial))
@@ -169,7 +154,7 @@ class MadeUpRuns:
                 return self.close(config, run_folder.path, step, "interrupted")
         return self.close(config, run_folder.path, last, "complete")
 
-    def evaluate(self, config: RunConfig, folder: Path, step: int) -> float:
+    def evaluate(self, config, folder, step):
         """Trains a run up to its next evaluation and returns its score there."""
         self.configs[folder] = config
         self.steps_trained += config.trainer.eval_every_steps
@@ -181,7 +166,7 @@ class MadeUpRuns:
         self.values.setdefault(folder, {})[step] = value
         return value
 
-    def close(self, config: RunConfig, folder: Path, step: int, status: Any) -> RunRecord:
+    def close(self, config, folder, step, status):
         """Writes a run's record and returns it."""
         value, best = min((value, at) for at, value in self.values[folder].items() if at <= step)
         record = RunRecord(
@@ -213,17 +198,7 @@ class MadeUpPacks:
     trained: list[tuple[str, int]] = field(default_factory=list)
     """Folder name and step of each evaluation, in order."""
 
-    def __call__(
-        self,
-        jobs: Sequence[RunRequest],
-        *,
-        inputs: Any,
-        slots: int,
-        next_run: Callable[[], RunRequest | None],
-        on_evaluation: Callable[[Sequence[SlotEvaluation]], Sequence[bool]],
-        state_file: Path,
-        stop_requested: Callable[[], bool],
-    ) -> bool:
+    def __call__(self, jobs, *, inputs, slots, next_run, on_evaluation, state_file, stop_requested):
         assert len(jobs) <= slots
         self.sizes.append(len(jobs))
         self.runs.base_is_in_use = True
@@ -240,15 +215,7 @@ class MadeUpPacks:
         finally:
             self.runs.base_is_in_use = False
 
-    def _train(
-        self,
-        jobs: list[RunRequest],
-        most: int,
-        supply: Callable[[], RunRequest | None],
-        on_evaluation: Callable[[Sequence[SlotEvaluation]], Sequence[bool]],
-        state_file: Path,
-        stop_requested: Callable[[], bool],
-    ) -> bool:
+    def _train(self, jobs, most, supply, on_evaluation, state_file, stop_requested):
         trainer = jobs[0].config.trainer
         steps = {job: self._first_step(job) for job in jobs}
         self._commit(jobs, steps, state_file)
@@ -264,7 +231,7 @@ class MadeUpPacks:
                 for job, value in zip(living, values, strict=True)
             ]
             goes_on = dict(zip(living, on_evaluation(evaluated) if living else [], strict=True))
-            slots: list[RunRequest | None] = [
+            slots = [
                 job if job in goes_on and not self._ends(job, steps[job], goes_on=goes_on[job]) else None
                 for job in jobs
             ]
@@ -279,7 +246,7 @@ class MadeUpPacks:
             self._commit(jobs, steps, state_file)
         return True
 
-    def _advance(self, job: RunRequest, steps: dict[RunRequest, int], *, every: int) -> bool:
+    def _advance(self, job, steps, *, every):
         """Trains a slot up to its next evaluation and returns whether its run goes on."""
         steps[job] += every
         self.trained.append((job.run_folder.path.name, steps[job]))
@@ -290,7 +257,7 @@ class MadeUpPacks:
             return False
         return True
 
-    def _ends(self, job: RunRequest, step: int, *, goes_on: bool) -> bool:
+    def _ends(self, job, step, *, goes_on):
         done = step == job.config.trainer.max_steps
         if not done and goes_on:
             return False
@@ -299,16 +266,16 @@ class MadeUpPacks:
         job.on_end(self.runs.close(job.config, job.run_folder.path, step, "complete" if done else "paused"))
         return True
 
-    def _first_step(self, job: RunRequest) -> int:
+    def _first_step(self, job):
         kept = self.checkpoints.get(job.run_folder.path, set())
         assert job.start_step is None or job.start_step == 0 or job.start_step in kept
         return max(kept, default=0) if job.start_step is None else job.start_step
 
-    def _interrupt(self, job: RunRequest, step: int) -> None:
+    def _interrupt(self, job, step):
         if step:
             self.runs.close(job.config, job.run_folder.path, step, "interrupted")
 
-    def _commit(self, jobs: Sequence[RunRequest], steps: Mapping[RunRequest, int], state_file: Path) -> None:
+    def _commit(self, jobs, steps, state_file):
         if not jobs:
             state_file.unlink(missing_ok=True)
             return
@@ -319,7 +286,7 @@ class MadeUpPacks:
 
 
 @pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> MadeUpRuns:
+def runs(monkeypatch):
     """The made-up runs of this test's sweeps."""
     made_up = MadeUpRuns()
     monkeypatch.setattr(worker_file, "train_run", made_up)
@@ -328,7 +295,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> MadeUpRuns:
 
 
 @pytest.fixture
-def packs(runs: MadeUpRuns, monkeypatch: pytest.MonkeyPatch) -> MadeUpPacks:
+def packs(runs, monkeypatch):
     """The made-up packs of this test's sweeps."""
     made_up = MadeUpPacks(runs)
     monkeypatch.setattr(worker_file, "train_pack", made_up)
@@ -338,7 +305,7 @@ def packs(runs: MadeUpRuns, monkeypatch: pytest.MonkeyPatch) -> MadeUpPacks:
 class NoInputs:
     """Made-up runs need neither model nor data, but for a test split that notes when it is read."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.test_reads = 0
         self.telemetry = Telemetry()
         self.splits = self
@@ -346,19 +313,19 @@ class NoInputs:
             new_head_names=("head",), labels=None, model=nn.ModuleDict({"head": nn.Identity()})
         )
 
-    def load(self, config: RunConfig) -> NoInputs:
+    def load(self, config):
         return self
 
-    def test(self) -> SimpleNamespace:
+    def test(self):
         self.test_reads += 1
         return SimpleNamespace(notes=())
 
 
 @pytest.fixture
-def begin(write_file: Callable[[Any], Path], tmp_path: Path) -> Callable[..., SweepFolder]:
+def begin(write_file, tmp_path):
     """Makes a sweep's folder from a file's content and overrides."""
 
-    def make(content: Any, *overrides: str, folder: str = "sweep", constant_answer: float | None = None) -> SweepFolder:
+    def make(content, *overrides, folder="sweep", constant_answer=None):
         definition, metric = read_definition(write_file(content), overrides), get_built_in_metric("bits_per_byte")
         return create_sweep(definition, tmp_path / folder, metric=metric, constant_answer=constant_answer)
 
@@ -366,22 +333,16 @@ def begin(write_file: Callable[[Any], Path], tmp_path: Path) -> Callable[..., Sw
 
 
 @pytest.fixture
-def work() -> Callable[..., bool]:
+def work():
     """Runs the rest of an open sweep and closes it.
 
     `stop_at` stops it when the worker asks for the n-th time whether to stop, `stop_when` as soon as it returns True.
     """
 
-    def run(
-        folder: SweepFolder,
-        *,
-        stop_at: int | None = None,
-        stop_when: Callable[[], bool] = lambda: False,
-        inputs_cache: Any = None,
-    ) -> bool:
+    def run(folder, *, stop_at=None, stop_when=lambda: False, inputs_cache=None):
         asked = itertools.count(1)
 
-        def stop_requested() -> bool:
+        def stop_requested():
             return stop_when() or (stop_at is not None and next(asked) >= stop_at)
 
         return train_sweep(
@@ -394,10 +355,10 @@ def work() -> Callable[..., bool]:
 
 
 @pytest.fixture
-def finish(work: Callable[..., bool]) -> Callable[..., int]:
+def finish(work):
     """Resumes a sweep until it is complete, and returns the number of sessions; `stop_at` ends each of them early."""
 
-    def run(path: Path, *, stop_at: int | None = None) -> int:
+    def run(path, *, stop_at=None):
         sessions = 1
         while not work(reopen_sweep(path), stop_at=stop_at):
             sessions += 1
@@ -408,11 +369,11 @@ def finish(work: Callable[..., bool]) -> Callable[..., int]:
 
 
 @pytest.fixture
-def inputs_cache() -> NoInputs:
+def inputs_cache():
     """Stands in for base models and data; notes reads of the test split."""
     return NoInputs()
 
 
-def of_arm(rows: list[Trial], arm: str) -> list[Trial]:
+def of_arm(rows, arm):
     """Returns the trials of one arm."""
     return [row for row in rows if row.arm == arm]

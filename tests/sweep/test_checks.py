@@ -1,7 +1,5 @@
 """Each arm is checked against its base model and data before anything is written."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

@@ -1,7 +1,5 @@
 """The examples in the guide to sweeps work: its file is a sweep, and its overrides are taken."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from pathlib import Path

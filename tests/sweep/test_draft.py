@@ -1,7 +1,5 @@
 """`lorasweep new`: a sweep file for data that it has not seen."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

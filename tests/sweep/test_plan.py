@@ -1,7 +1,5 @@
 """A plan counts runs and steps exactly, and measures one training of each group of arms with the sweep's own code."""
 
-from __future__ import annotations
-
 import io
 import tempfile
 

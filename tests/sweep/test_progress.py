@@ -1,7 +1,5 @@
 """A sweep is shown while it runs, on a terminal, in a pipe or by a caller's function; looking at it changes nothing."""
 
-from __future__ import annotations
-
 import io
 import os
 import threading

@@ -1,7 +1,5 @@
 """`retain`: further data sets on which the frozen base and each confirm run are scored once."""
 
-from __future__ import annotations
-
 import sys
 from collections import Counter
 

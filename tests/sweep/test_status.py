@@ -1,7 +1,5 @@
 """How a sweep stands is read from its files alone, while they are written and whatever else is beside them."""
 
-from __future__ import annotations
-
 import fcntl
 import io
 import os

@@ -1,7 +1,5 @@
 """Learning rates that are carried over: `search.steps_fraction` and `lorasweep transfer`."""
 
-from __future__ import annotations
-
 import sys
 
 import pytest

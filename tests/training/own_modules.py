@@ -1,7 +1,5 @@
 """Two modules as users write them: they use nothing of lorasweep but `record_scores`."""
 
-from __future__ import annotations
-
 import lightning
 import torch
 from sklearn.datasets import load_digits

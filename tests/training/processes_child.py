@@ -1,7 +1,5 @@
 """What a process of the tests of several processes runs; not a test. Prints nothing: what is to be seen is on disk."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

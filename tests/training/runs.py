@@ -1,7 +1,5 @@
 """Trains runs of a few steps, and reads what they logged."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 

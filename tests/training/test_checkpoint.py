@@ -1,10 +1,7 @@
 """A damaged checkpoint is noticed, never opened, and the one before it is used; a pack's state file likewise."""
 
-from __future__ import annotations
-
 import os
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -34,11 +31,11 @@ def run(tmp_path):
     return tmp_path
 
 
-def save(folder: Path, step: int, kind="last") -> None:
+def save(folder, step, kind="last"):
     save_checkpoint(folder, kind=kind, step=step, save=lambda path: torch.save({"w": torch.full((9,), step)}, path))
 
 
-def newest(folder: Path) -> Path:
+def newest(folder):
     return max(folder.glob("last-*.ckpt"))
 
 

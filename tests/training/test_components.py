@@ -1,7 +1,5 @@
 """Runs with parts that settings name by `_target_` train, resume exactly, and are recorded to be repeated."""
 
-from __future__ import annotations
-
 import csv
 from typing import ClassVar
 
@@ -80,7 +78,7 @@ def csv_rows(folder):
 class Memory(Logger):
     """A logger of a user's own, which keeps what it is told."""
 
-    runs: ClassVar[list[Memory]] = []
+    runs: ClassVar[list[Logger]] = []
 
     def __init__(self, run_name, tag="none"):
         super().__init__()

@@ -1,7 +1,5 @@
 """What a record says about the machine, and which device and precision `auto` chooses."""
 
-from __future__ import annotations
-
 import dataclasses
 import subprocess
 

@@ -1,7 +1,5 @@
 """Who starts the processes of a run is found, and what one process raises reaches the others."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -9,12 +7,7 @@ from lorasweep.config.compose import compose_run
 from lorasweep.errors import ConfigError, OutOfMemory, RanksLost, RunError
 from lorasweep.training.failures import explain_failure, take_failure_note
 from lorasweep.training.fsdp import check_shardable
-from lorasweep.training.processes import (
-    build_strategy,
-    find_launch,
-    join_processes,
-    run_on_first,
-)
+from lorasweep.training.processes import build_strategy, find_launch, join_processes, run_on_first
 
 
 def trainer_of(**settings):

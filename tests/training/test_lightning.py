@@ -1,7 +1,5 @@
 """TrainingModule and DataModule under a user's own Trainer: Lightning's parts work, and the numbers are our own."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The memory that a machine has and that a forward pass keeps is counted."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

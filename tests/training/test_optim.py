@@ -1,7 +1,5 @@
 """Optimizers' groups and the schedules' values, worked out by hand or by transformers."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import transformers
@@ -13,12 +11,7 @@ from lorasweep.config.compose import compose_run
 from lorasweep.config.run import OptimConfig, ScheduleConfig
 from lorasweep.errors import ConfigError
 from lorasweep.methods import ParameterGroup
-from lorasweep.training.optim import (
-    build_optimizer,
-    build_schedule,
-    check_optim,
-    schedule_factor,
-)
+from lorasweep.training.optim import build_optimizer, build_schedule, check_optim, schedule_factor
 
 OPTIM = OptimConfig(
     name="adamw",

@@ -1,7 +1,5 @@
 """A run is scored by a metric that `data.metric._target_` names: alone, in a pack, and on test data."""
 
-from __future__ import annotations
-
 import pytest
 from tests.training.runs import train_together
 

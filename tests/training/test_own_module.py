@@ -1,7 +1,5 @@
 """A user's own LightningModule trains with each method, resumes exactly, and every mistake in it is one sentence."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Several processes train a run as one does, and end alike whatever happens to one: two real ones, over gloo."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

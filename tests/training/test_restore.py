@@ -1,7 +1,5 @@
 """A run's folder gives back the model that it trained; what does not fit its record is refused."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

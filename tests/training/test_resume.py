@@ -1,7 +1,5 @@
 """A run that was stopped, killed or paused resumes, and ends as if nothing had happened."""
 
-from __future__ import annotations
-
 import errno
 import itertools
 import shutil

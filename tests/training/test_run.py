@@ -1,22 +1,12 @@
 """A run can be repeated, and its folder says how it ended."""
 
-from __future__ import annotations
-
 import itertools
 import math
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.training.runs import (
-    ADAPTER,
-    damage,
-    evaluations,
-    losses,
-    out_of_memory_above,
-    settings_of,
-    train,
-)
+from tests.training.runs import ADAPTER, damage, evaluations, losses, out_of_memory_above, settings_of, train
 
 from lorasweep.errors import Diverged, OutOfMemory
 from lorasweep.models.load import fingerprint_weights

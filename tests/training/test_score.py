@@ -1,7 +1,5 @@
 """A finished run's best weights are scored on the test split, once, with a line per row."""
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import math

@@ -1,7 +1,5 @@
 """Each second of a worker belongs to one phase, and tokens are counted once."""
 
-from __future__ import annotations
-
 import dataclasses
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """Ten steps of our training path under Lightning's Trainer, in float64, against PEFT and full fine-tuning by hand."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 

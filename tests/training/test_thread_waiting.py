@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -13,7 +11,7 @@ from lorasweep.training.torch_variables import set_torch_variables
 NUM_CORES = len(os.sched_getaffinity(0))
 
 
-def spin_count_of_openmp(code: str, **environment: str) -> int:
+def spin_count_of_openmp(code, **environment):
     """Returns the number that OpenMP itself shows when a process that runs this code loads it."""
     done = subprocess.run(
         [sys.executable, "-c", code],

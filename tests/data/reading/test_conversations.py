@@ -1,7 +1,5 @@
 """Prompts with completions and lists of messages become conversations that end with the assistant."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

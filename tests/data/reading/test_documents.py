@@ -1,7 +1,5 @@
 """Files and folders become documents, and the ends of few documents are split off where lines end."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

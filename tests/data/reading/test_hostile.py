@@ -1,7 +1,5 @@
 """Damaged data files are read or refused in one sentence, in time and without a file left behind."""
 
-from __future__ import annotations
-
 import dataclasses
 import datetime
 import decimal

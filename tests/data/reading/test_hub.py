@@ -1,7 +1,5 @@
 """A data set of the hub is read from a folder or the cache without network, and what can't be had is one sentence."""
 
-from __future__ import annotations
-
 import datasets
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value

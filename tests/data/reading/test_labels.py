@@ -1,7 +1,5 @@
 """Labels become indices or numbers by rules that are said, tables become texts with labels, and misfits are named."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

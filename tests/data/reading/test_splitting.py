@@ -1,7 +1,5 @@
 """An example's split is decided by its own content, no split is empty, and equal examples are never in two."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

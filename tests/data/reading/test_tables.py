@@ -1,7 +1,5 @@
 """Tables of every kind keep their values, rows know their place, and columns are checked before any row is read."""
 
-from __future__ import annotations
-
 import csv
 import functools
 import gzip

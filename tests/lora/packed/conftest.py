@@ -1,36 +1,26 @@
 """A pack of a model beside the solo runs that its slots must equal."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lorasweep.lora import (
-    LoraConfig,
-    inject_lora,
-    inject_packed_lora,
-    lora_state,
-    set_dropout_streams,
-    slot_model,
-)
+from lorasweep.lora import inject_lora, inject_packed_lora, lora_state, set_dropout_streams, slot_model
 from lorasweep.lora.inject import replace_dropout
 from lorasweep.lora.packed.inject import find_slots
 
 
-def stream(seed: int) -> torch.Generator:
+def stream(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def get_trained(model: nn.Module) -> dict[str, Tensor]:
+def get_trained(model):
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def randomise(model: nn.Module, seed: int) -> None:
+def randomise(model, seed):
     """Gives all that trains random values, so that the change is not zero."""
     generator = stream(seed)
     with torch.no_grad():
@@ -46,7 +36,7 @@ class PackAndSolos:
     pack: nn.Module
     solos: list[nn.Module]
 
-    def run(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, inputs):
         """Outputs of the pack and of the solo models, dropout seeded alike, on slot-major inputs."""
         set_dropout_streams(self.pack, [stream(70 + slot) for slot in range(len(self.solos))])
         packed, separate = self.pack(inputs), []
@@ -56,7 +46,7 @@ class PackAndSolos:
                 separate.append(solo(rows))
         return packed, torch.cat(separate)
 
-    def assert_equal(self, inputs: Tensor) -> None:
+    def assert_equal(self, inputs):
         """Outputs and what a step of gradient descent makes of every slot are those of the solo models.
 
         Two steps: one as it comes, and one with stacks that are made once.
@@ -74,7 +64,7 @@ class PackAndSolos:
                 torch.testing.assert_close(lora_state(slot_model(self.pack, slot)), lora_state(solo))
 
 
-def descend(model: nn.Module) -> None:
+def descend(model):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.grad is not None:
@@ -83,10 +73,10 @@ def descend(model: nn.Module) -> None:
 
 
 @pytest.fixture
-def make_pack() -> Callable[..., PackAndSolos]:
+def make_pack():
     """Makes a pack in float64 whose slots have random values, and the solo models with the same values."""
 
-    def make(make_base: Callable[[], nn.Module], configs: Sequence[LoraConfig]) -> PackAndSolos:
+    def make(make_base, configs):
         pack = make_base().double()
         inject_packed_lora(pack, configs, generators=[stream(k) for k in range(len(configs))])
         pack.double()

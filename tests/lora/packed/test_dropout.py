@@ -1,21 +1,19 @@
-from __future__ import annotations
-
 from functools import partial
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lorasweep.lora import LoraConfig, inject_packed_lora, set_dropout_streams
 from lorasweep.lora.dropout import Dropout
 
 
-def stream(seed: int) -> torch.Generator:
+def stream(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def make_dropping(p: float = 0.3) -> nn.Module:
+def make_dropping(p=0.3):
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 8), nn.Dropout(p), nn.Linear(8, 6), nn.Dropout(p))
 
@@ -23,14 +21,14 @@ def make_dropping(p: float = 0.3) -> nn.Module:
 CONFIGS = [LoraConfig(rank=2, dropout=0.4), LoraConfig(rank=1), LoraConfig(rank=1, targets=("2",), dropout=0.2)]
 
 
-def test_masks_are_those_of_solo_runs(make_pack) -> None:
+def test_masks_are_those_of_solo_runs(make_pack):
     x = torch.randn(6, 5, 6, generator=stream(1), dtype=torch.float64)
     make_pack(make_dropping, CONFIGS).assert_equal(x)
 
 
 @pytest.mark.parametrize("shape", [(4, 5, 6), (4, 6)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_dropout_of_a_slot_is_that_of_a_solo_run(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_dropout_of_a_slot_is_that_of_a_solo_run(dtype, shape):
     model = make_dropping()
     inject_packed_lora(model, CONFIGS[:2])
     set_dropout_streams(model, [stream(8), stream(9)])
@@ -42,7 +40,7 @@ def test_dropout_of_a_slot_is_that_of_a_solo_run(dtype: torch.dtype, shape: tupl
             assert torch.equal(outputs[slot], Dropout(0.3)(rows))
 
 
-def test_evaluation_and_probability_zero_draw_nothing() -> None:
+def test_evaluation_and_probability_zero_draw_nothing():
     model = make_dropping(0.0)
     inject_packed_lora(model, CONFIGS[1:2])
     streams = [stream(8)]
@@ -59,10 +57,10 @@ def test_evaluation_and_probability_zero_draw_nothing() -> None:
 
 
 @pytest.mark.parametrize("model_drops", [True, False])
-def test_drawing_again_under_gradient_checkpointing_is_refused(model_drops: bool) -> None:
+def test_drawing_again_under_gradient_checkpointing_is_refused(model_drops):
     model = make_dropping(0.3 if model_drops else 0.0)
     inject_packed_lora(model, [LoraConfig(rank=1, dropout=0.0 if model_drops else 0.3)] * 2)
     run = partial(checkpoint, model, use_reentrant=False)
-    x: Tensor = torch.ones(2, 6, requires_grad=True)
+    x = torch.ones(2, 6, requires_grad=True)
     with pytest.raises(ValueError, match="activation checkpointing draws it again"):
         run(x).sum().backward()

@@ -1,8 +1,6 @@
-from __future__ import annotations
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorasweep.lora import LoraConfig, inject_lora, inject_packed_lora
 from lorasweep.lora.packed.fully_trained import packed_trained_modules
@@ -13,26 +11,26 @@ HEAD = ("head",)
 class Head(nn.Module):
     """A head of several layers with dropout between, which takes a mask and gives more than one thing."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.norm = nn.LayerNorm(6)
         self.dense = nn.Linear(6, 6)
         self.dropout = nn.Dropout(0.3)
         self.out = nn.Linear(6, 3, bias=False)
 
-    def forward(self, x: Tensor, *, mask: Tensor, scale: Tensor) -> dict[str, object]:
+    def forward(self, x, *, mask, scale):
         hidden = self.dropout(torch.tanh(self.dense(self.norm(x)))) * mask[:, None] * scale
         return {"logits": self.out(hidden), "kind": "head"}
 
 
 class Model(nn.Module):
-    def __init__(self, head: nn.Module) -> None:
+    def __init__(self, head):
         super().__init__()
         self.body = nn.Linear(4, 6)
         self.head = head
         self.takes_mask = isinstance(head, Head)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         hidden = self.body(x)
         if self.takes_mask:
             output = self.head(hidden, mask=(x[:, 0] > 0).to(x), scale=torch.tensor(2.0).to(x))
@@ -41,35 +39,35 @@ class Model(nn.Module):
         return self.head(hidden)
 
 
-def make_composite() -> nn.Module:
+def make_composite():
     torch.manual_seed(0)
     return Model(Head())
 
 
-def make_linear() -> nn.Module:
+def make_linear():
     torch.manual_seed(0)
     return Model(nn.Linear(6, 3))
 
 
-def make_without_bias() -> nn.Module:
+def make_without_bias():
     torch.manual_seed(0)
     return Model(nn.Linear(6, 3, bias=False))
 
 
-def rows(*, dtype: torch.dtype = torch.float64) -> Tensor:
+def rows(*, dtype=torch.float64):
     return torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
 @pytest.mark.parametrize("make", [make_composite, make_linear, make_without_bias])
 @pytest.mark.parametrize("some", [True, False])
-def test_heads_train_per_slot(make_pack, make, some: bool) -> None:
+def test_heads_train_per_slot(make_pack, make, some):
     first = LoraConfig(rank=1, targets=("body",), dropout=0.2, modules_to_save=() if some else HEAD)
     both = make_pack(make, [first, *[LoraConfig(rank=2, targets=("body",), modules_to_save=HEAD)] * 2])
     both.assert_equal(rows())
 
 
 @pytest.mark.parametrize("make", [make_composite, make_linear])
-def test_copies_are_fp32_beside_a_bf16_base(make) -> None:
+def test_copies_are_fp32_beside_a_bf16_base(make):
     config = LoraConfig(rank=1, targets=("body",), modules_to_save=HEAD)
     model = make().bfloat16().eval()
     inject_packed_lora(model, [config] * 2, generators=[torch.Generator().manual_seed(0)] * 2)

@@ -1,14 +1,12 @@
-from __future__ import annotations
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorasweep.lora import LoraConfig, inject_lora, inject_packed_lora, lora_state, slot_model, split_lora_parameters
 from lorasweep.lora.packed.inject import why_not_packable
 
 
-def stream(seed: int) -> torch.Generator:
+def stream(seed):
     return torch.Generator().manual_seed(seed)
 
 
@@ -19,7 +17,7 @@ CONFIGS = [
 ]
 
 
-def test_every_slot_starts_as_its_solo_run(make_model) -> None:
+def test_every_slot_starts_as_its_solo_run(make_model):
     model = make_model()
     coverages = inject_packed_lora(model, CONFIGS, generators=[stream(k) for k in range(3)])
     for slot, config in enumerate(CONFIGS):
@@ -31,13 +29,13 @@ def test_every_slot_starts_as_its_solo_run(make_model) -> None:
         assert all(torch.equal(value, expected[key]) for key, value in got.items())
 
 
-def test_starts_as_the_base_exactly(make_model, tokens: Tensor) -> None:
+def test_starts_as_the_base_exactly(make_model, tokens):
     model, base = make_model(), make_model()
     inject_packed_lora(model, [LoraConfig(rank=2), LoraConfig(rank=1), LoraConfig(rank=3, targets=("up",))])
     assert torch.equal(model(tokens), base(tokens))
 
 
-def test_the_parameters_of_the_slots_train_and_the_base_stays(make_model, tokens: Tensor) -> None:
+def test_the_parameters_of_the_slots_train_and_the_base_stays(make_model, tokens):
     model = make_model()
     base = dict(model.named_parameters())
     before = {name: p.detach().clone() for name, p in base.items()}
@@ -57,14 +55,14 @@ def test_the_parameters_of_the_slots_train_and_the_base_stays(make_model, tokens
         (LoraConfig(init="pissa"), "`method.init=pissa` can't be packed"),
     ],
 )
-def test_says_why_a_configuration_can_not_be_packed(make_model, config: LoraConfig, words: str) -> None:
+def test_says_why_a_configuration_can_not_be_packed(make_model, config, words):
     assert words in why_not_packable(config)
     assert why_not_packable(LoraConfig()) is None
     with pytest.raises(ValueError, match=f"slot 1 must be packable, but {words}"):
         inject_packed_lora(make_model(), [LoraConfig(), config])
 
 
-def test_a_refused_request_leaves_the_model_as_it_was(make_model) -> None:
+def test_a_refused_request_leaves_the_model_as_it_was(make_model):
     model = make_model()
     before = str(model)
     requests = [
@@ -96,7 +94,7 @@ def test_a_refused_request_leaves_the_model_as_it_was(make_model) -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_modules_that_share_a_weight_or_hold_buffers_are_refused(make_model) -> None:
+def test_modules_that_share_a_weight_or_hold_buffers_are_refused(make_model):
     tied = make_model()
     tied.out.weight = tied.embed.weight
     with pytest.raises(ValueError, match="'embed' does"):
@@ -108,7 +106,7 @@ def test_modules_that_share_a_weight_or_hold_buffers_are_refused(make_model) -> 
         inject_packed_lora(counting, [LoraConfig(targets=("up",), modules_to_save=("counter",))])
 
 
-def test_a_model_that_mixes_rows_is_refused() -> None:
+def test_a_model_that_mixes_rows_is_refused():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
     with pytest.raises(ValueError, match="'1' is a batch norm"):
         inject_packed_lora(model, [LoraConfig(rank=1)] * 2)

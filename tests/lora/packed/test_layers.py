@@ -1,8 +1,6 @@
-from __future__ import annotations
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd import gradcheck
 from transformers.pytorch_utils import Conv1D
 
@@ -13,15 +11,15 @@ from lorasweep.lora.recompute import RecomputedActivation
 SLOTS, ROWS = 3, 2
 
 
-def tokens_of(vocabulary: int, *shape: int) -> Tensor:
+def tokens_of(vocabulary, *shape):
     return torch.randint(vocabulary, (SLOTS * ROWS, *shape), generator=torch.Generator().manual_seed(1))
 
 
-def numbers(*shape: int) -> Tensor:
+def numbers(*shape):
     return torch.randn(SLOTS * ROWS, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def seeded(model: nn.Module) -> nn.Module:
+def seeded(model):
     """The same model with values that depend on nothing but its shapes."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -35,20 +33,20 @@ class ScaledEmbedding(nn.Embedding):
 
     embed_scale = 3.0
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens):
         return super().forward(tokens) * self.embed_scale
 
 
-def make_embedding(kind: type[nn.Embedding]) -> nn.Module:
+def make_embedding(kind):
     return nn.Sequential(kind(11, 6), nn.Linear(6, 4))
 
 
-def make_convolution(padding_mode: str) -> nn.Module:
+def make_convolution(padding_mode):
     first = nn.Conv2d(2, 5, 3, stride=2, padding=1, padding_mode=padding_mode)
     return nn.Sequential(first, nn.Tanh(), nn.Conv2d(5, 3, 1, bias=False))
 
 
-def make_shared() -> nn.Module:
+def make_shared():
     layer = nn.Linear(6, 6)
     return nn.Sequential(layer, nn.Tanh(), layer)
 
@@ -96,12 +94,12 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_layer_of_mixed_slots_is_that_of_each_solo_run(make_pack, case: str) -> None:
+def test_a_layer_of_mixed_slots_is_that_of_each_solo_run(make_pack, case):
     make, configs, inputs = CASES[case]
     make_pack(lambda: seeded(make()), configs).assert_equal(inputs)
 
 
-def test_linear_layers_of_mixed_slots(make_model, make_pack) -> None:
+def test_linear_layers_of_mixed_slots(make_model, make_pack):
     configs = [
         LoraConfig(rank=3, alpha=5, dropout=0.4),
         LoraConfig(rank=1, targets=("1.up",), scaling="alpha_over_sqrt_rank"),
@@ -112,8 +110,8 @@ def test_linear_layers_of_mixed_slots(make_model, make_pack) -> None:
     make_pack(make_model, configs).assert_equal(tokens_of(11, 5))
 
 
-def test_activations_before_packed_layers_keep_only_their_input(make_pack) -> None:
-    def make() -> nn.Module:
+def test_activations_before_packed_layers_keep_only_their_input(make_pack):
+    def make():
         return seeded(nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 4)))
 
     both = make_pack(make, [LoraConfig(rank=2, dropout=0.2), LoraConfig(rank=1), LoraConfig(rank=3)])
@@ -124,8 +122,8 @@ def test_activations_before_packed_layers_keep_only_their_input(make_pack) -> No
     both.assert_equal(numbers(3, 6))
 
 
-def test_a_base_with_hooks_computes_its_own_output(make_pack) -> None:
-    def make() -> nn.Module:
+def test_a_base_with_hooks_computes_its_own_output(make_pack):
+    def make():
         model = seeded(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)))
         model[0].register_forward_hook(lambda module, args, output: output * 2)
         return model
@@ -141,8 +139,8 @@ def test_a_base_with_hooks_computes_its_own_output(make_pack) -> None:
     both.assert_equal(numbers(3, 6))
 
 
-def test_gradients_of_a_whole_pack_by_finite_differences(make_pack) -> None:
-    def make() -> nn.Module:
+def test_gradients_of_a_whole_pack_by_finite_differences(make_pack):
+    def make():
         return seeded(nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 6), nn.Dropout(0.2), nn.Tanh(), nn.Linear(6, 3)))
 
     configs = [
@@ -152,14 +150,14 @@ def test_gradients_of_a_whole_pack_by_finite_differences(make_pack) -> None:
     ]
     pack = make_pack(make, configs).pack
 
-    def run(*_: Tensor) -> Tensor:
+    def run(*_):
         set_dropout_streams(pack, [torch.Generator().manual_seed(slot) for slot in range(SLOTS)])
         return pack(tokens_of(7, 2)).pow(2)
 
     assert gradcheck(run, tuple(p for p in pack.parameters() if p.requires_grad))  # which moves them in place
 
 
-def test_evaluation_drops_nothing(make_model, make_pack) -> None:
+def test_evaluation_drops_nothing(make_model, make_pack):
     both = make_pack(make_model, [LoraConfig(rank=2, dropout=0.5)] * 3)
     both.pack.eval()
     for solo in both.solos:
@@ -167,7 +165,7 @@ def test_evaluation_drops_nothing(make_model, make_pack) -> None:
     torch.testing.assert_close(*both.run(tokens_of(11, 5)))
 
 
-def test_rows_that_slots_do_not_share_out_evenly_are_refused(make_model) -> None:
+def test_rows_that_slots_do_not_share_out_evenly_are_refused(make_model):
     model = make_model()
     inject_packed_lora(model, [LoraConfig(rank=1), LoraConfig(rank=2)])
     with pytest.raises(ValueError, match=r"must be a multiple of the 2 slots, but got shape \(3, 5, 8\)"):

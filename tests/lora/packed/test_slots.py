@@ -1,10 +1,8 @@
-from __future__ import annotations
-
 import copy
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorasweep.lora import (
     LoraConfig,
@@ -27,7 +25,7 @@ CONFIGS = [
 ]
 
 
-def stream(seed: int) -> torch.Generator:
+def stream(seed):
     return torch.Generator().manual_seed(seed)
 
 
@@ -36,17 +34,17 @@ def both(make_model, make_pack):
     return make_pack(make_model, CONFIGS)
 
 
-def states(model: nn.Module) -> list[dict[str, Tensor]]:
+def states(model):
     """Copies of the states of all slots."""
     return [copy.deepcopy(lora_state(slot_model(model, slot))) for slot in range(find_slots(model).num_slots)]
 
 
-def assert_identical(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_identical(got, expected):
     assert list(got) == list(expected)
     assert all(torch.equal(value, expected[key]) for key, value in got.items())
 
 
-def test_a_slot_as_a_model_shares_the_base_and_computes_what_the_slot_does(both, make_model) -> None:
+def test_a_slot_as_a_model_shares_the_base_and_computes_what_the_slot_does(both, make_model):
     tokens = torch.randint(11, (3, 5), generator=stream(1))
     both.pack.eval()
     packed = both.pack(tokens).chunk(3)
@@ -61,7 +59,7 @@ def test_a_slot_as_a_model_shares_the_base_and_computes_what_the_slot_does(both,
     torch.testing.assert_close(torch.cat(both.pack(tokens).chunk(3)), torch.cat(packed))  # merging left the pack alone
 
 
-def test_a_filled_slot_starts_as_its_solo_run_and_the_others_stay(both, make_model) -> None:
+def test_a_filled_slot_starts_as_its_solo_run_and_the_others_stay(both, make_model):
     before = states(both.pack)
     config = LoraConfig(rank=3, targets=("up", "proj"))
     coverage = fill_slot(both.pack, 1, config, generator=stream(9))
@@ -72,7 +70,7 @@ def test_a_filled_slot_starts_as_its_solo_run_and_the_others_stay(both, make_mod
         assert_identical(lora_state(slot_model(both.pack, slot)), before[slot])
 
 
-def test_layers_that_no_slot_adapted_are_added(make_model, make_pack) -> None:
+def test_layers_that_no_slot_adapted_are_added(make_model, make_pack):
     both = make_pack(make_model, [LoraConfig(rank=2, targets=("up",))] * 2)
     before = states(both.pack)[0]
     fill_slot(both.pack, 1, LoraConfig(rank=2, targets=("0.proj", "embed"), modules_to_save=("out",)))
@@ -82,7 +80,7 @@ def test_layers_that_no_slot_adapted_are_added(make_model, make_pack) -> None:
     assert both.pack(torch.zeros(2, 5, dtype=torch.long)).shape == (2, 5, 11)
 
 
-def test_a_slot_is_added_after_the_last(both, make_model) -> None:
+def test_a_slot_is_added_after_the_last(both, make_model):
     before = states(both.pack)
     config = LoraConfig(rank=3, targets=("up", "proj"))
     fill_slot(both.pack, 3, config, generator=stream(9))
@@ -96,7 +94,7 @@ def test_a_slot_is_added_after_the_last(both, make_model) -> None:
     both.assert_equal(torch.randint(11, (8, 5), generator=stream(1)))
 
 
-def test_a_refused_fill_changes_nothing(both) -> None:
+def test_a_refused_fill_changes_nothing(both):
     before, text = states(both.pack), str(both.pack)
     for config, words in [
         (LoraConfig(variant="dora"), "slot 1 must be packable"),
@@ -110,7 +108,7 @@ def test_a_refused_fill_changes_nothing(both) -> None:
         assert_identical(lora_state(slot_model(both.pack, slot)), before[slot])
 
 
-def test_compaction_keeps_the_slots_asked_for_in_that_order(both) -> None:
+def test_compaction_keeps_the_slots_asked_for_in_that_order(both):
     before = states(both.pack)
     streams = [stream(k) for k in range(3)]
     set_dropout_streams(both.pack, streams)
@@ -123,7 +121,7 @@ def test_compaction_keeps_the_slots_asked_for_in_that_order(both) -> None:
     both.assert_equal(torch.randint(11, (4, 5), generator=stream(1)))
 
 
-def test_compaction_drops_what_no_slot_needs(both) -> None:
+def test_compaction_drops_what_no_slot_needs(both):
     compact_slots(both.pack, [1])
     assert list(packed_layers(both.pack)) == ["embed", "layers.0.proj", "layers.1.proj"]
     assert {len(layer.lora_a) for layer in packed_layers(both.pack).values()} == {1}

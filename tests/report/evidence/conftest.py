@@ -1,25 +1,21 @@
 """Planted confirm stages: arms whose true scores, spread over seeds and spread over examples are known."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
-
 import numpy as np
 
-from lorasweep.report.evidence.scores import ConfirmScores, ExampleScores, build_scores
+from lorasweep.report.evidence.scores import ExampleScores, build_scores
 
 
 def plant(
-    means: Mapping[str, float],
+    means,
     *,
-    seeds: int = 5,
-    examples: int = 0,
-    seed_spread: float = 0.01,
-    example_spread: float = 0.1,
-    own_spread: float = 0.02,
-    deterministic: frozenset[str] = frozenset(),
-    rng: np.random.Generator | None = None,
-) -> ConfirmScores:
+    seeds=5,
+    examples=0,
+    seed_spread=0.01,
+    example_spread=0.1,
+    own_spread=0.02,
+    deterministic=frozenset(),
+    rng=None,
+):
     """Returns scores of arms with true `means`: seed noise, hardness of examples common to all, and noise of each run.
 
     Without examples the score has seed noise alone.

@@ -1,7 +1,5 @@
 """Estimates pair what was measured together, and their intervals hold the truth as often as they say."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from dataclasses import replace
@@ -10,31 +8,25 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lorasweep.report.evidence.estimates import (
-    Coefficients,
-    Estimate,
-    Interval,
-    estimate_ratio,
-    estimate_sum,
-)
+from lorasweep.report.evidence.estimates import estimate_ratio, estimate_sum
 from lorasweep.report.evidence.scores import ConfirmScores, ExampleScores, build_scores
 
 from .conftest import plant
 
 
-def estimate(scores: ConfirmScores, coefficients: Coefficients) -> Estimate:
+def estimate(scores, coefficients):
     found = estimate_sum(scores, coefficients)
     assert found
     return found
 
 
-def find_interval(scores: ConfirmScores, coefficients: Coefficients) -> Interval:
+def find_interval(scores, coefficients):
     interval = estimate(scores, coefficients).find_interval()
     assert interval
     return interval
 
 
-def plant_weighted(num_seeds: int, num_groups: int) -> ConfirmScores:
+def plant_weighted(num_seeds, num_groups):
     """Scores of an arm in groups of unequal weight."""
     rng = np.random.default_rng(4)
     groups = np.repeat(np.arange(num_groups), rng.integers(1, 6, num_groups))
@@ -47,13 +39,13 @@ def plant_weighted(num_seeds: int, num_groups: int) -> ConfirmScores:
     return build_scores({key: one.mean for key, one in found.items()}, found)
 
 
-def test_no_common_seed_or_no_score_gives_no_estimate() -> None:
+def test_no_common_seed_or_no_score_gives_no_estimate():
     scores = build_scores({("a", 0): 1.0, ("b", 1): 1.0}, {})
     assert estimate_sum(scores, {"a": 1.0, "b": -1.0}) is None
     assert estimate_sum(scores, {"missing": 1.0}) is None
 
 
-def test_one_seed_has_an_interval_over_examples_alone_and_is_not_testable() -> None:
+def test_one_seed_has_an_interval_over_examples_alone_and_is_not_testable():
     found = estimate(plant({"a": 1.0}, seeds=1, examples=30), {"a": 1.0})
     assert found.find_interval()
     assert not found.is_testable
@@ -61,7 +53,7 @@ def test_one_seed_has_an_interval_over_examples_alone_and_is_not_testable() -> N
     assert estimate(plant({"a": 1.0}, seeds=1), {"a": 1.0}).find_interval() is None
 
 
-def test_variances_are_those_of_a_plain_computation_with_loops() -> None:
+def test_variances_are_those_of_a_plain_computation_with_loops():
     scores = plant_weighted(4, 7)
     seeds, shares = list(scores.values["a"]), list(map(float, scores.shares))
     table = [[float(value) for value in scores.values["a"][seed]] for seed in seeds]
@@ -82,7 +74,7 @@ def test_variances_are_those_of_a_plain_computation_with_loops() -> None:
     assert found.error == pytest.approx(math.sqrt(of_seeds + of_groups - interaction))
 
 
-def test_over_seeds_alone_it_is_the_t_test_and_its_interval() -> None:
+def test_over_seeds_alone_it_is_the_t_test_and_its_interval():
     values = np.array([1.31, 1.36, 1.33, 1.35, 1.30])
     scores = build_scores({("a", seed): value - 1.3 for seed, value in enumerate(values)}, {})
     expected = stats.ttest_1samp(values - 1.30, 0)
@@ -95,7 +87,7 @@ def test_over_seeds_alone_it_is_the_t_test_and_its_interval() -> None:
     assert mirrored.p_negative == pytest.approx(found.p_positive, rel=1e-12)
 
 
-def test_a_p_value_is_that_of_the_interval_whose_end_is_zero() -> None:
+def test_a_p_value_is_that_of_the_interval_whose_end_is_zero():
     scores = plant_weighted(4, 7)
     for confidence in (0.9, 0.95, 0.999):
         low, high = estimate(scores, {"a": 1.0}).find_interval(confidence) or (0.0, 0.0)
@@ -106,9 +98,7 @@ def test_a_p_value_is_that_of_the_interval_whose_end_is_zero() -> None:
 
 
 @pytest.mark.parametrize("spreads", [(0.05, 0.0, 0.0), (0.05, 0.02, 0.01), (0.05, 0.1, 0.05), (0.0, 0.1, 0.02)])
-def test_a_test_is_wrong_as_rarely_as_its_level_says_whatever_part_of_the_error_is_large(
-    spreads: tuple[float, float, float],
-) -> None:
+def test_a_test_is_wrong_as_rarely_as_its_level_says_whatever_part_of_the_error_is_large(spreads):
     of_seeds, of_groups, own = spreads
     rng, level, repeats, wrong = np.random.default_rng(9), 0.0105, 4000, 0
     for _ in range(repeats):
@@ -120,10 +110,10 @@ def test_a_test_is_wrong_as_rarely_as_its_level_says_whatever_part_of_the_error_
     assert wrong / repeats <= level + 3 * (level * (1 - level) / repeats) ** 0.5
 
 
-SHARE: tuple[dict[str, float], dict[str, float]] = ({"base": 1.0, "a": -1.0}, {"base": 1.0, "full": -1.0})
+SHARE = ({"base": 1.0, "a": -1.0}, {"base": 1.0, "full": -1.0})
 
 
-def test_ratio_of_means_has_fiellers_interval() -> None:
+def test_ratio_of_means_has_fiellers_interval():
     scores = plant({"base": 2.0, "a": 1.2, "full": 1.0}, deterministic=frozenset({"base"}), seed_spread=0.05)
     found = estimate_ratio(scores, *SHARE)
     above, below = (np.array([2.0 - scores.score(name, seed) for seed in range(5)]) for name in ("a", "full"))
@@ -141,14 +131,14 @@ def test_ratio_of_means_has_fiellers_interval() -> None:
     assert found[1] == pytest.approx(tuple(sorted(roots)), rel=1e-6)
 
 
-def test_ratio_to_a_gain_that_may_be_none_has_no_interval() -> None:
+def test_ratio_to_a_gain_that_may_be_none_has_no_interval():
     scores = plant({"base": 1.0, "a": 0.99, "full": 0.999}, deterministic=frozenset({"base"}), seed_spread=0.05)
     found = estimate_ratio(scores, *SHARE)
     assert found
     assert found[1] is None
 
 
-def test_more_seeds_shrink_the_part_of_seeds_and_more_groups_that_of_groups() -> None:
+def test_more_seeds_shrink_the_part_of_seeds_and_more_groups_that_of_groups():
     now = estimate(plant_weighted(4, 7), {"a": 1.0})
     same, seeds, groups = now.project(), now.project(num_seeds=8), now.project(groups_factor=2.0)
     assert same == replace(now, seeds=tuple(range(4)))
@@ -174,16 +164,14 @@ def test_more_seeds_shrink_the_part_of_seeds_and_more_groups_that_of_groups() ->
         ((1.0, math.inf), {"a": 1.0}, (1.1, 1.3), (1.0, 1.2 + 1.2706)),
     ],
 )
-def test_interval_ends_where_the_metric_ends(
-    score_range: Interval, arms: dict[str, float], values: tuple[float, ...], interval: Interval
-) -> None:
+def test_interval_ends_where_the_metric_ends(score_range, arms, values, interval):
     rows = {("a", seed): value for seed, value in enumerate(values)} | {("b", seed): 0.0 for seed in range(len(values))}
     found = find_interval(build_scores(rows, {}, score_range=score_range), arms)
     assert found == pytest.approx(interval, abs=1e-3)  # as many digits as the table of Student's t
 
 
 @pytest.mark.parametrize("spread", [0.0, 1e-12, 1e-17])
-def test_a_part_of_the_error_that_is_next_to_nothing_changes_nothing(spread: float) -> None:
+def test_a_part_of_the_error_that_is_next_to_nothing_changes_nothing(spread):
     table = np.array([1.0, 1.1, 1.3])[:, None] + spread * np.arange(5)
     scores = ConfirmScores(values={"a": dict(enumerate(table))}, shares=np.full(5, 0.2), num_examples=5, problems=())
     interval = stats.t(2, loc=table.mean(), scale=stats.sem(table[:, 0])).interval(0.95)

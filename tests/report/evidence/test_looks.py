@@ -1,7 +1,5 @@
 """Planned looks share their level: the chance of a false verdict at any of them is that of one test."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from scipy.stats import norm
@@ -13,13 +11,13 @@ POCOCK = [(2, 2.178), (3, 2.289), (5, 2.413)]
 
 
 @pytest.mark.parametrize(("num_looks", "boundary"), POCOCK)
-def test_boundaries_of_equal_looks_are_pococks(num_looks: int, boundary: float) -> None:
+def test_boundaries_of_equal_looks_are_pococks(num_looks, boundary):
     level = compute_look_level(tuple(range(2, 2 * num_looks + 1, 2)), level=0.025)
     assert norm.isf(level) == pytest.approx(boundary, abs=1e-3)  # the table has three decimals
 
 
 @pytest.mark.parametrize("level", [0.025, 0.025 / 8])
-def test_paths_without_a_difference_cross_the_boundary_with_the_level(level: float) -> None:
+def test_paths_without_a_difference_cross_the_boundary_with_the_level(level):
     looks, num_paths = (3, 6, 10), 200_000
     boundary = norm.isf(compute_look_level(looks, level=level))
     sums = np.random.default_rng(0).standard_normal((num_paths, looks[-1])).cumsum(axis=1)

@@ -1,22 +1,13 @@
 """Answers are wrong as rarely as they say, at every look, and no verdict contradicts the interval beside it."""
 
-from __future__ import annotations
-
 import itertools
-from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
 
 from lorasweep.config.sweep import parse_margin
-from lorasweep.record import Question, QuestionName
-from lorasweep.report.evidence.questions import (
-    NEGATIVE_VERDICTS,
-    POSITIVE_VERDICTS,
-    Answer,
-    Scale,
-    answer_questions,
-)
+from lorasweep.record import Question
+from lorasweep.report.evidence.questions import NEGATIVE_VERDICTS, POSITIVE_VERDICTS, Scale, answer_questions
 from lorasweep.report.evidence.scores import ConfirmScores
 
 RANKS = ["r1", "r4", "r16"]
@@ -25,16 +16,7 @@ UNIT = Scale(margin=parse_margin(0.05), sign=1, base="base", full="full")
 LOOKS = (3, 6, 10)
 
 
-def plant(
-    means: Mapping[str, float],
-    rng: np.random.Generator,
-    *,
-    num_seeds: int = LOOKS[-1],
-    num_groups: int = 20,
-    seed_spread: float = 0.05,
-    group_spread: float = 0.05,
-    own_spread: float = 0.1,
-) -> ConfirmScores:
+def plant(means, rng, *, num_seeds=LOOKS[-1], num_groups=20, seed_spread=0.05, group_spread=0.05, own_spread=0.1):
     """Returns scores with true means; `base` has no spread over seeds, as the frozen base of a language model."""
     common = rng.normal(0, 1, num_groups)
     values = {}
@@ -48,13 +30,13 @@ def plant(
     )
 
 
-def cut(scores: ConfirmScores, num_seeds: int) -> ConfirmScores:
+def cut(scores, num_seeds):
     """Returns the scores of the first seeds alone."""
     values = {name: dict(itertools.islice(runs.items(), num_seeds)) for name, runs in scores.values.items()}
     return ConfirmScores(values=values, shares=scores.shares, num_examples=scores.num_examples, problems=())
 
 
-def ask(name: QuestionName, subjects: Sequence[str], reference: str | None = None) -> Question:
+def ask(name, subjects, reference=None):
     return Question(name=name, arm="lora", key="method.rank", subjects=list(subjects), reference=reference)
 
 
@@ -62,16 +44,12 @@ AS_GOOD, SMALLEST = ask("as_good_as_full", RANKS, "full"), ask("smallest", RANKS
 PAIR = ask("as_good_as_full", ["r1"], "full")
 
 
-def answer(
-    question: Question, scores: ConfirmScores, scale: Scale = SHARE, *, looks: Sequence[int] = LOOKS
-) -> dict[str, Answer]:
+def answer(question, scores, scale=SHARE, *, looks=LOOKS):
     answers = answer_questions([question], scores, scale, looks=looks)
     return {found.subject: found for found in answers}
 
 
-def count_false(
-    question: Question, means: Mapping[str, float], scale: Scale, false: Mapping[str, Sequence[str]], *, repeats: int
-) -> float:
+def count_false(question, means, scale, false, *, repeats):
     """Returns the share of sweeps that give a false verdict at any look."""
     rng, wrong = np.random.default_rng(11), 0
     for _ in range(repeats):
@@ -97,7 +75,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_false_verdict_at_any_look_is_as_rare_as_the_level_says(case: str) -> None:
+def test_a_false_verdict_at_any_look_is_as_rare_as_the_level_says(case):
     question, means, false, level = CASES[case]
     # a margin of nearly nothing, so that `equivalent` is never the answer to a difference of zero
     margin = 1e-9 if case == "no difference" else 0.05
@@ -107,13 +85,13 @@ def test_a_false_verdict_at_any_look_is_as_rare_as_the_level_says(case: str) -> 
     assert found <= level + 3 * (level * (1 - level) / repeats) ** 0.5
 
 
-def test_a_share_that_is_lower_by_the_margin_is_rarely_called_good_enough() -> None:
+def test_a_share_that_is_lower_by_the_margin_is_rarely_called_good_enough():
     repeats = 100  # few, because the interval of a share is slow
     found = count_false(PAIR, AT_MARGIN, SHARE, {"r1": GOOD_ENOUGH}, repeats=repeats)
     assert found <= 0.025 + 3 * (0.025 * 0.975 / repeats) ** 0.5
 
 
-def test_a_clear_answer_is_found_at_the_first_look() -> None:
+def test_a_clear_answer_is_found_at_the_first_look():
     means = {"base": 2.0, "full": 1.0, "r1": 1.5, "r4": 1.0, "r16": 1.0}
     scores = cut(plant(means, np.random.default_rng(0), seed_spread=0.002, group_spread=0.002, own_spread=0.002), 3)
     assert {name: found.verdict for name, found in answer(AS_GOOD, scores).items()} == {
@@ -127,7 +105,7 @@ def test_a_clear_answer_is_found_at_the_first_look() -> None:
     }
 
 
-def draw_answers(question: Question, scale: Scale, *, repeats: int = 100) -> list[list[Answer]]:
+def draw_answers(question, scale, *, repeats=100):
     """Answers of many sweeps whose true values and spreads differ, smallest value first."""
     rng, found = np.random.default_rng(12), []
     for _ in range(repeats):
@@ -140,7 +118,7 @@ def draw_answers(question: Question, scale: Scale, *, repeats: int = 100) -> lis
 
 @pytest.mark.parametrize("question", [AS_GOOD, SMALLEST], ids=lambda question: question.name)
 @pytest.mark.parametrize("scale", [SHARE, UNIT], ids=["share", "unit"])
-def test_a_verdict_never_contradicts_its_interval(question: Question, scale: Scale) -> None:
+def test_a_verdict_never_contradicts_its_interval(question, scale):
     seen = set()
     for found in itertools.chain(*draw_answers(question, scale)):
         if found.interval is None:
@@ -165,7 +143,7 @@ def test_a_verdict_never_contradicts_its_interval(question: Question, scale: Sca
 
 
 @pytest.mark.parametrize("question", [AS_GOOD, SMALLEST], ids=lambda question: question.name)
-def test_a_value_is_good_enough_only_if_larger_ones_are_and_worse_only_if_smaller_ones_are(question: Question) -> None:
+def test_a_value_is_good_enough_only_if_larger_ones_are_and_worse_only_if_smaller_ones_are(question):
     for answers in draw_answers(question, UNIT):
         verdicts = [found.verdict for found in answers]
         for place, verdict in enumerate(verdicts):
@@ -175,7 +153,7 @@ def test_a_value_is_good_enough_only_if_larger_ones_are_and_worse_only_if_smalle
                 assert all(smaller in NEGATIVE_VERDICTS for smaller in verdicts[: place + 1])
 
 
-def test_a_refuted_value_is_shown_beside_the_value_that_refutes_it() -> None:
+def test_a_refuted_value_is_shown_beside_the_value_that_refutes_it():
     """`r16` looks better, but is noisy; `r4` is certainly better."""
     steady, noisy = np.array([0.0, 0.001, -0.001]), np.array([0.0, 0.3, -0.3])
     columns = {"base": 2 + 0 * steady, "full": 1 + steady, "r1": 1.3 + steady, "r4": 1 - steady, "r16": 0.9 + noisy}
@@ -187,7 +165,7 @@ def test_a_refuted_value_is_shown_beside_the_value_that_refutes_it() -> None:
     assert found.interval[1] < 0.95
 
 
-def plant_open(*, seed_spread: float, group_spread: float) -> ConfirmScores:
+def plant_open(*, seed_spread, group_spread):
     """Three seeds and ten groups whose means are exactly equal, with these spreads."""
     seeds, groups = np.array([-1.0, 0.0, 1.0]), np.linspace(-1.0, 1.0, 10)
     values = {name: dict.fromkeys(range(3), np.full(10, mean)) for name, mean in (("base", 2.0), ("full", 1.0))}
@@ -195,7 +173,7 @@ def plant_open(*, seed_spread: float, group_spread: float) -> ConfirmScores:
     return ConfirmScores(values=values, shares=np.full(10, 0.1), num_examples=10, problems=())
 
 
-def test_more_seeds_are_planned_where_they_may_settle_it_and_not_where_test_examples_dominate() -> None:
+def test_more_seeds_are_planned_where_they_may_settle_it_and_not_where_test_examples_dominate():
     of_seeds = answer(PAIR, plant_open(seed_spread=0.03, group_spread=0.001), UNIT)["r1"]
     of_groups = answer(PAIR, plant_open(seed_spread=0.001, group_spread=0.3), UNIT)["r1"]
     assert (of_seeds.verdict, of_groups.verdict) == ("open", "open")
@@ -204,7 +182,7 @@ def test_more_seeds_are_planned_where_they_may_settle_it_and_not_where_test_exam
 
 
 @pytest.mark.parametrize("missing", ["base", "full"])
-def test_without_full_or_base_a_share_decides_nothing_but_the_sign(missing: str) -> None:
+def test_without_full_or_base_a_share_decides_nothing_but_the_sign(missing):
     means = {"base": 2.0, "full": 1.0, "r1": 1.5, "r4": 1.5, "r16": 1.5}
     scores = plant(means, np.random.default_rng(0), seed_spread=0.001, group_spread=0.001, own_spread=0.001)
     names = {"base": "base", "full": "full"} | {missing: None}
@@ -215,14 +193,14 @@ def test_without_full_or_base_a_share_decides_nothing_but_the_sign(missing: str)
     assert all(one.to_settle for one in answer(SMALLEST, scores, scale).values() if one.subject == "r4")
 
 
-def test_a_subject_without_scores_is_open_and_blocks_smaller_ones_alone() -> None:
+def test_a_subject_without_scores_is_open_and_blocks_smaller_ones_alone():
     means = {"base": 2.0, "full": 1.0, "r1": 1.0, "r16": 1.0}
     scores = plant(means, np.random.default_rng(0), seed_spread=0.001, group_spread=0.001, own_spread=0.001)
     verdicts = {name: found.verdict for name, found in answer(AS_GOOD, scores).items()}
     assert verdicts == {"r1": "open", "r4": "open", "r16": "equivalent"}
 
 
-def test_higher_scores_may_be_better() -> None:
+def test_higher_scores_may_be_better():
     rng = np.random.default_rng(0)
     scores = plant({"base": 0.0, "full": 1.0, "r1": 0.5}, rng, seed_spread=0.001, group_spread=0.001, own_spread=0.001)
     scale = Scale(margin=parse_margin("5%"), sign=-1, base="base", full="full")

@@ -1,9 +1,6 @@
 """Files of single examples are used where they fit, and named where they do not; groups add up to the run's score."""
 
-from __future__ import annotations
-
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +8,7 @@ import pytest
 from lorasweep.report.evidence.scores import ExampleScores, build_scores, read_examples
 
 
-def examples(
-    scores: list[float], weights: list[float] | None = None, *, first: int = 0, groups: str | None = None
-) -> ExampleScores:
+def examples(scores, weights=None, *, first=0, groups=None):
     rows = tuple(str(first + row) for row in range(len(scores)))
     return ExampleScores(
         rows=rows,
@@ -24,13 +19,13 @@ def examples(
 
 
 @pytest.mark.parametrize("weight", ["-1", "nan", "inf", "0", ""])
-def test_a_file_with_a_weight_that_no_run_writes_is_refused(tmp_path: Path, weight: str) -> None:
+def test_a_file_with_a_weight_that_no_run_writes_is_refused(tmp_path, weight):
     (tmp_path / "a.csv").write_text(f"row,score,weight,group\n0,1.5,{weight},a\n1,2,{weight},b\n")
     with pytest.raises(ValueError, match=r"weights must be finite|could not convert"):
         read_examples(tmp_path / "a.csv")
 
 
-def test_the_means_of_groups_with_their_shares_are_the_score_of_the_run() -> None:
+def test_the_means_of_groups_with_their_shares_are_the_score_of_the_run():
     rng = np.random.default_rng(1)
     scores, weights = rng.normal(0, 1, 50), rng.uniform(0, 3, 50)
     found = examples(list(scores), list(weights), groups="abcde" * 10)
@@ -45,7 +40,7 @@ def test_the_means_of_groups_with_their_shares_are_the_score_of_the_run() -> Non
         assert built.values["a"][0][place] == pytest.approx(expected)
 
 
-def test_of_perplexity_the_groups_have_the_linear_approximation_of_exp() -> None:
+def test_of_perplexity_the_groups_have_the_linear_approximation_of_exp():
     losses = [1.0, 1.01, 1.02, 0.99]
     found = examples(losses)
     score = math.exp(np.mean(losses))
@@ -56,7 +51,7 @@ def test_of_perplexity_the_groups_have_the_linear_approximation_of_exp() -> None
     assert built.values["a"][0] == pytest.approx(np.exp(losses), rel=1.2e-4)
 
 
-def test_examples_of_one_group_are_taken_as_independent_and_the_report_says_so() -> None:
+def test_examples_of_one_group_are_taken_as_independent_and_the_report_says_so():
     built = build_scores({("a", 0): 7 / 3}, {("a", 0): examples([1.0, 2.0, 4.0], groups="xxx")})
     assert built.num_groups == 3
     (problem,) = built.problems
@@ -75,7 +70,7 @@ def test_examples_of_one_group_are_taken_as_independent_and_the_report_says_so()
         examples([1.0, 2.0], groups="xy"),
     ],
 )
-def test_examples_that_do_not_fit_are_named_and_none_are_used(second: ExampleScores | None) -> None:
+def test_examples_that_do_not_fit_are_named_and_none_are_used(second):
     values = {("a", 0): 1.5, ("b", 0): 1.5}
     found = {("a", 0): examples([1.0, 2.0])} | ({} if second is None else {("b", 0): second})
     built = build_scores(values, found)
@@ -85,7 +80,7 @@ def test_examples_that_do_not_fit_are_named_and_none_are_used(second: ExampleSco
     assert "`b`, seed 0" in problem
 
 
-def test_the_one_run_of_a_deterministic_subject_stands_beside_every_seed() -> None:
+def test_the_one_run_of_a_deterministic_subject_stands_beside_every_seed():
     values = {("base", 3): 2.0, ("a", 3): 1.0, ("a", 5): 1.1, ("b", 7): 1.2}
     built = build_scores(values, {}, deterministic=["base"])
     assert sorted(built.values["base"]) == [3, 5, 7]

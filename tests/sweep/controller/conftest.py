@@ -1,26 +1,19 @@
 """A controller without a worker: trials are advanced by hand, in any order, and the process may die at any write."""
 
-from __future__ import annotations
-
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from lorasweep.config.compose import compose_sweep
-from lorasweep.config.sweep import SamplerConfig, SweepConfig
-from lorasweep.record import RunRecord, Trial, TrialState, write_record
+from lorasweep.record import RunRecord, Trial, write_record
 from lorasweep.sweep.controller.controller import Assignment, Controller
-from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.history import History
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
 from lorasweep.sweep.controller.proposals import propose
 from lorasweep.sweep.definition.arms import Arm
-from lorasweep.sweep.definition.space import Space
 from lorasweep.sweep.workers.worker import find_ended_run
 
 EVERY, LAST = 2, 12
@@ -40,9 +33,9 @@ class Simulation:
     steps: dict[str, int] = field(default_factory=dict)
     """Steps done of each run, by its folder's name; what checkpoints are in a real sweep."""
 
-    def run(self) -> None:
+    def run(self):
         """Trains until nothing is left."""
-        running: list[Assignment] = []
+        running = []
         while True:
             while len(running) < self.slots and (assignment := self.controller.take()) is not None:
                 record = find_ended_run(self.controller, assignment)
@@ -54,7 +47,7 @@ class Simulation:
                 return
             self.advance(running)
 
-    def advance(self, running: list[Assignment]) -> None:
+    def advance(self, running):
         """Trains all slots up to the next evaluation, reports it, and tells how the trials ended or paused."""
         if self.shuffle is not None:
             self.shuffle.shuffle(running)
@@ -74,7 +67,7 @@ class Simulation:
             self.controller.tell(assignment, self.record(assignment, step, status))
         running[:] = [assignment for assignment in running if assignment not in ended]
 
-    def record(self, assignment: Assignment, step: int, status: Any) -> RunRecord:
+    def record(self, assignment, step, status):
         """A run's record as training would have written it."""
         best = min(self.curve(assignment, s) for s in range(EVERY, step + 1, EVERY))
         record = RunRecord(
@@ -94,7 +87,7 @@ class Simulation:
 
 
 @pytest.fixture
-def content() -> dict[str, Any]:
+def content():
     """One arm of 8 trials that is halved, to change."""
     return {
         "name": "simulated",
@@ -119,54 +112,46 @@ def content() -> dict[str, Any]:
 
 
 @pytest.fixture
-def open_controller() -> Callable[[SweepFolder], Controller]:
+def open_controller():
     """Makes the controller of an open sweep."""
     return Controller
 
 
 @pytest.fixture
-def resume(open_controller: Callable[[SweepFolder], Controller]) -> Callable[[Path], Controller]:
+def resume(open_controller):
     """Opens a sweep again, as a new process would."""
     return lambda path: open_controller(reopen_sweep(path))
 
 
-def make_arm(
-    space: Space,
-    sampler: SamplerConfig,
-    *,
-    name: str = "lora",
-    trials: int = 16,
-    seed: int = 0,
-    confirm_each: str | None = None,
-) -> Arm:
+def make_arm(space, sampler, *, name="lora", trials=16, seed=0, confirm_each=None):
     """An arm that is asked for proposals."""
     sweep_config = default_sweep_config()
     sweep_config = replace(sweep_config, sampler=sampler, sweep=replace(sweep_config.sweep, seed=seed))
     return Arm(name=name, settings={}, space=space, trials=trials, sweep_config=sweep_config, confirm_each=confirm_each)
 
 
-def ask_for_proposal(arm: Arm, trials: Sequence[Trial], *, number: int | None = None, **how: Any) -> dict[str, Any]:
+def ask_for_proposal(arm, trials, *, number=None, **how):
     """The parameters that an arm's sampler proposes after these trials, which are numbered in their order."""
     history = History(arm, number_trials(trials), direction=how.get("direction", "minimize"))
     return propose(arm, history, number=len(trials) if number is None else number)[0]
 
 
-def make_trial(params: Mapping[str, Any], *, state: TrialState = "complete", **fields: Any) -> Trial:
+def make_trial(params, *, state="complete", **fields):
     """A trial of an arm's search."""
     return Trial(arm="lora", number=0, run="", params=dict(params), state=state, **fields)
 
 
-def number_trials(trials: Sequence[Trial]) -> list[Trial]:
+def number_trials(trials):
     return [replace(trial, number=number) for number, trial in enumerate(trials)]
 
 
 @cache
-def default_sweep_config() -> SweepConfig:
+def default_sweep_config():
     """The settings of a sweep that sets nothing."""
     return compose_sweep({})
 
 
-def outcome(controller: Controller) -> list[tuple[Any, ...]]:
+def outcome(controller):
     """What a sweep came to: each trial's proposal, values and end, in order."""
     return [
         (name, trial.number, sorted(trial.params.items()), trial.state, sorted(trial.values.items()))

@@ -1,7 +1,5 @@
 """Which trials may train beyond a rung, and how a rung orders trials."""
 
-from __future__ import annotations
-
 import math
 import random
 

@@ -1,7 +1,5 @@
 """Samplers by `_target_`: any class of Optuna's proposes as it would in Optuna, and the same again from the journal."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """The controller decides jointly, reversibly and repeatably, whatever the order of slots and wherever it is killed."""
 
-from __future__ import annotations
-
 import random
 import time
 

@@ -1,7 +1,5 @@
 """An open sweep keeps a record of each trial, as often as there is time for it, and notices when its folder is gone."""
 
-from __future__ import annotations
-
 import errno
 import time
 

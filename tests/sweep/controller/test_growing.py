@@ -1,7 +1,5 @@
 """A sweep that has begun may grow: its trials stay, and what is added follows from its record alone."""
 
-from __future__ import annotations
-
 import pytest
 
 from lorasweep.errors import ConfigError

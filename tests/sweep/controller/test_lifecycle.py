@@ -1,7 +1,5 @@
 """A sweep's folder is taken up as it was left or not at all, by one process at a time."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """One search for every rank: values share trials evenly, and the best setting of each is found, tried or not."""
 
-from __future__ import annotations
-
 import math
 import random
 import statistics

@@ -1,7 +1,5 @@
 """What an arm's next trial tries: the first points cover the space, later ones learn, and each can be repeated."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import random

@@ -1,7 +1,5 @@
 """The coordinate u joins learning rates of every rank and α; users only ever see learning rates inside their range."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 

@@ -1,7 +1,5 @@
 """After the search each arm's best settings run on fresh seeds and are scored once on test data, whatever happens."""
 
-from __future__ import annotations
-
 import pytest
 from tests.sweep.conftest import Killed
 

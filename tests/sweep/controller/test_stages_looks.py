@@ -1,7 +1,5 @@
 """The confirm stage trains in planned looks: it stops as soon as its questions are settled, whatever happens."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

@@ -1,7 +1,5 @@
 """A sweep's studies are in a journal that no killed process blocks or damages."""
 
-from __future__ import annotations
-
 import functools
 
 import optuna

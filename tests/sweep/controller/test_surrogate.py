@@ -1,7 +1,5 @@
 """The Gaussian process of an arm: it goes through exact data, and neither diverged nor short trials mislead it."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

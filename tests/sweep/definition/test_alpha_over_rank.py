@@ -1,7 +1,5 @@
 """α by its multiplier, fixed or searched; the later one of the two keys counts."""
 
-from __future__ import annotations
-
 import pytest
 from optuna.distributions import CategoricalDistribution
 

@@ -1,7 +1,5 @@
 """A sweep file and the command line become arms. A wrong key or value is refused by name before anything is written."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

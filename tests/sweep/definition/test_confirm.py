@@ -1,7 +1,5 @@
 """Questions follow from the arms alone; confirm seeds are fresh, and the same for every arm."""
 
-from __future__ import annotations
-
 import pytest
 
 from lorasweep.errors import ConfigError

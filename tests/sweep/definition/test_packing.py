@@ -1,8 +1,6 @@
 """Which trials can train together, and on which base each arm trains."""
 
-from __future__ import annotations
-
-from typing import Any, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -11,14 +9,10 @@ from lorasweep.config.method import LoraConfig
 from lorasweep.errors import ConfigError
 from lorasweep.lora.packed.inject import why_not_packable
 from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.definition.packing import (
-    NEEDED_SETTINGS,
-    explain_solo_arms,
-    plan_packing,
-)
+from lorasweep.sweep.definition.packing import NEEDED_SETTINGS, explain_solo_arms, plan_packing
 
 
-def plan(write_file, content: Any, *overrides: str):
+def plan(write_file, content, *overrides):
     return plan_packing(read_definition(write_file(content), overrides))
 
 

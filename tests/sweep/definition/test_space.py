@@ -1,7 +1,5 @@
 """Ranges become Optuna's distributions. An empty or wrong range is refused with its key."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """A sweep file is found by path or name and read. No code that it names is run."""
 
-from __future__ import annotations
-
 import json
 import os
 

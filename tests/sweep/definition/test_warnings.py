@@ -1,7 +1,5 @@
 """A setting that makes a comparison less fair gets a warning before the first trial; a fair one gets none."""
 
-from __future__ import annotations
-
 import pytest
 
 from lorasweep.sweep.definition.arms import read_definition

@@ -1,7 +1,5 @@
 """A sweep that can't be meant is refused in one sentence that names key, value and remedy."""
 
-from __future__ import annotations
-
 import pytest
 
 from lorasweep.errors import ConfigError

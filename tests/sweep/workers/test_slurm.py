@@ -1,13 +1,10 @@
 """Slurm jobs are checked and submitted as recorded, join a sweep's Ray head, leave it, and join it again."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -95,7 +92,7 @@ def test_a_machine_without_slurm_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def sweep(tmp_path, monkeypatch, slurm) -> Path:
+def sweep(tmp_path, monkeypatch, slurm):
     """A sweep's folder; Slurm's jobs and Ray's processes listen on 127.0.0.1 alone."""
     path = [str(LOOPBACK), str(Path.cwd() / "src"), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))
@@ -106,7 +103,7 @@ def sweep(tmp_path, monkeypatch, slurm) -> Path:
 
 
 @pytest.fixture
-def head(sweep) -> Iterator[RayHead]:
+def head(sweep):
     """The head of the sweep's Ray cluster."""
     head = RayHead(sweep)
     yield head

@@ -1,7 +1,5 @@
 """The loop gives exactly the trials that were asked for, whatever becomes of them and however often it is stopped."""
 
-from __future__ import annotations
-
 import pytest
 
 from lorasweep.config.compose import packaged_folder

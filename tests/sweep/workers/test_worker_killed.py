@@ -1,7 +1,5 @@
 """A worker that is killed anywhere, alone or in packs, ends with the sweep that was not."""
 
-from __future__ import annotations
-
 import itertools
 from contextlib import suppress
 

@@ -1,7 +1,5 @@
 """Trials that train in packs: none is lost when a pack breaks, and a killed pack resumes as it was."""
 
-from __future__ import annotations
-
 import json
 from types import SimpleNamespace
 

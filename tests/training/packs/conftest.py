@@ -1,20 +1,14 @@
 """Packs of runs on a small random Llama, which trains faster than the embedded model."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 from tests.conftest import SHORT_RUN
 
 from lorasweep.config.compose import compose_run
-from lorasweep.config.run import RunConfig
-from lorasweep.training.inputs import RunInputs, build_inputs
+from lorasweep.training.inputs import build_inputs
 
 
 @pytest.fixture(scope="session")
-def make_config(quantisable_model: Path) -> Callable[..., RunConfig]:
+def make_config(quantisable_model):
     def make(settings=None):
         given = settings or {}
         small = {} if "model" in given else {"model": "causal_lm", "model.path": str(quantisable_model)}
@@ -24,5 +18,5 @@ def make_config(quantisable_model: Path) -> Callable[..., RunConfig]:
 
 
 @pytest.fixture(scope="session")
-def inputs(make_config: Callable[..., RunConfig]) -> RunInputs:
+def inputs(make_config):
     return build_inputs(make_config())

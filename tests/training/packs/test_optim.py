@@ -1,13 +1,8 @@
-from __future__ import annotations
-
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorasweep.config.compose import compose_run
-from lorasweep.config.run import RunConfig
 from lorasweep.lora import (
     LoraConfig,
     compact_slots,
@@ -31,7 +26,7 @@ TIGHT = {
 }  # float64: sums of a few hundred terms in another order, carried through 50 steps
 
 
-def make_llama() -> nn.Module:
+def make_llama():
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -53,7 +48,7 @@ LLAMA_SLOTS = (
 )
 
 
-def settings(**changes: object) -> RunConfig:
+def settings(**changes):
     given = {"lr": 1e-2, "weight_decay": 0.0, "clip_norm": None} | changes
     return compose_run({"schedule": "linear", "trainer.max_steps": 60, **{f"optim.{k}": v for k, v in given.items()}})
 
@@ -66,26 +61,26 @@ SETTINGS = (
 )
 
 
-def draw_batches(slot: int, num_steps: int) -> list[Tensor]:
+def draw_batches(slot, num_steps):
     generator = torch.Generator().manual_seed(50 + slot)
     return [torch.randint(VOCABULARY, (ROWS, LENGTH), generator=generator) for _ in range(num_steps)]
 
 
-def row_losses(model: nn.Module, tokens: Tensor) -> Tensor:
+def row_losses(model, tokens):
     """One loss per row, of the next token."""
     logits = model(input_ids=tokens).logits
     losses = nn.functional.cross_entropy(logits[:, :-1].mT, tokens[:, 1:], reduction="none")
     return losses.mean(1)
 
 
-def stream(seed: int) -> torch.Generator:
+def stream(seed):
     return torch.Generator().manual_seed(seed)
 
 
 class SoloRun:
     """What a run of one slot's configuration does without a pack."""
 
-    def __init__(self, model: nn.Module, config: LoraConfig, run: RunConfig, slot: int) -> None:
+    def __init__(self, model, config, run, slot):
         inject_lora(model, config, generator=stream(slot))
         replace_dropout(model)
         self.model, self.clip_norm = model.double(), run.optim.clip_norm
@@ -102,14 +97,14 @@ class SoloRun:
             torch.manual_seed(900 + slot)
             self.rng = torch.get_rng_state()
 
-    def train(self, batches: Sequence[Tensor]) -> None:
+    def train(self, batches):
         with torch.random.fork_rng():
             torch.set_rng_state(self.rng)
             for tokens in batches:
                 self._step(tokens)
             self.rng = torch.get_rng_state()
 
-    def _step(self, tokens: Tensor) -> None:
+    def _step(self, tokens):
         loss = row_losses(self.model, tokens).mean()
         self.optimizer.zero_grad()
         loss.backward()
@@ -123,7 +118,7 @@ class SoloRun:
 class PackedRun:
     """The same for all slots at once; `seeds` say which solo run each slot is."""
 
-    def __init__(self, model: nn.Module, configs: Sequence[LoraConfig], runs: Sequence[RunConfig]) -> None:
+    def __init__(self, model, configs, runs):
         self.seeds = list(range(len(configs)))
         inject_packed_lora(model, configs, generators=[stream(seed) for seed in self.seeds])
         self.model = model.double()
@@ -132,10 +127,10 @@ class PackedRun:
         self.optimizers = [self.build_optimizer(slot, run) for slot, run in enumerate(runs)]
         self.losses: list[list[Tensor]] = [[] for _ in configs]
 
-    def build_optimizer(self, slot: int, run: RunConfig) -> SlotOptimizer:
+    def build_optimizer(self, slot, run):
         return SlotOptimizer(slot_model(self.model, slot), run)
 
-    def train(self, batches: Sequence[Sequence[Tensor]]) -> None:
+    def train(self, batches):
         """One list of batches for each slot."""
         for tokens in zip(*batches, strict=True):
             losses = row_losses(self.model, torch.cat(list(tokens))).view(len(tokens), -1).mean(1)
@@ -145,14 +140,14 @@ class PackedRun:
                 self.losses[slot].append(losses[slot].detach())
 
 
-def assert_same_trial(pack: PackedRun, slot: int, solo: SoloRun) -> None:
+def assert_same_trial(pack, slot, solo):
     torch.testing.assert_close(torch.stack(pack.losses[slot]), torch.stack(solo.losses), **TIGHT)
     packed, expected = lora_state(slot_model(pack.model, slot)), lora_state(solo.model)
     assert packed.keys() == expected.keys()
     torch.testing.assert_close(packed, expected, **TIGHT)
 
 
-def test_slots_that_join_and_leave_are_their_solo_runs() -> None:
+def test_slots_that_join_and_leave_are_their_solo_runs():
     first, second, third, late = LLAMA_SLOTS
     pack = PackedRun(make_llama(), [first, second, third], SETTINGS[:3])
     batches = [draw_batches(seed, 30) for seed in range(4)]

@@ -1,11 +1,8 @@
 """A run in a slot of a pack is the run alone: same losses, adapter and record, whoever shares the pack and when."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,10 +14,10 @@ import lorasweep.training.packs.pack as pack_file
 from lorasweep.errors import Diverged, OutOfMemory
 from lorasweep.models import tiny
 from lorasweep.models.load import fingerprint_weights
-from lorasweep.record import RunRecord, read_run, read_steps
+from lorasweep.record import read_run, read_steps
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.packs.slot_run import RunRequest, SlotEvaluation
+from lorasweep.training.packs.slot_run import RunRequest
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
 
@@ -41,11 +38,11 @@ TINY = Path(tiny.__file__).parent
 class Outcomes:
     """What became of each job, by its folder's name."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.ended: dict[str, str] = {}
         self.failed: dict[str, Exception] = {}
 
-    def job(self, folder: Path, config, *, start_step: int | None = None) -> RunRequest:
+    def job(self, folder, config, *, start_step=None):
         return RunRequest(
             config=config,
             run_folder=RunFolder(path=folder),
@@ -53,18 +50,18 @@ class Outcomes:
             on_end=lambda outcome: self.end(folder.name, outcome),
         )
 
-    def end(self, name: str, outcome: RunRecord | Diverged) -> None:
+    def end(self, name, outcome):
         if isinstance(outcome, Diverged):
             self.failed[name] = outcome
         else:
             self.ended[name] = outcome.status
 
 
-def all_go_on(evaluated: Sequence[SlotEvaluation]) -> list[bool]:
+def all_go_on(evaluated):
     return [True] * len(evaluated)
 
 
-def train(jobs, folder, *, inputs, waiting=(), on_evaluation=all_go_on, **hooks) -> bool:
+def train(jobs, folder, *, inputs, waiting=(), on_evaluation=all_go_on, **hooks):
     """Trains a pack whose state is in `folder`, and then what waits."""
     waiting = list(waiting)
     return train_pack(
@@ -78,11 +75,11 @@ def train(jobs, folder, *, inputs, waiting=(), on_evaluation=all_go_on, **hooks)
     )
 
 
-def rows(folder: Path) -> list[tuple[int, float]]:
+def rows(folder):
     return [(row["step"], row.get("loss", row.get("validation", {}).get("loss"))) for row in read_steps(folder)]
 
 
-def assert_same_losses(alone: Path, packed: Path, *, rel: float) -> None:
+def assert_same_losses(alone, packed, *, rel):
     for (step, a), (other_step, b) in zip(rows(alone), rows(packed), strict=True):
         assert step == other_step
         assert a == pytest.approx(b, rel=rel)
@@ -219,11 +216,11 @@ def test_all_slots_are_reported_in_one_call_in_slot_order_but_those_that_diverge
 
 
 def test_permuted_slots_give_each_run_the_same_value(make_config, inputs, tmp_path):
-    values: list[dict[tuple[str, int], float]] = []
+    values = []
     for order in ((0, 1, 2), (2, 0, 1)):
         folder = tmp_path / "".join(map(str, order))
         folder.mkdir()
-        found: dict[tuple[str, int], float] = {}
+        found = {}
 
         def report(evaluated, found=found):
             found.update(

@@ -1,13 +1,11 @@
 """A pack that is killed at any moment resumes where it was committed, and what comes of its runs has the same bits."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,15 +15,15 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import lorasweep.training.packs.pack as pack_file
 from lorasweep.errors import Diverged
 from lorasweep.models import tiny
-from lorasweep.record import RunRecord, read_run, read_steps
-from lorasweep.training.checkpoint import PackState, read_pack_state
+from lorasweep.record import read_run, read_steps
+from lorasweep.training.checkpoint import read_pack_state
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.packs.slot_run import RunRequest, SlotEvaluation
+from lorasweep.training.packs.slot_run import RunRequest
 from lorasweep.training.run_log import RunFolder
 
 STATE = "pack.json"
-SETTINGS: tuple[dict[str, object], ...] = (
+SETTINGS = (
     {"method.rank": 2, "method.dropout": 0.2},
     {"method.rank": 8, "method.dropout": 0.1, "seed": 3},
     {"method.rank": 4, "method.targets": ["q_proj", "up_proj"], "optim.weight_decay": 0.1},
@@ -34,6 +32,7 @@ SETTINGS: tuple[dict[str, object], ...] = (
     {"method.rank": 1, "method.dropout": 0.3, "seed": 6},
 )
 """Of the runs of the search below. The fourth diverges: the capacity of the pack shrinks when it is gone."""
+NUM_RUNS = len(SETTINGS)
 PAUSES = {("run-1", 2), ("run-5", 2)}
 RECORDED = ("status", "reason", "best", "last", "steps_done", "tokens_trained", "files", "adapter_bytes", "pack")
 
@@ -45,14 +44,14 @@ class Search:
     slots; 2 ends, 1 takes its slot, 5 is paused and goes on at once; the pack shrinks while 1, 4 and 5 end.
     """
 
-    def __init__(self, folder: Path, make_config: Callable[..., object], *, num_runs: int = len(SETTINGS)) -> None:
+    def __init__(self, folder, make_config, *, num_runs=NUM_RUNS):
         self.folder = folder
         self.make_config = make_config
         self.waiting = [f"run-{n}" for n in range(num_runs)]
         self.values: dict[str, float] = {}
         self.moment: Callable[[str], None] = lambda name: None
 
-    def job(self, name: str, *, start_step: int | None = None) -> RunRequest:
+    def job(self, name, *, start_step=None):
         settings = SETTINGS[int(name.split("-")[1])]
         return RunRequest(
             config=self.make_config(settings),
@@ -61,7 +60,7 @@ class Search:
             on_end=functools.partial(self.ended, name),
         )
 
-    def ended(self, name: str, record: RunRecord | Diverged) -> None:
+    def ended(self, name, record):
         if isinstance(record, Diverged):
             self.moment(f"{name} failed")
             return
@@ -70,27 +69,27 @@ class Search:
             self.waiting.append(name)
         self.moment(f"{name} is {record.status}")
 
-    def supply(self) -> RunRequest | None:
+    def supply(self):
         self.moment("supply")
         return self.job(self.waiting.pop(0)) if self.waiting else None
 
-    def report(self, evaluated: Sequence[SlotEvaluation]) -> list[bool]:
+    def report(self, evaluated):
         self.moment("before the report")
         found = {f"{one.request.run_folder.path.name} at {one.step}": one.metrics["bits_per_byte"] for one in evaluated}
         self.values |= found
         self.moment("after the report")
         return [(one.request.run_folder.path.name, one.step) not in PAUSES for one in evaluated]
 
-    def begin(self, *, inputs, slots: int = 2) -> bool:
+    def begin(self, *, inputs, slots=2):
         return self.train([self.job(self.waiting.pop(0)) for _ in range(slots)], inputs=inputs)
 
-    def resume(self, waiting: Sequence[str], *, inputs) -> bool:
+    def resume(self, waiting, *, inputs):
         state = read_pack_state(self.folder / STATE)
         assert state is not None
         self.waiting = list(waiting)
         return self.train([self.job(name, start_step=step) for name, step in state.steps.items()], inputs=inputs)
 
-    def train(self, jobs: list[RunRequest], *, inputs, **hooks) -> bool:
+    def train(self, jobs, *, inputs, **hooks):
         return train_pack(
             jobs,
             inputs=inputs,
@@ -105,7 +104,7 @@ class Search:
 class Killed:
     """A search's folder as a kill at some moment leaves it, and what the search had left to give at its commit."""
 
-    def __init__(self, folder: Path, moment: str, waiting: list[str]) -> None:
+    def __init__(self, folder, moment, waiting):
         self.folder = folder
         self.moment = moment
         self.waiting = waiting
@@ -114,7 +113,7 @@ class Killed:
 class Recorder:
     """Copies the folder of a search at every moment of which it hears."""
 
-    def __init__(self, search: Search, into: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, search, into, monkeypatch):
         self.search = search
         self.into = into
         self.killed: list[Killed] = []
@@ -123,24 +122,24 @@ class Recorder:
         true_write, true_save = pack_file.write_pack_state, pack_file.SlotRun.save_checkpoint
         true_replace, true_unlink = os.replace, Path.unlink
 
-        def write(path: Path, state: PackState) -> None:
+        def write(path, state):
             self.take("before the commit")
             waiting = list(search.waiting)
             true_write(path, state)
             self.committed = waiting
             self.take("after the commit")
 
-        def save(run, state) -> None:
+        def save(run, state):
             self.take(f"before a checkpoint of {run.request.run_folder.path.name}")
             true_save(run, state)
 
-        def replace(source, target, **given) -> None:
+        def replace(source, target, **given):
             # of what is written beside the moments above, a few are as good as all: weights, rows and records
             true_replace(source, target, **given)
             if Path(target).name == "run.json" and len(self.killed) % 3 == 0:
                 self.take(f"after {Path(target).parent.name}/run.json")
 
-        def unlink(path: Path, **given) -> None:
+        def unlink(path, **given):
             true_unlink(path, **given)
             if path.suffix == ".ckpt" and not path.name.startswith("."):
                 self.take(f"after the removal of {path.parent.name}/{path.name[:13]}")
@@ -150,7 +149,7 @@ class Recorder:
         monkeypatch.setattr(os, "replace", replace)
         monkeypatch.setattr(Path, "unlink", unlink)
 
-    def take(self, moment: str) -> None:
+    def take(self, moment):
         if self.committed is not None and (self.search.folder / STATE).exists():
             number = len(self.killed)
             copy = Path(shutil.copytree(self.search.folder, self.into / str(number)))
@@ -169,11 +168,11 @@ def undisturbed(make_config, inputs, tmp_path_factory):
     return search, recorder.killed
 
 
-def rows(folder: Path) -> list[dict[str, object]]:
+def rows(folder):
     return [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in read_steps(folder)]
 
 
-def assert_same_runs(folder: Path, whole: Path) -> None:
+def assert_same_runs(folder, whole):
     names = sorted(path.name for path in whole.glob("run-*"))
     assert sorted(path.name for path in folder.glob("run-*")) == names
     for name in names:
@@ -185,7 +184,7 @@ def assert_same_runs(folder: Path, whole: Path) -> None:
             assert (folder / name / file).read_bytes() == (whole / name / file).read_bytes()
 
 
-def resume_and_compare(killed: Killed, search: Search, tmp_path: Path, *, inputs) -> None:
+def resume_and_compare(killed, search, tmp_path, *, inputs):
     resumed = Search(Path(shutil.copytree(killed.folder, tmp_path / "resumed")), search.make_config)
     assert resumed.resume(killed.waiting, inputs=inputs)
     assert_same_runs(resumed.folder, search.folder)
@@ -217,7 +216,7 @@ def test_a_pack_killed_at_any_moment_ends_the_same(undisturbed, inputs, tmp_path
         resume_and_compare(one, search, tmp_path / str(number), inputs=inputs)
 
 
-def read_all(killed: Killed) -> tuple[object, ...]:
+def read_all(killed):
     files = sorted(path for path in killed.folder.rglob("*") if path.is_file())
     contents = [(str(path.relative_to(killed.folder)), hashlib.sha256(path.read_bytes()).digest()) for path in files]
     return (*killed.waiting, *contents)

@@ -1,9 +1,6 @@
 """Rows of different lengths in packs: sentences with labels and prompts with completions train as alone."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,12 +27,12 @@ MIXED = (
 TOLERANCE = 1e-4
 
 
-def sentence(n: int) -> str:
+def sentence(n):
     return " ".join(WORDS[(n * 7 + k * (1 + n % 3)) % 40] for k in range(2 + n * 5 % 11))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory):
     """A tiny BERT with a tokenizer of words, and data of two kinds."""
     folder = tmp_path_factory.mktemp("rows")
     vocabulary = {word: n for n, word in enumerate(["[PAD]", "[UNK]", "[END]", *WORDS])}
@@ -63,7 +60,7 @@ def folder(tmp_path_factory) -> Path:
 def make(folder):
     """Makes the settings of a short run on one of the two."""
 
-    def make(kind: str, settings: dict) -> object:
+    def make(kind, settings):
         base = {
             "table": {"model": "classifier", "model.path": str(folder / "bert")},
             "chat": {"model": "causal_lm", "model.path": str(folder / "llama"), "data.template": "plain"},
@@ -86,7 +83,7 @@ def make(folder):
     return make
 
 
-def numbers(folder: Path) -> list[tuple[int, float]]:
+def numbers(folder):
     return [(row["step"], row.get("loss", row.get("validation", {}).get("loss"))) for row in read_steps(folder)]
 
 

@@ -1,7 +1,5 @@
 """How many runs train together is a rule of memory, row lengths, device and trials left."""
 
-from __future__ import annotations
-
 import time
 from types import SimpleNamespace
 
@@ -101,7 +99,7 @@ def test_trials_run_alone_where_one_does_not_fit(make_config, inputs, monkeypatc
 class LiveStorages(TorchDispatchMode):
     """Follows every storage that an operation makes, and how many bytes of them were alive at most."""
 
-    def __init__(self, ignored: set[int]) -> None:
+    def __init__(self, ignored):
         super().__init__()
         self.ignored = ignored
         self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
@@ -116,7 +114,7 @@ class LiveStorages(TorchDispatchMode):
         self.peak = max(self.peak, self.alive())
         return result
 
-    def alive(self) -> int:
+    def alive(self):
         self.storages = {key: kept for key, kept in self.storages.items() if not kept[0].expired()}
         return sum(size for _, size in self.storages.values())
 
