@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import plotly.graph_objects as go
@@ -13,26 +12,21 @@ from lorasweep.report.choice import choose_subject, format_arm_score
 from lorasweep.report.evidence.estimates import Interval
 from lorasweep.report.evidence.evidence import SubjectEvidence
 from lorasweep.report.figures.panel import (
-    MAX_BASE_DISTANCE,
     METHOD_COLOURS,
     Panel,
     add_line,
     add_markers,
-    add_references,
     add_trials,
     build_figure,
     choose_colours,
     escape,
-    pad_range,
+    set_score_axis,
 )
 from lorasweep.report.sweep_data import ArmData, SweepData
 from lorasweep.wording import format_metric, format_setting, short_key
 
 MAX_OTHER_ARMS = 6
 """Maximum number of arms without `confirm_each` that are shown beside the values of an arm."""
-MAX_BAR_EXTENSION = 0.5
-"""The axis is extended beyond the range of the scores to show whole intervals, by at most this multiple of the range.
-Intervals of two seeds may be so wide that nothing else could be seen."""
 
 
 def draw_scores_by_value(data: SweepData) -> Panel:
@@ -78,11 +72,15 @@ def _draw_scores(values: Sequence[ArmData], others: Sequence[ArmData], data: Swe
     figure = build_figure(data, x_title=" ", y_title=f"{format_metric(data.record.metric)}, test data")
     figure.update_xaxes(type="category", showgrid=False)
     rows = [(arm, found) for arm in (*values, *others) if (found := evidence.subject(arm.name))]
-    figure.update_yaxes(range=_find_score_range([found for _, found in rows], data))
-    references = {"full": evidence.subject(evidence.full), "frozen": evidence.subject(evidence.base)}
-    add_references(figure, {method: (one.name, one.mean) for method, one in references.items() if one})
-    if band := _find_band(data):
+    full, base = evidence.subject(evidence.full), evidence.subject(evidence.base)
+    band = [full.mean - evidence.margin, full.mean + evidence.margin] if full and evidence.margin is not None else []
+    if band:
         figure.add_hrect(y0=band[0], y1=band[1], fillcolor=METHOD_COLOURS["full"], opacity=0.15, line_width=0)
+    intervals = {found.name: _find_interval(found, data) for _, found in rows}
+    scores = [score for _, found in rows for score in (found.mean, *found.values)]
+    ends = [end for interval in intervals.values() for end in interval or ()]
+    levels = {"full": full.mean if full else None, "frozen": base.mean if base else None}
+    set_score_axis(figure, data, [*scores, *band], ends, **levels)
     # with the key's name, a value differs from an arm of the same name
     places = [
         escape(f"{short_key(arm.key)} {format_setting(arm.row.settings[arm.key])}" if arm.key else arm.name)
@@ -94,7 +92,7 @@ def _draw_scores(values: Sequence[ArmData], others: Sequence[ArmData], data: Swe
     enough = _find_smallest_sufficient(values, data)
     for place, (arm, found) in zip(places, rows, strict=True):
         colour = colours[arm.name]
-        if interval := _find_interval(found, data):
+        if interval := intervals[found.name]:
             add_line(figure, [place, place], interval, colour, arm.name, line={"width": 4}, opacity=0.6)
         text = escape(f"{arm.name}: {format_arm_score(arm, data)}")
         add_markers(figure, [place], [found.mean], colour, arm.name, text=[text], size=11)
@@ -103,22 +101,6 @@ def _draw_scores(values: Sequence[ArmData], others: Sequence[ArmData], data: Swe
         if arm.name == enough:
             add_markers(figure, [place], [found.mean], colour, arm.name, symbol="diamond-open", size=16, line_width=2)
     return figure
-
-
-def _find_score_range(rows: Sequence[SubjectEvidence], data: SweepData) -> Interval:
-    """Returns the range of the axis: it shows all scores, and the ends of intervals that are not far from them."""
-    evidence = data.evidence
-    scores = [score for found in rows for score in (found.mean, *found.values)]
-    if full := evidence.subject(evidence.full):
-        scores += [full.mean, *(_find_band(data) or ())]
-    if base := evidence.subject(evidence.base):
-        distance = max(min(scores) - base.mean, base.mean - max(scores))
-        scores += [base.mean] if distance <= MAX_BASE_DISTANCE * (max(scores) - min(scores)) else []
-    ends = [end for found in rows if found is not full for end in _find_interval(found, data) or ()]
-    low, high = min(scores), max(scores)
-    reach = MAX_BAR_EXTENSION * (high - low) or math.inf
-    low, high = max(min([low, *ends]), low - reach), min(max([high, *ends]), high + reach)
-    return pad_range(low, high, limits=data.metric_range)
 
 
 def _find_smallest_sufficient(values: Sequence[ArmData], data: SweepData) -> str | None:
@@ -137,12 +119,6 @@ def _find_interval(found: SubjectEvidence, data: SweepData) -> Interval | None:
     difference = data.evidence.estimate_difference(found.name, full.name)
     interval = difference.find_interval(data.evidence.confidence) if difference else None
     return interval and (full.mean + interval[0], full.mean + interval[1])
-
-
-def _find_band(data: SweepData) -> Interval | None:
-    """Returns full's mean minus and plus the margin; None if either is not known."""
-    full, margin = data.evidence.subject(data.evidence.full), data.evidence.margin
-    return (full.mean - margin, full.mean + margin) if full and margin is not None else None
 
 
 def draw_retained(data: SweepData) -> Panel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
@@ -14,7 +14,6 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from lorasweep.record import Trial
-from lorasweep.report.evidence.estimates import Interval
 from lorasweep.report.sweep_data import ArmData, SweepData
 from lorasweep.wording import format_metric, format_score, format_settings
 
@@ -25,11 +24,11 @@ RAMPS = (("#2fb5c4", "#7d3fc8"), ("#a3ad28", "#1c7a80"))
 """The first and the last colour of the values of an arm's key, smallest value first: one pair for each such arm."""
 MAX_SHOWN_TRIALS = 300
 """Figures and table show at most about this many trials: more make the page large and slow to open."""
-MAX_BASE_DISTANCE = 3
-"""The frozen base is inside an axis if its distance is at most this multiple of the range of all other scores."""
+MAX_DISTANCE = 3
+"""An outlier is inside an axis if its distance is at most this multiple of the range of all other scores."""
 DEFAULT_HEIGHT_PX = 400
-PIXELS_PER_CHARACTER = 8
-"""The width of a character of the names beside a figure, rounded up."""
+REFERENCE_WIDTH_PX = 128
+"""The room beside a figure for the name of a method with its score."""
 
 Point = tuple[Any, Trial, float]
 """x value, trial and score."""
@@ -123,34 +122,40 @@ def build_figure(data: SweepData, *, x_title: str, y_title: str | None = None, *
     return figure
 
 
-def set_score_axis(figure: go.Figure, data: SweepData, scores: Sequence[float]) -> None:
-    """Sets the range of scores, so that outliers don't flatten the rest, and draws the base's and full's scores.
+def set_score_axis(
+    figure: go.Figure,
+    data: SweepData,
+    scores: Sequence[float],
+    others: Iterable[float] = (),
+    **references: float | None,
+) -> None:
+    """Sets the range of scores, and draws a line across the figure for each method with a known score.
 
-    The title of the x axis says how many scores are outside the range.
-    """
-    limits = find_score_range(data, scores)
-    if limits is None:
-        return
-    figure.update_yaxes(range=limits)
-    scores_by_method = {method: data.best_score(method) for method in ("full", "frozen")}
-    add_references(figure, {name: (name, score) for name, score in scores_by_method.items() if score is not None})
-    if num_outside := sum(not limits[0] <= score <= limits[1] for score in scores):
-        figure.layout.xaxis.title.text += f"<br>{num_outside} outside the range of scores"
-
-
-def add_references(figure: go.Figure, references: Mapping[str, tuple[str, float]]) -> None:
-    """Adds a line across the figure for each method, with its name and score at the right.
+    The range has all of `scores`, and those of the others and of the methods that are near, so that outliers don't
+    flatten the rest. It ends at the limits of the metric. A method outside of it has a name with an arrow and no line.
 
     Args:
-        figure: The figure, whose range of scores is set.
-        references: For each method the name and the score. One outside the range has a name with an arrow and no line.
+        figure: The figure.
+        data: The sweep.
+        scores: Scores inside the range. Without any, the figure has its range from plotly.
+        others: Scores that may be outside. The title of the x axis says how many are.
+        **references: A score for each of the methods `full` and `frozen`.
     """
-    low, high = figure.layout.yaxis.range
-    highest, width = max((score for _, score in references.values()), default=0.0), 12
-    for method, (name, score) in references.items():
+    if not scores:
+        return
+    known = {name: score for name, score in references.items() if score is not None}
+    low, high = min(scores), max(scores)
+    reach = MAX_DISTANCE * (high - low) or math.inf
+    near = [score for score in (*others, *known.values()) if low - reach <= score <= high + reach]
+    low, high = min([low, *near]), max([high, *near])
+    pad = 0.06 * (high - low) or 0.05 * abs(low) or 1.0
+    low, high = max(low - pad, data.metric_range[0]), min(high + pad, data.metric_range[1])
+    figure.update_yaxes(range=(low, high))
+    figure.update_layout(margin={"r": REFERENCE_WIDTH_PX if known else 12})
+    if num_outside := sum(not low <= score <= high for score in others):
+        figure.layout.xaxis.title.text += f"<br>{num_outside} outside the range"
+    for method, score in known.items():
         arrow, colour = "↑ " if score > high else "↓ " if score < low else "", METHOD_COLOURS[method]
-        text = f"{arrow}{escape(name)} {format_score(score)}"
-        width = max(width, PIXELS_PER_CHARACTER * len(text))
         if not arrow:
             figure.add_hline(y=score, line={"color": colour, "width": 1.2, "dash": "dot"})
         figure.add_annotation(
@@ -158,43 +163,11 @@ def add_references(figure: go.Figure, references: Mapping[str, tuple[str, float]
             y=min(max(score, low), high),
             xref="paper",
             xanchor="left",
-            yanchor="bottom" if score == highest else "top",  # so that the names of close lines are apart
-            text=text,
+            yanchor="bottom" if score == max(known.values()) else "top",  # so that the names of close lines are apart
+            text=f"{arrow}{method} {format_score(score)}",
             font={"color": colour, "size": 12},
             showarrow=False,
         )
-    figure.update_layout(margin={"r": width})
-
-
-def find_score_range(data: SweepData, scores: Sequence[float]) -> Interval | None:
-    """Returns the lowest and the highest score to show; None without scores.
-
-    The range starts at the best score, or at the score of full fine-tuning if it is better. It ends at the worst score,
-    but at most a quarter of the gain beyond the frozen base's score, which is inside if it is near
-    (`MAX_BASE_DISTANCE`). Without a frozen base, or if no score is better than the base's, it ends at the 90 % quantile
-    (at the worst score if there are fewer than 10). A margin is added at both ends, but not beyond the limits of the
-    metric.
-    """
-    if not scores:
-        return None
-    signed = sorted(data.sign * score for score in scores)
-    base, full = data.best_score("frozen"), data.best_score("full")
-    best = min(signed[0], data.sign * full if full is not None else signed[0])
-    worst = signed[-1]
-    if base is not None and data.sign * base > best:
-        end = data.sign * base
-        worst = min(worst, best + 1.25 * (end - best))
-        worst = max(worst, end) if end - worst <= MAX_BASE_DISTANCE * (worst - best) else worst
-    elif len(signed) >= 10:
-        worst = min(worst, signed[int(0.9 * (len(signed) - 1))])
-    low, high = sorted((data.sign * best, data.sign * worst))
-    return pad_range(low, high, limits=data.metric_range)
-
-
-def pad_range(low: float, high: float, *, limits: Interval) -> Interval:
-    """Returns a range with a margin at both ends, but not beyond the limits."""
-    pad = 0.06 * (high - low) or 0.05 * abs(low) or 1.0
-    return max(low - pad, limits[0]), min(high + pad, limits[1])
 
 
 def add_line(

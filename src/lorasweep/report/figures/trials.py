@@ -17,7 +17,6 @@ from lorasweep.report.figures.panel import (
     add_trials,
     build_figure,
     build_label,
-    build_link,
     choose_colours,
     set_score_axis,
 )
@@ -77,7 +76,7 @@ def _draw_rates(arms: Sequence[ArmData], data: SweepData) -> go.Figure:
             text = [build_label(arm.best)]
             score = arm.best.value
             add_markers(figure, [x], [score], colour, arm.name, text=text, symbol=symbol, size=16, line_width=2)
-    set_score_axis(figure, data, scores)
+    _set_axis(figure, data, scores)
     return figure
 
 
@@ -88,22 +87,18 @@ def draw_learning_curves(data: SweepData) -> Panel:
     if not arms:
         return Panel(key="curves", title=title, text="No run has two evaluations, so there is no curve to draw.")
     figure = build_figure(data, x_title="training step")
-    # a predicted setting has no curve here: its run has another seed than the trials of the search
-    winners = {arm.name: find_winner(arm.trials, record=data.record) for arm in arms}
     for arm in arms:
-        trials = [t for t in arm.trials if t is not winners[arm.name] and t.curve and t.value is not None]
-        x: list[int | None] = []
-        y: list[float | None] = []
-        for trial in trials:
-            curve = trial.curve[:: 1 + len(trial.curve) // MAX_CURVE_POINTS]
-            # A gap ends each curve, so that one trace holds all curves of an arm.
-            x += [*(step for step, _ in curve), None]
-            y += [*(score for _, score in curve), None]
+        trials = [trial for trial in arm.trials if trial.curve and trial.value is not None]
+        curves = [trial.curve[:: 1 + len(trial.curve) // MAX_CURVE_POINTS] for trial in trials]
+        # a gap ends each curve, so that one trace holds all curves of an arm
+        x = [step for curve in curves for step in (*(step for step, _ in curve), None)]
+        y = [score for curve in curves for score in (*(score for _, score in curve), None)]
         add_line(figure, x, y, colours[arm.name], arm.name, line={"width": 1}, opacity=0.35)
-        stopped = [(t.curve[-1][0], t, t.curve[-1][1]) for t in trials if t.is_stopped_early]
+        stopped = [(trial.curve[-1][0], trial, trial.curve[-1][1]) for trial in trials if trial.is_stopped_early]
         add_trials(figure, stopped, colours[arm.name], arm.name, symbol="x-thin-open")
     for arm in arms:  # after the faint curves, so that the bold ones lie above them
-        if best := winners[arm.name]:
+        # a predicted setting has no curve here: its run has another seed than the trials of the search
+        if best := find_winner(arm.trials, record=data.record):
             add_line(
                 figure,
                 [step for step, _ in best.curve],
@@ -113,10 +108,9 @@ def draw_learning_curves(data: SweepData) -> Panel:
                 line={"width": 3},
                 showlegend=True,
                 hoverinfo=None,
-                customdata=[build_link(best.run)] * len(best.curve),
-                hovertemplate=f"step %{{x}}: %{{y:.4f}}<br>{build_label(best)}<extra></extra>",
+                hovertemplate=f"{build_label(best)}<br>step %{{x}}: %{{y:.4f}}<extra></extra>",
             )
-    set_score_axis(figure, data, [score for arm in arms for trial in arm.trials for _, score in trial.curve])
+    _set_axis(figure, data, [score for arm in arms for trial in arm.trials for _, score in trial.curve])
     text = (
         "Validation score over training: the best trial of each arm or value bold, the others faint. Crosses are "
         "trials that were paused or pruned."
@@ -126,42 +120,41 @@ def draw_learning_curves(data: SweepData) -> Panel:
 
 def draw_tradeoff(data: SweepData) -> Panel:
     """Returns score against each cost, over the complete trials of every arm that trains something."""
-    title, figures = "Score against cost", []
-    for field, unit, axis in COSTS:
-        groups = {
-            arm.name: [
-                (getattr(trial.record, field) / unit, trial, trial.value)
-                for trial in arm.trials
-                if trial.is_complete and trial.trains and trial.value is not None
-            ]
-            for arm in data.arms
-        }
-        figures += [_draw_cost(axis, groups, data)] if any(groups.values()) else []
-    if not figures:
+    title = "Score against cost"
+    trials = [trial for trial in data.trials if trial.is_complete and trial.trains and trial.value is not None]
+    if not trials:
         return Panel(key="tradeoff", title=title, text="No complete trial that trains something has a readable record.")
     text = (
         "Complete trials against their cost. The stepped line joins the best trials: no trial is both cheaper and "
         "better than a point on it. Click a point to open its run's folder."
     )
+    figures = [
+        _draw_cost(axis, [(getattr(trial.record, field) / unit, trial, trial.value or 0.0) for trial in trials], data)
+        for field, unit, axis in COSTS
+    ]
     return Panel(key="tradeoff", title=title, text=text, figures=tuple(figures))
 
 
-def _draw_cost(axis: str, groups: dict[str, list[Point]], data: SweepData) -> go.Figure:
+def _draw_cost(axis: str, points: Sequence[Point], data: SweepData) -> go.Figure:
     figure, colours = build_figure(data, x_title=axis, height=340), choose_colours(data)
-    points = [point for group in groups.values() for point in group]
     figure.update_xaxes(type="log" if "log" in axis else "linear", exponentformat="SI")
-    costs = [cost for cost, _, _ in points]
-    if "log" in axis and 0 < 10 * min(costs, default=0) < max(costs):  # a label for each decade is enough
-        figure.update_xaxes(dtick=1, minor={"ticks": "outside"})
     best: list[tuple[float, float]] = []
     for cost, _, score in sorted(points, key=lambda point: (point[0], data.sign * point[2])):
         if not best or data.sign * score < data.sign * best[-1][1]:
             best.append((cost, score))
-    line = {"width": 1.5, "shape": "hv"}
-    x, y = [cost for cost, _ in best], [score for _, score in best]
-    add_line(figure, x, y, "#868e96", "best up to this cost", showlegend=True, line=line)
-    for name, dots in groups.items():
-        if dots:
-            add_trials(figure, dots, colours[name], name, showlegend=True)
-    set_score_axis(figure, data, [score for _, _, score in points])
+    x, y = zip(*best, strict=True)
+    add_line(figure, x, y, "#868e96", "best up to this cost", showlegend=True, line={"width": 1.5, "shape": "hv"})
+    for arm in data.arms:
+        runs = {trial.run for trial in arm.trials}
+        if shown := [point for point in points if point[1].run in runs]:
+            add_trials(figure, shown, colours[arm.name], arm.name, showlegend=True)
+    _set_axis(figure, data, [score for _, _, score in points])
     return figure
+
+
+def _set_axis(figure: go.Figure, data: SweepData, scores: Sequence[float]) -> None:
+    """Sets the range of scores so that it has the better half of them, and those that are near."""
+    ranked = sorted(scores, key=lambda score: data.sign * score)
+    half = 1 + len(ranked) // 2
+    full, frozen = data.best_score("full"), data.best_score("frozen")
+    set_score_axis(figure, data, ranked[:half], ranked[half:], full=full, frozen=frozen)
