@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lorasweep.sweep.controller.rate_powers import BATCH_KEY, POWERS
+from lorasweep.sweep.controller.encoding import BATCH_KEY, POWERS
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 

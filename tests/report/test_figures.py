@@ -56,9 +56,9 @@ def test_dots_over_rank_are_the_means_on_test_data_and_rings_their_seeds(ranked)
     assert panel.title == "Test score by rank"
     dots, rings = find_traces(figure, size=11), find_traces(figure, symbol="circle-open")
     for (rank, dot), ring in zip(zip(RANK_SCORES, dots, strict=True), rings, strict=True):
-        found = ranked.evidence.subject(f"lora-rank-{rank}")
+        found = ranked.evidence.mean(f"lora-rank-{rank}")
         assert found
-        assert (dot.x[0], dot.y[0]) == (f"rank {rank}", found.mean)
+        assert (dot.x[0], dot.y[0]) == (f"rank {rank}", found.value)
         assert tuple(ring.y) == pytest.approx(found.values)
         assert all(link.startswith("../runs/lora-confirm-") for link in ring.customdata)
 
@@ -66,7 +66,7 @@ def test_dots_over_rank_are_the_means_on_test_data_and_rings_their_seeds(ranked)
 def test_bars_are_intervals_of_the_difference_from_full_and_the_band_is_the_margin(ranked):
     (figure,) = draw_scores_by_value(ranked).figures
     evidence = ranked.evidence
-    full, base = evidence.subject("full"), evidence.subject("frozen")
+    full, base = evidence.mean("full"), evidence.mean("frozen")
     assert full
     assert base
     assert evidence.margin
@@ -75,10 +75,10 @@ def test_bars_are_intervals_of_the_difference_from_full_and_the_band_is_the_marg
         assert difference
         ends = difference.find_interval(evidence.confidence)
         assert ends
-        assert bar == pytest.approx((full.mean + ends[0], full.mean + ends[1]))
+        assert bar == pytest.approx((full.value + ends[0], full.value + ends[1]))
     (band,) = [shape for shape in figure.layout.shapes if shape.type == "rect"]
-    assert (band.y0, band.y1) == pytest.approx((full.mean - evidence.margin, full.mean + evidence.margin))
-    assert [shape.y0 for shape in figure.layout.shapes if shape.type == "line"] == [full.mean, base.mean]
+    assert (band.y0, band.y1) == pytest.approx((full.value - evidence.margin, full.value + evidence.margin))
+    assert [shape.y0 for shape in figure.layout.shapes if shape.type == "line"] == [full.value, base.value]
     assert [note.text.split()[0] for note in figure.layout.annotations] == ["full", "frozen"]
 
 

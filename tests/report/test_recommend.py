@@ -84,7 +84,7 @@ def test_a_sweep_without_recommended_settings_is_refused(confirmed):
 
 
 def test_runs_of_a_former_setting_are_in_no_mean(confirmed):
-    before = {one.name: one.mean for one in summarize(confirmed).data.evidence.subjects}
+    before = {name: mean.value for name, mean in summarize(confirmed).data.evidence.means.items()}
 
     def add_former(raw):
         rows = [row for row in raw["confirm"] if row["arm"] == "lora"]
@@ -92,6 +92,6 @@ def test_runs_of_a_former_setting_are_in_no_mean(confirmed):
 
     edit_json(confirmed / "sweep.json", add_former)
     data = summarize(confirmed).data
-    assert {one.name: one.mean for one in data.evidence.subjects} == before
+    assert {name: mean.value for name, mean in data.evidence.means.items()} == before
     assert len(data.former_runs) == 5
     assert data.tokens_trained > sum(run.record.tokens_trained for run in data.trials if run.record)

@@ -108,7 +108,7 @@ def test_the_figure_has_what_was_learned_against_what_was_forgotten(confirmed):
     data = load_sweep_data(retain(confirmed, FORGOTTEN))
     panel = next(panel for panel in draw_panels(data) if panel.key == "retained")
     dots = {trace.name: (trace.x[0], trace.y[0]) for trace in panel.figures[0].data if trace.mode == "markers"}
-    means = {one.name: one.mean for one in data.evidence.subjects}
+    means = {name: mean.value for name, mean in data.evidence.means.items()}
     assert dots["frozen"] == (0, 0)
     for name in ("full", "lora"):
         learned, forgotten = means["frozen"] - means[name], FORGOTTEN[name]

@@ -46,7 +46,7 @@ def test_arm_without_a_rerun_is_named_and_the_others_are_compared(confirmed):
     edit_json(confirmed / "sweep.json", drop)
     data = load_sweep_data(confirmed)
     assert data.problems == ("`full` has no score on test data.",)
-    assert [arm.name for arm in data.evidence.subjects] == ["frozen", "lora"]
+    assert list(data.evidence.means) == ["frozen", "lora"]
     assert [answer.verdict for answer in data.evidence.answers] == ["open"]
 
 

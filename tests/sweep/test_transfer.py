@@ -11,7 +11,7 @@ from lorasweep.cli import DONE, WRONG_REQUEST, run
 from lorasweep.config.run import LR, STEPS_KEY
 from lorasweep.errors import ConfigError
 from lorasweep.record import read_run
-from lorasweep.sweep.controller.rate_powers import BATCH_KEY, POWERS, scale_rate
+from lorasweep.sweep.controller.encoding import BATCH_KEY, POWERS, scale_rate
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.status import read_status
 from lorasweep.sweep.transfer import NEIGHBOURS, PREDICTED, plan_transfer
@@ -109,7 +109,7 @@ def test_a_prediction_is_a_hit_a_miss_or_open(short_sweep, monkeypatch, verdicts
             "Evidence",
             (),
             {
-                "subjects": (),
+                "means": {},
                 "list_answers": lambda self, name: [Answers(*p) for p in zip(NEIGHBOURS, verdicts, strict=True)],
             },
         )()

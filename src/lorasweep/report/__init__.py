@@ -5,11 +5,10 @@
 sweep_data          a sweep's folder: subjects with their trials and confirm runs, and one table of all runs
 evidence            the test scores of subjects, and the answers to the sweep's questions
 learning, fairness  whether the trials beat an answer that needs no training, and whether arms were treated alike
-choice, recommend   the settings to use, as sentences and files
+recommend           the settings to use
 answers             the three lines at the top of every output, and verdicts in words
-findings            the other sentences, and what to search next
-summary             the content of the whole report
-figures, page, board, terminal, write
+summary             the content of the whole report, with all other sentences
+figures, page, tensorboard, terminal, write
                     the report as a person sees it
 """
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from lorasweep.config.run import ALPHA, LR, RANK
 from lorasweep.record import RetainedRow
-from lorasweep.report.choice import choose_arm
 from lorasweep.report.evidence.evidence import RetainedChange
 from lorasweep.report.evidence.questions import NEGATIVE_VERDICTS, POSITIVE_VERDICTS, Answer
 from lorasweep.report.learning import Learning
+from lorasweep.report.recommend import choose_arm
 from lorasweep.report.sweep_data import ArmData, SweepData
 from lorasweep.wording import (
     count_decimals,
@@ -81,7 +81,7 @@ def _answer_full(data: SweepData) -> tuple[str, bool]:
         return "Not asked: no arm has `method=lora`.", False
     if not any(arm.row.method == "full" for arm in data.searches):
         return "Not asked: no arm has `method=full`. Add one to compare LoRA with it.", False
-    if not data.evidence.subjects:
+    if not data.evidence.means:
         is_searched = data.record.status == "complete"  # before the end, the arms may have had unequal searches
         best = [arm for arm in data.arms if is_searched and arm.row.method == "lora" and arm.best]
         shares = [share for arm in best if (share := data.arm_share_of_full_gain(arm)[0]) is not None]
@@ -124,7 +124,7 @@ def _answer_rank(data: SweepData) -> tuple[str, bool]:
     asked = [arm.name for arm in data.searches if arm.row.method == "lora" and arm.row.confirm_each == RANK]
     if not asked:
         return "Not asked: no LoRA arm has `confirm_each: method.rank`.", False
-    if not data.evidence.subjects:
+    if not data.evidence.means:
         return _say_unconfirmed(data), False
     found = [(arm, judge_smallest(arm, data)) for arm in asked if data.evidence.list_answers("smallest", arm=arm)]
     return _join_arms(found) if found else ("Open: the sweep does not state this question.", False)

@@ -51,10 +51,10 @@ class Judgement:
     """The confidence of the intervals; all answers together have 95 %."""
 
     def table(self) -> pandas.DataFrame:
-        """Returns a row per answer: question, subject, reference, verdict, value with interval, seeds, what is open."""
+        """Returns a row per answer: question, subject, reference, verdict, value, interval, and what is open."""
         import pandas  # noqa: PLC0415 (slow to import)
 
-        return pandas.DataFrame.from_records([answer.as_row() for answer in self.answers])
+        return pandas.DataFrame.from_records([answer.as_entry() for answer in self.answers])
 
     def means(self) -> dict[str, Estimate]:
         """Returns each subject's mean score over its seeds."""
@@ -62,17 +62,13 @@ class Judgement:
         return {name: estimate for name, estimate in found.items() if estimate is not None}
 
     def as_json(self) -> dict[str, Any]:
-        means = {
-            name: {"mean": mean.value, "std": mean.std, "interval": mean.find_interval(), "seeds": len(mean.seeds)}
-            for name, mean in self.means().items()
-        }
         return {
             "margin": self.margin,
             "confidence": self.confidence,
             "num_examples": self.scores.num_examples,
             "num_groups": self.scores.num_groups,
-            "subjects": means,
-            "questions": [answer.as_row() for answer in self.answers],
+            "subjects": {name: mean.as_json() for name, mean in self.means().items()},
+            "questions": [answer.as_entry() for answer in self.answers],
             "notes": list(self.notes),
         }
 
@@ -103,14 +99,13 @@ class Judgement:
         return lines
 
     def write(self, folder: Path, *, title: str) -> None:
-        """Writes `verdicts.csv`, `verdicts.json` and the page `index.html` into a folder."""
+        """Writes `verdicts.json` and the page `index.html` into a folder."""
         from lorasweep.report.page import load_templates  # noqa: PLC0415 (imports plotly)
 
         page = load_templates().get_template("judgement.html")
         folder.mkdir(parents=True, exist_ok=True)
         content = page.render(found=self, title=title, lines=self._list_lines(), format_estimate=format_estimate)
         write_atomically(folder / "index.html", content)
-        write_atomically(folder / "verdicts.csv", self.table().to_csv(index=False))
         write_atomically(folder / "verdicts.json", json.dumps(self.as_json(), indent=1) + "\n")
 
 
@@ -170,7 +165,7 @@ def judge(
         values_of_arm = _split_values(arm, rows, key=key)
         subjects |= values_of_arm
         chain = list(values_of_arm)
-        questions.append(Question(name=asked, arm=arm, key=None, subjects=chain, reference=reference))
+        questions.append(Question(name=asked, arm=arm, key=key, subjects=chain, reference=reference))
         if len(chain) > 1:
             questions.append(Question(name="smallest", arm=arm, key=key, subjects=chain, reference=None))
     if not questions:

@@ -110,14 +110,14 @@ def _find_answer(data: SweepData) -> UntrainedAnswer | None:
     if (score := data.best_score("frozen")) is None:
         return None
     arm = next(arm.name for arm in data.arms if arm.row.method == "frozen")
-    base = data.evidence.subject(data.evidence.base)
+    base = data.evidence.mean(data.evidence.base)
     return UntrainedAnswer(
         name="the frozen base",
         metric=metric,
         sign=data.sign,
         arm=data.evidence.base or arm,
         score=score,
-        test_score=base.mean if base else None,
+        test_score=base.value if base else None,
     )
 
 
@@ -135,10 +135,11 @@ def _is_shown_on_test_data(name: str, answer: UntrainedAnswer, data: SweepData) 
         found = data.evidence.estimate_difference(name, answer.arm)
         interval = found.find_interval() if found and found.is_testable else None
         return None if interval is None else max(data.sign * end for end in interval) < 0
-    subject = data.evidence.subject(name)
-    if subject is None or subject.interval is None or answer.test_score is None or len(subject.seeds) < 2:
+    mean = data.evidence.mean(name)
+    interval = mean.find_interval() if mean and mean.is_testable else None
+    if interval is None or answer.test_score is None:
         return None
-    return max(data.sign * (end - answer.test_score) for end in subject.interval) < 0
+    return max(data.sign * (end - answer.test_score) for end in interval) < 0
 
 
 def _describe(trials: Sequence[Trial], answer: UntrainedAnswer, data: SweepData) -> str:

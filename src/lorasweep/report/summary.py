@@ -6,15 +6,30 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lorasweep.config.sweep import parse_margin
 from lorasweep.record import STATES
 from lorasweep.report.answers import AnswerLine, list_answer_lines
-from lorasweep.report.choice import choose_arm
+from lorasweep.report.evidence.questions import ENTRY_FIELDS
 from lorasweep.report.fairness import judge_fairness
-from lorasweep.report.findings import describe_findings
 from lorasweep.report.learning import Learning, judge_learning
-from lorasweep.report.recommend import Recommendation, recommend
+from lorasweep.report.recommend import (
+    Recommendation,
+    choose_arm,
+    find_best_arm,
+    find_score,
+    get_score_sort_key,
+    recommend,
+)
 from lorasweep.report.sweep_data import ArmData, SweepData, load_sweep_data
-from lorasweep.wording import short_key
+from lorasweep.wording import (
+    format_count,
+    format_metric,
+    format_score,
+    format_seconds,
+    format_share,
+    format_share_estimate,
+    join_words,
+)
 
 COSTS = ("trainable_params", "trainable_fraction", "adapter_bytes", "peak_memory_bytes", "wall_s")
 """The fields of the best run's record that `summary.json` has for each arm."""
@@ -98,21 +113,12 @@ def summarize(folder: Path) -> Summary:
 
 
 def list_question_entries(data: SweepData, learning: Learning) -> list[dict[str, Any]]:
-    """Returns an entry for each answer, and one for the recommended setting of LoRA, as `summary.json` has them.
-
-    The name of the question on the smallest sufficient value ends in the last part of its key: `smallest_rank`.
-    """
-    keys = {question.arm: short_key(question.key or "") for question in data.record.questions}
-    shown = ("subject", "reference", "verdict", "value", "interval", "open_because", "to_settle")
-    entries = [
-        {"name": f"smallest_{keys[answer.arm]}" if answer.name == "smallest" else answer.name}
-        | {field: getattr(answer, field) for field in shown}
-        for answer in data.evidence.answers
-    ]
+    """Returns an entry for each answer, and one for the recommended setting of LoRA."""
+    entries = [answer.as_entry() for answer in data.evidence.answers]
     choice = choose_arm(data, ["lora"])
     if learning.state == "nothing" or choice is None or choice.arm.setting is None or choice.arm.best is None:
         return entries
-    setting = dict.fromkeys(shown) | {
+    setting = dict.fromkeys(ENTRY_FIELDS) | {
         "name": "setting",
         "subject": choice.arm.name,
         "verdict": "predicted" if choice.arm.best.is_predicted else "tried",
@@ -123,7 +129,7 @@ def list_question_entries(data: SweepData, learning: Learning) -> list[dict[str,
 
 
 def _summarize_arm(arm: ArmData, data: SweepData) -> dict[str, Any]:
-    best, confirmed = arm.best, data.evidence.subject(arm.name)
+    best, mean = arm.best, data.evidence.mean(arm.name)
     return {
         "name": arm.name,
         "arm": arm.arm,
@@ -138,5 +144,119 @@ def _summarize_arm(arm: ArmData, data: SweepData) -> dict[str, Any]:
         **{name: arm.cost(name) for name in COSTS},
         "arm_wall_s": sum(trial.record.wall_s for trial in arm.trials if trial.record),
         "share_of_full_gain": data.share_of_full_gain(best.value if best else None),
-        "confirmed": asdict(confirmed) if confirmed else None,
+        "confirmed": mean.as_json() | {"share_of_full_gain": data.evidence.shares.get(arm.name)} if mean else None,
     }
+
+
+ONE_SEED = (
+    "Every score is one seed on validation data, on which the search also picked the winners; "
+    "whether the differences are more than chance is not tested yet."
+)
+
+
+def describe_findings(data: SweepData, fairness: list[str]) -> list[str]:
+    """Returns the sentences, the most important first. Warnings and the headline of a failure stand above them."""
+    return [
+        *_describe_scores(data),
+        *_describe_gain(data),
+        *_describe_effort(data),
+        *fairness,
+        *([_describe_tests(data), _describe_margin(data)] if data.evidence.answers else []),
+        *(data.evidence.notes if data.evidence.means else [ONE_SEED]),
+        *data.record.warnings,
+        *data.record.notes,
+    ]
+
+
+def _describe_scores(data: SweepData) -> list[str]:
+    if all(find_score(arm, data) is None for arm in data.arms):
+        return ["No trial is complete, so there is no score to compare."]
+    base, full = (find_best_arm(method, data) for method in ("frozen", "full"))
+    if base is None or full is None:
+        gain = ["No share of full's gain is known, because that needs a score of the frozen base and of `full`."]
+    elif get_score_sort_key(base, data) <= get_score_sort_key(full, data):
+        gain = ["Full fine-tuning gained nothing, so no share of its gain is given."]
+    else:
+        gain = []
+    return [_describe_metric(data), *gain]
+
+
+def _describe_metric(data: SweepData) -> str:
+    metric, evidence = format_metric(data.record.metric), data.evidence
+    order = "lower" if data.record.direction == "minimize" else "higher"
+    if not evidence.means:
+        return f"Scores are {metric}, {order} is better."
+    counts = sorted({len(mean.seeds) for name, mean in evidence.means.items() if name != evidence.base} or {1})
+    seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    groups = f" in {evidence.num_groups:,} groups" if evidence.num_groups != evidence.num_examples else ""
+    examples = f" and {evidence.num_examples:,} test examples{groups}" if evidence.num_examples else ""
+    return (
+        f"Scores are {metric} on test data that no search has seen, {order} is better: means over {seeds} fresh "
+        f"{'seed' if counts[-1] == 1 else 'seeds'} with 95 % intervals over seeds{examples}."
+    )
+
+
+def _describe_tests(data: SweepData) -> str:
+    """Returns a sentence on the planned looks, the seeds and the level of the answers."""
+    record, evidence = data.record, data.evidence
+    used = max((len(mean.seeds) for mean in evidence.means.values()), default=0)
+    count, looks = len(record.questions), join_words([str(look) for look in record.looks])
+    planned = f"at {len(record.looks)} planned looks" if len(record.looks) > 1 else "once"
+    return (
+        f"The {'question is' if count == 1 else f'{count} questions are'} stated in the sweep and tested {planned} "
+        f"({looks} seeds; {used} were used). The chance of any false verdict is at most 5 % over all questions and "
+        f"looks, so the intervals beside verdicts have {100 * evidence.confidence:.3g} % confidence."
+    )
+
+
+def _describe_gain(data: SweepData) -> list[str]:
+    """Returns a sentence on full fine-tuning's gain as a share of the frozen base's score; none without both."""
+    found, base = data.evidence.relative_gain, data.find_arm(data.evidence.base)
+    if found is None or base is None or (base.best and base.best.record and base.best.record.base.get("head")):
+        return []  # a base with a new head gives a constant answer, so the gain says nothing about what the base knows
+    verb = "lowers" if data.sign > 0 else "raises"
+    return [
+        f"Full fine-tuning {verb} the frozen base's {format_metric(data.record.metric)} by "
+        f"{format_share_estimate(*found)}: the smaller this share, the nearer is the data to what the base knows."
+    ]
+
+
+def _describe_effort(data: SweepData) -> list[str]:
+    saved, planned = data.steps_saved_by_pruning, sum(record.steps_planned for record in data.run_records)
+    # A paused trial may still do the steps that it has saved so far.
+    so_far = " so far" if any(trial.state == "paused" for trial in data.trials) else ""
+    saving = (
+        f"; pruning saved {saved:,} of {planned:,} planned steps{so_far} ({format_share(saved / planned)})"
+        if saved > 0
+        else ""
+    )
+    counts = {"trial": data.trials, "confirm run": data.confirm_runs}
+    runs = [f"{len(rows):,} {name}{'' if len(rows) == 1 else 's'}" for name, rows in counts.items() if rows]
+    sentences = [
+        f"{join_words(runs)} in {format_seconds(data.record.makespan_s)}, "
+        f"{format_count(data.tokens_trained)} tokens trained{saving}."
+    ]
+    if data.record.status != "complete":
+        asked, looks = sum(arm.row.trials for arm in data.searches), data.record.looks
+        also = f" and a confirm stage of at most {looks[-1]} seeds" if looks else ""
+        sentences.append(f"The sweep is {data.record.status}: {asked} trials were asked for{also}.")
+    return sentences
+
+
+def _describe_margin(data: SweepData) -> str:
+    """Returns a sentence about the smallest difference that matters, or why none is known."""
+    setting, margin = data.record.margin, data.evidence.margin
+    is_share = parse_margin(setting).is_share_of_gain
+    share = f"{setting} of full fine-tuning's gain over the frozen base"
+    if margin is None:
+        return (
+            f"No margin: {share} is not known, because that needs test scores of both and a gain. So nothing can be "
+            "shown to be equivalent, and no rank enough. Set `confirm.margin` to a number in the metric's unit."
+        )
+    meaning = f" ({share})" if is_share else ""
+    # the gain is uncertain too, and each test counts the error of both
+    moves = " The error of the gain counts in each test." if is_share else ""
+    return (
+        f"The margin, the smallest difference that matters, is {format_score(margin)} "
+        f"{format_metric(data.record.metric)}{meaning}, as stated in the sweep.{moves}"
+    )

@@ -180,9 +180,8 @@ class SweepData:
 
     def arm_share_of_full_gain(self, arm: ArmData) -> tuple[float | None, Interval | None]:
         """Returns an arm's share of full fine-tuning's gain with its interval: on test data after a confirm stage."""
-        if self.evidence.subjects:
-            confirmed = self.evidence.subject(arm.name)
-            return (confirmed.share_of_full_gain, confirmed.share_interval) if confirmed else (None, None)
+        if self.evidence.means:
+            return self.evidence.shares.get(arm.name, (None, None))
         return self.share_of_full_gain(arm.best.value if arm.best else None), None
 
     def share_of_full_gain(self, score: float | None) -> float | None:

@@ -83,7 +83,7 @@ def _write_trials(data: SweepData, folder: Path) -> None:
     """Writes the row of each trial."""
     metric, sweep = data.record.metric, data.folder.absolute().name
     for arm in data.arms:
-        confirmed = data.evidence.subject(arm.name)
+        confirmed = data.evidence.mean(arm.name)
         for trial in arm.trials:
             if trial.record is None:
                 continue
@@ -91,7 +91,7 @@ def _write_trials(data: SweepData, folder: Path) -> None:
             settings = {"arm": arm.name, "status": trial.state, **trial.params}
             scores = {
                 f"best/{metric}": trial.value,
-                f"test/{metric}": confirmed.mean if confirmed and trial is arm.best else None,
+                f"test/{metric}": confirmed.value if confirmed and trial is arm.best else None,
             }
             _write_row(folder / run, f"{run} of {sweep}", trial.record, settings, scores)
 

@@ -14,7 +14,7 @@ from rich.text import Text
 from lorasweep.config.run import LR
 from lorasweep.errors import ConfigError
 from lorasweep.report.answers import describe_answer
-from lorasweep.report.choice import format_arm_score
+from lorasweep.report.recommend import format_arm_score
 from lorasweep.report.summary import Summary, summarize
 from lorasweep.report.sweep_data import ArmData, SweepData
 from lorasweep.wording import (
@@ -74,8 +74,8 @@ def render_spread(folders: Sequence[Path]) -> RenderableType:
     for name in dict.fromkeys(arm.name for sweep in sweeps for arm in sweep.arms):
         found, cells = [], []
         for sweep in sweeps:
-            subject, arm = sweep.evidence.subject(name), sweep.find_arm(name)
-            value = (subject.share_of_full_gain if is_share else subject.mean) if subject else None
+            arm, mean, share = sweep.find_arm(name), sweep.evidence.mean(name), sweep.evidence.shares.get(name)
+            value = (share[0] if share else None) if is_share else mean.value if mean else None
             rate = arm.best.params.get(LR) if arm and arm.best else None
             cells.append("–" if value is None else f"{value:.3f}" + (f"\n{format_setting(rate)}" if rate else ""))
             found += [] if value is None else [value]
@@ -116,7 +116,7 @@ def _draw_arms(summary: Summary) -> Table:
         "of full's gain": [format_share_estimate(*share, decimals=share_decimals) for share in shares],
         "trained": [format_count(arm.cost("trainable_params")) for arm in data.arms],
     }
-    if not data.evidence.subjects:
+    if not data.evidence.means:
         del columns["test score"]
     title = Text(f"{data.record.name}: {format_metric(data.record.metric)}", style="bold")
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))

@@ -36,7 +36,7 @@ def write_report(folder: Path) -> Summary:
 
 
 def build_tables(summary: Summary) -> dict[str, pandas.DataFrame]:
-    """Returns the content of each CSV file: trials, their curves, and after a confirm stage its runs and answers."""
+    """Returns the content of each CSV file: trials, their curves, and after a confirm stage its runs."""
     data, metric = summary.data, summary.data.record.metric
     trials, runs = data.frame.iloc[: len(data.trials)], data.frame.iloc[len(data.trials) :]
     trials = trials.drop(columns=["stage", "seed", "step", f"test/{metric}"], errors="ignore").assign(
@@ -49,8 +49,6 @@ def build_tables(summary: Summary) -> dict[str, pandas.DataFrame]:
     if data.confirm_runs:
         runs = runs[["arm", "subject", "seed", f"test/{metric}", "state", "run"]]
         tables["confirmed.csv"] = runs.rename(columns={f"test/{metric}": metric})
-    if data.evidence.answers:
-        tables["questions.csv"] = pandas.DataFrame.from_records([answer.as_row() for answer in data.evidence.answers])
     if data.retained:
         changes = pandas.DataFrame.from_records([asdict(change) for change in data.retained])
         ends = [interval or (None, None) for interval in changes.pop("interval")]

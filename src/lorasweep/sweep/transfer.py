@@ -13,8 +13,8 @@ from lorasweep.errors import ConfigError
 from lorasweep.report.evidence.questions import NEGATIVE_VERDICTS
 from lorasweep.report.recommend import read_recommended
 from lorasweep.report.sweep_data import load_sweep_data
+from lorasweep.sweep.controller.encoding import BATCH_KEY, find_powers, scale_rate
 from lorasweep.sweep.controller.predictions import RATE_DIGITS
-from lorasweep.sweep.controller.rate_powers import BATCH_KEY, find_powers, scale_rate
 from lorasweep.sweep.definition.arms import SWEEP_GROUPS
 from lorasweep.wording import format_score, join_words
 
@@ -100,8 +100,8 @@ def judge_transfer(folder: Path) -> tuple[str, str]:
     answers = {answer.reference: answer for answer in evidence.list_answers("pair")}
     if missing := [name for name in NEIGHBOURS if name not in answers]:
         return f"open: {join_words([f'`{name}`' for name in missing])} has no score.", PREDICTED
-    means = [one.mean for one in evidence.subjects]
-    scores = ", ".join(f"`{one.name}` {format_score(one.mean, beside=means)}" for one in evidence.subjects)
+    means = {name: mean.value for name, mean in evidence.means.items()}
+    scores = ", ".join(f"`{name}` {format_score(mean, beside=means.values())}" for name, mean in means.items())
     said = join_words([f"{answer.verdict} against `{name}`" for name, answer in answers.items()])
     said = f"the predicted rate is {said} ({scores})."
     if worse := [name for name, answer in answers.items() if answer.verdict in NEGATIVE_VERDICTS]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from lorasweep.report.evidence.looks import compute_look_level
+from lorasweep.report.evidence.questions import compute_look_level
 
 POCOCK = [(2, 2.178), (3, 2.289), (5, 2.413)]
 """Numbers of equally spaced looks, and Pocock's constants for a two-sided level of 5 % (Pocock 1977, table 1)."""

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-import lorasweep.sweep.controller.surrogate as surrogate_file
+import lorasweep.sweep.controller.predictions as surrogate_file
 from lorasweep.sweep.controller.encoding import RateLaw
-from lorasweep.sweep.controller.surrogate import Coordinates, fit_surrogate
+from lorasweep.sweep.controller.predictions import Coordinates, fit_surrogate
 
 POINTS = np.linspace(-2, 2, 9)[:, None]
 COSTS = 1 + 0.1 * POINTS[:, 0] ** 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from scipy.optimize import brentq
@@ -112,6 +113,9 @@ class Estimate:
         # 1 % wider, because the ends are not exact if a part is nearly 0
         low, high = 0.99 * min(ends), 1.01 * max(ends)
         return float(brentq(lambda deviation: self._compute_tail(deviation) - level, low, high, xtol=1e-9))
+
+    def as_json(self) -> dict[str, Any]:
+        return {"mean": self.value, "std": self.std, "interval": self.find_interval(), "seeds": len(self.seeds)}
 
     @property
     def std(self) -> float | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,29 +39,14 @@ NO_EXAMPLE_SCORES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class SubjectEvidence:
-    """The results of one subject's confirm runs on test data."""
-
-    name: str
-    seeds: tuple[int, ...]
-    values: tuple[float, ...]
-    """The score of each seed."""
-    mean: float
-    std: float | None
-    """The standard deviation over seeds; None for one seed."""
-    interval: Interval | None
-    """The 95 % interval of the mean alone, over seeds and test examples."""
-    share_of_full_gain: float | None
-    """(base - subject) / (base - full) on test data; None if full fine-tuning gained nothing."""
-    share_interval: Interval | None
-    """The interval of the share at the level of the tests."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """The results of the confirm stage; without subjects if there was none."""
+    """The results of the confirm stage on test data; without means if there was none."""
 
-    subjects: tuple[SubjectEvidence, ...] = ()
+    means: Mapping[str, Estimate] = field(default_factory=dict)
+    """The mean score of each subject alone, over its seeds and the test examples."""
+    shares: Mapping[str, Ratio] = field(default_factory=dict)
+    """(base - subject) / (base - full) of each subject, with the interval at the level of the tests. Empty if full
+    fine-tuning gained nothing."""
     answers: tuple[Answer, ...] = ()
     num_examples: int = 0
     """The number of test examples; 0 if no scores of single examples are known."""
@@ -83,15 +68,12 @@ class Evidence:
     """One sentence for each reason why the numbers are less certain."""
     scores: ConfirmScores | None = None
 
-    def subject(self, name: str | None) -> SubjectEvidence | None:
-        return next((subject for subject in self.subjects if subject.name == name), None)
+    def mean(self, subject: str | None) -> Estimate | None:
+        return self.means.get(subject) if subject else None
 
     def list_answers(self, name: QuestionName, *, arm: str | None = None) -> tuple[Answer, ...]:
         """Returns the answers to the questions of a kind, perhaps of one arm only, smallest value first."""
         return tuple(answer for answer in self.answers if answer.name == name and arm in (None, answer.arm))
-
-    def answer(self, name: QuestionName, subject: str) -> Answer | None:
-        return next((one for one in self.answers if (one.name, one.subject) == (name, subject)), None)
 
     def estimate_difference(self, first: str, second: str | None) -> Estimate | None:
         """Returns `first - second` on the same seeds and examples, for pairs that no question compares."""
@@ -123,57 +105,40 @@ class RetainedChange:
 def build_evidence(record: SweepRecord, scores: ConfirmScores) -> Evidence:
     scale = build_scale(record, scores)
     level = compute_level(record.questions, record.looks) if record.looks else 0.025
-    names = [row.subject for row in record.settings if scores.values.get(row.subject)]
-    has_ends = scale.base is not None and scale.full is not None
-    estimate = estimate_sum(scores, scale.gain) if has_ends else None
+    found = {row.subject: estimate_sum(scores, {row.subject: 1.0}) for row in record.settings}
+    means = {name: mean for name, mean in found.items() if mean}
+    estimate = estimate_sum(scores, scale.gain) if scale.base is not None and scale.full is not None else None
     gain = estimate.value if estimate and estimate.value > 0 else None
     margin = None if scale.margin.is_share_of_gain and gain is None else scale.margin.value
+    shares: dict[str, Ratio] = {}
+    relative_gain = None
+    if gain and scale.base is not None:
+        measured = {name: _measure_share(name, scores, scale, confidence=1 - 2 * level) for name in means}
+        shares = {name: share for name, share in measured.items() if share}
+        if means[scale.base].value > 0:
+            relative_gain = estimate_ratio(scores, scale.gain, {scale.base: 1.0})
     return Evidence(
-        subjects=tuple(found for name in names if (found := _describe(name, scores, scale, level=level))),
+        means=means,
+        shares=shares,
         answers=tuple(answer_sweep(record, scores)),
         num_examples=scores.num_examples,
         num_groups=scores.num_groups,
         base=scale.base,
         full=scale.full,
         gain=gain,
-        relative_gain=_estimate_relative_gain(scores, scale) if gain else None,
+        relative_gain=relative_gain,
         margin=margin * gain if margin and gain and scale.margin.is_share_of_gain else margin,
         confidence=1 - 2 * level,
-        notes=(*([NO_EXAMPLE_SCORES] if names and not scores.num_examples else []), *scores.problems),
+        notes=(*([NO_EXAMPLE_SCORES] if means and not scores.num_examples else []), *scores.problems),
         scores=scores,
     )
 
 
-def _describe(name: str, scores: ConfirmScores, scale: Scale, *, level: float) -> SubjectEvidence | None:
-    found = estimate_sum(scores, {name: 1.0})
-    if found is None:
-        return None
-    share: float | None = None
-    interval: Interval | None = None
-    base, full = scale.base, scale.full
-    if base is not None and full is not None and (gain := estimate_sum(scores, scale.gain)) and gain.value > 0:
-        if name in (base, full):  # 0 and 1 by definition, without error
-            share = float(name == full)
-        else:
-            kept, whole = {base: 1.0, name: -1.0}, {base: 1.0, full: -1.0}
-            ratio = estimate_ratio(scores, kept, whole, confidence=1 - 2 * level, adds_search_error=True)
-            share, interval = ratio or (None, None)
-    return SubjectEvidence(
-        name=name,
-        seeds=found.seeds,
-        values=found.values,
-        mean=found.value,
-        std=found.std,
-        interval=found.find_interval(),
-        share_of_full_gain=share,
-        share_interval=interval,
-    )
-
-
-def _estimate_relative_gain(scores: ConfirmScores, scale: Scale) -> Ratio | None:
-    assert scale.base is not None
-    base = estimate_sum(scores, {scale.base: 1.0})
-    return estimate_ratio(scores, scale.gain, {scale.base: 1.0}) if base and base.value > 0 else None
+def _measure_share(name: str, scores: ConfirmScores, scale: Scale, *, confidence: float) -> Ratio | None:
+    if name in (scale.base, scale.full):  # 0 and 1 by definition, without error
+        return float(name == scale.full), None
+    gain = {scale.base or "": float(scale.sign), name: -float(scale.sign)}
+    return estimate_ratio(scores, gain, scale.gain, confidence=confidence, adds_search_error=True)
 
 
 def read_confirm_scores(record: SweepRecord, folder: Path, *, retained: RetainedRow | None = None) -> ConfirmScores:

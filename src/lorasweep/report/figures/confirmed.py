@@ -8,9 +8,7 @@ import plotly.graph_objects as go
 
 from lorasweep.config.data import get_sign
 from lorasweep.record import RetainedRow
-from lorasweep.report.choice import choose_subject, format_arm_score
 from lorasweep.report.evidence.estimates import Interval
-from lorasweep.report.evidence.evidence import SubjectEvidence
 from lorasweep.report.figures.panel import (
     METHOD_COLOURS,
     Panel,
@@ -22,6 +20,7 @@ from lorasweep.report.figures.panel import (
     escape,
     set_score_axis,
 )
+from lorasweep.report.recommend import choose_subject, format_arm_score
 from lorasweep.report.sweep_data import ArmData, SweepData
 from lorasweep.wording import format_metric, format_setting, short_key
 
@@ -35,7 +34,7 @@ def draw_scores_by_value(data: SweepData) -> Panel:
     If no arm has `confirm_each`, one figure shows all arms.
     """
     evidence = data.evidence
-    shown = [arm for arm in data.arms if arm.row.method != "frozen" and evidence.subject(arm.name)]
+    shown = [arm for arm in data.arms if arm.row.method != "frozen" and evidence.mean(arm.name)]
     by_arm = {arm.arm: [one for one in shown if one.arm == arm.arm] for arm in shown if arm.key}
     others = [arm for arm in shown if arm.key is None and arm.name != evidence.full]
     keys = dict.fromkeys(short_key(values[0].key or "") for values in by_arm.values())
@@ -71,15 +70,15 @@ def _draw_scores(values: Sequence[ArmData], others: Sequence[ArmData], data: Swe
     evidence, colours = data.evidence, choose_colours(data)
     figure = build_figure(data, x_title=" ", y_title=f"{format_metric(data.record.metric)}, test data")
     figure.update_xaxes(type="category", showgrid=False)
-    rows = [(arm, found) for arm in (*values, *others) if (found := evidence.subject(arm.name))]
-    full, base = evidence.subject(evidence.full), evidence.subject(evidence.base)
-    band = [full.mean - evidence.margin, full.mean + evidence.margin] if full and evidence.margin is not None else []
+    rows = [(arm, found) for arm in (*values, *others) if (found := evidence.mean(arm.name))]
+    full, base = evidence.mean(evidence.full), evidence.mean(evidence.base)
+    band = [full.value - evidence.margin, full.value + evidence.margin] if full and evidence.margin is not None else []
     if band:
         figure.add_hrect(y0=band[0], y1=band[1], fillcolor=METHOD_COLOURS["full"], opacity=0.15, line_width=0)
-    intervals = {found.name: _find_interval(found, data) for _, found in rows}
-    scores = [score for _, found in rows for score in (found.mean, *found.values)]
+    intervals = {arm.name: _find_interval(arm.name, data) for arm, _ in rows}
+    scores = [score for _, found in rows for score in (found.value, *found.values)]
     ends = [end for interval in intervals.values() for end in interval or ()]
-    levels = {"full": full.mean if full else None, "frozen": base.mean if base else None}
+    levels = {"full": full.value if full else None, "frozen": base.value if base else None}
     set_score_axis(figure, data, [*scores, *band], ends, **levels)
     # with the key's name, a value differs from an arm of the same name
     places = [
@@ -87,19 +86,19 @@ def _draw_scores(values: Sequence[ArmData], others: Sequence[ArmData], data: Swe
         for arm, _ in rows
     ]
     if values:
-        means = [found.mean for _, found in rows[: len(values)]]
+        means = [found.value for _, found in rows[: len(values)]]
         add_line(figure, places[: len(values)], means, METHOD_COLOURS["frozen"], "means", line={"width": 1})
     enough = _find_smallest_sufficient(values, data)
     for place, (arm, found) in zip(places, rows, strict=True):
         colour = colours[arm.name]
-        if interval := intervals[found.name]:
+        if interval := intervals[arm.name]:
             add_line(figure, [place, place], interval, colour, arm.name, line={"width": 4}, opacity=0.6)
         text = escape(f"{arm.name}: {format_arm_score(arm, data)}")
-        add_markers(figure, [place], [found.mean], colour, arm.name, text=[text], size=11)
+        add_markers(figure, [place], [found.value], colour, arm.name, text=[text], size=11)
         seeds = [(place, run, run.value) for run in arm.confirm_runs if run.is_complete and run.value is not None]
         add_trials(figure, seeds, colour, arm.name, symbol="circle-open")
         if arm.name == enough:
-            add_markers(figure, [place], [found.mean], colour, arm.name, symbol="diamond-open", size=16, line_width=2)
+            add_markers(figure, [place], [found.value], colour, arm.name, symbol="diamond-open", size=16, line_width=2)
     return figure
 
 
@@ -111,14 +110,14 @@ def _find_smallest_sufficient(values: Sequence[ArmData], data: SweepData) -> str
     return chosen.arm.name if chosen and chosen.is_settled else None
 
 
-def _find_interval(found: SubjectEvidence, data: SweepData) -> Interval | None:
+def _find_interval(name: str, data: SweepData) -> Interval | None:
     """Returns full's mean plus the interval of the difference from full; without full the interval of the mean."""
-    full = data.evidence.subject(data.evidence.full)
-    if full is None or found is full:
-        return found.interval
-    difference = data.evidence.estimate_difference(found.name, full.name)
+    full = data.evidence.mean(data.evidence.full)
+    if full is None or name == data.evidence.full:
+        return data.evidence.means[name].find_interval()
+    difference = data.evidence.estimate_difference(name, data.evidence.full)
     interval = difference.find_interval(data.evidence.confidence) if difference else None
-    return interval and (full.mean + interval[0], full.mean + interval[1])
+    return interval and (full.value + interval[0], full.value + interval[1])
 
 
 def draw_retained(data: SweepData) -> Panel:

@@ -7,7 +7,7 @@ are asked on a new study in memory, so nothing is written, and a sampler keeps n
 - `tpe` and `gp`: the first `count_startup_trials` trials, and all trials before `MIN_RESULTS` results, are scrambled
   Sobol points. A model proposes the other trials. It sees every running trial without a result, and at most
   `MAX_HISTORY_TRIALS` results, the best ones.
-- `gp` in an arm with `confirm_each`: a Gaussian process of `surrogate` proposes trials for each value in turn.
+- `gp` in an arm with `confirm_each`: the Gaussian process of `predictions` proposes trials for each value in turn.
 - `random`, `grid` and `_target_`: the sampler, of Optuna or of the user, proposes every trial. If it stores anything
   beside the parameters, such as the generation of a genetic algorithm, the journal keeps it with the trial, and the
   next sampler gets it.
