@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 from lorasweep.config.data import (
     ChatConfig,
     DataConfig,
-    MetricComponent,
     RowSettings,
     ScoreMetric,
     StdlibConfig,
@@ -25,7 +24,6 @@ from lorasweep.config.data import (
 from lorasweep.config.model import ModelKind
 from lorasweep.data.blocks import build_block_split
 from lorasweep.data.examples import CompletionSplit, ExampleSplit, LabelledSplit, Ragged
-from lorasweep.data.own_metric import build_own_metric
 from lorasweep.data.source import Conversation, DataSource, Examples, LabelledText
 from lorasweep.data.split import Split
 from lorasweep.data.tasks import Classification, LabelTask, LanguageModelling, Regression, Task
@@ -56,8 +54,7 @@ class DataSplits:
 
     @property
     def score_metric(self) -> ScoreMetric:
-        own_metric = self.task.own_metric
-        return get_built_in_metric(self.metric) if own_metric is None else own_metric.score
+        return get_built_in_metric(self.metric)
 
     def get_task(self, split: Split) -> Task:
         """Returns the task that scores a split. Its bits per byte use the bytes per token of this split's text."""
@@ -132,7 +129,7 @@ def build_splits(
     validation = build(source.validation)
     task = _build_task(source, validation)
     metric = task.metrics[0] if config.metric == "auto" else config.metric
-    if isinstance(metric, str) and metric not in task.metrics:
+    if metric not in task.metrics:
         raise ConfigError(
             f"`data.metric` must be one of auto, {', '.join(task.metrics)} for data of the kind {source.kind}, but got "
             f"{metric!r}."
@@ -141,9 +138,6 @@ def build_splits(
         raise ConfigError(
             f"`data.class_weights` must be none unless each example has one class, but got {config.class_weights!r}."
         )
-    if isinstance(metric, MetricComponent):
-        own_metric = build_own_metric(metric)
-        task, metric = replace(task, own_metric=own_metric), own_metric.score.name
     splits = DataSplits(
         train=build(source.train),
         validation=validation,
