@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo
 from pydantic.dataclasses import dataclass
 
 from lorasweep.config.build import Fraction, NonNegative, NonNegativeFloat, Positive, Rank, Settings, build
-from lorasweep.config.peft_settings import convert_to_peft, import_peft, read_peft_config
+from lorasweep.config.peft_settings import read_peft_config
 from lorasweep.errors import ConfigError
 
 ALPHA_OVER_RANK = "method.alpha.over_rank"
@@ -102,15 +102,6 @@ class LoraConfig(Settings):
             ConfigError: It has fields that lorasweep's layers can't do; all of them are named.
         """
         return build(cls, read_peft_config(peft_config), key="method")
-
-    def to_peft(self) -> Any:
-        """Returns these settings as a `peft.LoraConfig`.
-
-        Raises:
-            ConfigError: PEFT is not installed, or has no such setting.
-        """
-        peft = import_peft(needed_by="LoraConfig.to_peft")
-        return peft.LoraConfig(**convert_to_peft(self))
 
 
 @dataclass(frozen=True, kw_only=True)

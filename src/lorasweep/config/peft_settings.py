@@ -1,18 +1,15 @@
-"""Converts the settings of `LoraConfig` to PEFT's and back, without a model. PEFT itself is not imported here."""
+"""Converts PEFT's settings to those of `LoraConfig`, without a model."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorasweep.config.components import require_package
 from lorasweep.errors import ConfigError
 from lorasweep.wording import join_words
-
-if TYPE_CHECKING:
-    from lorasweep.config.method import LoraConfig
 
 ALL_LINEAR_PATTERN = "all-linear"
 REGEX_PREFIX = "re:"
@@ -106,36 +103,6 @@ def convert_from_peft(raw: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def convert_to_peft(config: LoraConfig) -> dict[str, Any]:
-    """Returns the arguments of `peft.LoraConfig` for these settings.
-
-    Raises:
-        ConfigError: PEFT lacks one of these settings. The message names it.
-    """
-    targets = config.targets if isinstance(config.targets, str) else _join_patterns(config.targets, key="targets")
-    if config.layers and isinstance(targets, str):
-        raise ConfigError(
-            f"`method.layers` must be empty with `method.targets={targets}`, because PEFT takes `layers_to_transform` "
-            f"only with a list of names, but got {list(config.layers)}. Write a list in `method.targets`."
-        )
-    if regexes := [pattern for pattern in config.modules_to_save if pattern.startswith(REGEX_PREFIX)]:
-        raise ConfigError(f"`method.modules_to_save` must be names for PEFT, but got {regexes[0]!r}. Write the names.")
-    return {
-        "r": config.rank,
-        "lora_alpha": int_if_whole(config.alpha),
-        "use_rslora": config.scaling == "alpha_over_sqrt_rank",
-        "target_modules": targets,
-        "lora_dropout": config.dropout,
-        "init_lora_weights": next(theirs for theirs, ours in INITS.items() if ours == config.init),
-        "use_dora": config.variant == "dora",
-        "rank_pattern": {_convert_key_back(key): rank for key, rank in config.rank_pattern.items()},
-        "alpha_pattern": {_convert_key_back(key): int_if_whole(alpha) for key, alpha in config.alpha_pattern.items()},
-        "exclude_modules": _join_patterns(config.exclude, key="exclude") or None,
-        "layers_to_transform": list(config.layers) or None,
-        "modules_to_save": list(config.modules_to_save) or None,
-    }
-
-
 def int_if_whole(number: float) -> float | int:
     return int(number) if number == int(number) else number
 
@@ -145,34 +112,6 @@ def _list_patterns(modules: str | Iterable[str]) -> tuple[str, ...]:
     return (f"{REGEX_PREFIX}{modules}",) if isinstance(modules, str) else tuple(sorted(modules))
 
 
-def _join_patterns(patterns: tuple[str, ...], *, key: str) -> list[str] | str:
-    """Returns patterns as PEFT's list of names; as one regular expression if one of them is a regular expression."""
-    if patterns == (ALL_LINEAR_PATTERN,):
-        return ALL_LINEAR_PATTERN
-    for pattern in patterns:
-        if pattern == ALL_LINEAR_PATTERN or (not pattern.startswith(REGEX_PREFIX) and "[" in pattern):
-            raise ConfigError(
-                f"`method.{key}` must be names or regular expressions for PEFT, but got {pattern!r}. Name whole "
-                "layers; `save_adapter` writes parts of layers as whole ones."
-            )
-    if not any(pattern.startswith(REGEX_PREFIX) for pattern in patterns):
-        return list(patterns)
-    if len(patterns) == 1:
-        return patterns[0].removeprefix(REGEX_PREFIX)
-    parts = (
-        f"({p.removeprefix(REGEX_PREFIX)})" if p.startswith(REGEX_PREFIX) else rf"(.*\.)?{re.escape(p)}"
-        for p in patterns
-    )
-    return "|".join(parts)
-
-
 def _convert_key(key: str) -> str:
     """Converts a key of PEFT's rank or alpha pattern. PEFT compares the key with the end of a layer's name."""
     return key if PLAIN_NAME.fullmatch(key) else rf"{REGEX_PREFIX}(.*\.)?({key})"
-
-
-def _convert_key_back(key: str) -> str:
-    if not key.startswith(REGEX_PREFIX):
-        return key
-    inner = re.fullmatch(r"re:\(\.\*\\\.\)\?\((.*)\)", key)
-    return inner[1] if inner else f"^({key.removeprefix(REGEX_PREFIX)})"
