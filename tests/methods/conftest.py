@@ -14,9 +14,9 @@ from lorasweep.config.method import (
     LoraConfig,
     PeftConfig,
 )
+from lorasweep.lora.layer_kinds import count_parameters
 from lorasweep.methods import METHODS
 from lorasweep.models.load import BaseModel, fingerprint_weights
-from lorasweep.stored_weights import count_parameters
 
 CONFIGS = {
     "lora": LoraConfig(rank=2, alpha=4),

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from lorasweep.models.attention import MAX_EAGER_TOKENS, choose_attention
-from lorasweep.models.load import Labels, load_base
+from lorasweep.models.load import MAX_EAGER_TOKENS, Labels, choose_attention, load_base
 
 LABELS = Labels(kind="single_label", names=("a", "b"))
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ from lorasweep import cli
 from lorasweep.config.compose import compose_run
 from lorasweep.lora import load_adapter, merge_lora
 from lorasweep.models.load import load_base
-from lorasweep.models.quantised import TRANSFORMERS_ARGUMENTS
+from lorasweep.models.pretrained import TRANSFORMERS_ARGUMENTS
 from lorasweep.runs.export import export_run
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.run import train_run

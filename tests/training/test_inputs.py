@@ -6,7 +6,7 @@ import pytest
 
 import lorasweep.training.inputs as inputs_file
 from lorasweep.errors import ConfigError
-from lorasweep.models.attention import AttentionChoice
+from lorasweep.models.load import AttentionChoice
 from lorasweep.record import read_run
 from lorasweep.training.inputs import InputsCache, check_batch_memory
 from lorasweep.training.run import train_run

@@ -1,4 +1,4 @@
-"""Which layers can be adapted, and how each kind of layer stores its weight matrix (d_out, d_in)."""
+"""Which layers can be adapted, and how each kind of layer stores its weight matrix (d_out, d_in), also in 4 bits."""
 
 from __future__ import annotations
 
@@ -83,3 +83,21 @@ def matrix_to_weight(module: nn.Module, matrix: Float[Tensor, "d_out d_in"]) -> 
     if isinstance(module, nn.Embedding) or is_conv1d(module):
         return matrix.t()
     return matrix.view(-1, *module.weight.shape[1:]) if isinstance(module, nn.Conv2d) else matrix
+
+
+def list_scales(parameter: Tensor) -> list[Tensor]:
+    """Returns the tensors, other than its bytes, with which a 4-bit parameter of bitsandbytes is dequantised.
+
+    Their order is always the same. The list is empty for every other parameter.
+    """
+    state = getattr(parameter, "quant_state", None)
+    return [] if state is None else [tensor for _, tensor in sorted(state.as_dict(packed=True).items())]
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Returns the number of weights and biases of a model; tied ones count once.
+
+    A 4-bit parameter has fewer elements than weights.
+    """
+    states = {p: getattr(p, "quant_state", None) for p in model.parameters()}
+    return sum(p.numel() if state is None else int(state.shape.numel()) for p, state in states.items())

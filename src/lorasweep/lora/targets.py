@@ -15,9 +15,8 @@ from lorasweep.config.method import LoraConfig
 from lorasweep.config.peft_settings import ALL_LINEAR_PATTERN, REGEX_PREFIX
 from lorasweep.lora.fully_trained import is_inside, match_modules_to_save
 from lorasweep.lora.functional import RowRanges, scaling_factor
-from lorasweep.lora.layer_kinds import can_be_adapted, is_linear, is_quantised, matrix_shape
+from lorasweep.lora.layer_kinds import can_be_adapted, count_parameters, is_linear, is_quantised, matrix_shape
 from lorasweep.lora.patterns import find_first_match, fits_pattern, get_block_index, parse_row_ranges, suggest_layer
-from lorasweep.stored_weights import count_parameters
 
 Number = TypeVar("Number", int, float)
 

@@ -1,13 +1,8 @@
 """Training methods. `METHODS` maps each `method.name` to its `Method`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
-from lorasweep.methods.bitfit import BitfitMethod
-from lorasweep.methods.frozen import FrozenMethod
-from lorasweep.methods.full import FullMethod
-from lorasweep.methods.head import HeadMethod
+from lorasweep.methods.base_weights import BitfitMethod, FrozenMethod, FullMethod, HeadMethod
 from lorasweep.methods.intrinsic import IntrinsicMethod
 from lorasweep.methods.lora import LoraMethod, add_head_to_modules_to_save
 from lorasweep.methods.method import Method, ParameterGroup, copy_sharing_weights, draw_head

@@ -1,7 +1,7 @@
 """The base class of the training methods, and functions that several methods share.
 
 A method makes a copy of the base model trainable, groups the trained parameters by learning rate, and saves them. Each
-method has a file in this folder and an entry in `METHODS`.
+has an entry in `METHODS`.
 """
 
 from __future__ import annotations

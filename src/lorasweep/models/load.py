@@ -1,15 +1,15 @@
-"""Loads the frozen base model and its tokenizer."""
+"""Loads the frozen base model and its tokenizer, and chooses its attention (`model.attention=auto`)."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import (
     AutoConfig,
@@ -23,16 +23,29 @@ from transformers import (
 from lorasweep.config.components import require_package
 from lorasweep.config.model import ModelConfig, ModelKind
 from lorasweep.errors import ConfigError, describe_error, first_line
+from lorasweep.lora.layer_kinds import count_parameters, list_scales
 from lorasweep.models.folder import find_model_folder
-from lorasweep.models.pretrained import load_pretrained, quiet_transformers
-from lorasweep.models.quantised import PACKAGES, build_arguments, finish_quantised
-from lorasweep.stored_weights import count_parameters, list_scales
+from lorasweep.models.pretrained import (
+    QUANTISING_PACKAGES,
+    build_arguments,
+    finish_quantised,
+    load_pretrained,
+    quiet_transformers,
+)
 
 MODEL_CLASSES: dict[ModelKind, Any] = {
     "causal_lm": AutoModelForCausalLM,
     "classifier": AutoModelForSequenceClassification,
 }
 
+IMPLEMENTATIONS = ("sdpa", "eager")
+MAX_EAGER_TOKENS = 64
+"""Maximum median length of the training examples, in tokens, for which `auto` uses eager attention on a CPU.
+
+Forward and backward passes were measured at 16 to 512 tokens (docs/benchmarks.md). Up to 64 tokens, eager took 0.64 to
+0.98 of sdpa's time on an encoder and 0.81 to 1.01 on a causal model. For longer examples, eager may be slower in fp32,
+and its memory grows with the square of the length. In bf16 eager stays faster, but the rule ignores the dtype.
+"""
 LAYER_DROP_NAMES = ("layerdrop", "layer_drop", "drop_path")
 """Rates whose names contain one of these skip whole layers."""
 
@@ -98,7 +111,7 @@ def load_base(config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None 
             `model.trust_remote_code`. Or labels are given, but the model is not a classifier. Or it can't be quantised.
     """
     if config.quantization != "none":
-        for package in PACKAGES:
+        for package in QUANTISING_PACKAGES:
             require_package(package, key=f"model.quantization={config.quantization}", extra="quantised")
     if labels is not None and config.kind != "classifier":
         raise ConfigError(
@@ -239,3 +252,43 @@ def set_dropout_modules(model: nn.Module, rate: float) -> None:
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             module.p = rate
+
+
+class AttentionChoice(NamedTuple):
+    """The attention implementation of a model, with the reason."""
+
+    name: str
+    """`sdpa` or `eager`."""
+    reason: str
+    """The end of the sentence "Attention is eager: ..."."""
+
+
+def choose_attention(model: nn.Module, *, lengths: Tensor | Sequence[int], device: torch.device) -> AttentionChoice:
+    """Sets the attention implementation that suits device and examples. Returns its name and the reason.
+
+    Nothing is measured, so the same model, examples and device always get the same implementation.
+
+    Args:
+        model: A model from `load_base`. Only its attention implementation changes.
+        lengths: Number of tokens of each training example, at least one example.
+        device: The device on which the model trains.
+    """
+    assert isinstance(model, PreTrainedModel)
+    usable = [name for name in IMPLEMENTATIONS if _set_attention(model, name)]
+    if len(usable) < len(IMPLEMENTATIONS):
+        return AttentionChoice(str(model.config._attn_implementation), "the model has no other implementation")
+    tokens = int(torch.as_tensor(lengths).median())
+    name = "eager" if device.type == "cpu" and tokens <= MAX_EAGER_TOKENS else "sdpa"
+    _set_attention(model, name)
+    device_name = "a GPU" if device.type == "cuda" else "a CPU"
+    return AttentionChoice(name, f"the median example has {tokens} tokens, on {device_name}")
+
+
+def _set_attention(model: PreTrainedModel, name: str) -> bool:
+    """Sets an implementation. Returns False if the model does not have it."""
+    try:
+        with quiet_transformers():
+            model.set_attn_implementation(name)
+    except (ValueError, ImportError, RuntimeError):
+        return False
+    return bool(model.config._attn_implementation == name)

@@ -13,7 +13,7 @@ from lorasweep.config.method import PeftConfig
 from lorasweep.config.model import ModelConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.models.folder import EMBEDDED_PREFIX, find_local_path
-from lorasweep.models.quantised import TRANSFORMERS_ARGUMENTS
+from lorasweep.models.pretrained import TRANSFORMERS_ARGUMENTS
 from lorasweep.record import RunRecord
 
 CARD_FILE = "README.md"

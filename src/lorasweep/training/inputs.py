@@ -19,8 +19,7 @@ from lorasweep.data.split import Batch, Split
 from lorasweep.data.split import padding_fraction as measure_padding
 from lorasweep.errors import ConfigError
 from lorasweep.methods import METHODS
-from lorasweep.models.attention import AttentionChoice, choose_attention
-from lorasweep.models.load import BaseModel, Labels, load_base
+from lorasweep.models.load import AttentionChoice, BaseModel, Labels, choose_attention, load_base
 from lorasweep.training.environment import DTYPES, Precision, get_device, resolve_precision
 from lorasweep.training.memory import free_memory_bytes
 from lorasweep.training.own_data import read_own_data

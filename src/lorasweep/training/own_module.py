@@ -20,9 +20,9 @@ from lorasweep.config.components import instantiate
 from lorasweep.config.run import RunConfig
 from lorasweep.disk import csv_text
 from lorasweep.errors import ConfigError
+from lorasweep.lora.layer_kinds import count_parameters
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.models.load import BaseModel, fingerprint_weights
-from lorasweep.stored_weights import count_parameters
 from lorasweep.training.environment import resolve_device
 from lorasweep.training.optim import configure_optimizers
 from lorasweep.training.own_data import OwnSplits, random_streams

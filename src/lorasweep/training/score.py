@@ -22,7 +22,7 @@ from lorasweep.data.split import Split, move_batch
 from lorasweep.data.tasks import Evaluation, ExampleScores, Task
 from lorasweep.disk import csv_text, write_atomically
 from lorasweep.errors import RecordError
-from lorasweep.methods.frozen import find_output_layer
+from lorasweep.methods.base_weights import find_output_layer
 from lorasweep.record import (
     RETAINED_SCORES_FILE,
     RUN_FILE,

@@ -15,7 +15,7 @@ from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import MicroBatch, StepBatchSampler
 from lorasweep.data.split import move_batch
 from lorasweep.errors import OutOfMemory
-from lorasweep.stored_weights import list_scales
+from lorasweep.lora.layer_kinds import list_scales
 from lorasweep.training.environment import Precision, get_device
 from lorasweep.training.failures import convert_memory_errors
 from lorasweep.training.inputs import RunInputs, check_batch_memory
