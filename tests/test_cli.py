@@ -252,7 +252,7 @@ def test_a_plan_and_the_start_of_a_sweep_check_test_data_and_workers(capsys, her
     (here / "chat.yaml").write_text(yaml.safe_dump({**MINI, "settings": chat | files}))
     for row, seeds, words in (
         ({"prompt": "name 1", "answer": "the name is 1"}, 0, ["test.jsonl", "completion"]),
-        ({"prompt": "name 1", "completion": " "}, 1, ["line 1 of", "test.jsonl' must have a text", "confirm.seeds=0"]),
+        ({"prompt": "name 1", "completion": " "}, 1, ["row 1 of", "test.jsonl' must have a text", "confirm.seeds=0"]),
     ):
         (here / "test.jsonl").write_text(json.dumps(row) + "\n")
         for command in ("plan", "sweep"):

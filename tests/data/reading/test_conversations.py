@@ -69,7 +69,7 @@ def test_answers_to_one_prompt_stay_in_one_split(read):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"prompt": "", "completion": "b"}, ["line 1 of 'train.jsonl'", "`prompt` ''", "`completion` 'b'"]),
+        ({"prompt": "", "completion": "b"}, ["row 1 of 'train.jsonl'", "`prompt` ''", "`completion` 'b'"]),
         ({"prompt": "a", "completion": None}, ["text", "None"]),
         ({"prompt": "a"}, ["'train.jsonl'", "['prompt']", "`data.prompt`", "`data.messages`"]),
         ({"messages": "hi"}, ["list of messages", "'hi'"]),

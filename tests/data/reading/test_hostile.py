@@ -21,7 +21,7 @@ from lorasweep.errors import ConfigError
 @pytest.mark.parametrize("label", [{"a": 1}, [["a"]], [None, {}]])
 def test_a_label_that_is_no_text_or_number_is_refused_with_its_row(read, label):
     rows = [{"text": f"a{number}", "label": "xy"[number % 2]} for number in range(9)] + [{"text": "b", "label": label}]
-    with pytest.raises(ConfigError, match=r"line 10 of 'train\.jsonl' must have texts"):
+    with pytest.raises(ConfigError, match=r"row 10 of 'train\.jsonl' must have texts"):
         read("table", {"train.jsonl": "\n".join(map(json.dumps, rows))})
 
 

@@ -109,7 +109,9 @@ def test_splits_that_are_given_are_read_as_they_are(read):
 
 def test_rows_of_the_test_split_are_read_at_its_first_call_and_once(read):
     source = read("table", {"train.csv": csv_of(ROWS), "test.csv": "text,label\none,\ntwo,a\nthree,\n"})
-    with pytest.raises(ConfigError, match=r"line 2 of 'test\.csv' must have a label.* 2 rows .*, also line 4\."):
+    with pytest.raises(
+        ConfigError, match=r"row 1 of 'test\.csv' must have a label.* 2 rows .*, also row 3 of 'test\.csv'\."
+    ):
         source.test()
     source = read("table", {"train.csv": csv_of(ROWS), "test.csv": csv_of(ROWS[:3])})
     assert source.test() is source.test()
@@ -170,9 +172,9 @@ def test_limits_take_evenly_spaced_rows_of_each_split(read):
 @pytest.mark.parametrize(
     ("content", "settings", "words"),
     [
-        ("text,label\nfine,a\n ,b\n", {}, ["line 3 of 'train.csv'", "`text` ' '", "remove"]),
-        ("text,label\n,b\n,b\nc,a\n", {}, ["line 2", "2 rows"]),
-        ("text,label\nfine,\n", {}, ["line 2 of 'train.csv'", "column 'label'"]),
+        ("text,label\nfine,a\n ,b\n", {}, ["row 2 of 'train.csv'", "`text` ' '", "remove"]),
+        ("text,label\n,b\n,b\nc,a\n", {}, ["row 1", "2 rows"]),
+        ("text,label\nfine,\n", {}, ["row 1 of 'train.csv'", "column 'label'"]),
         ("text,label\na,x\nb,x\n", {}, ["`data.label=label`", "two different labels"]),
         ("text,label\na,x\nb,1\n", {"task": "regression"}, ["`data.label=label`", "finite number", "'x'"]),
         ("text,lable\na,x\n", {}, ["`data.label`", "'train.csv'", "`lable`"]),
@@ -189,7 +191,7 @@ def test_what_can_not_be_used_is_named(read, content, settings, words):
 def test_unknown_label_of_another_split_is_named_when_it_is_read(read):
     files = {"train.csv": csv_of(ROWS), "test.csv": "text,label\nfine,a\nwell,c\n"}
     source = read("table", files)
-    with pytest.raises(ConfigError, match=r"line 3 of 'test.csv' must have a label that training has, \('a', 'b'\)"):
+    with pytest.raises(ConfigError, match=r"row 2 of 'test.csv' must have a label that training has, \('a', 'b'\)"):
         source.test()
 
 

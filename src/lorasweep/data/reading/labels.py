@@ -11,7 +11,14 @@ from typing import Any
 
 from lorasweep.config.data import LabelTask, TableConfig
 from lorasweep.data.reading.splitting import build_source, content_key
-from lorasweep.data.reading.tables import choose_columns, open_tables, parse_rows, require_scalar, require_text
+from lorasweep.data.reading.tables import (
+    choose_columns,
+    get_class_names,
+    open_tables,
+    parse_rows,
+    require_scalar,
+    require_text,
+)
 from lorasweep.data.source import DataSource, Label, LabelledText
 from lorasweep.errors import ConfigError
 from lorasweep.wording import nearest, shorten
@@ -39,7 +46,7 @@ def read_labelled(config: TableConfig) -> DataSource:
     encoder = learn_labels(
         labels,
         task=config.task,
-        class_names=train.get_class_names(config.label),
+        class_names=get_class_names(next(iter(train.datasets.values())), config.label),
         key=f"`data.label={config.label}`",
     )
     names = encoder.names if config.labels is None else config.labels

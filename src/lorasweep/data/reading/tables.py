@@ -60,13 +60,8 @@ class Table:
     """The chosen columns."""
     group: str | None = None
     """The column that `data.group` names."""
-    file_settings: RowSettings | None = None
-    """The settings of files; None for a data set of the hub, which users can't correct: its unusable rows are skipped
-    and counted. In a file they are errors."""
-
-    def get_class_names(self, column: str) -> tuple[str, ...]:
-        """Returns the names of a column's classes in the order that the data set states; empty if it states none."""
-        return _get_class_names(next(iter(self.datasets.values())), column)
+    is_from_hub: bool = False
+    """Unusable rows of the hub, which users can't correct, are skipped and counted. In a file they are errors."""
 
 
 def open_tables(config: SplitSettings, choose: ChooseColumns) -> dict[str, Table]:
@@ -88,8 +83,8 @@ def open_tables(config: SplitSettings, choose: ChooseColumns) -> dict[str, Table
                 is_delimited = config.path is None and find_suffix(Path(name)) in DEFAULT_DIALECTS
                 hint = " See also `data.columns` (for a file without a header) and `data.delimiter`."
                 raise ConfigError(f"{error}{hint if is_delimited else ''}") from error
-        rules = config if config.path is None and isinstance(config, RowSettings) else None
-        tables[split] = Table(datasets=loaded, columns=columns, group=config.group, file_settings=rules)
+        is_from_hub = config.path is not None
+        tables[split] = Table(datasets=loaded, columns=columns, group=config.group, is_from_hub=is_from_hub)
     return tables
 
 
@@ -141,7 +136,7 @@ def _load_file(path: Path, config: RowSettings) -> Dataset:
             "parse_agent_traces": False,  # a chat that looks like the log of an agent would need another package
         }
     surplus_fields_are_errors = warnings.catch_warnings(action="error", category=ParserWarning)
-    with refuse_unreadable(path, config), surplus_fields_are_errors, quiet_datasets():
+    with refuse_unreadable(path), surplus_fields_are_errors, quiet_datasets():
         if kind in DEFAULT_DIALECTS:
             options = _choose_csv_options(path, config)
         escaped = glob.escape(str(path))  # a name may have brackets
@@ -187,11 +182,8 @@ def _has_csv_quotes(path: Path, separator: str) -> bool:
 
 
 @contextmanager
-def refuse_unreadable(path: Path, config: RowSettings | None = None) -> Iterator[None]:
-    """Raises ConfigError instead of the errors that libraries raise for a file that is damaged or of another kind.
-
-    `config` is that of a table.
-    """
+def refuse_unreadable(path: Path) -> Iterator[None]:
+    """Raises ConfigError instead of the errors that libraries raise for a file that is damaged or of another kind."""
     try:
         yield
     except ConfigError:
@@ -199,12 +191,9 @@ def refuse_unreadable(path: Path, config: RowSettings | None = None) -> Iterator
     except Exception as error:  # each reader raises its own classes
         cause = error.__cause__ or error  # `datasets` wraps the error of pandas or pyarrow
         kind = find_suffix(path)[1:] or "text"
-        reason = _find_fault(path)
-        if config is not None and "EOF inside string" in str(cause):
-            last = [1, *_list_row_lines(path, config)][-1]
-            reason = f"must close every quote, but the row of line {last} has an open one. See also `data.quoting`"
-        reason = reason or f"must be a {kind} file, but can't be read: {first_line(cause)}"
-        raise ConfigError(f"{str(path)!r} {reason}.") from error
+        reason = _find_fault(path) or f"must be a {kind} file, but can't be read: {first_line(cause)}"
+        hint = " See also `data.quoting`." if "EOF inside string" in reason else ""
+        raise ConfigError(f"{str(path)!r} {reason}.{hint}") from error
 
 
 def _find_fault(path: Path) -> str | None:
@@ -225,22 +214,6 @@ def _find_fault(path: Path) -> str | None:
             except json.JSONDecodeError as error:
                 return f"must have JSON on every line, but line {number} is wrong: {error.msg} at column {error.colno}"
     return None
-
-
-def _list_row_lines(path: Path, config: RowSettings) -> list[int]:
-    """Returns the line on which each row of a csv, tsv, txt or jsonl file begins. Fields may have line feeds."""
-    with open_text(path) as file:
-        if find_suffix(path) == ".jsonl":
-            return [number for number, line in enumerate(file, start=1) if line.strip()]
-        separator, quoting = _choose_dialect(path, config)
-        lines: list[int] = []
-        end = 0
-        reader = csv.reader(file, delimiter=separator, quoting=quoting)
-        with suppress(csv.Error):  # a field is too long for this reader: the lines up to it are known
-            for fields in reader:
-                lines += [end + 1] if fields else []
-                end = reader.line_num
-    return lines if config.columns else lines[1:]
 
 
 @contextmanager
@@ -326,7 +299,7 @@ def parse_rows(table: Table, parse: Callable[..., T]) -> tuple[list[T], list[str
         ConfigError: A row of a file is unusable, or all rows of a hub data set are.
     """
     parsed: list[T] = []
-    problems: list[tuple[str, int, dict[str, Any], ValueError]] = []
+    problems: list[tuple[str, str]] = []  # the place of a row, and what is wrong there
     notes: list[str] = []
     for name, dataset in table.datasets.items():
         # pandas names a column `Unnamed: 2` if the header does not name it: surplus commas, or a text with commas
@@ -340,28 +313,20 @@ def parse_rows(table: Table, parse: Callable[..., T]) -> tuple[list[T], list[str
                 group = None if groups is None else _require_group(groups[index])
                 parsed.append(parse(*values, group=group))
             except ValueError as error:
-                problems.append((name, index, dict(zip(table.columns, values, strict=True)), error))
+                fields = zip(table.columns, values, strict=True)
+                shown = ", ".join(f"`{column}` {shorten(value, 40)}" for column, value in fields)
+                problems.append((f"row {index + 1} of {name!r}", f"{error}. The row has {shown}."))
     if not problems:
         return parsed, notes
-    name, index, fields, problem = problems[0]
-    shown = ", ".join(f"`{column}` {shorten(value, 40)}" for column, value in fields.items())
-    first = f"{_name_place(name, index, table.file_settings)} of {name!r} {problem}. The row has {shown}."
-    if table.file_settings is not None:
-        more = [(_name_place(*row[:2], table.file_settings), row[0]) for row in problems[1:MAX_NAMED_ROWS]]
-        others = [place if file == name else f"{place} of {file!r}" for place, file in more]
+    first = " ".join(problems[0])
+    if not table.is_from_hub:
+        others = [place for place, _ in problems[1:MAX_NAMED_ROWS]]
         also = f" {len(problems)} rows have a problem, also {join_words(others)}." if others else ""
         raise ConfigError(f"{first} Correct or remove it.{also}")
     if not parsed:
         raise ConfigError(f"{name!r} must have usable rows, but has none. The first problem: {first}")
     skipped = f"{len(problems)} of {len(parsed) + len(problems)} rows of {name!r} are skipped."
     return parsed, [*notes, f"{skipped} The first problem: {first}"]
-
-
-def _name_place(name: str, index: int, config: RowSettings | None) -> str:
-    """Returns the line of a row, or its number in a file without lines."""
-    is_in_lines = config is not None and find_suffix(Path(name)) in (*DEFAULT_DIALECTS, ".jsonl")
-    lines = _list_row_lines(Path(name), config) if config is not None and is_in_lines else []
-    return f"line {lines[index]}" if index < len(lines) else f"row {index + 1}"
 
 
 def read_columns(dataset: Dataset, names: Iterable[str], *, name: str) -> dict[str, list[Any]]:
@@ -371,21 +336,16 @@ def read_columns(dataset: Dataset, names: Iterable[str], *, name: str) -> dict[s
     """
     with refuse_unreadable(Path(name)):  # a date of a parquet file may be out of Python's range
         columns: dict[str, list[Any]] = dataset.select_columns(list(dict.fromkeys(names)))[:]
-    return {
-        column: [_to_class_name(value, _get_class_names(dataset, column)) for value in values]
-        for column, values in columns.items()
-    }
+    for column, values in columns.items():
+        if names := get_class_names(dataset, column):
+            columns[column] = [None if value is None or value < 0 else names[value] for value in values]
+    return columns
 
 
-def _get_class_names(dataset: Dataset, column: str) -> tuple[str, ...]:
+def get_class_names(dataset: Dataset, column: str) -> tuple[str, ...]:
+    """Returns the names of a column's classes in the order that the data set states; empty if it states none."""
     feature = dataset.features[column]
     return tuple(feature.names) if isinstance(feature, ClassLabel) and feature.names else ()
-
-
-def _to_class_name(value: Any, names: Sequence[str]) -> Any:
-    if not names or value is None:
-        return value
-    return names[value] if value >= 0 else None
 
 
 def _require_group(value: Any) -> str:
