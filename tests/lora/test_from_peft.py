@@ -53,11 +53,11 @@ READ = [
 
 
 @pytest.mark.parametrize(("theirs", "ours"), READ)
-def test_a_config_of_peft_is_read(theirs: peft.LoraConfig, ours: LoraConfig) -> None:
+def test_a_config_of_peft_is_read(theirs, ours):
     assert LoraConfig.from_peft(theirs) == ours
 
 
-def test_patterns_match_the_same_layers_as_in_peft() -> None:
+def test_patterns_match_the_same_layers_as_in_peft():
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], rank_pattern={r"layers\.1\..*q_proj": 1})
     theirs, ours = peft.get_peft_model(make_llama(), config), make_llama()
     inject_lora(ours, LoraConfig.from_peft(config))
@@ -80,7 +80,7 @@ def test_patterns_match_the_same_layers_as_in_peft() -> None:
         (peft.AdaLoraConfig(target_modules=["q_proj"], total_step=9), ["`peft_type` must be LORA"]),
     ],
 )
-def test_what_our_layers_cannot_do_is_refused_by_name(theirs: peft.PeftConfig, named: list[str]) -> None:
+def test_what_our_layers_cannot_do_is_refused_by_name(theirs, named):
     for part in named:
         with pytest.raises(ConfigError, match=part):
             LoraConfig.from_peft(theirs)

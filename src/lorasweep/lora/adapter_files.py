@@ -30,7 +30,7 @@ from lorasweep.lora.inject import check_not_injected, inject_lora, require_lora_
 from lorasweep.lora.layer_kinds import is_conv1d
 from lorasweep.lora.layers import LoraLayer, lora_layers
 from lorasweep.lora.patterns import fits_pattern, is_name_ending
-from lorasweep.lora.targets import get_target_patterns, is_excluded, plan_targets
+from lorasweep.lora.targets import find_targets, get_target_patterns, is_excluded
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -139,7 +139,7 @@ def _name_tensors(layers: Mapping[str, LoraLayer], modules: Mapping[str, nn.Modu
 
 def _build_expected_state(model: nn.Module, config: LoraConfig) -> dict[str, Tensor]:
     """Returns the names and shapes that `lora_state` would return for the adapted model, on the meta device."""
-    _, targets = plan_targets(model, config, allow_full_rank=True)
+    targets = find_targets(model, config, allow_full_rank=True).targets
     layers = {name: LoraLayer(model.get_submodule(name), target, device="meta") for name, target in targets.items()}
     return _name_tensors(layers, match_modules_to_save(model, config.modules_to_save))
 

@@ -11,7 +11,7 @@ from lorasweep.lora.fully_trained import copy_as_trainable, match_modules_to_sav
 from lorasweep.lora.layer_kinds import dequantised_weight, is_linear, is_quantised, matrix_shape
 from lorasweep.lora.layers import AdaptedLayer, LoraLayer, lora_layers
 from lorasweep.lora.recompute import replace_activations, restore_activations
-from lorasweep.lora.targets import Coverage, plan_targets
+from lorasweep.lora.targets import Coverage, find_targets
 
 
 def inject_lora(
@@ -33,14 +33,14 @@ def inject_lora(
         allow_full_rank: Whether the rank may be above the smaller side of a layer's weight.
 
     Returns:
-        Names of the matched and the unmatched layers, and numbers of parameters.
+        The adapted layers, the other linear layers, and the number of trained parameters.
 
     Raises:
         ValueError: The model has LoRA layers already, or `find_targets` raises it. The model is then unchanged.
     """
     check_not_injected(model)
-    coverage, targets = plan_targets(model, config, allow_full_rank=allow_full_rank)
-    layers = [LoraLayer(model.get_submodule(name), target, generator=generator) for name, target in targets.items()]
+    coverage = find_targets(model, config, allow_full_rank=allow_full_rank)
+    layers = [LoraLayer(model.get_submodule(name), t, generator=generator) for name, t in coverage.targets.items()]
     modules = match_modules_to_save(model, config.modules_to_save)
     # all checks are done: nothing below can fail, so a refused model is unchanged
     freeze(model)

@@ -15,33 +15,13 @@ from lorasweep.config.method import LoraConfig
 from lorasweep.config.peft_settings import ALL_LINEAR_PATTERN, REGEX_PREFIX
 from lorasweep.lora.fully_trained import is_inside, match_modules_to_save
 from lorasweep.lora.functional import RowRanges, scaling_factor
-from lorasweep.lora.layer_kinds import can_be_adapted, count_parameters, is_linear, is_quantised, matrix_shape
+from lorasweep.lora.layer_kinds import can_be_adapted, is_linear, is_quantised, matrix_shape
 from lorasweep.lora.patterns import find_first_match, fits_pattern, get_block_index, parse_row_ranges, suggest_layer
 
 Number = TypeVar("Number", int, float)
 
 HEAD_NAMES = frozenset({"lm_head", "score", "classifier", "qa_outputs"})
 """Names that transformers gives to the head of a model. `all-linear` does not match heads."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Coverage:
-    """The layers of a model that a `LoraConfig` adapts."""
-
-    matched: Mapping[str, tuple[str, ...]]
-    """Names of the layers that each pattern matched."""
-    unmatched: tuple[str, ...]
-    """Names of the linear layers that are not adapted."""
-    trainable_params: int
-    """Number of trainable parameters: Σ r (d_in + d_out) over the matched layers, DoRA's row norms, and the modules
-    that train in full."""
-    total_params: int
-    """Number of parameters of the adapted model. A tensor that is used twice counts once."""
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of all matched layers in the order of the patterns, without duplicates."""
-        return tuple(dict.fromkeys(name for names in self.matched.values() for name in names))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,44 +50,53 @@ class Target:
             yield part, slice(index * self.rank, (index + 1) * self.rank)
 
 
-def find_targets(model: nn.Module, config: LoraConfig) -> Coverage:
+@dataclass(frozen=True, kw_only=True)
+class Coverage:
+    """The layers of a model that a `LoraConfig` adapts."""
+
+    targets: Mapping[str, Target]
+    """How each adapted layer is adapted, by its name and in the model's order."""
+    unmatched: tuple[str, ...]
+    """Names of the linear layers that are not adapted."""
+    trainable_params: int
+    """Number of trainable parameters: Σ r (d_in + d_out) over the adapted layers, DoRA's row norms, and the modules
+    that train in full."""
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the adapted layers in the model's order."""
+        return tuple(self.targets)
+
+
+def find_targets(model: nn.Module, config: LoraConfig, *, allow_full_rank: bool = False) -> Coverage:
     """Returns the layers that `inject_lora` would adapt, without changing the model.
 
     Args:
         model: Any module that contains the layers. It may be on the meta device.
         config: The layers to adapt, and the settings of LoRA.
+        allow_full_rank: Whether the rank may be above the smaller side of a layer's weight.
 
     Raises:
         ValueError: A pattern matches no layer that can be adapted; the rank is above the smaller side of a layer's
             weight; or a setting does not fit a layer.
     """
-    return plan_targets(model, config)[0]
-
-
-def plan_targets(
-    model: nn.Module, config: LoraConfig, *, allow_full_rank: bool = False
-) -> tuple[Coverage, dict[str, Target]]:
-    """Returns the matched layers as `find_targets` does, and each layer's target by name, in the model's order."""
     layers = find_adaptable_layers(model)
     trained = match_modules_to_save(model, config.modules_to_save)
     matched = {pattern: _match_pattern(pattern, model, config, trained) for pattern in get_target_patterns(config)}
     matched_names = {name for names in matched.values() for name in names}
     names = [name for name in layers if name in matched_names]
-    _check_settings_match_layers(config, model, names)
+    _check_settings_match_layers(config, names, list(layers))
     targets = {name: _plan_layer(name, layers[name], config, matched) for name in names}
     for name, target in targets.items():
         if not allow_full_rank:
             _check_rank(target.rank, name, layers[name])
         _check_variant(name, layers[name], config)
     added = sum(_count_parameters(layers[name], target) for name, target in targets.items())
-    copied = sum(p.numel() for module in trained.values() for p in module.parameters())
-    coverage = Coverage(
-        matched=matched,
+    return Coverage(
+        targets=targets,
         unmatched=tuple(name for name, layer in layers.items() if is_linear(layer) and name not in matched_names),
-        trainable_params=added + copied,
-        total_params=added + copied + count_parameters(model),
+        trainable_params=added + sum(p.numel() for module in trained.values() for p in module.parameters()),
     )
-    return coverage, targets
 
 
 def get_target_patterns(config: LoraConfig) -> tuple[str, ...]:
@@ -179,9 +168,8 @@ def _plan_layer(name: str, layer: nn.Module, config: LoraConfig, matched: Mappin
     )
 
 
-def _check_settings_match_layers(config: LoraConfig, model: nn.Module, names: list[str]) -> None:
+def _check_settings_match_layers(config: LoraConfig, names: list[str], all_names: list[str]) -> None:
     """Refuses a pattern or an index that matches no layer, because it must be a mistake."""
-    all_names = list(find_adaptable_layers(model))
     settings: list[tuple[str, Collection[str], list[str]]] = [
         ("rank_pattern", config.rank_pattern, names),
         ("alpha_pattern", config.alpha_pattern, names),

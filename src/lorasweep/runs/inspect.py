@@ -19,7 +19,7 @@ from lorasweep.config.method import LoraConfig
 from lorasweep.disk import csv_text, write_atomically
 from lorasweep.errors import RecordError
 from lorasweep.lora.layer_kinds import weight_to_matrix
-from lorasweep.lora.targets import plan_targets
+from lorasweep.lora.targets import find_targets
 from lorasweep.methods import METHODS, copy_sharing_weights, draw_head
 from lorasweep.record import read_run
 from lorasweep.training.restore import (
@@ -96,7 +96,7 @@ def inspect_run(folder: Path, *, trust: bool = False) -> Inspection:
     ranks = {}
     if isinstance(method, LoraConfig):
         # ranks of the settings: adapter files store PiSSA and fused projections as plain LoRA of a higher rank
-        targets = plan_targets(base.model, method, allow_full_rank=True)[1]
+        targets = find_targets(base.model, method, allow_full_rank=True).targets
         ranks = {name: target.rank * len(target.row_ranges or [None]) for name, target in targets.items()}
     model = restore_model(config, base, folder=folder / "best")
     METHODS[method.name].merge(model)
