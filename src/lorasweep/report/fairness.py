@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 from lorasweep.config.method import ALPHA_OVER_RANK
@@ -20,50 +20,42 @@ from lorasweep.wording import format_count, format_setting, join_words
 
 MAX_EFFORT_RATIO = 1.25
 """Maximum ratio of the tokens of two arms that count as treated alike."""
-MAX_TRIALS_PER_DIMENSION_RATIO = 2.0
-"""Maximum ratio of the trials per searched dimension of two arms that count as treated alike. It is used if an expected
-regret is missing."""
 EDGE_FRACTION = 0.05
 """A value is at an end of its range if it is closer to the end than this share of the range."""
-MEASURES: tuple[tuple[str, str, Callable[[float], str], Callable[[float, float], bool]], ...] = (
-    ("trials_asked", "trials", str, lambda low, high: low < high),
-    ("tokens_trained", "tokens", format_count, lambda low, high: high > MAX_EFFORT_RATIO * low),
-    (
-        "lr_decades",
-        "decades of learning rates",
-        "{:.1f}".format,
-        lambda low, high: high - low > MAX_WIDTH_DIFFERENCE_DECADES,
-    ),
-    ("dimensions", "searched dimensions", str, lambda low, high: False),
-)
-"""The compared parts of an arm's effort: name, unit, how to show it, and whether the lowest and the highest value of
-two arms differ too much."""
 
 
-def judge_fairness(data: SweepData, *, has_learned: bool = True) -> tuple[list[str], dict[str, Any]]:
+def judge_fairness(data: SweepData, *, has_learned: bool = True) -> dict[str, Any]:
     """Returns whether arms had equal trials, similar tokens and ranges, and whether their searches found the best.
 
     A search did not find the best if the best learning rate lies at an end of its range, or if the expected regret
     exceeds the margin.
 
     Returns:
-        The judgement in sentences, and a mapping with `is_fair` and `arms`, the `measure_effort` of each arm that
-        trains. If fewer than two arms train, only sentences on ranges are returned, and `is_fair` is None.
+        `is_fair` (None if fewer than two arms train), `sentences`, and `arms`, the `measure_effort` of each arm.
     """
     arms = [measure_effort(arm, data) for arm in data.searches if arm.row.method != "frozen"]
     edges = list_edges(data) if has_learned else []
     others = [f"{clause[0].upper()}{clause[1:]}." for key, clause in edges if key != LR or len(arms) < 2]
     if len(arms) < 2:
-        return others, {"is_fair": None, "arms": arms}
+        return {"is_fair": None, "sentences": others, "arms": arms}
     faults, ranges = [clause for key, clause in edges if key == LR], []
-    for measure, unit, show, differs in MEASURES:
-        least, most = _find_extreme_arms(arms, measure)
+    for measure, unit, show, max_ratio, max_difference in (
+        ("trials_asked", "trials", str, 1.0, 0.0),
+        ("tokens_trained", "tokens", format_count, MAX_EFFORT_RATIO, 0.0),
+        ("lr_decades", "decades of learning rates", "{:.1f}".format, 1.0, MAX_WIDTH_DIFFERENCE_DECADES),
+        ("dimensions", "searched dimensions", str, 1.0, math.inf),  # shown, but no fault
+    ):
+        least, most = min(arms, key=itemgetter(measure)), max(arms, key=itemgetter(measure))
         low, high = show(least[measure]), show(most[measure])
         counted = f"{low} {unit.removesuffix('s') if low == '1' else unit}"
         ranges.append(counted if low == high else f"{low} to {high} {unit}")
-        if differs(least[measure], most[measure]):
+        if most[measure] > max_ratio * least[measure] + max_difference:
             faults.append(f"`{least['arm']}` had {counted} and `{most['arm']}` {high}")
-    faults += _judge_search(arms, data)
+    margin = data.evidence.margin
+    regrets = {row.subject: row.regret / margin for row in data.record.settings if margin and row.regret is not None}
+    if above := [f"{regret:.2g} margins for `{subject}`" for subject, regret in regrets.items() if regret > 1]:
+        luck = "so luck of the search may decide"
+        faults.append(f"an untried setting is expected to be better by {join_words(above)}, {luck}")
     so_far = "" if data.record.status == "complete" else "so far "
     judgement = f"not fair: {'; '.join(faults)}" if faults else "fair"
     sentences = [
@@ -71,7 +63,7 @@ def judge_fairness(data: SweepData, *, has_learned: bool = True) -> tuple[list[s
         f"Each of the {len(arms)} arms that train had {join_words(ranges)}.",
         *others,
     ]
-    return sentences, {"is_fair": not faults, "arms": arms}
+    return {"is_fair": not faults, "sentences": sentences, "arms": arms}
 
 
 def measure_effort(arm: ArmData, data: SweepData) -> dict[str, Any]:
@@ -94,33 +86,6 @@ def measure_effort(arm: ArmData, data: SweepData) -> dict[str, Any]:
         "dimensions": len(keys),
         "regret": max((one.regret for one in settings if one.regret is not None), default=None),
     }
-
-
-def _judge_search(arms: Sequence[dict[str, Any]], data: SweepData) -> list[str]:
-    """Returns a clause if an untried setting could decide the comparison.
-
-    It could if its expected regret exceeds the margin. If the regret is not known, the trials per dimension decide.
-    """
-    margin = data.evidence.margin
-    regrets = {row.subject: row.regret / margin for row in data.record.settings if margin and row.regret is not None}
-    above = [f"{regret:.2g} margins for `{subject}`" for subject, regret in regrets.items() if regret > 1]
-    if above:
-        return [f"an untried setting is expected to be better by {join_words(above)}, so luck of the search may decide"]
-    if margin and all(arm["regret"] is not None for arm in arms):
-        return []
-    searched = [arm | {"density": arm["trials_asked"] / arm["dimensions"]} for arm in arms if arm["dimensions"]]
-    if len(searched) < 2:
-        return []
-    least, most = _find_extreme_arms(searched, "density")
-    if most["density"] <= MAX_TRIALS_PER_DIMENSION_RATIO * least["density"]:
-        return []
-    few, many = (f"{arm['density']:.2g}" for arm in (least, most))
-    return [f"`{least['arm']}` had {few} trials for each searched dimension and `{most['arm']}` {many}"]
-
-
-def _find_extreme_arms(arms: Sequence[dict[str, Any]], measure: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the arms with the lowest and the highest value of a measure."""
-    return min(arms, key=lambda arm: arm[measure]), max(arms, key=lambda arm: arm[measure])
 
 
 def list_edges(data: SweepData) -> list[tuple[str, str]]:

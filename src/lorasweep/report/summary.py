@@ -50,7 +50,7 @@ class Summary:
     learning: Learning
     """Whether the trials are better than an answer that needs no training. Its headline is the report's headline."""
     fairness: dict[str, Any]
-    """`is_fair` (None if fewer than two arms train), `sentences`, and `arms` (the effort of each arm)."""
+    """The result of `judge_fairness`."""
     sentences: tuple[str, ...]
     """The findings that are neither an answer nor a warning."""
     recommended: tuple[Recommendation, ...]
@@ -100,13 +100,14 @@ def summarize(folder: Path) -> Summary:
     """
     data = load_sweep_data(folder)
     learning = judge_learning(data)
-    fairness, facts = judge_fairness(data, has_learned=learning.state != "nothing")
-    findings = fairness[1:] if facts["is_fair"] is False else fairness  # that a comparison is unfair is a warning
+    fairness = judge_fairness(data, has_learned=learning.state != "nothing")
+    said = fairness["sentences"]
+    findings = said[1:] if fairness["is_fair"] is False else said  # that a comparison is unfair is a warning
     return Summary(
         data=data,
         answers=list_answer_lines(data, learning),
         learning=learning,
-        fairness={"sentences": fairness, **facts},
+        fairness=fairness,
         sentences=tuple(describe_findings(data, findings)),
         recommended=tuple(recommend(data)),
     )
