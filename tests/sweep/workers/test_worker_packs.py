@@ -1,12 +1,10 @@
 """Trials that train in packs: none is lost when a pack breaks, and a killed pack resumes as it was."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
-from tests.sweep.conftest import NoInputs, of_arm
+from tests.sweep.conftest import of_arm
 
-import lorasweep.sweep.workers.worker as worker_file
 from lorasweep.errors import Diverged, OutOfMemory
 from lorasweep.record import read_sweep
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
@@ -41,34 +39,6 @@ def test_a_pack_is_full_as_soon_as_the_first_trials_of_an_adaptive_sampler_are_c
     assert packs.trained.index(("lora-0007", 2)) < min(
         packs.trained.index((name, 6)) for name, step in packs.trained if step == 6
     )
-
-
-@pytest.mark.parametrize(
-    ("counts", "slots"),
-    [
-        ({"lora": 5, "frozen": 1, "full": 0}, 3),  # two workers
-        ({"lora": 20, "frozen": 1, "full": 0}, 6),
-        ({"lora": 5, "frozen": 1, "full": 3}, 6),  # the other worker trains runs of `full`
-    ],
-)
-def test_workers_share_the_runs_of_a_stage_that_has_no_others(begin, packed, tmp_path, monkeypatch, counts, slots):
-    packed["settings"] |= {"worker.pack_size": "auto"}
-    sweep = begin(packed)
-    monkeypatch.setattr(
-        worker_file, "choose_pack_size", lambda config, *, inputs, trials_left: SimpleNamespace(slots=6, reason="")
-    )
-    worker = worker_file.Worker(
-        path=sweep.path,
-        definition=sweep.definition,
-        controller=SimpleNamespace(count_stage_runs=lambda: counts, note=lambda sentences: None),
-        metric="bits_per_byte",
-        inputs_cache=NoInputs(),
-        stop_requested=lambda: False,
-        num_workers=2,
-    )
-    (arm,) = [arm for arm in sweep.definition.arms if arm.name == "lora"]
-    assert worker._choose_slots(arm) == slots
-    sweep.close()
 
 
 def test_trials_of_a_pack_are_compared_all_at_once(begin, work, packed, runs, packs):

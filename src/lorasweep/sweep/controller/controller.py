@@ -252,11 +252,6 @@ class Controller:
         _, trial = self._find(assignment)
         return max(trial.values, default=None) == step and step not in trial.passed
 
-    def count_stage_runs(self) -> dict[str, int]:
-        """Returns the planned number of runs of the current stage by arm, including finished runs."""
-        arms = [arm.name for arm in self.sweep.definition.arms]
-        return {name: self.stage.arms[name].planned if name in self.stage.arms else 0 for name in arms}
-
     def is_over(self) -> bool:
         return self._is_over
 

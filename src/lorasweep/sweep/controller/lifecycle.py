@@ -30,7 +30,6 @@ from lorasweep.sweep.controller.folder import RUNS_FOLDER, SweepFolder
 from lorasweep.sweep.controller.storage import (
     JOURNAL_FILE,
     SweepStorage,
-    check_journal,
     damaged_journal,
     name_study,
     open_storage,
@@ -129,7 +128,6 @@ def load_study(path: Path, arm: str) -> optuna.Study:
     name = name_study(arm, "search")
     _require_journal(path)
     try:
-        check_journal(path / JOURNAL_FILE)
         # Optuna's journal, because ours would cut off a line that another process is writing at the end
         storage = JournalStorage(JournalFileBackend(str(path / JOURNAL_FILE)))
         return optuna.load_study(study_name=name, storage=storage)

@@ -23,7 +23,7 @@ from lorasweep.training.checkpoint import read_pack_state
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.size import PackSize, choose_pack_size
-from lorasweep.training.packs.slot_run import RunRequest, SlotEvaluation
+from lorasweep.training.packs.slot_run import RunRequest
 from lorasweep.training.run import train_run
 from lorasweep.training.score import copy_base_run, score_run
 
@@ -68,23 +68,17 @@ class Worker:
     def run(self) -> None:
         # The pack is resumed before `take` is called, which would hand out its trials one by one.
         self._resume_pack()
-        while (assignment := self._wait_for_trial()) is not None:
-            if (slots := self._choose_slots(assignment.arm)) is not None:
+        while not (self._is_interrupted or self.stop_requested()):
+            if (assignment := self.take()) is None:
+                if self.controller.is_over():
+                    break
+                # trials of other workers may be released or promoted at a rung, or the next stage may begin
+                time.sleep(POLL_INTERVAL_S)
+            elif (slots := self._choose_slots(assignment.arm)) is not None:
                 self._train_pack([assignment], slots=slots)
             else:
                 self.tell(assignment, self._train_alone(assignment))
         self._note_usage()
-
-    def _wait_for_trial(self) -> Assignment | None:
-        """Waits for the next trial and returns it. Returns None if the sweep is over or stopped."""
-        while not (self._is_interrupted or self.stop_requested()):
-            if (assignment := self.take()) is not None:
-                return assignment
-            if self.controller.is_over():
-                return None
-            # Trials of other workers may be released or promoted at a rung, or the next stage may begin.
-            time.sleep(POLL_INTERVAL_S)
-        return None
 
     def take(self, arms: Sequence[Arm] | None = None) -> Assignment | None:
         """Returns the next trial to train, of the given arms or of all arms. None if no trial can train now."""
@@ -181,20 +175,36 @@ class Worker:
             start_steps: In a resumed pack, the step of each trial in `first_trials`.
         """
         key = self._plans[first_trials[0].arm.name].key
-        pack = _PackTrials(self, arms=list_pack_arms(self.definition, first_trials[0].arm))
+        arms = list_pack_arms(self.definition, first_trials[0].arm)
+        running: dict[RunRequest, Assignment] = {}
+
+        def add(assignment: Assignment, start_step: int | None = None) -> RunRequest:
+            request = RunRequest(
+                config=assignment.config,
+                run_folder=assignment.run_folder,
+                on_end=lambda outcome: self.tell(running.pop(request), outcome),
+                start_step=start_step,
+            )
+            running[request] = assignment
+            return request
+
+        def next_run() -> RunRequest | None:
+            assignment = self.take(arms)
+            return None if assignment is None else add(assignment)
+
         self._unscored = []
         # A resumed pack is not filled up: it must have the same slots as before the interruption.
         steps: Sequence[int | None] = start_steps or [None] * len(first_trials)
-        requests = [pack.add(assignment, start_step=step) for assignment, step in zip(first_trials, steps, strict=True)]
-        while start_steps is None and len(requests) < slots and (request := pack.next_run()) is not None:
+        requests = [add(assignment, step) for assignment, step in zip(first_trials, steps, strict=True)]
+        while start_steps is None and len(requests) < slots and (request := next_run()) is not None:
             requests.append(request)
         try:
             is_done = train_pack(
                 requests,
                 inputs=self.inputs_cache.load(first_trials[0].config),
                 slots=slots,
-                next_run=pack.next_run,
-                on_evaluation=pack.report,
+                next_run=next_run,
+                on_evaluation=lambda found: self.report([(running[e.request], e.step, e.metrics) for e in found]),
                 state_file=self._pack_file,
                 stop_requested=self.stop_requested,
             )
@@ -204,11 +214,11 @@ class Worker:
             check_writable(self.path, error)
             # The trials resume from their last evaluation: in smaller packs if memory ran out, after any other error in
             # packs of one slot. There only the trial that causes the error fails.
-            smaller = len(pack.running) // 2 if isinstance(error, OutOfMemory) else 1
+            smaller = len(running) // 2 if isinstance(error, OutOfMemory) else 1
             self._max_slots[key] = slots = max(1, smaller)
             size = f"packs of at most {slots} slots" if slots > 1 else "packs of one slot"
             self.controller.warn(f"A pack broke, so its trials continue in {size}. {describe_error(error)}.")
-            self.controller.release(list(pack.running.values()))
+            self.controller.release(list(running.values()))
             is_done = True
         self._is_interrupted = not is_done
         unscored, self._unscored = self._unscored, None
@@ -228,20 +238,7 @@ class Worker:
             chosen = choose_slots(self.definition, arm, inputs_cache=self.inputs_cache, num_workers=self.num_workers)
             self.controller.note([chosen.reason] if chosen.reason else [])
             self._max_slots[key] = None if chosen.slots == 1 else chosen.slots
-        slots = self._max_slots[key]
-        return self._share_slots(arm, slots) if slots and wanted == "auto" and self.num_workers > 1 else slots
-
-    def _share_slots(self, arm: Arm, slots: int) -> int:
-        """Returns a size of packs, at most `slots`, that leaves runs of the stage for every worker.
-
-        If the stage has runs outside of these packs, workers without a pack train those, and packs stay large.
-        """
-        names = {other.name for other in list_pack_arms(self.definition, arm)}
-        counts = self.controller.count_stage_runs()
-        others = [arm for arm in self.definition.arms if arm.name not in names and arm.corner_configs[0].num_steps]
-        if any(counts[other.name] for other in others):
-            return slots
-        return min(slots, math.ceil(sum(count for name, count in counts.items() if name in names) / self.num_workers))
+        return self._max_slots[key]
 
     def _note_usage(self) -> None:
         self.controller.note_usage(self.name, self.telemetry.sample())
@@ -265,32 +262,6 @@ def choose_slots(definition: Definition, arm: Arm, *, inputs_cache: InputsCache,
         return PackSize(wanted, "")
     trials = math.ceil(sum(other.trials for other in list_pack_arms(definition, arm)) / num_workers)
     return choose_pack_size(plan.largest, inputs=inputs_cache.load(plan.largest), trials_left=trials)
-
-
-class _PackTrials:
-    """The trials that train in one pack."""
-
-    def __init__(self, worker: Worker, *, arms: list[Arm]) -> None:
-        self.running: dict[RunRequest, Assignment] = {}
-        self._worker = worker
-        self._arms = arms
-
-    def add(self, assignment: Assignment, *, start_step: int | None = None) -> RunRequest:
-        request = RunRequest(
-            config=assignment.config,
-            run_folder=assignment.run_folder,
-            on_end=lambda outcome: self._worker.tell(self.running.pop(request), outcome),
-            start_step=start_step,
-        )
-        self.running[request] = assignment
-        return request
-
-    def next_run(self) -> RunRequest | None:
-        assignment = self._worker.take(self._arms)
-        return None if assignment is None else self.add(assignment)
-
-    def report(self, evaluations: Sequence[SlotEvaluation]) -> list[bool]:
-        return self._worker.report([(self.running[e.request], e.step, e.metrics) for e in evaluations])
 
 
 def _catch_failure(train: Callable[[], RunRecord]) -> Outcome:
