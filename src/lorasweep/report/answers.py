@@ -258,9 +258,9 @@ def _describe_unlearned(data: SweepData, learning: Learning) -> str:
     """
     compared = [arm.name for arm in data.arms if arm.row.method in ("lora", "full")]
     names = [f"`{name}`" for name in compared if name in learning.unlearned]
-    if learning.answer is None or not names:
+    if not names:
         return ""
-    return f" But {join_words(names)} {'is' if len(names) == 1 else 'are'} not shown to beat {learning.answer.name}."
+    return f" But {join_words(names)} {'is' if len(names) == 1 else 'are'} not shown to beat {learning.answer}."
 
 
 def _say_unconfirmed(data: SweepData) -> str:

@@ -62,7 +62,7 @@ def render_page(summary: Summary, panels: Sequence[Panel]) -> str:
             describe_states=describe_states,
             verdicts=[(answer, describe_answer(answer, data)) for answer in data.evidence.answers],
             retained=[(change, describe_change(change, data)) for change in data.retained],
-            unlearned=summary.learning.unlearned if summary.learning.answer else (),
+            unlearned=summary.learning.unlearned,
             colours=choose_colours(data),
             panels=panels,
             columns=_list_columns(data),

@@ -142,8 +142,8 @@ class Recommendation:
     arm: str
     is_settled: bool
     """Whether the answers settle the choice. Otherwise another arm or a smaller value may be as good."""
-    sentences: tuple[str, ...]
-    """The settings and their score."""
+    score: str
+    """A sentence on the score."""
     settings: dict[str, str]
     """Names and values of the settings."""
     commands: dict[str, str]
@@ -159,12 +159,20 @@ def recommend(data: SweepData) -> list[Recommendation]:
     chosen = choose_arm(data)
     if learning.state == "nothing" or chosen is None:
         return []
-    is_shown = learning.state != "not shown"
-    found = [_build(chosen, data, is_shown=is_shown)]
     lora = choose_arm(data, ["lora"])
-    if lora and chosen.arm.row.method != "lora":
-        found.append(_build(lora, data, is_shown=is_shown))
-    return [one for one in found if one is not None]
+    choices = [chosen, lora] if lora and chosen.arm.row.method != "lora" else [chosen]
+    is_shown = learning.state != "not shown" and bool(data.evidence.means)
+    return [
+        Recommendation(
+            arm=one.arm.name,
+            is_settled=one.is_settled and is_shown,
+            score=_describe_score(one.arm, data),
+            settings=_name_settings(one.arm, one.arm.best),
+            commands=_list_commands(one.arm, data),
+        )
+        for one in choices
+        if one.arm.best and one.arm.best.record
+    ]
 
 
 def read_recommended(source: Path, *, key: str = "--from") -> tuple[dict[str, Any], dict[str, Any]]:
@@ -241,28 +249,6 @@ def _list_overrides(arm: ArmData, trial: Trial) -> dict[str, Any]:
     exact = (STEPS_KEY, LR, *((RANK, ALPHA) if arm.row.method == "lora" else ()))
     # These are listed even if they have default values, so that a change of a default has no effect.
     return settings | {key: value for key in exact if (value := trial.setting(key)) is not None}
-
-
-def _build(choice: Choice, data: SweepData, *, is_shown: bool) -> Recommendation | None:
-    """Returns the recommendation of a subject; None if its run can't be read."""
-    arm, trial = choice.arm, choice.arm.best
-    if trial is None or trial.record is None:
-        return None
-    settings = _name_settings(arm, trial)
-    is_settled = choice.is_settled and is_shown and bool(data.evidence.means)
-    named = join_words([f"{name} {value}" for name, value in settings.items() if name not in ("method", "steps")])
-    steps = f" for {settings['steps']} steps" if "steps" in settings else ""
-    verb = "Use" if is_settled else "Best known so far, but not settled:"
-    return Recommendation(
-        arm=arm.name,
-        is_settled=is_settled,
-        sentences=(
-            f"{verb} {settings['method']} with {named}{steps} (`{arm.name}`).",
-            _describe_score(arm, data),
-        ),
-        settings=settings,
-        commands=_list_commands(arm, data),
-    )
 
 
 def _list_commands(arm: ArmData, data: SweepData) -> dict[str, str]:

@@ -96,8 +96,6 @@ class SweepData:
     """The subjects: one entry for each arm, or for each value of an arm's `confirm_each` key."""
     searches: tuple[ArmData, ...]
     """One entry for each arm, with all its trials. Without `confirm_each` it is the entry in `arms`."""
-    former_runs: tuple[Trial, ...]
-    """The confirm runs of former settings, which others replaced after the sweep grew."""
     problems: tuple[str, ...]
     """One sentence for each run that can't be read, and for each subject without all of its test scores."""
     evidence: Evidence
@@ -123,7 +121,7 @@ class SweepData:
     @property
     def tokens_trained(self) -> int:
         """The number of tokens that the runs of all stages trained on."""
-        runs = (*self.trials, *self.confirm_runs, *self.former_runs)
+        runs = (*self.record.trials, *self.record.confirm)  # with confirm runs of former settings
         return sum(run.record.tokens_trained for run in runs if run.record)
 
     @property
@@ -213,9 +211,12 @@ def load_sweep_data(folder: Path) -> SweepData:
         subjects = [_build_arm(subject_row, record, arm=row.name) for subject_row in _list_subject_rows(row)]
         arms += subjects
         searches.append(subjects[0] if row.confirm_each is None else _build_arm(row, record, arm=row.name))
-    if record.confirm:
-        problems += [sentence for arm in arms if (sentence := _describe_missing_scores(arm))]
-    current = {(setting.subject, setting.setting) for setting in record.settings}
+    for arm in arms if record.confirm else ():
+        scored, total = sum(run.is_complete for run in arm.confirm_runs), len(arm.confirm_runs)
+        if not scored:
+            problems.append(f"`{arm.name}` has no score on test data.")
+        elif scored < total:
+            problems.append(f"`{arm.name}` has scores on test data from {scored} of its {total} confirm runs.")
     evidence = build_evidence(record, read_confirm_scores(record, folder))
     retained = tuple(compare_retained(record, folder, evidence, problems=problems))
     return SweepData(
@@ -223,7 +224,6 @@ def load_sweep_data(folder: Path) -> SweepData:
         record=record,
         arms=tuple(arms),
         searches=tuple(searches),
-        former_runs=tuple(run for run in record.confirm if (run.subject, run.setting_number) not in current),
         problems=tuple(problems),
         evidence=evidence,
         retained=retained,
@@ -304,13 +304,3 @@ def _build_predicted(setting: SettingRow, confirm_runs: Iterable[Trial]) -> Tria
     )
     predicted.record = run.record if run else None
     return predicted
-
-
-def _describe_missing_scores(arm: ArmData) -> str | None:
-    """Returns a sentence if the arm has no score on test data, or fewer scores than confirm runs."""
-    scored, total = sum(rerun.is_complete for rerun in arm.confirm_runs), len(arm.confirm_runs)
-    if not scored:
-        return f"`{arm.name}` has no score on test data."
-    return (
-        None if scored == total else f"`{arm.name}` has scores on test data from {scored} of its {total} confirm runs."
-    )

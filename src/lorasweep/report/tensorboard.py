@@ -63,37 +63,24 @@ def write_tensorboard(data: SweepData, answers: Sequence[AnswerLine], folder: Pa
     as_text = create_summary_metadata(display_name="answers", description="")
     answer = Value(tag="answers", metadata=as_text, tensor=make_tensor_proto(["\n".join(lines)]))
     _write_events(folder / "arms", [(0, answer)])
-    _write_arms(data, folder / "arms")
-    _write_trials(data, folder / "trials")
-
-
-def _write_arms(data: SweepData, folder: Path) -> None:
-    """Writes the best validation curve of each subject, as a run of TensorBoard, so that each has its own colour."""
-    last_step = max((step for trial in data.trials for step, _ in trial.curve), default=0)
+    # each subject's best curve is a run of TensorBoard, so that it has its own colour
+    tag, last_step = f"{ARM_TAG}/{data.record.metric}", max((trial.step for trial in data.trials), default=0)
     for arm in data.arms:
         curve = arm.best.curve if arm.best else ()
         if len(curve) == 1:  # the frozen base: one evaluation, drawn as a line across the chart
             curve = (*curve, (last_step, curve[0][1]))
         if curve:
-            tag = f"{ARM_TAG}/{data.record.metric}"
-            _write_events(folder / arm.name, [(step, Value(tag=tag, simple_value=value)) for step, value in curve])
-
-
-def _write_trials(data: SweepData, folder: Path) -> None:
-    """Writes the row of each trial."""
-    metric, sweep = data.record.metric, data.folder.absolute().name
-    for arm in data.arms:
-        confirmed = data.evidence.mean(arm.name)
+            _write_events(folder / "arms" / arm.name, [(step, Value(tag=tag, simple_value=v)) for step, v in curve])
+        mean = data.evidence.mean(arm.name)
         for trial in arm.trials:
             if trial.record is None:
                 continue
-            run = Path(trial.run).name
+            name = Path(trial.run).name
             settings = {"arm": arm.name, "status": trial.state, **trial.params}
-            scores = {
-                f"best/{metric}": trial.value,
-                f"test/{metric}": confirmed.value if confirmed and trial is arm.best else None,
-            }
-            _write_row(folder / run, f"{run} of {sweep}", trial.record, settings, scores)
+            test = mean.value if mean and trial is arm.best else None
+            scores = {f"best/{data.record.metric}": trial.value, f"test/{data.record.metric}": test}
+            row_name = f"{name} of {data.folder.absolute().name}"
+            _write_row(folder / "trials" / name, row_name, trial.record, settings, scores)
 
 
 def _write_row(

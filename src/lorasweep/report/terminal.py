@@ -150,6 +150,6 @@ def list_search_scores(summary: Summary) -> list[str]:
     marks = []
     for arm, trial in zip(data.arms, shown, strict=True):
         is_worse = trial and arm.row.method != "frozen" and learning.is_better(trial) is False
-        beaten = f" (not better than {learning.answer.name})" if is_worse and learning.answer else ""
+        beaten = f" (not better than {learning.answer})" if is_worse else ""
         marks.append(f"{'' if arm.best or not trial else f' ({trial.state})'}{beaten}")
     return [f"{format_score(score, beside=scores)}{mark}" for score, mark in zip(scores, marks, strict=True)]
