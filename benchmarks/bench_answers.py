@@ -1,6 +1,6 @@
 """Replays whole sweeps on stored complete runs, from the search to the verdicts, and counts wrong and open answers.
 
-    python benchmarks/bench_answers.py [--replays 500] [--tasks stdlib_docs ...] [--quarter] [--json] [--details]
+    python benchmarks/bench_answers.py [--replays 500] [--tasks stdlib_docs ...] [--quarter] [--rung] [--json]
 
 Tables (`benchmarks/answers/`, made by `record_answers.py`): LoRA at ranks × learning rates and full fine-tuning at
 learning rates, each on several seeds, with validation curves and the score of each test document or example. Between
@@ -9,7 +9,8 @@ two stored rates, scores are interpolated (modified Akima splines in the logarit
 A replay draws a seed for the search, seeds for the confirm stage and test documents (or examples), all with
 replacement. The search proposes with the product's `propose` (a pack of all trials that may begin), stops at the
 default rungs, and predicts with the product's `predict_best` (with `--quarter` on runs of a quarter of the steps, whose
-best rates are carried over as with `search.steps_fraction`); the confirm stage asks `answer_questions` at
+best rates are carried over as with `search.steps_fraction`; with `--rung` trials are compared on a part of the
+validation examples, as in a sweep, otherwise on all); the confirm stage asks `answer_questions` at
 each look. Truth is the mean over all seeds and documents, at the rate whose mean is best. The truth of a rank is
 decidable if its share of full's gain is within half a margin of 1 or at least two margins away; likewise for the
 smallest rank.
@@ -36,6 +37,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -82,6 +84,8 @@ class Run:
 
     values: tuple[float, ...]
     """The metric on validation data at each evaluation."""
+    rung: float
+    """The metric at half of the run, by which trials are compared."""
     test: Array
     """(groups,) The test score of each group."""
 
@@ -117,8 +121,8 @@ class Table:
             (rank, seed): Akima1DInterpolator(
                 np.log(rates),
                 [
-                    np.concatenate([self.runs[rank, rate, seed].values, self.runs[rank, rate, seed].test])
-                    for rate in rates
+                    np.concatenate([run.values, [run.rung], run.test])
+                    for run in (self.runs[rank, rate, seed] for rate in rates)
                 ],
                 method="makima",
             )
@@ -130,8 +134,8 @@ class Table:
         """Returns the run of a setting, between stored rates if the rate is not stored."""
         key = rank, rate, seed
         if key not in self.cache:
-            found = self.curves[rank, seed](math.log(rate))
-            self.cache[key] = Run(values=tuple(found[: self.num_evaluations]), test=found[self.num_evaluations :])
+            found, num = self.curves[rank, seed](math.log(rate)), self.num_evaluations
+            self.cache[key] = Run(values=tuple(found[:num]), rung=float(found[num]), test=found[num + 1 :])
         return self.cache[key]
 
     def mean(self, rank: int, rate: float) -> float:
@@ -165,7 +169,19 @@ def list_tasks() -> list[str]:
     return sorted((task for task, num in seeds.items() if num >= MIN_SEEDS), reverse=True)
 
 
-def read_table(task: str, folder: Path = FOLDER) -> Table:
+def read_rungs(task: str) -> dict[tuple[str, str, str, str], float]:
+    """Returns the values of `record_answers.py --rung` on a part of the examples."""
+    rungs = {}
+    for path in sorted((FOLDER / "rung").glob(f"{task}_seed*.csv")):
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                rungs[row["method"], row["rank"], row["lr"], row["seed"]] = float(row["part"])
+    return rungs
+
+
+def read_table(
+    task: str, folder: Path = FOLDER, *, rungs: Mapping[tuple[str, str, str, str], float] = MappingProxyType({})
+) -> Table:
     about = json.loads((folder / f"{task}.json").read_text())
     runs, frozen = {}, {}
     for path in sorted(folder.glob(f"{task}_seed*.csv")):
@@ -173,7 +189,9 @@ def read_table(task: str, folder: Path = FOLDER) -> Table:
             for row in csv.DictReader(file):
                 digits = not about["groups"]
                 test = np.array([float(x) for x in (row["test"] if digits else row["test"].split())])
-                run = Run(values=tuple(map(float, row["values"].split())), test=test)
+                values = tuple(map(float, row["values"].split()))
+                rung = rungs.get((row["method"], row["rank"], row["lr"], row["seed"]), values[(len(values) - 1) // 2])
+                run = Run(values=values, rung=rung, test=test)
                 if row["method"] == "frozen":
                     frozen[int(row["seed"])] = run
                 else:
@@ -250,7 +268,8 @@ def run_search(arm: Arm, table: Table, *, seed: int) -> Search:
     for place, rung in enumerate(rungs):
 
         def cost(index: int, at: int = rung) -> float:
-            value = table.sign * _find_run(table, params[index], seed).values[at - 1]
+            run = _find_run(table, params[index], seed)
+            value = table.sign * (run.rung if at == num_evaluations // 2 else run.values[at - 1])
             return value if math.isfinite(value) else math.inf
 
         ranked = sorted((cost(index), index) for index in alive)
@@ -269,6 +288,9 @@ def make_trial(number: int, table: Table, params: Mapping[str, Any], count: int,
     """Returns a trial with its first evaluations; a complete one has its best as value."""
     run = _find_run(table, params, seed)
     is_complete = is_over and count == table.num_evaluations
+    shown = list(run.values[:count])
+    if count >= table.num_evaluations // 2:
+        shown[table.num_evaluations // 2 - 1] = run.rung
     return Trial(
         arm="",
         number=number,
@@ -276,9 +298,7 @@ def make_trial(number: int, table: Table, params: Mapping[str, Any], count: int,
         state="complete" if is_complete else "pruned" if is_over else "running",
         value=table.sign * min(table.sign * value for value in run.values) if is_complete else None,
         params=dict(params),
-        values={
-            (n + 1) * table.num_steps // table.num_evaluations: value for n, value in enumerate(run.values[:count])
-        },
+        values={(n + 1) * table.num_steps // table.num_evaluations: value for n, value in enumerate(shown)},
     )
 
 
@@ -524,6 +544,7 @@ def main() -> None:
         help="seconds of a trial-step with its share of evaluations, as bench_today.py measures them",
     )
     parser.add_argument("--quarter", action="store_true", help="search with a quarter of the steps")
+    parser.add_argument("--rung", action="store_true", help="compare trials on a part of the validation examples")
     parser.add_argument("--json", action="store_true", help="print JSON only")
     parser.add_argument("--details", action="store_true", help="print how often each verdict was given")
     args = parser.parse_args()
@@ -531,7 +552,7 @@ def main() -> None:
     looks = args.looks or compose_sweep({}).confirm.list_looks()
     results, times = {}, {}
     for task in args.tasks or list_tasks():
-        table = read_table(task)
+        table = read_table(task, rungs=read_rungs(task) if args.rung else {})
         truth = find_truth(table)
         searched = read_table(task, FOLDER / "quarter") if args.quarter else table
         arms = {method: build_arm(searched, method, trials=args.trials) for method in ("lora", "full")}

@@ -1,14 +1,15 @@
 """Records complete runs with test scores, on which `bench_answers.py` replays whole sweeps up to their verdicts.
 
-    python benchmarks/record_answers.py --task stdlib_docs --seed 0 [--quarter] [key=value ...]
+    python benchmarks/record_answers.py --task stdlib_docs --seed 0 [--quarter | --rung] [key=value ...]
 
 Trains LoRA at every rank × learning rate of a grid and full fine-tuning at every learning rate, with one seed, and
 scores the frozen base. Each run goes to its end without a stopping rule; the weights of its best evaluation on
 validation data are scored on test data, as the product does. Writes benchmarks/answers/TASK_seedN.csv with one row per
 run. `values` and `losses` have the metric and the loss on validation data at each evaluation. `test` has the mean test
 score of each group of examples (a document), in the order of TASK.json, or one digit per example. With `--quarter`,
-runs have a quarter of the steps and no test scores, and go to benchmarks/answers/quarter. A file that exists is left as
-it is.
+runs have a quarter of the steps and no test scores, and go to benchmarks/answers/quarter. With `--rung`, runs end at
+half, and benchmarks/answers/rung has the metric on all validation examples and on the part of them that sweeps use
+there. A file that exists is left as it is.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from lorasweep.config.compose import compose_run
 from lorasweep.config.run import SEED_KEYS
-from lorasweep.data.batching import EvaluationSampler
+from lorasweep.data.batching import EvaluationSampler, choose_part
 from lorasweep.data.tasks import ExampleScores, Task
 from lorasweep.training.environment import deterministic_algorithms
 from lorasweep.training.inputs import RunInputs, build_inputs
@@ -38,7 +39,6 @@ from lorasweep.training.optim import schedule_factor
 from lorasweep.training.score import evaluate_model
 
 FOLDER = Path(__file__).parent / "answers"
-COLUMNS = ("method", "rank", "alpha", "lr", "seed", "best_evaluation", "values", "losses", "test")
 ALPHA = 16.0
 DECADES = 2.0
 LANGUAGE = {
@@ -153,6 +153,35 @@ def record(
     }
 
 
+def record_rungs(task: AnswerTask, *, seed: int, overrides: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Trains all runs of a task with one seed to their half. Returns their rows, with two values each."""
+    shared = {**task.settings, **dict.fromkeys(SEED_KEYS, seed), **overrides}
+    base = compose_run({**shared, "method": "frozen"})
+    inputs = build_inputs(base)
+    split, metric, rows = inputs.splits.validation, inputs.splits.metric, []
+    part = torch.tensor(choose_part(len(split), base.trainer.eval_fraction))
+    with deterministic_algorithms(base.trainer.deterministic):
+        for method, trials in _list_trials(task, shared, inputs):
+            config = trials.configs[0] if isinstance(trials, LoraPack) else trials.config
+            steps, task_ = config.trainer.max_steps, inputs.splits.task
+            for step in range(steps // 2):
+                trials.train_step(step, factor=schedule_factor(config.schedule, step, max_steps=steps, lr=1.0))
+            if isinstance(trials, LoraPack):
+                order = torch.tensor(
+                    EvaluationSampler(split, batch_size=config.trainer.eval_batch_size).order
+                ).argsort()
+                scored = [evaluation.examples.reorder(order) for evaluation in trials.score(split)]
+            else:
+                scored = [evaluate_model(trials.model, split, task=task_, config=config, inputs=inputs).examples]
+            for point, examples in zip(trials.points, scored, strict=True):
+                parts = {"full": examples, "part": examples.reorder(part)}
+                values = {name: f"{float(task_.compute(each)[metric]):.5g}" for name, each in parts.items()}
+                rows.append(
+                    {"method": method, "rank": point.rank or "", "lr": f"{point.lr:.5g}", "seed": seed, **values}
+                )
+    return rows
+
+
 def train(
     trials: LoraPack | SoloTrial, *, metric: str, owner: Tensor | None, has_test: bool
 ) -> tuple[list[list[dict[str, float]]], list[int], list[str]]:
@@ -237,21 +266,27 @@ def main() -> None:
     parser.add_argument("--task", required=True, choices=TASKS)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--quarter", action="store_true", help="runs of a quarter of the steps")
+    parser.add_argument("--rung", action="store_true", help="runs to their half, scored on two sets of examples")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as data.train=train.tsv")
     args = parser.parse_args()
     task, folder = TASKS[args.task], FOLDER
     if args.quarter:
         task, folder = take_quarter(task), FOLDER / "quarter"
+    elif args.rung:
+        folder = FOLDER / "rung"
     path = folder / f"{args.task}_seed{args.seed}.csv"
     if path.exists():
         return
     began = time.monotonic()
     overrides = {key: yaml.safe_load(value) for key, value in (item.split("=", 1) for item in args.overrides)}
-    rows, groups = record(task, seed=args.seed, overrides=overrides, has_test=not args.quarter)
     folder.mkdir(exist_ok=True)
-    (folder / f"{args.task}.json").write_text(json.dumps(groups, indent=1) + "\n")
+    if args.rung:
+        rows = record_rungs(task, seed=args.seed, overrides=overrides)
+    else:
+        rows, groups = record(task, seed=args.seed, overrides=overrides, has_test=not args.quarter)
+        (folder / f"{args.task}.json").write_text(json.dumps(groups, indent=1) + "\n")
     with path.with_suffix(".part").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     path.with_suffix(".part").rename(path)

@@ -7,7 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorasweep.data.batching import EvaluationSampler, StepBatchSampler, cut_by_length, draw_order
+from lorasweep.data.batching import (
+    EvaluationSampler,
+    StepBatchSampler,
+    choose_part,
+    cut_by_length,
+    draw_order,
+)
 
 
 class LengthsOnly:
@@ -75,6 +81,16 @@ def test_micro_batches_hold_examples_of_like_length():
     assert cut_by_length([0, 1, 2, 3], lengths, sizes=[2, 2]) == [[2, 0], [3, 1]]
     assert cut_by_length([0, 1, 2, 3], lengths, sizes=[1, 3]) == [[2], [0, 3, 1]]
     assert cut_by_length([3, 2, 1, 0], lengths, sizes=[4]) == [[3, 2, 1, 0]]
+
+
+def test_an_evaluation_of_a_part_has_the_same_examples_whatever_its_batches():
+    split = LengthsOnly([1 + n * 7 % 40 for n in range(200)])
+    parts = [sorted(EvaluationSampler(split, batch_size=size, fraction=0.25).order) for size in (1, 8, 64)]
+    assert parts == [choose_part(200, 0.25)] * 3
+    assert len(parts[0]) == 50
+    assert parts[0] != list(range(50))  # the first examples may all have one label
+    assert len(choose_part(200, 0.01)) == 32
+    assert choose_part(20, 0.01) == list(range(20))
 
 
 @settings(max_examples=50, deadline=None)

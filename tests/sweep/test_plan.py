@@ -37,7 +37,8 @@ def plan_group(inputs):
         record = RunRecord.__new__(RunRecord)
         record.metric = "bits_per_byte"
         record.trainable_params, record.peak_memory_bytes = 123_456, 1234 * 2**20
-        values = {"slots": 1, "loading_s": 0.0, "step_s": 1.0, "evaluation_s": 10.0, "test_ratio": 0.0} | measured
+        values = {"slots": 1, "loading_s": 0.0, "step_s": 1.0, "evaluation_s": 10.0, "test_ratio": 0.0}
+        values |= {"evaluated_share": 1.0, "saving_s": 0.0} | measured
         values["trained_params"] = {arm.name: {"rank 1": 23_456, "rank 4": 123_456} if arm.space else {"": 0}}
         return GroupPlan(arms=(arm,), reason="", record=record, kept_bytes=2**20, **values)
 
@@ -48,6 +49,13 @@ def test_the_lower_end_prunes_all_that_the_rule_allows(define, plan_group):
     _, arms = define()
     # pruned: 8 · 2 + 4 · 2 + 2 · 4 = 32 steps and 8 + 4 + 2 · 2 = 16 evaluations; else 64 steps and 32 evaluations
     assert plan_group(arms["lora"]).estimate_search() == (32 + 160, 64 + 320)
+
+
+def test_runs_that_end_are_scored_on_all_validation_examples(define, plan_group):
+    _, arms = define()
+    group = plan_group(arms["lora"], step_s=0.0, evaluated_share=0.25)
+    # 16 and 32 evaluations of a quarter, and 2 and 8 runs that end
+    assert group.estimate_search() == (16 * 2.5 + 2 * 10, 32 * 2.5 + 8 * 10)
 
 
 def test_packs_share_their_time_and_a_rest_takes_a_whole_pack(define, plan_group):
@@ -154,7 +162,8 @@ def quickstart(monkeypatch):
     """The quickstart with 240 steps, of which each takes a tenth of a second."""
 
     def measure(definition, inputs_cache, **_):
-        zeros = {"loading_s": 0.0, "evaluation_s": 0.0, "test_ratio": 0.0, "record": None, "kept_bytes": 0}
+        zeros = {"loading_s": 0.0, "evaluation_s": 0.0, "evaluated_share": 1.0, "saving_s": 0.0, "test_ratio": 0.0}
+        zeros |= {"record": None, "kept_bytes": 0}
         return [
             GroupPlan(arms=(arm,), slots=1, reason="", step_s=0.1, trained_params={}, **zeros)
             for arm in definition.arms

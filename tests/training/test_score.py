@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from lorasweep.config.compose import compose_run
+from lorasweep.data import batching
 from lorasweep.data.tasks import LANGUAGE_MODEL_METRICS
 from lorasweep.errors import RecordError
-from lorasweep.record import TEST_SCORES_FILE, compute_sha256, read_run
+from lorasweep.record import TEST_SCORES_FILE, compute_sha256, read_run, read_steps
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.module import prepare_model
 from lorasweep.training.restore import restore_model
@@ -94,8 +95,12 @@ def evaluate(model, config, inputs):
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_the_best_weights_score_what_the_record_says(trained, make_config, inputs, method):
-    config, folder = make_config({"method": method}), trained({"method": method})
+@pytest.mark.parametrize("fraction", [1, 0.5])
+def test_the_best_weights_score_what_the_record_says(trained, make_config, inputs, monkeypatch, method, fraction):
+    monkeypatch.setattr(batching, "MIN_PART", 1)
+    config, folder = make_config({"method": method}), trained({"method": method, "trainer.eval_fraction": fraction})
+    during = [row["validation"]["loss"] for row in read_steps(folder) if "validation" in row]
+    assert (read_run(folder).best["loss"] in during) is (fraction == 1)  # two of the four blocks have another loss
     found = evaluate(restore_model(config, inputs.base, folder=folder / "best"), config, inputs)
     assert found.values == {name: read_run(folder).best[name] for name in found.values}
     assert len(found.examples.loss) == len(inputs.splits.validation)

@@ -22,6 +22,7 @@ AtLeastTwo = Annotated[int, Field(strict=True, ge=2)]
 Rank = Annotated[int, Field(strict=True, ge=1, lt=2**31)]  # so that the size of a layer's A and B fits 64 bits
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 

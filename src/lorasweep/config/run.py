@@ -15,6 +15,7 @@ from lorasweep.config.build import (
     NonNegativeFloat,
     Positive,
     PositiveFloat,
+    PositiveFraction,
     Seed,
     Settings,
     convert,
@@ -139,6 +140,9 @@ class TrainerConfig(Settings):
     eval_every_steps: Positive
     """Steps between two evaluations on validation data. At an evaluation a run is checkpointed and may be pruned. By
     default at half of `trainer.max_steps` and at the end, at most 500 steps apart."""
+    eval_fraction: PositiveFraction
+    """Fraction of the validation examples that evaluations during a run use, in a random choice that is the same for
+    all runs. The best weights of a run that ends are scored on all examples."""
     early_stop_evaluations: Positive | None
     """A run ends after this number of evaluations in a row without a better score; null trains all steps. The schedule
     does not become shorter."""
@@ -269,6 +273,11 @@ class RunConfig(Settings):
     def num_steps(self) -> int:
         """Optimizer steps of the whole run; 0 under `method=frozen`, which trains nothing."""
         return 0 if self.method.name == "frozen" else self.trainer.max_steps
+
+    @property
+    def eval_fraction(self) -> float:
+        """`trainer.eval_fraction`, or 1 if a run has a single evaluation or its evaluations are the user's own."""
+        return 1.0 if self.module is not None or not self.num_steps else self.trainer.eval_fraction
 
     def __post_init__(self) -> None:
         self._check_own_module()

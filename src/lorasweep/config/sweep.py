@@ -9,7 +9,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, Tag
 from pydantic.dataclasses import dataclass
 
-from lorasweep.config.build import SETTINGS_OR_COMPONENT, AtLeastTwo, NonNegative, Positive, PositiveFloat, Settings
+from lorasweep.config.build import (
+    SETTINGS_OR_COMPONENT,
+    AtLeastTwo,
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    PositiveFraction,
+    Settings,
+)
 from lorasweep.config.components import Component
 from lorasweep.errors import ConfigError
 
@@ -185,7 +193,7 @@ class SweepSettings(Settings):
 class SearchConfig(Settings):
     """How the trials of the search differ from the runs of the confirm stage."""
 
-    steps_fraction: Annotated[float, Field(gt=0, le=1)]
+    steps_fraction: PositiveFraction
     """Fraction of `trainer.max_steps` that a trial trains. The confirm stage trains all steps. It scales the
     trials' best learning rate by a measured power of the steps (docs/transfer.md)."""
 

@@ -20,6 +20,8 @@ from lorasweep.data.split import Batch, Split
 
 BYTES_PER_POSITION = 16
 """Bytes of a token position in a batch: an int64 token and an int64 target."""
+MIN_PART = 32
+"""Minimum of examples in an evaluation on a part of a split, if there are as many."""
 BYTES_PER_DRAWN_EXAMPLE = 100
 """Bytes of an example's index while a step is drawn, sorted and cut: in lists of Python and in tensors."""
 
@@ -145,15 +147,19 @@ class StepBatchSampler(MicroBatchSampler):
 
 
 class EvaluationSampler(MicroBatchSampler):
-    """Yields every example once, sorted by length, in batches with little padding.
+    """Yields every example once, or those of a part of the split, sorted by length, in batches with little padding.
 
     A batch has no more token positions than `batch_size` examples of the maximum length. So a batch of short examples
     has more than `batch_size` examples.
     """
 
-    def __init__(self, split: Split, *, batch_size: int, share: ProcessShare = SINGLE_PROCESS) -> None:
+    def __init__(
+        self, split: Split, *, batch_size: int, fraction: float = 1.0, share: ProcessShare = SINGLE_PROCESS
+    ) -> None:
         super().__init__(share)
-        self.batches = batch_by_length(split.lengths, budget=batch_size * int(split.lengths.max()))
+        part = choose_part(len(split), fraction)
+        batches = batch_by_length(split.lengths[torch.tensor(part)], budget=batch_size * int(split.lengths.max()))
+        self.batches = [[part[place] for place in batch] for batch in batches]
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -204,10 +210,10 @@ def build_loader(split: Split, batches: Iterable[MicroBatch]) -> DataLoader[Batc
 
 
 def build_evaluation_loader(
-    split: Split, *, batch_size: int, share: ProcessShare = SINGLE_PROCESS
+    split: Split, *, batch_size: int, fraction: float = 1.0, share: ProcessShare = SINGLE_PROCESS
 ) -> DataLoader[Batch]:
-    """Returns a loader of every example of the process once, sorted by length."""
-    return build_loader(split, EvaluationSampler(split, batch_size=batch_size, share=share))
+    """Returns a loader of the process's examples of a part of the split, each once, sorted by length."""
+    return build_loader(split, EvaluationSampler(split, batch_size=batch_size, fraction=fraction, share=share))
 
 
 def cut_by_length(
@@ -238,6 +244,15 @@ def batch_by_length(lengths: Int[Tensor, " examples"], *, budget: int) -> list[l
         else:
             batches.append([index])
     return batches
+
+
+def choose_part(num_examples: int, fraction: float) -> list[int]:
+    """Returns the examples of an evaluation on a part of a split, ascending: the same for every run and step.
+
+    They are drawn, because examples may be sorted by label. A part has at least `MIN_PART` examples.
+    """
+    size = max(math.ceil(fraction * num_examples), min(MIN_PART, num_examples))
+    return sorted(draw_order(num_examples, seed=0, pass_number=0)[:size])
 
 
 def draw_order(num_examples: int, *, seed: int, pass_number: int) -> list[int]:

@@ -22,6 +22,7 @@ from lorasweep.config.data import (
     get_built_in_metric,
 )
 from lorasweep.config.model import ModelKind
+from lorasweep.data.batching import choose_part
 from lorasweep.data.blocks import build_block_split
 from lorasweep.data.examples import CompletionSplit, ExampleSplit, LabelledSplit, Ragged
 from lorasweep.data.source import Conversation, DataSource, Examples, LabelledText
@@ -72,16 +73,18 @@ class DataSplits:
         has_labels = isinstance(self.train, LabelledSplit) and isinstance(self.task, LabelTask)
         return self.task.fit_constant(self.train.labels) if has_labels else None  # type: ignore[attr-defined]
 
-    def score_constant_answer(self, split: Split) -> dict[str, float]:
-        """Returns every metric of a split if each example gets the same answer; empty for text and own data modules.
+    def score_constant_answer(self, split: Split, *, fraction: float = 1.0) -> dict[str, float]:
+        """Returns every metric if each example gets the same answer; empty for text and own data modules.
 
+        `fraction` is that of the examples which evaluations use (`choose_part`).
         The answer needs no training. It is the most frequent class of the training split (the first of equally frequent
         classes), or the mean of its numbers. For the loss, the predicted probabilities are the shares of the classes.
         """
         constant, task = self.fit_constant_answer(), self.task
         if constant is None or not isinstance(split, LabelledSplit):
             return {}
-        scores = task.compute(task.score_logits(constant.expand(len(split), -1), {"targets": split.labels}))
+        labels = split.labels[torch.tensor(choose_part(len(split), fraction))]
+        scores = task.compute(task.score_logits(constant.expand(len(labels), -1), {"targets": labels}))
         return {name: float(value) for name, value in scores.items()}
 
 

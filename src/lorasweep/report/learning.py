@@ -43,8 +43,12 @@ class Learning:
     """The subjects that are not shown to have learned anything."""
 
     def is_better(self, trial: Trial) -> bool | None:
-        """Returns whether a trial's best score is better than the answer's; None if one of them is not known."""
-        return None if self.score is None or trial.value is None else self.sign * (self.score - trial.value) > 0
+        """Returns whether a complete trial is better than the answer; None if one of their scores is not known."""
+        return (
+            None
+            if self.score is None or trial.value is None or not trial.is_complete
+            else self.sign * (self.score - trial.value) > 0
+        )
 
 
 def judge_learning(data: SweepData) -> Learning:
@@ -53,7 +57,8 @@ def judge_learning(data: SweepData) -> Learning:
     An arm has learned if test data show it, or if a trial is better and there are no test data of the arm.
     """
     known = _find_answer(data)
-    scored = {arm.name: [t for t in arm.trials if t.value is not None] for arm in data.searches}
+    # only complete trials have a score on all validation examples, as the answer has
+    scored = {arm.name: [trial for trial in arm.trials if trial.is_complete] for arm in data.searches}
     subjects = [arm for arm in data.arms if arm.row.method != "frozen"]
     scored = {arm.arm: scored[arm.arm] for arm in subjects if scored[arm.arm]}
     if known.score is None or not scored:
@@ -123,7 +128,7 @@ def _is_shown_on_test_data(name: str, known: Learning, data: SweepData) -> bool 
 
 def _describe(trials: Sequence[Trial], known: Learning, data: SweepData) -> str:
     """Returns a clause about trials that learned nothing."""
-    count = f"all {len(trials)} trials score" if len(trials) > 1 else "the only trial scores"
+    count = f"all {len(trials)} complete trials score" if len(trials) > 1 else "the only complete trial scores"
     so_far = "" if data.record.status == "complete" else " so far"
     values = [trial.value for trial in trials if trial.value is not None]
     worse = " or worse" if any(value != known.score for value in values) else ""

@@ -108,12 +108,16 @@ def find_metric(definition: Definition, inputs_cache: InputsCache) -> ScoreMetri
 
 
 def score_constant_answer(definition: Definition, inputs_cache: InputsCache) -> float | None:
-    """Returns the score on validation data of a model that always gives the same answer.
+    """Returns the score of a model that always gives the same answer, on the validation data of evaluations.
 
     Returns None for data without labels, or if this score is not the same for all trials.
     """
-    all_splits = {inputs_cache.load(config).splits for arm in definition.arms for config in arm.corner_configs}
-    scores = {s.score_constant_answer(s.validation).get(s.metric) for s in all_splits}
+    configs = [config for arm in definition.arms for config in arm.corner_configs if config.num_steps]
+    of_configs = {(inputs_cache.load(config).splits, config.eval_fraction) for config in configs}
+    scores = {
+        splits.score_constant_answer(splits.validation, fraction=fraction).get(splits.metric)
+        for splits, fraction in of_configs
+    }
     score = scores.pop() if len(scores) == 1 else None
     return score if score is not None and math.isfinite(score) else None
 

@@ -26,7 +26,7 @@ from lorasweep.config.build import as_settings
 from lorasweep.config.compose import space_evaluations
 from lorasweep.config.run import STEPS_KEY, RunConfig
 from lorasweep.config.sweep import RayWorkers
-from lorasweep.data.batching import StepBatchSampler
+from lorasweep.data.batching import StepBatchSampler, choose_part
 from lorasweep.data.split import Split
 from lorasweep.errors import ConfigError, OutOfMemory, RunError
 from lorasweep.record import RunRecord, describe_confirmation, read_run
@@ -70,7 +70,12 @@ class GroupPlan:
     loading_s: float
     step_s: float
     evaluation_s: float
-    """Seconds of one evaluation on validation data, with writing weights and checkpoints."""
+    """Seconds of an evaluation on all validation examples."""
+    evaluated_share: float
+    """Share of the validation examples in the evaluations of a run. If it is below 1, a run ends with an evaluation on
+    all of them."""
+    saving_s: float
+    """Seconds in which weights and checkpoints are written after an evaluation."""
     test_ratio: float
     """Tokens of all scored test splits divided by tokens of the validation split; 0 without a confirm stage."""
     record: RunRecord
@@ -103,7 +108,10 @@ class GroupPlan:
     def _train(self, start: int, stop: int) -> float:
         every = self.arms[0].corner_configs[0].trainer.eval_every_steps
         num_evaluations = math.ceil(stop / every) - start // every if stop else 1
-        return self.loading_s + (stop - start) * self.step_s + num_evaluations * self.evaluation_s
+        evaluating_s = num_evaluations * self.evaluated_share * self.evaluation_s
+        if self.evaluated_share < 1 and stop == self.arms[0].searched.corner_configs[0].num_steps:
+            evaluating_s += self.evaluation_s
+        return self.loading_s + (stop - start) * self.step_s + evaluating_s + num_evaluations * self.saving_s
 
 
 def plan_sweep(
@@ -157,6 +165,8 @@ def _measure_group(
         retained = [inputs_cache.load_splits(data, config) for data in definition.retained.values()]
         num_tokens = sum(int(splits.test().lengths.sum()) for splits in (inputs.splits, *retained))
         test_ratio = num_tokens / int(inputs.splits.validation.lengths.sum())
+    num_examples = len(inputs.splits.validation)
+    share = len(choose_part(num_examples, config.eval_fraction)) / num_examples
     spent = {name: after[f"{name}_s"] - before[f"{name}_s"] for name in ("loading", "evaluating", "saving")}
     return GroupPlan(
         arms=tuple(arms),
@@ -164,7 +174,9 @@ def _measure_group(
         reason=reason,
         loading_s=spent["loading"],
         step_s=step_s,
-        evaluation_s=spent["evaluating"] + spent["saving"],
+        evaluation_s=spent["evaluating"] / (share + 1 if share < 1 else 1),
+        evaluated_share=share,
+        saving_s=spent["saving"],
         test_ratio=test_ratio,
         record=record,
         kept_bytes=kept_bytes,

@@ -47,7 +47,9 @@ class DataModule(lightning.LightningDataModule):
         """
         super().__init__()
         self.config = read_settings(config)
+        self._eval_fraction = self.config.eval_fraction
         if splits is None:
+            self._eval_fraction = 1.0  # nobody scores the best weights on all examples after a user's own Trainer
             # The cache of inputs has weak references only. This reference lets a TrainingModule share the same inputs.
             self._inputs = share_inputs(self.config)
             splits = self._inputs.splits
@@ -89,7 +91,10 @@ class DataModule(lightning.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Batch]:
         return build_evaluation_loader(
-            self.splits.validation, batch_size=self.config.trainer.eval_batch_size, share=self.share
+            self.splits.validation,
+            batch_size=self.config.trainer.eval_batch_size,
+            fraction=self._eval_fraction,
+            share=self.share,
         )
 
     def test_dataloader(self) -> DataLoader[Batch]:

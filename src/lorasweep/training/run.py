@@ -44,6 +44,7 @@ from lorasweep.training.processes import (
     run_on_first,
 )
 from lorasweep.training.run_log import RunFolder, RunLog, find_run_end, open_record
+from lorasweep.training.score import score_best_weights
 
 
 def never_stop() -> bool:
@@ -134,9 +135,8 @@ class _Session:
         record, checkpoint, start_step = run_on_first(
             self.group, lambda: self._open(resume=resume, too_large=too_large)
         )
+        # killed after the last evaluation, which must not be written twice
         end = None if checkpoint is None else find_run_end(record, self.config.trainer, should_pause=False)
-        if end is not None:  # killed after the last evaluation, which must not be written twice
-            return run_on_first(self.group, lambda: self._close(*end))
         reset_peak_memory()
         callback = RunCallback(
             on_evaluation=self.on_evaluation,
@@ -149,7 +149,9 @@ class _Session:
         )
         try:
             with convert_memory_errors():
-                status, reason = self._train(record, callback, checkpoint=checkpoint)
+                status, reason = end or self._train(record, callback, checkpoint=checkpoint)
+                if status == "complete":
+                    run_on_first(self.group, lambda: self._score_best_weights(record))
         except BaseException as caught:
             micro_batches = int(record.batching["micro_batches"])
             error = explain_failure(caught, group=self.group, folder=folder, micro_batches=micro_batches)
@@ -189,6 +191,10 @@ class _Session:
             self._close("infeasible", reason := "one row per process and micro-batch does not fit")
             raise OutOfMemory(reason)
         return record, found.path, found.step
+
+    def _score_best_weights(self, record: RunRecord) -> None:
+        score_best_weights(self.config, record, self.run_folder.path, inputs=self.inputs)
+        self.inputs.base.model.cpu()  # shared with later runs, whose initial values are drawn on the CPU
 
     def _close(self, status: RunStatus, reason: str | None) -> RunRecord:
         """Writes the final record and removes the checkpoints, unless the run can resume from them."""

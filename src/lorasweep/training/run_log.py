@@ -113,14 +113,7 @@ class RunLog:
         Raises:
             Diverged: The score is NaN or infinite.
         """
-        value = metrics[self.record.metric]
-        if not math.isfinite(value):
-            if math.isnan(value) and math.isfinite(metrics.get("loss", math.nan)):
-                raise Diverged(
-                    f"the validation {self.record.metric} is NaN at step {step}, although the loss is finite. The "
-                    "metric is not defined for these predictions. Use another `data.metric`."
-                )
-            raise Diverged(f"the validation {self.record.metric} became {value!r} at step {step}. Lower `optim.lr`.")
+        check_score(metrics, metric=self.record.metric, step=step)
         self._append([{"step": step, "validation": metrics}])
         if update_score(self.record, step, metrics):
             save(self.folder / "best")
@@ -150,6 +143,19 @@ class RunLog:
             file.writelines(dump_row(row) + "\n" for row in rows)
             file.flush()
             os.fsync(file.fileno())  # a checkpoint that is written next must not outlive these rows
+
+
+def check_score(metrics: Metrics, *, metric: str, step: int) -> None:
+    """Raises Diverged if the value of the run's metric is NaN or infinite."""
+    value = metrics[metric]
+    if math.isfinite(value):
+        return
+    if math.isnan(value) and math.isfinite(metrics.get("loss", math.nan)):
+        raise Diverged(
+            f"the validation {metric} is NaN at step {step}, although the loss is finite. The metric is not defined "
+            "for these predictions. Use another `data.metric`."
+        )
+    raise Diverged(f"the validation {metric} became {value!r} at step {step}. Lower `optim.lr`.")
 
 
 def update_score(record: RunRecord, step: int, metrics: Metrics) -> bool:

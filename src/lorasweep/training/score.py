@@ -16,7 +16,7 @@ from torch import nn
 
 from lorasweep.config.build import as_settings
 from lorasweep.config.run import RunConfig
-from lorasweep.data.batching import EvaluationSampler
+from lorasweep.data.batching import EvaluationSampler, choose_part
 from lorasweep.data.build_splits import DataSplits
 from lorasweep.data.split import Split, move_batch
 from lorasweep.data.tasks import Evaluation, ExampleScores, Task
@@ -38,7 +38,7 @@ from lorasweep.training.inputs import RunInputs
 from lorasweep.training.own_data import OwnSplits
 from lorasweep.training.own_module import score_on_test
 from lorasweep.training.restore import restore_config, restore_model
-from lorasweep.training.run_log import RunFolder
+from lorasweep.training.run_log import RunFolder, check_score
 
 
 class Scores(NamedTuple):
@@ -91,6 +91,24 @@ def score_run(
     return record
 
 
+def score_best_weights(config: RunConfig, record: RunRecord, folder: Path, *, inputs: RunInputs) -> None:
+    """Scores the best weights of a run that ends on all validation examples, if its evaluations used a part of them.
+
+    The model stays on its device, because a pack may train on the same base.
+
+    Raises:
+        Diverged: The score is NaN or infinite.
+    """
+    split = inputs.splits.validation
+    if len(choose_part(len(split), config.eval_fraction)) == len(split):
+        return
+    with inputs.telemetry.phase("evaluating"), torch.random.fork_rng(devices=[]):  # a pack continues its streams
+        model = restore_model(config, inputs.base, folder=folder / "best")
+        values, _ = evaluate_model(model, split, task=inputs.splits.task, config=config, inputs=inputs)
+    check_score(values, metric=record.metric, step=int(record.best["step"]))
+    record.best = {"step": record.best["step"], **values}
+
+
 def _score_on_split(
     model: nn.Module, splits: DataSplits, *, config: RunConfig, inputs: RunInputs
 ) -> tuple[dict[str, float], str | None]:
@@ -98,6 +116,7 @@ def _score_on_split(
     split, metric = splits.test(), splits.metric
     task = splits.get_task(split)
     values, examples = evaluate_model(model, split, task=task, config=config, inputs=inputs)
+    model.cpu()
     groups = split.groups or tuple(map(str, range(len(split))))
     return values, _format_row_scores(metric, examples, task=task, value=values[metric], groups=groups)
 
@@ -132,8 +151,8 @@ def copy_base_run(config: RunConfig, run_folder: RunFolder, *, inputs: RunInputs
 def evaluate_model(model: nn.Module, split: Split, *, task: Task, config: RunConfig, inputs: RunInputs) -> Scores:
     """Evaluates a prepared model on every example of a split, in the precision and batch size of its run.
 
-    `task` must be the task of the split (`DataSplits.get_task`). Afterwards the model is on the CPU and in evaluation
-    mode. Draws no random numbers.
+    `task` must be the task of the split (`DataSplits.get_task`). Afterwards the model is on the run's device and in
+    evaluation mode. Draws no random numbers.
     """
     device = get_device(config.trainer)
     batches = EvaluationSampler(split, batch_size=config.trainer.eval_batch_size)
@@ -142,7 +161,6 @@ def evaluate_model(model: nn.Module, split: Split, *, task: Task, config: RunCon
     with torch.no_grad(), inputs.autocast(config):
         for micro in batches:
             evaluation.update(task.score(model, move_batch(split.batch(micro.indices), device)))
-    model.cpu()
     values = {name: float(value) for name, value in evaluation.compute().items()}
     by_example = torch.tensor(batches.order).argsort()  # back to the order of the split; batches are sorted by length
     return Scores(values, evaluation.examples.map(lambda values: values.cpu()[by_example]))

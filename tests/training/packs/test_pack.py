@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import lorasweep.training.packs.pack as pack_file
+from lorasweep.data import batching
 from lorasweep.errors import Diverged, OutOfMemory
 from lorasweep.models import tiny
 from lorasweep.models.load import fingerprint_weights
@@ -85,8 +86,10 @@ def assert_same_losses(alone, packed, *, rel):
         assert a == pytest.approx(b, rel=rel)
 
 
-def test_packed_runs_equal_runs_alone_while_slots_join_and_leave(make_config, inputs, tmp_path):
-    configs = [make_config({**settings, "trainer.accumulate": 2, "trainer.max_steps": 6}) for settings in MIXED]
+def test_packed_runs_equal_runs_alone_while_slots_join_and_leave(make_config, inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(batching, "MIN_PART", 1)  # so that half of the four examples are evaluated
+    shared = {"trainer.accumulate": 2, "trainer.max_steps": 6, "trainer.eval_fraction": 0.5}
+    configs = [make_config({**settings, **shared}) for settings in MIXED]
     outcomes = Outcomes()
     for n, config in enumerate(configs):
         run_folder = RunFolder(path=tmp_path / f"alone{n}")
@@ -108,6 +111,8 @@ def test_packed_runs_equal_runs_alone_while_slots_join_and_leave(make_config, in
         for name in ("status", "steps_done", "tokens_trained", "trainable_params", "adapter_bytes", "reason"):
             assert getattr(one, name) == getattr(other, name), name
         assert other.pack is not None
+        assert other.best == pytest.approx(one.best, rel=LOSS_TOLERANCE)
+        assert (other.best["loss"] in dict(rows(packed)).values()) is (n == 1)  # on all examples if the run ended
         assert [path.name[:13] for path in packed.glob("*.ckpt")] == (["slot-00000002"] if n == 1 else [])
     assert not (tmp_path / "pack.json").exists()
 

@@ -13,6 +13,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import lorasweep.training.packs.pack as pack_file
+from lorasweep.data import batching
 from lorasweep.errors import Diverged
 from lorasweep.models import tiny
 from lorasweep.record import read_run, read_steps
@@ -54,7 +55,7 @@ class Search:
     def job(self, name, *, start_step=None):
         settings = SETTINGS[int(name.split("-")[1])]
         return RunRequest(
-            config=self.make_config(settings),
+            config=self.make_config({"trainer.eval_fraction": 0.5, **settings}),
             run_folder=RunFolder(path=self.folder / name),
             start_step=start_step,
             on_end=functools.partial(self.ended, name),
@@ -154,6 +155,14 @@ class Recorder:
             number = len(self.killed)
             copy = Path(shutil.copytree(self.search.folder, self.into / str(number)))
             self.killed.append(Killed(copy, moment, list(self.committed)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_parts():
+    """Lets an evaluation use half of the four validation examples."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batching, "MIN_PART", 1)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -241,7 +241,8 @@ class PackTrainer:
         split, slots = self.inputs.splits.validation, len(self.runs)
         evaluations = [Evaluation(self.task) for _ in self.runs]
         # The batch size depends only on the number of current slots. A resumed pack does not know earlier numbers.
-        batches = EvaluationSampler(split, batch_size=max(1, self.settings.eval_batch_size // slots))
+        batch_size = max(1, self.settings.eval_batch_size // slots)
+        batches = EvaluationSampler(split, batch_size=batch_size, fraction=self.runs[0].request.config.eval_fraction)
         set_sequence_lengths(self.model, None)  # every slot evaluates the same rows
         self.model.eval()
         with find_slots(self.model).stack_once():
@@ -302,8 +303,7 @@ class PackTrainer:
         try:
             run.note_evaluation(metrics, save=lambda folder: self._save_weights(slot, folder))
         except Diverged as error:
-            self._close_run(run, "failed", str(error))
-            run.request.on_end(error)
+            self._fail(run, error)
             return False
         return True
 
@@ -315,9 +315,19 @@ class PackTrainer:
         status, reason = end
         if status == "paused":
             self._save_checkpoint(slot, run)
+        else:
+            try:
+                run.score_best_weights()
+            except Diverged as error:
+                self._fail(run, error)
+                return True
         self._close_run(run, status, reason)
         run.request.on_end(run.record)
         return True
+
+    def _fail(self, run: SlotRun, error: Diverged) -> None:
+        self._close_run(run, "failed", str(error))
+        run.request.on_end(error)
 
     def _close_run(self, run: SlotRun, status: RunStatus, reason: str | None) -> None:
         run.close(status, reason)
