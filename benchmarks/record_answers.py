@@ -220,7 +220,7 @@ def train(
     task = inputs.splits.get_task(test)
     if isinstance(trials, LoraPack):
         order = torch.tensor(EvaluationSampler(test, batch_size=config.trainer.eval_batch_size).order).argsort()
-        examples = [evaluation.examples.map(lambda values: values[order]) for evaluation in trials.score(test)]
+        examples = [evaluation.examples.reorder(order) for evaluation in trials.score(test)]
     else:
         examples = [evaluate_model(trials.model, test, task=task, config=config, inputs=inputs).examples]
     return curves, best, [_describe_scores(task, metric, each, owner) for each in examples]

@@ -75,3 +75,18 @@ def test_test_data_that_cannot_be_read_is_refused_before_the_search(write_file, 
     with pytest.raises(ConfigError, match=r"the test split must not be empty, .* `confirm\.seeds=0`"):
         check_definition(definition, WithoutTest())
     check_definition(read_definition(write_file(content), ["confirm.seeds=0"]), WithoutTest())
+
+
+def test_an_own_metric_is_the_same_for_all_trials(write_file, content):
+    content["settings"] = {
+        **content.get("settings", {}),
+        "data.metric": {"_target_": "torchmetrics.classification.MulticlassAccuracy", "num_classes": 512},
+    }
+    content["arms"]["lora"]["space"]["data.metric.average"] = ["micro", "macro"]
+
+    class InputsCache:
+        def load(self, config):
+            return SimpleNamespace(splits=SimpleNamespace(metric=config.data.metric.name))
+
+    with pytest.raises(ConfigError, match=r"`data.metric` must be the same for all trials.* different arguments"):
+        find_metric(read_definition(write_file(content), []), InputsCache())

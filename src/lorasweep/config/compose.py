@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from lorasweep.config.build import TARGET, build
+from lorasweep.config.data import MetricComponent
 from lorasweep.config.method import ALPHA_OVER_RANK
 from lorasweep.config.redaction import redact
 from lorasweep.config.run import ModuleComponent, OptimSettings, RunConfig
@@ -40,6 +41,7 @@ MAX_EVALUATION_SPACE = 500
 COMPONENT_SETTINGS: Mapping[str, frozenset[str]] = {
     "optim": frozenset(f.name for f in fields(OptimSettings)),
     "module": frozenset(f.name for f in fields(ModuleComponent)) - {"target", "arguments"},
+    "data.metric": frozenset(f.name for f in fields(MetricComponent)) - {"target", "arguments"},
     **dict.fromkeys(("datamodule", "schedule", "sampler", "trainer.strategy"), frozenset[str]()),
 }
 """Settings that may name a class by `_target_`, each with the keys that lorasweep reads and the class does not get."""

@@ -13,6 +13,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from lorasweep.config.build import AtLeastTwo, Positive, Settings
+from lorasweep.config.components import Component
 from lorasweep.errors import ConfigError
 
 Direction = Literal["minimize", "maximize"]
@@ -33,7 +34,7 @@ METRIC_RANGES: Mapping[str, tuple[float, float]] = {
     **dict.fromkeys(("bits_per_byte", "loss", "mse"), (0.0, math.inf)),
     "perplexity": (1.0, math.inf),
 }
-"""Lowest and highest possible value of each metric; the metric of a user's own module has none."""
+"""Lowest and highest possible value of each metric."""
 
 
 def get_sign(direction: Direction) -> Literal[1, -1]:
@@ -42,15 +43,26 @@ def get_sign(direction: Direction) -> Literal[1, -1]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MetricComponent(Component):
+    """A torchmetrics metric by `_target_`. All keys beside `direction` are arguments of the class."""
+
+    direction: Literal["auto", Direction] = "auto"
+    """Whether a lower or a higher value is better. `auto` reads `higher_is_better` of the class."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScoreMetric:
     """The metric that scores runs."""
 
     name: str
     direction: Direction
+    range: tuple[float, float]
+    """Lowest and highest possible value."""
 
 
 def get_built_in_metric(name: str) -> ScoreMetric:
-    return ScoreMetric(name=name, direction="minimize" if name in MINIMIZED_METRICS else "maximize")
+    direction: Direction = "minimize" if name in MINIMIZED_METRICS else "maximize"
+    return ScoreMetric(name=name, direction=direction, range=METRIC_RANGES[name])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +143,8 @@ class BlockSettings(Settings):
     """Maximum number of validation blocks, evenly spaced; null uses all."""
     max_test_blocks: Positive | None
     """Maximum number of test blocks, evenly spaced; null uses all."""
-    metric: TextMetric
-    """Metric that is the run's score."""
+    metric: TextMetric | MetricComponent
+    """Metric that is the run's score. Lower is better, except for a `_target_` that says otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +189,7 @@ class TableConfig(RowSettings):
     """Kind of prediction. `auto` decides from the labels and prints its choice."""
     class_weights: Literal["none", "balanced"]
     """`balanced` weighs a class by examples / (classes · its examples) of the training split."""
-    metric: LabelMetric
+    metric: LabelMetric | MetricComponent
     """Metric that is the score of the run. `auto`: accuracy of a label, Pearson's correlation of numbers."""
 
     def __post_init__(self) -> None:
@@ -202,8 +214,8 @@ class ChatConfig(RowSettings):
     tokenizer has a template, else `plain`."""
     separator: str
     """Text between the prompt and the completion of a `plain` template."""
-    metric: TextMetric
-    """Metric of the answers that is the run's score."""
+    metric: TextMetric | MetricComponent
+    """Metric of the answers that is the run's score. Lower is better, except for a `_target_` that says otherwise."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from lorasweep.config.data import (
     ChatConfig,
     DataConfig,
+    MetricComponent,
     RowSettings,
     ScoreMetric,
     StdlibConfig,
@@ -25,6 +26,7 @@ from lorasweep.config.model import ModelKind
 from lorasweep.data.batching import choose_part
 from lorasweep.data.blocks import build_block_split
 from lorasweep.data.examples import CompletionSplit, ExampleSplit, LabelledSplit, Ragged
+from lorasweep.data.own_metric import build_own_metric
 from lorasweep.data.source import Conversation, DataSource, Examples, LabelledText
 from lorasweep.data.split import Split
 from lorasweep.data.tasks import Classification, LabelTask, LanguageModelling, Regression, Task
@@ -55,7 +57,8 @@ class DataSplits:
 
     @property
     def score_metric(self) -> ScoreMetric:
-        return get_built_in_metric(self.metric)
+        own_metric = self.task.own_metric
+        return get_built_in_metric(self.metric) if own_metric is None else own_metric.score
 
     def get_task(self, split: Split) -> Task:
         """Returns the task that scores a split. Its bits per byte use the bytes per token of this split's text."""
@@ -132,7 +135,7 @@ def build_splits(
     validation = build(source.validation)
     task = _build_task(source, validation)
     metric = task.metrics[0] if config.metric == "auto" else config.metric
-    if metric not in task.metrics:
+    if isinstance(metric, str) and metric not in task.metrics:
         raise ConfigError(
             f"`data.metric` must be one of auto, {', '.join(task.metrics)} for data of the kind {source.kind}, but got "
             f"{metric!r}."
@@ -141,6 +144,9 @@ def build_splits(
         raise ConfigError(
             f"`data.class_weights` must be none unless each example has one class, but got {config.class_weights!r}."
         )
+    if isinstance(metric, MetricComponent):
+        own_metric = build_own_metric(metric)
+        task, metric = replace(task, own_metric=own_metric), own_metric.score.name
     splits = DataSplits(
         train=build(source.train),
         validation=validation,

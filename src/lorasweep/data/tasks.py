@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,12 @@ from torchmetrics.functional.classification import (
 )
 from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
 
+from lorasweep.data.own_metric import OwnMetric
 from lorasweep.data.split import IGNORED, NON_MODEL_KEYS, Batch
 
 LANGUAGE_MODEL_METRICS = ("bits_per_byte", "loss", "perplexity")
 EXAMPLE_FIELDS = ("loss", "items", "prediction", "target")
+SCORE_FIELDS = (*EXAMPLE_FIELDS, "metric_input", "metric_target")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,19 +40,31 @@ class ExampleScores:
     """Predicted class or number, (examples,). None for text."""
     target: Tensor | None = None
     """The right answer, in the shape of `prediction`."""
+    metric_input: Tensor | None = None
+    """Predictions for the metric of `data.metric._target_`, (examples, ...); for text (scored tokens,)."""
+    metric_target: Tensor | None = None
+    """Targets for that metric, (examples, ...); for text (scored tokens,)."""
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> ExampleScores:
-        """Returns the scores with a function applied to each tensor."""
-        return ExampleScores(**{name: function(value) for name, value in vars(self).items() if value is not None})
+    def map(self, function: Callable[[Tensor], Tensor], *, names: Sequence[str] = SCORE_FIELDS) -> ExampleScores:
+        """Returns the tensors of these names, with a function applied to each."""
+        values = {name: getattr(self, name) for name in names}
+        return ExampleScores(**{name: function(value) for name, value in values.items() if value is not None})
 
     def select_slot(self, slot: int, *, slots: int) -> ExampleScores:
         """Returns the scores of one slot, if the examples are stored slot after slot."""
-        return self.map(lambda values: values.chunk(slots)[slot])
+        return self.map(lambda values: values.chunk(slots)[slot])  # all slots have the same number of scored tokens
+
+    def reorder(self, order: Tensor) -> ExampleScores:
+        """Returns the scores with the examples in another order, without `metric_input` and `metric_target`."""
+        return self.map(lambda values: values[order], names=EXAMPLE_FIELDS)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Task(ABC):
     """Loss and metrics for one kind of data."""
+
+    own_metric: OwnMetric | None = None
+    """The metric of `data.metric._target_`, which `compute` adds to the task's metrics."""
 
     @property
     @abstractmethod
@@ -74,8 +88,18 @@ class Task(ABC):
         """Returns what `score` returns, for a model's output."""
 
     @abstractmethod
-    def compute(self, scores: ExampleScores) -> dict[str, Tensor]:
+    def compute_metrics(self, scores: ExampleScores) -> dict[str, Tensor]:
         """Returns each of the task's metrics over all examples of an evaluation, as scalars."""
+
+    def compute(self, scores: ExampleScores) -> dict[str, Tensor]:
+        """Returns the task's metrics and the own metric over all examples of an evaluation, as scalars."""
+        values = self.compute_metrics(scores)
+        if self.own_metric is None or scores.metric_input is None or scores.metric_target is None:
+            return values
+        return {
+            **values,
+            self.own_metric.score.name: self.own_metric.compute(scores.metric_input, scores.metric_target),
+        }
 
     @abstractmethod
     def per_example(self, metric: str, scores: ExampleScores) -> tuple[Tensor, Tensor] | None:
@@ -103,11 +127,16 @@ class LanguageModelling(Task):
         return compute_token_losses(logits, batch["targets"]).sum(-1)
 
     def score_logits(self, logits: Tensor, batch: Batch) -> ExampleScores:
-        losses, scored = compute_token_losses(logits, batch["targets"]), batch["targets"] != IGNORED
+        targets, own_columns = batch["targets"], {}
+        scored = targets != IGNORED
+        if self.own_metric is not None:
+            own_columns = {"metric_input": logits.argmax(-1)[scored], "metric_target": targets[scored]}
         # fp64, because the tokens of a whole evaluation are added up
-        return ExampleScores(loss=losses.double().sum(-1), items=scored.double().sum(-1))
+        losses = compute_token_losses(logits, targets)
+        loss, items = (values.double().sum(-1) for values in (losses, scored))
+        return ExampleScores(loss=loss, items=items, **own_columns)
 
-    def compute(self, scores: ExampleScores) -> dict[str, Tensor]:
+    def compute_metrics(self, scores: ExampleScores) -> dict[str, Tensor]:
         loss = scores.loss.double().sum() / scores.items.double().sum()
         return {
             "bits_per_byte": loss / (math.log(2) * self.bytes_per_token),
@@ -141,6 +170,10 @@ class LabelTask(Task):
     def _predict(self, logits: Tensor) -> Tensor:
         """Returns the predicted class or number of each example."""
 
+    def _to_metric_input(self, logits: Tensor) -> Tensor:
+        """Returns what the own metric gets as predictions."""
+        return self._predict(logits)
+
     def compute_losses(self, logits: Tensor, batch: Batch) -> Tensor:
         losses = self._loss(logits, batch["targets"])
         return losses * batch["weights"] if "weights" in batch else losses
@@ -149,7 +182,12 @@ class LabelTask(Task):
         losses = self._loss(logits, batch["targets"])
         prediction = self._predict(logits)
         target = batch["targets"].to(prediction.dtype)
-        return ExampleScores(loss=losses, items=torch.ones_like(losses), prediction=prediction, target=target)
+        own_columns = {}
+        if self.own_metric is not None:
+            own_columns = {"metric_input": self._to_metric_input(logits), "metric_target": target}
+        return ExampleScores(
+            loss=losses, items=torch.ones_like(losses), prediction=prediction, target=target, **own_columns
+        )
 
     def per_example(self, metric: str, scores: ExampleScores) -> tuple[Tensor, Tensor] | None:
         """Returns the loss of each example, or for `accuracy` 1 if its class is right. All weights are 1."""
@@ -186,7 +224,12 @@ class Classification(LabelTask):
     def _predict(self, logits: Tensor) -> Tensor:
         return logits.argmax(-1)
 
-    def compute(self, scores: ExampleScores) -> dict[str, Tensor]:
+    def _to_metric_input(self, logits: Tensor) -> Tensor:
+        probabilities = logits.softmax(-1)
+        is_second_wanted = self.num_classes == 2 and self.own_metric is not None and self.own_metric.is_binary
+        return probabilities[:, 1] if is_second_wanted else probabilities
+
+    def compute_metrics(self, scores: ExampleScores) -> dict[str, Tensor]:
         predicted, target = _unpack(scores)
         classes = self.num_classes
         f1 = multiclass_f1_score(predicted, target, classes, average=None if classes == 2 else "macro")
@@ -216,7 +259,7 @@ class Regression(LabelTask):
     def _predict(self, logits: Tensor) -> Tensor:
         return logits.squeeze(-1)
 
-    def compute(self, scores: ExampleScores) -> dict[str, Tensor]:
+    def compute_metrics(self, scores: ExampleScores) -> dict[str, Tensor]:
         """Returns each metric; a correlation is 0 if all predictions or all targets are equal."""
         predicted, target = (values.double() for values in _unpack(scores))
         mse = scores.loss.double().mean()
@@ -235,15 +278,17 @@ class Evaluation(Metric):
     items: list[Tensor]
     prediction: list[Tensor]
     target: list[Tensor]
+    metric_input: list[Tensor]
+    metric_target: list[Tensor]
 
     def __init__(self, task: Task, **settings: Any) -> None:
         super().__init__(**settings)
         self.task = task
-        for name in EXAMPLE_FIELDS:
+        for name in SCORE_FIELDS:
             self.add_state(name, [], dist_reduce_fx="cat")
 
     def update(self, scores: ExampleScores) -> None:
-        for name in EXAMPLE_FIELDS:
+        for name in SCORE_FIELDS:
             value = getattr(scores, name)
             if value is not None:
                 getattr(self, name).append(value.detach())
@@ -252,7 +297,7 @@ class Evaluation(Metric):
     def examples(self) -> ExampleScores:
         """The scores of all examples so far, in the order of the updates."""
         # A state is a list until torchmetrics gathers it from all processes. Then it is one tensor.
-        states = {name: getattr(self, name) for name in EXAMPLE_FIELDS}
+        states = {name: getattr(self, name) for name in SCORE_FIELDS}
         joined = {name: torch.cat(x) if isinstance(x, list) and x else x for name, x in states.items()}
         return ExampleScores(**{name: x for name, x in joined.items() if isinstance(x, Tensor) and x.numel()})
 

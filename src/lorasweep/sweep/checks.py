@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lorasweep.config.data import ScoreMetric
+from lorasweep.config.data import MetricComponent, ScoreMetric
 from lorasweep.config.run import STEPS_KEY
 from lorasweep.errors import ConfigError
 from lorasweep.record import RetainedRow
@@ -94,7 +94,9 @@ def list_retained(definition: Definition, inputs_cache: InputsCache) -> list[Ret
                 splits = inputs_cache.load_splits(data, arm.corner_configs[0])
             splits.test()  # now, because the confirm stage reads it after hours of training
         metric = splits.score_metric
-        rows.append(RetainedRow(name=name, metric=metric.name, direction=metric.direction))
+        rows.append(
+            RetainedRow(name=name, metric=metric.name, direction=metric.direction, metric_range=list(metric.range))
+        )
     return rows
 
 
@@ -104,6 +106,11 @@ def find_metric(definition: Definition, inputs_cache: InputsCache) -> ScoreMetri
     metrics = sorted({inputs_cache.load(config).splits.metric for config in configs})
     if len(metrics) > 1:
         raise ConfigError(f"`data.metric` must be the same for all arms, but got {', '.join(metrics)}.")
+    components = [c.data.metric for c in configs if isinstance(c.data.metric, MetricComponent)]
+    if any(component != components[0] for component in components):
+        raise ConfigError(
+            f"`data.metric` must be the same for all trials, but {components[0].target!r} has different arguments."
+        )
     return inputs_cache.load(configs[0]).splits.score_metric
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from lightning import LightningModule
-from torch import nn
+from torch import Tensor, nn
 
 from lorasweep.config.build import as_settings
 from lorasweep.config.run import RunConfig
@@ -163,7 +163,7 @@ def evaluate_model(model: nn.Module, split: Split, *, task: Task, config: RunCon
             evaluation.update(task.score(model, move_batch(split.batch(micro.indices), device)))
     values = {name: float(value) for name, value in evaluation.compute().items()}
     by_example = torch.tensor(batches.order).argsort()  # back to the order of the split; batches are sorted by length
-    return Scores(values, evaluation.examples.map(lambda values: values.cpu()[by_example]))
+    return Scores(values, evaluation.examples.map(Tensor.cpu).reorder(by_example))
 
 
 def _format_row_scores(
