@@ -1,13 +1,19 @@
-"""The examples of a data set: checked, but not yet tokenised."""
+"""The examples of a data set: checked and assigned to splits, but not yet tokenised.
+
+Nothing is drawn at random: the content of an example alone decides its split. So an example stays in its split when
+other examples are added or reordered.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from lorasweep.data.split import Split
+from lorasweep.errors import ConfigError
 
 Role = Literal["system", "user", "assistant"]
 Kind = Literal["documents", "single_label", "regression", "conversations"]
@@ -51,6 +57,14 @@ class Conversation(NamedTuple):
 
 Example = TypeVar("Example")
 """A `Document`, `LabelledText` or `Conversation`."""
+BUCKETS: Mapping[str, range] = {"validation": range(10), "test": range(10, 20)}
+"""Hash buckets, out of 100, whose examples go to a split that the data set lacks: a tenth for each split."""
+
+ReadExamples = tuple[list[Example], list[str]]
+"""The usable examples of a split, and notes for the user about them."""
+SplitOff = Callable[[list[Example], Sequence[str]], tuple[dict[str, list[Example]], list[str]]]
+"""Takes all training examples and the names of the missing splits. Returns the examples of `train` and of each missing
+split, and notes for the user."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,3 +127,130 @@ def _list_texts(item: Any) -> Iterator[str]:
     else:
         values = (item.text, item.pair, item.label)
         yield from (value if isinstance(value, str) else repr(value) for value in values)
+
+
+def build_source(
+    train: ReadExamples[Example],
+    read: Callable[[str], ReadExamples[Example]],
+    *,
+    kind: Kind,
+    given: Collection[str],
+    key: Callable[[Example], int],
+    describe: Callable[[list[Example], list[Example]], list[str]],
+    label_names: tuple[str, ...] = (),
+    shared: str = "text",
+    max_examples: Mapping[str, int | None] | None = None,
+    split_off: SplitOff[Example] | None = None,
+) -> DataSource:
+    """Returns the splits of a data set. The test split is read at the first call of `DataSource.test`.
+
+    Args:
+        train: The whole training file.
+        read: Reads a split in `given` other than train.
+        kind: Kind of the examples.
+        given: Names of the splits that the settings name. The others are taken from the training examples.
+        key: Content key of an example. Examples with the same key count as duplicates.
+        describe: Returns notes for the user about the training and validation examples.
+        label_names: Names of the classes.
+        shared: Name of the part that examples with the same content key share, for notes (`text`).
+        max_examples: Maximum number of examples by split.
+        split_off: Takes the missing splits from the training examples; None assigns examples by content key.
+
+    Raises:
+        ConfigError: The training examples are too few to take the missing splits from.
+    """
+    missing = [split for split in ("validation", "test") if split not in given]
+    parts: dict[str, list[Example]] = {"train": train[0]}
+    notes = list(train[1])
+    if missing:
+        parts, split_notes = (split_off or functools.partial(_split_by_key, key=key, shared=shared))(train[0], missing)
+        notes += split_notes
+
+    def load(name: str) -> ReadExamples[Example]:
+        items, notes = (parts[name], []) if name in parts else read(name)
+        limit, size = (max_examples or {}).get(name), len(items)
+        if limit is None or limit >= size:
+            return items, notes
+        evenly_spaced = [items[n * size // limit] for n in range(limit)]
+        return evenly_spaced, [*notes, f"{name} uses {limit} of {size} examples, evenly spaced."]
+
+    (train_items, train_notes), (validation_items, validation_notes) = load("train"), load("validation")
+    train_keys = frozenset(map(key, train_items))
+
+    def count_duplicates(name: str, items: list[Example]) -> list[str]:
+        if name in missing:
+            return []  # a split that is taken from train by content key has no duplicate there
+        duplicates = sum(key(item) in train_keys for item in items)
+        return [f"{duplicates} of {len(items)} examples of {name} have the {shared} of an example of train."]
+
+    @functools.cache
+    def test() -> Examples[Example]:
+        items, notes = load("test")
+        return collect_examples("test", items, (*notes, *count_duplicates("test", items)))
+
+    repeated = len(train_items) - len(train_keys)
+    return DataSource(
+        kind=kind,
+        label_names=label_names,
+        train=collect_examples("train", train_items),
+        validation=collect_examples("validation", validation_items),
+        test=test,
+        notes=(
+            *notes,
+            *train_notes,
+            *validation_notes,
+            f"{repeated} of {len(train_items)} examples of train repeat the {shared} of another one.",
+            *count_duplicates("validation", validation_items),
+            *describe(train_items, validation_items),
+        ),
+    )
+
+
+def content_key(texts: Iterable[str]) -> int:
+    """Returns a 64-bit hash of texts that ignores case and white space."""
+    plain = "\n".join([" ".join(text.split()).casefold() for text in texts])  # the texts have no line breaks by now
+    return int.from_bytes(hashlib.blake2b(plain.encode(), digest_size=8).digest(), "little")
+
+
+def _split_by_key(
+    items: list[Example], missing: Sequence[str], *, key: Callable[[Example], int], shared: str
+) -> tuple[dict[str, list[Example]], list[str]]:
+    assigned = assign_splits([key(item) for item in items], missing=missing)
+    notes = [
+        f"{split} is split off from train: {len(assigned[split])} of {len(items)} examples, whose {shared} has a "
+        f"hash of {BUCKETS[split][0]} to {BUCKETS[split][-1]} modulo 100. Examples with the same {shared} stay "
+        "together."
+        for split in missing
+    ]
+    return {split: [items[index] for index in indices] for split, indices in assigned.items()}, notes
+
+
+def assign_splits(keys: Sequence[int], *, missing: Collection[str]) -> dict[str, list[int]]:
+    """Returns the indices of the examples in `train` and in each missing split. No split is empty.
+
+    A split gets the examples whose key modulo 100 is in its `BUCKETS`. Examples with the same key stay together.
+
+    Args:
+        keys: Content key of each example.
+        missing: `validation`, `test` or both.
+
+    Raises:
+        ConfigError: There are fewer different examples than splits.
+    """
+    free = sorted(set(keys))
+    if len(free) <= len(missing):
+        raise ConfigError(
+            f"`data.train` must have at least {len(missing) + 1} different examples to take {' and '.join(missing)} "
+            f"from, but has {len(free)}. Give each split its own file."
+        )
+    split_of_key: dict[int, str] = {}
+    for done, split in enumerate(sorted(missing, reverse=True)):  # validation first
+        # If no key is in the buckets, the smallest key is taken. One key must be left for each later split and train.
+        num_others = len(missing) - done
+        chosen = [key for key in free if key % 100 in BUCKETS[split]] or free[:1]
+        split_of_key |= dict.fromkeys(chosen[: len(free) - num_others], split)
+        free = [key for key in free if key not in split_of_key]
+    indices: dict[str, list[int]] = {"train": [], **{split: [] for split in missing}}
+    for index, key in enumerate(keys):
+        indices[split_of_key.get(key, "train")].append(index)
+    return indices

@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from lorasweep.config.data import ChatConfig
-from lorasweep.data.reading.splitting import ReadExamples, build_source, content_key
 from lorasweep.data.reading.tables import choose_columns, open_tables, parse_rows, require_text
-from lorasweep.data.source import Conversation, DataSource, Message, Role
+from lorasweep.data.source import Conversation, DataSource, Message, ReadExamples, Role, build_source, content_key
 from lorasweep.errors import ConfigError
 from lorasweep.wording import shorten
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lorasweep.config.data import TextConfig
-from lorasweep.data.reading.splitting import ReadExamples, build_source, content_key
 from lorasweep.data.reading.tables import (
     choose_columns,
     find_files,
@@ -18,7 +17,7 @@ from lorasweep.data.reading.tables import (
     refuse_unreadable,
     require_text,
 )
-from lorasweep.data.source import DataSource, Document
+from lorasweep.data.source import DataSource, Document, ReadExamples, build_source, content_key
 from lorasweep.errors import ConfigError
 
 MIN_DOCUMENTS = 20

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorasweep.config.data import LabelTask, TableConfig
-from lorasweep.data.reading.splitting import build_source, content_key
 from lorasweep.data.reading.tables import (
     choose_columns,
     get_class_names,
@@ -19,7 +18,7 @@ from lorasweep.data.reading.tables import (
     require_scalar,
     require_text,
 )
-from lorasweep.data.source import DataSource, Label, LabelledText
+from lorasweep.data.source import DataSource, Label, LabelledText, build_source, content_key
 from lorasweep.errors import ConfigError
 from lorasweep.wording import nearest, shorten
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasweep.data.reading.splitting import assign_splits, content_key
+from lorasweep.data.source import assign_splits, content_key
 from lorasweep.errors import ConfigError
 
 KEYS = st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 5), min_size=3, max_size=60)
