@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lorasweep.config.compose import compose_run
-from lorasweep.data.blocks import BlockSplit, cut_blocks
 from lorasweep.data.build_splits import DataSplits
+from lorasweep.data.examples import BlockSplit, cut_blocks
 from lorasweep.data.tasks import LanguageModelling
 from lorasweep.training.data_module import DataModule
 

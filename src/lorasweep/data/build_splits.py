@@ -24,13 +24,20 @@ from lorasweep.config.data import (
 )
 from lorasweep.config.model import ModelKind
 from lorasweep.data.batching import choose_part
-from lorasweep.data.blocks import build_block_split
-from lorasweep.data.examples import CompletionSplit, ExampleSplit, LabelledSplit, Ragged
+from lorasweep.data.examples import (
+    BlockSplit,
+    CompletionSplit,
+    ExampleSplit,
+    LabelledSplit,
+    Ragged,
+    choose_evenly,
+    cut_blocks,
+)
 from lorasweep.data.own_metric import build_own_metric
-from lorasweep.data.source import Conversation, DataSource, Examples, LabelledText
+from lorasweep.data.source import Conversation, DataSource, Document, Examples, LabelledText
 from lorasweep.data.split import Split
 from lorasweep.data.tasks import Classification, LabelTask, LanguageModelling, Regression, Task
-from lorasweep.data.tokenise import describe_chat_format, tokenise_chats, tokenise_labelled
+from lorasweep.data.tokenise import describe_chat_format, tokenise_chats, tokenise_documents, tokenise_labelled
 from lorasweep.errors import ConfigError
 from lorasweep.wording import join_words
 
@@ -180,6 +187,43 @@ def _build_task(source: DataSource, validation: Split) -> Task:
     if source.kind == "regression":
         return Regression()
     return LanguageModelling(bytes_per_token=validation.bytes_per_token)  # type: ignore[attr-defined]
+
+
+def build_block_split(
+    examples: Examples[Document], *, config: StdlibConfig | TextConfig, tokenizer: PreTrainedTokenizerBase
+) -> BlockSplit:
+    """Tokenises the documents of one split and cuts them into blocks.
+
+    Raises:
+        ConfigError: The split is shorter than one block, or the tokenizer has no token that ends a text.
+    """
+    documents = tokenise_documents(examples, tokenizer=tokenizer)
+    tokens = documents.values
+    if len(tokens) <= config.block_length:
+        raise ConfigError(
+            f"`data.block_length` must be less than the {len(tokens)} tokens of the {examples.name} split of "
+            f"`data={config.name}`, but got {config.block_length}. Use shorter blocks or more text."
+        )
+    blocks = cut_blocks(tokens, block_length=config.block_length)
+    # A block belongs to the document of the first token that it predicts. Its own first token is not predicted.
+    first_predicted = torch.arange(len(blocks)) * config.block_length + 1
+    owners = torch.searchsorted(documents.ends, first_predicted, right=True)
+    limit = {"validation": config.max_validation_blocks, "test": config.max_test_blocks}.get(examples.name)
+    if limit is not None and limit < len(blocks):
+        chosen = choose_evenly(torch.bincount(owners, minlength=len(examples)).tolist(), limit=limit)
+        blocks, owners = blocks[chosen], owners[chosen]
+    owning = [examples.items[index] for index in owners.tolist()]
+    num_bytes = sum(len(document.text.encode()) for document in examples.items)
+    return BlockSplit(
+        name=examples.name,
+        notes=examples.notes,
+        groups=tuple(document.group or document.name for document in owning),
+        tokens=blocks,
+        documents=len(examples),
+        bytes=num_bytes,
+        bytes_per_token=num_bytes / len(tokens),
+        fingerprint=examples.fingerprint,
+    )
 
 
 def _build_labelled(

@@ -1,4 +1,4 @@
-"""Splits whose examples have different lengths: texts with labels, and conversations."""
+"""Splits: texts with labels, conversations, and running text in blocks of equal length."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -141,3 +142,69 @@ class CompletionSplit(ExampleSplit):
 
     def batch(self, indices: Sequence[int]) -> Batch:
         return {**self._inputs(indices), "targets": self.targets.padded(indices, fill=IGNORED)}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BlockSplit(Split):
+    """Documents joined end to end and cut into blocks that overlap by one token."""
+
+    tokens: Tensor
+    """Token ids, (blocks, block_length + 1), int64. The last token of a block is also the first token of the next
+    block, so each token except the very first is predicted once. The tokens after the last full block are dropped.
+    Do not write to this tensor: its blocks share memory."""
+    documents: int
+    """Number of documents."""
+    bytes: int
+    """Number of UTF-8 bytes of all texts."""
+    bytes_per_token: float
+    """Mean number of bytes per token in all documents; the end of a document counts as a token."""
+
+    @functools.cached_property
+    def lengths(self) -> Tensor:
+        return torch.full((len(self.tokens),), self.tokens.shape[1] - 1)
+
+    @functools.cached_property
+    def weights(self) -> Tensor:
+        return self.lengths.float()
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Returns the blocks at these indices. The target at each position is the next token."""
+        blocks = self.tokens[torch.tensor(indices)]  # (batch, block + 1)
+        return {"input_ids": blocks[:, :-1].contiguous(), "targets": blocks[:, 1:].contiguous()}
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "documents": self.documents,
+            "bytes": self.bytes,
+            "blocks": len(self.tokens),
+            "fingerprint": self.fingerprint,
+        }
+
+
+def choose_evenly(counts: Sequence[int], *, limit: int) -> list[int]:
+    """Returns the indices of `limit` blocks, spread as evenly over documents as their numbers of blocks allow.
+
+    Args:
+        counts: The number of blocks of each document, in the order of the blocks.
+        limit: Number of blocks to choose, less than the sum of `counts`.
+    """
+    # Each round gives every document one block more, as long as it has one.
+    shares, share = [0] * len(counts), 0
+    while sum(shares) < limit:
+        share += 1
+        shares = [min(count, share) for count in counts]
+    largest = [index for index, count in enumerate(shares) if count == share]
+    surplus = sum(shares) - limit
+    for n in range(surplus):  # the last round gives a block to some of the documents only, evenly spaced among them
+        shares[largest[n * len(largest) // surplus]] -= 1
+    starts = itertools.accumulate(counts, initial=0)
+    return [
+        start + n * count // share
+        for start, count, share in zip(starts, counts, shares, strict=False)
+        for n in range(share)
+    ]
+
+
+def cut_blocks(tokens: Int[Tensor, " tokens"], *, block_length: int) -> Int[Tensor, "blocks {block_length}+1"]:
+    """Returns a view of the tokens as blocks that overlap by one token."""
+    return tokens.unfold(0, block_length + 1, block_length)
