@@ -188,11 +188,7 @@ def start_sweep(
 ) -> SweepFolder:
     """Checks a sweep with its models, data and workers, and creates its folder.
 
-    Args:
-        definition: The sweep.
-        inputs_cache: Receives the models and data.
-        output: A new or empty folder. None takes the setting `sweep.output`.
-        default: The folder if neither names one, with the next free number. By default `outputs/NAME`.
+    The folder is `output`, else the setting `sweep.output`, else `default` (`outputs/NAME`) with the next free number.
 
     Raises:
         ConfigError: The sweep can't run as asked; nothing was written.
@@ -213,11 +209,7 @@ def start_sweep(
 
 
 def check_sweep(definition: Definition, inputs_cache: InputsCache, *, output: str | Path | None = None) -> ScoreMetric:
-    """Checks a sweep with its models, data and workers, and that its folder is free. Returns its metric.
-
-    Raises:
-        ConfigError: The sweep can't run as asked.
-    """
+    """Checks a sweep with its models, data and workers, and that its folder is free. Returns its metric."""
     wanted = definition.sweep_config.sweep.output if output is None else str(output)
     if wanted is not None:
         remedy = f"To resume a sweep type `lorasweep sweep --resume {wanted}`."

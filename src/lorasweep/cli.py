@@ -457,10 +457,7 @@ def _say_how_to_resume(result: SweepResult) -> int:
 
 
 def _say_exception(error: LoraSweepError | OSError, job: str = "") -> int:
-    """Prints an error as one sentence and returns its exit code. In a grid, the sentence begins with the job.
-
-    If several processes train together, only the first prints errors; every process prints `RanksLost`.
-    """
+    """Prints an error as a sentence, of several processes mostly by the first alone. Returns its exit code."""
     if _rank() > 0 and not isinstance(error, RanksLost):
         return FAILED
     start = f"{job}: " if job else ""

@@ -87,12 +87,8 @@ def require_regular_file(path: Path) -> None:
 def claim_folder(wanted: Path | None, *, otherwise: Iterable[Path], key: str) -> Iterator[Path]:
     """Creates a folder and yields it. Inside the block it belongs to this process alone.
 
-    If the block raises before it has written anything, the folder is removed again.
-
-    Args:
-        wanted: A new or empty folder. None takes the first path of `otherwise` that does not exist yet.
-        otherwise: Paths to choose from.
-        key: The setting that names `wanted`, for messages.
+    The folder is `wanted`, new or empty, or else the first path of `otherwise` that does not exist yet. It is removed
+    again if the block raises before it has written anything.
 
     Raises:
         ConfigError: `wanted` is not empty, can't be created, or another process has it.
@@ -132,8 +128,7 @@ def _create_folder(path: Path, *, key: str) -> list[Path]:
 def lock_folder(path: Path, *, key: str) -> Iterator[Path]:
     """Yields a folder that no other process can lock inside the block. A killed process loses its lock.
 
-    Raises:
-        ConfigError: Another process has locked the folder.
+    Raises ConfigError if another process has locked the folder.
     """
     import fcntl  # noqa: PLC0415
 
@@ -173,9 +168,7 @@ def is_running(path: Path) -> bool:
 
 
 def take_lock(path: Path, undo: ExitStack) -> int:
-    """Takes the lock of a sweep's folder and returns its file descriptor.
-
-    The system releases it when the process ends for any reason.
+    """Takes the lock of a sweep's folder, which the system releases when the process ends. Returns its descriptor.
 
     Raises:
         RecordError: Another process holds the lock, or the folder's file system has no locks.

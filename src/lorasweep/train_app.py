@@ -43,11 +43,8 @@ class JobError(Exception):
 def run_train_app(arguments: argparse.Namespace, *, show_result: ShowResult, show_error: ShowError) -> int:
     """Trains the run, or each job of a grid, or only shows settings. Returns the exit code.
 
-    Args:
-        arguments: The parsed command line (`cli.build_parser`).
-        show_result: Prints a run's result and returns its exit code. Launchers call it in other processes. It gets the
-            overrides of a job of a grid; for a single run an empty text.
-        show_error: Prints an error and returns its exit code; called like `show_result`.
+    `show_result` prints a run's result, and `show_error` an error. Both return an exit code and get the overrides of a
+    job of a grid, or an empty text for a single run. Launchers call them in other processes.
 
     Raises:
         ConfigError: An argument is not an override, or a key or value is wrong.

@@ -76,10 +76,7 @@ def format_seconds_range(low: float, high: float) -> str:
 def format_score(value: float | None, *, beside: Iterable[float | None] = ()) -> str:
     """Returns a score with three decimals, or with four digits if it is very small or large.
 
-    Args:
-        value: The score.
-        beside: Scores of the same table. If two different scores would look equal, all get more digits, up to
-            `MAX_SCORE_DIGITS`.
+    If two different scores `beside` it would look equal, all get more digits, up to `MAX_SCORE_DIGITS`.
     """
     if value is None:
         return UNKNOWN
@@ -103,11 +100,8 @@ def count_decimals(
 ) -> int | None:
     """Returns the number of decimals for intervals that stand beside each other; None without intervals.
 
-    Args:
-        intervals: The intervals; None and those without a width are skipped.
-        digits: Digits of the width of the narrowest interval that are shown.
-        critical: Values on whose side an end lies, such as 0. An end that would look like one
-            gets up to `MAX_EXTRA_DECIMALS` more.
+    `digits` of the width of the narrowest interval are shown. An end that would look like a value in `critical`, on
+    whose side it lies, gets up to `MAX_EXTRA_DECIMALS` more.
     """
     known = [one for one in intervals if one is not None and one[1] > one[0]]
     if not known:
@@ -123,10 +117,7 @@ def count_decimals(
 
 
 def format_estimate(value: float | None, interval: tuple[float, float] | None, *, decimals: int | None = None) -> str:
-    """Returns a score with its interval, if given: `1.372 [1.365, 1.379]`.
-
-    `decimals` is the number that neighbouring estimates have. None gives narrow intervals more decimals.
-    """
+    """Returns a score with its interval, if given: `1.372 [1.365, 1.379]`. `decimals` is that of its neighbours."""
     if value is None or interval is None:
         return format_score(value)
     decimals = count_decimals([interval]) if decimals is None else decimals

@@ -47,10 +47,9 @@ TYPE_DESCRIPTIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Base class of settings, whose keys are checked when `build` creates them.
+    """Base class of settings, whose keys are checked when `build` creates them. `_target_` is the field `target`.
 
-    A class with a field `arguments` takes any key: keys without a field become `arguments`. `_target_` is the field
-    `target`.
+    A class with a field `arguments` takes any key: keys without a field become `arguments`.
     """
 
     @model_validator(mode="before")
@@ -79,12 +78,7 @@ SETTINGS_OR_COMPONENT = Discriminator(get_union_tag)
 
 
 def build(kind: type[T], values: Mapping[str, Any], *, key: str = "") -> T:
-    """Creates an instance of a settings dataclass.
-
-    Args:
-        kind: The dataclass.
-        values: A value for every field without a default, nested mappings for nested dataclasses.
-        key: Dotted key of the mapping itself, for messages.
+    """Creates settings from a mapping with a value for every field without a default. `key` is the mapping's own key.
 
     Raises:
         ConfigError: A key is unknown or missing, or a value has another type than its field or breaks its limits.

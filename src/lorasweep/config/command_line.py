@@ -39,11 +39,7 @@ def parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, A
 
 
 def sort_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-    """Returns the overrides of a run, the overrides of Hydra's own settings, and the folders of `hydra.searchpath`.
-
-    Raises:
-        ConfigError: A word is not an override.
-    """
+    """Returns the overrides of a run, those of Hydra's own settings, and the folders of `hydra.searchpath`."""
     run: list[str] = []
     hydra: list[str] = []
     search_path: list[str] = []
@@ -79,12 +75,9 @@ def force_keys(overrides: Sequence[str]) -> list[str]:
 
 
 def complete_override(prefix: str, typed: Sequence[str] = (), *, primaries: Sequence[Primary]) -> list[str]:
-    """Returns the overrides that begin with a prefix: a key with `=`, or after a group's `=` its options.
+    """Returns the overrides that begin with `prefix`: a key with `=`, or after a group's `=` its options.
 
-    Args:
-        prefix: The typed beginning of the word to complete.
-        typed: The words before it. Their options of groups decide which keys there are.
-        primaries: The primary configs whose keys the command takes.
+    The options of groups in the words `typed` before it decide which keys of the primary configs there are.
     """
     key, has_value, _ = prefix.partition("=")
     sign, name = (key[: -len(key.lstrip("+~"))], key.lstrip("+~")) if key.lstrip("+~") else (key, "")

@@ -37,14 +37,10 @@ class Component(Settings):
 def instantiate(component: Component, *, key: str, expected: type[T], **more_arguments: Any) -> T:
     """Creates the object of a component. Importing its class runs the code of that module.
 
-    Args:
-        component: Class and arguments.
-        key: Dotted key of the setting, for messages.
-        expected: The type that the object must have.
-        more_arguments: Further arguments, which override the component's own.
+    `more_arguments` override the component's own, and `key` is the component's setting, for messages.
 
     Raises:
-        ConfigError: The class is not installed or of another type, or does not take these arguments.
+        ConfigError: The class is not installed, or not of type `expected`, or does not take these arguments.
     """
     find_class(component.target, key=key, expected=expected)
     from hydra.utils import instantiate as hydra_instantiate  # noqa: PLC0415 (slow to start)
@@ -61,10 +57,7 @@ def instantiate(component: Component, *, key: str, expected: type[T], **more_arg
 
 
 def check_component(component: Component, *, key: str, expected: type, **more_arguments: Any) -> None:
-    """Checks that a component's class takes arguments of these names, without creating the object.
-
-    Arguments and errors as in `instantiate`.
-    """
+    """Raises ConfigError, as `instantiate`, if a class does not take arguments of these names. Creates no object."""
     imported: type = find_class(component.target, key=key, expected=expected)
     try:
         inspect.signature(imported).bind(**{**component.arguments, **more_arguments})
@@ -84,8 +77,7 @@ def require_package(package: str, *, key: str, extra: str | None = None) -> None
 def find_class(target: Any, *, key: str, expected: type[T]) -> type[T]:
     """Imports a class, which runs the code of its module. Python also looks for the module in the current folder.
 
-    Raises:
-        ConfigError: The class is not installed, or no subclass of `expected`.
+    Raises ConfigError if the class is not installed, or no subclass of `expected`.
     """
     message = f"`{key}.{TARGET}` must be the import path of a class, such as `torch.optim.AdamW`, but got {target!r}"
     if not isinstance(target, str):
@@ -106,11 +98,7 @@ def find_class(target: Any, *, key: str, expected: type[T]) -> type[T]:
 
 
 def list_argument_names(target: Any, *, key: str) -> tuple[list[str], bool]:
-    """Returns the names of a class's parameters, and whether the class also takes arbitrary keyword arguments.
-
-    Raises:
-        ConfigError: The class is not installed.
-    """
+    """Returns the names of a class's parameters, and whether the class also takes arbitrary keyword arguments."""
     parameters = inspect.signature(find_class(target, key=key, expected=object)).parameters.values()
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

@@ -94,11 +94,7 @@ class SearchUserConf(SearchPathPlugin):
 
 @contextmanager
 def add_search_path(folders: Sequence[str]) -> Iterator[None]:
-    """Makes Hydra search more folders inside the `with` block, those of `hydra.searchpath`.
-
-    Raises:
-        ConfigError: A folder or package does not exist.
-    """
+    """Makes Hydra search more folders inside the `with` block. Raises ConfigError if one does not exist."""
     SearchUserConf.folders = tuple(folders)
     try:
         with hydra_session():
@@ -173,10 +169,7 @@ def refuse_secrets(values: Mapping[str, Any]) -> None:
 
 
 def compose_values(primary: Primary, settings: Mapping[str, Any], *, require_all: bool = True) -> dict[str, Any]:
-    """Returns a primary config with settings applied and interpolations resolved, as nested mappings.
-
-    Arguments and errors as in `compose_run`.
-    """
+    """Returns a primary config with settings applied and interpolations resolved; see `compose_run`."""
     if any(key.split(".")[0] == "module" for key in settings):  # it takes the place of model and data
         settings = {"model": "module", "data": "module", **settings}
     # Options of groups are composed first, because they decide which other keys exist.

@@ -39,12 +39,7 @@ def import_peft(*, needed_by: str) -> Any:
 
 
 def read_peft_config(peft_config: Any) -> dict[str, Any]:
-    """Converts a `peft.LoraConfig` to settings by field of our `LoraConfig`.
-
-    Raises:
-        ConfigError: It is of another PEFT method, or has a field that lorasweep's layers can't do. All such fields are
-            named.
-    """
+    """Converts a `peft.LoraConfig` to settings by field of our `LoraConfig`; errors as in `LoraConfig.from_peft`."""
     values = peft_config.to_dict()
     init = values.get("init_lora_weights")
     is_known = isinstance(init, str) or init is True  # 1 == True, but is no setting
@@ -61,8 +56,7 @@ def read_peft_config(peft_config: Any) -> dict[str, Any]:
 def refuse_unsupported_fields(values: Mapping[str, Any], *, also: Iterable[str] = ()) -> None:
     """Raises ConfigError if PEFT's settings are not those of LoRA, or have fields that lorasweep's layers can't do.
 
-    `also` has fields whose values are not supported. If lorasweep ignored such a field, the model would compute other
-    outputs.
+    If lorasweep ignored such a field, the model would compute other outputs. `also` has fields with unsupported values.
     """
     kind = getattr(values.get("peft_type"), "value", values.get("peft_type"))
     if kind != "LORA":
@@ -84,8 +78,7 @@ def refuse_unsupported_fields(values: Mapping[str, Any], *, also: Iterable[str] 
 def convert_from_peft(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Converts PEFT's settings to settings by field of our `LoraConfig`. `init_lora_weights` is left out.
 
-    Raises:
-        KeyError, TypeError, AttributeError: A setting is missing or of another type.
+    Raises KeyError, TypeError or AttributeError if a setting is missing or of another type.
     """
     layers, targets = raw.get("layers_to_transform"), raw["target_modules"]
     return {

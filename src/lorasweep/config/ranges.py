@@ -23,10 +23,9 @@ class Bounds:
 
 
 def find_bounds(swept: Any) -> Bounds | None:
-    """Returns the bounds of a range, or None if a value is not a number or if there are no two different numbers.
+    """Returns the bounds of choices or of a mapping with `low`, `high` and perhaps `log`.
 
-    Args:
-        swept: A list of choices in any order, or a mapping with `low`, `high` and perhaps `log`.
+    Returns None if a value is not a number or if there are no two different numbers.
     """
     is_mapping = isinstance(swept, dict)
     values = [swept.get("low"), swept.get("high")] if is_mapping else swept

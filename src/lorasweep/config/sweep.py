@@ -208,11 +208,7 @@ class Margin:
 
 
 def parse_margin(setting: float | str) -> Margin:
-    """Returns the margin of a setting such as 0.01 or `5%`.
-
-    Raises:
-        ConfigError: It is neither a positive number nor a percentage of more than 0 and less than 100.
-    """
+    """Returns the margin of a setting such as 0.01 or `5%`. Raises ConfigError for any other kind of value."""
     text = str(setting).strip()
     try:
         number = float(text.removesuffix("%"))

@@ -107,12 +107,6 @@ def build_splits(
 ) -> DataSplits:
     """Returns the splits with their task. The test split is tokenised at its first use, the others at once.
 
-    Args:
-        config: Settings of the data.
-        source: The examples of the data set.
-        tokenizer: The model's tokenizer.
-        model_kind: `model.kind`.
-
     Raises:
         ConfigError: The model can't learn from this kind of data, the metric does not fit it, a split has nothing to
             predict, or the tokenizer has no end-of-text token. Errors in the test split are raised at its first use.
@@ -192,11 +186,7 @@ def _build_task(source: DataSource, validation: Split) -> Task:
 def build_block_split(
     examples: Examples[Document], *, config: StdlibConfig | TextConfig, tokenizer: PreTrainedTokenizerBase
 ) -> BlockSplit:
-    """Tokenises the documents of one split and cuts them into blocks.
-
-    Raises:
-        ConfigError: The split is shorter than one block, or the tokenizer has no token that ends a text.
-    """
+    """Tokenises the documents of one split and cuts them into blocks. Raises ConfigError if one block is longer."""
     documents = tokenise_documents(examples, tokenizer=tokenizer)
     tokens = documents.values
     if len(tokens) <= config.block_length:

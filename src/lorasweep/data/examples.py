@@ -184,9 +184,7 @@ class BlockSplit(Split):
 def choose_evenly(counts: Sequence[int], *, limit: int) -> list[int]:
     """Returns the indices of `limit` blocks, spread as evenly over documents as their numbers of blocks allow.
 
-    Args:
-        counts: The number of blocks of each document, in the order of the blocks.
-        limit: Number of blocks to choose, less than the sum of `counts`.
+    `counts` has the number of blocks of each document, in the order of the blocks; their sum is above `limit`.
     """
     # Each round gives every document one block more, as long as it has one.
     shares, share = [0] * len(counts), 0

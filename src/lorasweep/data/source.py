@@ -85,10 +85,7 @@ class Examples(Generic[Example]):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DataSource:
-    """The splits of a data set, and notes for the user about them.
-
-    A split is `Examples`, or a `Split` if the user's data module returns tensors.
-    """
+    """The splits of a data set: `Examples`, or a `Split` if the user's data module returns tensors."""
 
     kind: Kind
     label_names: tuple[str, ...] = ()
@@ -155,9 +152,6 @@ def build_source(
         shared: Name of the part that examples with the same content key share, for notes (`text`).
         max_examples: Maximum number of examples by split.
         split_off: Takes the missing splits from the training examples; None assigns examples by content key.
-
-    Raises:
-        ConfigError: The training examples are too few to take the missing splits from.
     """
     missing = [split for split in ("validation", "test") if split not in given]
     parts: dict[str, list[Example]] = {"train": train[0]}
@@ -226,16 +220,10 @@ def _split_by_key(
 
 
 def assign_splits(keys: Sequence[int], *, missing: Collection[str]) -> dict[str, list[int]]:
-    """Returns the indices of the examples in `train` and in each missing split. No split is empty.
+    """Returns the indices of the examples in `train` and in each missing split, none of which is empty.
 
-    A split gets the examples whose key modulo 100 is in its `BUCKETS`. Examples with the same key stay together.
-
-    Args:
-        keys: Content key of each example.
-        missing: `validation`, `test` or both.
-
-    Raises:
-        ConfigError: There are fewer different examples than splits.
+    A split gets the examples whose content key modulo 100 is in its `BUCKETS`, so equal keys stay together. Raises
+    ConfigError if there are fewer different examples than splits.
     """
     free = sorted(set(keys))
     if len(free) <= len(missing):

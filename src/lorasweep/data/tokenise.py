@@ -27,11 +27,7 @@ Encoder = Callable[[Sequence[Message]], tuple[list[int], list[bool]]]
 
 
 def tokenise_documents(examples: Examples[Document], *, tokenizer: PreTrainedTokenizerBase) -> Ragged:
-    """Returns the token ids of whole documents, each followed by the tokenizer's end-of-text token.
-
-    Raises:
-        ConfigError: The tokenizer has no end-of-text token.
-    """
+    """Returns the token ids of whole documents, each followed by the tokenizer's end-of-text token."""
     end = get_end_token(tokenizer)
 
     def tokenise(columns: Columns) -> Columns:
@@ -72,8 +68,7 @@ def tokenise_chats(
     is the number of tokens before truncation. `scored_bytes` is the number of UTF-8 bytes of the scored tokens.
 
     Raises:
-        ConfigError: The tokenizer has no chat template, its template can't format these conversations, or it has no
-            end-of-text token for a plain template.
+        ConfigError: The tokenizer lacks a chat template or an end-of-text token, or its template fails.
     """
     with_template, max_length = _uses_template(config, tokenizer), config.max_length
     if with_template and tokenizer.chat_template is None:
@@ -118,11 +113,7 @@ def _uses_template(config: ChatConfig, tokenizer: PreTrainedTokenizerBase) -> bo
 
 
 def get_end_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Returns the id of the end-of-text token.
-
-    Raises:
-        ConfigError: The tokenizer has no such token.
-    """
+    """Returns the id of the end-of-text token. Raises ConfigError if the tokenizer has none."""
     end = tokenizer.eos_token_id
     if not isinstance(end, int):
         raise ConfigError(

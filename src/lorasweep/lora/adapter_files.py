@@ -222,8 +222,7 @@ def config_to_peft(layers: Mapping[str, LoraLayer], model: nn.Module, *, base_pa
 def config_from_peft(raw: object, model: nn.Module) -> LoraConfig:
     """Returns PEFT's settings (parsed JSON) as a `LoraConfig`, without patterns that match no layer of the base model.
 
-    Raises:
-        ValueError: The settings are not those of LoRA, or have a key that lorasweep does not support.
+    Raises ValueError if they are not those of LoRA, or have a key that lorasweep does not support.
     """
     if not isinstance(raw, dict):
         raise ValueError(f"it must be a JSON object, but got {type(raw).__name__}")

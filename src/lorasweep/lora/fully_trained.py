@@ -60,9 +60,8 @@ def call_in_precision_of(base: nn.Module, call: Callable[..., Any], args: Any, k
 def match_modules_to_save(model: nn.Module, patterns: Collection[str]) -> dict[str, nn.Module]:
     """Returns the matched modules by name. A module inside another matched module is not returned.
 
-    Raises:
-        ValueError: A pattern matches no module; or a matched module is quantised; or it shares a parameter with a
-            module that is not matched, so that a copy would untie them.
+    Raises ValueError if a pattern matches no module; or a matched module is quantised; or it shares a parameter with a
+    module that is not matched, so that a copy would untie them.
     """
     names = [name for name, _ in model.named_modules() if name]
     matched: dict[str, nn.Module] = {}

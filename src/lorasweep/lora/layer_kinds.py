@@ -8,19 +8,13 @@ from torch import Tensor, nn
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Returns whether this is transformers' `Conv1D`: a linear layer whose weight is stored as (d_in, d_out).
-
-    The check uses the class name, so that it works without transformers.
-    """
+    """Returns whether this is transformers' `Conv1D` (weight: d_in, d_out), by its name; works without transformers."""
     weight = getattr(module, "weight", None)
     return type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Returns whether this module is a linear layer that the model calls.
-
-    The output projection of `nn.MultiheadAttention` is excluded: the attention reads its weight but never calls it.
-    """
+    """Returns whether this is a linear layer that the model calls, unlike the `out_proj` of `nn.MultiheadAttention`."""
     is_never_called = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
     return is_conv1d(module) or (isinstance(module, nn.Linear) and not is_never_called)
 
@@ -52,10 +46,7 @@ def is_quantised(layer: nn.Module) -> bool:
 
 @torch.no_grad()
 def dequantised_weight(layer: nn.Module) -> Float[Tensor, "d_out d_in"]:
-    """Returns the weight of a quantised linear layer in fp32.
-
-    The weight is computed as the layer's output for unit vectors, minus the bias. This works for any quantisation.
-    """
+    """Returns the weight of a quantised linear layer in fp32: its output for unit vectors, minus the bias."""
     assert isinstance(layer, nn.Linear)
     output: Tensor = layer(torch.eye(layer.in_features, device=layer.weight.device))  # (d_in, d_out)
     return (output if layer.bias is None else output - layer.bias).t().float()
@@ -86,18 +77,12 @@ def matrix_to_weight(module: nn.Module, matrix: Float[Tensor, "d_out d_in"]) -> 
 
 
 def list_scales(parameter: Tensor) -> list[Tensor]:
-    """Returns the tensors, other than its bytes, with which a 4-bit parameter of bitsandbytes is dequantised.
-
-    Their order is always the same. The list is empty for every other parameter.
-    """
+    """Returns the tensors, in a fixed order, with which a 4-bit parameter is dequantised; empty for all others."""
     state = getattr(parameter, "quant_state", None)
     return [] if state is None else [tensor for _, tensor in sorted(state.as_dict(packed=True).items())]
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Returns the number of weights and biases of a model; tied ones count once.
-
-    A 4-bit parameter has fewer elements than weights.
-    """
+    """Returns the number of weights and biases of a model, also of 4-bit ones; tied ones count once."""
     states = {p: getattr(p, "quant_state", None) for p in model.parameters()}
     return sum(p.numel() if state is None else int(state.shape.numel()) for p, state in states.items())

@@ -17,19 +17,12 @@ _compile = lru_cache(maxsize=10_000)(re.compile)
 
 
 def is_name_ending(ending: str, name: str) -> bool:
-    """Returns whether `name` equals `ending` or ends with a dot and `ending`.
-
-    `0.q_proj` ends with `q_proj`, but `seq_proj` does not.
-    """
+    """Returns whether a name is `ending` or ends with a dot and `ending`: `0.q_proj` with `q_proj`, not `seq_proj`."""
     return name == ending or name.endswith(f".{ending}")
 
 
 def fits_pattern(pattern: str, name: str) -> bool:
-    """Returns whether a pattern other than `all-linear` matches this name.
-
-    Raises:
-        ValueError: The pattern is not a valid regular expression.
-    """
+    """Returns whether a pattern other than `all-linear` matches this name. Raises ValueError for a wrong expression."""
     if not pattern.startswith(REGEX_PREFIX):
         return is_name_ending(split_pattern(pattern)[0], name)
     try:
@@ -52,8 +45,7 @@ def split_pattern(pattern: str) -> tuple[str, str]:
 def parse_row_ranges(pattern: str, *, num_rows: int) -> RowRanges:
     """Returns the row ranges that a pattern selects in a layer of `num_rows` rows; empty for all rows.
 
-    In the brackets, `q`, `k` and `v` each stand for a third of the rows. `0:64,96:128` stands for the rows 0 to 63 and
-    96 to 127.
+    In the brackets, `q`, `k` and `v` each stand for a third of the rows, and `0:64` for the rows 0 to 63.
 
     Raises:
         ValueError: The text in brackets has another form, or its ranges overlap, are empty or end above `num_rows`.

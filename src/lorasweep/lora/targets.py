@@ -119,11 +119,7 @@ def get_pattern_value(name: str, patterns: Mapping[str, Number], default: Number
 
 
 def is_excluded(name: str, config: LoraConfig, trained: Collection[str]) -> bool:
-    """Returns whether a layer must not be adapted even if `targets` match it.
-
-    A layer is excluded by `config.layers` or `config.exclude`, or if it is inside a module that trains in full (named
-    in `trained`).
-    """
+    """Returns whether a layer of `targets` is excluded by `layers`, `exclude` or a module that trains in full."""
     is_outside_layers = bool(config.layers) and get_block_index(name) not in config.layers
     return is_outside_layers or is_inside(name, trained) or find_first_match(config.exclude, name) is not None
 
@@ -215,10 +211,7 @@ def _count_parameters(layer: nn.Module, target: Target) -> int:
 
 
 def _explain_no_match(pattern: str, model: nn.Module, *, is_text: bool) -> str:
-    """Returns the error message for a pattern that matches no layer that can be adapted.
-
-    `is_text` is True if `targets` is a single text, which is a regular expression for whole names, and not a list.
-    """
+    """Returns the error message for a pattern. `is_text`: `targets` is one regular expression for whole names."""
     requirement = "`method.targets` must match layers that can be adapted"
     if pattern == ALL_LINEAR_PATTERN:
         return (

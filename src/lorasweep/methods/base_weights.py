@@ -63,10 +63,8 @@ class HeadMethod(Method):
 def find_head(model: nn.Module) -> nn.Module:
     """Returns the model's output embeddings (transformers' name of a language model's head), or a classifier's head.
 
-    A classifier's head is the only module with parameters beside the network, which `base_model_prefix` names.
-
-    Raises:
-        ConfigError: The model has no such head.
+    A classifier's head is the only module with parameters beside the network, which `base_model_prefix` names. Raises
+    ConfigError if the model has no such head.
     """
     get_output_embeddings = getattr(model, "get_output_embeddings", None)
     head = get_output_embeddings() if callable(get_output_embeddings) else None

@@ -60,15 +60,10 @@ class Method(ABC):
         """Raises a ConfigError if the settings do not fit the model, without changing the model."""
 
     def prepare(self, base: BaseModel, config: MethodConfig, *, generator: torch.Generator) -> nn.Module:
-        """Returns a trainable copy of the base, whose tensors do not change.
+        """Returns a trainable copy of the base, whose tensors do not change. Only trained parameters need gradients.
 
-        Args:
-            base: The base model. Every method draws values for its new head, and all methods except `frozen` train it.
-            config: Settings of this method. Only trained parameters, in fp32, get `requires_grad`.
-            generator: CPU random stream (`seeds.init`). The new head is drawn first, then the values of the method.
-
-        Raises:
-            ConfigError: The settings do not fit the model.
+        Every method draws a new head from `generator`, the CPU stream of `seeds.init`, before its own values. Raises
+        ConfigError if the settings do not fit the model.
         """
         model = copy_sharing_weights(base.model)
         # before the check, because drawing unties the head, and the check depends on ties
@@ -92,12 +87,9 @@ class Method(ABC):
         return [ParameterGroup(name=self.name, params=params, lr_factor=1.0)] if params else []
 
     def save(self, model: nn.Module, folder: Path, *, base: BaseModel) -> None:
-        """Writes the trained weights of a prepared model. Each file is written atomically.
+        """Writes the trained weights of a prepared model, and the fingerprint of its base, atomically.
 
-        Args:
-            model: A prepared model. If no parameter trains, no file is written.
-            folder: Created if missing. Files of an earlier save are replaced.
-            base: The base of which the model is a copy. Its fingerprint is written too.
+        The folder is created if it is missing. If no parameter trains, no file is written.
         """
         tensors = self._get_tensors_to_save(model)
         if tensors:
@@ -159,13 +151,9 @@ def copy_sharing_weights(model: Module) -> Module:
 def draw_head(model: nn.Module, names: Sequence[str], *, generator: torch.Generator | None) -> None:
     """Draws initial values for a new head in a copy of the base: weights normal, biases 0, norms' weights 1.
 
-    A new head consists of modules that are missing in the checkpoint, such as a classifier's head. Values are drawn in
-    fp32 and rounded to the base's dtype. New parameters replace the old ones, so the base's tensors do not change.
-
-    Args:
-        model: A copy from `copy_sharing_weights` without LoRA layers.
-        names: Names of the new modules (`BaseModel.new_head_names`).
-        generator: CPU random stream (`seeds.init`). The head must be the first that a run draws from it.
+    A new head consists of modules that are missing in the checkpoint (`BaseModel.new_head_names`). It must be the first
+    that a run draws from `generator`, the CPU stream of `seeds.init`. Values are drawn in fp32 and rounded to the dtype
+    of the base. New parameters replace the old ones, so the base's tensors do not change.
     """
     settings: Any = getattr(model, "config", None)
     if hasattr(settings, "get_text_config"):

@@ -145,8 +145,7 @@ class PeftMethod(Method):
 def build_peft_config(settings: Mapping[str, Any], model: nn.Module, *, new_head_names: Sequence[str] = ()) -> Any:
     """Returns PEFT's configuration for `method.config`.
 
-    Raises:
-        ConfigError: PEFT is not installed or refuses the settings, or a run can't do what they ask for.
+    Raises ConfigError if PEFT is not installed or refuses the settings, or a run can't do what they ask for.
     """
     import_peft(needed_by="method=peft")
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # noqa: PLC0415 (an optional package)
@@ -195,11 +194,7 @@ def add_adapter(
 ) -> None:
     """Lets PEFT replace layers of a copy of the base, in place. The base's weights do not change.
 
-    Args:
-        model: A copy from `copy_sharing_weights`.
-        peft_config: From `build_peft_config`.
-        new_head_names: Modules that must train in full.
-        has_values: Whether the adapter gets initial values. Without them, it needs no memory.
+    Without `has_values` the adapter has no initial values and needs no memory.
 
     Raises:
         ConfigError: PEFT can't make these layers for the model.

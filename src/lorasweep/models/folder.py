@@ -22,8 +22,7 @@ ALWAYS_DOWNLOADED = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
 def find_model_folder(config: ModelConfig) -> Path:
     """Returns the folder of `model.path`. Downloads missing files.
 
-    Raises:
-        ConfigError: The model can't be found or downloaded, is only an adapter, or has no weights in safetensors.
+    Raises ConfigError if there is no such model, or it is only an adapter, or has no weights in safetensors.
     """
     path = find_local_path(config) or _download(config)
     _check_weights(path, config)
@@ -31,11 +30,7 @@ def find_model_folder(config: ModelConfig) -> Path:
 
 
 def find_local_path(config: ModelConfig) -> Path | None:
-    """Returns the folder that `model.path` names, or None for a hub id.
-
-    Raises:
-        ConfigError: The folder or embedded model does not exist, or `model.revision` is set for a local path.
-    """
+    """Returns the folder that `model.path` names, or None for a hub id. Raises ConfigError if it does not exist."""
     path = config.path
     if path.startswith(EMBEDDED_PREFIX):
         package = Path(str(importlib.resources.files("lorasweep.models")))

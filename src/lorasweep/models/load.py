@@ -99,12 +99,7 @@ class BaseModel:
 def load_base(config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None = None) -> BaseModel:
     """Loads the base model in `dtype` on the CPU. With `model.quantization`, linear layers are stored in fewer bits.
 
-    Buffers that transformers keeps in fp32 stay in fp32.
-
-    Args:
-        config: Settings of the model.
-        dtype: Type of the parameters.
-        labels: Labels of a classifier; None keeps the labels of its checkpoint.
+    Buffers that transformers keeps in fp32 stay in fp32. Without `labels`, a classifier has those of its checkpoint.
 
     Raises:
         ConfigError: The model is missing, damaged, incomplete or not of `model.kind`. Or it needs
@@ -138,11 +133,8 @@ def load_base(config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None 
 def fingerprint_weights(model: nn.Module, *, exclude: Collection[str] = ()) -> str:
     """Returns the first 16 hex digits of a SHA-256 over the names and bytes of all parameters, sorted by name.
 
-    Tied parameters count once, under their first name. A 4-bit parameter has the bytes of its scales too.
-
-    Args:
-        model: Any module.
-        exclude: Names of modules whose parameters are skipped.
+    Tied parameters count once, under their first name. A 4-bit parameter has the bytes of its scales too. Parameters of
+    the modules in `exclude` are skipped.
     """
     digest = hashlib.sha256()
     excluded = tuple(f"{name}." for name in exclude)
@@ -266,12 +258,8 @@ class AttentionChoice(NamedTuple):
 def choose_attention(model: nn.Module, *, lengths: Tensor | Sequence[int], device: torch.device) -> AttentionChoice:
     """Sets the attention implementation that suits device and examples. Returns its name and the reason.
 
-    Nothing is measured, so the same model, examples and device always get the same implementation.
-
-    Args:
-        model: A model from `load_base`. Only its attention implementation changes.
-        lengths: Number of tokens of each training example, at least one example.
-        device: The device on which the model trains.
+    Nothing is measured, so the same model, examples and device always get the same implementation. `lengths` are the
+    numbers of tokens of the training examples.
     """
     assert isinstance(model, PreTrainedModel)
     usable = [name for name in IMPLEMENTATIONS if _set_attention(model, name)]

@@ -40,20 +40,11 @@ TRANSFORMERS_ARGUMENTS: Mapping[str, Any] = {
 def load_pretrained(
     model_class: Any, source: str, *, dtype: torch.dtype, may_lack_head: bool = False, **settings: Any
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """Loads a model in `dtype`, and checks that the checkpoint has its weights.
+    """Loads a model in `dtype`, and returns it with the names of its new modules (of nested ones only the outer one).
 
-    The head is every module outside the pre-trained network (`classifier`, `score`), and the pooler inside. A new head
-    is initialised as its architecture defines, with a fixed seed. Later, each run draws the head again.
-
-    Args:
-        model_class: A model class of transformers, or one of its `AutoModel...` classes.
-        source: Folder or hub id.
-        dtype: Type of the parameters; some buffers (rotary frequencies) stay fp32.
-        may_lack_head: Whether the checkpoint may have no head, or a head for other labels.
-        settings: Passed on to `from_pretrained`.
-
-    Returns:
-        The model, and the names of its new modules: of two nested modules only the outer one.
+    The head is every module outside the pre-trained network (`classifier`, `score`), and the pooler inside. With
+    `may_lack_head` the checkpoint may have none, or one for other labels. A new head is initialised as its architecture
+    defines, with a fixed seed. Later, each run draws the head again. Some buffers (rotary frequencies) stay fp32.
 
     Raises:
         ValueError: Weights are missing or have the wrong shape. transformers alone would only warn.
@@ -113,11 +104,7 @@ def quiet_transformers() -> Iterator[None]:
 def build_arguments(config: ModelConfig, model_class: Any, settings: Any, *, dtype: torch.dtype) -> dict[str, Any]:
     """Returns the arguments with which `from_pretrained` quantises a model on the CPU.
 
-    Args:
-        config: Settings of the model.
-        model_class: One of transformers' `AutoModel...` classes.
-        settings: The model's configuration. It must not be quantised already.
-        dtype: Type in which the layers compute, and of all other parameters.
+    `settings` are the model's configuration, and `dtype` is that of the computation and of all other parameters.
     """
     if getattr(settings, "quantization_config", None) is not None:
         raise ConfigError(
@@ -133,11 +120,7 @@ def build_arguments(config: ModelConfig, model_class: Any, settings: Any, *, dty
 
 
 def finish_quantised(model: PreTrainedModel, config: ModelConfig) -> None:
-    """Changes a model that transformers has quantised so that runs can share its weights.
-
-    Raises:
-        ConfigError: No layer was quantised.
-    """
+    """Lets runs share the weights of a model that transformers has quantised. Refuses one without 4-bit layers."""
     linear_4bit: Any = import_module("bitsandbytes.nn").Linear4bit
     layers: list[Any] = [module for module in model.modules() if isinstance(module, linear_4bit)]
     if not layers:

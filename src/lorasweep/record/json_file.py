@@ -45,11 +45,7 @@ def write_record(record: Any, folder: Path) -> None:
 
 
 def read_json(kind: type[T], path: Path) -> T:
-    """Reads a record of a dataclass. Keys that the class lacks are ignored.
-
-    Raises:
-        RecordError: The file is missing, damaged, of another format or of another version.
-    """
+    """Reads a record of a dataclass and ignores other keys. Raises RecordError if it is missing, damaged or foreign."""
     if not path.is_file():
         others = [str(folder) for folder in path.parent.parent.glob("*") if folder.is_dir()]
         raise RecordError(

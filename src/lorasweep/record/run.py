@@ -107,22 +107,15 @@ class RunRecord:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Reads a run's record.
-
-    Raises:
-        RecordError: The folder has no record, or the record is damaged or of another version.
-    """
+    """Reads a run's record. Raises RecordError if it is missing, damaged or of another version."""
     return read_json(RunRecord, folder / RUN_FILE)
 
 
 def read_steps(folder: Path, *, having: str = "") -> Iterator[dict[str, Any]]:
     """Yields the rows of `steps.jsonl`: `{"step", "loss", "lr"}` and `{"step", "validation": {..}}`.
 
-    It stops at the first damaged line, because a killed process may leave an incomplete last line.
-
-    Args:
-        folder: The run's folder.
-        having: Text that a line must contain. Other lines are skipped without parsing, which is much faster.
+    It stops at the first damaged line, because a killed process may leave an incomplete last line. Lines without the
+    text `having` are skipped without parsing, which is much faster.
     """
     path = folder / STEPS_FILE
     if not path.is_file():

@@ -178,19 +178,14 @@ class SweepRecord:
 
 
 def read_sweep(folder: Path) -> SweepRecord:
-    """Reads a sweep's record.
-
-    Raises:
-        RecordError: The folder has no record, or the record is damaged or of another version.
-    """
+    """Reads a sweep's record. Raises RecordError if it is missing, damaged or of another version."""
     return read_json(SweepRecord, folder / SWEEP_FILE)
 
 
 def get_run_folder(sweep: Path, run: str) -> Path:
     """Returns the folder of a run, from its relative path in the sweep's record.
 
-    Raises:
-        RecordError: The path leads out of the sweep's folder, where commands must not write.
+    Raises RecordError if the path leads out of the sweep's folder, where commands must not write.
     """
     try:
         is_inside = (sweep / run).resolve().is_relative_to(sweep.resolve())
@@ -202,10 +197,7 @@ def get_run_folder(sweep: Path, run: str) -> Path:
 
 
 def find_winner(trials: Iterable[Trial], *, record: SweepRecord) -> Trial | None:
-    """Returns the best complete trial of an arm's search; of equals, the one with the lowest number.
-
-    Returns None if no trial is complete.
-    """
+    """Returns the best complete trial of an arm's search, of equals the first one; None if no trial is complete."""
     return min(
         (trial for trial in trials if trial.is_complete),
         key=lambda trial: (record.sign * (trial.value or 0.0), trial.number),
@@ -220,10 +212,7 @@ def list_confirm_runs(subject: str, *, record: SweepRecord) -> list[Trial]:
 
 
 def add_telemetry(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
-    """Adds up the values of two processes, or of two sessions of a sweep.
-
-    Peaks are not added: the higher peak counts, and the earlier of two first steps.
-    """
+    """Adds up the values of two processes or sessions, but keeps the higher peak and the earlier first step."""
     total = dict(first)
     for name, value in second.items():
         combine = max if "peak" in name else min if name == "first_step_at" else operator.add

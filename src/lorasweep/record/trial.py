@@ -168,12 +168,7 @@ def build_frame(trials: Iterable[Trial], *, metric: str, keys: Sequence[str] = (
     """Returns a table with a row per run and its settings as columns with dotted keys.
 
     `METRIC` is the best score on validation data and `test/METRIC` that of a confirm run on test data. Trials with a
-    record also have its costs (`COST_FIELDS`) and `best_step`.
-
-    Args:
-        trials: The rows.
-        metric: The sweep's metric.
-        keys: Settings that are columns also if no trial sweeps them. Their values are in the records.
+    record also have its costs (`COST_FIELDS`), `best_step`, and the values of `keys`, which no trial needs to sweep.
     """
     import pandas  # noqa: PLC0415 (slow to import)
 

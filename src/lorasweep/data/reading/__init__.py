@@ -16,8 +16,7 @@ def read_source(config: DataConfig) -> DataSource:
     The rows of the test split are read at the first call of `DataSource.test`, but its file and columns must exist now.
 
     Raises:
-        ConfigError: A file, column, row or label is missing or unusable. Errors in rows of the test split are raised
-            when it is read.
+        ConfigError: A file, column, row or label is missing or unusable.
     """
     if isinstance(config, StdlibConfig):
         return read_stdlib(config.name)

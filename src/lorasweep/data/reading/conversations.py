@@ -28,11 +28,7 @@ MIN_PROMPTS = 20
 
 
 def read_conversations(config: ChatConfig) -> DataSource:
-    """Returns the conversations of a table.
-
-    Raises:
-        ConfigError: A column is missing, or a conversation can't be used.
-    """
+    """Returns the conversations of a table. Raises ConfigError if one can't be used, or a column is missing."""
     tables = open_tables(config, functools.partial(_choose_columns, config))
 
     def read(split: str) -> ReadExamples[Conversation]:
@@ -80,10 +76,7 @@ def _choose_columns(config: ChatConfig, names: Sequence[str], source: str) -> li
 
 
 def _parse_row(*values: Any, group: str | None) -> Conversation:
-    """Returns the messages of a row, and as its group a hash of its prompt unless `data.group` names another.
-
-    A prompt or completion may itself be a list of messages, as in TRL's conversational format.
-    """
+    """Returns the messages of a row. A prompt or completion may be a list of messages (TRL's conversational format)."""
     roles: Sequence[Role] = ("user", "assistant")
     messages: list[Message] = []
     for role, value in zip(roles, values, strict=False):

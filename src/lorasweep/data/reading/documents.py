@@ -27,11 +27,7 @@ SPLIT_PERCENT = 10
 
 
 def read_texts(config: TextConfig) -> DataSource:
-    """Returns text files, or the texts in a column of a hub data set, as documents.
-
-    Raises:
-        ConfigError: A file or column does not exist or has no text.
-    """
+    """Returns text files, or the texts in a column of a hub data set, as documents. Raises ConfigError without text."""
     read = _open_column(config) if config.path is not None else _open_files(config)
     train = read("train")
     return build_source(
@@ -78,10 +74,7 @@ def _read_text(path: Path) -> str:
 def find_texts(given: str, *, key: str) -> tuple[list[Path], Path]:
     """Returns the files that a setting names, and the folder to which the names of documents are relative.
 
-    A folder stands for all files below it, except hidden ones.
-
-    Raises:
-        ConfigError: No such file exists.
+    A folder stands for all files below it, except hidden ones. Raises ConfigError if no such file exists.
     """
     files = find_files(given, key=key)
     if not files[0].is_dir():

@@ -33,11 +33,7 @@ MAX_LISTED_CLASSES = 20
 
 
 def read_labelled(config: TableConfig) -> DataSource:
-    """Returns the examples of a table, with labels as class indices or numbers.
-
-    Raises:
-        ConfigError: A column is missing, a row can't be used, or the labels do not fit the task.
-    """
+    """Returns the examples of a table, labels as class indices or numbers. Raises ConfigError for unusable rows."""
     wanted = (("text", config.text), ("text_pair", config.text_pair), ("label", config.label))
     tables = open_tables(config, functools.partial(choose_columns, wanted))
     train = tables["train"]
@@ -115,11 +111,7 @@ class LabelEncoder:
     """A sentence for the user: what is predicted, why, and the order of the classes."""
 
     def encode(self, value: Any) -> Label:
-        """Returns the class index or the number.
-
-        Raises:
-            ValueError: The value is not a finite number, or not a label of the training file.
-        """
+        """Returns the class index or the number. Raises ValueError for a label that training does not have."""
         if self.task == "regression":
             return _parse_number(value)
         name = _to_name(value)
@@ -132,13 +124,9 @@ class LabelEncoder:
 
 
 def learn_labels(values: Sequence[Any], *, task: str, class_names: Sequence[str], key: str) -> LabelEncoder:
-    """Returns the encoder of the labels of a training file.
+    """Returns the encoder of the labels of a training file, none of which is missing.
 
-    Args:
-        values: The labels; none is missing.
-        task: `data.task`.
-        class_names: Names of the classes in the order that the data set states; empty if it states none.
-        key: The setting and column of the label, for messages.
+    `class_names` are in the order that the data set states; `key` names the setting and the column, for messages.
 
     Raises:
         ConfigError: There is only one class, nearly every example has its own class, or a label is not a number.

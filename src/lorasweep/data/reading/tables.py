@@ -67,9 +67,8 @@ class Table:
 def open_tables(config: SplitSettings, choose: ChooseColumns) -> dict[str, Table]:
     """Returns the table of each split that the settings name.
 
-    Raises:
-        ConfigError: A file, data set, split or column does not exist, or a file is damaged. This is checked at once for
-            all splits, so that a wrong test file is found before training.
+    Raises ConfigError if a file, data set, split or column does not exist, or a file is damaged. All splits are checked
+    at once, so that a wrong test file is found before training.
     """
     tables = {}
     for split in config.sources:
@@ -231,11 +230,7 @@ def quiet_datasets() -> Iterator[None]:
 
 
 def find_files(given: str, *, key: str) -> list[Path]:
-    """Returns the files that a path or glob names, sorted by name. A folder is returned as itself.
-
-    Args:
-        given: Value of the setting.
-        key: Dotted key of the setting, for messages.
+    """Returns the files that the path or glob of a setting names, sorted by name. A folder is returned as itself.
 
     Raises:
         ConfigError: No such file exists.
@@ -258,11 +253,7 @@ def find_files(given: str, *, key: str) -> list[Path]:
 
 
 def find_tables(given: str, *, key: str) -> list[Path]:
-    """Returns the table files that a setting names.
-
-    Raises:
-        ConfigError: No such file exists, or the files are not of one known kind.
-    """
+    """Returns the table files that a setting names. Raises ConfigError if there are none or of several kinds."""
     files = find_files(given, key=key)
     kinds = {find_suffix(file) for file in files}
     if len(kinds) > 1 or not kinds <= READERS.keys():
@@ -290,10 +281,8 @@ def find_suffix(path: Path) -> str:
 def parse_rows(table: Table, parse: Callable[..., T]) -> tuple[list[T], list[str]]:
     """Returns each row parsed with `parse`, and notes on rows that are skipped and on values that are not read.
 
-    Args:
-        table: The rows to parse.
-        parse: Takes the values of a row, and the row's group as `group=` (None if `data.group` is not set). Raises
-            ValueError for an unusable row, with the message "must have X, but has Y".
+    `parse` takes the values of a row, and as `group` its value of `data.group`. It raises ValueError for an unusable
+    row, with the message "must have X, but has Y".
 
     Raises:
         ConfigError: A row of a file is unusable, or all rows of a hub data set are.
@@ -330,10 +319,7 @@ def parse_rows(table: Table, parse: Callable[..., T]) -> tuple[list[T], list[str
 
 
 def read_columns(dataset: Dataset, names: Iterable[str], *, name: str) -> dict[str, list[Any]]:
-    """Returns the values of columns. A class index becomes the name of the class.
-
-    A negative class index becomes None, because hub data sets use it for hidden labels.
-    """
+    """Returns the values of columns. Class indices become names; negative ones None, as the hub hides labels so."""
     with refuse_unreadable(Path(name)):  # a date of a parquet file may be out of Python's range
         columns: dict[str, list[Any]] = dataset.select_columns(list(dict.fromkeys(names)))[:]
     for column, values in columns.items():
@@ -369,15 +355,10 @@ def require_scalar(value: Any) -> None:
 
 
 def choose_columns(wanted: Iterable[tuple[str, str | None]], names: Sequence[str], source: str) -> list[str]:
-    """Returns the names of the wanted columns.
-
-    Args:
-        wanted: Keys of settings below `data`, each with the column that it names or None.
-        names: All columns of the table.
-        source: Name of the table, for messages.
+    """Returns the names of the wanted columns, each given with its key below `data`; None is skipped.
 
     Raises:
-        ConfigError: A wanted column is missing.
+        ConfigError: A wanted column is missing among the `names` of the table `source`.
     """
     chosen = [(key, name) for key, name in wanted if name is not None]
     for key, name in chosen:
