@@ -69,7 +69,7 @@ def test_confirm_runs_are_scored_on_test_data_and_the_frozen_base_is_evaluated_o
     _, arms = define("confirm.seeds=3")
     run_s = 0.5 + 8 + 4 * 10
     assert plan_group(arms["lora"], loading_s=0.5, test_ratio=2.0).estimate_confirm(3) == 3 * (run_s + 2 * 10)
-    assert plan_group(arms["frozen"], step_s=0.0).estimate_runs(1) == 10
+    assert plan_group(arms["frozen"], step_s=0.0).estimate_confirm(1) == 10
 
 
 def test_a_plan_fits_eighty_columns_and_breaks_no_name(content, write_file, plan_group):

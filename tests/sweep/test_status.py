@@ -142,7 +142,7 @@ def test_the_time_left_is_about_what_the_sweep_then_takes(begin, work, runs, pac
 
 
 def test_the_time_left_says_what_it_is_based_on(running):
-    """A run takes 16 s and its score on test data 4 s. The sweep takes twice as long, because other work goes on."""
+    """A run takes 16 s. The sweep takes twice as long, because other work goes on."""
 
     def show_after(ended, confirmed=(), **values):
         for row in (*ended, *confirmed):
@@ -157,13 +157,13 @@ def test_the_time_left_says_what_it_is_based_on(running):
     trials = [trial(0, "complete", 1.5), trial(1, "complete", 1.5)]
     assert show_after([], looks=[2]) == "1 min 05 s so far"
     shown = show_after(trials[:1], looks=[2], makespan_s=32)
-    assert shown.endswith("more than 1 min 36 s left (test data is not scored yet)")
-    confirmed = {"confirmed": [confirm_row(7, "complete", 1.5)], "telemetry": {"scoring_s": 4.0}, "makespan_s": 104}
-    assert show_after(trials, **confirmed, looks=[2]).endswith("about 40 s left (by the last runs of each arm)")
+    assert shown.endswith("about 1 min 36 s left (by the last runs of each arm)")
+    confirmed = {"confirmed": [confirm_row(7, "complete", 1.5)], "makespan_s": 96}
+    assert show_after(trials, **confirmed, looks=[2]).endswith("about 32 s left (by the last runs of each arm)")
     shown = show_after(trials, **confirmed, looks=[2, 3])
-    assert shown.endswith("about 40 s left (by the last runs of each arm; open questions need more seeds)")
+    assert shown.endswith("about 32 s left (by the last runs of each arm; open questions need more seeds)")
     shown = show_after(trials, looks=[], arms=[arm("lora", trials=4), arm("full", method="full")], makespan_s=64)
-    assert shown.endswith("more than 1 min 04 s left (no run of `full` has ended yet)")
+    assert shown.endswith("more than 1 min 04 s left (by the last runs of each arm)")
     os.utime(running / SWEEP_FILE, (0, time.time() - 130))
     assert show(read_status(running)).splitlines()[-1].startswith("as of 2 min 10 s ago: 1 min 04 s so far, more than")
 

@@ -178,12 +178,10 @@ def recommend(data: SweepData) -> list[Recommendation]:
 def read_recommended(source: Path, *, key: str = "--from") -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the recommended settings of a sweep, and the `origin` that the record of a run with them names.
 
-    The settings use all training data, even if the sweep used only a part. Arguments and errors as in
-    `find_recommended`.
+    Arguments and errors as in `find_recommended`.
     """
     folder, data, arm, trial = find_recommended(source, key=key)
-    settings = _list_overrides(arm, trial)
-    settings = {key: None if key == TRAIN_EXAMPLES else value for key, value in settings.items()}
+    settings = list_overrides(arm, trial)
     number = None if trial.is_predicted else trial.number
     return settings, {"sweep": str(folder.resolve()), "name": data.record.name, "arm": arm.name, "trial": number}
 
@@ -242,13 +240,14 @@ def find_recommended(source: Path, *, key: str) -> tuple[Path, SweepData, ArmDat
     return folder, data, arm, arm.best
 
 
-def _list_overrides(arm: ArmData, trial: Trial) -> dict[str, Any]:
-    """Returns the settings of a trial by dotted key, for `lorasweep train`."""
+def list_overrides(arm: ArmData, trial: Trial) -> dict[str, Any]:
+    """Returns the settings of a trial by dotted key, for `lorasweep train` on all training data."""
     settings = {key: value for key, value in arm.row.settings.items() if key not in ("output", ALPHA_OVER_RANK)}
     settings |= {key: value for key, value in trial.params.items() if key != ALPHA_OVER_RANK}
     exact = (STEPS_KEY, LR, *((RANK, ALPHA) if arm.row.method == "lora" else ()))
     # These are listed even if they have default values, so that a change of a default has no effect.
-    return settings | {key: value for key in exact if (value := trial.setting(key)) is not None}
+    settings |= {key: value for key in exact if (value := trial.setting(key)) is not None}
+    return {key: None if key == TRAIN_EXAMPLES else value for key, value in settings.items()}
 
 
 def _list_commands(arm: ArmData, data: SweepData) -> dict[str, str]:

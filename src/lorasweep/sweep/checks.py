@@ -42,20 +42,6 @@ def set_steps(definition: Definition, inputs_cache: InputsCache) -> Definition:
     return restore_definition(raw, source=definition.source)
 
 
-def warn_of_short_runs(definition: Definition, inputs_cache: InputsCache) -> list[str]:
-    """Returns a warning if the runs of the arms that train see less than one pass over the user's training data."""
-    config = next((arm.corner_configs[0] for arm in definition.arms if arm.corner_configs[0].num_steps), None)
-    if config is None or config.data.name.startswith("stdlib"):
-        return []
-    num_examples, batch_size = len(inputs_cache.load(config).splits.train), config.trainer.batch_size
-    if (passes := config.num_steps * batch_size / num_examples) >= 1:
-        return []
-    return [
-        f"Each run trains {config.num_steps:,} steps of {batch_size}: {passes:.2f} passes over {num_examples:,} "
-        f"training examples. `trainer.max_steps={math.ceil(num_examples / batch_size)}` makes one pass."
-    ]
-
-
 def check_definition(definition: Definition, inputs_cache: InputsCache) -> ScoreMetric:
     """Checks the workers and every arm, with the settings at the ends of its ranges. Returns the sweep's metric.
 
@@ -134,24 +120,23 @@ def list_notes(definition: Definition, inputs_cache: InputsCache) -> list[str]:
 
     A note that several arms share appears once.
     """
-    of_inputs = (note for arm in definition.arms for note in inputs_cache.load(arm.corner_configs[0]).notes)
-    others = [
-        *warn_of_short_runs(definition, inputs_cache),
-        *explain_bases(definition),
-        *explain_solo_arms(definition),
-        *_note_one_group(definition, inputs_cache),
-    ]
-    return list(dict.fromkeys([*of_inputs, *others]))
-
-
-def _note_one_group(definition: Definition, inputs_cache: InputsCache) -> list[str]:
-    """Returns a note if all test examples are in one group, such as one document."""
-    if not definition.sweep_config.confirm.list_looks():
-        return []
-    groups = inputs_cache.load(definition.arms[0].corner_configs[0]).splits.test().groups
-    if len(set(groups)) != 1:
-        return []
-    return [
-        f"All {len(groups)} test examples are in one group ({groups[0]!r}), which says nothing about other groups: "
-        "verdicts will hold for this group alone. Give test data of at least 20 documents, prompts or groups."
-    ]
+    notes = [note for arm in definition.arms for note in inputs_cache.load(arm.corner_configs[0]).notes]
+    config = next((arm.corner_configs[0] for arm in definition.arms if arm.corner_configs[0].num_steps), None)
+    if config is not None and not config.data.name.startswith("stdlib"):
+        num_examples, batch_size = len(inputs_cache.load(config).splits.train), config.trainer.batch_size
+        if (passes := config.num_steps * batch_size / num_examples) < 1:
+            notes.append(
+                f"Each run trains {config.num_steps:,} steps of {batch_size}: {passes:.2f} passes over "
+                f"{num_examples:,} training examples. `trainer.max_steps={math.ceil(num_examples / batch_size)}` makes "
+                "one pass."
+            )
+    notes += [*explain_bases(definition), *explain_solo_arms(definition)]
+    if definition.sweep_config.confirm.list_looks():
+        groups = inputs_cache.load(definition.arms[0].corner_configs[0]).splits.test().groups
+        if len(set(groups)) == 1:
+            notes.append(
+                f"All {len(groups)} test examples are in one group ({groups[0]!r}), which says nothing about other "
+                "groups: verdicts will hold for this group alone. Give test data of at least 20 documents, prompts or "
+                "groups."
+            )
+    return list(dict.fromkeys(notes))

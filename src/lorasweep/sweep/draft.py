@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -173,7 +173,8 @@ def _guess_columns(columns: Mapping[str, Sequence[Any]], settings: Mapping[str, 
     if "data.label" not in settings:
         counts = {name: len(set(map(str, columns[name]))) for name in free}
         several = [name for name in free if counts[name] > 1]
-        label = _find_usual(LABEL_COLUMNS, free) or min(several, key=counts.__getitem__, default=None)
+        usual = [name for name in LABEL_COLUMNS if name in free]
+        label = next(iter([*usual, *sorted(several, key=counts.__getitem__)]), None)
         if label is None:
             raise ConfigError(
                 f"`data.label` must name a column of labels, but the columns are {join_words(list(columns))}."
@@ -183,7 +184,8 @@ def _guess_columns(columns: Mapping[str, Sequence[Any]], settings: Mapping[str, 
     if "data.text" not in settings:
         texts = [name for name in free if columns[name] and all(isinstance(value, str) for value in columns[name])]
         lengths = {name: fmean(map(len, columns[name])) for name in texts}
-        text = _find_usual(TEXT_COLUMNS, texts) or max(texts, key=lengths.__getitem__, default=None)
+        usual = [name for name in TEXT_COLUMNS if name in texts]
+        text = next(iter([*usual, *sorted(texts, key=lengths.__getitem__, reverse=True)]), None)
         if text is None:
             raise ConfigError(
                 f"`data.text` must name a column of texts, but the columns are {join_words(list(columns))}."
@@ -193,10 +195,6 @@ def _guess_columns(columns: Mapping[str, Sequence[Any]], settings: Mapping[str, 
         if pair in texts and "data.text_pair" not in settings:
             guessed["data.text_pair"] = str(pair)
     return guessed
-
-
-def _find_usual(usual: Iterable[str], names: Sequence[str]) -> str | None:
-    return next((name for name in usual if name in names), None)
 
 
 def _refuse_data_as_names(

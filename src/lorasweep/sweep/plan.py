@@ -97,13 +97,10 @@ class GroupPlan:
         rounds = math.ceil(sum(arm.trials for arm in self.arms) / self.slots)
         return low, rounds * self._train(0, steps)
 
-    def estimate_runs(self, num_runs: int) -> float:
-        """Returns the seconds of runs from their first to their last step."""
-        return math.ceil(num_runs / self.slots) * self._train(0, self.arms[0].corner_configs[0].num_steps)
-
     def estimate_confirm(self, num_runs: int) -> float:
         """Returns the seconds of confirm runs, each of which is scored on test data."""
-        return self.estimate_runs(num_runs) + num_runs * self.test_ratio * self.evaluation_s / self.slots
+        training_s = math.ceil(num_runs / self.slots) * self._train(0, self.arms[0].corner_configs[0].num_steps)
+        return training_s + num_runs * self.test_ratio * self.evaluation_s / self.slots
 
     def _train(self, start: int, stop: int) -> float:
         every = self.arms[0].corner_configs[0].trainer.eval_every_steps
@@ -143,7 +140,11 @@ def _measure_group(
     names = ", ".join(each.name for each in arms)
     config = plan_packing(definition)[arm.name].largest
     inputs = inputs_cache.load(config)
-    config = _shorten(config, choose_data_order(config, split=inputs.splits.train))
+    data_order = choose_data_order(config, split=inputs.splits.train)
+    # few steps and one evaluation, in one process and without loggers
+    trainer = replace(config.trainer, max_steps=NUM_STEPS, eval_every_steps=NUM_STEPS, strategy="auto")
+    trainer = replace(trainer, devices=1, num_nodes=1)
+    config = replace(config, trainer=trainer, seeds=replace(config.seeds, data_order=data_order), logger={})
     with tempfile.TemporaryDirectory(prefix="lorasweep-plan-") as folder:
         while True:
             on_progress(f"{names}: {slots} {'trial' if slots == 1 else 'trials in a pack'}")
@@ -237,13 +238,6 @@ def choose_data_order(config: RunConfig, *, split: Split) -> int:
 
     num_seeds = min(MAX_DATA_ORDERS, math.ceil(config.trainer.max_steps / NUM_STEPS))
     return max(range(num_seeds), key=count_tokens_of_largest_step)
-
-
-def _shorten(config: RunConfig, data_order: int) -> RunConfig:
-    """Returns the settings of a training with few steps and one evaluation, in one process and without loggers."""
-    trainer = replace(config.trainer, max_steps=NUM_STEPS, eval_every_steps=NUM_STEPS, strategy="auto")
-    trainer = replace(trainer, devices=1, num_nodes=1)
-    return replace(config, trainer=trainer, seeds=replace(config.seeds, data_order=data_order), logger={})
 
 
 def count_workers(definition: Definition) -> int:

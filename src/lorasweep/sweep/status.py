@@ -37,7 +37,7 @@ from lorasweep.record import (
     read_run,
     read_sweep,
 )
-from lorasweep.wording import UNKNOWN, format_seconds, format_settings, join_words, nearest
+from lorasweep.wording import UNKNOWN, format_seconds, format_settings, nearest
 
 MAX_SHOWN_RUNS = 16
 """Maximum number of running trials that are listed below the table."""
@@ -111,20 +111,17 @@ class SweepStatus:
     def seconds_left(self) -> float | None:
         """Estimated seconds up to the look that is due; None before a run has ended.
 
-        Each step counts by its arm's `step_s`, each score on test data by the mean of those so far. The pace is the
-        time so far by this work so far, so that loading and the number of workers are in it.
+        Each step counts by its arm's `step_s`. The pace is the time so far by this work so far, so that it has loading,
+        scoring and the number of workers.
         """
         stages = [(arm, stage) for arm in self.arms for stage in arm.stages]
-        scoring_s = self.record.telemetry.get("scoring_s", 0.0)
-        score_s = scoring_s / max(1, sum(arm.confirm.done for arm in self.arms))
-        done = scoring_s + sum(arm.step_s * run.step for arm, stage in stages for run in stage.runs)
+        done = sum(arm.step_s * run.step for arm, stage in stages for run in stage.runs)
         if not done:
             return None
         due = sum(
             arm.step_s * stage.estimate_steps_left(arm.search_steps if stage is arm.search else arm.steps)
             for arm, stage in stages
         )
-        due += score_s * sum(arm.confirm.asked - arm.confirm.done for arm in self.arms)
         return self.record.makespan_s / done * due
 
 
@@ -164,16 +161,11 @@ def list_ended_runs(record: SweepRecord) -> list[Trial]:
 
 
 def _describe_time_left(status: SweepStatus) -> str:
-    """Returns the estimate and what it is based on; empty if there is none."""
-    gaps = [f"no run of `{arm.name}` has ended" for arm in status.arms if arm.steps and not arm.step_s]
-    if not any(arm.confirm.done for arm in status.arms) and status.record.looks:
-        gaps.append("test data is not scored")
     if status.seconds_left is None:
         return ""
-    left = f"{'more than' if gaps else 'about'} {format_seconds(status.seconds_left)} left"
-    basis = f"{join_words(gaps)} yet" if gaps else "by the last runs of each arm"
+    limit = "more than" if any(arm.steps and not arm.step_s for arm in status.arms) else "about"
     more = "; open questions need more seeds" if len(status.record.looks) > 1 + len(status.record.looks_done) else ""
-    return f", {left} ({basis}{more})"
+    return f", {limit} {format_seconds(status.seconds_left)} left (by the last runs of each arm{more})"
 
 
 def _describe_running_trials(record: SweepRecord) -> Iterator[str]:

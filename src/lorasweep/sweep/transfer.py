@@ -11,7 +11,7 @@ from lorasweep.config.compose import compose_run, layer_settings
 from lorasweep.config.run import LR, STEPS_KEY
 from lorasweep.errors import ConfigError
 from lorasweep.report.evidence.questions import NEGATIVE_VERDICTS
-from lorasweep.report.recommend import read_recommended
+from lorasweep.report.recommend import find_recommended, list_overrides
 from lorasweep.report.sweep_data import load_sweep_data
 from lorasweep.sweep.controller.encoding import BATCH_KEY, find_powers, scale_rate
 from lorasweep.sweep.controller.predictions import RATE_DIGITS
@@ -60,7 +60,8 @@ def plan_transfer(source: Path, changes: Mapping[str, Any]) -> Transfer:
         ConfigError: Nothing that changes a run is given, the rate is given, or the sweep has no margin.
         RecordError: The sweep is not complete, or recommends nothing.
     """
-    settings, origin = read_recommended(source, key="SWEEP")
+    folder, data, arm, trial = find_recommended(source, key="SWEEP")
+    settings = list_overrides(arm, trial)
     for_sweep = {key: value for key, value in changes.items() if key.split(".")[0] in SWEEP_GROUPS}
     changed = {key: value for key, value in changes.items() if key not in for_sweep}
     if not changed or LR in changed:
@@ -68,9 +69,8 @@ def plan_transfer(source: Path, changes: Mapping[str, Any]) -> Transfer:
             f"a setting of the run other than `{LR}` must be changed, such as `{STEPS_KEY}=800`, but got "
             f"{join_words(list(changed)) or 'none'}."
         )
-    margin = load_sweep_data(Path(origin["sweep"])).evidence.margin
-    if margin is None:
-        raise ConfigError(f"the sweep must have a margin that is known, but {origin['sweep']!r} has none.")
+    if (margin := data.evidence.margin) is None:
+        raise ConfigError(f"the sweep must have a margin that is known, but {str(folder)!r} has none.")
     old, new = compose_run(settings), compose_run(layer_settings(settings, changed))
     ratios = {
         STEPS_KEY: new.trainer.max_steps / old.trainer.max_steps,

@@ -153,7 +153,12 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
         ConfigError: A trial or confirm run that has begun would change, or the sweep file has changed.
     """
     record, old = read_sweep(path), read_saved_definition(path)
-    _require_same_file(old.source, record, path)
+    source = old.source
+    if source is not None and source.is_file() and record.source_sha256 != compute_sha256(source):
+        raise ConfigError(
+            f"the sweep file must be as it was when {str(path)!r} began, but {str(source)!r} has changed. Restore it. "
+            f"For more trials or arms, type `lorasweep sweep --resume {path} arms.ARM.trials=N`."
+        )
     definition = grow_definition(old, changes=changes or {})
     if [row.name for row in record.arms] != [arm.name for arm in old.arms]:
         raise RecordError(f"`arms` in {str(path / SWEEP_FILE)!r} must be those of its `definition`. Restore it.")
@@ -222,14 +227,6 @@ def _require_all_trials(record: SweepRecord, storage: SweepStorage) -> Collectio
                 "Its end was cut off. Restore it, or start a new sweep."
             )
     return counts
-
-
-def _require_same_file(source: Path | None, record: SweepRecord, path: Path) -> None:
-    if source is not None and source.is_file() and record.source_sha256 != compute_sha256(source):
-        raise ConfigError(
-            f"the sweep file must be as it was when {str(path)!r} began, but {str(source)!r} has changed. Restore it. "
-            f"For more trials or arms, type `lorasweep sweep --resume {path} arms.ARM.trials=N`."
-        )
 
 
 def _open(path: Path, undo: ExitStack) -> SweepStorage:

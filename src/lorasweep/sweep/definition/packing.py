@@ -103,25 +103,18 @@ def explain_bases(definition: Definition) -> list[str]:
 
 def _plan_arm(arm: Arm) -> ArmPacking:
     config = arm.corner_configs[0]
-    obstacles = _list_obstacles(arm)
-    return ArmPacking(
-        key=None if obstacles else (config.model, config.data, config.trainer),
-        reason=" ".join(obstacles),
-        largest=max(arm.corner_configs, key=lambda config: getattr(config.method, "rank", 0)),
-    )
-
-
-def _list_obstacles(arm: Arm) -> list[str]:
-    """Returns a sentence for each setting that keeps the arm's trials from sharing packs."""
     obstacles = [
         f"`{key}` is swept, but all slots of a pack must have the same value. Write an arm for each value, and "
         "the trials of each arm share packs."
         for key in arm.space
         if key.split(".")[0] not in SLOT_GROUPS
     ]
-    for config in arm.corner_configs:
-        obstacles += _list_run_obstacles(config)
-    return list(dict.fromkeys(obstacles))
+    obstacles += [sentence for corner in arm.corner_configs for sentence in _list_run_obstacles(corner)]
+    return ArmPacking(
+        key=None if obstacles else (config.model, config.data, config.trainer),
+        reason=" ".join(dict.fromkeys(obstacles)),
+        largest=max(arm.corner_configs, key=lambda config: getattr(config.method, "rank", 0)),
+    )
 
 
 def _list_run_obstacles(config: RunConfig) -> Iterator[str]:

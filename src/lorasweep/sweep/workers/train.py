@@ -50,30 +50,26 @@ def check_workers(definition: Definition) -> None:
 def train_sweep(sweep: SweepFolder, inputs_cache: InputsCache, *, stop_requested: Callable[[], bool]) -> bool:
     """Trains the remaining trials of an open sweep, and closes it. Returns False if the sweep was stopped."""
     config = sweep.definition.sweep_config.worker
-    if isinstance(config, LocalWorker):
-        try:
-            return _train_in_process(sweep, inputs_cache, stop_requested=stop_requested)
-        finally:
-            sweep.close()
-    sweep.close()  # the controller's process opens it
-    if isinstance(config, SlurmConfig):
-        return _train_on_slurm(sweep, config, stop_requested=stop_requested)
-    return _train_on_ray(sweep, config, stop_requested=stop_requested)
-
-
-def _train_in_process(sweep: SweepFolder, inputs_cache: InputsCache, *, stop_requested: Callable[[], bool]) -> bool:
-    controller = Controller(sweep)
-    controller.note_worker(device=name_device(), threads=torch.get_num_threads())
-    controller.save("running")
-    Worker(
-        path=sweep.path,
-        definition=sweep.definition,
-        controller=controller,
-        metric=sweep.record.metric,
-        inputs_cache=inputs_cache,
-        stop_requested=stop_requested,
-    ).run()
-    return controller.finish()
+    if not isinstance(config, LocalWorker):
+        sweep.close()  # the controller's process opens it
+        if isinstance(config, SlurmConfig):
+            return _train_on_slurm(sweep, config, stop_requested=stop_requested)
+        return _train_on_ray(sweep, config, stop_requested=stop_requested)
+    try:
+        controller = Controller(sweep)
+        controller.note_worker(device=name_device(), threads=torch.get_num_threads())
+        controller.save("running")
+        Worker(
+            path=sweep.path,
+            definition=sweep.definition,
+            controller=controller,
+            metric=sweep.record.metric,
+            inputs_cache=inputs_cache,
+            stop_requested=stop_requested,
+        ).run()
+        return controller.finish()
+    finally:
+        sweep.close()
 
 
 def _train_on_ray(sweep: SweepFolder, config: RayWorkers, *, stop_requested: Callable[[], bool]) -> bool:
