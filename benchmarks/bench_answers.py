@@ -53,8 +53,7 @@ from lorasweep.config.sweep import HalvingPruner, parse_margin
 from lorasweep.record import Question, Trial
 from lorasweep.report.evidence.questions import Answer, Scale, answer_questions
 from lorasweep.report.evidence.scores import ConfirmScores
-from lorasweep.sweep.controller.encoding import scale_rate
-from lorasweep.sweep.controller.history import History
+from lorasweep.sweep.controller.encoding import History, scale_rate
 from lorasweep.sweep.controller.predictions import predict_best
 from lorasweep.sweep.controller.proposals import propose
 from lorasweep.sweep.controller.stopping_rules import Halving

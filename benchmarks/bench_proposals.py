@@ -39,8 +39,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from lorasweep.config.compose import compose_sweep
 from lorasweep.record import Trial
 from lorasweep.sweep.controller import proposals
-from lorasweep.sweep.controller.encoding import RateLaw
-from lorasweep.sweep.controller.history import History
+from lorasweep.sweep.controller.encoding import History, RateLaw
 from lorasweep.sweep.controller.predictions import predict_best
 from lorasweep.sweep.definition.arms import Arm
 

@@ -16,7 +16,7 @@ from tests.small_runs import SMALL_RUN
 
 import lorasweep
 from lorasweep.record import read_run, read_steps, read_sweep
-from lorasweep.sweep.controller.storage import open_storage
+from lorasweep.sweep.controller.folder import open_storage
 
 TIMEOUT_S = float(os.environ.get("LORASWEEP_TEST_TIMEOUT_S", "1800"))
 """Seconds after which a wait counts as a hang: about 20 times the longest wait on two cores that are free."""

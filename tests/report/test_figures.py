@@ -4,8 +4,7 @@ import shutil
 
 import pytest
 
-from lorasweep.report.figures.confirmed import draw_scores_by_value
-from lorasweep.report.figures.trials import draw_score_by_lr
+from lorasweep.report.figures import draw_score_by_lr, draw_scores_by_value
 from lorasweep.report.sweep_data import load_sweep_data
 
 from .conftest import build_rank_sweep, edit_json

@@ -8,7 +8,7 @@ learning, fairness  whether the trials beat an answer that needs no training, an
 recommend           the settings to use
 answers             the three lines at the top of every output, and verdicts in words
 summary             the content of the whole report, with all other sentences
-figures, page, tensorboard, terminal, write
+panel, figures, page, tensorboard, terminal, write
                     the report as a person sees it
 """
 

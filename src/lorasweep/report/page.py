@@ -14,7 +14,7 @@ from plotly.offline import get_plotlyjs
 from lorasweep import wording
 from lorasweep.record import STATES, Trial
 from lorasweep.report.answers import describe_answer, describe_change
-from lorasweep.report.figures.panel import Panel, build_link, choose_colours, select_trials
+from lorasweep.report.panel import Panel, build_link, choose_colours, select_trials
 from lorasweep.report.recommend import format_arm_score
 from lorasweep.report.summary import Summary
 from lorasweep.report.sweep_data import ArmData, SweepData

@@ -8,7 +8,7 @@ from lorasweep.config.data import MetricComponent, ScoreMetric
 from lorasweep.config.run import STEPS_KEY
 from lorasweep.errors import ConfigError
 from lorasweep.record import RetainedRow
-from lorasweep.sweep.controller.history import History
+from lorasweep.sweep.controller.encoding import History
 from lorasweep.sweep.controller.proposals import propose
 from lorasweep.sweep.controller.stopping_rules import build_rule
 from lorasweep.sweep.definition.arms import Definition, name_in_errors, restore_definition

@@ -10,7 +10,7 @@ import pytest
 from lorasweep.config.compose import compose_sweep
 from lorasweep.record import RunRecord, Trial, write_record
 from lorasweep.sweep.controller.controller import Assignment, Controller
-from lorasweep.sweep.controller.history import History
+from lorasweep.sweep.controller.encoding import History
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
 from lorasweep.sweep.controller.proposals import propose
 from lorasweep.sweep.definition.arms import Arm

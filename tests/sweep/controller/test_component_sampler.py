@@ -9,7 +9,7 @@ from tests.sweep.controller.conftest import ask_for_proposal, make_arm, make_tri
 
 from lorasweep.config.components import Component
 from lorasweep.errors import ConfigError
-from lorasweep.sweep.controller.history import History
+from lorasweep.sweep.controller.encoding import History
 from lorasweep.sweep.controller.proposals import propose
 
 SPACE = {

@@ -16,7 +16,7 @@ from tests.sweep.controller.conftest import ask_for_proposal, make_arm, make_tri
 
 from lorasweep.config.components import Component
 from lorasweep.config.sweep import ModelBasedSampler, SobolSampler
-from lorasweep.sweep.controller import history as history_file
+from lorasweep.sweep.controller import encoding as encoding_file
 from lorasweep.sweep.controller import proposals
 from lorasweep.sweep.controller.encoding import SpaceEncoding, draw_sobol_point
 
@@ -214,7 +214,7 @@ def test_of_a_long_history_a_model_sees_the_best_results(monkeypatch, direction)
             seen.append([t.value for t in study.get_trials(deepcopy=False)[:-1]])
             return super().sample_relative(study, trial, search_space)
 
-    monkeypatch.setattr(history_file, "MAX_HISTORY_TRIALS", 10)
+    monkeypatch.setattr(encoding_file, "MAX_HISTORY_TRIALS", 10)
     monkeypatch.setattr(proposals, "TPESampler", Watching)
     params = ask(number=0)
     values = [float(value) for value in random.Random(0).sample(range(1000), 60)]

@@ -4,8 +4,8 @@ import optuna
 import pytest
 
 from lorasweep.errors import RecordError
+from lorasweep.sweep.controller.folder import JOURNAL_FILE, open_storage
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
-from lorasweep.sweep.controller.storage import JOURNAL_FILE, open_storage
 
 
 def add_trials(folder, number):

@@ -6,7 +6,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from lorasweep.errors import ConfigError
-from lorasweep.sweep.definition.space import describe_space, parse_range
+from lorasweep.sweep.definition.sweep_file import describe_space, parse_range
 
 
 @pytest.mark.parametrize(

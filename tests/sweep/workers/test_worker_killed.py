@@ -9,8 +9,8 @@ from tests.sweep.conftest import Killed, kill_at
 
 from lorasweep.errors import OutOfMemory
 from lorasweep.record import read_run, read_sweep
+from lorasweep.sweep.controller.folder import open_storage
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
-from lorasweep.sweep.controller.storage import open_storage
 
 
 @pytest.fixture

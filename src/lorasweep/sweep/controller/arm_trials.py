@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 
 from lorasweep.record import Trial, TrialState
-from lorasweep.sweep.controller.history import OPTUNA_STATES
+from lorasweep.sweep.controller.encoding import OPTUNA_STATES
 from lorasweep.sweep.controller.stopping_rules import Row, RungOrder, StoppingRule
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.wording import format_metric, format_score, join_words

@@ -26,9 +26,10 @@ from lorasweep.record import (
     utc_now,
     write_record,
 )
-from lorasweep.sweep.controller.folder import RUNS_FOLDER, SweepFolder
-from lorasweep.sweep.controller.storage import (
+from lorasweep.sweep.controller.folder import (
     JOURNAL_FILE,
+    RUNS_FOLDER,
+    SweepFolder,
     SweepStorage,
     damaged_journal,
     name_study,
@@ -41,7 +42,7 @@ from lorasweep.sweep.definition.grow import (
     list_grown_arms,
     warn_of_late_growth,
 )
-from lorasweep.sweep.definition.space import describe_space
+from lorasweep.sweep.definition.sweep_file import describe_space
 from lorasweep.sweep.definition.warnings import find_warnings
 
 

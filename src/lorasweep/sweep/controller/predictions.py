@@ -17,10 +17,17 @@ from lorasweep.config.method import ALPHA_OVER_RANK
 from lorasweep.config.ranges import is_number
 from lorasweep.config.run import ALPHA, LR, RANK
 from lorasweep.record import Trial
-from lorasweep.sweep.controller.encoding import Point, RateLaw, SpaceEncoding, build_rate_law, draw_sobol_point
-from lorasweep.sweep.controller.history import History, extrapolate_scores
+from lorasweep.sweep.controller.encoding import (
+    History,
+    Point,
+    RateLaw,
+    SpaceEncoding,
+    build_rate_law,
+    draw_sobol_point,
+    extrapolate_scores,
+)
 from lorasweep.sweep.definition.arms import Arm
-from lorasweep.sweep.definition.space import Space
+from lorasweep.sweep.definition.sweep_file import Space
 
 Array = NDArray[np.float64]
 

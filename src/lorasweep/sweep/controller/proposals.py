@@ -39,8 +39,7 @@ from lorasweep.config.components import Component, instantiate, list_argument_na
 from lorasweep.config.sweep import ModelBasedSampler
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.record import Trial
-from lorasweep.sweep.controller.encoding import Point, draw_sobol_point
-from lorasweep.sweep.controller.history import History, extrapolate_scores, get_last_value
+from lorasweep.sweep.controller.encoding import History, Point, draw_sobol_point, extrapolate_scores, get_last_value
 from lorasweep.sweep.controller.predictions import propose_for_values
 from lorasweep.sweep.definition.arms import Arm
 

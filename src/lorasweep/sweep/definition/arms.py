@@ -34,13 +34,17 @@ from lorasweep.config.run import METHODS_ON_QUANTISED_BASE, STEPS_KEY, RunConfig
 from lorasweep.config.sweep import SweepConfig
 from lorasweep.errors import ConfigError
 from lorasweep.record import name_subject
-from lorasweep.sweep.definition.space import (
+from lorasweep.sweep.definition.sweep_file import (
+    ArmConfig,
     Space,
+    SweepFile,
     describe_space,
     list_corner_values,
+    parse_file,
     parse_range,
+    read_content,
+    require_folder_name,
 )
-from lorasweep.sweep.definition.sweep_file import ArmConfig, SweepFile, parse_file, read_content, require_folder_name
 from lorasweep.wording import join_words, nearest
 
 DEFAULT_TRIALS = 16

@@ -11,7 +11,7 @@ from lorasweep.config.method import ALPHA_OVER_RANK
 from lorasweep.errors import ConfigError
 from lorasweep.record import SweepChange
 from lorasweep.sweep.definition.arms import Arm, Definition, make_paths_absolute, restore_definition
-from lorasweep.sweep.definition.space import describe_space
+from lorasweep.sweep.definition.sweep_file import describe_space
 from lorasweep.wording import join_words
 
 CHANGEABLE_KEYS = ("sweep.trials", "sweep.output", "confirm.seeds", "confirm.looks")
