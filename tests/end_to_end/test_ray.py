@@ -105,14 +105,8 @@ def test_a_sweep_whose_head_died_is_resumed(start, tmp_path, victim):
 
 @pytest.mark.parametrize("strategy", ["fsdp", pytest.param("ddp", marks=thorough)])
 def test_a_worker_of_two_processes_trains_each_trial_on_both(start, tmp_path, strategy):
-    words = (
-        "trainer.devices=2",
-        f"trainer.strategy={strategy}",
-        "sweep.output=out",
-        "confirm.seeds=0",
-        "trainer.max_steps=12",
-    )
-    sweep, folder = start("worker.num=1", *words, "sweep.trials=2"), tmp_path / "out"
+    words = ("worker.num=1", "sweep.output=out", "confirm.seeds=0", "trainer.max_steps=12", "sweep.trials=2")
+    sweep, folder = start(*words, "trainer.devices=2", f"trainer.strategy={strategy}"), tmp_path / "out"
     wait_for(lambda: count_evaluations(folder), sweep)
     assert len(sweep.find("ray::WorkerActor")) == 2
     sweep.find("ray::WorkerActor")[-1].kill()  # one of the two: the other ends too, and both begin again
@@ -253,8 +247,5 @@ def test_a_cluster_that_can_hold_no_worker_is_refused_at_once(start, tmp_path):
     printed = start("worker.cpus=999", "worker.gpus=9", "sweep.output=out", "confirm.seeds=0").wait(code=2)
     assert "`worker.cpus`" in printed
     assert "Traceback" not in printed
-    with (
-        pytest.raises(ConfigError, match=r"`worker.address`"),
-        join_cluster("127.0.0.1:1"),
-    ):
+    with pytest.raises(ConfigError, match=r"`worker.address`"), join_cluster("127.0.0.1:1"):
         pass

@@ -122,22 +122,6 @@ def test_a_full_disk_ends_a_sweep_with_a_sentence_and_it_goes_on_when_there_is_r
     check_complete(sweep, before, trials=12, num_steps=4)
 
 
-def test_a_folder_that_is_moved_away_ends_the_sweep_with_a_sentence_and_goes_on_where_it_is(
-    tmp_path, begin, finish, words
-):
-    folder, moved = tmp_path / "sweep", tmp_path / "moved"
-    session = begin(*words[:-1], "worker.pack_size=2")
-    session.wait_for(has_ended(folder, 0))
-    folder.rename(moved)
-    assert session.wait() == 1, session.output
-    assert "'sweep' can't be written to" in session.output.splitlines()[-1]
-    assert "Traceback" not in session.output
-    assert not folder.exists()
-    before = list_ended_rows(moved)
-    finish("sweep", "--resume", "moved")
-    check_complete(moved, before)
-
-
 BREAK = """
 import itertools
 import lorasweep.training.module as file

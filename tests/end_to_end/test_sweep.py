@@ -11,43 +11,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lorasweep.cli import run
 from lorasweep.record import read_run, read_steps, read_sweep
 
-from .conftest import SETTINGS
-
-MINI = {
-    "name": "mini",
-    "settings": SETTINGS
-    | {
-        "data.max_test_blocks": 8,
-        "trainer.max_steps": 8,
-        "trainer.eval_every_steps": 2,
-        "worker.pack_size": 3,
-        "confirm.seeds": 2,
-    },
-    "arms": {
-        "frozen": {"settings": {"method": "frozen"}},
-        "full": {
-            "settings": {"method": "full"},
-            "space": {"optim.lr": {"low": 1e-4, "high": 1e-2, "log": True}},
-            "trials": 2,
-        },
-        "lora": {
-            "settings": {"method": "lora"},
-            "space": {"method.rank": [1, 2, 4], "optim.lr": {"low": 1e-3, "high": 1e-1, "log": True}},
-            "trials": 4,
-        },
-    },
-}
-TRIALS = {"frozen": 1, "full": 2, "lora": 4}
+CHANGES = {"data.max_test_blocks": 8, "trainer.max_steps": 8, "trainer.eval_every_steps": 2, "worker.pack_size": 3}
+TRIALS = {"frozen": 1, "full": 2, "lora": 6}
 CONFIRM_RUNS = {"frozen": 1, "full": 2, "lora": 2}
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, halved_sweep):
     """The folder of the sweep."""
     folder = tmp_path_factory.mktemp("sweep")
-    (folder / "mini.yaml").write_text(yaml.safe_dump(MINI, sort_keys=False))
-    assert run(["sweep", str(folder / "mini.yaml"), f"sweep.output={folder}/out"]) == 0
+    (folder / "mini.yaml").write_text(yaml.safe_dump(halved_sweep, sort_keys=False))
+    words = [f"{key}={value}" for key, value in CHANGES.items()]
+    assert run(["sweep", str(folder / "mini.yaml"), f"sweep.output={folder}/out", *words]) == 0
     return folder / "out"
 
 
@@ -76,7 +52,7 @@ def test_a_sweep_ends_with_its_report(folder):
         best = min(row.value for row in trials if row.arm == arm["name"] and row.state == "complete")
         assert arm["best"]["score"] == best
         assert read_run(folder / arm["best"]["run"]).score == best
-    assert "mini" in (folder / "report" / "index.html").read_text()
+    assert "halved" in (folder / "report" / "index.html").read_text()
     assert len((folder / "report" / "trials.csv").read_text().splitlines()) == 1 + sum(TRIALS.values())
 
 

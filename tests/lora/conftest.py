@@ -3,8 +3,8 @@
 import pytest
 import torch
 from beartype import beartype
-from jaxtyping import jaxtyped
-from torch import nn
+from jaxtyping import Float, jaxtyped
+from torch import Tensor, nn
 
 from lorasweep.lora import functional, layers
 from lorasweep.lora.packed import layers as packed_layers
@@ -42,20 +42,20 @@ class TinyLM(nn.Module):
         return self.out(hidden)
 
 
+def make_tiny_lm():
+    torch.manual_seed(0)
+    return TinyLM()
+
+
 @pytest.fixture
 def make_model():
     """Makes equal models: the same weights at each call."""
-
-    def make():
-        torch.manual_seed(0)
-        return TinyLM()
-
-    return make
+    return make_tiny_lm
 
 
 @pytest.fixture
-def model(make_model):
-    return make_model()
+def model():
+    return make_tiny_lm()
 
 
 @pytest.fixture
@@ -90,5 +90,10 @@ def check_shapes(monkeypatch, request):
 
 
 @jaxtyped(typechecker=beartype)
-def make_checked_group(lora_a, lora_b, factor, values=None):
+def make_checked_group(
+    lora_a: Float[Tensor, "slots rank d_in"],
+    lora_b: Float[Tensor, "slots d_out rank"],
+    factor: object,
+    values: tuple[Float[Tensor, "slots rank d_in"], Float[Tensor, "slots d_out rank"]] | None = None,
+) -> functional.SlotGroup:
     return functional.SlotGroup(lora_a, lora_b, factor, values)

@@ -23,11 +23,6 @@ def saved(make_model, fill_b, tmp_path):
     return tmp_path / "adapter"
 
 
-def change_config(folder, **changes):
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 def test_saved_and_loaded_is_the_same(make_model, fill_b, tokens, tmp_path):
     model = make_model()
     coverage = inject_lora(model, LoraConfig(rank=2, alpha=8, scaling="alpha_over_sqrt_rank", targets=("up", "0.proj")))
@@ -40,9 +35,8 @@ def test_saved_and_loaded_is_the_same(make_model, fill_b, tokens, tmp_path):
     load_adapter(loaded, tmp_path)
     assert set(lora_layers(loaded)) == set(coverage.layers)
     assert torch.equal(loaded(tokens), model(tokens))
-    assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {
-        n for n, p in model.named_parameters() if p.requires_grad
-    }
+    trained, expected = ({n for n, p in m.named_parameters() if p.requires_grad} for m in (loaded, model))
+    assert trained == expected
 
 
 def test_peft_reads_what_is_said_of_the_base(make_model, tmp_path):
@@ -93,8 +87,9 @@ def test_files_that_are_missing_or_broken_are_refused(make_model, saved):
         assert_refused(make_model, saved, "must be a whole safetensors file")
     weights.unlink()
     assert_refused(make_model, saved, "adapter_model.safetensors' must be")
-    config.write_text('{"peft_type": ')
-    assert_refused(make_model, saved, "adapter_config.json' must be a LoRA configuration")
+    for broken in ('{"peft_type": ', NESTED):
+        config.write_text(broken)
+        assert_refused(make_model, saved, "adapter_config.json' must be a LoRA configuration")
     config.unlink()
     assert_refused(make_model, saved, "adapter_config.json' must be a LoRA configuration")
 
@@ -115,10 +110,12 @@ def test_files_that_are_missing_or_broken_are_refused(make_model, saved):
         ({"rank_pattern": {"up": 10**400}}, "must be a LoRA configuration"),
         ({"alpha_pattern": {"up": 10**400}}, "must be a LoRA configuration"),
         ({"target_modules": ["upp"]}, "Did you mean `up`"),
+        ({"r": 10**9}, r"shape \(1000000000, 8\) .* got \(2, 8\)"),  # before memory is taken
     ],
 )
 def test_a_configuration_that_would_be_misread_is_refused(make_model, saved, changes, message):
-    change_config(saved, **changes)
+    path = saved / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     assert_refused(make_model, saved, message)
 
 
@@ -131,21 +128,11 @@ def test_tensors_that_do_not_belong_are_refused(make_model, saved):
     assert_refused(make_model, saved, "dtype like torch.float32, but got .* torch.int32")
 
 
-def test_a_hostile_rank_is_refused_before_memory_is_taken(make_model, saved):
-    change_config(saved, r=10**9)
-    assert_refused(make_model, saved, r"shape \(1000000000, 8\) .* got \(2, 8\)")
-
-
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 def test_a_pipe_in_the_place_of_a_file_is_not_opened(make_model, saved, name):
     (saved / name).unlink()
     os.mkfifo(saved / name)
     assert_refused(make_model, saved, "it is not a regular file")
-
-
-def test_a_configuration_that_is_nested_without_end_is_refused(make_model, saved):
-    (saved / "adapter_config.json").write_text(NESTED)
-    assert_refused(make_model, saved, "must be a LoRA configuration")
 
 
 @pytest.mark.slow

@@ -11,23 +11,19 @@ def stream(seed):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("rate", [0.1, 0.5, 0.999])
+@pytest.mark.parametrize("rate", [0.0, 1e-9, 0.1, 0.5, 0.999, 1.0])
 def test_each_element_is_dropped_with_the_rate(rate):
     size = 400_000
     keep = draw_keep_mask((4, size // 4), rate=rate, device=torch.device("cpu"), generator=stream(0))
     assert (keep.dtype, keep.shape) == (torch.bool, (4, size // 4))
     deviation = (rate * (1 - rate) / size) ** 0.5
-    assert abs((~keep).double().mean() - rate) < 4 * deviation
+    assert abs((~keep).double().mean() - rate) <= 4 * deviation
+    if rate in (0, 1e-9, 1):
+        return
     # the four elements of a random word are independent
     groups = (~keep).double().view(-1, 4)
     correlation = torch.corrcoef(groups.t()) - torch.eye(4)
     assert correlation.abs().max() < 4 / len(groups) ** 0.5
-
-
-@pytest.mark.parametrize("rate", [0.0, 1e-9, 1.0])
-def test_rates_at_the_ends(rate):
-    keep = draw_keep_mask((1000,), rate=rate, device=torch.device("cpu"), generator=stream(0))
-    assert keep.all() if rate < 0.5 else not keep.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

@@ -70,10 +70,7 @@ def test_patterns_match_the_same_layers_as_in_peft():
     [
         (peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="olora"), ["`init_lora_weights` 'olora'"]),
         (peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False), ["`init_lora_weights` False"]),
-        (
-            peft.LoraConfig(target_modules=["q_proj"], lora_bias=True, trainable_token_indices=[1]),
-            ["`lora_bias` True", r"`trainable_token_indices` \[1\]", "method=peft"],
-        ),
+        (peft.LoraConfig(target_modules=["q_proj"], lora_bias=True), ["`lora_bias` True", "method=peft"]),
         (peft.LoraConfig(target_modules=["q"], layers_to_transform=[0], layers_pattern="h"), ["`layers_pattern` 'h'"]),
         (peft.LoraConfig(), ["`target_modules` must name layers, but got None"]),
         (peft.VeraConfig(target_modules=["q_proj"]), ["`peft_type` must be LORA, but got 'VERA'", "method=peft"]),

@@ -19,16 +19,12 @@ def train_steps(model, tokens, *, num_steps=3):
     return losses
 
 
-def test_only_a_and_b_train(model):
-    coverage = inject_lora(model, LoraConfig(rank=2))
+def test_training_lowers_the_loss_and_leaves_the_base_bit_identical(make_model, tokens):
+    model, base = make_model(), make_model()
+    coverage = inject_lora(model, LoraConfig(rank=2, dropout=0.1))
     trains = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     assert {name.rpartition(".")[2] for name in trains} == {"lora_a", "lora_b"}
     assert sum(trains.values()) == coverage.trainable_params
-
-
-def test_training_lowers_the_loss_and_leaves_the_base_bit_identical(make_model, tokens):
-    model, base = make_model(), make_model()
-    inject_lora(model, LoraConfig(rank=2, dropout=0.1))
     losses = train_steps(model, tokens)
     assert losses[-1] < losses[0]
     after = {name.replace(".base.", "."): p for name, p in model.named_parameters() if "lora_" not in name}
@@ -61,16 +57,12 @@ def test_a_layer_used_under_two_names_stays_one_layer():
     assert len(lora_layers(model)) == 1
 
 
-def test_a_rank_above_a_layers_size_leaves_the_model_unchanged(model):
+def test_a_rank_above_a_layers_size_and_injecting_twice_are_refused(model):
     with pytest.raises(ValueError, match=r"`method.rank <= 8` must hold"):
         inject_lora(model, LoraConfig(rank=9))
     assert not lora_layers(model)
     assert all(p.requires_grad for p in model.parameters())
     inject_lora(model, LoraConfig(rank=9, targets=("layers.0.up",)), allow_full_rank=True)
     assert lora_layers(model)["layers.0.up"].rank == 9
-
-
-def test_injecting_twice_is_refused(model):
-    inject_lora(model, LoraConfig(rank=2))
     with pytest.raises(ValueError, match=r"no LoRA layers yet, but 'layers.0.up' is one"):
         inject_lora(model, LoraConfig(rank=2))

@@ -50,12 +50,6 @@ def test_equals_pefts_layer_with_the_same_a_and_b(bias, rule):
     torch.testing.assert_close(grads, reference, rtol=1e-5, atol=1e-4)  # sums of 15 squares: entries near 100
 
 
-def test_adapters_are_fp32_on_a_bf16_base():
-    layer = make_layer(dtype=torch.bfloat16)
-    assert layer.lora_a.dtype is layer.lora_b.dtype is torch.float32
-    assert layer(torch.randn(3, 6, dtype=torch.bfloat16)).dtype is torch.bfloat16
-
-
 def test_dropout_acts_in_training_only_and_follows_its_generator():
     layer, x = make_layer(dropout=0.5), torch.randn(64, 6)
     nn.init.normal_(layer.lora_b)

@@ -32,19 +32,14 @@ def test_merged_weights_are_the_exact_ones_rounded_once(model, fill_b, dtype, se
         assert ((weight.double() - expected).abs() <= half_spacing + slack[name]).all()
 
 
-SETTINGS = [
-    {},
-    {"variant": "dora"},
-    {"init": "pissa"},
-    {"targets": ("up[0:4,8:12]", "embed")},
-    {"modules_to_save": ("out",)},
-]
+OTHERS = [{}, {"variant": "dora"}, {"init": "pissa"}, {"targets": ("up[0:4,8:12]", "embed")}]
+OTHERS.append({"modules_to_save": ("out",)})
 
 
 @pytest.mark.parametrize(
     ("settings", "dtype", "tolerance"),
     # outputs reach 10; products are summed in another order
-    [({}, torch.float64, 1e-12), *((settings, torch.float32, 1e-5) for settings in SETTINGS)],
+    [({}, torch.float64, 1e-12), *((settings, torch.float32, 1e-5) for settings in OTHERS)],
 )
 def test_a_merged_model_is_a_plain_one_with_the_same_output(make_model, tokens, fill_b, settings, dtype, tolerance):
     model, base = make_model().to(dtype), make_model()
@@ -69,8 +64,5 @@ def test_eval_does_not_merge_and_merging_leaves_a_tied_weight_alone(model, fill_
     assert model.embed.weight is tied
     assert torch.equal(tied, before)
     assert not torch.equal(model.out.weight, before)
-
-
-def test_a_model_without_lora_is_not_merged(model):
     with pytest.raises(ValueError, match="must have LoRA layers"):
         merge_lora(model)

@@ -3,7 +3,6 @@ import torch
 from torch import nn
 
 from lorasweep.lora import LoraConfig, LoraLayer, inject_lora, load_adapter, lora_layers, merge_lora, save_adapter
-from lorasweep.lora.layer_kinds import dequantised_weight, is_quantised
 
 
 class IntegerLinear(nn.Linear):
@@ -41,15 +40,13 @@ def test_a_quantised_base_computes_its_own_output_and_the_change_is_added():
     assert layer.lora_a.grad.any()
 
 
-def test_dequantised_weight_is_what_the_layer_multiplies_by():
-    layer = make_quantised()[0]
-    assert is_quantised(layer)
-    torch.testing.assert_close(dequantised_weight(layer), layer.weight * layer.step)
-
-
-def test_removing_with_the_change_puts_dequantised_layers_in_place():
+def test_an_adapter_of_a_quantised_base_is_saved_loaded_and_merged_into_dequantised_layers(tmp_path):
     model, x = adapt(make_quantised()), torch.randn(3, 8)
     expected = model(x)
+    save_adapter(model, tmp_path, base_path="")
+    loaded = make_quantised()
+    load_adapter(loaded, tmp_path)
+    assert torch.equal(loaded(x), expected)
     merge_lora(model)
     assert type(model[0]) is nn.Linear
     torch.testing.assert_close(model(x), expected)
@@ -59,11 +56,3 @@ def test_removing_with_the_change_puts_dequantised_layers_in_place():
 def test_what_reads_the_weight_is_refused(setting, value):
     with pytest.raises(ValueError, match=f"`method.{setting}={value}` .* '0' is a Integ"):
         inject_lora(make_quantised(), LoraConfig(rank=2, **{setting: value}))
-
-
-def test_an_adapter_of_a_quantised_base_can_be_saved_and_loaded(tmp_path):
-    model, x = adapt(make_quantised()), torch.randn(3, 8)
-    save_adapter(model, tmp_path, base_path="")
-    loaded = make_quantised()
-    load_adapter(loaded, tmp_path)
-    assert torch.equal(loaded(x), model(x))

@@ -43,15 +43,11 @@ def test_patterns(model, targets, expected):
     assert set(find_targets(model, config(targets)).layers) == set(expected)
 
 
-def test_a_name_matches_whole_parts_only():
-    model = nn.ModuleDict({"q_proj": nn.Linear(2, 2), "seq_proj": nn.Linear(2, 2)})
-    assert find_targets(model, config(("q_proj",))).layers == ("q_proj",)
-
-
-def test_a_layer_used_twice_appears_once():
+def test_a_name_matches_whole_parts_only_and_a_layer_used_twice_appears_once():
     shared = nn.Linear(2, 2)
-    model = nn.ModuleDict({"first": shared, "second": shared})
-    assert find_targets(model, config(rank=1)).layers == ("first",)
+    model = nn.ModuleDict({"q_proj": shared, "seq_proj": nn.Linear(2, 2), "again": shared})
+    assert find_targets(model, config(("q_proj",))).layers == ("q_proj",)
+    assert find_targets(model, config()).layers == ("q_proj", "seq_proj")
 
 
 def test_works_on_the_meta_device_and_changes_nothing(make_model):
@@ -82,13 +78,10 @@ def test_a_pattern_without_a_layer_is_refused(model, targets, message):
         find_targets(model, config(targets))
 
 
-def test_layers_choose_blocks_by_index(model):
+def test_layers_choose_blocks_by_index_and_exclude_leaves_layers_out(model):
     assert find_targets(model, LoraConfig(rank=2, layers=(1,))).layers == ("layers.1.up", "layers.1.proj")
     with pytest.raises(ValueError, match=r"`method.layers` .* but got 2. Use \["):
         find_targets(model, LoraConfig(rank=2, layers=(1, 2)))
-
-
-def test_exclude_leaves_layers_out(model):
     coverage = find_targets(model, LoraConfig(rank=2, exclude=("proj", r"re:layers\.0\..*")))
     assert coverage.layers == ("layers.1.up",)
     assert set(coverage.unmatched) == {"layers.0.up", "layers.0.proj", "layers.1.proj", "out"}
@@ -98,20 +91,11 @@ def test_exclude_leaves_layers_out(model):
     ("settings", "message"),
     [
         ({"exclude": ("prj",)}, "`method.exclude` must match layers, but 'prj' matches none. Did you mean `proj`"),
-        (
-            {"rank_pattern": {"upp": 4}},
-            "`method.rank_pattern` must .* 'upp' .* Did you mean `up`",
-        ),
+        ({"rank_pattern": {"upp": 4}}, "`method.rank_pattern` must .* 'upp' .* Did you mean `up`"),
         ({"alpha_pattern": {"out": 4.0}}, "`method.alpha_pattern` must match layers, but 'out'"),
-        (
-            {"targets": ("up", "proj"), "exclude": ("up",)},
-            "'up' matches only .* Change `method.exclude`",
-        ),
+        ({"targets": ("up", "proj"), "exclude": ("up",)}, "'up' matches only .* Change `method.exclude`"),
         ({"targets": ("out",), "modules_to_save": ("out",)}, "'out' matches only"),
-        (
-            {"targets": ("up[0:4]", "up[4:8]")},
-            r"must select one set of rows of layer 'layers.0.up', but got \[\(\(0, 4\),\), ",
-        ),
+        ({"targets": ("up[0:4]", "up[4:8]")}, "must select one set of rows of layer 'layers.0.up'"),
         ({"targets": ("up", "up[4:8]")}, "must select one set of rows of layer 'layers.0.up'"),
     ],
 )

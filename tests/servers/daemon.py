@@ -1,7 +1,6 @@
 """A server's process: where its program is, which port is free, who runs it, and that it ends with the tests."""
 
 import os
-import pwd
 import shutil
 import socket
 import subprocess
@@ -39,25 +38,14 @@ def find_free_port():
         return int(listener.getsockname()[1])
 
 
-def find_servant(*names):
-    """Returns the user to run a server as that refuses to be run by root; None where the tests aren't root's."""
-    if os.getuid() != 0:
-        return None
-    known = {entry.pw_name for entry in pwd.getpwall()}
-    return next(name for name in (*names, "nobody") if name in known)
-
-
-def start_daemon(words, *, log, user=None, environment=None, folder=None):
+def start_daemon(words, *, log, environment=None, folder=None):
     """Starts a server in the foreground; it gets SIGKILL when this process is gone, however that ends."""
     program, *rest = (str(word) for word in words)
     path = find_program(program)
     assert path is not None, program
-    become = ["setpriv", "--pdeathsig", "KILL"]
-    if user is not None:
-        become += ["--reuid", user, "--regid", str(pwd.getpwnam(user).pw_gid), "--clear-groups"]
     with log.open("ab") as output:
         return subprocess.Popen(
-            [*become, path, *rest],
+            ["setpriv", "--pdeathsig", "KILL", path, *rest],
             cwd=folder,
             env=os.environ | (environment or {}),
             stdin=subprocess.DEVNULL,

@@ -50,6 +50,8 @@ CONTENT = {
     },
 }
 
+HALVING = {"pruner": "halving", "pruner.rungs": [0.25], "pruner.reduction_factor": 2, "pruner.min_survivors": 1}
+
 
 @pytest.fixture
 def three_arms():
@@ -345,11 +347,7 @@ def work():
         def stop_requested():
             return stop_when() or (stop_at is not None and next(asked) >= stop_at)
 
-        return train_sweep(
-            folder,
-            inputs_cache or NoInputs(),  # type: ignore[arg-type]
-            stop_requested=stop_requested,
-        )
+        return train_sweep(folder, inputs_cache or NoInputs(), stop_requested=stop_requested)
 
     return run
 
@@ -366,14 +364,3 @@ def finish(work):
         return sessions
 
     return run
-
-
-@pytest.fixture
-def inputs_cache():
-    """Stands in for base models and data; notes reads of the test split."""
-    return NoInputs()
-
-
-def of_arm(rows, arm):
-    """Returns the trials of one arm."""
-    return [row for row in rows if row.arm == arm]

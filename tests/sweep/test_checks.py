@@ -48,15 +48,26 @@ def test_the_constant_answer_is_that_of_all_arms(write_file, content, tiny_input
     assert find(other) is None
 
 
-def test_arms_with_different_metrics_are_refused(write_file, content):
-    content["arms"]["lora"]["settings"]["data.metric"] = "loss"
+OWN = {"_target_": "torchmetrics.classification.MulticlassAccuracy", "num_classes": 512}
 
-    class InputsCache:
-        def load(self, config):
-            return SimpleNamespace(splits=SimpleNamespace(metric=config.data.metric))
 
-    with pytest.raises(ConfigError, match=r"`data.metric`.* bits_per_byte, loss"):
-        find_metric(read_definition(write_file(content), []), InputsCache())
+@pytest.mark.parametrize(
+    ("of_all", "of_lora", "message"),
+    [
+        (None, {"settings": {"method": "lora", "data.metric": "loss"}}, r"`data.metric`.* bits_per_byte, loss"),
+        (OWN, {"space": {"data.metric.average": ["micro", "macro"]}}, "must be the same for all trials.* different ar"),
+    ],
+)
+def test_trials_with_different_metrics_are_refused(write_file, content, of_all, of_lora, message):
+    content["settings"] |= {"data.metric": of_all} if of_all else {}
+    content["arms"]["lora"] |= of_lora
+
+    def load(config):
+        metric = config.data.metric if of_all is None else config.data.metric.name
+        return SimpleNamespace(splits=SimpleNamespace(metric=metric))
+
+    with pytest.raises(ConfigError, match=message):
+        find_metric(read_definition(write_file(content), []), SimpleNamespace(load=load))
 
 
 def test_test_data_that_cannot_be_read_is_refused_before_the_search(write_file, content, tiny_inputs):
@@ -75,18 +86,3 @@ def test_test_data_that_cannot_be_read_is_refused_before_the_search(write_file, 
     with pytest.raises(ConfigError, match=r"the test split must not be empty, .* `confirm\.seeds=0`"):
         check_definition(definition, WithoutTest())
     check_definition(read_definition(write_file(content), ["confirm.seeds=0"]), WithoutTest())
-
-
-def test_an_own_metric_is_the_same_for_all_trials(write_file, content):
-    content["settings"] = {
-        **content.get("settings", {}),
-        "data.metric": {"_target_": "torchmetrics.classification.MulticlassAccuracy", "num_classes": 512},
-    }
-    content["arms"]["lora"]["space"]["data.metric.average"] = ["micro", "macro"]
-
-    class InputsCache:
-        def load(self, config):
-            return SimpleNamespace(splits=SimpleNamespace(metric=config.data.metric.name))
-
-    with pytest.raises(ConfigError, match=r"`data.metric` must be the same for all trials.* different arguments"):
-        find_metric(read_definition(write_file(content), []), InputsCache())

@@ -19,6 +19,7 @@ MODEL = "model.path=embedded:tiny"
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    write_topics(tmp_path / "topics.csv")
     return tmp_path
 
 
@@ -33,11 +34,9 @@ def write_topics(path, *, header="stars,review,author\n", rows=200):
 
 
 def test_columns_lengths_and_steps_come_from_the_data(here, capsys):
-    write_topics(here / "topics.csv")
     sweep = draft(MODEL, "data.train=topics.csv")
     settings = sweep["settings"]
-    assert settings["model"] == "classifier"
-    assert settings["data"] == "table"
+    assert (settings["model"], settings["data"]) == ("classifier", "table")
     assert (settings["data.text"], settings["data.label"]) == ("review", "stars")
     assert settings["data.max_length"] % 8 == 0
     assert settings["trainer.max_steps"] == 60  # three passes over fewer than 200 examples are fewer steps
@@ -54,10 +53,8 @@ def test_columns_lengths_and_steps_come_from_the_data(here, capsys):
 
 
 def test_settings_of_the_user_are_kept(here):
-    write_topics(here / "topics.csv")
     words = ["data.label=author", "data.max_length=24", "trainer.max_steps=7", "sweep.trials=3"]
-    sweep = draft(MODEL, "data.train=topics.csv", *words)
-    settings = sweep["settings"]
+    settings = draft(MODEL, "data.train=topics.csv", *words)["settings"]
     assert (settings["data.label"], settings["data.max_length"], settings["trainer.max_steps"]) == ("author", 24, 7)
     assert (settings["data.text"], settings["sweep.trials"]) == ("review", 3)
 
@@ -99,7 +96,6 @@ def test_pairs_conversations_and_running_text_are_recognised(here):
     ],
 )
 def test_what_is_missing_is_named_and_nothing_is_written(here, capsys, words, said):
-    write_topics(here / "topics.csv")
     (here / "latin.txt").write_bytes("Müller\n".encode("latin-1"))
     (here / "numbers.csv").write_text("label\n" + "1\n2\n" * 20)
     draft(*words, code=WRONG_REQUEST)
@@ -118,14 +114,12 @@ def test_a_file_whose_first_line_is_data_needs_names(here, capsys):
 
 
 def test_every_row_of_every_split_is_read(here, capsys):
-    write_topics(here / "topics.csv")
     (here / "test.csv").write_text("stars,review,author\n1,good,2\n1,good,2,3,4\n")
     draft(MODEL, "data.train=topics.csv", "data.test=test.csv", code=WRONG_REQUEST)
     assert "test.csv" in capsys.readouterr().err
 
 
 def test_another_number_of_steps_keeps_rungs_and_packs(here):
-    write_topics(here / "topics.csv")
     draft(MODEL, "data.train=topics.csv")
     arm = read_definition(here / "mine.yaml", ["trainer.max_steps=1000"]).find_arm("lora")
     assert build_rule(arm).rungs == (500,)
@@ -135,7 +129,6 @@ def test_another_number_of_steps_keeps_rungs_and_packs(here):
 @pytest.mark.slow
 def test_data_without_a_file_are_swept_and_what_is_recommended_is_exported(here, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", list(sys.argv))
-    write_topics(here / "topics.csv")
     budget = ["trainer.max_steps=4", "sweep.trials=2", "confirm.seeds=1", "arms.full=null"]
     assert run(["sweep", MODEL, "data.train=topics.csv", "method.rank=choice(1,2)", *budget]) == DONE
     assert [arm.trials for arm in read_saved_definition(here / "outputs" / "topics").arms] == [1, 2]

@@ -45,7 +45,15 @@ def plan_group(inputs):
     return plan_group
 
 
-def test_the_lower_end_prunes_all_that_the_rule_allows(define, plan_group):
+def test_estimates_count_the_steps_and_evaluations_of_the_sweep(define, plan_group):
+    _, arms = define("confirm.seeds=3", pruner="none")
+    run_s = 0.5 + 8 + 4 * 10
+    group = plan_group(arms["lora"], slots=3, loading_s=0.5)
+    # packs share their time, and a rest takes a whole pack
+    assert group.estimate_search() == pytest.approx((8 / 3 * run_s, 3 * run_s))
+    # confirm runs are scored on test data, and the frozen base is evaluated once
+    assert plan_group(arms["lora"], loading_s=0.5, test_ratio=2.0).estimate_confirm(3) == 3 * (run_s + 2 * 10)
+    assert plan_group(arms["frozen"], step_s=0.0).estimate_confirm(1) == 10
     _, arms = define()
     # pruned: 8 · 2 + 4 · 2 + 2 · 4 = 32 steps and 8 + 4 + 2 · 2 = 16 evaluations; else 64 steps and 32 evaluations
     assert plan_group(arms["lora"]).estimate_search() == (32 + 160, 64 + 320)
@@ -58,20 +66,6 @@ def test_runs_that_end_are_scored_on_all_validation_examples(define, plan_group)
     assert group.estimate_search() == (16 * 2.5 + 2 * 10, 32 * 2.5 + 8 * 10)
 
 
-def test_packs_share_their_time_and_a_rest_takes_a_whole_pack(define, plan_group):
-    _, arms = define(pruner="none")
-    group = plan_group(arms["lora"], slots=3, loading_s=0.5)
-    pack_s = 0.5 + 8 + 4 * 10
-    assert group.estimate_search() == pytest.approx((8 / 3 * pack_s, 3 * pack_s))
-
-
-def test_confirm_runs_are_scored_on_test_data_and_the_frozen_base_is_evaluated_once(define, plan_group):
-    _, arms = define("confirm.seeds=3")
-    run_s = 0.5 + 8 + 4 * 10
-    assert plan_group(arms["lora"], loading_s=0.5, test_ratio=2.0).estimate_confirm(3) == 3 * (run_s + 2 * 10)
-    assert plan_group(arms["frozen"], step_s=0.0).estimate_confirm(1) == 10
-
-
 def test_a_plan_fits_eighty_columns_and_breaks_no_name(content, write_file, plan_group):
     content["settings"]["confirm.seeds"] = 3
     content["arms"] = {"frozen": content["arms"]["frozen"], "loraplus-rank16": content["arms"]["lora"] | {"trials": 8}}
@@ -81,7 +75,6 @@ def test_a_plan_fits_eighty_columns_and_breaks_no_name(content, write_file, plan
     console.print(render_plan(definition, groups))
     shown = console.export_text()
     assert "…" not in shown
-    assert "scored by bits_per_byte" in shown
     lines = [line.split() for line in shown.splitlines()]
     (line,) = [line for line in lines if line[:1] == ["loraplus-rank16"]]
     assert line[:9] == ["loraplus-rank16", "8", "+", "3", "45.1", "k", "≤", "123", "k"]

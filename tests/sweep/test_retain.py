@@ -56,10 +56,7 @@ def test_data_sets_are_named_options_or_settings_and_take_nothing_from_the_learn
         ("retain.margin=0", "`retain.margin > 0` must hold"),
         ("retain.data=[stdlib_code]", "`retain.data` must be a mapping"),
         ("retain.data.x=stdlib_cod", "`retain.data.x`: `data` must be one of"),
-        (
-            "retain.data.x={data: text, data.train: gone.txt}",
-            "`retain.data.x`: `data.train` must name an existing file",
-        ),
+        ("retain.data.x={data: text, data.train: gone.txt}", "`retain.data.x`: `data.train` must name an existing"),
         ("retain.data.x={data: table, data.train: labels.csv}", "`retain.data.x`: `model.kind` must be classifier"),
         ("retain.data.x={optim.lr: 1}", "`retain.data.x`: its settings must be `data` or begin with `data.`"),
         ("retain.data.x.y=stdlib_code", "must consist of"),

@@ -172,7 +172,7 @@ def test_a_stopped_sweep_shows_the_command_that_resumes_it(folder):
     status = read_status(folder)
     shown = show(status, width=400)
     assert f"lorasweep sweep --resume {folder}" in shown
-    assert ("running" in shown.splitlines()[2], "interrupted" in shown.splitlines()[2]) == (False, True), shown
+    assert "interrupted" in shown.splitlines()[2]
 
 
 def test_the_confirm_stage_counts_a_seed_once_for_the_frozen_base(running):

@@ -1,6 +1,7 @@
 """Learning rates that are carried over: `search.steps_fraction` and `lorasweep transfer`."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 from tests.small_runs import SMALL_RUN
@@ -100,21 +101,12 @@ def test_the_plan_has_the_predicted_rate_half_of_it_and_twice_of_it(short_sweep)
     ],
 )
 def test_a_prediction_is_a_hit_a_miss_or_open(short_sweep, monkeypatch, verdicts, said):
-    class Answers:
-        def __init__(self, reference, verdict):
-            self.reference, self.verdict, self.is_settled = reference, verdict, verdict != "open"
-
-    class Data:
-        evidence = type(
-            "Evidence",
-            (),
-            {
-                "means": {},
-                "list_answers": lambda self, name: [Answers(*p) for p in zip(NEIGHBOURS, verdicts, strict=True)],
-            },
-        )()
-
-    monkeypatch.setattr(transfer_file, "load_sweep_data", lambda folder: Data)
+    answers = [
+        SimpleNamespace(reference=name, verdict=verdict, is_settled=verdict != "open")
+        for name, verdict in zip(NEIGHBOURS, verdicts, strict=True)
+    ]
+    data = SimpleNamespace(evidence=SimpleNamespace(means={}, list_answers=lambda name: answers))
+    monkeypatch.setattr(transfer_file, "load_sweep_data", lambda folder: data)
     verdict, arm = transfer_file.judge_transfer(short_sweep.folder)
     assert verdict.startswith(said)
     assert arm == ("twice" if "worse" in verdicts else PREDICTED)

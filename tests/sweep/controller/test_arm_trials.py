@@ -56,10 +56,7 @@ def can_arrive(trial, rung, better):
 
 @pytest.mark.parametrize(
     "order",
-    [
-        RungOrder(direction="minimize"),
-        RungOrder(direction="maximize", constant_answer=0.5),
-    ],
+    [RungOrder(direction="minimize"), RungOrder(direction="maximize", constant_answer=0.5)],
     ids=["minimize", "constant answer"],
 )
 @pytest.mark.parametrize(

@@ -71,15 +71,9 @@ def test_what_a_sampler_keeps_of_trials_is_handed_to_it_again():
     [
         (named("optuna.samplers.NoSuch"), "`sampler._target_` must be the import path of a class"),
         (named("optuna.pruners.NopPruner"), "must be a subclass of `optuna.samplers._base.BaseSampler`"),
-        (
-            named("optuna.samplers.TPESampler", startup=3),
-            "`sampler` must have arguments that 'optuna.samplers.TPESamp",
-        ),
+        (named("optuna.samplers.TPESampler", startup=3), "`sampler` must have arguments that 'optuna.samplers.TPESamp"),
         (named("subprocess.Popen", args="true"), "`sampler._target_` must be a subclass of"),
-        (
-            named("optuna.samplers.GridSampler", search_space={"x": [1]}),
-            "must be able to propose a trial for the space",
-        ),
+        (named("optuna.samplers.GridSampler", search_space={"x": [1]}), "must be able to propose a trial for the spac"),
     ],
 )
 def test_what_is_no_sampler_is_refused_in_one_sentence(sampler, message):

@@ -92,6 +92,9 @@ def test_an_arm_is_added_by_the_command_line(begin, work, runs, confirming):
     assert work(folder)
     path = folder.path
     before = rows_of(path)
+    arm = {**NEW_ARM, "settings": {**NEW_ARM["settings"], "seed": rows_of(path, "confirm_seeds")[0]}}
+    with pytest.raises(ConfigError, match="no arm may have one of them as its `seed`"):
+        reopen_sweep(path, changes={"arms.other": arm})
     assert work(reopen_sweep(path, changes={"arms.other": NEW_ARM}))
     assert rows_of(path)[: len(before)] == before
     assert {row.arm for row in rows_of(path, "confirm")} == {"frozen", "lora", "other"}
@@ -123,13 +126,3 @@ def test_what_would_change_trials_is_refused_and_nothing_is_written(begin, work,
         reopen_sweep(folder.path, changes=changes)
     assert {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()} == before
     reopen_sweep(folder.path).close()
-
-
-def test_a_new_arm_may_not_use_a_seed_on_which_winners_ran_again(begin, work, runs, confirming):
-    folder = begin(confirming)
-    assert work(folder)
-    seed = rows_of(folder.path, "confirm_seeds")[0]
-    arm = {**NEW_ARM, "settings": {**NEW_ARM["settings"], "seed": seed}}
-    with pytest.raises(ConfigError, match="no arm may have one of them as its `seed`"):
-        reopen_sweep(folder.path, changes={"arms.other": arm})
-    reopen_sweep(folder.path, changes={"arms.other": NEW_ARM}).close()

@@ -89,17 +89,6 @@ def test_higher_scores_may_be_better():
         assert other.regret == pytest.approx(found.regret)
 
 
-def test_a_prediction_says_whether_it_was_tried_and_how_far_the_nearest_trial_is():
-    arm = build_arm()
-    trials = search(arm, num=12)
-    for rank in RANKS:
-        found = predict(arm, trials, rank)
-        assert found.rate_ratio >= 1
-        if found.trial is not None:
-            assert trials[found.trial].params == found.params
-            assert found.rate_ratio == pytest.approx(1)
-
-
 def test_equal_predictions_keep_a_tried_trial():
     arm = build_arm()
     trials = number_trials([make(arm, trial.params, value=1.0) for trial in search(arm, num=8)])
@@ -115,25 +104,7 @@ def test_the_regret_is_never_negative_and_shrinks_with_more_trials():
     assert regrets[0] > regrets[1] > regrets[2] >= 0
 
 
-def test_a_value_that_never_fits_in_memory_has_no_prediction():
-    arm = build_arm()
-    trials = search(arm, num=12)
-    infeasible = [
-        make_trial(trial.params, state="infeasible") if trial.params["method.rank"] == 64 else trial for trial in trials
-    ]
-    assert predict(arm, number_trials(infeasible), 64) is None
-    assert predict(arm, number_trials(infeasible), 16) is not None
-
-
-def test_without_a_result_there_is_no_prediction():
-    arm = build_arm()
-    params = {"method.rank": 4, "optim.lr": 1e-3}
-    for state in ("running", "failed", "pruned"):
-        trial = make_trial(params, state=state)
-        assert predict(arm, number_trials([trial]), 4) is None
-
-
-def test_the_order_of_trials_changes_no_prediction():
+def test_a_prediction_is_tried_or_near_a_trial_and_depends_on_no_order():
     arm = build_arm()
     trials = search(arm, num=12, partial=lambda number: number % 3 == 1)
     shuffled = trials[:]
@@ -142,6 +113,23 @@ def test_the_order_of_trials_changes_no_prediction():
         first, second = predict(arm, trials, rank), predict(arm, shuffled, rank)
         assert second.params == first.params
         assert second.score == pytest.approx(first.score)  # sums in another order
+        assert first.rate_ratio >= 1
+        if first.trial is not None:
+            assert trials[first.trial].params == first.params
+            assert first.rate_ratio == pytest.approx(1)
+
+
+def test_a_value_without_a_result_has_no_prediction():
+    arm = build_arm()
+    trials = [
+        make_trial(trial.params, state="infeasible") if trial.params["method.rank"] == 64 else trial
+        for trial in search(arm, num=12)
+    ]
+    assert predict(arm, number_trials(trials), 64) is None
+    assert predict(arm, number_trials(trials), 16) is not None
+    for state in ("running", "failed", "pruned"):
+        trial = make_trial({"method.rank": 4, "optim.lr": 1e-3}, state=state)
+        assert predict(arm, number_trials([trial]), 4) is None
 
 
 def test_trials_that_begin_together_differ():

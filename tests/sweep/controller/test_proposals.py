@@ -82,9 +82,6 @@ def search(sampler, *, num, trials, arm="lora", space=SPACE, seed=0):
     return [trial.params for trial in history]
 
 
-# the first points cover
-
-
 @pytest.mark.parametrize("sampler", MODELS)
 def test_a_model_is_asked_after_the_start_and_not_without_two_results(sampler):
     history = cover(8)
@@ -94,9 +91,6 @@ def test_a_model_is_asked_after_the_start_and_not_without_two_results(sampler):
     assert ask(running, sampler=sampler) == ask(number=8)
     assert ask([history[0], *running[1:]], sampler=sampler) == ask(number=8)
     assert ask([*history[:2], *running[2:]], sampler=sampler) != ask(number=8)
-
-
-# later ones learn
 
 
 @pytest.mark.parametrize("sampler", MODELS)
@@ -110,9 +104,6 @@ def test_a_model_goes_where_results_are_good(sampler, direction):
         covering.append(distance(ask(number=12, arm=arm, space=AT_ONE_ALPHA)))
     # Sobol points lie half a decade off in the mean; a model that has learned nothing does too
     assert statistics.mean(found) < 0.5 * statistics.mean(covering)
-
-
-# what is proposed is valid, and no trial is proposed twice
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "qmc", "random"])
@@ -153,9 +144,6 @@ def test_a_repeated_proposal_is_replaced_by_the_next_point_of_the_sequence():
     assert ask([make(other)], number=0) == next_points[0]
 
 
-# every combination
-
-
 def test_a_grid_is_each_combination_once_in_an_order_of_the_seed():
     space = {
         "method.rank": CategoricalDistribution([1, 2, 4]),
@@ -174,9 +162,6 @@ def test_a_grid_is_each_combination_once_in_an_order_of_the_seed():
     assert len(set(orders[0])) == len(orders[0])
     assert sorted(orders[0]) == sorted(orders[1])
     assert orders[0] != orders[1]
-
-
-# a proposal can be repeated
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "qmc", "random"])
@@ -200,9 +185,6 @@ def test_what_was_proposed_before_and_random_states_of_the_process_change_nothin
     ask(space=space, sampler=sampler, seed=3)
     assert ask(history, space=space, sampler=sampler) == first
     assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
-
-
-# long histories
 
 
 @pytest.mark.parametrize("direction", ["minimize", "maximize"])
@@ -246,9 +228,6 @@ def test_sobol_points_are_those_of_optunas_sampler():
         theirs, ours = study.ask(ranges).params, draw_sobol_point(SpaceEncoding(ranges), index, seed=7)
         assert ours == theirs
         assert [type(value) for value in ours.values()] == [type(value) for value in theirs.values()]
-
-
-# faults
 
 
 @pytest.mark.parametrize("sampler", MODELS)

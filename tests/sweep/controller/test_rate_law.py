@@ -7,6 +7,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from tests.sweep.controller.conftest import ask_for_proposal, make_arm, make_trial
 
+from lorasweep.config.method import ALPHA_OVER_RANK as OVER_RANK
 from lorasweep.config.sweep import ModelBasedSampler, SobolSampler
 from lorasweep.sweep.controller.encoding import SpaceEncoding, build_rate_law, draw_sobol_point
 from lorasweep.sweep.definition.arms import read_definition
@@ -39,19 +40,9 @@ RATES = {"optim.lr": {"low": 1e-4, "high": 1e-2, "log": True}}
         ({"method.alpha": 4, "method.rank": 8}, {}, {}, 4),
         ({}, {"method.alpha": [1, 9]}, {"method.alpha": 9}, 9),
         ({"method.alpha": {"over_rank": 2}}, {"method.rank": RANKS}, {"method.rank": 16}, 32),
-        (
-            {},
-            {"method.rank": RANKS, "method.alpha": {"over_rank": [1, 2]}},
-            {"method.rank": 4, "method.alpha.over_rank": 2},
-            8,
-        ),
-        ({"method.rank": 8}, {"method.alpha": {"over_rank": [1, 2]}}, {"method.alpha.over_rank": 1}, 8),
-        (
-            {"method.scaling": "alpha_over_sqrt_rank"},
-            {"method.rank": RANKS},
-            {"method.rank": 64},
-            16 * math.sqrt(64),
-        ),
+        ({}, {"method.rank": RANKS, "method.alpha": {"over_rank": [1, 2]}}, {"method.rank": 4, OVER_RANK: 2}, 8),
+        ({"method.rank": 8}, {"method.alpha": {"over_rank": [1, 2]}}, {OVER_RANK: 1}, 8),
+        ({"method.scaling": "alpha_over_sqrt_rank"}, {"method.rank": RANKS}, {"method.rank": 64}, 16 * math.sqrt(64)),
         ({"optim.lr_ratio_b": 16}, {"method.rank": RANKS}, {"method.rank": 4}, 16 * 16),
         ({}, {"optim.lr_ratio_b": [1, 4]}, {"optim.lr_ratio_b": 4}, 16 * 4),
         ({}, {"method.alpha": [0, 16]}, {"method.alpha": 0}, 1),

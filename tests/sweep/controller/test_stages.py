@@ -1,7 +1,7 @@
 """After the search each arm's best settings run on fresh seeds and are scored once on test data, whatever happens."""
 
 import pytest
-from tests.sweep.conftest import Killed
+from tests.sweep.conftest import HALVING, Killed, NoInputs
 
 import lorasweep.sweep.workers.worker as worker_file
 from lorasweep.errors import Diverged, OutOfMemory
@@ -62,7 +62,9 @@ def test_each_arms_best_settings_run_on_the_same_fresh_seeds(begin, work, runs, 
     assert frozen.seed == seeds[0]
 
 
-def test_nothing_of_the_test_part_is_read_before_the_search_is_over(begin, work, runs, confirming, inputs_cache):
+def test_nothing_of_the_test_part_is_read_before_the_search_is_over(begin, work, runs, confirming):
+    inputs_cache = NoInputs()
+
     def score(config, step):
         if len(runs.begun) <= 8:
             assert inputs_cache.test_reads == 0
@@ -110,12 +112,7 @@ def test_a_run_that_was_scored_but_not_told_is_neither_trained_nor_scored_again(
 
 
 def test_paused_trials_are_pruned_before_the_confirm_stage_and_none_of_them_is_a_winner(begin, work, runs, confirming):
-    confirming["settings"] |= {
-        "pruner": "halving",
-        "pruner.rungs": [0.25],
-        "pruner.reduction_factor": 2,
-        "pruner.min_survivors": 1,
-    }
+    confirming["settings"] |= HALVING
     folder = begin(confirming, "arms.lora.trials=8")
     folder.is_save_due = lambda: True
     seen = {}
@@ -152,31 +149,27 @@ def test_a_finished_search_gets_the_stage_later_and_more_seeds_later_still(begin
     assert counts(folder.path) == ASKED
 
 
-def test_a_seed_that_diverges_keeps_its_row_and_stops_nothing(begin, work, runs, confirming):
-    def score(config, step):
-        if config.seed:
-            raise Diverged("the training loss became NaN")
+@pytest.mark.parametrize(
+    ("error", "state"), [(Diverged("the training loss became NaN"), "failed"), (OutOfMemory("2 GiB"), "infeasible")]
+)
+def test_a_seed_that_can_not_be_trained_or_scored_keeps_its_row_and_stops_nothing(
+    begin, work, runs, confirming, error, state
+):
+    def fail(config, step=None):
+        if step is None or config.seed:
+            raise error
         return config.optim.lr
 
-    runs.score = score
-    folder = begin(confirming, "sweep.max_failures=2")
+    setattr(runs, "score" if state == "failed" else "score_on_test", fail)
+    # a seed that diverges is a result of the sweep and no fault of it
+    folder = begin(confirming, f"sweep.max_failures={2 if state == 'failed' else 100}")
     assert work(folder)
     rows = read_sweep(folder.path).confirm
-    assert {(row.state, row.value, row.reason) for row in rows} == {("failed", None, "the training loss became NaN")}
+    assert {(row.state, row.value, row.reason) for row in rows} == {(state, None, str(error))}
     assert counts(folder.path) == ASKED
     begun = len(runs.begun)
     assert work(reopen_sweep(folder.path))
     assert len(runs.begun) == begun
-
-
-def test_a_run_that_cannot_be_scored_is_a_row_with_its_reason(begin, work, runs, confirming):
-    def score_on_test(record):
-        raise OutOfMemory("2 GiB")
-
-    runs.score_on_test = score_on_test
-    folder = begin(confirming, "sweep.max_failures=100")
-    assert work(folder)
-    assert {(row.state, row.reason) for row in read_sweep(folder.path).confirm} == {("infeasible", "2 GiB")}
 
 
 def test_an_arm_without_a_complete_trial_is_left_out_and_said_so(begin, work, runs, confirming):

@@ -1,6 +1,7 @@
 """The confirm stage trains in planned looks: it stops as soon as its questions are settled, whatever happens."""
 
 import random
+from dataclasses import asdict
 
 import pytest
 from tests.sweep.conftest import Killed
@@ -157,16 +158,7 @@ def test_the_order_of_slots_changes_no_look(begin, content, slots):
             controller,
             slots=slots,
             shuffle=shuffle,
-            score_on_test=lambda assignment: score_config(
-                {
-                    "method": {
-                        "name": assignment.config.method.name,
-                        "rank": getattr(assignment.config.method, "rank", 0),
-                    }
-                }
-                | {"seed": assignment.config.seed},
-                noisy=[2],
-            ),
+            score_on_test=lambda assignment: score_config(asdict(assignment.config), noisy=[2]),
         ).run()
         assert controller.finish()
         folder.close()

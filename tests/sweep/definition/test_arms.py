@@ -21,38 +21,28 @@ def arms_of(definition):
     return {arm.name: arm for arm in definition.arms}
 
 
-def test_a_file_becomes_arms_in_its_order(read, content):
+def test_a_file_becomes_arms_in_its_order_whose_corners_are_the_ends_of_their_ranges(read, content):
     definition = read(content)
-    assert [(arm.name, arm.trials) for arm in definition.arms] == [("frozen", 1), ("full", 3), ("lora", 6)]
     assert definition.name == "made_up"
-    assert arms_of(definition)["lora"].space == {
-        "method.rank": CategoricalDistribution([1, 2, 4]),
-        "optim.lr": LR,
-    }
+    assert [(arm.name, arm.trials) for arm in definition.arms] == [("frozen", 1), ("full", 3), ("lora", 6)]
+    lora = arms_of(definition)["lora"]
+    assert lora.space == {"method.rank": CategoricalDistribution([1, 2, 4]), "optim.lr": LR}
     assert arms_of(definition)["frozen"].space == {}
-
-
-def test_corners_are_both_ends_of_each_range_and_all_upper_ends(read, content):
-    corners = [(c.method.rank, c.optim.lr) for c in arms_of(read(content))["lora"].corner_configs]
+    corners = [(config.method.rank, config.optim.lr) for config in lora.corner_configs]
     assert corners == [(1, 1e-3), (2, 1e-3), (4, 1e-3), (1, 1e-1), (4, 1e-1)]
 
 
-def test_an_override_reaches_every_arm_that_has_the_key(read, content):
+def test_an_override_reaches_every_arm_that_has_the_key_and_one_of_an_arm_beats_it(read, content):
     arms = arms_of(read(content, "optim.weight_decay=0.1", "method.alpha=32"))
     assert {name: arm.settings.get("optim.weight_decay") for name, arm in arms.items()} == dict.fromkeys(arms, 0.1)
     assert {name for name, arm in arms.items() if "method.alpha" in arm.settings} == {"lora"}
-
-
-def test_an_arm_whose_space_was_fixed_away_has_one_trial(read, content):
-    full = arms_of(read(content, "arms.full.optim.lr=1e-3"))["full"]
-    assert (full.space, full.trials) == ({}, 1)
-    assert full.compose({}).optim.lr == 1e-3
-
-
-def test_an_override_of_one_arm_beats_one_of_all(read, content):
     for words in (["optim.eps=1e-6", "arms.lora.optim.eps=1e-7"], ["arms.lora.optim.eps=1e-7", "optim.eps=1e-6"]):
         arms = arms_of(read(content, *words))
         assert (arms["lora"].settings["optim.eps"], arms["full"].settings["optim.eps"]) == (1e-7, 1e-6)
+    full = arms_of(read(content, "arms.full.optim.lr=1e-3"))["full"]  # which leaves nothing to search
+    assert (full.space, full.trials, full.compose({}).optim.lr) == ({}, 1, 1e-3)
+    trials = {arm.name: arm.trials for arm in read(content, "sweep.trials=2", "arms.lora.trials=5").arms}
+    assert trials == {"frozen": 1, "full": 2, "lora": 5}
 
 
 @pytest.mark.parametrize(
@@ -72,22 +62,16 @@ def test_a_range_in_hydras_words_replaces_or_adds_one(read, content, override, k
     assert arms_of(read(content, override))["lora"].space[key] == expected
 
 
-def test_trials_are_set_for_all_arms_with_a_space_or_for_one(read, content):
-    trials = {arm.name: arm.trials for arm in read(content, "sweep.trials=2", "arms.lora.trials=5").arms}
-    assert trials == {"frozen": 1, "full": 2, "lora": 5}
-
-
 def test_an_arms_own_sweep_settings_beat_the_files_and_the_command_line_beats_both(read, content):
     content["settings"]["sampler"] = "qmc"
     content["arms"]["lora"]["settings"]["sampler"] = "tpe"
-    names = {arm.name: arm.sweep_config.sampler.name for arm in read(content).arms}
-    assert names == {"frozen": "qmc", "full": "qmc", "lora": "tpe"}
-    names = {arm.name: arm.sweep_config.sampler.name for arm in read(content, "sampler=gp").arms}
-    assert names == {"frozen": "gp", "full": "gp", "lora": "gp"}
-    names = {
-        arm.name: arm.sweep_config.sampler.name for arm in read(content, "sampler=gp", "arms.lora.sampler=tpe").arms
-    }
-    assert names == {"frozen": "gp", "full": "gp", "lora": "tpe"}
+    for words, of_all, of_lora in (
+        ([], "qmc", "tpe"),
+        (["sampler=gp"], "gp", "gp"),
+        (["sampler=gp", "arms.lora.sampler=tpe"], "gp", "tpe"),
+    ):
+        names = {arm.name: arm.sweep_config.sampler.name for arm in read(content, *words).arms}
+        assert names == {"frozen": of_all, "full": of_all, "lora": of_lora}
 
 
 @pytest.mark.parametrize(
@@ -115,9 +99,8 @@ def test_another_option_of_a_group_has_its_own_defaults(read, content, set_in_fi
 def test_arguments_of_an_optimizer_are_searched_as_other_settings(read, content):
     content["arms"]["lora"]["settings"]["optim"] = "sgd"
     content["arms"]["lora"]["space"] |= {"optim.dampening": {"low": 0.0, "high": 0.5}}
-    lora = arms_of(read(content, "optim.lr=tag(log,interval(0.01,1.0))", "arms.lora.optim.momentum=choice(0,0.9)"))[
-        "lora"
-    ]
+    words = ["optim.lr=tag(log,interval(0.01,1.0))", "arms.lora.optim.momentum=choice(0,0.9)"]
+    lora = arms_of(read(content, *words))["lora"]
     assert lora.space["optim.momentum"] == CategoricalDistribution([0, 0.9])
     assert lora.space["optim.dampening"] == FloatDistribution(0.0, 0.5)
     assert lora.space["optim.lr"] == FloatDistribution(0.01, 1.0, log=True)
@@ -125,33 +108,23 @@ def test_arguments_of_an_optimizer_are_searched_as_other_settings(read, content)
     assert (config.optim.lr, dict(config.optim.arguments)) == (0.1, {"momentum": 0.9, "dampening": 0.2})
 
 
-def test_a_list_of_loggers_or_callbacks_is_no_choice_of_one(read, content):
-    arms = arms_of(read(content, "logger=[tensorboard,csv]", "arms.lora.callbacks=[lr_monitor,device_stats]"))
-    assert set(arms["lora"].space) == {"method.rank", "optim.lr"}
-    config = arms["lora"].corner_configs[0]
-    assert (list(config.logger), list(config.callbacks)) == (["tensorboard", "csv"], ["lr_monitor", "device_stats"])
-    assert list(arms["full"].corner_configs[0].callbacks) == []
-
-
-def test_a_list_for_a_setting_that_is_always_a_list_is_its_value(read, content):
-    lora = arms_of(
-        read(content, "method.exclude=[k_proj,o_proj]", "method.layers=[0,1]", "method.targets=[q_proj,v_proj]")
-    )["lora"]
+def test_a_list_for_a_setting_that_is_always_a_list_is_its_value_and_no_choice(read, content):
+    words = ["method.exclude=[k_proj,o_proj]", "method.layers=[0,1]", "method.targets=[q_proj,v_proj]"]
+    words += ["logger=[tensorboard,csv]", "arms.lora.callbacks=[lr_monitor,device_stats]"]
+    del content["settings"]["pruner"]
+    definition = read(content, *words, "confirm.looks=[3,5]", "arms.lora.pruner.rungs=[0.25]")
+    lora, full = (arms_of(definition)[name] for name in ("lora", "full"))
     assert set(lora.space) == {"method.rank", "optim.lr"}
-    method = lora.corner_configs[0].method
-    assert method.targets == ("q_proj", "v_proj")
-    assert (method.exclude, method.layers) == (("k_proj", "o_proj"), (0, 1))
+    config = lora.corner_configs[0]
+    assert config.method.targets == ("q_proj", "v_proj")
+    assert (config.method.exclude, config.method.layers) == (("k_proj", "o_proj"), (0, 1))
+    assert (list(config.logger), list(config.callbacks)) == (["tensorboard", "csv"], ["lr_monitor", "device_stats"])
+    assert list(full.corner_configs[0].callbacks) == []
+    assert {arm.sweep_config.confirm.looks for arm in definition.arms} == {(3, 5)}
+    assert lora.sweep_config.pruner.rungs == (0.25,)
     content["settings"] = {"data": "table", "data.train": "topics.csv", "model": "tiny", "model.kind": "classifier"}
     arms = arms_of(read(content, "data.columns=[label,title,text]"))
     assert {arm.corner_configs[0].data.columns for arm in arms.values()} == {("label", "title", "text")}
-
-
-def test_a_list_of_the_sweep_itself_is_its_value(read, content):
-    del content["settings"]["pruner"]
-    definition = read(content, "confirm.looks=[3,5]", "arms.lora.pruner.rungs=[0.25]")
-    assert {arm.sweep_config.confirm.looks for arm in definition.arms} == {(3, 5)}
-    assert arms_of(definition)["lora"].sweep_config.pruner.rungs == (0.25,)
-    assert set(arms_of(definition)["lora"].space) == {"method.rank", "optim.lr"}
 
 
 def test_a_swept_group_leaves_its_settings_alone(read, content):
@@ -213,8 +186,6 @@ def test_each_value_of_confirm_each_is_a_subject_and_numbers_ascend(read, conten
 def test_confirm_each_is_set_on_the_command_line_and_taken_back(read, content):
     definition = read(content, "arms.lora.confirm_each=method.rank")
     assert subjects_of(definition) == [("lora-rank-1", 1), ("lora-rank-2", 2), ("lora-rank-4", 4)]
-    assert subjects_of(restore_definition(json.loads(json.dumps(definition.raw)), source=None)) == subjects_of(
-        definition
-    )
+    assert subjects_of(restore_definition(definition.raw, source=None)) == subjects_of(definition)
     content["arms"]["lora"]["confirm_each"] = "method.rank"
     assert subjects_of(read(content, "arms.lora.confirm_each=null")) == [("lora", None)]

@@ -22,19 +22,14 @@ def ask(write_file):
     return of
 
 
-def test_each_arm_that_trains_is_compared_with_full(ask, content):
-    content["arms"]["other"] = OTHER
-    assert ask(content) == [("as_good_as_full", ["lora"], "full"), ("as_good_as_full", ["other"], "full")]
-
-
-def test_values_are_compared_with_full_and_the_smallest_rank_is_asked_for(ask, content):
-    content["arms"]["lora"]["confirm_each"] = "method.rank"
+def test_each_arm_or_value_is_compared_with_full_and_the_smallest_is_asked_for_where_it_costs_less(ask, content):
+    content["arms"]["lora"] |= {"space": {"method.rank": [1, 2, 4]}, "confirm_each": "method.rank"}
     assert ask(content) == [("as_good_as_full", RANKS, "full"), ("smallest", RANKS, None)]
-
-
-def test_the_smallest_value_is_asked_for_only_where_a_smaller_one_costs_less(ask, content):
     content["arms"]["lora"] |= {"space": {"method.alpha": [8, 16]}, "confirm_each": "method.alpha"}
     assert [name for name, _, _ in ask(content)] == ["as_good_as_full"]
+    content["arms"]["lora"]["confirm_each"] = None
+    content["arms"]["other"] = OTHER
+    assert ask(content) == [("as_good_as_full", ["lora"], "full"), ("as_good_as_full", ["other"], "full")]
 
 
 def test_without_full_other_arms_are_compared_with_the_first_that_trains(ask, content):
@@ -46,19 +41,14 @@ def test_without_full_other_arms_are_compared_with_the_first_that_trains(ask, co
     assert ask(content) == [("pair", ["other"], "lora-rank-4"), ("smallest", RANKS, None)]
 
 
-def test_pairs_are_asked_for_beside_full_and_in_place_of_the_first_arm(ask, content):
+def test_pairs_name_arms_or_values_and_are_asked_for_beside_full_or_in_place_of_the_first_arm(ask, content):
     content["arms"]["other"] = OTHER
     pair = "confirm.pairs=[[other,lora]]"
     assert ask(content, pair)[-1] == ("pair", ["other"], "lora")
     assert len(ask(content, pair)) == 3
     content["arms"].pop("full")
     assert ask(content, pair) == [("pair", ["other"], "lora")]
-
-
-def test_a_pair_may_name_one_value_or_all_of_an_arm(ask, content):
     content["arms"]["lora"]["confirm_each"] = "method.rank"
-    content["arms"]["other"] = OTHER
-    content["arms"].pop("full")
     pairs = "confirm.pairs=[[lora-rank-1,other],[lora,other],[other,lora],[other,lora-rank-2]]"
     assert ask(content, pairs)[1:] == [
         ("pair", ["lora-rank-1"], "other"),
@@ -66,11 +56,8 @@ def test_a_pair_may_name_one_value_or_all_of_an_arm(ask, content):
         ("pair", ["other"], "lora-rank-4"),
         ("pair", ["other"], "lora-rank-2"),
     ]
-
-
-def test_a_pair_with_an_unknown_arm_is_refused_with_the_nearest(ask, content):
     with pytest.raises(ConfigError, match=r"confirm\.pairs.*'loar'.*`lora`"):
-        ask(content, "confirm.pairs=[[loar,full]]")
+        ask(content, "confirm.pairs=[[loar,other]]")
 
 
 def test_questions_and_looks_are_in_the_record_before_the_first_trial(begin, content):
@@ -96,14 +83,8 @@ def test_seeds_depend_on_the_sweeps_seed_and_their_number_alone(define):
     assert draw_confirm_seeds(define("confirm.seeds=8"))[:5] == five
     assert set(draw_confirm_seeds(define("confirm.seeds=5", "sweep.seed=1"))).isdisjoint(five)
     assert draw_confirm_seeds(define("confirm.seeds=0")) == []
-
-
-def test_by_default_there_are_seeds_for_every_look(three_arms, write_file):
-    del three_arms["settings"]["confirm.seeds"]
-    definition = read_definition(write_file(three_arms), [])
-    looks = definition.sweep_config.confirm.list_looks()
-    assert len(looks) > 1
-    assert len(draw_confirm_seeds(definition)) == looks[-1]
+    default = define("confirm.seeds=auto")
+    assert len(draw_confirm_seeds(default)) == default.sweep_config.confirm.list_looks()[-1]
 
 
 @pytest.mark.parametrize("key", ["seed", "seeds.init", "seeds.data_order", "seeds.dropout"])

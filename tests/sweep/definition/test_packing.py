@@ -16,20 +16,15 @@ def plan(write_file, content, *overrides):
     return plan_packing(read_definition(write_file(content), overrides))
 
 
-def test_lora_trials_share_packs_and_others_run_alone(write_file, content):
-    plans = plan(write_file, content)
-    assert plans["lora"].key is not None
-    assert plans["full"].key is None
-    assert "`method=full` trains alone" in plans["full"].reason
-    assert plans["lora"].largest.method.rank == 4
-
-
-def test_arms_that_differ_in_what_a_slot_owns_share_a_pack(write_file, content):
+def test_lora_trials_and_arms_that_differ_in_what_a_slot_owns_share_packs(write_file, content):
     content["arms"]["other"] = {"settings": {"method": "lora", "method.alpha": 4, "schedule": "cosine"}, "trials": 1}
     content["arms"]["longer"] = {"settings": {"method": "lora", "trainer.max_steps": 16}, "trials": 1}
     plans = plan(write_file, content)
-    assert plans["other"].key == plans["lora"].key
+    assert plans["lora"].largest.method.rank == 4
+    assert plans["lora"].key == plans["other"].key
     assert plans["longer"].key not in (None, plans["lora"].key)
+    assert plans["full"].key is None
+    assert "`method=full` trains alone" in plans["full"].reason
 
 
 @pytest.mark.parametrize(
@@ -76,19 +71,15 @@ def test_an_adapter_of_peft_trains_alone_and_its_keys_are_swept(write_file, cont
     assert note.startswith("`lora`: its trials run alone. `method=peft` trains alone")
 
 
-def test_a_swept_setting_that_slots_share_runs_alone(write_file, content):
+def test_a_swept_setting_that_slots_share_runs_alone_and_a_size_that_can_not_be_is_refused(write_file, content):
+    for override, message in (
+        ("worker.pack_size=7", r"`worker.pack_size <= 6` must hold.*but got 7"),
+        ("arms.full.worker.pack_size=2", r"`worker.pack_size` must be 1 or auto for arm `full`, but got 2"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            plan(write_file, content, override)
     content["arms"]["lora"]["space"]["trainer.batch_size"] = [2, 4]
     assert "`trainer.batch_size` is swept" in plan(write_file, content)["lora"].reason
-
-
-def test_a_pack_larger_than_its_trials_is_refused(write_file, content):
-    with pytest.raises(ConfigError, match=r"`worker.pack_size <= 6` must hold.*but got 7"):
-        plan(write_file, content, "worker.pack_size=7")
-
-
-def test_a_pack_asked_for_an_arm_without_slots_is_refused(write_file, content):
-    with pytest.raises(ConfigError, match=r"`worker.pack_size` must be 1 or auto for arm `full`, but got 2"):
-        plan(write_file, content, "arms.full.worker.pack_size=2")
 
 
 def quantizations(definition):

@@ -20,26 +20,23 @@ def warnings(write_file, content):
     return of
 
 
-def test_a_fair_sweep_is_not_warned_of(warnings):
-    assert warnings({}) == []
-
-
-def test_unequal_numbers_of_trials_are_warned_of(warnings):
-    (warning,) = warnings({"trials": 6})
-    assert warning.startswith("Arms have unequal numbers of trials (full 3, lora 6): ")
-    assert warnings({"trials": 6}, "sweep.trials=4") == []
-
-
-def test_unequal_tokens_per_trial_are_warned_of(warnings):
-    (warning,) = warnings({"settings": {"trainer.max_steps": 16}})
-    assert warning.startswith("Arms train on unequal numbers of tokens per trial (full 4,096, lora 8,192): ")
-
-
-def test_fewer_than_three_seeds_are_warned_of(warnings):
-    for count in (1, 2):
-        (warning,) = warnings({}, f"confirm.seeds={count}")
-        assert warning.startswith(f"`confirm.seeds` is {count}")
-    assert warnings({}, "confirm.seeds=3") == []
+@pytest.mark.parametrize(
+    ("lora", "words", "start"),
+    [
+        ({"trials": 6}, [], "Arms have unequal numbers of trials (full 3, lora 6): "),
+        (
+            {"settings": {"trainer.max_steps": 16}},
+            [],
+            "Arms train on unequal numbers of tokens per trial (full 4,096, lora 8,192): ",
+        ),
+        ({}, ["confirm.seeds=1"], "`confirm.seeds` is 1"),
+        ({}, ["confirm.seeds=2"], "`confirm.seeds` is 2"),
+    ],
+)
+def test_what_is_not_fair_is_warned_of(warnings, lora, words, start):
+    (warning,) = warnings(lora, *words)
+    assert warning.startswith(start)
+    assert warnings({}, "sweep.trials=4", "confirm.seeds=3") == []
 
 
 @pytest.mark.parametrize("method", ["full", "frozen"])

@@ -1,12 +1,14 @@
 """The loop gives exactly the trials that were asked for, whatever becomes of them and however often it is stopped."""
 
 import pytest
+from tests.sweep.conftest import HALVING as ONE_RUNG
 
 from lorasweep.config.compose import packaged_folder
 from lorasweep.errors import Diverged, OutOfMemory, WorkerError
 from lorasweep.record import read_run, read_sweep
 
-GRID = {"method.rank": [1, 2, 4], "optim.lr": [0.01, 0.1]}
+HALVING = ONE_RUNG | {"pruner.rungs": [0.25, 0.5]}
+SAMPLERS = sorted(path.stem for path in (packaged_folder("conf") / "sampler").glob("*.yaml"))
 
 
 def rows_of(path):
@@ -20,16 +22,9 @@ def counts(path):
     return {arm: {state: states.count(state) for state in set(states)} for arm, states in found.items()}
 
 
-HALVING = {"pruner": "halving", "pruner.rungs": [0.25, 0.5], "pruner.reduction_factor": 2, "pruner.min_survivors": 1}
-
-
 @pytest.mark.parametrize(
     ("sampler", "stop_at"),
-    [
-        ("qmc", 3),
-        ("tpe", 7),
-        pytest.param("gp", 5, marks=pytest.mark.slow),
-    ],
+    [("qmc", 3), ("tpe", 7), pytest.param("gp", 5, marks=pytest.mark.slow)],
 )
 def test_a_stopped_sweep_proposes_what_an_uninterrupted_one_does(begin, work, finish, runs, content, sampler, stop_at):
     content["settings"] |= {"sampler": sampler} | HALVING
@@ -141,19 +136,13 @@ def test_a_paused_trial_goes_on_under_its_number_from_where_it_was(begin, work, 
     assert runs.steps_trained == sum(read_run(folder.path / row.run).steps_done for row in rows) < 12 * 8
 
 
-SAMPLERS = {p.stem for p in (packaged_folder("conf") / "sampler").glob("*.yaml")}
-
-
-@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_runs_a_sweep(begin, work, runs, content, sampler):
-    content["arms"]["lora"] |= {"space": GRID, "trials": 6}
+    content["arms"]["lora"] |= {"space": {"method.rank": [1, 2, 4], "optim.lr": [0.01, 0.1]}, "trials": 6}
     content["arms"]["full"] |= {"space": {"optim.lr": {"low": 0.1, "high": 0.3, "step": 0.1}}, "trials": 3}
     startup = ["sampler.startup_trials=2"] if sampler in ("tpe", "gp") else []
     folder = begin(content, f"sampler={sampler}", *startup)
     assert work(folder)
     assert counts(folder.path) == {"frozen": {"complete": 1}, "full": {"complete": 3}, "lora": {"complete": 6}}
     if sampler == "grid":
-        tried = {
-            (row.params["method.rank"], row.params["optim.lr"]) for row in folder.record.trials if row.arm == "lora"
-        }
-        assert len(tried) == 6
+        assert len({tuple(row.params.values()) for row in folder.record.trials if row.arm == "lora"}) == 6

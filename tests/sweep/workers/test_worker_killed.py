@@ -5,7 +5,7 @@ from contextlib import suppress
 
 import optuna
 import pytest
-from tests.sweep.conftest import Killed, kill_at
+from tests.sweep.conftest import HALVING, Killed, kill_at
 
 from lorasweep.errors import OutOfMemory
 from lorasweep.record import read_run, read_sweep
@@ -18,13 +18,7 @@ def killed(content):
     """Two arms that are halved, with a confirm stage of more seeds than a pack has slots."""
     del content["arms"]["frozen"]
     content["arms"]["full"]["trials"] = 2
-    content["settings"] |= {
-        "pruner": "halving",
-        "pruner.rungs": [0.25, 0.5],
-        "pruner.reduction_factor": 2,
-        "pruner.min_survivors": 1,
-    }
-    content["settings"] |= {"confirm.seeds": 5}
+    content["settings"] |= HALVING | {"pruner.rungs": [0.25, 0.5], "confirm.seeds": 5}
     return content
 
 
