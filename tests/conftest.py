@@ -52,9 +52,9 @@ def _flush_nothing():
 
 
 @pytest.fixture(scope="session")
-def short_run():
-    """Dotted keys and values of a run of a few seconds."""
-    return dict(SHORT_RUN)
+def short_words():
+    """A run of a few seconds as one types it."""
+    return [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in SHORT_RUN.items()]
 
 
 @pytest.fixture(scope="session")
@@ -62,12 +62,9 @@ def make_config():
     """Makes the settings of a run of a few seconds; keys of LoRA are left out under other methods."""
 
     def make(settings=None, /):
-        given = dict(settings or {})
-        short = {
-            key: value
-            for key, value in SHORT_RUN.items()
-            if given.get("method", "lora") == "lora" or not key.startswith("method.")
-        }
+        given = settings or {}
+        is_lora = given.get("method", "lora") == "lora"
+        short = {key: value for key, value in SHORT_RUN.items() if is_lora or not key.startswith("method.")}
         return compose_run({**short, **given})
 
     return make
@@ -97,12 +94,7 @@ def inputs(make_config):
 def encoder(tmp_path_factory):
     """Returns the folder of a small random encoder, in place of the model of 22 M parameters that the pages name."""
     folder = tmp_path_factory.mktemp("encoder")
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         BertModel(BertConfig(**sizes, vocab_size=257)).save_pretrained(folder)

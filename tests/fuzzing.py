@@ -13,35 +13,11 @@ from lorasweep.errors import LoraSweepError
 
 MAX_CASE_S = 30
 """Seconds that a reader may take for a file of a few kilobytes, on a slow machine."""
-FUZZ = settings(
-    max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-)
+FUZZ = settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=[*HealthCheck])
 HOSTILE_NUMBERS = [-1, 0, 1, 2**31, 2**63, 10**9, 10**18, 10**400, -(10**18), 1e-300, 1e308, float("nan"), float("inf")]
-HOSTILE_TEXTS = [
-    "",
-    "x",
-    "x" * 2000,
-    "../../outside",
-    "/dev/zero",
-    "\ud800",
-    "NaN",
-    "${oc.env:HOME}",
-    "re:(a?(a?)?)*",
-    "\n",
-]
-HOSTILE = [
-    *HOSTILE_NUMBERS,
-    *HOSTILE_TEXTS,
-    None,
-    True,
-    False,
-    [],
-    {},
-    [[]],
-    [None],
-    {"a": {"b": [1]}},
-    {"": 0},
-]
+HOSTILE_TEXTS = ["", "x", "x" * 2000, "../../outside", "/dev/zero", "\ud800", "NaN", "${oc.env:HOME}"]
+HOSTILE_TEXTS += ["re:(a?(a?)?)*", "\n"]
+HOSTILE = [*HOSTILE_NUMBERS, *HOSTILE_TEXTS, None, True, False, [], {}, [[]], [None], {"a": {"b": [1]}}, {"": 0}]
 NESTED = "[" * 100_000
 
 

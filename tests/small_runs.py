@@ -1,4 +1,4 @@
-"""Settings of a run of the embedded model that takes a fraction of a second."""
+"""Settings of a run of the embedded model that takes a fraction of a second, and of searches."""
 
 SMALL_RUN = {
     "data.block_length": 32,
@@ -12,3 +12,8 @@ SMALL_RUN = {
     "trainer.device": "cpu",
 }
 TWO_STEPS = SMALL_RUN | {"trainer.max_steps": 2, "trainer.eval_every_steps": 1}
+
+
+def rates(low, high):
+    """A range of learning rates."""
+    return {"low": low, "high": high, "log": True}

@@ -14,12 +14,7 @@ from lorasweep.record import read_sweep
 
 SWEEP = {
     "name": "small",
-    "settings": {
-        **SMALL_RUN,
-        "sampler": "random",
-        "pruner": "none",
-        "confirm.seeds": 1,
-    },
+    "settings": SMALL_RUN | {"sampler": "random", "pruner": "none", "confirm.seeds": 1},
     "arms": {
         "frozen": {"settings": {"method": "frozen"}},
         "lora": {"settings": {"method": "lora"}, "space": {"method.rank": [1, 2]}, "trials": 2},
@@ -33,13 +28,10 @@ def result(tmp_path_factory):
     return lorasweep.run_sweep(SWEEP, output=tmp_path_factory.mktemp("sweep") / "out", progress=None)
 
 
-def test_a_sweep_from_a_mapping_is_complete_and_has_its_report(result):
+def test_a_sweep_from_a_mapping_is_complete_and_its_best_trial_is_confirmed(result):
     assert (result.status, result.metric, result.direction) == ("complete", "bits_per_byte", "minimize")
     assert result.arms == ["frozen", "lora"]
     assert result.report.is_file()
-
-
-def test_the_best_trial_is_confirmed(result):
     best, frame = result.best("lora"), result.trials_dataframe().query("arm == 'lora'")
     assert sorted(frame["trial"]) == [0, 1]
     assert best.number == frame.loc[frame["bits_per_byte"].idxmin(), "trial"]
@@ -47,6 +39,9 @@ def test_the_best_trial_is_confirmed(result):
     assert [row.trial for row in result.record.settings if row.subject == "lora"] == [best.number]
     assert best.value == result.study("lora").trials[best.number].value == result.load_run(best).score
     assert result.best("frozen").params == {}
+    for call in (result.best, result.study):
+        with pytest.raises(ConfigError, match=r"`arm` must be one of frozen, lora.*'full'"):
+            call("full")
 
 
 def test_dataframes_have_a_row_per_trial_run_and_step(result):
@@ -60,19 +55,12 @@ def test_dataframes_have_a_row_per_trial_run_and_step(result):
     assert steps["loss"].notna().all()
 
 
-def test_figures_and_the_table_show_what_the_report_shows(result):
+def test_figures_table_and_weights_are_there_and_loading_reads_what_running_returned(result):
     assert all(figure.data for figure in result.figures().values())
     assert "bits_per_byte" in result.table()
     assert str(result.load_run(result.best("lora"))).startswith("complete: bits_per_byte ")
-
-
-def test_the_kept_weights_come_back_as_a_model(result):
-    run = result.load_run(result.best("lora"))
-    names = {name for name, _ in run.load_model().named_parameters()}
+    names = {name for name, _ in result.load_run(result.best("lora")).load_model().named_parameters()}
     assert any("lora_a" in name for name in names)
-
-
-def test_loading_reads_what_running_returned(result):
     again = lorasweep.load_sweep(result.folder)
     pandas.testing.assert_frame_equal(again.trials_dataframe(), result.trials_dataframe())
 
@@ -135,9 +123,3 @@ def test_a_wrong_request_is_an_exception_and_leaves_nothing(tmp_path, monkeypatc
         call(tmp_path / "new")
     assert words in str(raised.value)
     assert not list(tmp_path.iterdir())
-
-
-def test_an_arm_that_is_not_there_is_refused(result):
-    for call in (result.best, result.study):
-        with pytest.raises(ConfigError, match=r"`arm` must be one of frozen, lora.*'full'"):
-            call("full")

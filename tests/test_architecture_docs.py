@@ -23,14 +23,11 @@ def read_path():
     return re.findall(r"^\| \d+ \| `([\w/]+\.py)` \| `(\w+)`", DOCUMENT, flags=re.MULTILINE)
 
 
-def test_every_step_of_a_trials_path_is_a_function_of_its_file():
+def test_every_step_of_a_trials_path_is_a_function_of_its_file_and_a_trial_of_one_class():
     assert read_path()
     for file, function in read_path():
         names = {node.name for node in ast.walk(ast.parse((SOURCE / file).read_text())) if hasattr(node, "name")}
         assert function in names, file
-
-
-def test_a_trial_is_of_one_class_in_each_file_that_handles_trials():
     handled = [file for file, _ in read_path() if file.startswith(("sweep/controller", "report"))]
     for file in handled:
         names = {node.id for node in ast.walk(ast.parse((SOURCE / file).read_text())) if isinstance(node, ast.Name)}

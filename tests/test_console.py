@@ -41,7 +41,7 @@ def test_styles_of_our_own_still_work():
     assert file.getvalue() == "\x1b[1marm\\x1b[2J\x1b[0m\n"
 
 
-def test_a_sentence_is_one_line_of_a_length_that_can_be_read(capsys):
+def test_a_sentence_is_one_line_of_a_length_that_can_be_read(capsys, tmp_path):
     say_error(f"a\nb{HOSTILE}" + "x" * 10**6)
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1
@@ -49,9 +49,6 @@ def test_a_sentence_is_one_line_of_a_length_that_can_be_read(capsys):
     assert not [c for c in ESCAPES if c in printed]
     say("two\nlines\x1b")
     assert capsys.readouterr().out == "two\nlines\\x1b\n"
-
-
-def test_an_error_that_quotes_a_hostile_name_is_one_line(capsys, tmp_path):
     name = tmp_path / "\x1b]0;owned\x07\n\u202e[red]"
     assert lorasweep.cli.run(["compare", str(name)]) == 2
     printed = capsys.readouterr().err

@@ -30,10 +30,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path, 
 
 def test_content_and_name_reach_the_disk_before_a_write_returns(tmp_path, monkeypatch):
     flushed = []
-    true_fsync = os.fsync
-    monkeypatch.setattr(
-        os, "fsync", lambda handle: (flushed.append(os.readlink(f"/proc/self/fd/{handle}")), true_fsync(handle))
-    )
+    monkeypatch.setattr(os, "fsync", lambda handle: flushed.append(os.readlink(f"/proc/self/fd/{handle}")))
     write_atomically(tmp_path / "file", "x")
     temporary, folder = (os.path.basename(name) for name in flushed)
     assert re.fullmatch(rf"\.file\.{os.getpid()}-[0-9a-f]{{8}}\.tmp", temporary)
@@ -47,9 +44,7 @@ def test_a_full_disk_is_known_by_its_number_its_words_and_as_a_cause(tmp_path):
     rust = ValueError('I/O error: Os { code: 28, kind: StorageFull, message: "No space left on device" }')
     for error in (full, wrapped, rust):
         assert explain_unwritable(tmp_path, error) == "No space left on device"
-
-
-def test_an_error_of_a_runs_own_is_no_matter_of_the_disk(tmp_path):
+    # an error of a run's own is no matter of the disk
     assert explain_unwritable(tmp_path, FileNotFoundError(errno.ENOENT, "no such file", "my.csv")) is None
     assert explain_unwritable(tmp_path, RuntimeError("shapes differ")) is None
     assert list(tmp_path.iterdir()) == []
@@ -88,37 +83,29 @@ def test_processes_that_start_together_claim_different_folders(tmp_path):
         process.stdin.flush()
     for process in processes:
         claimed += process.communicate(timeout=60)[0].split()
-    expected = {"outputs/run", *(f"outputs/run-{number}" for number in range(2, 101))}
-    assert len(claimed) == len(set(claimed)) == 100
-    assert set(claimed) == expected
+    assert len(claimed) == 100
+    assert set(claimed) == {"outputs/run", *(f"outputs/run-{number}" for number in range(2, 101))}
 
 
 def test_a_claimed_folder_is_refused_until_its_owner_ends(tmp_path):
     path = tmp_path / "run"
     with claim_folder(path, otherwise=(), key="output"):
-        with (
-            pytest.raises(ConfigError, match=r"`output` must be a folder that no other process writes to.* is in use"),
-            claim_folder(path, otherwise=(), key="output"),
-        ):
-            raise AssertionError("claimed twice")
+        refuse_to_claim(path, r"`output` must be a folder that no other process writes to.* is in use")
         assert path.is_dir()
     with claim_folder(path, otherwise=(), key="output") as again:  # still empty
         assert again == path
 
 
+def refuse_to_claim(path, message):
+    with pytest.raises(ConfigError, match=message), claim_folder(path, otherwise=(), key="output"):
+        raise AssertionError("it was claimed")
+
+
 def test_an_empty_folder_is_claimed_and_a_full_one_is_refused(tmp_path):
     with claim_folder(tmp_path, otherwise=(), key="output") as path:
         (path / "mine.txt").write_text("mine")
-    with (
-        pytest.raises(ConfigError, match="`output` must be a new or empty folder"),
-        claim_folder(tmp_path, otherwise=(), key="output"),
-    ):
-        pass
-    with (
-        pytest.raises(ConfigError, match="`output` must be a folder that can be created"),
-        claim_folder(tmp_path / "mine.txt" / "run", otherwise=(), key="output"),
-    ):
-        pass
+    refuse_to_claim(tmp_path, "`output` must be a new or empty folder")
+    refuse_to_claim(tmp_path / "mine.txt" / "run", "`output` must be a folder that can be created")
 
 
 @pytest.mark.parametrize("is_written", [False, True])

@@ -21,15 +21,6 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture
-def short(short_run):
-    """A run of a few seconds as one types it."""
-    words = []
-    for key, value in short_run.items():
-        words.append(f"{key}={str(value).lower() if isinstance(value, bool) else value}")
-    return words
-
-
 def files_below(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
 
@@ -54,21 +45,15 @@ def settings_of(capsys, *words):
     return list(yaml.safe_load_all(capsys.readouterr().out))
 
 
-def test_keys_and_groups_are_added_removed_and_forced_as_in_hydra(capsys, here):
+def test_keys_and_groups_change_as_in_hydra_and_typed_keys_win_over_shipped_experiments(capsys, here):
     (shown,) = settings_of(capsys, "+optim.foreach=false", "~logger", "++method.rank=3", "optim=sgd", "~optim.momentum")
     assert (shown["optim"]["foreach"], shown["logger"], shown["method"]["rank"]) == (False, {}, 3)
     assert "momentum" not in shown["optim"]
     (swept,) = settings_of(capsys, "optim._target_=torch.optim.RMSprop", "optim.momentum=0.5")
     assert "beta1" not in swept["optim"]  # Hydra alone would keep it
-
-
-def test_shipped_experiments_change_several_groups_and_typed_keys_win(capsys):
     (quick,) = settings_of(capsys, "+experiment=quick_check", "trainer.batch_size=2")
-    assert (list(quick["callbacks"]), quick["trainer"]["max_steps"], quick["trainer"]["batch_size"]) == (
-        ["lr_monitor"],
-        20,
-        2,
-    )
+    assert list(quick["callbacks"]) == ["lr_monitor"]
+    assert (quick["trainer"]["max_steps"], quick["trainer"]["batch_size"]) == (20, 2)
     (low,) = settings_of(capsys, "+experiment=low_memory", "method=full")
     assert (low["optim"]["_target_"].split(".")[-1], low["trainer"]["activation_checkpointing"]) == ("Adafactor", True)
     assert low["method"]["name"] == "full"
@@ -113,6 +98,7 @@ def test_options_are_also_found_in_other_folders_and_packages(capsys, own_groups
         (["method.rank=1,4"], "To sweep over it, add --multirun"),
         (["--cfg", "job", "method.rank=0"], "`method.rank >= 1` must hold, but got 0."),
         (["model=causal_lm"], "`model.path` must be set, but is missing."),
+        (["--from", "nowhere"], "a sweep's folder must contain sweep.json, but 'nowhere' does not."),
     ],
 )
 def test_a_wrong_word_of_hydra_is_one_line_and_exit_code_2(capsys, here, words, message):
@@ -136,27 +122,21 @@ def test_a_wrong_job_of_a_grid_is_refused_before_one_trains(capsys, here, words,
     assert not list(here.rglob("run.json"))
 
 
-def test_train_runs_once_in_a_new_folder_and_says_the_score(capsys, here, short):
-    assert run(["train", *short]) == DONE
+def test_train_runs_once_in_a_new_folder_and_says_the_score(capsys, here, short_words):
+    assert run(["train", *short_words]) == DONE
     record = read_run(here / "outputs" / "train" / "0001")
     assert record.status == "complete"
     line = capsys.readouterr().out
     assert line.startswith(f"bits_per_byte {record.score:.4f} at step {record.best['step']:.0f} of 4, ")
     assert line.endswith(": outputs/train/0001\n")
     assert {path.name for path in here.iterdir()} == {"outputs"}
-    assert run(["train", *short]) == DONE
+    assert run(["train", *short_words]) == DONE
     assert {path.name for path in (here / "outputs" / "train").iterdir()} == {"0001", "0002"}
 
 
-def test_a_source_of_settings_that_can_not_be_used_is_one_line_and_exit_code_2(here, capsys):
-    assert run(["train", "--from", "nowhere"]) == WRONG_REQUEST
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "a sweep's folder must contain sweep.json, but 'nowhere' does not." in line
-
-
 @pytest.mark.slow
-def test_a_grid_runs_every_combination_and_leaves_nothing_else(here, short, capsys):
-    assert run(["train", "-m", *short, "method.rank=1,2"]) == DONE
+def test_a_grid_runs_every_combination_and_leaves_nothing_else(here, short_words, capsys):
+    assert run(["train", "-m", *short_words, "method.rank=1,2"]) == DONE
     folders = sorted((here / "outputs" / "train").glob("0*"))
     assert [read_run(folder).config["method"]["rank"] for folder in folders] == [1, 2]
     shown = [line for line in capsys.readouterr().out.splitlines() if "trained parameters" in line]
@@ -166,8 +146,8 @@ def test_a_grid_runs_every_combination_and_leaves_nothing_else(here, short, caps
 
 
 @pytest.mark.slow
-def test_a_run_is_resumed_with_its_settings_only(here, short, capsys):
-    words = ["train", *short, "output=run", "resume=true"]
+def test_a_run_is_resumed_with_its_settings_only(here, short_words, capsys):
+    words = ["train", *short_words, "output=run", "resume=true"]
     assert run(words) == DONE  # there is none yet
     first = read_run(here / "run")
     assert run(words) == DONE
@@ -175,18 +155,18 @@ def test_a_run_is_resumed_with_its_settings_only(here, short, capsys):
     capsys.readouterr()
     assert run([*words, "optim.lr=1e-5"]) == WRONG_REQUEST
     assert "`optim.lr` must be" in capsys.readouterr().err
-    assert run(["train", *short, "resume=true"]) == WRONG_REQUEST
+    assert run(["train", *short_words, "resume=true"]) == WRONG_REQUEST
     assert "must come with `output=DIR`" in capsys.readouterr().err
 
 
-def test_a_run_that_diverges_is_one_line_and_exit_code_1(here, short, capsys):
-    assert run(["train", *short, "optim.lr=1e30"]) == FAILED
+def test_a_run_that_diverges_is_one_line_and_exit_code_1(here, short_words, capsys):
+    assert run(["train", *short_words, "optim.lr=1e30"]) == FAILED
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1
     assert errors.startswith("lorasweep: ")
 
 
-def test_an_interrupted_run_ends_with_130_and_says_where_it_is(here, short, capsys, monkeypatch):
+def test_an_interrupted_run_ends_with_130_and_says_where_it_is(here, short_words, capsys, monkeypatch):
     true_run = api.train_in_folder
 
     def interrupted(*arguments, stop_requested, **others):
@@ -194,6 +174,6 @@ def test_an_interrupted_run_ends_with_130_and_says_where_it_is(here, short, caps
         return true_run(*arguments, stop_requested=stop_requested, **others)
 
     monkeypatch.setattr(api, "train_in_folder", interrupted)
-    assert run(["train", *short]) == INTERRUPTED_EXIT_CODE == 130
+    assert run(["train", *short_words]) == INTERRUPTED_EXIT_CODE == 130
     assert read_run(here / "outputs" / "train" / "0001").status == "interrupted"
     assert "outputs/train/0001" in capsys.readouterr().err

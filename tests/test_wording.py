@@ -50,15 +50,12 @@ def test_estimate_has_the_decimals_that_its_interval_deserves(value, interval, t
     assert format_estimate(value, interval) == text
 
 
-def test_estimates_beside_each_other_have_the_decimals_of_the_narrowest():
+def test_estimates_have_the_decimals_that_tell_them_from_what_they_exclude():
     intervals = [(1.3, 1.5), (1.365, 1.379), None, (2.0, 2.0)]
     decimals = count_decimals(intervals)
     assert decimals == 3
     assert format_estimate(1.4, (1.3, 1.5), decimals=decimals) == "1.400 [1.300, 1.500]"
     assert count_decimals([None]) is None
-
-
-def test_an_end_never_looks_like_the_value_that_it_excludes():
     interval = (0.952, 1.004)
     assert format_share_estimate(0.98, interval) == "98.0 % [95.2, 100.4]"  # 100 % is inside
     decimals = count_percent_decimals([(0.9504, 1.2)], critical=(0.95,))

@@ -8,7 +8,6 @@ from lorasweep.config.compose import (
     LIST_GROUPS,
     compose_run,
     compose_sweep,
-    compose_values,
     default_options,
     group_options,
     hydra_session,
@@ -24,11 +23,6 @@ def test_a_setting_of_peft_is_set_alone_or_with_the_whole_mapping():
     assert compose_run(settings).method.config == {**whole, "r": 16}
     with pytest.raises(ConfigError, match=r"`method.config` is not a setting"):
         compose_run({"method.config.r": 16})
-
-
-def test_options_of_groups_and_dotted_keys_are_set_together():
-    config = compose_run({"method.rank": 3, "schedule": "cosine", "method": "lora", "optim.lr": "2e-3"})
-    assert (config.method.rank, config.schedule.name, config.optim.lr) == (3, "cosine", 2e-3)
 
 
 def test_several_loggers_and_callbacks_are_chosen_at_once():
@@ -55,16 +49,13 @@ def test_an_argument_without_a_class_is_no_setting(key):
         compose_run({key: 1})
 
 
-def test_an_entry_of_a_mapping_is_set_by_its_dotted_key():
+def test_an_entry_of_a_mapping_is_set_by_its_dotted_key_and_a_later_mapping_replaces_it():
     config = compose_run({"method.rank_pattern.q_proj": 4, "method.rank_pattern.mlp.up_proj": 2})
     assert config.method.rank_pattern == {"q_proj": 4, "mlp.up_proj": 2}
     with pytest.raises(ConfigError, match=r"`method.rank_pattern.q_proj >= 1` must hold"):
         compose_run({"method.rank_pattern.q_proj": 0})
     with pytest.raises(ConfigError, match=r"`method.rank_pattern` is not a setting"):
         compose_run({"method": "full", "method.rank_pattern.q_proj": 4})
-
-
-def test_a_later_mapping_replaces_entries_of_an_earlier_layer():
     layers = {"method.rank_pattern.q_proj": 4}, {"method.rank_pattern": {"k_proj": 2}}, {"method.rank_pattern.o": 1}
     assert compose_run(layer_settings(*layers)).method.rank_pattern == {"k_proj": 2, "o": 1}
 
@@ -91,23 +82,16 @@ def test_a_key_or_value_that_is_wrong_is_refused(settings, message):
         compose_run(settings)
 
 
-def test_interpolations_follow_what_was_set():
-    assert compose_values("train", {"seed": 3})["seeds"] == {"init": 3, "data_order": 3, "dropout": 3}
+FACTOR = "pruner.reduction_factor"
 
 
 @pytest.mark.parametrize(
     ("layers", "layered"),
     [
-        ([{"pruner.reduction_factor": 4}, {"pruner": "none"}], {"pruner": "none"}),
-        (
-            [{"pruner.reduction_factor": 4}, {"pruner": "halving"}],
-            {"pruner.reduction_factor": 4, "pruner": "halving"},
-        ),
-        (
-            [{"pruner": "none"}, {"pruner": "halving", "pruner.reduction_factor": 3}],
-            {"pruner": "halving", "pruner.reduction_factor": 3},
-        ),
-        ([{"pruner.reduction_factor": 4}, {}, {"pruner.reduction_factor": 2}], {"pruner.reduction_factor": 2}),
+        ([{FACTOR: 4}, {"pruner": "none"}], {"pruner": "none"}),
+        ([{FACTOR: 4}, {"pruner": "halving"}], {FACTOR: 4, "pruner": "halving"}),
+        ([{"pruner": "none"}, {"pruner": "halving", FACTOR: 3}], {"pruner": "halving", FACTOR: 3}),
+        ([{FACTOR: 4}, {}, {FACTOR: 2}], {FACTOR: 2}),
         ([{"sampler.startup_trials": 3}, {"pruner": "none"}], {"sampler.startup_trials": 3, "pruner": "none"}),
     ],
 )
@@ -136,8 +120,8 @@ def test_a_users_own_conf_is_found_first(tmp_path, monkeypatch):
 
 def test_a_users_file_with_a_key_too_many_is_refused(tmp_path, monkeypatch):
     (tmp_path / "conf" / "schedule").mkdir(parents=True)
-    (tmp_path / "conf" / "schedule" / "linear.yaml").write_text("name: linear\nwarmup_fraction: 0.1\nwarmup: 3\n")
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf" / "schedule" / "linear.yaml").write_text("name: linear\nwarmup_fraction: 0.1\nwarmup: 3\n")
     with pytest.raises(ConfigError, match=r"`schedule.warmup` is not a setting. Did you mean `warmup_frac"):
         compose_run({})
 

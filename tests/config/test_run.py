@@ -21,23 +21,25 @@ def test_a_setting_out_of_range_is_refused(key, value, message):
         compose_run({key: value})
 
 
-@pytest.mark.parametrize("method", ["full", "head", "frozen"])
-def test_a_learning_rate_of_b_is_refused_where_there_is_no_b(method):
-    with pytest.raises(ConfigError, match=f"with `method={method}`, where it has no effect."):
-        compose_run({"method": method, "optim.lr_ratio_b": 16.0})
+FSDP = {"trainer.strategy": "fsdp", "trainer.devices": 2}
 
 
 @pytest.mark.parametrize(
-    ("settings", "key"),
+    ("settings", "message"),
     [
-        ({"method": "head"}, "`method`"),
-        ({"trainer.compile": True}, "`trainer.compile`"),
-        ({"model.quantization": "nf4"}, "`model.quantization`"),
+        *(
+            ({"method": method, "optim.lr_ratio_b": 16.0}, f"with `method={method}`, where it has no effect.")
+            for method in ("full", "head", "frozen")
+        ),
+        *(
+            ({**FSDP, key: value}, f"`trainer.strategy` must be ddp .*`{key}`.*'fsdp'")
+            for key, value in (("method", "head"), ("trainer.compile", True), ("model.quantization", "nf4"))
+        ),
     ],
 )
-def test_what_can_not_be_sharded_is_refused(settings, key):
-    with pytest.raises(ConfigError, match=f"`trainer.strategy` must be ddp .*{key}.*'fsdp'"):
-        compose_run({"trainer.strategy": "fsdp", "trainer.devices": 2, **settings})
+def test_settings_that_do_not_fit_together_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        compose_run(settings)
 
 
 def test_one_seed_sets_every_seed_that_is_not_set_by_itself():

@@ -62,19 +62,15 @@ def conversations(name):
 
 
 def test_the_test_split_is_read_once_and_not_before_it_is_called_for(tokenizer):
-    source, read = make_source(documents, kind="documents")
+    texts = {"test": ["ü" * 40]}
+    source, read = make_source(lambda name: documents(name, texts.get(name, ["x" * 80])), kind="documents")
     splits = build_splits(config(block_length=4), source=source, tokenizer=tokenizer, model_kind="causal_lm")
     assert read == ["train", "validation"]
     assert splits.test() is splits.test()
     assert read == ["train", "validation", "test"]
     assert splits.notes == ("said",)
-
-
-def test_bits_per_byte_of_a_split_count_its_own_bytes(tokenizer):
-    source, _ = make_source(lambda name: documents(name, ["ü" * 40 if name == "test" else "x" * 80]), kind="documents")
-    splits = build_splits(config(block_length=4), source=source, tokenizer=tokenizer, model_kind="causal_lm")
-    assert splits.get_task(splits.validation).bytes_per_token == splits.validation.bytes_per_token
-    assert splits.get_task(splits.test()).bytes_per_token == splits.test().bytes_per_token
+    for split in (splits.validation, splits.test()):  # bits per byte of a split count its own bytes
+        assert splits.get_task(split).bytes_per_token == split.bytes_per_token
 
 
 @pytest.mark.parametrize(
@@ -139,13 +135,9 @@ def test_examples_whose_answer_is_cut_off_are_dropped_and_counted(tokenizer):
     assert len(splits.train) == 1
     assert splits.train.groups == ("0",)
     assert splits.train.describe()["left_out"] == 1
+    settings = config(data="chat", template="plain", max_length=2)
     with pytest.raises(ConfigError, match=r"`data\.max_length`"):
-        build_splits(
-            config(data="chat", template="plain", max_length=2),
-            source=source,
-            tokenizer=tokenizer,
-            model_kind="causal_lm",
-        )
+        build_splits(settings, source=source, tokenizer=tokenizer, model_kind="causal_lm")
 
 
 @pytest.mark.parametrize(

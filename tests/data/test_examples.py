@@ -13,38 +13,23 @@ from lorasweep.data.tasks import Classification, LanguageModelling
 TOKENS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14], [15], [16, 17, 18, 19]]
 
 
+SPLIT = {"name": "train", "fingerprint": "0", "tokens": make_ragged(TOKENS), "pad_token": 0, "bytes": 9}
+SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
 def labelled(**settings):
-    return LabelledSplit(
-        name="train",
-        fingerprint="0",
-        tokens=make_ragged(TOKENS),
-        pad_token=0,
-        bytes=9,
-        labels=torch.tensor([0, 1, 1, 0, 1]),
-        **settings,
-    )
+    return LabelledSplit(labels=torch.tensor([0, 1, 1, 0, 1]), **SPLIT, **settings)
 
 
 def completions():
     targets = [[IGNORED, *tokens[2:], 3] if len(tokens) > 1 else [3] for tokens in TOKENS]
-    return CompletionSplit(
-        name="train",
-        fingerprint="0",
-        tokens=make_ragged(TOKENS),
-        pad_token=0,
-        bytes=9,
-        targets=make_ragged(targets),
-        scored_bytes=30,
-    )
+    return CompletionSplit(targets=make_ragged(targets), scored_bytes=30, **SPLIT)
 
 
 @pytest.fixture(scope="module")
 def llama():
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
-    )
-    model = transformers.LlamaForCausalLM(config).double().eval()
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).double().eval()
     model.config.use_cache = False  # as `load_base` sets it; with a cache transformers looks for no packed sequences
     return model
 
@@ -52,10 +37,7 @@ def llama():
 @pytest.fixture(scope="module")
 def bert():
     torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_labels=2
-    )
-    return transformers.BertForSequenceClassification(config).double().eval()
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES, num_labels=2)).double().eval()
 
 
 def step_gradient(model, split, task, *, accumulate, batch_size):
@@ -77,9 +59,6 @@ def test_padding_is_masked_and_a_batch_without_any_has_no_mask():
     assert batch["targets"].tolist() == [1, 1]
     assert "attention_mask" not in labelled().batch([1])
     assert "weights" not in batch
-
-
-def test_class_weights_are_those_of_each_examples_class():
     split = labelled(class_weights=torch.tensor([2.0, 0.5]))
     assert split.weights.tolist() == [2.0, 0.5, 0.5, 2.0, 0.5]
     assert split.batch([0, 1])["weights"].tolist() == [2.0, 0.5]

@@ -17,7 +17,7 @@ def test_fingerprint_moves_with_texts_pairs_labels_and_order():
     assert fingerprint_examples(variants[0]) == fingerprint_examples(list(variants[0]))
 
 
-def test_fingerprint_of_conversations_moves_with_roles_contents_and_where_one_ends():
+def test_fingerprint_moves_with_roles_contents_and_ends_of_conversations():
     hi, hello = Message("user", "hi"), Message("assistant", "hello")
     variants = [
         [[hi, hello]],
@@ -28,8 +28,4 @@ def test_fingerprint_of_conversations_moves_with_roles_contents_and_where_one_en
     ]
     fingerprints = {fingerprint_examples(map(Conversation, variant)) for variant in variants}
     assert len(fingerprints) == len(variants)
-
-
-def test_fingerprint_of_documents_is_the_one_that_records_have():
-    # A stored value: records of earlier runs compare against it.
     assert fingerprint_examples([Document("one", "añb"), Document("two", "")]) == "1f8cabf312d16b81"

@@ -7,16 +7,10 @@ from lorasweep.data.reading import read_source
 from lorasweep.data.stdlib import assign_bucket, get_module_key, read_code, read_docs
 
 
-def test_bucket_of_a_key_is_fixed():
-    # Stored values: were they to move, the embedded model would have been pre-trained on what it is tested on.
+def test_bucket_of_a_key_is_fixed_and_module_twin_and_tests_are_split_together():
     assert [assign_bucket(key) for key in ("json", "asyncio", "lambda", "yield")] == [19, 45, 74, 74]
-
-
-@pytest.mark.parametrize(
-    "path", ["json/decoder.py", "test/test_json/test_dump.py", "_json.py", "json.py", "_pyjson.py"]
-)
-def test_module_twin_and_tests_are_split_together(path):
-    assert get_module_key(path) == "json"
+    paths = ["json/decoder.py", "test/test_json/test_dump.py", "_json.py", "json.py", "_pyjson.py"]
+    assert {get_module_key(path) for path in paths} == {"json"}
 
 
 @pytest.mark.parametrize("read", [read_docs, read_code])
@@ -28,9 +22,7 @@ def test_parts_are_disjoint_and_not_empty(read):
 
 def test_tests_of_held_out_modules_are_not_pretrained_on():
     pretrained = {get_module_key(document.name) for document in read_code("pretraining")}
-    held_out = {
-        get_module_key(document.name) for split in ("train", "validation", "test") for document in read_code(split)
-    }
+    held_out = {get_module_key(found.name) for split in ("train", "validation", "test") for found in read_code(split)}
     assert pretrained.isdisjoint(held_out)
 
 

@@ -80,12 +80,9 @@ def test_a_batch_repeated_for_slots_scores_the_same_in_each(table):
         assert torch.equal(scores.select_slot(slot, slots=3).items, alone.items)
 
 
-def test_sum_of_many_examples_keeps_its_digits():
+def test_sum_of_many_examples_keeps_its_digits_and_nan_is_not_hidden():
     scores = ExampleScores(loss=torch.tensor([2.0**24, 1.0] * 3), items=torch.ones(6))  # fp32 sums would drop the ones
     assert LanguageModelling(bytes_per_token=1.0).compute(scores)["loss"].item() == 3 * (2**24 + 1) / 6
-
-
-def test_nan_is_not_hidden():
     scores = ExampleScores(loss=torch.tensor([1.0, math.nan]), items=torch.ones(2))
     assert all(value.isnan() for value in LanguageModelling(bytes_per_token=1.0).compute(scores).values())
 
@@ -131,9 +128,7 @@ def test_regression_is_scored_by_error_and_correlation():
     assert values["mse"].item() == pytest.approx(((predicted - target) ** 2).mean().item())
     assert values["spearman"].item() == pytest.approx(1.0)
     assert values["pearson"].item() == pytest.approx(stats.pearsonr(predicted, target).statistic, rel=1e-6)
-
-
-def test_a_constant_guess_correlates_with_nothing():
+    # a constant guess correlates with nothing
     batch = {"input_ids": torch.arange(3), "targets": torch.tensor([1.0, 2.0, 3.0])}
     values = Regression().compute(Regression().score(FixedModel(torch.ones(3, 1)), batch))
     assert values["pearson"] == values["spearman"] == 0

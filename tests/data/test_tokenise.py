@@ -60,14 +60,17 @@ def seen(made, row=0):
 def test_texts_are_followed_by_their_end(tokenizer):
     made = tokenise_text(tokenizer, "ab", "ü", "")
     assert rows(made) == [[97, 98, END_OF_TEXT], [*"ü".encode(), END_OF_TEXT], [END_OF_TEXT]]
+    spelled = tokenise_text(tokenizer, "<|endoftext|>")
+    assert rows(spelled) == [[*b"<|endoftext|>", END_OF_TEXT]]
 
 
-def test_a_spelled_out_special_token_is_text(tokenizer):
-    made = tokenise_text(tokenizer, "<|endoftext|>")
-    assert rows(made) == [[*b"<|endoftext|>", END_OF_TEXT]]
-
-
-def test_the_same_rows_come_from_the_cache(tokenizer, own_cache, monkeypatch):
+def test_the_same_rows_come_from_the_cache_and_one_that_cant_be_written_costs_only_time(
+    tokenizer, tmp_path, own_cache, monkeypatch
+):
+    (tmp_path / "file").write_text("")
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file")
+        assert rows(tokenise_text(tokenizer, "ab")) == [[97, 98, END_OF_TEXT]]
     made = tokenise_text(tokenizer, "ab", "cde")
 
     def fail(*_):
@@ -77,13 +80,6 @@ def test_the_same_rows_come_from_the_cache(tokenizer, own_cache, monkeypatch):
     again = tokenise_text(tokenizer, "ab", "cde")
     assert rows(again) == rows(made)
     assert [path.suffix for path in (own_cache / "lorasweep").iterdir()] == [".arrow"]
-
-
-def test_a_cache_that_cant_be_written_costs_only_time(tokenizer, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file")
-    made = tokenise_text(tokenizer, "ab")
-    assert rows(made) == [[97, 98, END_OF_TEXT]]
 
 
 def test_the_key_changes_with_whatever_changes_the_ids(tokenizer):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from tests.small_runs import SMALL_RUN
+from tests.small_runs import SMALL_RUN, rates
 
 import lorasweep
 from lorasweep.record import read_run, read_steps, read_sweep
@@ -105,14 +105,10 @@ def halved_sweep():
         "settings": SETTINGS | {"confirm.seeds": 2, "sampler": "tpe", "pruner": "halving"},
         "arms": {
             "frozen": {"settings": {"method": "frozen"}},
-            "full": {
-                "settings": {"method": "full"},
-                "space": {"optim.lr": {"low": 1e-4, "high": 1e-3, "log": True}},
-                "trials": 2,
-            },
+            "full": {"settings": {"method": "full"}, "space": {"optim.lr": rates(1e-4, 1e-3)}, "trials": 2},
             "lora": {
                 "settings": {"method": "lora", "method.dropout": 0.1},
-                "space": {"method.rank": [1, 2, 4], "optim.lr": {"low": 1e-3, "high": 1e-2, "log": True}},
+                "space": {"method.rank": [1, 2, 4], "optim.lr": rates(1e-3, 1e-2)},
                 "trials": 6,
             },
         },

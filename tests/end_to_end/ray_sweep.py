@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from tests.small_runs import rates
 
 import lorasweep
 from lorasweep.record import read_run, read_steps, read_sweep
@@ -21,17 +22,11 @@ KILLS = int(os.environ.get("LORASWEEP_TEST_KILLS", "2"))
 """How often each kind of process is killed. From 10 on what takes long is tested too."""
 THOROUGH = KILLS >= 10
 thorough = pytest.mark.skipif(not THOROUGH, reason="takes long: LORASWEEP_TEST_KILLS=20")
-SPACE = {"optim.lr": {"low": 1e-4, "high": 1e-2, "log": True}}
+SPACE = {"optim.lr": rates(1e-4, 1e-2)}
+STEPS = {"trainer.max_steps": 24, "trainer.eval_every_steps": 4}
 SWEEP = {
     "name": "on_ray",
-    "settings": SETTINGS
-    | {
-        "trainer.max_steps": 24,
-        "trainer.eval_every_steps": 4,
-        "sampler": "qmc",
-        "pruner": "none",
-        "confirm.seeds": 1,
-    },
+    "settings": SETTINGS | STEPS | {"sampler": "qmc", "pruner": "none", "confirm.seeds": 1},
     "arms": {
         "full": {"settings": {"method": "full"}, "space": SPACE, "trials": 2},
         "lora": {

@@ -1,19 +1,17 @@
 """Whole sweeps of two modules of a user's own: LoRA, full fine-tuning and the frozen base, up to the verdicts."""
 
 import pytest
+from tests.small_runs import rates
 from tests.training.test_own_module import DIGITS, PREFERENCES
 
 import lorasweep
 
 ARMS = {
     "frozen": {"settings": {"method": "frozen"}},
-    "full": {
-        "settings": {"method": "full"},
-        "space": {"optim.lr": {"low": 1e-3, "high": 3e-2, "log": True}},
-    },
+    "full": {"settings": {"method": "full"}, "space": {"optim.lr": rates(1e-3, 3e-2)}},
     "lora": {
         "settings": {"method": "lora"},
-        "space": {"method.rank": [1, 4], "optim.lr": {"low": 3e-3, "high": 1e-1, "log": True}},
+        "space": {"method.rank": [1, 4], "optim.lr": rates(3e-3, 1e-1)},
         "confirm_each": "method.rank",
     },
 }

@@ -4,7 +4,7 @@ import pytest
 import yaml
 from tests.small_runs import TWO_STEPS
 
-from lorasweep.record import read_run, read_steps, read_sweep
+from lorasweep.record import read_steps, read_sweep
 
 pytestmark = pytest.mark.slow
 
@@ -26,17 +26,6 @@ def run_together(begin):
         return codes, "\n".join(session.output for session in sessions)
 
     return run
-
-
-def test_runs_that_start_together_have_a_folder_each(tmp_path, run_together):
-    codes, printed = run_together(*(["train", *WORDS, f"seed={seed}"] for seed in range(3)))
-    assert codes == [0] * 3, printed
-    folders = sorted((tmp_path / "outputs" / "train").iterdir())
-    assert [folder.name for folder in folders] == ["0001", "0002", "0003"]
-    assert {read_run(folder).config["seed"] for folder in folders} == {0, 1, 2}
-    for folder in folders:
-        assert [row["step"] for row in read_steps(folder, having='"lr"')] == [1, 2]
-        assert f": outputs/train/{folder.name}\n" in printed
 
 
 def test_runs_and_sweeps_that_want_the_same_folder_get_it_once(tmp_path, run_together):

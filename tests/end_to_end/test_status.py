@@ -4,9 +4,9 @@ import time
 
 import pytest
 import yaml
+from tests.small_runs import rates
 
 from lorasweep.cli import run
-from lorasweep.record import read_sweep
 from lorasweep.sweep.status import read_status
 
 from .conftest import SETTINGS
@@ -17,12 +17,11 @@ SWEEP = {
     "arms": {
         "lora": {
             "settings": {"method": "lora", "method.rank": 2},
-            "space": {"optim.lr": {"low": 1e-3, "high": 1e-1, "log": True}},
+            "space": {"optim.lr": rates(1e-3, 1e-1)},
             "trials": 6,
         },
     },
 }
-PHASES = ("loading", "training", "evaluating", "scoring", "saving", "storage")
 pytestmark = pytest.mark.slow
 
 
@@ -49,10 +48,3 @@ def test_a_sweep_that_is_looked_at_all_the_time_is_seen_to_go_on_and_ends_well(t
     assert "watched: bits_per_byte (minimize), complete" in shown
     assert "6/6" in shown
     assert "Type" not in shown
-
-    # its time is divided into phases, which the report shows
-    numbers = read_sweep(folder).telemetry
-    parts = [numbers[f"{name}_s"] for name in PHASES]
-    assert 0 < sum(parts) <= numbers["wall_s"] + 0.01
-    assert min(numbers[name] for name in ("training_s", "evaluating_s", "storage_s", "trained_tokens")) > 0
-    assert numbers["peak_memory_bytes"] > 2**20

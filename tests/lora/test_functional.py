@@ -72,15 +72,12 @@ def test_gradcheck_of_what_trains(drop, trains):
     assert gradcheck(lambda *t: run_lora(*t, factor=FACTORS, keep=keep), inputs)
 
 
-def test_gradcheck_of_transposed_views():
+def test_gradients_of_transposed_views_and_of_an_expanded_input():
     x, weight, bias, a, b = make_inputs(shape=(SLOTS * ROWS, 3))
     x, weight = (t.t().contiguous().t().requires_grad_() for t in (x, weight))
     assert not x.is_contiguous()
     inputs = (x, weight, bias, a.mT.contiguous().mT.requires_grad_(), b.requires_grad_())
     assert gradcheck(lambda *t: run_lora(*t, factor=FACTORS), inputs)
-
-
-def test_gradcheck_of_an_expanded_input_and_gradient():
     x, weight, bias, a, b = make_inputs(shape=(SLOTS, 1, 5))
     x.requires_grad_()
     out = run_lora(x.expand(SLOTS, 3, 5), weight, bias, a, b, factor=FACTORS)

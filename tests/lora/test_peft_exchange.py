@@ -169,14 +169,11 @@ def test_names_that_end_alike_stay_apart(tmp_path):
     torch.testing.assert_close(again(x), model(x))
 
 
-def test_an_adapter_that_changed_its_base_is_refused(tmp_path):
+def test_an_adapter_that_changed_its_base_and_saved_weights_of_another_base_are_refused(tmp_path):
     theirs = peft.get_peft_model(make_llama(), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"))
     theirs.save_pretrained(tmp_path, save_embedding_layers=False)
     with pytest.raises(ValueError, match=r"`init_lora_weights` .* got 'pissa'. Convert"):
         load_adapter(make_llama(), tmp_path)
-
-
-def test_saved_base_weights_of_another_model_are_refused(tmp_path):
     theirs = peft.get_peft_model(make_llama(), peft.LoraConfig(target_modules=["embed_tokens"]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -34,18 +34,9 @@ TOKENS = torch.arange(24).reshape(2, 12)
 def make_base(*, tied=True, dtype=torch.bfloat16):
     """A small random Llama as `load_base` gives it."""
     torch.manual_seed(0)
-    settings = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        tie_word_embeddings=tied,
-        use_cache=False,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model = LlamaForCausalLM(settings)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    more = {"tie_word_embeddings": tied, "use_cache": False, "bos_token_id": 0, "eos_token_id": 0}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=32, **more))
     for name, parameter in model.named_parameters():
         nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3)
     for parameter in model.parameters():
@@ -57,14 +48,8 @@ def as_base(model, **more):
     """A model as `load_base` gives it."""
     model.requires_grad_(False).eval()
     fingerprint = fingerprint_weights(model, exclude=more.get("new_head_names", ()))
-    return BaseModel(
-        model=model,
-        tokenizer=None,
-        path="some/base",
-        fingerprint=fingerprint,
-        num_parameters=count_parameters(model),
-        **more,
-    )
+    about = {"path": "some/base", "fingerprint": fingerprint, "num_parameters": count_parameters(model)}
+    return BaseModel(model=model, tokenizer=None, **about, **more)
 
 
 def prepare(base, name, *, config=None, seed=0):

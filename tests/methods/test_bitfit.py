@@ -31,15 +31,11 @@ def trained_names(model):
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def test_biases_train_and_nothing_else():
+def test_biases_train_and_norms_where_they_are_asked_for():
     base = make_bert()
     expected = {name for name, _ in base.model.named_parameters() if name.endswith(".bias")}
     assert trained_names(prepare(base, BIASES)) == expected
     assert "classifier.bias" in expected
-
-
-def test_norms_train_where_they_are_asked_for():
-    base = make_bert()
     norms = {name for name, _ in base.model.named_parameters() if name.endswith("LayerNorm.weight")}
     assert trained_names(prepare(base, NORMS)) == trained_names(prepare(base, BIASES)) | norms
     llama = trained_names(prepare(make_base(), NORMS))
@@ -60,8 +56,5 @@ def test_model_without_biases_is_refused_with_what_to_do():
         METHOD.check(base.model, BIASES)
     with pytest.raises(ConfigError, match=message):
         prepare(base, BIASES)
-
-
-def test_model_with_neither_is_refused():
     with pytest.raises(ConfigError, match=r"`method.train=biases_and_norms` .* Linear .*`method=lora`"):
         METHOD.check(nn.Linear(2, 2, bias=False), NORMS)

@@ -23,14 +23,6 @@ def test_copy_has_its_own_modules_on_the_same_parameters():
     assert not any(module.training for module in model.modules())
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_prepared_model_starts_as_the_base(name):
-    base = make_base(dtype=torch.float32)
-    expected = base.model(input_ids=TOKENS[:, :-1]).logits
-    model = prepare(base, name)
-    assert torch.equal(model(input_ids=TOKENS[:, :-1]).logits, expected)
-
-
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("name", TRAINING)
 def test_training_improves_the_copy_and_leaves_the_base_bit_identical(name, tied):
@@ -47,7 +39,7 @@ def test_training_improves_the_copy_and_leaves_the_base_bit_identical(name, tied
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_only_what_the_groups_hold_trains_and_in_fp32(name):
+def test_a_prepared_model_starts_as_the_base_and_trains_in_fp32_what_its_groups_hold(name):
     model = prepare(make_base(), name)
     groups = METHODS[name].trainable_groups(model, lr_ratio_b=1.0)
     grouped = [parameter for group in groups for parameter in group.params]
@@ -55,6 +47,9 @@ def test_only_what_the_groups_hold_trains_and_in_fp32(name):
     assert set(map(id, grouped)) == set(map(id, trainable))
     assert len(grouped) == len(trainable)
     assert all(parameter.dtype == torch.float32 for parameter in grouped)
+    base = make_base(dtype=torch.float32)
+    expected = base.model(input_ids=TOKENS[:, :-1]).logits
+    assert torch.equal(prepare(base, name)(input_ids=TOKENS[:, :-1]).logits, expected)
 
 
 def test_number_of_trained_parameters_is_the_methods():
@@ -105,14 +100,10 @@ def test_saved_weights_come_back_exactly(name, tied, tmp_path):
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_missing_file_is_a_record_error(name, tmp_path):
-    with pytest.raises(RecordError, match=str(tmp_path)):
-        METHODS[name].load(make_loadable(make_base(), name), tmp_path)
-
-
-@pytest.mark.parametrize("name", TRAINING)
-def test_cut_off_file_is_a_record_error_and_changes_nothing(name, tmp_path):
+def test_missing_or_cut_off_file_is_a_record_error_and_changes_nothing(name, tmp_path):
     base = make_base()
+    with pytest.raises(RecordError, match=str(tmp_path / "none")):
+        METHODS[name].load(make_loadable(base, name), tmp_path / "none")
     METHODS[name].save(prepare(base, name), tmp_path, base=base)
     for file in tmp_path.glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:-10])
@@ -123,16 +114,13 @@ def test_cut_off_file_is_a_record_error_and_changes_nothing(name, tmp_path):
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
-def test_head_of_another_shape_is_refused(tmp_path):
+def test_head_of_another_shape_and_a_model_without_one_are_refused(tmp_path):
     base = make_base()
     METHODS["head"].save(prepare(base, "head"), tmp_path, base=base)
     other = prepare(base, "head")
     other.lm_head = nn.Linear(16, 31, bias=False)
     with pytest.raises(RecordError, match=r"'lm_head.weight' differs"):
         METHODS["head"].load(other, tmp_path)
-
-
-def test_model_without_an_output_head_is_refused():
     model = nn.Sequential(nn.Linear(2, 2))
     with pytest.raises(ConfigError, match="`method=head` needs"):
         METHODS["head"].check(model, CONFIGS["head"])
@@ -140,7 +128,7 @@ def test_model_without_an_output_head_is_refused():
         METHODS["head"].prepare(as_base(model), CONFIGS["head"], generator=torch.Generator())
 
 
-def test_lora_start_depends_on_the_generator_alone():
+def test_lora_start_depends_on_the_generator_alone_and_lora_plus_gives_b_its_own_rate():
     base = make_base()
     torch.manual_seed(1)
     first = prepare(base, "lora", seed=5).state_dict()
@@ -150,9 +138,6 @@ def test_lora_start_depends_on_the_generator_alone():
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert any(not torch.equal(first[key], other[key]) for key in first)
-
-
-def test_lora_plus_gives_b_its_own_rate():
     model = prepare(make_base(), "lora")
     groups = {group.name: group for group in METHODS["lora"].trainable_groups(model, lr_ratio_b=16.0)}
     assert {name: group.lr_factor for name, group in groups.items()} == {"lora_a": 1.0, "lora_b": 16.0}

@@ -77,12 +77,9 @@ def test_a_new_head_trains_and_is_saved(tmp_path):
     METHOD.save(prepared, tmp_path, base=base)
     METHOD.load(loaded, tmp_path)
     assert torch.equal(loaded.eval()(input_ids=TOKENS).logits, prepared.eval()(input_ids=TOKENS).logits)
+    config = PeftConfig(config={"peft_type": "TRAINABLE_TOKENS", "token_indices": [1]})
     with pytest.raises(ConfigError, match=r"TRAINABLE_TOKENS .*modules_to_save"):
-        METHOD.check(
-            model,
-            PeftConfig(config={"peft_type": "TRAINABLE_TOKENS", "token_indices": [1]}),
-            new_head_names=("classifier",),
-        )
+        METHOD.check(model, config, new_head_names=("classifier",))
 
 
 @pytest.mark.parametrize(

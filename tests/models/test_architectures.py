@@ -24,10 +24,7 @@ CASES = [
     ("qwen3", "classifier", ("score",)),
     ("t5", "classifier", ("classification_head",)),
 ]
-PEFT = {
-    "causal_lm": AutoPeftModelForCausalLM,
-    "classifier": AutoPeftModelForSequenceClassification,
-}
+PEFT = {"causal_lm": AutoPeftModelForCausalLM, "classifier": AutoPeftModelForSequenceClassification}
 CONFIGS = {
     "frozen": FrozenConfig(),
     "lora": LoraConfig(rank=2, alpha=8),

@@ -3,18 +3,13 @@
 import pytest
 import torch
 
-from lorasweep.models.load import MAX_EAGER_TOKENS, Labels, choose_attention, load_base
-
-LABELS = Labels(kind="single_label", names=("a", "b"))
-CPU = torch.device("cpu")
+from lorasweep.models.load import MAX_EAGER_TOKENS, choose_attention, load_base
 
 
 @pytest.fixture
 def load(save_random, model_config):
-    def load(architecture, kind="causal_lm", **settings):
-        labels = LABELS if kind == "classifier" else None
-        config = model_config(save_random(architecture), kind=kind, **settings)
-        return load_base(config, dtype=torch.float32, labels=labels)
+    def load(attention):
+        return load_base(model_config(save_random("llama"), attention=attention), dtype=torch.float32).model
 
     return load
 
@@ -30,7 +25,7 @@ def load(save_random, model_config):
 )
 @pytest.mark.parametrize("before", ["auto", "eager"])
 def test_short_examples_on_a_cpu_get_eager_and_all_others_sdpa(load, device, lengths, name, before):
-    model = load("llama", attention=before).model
+    model = load(before)
     choice = choose_attention(model, lengths=lengths, device=torch.device(device))
     assert choice.name == model.config._attn_implementation == name
     assert str(int(torch.as_tensor(lengths).median())) in choice.reason
@@ -38,11 +33,14 @@ def test_short_examples_on_a_cpu_get_eager_and_all_others_sdpa(load, device, len
 
 
 def test_model_with_one_implementation_keeps_it(load, monkeypatch):
-    model = load("llama", attention="eager").model
+    model = load("eager")
 
     def refuse(name):
         if name != "eager":
             raise ValueError("does not support sdpa")
 
     monkeypatch.setattr(model, "set_attn_implementation", refuse)
-    assert choose_attention(model, lengths=[900], device=CPU) == ("eager", "the model has no other implementation")
+    assert choose_attention(model, lengths=[900], device=torch.device("cpu")) == (
+        "eager",
+        "the model has no other implementation",
+    )

@@ -43,24 +43,25 @@ def test_missing_folder_is_not_looked_for_on_the_hub(path, folder, monkeypatch, 
     assert repr(path) in str(raised.value)
 
 
-def test_unreachable_hub_is_one_sentence(download, model_config):
-    download(ConnectionError("no network\nmore"))
-    with pytest.raises(ConfigError, match=r"`model\.path` .*'nobody/nothing' .*: no network\. Check"):
-        find_model_folder(model_config("nobody/nothing"))
+FORBIDDEN = Response(403, request=Request("GET", "https://hub"))
 
 
-def test_gated_model_says_what_to_do(download, model_config):
-    download(GatedRepoError("403", response=Response(403, request=Request("GET", "https://hub"))))
-    with pytest.raises(ConfigError, match=r"'owner/name'.* `hf auth login`"):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ConnectionError("no network\nmore"), r"`model\.path` .*'owner/name' .*: no network\. Check"),
+        (GatedRepoError("403", response=FORBIDDEN), r"'owner/name'.* `hf auth login`"),
+    ],
+)
+def test_a_hub_that_gives_nothing_is_one_sentence(download, model_config, error, message):
+    download(error)
+    with pytest.raises(ConfigError, match=message):
         find_model_folder(model_config("owner/name"))
 
 
 @pytest.mark.parametrize(
     ("settings", "weights"),
-    [
-        ({}, {"*.safetensors"}),
-        ({"trust_remote_code": True}, {"*.safetensors", "*.py"}),
-    ],
+    [({}, {"*.safetensors"}), ({"trust_remote_code": True}, {"*.safetensors", "*.py"})],
 )
 def test_only_what_may_be_read_is_downloaded(folder, download, model_config, settings, weights):
     calls = download()

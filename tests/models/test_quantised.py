@@ -139,24 +139,16 @@ def test_a_layer_whose_rows_are_no_whole_blocks_stays_unquantised(load, save):
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
     path = save(LlamaForCausalLM(LlamaConfig(vocab_size=257, **sizes)))
     base = load("nf4", path=path)
-    assert set(linear_layers(base.model)) - set(quantised_layers(base.model)) == {
-        "lm_head",
-        "model.layers.0.mlp.down_proj",
-    }
+    unquantised = set(linear_layers(base.model)) - set(quantised_layers(base.model))
+    assert unquantised == {"lm_head", "model.layers.0.mlp.down_proj"}
 
 
-def test_a_model_without_a_layer_to_quantise_is_refused(load):
+def test_what_can_not_be_quantised_or_trained_so_is_refused(load, tmp_path):
     with pytest.raises(ConfigError, match=r"multiple of 64 inputs, but 'embedded:tiny' has none"):
         load("nf4", path="embedded:tiny")
-
-
-def test_a_module_that_is_quantised_is_not_trained_in_full(load):
     with pytest.raises(ValueError, match=r"`method.modules_to_save` .* 'model.layers.0.mlp.up_proj' is quantised"):
         inject_lora(load("nf4").model, LoraConfig(rank=2, modules_to_save=["up_proj"]))
-
-
-def test_files_that_are_quantised_already_are_refused(load, tmp_path):
-    load("nf4").model.save_pretrained(tmp_path)
+    load("nf4").model.save_pretrained(tmp_path)  # files that are quantised already
     load_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"must be none for a model whose files are quantised already, but got 'nf4'"):
         load("nf4", path=tmp_path)

@@ -60,13 +60,10 @@ def make_sweep(**values):
     return SweepRecord(**(given | values))
 
 
-def test_a_run_comes_back_as_it_was_written(tmp_path):
+def test_a_record_comes_back_as_it_was_written(tmp_path):
     record = make_run(best={"loss": 1.5, "step": 2}, reason="because", packages={"torch": "2"}, wall_s=0.5)
     write_record(record, tmp_path)
     assert read_run(tmp_path) == record
-
-
-def test_a_sweep_comes_back_as_it_was_written(tmp_path):
     write_record(make_sweep(), tmp_path)
     assert read_sweep(tmp_path) == make_sweep()
 

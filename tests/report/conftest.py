@@ -25,7 +25,6 @@ BASE_SCORE = 2.031
 FULL_PARAMS = 1_280_000
 LORA_PARAMS_PER_RANK = 11_264
 STEPS = 150
-EVERY = 25
 
 LORA_SPACE = {
     "method.rank": [1, 4, 16, 64],
@@ -35,11 +34,11 @@ LORA_SPACE = {
 FULL_SPACE = {"optim.lr": {"low": 1e-4, "high": 5e-3, "log": True}}
 
 
-def curve_to(score, *, steps=STEPS, every=EVERY):
+def curve_to(score):
     """Returns a validation curve that starts at the base's score and falls to `score`."""
     return [
         (step, score + (BASE_SCORE - score) * math.exp(-4 * step / STEPS) * (1 - step / STEPS))
-        for step in range(0, steps + 1, every)
+        for step in range(0, STEPS + 1, 25)
     ]
 
 
@@ -88,22 +87,16 @@ def write_run(folder, trial, *, method, rank=0, **values):
     write_record(record, folder / trial.run)
 
 
-def lora_score(rank, alpha, lr):
-    """Returns a score like those of a tiny model: falls with rank, best where lr · α/16 is about 0.012."""
-    strength = math.log10(lr * (alpha / 16) ** 0.5 / 0.012)
-    return float(1.68 + 0.11 * rank**-0.6 + 0.09 * strength**2)
-
-
 def lora_trials(count, rng):
     """Returns lora trials: every third pruned, the fifth failed, the others complete."""
     made = []
     for number in range(count):
-        params = {
-            "method.rank": rng.choice(LORA_SPACE["method.rank"]),
-            "method.alpha": rng.choice(LORA_SPACE["method.alpha"]),
-            "optim.lr": 10 ** rng.uniform(-3, math.log10(3e-2)),
-        }
-        score = lora_score(params["method.rank"], params["method.alpha"], params["optim.lr"]) + rng.gauss(0, 0.004)
+        rank, alpha = rng.choice(LORA_SPACE["method.rank"]), rng.choice(LORA_SPACE["method.alpha"])
+        lr = 10 ** rng.uniform(-3, math.log10(3e-2))
+        params = {"method.rank": rank, "method.alpha": alpha, "optim.lr": lr}
+        # as of a tiny model: falls with rank, best where lr · √(α/16) is about 0.012
+        score = 1.68 + 0.11 * rank**-0.6 + 0.09 * math.log10(lr * (alpha / 16) ** 0.5 / 0.012) ** 2
+        score += rng.gauss(0, 0.004)
         state = "failed" if number == 4 else "pruned" if number % 3 == 2 else "complete"
         curve = {"failed": [], "pruned": curve_to(score)[:3], "complete": curve_to(score)}[state]
         reasons = {"failed": "The loss became NaN at step 12.", "pruned": "Worse than half of the trials at step 50."}
@@ -138,13 +131,7 @@ def build_sweep(folder, *, lora=18, full=6, frozen=1, name="quickstart"):
             margin="5%",
             definition={},
             arms=[
-                ArmRow(
-                    name=arm,
-                    method=arm,
-                    trials=len(rows),
-                    settings={"method": arm},
-                    space=spaces[arm],
-                )
+                ArmRow(name=arm, method=arm, trials=len(rows), settings={"method": arm}, space=spaces[arm])
                 for arm, rows in trials.items()
                 if rows
             ],
@@ -173,7 +160,8 @@ def confirm_sweep(folder, *, seeds=5, examples=40, noise=0.004):
             for seed in range(1 if arm.method == "frozen" else seeds):
                 value = (setting.score or 0.0) + (0 if arm.method == "frozen" else rng.gauss(0, noise))
                 number = next(numbers)
-                scores = spread_over_examples(value, difficulty, rng)
+                # an example is as hard in every run, with a little noise of the run's own
+                scores = [value + hardness + rng.gauss(0, 0.01) for hardness in difficulty]
                 value = sum(scores) / len(scores) if scores else value
                 run = make_trial(
                     arm.name,
@@ -189,8 +177,10 @@ def confirm_sweep(folder, *, seeds=5, examples=40, noise=0.004):
                 )
                 rank = arm.settings.get("method.rank", 0)
                 write_run(folder, run, method=arm.method, rank=rank, test={sweep.metric: value})
-                if scores:
-                    write_test_scores(folder / run.run, scores)
+                if scores:  # all with the same weight, two to a group
+                    lines = [f"{row},{score!r},1.0,document {row // 2}" for row, score in enumerate(scores)]
+                    text = "\n".join(["row,score,weight,group", *lines, ""])
+                    (folder / run.run / "test_scores.csv").write_text(text)
                 sweep.confirm.append(run)
     sweep.confirm_seeds, sweep.looks = list(range(seeds)), [seeds]
     sweep.questions = list_questions(sweep)
@@ -282,17 +272,6 @@ def build_rank_sweep(folder, scores, *, seeds=5, examples=0, noise=0.002):
             sweep.trials.append(row)
     write_record(sweep, folder)
     return confirm_sweep(folder, seeds=seeds, examples=examples, noise=noise)
-
-
-def spread_over_examples(value, difficulty, rng):
-    """Returns scores of examples around a value: as hard in every run, with a little noise of the run's own."""
-    return [value + hardness + rng.gauss(0, 0.01) for hardness in difficulty]
-
-
-def write_test_scores(run, scores):
-    """Writes a run's `test_scores.csv`, all examples with the same weight. Each group has two examples."""
-    lines = [f"{row},{score!r},1.0,document {row // 2}" for row, score in enumerate(scores)]
-    (run / "test_scores.csv").write_text("\n".join(["row,score,weight,group", *lines, ""]))
 
 
 def edit_json(path, change):

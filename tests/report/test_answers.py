@@ -11,10 +11,6 @@ from lorasweep.report.terminal import list_details
 from .conftest import build_rank_sweep, edit_json
 
 
-def answers(sweep):
-    return summarize(sweep).answers
-
-
 def test_other_methods_and_pairs_get_a_sentence_each(tmp_path):
     sweep = build_rank_sweep(tmp_path, {4: 1.7, 16: 1.662})
 
@@ -62,3 +58,17 @@ def test_the_rate_at_another_alpha_is_said_only_of_adam(finished_and_confirmed, 
     # under another optimizer, rate and alpha are two dimensions of the search
     (lora,) = (arm for arm in summary.fairness["arms"] if arm["arm"] == "lora")
     assert lora["dimensions"] == (2 if has_law else 3)
+
+
+def test_share_of_full_gain_is_mirrored_when_maximizing(sweep):
+    def list_shares():
+        return [arm["share_of_full_gain"] for arm in summarize(sweep).as_json()["arms"]]
+
+    def negate(raw):
+        raw["direction"] = "maximize"
+        for trial in raw["trials"]:
+            trial["value"] = None if trial["value"] is None else -trial["value"]
+
+    before = list_shares()
+    edit_json(sweep / "sweep.json", negate)
+    assert list_shares() == pytest.approx(before)

@@ -11,19 +11,9 @@ from lorasweep.report import write_report
 from .conftest import edit_json
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-OPTIONS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--enable-logging=stderr",
-    "--virtual-time-budget=5000",
-    "--dump-dom",
-]
+OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+OPTIONS += ["--disable-background-networking", "--disable-component-update", "--enable-logging=stderr"]
+OPTIONS += ["--virtual-time-budget=5000", "--dump-dom"]
 PROBE = """
 <script>
 addEventListener("load", () => setTimeout(() => {

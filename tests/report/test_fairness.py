@@ -48,24 +48,12 @@ def test_equal_arms_are_fair_and_the_numbers_are_named(even):
         assert part in fairness.sentences[1]
 
 
-def ask_for_more(raw):
-    raw["arms"][1]["trials"] = 8
-
-
-def narrow(raw):
-    raw["arms"][1]["space"]["optim.lr"] = {"low": 1e-3, "high": 2e-3, "log": True}
-
-
-def search_no_rate(raw):
-    del raw["arms"][1]["space"]["optim.lr"]
-
-
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        (ask_for_more, "`full` had 6 trials and `lora` 8"),
-        (narrow, "`lora` had 0.3 decades of learning rates and `full` 1.7"),
-        (search_no_rate, "`lora` had 0.0 decades of learning rates and `full` 1.7"),
+        (lambda raw: raw["arms"][1].update(trials=8), "`full` had 6 trials and `lora` 8"),
+        (lambda raw: raw["arms"][1]["space"]["optim.lr"].update(low=1e-3, high=2e-3), "`lora` had 0.3 decades"),
+        (lambda raw: raw["arms"][1]["space"].pop("optim.lr"), "`lora` had 0.0 decades of learning rates and `full` 1."),
     ],
 )
 def test_what_the_definition_gave_unequally_is_named(even, change, fault):

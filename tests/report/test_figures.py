@@ -49,7 +49,9 @@ def test_diverged_score_does_not_flatten_the_others_and_is_counted(sweep):
     assert "1 outside the range" in figure.layout.xaxis.title.text
 
 
-def test_dots_over_rank_are_the_means_on_test_data_and_rings_their_seeds(ranked):
+def test_dots_rings_bars_and_band_over_rank_are_those_of_the_evidence(
+    ranked,
+):
     panel = draw_scores_by_value(ranked)
     (figure,) = panel.figures
     assert panel.title == "Test score by rank"
@@ -60,10 +62,6 @@ def test_dots_over_rank_are_the_means_on_test_data_and_rings_their_seeds(ranked)
         assert (dot.x[0], dot.y[0]) == (f"rank {rank}", found.value)
         assert tuple(ring.y) == pytest.approx(found.values)
         assert all(link.startswith("../runs/lora-confirm-") for link in ring.customdata)
-
-
-def test_bars_are_intervals_of_the_difference_from_full_and_the_band_is_the_margin(ranked):
-    (figure,) = draw_scores_by_value(ranked).figures
     evidence = ranked.evidence
     full, base = evidence.mean("full"), evidence.mean("frozen")
     assert full

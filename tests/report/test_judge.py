@@ -48,12 +48,9 @@ def test_arms_are_compared_with_the_reference_on_the_same_seeds(examples):
     assert judge(make_scores(means), reference="bitfit")["full"].verdict == "better"
 
 
-def test_one_seed_is_never_a_verdict():
+def test_one_seed_is_never_a_verdict_and_one_run_of_the_base_counts_for_every_seed():
     answer = judge(make_scores({"full": 0.9, "lora": 0.5}, seeds=1))["lora"]
     assert (answer.verdict, answer.open_because) == ("open", "one seed: not tested")
-
-
-def test_one_run_of_the_base_counts_for_every_seed_and_a_note_says_so():
     scores = make_scores({"full": 0.85, "lora": 0.851, "frozen": 0.5})
     found = lorasweep.judge(scores[(scores["arm"] != "frozen") | (scores["seed"] == 0)], margin="5%", maximize=True)
     assert found.answers[0].verdict == "equivalent"

@@ -1,5 +1,6 @@
-"""The HTML page: whole on its own, safe with hostile names, and there even where parts of a sweep are missing."""
+"""A report's files. Its page is whole on its own, safe with hostile names, and there if parts of a sweep are not."""
 
+import csv
 import json
 import re
 import time
@@ -59,17 +60,13 @@ def count_figures(sweep):
     return sum(len(panel.figures) for panel in draw_panels(data))
 
 
-def test_page_has_every_section_and_figure(sweep):
+def test_page_has_every_section_and_figure_and_fetches_nothing(sweep):
     page = written(sweep)
     assert [name for name in page.ids if name in SECTIONS] == SECTIONS
     assert len(page.figures) == count_figures(sweep) > 0
     assert "93 %" in page.text
     assert "one seed" in page.text
     assert "The loss became NaN at step 12." in page.text
-
-
-def test_page_fetches_nothing(sweep):
-    page = written(sweep)
     assert not [found for tag, found in page.tags if "src" in found]
     hrefs = [found["href"] or "" for _, found in page.tags if "href" in found]
     assert all(re.match(r"#|\.\./runs/|[a-z-]+\.csv$|summary\.json$|data:,$", href) for href in hrefs)
@@ -118,3 +115,25 @@ def test_report_of_a_thousand_trials_takes_at_most_twenty_seconds(tmp_path):
     # processor time: what else runs on the machine does not count
     assert time.process_time() - start <= 20
     assert (sweep / "report/index.html").stat().st_size - len(get_plotlyjs().encode()) < 1e6
+
+
+def read_csv(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_files_have_a_line_per_trial_evaluation_and_confirm_run(confirmed):
+    summary = write_report(confirmed)
+    trials = read_csv(confirmed / "report/trials.csv")
+    assert len(trials) == 25
+    assert {"method.rank", "method.alpha", "optim.lr", "bits_per_byte", "run", "reason"} <= set(trials[0])
+    failed = next(row for row in trials if row["state"] == "failed")
+    assert (failed["bits_per_byte"], failed["reason"]) == ("", "The loss became NaN at step 12.")
+    curves = read_csv(confirmed / "report/curves.csv")
+    assert len(curves) == 1 + 11 * 7 + 6 * 3 + 6 * 7
+    assert curves[0] == {"arm": "frozen", "trial": "0", "step": "0", "bits_per_byte": "2.031"}
+    runs = read_csv(confirmed / "report/confirmed.csv")
+    assert [row["subject"] for row in runs] == ["frozen", *["lora"] * 5, *["full"] * 5]
+    assert {row["is_better_than_untrained"] for row in trials if row["arm"] == "full"} == {"True"}
+    assert failed["is_better_than_untrained"] == ""
+    assert json.loads((confirmed / "report/summary.json").read_text()) == json.loads(json.dumps(summary.as_json()))

@@ -1,8 +1,5 @@
 """What TensorBoard reads: rows of the HParams tab, the best curves of a sweep's arms, and the answers."""
 
-import subprocess
-import sys
-
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
@@ -49,24 +46,14 @@ def test_row_has_numbers_as_numbers_and_the_rest_as_text(sweep):
     assert metrics["trainable_params"] == record.trainable_params
 
 
-def test_each_trial_has_a_row_and_winners_have_a_score_on_test_data(board):
+def test_each_trial_has_a_row_and_the_best_curves_of_all_arms_are_one_chart(board):
     rows = [row_of(folder) for folder in (board / "trials").iterdir()]
     assert len(rows) == 25
     assert {settings["status"] for _, settings, _ in rows} == {"complete", "pruned", "failed"}
     assert "lora-0000 of quickstart" in {name for name, _, _ in rows}
     assert sorted(str(row[1]["arm"]) for row in rows if "test/bits_per_byte" in row[2]) == ["frozen", "full", "lora"]
-
-
-def test_the_best_curves_of_all_arms_have_one_tag_so_that_they_are_one_chart(board):
     tag = f"{ARM_TAG}/bits_per_byte"
     curves = {arm: load(board / "arms" / arm).Scalars(tag) for arm in ("frozen", "full", "lora")}
     assert [point.step for point in curves["lora"]] == [0, 25, 50, 75, 100, 125, 150]
     assert [point.step for point in curves["frozen"]] == [0, 150]
     assert len({point.value for point in curves["frozen"]}) == 1
-
-
-def test_report_loads_neither_torch_nor_optuna():
-    unwanted = {"torch", "lightning", "optuna", "tensorflow", "transformers"}
-    code = f"import sys, lorasweep.report; print(*({unwanted} & {{*sys.modules}}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ""

@@ -52,17 +52,6 @@ def trained(make_config, inputs, tmp_path_factory):
     return train
 
 
-@pytest.fixture
-def trained_in_bf16(trained, make_config):
-    """Trains a run in bf16 with these settings once and gives its folder."""
-
-    def train(settings=None, /):
-        given = {"method": "lora", **(settings or {}), "trainer.precision": "bf16"}
-        return trained(given, inputs=build_inputs(make_config(given)))
-
-    return train
-
-
 def load_embedded():
     """The base as the runs of this file had it; on disk it is in bf16."""
     folder = find_local_path(compose_run({}).model)
@@ -88,11 +77,8 @@ def largest_difference(one, other):
 def test_peft_loads_the_adapter_onto_its_base_with_the_same_logits(trained, tmp_path, settings):
     run = trained(settings)
     written = export_run(run, format="peft", out=tmp_path / "adapter")
-    assert {file.name for file in written.folder.iterdir()} == {
-        "README.md",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    }
+    names = {file.name for file in written.folder.iterdir()}
+    assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     base = load_embedded()
     before = logits_of(base)
     model = peft.PeftModel.from_pretrained(base, written.folder)
@@ -149,23 +135,15 @@ def test_a_head_is_untied_from_the_embeddings_only_where_one_of_them_changed_alo
     assert largest_difference(logits_of(model), logits_of(restored(trained(settings)))) < LOGIT_TOLERANCE
 
 
-@pytest.mark.parametrize("settings", [{"method": "lora"}, {"method": "full"}])
-def test_a_run_in_bf16_is_exported_from_its_base_in_bf16(trained_in_bf16, tmp_path, settings):
-    run = trained_in_bf16(settings)
+@pytest.mark.parametrize(("method", "dtype"), [("lora", torch.bfloat16), ("full", torch.float32)])
+def test_a_run_in_bf16_is_exported_from_its_base_in_bf16(trained, make_config, tmp_path, method, dtype):
+    settings = {"method": method, "trainer.precision": "bf16"}
+    run = trained(settings, inputs=build_inputs(make_config(settings)))
     written = export_run(run, format="merged", out=tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(written.folder, dtype="auto")
-    own = logits_of(restored(run).double())
-    if settings["method"] == "full":
-        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-        assert largest_difference(logits_of(model), own) < LOGIT_TOLERANCE
-        return
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-
-
-@pytest.fixture
-def copied(trained, tmp_path):
-    """A run to damage."""
-    return shutil.copytree(trained(), tmp_path / "run")
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    if method == "full":
+        assert largest_difference(logits_of(model), logits_of(restored(run).double())) < LOGIT_TOLERANCE
 
 
 def change_record(run, **fields):
@@ -173,11 +151,6 @@ def change_record(run, **fields):
     for name, value in fields.items():
         setattr(record, name, value)
     write_record(record, run)
-
-
-def remove_best(run):
-    for file in (run / "best").iterdir():
-        file.unlink()
 
 
 def damage_best(run):
@@ -188,26 +161,18 @@ def damage_best(run):
 
 
 BROKEN = [
-    (remove_best, "`best`"),
+    (lambda run: shutil.rmtree(run / "best"), "`best`"),
     (damage_best, r"adapter_model\.safetensors.*has changed"),
-    (
-        lambda run: (run / "best" / "adapter_config.json").unlink(),
-        r"adapter_config\.json.*is missing",
-    ),
+    (lambda run: (run / "best" / "adapter_config.json").unlink(), r"adapter_config\.json.*is missing"),
     (lambda run: change_record(run, config={"method": {"name": "lora"}}), "settings of this version"),
-    (
-        lambda run: change_record(run, platform={"precision": "bf16"}),
-        "bf16.*'embedded:tiny'",
-    ),
-    (
-        lambda run: change_record(run, base={"fingerprint": "0123"}),
-        "'0123' in fp32",
-    ),
+    (lambda run: change_record(run, platform={"precision": "bf16"}), "bf16.*'embedded:tiny'"),
+    (lambda run: change_record(run, base={"fingerprint": "0123"}), "'0123' in fp32"),
 ]
 
 
 @pytest.mark.parametrize(("damage", "message"), BROKEN)
-def test_a_run_that_does_not_fit_its_record_is_refused_and_nothing_is_written(copied, tmp_path, damage, message):
+def test_a_run_that_does_not_fit_its_record_is_refused_and_nothing_is_written(trained, tmp_path, damage, message):
+    copied = shutil.copytree(trained(), tmp_path / "run")
     damage(copied)
     with pytest.raises(RecordError, match=message):
         export_run(copied, format="merged", out=tmp_path / "out")

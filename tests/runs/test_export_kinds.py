@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers
+from tests.small_runs import SMALL_RUN
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lorasweep.config.compose import compose_run
@@ -15,9 +16,7 @@ from lorasweep.training.restore import restore_base, restore_config, restore_mod
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # what PEFT calls in transformers
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # what PEFT calls
 WORDS = [f"w{n}" for n in range(40)]
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 TOKENS = torch.randint(3, 43, (3, 9), generator=torch.Generator().manual_seed(1))
@@ -49,21 +48,10 @@ def train(folder, tmp_path):
     """Trains a short run and gives its folder."""
 
     def train(settings):
-        short = {
-            "model": "classifier",
-            "model.path": str(folder / "bert"),
-            "data": "table",
-            "model.attention": "eager",
-            "data.train": str(folder / "rows.jsonl"),
-            "trainer.batch_size": 4,
-            "trainer.max_steps": 3,
-            "trainer.eval_every_steps": 3,
-            "trainer.precision": "fp32",
-            "trainer.device": "cpu",
-            "trainer.progress": False,
-            "optim.lr": 1e-2,
-        }
-        config = compose_run({**short, **settings})
+        model = {"model": "classifier", "model.path": str(folder / "bert"), "model.attention": "eager"}
+        data = {"data": "table", "data.train": str(folder / "rows.jsonl")}
+        common = {key: value for key, value in SMALL_RUN.items() if key.startswith("trainer.")}
+        config = compose_run({**model, **data, **common, "trainer.progress": False, "optim.lr": 1e-2, **settings})
         train_run(config, RunFolder(path=tmp_path / "run"), inputs=build_inputs(config))
         return tmp_path / "run"
 

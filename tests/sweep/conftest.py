@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from tests.small_runs import rates
 from torch import nn
 
 import lorasweep.sweep.workers.worker as worker_file
@@ -37,14 +38,10 @@ CONTENT = {
     },
     "arms": {
         "frozen": {"settings": {"method": "frozen"}},
-        "full": {
-            "settings": {"method": "full"},
-            "space": {"optim.lr": {"low": 1e-4, "high": 1e-2, "log": True}},
-            "trials": 3,
-        },
+        "full": {"settings": {"method": "full"}, "space": {"optim.lr": rates(1e-4, 1e-2)}, "trials": 3},
         "lora": {
             "settings": {"method": "lora"},
-            "space": {"method.rank": [1, 2, 4], "optim.lr": {"low": 1e-3, "high": 1e-1, "log": True}},
+            "space": {"method.rank": [1, 2, 4], "optim.lr": rates(1e-3, 1e-1)},
             "trials": 6,
         },
     },

@@ -1,4 +1,4 @@
-"""The examples in the guide to sweeps work: its file is a sweep, and its overrides are taken."""
+"""The examples in the guides to sweeps and parts work: files are sweeps, overrides are taken, commands compose."""
 
 import re
 import shlex
@@ -8,16 +8,29 @@ import pytest
 import yaml
 
 from lorasweep.config.command_line import parse_overrides
+from lorasweep.config.compose import compose_run
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.confirm import draw_confirm_seeds
 from lorasweep.sweep.definition.grow import grow_definition
+from lorasweep.sweep.definition.sweep_file import find_sweep_file
 from lorasweep.sweep.definition.warnings import find_warnings
 
-GUIDE = (Path(__file__).parent.parent.parent / "docs" / "sweeps.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[2] / "docs"
+GUIDE = (DOCS / "sweeps.md").read_text(encoding="utf-8")
+PARTS = (DOCS / "components.md").read_text(encoding="utf-8")
 FILE, RETAIN = re.findall(r"^```yaml\n(.*?)^```", GUIDE, flags=re.MULTILINE | re.DOTALL)
 LINES = [line for line in GUIDE.splitlines() if line.startswith("    ")]
 OVERRIDES = [line for line in LINES if "=" in line and "lorasweep" not in line]
 GROWTH = [line for line in LINES if "sweep --resume outputs/ranks " in line]
+
+
+@pytest.mark.parametrize("line", [line for line in PARTS.splitlines() if line.startswith("lorasweep ")])
+def test_each_command_of_the_page_on_parts_composes(line):
+    _, command, *words = shlex.split(line)
+    if command == "train":
+        compose_run(parse_overrides(words))
+    else:
+        read_definition(find_sweep_file(words[0]), words[1:])
 
 
 @pytest.fixture
@@ -27,14 +40,11 @@ def file(tmp_path):
     return path
 
 
-def test_the_file_is_a_fair_sweep_with_a_confirm_stage(file):
+def test_the_file_is_a_fair_sweep_with_a_confirm_stage_and_retained_data_sets(file):
     definition = read_definition(file, [])
     assert [arm.name for arm in definition.arms] == ["frozen", "full", "lora"]
     assert find_warnings(definition) == []
     assert len(draw_confirm_seeds(definition)) == max(definition.sweep_config.confirm.looks)
-
-
-def test_the_retained_data_sets_are_taken(file):
     content = yaml.safe_load(FILE)
     content["settings"] |= yaml.safe_load(RETAIN)["settings"]
     definition = read_definition(content, [])

@@ -50,6 +50,10 @@ def test_columns_lengths_and_steps_come_from_the_data(here, capsys):
     assert "data.metric: accuracy # or f1, matthews or loss\n" in written
     assert "lorasweep plan mine.yaml" in capsys.readouterr().out
     assert [arm.trials for arm in read_definition(here / "mine.yaml").arms] == [1, 12, 12]
+    # another number of steps keeps rungs and packs
+    arm = read_definition(here / "mine.yaml", ["trainer.max_steps=1000"]).find_arm("lora")
+    assert build_rule(arm).rungs == (500,)
+    assert explain_solo_arms(read_definition(here / "mine.yaml", ["trainer.max_steps=1000"])) == []
 
 
 def test_settings_of_the_user_are_kept(here):
@@ -103,7 +107,7 @@ def test_what_is_missing_is_named_and_nothing_is_written(here, capsys, words, sa
     assert not (here / "mine.yaml").exists()
 
 
-def test_a_file_whose_first_line_is_data_needs_names(here, capsys):
+def test_a_file_whose_first_line_is_data_needs_names_and_every_row_of_every_split_is_read(here, capsys):
     write_topics(here / "topics.csv", header="3,a text,many\n")
     draft(MODEL, "data.train=topics.csv", code=WRONG_REQUEST)
     said = capsys.readouterr().err
@@ -111,19 +115,11 @@ def test_a_file_whose_first_line_is_data_needs_names(here, capsys):
     assert "'data.columns=[label,text,column3]'" in said
     settings = draft(MODEL, "data.train=topics.csv", "data.columns=[label,text,column3]")["settings"]
     assert (settings["data.text"], settings["data.label"]) == ("text", "label")
-
-
-def test_every_row_of_every_split_is_read(here, capsys):
+    write_topics(here / "topics.csv")
+    (here / "mine.yaml").unlink()
     (here / "test.csv").write_text("stars,review,author\n1,good,2\n1,good,2,3,4\n")
     draft(MODEL, "data.train=topics.csv", "data.test=test.csv", code=WRONG_REQUEST)
     assert "test.csv" in capsys.readouterr().err
-
-
-def test_another_number_of_steps_keeps_rungs_and_packs(here):
-    draft(MODEL, "data.train=topics.csv")
-    arm = read_definition(here / "mine.yaml", ["trainer.max_steps=1000"]).find_arm("lora")
-    assert build_rule(arm).rungs == (500,)
-    assert explain_solo_arms(read_definition(here / "mine.yaml", ["trainer.max_steps=1000"])) == []
 
 
 @pytest.mark.slow

@@ -174,7 +174,6 @@ def fit(definition, minutes):
 
 
 def test_seeds_go_first_then_trials_then_steps(quickstart):
-    # 2 arms of 16 trials and 5 subjects of 10 seeds, 24 s each: 32.8 minutes
     assert fit(quickstart, 33)[0] == (16, 240, (3, 6, 10))
     assert fit(quickstart, 32)[0] == (16, 240, (3, 6))
     assert fit(quickstart, 16.5)[0] == (12, 240, (3,))
@@ -182,8 +181,5 @@ def test_seeds_go_first_then_trials_then_steps(quickstart):
     assert found == (16, 120, (3,))
     assert "3 of 10 seeds" in given_up
     assert "120 of 240 steps" in given_up
-
-
-def test_a_time_that_is_too_short_is_refused_with_the_shortest(quickstart):
     with pytest.raises(ConfigError, match=r"`--minutes` must be at least \d+ .* but got 0.5.*confirm.seeds=3"):
         fit(quickstart, 0.5)

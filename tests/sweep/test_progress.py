@@ -9,12 +9,8 @@ import pytest
 from rich.console import Console
 
 import lorasweep.sweep.status as status_file
-from lorasweep.record import read_sweep
-from lorasweep.sweep.controller.folder import SweepFolder
-from lorasweep.sweep.controller.lifecycle import reopen_sweep
 from lorasweep.sweep.status import report_status, show_progress
 
-from .conftest import Killed
 from .test_status import folder as folder
 from .test_status import running as running
 
@@ -71,29 +67,3 @@ def test_a_sweep_in_this_process_is_shown_with_a_line_per_run(begin, work, runs,
     assert sum(line.startswith("confirm: ") for line in lines) == 1
     assert sum(line.split()[2] == "pruned" for line in lines) == sum(row.state == "pruned" for row in rows) > 0
     assert {line.split()[1] for line in lines[-5:]} == {"1/1", "1/2", "2/2"}
-
-
-def test_a_killed_pack_that_goes_on_has_a_line_for_each_trial_once(begin, work, runs, packs, content, monkeypatch):
-    monkeypatch.setattr(SweepFolder, "is_save_due", lambda self: True)  # the record has all that was told
-    content["settings"] |= {"worker.pack_size": 3, "sampler": "qmc"}
-    content["arms"] = {"lora": content["arms"]["lora"]}
-    folder = begin(content)
-    true_close, closed = runs.close, []
-
-    def close(*arguments, **named):
-        record = true_close(*arguments, **named)
-        closed.append(record)
-        if len(closed) == 3:  # two of the pack were told of, and it has no later boundary than the one before
-            raise Killed
-        return record
-
-    monkeypatch.setattr(runs, "close", close)
-    with pytest.raises(Killed):
-        work(folder)
-    assert sum(row.state == "complete" for row in read_sweep(folder.path).trials) == 2
-    reopened = reopen_sweep(folder.path)
-    output = io.StringIO()
-    with show_progress(reopened.path, Console(file=output, width=200)):
-        assert work(reopened)
-    lines = [line for line in output.getvalue().splitlines() if line.startswith("lora ")]
-    assert [line.split()[1] for line in lines] == ["3/6", "4/6", "5/6", "6/6"]

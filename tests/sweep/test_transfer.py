@@ -4,7 +4,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from tests.small_runs import SMALL_RUN
+from tests.small_runs import SMALL_RUN, rates
 
 import lorasweep
 import lorasweep.sweep.transfer as transfer_file
@@ -21,10 +21,7 @@ CONTENT = {
     "name": "short",
     "settings": SMALL_RUN | {"trainer.max_steps": 8, "sweep.trials": 2, "confirm.seeds": 1, "confirm.margin": 0.01},
     "arms": {
-        "lora": {
-            "settings": {"method": "lora", "method.rank": 2},
-            "space": {"optim.lr": {"low": 1e-3, "high": 1e-1, "log": True}},
-        },
+        "lora": {"settings": {"method": "lora", "method.rank": 2}, "space": {"optim.lr": rates(1e-3, 1e-1)}},
     },
 }
 

@@ -29,10 +29,9 @@ MAX_STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def words(short_run):
+def words(short_words):
     """The words of a run of a few seconds, with dropout."""
-    settings = short_run | {"trainer.max_steps": MAX_STEPS, "method.dropout": 0.1}
-    return [f"{key}={value}" for key, value in settings.items()]
+    return [*short_words, f"trainer.max_steps={MAX_STEPS}", "method.dropout=0.1"]
 
 
 @pytest.fixture(scope="module")

@@ -34,25 +34,23 @@ def test_prompt_and_completion_are_what_user_and_assistant_say(read, columns, se
     assert f"{columns[0]} and {columns[1]}" in source.notes[0]
 
 
+TALK = [said("system", "be kind"), said("user", "hi"), said("assistant", "hello")]
+SHAREGPT = [{"from": role, "value": text} for role, text in (("system", "be kind"), ("human", "hi"), ("gpt", "hello"))]
+
+
 @pytest.mark.parametrize(
-    ("column", "settings"), [("messages", {}), ("conversations", {}), ("log", {"messages": "log"})]
+    ("row", "settings"),
+    [
+        ({"messages": TALK}, {}),
+        ({"conversations": TALK}, {}),
+        ({"log": TALK}, {"messages": "log"}),
+        ({"conversations": SHAREGPT}, {}),
+        ({"prompt": TALK[:2], "completion": TALK[2:]}, {}),
+    ],
 )
-def test_messages_are_read_as_they_are(read, column, settings):
-    row = {column: [said("system", "be kind"), said("user", "hi"), said("assistant", "hello")]}
+def test_messages_are_read_as_they_are(read, row, settings):
     source = read("chat", {f"{split}.jsonl": jsonl_of(row) for split in SPLITS}, **settings)
     assert source.train.items[0].messages == [("system", "be kind"), ("user", "hi"), ("assistant", "hello")]
-
-
-def test_words_of_sharegpt_are_known(read):
-    row = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}
-    source = read("chat", {f"{split}.jsonl": jsonl_of(row) for split in SPLITS})
-    assert source.train.items[0].messages == [("user", "hi"), ("assistant", "hello")]
-
-
-def test_prompt_and_completion_may_be_messages(read):
-    row = {"prompt": [said("system", "be kind"), said("user", "hi")], "completion": [said("assistant", "hello")]}
-    source = read("chat", {f"{split}.jsonl": jsonl_of(row) for split in SPLITS})
-    assert [role for role, _ in source.train.items[0].messages] == ["system", "user", "assistant"]
 
 
 def test_answers_to_one_prompt_stay_in_one_split(read):

@@ -62,9 +62,7 @@ def test_folder_is_read_with_the_names_of_its_classes_in_their_order(read_folder
     source = read_folder(train=TRAIN, validation=rows_of(("so", 1)), test=rows_of(("and so", 0)))
     assert (source.kind, source.label_names) == ("single_label", ("pos", "neg"))
     assert source.train.items == [
-        LabelledText("good", None, 0),
-        LabelledText("bad", None, 1),
-        LabelledText("fine", None, 0),
+        LabelledText(*row) for row in (("good", None, 0), ("bad", None, 1), ("fine", None, 0))
     ]
     assert source.validation.items == [LabelledText("so", None, 1)]
     assert source.test().items == [LabelledText("and so", None, 0)]

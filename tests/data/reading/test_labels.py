@@ -16,10 +16,6 @@ def learn(values, *, task="auto", class_names=()):
     return learn_labels(values, task=task, class_names=class_names, key="`data.label=label`")
 
 
-def encode(code, values):
-    return [code.encode(value) for value in values]
-
-
 @pytest.mark.parametrize(
     ("values", "task", "names"),
     [
@@ -42,7 +38,7 @@ def test_task_is_seen_from_the_labels_and_names_are_sorted(values, task, names):
 
 def test_names_that_the_data_set_states_keep_its_order():
     code = learn(["not_entailment", "entailment"], class_names=("entailment", "not_entailment", "unclear"))
-    assert encode(code, ["entailment", "not_entailment"]) == [0, 1]
+    assert [code.encode(name) for name in ("entailment", "not_entailment")] == [0, 1]
     assert "as the data set orders them" in code.reason
     assert "no example of ['unclear']" in code.reason
 
@@ -82,7 +78,7 @@ def test_any_labels_are_encoded_or_refused(values, task):
         code = learn(values, task=task)
     except ConfigError:
         return
-    encoded = encode(code, values)
+    encoded = [code.encode(value) for value in values]
     if code.task == "single_label":
         assert set(encoded) == set(range(len(code.names)))
     else:
@@ -98,9 +94,8 @@ def texts_of(split):
 
 
 def test_splits_that_are_given_are_read_as_they_are(read):
-    source = read(
-        "table", {"train.csv": csv_of(ROWS[:40]), "validation.csv": csv_of(ROWS[40:50]), "test.csv": csv_of(ROWS[50:])}
-    )
+    files = {"train.csv": csv_of(ROWS[:40]), "validation.csv": csv_of(ROWS[40:50]), "test.csv": csv_of(ROWS[50:])}
+    source = read("table", files)
     assert (source.kind, source.label_names) == ("single_label", ("a", "b"))
     for split, rows in ((source.train, ROWS[:40]), (source.validation, ROWS[40:50]), (source.test(), ROWS[50:])):
         assert split.items == [(text, None, "ab".index(label), None) for text, label in rows]
@@ -112,6 +107,9 @@ def test_rows_of_the_test_split_are_read_at_its_first_call_and_once(read):
     with pytest.raises(
         ConfigError, match=r"row 1 of 'test\.csv' must have a label.* 2 rows .*, also row 3 of 'test\.csv'\."
     ):
+        source.test()
+    source = read("table", {"train.csv": csv_of(ROWS), "test.csv": "text,label\nfine,a\nwell,c\n"})
+    with pytest.raises(ConfigError, match=r"row 2 of 'test.csv' must have a label that training has, \('a', 'b'\)"):
         source.test()
     source = read("table", {"train.csv": csv_of(ROWS), "test.csv": csv_of(ROWS[:3])})
     assert source.test() is source.test()
@@ -133,14 +131,12 @@ def test_missing_splits_are_split_off_and_said(read):
 
 
 def test_duplicates_are_counted(read):
-    source = read(
-        "table",
-        {
-            "train.csv": csv_of([("one", "a"), ("One ", "a"), ("two", "b"), ("two", "a")]),
-            "validation.csv": csv_of([("TWO", "a"), ("two", "b"), ("three", "b")]),
-            "test.csv": csv_of([("one", "a"), ("four", "b")]),
-        },
-    )
+    files = {
+        "train.csv": csv_of([("one", "a"), ("One ", "a"), ("two", "b"), ("two", "a")]),
+        "validation.csv": csv_of([("TWO", "a"), ("two", "b"), ("three", "b")]),
+        "test.csv": csv_of([("one", "a"), ("four", "b")]),
+    }
+    source = read("table", files)
     assert "2 of 4 examples of train repeat the text of another one." in source.notes
     assert "2 of 3 examples of validation have the text of an example of train." in source.notes
     assert "1 texts of train have several different labels." in source.notes
@@ -149,12 +145,8 @@ def test_duplicates_are_counted(read):
 
 def test_pairs_of_texts_belong_together(read):
     rows = [("q", "yes", "x"), ("q", "no", "y"), ("r", "yes", "x")]
-    source = read(
-        "table",
-        {f"{split}.csv": csv_of(rows, "question,answer,label") for split in ("train", "validation", "test")},
-        text="question",
-        text_pair="answer",
-    )
+    files = {f"{split}.csv": csv_of(rows, "question,answer,label") for split in ("train", "validation", "test")}
+    source = read("table", files, text="question", text_pair="answer")
     assert [item[:2] for item in source.train.items] == [row[:2] for row in rows]
     assert "0 of 3 examples of train repeat the pair of texts of another one." in source.notes
 
@@ -186,13 +178,6 @@ def test_what_can_not_be_used_is_named(read, content, settings, words):
     with pytest.raises(ConfigError) as raised:
         read("table", {"train.csv": content}, **settings)
     assert [word for word in words if word not in str(raised.value)] == []
-
-
-def test_unknown_label_of_another_split_is_named_when_it_is_read(read):
-    files = {"train.csv": csv_of(ROWS), "test.csv": "text,label\nfine,a\nwell,c\n"}
-    source = read("table", files)
-    with pytest.raises(ConfigError, match=r"row 2 of 'test.csv' must have a label that training has, \('a', 'b'\)"):
-        source.test()
 
 
 def test_group_of_a_row_is_the_value_of_its_column(read):

@@ -5,6 +5,7 @@ import functools
 import gzip
 import json
 import os
+import re
 
 import pyarrow
 import pyarrow.parquet
@@ -27,11 +28,7 @@ def read(path, *, choose=CHOOSE, **rules):
 @pytest.mark.parametrize(
     ("name", "content", "rows"),
     [
-        (
-            "a.csv",
-            'id,label,text\r\n1,x,"so, and\nso"\r\n\r\n2,y,"a ""b"""\r\n',
-            [("so, and\nso", "x"), ('a "b"', "y")],
-        ),
+        ("a.csv", 'id,label,text\r\n1,x,"so,\nso"\r\n\r\n2,y,"a ""b"""\r\n', [("so,\nso", "x"), ('a "b"', "y")]),
         ("a.csv", "text,label\nNA,01\nnull,1.0\n", [("NA", "01"), ("null", "1.0")]),
         ("a.csv", "\ufefftext , label\né,x\n", [("é", "x")]),
         ("a.csv", '\ufeff"text","label"\n"é","x"\n', [("é", "x")]),
@@ -41,11 +38,7 @@ def read(path, *, choose=CHOOSE, **rules):
         ("a.tsv", 'text\tlabel\n"so, ""and""\tso"\tx\nplain\t"y"\n', [('so, "and"\tso', "x"), ("plain", "y")]),
         ("a.tsv", 'text\tlabel\n"whole"\tx\n"whole" and more\ty\n', [('"whole"', "x"), ('"whole" and more', "y")]),
         ("a.txt", "\ufefflabel\ttext\r\n1\tso, and so\r\n\t \r\n", [("so, and so", "1"), (" ", "")]),
-        (
-            "a.jsonl",
-            '{"text": "a\u2028", "label": 1}\n{"label": ["x"], "text": "b"}\n',
-            [("a\u2028", 1), ("b", ["x"])],
-        ),
+        ("a.jsonl", '{"text": "a\u2028", "label": 1}\n{"label": ["x"], "text": "b"}\n', [("a\u2028", 1), ("b", ["x"])]),
         ("a.jsonl", '\ufeff{"text": "2020-01-01", "label": 1}\n{"text": "b"}', [("2020-01-01", 1), ("b", None)]),
         ("a.json", '[{"text": "a", "label": 1},\n{"text": "b"}]', [("a", 1), ("b", None)]),
         ("A.CSV", "text,label\na,b\n", [("a", "b")]),
@@ -118,24 +111,17 @@ def test_what_is_broken_is_named(write, name, content, words):
     assert [word for word in words if word.lower() not in str(raised.value).lower()] == []
 
 
-def test_rows_of_several_files_know_their_place(write):
-    write("a.csv", "text,label\none,x\ntwo,y\n")
-    write("b.csv", "text,label\n\nthree,x\n")
-    assert read("*.csv") == [("one", "x"), ("two", "y"), ("three", "x")]
-    table = open_tables(make_data("table", train="*.csv"), CHOOSE)["train"]
-    with pytest.raises(ConfigError, match=r"^row 1 of 'b\.csv' must not be three.* `text` 'three', `label` 'x'"):
-        parse_rows(table, functools.partial(refuse, "three"))
-
-
-def test_row_is_named_by_its_number_and_values_without_a_column_are_counted(write):
+def test_row_is_named_by_its_file_and_number_and_values_without_a_column_are_counted(write):
     write("a.csv", 'text,label,,\n"two\nlines",x,,\n\nthree,x,more,\n')
-    write("b.csv", "text,label,\nfour,x,\n")
+    write("b.csv", "text,label,\n\nfour,x,\n")
+    assert read("*.csv") == [("two\nlines", "x"), ("three", "x"), ("four", "x")]
     table = open_tables(make_data("table", train="*.csv"), CHOOSE)["train"]
     assert parse_rows(table, lambda *values, group: values)[1] == [
         "1 rows of 'a.csv' have values in columns without a name, which are not read."
     ]
-    with pytest.raises(ConfigError, match=r"^row 2 of 'a\.csv' must not be three"):
-        parse_rows(table, functools.partial(refuse, "three"))
+    for word, place in (("three", "row 2 of 'a"), ("four", "row 1 of 'b")):
+        with pytest.raises(ConfigError, match=rf"^{place}\.csv' must not be {word}"):
+            parse_rows(table, functools.partial(refuse, word))
 
 
 def refuse(word, text, label, group):
@@ -180,10 +166,8 @@ def test_what_python_writes_is_read_back(tmp_path_factory, rows):
 def test_what_is_no_table_is_refused_by_its_name(write, given_name):
     for name in ("a.xlsx", "b.csv", "c.tsv", "sms"):
         write(name, "")
-    with pytest.raises(ConfigError) as raised:
+    with pytest.raises(ConfigError, match=f"`data.test`.*{re.escape(repr(given_name))}"):
         find_tables(given_name, key="data.test")
-    assert "`data.test`" in str(raised.value)
-    assert repr(given_name) in str(raised.value)
 
 
 def test_path_glob_home_and_odd_name_are_found(write, folder, monkeypatch):
@@ -196,17 +180,18 @@ def test_path_glob_home_and_odd_name_are_found(write, folder, monkeypatch):
     assert read("odd[1].csv") == [("a", "b")]
 
 
-@pytest.mark.parametrize(("name", "near"), [("reviws.csv", "`reviews.csv`"), ("*.parquet", ""), ("no/a.csv", "")])
-def test_file_that_does_not_exist_is_named_with_the_nearest(write, name, near):
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("reviws.csv", "`data.train`.*`reviews.csv`"),
+        ("*.parquet", "`data.train`"),
+        ("no/a.csv", "`data.train`"),
+        *((name, "`data.train` must name an existing file") for name in ("x" * 5000, "~nobody-here/a.csv", "a\0b.csv")),
+    ],
+)
+def test_file_that_does_not_exist_is_named_with_the_nearest(write, name, said):
     write("reviews.csv", "")
-    with pytest.raises(ConfigError, match=r"`data\.train`") as raised:
-        find_files(name, key="data.train")
-    assert near in str(raised.value)
-
-
-@pytest.mark.parametrize("name", ["x" * 5000, "~nobody-has-this-name/a.csv", "a\0b.csv"])
-def test_a_name_that_no_file_can_have_is_refused(name):
-    with pytest.raises(ConfigError, match=r"`data\.train` must name an existing file"):
+    with pytest.raises(ConfigError, match=said):
         find_files(name, key="data.train")
 
 

@@ -46,21 +46,14 @@ RATES = {"optim.lr": {"low": 1e-4, "high": 1e-2, "log": True}}
         ({"optim.lr_ratio_b": 16}, {"method.rank": RANKS}, {"method.rank": 4}, 16 * 16),
         ({}, {"optim.lr_ratio_b": [1, 4]}, {"optim.lr_ratio_b": 4}, 16 * 4),
         ({}, {"method.alpha": [0, 16]}, {"method.alpha": 0}, 1),
+        ({"optim": "adamw"}, {}, {}, 16),
+        # without a scaling, and with another optimizer than Adam, u is the learning rate
+        *((settings, {}, {}, 1) for settings in ({"method": "full"}, {"method": "bitfit"}, {"optim": "sgd"})),
     ],
 )
 def test_u_is_the_rate_times_the_root_of_scaling_rank_and_ratio(build_law, settings, space, params, expected):
     law = build_law(settings, {**space, **RATES})
     assert law.factor({**params, "optim.lr": 1e-3}) == pytest.approx(math.sqrt(expected))
-
-
-@pytest.mark.parametrize("method", ["full", "bitfit", "intrinsic"])
-def test_without_a_scaling_u_is_the_learning_rate(build_law, method):
-    assert build_law({"method": method}, RATES).factor({"optim.lr": 1e-3}) == 1
-
-
-@pytest.mark.parametrize(("optimizer", "factor"), [("sgd", 1), ("adamw", 4)])
-def test_the_law_is_used_with_adam_alone(build_law, optimizer, factor):
-    assert build_law({"optim": optimizer}, RATES).factor({"optim.lr": 1e-3}) == factor
 
 
 SPACES = {

@@ -1,9 +1,8 @@
 """After the search each arm's best settings run on fresh seeds and are scored once on test data, whatever happens."""
 
 import pytest
-from tests.sweep.conftest import HALVING, Killed, NoInputs
+from tests.sweep.conftest import HALVING, NoInputs
 
-import lorasweep.sweep.workers.worker as worker_file
 from lorasweep.errors import Diverged, OutOfMemory
 from lorasweep.record import read_run, read_sweep
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
@@ -75,40 +74,6 @@ def test_nothing_of_the_test_part_is_read_before_the_search_is_over(begin, work,
     assert work(folder, inputs_cache=inputs_cache)
     assert inputs_cache.test_reads > 0
     assert counts(folder.path) == ASKED
-
-
-@pytest.mark.parametrize("stop_at", [1, 5])
-def test_a_stopped_sweep_ends_with_exactly_its_seeds(begin, work, runs, confirming, finish, stop_at):
-    whole = begin(confirming, folder="whole")
-    assert work(whole)
-    stopped = begin(confirming, folder="stopped")
-    assert not work(stopped, stop_at=4)
-    runs.scored.clear()
-    finish(stopped.path, stop_at=None if stop_at == 1 else stop_at + 1)
-    assert rows_of(stopped.path) == rows_of(whole.path)
-    assert sorted(runs.scored) == sorted(row.run.removeprefix("runs/") for row in read_sweep(whole.path).confirm)
-
-
-def test_a_run_that_was_scored_but_not_told_is_neither_trained_nor_scored_again(
-    begin, work, runs, confirming, monkeypatch
-):
-    folder = begin(confirming)
-
-    def score_and_die(path, *, inputs, retained):
-        record = runs.score_run(path, inputs=inputs)
-        if len(runs.scored) == 3:
-            raise Killed
-        return record
-
-    monkeypatch.setattr(worker_file, "score_run", score_and_die)
-    with pytest.raises(Killed):
-        work(folder)
-    begun = len(runs.begun)
-    monkeypatch.setattr(worker_file, "score_run", runs.score_run)
-    assert work(reopen_sweep(folder.path))
-    assert counts(folder.path) == ASKED
-    assert len(runs.begun) - begun == 7 - 3
-    assert len(runs.scored) == len(set(runs.scored)) == 7
 
 
 def test_paused_trials_are_pruned_before_the_confirm_stage_and_none_of_them_is_a_winner(begin, work, runs, confirming):
@@ -204,20 +169,3 @@ def test_seeds_of_different_arms_share_packs_and_are_scored_after_them(begin, wo
     assert packs.sizes[-1] == 2  # one pack, whose slots were refilled
     assert counts(folder.path) == ASKED | {"other": 3}
     assert len(runs.scored) == 10
-
-
-def test_a_pack_that_is_stopped_loses_no_seed_and_scores_none_twice(begin, work, runs, packs, packed):
-    def in_the_middle_of_the_stage():
-        return any("-confirm" in name and step > 2 for name, step in packs.trained)
-
-    folder = begin(packed)
-    assert not work(folder, stop_when=in_the_middle_of_the_stage)
-    states = [row.state for row in read_sweep(folder.path).confirm if row.arm in ("lora", "other")]
-    assert "running" in states
-    runs.scored.clear()
-    scored = [row for row in read_sweep(folder.path).confirm if row.state == "complete"]
-    assert work(reopen_sweep(folder.path))
-    assert counts(folder.path) == ASKED | {"other": 3}
-    assert {row.state for row in read_sweep(folder.path).confirm} == {"complete"}
-    assert len(packs.trained) == len(set(packs.trained)) == (6 + 6) * 4
-    assert len(runs.scored) == len(set(runs.scored)) == 10 - len(scored)

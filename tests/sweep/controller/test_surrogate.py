@@ -65,7 +65,7 @@ def test_equal_and_few_costs_are_no_error(costs):
     assert mean.max() <= max(costs) + 1
 
 
-def test_coordinates_are_in_length_scales_and_keys_with_one_value_have_none():
+def test_coordinates_are_in_length_scales_and_choices_without_an_order_equally_far_apart():
     space = {
         "optim.lr": FloatDistribution(1e-4, 1e-2, log=True),
         "method.rank": CategoricalDistribution([1, 16]),
@@ -77,9 +77,6 @@ def test_coordinates_are_in_length_scales_and_keys_with_one_value_have_none():
     placed = Coordinates(space, NO_LAW).place([low, high])
     # sorted keys: dropout over its range, four octaves of rank, two decades of rate
     assert placed[1] - placed[0] == pytest.approx([1 / 0.5, 4 / 7.5, 2 / 0.5])
-
-
-def test_choices_without_an_order_are_equally_far_apart():
     space = {"method.targets": CategoricalDistribution(["mlp", "attention", "all-linear"])}
     placed = Coordinates(space, NO_LAW).place([{"method.targets": name} for name in space["method.targets"].choices])
     distances = [np.linalg.norm(placed[first] - placed[second]) for first, second in ((0, 1), (0, 2), (1, 2))]

@@ -24,13 +24,10 @@ def lora(write_file, content):
 RANKS = {"method.rank": [1, 4]}
 
 
-def test_a_fixed_multiplier_gives_alpha_by_rank(lora):
+def test_a_multiplier_gives_alpha_by_rank_and_its_choices_are_searched_under_its_own_key(lora):
     arm = lora({"method.alpha": {"over_rank": 2}}, RANKS)
     assert [arm.compose({"method.rank": rank}).method.alpha for rank in (1, 4)] == [2, 8]
     assert arm.settings[ALPHA_OVER_RANK] == 2
-
-
-def test_choices_of_the_multiplier_are_searched_under_its_own_key(lora):
     arm = lora({}, {**RANKS, "method.alpha": {"over_rank": [1, 2, 4]}})
     assert arm.space[ALPHA_OVER_RANK] == CategoricalDistribution([1, 2, 4])
     assert arm.compose({"method.rank": 4, ALPHA_OVER_RANK: 2}).method.alpha == 8

@@ -135,12 +135,6 @@ def test_a_swept_group_leaves_its_settings_alone(read, content):
     assert {config.schedule.warmup_fraction for config in lora.corner_configs} == {0.5}
 
 
-def test_a_definition_comes_back_from_its_record(read, content):
-    definition = read(content, "optim.eps=1e-6", "method.rank=choice(1,8)", "sweep.trials=2")
-    restored = restore_definition(json.loads(json.dumps(definition.raw)), source=definition.source)
-    assert restored == definition
-
-
 def test_paths_of_files_are_kept_absolute_so_that_a_sweep_goes_on_from_anywhere(read, content, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a.txt", "b.txt", "train"):
@@ -162,13 +156,16 @@ def test_a_mapping_by_layer_is_a_value_and_no_range(read, content, override):
     assert not any(key.startswith("method.rank_pattern") for key in lora.space)
 
 
-def test_an_arm_can_be_typed(read, content):
+def test_an_arm_can_be_typed_and_a_definition_comes_back_from_its_record(read, content):
     word = "arms.dora={settings: {method: lora, method.variant: dora}, space: {optim.lr: [0.01, 0.02]}, trials: 2}"
     definition = read(content, word, "arms.dora.trials=3")
     assert [(arm.name, arm.trials) for arm in definition.arms] == [("frozen", 1), ("full", 3), ("lora", 6), ("dora", 3)]
     assert arms_of(definition)["dora"].space == {"optim.lr": CategoricalDistribution([0.01, 0.02])}
     assert arms_of(definition)["dora"].compose({"optim.lr": 0.02}).method.variant == "dora"
     assert restore_definition(definition.raw, source=definition.source) == definition
+    definition = read(content, "optim.eps=1e-6", "method.rank=choice(1,8)", "sweep.trials=2")
+    restored = restore_definition(json.loads(json.dumps(definition.raw)), source=definition.source)
+    assert restored == definition
 
 
 def subjects_of(definition, arm="lora"):

@@ -40,14 +40,6 @@ def test_a_sweep_that_is_not_there_is_refused(name, message):
         find_sweep_file(name)
 
 
-def test_a_file_that_names_code_runs_none(write_file, tmp_path):
-    name = f"!!python/object/apply:os.system ['touch {tmp_path}/ran']"
-    path = write_file(f"name: {name}\narms: {{a: {{settings: {{method: frozen}}}}}}\n")
-    with pytest.raises(ConfigError, match="must be YAML"):
-        read_definition(path, [])
-    assert not (tmp_path / "ran").exists()
-
-
 @pytest.mark.parametrize(
     "text",
     [
@@ -58,11 +50,14 @@ def test_a_file_that_names_code_runs_none(write_file, tmp_path):
         "name: !!bool x",
         "name: !!binary aGk=",
         "a: ${b}\nb: ${a}",
+        "name: !!python/object/apply:os.system ['touch ran']\narms: {a: {settings: {method: frozen}}}",
     ],
 )
-def test_a_file_made_to_do_harm_is_refused(write_file, text):
+def test_a_file_made_to_do_harm_is_refused_and_no_code_runs(write_file, tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="must be YAML, but can't be read"):
         read_definition(write_file(text), [])
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.slow

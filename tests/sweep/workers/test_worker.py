@@ -117,25 +117,6 @@ def test_trials_are_pruned_and_keep_their_best_score(begin, work, runs, content)
         assert kept.steps_done in (2, 4)
 
 
-def test_a_paused_trial_goes_on_under_its_number_from_where_it_was(begin, work, runs, content):
-    content["settings"] |= HALVING | {"sampler": "qmc"}
-    content["arms"] = {"lora": content["arms"]["lora"] | {"trials": 12}}
-    steps = {}
-
-    def score(config, step):
-        steps.setdefault(config.optim.lr, []).append(step)
-        return list(steps).index(config.optim.lr) - step / 100  # earlier is better
-
-    runs.score = score
-    folder = begin(content)
-    assert work(folder)
-    again = {number for _, number in runs.begun if runs.begun.count(("lora", number)) > 1}
-    assert 0 in again
-    assert all(of_one == sorted(set(of_one)) for of_one in steps.values())  # no step twice
-    rows = read_sweep(folder.path).trials
-    assert runs.steps_trained == sum(read_run(folder.path / row.run).steps_done for row in rows) < 12 * 8
-
-
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_runs_a_sweep(begin, work, runs, content, sampler):
     content["arms"]["lora"] |= {"space": {"method.rank": [1, 2, 4], "optim.lr": [0.01, 0.1]}, "trials": 6}

@@ -41,32 +41,20 @@ def test_a_pack_is_full_as_soon_as_the_first_trials_of_an_adaptive_sampler_are_c
     )
 
 
-def test_trials_of_a_pack_are_compared_all_at_once(begin, work, packed, runs, packs):
-    packed["settings"] |= HALVING | {"worker.pack_size": 6}
-    seen = {}
-    runs.score = lambda config, step: -seen.setdefault(config.optim.lr, len(seen))  # later slots are better
+@pytest.mark.parametrize(
+    ("errors", "sizes"),
+    [([OutOfMemory("no memory"), OutOfMemory("no memory")], [4, 2, 1]), ([KeyError("bug")], [4, 1])],
+)
+def test_a_pack_that_breaks_goes_on_in_smaller_ones_and_loses_no_trial(begin, work, packed, runs, packs, errors, sizes):
+    packs.errors = list(errors)
     folder = begin(packed)
     assert work(folder)
-    assert [row.state for row in lora_rows(folder)] == ["pruned"] * 3 + ["complete"] * 3
-
-
-def test_a_pack_out_of_memory_goes_on_in_smaller_ones_and_loses_no_trial(begin, work, packed, runs, packs):
-    packs.errors = [OutOfMemory("no memory"), OutOfMemory("no memory")]
-    folder = begin(packed)
-    assert work(folder)
-    assert packs.sizes == [4, 2, 1]  # a run that began in a pack goes on in packs only
-    assert {arm for arm, _ in runs.begun} == {"frozen", "full"}
+    assert packs.sizes == sizes
+    assert {arm for arm, _ in runs.begun} == {"frozen", "full"}  # a run that began in a pack goes on in packs only
     assert [(row.number, row.state) for row in lora_rows(folder)] == [(n, "complete") for n in range(6)]
-
-
-def test_a_pack_that_breaks_goes_on_in_packs_of_one(begin, work, packed, runs, packs):
-    packs.errors = [KeyError("bug")]
-    folder = begin(packed)
-    assert work(folder)
-    assert packs.sizes == [4, 1]
-    assert any("KeyError" in warning and "packs of one slot" in warning for warning in read_sweep(folder.path).warnings)
-    assert {arm for arm, _ in runs.begun} == {"frozen", "full"}
-    assert {row.state for row in read_sweep(folder.path).trials} == {"complete"}
+    warnings = read_sweep(folder.path).warnings
+    is_bug = isinstance(errors[0], KeyError)
+    assert any("KeyError" in said and "packs of one slot" in said for said in warnings) is is_bug
 
 
 @pytest.mark.parametrize("rungs", [[0.25], [0.25, 0.5]])
