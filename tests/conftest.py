@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import sys
 
 import datasets
 import pytest
@@ -34,13 +35,21 @@ def _freeze_modules():
 
 
 @pytest.fixture(autouse=True)
-def _restore_logging():
+def _restore_logging(monkeypatch):
     """Takes back what Hydra sets up: its handlers would write to the stream of this test, which pytest closes."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
+    monkeypatch.setattr(sys, "argv", list(sys.argv))  # the command line that Hydra saw
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tests.files import list_names
 from tests.small_runs import TWO_STEPS
 
 import lorasweep.sweep.workers.worker as worker_file
@@ -27,24 +28,13 @@ MINI = {
         "lora": {"settings": {"method": "lora"}, "space": {"method.rank": [1, 2]}, "trials": 2},
     },
 }
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    """An empty current folder; the command line that Hydra saw is put back."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", list(sys.argv))
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("here")
 
 
 @pytest.fixture
 def mini(here):
     (here / "mini.yaml").write_text(yaml.safe_dump(MINI, sort_keys=False))
     return "mini.yaml"
-
-
-def files_below(folder):
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
 
 
 BAD = [
@@ -88,7 +78,7 @@ def test_bad_input_is_one_line_and_exit_code_2_and_changes_nothing(here, mini, c
     (here / "notes.txt").write_text("just words\n")
     empty = MINI | {"arms": {"lora": MINI["arms"]["lora"] | {"space": {}}}}
     (here / "empty.yaml").write_text(yaml.safe_dump(empty))
-    before = files_below(here)
+    before = list_names(here)
     assert run(words) == WRONG_REQUEST == 2
     output = capsys.readouterr()
     assert output.err.count("\n") == 1
@@ -96,7 +86,7 @@ def test_bad_input_is_one_line_and_exit_code_2_and_changes_nothing(here, mini, c
     assert message in output.err
     assert output.out == ""
     assert caplog.text == ""  # it would stand on standard error
-    assert files_below(here) == before
+    assert list_names(here) == before
     assert (here / "notes.txt").read_text() == "just words\n"
 
 
@@ -179,12 +169,12 @@ def test_a_composed_sweep_is_shown_with_all_settings_and_ranges(capsys, here, mi
     assert (frozen["trials"], frozen["method"], lora["trials"]) == (1, {"name": "frozen"}, 2)
     assert (lora["method"]["rank"], lora["method"]["alpha"]) == ([1, 2], {"over_rank": [1, 2]})
     assert (lora["optim"]["weight_decay"], lora["data"]["block_length"]) == (0.1, 32)
-    assert files_below(here) == {"mini.yaml"}
+    assert list_names(here) == {"mini.yaml"}
 
 
 @pytest.mark.slow
 def test_a_plan_trains_and_writes_nothing(capsys, here, mini):
-    before = files_below(here)
+    before = list_names(here)
     assert run(["plan", mini]) == DONE
     printed = capsys.readouterr()
     assert "lora" in printed.out
@@ -192,7 +182,7 @@ def test_a_plan_trains_and_writes_nothing(capsys, here, mini):
     assert first == "loading the model and the data"
     assert last.startswith("this plan took ")
     assert " s: measuring lora: 1 trial" in printed.err
-    assert files_below(here) == before
+    assert list_names(here) == before
 
 
 def test_a_plan_and_the_start_of_a_sweep_check_test_data_and_workers(capsys, here, mini):

@@ -4,13 +4,13 @@ import contextlib
 import io
 import json
 import shutil
-import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
+from tests.files import read_files
 from tests.small_runs import TWO_STEPS
 
 import lorasweep
@@ -44,13 +44,8 @@ def swept(tmp_path_factory):
 def sweep(swept, tmp_path, monkeypatch):
     """A copy of the finished sweep in `s`, beside its file."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", list(sys.argv))
     shutil.copy(swept.folder / "mini.yaml", tmp_path)
     return shutil.copytree(swept.folder / "outputs" / "mini", tmp_path / "s")
-
-
-def read_files(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_sweep_goes_from_file_to_report(swept, sweep, capsys):

@@ -3,7 +3,6 @@
 import csv
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -31,7 +30,6 @@ def test_its_sweep_file_is_a_sweep():
 @pytest.mark.slow
 def test_every_command_runs_and_prints_what_is_shown(tmp_path, monkeypatch, capsys, encoder):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", list(sys.argv))
     with open("reviews.csv", "w", newline="", encoding="utf-8") as file:
         rows = [
             (f"review number {n} was {'good' if n % 2 else 'bad'}", "positive" if n % 2 else "negative")

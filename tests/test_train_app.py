@@ -3,26 +3,16 @@
 import os
 import re
 import signal
-import sys
 
 import pytest
 import yaml
+from tests.files import list_names
 
 from lorasweep import api
 from lorasweep.cli import DONE, FAILED, INTERRUPTED_EXIT_CODE, WRONG_REQUEST, run
 from lorasweep.record import read_run
 
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    """An empty current folder; the command line that Hydra saw is put back."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", list(sys.argv))
-    return tmp_path
-
-
-def files_below(folder):
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def test_the_help_of_train_lists_what_train_takes_and_nothing_of_a_sweep(capsys, here):
@@ -35,7 +25,7 @@ def test_the_help_of_train_lists_what_train_takes_and_nothing_of_a_sweep(capsys,
     assert "method=bitfit|frozen|full|head|intrinsic|lora|peft" in shown
     assert "+experiment=low_memory|quick_check" in shown
     assert not {"pruner=", "sampler=", "worker="} & set(re.findall(r"\w+=", shown))
-    assert not files_below(here)
+    assert not list_names(here)
 
 
 def settings_of(capsys, *words):
@@ -106,7 +96,7 @@ def test_a_wrong_word_of_hydra_is_one_line_and_exit_code_2(capsys, here, words, 
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("lorasweep: ")
     assert message in line
-    assert not files_below(here)
+    assert not list_names(here)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
 """Reading the results of a stranger runs no code; their model's code runs only after `--trust`."""
 
-import json
 import sys
 
 import pytest
 import yaml
+from tests.files import edit_json
 
 from lorasweep.cli import DONE, WRONG_REQUEST, run
 
@@ -18,20 +18,18 @@ ONE_ARM = {**MINI, "settings": SHORT, "arms": {"lora": {"settings": {"method": "
 def theirs(tmp_path, monkeypatch):
     """A complete sweep whose records name a module in the current folder, which leaves a file when it is imported."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", list(sys.argv))
     (tmp_path / "one.yaml").write_text(yaml.safe_dump(ONE_ARM))
     assert run(["sweep", "one.yaml", "sweep.output=theirs"]) == DONE
     (tmp_path / "evil.py").write_text("import pathlib\npathlib.Path('canary').write_text('ran')\n")
-    sweep_file = tmp_path / "theirs" / "sweep.json"
-    record = json.loads(sweep_file.read_text())
     named = {"callbacks.a._target_": "evil.Callback", "sampler._target_": "evil.S"}
-    record["definition"]["file"]["settings"] |= named
-    sweep_file.write_text(json.dumps(record))
+    edit_json(tmp_path / "theirs" / "sweep.json", lambda raw: raw["definition"]["file"]["settings"].update(named))
+
+    def change(raw):
+        raw["config"]["callbacks"] = {"a": {"_target_": "evil.Callback"}}
+        raw["config"]["model"]["trust_remote_code"] = True
+
     (run_file,) = (tmp_path / "theirs" / "runs").glob("*/run.json")
-    record = json.loads(run_file.read_text())
-    record["config"]["callbacks"] = {"a": {"_target_": "evil.Callback"}}
-    record["config"]["model"]["trust_remote_code"] = True
-    run_file.write_text(json.dumps(record))
+    edit_json(run_file, change)
     yield tmp_path / "theirs"
     assert not (tmp_path / "canary").exists()
     assert "evil" not in sys.modules

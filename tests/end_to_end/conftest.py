@@ -62,7 +62,6 @@ class Session:
     """Its exit code once it has been waited for."""
 
     def send(self, number):
-        """Sends the process a signal."""
         os.kill(self.pid, number)
 
     def wait(self):
@@ -72,17 +71,14 @@ class Session:
         return self.code
 
     def kill(self):
-        """Kills it at once."""
         self.send(signal.SIGKILL)
         self.wait()
 
     @property
     def output(self):
-        """What it printed, on both streams."""
         return self.path.read_text()
 
     def wait_for(self, condition):
-        """Waits until something is on disk."""
         deadline = time.monotonic() + TIMEOUT_S
         while not condition():
             assert time.monotonic() < deadline, self.output
@@ -185,7 +181,6 @@ def steps_of(run):
 
 
 def read_trials(folder):
-    """Returns every trial of every study of a sweep."""
     storage = open_storage(folder)
     names = optuna.get_all_study_names(storage)
     return [trial for name in names for trial in optuna.load_study(study_name=name, storage=storage).trials]

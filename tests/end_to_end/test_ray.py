@@ -130,7 +130,6 @@ def kill_head(sweep, victim):
 
 
 def names_of(processes):
-    """The names of those that have not ended."""
     names = set()
     for process in processes:
         with suppress(psutil.NoSuchProcess):
@@ -180,7 +179,6 @@ class Nodes:
         assert self.process.stdout.readline().strip() == words.split()[0]
 
     def close(self):
-        """Ends all nodes."""
         self.process.stdin.close()
         self.process.wait(TIMEOUT_S)
         self.process.stdout.close()

@@ -38,7 +38,6 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory, halved_sweep):
-    """The sweep's file."""
     path = tmp_path_factory.mktemp("repeat") / "repeated.yaml"
     path.write_text(yaml.safe_dump(halved_sweep, sort_keys=False))
     return path

@@ -16,7 +16,6 @@ def make_inputs(*, shape=(SLOTS * ROWS, 3, 5), slots=SLOTS, d_out=4, rank=2):
 
 
 def run_lora(x, weight, bias, a, b, *, factor, keep=None):
-    """`lora_linear` with all slots in one group."""
     return lora_linear(x, weight, bias, [SlotGroup(a, b, factor)], keep=keep)
 
 

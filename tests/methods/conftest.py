@@ -45,7 +45,6 @@ def make_base(*, tied=True, dtype=torch.bfloat16):
 
 
 def as_base(model, **more):
-    """A model as `load_base` gives it."""
     model.requires_grad_(False).eval()
     fingerprint = fingerprint_weights(model, exclude=more.get("new_head_names", ()))
     about = {"path": "some/base", "fingerprint": fingerprint, "num_parameters": count_parameters(model)}

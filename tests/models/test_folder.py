@@ -13,7 +13,6 @@ from lorasweep.models.folder import find_local_path, find_model_folder
 
 @pytest.fixture
 def folder(save_random, tmp_path):
-    """A copy of a model's folder, to change."""
     return shutil.copytree(save_random("llama"), tmp_path / "model")
 
 

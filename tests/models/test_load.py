@@ -34,7 +34,6 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def folder(saved, tmp_path):
-    """A copy of it to damage."""
     return shutil.copytree(saved, tmp_path / "model")
 
 

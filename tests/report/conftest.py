@@ -1,11 +1,11 @@
 """A realistic sweep's folder for the report's tests: arms frozen, lora (complete, pruned, failed) and full."""
 
-import json
 import math
 import random
 import shutil
 
 import pytest
+from tests.files import edit_json
 
 from lorasweep.record import (
     ArmRow,
@@ -272,13 +272,6 @@ def build_rank_sweep(folder, scores, *, seeds=5, examples=0, noise=0.002):
             sweep.trials.append(row)
     write_record(sweep, folder)
     return confirm_sweep(folder, seeds=seeds, examples=examples, noise=noise)
-
-
-def edit_json(path, change):
-    """Reads a JSON file, lets `change` change it, writes it."""
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
 
 
 def scatter_seeds(sweep, subject, spread):

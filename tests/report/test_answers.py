@@ -3,12 +3,13 @@
 import shutil
 
 import pytest
+from tests.files import edit_json
 
 from lorasweep.report.summary import summarize
 from lorasweep.report.sweep_data import load_sweep_data
 from lorasweep.report.terminal import list_details
 
-from .conftest import build_rank_sweep, edit_json
+from .conftest import build_rank_sweep
 
 
 def test_other_methods_and_pairs_get_a_sentence_each(tmp_path):

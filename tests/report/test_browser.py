@@ -5,10 +5,9 @@ import shutil
 import subprocess
 
 import pytest
+from tests.files import edit_json
 
 from lorasweep.report import write_report
-
-from .conftest import edit_json
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]

@@ -3,11 +3,12 @@
 from types import SimpleNamespace
 
 import pytest
+from tests.files import edit_json
 
 from lorasweep.report.fairness import judge_fairness, list_edges
 from lorasweep.report.sweep_data import load_sweep_data
 
-from .conftest import build_rank_sweep, build_sweep, edit_json
+from .conftest import build_rank_sweep, build_sweep
 
 TOKENS_PER_STEP = 16 * 128
 """As the sweeps of these tests are made."""

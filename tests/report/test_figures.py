@@ -3,11 +3,12 @@
 import shutil
 
 import pytest
+from tests.files import edit_json
 
 from lorasweep.report.figures import draw_score_by_lr, draw_scores_by_value
 from lorasweep.report.sweep_data import load_sweep_data
 
-from .conftest import build_rank_sweep, edit_json
+from .conftest import build_rank_sweep
 
 RANK_SCORES = {1: 1.74, 4: 1.69, 16: 1.668, 64: 1.663}
 
@@ -25,7 +26,6 @@ def ranked(ranked_folder):
 
 @pytest.fixture
 def ranked_copy(ranked_folder, tmp_path):
-    """Returns a copy of that folder, which the test may change."""
     return shutil.copytree(ranked_folder, tmp_path / "sweep")
 
 

@@ -10,11 +10,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from tests.files import edit_json
 
 from lorasweep.report.page import render_page
 from lorasweep.report.summary import summarize
 
-from .conftest import BASE_SCORE, build_rank_sweep, build_sweep, confirm_sweep, edit_json, scatter_seeds
+from .conftest import BASE_SCORE, build_rank_sweep, build_sweep, confirm_sweep, scatter_seeds
 
 GOLDEN = Path(__file__).parent / "golden"
 SHOWN = ("failure", "answers", "use", "warnings", "findings", "arms", "verdicts")

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 from plotly.offline import get_plotlyjs
+from tests.files import edit_json
 
 from lorasweep.report import write_report
 from lorasweep.report.figures import draw_panels
 from lorasweep.report.sweep_data import load_sweep_data
 
-from .conftest import build_sweep, edit_json
+from .conftest import build_sweep
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 

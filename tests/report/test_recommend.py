@@ -1,13 +1,14 @@
 """The recommended settings follow the verdicts, and `lorasweep train --from` reads them."""
 
 import pytest
+from tests.files import edit_json
 
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.report.recommend import read_recommended
 from lorasweep.report.summary import summarize
 from lorasweep.results import load_sweep
 
-from .conftest import build_rank_sweep, edit_json, scatter_seeds
+from .conftest import build_rank_sweep, scatter_seeds
 
 
 def recommended(sweep):

@@ -4,13 +4,12 @@ import csv
 import json
 
 import pytest
+from tests.files import edit_json
 
 from lorasweep.record import RETAINED_SCORES_FILE, RetainedRow, read_run, read_sweep, write_record
 from lorasweep.report import render_terminal, write_report
 from lorasweep.report.figures import draw_panels
 from lorasweep.report.sweep_data import load_sweep_data
-
-from .conftest import edit_json
 
 BASE = 1.5
 

@@ -1,10 +1,11 @@
 """A sweep's records are joined by subject, and whatever can't be read is a sentence."""
 
 import pytest
+from tests.files import edit_json
 
 from lorasweep.report.sweep_data import load_sweep_data
 
-from .conftest import build_rank_sweep, edit_json
+from .conftest import build_rank_sweep
 
 
 def test_trials_and_reruns_are_joined_with_their_runs(confirmed):

@@ -5,13 +5,14 @@ import re
 
 import pytest
 from rich.console import Console
+from tests.files import edit_json
 
 from lorasweep.errors import ConfigError
 from lorasweep.report import render_terminal
 from lorasweep.report.summary import summarize
 from lorasweep.report.terminal import render_spread
 
-from .conftest import build_rank_sweep, edit_json
+from .conftest import build_rank_sweep
 
 
 def shown(renderable, *, width=200):

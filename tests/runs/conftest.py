@@ -1,6 +1,5 @@
 """Finished runs of a few steps."""
 
-import json
 import shutil
 
 import pytest
@@ -28,10 +27,3 @@ def trained_runs(tmp_path_factory, make_config, inputs):
 def runs(trained_runs, tmp_path):
     """Copies of those folders, to be written to."""
     return {name: shutil.copytree(folder, tmp_path / name) for name, folder in trained_runs.items()}
-
-
-def edit_json(path, change):
-    """Reads a JSON file, lets `change` change it, writes it."""
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))

@@ -45,8 +45,6 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def train(folder, tmp_path):
-    """Trains a short run and gives its folder."""
-
     def train(settings):
         model = {"model": "classifier", "model.path": str(folder / "bert"), "model.attention": "eager"}
         data = {"data": "table", "data.train": str(folder / "rows.jsonl")}

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.files import edit_json
 from torch import nn
 
 from lorasweep.errors import RecordError
@@ -14,8 +15,6 @@ from lorasweep.models.load import fingerprint_weights
 from lorasweep.runs.inspect import decompose, inspect_run, measure_updates, relative_norm
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
-
-from .conftest import edit_json
 
 ADAPTER = "best/adapter_model.safetensors"
 

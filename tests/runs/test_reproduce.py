@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.files import edit_json
 
 import lorasweep.runs.reproduce as reproduce_file
 from lorasweep.cli import run as run_command
@@ -47,12 +48,6 @@ def _inputs_of_the_tests(monkeypatch, inputs):
     monkeypatch.setattr(reproduce_file, "build_inputs", lambda config: inputs)
 
 
-def edit(run, change):
-    raw = json.loads((run / RUN_FILE).read_text())
-    change(raw)
-    (run / RUN_FILE).write_text(json.dumps(raw))
-
-
 def edit_step(run, step, name, value):
     rows = [json.loads(line) for line in (run / STEPS_FILE).read_text().splitlines()]
     for row in rows:
@@ -87,7 +82,7 @@ def test_a_difference_within_the_tolerance_holds(run, repeat):
 
 
 def test_other_weights_after_the_same_losses_are_a_difference(run, repeat):
-    edit(run, lambda raw: raw["files"]["best/adapter_model.safetensors"].update(sha256="0" * 64))
+    edit_json(run / RUN_FILE, lambda raw: raw["files"]["best/adapter_model.safetensors"].update(sha256="0" * 64))
     found = repeat()
     assert "first weights in best/adapter_model.safetensors: `sha256` was " in found.description
 
@@ -102,7 +97,7 @@ def test_what_differs_is_listed_in_order_of_suspicion(run, repeat):
         raw["base"]["fingerprint"] = "other"
         raw["data"]["train"]["fingerprint"] = "other"
 
-    edit(run, change)
+    edit_json(run / RUN_FILE, change)
     edit_step(run, 1, "loss", 0.0)
     reasons = repeat().description.splitlines()[2:]
     expected = ["data.train.fingerprint", "base.fingerprint", "packages.torch", "platform.threads", "platform.cuda"]
@@ -165,7 +160,7 @@ def test_an_interrupted_repetition_says_nothing_of_the_rest(repeat):
 )
 def test_a_damaged_record_is_one_sentence(run, repeat, monkeypatch, tmp_path, change, message):
     monkeypatch.setattr(reproduce_file, "build_inputs", lambda config: pytest.fail("the base was loaded"))
-    edit(run, change)
+    edit_json(run / RUN_FILE, change)
     with pytest.raises((RecordError, ConfigError), match=message):
         repeat()
     assert not (tmp_path / "again").exists()

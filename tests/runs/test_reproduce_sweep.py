@@ -58,7 +58,6 @@ def one(tmp_path):
 
 @pytest.fixture
 def other(one, tmp_path):
-    """A copy of it."""
     return shutil.copytree(one, tmp_path / "other")
 
 

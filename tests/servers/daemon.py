@@ -16,7 +16,6 @@ ELSEWHERE = ("/usr/sbin", "/usr/local/sbin")
 
 
 def find_program(name):
-    """Returns a program's path."""
     return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *ELSEWHERE]))
 
 

@@ -32,7 +32,6 @@ class RayHead:
         self._ask("address")
 
     def nodes(self):
-        """The names of the nodes that joined and are there."""
         return sorted(self._ask("nodes"))
 
     def run_on(self, node):
@@ -40,7 +39,6 @@ class RayHead:
         return dict(self._ask(f"run {node}"))
 
     def kill(self):
-        """Ends the head and its part of Ray at once."""
         self._process.kill()
         self._process.communicate()
         shutil.rmtree(self._temporary, ignore_errors=True)

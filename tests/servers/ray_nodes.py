@@ -14,7 +14,6 @@ NODE = {"include_dashboard": False, "object_store_memory": 80 * 2**20}
 
 
 def main():
-    """Serves until standard input ends."""
     cores = int(sys.argv[1])
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cores, "node_ip_address": "127.0.0.1", **NODE})
     print(cluster.address, flush=True)

@@ -93,7 +93,6 @@ class Slurm:
         self.wait_for_node("idle")
 
     def stop(self):
-        """Ends every process of the cluster and of its jobs."""
         for name in ("slurmd", "slurmctld", "munged"):
             process = self._processes.pop(name, None)
             if process is not None:
@@ -106,7 +105,6 @@ class Slurm:
             time.sleep(0.01)
 
     def run(self, *words):
-        """Runs one of Slurm's commands and returns what it printed."""
         done = subprocess.run(words, env=os.environ | self.environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
@@ -187,7 +185,6 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def slurm_server():
-    """A Slurm cluster of this machine alone."""
     need(["munged", "slurmctld", "slurmd", "sbatch"], packages="slurm-wlm munge")
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     cluster = Slurm(folder)

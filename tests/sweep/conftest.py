@@ -64,8 +64,6 @@ def content(three_arms):
 
 @pytest.fixture
 def write_file(tmp_path):
-    """Writes a sweep file and returns where it is."""
-
     def write(content):
         path = tmp_path / "made_up.yaml"
         path.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
@@ -286,7 +284,6 @@ class MadeUpPacks:
 
 @pytest.fixture
 def runs(monkeypatch):
-    """The made-up runs of this test's sweeps."""
     made_up = MadeUpRuns()
     monkeypatch.setattr(worker_file, "train_run", made_up)
     monkeypatch.setattr(worker_file, "score_run", made_up.score_run)
@@ -295,7 +292,6 @@ def runs(monkeypatch):
 
 @pytest.fixture
 def packs(runs, monkeypatch):
-    """The made-up packs of this test's sweeps."""
     made_up = MadeUpPacks(runs)
     monkeypatch.setattr(worker_file, "train_pack", made_up)
     return made_up

@@ -1,7 +1,6 @@
 """`lorasweep new`: a sweep file for data that it has not seen."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -124,7 +123,6 @@ def test_a_file_whose_first_line_is_data_needs_names_and_every_row_of_every_spli
 
 @pytest.mark.slow
 def test_data_without_a_file_are_swept_and_what_is_recommended_is_exported(here, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", list(sys.argv))
     budget = ["trainer.max_steps=4", "sweep.trials=2", "confirm.seeds=1", "arms.full=null"]
     assert run(["sweep", MODEL, "data.train=topics.csv", "method.rank=choice(1,2)", *budget]) == DONE
     assert [arm.trials for arm in read_saved_definition(here / "outputs" / "topics").arms] == [1, 2]

@@ -1,6 +1,5 @@
 """`retain`: further data sets on which the frozen base and each confirm run are scored once."""
 
-import sys
 from collections import Counter
 
 import pytest
@@ -33,7 +32,6 @@ CONTENT = {
 @pytest.fixture
 def path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", list(sys.argv))
     path = tmp_path / "retained.yaml"
     path.write_text(yaml.safe_dump(CONTENT, sort_keys=False))
     (tmp_path / "labels.csv").write_text("text,label\n" + "".join(f"number {n},{n % 2}\n" for n in range(40)))

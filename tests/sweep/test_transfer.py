@@ -1,6 +1,5 @@
 """Learning rates that are carried over: `search.steps_fraction` and `lorasweep transfer`."""
 
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -111,7 +110,6 @@ def test_a_prediction_is_a_hit_a_miss_or_open(short_sweep, monkeypatch, verdicts
 
 def test_the_command_trains_the_three_rates_and_says_what_it_found(short_sweep, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", list(sys.argv))
     source = str(short_sweep.folder / "lora")
     assert run(["transfer", source, "trainer.max_steps=16", "confirm.seeds=2", "sweep.output=long"]) == DONE
     printed = capsys.readouterr().out

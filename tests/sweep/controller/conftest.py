@@ -34,7 +34,6 @@ class Simulation:
     """Steps done of each run, by its folder's name; what checkpoints are in a real sweep."""
 
     def run(self):
-        """Trains until nothing is left."""
         running = []
         while True:
             while len(running) < self.slots and (assignment := self.controller.take()) is not None:
@@ -68,7 +67,6 @@ class Simulation:
         running[:] = [assignment for assignment in running if assignment not in ended]
 
     def record(self, assignment, step, status):
-        """A run's record as training would have written it."""
         best = min(self.curve(assignment, s) for s in range(EVERY, step + 1, EVERY))
         record = RunRecord(
             status=status,
@@ -111,20 +109,12 @@ def content():
     }
 
 
-@pytest.fixture
-def open_controller():
-    """Makes the controller of an open sweep."""
-    return Controller
-
-
-@pytest.fixture
-def resume(open_controller):
-    """Opens a sweep again, as a new process would."""
-    return lambda path: open_controller(reopen_sweep(path))
+def resume(path):
+    """Returns the controller of a sweep that is opened again, as by a new process."""
+    return Controller(reopen_sweep(path))
 
 
 def make_arm(space, sampler, *, name="lora", trials=16, seed=0, confirm_each=None):
-    """An arm that is asked for proposals."""
     sweep_config = default_sweep_config()
     sweep_config = replace(sweep_config, sampler=sampler, sweep=replace(sweep_config.sweep, seed=seed))
     return Arm(name=name, settings={}, space=space, trials=trials, sweep_config=sweep_config, confirm_each=confirm_each)
@@ -137,7 +127,6 @@ def ask_for_proposal(arm, trials, *, number=None, **how):
 
 
 def make_trial(params, *, state="complete", **fields):
-    """A trial of an arm's search."""
     return Trial(arm="lora", number=0, run="", params=dict(params), state=state, **fields)
 
 
@@ -147,7 +136,6 @@ def number_trials(trials):
 
 @cache
 def default_sweep_config():
-    """The settings of a sweep that sets nothing."""
     return compose_sweep({})
 
 

@@ -6,7 +6,7 @@ import time
 import optuna
 import pytest
 from tests.sweep.conftest import Killed, kill_at
-from tests.sweep.controller.conftest import EVERY, Simulation, outcome
+from tests.sweep.controller.conftest import EVERY, Simulation, outcome, resume
 
 from lorasweep.errors import Diverged
 from lorasweep.sweep.controller.controller import Controller
@@ -18,9 +18,9 @@ def close(controller):
 
 
 @pytest.fixture
-def simulate(begin, open_controller):
+def simulate(begin):
     def run(content, *, folder="sweep", constant_answer=None, **options):
-        controller = open_controller(begin(content, folder=folder, constant_answer=constant_answer))
+        controller = Controller(begin(content, folder=folder, constant_answer=constant_answer))
         Simulation(controller, **options).run()
         found = outcome(controller)
         close(controller)
@@ -45,11 +45,9 @@ def test_neither_the_order_of_slots_nor_the_clock_changes_anything(simulate, con
 
 
 @pytest.mark.parametrize("is_killed", [False, True])
-def test_a_resumed_sweep_decides_by_the_constant_answer_and_the_losses(
-    begin, open_controller, resume, content, is_killed
-):
+def test_a_resumed_sweep_decides_by_the_constant_answer_and_the_losses(begin, content, is_killed):
     content["settings"] |= {"sampler": "qmc"}
-    controller = open_controller(begin(content, constant_answer=5.0))
+    controller = Controller(begin(content, constant_answer=5.0))
     pack = [controller.take() for _ in range(6)]
     evaluations = [(a, EVERY, 5.0 + a.number) for a in pack]  # the first trial is best by the metric, the last by loss
     losses = {a: 1.0 - 0.1 * a.number for a in pack}
@@ -69,11 +67,9 @@ def test_a_resumed_sweep_decides_by_the_constant_answer_and_the_losses(
 
 
 @pytest.mark.parametrize(("unlearned", "is_warned"), [(3, False), (4, True)])
-def test_a_search_whose_trials_have_learned_nothing_says_so_once(
-    begin, open_controller, resume, content, unlearned, is_warned
-):
+def test_a_search_whose_trials_have_learned_nothing_says_so_once(begin, content, unlearned, is_warned):
     content["settings"] |= {"sampler": "qmc", "pruner.min_survivors": 7}
-    controller = open_controller(begin(content, constant_answer=5.0))
+    controller = Controller(begin(content, constant_answer=5.0))
     before = list(controller.sweep.record.warnings)
     pack = [controller.take() for _ in range(6)]
     values = [9.0] * unlearned + [1.0] * (6 - unlearned)
@@ -94,9 +90,9 @@ def test_a_search_whose_trials_have_learned_nothing_says_so_once(
     close(again)
 
 
-def test_a_paused_trial_goes_on_when_it_comes_into_the_better_part(begin, open_controller, content):
+def test_a_paused_trial_goes_on_when_it_comes_into_the_better_part(begin, content):
     content["settings"] |= {"sampler": "qmc", "pruner.rungs": [0.17]}
-    controller = open_controller(begin(content))
+    controller = Controller(begin(content))
     # Of three trials the first goes on at first; the second follows when three worse ones have come.
     first = [controller.take() for _ in range(3)]
     assert controller.report([(a, EVERY, float(i)) for i, a in enumerate(first)]) == [True, False, False]
@@ -110,8 +106,8 @@ def test_a_paused_trial_goes_on_when_it_comes_into_the_better_part(begin, open_c
     close(controller)
 
 
-def test_an_adaptive_sampler_proposes_half_before_all_of_them_are_compared(begin, open_controller, content):
-    controller = open_controller(begin(content))
+def test_an_adaptive_sampler_proposes_half_before_all_of_them_are_compared(begin, content):
+    controller = Controller(begin(content))
     first = list(iter(controller.take, None))
     assert len(first) == 4
     simulation = Simulation(controller)
@@ -124,11 +120,11 @@ def test_an_adaptive_sampler_proposes_half_before_all_of_them_are_compared(begin
 
 @pytest.mark.parametrize(("count", "after"), [(count, count % 2 == 0) for count in range(1, 60, 5)])
 def test_a_controller_killed_at_any_write_ends_with_the_same_trials(
-    begin, open_controller, resume, simulate, content, monkeypatch, count, after
+    begin, simulate, content, monkeypatch, count, after
 ):
     content["arms"]["lora"]["trials"] = 4
     whole = simulate(content, folder="whole", slots=1)
-    controller = open_controller(begin(content, folder="killed"))
+    controller = Controller(begin(content, folder="killed"))
     simulation = Simulation(controller, slots=1)
     kill_at(monkeypatch, controller.sweep.storage, count, after=after)
     try:
@@ -141,7 +137,7 @@ def test_a_controller_killed_at_any_write_ends_with_the_same_trials(
     close(controller)
 
 
-def test_a_trial_that_somebody_else_added_to_the_study_is_left_out(begin, resume, content):
+def test_a_trial_that_somebody_else_added_to_the_study_is_left_out(begin, content):
     sweep = begin(content)
     sweep.open_study("lora").ask({"optim.lr": optuna.distributions.FloatDistribution(1e-3, 1e-1, log=True)})
     sweep.close()

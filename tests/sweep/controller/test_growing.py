@@ -1,6 +1,7 @@
 """A sweep that has begun may grow: its trials stay, and what is added follows from its record alone."""
 
 import pytest
+from tests.files import read_files
 
 from lorasweep.errors import ConfigError
 from lorasweep.record import list_confirm_runs, read_sweep
@@ -23,7 +24,6 @@ def small(three_arms, runs):
 
 @pytest.fixture
 def confirming(small):
-    """The same sweep with a confirm stage."""
     small["settings"] |= {"confirm.seeds": 2}
     return small
 
@@ -121,8 +121,8 @@ REFUSED = [
 def test_what_would_change_trials_is_refused_and_nothing_is_written(begin, work, runs, small, changes, message):
     folder = begin(small)
     assert work(folder)
-    before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+    before = read_files(folder.path)
     with pytest.raises(ConfigError, match=message):
         reopen_sweep(folder.path, changes=changes)
-    assert {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()} == before
+    assert read_files(folder.path) == before
     reopen_sweep(folder.path).close()

@@ -2,26 +2,21 @@
 
 import errno
 import json
-import time
 from pathlib import Path
 
 import pytest
+from tests.files import read_files
 from tests.sweep.controller.conftest import Simulation
 
 from lorasweep.disk import is_running
 from lorasweep.errors import ConfigError, RecordError, WorkerError
 from lorasweep.record import read_sweep
+from lorasweep.sweep.controller.controller import Controller
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
-
-
-def contents(folder):
-    """Every file below a folder and its bytes."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
 def stopped(begin, work, runs, three_arms):
-    """The folder of a sweep that was stopped after a few trials."""
     folder = begin(three_arms)
     assert not work(folder, stop_at=8)
     return folder.path
@@ -30,10 +25,10 @@ def stopped(begin, work, runs, three_arms):
 def test_a_sweep_that_another_process_has_open_is_refused(stopped):
     folder = reopen_sweep(stopped)
     assert is_running(stopped)
-    before = contents(stopped)
+    before = read_files(stopped)
     with pytest.raises(RecordError, match=r"another one has .* open.*lorasweep status"):
         reopen_sweep(stopped)
-    assert contents(stopped) == before
+    assert read_files(stopped) == before
     folder.close()
     assert not is_running(stopped)
     reopen_sweep(stopped).close()
@@ -57,19 +52,19 @@ def test_a_sweep_can_be_resumed_in_another_folder_and_from_another_one(stopped, 
 
 
 def test_a_changed_file_and_a_missing_journal_are_refused_and_nothing_changes(stopped, tmp_path):
-    source, before = tmp_path / "made_up.yaml", contents(stopped)
+    source, before = tmp_path / "made_up.yaml", read_files(stopped)
     text = source.read_text()
     for changed in (text + "\n", text.replace("trials: 6", "trials: 9")):
         source.write_text(changed)
         with pytest.raises(ConfigError, match=r"'.*made_up.yaml' has changed. Restore it"):
             reopen_sweep(stopped)
-    assert contents(stopped) == before
+    assert read_files(stopped) == before
     source.write_text(text)
     (stopped / "journal.log").unlink()
     del before["journal.log"]
     with pytest.raises(RecordError, match=r"must contain journal.log"):
         reopen_sweep(stopped)
-    assert contents(stopped) == before
+    assert read_files(stopped) == before
 
 
 @pytest.mark.parametrize(("key", "value"), [("definition", {}), ("definition", {"file": {}}), ("arms", [])])
@@ -82,7 +77,6 @@ def test_a_record_without_its_definition_or_arms_is_refused(stopped, key, value)
 
 @pytest.fixture
 def folder(begin, three_arms):
-    """A new sweep."""
     opened = begin(three_arms)
     yield opened
     opened.close()
@@ -98,16 +92,6 @@ def test_time_of_all_sessions_is_added_and_time_in_between_is_not(stopped, work,
     assert second.telemetry["wall_s"] > first.telemetry["wall_s"]
 
 
-def test_saving_takes_no_more_than_its_share_of_the_time(folder, monkeypatch):
-    assert folder.is_save_due()  # it was never saved
-    folder.saved_s, folder.save_duration_s = time.monotonic(), 100.0
-    assert not folder.is_save_due()
-    folder.saved_s -= 850  # a record that takes 100 s is written every 1,000 s
-    assert not folder.is_save_due()
-    folder.saved_s -= 60
-    assert folder.is_save_due()
-
-
 @pytest.mark.parametrize("becomes", ["moved", "replaced"])
 def test_a_folder_that_was_moved_is_not_written_to(folder, tmp_path, becomes):
     folder.path.rename(tmp_path / "moved")
@@ -119,8 +103,8 @@ def test_a_folder_that_was_moved_is_not_written_to(folder, tmp_path, becomes):
     assert not (folder.path / "sweep.json").exists()
 
 
-def test_a_sweep_whose_journal_was_removed_does_not_end_as_complete(begin, open_controller, content):
-    controller = open_controller(begin(content))
+def test_a_sweep_whose_journal_was_removed_does_not_end_as_complete(begin, content):
+    controller = Controller(begin(content))
     Simulation(controller).run()
     assert controller.is_over()
     path = controller.sweep.path

@@ -145,14 +145,6 @@ def test_trials_that_begin_together_differ():
         assert abs(math.log(rates[0] / rates[1])) > math.log(1.02)
 
 
-def test_a_proposal_for_a_value_goes_where_its_cost_is_low_after_a_few_trials():
-    arm = build_arm(trials=24)
-    last = search(arm, num=24)[-4:]
-    assert sorted(trial.params["method.rank"] for trial in last) == RANKS
-    for trial in last:
-        assert abs(math.log(trial.params["optim.lr"] / find_best_rate(trial.params))) < math.log(2)
-
-
 def test_values_that_are_no_numbers_are_searched_too():
     space = {"method.targets": CategoricalDistribution(["mlp", "attention", "all-linear"]), "optim.lr": LR}
     arm = make_arm(space, GP, trials=9, confirm_each="method.targets")

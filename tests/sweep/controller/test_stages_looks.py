@@ -40,7 +40,6 @@ def set_scores(runs, *, noisy=()):
 
 
 def count_seeds(path):
-    """The number of seeds of each subject."""
     names = [row.subject for row in read_sweep(path).confirm]
     return {name: names.count(name) for name in dict.fromkeys(names)}
 

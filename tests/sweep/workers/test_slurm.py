@@ -104,7 +104,6 @@ def sweep(tmp_path, monkeypatch, slurm):
 
 @pytest.fixture
 def head(sweep):
-    """The head of the sweep's Ray cluster."""
     head = RayHead(sweep)
     yield head
     head.kill()

@@ -19,7 +19,6 @@ def packed(content):
 
 @pytest.fixture
 def lora_only(packed):
-    """The packed arm by itself."""
     packed["arms"] = {"lora": packed["arms"]["lora"]}
     return packed
 
