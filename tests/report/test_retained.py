@@ -64,7 +64,7 @@ def test_the_frozen_base_is_exactly_0_and_others_are_judged_by_the_margin(confir
 
 
 def test_the_direction_is_that_of_the_data(confirmed):
-    folder = retain(confirmed, FORGOTTEN, metric="score", direction="maximize", metric_range=[0.0, 2.0])
+    folder = retain(confirmed, FORGOTTEN, metric="score", direction="maximize")
     assert find(folder)["full"].verdict == "better"
     folder = retain(confirmed, {**FORGOTTEN, "full": -0.3}, metric="score", direction="maximize")
     assert find(folder)["full"].verdict == "worse"

@@ -34,7 +34,7 @@ METRIC_RANGES: Mapping[str, tuple[float, float]] = {
     **dict.fromkeys(("bits_per_byte", "loss", "mse"), (0.0, math.inf)),
     "perplexity": (1.0, math.inf),
 }
-"""Lowest and highest possible value of each metric."""
+"""Lowest and highest possible value of each metric; a user's own has no limits."""
 
 
 def get_sign(direction: Direction) -> Literal[1, -1]:
@@ -56,13 +56,10 @@ class ScoreMetric:
 
     name: str
     direction: Direction
-    range: tuple[float, float]
-    """Lowest and highest possible value."""
 
 
 def get_built_in_metric(name: str) -> ScoreMetric:
-    direction: Direction = "minimize" if name in MINIMIZED_METRICS else "maximize"
-    return ScoreMetric(name=name, direction=direction, range=METRIC_RANGES[name])
+    return ScoreMetric(name=name, direction="minimize" if name in MINIMIZED_METRICS else "maximize")
 
 
 @dataclass(frozen=True, kw_only=True)

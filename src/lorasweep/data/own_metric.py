@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -63,10 +62,7 @@ def build_own_metric(component: MetricComponent) -> OwnMetric:
                 "higher is better."
             )
         direction = "maximize" if metric.higher_is_better else "minimize"
-    # torchmetrics states limits of plots, which are narrower than the range of some metrics
-    return OwnMetric(
-        score=ScoreMetric(name=component.name, direction=direction, range=(-math.inf, math.inf)), metric=metric
-    )
+    return OwnMetric(score=ScoreMetric(name=component.name, direction=direction), metric=metric)
 
 
 def _is_never_distributed() -> bool:

@@ -93,7 +93,9 @@ class ActivationOutput(Tensor):
         if func in (Tensor.mul, torch.mul) and len(args) == 2 and not kwargs:
             activated, factor = args if isinstance(args[0], cls) else args[::-1]
             if _can_recompute_product(activated, factor):
-                return _multiply(activated, factor)
+                activation, plain = activated.recomputation.function, activated.plain
+                inputs = (*activated.inputs, factor)
+                return _keep_inputs(lambda z, f: activation(z) * f, lambda: plain * factor, inputs)
         args, kwargs = tree_map_only(cls, lambda tensor: tensor.plain, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -191,12 +193,6 @@ def _can_recompute_product(activated: ActivationOutput, factor: object) -> bool:
         and len(activated.inputs) == 1  # not a product itself
         and activated.is_unchanged
     )
-
-
-def _multiply(activated: ActivationOutput, factor: Tensor) -> ActivationOutput:
-    """Returns the product of an activation's output and a factor. It keeps the activation's input and the factor."""
-    activation, plain = activated.recomputation.function, activated.plain
-    return _keep_inputs(lambda z, f: activation(z) * f, lambda: plain * factor, (*activated.inputs, factor))
 
 
 def _can_be_recomputed(module: nn.Module) -> bool:

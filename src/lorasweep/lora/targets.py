@@ -88,9 +88,7 @@ def find_targets(model: nn.Module, config: LoraConfig, *, allow_full_rank: bool 
     _check_settings_match_layers(config, names, list(layers))
     targets = {name: _plan_layer(name, layers[name], config, matched) for name in names}
     for name, target in targets.items():
-        if not allow_full_rank:
-            _check_rank(target.rank, name, layers[name])
-        _check_variant(name, layers[name], config)
+        _check_layer(name, layers[name], target, allow_full_rank=allow_full_rank)
     added = sum(_count_parameters(layers[name], target) for name, target in targets.items())
     return Coverage(
         targets=targets,
@@ -128,7 +126,10 @@ def _match_pattern(pattern: str, model: nn.Module, config: LoraConfig, trained: 
     """Returns the names of the layers that a pattern of `targets` adapts."""
     layers = find_adaptable_layers(model)
     if pattern == ALL_LINEAR_PATTERN:
-        fitting = [name for name, layer in layers.items() if is_linear(layer) and not _is_head(name, layer, model)]
+        get_head = getattr(model, "get_output_embeddings", None)
+        head = get_head() if callable(get_head) else None
+        linear = [name for name, layer in layers.items() if is_linear(layer) and layer is not head]
+        fitting = [name for name in linear if HEAD_NAMES.isdisjoint(name.split("."))]
     else:
         fitting = [name for name in layers if fits_pattern(pattern, name)]
     if not fitting:
@@ -140,12 +141,6 @@ def _match_pattern(pattern: str, model: nn.Module, config: LoraConfig, trained: 
             f"{fitting[0]!r}. Change `method.exclude`, `method.layers` or `method.modules_to_save`."
         )
     return names
-
-
-def _is_head(name: str, layer: nn.Module, model: nn.Module) -> bool:
-    get_output_embeddings = getattr(model, "get_output_embeddings", None)
-    is_output = callable(get_output_embeddings) and get_output_embeddings() is layer
-    return is_output or not HEAD_NAMES.isdisjoint(name.split("."))
 
 
 def _plan_layer(name: str, layer: nn.Module, config: LoraConfig, matched: Mapping[str, tuple[str, ...]]) -> Target:
@@ -182,20 +177,18 @@ def _check_settings_match_layers(config: LoraConfig, names: list[str], all_names
         raise ValueError(f"`method.layers` must be indices of matched layers, but got {min(unused)}. Use {existing}.")
 
 
-def _check_rank(rank: int, name: str, layer: nn.Module) -> None:
-    """Refuses a rank above the smaller side of the weight. A higher rank adds no new updates, only parameters."""
-    d_out, d_in = matrix_shape(layer)
-    if rank > min(d_out, d_in):
+def _check_layer(name: str, layer: nn.Module, target: Target, *, allow_full_rank: bool) -> None:
+    """Refuses a rank above the smaller side of the weight, which adds no new updates, only parameters.
+
+    Also refuses DoRA and PiSSA for a quantised layer, because they compute with the base's weight.
+    """
+    (d_out, d_in), config = matrix_shape(layer), target.config
+    if target.rank > min(d_out, d_in) and not allow_full_rank:
         raise ValueError(
             f"`method.rank <= {min(d_out, d_in)}` must hold for layer {name!r} ({d_out} × {d_in}), "
-            f"but got {rank}. Lower `method.rank`, or exclude the layer with `method.exclude`."
+            f"but got {target.rank}. Lower `method.rank`, or exclude the layer with `method.exclude`."
         )
-
-
-def _check_variant(name: str, layer: nn.Module, config: LoraConfig) -> None:
-    """Refuses DoRA and PiSSA for a quantised layer, because they compute with the base's weight."""
-    needs_weight = config.variant == "dora" or config.init == "pissa"
-    if needs_weight and is_quantised(layer):
+    if (config.variant == "dora" or config.init == "pissa") and is_quantised(layer):
         setting = "method.variant=dora" if config.variant == "dora" else "method.init=pissa"
         raise ValueError(
             f"`{setting}` needs layers with floating-point weights, but {name!r} is a {type(layer).__name__}. "

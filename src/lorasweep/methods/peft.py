@@ -211,7 +211,9 @@ def add_adapter(
             wrapper = peft.get_peft_model(model, peft_config, low_cpu_mem_usage=not has_values)
     except Exception as error:  # each kind raises other errors for settings that do not fit the model
         raise _refuse(f"put {kind} into the model", error) from error
-    train_in_fp32(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.float()  # PEFT makes some layers in the base's dtype
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, parameter in trained.items():
         if id(parameter) in shared:
@@ -223,13 +225,6 @@ def add_adapter(
         if not any(name.startswith(f"{head}.") for name in trained):
             raise ConfigError(f"`method.config` must train the new head `{head}`, but {kind} does not.")
     model.__dict__["_peft_model"] = wrapper  # not an attribute, which would put the model into itself
-
-
-def train_in_fp32(model: nn.Module) -> None:
-    """Converts trainable parameters to fp32, because PEFT makes some layers in the base's dtype."""
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.is_floating_point():
-            parameter.data = parameter.data.float()
 
 
 def get_wrapper(model: nn.Module) -> Any:

@@ -112,9 +112,31 @@ def load_base(config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None 
         raise ConfigError(
             f"`model.kind` must be classifier for data with labels, but got {config.kind!r}. Use `model=classifier`."
         )
-    model, tokenizer, head_names = _load(config, dtype=dtype, labels=labels)
+    folder, model_class = find_model_folder(config), MODEL_CLASSES[config.kind]
+    shared: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+    with _refuse_damaged_files(config):
+        settings = AutoConfig.from_pretrained(str(folder), **shared)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), **shared)
+        if config.dropout is not None:
+            set_dropout_settings(settings, config.dropout)
+        if labels is not None:
+            settings.id2label = dict(enumerate(labels.names[: labels.num_outputs]))
+            settings.label2id = {name: index for index, name in settings.id2label.items()}
+            settings.num_labels = labels.num_outputs
+            settings.problem_type = "regression" if labels.kind == "regression" else f"{labels.kind}_classification"
+        arguments = {"config": settings, **attention, **shared}
+        if config.quantization != "none":
+            arguments |= build_arguments(config, model_class, settings, dtype=dtype)
+        model, head_names = load_pretrained(
+            model_class, str(folder), dtype=dtype, may_lack_head=config.kind == "classifier", **arguments
+        )
+    if config.quantization != "none":
+        finish_quantised(model, config)
     if config.dropout is not None:
-        set_dropout_modules(model, config.dropout)
+        for module in model.modules():
+            if isinstance(module, _DropoutNd):  # some do not read their rate from the configuration
+                module.p = config.dropout
     _set_padding(model, tokenizer)
     model.requires_grad_(False).train(False)
     model.config.use_cache = False
@@ -146,29 +168,6 @@ def fingerprint_weights(model: nn.Module, *, exclude: Collection[str] = ()) -> s
     return digest.hexdigest()[:16]
 
 
-def _load(
-    config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None
-) -> tuple[Any, PreTrainedTokenizerBase, tuple[str, ...]]:
-    """Returns the model, its tokenizer and the names of its new modules."""
-    folder = find_model_folder(config)
-    model_class = MODEL_CLASSES[config.kind]
-    shared: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
-    with _refuse_damaged_files(config):
-        settings = AutoConfig.from_pretrained(str(folder), **shared)
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), **shared)
-        _set_model_settings(settings, config, labels)
-        arguments = {"config": settings, **attention, **shared}
-        if config.quantization != "none":
-            arguments |= build_arguments(config, model_class, settings, dtype=dtype)
-        model, head_names = load_pretrained(
-            model_class, str(folder), dtype=dtype, may_lack_head=config.kind == "classifier", **arguments
-        )
-    if config.quantization != "none":
-        finish_quantised(model, config)
-    return model, tokenizer, head_names
-
-
 @contextmanager
 def _refuse_damaged_files(config: ModelConfig) -> Iterator[None]:
     """Raises ConfigError for any error of transformers and its parsers: damaged files cause errors of many classes."""
@@ -182,17 +181,6 @@ def _refuse_damaged_files(config: ModelConfig) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise _to_config_error(error, config) from error
-
-
-def _set_model_settings(settings: Any, config: ModelConfig, labels: Labels | None) -> None:
-    if config.dropout is not None:
-        set_dropout_settings(settings, config.dropout)
-    if labels is not None:
-        names = labels.names[: labels.num_outputs]
-        settings.id2label = dict(enumerate(names))
-        settings.label2id = {name: index for index, name in enumerate(names)}
-        settings.num_labels = labels.num_outputs
-        settings.problem_type = "regression" if labels.kind == "regression" else f"{labels.kind}_classification"
 
 
 def _to_config_error(error: BaseException, config: ModelConfig) -> ConfigError:
@@ -237,13 +225,6 @@ def set_dropout_settings(settings: Any, rate: float) -> None:
     for name in getattr(settings, "sub_configs", {}):
         if (nested := getattr(settings, name, None)) is not None:
             set_dropout_settings(nested, rate)
-
-
-def set_dropout_modules(model: nn.Module, rate: float) -> None:
-    """Sets the rate of all dropout modules, also of those that do not read it from the configuration."""
-    for module in model.modules():
-        if isinstance(module, _DropoutNd):
-            module.p = rate
 
 
 class AttentionChoice(NamedTuple):

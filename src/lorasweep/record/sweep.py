@@ -72,8 +72,6 @@ class RetainedRow:
     name: str
     metric: str
     direction: Direction
-    metric_range: list[Number]
-    """Lowest and highest possible value of the metric; infinity is null."""
 
 
 @dataclass(kw_only=True)
@@ -120,8 +118,6 @@ class SweepRecord:
     name: str
     description: str = ""
     metric: str
-    metric_range: list[Number] = field(default_factory=list)
-    """Lowest and highest possible value of a metric that is set by `_target_`; null is no limit. Empty for others."""
     direction: Direction
     constant_answer: float | None = None
     """The score on validation data of the answer that needs no training (`DataSplits.score_constant_answer`).

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorasweep.config.data import METRIC_RANGES
 from lorasweep.config.ranges import is_number
 from lorasweep.config.run import ALPHA, LR, RANK
 from lorasweep.config.sweep import parse_margin
@@ -38,9 +39,9 @@ from lorasweep.report.evidence.evidence import (
     RetainedChange,
     build_evidence,
     compare_retained,
-    find_metric_range,
     read_confirm_scores,
 )
+from lorasweep.report.evidence.scores import UNBOUNDED
 
 if TYPE_CHECKING:
     import pandas
@@ -137,7 +138,7 @@ class SweepData:
     @property
     def metric_range(self) -> Interval:
         """The lowest and the highest possible value of the metric."""
-        return find_metric_range(self.record)
+        return METRIC_RANGES.get(self.record.metric, UNBOUNDED)
 
     def find_arm(self, subject: str | None) -> ArmData | None:
         """Returns the entry of a subject."""

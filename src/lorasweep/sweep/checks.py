@@ -80,9 +80,7 @@ def list_retained(definition: Definition, inputs_cache: InputsCache) -> list[Ret
                 splits = inputs_cache.load_splits(data, arm.corner_configs[0])
             splits.test()  # now, because the confirm stage reads it after hours of training
         metric = splits.score_metric
-        rows.append(
-            RetainedRow(name=name, metric=metric.name, direction=metric.direction, metric_range=list(metric.range))
-        )
+        rows.append(RetainedRow(name=name, metric=metric.name, direction=metric.direction))
     return rows
 
 

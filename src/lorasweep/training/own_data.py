@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -146,7 +145,7 @@ def _read_data(component: Component, metric: LoggedMetric, *, batch_size: int) -
         )
     assert metric.name is not None
     assert metric.direction is not None
-    score = ScoreMetric(name=metric.name, direction=metric.direction, range=(-math.inf, math.inf))
+    score = ScoreMetric(name=metric.name, direction=metric.direction)
     return OwnSplits(
         train=train, validation=validation, test=read_test, metric=score.name, data_module=data, score=score
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -175,7 +174,7 @@ def read_confirm_scores(record: SweepRecord, folder: Path, *, retained: Retained
         examples,
         deterministic={name for name, count in num_runs.items() if count == 1},
         is_perplexity=data.metric == "perplexity",
-        score_range=find_metric_range(data),
+        score_range=METRIC_RANGES.get(data.metric, UNBOUNDED),
         problems=problems,
         search_errors={row.subject: row.regret for row in record.settings if row.regret is not None},
     )
@@ -199,14 +198,6 @@ def build_scale(record: SweepRecord, scores: ConfirmScores) -> Scale:
         return min(means, key=means.__getitem__, default=None)
 
     return Scale(margin=parse_margin(record.margin), sign=sign, base=find_best("frozen"), full=find_best("full"))
-
-
-def find_metric_range(record: SweepRecord | RetainedRow) -> tuple[float, float]:
-    """Returns the lowest and the highest possible value of the metric of a sweep or of a retained data set."""
-    if len(record.metric_range) != 2:
-        return METRIC_RANGES.get(record.metric, UNBOUNDED)
-    low, high = record.metric_range  # infinity was written as null
-    return (low if is_number(low) else -math.inf, high if is_number(high) else math.inf)
 
 
 def compare_retained(

@@ -12,7 +12,7 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from lorasweep.config.data import METRIC_RANGES, ScoreMetric
+from lorasweep.config.data import ScoreMetric
 from lorasweep.disk import remove_leftovers, take_lock
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import (
@@ -73,7 +73,6 @@ def create_sweep(
         name=definition.name,
         description=definition.description,
         metric=metric.name,
-        metric_range=[] if metric.name in METRIC_RANGES else list(metric.range),
         direction=metric.direction,
         constant_answer=constant_answer,
         definition=definition.raw,
