@@ -117,7 +117,7 @@ def test_train_runs_once_in_a_new_folder_and_says_the_score(capsys, here, short_
     record = read_run(here / "outputs" / "train" / "0001")
     assert record.status == "complete"
     line = capsys.readouterr().out
-    assert line.startswith(f"bits_per_byte {record.score:.4f} at step {record.best['step']:.0f} of 4, ")
+    assert line.startswith(f"complete: bits_per_byte {record.score:.4f} at step ")
     assert line.endswith(": outputs/train/0001\n")
     assert {path.name for path in here.iterdir()} == {"outputs"}
     assert run(["train", *short_words]) == DONE
@@ -130,7 +130,7 @@ def test_a_grid_runs_every_combination_and_leaves_nothing_else(here, short_words
     folders = sorted((here / "outputs" / "train").glob("0*"))
     assert [read_run(folder).config["method"]["rank"] for folder in folders] == [1, 2]
     shown = [line for line in capsys.readouterr().out.splitlines() if "trained parameters" in line]
-    assert [line.partition(": bits_per_byte ")[0] for line in shown] == ["method.rank=1", "method.rank=2"]
+    assert [line.partition(": complete: ")[0] for line in shown] == ["method.rank=1", "method.rank=2"]
     assert {path.name for path in here.iterdir()} == {"outputs"}
     assert {path.name for path in (here / "outputs" / "train").iterdir()} == {"0001", "0002", "multirun.yaml"}
 

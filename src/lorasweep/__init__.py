@@ -7,6 +7,8 @@
 `DataModule` are for your own Trainer. Each name is imported when it is first used, because torch is slow to import.
 """
 
+import logging
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +39,9 @@ __all__ = [
 ]
 
 set_torch_variables()  # here, because every entry (command, Python, Ray) imports this file before torch
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# PEFT imports bitsandbytes if it is installed, which then warns that it has no fast code for processors
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 _MODULES = {
     **dict.fromkeys(("resume_sweep", "run_sweep", "train_run"), "lorasweep.api"),

@@ -11,8 +11,6 @@ be resumed. A second Ctrl-C raises KeyboardInterrupt.
 from __future__ import annotations
 
 import itertools
-import logging
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -48,7 +46,6 @@ from lorasweep.sweep.controller.lifecycle import create_sweep, read_saved_defini
 from lorasweep.sweep.definition.arms import Definition, read_definition
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
 from lorasweep.sweep.draft import draft_definition
-from lorasweep.sweep.plan import GroupPlan, fit_minutes, plan_sweep
 from lorasweep.sweep.status import SweepStatus, report_status, show_progress
 from lorasweep.sweep.workers.train import train_sweep
 from lorasweep.training.inputs import InputsCache, build_inputs
@@ -69,7 +66,7 @@ plain lines in a notebook or a pipe; `verbose` also prints the notes on data and
 
 
 def run_sweep(
-    sweep: str | Path | Mapping[str, Any] | None = None,
+    sweep: str | Path | Mapping[str, Any] | Definition | None = None,
     *,
     overrides: Overrides = (),
     output: str | Path | None = None,
@@ -78,8 +75,8 @@ def run_sweep(
     """Runs a sweep, writes its report, and returns its result.
 
     Args:
-        sweep: Name of a sweep of lorasweep or of the folder `sweeps/`, a YAML file, or the content of a YAML file.
-            None drafts a sweep for the data of the overrides.
+        sweep: Name of a sweep of lorasweep or of the folder `sweeps/`, a YAML file, the content of a YAML file, or a
+            definition that was read. None drafts a sweep for the data of the overrides.
         overrides: Settings that replace settings of the sweep.
         output: A new or empty folder; by default `outputs/NAME` with the next free number.
         progress: Receives the state of the sweep while it runs.
@@ -88,17 +85,9 @@ def run_sweep(
         ConfigError: The request is wrong; nothing was written.
         LoraSweepError: The sweep can't continue. Call `resume_sweep` after you have removed the cause.
     """
-    return run_definition(read_sweep_definition(sweep, overrides), output=output, progress=progress)
-
-
-def run_definition(
-    definition: Definition, *, output: str | Path | None = None, progress: Progress = "auto"
-) -> SweepResult:
-    """Runs a sweep that was read and checked; other arguments and errors as in `run_sweep`."""
-    prepare_environment()
+    definition = sweep if isinstance(sweep, Definition) else read_sweep_definition(sweep, overrides)
     inputs_cache = InputsCache()
-    definition = set_steps(definition, inputs_cache)
-    opened = start_sweep(definition, inputs_cache, output=output)
+    opened = start_sweep(set_steps(definition, inputs_cache), inputs_cache, output=output)
     return train_opened_sweep(opened, inputs_cache, progress=progress)
 
 
@@ -122,7 +111,6 @@ def resume_sweep(
         RecordError: The folder is not a sweep, is damaged, or another process runs it.
         LoraSweepError: The sweep can't continue.
     """
-    prepare_environment()
     opened = reopen_sweep(Path(folder), changes=parse_overrides(overrides))
     inputs_cache, definition, record = InputsCache(), opened.definition, opened.record
     try:
@@ -157,7 +145,6 @@ def train_run(
         ConfigError: The request is wrong.
         RunError: The run diverged or does not fit in memory. Its record has the reason.
     """
-    prepare_environment()
     settings, origin = read_recommended(Path(from_sweep)) if from_sweep is not None else ({}, {})
     config = compose_run(layer_settings(settings, parse_overrides(overrides)))
     path = None if output is None else str(output)
@@ -170,17 +157,6 @@ def read_sweep_definition(sweep: str | Path | Mapping[str, Any] | None, override
         return draft_definition(parse_overrides(overrides))
     content = sweep if isinstance(sweep, Mapping) else find_sweep_file(str(sweep))
     return read_definition(content, overrides)
-
-
-def measure_sweep(
-    definition: Definition, inputs_cache: InputsCache, *, minutes: float | None, on_progress: Callable[[str], None]
-) -> tuple[Definition, list[GroupPlan], str]:
-    """Checks a sweep and measures its trainings. With `minutes` as `fit_minutes`, otherwise it stays as it is."""
-    definition = set_steps(definition, inputs_cache)
-    check_sweep(definition, inputs_cache)
-    if minutes is not None:
-        return fit_minutes(definition, minutes, inputs_cache, on_progress=on_progress)
-    return definition, plan_sweep(definition, inputs_cache, on_progress=on_progress), ""
 
 
 def start_sweep(
@@ -234,7 +210,6 @@ def train_opened_sweep(opened: SweepFolder, inputs_cache: InputsCache, *, progre
 def train_config(
     config: RunConfig, *, output: str | None, resume: bool, origin: Mapping[str, Any] = MappingProxyType({})
 ) -> RunResult:
-    prepare_environment()
     with ExitStack() as claim, join_processes(config.trainer) as group:
         complete = run_on_first(group, lambda: _check_run_folder(output, config, resume=resume))
         if complete is not None:
@@ -271,7 +246,6 @@ def reproduce(
         ConfigError: The request is wrong, or the sweep had several workers, or grew.
         RecordError: The record is damaged, or the sweep is not complete.
     """
-    prepare_environment()
     default = Path("outputs") / "reproduce" / folder.resolve().name
     if (folder / SWEEP_FILE).is_file():
         if (tolerance, steps) != (None, None):
@@ -304,13 +278,6 @@ def _reproduce_sweep(folder: Path, output: Path | None, *, default: Path) -> Rep
         return compare_sweeps(folder, result.folder)
     remedy = f"interrupted. To resume type:\n    lorasweep sweep --resume {result.folder}"
     return Reproduction(folder=result.folder, verdict="interrupted", description=remedy)
-
-
-def prepare_environment() -> None:
-    """Sets a variable for tokenizers, unless the user has set it, and hides warnings of bitsandbytes."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # PEFT imports bitsandbytes if it is installed, which then warns that it has no fast code for processors
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _report_progress(folder: Path, progress: Progress) -> Any:

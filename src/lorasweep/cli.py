@@ -209,7 +209,7 @@ def sweep(arguments: argparse.Namespace) -> int:
         if arguments.cfg:
             say(describe_definition(definition).removesuffix("\n"))
             return DONE
-        result = api.run_definition(definition, progress=progress)
+        result = api.run_sweep(definition, progress=progress)
     if result.status != "complete":
         return _say_how_to_resume(result)
     return _show_sweep(result, verbose=arguments.verbose)
@@ -225,7 +225,6 @@ def status(arguments: argparse.Namespace) -> int:
 def new(arguments: argparse.Namespace) -> int:
     """Reads the model and the data, and writes a sweep file for them."""
     with quick_imports():
-        from lorasweep import api
         from lorasweep.config.command_line import parse_overrides
         from lorasweep.disk import write_atomically
         from lorasweep.sweep.draft import draft_sweep
@@ -235,7 +234,6 @@ def new(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"`FILE.yaml` must have the suffix .yaml, but got {str(path)!r}.")
     if path.exists():
         raise ConfigError(f"`FILE.yaml` must be a new file, but {str(path)!r} exists already. Name another one.")
-    api.prepare_environment()
     settings = parse_overrides(arguments.overrides)
     text = draft_sweep(path, settings)
     if arguments.minutes is not None:
@@ -269,20 +267,24 @@ def _read_definition(
 ) -> tuple[Definition, list[GroupPlan]]:
     """Returns a sweep, fitted to `minutes` if given, and the plans of its groups of arms if they were measured."""
     from lorasweep import api
+    from lorasweep.sweep.checks import set_steps
+    from lorasweep.sweep.plan import fit_minutes, plan_sweep
     from lorasweep.training.inputs import InputsCache
 
-    api.prepare_environment()
-    definition = api.read_sweep_definition(name, overrides)
+    definition, began = api.read_sweep_definition(name, overrides), time.monotonic()
     if minutes is None and not is_measured:
         return definition, []
-    began = time.monotonic()
+
+    def show(what: str) -> None:
+        say(f"{time.monotonic() - began:3.0f} s: measuring {what}", file=sys.stderr)
+
     say("loading the model and the data", file=sys.stderr)
-    definition, groups, given_up = api.measure_sweep(
-        definition,
-        InputsCache(),
-        minutes=minutes,
-        on_progress=lambda what: say(f"{time.monotonic() - began:3.0f} s: measuring {what}", file=sys.stderr),
-    )
+    inputs_cache = InputsCache()
+    definition = set_steps(definition, inputs_cache)
+    api.check_sweep(definition, inputs_cache)
+    if minutes is None:
+        return definition, plan_sweep(definition, inputs_cache, on_progress=show)
+    definition, groups, given_up = fit_minutes(definition, minutes, inputs_cache, on_progress=show)
     if given_up:
         say(given_up, file=sys.stderr)
     return definition, groups
@@ -396,21 +398,12 @@ def _split_name(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def _say_run(result: RunResult, job: str) -> int:
-    from lorasweep.wording import format_share
-
     if _rank() > 0:  # only the first process prints
         return DONE
-    record = result.record
-    if record.status == "interrupted":
-        say_error(f"{record.reason}; to resume add `output={result.folder} resume=true` to the command")
+    if result.status == "interrupted":
+        say_error(f"{result.record.reason}; to resume add `output={result.folder} resume=true` to the command")
         return INTERRUPTED_EXIT_CODE
-    score = "-" if record.score is None else f"{record.score:.4f}"
-    start = f"{job}: " if job else ""
-    say(
-        f"{start}{record.metric} {score} at step {record.best.get('step', 0):.0f} of {record.steps_planned}, "
-        f"{record.trainable_params:,} trained parameters ({format_share(record.trainable_fraction)} of the base), "
-        f"{record.wall_s:.0f} s: {result.folder}"
-    )
+    say(f"{job}: {result}" if job else str(result))
     return DONE
 
 
@@ -445,11 +438,9 @@ def _say_how_to_resume(result: SweepResult) -> int:
     record = result.record
     done = sum(row.state not in ("running", "paused") for row in record.trials)
     asked = sum(arm.trials for arm in record.arms)
-    ended = sum(row.state != "running" for row in record.confirm)
-    also = f" and {ended} runs of the confirm stage" if record.confirm else ""
     remedy = f"lorasweep sweep --resume {result.folder}"
     try:
-        say_error(f"stopped with {done} of {asked} trials{also} done. To resume type:")
+        say_error(f"stopped with {done} of {asked} trials done. To resume type:")
         say(f"    {remedy}", file=sys.stderr)
     except KeyboardInterrupt:  # a further Ctrl-C
         raise KeyboardInterrupt(f"To resume type `{remedy}`") from None

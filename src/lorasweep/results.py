@@ -41,9 +41,11 @@ class RunResult:
     record: RunRecord = field(repr=False)
 
     def __str__(self) -> str:
-        score = "no score" if self.score is None else f"{self.metric} {self.score:.4f}"
+        record, best = self.record, f"at step {self.record.best.get('step', 0):.0f}"
+        score = "no score" if self.score is None else f"{self.metric} {self.score:.4f} {best}"
         return (
-            f"{self.status}: {score}, {self.record.steps_done:,} of {self.record.steps_planned:,} steps, {self.folder}"
+            f"{self.status}: {score}, {record.steps_done:,} of {record.steps_planned:,} steps, "
+            f"{record.trainable_params:,} trained parameters, {record.wall_s:.0f} s: {self.folder}"
         )
 
     @property
