@@ -9,12 +9,9 @@ import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import BertConfig, BertForSequenceClassification
 
-from lorasweep.config.compose import compose_run
 from lorasweep.config.method import PeftConfig
 from lorasweep.errors import ConfigError
 from lorasweep.methods import METHODS, copy_sharing_weights
-from lorasweep.methods.peft import TYPES_ON_QUANTISED_BASE
-from lorasweep.models.load import fingerprint_weights, load_base
 
 from .conftest import TOKENS, as_base, make_base, prepare, train
 
@@ -27,8 +24,6 @@ KINDS = {
     "ia3": {"peft_type": "IA3", **TARGETS, "feedforward_modules": ["down_proj"]},
     "vblora": {"peft_type": "VBLORA", "vector_length": 4, "num_vectors": 8, **TARGETS},  # shares one parameter
     "norms": {"peft_type": "LN_TUNING"},
-    "pissa": {**LORA, "init_lora_weights": "pissa"},  # writes into the base
-    "olora": {**LORA, "init_lora_weights": "olora"},
     "tied": {**LORA, "target_modules": ["lm_head"]},
     "whole head": {**LORA, "modules_to_save": ["lm_head"]},
 }
@@ -92,7 +87,6 @@ def test_a_new_head_trains_and_is_saved(tmp_path):
         ({"peft_type": "VERA", "r": 0, **TARGETS}, "VERA .*`method.config`"),
         ({**LORA, "megatron_core": "os"}, "`method.config.megatron_core` must be left out"),
         ({**LORA, "init_lora_weights": "corda"}, "`method.config.init_lora_weights` must be one of .* 'corda'"),
-        ({**LORA, "init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4'"),
         ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 2}, "must replace layers .* PREFIX_TUNING"),
         ({"peft_type": "XLORA"}, "XLORA"),
         ({"peft_type": "ADALORA", "total_step": 9, **TARGETS}, "no calls in training, but got 'ADALORA'"),
@@ -106,41 +100,11 @@ def test_what_a_run_cannot_do_is_refused_by_name(settings, message):
     assert all(torch.equal(before[name], tensor) for name, tensor in base.model.state_dict().items())
 
 
-def test_kinds_that_do_not_merge_and_quantised_layers_are_refused():
+def test_a_kind_that_does_not_merge_is_refused():
     base = make_base(dtype=torch.float32)
     lily = prepare(base, "peft", config=PeftConfig(config={"peft_type": "LILY", "r": 2, **TARGETS}))
     with pytest.raises(ConfigError, match=r"one that PEFT can merge .* `lorasweep export --format peft`"):
         METHOD.merge(lily)
-    model = prepare(base, "peft")
-    layer = model.model.layers[0].self_attn.q_proj.base_layer
-    layer.weight = torch.nn.Parameter(layer.weight.to(torch.uint8), requires_grad=False)
-    with pytest.raises(ConfigError, match="Linear is quantised"):
-        METHOD.merge(model)
-    with pytest.raises(ConfigError, match="weights of a quantised base"):
-        METHOD.check(model, PeftConfig(config={**LORA, "init_lora_weights": "olora"}))
-
-
-def test_types_that_call_a_quantised_layer_train_on_it_and_others_are_refused(quantisable_model):
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes, an optional extra, is not installed")
-    settings = {"model": "causal_lm", "model.path": str(quantisable_model), "model.quantization": "nf4"}
-    base = load_base(compose_run(settings).model, dtype=torch.float32)
-    with torch.no_grad():
-        expected = base.model(input_ids=TOKENS).logits
-    for kind in TYPES_ON_QUANTISED_BASE:
-        more = {"r": 4} if "LORA" in kind or "VERA" in kind else {}
-        config = PeftConfig(config={"peft_type": kind, "target_modules": ["q_proj", "down_proj"], **more})
-        model = METHOD.prepare(base, config, generator=torch.Generator().manual_seed(0))
-        logits = model.train()(input_ids=TOKENS).logits
-        torch.testing.assert_close(logits, expected, rtol=0, atol=0.02)
-        logits.square().mean().backward()
-        grads = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
-        assert grads, kind
-        assert all(grad is not None and grad.isfinite().all() for grad in grads), kind
-    assert fingerprint_weights(base.model) == base.fingerprint
-    with pytest.raises(ConfigError, match="weights of a quantised base, but LOHA"):
-        METHOD.check(base.model, PeftConfig(config={"peft_type": "LOHA", "r": 2, **TARGETS}))
-    with pytest.raises(ConfigError, match=r"weights of a quantised base.*`use_dora`"):
-        METHOD.check(base.model, PeftConfig(config={**LORA, "use_dora": True}))
 
 
 @pytest.mark.parametrize("kind", sorted(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING))

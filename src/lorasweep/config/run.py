@@ -42,8 +42,8 @@ StrategyName = Literal[
 command line."""
 
 
-METHODS_ON_QUANTISED_BASE = ("lora", "peft", "frozen")
-"""Methods that leave all weights of the base as they are. The others train some, so they need the unquantised base."""
+METHODS_ON_QUANTISED_BASE = ("lora", "frozen")
+"""Methods that need no weight of the base. The others train weights or compute with them (some adapters of PEFT)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,9 +288,8 @@ class RunConfig(Settings):
             )
         if self.model.quantization != "none" and self.method.name not in METHODS_ON_QUANTISED_BASE:
             raise ConfigError(
-                f"`model.quantization` must be none with `method={self.method.name}`, which trains weights of the "
-                f"base, but got {self.model.quantization!r}. Remove it, or use `method=lora`. In a sweep, set it once "
-                "for all arms."
+                f"`model.quantization` must be none with `method={self.method.name}`, which needs weights of the base, "
+                f"but got {self.model.quantization!r}. Use `method=lora`, or in a sweep set it once for all arms."
             )
         if self.trainer.is_sharded:
             conflicts = {

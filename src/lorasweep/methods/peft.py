@@ -1,4 +1,4 @@
-"""`peft`: trains adapters of PEFT that replace layers: VeRA, IA³, LoRA with other initial values.
+"""`peft`: trains adapters of PEFT that replace layers, such as VeRA and IA³.
 
 PEFT checks the settings and makes, saves, loads and merges the adapter. The checks here refuse settings that PEFT
 accepts, but a run would not follow: adapters that change the model's inputs or the base, and settings that need calls
@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,6 @@ from lorasweep.config.peft_settings import import_peft
 from lorasweep.disk import require_regular_file, write_atomically
 from lorasweep.errors import ConfigError, RecordError, describe_error
 from lorasweep.lora.adapter_files import CONFIG_FILE, INITS_KEEPING_BASE, WEIGHTS_FILE, find_task_type
-from lorasweep.lora.layer_kinds import is_quantised
-from lorasweep.lora.targets import find_adaptable_layers
 from lorasweep.methods.method import (
     Method,
     clear_tie_setting,
@@ -38,17 +35,11 @@ from lorasweep.models.load import BaseModel
 ADAPTER = "default"
 """PEFT's name of the only adapter of a model."""
 INIT = "init_lora_weights"
-INITIALISATIONS = (True, False, "gaussian", "orthogonal", "olora", "pissa", "mica")
-"""Values of `init_lora_weights`. Missing are `pissa_niter_[number]`, whose random numbers change the base, but are not
-saved; `corda`, `eva` and `lora_ga`, which need data or gradients before the first step; and `loftq`, which is not
-tested, because it needs a GPU."""
 REFUSED_KEYS = (
     *("megatron_config", "megatron_core"),  # PEFT would import the module that they name
     *("arrow_config", "kasa_config", "monteclora_config", "use_asa"),  # need another loss or other calls in training
 )
 """Keys of PEFT's configuration that are refused, because a run can't follow them."""
-TYPES_ON_QUANTISED_BASE = ("LORA", "HIRA", "IA3", "PVERA", "RANDLORA", "ROAD", "VERA")
-"""Values of `peft_type` whose layers call a quantised layer. Layers of other types compute with its stored bytes."""
 
 
 class PeftMethod(Method):
@@ -66,8 +57,6 @@ class PeftMethod(Method):
         """Raises a ConfigError if a key is wrong, or PEFT can't make these layers for the model."""
         assert isinstance(config, PeftConfig)
         peft_config = build_peft_config(config.config, model, new_head_names=new_head_names)
-        if isinstance(config.config.get(INIT), str):
-            setattr(peft_config, INIT, True)  # other initial values may decompose and change each weight
         copy = copy_sharing_weights(model)
         with torch.random.fork_rng(devices=[]):
             add_adapter(copy, peft_config, new_head_names=new_head_names, has_values=False)
@@ -97,7 +86,7 @@ class PeftMethod(Method):
             require_regular_file(folder / CONFIG_FILE)  # PEFT would look for a missing file on the hub
             with quiet_peft():
                 peft_config = peft.PeftConfig.from_pretrained(str(folder))
-            _check_config(peft_config, model)
+            _check_config(peft_config)
             peft_config.inference_mode = False
             tensors = load_file(folder / WEIGHTS_FILE)
             with torch.random.fork_rng(devices=[]):
@@ -125,8 +114,6 @@ class PeftMethod(Method):
         try:
             for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
                 base = layer.get_base_layer()
-                if is_quantised(base):
-                    raise ValueError(f"{type(base).__name__} is quantised")
                 for name, parameter in base.named_parameters(recurse=False):  # PEFT merges in place
                     setattr(base, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
             with quiet_peft():
@@ -163,11 +150,11 @@ def build_peft_config(settings: Mapping[str, Any], model: nn.Module, *, new_head
             config: Any = kinds[kind](**settings)
     except (TypeError, ValueError, ImportError, AttributeError) as error:
         raise _refuse(f"make {kind}", error) from error
-    _check_config(config, model)
+    _check_config(config)
     return config
 
 
-def _check_config(config: Any, model: nn.Module) -> None:
+def _check_config(config: Any) -> None:
     """Raises a ConfigError if PEFT accepts a configuration, but a run can't do what it asks for."""
     kind, init = config.peft_type.value, getattr(config, INIT, True)
     if kind == "ADALORA":  # drops ranks after each step
@@ -176,17 +163,9 @@ def _check_config(config: Any, model: nn.Module) -> None:
         value = getattr(config, field.name)
         if field.name in REFUSED_KEYS and value not in (field.default, None, False):
             raise ConfigError(f"`method.config.{field.name}` must be left out, because no run can do it: {value!r}.")
-    if init not in INITIALISATIONS:
-        raise ConfigError(
-            f"`method.config.{INIT}` must be one of {', '.join(map(str, INITIALISATIONS))}, but got {init!r}."
-        )
-    if any(is_quantised(layer) for layer in find_adaptable_layers(model).values()) and (
-        kind not in TYPES_ON_QUANTISED_BASE or getattr(config, "use_dora", False) or init not in INITS_KEEPING_BASE
-    ):
-        raise ConfigError(
-            f"`method.config` must not compute with the weights of a quantised base, but {kind}, `use_dora` or "
-            f"`{INIT}` does so. Use one of {', '.join(TYPES_ON_QUANTISED_BASE)} with the defaults of both."
-        )
+    if init not in INITS_KEEPING_BASE:  # others change the base's weights, or need data before the first step
+        choices = ", ".join(map(str, INITS_KEEPING_BASE))
+        raise ConfigError(f"`method.config.{INIT}` must be one of {choices}, but got {init!r}.")
 
 
 def add_adapter(
@@ -201,11 +180,6 @@ def add_adapter(
     """
     peft, kind = import_peft(needed_by="method=peft"), peft_config.peft_type.value
     shared = {id(parameter) for parameter in model.parameters()}
-    if getattr(peft_config, INIT, True) not in INITS_KEEPING_BASE:
-        # These initial values change the base's weights, which other runs share. Tied weights would change together.
-        for module in model.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
     try:
         with quiet_peft():
             wrapper = peft.get_peft_model(model, peft_config, low_cpu_mem_usage=not has_values)
@@ -232,12 +206,9 @@ def get_wrapper(model: nn.Module) -> Any:
     return model.__dict__["_peft_model"]
 
 
-@contextmanager
-def quiet_peft() -> Iterator[None]:
-    """Suppresses PEFT's warnings, because the checks here raise errors instead."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def quiet_peft() -> warnings.catch_warnings[None]:
+    """Returns a context without PEFT's warnings, because the checks here raise errors instead."""
+    return warnings.catch_warnings(action="ignore")
 
 
 def _refuse(action: str, error: Exception) -> ConfigError:
