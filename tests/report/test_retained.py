@@ -20,7 +20,7 @@ def retain(folder, forgotten, **row):
     Both of its test examples change alike, and seeds by at most 0.001.
     """
     record = read_sweep(folder)
-    usual = {"metric": "bits_per_byte", "direction": "minimize", "metric_range": [0.0, float("inf")]}
+    usual = {"metric": "bits_per_byte", "direction": "minimize"}
     row = {"name": "code"} | usual | row
     record.retained = [RetainedRow(**row)]
     for run in record.confirm:
