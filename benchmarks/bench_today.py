@@ -11,7 +11,8 @@ real weights) in the same space, with 8 trials of 130 steps of 16 sentences and 
     tuned   the same in bf16, grouped by length, with evaluation batch 32, and without pruning
     solo    `lorasweep sweep` with worker.pack_size=1 and pruner=none: all trials to their end, one after another
     ours    `lorasweep sweep` with these evaluations
-    default `lorasweep sweep` as it comes: evaluations at half of a run and at its end
+    default `lorasweep sweep` as it comes: evaluations at half of a run and at its end on a quarter of the examples,
+            then once on all
 
 lorasweep runs no confirm stage (`confirm.seeds=0`), because the other ways have none. Each way is a process of its own
 that reads the same files. The makespan is the time from its start to its end, imports included. `start` is the time
@@ -104,7 +105,8 @@ def run_way(way: str, work: Mapping[str, Any], folder: Path) -> Outcome:
         (folder / "sweep.yaml").write_text(yaml.safe_dump(describe_sweep(work)))
         command = ["-m", "lorasweep", "sweep", str(folder / "sweep.yaml"), f"sweep.output={output}"]
         command += ["worker.pack_size=1", "pruner=none"] if way == "solo" else []
-        command += [f"trainer.eval_every_steps={work['steps'] // 2}"] if way == "default" else []
+        if way == "default":
+            command += [f"trainer.eval_every_steps={work['steps'] // 2}", "trainer.eval_fraction=0.25"]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache")}  # so that no seed reads another's rows
     started_at = time.time()
     makespan_s, peak_memory_bytes = run_process(command, log=folder / "log.txt", environment=environment)
@@ -145,6 +147,7 @@ def describe_sweep(work: Mapping[str, Any]) -> dict[str, Any]:
         "data.metric": "accuracy",
         "trainer.max_steps": work["steps"],
         "trainer.batch_size": work["batch_size"],
+        "trainer.eval_fraction": 1,
         "trainer.eval_every_steps": work["steps"] // work["evaluations"],
         "schedule.warmup_fraction": work["warmup_fraction"],
         "seed": work["seed"],

@@ -88,6 +88,8 @@ def assert_equal_runs(two, one):
     record, single = read_run(two), read_run(one)
     for name in ("tokens_trained", "trainable_params", "status", "steps_done"):
         assert getattr(record, name) == getattr(single, name), name
+    assert record.best == pytest.approx(single.best, **ROUNDING)
+    assert record.best not in (record.last, *scores(two))  # on all examples
 
 
 def assert_equal_weights(two, one):

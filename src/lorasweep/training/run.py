@@ -150,8 +150,7 @@ class _Session:
         try:
             with convert_memory_errors():
                 status, reason = end or self._train(record, callback, checkpoint=checkpoint)
-                if status == "complete":
-                    run_on_first(self.group, lambda: self._score_best_weights(record))
+                run_on_first(self.group, lambda: self._score_best_weights(status))
         except BaseException as caught:
             micro_batches = int(record.batching["micro_batches"])
             error = explain_failure(caught, group=self.group, folder=folder, micro_batches=micro_batches)
@@ -192,9 +191,11 @@ class _Session:
             raise OutOfMemory(reason)
         return record, found.path, found.step
 
-    def _score_best_weights(self, record: RunRecord) -> None:
-        score_best_weights(self.config, record, self.run_folder.path, inputs=self.inputs)
-        self.inputs.base.model.cpu()  # shared with later runs, whose initial values are drawn on the CPU
+    def _score_best_weights(self, status: RunStatus) -> None:
+        # only the first process, which has the log, knows whether the run was paused
+        if self.log is not None and status == "complete":
+            score_best_weights(self.config, self.log.record, self.run_folder.path, inputs=self.inputs)
+            self.inputs.base.model.cpu()  # shared with later runs, whose initial values are drawn on the CPU
 
     def _close(self, status: RunStatus, reason: str | None) -> RunRecord:
         """Writes the final record and removes the checkpoints, unless the run can resume from them."""

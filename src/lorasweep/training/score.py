@@ -156,7 +156,7 @@ def evaluate_model(model: nn.Module, split: Split, *, task: Task, config: RunCon
     """
     device = get_device(config.trainer)
     batches = EvaluationSampler(split, batch_size=config.trainer.eval_batch_size)
-    evaluation = Evaluation(task)
+    evaluation = Evaluation(task, sync_on_compute=False)  # other processes of the run do not evaluate
     model.to(device).eval()
     with torch.no_grad(), inputs.autocast(config):
         for micro in batches:
