@@ -9,9 +9,9 @@ import yaml
 
 from lorasweep.config.command_line import parse_overrides
 from lorasweep.config.compose import compose_run
+from lorasweep.sweep.controller.lifecycle import grow_definition
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.confirm import draw_confirm_seeds
-from lorasweep.sweep.definition.grow import grow_definition
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
 from lorasweep.sweep.definition.warnings import find_warnings
 

@@ -162,9 +162,10 @@ def judge(
         if arm in (reference, base):
             subjects[arm] = rows
             continue
-        values_of_arm = _split_values(arm, rows, key=key)
-        subjects |= values_of_arm
-        chain = list(values_of_arm)
+        values = sorted(rows["value"].dropna().unique().tolist()) if "value" in rows else []
+        split = {name_subject(arm, key, value): rows[rows["value"] == value] for value in values}
+        subjects |= split if len(values) > 1 else {arm: rows}
+        chain = list(split) if len(values) > 1 else [arm]
         questions.append(Question(name=asked, arm=arm, key=key, subjects=chain, reference=reference))
         if len(chain) > 1:
             questions.append(Question(name="smallest", arm=arm, key=key, subjects=chain, reference=None))
@@ -172,10 +173,10 @@ def judge(
         raise ConfigError(
             f"the scores must have another arm beside {join_words([reference, *([base] if base else [])])}."
         )
-    values, examples = _read_runs(subjects)
-    deterministic = [base] if base and sum(name == base for name, _ in values) == 1 else []
+    scored, examples = _read_runs(subjects)
+    deterministic = [base] if base and sum(name == base for name, _ in scored) == 1 else []
     found = build_scores(
-        values,
+        scored,
         examples,
         deterministic=deterministic,
         problems=[f"`{name}` has one run, whose score counts for every seed." for name in deterministic],
@@ -218,14 +219,6 @@ def _check_table(scores: pandas.DataFrame, *, reference: str) -> None:
             f"each run must have one row, or one for each `example`, but there are several with {first}. If they "
             "differ in a setting, such as the rank, name its column with `--columns value=...`, else give other seeds."
         )
-
-
-def _split_values(arm: str, rows: pandas.DataFrame, *, key: str) -> dict[str, pandas.DataFrame]:
-    """Returns the rows of each value of an arm by the name of the subject, smallest value first."""
-    if "value" not in rows or rows["value"].nunique() < 2:
-        return {arm: rows}
-    values = sorted(rows["value"].dropna().unique().tolist())
-    return {name_subject(arm, key, value): rows[rows["value"] == value] for value in values}
 
 
 def _read_runs(

@@ -131,15 +131,9 @@ def set_score_axis(
 ) -> None:
     """Sets the range of scores, and draws a line across the figure for each method with a known score.
 
-    The range has all of `scores`, and those of the others and of the methods that are near, so that outliers don't
-    flatten the rest. It ends at the limits of the metric. A method outside of it has a name with an arrow and no line.
-
-    Args:
-        figure: The figure.
-        data: The sweep.
-        scores: Scores inside the range. Without any, the figure has its range from plotly.
-        others: Scores that may be outside. The title of the x axis says how many are.
-        **references: A score for each of the methods `full` and `frozen`.
+    The range has all of `scores`, and those of `others` and of the methods that are near, so that outliers don't
+    flatten the rest. It ends at the limits of the metric. The title of the x axis says how many of `others` are
+    outside, and a method outside has a name with an arrow and no line.
     """
     if not scores:
         return

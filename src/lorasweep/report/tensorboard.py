@@ -42,10 +42,7 @@ COSTS = ("trainable_params", "peak_memory_bytes", "wall_s")
 def write_run_hparams(record: RunRecord, folder: Path, swept: Mapping[str, Any]) -> None:
     """Writes a single run's row in TensorBoard's HParams tab; a run without a score gets no row.
 
-    Args:
-        record: The run's record.
-        folder: The run's folder, which names the row.
-        swept: The keys (dotted) and values that distinguish the run from others.
+    `swept` has the keys (dotted) and values that distinguish the run from others.
     """
     if record.score is not None:
         name = "/".join(folder.absolute().parts[-2:])

@@ -192,14 +192,9 @@ SHOWN_SETTINGS = (
 
 
 def build_card(record: RunRecord, config: RunConfig, *, format: str, dtype: str, repository: str) -> ModelCard:
-    """Returns the card of an exported run. It has no path of this machine.
+    """Returns the card of an exported run, without a path of this machine.
 
-    Args:
-        record: The run's record.
-        config: The run's settings.
-        format: `peft` or `merged`.
-        dtype: Name of the type of the written weights, such as `bf16`.
-        repository: `USER/NAME` on the hub, or the name of the exported folder, from which the example loads.
+    `repository` is `USER/NAME` on the hub, or the name of the exported folder, from which the example loads.
     """
     data = ModelCardData(
         base_model=None if find_local_path(config.model) else config.model.path,

@@ -121,11 +121,8 @@ def measure_updates(
 ) -> tuple[tuple[LayerRow, ...], dict[str, list[float]]]:
     """Returns a row for each weight that changed, in the model's order, and the singular values of matrices by layer.
 
-    Args:
-        model: The trained model, merged into a plain one.
-        base: The base model, with the new head as the run initialised it.
-        ranks: Rank of each layer that LoRA trained.
-        has_low_rank: Whether the updates of those layers have this rank. DoRA's new row norms change every direction.
+    `base` has the new head as the run drew it. `ranks` are those of the layers that LoRA trained; with `has_low_rank`
+    their updates have this rank (DoRA's new row norms change every direction).
     """
     originals = dict(base.named_parameters(remove_duplicate=False))
     rows, spectra = [], {}

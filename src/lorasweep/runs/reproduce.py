@@ -233,15 +233,7 @@ def _flatten_surroundings(record: RunRecord) -> dict[str, Any]:
 
 
 def compare_sweeps(first: Path, second: Path) -> Reproduction:
-    """Compares proposals, decisions, losses of every step and scores of two sweeps, trial by trial.
-
-    Args:
-        first: Folder of the sweep that was reproduced.
-        second: Folder of the new sweep.
-
-    Raises:
-        RecordError: A sweep has no record, or the record is damaged.
-    """
+    """Compares proposals, decisions, losses of every step and scores of two sweeps, trial by trial."""
     before, after = read_sweep(first), read_sweep(second)
     for one, other in zip(_list_parts(before, first), _list_parts(after, second), strict=False):
         for place in {**one, **other}:

@@ -102,11 +102,7 @@ def draft_definition(overrides: Mapping[str, Any]) -> Definition:
 
 
 def draft_sweep(path: Path, settings: Mapping[str, Any]) -> str:
-    """Reads the model and the data, and returns the content of a sweep file for them.
-
-    Args:
-        path: Where the file will be written. The sweep has its name.
-        settings: `model.path` and `data.train` or `data.path`, and perhaps further settings, which are kept.
+    """Reads the model and the data that the settings name, and returns the content of a sweep file at `path`.
 
     Raises:
         ConfigError: A setting is missing or wrong, or the model or the data can't be read.

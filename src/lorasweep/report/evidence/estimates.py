@@ -123,12 +123,7 @@ class Estimate:
         return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else None
 
     def project(self, *, num_seeds: int | None = None, groups_factor: float = 1.0) -> Estimate:
-        """Returns the estimate as it would be with more seeds or examples, if its value stayed the same.
-
-        Args:
-            num_seeds: Number of seeds; None keeps the present number.
-            groups_factor: The number of groups of examples, divided by the present number.
-        """
+        """Returns the estimate as it would be with more seeds or `groups_factor` times as many groups of examples."""
         count = len(self.seeds)
         ratio = count / (num_seeds or count)
         # the interaction is averaged over seeds and groups; the rest of each part is averaged over one of them

@@ -66,12 +66,7 @@ class ConfirmScores:
 
 
 def read_examples(path: Path) -> ExampleScores:
-    """Reads a run's scores of single test examples.
-
-    Raises:
-        ValueError: The file does not hold such scores.
-        OSError: The file can't be read.
-    """
+    """Reads a run's scores of single test examples. Raises ValueError if the file does not hold them."""
     try:
         with path.open(newline="") as file:
             lines = list(csv.DictReader(file))
@@ -108,12 +103,7 @@ def build_scores(
     first = next(iter(examples.values()), None)
     mismatches = []
     for (subject, seed), value in values.items() if first else ():
-        found = examples.get((subject, seed))
-        reason = (
-            "it has none"
-            if found is None
-            else _find_mismatch(found, value, first or found, is_perplexity=is_perplexity)
-        )
+        reason = _find_mismatch(examples.get((subject, seed)), value, first, is_perplexity=is_perplexity)
         if reason:
             mismatches.append(
                 f"The scores of single examples are not used, because those of `{subject}`, seed {seed}, do not fit: "
@@ -158,8 +148,12 @@ def build_scores(
     )
 
 
-def _find_mismatch(found: ExampleScores, value: float, first: ExampleScores, *, is_perplexity: bool) -> str | None:
+def _find_mismatch(
+    found: ExampleScores | None, value: float, first: ExampleScores | None, *, is_perplexity: bool
+) -> str | None:
     """Returns why a run's examples can't be used together with those of the first run, or None."""
+    if found is None or first is None:
+        return "it has none"
     if len(found.rows) < 2:
         return "there are fewer than two"
     mean = math.exp(min(found.mean, 700.0)) if is_perplexity else found.mean

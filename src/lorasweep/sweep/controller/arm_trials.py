@@ -55,17 +55,9 @@ class ArmTrials:
     ) -> None:
         """Reads the arm's trials from the study.
 
-        Args:
-            arm: The arm.
-            study: The arm's study in this stage.
-            storage: The storage of the study.
-            space: The range of each parameter in the study.
-            build_trial: Returns a new trial from its number and its parameters in the study.
-            planned: Number of trials of the arm, including trials that have ended.
-            order: How trials are compared at a rung.
-            rule: Decides which trials may train beyond a rung. None lets every trial run to its end.
-            first_trials: Number of trials that begin first; the others wait for their results. None sets no limit.
-            session: Prefix of the names of workers that may train trials now; None if no worker trains.
+        `space` has the range of each parameter in the study, and `build_trial` makes a trial from its number and them.
+        `planned` counts the trials that have ended too. Only `first_trials` begin before there are results. `session`
+        is the prefix of the names of workers that may train trials now; None if no worker trains.
         """
         self.arm = arm
         self.study = study

@@ -74,12 +74,7 @@ class Controller:
     """
 
     def __init__(self, sweep: SweepFolder, *, session: str | None = None) -> None:
-        """Reads the sweep's journal, and resumes the current stage.
-
-        Args:
-            sweep: The open sweep.
-            session: Prefix of the names of workers that may train trials now; None if no worker trains yet.
-        """
+        """Reads the journal, and resumes the current stage. Names of workers that train now begin with `session`."""
         self.sweep = sweep
         self.session = session
         self.search = Search(sweep, session=session)
@@ -98,12 +93,9 @@ class Controller:
 
     @_needs_storage
     def take(self, arms: Collection[str] | None = None, *, worker: str = "", request: int = 0) -> Assignment | None:
-        """Hands out the next trial, or None if no trial can be trained now.
+        """Hands out the next trial, of all arms or of `arms`, or None if no trial can be trained now.
 
-        Args:
-            arms: Names of the arms whose trials may be handed out; None stands for all arms.
-            worker: The worker that asks; empty for the worker of this process.
-            request: A number that the worker uses once. A second call with this number returns the same trial.
+        `worker` is empty for the worker of this process. A second call with a `request` number returns the same trial.
         """
         if worker:
             for trials in self.stage.arms.values():

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -102,7 +102,10 @@ class SpaceEncoding:
         self._rates = rates if isinstance(rates, FloatDistribution) and rates.log and LR not in self.choices else None
         """The range of the learning rate, if points have u in its place."""
         if self._rates is not None:
-            factors = [self._law.factor(params) for params in self._list_corners()]
+            # all combinations of the ends of the swept keys that the factor depends on
+            ends = {key: list_corner_values(self._space[key]) for key in LAW_KEYS if key in self._space}
+            corners = itertools.product(*ends.values())
+            factors = [self._law.factor(dict(zip(ends, values, strict=True))) for values in corners]
             self.ranges[LR] = FloatDistribution(
                 self._rates.low * min(factors), self._rates.high * max(factors), log=True
             )
@@ -135,11 +138,6 @@ class SpaceEncoding:
         factor = self._law.factor(self.decode(point))
         low, high = self._rates.low * factor, self._rates.high * factor
         return point if low <= point[LR] <= high else {**point, LR: low * (high / low) ** fraction}
-
-    def _list_corners(self) -> Iterator[dict[str, Any]]:
-        """Yields all combinations of the ends of the swept keys that the factor of the rate law depends on."""
-        ends = {key: list_corner_values(self._space[key]) for key in LAW_KEYS if key in self._space}
-        return (dict(zip(ends, values, strict=True)) for values in itertools.product(*ends.values()))
 
 
 def _sort_choices(choices: Iterable[Any]) -> tuple[list[Any], bool]:
@@ -220,10 +218,7 @@ def find_powers(method: str) -> Mapping[str, Power]:
 def scale_rate(rate: float, method: str, ratios: Mapping[str, float]) -> tuple[float, float, float]:
     """Returns the learning rate for other settings, and the ends of the 95 % interval that follows from the powers.
 
-    Args:
-        rate: The learning rate for the old settings.
-        method: Name of the method.
-        ratios: By setting, its new value over its old one. Settings without a known power change nothing.
+    `ratios` has the new value of a setting over its old one. Settings without a known power change nothing.
     """
     moves = [(power, math.log(ratios[key])) for key, power in find_powers(method).items() if key in ratios]
     shift = sum(power.value * move for power, move in moves)

@@ -197,7 +197,11 @@ def propose_for_values(arm: Arm, history: History, *, seed: int) -> Point:
     value = min(range(len(values)), key=lambda index: (counts[index], index))
     coordinates = Coordinates(arm.space, build_rate_law(arm))
     points = coordinates.place([encoding.decode(history.point(trial)) for trial in results])
-    costs = _list_costs(results, history.direction)
+    sign = get_sign(history.direction)
+    known = [None if score is None else sign * score for score in extrapolate_scores(results)]
+    # the median replaces missing costs, such as those of infeasible trials
+    median = float(np.median([cost for cost in known if cost is not None]))
+    costs = [median if cost is None else cost for cost in known]
     done = _list_done(results, arm)
     surrogate = fit_surrogate(points, costs, done=done)
     if running:
@@ -205,9 +209,11 @@ def propose_for_values(arm: Arm, history: History, *, seed: int) -> Point:
         expected = surrogate.predict(believed)[0]
         points, done = np.concatenate([points, believed]), [*done, *[1.0] * len(running)]
         surrogate = fit_surrogate(points, [*costs, *expected], done=done)
-    candidates = [
-        point for point in _list_points(encoding, arm.confirm_each, value, seed=seed) if not history.has_tried(point)
-    ]
+    candidates = []
+    for index in range(NUM_CANDIDATES):
+        point = {**draw_sobol_point(encoding, index, seed=seed), arm.confirm_each: value}
+        candidates.append(encoding.move_into_range(point, (index + 0.5) / NUM_CANDIDATES))
+    candidates = [point for point in candidates if not history.has_tried(point)]
     if not candidates:
         return draw_sobol_point(encoding, len(results) + len(running), seed=seed)
     mean, deviation = surrogate.predict(coordinates.place([encoding.decode(point) for point in candidates]))
@@ -222,17 +228,11 @@ def predict_best(
     fixed: Mapping[str, Any],
     chosen: Mapping[str, Any] | None = None,
 ) -> Prediction | None:
-    """Returns the setting of an arm that is predicted best, with some keys at fixed values.
+    """Returns the setting of an arm that is predicted best, with the keys in `fixed` at their values.
 
     Uses complete trials and the partial results of pruned trials. A setting that does not fit in memory is not
-    chosen. Returns None if no trial has a result, or nothing with the fixed values fits.
-
-    Args:
-        arm: The arm.
-        trials: All its trials, with parameters.
-        direction: Which scores are better.
-        fixed: Values of some swept keys, such as `{"method.rank": 4}`.
-        chosen: A setting to predict instead of the best one.
+    chosen. Returns None if no trial has a result, or nothing with the fixed values fits. `chosen` is a setting to
+    predict instead of the best one.
     """
     law = build_rate_law(arm)
     known = [trial for trial in trials if trial.state in ("complete", "pruned", "infeasible")]
@@ -266,27 +266,10 @@ def predict_best(
     )
 
 
-def _list_costs(results: Sequence[Trial], direction: Direction) -> list[float]:
-    """Returns the cost of each result. The median replaces missing costs, such as those of infeasible trials."""
-    sign = get_sign(direction)
-    costs = [None if score is None else sign * score for score in extrapolate_scores(results)]
-    median = float(np.median([cost for cost in costs if cost is not None]))
-    return [median if cost is None else cost for cost in costs]
-
-
 def _list_done(results: Sequence[Trial], arm: Arm) -> list[float]:
     """Returns the fraction of its steps that each trial has done."""
     steps = [math.inf if trial.state == "complete" else trial.step for trial in results]
     return [min(step / max(arm.corner_configs[0].num_steps, 1), 1.0) for step in steps]
-
-
-def _list_points(encoding: SpaceEncoding, key: str, value: int, *, seed: int) -> list[Point]:
-    """Returns Sobol points at one choice of a key."""
-    points = []
-    for index in range(NUM_CANDIDATES):
-        point = {**draw_sobol_point(encoding, index, seed=seed), key: value}
-        points.append(encoding.move_into_range(point, (index + 0.5) / NUM_CANDIDATES))
-    return points
 
 
 def _list_settings(space: Space, law: RateLaw, fixed: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -54,10 +54,7 @@ MAX_SOBOL_DRAWS = 20
 def propose(arm: Arm, history: History, *, number: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the parameters of an arm's next trial, and what its sampler stores with it (`Trial.sampler_state`).
 
-    Args:
-        arm: The arm, with its sampler and the sweep's seed.
-        history: The arm's earlier trials.
-        number: The index of the new trial among the arm's trials.
+    `number` is the index of the new trial among the arm's trials.
 
     Raises:
         ConfigError: The sampler can't be built, or can't propose a trial for this space.

@@ -35,11 +35,9 @@ class StoppingRule:
     """Optimizer steps at which trials are compared, ascending; each is a step with an evaluation."""
 
     def count_kept(self, ranked: Sequence[Row], *, all_arrived: bool) -> int:
-        """Returns how many of the best trials at a rung may train beyond it.
+        """Returns how many of the trials at a rung, best first, may train beyond it.
 
-        Args:
-            ranked: Every trial of the arm that has reached the rung and has not failed since, best first.
-            all_arrived: Whether no further trial of the arm can reach the rung.
+        `all_arrived` is whether no further trial of the arm can reach the rung.
         """
         return len(ranked)
 

@@ -136,12 +136,7 @@ Space = dict[str, BaseDistribution]
 
 
 def parse_range(key: str, value: Any, *, is_whole: bool) -> BaseDistribution:
-    """Returns the distribution of one swept key.
-
-    Args:
-        key: Dotted key, for messages.
-        value: A list of choices, or a mapping with `low`, `high`, and `log` or `step`.
-        is_whole: Whether the key holds whole numbers.
+    """Returns the distribution of a swept key: of a list of choices, or of `low`, `high`, and `log` or `step`.
 
     Raises:
         ConfigError: The range is empty or has the wrong form.

@@ -14,8 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +67,9 @@ def submit_jobs(config: SlurmConfig, folder: Path) -> None:
             additional_parameters={"requeue" if config.requeue else "no-requeue": True, **config.extra},
             **{name: value for name, value in options.items() if value},
         )
-        with _environment_outside_job():
+        # without the variables of the Slurm job in which this process may run, but with those that a user sets
+        kept = {k: v for k, v in os.environ.items() if k in ("SLURM_CONF", "SLURM_CLUSTERS") or k.startswith("SBATCH_")}
+        with clean_env(), environment_variables(**kept):
             executor.submit_array([node] * config.jobs)
     except (FailedJobError, RuntimeError) as error:
         answer = " ".join(str(error).split())
@@ -103,14 +104,6 @@ def cancel_jobs(folder: Path) -> None:
 def _read_job_ids(folder: Path) -> list[str]:
     """Returns the ids of all jobs that were submitted as nodes of a sweep. The jobs of an array share one id."""
     return sorted(path.name.split("_")[0] for path in (folder / JOBS_FOLDER).glob("*_submission.sh"))
-
-
-@contextmanager
-def _environment_outside_job() -> Iterator[None]:
-    """Hides the variables of the Slurm job in which this process may run. Keeps variables that a user sets."""
-    kept = {k: v for k, v in os.environ.items() if k in ("SLURM_CONF", "SLURM_CLUSTERS") or k.startswith("SBATCH_")}
-    with clean_env(), environment_variables(**kept):
-        yield
 
 
 def _run_command(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
@@ -148,10 +141,14 @@ class RayNode:
         if (address := _wait_for_head(self.folder, wait_s=self.head_wait_s)) is None:
             return
         with tempfile.TemporaryDirectory(prefix="lorasweep-", dir=SOCKETS_FOLDER, ignore_cleanup_errors=True) as folder:
+            # this sweep's token, without settings of other clusters
+            removed = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
+            environment = {name: value for name, value in os.environ.items() if name not in removed}
+            environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.folder / TOKEN_FILE)}
             # Slurm sends SIGUSR2 to all processes of a job, but only submitit's handler in this process needs it.
             child = subprocess.Popen(
                 self._command(address, folder),
-                env=_node_environment(self.folder),
+                env=environment | {"RAY_USAGE_STATS_ENABLED": "0"},
                 preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
             )
             try:
@@ -197,10 +194,3 @@ def _wait_for_head(folder: Path, *, wait_s: float) -> str | None:
             )
         time.sleep(1)
     return None
-
-
-def _node_environment(folder: Path) -> dict[str, str]:
-    """Returns the environment of `ray start`, with this sweep's token and without settings of other clusters."""
-    removed = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
-    added = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / TOKEN_FILE), "RAY_USAGE_STATS_ENABLED": "0"}
-    return {name: value for name, value in os.environ.items() if name not in removed} | added

@@ -169,10 +169,7 @@ class Worker:
     ) -> None:
         """Trains trials that can share a pack, of all arms, until no such trial is left or the worker is stopped.
 
-        Args:
-            first_trials: Trials for the first slots. The controller fills the other slots, except in a resumed pack.
-            slots: Maximum number of trials that train at once.
-            start_steps: In a resumed pack, the step of each trial in `first_trials`.
+        The controller fills the other slots, except in a resumed pack, where `start_steps` has the step of each trial.
         """
         key = self._plans[first_trials[0].arm.name].key
         arms = list_pack_arms(self.definition, first_trials[0].arm)
