@@ -97,7 +97,7 @@ def fill(sweep: SweepFolder, num_trials: int) -> None:
 
 def value_at(assignment: Assignment, step: int) -> float:
     """Returns an invented score of a trial."""
-    return score_of(assignment.params, assignment.number, step)
+    return score_of(assignment.trial.shown_params, assignment.trial.number, step)
 
 
 def score_of(params: Mapping[str, Any], number: int, step: int) -> float:

@@ -1,7 +1,6 @@
 """The report in the terminal."""
 
 import io
-import re
 
 import pytest
 from rich.console import Console
@@ -25,18 +24,6 @@ def test_findings_are_shown_if_asked_for(sweep):
     finding = summarize(sweep).sentences[0].split(".")[0]
     assert finding not in shown(render_terminal(sweep), width=1000)
     assert finding in shown(render_terminal(sweep, verbose=True), width=1000)
-
-
-def test_a_value_without_a_complete_trial_shows_its_best_so_far(tmp_path):
-    sweep = build_rank_sweep(tmp_path, {1: 1.8, 16: 1.662})
-
-    def pause(raw):
-        raw.update(settings=[], confirm=[])
-        for trial in raw["trials"]:
-            trial["state"] = "paused" if trial["params"].get("method.rank") == 1 else trial["state"]
-
-    edit_json(sweep / "sweep.json", pause)
-    assert re.search(r"1\.80+ \(paused\)", shown(render_terminal(sweep)))
 
 
 def test_several_sweeps_have_a_row_per_subject_with_the_spread_of_their_scores(tmp_path):

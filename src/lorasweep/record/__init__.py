@@ -37,6 +37,7 @@ from lorasweep.record.sweep import (
     read_sweep,
 )
 from lorasweep.record.trial import (
+    COST_FIELDS,
     STATES,
     Stage,
     Trial,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.config.sweep import parse_margin
-from lorasweep.record import STATES
+from lorasweep.record import COST_FIELDS, STATES
 from lorasweep.report.answers import AnswerLine, list_answer_lines
 from lorasweep.report.evidence.questions import ENTRY_FIELDS
 from lorasweep.report.fairness import judge_fairness
@@ -30,9 +30,6 @@ from lorasweep.wording import (
     format_share_estimate,
     join_words,
 )
-
-COSTS = ("trainable_params", "trainable_fraction", "adapter_bytes", "peak_memory_bytes", "wall_s")
-"""The fields of the best run's record that `summary.json` has for each arm."""
 
 EVIDENCE_FIELDS = (
     *("num_examples", "num_groups", "base", "full", "gain", "relative_gain", "margin", "confidence", "notes"),
@@ -142,7 +139,7 @@ def _summarize_arm(arm: ArmData, data: SweepData) -> dict[str, Any]:
             "is_predicted": best.is_predicted if best else None,
         },
         "trials": {state: arm.count(state) for state in STATES},
-        **{name: arm.cost(name) for name in COSTS},
+        **{name: arm.cost(name) for name in COST_FIELDS},
         "arm_wall_s": sum(trial.record.wall_s for trial in arm.trials if trial.record),
         "share_of_full_gain": data.share_of_full_gain(best.value if best else None),
         "confirmed": mean.as_json() | {"share_of_full_gain": data.evidence.shares.get(arm.name)} if mean else None,

@@ -63,8 +63,6 @@ class ArmData:
     best: Trial | None
     """The trial or the predicted setting that was confirmed; before the confirm stage the best complete trial, the
     earlier one of equals. None if there is neither."""
-    so_far: Trial | None
-    """The best trial that was paused or pruned, if no trial is complete."""
     confirm_runs: tuple[Trial, ...]
     """The confirm runs of the setting that is confirmed now."""
 
@@ -275,15 +273,12 @@ def _build_arm(row: ArmRow, record: SweepRecord, *, arm: str) -> ArmData:
     if setting is not None:
         tried = next((trial for trial in trials if trial.number == setting.trial), None)
         best = tried or _build_predicted(setting, confirm_runs)
-    stopped = [trial for trial in trials if trial.is_stopped_early and is_number(trial.value)]
-    so_far = min(stopped, key=lambda trial: record.sign * (trial.value or 0.0), default=None)
     return ArmData(
         arm=arm,
         row=row,
         trials=tuple(trials),
         setting=setting,
         best=best,
-        so_far=None if any(trial.is_complete for trial in trials) else so_far,
         confirm_runs=tuple(confirm_runs),
     )
 

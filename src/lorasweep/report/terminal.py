@@ -129,27 +129,20 @@ def _draw_arms(summary: Summary) -> Table:
 
 
 def describe_setting(arm: ArmData) -> str:
-    """Returns the settings of a subject, and whether they are predicted or those of a trial that stopped early.
-
-    The value that the subject's name has is left out.
-    """
-    trial = arm.best or arm.so_far
-    if trial is None:
-        return "no complete trial"
-    settings = format_settings({key: value for key, value in trial.params.items() if key != arm.key})
+    """Returns the settings of a subject, without the value that its name has, and whether they are predicted."""
     if arm.best is None:
-        return f"no complete trial; {settings} ({trial.state})"
-    return f"{settings} (predicted)" if trial.is_predicted else settings
+        return "no complete trial"
+    settings = format_settings({key: value for key, value in arm.best.params.items() if key != arm.key})
+    return f"{settings} (predicted)" if arm.best.is_predicted else settings
 
 
 def list_search_scores(summary: Summary) -> list[str]:
-    """Returns the score of each subject on validation data; a mark says if it is not final, or learned nothing."""
+    """Returns the score of each subject on validation data; a mark says if it learned nothing."""
     data, learning = summary.data, summary.learning
-    shown = [arm.best or arm.so_far for arm in data.arms]
-    scores = [trial.value if trial else None for trial in shown]
-    marks = []
-    for arm, trial in zip(data.arms, shown, strict=True):
-        is_worse = trial and arm.row.method != "frozen" and learning.is_better(trial) is False
-        beaten = f" (not better than {learning.answer})" if is_worse else ""
-        marks.append(f"{'' if arm.best or not trial else f' ({trial.state})'}{beaten}")
-    return [f"{format_score(score, beside=scores)}{mark}" for score, mark in zip(scores, marks, strict=True)]
+    scores = [arm.best.value if arm.best else None for arm in data.arms]
+    shown = []
+    for arm, score in zip(data.arms, scores, strict=True):
+        is_worse = arm.best and arm.row.method != "frozen" and learning.is_better(arm.best) is False
+        mark = f" (not better than {learning.answer})" if is_worse else ""
+        shown.append(f"{format_score(score, beside=scores)}{mark}")
+    return shown

@@ -27,8 +27,10 @@ class Simulation:
     slots: int = 4
     shuffle: random.Random | None = None
     """Puts the slots into another order before each report."""
-    curve: Callable[[Assignment, int], float] = lambda a, step: abs(a.params.get("optim.lr", 0.01) - 0.02) + 1 / step
-    loss: Callable[[Assignment, int], float] = lambda a, step: a.params.get("optim.lr", 0.01) + 1 / step
+    curve: Callable[[Assignment, int], float] = lambda a, step: (
+        abs(a.trial.shown_params.get("optim.lr", 0.01) - 0.02) + 1 / step
+    )
+    loss: Callable[[Assignment, int], float] = lambda a, step: a.trial.shown_params.get("optim.lr", 0.01) + 1 / step
     score_on_test: Callable[[Assignment], float] = lambda assignment: 1.0
     steps: dict[str, int] = field(default_factory=dict)
     """Steps done of each run, by its folder's name; what checkpoints are in a real sweep."""

@@ -49,20 +49,22 @@ def test_a_resumed_sweep_decides_by_the_constant_answer_and_the_losses(begin, co
     content["settings"] |= {"sampler": "qmc"}
     controller = Controller(begin(content, constant_answer=5.0))
     pack = [controller.take() for _ in range(6)]
-    evaluations = [(a, EVERY, 5.0 + a.number) for a in pack]  # the first trial is best by the metric, the last by loss
-    losses = {a: 1.0 - 0.1 * a.number for a in pack}
+    evaluations = [
+        (a, EVERY, 5.0 + a.trial.number) for a in pack
+    ]  # the first trial is best by the metric, the last by loss
+    losses = {a: 1.0 - 0.1 * a.trial.number for a in pack}
     expected = [False, False, False, False, True, True]
     if not is_killed:
         assert controller.report(evaluations, losses=losses) == expected
     else:
         trials = controller.search.arms["lora"]
         for assignment, step, value in evaluations[:3]:
-            trials.store(trials.trials[assignment.number], step, value, loss=losses[assignment])
+            trials.store(trials.trials[assignment.trial.number], step, value, loss=losses[assignment])
     close(controller)
     again = resume(controller.sweep.path)
     pack = [again.take() for _ in range(6)]
-    evaluations = [(a, EVERY, 5.0 + a.number) for a in pack]
-    assert again.report(evaluations, losses={a: 1.0 - 0.1 * a.number for a in pack}) == expected
+    evaluations = [(a, EVERY, 5.0 + a.trial.number) for a in pack]
+    assert again.report(evaluations, losses={a: 1.0 - 0.1 * a.trial.number for a in pack}) == expected
     close(again)
 
 
@@ -100,9 +102,9 @@ def test_a_paused_trial_goes_on_when_it_comes_into_the_better_part(begin, conten
     for assignment in first[1:]:
         controller.tell(assignment, simulation.record(assignment, EVERY, "paused"))
     others = [controller.take() for _ in range(3)]
-    assert [a.number for a in others] == [3, 4, 5]
-    assert controller.report([(a, EVERY, 10.0 + a.number) for a in others]) == [False, False, False]
-    assert controller.take().number == 1
+    assert [a.trial.number for a in others] == [3, 4, 5]
+    assert controller.report([(a, EVERY, 10.0 + a.trial.number) for a in others]) == [False, False, False]
+    assert controller.take().trial.number == 1
     close(controller)
 
 
@@ -114,7 +116,7 @@ def test_an_adaptive_sampler_proposes_half_before_all_of_them_are_compared(begin
     simulation.advance(first[1:])
     assert controller.take() is None  # one of them has no value of the first rung
     simulation.advance(first[:1])
-    assert len({a.number for a in iter(controller.take, None)} - {a.number for a in first}) == 4
+    assert len({a.trial.number for a in iter(controller.take, None)} - {a.trial.number for a in first}) == 4
     close(controller)
 
 
@@ -159,9 +161,9 @@ def test_a_restarted_controller_leaves_a_promoted_trial_to_the_worker_that_train
     for assignment in pack[4:]:  # so that the best of the others goes on
         first.tell_failure(assignment, Diverged("the loss became NaN."))
     promoted = first.take(worker="s-1", request=7)
-    assert promoted.number == 3
+    assert promoted.trial.number == 3
     close(first)
     second = Controller(reopen_sweep(first.sweep.path), session="s")
-    assert second.take(worker="s-2", request=1).number != 3
+    assert second.take(worker="s-2", request=1).trial.number != 3
     assert second.report([(promoted, 2 * EVERY, 3.0)]) == [True]
     close(second)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import Concatenate, Literal, ParamSpec, TypeVar
 
 from lorasweep.config.redaction import redact
 from lorasweep.config.run import RunConfig
@@ -38,16 +39,12 @@ class Assignment:
     """A trial that a worker is to train."""
 
     arm: Arm
-    number: int
-    params: Mapping[str, Any]
-    """Swept keys and values, as a person reads them."""
+    trial: Trial
+    """A copy of the trial, as it was when the worker received it."""
     config: RunConfig
     run_folder: RunFolder
-    stage: Literal["search", "confirm"]
     reads_test: bool
     """Whether a run is scored on test data when it is complete."""
-    worker: str
-    """Name of the worker that received the trial; empty for the worker of the controller's process."""
 
 
 def _needs_storage(method: Callable[Concatenate[Controller, P], T]) -> Callable[Concatenate[Controller, P], T]:
@@ -147,11 +144,11 @@ class Controller:
         self._deaths_in_a_row = 0
         if gone := [assignment for assignment, _, _ in evaluations if not self._holds(assignment)]:
             raise WorkerError(
-                f"a worker must hold the trial that it reports, but trial {gone[0].number} of arm `{gone[0].arm.name}` "
-                "is held by another worker."
+                f"a worker must hold the trial that it reports, but trial {gone[0].trial.number} of arm "
+                f"`{gone[0].arm.name}` is held by another worker."
             )
         # keyed by arm and number, because an assignment from another process is a new object in each call
-        loss_of = {(assignment.arm.name, assignment.number): loss for assignment, loss in losses.items()}
+        loss_of = {(assignment.arm.name, assignment.trial.number): loss for assignment, loss in losses.items()}
         reported = [(*self._find(assignment), step, value) for assignment, step, value in evaluations]
         # All values are stored before the first decision, and decisions are made in the order of steps and numbers. So
         # the order of `evaluations` changes nothing.
@@ -321,29 +318,26 @@ class Controller:
         arm, stage = trials.arm, self.stage
         assignment = Assignment(
             arm=arm,
-            number=trial.number,
-            params=trial.shown_params,
+            trial=copy(trial),
             config=stage.config(arm, trial),
             run_folder=stage.run_folder(trial),
-            stage=stage.name,
             reads_test=stage.reads_test,
-            worker=trial.worker,
         )
         self._save_if_due()
         return assignment
 
     def _holds(self, assignment: Assignment) -> bool:
         """Returns whether an assignment's worker still holds the trial. The worker of this process always does."""
-        if not assignment.worker:
+        if not assignment.trial.worker:
             return True
-        if assignment.stage != self.stage.name:
+        if assignment.trial.stage != self.stage.name:
             return False
         trials, trial = self._find(assignment)
-        return trials.is_in_training(trial) and trial.worker == assignment.worker
+        return trials.is_in_training(trial) and trial.worker == assignment.trial.worker
 
     def _find(self, assignment: Assignment) -> tuple[ArmTrials, Trial]:
         trials = self.stage.arms[assignment.arm.name]
-        return trials, trials.trials[assignment.number]
+        return trials, trials.trials[assignment.trial.number]
 
     def _save_if_due(self) -> None:
         if self.sweep.is_save_due():
