@@ -15,7 +15,7 @@ import pytest
 from tests.small_runs import SMALL_RUN, rates
 
 import lorasweep
-from lorasweep.record import read_run, read_steps, read_sweep
+from lorasweep.record import read_run, read_sweep
 from lorasweep.sweep.controller.folder import open_storage
 
 TIMEOUT_S = float(os.environ.get("LORASWEEP_TEST_TIMEOUT_S", "1800"))
@@ -172,12 +172,8 @@ def state_of(folder):
             str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted((folder / run).rglob("*.safetensors"))
         }
-        state[run] = (rest, kept.status, kept.steps_done, kept.best, kept.test, steps_of(folder / run), weights)
+        state[run] = (rest, kept.status, kept.steps_done, kept.best, kept.test, rows(folder / run), weights)
     return state
-
-
-def steps_of(run):
-    return [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in read_steps(run)]
 
 
 def read_trials(folder):

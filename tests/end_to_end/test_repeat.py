@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tests.training.runs import rows
 
 import lorasweep
 from lorasweep.record import read_run, read_steps, read_sweep
 from lorasweep.runs.reproduce import compare_sweeps
 from lorasweep.sweep.controller.arm_trials import TRIAL_ATTRIBUTE
 
-from .conftest import TIMEOUT_S, read_trials, state_of, steps_of
+from .conftest import TIMEOUT_S, read_trials, state_of
 
 KILLS = int(os.environ.get("LORASWEEP_TEST_KILLS", "2"))
 """How often a sweep is killed, for each size of packs."""
@@ -145,5 +146,5 @@ def test_a_trial_that_was_paused_and_resumed_ends_as_one_that_was_never_paused(t
         if row.state == "complete":
             assert kept[row.run] == expected[row.run]
         else:
-            steps = steps_of(halved / row.run)
-            assert steps == steps_of(whole / row.run)[: len(steps)]
+            steps = rows(halved / row.run)
+            assert steps == rows(whole / row.run)[: len(steps)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from tests.small_runs import SMALL_RUN
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tests.tiny_tokenizer import WORDS, make_word_tokenizer
 
 from lorasweep.config.compose import compose_run
 from lorasweep.record import read_run
@@ -17,7 +17,6 @@ from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # what PEFT calls
-WORDS = [f"w{n}" for n in range(40)]
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 TOKENS = torch.randint(3, 43, (3, 9), generator=torch.Generator().manual_seed(1))
 # fp32, two small layers: sums in another order
@@ -28,12 +27,7 @@ LOGIT_TOLERANCE = 1e-5
 def folder(tmp_path_factory):
     """A tiny BERT with random weights and a tokenizer of words, and data."""
     folder = tmp_path_factory.mktemp("kinds")
-    vocabulary = {word: n for n, word in enumerate(["[PAD]", "[UNK]", "[END]", *WORDS])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]", eos_token="[END]"
-    )
+    tokenizer = make_word_tokenizer()
     torch.manual_seed(0)
     transformers.BertModel(transformers.BertConfig(vocab_size=64, **SIZES)).save_pretrained(folder / "bert")
     tokenizer.save_pretrained(folder / "bert")

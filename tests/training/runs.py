@@ -38,6 +38,11 @@ def train_together(configs, *, inputs, state_file):
     )
 
 
+def rows(folder):
+    """Returns what a run logged, but for its speed."""
+    return [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in read_steps(folder)]
+
+
 def losses(folder):
     return [(row["step"], row["loss"], row["lr"]) for row in read_steps(folder) if "loss" in row]
 

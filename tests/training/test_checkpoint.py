@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,13 +66,14 @@ def test_the_last_two_are_kept_each_named_by_its_checksum(run):
     assert torch.equal(found.state["w"], torch.full((9,), 6))
 
 
-@pytest.mark.parametrize("damage", [cut, flip_a_bit])
+@pytest.mark.parametrize("damage", [cut, flip_a_bit, replace_by_pipe])
 def test_of_a_damaged_one_the_one_before_is_used_and_a_note_says_so(run, damage):
     damage(newest(run))
     found = find_checkpoint(run, kind="last")
     assert found.step == 4
-    assert "step 6 was damaged or missing" in found.notes[0]
-    for path in run.glob("*.ckpt"):
+    is_noted = any("step 6 was damaged or missing" in note for note in found.notes)
+    assert is_noted is (damage is not replace_by_pipe)  # which is not opened
+    for path in filter(Path.is_file, run.glob("*.ckpt")):
         cut(path)
     assert find_checkpoint(run, kind="last").path is None
 
@@ -109,11 +111,6 @@ def test_a_pickle_with_the_right_checksum_runs_no_code(run, tmp_path_factory, wr
     save_checkpoint(run, kind="last", step=8, save=lambda path: write(Trap(f"touch {outside / 'ran'}"), path))
     assert find_checkpoint(run, kind="last").step == 6
     assert list(outside.iterdir()) == []
-
-
-def test_a_pipe_is_not_opened(run):
-    replace_by_pipe(newest(run))
-    assert find_checkpoint(run, kind="last").step == 4
 
 
 def test_a_write_that_fails_leaves_the_ones_before(run):

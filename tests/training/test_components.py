@@ -7,7 +7,7 @@ import pytest
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tests.training.runs import train, train_together
+from tests.training.runs import rows, train, train_together
 
 from lorasweep.errors import ConfigError
 from lorasweep.record import read_run, read_steps
@@ -22,10 +22,6 @@ PLATEAU = {
     "schedule.patience": 0,
     "schedule.factor": 0.5,
 }
-
-
-def rows(folder):
-    return [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in read_steps(folder)]
 
 
 def rates(folder):

@@ -25,9 +25,6 @@ def test_limits_of_control_groups_and_of_those_above_them_are_read(tmp_path, mem
         (tmp_path / "mount" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "mount" / name).write_text(text)
     assert list(cgroup_limits(memberships=tmp_path / "cgroup", mount=tmp_path / "mount")) == expected
-
-
-def test_a_system_without_control_groups_has_no_limits(tmp_path):
     assert list(cgroup_limits(memberships=tmp_path / "missing", mount=tmp_path)) == []
 
 

@@ -8,21 +8,12 @@ from transformers import get_scheduler
 
 from lorasweep.config.build import build
 from lorasweep.config.compose import compose_run
-from lorasweep.config.run import OptimConfig, ScheduleConfig
+from lorasweep.config.run import ScheduleConfig
 from lorasweep.errors import ConfigError
 from lorasweep.methods import ParameterGroup
 from lorasweep.training.optim import build_optimizer, build_schedule, check_optim, schedule_factor
 
-OPTIM = OptimConfig(
-    name="adamw",
-    lr=0.1,
-    lr_ratio_b=1.0,
-    weight_decay=0.5,
-    beta1=0.8,
-    beta2=0.9,
-    eps=1e-6,
-    clip_norm=None,
-)
+ADAMW = {"optim.lr": 0.1, "optim.weight_decay": 0.5, "optim.beta1": 0.8, "optim.beta2": 0.9, "optim.eps": 1e-6}
 
 
 def make_schedule(name, warmup_fraction, **arguments):
@@ -33,9 +24,6 @@ def make_schedule(name, warmup_fraction, **arguments):
 @pytest.mark.parametrize(
     ("name", "warmup_fraction", "expected"),
     [
-        ("linear", 0.0, [1.0, 0.75, 0.5, 0.25]),
-        ("cosine", 0.0, [1.0, 0.8535533905932737, 0.5, 0.1464466094067262]),
-        ("constant", 0.0, [1.0, 1.0, 1.0, 1.0]),
         ("linear", 0.5, [1 / 3, 2 / 3, 1.0, 0.5]),
         ("cosine", 0.5, [1 / 3, 2 / 3, 1.0, 0.5]),
         ("constant", 0.5, [1 / 3, 2 / 3, 1.0, 1.0]),
@@ -76,11 +64,7 @@ def test_without_warm_up_a_schedule_is_transformers(name, arguments):
         ("linear", {"power": 2}, "`schedule.power` is not a setting. .* name, warmup_fr"),
         ("polynomial", {"lr_end": 0.2}, "`schedule` must have valid arguments for .*'polynomial'"),
         ("warmup_stable_decay", {"decay_fraction": 1.5}, "`schedule.decay_fraction < 1` must hold, but got 1.5."),
-        (
-            "warmup_stable_decay",
-            {"decay_fraction": 0.1, "decay_type": "step"},
-            "`schedule` .*Unknown decay type: step",
-        ),
+        ("warmup_stable_decay", {"decay_fraction": 0.1, "decay_type": "step"}, "`schedule` .*Unknown decay type: st"),
     ],
 )
 def test_arguments_that_a_schedule_does_not_take_are_refused_in_one_sentence(name, arguments, message):
@@ -92,7 +76,7 @@ def test_arguments_that_a_schedule_does_not_take_are_refused_in_one_sentence(nam
 def test_each_group_has_its_own_rate_and_only_matrices_decay():
     groups = two_groups()
     matrix, vector, b = (parameter for group in groups for parameter in group.params)
-    optimizer = build_optimizer(OPTIM, groups)
+    optimizer = build_optimizer(compose_run(ADAMW).optim, groups)
     found = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
     assert found == {id(matrix): (0.1, 0.5), id(vector): (0.1, 0.0), id(b): (pytest.approx(1.6), 0.5)}
     assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.9)}

@@ -1,6 +1,7 @@
 """A run is scored by a metric that `data.metric._target_` names: alone, in a pack, and on test data."""
 
 import pytest
+from tests.small_runs import SMALL_RUN
 from tests.training.runs import train_together
 
 from lorasweep.config.compose import compose_run
@@ -14,15 +15,9 @@ from lorasweep.training.score import score_run
 ACCURACY = "torchmetrics.classification.MulticlassAccuracy"
 METRIC = {"data.metric._target_": ACCURACY, "data.metric.num_classes": 512, "data.metric.average": "micro"}
 NAME = "MulticlassAccuracy"
-TEXT = {
+TEXT = SMALL_RUN | {
     "data.block_length": 64,
     "data.max_validation_blocks": 8,
-    "data.max_test_blocks": 4,
-    "trainer.max_steps": 4,
-    "trainer.eval_every_steps": 2,
-    "trainer.batch_size": 2,
-    "trainer.device": "cpu",
-    "trainer.precision": "fp32",
     "trainer.progress": False,
     "logger": "none",
 }

@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from tests.training.own_modules import DigitClassifier
+from tests.training.runs import rows
 
 import lorasweep
 from lorasweep.cli import main
@@ -22,7 +23,14 @@ from lorasweep.training.run_log import RunFolder
 from lorasweep.training.score import score_run
 
 MODULES = "tests.training.own_modules"
-DIGITS = {
+SHORT = {
+    "trainer.max_steps": 24,  # an epoch of digits has 20
+    "trainer.precision": "fp32",
+    "trainer.device": "cpu",
+    "trainer.progress": False,
+    "optim.lr": 1e-2,
+}
+DIGITS = SHORT | {
     "module._target_": f"{MODULES}.DigitClassifier",
     "module.lr_argument": "learning_rate",
     "module.new_modules": ["classifier"],
@@ -30,24 +38,14 @@ DIGITS = {
     "datamodule.batch_size": 64,
     "metric": {"name": "val_acc", "direction": "maximize"},
     "trainer.batch_size": 64,
-    "trainer.max_steps": 24,  # an epoch has 20
     "trainer.eval_every_steps": 10,
-    "trainer.precision": "fp32",
-    "trainer.device": "cpu",
-    "trainer.progress": False,
-    "optim.lr": 1e-2,
 }
-PREFERENCES = {
+PREFERENCES = SHORT | {
     "module._target_": f"{MODULES}.PreferenceModel",
     "module.new_modules": ["reward"],
     "datamodule._target_": f"{MODULES}.Preferences",
     "metric.name": "val/loss",
     "metric.direction": "minimize",
-    "trainer.max_steps": 24,
-    "trainer.precision": "fp32",
-    "trainer.device": "cpu",
-    "trainer.progress": False,
-    "optim.lr": 1e-2,
 }
 
 
@@ -61,10 +59,6 @@ def prepare(settings):
 def train(settings, folder, **arguments):
     config, inputs = prepare(settings)
     return train_run(config, RunFolder(path=folder), inputs=inputs, **arguments), inputs
-
-
-def read_values(folder):
-    return [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in read_steps(folder)]
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "head"])
@@ -100,7 +94,7 @@ def test_a_stopped_run_resumes_with_the_same_losses(tmp_path, stop_at):
     assert train_run(config, folder, stop_requested=stop, **arguments).status == "interrupted"
     assert 0 < read_run(folder.path).steps_done < 24
     assert train_run(config, folder, **arguments).score == whole.score
-    assert read_values(folder.path) == read_values(tmp_path / "whole")
+    assert rows(folder.path) == rows(tmp_path / "whole")
 
 
 def test_the_data_order_depends_on_its_seed_and_not_on_the_method(tmp_path):

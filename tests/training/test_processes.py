@@ -221,13 +221,10 @@ def test_a_step_of_srun_is_joined(tmp_path, alone):
     variables = {
         "SLURM_JOB_ID": str(10_000 + os.getpid() % 9_000),
         "SLURM_JOB_NAME": "train",
-        "SLURM_NTASKS": "2",
-        "SLURM_NTASKS_PER_NODE": "2",
-        "SLURM_NNODES": "1",
         "SLURM_NODELIST": "127.0.0.1",
-        "SLURM_STEP_NUM_TASKS": "2",
-        "SLURM_STEP_NUM_NODES": "1",
         "SLURM_NODEID": "0",
+        **dict.fromkeys(("SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "SLURM_STEP_NUM_TASKS"), "2"),
+        **dict.fromkeys(("SLURM_NNODES", "SLURM_STEP_NUM_NODES"), "1"),
         "PYTHONPATH": str(Path(lorasweep.__file__).parent.parent),
         "OMP_NUM_THREADS": "1",
     }

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from tests.training.runs import VERA
 
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.methods import METHODS
@@ -20,16 +21,7 @@ METHOD_SETTINGS = (
     {"method": "head"},
     {"method": "bitfit", "method.train": "biases_and_norms"},
     {"method": "intrinsic"},
-    {
-        "method": "peft",
-        "method.config": {
-            "peft_type": "VERA",
-            "r": 8,
-            "vera_dropout": 0.5,
-            "target_modules": ["q_proj"],
-            "d_initial": 1.0,
-        },
-    },
+    {"method": "peft", "method.config": VERA | {"vera_dropout": 0.5}},
 )
 TOKENS = torch.arange(24).reshape(2, 12)
 
@@ -72,7 +64,7 @@ def test_an_adapter_is_put_on_without_drawing_its_start_again(lora_run, inputs):
     assert fingerprint_weights(first) == fingerprint_weights(second)
 
 
-def test_the_base_is_loaded_in_the_precision_of_the_run(lora_run):
+def test_the_base_is_loaded_in_the_precision_of_the_run_and_one_that_is_gone_is_refused(lora_run):
     record = read_run(lora_run)
     base = restore_base(record, restore_config(record))
     assert base.fingerprint == record.base["fingerprint"]
@@ -80,9 +72,6 @@ def test_the_base_is_loaded_in_the_precision_of_the_run(lora_run):
     record.platform["precision"] = "bf16"
     with pytest.raises(RecordError, match=r"`model.path` .* in bf16\), but 'embedded:tiny' has"):
         restore_base(record, restore_config(record))
-
-
-def test_a_base_that_is_gone_is_refused(lora_run):
     record = read_run(lora_run)
     record.config["model"]["path"] = "./gone"
     with pytest.raises(ConfigError, match=r"'\./gone'"):

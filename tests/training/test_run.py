@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.files import read_files
 from tests.training.runs import ADAPTER, damage, evaluations, losses, out_of_memory_above, settings_of, train
 
 from lorasweep.errors import Diverged, OutOfMemory
@@ -25,10 +26,6 @@ KEPT = {
 }
 
 
-def files_below(folder):
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.fixture(scope="module")
 def finished(make_config, inputs, tmp_path_factory):
     """A LoRA run of 4 steps that nothing disturbed."""
@@ -41,11 +38,11 @@ def finished(make_config, inputs, tmp_path_factory):
 def test_a_run_leaves_exactly_these_files_and_the_base_bit_equal_and_frozen(tmp_path, make_config, inputs, method):
     before = {name: tensor.clone() for name, tensor in inputs.base.model.state_dict().items()}
     record = train(tmp_path, make_config(settings_of(method)), inputs=inputs)
-    events = {name for name in files_below(tmp_path) if name.startswith("events.out.tfevents.")}
+    events = {name for name in set(read_files(tmp_path)) if name.startswith("events.out.tfevents.")}
     weights = {f"{part}/{name}" for part in ("best", "last") for name in KEPT[method]}
     assert len(events) == 1
     patch = {"code.patch"}  # beside the record where the checkout is modified
-    assert files_below(tmp_path) - events - patch == {"run.json", "steps.jsonl"} | weights
+    assert set(read_files(tmp_path)) - events - patch == {"run.json", "steps.jsonl"} | weights
     assert set(record.files) == weights
     for name, described in record.files.items():
         assert described == {"bytes": (tmp_path / name).stat().st_size, "sha256": compute_sha256(tmp_path / name)}
@@ -59,12 +56,8 @@ def test_a_run_leaves_exactly_these_files_and_the_base_bit_equal_and_frozen(tmp_
 
 def test_the_record_describes_run_data_and_base(finished, inputs):
     record = read_run(finished)
-    assert (record.status, record.reason, record.metric, record.direction) == (
-        "complete",
-        None,
-        "bits_per_byte",
-        "minimize",
-    )
+    assert (record.status, record.reason) == ("complete", None)
+    assert (record.metric, record.direction) == ("bits_per_byte", "minimize")
     assert record.config["method"]["rank"] == 2
     assert record.base["fingerprint"] == inputs.base.fingerprint
     assert set(record.data) == {"train", "validation"}
@@ -96,21 +89,15 @@ def test_the_last_step_is_evaluated_whatever_the_interval(tmp_path, make_config,
     assert not list(tmp_path.glob("*.ckpt"))
 
 
-def test_the_same_seeds_give_the_same_losses_and_bytes(tmp_path, make_config, inputs, finished):
-    train(tmp_path, make_config(), inputs=inputs)
-    assert losses(tmp_path) == losses(finished)
-    assert evaluations(tmp_path) == evaluations(finished)
-    for part in ("best", "last"):
-        assert (tmp_path / part / ADAPTER).read_bytes() == (finished / part / ADAPTER).read_bytes()
-
-
-def test_what_was_drawn_before_a_run_changes_nothing(tmp_path, make_config, inputs):
+def test_the_same_seeds_give_the_same_losses_and_bytes_whatever_was_drawn_before(tmp_path, make_config, inputs):
     config = make_config({"method.dropout": 0.5})
     train(tmp_path / "a", config, inputs=inputs)
     torch.manual_seed(99)
     torch.rand(7)
     train(tmp_path / "b", config, inputs=inputs)
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    for part in ("best", "last"):
+        assert (tmp_path / "a" / part / ADAPTER).read_bytes() == (tmp_path / "b" / part / ADAPTER).read_bytes()
 
 
 def test_how_often_one_evaluates_changes_no_loss(tmp_path, make_config, inputs):
@@ -228,9 +215,8 @@ def test_a_run_that_gets_no_better_ends_early_and_says_so(tmp_path, make_config,
     record = train(tmp_path, make_config(stuck), inputs=inputs)
     assert record.status == "complete"
     assert record.steps_done < 12
-    assert record.reason == (
-        f"no better score since step {record.best['step']:.0f}: stopped early at step {record.steps_done}"
-    )
+    best = f"{record.best['step']:.0f}"
+    assert record.reason == f"no better score since step {best}: stopped early at step {record.steps_done}"
     better = make_config({**stuck, "optim.lr": 1e-3, "trainer.batch_size": 4})
     assert train(tmp_path / "better", better, inputs=inputs).steps_done == 12
 

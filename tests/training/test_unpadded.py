@@ -52,16 +52,13 @@ def test_outputs_and_gradients_are_those_of_the_padded_batch(config, attention, 
         torch.testing.assert_close(found, own)
 
 
-def test_linear_layers_see_the_real_tokens_only():
+def test_linear_layers_see_the_real_tokens_alone_and_the_model_is_as_before_afterwards():
     model, batch = make_model(BERT), make_batch([2, 9, 4])
     seen = []
     model.bert.encoder.layer[1].output.dense.register_forward_pre_hook(lambda layer, args: seen.append(args[0].shape))
     with unpadded(model, lay_out(batch)):
         model(**batch)
     assert seen == [(1, 15, 32)]
-
-
-def test_the_model_is_as_before_also_after_an_error():
     model, batch = make_model(BERT), make_batch([2, 5])
     expected = model(**batch).logits
     with pytest.raises(KeyboardInterrupt), unpadded(model, lay_out(batch)):

@@ -8,9 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from lorasweep.lora import LoraConfig, inject_packed_lora, set_dropout_streams
 from lorasweep.lora.dropout import Dropout
 
-
-def stream(seed):
-    return torch.Generator().manual_seed(seed)
+from .conftest import stream
 
 
 def make_dropping(p=0.3):

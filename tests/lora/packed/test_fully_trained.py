@@ -39,39 +39,34 @@ class Model(nn.Module):
         return self.head(hidden)
 
 
-def make_composite():
+def make(head):
     torch.manual_seed(0)
-    return Model(Head())
+    return Model(head())
 
 
-def make_linear():
-    torch.manual_seed(0)
-    return Model(nn.Linear(6, 3))
-
-
-def make_without_bias():
-    torch.manual_seed(0)
-    return Model(nn.Linear(6, 3, bias=False))
+HEADS = {"composite": Head, "linear": lambda: nn.Linear(6, 3), "without bias": lambda: nn.Linear(6, 3, bias=False)}
 
 
 def rows(*, dtype=torch.float64):
     return torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-@pytest.mark.parametrize("make", [make_composite, make_linear, make_without_bias])
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("some", [True, False])
-def test_heads_train_per_slot(make_pack, make, some):
+def test_heads_train_per_slot(make_pack, head, some):
     first = LoraConfig(rank=1, targets=("body",), dropout=0.2, modules_to_save=() if some else HEAD)
-    both = make_pack(make, [first, *[LoraConfig(rank=2, targets=("body",), modules_to_save=HEAD)] * 2])
+    both = make_pack(
+        lambda: make(HEADS[head]), [first, *[LoraConfig(rank=2, targets=("body",), modules_to_save=HEAD)] * 2]
+    )
     both.assert_equal(rows())
 
 
-@pytest.mark.parametrize("make", [make_composite, make_linear])
-def test_copies_are_fp32_beside_a_bf16_base(make):
+@pytest.mark.parametrize("head", ["composite", "linear"])
+def test_copies_are_fp32_beside_a_bf16_base(head):
     config = LoraConfig(rank=1, targets=("body",), modules_to_save=HEAD)
-    model = make().bfloat16().eval()
+    model = make(HEADS[head]).bfloat16().eval()
     inject_packed_lora(model, [config] * 2, generators=[torch.Generator().manual_seed(0)] * 2)
-    solo = make().bfloat16().eval()
+    solo = make(HEADS[head]).bfloat16().eval()
     inject_lora(solo, config, generator=torch.Generator().manual_seed(0))
     (packed,) = packed_trained_modules(model).values()
     assert {p.dtype for p in packed.trained} == {torch.float32}

@@ -5,10 +5,7 @@ from torch import nn
 from lorasweep.lora import LoraConfig, inject_lora, inject_packed_lora, lora_state, slot_model, split_lora_parameters
 from lorasweep.lora.packed.inject import why_not_packable
 
-
-def stream(seed):
-    return torch.Generator().manual_seed(seed)
-
+from .conftest import stream
 
 CONFIGS = [
     LoraConfig(rank=2, rank_pattern={"1.up": 5}),
@@ -65,36 +62,22 @@ def test_says_why_a_configuration_can_not_be_packed(make_model, config, words):
 def test_a_refused_request_leaves_the_model_as_it_was(make_model):
     model = make_model()
     before = str(model)
-    requests = [
-        ([LoraConfig(), LoraConfig(targets=("upp",))], None, "Did you mean `up`"),
-        ([LoraConfig(), LoraConfig(rank=99)], None, "`method.rank <= 8` must hold"),
-        (
-            [LoraConfig(targets=("up",)), LoraConfig(targets=("proj",), modules_to_save=("0.up",))],
-            None,
-            "must be the same",
-        ),
-        (
-            [LoraConfig(targets=("1.up",)), LoraConfig(targets=("0.up",), modules_to_save=("layers.1",))],
-            None,
-            "must be the same",
-        ),
-        (
-            [
-                LoraConfig(targets=("0.up",), modules_to_save=("layers.1",)),
-                LoraConfig(targets=("0.up",), modules_to_save=("1.up",)),
-            ],
-            None,
-            "must be the same",
-        ),
-    ]
-    for configs, generators, words in requests:
+    up, proj = LoraConfig(targets=("0.up",)), LoraConfig(targets=("proj",), modules_to_save=("0.up",))
+    whole, inside = (LoraConfig(targets=("0.up",), modules_to_save=(name,)) for name in ("layers.1", "1.up"))
+    for configs, words in (
+        ([LoraConfig(), LoraConfig(targets=("upp",))], "Did you mean `up`"),
+        ([LoraConfig(), LoraConfig(rank=99)], "`method.rank <= 8` must hold"),
+        ([up, proj], "must be the same"),
+        ([LoraConfig(targets=("1.up",)), whole], "must be the same"),
+        ([whole, inside], "must be the same"),
+    ):
         with pytest.raises(ValueError, match=words):
-            inject_packed_lora(model, configs, generators=generators)
+            inject_packed_lora(model, configs)
     assert str(model) == before
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_modules_that_share_a_weight_or_hold_buffers_are_refused(make_model):
+def test_modules_that_share_a_weight_hold_buffers_or_mix_rows_are_refused(make_model):
     tied = make_model()
     tied.out.weight = tied.embed.weight
     with pytest.raises(ValueError, match="'embed' does"):
@@ -104,9 +87,6 @@ def test_modules_that_share_a_weight_or_hold_buffers_are_refused(make_model):
     counting.counter.register_buffer("count", torch.zeros(()))
     with pytest.raises(ValueError, match="'counter' does"):
         inject_packed_lora(counting, [LoraConfig(targets=("up",), modules_to_save=("counter",))])
-
-
-def test_a_model_that_mixes_rows_is_refused():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
     with pytest.raises(ValueError, match="'1' is a batch norm"):
         inject_packed_lora(model, [LoraConfig(rank=1)] * 2)

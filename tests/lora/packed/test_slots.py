@@ -18,15 +18,13 @@ from lorasweep.lora.packed.fully_trained import packed_trained_modules
 from lorasweep.lora.packed.inject import find_slots
 from lorasweep.lora.packed.layers import packed_layers
 
+from .conftest import stream
+
 CONFIGS = [
     LoraConfig(rank=2, alpha=3, dropout=0.1, rank_pattern={"1.up": 5}),
     LoraConfig(rank=1, targets=("proj", "embed"), scaling="alpha_over_sqrt_rank"),
     LoraConfig(rank=4, targets=("proj[0:3,4:8]",), modules_to_save=("out",)),
 ]
-
-
-def stream(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture

@@ -20,23 +20,13 @@ from lorasweep.training.optim import build_optimizer, build_schedule
 from lorasweep.training.packs.slot_run import SlotOptimizer
 
 ROWS, LENGTH, VOCABULARY = 2, 6, 23
-TIGHT = {
-    "rtol": 1e-10,
-    "atol": 1e-13,
-}  # float64: sums of a few hundred terms in another order, carried through 50 steps
+TIGHT = {"rtol": 1e-10, "atol": 1e-13}  # float64: sums of a few hundred terms in another order, through 50 steps
 
 
 def make_llama():
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=16,
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(**sizes, vocab_size=VOCABULARY, num_key_value_heads=2, max_position_embeddings=16)
     return LlamaForCausalLM(config).double().train()
 
 

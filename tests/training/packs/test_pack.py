@@ -2,18 +2,15 @@
 
 import dataclasses
 import itertools
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from tests.training.packs.conftest import save_gpt2
 
 import lorasweep.training.packs.pack as pack_file
 from lorasweep.data import batching
 from lorasweep.errors import Diverged, OutOfMemory
-from lorasweep.models import tiny
 from lorasweep.models.load import fingerprint_weights
 from lorasweep.record import read_run, read_steps
 from lorasweep.training.inputs import build_inputs
@@ -33,7 +30,6 @@ MIXED = (
 LOSS_TOLERANCE = 1e-4
 # bf16 keeps 8 bits, half a percent of each number, and rounds where another shape's kernel has another partial sum
 BF16_LOSS_TOLERANCE = 0.02
-TINY = Path(tiny.__file__).parent
 
 
 class Outcomes:
@@ -117,6 +113,16 @@ def test_packed_runs_equal_runs_alone_while_slots_join_and_leave(make_config, in
     assert not (tmp_path / "pack.json").exists()
 
 
+def check_packed_equals_alone(configs, folder, *, inputs, rel):
+    """Trains runs alone and in a pack of two slots, which others take over."""
+    for n, config in enumerate(configs):
+        train_run(config, RunFolder(path=folder / f"alone{n}"), inputs=inputs)
+    jobs = [Outcomes().job(folder / f"pack{n}", config) for n, config in enumerate(configs)]
+    assert train(jobs[:2], folder, inputs=inputs, waiting=jobs[2:])
+    for n in range(len(configs)):
+        assert_same_losses(folder / f"alone{n}", folder / f"pack{n}", rel=rel)
+
+
 NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 
 
@@ -135,45 +141,20 @@ def test_packed_runs_equal_runs_alone_on_other_bases(make_config, quantisable_mo
         settings = {"model": "causal_lm", "model.path": str(quantisable_model), **settings}
     configs = [make_config({**own, **settings, "trainer.max_steps": 6}) for own in MIXED]
     inputs = build_inputs(configs[0])
-    for n, config in enumerate(configs):
-        train_run(config, RunFolder(path=tmp_path / f"alone{n}"), inputs=inputs)
-    jobs = [Outcomes().job(tmp_path / f"pack{n}", config) for n, config in enumerate(configs)]
-    assert train(jobs[:2], tmp_path, inputs=inputs, waiting=jobs[2:])
-    for n in range(len(configs)):
-        assert_same_losses(tmp_path / f"alone{n}", tmp_path / f"pack{n}", rel=tolerance)
+    check_packed_equals_alone(configs, tmp_path, inputs=inputs, rel=tolerance)
     assert fingerprint_weights(inputs.base.model) == inputs.base.fingerprint
-
-
-@pytest.fixture
-def make_dropping(tmp_path, make_config):
-    """Saves a small random GPT-2 that drops in its embeddings and its residuals, and gives the settings of a run."""
-
-    def make(*, attention, settings):
-        config = GPT2Config(vocab_size=257, n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=256)
-        config.attn_pdrop, config.resid_pdrop, config.embd_pdrop, config.eos_token_id = attention, 0.1, 0.1, 256
-        torch.manual_seed(0)
-        GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
-        for file in TINY.glob("tokenizer*"):
-            shutil.copy(file, tmp_path / "model")
-        return [make_config({"model": "causal_lm", "model.path": str(tmp_path / "model"), **own}) for own in settings]
-
-    return make
 
 
 DROPPING = ({"method.rank": 2, "method.dropout": 0.2}, {"method.rank": 4, "seed": 3}, {"method.rank": 3, "seed": 1})
 
 
 @pytest.mark.parametrize("attention", [0.0, 0.3], ids=["no dropout of attention", "dropout of attention"])
-def test_a_base_that_drops_is_packed_with_a_stream_for_each_slot(make_dropping, tmp_path, attention):
-    configs = make_dropping(attention=attention, settings=[{**own, "model.attention": "eager"} for own in DROPPING])
-    inputs, outcomes = build_inputs(configs[0]), Outcomes()
-    for n, config in enumerate(configs):
-        train_run(config, RunFolder(path=tmp_path / f"alone{n}"), inputs=inputs)
-    jobs = [outcomes.job(tmp_path / f"pack{n}", config) for n, config in enumerate(configs)]
-    assert train(jobs[:2], tmp_path, inputs=inputs, waiting=jobs[2:])
-    for n in range(len(configs)):
-        assert_same_losses(tmp_path / f"alone{n}", tmp_path / f"pack{n}", rel=LOSS_TOLERANCE)
-        assert read_run(tmp_path / f"pack{n}").pack["shared_draws"] is False
+def test_a_base_that_drops_is_packed_with_a_stream_for_each_slot(make_config, tmp_path, attention):
+    model = save_gpt2(tmp_path / "model", attention=attention, others=0.1)
+    configs = [make_config({**model, **own, "model.attention": "eager"}) for own in DROPPING]
+    inputs = build_inputs(configs[0])
+    check_packed_equals_alone(configs, tmp_path, inputs=inputs, rel=LOSS_TOLERANCE)
+    assert not any(read_run(tmp_path / f"pack{n}").pack["shared_draws"] for n in range(len(configs)))
     undropped = dataclasses.replace(configs[1], seeds=dataclasses.replace(configs[1].seeds, dropout=8))
     train_run(undropped, RunFolder(path=tmp_path / "other"), inputs=inputs)
     assert rows(tmp_path / "other")[0][1] != pytest.approx(rows(tmp_path / "alone1")[0][1], rel=LOSS_TOLERANCE)
@@ -211,10 +192,8 @@ def test_all_slots_are_reported_in_one_call_in_slot_order_but_those_that_diverge
 
     jobs = [Outcomes().job(tmp_path / str(n), make_config(own)) for n, own in enumerate(settings)]
     assert train(jobs, tmp_path, inputs=inputs, on_evaluation=report)
-    assert [[(name, step) for name, step, _ in together] for together in reported] == [
-        [("0", 2), ("1", 2)],
-        [("0", 4), ("1", 4)],
-    ]
+    steps = [[(name, step) for name, step, _ in together] for together in reported]
+    assert steps == [[("0", 2), ("1", 2)], [("0", 4), ("1", 4)]]
     for name, step, value in itertools.chain(*reported):
         (evaluation,) = [row for row in read_steps(tmp_path / name) if row["step"] == step and "validation" in row]
         assert value == evaluation["validation"]["bits_per_byte"]

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from tests.training.packs.conftest import save_gpt2
+from tests.training.runs import rows
 
 import lorasweep.training.packs.pack as pack_file
 from lorasweep.data import batching
 from lorasweep.errors import Diverged
-from lorasweep.models import tiny
-from lorasweep.record import read_run, read_steps
+from lorasweep.record import read_run
 from lorasweep.training.checkpoint import read_pack_state
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.packs.pack import train_pack
@@ -177,10 +177,6 @@ def undisturbed(make_config, inputs, tmp_path_factory):
     return search, recorder.killed
 
 
-def rows(folder):
-    return [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in read_steps(folder)]
-
-
 def assert_same_runs(folder, whole):
     names = sorted(path.name for path in whole.glob("run-*"))
     assert sorted(path.name for path in folder.glob("run-*")) == names
@@ -285,17 +281,10 @@ def test_a_slot_whose_checkpoint_is_damaged_goes_on_from_the_one_before_and_a_no
 
 def test_the_stream_that_slots_share_continues_after_a_kill(make_config, tmp_path):
     """A model that drops attention probabilities in its fused kernel draws for all slots from torch's own stream."""
-    settings = GPT2Config(vocab_size=257, n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=256)
-    settings.attn_pdrop, settings.resid_pdrop, settings.embd_pdrop, settings.eos_token_id = 0.3, 0.0, 0.0, 256
-    torch.manual_seed(0)
-    GPT2LMHeadModel(settings).save_pretrained(tmp_path / "model")
-    for file in Path(tiny.__file__).parent.glob("tokenizer*"):
-        shutil.copy(file, tmp_path / "model")
+    model = save_gpt2(tmp_path / "model", attention=0.3, others=0.0)
 
     def config(own):
-        rank = {"method.rank": own["method.rank"]}
-        model = {"model": "causal_lm", "model.path": str(tmp_path / "model"), "model.attention": "sdpa"}
-        return make_config({**model, **rank})
+        return make_config({**model, "model.attention": "sdpa", "method.rank": own["method.rank"]})
 
     inputs = build_inputs(config(SETTINGS[0]))
     (tmp_path / "whole").mkdir()

@@ -6,7 +6,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tests.small_runs import SMALL_RUN
+from tests.tiny_tokenizer import WORDS, make_word_tokenizer
 
 from lorasweep.config.compose import compose_run
 from lorasweep.record import read_run, read_steps
@@ -17,7 +18,6 @@ from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
 
 ADAPTER = "adapter_model.safetensors"
-WORDS = [f"w{n}" for n in range(40)]
 MIXED = (
     {"method.rank": 2, "method.dropout": 0.2},
     {"method.rank": 4, "optim.lr": 3e-3, "seed": 3},
@@ -35,12 +35,7 @@ def sentence(n):
 def folder(tmp_path_factory):
     """A tiny BERT with a tokenizer of words, and data of two kinds."""
     folder = tmp_path_factory.mktemp("rows")
-    vocabulary = {word: n for n, word in enumerate(["[PAD]", "[UNK]", "[END]", *WORDS])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]", eos_token="[END]"
-    )
+    tokenizer = make_word_tokenizer()
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     torch.manual_seed(0)
     bert = transformers.BertConfig(vocab_size=64, attention_probs_dropout_prob=0.0, **sizes)
@@ -65,20 +60,10 @@ def make(folder):
             "table": {"model": "classifier", "model.path": str(folder / "bert")},
             "chat": {"model": "causal_lm", "model.path": str(folder / "llama"), "data.template": "plain"},
         }[kind]
-        short = {
-            "model.attention": "sdpa",
-            "data": kind,
-            "data.train": str(folder / f"{kind}.jsonl"),
-            "trainer.batch_size": 6,
-            "trainer.max_steps": 6,
-            "trainer.eval_every_steps": 2,
-            "trainer.precision": "fp32",
-            "trainer.device": "cpu",
-            "trainer.progress": False,
-            "trainer.accumulate": 2,
-            "optim.lr": 5e-3,
-        }
-        return compose_run({**base, **short, **settings})
+        data = {"model.attention": "sdpa", "data": kind, "data.train": str(folder / f"{kind}.jsonl")}
+        trainer = {key: value for key, value in SMALL_RUN.items() if key.startswith("trainer.")}
+        trainer |= {"trainer.batch_size": 6, "trainer.max_steps": 6, "trainer.accumulate": 2}
+        return compose_run({**base, **data, **trainer, "trainer.progress": False, "optim.lr": 5e-3, **settings})
 
     return make
 
