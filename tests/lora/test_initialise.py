@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorasweep.lora.initialise import draw_matrices, split_principal_part
+from lorasweep.lora.layers import draw_matrices, split_principal_part
 
 
 @pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal"])

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from lorasweep.config.build import build
-from lorasweep.config.model import ModelConfig
+from lorasweep.config.run import ModelConfig
 
 SIZES = {"vocab_size": 257, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256}
 DECODER = SIZES | {

@@ -7,8 +7,8 @@ from httpx2 import Request, Response
 from huggingface_hub.errors import GatedRepoError
 
 from lorasweep.errors import ConfigError
-from lorasweep.models import folder as folder_file
-from lorasweep.models.folder import find_local_path, find_model_folder
+from lorasweep.models import load as folder_file
+from lorasweep.models.load import find_local_path, find_model_folder
 
 
 @pytest.fixture

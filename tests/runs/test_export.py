@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lorasweep.runs.export as export_file
 from lorasweep.config.compose import compose_run
 from lorasweep.errors import RecordError, RunError
-from lorasweep.models.folder import find_local_path
+from lorasweep.models.load import find_local_path
 from lorasweep.record import read_run, write_record
 from lorasweep.runs.export import export_run
 from lorasweep.training.inputs import build_inputs

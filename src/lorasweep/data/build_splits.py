@@ -22,7 +22,7 @@ from lorasweep.config.data import (
     TextConfig,
     get_built_in_metric,
 )
-from lorasweep.config.model import ModelKind
+from lorasweep.config.run import ModelKind
 from lorasweep.data.batching import choose_part
 from lorasweep.data.examples import (
     BlockSplit,

@@ -17,9 +17,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from lorasweep.config.build import build
-from lorasweep.config.method import LoraConfig
-from lorasweep.config.peft_settings import (
+from lorasweep.config.method import (
     ALL_LINEAR_PATTERN,
+    LoraConfig,
     convert_from_peft,
     int_if_whole,
     refuse_unsupported_fields,

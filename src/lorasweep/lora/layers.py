@@ -1,7 +1,8 @@
-"""The LoRA layer: a frozen layer with a trainable low-rank weight update ΔW = scaling · B A."""
+"""The LoRA layer: a frozen layer with a trainable low-rank weight update ΔW = scaling · B A. B A starts at zero."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
+from lorasweep.config.method import Init
 from lorasweep.lora.dropout import draw_keep_mask
 from lorasweep.lora.functional import (
     RowRanges,
@@ -19,7 +21,6 @@ from lorasweep.lora.functional import (
     lora_linear,
     split_by_group,
 )
-from lorasweep.lora.initialise import draw_matrices, split_principal_part
 from lorasweep.lora.layer_kinds import has_custom_forward, matrix_shape, matrix_to_weight, weight_to_matrix
 from lorasweep.lora.targets import Target
 
@@ -237,3 +238,50 @@ def split_lora_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn
     a, b = [layer.lora_a for layer in layers], [layer.lora_b for layer in layers]
     lora_ids = {id(parameter) for parameter in (*a, *b)}
     return a, b, [p for p in model.parameters() if p.requires_grad and id(p) not in lora_ids]
+
+
+def draw_matrices(
+    *,
+    d_out: int,
+    d_in: int,
+    rank: int,
+    init: Init,
+    is_embedding: bool = False,
+    generator: torch.Generator | None = None,
+) -> tuple[Float[Tensor, "rank d_in"], Float[Tensor, "d_out rank"]]:
+    """Returns A and B in fp32 on the CPU, with B A = 0.
+
+    - An embedding with `default` or `gaussian`: A zero, B standard normal, as in LoRA's code.
+    - `default`: A uniform within ±1/√d_in (Kaiming-uniform with a = √5), B zero, as in LoRA's code
+      (github.com/microsoft/LoRA, `loralib/layers.py`).
+    - `gaussian`: A normal with standard deviation 1/rank as in PEFT, B zero. LoRA's section 4.1 says "random Gaussian".
+    - `orthogonal`: A uses the even rows of one random rotation and B the odd rows, so both are random and B A = 0
+      (PEFT's `orthogonal`, after datta0.github.io/posts/rethink-lora-init). The rank must be even.
+    - `pissa` draws nothing (see `split_principal_part`).
+    """
+    if init == "orthogonal":
+        rotation, _ = torch.linalg.qr(torch.randn(rank, rank, generator=generator))
+        lora_a = torch.randn(d_in, rank // 2, generator=generator).mm(rotation[0::2]).t() / 10
+        lora_b = torch.randn(d_out, rank // 2, generator=generator).mm(rotation[1::2]) / 10
+        return lora_a.contiguous(), lora_b
+    if is_embedding:
+        return torch.zeros(rank, d_in), torch.randn(d_out, rank, generator=generator)
+    if init == "gaussian":
+        return torch.randn(rank, d_in, generator=generator) / rank, torch.zeros(d_out, rank)
+    lora_a = torch.empty(rank, d_in)
+    torch.nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5), generator=generator)
+    return lora_a, torch.zeros(d_out, rank)
+
+
+@torch.no_grad()
+def split_principal_part(
+    matrix: Float[Tensor, "d_out d_in"], *, rank: int, scaling: float
+) -> tuple[Float[Tensor, "rank d_in"], Float[Tensor, "d_out rank"]]:
+    """Returns A and B so that scaling · B A is the best approximation of `matrix` of this rank.
+
+    PiSSA (arXiv 2404.02948), section 3, equations 2 and 3: A = √S Vᵀ and B = U √S, with the largest singular values.
+    *Differs:* A and B are each divided by √scaling, so that the result does not depend on α.
+    """
+    u, s, vh = torch.linalg.svd(matrix.float(), full_matrices=False)
+    root = (s[:rank] / scaling).sqrt()
+    return root[:, None] * vh[:rank], u[:, :rank] * root

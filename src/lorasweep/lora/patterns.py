@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from itertools import pairwise
 
-from lorasweep.config.peft_settings import REGEX_PREFIX
+from lorasweep.config.method import REGEX_PREFIX
 from lorasweep.lora.functional import RowRanges
 from lorasweep.wording import nearest
 

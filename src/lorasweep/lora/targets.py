@@ -11,8 +11,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from lorasweep.config.method import LoraConfig
-from lorasweep.config.peft_settings import ALL_LINEAR_PATTERN, REGEX_PREFIX
+from lorasweep.config.method import ALL_LINEAR_PATTERN, REGEX_PREFIX, LoraConfig
 from lorasweep.lora.fully_trained import is_inside, match_modules_to_save
 from lorasweep.lora.functional import RowRanges, scaling_factor
 from lorasweep.lora.layer_kinds import can_be_adapted, is_linear, is_quantised, matrix_shape

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorasweep.config.method import LoraConfig, MethodConfig
-from lorasweep.config.peft_settings import REGEX_PREFIX
+from lorasweep.config.method import REGEX_PREFIX, LoraConfig, MethodConfig
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.lora import (
     find_targets,

@@ -11,6 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from lorasweep.config.components import require_package
 from lorasweep.config.method import MethodConfig, PeftConfig
-from lorasweep.config.peft_settings import import_peft
 from lorasweep.disk import require_regular_file, write_atomically
 from lorasweep.errors import ConfigError, RecordError, describe_error
 from lorasweep.lora.adapter_files import CONFIG_FILE, INITS_KEEPING_BASE, WEIGHTS_FILE, find_task_type
@@ -82,7 +83,7 @@ class PeftMethod(Method):
         """Loads an adapter onto a copy of the base model."""
         source = f"the adapter in {str(folder)!r}"
         try:
-            peft = import_peft(needed_by="method=peft")
+            peft = import_peft()
             require_regular_file(folder / CONFIG_FILE)  # PEFT would look for a missing file on the hub
             with quiet_peft():
                 peft_config = peft.PeftConfig.from_pretrained(str(folder))
@@ -129,12 +130,18 @@ class PeftMethod(Method):
         round_to_frozen_dtype(model)
 
 
+def import_peft() -> Any:
+    """Returns the package PEFT. Raises ConfigError if it is not installed."""
+    require_package("peft", key="method=peft", extra="peft")
+    return import_module("peft")
+
+
 def build_peft_config(settings: Mapping[str, Any], model: nn.Module, *, new_head_names: Sequence[str] = ()) -> Any:
     """Returns PEFT's configuration for `method.config`.
 
     Raises ConfigError if PEFT is not installed or refuses the settings, or a run can't do what they ask for.
     """
-    import_peft(needed_by="method=peft")
+    import_peft()
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # noqa: PLC0415 (an optional package)
 
     kinds = {kind.value: config_class for kind, config_class in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
@@ -178,7 +185,7 @@ def add_adapter(
     Raises:
         ConfigError: PEFT can't make these layers for the model.
     """
-    peft, kind = import_peft(needed_by="method=peft"), peft_config.peft_type.value
+    peft, kind = import_peft(), peft_config.peft_type.value
     shared = {id(parameter) for parameter in model.parameters()}
     try:
         with quiet_peft():

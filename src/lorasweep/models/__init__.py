@@ -1,1 +1,1 @@
-"""The base model. `load` reads it from a folder, the hub or this package, which contains the small model `tiny`."""
+"""The base model, loaded by `load`. This package contains the small model `tiny`."""

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils import logging as transformers_logging
 
-from lorasweep.config.model import ModelConfig
+from lorasweep.config.run import ModelConfig
 from lorasweep.errors import ConfigError
 
 QUANTISING_PACKAGES = ("bitsandbytes", "accelerate")

@@ -23,14 +23,12 @@ from transformers import PreTrainedModel
 
 from lorasweep.config.compose import dotted_items
 from lorasweep.config.method import PeftConfig
-from lorasweep.config.model import ModelConfig
-from lorasweep.config.run import RunConfig
+from lorasweep.config.run import ModelConfig, RunConfig
 from lorasweep.disk import require_new_folder
 from lorasweep.errors import ConfigError, RunError, first_line
 from lorasweep.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from lorasweep.methods import METHODS
-from lorasweep.models.folder import EMBEDDED_PREFIX, find_local_path
-from lorasweep.models.load import BaseModel, fingerprint_weights
+from lorasweep.models.load import EMBEDDED_PREFIX, BaseModel, find_local_path, fingerprint_weights
 from lorasweep.models.pretrained import TRANSFORMERS_ARGUMENTS, load_pretrained, quiet_transformers
 from lorasweep.record import RunRecord, read_run
 from lorasweep.training.restore import (
