@@ -130,15 +130,9 @@ def build_parser() -> argparse.ArgumentParser:
     judge_parser.add_argument("--pattern", default="{arm}/{seed}", help="where a run's path has arm and seed")
     judge_parser.add_argument("--out", type=Path, metavar="D", help="write a page, CSV and JSON here")
     export_parser = add(export, "write an adapter for PEFT, or the merged model for transformers")
-    export_parser.add_argument(
-        "run", type=Path, metavar="SWEEP[/ARM]|RUN", help="folder of a sweep: its recommended run; or of a run"
-    )
     export_parser.add_argument("--format", required=True, choices=["peft", "merged"])
     export_parser.add_argument("--out", type=Path, metavar="D", required=True, help="a new or empty folder")
     inspect_parser = add(inspect, "show how much of its rank a run used, from its weights")
-    inspect_parser.add_argument(
-        "run", type=Path, metavar="SWEEP[/ARM]|RUN", help="folder of a sweep: its recommended run; or of a run"
-    )
     reproduce_parser = add(reproduce, "run a run or a sweep again from its record and compare the results")
     reproduce_parser.add_argument("folder", type=Path, metavar="RUN|SWEEP", help="folder of a run, or of a whole sweep")
     reproduce_parser.add_argument("--tolerance", type=float, metavar="T", help="maximum relative difference")
@@ -151,6 +145,9 @@ def build_parser() -> argparse.ArgumentParser:
             "--minutes", type=float, metavar="N", help="choose seeds, trials and steps for this time, after measuring"
         )
     for reader in (export_parser, inspect_parser):
+        reader.add_argument(
+            "run", type=Path, metavar="SWEEP[/ARM]|RUN", help="folder of a sweep: its recommended run; or of a run"
+        )
         reader.add_argument("--trust", action="store_true", help="allow code that the model of the run needs")
     if "_ARGCOMPLETE" in os.environ:  # the shell asks for completions
         import argcomplete

@@ -130,19 +130,15 @@ def lock_folder(path: Path, *, key: str) -> Iterator[Path]:
 
     Raises ConfigError if another process has locked the folder.
     """
-    import fcntl  # noqa: PLC0415
-
-    handle = os.open(path, os.O_RDONLY)
+    handle, is_free = os.open(path, os.O_RDONLY), True
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        with suppress(OSError):  # a network file system without locks
+            is_free = _try_lock(handle)
+        if not is_free:
             raise ConfigError(
                 f"`{key}` must be a folder that no other process writes to, but {str(path)!r} is in use. "
                 "Name another folder."
-            ) from error
-        except OSError:
-            pass  # a network file system without locks
+            )
         yield path
     finally:
         os.close(handle)
@@ -150,20 +146,8 @@ def lock_folder(path: Path, *, key: str) -> Iterator[Path]:
 
 def is_running(path: Path) -> bool:
     """Returns whether a process has a sweep's folder open; False if the file system has no locks."""
-    import fcntl  # noqa: PLC0415 (Windows lacks it, and `lorasweep.lora` imports this file)
-
-    try:
-        handle = os.open(path / LOCK_FILE, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(handle)
+    with suppress(OSError), (path / LOCK_FILE).open("rb") as file:
+        return not _try_lock(file.fileno(), shared=True)
     return False
 
 
@@ -173,23 +157,32 @@ def take_lock(path: Path, undo: ExitStack) -> int:
     Raises:
         RecordError: Another process holds the lock, or the folder's file system has no locks.
     """
-    import fcntl  # noqa: PLC0415
-
     try:
         handle = os.open(path / LOCK_FILE, os.O_CREAT | os.O_RDWR)
         undo.callback(os.close, handle)
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise RecordError(
-            f"a sweep must be run by one process, but another one has {str(path)!r} open. Wait for it, or look with "
-            f"`lorasweep status {path}`."
-        ) from error
+        is_free = _try_lock(handle)
     except OSError as error:
         raise RecordError(
             f"a sweep's folder must be writable and on a file system with locks, but {str(path)!r} is not: "
             f"{error.strerror}. Use a local disk."
         ) from error
+    if not is_free:
+        raise RecordError(
+            f"a sweep must be run by one process, but another one has {str(path)!r} open. Wait for it, or look with "
+            f"`lorasweep status {path}`."
+        )
     return handle
+
+
+def _try_lock(handle: int, *, shared: bool = False) -> bool:
+    """Locks an open file; returns False if another process has. Raises OSError on a file system without locks."""
+    import fcntl  # noqa: PLC0415 (Windows lacks it, and `lorasweep.lora` imports this file)
+
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -138,15 +138,15 @@ def tokenise_plain(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> 
 def cache_key(tokenizer: PreTrainedTokenizerBase, fingerprint: str, **settings: Any) -> str:
     """Returns 32 hex digits that differ for other examples, tokenizers, settings or values of `CACHE_FORMAT`."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = sorted(tokenizer.get_vocab().items()) if backend is None else _read_rules(backend.to_str())
+    rules: Any
+    if backend is None:
+        rules = sorted(tokenizer.get_vocab().items())
+    else:  # without the truncation and padding of its latest call
+        serialised = json.loads(backend.to_str()).items()
+        rules = {name: rule for name, rule in serialised if name not in ("truncation", "padding")}
     tokenizer_parts = [rules, str(tokenizer.chat_template), tokenizer.padding_side]
     parts = [CACHE_FORMAT, fingerprint, *tokenizer_parts, sorted(settings.items())]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-
-
-def _read_rules(serialised: str) -> dict[str, Any]:
-    """Returns the rules of a fast tokenizer, without the truncation and padding of its latest call."""
-    return {name: rule for name, rule in json.loads(serialised).items() if name not in ("truncation", "padding")}
 
 
 def map_cached(columns: Columns, tokenise: Callable[[Columns], Columns], *, key: str) -> dict[str, Ragged]:

@@ -40,8 +40,9 @@ def write_record(record: Any, folder: Path) -> None:
 
     Lists of rows have one line per row, because indented rows would slow down a sweep of 10,000 trials.
     """
-    text = redact(_as_text(_as_mapping(record)))
-    write_atomically(folder / f"{record.format.removeprefix('lorasweep.')}.json", text + "\n")
+    entries = (f" {json.dumps(key)}: {_value_text(value)}" for key, value in _as_mapping(record).items())
+    text = redact("{\n" + ",\n".join(entries) + "\n}\n")
+    write_atomically(folder / f"{record.format.removeprefix('lorasweep.')}.json", text)
 
 
 def read_json(kind: type[T], path: Path) -> T:
@@ -76,11 +77,6 @@ def _describe(error: ValidationError) -> str:
     place = ".".join(map(str, first["loc"]))
     got = "" if first["type"] in ("json_invalid", "missing") else f", got {shorten(first['input'])}"
     return f"{place}: {first['msg']}{got}" if place else first["msg"]
-
-
-def _as_text(content: dict[str, Any]) -> str:
-    entries = (f" {json.dumps(key)}: {_value_text(value)}" for key, value in content.items())
-    return "{\n" + ",\n".join(entries) + "\n}"
 
 
 def _value_text(value: Any) -> str:
