@@ -9,9 +9,8 @@ from torchmetrics.functional import auroc
 from torchmetrics.functional.classification import binary_average_precision
 
 from lorasweep.config.data import MetricComponent
-from lorasweep.data.own_metric import build_own_metric
 from lorasweep.data.split import IGNORED
-from lorasweep.data.tasks import Classification, Evaluation, LanguageModelling, Regression
+from lorasweep.data.tasks import Classification, Evaluation, LanguageModelling, Regression, build_own_metric
 from lorasweep.errors import ConfigError
 
 

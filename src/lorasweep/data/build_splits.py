@@ -33,10 +33,9 @@ from lorasweep.data.examples import (
     choose_evenly,
     cut_blocks,
 )
-from lorasweep.data.own_metric import build_own_metric
 from lorasweep.data.source import Conversation, DataSource, Document, Examples, LabelledText
 from lorasweep.data.split import Split
-from lorasweep.data.tasks import Classification, LabelTask, LanguageModelling, Regression, Task
+from lorasweep.data.tasks import Classification, LabelTask, LanguageModelling, Regression, Task, build_own_metric
 from lorasweep.data.tokenise import describe_chat_format, tokenise_chats, tokenise_documents, tokenise_labelled
 from lorasweep.errors import ConfigError
 from lorasweep.wording import join_words

@@ -112,7 +112,8 @@ class Method(ABC):
             saved = load_file(file)
         except (OSError, SafetensorError) as error:
             raise RecordError(f"{str(file)!r} must be a safetensors file, but can't be read: {error}.") from error
-        different = [name for name in {**saved, **tensors} if _get_shape(saved, name) != _get_shape(tensors, name)]
+        shapes = [{name: tensor.shape for name, tensor in named.items()} for named in (saved, tensors)]
+        different = [name for name in {**saved, **tensors} if shapes[0].get(name) != shapes[1].get(name)]
         if different:
             raise RecordError(
                 f"{str(file)!r} must contain the weights of this model, but {min(different)!r} differs. "
@@ -132,10 +133,6 @@ class Method(ABC):
     def _get_tensors_to_save(self, model: nn.Module) -> dict[str, Tensor]:
         """Returns the tensors to save by name. They share memory with the model, so `load` can write into them."""
         return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def _get_shape(tensors: Mapping[str, Tensor], name: str) -> torch.Size | None:
-    return tensors[name].shape if name in tensors else None
 
 
 def copy_sharing_weights(model: Module) -> Module:

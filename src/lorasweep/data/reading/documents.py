@@ -56,7 +56,10 @@ def _open_files(config: TextConfig) -> Callable[[str], ReadExamples[Document]]:
 
     def read(split: str) -> ReadExamples[Document]:
         paths, folder = files[split]
-        texts = {path.absolute().relative_to(folder.absolute()).as_posix(): _read_text(path) for path in paths}
+        texts: dict[str, str] = {}
+        for path in paths:
+            with refuse_unreadable(path), open_text(path) as file:
+                texts[path.absolute().relative_to(folder.absolute()).as_posix()] = file.read()
         documents = [Document(name, text) for name, text in texts.items() if text.strip()]
         if not documents:
             raise ConfigError(f"`data.{split}` must name files with text, but {str(paths[0])!r} is empty.")
@@ -64,11 +67,6 @@ def _open_files(config: TextConfig) -> Callable[[str], ReadExamples[Document]]:
         return documents, [f"{num_blank} files of {split} without text are skipped."] if num_blank else []
 
     return read
-
-
-def _read_text(path: Path) -> str:
-    with refuse_unreadable(path), open_text(path) as file:
-        return file.read()
 
 
 def find_texts(given: str, *, key: str) -> tuple[list[Path], Path]:
