@@ -17,7 +17,6 @@ from lorasweep.report.answers import describe_answer, describe_change
 from lorasweep.report.panel import Panel, build_link, choose_colours, select_trials
 from lorasweep.report.recommend import format_arm_score
 from lorasweep.report.summary import Summary
-from lorasweep.report.sweep_data import ArmData, SweepData
 from lorasweep.report.terminal import describe_setting, list_search_scores
 
 MAX_REASONS = 100
@@ -59,13 +58,19 @@ def render_page(summary: Summary, panels: Sequence[Panel]) -> str:
             format_arm_score=format_arm_score,
             share_decimals=wording.count_percent_decimals(data.arm_share_of_full_gain(arm)[1] for arm in data.arms),
             describe_setting=describe_setting,
-            describe_states=describe_states,
+            states=STATES,
             verdicts=[(answer, describe_answer(answer, data)) for answer in data.evidence.answers],
             retained=[(change, describe_change(change, data)) for change in data.retained],
             unlearned=summary.learning.unlearned,
             colours=choose_colours(data),
             panels=panels,
-            columns=_list_columns(data),
+            columns=[
+                ("trial", "arm and number of the trial in its Optuna study"),
+                ("state", "complete, running, or why it stopped; `not better` than an answer that needs no training"),
+                (wording.format_metric(data.record.metric), "best value on validation data"),
+                *((wording.short_key(key), key) for key in data.swept_keys),
+                *((title, about) for title, about, _, _ in COSTS),
+            ],
             rows=[(trial, _build_cells(trial, summary)) for trial in select_trials(data).trials],
             unfinished={
                 state: [run for run in (*data.trials, *data.confirm_runs) if run.state == state]
@@ -88,11 +93,6 @@ def load_templates() -> Environment:
     return environment
 
 
-def describe_states(arm: ArmData) -> str:
-    """Returns how many trials are in each state: `9 complete, 7 pruned`."""
-    return ", ".join(f"{count} {state}" for state in STATES if (count := arm.count(state))) or "none"
-
-
 def mark_code(text: str) -> Markup:
     """Returns text as HTML, with code between backticks. Lines break at spaces of code, never inside `--format`."""
 
@@ -106,17 +106,6 @@ def mark_code(text: str) -> Markup:
 def figure_json(panel: Panel) -> Markup:
     """Returns a panel's figures as JSON. Plotly escapes `<` in it, so that no name can end the script element."""
     return Markup(f"[{','.join(figure.to_json() for figure in panel.figures)}]")
-
-
-def _list_columns(data: SweepData) -> list[tuple[str, str]]:
-    """Returns the titles of the table of trials with their hover texts."""
-    return [
-        ("trial", "arm and number of the trial in its Optuna study"),
-        ("state", "complete, running, or why it stopped; `not better` than an answer that needs no training"),
-        (wording.format_metric(data.record.metric), "best value on validation data"),
-        *((wording.short_key(key), key) for key in data.swept_keys),
-        *((title, about) for title, about, _, _ in COSTS),
-    ]
 
 
 def _build_cells(trial: Trial, summary: Summary) -> list[Cell]:

@@ -169,29 +169,24 @@ def describe_findings(data: SweepData, fairness: list[str]) -> list[str]:
 def _describe_scores(data: SweepData) -> list[str]:
     if all(find_score(arm, data) is None for arm in data.arms):
         return ["No trial is complete, so there is no score to compare."]
-    base, full = (find_best_arm(method, data) for method in ("frozen", "full"))
-    if base is None or full is None:
-        gain = ["No share of full's gain is known, because that needs a score of the frozen base and of `full`."]
-    elif get_score_sort_key(base, data) <= get_score_sort_key(full, data):
-        gain = ["Full fine-tuning gained nothing, so no share of its gain is given."]
-    else:
-        gain = []
-    return [_describe_metric(data), *gain]
-
-
-def _describe_metric(data: SweepData) -> str:
     metric, evidence = format_metric(data.record.metric), data.evidence
     order = "lower" if data.record.direction == "minimize" else "higher"
-    if not evidence.means:
-        return f"Scores are {metric}, {order} is better."
-    counts = sorted({len(mean.seeds) for name, mean in evidence.means.items() if name != evidence.base} or {1})
-    seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    groups = f" in {evidence.num_groups:,} groups" if evidence.num_groups != evidence.num_examples else ""
-    examples = f" and {evidence.num_examples:,} test examples{groups}" if evidence.num_examples else ""
-    return (
-        f"Scores are {metric} on test data that no search has seen, {order} is better: means over {seeds} fresh "
-        f"{'seed' if counts[-1] == 1 else 'seeds'} with 95 % intervals over seeds{examples}."
-    )
+    sentences = [f"Scores are {metric}, {order} is better."]
+    if evidence.means:
+        counts = sorted({len(mean.seeds) for name, mean in evidence.means.items() if name != evidence.base} or {1})
+        seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        groups = f" in {evidence.num_groups:,} groups" if evidence.num_groups != evidence.num_examples else ""
+        examples = f" and {evidence.num_examples:,} test examples{groups}" if evidence.num_examples else ""
+        sentences = [
+            f"Scores are {metric} on test data that no search has seen, {order} is better: means over {seeds} fresh "
+            f"{'seed' if counts[-1] == 1 else 'seeds'} with 95 % intervals over seeds{examples}."
+        ]
+    base, full = (find_best_arm(method, data) for method in ("frozen", "full"))
+    if base is None or full is None:
+        return [*sentences, "No share of full's gain is known, because that needs a score of `frozen` and of `full`."]
+    if get_score_sort_key(base, data) <= get_score_sort_key(full, data):
+        return [*sentences, "Full fine-tuning gained nothing, so no share of its gain is given."]
+    return sentences
 
 
 def _describe_tests(data: SweepData) -> str:
@@ -221,13 +216,8 @@ def _describe_gain(data: SweepData) -> list[str]:
 
 def _describe_effort(data: SweepData) -> list[str]:
     saved, planned = data.steps_saved_by_pruning, sum(record.steps_planned for record in data.run_records)
-    # A paused trial may still do the steps that it has saved so far.
-    so_far = " so far" if any(trial.state == "paused" for trial in data.trials) else ""
-    saving = (
-        f"; pruning saved {saved:,} of {planned:,} planned steps{so_far} ({format_share(saved / planned)})"
-        if saved > 0
-        else ""
-    )
+    share = format_share(saved / planned) if saved > 0 else ""
+    saving = f"; pruning saved {saved:,} of {planned:,} planned steps ({share})" if saved > 0 else ""
     counts = {"trial": data.trials, "confirm run": data.confirm_runs}
     runs = [f"{len(rows):,} {name}{'' if len(rows) == 1 else 's'}" for name, rows in counts.items() if rows]
     sentences = [
@@ -235,26 +225,23 @@ def _describe_effort(data: SweepData) -> list[str]:
         f"{format_count(data.tokens_trained)} tokens trained{saving}."
     ]
     if data.record.status != "complete":
-        asked, looks = sum(arm.row.trials for arm in data.searches), data.record.looks
-        also = f" and a confirm stage of at most {looks[-1]} seeds" if looks else ""
-        sentences.append(f"The sweep is {data.record.status}: {asked} trials were asked for{also}.")
+        asked = sum(arm.row.trials for arm in data.searches)
+        sentences.append(f"The sweep is {data.record.status}: {asked} trials were asked for.")
     return sentences
 
 
 def _describe_margin(data: SweepData) -> str:
     """Returns a sentence about the smallest difference that matters, or why none is known."""
     setting, margin = data.record.margin, data.evidence.margin
-    is_share = parse_margin(setting).is_share_of_gain
     share = f"{setting} of full fine-tuning's gain over the frozen base"
     if margin is None:
         return (
             f"No margin: {share} is not known, because that needs test scores of both and a gain. So nothing can be "
             "shown to be equivalent, and no rank enough. Set `confirm.margin` to a number in the metric's unit."
         )
-    meaning = f" ({share})" if is_share else ""
     # the gain is uncertain too, and each test counts the error of both
-    moves = " The error of the gain counts in each test." if is_share else ""
+    meaning = f": {share}, whose error counts in each test" if parse_margin(setting).is_share_of_gain else ""
     return (
         f"The margin, the smallest difference that matters, is {format_score(margin)} "
-        f"{format_metric(data.record.metric)}{meaning}, as stated in the sweep.{moves}"
+        f"{format_metric(data.record.metric)}, as stated in the sweep{meaning}."
     )

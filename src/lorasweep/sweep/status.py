@@ -298,16 +298,18 @@ class ProgressDisplay:
 
     def _new_lines(self, status: SweepStatus) -> Iterator[str]:
         """Yields a line for each run that ended and has no line yet: `lora 4/6  complete  1.4  lr 0.01`."""
-        record, ended = status.record, list_ended_runs(status.record)
-        asked = {("search", arm.name): arm.search.asked for arm in status.arms}
-        asked |= {("confirm", arm.name): arm.confirm.asked for arm in status.arms}
-        done = Counter((row.stage, row.arm) for row in ended if row.run in self._shown_runs)
-        for row in ended:
+        asked = {
+            (name, arm.name): stage.asked
+            for arm in status.arms
+            for name, stage in zip(("search", "confirm"), arm.stages, strict=True)
+        }
+        done = Counter((row.stage, row.arm) for row in list_ended_runs(status.record) if row.run in self._shown_runs)
+        for row in list_ended_runs(status.record):
             if row.run in self._shown_runs:
                 continue
-            stage = row.stage, row.arm
             if row.stage == "confirm" and not any(name == "confirm" for name, _ in done):
-                yield f"confirm: {describe_confirmation(record.looks)}"
+                yield f"confirm: {describe_confirmation(status.record.looks)}"
+            stage = row.stage, row.arm
             done[stage] += 1
             self._shown_runs.add(row.run)
             score = "-" if row.value is None else f"{row.value:.4f}"

@@ -38,7 +38,7 @@ def test_without_full_other_arms_are_compared_with_the_first_that_trains(ask, co
     content["arms"]["other"] = OTHER
     assert ask(content) == [("pair", ["other"], "lora")]
     content["arms"]["lora"]["confirm_each"] = "method.rank"
-    assert ask(content) == [("pair", ["other"], "lora-rank-4"), ("smallest", RANKS, None)]
+    assert ask(content) == [("smallest", RANKS, None), ("pair", ["other"], "lora-rank-4")]
 
 
 def test_pairs_name_arms_or_values_and_are_asked_for_beside_full_or_in_place_of_the_first_arm(ask, content):

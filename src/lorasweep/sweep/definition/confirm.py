@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from dataclasses import astuple, replace
+from dataclasses import astuple
 
 from lorasweep.errors import ConfigError
 from lorasweep.record import Question, QuestionName
@@ -20,10 +20,10 @@ SIZE_KEYS = ("method.rank", "method.dim")
 def list_questions(definition: Definition) -> list[Question]:
     """Returns the questions of a sweep.
 
-    - Each subject of each arm that trains is compared with `full`; without `full` and `confirm.pairs`, with the first
-      arm that trains.
+    - Each subject of each arm that trains is compared with `full`.
     - For an arm with `confirm_each` of `SIZE_KEYS`, the smallest sufficient value is asked for.
-    - Each pair of `confirm.pairs` is compared.
+    - Each pair of `confirm.pairs` is compared. Without `full`, each arm that trains is by default in a pair with the
+      first one.
 
     Raises:
         ConfigError: `confirm.pairs` names an arm that the sweep does not have.
@@ -31,39 +31,27 @@ def list_questions(definition: Definition) -> list[Question]:
     trained = [arm for arm in definition.arms if arm.corner_configs[0].method.name != "frozen"]
     full = next((arm for arm in trained if arm.corner_configs[0].method.name == "full"), None)
     pairs = definition.sweep_config.confirm.pairs
-    questions = []
-    if full is not None:
-        others = [arm for arm in trained if arm.corner_configs[0].method.name != "full"]
-        questions += [_build_question(arm, name="as_good_as_full", reference=full.name) for arm in others]
-    elif not pairs:
-        questions += [_build_question(arm, name="pair", reference=_name_largest(trained[0])) for arm in trained[1:]]
-    questions += [
-        Question(name="smallest", arm=arm.name, key=arm.confirm_each, subjects=list(arm.subjects), reference=None)
-        for arm in trained
-        if arm.confirm_each in SIZE_KEYS
-    ]
+    if full is None and not pairs:
+        pairs = tuple((arm.name, trained[0].name) for arm in trained[1:])
+    asked: list[tuple[QuestionName, Arm, list[str], str | None]] = []
+    for arm in trained if full else ():
+        if arm.corner_configs[0].method.name != "full":
+            asked.append(("as_good_as_full", arm, list(arm.subjects), full.name if full else None))
+    asked += [("smallest", arm, list(arm.subjects), None) for arm in trained if arm.confirm_each in SIZE_KEYS]
     known = {name: arm for arm in definition.arms for name in (arm.name, *arm.subjects)}
-    for first, second in pairs:
-        for name in (first, second):
-            if name not in known:
-                raise ConfigError(
-                    f"`confirm.pairs` must name arms of the sweep ({', '.join(known)}), but got {name!r}."
-                    f"{nearest(name, known)}"
-                )
-        reference = second if second in known[second].subjects else _name_largest(known[second])
-        question = _build_question(known[first], name="pair", reference=reference)
-        # a pair that names one value, such as `lora-rank-8`, is about that value alone
-        questions.append(replace(question, subjects=[first]) if first in question.subjects else question)
-    return questions
-
-
-def _build_question(arm: Arm, *, name: QuestionName, reference: str) -> Question:
-    return Question(name=name, arm=arm.name, key=arm.confirm_each, subjects=list(arm.subjects), reference=reference)
-
-
-def _name_largest(arm: Arm) -> str:
-    """Returns the subject with the largest value of an arm."""
-    return list(arm.subjects)[-1]
+    for pair in pairs:
+        if unknown := [name for name in pair if name not in known]:
+            raise ConfigError(
+                f"`confirm.pairs` must name arms of the sweep ({', '.join(known)}), but got {unknown[0]!r}."
+                f"{nearest(unknown[0], known)}"
+            )
+        # a name of one value, such as `lora-rank-8`, is about that value alone; an arm's reference is its largest value
+        subjects, references = ([name] if name in known[name].subjects else list(known[name].subjects) for name in pair)
+        asked.append(("pair", known[pair[0]], subjects, references[-1]))
+    return [
+        Question(name=name, arm=arm.name, key=arm.confirm_each, subjects=subjects, reference=reference)
+        for name, arm, subjects, reference in asked
+    ]
 
 
 def draw_confirm_seeds(definition: Definition) -> list[int]:
