@@ -35,6 +35,15 @@ from lorasweep.wording import format_metric, format_setting, short_key
 MAX_OTHER_ARMS = 6
 """Maximum number of arms without `confirm_each` that are shown beside the values of an arm."""
 
+MAX_CURVE_POINTS = 30
+"""A curve has at most about this many points."""
+COSTS = (
+    ("trainable_params", 1, "trainable parameters (log scale)"),
+    ("peak_memory_bytes", 2**20, "peak memory (MiB)"),
+    ("wall_s", 1, "time of the run (s)"),
+)
+"""For each figure: the field of a run's record, the divisor of its values, and the title of the axis."""
+
 
 def draw_scores_by_value(data: SweepData) -> Panel:
     """Returns a figure for each arm with `confirm_each`: means with intervals, the band of full, the frozen base.
@@ -159,16 +168,6 @@ def _draw_data_set(row: RetainedRow, data: SweepData) -> go.Figure:
         text = [escape(f"{name}: learned {learned:.4g}, forgotten {forgotten:.4g}")]
         add_markers(figure, [learned], [forgotten], colour, name, text=text, size=11, showlegend=True)
     return figure
-
-
-MAX_CURVE_POINTS = 30
-"""A curve has at most about this many points."""
-COSTS = (
-    ("trainable_params", 1, "trainable parameters (log scale)"),
-    ("peak_memory_bytes", 2**20, "peak memory (MiB)"),
-    ("wall_s", 1, "time of the run (s)"),
-)
-"""For each figure: the field of a run's record, the divisor of its values, and the title of the axis."""
 
 
 def draw_score_by_lr(data: SweepData) -> Panel:

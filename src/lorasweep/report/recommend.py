@@ -28,6 +28,11 @@ from lorasweep.wording import (
     short_key,
 )
 
+TRAIN_EXAMPLES = "data.max_train_examples"
+SETTING_NAMES = {"method.name": "method", RANK: "rank", ALPHA: "α", LR: "learning rate", STEPS_KEY: "steps"}
+"""The settings that the recommendation shows first, with their names."""
+METHOD_NAMES = {"lora": "LoRA", "full": "full fine-tuning"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
@@ -127,12 +132,6 @@ def _is_no_worse(subject: str, other: str, data: SweepData) -> bool:
         if answer.name != "smallest" and (answer.subject, answer.reference) == (other, subject):
             return answer.verdict in (*NEGATIVE_VERDICTS, "equivalent")
     return False
-
-
-TRAIN_EXAMPLES = "data.max_train_examples"
-SETTING_NAMES = {"method.name": "method", RANK: "rank", ALPHA: "α", LR: "learning rate", STEPS_KEY: "steps"}
-"""The settings that the recommendation shows first, with their names."""
-METHOD_NAMES = {"lora": "LoRA", "full": "full fine-tuning"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,11 @@ EVIDENCE_FIELDS = (
 )
 """The fields of `Evidence` that `summary.json` has under the same names."""
 
+ONE_SEED = (
+    "Every score is one seed on validation data, on which the search also picked the winners; "
+    "whether the differences are more than chance is not tested yet."
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
@@ -144,12 +149,6 @@ def _summarize_arm(arm: ArmData, data: SweepData) -> dict[str, Any]:
         "share_of_full_gain": data.share_of_full_gain(best.value if best else None),
         "confirmed": mean.as_json() | {"share_of_full_gain": data.evidence.shares.get(arm.name)} if mean else None,
     }
-
-
-ONE_SEED = (
-    "Every score is one seed on validation data, on which the search also picked the winners; "
-    "whether the differences are more than chance is not tested yet."
-)
 
 
 def describe_findings(data: SweepData, fairness: list[str]) -> list[str]:

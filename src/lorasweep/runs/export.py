@@ -43,6 +43,15 @@ from lorasweep.training.restore import (
 ExportFormat = Literal["peft", "merged"]
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
+CARD_FILE = "README.md"
+MODEL_CLASSES = {"causal_lm": "ModelForCausalLM", "classifier": "ModelForSequenceClassification"}
+"""Names of the classes that load a model, without `Auto` (transformers) or `AutoPeft` (PEFT)."""
+SHOWN_SETTINGS = (
+    *("method.", "optim.", "schedule.", "seed", "trainer.max_steps", "trainer.batch_size"),
+    *("trainer.early_stop_evaluations", "data.max_length", "data.block_length"),
+)
+"""Beginnings of the keys of the settings that a card shows. These settings contain no paths."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
@@ -177,16 +186,6 @@ def _write_merged(
         if base.tokenizer is not None:
             base.tokenizer.save_pretrained(folder)
     return type(model), model.dtype, fingerprint_weights(model)
-
-
-CARD_FILE = "README.md"
-MODEL_CLASSES = {"causal_lm": "ModelForCausalLM", "classifier": "ModelForSequenceClassification"}
-"""Names of the classes that load a model, without `Auto` (transformers) or `AutoPeft` (PEFT)."""
-SHOWN_SETTINGS = (
-    *("method.", "optim.", "schedule.", "seed", "trainer.max_steps", "trainer.batch_size"),
-    *("trainer.early_stop_evaluations", "data.max_length", "data.block_length"),
-)
-"""Beginnings of the keys of the settings that a card shows. These settings contain no paths."""
 
 
 def build_card(record: RunRecord, config: RunConfig, *, format: str, dtype: str, repository: str) -> ModelCard:

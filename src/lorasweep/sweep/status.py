@@ -298,11 +298,8 @@ class ProgressDisplay:
 
     def _new_lines(self, status: SweepStatus) -> Iterator[str]:
         """Yields a line for each run that ended and has no line yet: `lora 4/6  complete  1.4  lr 0.01`."""
-        asked = {
-            (name, arm.name): stage.asked
-            for arm in status.arms
-            for name, stage in zip(("search", "confirm"), arm.stages, strict=True)
-        }
+        asked = {("search", arm.name): arm.search.asked for arm in status.arms}
+        asked |= {("confirm", arm.name): arm.confirm.asked for arm in status.arms}
         done = Counter((row.stage, row.arm) for row in list_ended_runs(status.record) if row.run in self._shown_runs)
         for row in list_ended_runs(status.record):
             if row.run in self._shown_runs:

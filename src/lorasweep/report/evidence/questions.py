@@ -36,6 +36,21 @@ GRID_POINTS = 801
 LOWEST_SCORE = -8.0
 """Standard normal scores below this have no weight."""
 
+FAMILY_LEVEL = 0.05
+"""The chance of any false verdict in a sweep whose questions have no true difference."""
+POWER_SCORE = 0.84
+"""Standard normal score of a probability of 80 %."""
+SEED_STEPS = (*range(2, 21), *range(25, 101, 5))
+"""Numbers of seeds that are tried to settle a question."""
+GROUP_FACTORS = (1.5, 2, 3, 4, 6, 8, 12, 16)
+"""Factors on the present number of groups of test examples that are tried to settle a question."""
+Verdict = Literal["better", "equivalent", "not worse", "worse", "sufficient", "insufficient", "open"]
+"""The words of every output: terminal, page, CSV, JSON and TensorBoard. `not worse` is: not by more than the margin."""
+POSITIVE_VERDICTS: tuple[Verdict, ...] = ("better", "equivalent", "not worse", "sufficient")
+NEGATIVE_VERDICTS: tuple[Verdict, ...] = ("worse", "insufficient")
+ENTRY_FIELDS = ("subject", "reference", "verdict", "value", "interval", "open_because", "to_settle")
+"""The fields of an answer that files have beside its name."""
+
 
 @functools.cache
 def compute_look_level(looks: tuple[int, ...], *, level: float) -> float:
@@ -73,24 +88,6 @@ def _compute_crossing(looks: Sequence[int], boundary: float) -> float:
         steps = norm.pdf(further[:, None], loc=nodes[None], scale=spread)
         density, nodes = np.trapezoid(density[None] * steps, nodes, axis=1), further
     return crossed
-
-
-FAMILY_LEVEL = 0.05
-"""The chance of any false verdict in a sweep whose questions have no true difference."""
-POWER_SCORE = 0.84
-"""Standard normal score of a probability of 80 %."""
-SEED_STEPS = (*range(2, 21), *range(25, 101, 5))
-"""Numbers of seeds that are tried to settle a question."""
-GROUP_FACTORS = (1.5, 2, 3, 4, 6, 8, 12, 16)
-"""Factors on the present number of groups of test examples that are tried to settle a question."""
-Verdict = Literal["better", "equivalent", "not worse", "worse", "sufficient", "insufficient", "open"]
-"""The words of every output: terminal, page, CSV, JSON and TensorBoard. `not worse` is: not by more than the margin."""
-POSITIVE_VERDICTS: tuple[Verdict, ...] = ("better", "equivalent", "not worse", "sufficient")
-NEGATIVE_VERDICTS: tuple[Verdict, ...] = ("worse", "insufficient")
-
-
-ENTRY_FIELDS = ("subject", "reference", "verdict", "value", "interval", "open_because", "to_settle")
-"""The fields of an answer that files have beside its name."""
 
 
 @dataclass(frozen=True, kw_only=True)

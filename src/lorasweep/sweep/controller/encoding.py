@@ -40,6 +40,20 @@ RATIO_B = "optim.lr_ratio_b"
 LAW_KEYS = (RANK, ALPHA, ALPHA_OVER_RANK, SCALING, RATIO_B)
 """The swept keys that change the factor between the learning rate and u."""
 
+BATCH_KEY = "trainer.batch_size"
+MAX_HISTORY_TRIALS = 200
+"""Number of results, and of running trials, that a model sees. The cost of a Gaussian process grows with the cube of
+this number: at 200 a proposal takes about 0.5 s (TPE: 0.04 s), at 500 about 3 s."""
+OPTUNA_STATES: Mapping[TrialState, OptunaState] = {
+    "complete": OptunaState.COMPLETE,
+    "paused": OptunaState.PRUNED,  # a sampler reads a pruned trial as a result of fewer steps
+    "pruned": OptunaState.PRUNED,
+    "infeasible": OptunaState.PRUNED,  # with a violated constraint, because a sampler ignores failed trials
+    "failed": OptunaState.FAIL,
+    "running": OptunaState.RUNNING,
+}
+"""How Optuna calls the states of trials; a paused trial is still running in the study."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RateLaw:
@@ -205,7 +219,6 @@ class Power:
     high: float
 
 
-BATCH_KEY = "trainer.batch_size"
 POWERS: Mapping[str, Power] = {STEPS_KEY: Power(-0.20, -0.44, 0.04), BATCH_KEY: Power(0.49, 0.26, 0.72)}
 """The powers of LoRA's best learning rate, by setting."""
 
@@ -224,20 +237,6 @@ def scale_rate(rate: float, method: str, ratios: Mapping[str, float]) -> tuple[f
     shift = sum(power.value * move for power, move in moves)
     error = math.hypot(*((power.high - power.low) / 2 * move for power, move in moves))
     return rate * math.exp(shift), rate * math.exp(shift - error), rate * math.exp(shift + error)
-
-
-MAX_HISTORY_TRIALS = 200
-"""Number of results, and of running trials, that a model sees. The cost of a Gaussian process grows with the cube of
-this number: at 200 a proposal takes about 0.5 s (TPE: 0.04 s), at 500 about 3 s."""
-OPTUNA_STATES: Mapping[TrialState, OptunaState] = {
-    "complete": OptunaState.COMPLETE,
-    "paused": OptunaState.PRUNED,  # a sampler reads a pruned trial as a result of fewer steps
-    "pruned": OptunaState.PRUNED,
-    "infeasible": OptunaState.PRUNED,  # with a violated constraint, because a sampler ignores failed trials
-    "failed": OptunaState.FAIL,
-    "running": OptunaState.RUNNING,
-}
-"""How Optuna calls the states of trials; a paused trial is still running in the study."""
 
 
 class History:

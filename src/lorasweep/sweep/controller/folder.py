@@ -33,6 +33,11 @@ from lorasweep.sweep.definition.arms import Definition
 
 JOURNAL_FILE = "journal.log"
 
+RUNS_FOLDER = "runs"
+PACK_FILE = "pack.json"
+MAX_SAVE_FRACTION = 0.1
+"""Maximum fraction of the time that writing the record may take. The journal has the trials that the record lacks."""
+
 
 class Journal(JournalFileBackend):
     """Optuna's journal file, to which no other process writes.
@@ -104,12 +109,6 @@ def damaged_journal(folder: Path, error: Exception) -> RecordError:
 def name_study(arm: str, stage: Literal["search", "confirm"]) -> str:
     """Returns the name of an arm's study in a stage. An arm's name has no slash, so names are unique."""
     return arm if stage == "search" else f"{arm}/{stage}"
-
-
-RUNS_FOLDER = "runs"
-PACK_FILE = "pack.json"
-MAX_SAVE_FRACTION = 0.1
-"""Maximum fraction of the time that writing the record may take. The journal has the trials that the record lacks."""
 
 
 @dataclass(kw_only=True)

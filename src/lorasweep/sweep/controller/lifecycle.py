@@ -44,6 +44,12 @@ from lorasweep.sweep.definition.sweep_file import describe_space
 from lorasweep.sweep.definition.warnings import find_warnings
 from lorasweep.wording import join_words
 
+CHANGEABLE_KEYS = ("sweep.trials", "sweep.output", "confirm.seeds", "confirm.looks")
+"""Settings that change no trial that has begun, beside those of `worker`. Numbers of trials and seeds are checked
+separately."""
+MISSING = "nothing"
+"""Shown in messages in place of a setting that is missing."""
+
 
 def create_sweep(
     definition: Definition,
@@ -231,13 +237,6 @@ def _open(path: Path, undo: ExitStack) -> SweepStorage:
 def _require_journal(path: Path) -> None:
     if not (path / JOURNAL_FILE).is_file():
         raise RecordError(f"a sweep's folder must contain {JOURNAL_FILE}, but {str(path)!r} does not.")
-
-
-CHANGEABLE_KEYS = ("sweep.trials", "sweep.output", "confirm.seeds", "confirm.looks")
-"""Settings that change no trial that has begun, beside those of `worker`. Numbers of trials and seeds are checked
-separately."""
-MISSING = "nothing"
-"""Shown in messages in place of a setting that is missing."""
 
 
 def grow_definition(old: Definition, *, changes: Mapping[str, Any]) -> Definition:

@@ -52,6 +52,16 @@ DRAW_SEED = 0
 NORMAL_MAD = 1.4826
 """Standard deviation of a normal distribution, divided by its median absolute deviation."""
 
+NUM_CANDIDATES = 256
+"""Number of settings among which the best is chosen, for each value. Over two decades, learning rates differ by 2 %."""
+CANDIDATE_SEED = 0
+EXPLORATION = 1.0
+"""A new trial has the lowest `mean - EXPLORATION · standard deviation`. On stored grids 1 leaves less regret than 0."""
+REGRET_DRAWS = 500
+REGRET_CANDIDATES = 64
+RATE_DIGITS = 3
+"""Significant digits of a predicted learning rate."""
+
 
 class Coordinates:
     """Places an arm's parameters in the space of the Gaussian process, in units of its length scales."""
@@ -155,17 +165,6 @@ def compute_kernel(first: Array, second: Array) -> Array:
     distances = math.sqrt(5) * np.sqrt(((first[:, None] - second[None]) ** 2).sum(axis=-1))
     covariances: Array = (1 + distances + distances**2 / 3) * np.exp(-distances)
     return covariances
-
-
-NUM_CANDIDATES = 256
-"""Number of settings among which the best is chosen, for each value. Over two decades, learning rates differ by 2 %."""
-CANDIDATE_SEED = 0
-EXPLORATION = 1.0
-"""A new trial has the lowest `mean - EXPLORATION · standard deviation`. On stored grids 1 leaves less regret than 0."""
-REGRET_DRAWS = 500
-REGRET_CANDIDATES = 64
-RATE_DIGITS = 3
-"""Significant digits of a predicted learning rate."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,10 @@ from lorasweep.wording import nearest
 MAX_NAME_CHARACTERS = 100
 """Maximum length of the name of a sweep or an arm. It becomes part of a folder's name, whose length is limited."""
 
+RANGE_KEYS = ("low", "high", "log", "step")
+Space = dict[str, BaseDistribution]
+"""The distribution of each swept key."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ArmConfig(Settings):
@@ -128,11 +132,6 @@ def require_folder_name(what: str, name: str) -> None:
         raise ConfigError(
             f"{what} must consist of 1 to {MAX_NAME_CHARACTERS} letters, digits, `_` and `-`, but got {name!r}."
         )
-
-
-RANGE_KEYS = ("low", "high", "log", "step")
-Space = dict[str, BaseDistribution]
-"""The distribution of each swept key."""
 
 
 def parse_range(key: str, value: Any, *, is_whole: bool) -> BaseDistribution:
