@@ -13,6 +13,7 @@ from pathlib import Path
 import optuna
 import pytest
 from tests.small_runs import SMALL_RUN, rates
+from tests.training.runs import logged_rows
 
 import lorasweep
 from lorasweep.record import read_run, read_sweep
@@ -162,17 +163,17 @@ def finish(begin):
 def state_of(folder):
     """Every trial by its run's folder: what was proposed, how it ended, each loss and evaluation, and its weights."""
     record = read_sweep(folder)
-    rows = [(row.run, row.arm, row.number, row.params, row.state, row.value, row.reason) for row in record.trials]
+    listed = [(row.run, row.arm, row.number, row.params, row.state, row.value, row.reason) for row in record.trials]
     reruns = record.confirm
-    rows += [(row.run, row.subject, row.setting_number, row.seed, row.state, row.value, row.reason) for row in reruns]
+    listed += [(row.run, row.subject, row.setting_number, row.seed, row.state, row.value, row.reason) for row in reruns]
     state = {}
-    for run, *rest in rows:
+    for run, *rest in listed:
         kept = read_run(folder / run)
         weights = {
             str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted((folder / run).rglob("*.safetensors"))
         }
-        state[run] = (rest, kept.status, kept.steps_done, kept.best, kept.test, rows(folder / run), weights)
+        state[run] = (rest, kept.status, kept.steps_done, kept.best, kept.test, logged_rows(folder / run), weights)
     return state
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.training.runs import rows
+from tests.training.runs import logged_rows
 
 import lorasweep
 from lorasweep.record import read_run, read_steps, read_sweep
@@ -146,5 +146,5 @@ def test_a_trial_that_was_paused_and_resumed_ends_as_one_that_was_never_paused(t
         if row.state == "complete":
             assert kept[row.run] == expected[row.run]
         else:
-            steps = rows(halved / row.run)
-            assert steps == rows(whole / row.run)[: len(steps)]
+            steps = logged_rows(halved / row.run)
+            assert steps == logged_rows(whole / row.run)[: len(steps)]

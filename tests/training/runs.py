@@ -38,7 +38,7 @@ def train_together(configs, *, inputs, state_file):
     )
 
 
-def rows(folder):
+def logged_rows(folder):
     """Returns what a run logged, but for its speed."""
     return [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in read_steps(folder)]
 

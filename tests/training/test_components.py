@@ -7,7 +7,7 @@ import pytest
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tests.training.runs import rows, train, train_together
+from tests.training.runs import logged_rows, train, train_together
 
 from lorasweep.errors import ConfigError
 from lorasweep.record import read_run, read_steps
@@ -42,11 +42,11 @@ def test_a_run_with_another_optimizer_or_schedule_learns_and_resumes_exactly(tmp
     config = make_config({**settings, "optim.lr": 1e-3})
     whole = train(tmp_path / "whole", config, inputs=inputs)
     assert whole.status == "complete"
-    assert len({row["loss"] for row in rows(tmp_path / "whole") if "loss" in row}) == whole.steps_done
+    assert len({row["loss"] for row in logged_rows(tmp_path / "whole") if "loss" in row}) == whole.steps_done
     asked = iter([False, False, False, True])  # stops after the third step
     train(tmp_path / "halves", config, inputs=inputs, stop_requested=lambda: next(asked))
     assert train(tmp_path / "halves", config, inputs=inputs, resume=True).status == "complete"
-    assert rows(tmp_path / "halves") == rows(tmp_path / "whole")
+    assert logged_rows(tmp_path / "halves") == logged_rows(tmp_path / "whole")
     assert restore_config(read_run(tmp_path / "whole")) == config
 
 
@@ -57,7 +57,7 @@ def test_a_schedule_that_waits_for_the_loss_moves_at_evaluations(tmp_path, make_
     paused = train(tmp_path / "paused", config, inputs=inputs, on_evaluation=lambda step, values: step != 4)
     assert paused.status == "paused"
     train(tmp_path / "paused", config, inputs=inputs, resume=True)
-    assert rows(tmp_path / "paused") == rows(tmp_path / "whole")
+    assert logged_rows(tmp_path / "paused") == logged_rows(tmp_path / "whole")
 
 
 def scalars(folder):
@@ -148,7 +148,7 @@ def test_lightnings_callbacks_see_the_run_and_log(tmp_path, make_config, inputs,
     plain = make_config({"trainer.max_steps": 6})
     train(tmp_path / "with", config, inputs=inputs)
     train(tmp_path / "without", plain, inputs=inputs)
-    assert rows(tmp_path / "with") == rows(tmp_path / "without")  # none of them changes what is learned
+    assert logged_rows(tmp_path / "with") == logged_rows(tmp_path / "without")  # none of them changes what is learned
     shown = scalars(tmp_path / "with")
     assert [value for _, value in shown["lr-AdamW"]] == pytest.approx(rates(tmp_path / "with"), rel=1e-6)
     assert any("cpu_percent" in tag for tag in shown)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 from tests.training.own_modules import DigitClassifier
-from tests.training.runs import rows
+from tests.training.runs import logged_rows
 
 import lorasweep
 from lorasweep.cli import main
@@ -94,7 +94,7 @@ def test_a_stopped_run_resumes_with_the_same_losses(tmp_path, stop_at):
     assert train_run(config, folder, stop_requested=stop, **arguments).status == "interrupted"
     assert 0 < read_run(folder.path).steps_done < 24
     assert train_run(config, folder, **arguments).score == whole.score
-    assert rows(folder.path) == rows(tmp_path / "whole")
+    assert logged_rows(folder.path) == logged_rows(tmp_path / "whole")
 
 
 def test_the_data_order_depends_on_its_seed_and_not_on_the_method(tmp_path):

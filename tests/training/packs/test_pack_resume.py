@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.training.packs.conftest import save_gpt2
-from tests.training.runs import rows
+from tests.training.runs import logged_rows
 
 import lorasweep.training.packs.pack as pack_file
 from lorasweep.data import batching
@@ -181,7 +181,7 @@ def assert_same_runs(folder, whole):
     names = sorted(path.name for path in whole.glob("run-*"))
     assert sorted(path.name for path in folder.glob("run-*")) == names
     for name in names:
-        assert rows(folder / name) == rows(whole / name), name
+        assert logged_rows(folder / name) == logged_rows(whole / name), name
         one, other = read_run(folder / name), read_run(whole / name)
         for field in RECORDED:
             assert getattr(one, field) == getattr(other, field), (name, field)
@@ -275,7 +275,7 @@ def test_a_slot_whose_checkpoint_is_damaged_goes_on_from_the_one_before_and_a_no
     note = "The checkpoint of step 4 was damaged or missing, so the run resumed from step 2."
     assert [note in read_run(tmp_path / f"run-{n}").notes for n in (0, 2)] == [False, True]
     for n in (0, 2):
-        assert [row["step"] for row in rows(tmp_path / f"run-{n}")] == [1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 8, 8]
+        assert [row["step"] for row in logged_rows(tmp_path / f"run-{n}")] == [1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 8, 8]
         assert read_run(tmp_path / f"run-{n}").status == "complete"
 
 
@@ -306,4 +306,4 @@ def test_the_stream_that_slots_share_continues_after_a_kill(make_config, tmp_pat
     other.waiting = later.waiting
     jobs = [other.job(name, start_step=step) for name, step in content["steps"].items()]
     assert other.train(jobs, inputs=inputs)
-    assert rows(later.folder / "run-0") != rows(search.folder / "run-0")
+    assert logged_rows(later.folder / "run-0") != logged_rows(search.folder / "run-0")
