@@ -104,13 +104,8 @@ def test_files_that_are_missing_or_broken_are_refused(make_model, saved):
         ({"bias": "all"}, "got `bias` 'all'"),
         ({"target_modules": None}, "must be a LoRA configuration"),
         ({"r": 0}, "must be a LoRA configuration"),
-        ({"r": "8"}, "must be a LoRA configuration"),
-        ({"lora_alpha": float("nan")}, "must be a LoRA configuration"),
         ({"lora_alpha": 10**400}, "must be a LoRA configuration"),
-        ({"lora_dropout": 10**400}, "must be a LoRA configuration"),
-        ({"r": 10**18}, "must be a LoRA configuration"),
         ({"rank_pattern": {"up": 10**400}}, "must be a LoRA configuration"),
-        ({"alpha_pattern": {"up": 10**400}}, "must be a LoRA configuration"),
         ({"target_modules": ["upp"]}, "Did you mean `up`"),
         ({"r": 10**9}, r"shape \(1000000000, 8\) .* got \(2, 8\)"),  # before memory is taken
     ],

@@ -12,10 +12,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tests.fuzzing import FUZZ, NESTED, damage, damage_bytes, refusal_allowed
 from tests.tiny_tokenizer import load_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Wav2Vec2Config
 
 from lorasweep.errors import ConfigError
-from lorasweep.models.load import Labels, fingerprint_weights, load_base
+from lorasweep.models.load import (
+    MAX_EAGER_TOKENS,
+    Labels,
+    choose_attention,
+    fingerprint_weights,
+    load_base,
+    set_dropout_settings,
+)
 
 LABELS = Labels(kind="single_label", names=("calm", "loud", "odd"))
 
@@ -100,7 +107,7 @@ def test_damaged_folder_is_one_sentence(folder, damage, capfd, model_config):
 
 CODE = """
 from pathlib import Path
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Wav2Vec2Config
 
 class OwnConfig(LlamaConfig):
     model_type = "own"
@@ -164,6 +171,63 @@ def test_model_without_padding_pads_with_the_end_of_text(saved, model_config):
     with torch.no_grad():
         padded, single = base.model(**rows).logits[0], base.model(**alone).logits[0]
     torch.testing.assert_close(padded, single)  # padding is masked
+
+
+@pytest.mark.parametrize(
+    ("device", "lengths", "name"),
+    [
+        ("cpu", [15, 15, 900], "eager"),
+        ("cpu", [MAX_EAGER_TOKENS], "eager"),
+        ("cpu", torch.tensor([900, MAX_EAGER_TOKENS + 1, 15]), "sdpa"),
+        ("cuda", [15], "sdpa"),
+    ],
+)
+@pytest.mark.parametrize("before", ["auto", "eager"])
+def test_short_examples_on_a_cpu_get_eager_and_all_others_sdpa(saved, model_config, device, lengths, name, before):
+    model = load_base(model_config(saved, attention=before), dtype=torch.float32).model
+    choice = choose_attention(model, lengths=lengths, device=torch.device(device))
+    assert choice.name == model.config._attn_implementation == name
+    assert str(int(torch.as_tensor(lengths).median())) in choice.reason
+    assert choose_attention(model, lengths=lengths, device=torch.device(device)) == choice
+
+
+def test_model_with_one_implementation_keeps_it(saved, model_config, monkeypatch):
+    model = load_base(model_config(saved, attention="eager"), dtype=torch.float32).model
+
+    def refuse(name):
+        if name != "eager":
+            raise ValueError("does not support sdpa")
+
+    monkeypatch.setattr(model, "set_attn_implementation", refuse)
+    choice = choose_attention(model, lengths=[900], device=torch.device("cpu"))
+    assert choice == ("eager", "the model has no other implementation")
+
+
+TOKENS = torch.arange(60, 84).reshape(2, 12)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("architecture", ["bert", "gpt2"])
+def test_zero_makes_training_mode_the_same_as_evaluation(save_random, model_config, architecture, attention):
+    kind = {"bert": "classifier", "gpt2": "causal_lm"}[architecture]
+    labels = LABELS if kind == "classifier" else None
+
+    def outputs(dropout):
+        config = model_config(save_random(architecture), kind=kind, dropout=dropout, attention=attention)
+        model = load_base(config, dtype=torch.float32, labels=labels).model
+        torch.manual_seed(0)
+        return model.train()(input_ids=TOKENS).logits, model.eval()(input_ids=TOKENS).logits
+
+    assert torch.equal(*outputs(0.0))
+    assert not torch.allclose(*outputs(None), atol=1e-6)  # the models' own rate is 0.1
+
+
+def test_rates_of_whole_layers_are_set_only_to_zero():
+    settings = Wav2Vec2Config(layerdrop=0.2, hidden_dropout=0.1)
+    set_dropout_settings(settings, 0.3)
+    assert (settings.layerdrop, settings.hidden_dropout) == (0.2, 0.3)
+    set_dropout_settings(settings, 0.0)
+    assert (settings.layerdrop, settings.hidden_dropout) == (0.0, 0.0)
 
 
 @pytest.mark.slow

@@ -73,9 +73,7 @@ def test_one_job_that_is_not_requeued(batch_file):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"jobs": 0}, r"`worker.jobs >= 1`.* got 0"),
         ({"gpus": -1}, r"`worker.gpus >= 0`.* got -1"),
-        ({"pack_size": 0}, r"`worker.pack_size >= 1`.* got 0"),
         ({"timeout_min": 2}, r"`worker.signal_delay_s < 120`.* got 120"),
     ],
 )
