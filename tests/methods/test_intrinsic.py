@@ -15,7 +15,7 @@ from lorasweep.methods.intrinsic import IntrinsicParameters, add_projection, app
 
 from .conftest import logits_of, make_base, prepare, train
 
-DID, SAID = IntrinsicConfig(dim=40, form="did"), IntrinsicConfig(dim=40, form="said")
+CONFIG = IntrinsicConfig(dim=40)
 LAYERS = 4  # of the small Llama: embeddings (tied to the head), two blocks, the last norm
 METHOD = METHODS["intrinsic"]
 
@@ -26,8 +26,7 @@ def set_coordinates(model, *, seed=0):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         intrinsic.coordinates.normal_(std=0.02, generator=generator)
-        if intrinsic.scales is not None:
-            intrinsic.scales.add_(0.1 * torch.randn(intrinsic.scales.shape, generator=generator))
+        intrinsic.scales.add_(0.1 * torch.randn(intrinsic.scales.shape, generator=generator))
 
 
 def weights_of(model):
@@ -75,19 +74,17 @@ def test_gradient_of_the_projection_is_that_of_finite_differences(shape):
     assert torch.autograd.gradcheck(lambda b, n: add_projection(b, n, signs), (base, vector))
 
 
-@pytest.mark.parametrize("form", ["did", "said"])
-def test_as_many_numbers_train_as_the_dimension_says(form):
-    model = prepare(make_base(), "intrinsic", config=IntrinsicConfig(dim=40, form=form))
+def test_as_many_numbers_train_as_the_dimension_says():
+    model = prepare(make_base(), "intrinsic", config=CONFIG)
     trained = {name.rpartition(".")[2]: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    expected = {"coordinates": 40} if form == "did" else {"coordinates": 40 - LAYERS, "scales": LAYERS}
-    assert trained == expected
+    assert trained == {"coordinates": 40 - LAYERS, "scales": LAYERS}
 
 
 def test_tied_weights_share_their_change():
-    model = prepare(make_base(tied=True), "intrinsic", config=DID)
+    model = prepare(make_base(tied=True), "intrinsic", config=CONFIG)
     set_coordinates(model)
     assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
-    untied = prepare(make_base(tied=False), "intrinsic", config=DID)
+    untied = prepare(make_base(tied=False), "intrinsic", config=CONFIG)
     base = make_base(tied=False)
     set_coordinates(untied)
     change = untied.lm_head.weight - base.model.lm_head.weight
@@ -100,7 +97,7 @@ def test_projection_depends_on_the_generator_alone():
     for torch_seed, seed in [(1, 5), (2, 5), (1, 6)]:
         torch.manual_seed(torch_seed)
         state = torch.get_rng_state()
-        model = prepare(base, "intrinsic", config=DID, seed=seed)
+        model = prepare(base, "intrinsic", config=CONFIG, seed=seed)
         assert torch.equal(torch.get_rng_state(), state)
         set_coordinates(model)
         weights.append(weights_of(model)["model.layers.0.mlp.up_proj.weight"])
@@ -110,12 +107,12 @@ def test_projection_depends_on_the_generator_alone():
 
 def test_file_has_the_numbers_and_the_seed_alone_and_brings_back_the_projection(tmp_path):
     base = make_base()
-    model = prepare(base, "intrinsic", config=SAID, seed=7)
+    model = prepare(base, "intrinsic", config=CONFIG, seed=7)
     train(model, "intrinsic")
     METHOD.save(model, tmp_path, base=base)
     sizes = {name: tensor.numel() for name, tensor in load_file(tmp_path / METHOD.weights_file).items()}
     assert sizes == {"coordinates": 40 - LAYERS, "scales": LAYERS, "seed": 1}
-    other = prepare(base, "intrinsic", config=SAID, seed=3)
+    other = prepare(base, "intrinsic", config=CONFIG, seed=3)
     METHOD.load(other, tmp_path)
     assert torch.equal(logits_of(other, "intrinsic"), logits_of(model, "intrinsic"))
 
@@ -125,7 +122,7 @@ def test_file_has_the_numbers_and_the_seed_alone_and_brings_back_the_projection(
 def test_merged_model_is_a_plain_one_with_the_same_output(tied, dtype):
     base = make_base(tied=tied, dtype=dtype)
     before = copy.deepcopy(base.model.state_dict())
-    model = prepare(base, "intrinsic", config=SAID)
+    model = prepare(base, "intrinsic", config=CONFIG)
     train(model, "intrinsic")
     expected = logits_of(model, "intrinsic")
     METHOD.merge(model)
@@ -142,7 +139,7 @@ def test_merged_model_is_a_plain_one_with_the_same_output(tied, dtype):
     ("settings", "message"),
     [
         ({"dim": 10**6}, r"method.dim <= \d+` must hold .* but got 1000000"),
-        ({"dim": 4}, r"`4 < method.dim .*`method.form=said`.* but got 4"),
+        ({"dim": 4}, r"`4 < method.dim .* but got 4"),
     ],
 )
 def test_dimension_that_does_not_fit_is_found_by_check_and_by_prepare(settings, message):

@@ -43,7 +43,6 @@ Scaling = Literal["alpha_over_rank", "alpha_over_sqrt_rank"]
 Init = Literal["default", "gaussian", "pissa", "orthogonal"]
 Variant = Literal["lora", "dora"]
 TrainedVectors = Literal["biases", "biases_and_norms"]
-IntrinsicForm = Literal["did", "said"]
 
 
 def flatten_alpha_over_rank(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,9 +152,7 @@ class IntrinsicConfig(Settings):
 
     name: Literal["intrinsic"] = "intrinsic"
     dim: Positive = 200
-    """Number d of trained parameters, >= 1. Under `said` it includes one scale per layer."""
-    form: IntrinsicForm = "said"
-    """`did`: one projection for all weights (section 3). `said`: also a trained scale per layer (section 4)."""
+    """Number d of trained parameters, >= 1. One of them for each layer is its scale ("SAID", section 4)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -160,12 +160,9 @@ def build_splits(
 
 def describe_constant_answer(splits: DataSplits, label_names: Sequence[str]) -> list[str]:
     """Returns a sentence with the answer that needs no training and its metrics on the validation split."""
-    scores = splits.score_constant_answer(splits.validation)
-    if not scores:
+    scores, logits = splits.score_constant_answer(splits.validation), splits.fit_constant_answer()
+    if not scores or logits is None:
         return []
-    assert isinstance(splits.train, LabelledSplit)
-    assert isinstance(splits.task, LabelTask)
-    logits = splits.task.fit_constant(splits.train.labels)
     if isinstance(splits.task, Regression):
         answer = f"{float(logits):.4g}, the mean of train"
     else:

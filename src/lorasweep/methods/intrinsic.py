@@ -39,31 +39,29 @@ WEIGHTS_PER_CHUNK = 2**18
 
 
 class IntrinsicMethod(Method):
-    """Trains all weights θ in a random subspace: θ = θ0 + P θ_d (`did`).
+    """Trains all weights θ in a random subspace, and a scale λ_i of each layer i of m: θ_i = θ0_i + λ_i P_i θ_(d-m).
 
-    With `said`, each layer i of m also trains a scale λ_i: θ_i = θ0_i + λ_i P_i θ_(d-m). θ_d and λ are saved with the
-    seed of P. Each forward pass computes every weight in fp32 and rounds it once to the base's dtype. Until the end of
-    the backward pass, the computed weights take as much memory as the base.
+    θ_(d-m) and λ are saved with the seed of P. Each forward pass computes every weight in fp32 and rounds it once to
+    the base's dtype. Until the end of the backward pass, the computed weights take as much memory as the base.
     """
 
     name = "intrinsic"
     weights_file = "intrinsic.safetensors"
 
     def check(self, model: nn.Module, config: MethodConfig, *, new_head_names: Sequence[str] = ()) -> None:
-        """Raises a ConfigError if d is above the number of weights, or with `said` not above the number of layers."""
+        """Raises a ConfigError if d is above the number of weights, or not above the number of layers."""
         assert isinstance(config, IntrinsicConfig)
         layers = find_layers(model)
         num_weights = sum(weight.numel() for layer in layers for weight in layer)
-        num_scales = len(layers) if config.form == "said" else 0
-        if not num_scales < config.dim <= num_weights:
+        if not len(layers) < config.dim <= num_weights:
             raise ConfigError(
-                f"`{num_scales} < method.dim <= {num_weights}` must hold with `method.form={config.form}` (the "
-                f"scales of `said`, one per layer, and the number of weights), but got {config.dim!r}."
+                f"`{len(layers)} < method.dim <= {num_weights}` must hold (the number of layers, which have a "
+                f"scale each, and of weights), but got {config.dim!r}."
             )
 
     def _make_trainable(self, model: nn.Module, config: Any, *, generator: torch.Generator, **_: Any) -> None:
         layers = find_layers(model)
-        intrinsic = IntrinsicParameters(config, num_scales=len(layers) if config.form == "said" else 0)
+        intrinsic = IntrinsicParameters(config, num_scales=len(layers))
         updates = {
             id(weight): ProjectedUpdate(intrinsic, layer=index, weight=weight)
             for index, layer in enumerate(layers)
@@ -85,12 +83,12 @@ class IntrinsicMethod(Method):
         The factor is the length of P's columns, which is 1 in the paper.
         """
         intrinsic = find_intrinsic_parameters(model)
-        groups = [ParameterGroup(name="intrinsic", params=(intrinsic.coordinates,), lr_factor=1.0)]
-        if intrinsic.scales is not None:
-            num_weights = sum(update.num_weights for update in intrinsic.updates)
-            factor = math.sqrt(num_weights / len(intrinsic.coordinates))
-            groups.append(ParameterGroup(name="scales", params=(intrinsic.scales,), lr_factor=factor))
-        return groups
+        num_weights = sum(update.num_weights for update in intrinsic.updates)
+        factor = math.sqrt(num_weights / len(intrinsic.coordinates))
+        return [
+            ParameterGroup(name="intrinsic", params=(intrinsic.coordinates,), lr_factor=1.0),
+            ParameterGroup(name="scales", params=(intrinsic.scales,), lr_factor=factor),
+        ]
 
     def load(self, model: nn.Module, folder: Path) -> None:
         """Reads coordinates, scales and seed, and draws the projection of that seed."""
@@ -121,8 +119,8 @@ class IntrinsicParameters(nn.Module):
 
     def __init__(self, config: IntrinsicConfig, *, num_scales: int) -> None:
         super().__init__()
-        self.coordinates = nn.Parameter(torch.zeros(config.dim - num_scales))  # θ_d with `did`, θ_(d-m) with `said`
-        self.scales = nn.Parameter(torch.ones(num_scales)) if num_scales else None
+        self.coordinates = nn.Parameter(torch.zeros(config.dim - num_scales))  # θ_(d-m)
+        self.scales = nn.Parameter(torch.ones(num_scales))
         self.register_buffer("seed", torch.zeros((), dtype=torch.int64))  # 32 bits, as torch's CPU generator
         self.block = max(SIGNS_PER_BYTE, 1 << (len(self.coordinates) - 1).bit_length())
         self.updates: tuple[ProjectedUpdate, ...] = ()
@@ -150,9 +148,7 @@ class ProjectedUpdate(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         intrinsic = self.intrinsic
-        factor: float | Tensor = 1 / math.sqrt(len(intrinsic.coordinates))
-        if intrinsic.scales is not None:
-            factor = intrinsic.scales[self.layer] * factor
+        factor = intrinsic.scales[self.layer] * (1 / math.sqrt(len(intrinsic.coordinates)))
         vector = pad(intrinsic.coordinates * factor, (0, intrinsic.block - len(intrinsic.coordinates)))
         return add_projection(weight, vector, self.signs)
 

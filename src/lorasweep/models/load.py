@@ -146,7 +146,11 @@ def load_base(config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None 
         for module in model.modules():
             if isinstance(module, _DropoutNd):  # some do not read their rate from the configuration
                 module.p = config.dropout
-    _set_padding(model, tokenizer)
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token  # padded positions are masked
+    text_settings = model.config.get_text_config()  # a model that also reads images has its text settings inside
+    if getattr(text_settings, "pad_token_id", None) is None:
+        text_settings.pad_token_id = tokenizer.pad_token_id
     model.requires_grad_(False).train(False)
     model.config.use_cache = False
     return BaseModel(
@@ -272,22 +276,10 @@ def _to_config_error(error: BaseException, config: ModelConfig) -> ConfigError:
             f"`model.attention` must be available for this model and machine, but got {config.attention!r} "
             f"({first_line(error)}). Use `model.attention=auto`."
         )
-    # messages of other classes, such as KeyError, are hard to understand without the name of the class
-    has_sentence = isinstance(error, OSError | ValueError | RuntimeError | ImportError)
-    reason = first_line(error) if has_sentence else describe_error(error)
     return ConfigError(
         f"`model.path` must be a {config.kind} model with its tokenizer, but {config.path!r} can't be loaded: "
-        f"{reason}. Download the model again, or use another model."
+        f"{describe_error(error)}. Download the model again, or use another model."
     )
-
-
-def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Sets the end-of-text token as padding if the tokenizer has no padding token. Padded positions are masked."""
-    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
-        tokenizer.pad_token = tokenizer.eos_token
-    settings = model.config.get_text_config()  # a model that also reads images has its text settings inside
-    if getattr(settings, "pad_token_id", None) is None:
-        settings.pad_token_id = tokenizer.pad_token_id
 
 
 def set_dropout_settings(settings: Any, rate: float) -> None:
