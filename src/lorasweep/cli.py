@@ -445,7 +445,7 @@ def _say_how_to_resume(result: SweepResult) -> int:
 
 
 def _say_exception(error: LoraSweepError | OSError, job: str = "") -> int:
-    """Prints an error as a sentence, of several processes mostly by the first alone. Returns its exit code."""
+    """Prints an error in one sentence and returns its exit code. If several processes train, the first prints it."""
     if _rank() > 0 and not isinstance(error, RanksLost):
         return FAILED
     start = f"{job}: " if job else ""

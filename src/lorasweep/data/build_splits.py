@@ -182,7 +182,7 @@ def _build_task(source: DataSource, validation: Split) -> Task:
 def build_block_split(
     examples: Examples[Document], *, config: StdlibConfig | TextConfig, tokenizer: PreTrainedTokenizerBase
 ) -> BlockSplit:
-    """Tokenises the documents of one split and cuts them into blocks. Raises ConfigError if one block is longer."""
+    """Tokenises the documents of one split and cuts them into blocks. Raises ConfigError if they fill no block."""
     documents = tokenise_documents(examples, tokenizer=tokenizer)
     tokens = documents.values
     if len(tokens) <= config.block_length:

@@ -27,7 +27,7 @@ SPLIT_PERCENT = 10
 
 
 def read_texts(config: TextConfig) -> DataSource:
-    """Returns text files, or the texts in a column of a hub data set, as documents. Raises ConfigError without text."""
+    """Returns text files, or the texts in a column of a hub data set. Raises ConfigError if there is no text."""
     read = _open_column(config) if config.path is not None else _open_files(config)
     train = read("train")
     return build_source(

@@ -319,7 +319,7 @@ def parse_rows(table: Table, parse: Callable[..., T]) -> tuple[list[T], list[str
 
 
 def read_columns(dataset: Dataset, names: Iterable[str], *, name: str) -> dict[str, list[Any]]:
-    """Returns the values of columns. Class indices become names; negative ones None, as the hub hides labels so."""
+    """Returns the values of columns. A class index becomes a name, and a negative one (a hidden label) None."""
     with refuse_unreadable(Path(name)):  # a date of a parquet file may be out of Python's range
         columns: dict[str, list[Any]] = dataset.select_columns(list(dict.fromkeys(names)))[:]
     for column, values in columns.items():
