@@ -53,10 +53,10 @@ from lorasweep.config.sweep import HalvingPruner, parse_margin
 from lorasweep.record import Question, Trial
 from lorasweep.report.evidence.questions import Answer, Scale, answer_questions
 from lorasweep.report.evidence.scores import ConfirmScores
+from lorasweep.sweep.controller.arm_trials import Halving
 from lorasweep.sweep.controller.encoding import History, scale_rate
 from lorasweep.sweep.controller.predictions import predict_best
 from lorasweep.sweep.controller.proposals import propose
-from lorasweep.sweep.controller.stopping_rules import Halving
 from lorasweep.sweep.definition.arms import Arm
 
 FOLDER = Path(__file__).parent / "answers"

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lorasweep.sweep.controller.stopping_rules import Halving, StoppingRule
+from lorasweep.sweep.controller.arm_trials import Halving, StoppingRule
 
 LAST = 12
 """Evaluations of a complete run; a rung is named by the number of its evaluation, so 6 is half of the run."""

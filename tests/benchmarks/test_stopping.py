@@ -13,8 +13,7 @@ from tests.sweep.controller.conftest import make_arm
 
 from lorasweep.config.sweep import SobolSampler
 from lorasweep.record import Trial
-from lorasweep.sweep.controller.arm_trials import ArmTrials
-from lorasweep.sweep.controller.stopping_rules import Halving, RungOrder
+from lorasweep.sweep.controller.arm_trials import ArmTrials, Halving, RungOrder
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "bench_stopping.py"
 RULES = [

@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from lorasweep.cli import DONE, WRONG_REQUEST, run
+from lorasweep.sweep.controller.arm_trials import build_rule
 from lorasweep.sweep.controller.lifecycle import read_saved_definition
-from lorasweep.sweep.controller.stopping_rules import build_rule
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.packing import explain_solo_arms
 

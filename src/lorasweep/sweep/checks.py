@@ -8,9 +8,9 @@ from lorasweep.config.data import MetricComponent, ScoreMetric
 from lorasweep.config.run import STEPS_KEY
 from lorasweep.errors import ConfigError
 from lorasweep.record import RetainedRow
+from lorasweep.sweep.controller.arm_trials import build_rule
 from lorasweep.sweep.controller.encoding import History
 from lorasweep.sweep.controller.proposals import propose
-from lorasweep.sweep.controller.stopping_rules import build_rule
 from lorasweep.sweep.definition.arms import Definition, name_in_errors, restore_definition
 from lorasweep.sweep.definition.packing import explain_bases, explain_solo_arms, plan_packing
 from lorasweep.sweep.workers.train import check_workers

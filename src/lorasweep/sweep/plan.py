@@ -31,7 +31,7 @@ from lorasweep.data.split import Split
 from lorasweep.errors import ConfigError, OutOfMemory, RunError
 from lorasweep.record import RunRecord, describe_confirmation, read_run
 from lorasweep.sweep.checks import MIN_STEPS
-from lorasweep.sweep.controller.stopping_rules import build_rule
+from lorasweep.sweep.controller.arm_trials import build_rule
 from lorasweep.sweep.definition.arms import Arm, Definition, restore_definition
 from lorasweep.sweep.definition.confirm import count_confirm_runs
 from lorasweep.sweep.definition.packing import explain_bases, explain_solo_arms, plan_packing

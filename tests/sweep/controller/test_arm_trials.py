@@ -10,8 +10,7 @@ from tests.sweep.controller.conftest import make_arm, make_trial
 
 from lorasweep.config.sweep import SobolSampler
 from lorasweep.record import Trial
-from lorasweep.sweep.controller.arm_trials import ArmTrials
-from lorasweep.sweep.controller.stopping_rules import Halving, RungOrder, StoppingRule
+from lorasweep.sweep.controller.arm_trials import ArmTrials, Halving, RungOrder, StoppingRule
 
 RUNGS = (2, 4, 6)
 SPACE = {"optim.lr": FloatDistribution(0, 1)}

@@ -14,7 +14,7 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.special import stdtr, stdtrit
 
-from lorasweep.report.evidence.scores import Array, ConfirmScores
+from lorasweep.report.evidence.scores import ConfirmScores
 
 CONFIDENCE = 0.95
 MAX_DOUBLINGS = 30
@@ -158,19 +158,6 @@ def estimate_sum(
         if coefficient:  # 0 · infinity is not a number
             sums += coefficient * np.array([scores.values[subject][seed] for seed in seeds])
     errors = {subject: scores.search_errors.get(subject, 0.0) if adds_search_error else 0.0 for subject in coefficients}
-    return _estimate_mean(
-        sums,
-        scores,
-        seeds=tuple(seeds),
-        bounds=_bound_sum(coefficients, scores.score_range, constant=constant),
-        search_variance=sum((coefficients[subject] * error) ** 2 for subject, error in errors.items()),
-    )
-
-
-def _estimate_mean(
-    sums: Array, scores: ConfirmScores, *, seeds: tuple[int, ...], bounds: Interval, search_variance: float
-) -> Estimate:
-    """Returns the mean over seeds and groups of (seeds, groups) sums."""
     shares, (num_seeds, num_groups) = scores.shares, sums.shape
     by_seed, by_group = sums @ shares, sums.mean(axis=0)
     mean = float(by_seed.mean())
@@ -185,14 +172,14 @@ def _estimate_mean(
             interaction = correction * float(((shares[None] * rest) ** 2).sum()) / (num_seeds * (num_seeds - 1))
     return Estimate(
         value=mean,
-        seeds=seeds,
+        seeds=tuple(seeds),
         values=tuple(map(float, by_seed)),
         seeds_variance=seeds_variance,
         groups_variance=groups_variance,
         interaction_variance=min(interaction, seeds_variance, groups_variance),
-        search_variance=search_variance,
+        search_variance=sum((coefficients[subject] * error) ** 2 for subject, error in errors.items()),
         num_groups=scores.num_groups,
-        bounds=bounds,
+        bounds=_bound_sum(coefficients, scores.score_range, constant=constant),
     )
 
 

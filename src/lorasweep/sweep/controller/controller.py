@@ -283,22 +283,17 @@ class Controller:
             for trials in self.stage.arms.values()
         ):
             looks = self.sweep.record.looks
-            if self.confirm is None:
-                self._prune_paused()
+            for trials in self.search.arms.values() if self.confirm is None else ():
+                for trial in trials.list_in_state("paused"):
+                    reason = f"stopped at step {trial.step}, because other trials were better there"
+                    prune_paused_run(self.sweep.path / trial.run, reason=reason)
+                    trials.end(trial, "pruned", reason=reason)
             if looks and self.confirm is None:
                 settings = choose_settings(self.search, sweep=self.sweep)
                 self.sweep.record.settings = settings
                 self.confirm = Confirmation(self.sweep, settings, looks=looks, session=self.session)
             elif self.confirm is None or not self.confirm.has_next_look or not self.confirm.begin_next_look():
                 self._is_over = True
-
-    def _prune_paused(self) -> None:
-        """Ends all paused trials of the search as pruned."""
-        for trials in self.search.arms.values():
-            for trial in trials.list_in_state("paused"):
-                reason = f"stopped at step {trial.step}, because other trials were better there"
-                prune_paused_run(self.sweep.path / trial.run, reason=reason)
-                trials.end(trial, "pruned", reason=reason)
 
     def _update_warnings(self, arms: Iterable[ArmTrials]) -> None:
         """Adds the warnings that most trials have learned nothing yet, and removes those that are no longer true."""

@@ -25,6 +25,7 @@ import statistics
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import optuna
@@ -69,8 +70,11 @@ def propose(arm: Arm, history: History, *, number: int) -> tuple[dict[str, Any],
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore", ExperimentalWarning)
             if isinstance(sampler, Component):
-                shown = [history.build_frozen_trial(trial) for trial in history.trials]
-                point, state = _ask(_build_sampler(sampler, seed=seed), history, shown)
+                seeded = _add_seeds({TARGET: sampler.target, **sampler.arguments}, seed=seed, key="sampler")
+                del seeded[TARGET]
+                expected: type[BaseSampler] = BaseSampler  # type: ignore[type-abstract]
+                built = instantiate(replace(sampler, arguments=seeded), key="sampler", expected=expected)
+                point, state = _ask(built, history, [history.build_frozen_trial(trial) for trial in history.trials])
             else:
                 if (
                     isinstance(sampler, ModelBasedSampler)
@@ -176,18 +180,6 @@ def _build_gp_trials(results: Sequence[Trial], history: History) -> list[FrozenT
         for name in names - trial.constraints.keys():
             trial.set_constraint(name, -1.0)
     return shown
-
-
-def _build_sampler(component: Component, *, seed: int) -> BaseSampler:
-    """Returns the sampler that a component names. It and samplers in its arguments get the seed, if they take a seed.
-
-    Raises:
-        ConfigError: The class is missing or not a sampler, or does not take these arguments.
-    """
-    seeded: dict[str, Any] = _add_seeds({TARGET: component.target, **component.arguments}, seed=seed, key="sampler")
-    del seeded[TARGET]
-    expected: type[BaseSampler] = BaseSampler  # type: ignore[type-abstract]
-    return instantiate(Component(target=component.target, arguments=seeded), key="sampler", expected=expected)
 
 
 def _add_seeds(value: Any, *, seed: int, key: str) -> Any:

@@ -16,12 +16,11 @@ from lorasweep.config.run import LR, SEED_KEYS, STEPS_KEY, RunConfig
 from lorasweep.config.sweep import SobolSampler
 from lorasweep.record import LookRow, SettingRow, Trial, find_winner, name_run, name_subject
 from lorasweep.report.evidence.evidence import answer_sweep, build_scale, read_confirm_scores
-from lorasweep.sweep.controller.arm_trials import ArmTrials
+from lorasweep.sweep.controller.arm_trials import ArmTrials, RungOrder, build_rule
 from lorasweep.sweep.controller.encoding import History, scale_rate
 from lorasweep.sweep.controller.folder import SweepFolder, name_study
 from lorasweep.sweep.controller.predictions import RATE_DIGITS, predict_best
 from lorasweep.sweep.controller.proposals import propose
-from lorasweep.sweep.controller.stopping_rules import RungOrder, build_rule
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.definition.confirm import has_fixed_score
 from lorasweep.training.run_log import RunFolder

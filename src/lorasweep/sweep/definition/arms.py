@@ -329,7 +329,13 @@ def _build_arm(name: str, config: ArmConfig, file: SweepFile, overrides: Mapping
         sweep_config=sweep_config,
         confirm_each=confirm_each,
     )
-    _check_confirm_each(arm)
+    range_ = None if confirm_each is None else space.get(confirm_each)
+    if confirm_each is not None and not (isinstance(range_, CategoricalDistribution) and len(range_.choices) > 1):
+        raise ConfigError(
+            f"`arms.{name}.confirm_each` must be a swept key with a list of at least two choices, but got "
+            f"{confirm_each!r}.{nearest(str(confirm_each), space)} Write it in `space`, such as "
+            "`method.rank: [1, 4, 16]`."
+        )
     if sweep_config.search.steps_fraction < 1 and (STEPS_KEY in space or not sweep_config.confirm.list_looks()):
         raise ConfigError(
             f"`search.steps_fraction` must be 1 if `{STEPS_KEY}` is searched and without a confirm stage, which trains "
@@ -350,16 +356,6 @@ def _replace_ranges(space: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[
         if key in ranges or not any(_is_inside(key, one) or _is_inside(one, key) for one in typed)
     }
     return kept | ranges  # a key stays in its place, because samplers see the keys in their order
-
-
-def _check_confirm_each(arm: Arm) -> None:
-    key = arm.confirm_each
-    range_ = None if key is None else arm.space.get(key)
-    if key is not None and not (isinstance(range_, CategoricalDistribution) and len(range_.choices) > 1):
-        raise ConfigError(
-            f"`arms.{arm.name}.confirm_each` must be a swept key with a list of at least two choices, but got {key!r}."
-            f"{nearest(str(key), arm.space)} Write it in `space`, such as `method.rank: [1, 4, 16]`."
-        )
 
 
 def _check_subjects(arms: Sequence[Arm]) -> None:
