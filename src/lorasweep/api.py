@@ -31,7 +31,7 @@ from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import RUN_FILE, SWEEP_FILE, read_run, read_sweep, write_record
 from lorasweep.report import write_report
 from lorasweep.report.recommend import read_recommended
-from lorasweep.report.tensorboard import write_run_hparams
+from lorasweep.report.write import write_run_hparams
 from lorasweep.results import RunResult, SweepResult, load_run, load_sweep
 from lorasweep.runs.reproduce import Reproduction, compare_sweeps, reproduce_run
 from lorasweep.sweep.checks import (

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from tests.files import edit_json
 
-from lorasweep.report.fairness import judge_fairness, list_edges
+from lorasweep.report.caveats import judge_fairness, list_edges
 from lorasweep.report.sweep_data import load_sweep_data
 
 from .conftest import build_rank_sweep, build_sweep

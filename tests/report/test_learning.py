@@ -8,7 +8,7 @@ from rich.console import Console
 from tests.files import edit_json
 
 from lorasweep.report import render_terminal, write_report
-from lorasweep.report.learning import judge_learning
+from lorasweep.report.caveats import judge_learning
 from lorasweep.report.sweep_data import load_sweep_data
 
 from .conftest import BASE_SCORE, confirm_winners

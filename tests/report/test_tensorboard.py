@@ -6,7 +6,7 @@ from tensorboard.plugins.hparams import metadata
 
 from lorasweep.record import read_run
 from lorasweep.report import write_report
-from lorasweep.report.tensorboard import ARM_TAG, HPARAMS_FOLDER, TENSORBOARD_FOLDER, write_run_hparams
+from lorasweep.report.write import ARM_TAG, HPARAMS_FOLDER, TENSORBOARD_FOLDER, write_run_hparams
 
 
 @pytest.fixture

@@ -4,11 +4,11 @@
 
 sweep_data          a sweep's folder: subjects with their trials and confirm runs, and one table of all runs
 evidence            the test scores of subjects, and the answers to the sweep's questions
-learning, fairness  whether the trials beat an answer that needs no training, and whether arms were treated alike
+caveats             whether the trials beat an answer that needs no training, and whether arms were treated alike
 recommend           the settings to use
 answers             the three lines at the top of every output, and verdicts in words
 summary             the content of the whole report, with all other sentences
-panel, figures, page, tensorboard, terminal, write
+panel, figures, page, terminal, write
                     the report as a person sees it
 """
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from lorasweep.config.run import ALPHA, LR, RANK
 from lorasweep.record import RetainedRow
+from lorasweep.report.caveats import Learning
 from lorasweep.report.evidence.evidence import RetainedChange
 from lorasweep.report.evidence.questions import NEGATIVE_VERDICTS, POSITIVE_VERDICTS, Answer
-from lorasweep.report.learning import Learning
 from lorasweep.report.recommend import choose_arm
 from lorasweep.report.sweep_data import ArmData, SweepData
 from lorasweep.wording import (

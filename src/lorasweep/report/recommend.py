@@ -13,8 +13,8 @@ from lorasweep.config.method import ALPHA_OVER_RANK
 from lorasweep.config.run import ALPHA, LR, RANK, STEPS_KEY
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import SWEEP_FILE, Trial
+from lorasweep.report.caveats import judge_learning
 from lorasweep.report.evidence.questions import NEGATIVE_VERDICTS, POSITIVE_VERDICTS
-from lorasweep.report.learning import judge_learning
 from lorasweep.report.sweep_data import ArmData, SweepData, load_sweep_data
 from lorasweep.wording import (
     count_decimals,

@@ -9,9 +9,8 @@ from typing import Any
 from lorasweep.config.sweep import parse_margin
 from lorasweep.record import COST_FIELDS, STATES
 from lorasweep.report.answers import AnswerLine, list_answer_lines
+from lorasweep.report.caveats import Learning, judge_fairness, judge_learning
 from lorasweep.report.evidence.questions import ENTRY_FIELDS
-from lorasweep.report.fairness import judge_fairness
-from lorasweep.report.learning import Learning, judge_learning
 from lorasweep.report.recommend import (
     Recommendation,
     choose_arm,

@@ -1,20 +1,51 @@
-"""Writes a sweep's report into `report/` in its folder: CSV, JSON, the HTML page and TensorBoard's files."""
+"""Writes a sweep's report into `report/` in its folder: CSV, JSON, the HTML page and TensorBoard's files.
+
+TensorBoard shows a row in HParams for each trial, one chart with the best curve of each arm, and the answers as text.
+This needs TensorBoard alone, neither TensorFlow nor torch.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pandas
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary as EventSummary
+from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+from tensorboard.plugins.text.metadata import create_summary_metadata
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.util.tensor_util import make_tensor_proto
 
+from lorasweep.config.ranges import is_number
+from lorasweep.config.redaction import redact
 from lorasweep.disk import write_atomically
+from lorasweep.record import RunRecord
+from lorasweep.report.answers import AnswerLine
 from lorasweep.report.figures import draw_panels
 from lorasweep.report.page import render_page
 from lorasweep.report.summary import Summary, summarize
-from lorasweep.report.tensorboard import TENSORBOARD_FOLDER, write_tensorboard
+from lorasweep.report.sweep_data import SweepData
 
 REPORT_FOLDER = "report"
+
+Value = EventSummary.Value
+HPARAMS_FOLDER = "hparams"
+"""Folder in a run's folder for its row in HParams. It is separate, so that TensorBoard's table has no curves."""
+TENSORBOARD_FOLDER = "tensorboard"
+"""The folder in a sweep's `report/`. `arms/` has the answers and a folder per arm, `trials/` a folder per trial.
+TensorBoard selects no run if there are more than 40, so `arms/` must be useful alone."""
+EVENT_FILE_SUFFIX = ".lorasweep"
+"""Suffix of our event files. A later call finds and replaces the files with this suffix."""
+ARM_TAG = "best trial of each arm"
+"""The group of the arms' curves. All arms have the same tag, so that TensorBoard draws them in one chart."""
+COSTS = ("trainable_params", "peak_memory_bytes", "wall_s")
+"""Fields of a run's record that are metrics of its row."""
 
 
 def write_report(folder: Path) -> Summary:
@@ -55,3 +86,72 @@ def build_tables(summary: Summary) -> dict[str, pandas.DataFrame]:
         changes["low"], changes["high"] = zip(*ends, strict=True)
         tables["retained.csv"] = changes
     return tables
+
+
+def write_run_hparams(record: RunRecord, folder: Path, swept: Mapping[str, Any]) -> None:
+    """Writes a single run's row in TensorBoard's HParams tab; a run without a score gets no row.
+
+    `swept` has the keys (dotted) and values that distinguish the run from others.
+    """
+    if record.score is not None:
+        name = "/".join(folder.absolute().parts[-2:])
+        settings = {"status": record.status, **swept}
+        _write_row(folder / HPARAMS_FOLDER, name, record, settings, {f"best/{record.metric}": record.score})
+
+
+def write_tensorboard(data: SweepData, answers: Sequence[AnswerLine], folder: Path) -> None:
+    """Writes TensorBoard's files of a sweep, in place of an earlier report's.
+
+    HParams has a row per trial, Scalars the best validation curve of each subject in one chart, and Text the answers.
+    """
+    lines = [f"- **{line.question}** {line.text}" for line in answers]
+    lines += ["", f"Figures and tables are in the page `{data.folder.absolute().name}/report/index.html`."]
+    as_text = create_summary_metadata(display_name="answers", description="")
+    answer = Value(tag="answers", metadata=as_text, tensor=make_tensor_proto(["\n".join(lines)]))
+    _write_events(folder / "arms", [(0, answer)])
+    # each subject's best curve is a run of TensorBoard, so that it has its own colour
+    tag, last_step = f"{ARM_TAG}/{data.record.metric}", max((trial.step for trial in data.trials), default=0)
+    for arm in data.arms:
+        curve = arm.best.curve if arm.best else ()
+        if len(curve) == 1:  # the frozen base: one evaluation, drawn as a line across the chart
+            curve = (*curve, (last_step, curve[0][1]))
+        if curve:
+            _write_events(folder / "arms" / arm.name, [(step, Value(tag=tag, simple_value=v)) for step, v in curve])
+        mean = data.evidence.mean(arm.name)
+        for trial in arm.trials:
+            if trial.record is None:
+                continue
+            name = Path(trial.run).name
+            settings = {"arm": arm.name, "status": trial.state, **trial.params}
+            test = mean.value if mean and trial is arm.best else None
+            scores = {f"best/{data.record.metric}": trial.value, f"test/{data.record.metric}": test}
+            row_name = f"{name} of {data.folder.absolute().name}"
+            _write_row(folder / "trials" / name, row_name, trial.record, settings, scores)
+
+
+def _write_row(
+    folder: Path, name: str, record: RunRecord, settings: Mapping[str, Any], scores: Mapping[str, float | None]
+) -> None:
+    # A number stays a number and everything else becomes text, so that a column keeps its type over runs. A None would
+    # turn TensorBoard's whole column into text.
+    columns = {
+        key: float(value) if is_number(value) else str(redact(str(value)))
+        for key, value in settings.items()
+        if value is not None
+    }
+    metrics = {**scores, **{cost: getattr(record, cost) for cost in COSTS}}
+    known = {key: value for key, value in metrics.items() if value is not None and math.isfinite(value)}
+    values = [*hparams_pb(columns, trial_id=name).value, *(Value(tag=k, simple_value=v) for k, v in known.items())]
+    _write_events(folder, [(0, value) for value in values])
+
+
+def _write_events(folder: Path, values: Sequence[tuple[int, Any]]) -> None:
+    """Writes one event file with values by step, in place of earlier ones."""
+    old = list(folder.glob(f"events.*{EVENT_FILE_SUFFIX}"))
+    writer = EventFileWriter(str(folder), filename_suffix=EVENT_FILE_SUFFIX)
+    for step, value in values:
+        writer.add_event(Event(wall_time=time.time(), step=step, summary=EventSummary(value=[value])))
+    writer.close()
+    # Old files are removed last, so that a killed process leaves at least one whole file.
+    for path in old:
+        path.unlink()

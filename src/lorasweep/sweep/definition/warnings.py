@@ -1,6 +1,6 @@
 """Warns of settings that would make a sweep's comparisons less fair or less certain, before the first trial.
 
-After the sweep, `report.fairness` judges the trials that ran.
+After the sweep, `report.caveats` judges the trials that ran.
 """
 
 from __future__ import annotations
