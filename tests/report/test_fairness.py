@@ -1,11 +1,12 @@
 """Fairness is judged by what ran: trials, tokens and the widths of learning-rate ranges."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
 from tests.files import edit_json
 
-from lorasweep.report.caveats import judge_fairness, list_edges
+from lorasweep.report.caveats import find_bounds, judge_fairness, list_edges
 from lorasweep.report.sweep_data import load_sweep_data
 
 from .conftest import build_rank_sweep, build_sweep
@@ -126,3 +127,24 @@ def test_best_value_at_the_end_of_its_range_is_said_if_a_complete_trial_lies_els
     assert len(list_edges(load_sweep_data(sweep))) == len(said)
     edit_json(sweep / "sweep.json", lambda raw: raw["trials"][2].update(value=None))
     assert list_edges(load_sweep_data(sweep)) == []
+
+
+@pytest.mark.parametrize(
+    ("swept", "bounds"),
+    [
+        ([4, 1, 16], (1, 16, False)),
+        ({"low": 1e-4, "high": 1e-2, "log": True}, (1e-4, 1e-2, True)),
+        ({"low": 0, "high": 0.1, "log": False}, (0, 0.1, False)),
+        ([8], None),
+        (["a", "b"], None),
+        ([True, False], None),
+        ([1, None], None),
+        ([1, math.nan], None),
+        ([1, 10**400], None),
+        ({"low": 1}, None),
+        ([[1], [2]], None),
+        (None, None),
+    ],
+)
+def test_bounds_are_the_smallest_and_the_largest_number(swept, bounds):
+    assert find_bounds(swept) == bounds

@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
-from lorasweep.config.ranges import is_number
 from lorasweep.config.redaction import redact
 from lorasweep.disk import write_atomically
 from lorasweep.errors import RecordError
@@ -19,6 +18,14 @@ from lorasweep.wording import nearest, shorten
 
 VERSION: Literal[1] = 1
 """Version of the format. Records of another version are refused."""
+MAX_NUMBER = 1e100
+"""Numbers with a larger absolute value are ignored, because their differences and squares would be infinite."""
+
+
+def is_number(value: Any) -> bool:
+    """Returns whether a value is a finite number, and not a boolean."""
+    # The last comparison is false for NaN.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER
 
 
 def _check_number(value: Any) -> Any:

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorasweep.config.data import Direction
-from lorasweep.config.ranges import is_number
-from lorasweep.record.json_file import VERSION, Count, Number, read_json
+from lorasweep.record.json_file import VERSION, Count, Number, is_number, read_json
 
 RUN_FILE = "run.json"
 STEPS_FILE = "steps.jsonl"

@@ -8,9 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from lorasweep.config.ranges import is_number
 from lorasweep.config.run import follows_rate_law
-from lorasweep.record.json_file import Count, Number
+from lorasweep.record.json_file import Count, Number, is_number
 from lorasweep.record.run import RunRecord
 from lorasweep.wording import format_setting, short_key
 

@@ -18,14 +18,16 @@ from operator import itemgetter
 from typing import Any, Literal
 
 from lorasweep.config.method import ALPHA_OVER_RANK
-from lorasweep.config.ranges import MAX_WIDTH_DIFFERENCE_DECADES, find_bounds, width_in_decades
 from lorasweep.config.run import ALPHA, LR, RANK
-from lorasweep.record import RunRecord, Trial
+from lorasweep.record import RunRecord, Trial, is_number
 from lorasweep.report.sweep_data import ArmData, SweepData, finite_number
 from lorasweep.wording import format_count, format_metric, format_score, format_setting, join_words
 
 MAX_EFFORT_RATIO = 1.25
 """Maximum ratio of the tokens of two arms that count as treated alike."""
+MAX_WIDTH_DIFFERENCE_DECADES = 0.5
+"""Two learning-rate ranges with a smaller difference in width count as equally wide. It is a step of a coarse grid
+(1, 3, 10)."""
 EDGE_FRACTION = 0.05
 """A value is at an end of its range if it is closer to the end than this share of the range."""
 
@@ -208,11 +210,12 @@ def measure_effort(arm: ArmData, data: SweepData) -> dict[str, Any]:
     if LR in keys and any(trial.follows_rate_law for trial in arm.trials):
         keys -= {ALPHA, ALPHA_OVER_RANK}
     settings = [one.setting for one in data.arms if one.arm == arm.name and one.setting]
+    low, high, _ = find_bounds(arm.row.space.get(LR)) or (1.0, 1.0, False)
     return {
         "arm": arm.name,
         "trials_asked": arm.row.trials,
         "tokens_trained": sum(trial.record.tokens_trained for trial in arm.trials if trial.record),
-        "lr_decades": width_in_decades(arm.row.space.get(LR)) or 0.0,
+        "lr_decades": math.log10(high) - math.log10(low) if low > 0 else 0.0,
         "dimensions": len(keys),
         "regret": max((one.regret for one in settings if one.regret is not None), default=None),
     }
@@ -246,10 +249,24 @@ def _find_end(arm: ArmData, key: str, trial: Trial | None) -> str | None:
     """Returns `lower` or `upper` if a trial's value lies at that end of the arm's range, else None."""
     space = arm.row.space.get(key)
     value, bounds = trial.numeric_setting(key) if trial else None, find_bounds(space)
-    if value is None or bounds is None or (bounds.is_log and value <= 0) or (key == RANK and value == 1):
+    if value is None or bounds is None or (key == RANK and value == 1):
         return None  # no rank is lower than 1, so there is nothing to search below it
-    low, high = bounds.low, bounds.high
-    position = math.log(value / low) / math.log(high / low) if bounds.is_log else (value - low) / (high - low)
+    low, high, is_log = bounds
+    if is_log and value <= 0:
+        return None
+    position = math.log(value / low) / math.log(high / low) if is_log else (value - low) / (high - low)
     # In a list of choices only the smallest and the largest are at an end.
     margin = 0.0 if isinstance(space, list) else EDGE_FRACTION
     return "lower" if position <= margin else "upper" if position >= 1 - margin else None
+
+
+def find_bounds(swept: Any) -> tuple[float, float, bool] | None:
+    """Returns the lowest and the highest of a key's choices or of its range, and whether the range is logarithmic.
+
+    Returns None if a value is not a number or if there are no two different numbers.
+    """
+    is_mapping = isinstance(swept, dict)
+    values = [swept.get("low"), swept.get("high")] if is_mapping else swept
+    if not isinstance(values, list) or not all(map(is_number, values)) or len(set(values)) < 2:
+        return None
+    return min(values), max(values), is_mapping and swept.get("log") is True and min(values) > 0

@@ -20,11 +20,10 @@ from rich.table import Table
 from rich.text import Text
 
 from lorasweep.config.data import METRIC_RANGES
-from lorasweep.config.ranges import is_number
 from lorasweep.config.sweep import parse_margin
 from lorasweep.disk import write_atomically
 from lorasweep.errors import ConfigError, describe_error
-from lorasweep.record import Question, QuestionName, name_subject
+from lorasweep.record import Question, QuestionName, is_number, name_subject
 from lorasweep.report.evidence.estimates import Estimate, estimate_sum
 from lorasweep.report.evidence.questions import Answer, Scale, answer_questions, compute_level
 from lorasweep.report.evidence.scores import UNBOUNDED, ConfirmScores, ExampleScores, RunKey, build_scores

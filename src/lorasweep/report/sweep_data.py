@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasweep.config.data import METRIC_RANGES
-from lorasweep.config.ranges import is_number
 from lorasweep.config.run import ALPHA, LR, RANK
 from lorasweep.config.sweep import parse_margin
 from lorasweep.errors import RecordError
@@ -28,6 +27,7 @@ from lorasweep.record import (
     TrialState,
     build_frame,
     find_winner,
+    is_number,
     list_confirm_runs,
     name_subject,
     read_run,

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.config.data import METRIC_RANGES, get_sign
-from lorasweep.config.ranges import is_number
 from lorasweep.config.sweep import Margin, parse_margin
-from lorasweep.record import RETAINED_SCORES_FILE, TEST_SCORES_FILE, QuestionName, RetainedRow, SweepRecord
+from lorasweep.record import RETAINED_SCORES_FILE, TEST_SCORES_FILE, QuestionName, RetainedRow, SweepRecord, is_number
 from lorasweep.report.evidence.estimates import Estimate, Interval, estimate_ratio, estimate_sum
 from lorasweep.report.evidence.questions import (
     Answer,

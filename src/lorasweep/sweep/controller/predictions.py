@@ -14,9 +14,8 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from lorasweep.config.data import Direction, get_sign
 from lorasweep.config.method import ALPHA_OVER_RANK
-from lorasweep.config.ranges import is_number
 from lorasweep.config.run import ALPHA, LR, RANK
-from lorasweep.record import Trial
+from lorasweep.record import Trial, is_number
 from lorasweep.sweep.controller.encoding import (
     History,
     Point,

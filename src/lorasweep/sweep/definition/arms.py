@@ -29,11 +29,10 @@ from lorasweep.config.compose import (
 )
 from lorasweep.config.data import DataConfig
 from lorasweep.config.method import ALPHA_OVER_RANK, flatten_alpha_over_rank
-from lorasweep.config.ranges import is_number
 from lorasweep.config.run import METHODS_ON_QUANTISED_BASE, STEPS_KEY, RunConfig
 from lorasweep.config.sweep import SweepConfig
 from lorasweep.errors import ConfigError
-from lorasweep.record import name_subject
+from lorasweep.record import is_number, name_subject
 from lorasweep.sweep.definition.sweep_file import (
     ArmConfig,
     Space,

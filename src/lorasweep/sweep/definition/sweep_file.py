@@ -18,8 +18,8 @@ from pydantic.dataclasses import dataclass
 from lorasweep.config.build import Positive, Settings, build
 from lorasweep.config.compose import packaged_folder
 from lorasweep.config.method import flatten_alpha_over_rank
-from lorasweep.config.ranges import is_number
 from lorasweep.errors import ConfigError, first_line
+from lorasweep.record import is_number
 from lorasweep.wording import nearest
 
 MAX_NAME_CHARACTERS = 100
