@@ -51,8 +51,8 @@ from lorasweep.config.data import Direction
 from lorasweep.config.run import STEPS_KEY
 from lorasweep.config.sweep import HalvingPruner, parse_margin
 from lorasweep.record import Question, Trial
+from lorasweep.report.evidence.estimates import ConfirmScores
 from lorasweep.report.evidence.questions import Answer, Scale, answer_questions
-from lorasweep.report.evidence.scores import ConfirmScores
 from lorasweep.sweep.controller.arm_trials import Halving
 from lorasweep.sweep.controller.encoding import History, scale_rate
 from lorasweep.sweep.controller.predictions import predict_best

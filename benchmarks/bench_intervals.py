@@ -20,9 +20,8 @@ import numpy as np
 
 from lorasweep.config.sweep import Margin
 from lorasweep.record import Question
-from lorasweep.report.evidence.estimates import estimate_sum
+from lorasweep.report.evidence.estimates import ConfirmScores, estimate_sum
 from lorasweep.report.evidence.questions import NEGATIVE_VERDICTS, POSITIVE_VERDICTS, Answer, Scale, answer_questions
-from lorasweep.report.evidence.scores import ConfirmScores
 
 MARGIN = 0.05
 LOOKS = (3, 6, 10)

@@ -24,9 +24,16 @@ from lorasweep.config.sweep import parse_margin
 from lorasweep.disk import write_atomically
 from lorasweep.errors import ConfigError, describe_error
 from lorasweep.record import Question, QuestionName, is_number, name_subject
-from lorasweep.report.evidence.estimates import Estimate, estimate_sum
+from lorasweep.report.evidence.estimates import (
+    UNBOUNDED,
+    ConfirmScores,
+    Estimate,
+    ExampleScores,
+    RunKey,
+    build_scores,
+    estimate_sum,
+)
 from lorasweep.report.evidence.questions import Answer, Scale, answer_questions, compute_level
-from lorasweep.report.evidence.scores import UNBOUNDED, ConfirmScores, ExampleScores, RunKey, build_scores
 from lorasweep.report.terminal import render_answers
 from lorasweep.wording import format_estimate, format_share_estimate, join_words
 

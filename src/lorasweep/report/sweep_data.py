@@ -33,7 +33,7 @@ from lorasweep.record import (
     read_run,
     read_sweep,
 )
-from lorasweep.report.evidence.estimates import Interval
+from lorasweep.report.evidence.estimates import UNBOUNDED, Interval
 from lorasweep.report.evidence.evidence import (
     Evidence,
     RetainedChange,
@@ -41,7 +41,6 @@ from lorasweep.report.evidence.evidence import (
     compare_retained,
     read_confirm_scores,
 )
-from lorasweep.report.evidence.scores import UNBOUNDED
 
 if TYPE_CHECKING:
     import pandas
@@ -199,10 +198,19 @@ def load_sweep_data(folder: Path) -> SweepData:
         RecordError: The folder is not a sweep, or its record is damaged.
     """
     record = read_sweep(folder)
-    _check_questions(record, folder)
+    is_ascending = record.looks == sorted(set(record.looks)) and all(look > 0 for look in record.looks)
+    if not is_ascending or any(one.reference is None and one.name != "smallest" for one in record.questions):
+        raise RecordError(
+            f"{str(folder / SWEEP_FILE)!r} is damaged: `looks` must be ascending numbers of seeds, and each of "
+            "`questions` but `smallest` must have a `reference`."
+        )
     problems: list[str] = []
     for trial in (*record.trials, *record.confirm):
-        trial.record = _read_run(trial, folder, problems)
+        try:
+            trial.record = read_run(folder / trial.run)
+        except (RecordError, OSError) as error:
+            if trial.state != "running":  # a run that begins has no record yet
+                problems.append(f"The run `{trial.run}` can't be read: {error}")
         trial.reason = trial.reason or (trial.record.reason if trial.record else None)
     searches, arms = [], []
     for row in record.arms:
@@ -226,24 +234,6 @@ def load_sweep_data(folder: Path) -> SweepData:
         evidence=evidence,
         retained=retained,
     )
-
-
-def _check_questions(record: SweepRecord, folder: Path) -> None:
-    is_ascending = record.looks == sorted(set(record.looks)) and all(look > 0 for look in record.looks)
-    if not is_ascending or any(one.reference is None and one.name != "smallest" for one in record.questions):
-        raise RecordError(
-            f"{str(folder / SWEEP_FILE)!r} is damaged: `looks` must be ascending numbers of seeds, and each of "
-            "`questions` but `smallest` must have a `reference`."
-        )
-
-
-def _read_run(trial: Trial, folder: Path, problems: list[str]) -> RunRecord | None:
-    try:
-        return read_run(folder / trial.run)
-    except (RecordError, OSError) as error:
-        if trial.state != "running":  # a run that begins has no record yet
-            problems.append(f"The run `{trial.run}` can't be read: {error}")
-        return None
 
 
 def _list_subject_rows(arm: ArmRow) -> list[ArmRow]:

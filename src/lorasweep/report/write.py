@@ -22,10 +22,9 @@ from tensorboard.plugins.text.metadata import create_summary_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 
-from lorasweep.record import is_number
 from lorasweep.config.redaction import redact
 from lorasweep.disk import write_atomically
-from lorasweep.record import RunRecord
+from lorasweep.record import RunRecord, is_number
 from lorasweep.report.answers import AnswerLine
 from lorasweep.report.figures import draw_panels
 from lorasweep.report.page import render_page

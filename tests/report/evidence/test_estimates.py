@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lorasweep.report.evidence.estimates import estimate_ratio, estimate_sum
-from lorasweep.report.evidence.scores import ConfirmScores, ExampleScores, build_scores
+from lorasweep.report.evidence.estimates import ConfirmScores, ExampleScores, build_scores, estimate_ratio, estimate_sum
 
 
 def plant(

@@ -7,8 +7,8 @@ import pytest
 
 from lorasweep.config.sweep import parse_margin
 from lorasweep.record import Question
+from lorasweep.report.evidence.estimates import ConfirmScores
 from lorasweep.report.evidence.questions import NEGATIVE_VERDICTS, POSITIVE_VERDICTS, Scale, answer_questions
-from lorasweep.report.evidence.scores import ConfirmScores
 
 RANKS = ["r1", "r4", "r16"]
 SHARE = Scale(margin=parse_margin("5%"), sign=1, base="base", full="full")

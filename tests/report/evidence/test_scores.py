@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from lorasweep.report.evidence.scores import ExampleScores, build_scores, read_examples
+from lorasweep.report.evidence.estimates import ExampleScores, build_scores, read_examples
 
 
 def examples(scores, weights=None, *, first=0, groups=None):

@@ -10,7 +10,18 @@ from typing import Any
 from lorasweep.config.data import METRIC_RANGES, get_sign
 from lorasweep.config.sweep import Margin, parse_margin
 from lorasweep.record import RETAINED_SCORES_FILE, TEST_SCORES_FILE, QuestionName, RetainedRow, SweepRecord, is_number
-from lorasweep.report.evidence.estimates import Estimate, Interval, estimate_ratio, estimate_sum
+from lorasweep.report.evidence.estimates import (
+    UNBOUNDED,
+    ConfirmScores,
+    Estimate,
+    ExampleScores,
+    Interval,
+    RunKey,
+    build_scores,
+    estimate_ratio,
+    estimate_sum,
+    read_examples,
+)
 from lorasweep.report.evidence.questions import (
     Answer,
     Scale,
@@ -19,14 +30,6 @@ from lorasweep.report.evidence.questions import (
     compare_pair,
     compute_level,
     judge_difference,
-)
-from lorasweep.report.evidence.scores import (
-    UNBOUNDED,
-    ConfirmScores,
-    ExampleScores,
-    RunKey,
-    build_scores,
-    read_examples,
 )
 
 Ratio = tuple[float, Interval | None]

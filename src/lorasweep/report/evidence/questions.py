@@ -28,8 +28,15 @@ from scipy.stats import norm
 
 from lorasweep.config.sweep import Margin
 from lorasweep.record import Question, QuestionName
-from lorasweep.report.evidence.estimates import Coefficients, Estimate, Interval, estimate_ratio, estimate_sum, subtract
-from lorasweep.report.evidence.scores import ConfirmScores
+from lorasweep.report.evidence.estimates import (
+    Coefficients,
+    ConfirmScores,
+    Estimate,
+    Interval,
+    estimate_ratio,
+    estimate_sum,
+    subtract,
+)
 from lorasweep.wording import short_key
 
 GRID_POINTS = 801

@@ -180,7 +180,11 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
             at=utc_now(),
             stage="confirm" if has_confirm else "search",
             settings=dict(changes or {}),
-            trials=list_grown_arms(old, definition),
+            trials={
+                arm.name: arm.trials
+                for arm in definition.arms
+                if arm.trials != next((one.trials for one in old.arms if one.name == arm.name), None)
+            },
         )
         record.changes.append(change)
         record.status = "interrupted"  # until a controller has found that nothing is left to do
@@ -252,32 +256,6 @@ def grow_definition(old: Definition, *, changes: Mapping[str, Any]) -> Definitio
         overrides = {key: value for key, value in overrides.items() if key.split(".")[0] != "worker"}
     raw = {"file": old.raw["file"], "overrides": {**overrides, **changes}}
     new = restore_definition(make_paths_absolute(raw), source=old.source)
-    _check_arms(old, new)
-    return new
-
-
-def list_grown_arms(old: Definition, new: Definition) -> dict[str, int]:
-    """Returns the number of trials of each arm that is new or has more trials."""
-    before = {arm.name: arm.trials for arm in old.arms}
-    return {arm.name: arm.trials for arm in new.arms if arm.trials != before.get(arm.name)}
-
-
-def warn_of_late_growth(changes: Sequence[SweepChange]) -> list[str]:
-    """Returns a warning if the sweep got more trials, arms or seeds after the confirm stage had begun."""
-    late = [change for change in changes if change.stage == "confirm"]
-    grown = [f"trials of `{name}`" for change in late for name in change.trials]
-    grown += ["seeds" for change in late if {"confirm.seeds", "confirm.looks"} & change.settings.keys()]
-    if not grown:
-        return []
-    return [
-        f"The sweep got more {join_words(list(dict.fromkeys(grown)))} up to {late[-1].at}, after test scores were "
-        "known. Settings are still chosen on validation data alone. But if you went on because of test scores, the "
-        "chance of a false verdict is higher than 5 %."
-    ]
-
-
-def _check_arms(old: Definition, new: Definition) -> None:
-    """Raises ConfigError unless every old arm is there, with the settings of its trials."""
     arms = {arm.name: arm for arm in new.arms}
     for arm in old.arms:
         if arm.name not in arms:
@@ -294,6 +272,21 @@ def _check_arms(old: Definition, new: Definition) -> None:
                 f"`arms.{arm.name}.trials >= {arm.trials}` must hold, because the sweep has that many, "
                 f"but got {arms[arm.name].trials}. Start a new sweep for fewer trials."
             )
+    return new
+
+
+def warn_of_late_growth(changes: Sequence[SweepChange]) -> list[str]:
+    """Returns a warning if the sweep got more trials, arms or seeds after the confirm stage had begun."""
+    late = [change for change in changes if change.stage == "confirm"]
+    grown = [f"trials of `{name}`" for change in late for name in change.trials]
+    grown += ["seeds" for change in late if {"confirm.seeds", "confirm.looks"} & change.settings.keys()]
+    if not grown:
+        return []
+    return [
+        f"The sweep got more {join_words(list(dict.fromkeys(grown)))} up to {late[-1].at}, after test scores were "
+        "known. Settings are still chosen on validation data alone. But if you went on because of test scores, the "
+        "chance of a false verdict is higher than 5 %."
+    ]
 
 
 def _list_settings(arm: Arm) -> dict[str, Any]:
