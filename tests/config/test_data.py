@@ -3,7 +3,6 @@
 import pytest
 
 from lorasweep.config.compose import compose_run
-from lorasweep.config.data import max_tokens_per_example
 from lorasweep.errors import ConfigError
 
 TABLE = {"data": "table", "data.train": "a.csv"}
@@ -39,8 +38,3 @@ def test_every_glue_task_is_a_table_of_the_hub(task):
     assert (table.name, table.path, table.subset, table.max_length) == ("table", "nyu-mll/glue", task, 77)
     assert table.metric == {"cola": "matthews", "stsb": "pearson"}.get(task, "accuracy")
     assert table.task == ("regression" if task == "stsb" else "single_label")
-
-
-def test_longest_example_is_a_block_or_the_longest_that_is_kept():
-    assert max_tokens_per_example(compose_run({**TEXT, "data.block_length": 9}).data) == 9
-    assert max_tokens_per_example(compose_run({**TABLE, "data.max_length": 10}).data) == 10

@@ -240,9 +240,3 @@ DataConfig = Annotated[
     StdlibConfig | TextConfig | TableConfig | ChatConfig | ModuleDataConfig,
     Field(discriminator="name"),
 ]
-
-
-def max_tokens_per_example(config: DataConfig) -> int:
-    if isinstance(config, ModuleDataConfig):
-        return 1  # unknown before the data is read
-    return config.block_length if isinstance(config, BlockSettings) else config.max_length

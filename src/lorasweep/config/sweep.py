@@ -22,19 +22,6 @@ from lorasweep.config.components import Component
 from lorasweep.errors import ConfigError
 
 MAX_CONFIRM_SEEDS = 1000
-MIN_RELIABLE_SEEDS = 3
-"""Fewer confirm seeds give a warning. A 95 % interval over seeds reaches 12.7 standard errors to each side with two
-seeds, 4.3 with three and 2.8 with five (Student's t)."""
-
-
-def warn_of_few_seeds(num_seeds: int) -> list[str]:
-    """Returns a warning if the confirm stage has too few seeds; none if it is skipped (0 seeds)."""
-    if not 0 < num_seeds < MIN_RELIABLE_SEEDS:
-        return []
-    return [
-        f"`confirm.seeds` is {num_seeds}. One seed gives no interval, and two give a very wide one. Take "
-        f"`confirm.seeds={MIN_RELIABLE_SEEDS}` or more."
-    ]
 
 
 @dataclass(frozen=True, kw_only=True)
