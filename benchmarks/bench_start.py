@@ -22,7 +22,7 @@ CHILD = """
 import json, os, sys, time
 import psutil
 from lorasweep import cli
-from lorasweep.quick_imports import quick_imports
+from lorasweep.training.torch_variables import quick_imports
 
 marks = []
 def mark():

@@ -75,7 +75,7 @@ assert not {'lightning', 'optuna', 'hydra', 'peft', 'submitit'} & set(sys.module
 """
 WITHOUT_COLLECTIONS = """
 import gc
-from lorasweep.quick_imports import quick_imports
+from lorasweep.training.torch_variables import quick_imports
 with quick_imports():
     assert not gc.isenabled()
     import torch

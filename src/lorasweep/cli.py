@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from lorasweep.config.redaction import redact
 from lorasweep.console import EscapingConsole, say, say_error
 from lorasweep.errors import ConfigError, LoraSweepError, RanksLost, RecordError
-from lorasweep.quick_imports import quick_imports
 from lorasweep.training.stop_signal import INTERRUPTED_EXIT_CODE
+from lorasweep.training.torch_variables import quick_imports
 
 if TYPE_CHECKING:
     from lorasweep.config.compose import Primary

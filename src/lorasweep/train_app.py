@@ -28,9 +28,9 @@ from lorasweep.config.compose import (
 from lorasweep.config.redaction import redact
 from lorasweep.console import say, say_error
 from lorasweep.errors import ConfigError, LoraSweepError
-from lorasweep.quick_imports import quick_imports
 from lorasweep.results import RunResult
 from lorasweep.training.stop_signal import INTERRUPTED_EXIT_CODE
+from lorasweep.training.torch_variables import quick_imports
 
 ShowResult = Callable[[RunResult, str], int]
 ShowError = Callable[[LoraSweepError | OSError, str], int]
