@@ -84,13 +84,13 @@ def test_micro_batches_hold_examples_of_like_length():
 
 
 def test_an_evaluation_of_a_part_has_the_same_examples_whatever_its_batches():
-    split = LengthsOnly([1 + n * 7 % 40 for n in range(200)])
+    split = LengthsOnly([1 + n * 7 % 40 for n in range(800)])
     parts = [sorted(EvaluationSampler(split, batch_size=size, fraction=0.25).order) for size in (1, 8, 64)]
-    assert parts == [choose_part(200, 0.25)] * 3
-    assert len(parts[0]) == 50
-    assert parts[0] != list(range(50))  # the first examples may all have one label
-    assert len(choose_part(200, 0.01)) == 32
-    assert choose_part(20, 0.01) == list(range(20))
+    assert parts == [choose_part(800, 0.25)] * 3
+    assert len(parts[0]) == 200
+    assert parts[0] != list(range(200))  # the first examples may all have one label
+    assert len(choose_part(200, 0.01)) == 128
+    assert choose_part(100, 0.01) == list(range(100))
 
 
 @settings(max_examples=50, deadline=None)

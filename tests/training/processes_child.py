@@ -21,7 +21,7 @@ from lorasweep.training.stop_signal import StopSignal
 
 SETTINGS = {
     "data.block_length": 32,
-    "data.max_validation_blocks": 40,  # of which 32 are evaluated during a run
+    "data.max_validation_blocks": 140,  # of which 128 are evaluated during a run
     "data.max_test_blocks": 4,
     "trainer.batch_size": 5,
     "trainer.eval_batch_size": 4,

@@ -169,7 +169,7 @@ class TrainerConfig(Settings):
     """Steps between two evaluations on validation data. At an evaluation a run is checkpointed and may be pruned. By
     default at half of `trainer.max_steps` and at the end, at most 500 steps apart."""
     eval_fraction: PositiveFraction
-    """Fraction of the validation examples (at least 32) on which a run is evaluated, in a random choice that is the
+    """Fraction of the validation examples (at least 128) on which a run is evaluated, in a random choice that is the
     same for all runs. When a run ends, its best weights are scored on all examples."""
     early_stop_evaluations: Positive | None
     """A run ends after this number of evaluations in a row without a better score; null trains all steps. The schedule

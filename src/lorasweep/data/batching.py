@@ -20,8 +20,9 @@ from lorasweep.data.split import Batch, Split
 
 BYTES_PER_POSITION = 16
 """Bytes of a token position in a batch: an int64 token and an int64 target."""
-MIN_PART = 32
-"""Minimum of examples in an evaluation on a part of a split, if there are as many."""
+MIN_PART = 128
+"""Minimum of examples in an evaluation on a part of a split, if there are as many. In replays, searches that compared
+trials on 32 of 96 blocks of text gave three times as many wrong answers (docs/benchmarks.md)."""
 BYTES_PER_DRAWN_EXAMPLE = 100
 """Bytes of an example's index while a step is drawn, sorted and cut: in lists of Python and in tensors."""
 
