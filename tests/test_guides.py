@@ -12,9 +12,8 @@ from lorasweep.config.compose import compose_run
 from lorasweep.data.reading import read_source
 from lorasweep.sweep.controller.lifecycle import grow_definition
 from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.definition.confirm import draw_confirm_seeds
+from lorasweep.sweep.definition.confirm import draw_confirm_seeds, find_warnings
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
-from lorasweep.sweep.definition.warnings import find_warnings
 
 DOCS = Path(__file__).parents[1] / "docs"
 DATA, SWEEPS, PARTS = ((DOCS / f"{name}.md").read_text(encoding="utf-8") for name in ("data", "sweeps", "components"))

@@ -4,7 +4,7 @@ Learning is judged against an answer that needs no training. For data with label
 training data, or the mean of its numbers. Its scores are in the run records (`constant_answer` in `RunRecord.data`).
 For text it is the frozen base, if the sweep has that arm.
 
-Fairness is judged by the trials that ran; `sweep.definition.warnings` warns about the plan before the first trial.
+Fairness is judged by the trials that ran; `sweep.definition.confirm` warns about the plan before the first trial.
 Confirm runs don't count: they choose nothing.
 """
 

@@ -33,9 +33,8 @@ from lorasweep.record import RunRecord, describe_confirmation, read_run
 from lorasweep.sweep.checks import MIN_STEPS
 from lorasweep.sweep.controller.arm_trials import build_rule
 from lorasweep.sweep.definition.arms import Arm, Definition, restore_definition
-from lorasweep.sweep.definition.confirm import count_confirm_runs
+from lorasweep.sweep.definition.confirm import count_confirm_runs, count_tokens, find_warnings
 from lorasweep.sweep.definition.packing import explain_bases, explain_solo_arms, plan_packing
-from lorasweep.sweep.definition.warnings import count_tokens, find_warnings
 from lorasweep.sweep.workers.worker import choose_slots, list_pack_arms
 from lorasweep.training.inputs import InputsCache, RunInputs
 from lorasweep.training.module import prepare_model

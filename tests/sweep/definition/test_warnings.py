@@ -3,7 +3,7 @@
 import pytest
 
 from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.definition.warnings import find_warnings
+from lorasweep.sweep.definition.confirm import find_warnings
 
 RATES = {"low": 1e-3, "high": 1e-1, "log": True}
 

@@ -39,9 +39,8 @@ from lorasweep.sweep.controller.folder import (
     open_storage,
 )
 from lorasweep.sweep.definition.arms import Arm, Definition, make_paths_absolute, restore_definition
-from lorasweep.sweep.definition.confirm import draw_confirm_seeds, list_questions
+from lorasweep.sweep.definition.confirm import draw_confirm_seeds, find_warnings, list_questions
 from lorasweep.sweep.definition.sweep_file import describe_space
-from lorasweep.sweep.definition.warnings import find_warnings
 from lorasweep.wording import join_words
 
 CHANGEABLE_KEYS = ("sweep.trials", "sweep.output", "confirm.seeds", "confirm.looks")
