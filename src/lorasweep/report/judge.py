@@ -24,6 +24,7 @@ from lorasweep.config.sweep import parse_margin
 from lorasweep.disk import write_atomically
 from lorasweep.errors import ConfigError, describe_error
 from lorasweep.record import Question, QuestionName, is_number, name_subject
+from lorasweep.report.answers import AnswerLine
 from lorasweep.report.evidence.estimates import (
     UNBOUNDED,
     ConfirmScores,
@@ -31,7 +32,7 @@ from lorasweep.report.evidence.estimates import (
     ExampleScores,
     RunKey,
     build_scores,
-    estimate_sum,
+    estimate_means,
 )
 from lorasweep.report.evidence.questions import Answer, Scale, answer_questions, compute_level
 from lorasweep.report.terminal import render_answers
@@ -63,9 +64,7 @@ class Judgement:
         return pandas.DataFrame.from_records([answer.as_entry() for answer in self.answers])
 
     def means(self) -> dict[str, Estimate]:
-        """Returns each subject's mean score over its seeds."""
-        found = {name: estimate_sum(self.scores, {name: 1.0}) for name in self.scores.values}
-        return {name: estimate for name, estimate in found.items() if estimate is not None}
+        return estimate_means(self.scores)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -91,8 +90,7 @@ class Judgement:
             means.add_row(name, format_estimate(mean.value, mean.find_interval()), str(len(mean.seeds)))
         return Group(*render_answers(self._list_lines()), means, *(Text(f"• {note}") for note in self.notes))
 
-    def _list_lines(self) -> list[tuple[str, str, bool]]:
-        """Returns each question, its answer in words, and whether it is settled."""
+    def _list_lines(self) -> list[AnswerLine]:
         lines = []
         for answer in self.answers:
             asks_enough = answer.name == "smallest"
@@ -101,7 +99,7 @@ class Judgement:
             what = f" of {answer.reference}'s gain" if answer.is_share and not asks_enough else ""
             why = "; ".join(filter(None, (answer.open_because, answer.to_settle)))
             text = f"{answer.verdict}: {shown(answer.value, answer.interval)}{what}" + (f" ({why})" if why else "")
-            lines.append((asked, text, answer.is_settled))
+            lines.append(AnswerLine(question=asked, text=text, is_settled=answer.is_settled))
         return lines
 
     def write(self, folder: Path, *, title: str) -> None:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from lorasweep.config.run import LR
 from lorasweep.errors import ConfigError
-from lorasweep.report.answers import describe_answer
+from lorasweep.report.answers import AnswerLine, describe_answer
 from lorasweep.report.recommend import format_arm_score
 from lorasweep.report.summary import Summary, summarize
 from lorasweep.report.sweep_data import ArmData, SweepData
@@ -45,7 +45,7 @@ def render_terminal(folder: Path, *, verbose: bool = False) -> RenderableType:
     ]
     return Group(
         *([Text(learning.headline, style="bold red")] if learning.headline else []),
-        *render_answers((line.question, line.text, line.is_settled) for line in summary.answers),
+        *render_answers(summary.answers),
         _draw_arms(summary),
         *(Text(f"• {sentence}") for sentence in sentences),
     )
@@ -85,11 +85,11 @@ def render_spread(folders: Sequence[Path]) -> RenderableType:
     return Group(table, Text(f"• {note}"))
 
 
-def render_answers(lines: Iterable[tuple[str, str, bool]]) -> list[Text]:
+def render_answers(lines: Iterable[AnswerLine]) -> list[Text]:
     """Returns a line for each question with its answer, yellow if it is not settled."""
     return [
-        Text.assemble((question, "bold"), f" {text}", style="" if is_settled else "yellow")
-        for question, text, is_settled in lines
+        Text.assemble((line.question, "bold"), f" {line.text}", style="" if line.is_settled else "yellow")
+        for line in lines
     ]
 
 

@@ -336,6 +336,11 @@ def estimate_sum(
     )
 
 
+def estimate_means(scores: ConfirmScores) -> dict[str, Estimate]:
+    """Returns the mean score of each subject alone, over its seeds and the test examples."""
+    return {name: mean for name in scores.values if (mean := estimate_sum(scores, {name: 1.0}))}
+
+
 def estimate_ratio(
     scores: ConfirmScores,
     numerator: Coefficients,

@@ -18,6 +18,7 @@ from lorasweep.report.evidence.estimates import (
     Interval,
     RunKey,
     build_scores,
+    estimate_means,
     estimate_ratio,
     estimate_sum,
     read_examples,
@@ -106,8 +107,7 @@ class RetainedChange:
 def build_evidence(record: SweepRecord, scores: ConfirmScores) -> Evidence:
     scale = build_scale(record, scores)
     level = compute_level(record.questions, record.looks) if record.looks else 0.025
-    found = {row.subject: estimate_sum(scores, {row.subject: 1.0}) for row in record.settings}
-    means = {name: mean for name, mean in found.items() if mean}
+    means = estimate_means(scores)
     estimate = estimate_sum(scores, scale.gain) if scale.base is not None and scale.full is not None else None
     gain = estimate.value if estimate and estimate.value > 0 else None
     margin = None if scale.margin.is_share_of_gain and gain is None else scale.margin.value
