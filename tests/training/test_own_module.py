@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tests.small_runs import SMALL_RUN
 from tests.training.own_modules import DigitClassifier
-from tests.training.runs import logged_rows
+from tests.training.runs import logged_rows, train_together
 
 import lorasweep
 from lorasweep.cli import main
@@ -17,7 +18,7 @@ from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.packing import plan_packing
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.module import check_run
-from lorasweep.training.restore import restore_model
+from lorasweep.training.restore import restore_config, restore_model
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
 from lorasweep.training.score import score_run
@@ -169,3 +170,39 @@ def test_a_mistake_ends_the_command_with_exit_code_2(capsys, tmp_path):
         main(["train", *words, "metric.name=val_los", f"output={tmp_path / 'run'}"])
     assert "val/loss" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+ACCURACY = "torchmetrics.classification.MulticlassAccuracy"
+METRIC = {"data.metric._target_": ACCURACY, "data.metric.num_classes": 512, "data.metric.average": "micro"}
+NAME = "MulticlassAccuracy"
+TEXT = SMALL_RUN | {
+    "data.block_length": 64,
+    "data.max_validation_blocks": 8,
+    "trainer.progress": False,
+    "logger": "none",
+}
+
+
+@pytest.fixture(scope="module")
+def own_inputs():
+    return build_inputs(compose_run(TEXT | METRIC))
+
+
+def test_a_packed_run_scores_as_it_would_alone_and_the_record_restores_the_metric(own_inputs, tmp_path):
+    configs = [compose_run(TEXT | METRIC | {"method.rank": rank, "optim.lr": 1e-2}) for rank in (2, 4)]
+    for rank, config in enumerate(configs):
+        train_run(config, RunFolder(path=tmp_path / f"alone-{rank}"), inputs=own_inputs)
+    packed = {tmp_path / f"packed-{rank}": config for rank, config in enumerate(configs)}
+    train_together(packed, inputs=own_inputs, state_file=tmp_path / "pack.json")
+    for rank in range(2):
+        alone, packed = (read_run(tmp_path / f"{how}-{rank}") for how in ("alone", "packed"))
+        assert alone.metric == packed.metric == NAME
+        assert alone.direction == "maximize"
+        assert 0 < alone.score < 1
+        # one of 504 tokens may be predicted otherwise, because kernels of other shapes round otherwise
+        assert packed.last[NAME] == pytest.approx(alone.last[NAME], abs=1.5 / 504)
+        assert packed.last["loss"] == pytest.approx(alone.last["loss"], rel=1e-4)
+        assert restore_config(packed) == configs[rank]
+    scored = score_run(tmp_path / "alone-0", inputs=own_inputs)
+    assert 0 < scored.test[NAME] < 1
+    assert not (tmp_path / "alone-0" / "test_scores.csv").exists()  # its parts are not the scores of examples

@@ -33,6 +33,7 @@ def finished(make_config, inputs, tmp_path_factory):
 
 
 RESUMED = [
+    pytest.param({}, [0], id="while the first batch was prepared"),
     pytest.param({}, [1], id="before the first evaluation"),
     pytest.param({}, [1, 1, 1, 1], id="at every step"),
     pytest.param({"trainer.eval_every_steps": 3}, [3], id="at an evaluation that does not divide the run"),
@@ -61,14 +62,6 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(tmp_path, make_config, 
     assert record.status == "complete"
     assert_same_run(folder, tmp_path / "whole")
     assert not list(folder.glob("*.ckpt"))
-
-
-def test_a_stop_that_was_requested_while_the_first_batch_was_prepared_is_heard_before_the_first_step(
-    tmp_path, make_config, inputs
-):
-    record = train(tmp_path, make_config(), inputs=inputs, stop_requested=lambda: True)
-    assert (record.status, record.steps_done, record.reason) == ("interrupted", 0, "stopped at step 0 of 4")
-    assert train(tmp_path, make_config(), inputs=inputs, resume=True).status == "complete"
 
 
 def test_a_checkpoint_has_only_what_trains(tmp_path, make_config, inputs):
@@ -102,26 +95,20 @@ def test_a_paused_run_ends_there_and_its_schedule_is_as_long_as_ever(tmp_path, m
         assert not list(tmp_path.glob("*.ckpt"))
 
 
-def test_a_run_reports_every_evaluation_and_is_never_paused_at_its_end(tmp_path, make_config, inputs):
-    asked = []
-
-    def pause_at_the_end(step, value):
-        asked.append(step)
-        return step < 4
-
-    record = train(tmp_path, make_config(), inputs=inputs, on_evaluation=pause_at_the_end)
-    assert (record.status, record.reason, asked) == ("complete", None, [2, 4])
-
-
 def test_a_paused_run_that_goes_on_ends_as_one_that_was_never_paused(tmp_path, make_config, inputs):
     config = make_config({"trainer.max_steps": 6, "method.dropout": 0.5, "schedule": "cosine"})
     train(tmp_path / "whole", config, inputs=inputs)
+    asked = []
+
+    def pause(step, value):
+        asked.append(step)
+        return False
+
     for step in (2, 4):
-        record = train(
-            tmp_path / "run", config, inputs=inputs, resume=True, on_evaluation=lambda at, _, s=step: at != s
-        )
+        record = train(tmp_path / "run", config, inputs=inputs, resume=True, on_evaluation=pause)
         assert (record.status, record.steps_done) == ("paused", step)
-    train(tmp_path / "run", config, inputs=inputs, resume=True)
+    train(tmp_path / "run", config, inputs=inputs, resume=True, on_evaluation=pause)  # no run is paused at its end
+    assert asked == [2, 4, 6]
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     assert not list((tmp_path / "run").glob("*.ckpt"))
 

@@ -121,21 +121,19 @@ def test_accumulated_micro_batches_train_as_the_whole_batch(tmp_path, make_confi
     assert read_run(tmp_path / "split").tokens_trained == read_run(tmp_path / "whole").tokens_trained
 
 
-def test_a_wild_learning_rate_diverges_and_the_record_says_so(tmp_path, make_config, inputs):
+def test_a_wild_learning_rate_and_a_score_that_is_nan_end_the_run_and_the_record_says_so(
+    tmp_path, make_config, inputs, monkeypatch
+):
     with pytest.raises(Diverged, match=r"became (NaN or infinite|nan|inf) at step \d. Lower `optim.lr`."):
-        train(tmp_path, make_config({"optim.lr": 1e30}), inputs=inputs)
-    record = read_run(tmp_path)
+        train(tmp_path / "wild", make_config({"optim.lr": 1e30}), inputs=inputs)
+    record = read_run(tmp_path / "wild")
     assert record.status == "failed"
     assert record.reason.endswith("Lower `optim.lr`.")
     assert record.ended_at is not None
-
-
-def test_a_score_that_is_nan_ends_the_run(tmp_path, make_config, inputs, monkeypatch):
     damage(monkeypatch, lambda values: values * math.nan, training=False)
     with pytest.raises(Diverged, match="the validation bits_per_byte became nan at step 2"):
-        train(tmp_path, make_config(), inputs=inputs)
-    assert read_run(tmp_path).status == "failed"
-    assert read_run(tmp_path).score is None
+        train(tmp_path / "nan", make_config(), inputs=inputs)
+    assert (read_run(tmp_path / "nan").status, read_run(tmp_path / "nan").score) == ("failed", None)
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,18 @@ import itertools
 
 import numpy as np
 import pytest
+from scipy.stats import norm
 
 from lorasweep.config.sweep import parse_margin
 from lorasweep.record import Question
 from lorasweep.report.evidence.estimates import ConfirmScores
-from lorasweep.report.evidence.questions import NEGATIVE_VERDICTS, POSITIVE_VERDICTS, Scale, answer_questions
+from lorasweep.report.evidence.questions import (
+    NEGATIVE_VERDICTS,
+    POSITIVE_VERDICTS,
+    Scale,
+    answer_questions,
+    compute_look_level,
+)
 
 RANKS = ["r1", "r4", "r16"]
 SHARE = Scale(margin=parse_margin("5%"), sign=1, base="base", full="full")
@@ -207,3 +214,22 @@ def test_higher_scores_may_be_better():
     found = answer(PAIR, scores, scale)["r1"]
     assert found.verdict == "worse"
     assert found.value == pytest.approx(0.5, abs=0.01)
+
+
+POCOCK = [(2, 2.178), (3, 2.289), (5, 2.413)]
+"""Numbers of equally spaced looks, and Pocock's constants for a two-sided level of 5 % (Pocock 1977, table 1)."""
+
+
+@pytest.mark.parametrize(("num_looks", "boundary"), POCOCK)
+def test_boundaries_of_equal_looks_are_pococks(num_looks, boundary):
+    level = compute_look_level(tuple(range(2, 2 * num_looks + 1, 2)), level=0.025)
+    assert norm.isf(level) == pytest.approx(boundary, abs=1e-3)  # the table has three decimals
+
+
+@pytest.mark.parametrize("level", [0.025, 0.025 / 8])
+def test_paths_without_a_difference_cross_the_boundary_with_the_level(level):
+    looks, num_paths = (3, 6, 10), 200_000
+    boundary = norm.isf(compute_look_level(looks, level=level))
+    sums = np.random.default_rng(0).standard_normal((num_paths, looks[-1])).cumsum(axis=1)
+    crossed = np.mean(np.any([sums[:, look - 1] > boundary * look**0.5 for look in looks], axis=0))
+    assert crossed == pytest.approx(level, abs=4 * (level / num_paths) ** 0.5)  # 4 standard errors
