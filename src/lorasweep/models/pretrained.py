@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils import logging as transformers_logging
 
 from lorasweep.config.run import ModelConfig
 from lorasweep.errors import ConfigError
+from lorasweep.lora.layer_kinds import is_conv1d, matrix_shape
 
 QUANTISING_PACKAGES = ("bitsandbytes", "accelerate")
 """Packages that quantise. They are optional (`lorasweep[quantised]`)."""
@@ -147,15 +147,9 @@ def _find_skipped_modules(config: ModelConfig, model_class: Any, settings: Any) 
     skipped = list(get_keys_to_not_convert(model))
     for name, module in model.named_modules():
         is_in_head = config.kind == "classifier" and (not name.startswith(network) or "pooler" in name.split("."))
-        is_misaligned = _count_inputs(module) % BLOCK_SIZE
+        is_layer = isinstance(module, nn.Linear) or is_conv1d(module)
+        is_misaligned = is_layer and matrix_shape(module)[1] % BLOCK_SIZE
         # a name also skips the modules inside, so containers must not be named
         if is_misaligned or (is_in_head and any(True for _ in module.parameters(recurse=False))):
             skipped.append(name)
     return skipped
-
-
-def _count_inputs(module: nn.Module) -> int:
-    """Returns the number of inputs of a linear layer, or 0 for other modules."""
-    if isinstance(module, Conv1D):
-        return int(module.weight.shape[0])
-    return module.in_features if isinstance(module, nn.Linear) else 0
