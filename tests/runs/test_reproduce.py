@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 from tests.files import edit_json
+from tests.training.runs import train_together
 
 import lorasweep.runs.reproduce as reproduce_file
 from lorasweep.cli import run as run_command
 from lorasweep.errors import ConfigError, Diverged, RecordError
 from lorasweep.record import RUN_FILE, STEPS_FILE, read_run, read_steps
 from lorasweep.runs.reproduce import PACK_TOLERANCE, reproduce_run
-from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.packs.slot_run import RunRequest
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
 
@@ -105,7 +104,10 @@ def test_what_differs_is_listed_in_order_of_suspicion(run, repeat):
     assert [suspect.split("`")[1] for suspect in reasons] == expected
 
 
-def test_the_first_steps_are_those_of_the_whole_run(repeat):
+def test_the_first_steps_are_those_of_the_whole_run_and_an_interrupted_repetition_says_nothing(repeat, tmp_path):
+    found = repeat(stop_requested=lambda: True)
+    assert (found.verdict, found.holds) == ("interrupted", False)
+    shutil.rmtree(tmp_path / "again")
     found = repeat(steps=3)
     assert found.description.startswith("identical: 3 steps ")
     assert read_run(found.folder).steps_done == 3
@@ -122,30 +124,11 @@ def test_a_run_that_diverged_diverges_again(make_config, inputs, tmp_path):
 
 
 def test_a_run_of_a_pack_is_repeated_alone_within_the_tolerance_of_rounding(make_config, inputs, tmp_path):
-    jobs = [
-        RunRequest(
-            config=make_config({"method.rank": rank}),
-            run_folder=RunFolder(path=tmp_path / f"slot-{rank}"),
-            on_end=lambda record: None,
-        )
-        for rank in (1, 4)
-    ]
-    train_pack(
-        jobs,
-        inputs=inputs,
-        slots=len(jobs),
-        next_run=lambda: None,
-        on_evaluation=lambda evaluated: [True] * len(evaluated),
-        state_file=tmp_path / "pack.json",
-    )
+    jobs = {tmp_path / f"slot-{rank}": make_config({"method.rank": rank}) for rank in (1, 4)}
+    train_together(jobs, inputs=inputs, state_file=tmp_path / "pack.json")
     found = reproduce_run(tmp_path / "slot-4", output=tmp_path / "again")
     assert PACK_TOLERANCE["fp32"] == 1e-4
     assert "of 0.0001: 4 steps" in found.description or "identical: 4 steps" in found.description
-
-
-def test_an_interrupted_repetition_says_nothing_of_the_rest(repeat):
-    found = repeat(stop_requested=lambda: True)
-    assert (found.verdict, found.holds) == ("interrupted", False)
 
 
 @pytest.mark.parametrize(
