@@ -11,7 +11,7 @@ real weights) in the same space, with 8 trials of 130 steps of 16 sentences and 
     tuned   the same in bf16, grouped by length, with evaluation batch 32, and without pruning
     solo    `lorasweep sweep` with worker.pack_size=1 and pruner=none: all trials to their end, one after another
     ours    `lorasweep sweep` with these evaluations
-    default `lorasweep sweep` as it comes: evaluations at half of a run and at its end on a quarter of the examples,
+    default `lorasweep sweep` as it comes: evaluations at half of a run and at its end on an eighth of the examples,
             then once on all
 
 lorasweep runs no confirm stage (`confirm.seeds=0`), because the other ways have none. Each way is a process of its own
@@ -106,7 +106,7 @@ def run_way(way: str, work: Mapping[str, Any], folder: Path) -> Outcome:
         command = ["-m", "lorasweep", "sweep", str(folder / "sweep.yaml"), f"sweep.output={output}"]
         command += ["worker.pack_size=1", "pruner=none"] if way == "solo" else []
         if way == "default":
-            command += [f"trainer.eval_every_steps={work['steps'] // 2}", "trainer.eval_fraction=0.25"]
+            command += [f"trainer.eval_every_steps={work['steps'] // 2}", "trainer.eval_fraction=0.125"]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache")}  # so that no seed reads another's rows
     started_at = time.time()
     makespan_s, peak_memory_bytes = run_process(command, log=folder / "log.txt", environment=environment)
