@@ -52,7 +52,7 @@ from lorasweep.config.run import STEPS_KEY
 from lorasweep.config.sweep import HalvingPruner, parse_margin
 from lorasweep.record import Question, Trial
 from lorasweep.report.evidence.estimates import ConfirmScores
-from lorasweep.report.evidence.questions import Answer, Scale, answer_questions
+from lorasweep.report.evidence.questions import Answer, MarginScale, answer_questions
 from lorasweep.sweep.controller.arm_trials import Halving
 from lorasweep.sweep.controller.encoding import History, scale_rate
 from lorasweep.sweep.controller.predictions import predict_best
@@ -359,7 +359,7 @@ def replay_sweep(
         assert prediction is not None
         rates[rank] = carry_over(prediction.params[LR], "lora")
         errors[f"lora-rank-{rank}"] = prediction.regret
-    scale = Scale(margin=parse_margin("5%"), sign=table.sign, base="frozen", full="full")
+    scale = MarginScale(margin=parse_margin("5%"), sign=table.sign, base="frozen", full="full")
     values: dict[str, dict[int, Array]] = {"frozen": {}, "full": {}, **{f"lora-rank-{rank}": {} for rank in RANKS}}
     training, answers, used = set(values), [], 0
     for place, look in enumerate(looks):

@@ -21,7 +21,13 @@ import numpy as np
 from lorasweep.config.sweep import Margin
 from lorasweep.record import Question
 from lorasweep.report.evidence.estimates import ConfirmScores, estimate_sum
-from lorasweep.report.evidence.questions import NEGATIVE_VERDICTS, POSITIVE_VERDICTS, Answer, Scale, answer_questions
+from lorasweep.report.evidence.questions import (
+    NEGATIVE_VERDICTS,
+    POSITIVE_VERDICTS,
+    Answer,
+    MarginScale,
+    answer_questions,
+)
 
 MARGIN = 0.05
 LOOKS = (3, 6, 10)
@@ -77,7 +83,7 @@ def cover(seeds: int, groups: int, repeats: int, *, uneven: bool) -> tuple[float
 def judge(truth: tuple[float, ...], noise: float, repeats: int) -> tuple[float, float, float]:
     """Returns how often a stage has a false verdict, settles the largest rank, and knows the smallest sufficient."""
     rng, counts = np.random.default_rng(1), np.zeros(3)
-    scale = Scale(margin=Margin(value=MARGIN, is_share_of_gain=True), sign=1, base="frozen", full="full")
+    scale = MarginScale(margin=Margin(value=MARGIN, is_share_of_gain=True), sign=1, base="frozen", full="full")
     questions = [
         Question(name="as_good_as_full", arm="lora", key="method.rank", subjects=list(RANKS), reference="full"),
         Question(name="smallest", arm="lora", key="method.rank", subjects=list(RANKS), reference=None),

@@ -239,8 +239,8 @@ def reproduce(
     Args:
         folder: Folder of a run or a sweep. A sweep runs with the same number of threads, and must be identical.
         output: A new or empty folder; by default `outputs/reproduce/NAME` with the next free number.
-        tolerance: As in `reproduce_run`; only of a run.
-        steps: As in `reproduce_run`; only of a run.
+        tolerance: As in `reproduce_run`; only for a run.
+        steps: As in `reproduce_run`; only for a run.
 
     Raises:
         ConfigError: The request is wrong, or the sweep had several workers, or grew.

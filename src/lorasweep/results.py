@@ -153,7 +153,7 @@ class SweepResult:
         return self.record.trials
 
     def best(self, arm: str) -> Trial:
-        """Returns the winner of an arm: the complete trial with the best validation score, the earlier one of equals.
+        """Returns the winner of an arm: the complete trial with the best validation score, the earlier of equal ones.
 
         Raises:
             ConfigError: The sweep has no such arm.

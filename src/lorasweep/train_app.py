@@ -15,7 +15,7 @@ from hydra.core.utils import env_override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from lorasweep.config.command_line import describe_job, force_keys, parse_overrides, sort_overrides
+from lorasweep.config.command_line import describe_job, force_keys, parse_overrides, separate_overrides
 from lorasweep.config.compose import (
     add_search_path,
     build_run,
@@ -56,7 +56,7 @@ def run_train_app(arguments: argparse.Namespace, *, show_result: ShowResult, sho
         from lorasweep.report.recommend import read_recommended  # noqa: PLC0415 (slow to import)
 
         settings, origin = read_recommended(Path(arguments.source))
-    run_overrides, hydra_arguments, search_path = sort_overrides(arguments.overrides)
+    run_overrides, hydra_arguments, search_path = separate_overrides(arguments.overrides)
     with add_search_path(search_path):
         if arguments.cfg:
             layers = layer_settings(settings, parse_overrides(run_overrides))

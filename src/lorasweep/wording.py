@@ -16,7 +16,7 @@ MAX_EXTRA_DECIMALS = 2
 """Maximum number of decimals that are added to show on which side of a critical value the end of an interval lies."""
 
 
-def nearest(name: str, choices: Iterable[str]) -> str:
+def suggest_nearest(name: str, choices: Iterable[str]) -> str:
     """Returns ` Did you mean ...?` with the nearest choice, or an empty string if no choice is near."""
     options = list(choices)
     endings = [option for option in options if option.endswith(f".{name}")]
@@ -100,8 +100,8 @@ def count_decimals(
 ) -> int | None:
     """Returns the number of decimals for intervals that stand beside each other; None without intervals.
 
-    `digits` of the width of the narrowest interval are shown. An end that would look like a value in `critical`, on
-    whose side it lies, gets up to `MAX_EXTRA_DECIMALS` more.
+    `digits` of the width of the narrowest interval are shown. If an end would be rounded to a value in `critical`,
+    up to `MAX_EXTRA_DECIMALS` decimals are added.
     """
     known = [one for one in intervals if one is not None and one[1] > one[0]]
     if not known:
@@ -117,7 +117,7 @@ def count_decimals(
 
 
 def format_estimate(value: float | None, interval: tuple[float, float] | None, *, decimals: int | None = None) -> str:
-    """Returns a score with its interval, if given: `1.372 [1.365, 1.379]`. `decimals` is that of its neighbours."""
+    """Returns a score with its interval, if given: `1.372 [1.365, 1.379]`; the interval decides `decimals` if None."""
     if value is None or interval is None:
         return format_score(value)
     decimals = count_decimals([interval]) if decimals is None else decimals
@@ -137,7 +137,7 @@ def count_percent_decimals(intervals: Iterable[tuple[float, float] | None], *, c
 def format_share_estimate(
     value: float | None, interval: tuple[float, float] | None, *, decimals: int | None = None
 ) -> str:
-    """Returns a fraction in percent with its interval: `92 % [90, 94]`; `decimals` is that of its neighbours."""
+    """Returns a fraction in percent with its interval: `92 % [90, 94]`; the interval decides `decimals` if None."""
     if value is None or interval is None:
         return format_share(value)
     decimals = count_percent_decimals([interval]) if decimals is None else decimals

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorasweep.config.command_line import complete_override, parse_overrides, sort_overrides
+from lorasweep.config.command_line import complete_override, parse_overrides, separate_overrides
 from lorasweep.errors import ConfigError
 
 
@@ -56,7 +56,7 @@ def test_what_is_no_override_is_refused(override, message):
 
 def test_hydras_own_settings_are_kept_from_the_run():
     words = ["hydra/launcher=joblib", "method.rank=4", "hydra.searchpath=[pkg://a,/b]", "+hydra.verbose=true"]
-    run, hydra, search_path = sort_overrides(words)
+    run, hydra, search_path = separate_overrides(words)
     assert run == ["method.rank=4"]
     assert hydra == ["hydra/launcher=joblib", "+hydra.verbose=true"]
     assert search_path == ["pkg://a", "/b"]

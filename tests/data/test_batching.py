@@ -62,7 +62,7 @@ def test_resumed_run_gets_exactly_the_remaining_batches(start_step):
 
 def test_order_is_the_stored_one():
     # A changed order would change every result that was ever recorded with the same seed.
-    assert draw_order(8, seed=0, pass_number=0) == [5, 1, 4, 2, 3, 7, 6, 0]
+    assert draw_order(8, seed=0, epoch=0) == [5, 1, 4, 2, 3, 7, 6, 0]
 
 
 def test_a_step_has_the_examples_that_the_seed_drew_however_it_is_cut():

@@ -9,7 +9,7 @@ from lorasweep import cli
 from lorasweep.config.compose import compose_run
 from lorasweep.lora import load_adapter, merge_lora
 from lorasweep.models.load import load_base
-from lorasweep.models.pretrained import TRANSFORMERS_ARGUMENTS
+from lorasweep.models.pretrained import NF4_ARGUMENTS
 from lorasweep.runs.export import export_run
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.run import train_run
@@ -40,9 +40,9 @@ def test_peft_loads_the_adapter_onto_the_base_as_the_card_says(run, quantisable_
     export_run(run, format="peft", out=tmp_path / "adapter")
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert "its linear layers were stored in nf4" in card
-    for key, value in TRANSFORMERS_ARGUMENTS.items():
+    for key, value in NF4_ARGUMENTS.items():
         assert f"{key}={value!r}" in card
-    bits = BitsAndBytesConfig(**TRANSFORMERS_ARGUMENTS, bnb_4bit_compute_dtype=torch.float32)
+    bits = BitsAndBytesConfig(**NF4_ARGUMENTS, bnb_4bit_compute_dtype=torch.float32)
     base = AutoModelForCausalLM.from_pretrained(quantisable_model, quantization_config=bits)
     plain = logits_of(base)
     model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")

@@ -38,14 +38,14 @@ def test_columns_lengths_and_steps_come_from_the_data(here, capsys):
     assert (settings["model"], settings["data"]) == ("classifier", "table")
     assert (settings["data.text"], settings["data.label"]) == ("review", "stars")
     assert settings["data.max_length"] % 8 == 0
-    assert settings["trainer.max_steps"] == 60  # three passes over fewer than 200 examples are fewer steps
+    assert settings["trainer.max_steps"] == 60  # three epochs of fewer than 200 examples are fewer steps
     assert "trainer.eval_every_steps" not in settings
     assert list(sweep["arms"]) == ["frozen", "full", "lora"]
     full, lora = (sweep["arms"][name]["space"]["optim.lr"] for name in ("full", "lora"))
     assert (full["low"], full["high"]) == (3e-5, 3e-3)  # the base is narrow: 160
     assert (lora["low"], lora["high"]) == pytest.approx((3e-4, 3e-2))
     written = (here / "mine.yaml").read_text()
-    assert "passes over" in written
+    assert "epochs of" in written
     assert "data.metric: accuracy # or f1, matthews or loss\n" in written
     assert "lorasweep plan mine.yaml" in capsys.readouterr().out
     assert [arm.trials for arm in read_definition(here / "mine.yaml").arms] == [1, 12, 12]

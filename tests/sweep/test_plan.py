@@ -118,7 +118,7 @@ def test_the_measured_steps_have_a_row_that_is_as_long_as_those_of_a_whole_run(m
     split.lengths[13] = 50
     config = make_config({"trainer.max_steps": 100, "trainer.batch_size": 1})
     order = choose_data_order(config, split=split)
-    steps = StepBatchSampler(split, batch_size=1, num_steps=plan_file.NUM_STEPS, seed=order)
+    steps = StepBatchSampler(split, batch_size=1, num_steps=plan_file.MEASURED_STEPS, seed=order)
     assert [13] in [micro.indices for micro in steps]
     assert choose_data_order(config, split=inputs.splits.train) == 0  # blocks have one length
 

@@ -97,7 +97,7 @@ def evaluate(model, config, inputs):
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("fraction", [1, 0.5])
 def test_the_best_weights_score_what_the_record_says(trained, make_config, inputs, monkeypatch, method, fraction):
-    monkeypatch.setattr(batching, "MIN_PART", 1)
+    monkeypatch.setattr(batching, "MIN_PART_EXAMPLES", 1)
     config, folder = make_config({"method": method}), trained({"method": method, "trainer.eval_fraction": fraction})
     during = [row["validation"]["loss"] for row in read_steps(folder) if "validation" in row]
     assert (read_run(folder).best["loss"] in during) is (fraction == 1)  # two of the four blocks have another loss

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from lorasweep.errors import ConfigError
-from lorasweep.wording import nearest, shorten
+from lorasweep.wording import shorten, suggest_nearest
 
 T = TypeVar("T")
 
@@ -56,7 +56,7 @@ class Settings:
     @classmethod
     def check_keys(cls, values: Any) -> Any:
         """Returns values by the names of the fields. Raises pydantic's error if a key is no field."""
-        if not isinstance(values, Mapping):  # the class was called
+        if not isinstance(values, Mapping):  # the class was called directly: Python checks the names
             return values
         names = list(cls.__dataclass_fields__)
         values = {"target" if name == TARGET and "target" in names else name: value for name, value in values.items()}
@@ -125,7 +125,7 @@ def _describe(error: ErrorDetails, key: str) -> str:
     if kind == "unknown_key":
         names = context["names"]
         unknown, place = (f"{key}.{context['name']}", f"of `{key}` ") if key else (context["name"], "")
-        near = nearest(context["name"], names)
+        near = suggest_nearest(context["name"], names)
         return f"`{unknown}` is not a setting.{near} The settings {place}are {', '.join(names)}."
     if kind == "missing":
         return f"`{key}` must be set, but is missing."
@@ -137,7 +137,7 @@ def _describe(error: ErrorDetails, key: str) -> str:
         expected = context.get("expected") or context["expected_tags"]
         choices = [choice.strip("' ") for choice in expected.replace(" or ", ", ").split(",")]
         given = context.get("tag", error["input"])
-        near = nearest(given, choices) if isinstance(given, str) else ""
+        near = suggest_nearest(given, choices) if isinstance(given, str) else ""
         return f"`{key}` must be one of {', '.join(choices)}, but got {shorten(given, MAX_VALUE_CHARACTERS)}.{near}"
     noun = TYPE_DESCRIPTIONS.get(kind.partition("_")[0])
     return f"`{key}` must be {noun}, but got {value}." if noun else f"`{key}`: {error['msg']}, but got {value}."

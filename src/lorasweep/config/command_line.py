@@ -30,7 +30,7 @@ from lorasweep.wording import shorten
 def parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
     """Returns overrides as keys and values. Hydra's sweep syntax becomes a choice or a range as in a sweep file.
 
-    Overrides are words of the command line, or keys and values already.
+    `overrides` are words of the command line, or a mapping, which is returned as it is.
 
     Raises:
         ConfigError: A word is not of the form `key=value`.
@@ -38,10 +38,10 @@ def parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, A
     return dict(overrides) if isinstance(overrides, Mapping) else dict(map(_read_override, _parse(overrides)))
 
 
-def sort_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+def separate_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     """Returns the overrides of a run, those of Hydra's own settings, and the folders of `hydra.searchpath`."""
-    run: list[str] = []
-    hydra: list[str] = []
+    run_overrides: list[str] = []
+    hydra_overrides: list[str] = []
     search_path: list[str] = []
     for override in _parse(overrides):
         key = str(override.key_or_group)
@@ -49,8 +49,9 @@ def sort_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str], list
             paths = override.value()
             search_path += map(str, paths if isinstance(paths, list) else [paths])
         else:
-            (hydra if re.match(r"hydra(\W|$)", key) else run).append(str(override.input_line))
-    return run, hydra, search_path
+            is_hydra_setting = re.match(r"hydra(\W|$)", key)
+            (hydra_overrides if is_hydra_setting else run_overrides).append(str(override.input_line))
+    return run_overrides, hydra_overrides, search_path
 
 
 def describe_job(job: Sequence[str], overrides: Sequence[str]) -> str:
@@ -62,10 +63,10 @@ def describe_job(job: Sequence[str], overrides: Sequence[str]) -> str:
 
 
 def force_keys(overrides: Sequence[str]) -> list[str]:
-    """Returns the overrides of a run with `++` before keys that are no groups, so that Hydra takes unknown ones too.
+    """Returns the overrides of a run with `++` before keys that are no groups, so that Hydra accepts unknown keys too.
 
-    They are arguments of a component, keys of the option that `--from` chooses, or wrong keys, for which `compose_run`
-    names the nearest one.
+    An unknown key is an argument of a component, a key of an option that `--from` chooses, or a mistake, for which
+    `compose_run` names the nearest key.
     """
     with hydra_session():
         groups = {*default_options("train"), *list_groups_without_default()}
@@ -77,7 +78,7 @@ def force_keys(overrides: Sequence[str]) -> list[str]:
 def complete_override(prefix: str, typed: Sequence[str] = (), *, primaries: Sequence[Primary]) -> list[str]:
     """Returns the overrides that begin with `prefix`: a key with `=`, or after a group's `=` its options.
 
-    The options of groups in the words `typed` before it decide which keys of the primary configs there are.
+    `typed` are the words before it. The options of groups that they choose decide which keys exist.
     """
     key, has_value, _ = prefix.partition("=")
     sign, name = (key[: -len(key.lstrip("+~"))], key.lstrip("+~")) if key.lstrip("+~") else (key, "")
@@ -120,7 +121,7 @@ def _parse_one(parser: OverridesParser, override: str) -> Override:
         key, _, value = override.partition("=")
         is_text = value and value[0] not in "[{'\"" and not value.isdigit()
         quoted = shlex.quote(f'{key}="{value}"')
-        hint = f" If the value is a text, keep quotes around it from the shell: {quoted}." if is_text else ""
+        hint = f" If the value is a text, quote it for Hydra and for the shell: {quoted}." if is_text else ""
         raise ConfigError(f"an override must read `key=value`, but got {shorten(override, 200)}.{hint}") from error
 
 
@@ -128,7 +129,7 @@ def _read_override(override: Override) -> tuple[str, Any]:
     key, value = str(override.key_or_group), override._value
     if not key:
         raise ConfigError(f"an override must read `key=value`, but got {override.input_line!r}.")
-    # an argument of a component, or a mapping or an entry of one
+    # keys of components and mappings are the user's own, so a plus may add them
     mappings = tuple(f"{name}." for name in (*COMPONENT_SETTINGS, *LIST_GROUPS, *MAPPING_SETTINGS))
     may_be_new = key in MAPPING_SETTINGS or key.startswith(mappings)
     if override.is_delete() or (override.is_add() and not may_be_new):

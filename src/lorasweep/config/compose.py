@@ -31,13 +31,13 @@ from lorasweep.config.redaction import redact
 from lorasweep.config.run import ModuleComponent, OptimSettings, RunConfig
 from lorasweep.config.sweep import SweepConfig
 from lorasweep.errors import ConfigError, first_line
-from lorasweep.wording import nearest
+from lorasweep.wording import suggest_nearest
 
 Primary = Literal["train", "sweep"]
 """Name of a primary config (Hydra's term): the YAML file in `conf/` from which a composition starts."""
 PACKAGE_FOLDER = Path(__file__).parent.parent
-MAX_EVALUATION_SPACE = 500
-"""Maximum of steps between two evaluations by default. A run that is killed repeats the steps since its last one."""
+MAX_EVALUATION_INTERVAL_STEPS = 500
+"""Maximum number of steps between two evaluations by default. A killed run repeats the steps since its last one."""
 COMPONENT_SETTINGS: Mapping[str, frozenset[str]] = {
     "optim": frozenset(f.name for f in fields(OptimSettings)),
     "module": frozenset(f.name for f in fields(ModuleComponent)) - {"target", "arguments"},
@@ -114,21 +114,21 @@ def register_search_path() -> None:
     Plugins.instance().register(SearchUserConf)
 
 
-def space_evaluations(steps: Any) -> int:
-    """Returns the steps between evaluations: one at half of a run and one at its end, or more, at most 500 apart.
+def choose_evaluation_interval(steps: Any) -> int:
+    """Returns the default number of steps between two evaluations: half of a run, or less, and at most 500.
 
-    Trials are compared at half of a run, and share packs if the last step is evaluated. Without a divisor that does
-    both, the last step may lack an evaluation of its own.
+    A divisor of `steps` is preferred, because packs need an evaluation at the last step. An evaluation at half of the
+    run is preferred, because trials are compared there.
     """
     if not isinstance(steps, int) or steps < 1:  # refused when the settings are checked
         return 1
-    longest = min(steps / 2, MAX_EVALUATION_SPACE)
+    longest = min(steps / 2, MAX_EVALUATION_INTERVAL_STEPS)
     divisors = [n for n in range(math.ceil(longest / 5), int(longest) + 1) if steps % n == 0]
-    # An even number of evaluations has one at half; with an odd number, short intervals come nearest to it.
+    # An even number of evaluations has one at half. With an odd number, a short interval has one nearest to half.
     return max(divisors, key=lambda n: (-(steps // n % 2) * n, n), default=math.ceil(longest))
 
 
-OmegaConf.register_new_resolver("space_evaluations", space_evaluations, replace=True)
+OmegaConf.register_new_resolver("choose_evaluation_interval", choose_evaluation_interval, replace=True)
 
 
 def compose_run(settings: Mapping[str, Any], *, require_all: bool = True) -> RunConfig:
@@ -170,7 +170,7 @@ def refuse_secrets(values: Mapping[str, Any]) -> None:
 
 def compose_values(primary: Primary, settings: Mapping[str, Any], *, require_all: bool = True) -> dict[str, Any]:
     """Returns a primary config with settings applied and interpolations resolved; see `compose_run`."""
-    if any(key.split(".")[0] == "module" for key in settings):  # it takes the place of model and data
+    if any(key.split(".")[0] == "module" for key in settings):  # a module replaces model and data
         settings = {"model": "module", "data": "module", **settings}
     # Options of groups are composed first, because they decide which other keys exist.
     groups = {key: _hashable(value) for key, value in settings.items() if key in default_options(primary)}
@@ -183,8 +183,8 @@ def compose_values(primary: Primary, settings: Mapping[str, Any], *, require_all
         _drop_replaced_arguments(composed, settings)
         known = {key for key, _ in dotted_items(_as_dict(composed, resolve=False))}
         known |= {*default_options(primary), *filter(is_component_target, settings)}
-        whole = {key for key, value in settings.items() if isinstance(value, Mapping) and TARGET in value}
-        known |= {f"{key}.{TARGET}" for key in whole}
+        components = {key for key, value in settings.items() if isinstance(value, Mapping) and TARGET in value}
+        known |= {f"{key}.{TARGET}" for key in components}
         known |= {ALPHA_OVER_RANK} & {f"{key}.over_rank" for key in known}
         for key, value in settings.items():
             if key not in groups:
@@ -255,7 +255,7 @@ def _compose_groups(
 
 
 def layer_settings(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns settings of several layers as one ordered list, in which later ones win (file, arm, command line).
+    """Returns settings of several layers as one mapping, in which later layers win (file, arm, command line).
 
     A layer that chooses another option or class for a group drops what earlier layers set inside the group:
     `pruner.rungs` of a file is no setting of `pruner=none`. A value for a key replaces all earlier values below the
@@ -301,7 +301,7 @@ def _check_key(key: str, known: set[str], *, primary: Primary) -> None:
     outer = (".".join(names[:depth]) for depth in range(1, len(names)))
     if key not in known and not any(f"{one}.{TARGET}" in known for one in outer):
         alias = PEFT_ALIASES.get(names[-1]) if len(names) == 1 or names[:-1] == ["method"] else None
-        hint = f" PEFT's `{names[-1]}` is `{alias}` here." if alias else nearest(key, sorted(known))
+        hint = f" PEFT's `{names[-1]}` is `{alias}` here." if alias else suggest_nearest(key, sorted(known))
         raise ConfigError(
             f"`{key}` is not a setting.{hint} "
             f"`lorasweep {primary} --help` lists the groups, `lorasweep train --cfg job` every key."
@@ -342,7 +342,7 @@ def _check_option(group: str, option: str) -> None:
     options = group_options(group)
     if option not in options:
         raise ConfigError(
-            f"`{group}` must be one of {', '.join(options)}, but got {option!r}.{nearest(option, options)}"
+            f"`{group}` must be one of {', '.join(options)}, but got {option!r}.{suggest_nearest(option, options)}"
         )
 
 

@@ -79,7 +79,7 @@ class SplitSettings(Settings):
     test: str | None
     """As `train`; null takes the split from `train`."""
     group: str | None
-    """Column with equal values for examples that depend on each other. The report's intervals are over groups."""
+    """Column with equal values for examples that depend on each other. The report takes groups as independent."""
 
     @property
     def sources(self) -> dict[str, str]:

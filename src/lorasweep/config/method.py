@@ -178,24 +178,27 @@ MethodConfig = Annotated[
 
 
 def read_peft_config(peft_config: Any) -> dict[str, Any]:
-    """Converts a `peft.LoraConfig` to settings by field of our `LoraConfig`; errors as in `LoraConfig.from_peft`."""
+    """Returns the fields of our `LoraConfig` from a `peft.LoraConfig`; errors as in `LoraConfig.from_peft`."""
     values = peft_config.to_dict()
     init = values.get("init_lora_weights")
     is_known = isinstance(init, str) or init is True  # 1 == True, but is no setting
     ours = INITS.get(init) if is_known else None
-    refuse_unsupported_fields(values, also=() if ours or "init_lora_weights" not in values else ("init_lora_weights",))
+    refuse_unsupported_fields(
+        values, unsupported=() if ours or "init_lora_weights" not in values else ("init_lora_weights",)
+    )
     if not values["target_modules"]:
         raise ConfigError(
-            f"`target_modules` must name layers, but got {values['target_modules']!r}, for which PEFT looks up the "
-            "kind of the model. Use `all-linear`, or a list of names."
+            f"`target_modules` must name layers, but got {values['target_modules']!r}, which leaves the choice "
+            "to PEFT. Use `all-linear`, or a list of names."
         )
     return convert_from_peft(values) | {"init": ours}
 
 
-def refuse_unsupported_fields(values: Mapping[str, Any], *, also: Iterable[str] = ()) -> None:
+def refuse_unsupported_fields(values: Mapping[str, Any], *, unsupported: Iterable[str] = ()) -> None:
     """Raises ConfigError if PEFT's settings are not those of LoRA, or have fields that lorasweep's layers can't do.
 
-    If lorasweep ignored such a field, the model would compute other outputs. `also` has fields with unsupported values.
+    If lorasweep ignored such a field, the model would compute other outputs. `unsupported` has the names of further
+    fields to refuse.
     """
     kind = getattr(values.get("peft_type"), "value", values.get("peft_type"))
     if kind != "LORA":
@@ -206,7 +209,7 @@ def refuse_unsupported_fields(values: Mapping[str, Any], *, also: Iterable[str] 
     known = CONVERTED_FIELDS | FIELDS_WITHOUT_EFFECT
     # PEFT's defaults of all other fields are empty, except the text "none" of `bias`
     refused = [name for name, value in values.items() if name not in known and value and value != "none"]
-    if named := [*refused, *also]:
+    if named := [*refused, *unsupported]:
         given = join_words([f"`{name}` {values[name]!r}" for name in named])
         raise ConfigError(
             f"PEFT's settings must have only fields that lorasweep's LoRA layers can do, but got {given}. Use the "
@@ -215,7 +218,7 @@ def refuse_unsupported_fields(values: Mapping[str, Any], *, also: Iterable[str] 
 
 
 def convert_from_peft(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Converts PEFT's settings to settings by field of our `LoraConfig`. `init_lora_weights` is left out.
+    """Returns the fields of our `LoraConfig` from PEFT's settings, except `init`.
 
     Raises KeyError, TypeError or AttributeError if a setting is missing or of another type.
     """

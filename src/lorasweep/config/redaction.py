@@ -1,6 +1,6 @@
 """Hides secrets: passwords in addresses, and values of environment variables with names such as `HF_TOKEN`.
 
-Records, reasons of failures and error messages pass through it before they are written.
+`redact` is applied to records, reasons of failures and error messages before they are written.
 """
 
 from __future__ import annotations

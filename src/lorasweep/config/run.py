@@ -24,7 +24,7 @@ from lorasweep.config.components import Component
 from lorasweep.config.data import DataConfig, Direction
 from lorasweep.config.method import MethodConfig
 from lorasweep.errors import ConfigError
-from lorasweep.wording import nearest
+from lorasweep.wording import suggest_nearest
 
 ModelKind = Literal["causal_lm", "classifier"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
@@ -45,7 +45,7 @@ command line."""
 
 
 METHODS_ON_QUANTISED_BASE = ("lora", "frozen")
-"""Methods that need no weight of the base. The others train weights or compute with them (some adapters of PEFT)."""
+"""Methods that work on a quantised base. Others train its weights, or need them unquantised (some adapters of PEFT)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +145,7 @@ class ScheduleConfig(Settings):
             if name not in known:
                 named = ("name", "warmup_fraction", *known)
                 raise ConfigError(
-                    f"`schedule.{name}` is not a setting.{nearest(str(name), named)} The settings of "
+                    f"`schedule.{name}` is not a setting.{suggest_nearest(str(name), named)} The settings of "
                     f"`schedule={self.name}` are {', '.join(named)}."
                 )
             if name == "decay_fraction":
@@ -189,7 +189,7 @@ class TrainerConfig(Settings):
     """Processes per node, each with one GPU or a share of the cores. `auto` is the number that torchrun or srun
     started, else the number of GPUs. Trials of several processes run alone."""
     num_nodes: Positive
-    """Machines on which the processes of a run are started."""
+    """Number of machines on which the processes of a run are started."""
     deterministic: Literal[True, False, "strict"]
     """`true` uses torch's deterministic implementations where they exist. `strict` also ends a run at an operation
     without a deterministic implementation. `false` uses the fastest."""

@@ -115,8 +115,8 @@ class RayWorkers(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlurmConfig(Settings):
-    """Settings of workers that run as Slurm jobs: each job starts one node of the sweep's own Ray cluster."""
+class SlurmWorkers(Settings):
+    """Workers on nodes that Slurm jobs start. Each job is one node of the sweep's own Ray cluster."""
 
     name: Literal["slurm"]
     jobs: Positive
@@ -156,7 +156,7 @@ class SlurmConfig(Settings):
             )
 
 
-WorkerConfig = Annotated[LocalWorker | RayWorkers | SlurmConfig, Field(discriminator="name")]
+WorkerConfig = Annotated[LocalWorker | RayWorkers | SlurmWorkers, Field(discriminator="name")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +166,7 @@ class SweepSettings(Settings):
     trials: Positive | None
     """Number of trials of every arm with a space; null keeps the number of each arm. It may grow on `--resume`."""
     epochs: PositiveFloat | None
-    """Passes over the training data. They set `trainer.max_steps` (60 to 900) when the sweep starts. Null, or
+    """Epochs of a run. They set `trainer.max_steps` (60 to 900) when the sweep starts. Null, or
     `trainer.max_steps` on the command line, keeps the number of steps."""
     seed: NonNegative
     """Seed of the samplers; each arm draws from a separate random stream."""

@@ -20,11 +20,11 @@ from lorasweep.data.split import Batch, Split
 
 BYTES_PER_POSITION = 16
 """Bytes of a token position in a batch: an int64 token and an int64 target."""
-MIN_PART = 128
-"""Minimum of examples in an evaluation on a part of a split, if there are as many. In replays, searches that compared
+MIN_PART_EXAMPLES = 128
+"""Minimum number of examples in an evaluation on a part of a split. In replays, searches that compared
 trials on 32 of 96 blocks of text gave three times as many wrong answers (docs/benchmarks.md)."""
 BYTES_PER_DRAWN_EXAMPLE = 100
-"""Bytes of an example's index while a step is drawn, sorted and cut: in lists of Python and in tensors."""
+"""Bytes for the index of an example in lists and tensors, while a step is drawn, sorted and cut."""
 
 
 class MicroBatch(NamedTuple):
@@ -77,8 +77,8 @@ class MicroBatchSampler(DistributedSampler[MicroBatch]):
 class StepBatchSampler(MicroBatchSampler):
     """Yields the micro-batches of each training step.
 
-    Examples come in passes: each pass is a permutation of all examples, drawn from the seed and the pass number alone.
-    A batch may contain the end of one pass and the start of the next. Within a step, examples are sorted by length
+    Each epoch is a permutation of all examples, which depends only on the seed and the number of the epoch. A batch may
+    contain the end of one epoch and the start of the next. Within a step, examples are sorted by length
     before they are cut into micro-batches. This leaves the gradient as it is and saves padding.
 
     Args:
@@ -113,7 +113,7 @@ class StepBatchSampler(MicroBatchSampler):
         self.start_step = start_step
         self.accumulate = accumulate
         self.sizes = [batch_size // accumulate + (n < batch_size % accumulate) for n in range(accumulate)]
-        self._latest_pass: tuple[int, list[int]] | None = None  # pass number and order
+        self._latest_epoch: tuple[int, list[int]] | None = None  # number of the epoch, and its order
 
     def __len__(self) -> int:
         """Returns the number of micro-batches of the whole run.
@@ -133,18 +133,18 @@ class StepBatchSampler(MicroBatchSampler):
         return [MicroBatch(cut, weight) for cut in cut_by_length(indices, self.split.lengths, sizes=self.sizes)]
 
     def get_step_indices(self, step: int) -> list[int]:
-        """Returns the indices of one step's examples, in the order of the pass."""
+        """Returns the indices of one step's examples, in the order of the epoch."""
         indices: list[int] = []
         while len(indices) < self.batch_size:
-            pass_number, offset = divmod(step * self.batch_size + len(indices), len(self.split))
-            indices += self._get_pass_order(pass_number)[offset : offset + self.batch_size - len(indices)]
+            epoch, offset = divmod(step * self.batch_size + len(indices), len(self.split))
+            indices += self._get_epoch_order(epoch)[offset : offset + self.batch_size - len(indices)]
         return indices
 
-    def _get_pass_order(self, pass_number: int) -> list[int]:
-        if self._latest_pass is None or self._latest_pass[0] != pass_number:
-            order = draw_order(len(self.split), seed=self.seed, pass_number=pass_number)
-            self._latest_pass = pass_number, order
-        return self._latest_pass[1]
+    def _get_epoch_order(self, epoch: int) -> list[int]:
+        if self._latest_epoch is None or self._latest_epoch[0] != epoch:
+            order = draw_order(len(self.split), seed=self.seed, epoch=epoch)
+            self._latest_epoch = epoch, order
+        return self._latest_epoch[1]
 
 
 class EvaluationSampler(MicroBatchSampler):
@@ -248,16 +248,17 @@ def batch_by_length(lengths: Int[Tensor, " examples"], *, budget: int) -> list[l
 
 
 def choose_part(num_examples: int, fraction: float) -> list[int]:
-    """Returns the examples of an evaluation on a part of a split, ascending: the same for every run and step.
+    """Returns the indices of the examples in a part of a split, ascending: the same for every run and step.
 
-    They are drawn, because examples may be sorted by label. A part has at least `MIN_PART` examples.
+    They are drawn at random, because examples may be sorted by label. A part has at least `MIN_PART_EXAMPLES` examples,
+    or the whole split.
     """
-    size = max(math.ceil(fraction * num_examples), min(MIN_PART, num_examples))
-    return sorted(draw_order(num_examples, seed=0, pass_number=0)[:size])
+    size = max(math.ceil(fraction * num_examples), min(MIN_PART_EXAMPLES, num_examples))
+    return sorted(draw_order(num_examples, seed=0, epoch=0)[:size])
 
 
-def draw_order(num_examples: int, *, seed: int, pass_number: int) -> list[int]:
-    """Returns the order of the examples in one pass: a permutation drawn from a hash of seed and pass number."""
-    digest = hashlib.sha256(f"{seed}/{pass_number}".encode()).digest()
+def draw_order(num_examples: int, *, seed: int, epoch: int) -> list[int]:
+    """Returns the order of the examples in one epoch: a permutation drawn from a hash of seed and epoch."""
+    digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     return torch.randperm(num_examples, generator=generator).tolist()

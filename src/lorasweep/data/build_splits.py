@@ -85,7 +85,8 @@ class DataSplits:
     def score_constant_answer(self, split: Split, *, fraction: float = 1.0) -> dict[str, float]:
         """Returns every metric if each example gets the same answer; empty for text and own data modules.
 
-        `fraction` is that of the examples which evaluations use (`choose_part`).
+        With a `fraction`, only the examples of `choose_part` count, as in a run's evaluations.
+
         The answer needs no training. It is the most frequent class of the training split (the first of equally frequent
         classes), or the mean of its numbers. For the loss, the predicted probabilities are the shares of the classes.
         """

@@ -186,7 +186,7 @@ def choose_evenly(counts: Sequence[int], *, limit: int) -> list[int]:
 
     `counts` has the number of blocks of each document, in the order of the blocks; their sum is above `limit`.
     """
-    # Each round gives every document one block more, as long as it has one.
+    # Each round gives one more block to every document that has one left.
     shares, share = [0] * len(counts), 0
     while sum(shares) < limit:
         share += 1

@@ -38,7 +38,7 @@ class Split(Protocol):
     """Notes for the user about the test split. Notes about train and validation are in `DataSource.notes`."""
     groups: tuple[str, ...] = ()
     """The group of each example: its document, its prompt, or its value in the column `data.group`. Examples of a group
-    depend on each other, so the report's errors are over groups. Empty if each example is its own group."""
+    depend on each other; the report takes groups as independent. Empty if each example is its own group."""
 
     @property
     @abstractmethod

@@ -138,7 +138,7 @@ def _name_tensors(layers: Mapping[str, LoraLayer], modules: Mapping[str, nn.Modu
 
 
 def _build_expected_state(model: nn.Module, config: LoraConfig) -> dict[str, Tensor]:
-    """Returns the names and shapes that `lora_state` would return for the adapted model, on the meta device."""
+    """Returns what `lora_state` would return for the adapted model, as tensors without data (on the meta device)."""
     targets = find_targets(model, config, allow_full_rank=True).targets
     layers = {name: LoraLayer(model.get_submodule(name), target, device="meta") for name, target in targets.items()}
     return _name_tensors(layers, match_modules_to_save(model, config.modules_to_save))

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from lorasweep.config.method import REGEX_PREFIX
 from lorasweep.lora.functional import RowRanges
-from lorasweep.wording import nearest
+from lorasweep.wording import suggest_nearest
 
 QKV_LETTERS = ("q", "k", "v")
 _compile = lru_cache(maxsize=10_000)(re.compile)
@@ -88,4 +88,4 @@ def suggest_layer(pattern: str, names: Iterable[str]) -> str:
     """Returns the sentence ` Did you mean ...?` with the most similar layer name; empty if no name is similar."""
     # the last part, the last two parts, or all parts of each name
     endings = dict.fromkeys(".".join(name.split(".")[-parts:]) for name in names for parts in (1, 2, 0))
-    return nearest(split_pattern(pattern)[0], endings)
+    return suggest_nearest(split_pattern(pattern)[0], endings)

@@ -33,7 +33,7 @@ from lorasweep.lora.patterns import get_block_name
 from lorasweep.methods.method import Method, ParameterGroup
 
 SIGNS_PER_BYTE = 8
-"""Minimum number of weights in a block, so that the signs of a block fill whole bytes."""
+"""Signs are stored as bits. A block has at least this number of weights, so that its signs fill whole bytes."""
 WEIGHTS_PER_CHUNK = 2**18
 """Number of weights that are projected at a time, so that temporary tensors stay in the CPU's cache."""
 
@@ -55,8 +55,8 @@ class IntrinsicMethod(Method):
         num_weights = sum(weight.numel() for layer in layers for weight in layer)
         if not len(layers) < config.dim <= num_weights:
             raise ConfigError(
-                f"`{len(layers)} < method.dim <= {num_weights}` must hold (the number of layers, which have a "
-                f"scale each, and of weights), but got {config.dim!r}."
+                f"`{len(layers)} < method.dim <= {num_weights}` must hold (number of layers, each of which has "
+                f"a scale, and number of weights), but got {config.dim!r}."
             )
 
     def _make_trainable(self, model: nn.Module, config: Any, *, generator: torch.Generator, **_: Any) -> None:

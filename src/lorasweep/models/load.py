@@ -31,7 +31,7 @@ from lorasweep.errors import ConfigError, describe_error, first_line
 from lorasweep.lora.layer_kinds import count_parameters, list_scales
 from lorasweep.models.pretrained import (
     QUANTISING_PACKAGES,
-    build_arguments,
+    build_quantisation_arguments,
     finish_quantised,
     load_pretrained,
     quiet_transformers,
@@ -136,7 +136,7 @@ def load_base(config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None 
             settings.problem_type = "regression" if labels.kind == "regression" else f"{labels.kind}_classification"
         arguments = {"config": settings, **attention, **shared}
         if config.quantization != "none":
-            arguments |= build_arguments(config, model_class, settings, dtype=dtype)
+            arguments |= build_quantisation_arguments(config, model_class, settings, dtype=dtype)
         model, head_names = load_pretrained(
             model_class, str(folder), dtype=dtype, may_lack_head=config.kind == "classifier", **arguments
         )

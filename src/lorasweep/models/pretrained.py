@@ -26,9 +26,9 @@ from lorasweep.lora.layer_kinds import is_conv1d, matrix_shape
 QUANTISING_PACKAGES = ("bitsandbytes", "accelerate")
 """Packages that quantise. They are optional (`lorasweep[quantised]`)."""
 BLOCK_SIZE = 64
-"""Number of weights that share a scale in nf4. bitsandbytes' kernel for CPUs (0.50) takes wrong scales for a matrix
+"""Number of weights that share a scale in nf4. bitsandbytes' kernel for CPUs (0.50) uses wrong scales for a matrix
 whose rows are no multiple of it, so such a layer is not quantised."""
-TRANSFORMERS_ARGUMENTS: Mapping[str, Any] = {
+NF4_ARGUMENTS: Mapping[str, Any] = {
     # double quantisation of the blocks' scales, as in QLoRA (arXiv 2305.14314): 4.127 instead of 4.5 bits per weight
     "load_in_4bit": True,
     "bnb_4bit_quant_type": "nf4",
@@ -40,7 +40,7 @@ TRANSFORMERS_ARGUMENTS: Mapping[str, Any] = {
 def load_pretrained(
     model_class: Any, source: str, *, dtype: torch.dtype, may_lack_head: bool = False, **settings: Any
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """Loads a model in `dtype`, and returns it with the names of its new modules (of nested ones only the outer one).
+    """Loads a model in `dtype`, and returns it with the names of its new modules (`outermost_modules`).
 
     The head is every module outside the pre-trained network (`classifier`, `score`), and the pooler inside. With
     `may_lack_head` the checkpoint may have none, or one for other labels. A new head is initialised as its architecture
@@ -89,7 +89,7 @@ def outermost_modules(model: nn.Module, parameters: Collection[str]) -> tuple[st
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Turns off transformers' progress bars and log messages. Our errors tell of problems instead."""
+    """Turns off transformers' progress bars and log messages. Our errors report problems instead."""
     verbosity, had_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.ERROR + 1)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -101,7 +101,9 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def build_arguments(config: ModelConfig, model_class: Any, settings: Any, *, dtype: torch.dtype) -> dict[str, Any]:
+def build_quantisation_arguments(
+    config: ModelConfig, model_class: Any, settings: Any, *, dtype: torch.dtype
+) -> dict[str, Any]:
     """Returns the arguments with which `from_pretrained` quantises a model on the CPU.
 
     `settings` are the model's configuration, and `dtype` is that of the computation and of all other parameters.
@@ -111,12 +113,12 @@ def build_arguments(config: ModelConfig, model_class: Any, settings: Any, *, dty
             f"`model.quantization` must be none for a model whose files are quantised already, but got "
             f"{config.quantization!r} with {config.path!r}."
         )
-    bits = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-        **TRANSFORMERS_ARGUMENTS,
+    quantisation = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        **NF4_ARGUMENTS,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=_find_skipped_modules(config, model_class, settings),  # 4 bits have this argument too
+        llm_int8_skip_modules=_find_skipped_modules(config, model_class, settings),  # also used with 4 bits
     )
-    return {"quantization_config": bits, "device_map": {"": "cpu"}}
+    return {"quantization_config": quantisation, "device_map": {"": "cpu"}}
 
 
 def finish_quantised(model: PreTrainedModel, config: ModelConfig) -> None:
@@ -132,7 +134,7 @@ def finish_quantised(model: PreTrainedModel, config: ModelConfig) -> None:
         # In evaluations on a CPU with AVX512-BF16, bitsandbytes (0.50) would store the weight in another order, for
         # which it has no backward pass: all later gradients would lack the base's part, without an error.
         layer.support_avx512bf16_for_cpu = False
-        layer.quant_state = None  # the weight has it too; each run would copy that of the layer
+        layer.quant_state = None  # the weight has the same state; a second one would be copied for each run
 
 
 def _find_skipped_modules(config: ModelConfig, model_class: Any, settings: Any) -> list[str]:

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from lorasweep.config.redaction import redact
 from lorasweep.disk import write_atomically
 from lorasweep.errors import RecordError
-from lorasweep.wording import nearest, shorten
+from lorasweep.wording import shorten, suggest_nearest
 
 VERSION: Literal[1] = 1
 """Version of the format. Records of another version are refused."""
@@ -58,7 +58,7 @@ def read_json(kind: type[T], path: Path) -> T:
         others = [str(folder) for folder in path.parent.parent.glob("*") if folder.is_dir()]
         raise RecordError(
             f"a {path.stem}'s folder must contain {path.name}, but {str(path.parent)!r} does not. Name another folder."
-            f"{nearest(str(path.parent), others) if not path.parent.exists() else ''}"
+            f"{suggest_nearest(str(path.parent), others) if not path.parent.exists() else ''}"
         )
     try:
         record: T = _adapter(kind).validate_json(path.read_bytes(), strict=True)  # type: ignore[arg-type]

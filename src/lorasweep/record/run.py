@@ -17,7 +17,7 @@ RUN_FILE = "run.json"
 STEPS_FILE = "steps.jsonl"
 TEST_SCORES_FILE = "test_scores.csv"
 RETAINED_SCORES_FILE = "retained-{}.csv"
-"""As `TEST_SCORES_FILE`, for the retained data set of a name."""
+"""As `TEST_SCORES_FILE`, for a retained data set, whose name replaces `{}`."""
 PATCH_FILE = "code.patch"
 
 RunStatus = Literal["running", "complete", "paused", "pruned", "failed", "infeasible", "interrupted"]

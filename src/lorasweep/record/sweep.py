@@ -193,7 +193,7 @@ def get_run_folder(sweep: Path, run: str) -> Path:
 
 
 def find_winner(trials: Iterable[Trial], *, record: SweepRecord) -> Trial | None:
-    """Returns the best complete trial of an arm's search, of equals the first one; None if no trial is complete."""
+    """Returns the best complete trial of an arm's search, the first of equal ones; None if no trial is complete."""
     return min(
         (trial for trial in trials if trial.is_complete),
         key=lambda trial: (record.sign * (trial.value or 0.0), trial.number),

@@ -1,4 +1,4 @@
-"""A trial: the one form in which the controller, status, report and Python API have a run of a sweep."""
+"""The class `Trial`: a run of a sweep, as controller, status, report and Python API all use it."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Trial:
 
     @property
     def is_predicted(self) -> bool:
-        """Whether this is the setting of a subject that the search's model chose, and that no trial has."""
+        """Whether this is a setting that was predicted from the search, and that no trial has tried."""
         return self.stage == "confirm" and self.seed is None
 
     @property
@@ -167,13 +167,13 @@ def build_frame(trials: Iterable[Trial], *, metric: str, keys: Sequence[str] = (
     """Returns a table with a row per run and its settings as columns with dotted keys.
 
     `METRIC` is the best score on validation data and `test/METRIC` that of a confirm run on test data. Trials with a
-    record also have its costs (`COST_FIELDS`), `best_step`, and the values of `keys`, which no trial needs to sweep.
+    record also have its costs (`COST_FIELDS`), `best_step`, and the values of `keys`, swept or not.
     """
     import pandas  # noqa: PLC0415 (slow to import)
 
     rows = [_build_row(trial, metric, keys) for trial in trials]
     frame = pandas.DataFrame.from_records(rows)
-    # nullable, so that whole numbers stay whole where a run has none
+    # a nullable type, because a missing value would turn whole numbers into floats
     whole = [name for name in frame if {type(row.get(name)) for row in rows} == {int, type(None)}]
     return frame.astype(dict.fromkeys(whole, "Int64"))
 

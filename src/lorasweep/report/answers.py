@@ -76,10 +76,10 @@ def name_value(subject: str, data: SweepData) -> str:
 
 
 def _answer_full(data: SweepData) -> tuple[str, bool]:
-    arms = [arm.name for arm in data.searches if arm.row.method == "lora"]
+    arms = [arm.name for arm in data.whole_arms if arm.row.method == "lora"]
     if not arms:
         return "Not asked: no arm has `method=lora`.", False
-    if not any(arm.row.method == "full" for arm in data.searches):
+    if not any(arm.row.method == "full" for arm in data.whole_arms):
         return "Not asked: no arm has `method=full`. Add one to compare LoRA with it.", False
     if not data.evidence.means:
         is_searched = data.record.status == "complete"  # before the end, the arms may have had unequal searches
@@ -121,7 +121,7 @@ def _judge_chain(chain: Sequence[Answer], data: SweepData) -> tuple[str, bool]:
 
 
 def _answer_rank(data: SweepData) -> tuple[str, bool]:
-    asked = [arm.name for arm in data.searches if arm.row.method == "lora" and arm.row.confirm_each == RANK]
+    asked = [arm.name for arm in data.whole_arms if arm.row.method == "lora" and arm.row.confirm_each == RANK]
     if not asked:
         return "Not asked: no LoRA arm has `confirm_each: method.rank`.", False
     if not data.evidence.means:

@@ -74,7 +74,7 @@ def judge_learning(data: SweepData) -> Learning:
     """
     known = _find_answer(data)
     # only complete trials have a score on all validation examples, as the answer has
-    scored = {arm.name: [trial for trial in arm.trials if trial.is_complete] for arm in data.searches}
+    scored = {arm.name: [trial for trial in arm.trials if trial.is_complete] for arm in data.whole_arms}
     subjects = [arm for arm in data.arms if arm.row.method != "frozen"]
     scored = {arm.arm: scored[arm.arm] for arm in subjects if scored[arm.arm]}
     if known.score is None or not scored:
@@ -165,7 +165,7 @@ def judge_fairness(data: SweepData, *, has_learned: bool = True) -> dict[str, An
     Returns:
         `is_fair` (None if fewer than two arms train), `sentences`, and `arms`, the `measure_effort` of each arm.
     """
-    arms = [measure_effort(arm, data) for arm in data.searches if arm.row.method != "frozen"]
+    arms = [measure_effort(arm, data) for arm in data.whole_arms if arm.row.method != "frozen"]
     edges = list_edges(data) if has_learned else []
     others = [f"{clause[0].upper()}{clause[1:]}." for key, clause in edges if key != LR or len(arms) < 2]
     if len(arms) < 2:
@@ -186,7 +186,7 @@ def judge_fairness(data: SweepData, *, has_learned: bool = True) -> dict[str, An
     margin = data.evidence.margin
     regrets = {row.subject: row.regret / margin for row in data.record.settings if margin and row.regret is not None}
     if above := [f"{regret:.2g} margins for `{subject}`" for subject, regret in regrets.items() if regret > 1]:
-        luck = "so luck of the search may decide"
+        luck = "so the luck of the search may decide"
         faults.append(f"an untried setting is expected to be better by {join_words(above)}, {luck}")
     so_far = "" if data.record.status == "complete" else "so far "
     judgement = f"not fair: {'; '.join(faults)}" if faults else "fair"
@@ -226,7 +226,7 @@ def list_edges(data: SweepData) -> list[tuple[str, str]]:
 
     A key is left out if all trials with a score lie at that end, because no trial shows that others are worse.
     """
-    trials = {arm.name: [trial for trial in arm.trials if trial.value is not None] for arm in data.searches}
+    trials = {arm.name: [trial for trial in arm.trials if trial.value is not None] for arm in data.whole_arms}
     edges: dict[tuple[str, str], list[str]] = defaultdict(list)
     for arm in data.arms:
         for key, value in (arm.best.params if arm.best else {}).items():

@@ -17,7 +17,7 @@ from lorasweep.report.evidence.estimates import Interval
 from lorasweep.report.panel import (
     METHOD_COLOURS,
     Panel,
-    Point,
+    PlotPoint,
     add_line,
     add_markers,
     add_trials,
@@ -174,7 +174,7 @@ def draw_score_by_lr(data: SweepData) -> Panel:
     """Returns score against learning rate: a figure for each arm with `confirm_each`, one for all others."""
     title = "Score against learning rate"
     searches = [
-        arm.name for arm in data.searches if len({t.numeric_setting(LR) for t in arm.trials if t.is_complete}) > 1
+        arm.name for arm in data.whole_arms if len({t.numeric_setting(LR) for t in arm.trials if t.is_complete}) > 1
     ]
     split = [[arm for arm in data.arms if arm.arm == name] for name in searches]
     groups = [[one for arms in split if len(arms) == 1 for one in arms], *(arms for arms in split if len(arms) > 1)]
@@ -273,7 +273,7 @@ def draw_tradeoff(data: SweepData) -> Panel:
     return Panel(key="tradeoff", title=title, text=text, figures=tuple(figures))
 
 
-def _draw_cost(axis: str, points: Sequence[Point], data: SweepData) -> go.Figure:
+def _draw_cost(axis: str, points: Sequence[PlotPoint], data: SweepData) -> go.Figure:
     figure, colours = build_figure(data, x_title=axis, height=340), choose_colours(data)
     figure.update_xaxes(type="log" if "log" in axis else "linear", exponentformat="SI")
     best: list[tuple[float, float]] = []
@@ -291,7 +291,7 @@ def _draw_cost(axis: str, points: Sequence[Point], data: SweepData) -> go.Figure
 
 
 def _set_axis(figure: go.Figure, data: SweepData, scores: Sequence[float]) -> None:
-    """Sets the range of scores so that it has the better half of them, and those that are near."""
+    """Sets the range of the score axis: it shows the better half of the scores, and others that are near."""
     ranked = sorted(scores, key=lambda score: data.sign * score)
     half = 1 + len(ranked) // 2
     full, frozen = data.best_score("full"), data.best_score("frozen")

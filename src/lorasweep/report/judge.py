@@ -1,7 +1,7 @@
 """The evidence without the training: verdicts on scores of runs that were trained elsewhere.
 
 The tests are those of a sweep's confirm stage (`evidence.questions`). The search that chose the settings is not known,
-so its luck is not in the intervals.
+so the intervals do not include the chance in that search.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from lorasweep.report.evidence.estimates import (
     UNBOUNDED,
     ConfirmScores,
     Estimate,
-    ExampleScores,
+    RunExampleScores,
     RunKey,
     build_scores,
     estimate_means,
 )
-from lorasweep.report.evidence.questions import Answer, Scale, answer_questions, compute_level
+from lorasweep.report.evidence.questions import Answer, MarginScale, answer_questions, compute_level
 from lorasweep.report.terminal import render_answers
 from lorasweep.wording import format_estimate, format_share_estimate, join_words
 
@@ -58,7 +58,7 @@ class Judgement:
     """The confidence of the intervals; all answers together have 95 %."""
 
     def table(self) -> pandas.DataFrame:
-        """Returns a row per answer: question, subject, reference, verdict, value, interval, and what is open."""
+        """Returns a row per answer: question, subject, reference, verdict, value, interval, and why it is open."""
         import pandas  # noqa: PLC0415 (slow to import)
 
         return pandas.DataFrame.from_records([answer.as_entry() for answer in self.answers])
@@ -79,7 +79,7 @@ class Judgement:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        unknown = "The luck of the search that chose these settings is not in the intervals: it is not in the scores."
+        unknown = "The intervals do not include the chance in the search that chose these settings."
         examples = () if self.scores.num_examples else ("Intervals are over seeds alone: no examples have scores.",)
         return (unknown, *examples, *self.scores.problems)
 
@@ -140,8 +140,8 @@ def judge(
         reference: The arm with which others are compared.
         base: The arm that is the untrained model, if there is one.
         key: What `value` is, such as `rank`, for the names of subjects.
-        looks: Numbers of seeds at which the scores were or will be tested. Empty: this is the only test. Who adds seeds
-            until a verdict appears must name all looks, or the error rate does not hold.
+        looks: Numbers of seeds at which the scores were or will be tested. Empty: this is the only test. If you add
+            seeds until a verdict appears, name all looks, or the error rate does not hold.
 
     Raises:
         ConfigError: The table lacks columns, arms or numbers, or has a run twice, or the margin is wrong.
@@ -188,7 +188,7 @@ def judge(
     )
     num_seeds = max(len(seeds) for seeds in found.values.values())
     planned = tuple(sorted({*looks, num_seeds})) if looks else (num_seeds,)
-    scale = Scale(margin=parsed, sign=-1 if maximize else 1, base=base, full=reference)
+    scale = MarginScale(margin=parsed, sign=-1 if maximize else 1, base=base, full=reference)
     answers = answer_questions(questions, found, scale, looks=planned)
     return Judgement(
         answers=tuple(
@@ -227,11 +227,11 @@ def _check_table(scores: pandas.DataFrame, *, reference: str) -> None:
 
 def _read_runs(
     subjects: Mapping[str, pandas.DataFrame],
-) -> tuple[dict[RunKey, float], dict[RunKey, ExampleScores]]:
+) -> tuple[dict[RunKey, float], dict[RunKey, RunExampleScores]]:
     """Returns the score of each run, and its scores of single examples if it has them."""
     labels = sorted({str(seed) for rows in subjects.values() for seed in rows["seed"]})
     values: dict[RunKey, float] = {}
-    examples: dict[RunKey, ExampleScores] = {}
+    examples: dict[RunKey, RunExampleScores] = {}
     for name, rows in subjects.items():
         for seed, run in rows.groupby("seed", sort=False):
             run_key = name, labels.index(str(seed))
@@ -242,7 +242,7 @@ def _read_runs(
             if "example" in run and run["example"].notna().all():
                 ordered = run.sort_values("example", key=lambda column: column.astype(str))
                 identifiers = tuple(ordered["example"].astype(str))
-                examples[run_key] = ExampleScores(
+                examples[run_key] = RunExampleScores(
                     rows=identifiers,
                     scores=ordered["score"].to_numpy(float),
                     weights=ordered["weight"].to_numpy(float) if "weight" in ordered else np.ones(len(ordered)),

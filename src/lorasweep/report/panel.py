@@ -30,7 +30,7 @@ DEFAULT_HEIGHT_PX = 400
 REFERENCE_WIDTH_PX = 128
 """The room beside a figure for the name of a method with its score."""
 
-Point = tuple[Any, Trial, float]
+PlotPoint = tuple[Any, Trial, float]
 """x value, trial and score."""
 
 
@@ -62,7 +62,7 @@ def select_trials(data: SweepData) -> SweepData:
     def thin(arm: ArmData) -> ArmData:
         return replace(arm, trials=tuple(trial for trial in arm.trials if trial.run in kept))
 
-    return replace(data, arms=tuple(map(thin, data.arms)), searches=tuple(map(thin, data.searches)))
+    return replace(data, arms=tuple(map(thin, data.arms)), whole_arms=tuple(map(thin, data.whole_arms)))
 
 
 def choose_colours(data: SweepData) -> dict[str, str]:
@@ -72,10 +72,10 @@ def choose_colours(data: SweepData) -> dict[str, str]:
     """
     colours: dict[str, str] = {}
     free, ramps = itertools.cycle(OTHER_COLOURS), itertools.cycle(RAMPS)
-    for search in data.searches:
+    for search in data.whole_arms:
         colour = METHOD_COLOURS.get(search.row.method)
         colours[search.name] = colour if colour and colour not in colours.values() else next(free)
-    for search in data.searches:
+    for search in data.whole_arms:
         if search.row.confirm_each:
             subjects = [arm.name for arm in data.arms if arm.arm == search.name]
             places = [place / max(len(subjects) - 1, 1) for place in range(len(subjects))]
@@ -204,7 +204,7 @@ def add_markers(
     )
 
 
-def add_trials(figure: go.Figure, points: Iterable[Point], colour: str, name: str, **marker: Any) -> None:
+def add_trials(figure: go.Figure, points: Iterable[PlotPoint], colour: str, name: str, **marker: Any) -> None:
     """Adds trials as points with their settings as hover text and links to their runs."""
     found = list(points)
     add_markers(

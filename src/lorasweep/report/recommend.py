@@ -24,8 +24,8 @@ from lorasweep.wording import (
     format_setting,
     format_share_estimate,
     join_words,
-    nearest,
     short_key,
+    suggest_nearest,
 )
 
 TRAIN_EXAMPLES = "data.max_train_examples"
@@ -72,7 +72,7 @@ def choose_arm(data: SweepData, methods: Sequence[str] | None = None) -> Choice 
     be as good, that is used, and a smaller one may be as good. Else the one with the best score is used, and the choice
     is settled if all others are shown to be no better.
     """
-    rows = [arm.row for arm in data.searches if arm.row.method != "frozen"]
+    rows = [arm.row for arm in data.whole_arms if arm.row.method != "frozen"]
     names = [row.name for row in rows if methods is None or row.method in methods]
     choices = [choice for name in names if (choice := choose_subject(data, name)) and choice.arm.best]
     if not choices:
@@ -217,11 +217,11 @@ def find_recommended(source: Path, *, key: str) -> tuple[Path, SweepData, ArmDat
             f"`{key}` must be a sweep that is complete, but {str(folder)!r} is {data.record.status}. "
             f"Type `lorasweep sweep --resume {folder}`."
         )
-    names = list(dict.fromkeys(arm.name for arm in (*data.searches, *data.arms)))
+    names = list(dict.fromkeys(arm.name for arm in (*data.whole_arms, *data.arms)))
     if is_arm and source.name not in names:
         raise ConfigError(
             f"`{key}` must be SWEEP or SWEEP/ARM with one of the arms {', '.join(names)}, but got {str(source)!r}."
-            f"{nearest(source.name, names)}"
+            f"{suggest_nearest(source.name, names)}"
         )
     name = source.name if is_arm else next((one.arm for one in recommend(data)), None)
     choice = choose_subject(data, name) if name else None

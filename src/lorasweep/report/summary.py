@@ -102,8 +102,9 @@ def summarize(folder: Path) -> Summary:
     data = load_sweep_data(folder)
     learning = judge_learning(data)
     fairness = judge_fairness(data, has_learned=learning.state != "nothing")
-    said = fairness["sentences"]
-    findings = said[1:] if fairness["is_fair"] is False else said  # that a comparison is unfair is a warning
+    findings = fairness["sentences"]
+    if fairness["is_fair"] is False:
+        findings = findings[1:]  # the first one is a warning
     return Summary(
         data=data,
         answers=list_answer_lines(data, learning),
@@ -223,7 +224,7 @@ def _describe_effort(data: SweepData) -> list[str]:
         f"{format_count(data.tokens_trained)} tokens trained{saving}."
     ]
     if data.record.status != "complete":
-        asked = sum(arm.row.trials for arm in data.searches)
+        asked = sum(arm.row.trials for arm in data.whole_arms)
         sentences.append(f"The sweep is {data.record.status}: {asked} trials were asked for.")
     return sentences
 

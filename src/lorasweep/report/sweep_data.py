@@ -61,7 +61,7 @@ class ArmData:
     """The setting that the confirm stage trains; None before that stage, and for an arm with several subjects."""
     best: Trial | None
     """The trial or the predicted setting that was confirmed; before the confirm stage the best complete trial, the
-    earlier one of equals. None if there is neither."""
+    earlier of equal ones. None if there is neither."""
     confirm_runs: tuple[Trial, ...]
     """The confirm runs of the setting that is confirmed now."""
 
@@ -91,7 +91,7 @@ class SweepData:
     record: SweepRecord
     arms: tuple[ArmData, ...]
     """The subjects: one entry for each arm, or for each value of an arm's `confirm_each` key."""
-    searches: tuple[ArmData, ...]
+    whole_arms: tuple[ArmData, ...]
     """One entry for each arm, with all its trials. Without `confirm_each` it is the entry in `arms`."""
     problems: tuple[str, ...]
     """One sentence for each run that can't be read, and for each subject without all of its test scores."""
@@ -103,12 +103,12 @@ class SweepData:
     @property
     def trials(self) -> tuple[Trial, ...]:
         """Every trial, by arm and number."""
-        return tuple(trial for arm in self.searches for trial in arm.trials)
+        return tuple(trial for arm in self.whole_arms for trial in arm.trials)
 
     @property
     def confirm_runs(self) -> tuple[Trial, ...]:
         """Every run of the confirm stage of a setting that is confirmed now, by subject and seed."""
-        return tuple(rerun for arm in self.arms for rerun in arm.confirm_runs)
+        return tuple(run for arm in self.arms for run in arm.confirm_runs)
 
     @property
     def run_records(self) -> tuple[RunRecord, ...]:
@@ -143,7 +143,7 @@ class SweepData:
 
     @cached_property
     def frame(self) -> pandas.DataFrame:
-        """The table of all runs (`record.build_frame`), with a column for each swept key, the rank, α and the rate."""
+        """The table of all runs (`record.build_frame`), with swept keys, rank, α and learning rate."""
         keys = tuple(dict.fromkeys([*self.swept_keys, RANK, ALPHA, LR]))
         runs = (*self.trials, *self.confirm_runs)
         return build_frame(runs, metric=self.record.metric, keys=keys)
@@ -151,7 +151,7 @@ class SweepData:
     @cached_property
     def swept_keys(self) -> tuple[str, ...]:
         """The dotted keys that any arm sweeps, in the order of the arms."""
-        keys = [key for arm in self.searches for key in arm.row.space]
+        keys = [key for arm in self.whole_arms for key in arm.row.space]
         return tuple(dict.fromkeys([*keys, *(key for trial in self.trials for key in trial.params)]))
 
     def best_score(self, method: str) -> float | None:
@@ -212,11 +212,11 @@ def load_sweep_data(folder: Path) -> SweepData:
             if trial.state != "running":  # a run that begins has no record yet
                 problems.append(f"The run `{trial.run}` can't be read: {error}")
         trial.reason = trial.reason or (trial.record.reason if trial.record else None)
-    searches, arms = [], []
+    whole_arms, arms = [], []
     for row in record.arms:
         subjects = [_build_arm(subject_row, record, arm=row.name) for subject_row in _list_subject_rows(row)]
         arms += subjects
-        searches.append(subjects[0] if row.confirm_each is None else _build_arm(row, record, arm=row.name))
+        whole_arms.append(subjects[0] if row.confirm_each is None else _build_arm(row, record, arm=row.name))
     for arm in arms if record.confirm else ():
         scored, total = sum(run.is_complete for run in arm.confirm_runs), len(arm.confirm_runs)
         if not scored:
@@ -229,7 +229,7 @@ def load_sweep_data(folder: Path) -> SweepData:
         folder=folder,
         record=record,
         arms=tuple(arms),
-        searches=tuple(searches),
+        whole_arms=tuple(whole_arms),
         problems=tuple(problems),
         evidence=evidence,
         retained=retained,

@@ -54,7 +54,7 @@ def render_terminal(folder: Path, *, verbose: bool = False) -> RenderableType:
 def render_spread(folders: Sequence[Path]) -> RenderableType:
     """Returns the score and the learning rate of each subject in several sweeps, and their spread.
 
-    Sweeps of one definition with other `sweep.seed` show what luck of the search there is. Nothing is tested.
+    Sweeps that differ only in `sweep.seed` show how much a result depends on chance. Nothing is tested.
 
     Raises:
         ConfigError: The sweeps do not have the same metric.
@@ -81,7 +81,7 @@ def render_spread(folders: Sequence[Path]) -> RenderableType:
             found += [] if value is None else [value]
         spread = f"{statistics.fmean(found):.3f} ± {statistics.stdev(found):.3f}" if len(found) > 1 else "–"
         table.add_row(name, *cells, spread)
-    note = "The spread is that of search, seeds and training together. Differences between sweeps are not tested."
+    note = "The spread comes from search, seeds and training together. Differences between sweeps are not tested."
     return Group(table, Text(f"• {note}"))
 
 

@@ -70,7 +70,7 @@ def build_tables(summary: Summary) -> dict[str, pandas.DataFrame]:
     data, metric = summary.data, summary.data.record.metric
     trials, runs = data.frame.iloc[: len(data.trials)], data.frame.iloc[len(data.trials) :]
     trials = trials.drop(columns=["stage", "seed", "step", f"test/{metric}"], errors="ignore").assign(
-        method=[arm.row.method for arm in data.searches for _ in arm.trials],
+        method=[arm.row.method for arm in data.whole_arms for _ in arm.trials],
         share_of_full_gain=[data.share_of_full_gain(trial.value) for trial in data.trials],
         is_better_than_untrained=[summary.learning.is_better(trial) for trial in data.trials],
     )

@@ -29,7 +29,7 @@ from lorasweep.errors import ConfigError, RunError, first_line
 from lorasweep.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from lorasweep.methods import METHODS
 from lorasweep.models.load import EMBEDDED_PREFIX, BaseModel, find_local_path, fingerprint_weights
-from lorasweep.models.pretrained import TRANSFORMERS_ARGUMENTS, load_pretrained, quiet_transformers
+from lorasweep.models.pretrained import NF4_ARGUMENTS, load_pretrained, quiet_transformers
 from lorasweep.record import RunRecord, read_run
 from lorasweep.training.restore import (
     check_kept_files,
@@ -50,7 +50,7 @@ SHOWN_SETTINGS = (
     *("method.", "optim.", "schedule.", "seed", "trainer.max_steps", "trainer.batch_size"),
     *("trainer.early_stop_evaluations", "data.max_length", "data.block_length"),
 )
-"""Beginnings of the keys of the settings that a card shows. These settings contain no paths."""
+"""Prefixes of the dotted keys that a card shows. The settings with these keys contain no paths."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +158,7 @@ def _export_merged(record: RunRecord, config: RunConfig, best: Path, folder: Pat
     if config.model.quantization != "none":  # an adapter is merged into the unquantised weights
         config, base = restore_unquantised_base(record, config)
     kind, dtype, fingerprint = _write_merged(config, base, best, folder)
-    del base  # and the models of `_write_merged`, before the merged model is loaded
+    del base  # frees its memory before the merged model is loaded
     attention: dict[str, Any] = (
         {} if config.model.attention == "auto" else {"attn_implementation": config.model.attention}
     )
@@ -203,7 +203,7 @@ def build_card(record: RunRecord, config: RunConfig, *, format: str, dtype: str,
     what = f"An adapter ({kind}, {dtype}) for" if format == "peft" else f"A model ({dtype}, merged) fine-tuned from"
     facts = {
         "base": {"revision": config.model.revision, "fingerprint": record.base.get("fingerprint")},
-        "data": {"name": config.data.name, **{split: of.get("fingerprint") for split, of in record.data.items()}},
+        "data": {"name": config.data.name, **{name: split.get("fingerprint") for name, split in record.data.items()}},
         "scores": {"metric": record.metric, "validation": record.best, "test": record.test},
         **{
             key: value
@@ -238,7 +238,7 @@ def _describe_loading(record: RunRecord, config: ModelConfig, *, format: str, re
         if labels:
             arguments = f", num_labels={1 if labels['kind'] == 'regression' else len(labels['names'])}"
         if config.quantization != "none":
-            given = ", ".join(f"{key}={value!r}" for key, value in TRANSFORMERS_ARGUMENTS.items())
+            given = ", ".join(f"{key}={value!r}" for key, value in NF4_ARGUMENTS.items())
             imports.append("from transformers import BitsAndBytesConfig")
             lines = [f"quantization = BitsAndBytesConfig({given})"]
             arguments += ", quantization_config=quantization"

@@ -146,7 +146,7 @@ def restore_solo_config(record: RunRecord) -> RunConfig:
     trainer = {
         **record.config["trainer"],
         "precision": platform.get("precision", config.trainer.precision),
-        "device": "auto" if platform.get("device") == "gpu" else "cpu",  # without a GPU, it is the first reason
+        "device": "auto" if platform.get("device") == "gpu" else "cpu",  # a GPU may be missing now
         "accumulate": record.batching.get("micro_batches", config.trainer.accumulate),
         "strategy": "auto",
         "devices": 1,
@@ -183,9 +183,9 @@ def _find_last_step(record: RunRecord, run: Path) -> int:
 
 
 def read_values(run: Path, *, up_to: float = math.inf) -> dict[str, Any]:
-    """Returns loss and learning rate of each step of a run, and every metric of each evaluation, by place in words.
+    """Returns loss and learning rate of each step of a run, and every metric of each evaluation.
 
-    None is NaN or infinite. Steps after `up_to` are skipped.
+    Keys say where a value is: "step 3: `loss`". NaN and infinite values are None. Steps after `up_to` are skipped.
     """
     values: dict[str, Any] = {}
     for row in read_steps(run):
@@ -218,8 +218,8 @@ def _describe(place: str, before: Mapping[str, Any], after: Mapping[str, Any]) -
 
 
 def list_possible_reasons(recorded: RunRecord, repeated: RunRecord) -> list[str]:
-    """Returns a clause for each part of the surroundings that differs, the most likely reason first."""
-    before, after = _flatten_surroundings(recorded), _flatten_surroundings(repeated)
+    """Returns a clause for each of `POSSIBLE_REASONS` that differs, the most likely reason first."""
+    before, after = _flatten_conditions(recorded), _flatten_conditions(repeated)
     different = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     ordered = dict.fromkeys(
         name for part in POSSIBLE_REASONS for name in different if f"{name}.".startswith(f"{part}.")
@@ -227,7 +227,7 @@ def list_possible_reasons(recorded: RunRecord, repeated: RunRecord) -> list[str]
     return [f"`{name}` was {shorten(before.get(name))} and is {shorten(after.get(name))}" for name in ordered]
 
 
-def _flatten_surroundings(record: RunRecord) -> dict[str, Any]:
+def _flatten_conditions(record: RunRecord) -> dict[str, Any]:
     groups = {name: getattr(record, name) for name in {reason.partition(".")[0] for reason in POSSIBLE_REASONS}}
     return {name: value for name, value in dotted_items(groups) if not isinstance(value, Mapping)}
 
@@ -246,7 +246,7 @@ def compare_sweeps(first: Path, second: Path) -> Reproduction:
 
 
 def _list_parts(record: SweepRecord, folder: Path) -> Iterator[dict[str, Any]]:
-    """Yields the values that a repetition must have too, part by part. Each value has its place in words as key."""
+    """Yields the values that a repetition must have too, part by part. The keys are like those of `read_values`."""
     keys = ("metric", "direction", "confirm_seeds")
     yield {f"sweep: `{key}`": getattr(record, key) for key in keys}
     yield {f"{row.subject}: `{key}`": value for row in record.settings for key, value in row.params.items()}

@@ -23,7 +23,7 @@ a sweep trains dozens of runs."""
 
 
 def count_steps(epochs: float, num_examples: int, batch_size: int) -> int:
-    """Returns the steps of this number of passes over the data, within the bounds."""
+    """Returns the number of steps of this number of epochs, within the bounds."""
     half = math.ceil(epochs * num_examples / batch_size / 2)  # an even number has an evaluation at its half
     return 2 * min(max(half, MIN_STEPS // 2), MAX_STEPS // 2)
 
@@ -122,11 +122,11 @@ def list_notes(definition: Definition, inputs_cache: InputsCache) -> list[str]:
     config = next((arm.corner_configs[0] for arm in definition.arms if arm.corner_configs[0].num_steps), None)
     if config is not None and not config.data.name.startswith("stdlib"):
         num_examples, batch_size = len(inputs_cache.load(config).splits.train), config.trainer.batch_size
-        if (passes := config.num_steps * batch_size / num_examples) < 1:
+        if (epochs := config.num_steps * batch_size / num_examples) < 1:
             notes.append(
-                f"Each run trains {config.num_steps:,} steps of {batch_size}: {passes:.2f} passes over "
+                f"Each run trains {config.num_steps:,} steps of {batch_size}: {epochs:.2f} epochs of "
                 f"{num_examples:,} training examples. `trainer.max_steps={math.ceil(num_examples / batch_size)}` makes "
-                "one pass."
+                "one epoch."
             )
     notes += [*explain_bases(definition), *explain_solo_arms(definition)]
     if definition.sweep_config.confirm.list_looks():

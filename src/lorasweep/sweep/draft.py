@@ -210,7 +210,7 @@ def _refuse_data_as_names(
 
 
 def _choose_numbers(inputs: RunInputs, chosen: Mapping[str, Any]) -> dict[str, int]:
-    """Returns length, batch size and steps that the user did not set, for three passes over the data."""
+    """Returns length, batch size and steps that the user did not set. The steps are those of three epochs."""
     train = inputs.splits.train
     batch_size = int(chosen.get("trainer.batch_size", min(16, len(train))))
     numbers = {}
@@ -238,12 +238,12 @@ def _fill_template(path: Path, settings: Mapping[str, Any], of_sweep: Mapping[st
     constant = inputs.splits.score_constant_answer(inputs.splits.validation).get("accuracy", 0.0)
     advice = f"; one label has {format_share(constant)} of the examples, so matthews says more"
     is_advised = "matthews" in others and constant > MAX_BALANCED_SHARE
-    passes = trainer.max_steps * trainer.batch_size / len(train)
+    epochs = trainer.max_steps * trainer.batch_size / len(train)
     comments = {
         **COMMENTS,
         "data.metric": f"or {join_words(others, last='or')}{advice if is_advised else ''}",
         "data.max_length": f"{train.lengths.double().mean():.0f} tokens on average, {int(train.lengths.max())} at most",
-        STEPS_KEY: f"{passes:.1f} passes over {len(train):,} training examples"
+        STEPS_KEY: f"{epochs:.1f} epochs of {len(train):,} training examples"
         + (f"; the draft has at most {MAX_STEPS} steps, set more if needed" if trainer.max_steps == MAX_STEPS else ""),
     }
     lines = [

@@ -1,7 +1,7 @@
 """Plans a sweep: exact numbers of runs, tokens and trained parameters; time and memory from a short training.
 
-Arms whose trials share packs are a group, and so is each other arm. Each group has one training, which is the
-sweep's own: a full pack of the runs with the highest rank, or one run alone.
+Arms whose trials share packs form a group. Each other arm is a group of its own. One short training is measured for
+each group: a full pack of runs with the highest rank, or one run alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorasweep.config.build import as_settings
-from lorasweep.config.compose import space_evaluations
+from lorasweep.config.compose import choose_evaluation_interval
 from lorasweep.config.run import STEPS_KEY, RunConfig
 from lorasweep.config.sweep import RayWorkers
 from lorasweep.data.batching import StepBatchSampler, choose_part
@@ -44,17 +44,17 @@ from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
 from lorasweep.wording import format_bytes, format_count, format_seconds_range
 
-NUM_STEPS = 6
+MEASURED_STEPS = 6
 """Steps of a measured training, which ends with one evaluation. The first step is not counted, because it warms up."""
 
 MAX_NAME_WIDTH = 16
 """Longest name of an arm that never wraps in 80 columns."""
 
 MIN_TRIALS = 6
-"""Fewest trials of an arm. With fewer, the best learning rate of two decades is found by luck."""
+"""Minimum number of trials of an arm under `--minutes`. Fewer are too few to search two decades of learning rates."""
 
 MAX_DATA_ORDERS = 100
-"""Data orders that are searched for long rows. More would make planning slower."""
+"""Maximum number of data orders among which `choose_data_order` chooses. More would make planning slower."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +141,7 @@ def _measure_group(
     inputs = inputs_cache.load(config)
     data_order = choose_data_order(config, split=inputs.splits.train)
     # few steps and one evaluation, in one process and without loggers
-    trainer = replace(config.trainer, max_steps=NUM_STEPS, eval_every_steps=NUM_STEPS, strategy="auto")
+    trainer = replace(config.trainer, max_steps=MEASURED_STEPS, eval_every_steps=MEASURED_STEPS, strategy="auto")
     trainer = replace(trainer, devices=1, num_nodes=1)
     config = replace(config, trainer=trainer, seeds=replace(config.seeds, data_order=data_order), logger={})
     with tempfile.TemporaryDirectory(prefix="lorasweep-plan-") as folder:
@@ -228,14 +228,15 @@ def _train_briefly(config: RunConfig, slots: int, *, inputs: RunInputs, folder: 
 def choose_data_order(config: RunConfig, *, split: Split) -> int:
     """Returns a seed of the data order with which a few steps need about as much memory as a whole run.
 
-    It is the seed whose first steps have the most tokens in one, among as many seeds as the run has such parts.
+    It is the seed whose first `MEASURED_STEPS` steps contain the largest step, in tokens. Enough seeds are tried to
+    draw as many steps as a whole run has, but at most `MAX_DATA_ORDERS`.
     """
 
     def count_tokens_of_largest_step(seed: int) -> int:
-        steps = StepBatchSampler(split, batch_size=config.trainer.batch_size, num_steps=NUM_STEPS, seed=seed)
-        return max(int(split.lengths[torch.tensor(steps.get_step_indices(n))].sum()) for n in range(NUM_STEPS))
+        steps = StepBatchSampler(split, batch_size=config.trainer.batch_size, num_steps=MEASURED_STEPS, seed=seed)
+        return max(int(split.lengths[torch.tensor(steps.get_step_indices(n))].sum()) for n in range(MEASURED_STEPS))
 
-    num_seeds = min(MAX_DATA_ORDERS, math.ceil(config.trainer.max_steps / NUM_STEPS))
+    num_seeds = min(MAX_DATA_ORDERS, math.ceil(config.trainer.max_steps / MEASURED_STEPS))
     return max(range(num_seeds), key=count_tokens_of_largest_step)
 
 
@@ -248,7 +249,7 @@ def count_workers(definition: Definition) -> int:
 def fit_minutes(
     definition: Definition, minutes: float, inputs_cache: InputsCache, *, on_progress: Callable[[str], None]
 ) -> tuple[Definition, list[GroupPlan], str]:
-    """Returns a checked sweep that ends within the minutes, its measured trainings, and what the time gives up.
+    """Returns a checked sweep that ends within the minutes, its measured trainings, and a sentence on what is given up.
 
     Seeds go first, then trials, then steps. The estimate prunes nothing and trains all seeds, so the sweep may end
     earlier.
@@ -268,7 +269,7 @@ def fit_minutes(
             overrides["sweep.trials"] = trials
             given_up.append(f"{trials} of {most_trials} trials an arm (a better learning rate may be missed)")
         if steps != most_steps:
-            overrides |= {STEPS_KEY: steps, "trainer.eval_every_steps": space_evaluations(steps)}
+            overrides |= {STEPS_KEY: steps, "trainer.eval_every_steps": choose_evaluation_interval(steps)}
             given_up.append(f"{steps:,} of {most_steps:,} steps a run (the answers hold for shorter training)")
         fitted = restore_definition({**definition.raw, "overrides": overrides}, source=definition.source)
         measured = [replace(one, arms=tuple(fitted.find_arm(arm.name) for arm in one.arms)) for one in groups]

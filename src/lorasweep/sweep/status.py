@@ -37,14 +37,14 @@ from lorasweep.record import (
     read_run,
     read_sweep,
 )
-from lorasweep.wording import UNKNOWN, format_seconds, format_settings, nearest
+from lorasweep.wording import UNKNOWN, format_seconds, format_settings, suggest_nearest
 
 MAX_SHOWN_RUNS = 16
 """Maximum number of running trials that are listed below the table."""
 MIN_SHOWN_AGE_S = 5.0
 """The table says how old the record is from this age on, in seconds."""
 MAX_MEASURED_RUNS = 4
-"""Runs of an arm whose records say how long a step takes. More records would make each poll slower."""
+"""Maximum number of runs of an arm from which the time of a step is read. More would make each poll slower."""
 POLL_INTERVAL_S = 1.0
 """Seconds between two reads of a sweep's record."""
 
@@ -78,7 +78,7 @@ class ArmStatus:
     steps: int
     """Optimizer steps of a complete run; 0 if nothing trains."""
     search_steps: int
-    """Those of a complete trial."""
+    """Optimizer steps of a complete trial."""
     step_s: float
     """Seconds of a step in the arm's last runs; in a pack, a run's share of them. 0 before a run has ended."""
     search: StageStatus
@@ -111,8 +111,8 @@ class SweepStatus:
     def seconds_left(self) -> float | None:
         """Estimated seconds up to the look that is due; None before a run has ended.
 
-        Each step counts by its arm's `step_s`. The pace is the time so far by this work so far, so that it has loading,
-        scoring and the number of workers.
+        The work is the sum of `step_s` over steps. The estimate assumes that the time per work stays as it was so far,
+        so it includes loading, scoring and the number of workers.
         """
         stages = [(arm, stage) for arm in self.arms for stage in arm.stages]
         done = sum(arm.step_s * run.step for arm, stage in stages for run in stage.runs)
@@ -133,7 +133,7 @@ def read_status(folder: Path) -> SweepStatus:
         raise RecordError(
             f"`lorasweep status` must get the folder of a sweep, but {str(folder)!r} "
             f"{f'has no {SWEEP_FILE}' if folder.is_dir() else 'does not exist'}. A sweep that was just started makes "
-            f"it once the model and the data are loaded.{nearest(str(folder), others)}"
+            f"it once the model and the data are loaded.{suggest_nearest(str(folder), others)}"
         )
     record = read_sweep(folder)
     arms = tuple(_arm_status(arm, record, folder) for arm in record.arms)
@@ -241,7 +241,7 @@ def _measure_step(runs: Sequence[Trial], folder: Path) -> float:
 
 def _count_due_runs(arm: ArmRow, subjects: Sequence[str], record: SweepRecord) -> int:
     """Returns the number of confirm runs of an arm up to the look that is due."""
-    if arm.method == "frozen":  # perhaps no seed changes its score; its begun runs are counted
+    if arm.method == "frozen":  # its score is mostly the same for every seed
         return min(len(record.looks), 1)
     if not subjects:  # before the settings are chosen
         subjects = arm.space[arm.confirm_each] if arm.confirm_each else [arm.name]

@@ -17,16 +17,16 @@ from lorasweep.data.build_splits import DataSplits
 from lorasweep.data.split import Batch
 from lorasweep.errors import ConfigError
 from lorasweep.training.inputs import share_inputs
-from lorasweep.training.restore import Settings, read_settings
+from lorasweep.training.restore import RunSettings, read_settings
 
 
 class DataModule(lightning.LightningDataModule):
     """Yields training batches in an order that depends only on seed and step, and evaluation batches sorted by length.
 
-    The whole run is one epoch. Its number of steps is the argument `max_steps` of the Lightning Trainer, or else the
-    setting `trainer.max_steps`. A resumed run begins at the Trainer's step. The order does not use a shared random
-    stream, so more frequent evaluations do not change the training. Each process gets its share of the examples of
-    every batch.
+    Lightning sees the whole run as one epoch. Its number of steps is the argument `max_steps` of the Lightning Trainer,
+    or else the setting `trainer.max_steps`. A resumed run begins at the Trainer's step. The order does not use a shared
+    random stream, so more frequent evaluations do not change the training. Each process gets its share of the examples
+    of every batch.
 
     Attributes:
         config: The run's settings.
@@ -34,7 +34,7 @@ class DataModule(lightning.LightningDataModule):
         accumulate: Micro-batches into which the batch of a step is cut.
     """
 
-    def __init__(self, config: Settings, *, splits: DataSplits | None = None, accumulate: int | None = None) -> None:
+    def __init__(self, config: RunSettings, *, splits: DataSplits | None = None, accumulate: int | None = None) -> None:
         """Reads the data, unless `splits` is given. Reads the test split only when it is first used.
 
         Args:

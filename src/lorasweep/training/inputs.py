@@ -57,8 +57,8 @@ class RunInputs:
         return torch.autocast(get_device(config.trainer).type, torch.bfloat16, enabled=self.needs_autocast(config))
 
     def lay_out(self, batch: Batch, settings: TrainerConfig, *, slots: int = 1) -> Layout | None:
-        """Returns how a batch trains without padding; None if it trains as it is."""
-        # activation checkpointing calls layers again after the forward pass; compiled and sharded models have own hooks
+        """Returns the layout in which a batch trains without padding; None if it trains with padding."""
+        # activation checkpointing calls layers again after the forward pass; compiling and sharding use hooks too
         is_plain = not (settings.activation_checkpointing or settings.compile or settings.is_sharded)
         return lay_out(batch, slots=slots) if self.can_unpad and is_plain else None
 

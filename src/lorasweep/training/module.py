@@ -35,7 +35,7 @@ from lorasweep.training.data_module import DataModule
 from lorasweep.training.fsdp import average_gradients, check_shardable, copy_trained_weights, shard_model
 from lorasweep.training.inputs import RunInputs, share_inputs
 from lorasweep.training.optim import check_optim, configure_optimizers
-from lorasweep.training.restore import Settings, read_settings
+from lorasweep.training.restore import RunSettings, read_settings
 from lorasweep.training.telemetry import TrainingProgress
 from lorasweep.training.unpadded import unpadded
 
@@ -53,7 +53,7 @@ class TrainingModule(lightning.LightningModule):
 
     def __init__(
         self,
-        config: Settings,
+        config: RunSettings,
         *,
         inputs: RunInputs | None = None,
         accumulate: int | None = None,

@@ -47,17 +47,17 @@ class SeededLoader:
     loader: DataLoader[Any]
     seed: int
     count_read: Callable[[], int]
-    """Returns how many batches were read before a pass begins. A resumed run skips those of its current pass."""
+    """Returns how many batches were read before an epoch begins. A resumed run skips those of its current epoch."""
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        pass_number, num_skipped = divmod(self.count_read(), len(self))
-        with random_streams(self.seed, pass_number):
+        epoch, num_skipped = divmod(self.count_read(), len(self))
+        with random_streams(self.seed, epoch):
             batches = iter(self.loader)
         for number in range(len(self)):
-            with random_streams(self.seed, pass_number, number):
+            with random_streams(self.seed, epoch, number):
                 batch = next(batches)
             if number >= num_skipped:
                 yield batch

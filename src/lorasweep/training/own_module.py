@@ -28,7 +28,7 @@ from lorasweep.training.optim import configure_optimizers
 from lorasweep.training.own_data import OwnSplits, random_streams
 from lorasweep.training.processes import find_launch, quiet_lightning
 from lorasweep.training.telemetry import TrainingProgress
-from lorasweep.wording import nearest
+from lorasweep.wording import suggest_nearest
 
 
 def build_module(config: RunConfig) -> LightningModule:
@@ -51,7 +51,9 @@ def build_module(config: RunConfig) -> LightningModule:
     names = sorted(name for name, _ in module.named_modules() if name)
     for name in component.new_modules:
         if name not in names:
-            raise ConfigError(f"`module.new_modules` must name submodules, but got {name!r}.{nearest(name, names)}")
+            raise ConfigError(
+                f"`module.new_modules` must name submodules, but got {name!r}.{suggest_nearest(name, names)}"
+            )
     return module
 
 
@@ -71,7 +73,7 @@ def load_own_base(config: RunConfig) -> BaseModel:
 
 
 class OwnModuleRun(lightning.Callback):
-    """What `TrainingModule` does beside its steps, for a user's module."""
+    """Does for a user's module what `TrainingModule` does beside its steps."""
 
     def __init__(self, config: RunConfig, base: BaseModel, *, module: LightningModule) -> None:
         """`module` is the prepared copy of the base."""
@@ -130,7 +132,7 @@ class OwnModuleRun(lightning.Callback):
 
 
 def check_steps(config: RunConfig, base: BaseModel, splits: OwnSplits, *, precision: Any) -> None:
-    """Tries both evaluations on one batch of the base, because a sweep would fail hours later.
+    """Tries both evaluations on one batch of the base, so that a wrong module does not fail hours later.
 
     Errors of the module's own code are raised as they are, with its traceback.
 
@@ -196,7 +198,7 @@ _recorded: list[tuple[float, Any]] = []
 
 
 def record_scores(values: Tensor | Sequence[float], groups: Sequence[Any] | None = None) -> None:
-    """Keeps the scores of single test examples, so that verdicts are also over examples. Call it in `test_step`.
+    """Keeps the scores of test examples, so that intervals also cover the choice of examples. Call it in `test_step`.
 
     Args:
         values: One score for each example of the batch. Their mean over the test data must be the metric.

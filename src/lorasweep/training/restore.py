@@ -19,13 +19,13 @@ from lorasweep.record import RunRecord, compute_sha256
 from lorasweep.training.environment import DTYPES
 from lorasweep.training.own_module import load_own_base
 
-Settings: TypeAlias = RunConfig | Sequence[str] | Mapping[str, Any]
+RunSettings: TypeAlias = RunConfig | Sequence[str] | Mapping[str, Any]
 """Settings of a run: a `RunConfig`, the arguments of `lorasweep train` (`["method.rank=8"]`), or a nested mapping."""
 CHANGEABLE_SETTINGS = {f"trainer.{name}" for name in ("strategy", "devices", "num_nodes", "device", "progress")}
 """Settings that may change when a run resumes, because they do not change what it learns."""
 
 
-def read_settings(given: Settings, *, trust: bool = False) -> RunConfig:
+def read_settings(given: RunSettings, *, trust: bool = False) -> RunConfig:
     """Returns the settings of a run.
 
     Args:
@@ -137,7 +137,7 @@ def restore_model(config: RunConfig, base: BaseModel, *, folder: Path) -> nn.Mod
     """Returns a copy of the base with the weights in `folder` (a run's `best` or `last`), in evaluation mode."""
     method = METHODS[config.method.name]
     if method.loads_onto_base:
-        # Not prepared: PiSSA would compute the initial values again, and this machine may round differently.
+        # `prepare` would compute PiSSA's initial values again, and this machine may round differently
         model = copy_sharing_weights(base.model)
     else:
         model = method.prepare(base, config.method, generator=torch.Generator().manual_seed(config.seeds.init))
@@ -146,15 +146,15 @@ def restore_model(config: RunConfig, base: BaseModel, *, folder: Path) -> nn.Mod
     return model
 
 
-def check_kept_files(record: RunRecord, run: Path, *, part: str) -> None:
+def check_kept_files(record: RunRecord, run_folder: Path, *, part: str) -> None:
     """Checks that a run's folder has weights in `part` (`best` or `last`), and that they are unchanged."""
-    if not any(path.is_file() for path in (run / part).glob("*")):
+    if not any(path.is_file() for path in (run_folder / part).glob("*")):
         raise RecordError(
-            f"a run must have kept weights in `{part}`, but {str(run)!r} (status {record.status}) has none. "
+            f"a run must have kept weights in `{part}`, but {str(run_folder)!r} (status {record.status}) has none. "
             "Name a run that was evaluated at least once."
         )
     for name, kept in record.files.items():
-        file = run / name
+        file = run_folder / name
         if name.startswith(f"{part}/") and not (file.is_file() and compute_sha256(file) == kept.get("sha256")):
             raise RecordError(
                 f"{str(file)!r} must be as the run wrote it, but is missing or has changed. Train the run again."

@@ -1,4 +1,4 @@
-"""What is set before torch is imported: variables of OpenMP and oneDNN, and no garbage collection meanwhile."""
+"""Sets variables of OpenMP and oneDNN before torch is imported, and stops garbage collection during the import."""
 
 from __future__ import annotations
 

@@ -29,17 +29,17 @@ ATTENTION_CHUNKS = 4
 """Number of chunks of similar lengths in which attention computes the rows of a slot. More chunks have less padding and
 more calls."""
 PREFIX = "lorasweep_"
-"""Begins the names under which transformers knows the attention functions of this module."""
+"""Prefix of the names under which the attention functions of this module are registered in transformers."""
 MAX_DIFFERENCE = 0.05
-"""Maximum difference of padded and unpadded outputs, over the largest output: more than bf16 rounds, and much less than
-a model differs whose tokens see other examples."""
+"""Maximum difference of padded and unpadded outputs, divided by the largest output. Rounding in bf16 differs less, and
+a model whose tokens see other examples differs much more."""
 
 NoteLengths = Callable[[Sequence[int]], None]
 """Takes the number of real tokens of each slot, for modules that are called next with slots padded to the longest."""
 
 
 class Chunk(NamedTuple):
-    """Rows of similar lengths, as many of each slot, slot after slot."""
+    """Rows of similar lengths, slot after slot, with the same number of rows from each slot."""
 
     rows: Int[Tensor, " rows"]
     length: int
@@ -189,7 +189,7 @@ def unpadded(model: nn.Module, layout: Layout | None, *, note_lengths: NoteLengt
 
     Args:
         model: A model for which `can_unpad` is True, perhaps with LoRA layers or packed.
-        layout: Of the batch; None changes nothing.
+        layout: Layout of the batch; None changes nothing.
         note_lengths: Called whenever slots are padded in another way, with the number of real tokens of each slot.
     """
     if layout is None:

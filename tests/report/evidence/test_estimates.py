@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lorasweep.report.evidence.estimates import ConfirmScores, ExampleScores, build_scores, estimate_ratio, estimate_sum
+from lorasweep.report.evidence.estimates import (
+    ConfirmScores,
+    RunExampleScores,
+    build_scores,
+    estimate_ratio,
+    estimate_sum,
+)
 
 
 def plant(
@@ -36,7 +42,7 @@ def plant(
                 scores = value + hardness + rng.normal(0, own_spread, examples)
                 value = float(scores.mean())
                 rows = tuple(map(str, range(examples)))
-                found[arm, seed] = ExampleScores(rows=rows, scores=scores, weights=np.ones(examples), groups=rows)
+                found[arm, seed] = RunExampleScores(rows=rows, scores=scores, weights=np.ones(examples), groups=rows)
             values[arm, seed] = value
     return build_scores(values, found, deterministic=deterministic)
 
@@ -62,7 +68,7 @@ def plant_weighted(num_seeds, num_groups):
     found = {}
     for seed in range(num_seeds):
         scores = 1 + rng.normal(0, 0.1) + hardness[groups] + rng.normal(0, 0.2, len(groups))
-        found["a", seed] = ExampleScores(rows=rows, scores=scores, weights=weights, groups=tuple(map(str, groups)))
+        found["a", seed] = RunExampleScores(rows=rows, scores=scores, weights=weights, groups=tuple(map(str, groups)))
     return build_scores({key: one.mean for key, one in found.items()}, found)
 
 

@@ -12,14 +12,14 @@ from lorasweep.report.evidence.estimates import ConfirmScores
 from lorasweep.report.evidence.questions import (
     NEGATIVE_VERDICTS,
     POSITIVE_VERDICTS,
-    Scale,
+    MarginScale,
     answer_questions,
     compute_look_level,
 )
 
 RANKS = ["r1", "r4", "r16"]
-SHARE = Scale(margin=parse_margin("5%"), sign=1, base="base", full="full")
-UNIT = Scale(margin=parse_margin(0.05), sign=1, base="base", full="full")
+SHARE = MarginScale(margin=parse_margin("5%"), sign=1, base="base", full="full")
+UNIT = MarginScale(margin=parse_margin(0.05), sign=1, base="base", full="full")
 LOOKS = (3, 6, 10)
 
 
@@ -86,7 +86,7 @@ def test_a_false_verdict_at_any_look_is_as_rare_as_the_level_says(case):
     question, means, false, level = CASES[case]
     # a margin of nearly nothing, so that `equivalent` is never the answer to a difference of zero
     margin = 1e-9 if case == "no difference" else 0.05
-    scale = Scale(margin=parse_margin(margin), sign=1, base="base", full="full")
+    scale = MarginScale(margin=parse_margin(margin), sign=1, base="base", full="full")
     repeats = 300
     found = count_false(question, means, scale, false, repeats=repeats)
     assert found <= level + 3 * (level * (1 - level) / repeats) ** 0.5
@@ -193,7 +193,7 @@ def test_without_full_or_base_a_share_decides_nothing_but_the_sign(missing):
     means = {"base": 2.0, "full": 1.0, "r1": 1.5, "r4": 1.5, "r16": 1.5}
     scores = plant(means, np.random.default_rng(0), seed_spread=0.001, group_spread=0.001, own_spread=0.001)
     names = {"base": "base", "full": "full"} | {missing: None}
-    scale = Scale(margin=parse_margin("5%"), sign=1, **names)
+    scale = MarginScale(margin=parse_margin("5%"), sign=1, **names)
     found = answer(ask("pair", ["r1"], "full"), scores, scale)["r1"]
     assert (found.verdict, found.is_share) == ("worse", False)
     assert {one.verdict for one in answer(SMALLEST, scores, scale).values()} == {"open"}
@@ -210,7 +210,7 @@ def test_a_subject_without_scores_is_open_and_blocks_smaller_ones_alone():
 def test_higher_scores_may_be_better():
     rng = np.random.default_rng(0)
     scores = plant({"base": 0.0, "full": 1.0, "r1": 0.5}, rng, seed_spread=0.001, group_spread=0.001, own_spread=0.001)
-    scale = Scale(margin=parse_margin("5%"), sign=-1, base="base", full="full")
+    scale = MarginScale(margin=parse_margin("5%"), sign=-1, base="base", full="full")
     found = answer(PAIR, scores, scale)["r1"]
     assert found.verdict == "worse"
     assert found.value == pytest.approx(0.5, abs=0.01)

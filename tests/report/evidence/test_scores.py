@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from lorasweep.report.evidence.estimates import ExampleScores, build_scores, read_examples
+from lorasweep.report.evidence.estimates import RunExampleScores, build_scores, read_examples
 
 
 def examples(scores, weights=None, *, first=0, groups=None):
     rows = tuple(str(first + row) for row in range(len(scores)))
-    return ExampleScores(
+    return RunExampleScores(
         rows=rows,
         scores=np.array(scores),
         weights=np.array(weights or [1.0] * len(scores)),

@@ -16,7 +16,7 @@ from tests.servers.ray_head import LOOPBACK, RayHead
 import lorasweep.sweep.workers.slurm as slurm_file
 from lorasweep.config.build import build
 from lorasweep.config.compose import packaged_folder
-from lorasweep.config.sweep import SlurmConfig
+from lorasweep.config.sweep import SlurmWorkers
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.workers.slurm import RayNode, read_live_jobs, submit_jobs, write_address
 from lorasweep.sweep.workers.train import HOPELESS_REASONS
@@ -27,7 +27,7 @@ SMALL = {"gpus": 0, "cpus": 1, "timeout_min": 5}
 
 def make_config(**settings):
     defaults = yaml.safe_load((packaged_folder("conf") / "worker" / "slurm.yaml").read_text())
-    return build(SlurmConfig, {**defaults, **settings}, key="worker")
+    return build(SlurmWorkers, {**defaults, **settings}, key="worker")
 
 
 def portable(text, folder):

@@ -82,7 +82,7 @@ def assert_same_losses(alone, packed, *, rel):
 
 
 def test_packed_runs_equal_runs_alone_while_slots_join_and_leave(make_config, inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(batching, "MIN_PART", 1)  # so that half of the four examples are evaluated
+    monkeypatch.setattr(batching, "MIN_PART_EXAMPLES", 1)  # so that half of the four examples are evaluated
     shared = {"trainer.accumulate": 2, "trainer.max_steps": 6, "trainer.eval_fraction": 0.5}
     configs = [make_config({**settings, **shared}) for settings in MIXED]
     outcomes = Outcomes()

@@ -161,7 +161,7 @@ class Recorder:
 def small_parts():
     """Lets an evaluation use half of the four validation examples."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batching, "MIN_PART", 1)
+        patch.setattr(batching, "MIN_PART_EXAMPLES", 1)
         yield
 
 

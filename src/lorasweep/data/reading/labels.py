@@ -20,7 +20,7 @@ from lorasweep.data.reading.tables import (
 )
 from lorasweep.data.source import DataSource, Label, LabelledText, build_source, content_key
 from lorasweep.errors import ConfigError
-from lorasweep.wording import nearest, shorten
+from lorasweep.wording import shorten, suggest_nearest
 
 MAX_UNCHECKED_CLASSES = 20
 """With more classes than this, each must have two examples on average, unless `data.task` is set. Otherwise the column
@@ -118,7 +118,7 @@ class LabelEncoder:
         if name not in self.names:
             raise ValueError(
                 f"must have a label that training has, {shorten(self.names, 400)}, but has {name!r}."
-                f"{nearest(name, self.names)}"
+                f"{suggest_nearest(name, self.names)}"
             )
         return self.names.index(name)
 

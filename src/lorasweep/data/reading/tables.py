@@ -23,7 +23,7 @@ from pandas.errors import ParserWarning
 
 from lorasweep.config.data import Delimiter, Quoting, RowSettings, SplitSettings
 from lorasweep.errors import ConfigError, first_line
-from lorasweep.wording import join_words, nearest, shorten
+from lorasweep.wording import join_words, shorten, suggest_nearest
 
 T = TypeVar("T")
 
@@ -44,10 +44,10 @@ READERS: Mapping[str, str] = {
 """The reader of `datasets` for each file suffix."""
 
 MAX_NAMED_ROWS = 10
-"""Maximum of wrong rows that an error names."""
+"""Maximum number of wrong rows that an error names."""
 MAX_GZIP_RATIO = 20
-"""Highest assumed size of an uncompressed JSON file, divided by its gzip size. A larger file is read in several chunks,
-and the first chunk decides the types of the columns."""
+"""Highest assumed compression ratio of a JSON file. A file that is compressed more is read in several chunks, and the
+first chunk decides the types of the columns."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -244,7 +244,7 @@ def find_files(given: str, *, key: str) -> list[Path]:
         found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
         if not found:
             names = [str(path.parent / entry.name) for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise ConfigError(f"`{key}` must name an existing file, but got {given!r}.{nearest(given, names)}")
+            raise ConfigError(f"`{key}` must name an existing file, but got {given!r}.{suggest_nearest(given, names)}")
         return found
     except (OSError, RuntimeError) as error:  # a folder is closed to this user, a name is too long, ~USER is unknown
         raise ConfigError(
@@ -291,7 +291,7 @@ def parse_rows(table: Table, parse: Callable[..., T]) -> tuple[list[T], list[str
     problems: list[tuple[str, str]] = []  # the place of a row, and what is wrong there
     notes: list[str] = []
     for name, dataset in table.datasets.items():
-        # pandas names a column `Unnamed: 2` if the header does not name it: surplus commas, or a text with commas
+        # pandas names a column without a name `Unnamed: 2`. It comes from surplus commas, or from a text with commas.
         unnamed = [column for column in dataset.column_names if column.startswith("Unnamed: ")]
         if unnamed and (num_rows := sum(any(row.values()) for row in dataset.select_columns(unnamed))):
             notes.append(f"{num_rows} rows of {name!r} have values in columns without a name, which are not read.")
@@ -364,7 +364,7 @@ def choose_columns(wanted: Iterable[tuple[str, str | None]], names: Sequence[str
     for key, name in chosen:
         if name not in names:
             raise ConfigError(
-                f"`data.{key}` must be a column of {source}, but got {name!r}.{nearest(name, names)} "
+                f"`data.{key}` must be a column of {source}, but got {name!r}.{suggest_nearest(name, names)} "
                 f"Its columns are {shorten(list(names), 400)}."
             )
     return [name for _, name in chosen]

@@ -220,10 +220,10 @@ def _update_layers(model: nn.Module, slots: Slots) -> None:
             replace_module(model, packed, packed.base)
     for name in _get_names(layers):
         base = model.get_submodule(name)
-        replace_module(model, base, PackedLoraLayer(base, slots, [of_slot.get(name) for of_slot in layers]))
+        replace_module(model, base, PackedLoraLayer(base, slots, [by_name.get(name) for by_name in layers]))
     for name in _get_names(modules):
         base = model.get_submodule(name)
-        replace_module(model, base, PackedTrainedModule(base, slots, [of_slot.get(name) for of_slot in modules]))
+        replace_module(model, base, PackedTrainedModule(base, slots, [by_name.get(name) for by_name in modules]))
     recompute_activations(model)
 
 

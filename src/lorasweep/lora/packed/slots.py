@@ -39,7 +39,7 @@ class Slots:
         return len(self.models)
 
     def note_lengths(self, lengths: Sequence[int] | None) -> None:
-        """Sets `sequence_lengths`, of the modules that are called next."""
+        """Sets `sequence_lengths` for the modules that are called next."""
         self.sequence_lengths = None if lengths is None else tuple(lengths)
 
     @contextmanager

@@ -45,9 +45,9 @@ class MatrixStack:
         like: nn.Parameter,
         dtype: torch.dtype,
     ) -> None:
-        """Makes an empty stack for the LoRA layers of the slots, or None, around a layer of the shape (d_out, d_in).
+        """Makes an empty stack. `layers` has the LoRA layer of each slot, or None if the slot does not adapt the layer.
 
-        The gradients have the dtype and the device of the parameter `like`.
+        `shape` is (d_out, d_in) of the frozen layer. The gradients have the dtype and the device of `like`.
         """
         rank = max((layer.target.total_rank for layer in layers if layer), default=0)
         size = (len(layers), rank, shape[1]) if which == "a" else (len(layers), shape[0], rank)

@@ -24,7 +24,7 @@ RunKey = tuple[str, int]
 UNBOUNDED = (-math.inf, math.inf)
 """The range of a metric without limits."""
 RELATIVE_TOLERANCE = 1e-3
-"""The mean of the examples may differ from the run's score by this: decimals and the order of the sum round it."""
+"""Maximum relative difference between the mean of a run's examples and the run's score; rounding makes them differ."""
 
 CONFIDENCE = 0.95
 MAX_DOUBLINGS = 30
@@ -34,7 +34,7 @@ Coefficients = Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ExampleScores:
+class RunExampleScores:
     """The scores of single test examples of one run. The run's metric is Σ score · weight / Σ weight."""
 
     rows: tuple[str, ...]
@@ -56,13 +56,13 @@ class ConfirmScores:
     """The scores of the confirm stage."""
 
     values: Mapping[str, Mapping[int, Array]]
-    """Per subject and seed, (groups,) the mean score of each group. With `shares`, their mean is the run's score."""
+    """Per subject and seed, (groups,) the mean score of each group. The run's score is Σ `shares` · mean."""
     shares: Array
     """(groups,) The share of each group in the score; they add up to 1."""
     num_examples: int
     """The number of test examples; 0 if no scores of single examples are known. Then there is one group."""
     problems: tuple[str, ...]
-    """One sentence for each run whose scores of single examples are not used, or if all examples are in one group."""
+    """Sentences on files that can't be read, scores of examples that are not used, and examples in a single group."""
     score_range: tuple[float, float] = UNBOUNDED
     """The lowest and the highest possible score."""
     search_errors: Mapping[str, float] = field(default_factory=dict)
@@ -78,12 +78,12 @@ class ConfirmScores:
         return float(self.values[subject][seed] @ self.shares)
 
 
-def read_examples(path: Path) -> ExampleScores:
+def read_examples(path: Path) -> RunExampleScores:
     """Reads a run's scores of single test examples. Raises ValueError if the file does not hold them."""
     try:
         with path.open(newline="") as file:
             lines = list(csv.DictReader(file))
-        found = ExampleScores(
+        found = RunExampleScores(
             rows=tuple(str(line["row"]) for line in lines),
             scores=np.array([float(line["score"]) for line in lines]),
             weights=np.array([float(line["weight"]) for line in lines]),
@@ -98,7 +98,7 @@ def read_examples(path: Path) -> ExampleScores:
 
 def build_scores(
     values: Mapping[RunKey, float],
-    examples: Mapping[RunKey, ExampleScores],
+    examples: Mapping[RunKey, RunExampleScores],
     *,
     deterministic: Collection[str] = (),
     is_perplexity: bool = False,
@@ -108,8 +108,8 @@ def build_scores(
 ) -> ConfirmScores:
     """Returns the scores of the confirm stage; `problems` are sentences on files that could not be read.
 
-    The scores of examples are used if every run has them and they fit the run's score and each other: a comparison of
-    two runs needs both. Perplexity is exp of the examples' mean; its groups get the values of a linear approximation.
+    The scores of examples are used only if every run has them, for the same examples, and their means are the runs'
+    scores. Perplexity is exp of the examples' mean; its groups get the values of a linear approximation.
     A subject in `deterministic` has one run, because its seed makes no difference. Its score counts for every seed.
     `score_range` has the lowest and the highest possible score. `search_errors` are those of `ConfirmScores`.
     """
@@ -127,7 +127,7 @@ def build_scores(
     if first is not None and not mismatches:
         groups = first.groups
         if len(set(groups)) == 1:
-            # One group says nothing about another. Its examples at least say something about the rest of the group.
+            # One group gives no variance over groups. So each example becomes a group.
             groups = first.rows
             notes.append(
                 f"All {len(groups)} test examples are in one group, such as one document. Intervals take them as "
@@ -162,7 +162,7 @@ def build_scores(
 
 
 def _find_mismatch(
-    found: ExampleScores | None, value: float, first: ExampleScores | None, *, is_perplexity: bool
+    found: RunExampleScores | None, value: float, first: RunExampleScores | None, *, is_perplexity: bool
 ) -> str | None:
     """Returns why a run's examples can't be used together with those of the first run, or None."""
     if found is None or first is None:
@@ -197,7 +197,7 @@ class Estimate:
     """Variance of the mean over groups of examples; 0 if examples are not known."""
     interaction_variance: float
     search_variance: float
-    """Variance because the search may have missed the best settings; 0 for numbers on the settings themselves."""
+    """Variance because the search may have missed the best settings; 0 without `adds_search_error`."""
     num_groups: int
     bounds: Interval
     """The lowest and the highest possible value of the sum."""

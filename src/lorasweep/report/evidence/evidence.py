@@ -14,8 +14,8 @@ from lorasweep.report.evidence.estimates import (
     UNBOUNDED,
     ConfirmScores,
     Estimate,
-    ExampleScores,
     Interval,
+    RunExampleScores,
     RunKey,
     build_scores,
     estimate_means,
@@ -25,7 +25,7 @@ from lorasweep.report.evidence.estimates import (
 )
 from lorasweep.report.evidence.questions import (
     Answer,
-    Scale,
+    MarginScale,
     Verdict,
     answer_questions,
     compare_pair,
@@ -135,7 +135,7 @@ def build_evidence(record: SweepRecord, scores: ConfirmScores) -> Evidence:
     )
 
 
-def _measure_share(name: str, scores: ConfirmScores, scale: Scale, *, confidence: float) -> Ratio | None:
+def _measure_share(name: str, scores: ConfirmScores, scale: MarginScale, *, confidence: float) -> Ratio | None:
     if name in (scale.base, scale.full):  # 0 and 1 by definition, without error
         return float(name == scale.full), None
     gain = {scale.base or "": float(scale.sign), name: -float(scale.sign)}
@@ -151,7 +151,7 @@ def read_confirm_scores(record: SweepRecord, folder: Path, *, retained: Retained
     data = record if retained is None else retained
     current = {(row.subject, row.setting) for row in record.settings}
     values: dict[RunKey, float] = {}
-    examples: dict[RunKey, ExampleScores] = {}
+    examples: dict[RunKey, RunExampleScores] = {}
     problems = []
     for row in record.confirm:
         if row.seed is None or not row.is_complete or (row.subject, row.setting_number) not in current:
@@ -189,7 +189,7 @@ def answer_sweep(record: SweepRecord, scores: ConfirmScores) -> list[Answer]:
     return answer_questions(record.questions, scores, build_scale(record, scores), looks=record.looks)
 
 
-def build_scale(record: SweepRecord, scores: ConfirmScores) -> Scale:
+def build_scale(record: SweepRecord, scores: ConfirmScores) -> MarginScale:
     """Returns the margin, the sign of the metric, and the best subjects of `frozen` and of `full`."""
     sign = record.sign
 
@@ -199,7 +199,7 @@ def build_scale(record: SweepRecord, scores: ConfirmScores) -> Scale:
         means = {name: sign * found.value for name in names if (found := estimate_sum(scores, {name: 1.0}))}
         return min(means, key=means.__getitem__, default=None)
 
-    return Scale(margin=parse_margin(record.margin), sign=sign, base=find_best("frozen"), full=find_best("full"))
+    return MarginScale(margin=parse_margin(record.margin), sign=sign, base=find_best("frozen"), full=find_best("full"))
 
 
 def compare_retained(
@@ -215,7 +215,7 @@ def compare_retained(
         assert base is not None
         scores = read_confirm_scores(record, folder, retained=row)
         problems += [problem for problem in scores.problems if problem not in problems]
-        scale = Scale(margin=margin, sign=get_sign(row.direction), base=base, full=None)
+        scale = MarginScale(margin=margin, sign=get_sign(row.direction), base=base, full=None)
         for subject in [setting.subject for setting in record.settings]:
             # The numbers are about the confirmed setting itself, so the error of the search is not part of them.
             pair = compare_pair(subject, base, scores, scale, adds_search_error=False)

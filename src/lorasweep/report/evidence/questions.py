@@ -3,7 +3,7 @@
 - `as_good_as_full`: is a subject as good as full fine-tuning? One for each subject, from the largest value down.
 - `smallest`: which value of an arm's `confirm_each` key is enough? One for each value, from the second largest down: a
   value is sufficient if no larger value is better by more than the margin.
-- `pair`: how do two arms compare? Only if the sweep asks for it.
+- `pair`: how do two arms compare? One for each of `confirm.pairs`; without `full`, by default each arm and the first.
 
 A subject is what the confirm stage trains on several seeds: an arm, or one value of its `confirm_each` key.
 
@@ -44,7 +44,7 @@ LOWEST_SCORE = -8.0
 """Standard normal scores below this have no weight."""
 
 FAMILY_LEVEL = 0.05
-"""The chance of any false verdict in a sweep whose questions have no true difference."""
+"""Maximum chance that a sweep gives any false verdict."""
 POWER_SCORE = 0.84
 """Standard normal score of a probability of 80 %."""
 SEED_STEPS = (*range(2, 21), *range(25, 101, 5))
@@ -52,7 +52,7 @@ SEED_STEPS = (*range(2, 21), *range(25, 101, 5))
 GROUP_FACTORS = (1.5, 2, 3, 4, 6, 8, 12, 16)
 """Factors on the present number of groups of test examples that are tried to settle a question."""
 Verdict = Literal["better", "equivalent", "not worse", "worse", "sufficient", "insufficient", "open"]
-"""The words of every output: terminal, page, CSV, JSON and TensorBoard. `not worse` is: not by more than the margin."""
+"""The words of every output: terminal, page, CSV, JSON and TensorBoard. `not worse`: not by more than the margin."""
 POSITIVE_VERDICTS: tuple[Verdict, ...] = ("better", "equivalent", "not worse", "sufficient")
 NEGATIVE_VERDICTS: tuple[Verdict, ...] = ("worse", "insufficient")
 ENTRY_FIELDS = ("subject", "reference", "verdict", "value", "interval", "open_because", "to_settle")
@@ -112,8 +112,9 @@ class Answer:
     """All subjects that it is compared with."""
     verdict: Verdict
     value: float | None
-    """The tested quantity: the subject's share of the reference's gain over the frozen base if the margin is a share of
-    it, else the difference `subject - reference` in the metric's unit."""
+    """The tested quantity. If the margin is a share of full fine-tuning's gain: 1 + advantage over reference / gain.
+    With `full` as the reference, this is the subject's share of the gain. Else `subject - reference` in the metric's
+    unit."""
     interval: Interval | None
     """The interval that the tests of this look use. A verdict never contradicts it."""
     is_share: bool
@@ -136,8 +137,8 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scale:
-    """The margin, and the subjects whose difference (the gain) it may be a share of."""
+class MarginScale:
+    """The margin, and the two subjects whose difference is the gain, if the margin is a share of the gain."""
 
     margin: Margin
     sign: int
@@ -183,7 +184,7 @@ class Scale:
                 scores, subtract({subject: 1.0}, {reference: 1.0}, 1.0), adds_search_error=adds_search_error
             )
             return (found.value, found.find_interval(confidence)) if found else (None, None)
-        # the share of full's gain is 1 + advantage over the reference / gain
+        # 1 + advantage over the reference / gain, as one ratio
         better = {reference: float(self.sign), subject: -float(self.sign)}
         kept = subtract(better, self.gain, -1.0)
         ratio = estimate_ratio(scores, kept, self.gain, confidence=confidence, adds_search_error=adds_search_error)
@@ -196,7 +197,7 @@ def compute_level(questions: Sequence[Question], looks: Sequence[int]) -> float:
 
 
 def answer_questions(
-    questions: Sequence[Question], scores: ConfirmScores, scale: Scale, *, looks: Sequence[int]
+    questions: Sequence[Question], scores: ConfirmScores, scale: MarginScale, *, looks: Sequence[int]
 ) -> list[Answer]:
     """Returns an answer on each subject of each question, at planned looks with these numbers of seeds."""
     level = compute_level(questions, looks)
@@ -234,7 +235,7 @@ class _Comparison:
 
 
 def _answer_chain(
-    question: Question, scores: ConfirmScores, scale: Scale, *, level: float, max_seeds: int
+    question: Question, scores: ConfirmScores, scale: MarginScale, *, level: float, max_seeds: int
 ) -> list[Answer]:
     is_smallest = question.name == "smallest"
     if is_smallest:
@@ -282,7 +283,7 @@ def _answer_chain(
 
 
 def compare_pair(
-    subject: str, reference: str, scores: ConfirmScores, scale: Scale, *, adds_search_error: bool
+    subject: str, reference: str, scores: ConfirmScores, scale: MarginScale, *, adds_search_error: bool
 ) -> _Comparison | None:
     """Returns a comparison on the seeds that all its subjects have; None if one has no scores."""
 
@@ -371,7 +372,10 @@ def judge_difference(found: Sequence[_Comparison], *, level: float) -> Verdict:
 
 
 def _judge_sufficiency(found: Sequence[_Comparison], *, level: float) -> Verdict:
-    """A value must be shown against every larger value; it is refuted by any of them, at a share of the level."""
+    """A value is sufficient if it passes the test against each larger value, and insufficient if one refutes it.
+
+    One of several refutations is enough, so each gets an equal share of the level.
+    """
     known = [pair.plus_margin for pair in found if pair.plus_margin is not None]
     if len(known) < len(found):
         return "open"

@@ -197,7 +197,7 @@ class ArmTrials:
         """Returns whether a new trial may begin now.
 
         The first trials of an adaptive sampler must all have a value of the first rung before it proposes others.
-        Without rungs, it waits until one is complete.
+        Without rungs, one of them must be complete.
         """
         if self.num_left <= 0:
             return False

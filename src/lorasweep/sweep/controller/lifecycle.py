@@ -283,7 +283,7 @@ def warn_of_late_growth(changes: Sequence[SweepChange]) -> list[str]:
         return []
     return [
         f"The sweep got more {join_words(list(dict.fromkeys(grown)))} up to {late[-1].at}, after test scores were "
-        "known. Settings are still chosen on validation data alone. But if you went on because of test scores, the "
+        "known. Settings are still chosen on validation data alone. But if you resumed because of test scores, the "
         "chance of a false verdict is higher than 5 %."
     ]
 
@@ -291,7 +291,7 @@ def warn_of_late_growth(changes: Sequence[SweepChange]) -> list[str]:
 def _list_settings(arm: Arm) -> dict[str, Any]:
     """Returns all settings on which an arm's trials depend by dotted key, the ranges of swept keys first."""
     settings = {**as_settings(arm.corner_configs[0]), **as_settings(arm.sweep_config)}
-    multiplier = (ALPHA_OVER_RANK, arm.settings.get(ALPHA_OVER_RANK))  # the first run has only the α of its rank
+    multiplier = (ALPHA_OVER_RANK, arm.settings.get(ALPHA_OVER_RANK))  # a run has only the product
     return describe_space(arm.space) | {
         key: value
         for key, value in (multiplier, *dotted_items(settings))

@@ -106,7 +106,7 @@ def _place_choices(values: Sequence[Any], choices: Sequence[Any]) -> list[list[f
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Surrogate:
-    """A Gaussian process that was fitted to an arm's trials. Costs: lower is better."""
+    """A Gaussian process that was fitted to the costs of an arm's trials. A lower cost is better."""
 
     points: Array
     """(trials, dimensions)"""

@@ -44,7 +44,7 @@ from lorasweep.sweep.definition.sweep_file import (
     read_content,
     require_folder_name,
 )
-from lorasweep.wording import join_words, nearest
+from lorasweep.wording import join_words, suggest_nearest
 
 DEFAULT_TRIALS = 16
 """Number of trials of an arm with a space, if neither sweep file nor command line sets it."""
@@ -175,7 +175,7 @@ def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Defini
     if unused := [key for key in for_runs if not any(key in keys for keys in chosen.values())]:
         raise ConfigError(
             f"`{unused[0]}` must be a setting of at least one arm ({', '.join(chosen)}), but is not."
-            f"{nearest(unused[0], known)} Write `arms.ARM.KEY=VALUE` for one arm only."
+            f"{suggest_nearest(unused[0], known)} Write `arms.ARM.KEY=VALUE` for one arm only."
         )
     _check_subjects(arms)
     for arm in arms:  # they are compared, so they share the confirm stage
@@ -251,7 +251,8 @@ def _change_arms(content: Any, overrides: Mapping[str, Any]) -> tuple[Any, dict[
             raise ConfigError(
                 f"`{key}` must be the settings of a new arm, or null to leave out an arm of the sweep file "
                 f"({', '.join(arms)}), but got {'null' if value is None else repr(value)}."
-                f"{nearest(key, [f'arms.{name}' for name in arms])} Set one key of an arm with `{key}.KEY=VALUE`."
+                f"{suggest_nearest(key, [f'arms.{name}' for name in arms])} "
+                f"Set one key of an arm with `{key}.KEY=VALUE`."
             )
     changed = {**arms, **{key.removeprefix("arms."): value for key, value in typed.items()}}
     return (
@@ -300,7 +301,7 @@ def _build_arm(name: str, config: ArmConfig, file: SweepFile, overrides: Mapping
         confirm_each = typed[1].pop("confirm_each", config.confirm_each)
         if "trials" in typed[1]:
             typed[1]["sweep.trials"] = typed[1].pop("trials")
-        # One ordered list of overrides, later ones win: sweep file, its arm, then the command line.
+        # Later settings win: sweep file, its arm, then the command line.
         settings = layer_settings(file.settings, config.settings, *map(_without_ranges, typed))
         if given := [key for key in ("output", "resume") if key in settings]:
             raise ConfigError(
@@ -332,7 +333,7 @@ def _build_arm(name: str, config: ArmConfig, file: SweepFile, overrides: Mapping
     if confirm_each is not None and not (isinstance(range_, CategoricalDistribution) and len(range_.choices) > 1):
         raise ConfigError(
             f"`arms.{name}.confirm_each` must be a swept key with a list of at least two choices, but got "
-            f"{confirm_each!r}.{nearest(str(confirm_each), space)} Write it in `space`, such as "
+            f"{confirm_each!r}.{suggest_nearest(str(confirm_each), space)} Write it in `space`, such as "
             "`method.rank: [1, 4, 16]`."
         )
     if sweep_config.search.steps_fraction < 1 and (STEPS_KEY in space or not sweep_config.confirm.list_looks()):
@@ -346,7 +347,7 @@ def _build_arm(name: str, config: ArmConfig, file: SweepFile, overrides: Mapping
 def _replace_ranges(space: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, Any]:
     """Returns an arm's swept keys with their ranges, after overrides.
 
-    A typed range replaces the file's one. A typed value ends the search of its key, and of a part of it.
+    A typed range replaces the file's. A typed value ends the search of its key, and of keys above and below it.
     """
     ranges = {key: value for key, value in typed.items() if is_range(key, value)}
     kept = {

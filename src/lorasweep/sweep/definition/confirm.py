@@ -16,7 +16,7 @@ from lorasweep.config.sweep import HalvingPruner, parse_margin
 from lorasweep.errors import ConfigError
 from lorasweep.record import Question, QuestionName
 from lorasweep.sweep.definition.arms import Arm, Definition
-from lorasweep.wording import join_words, nearest
+from lorasweep.wording import join_words, suggest_nearest
 
 SEED_LIMIT = 1_000_000
 """Seeds are below this number, so that a person can read and type them."""
@@ -54,7 +54,7 @@ def list_questions(definition: Definition) -> list[Question]:
         if unknown := [name for name in pair if name not in known]:
             raise ConfigError(
                 f"`confirm.pairs` must name arms of the sweep ({', '.join(known)}), but got {unknown[0]!r}."
-                f"{nearest(unknown[0], known)}"
+                f"{suggest_nearest(unknown[0], known)}"
             )
         # a name of one value, such as `lora-rank-8`, is about that value alone; an arm's reference is its largest value
         subjects, references = ([name] if name in known[name].subjects else list(known[name].subjects) for name in pair)

@@ -30,7 +30,7 @@ NEEDED_SETTINGS: Mapping[str, Callable[[RunConfig], bool]] = {
     "schedule=cosine": lambda config: not isinstance(config.schedule, Component),
     "callbacks=none": lambda config: not config.callbacks,
 }
-"""Overrides that let the trials of a LoRA arm share packs, each with a test whether a run needs no such override."""
+"""Settings with which the trials of a LoRA arm share packs. Each has a function that returns whether a run meets it."""
 
 
 @dataclass(frozen=True, kw_only=True)

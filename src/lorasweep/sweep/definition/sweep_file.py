@@ -20,7 +20,7 @@ from lorasweep.config.compose import packaged_folder
 from lorasweep.config.method import flatten_alpha_over_rank
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.record import is_number
-from lorasweep.wording import nearest
+from lorasweep.wording import suggest_nearest
 
 MAX_NAME_CHARACTERS = 100
 """Maximum length of the name of a sweep or an arm. It becomes part of a folder's name, whose length is limited."""
@@ -69,13 +69,13 @@ def find_sweep_file(name: str) -> Path:
         path = Path(name)
         if not path.is_file():
             others = map(str, path.parent.glob("*.y*ml"))
-            raise ConfigError(f"a sweep file must exist, but {name!r} does not.{nearest(name, others)}")
+            raise ConfigError(f"a sweep file must exist, but {name!r} does not.{suggest_nearest(name, others)}")
         return path
     files = list_sweep_files()
     if name not in files:
         raise ConfigError(
             f"a sweep must be one of {', '.join(sorted(files))} or a YAML file, but got {name!r}."
-            f"{nearest(name, [*(path.name for path in Path.cwd().glob('*.y*ml')), *files])}"
+            f"{suggest_nearest(name, [*(path.name for path in Path.cwd().glob('*.y*ml')), *files])}"
             f"{f' Name data by `data.train={name}`.' if Path(name).is_file() else ''}"
         )
     return files[name]
@@ -145,7 +145,7 @@ def parse_range(key: str, value: Any, *, is_whole: bool) -> BaseDistribution:
     names = value.keys() if isinstance(value, Mapping) else set()
     log = value.get("log", False) if isinstance(value, Mapping) else None
     if not {"low", "high"} <= names <= set(RANGE_KEYS) or not isinstance(log, bool):
-        near = "".join(nearest(str(name), RANGE_KEYS) for name in names if name not in RANGE_KEYS)
+        near = "".join(suggest_nearest(str(name), RANGE_KEYS) for name in names if name not in RANGE_KEYS)
         raise ConfigError(
             f"the range of `{key}` must be a list of choices, or a mapping with `low`, `high`, and perhaps `log: true` "
             f"or `step`, but got {value!r}.{near}"

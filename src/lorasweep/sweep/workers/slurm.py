@@ -23,7 +23,7 @@ from submitit.core.utils import DelayedSubmission, FailedJobError, environment_v
 from submitit.helpers import clean_env
 from submitit.slurm.slurm import SlurmJobEnvironment
 
-from lorasweep.config.sweep import SlurmConfig
+from lorasweep.config.sweep import SlurmWorkers
 from lorasweep.disk import write_atomically
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.workers.ray_cluster import OBJECT_STORE_BYTES, SOCKETS_FOLDER, is_listening
@@ -43,7 +43,7 @@ MAX_SHUTDOWN_S = 20
 """Seconds that Ray has to end a node. Slurm kills the job after 30 (KillWait)."""
 
 
-def submit_jobs(config: SlurmConfig, folder: Path) -> None:
+def submit_jobs(config: SlurmWorkers, folder: Path) -> None:
     """Submits `worker.jobs` jobs that join the Ray cluster of the sweep in a folder.
 
     Raises:

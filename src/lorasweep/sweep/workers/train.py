@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from lorasweep.config.run import TrainerConfig
-from lorasweep.config.sweep import LocalWorker, RayWorkers, SlurmConfig
+from lorasweep.config.sweep import LocalWorker, RayWorkers, SlurmWorkers
 from lorasweep.errors import ConfigError, WorkerError
 from lorasweep.sweep.controller.controller import Controller
 from lorasweep.sweep.controller.folder import SweepFolder
@@ -52,7 +52,7 @@ def train_sweep(sweep: SweepFolder, inputs_cache: InputsCache, *, stop_requested
     config = sweep.definition.sweep_config.worker
     if not isinstance(config, LocalWorker):
         sweep.close()  # the controller's process opens it
-        if isinstance(config, SlurmConfig):
+        if isinstance(config, SlurmWorkers):
             return _train_on_slurm(sweep, config, stop_requested=stop_requested)
         return _train_on_ray(sweep, config, stop_requested=stop_requested)
     try:
@@ -82,7 +82,7 @@ def _train_on_ray(sweep: SweepFolder, config: RayWorkers, *, stop_requested: Cal
         return WorkerPool(sweep.path, num=config.num, needs=needs).train(stop_requested=stop_requested)
 
 
-def _train_on_slurm(sweep: SweepFolder, config: SlurmConfig, *, stop_requested: Callable[[], bool]) -> bool:
+def _train_on_slurm(sweep: SweepFolder, config: SlurmWorkers, *, stop_requested: Callable[[], bool]) -> bool:
     from lorasweep.sweep.workers import slurm  # noqa: PLC0415 (needs submitit)
 
     path = sweep.path
@@ -119,6 +119,6 @@ def count_processes_per_trial(trainer: TrainerConfig) -> int:
     return 1 if trainer.devices == "auto" else trainer.devices * trainer.num_nodes
 
 
-def _worker_needs(definition: Definition, config: RayWorkers | SlurmConfig) -> WorkerNeeds:
+def _worker_needs(definition: Definition, config: RayWorkers | SlurmWorkers) -> WorkerNeeds:
     trainer = definition.arms[0].corner_configs[0].trainer
     return WorkerNeeds(cpus=config.cpus, gpus=config.gpus, processes=count_processes_per_trial(trainer))

@@ -60,7 +60,7 @@ class Worker:
         self._pack_file = self.path / (f"pack-{self.name}.json" if self.name else PACK_FILE)
         self._requests = itertools.count(1)  # Ray may repeat a call. The controller knows it by its number.
         self._plans = plan_packing(self.definition)
-        self._max_slots: dict[Any, int | None] = {}  # by `ArmPacking.key`; None if packs do not pay
+        self._max_slots: dict[Any, int | None] = {}  # by `ArmPacking.key`; None if each trial trains alone
         self._is_interrupted = False
         self._unscored: list[tuple[Assignment, RunRecord]] | None = None
         """Runs to score on test data after the current pack, because scoring moves the base. None if no pack trains."""
@@ -151,7 +151,7 @@ class Worker:
     def _resume_pack(self) -> None:
         """Resumes the pack of a killed or stopped process, with the same runs in the same slots at the same steps.
 
-        So the results are equal to the bit to those without the interruption.
+        So the results are bit-identical to those without the interruption.
         """
         # Only the worker without a name can have a file of an earlier process. A dead worker on Ray is replaced by a
         # worker with another name, and the controller hands out the trials of the dead worker one by one.

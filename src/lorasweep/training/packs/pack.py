@@ -7,8 +7,8 @@ says so (`pack.shared_draws`).
 
 A pack is a plain loop and not a `lightning.Trainer`, because each run has its own schedule and its own last step.
 
-Each evaluation is a boundary. A killed pack resumes at the last committed boundary, and then repeats every bit. This
-requires the following order of actions at a boundary:
+Each evaluation is a boundary. A killed pack resumes at the last committed boundary, and then computes the same bits as
+if it had not been killed. This requires the following order of actions at a boundary:
 
 1. Write the log rows, the weights and the record of every slot. A run that diverged fails here.
 2. Report the evaluations of all remaining slots in one call.
@@ -92,7 +92,7 @@ def train_pack(
 
     A killed or interrupted pack leaves `state_file`. To resume the pack, pass the runs in this file in slot order, with
     their steps as `start_step`. The resumed pack may report evaluations and ends of runs a second time. `next_run` must
-    return the runs that it returned after the last commit again.
+    return once more the runs that it returned after the last commit.
 
     Args:
         requests: The first runs, one per slot. They have the same model, data and trainer settings.
@@ -101,7 +101,7 @@ def train_pack(
         next_run: Called at each evaluation until the pack has `slots` runs again or no run is left.
         on_evaluation: Takes the evaluations of all slots and returns for each slot whether its run continues. A run
             that is complete (last step or early stopping) ends even if the answer is True.
-        state_file: The file from which a killed pack resumes (see `packs.state`).
+        state_file: The file from which a killed pack resumes (see `training.checkpoint.PackState`).
         stop_requested: Called before the first and after every step. Returns whether to stop the pack.
 
     Returns:
