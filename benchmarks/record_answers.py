@@ -165,7 +165,9 @@ def record_rungs(task: AnswerTask, *, seed: int, overrides: Mapping[str, Any]) -
             config = trials.configs[0] if isinstance(trials, LoraPack) else trials.config
             steps, task_ = config.trainer.max_steps, inputs.splits.task
             for step in range(steps // 2):
-                trials.train_step(step, factor=schedule_factor(config.schedule, step, max_steps=steps, lr=1.0))
+                trials.train_step(
+                    step, factor=schedule_factor(config.schedule, step, max_steps=steps, lr=config.optim.lr)
+                )
             if isinstance(trials, LoraPack):
                 order = torch.tensor(
                     EvaluationSampler(split, batch_size=config.trainer.eval_batch_size).order

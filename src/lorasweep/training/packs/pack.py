@@ -12,8 +12,8 @@ if it had not been killed. This requires the following order of actions at a bou
 
 1. Write the log rows, the weights and the record of every slot. A run that diverged fails here.
 2. Report the evaluations of all remaining slots in one call.
-3. Decide for each run: it is complete, is paused, or continues. Save the checkpoint of a paused run before its end is
-   reported, because another worker may then resume the run at once.
+3. Decide for each run: it is complete, is paused, or continues. Score the best weights of a complete run. Save the
+   checkpoint of a paused run before its end is reported, because another worker may then resume the run at once.
 4. Refill free slots in slot order, and drop slots that stay empty. If all were refilled, add slots for further runs.
 5. Write the checkpoints of all slots.
 6. Replace the state file. This is the commit. A pack that is killed before it resumes from the previous boundary, so
