@@ -45,7 +45,7 @@ def test_fingerprint_moves_with_roles_contents_and_ends_of_conversations():
 
 
 KEYS = st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 5), min_size=3, max_size=60)
-MISSING = st.sampled_from([("validation",), ("test",), ("validation", "test")])
+MISSING = st.sampled_from([{"validation": 10}, {"test": 50}, {"validation": 10, "test": 1}])
 
 
 def test_key_of_a_content_is_fixed_and_ignores_case_and_white_space_alone():
@@ -67,3 +67,11 @@ def test_splits_are_disjoint_whole_and_hold_equal_examples_together(keys, missin
     assert all(indices == sorted(indices) for indices in splits.values())
     sets = [{keys[index] for index in indices} for indices in splits.values()]
     assert sum(map(len, sets)) == len(set(keys))
+
+
+def test_a_larger_test_split_comes_from_train_alone_and_keeps_the_examples_of_a_smaller_one():
+    keys = range(1000)  # ten in each bucket
+    small, large = (assign_splits(keys, missing={"validation": 10, "test": percent}) for percent in (10, 25))
+    assert [len(split) for split in large.values()] == [650, 100, 250]
+    assert large["validation"] == small["validation"]
+    assert set(small["test"]) < set(large["test"])

@@ -26,6 +26,8 @@ LabelTask = Literal["single_label", "regression"]
 Delimiter = Literal["auto", "comma", "semicolon", "tab", "pipe"]
 Quoting = Literal["auto", "csv", "none"]
 
+DEFAULT_SPLIT_PERCENT = 10
+"""Percentage of the training data that a split gets if neither its source nor its share is set."""
 MINIMIZED_METRICS = ("bits_per_byte", "loss", "perplexity", "mse")
 """Metrics for which lower is better. For all other metrics, higher is better."""
 METRIC_RANGES: Mapping[str, tuple[float, float]] = {
@@ -78,6 +80,8 @@ class SplitSettings(Settings):
     """As `train`; null takes the split from `train`."""
     test: str | None
     """As `train`; null takes the split from `train`."""
+    test_fraction: Annotated[float, Field(ge=0.01, le=0.5)] | None
+    """Share of `train` that becomes the test split if `test` is null, in whole percents; null is a tenth."""
     group: str | None
     """Column with equal values for examples that depend on each other. The report takes groups as independent."""
 
@@ -87,6 +91,14 @@ class SplitSettings(Settings):
         names = {"train": self.train, "validation": self.validation, "test": self.test}
         return {split: name for split, name in names.items() if name is not None}
 
+    @property
+    def split_percents(self) -> dict[str, int]:
+        """The percentage of `train` that is split off for each split that is not set."""
+        percents = {"validation": DEFAULT_SPLIT_PERCENT, "test": DEFAULT_SPLIT_PERCENT}
+        if self.test_fraction is not None:
+            percents["test"] = round(100 * self.test_fraction)
+        return {split: percent for split, percent in percents.items() if split not in self.sources}
+
     def __post_init__(self) -> None:
         for key, name in {**self.sources, "path": self.path}.items():
             if name is not None and not name.strip():
@@ -95,6 +107,11 @@ class SplitSettings(Settings):
             raise ConfigError(
                 "`data.train`, `data.validation` and `data.test` must be different, but got "
                 f"{self.train!r}, {self.validation!r} and {self.test!r}. Use null to take a split from `data.train`."
+            )
+        if self.test is not None and self.test_fraction is not None:
+            raise ConfigError(
+                f"`data.test_fraction` must be null with `data.test`, but got {self.test_fraction:g}. It is the share "
+                "of `data.train` that becomes the test split."
             )
         for key, value in {"subset": self.subset, "revision": self.revision}.items():
             if self.path is None and value is not None:

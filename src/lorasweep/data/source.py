@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
@@ -57,14 +57,15 @@ class Conversation(NamedTuple):
 
 Example = TypeVar("Example")
 """A `Document`, `LabelledText` or `Conversation`."""
-BUCKETS: Mapping[str, range] = {"validation": range(10), "test": range(10, 20)}
-"""Hash buckets, out of 100, whose examples go to a split that the data set lacks: a tenth for each split."""
+FIRST_BUCKETS: Mapping[str, int] = {"validation": 0, "test": 10}
+"""The first of the hash buckets, out of 100, whose examples go to a split that the data set lacks. A larger share for
+test leaves validation as it is."""
 
 ReadExamples = tuple[list[Example], list[str]]
 """The usable examples of a split, and notes for the user about them."""
-SplitOff = Callable[[list[Example], Sequence[str]], tuple[dict[str, list[Example]], list[str]]]
-"""Takes all training examples and the names of the missing splits. Returns the examples of `train` and of each missing
-split, and notes for the user."""
+SplitOff = Callable[[list[Example], Mapping[str, int]], tuple[dict[str, list[Example]], list[str]]]
+"""Takes all training examples and the percentage of each missing split. Returns the examples of `train` and of each
+missing split, and notes for the user."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +132,7 @@ def build_source(
     read: Callable[[str], ReadExamples[Example]],
     *,
     kind: Kind,
-    given: Collection[str],
+    missing: Mapping[str, int],
     key: Callable[[Example], int],
     describe: Callable[[list[Example], list[Example]], list[str]],
     label_names: tuple[str, ...] = (),
@@ -143,9 +144,9 @@ def build_source(
 
     Args:
         train: The whole training file.
-        read: Reads a split in `given` other than train.
+        read: Reads a split other than train that is not missing.
         kind: Kind of the examples.
-        given: Names of the splits that the settings name. The others are taken from the training examples.
+        missing: The percentage of the training examples that each split without a source gets.
         key: Content key of an example. Examples with the same key count as duplicates.
         describe: Returns notes for the user about the training and validation examples.
         label_names: Names of the classes.
@@ -153,7 +154,6 @@ def build_source(
         max_examples: Maximum number of examples by split.
         split_off: Takes the missing splits from the training examples; None assigns examples by content key.
     """
-    missing = [split for split in ("validation", "test") if split not in given]
     parts: dict[str, list[Example]] = {"train": train[0]}
     notes = list(train[1])
     if missing:
@@ -207,23 +207,23 @@ def content_key(texts: Iterable[str]) -> int:
 
 
 def _split_by_key(
-    items: list[Example], missing: Sequence[str], *, key: Callable[[Example], int], shared: str
+    items: list[Example], missing: Mapping[str, int], *, key: Callable[[Example], int], shared: str
 ) -> tuple[dict[str, list[Example]], list[str]]:
     assigned = assign_splits([key(item) for item in items], missing=missing)
     notes = [
         f"{split} is split off from train: {len(assigned[split])} of {len(items)} examples, whose {shared} has a "
-        f"hash of {BUCKETS[split][0]} to {BUCKETS[split][-1]} modulo 100. Examples with the same {shared} stay "
-        "together."
-        for split in missing
+        f"hash of {(first := FIRST_BUCKETS[split])} to {first + percent - 1} modulo 100. Examples with the same "
+        f"{shared} stay together."
+        for split, percent in missing.items()
     ]
     return {split: [items[index] for index in indices] for split, indices in assigned.items()}, notes
 
 
-def assign_splits(keys: Sequence[int], *, missing: Collection[str]) -> dict[str, list[int]]:
+def assign_splits(keys: Sequence[int], *, missing: Mapping[str, int]) -> dict[str, list[int]]:
     """Returns the indices of the examples in `train` and in each missing split, none of which is empty.
 
-    A split gets the examples whose content key modulo 100 is in its `BUCKETS`, so equal keys stay together. Raises
-    ConfigError if there are fewer different examples than splits.
+    A split gets its percentage of the buckets (the content key modulo 100) from its first one on, so equal keys stay
+    together. Raises ConfigError if there are fewer different examples than splits.
     """
     free = sorted(set(keys))
     if len(free) <= len(missing):
@@ -235,7 +235,7 @@ def assign_splits(keys: Sequence[int], *, missing: Collection[str]) -> dict[str,
     for done, split in enumerate(sorted(missing, reverse=True)):  # validation first
         # If no key is in the buckets, the smallest key is taken. One key must be left for each later split and train.
         num_others = len(missing) - done
-        chosen = [key for key in free if key % 100 in BUCKETS[split]] or free[:1]
+        chosen = [key for key in free if 0 <= key % 100 - FIRST_BUCKETS[split] < missing[split]] or free[:1]
         split_of_key |= dict.fromkeys(chosen[: len(free) - num_others], split)
         free = [key for key in free if key not in split_of_key]
     indices: dict[str, list[int]] = {"train": [], **{split: [] for split in missing}}

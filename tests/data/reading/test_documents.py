@@ -57,6 +57,14 @@ def test_end_of_one_document_is_split_off(read):
     assert "between 90 % and 100 %" in source.notes[1]
 
 
+def test_the_share_of_the_test_split_holds_for_cut_documents_too(read):
+    source = read("text", {"train.txt": "".join(LINES)}, test_fraction=0.3)
+    assert text_of(source.train) + text_of(source.validation) + text_of(source.test()) == "".join(LINES)
+    # a cut is moved to the end of a line
+    assert len(text_of(source.test())) == pytest.approx(0.3 * len("".join(LINES)), abs=2 * len(LINES[-1]))
+    assert "between 60 % and 70 % of each" in source.notes[0]
+
+
 @pytest.mark.parametrize("given_split", ["validation", "test"])
 def test_one_split_that_is_missing_gets_the_last_tenth(read, given_split):
     source = read("text", {"train.txt": "".join(LINES), f"{given_split}.txt": "so"})

@@ -130,6 +130,12 @@ def test_missing_splits_are_split_off_and_said(read):
     assert source.test().notes == ()
 
 
+def test_the_share_of_the_test_split_is_said(read):
+    source = read("table", {"train.csv": csv_of(ROWS)}, test_fraction=0.25)
+    assert len(source.test()) > len(read("table", {"train.csv": csv_of(ROWS)}).test())
+    assert any(note.startswith("test is split off") and "10 to 34 modulo 100" in note for note in source.notes)
+
+
 def test_duplicates_are_counted(read):
     files = {
         "train.csv": csv_of([("one", "a"), ("One ", "a"), ("two", "b"), ("two", "a")]),

@@ -42,7 +42,7 @@ def read_conversations(config: ChatConfig) -> DataSource:
         train,
         read,
         kind="conversations",
-        given=config.sources,
+        missing=config.split_percents,
         key=_prompt_key if is_split_by_prompt else _whole_key,
         describe=lambda train, _: [
             f"train has {len(train)} conversations with {len(set(map(_prompt_key, train)))} different prompts."

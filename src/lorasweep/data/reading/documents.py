@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lorasweep.config.data import TextConfig
@@ -22,8 +22,6 @@ from lorasweep.errors import ConfigError
 
 MIN_DOCUMENTS = 20
 """With fewer documents, a missing split is cut off the end of every document instead of taking whole documents."""
-SPLIT_PERCENT = 10
-"""Percentage of each document that a missing split gets if documents are cut."""
 
 
 def read_texts(config: TextConfig) -> DataSource:
@@ -34,7 +32,7 @@ def read_texts(config: TextConfig) -> DataSource:
         train,
         read,
         kind="documents",
-        given=config.sources,
+        missing=config.split_percents,
         key=lambda document: content_key([document.text]),
         describe=lambda train, validation: [_describe("train", train), _describe("validation", validation)],
         split_off=_cut_ends if len(train[0]) < MIN_DOCUMENTS else None,
@@ -85,25 +83,24 @@ def find_texts(given: str, *, key: str) -> tuple[list[Path], Path]:
     return files, folder
 
 
-def _cut_ends(documents: list[Document], missing: Sequence[str]) -> tuple[dict[str, list[Document]], list[str]]:
+def _cut_ends(documents: list[Document], missing: Mapping[str, int]) -> tuple[dict[str, list[Document]], list[str]]:
     """Cuts the missing splits off the end of every document."""
-    start = 100 - SPLIT_PERCENT * len(missing)
-    spans = {"train": (0, start)}
-    spans |= {split: (start + n * SPLIT_PERCENT, start + (n + 1) * SPLIT_PERCENT) for n, split in enumerate(missing)}
-    parts = {}
-    for split, (low, high) in spans.items():
-        cuts = [cut_document(document, low=low, high=high) for document in documents]
+    parts: dict[str, list[Document]] = {}
+    notes, end = [], 0
+    for split, percent in {"train": 100 - sum(missing.values()), **missing}.items():
+        start, end = end, end + percent
+        cuts = [cut_document(document, low=start, high=end) for document in documents]
         parts[split] = [document for document in cuts if document.text.strip()]
         if not parts[split]:
             raise ConfigError(
                 f"`data.train` must be long enough to take {' and '.join(missing)} from the end of its documents, but "
                 f"then nothing is left for {split}. Give more text, or give each split its own file."
             )
-    notes = [
-        f"{split} is split off from train: the text between {spans[split][0]} % and {spans[split][1]} % of each of its "
-        f"{len(documents)} documents, cut where a line ends."
-        for split in missing
-    ]
+        if split in missing:
+            notes.append(
+                f"{split} is split off from train: the text between {start} % and {end} % of each of its "
+                f"{len(documents)} documents, cut where a line ends."
+            )
     return parts, notes
 
 

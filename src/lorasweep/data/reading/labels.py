@@ -62,7 +62,7 @@ def read_labelled(config: TableConfig) -> DataSource:
         (items, [encoder.reason, *notes]),
         lambda split: parse_rows(tables[split], parse),
         kind=encoder.task,
-        given=config.sources,
+        missing=config.split_percents,
         key=_content_key,
         describe=functools.partial(_describe, names),
         label_names=names,
