@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lorasweep.results import RunResult, SweepResult
     from lorasweep.sweep.definition.arms import Definition
     from lorasweep.sweep.plan import GroupPlan
+    from lorasweep.training.inputs import InputsCache
 
 DONE, FAILED, WRONG_REQUEST = 0, 1, 2
 
@@ -232,15 +233,17 @@ def new(arguments: argparse.Namespace) -> int:
     if path.exists():
         raise ConfigError(f"`FILE.yaml` must be a new file, but {str(path)!r} exists already. Name another one.")
     settings = parse_overrides(arguments.overrides)
-    text = draft_sweep(path, settings)
+    text, power = draft_sweep(path, settings)
     if arguments.minutes is not None:
         definition, _ = _read_definition(None, arguments.overrides, minutes=arguments.minutes)
         fitted = [
             key for key in ("trainer.max_steps", "sweep.trials", "confirm.looks") if key in definition.raw["overrides"]
         ]
-        text = draft_sweep(path, settings | {key: definition.raw["overrides"][key] for key in fitted})
+        text, power = draft_sweep(path, settings | {key: definition.raw["overrides"][key] for key in fitted})
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text)
+    for sentence in power:
+        say(f"• {sentence}")
     say(f"wrote {path}. Read it, then type:\n    lorasweep plan {path}\n    lorasweep sweep {path}")
     return DONE
 
@@ -249,34 +252,42 @@ def plan(arguments: argparse.Namespace) -> int:
     """Checks a sweep, measures a few steps of its trainings, and shows the cost of the sweep. Keeps no file."""
     with quick_imports():
         from lorasweep.sweep.plan import render_plan
+        from lorasweep.sweep.power import describe_power
+        from lorasweep.training.inputs import InputsCache
         from lorasweep.wording import format_seconds
 
     began = time.monotonic()
     name, overrides = _split_name(arguments.overrides)
-    definition, groups = _read_definition(name, overrides, minutes=arguments.minutes, is_measured=True)
+    inputs_cache = InputsCache()
+    definition, groups = _read_definition(name, overrides, minutes=arguments.minutes, inputs_cache=inputs_cache)
     EscapingConsole().print(render_plan(definition, groups))
+    for sentence in describe_power(definition, inputs_cache.load(definition.arms[0].corner_configs[0]).splits):
+        say(f"• {sentence}")
     say(f"this plan took {format_seconds(time.monotonic() - began)}", file=sys.stderr)
     return DONE
 
 
 def _read_definition(
-    name: str | None, overrides: Sequence[str], *, minutes: float | None, is_measured: bool = False
+    name: str | None, overrides: Sequence[str], *, minutes: float | None, inputs_cache: InputsCache | None = None
 ) -> tuple[Definition, list[GroupPlan]]:
-    """Returns a sweep, fitted to `minutes` if given, and the plans of its groups of arms if they were measured."""
+    """Returns a sweep, fitted to `minutes` if given, and the plans of its groups of arms.
+
+    Without `minutes` and `inputs_cache`, nothing is loaded and measured, and there are no plans.
+    """
     from lorasweep import api
     from lorasweep.sweep.checks import set_steps
     from lorasweep.sweep.plan import fit_minutes, plan_sweep
     from lorasweep.training.inputs import InputsCache
 
     definition, began = api.read_sweep_definition(name, overrides), time.monotonic()
-    if minutes is None and not is_measured:
+    if minutes is None and inputs_cache is None:
         return definition, []
 
     def show(what: str) -> None:
         say(f"{time.monotonic() - began:3.0f} s: measuring {what}", file=sys.stderr)
 
     say("loading the model and the data", file=sys.stderr)
-    inputs_cache = InputsCache()
+    inputs_cache = inputs_cache or InputsCache()
     definition = set_steps(definition, inputs_cache)
     api.check_sweep(definition, inputs_cache)
     if minutes is None:

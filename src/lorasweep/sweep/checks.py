@@ -13,6 +13,7 @@ from lorasweep.sweep.controller.encoding import History
 from lorasweep.sweep.controller.proposals import propose
 from lorasweep.sweep.definition.arms import Definition, name_in_errors, restore_definition
 from lorasweep.sweep.definition.packing import explain_bases, explain_solo_arms, plan_packing
+from lorasweep.sweep.power import describe_power
 from lorasweep.sweep.workers.train import check_workers
 from lorasweep.training.inputs import InputsCache, check_batch_memory
 from lorasweep.training.module import check_run
@@ -129,12 +130,5 @@ def list_notes(definition: Definition, inputs_cache: InputsCache) -> list[str]:
                 "one epoch."
             )
     notes += [*explain_bases(definition), *explain_solo_arms(definition)]
-    if definition.sweep_config.confirm.list_looks():
-        groups = inputs_cache.load(definition.arms[0].corner_configs[0]).splits.test().groups
-        if len(set(groups)) == 1:
-            notes.append(
-                f"All {len(groups)} test examples are in one group ({groups[0]!r}), which says nothing about other "
-                "groups: verdicts will hold for this group alone. Give test data of at least 20 documents, prompts or "
-                "groups."
-            )
+    notes += describe_power(definition, inputs_cache.load(definition.arms[0].corner_configs[0]).splits)
     return list(dict.fromkeys(notes))

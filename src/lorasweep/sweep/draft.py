@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,10 +31,11 @@ from lorasweep.data.reading.tables import (
     refuse_unreadable,
 )
 from lorasweep.errors import ConfigError
-from lorasweep.sweep.checks import MAX_STEPS, count_steps
+from lorasweep.sweep.checks import MAX_STEPS, MIN_STEPS, count_steps
 from lorasweep.sweep.definition.arms import SWEEP_GROUPS, Definition, is_range, read_definition
 from lorasweep.sweep.definition.sweep_file import MAX_NAME_CHARACTERS
-from lorasweep.training.inputs import RunInputs, build_inputs
+from lorasweep.sweep.power import TEST_PERCENTS, assess_power, describe_power
+from lorasweep.training.inputs import InputsCache, RunInputs
 from lorasweep.wording import format_count, format_share, join_words
 
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "sentiment", "score", "rating", "stars")
@@ -67,6 +69,7 @@ COMMENTS = {
     "sweep.trials": "number for each arm with a space; all ranks of LoRA share one search",
     "confirm.looks": "numbers of seeds at which the questions are tested",
     "confirm.margin": "smallest difference that matters, as a share of full's gain over frozen, or a number",
+    "data.test_fraction": "of the training data; a tenth would settle larger differences only",
     "data.max_validation_examples": "evenly spaced; an evaluation of all takes longer",
 }
 TEMPLATE = """\
@@ -98,11 +101,14 @@ def draft_definition(overrides: Mapping[str, Any]) -> Definition:
     others = {key: value for key, value in overrides.items() if key not in settings}
     source = str(settings.get("data.path") or settings.get("data.train") or settings.get("data", ""))
     name = re.sub(r"\W+", "-", Path(source).name.split(".")[0])[:MAX_NAME_CHARACTERS].strip("-")
-    return read_definition(yaml.safe_load(draft_sweep(Path(f"{name or 'sweep'}.yaml"), settings)), others)
+    text, _ = draft_sweep(Path(f"{name or 'sweep'}.yaml"), settings)
+    return read_definition(yaml.safe_load(text), others)
 
 
-def draft_sweep(path: Path, settings: Mapping[str, Any]) -> str:
-    """Reads the model and the data that the settings name, and returns the content of a sweep file at `path`.
+def draft_sweep(path: Path, settings: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """Returns the content of a sweep file at `path`, and sentences on what its test data can settle.
+
+    Reads the model and the data that the settings name. The share of test data follows from what it can settle.
 
     Raises:
         ConfigError: A setting is missing or wrong, or the model or the data can't be read.
@@ -124,13 +130,28 @@ def draft_sweep(path: Path, settings: Mapping[str, Any]) -> str:
         )
     # blocks of text have a fixed length; the length of examples is measured
     lengths = {"data.max_length": MAX_MEASURED_TOKENS} if chosen["data"] in ("table", "chat") else {}
-    inputs = build_inputs(compose_run({**lengths, **chosen}))
+    inputs_cache, config = InputsCache(), compose_run({**lengths, **chosen})
+    inputs = inputs_cache.load(config)
     inputs.splits.test()  # reads every row, because the confirm stage would fail after hours of training
-    numbers = _choose_numbers(inputs, chosen)
-    metric = {} if any(key.startswith("data.metric") for key in chosen) else {"data.metric": inputs.splits.metric}
-    text = _fill_template(path, {**chosen, **metric, **numbers}, {**SWEEP_SETTINGS, **of_sweep}, inputs)
-    read_definition(yaml.safe_load(text))  # a draft must be a sweep that starts
-    return text
+
+    def fill(inputs: RunInputs) -> tuple[str, Definition]:
+        numbers = _choose_numbers(inputs, chosen)
+        metric = {} if any(key.startswith("data.metric") for key in chosen) else {"data.metric": inputs.splits.metric}
+        text = _fill_template(path, {**chosen, **metric, **numbers}, {**SWEEP_SETTINGS, **of_sweep}, inputs)
+        return text, read_definition(yaml.safe_load(text))  # a draft must be a sweep that starts
+
+    text, definition = fill(inputs)
+    power = assess_power(definition, inputs.splits)
+    if power and "data.test_fraction" not in chosen:
+        # fewer examples than this are trained on for more than `EPOCHS`
+        min_train = MIN_STEPS * definition.arms[0].corner_configs[0].trainer.batch_size / EPOCHS
+        percent = power.choose_percent(num_train=len(inputs.splits.train), min_train=min_train)
+        if percent in TEST_PERCENTS:
+            chosen["data.test_fraction"] = percent / 100
+            data = compose_run({**lengths, **chosen}).data
+            inputs = replace(inputs, splits=inputs_cache.load_splits(data, config))
+            text, definition = fill(inputs)
+    return text, describe_power(definition, inputs.splits)
 
 
 def _choose_data(settings: Mapping[str, Any]) -> dict[str, Any]:

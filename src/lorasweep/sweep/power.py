@@ -1,0 +1,172 @@
+"""Predicts which difference between LoRA and full fine-tuning a sweep's test data and seeds can settle.
+
+The prediction is the product's own test (`report.evidence`) on spreads that `benchmarks/bench_power.py` measures on
+recorded runs: for accuracy and for running text. How much single examples differ under other metrics is not known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from lorasweep.config.data import SplitSettings
+from lorasweep.config.sweep import parse_margin
+from lorasweep.data.build_splits import DataSplits
+from lorasweep.data.examples import BlockSplit, LabelledSplit
+from lorasweep.data.tasks import LANGUAGE_MODEL_METRICS
+from lorasweep.report.evidence.estimates import UNBOUNDED, Estimate
+from lorasweep.report.evidence.questions import GROUP_FACTORS, POWER_SCORE, compute_level
+from lorasweep.sweep.definition.arms import Definition
+from lorasweep.sweep.definition.confirm import list_questions
+
+TEST_PERCENTS = (15, 20, 25, 30)
+"""Shares of the training data that are tried for the test split, beside the present one."""
+MIN_SHRINKAGE = 1.1
+"""Smallest factor by which a larger test split must reduce the settled difference to be worth its training data."""
+
+
+class Spread(NamedTuple):
+    """Standard deviations of LoRA's score minus full fine-tuning's.
+
+    They are those over seeds, over groups of test examples, of one seed on one group beyond both, and of the settings
+    that the search may have missed.
+    """
+
+    seeds: float
+    groups: float
+    interaction: float
+    search: float
+
+    def estimate(self, *, num_seeds: int, num_groups: float) -> Estimate:
+        """Returns the expected estimate of a true difference of 0."""
+        both = self.interaction**2 / (num_seeds * num_groups)
+        return Estimate(
+            value=0.0,
+            seeds=tuple(range(num_seeds)),
+            values=(0.0,) * num_seeds,
+            seeds_variance=self.seeds**2 / num_seeds + both,
+            groups_variance=self.groups**2 / num_groups + both,
+            interaction_variance=both,
+            search_variance=self.search**2,
+            num_groups=max(2, round(num_groups)),
+            bounds=UNBOUNDED,
+        )
+
+
+# in shares of full's gain: stdlib_docs, stdlib_code
+TEXT_SPREADS: Sequence[Spread] = (Spread(0.008, 0.082, 0.076, 0.012), Spread(0.023, 0.138, 0.131, 0.020))
+
+
+def assume_accuracy(constant: float) -> tuple[float, Spread]:
+    """Returns full fine-tuning's gain and the spread, from the accuracy of always giving the most frequent label.
+
+    Assumes that full fine-tuning halves the errors of that answer; on movie_snippets it left 42 %. There, the variance
+    of an example was 0.38 for each error of full fine-tuning, and 0.027 for the mean over seeds.
+    """
+    gain = errors = (1 - constant) / 2
+    return gain, Spread(0.062 * gain, (0.027 * errors) ** 0.5, (0.38 * errors) ** 0.5, 0.005 * gain)
+
+
+class Power(NamedTuple):
+    """The test data and seeds of a sweep, with the assumed spreads and the margin."""
+
+    groups: str
+    """The number of groups of test examples, such as `1,000 test examples`."""
+    num_groups: float
+    """The number of groups of equal size that would tell as much."""
+    num_seeds: int
+    level: float
+    unit: str
+    """The unit of spreads and margin, in hundredths, with the assumption behind it."""
+    spreads: Sequence[Spread]
+    margin: float
+    """0 if it is not known in this unit."""
+    percents: dict[str, int]
+    """The percentages of the training data that are split off; without `test` if more would not give more groups."""
+
+    def find_differences(self, *, factor: float = 1.0) -> list[float]:
+        """Returns the difference that `factor` times as much test data settles with a probability of 80 %, by spread.
+
+        It is half of the interval of the test, plus `POWER_SCORE` standard errors.
+        """
+        num_groups = factor * self.num_groups
+        found = [spread.estimate(num_seeds=self.num_seeds, num_groups=num_groups) for spread in self.spreads]
+        ends = [one.find_interval(1 - 2 * self.level) or UNBOUNDED for one in found]
+        return [high + POWER_SCORE * one.error for (_, high), one in zip(ends, found, strict=True)]
+
+    def choose_percent(self, *, num_train: int, min_train: float) -> int | None:
+        """Returns the smallest share for the test split that settles the margin; None without a choice.
+
+        If none does, it is the smallest that settles nearly as much as the largest, because then the seeds decide. At
+        least `min_train` of the `num_train` training examples stay.
+        """
+        rest = 100 - sum(self.percents.values())
+        if (now := self.percents.get("test")) is None:
+            return None
+        possible = [percent for percent in TEST_PERCENTS if num_train * (rest + now - percent) / rest >= min_train]
+        settled = {percent: self.find_differences(factor=percent / now)[-1] for percent in (now, *possible)}
+        wanted = max(self.margin, MIN_SHRINKAGE * min(settled.values()))
+        return next(percent for percent, difference in settled.items() if difference <= wanted)
+
+    def describe(self) -> str:
+        """Returns sentences on the settled difference, the margin, and what would help."""
+        differences, margin, now = self.find_differences(), self.margin, self.percents.get("test")
+        text = (
+            f"With {self.groups} and {self.num_seeds} seeds, a difference between LoRA and full fine-tuning is settled "
+            f"in 4 of 5 sweeps if it is {' to '.join(f'{100 * one:.1f}' for one in differences)} {self.unit}."
+        )
+        if not margin or differences[-1] <= margin:
+            return f"{text} The margin is {100 * margin:.1f}." if margin else text
+        factors = {f"`data.test_fraction={percent / 100:g}`": percent / now for percent in TEST_PERCENTS if now}
+        factors |= {f"{factor:g} times as much test data": factor for factor in GROUP_FACTORS}
+        remedies = [name for name, factor in factors.items() if self.find_differences(factor=factor)[-1] <= margin]
+        remedies.append(
+            f"not more test data, but a {math.ceil(10 * differences[-1] / margin) / 10:g} times larger margin"
+        )
+        return f"{text} The margin is {100 * margin:.1f}, so the first question may stay open: {remedies[0]} would do."
+
+
+def assess_power(definition: Definition, splits: DataSplits) -> Power | None:
+    """Returns what a sweep can settle; None if it has no full fine-tuning, or if its metric's spread is not known."""
+    questions, looks = list_questions(definition), definition.sweep_config.confirm.list_looks()
+    if not any(question.name == "as_good_as_full" for question in questions) or max(looks, default=0) < 2:
+        return None
+    test, data = splits.test(), definition.arms[0].corner_configs[0].data
+    margin, sizes = parse_margin(definition.sweep_config.confirm.margin), list(Counter(test.groups).values())
+    percents = data.split_percents if isinstance(data, SplitSettings) else {}
+    if isinstance(test, LabelledSplit) and splits.metric == "accuracy":
+        gain, spread = assume_accuracy(splits.score_constant_answer(test)["accuracy"])
+        spreads: Sequence[Spread] = [spread]
+        name = "examples" if len(sizes) == len(test) else "groups"
+        unit = "points of accuracy, assuming that full halves the errors of always giving the most frequent label"
+    elif isinstance(test, BlockSplit) and splits.metric in LANGUAGE_MODEL_METRICS:
+        gain, spreads, name, unit = float(margin.is_share_of_gain), TEXT_SPREADS, "documents", "% of full's gain"
+        if not set(test.groups).isdisjoint(splits.train.groups):  # the test split has the ends of all documents
+            percents.pop("test", None)
+    else:
+        return None
+    return Power(
+        groups=f"{len(sizes):,} test {name}",
+        num_groups=sum(sizes) ** 2 / sum(size**2 for size in sizes),
+        num_seeds=max(looks),
+        level=compute_level(questions, looks),
+        unit=unit,
+        spreads=spreads,
+        margin=margin.value * gain if margin.is_share_of_gain else margin.value * bool(gain),
+        percents=percents,
+    )
+
+
+def describe_power(definition: Definition, splits: DataSplits) -> list[str]:
+    """Returns the sentences on what the test data and seeds can settle; empty if nothing can be said."""
+    groups = set(splits.test().groups) if definition.sweep_config.confirm.list_looks() else set()
+    if len(groups) == 1:
+        return [
+            f"All {len(splits.test())} test examples are in one group ({groups.pop()!r}), which says nothing about "
+            "other groups: verdicts will hold for this group alone. Give test data of at least 20 documents, prompts "
+            "or groups."
+        ]
+    power = assess_power(definition, splits)
+    return [power.describe()] if power else []
