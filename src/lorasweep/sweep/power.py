@@ -139,10 +139,12 @@ def assess_power(definition: Definition, splits: DataSplits) -> Power | None:
     if isinstance(test, LabelledSplit) and splits.metric == "accuracy":
         gain, spread = assume_accuracy(splits.score_constant_answer(test)["accuracy"])
         spreads: Sequence[Spread] = [spread]
+        size = margin.value * (gain if margin.is_share_of_gain else 1.0)
         name = "examples" if len(sizes) == len(test) else "groups"
-        unit = "points of accuracy, assuming that full halves the errors of always giving the most frequent label"
+        unit = "points of accuracy, if full halves the errors of always giving the most frequent label"
     elif isinstance(test, BlockSplit) and splits.metric in LANGUAGE_MODEL_METRICS:
-        gain, spreads, name, unit = float(margin.is_share_of_gain), TEXT_SPREADS, "documents", "% of full's gain"
+        spreads, name, unit = TEXT_SPREADS, "documents", "% of full's gain (two recorded tasks)"
+        size = margin.value if margin.is_share_of_gain else 0.0  # the gain is not known
         if not set(test.groups).isdisjoint(splits.train.groups):  # the test split has the ends of all documents
             percents.pop("test", None)
     else:
@@ -154,7 +156,7 @@ def assess_power(definition: Definition, splits: DataSplits) -> Power | None:
         level=compute_level(questions, looks),
         unit=unit,
         spreads=spreads,
-        margin=margin.value * gain if margin.is_share_of_gain else margin.value * bool(gain),
+        margin=size,
         percents=percents,
     )
 
