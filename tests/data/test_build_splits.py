@@ -152,3 +152,26 @@ def test_data_that_the_model_cant_learn_from_is_refused(tokenizer, read_examples
     source, _ = make_source(read_examples, kind=kind, label_names=("a", "b"))
     with pytest.raises(ConfigError, match=f"`model.kind` must be {wanted} for `data={data}`"):
         build_splits(config(data=data), source=source, tokenizer=tokenizer, model_kind=model_kind)
+
+
+def test_answers_that_become_examples_of_their_own_keep_the_group_of_their_conversation(tokenizer):
+    def talk(group):
+        said = [Message("user", "hi"), Message("assistant", "yes"), Message("user", "so"), Message("assistant", "no")]
+        return Conversation(said, group)
+
+    source, _ = make_source(lambda name: collect_examples(name, [talk("a"), talk("b")]), kind="conversations")
+    rewriting = load_tokenizer()  # the end-of-text token of an answer is not in the next prompt
+    rewriting.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    splits = build_splits(config(data="chat"), source=source, tokenizer=rewriting, model_kind="causal_lm")
+    assert splits.train.groups == ("a", "a", "b", "b")
+    assert (splits.train.describe()["examples"], splits.train.describe()["conversations"]) == (4, 2)
+    assert any("2 conversations of train are 4 examples" in note for note in splits.notes)
+
+
+def test_reasoning_that_a_template_leaves_out_is_said(tokenizer):
+    reasoned = Message("assistant", "yes", '{"reasoning_content": "because"}')
+    talks = [Conversation([Message("user", "hi"), reasoned], "a")]
+    source, _ = make_source(lambda name: collect_examples(name, talks), kind="conversations")
+    splits = build_splits(config(data="chat"), source=source, tokenizer=tokenizer, model_kind="causal_lm")
+    assert splits.train.describe()["without_reasoning"] == 1
+    assert any("lack reasoning" in note for note in splits.notes)

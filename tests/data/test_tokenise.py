@@ -10,7 +10,6 @@ from lorasweep.config.compose import compose_run
 from lorasweep.data.source import Conversation, Document, LabelledText, Message, collect_examples
 from lorasweep.data.split import IGNORED
 from lorasweep.data.tokenise import cache_key, tokenise_chats, tokenise_documents, tokenise_labelled
-from lorasweep.errors import ConfigError
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
@@ -43,8 +42,8 @@ def tokenise_text(tokenizer, *texts):
     return tokenise_documents(examples, tokenizer=tokenizer)
 
 
-def tokenise_chat(tokenizer, *conversations, template="plain", max_length=64):
-    settings = {"template": template, "max_length": max_length, "separator": "|", "train": "x"}
+def tokenise_chat(tokenizer, *conversations, **settings):
+    settings = {"template": "plain", "max_length": 64, "separator": "|", "train": "x", **settings}
     config = compose_run({"data": "chat", **{f"data.{key}": value for key, value in settings.items()}}).data
     return tokenise_chats(collect_examples("train", list(conversations)), config=config, tokenizer=tokenizer)
 
@@ -129,30 +128,18 @@ def test_pairs_are_told_apart_where_the_model_does():
     assert rows(made["token_type_ids"]) == [[0, 0, 0, 1, 1]]
 
 
-def test_every_answer_of_a_conversation_is_scored(tokenizer):
+def test_every_answer_of_a_conversation_is_scored_or_only_the_last(tokenizer):
     made = tokenise_chat(tokenizer, chat("hi", "yes", "so", "no"))
-    assert seen(made) == "$hi|yes$|so|no"
+    last = tokenise_chat(tokenizer, chat("hi", "yes", "so", "no"), turns="last")
+    assert seen(made) == seen(last) == "$hi|yes$|so|no"
     assert scored(made, tokenizer) == "yes$no$"
+    assert scored(last, tokenizer) == "no$"
 
 
 def test_the_models_template_is_used_where_there_is_one(tokenizer):
     plain = tokenise_chat(tokenizer, chat("hi", "yes"), template="auto")
     tokenizer.chat_template = TEMPLATE
-    made = tokenise_chat(tokenizer, chat("hi", "yes", "so", "no"), template="auto")
+    made = tokenise_chat(tokenizer, chat("hi", "yes"), template="auto")
     assert seen(plain) == "$hi|yes"
-    assert seen(made) == "<u>hi\n<a>yes\n<u>so\n<a>no"
-    assert scored(made, tokenizer) == "yes\nno\n"
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        None,  # it has none
-        "{{ raise_exception('no system role') }}",
-        "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}",  # rewrites earlier messages
-    ],
-)
-def test_a_template_that_can_not_be_used_is_refused(tokenizer, template):
-    tokenizer.chat_template = template
-    with pytest.raises(ConfigError, match=r"`data\.template=plain`"):
-        tokenise_chat(tokenizer, chat("hi", "yes", "so", "no"), template="model")
+    assert seen(made) == "<u>hi\n<a>yes\n"
+    assert scored(made, tokenizer) == "yes\n$"

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from dataclasses import field
+from datetime import date
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -223,9 +225,15 @@ class ChatConfig(RowSettings):
     """Column of the answer, which the model learns."""
     messages: str | None
     """Column of a list of messages, each with `role` and `content`; instead of `prompt` and `completion`."""
-    template: Literal["auto", "model", "plain"]
+    template: str
     """`model`: the tokenizer's chat template; `plain`: texts with `separator` between them; `auto`: `model` if the
-    tokenizer has a template, else `plain`."""
+    tokenizer has a template, else `plain`; or a template's file, whose name ends with `.jinja`."""
+    template_arguments: Mapping[str, Any] = field(hash=False)
+    """Variables of the template by name, such as `{enable_thinking: false}`. Serve the model with the same."""
+    template_date: str
+    """The day that a template gets as today, as YEAR-MONTH-DAY, so that the data does not change from day to day."""
+    turns: Literal["all", "last"]
+    """Answers of a conversation that are scored: all, or only the last."""
     separator: str
     """Text between the prompt and the completion of a `plain` template."""
     metric: TextMetric | MetricComponent
@@ -233,6 +241,16 @@ class ChatConfig(RowSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.template not in ("auto", "model", "plain") and not self.template.endswith(".jinja"):
+            raise ConfigError(
+                f"`data.template` must be auto, model, plain or the name of a .jinja file, but got {self.template!r}."
+            )
+        try:
+            date.fromisoformat(self.template_date)
+        except ValueError:
+            raise ConfigError(
+                f"`data.template_date` must be a day such as 2024-07-26, but got {self.template_date!r}."
+            ) from None
         if self.messages is not None and (self.prompt, self.completion) != (None, None):
             raise ConfigError(
                 f"`data.messages` must be null if `data.prompt` or `data.completion` is set, but got {self.messages!r}."

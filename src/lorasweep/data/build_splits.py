@@ -156,7 +156,20 @@ def build_splits(
         test=functools.cache(lambda: build(source.test())),
         notes=source.notes,
     )
-    return replace(splits, notes=(*source.notes, *describe_constant_answer(splits, source.label_names)))
+    answer = describe_constant_answer(splits, source.label_names)
+    return replace(splits, notes=(*source.notes, *describe_conversations(splits.train), *answer))
+
+
+def describe_conversations(split: Split) -> list[str]:
+    """Returns sentences on how a chat template changed the number of examples, and on reasoning that it left out."""
+    facts = split.facts if isinstance(split, CompletionSplit) else {"conversations": len(split), "without_reasoning": 0}
+    rewritten = (
+        f"{facts['conversations']} conversations of {split.name} are {len(split)} examples, because the chat template "
+        "rewrites earlier turns: each answer follows the prompt that a server gives."
+    )
+    without = f"{facts['without_reasoning']} examples of {split.name} lack reasoning: the template leaves it out."
+    chosen = {rewritten: len(split) > facts["conversations"], without: facts["without_reasoning"]}
+    return [note for note, applies in chosen.items() if applies]
 
 
 def describe_constant_answer(splits: DataSplits, label_names: Sequence[str]) -> list[str]:
@@ -246,11 +259,17 @@ def _build_chats(
 ) -> CompletionSplit:
     columns = tokenise_chats(examples, config=config, tokenizer=tokenizer)
     texts = [message.content for conversation in examples.items for message in conversation.messages]
+    groups = [item.group or str(row) for row, item in enumerate(examples.items)]
+    shared = _shared_fields(examples, columns, texts=texts, config=config, tokenizer=tokenizer)
     split = CompletionSplit(
-        **_shared_fields(examples, columns, texts=texts, config=config, tokenizer=tokenizer),
+        **{**shared, "groups": tuple(groups[row] for row in columns["row"].values.tolist())},
         targets=columns["targets"],
         scored_bytes=int(columns["scored_bytes"].values.sum()),
-        facts={"format": describe_chat_format(config, tokenizer)},
+        facts={
+            "conversations": len(examples),
+            "without_reasoning": int(columns["omits_reasoning"].values.sum()),
+            **describe_chat_format(config, tokenizer),
+        },
     )
     return split.drop_unscored()
 

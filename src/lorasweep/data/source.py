@@ -15,7 +15,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 from lorasweep.data.split import Split
 from lorasweep.errors import ConfigError
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 Kind = Literal["documents", "single_label", "regression", "conversations"]
 Label = int | float
 """A class index; for regression a number."""
@@ -45,6 +45,13 @@ class Message(NamedTuple):
 
     role: Role
     content: str
+    fields: str = ""
+    """A JSON object with `tool_calls`, `reasoning_content`, `tool_call_id` and `name` if the message has them."""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The fields that are not empty. So a message without tools keeps its hash, and its split."""
+        return self if self.fields else self[:2]
 
 
 class Conversation(NamedTuple):
@@ -53,6 +60,8 @@ class Conversation(NamedTuple):
     messages: list[Message]
     group: str | None = None
     """Value of the column `data.group`, or a hash of the prompt; None if each conversation is a group."""
+    tools: str = ""
+    """A JSON list of the tools' schemas; empty if there are none."""
 
 
 Example = TypeVar("Example")
@@ -119,7 +128,9 @@ def _list_texts(item: Any) -> Iterator[str]:
     if isinstance(item, Conversation):
         yield str(len(item.messages))  # keeps two conversations apart from one long one
         for message in item.messages:
-            yield from message
+            yield from message.texts
+        if item.tools:
+            yield item.tools
     elif isinstance(item, Document):
         yield from (item.name, item.text)
     else:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +15,35 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lorasweep.config.data import ChatConfig
+from lorasweep.data.chat_template import ChatTemplate, read_template
 from lorasweep.data.examples import Ragged
 from lorasweep.data.reading.tables import quiet_datasets
 from lorasweep.data.source import Conversation, Document, Examples, LabelledText, Message
 from lorasweep.data.split import IGNORED
 from lorasweep.errors import ConfigError
 
-CACHE_FORMAT = 3
+CACHE_FORMAT = 4
 """Part of every cache key. Raise it when this module tokenises the same examples differently than before."""
 Columns = dict[str, list[Any]]
-Encoder = Callable[[Sequence[Message]], tuple[list[int], list[bool]]]
-"""A function from the messages of a conversation to its token ids, and for each token whether it is scored."""
+
+
+@dataclass(kw_only=True)
+class ChatTokens:
+    """The tokens of one example."""
+
+    ids: list[int] = field(default_factory=list)
+    scored: list[int] = field(default_factory=list)
+    """The same tokens, with `IGNORED` in the place of those that are not scored."""
+    omits_reasoning: bool = False
+    """Whether the template left out the reasoning of an answer."""
+
+    def extend(self, ids: Sequence[int], *, is_scored: bool) -> None:
+        self.ids += ids
+        self.scored += ids if is_scored else [IGNORED] * len(ids)
+
+
+Encoder = Callable[[Conversation], list[ChatTokens]]
+"""A function that returns the examples of a conversation."""
 
 
 def tokenise_documents(examples: Examples[Document], *, tokenizer: PreTrainedTokenizerBase) -> Ragged:
@@ -62,54 +82,66 @@ def tokenise_labelled(
 def tokenise_chats(
     examples: Examples[Conversation], *, config: ChatConfig, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Ragged]:
-    """Returns `input_ids`, `targets`, `full_length` and `scored_bytes` of conversations for a causal model.
+    """Returns the examples of conversations for a causal model.
 
-    `targets` has the next token at each position if the assistant wrote this token, otherwise `IGNORED`. `full_length`
-    is the number of tokens before truncation. `scored_bytes` is the number of UTF-8 bytes of the scored tokens.
+    A conversation is one example, if each of its prompts begins with the tokens of the turns before. Otherwise each
+    answer whose prompt does not is the first of a new example.
+
+    - `input_ids`, and `targets`: the next token at each position if the assistant wrote it, otherwise `IGNORED`.
+    - `row`: the index of the example's conversation. `omits_reasoning`: 1 if the template left out reasoning.
+    - `full_length`: the number of tokens before truncation.
+    - `scored_bytes`: the number of UTF-8 bytes of the scored tokens.
 
     Raises:
-        ConfigError: The tokenizer lacks a chat template or an end-of-text token, or its template fails.
+        ConfigError: The tokenizer lacks a chat template or an end-of-text token, or its template can't be used.
     """
-    with_template, max_length = _uses_template(config, tokenizer), config.max_length
-    if with_template and tokenizer.chat_template is None:
-        raise ConfigError(
-            "`data.template=model` needs a tokenizer with a chat template, but this model's tokenizer has none. "
-            "Use `data.template=plain`."
-        )
-    encode = _template_encoder(tokenizer) if with_template else _plain_encoder(tokenizer, config.separator)
+    template, max_length, only_last = read_template(config, tokenizer), config.max_length, config.turns == "last"
+    if template is None:
+        encode = _plain_encoder(tokenizer, config.separator, only_last=only_last)
+    else:
+        encode = _template_encoder(tokenizer, template, only_last=only_last)
 
     def tokenise(columns: Columns) -> Columns:
-        result: Columns = {"input_ids": [], "targets": [], "full_length": [], "scored_bytes": []}
-        for text in columns["conversation"]:
-            ids, scored = encode([Message(*message) for message in json.loads(text)])
-            # Position i predicts token i + 1. The targets are shifted here, so the loss must not shift them again.
-            following = [token if is_scored else IGNORED for token, is_scored in zip(ids[1:], scored[1:], strict=True)]
-            result["input_ids"].append(ids[:-1][:max_length])
-            result["targets"].append(following[:max_length])
-            result["full_length"].append([len(ids) - 1])
-            answer = [token for token in following[:max_length] if token != IGNORED]
-            result["scored_bytes"].append([len(str(tokenizer.decode(answer, skip_special_tokens=True)).encode())])
+        result: Columns = defaultdict(list)
+        for row, text in zip(columns["row"], columns["conversation"], strict=True):
+            messages, tools = json.loads(text)
+            for tokens in encode(Conversation([Message(*message) for message in messages], tools=tools)):
+                # Position i predicts token i + 1. The targets are shifted here, so the loss must not shift them again.
+                following = tokens.scored[1:]
+                result["input_ids"].append(tokens.ids[:-1][:max_length])
+                result["targets"].append(following[:max_length])
+                result["row"].append([row])
+                result["omits_reasoning"].append([int(tokens.omits_reasoning)])
+                result["full_length"].append([len(following)])
+                answer = [token for token in following[:max_length] if token != IGNORED]
+                result["scored_bytes"].append([len(str(tokenizer.decode(answer, skip_special_tokens=True)).encode())])
         return result
 
     # JSON, because `datasets` would store a list of messages as a nested column.
-    texts = [json.dumps(conversation.messages) for conversation in examples.items]
-    form = "template" if with_template else "plain"
-    key = cache_key(tokenizer, examples.fingerprint, form=form, separator=config.separator, max_length=max_length)
-    return map_cached({"conversation": texts}, tokenise, key=key)
+    texts = [json.dumps([conversation.messages, conversation.tools]) for conversation in examples.items]
+    settings = {
+        "form": ["plain"] if template is None else ["template", template.text, dict(template.arguments)],
+        **{name: getattr(config, name) for name in ("template_date", "separator", "turns", "max_length")},
+    }
+    key = cache_key(tokenizer, examples.fingerprint, **settings)
+    return map_cached({"conversation": texts, "row": list(range(len(texts)))}, tokenise, key=key)
 
 
-def describe_chat_format(config: ChatConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Returns Python code for how a prompt and its completion become one example."""
-    if _uses_template(config, tokenizer):
-        return "tokenizer.apply_chat_template(messages)"
-    start = f"{tokenizer.bos_token!r} + " if tokenizer.bos_token else ""
-    text = f"{start}prompt + {config.separator!r} + completion + {tokenizer.eos_token!r}"
-    return f"tokenizer({text}, add_special_tokens=False)"
+def describe_chat_format(config: ChatConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Returns `format`, Python code for the tokens of a prompt, or without a template of a prompt with its completion.
 
-
-def _uses_template(config: ChatConfig, tokenizer: PreTrainedTokenizerBase) -> bool:
-    # `auto` uses the chat template if the tokenizer has one, because the model was trained with it.
-    return config.template == "model" or (config.template == "auto" and tokenizer.chat_template is not None)
+    With a template, also returns `template`: the first 16 hex digits of its SHA-256.
+    """
+    template = read_template(config, tokenizer)
+    if template is None:
+        start = f"{tokenizer.bos_token!r} + " if tokenizer.bos_token else ""
+        text = f"{start}prompt + {config.separator!r} + completion + {tokenizer.eos_token!r}"
+        return {"format": f"tokenizer({text}, add_special_tokens=False)"}
+    words = ["messages", "add_generation_prompt=True"]
+    words += [f"{name}={value!r}" for name, value in template.arguments.items()]
+    words += [] if template.text is None else [f"chat_template=open({config.template!r}).read()"]
+    digest = hashlib.sha256(str(template.text or tokenizer.chat_template).encode()).hexdigest()
+    return {"format": f"tokenizer.apply_chat_template({', '.join(words)})", "template": digest[:16]}
 
 
 def get_end_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -144,7 +176,7 @@ def cache_key(tokenizer: PreTrainedTokenizerBase, fingerprint: str, **settings: 
     else:  # without the truncation and padding of its latest call
         serialised = json.loads(backend.to_str()).items()
         rules = {name: rule for name, rule in serialised if name not in ("truncation", "padding")}
-    tokenizer_parts = [rules, str(tokenizer.chat_template), tokenizer.padding_side]
+    tokenizer_parts = [rules, str(tokenizer.chat_template), str(tokenizer.special_tokens_map), tokenizer.padding_side]
     parts = [CACHE_FORMAT, fingerprint, *tokenizer_parts, sorted(settings.items())]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
@@ -170,61 +202,62 @@ def _to_ragged(column: Any) -> Ragged:
     return Ragged(values=values, ends=ends)
 
 
-def _template_encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
-    # A template has no markers of who wrote a token. So the conversation is formatted before and after each answer, and
-    # the tokens that an answer adds are scored.
-    def encode(messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        ids: list[int] = []
-        scored: list[bool] = []
-        for index, message in enumerate(messages):
-            if message.role != "assistant":
-                continue
-            before = _apply_template(tokenizer, messages[:index], add_generation_prompt=True)
-            after = _apply_template(tokenizer, messages[: index + 1], add_generation_prompt=False)
-            if after[: len(before)] != before or before[: len(ids)] != ids:
-                raise ConfigError(
-                    "the model's chat template must leave earlier messages as they are, but changes them. "
-                    "Use `data.template=plain`."
-                )
-            scored += [False] * (len(before) - len(ids)) + [True] * (len(after) - len(before))
-            ids = after
-        return ids, scored
+def _template_encoder(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, *, only_last: bool) -> Encoder:
+    get_end_token(tokenizer)  # raises if an answer could not end
+
+    def tokenise(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def tokenise_after(text: str, ids: Sequence[int], more: str) -> list[int]:
+        """Returns the tokens of `more` after a text whose tokens are given: the server does not tokenise it again."""
+        whole = tokenise(text + more)
+        if whole[: len(ids)] == ids:
+            return whole[len(ids) :]
+        # Tokens merge across the border. After a line feed, SentencePiece adds no space to the start of the text.
+        feed, after = tokenise("\n"), tokenise("\n" + more)
+        return after[len(feed) :] if after[: len(feed)] == feed else tokenise(more)
+
+    def encode(conversation: Conversation) -> list[ChatTokens]:
+        examples: list[ChatTokens] = []
+        for turn in template.render_turns(conversation, only_last=only_last):
+            prompt, text = tokenise(turn.prompt), turn.prompt
+            if not examples or prompt[: len(examples[-1].ids)] != examples[-1].ids:
+                examples.append(ChatTokens())  # the first turn, or the template rewrites earlier turns
+            tokens = examples[-1]
+            tokens.omits_reasoning |= turn.omits_reasoning
+            tokens.extend(prompt[len(tokens.ids) :], is_scored=False)
+            for more, is_scored in turn.answer:
+                tokens.extend(tokenise_after(text, tokens.ids, more), is_scored=is_scored)
+                text += more
+        return examples
 
     return encode
 
 
-def _apply_template(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool
-) -> list[int]:
-    try:
-        ids = tokenizer.apply_chat_template(
-            [message._asdict() for message in messages],
-            tokenize=True,
-            add_generation_prompt=add_generation_prompt,
-            return_dict=False,
-        )
-    except Exception as error:  # a jinja template can raise any class of error
-        raise ConfigError(
-            f"the model's chat template must accept these conversations, but failed: {error}. "
-            "Use `data.template=plain`."
-        ) from error
-    return list(ids)
-
-
-def _plain_encoder(tokenizer: PreTrainedTokenizerBase, separator: str) -> Encoder:
+def _plain_encoder(tokenizer: PreTrainedTokenizerBase, separator: str, *, only_last: bool) -> Encoder:
     end = get_end_token(tokenizer)
     start = [tokenizer.bos_token_id] if isinstance(tokenizer.bos_token_id, int) else []
-    between = tokenise_plain([separator], tokenizer)[0]
 
-    def encode(messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        ids, scored = list(start), [False] * len(start)
-        contents = tokenise_plain([message.content for message in messages], tokenizer)
-        for index, (message, tokens) in enumerate(zip(messages, contents, strict=True)):
-            is_answer = message.role == "assistant"
-            if index:
-                ids, scored = ids + between, scored + [False] * len(between)
-            ids = [*ids, *tokens, *([end] if is_answer else [])]
-            scored += [is_answer] * (len(tokens) + is_answer)
-        return ids, scored
+    def encode(conversation: Conversation) -> list[ChatTokens]:
+        tokens, prompt = ChatTokens(), ""
+        tokens.extend(start, is_scored=False)
+        for index, message in enumerate(conversation.messages):
+            if "tool_calls" in message.fields:
+                raise ConfigError(
+                    "`data.template=plain` must have conversations without tool calls, but one has some. "
+                    "Use a chat template that writes them."
+                )
+            prompt += separator if index else ""
+            if message.role != "assistant":
+                prompt += message.content
+                continue
+            # A prompt is tokenised as a whole, as a server does; the answer apart, as the model generates it.
+            before, answer = tokenise_plain([prompt, message.content], tokenizer)
+            tokens.extend(before, is_scored=False)
+            tokens.extend([*answer, end], is_scored=not only_last or index == len(conversation.messages) - 1)
+            tokens.omits_reasoning |= "reasoning_content" in message.fields
+            prompt = ""
+        return [tokens]
 
     return encode

@@ -30,7 +30,7 @@ def test_prompt_and_completion_are_what_user_and_assistant_say(read, columns, se
     rows = [dict(zip(columns, (f"ask {n}", f"say {n}"), strict=True)) for n in range(3)]
     source = read("chat", {f"{split}.jsonl": jsonl_of(*rows) for split in SPLITS}, **settings)
     assert (source.kind, source.label_names) == ("conversations", ())
-    assert source.train.items[1].messages == [("user", "ask 1"), ("assistant", "say 1")]
+    assert source.train.items[1].messages == [("user", "ask 1", ""), ("assistant", "say 1", "")]
     assert f"{columns[0]} and {columns[1]}" in source.notes[0]
 
 
@@ -50,7 +50,43 @@ SHAREGPT = [{"from": role, "value": text} for role, text in (("system", "be kind
 )
 def test_messages_are_read_as_they_are(read, row, settings):
     source = read("chat", {f"{split}.jsonl": jsonl_of(row) for split in SPLITS}, **settings)
-    assert source.train.items[0].messages == [("system", "be kind"), ("user", "hi"), ("assistant", "hello")]
+    assert [m.texts for m in source.train.items[0].messages] == [
+        ("system", "be kind"),
+        ("user", "hi"),
+        ("assistant", "hello"),
+    ]
+
+
+ARGUMENTS = {"city": "Oslo", "days": None}
+TOOLS = [{"type": "function", "function": {"name": "get"}}]
+
+
+@pytest.mark.parametrize(
+    ("call", "arguments"),
+    [
+        ({"id": "1", "type": "function", "function": {"name": "get", "arguments": ARGUMENTS}}, {"city": "Oslo"}),
+        ({"name": "get", "arguments": json.dumps(ARGUMENTS)}, ARGUMENTS),  # as OpenAI has it, so null stays
+        ({"function": {"name": "get"}}, {}),
+    ],
+)
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
+def test_calls_of_tools_and_reasoning_are_read_in_the_form_of_templates(read, call, arguments, tools):
+    answer = {"role": "assistant", "content": None, "tool_calls": [call], "thinking": "look"}
+    tool = {"role": "tool", "content": "7", "tool_call_id": "1"}
+    row = {"messages": [said("user", "hi"), answer, tool, said("assistant", "seven")], "tools": tools}
+    (conversation,) = read("chat", {f"{split}.jsonl": jsonl_of(row) for split in SPLITS}).train.items
+    fields = [json.loads(message.fields or "{}") for message in conversation.messages]
+    identity = {"id": "1"} if "id" in call else {}
+    called = {"type": "function", **identity, "function": {"name": "get", "arguments": arguments}}
+    assert fields == [{}, {"reasoning_content": "look", "tool_calls": [called]}, {"tool_call_id": "1"}, {}]
+    assert conversation.messages[1].content == ""
+    assert json.loads(conversation.tools) == TOOLS
+
+
+def test_a_prompt_with_a_completion_may_have_tools(read):
+    row = {"prompt": "hi", "completion": "yes", "tools": TOOLS}
+    (conversation,) = read("chat", {f"{split}.jsonl": jsonl_of(row) for split in SPLITS}).train.items
+    assert (len(conversation.messages), json.loads(conversation.tools)) == (2, TOOLS)
 
 
 def test_answers_to_one_prompt_stay_in_one_split(read):
@@ -64,6 +100,9 @@ def test_answers_to_one_prompt_stay_in_one_split(read):
     assert f"train has {len(source.train)} conversations with {len(prompts[0])} different prompts." in source.notes
 
 
+CALLING = {"role": "assistant", "tool_calls": [{"name": "get", "arguments": {"n": 7}}]}
+
+
 @pytest.mark.parametrize(
     ("row", "words"),
     [
@@ -74,9 +113,21 @@ def test_answers_to_one_prompt_stay_in_one_split(read):
         ({"messages": ["hi"]}, ["`role` and `content`", "'hi'"]),
         ({"messages": []}, ["assistant's", "[]"]),
         ({"messages": [said("user", "hi")]}, ["assistant's", "'user'"]),
-        ({"messages": [said("bot", "hi")]}, ["system, user, assistant", "'bot'"]),
+        ({"messages": [said("bot", "hi")]}, ["system, user, assistant, tool", "'bot'"]),
         ({"messages": [{"content": "hi"}]}, ["system, user, assistant", "None"]),
         ({"messages": [said("user", [{"type": "image"}])]}, ["text", "image"]),
+        ({"messages": [said("user", "hi"), said("assistant", " ")]}, ["each message of the assistant", "' '"]),
+        (
+            {"messages": [said("user", "hi"), CALLING, said("user", "so"), TALK[2]]},
+            ["each tool call", "user", "calls: 1"],
+        ),
+        ({"messages": [said("user", "hi"), said("tool", "7"), TALK[2]]}, ["role tool", "calls: 0"]),
+        (
+            {"messages": [said("user", "hi"), {**CALLING, "tool_calls": [{"name": "get", "arguments": "7"}]}]},
+            ["object"],
+        ),
+        ({"messages": [said("user", "hi"), {**CALLING, "tool_calls": "get()"}]}, ["JSON list", "'get()'"]),
+        ({"messages": TALK, "tools": "get"}, ["JSON list", "`tools`", "'get'"]),
     ],
 )
 def test_what_is_no_conversation_is_named(read, row, words):

@@ -112,7 +112,9 @@ def test_conversations_and_texts_of_a_hub_are_read(read_folder):
     features = Features({"messages": List({"role": Value("string"), "content": Value("string")})})
     said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
     source = read_folder("chat", train=rows_of((said,), (said[:1],), features=features))
-    assert [chat.messages for chat in source.train.items] == [[("user", "hi"), ("assistant", "hello")]]
+    assert [[m.texts for m in chat.messages] for chat in source.train.items] == [
+        [("user", "hi"), ("assistant", "hello")]
+    ]
     assert any(note.startswith("1 of 2 rows of 'toy, train' are skipped.") for note in source.notes)
     features = Features({"body": Value("string"), "year": Value("int64")})
     texts = rows_of(("one", 1), ("", 1), ("two", 2), ("three", None), features=features)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, get_args
 
 from lorasweep.config.data import ChatConfig
@@ -13,6 +15,10 @@ from lorasweep.data.source import Conversation, DataSource, Message, ReadExample
 from lorasweep.errors import ConfigError
 from lorasweep.wording import shorten
 
+TOOLS_COLUMN = "tools"
+"""Column with the schemas of the tools that a conversation may call."""
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Keys of a message that may have the assistant's reasoning. Templates get the first of these names."""
 KNOWN_COLUMNS: Sequence[tuple[str, ...]] = (
     ("messages",),
     ("conversations",),
@@ -32,7 +38,8 @@ def read_conversations(config: ChatConfig) -> DataSource:
     tables = open_tables(config, functools.partial(_choose_columns, config))
 
     def read(split: str) -> ReadExamples[Conversation]:
-        items, notes = parse_rows(tables[split], _parse_row)
+        has_tools = TOOLS_COLUMN in tables[split].columns
+        items, notes = parse_rows(tables[split], functools.partial(_parse_row, has_tools=has_tools))
         return items, [f"Conversations of {split} are read from {' and '.join(tables[split].columns)}.", *notes]
 
     train = read("train")
@@ -55,41 +62,45 @@ def read_conversations(config: ChatConfig) -> DataSource:
 def _prompt_key(conversation: Conversation) -> int:
     """Returns the content key of the messages before the assistant's first answer."""
     prompt = itertools.takewhile(lambda message: message.role != "assistant", conversation.messages)
-    return content_key(text for message in prompt for text in message)
+    return content_key(text for message in prompt for text in message.texts)
 
 
 def _whole_key(conversation: Conversation) -> int:
-    return content_key(text for message in conversation.messages for text in message)
+    return content_key(text for message in conversation.messages for text in message.texts)
 
 
 def _choose_columns(config: ChatConfig, names: Sequence[str], source: str) -> list[str]:
     wanted = (("messages", config.messages), ("prompt", config.prompt), ("completion", config.completion))
+    tools = [TOOLS_COLUMN] if TOOLS_COLUMN in names else []
     if columns := choose_columns(wanted, names, source):
-        return columns
+        return columns + tools
     for known in KNOWN_COLUMNS:
         if set(known) <= set(names):
-            return list(known)
+            return [*known, *tools]
     raise ConfigError(
         f"{source} must have columns `prompt` and `completion`, or `messages`, but has {shorten(list(names), 400)}. "
         "Set `data.prompt` and `data.completion`, or `data.messages`, to its columns."
     )
 
 
-def _parse_row(*values: Any, group: str | None) -> Conversation:
+def _parse_row(*values: Any, group: str | None, has_tools: bool) -> Conversation:
     """Returns the messages of a row. A prompt or completion may be a list of messages (TRL's conversational format)."""
     roles: Sequence[Role] = ("user", "assistant")
     messages: list[Message] = []
-    for role, value in zip(roles, values, strict=False):
+    texts = values[:-1] if has_tools else values
+    for role, value in zip(roles, texts, strict=False):
         if isinstance(value, list):
             messages += [_parse_message(message) for message in value]
-        elif len(values) == 2:
+        elif len(texts) == 2:
             messages.append(Message(role, require_text(value)))
         else:
             raise ValueError(f"must have a list of messages, but has {shorten(value)}")
     if not messages or messages[-1].role != "assistant":
         roles_given = [message.role for message in messages]
         raise ValueError(f"must have messages that end with the assistant's, but has the roles {shorten(roles_given)}")
-    conversation = Conversation(messages, group)
+    _check_tool_messages(messages)
+    tools = _parse_objects(values[-1], kind="tools") if has_tools else []
+    conversation = Conversation(messages, group, json.dumps(tools) if tools else "")
     return conversation if group is not None else conversation._replace(group=f"{_prompt_key(conversation):016x}")
 
 
@@ -100,4 +111,60 @@ def _parse_message(message: Any) -> Message:
     role = str(message.get("role") or message.get("from"))
     if role not in ROLES:
         raise ValueError(f"must have messages of the roles {', '.join(get_args(Role))}, but has {shorten(role)}")
-    return Message(ROLES[role], require_text(message.get("content") or message.get("value")))
+    content = message.get("content") or message.get("value")
+    if ROLES[role] == "tool":
+        named = {key: str(message[key]) for key in ("tool_call_id", "name") if message.get(key) is not None}
+        return Message("tool", content if content == "" else require_text(content), json.dumps(named) if named else "")
+    if ROLES[role] != "assistant":
+        return Message(ROLES[role], require_text(content))
+    fields: dict[str, Any] = {}
+    if reasoning := next((message[key] for key in REASONING_KEYS if message.get(key)), None):
+        fields["reasoning_content"] = require_text(reasoning)
+    if calls := _parse_objects(message.get("tool_calls"), kind="tool_calls"):
+        fields["tool_calls"] = [_parse_call(call) for call in calls]
+    elif content is None or not str(content).strip():
+        raise ValueError(f"must have a text or tool calls in each message of the assistant, but has {shorten(content)}")
+    # some templates fail without content, so a mere tool call has an empty one
+    return Message("assistant", require_text(content) if content else "", json.dumps(fields) if fields else "")
+
+
+def _parse_objects(value: Any, *, kind: str) -> list[dict[str, Any]]:
+    """Returns a list of JSON objects, given as such or as JSON text. None counts as no object."""
+    try:
+        objects = json.loads(value) if isinstance(value, str) and value.strip() else value or []
+    except json.JSONDecodeError:
+        objects = None
+    if not isinstance(objects, list) or not all(isinstance(item, dict) for item in objects):
+        raise ValueError(f"must have a JSON list of objects as `{kind}`, but has {shorten(value)}")
+    return objects if isinstance(value, str) else [_drop_nulls(item) for item in objects]
+
+
+def _drop_nulls(value: Any) -> Any:
+    """Returns a value without null entries: parquet files give each object the keys of all other objects."""
+    if isinstance(value, dict):
+        return {key: _drop_nulls(item) for key, item in value.items() if item is not None}
+    return [_drop_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _parse_call(call: dict[str, Any]) -> dict[str, Any]:
+    """Returns a tool call as servers give it to templates: its function apart, the arguments as an object."""
+    function: Any = call.get("function", call)
+    name, arguments = (function.get("name"), function.get("arguments")) if isinstance(function, dict) else (None, None)
+    with suppress(ValueError):
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments or {}
+    if not name or not isinstance(name, str) or not isinstance(arguments, dict):
+        raise ValueError(f"must have tool calls with a `name` and an object of `arguments`, but has {shorten(call)}")
+    identity = {"id": call["id"]} if call.get("id") else {}
+    return {"type": "function", **identity, "function": {"name": name, "arguments": arguments}}
+
+
+def _check_tool_messages(messages: Sequence[Message]) -> None:
+    """Raises ValueError if a tool call has no answer before the next message, or a tool answers no call."""
+    num_open = 0
+    for message in messages:
+        if (message.role == "tool") != (num_open > 0):
+            raise ValueError(
+                "must have a message of the role tool right after each tool call and nowhere else, but has one of the "
+                f"role {message.role} (open calls: {num_open})"
+            )
+        num_open += -1 if message.role == "tool" else len(json.loads(message.fields or "{}").get("tool_calls", ()))
