@@ -1,5 +1,6 @@
 """`lorasweep train`: Hydra's syntax and flags, grids, and what a run says at its end."""
 
+import json
 import os
 import re
 import signal
@@ -122,6 +123,31 @@ def test_train_runs_once_in_a_new_folder_and_says_the_score(capsys, here, short_
     assert {path.name for path in here.iterdir()} == {"outputs"}
     assert run(["train", *short_words]) == DONE
     assert {path.name for path in (here / "outputs" / "train").iterdir()} == {"0001", "0002"}
+
+
+@pytest.mark.parametrize(
+    ("words", "example"),
+    [
+        (["data=chat", "data.train=talks.jsonl"], "<|endoftext|>one\n⟦1<|endoftext|>⟧\n"),
+        (["data=text", "data.train=letters.txt", "data.block_length=8"], "a⟦bcdefghi⟧\n"),
+    ],
+)
+def test_examples_are_shown_with_what_is_scored_and_nothing_is_trained(capsys, here, monkeypatch, words, example):
+    rows = [{"prompt": prompt, "completion": str(n)} for n, prompt in enumerate(("none", "one", "two", "three"))]
+    (here / "talks.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (here / "letters.txt").write_text("abcdefghijk" * 40)
+    assert run(["train", *words, "--show-examples", "1"]) == DONE
+    shown = capsys.readouterr()
+    assert shown.out.partition("\n")[2] == example
+    assert "validation is" in shown.err
+    assert list_names(here) == {"talks.jsonl", "letters.txt"}
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert run(["train", *words, "--show-examples", "1"]) == DONE
+    coloured = capsys.readouterr().out
+    assert "\x1b[1;32m" in coloured
+    assert "⟦" not in coloured
 
 
 @pytest.mark.slow

@@ -100,6 +100,9 @@ def build_parser() -> argparse.ArgumentParser:
         *("-m", "--multirun"), action="store_true", help="train each combination of values: method.rank=1,4"
     )
     modes.add_argument(*("-c", "--cfg"), choices=["job"], help="print all settings, train nothing")
+    modes.add_argument(
+        "--show-examples", type=int, metavar="N", help="print N training examples with what is scored, train nothing"
+    )
     new_parser = add(new, "write a commented sweep file for your model and data")
     new_parser.add_argument("file", type=Path, metavar="FILE.yaml", help="the file to write")
     add_overrides(new_parser, "key=value", "model.path=FOLDER-OR-HUB-ID data.train=FILE ...")

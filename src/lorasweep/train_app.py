@@ -14,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import env_override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
+from rich.text import Text
 
 from lorasweep.config.command_line import describe_job, force_keys, parse_overrides, separate_overrides
 from lorasweep.config.compose import (
@@ -26,7 +27,8 @@ from lorasweep.config.compose import (
     refuse_secrets,
 )
 from lorasweep.config.redaction import redact
-from lorasweep.console import say, say_error
+from lorasweep.config.run import RunConfig
+from lorasweep.console import EscapingConsole, say, say_error
 from lorasweep.errors import ConfigError, LoraSweepError
 from lorasweep.results import RunResult
 from lorasweep.training.stop_signal import INTERRUPTED_EXIT_CODE
@@ -58,10 +60,12 @@ def run_train_app(arguments: argparse.Namespace, *, show_result: ShowResult, sho
         settings, origin = read_recommended(Path(arguments.source))
     run_overrides, hydra_arguments, search_path = separate_overrides(arguments.overrides)
     with add_search_path(search_path):
-        if arguments.cfg:
+        if arguments.cfg or arguments.show_examples is not None:
             layers = layer_settings(settings, parse_overrides(run_overrides))
-            values = compose_values("train", layers, require_all=False)
-            build_run(values)  # raises if a value is wrong
+            values = compose_values("train", layers, require_all=not arguments.cfg)
+            config = build_run(values)  # raises if a value is wrong
+            if not arguments.cfg:
+                return _show_examples(config, arguments.show_examples)
             say(OmegaConf.to_yaml(OmegaConf.create(values)).removesuffix("\n"))
             return 0
         refuse_secrets(parse_overrides(run_overrides))  # because Hydra prints the overrides of a job that fails
@@ -90,6 +94,32 @@ def run_train_app(arguments: argparse.Namespace, *, show_result: ShowResult, sho
                 say_error(f"a job failed: {reason}")
             return code
         return max(codes)
+
+
+def _show_examples(config: RunConfig, number: int) -> int:
+    """Prints the first training examples. What is scored is green on a terminal, elsewhere between brackets."""
+    with quick_imports():
+        from lorasweep.data.build_splits import build_splits  # noqa: PLC0415 (torch is slow to import)
+        from lorasweep.data.examples import list_passages  # noqa: PLC0415
+        from lorasweep.data.reading import read_source  # noqa: PLC0415
+        from lorasweep.models.load import load_tokenizer  # noqa: PLC0415
+
+    if config.module is not None:
+        raise ConfigError("`--show-examples` must be missing with `module`, whose data has no text. Remove it.")
+    tokenizer = load_tokenizer(config.model)
+    source = read_source(config.data)
+    splits = build_splits(config.data, source=source, tokenizer=tokenizer, model_kind=config.model.kind)
+    for note in splits.notes:
+        say(f"• {note}", file=sys.stderr)
+    console = EscapingConsole(highlight=False, soft_wrap=True)
+    before, after = ("", "") if console.is_terminal and not console.no_color else ("⟦", "⟧")
+    for index in range(min(number, len(splits.train))):
+        console.rule(f"example {index + 1} of {len(splits.train)}")
+        shown = Text()
+        for text, is_scored in list_passages(splits.train, index, tokenizer=tokenizer):
+            shown.append(f"{before}{text}{after}" if is_scored else text, "bold green" if is_scored else "")
+        console.print(shown)
+    return 0
 
 
 def _run_hydra(words: Sequence[str], task: Callable[[Any], float | None]) -> None:

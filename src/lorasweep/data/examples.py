@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from lorasweep.data.split import IGNORED, Batch, Split
 
@@ -179,6 +180,17 @@ class BlockSplit(Split):
             "blocks": len(self.tokens),
             "fingerprint": self.fingerprint,
         }
+
+
+def list_passages(split: Split, index: int, *, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+    """Returns the text of an example in passages, and whether each is scored. A label is the last passage."""
+    batch = split.batch([index])
+    ids, targets = batch["input_ids"][0].tolist(), batch["targets"][0].tolist()
+    if not isinstance(targets, list):
+        return [(str(tokenizer.decode(ids)), False), (str(targets), True)]
+    tokens = zip([*ids, targets[-1]], [False, *(target != IGNORED for target in targets)], strict=True)
+    runs = itertools.groupby((token for token in tokens if token[0] != IGNORED), key=lambda token: token[1])
+    return [(str(tokenizer.decode([token for token, _ in run])), is_scored) for is_scored, run in runs]
 
 
 def choose_evenly(counts: Sequence[int], *, limit: int) -> list[int]:

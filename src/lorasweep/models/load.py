@@ -165,6 +165,13 @@ def load_base(config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None 
     )
 
 
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Returns a model's tokenizer without loading the model. Raises ConfigError if it can't be loaded."""
+    folder = find_model_folder(config)
+    with _refuse_damaged_files(config):
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=config.trust_remote_code)
+
+
 def find_model_folder(config: ModelConfig) -> Path:
     """Returns the folder of `model.path`. Downloads missing files.
 
