@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lorasweep.config.data import (
@@ -33,6 +33,7 @@ from lorasweep.data.examples import (
     choose_evenly,
     cut_blocks,
 )
+from lorasweep.data.scored_tokens import can_score_by_chunk
 from lorasweep.data.source import Conversation, DataSource, Document, Examples, LabelledText
 from lorasweep.data.split import Split
 from lorasweep.data.tasks import Classification, LabelTask, LanguageModelling, Regression, Task, build_own_metric
@@ -45,6 +46,11 @@ MODEL_KINDS: Mapping[str, ModelKind] = {
     **dict.fromkeys(("single_label", "regression"), "classifier"),
 }
 """For each kind of data: the kind of model that can learn from it."""
+ALL_LOGITS_NOTE = (
+    "The logits of all tokens are computed, which needs more memory, because this model does not compute the logits of "
+    "a token from its last hidden state alone."
+)
+"""Note about a causal model for which `can_score_by_chunk` is False."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -91,7 +97,7 @@ class DataSplits:
         classes), or the mean of its numbers. For the loss, the predicted probabilities are the shares of the classes.
         """
         constant, task = self.fit_constant_answer(), self.task
-        if constant is None or not isinstance(split, LabelledSplit):
+        if constant is None or not isinstance(task, LabelTask) or not isinstance(split, LabelledSplit):
             return {}
         labels = split.labels[torch.tensor(choose_part(len(split), fraction))]
         scores = task.compute(task.score_logits(constant.expand(len(labels), -1), {"targets": labels}))
@@ -104,8 +110,11 @@ def build_splits(
     source: DataSource,
     tokenizer: PreTrainedTokenizerBase,
     model_kind: ModelKind,
+    model: nn.Module | None = None,
 ) -> DataSplits:
     """Returns the splits with their task. The test split is tokenised at its first use, the others at once.
+
+    With a causal `model`, the task computes the logits of scored tokens only, if the model can.
 
     Raises:
         ConfigError: The model can't learn from this kind of data, the metric does not fit it, a split has nothing to
@@ -148,16 +157,20 @@ def build_splits(
     if isinstance(metric, MetricComponent):
         own_metric = build_own_metric(metric)
         task, metric = replace(task, own_metric=own_metric), own_metric.score.name
+    notes = source.notes
+    if isinstance(task, LanguageModelling) and model is not None:
+        task = replace(task, by_chunk=can_score_by_chunk(model))
+        notes = notes if task.by_chunk else (*notes, ALL_LOGITS_NOTE)
     splits = DataSplits(
         train=build(source.train),
         validation=validation,
         task=task,
         metric=metric,
         test=functools.cache(lambda: build(source.test())),
-        notes=source.notes,
+        notes=notes,
     )
     answer = describe_constant_answer(splits, source.label_names)
-    return replace(splits, notes=(*source.notes, *describe_conversations(splits.train), *answer))
+    return replace(splits, notes=(*notes, *describe_conversations(splits.train), *answer))
 
 
 def describe_conversations(split: Split) -> list[str]:

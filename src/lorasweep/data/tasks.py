@@ -22,7 +22,8 @@ from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrco
 
 from lorasweep.config.components import instantiate
 from lorasweep.config.data import MetricComponent, ScoreMetric
-from lorasweep.data.split import IGNORED, NON_MODEL_KEYS, Batch
+from lorasweep.data.scored_tokens import compute_logits, score_tokens
+from lorasweep.data.split import IGNORED, Batch
 from lorasweep.errors import ConfigError, describe_error
 
 LANGUAGE_MODEL_METRICS = ("bits_per_byte", "loss", "perplexity")
@@ -129,21 +130,13 @@ class Task(ABC):
     def metrics(self) -> tuple[str, ...]:
         """The task's metrics; `data.metric: auto` means the first one."""
 
+    @abstractmethod
     def losses(self, model: nn.Module, batch: Batch) -> Float[Tensor, " examples"]:
         """Returns each example's training loss, in fp32 or wider: the sum over its items, times its class weight."""
-        return self.compute_losses(compute_logits(model, batch), batch)
 
+    @abstractmethod
     def score(self, model: nn.Module, batch: Batch) -> ExampleScores:
         """Returns loss and prediction of each example of a batch."""
-        return self.score_logits(compute_logits(model, batch), batch)
-
-    @abstractmethod
-    def compute_losses(self, logits: Tensor, batch: Batch) -> Float[Tensor, " examples"]:
-        """Returns what `losses` returns, for a model's output."""
-
-    @abstractmethod
-    def score_logits(self, logits: Tensor, batch: Batch) -> ExampleScores:
-        """Returns what `score` returns, for a model's output."""
 
     @abstractmethod
     def compute_metrics(self, scores: ExampleScores) -> dict[str, Tensor]:
@@ -179,18 +172,21 @@ class LanguageModelling(Task):
 
     bytes_per_token: float
     """Number of UTF-8 bytes of the scored text divided by its number of tokens, > 0."""
+    by_chunk: bool = False
+    """Whether the base model is one for which `can_score_by_chunk` is True."""
     metrics: tuple[str, ...] = LANGUAGE_MODEL_METRICS
 
-    def compute_losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        return compute_token_losses(logits, batch["targets"]).sum(-1)
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        return score_tokens(model, batch, by_chunk=self.by_chunk)[0].sum(-1)
 
-    def score_logits(self, logits: Tensor, batch: Batch) -> ExampleScores:
+    def score(self, model: nn.Module, batch: Batch) -> ExampleScores:
+        has_own_metric = self.own_metric is not None
+        losses, predicted = score_tokens(model, batch, by_chunk=self.by_chunk, with_predicted=has_own_metric)
         targets, own_columns = batch["targets"], {}
         scored = targets != IGNORED
-        if self.own_metric is not None:
-            own_columns = {"metric_input": logits.argmax(-1)[scored], "metric_target": targets[scored]}
+        if predicted is not None:
+            own_columns = {"metric_input": predicted[scored], "metric_target": targets[scored]}
         # fp64, because the tokens of a whole evaluation are added up
-        losses = compute_token_losses(logits, targets)
         loss, items = (values.double().sum(-1) for values in (losses, scored))
         return ExampleScores(loss=loss, items=items, **own_columns)
 
@@ -232,11 +228,15 @@ class LabelTask(Task):
         """Returns what the own metric gets as predictions."""
         return self._predict(logits)
 
-    def compute_losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        losses = self._loss(logits, batch["targets"])
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        losses = self._loss(compute_logits(model, batch), batch["targets"])
         return losses * batch["weights"] if "weights" in batch else losses
 
+    def score(self, model: nn.Module, batch: Batch) -> ExampleScores:
+        return self.score_logits(compute_logits(model, batch), batch)
+
     def score_logits(self, logits: Tensor, batch: Batch) -> ExampleScores:
+        """Returns what `score` returns, for a model's output."""
         losses = self._loss(logits, batch["targets"])
         prediction = self._predict(logits)
         target = batch["targets"].to(prediction.dtype)
@@ -361,20 +361,6 @@ class Evaluation(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         return self.task.compute(self.examples)
-
-
-def compute_token_losses(
-    logits: Float[Tensor, "batch length vocabulary"], targets: Tensor
-) -> Float[Tensor, "batch length"]:
-    """Returns the loss at each position in nats, fp32; 0 at positions that are not scored."""
-    losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED)
-    return losses.view(targets.shape)
-
-
-def compute_logits(model: nn.Module, batch: Batch) -> Tensor:
-    output = model(**{name: value for name, value in batch.items() if name not in NON_MODEL_KEYS})
-    logits: Tensor = output if isinstance(output, Tensor) else output.logits
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))  # fp64 stays under `precision="64-true"`
 
 
 def _unpack(scores: ExampleScores) -> tuple[Tensor, Tensor]:

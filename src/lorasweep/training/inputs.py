@@ -122,7 +122,9 @@ class InputsCache:
             base = self.load(config).base
             with self.telemetry.phase("loading"):
                 source = read_source(data)
-                splits = build_splits(data, source=source, tokenizer=base.tokenizer, model_kind=base.kind)
+                splits = build_splits(
+                    data, source=source, tokenizer=base.tokenizer, model_kind=base.kind, model=base.model
+                )
             labels, learned = _get_labels(source), base.labels and replace(base.labels, constant=())
             if labels is not None and labels != learned:
                 names, found = (join_words(one.names if one else []) for one in (learned, labels))
@@ -150,7 +152,7 @@ def build_inputs(config: RunConfig, *, telemetry: Telemetry | None = None) -> Ru
         return inputs
     source = read_source(config.data)
     base = load_base(config.model, dtype=DTYPES[precision], labels=_get_labels(source))
-    splits = build_splits(config.data, source=source, tokenizer=base.tokenizer, model_kind=base.kind)
+    splits = build_splits(config.data, source=source, tokenizer=base.tokenizer, model_kind=base.kind, model=base.model)
     if base.labels is not None and (constant := splits.fit_constant_answer()) is not None:
         base = replace(base, labels=replace(base.labels, constant=tuple(constant.tolist())))
     attention = None

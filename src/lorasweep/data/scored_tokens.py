@@ -1,0 +1,171 @@
+"""Losses of the scored tokens of a causal model, without the logits of the other tokens.
+
+The decoder computes the hidden states of a batch once. Then the model's own forward pass computes the logits of one
+chunk of scored tokens after another, while its decoder returns the hidden states of the chunk. So a soft cap, a scale,
+a bias and an adapter of the head are the model's own. Logits are not kept for the backward pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from lorasweep.data.split import IGNORED, NON_MODEL_KEYS, Batch
+from lorasweep.lora.layers import LoraLayer
+from lorasweep.lora.packed.fully_trained import PackedTrainedModule
+from lorasweep.lora.packed.layers import PackedLoraLayer
+
+MAX_CHUNK_BYTES: Mapping[str, int] = {"cpu": 2**26, "cuda": 2**29}
+"""Maximum size of a chunk's logits in fp32, by device. A chunk takes three times as much for a moment: logits,
+their log-softmax and the gradient. GPU: larger, because small products leave it idle; not measured."""
+Project = Callable[[Tensor], Tensor]
+"""Returns the logits (rows, length, vocabulary) of hidden states (rows, length, size)."""
+
+
+def score_tokens(
+    model: nn.Module, batch: Batch, *, by_chunk: bool, with_predicted: bool = False
+) -> tuple[Float[Tensor, "rows length"], Int[Tensor, "rows length"] | None]:
+    """Returns the loss at each position in nats, in fp32 or wider, and the predicted token if `with_predicted`.
+
+    At positions that are not scored, the loss is 0 and the predicted token has no meaning. With `by_chunk`, the base
+    model must be one for which `can_score_by_chunk` is True; it may be adapted or packed.
+    """
+    targets = batch["targets"]
+    # calling the decoder alone would skip the compiled code, and FSDP would not gather the weights of the head
+    must_call_whole = getattr(model, "_compiled_call_impl", None) is not None or isinstance(model, FSDPModule)
+    if not by_chunk or must_call_whole:
+        logits = compute_logits(model, batch)
+        return _compute_losses(logits, targets), logits.argmax(-1) if with_predicted else None
+    head = [module for _, module in model.named_modules(memo={model.get_decoder()})]  # type: ignore[operator]
+    slots = next((m.slots for m in head if isinstance(m, PackedLoraLayer | PackedTrainedModule)), None)
+    num_slots = 1 if slots is None else slots.num_slots
+    # the scored positions of each slot, and then others, whose loss is 0, up to the number of the slot with the most
+    scored = (targets != IGNORED).view(num_slots, -1)
+    counts = scored.sum(1).tolist()
+    width = max(1, *counts)
+    places = scored.int().argsort(dim=1, descending=True, stable=True)[:, :width]
+    places = places + scored.shape[1] * torch.arange(num_slots, device=targets.device)[:, None]
+    states, project = _compute_states(model, batch)
+    hidden, targets_at_places = states[places], targets.flatten()[places]  # (slots, width, size), (slots, width)
+    size = max(1, MAX_CHUNK_BYTES[hidden.device.type] // (4 * num_slots * _get_vocabulary_size(model)))
+    if model.training and any(_get_dropout(module) for module in head):
+        size = width  # masks are drawn once, and for the same tokens as in a run alone
+        if slots is not None:
+            slots.note_lengths(counts)
+    is_trained = any(parameter.requires_grad for module in head for parameter in module.parameters())
+    losses, predicted = [], []
+    for first in range(0, width, size):
+        chunk, chunk_targets = (values[:, first : first + size] for values in (hidden, targets_at_places))
+        if not torch.is_grad_enabled():
+            logits = project(chunk)
+            losses.append(_compute_losses(logits, chunk_targets))
+            predicted += [logits.argmax(-1)] if with_predicted else []
+        elif not is_trained:
+            losses.append(_ScoreFrozen.apply(chunk, chunk_targets, project))  # type: ignore[no-untyped-call]
+        elif first + size < width:
+            losses.append(checkpoint(_score, chunk, chunk_targets, project, use_reentrant=False))
+        else:  # backward begins with this chunk, so computing it again would save nothing
+            losses.append(_score(chunk, chunk_targets, project))
+
+    def put_back(values: list[Tensor]) -> Tensor:
+        joined = torch.cat(values, 1).flatten()
+        return joined.new_zeros(targets.numel()).index_copy(0, places.flatten(), joined).view_as(targets)
+
+    return put_back(losses), put_back(predicted) if predicted else None
+
+
+def can_score_by_chunk(model: nn.Module) -> bool:
+    """Returns whether the model computes the logits of a token from the token's last hidden state alone.
+
+    It computes the logits of a few tokens in both ways. They must be equal in half of the digits, because products of
+    other shapes are rounded differently.
+    """
+    try:
+        tokens = torch.arange(6).view(2, 3) % _get_vocabulary_size(model)
+        batch = {"input_ids": tokens.to(next(model.parameters()).device)}
+        with torch.no_grad():
+            states, project = _compute_states(model, batch)
+            expected = compute_logits(model, batch).flatten(0, 1)
+            difference = project(states.flip(0)[None])[0].flip(0) - expected
+        return bool(difference.abs().max() <= math.sqrt(torch.finfo(states.dtype).eps) * expected.abs().max())
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        return False  # the model has other parts or arguments than those that this module knows
+
+
+def compute_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Returns a model's output for a batch in fp32, or in fp64 under `precision="64-true"`."""
+    output = model(**{name: value for name, value in batch.items() if name not in NON_MODEL_KEYS})
+    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _compute_states(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "tokens size"], Project]:
+    """Returns the last hidden state of each token, and a function that computes the logits of hidden states."""
+    decoder: Any = model.get_decoder()  # type: ignore[operator]
+    output = decoder(**{name: value for name, value in batch.items() if name not in NON_MODEL_KEYS})
+
+    def project(hidden: Tensor) -> Tensor:
+        replaced = type(output)(**{**output, "last_hidden_state": hidden})
+        own = vars(decoder).get("forward")  # quantising libraries may have set one
+        decoder.forward = lambda *args, **kwargs: replaced
+        try:
+            return compute_logits(model, batch)
+        finally:
+            del decoder.forward
+            if own is not None:
+                decoder.forward = own
+
+    return output.last_hidden_state.flatten(0, 1), project
+
+
+def _get_vocabulary_size(model: Any) -> int:
+    return int(model.config.get_text_config().vocab_size)
+
+
+def _get_dropout(module: nn.Module) -> float:
+    if isinstance(module, PackedLoraLayer):
+        return max(layer.config.dropout for layer in module.layers if layer)
+    if isinstance(module, LoraLayer):
+        return module.config.dropout
+    return module.p if isinstance(module, nn.Dropout) else 0.0
+
+
+def _score(hidden: Tensor, targets: Tensor, project: Project) -> Tensor:
+    return _compute_losses(project(hidden), targets)
+
+
+def _compute_losses(logits: Float[Tensor, "rows length vocabulary"], targets: Tensor) -> Float[Tensor, "rows length"]:
+    losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED)
+    return losses.view(targets.shape)
+
+
+class _ScoreFrozen(torch.autograd.Function):
+    """Losses of a head without trained parameters. Forward also computes the gradient, so it needs no second product.
+
+    Each loss depends on its own hidden state alone, so backward multiplies the gradient of the sum of all losses.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, project: Project) -> Tensor:
+        # hooks that do nothing, so that those of `count_saved_bytes` do not count what is freed at once
+        no_hooks = torch.autograd.graph.saved_tensors_hooks(nn.Identity(), nn.Identity())
+        with torch.enable_grad(), no_hooks:
+            leaf = hidden.detach().requires_grad_()
+            losses = _score(leaf, targets, project)
+            ctx.save_for_backward(*torch.autograd.grad(losses.sum(), leaf))
+        return losses.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad[..., None].to(gradient.dtype), None, None

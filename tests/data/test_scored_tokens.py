@@ -1,0 +1,249 @@
+"""Losses of scored tokens, chunk by chunk, are those of all logits."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from lorasweep.data import scored_tokens
+from lorasweep.data.scored_tokens import can_score_by_chunk, compute_logits, score_tokens
+from lorasweep.data.split import IGNORED, repeat_batch
+from lorasweep.lora import LoraConfig, inject_lora, inject_packed_lora, set_dropout_streams, slot_model
+from lorasweep.lora.inject import replace_dropout
+from lorasweep.lora.packed.inject import find_slots
+from lorasweep.training.memory import count_saved_bytes
+
+VOCABULARY = 50
+SIZES = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+SIZES |= {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+GPT2 = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 1, "n_head": 2, "bos_token_id": 1, "eos_token_id": 2}
+LLAMA = ("llama", {**SIZES, "num_key_value_heads": 1})
+FAMILIES = {
+    "llama": LLAMA,
+    "llama tied": ("llama", {**SIZES, "num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "gemma2 soft cap": ("gemma2", {**SIZES, "num_key_value_heads": 1, "head_dim": 8, "final_logit_softcapping": 0.5}),
+    "gpt2": ("gpt2", GPT2),
+    "gpt_neox": ("gpt_neox", SIZES),
+    "granite logits_scaling": ("granite", {**SIZES, "num_key_value_heads": 1, "logits_scaling": 3.0}),
+    "cohere logit_scale": ("cohere", {**SIZES, "num_key_value_heads": 1, "logit_scale": 0.3}),
+    "phi bias": ("phi", SIZES),
+    "opt": ("opt", {**SIZES, "ffn_dim": 32, "word_embed_proj_dim": 24}),
+}
+HEADS = {
+    "frozen": LoraConfig(rank=2),
+    "adapted": LoraConfig(rank=3, targets=("q_proj", "lm_head")),
+    "trained": LoraConfig(rank=2, modules_to_save=("lm_head", "embed_tokens")),
+}
+
+
+def make_model(family):
+    """Returns a model with random weights and dropout 0, in float64: both ways then differ by rounding alone."""
+    model_type, settings = family
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(model_type, **settings, use_cache=False)
+    for name in ("attn_pdrop", "resid_pdrop", "embd_pdrop", "dropout", "attention_dropout"):
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    model = transformers.AutoModelForCausalLM.from_config(config).double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)  # biases too, which are zero otherwise
+    return model
+
+
+def make_batch(lengths=(9, 5, 7, 2), *, scored_from=(3, 4, 2, 2)):
+    """Returns padded rows whose scored tokens differ in number; the last row has none."""
+    ids = torch.randint(3, VOCABULARY, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(0))
+    position = torch.arange(max(lengths))
+    is_real = position < torch.tensor(lengths)[:, None]
+    is_scored = is_real & (position >= torch.tensor(scored_from)[:, None])
+    return {
+        "input_ids": ids.masked_fill(~is_real, 0),
+        "attention_mask": is_real.long(),
+        "targets": ids.roll(-1, 1).masked_fill(~is_scored, IGNORED),
+    }
+
+
+@pytest.fixture
+def set_chunk(monkeypatch):
+    """Sets the number of tokens in a chunk."""
+
+    def set_size(tokens, slots=1):
+        monkeypatch.setattr(scored_tokens, "MAX_CHUNK_BYTES", {"cpu": 4 * VOCABULARY * slots * tokens})
+
+    return set_size
+
+
+def differentiate(model, batch, *, by_chunk):
+    """Returns the losses and the gradients of a sum in which each row has another weight."""
+    model.zero_grad()
+    losses = score_tokens(model, batch, by_chunk=by_chunk)[0]
+    (losses.sum(-1) * torch.linspace(0.5, 2, len(losses))).sum().backward()
+    return losses.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def randomise(model):
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("tokens", [1, 4, 1000])
+def test_losses_and_gradients_of_a_family_are_those_of_all_logits(family, tokens, set_chunk):
+    set_chunk(tokens)
+    model, batch = make_model(family).train(), make_batch()
+    assert can_score_by_chunk(model.eval())
+    for trained in (model, model.get_decoder()):  # with and without the head
+        model.requires_grad_(requires_grad=False)
+        trained.requires_grad_(requires_grad=True)
+        expected, found = (differentiate(model, batch, by_chunk=by_chunk) for by_chunk in (False, True))
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("config", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("tokens", [3, 1000])
+def test_losses_and_gradients_of_an_adapted_head_are_those_of_all_logits(tied, config, tokens, set_chunk):
+    set_chunk(tokens)
+    model = make_model(("llama", {**LLAMA[1], "tie_word_embeddings": tied}))
+    inject_lora(model, config)
+    randomise(model)
+    expected, found = (differentiate(model, make_batch(), by_chunk=by_chunk) for by_chunk in (False, True))
+    torch.testing.assert_close(found, expected)
+
+
+PACKS = {
+    "adapted": [
+        LoraConfig(rank=3, targets=("q_proj", "lm_head")),
+        LoraConfig(rank=20, targets=("q_proj", "lm_head")),
+        LoraConfig(rank=2),  # its head is frozen
+    ],
+    "with dropout": [
+        LoraConfig(rank=3, targets=("q_proj", "lm_head"), dropout=0.4),
+        LoraConfig(rank=20, targets=("q_proj", "lm_head"), dropout=0.2),
+        LoraConfig(rank=2, dropout=0.3),
+    ],
+    "trained": [HEADS["trained"], HEADS["trained"], HEADS["frozen"]],
+    "frozen": [HEADS["frozen"]] * 3,
+}
+
+
+@pytest.mark.parametrize("configs", PACKS.values(), ids=PACKS)
+@pytest.mark.parametrize("tokens", [2, 1000])
+def test_each_slot_of_a_pack_has_the_losses_and_gradients_of_its_run_alone(configs, tokens, set_chunk):
+    set_chunk(tokens, slots=3)
+    pack = make_model(LLAMA)
+    solos = [copy.deepcopy(pack) for _ in configs]
+    inject_packed_lora(pack, configs)
+    for slot, (solo, config) in enumerate(zip(solos, configs, strict=True)):
+        inject_lora(solo, config)
+        replace_dropout(solo)
+        randomise(solo)
+        slot_model(pack, slot).load_state_dict(solo.state_dict())
+    pack.train()
+    batches = [make_batch(scored_from=first) for first in ((3, 4, 2, 2), (0, 9, 9, 9), (8, 4, 9, 1))]
+    joined = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    set_dropout_streams(pack, [torch.Generator().manual_seed(slot) for slot in range(3)])
+    with find_slots(pack).stack_once():
+        losses, _ = differentiate(pack, joined, by_chunk=True)
+    for slot, (solo, batch) in enumerate(zip(solos, batches, strict=True)):
+        torch.manual_seed(slot)
+        expected = score_tokens(solo.train(), batch, by_chunk=True)[0]
+        torch.testing.assert_close(losses.chunk(3)[slot], expected.detach())
+        # the weights of `differentiate` for the rows of this slot
+        (expected.sum(-1) * torch.linspace(0.5, 2, 12).chunk(3)[slot]).sum().backward()
+        grads = {name: p.grad for name, p in slot_model(pack, slot).named_parameters() if p.requires_grad}
+        torch.testing.assert_close(grads, {name: p.grad for name, p in solo.named_parameters() if p.requires_grad})
+
+
+def test_evaluation_has_the_losses_and_predicted_tokens_of_all_logits(set_chunk):
+    set_chunk(2, slots=2)
+    pack = make_model(LLAMA).eval()
+    inject_packed_lora(pack, [HEADS["adapted"]] * 2)
+    for slot in range(2):
+        randomise(slot_model(pack, slot))
+    batch = repeat_batch(make_batch(), slots=2)
+    with torch.no_grad():
+        expected, found = (
+            score_tokens(pack, batch, by_chunk=by_chunk, with_predicted=True) for by_chunk in (False, True)
+        )
+    torch.testing.assert_close(found[0], expected[0])
+    is_scored = batch["targets"] != IGNORED
+    assert torch.equal(found[1][is_scored], expected[1][is_scored])
+
+
+@pytest.mark.parametrize("config", HEADS.values(), ids=HEADS)
+def test_without_a_scored_token_losses_and_gradients_are_zero(config):
+    model = make_model(LLAMA)
+    inject_lora(model, config)
+    losses, gradients = differentiate(model, make_batch(scored_from=(9, 9, 9, 9)), by_chunk=True)
+    assert torch.equal(losses, torch.zeros_like(losses))
+    assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients.values())
+
+
+def test_the_head_gets_scored_tokens_alone_and_the_decoder_computes_as_before_afterwards(set_chunk):
+    set_chunk(4)
+    model, batch = make_model(LLAMA), make_batch()
+    before, seen = model(input_ids=batch["input_ids"]).logits, []
+    hook = model.lm_head.register_forward_pre_hook(lambda layer, args: seen.append(args[0].shape[:2]))
+    losses = score_tokens(model, batch, by_chunk=True)[0]
+    assert [tuple(shape) for shape in seen] == [(1, 4), (1, 4), (1, 4)]
+    assert int((losses > 0).sum()) == int((batch["targets"] != IGNORED).sum()) == 12
+    hook.remove()
+    assert torch.equal(model(input_ids=batch["input_ids"]).logits, before)
+
+
+@pytest.mark.parametrize("config", HEADS.values(), ids=HEADS)
+def test_backward_keeps_no_logits_but_those_of_one_chunk(config, set_chunk):
+    set_chunk(2)
+    model, batch = make_model(LLAMA), make_batch(scored_from=(0, 0, 0, 0))
+    inject_lora(model, config)
+    saved = [
+        count_saved_bytes(lambda way=way: score_tokens(model, batch, by_chunk=way)[0], model=model)
+        for way in (False, True)
+    ]
+    num_positions, num_scored, token_bytes = batch["targets"].numel(), 23, 8 * VOCABULARY
+    # by chunk, hidden states of 24 numbers and their gradients are kept for each scored token; with all logits, they
+    # are kept in float64 with their log-softmax
+    assert saved[1] < saved[0] - (num_positions - 2) * token_bytes + 3 * 8 * 24 * num_scored
+
+
+def test_gradients_of_a_frozen_head_are_those_of_finite_differences():
+    weight = torch.randn(7, 4, dtype=torch.float64)
+    targets = torch.tensor([[3, IGNORED, 6]])
+
+    def project(hidden):
+        return (hidden @ weight.t()).tanh()
+
+    hidden = torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: scored_tokens._ScoreFrozen.apply(x, targets, project), hidden)
+
+
+class MixingLM(transformers.LlamaForCausalLM):
+    """Subtracts from each token's logits the mean over its row."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits - output.logits.mean(1, keepdim=True)
+        return output
+
+
+def test_models_whose_logits_need_more_than_the_last_hidden_state_are_refused():
+    assert not can_score_by_chunk(MixingLM(make_model(LLAMA).config))
+    assert not can_score_by_chunk(nn.Linear(2, 2))
+    assert not can_score_by_chunk(make_model(LLAMA).model)  # a decoder without a head
+
+
+def test_a_compiled_model_computes_all_logits():
+    model, batch = make_model(LLAMA), make_batch()
+    expected = score_tokens(model, batch, by_chunk=False)[0]
+    seen = []
+    model.lm_head.register_forward_hook(lambda layer, args, output: seen.append(output.shape[:2]))
+    model.compile(backend="eager")
+    torch.testing.assert_close(score_tokens(model, batch, by_chunk=True)[0], expected)
+    assert seen == [batch["targets"].shape]
+    assert compute_logits(model, batch).shape == (*batch["targets"].shape, VOCABULARY)
