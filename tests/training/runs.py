@@ -65,13 +65,13 @@ def settings_of(method):
 
 def damage(monkeypatch, action, *, training):
     """Does `action` to the losses of training or of validation batches."""
-    true_losses = tasks_file.compute_token_losses
+    true_score = tasks_file.score_tokens
 
-    def token_losses(logits, targets):
-        values = true_losses(logits, targets)
-        return action(values) if torch.is_grad_enabled() == training else values
+    def score_tokens(model, batch, **settings):
+        losses, predicted = true_score(model, batch, **settings)
+        return action(losses) if torch.is_grad_enabled() == training else losses, predicted
 
-    monkeypatch.setattr(tasks_file, "compute_token_losses", token_losses)
+    monkeypatch.setattr(tasks_file, "score_tokens", score_tokens)
 
 
 def out_of_memory_above(rows):

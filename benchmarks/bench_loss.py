@@ -1,0 +1,127 @@
+"""The memory that a step of a pack adds, with all logits, with those of scored tokens in chunks, and without a head.
+
+    python benchmarks/bench_loss.py [--shapes smollm2 qwen3] [--dtype bf16] [--scored 0.33] [--slots 4] [--steps 3]
+
+Each row is a new process: a model of random weights, one slot for each run, rank 8 in all linear layers but the head,
+2 × 256 tokens a slot without padding. `added` is the highest resident memory in the steps (forward, loss, backward)
+over that before the first. `no head` sums the hidden states instead of a loss, so it is the floor. `qwen3` has 4 of the
+28 layers of Qwen3-0.6B. Seconds are valid only if nothing else runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+import transformers
+from torch import Tensor, nn
+
+from lorasweep.data.scored_tokens import can_score_by_chunk
+from lorasweep.data.split import IGNORED, Batch
+from lorasweep.data.tasks import LanguageModelling
+from lorasweep.lora import LoraConfig, inject_packed_lora
+from lorasweep.lora.packed.inject import find_slots
+from lorasweep.training.environment import DTYPES
+from lorasweep.training.packs.pack import compute_slot_losses
+
+ROWS, LENGTH = 2, 256
+SHAPES = {
+    "smollm2": transformers.LlamaConfig(
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    ),
+    "qwen3": transformers.Qwen3Config(
+        vocab_size=151_936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=4,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=True,
+    ),
+}
+WAYS = ("all logits", "in chunks", "no head")
+MIB = 2**20
+
+
+def build_pack(shape: str, dtype: torch.dtype, slots: int) -> nn.Module:
+    torch.manual_seed(0)
+    model: nn.Module = transformers.AutoModelForCausalLM.from_config(SHAPES[shape], dtype=dtype)
+    model.config.use_cache = False  # type: ignore[union-attr]
+    if not can_score_by_chunk(model):
+        raise SystemExit(f"the shape {shape!r} can't score in chunks")
+    inject_packed_lora(model, [LoraConfig(rank=8)] * slots)
+    return model.train()
+
+
+def build_batch(vocabulary: int, slots: int, scored: float) -> Batch:
+    """Returns random tokens. The last part of each row is scored, as an answer after its prompt."""
+    ids = torch.randint(vocabulary, (slots * ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    targets = ids.roll(-1, 1)
+    targets[:, : round((1 - scored) * LENGTH)] = IGNORED
+    return {"input_ids": ids, "targets": targets}
+
+
+def measure(arguments: argparse.Namespace) -> str:
+    """Returns a row of the table, measured in this process."""
+    shape, way, slots = arguments.shapes[0], arguments.way, arguments.slots
+    model = build_pack(shape, DTYPES[arguments.dtype], slots)
+    batch = build_batch(SHAPES[shape].vocab_size, slots, arguments.scored)
+    task = LanguageModelling(bytes_per_token=1.0, by_chunk=way == "in chunks")
+
+    def sum_states() -> Tensor:
+        states: Tensor = model.get_decoder()(batch["input_ids"]).last_hidden_state  # type: ignore[operator]
+        return states.float()
+
+    compute: Callable[[], Tensor] = sum_states
+    if way != "no head":
+        compute = lambda: compute_slot_losses(task, model, batch, slots=slots)  # noqa: E731
+    before = psutil.Process().memory_info().rss
+    Path("/proc/self/clear_refs").write_text("5")  # sets the highest resident memory back to the present (proc(5))
+    seconds = []
+    for _ in range(arguments.steps):
+        started = time.perf_counter()
+        with find_slots(model).stack_once():
+            compute().sum().backward()
+        seconds.append(time.perf_counter() - started)
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    added = int(status["VmHWM"].split()[0]) * 1024 - before
+    return f"| {shape} | {way} | {added / MIB:,.0f} | {statistics.median(seconds):.2f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--dtype", default="bf16", choices=["fp32", "bf16"])
+    parser.add_argument("--scored", type=float, default=0.33, help="share of the tokens that are scored")
+    parser.add_argument("--slots", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--way", choices=WAYS, help="measure this way in this process")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.way:
+        print(measure(arguments), flush=True)
+        return
+    print("| shape | loss | added MiB | s a step |\n|---|---|--:|--:|", flush=True)
+    for shape in arguments.shapes:
+        for way in WAYS:
+            command = [sys.executable, __file__, *sys.argv[1:], "--shapes", shape, "--way", way]
+            subprocess.run(command, check=True)
+
+
+if __name__ == "__main__":
+    main()
