@@ -185,15 +185,20 @@ def test_without_a_scored_token_losses_and_gradients_are_zero(config):
     assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients.values())
 
 
-def test_the_head_gets_scored_tokens_alone_and_the_decoder_computes_as_before_afterwards(set_chunk):
+@pytest.mark.parametrize(("config", "calls"), [(HEADS["frozen"], 3), (HEADS["trained"], 5)], ids=["frozen", "trained"])
+def test_the_head_gets_scored_tokens_alone_and_the_model_computes_as_before_afterwards(config, calls, set_chunk):
     set_chunk(4)
-    model, batch = make_model(LLAMA), make_batch()
-    before, seen = model(input_ids=batch["input_ids"]).logits, []
-    hook = model.lm_head.register_forward_pre_hook(lambda layer, args: seen.append(args[0].shape[:2]))
+    model, batch, seen = make_model(LLAMA), make_batch(), []
+    inject_lora(model, config)
+    before = model(input_ids=batch["input_ids"]).logits
+    hook = model.lm_head.register_forward_pre_hook(lambda layer, args: seen.append((args[0].shape, args[0].stride())))
     losses = score_tokens(model, batch, by_chunk=True)[0]
-    assert [tuple(shape) for shape in seen] == [(1, 4), (1, 4), (1, 4)]
-    assert int((losses > 0).sum()) == int((batch["targets"] != IGNORED).sum()) == 12
+    losses.sum().backward()
     hook.remove()
+    # A trained head computes all chunks but the last again. The strides are those of a whole tensor: with others, torch
+    # copies the weight.
+    assert seen == [((1, 4, 24), (96, 24, 1))] * calls
+    assert int((losses > 0).sum()) == int((batch["targets"] != IGNORED).sum()) == 12
     assert torch.equal(model(input_ids=batch["input_ids"]).logits, before)
 
 

@@ -61,17 +61,19 @@ def score_tokens(
         size = width  # masks are drawn once, and for the same tokens as in a run alone
         if slots is not None:
             slots.note_lengths(counts)
-    is_trained = any(parameter.requires_grad for module in head for parameter in module.parameters())
+    is_trained = any(parameter.requires_grad for module in head for parameter in module.parameters(recurse=False))
+    chunks = list(zip(torch.split(hidden, size, 1), torch.split(targets_at_places, size, 1), strict=True))
     losses, predicted = [], []
-    for first in range(0, width, size):
-        chunk, chunk_targets = (values[:, first : first + size] for values in (hidden, targets_at_places))
+    for index, (part, chunk_targets) in enumerate(chunks):
+        # a copy, because for a product with the strides of a larger tensor torch copies the weight
+        chunk = part.clone(memory_format=torch.contiguous_format)
         if not torch.is_grad_enabled():
             logits = project(chunk)
             losses.append(_compute_losses(logits, chunk_targets))
             predicted += [logits.argmax(-1)] if with_predicted else []
         elif not is_trained:
             losses.append(_ScoreFrozen.apply(chunk, chunk_targets, project))  # type: ignore[no-untyped-call]
-        elif first + size < width:
+        elif index < len(chunks) - 1:
             losses.append(checkpoint(_score, chunk, chunk_targets, project, use_reentrant=False))
         else:  # backward begins with this chunk, so computing it again would save nothing
             losses.append(_score(chunk, chunk_targets, project))
