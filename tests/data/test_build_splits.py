@@ -3,6 +3,7 @@
 import functools
 
 import pytest
+import torch
 from tests.tiny_tokenizer import load_tokenizer
 
 from lorasweep.config.compose import compose_run
@@ -11,6 +12,7 @@ from lorasweep.data.examples import CompletionSplit, LabelledSplit
 from lorasweep.data.source import Conversation, DataSource, Document, LabelledText, Message, collect_examples
 from lorasweep.data.tasks import Classification, LanguageModelling, Regression
 from lorasweep.errors import ConfigError
+from lorasweep.models.load import load_base
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,19 @@ def test_the_test_split_is_read_once_and_not_before_it_is_called_for(tokenizer):
     assert splits.notes == ("said",)
     for split in (splits.validation, splits.test()):  # bits per byte of a split count its own bytes
         assert splits.get_task(split).bytes_per_token == split.bytes_per_token
+
+
+def test_a_model_that_must_compute_all_logits_is_named_in_the_notes(tokenizer):
+    source, _ = make_source(documents, kind="documents")
+    settings = {"source": source, "tokenizer": tokenizer, "model_kind": "causal_lm"}
+    model = load_base(compose_run({}).model, dtype=torch.float32).model
+    splits = build_splits(config(block_length=4), **settings, model=model)
+    assert splits.get_task(splits.test()).by_chunk
+    assert splits.notes == ("said",)
+    splits = build_splits(config(block_length=4), **settings, model=torch.nn.Linear(2, 2))
+    assert not splits.task.by_chunk
+    assert splits.notes[0] == "said"
+    assert "all tokens" in splits.notes[1]
 
 
 @pytest.mark.parametrize(
