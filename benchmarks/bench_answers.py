@@ -1,23 +1,24 @@
 """Replays whole sweeps on stored complete runs, from the search to the verdicts, and counts wrong and open answers.
 
-    python benchmarks/bench_answers.py [--replays 500] [--tasks stdlib_docs ...] [--quarter] [--rung] [--json]
+    python benchmarks/bench_answers.py [--replays 500] [--tasks stdlib_docs ...] [--search trials=12 ...] [--json]
 
 Tables (`benchmarks/answers/`, made by `record_answers.py`): LoRA at ranks × learning rates and full fine-tuning at
 learning rates, each on several seeds, with validation curves and the score of each test document or example. Between
 two stored rates, scores are interpolated (modified Akima splines in the logarithm of the rate).
 
 A replay draws a seed for the search, seeds for the confirm stage and test documents (or examples), all with
-replacement. The search proposes with the product's `propose` (a pack of all trials that may begin), stops at the
-default rungs, and predicts with the product's `predict_best` (with `--quarter` on runs of a quarter of the steps, whose
-best rates are carried over as with `search.steps_fraction`; with `--rung` trials are compared on a part of the
-validation examples, as in a sweep, otherwise on all); the confirm stage asks `answer_questions` at
-each look. Truth is the mean over all seeds and documents, at the rate whose mean is best. The truth of a rank is
-decidable if its share of full's gain is within half a margin of 1 or at least two margins away; likewise for the
-smallest rank.
+replacement. The search proposes with the product's `propose`, in the product's batches and with its numbers of trials,
+stops trials by the product's `explain_stop`, and predicts with the product's `predict_best`; the confirm stage asks
+`answer_questions` at each look. Truth is the mean over all seeds and documents, at the rate whose mean is best. The
+truth of a rank is decidable if its share of full's gain is within half a margin of 1 or at least two margins away;
+likewise for the smallest rank.
 
 `wrong`: a verdict is false; for `setting`, the regret is more than 5 % of the gain. `settled`: the line that the report
 prints first is no "open". `regret`: by how much the chosen setting of a rank is worse than the best of that rank, as a
 share of full's gain. `runs` and `steps`: of search and confirm stage.
+
+`--search` replaces parts of the search: `trials` and `full_trials`, `first` and `later` (sizes of batches), `seeds`
+(one, or each: another one for each trial), `stop` (yes or no).
 
 `time_to_answer`: today's way is Optuna's TPE over rank, α and rate for one trial after another with a median pruner, as
 many trials as give the same median regret for every rank, then the same seeds one by one. Both ways' steps are
@@ -28,8 +29,11 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
+import itertools
 import json
 import math
+import multiprocessing
 import statistics
 import sys
 from collections import Counter
@@ -37,7 +41,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -47,24 +50,21 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from scipy.interpolate import Akima1DInterpolator
 
 from lorasweep.config.compose import compose_sweep
-from lorasweep.config.data import Direction
-from lorasweep.config.run import STEPS_KEY
-from lorasweep.config.sweep import HalvingPruner, parse_margin
+from lorasweep.config.data import Direction, ScoreMetric
+from lorasweep.config.sweep import parse_margin
 from lorasweep.record import Question, Trial
 from lorasweep.report.evidence.estimates import ConfirmScores
 from lorasweep.report.evidence.questions import Answer, MarginScale, answer_questions
-from lorasweep.sweep.controller.arm_trials import Halving
-from lorasweep.sweep.controller.encoding import History, scale_rate
+from lorasweep.sweep.controller.encoding import History
 from lorasweep.sweep.controller.predictions import predict_best
-from lorasweep.sweep.controller.proposals import propose
-from lorasweep.sweep.definition.arms import Arm
+from lorasweep.sweep.controller.proposals import find_batch_start, propose
+from lorasweep.sweep.controller.stopping import explain_stop
+from lorasweep.sweep.definition.arms import DEFAULT_TRIALS, Arm
 
 FOLDER = Path(__file__).parent / "answers"
 RANKS = (1, 4, 16, 64)
 MIN_SEEDS = 3
 """Fewer recorded seeds say too little on the truth, which is the mean over all seeds."""
-TRIALS = 16
-"""Trials of each arm, as in sweeps/quickstart.yaml."""
 RANK, LR = "method.rank", "optim.lr"
 ALPHA = 16.0
 """α of the stored runs."""
@@ -83,8 +83,7 @@ class Run:
 
     values: tuple[float, ...]
     """The metric on validation data at each evaluation."""
-    rung: float
-    """The metric at half of the run, by which trials are compared."""
+    losses: tuple[float, ...]
     test: Array
     """(groups,) The test score of each group."""
 
@@ -120,7 +119,7 @@ class Table:
             (rank, seed): Akima1DInterpolator(
                 np.log(rates),
                 [
-                    np.concatenate([run.values, [run.rung], run.test])
+                    np.concatenate([run.values, run.losses, run.test])
                     for run in (self.runs[rank, rate, seed] for rate in rates)
                 ],
                 method="makima",
@@ -134,7 +133,7 @@ class Table:
         key = rank, rate, seed
         if key not in self.cache:
             found, num = self.curves[rank, seed](math.log(rate)), self.num_evaluations
-            self.cache[key] = Run(values=tuple(found[:num]), rung=float(found[num]), test=found[num + 1 :])
+            self.cache[key] = Run(values=tuple(found[:num]), losses=tuple(found[num : 2 * num]), test=found[2 * num :])
         return self.cache[key]
 
     def mean(self, rank: int, rate: float) -> float:
@@ -168,29 +167,16 @@ def list_tasks() -> list[str]:
     return sorted((task for task, num in seeds.items() if num >= MIN_SEEDS), reverse=True)
 
 
-def read_rungs(task: str) -> dict[tuple[str, str, str, str], float]:
-    """Returns the values of `record_answers.py --rung` on a part of the examples."""
-    rungs = {}
-    for path in sorted((FOLDER / "rung").glob(f"{task}_seed*.csv")):
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                rungs[row["method"], row["rank"], row["lr"], row["seed"]] = float(row["part"])
-    return rungs
-
-
-def read_table(
-    task: str, folder: Path = FOLDER, *, rungs: Mapping[tuple[str, str, str, str], float] = MappingProxyType({})
-) -> Table:
-    about = json.loads((folder / f"{task}.json").read_text())
+def read_table(task: str) -> Table:
+    about = json.loads((FOLDER / f"{task}.json").read_text())
     runs, frozen = {}, {}
-    for path in sorted(folder.glob(f"{task}_seed*.csv")):
+    for path in sorted(FOLDER.glob(f"{task}_seed*.csv")):
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
                 digits = not about["groups"]
                 test = np.array([float(x) for x in (row["test"] if digits else row["test"].split())])
-                values = tuple(map(float, row["values"].split()))
-                rung = rungs.get((row["method"], row["rank"], row["lr"], row["seed"]), values[(len(values) - 1) // 2])
-                run = Run(values=values, rung=rung, test=test)
+                values, losses = (tuple(map(float, row[name].split())) for name in ("values", "losses"))
+                run = Run(values=values, losses=losses, test=test)
                 if row["method"] == "frozen":
                     frozen[int(row["seed"])] = run
                 else:
@@ -209,7 +195,7 @@ def read_table(
     )
 
 
-def build_arm(table: Table, method: str, *, trials: int) -> Arm:
+def build_arm(table: Table, method: str, *, trials: int, startup: int | None = None) -> Arm:
     """Returns an arm whose learning rates are those of the table; LoRA also has the ranks, and a fixed α."""
     rates = table.rates[RANKS[0] if method == "lora" else 0]
     space: dict[str, BaseDistribution] = {LR: FloatDistribution(rates[0], rates[-1], log=True)}
@@ -217,10 +203,14 @@ def build_arm(table: Table, method: str, *, trials: int) -> Arm:
         space[RANK] = CategoricalDistribution(RANKS)
     return Arm(
         name=method,
-        settings={"method": method, "trainer.max_steps": table.num_steps},
+        settings={
+            "method": method,
+            "trainer.max_steps": table.num_steps,
+            "trainer.eval_every_steps": table.num_steps // table.num_evaluations,
+        },
         space=space,
         trials=trials,
-        sweep_config=compose_sweep({}),
+        sweep_config=compose_sweep({"sampler.startup_trials": startup} if startup else {}),
         confirm_each=RANK if method == "lora" else None,
     )
 
@@ -234,6 +224,26 @@ def with_seed(arm: Arm, seed: int) -> Arm:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SearchPlan:
+    """How the arms are searched."""
+
+    trials: int = DEFAULT_TRIALS
+    full_trials: int = DEFAULT_TRIALS // 2
+    first: int | None = None
+    """Trials of the first batch; None: as the product does."""
+    later: int | None = None
+    """Trials of each later batch."""
+    seeds: str = "one"
+    stop: str = "yes"
+
+    def find_batch_start(self, arm: Arm, number: int) -> int:
+        """Returns the number of the first trial in the batch of a trial."""
+        if self.first is None or self.later is None:
+            return find_batch_start(arm, number)
+        return 0 if number < self.first else self.first + (number - self.first) // self.later * self.later
+
+
+@dataclass(frozen=True, kw_only=True)
 class Search:
     """The trials of an arm as they ended."""
 
@@ -241,64 +251,45 @@ class Search:
     steps: int
 
 
-def run_search(arm: Arm, table: Table, *, seed: int) -> Search:
-    """Replays the search of an arm: half of the trials, their first rung, the other half, then the later rungs."""
-    direction, num_evaluations = "minimize" if table.sign == 1 else "maximize", table.num_evaluations
-    pruner = arm.sweep_config.pruner
-    assert isinstance(pruner, HalvingPruner)
-    rungs = sorted({max(1, round(fraction * num_evaluations)) for fraction in pruner.rungs})
-    rule = Halving(rungs=tuple(rungs), reduction_factor=pruner.reduction_factor, min_survivors=pruner.min_survivors)
-    params: list[dict[str, Any]] = []
-    reached: list[int] = []
+def run_search(arm: Arm, table: Table, plan: SearchPlan, *, rng: np.random.Generator) -> Search:
+    """Replays the search of an arm, batch by batch."""
+    seeds = [int(seed) for seed in rng.choice(table.seeds, size=arm.trials)]
+    if plan.seeds == "one":
+        seeds = [seeds[0]] * arm.trials
+    direction, ended, begun = get_direction(table), [], []
+    for number, seed in enumerate(seeds):
+        if plan.find_batch_start(arm, number) == number:
+            ended += [end_trial(trial, arm, table, plan, seed=seed) for trial, seed in begun]
+            begun = []
+        shown = [*ended, *(trial for trial, _ in begun)]
+        params, _ = propose(arm, History(arm, shown, direction=direction), number=number)
+        begun.append((Trial(arm="", number=number, run="", params=params), seed))
+    ended += [end_trial(trial, arm, table, plan, seed=seed) for trial, seed in begun]
+    return Search(trials=ended, steps=sum(trial.step for trial in ended))
 
-    def show(*, is_over: bool = False) -> list[Trial]:
-        return [
-            make_trial(number, table, each, count, seed=seed, is_over=is_over)
-            for number, (each, count) in enumerate(zip(params, reached, strict=True))
-        ]
 
-    for limit in (math.ceil(arm.trials / 2), arm.trials):
-        while len(params) < limit:
-            proposed, _ = propose(arm, History(arm, show(), direction=direction), number=len(params))
-            params.append(proposed)
-            reached.append(0)
-        reached = [max(count, rungs[0]) for count in reached]
-    alive = list(range(len(params)))
-    for place, rung in enumerate(rungs):
+def get_direction(table: Table) -> Direction:
+    return "minimize" if table.sign == 1 else "maximize"
 
-        def cost(index: int, at: int = rung) -> float:
-            run = _find_run(table, params[index], seed)
-            value = table.sign * (run.rung if at == num_evaluations // 2 else run.values[at - 1])
-            return value if math.isfinite(value) else math.inf
 
-        ranked = sorted((cost(index), index) for index in alive)
-        alive = [index for _, index in ranked[: rule.count_kept(ranked, all_arrived=True)]]
-        after = rungs[place + 1] if place + 1 < len(rungs) else num_evaluations
-        for index in alive:
-            reached[index] = after
-    return Search(trials=show(is_over=True), steps=sum(reached) * table.num_steps // num_evaluations)
+def end_trial(trial: Trial, arm: Arm, table: Table, plan: SearchPlan, *, seed: int) -> Trial:
+    """Returns a trial as it ended: complete with its best value, or stopped at half."""
+    run, config = _find_run(table, trial.params, seed), arm.corner_configs[0]
+    metric = ScoreMetric(name="metric", direction=get_direction(table))
+    base = table.frozen[seed]
+    untrained = {"metric": base.values[0], "loss": base.losses[0]} if plan.stop == "yes" else {}
+    values: dict[int, float] = {}
+    for value, loss in zip(run.values, run.losses, strict=True):
+        step = config.trainer.eval_every_steps * (len(values) + 1)
+        values[step] = value
+        if explain_stop(config, step, {"metric": value, "loss": loss}, untrained=untrained, metric=metric):
+            return replace(trial, state="stopped", value=value, values=values)
+    best = table.sign * min(table.sign * value for value in run.values)
+    return replace(trial, state="complete", value=best, values=values)
 
 
 def _find_run(table: Table, params: Mapping[str, Any], seed: int) -> Run:
     return table.find_run(params.get(RANK, 0), params[LR], seed)
-
-
-def make_trial(number: int, table: Table, params: Mapping[str, Any], count: int, *, seed: int, is_over: bool) -> Trial:
-    """Returns a trial with its first evaluations; a complete one has its best as value."""
-    run = _find_run(table, params, seed)
-    is_complete = is_over and count == table.num_evaluations
-    shown = list(run.values[:count])
-    if count >= table.num_evaluations // 2:
-        shown[table.num_evaluations // 2 - 1] = run.rung
-    return Trial(
-        arm="",
-        number=number,
-        run="",
-        state="complete" if is_complete else "pruned" if is_over else "running",
-        value=table.sign * min(table.sign * value for value in run.values) if is_complete else None,
-        params=dict(params),
-        values={(n + 1) * table.num_steps // table.num_evaluations: value for n, value in enumerate(shown)},
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,6 +299,8 @@ class Outcome:
     answers: list[Answer]
     regrets: dict[int, float]
     """By rank: how much worse the chosen rate is than the best rate, as a share of full's gain."""
+    full_regret: float
+    """The same of full fine-tuning."""
     search_steps: int
     full_steps: int
     """The steps of full fine-tuning's search, which are part of `search_steps`."""
@@ -329,35 +322,26 @@ QUESTIONS = [
 
 
 def replay_sweep(
-    table: Table, searched: Table, arms: Mapping[str, Arm], *, number: int, looks: Sequence[int]
+    table: Table, arms: Mapping[str, Arm], plan: SearchPlan, *, number: int, looks: Sequence[int]
 ) -> Outcome:
-    """Returns the outcome of one sweep with its own draw of seeds and test groups; the search uses its own table."""
+    """Returns the outcome of one sweep with its own draw of seeds and test groups."""
     rng = np.random.default_rng(number)
-    search_seed = int(rng.choice(searched.seeds))
-
-    def carry_over(rate: float, method: str) -> float:
-        if searched is not table:
-            rate = scale_rate(rate, method, {STEPS_KEY: table.num_steps / searched.num_steps})[0]
-        rates = table.rates[0 if method == "full" else RANKS[0]]
-        return min(max(rate, rates[0]), rates[-1])
-
     seeds = [int(seed) for seed in rng.choice(table.seeds, size=max(looks))]
     groups = rng.integers(len(table.shares), size=len(table.shares))
     shares = table.shares[groups] / table.shares[groups].sum()
     arm = with_seed(arms["lora"], number)
-    found = run_search(arm, searched, seed=search_seed)
-    full = run_search(with_seed(arms["full"], number), searched, seed=search_seed)
+    found = run_search(arm, table, plan, rng=rng)
+    full = run_search(with_seed(arms["full"], number), table, plan, rng=rng)
     complete = [trial for trial in full.trials if trial.state == "complete"]
     winner = min(complete, key=lambda trial: table.sign * (trial.value or 0.0))
-    full_rate = carry_over(winner.params[LR], "full")
-    direction: Direction = "minimize" if table.sign == 1 else "maximize"
+    full_rate, direction = winner.params[LR], get_direction(table)
     predicted = predict_best(arms["full"], full.trials, direction=direction, fixed={}, chosen=winner.params)
     assert predicted is not None
     rates, errors = {}, {"full": predicted.regret}
     for rank in RANKS:
         prediction = predict_best(arm, found.trials, direction=direction, fixed={RANK: rank})
         assert prediction is not None
-        rates[rank] = carry_over(prediction.params[LR], "lora")
+        rates[rank] = prediction.params[LR]
         errors[f"lora-rank-{rank}"] = prediction.regret
     scale = MarginScale(margin=parse_margin("5%"), sign=table.sign, base="frozen", full="full")
     values: dict[str, dict[int, Array]] = {"frozen": {}, "full": {}, **{f"lora-rank-{rank}": {} for rank in RANKS}}
@@ -382,12 +366,36 @@ def replay_sweep(
     return Outcome(
         answers=answers,
         regrets={rank: table.sign * (table.mean(rank, rates[rank]) - table.best[rank]) / table.gain for rank in RANKS},
+        full_regret=table.sign * (table.mean(0, full_rate) - table.best[0]) / table.gain,
         search_steps=found.steps + full.steps,
         full_steps=full.steps,
         confirm_steps=used * table.num_steps,
         num_seeds=look,
         num_runs=len(found.trials) + len(full.trials) + used,
     )
+
+
+def replay(
+    task: str, plan: SearchPlan, numbers: Sequence[int], *, looks: Sequence[int], processes: int
+) -> list[Outcome]:
+    """Returns the outcomes of replays with these numbers, in their order."""
+    parts = [numbers[start::processes] for start in range(processes)]
+    work = functools.partial(_replay_part, task, plan, looks)
+    if processes == 1:
+        return work(numbers)
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        done = dict(
+            itertools.chain.from_iterable(
+                zip(part, found, strict=True) for part, found in zip(parts, pool.map(work, parts), strict=True)
+            )
+        )
+    return [done[number] for number in numbers]
+
+
+def _replay_part(task: str, plan: SearchPlan, looks: Sequence[int], numbers: Sequence[int]) -> list[Outcome]:
+    table, counts = read_table(task), {"lora": plan.trials, "full": plan.full_trials}
+    arms = {method: build_arm(table, method, trials=num, startup=plan.first) for method, num in counts.items()}
+    return [replay_sweep(table, arms, plan, number=number, looks=looks) for number in numbers]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -534,7 +542,8 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", help=f"default: those with at least {MIN_SEEDS} recorded seeds")
     parser.add_argument("--replays", type=int, default=500)
     parser.add_argument("--looks", type=int, nargs="+", help="numbers of seeds; default: those of conf/sweep.yaml")
-    parser.add_argument("--trials", type=int, default=TRIALS)
+    parser.add_argument("--search", nargs="+", default=[], metavar="key=value", help="fields of `SearchPlan`")
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument(
         "--seconds",
         type=float,
@@ -542,20 +551,19 @@ def main() -> None:
         metavar=("TODAY", "TUNED", "OURS"),
         help="seconds of a trial-step with its share of evaluations, as bench_today.py measures them",
     )
-    parser.add_argument("--quarter", action="store_true", help="search with a quarter of the steps")
-    parser.add_argument("--rung", action="store_true", help="compare trials on a part of the validation examples")
     parser.add_argument("--json", action="store_true", help="print JSON only")
     parser.add_argument("--details", action="store_true", help="print how often each verdict was given")
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     looks = args.looks or compose_sweep({}).confirm.list_looks()
+    changes = dict(item.split("=", 1) for item in args.search)
+    kinds = {"seeds": str, "stop": str}
+    plan = SearchPlan(**{key: kinds.get(key, int)(value) for key, value in changes.items()})
     results, times = {}, {}
     for task in args.tasks or list_tasks():
-        table = read_table(task, rungs=read_rungs(task) if args.rung else {})
+        table = read_table(task)
         truth = find_truth(table)
-        searched = read_table(task, FOLDER / "quarter") if args.quarter else table
-        arms = {method: build_arm(searched, method, trials=args.trials) for method in ("lora", "full")}
-        outcomes = [replay_sweep(table, searched, arms, number=number, looks=looks) for number in range(args.replays)]
+        outcomes = replay(task, plan, range(args.replays), looks=looks, processes=args.processes)
         results[task] = summarize(outcomes, truth)
         if args.seconds:
             times[task] = measure_time_to_answer(table, outcomes, args.seconds, replays=min(args.replays, 100))

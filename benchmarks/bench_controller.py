@@ -1,7 +1,7 @@
 """Measures how many trials per second the controller hands out and takes back, with many workers that train nothing.
 
 One loop simulates all workers: it picks a worker at random (seeded), makes this worker's next call (`take`, `report` at
-each evaluation, `tell`), and times the call. Every worker always has a trial.
+each evaluation, `tell`), and times the call. A worker without a trial asks again, as at the end of a batch.
 
     python benchmarks/bench_controller.py --workers 1000 --trials 5000 --sampler tpe
 
@@ -29,7 +29,7 @@ import yaml
 from optuna.trial import TrialState, create_trial
 
 from lorasweep.config.data import get_built_in_metric
-from lorasweep.record import RunRecord, read_run, write_record
+from lorasweep.record import RunRecord
 from lorasweep.sweep.controller.arm_trials import TRIAL_ATTRIBUTE
 from lorasweep.sweep.controller.controller import Assignment, Controller
 from lorasweep.sweep.controller.folder import SweepFolder
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def make_sweep(folder: Path, sampler: str, num_trials: int) -> SweepFolder:
-    """Creates the folder of a sweep with one arm and the default rungs and evaluations."""
+    """Creates the folder of a sweep with one arm and the default evaluations."""
     file = folder / "many.yaml"
     arm = {"settings": {"method": "lora"}, "space": SPACE, "trials": num_trials}
     content = {"name": "many", "settings": {"sampler": sampler, "confirm.seeds": 0}, "arms": {"lora": arm}}
@@ -88,9 +88,7 @@ def fill(sweep: SweepFolder, num_trials: int) -> None:
                 params=params,
                 distributions=arm.space,
                 intermediate_values={step: score_of(params, number, step) for step in (25, 50, 75, 100, 125, 150)},
-                user_attrs={
-                    TRIAL_ATTRIBUTE: {"state": "complete", "value": score, "order": number, "passed": [25, 75]}
-                },
+                user_attrs={TRIAL_ATTRIBUTE: {"state": "complete", "value": score, "order": number}},
             )
         )
 
@@ -115,42 +113,29 @@ class TrainingWorker:
         self.assignment: Assignment | None = None
         self.steps: list[int] = []
 
-    def advance(self, controller: Any, timed: Callable[..., Any], paused_at: dict[str, int]) -> None:
-        """Makes one call; `paused_at` holds the step of each paused run, as its checkpoint would."""
+    def advance(self, controller: Any, timed: Callable[..., Any]) -> None:
+        """Makes one call."""
         if self.assignment is None:
             self.requests += 1
             self.assignment = timed("take", controller.take, worker=self.name, request=self.requests)
             if self.assignment is not None:
                 trainer = self.assignment.config.trainer
-                done = paused_at.get(self.assignment.run_folder.path.name, 0)
-                self.steps = list(
-                    range(done + trainer.eval_every_steps, trainer.max_steps + 1, trainer.eval_every_steps)
-                )
+                self.steps = list(range(trainer.eval_every_steps, trainer.max_steps + 1, trainer.eval_every_steps))
             return
         step = self.steps.pop(0)
         value = value_at(self.assignment, step)
-        (goes_on,) = timed("report", controller.report, [(self.assignment, step, value)])
-        if self.steps and goes_on:
+        timed("report", controller.report, [(self.assignment, step, {METRIC: value})])  # stops no trial
+        if self.steps:
             return
-        self._end(controller, timed, step, value, paused_at)
-
-    def _end(
-        self, controller: Any, timed: Callable[..., Any], step: int, value: float, paused_at: dict[str, int]
-    ) -> None:
-        assignment = self.assignment
-        assert assignment is not None
         record = RunRecord(
-            status="paused" if self.steps else "complete",
-            config=asdict(assignment.config),
+            status="complete",
+            config=asdict(self.assignment.config),
             metric=METRIC,
             direction="minimize",
             best={METRIC: value, "step": step},
             steps_done=step,
         )
-        if self.steps:  # the end of the search reads the records of paused runs
-            paused_at[assignment.run_folder.path.name] = step
-            write_record(record, assignment.run_folder.path)
-        timed("tell", controller.tell, assignment, record)
+        timed("tell", controller.tell, self.assignment, record)
         self.assignment = None
 
 
@@ -210,7 +195,7 @@ def simulate(sweep: SweepFolder, num_workers: int, *, every: int) -> None:
     """Simulates a whole sweep and prints a row after every `every` started trials."""
     controller = Controller(sweep, session="bench")
     workers = [TrainingWorker(f"bench-{number}") for number in range(num_workers)]
-    drawn, paused_at, times = random.Random(0), {}, Times(sweep.path)
+    drawn, times = random.Random(0), Times(sweep.path)
     trials = controller.search.arms["lora"]
     before = len(trials.trials)
     sampler = trials.arm.sweep_config.sampler.name
@@ -219,7 +204,7 @@ def simulate(sweep: SweepFolder, num_workers: int, *, every: int) -> None:
     times.print_head()
     printed = before
     while not controller.is_over():
-        drawn.choice(workers).advance(controller, times, paused_at)
+        drawn.choice(workers).advance(controller, times)
         begun = len(trials.trials)
         if begun >= printed + every and begun < trials.planned:
             times.print_row(f"{begun:,}", begun - printed)
@@ -265,10 +250,7 @@ def measure_ray(sweep: SweepFolder, num_actors: int) -> None:
         controller.is_over()
         began = time.perf_counter()
         make: Any = ray.remote(PlayingWorker)
-        players = [
-            make.options(num_cpus=0).remote(actor, f"bench-{number}", sweep.path / "runs")
-            for number in range(num_actors)
-        ]
+        players = [make.options(num_cpus=0).remote(actor, f"bench-{number}") for number in range(num_actors)]
         ray.get([player.get_ready.remote() for player in players])
         started = time.perf_counter()
         found = ray.get([player.play.remote() for player in players])
@@ -283,27 +265,14 @@ def measure_ray(sweep: SweepFolder, num_actors: int) -> None:
         controller.close()
 
 
-class PausedRuns(dict[str, int]):
-    """The step of each paused run, read from its record, because another process may have paused it."""
-
-    def __init__(self, runs: Path) -> None:
-        super().__init__()
-        self._runs = runs
-
-    def get(self, name: str, default: Any = 0) -> Any:
-        """Returns the step, or the default if the run has not started."""
-        return read_run(self._runs / name).steps_done if (self._runs / name).is_dir() else default
-
-
 class PlayingWorker:
     """A worker that trains nothing, in a separate process."""
 
-    def __init__(self, controller: Any, name: str, runs: Path) -> None:
+    def __init__(self, controller: Any, name: str) -> None:
         from lorasweep.sweep.workers.ray_workers import ControllerClient  # noqa: PLC0415
 
         self._controller = ControllerClient(controller)
         self._worker = TrainingWorker(name)
-        self._paused = PausedRuns(runs)
 
     def get_ready(self) -> None:
         """Returns once the process has started."""
@@ -319,7 +288,7 @@ class PlayingWorker:
             return answer
 
         while True:
-            self._worker.advance(self._controller, timed, self._paused)
+            self._worker.advance(self._controller, timed)
             if self._worker.assignment is None and self._controller.is_over():
                 return seconds
 

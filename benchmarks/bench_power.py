@@ -2,7 +2,7 @@
 
     python benchmarks/bench_power.py [--replays 40] [--tasks movie_snippets ...]
 
-Searches are replayed as in `bench_answers.py`, with 12 trials that run to their ends. `measured` has the standard
+Searches are replayed as in `bench_answers.py`. `measured` has the standard
 deviations of LoRA minus full fine-tuning at the settings that a search chose, on all recorded seeds: over seeds, over
 groups of test examples, of one seed on one group, and of the search; medians over replays of ranks 16 and 64, in the
 unit of the metric. `assumed` are those of `sweep/power.py`. `half-width` is half of the interval that the product's
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Mapping
-from dataclasses import replace
 
 import numpy as np
 import optuna
@@ -22,8 +21,10 @@ from bench_answers import (
     LR,
     QUESTIONS,
     RANK,
+    SearchPlan,
     Table,
     build_arm,
+    get_direction,
     list_tasks,
     read_table,
     replay_sweep,
@@ -31,7 +32,6 @@ from bench_answers import (
     with_seed,
 )
 
-from lorasweep.config.compose import compose_sweep
 from lorasweep.config.sweep import parse_margin
 from lorasweep.report.evidence.estimates import ConfirmScores
 from lorasweep.report.evidence.questions import MarginScale, compute_level
@@ -39,7 +39,7 @@ from lorasweep.sweep.controller.predictions import predict_best
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.power import TEXT_SPREADS, Spread, assume_accuracy
 
-TRIALS = 12
+PLAN = SearchPlan()
 LOOKS = (3, 6, 10)
 MEASURED_RANKS = (16, 64)
 """Smaller ranks are often worse than full fine-tuning, and then easy to tell apart."""
@@ -47,10 +47,10 @@ MEASURED_RANKS = (16, 64)
 
 def measure_spreads(table: Table, arms: Mapping[str, Arm], *, number: int) -> list[Spread]:
     """Returns the spread of each measured rank after one replayed search, on all recorded seeds and groups."""
-    seed = int(np.random.default_rng(number).choice(table.seeds))
-    direction = "minimize" if table.sign == 1 else "maximize"
-    found = {name: run_search(with_seed(arm, number), table, seed=seed).trials for name, arm in arms.items()}
-    winner = min(found["full"], key=lambda trial: table.sign * (trial.value or 0.0))
+    rng, direction = np.random.default_rng(number), get_direction(table)
+    found = {name: run_search(with_seed(arm, number), table, PLAN, rng=rng).trials for name, arm in arms.items()}
+    complete = [trial for trial in found["full"] if trial.state == "complete"]
+    winner = min(complete, key=lambda trial: table.sign * (trial.value or 0.0))
     chosen = {0: predict_best(arms["full"], found["full"], direction=direction, fixed={}, chosen=winner.params)}
     for rank in MEASURED_RANKS:
         chosen[rank] = predict_best(arms["lora"], found["lora"], direction=direction, fixed={RANK: rank})
@@ -87,10 +87,10 @@ def main() -> None:
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     level = compute_level(QUESTIONS, LOOKS)
-    config = compose_sweep({"pruner.min_survivors": TRIALS})  # no trial stops early
     for task in args.tasks:
         table = read_table(task)
-        arms = {name: replace(build_arm(table, name, trials=TRIALS), sweep_config=config) for name in ("lora", "full")}
+        numbers = {"lora": PLAN.trials, "full": PLAN.full_trials}
+        arms = {name: build_arm(table, name, trials=trials) for name, trials in numbers.items()}
         found = [one for number in range(args.replays) for one in measure_spreads(table, arms, number=number)]
         measured = Spread(*(statistics.median(parts) for parts in zip(*found, strict=True)))
         if table.sign == -1:
@@ -98,7 +98,7 @@ def main() -> None:
         else:
             shares = TEXT_SPREADS[("stdlib_docs", "stdlib_code").index(task)]
             assumed = Spread(*(table.gain * share for share in shares))
-        outcomes = [replay_sweep(table, table, arms, number=number, looks=LOOKS) for number in range(args.replays)]
+        outcomes = [replay_sweep(table, arms, PLAN, number=number, looks=LOOKS) for number in range(args.replays)]
         subjects = [f"lora-rank-{rank}" for rank in MEASURED_RANKS]
         answers = [answer for one in outcomes for answer in one.answers if answer.name == QUESTIONS[0].name]
         widths = [

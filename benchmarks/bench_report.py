@@ -139,7 +139,7 @@ def make_trial(folder: Path, arm: str, number: int, rng: random.Random) -> Trial
     if rank:
         params["method.alpha.over_rank"] = rng.choice([1, 2, 4])
     score = ideal_score(arm, params) + rng.gauss(0, 0.003)
-    state = "complete" if arm == "frozen" or number % 3 != 2 else "pruned" if number % 4 else "failed"
+    state = "complete" if arm == "frozen" or number % 3 != 2 else "stopped" if number % 4 else "failed"
     row = Trial(
         arm=arm,
         number=number,
@@ -147,7 +147,11 @@ def make_trial(folder: Path, arm: str, number: int, rng: random.Random) -> Trial
         params=params,
         value=None if state == "failed" else score,
         run=f"runs/{arm}-{number:04d}",
-        reason=None if state == "complete" else "The loss became NaN." if state == "failed" else "Worse than most.",
+        reason=None
+        if state == "complete"
+        else "The loss became NaN."
+        if state == "failed"
+        else "has learned nothing at half",
     )
     write_run(folder, row.run, row, score)
     return row

@@ -9,7 +9,7 @@ real weights) in the same space, with 8 trials of 130 steps of 16 sentences and 
 
     today   Optuna with MedianPruner, PEFT and transformers' Trainer at their defaults (benchmarks/trainer_sweep.py)
     tuned   the same in bf16, grouped by length, with evaluation batch 32, and without pruning
-    solo    `lorasweep sweep` with worker.pack_size=1 and pruner=none: all trials to their end, one after another
+    solo    `lorasweep sweep` with worker.pack_size=1: trials one after another
     ours    `lorasweep sweep` with these evaluations
     default `lorasweep sweep` as it comes: evaluations at half of a run and at its end on an eighth of the examples,
             then once on all
@@ -104,7 +104,7 @@ def run_way(way: str, work: Mapping[str, Any], folder: Path) -> Outcome:
     else:
         (folder / "sweep.yaml").write_text(yaml.safe_dump(describe_sweep(work)))
         command = ["-m", "lorasweep", "sweep", str(folder / "sweep.yaml"), f"sweep.output={output}"]
-        command += ["worker.pack_size=1", "pruner=none"] if way == "solo" else []
+        command += ["worker.pack_size=1"] if way == "solo" else []
         if way == "default":
             command += [f"trainer.eval_every_steps={work['steps'] // 2}", "trainer.eval_fraction=0.125"]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache")}  # so that no seed reads another's rows

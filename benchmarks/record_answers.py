@@ -1,15 +1,15 @@
 """Records complete runs with test scores, on which `bench_answers.py` replays whole sweeps up to their verdicts.
 
-    python benchmarks/record_answers.py --task stdlib_docs --seed 0 [--quarter | --rung] [key=value ...]
+    python benchmarks/record_answers.py --task stdlib_docs --seed 0 [key=value ...]
+    python benchmarks/record_answers.py --task movie_snippets --seed 0 --rates 0.0025 [key=value ...]
 
 Trains LoRA at every rank × learning rate of a grid and full fine-tuning at every learning rate, with one seed, and
-scores the frozen base. Each run goes to its end without a stopping rule; the weights of its best evaluation on
-validation data are scored on test data, as the product does. Writes benchmarks/answers/TASK_seedN.csv with one row per
-run. `values` and `losses` have the metric and the loss on validation data at each evaluation. `test` has the mean test
-score of each group of examples (a document), in the order of TASK.json, or one digit per example. With `--quarter`,
-runs have a quarter of the steps and no test scores, and go to benchmarks/answers/quarter. With `--rung`, runs end at
-half, and benchmarks/answers/rung has the metric on all validation examples and on the part of them that sweeps use
-there. A file that exists is left as it is.
+scores the frozen base. Each run goes to its end; the weights of its best evaluation on validation data are scored on
+test data, as the product does. Writes benchmarks/answers/TASK_seedN.csv with one row per run. `values` and `losses`
+have the metric and the loss on validation data at each evaluation. `test` has the mean test score of each group of
+examples (a document), in the order of TASK.json, or one digit per example. `--ranks` and `--rates` choose LoRA's runs
+and leave out full fine-tuning; `--full-rates` chooses its runs. Rows that are stored already are not recorded again.
+With `--recipe NAME` the file is benchmarks/answers/recipes/TASK-NAME_seedN.csv.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ import argparse
 import csv
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from curves.record import LoraPack, Point, SoloTrial
+from curves.record import NUM_SLOTS, LoraPack, Point, SoloTrial
 from torch import Tensor
 
 from lorasweep.config.compose import compose_run
 from lorasweep.config.run import SEED_KEYS
-from lorasweep.data.batching import EvaluationSampler, choose_part
+from lorasweep.data.batching import EvaluationSampler
 from lorasweep.data.tasks import ExampleScores, Task
 from lorasweep.training.environment import deterministic_algorithms
 from lorasweep.training.inputs import RunInputs, build_inputs
@@ -39,6 +39,7 @@ from lorasweep.training.optim import schedule_factor
 from lorasweep.training.score import evaluate_model
 
 FOLDER = Path(__file__).parent / "answers"
+COLUMNS = ("method", "rank", "alpha", "lr", "seed", "best_evaluation", "values", "losses", "test")
 ALPHA = 16.0
 DECADES = 2.0
 LANGUAGE = {
@@ -48,6 +49,19 @@ LANGUAGE = {
     "trainer.batch_size": 8,
     "trainer.eval_every_steps": 10,
 }
+
+
+Key = tuple[str, str, str]
+"""Method, rank and learning rate of a stored run, as its row has them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The runs that are trained: LoRA at ranks × rates, full fine-tuning at its rates."""
+
+    ranks: Sequence[int]
+    rates: Sequence[float]
+    full_rates: Sequence[float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,19 +109,48 @@ TASKS = {
         lora_lr_low=1e-4,
         full_lr_low=1e-5,
     ),
+    "news_topics": AnswerTask(  # AG News: title and description of an article, four topics
+        settings={
+            "model": "minilm",
+            "model.attention": "eager",
+            "data": "table",
+            "data.max_length": 48,
+            "data.max_validation_examples": 500,
+            "trainer.max_steps": 84,
+            "trainer.batch_size": 16,
+            "trainer.eval_every_steps": 42,
+        },
+        ranks=(1, 4, 16, 64),
+        num_rates=6,
+        lora_lr_low=1e-4,
+        full_lr_low=1e-5,
+    ),
+    "e2e_nlg": AnswerTask(
+        settings={
+            "model": "tiny",
+            "data": "chat",
+            "data.max_length": 320,
+            "data.max_validation_examples": 128,
+            "data.max_test_examples": 600,
+            "trainer.max_steps": 60,
+            "trainer.batch_size": 8,
+            "trainer.eval_every_steps": 30,
+        },
+        ranks=(1, 4, 16, 64),
+        num_rates=6,
+        lora_lr_low=1e-3,
+        full_lr_low=1e-4,
+    ),
 }
 
 
-def take_quarter(task: AnswerTask) -> AnswerTask:
-    """Returns the task with runs of a quarter of the steps, which are evaluated three times."""
-    steps = task.settings["trainer.max_steps"] // 4
-    return replace(task, settings={**task.settings, "trainer.max_steps": steps, "trainer.eval_every_steps": steps // 3})
-
-
 def record(
-    task: AnswerTask, *, seed: int, overrides: Mapping[str, Any], has_test: bool = True
+    task: AnswerTask, *, seed: int, grid: Grid, known: Collection[Key], overrides: Mapping[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Trains all runs of a task with one seed. Returns their rows, and the groups of the test examples."""
+    """Trains the runs of a grid that are not known with one seed.
+
+    Returns their rows, and the groups of the test examples.
+    """
     shared = {**task.settings, **dict.fromkeys(SEED_KEYS, seed), **overrides}
     base = compose_run({**shared, "method": "frozen"})
     inputs = build_inputs(base)
@@ -139,10 +182,11 @@ def record(
             for split in (inputs.splits.validation, test)
         ]
         text = _describe_scores(inputs.splits.get_task(test), metric, scored[1].examples, owner)
-        add("frozen", Point(number=-1, lr=0.0), [scored[0].values], 0, text)
+        if ("frozen", "", "0") not in known:
+            add("frozen", Point(number=-1, lr=0.0), [scored[0].values], 0, text)
         weights = torch.zeros(len(groups)).index_add_(0, owner, test.weights) if owner is not None else None
-        for method, trials in _list_trials(task, shared, inputs):
-            curves, best, texts = train(trials, metric=metric, owner=owner, has_test=has_test)
+        for method, trials in _list_trials(grid, known, shared, inputs):
+            curves, best, texts = train(trials, metric=metric, owner=owner)
             for slot, point in enumerate(trials.points):
                 add(method, point, curves[slot], best[slot], texts[slot])
     return rows, {
@@ -153,39 +197,8 @@ def record(
     }
 
 
-def record_rungs(task: AnswerTask, *, seed: int, overrides: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Trains all runs of a task with one seed to their half. Returns their rows, with two values each."""
-    shared = {**task.settings, **dict.fromkeys(SEED_KEYS, seed), **overrides}
-    base = compose_run({**shared, "method": "frozen"})
-    inputs = build_inputs(base)
-    split, metric, rows = inputs.splits.validation, inputs.splits.metric, []
-    part = torch.tensor(choose_part(len(split), base.trainer.eval_fraction))
-    with deterministic_algorithms(base.trainer.deterministic):
-        for method, trials in _list_trials(task, shared, inputs):
-            config = trials.configs[0] if isinstance(trials, LoraPack) else trials.config
-            steps, task_ = config.trainer.max_steps, inputs.splits.task
-            for step in range(steps // 2):
-                trials.train_step(
-                    step, factor=schedule_factor(config.schedule, step, max_steps=steps, lr=config.optim.lr)
-                )
-            if isinstance(trials, LoraPack):
-                order = torch.tensor(
-                    EvaluationSampler(split, batch_size=config.trainer.eval_batch_size).order
-                ).argsort()
-                scored = [evaluation.examples.reorder(order) for evaluation in trials.score(split)]
-            else:
-                scored = [evaluate_model(trials.model, split, task=task_, config=config, inputs=inputs).examples]
-            for point, examples in zip(trials.points, scored, strict=True):
-                parts = {"full": examples, "part": examples.reorder(part)}
-                values = {name: f"{float(task_.compute(each)[metric]):.5g}" for name, each in parts.items()}
-                rows.append(
-                    {"method": method, "rank": point.rank or "", "lr": f"{point.lr:.5g}", "seed": seed, **values}
-                )
-    return rows
-
-
 def train(
-    trials: LoraPack | SoloTrial, *, metric: str, owner: Tensor | None, has_test: bool
+    trials: LoraPack | SoloTrial, *, metric: str, owner: Tensor | None
 ) -> tuple[list[list[dict[str, float]]], list[int], list[str]]:
     """Trains trials to their end.
 
@@ -213,8 +226,6 @@ def train(
             curve.append(values)
             if len(curve) == 1 or sign * values[metric] < sign * curve[best[slot]][metric]:
                 best[slot], weights[slot] = len(curve) - 1, [p.detach().clone() for p in parameters[slot]]
-    if not has_test:
-        return curves, best, [""] * num
     with torch.no_grad():
         for own, kept in zip(parameters, weights, strict=True):
             for parameter, value in zip(own, kept, strict=True):
@@ -229,24 +240,21 @@ def train(
 
 
 def _list_trials(
-    task: AnswerTask, shared: Mapping[str, Any], inputs: RunInputs
+    grid: Grid, known: Collection[Key], shared: Mapping[str, Any], inputs: RunInputs
 ) -> Iterator[tuple[str, LoraPack | SoloTrial]]:
-    for rank in task.ranks:
+    """Yields packs of LoRA's runs that are not known, and each such run of full fine-tuning."""
+    wanted = [(rank, lr) for rank in grid.ranks for lr in grid.rates if ("lora", str(rank), f"{lr:.5g}") not in known]
+    for first in range(0, len(wanted), NUM_SLOTS):
         points = [
-            Point(number=n, rank=rank, alpha=ALPHA, lr=lr) for n, lr in enumerate(task.list_rates(task.lora_lr_low))
+            Point(number=first + n, rank=rank, alpha=ALPHA, lr=lr)
+            for n, (rank, lr) in enumerate(wanted[first : first + NUM_SLOTS])
         ]
-        own = {"method": "lora", "method.rank": rank, "method.alpha": ALPHA}
-        yield (
-            "lora",
-            LoraPack(
-                points,
-                [compose_run({**shared, **own, "optim.lr": point.lr}) for point in points],
-                inputs=inputs,
-            ),
-        )
-    for n, lr in enumerate(task.list_rates(task.full_lr_low)):
-        config = compose_run({**shared, "method": "full", "optim.lr": lr})
-        yield "full", SoloTrial(Point(number=n, lr=lr), config, inputs=inputs)
+        own = [{"method": "lora", "method.rank": p.rank, "method.alpha": ALPHA, "optim.lr": p.lr} for p in points]
+        yield "lora", LoraPack(points, [compose_run({**shared, **each}) for each in own], inputs=inputs)
+    for n, lr in enumerate(grid.full_rates):
+        if ("full", "", f"{lr:.5g}") not in known:
+            config = compose_run({**shared, "method": "full", "optim.lr": lr})
+            yield "full", SoloTrial(Point(number=n, lr=lr), config, inputs=inputs)
 
 
 def _describe_scores(task: Task, metric: str, examples: ExampleScores, owner: Tensor | None) -> str:
@@ -267,32 +275,44 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", required=True, choices=TASKS)
     parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--quarter", action="store_true", help="runs of a quarter of the steps")
-    parser.add_argument("--rung", action="store_true", help="runs to their half, scored on two sets of examples")
+    parser.add_argument("--ranks", type=int, nargs="+", help="default: those of the task")
+    parser.add_argument("--rates", type=float, nargs="+", help="LoRA's learning rates; default: those of the task")
+    parser.add_argument("--full-rates", type=float, nargs="*", help="those of full fine-tuning")
+    parser.add_argument("--recipe", help="name of the settings that differ from the defaults, such as warmup15")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as data.train=train.tsv")
     args = parser.parse_args()
-    task, folder = TASKS[args.task], FOLDER
-    if args.quarter:
-        task, folder = take_quarter(task), FOLDER / "quarter"
-    elif args.rung:
-        folder = FOLDER / "rung"
-    path = folder / f"{args.task}_seed{args.seed}.csv"
+    task, folder, name = TASKS[args.task], FOLDER, args.task
+    if args.recipe:
+        folder, name = FOLDER / "recipes", f"{args.task}-{args.recipe}"
+    chooses_lora = args.ranks is not None or args.rates is not None
+    full_rates = [] if chooses_lora else task.list_rates(task.full_lr_low)
+    grid = Grid(
+        ranks=args.ranks or task.ranks,
+        rates=args.rates or task.list_rates(task.lora_lr_low),
+        full_rates=full_rates if args.full_rates is None else args.full_rates,
+    )
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}_seed{args.seed}.csv"
+    stored: list[dict[str, Any]] = []
     if path.exists():
-        return
+        with path.open(newline="") as file:
+            stored = list(csv.DictReader(file))
     began = time.monotonic()
     overrides = {key: yaml.safe_load(value) for key, value in (item.split("=", 1) for item in args.overrides)}
-    folder.mkdir(exist_ok=True)
-    if args.rung:
-        rows = record_rungs(task, seed=args.seed, overrides=overrides)
-    else:
-        rows, groups = record(task, seed=args.seed, overrides=overrides, has_test=not args.quarter)
-        (folder / f"{args.task}.json").write_text(json.dumps(groups, indent=1) + "\n")
+    known = {(row["method"], row["rank"], row["lr"]) for row in stored}
+    rows, about = record(task, seed=args.seed, grid=grid, known=known, overrides=overrides)
+    if not args.recipe:
+        (folder / f"{name}.json").write_text(json.dumps(about, indent=1) + "\n")
     with path.with_suffix(".part").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(sorted([*stored, *rows], key=_sort_key))
     path.with_suffix(".part").rename(path)
     print(f"{path.name}: {len(rows)} runs, {time.monotonic() - began:.0f} s", flush=True)
+
+
+def _sort_key(row: Mapping[str, Any]) -> tuple[int, int, float]:
+    return ("frozen", "lora", "full").index(row["method"]), int(row["rank"] or 0), float(row["lr"])
 
 
 if __name__ == "__main__":

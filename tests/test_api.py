@@ -14,7 +14,7 @@ from lorasweep.record import read_sweep
 
 SWEEP = {
     "name": "small",
-    "settings": SMALL_RUN | {"sampler": "random", "pruner": "none", "confirm.seeds": 1},
+    "settings": SMALL_RUN | {"sampler": "random", "confirm.seeds": 1},
     "arms": {
         "frozen": {"settings": {"method": "frozen"}},
         "lora": {"settings": {"method": "lora"}, "space": {"method.rank": [1, 2]}, "trials": 2},

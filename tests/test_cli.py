@@ -22,7 +22,7 @@ from lorasweep.training.stop_signal import StopSignal
 
 MINI = {
     "name": "mini",
-    "settings": TWO_STEPS | {"worker.pack_size": 1, "pruner": "none", "confirm.seeds": 0},
+    "settings": TWO_STEPS | {"worker.pack_size": 1, "confirm.seeds": 0},
     "arms": {
         "frozen": {"settings": {"method": "frozen"}},
         "lora": {"settings": {"method": "lora"}, "space": {"method.rank": [1, 2]}, "trials": 2},
@@ -100,7 +100,7 @@ def test_a_command_that_is_not_understood_ends_with_2_and_the_version_with_0(cap
     [
         ("lorasweep train method=intrinsic method.di", ["method.dim="]),
         ("lorasweep train --from x --mul", ["--multirun"]),
-        ("lorasweep sweep pruner=ha", ["pruner=halving"]),
+        ("lorasweep sweep sampler=qm", ["sampler=qmc"]),
     ],
 )
 def test_the_shell_completes_words(here, line, completions):

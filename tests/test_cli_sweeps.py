@@ -21,7 +21,7 @@ from lorasweep.record import read_run, read_sweep, write_record
 
 MINI = {
     "name": "mini",
-    "settings": TWO_STEPS | {"worker.pack_size": 1, "pruner": "none", "confirm.seeds": 1},
+    "settings": TWO_STEPS | {"worker.pack_size": 1, "confirm.seeds": 1},
     "arms": {
         "frozen": {"settings": {"method": "frozen"}},
         "lora": {"settings": {"method": "lora"}, "space": {"method.rank": [1, 2]}, "trials": 2},

@@ -1,30 +1,26 @@
-"""Records complete learning curves of many trials, which `bench_stopping.py` replays stopping rules on.
+"""Records complete learning curves of many LoRA trials, which `bench_proposals.py` replays searches on.
 
-    python benchmarks/curves/record.py --task stdlib_docs_lora --seed 0 --out FILE.csv [--cooldown | --grid] [key=value]
+    python benchmarks/curves/record.py --task stdlib_docs_lora --seed 0 --out FILE.csv [--grid] [key=value]
 
-Trains every trial of a task to its end without any stopping rule and writes one CSV row per trial and evaluation:
-`value` (the task's metric), `val_loss`, and as `ema_value` and `ema_loss` the same of an exponential moving average of
-the trained weights whose horizon is one twelfth of the run. With `--cooldown` the learning rate stays constant after
-its warm-up and each row is the end of a 1-sqrt cooldown (arXiv 2405.18392) over one twelfth of the run, which branches
-off from the constant rate at `step`. With `--grid` the trials are a grid of rank × α/r × learning rate. Data order,
-initial values, dropout streams, schedule and clipping are those of the product; LoRA trials share a pack, full
-fine-tuning runs one trial after another. A file that is complete is left as it is.
+Trains every trial of a task to its end and writes one CSV row per trial and evaluation: `value` (the task's metric) and
+`val_loss`. With `--grid` the trials are a grid of rank × α/r × learning rate. Data order, initial values, dropout
+streams, schedule and clipping are those of the product; trials share a pack. A file that is complete is left as it is.
+
+`record_answers.py` trains with the same classes, also full fine-tuning.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import csv
 import functools
 import itertools
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import yaml
@@ -49,15 +45,13 @@ from lorasweep.training.score import evaluate_model
 from lorasweep.training.unpadded import unpadded
 
 NUM_EVALUATIONS = 12
-BRANCH_EVALUATIONS = (2, 4, 6, 8, 11)
-"""Twelfths of a run at which a cooldown branches off; the last one ends where the run ends."""
 NUM_TRIALS = 24
 NUM_SLOTS = 8
 SPACE_SEED = 0
 """Seed of the scrambled Sobol points; the trials of a task are the same for all seeds of training."""
 COLUMNS = (
     *("task", "seed", "trial", "rank", "alpha", "lr"),
-    *("evaluation", "step", "value", "val_loss", "ema_value", "ema_loss"),
+    *("evaluation", "step", "value", "val_loss"),
 )
 GRID_RANKS = (1, 2, 4, 8, 16, 32)
 GRID_RATIOS = (0.5, 1.0, 2.0, 4.0)
@@ -93,8 +87,6 @@ class TaskSettings:
     """Lower end of two decades of learning rate."""
     evaluations: tuple[int, ...] = tuple(range(1, NUM_EVALUATIONS + 1))
     """Twelfths of the run at which trials are evaluated."""
-    mean_evaluations: tuple[int, ...] = (2, 4, 6, 8)
-    """Twelfths at which the mean of the weights is evaluated too: the rungs that are replayed."""
 
 
 TASKS = {
@@ -115,10 +107,7 @@ TASKS = {
         settings={**SENTENCES, "method": "lora"},
         lr_low=2e-4,
         evaluations=(2, 4, 6, 8, 12),
-        mean_evaluations=(2, 4, 6),
     ),
-    "stdlib_docs_full": TaskSettings(settings={**DOCUMENTS, "data": "stdlib_docs", "method": "full"}, lr_low=2e-4),
-    "stdlib_code_full": TaskSettings(settings={**DOCUMENTS, "data": "stdlib_code", "method": "full"}, lr_low=2e-4),
 }
 
 
@@ -132,14 +121,14 @@ class Point:
     alpha: float | None = None
 
 
-def draw_points(task: TaskSettings, *, is_lora: bool) -> list[Point]:
+def draw_points(task: TaskSettings) -> list[Point]:
     """Returns the trials of a task: rank 1 to 64 and α/r 1 to 4 on log scales, and two decades of learning rate."""
-    engine = torch.quasirandom.SobolEngine(3 if is_lora else 1, scramble=True, seed=SPACE_SEED)
+    engine = torch.quasirandom.SobolEngine(3, scramble=True, seed=SPACE_SEED)
     points = []
     for number, unit in enumerate(engine.draw(NUM_TRIALS, dtype=torch.float64).tolist()):
         lr = _round(task.lr_low * 100 ** unit[0])
-        rank = round(64 ** unit[1]) if is_lora else None
-        alpha = None if rank is None else _round(rank * 4 ** unit[2])
+        rank = round(64 ** unit[1])
+        alpha = _round(rank * 4 ** unit[2])
         points.append(Point(number=number, lr=lr, rank=rank, alpha=alpha))
     return points
 
@@ -151,27 +140,6 @@ def grid_points(task: TaskSettings) -> list[Point]:
     return [
         Point(number=number, rank=rank, alpha=rank * ratio, lr=lr) for number, (rank, ratio, lr) in enumerate(settings)
     ]
-
-
-class Trials(Protocol):
-    """Trials that train together: one under full fine-tuning, a pack under LoRA."""
-
-    points: Sequence[Point]
-
-    def train_step(self, step: int, *, factor: float) -> None:
-        """Makes optimizer step `step` (0 is the first) at this share of each trial's peak learning rate."""
-
-    def evaluate(self) -> list[dict[str, float]]:
-        """Returns every metric of each trial on the validation data."""
-
-    def trained(self) -> list[nn.Parameter]:
-        """Returns what trains."""
-
-    def state(self) -> Any:
-        """Returns a copy of optimizer and random streams."""
-
-    def load(self, state: Any) -> None:
-        """Takes back what `state` gave."""
 
 
 class LoraPack:
@@ -226,24 +194,6 @@ class LoraPack:
         self.model.train()
         return evaluations
 
-    def trained(self) -> list[nn.Parameter]:
-        """Returns the parameters of all slots."""
-        return [parameter for optimizer in self.optimizers for parameter in optimizer.parameters]
-
-    def state(self) -> Any:
-        """Returns a copy of each slot's optimizer and dropout stream."""
-        optimizers = copy.deepcopy([optimizer.state() for optimizer in self.optimizers])
-        return optimizers, [stream.get_state() for stream in self.streams], torch.get_rng_state()
-
-    def load(self, state: Any) -> None:
-        """Takes back what `state` gave."""
-        optimizers, streams, shared = state
-        for optimizer, saved in zip(self.optimizers, optimizers, strict=True):
-            optimizer.load_state(saved)
-        for stream, saved in zip(self.streams, streams, strict=True):
-            stream.set_state(saved)
-        torch.set_rng_state(shared)
-
 
 class SoloTrial:
     """One trial alone; does what `TrainingModule` and Lightning do in a step and an evaluation."""
@@ -286,46 +236,8 @@ class SoloTrial:
         """Returns the parameters that train."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def state(self) -> Any:
-        """Returns a copy of the moments and of torch's stream, from which dropout draws."""
-        saved = self.optimizer.state_dict()
-        moments = {key: {name: value.clone() for name, value in of.items()} for key, of in saved["state"].items()}
-        return {**saved, "state": moments}, torch.get_rng_state()
-
-    def load(self, state: Any) -> None:
-        """Takes back what `state` gave."""
-        optimizer, shared = state
-        self.optimizer.load_state_dict(optimizer)
-        torch.set_rng_state(shared)
-
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.mixed)
-
-
-@dataclass(kw_only=True)
-class MeanWeights:
-    """An exponential moving average of the trained weights."""
-
-    trials: Trials
-    decay: float
-    means: list[Tensor] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.means = [parameter.detach().clone() for parameter in self.trials.trained()]
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Moves the means after an optimizer step."""
-        torch._foreach_lerp_(self.means, [p.detach() for p in self.trials.trained()], 1 - self.decay)
-
-    @torch.no_grad()
-    def evaluate(self) -> list[dict[str, float]]:
-        """Returns the metrics with the means in place of the weights, which come back afterwards."""
-        weights = [parameter.detach().clone() for parameter in self.trials.trained()]
-        _put(self.trials.trained(), self.means)
-        values = self.trials.evaluate()
-        _put(self.trials.trained(), weights)
-        return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,47 +248,19 @@ class Row:
     evaluation: int
     step: int
     values: Mapping[str, float]
-    mean_values: Mapping[str, float] = field(default_factory=dict)
 
 
-def record_curves(
-    trials: Trials, config: RunConfig, *, evaluations: Sequence[int], mean_evaluations: Sequence[int]
-) -> Iterator[Row]:
-    """Trains under the run's own schedule and yields each trial's evaluations."""
+def record_curves(trials: LoraPack, *, evaluations: Sequence[int]) -> Iterator[Row]:
+    """Trains under the runs' own schedule and yields each trial's evaluations."""
+    config = trials.configs[0]
     steps = config.trainer.max_steps
     every = steps // NUM_EVALUATIONS
-    means = MeanWeights(trials=trials, decay=1 - 1 / every)
     for evaluation in range(1, NUM_EVALUATIONS + 1):
         for step in range((evaluation - 1) * every, evaluation * every):
             trials.train_step(step, factor=schedule_factor(config.schedule, step, max_steps=steps, lr=config.optim.lr))
-            means.update()
-        if evaluation not in evaluations:
-            continue
-        values = trials.evaluate()
-        mean_values = means.evaluate() if evaluation in mean_evaluations else [{}] * len(values)
-        for point, of, mean_of in zip(trials.points, values, mean_values, strict=True):
-            yield Row(point=point, evaluation=evaluation, step=evaluation * every, values=of, mean_values=mean_of)
-
-
-def record_cooldowns(trials: Trials, config: RunConfig) -> Iterator[Row]:
-    """Trains at a constant rate and yields what each trial scores after a cooldown that branches off at `step`."""
-    steps = config.trainer.max_steps
-    length = steps // NUM_EVALUATIONS
-    constant = replace(config.schedule, name="constant")
-    done = 0
-    for evaluation in BRANCH_EVALUATIONS:
-        while done < evaluation * length:
-            trials.train_step(done, factor=schedule_factor(constant, done, max_steps=steps, lr=config.optim.lr))
-            done += 1
-        weights = [parameter.detach().clone() for parameter in trials.trained()]
-        state = trials.state()
-        for n in range(length):
-            # Hägele et al. 2024, arXiv 2405.18392, section 4; like `schedule_factor` it would be 0 after the last step.
-            trials.train_step(done + n, factor=1 - math.sqrt((n + 1) / (length + 1)))
-        for point, values in zip(trials.points, trials.evaluate(), strict=True):
-            yield Row(point=point, evaluation=evaluation, step=done, values=values)
-        _put(trials.trained(), weights)
-        trials.load(state)
+        if evaluation in evaluations:
+            for point, values in zip(trials.points, trials.evaluate(), strict=True):
+                yield Row(point=point, evaluation=evaluation, step=evaluation * every, values=values)
 
 
 def record(args: argparse.Namespace) -> None:
@@ -387,8 +271,7 @@ def record(args: argparse.Namespace) -> None:
     task = TASKS[args.task]
     own = GRID_SETTINGS if args.grid else {}
     settings = {**task.settings, **own, "seed": args.seed, **_parse(args.overrides)}
-    is_lora = settings["method"] == "lora"
-    points = grid_points(task) if args.grid else draw_points(task, is_lora=is_lora)
+    points = grid_points(task) if args.grid else draw_points(task)
     points = [point for point in points[: args.trials] if args.ranks is None or point.rank in args.ranks]
     configs = [_config_of(settings, point) for point in points]
     inputs = build_inputs(configs[0])
@@ -405,16 +288,8 @@ def record(args: argparse.Namespace) -> None:
             inputs=inputs,
         ).values
         rows.append(_csv_row(args, metric, Row(point=Point(number=-1, lr=0.0), evaluation=0, step=0, values=values)))
-        for trials in _together(points, configs, inputs, is_lora=is_lora):
-            if args.cooldown:
-                found = record_cooldowns(trials, configs[0])
-            else:
-                found = record_curves(
-                    trials,
-                    configs[0],
-                    evaluations=GRID_EVALUATIONS if args.grid else task.evaluations,
-                    mean_evaluations=() if args.grid else task.mean_evaluations,
-                )
+        for trials in _build_packs(points, configs, inputs):
+            found = record_curves(trials, evaluations=GRID_EVALUATIONS if args.grid else task.evaluations)
             rows += [_csv_row(args, metric, row) for row in found]
             print(f"{args.out.name}: {len(rows)} rows, {time.monotonic() - started:.0f} s", flush=True)
     rows.sort(key=lambda row: (row["trial"], row["evaluation"]))
@@ -427,14 +302,8 @@ def record(args: argparse.Namespace) -> None:
     whole.rename(args.out)
 
 
-def _together(
-    points: Sequence[Point], configs: Sequence[RunConfig], inputs: RunInputs, *, is_lora: bool
-) -> Iterator[Trials]:
-    """Yields trials that train together. Packs are of neighbours in rank, since each pays for its greatest rank."""
-    if not is_lora:
-        for point, config in zip(points, configs, strict=True):
-            yield SoloTrial(point, config, inputs=inputs)
-        return
+def _build_packs(points: Sequence[Point], configs: Sequence[RunConfig], inputs: RunInputs) -> Iterator[LoraPack]:
+    """Yields packs of neighbours in rank, since each pays for its greatest rank."""
     order = sorted(range(len(points)), key=lambda n: points[n].rank or 0)
     for first in range(0, len(order), NUM_SLOTS):
         chosen = order[first : first + NUM_SLOTS]
@@ -446,9 +315,7 @@ def _parse(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _config_of(settings: Mapping[str, Any], point: Point) -> RunConfig:
-    own: dict[str, Any] = {"optim.lr": point.lr}
-    if point.rank is not None:
-        own |= {"method.rank": point.rank, "method.alpha": point.alpha}
+    own = {"method.rank": point.rank, "method.alpha": point.alpha, "optim.lr": point.lr}
     return compose_run({**settings, **own})
 
 
@@ -466,12 +333,6 @@ def _order(config: RunConfig, inputs: RunInputs) -> StepBatchSampler:
     )
 
 
-@torch.no_grad()
-def _put(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.copy_(value)
-
-
 def _csv_row(args: argparse.Namespace, metric: str, row: Row) -> dict[str, Any]:
     point = row.point
     return {
@@ -485,8 +346,6 @@ def _csv_row(args: argparse.Namespace, metric: str, row: Row) -> dict[str, Any]:
         "step": row.step,
         "value": f"{row.values[metric]:.5g}",
         "val_loss": f"{row.values['loss']:.5g}",
-        "ema_value": f"{row.mean_values[metric]:.5g}" if row.mean_values else "",
-        "ema_loss": f"{row.mean_values['loss']:.5g}" if row.mean_values else "",
     }
 
 
@@ -506,9 +365,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--trials", type=int, help="only so many of the trials, to try it out")
     parser.add_argument("--ranks", type=int, nargs="+", help="only the trials of these ranks")
-    kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--cooldown", action="store_true", help="constant rate with cooldown branches")
-    kind.add_argument("--grid", action="store_true", help="a grid of rank, α/r and learning rate")
+    parser.add_argument("--grid", action="store_true", help="a grid of rank, α/r and learning rate")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as data.train=train.jsonl")
     record(parser.parse_args())
 

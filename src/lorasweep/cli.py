@@ -110,9 +110,6 @@ def build_parser() -> argparse.ArgumentParser:
     add_overrides(plan_parser, "NAME|FILE key=value", "as in sweep")
     compare_parser = add(compare, "write and show the report of a sweep again, or the spread of several sweeps")
     compare_parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders of sweeps")
-    transfer_parser = add(transfer, "predict the learning rate of longer runs from a sweep, and test it")
-    transfer_parser.add_argument("source", type=Path, metavar="SWEEP[/ARM]", help="folder of a complete sweep")
-    add_overrides(transfer_parser, "key=value", "what changes, such as trainer.max_steps=800")
     judge_parser = add(judge, "give verdicts on scores of runs that were trained elsewhere")
     judge_parser.add_argument("scores", type=Path, metavar="FILE.csv|DIR", help="scores with arm, seed and score")
     judge_parser.add_argument("--metric", required=True, help="name of the score, such as accuracy or TASK/acc")
@@ -315,25 +312,6 @@ def compare(arguments: argparse.Namespace) -> int:
     return DONE
 
 
-def transfer(arguments: argparse.Namespace) -> int:
-    """Predicts the learning rate for changed settings of a sweep, and trains it beside half and twice of it."""
-    with quick_imports():
-        from lorasweep import api
-        from lorasweep.config.command_line import parse_overrides
-        from lorasweep.sweep.transfer import judge_transfer, plan_transfer
-
-    planned = plan_transfer(arguments.source, parse_overrides(arguments.overrides))
-    say(planned.describe())
-    result = api.run_sweep(planned.content)
-    if result.status != "complete":
-        return _say_how_to_resume(result)
-    verdict, arm = judge_transfer(result.folder)
-    say(verdict)
-    say(f"report: {result.report}")
-    say(f"To train {arm} on all data: lorasweep train --from {result.folder}/{arm}")
-    return FAILED if result.unconfirmed else DONE
-
-
 def judge(arguments: argparse.Namespace) -> int:
     from lorasweep.report.judge import judge, read_scores
 
@@ -424,7 +402,7 @@ def _show_sweep(result: SweepResult, *, verbose: bool) -> int:
     for arm, reason in result.unconfirmed.items():
         say_error(
             f"the confirm stage must score every arm on test data, but has no score of arm `{arm}`: "
-            f"{reason.rstrip('.')}. The records in {str(result.folder / 'runs')!r} have the errors."
+            f"{reason.rstrip('.')}. The records in {str(result.folder / 'runs')!r} have the reasons."
         )
     return FAILED if result.unconfirmed else DONE
 
@@ -447,7 +425,7 @@ def _show_report(result: SweepResult, *, verbose: bool) -> int:
 
 def _say_how_to_resume(result: SweepResult) -> int:
     record = result.record
-    done = sum(row.state not in ("running", "paused") for row in record.trials)
+    done = sum(row.state != "running" for row in record.trials)
     asked = sum(arm.trials for arm in record.arms)
     remedy = f"lorasweep sweep --resume {result.folder}"
     try:

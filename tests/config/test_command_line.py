@@ -73,7 +73,7 @@ def test_hydras_own_settings_are_kept_from_the_run():
         ("~optim.eps", [], ["~optim.eps"]),
         ("+", [], ["+experiment="]),
         ("+experiment=q", [], ["+experiment=quick_check"]),
-        ("pruner", [], []),
+        ("sampler", [], []),
     ],
 )
 def test_a_word_is_completed_with_what_train_takes(prefix, typed, completions):

@@ -82,17 +82,17 @@ def test_a_key_or_value_that_is_wrong_is_refused(settings, message):
         compose_run(settings)
 
 
-FACTOR = "pruner.reduction_factor"
+STARTUP = "sampler.startup_trials"
 
 
 @pytest.mark.parametrize(
     ("layers", "layered"),
     [
-        ([{FACTOR: 4}, {"pruner": "none"}], {"pruner": "none"}),
-        ([{FACTOR: 4}, {"pruner": "halving"}], {FACTOR: 4, "pruner": "halving"}),
-        ([{"pruner": "none"}, {"pruner": "halving", FACTOR: 3}], {"pruner": "halving", FACTOR: 3}),
-        ([{FACTOR: 4}, {}, {FACTOR: 2}], {FACTOR: 2}),
-        ([{"sampler.startup_trials": 3}, {"pruner": "none"}], {"sampler.startup_trials": 3, "pruner": "none"}),
+        ([{STARTUP: 4}, {"sampler": "qmc"}], {"sampler": "qmc"}),
+        ([{STARTUP: 4}, {"sampler": "gp"}], {STARTUP: 4, "sampler": "gp"}),
+        ([{"sampler": "qmc"}, {"sampler": "gp", STARTUP: 3}], {"sampler": "gp", STARTUP: 3}),
+        ([{STARTUP: 4}, {}, {STARTUP: 2}], {STARTUP: 2}),
+        ([{STARTUP: 3}, {"worker": "ray"}], {STARTUP: 3, "worker": "ray"}),
     ],
 )
 def test_a_layer_that_chooses_another_option_drops_what_was_set_inside_its_group(layers, layered):

@@ -11,9 +11,6 @@ from lorasweep.errors import ConfigError
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"pruner.reduction_factor": 1}, "`pruner.reduction_factor >= 2` must hold, but got 1."),
-        ({"pruner.rungs": [0.5, 0.2]}, r"`pruner.rungs` must be ascending fractions .* but got \[0.5, 0.2\]."),
-        ({"pruner.rungs": [0.0, 0.2]}, "`pruner.rungs` must be ascending fractions .* more than 0 and less than 1"),
         ({"sampler": "cmaes"}, "`sampler` must be one of gp, grid, qmc, random, tpe, but got 'cmaes'."),
         ({"worker.num": 2}, "`worker.num` must be 1 .*, but got 2. .* `worker=ray worker.num=2`"),
         ({"confirm": "no"}, "`confirm` must be a group of settings, but got 'no'."),

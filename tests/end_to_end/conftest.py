@@ -95,17 +95,17 @@ def _ask(server, question):
 
 
 @pytest.fixture(scope="session")
-def halved_sweep():
-    """A sweep in which trials are paused and promoted, with a confirm stage."""
+def stopping_sweep():
+    """A sweep in which trials are stopped, because their learning rate is too high, with a confirm stage."""
     return {
-        "name": "halved",
-        "settings": SETTINGS | {"confirm.seeds": 2, "sampler": "tpe", "pruner": "halving"},
+        "name": "stopping",
+        "settings": SETTINGS | {"confirm.seeds": 2, "sampler": "tpe"},
         "arms": {
             "frozen": {"settings": {"method": "frozen"}},
             "full": {"settings": {"method": "full"}, "space": {"optim.lr": rates(1e-4, 1e-3)}, "trials": 2},
             "lora": {
                 "settings": {"method": "lora", "method.dropout": 0.1},
-                "space": {"method.rank": [1, 2, 4], "optim.lr": rates(1e-3, 1e-2)},
+                "space": {"method.rank": [1, 2, 4], "optim.lr": rates(1e-3, 10)},
                 "trials": 6,
             },
         },

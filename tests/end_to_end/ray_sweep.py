@@ -26,7 +26,7 @@ SPACE = {"optim.lr": rates(1e-4, 1e-2)}
 STEPS = {"trainer.max_steps": 24, "trainer.eval_every_steps": 4}
 SWEEP = {
     "name": "on_ray",
-    "settings": SETTINGS | STEPS | {"sampler": "qmc", "pruner": "none", "confirm.seeds": 1},
+    "settings": SETTINGS | STEPS | {"sampler": "qmc", "confirm.seeds": 1},
     "arms": {
         "full": {"settings": {"method": "full"}, "space": SPACE, "trials": 2},
         "lora": {

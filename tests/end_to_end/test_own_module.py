@@ -26,7 +26,7 @@ def test_a_sweep_of_a_users_module_ends_with_verdicts(tmp_path, settings, swept)
     sweep = {"name": "own", "settings": settings | SHORT, "arms": arms}
     result = lorasweep.run_sweep(sweep, output=tmp_path / "sweep", progress=None)
     trials = result.trials_dataframe()
-    assert set(trials["state"]) <= {"complete", "pruned"}
+    assert set(trials["state"]) <= {"complete", "stopped"}
     assert result.best("full").params[swept] in (0.1, 0.5)
     assert trials[result.metric].notna().all()
     assert len(result.confirm_dataframe()) == 3 * 4

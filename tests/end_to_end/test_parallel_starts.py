@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slow
 WORDS = [f"{key}={value}" for key, value in TWO_STEPS.items()]
 SWEEP = {
     "name": "mini",
-    "settings": TWO_STEPS | {"worker.pack_size": 1, "pruner": "none", "confirm.seeds": 0},
+    "settings": TWO_STEPS | {"worker.pack_size": 1, "confirm.seeds": 0},
     "arms": {"frozen": {"settings": {"method": "frozen"}}},
 }
 

@@ -10,12 +10,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.training.runs import logged_rows
 
 import lorasweep
 from lorasweep.record import read_run, read_steps, read_sweep
 from lorasweep.runs.reproduce import compare_sweeps
-from lorasweep.sweep.controller.arm_trials import TRIAL_ATTRIBUTE
 
 from .conftest import TIMEOUT_S, read_trials, state_of
 
@@ -38,9 +36,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def file(tmp_path_factory, halved_sweep):
+def file(tmp_path_factory, stopping_sweep):
     path = tmp_path_factory.mktemp("repeat") / "repeated.yaml"
-    path.write_text(yaml.safe_dump(halved_sweep, sort_keys=False))
+    path.write_text(yaml.safe_dump(stopping_sweep, sort_keys=False))
     return path
 
 
@@ -60,17 +58,11 @@ def once(file):
             timeout=TIMEOUT_S,
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        assert {row.state for row in read_sweep(folder).trials} == {"complete", "pruned"}
-        assert count_promoted(folder) > 0
+        assert {row.state for row in read_sweep(folder).trials} == {"complete", "stopped"}
         check_whole(folder)
         return folder
 
     return run
-
-
-def count_promoted(folder):
-    """Returns how many trials were paused and resumed later."""
-    return sum(bool(trial.user_attrs[TRIAL_ATTRIBUTE]["promoted"]) for trial in read_trials(folder))
 
 
 def check_whole(folder):
@@ -108,7 +100,7 @@ def test_two_sweeps_of_one_file_and_seed_are_identical(tmp_path, file, once, fin
 def read_ended(folder):
     """Returns the files of each run whose end the study has been told."""
     record = read_sweep(folder)
-    ended = [row.run for row in (*record.trials, *record.confirm) if row.state not in ("running", "paused")]
+    ended = [row.run for row in (*record.trials, *record.confirm) if row.state != "running"]
     files = [folder / run / name for run in ended for name in ("run.json", "steps.jsonl")]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files if path.exists()}
 
@@ -133,18 +125,3 @@ def test_a_killed_sweep_is_resumed_to_the_last_bit(tmp_path, file, once, begin, 
     assert {name: now[name] for name in ended} == ended
     check_whole(folder)
     check_same(expected, folder)
-
-
-def test_a_trial_that_was_paused_and_resumed_ends_as_one_that_was_never_paused(tmp_path, file, finish):
-    words = ["worker.pack_size=1", "sampler=qmc", "confirm.seeds=0", "arms.full.trials=1"]  # it proposes the same
-    finish("sweep", str(file), *words, "pruner.rungs=[0.25,0.5]", "sweep.output=halved")
-    finish("sweep", str(file), *words, "sweep.output=all", "pruner=none")
-    halved, whole = tmp_path / "halved", tmp_path / "all"
-    assert count_promoted(halved) > 0
-    kept, expected = state_of(halved), state_of(whole)
-    for row in read_sweep(halved).trials:
-        if row.state == "complete":
-            assert kept[row.run] == expected[row.run]
-        else:
-            steps = logged_rows(halved / row.run)
-            assert steps == logged_rows(whole / row.run)[: len(steps)]

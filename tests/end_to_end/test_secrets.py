@@ -15,7 +15,7 @@ BARE = [*SECRETS.values(), "open-sesame"]
 MINI = {
     "name": "mini",
     "description": "Stored at postgresql://me:open-sesame-2@host/db",
-    "settings": TWO_STEPS | {"confirm.seeds": 0, "worker.pack_size": 1, "pruner": "none"},
+    "settings": TWO_STEPS | {"confirm.seeds": 0, "worker.pack_size": 1},
     "arms": {"lora": {"settings": {"method": "lora"}, "space": {"method.rank": [1, 2]}, "trials": 2}},
 }
 SET_SECRETS = f"os.environ.update({SECRETS!r})"

@@ -38,10 +38,8 @@ def test_a_sweep_that_is_looked_at_all_the_time_is_seen_to_go_on_and_ends_well(t
     assert [arm.search.done for arm in arms] == sorted(arm.search.done for arm in arms)
     assert [arm.confirm.done for arm in arms] == sorted(arm.confirm.done for arm in arms)
     assert max(arm.count("running") for arm in arms) == 1
-    assert max(arm.count("paused") for arm in arms) >= 1
     assert all(len(arm.search.runs) <= arm.search.asked == 6 for arm in arms)
     assert (arms[-1].search.done, arms[-1].count("failed"), arms[-1].confirm.done) == (6, 0, 2)
-    assert arms[-1].count("pruned") >= 1
 
     assert run(["status", str(folder)]) == 0
     shown = capsys.readouterr().out

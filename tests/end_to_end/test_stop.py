@@ -14,8 +14,7 @@ from .conftest import SETTINGS
 
 SWEEP = {
     "name": "stopped",
-    "settings": SETTINGS
-    | {"trainer.max_steps": 24, "trainer.eval_every_steps": 4, "confirm.seeds": 0, "pruner": "none"},
+    "settings": SETTINGS | {"trainer.max_steps": 24, "trainer.eval_every_steps": 4, "confirm.seeds": 0},
     "arms": {
         "lora": {
             "settings": {"method": "lora"},

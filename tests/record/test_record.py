@@ -159,7 +159,7 @@ def test_damaged_steps_are_read_as_far_as_they_are_whole(tmp_path, data):
 @pytest.mark.parametrize(("direction", "best"), [("minimize", 1), ("maximize", 3)])
 def test_the_best_complete_trial_wins(direction, best):
     ended = [("complete", v) for v in (2.0, 1.0, 1.0, 3.0, 3.0, math.inf, -math.inf, None)]
-    ended += [("pruned", 0.0), ("pruned", 9.0), ("failed", None)]
+    ended += [("stopped", 0.0), ("stopped", 9.0), ("failed", None)]
     trials = [
         Trial(arm="lora", number=n, state=state, params={}, value=value, run="r")
         for n, (state, value) in enumerate(ended)

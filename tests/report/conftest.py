@@ -1,4 +1,4 @@
-"""A realistic sweep's folder for the report's tests: arms frozen, lora (complete, pruned, failed) and full."""
+"""A realistic sweep's folder for the report's tests: arms frozen, lora (complete, stopped, failed) and full."""
 
 import math
 import random
@@ -88,7 +88,7 @@ def write_run(folder, trial, *, method, rank=0, **values):
 
 
 def lora_trials(count, rng):
-    """Returns lora trials: every third pruned, the fifth failed, the others complete."""
+    """Returns lora trials: every third stopped, the fifth failed, the others complete."""
     made = []
     for number in range(count):
         rank, alpha = rng.choice(LORA_SPACE["method.rank"]), rng.choice(LORA_SPACE["method.alpha"])
@@ -97,9 +97,9 @@ def lora_trials(count, rng):
         # as of a tiny model: falls with rank, best where lr · √(α/16) is about 0.012
         score = 1.68 + 0.11 * rank**-0.6 + 0.09 * math.log10(lr * (alpha / 16) ** 0.5 / 0.012) ** 2
         score += rng.gauss(0, 0.004)
-        state = "failed" if number == 4 else "pruned" if number % 3 == 2 else "complete"
-        curve = {"failed": [], "pruned": curve_to(score)[:3], "complete": curve_to(score)}[state]
-        reasons = {"failed": "The loss became NaN at step 12.", "pruned": "Worse than half of the trials at step 50."}
+        state = "failed" if number == 4 else "stopped" if number % 3 == 2 else "complete"
+        curve = {"failed": [], "stopped": curve_to(score)[:3], "complete": curve_to(score)}[state]
+        reasons = {"failed": "The loss became NaN at step 12.", "stopped": "has learned nothing at step 50"}
         made.append(make_trial("lora", number, params, curve, state=state, reason=reasons.get(state)))
     return made
 

@@ -43,7 +43,7 @@ def test_trials_that_score_like_the_majority_class_are_the_headline_everywhere(s
     summary = write_report(classify(sweep, lambda trial: MAJORITY))
     headline = summary.learning.headline
     assert headline
-    assert headline.startswith("Nothing learned: all 17 complete trials score like the majority class (")
+    assert headline.startswith("Nothing learned: all 23 trials score like the majority class (")
     assert "0.690" in headline
     assert json.loads((sweep / "report/summary.json").read_text())["headline"] == headline
     page = (sweep / "report/index.html").read_text()
@@ -59,7 +59,7 @@ def test_an_arm_that_learned_nothing_beside_one_that_did_is_a_warning(sweep):
     summary = write_report(sweep)
     assert (summary.learning.state, summary.learning.headline) == ("learned", None)
     warning, *_ = summary.warnings
-    assert warning.startswith("`full` learned nothing: all 6 complete trials score like the majority class (")
+    assert warning.startswith("`full` learned nothing: all 6 trials score like the majority class (")
     assert warning in summary.as_json()["warnings"]
     page = (sweep / "report/index.html").read_text()
     assert '<li class="problem"><code>full</code> learned nothing' in page

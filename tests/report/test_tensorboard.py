@@ -49,7 +49,7 @@ def test_row_has_numbers_as_numbers_and_the_rest_as_text(sweep):
 def test_each_trial_has_a_row_and_the_best_curves_of_all_arms_are_one_chart(board):
     rows = [row_of(folder) for folder in (board / "trials").iterdir()]
     assert len(rows) == 25
-    assert {settings["status"] for _, settings, _ in rows} == {"complete", "pruned", "failed"}
+    assert {settings["status"] for _, settings, _ in rows} == {"complete", "stopped", "failed"}
     assert "lora-0000 of quickstart" in {name for name, _, _ in rows}
     assert sorted(str(row[1]["arm"]) for row in rows if "test/bits_per_byte" in row[2]) == ["frozen", "full", "lora"]
     tag = f"{ARM_TAG}/bits_per_byte"

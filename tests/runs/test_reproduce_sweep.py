@@ -29,7 +29,7 @@ def one(tmp_path):
     common = {"arm": "lora", "params": params}
     trials = [
         Trial(number=n, state=state, value=value, run=f"runs/lora-000{n}", **common)
-        for n, (state, value) in enumerate([("complete", 1.5), ("pruned", 1.75)])
+        for n, (state, value) in enumerate([("complete", 1.5), ("stopped", 1.75)])
     ]
     common |= {"stage": "confirm", "setting_number": 0, "state": "complete", "value": 2.0}
     confirm = [Trial(number=n, seed=seed, run=f"runs/lora-confirm-000{n}", **common) for n, seed in enumerate((7, 9))]
@@ -109,7 +109,7 @@ def set_value(record, key, value):
     ("change", "said"),
     [
         (lambda r: r.trials[1].params.update({"optim.lr": 0.02}), "trial lora-1: `optim.lr` was 0.01 and is 0.02"),
-        (lambda r: set_value(r, "state", "complete"), "trial lora-1: `state` was 'pruned' and is 'complete'"),
+        (lambda r: set_value(r, "state", "complete"), "trial lora-1: `state` was 'stopped' and is 'complete'"),
         (lambda r: r.settings[0].params.update({"method.rank": 2}), "lora: `method.rank` was 4 and is 2"),
         (lambda r: r.trials.pop(), "sweep: `number of trials` was 2 and is 1"),
         (lambda r: setattr(r.confirm[0], "value", 2.1), "confirm run lora seed 7: `value` was 2.0 and is 2.1"),

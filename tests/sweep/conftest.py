@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import yaml
@@ -33,7 +33,6 @@ CONTENT = {
         "trainer.max_steps": 8,
         "trainer.eval_every_steps": 2,
         "worker.pack_size": 1,
-        "pruner": "none",
         "confirm.seeds": 0,
     },
     "arms": {
@@ -46,8 +45,8 @@ CONTENT = {
         },
     },
 }
-
-HALVING = {"pruner": "halving", "pruner.rungs": [0.25], "pruner.reduction_factor": 2, "pruner.min_survivors": 1}
+UNTRAINED = {"bits_per_byte": 0.21}
+"""A score without training, to which a made-up run comes by half only if its learning rate is near 0.01."""
 
 
 @pytest.fixture
@@ -103,11 +102,14 @@ def kill_at(monkeypatch, storage, count, *, after):
 class MadeUpRuns:
     """Replaces `train_run` and `score_run`.
 
-    A run is evaluated every `trainer.eval_every_steps` steps, and is resumed from the step at which it was stopped.
+    A run is evaluated every `trainer.eval_every_steps` steps, the frozen base at step 0. A run is resumed from the step
+    at which it was interrupted.
     """
 
     score: Callable[[RunConfig, int], float] = lambda config, step: abs(config.optim.lr - 0.01) + 1 / (1 + step)
     """Returns the score of a run at a step; may raise an error of training."""
+    loss: Callable[[float, int], float] = lambda value, step: value
+    """Returns the validation loss of a run with a score at a step."""
     score_on_test: Callable[[RunRecord], float] = lambda record: record.best["bits_per_byte"] + 1
     """Returns the score of a run on test data; may raise."""
     begun: list[tuple[str, int | None]] = field(default_factory=list)
@@ -140,13 +142,13 @@ class MadeUpRuns:
         assert resume
         assert run_folder.arm is not None
         self.begun.append((run_folder.arm, run_folder.trial))
-        every, last = config.trainer.eval_every_steps, config.trainer.max_steps
-        for step in range(self.steps_done.get(run_folder.path, 0) + every, last + 1, every):
+        every, last = config.trainer.eval_every_steps, config.num_steps
+        for step in range(self.steps_done.get(run_folder.path, 0) + every, last + 1, every) if last else [0]:
             value = self.evaluate(config, run_folder.path, step)
-            goes_on = on_evaluation(step, {"loss": value, config.data.metric: value})
+            reason = on_evaluation(step, {"loss": self.loss(value, step), config.data.metric: value})
+            if step < last and reason is not None:
+                return self.close(config, run_folder.path, step, "stopped", reason=reason)
             self.steps_done[run_folder.path] = step
-            if step < last and not goes_on:
-                return self.close(config, run_folder.path, step, "paused")
             if step < last and stop_requested():
                 return self.close(config, run_folder.path, step, "interrupted")
         return self.close(config, run_folder.path, last, "complete")
@@ -163,16 +165,22 @@ class MadeUpRuns:
         self.values.setdefault(folder, {})[step] = value
         return value
 
-    def close(self, config, folder, step, status):
+    def close(self, config, folder, step, status, *, reason=None):
         """Writes a run's record and returns it."""
         value, best = min((value, at) for at, value in self.values[folder].items() if at <= step)
         record = RunRecord(
             status=status,
+            reason=reason,
             config=asdict(config),
             metric=config.data.metric,
             direction="minimize",
             best={config.data.metric: value, "step": best},
-            steps_planned=config.trainer.max_steps,
+            last={
+                config.data.metric: self.values[folder][step],
+                "loss": self.loss(self.values[folder][step], step),
+                "step": step,
+            },
+            steps_planned=config.num_steps,
             steps_done=step,
             trainable_params=1000 * getattr(config.method, "rank", 0),
         )
@@ -227,11 +235,8 @@ class MadeUpPacks:
                 SlotEvaluation(request=job, step=steps[job], metrics={"loss": value, job.config.data.metric: value})
                 for job, value in zip(living, values, strict=True)
             ]
-            goes_on = dict(zip(living, on_evaluation(evaluated) if living else [], strict=True))
-            slots = [
-                job if job in goes_on and not self._ends(job, steps[job], goes_on=goes_on[job]) else None
-                for job in jobs
-            ]
+            reasons = dict(zip(living, on_evaluation(evaluated) if living else [], strict=True))
+            slots = [job if job in reasons and not self._ends(job, steps[job], reasons[job]) else None for job in jobs]
             for slot, job in enumerate(slots):
                 if job is None and (refill := supply()) is not None:
                     slots[slot] = refill
@@ -254,13 +259,13 @@ class MadeUpPacks:
             return False
         return True
 
-    def _ends(self, job, step, *, goes_on):
-        done = step == job.config.trainer.max_steps
-        if not done and goes_on:
+    def _ends(self, job, step, reason):
+        if step == job.config.trainer.max_steps:
+            job.on_end(self.runs.close(job.config, job.run_folder.path, step, "complete"))
+        elif reason is not None:
+            job.on_end(self.runs.close(job.config, job.run_folder.path, step, "stopped", reason=reason))
+        else:
             return False
-        if not done:
-            self.checkpoints.setdefault(job.run_folder.path, set()).add(step)
-        job.on_end(self.runs.close(job.config, job.run_folder.path, step, "complete" if done else "paused"))
         return True
 
     def _first_step(self, job):
@@ -320,7 +325,7 @@ class NoInputs:
 def begin(write_file, tmp_path):
     """Makes a sweep's folder from a file's content and overrides."""
 
-    def make(content, *overrides, folder="sweep", constant_answer=None):
+    def make(content, *overrides, folder="sweep", constant_answer=MappingProxyType({})):
         definition, metric = read_definition(write_file(content), overrides), get_built_in_metric("bits_per_byte")
         return create_sweep(definition, tmp_path / folder, metric=metric, constant_answer=constant_answer)
 

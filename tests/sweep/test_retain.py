@@ -21,7 +21,7 @@ from .conftest import Killed
 CODE = {"data": "stdlib_code", "data.block_length": 32, "data.max_test_blocks": 24}
 CONTENT = {
     "name": "retained",
-    "settings": SMALL_RUN | {"pruner": "none", "confirm.seeds": 2, "retain.data": {"code": CODE}},
+    "settings": SMALL_RUN | {"confirm.seeds": 2, "retain.data": {"code": CODE}},
     "arms": {
         "frozen": {"settings": {"method": "frozen"}},
         "lora": {"settings": {"method": "lora", "method.rank": 2, "optim.lr": 1e-3}},

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
+from tests.sweep.conftest import UNTRAINED
 
 import lorasweep.sweep.controller.folder as folder_file
 import lorasweep.sweep.status as status_file
@@ -19,8 +20,7 @@ from lorasweep.sweep.status import read_status, render_status, report_status, sh
 
 def arm(name, *, method="lora", trials=4):
     steps = 0 if method == "frozen" else 8
-    given = {"steps": steps, "search_steps": steps, "settings": {}, "space": {}}
-    return ArmRow(name=name, method=method, trials=trials, **given)
+    return ArmRow(name=name, method=method, trials=trials, steps=steps, settings={}, space={})
 
 
 def trial(number, state, value=None, *, arm="lora"):
@@ -50,7 +50,7 @@ def sweep_record(**values):
         "arms": [arm("frozen", method="frozen", trials=1), arm("lora", trials=6)],
         "trials": [
             trial(0, "complete", 2.0, arm="frozen"),
-            *(trial(0, "complete", 1.5), trial(1, "pruned", 1.8), trial(2, "running"), trial(3, "paused", 1.7)),
+            *(trial(0, "complete", 1.5), trial(1, "stopped", 1.8), trial(2, "running"), trial(3, "running")),
             trial(4, "infeasible"),
         ],
         "makespan_s": 65.0,
@@ -91,7 +91,7 @@ def test_trials_are_counted_by_state(running):
     shown = show(status)
     assert "made_up: bits_per_byte (minimize), running" in shown
     (line,) = [line for line in shown.splitlines() if line.strip().startswith("lora")]
-    assert line.split() == ["lora", "3/6", "1", "1", "1", "1", "1.5000", "rank", "1"]
+    assert line.split() == ["lora", "3/6", "1", "1", "2", "1.5000", "rank", "1"]
     assert "resume" not in shown
 
 
@@ -113,8 +113,7 @@ def test_the_time_left_is_about_what_the_sweep_then_takes(begin, work, runs, pac
     """A step of a slot of LoRA takes 1 s, one of full fine-tuning 5 s, and the clock stands still otherwise."""
     clock, seen = SimpleNamespace(now=0.0), []
     monkeypatch.setattr(folder_file, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    content["settings"] |= {"pruner": "halving", "pruner.rungs": [0.5], "worker.pack_size": 3}
-    content["settings"] |= {"confirm.seeds": "auto", "confirm.looks": [3, 6]}
+    content["settings"] |= {"worker.pack_size": 3, "confirm.seeds": "auto", "confirm.looks": [3, 6]}
     content["arms"]["lora"] |= {"trials": 12, "confirm_each": "method.rank"}
     step_s = {"frozen": 0.0, "full": 5.0, "lora": 1.0}
 
@@ -129,7 +128,7 @@ def test_the_time_left_is_about_what_the_sweep_then_takes(begin, work, runs, pac
         write_record(record, path)
         return record
 
-    folder, true_close, runs.score = begin(content), runs.close, train
+    folder, true_close, runs.score = begin(content, constant_answer=UNTRAINED), runs.close, train
     folder.opened_s = 0.0
     monkeypatch.setattr(runs, "close", close)
     assert work(folder)  # ends after the first look, because no question can be settled
@@ -186,7 +185,7 @@ def test_the_confirm_stage_counts_a_seed_once_for_the_frozen_base(running):
     assert [(a.confirm.done, a.confirm.asked) for a in status.arms] == [(0, 1), (3, 4)]
     shown = show(status)
     (line,) = [line for line in shown.splitlines() if line.strip().startswith("lora")]
-    assert sorted(line.split()) == sorted(["lora", "3/6", *"11121", "3/4", "1.5000", "1.7000", "rank", "1"])
+    assert sorted(line.split()) == sorted(["lora", "3/6", *"1131", "3/4", "1.5000", "1.7000", "rank", "1"])
     assert "4 fresh seeds" in shown
     assert "now: lora confirm  step 4/8  1.5500  rank 1, seed 10" in shown
 
@@ -287,8 +286,8 @@ def test_a_terminal_shows_a_table_also_where_the_folder_is_away_for_a_while(runn
 
 
 def test_a_sweep_in_this_process_is_shown_with_a_line_per_run(begin, work, runs, content):
-    content["settings"] |= {"pruner": "halving", "pruner.rungs": [0.25], "pruner.min_survivors": 1, "confirm.seeds": 2}
-    folder = begin(content)
+    content["settings"]["confirm.seeds"] = 2
+    folder = begin(content, constant_answer=UNTRAINED)
     output = io.StringIO()
     with show_progress(folder.path, Console(file=output, width=200)):
         assert work(folder)
@@ -296,5 +295,5 @@ def test_a_sweep_in_this_process_is_shown_with_a_line_per_run(begin, work, runs,
     lines = [line for line in output.getvalue().splitlines() if not line.startswith(("sweep ", "warning: "))]
     assert len(lines) == len(rows) + 1 == 10 + 5 + 1
     assert sum(line.startswith("confirm: ") for line in lines) == 1
-    assert sum(line.split()[2] == "pruned" for line in lines) == sum(row.state == "pruned" for row in rows) > 0
+    assert sum(line.split()[2] == "stopped" for line in lines) == sum(row.state == "stopped" for row in rows) > 0
     assert {line.split()[1] for line in lines[-5:]} == {"1/1", "1/2", "2/2"}

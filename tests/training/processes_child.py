@@ -106,8 +106,8 @@ class Child:
         self.outcomes["base"] = fingerprint_weights(base.model) == base.fingerprint
 
     def end(self):
-        """Runs that are paused, stopped and resumed, and that diverge on one process."""
-        self.attempt("paused", {"on_evaluation": lambda step, value: step != 2})
+        """Runs that a hook stops, that are interrupted and resumed, and that diverge on one process."""
+        self.attempt("ended", {"on_evaluation": lambda step, values: "poor" if step == 2 else None})
         for strategy in ("ddp", "fsdp"):
             settings = {"method": "full", "trainer__strategy": strategy, "trainer__max_steps": 6}
             self.attempt(f"whole-{strategy}", **settings)

@@ -33,7 +33,7 @@ def train_together(configs, *, inputs, state_file):
         inputs=inputs,
         slots=len(requests),
         next_run=lambda: None,
-        on_evaluation=lambda evaluated: [True] * len(evaluated),
+        on_evaluation=lambda evaluated: [None] * len(evaluated),
         state_file=state_file,
     )
 

@@ -7,7 +7,7 @@ import pytest
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tests.training.runs import logged_rows, train, train_together
+from tests.training.runs import logged_rows, stop_after, train, train_together
 
 from lorasweep.errors import ConfigError
 from lorasweep.record import read_run, read_steps
@@ -54,10 +54,9 @@ def test_a_schedule_that_waits_for_the_loss_moves_at_evaluations(tmp_path, make_
     config = make_config({**PLATEAU, "optim.lr": 1e-3, "trainer.max_steps": 8, "trainer.eval_every_steps": 2})
     train(tmp_path / "whole", config, inputs=inputs)
     assert rates(tmp_path / "whole") == [1e-3] * 4 + [5e-4] * 2 + [2.5e-4] * 2
-    paused = train(tmp_path / "paused", config, inputs=inputs, on_evaluation=lambda step, values: step != 4)
-    assert paused.status == "paused"
-    train(tmp_path / "paused", config, inputs=inputs, resume=True)
-    assert logged_rows(tmp_path / "paused") == logged_rows(tmp_path / "whole")
+    train(tmp_path / "halves", config, inputs=inputs, stop_requested=stop_after(4))
+    train(tmp_path / "halves", config, inputs=inputs, resume=True)
+    assert logged_rows(tmp_path / "halves") == logged_rows(tmp_path / "whole")
 
 
 def scalars(folder):
@@ -166,8 +165,8 @@ def test_an_early_stopping_of_lightnings_ends_the_run_and_resumes_with_what_it_k
     whole = train(tmp_path / "whole", make_config(settings), inputs=inputs)
     assert (whole.status, whole.steps_done) == ("complete", 6)
     assert whole.reason == "a callback stopped it at step 6 of 10"
-    train(tmp_path / "paused", make_config(settings), inputs=inputs, on_evaluation=lambda step, values: step != 4)
-    assert train(tmp_path / "paused", make_config(settings), inputs=inputs, resume=True).steps_done == 6
+    train(tmp_path / "halves", make_config(settings), inputs=inputs, stop_requested=stop_after(4))
+    assert train(tmp_path / "halves", make_config(settings), inputs=inputs, resume=True).steps_done == 6
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Runs of two processes that Lightning started: by each strategy, paused, stopped, signalled, diverged."""
+    """Runs of two processes that Lightning started: by each strategy, ended by a hook, stopped, signalled, diverged."""
     folder = tmp_path_factory.mktemp("processes")
     run_child(folder, "all")
     return folder
@@ -146,7 +146,7 @@ def test_variants_train_as_in_one_process(trained, alone, strategy, number):
 def test_what_the_first_process_is_told_ends_all_at_one_step(trained):
     first, second = (seen(trained, "all", rank) for rank in range(2))
     assert {k: v for k, v in first.items() if "seen" not in k} == {k: v for k, v in second.items() if "seen" not in k}
-    assert first["paused"] == ["paused", 2, None]
+    assert first["ended"] == ["stopped", 2, None]
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""A run that was stopped, killed or paused resumes, and ends as if nothing had happened."""
+"""A run that was interrupted or killed resumes, and ends as if nothing had happened."""
 
 import errno
 import itertools
@@ -12,7 +12,6 @@ from tests.training.runs import damage, evaluations, losses, out_of_memory_above
 import lorasweep.training.callbacks as callbacks_file
 import lorasweep.training.run_log as run_log_file
 from lorasweep.record import RUN_FILE, read_run
-from lorasweep.training.run_log import prune_paused_run
 
 
 def assert_same_run(folder, other):
@@ -72,58 +71,35 @@ def test_a_checkpoint_has_only_what_trains(tmp_path, make_config, inputs):
     assert all(".lora_a" in name or ".lora_b" in name for name in state)
 
 
-def test_a_paused_run_ends_there_and_its_schedule_is_as_long_as_ever(tmp_path, make_config, inputs, finished):
+def test_a_run_that_must_stop_ends_there_and_its_schedule_is_as_long_as_ever(tmp_path, make_config, inputs, finished):
     asked = []
 
-    def pause(step, value):
-        asked.append((step, value["bits_per_byte"]))
-        return False
+    def stop(step, values):
+        asked.append((step, values["bits_per_byte"]))
+        return "poor"
 
-    record = train(tmp_path, make_config(), inputs=inputs, on_evaluation=pause)
-    assert (record.status, record.steps_done, record.steps_planned) == ("paused", 2, 4)
-    assert record.reason == "paused at step 2 of 4"
+    record = train(tmp_path, make_config(), inputs=inputs, on_evaluation=stop)
+    assert (record.status, record.steps_done, record.steps_planned) == ("stopped", 2, 4)
+    assert record.reason == "poor"
     assert asked == [(2, record.score)]
     assert losses(tmp_path) == losses(finished)[:2]  # rates included
     assert record.tokens_trained == 2 * 2 * 32
     kept = read_run(tmp_path)
-    assert (kept.status, kept.files, kept.tokens_trained) == ("paused", record.files, record.tokens_trained)
-    (checkpoint,) = tmp_path.glob("*.ckpt")
-    assert checkpoint.name.startswith("last-00000002-")
-    for reason in ("its sweep ended", "said again"):  # it is pruned once
-        pruned = prune_paused_run(tmp_path, reason=reason)
-        assert (pruned.status, pruned.reason, pruned.files) == ("pruned", "its sweep ended", record.files)
-        assert not list(tmp_path.glob("*.ckpt"))
-
-
-def test_a_paused_run_that_goes_on_ends_as_one_that_was_never_paused(tmp_path, make_config, inputs):
-    config = make_config({"trainer.max_steps": 6, "method.dropout": 0.5, "schedule": "cosine"})
-    train(tmp_path / "whole", config, inputs=inputs)
-    asked = []
-
-    def pause(step, value):
-        asked.append(step)
-        return False
-
-    for step in (2, 4):
-        record = train(tmp_path / "run", config, inputs=inputs, resume=True, on_evaluation=pause)
-        assert (record.status, record.steps_done) == ("paused", step)
-    train(tmp_path / "run", config, inputs=inputs, resume=True, on_evaluation=pause)  # no run is paused at its end
-    assert asked == [2, 4, 6]
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
-    assert not list((tmp_path / "run").glob("*.ckpt"))
+    assert (kept.status, kept.files, kept.tokens_trained) == ("stopped", record.files, record.tokens_trained)
+    assert not list(tmp_path.glob("*.ckpt"))
 
 
 @pytest.mark.parametrize(
-    ("settings", "pause_at"),
+    ("settings", "stop_at"),
     [
         ({"method.dropout": 0.5}, 2),
         ({"trainer.early_stop_evaluations": 1, "optim.lr": 1e-12}, None),
         ({"method.dropout": 0.5, "trainer.max_steps": 3}, None),
     ],
-    ids=["paused", "stopped early", "complete after a last interval that is shorter"],
+    ids=["stopped by the hook", "stopped early", "complete after a last interval that is shorter"],
 )
 def test_a_run_killed_at_any_moment_of_an_evaluation_ends_the_same(
-    tmp_path, make_config, inputs, monkeypatch, settings, pause_at
+    tmp_path, make_config, inputs, monkeypatch, settings, stop_at
 ):
     """Killed before and after each write of the record and of a checkpoint: between report and checkpoint as well."""
     config = make_config({"trainer.max_steps": 6, **settings})
@@ -141,23 +117,18 @@ def test_a_run_killed_at_any_moment_of_an_evaluation_ends_the_same(
 
         return wrapped
 
-    def decide(step, value):
-        return step != pause_at
+    def decide(step, values):
+        return "poor" if step == stop_at else None
 
     with monkeypatch.context() as patch:
         for module, name in ((callbacks_file, "save_checkpoint"), (run_log_file, "write_record")):
             patch.setattr(module, name, around(getattr(module, name)))
         first = train(whole, config, inputs=inputs, on_evaluation=decide)
-    assert first.status == ("paused" if pause_at else "complete")
+    assert first.status == ("stopped" if stop_at else "complete")
     for folder in killed:
-        if read_run(folder).status != "paused":  # a controller need not train it again
+        if read_run(folder).status != "stopped":  # a controller does not train it again
             train(folder, config, inputs=inputs, resume=True, on_evaluation=decide)
         assert_same_run(folder, whole)
-    if pause_at:
-        train(whole, config, inputs=inputs, resume=True)
-        for folder in killed:
-            train(folder, config, inputs=inputs, resume=True)
-            assert_same_run(folder, whole)
 
 
 @pytest.mark.slow

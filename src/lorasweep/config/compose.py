@@ -258,8 +258,8 @@ def layer_settings(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Returns settings of several layers as one mapping, in which later layers win (file, arm, command line).
 
     A layer that chooses another option or class for a group drops what earlier layers set inside the group:
-    `pruner.rungs` of a file is no setting of `pruner=none`. A value for a key replaces all earlier values below the
-    key.
+    `sampler.startup_trials` of a file is no setting of `sampler=qmc`. A value for a key replaces all earlier values
+    below the key.
     """
     layered: dict[str, Any] = {}
     defaults = {**default_options("train"), **default_options("sweep")}

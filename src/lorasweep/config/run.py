@@ -166,7 +166,7 @@ class TrainerConfig(Settings):
     eval_batch_size: Positive
     """Sequences of maximum length per evaluation batch. A batch of shorter sequences has more."""
     eval_every_steps: Positive
-    """Steps between two evaluations on validation data. At an evaluation a run is checkpointed and may be pruned. By
+    """Steps between two evaluations on validation data. At an evaluation a run is checkpointed and may be stopped. By
     default at half of `trainer.max_steps` and at the end, at most 500 steps apart."""
     eval_fraction: PositiveFraction
     """Fraction of the validation examples (at least 128) on which a run is evaluated, in a random choice that is the
@@ -304,8 +304,8 @@ class RunConfig(Settings):
 
     @property
     def eval_fraction(self) -> float:
-        """`trainer.eval_fraction`, or 1 if a run has a single evaluation or its evaluations are the user's own."""
-        return 1.0 if self.module is not None or not self.num_steps else self.trainer.eval_fraction
+        """`trainer.eval_fraction`, or 1 if the evaluations of a run are the user's own."""
+        return 1.0 if self.module is not None else self.trainer.eval_fraction
 
     def __post_init__(self) -> None:
         self._check_own_module()

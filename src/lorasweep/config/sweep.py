@@ -11,11 +11,9 @@ from pydantic.dataclasses import dataclass
 
 from lorasweep.config.build import (
     SETTINGS_OR_COMPONENT,
-    AtLeastTwo,
     NonNegative,
     Positive,
     PositiveFloat,
-    PositiveFraction,
     Settings,
 )
 from lorasweep.config.components import Component
@@ -40,40 +38,12 @@ class SobolSampler(Settings):
     name: Literal["qmc"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class HalvingPruner(Settings):
-    """Promotion-type successive halving (arXiv 1810.05934, algorithm 2): the best trials at a rung continue."""
-
-    name: Literal["halving"]
-    rungs: tuple[float, ...]
-    """Rungs as ascending fractions of a run. Each rung is moved to the nearest evaluation."""
-    reduction_factor: AtLeastTwo
-    """One in `reduction_factor` trials continues at each rung."""
-    min_survivors: Positive
-    """Minimum number of trials that continue beyond a rung, once no further trial can reach it."""
-
-    def __post_init__(self) -> None:
-        if not self.rungs or list(self.rungs) != sorted({rung for rung in self.rungs if 0 < rung < 1}):
-            raise ConfigError(
-                "`pruner.rungs` must be ascending fractions of a run, each more than 0 and less than 1, but got "
-                f"{list(self.rungs)!r}."
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoPruner(Settings):
-    """Every trial runs to its end."""
-
-    name: Literal["none"]
-
-
 SamplerConfig = Annotated[
     Annotated[ModelBasedSampler | SobolSampler, Field(discriminator="name"), Tag("settings")]
     | Annotated[Component, Tag("component")],
     SETTINGS_OR_COMPONENT,
 ]
 """A component is any Optuna sampler: one of Optuna or of the user."""
-PrunerConfig = Annotated[HalvingPruner | NoPruner, Field(discriminator="name")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +134,8 @@ class SweepSettings(Settings):
     """Settings of the whole sweep."""
 
     trials: Positive | None
-    """Number of trials of every arm with a space; null keeps the number of each arm. It may grow on `--resume`."""
+    """Number of trials of each arm with a space; an arm that searches one key alone gets half of them. Null keeps the
+    number in the arm, or is 16. It may grow on `--resume`."""
     epochs: PositiveFloat | None
     """Epochs of a run. They set `trainer.max_steps` (60 to 900) when the sweep starts. Null, or
     `trainer.max_steps` on the command line, keeps the number of steps."""
@@ -174,15 +145,6 @@ class SweepSettings(Settings):
     """Folder of the sweep; null creates one in `outputs/`."""
     max_failures: Positive
     """Number of failed trials in a row after which the sweep stops, because the cause is probably not in the trials."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchConfig(Settings):
-    """How the trials of the search differ from the runs of the confirm stage."""
-
-    steps_fraction: PositiveFraction
-    """Fraction of `trainer.max_steps` that a trial trains. The confirm stage trains all steps. It scales the
-    trials' best learning rate by a measured power of the steps (docs/transfer.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,12 +221,10 @@ class RetainConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig(Settings):
-    """Sampler, pruner, workers and stages of a sweep."""
+    """Sampler, workers and stages of a sweep."""
 
     sampler: SamplerConfig
-    pruner: PrunerConfig
     worker: WorkerConfig
     sweep: SweepSettings
-    search: SearchConfig
     confirm: ConfirmConfig
     retain: RetainConfig

@@ -20,9 +20,8 @@ RETAINED_SCORES_FILE = "retained-{}.csv"
 """As `TEST_SCORES_FILE`, for a retained data set, whose name replaces `{}`."""
 PATCH_FILE = "code.patch"
 
-RunStatus = Literal["running", "complete", "paused", "pruned", "failed", "infeasible", "interrupted"]
-"""`paused`: the run stopped at an evaluation and may continue from its checkpoint. `pruned`: the run was paused and the
-sweep ended. `infeasible`: the run does not fit in memory."""
+RunStatus = Literal["running", "complete", "stopped", "failed", "infeasible", "interrupted"]
+"""`stopped`: the sweep ended the run at an evaluation. `infeasible`: the run does not fit in memory."""
 
 
 @dataclass(kw_only=True)

@@ -52,6 +52,9 @@ class SettingRow:
     """Factor, at least 1, between the setting's u (see `encoding.RateLaw`) and the u of the nearest complete trial."""
     regret: float | None = None
     """How much better the best setting in the space is expected to be, by the search's model, in the metric's unit."""
+    rate_costs: dict[str, Number] = field(default_factory=dict)
+    """How much worse `half` and `twice` the learning rate are, by the search's model, in the metric's unit. Without an
+    entry the rate is not searched, or would lie outside of its range."""
 
 
 @dataclass(kw_only=True)
@@ -84,8 +87,6 @@ class ArmRow:
     """Number of trials that the user asked for."""
     steps: Count = 0
     """Optimizer steps of a complete run, unless `trainer.max_steps` is swept."""
-    search_steps: Count = 0
-    """Optimizer steps of a complete trial: fewer if the search has a `search.steps_fraction`."""
     settings: dict[str, Any]
     """Dotted keys and values that differ from the defaults."""
     space: dict[str, Any]
@@ -119,11 +120,11 @@ class SweepRecord:
     description: str = ""
     metric: str
     direction: Direction
-    constant_answer: float | None = None
-    """The score on validation data of the answer that needs no training (`DataSplits.score_constant_answer`).
+    constant_answer: dict[str, Number] = field(default_factory=dict)
+    """Every metric on validation data of the answer that needs no training (`DataSplits.score_constant_answer`).
 
-    Null for data without labels, and if the trials have different data. At rungs, trials that are no better count as
-    equal in the metric."""
+    Empty for data without labels, and if the trials have different data. A trial that is no better at half is
+    stopped."""
     definition: dict[str, Any]
     """Content of the sweep file (`file`) and `overrides`, which `--resume` composes again."""
     changes: list[SweepChange] = field(default_factory=list)

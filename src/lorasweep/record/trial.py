@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import pandas
 
 Stage = Literal["search", "confirm"]
-TrialState = Literal["running", "paused", "complete", "pruned", "failed", "infeasible"]
-STATES: tuple[TrialState, ...] = ("complete", "paused", "pruned", "failed", "infeasible", "running")
+TrialState = Literal["running", "complete", "stopped", "failed", "infeasible"]
+STATES: tuple[TrialState, ...] = ("complete", "stopped", "failed", "infeasible", "running")
 """The states of a trial, in the order of the report."""
 COST_FIELDS = (
     *("steps_planned", "steps_done", "tokens_trained", "tokens_per_s", "wall_s"),
@@ -54,19 +54,13 @@ class Trial:
     run: str
     """The run's folder, relative to the sweep's."""
     reason: str | None = None
-    """Why the trial failed, was pruned or does not fit in memory."""
+    """Why the trial failed, was stopped or does not fit in memory."""
     values: dict[Count, Number] = field(default_factory=dict)
     """The sweep's metric on validation data at each evaluation, by step."""
-    losses: dict[Count, Number] = field(default_factory=dict)
-    """The validation loss at each rung."""
     order: Count = 0
-    """Position in the order in which a stage hands out new and promoted trials, from 0.
+    """Position in the order in which a stage hands out new trials, from 0.
 
     If the trial's worker is gone and the trial is handed out again, the position stays the same."""
-    passed: list[Count] = field(default_factory=list)
-    """The rungs beyond which the trial may train."""
-    promoted: list[Count] = field(default_factory=list)
-    """The rungs in `passed` at which the trial was paused before it was allowed to continue."""
     worker: str = ""
     """Name of the worker that last received the trial; empty for the worker of the controller's process."""
     request: Count = 0
@@ -111,19 +105,9 @@ class Trial:
         return self.stage == "confirm" and self.seed is None
 
     @property
-    def is_live(self) -> bool:
-        """Whether the trial runs or is paused."""
-        return self.state in ("running", "paused")
-
-    @property
     def is_complete(self) -> bool:
         """Whether the trial finished and has a score, so that it may be its arm's best."""
         return self.state == "complete" and is_number(self.value)
-
-    @property
-    def is_stopped_early(self) -> bool:
-        """Whether a stopping rule pruned or paused the trial, so that its score is of fewer steps."""
-        return self.state in ("paused", "pruned")
 
     @property
     def trains(self) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorasweep.config.run import ALPHA, LR, RANK
-from lorasweep.record import RetainedRow
+from lorasweep.record import RetainedRow, SettingRow
 from lorasweep.report.caveats import Learning
 from lorasweep.report.evidence.evidence import RetainedChange
 from lorasweep.report.evidence.questions import NEGATIVE_VERDICTS, POSITIVE_VERDICTS, Answer
@@ -173,17 +173,14 @@ def _answer_setting(data: SweepData, learning: Learning) -> tuple[str, bool]:
         law = f" At another α: lr = u/√α with u = {lr * math.sqrt(alpha):.3g}."
     if setting is None:
         return f"Open: {at.lower()}{values}{more} in the best complete trial so far; {NO_TEST_SCORES}.{law}", False
-    row = choice.arm.row
-    if row.search_steps < row.steps:
-        origin = f"carried over from trials of {row.search_steps:,} of {row.steps:,} steps"
-    elif best.is_predicted:
+    if best.is_predicted:
         ratio = setting.rate_ratio
         near = "" if ratio is None else f", a factor of {ratio:.3g} from the rate of the nearest complete trial"
         origin = f"predicted{near}"
     else:
         origin = f"tried as trial {best.number} of `{best.arm}`"
     regret, is_small = describe_regret(choice.arm, data)
-    return f"{at}{values}{more} ({origin}; {regret}).{law}", is_small
+    return f"{at}{values}{more} ({origin}; {regret}).{_describe_rate_costs(setting, data)}{law}", is_small
 
 
 def _answer_retained(row: RetainedRow, data: SweepData) -> AnswerLine:
@@ -205,11 +202,25 @@ def describe_regret(arm: ArmData, data: SweepData) -> tuple[str, bool]:
     regret = arm.setting.regret if arm.setting else None
     if regret is None:
         return "how much better another setting could be is not known", False
-    gain, margin = data.evidence.gain or data.full_gain, data.evidence.margin
-    size = f"{format_share(regret / gain)} of full's gain" if gain else f"{format_score(regret)} {data.record.metric}"
+    margin, size = data.evidence.margin, _format_difference(regret, data)
     is_small = margin is not None and regret <= margin
     advice = "" if is_small or margin is None else ", which is above the margin; more trials would lower it"
     return f"the best untried setting is expected to gain {size} more{advice}", is_small
+
+
+def _describe_rate_costs(setting: SettingRow, data: SweepData) -> str:
+    """Returns a sentence on half and twice the learning rate; empty if the rate was not searched."""
+    costs = [f"{name} the rate at least {_format_difference(cost, data)}" for name, cost in setting.rate_costs.items()]
+    return f" By the search's model {join_words(costs)} worse." if costs else ""
+
+
+def _format_difference(difference: float, data: SweepData) -> str:
+    gain = data.evidence.gain or data.full_gain
+    return (
+        f"{format_share(difference / gain)} of full's gain"
+        if gain
+        else f"{format_score(difference)} {data.record.metric}"
+    )
 
 
 def _describe_result(answer: Answer, data: SweepData) -> str:

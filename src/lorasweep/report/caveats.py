@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
+from statistics import median, stdev
 from typing import Any, Literal
 
 from lorasweep.config.method import ALPHA_OVER_RANK
@@ -24,10 +25,13 @@ from lorasweep.report.sweep_data import ArmData, SweepData, finite_number
 from lorasweep.wording import format_count, format_metric, format_score, format_setting, join_words
 
 MAX_EFFORT_RATIO = 1.25
-"""Maximum ratio of the tokens of two arms that count as treated alike."""
+"""Maximum ratio of the tokens of two arms' runs that count as treated alike."""
 MAX_WIDTH_DIFFERENCE_DECADES = 0.5
 """Two learning-rate ranges with a smaller difference in width count as equally wide. It is a step of a coarse grid
 (1, 3, 10)."""
+MIN_SPREAD_RATIO, MIN_SPREAD_RUNS = 4.0, 3
+"""Ratio of the standard deviations over seeds from which a rate counts as too high, and the number of runs of each.
+With three seeds of equal normal scores, the largest of four ranks exceeds it in 6 of 100 sweeps."""
 EDGE_FRACTION = 0.05
 """A value is at an end of its range if it is closer to the end than this share of the range."""
 
@@ -59,12 +63,10 @@ class Learning:
     """The subjects that are not shown to have learned anything."""
 
     def is_better(self, trial: Trial) -> bool | None:
-        """Returns whether a complete trial is better than the answer; None if one of their scores is not known."""
-        return (
-            None
-            if self.score is None or trial.value is None or not trial.is_complete
-            else self.sign * (self.score - trial.value) > 0
-        )
+        """Returns whether a complete or stopped trial is better than the answer; None if a score is not known."""
+        if self.score is None or trial.value is None or trial.state not in ("complete", "stopped"):
+            return None
+        return trial.state == "complete" and self.sign * (self.score - trial.value) > 0
 
 
 def judge_learning(data: SweepData) -> Learning:
@@ -73,8 +75,8 @@ def judge_learning(data: SweepData) -> Learning:
     An arm has learned if test data show it, or if a trial is better and there are no test data of the arm.
     """
     known = _find_answer(data)
-    # only complete trials have a score on all validation examples, as the answer has
-    scored = {arm.name: [trial for trial in arm.trials if trial.is_complete] for arm in data.whole_arms}
+    # a stopped trial has only a score on the validation examples of evaluations, but it was not better there either
+    scored = {arm.name: [trial for trial in arm.trials if _is_scored(trial)] for arm in data.whole_arms}
     subjects = [arm for arm in data.arms if arm.row.method != "frozen"]
     scored = {arm.arm: scored[arm.arm] for arm in subjects if scored[arm.arm]}
     if known.score is None or not scored:
@@ -104,6 +106,10 @@ def judge_learning(data: SweepData) -> Learning:
         f"than {steps}.",
         unlearned=tuple(shown),
     )
+
+
+def _is_scored(trial: Trial) -> bool:
+    return trial.is_complete or (trial.state == "stopped" and is_number(trial.value))
 
 
 def _find_answer(data: SweepData) -> Learning:
@@ -144,7 +150,7 @@ def _is_shown_on_test_data(name: str, known: Learning, data: SweepData) -> bool 
 
 def _describe(trials: Sequence[Trial], known: Learning, data: SweepData) -> str:
     """Returns a clause about trials that learned nothing."""
-    count = f"all {len(trials)} complete trials score" if len(trials) > 1 else "the only complete trial scores"
+    count = f"all {len(trials)} trials score" if len(trials) > 1 else "the only trial scores"
     so_far = "" if data.record.status == "complete" else " so far"
     values = [trial.value for trial in trials if trial.value is not None]
     worse = " or worse" if any(value != known.score for value in values) else ""
@@ -156,11 +162,48 @@ def _describe(trials: Sequence[Trial], known: Learning, data: SweepData) -> str:
     )
 
 
+def describe_unstable_rates(data: SweepData, learning: Learning) -> list[str]:
+    """Returns a sentence for each subject whose learning rate is too high for some seeds.
+
+    Runs of the confirm stage diverged or learned nothing, or their scores vary over seeds `MIN_SPREAD_RATIO` times as
+    much as those of the other values of `confirm_each`. Many runs on small data fail in this way, at rates that are the
+    best for other seeds (Dodge et al. 2020, arXiv 2002.06305; Mosbach et al. 2021, arXiv 2006.04884).
+    """
+    found = []
+    for subject in data.arms:
+        rate = subject.setting.params.get(LR) if subject.setting else None
+        if rate is None or subject.name in learning.unlearned or not subject.confirm_runs:
+            continue
+        scores = _list_test_scores(subject)
+        failed = sum(run.state == "failed" for run in subject.confirm_runs)
+        if (answer := learning.test_score) is not None:
+            failed += sum(data.sign * (answer - score) <= 0 for score in scores)
+        peers = [_list_test_scores(other) for other in data.arms if other.arm == subject.arm and other != subject]
+        spreads = [stdev(each) for each in peers if len(each) >= MIN_SPREAD_RUNS]
+        ratio = (
+            stdev(scores) / median(spreads) if spreads and median(spreads) and len(scores) >= MIN_SPREAD_RUNS else 0.0
+        )
+        reason = (
+            f"{failed} of {len(subject.confirm_runs)} confirm runs diverged or learned nothing"
+            if failed
+            else f"scores vary {ratio:.1f} times as much over seeds as those of its neighbours"
+        )
+        if failed or ratio >= MIN_SPREAD_RATIO:
+            found.append(
+                f"The learning rate {format_setting(rate)} of `{subject.name}` is too high for some seeds: {reason}."
+            )
+    return found
+
+
+def _list_test_scores(subject: ArmData) -> list[float]:
+    return [run.value for run in subject.confirm_runs if run.is_complete and run.value is not None]
+
+
 def judge_fairness(data: SweepData, *, has_learned: bool = True) -> dict[str, Any]:
-    """Returns whether arms had equal trials, similar tokens and ranges, and whether their searches found the best.
+    """Returns whether arms had runs of similar tokens and similar ranges, and whether their searches found the best.
 
     A search did not find the best if the best learning rate lies at an end of its range, or if the expected regret
-    exceeds the margin.
+    exceeds the margin. So an arm that searches fewer dimensions needs fewer trials.
 
     Returns:
         `is_fair` (None if fewer than two arms train), `sentences`, and `arms`, the `measure_effort` of each arm.
@@ -172,10 +215,10 @@ def judge_fairness(data: SweepData, *, has_learned: bool = True) -> dict[str, An
         return {"is_fair": None, "sentences": others, "arms": arms}
     faults, ranges = [clause for key, clause in edges if key == LR], []
     for measure, unit, show, max_ratio, max_difference in (
-        ("trials_asked", "trials", str, 1.0, 0.0),
-        ("tokens_trained", "tokens", format_count, MAX_EFFORT_RATIO, 0.0),
+        ("trials_asked", "trials", str, 1.0, math.inf),  # shown, but no fault
+        ("tokens_per_run", "tokens a run", format_count, MAX_EFFORT_RATIO, 0.0),
         ("lr_decades", "decades of learning rates", "{:.1f}".format, 1.0, MAX_WIDTH_DIFFERENCE_DECADES),
-        ("dimensions", "searched dimensions", str, 1.0, math.inf),  # shown, but no fault
+        ("dimensions", "searched dimensions", str, 1.0, math.inf),
     ):
         least, most = min(arms, key=itemgetter(measure)), max(arms, key=itemgetter(measure))
         low, high = show(least[measure]), show(most[measure])
@@ -198,13 +241,20 @@ def judge_fairness(data: SweepData, *, has_learned: bool = True) -> dict[str, An
     return {"is_fair": not faults, "sentences": sentences, "arms": arms}
 
 
-def measure_effort(arm: ArmData, data: SweepData) -> dict[str, Any]:
-    """Returns the trials and tokens that the search spent on an arm, and its expected regret.
+def _estimate_tokens(trial: Trial) -> int:
+    """Returns the number of tokens that a trial trained, or would have trained if it had not been stopped."""
+    if (record := trial.record) is None or trial.state != "stopped":
+        return record.tokens_trained if record else 0
+    return record.tokens_trained * record.steps_planned // max(record.steps_done, 1)
 
-    `tokens_trained` counts all trials, complete or not. `lr_decades` is the width of the range of learning rates, 0 if
-    it is not searched. `dimensions` is the number of searched keys; under the rate law, learning rate and α count as
-    one key. `regret` is how much better an untried setting is expected to be, in the metric's unit: the largest of the
-    arm's subjects, None if it is not known.
+
+def measure_effort(arm: ArmData, data: SweepData) -> dict[str, Any]:
+    """Returns the trials of an arm and their tokens, its searched dimensions, and its expected regret.
+
+    `tokens_per_run` is the number of tokens of the longest run, where a stopped run counts as if it had done all its
+    steps. `lr_decades` is the width of the range of learning rates, 0 if it is not searched. `dimensions` is the number
+    of searched keys; under the rate law, learning rate and α count as one key. `regret` is how much better an untried
+    setting is expected to be, in the metric's unit: the largest of the arm's subjects, None if it is not known.
     """
     keys = set(arm.row.space)
     if LR in keys and any(trial.follows_rate_law for trial in arm.trials):
@@ -214,7 +264,7 @@ def measure_effort(arm: ArmData, data: SweepData) -> dict[str, Any]:
     return {
         "arm": arm.name,
         "trials_asked": arm.row.trials,
-        "tokens_trained": sum(trial.record.tokens_trained for trial in arm.trials if trial.record),
+        "tokens_per_run": max(map(_estimate_tokens, arm.trials), default=0),
         "lr_decades": math.log10(high) - math.log10(low) if low > 0 else 0.0,
         "dimensions": len(keys),
         "regret": max((one.regret for one in settings if one.regret is not None), default=None),

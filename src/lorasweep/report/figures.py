@@ -205,7 +205,7 @@ def _draw_rates(arms: Sequence[ArmData], data: SweepData) -> go.Figure:
         colour = colours[arm.name]
         points = [(x, t, t.value) for t in arm.trials if t.value is not None and (x := find_x(t)) > 0]
         complete = [point for point in points if point[1].is_complete]
-        stopped = [point for point in points if point[1].is_stopped_early]
+        stopped = [point for point in points if point[1].state == "stopped"]
         scores += [score for _, _, score in (*complete, *stopped)]
         add_trials(figure, complete, colour, arm.name, showlegend=True)
         add_trials(figure, stopped, colour, arm.name, symbol="x-thin-open")
@@ -232,7 +232,7 @@ def draw_learning_curves(data: SweepData) -> Panel:
         x = [step for curve in curves for step in (*(step for step, _ in curve), None)]
         y = [score for curve in curves for score in (*(score for _, score in curve), None)]
         add_line(figure, x, y, colours[arm.name], arm.name, line={"width": 1}, opacity=0.35)
-        stopped = [(trial.curve[-1][0], trial, trial.curve[-1][1]) for trial in trials if trial.is_stopped_early]
+        stopped = [(trial.curve[-1][0], trial, trial.curve[-1][1]) for trial in trials if trial.state == "stopped"]
         add_trials(figure, stopped, colours[arm.name], arm.name, symbol="x-thin-open")
     for arm in arms:  # after the faint curves, so that the bold ones lie above them
         # a predicted setting has no curve here: its run has another seed than the trials of the search
@@ -251,7 +251,7 @@ def draw_learning_curves(data: SweepData) -> Panel:
     _set_axis(figure, data, [score for arm in arms for trial in arm.trials for _, score in trial.curve])
     text = (
         "Validation score over training: the best trial of each arm or value bold, the others faint. Crosses are "
-        "trials that were paused or pruned."
+        "trials that were stopped, because they had learned nothing."
     )
     return Panel(key="curves", title=title, text=text, figures=(figure,))
 

@@ -112,8 +112,8 @@ def _build_cells(trial: Trial, summary: Summary) -> list[Cell]:
     data = summary.data
     is_better = summary.learning.is_better(trial)
     state = f"{trial.state}, not better" if is_better is False and trial.trains else trial.state
-    # the best value of a trial that was stopped early is not that of all its steps
-    so_far = f" at step {trial.step}" if trial.is_stopped_early and trial.value is not None else ""
+    # the best value of a stopped trial is not that of all its steps
+    so_far = f" at step {trial.step}" if trial.state == "stopped" and trial.value is not None else ""
     cells: list[Cell] = [(state, state), (f"{wording.format_score(trial.value)}{so_far}", trial.value)]
     for key in data.swept_keys:
         text, number = wording.format_setting(trial.params.get(key, "")), trial.numeric_setting(key)

@@ -9,7 +9,7 @@ from typing import Any
 from lorasweep.config.sweep import parse_margin
 from lorasweep.record import COST_FIELDS, STATES
 from lorasweep.report.answers import AnswerLine, list_answer_lines
-from lorasweep.report.caveats import Learning, judge_fairness, judge_learning
+from lorasweep.report.caveats import Learning, describe_unstable_rates, judge_fairness, judge_learning
 from lorasweep.report.evidence.questions import ENTRY_FIELDS
 from lorasweep.report.recommend import (
     Recommendation,
@@ -60,9 +60,9 @@ class Summary:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Sentences on reasons to doubt the numbers: methods that learned nothing, and unequal searches."""
+        """Sentences on reasons to doubt the numbers: methods that learned nothing, unequal searches, and hot rates."""
         unfair = self.fairness["sentences"][:1] if self.fairness["is_fair"] is False else ()
-        return (*self.learning.warnings, *unfair)
+        return (*self.learning.warnings, *unfair, *describe_unstable_rates(self.data, self.learning))
 
     def as_json(self) -> dict[str, Any]:
         """Returns the content of `report/summary.json`."""
@@ -81,7 +81,7 @@ class Summary:
             "tokens_trained": data.tokens_trained,
             "steps_planned": sum(run.steps_planned for run in records),
             "steps_done": sum(run.steps_done for run in records),
-            "steps_saved_by_pruning": data.steps_saved_by_pruning,
+            "steps_saved": data.steps_saved,
             "base": {"score": data.best_score("frozen")},
             "arms": [_summarize_arm(arm, data) for arm in data.arms],
             "sentences": self.sentences,
@@ -214,9 +214,9 @@ def _describe_gain(data: SweepData) -> list[str]:
 
 
 def _describe_effort(data: SweepData) -> list[str]:
-    saved, planned = data.steps_saved_by_pruning, sum(record.steps_planned for record in data.run_records)
+    saved, planned = data.steps_saved, sum(record.steps_planned for record in data.run_records)
     share = format_share(saved / planned) if saved > 0 else ""
-    saving = f"; pruning saved {saved:,} of {planned:,} planned steps ({share})" if saved > 0 else ""
+    saving = f"; stopping runs saved {saved:,} of {planned:,} planned steps ({share})" if saved > 0 else ""
     counts = {"trial": data.trials, "confirm run": data.confirm_runs}
     runs = [f"{len(rows):,} {name}{'' if len(rows) == 1 else 's'}" for name, rows in counts.items() if rows]
     sentences = [

@@ -122,9 +122,9 @@ class SweepData:
         return sum(run.record.tokens_trained for run in runs if run.record)
 
     @property
-    def steps_saved_by_pruning(self) -> int:
-        """The number of steps that pruned and paused trials were planned to do and did not."""
-        stopped = [trial.record for trial in self.trials if trial.record and trial.is_stopped_early]
+    def steps_saved(self) -> int:
+        """The number of steps that stopped trials were planned to do and did not."""
+        stopped = [trial.record for trial in self.trials if trial.record and trial.state == "stopped"]
         return sum(record.steps_planned - record.steps_done for record in stopped)
 
     @property

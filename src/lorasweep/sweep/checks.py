@@ -8,7 +8,6 @@ from lorasweep.config.data import MetricComponent, ScoreMetric
 from lorasweep.config.run import STEPS_KEY
 from lorasweep.errors import ConfigError
 from lorasweep.record import RetainedRow
-from lorasweep.sweep.controller.arm_trials import build_rule
 from lorasweep.sweep.controller.encoding import History
 from lorasweep.sweep.controller.proposals import propose
 from lorasweep.sweep.definition.arms import Definition, name_in_errors, restore_definition
@@ -54,7 +53,6 @@ def check_definition(definition: Definition, inputs_cache: InputsCache) -> Score
     list_retained(definition, inputs_cache)
     for arm in definition.arms:
         with name_in_errors(f"arm `{arm.name}`"):
-            build_rule(arm)
             if arm.space:
                 propose(
                     arm, History(arm, direction="minimize"), number=0
@@ -99,19 +97,16 @@ def find_metric(definition: Definition, inputs_cache: InputsCache) -> ScoreMetri
     return inputs_cache.load(configs[0]).splits.score_metric
 
 
-def score_constant_answer(definition: Definition, inputs_cache: InputsCache) -> float | None:
-    """Returns the score of a model that always gives the same answer, on the validation data of evaluations.
+def score_constant_answer(definition: Definition, inputs_cache: InputsCache) -> dict[str, float]:
+    """Returns every metric of a model that always gives the same answer, on the validation data of evaluations.
 
-    Returns None for data without labels, or if this score is not the same for all trials.
+    Empty for data without labels, or if these scores are not the same for all trials.
     """
     configs = [config for arm in definition.arms for config in arm.corner_configs if config.num_steps]
     of_configs = {(inputs_cache.load(config).splits, config.eval_fraction) for config in configs}
-    scores = {
-        splits.score_constant_answer(splits.validation, fraction=fraction).get(splits.metric)
-        for splits, fraction in of_configs
-    }
-    score = scores.pop() if len(scores) == 1 else None
-    return score if score is not None and math.isfinite(score) else None
+    found = [splits.score_constant_answer(splits.validation, fraction=fraction) for splits, fraction in of_configs]
+    scores = found[0] if found and all(each == found[0] for each in found) else {}
+    return {name: score for name, score in scores.items() if math.isfinite(score)}
 
 
 def list_notes(definition: Definition, inputs_cache: InputsCache) -> list[str]:

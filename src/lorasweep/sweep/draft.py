@@ -64,9 +64,9 @@ RATE_TIMES_WIDTH = 0.05
 proportional to 1 / width (Yang et al. 2022, arXiv 2203.03466). So the middle is 3e-4 at a width of 160, 6.5e-5 at 768
 and 1.2e-5 at 4,096, and the best recorded rates, 7e-4 at 160 and 1.6e-4 at 384, lie inside. LoRA's rates are ten times
 as high, which is the ratio of "LoRA Without Regret" (2025)."""
-SWEEP_SETTINGS = {"sweep.trials": 12, "confirm.looks": [3, 6, 10], "confirm.margin": "5%"}
+SWEEP_SETTINGS = {"sweep.trials": 16, "confirm.looks": [3, 6, 10], "confirm.margin": "5%"}
 COMMENTS = {
-    "sweep.trials": "number for each arm with a space; all ranks of LoRA share one search",
+    "sweep.trials": "all ranks of LoRA share one search; full fine-tuning, which searches one key, gets half of them",
     "confirm.looks": "numbers of seeds at which the questions are tested",
     "confirm.margin": "smallest difference that matters, as a share of full's gain over frozen, or a number",
     "data.test_fraction": "of the training data; a tenth would settle larger differences only",

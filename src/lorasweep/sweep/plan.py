@@ -11,6 +11,7 @@ import math
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from lorasweep.data.split import Split
 from lorasweep.errors import ConfigError, OutOfMemory, RunError
 from lorasweep.record import RunRecord, describe_confirmation, read_run
 from lorasweep.sweep.checks import MIN_STEPS
-from lorasweep.sweep.controller.arm_trials import build_rule
+from lorasweep.sweep.controller.proposals import find_batch_start
 from lorasweep.sweep.definition.arms import Arm, Definition, restore_definition
 from lorasweep.sweep.definition.confirm import count_confirm_runs, count_tokens, find_warnings
 from lorasweep.sweep.definition.packing import explain_bases, explain_solo_arms, plan_packing
@@ -85,29 +86,23 @@ class GroupPlan:
     """Trained parameters of the runs of each arm, by name of the arm and rank or dimension (such as `rank 4`)."""
 
     def estimate_search(self) -> tuple[float, float]:
-        """Returns the seconds of the search with as much pruning as the stopping rule allows, and without pruning."""
-        low, steps = 0.0, self.arms[0].searched.corner_configs[0].num_steps
+        """Returns the seconds of the search: if a step takes less time with empty slots in the pack, and if not."""
+        run_s, low, high = self._train(self.arms[0].corner_configs[0].num_steps), 0.0, 0.0
         for arm in self.arms:
-            rule, trials, start = build_rule(arm.searched), arm.trials, 0
-            for stop in (*rule.rungs, steps):
-                low += trials / self.slots * self._train(start, stop)
-                ranked = [(float(number), 0.0, number) for number in range(trials)]
-                start, trials = stop, rule.count_kept(ranked, all_arrived=True)
-        rounds = math.ceil(sum(arm.trials for arm in self.arms) / self.slots)
-        return low, rounds * self._train(0, steps)
+            batches = Counter(find_batch_start(arm, number) for number in range(arm.trials))
+            low += arm.trials / self.slots * run_s
+            high += sum(math.ceil(size / self.slots) for size in batches.values()) * run_s
+        return low, high
 
     def estimate_confirm(self, num_runs: int) -> float:
         """Returns the seconds of confirm runs, each of which is scored on test data."""
-        training_s = math.ceil(num_runs / self.slots) * self._train(0, self.arms[0].corner_configs[0].num_steps)
+        training_s = math.ceil(num_runs / self.slots) * self._train(self.arms[0].corner_configs[0].num_steps)
         return training_s + num_runs * self.test_ratio * self.evaluation_s / self.slots
 
-    def _train(self, start: int, stop: int) -> float:
-        every = self.arms[0].corner_configs[0].trainer.eval_every_steps
-        num_evaluations = math.ceil(stop / every) - start // every if stop else 1
-        evaluating_s = num_evaluations * self.evaluated_share * self.evaluation_s
-        if self.evaluated_share < 1 and stop == self.arms[0].searched.corner_configs[0].num_steps:
-            evaluating_s += self.evaluation_s
-        return self.loading_s + (stop - start) * self.step_s + evaluating_s + num_evaluations * self.saving_s
+    def _train(self, steps: int) -> float:
+        num_evaluations = math.ceil(steps / self.arms[0].corner_configs[0].trainer.eval_every_steps) or 1
+        evaluations = num_evaluations * self.evaluated_share + (self.evaluated_share < 1)
+        return self.loading_s + steps * self.step_s + evaluations * self.evaluation_s + num_evaluations * self.saving_s
 
 
 def plan_sweep(
@@ -217,7 +212,7 @@ def _train_briefly(config: RunConfig, slots: int, *, inputs: RunInputs, folder: 
             inputs=inputs,
             slots=slots,
             next_run=lambda: None,
-            on_evaluation=lambda evaluations: [True] * len(evaluations),
+            on_evaluation=lambda evaluations: [None] * len(evaluations),
             state_file=folder / "pack.json",
             stop_requested=note_step,
         )
@@ -251,7 +246,7 @@ def fit_minutes(
 ) -> tuple[Definition, list[GroupPlan], str]:
     """Returns a checked sweep that ends within the minutes, its measured trainings, and a sentence on what is given up.
 
-    Seeds go first, then trials, then steps. The estimate prunes nothing and trains all seeds, so the sweep may end
+    Seeds go first, then trials, then steps. The estimate stops no run and trains all seeds, so the sweep may end
     earlier.
 
     Raises ConfigError if the smallest budget takes longer, and the errors of `plan_sweep`.
@@ -319,10 +314,7 @@ def render_plan(definition: Definition, groups: Sequence[GroupPlan]) -> Renderab
         table.add_row(
             escape(arm.name),
             " + ".join(map(str, filter(None, (arm.trials, confirm_runs[arm.name])))),
-            format_count(
-                arm.trials * count_tokens(arm.searched.corner_configs[0])
-                + confirm_runs[arm.name] * count_tokens(config)
-            ),
+            format_count(runs * count_tokens(config)),
             "≤ " * (len(sizes) > 1) + format_count(max(sizes.values())),
             str(group.slots),
             format_bytes(group.record.peak_memory_bytes),
@@ -353,6 +345,5 @@ def _list_notes(definition: Definition, groups: Sequence[GroupPlan]) -> Iterator
     shared = f" {workers} workers share this time." if workers > 1 else ""
     yield (
         f"Time on this machine, if it does nothing else: {format_seconds_range(low + confirm, high + confirm)} "
-        f"({', '.join(parts)}). The lower end prunes all that the stopping rule allows; the upper end prunes "
-        f"nothing.{shared}"
+        f"({', '.join(parts)}). The upper end is for packs whose steps take as long with empty slots.{shared}"
     )

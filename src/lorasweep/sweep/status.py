@@ -51,7 +51,7 @@ POLL_INTERVAL_S = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class StageStatus:
-    """The runs of one arm in one stage. Only the search pauses and prunes."""
+    """The runs of one arm in one stage. Only the search stops runs."""
 
     runs: list[Trial]
     asked: int
@@ -59,7 +59,7 @@ class StageStatus:
 
     @property
     def done(self) -> int:
-        return sum(not run.is_live for run in self.runs)
+        return sum(run.state != "running" for run in self.runs)
 
     def estimate_steps_left(self, steps: int) -> float:
         """Returns the steps left if runs stop where the earlier ones did on average, or after `steps` steps."""
@@ -77,8 +77,6 @@ class ArmStatus:
     name: str
     steps: int
     """Optimizer steps of a complete run; 0 if nothing trains."""
-    search_steps: int
-    """Optimizer steps of a complete trial."""
     step_s: float
     """Seconds of a step in the arm's last runs; in a pack, a run's share of them. 0 before a run has ended."""
     search: StageStatus
@@ -118,10 +116,7 @@ class SweepStatus:
         done = sum(arm.step_s * run.step for arm, stage in stages for run in stage.runs)
         if not done:
             return None
-        due = sum(
-            arm.step_s * stage.estimate_steps_left(arm.search_steps if stage is arm.search else arm.steps)
-            for arm, stage in stages
-        )
+        due = sum(arm.step_s * stage.estimate_steps_left(arm.steps) for arm, stage in stages)
         return self.record.makespan_s / done * due
 
 
@@ -157,7 +152,7 @@ def render_status(status: SweepStatus) -> RenderableType:
 
 
 def list_ended_runs(record: SweepRecord) -> list[Trial]:
-    return [trial for trial in (*record.trials, *record.confirm) if not trial.is_live]
+    return [trial for trial in (*record.trials, *record.confirm) if trial.state != "running"]
 
 
 def _describe_time_left(status: SweepStatus) -> str:
@@ -169,14 +164,13 @@ def _describe_time_left(status: SweepStatus) -> str:
 
 
 def _describe_running_trials(record: SweepRecord) -> Iterator[str]:
-    steps_of = {(arm.name, "search"): arm.search_steps for arm in record.arms}
-    steps_of |= {(arm.name, "confirm"): arm.steps for arm in record.arms}
+    steps_of = {arm.name: arm.steps for arm in record.arms}
     running = [row for row in (*record.trials, *record.confirm) if row.state == "running"]
     if record.confirm:
         yield f"confirm: {describe_confirmation(record.looks)}"
     for row in running[:MAX_SHOWN_RUNS]:
         params = row.shown_params
-        steps = params.get("trainer.max_steps", steps_of.get((row.arm, row.stage)))
+        steps = params.get("trainer.max_steps", steps_of.get(row.arm))
         name = f"trial {row.number}" if row.stage == "search" else "confirm"
         value = "" if row.last_value is None else f"  {row.last_value:.4f}"
         yield f"now: {row.arm} {name}  step {row.step}{f'/{steps}' if steps else ''}{value}  {format_settings(params)}"
@@ -220,7 +214,6 @@ def _arm_status(arm: ArmRow, record: SweepRecord, folder: Path) -> ArmStatus:
     return ArmStatus(
         name=arm.name,
         steps=arm.steps,
-        search_steps=arm.search_steps,
         step_s=_measure_step([*trials, *confirmed], folder),
         search=StageStatus(runs=trials, asked=arm.trials),
         confirm=StageStatus(runs=confirmed, asked=max(_count_due_runs(arm, subjects, record), len(confirmed))),

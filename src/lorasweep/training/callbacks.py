@@ -1,4 +1,4 @@
-"""Lightning callbacks that `train_run` gives its Trainer: they write the run's folder, report, pause and stop the run.
+"""Lightning callbacks that `train_run` gives its Trainer: they write the run's folder, report, and stop the run.
 
 `TrainingModule` also works without these callbacks, in a user's own Trainer.
 """
@@ -17,6 +17,7 @@ from torch import nn
 
 from lorasweep.config.run import TrainerConfig
 from lorasweep.errors import Diverged
+from lorasweep.record import RunStatus
 from lorasweep.training.checkpoint import remove_older_checkpoints, save_checkpoint
 from lorasweep.training.module import TrainingModule
 from lorasweep.training.own_module import OwnModuleRun
@@ -24,9 +25,8 @@ from lorasweep.training.processes import run_on_first
 from lorasweep.training.run_log import Metrics, RunLog, find_run_end
 from lorasweep.training.telemetry import Telemetry
 
-OnEvaluation = Callable[[int, Metrics], bool]
-"""`on_evaluation(step, metrics)` gets all metrics of an evaluation and returns whether the run continues. False pauses
-the run."""
+OnEvaluation = Callable[[int, Metrics], str | None]
+"""`on_evaluation(step, metrics)` gets all metrics of an evaluation. Returns why the run must stop, or None."""
 
 
 class RunStopped(BaseException):
@@ -59,7 +59,8 @@ class RunCallback(lightning.Callback):
     """Whether this process has prepared the first batch."""
     evaluated_step: int = -1
     """Step of the last evaluation."""
-    is_paused: bool = False
+    end: tuple[RunStatus, str | None] | None = None
+    """The status and reason of a run that ends before its last step."""
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.counted_tokens = self.run.progress.tokens_trained  # the tokens of the steps before the resume
@@ -102,22 +103,21 @@ class RunCallback(lightning.Callback):
         self.telemetry.switch("evaluating")
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Writes and reports the evaluation, and stops if the run is paused, complete or asked to stop."""
+        """Writes and reports the evaluation, and stops if the run ends or is asked to stop."""
         self.telemetry.switch("saving")
         self.evaluated_step = trainer.global_step
         # In this order, a run that is killed between two of these actions repeats at most one interval.
         # 1. The rows, the kept weights and the record.
         whole_model = self.run.whole_model()
         run_on_first(trainer.strategy, lambda: self._write_evaluation(trainer, whole_model))
-        # 2. The report, which closes a paused run. If another run is killed after this report, it repeats the interval
-        #    and reports the same values again, because this step has no checkpoint yet.
-        status = run_on_first(trainer.strategy, lambda: self._report(trainer))
-        self.is_paused = status == "paused"
-        # 3. The checkpoint, from which the run resumes without reporting this evaluation again.
-        if trainer.state.fn == TrainerFn.FITTING:
-            _save_checkpoint(trainer, self.folder)
-        if status is not None:
+        # 2. The report. A run that is killed after it repeats the interval and reports the same values again, because
+        #    this step has no checkpoint yet. So a run that must stop gets none: it would resume beyond its end.
+        self.end = run_on_first(trainer.strategy, lambda: self._report(trainer))
+        if self.end is not None:
             trainer.should_stop = True
+        # 3. The checkpoint, from which the run resumes without reporting this evaluation again.
+        elif trainer.state.fn == TrainerFn.FITTING:
+            _save_checkpoint(trainer, self.folder)
         if trainer.global_step < trainer.max_steps and not trainer.should_stop and self._should_stop(trainer):
             raise RunStopped
 
@@ -151,18 +151,14 @@ class RunCallback(lightning.Callback):
             save=lambda folder: self.run.save_weights(model, folder),
         )
 
-    def _report(self, trainer: lightning.Trainer) -> str | None:
-        """Reports the evaluation. Returns the run's final status if the run ends before its last step."""
+    def _report(self, trainer: lightning.Trainer) -> tuple[RunStatus, str | None] | None:
+        """Reports the evaluation. Returns status and reason if the run ends before its last step."""
         assert self.run_log is not None
         record = self.run_log.record
-        continues = self.on_evaluation(trainer.global_step, self.run.get_metrics())
-        end = find_run_end(record, self.config, should_pause=not continues)
-        if end is None or record.steps_done >= record.steps_planned:  # Lightning ends after the last step by itself
-            return None
-        status, record.reason = end
-        if status == "paused":
-            self.run_log.close(status, record.reason)
-        return status
+        stop_reason = self.on_evaluation(trainer.global_step, self.run.get_metrics())
+        # Lightning ends after the last step by itself
+        is_last = record.steps_done >= record.steps_planned
+        return None if is_last else find_run_end(record, self.config, stop_reason=stop_reason)
 
     def _should_stop(self, trainer: lightning.Trainer) -> bool:
         """Returns whether any process was asked to stop. Every process must call it at the same step."""

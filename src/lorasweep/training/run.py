@@ -56,7 +56,7 @@ def train_run(
     run_folder: RunFolder,
     *,
     inputs: RunInputs,
-    on_evaluation: OnEvaluation = lambda step, values: True,
+    on_evaluation: OnEvaluation = lambda step, values: None,
     stop_requested: Callable[[], bool] = never_stop,
     resume: bool = False,
 ) -> RunRecord:
@@ -71,8 +71,8 @@ def train_run(
         config: The run's settings. `inputs` must have their model, data and precision.
         run_folder: The folder of the run, and its arm and trial.
         inputs: Base model and data.
-        on_evaluation: Gets the step and the metrics of every evaluation, and returns whether the run continues. The
-            answer has no effect at the last step, or if early stopping ends the run.
+        on_evaluation: Gets the step and the metrics of every evaluation, and returns why the run must stop, or None.
+            The answer has no effect at the last step, or if early stopping ends the run.
         stop_requested: Called before the first and after every step. If it returns True, the run stops with a
             checkpoint (`interrupted`).
         resume: Whether to resume from the newest checkpoint in the folder, if there is one.
@@ -136,7 +136,7 @@ class _Session:
             self.group, lambda: self._open(resume=resume, too_large=too_large)
         )
         # killed after the last evaluation, which must not be written twice
-        end = None if checkpoint is None else find_run_end(record, self.config.trainer, should_pause=False)
+        end = None if checkpoint is None else find_run_end(record, self.config.trainer)
         reset_peak_memory()
         callback = RunCallback(
             on_evaluation=self.on_evaluation,
@@ -155,10 +155,7 @@ class _Session:
             micro_batches = int(record.batching["micro_batches"])
             error = explain_failure(caught, group=self.group, folder=folder, micro_batches=micro_batches)
             if self.log is not None:
-                status = status_after(error, folder)
-                # a paused run stays paused if the process is interrupted afterwards
-                if (self.log.record.status, status) != ("paused", "interrupted"):
-                    self._close(status, describe_failure(error))
+                self._close(status_after(error, folder), describe_failure(error))
             if error is caught:
                 raise
             raise error from caught
@@ -192,7 +189,6 @@ class _Session:
         return record, found.path, found.step
 
     def _score_best_weights(self, status: RunStatus) -> None:
-        # only the first process, which has the log, knows whether the run was paused
         if self.log is not None and status == "complete":
             score_best_weights(self.config, self.log.record, self.run_folder.path, inputs=self.inputs)
             self.inputs.base.model.cpu()  # shared with later runs, whose initial values are drawn on the CPU
@@ -200,10 +196,9 @@ class _Session:
     def _close(self, status: RunStatus, reason: str | None) -> RunRecord:
         """Writes the final record and removes the checkpoints, unless the run can resume from them."""
         assert self.log is not None
-        if status != "paused":  # `RunCallback` has already closed a paused run
-            self.log.close(status, reason)
-            if status != "interrupted":
-                remove_checkpoints(self.run_folder.path)
+        self.log.close(status, reason)
+        if status != "interrupted":
+            remove_checkpoints(self.run_folder.path)
         return self.log.record
 
     def _train(
@@ -247,14 +242,14 @@ class _Session:
         record = self.log.record
         callback.run.progress.write_to(record)
         progress = f"step {trainer.global_step} of {record.steps_planned}"
-        if callback.is_paused:
-            return "paused", record.reason
         if status == "interrupted":
             record.steps_done = trainer.global_step
             return status, f"stopped at {progress}"
-        if trainer.global_step < record.steps_planned and record.reason is None:
+        if callback.end is not None:
+            return callback.end
+        if trainer.global_step < record.steps_planned:
             return status, f"a callback stopped it at {progress}"
-        return status, record.reason
+        return status, None
 
     def _build_trainer(
         self, accumulate: int, callbacks: list[lightning.Callback], loggers: list[Logger]

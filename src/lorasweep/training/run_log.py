@@ -19,7 +19,7 @@ from lorasweep.config.build import as_settings
 from lorasweep.config.data import get_sign
 from lorasweep.config.run import RunConfig, TrainerConfig
 from lorasweep.disk import remove_leftovers, write_atomically
-from lorasweep.errors import Diverged, RecordError
+from lorasweep.errors import Diverged
 from lorasweep.record import (
     PATCH_FILE,
     STEPS_FILE,
@@ -229,11 +229,11 @@ def _reopen_record(folder: Path, *, step: int, notes: Sequence[str]) -> RunRecor
 
 
 def find_run_end(
-    record: RunRecord, config: TrainerConfig, *, should_pause: bool
+    record: RunRecord, config: TrainerConfig, *, stop_reason: str | None = None
 ) -> tuple[RunStatus, str | None] | None:
     """Returns the status and reason if a run ends after its last evaluation; None if it continues.
 
-    A run without remaining steps and a run that early stopping ends are complete, even if `should_pause` is true.
+    A run without remaining steps and a run that early stopping ends are complete, even with a `stop_reason`.
     """
     # `steps_done` is not used: an interrupted run may have done steps after its last evaluation. Values of `last` that
     # were read from a file are floats.
@@ -244,16 +244,4 @@ def find_run_end(
         best_step = record.best["step"]
         if step - best_step >= config.early_stop_evaluations * config.eval_every_steps:
             return "complete", f"no better score since step {best_step:.0f}: stopped early at step {step}"
-    return ("paused", f"paused at step {step} of {record.steps_planned}") if should_pause else None
-
-
-def prune_paused_run(folder: Path, *, reason: str) -> RunRecord:
-    """Marks a paused run as pruned, so that it can't resume. Returns its record. A second call changes nothing."""
-    record = read_run(folder)
-    if record.status not in ("paused", "pruned"):
-        raise RecordError(f"a run must be paused before it is pruned, but {str(folder)!r} is {record.status}.")
-    if record.status == "paused":
-        record.status, record.reason = "pruned", reason
-        write_record(record, folder)
-    remove_checkpoints(folder)  # also if pruned: an earlier process may have been killed before this line
-    return record
+    return ("stopped", stop_reason) if stop_reason is not None else None

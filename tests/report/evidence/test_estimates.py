@@ -164,6 +164,15 @@ def test_ratio_of_means_has_fiellers_interval():
     assert found[1] == pytest.approx(tuple(sorted(roots)), rel=1e-6)
 
 
+def test_ratio_of_scores_without_any_noise_is_exact():
+    # 1.01 - 0.1 and 1.01 - 0.3 have no exact binary form, so the difference at the ratio is not exactly 0
+    for score in np.linspace(0.1, 0.9, 9):
+        scores = plant({"base": 1.01, "a": score, "full": 0.07}, seed_spread=0.0)
+        found = estimate_ratio(scores, *SHARE)
+        assert found
+        assert found[1] == pytest.approx([(1.01 - score) / (1.01 - 0.07)] * 2, abs=1e-6)
+
+
 def test_ratio_to_a_gain_that_may_be_none_has_no_interval():
     scores = plant({"base": 1.0, "a": 0.99, "full": 0.999}, deterministic=frozenset({"base"}), seed_spread=0.05)
     found = estimate_ratio(scores, *SHARE)

@@ -27,10 +27,11 @@ class Simulation:
     slots: int = 4
     shuffle: random.Random | None = None
     """Puts the slots into another order before each report."""
+    pick: random.Random | None = None
+    """Chooses the one slot that reports next; without it all slots report together, as in a pack."""
     curve: Callable[[Assignment, int], float] = lambda a, step: (
-        abs(a.trial.shown_params.get("optim.lr", 0.01) - 0.02) + 1 / step
+        9.0 if a.config.method.name == "frozen" else abs(a.trial.shown_params.get("optim.lr", 0.01) - 0.02) + 1 / step
     )
-    loss: Callable[[Assignment, int], float] = lambda a, step: a.trial.shown_params.get("optim.lr", 0.01) + 1 / step
     score_on_test: Callable[[Assignment], float] = lambda assignment: 1.0
     steps: dict[str, int] = field(default_factory=dict)
     """Steps done of each run, by its folder's name; what checkpoints are in a real sweep."""
@@ -39,39 +40,44 @@ class Simulation:
         running = []
         while True:
             while len(running) < self.slots and (assignment := self.controller.take()) is not None:
-                record = find_ended_run(self.controller, assignment)
+                record = find_ended_run(assignment)
                 if record is None:
                     running.append(assignment)
                 else:
                     self.controller.tell(assignment, record)
             if not running:
                 return
-            self.advance(running)
+            if self.pick is not None:
+                chosen = [running.pop(self.pick.randrange(len(running)))]
+                self.advance(chosen)
+                running += chosen
+            else:
+                self.advance(running)
 
     def advance(self, running):
-        """Trains all slots up to the next evaluation, reports it, and tells how the trials ended or paused."""
+        """Trains slots up to the next evaluation, reports it, and tells how the trials ended or were stopped."""
         if self.shuffle is not None:
             self.shuffle.shuffle(running)
         reached = {a: min(self.steps.get(a.run_folder.path.name, 0) + EVERY, LAST) for a in running}
-        decisions = self.controller.report(
-            [(a, reached[a], self.curve(a, reached[a])) for a in running],
-            losses={a: self.loss(a, reached[a]) for a in running},
+        reasons = self.controller.report(
+            [(a, reached[a], {"bits_per_byte": self.curve(a, reached[a])}) for a in running]
         )
         ended = []
-        for assignment, goes_on in zip(running, decisions, strict=True):
+        for assignment, reason in zip(running, reasons, strict=True):
             step = reached[assignment]
             self.steps[assignment.run_folder.path.name] = step
-            if step < LAST and goes_on:
+            if step < LAST and reason is None:
                 continue
             ended.append(assignment)
-            status = "complete" if step == LAST else "paused"
-            self.controller.tell(assignment, self.record(assignment, step, status))
+            status = "complete" if step == LAST else "stopped"
+            self.controller.tell(assignment, self.record(assignment, step, status, reason=reason))
         running[:] = [assignment for assignment in running if assignment not in ended]
 
-    def record(self, assignment, step, status):
-        best = min(self.curve(assignment, s) for s in range(EVERY, step + 1, EVERY))
+    def record(self, assignment, step, status, *, reason=None):
+        best = min(self.curve(assignment, s) for s in range(EVERY, step + 1, EVERY) or (0,))
         record = RunRecord(
             status=status,
+            reason=reason,
             config=asdict(assignment.config),
             metric="bits_per_byte",
             direction="minimize",
@@ -88,17 +94,13 @@ class Simulation:
 
 @pytest.fixture
 def content():
-    """One arm of 8 trials that is halved, to change."""
+    """One arm of 8 trials, to change."""
     return {
         "name": "simulated",
         "settings": {
             "data.block_length": 32,
             "trainer.max_steps": LAST,
             "trainer.eval_every_steps": EVERY,
-            "pruner": "halving",
-            "pruner.rungs": [0.17, 0.5],
-            "pruner.reduction_factor": 3,
-            "pruner.min_survivors": 1,
             "confirm.seeds": 0,
         },
         "arms": {

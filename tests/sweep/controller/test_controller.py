@@ -1,4 +1,4 @@
-"""The controller decides jointly, reversibly and repeatably, whatever the order of slots and wherever it is killed."""
+"""The controller proposes and stops alike, whatever the number and the order of workers, and wherever it is killed."""
 
 import random
 import time
@@ -6,11 +6,12 @@ import time
 import optuna
 import pytest
 from tests.sweep.conftest import Killed, kill_at
-from tests.sweep.controller.conftest import EVERY, Simulation, outcome, resume
+from tests.sweep.controller.conftest import EVERY, LAST, Simulation, outcome, resume
 
-from lorasweep.errors import Diverged
 from lorasweep.sweep.controller.controller import Controller
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
+
+HALF = LAST // 2
 
 
 def close(controller):
@@ -20,7 +21,7 @@ def close(controller):
 @pytest.fixture
 def simulate(begin):
     def run(content, *, folder="sweep", constant_answer=None, **options):
-        controller = Controller(begin(content, folder=folder, constant_answer=constant_answer))
+        controller = Controller(begin(content, folder=folder, constant_answer=constant_answer or {}))
         Simulation(controller, **options).run()
         found = outcome(controller)
         close(controller)
@@ -29,10 +30,7 @@ def simulate(begin):
     return run
 
 
-@pytest.mark.parametrize("pruner", ["halving", "none"])
-def test_neither_the_order_of_slots_nor_the_clock_changes_anything(simulate, content, monkeypatch, pruner):
-    content["settings"] = {k: v for k, v in content["settings"].items() if not k.startswith("pruner")}
-    content["settings"] |= {"pruner": pruner}
+def test_neither_the_order_of_slots_nor_the_clock_changes_anything(simulate, content, monkeypatch):
     whole = simulate(content, folder="whole")
     delays, clock = random.Random(0), [0.0]
 
@@ -44,89 +42,74 @@ def test_neither_the_order_of_slots_nor_the_clock_changes_anything(simulate, con
     assert simulate(content, folder="shuffled", shuffle=random.Random(0)) == whole
 
 
-@pytest.mark.parametrize("is_killed", [False, True])
-def test_a_resumed_sweep_decides_by_the_constant_answer_and_the_losses(begin, content, is_killed):
+@pytest.mark.parametrize("sampler", ["gp", "tpe", "random"])
+@pytest.mark.parametrize("slots", [1, 3, 8])
+def test_any_number_of_trials_at_once_gives_the_same_sweep(simulate, content, sampler, slots):
+    content["settings"] |= {"sampler": sampler}
+    few = simulate(content, folder="few", slots=2)
+    assert simulate(content, folder="many", slots=slots) == few
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_workers_that_end_in_any_order_give_the_same_sweep(simulate, content, seed):
+    one = simulate(content, folder="one", slots=1)
+    # each worker trains one trial, and a random one of them reports next
+    assert simulate(content, folder="three", slots=3, pick=random.Random(seed)) == one
+
+
+def test_a_trial_that_has_learned_nothing_at_half_is_stopped(begin, content):
     content["settings"] |= {"sampler": "qmc"}
-    controller = Controller(begin(content, constant_answer=5.0))
-    pack = [controller.take() for _ in range(6)]
-    evaluations = [
-        (a, EVERY, 5.0 + a.trial.number) for a in pack
-    ]  # the first trial is best by the metric, the last by loss
-    losses = {a: 1.0 - 0.1 * a.trial.number for a in pack}
-    expected = [False, False, False, False, True, True]
-    if not is_killed:
-        assert controller.report(evaluations, losses=losses) == expected
-    else:
-        trials = controller.search.arms["lora"]
-        for assignment, step, value in evaluations[:3]:
-            trials.store(trials.trials[assignment.trial.number], step, value, loss=losses[assignment])
-    close(controller)
-    again = resume(controller.sweep.path)
-    pack = [again.take() for _ in range(6)]
-    evaluations = [(a, EVERY, 5.0 + a.trial.number) for a in pack]
-    assert again.report(evaluations, losses={a: 1.0 - 0.1 * a.trial.number for a in pack}) == expected
-    close(again)
-
-
-@pytest.mark.parametrize(("unlearned", "is_warned"), [(3, False), (4, True)])
-def test_a_search_whose_trials_have_learned_nothing_says_so_once(begin, content, unlearned, is_warned):
-    content["settings"] |= {"sampler": "qmc", "pruner.min_survivors": 7}
-    controller = Controller(begin(content, constant_answer=5.0))
-    before = list(controller.sweep.record.warnings)
-    pack = [controller.take() for _ in range(6)]
-    values = [9.0] * unlearned + [1.0] * (6 - unlearned)
-    evaluations = [(a, EVERY, value) for a, value in zip(pack, values, strict=True)]
-    controller.report(evaluations[:3])
-    assert controller.sweep.record.warnings == before  # three trials are too few
-    controller.report(evaluations[3:])
-    found = controller.sweep.record.warnings[len(before) :]
-    assert len(found) == is_warned
-    if is_warned:
-        for part in ("trials of `lora`", "5.000", "trainer.max_steps", "optim.lr"):
-            assert part in found[0]
-    close(controller)
-    again = resume(controller.sweep.path)
-    assert again.sweep.record.warnings[len(before) :] == found
-    again.report([(again.take(), 2 * EVERY, 1.0)])
-    assert again.sweep.record.warnings == before  # a trial has learned since
-    close(again)
-
-
-def test_a_paused_trial_goes_on_when_it_comes_into_the_better_part(begin, content):
-    content["settings"] |= {"sampler": "qmc", "pruner.rungs": [0.17]}
-    controller = Controller(begin(content))
-    # Of three trials the first goes on at first; the second follows when three worse ones have come.
-    first = [controller.take() for _ in range(3)]
-    assert controller.report([(a, EVERY, float(i)) for i, a in enumerate(first)]) == [True, False, False]
-    simulation = Simulation(controller, curve=lambda a, step: 9.0)
-    for assignment in first[1:]:
-        controller.tell(assignment, simulation.record(assignment, EVERY, "paused"))
-    others = [controller.take() for _ in range(3)]
-    assert [a.trial.number for a in others] == [3, 4, 5]
-    assert controller.report([(a, EVERY, 10.0 + a.trial.number) for a in others]) == [False, False, False]
-    assert controller.take().trial.number == 1
-    close(controller)
-
-
-def test_an_adaptive_sampler_proposes_half_before_all_of_them_are_compared(begin, content):
-    controller = Controller(begin(content))
-    first = list(iter(controller.take, None))
-    assert len(first) == 4
+    controller = Controller(begin(content, constant_answer={"bits_per_byte": 5.0, "loss": 1.0}))
+    pack = [controller.take() for _ in range(4)]
+    scores = [(5.0, 1.0), (6.0, 2.0), (4.0, 2.0), (6.0, 0.5)]
+    for step in (EVERY, HALF):
+        reasons = controller.report(
+            [
+                (assignment, step, {"bits_per_byte": value, "loss": loss})
+                for assignment, (value, loss) in zip(pack, scores, strict=True)
+            ]
+        )
+        assert [reason is not None for reason in reasons] == (
+            [True, True, False, False] if step == HALF else [False] * 4
+        )
+    assert all("has learned nothing" in reason for reason in reasons[:2])
     simulation = Simulation(controller)
-    simulation.advance(first[1:])
-    assert controller.take() is None  # one of them has no value of the first rung
-    simulation.advance(first[:1])
-    assert len({a.trial.number for a in iter(controller.take, None)} - {a.trial.number for a in first}) == 4
+    for assignment, reason in zip(pack[:2], reasons[:2], strict=True):
+        controller.tell(assignment, simulation.record(assignment, HALF, "stopped", reason=reason))
+    close(controller)
+    again = resume(controller.sweep.path)
+    trials = again.search.arms["lora"].trials
+    assert [(trials[n].state, trials[n].reason) for n in range(2)] == [("stopped", reasons[n]) for n in range(2)]
+    assert [trials[n].state for n in (2, 3)] == ["running"] * 2
+    close(again)
+
+
+def test_trials_of_a_language_model_wait_for_the_frozen_base_and_are_stopped_if_no_better(begin, content):
+    content["settings"] |= {"sampler": "qmc"}
+    content["arms"] = {"lora": content["arms"]["lora"], "frozen": {"settings": {"method": "frozen"}}}
+    controller = Controller(begin(content), session="s")
+    base = controller.take(worker="s-1", request=1)
+    assert base.arm.name == "frozen"
+    assert controller.take(worker="s-2", request=1) is None
+    controller.report([(base, 0, {"bits_per_byte": 5.0})])
+    controller.tell(base, Simulation(controller, curve=lambda a, step: 5.0).record(base, 0, "complete"))
+    worse, better = (controller.take(worker="s-2", request=number) for number in (2, 3))
+    reasons = controller.report(
+        [(worse, HALF, {"bits_per_byte": 5.1, "loss": 1.0}), (better, HALF, {"bits_per_byte": 4.9, "loss": 9.0})]
+    )
+    assert [reason is not None for reason in reasons] == [True, False]
     close(controller)
 
 
-@pytest.mark.parametrize(("count", "after"), [(count, count % 2 == 0) for count in range(1, 60, 5)])
+@pytest.mark.parametrize(("count", "after"), [(count, count % 2 == 0) for count in range(1, 40, 4)])
 def test_a_controller_killed_at_any_write_ends_with_the_same_trials(
     begin, simulate, content, monkeypatch, count, after
 ):
     content["arms"]["lora"]["trials"] = 4
-    whole = simulate(content, folder="whole", slots=1)
-    controller = Controller(begin(content, folder="killed"))
+    answer = {"bits_per_byte": 1 / HALF + 0.016}  # some trials are stopped
+    whole = simulate(content, folder="whole", slots=1, constant_answer=answer)
+    assert {state for _, _, _, state, _ in whole} == {"complete", "stopped"}
+    controller = Controller(begin(content, folder="killed", constant_answer=answer))
     simulation = Simulation(controller, slots=1)
     kill_at(monkeypatch, controller.sweep.storage, count, after=after)
     try:
@@ -149,21 +132,12 @@ def test_a_trial_that_somebody_else_added_to_the_study_is_left_out(begin, conten
     close(controller)
 
 
-def test_a_restarted_controller_leaves_a_promoted_trial_to_the_worker_that_trains_it(begin, content):
-    content["settings"] |= {"sampler": "qmc", "pruner.rungs": [0.17]}
+def test_a_restarted_controller_leaves_a_trial_to_the_worker_that_trains_it(begin, content):
+    content["settings"] |= {"sampler": "qmc"}
     first = Controller(begin(content), session="s")
-    pack = [first.take(worker="s-1", request=number) for number in range(6)]
-    values = [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
-    assert first.report([(a, EVERY, v) for a, v in zip(pack, values, strict=True)]) == [False] * 4 + [True] * 2
-    simulation = Simulation(first)
-    for assignment in pack[:4]:
-        first.tell(assignment, simulation.record(assignment, EVERY, "paused"))
-    for assignment in pack[4:]:  # so that the best of the others goes on
-        first.tell_failure(assignment, Diverged("the loss became NaN."))
-    promoted = first.take(worker="s-1", request=7)
-    assert promoted.trial.number == 3
+    held = first.take(worker="s-1", request=1)
     close(first)
     second = Controller(reopen_sweep(first.sweep.path), session="s")
-    assert second.take(worker="s-2", request=1).trial.number != 3
-    assert second.report([(promoted, 2 * EVERY, 3.0)]) == [True]
+    assert second.take(worker="s-2", request=1).trial.number != held.trial.number
+    assert second.report([(held, EVERY, {"bits_per_byte": 3.0})]) == [None]
     close(second)

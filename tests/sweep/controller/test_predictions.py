@@ -18,8 +18,8 @@ BEST_U = 4e-3
 LR = FloatDistribution(1e-4, 1e-2, log=True)
 SPACE = {"method.rank": CategoricalDistribution(RANKS), "optim.lr": LR}
 WITH_ALPHA = SPACE | {"method.alpha.over_rank": CategoricalDistribution([0.5, 1, 2])}
-PROGRESS = 0.3
-"""How much each trial improves in the second half of its steps."""
+BASE = 2.4
+"""The score of the frozen base, at which trials are stopped."""
 
 
 def get_alpha(params):
@@ -40,23 +40,18 @@ def build_arm(space=SPACE, *, trials=12, seed=0):
     return make_arm(space, GP, trials=trials, seed=seed, confirm_each="method.rank")
 
 
-def make(arm, params, *, is_partial=False, value=None):
+def make(params, *, value=None, base=math.inf):
     value = cost(params) if value is None else value
-    half = arm.corner_configs[0].num_steps // 2
-    values = {half: value + PROGRESS}
-    return (
-        make_trial(params, state="pruned", values=values)
-        if is_partial
-        else make_trial(params, value=value, values=values)
-    )
+    if value >= base:
+        return make_trial(params, state="stopped", values={75: value})
+    return make_trial(params, value=value)
 
 
-def search(arm, *, num, partial=lambda number: False):
-    """An arm of which each trial ends before the next begins."""
+def search(arm, *, num, base=math.inf):
+    """An arm of which each trial ends before the next begins, and is stopped if it is no better than the base."""
     history = []
     for number in range(num):
-        params = ask_for_proposal(arm, history, number=number)
-        history.append(make(arm, params, is_partial=partial(number)))
+        history.append(make(ask_for_proposal(arm, history, number=number), base=base))
     return number_trials(history)
 
 
@@ -65,15 +60,17 @@ def predict(arm, trials, rank, *, direction="minimize"):
 
 
 @pytest.mark.parametrize("space", [SPACE, WITH_ALPHA], ids=["one α", "several α/r"])
-def test_the_best_rate_of_every_rank_is_found_from_twelve_trials_of_which_half_are_partial(space):
-    errors = []
+def test_the_best_rate_of_every_rank_is_found_from_twelve_trials_of_which_some_are_stopped(space):
+    errors, states = [], set()
     for seed in range(5):
         arm = build_arm(space, seed=seed)
-        trials = search(arm, num=12, partial=lambda number: number % 2 == 1)
+        trials = search(arm, num=12, base=BASE)
+        states |= {trial.state for trial in trials}
         for rank in RANKS:
             found = predict(arm, trials, rank)
             assert found.params["method.rank"] == rank
             errors.append(abs(math.log(found.params["optim.lr"] / find_best_rate(found.params))))
+    assert states == {"complete", "stopped"}
     assert statistics.median(errors) < math.log(1.15)
     assert max(errors) < math.log(1.4)  # which costs 2 % of what a rate at the end of the range costs
 
@@ -81,7 +78,7 @@ def test_the_best_rate_of_every_rank_is_found_from_twelve_trials_of_which_half_a
 def test_higher_scores_may_be_better():
     arm = build_arm()
     trials = search(arm, num=12)
-    mirrored = number_trials([make(arm, trial.params, value=-trial.value) for trial in trials])
+    mirrored = number_trials([make(trial.params, value=-trial.value) for trial in trials])
     for rank in RANKS:
         found, other = predict(arm, trials, rank), predict(arm, mirrored, rank, direction="maximize")
         assert other.params == found.params
@@ -91,7 +88,7 @@ def test_higher_scores_may_be_better():
 
 def test_equal_predictions_keep_a_tried_trial():
     arm = build_arm()
-    trials = number_trials([make(arm, trial.params, value=1.0) for trial in search(arm, num=8)])
+    trials = number_trials([make(trial.params, value=1.0) for trial in search(arm, num=8)])
     for rank in RANKS:
         found = predict(arm, trials, rank)
         assert found.trial == min(trial.number for trial in trials if trial.params["method.rank"] == rank)
@@ -106,7 +103,7 @@ def test_the_regret_is_never_negative_and_shrinks_with_more_trials():
 
 def test_a_prediction_is_tried_or_near_a_trial_and_depends_on_no_order():
     arm = build_arm()
-    trials = search(arm, num=12, partial=lambda number: number % 3 == 1)
+    trials = search(arm, num=12, base=BASE)
     shuffled = trials[:]
     random.Random(0).shuffle(shuffled)
     for rank in RANKS:
@@ -127,7 +124,7 @@ def test_a_value_without_a_result_has_no_prediction():
     ]
     assert predict(arm, number_trials(trials), 64) is None
     assert predict(arm, number_trials(trials), 16) is not None
-    for state in ("running", "failed", "pruned"):
+    for state in ("running", "failed", "stopped"):
         trial = make_trial({"method.rank": 4, "optim.lr": 1e-3}, state=state)
         assert predict(arm, number_trials([trial]), 4) is None
 

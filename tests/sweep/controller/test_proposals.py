@@ -201,13 +201,13 @@ def test_of_a_long_history_a_model_sees_the_best_results(monkeypatch, direction)
     params = ask(number=0)
     values = [float(value) for value in random.Random(0).sample(range(1000), 60)]
     results = [make(params, value=value) for value in values]
-    partial = make(params, state="pruned", values={20: -5.0})
+    stopped = make(params, state="stopped", values={20: 1000.0 if direction == "minimize" else -1000.0})
     running = [make(ask(number=number), state="running") for number in (100, 101)]
-    ask([partial, *results, *running], sampler="tpe", number=63, direction=direction)
+    ask([stopped, *results, *running], sampler="tpe", number=63, direction=direction)
     best = sorted(range(60), key=lambda i: values[i] if direction == "minimize" else -values[i])[:10]
     assert seen == [[*(values[i] for i in sorted(best)), None, None]]
-    ask([partial, *results[:8]], sampler="tpe", number=63, direction=direction)
-    assert seen[1] == [None, *values[:8]]  # a partial result has intermediate values only
+    ask([stopped, *results[:8]], sampler="tpe", number=63, direction=direction)
+    assert seen[1] == [None, *values[:8]]  # a stopped trial has intermediate values only
 
 
 def test_sobol_points_are_those_of_optunas_sampler():
@@ -237,5 +237,5 @@ def test_results_that_are_all_equal_or_not_finite_are_no_error(sampler):
     assert ask(same, sampler=sampler)
     odd = [*same[:4], *(make(trial.params, value=math.inf) for trial in history[4:])]
     assert ask(odd, sampler=sampler)
-    paused = [make(t.params, state="pruned", values={20: math.nan}) for t in history[4:]]
-    assert ask([*same[:4], *paused], sampler=sampler)
+    stopped = [make(t.params, state="stopped", values={20: math.nan}) for t in history[4:]]
+    assert ask([*same[:4], *stopped], sampler=sampler)

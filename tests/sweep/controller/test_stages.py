@@ -1,7 +1,7 @@
 """After the search each arm's best settings run on fresh seeds and are scored once on test data, whatever happens."""
 
 import pytest
-from tests.sweep.conftest import HALVING, NoInputs
+from tests.sweep.conftest import NoInputs
 
 from lorasweep.errors import Diverged, OutOfMemory
 from lorasweep.record import read_run, read_sweep
@@ -37,6 +37,10 @@ def best_of(record, arm):
     return min((row for row in record.trials if row.arm == arm), key=lambda row: (row.value, row.number))
 
 
+def score_by_rate(config, step=None):
+    return 1.0 if config.method.name == "frozen" else config.optim.lr
+
+
 def test_each_arms_best_settings_run_on_the_same_fresh_seeds(begin, work, runs, confirming):
     folder = begin(confirming)
     assert work(folder)
@@ -67,7 +71,7 @@ def test_nothing_of_the_test_part_is_read_before_the_search_is_over(begin, work,
     def score(config, step):
         if len(runs.begun) <= 8:
             assert inputs_cache.test_reads == 0
-        return config.optim.lr
+        return score_by_rate(config)
 
     runs.score = score
     folder = begin(confirming)
@@ -76,26 +80,17 @@ def test_nothing_of_the_test_part_is_read_before_the_search_is_over(begin, work,
     assert counts(folder.path) == ASKED
 
 
-def test_paused_trials_are_pruned_before_the_confirm_stage_and_none_of_them_is_a_winner(begin, work, runs, confirming):
-    confirming["settings"] |= HALVING
-    folder = begin(confirming, "arms.lora.trials=8")
-    folder.is_save_due = lambda: True
-    seen = {}
-
-    def score(config, step):
-        record = read_sweep(folder.path)
-        seen[len(record.confirm)] = {row.state for row in record.trials}
-        return config.optim.lr
-
-    runs.score = score
+def test_a_stopped_trial_is_no_winner_and_confirm_runs_are_not_stopped(begin, work, runs, confirming):
+    confirming["settings"] |= {"trainer.max_steps": 4, "trainer.eval_every_steps": 2}
+    folder = begin(confirming, "arms.lora.trials=8", constant_answer={"bits_per_byte": 0.01})
+    runs.score = score_by_rate
     assert work(folder)
-    pruned = [row for row in read_sweep(folder.path).trials if row.state == "pruned"]
-    assert pruned
-    assert "paused" in seen[0]
-    assert all(seen[number] == {"complete", "pruned"} for number in range(1, 8))
-    states = {(row.arm, row.number): row.state for row in read_sweep(folder.path).trials}
-    assert {states[row.arm, row.trial] for row in read_sweep(folder.path).settings} == {"complete"}
-    assert {row.state for row in read_sweep(folder.path).confirm} == {"complete"}  # no rungs here
+    record = read_sweep(folder.path)
+    lora = [row for row in record.trials if row.arm == "lora"]
+    assert {row.state for row in lora} == {"complete", "stopped"}
+    (chosen,) = [row for row in record.settings if row.arm == "lora"]
+    assert lora[chosen.trial].state == "complete"
+    assert {row.state for row in record.confirm} == {"complete"}
 
 
 def test_a_finished_search_gets_the_stage_later_and_more_seeds_later_still(begin, work, runs, confirming):
@@ -123,7 +118,7 @@ def test_a_seed_that_can_not_be_trained_or_scored_keeps_its_row_and_stops_nothin
     def fail(config, step=None):
         if step is None or config.seed:
             raise error
-        return config.optim.lr
+        return score_by_rate(config)
 
     setattr(runs, "score" if state == "failed" else "score_on_test", fail)
     # a seed that diverges is a result of the sweep and no fault of it
@@ -141,7 +136,7 @@ def test_an_arm_without_a_complete_trial_is_left_out_and_said_so(begin, work, ru
     def score(config, step):
         if config.method.name == "full":
             raise Diverged("the training loss became NaN")
-        return config.optim.lr
+        return score_by_rate(config)
 
     runs.score = score
     folder = begin(confirming, "sweep.max_failures=100")

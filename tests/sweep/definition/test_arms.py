@@ -41,8 +41,8 @@ def test_an_override_reaches_every_arm_that_has_the_key_and_one_of_an_arm_beats_
         assert (arms["lora"].settings["optim.eps"], arms["full"].settings["optim.eps"]) == (1e-7, 1e-6)
     full = arms_of(read(content, "arms.full.optim.lr=1e-3"))["full"]  # which leaves nothing to search
     assert (full.space, full.trials, full.compose({}).optim.lr) == ({}, 1, 1e-3)
-    trials = {arm.name: arm.trials for arm in read(content, "sweep.trials=2", "arms.lora.trials=5").arms}
-    assert trials == {"frozen": 1, "full": 2, "lora": 5}
+    trials = {arm.name: arm.trials for arm in read(content, "sweep.trials=4", "arms.lora.trials=5").arms}
+    assert trials == {"frozen": 1, "full": 2, "lora": 5}  # full searches one key, so it has half of the trials
 
 
 @pytest.mark.parametrize(
@@ -77,8 +77,7 @@ def test_an_arms_own_sweep_settings_beat_the_files_and_the_command_line_beats_bo
 @pytest.mark.parametrize(
     ("set_in_file", "word", "name"),
     [
-        ({"pruner.reduction_factor": 4}, "pruner=none", "none"),
-        ({"pruner.rungs": [0.5], "pruner.reduction_factor": 4}, "arms.lora.pruner=none", "none"),
+        ({"sampler.startup_trials": 7}, "sampler=qmc", "qmc"),
         ({"sampler.startup_trials": 7}, "arms.lora.sampler=qmc", "qmc"),
         ({"schedule.warmup_fraction": 0.5}, "schedule=constant", "constant"),
         ({"schedule.warmup_fraction": 0.5}, "arms.lora.schedule=cosine", "cosine"),
@@ -87,9 +86,8 @@ def test_an_arms_own_sweep_settings_beat_the_files_and_the_command_line_beats_bo
 def test_another_option_of_a_group_has_its_own_defaults(read, content, set_in_file, word, name):
     """What the file says inside the group was meant for the option that it had."""
     group = word.removeprefix("arms.lora.").partition("=")[0]
-    of_sweep = group in ("pruner", "sampler")
+    of_sweep = group == "sampler"
     of_conf = getattr((compose_sweep if of_sweep else compose_run)({group: name}), group)
-    del content["settings"]["pruner"]
     for settings in (content["settings"], content["arms"]["lora"]["settings"]):
         settings |= set_in_file
         lora = arms_of(read(content, word))["lora"]
@@ -111,8 +109,7 @@ def test_arguments_of_an_optimizer_are_searched_as_other_settings(read, content)
 def test_a_list_for_a_setting_that_is_always_a_list_is_its_value_and_no_choice(read, content):
     words = ["method.exclude=[k_proj,o_proj]", "method.layers=[0,1]", "method.targets=[q_proj,v_proj]"]
     words += ["logger=[tensorboard,csv]", "arms.lora.callbacks=[lr_monitor,device_stats]"]
-    del content["settings"]["pruner"]
-    definition = read(content, *words, "confirm.looks=[3,5]", "arms.lora.pruner.rungs=[0.25]")
+    definition = read(content, *words, "confirm.looks=[3,5]")
     lora, full = (arms_of(definition)[name] for name in ("lora", "full"))
     assert set(lora.space) == {"method.rank", "optim.lr"}
     config = lora.corner_configs[0]
@@ -121,7 +118,6 @@ def test_a_list_for_a_setting_that_is_always_a_list_is_its_value_and_no_choice(r
     assert (list(config.logger), list(config.callbacks)) == (["tensorboard", "csv"], ["lr_monitor", "device_stats"])
     assert list(full.corner_configs[0].callbacks) == []
     assert {arm.sweep_config.confirm.looks for arm in definition.arms} == {(3, 5)}
-    assert lora.sweep_config.pruner.rungs == (0.25,)
     content["settings"] = {"data": "table", "data.train": "topics.csv", "model": "tiny", "model.kind": "classifier"}
     arms = arms_of(read(content, "data.columns=[label,title,text]"))
     assert {arm.corner_configs[0].data.columns for arm in arms.values()} == {("label", "title", "text")}

@@ -1,13 +1,12 @@
 """The loop gives exactly the trials that were asked for, whatever becomes of them and however often it is stopped."""
 
 import pytest
-from tests.sweep.conftest import HALVING as ONE_RUNG
+from tests.sweep.conftest import UNTRAINED
 
 from lorasweep.config.compose import packaged_folder
 from lorasweep.errors import Diverged, OutOfMemory, WorkerError
 from lorasweep.record import read_run, read_sweep
 
-HALVING = ONE_RUNG | {"pruner.rungs": [0.25, 0.5]}
 SAMPLERS = sorted(path.stem for path in (packaged_folder("conf") / "sampler").glob("*.yaml"))
 
 
@@ -27,17 +26,17 @@ def counts(path):
     [("qmc", 3), ("tpe", 7), pytest.param("gp", 5, marks=pytest.mark.slow)],
 )
 def test_a_stopped_sweep_proposes_what_an_uninterrupted_one_does(begin, work, finish, runs, content, sampler, stop_at):
-    content["settings"] |= {"sampler": sampler} | HALVING
-    whole = begin(content, "sweep.trials=7", folder="whole")
+    content["settings"] |= {"sampler": sampler}
+    whole = begin(content, "sweep.trials=7", folder="whole", constant_answer=UNTRAINED)
     assert work(whole)
-    stopped = begin(content, "sweep.trials=7", folder="stopped")
+    stopped = begin(content, "sweep.trials=7", folder="stopped", constant_answer=UNTRAINED)
     assert not work(stopped, stop_at=stop_at)
     finish(stopped.path, stop_at=stop_at)
     assert rows_of(stopped.path) == rows_of(whole.path)
-    assert {row.state for row in read_sweep(whole.path).trials} == {"complete", "pruned"}
+    assert {row.state for row in read_sweep(whole.path).trials} == {"complete", "stopped"}
 
 
-def test_the_total_is_kept_with_failures_pruning_and_infeasible_trials_among_them(begin, work, runs, content):
+def test_the_total_is_kept_with_failed_stopped_and_infeasible_trials_among_them(begin, work, runs, content):
     seen = []
 
     def score(config, step):
@@ -54,13 +53,12 @@ def test_the_total_is_kept_with_failures_pruning_and_infeasible_trials_among_the
         return config.optim.lr * step
 
     runs.score = score
-    content["settings"] |= {"pruner": "halving"}
-    folder = begin(content, "arms.lora.trials=10")
+    folder = begin(content, "arms.lora.trials=10", constant_answer={"bits_per_byte": 0.05})
     assert work(folder)
     states = counts(folder.path)["lora"]
     assert sum(states.values()) == 10
     assert (states["failed"], states["infeasible"]) == (4, 2)
-    assert states["pruned"] >= 1
+    assert states["stopped"] >= 1
     reasons = {row.reason for row in read_sweep(folder.path).trials if row.state in ("failed", "infeasible")}
     assert reasons == {"the training loss became NaN", "2 GiB", "ZeroDivisionError: a bug"}
     for row in read_sweep(folder.path).trials:
@@ -102,19 +100,26 @@ def test_too_many_failures_in_a_row_stop_the_sweep(begin, work, runs, content):
     assert sum(row.state == "failed" for row in read_sweep(folder.path).trials) == 3
 
 
-def test_trials_are_pruned_and_keep_their_best_score(begin, work, runs, content):
-    content["settings"] |= HALVING
+def test_trials_that_learn_nothing_are_stopped_at_half_and_keep_their_best_score(begin, work, runs, content):
     runs.score = lambda config, step: config.optim.lr * step  # the best value is the first one
-    folder = begin(content, "arms.lora.trials=12")
+    folder = begin(content, "arms.lora.trials=12", constant_answer={"bits_per_byte": 0.05})
     assert work(folder)
-    pruned = [row for row in read_sweep(folder.path).trials if row.state == "pruned"]
-    assert len(pruned) >= 6
-    for row in pruned:
-        assert row.value == row.params["optim.lr"] * 2
-        kept = read_run(folder.path / row.run)
-        assert (kept.status, kept.reason) == ("pruned", row.reason)
-        assert row.reason == f"stopped at step {kept.steps_done}, because other trials were better there"
-        assert kept.steps_done in (2, 4)
+    assert {row.state for row in read_sweep(folder.path).trials} == {"complete", "stopped"}
+    for row in read_sweep(folder.path).trials:
+        assert (row.state == "stopped") == (row.params.get("optim.lr", 0) * 4 >= 0.05)
+        if row.state == "stopped":
+            assert row.value == row.params["optim.lr"] * 2
+            kept = read_run(folder.path / row.run)
+            assert (kept.status, kept.steps_done, kept.reason) == ("stopped", 4, row.reason)
+            assert row.reason.startswith("has learned nothing at step 4: ")
+
+
+@pytest.mark.parametrize(("falls", "state"), [(True, "complete"), (False, "stopped")])
+def test_a_run_that_equals_the_frozen_base_goes_on_if_its_loss_is_better(begin, work, runs, content, falls, state):
+    runs.score, runs.loss = lambda config, step: 0.5, lambda value, step: -step if falls else 1.0
+    folder = begin(content)
+    assert work(folder)
+    assert counts(folder.path) == {"frozen": {"complete": 1}, "full": {state: 3}, "lora": {state: 6}}
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

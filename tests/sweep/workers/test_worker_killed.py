@@ -5,7 +5,7 @@ from contextlib import suppress
 
 import optuna
 import pytest
-from tests.sweep.conftest import HALVING, Killed, kill_at
+from tests.sweep.conftest import UNTRAINED, Killed, kill_at
 
 from lorasweep.errors import OutOfMemory
 from lorasweep.record import read_run, read_sweep
@@ -15,10 +15,10 @@ from lorasweep.sweep.controller.lifecycle import reopen_sweep
 
 @pytest.fixture
 def killed(content):
-    """Two arms that are halved, with a confirm stage of more seeds than a pack has slots."""
+    """Two arms with a confirm stage of more seeds than a pack has slots."""
     del content["arms"]["frozen"]
     content["arms"]["full"]["trials"] = 2
-    content["settings"] |= HALVING | {"pruner.rungs": [0.25, 0.5], "confirm.seeds": 5}
+    content["settings"] |= {"confirm.seeds": 5}
     return content
 
 
@@ -45,10 +45,10 @@ def whole(begin, work, killed, runs, packs):
     def run(pack_size):
         if pack_size in TABLES:
             return TABLES[pack_size]
-        folder = begin(killed, f"worker.pack_size={pack_size}", folder="whole")
+        folder = begin(killed, f"worker.pack_size={pack_size}", folder="whole", constant_answer=UNTRAINED)
         assert work(folder)
         found = table_of(folder.path)
-        assert {state for _, _, _, state, *_ in found[0]} == {"complete", "pruned"}
+        assert {state for _, _, _, state, *_ in found[0]} == {"complete", "stopped"}
         runs.scored.clear()
         TABLES[pack_size] = found
         return found
@@ -70,7 +70,7 @@ def test_a_worker_killed_in_the_middle_of_runs_again_and_again(
     begin, work, killed, runs, packs, whole, pack_size, every
 ):
     expected = whole(pack_size)
-    folder = begin(killed, f"worker.pack_size={pack_size}", folder="killed")
+    folder = begin(killed, f"worker.pack_size={pack_size}", folder="killed", constant_answer=UNTRAINED)
     true_score, evaluations, sessions = runs.score, [0], 1
 
     def score(config, step):
@@ -100,7 +100,7 @@ def test_a_worker_killed_at_any_write_to_the_journal(
     begin, work, killed, runs, packs, whole, monkeypatch, pack_size, after, count
 ):
     expected = whole(pack_size)
-    folder = begin(killed, f"worker.pack_size={pack_size}", folder="killed")
+    folder = begin(killed, f"worker.pack_size={pack_size}", folder="killed", constant_answer=UNTRAINED)
     kill_at(monkeypatch, folder.storage, count, after=after)
     try:
         work(folder)
@@ -116,7 +116,7 @@ def test_a_worker_killed_at_any_write_of_a_runs_record(
     begin, work, killed, runs, packs, whole, monkeypatch, pack_size, count
 ):
     expected = whole(pack_size)
-    folder = begin(killed, f"worker.pack_size={pack_size}", folder="killed")
+    folder = begin(killed, f"worker.pack_size={pack_size}", folder="killed", constant_answer=UNTRAINED)
     true_close, left = runs.close, [count]
 
     def close(*arguments, **named):

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from tests.sweep.conftest import HALVING
 
 from lorasweep.errors import Diverged, OutOfMemory
 from lorasweep.record import read_sweep
@@ -27,17 +26,14 @@ def lora_rows(folder):
     return [row for row in read_sweep(folder.path).trials if row.arm == "lora"]
 
 
-def test_a_pack_is_full_as_soon_as_the_first_trials_of_an_adaptive_sampler_are_compared(
-    begin, work, lora_only, runs, packs
-):
-    lora_only["settings"] |= {"sampler": "tpe", "worker.pack_size": 8, "pruner": "halving", "pruner.rungs": [0.25]}
+def test_a_pack_grows_again_as_soon_as_a_batch_of_an_adaptive_sampler_has_ended(begin, work, lora_only, runs, packs):
+    lora_only["settings"] |= {"sampler": "tpe", "worker.pack_size": 8}
     lora_only["arms"]["lora"]["trials"] = 8
     folder = begin(lora_only)
     assert work(folder)
-    assert packs.sizes == [4]  # one pack; it grows when the first four have been compared
-    assert packs.trained.index(("lora-0007", 2)) < min(
-        packs.trained.index((name, 6)) for name, step in packs.trained if step == 6
-    )
+    assert packs.sizes == [4]  # one pack, which the second batch takes over
+    assert packs.trained[16:18] == [("lora-0004", 2), ("lora-0005", 2)]
+    assert len(packs.trained) == 8 * 4
 
 
 @pytest.mark.parametrize(
@@ -56,25 +52,21 @@ def test_a_pack_that_breaks_goes_on_in_smaller_ones_and_loses_no_trial(begin, wo
     assert any("KeyError" in said and "packs of one slot" in said for said in warnings) is is_bug
 
 
-@pytest.mark.parametrize("rungs", [[0.25], [0.25, 0.5]])
-def test_a_promoted_trial_of_a_pack_that_breaks_still_ends(begin, work, lora_only, runs, packs, rungs):
-    """In a pack of one it goes on from its last checkpoint."""
-    lora_only["settings"] |= HALVING | {"pruner.rungs": rungs, "worker.pack_size": 2}
-    seen, broken = {}, []
+def test_a_trial_of_a_pack_that_is_stopped_frees_its_slot_for_the_next(begin, work, lora_only, runs, packs):
+    number_of = {}
 
     def score(config, step):
-        number = seen.setdefault(config.optim.lr, len(seen))
-        if number == 0 and step == 8 and not broken:
-            broken.append(True)
-            raise KeyError("bug")
-        return number  # the first is the best of all
+        return 2.0 if number_of.setdefault(config.optim.lr, len(number_of)) in (1, 4) else 0.5
 
     runs.score = score
-    folder = begin(lora_only)
+    folder = begin(lora_only, constant_answer={"bits_per_byte": 1.0})
     assert work(folder)
-    assert broken
-    assert lora_rows(folder)[0].state == "complete"
-    assert {row.state for row in lora_rows(folder)} == {"complete", "pruned"}
+    states = ["complete", "stopped", "complete", "complete", "stopped", "complete"]
+    assert [row.state for row in lora_rows(folder)] == states
+    trained = {f"lora-{n:04d}": 4 if state == "stopped" else 8 for n, state in enumerate(states)}
+    assert dict(packs.trained) == trained
+    assert packs.trained[8] == ("lora-0000", 6)
+    assert ("lora-0004", 2) in packs.trained[8:12]  # in the first interval after trial 1 was stopped
 
 
 def test_a_trial_that_diverges_in_a_pack_fails_alone(begin, work, packed, runs, packs):

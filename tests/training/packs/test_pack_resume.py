@@ -34,15 +34,15 @@ SETTINGS = (
 )
 """Of the runs of the search below. The fourth diverges: the capacity of the pack shrinks when it is gone."""
 NUM_RUNS = len(SETTINGS)
-PAUSES = {("run-1", 2), ("run-5", 2)}
+STOPPED = {("run-1", 2), ("run-5", 2)}
 RECORDED = ("status", "reason", "best", "last", "steps_done", "tokens_trained", "files", "adapter_bytes", "pack")
 
 
 class Search:
-    """Stands in for the controller: gives runs to a pack of three slots, the paused ones again when all have begun.
+    """Stands in for the controller: gives runs to a pack of three slots, and stops two of them.
 
-    In slot order: 0, 1 begin; 1 is paused, 2 takes its slot, 3 gets a new slot; 0 ends, 3 diverges; 4 and 5 take their
-    slots; 2 ends, 1 takes its slot, 5 is paused and goes on at once; the pack shrinks while 1, 4 and 5 end.
+    In slot order: 0, 1 begin; 1 is stopped, 2 takes its slot, 3 gets a new slot; 0 ends, 3 diverges; 4 and 5 take their
+    slots; 5 is stopped; the pack shrinks while 2 and 4 end.
     """
 
     def __init__(self, folder, make_config, *, num_runs=NUM_RUNS):
@@ -66,8 +66,6 @@ class Search:
             self.moment(f"{name} failed")
             return
         self.moment(f"{name} is about to be {record.status}")
-        if record.status == "paused":
-            self.waiting.append(name)
         self.moment(f"{name} is {record.status}")
 
     def supply(self):
@@ -79,7 +77,7 @@ class Search:
         found = {f"{one.request.run_folder.path.name} at {one.step}": one.metrics["bits_per_byte"] for one in evaluated}
         self.values |= found
         self.moment("after the report")
-        return [(one.request.run_folder.path.name, one.step) not in PAUSES for one in evaluated]
+        return ["poor" if (one.request.run_folder.path.name, one.step) in STOPPED else None for one in evaluated]
 
     def begin(self, *, inputs, slots=2):
         return self.train([self.job(self.waiting.pop(0)) for _ in range(slots)], inputs=inputs)
@@ -199,7 +197,7 @@ def resume_and_compare(killed, search, tmp_path, *, inputs):
 
 
 MOMENTS = (
-    *("after the report", "run-1 is paused", "run-2 is about to be complete"),
+    *("after the report", "run-1 is stopped", "run-2 is about to be complete"),
     *("before the commit", "after the commit"),
 )
 
@@ -248,14 +246,14 @@ def test_an_error_that_would_come_again_leaves_no_state_and_one_of_the_disk_does
         broken.folder.mkdir()
 
         def fail(moment, error=error):
-            if moment == "run-1 is paused":
+            if moment == "run-1 is stopped":
                 raise error
 
         broken.moment = fail
         with pytest.raises(type(error)):
             broken.begin(inputs=inputs)
         assert (broken.folder / STATE).exists() == stays
-        assert list((broken.folder / "run-1").glob("slot-00000002-*.ckpt"))
+        assert read_run(broken.folder / "run-1").status == "stopped"
 
 
 def test_a_slot_whose_checkpoint_is_damaged_goes_on_from_the_one_before_and_a_note_says_so(
@@ -294,7 +292,7 @@ def test_the_stream_that_slots_share_continues_after_a_kill(make_config, tmp_pat
         recorder = Recorder(search, tmp_path / "killed", patch)
         search.begin(inputs=inputs)
     assert read_run(search.folder / "run-0").pack["shared_draws"] is True
-    (killed,) = [one for one in recorder.killed if one.moment == "run-1 is paused"]
+    (killed,) = [one for one in recorder.killed if one.moment == "run-1 is stopped"]
     torch.manual_seed(9)  # whatever was drawn before
     resume_and_compare(killed, search, tmp_path / "first", inputs=inputs)
     later = [one for one in recorder.killed if one.moment == "after the commit"][1]

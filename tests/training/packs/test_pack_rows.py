@@ -79,7 +79,12 @@ def test_packed_rows_of_different_lengths_train_as_alone(make, tmp_path, kind):
     jobs = []
     for n, config in enumerate(configs):
         alone = RunFolder(path=tmp_path / f"alone{n}")
-        train_run(config, alone, inputs=inputs, on_evaluation=lambda step, value, n=n: n != 1 or step != 2)
+        train_run(
+            config,
+            alone,
+            inputs=inputs,
+            on_evaluation=lambda step, values, n=n: "poor" if (n, step) == (1, 2) else None,
+        )
         run_folder = RunFolder(path=tmp_path / f"pack{n}")
         jobs.append(RunRequest(config=config, run_folder=run_folder, on_end=lambda record: None))
     late = [jobs[2]]
@@ -89,7 +94,9 @@ def test_packed_rows_of_different_lengths_train_as_alone(make, tmp_path, kind):
         slots=2,
         next_run=lambda: late.pop() if late else None,
         # then the third run takes the second's slot: their steps have other rows
-        on_evaluation=lambda evaluated: [one.request is not jobs[1] or one.step != 2 for one in evaluated],
+        on_evaluation=lambda evaluated: [
+            "poor" if (one.request, one.step) == (jobs[1], 2) else None for one in evaluated
+        ],
         state_file=tmp_path / "pack.json",
     )
     for n in range(3):

@@ -371,6 +371,9 @@ def estimate_ratio(
         found = estimate_difference(value, numerator, denominator)
         return min(found.p_positive, found.p_negative) - level if found else 1.0
 
+    if compute_p_minus_level(ratio) <= 0:  # the sums have no error, and the difference at the ratio is a rounding error
+        return ratio, (ratio, ratio)
+
     def find_end(direction: int) -> float | None:
         """Returns the end of the interval below (-1) or above (1) the ratio, or None if it is not found."""
         width = 0.05

@@ -1,4 +1,4 @@
-"""The controller: the only owner of a sweep's studies. It hands out trials, decides at rungs and takes results.
+"""The controller: the only owner of a sweep's studies. It hands out trials and takes results.
 
 A worker calls `take`, `report` and `tell`. The answers follow from the sweep's seed and from earlier reports. They
 never depend on a clock, on the order of slots, or on how often the process was killed.
@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import functools
 import traceback
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Concatenate, Literal, ParamSpec, TypeVar
 
+from lorasweep.config.data import ScoreMetric
 from lorasweep.config.redaction import redact
 from lorasweep.config.run import RunConfig
 from lorasweep.disk import remove_leftovers
@@ -22,9 +22,10 @@ from lorasweep.record import RunRecord, Trial, add_telemetry
 from lorasweep.sweep.controller.arm_trials import ArmTrials
 from lorasweep.sweep.controller.folder import RUNS_FOLDER, SweepFolder
 from lorasweep.sweep.controller.stages import Confirmation, Search, Stage, choose_settings
+from lorasweep.sweep.controller.stopping import explain_stop
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.training.checkpoint import remove_checkpoints
-from lorasweep.training.run_log import RunFolder, prune_paused_run
+from lorasweep.training.run_log import RunFolder
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -80,7 +81,6 @@ class Controller:
         self._failures_in_a_row = 0
         self._deaths_in_a_row = 0
         self._usage: dict[str, Mapping[str, float]] = {}
-        self._update_warnings(self.search.arms.values())
         self._advance_stage()
 
     @property
@@ -105,20 +105,16 @@ class Controller:
             self._advance_stage()
         candidates = [trials for name, trials in self.stage.arms.items() if arms is None or name in arms]
         # First the trials of workers that are gone, in the order in which they were handed out.
-        running = [(trials, trial) for trials in candidates for trial in trials.list_in_state("running")]
+        running = [(trials, trial) for trials in candidates for trial in trials.list_running()]
         abandoned = [(trials, trial) for trials, trial in running if not trials.is_in_training(trial)]
         if abandoned:
             trials, trial = min(abandoned, key=lambda pair: pair[1].order)
             trials.hand_out_again(trial, worker=worker, request=request)
             return self._assign(trials, trial)
         # Then arms without a space, then the arm that has begun the smallest fraction of its trials; of equal arms, the
-        # first of the sweep file. Within an arm, a paused trial that may continue comes before a new trial.
+        # first of the sweep file.
         for trials in sorted(candidates, key=lambda one: (bool(one.arm.space), len(one.trials) / max(one.planned, 1))):
-            if (promoted := trials.next_promoted()) is not None:
-                trial, rung = promoted
-                trials.promote(trial, rung, order=self._next_order(), worker=worker, request=request)
-                return self._assign(trials, trial)
-            if trials.may_begin():
+            if trials.may_begin() and not self._awaits_base(trials.arm):
                 params, state = self.stage.propose(trials)
                 handout = {"order": self._next_order(), "worker": worker, "request": request}
                 trial = trials.begin(params, **handout, sampler_state=state)
@@ -126,17 +122,8 @@ class Controller:
         return None
 
     @_needs_storage
-    def report(
-        self,
-        evaluations: Sequence[tuple[Assignment, int, float]],
-        *,
-        losses: Mapping[Assignment, float] = MappingProxyType({}),
-    ) -> list[bool]:
-        """Takes evaluations of the same moment and returns for each trial whether it continues.
-
-        Args:
-            evaluations: Trial, optimizer step and value of the metric.
-            losses: The validation loss of each trial. Rungs order equal values by it.
+    def report(self, evaluations: Sequence[tuple[Assignment, int, Mapping[str, float]]]) -> list[str | None]:
+        """Takes evaluations (trial, optimizer step, every metric). Returns for each trial why it must stop, or None.
 
         Raises:
             WorkerError: A trial is held by another worker.
@@ -147,32 +134,25 @@ class Controller:
                 f"a worker must hold the trial that it reports, but trial {gone[0].trial.number} of arm "
                 f"`{gone[0].arm.name}` is held by another worker."
             )
-        # keyed by arm and number, because an assignment from another process is a new object in each call
-        loss_of = {(assignment.arm.name, assignment.trial.number): loss for assignment, loss in losses.items()}
-        reported = [(*self._find(assignment), step, value) for assignment, step, value in evaluations]
-        # All values are stored before the first decision, and decisions are made in the order of steps and numbers. So
-        # the order of `evaluations` changes nothing.
-        in_order = sorted(reported, key=lambda found: (found[0].arm.name, found[2], found[1].number))
-        for trials, trial, step, value in in_order:
-            trials.store(trial, step, value, loss=loss_of.get((trials.arm.name, trial.number)))
-        arms = {trials.arm.name: trials for trials, *_ in reported}
-        self._update_warnings(arms.values())
-        decisions = {(trials.arm.name, trial.number): trials.decide(trial, step) for trials, trial, step, _ in in_order}
+        metric = ScoreMetric(name=self.sweep.record.metric, direction=self.sweep.record.direction)
+        reasons = []
+        for assignment, step, scores in evaluations:
+            trials, trial = self._find(assignment)
+            trials.store(trial, step, scores[metric.name])
+            untrained = self.search.find_untrained_scores(trials.arm) if self.confirm is None else {}
+            reasons.append(explain_stop(assignment.config, step, scores, untrained=untrained, metric=metric))
         self._save_if_due()  # a trial often begins just after a save, so its first report is the next chance to save
-        return [decisions[trials.arm.name, trial.number] for trials, trial, _, _ in reported]
+        return reasons
 
     @_needs_storage
     def tell(self, assignment: Assignment, record: RunRecord) -> None:
-        """Takes the record of a run that is complete or paused."""
+        """Takes the record of a run that is complete or was stopped."""
         if not self._holds(assignment):  # this call was repeated, because its answer was lost
             return
         trials, trial = self._find(assignment)
         value = record.test[record.metric] if assignment.reads_test else record.score
-        if record.status == "paused":
-            trials.pause(trial, step=record.steps_done, value=value)
-        else:
-            self._failures_in_a_row = 0
-            trials.end(trial, "complete", value=value)
+        self._failures_in_a_row = 0
+        trials.end(trial, "stopped" if record.status == "stopped" else "complete", value=value, reason=record.reason)
         self._save_if_due()
 
     @_needs_storage
@@ -207,7 +187,7 @@ class Controller:
         for trials in self.stage.arms.values():
             for trial in trials.trials.values():
                 if trial.run == f"{RUNS_FOLDER}/{folder_name}":
-                    if trial.is_live:
+                    if trial.state == "running":
                         trials.hand_out_again(trial)
                     return self._assign(trials, trial)
         return None
@@ -235,11 +215,6 @@ class Controller:
                 f"a worker must run until its first evaluation, but {MAX_DEATHS_IN_A_ROW} workers in a row died "
                 "earlier. Check whether the system killed them because memory ran out."
             )
-
-    def awaits_pause(self, assignment: Assignment, *, step: int) -> bool:
-        """Returns whether a trial's last report was at this step and the trial may not train beyond it."""
-        _, trial = self._find(assignment)
-        return max(trial.values, default=None) == step and step not in trial.passed
 
     def is_over(self) -> bool:
         return self._is_over
@@ -277,17 +252,9 @@ class Controller:
         self.sweep.save(usage=functools.reduce(add_telemetry, self._usage.values(), {}), status=status)
 
     def _advance_stage(self) -> None:
-        """Begins the next stage if every trial of this stage has ended, or is paused and may not continue."""
-        while not self._is_over and all(
-            not trials.num_left and not trials.list_in_state("running") and trials.next_promoted() is None
-            for trials in self.stage.arms.values()
-        ):
+        """Begins the next stage if every trial of this stage has ended."""
+        while not self._is_over and all(trials.is_over for trials in self.stage.arms.values()):
             looks = self.sweep.record.looks
-            for trials in self.search.arms.values() if self.confirm is None else ():
-                for trial in trials.list_in_state("paused"):
-                    reason = f"stopped at step {trial.step}, because other trials were better there"
-                    prune_paused_run(self.sweep.path / trial.run, reason=reason)
-                    trials.end(trial, "pruned", reason=reason)
             if looks and self.confirm is None:
                 settings = choose_settings(self.search, sweep=self.sweep)
                 self.sweep.record.settings = settings
@@ -295,15 +262,9 @@ class Controller:
             elif self.confirm is None or not self.confirm.has_next_look or not self.confirm.begin_next_look():
                 self._is_over = True
 
-    def _update_warnings(self, arms: Iterable[ArmTrials]) -> None:
-        """Adds the warnings that most trials have learned nothing yet, and removes those that are no longer true."""
-        record = self.sweep.record
-        for trials in arms:
-            warning = trials.describe_unlearned(record.metric)
-            if not trials.has_learned:
-                self.sweep.warn(warning)
-            elif warning in record.warnings:
-                record.warnings.remove(warning)
+    def _awaits_base(self, arm: Arm) -> bool:
+        """Returns whether an arm's trials may only begin later, because they would be compared with the frozen base."""
+        return self.confirm is None and self.search.awaits_base(arm)
 
     def _next_order(self) -> int:
         orders = [trial.order for trials in self.stage.arms.values() for trial in trials.trials.values()]

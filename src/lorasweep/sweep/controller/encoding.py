@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -28,7 +27,7 @@ from scipy.stats import qmc
 from lorasweep.config.components import Component
 from lorasweep.config.data import Direction, get_sign
 from lorasweep.config.method import ALPHA_OVER_RANK, LoraConfig
-from lorasweep.config.run import ALPHA, LR, RANK, STEPS_KEY, follows_rate_law
+from lorasweep.config.run import ALPHA, LR, RANK, follows_rate_law
 from lorasweep.record import Trial, TrialState
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.definition.sweep_file import Space, list_corner_values
@@ -40,19 +39,17 @@ RATIO_B = "optim.lr_ratio_b"
 LAW_KEYS = (RANK, ALPHA, ALPHA_OVER_RANK, SCALING, RATIO_B)
 """The swept keys that change the factor between the learning rate and u."""
 
-BATCH_KEY = "trainer.batch_size"
 MAX_HISTORY_TRIALS = 200
 """Number of results, and of running trials, that a model sees. The cost of a Gaussian process grows with the cube of
 this number: at 200 a proposal takes about 0.5 s (TPE: 0.04 s), at 500 about 3 s."""
 OPTUNA_STATES: Mapping[TrialState, OptunaState] = {
     "complete": OptunaState.COMPLETE,
-    "paused": OptunaState.PRUNED,  # a sampler reads a pruned trial as a result of fewer steps
-    "pruned": OptunaState.PRUNED,
+    "stopped": OptunaState.PRUNED,  # TPE ranks a pruned trial below all complete ones
     "infeasible": OptunaState.PRUNED,  # with a violated constraint, because a sampler ignores failed trials
     "failed": OptunaState.FAIL,
     "running": OptunaState.RUNNING,
 }
-"""How Optuna calls the states of trials; a paused trial is still running in the study."""
+"""Optuna's names of the states of trials."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,40 +207,11 @@ def _scale_to(range_: BaseDistribution, fraction: float) -> float:
     return min(max(value, range_.low), range_.high)
 
 
-@dataclass(frozen=True)
-class Power:
-    """The power p of `best rate ~ setting ** p`, with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-POWERS: Mapping[str, Power] = {STEPS_KEY: Power(-0.20, -0.44, 0.04), BATCH_KEY: Power(0.49, 0.26, 0.72)}
-"""The powers of LoRA's best learning rate, by setting."""
-
-
-def find_powers(method: str) -> Mapping[str, Power]:
-    """Returns the known powers of a method."""
-    return POWERS if method == "lora" else {}
-
-
-def scale_rate(rate: float, method: str, ratios: Mapping[str, float]) -> tuple[float, float, float]:
-    """Returns the learning rate for other settings, and the ends of the 95 % interval that follows from the powers.
-
-    `ratios` has the new value of a setting over its old one. Settings without a known power change nothing.
-    """
-    moves = [(power, math.log(ratios[key])) for key, power in find_powers(method).items() if key in ratios]
-    shift = sum(power.value * move for power, move in moves)
-    error = math.hypot(*((power.high - power.low) / 2 * move for power, move in moves))
-    return rate * math.exp(shift), rate * math.exp(shift - error), rate * math.exp(shift + error)
-
-
 class History:
     """An arm's trials, with a point of the space that samplers search in place of each trial's parameters.
 
-    A complete trial is a result. A paused, pruned or evaluated running trial is a partial result. A running trial
-    without an evaluation is no result yet. A failed trial is hidden, but its point is not proposed again.
+    A complete trial is a result, and so is a stopped one, with the bad score at which it was stopped. A running trial
+    is no result yet. A failed trial is hidden, but its point is not proposed again.
     """
 
     def __init__(self, arm: Arm, trials: Iterable[Trial] = (), *, direction: Direction) -> None:
@@ -268,23 +236,19 @@ class History:
         return self._points[trial.number]
 
     def list_results(self) -> list[Trial]:
-        """Returns the results in the order of their numbers: all, or the `MAX_HISTORY_TRIALS` best if there are more.
-
-        Complete trials are ranked by score. Partial results rank below them, by their number of steps, as in TPE.
-        """
+        """Returns the results by number: all, or the `MAX_HISTORY_TRIALS` best if there are more."""
         sign = get_sign(self.direction)
 
-        def sort_key(trial: Trial) -> tuple[float, ...]:
-            value = get_last_value(trial)
-            steps = math.inf if trial.state == "complete" else trial.step
-            return (1, 0, 0.0) if value is None else (0, -steps, sign * value)
+        def sort_key(trial: Trial) -> float:
+            score = get_score(trial)
+            return math.inf if score is None else sign * score
 
         results = sorted((trial for trial in self.trials if is_result(trial)), key=sort_key)
         return sorted(results[:MAX_HISTORY_TRIALS], key=lambda trial: trial.number)
 
     def list_running(self) -> list[Trial]:
-        """Returns the latest running trials without a result, at most `MAX_HISTORY_TRIALS`."""
-        running = [trial for trial in self.trials if trial.state == "running" and not is_result(trial)]
+        """Returns the latest running trials, at most `MAX_HISTORY_TRIALS`."""
+        running = [trial for trial in self.trials if trial.state == "running"]
         return running[-MAX_HISTORY_TRIALS:]
 
     def has_tried(self, point: Point) -> bool:
@@ -313,31 +277,14 @@ class History:
 
 
 def is_result(trial: Trial) -> bool:
-    """Returns whether a model sees a trial: it has a finite value, or does not fit in memory."""
-    return trial.state == "infeasible" or (trial.state != "failed" and get_last_value(trial) is not None)
+    """Returns whether a model sees a trial: it has a finite score, or does not fit in memory."""
+    return trial.state == "infeasible" or get_score(trial) is not None
 
 
-def get_last_value(trial: Trial) -> float | None:
-    """Returns a complete trial's score or else its last value; None if it is missing, not finite or infeasible."""
-    if trial.state == "infeasible":
-        return None
-    value = trial.value if trial.state == "complete" else trial.last_value
+def get_score(trial: Trial) -> float | None:
+    """Returns the score that a model sees: that of a complete trial, or the last value of a stopped one.
+
+    Returns None for other trials, and if the score is missing or not finite.
+    """
+    value = {"complete": trial.value, "stopped": trial.last_value}.get(trial.state)
     return value if value is not None and math.isfinite(value) else None
-
-
-def extrapolate_scores(results: Sequence[Trial]) -> list[float | None]:
-    """Returns the score of each result; of a partial result, its last value plus the median progress of others."""
-    complete = [trial for trial in results if trial.state == "complete"]
-    scores: list[float | None] = []
-    for trial in results:
-        score = get_last_value(trial)
-        if score is not None and trial.state != "complete":
-            progress = [
-                end - start
-                for peer in complete
-                if math.isfinite(start := peer.values.get(trial.step, math.nan))
-                and (end := get_last_value(peer)) is not None
-            ]
-            score += statistics.median(progress) if progress else 0.0
-        scores.append(score)
-    return scores

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import optuna
@@ -56,12 +57,12 @@ def create_sweep(
     *,
     metric: ScoreMetric,
     retained: Sequence[RetainedRow] = (),
-    constant_answer: float | None = None,
+    constant_answer: Mapping[str, float] = MappingProxyType({}),
     notes: Sequence[str] = (),
 ) -> SweepFolder:
     """Creates the folder, the record and the studies of a sweep, and returns the open sweep.
 
-    `constant_answer` is the validation score of a constant prediction, and `notes` are sentences on the data.
+    `constant_answer` has the validation scores of a constant prediction, and `notes` are sentences on the data.
 
     Raises:
         ConfigError: The folder can't be created; no record was written.
@@ -72,7 +73,7 @@ def create_sweep(
         description=definition.description,
         metric=metric.name,
         direction=metric.direction,
-        constant_answer=constant_answer,
+        constant_answer=dict(constant_answer),
         definition=definition.raw,
         source=str(definition.source) if definition.source else None,
         source_sha256=compute_sha256(definition.source) if definition.source else None,
@@ -208,7 +209,6 @@ def build_arm_row(arm: Arm) -> ArmRow:
         method=config.method.name,
         trials=arm.trials,
         steps=config.num_steps,
-        search_steps=arm.searched.corner_configs[0].num_steps,
         settings=dict(arm.settings),
         space=describe_space(arm.space),
         confirm_each=arm.confirm_each,

@@ -1,4 +1,7 @@
-"""One search for every value of an arm's `confirm_each` key: proposes trials, and predicts the best setting of each."""
+"""The Gaussian process of arms whose dimensions are known: proposes trials, and predicts the best settings.
+
+These are arms with `confirm_each`, whose values share one search, and arms that search the learning rate alone.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from lorasweep.sweep.controller.encoding import (
     SpaceEncoding,
     build_rate_law,
     draw_sobol_point,
-    extrapolate_scores,
+    get_score,
 )
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.definition.sweep_file import Space
@@ -40,11 +43,9 @@ RANGE_LENGTH_SCALE = 0.5
 """Length scale of any other number, as a fraction of its range."""
 CHOICE_LENGTH_SCALE = 1.5
 """Length scale of choices that are not numbers. Two different choices have the distance 1."""
-NOISE_VARIANCE = 0.03
-"""Variance of the noise of a score, as a share of the variance of the scores."""
-PARTIAL_NOISE_VARIANCE = 1.0
-"""Variance of the additional noise of a trial that has done no step, in the same unit. It falls linearly to 0 at the
-last step."""
+NOISE_VARIANCES = (0.01, 0.03, 0.1, 0.3)
+"""Variances of the noise of a score, as shares of the variance of the scores. The most likely one is taken: seeds
+scatter much more on short sentences than on text."""
 JITTER = 1e-6
 """Added to the diagonal of a covariance, so that rounding does not make it singular."""
 DRAW_SEED = 0
@@ -134,16 +135,16 @@ class Surrogate:
         return np.asarray(mean + self.scale * normal @ np.linalg.cholesky(covariance).T)
 
 
-def fit_surrogate(points: Array, costs: Sequence[float], *, done: Sequence[float]) -> Surrogate:
+def fit_surrogate(points: Array, costs: Sequence[float]) -> Surrogate:
     """Returns a Gaussian process with Matérn 5/2 kernel (Rasmussen and Williams 2006, equation 4.17).
 
     Costs that are more than one robust standard deviation worse than the median become that value: a diverged trial
-    says that its setting is bad, and its number would only hide the differences between good settings.
+    says that its setting is bad, and its number would only hide the differences between good settings. Far from all
+    trials the mean is the worst of these costs, so that no setting is chosen because nothing is known about it.
 
     Args:
         points: (trials, dimensions) coordinates in units of the length scales.
         costs: (trials,) The cost of each trial; lower is better.
-        done: (trials,) The fraction of its steps that each trial has done, from 0 to 1.
     """
     values = np.asarray(costs, dtype=np.float64)
     median = float(np.median(values))
@@ -152,10 +153,16 @@ def fit_surrogate(points: Array, costs: Sequence[float], *, done: Sequence[float
         spread = median - float(values.min())
     values = np.minimum(values, median + spread)
     scale = max(spread, 1e-12)
-    centre = float(values.mean())
-    noise = NOISE_VARIANCE + PARTIAL_NOISE_VARIANCE * (1.0 - np.asarray(done, dtype=np.float64))
-    factor = np.linalg.cholesky(compute_kernel(points, points) + np.diag(noise))
-    weights = np.linalg.solve(factor.T, np.linalg.solve(factor, (values - centre) / scale))
+    centre = float(values.max())
+    scaled, kernel = (values - centre) / scale, compute_kernel(points, points)
+    likelihood = -math.inf
+    for noise in NOISE_VARIANCES:
+        trial_factor = np.linalg.cholesky(kernel + noise * np.eye(len(points)))
+        trial_weights = np.linalg.solve(trial_factor.T, np.linalg.solve(trial_factor, scaled))
+        # the logarithm of the likelihood without a constant (Rasmussen and Williams 2006, equation 2.30)
+        found = -0.5 * float(scaled @ trial_weights) - float(np.log(np.diag(trial_factor)).sum())
+        if found > likelihood:
+            likelihood, factor, weights = found, trial_factor, trial_weights
     return Surrogate(points=points, centre=centre, scale=scale, factor=np.asarray(factor), weights=np.asarray(weights))
 
 
@@ -180,36 +187,43 @@ class Prediction:
     trial is complete."""
     regret: float
     """How much better the best setting is expected to be than this one: the mean over draws from the model."""
+    rate_costs: dict[str, float]
+    """How much worse `half` and `twice` the learning rate are than this one, if they lie in its range. The model cuts
+    bad scores off (`fit_surrogate`), so a large cost is a lower bound."""
 
 
-def propose_for_values(arm: Arm, history: History, *, seed: int) -> Point:
-    """Returns a point for the value with the fewest trials: the one with the lowest confidence bound of the cost.
+def has_own_model(arm: Arm) -> bool:
+    """Returns whether `propose_by_model` proposes the trials of an arm, if its sampler is `gp`."""
+    return arm.confirm_each is not None or [key for key, range_ in arm.space.items() if not range_.single()] == [LR]
 
-    Running trials without a result count as if they scored what the model predicts (kriging believer, Ginsbourger et
+
+def propose_by_model(arm: Arm, history: History, *, seed: int) -> Point:
+    """Returns the point with the lowest confidence bound of the cost, for the value with the fewest trials.
+
+    Running trials count as if they scored what the model predicts (kriging believer, Ginsbourger et
     al. 2010), so that trials that begin together differ.
     """
-    assert arm.confirm_each is not None
     encoding, results, running = history.encoding, history.list_results(), history.list_running()
-    values = encoding.choices[arm.confirm_each]
-    counts = Counter(history.point(trial)[arm.confirm_each] for trial in (*results, *running))
-    value = min(range(len(values)), key=lambda index: (counts[index], index))
+    fixed = {}
+    if arm.confirm_each is not None:
+        counts = Counter(history.point(trial)[arm.confirm_each] for trial in (*results, *running))
+        values = range(len(encoding.choices[arm.confirm_each]))
+        fixed = {arm.confirm_each: min(values, key=lambda index: (counts[index], index))}
     coordinates = Coordinates(arm.space, build_rate_law(arm))
     points = coordinates.place([encoding.decode(history.point(trial)) for trial in results])
     sign = get_sign(history.direction)
-    known = [None if score is None else sign * score for score in extrapolate_scores(results)]
+    known = [None if (score := get_score(trial)) is None else sign * score for trial in results]
     # the median replaces missing costs, such as those of infeasible trials
     median = float(np.median([cost for cost in known if cost is not None]))
     costs = [median if cost is None else cost for cost in known]
-    done = _list_done(results, arm)
-    surrogate = fit_surrogate(points, costs, done=done)
+    surrogate = fit_surrogate(points, costs)
     if running:
         believed = coordinates.place([encoding.decode(history.point(trial)) for trial in running])
         expected = surrogate.predict(believed)[0]
-        points, done = np.concatenate([points, believed]), [*done, *[1.0] * len(running)]
-        surrogate = fit_surrogate(points, [*costs, *expected], done=done)
+        surrogate = fit_surrogate(np.concatenate([points, believed]), [*costs, *expected])
     candidates = []
     for index in range(NUM_CANDIDATES):
-        point = {**draw_sobol_point(encoding, index, seed=seed), arm.confirm_each: value}
+        point = {**draw_sobol_point(encoding, index, seed=seed), **fixed}
         candidates.append(encoding.move_into_range(point, (index + 0.5) / NUM_CANDIDATES))
     candidates = [point for point in candidates if not history.has_tried(point)]
     if not candidates:
@@ -228,17 +242,15 @@ def predict_best(
 ) -> Prediction | None:
     """Returns the setting of an arm that is predicted best, with the keys in `fixed` at their values.
 
-    Uses complete trials and the partial results of pruned trials. A setting that does not fit in memory is not
-    chosen. Returns None if no trial has a result, or nothing with the fixed values fits. `chosen` is a setting to
-    predict instead of the best one.
+    Uses complete and stopped trials. A setting that does not fit in memory is not chosen. Returns None if no trial is
+    complete, or nothing with the fixed values fits. `chosen` is a setting to predict instead of the best one.
     """
     law = build_rate_law(arm)
-    known = [trial for trial in trials if trial.state in ("complete", "pruned", "infeasible")]
-    scores = extrapolate_scores(known)
-    results = [(trial, score) for trial, score in zip(known, scores, strict=True) if score is not None]
-    if not results:
+    results = [(trial, score) for trial in trials if (score := get_score(trial)) is not None]
+    complete = [trial for trial, _ in results if trial.state == "complete"]
+    if not complete:
         return None
-    infeasible = [trial for trial in known if trial.state == "infeasible"]
+    infeasible = [trial for trial in trials if trial.state == "infeasible"]
     if any(fixed.items() <= trial.params.items() for trial in infeasible) and not any(
         fixed.items() <= trial.params.items() for trial, _ in results
     ):
@@ -246,9 +258,7 @@ def predict_best(
     sign = get_sign(direction)
     coordinates = Coordinates(arm.space, law)
     points = coordinates.place([trial.params for trial, _ in results])
-    done = _list_done([trial for trial, _ in results], arm)
-    surrogate = fit_surrogate(points, [sign * score for _, score in results], done=done)
-    complete = [trial for trial, _ in results if trial.state == "complete"]
+    surrogate = fit_surrogate(points, [sign * score for _, score in results])
     tried = {trial.number: dict(trial.params) for trial in complete if fixed.items() <= trial.params.items()}
     candidates = [*tried.values(), *_list_settings(arm.space, law, fixed)]
     mean, _ = surrogate.predict(coordinates.place(candidates))
@@ -261,13 +271,8 @@ def predict_best(
         if LR in arm.space and not arm.space[LR].single()
         else None,
         regret=_estimate_regret(surrogate, coordinates.place(candidates), best),
+        rate_costs=_estimate_rate_costs(arm.space, candidates[best], surrogate, coordinates),
     )
-
-
-def _list_done(results: Sequence[Trial], arm: Arm) -> list[float]:
-    """Returns the fraction of its steps that each trial has done."""
-    steps = [math.inf if trial.state == "complete" else trial.step for trial in results]
-    return [min(step / max(arm.corner_configs[0].num_steps, 1), 1.0) for step in steps]
 
 
 def _list_settings(space: Space, law: RateLaw, fixed: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -291,6 +296,18 @@ def _find_rate_ratio(params: Mapping[str, Any], complete: Sequence[Trial], law: 
     rate = math.log(params[LR] * law.factor(params))
     others = [math.log(trial.params[LR] * law.factor(trial.params)) for trial in complete]
     return math.exp(min(abs(rate - other) for other in others)) if others else None
+
+
+def _estimate_rate_costs(
+    space: Space, params: Mapping[str, Any], surrogate: Surrogate, coordinates: Coordinates
+) -> dict[str, float]:
+    rates = space.get(LR)
+    if not isinstance(rates, FloatDistribution) or rates.single():
+        return {}
+    found = {name: params[LR] * factor for name, factor in {"half": 0.5, "twice": 2.0}.items()}
+    inside = {name: {**params, LR: rate} for name, rate in found.items() if rates.low <= rate <= rates.high}
+    cost, *others = surrogate.predict(coordinates.place([params, *inside.values()]))[0].tolist()
+    return {name: max(other - cost, 0.0) for name, other in zip(inside, others, strict=True)}
 
 
 def _estimate_regret(surrogate: Surrogate, candidates: Any, best: int) -> float:

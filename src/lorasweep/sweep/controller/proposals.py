@@ -5,9 +5,10 @@ are asked on a new study in memory, so nothing is written, and a sampler keeps n
 
 - `qmc`: every trial is a scrambled Sobol point.
 - `tpe` and `gp`: the first `count_startup_trials` trials, and all trials before `MIN_RESULTS` results, are scrambled
-  Sobol points. A model proposes the other trials. It sees every running trial without a result, and at most
-  `MAX_HISTORY_TRIALS` results, the best ones.
-- `gp` in an arm with `confirm_each`: the Gaussian process of `predictions` proposes trials for each value in turn.
+  Sobol points. A model proposes the other trials. It sees every running trial, and at most `MAX_HISTORY_TRIALS`
+  results, the best ones.
+- `gp` in an arm with `confirm_each`, or that searches the learning rate alone: the Gaussian process of `predictions`
+  proposes, for each value in turn.
 - `random`, `grid` and `_target_`: the sampler, of Optuna or of the user, proposes every trial. If it stores anything
   beside the parameters, such as the generation of a genetic algorithm, the journal keeps it with the trial, and the
   next sampler gets it.
@@ -37,11 +38,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lorasweep.config.build import TARGET
 from lorasweep.config.components import Component, instantiate, list_argument_names
-from lorasweep.config.sweep import ModelBasedSampler
+from lorasweep.config.sweep import ModelBasedSampler, SobolSampler
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.record import Trial
-from lorasweep.sweep.controller.encoding import History, Point, draw_sobol_point, extrapolate_scores, get_last_value
-from lorasweep.sweep.controller.predictions import propose_for_values
+from lorasweep.sweep.controller.encoding import History, Point, draw_sobol_point, get_score
+from lorasweep.sweep.controller.predictions import has_own_model, propose_by_model
 from lorasweep.sweep.definition.arms import Arm
 
 MAX_STARTUP_TRIALS = 32
@@ -79,11 +80,11 @@ def propose(arm: Arm, history: History, *, number: int) -> tuple[dict[str, Any],
                 if (
                     isinstance(sampler, ModelBasedSampler)
                     and number >= count_startup_trials(sampler, trials=arm.trials)
-                    and sum(get_last_value(trial) is not None for trial in history.list_results()) >= MIN_RESULTS
+                    and sum(get_score(trial) is not None for trial in history.list_results()) >= MIN_RESULTS
                 ):
                     point = (
-                        propose_for_values(arm, history, seed=arm_seed)
-                        if sampler.name == "gp" and arm.confirm_each
+                        propose_by_model(arm, history, seed=arm_seed)
+                        if sampler.name == "gp" and has_own_model(arm)
                         else _ask_model(sampler, history, seed=seed)
                     )
                 else:
@@ -113,6 +114,18 @@ def count_startup_trials(sampler: ModelBasedSampler, *, trials: int) -> int:
     return min(math.ceil(trials / 2), MAX_STARTUP_TRIALS)
 
 
+def find_batch_start(arm: Arm, number: int) -> int:
+    """Returns the number of the first trial in the batch of a trial.
+
+    The second half of an arm's trials begins when the first half has ended, and its proposals see the results of the
+    first half alone. So they depend neither on the number of workers nor on which worker was first. Smaller batches
+    found no better settings in replays, and leave slots of packs empty. Sobol points do not depend on results, so an
+    arm of `qmc` is one batch.
+    """
+    first = math.ceil(arm.trials / 2)
+    return 0 if isinstance(arm.sweep_config.sampler, SobolSampler) or number < first else first
+
+
 def _derive_seed(arm: Arm, number: int | None = None) -> int:
     """Returns the seed of one trial or, without a number, of the whole arm."""
     return zlib.crc32(f"{arm.sweep_config.sweep.seed}/{arm.name}/{'' if number is None else number}".encode())
@@ -128,11 +141,7 @@ def _ask_model(sampler: ModelBasedSampler, history: History, *, seed: int) -> Po
         shown = _build_gp_trials(results, history)
     else:
         model = TPESampler(n_startup_trials=1, seed=seed)
-        # TPE reads intermediate values of pruned trials only
-        shown = [
-            history.build_frozen_trial(trial, **({"state": TrialState.PRUNED} if trial.state == "running" else {}))
-            for trial in results
-        ]
+        shown = [history.build_frozen_trial(trial) for trial in results]
     point, _ = _ask(model, history, [*shown, *map(history.build_frozen_trial, history.list_running())])
     return history.encoding.encode(history.encoding.decode(point))  # limits u to the range of the learning rate
 
@@ -160,13 +169,12 @@ def _ask(sampler: BaseSampler, history: History, shown: Sequence[FrozenTrial]) -
 def _build_gp_trials(results: Sequence[Trial], history: History) -> list[FrozenTrial]:
     """Returns results as a Gaussian process reads them: as complete trials with a value.
 
-    The value of a partial result is its last value plus the median progress of complete trials since that step. Values
-    that are worse than the median, missing or infinite become the median. A diverged trial would be far worse than all
-    others, and a model that fits such a value is less exact near the best trials (docs/benchmarks.md, Proposals).
-    Trials that do not fit in memory also violate a constraint.
+    Values that are worse than the median or missing become the median. A trial that learned nothing would be far worse
+    than all others, and a model that fits such a value is less exact near the best trials (docs/benchmarks.md,
+    Proposals). Trials that do not fit in memory also violate a constraint.
     """
     better = min if history.direction == "minimize" else max
-    scores = extrapolate_scores(results)
+    scores = [get_score(trial) for trial in results]
     median = statistics.median(score for score in scores if score is not None)
     shown = [
         history.build_frozen_trial(

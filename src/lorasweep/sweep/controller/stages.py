@@ -5,30 +5,24 @@ The controller makes the same calls to both stages. A stage decides which trials
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
 from optuna.distributions import IntDistribution
 
-from lorasweep.config.run import LR, SEED_KEYS, STEPS_KEY, RunConfig
-from lorasweep.config.sweep import SobolSampler
-from lorasweep.record import LookRow, SettingRow, Trial, find_winner, name_run, name_subject
+from lorasweep.config.run import SEED_KEYS, RunConfig
+from lorasweep.record import LookRow, SettingRow, Trial, find_winner, name_run, name_subject, read_run
 from lorasweep.report.evidence.evidence import answer_sweep, build_scale, read_confirm_scores
-from lorasweep.sweep.controller.arm_trials import ArmTrials, RungOrder, build_rule
-from lorasweep.sweep.controller.encoding import History, scale_rate
+from lorasweep.sweep.controller.arm_trials import ArmTrials
+from lorasweep.sweep.controller.encoding import History
 from lorasweep.sweep.controller.folder import SweepFolder, name_study
-from lorasweep.sweep.controller.predictions import RATE_DIGITS, predict_best
-from lorasweep.sweep.controller.proposals import propose
+from lorasweep.sweep.controller.predictions import predict_best
+from lorasweep.sweep.controller.proposals import find_batch_start, propose
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.definition.confirm import has_fixed_score
 from lorasweep.training.run_log import RunFolder
-
-FIRST_TRIALS_FRACTION = 0.5
-"""Fraction of an arm's trials that begin first under an adaptive sampler.
-
-The other trials wait for their results, as `ArmTrials.may_begin` describes (docs/benchmarks.md, Proposals)."""
 
 SETTING, SEED = "setting", "seed"
 """The parameters of a run in the study of the confirm stage: the number of its setting in the arm, and its seed."""
@@ -46,19 +40,54 @@ class Search:
     def __init__(self, sweep: SweepFolder, *, session: str | None = None) -> None:
         """Reads the trials that have begun."""
         self._sweep = sweep
-        arms = [arm.searched for arm in sweep.definition.arms]
+        arms = sweep.definition.arms
         self.arms = {arm.name: self._read_trials(arm, session) for arm in arms}
         self._histories = {arm.name: History(arm, direction=sweep.record.direction) for arm in arms}
+        self._base_scores: dict[str, Mapping[str, float]] = {}
+        """Every metric of the frozen base, by name of its arm."""
 
     def propose(self, trials: ArmTrials) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns the parameters of an arm's next trial, and what its sampler stores with it."""
-        history = self._histories[trials.arm.name]
-        history.update(trials.trials.values())
-        return propose(trials.arm, history, number=len(trials.trials))
+        arm, history, number = trials.arm, self._histories[trials.arm.name], len(trials.trials)
+        start = find_batch_start(arm, number)
+        # a trial of the same batch that has ended is shown as running, because with other workers it would still run
+        history.update(
+            trial if trial.number < start else replace(trial, state="running") for trial in trials.trials.values()
+        )
+        return propose(arm, history, number=number)
 
     def config(self, arm: Arm, trial: Trial) -> RunConfig:
         """Returns all settings of a trial's run."""
         return arm.compose(trial.params)
+
+    def find_untrained_scores(self, arm: Arm) -> Mapping[str, float]:
+        """Returns the scores, on the validation data of evaluations, of an answer that needs no training.
+
+        For data with labels it is the constant answer. For a language model it is the frozen base, if it is an arm.
+        Empty if none is known, and for an arm that searches nothing, whose only setting the user wants to see.
+        """
+        if not arm.space:
+            return {}
+        if self._sweep.record.constant_answer or (base := self._find_base_arm(arm)) is None:
+            return self._sweep.record.constant_answer
+        if base.list_running() or base.trials[0].state != "complete":
+            return {}
+        if base.arm.name not in self._base_scores:  # in the run's record, because a trial has no loss
+            self._base_scores[base.arm.name] = read_run(self._sweep.path / base.trials[0].run).last
+        return self._base_scores[base.arm.name]
+
+    def awaits_base(self, arm: Arm) -> bool:
+        """Returns whether the trials of an arm must wait for the score of the frozen base (`find_untrained_scores`)."""
+        base = self._find_base_arm(arm) if arm.space and not self._sweep.record.constant_answer else None
+        return base is not None and not base.is_over
+
+    def _find_base_arm(self, arm: Arm) -> ArmTrials | None:
+        """Returns the arm of the frozen language model on the same data; None without such an arm."""
+        for base in self.arms.values():
+            if base.arm.name != arm.name and has_fixed_score(base.arm) and base.arm.corner_configs[0].module is None:
+                same = all(config.data == base.arm.corner_configs[0].data for config in arm.corner_configs)
+                return base if same else None
+        return None
 
     def run_folder(self, trial: Trial) -> RunFolder:
         """Returns the folder of a trial's run, and the arm and trial that the run's record names."""
@@ -71,7 +100,6 @@ class Search:
             run = name_run(self.name, arm.name, number)
             return Trial(arm=arm.name, subject=subject, number=number, params=dict(params), run=run)
 
-        is_adaptive = not isinstance(arm.sweep_config.sampler, SobolSampler)  # a component may learn
         return ArmTrials(
             arm,
             study=self._sweep.open_study(name_study(arm.name, self.name)),
@@ -79,12 +107,7 @@ class Search:
             space=arm.space,
             build_trial=build_trial,
             planned=arm.trials,
-            order=RungOrder(
-                direction=self._sweep.record.direction,
-                constant_answer=self._sweep.record.constant_answer,
-            ),
-            rule=build_rule(arm),
-            first_trials=math.ceil(FIRST_TRIALS_FRACTION * arm.trials) if is_adaptive else None,
+            find_batch_start=functools.partial(find_batch_start, arm),
             session=session,
         )
 
@@ -195,7 +218,6 @@ class Confirmation:
             space={SETTING: IntDistribution(0, 2**32 - 1), SEED: IntDistribution(0, 2**32 - 1)},
             build_trial=build_trial,
             planned=0,
-            order=RungOrder(direction=self._sweep.record.direction),
             session=session,
         )
         trials.planned = len(_list_begun(trials) | set(self._plan[arm.name]))
@@ -248,11 +270,6 @@ def _choose(search: Search, arm: Arm, subject: str, value: Any, sweep: SweepFold
     if prediction is None:
         return None
     params, trial = prediction.params, winner.number if winner else prediction.trial
-    searched, whole = (one.corner_configs[0] for one in (arm, sweep.definition.find_arm(arm.name)))
-    if searched.num_steps < whole.num_steps and LR in params:  # no trial has trained all steps
-        ratio = whole.num_steps / searched.num_steps  # not 1 / fraction, because steps are rounded
-        rate, *_ = scale_rate(params[LR], whole.method.name, {STEPS_KEY: ratio})
-        params, trial = {**params, LR: float(f"{rate:.{RATE_DIGITS}g}")}, None
     return SettingRow(
         subject=subject,
         arm=arm.name,
@@ -263,4 +280,5 @@ def _choose(search: Search, arm: Arm, subject: str, value: Any, sweep: SweepFold
         score=winner.value if winner else prediction.score,
         rate_ratio=prediction.rate_ratio,
         regret=prediction.regret if arm.space else None,
+        rate_costs=prediction.rate_costs,
     )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import glob
+import math
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from lorasweep.config.compose import (
 )
 from lorasweep.config.data import DataConfig
 from lorasweep.config.method import ALPHA_OVER_RANK, flatten_alpha_over_rank
-from lorasweep.config.run import METHODS_ON_QUANTISED_BASE, STEPS_KEY, RunConfig
+from lorasweep.config.run import METHODS_ON_QUANTISED_BASE, RunConfig
 from lorasweep.config.sweep import SweepConfig
 from lorasweep.errors import ConfigError
 from lorasweep.record import is_number, name_subject
@@ -47,7 +48,7 @@ from lorasweep.sweep.definition.sweep_file import (
 from lorasweep.wording import join_words, suggest_nearest
 
 DEFAULT_TRIALS = 16
-"""Number of trials of an arm with a space, if neither sweep file nor command line sets it."""
+"""Number of trials of an arm that searches several keys, if neither sweep file nor command line sets it."""
 CONFIRM_ENDING = "-confirm"
 """An ending that an arm's name must not have. The folder of a confirm run has the name of its arm, this ending and a
 number."""
@@ -82,16 +83,6 @@ class Arm:
         if all(map(is_number, values)):
             values = sorted(values)
         return {name_subject(self.name, self.confirm_each, value): value for value in values}
-
-    @cached_property
-    def searched(self) -> Arm:
-        """Returns the arm as the search trains it: with `search.steps_fraction` of the steps."""
-        fraction = self.sweep_config.search.steps_fraction
-        if fraction == 1:
-            return self
-        steps = max(2, round(fraction * self.corner_configs[0].trainer.max_steps))
-        kept = {key: value for key, value in self.settings.items() if key != "trainer.eval_every_steps"}
-        return replace(self, settings={**kept, STEPS_KEY: steps})
 
     def compose(self, params: Mapping[str, Any]) -> RunConfig:
         """Returns the settings of a trial with these values of the swept keys."""
@@ -299,7 +290,8 @@ def _build_arm(name: str, config: ArmConfig, file: SweepFile, overrides: Mapping
     with name_in_errors(f"arm `{name}`"):
         typed = [{k: v for k, v in overrides.items() if not k.startswith("arms.")}, _strip(name, overrides)]
         confirm_each = typed[1].pop("confirm_each", config.confirm_each)
-        if "trials" in typed[1]:
+        has_own_trials = "trials" in typed[1]
+        if has_own_trials:
             typed[1]["sweep.trials"] = typed[1].pop("trials")
         # Later settings win: sweep file, its arm, then the command line.
         settings = layer_settings(file.settings, config.settings, *map(_without_ranges, typed))
@@ -320,12 +312,14 @@ def _build_arm(name: str, config: ArmConfig, file: SweepFile, overrides: Mapping
         raise ConfigError(
             f"`arms.{name}.trials` must be 1 for an arm without a space, but got {config.trials!r}. Add a `space`."
         )
-    wanted = (sweep_config.sweep.trials, config.trials, DEFAULT_TRIALS)
+    shared = sweep_config.sweep.trials or (DEFAULT_TRIALS if config.trials is None else None)
+    if shared and not has_own_trials and sum(not range_.single() for range_ in space.values()) == 1:
+        shared = math.ceil(shared / 2)  # one dimension needs fewer trials for the same regret
     arm = Arm(
         name=name,
         settings=settings,
         space=space,
-        trials=next(number for number in wanted if number is not None) if space else 1,
+        trials=(shared or config.trials or 1) if space else 1,
         sweep_config=sweep_config,
         confirm_each=confirm_each,
     )
@@ -335,11 +329,6 @@ def _build_arm(name: str, config: ArmConfig, file: SweepFile, overrides: Mapping
             f"`arms.{name}.confirm_each` must be a swept key with a list of at least two choices, but got "
             f"{confirm_each!r}.{suggest_nearest(str(confirm_each), space)} Write it in `space`, such as "
             "`method.rank: [1, 4, 16]`."
-        )
-    if sweep_config.search.steps_fraction < 1 and (STEPS_KEY in space or not sweep_config.confirm.list_looks()):
-        raise ConfigError(
-            f"`search.steps_fraction` must be 1 if `{STEPS_KEY}` is searched and without a confirm stage, which trains "
-            f"all steps, but got {sweep_config.search.steps_fraction:g}."
         )
     return arm
 

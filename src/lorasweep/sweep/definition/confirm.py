@@ -12,7 +12,7 @@ from dataclasses import astuple
 
 from lorasweep.config.data import BlockSettings, ModuleDataConfig
 from lorasweep.config.run import RunConfig
-from lorasweep.config.sweep import HalvingPruner, parse_margin
+from lorasweep.config.sweep import parse_margin
 from lorasweep.errors import ConfigError
 from lorasweep.record import Question, QuestionName
 from lorasweep.sweep.definition.arms import Arm, Definition
@@ -100,13 +100,6 @@ def find_warnings(definition: Definition) -> list[str]:
     # the frozen base has neither a budget nor a learning rate to compare
     trained = [arm for arm in definition.arms if max(map(count_tokens, arm.corner_configs))]
     warnings = list(_warn_of_budgets(trained))
-    halved = [arm for arm in trained if isinstance(arm.sweep_config.pruner, HalvingPruner)]
-    trainers = {arm.name: arm.corner_configs[0].trainer for arm in halved}
-    if late := [name for name, trainer in trainers.items() if trainer.eval_every_steps >= trainer.max_steps]:
-        warnings.append(
-            f"Trials of {', '.join(late)} are never stopped early, because they have no evaluation before their last "
-            "step. Lower `trainer.eval_every_steps`, or choose `pruner=none`."
-        )
     confirm = definition.sweep_config.confirm
     if 0 < (num_seeds := max(confirm.list_looks(), default=0)) < MIN_RELIABLE_SEEDS:
         warnings.append(
@@ -134,13 +127,7 @@ def count_tokens(config: RunConfig) -> int:
 
 
 def _warn_of_budgets(arms: Sequence[Arm]) -> Iterator[str]:
-    trials = {arm.name: arm.trials for arm in arms}
     tokens = {arm.name: max(map(count_tokens, arm.corner_configs)) for arm in arms}
-    if len(set(trials.values())) > 1:
-        yield (
-            f"Arms have unequal numbers of trials ({_format_by_arm(trials)}): an arm with more trials has more "
-            "chances of a good score. `sweep.trials=N` gives every arm with a `space` the same number."
-        )
     if len(set(tokens.values())) > 1:
         yield (
             f"Arms train on unequal numbers of tokens per trial ({_format_by_arm(tokens)}): a better score may come "

@@ -27,12 +27,10 @@ from lorasweep.training.packs.slot_run import RunRequest
 from lorasweep.training.run import train_run
 from lorasweep.training.score import copy_base_run, score_run
 
-LOSS_METRIC = "loss"
-"""Metric that every task reports, also if another metric is its score. A module of the user may not log it."""
 POLL_INTERVAL_S = 2.0
 """Seconds until a worker asks again after it got no trial, while other workers train."""
 Outcome: TypeAlias = RunRecord | Exception
-"""Result of a training: a record (complete, paused or interrupted) or an error."""
+"""Result of a training: a record (complete, stopped or interrupted) or an error."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -72,7 +70,7 @@ class Worker:
             if (assignment := self.take()) is None:
                 if self.controller.is_over():
                     break
-                # trials of other workers may be released or promoted at a rung, or the next stage may begin
+                # trials of other workers may be released, or the next batch or stage may begin
                 time.sleep(POLL_INTERVAL_S)
             elif (slots := self._choose_slots(assignment.arm)) is not None:
                 self._train_pack([assignment], slots=slots)
@@ -86,20 +84,15 @@ class Worker:
         with self.telemetry.phase("storage"):
             # A killed process may have ended the run without telling the controller. Such a run must not train again.
             while assignment := self.controller.take(names, worker=self.name, request=next(self._requests)):
-                if (record := find_ended_run(self.controller, assignment)) is None:
+                if (record := find_ended_run(assignment)) is None:
                     return assignment
                 self.tell(assignment, record)
         return None
 
-    def report(self, evaluations: Sequence[tuple[Assignment, int, Mapping[str, float]]]) -> list[bool]:
-        """Reports evaluations (trial, step, metrics) at one moment. Returns whether each trial continues."""
+    def report(self, evaluations: Sequence[tuple[Assignment, int, Mapping[str, float]]]) -> list[str | None]:
+        """Reports evaluations (trial, step, metrics). Returns for each trial why it must stop, or None."""
         with self.telemetry.phase("storage"):
-            return self.controller.report(
-                [(assignment, step, metrics[self.metric]) for assignment, step, metrics in evaluations],
-                losses={
-                    assignment: metrics[LOSS_METRIC] for assignment, _, metrics in evaluations if LOSS_METRIC in metrics
-                },
-            )
+            return self.controller.report(evaluations)
 
     def tell(self, assignment: Assignment, outcome: Outcome) -> None:
         """Tells the controller the outcome of a training.
@@ -271,11 +264,10 @@ def _catch_failure(train: Callable[[], RunRecord]) -> Outcome:
         return error
 
 
-def find_ended_run(controller: Controller, assignment: Assignment) -> RunRecord | None:
+def find_ended_run(assignment: Assignment) -> RunRecord | None:
     """Returns the record of a run that ended, if its process was killed before it told the controller."""
     try:
         record = read_run(assignment.run_folder.path)
     except RecordError:
         return None
-    is_paused = record.status == "paused" and controller.awaits_pause(assignment, step=record.steps_done)
-    return record if record.status == "complete" or is_paused else None
+    return record if record.status in ("complete", "stopped") else None

@@ -12,8 +12,7 @@ if it had not been killed. This requires the following order of actions at a bou
 
 1. Write the log rows, the weights and the record of every slot. A run that diverged fails here.
 2. Report the evaluations of all remaining slots in one call.
-3. Decide for each run: it is complete, is paused, or continues. Score the best weights of a complete run. Save the
-   checkpoint of a paused run before its end is reported, because another worker may then resume the run at once.
+3. Decide for each run: it is complete, is stopped, or continues. Score the best weights of a complete run.
 4. Refill free slots in slot order, and drop slots that stay empty. If all were refilled, add slots for further runs.
 5. Write the checkpoints of all slots.
 6. Replace the state file. This is the commit. A pack that is killed before it resumes from the previous boundary, so
@@ -99,8 +98,8 @@ def train_pack(
         inputs: Base model and data.
         slots: Maximum number of slots in packs of these runs.
         next_run: Called at each evaluation until the pack has `slots` runs again or no run is left.
-        on_evaluation: Takes the evaluations of all slots and returns for each slot whether its run continues. A run
-            that is complete (last step or early stopping) ends even if the answer is True.
+        on_evaluation: Takes the evaluations of all slots and returns for each slot why its run must stop, or None. A
+            run that is complete (last step or early stopping) ends as complete.
         state_file: The file from which a killed pack resumes (see `training.checkpoint.PackState`).
         stop_requested: Called before the first and after every step. Returns whether to stop the pack.
 
@@ -170,7 +169,7 @@ class PackTrainer:
         else:
             restore_rng_state(resumed.rng_state, self.device)
         self.closed_runs: list[SlotRun] = []
-        """Runs that ended or were paused since the last commit."""
+        """Runs that ended since the last commit."""
         self.has_shared_draws: bool | None = None
         """Whether a step draws from torch's global stream, which all slots share; None before the first step."""
         self.last_boundary_s = time.monotonic()
@@ -193,7 +192,7 @@ class PackTrainer:
     def remove_old_checkpoints(self) -> None:
         """Removes all checkpoints that no run needs after a commit."""
         for run in (*self.runs, *self.closed_runs):
-            if run.record.status in ("running", "paused"):
+            if run.record.status == "running":
                 remove_older_checkpoints(run.folder, kind="slot")
             else:
                 remove_checkpoints(run.folder)
@@ -261,18 +260,18 @@ class PackTrainer:
         self._share_time()
         # 1: a diverged run has no result to report
         alive = [slot for slot, run in enumerate(self.runs) if self._note_evaluation(slot, run, metrics[slot])]
-        # 2: one call for all slots, so that all trials are compared before any of them is paused
+        # 2
         evaluations = [
             SlotEvaluation(request=run.request, step=run.step, metrics=run.record.last)
             for run in (self.runs[slot] for slot in alive)
         ]
         answers = self.on_evaluation(evaluations) if alive else []
-        continues = dict(zip(alive, answers, strict=True))
+        stop_reasons = dict(zip(alive, answers, strict=True))
         # 3
         freed = [
             slot
             for slot, run in enumerate(self.runs)
-            if slot not in continues or self._end_if_due(slot, run, should_pause=not continues[slot])
+            if slot not in stop_reasons or self._end_if_due(run, stop_reason=stop_reasons[slot])
         ]
         # 4
         empty = [slot for slot in freed if not self._refill(slot)]
@@ -307,15 +306,13 @@ class PackTrainer:
             return False
         return True
 
-    def _end_if_due(self, slot: int, run: SlotRun, *, should_pause: bool) -> bool:
-        """Ends a run if it is complete or must be paused, and returns whether it did."""
-        end = find_run_end(run.record, run.request.config.trainer, should_pause=should_pause)
+    def _end_if_due(self, run: SlotRun, *, stop_reason: str | None) -> bool:
+        """Ends a run if it is complete or must stop, and returns whether it did."""
+        end = find_run_end(run.record, run.request.config.trainer, stop_reason=stop_reason)
         if end is None:
             return False
         status, reason = end
-        if status == "paused":
-            self._save_checkpoint(slot, run)
-        else:
+        if status == "complete":
             try:
                 run.score_best_weights()
             except Diverged as error:

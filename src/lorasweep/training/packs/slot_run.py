@@ -38,7 +38,7 @@ class RunRequest:
     config: RunConfig
     run_folder: RunFolder
     on_end: Callable[[RunRecord | Diverged], None]
-    """Called when the run ends: with its record if it is complete or paused, or with the error if it failed."""
+    """Called when the run ends: with its record if it is complete or was stopped, or with the error if it failed."""
     start_step: int | None = None
     """In a resumed pack, the step of the checkpoint to load; 0 to start without a checkpoint. None loads the newest
     checkpoint, if any."""
@@ -52,8 +52,8 @@ class SlotEvaluation(NamedTuple):
     metrics: Metrics
 
 
-OnPackEvaluation: TypeAlias = Callable[[Sequence[SlotEvaluation]], Sequence[bool]]
-"""Takes the evaluations of all slots, and returns for each slot whether its run continues. If False, it is paused."""
+OnPackEvaluation: TypeAlias = Callable[[Sequence[SlotEvaluation]], Sequence[str | None]]
+"""Takes the evaluations of all slots, and returns for each slot why its run must stop, or None."""
 NextRun: TypeAlias = Callable[[], RunRequest | None]
 """Returns the next run for a free slot, or None if no run is left."""
 

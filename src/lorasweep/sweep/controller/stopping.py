@@ -1,0 +1,51 @@
+"""The one reason for which the search stops a run: at half of its steps it is no better than an untrained answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lorasweep.config.data import ScoreMetric, get_sign
+from lorasweep.config.run import RunConfig
+from lorasweep.wording import format_metric, format_score
+
+LOSS_METRIC = "loss"
+"""Metric that every task reports, also if another metric is its score. A module of the user may not log it."""
+SCORE_ROUNDING = 1e-6
+"""Relative difference up to which a score equals that of the untrained answer.
+
+Both are computed in fp32 (eps = 1.2e-7), perhaps on different devices, which may add in different orders."""
+
+
+def find_half_step(config: RunConfig) -> int | None:
+    """Returns the step of a run's first evaluation at or after half of its steps; None if that is its last step."""
+    every, steps = config.trainer.eval_every_steps, config.num_steps
+    half = -(-steps // (2 * every)) * every
+    return half if half < steps else None
+
+
+def explain_stop(
+    config: RunConfig, step: int, scores: Mapping[str, float], *, untrained: Mapping[str, float], metric: ScoreMetric
+) -> str | None:
+    """Returns why a run is stopped after an evaluation; None if it continues.
+
+    A run that is better in the metric or in the loss continues: the metric alone does not say which of several runs
+    that still give the most frequent label has begun to learn. Nothing depends on other runs, so their order does not
+    matter.
+
+    Args:
+        config: The settings of the run.
+        step: Optimizer steps at the evaluation.
+        scores: The run's value of each metric.
+        untrained: The same of an answer that needs no training; empty if none is known.
+        metric: The sweep's metric.
+    """
+    if step != find_half_step(config) or metric.name not in untrained:
+        return None
+    for name in {metric.name, LOSS_METRIC} & untrained.keys() & scores.keys():
+        sign = get_sign(metric.direction if name == metric.name else "minimize")
+        if sign * (untrained[name] - scores[name]) > SCORE_ROUNDING * abs(untrained[name]):
+            return None
+    found, answer = (format_score(one[metric.name]) for one in (scores, untrained))
+    return (
+        f"has learned nothing at step {step}: {format_metric(metric.name)} {found}, and {answer} without any training"
+    )
