@@ -96,7 +96,7 @@ def _ask(server, question):
 
 @pytest.fixture(scope="session")
 def stopping_sweep():
-    """A sweep in which trials are stopped, because their learning rate is too high, with a confirm stage."""
+    """A sweep whose sampler learns, with a confirm stage."""
     return {
         "name": "stopping",
         "settings": SETTINGS | {"confirm.seeds": 2, "sampler": "tpe"},

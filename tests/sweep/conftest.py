@@ -18,6 +18,7 @@ from lorasweep.config.data import get_built_in_metric
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import Diverged, WorkerError
 from lorasweep.record import RunRecord, read_run, write_record
+from lorasweep.sweep.controller import stopping
 from lorasweep.sweep.controller.lifecycle import create_sweep, reopen_sweep
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.workers.train import train_sweep
@@ -47,6 +48,12 @@ CONTENT = {
 }
 UNTRAINED = {"bits_per_byte": 0.21}
 """A score without training, to which a made-up run comes by half only if its learning rate is near 0.01."""
+
+
+@pytest.fixture(autouse=True)
+def stop_short_runs(monkeypatch):
+    """Lets the sweep stop runs of a few steps, unless a test of the rule itself asks otherwise."""
+    monkeypatch.setattr(stopping, "MIN_STEPS", 2)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from lorasweep.errors import ConfigError
 from lorasweep.record import RetainedRow
 from lorasweep.sweep.controller.encoding import History
 from lorasweep.sweep.controller.proposals import propose
+from lorasweep.sweep.controller.stopping import MIN_STEPS
 from lorasweep.sweep.definition.arms import Definition, name_in_errors, restore_definition
 from lorasweep.sweep.definition.packing import explain_bases, explain_solo_arms, plan_packing
 from lorasweep.sweep.power import describe_power
@@ -17,9 +18,9 @@ from lorasweep.sweep.workers.train import check_workers
 from lorasweep.training.inputs import InputsCache, check_batch_memory
 from lorasweep.training.module import check_run
 
-MIN_STEPS, MAX_STEPS = 60, 900
-"""Bounds of the steps that `sweep.epochs` sets: with fewer, a learning rate has no time to show whether it is good, and
-a sweep trains dozens of runs."""
+MAX_STEPS = 900
+"""Upper bound of the steps that `sweep.epochs` sets, because a sweep trains dozens of runs. `MIN_STEPS` is the lower
+one."""
 
 
 def count_steps(epochs: float, num_examples: int, batch_size: int) -> int:

@@ -31,7 +31,8 @@ from lorasweep.data.reading.tables import (
     refuse_unreadable,
 )
 from lorasweep.errors import ConfigError
-from lorasweep.sweep.checks import MAX_STEPS, MIN_STEPS, count_steps
+from lorasweep.sweep.checks import MAX_STEPS, count_steps
+from lorasweep.sweep.controller.stopping import MIN_STEPS
 from lorasweep.sweep.definition.arms import SWEEP_GROUPS, Definition, is_range, read_definition
 from lorasweep.sweep.definition.sweep_file import MAX_NAME_CHARACTERS
 from lorasweep.sweep.power import TEST_PERCENTS, assess_power, describe_power

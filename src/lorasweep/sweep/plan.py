@@ -31,8 +31,8 @@ from lorasweep.data.batching import StepBatchSampler, choose_part
 from lorasweep.data.split import Split
 from lorasweep.errors import ConfigError, OutOfMemory, RunError
 from lorasweep.record import RunRecord, describe_confirmation, read_run
-from lorasweep.sweep.checks import MIN_STEPS
 from lorasweep.sweep.controller.proposals import find_batch_start
+from lorasweep.sweep.controller.stopping import MIN_STEPS
 from lorasweep.sweep.definition.arms import Arm, Definition, restore_definition
 from lorasweep.sweep.definition.confirm import count_confirm_runs, count_tokens, find_warnings
 from lorasweep.sweep.definition.packing import explain_bases, explain_solo_arms, plan_packing

@@ -82,6 +82,7 @@ class Simulation:
             metric="bits_per_byte",
             direction="minimize",
             best={"bits_per_byte": best, "step": step},
+            last={"bits_per_byte": self.curve(assignment, step or 1), "step": step},
             test={"bits_per_byte": self.score_on_test(assignment)} if assignment.reads_test else {},
             steps_planned=LAST,
             steps_done=step,

@@ -12,17 +12,31 @@ ACCURACY = ScoreMetric(name="accuracy", direction="maximize")
 UNTRAINED = {"accuracy": 0.5, "loss": 0.69}
 
 
-def make_config(*, steps=12, every=6):
+@pytest.fixture(autouse=True)
+def stop_short_runs():
+    """Keeps the rule's own minimum of steps."""
+
+
+def make_config(*, steps=120, every=60):
     return compose_run({"trainer.max_steps": steps, "trainer.eval_every_steps": every})
 
 
-def explain(scores, *, step=6, config=None, untrained=UNTRAINED, metric=ACCURACY):
+def explain(scores, *, step=60, config=None, untrained=UNTRAINED, metric=ACCURACY):
     return explain_stop(config or make_config(), step, scores, untrained=untrained, metric=metric)
 
 
 @pytest.mark.parametrize(
     ("steps", "every", "half"),
-    [(12, 6, 6), (12, 2, 6), (84, 42, 42), (10, 3, 6), (12, 12, None), (12, 7, 7), (12, 5, 10), (1, 1, None)],
+    [
+        (60, 30, 30),
+        (120, 20, 60),
+        (84, 42, 42),
+        (100, 30, 60),
+        (60, 60, None),
+        (60, 35, 35),
+        (120, 50, 100),
+        (58, 29, None),
+    ],
 )
 def test_half_is_the_first_evaluation_at_or_after_half_of_the_steps(steps, every, half):
     assert find_half_step(make_config(steps=steps, every=every)) == half
@@ -44,12 +58,12 @@ def test_a_run_stops_if_neither_metric_nor_loss_is_better(scores, stops):
     reason = explain(scores)
     assert (reason is not None) == stops
     if reason:
-        assert all(part in reason for part in ("step 6", "accuracy", "0.500"))
+        assert all(part in reason for part in ("step 60", "accuracy", "0.500"))
 
 
-@pytest.mark.parametrize("step", [2, 4, 8, 10, 12])
+@pytest.mark.parametrize("step", [20, 40, 80, 100, 120])
 def test_a_run_is_stopped_at_half_alone(step):
-    assert explain({"accuracy": 0.1, "loss": 9.0}, step=step, config=make_config(every=2)) is None
+    assert explain({"accuracy": 0.1, "loss": 9.0}, step=step, config=make_config(every=20)) is None
 
 
 def test_nothing_is_stopped_without_an_untrained_score_of_the_metric():

@@ -10,6 +10,9 @@ from lorasweep.wording import format_metric, format_score
 
 LOSS_METRIC = "loss"
 """Metric that every task reports, also if another metric is its score. A module of the user may not log it."""
+MIN_STEPS = 60
+"""Runs of fewer steps are never stopped, because a learning rate has no time to show whether it is good. It is also the
+lower bound of the steps that `sweep.epochs` sets."""
 SCORE_ROUNDING = 1e-6
 """Relative difference up to which a score equals that of the untrained answer.
 
@@ -17,10 +20,13 @@ Both are computed in fp32 (eps = 1.2e-7), perhaps on different devices, which ma
 
 
 def find_half_step(config: RunConfig) -> int | None:
-    """Returns the step of a run's first evaluation at or after half of its steps; None if that is its last step."""
+    """Returns the step of a run's first evaluation at or after half of its steps.
+
+    Returns None if that is the last step, or if the run has fewer than `MIN_STEPS`.
+    """
     every, steps = config.trainer.eval_every_steps, config.num_steps
     half = -(-steps // (2 * every)) * every
-    return half if half < steps else None
+    return half if steps >= MIN_STEPS and half < steps else None
 
 
 def explain_stop(
