@@ -112,7 +112,7 @@ def test_a_worker_of_two_processes_trains_each_trial_on_both(start, tmp_path, st
     sweep.find("ray::WorkerActor")[-1].kill()  # one of the two: the other ends too, and both begin again
     sweep.wait()
     record = read_sweep(folder)
-    assert [row.state for row in record.trials] == ["complete"] * 4
+    assert [row.state for row in record.trials] == ["complete"] * 3  # full fine-tuning searches one key: half of two
     for row in record.trials:
         run = read_run(folder / row.run)
         assert (run.status, run.steps_done, run.platform["processes"]) == ("complete", 12, 2)
