@@ -210,8 +210,10 @@ def describe_regret(arm: ArmData, data: SweepData) -> tuple[str, bool]:
 
 def _describe_rate_costs(setting: SettingRow, data: SweepData) -> str:
     """Returns a sentence on half and twice the learning rate; empty if the rate was not searched."""
-    costs = [f"{name} the rate at least {_format_difference(cost, data)}" for name, cost in setting.rate_costs.items()]
-    return f" By the search's model {join_words(costs)} worse." if costs else ""
+    costs = [
+        f"{name} the rate costs at least {_format_difference(cost, data)}" for name, cost in setting.rate_costs.items()
+    ]
+    return f" By the search's model, {join_words(costs)}." if costs else ""
 
 
 def _format_difference(difference: float, data: SweepData) -> str:
