@@ -25,7 +25,6 @@ from bench_answers import (
     Table,
     build_arm,
     get_direction,
-    list_tasks,
     read_table,
     replay_sweep,
     run_search,
@@ -40,6 +39,8 @@ from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.power import TEXT_SPREADS, Spread, assume_accuracy
 
 PLAN = SearchPlan()
+TASKS = ("movie_snippets", "stdlib_docs", "stdlib_code")
+"""The tasks whose spreads `sweep/power.py` assumes."""
 LOOKS = (3, 6, 10)
 MEASURED_RANKS = (16, 64)
 """Smaller ranks are often worse than full fine-tuning, and then easy to tell apart."""
@@ -82,7 +83,7 @@ def measure_spreads(table: Table, arms: Mapping[str, Arm], *, number: int) -> li
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=list_tasks())
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
     parser.add_argument("--replays", type=int, default=40)
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -96,7 +97,7 @@ def main() -> None:
         if table.sign == -1:
             _, assumed = assume_accuracy(table.base)
         else:
-            shares = TEXT_SPREADS[("stdlib_docs", "stdlib_code").index(task)]
+            shares = TEXT_SPREADS[TASKS[1:].index(task)]
             assumed = Spread(*(table.gain * share for share in shares))
         outcomes = [replay_sweep(table, arms, PLAN, number=number, looks=LOOKS) for number in range(args.replays)]
         subjects = [f"lora-rank-{rank}" for rank in MEASURED_RANKS]
