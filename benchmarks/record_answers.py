@@ -51,6 +51,16 @@ LANGUAGE = {
 }
 
 
+SENTENCES = {
+    "model": "minilm",
+    "model.attention": "eager",
+    "data": "table",
+    "data.max_length": 48,
+    "data.max_validation_examples": 500,
+    "trainer.max_steps": 84,
+    "trainer.batch_size": 16,
+    "trainer.eval_every_steps": 42,
+}
 Key = tuple[str, str, str]
 """Method, rank and learning rate of a stored run, as its row has them."""
 
@@ -94,32 +104,14 @@ TASKS = {
         full_lr_low=1e-4,
     ),
     "movie_snippets": AnswerTask(
-        settings={
-            "model": "minilm",
-            "model.attention": "eager",
-            "data": "table",
-            "data.max_length": 48,
-            "data.max_validation_examples": 500,
-            "trainer.max_steps": 84,
-            "trainer.batch_size": 16,
-            "trainer.eval_every_steps": 42,
-        },
+        settings=SENTENCES,
         ranks=(1, 4, 16, 64),
         num_rates=6,
         lora_lr_low=1e-4,
         full_lr_low=1e-5,
     ),
     "news_topics": AnswerTask(  # AG News: title and description of an article, four topics
-        settings={
-            "model": "minilm",
-            "model.attention": "eager",
-            "data": "table",
-            "data.max_length": 48,
-            "data.max_validation_examples": 500,
-            "trainer.max_steps": 84,
-            "trainer.batch_size": 16,
-            "trainer.eval_every_steps": 42,
-        },
+        settings=SENTENCES,
         ranks=(1, 4, 16, 64),
         num_rates=6,
         lora_lr_low=1e-4,

@@ -88,6 +88,8 @@ def test_trials_of_a_language_model_wait_for_the_frozen_base_and_are_stopped_if_
     content["settings"] |= {"sampler": "qmc"}
     content["arms"] = {"lora": content["arms"]["lora"], "frozen": {"settings": {"method": "frozen"}}}
     controller = Controller(begin(content), session="s")
+    # as in a sweep that got the frozen arm after others had begun
+    assert controller.search.find_untrained_scores(controller.search.arms["lora"].arm) == {}
     base = controller.take(worker="s-1", request=1)
     assert base.arm.name == "frozen"
     assert controller.take(worker="s-2", request=1) is None

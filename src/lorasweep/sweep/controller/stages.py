@@ -70,10 +70,11 @@ class Search:
             return {}
         if self._sweep.record.constant_answer or (base := self._find_base_arm(arm)) is None:
             return self._sweep.record.constant_answer
-        if base.list_running() or base.trials[0].state != "complete":
+        ended = [trial for trial in base.trials.values() if trial.state == "complete"]
+        if not ended:  # it failed, or the sweep got this arm after others had begun
             return {}
         if base.arm.name not in self._base_scores:  # in the run's record, because a trial has no loss
-            self._base_scores[base.arm.name] = read_run(self._sweep.path / base.trials[0].run).last
+            self._base_scores[base.arm.name] = read_run(self._sweep.path / ended[0].run).last
         return self._base_scores[base.arm.name]
 
     def awaits_base(self, arm: Arm) -> bool:
