@@ -157,12 +157,12 @@ def fit_surrogate(points: Array, costs: Sequence[float]) -> Surrogate:
     scaled, kernel = (values - centre) / scale, compute_kernel(points, points)
     likelihood = -math.inf
     for noise in NOISE_VARIANCES:
-        trial_factor = np.linalg.cholesky(kernel + noise * np.eye(len(points)))
-        trial_weights = np.linalg.solve(trial_factor.T, np.linalg.solve(trial_factor, scaled))
+        found_factor = np.linalg.cholesky(kernel + noise * np.eye(len(points)))
+        found_weights = np.linalg.solve(found_factor.T, np.linalg.solve(found_factor, scaled))
         # the logarithm of the likelihood without a constant (Rasmussen and Williams 2006, equation 2.30)
-        found = -0.5 * float(scaled @ trial_weights) - float(np.log(np.diag(trial_factor)).sum())
+        found = -0.5 * float(scaled @ found_weights) - float(np.log(np.diag(found_factor)).sum())
         if found > likelihood:
-            likelihood, factor, weights = found, trial_factor, trial_weights
+            likelihood, factor, weights = found, found_factor, found_weights
     return Surrogate(points=points, centre=centre, scale=scale, factor=np.asarray(factor), weights=np.asarray(weights))
 
 
@@ -200,8 +200,8 @@ def has_own_model(arm: Arm) -> bool:
 def propose_by_model(arm: Arm, history: History, *, seed: int) -> Point:
     """Returns the point with the lowest confidence bound of the cost, for the value with the fewest trials.
 
-    Running trials count as if they scored what the model predicts (kriging believer, Ginsbourger et
-    al. 2010), so that trials that begin together differ.
+    Running trials count as if they scored what the model predicts (kriging believer, Ginsbourger et al. 2010), so that
+    trials that begin together differ.
     """
     encoding, results, running = history.encoding, history.list_results(), history.list_running()
     fixed = {}
