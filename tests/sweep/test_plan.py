@@ -14,7 +14,14 @@ from lorasweep.errors import ConfigError, OutOfMemory
 from lorasweep.record import RunRecord
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
-from lorasweep.sweep.plan import GroupPlan, choose_data_order, fit_minutes, plan_sweep, render_plan
+from lorasweep.sweep.plan import (
+    GroupPlan,
+    choose_data_order,
+    choose_evaluated,
+    fit_minutes,
+    plan_sweep,
+    render_plan,
+)
 from lorasweep.training.inputs import InputsCache
 
 
@@ -35,8 +42,16 @@ def plan_group(inputs):
     def plan_group(arm, **measured):
         record = RunRecord.__new__(RunRecord)
         record.metric = "bits_per_byte"
-        record.trainable_params, record.peak_memory_bytes = 123_456, 1234 * 2**20
-        values = {"slots": 1, "loading_s": 0.0, "step_s": 1.0, "evaluation_s": 10.0, "test_ratio": 0.0}
+        record.trainable_params = 123_456
+        values = {
+            "slots": 1,
+            "step_tokens": 512.0,
+            "peak_memory_bytes": 1234 * 2**20,
+            "loading_s": 0.0,
+            "step_s": 1.0,
+            "evaluation_s": 10.0,
+            "test_ratio": 0.0,
+        }
         values |= {"evaluated_share": 1.0, "saving_s": 0.0} | measured
         values["trained_params"] = {arm.name: {"rank 1": 23_456, "rank 4": 123_456} if arm.space else {"": 0}}
         return GroupPlan(arms=(arm,), reason="", record=record, kept_bytes=2**20, **values)
@@ -139,6 +154,28 @@ def test_each_group_is_measured_once_and_the_base_stays(plan, inputs):
     assert all(torch.equal(p, weights[name]) for name, p in inputs.base.model.named_parameters())
 
 
+def test_a_pack_of_many_tokens_is_measured_with_fewer_slots_and_scaled(plan, monkeypatch):
+    whole = plan()[0]["lora"]
+    monkeypatch.setattr(plan_file, "MEASURED_PASS_FRACTION", 0.0)
+    scaled, said = plan()
+    assert said[-1] == "lora: 3 trials in a pack, from 1"
+    assert (scaled["lora"].slots, scaled["lora"].step_tokens) == (whole.slots, whole.step_tokens)
+    assert scaled["lora"].trained_params == whole.trained_params
+    # the two other slots have at least their parameters, gradients and moments
+    slot_bytes = 16 * whole.record.trainable_params
+    assert scaled["lora"].peak_memory_bytes >= scaled["lora"].record.peak_memory_bytes + 2 * slot_bytes
+
+
+def test_the_measured_evaluation_has_the_longest_examples_and_lengths_as_in_the_whole_split():
+    lengths = torch.arange(1000) % 50 + 1
+    part = choose_evaluated(lengths, batch_size=64)
+    assert len(part.unique()) == len(part)
+    assert lengths[part].max() == 50
+    assert 64 * 50 <= int(lengths[part].sum()) <= 1.2 * 64 * 50  # one batch of 64 examples of 50 tokens
+    assert float(lengths[part].float().mean()) == pytest.approx(25.5, abs=1)
+    assert choose_evaluated(lengths[:50], batch_size=64).sort().values.tolist() == list(range(50))
+
+
 def test_a_pack_that_does_not_fit_is_halved_as_in_the_sweep(plan, monkeypatch):
     def run_out_of_memory(*_, **__):
         raise OutOfMemory("too large")
@@ -155,7 +192,7 @@ def quickstart(monkeypatch):
 
     def measure(definition, inputs_cache, **_):
         zeros = {"loading_s": 0.0, "evaluation_s": 0.0, "evaluated_share": 1.0, "saving_s": 0.0, "test_ratio": 0.0}
-        zeros |= {"record": None, "kept_bytes": 0}
+        zeros |= {"step_tokens": 0.0, "peak_memory_bytes": 0, "record": None, "kept_bytes": 0}
         return [
             GroupPlan(arms=(arm,), slots=1, reason="", step_s=0.1, trained_params={}, **zeros)
             for arm in definition.arms

@@ -1,52 +1,61 @@
 """Plans a sweep: exact numbers of runs, tokens and trained parameters; time and memory from a short training.
 
 Arms whose trials share packs form a group. Each other arm is a group of its own. One short training is measured for
-each group: a full pack of runs with the highest rank, or one run alone.
+each group: a pack of runs with the highest rank, or one run alone. A pack of many tokens is measured with fewer
+slots, and the evaluation on few examples. Both are scaled by the number of tokens, so that a plan takes about a minute.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-import statistics
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from jaxtyping import Int
 from rich.box import SIMPLE
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from lorasweep.config.build import as_settings
 from lorasweep.config.compose import choose_evaluation_interval
 from lorasweep.config.run import STEPS_KEY, RunConfig
 from lorasweep.config.sweep import RayWorkers
 from lorasweep.data.batching import StepBatchSampler, choose_part
-from lorasweep.data.split import Split
+from lorasweep.data.split import Batch, Split
 from lorasweep.errors import ConfigError, OutOfMemory, RunError
 from lorasweep.record import RunRecord, describe_confirmation, read_run
 from lorasweep.sweep.controller.proposals import find_batch_start
 from lorasweep.sweep.controller.stopping import MIN_STEPS
 from lorasweep.sweep.definition.arms import Arm, Definition, restore_definition
-from lorasweep.sweep.definition.confirm import count_confirm_runs, count_tokens, find_warnings
+from lorasweep.sweep.definition.confirm import count_confirm_runs, find_warnings
 from lorasweep.sweep.definition.packing import explain_bases, explain_solo_arms, plan_packing
 from lorasweep.sweep.workers.worker import choose_slots, list_pack_arms
+from lorasweep.training.environment import get_device
 from lorasweep.training.inputs import InputsCache, RunInputs
 from lorasweep.training.module import prepare_model
 from lorasweep.training.packs.pack import train_pack
+from lorasweep.training.packs.size import MAX_PASS_TOKENS, count_pass_tokens, count_slot_bytes
 from lorasweep.training.packs.slot_run import RunRequest
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
 from lorasweep.wording import format_bytes, format_count, format_seconds_range
 
-MEASURED_STEPS = 6
-"""Steps of a measured training, which ends with one evaluation. The first step is not counted, because it warms up."""
+MEASURED_STEPS = 4
+"""Steps of a measured training, which ends with one evaluation. The first is not counted, because it warms up, and the
+last, because the evaluation comes before the next look at the clock."""
+
+MEASURED_PASS_FRACTION = 0.25
+"""Maximum number of tokens in a pass of a measured pack, as a fraction of `MAX_PASS_TOKENS`. Larger passes take at most
+a few percent less time per token (docs/benchmarks.md)."""
 
 MAX_NAME_WIDTH = 16
 """Longest name of an arm that never wraps in 80 columns."""
@@ -69,6 +78,8 @@ class GroupPlan:
     """Why packs have this number of slots; empty if `worker.pack_size` says it."""
     loading_s: float
     step_s: float
+    step_tokens: float
+    """Mean number of tokens of a run's step, without padding."""
     evaluation_s: float
     """Seconds of an evaluation on all validation examples."""
     evaluated_share: float
@@ -78,6 +89,7 @@ class GroupPlan:
     """Seconds in which weights and checkpoints are written after an evaluation."""
     test_ratio: float
     """Tokens of all scored test splits divided by tokens of the validation split; 0 without a confirm stage."""
+    peak_memory_bytes: int
     record: RunRecord
     """Record of one of the measured runs."""
     kept_bytes: int
@@ -134,49 +146,112 @@ def _measure_group(
     names = ", ".join(each.name for each in arms)
     config = plan_packing(definition)[arm.name].largest
     inputs = inputs_cache.load(config)
-    data_order = choose_data_order(config, split=inputs.splits.train)
-    # few steps and one evaluation, in one process and without loggers
+    split, validation, eval_fraction = inputs.splits.train, inputs.splits.validation, config.eval_fraction
+    data_order = choose_data_order(config, split=split)
+    # few steps and one evaluation on the same examples for every run, in one process and without loggers
     trainer = replace(config.trainer, max_steps=MEASURED_STEPS, eval_every_steps=MEASURED_STEPS, strategy="auto")
-    trainer = replace(trainer, devices=1, num_nodes=1)
+    trainer = replace(trainer, eval_fraction=1.0, devices=1, num_nodes=1)
     config = replace(config, trainer=trainer, seeds=replace(config.seeds, data_order=data_order), logger={})
+    measured_slots = _choose_measured_slots(config, slots, inputs=inputs)
+    measured_inputs = inputs
+    if config.module is None:  # a module reads its own data
+        part = SplitPart(
+            name=validation.name,
+            fingerprint=validation.fingerprint,
+            split=validation,
+            indices=choose_evaluated(validation.lengths, batch_size=trainer.eval_batch_size),
+        )
+        measured_inputs = replace(inputs, splits=replace(inputs.splits, validation=part))
     with tempfile.TemporaryDirectory(prefix="lorasweep-plan-") as folder:
         while True:
-            on_progress(f"{names}: {slots} {'trial' if slots == 1 else 'trials in a pack'}")
+            on_progress(f"{names}: {_format_trials(slots, measured_slots)}")
             before, path = inputs.telemetry.sample(), Path(folder) / str(slots)
             path.mkdir()
             try:
-                run, step_s = _train_briefly(config, slots, inputs=inputs, folder=path)
+                run, counted_s = _train_briefly(
+                    config, measured_slots, is_pack=slots > 1, inputs=measured_inputs, folder=path
+                )
                 break
             except OutOfMemory:
-                if slots == 1:
+                if measured_slots == 1:
                     raise
-                slots = slots // 2  # as in the sweep
+                slots = measured_slots = measured_slots // 2  # as in the sweep
         after, record = inputs.telemetry.sample(), read_run(run)
         kept_bytes = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
     if record.status != "complete":
         raise RunError(record.reason or record.status)
+    num_tokens = int(validation.lengths.sum())
     test_ratio = 0.0
     if definition.sweep_config.confirm.list_looks():
         retained = [inputs_cache.load_splits(data, config) for data in definition.retained.values()]
-        num_tokens = sum(int(splits.test().lengths.sum()) for splits in (inputs.splits, *retained))
-        test_ratio = num_tokens / int(inputs.splits.validation.lengths.sum())
-    num_examples = len(inputs.splits.validation)
-    share = len(choose_part(num_examples, config.eval_fraction)) / num_examples
+        test_ratio = sum(int(splits.test().lengths.sum()) for splits in (inputs.splits, *retained)) / num_tokens
+    # the steps and the evaluation of the measured training, in the tokens and slots of the sweep's
+    scale = slots / measured_slots
+    step_tokens = float(split.lengths.double().mean()) * trainer.batch_size
+    counted_tokens = sum(_count_step_tokens(config, split=split)[1:-1])
+    evaluated_tokens = int(measured_inputs.splits.validation.lengths.sum())
     spent = {name: after[f"{name}_s"] - before[f"{name}_s"] for name in ("loading", "evaluating", "saving")}
+    unmeasured_bytes = 0
+    if measured_slots < slots:
+        unmeasured_bytes = (slots - measured_slots) * count_slot_bytes(config, inputs=inputs)
     return GroupPlan(
         arms=tuple(arms),
         slots=slots,
         reason=reason,
-        loading_s=spent["loading"],
-        step_s=step_s,
-        evaluation_s=spent["evaluating"] / (share + 1 if share < 1 else 1),
-        evaluated_share=share,
-        saving_s=spent["saving"],
+        loading_s=scale * spent["loading"],
+        step_s=scale * counted_s * step_tokens / counted_tokens,
+        step_tokens=step_tokens,
+        evaluation_s=scale * spent["evaluating"] * num_tokens / evaluated_tokens,
+        evaluated_share=len(choose_part(len(validation), eval_fraction)) / len(validation),
+        saving_s=scale * spent["saving"],
         test_ratio=test_ratio,
+        peak_memory_bytes=record.peak_memory_bytes + unmeasured_bytes,
         record=record,
         kept_bytes=kept_bytes,
         trained_params={each.name: _count_trained(each, record, inputs=inputs) for each in arms},
     )
+
+
+def _choose_measured_slots(config: RunConfig, slots: int, *, inputs: RunInputs) -> int:
+    """Returns the number of slots of the measured pack, at least 1."""
+    max_tokens = MAX_PASS_TOKENS[get_device(config.trainer).type, inputs.precision] * MEASURED_PASS_FRACTION
+    one_slot = count_pass_tokens(config, 1, inputs=inputs)
+    return min(slots, max(1, int(max_tokens / one_slot)))
+
+
+def _format_trials(slots: int, measured_slots: int) -> str:
+    if slots == 1:
+        return "1 trial"
+    return f"{slots} trials in a pack" + (f", from {measured_slots}" if measured_slots < slots else "")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SplitPart(Split):
+    """Some examples of a split. A run record describes the whole split."""
+
+    split: Split
+    indices: Tensor
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.split.lengths[self.indices]
+
+    @property
+    def weights(self) -> Tensor:
+        return self.split.weights[self.indices]
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        return self.split.batch(self.indices[torch.tensor(indices)].tolist())
+
+    def describe(self) -> dict[str, Any]:
+        return self.split.describe()
+
+
+def choose_evaluated(lengths: Int[Tensor, " examples"], *, batch_size: int) -> Int[Tensor, " part"]:
+    """Returns the indices of about one full evaluation batch, with lengths as in the whole split."""
+    budget = batch_size * int(lengths.max())
+    every = max(1, int(lengths.sum()) // budget)
+    return lengths.argsort(descending=True, stable=True)[::every]  # with the longest
 
 
 def _count_trained(arm: Arm, measured: RunRecord, *, inputs: RunInputs) -> dict[str, int]:
@@ -193,8 +268,10 @@ def _count_trained(arm: Arm, measured: RunRecord, *, inputs: RunInputs) -> dict[
     return counts
 
 
-def _train_briefly(config: RunConfig, slots: int, *, inputs: RunInputs, folder: Path) -> tuple[Path, float]:
-    """Trains a full pack of equal runs, or a run alone. Returns a run's folder, and the median seconds of a step."""
+def _train_briefly(
+    config: RunConfig, slots: int, *, is_pack: bool, inputs: RunInputs, folder: Path
+) -> tuple[Path, float]:
+    """Trains a pack of equal runs, or a run alone. Returns a run's folder, and the seconds of the counted steps."""
     runs = [RunFolder(path=folder / str(number)) for number in range(slots)]
     step_ends: list[float] = []
 
@@ -204,9 +281,7 @@ def _train_briefly(config: RunConfig, slots: int, *, inputs: RunInputs, folder: 
         step_ends.append(time.perf_counter())
         return False
 
-    if slots == 1:
-        train_run(config, runs[0], inputs=inputs, stop_requested=note_step)
-    else:
+    if is_pack:
         train_pack(
             [RunRequest(config=config, run_folder=run, on_end=lambda outcome: None) for run in runs],
             inputs=inputs,
@@ -216,8 +291,10 @@ def _train_briefly(config: RunConfig, slots: int, *, inputs: RunInputs, folder: 
             state_file=folder / "pack.json",
             stop_requested=note_step,
         )
-    steps_s = [end - start for start, end in itertools.pairwise(step_ends)]
-    return runs[0].path, statistics.median(steps_s) if steps_s else 0.0  # `frozen` has no steps
+    else:
+        train_run(config, runs[0], inputs=inputs, stop_requested=note_step)
+    # the first look at the clock comes before the first step; `frozen` has no steps
+    return runs[0].path, step_ends[MEASURED_STEPS - 1] - step_ends[1] if len(step_ends) > 1 else 0.0
 
 
 def choose_data_order(config: RunConfig, *, split: Split) -> int:
@@ -226,13 +303,17 @@ def choose_data_order(config: RunConfig, *, split: Split) -> int:
     It is the seed whose first `MEASURED_STEPS` steps contain the largest step, in tokens. Enough seeds are tried to
     draw as many steps as a whole run has, but at most `MAX_DATA_ORDERS`.
     """
-
-    def count_tokens_of_largest_step(seed: int) -> int:
-        steps = StepBatchSampler(split, batch_size=config.trainer.batch_size, num_steps=MEASURED_STEPS, seed=seed)
-        return max(int(split.lengths[torch.tensor(steps.get_step_indices(n))].sum()) for n in range(MEASURED_STEPS))
-
     num_seeds = min(MAX_DATA_ORDERS, math.ceil(config.trainer.max_steps / MEASURED_STEPS))
-    return max(range(num_seeds), key=count_tokens_of_largest_step)
+    orders = (replace(config, seeds=replace(config.seeds, data_order=seed)) for seed in range(num_seeds))
+    return max(orders, key=lambda order: max(_count_step_tokens(order, split=split))).seeds.data_order
+
+
+def _count_step_tokens(config: RunConfig, *, split: Split) -> list[int]:
+    """Returns the number of tokens of each measured step of a run."""
+    steps = StepBatchSampler(
+        split, batch_size=config.trainer.batch_size, num_steps=MEASURED_STEPS, seed=config.seeds.data_order
+    )
+    return [int(split.lengths[torch.tensor(steps.get_step_indices(n))].sum()) for n in range(MEASURED_STEPS)]
 
 
 def count_workers(definition: Definition) -> int:
@@ -314,10 +395,10 @@ def render_plan(definition: Definition, groups: Sequence[GroupPlan]) -> Renderab
         table.add_row(
             escape(arm.name),
             " + ".join(map(str, filter(None, (arm.trials, confirm_runs[arm.name])))),
-            format_count(runs * count_tokens(config)),
+            format_count(runs * config.num_steps * group.step_tokens),
             "≤ " * (len(sizes) > 1) + format_count(max(sizes.values())),
             str(group.slots),
-            format_bytes(group.record.peak_memory_bytes),
+            format_bytes(group.peak_memory_bytes),
             format_bytes(sum(disk.values())),
             format_seconds_range(share * (low + confirm), share * (high + confirm)),
         )
