@@ -1,5 +1,6 @@
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from lorasweep.lora import LoraConfig, find_targets, inject_lora
@@ -168,3 +169,32 @@ def test_rows_that_make_no_sense_are_refused(pattern, num_rows, message):
 def test_an_expression_that_can_not_be_compiled_is_refused(expression):
     with pytest.raises(ValueError, match="must be a regular expression, but got an error"):
         fits_pattern(f"re:{expression}", "x")
+
+
+MOE = {"hidden_size": 16, "intermediate_size": 8, "moe_intermediate_size": 8, "num_hidden_layers": 2, "vocab_size": 32}
+MOE |= {"num_attention_heads": 2, "num_key_value_heads": 2, "first_k_dense_replace": 1, "num_dense_layers": 1}
+MODELS_WITH_ROUTERS = {
+    "MixtralConfig": {},
+    "Qwen2MoeConfig": {"num_experts": 4, "shared_expert_intermediate_size": 8},
+    "Qwen3MoeConfig": {"num_experts": 4},
+    "GptOssConfig": {"num_local_experts": 4},
+    "GraniteMoeConfig": {"num_local_experts": 4},
+    "Lfm2MoeConfig": {"num_experts": 4, "layer_types": ["conv", "full_attention"]},
+    "DeepseekV3Config": {"n_routed_experts": 8, "n_group": 1, "topk_group": 1},
+    "Glm4MoeConfig": {"n_routed_experts": 8},
+    "PhimoeConfig": {"num_local_experts": 4},  # its router and those below are linear layers
+    "Llama4TextConfig": {"num_local_experts": 4, "intermediate_size_mlp": 8, "interleave_moe_layer_step": 1},
+    "AfmoeConfig": {"num_experts": 4},
+}
+
+
+@pytest.mark.parametrize("name", MODELS_WITH_ROUTERS)
+def test_routers_and_gates_are_not_adapted_by_all_linear(name):
+    with torch.device("meta"):
+        config = getattr(transformers, name)(**MOE | MODELS_WITH_ROUTERS[name])
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    routers = [n for n, _ in model.named_modules() if {"gate", "router", "shared_expert_gate"} & set(n.split("."))]
+    layers = find_targets(model, LoraConfig(rank=2)).layers
+    assert routers
+    assert layers
+    assert not set(routers) & set(layers)

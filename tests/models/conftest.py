@@ -8,10 +8,15 @@ from transformers import (
     BertConfig,
     BertModel,
     Gemma3TextConfig,
+    Glm4MoeConfig,
     GPT2Config,
     LlamaConfig,
     Qwen2Config,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5TextConfig,
     Qwen3Config,
+    Qwen3NextConfig,
     RobertaConfig,
     RobertaModel,
     T5Config,
@@ -31,6 +36,16 @@ DECODER = SIZES | {
     "head_dim": 8,
     "max_position_embeddings": 64,
 }
+HYBRID = DECODER | {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+GROUPED_EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+IMAGES = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
 ENCODER = {key: value for key, value in DECODER.items() if key not in ("num_key_value_heads", "head_dim")}
 ENCODER |= {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 
@@ -41,6 +56,16 @@ ARCHITECTURES = {
     ),
     "qwen2": lambda: AutoModelForCausalLM.from_config(Qwen2Config(**DECODER)),
     "qwen3": lambda: AutoModelForCausalLM.from_config(Qwen3Config(**DECODER)),
+    "qwen3_next": lambda: AutoModelForCausalLM.from_config(
+        Qwen3NextConfig(**HYBRID, **EXPERTS, shared_expert_intermediate_size=24)
+    ),
+    "qwen3_5": lambda: AutoModelForCausalLM.from_config(Qwen3_5TextConfig(**HYBRID)),
+    "qwen3_5_with_images": lambda: Qwen3_5ForConditionalGeneration(
+        Qwen3_5Config(text_config=HYBRID, vision_config=IMAGES)
+    ),
+    "glm4_moe": lambda: AutoModelForCausalLM.from_config(
+        Glm4MoeConfig(**DECODER, **GROUPED_EXPERTS, moe_intermediate_size=24, first_k_dense_replace=1)
+    ),
     "gemma3": lambda: AutoModelForCausalLM.from_config(Gemma3TextConfig(**DECODER)),
     "bert": lambda: BertModel(BertConfig(**ENCODER)),
     "bert_without_pooler": lambda: BertModel(BertConfig(**ENCODER), add_pooling_layer=False),

@@ -12,13 +12,18 @@ from lorasweep.training.unpadded import can_unpad, lay_out, unpadded
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 BERT = transformers.BertConfig(**SIZES, intermediate_size=32, num_labels=3)
 LLAMA = transformers.LlamaConfig(**SIZES, intermediate_size=32, num_key_value_heads=1)
+HEADS = {"linear_num_key_heads": 1, "linear_num_value_heads": 2}
+QWEN = transformers.Qwen3_5TextConfig(
+    **SIZES, **HEADS, num_key_value_heads=1, layer_types=["linear_attention", "full_attention"]
+)
+LFM = transformers.Lfm2Config(**SIZES, num_key_value_heads=1, layer_types=["conv", "full_attention"])
 T5 = transformers.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
 
 
 def make_model(config, attention="eager"):
     torch.manual_seed(0)
-    kinds = {"bert": "SequenceClassification", "llama": "CausalLM", "t5": "Seq2SeqLM"}
-    model_class = getattr(transformers, f"AutoModelFor{kinds[config.model_type]}")
+    kinds = {"bert": "SequenceClassification", "t5": "Seq2SeqLM"}
+    model_class = getattr(transformers, f"AutoModelFor{kinds.get(config.model_type, 'CausalLM')}")
     return model_class.from_config(copy.deepcopy(config), attn_implementation=attention).double().eval()
 
 
@@ -82,6 +87,9 @@ def test_models_that_need_their_rows_are_not_unpadded():
     batch = make_batch([3, 5])
     assert not can_unpad(make_model(T5), {**batch, "decoder_input_ids": batch["input_ids"]})
     assert not can_unpad(nn.Linear(2, 2), batch)
+    # a convolution or a recurrent state over an unpadded row would see the row before it
+    assert not can_unpad(make_model(QWEN), batch)
+    assert not can_unpad(make_model(LFM), batch)
     mixing = make_model(BERT)
     dense = mixing.bert.encoder.layer[1].output
     dense.forward = MixingLayer(copy.deepcopy(dense)).forward

@@ -21,6 +21,11 @@ Number = TypeVar("Number", int, float)
 
 HEAD_NAMES = frozenset({"lm_head", "score", "classifier", "qa_outputs"})
 """Names that transformers gives to the head of a model. `all-linear` does not match heads."""
+GATE_NAMES = frozenset(
+    {"gate", "router", "shared_expert_gate", "in_proj_a", "in_proj_b", "in_proj_ba", "a_proj", "b_proj"}
+)
+"""Names that transformers gives to routers of experts, and to layers with one output per head that gate linear
+attention. `all-linear` does not match them: they have as few outputs as experts or heads, often fewer than the rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +133,7 @@ def _match_pattern(pattern: str, model: nn.Module, config: LoraConfig, trained: 
         get_head = getattr(model, "get_output_embeddings", None)
         head = get_head() if callable(get_head) else None
         linear = [name for name, layer in layers.items() if is_linear(layer) and layer is not head]
-        fitting = [name for name in linear if HEAD_NAMES.isdisjoint(name.split("."))]
+        fitting = [name for name in linear if (HEAD_NAMES | GATE_NAMES).isdisjoint(name.split("."))]
     else:
         fitting = [name for name in layers if fits_pattern(pattern, name)]
     if not fitting:

@@ -171,7 +171,8 @@ def replace_by_trainable_copies(model: nn.Module, parameters: Iterable[nn.Parame
     """Replaces these parameters, wherever `model` uses them, by trainable fp32 copies.
 
     Under autocast, the modules that use them still return the dtype of the old parameters. So a bf16 model computes as
-    before, bit for bit on the CPU, and all methods of a sweep are compared in one precision.
+    before, bit for bit on the CPU, and all methods of a sweep are compared in one precision. Gated norms and experts
+    are an exception: inside them, some products are rounded to bf16 later than before.
     """
     parameters = list(parameters)
     narrow = {id(p): p.dtype for p in parameters if p.dtype != torch.float32}
