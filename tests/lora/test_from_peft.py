@@ -72,6 +72,10 @@ def test_patterns_match_the_same_layers_as_in_peft():
         (peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False), ["`init_lora_weights` False"]),
         (peft.LoraConfig(target_modules=["q_proj"], lora_bias=True), ["`lora_bias` True", "method=peft"]),
         (peft.LoraConfig(target_modules=["q"], layers_to_transform=[0], layers_pattern="h"), ["`layers_pattern` 'h'"]),
+        (
+            peft.LoraConfig(target_modules=["q_proj"], target_parameters=["experts.down_proj"]),
+            ["`target_parameters` .'experts.down_proj'", "method=peft"],
+        ),
         (peft.LoraConfig(), ["`target_modules` must name layers, but got None"]),
         (peft.VeraConfig(target_modules=["q_proj"]), ["`peft_type` must be LORA, but got 'VERA'", "method=peft"]),
         (peft.AdaLoraConfig(target_modules=["q_proj"], total_step=9), ["`peft_type` must be LORA"]),

@@ -20,6 +20,8 @@ from lorasweep.wording import join_words
 
 ALL_LINEAR_PATTERN = "all-linear"
 REGEX_PREFIX = "re:"
+WEIGHT_SUFFIX = ".weight"
+"""End of the names in PEFT's `target_parameters` that stand for a whole layer."""
 PLAIN_NAME = re.compile(r"\w+(\.\w+)*")
 """A layer's name or its end. It matches the same layers, whether it is read as a name or as a regular expression."""
 INITS: Mapping[Any, str] = {True: "default", "gaussian": "gaussian", "orthogonal": "orthogonal", "pissa": "pissa"}
@@ -27,7 +29,7 @@ INITS: Mapping[Any, str] = {True: "default", "gaussian": "gaussian", "orthogonal
 # fmt: off
 CONVERTED_FIELDS = frozenset({
     "r", "lora_alpha", "use_rslora", "target_modules", "lora_dropout", "init_lora_weights", "use_dora", "rank_pattern",
-    "alpha_pattern", "exclude_modules", "layers_to_transform", "modules_to_save",
+    "alpha_pattern", "exclude_modules", "layers_to_transform", "modules_to_save", "target_parameters",
 })
 """Fields of PEFT's `LoraConfig` that `convert_from_peft` and `read_peft_config` read."""
 FIELDS_WITHOUT_EFFECT = frozenset({
@@ -209,6 +211,8 @@ def refuse_unsupported_fields(values: Mapping[str, Any], *, unsupported: Iterabl
     known = CONVERTED_FIELDS | FIELDS_WITHOUT_EFFECT
     # PEFT's defaults of all other fields are empty, except the text "none" of `bias`
     refused = [name for name, value in values.items() if name not in known and value and value != "none"]
+    if not all(name.endswith(WEIGHT_SUFFIX) for name in values.get("target_parameters") or ()):
+        refused.append("target_parameters")  # fused experts
     if named := [*refused, *unsupported]:
         given = join_words([f"`{name}` {values[name]!r}" for name in named])
         raise ConfigError(
@@ -223,6 +227,8 @@ def convert_from_peft(raw: Mapping[str, Any]) -> dict[str, Any]:
     Raises KeyError, TypeError or AttributeError if a setting is missing or of another type.
     """
     layers, targets = raw.get("layers_to_transform"), raw["target_modules"]
+    if parameters := raw.get("target_parameters"):
+        targets = [*_list_patterns(targets or ()), *(name.removesuffix(WEIGHT_SUFFIX) for name in parameters)]
     return {
         "rank": raw["r"],
         "alpha": float(raw["lora_alpha"]),

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lorasweep.config.build import build
 from lorasweep.config.method import (
     ALL_LINEAR_PATTERN,
+    WEIGHT_SUFFIX,
     LoraConfig,
     convert_from_peft,
     int_if_whole,
@@ -27,7 +28,7 @@ from lorasweep.config.method import (
 from lorasweep.disk import require_regular_file, write_atomically
 from lorasweep.lora.fully_trained import match_modules_to_save, trained_modules
 from lorasweep.lora.inject import check_not_injected, inject_lora, require_lora_layers
-from lorasweep.lora.layer_kinds import is_conv1d
+from lorasweep.lora.layer_kinds import find_fused_experts, is_conv1d
 from lorasweep.lora.layers import LoraLayer, lora_layers
 from lorasweep.lora.patterns import fits_pattern, is_name_ending
 from lorasweep.lora.targets import find_targets, get_target_patterns, is_excluded
@@ -38,6 +39,9 @@ FINGERPRINT_KEY = "base_fingerprint"
 KEY_PREFIX = "base_model.model."
 INITS_KEEPING_BASE = (True, False, None, "gaussian", "orthogonal", "mica")
 """Values of PEFT's `init_lora_weights` that do not change the base's weights."""
+EXPERT_LAYER_NAMES = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
+"""Names of the layers in an expert. In a model with fused experts, PEFT (0.21) replaces these names in `target_modules`
+by the fused parameters, even if they name other layers, such as shared experts. It keeps `target_parameters`."""
 
 
 def lora_state(model: nn.Module) -> dict[str, Tensor]:
@@ -199,6 +203,9 @@ def config_to_peft(layers: Mapping[str, LoraLayer], model: nn.Module, *, base_pa
     # the most common values are the defaults, so that the fewest layers need a pattern
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
+    has_experts = bool(find_fused_experts(model))
+    as_parameters = [name for name in layers if has_experts and name.rpartition(".")[2] in EXPERT_LAYER_NAMES]
+    keys = {name: f"^{re.escape(name)}" + rf"(\{WEIGHT_SUFFIX})?" * (name in as_parameters) for name in layers}
     return {
         "peft_type": "LORA",
         "task_type": find_task_type(model, has_trained_modules=bool(trained_modules(model))),
@@ -206,10 +213,12 @@ def config_to_peft(layers: Mapping[str, LoraLayer], model: nn.Module, *, base_pa
         "inference_mode": True,
         "r": rank,
         "lora_alpha": int_if_whole(alpha),
-        "lora_dropout": config.dropout,
-        "target_modules": _build_peft_targets(model, layers),
-        "rank_pattern": {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank},
-        "alpha_pattern": {f"^{re.escape(name)}": int_if_whole(a) for name, a in alphas.items() if a != alpha},
+        # PEFT refuses dropout with `target_parameters`; a loaded adapter drops nothing
+        "lora_dropout": 0.0 if as_parameters else config.dropout,
+        "target_modules": _build_peft_targets(model, [name for name in layers if name not in as_parameters]),
+        **({"target_parameters": [f"{name}{WEIGHT_SUFFIX}" for name in as_parameters]} if as_parameters else {}),
+        "rank_pattern": {keys[name]: r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {keys[name]: int_if_whole(a) for name, a in alphas.items() if a != alpha},
         "use_rslora": config.scaling == "alpha_over_sqrt_rank",
         "use_dora": config.variant == "dora",
         "bias": "none",
@@ -272,7 +281,7 @@ def find_task_type(model: nn.Module, *, has_trained_modules: bool) -> str | None
     return "CAUSAL_LM" if name.endswith(("ForCausalLM", "LMHeadModel")) else None
 
 
-def _build_peft_targets(model: nn.Module, layers: Mapping[str, LoraLayer]) -> list[str] | str:
+def _build_peft_targets(model: nn.Module, layers: Collection[str]) -> list[str] | str:
     """Returns the last parts of the layers' names, or a regular expression if these parts match other layers too."""
     endings = sorted({name.rpartition(".")[2] for name in layers})
     # without names inside adapted layers and trained modules, such as `q_proj.base`

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -80,6 +81,16 @@ def list_scales(parameter: Tensor) -> list[Tensor]:
     """Returns the tensors, in a fixed order, with which a 4-bit parameter is dequantised; empty for all others."""
     state = getattr(parameter, "quant_state", None)
     return [] if state is None else [tensor for _, tensor in sorted(state.as_dict(packed=True).items())]
+
+
+def find_fused_experts(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the parameters that hold one matrix for each expert, (experts, ., .), by name and in the model's order.
+
+    Since version 5 transformers stores experts in this way, and not as linear layers.
+    """
+    modules = [(name, module) for name, module in model.named_modules() if not isinstance(module, _ConvNd)]
+    direct = ((f"{name}.{key}", p) for name, module in modules for key, p in module.named_parameters(recurse=False))
+    return {name: parameter for name, parameter in direct if parameter.dim() == 3 and len(parameter) > 1}
 
 
 def count_parameters(model: nn.Module) -> int:
