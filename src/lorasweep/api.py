@@ -36,6 +36,7 @@ from lorasweep.results import RunResult, SweepResult, load_run, load_sweep
 from lorasweep.runs.reproduce import Reproduction, compare_sweeps, reproduce_run
 from lorasweep.sweep.checks import (
     check_definition,
+    describe_coverages,
     list_notes,
     list_retained,
     score_constant_answer,
@@ -181,6 +182,7 @@ def start_sweep(
             retained=list_retained(definition, inputs_cache),
             constant_answer=constant_answer,
             notes=notes,
+            warnings=[text for text, is_warning in describe_coverages(definition, inputs_cache).items() if is_warning],
         )
 
 
@@ -218,7 +220,7 @@ def train_config(
             inputs = build_inputs(config)
         check_run(config, inputs.base)
         used = [f"settings of trial {origin['trial']} of arm `{origin['arm']}` in {origin['sweep']}"] if origin else []
-        for note in (*used, *inputs.notes) if group.is_global_zero else ():
+        for note in (*used, *inputs.list_notes(config)) if group.is_global_zero else ():
             say(f"• {note}", file=sys.stderr)
         # after the checks, so that a wrong request creates no folder
         folder = run_on_first(group, lambda: claim.enter_context(_claim_run_folder(output, resume=resume)))

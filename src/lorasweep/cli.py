@@ -251,6 +251,7 @@ def new(arguments: argparse.Namespace) -> int:
 def plan(arguments: argparse.Namespace) -> int:
     """Checks a sweep, measures a few steps of its trainings, and shows the cost of the sweep. Keeps no file."""
     with quick_imports():
+        from lorasweep.sweep.checks import describe_coverages
         from lorasweep.sweep.plan import render_plan
         from lorasweep.sweep.power import describe_power
         from lorasweep.training.inputs import InputsCache
@@ -261,6 +262,8 @@ def plan(arguments: argparse.Namespace) -> int:
     inputs_cache = InputsCache()
     definition, groups = _read_definition(name, overrides, minutes=arguments.minutes, inputs_cache=inputs_cache)
     EscapingConsole().print(render_plan(definition, groups))
+    for sentence in describe_coverages(definition, inputs_cache):
+        say(f"• {sentence}")
     for sentence in describe_power(definition, inputs_cache.load(definition.arms[0].corner_configs[0]).splits):
         say(f"• {sentence}")
     say(f"this plan took {format_seconds(time.monotonic() - began)}", file=sys.stderr)

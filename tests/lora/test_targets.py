@@ -171,6 +171,29 @@ def test_an_expression_that_can_not_be_compiled_is_refused(expression):
         fits_pattern(f"re:{expression}", "x")
 
 
+def test_coverage_counts_parameters_and_names_fused_experts(model):
+    up_and_proj, head = 2 * (8 * 16 + 16 * 8 + 8), 8 * 11
+    total = 11 * 8 + up_and_proj + head
+    assert find_targets(model, config()).matched_fraction == pytest.approx(up_and_proj / total)
+    saved = LoraConfig(rank=2, targets=("up",), modules_to_save=("out",))
+    assert find_targets(model, saved).matched_fraction == pytest.approx((2 * 8 * 16 + head) / total)
+    assert "experts" not in find_targets(model, config()).describe()
+    model.experts = nn.Module()
+    model.experts.down_proj = nn.Parameter(torch.zeros(4, 8, 8))
+    coverage = find_targets(model, config())
+    assert coverage.matched_fraction == pytest.approx(up_and_proj / (total + 4 * 8 * 8))
+    assert coverage.fused_experts == ("experts.down_proj",)
+    for words in (
+        "with 55 %",
+        "leaves out 45 %",
+        "`experts.down_proj`",
+        "target_modules: [proj, up], target_parameters: [experts.down_proj]",
+    ):
+        assert words in coverage.describe()
+    with pytest.raises(ValueError, match=r"'down_proj' matches only parameters of fused experts.*method=peft"):
+        find_targets(model, config(("down_proj",)))
+
+
 MOE = {"hidden_size": 16, "intermediate_size": 8, "moe_intermediate_size": 8, "num_hidden_layers": 2, "vocab_size": 32}
 MOE |= {"num_attention_heads": 2, "num_key_value_heads": 2, "first_k_dense_replace": 1, "num_dense_layers": 1}
 MODELS_WITH_ROUTERS = {

@@ -16,6 +16,7 @@ from transformers import (
     Qwen3_5ForConditionalGeneration,
     Qwen3_5TextConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     Qwen3NextConfig,
     RobertaConfig,
     RobertaModel,
@@ -59,6 +60,7 @@ ARCHITECTURES = {
     "qwen3_next": lambda: AutoModelForCausalLM.from_config(
         Qwen3NextConfig(**HYBRID, **EXPERTS, shared_expert_intermediate_size=24)
     ),
+    "qwen3_moe": lambda: AutoModelForCausalLM.from_config(Qwen3MoeConfig(**DECODER, **EXPERTS)),
     "qwen3_5": lambda: AutoModelForCausalLM.from_config(Qwen3_5TextConfig(**HYBRID)),
     "qwen3_5_with_images": lambda: Qwen3_5ForConditionalGeneration(
         Qwen3_5Config(text_config=HYBRID, vision_config=IMAGES)

@@ -1,11 +1,22 @@
 """On each architecture that people use: a run adapts it, learns, saves, and both PEFT and we load what it saved."""
 
+import re
+
 import pytest
 import torch
+import yaml
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from torch.nn.functional import cross_entropy
 
-from lorasweep.config.method import BitfitConfig, FrozenConfig, FullConfig, HeadConfig, IntrinsicConfig, LoraConfig
+from lorasweep.config.method import (
+    BitfitConfig,
+    FrozenConfig,
+    FullConfig,
+    HeadConfig,
+    IntrinsicConfig,
+    LoraConfig,
+    PeftConfig,
+)
 from lorasweep.lora import find_targets, inject_packed_lora, slot_model
 from lorasweep.lora.targets import GATE_NAMES
 from lorasweep.methods import METHODS, copy_sharing_weights
@@ -40,7 +51,7 @@ CONFIGS = {
     "intrinsic": IntrinsicConfig(dim=32),
 }
 LABELS = Labels(kind="single_label", names=("calm", "loud"))
-RATES = {"lora": 0.02, "full": 0.005, "head": 0.05}
+RATES = {"lora": 0.02, "peft": 0.02, "full": 0.005, "head": 0.05}
 
 
 def make_batch():
@@ -167,3 +178,20 @@ def test_a_slot_of_a_pack_gets_the_logits_and_gradients_of_its_solo_run(load, ar
         for got, expected in pairs:  # fp32 sums in another order, over up to 1,000 terms
             limit = 1000 * torch.finfo(torch.float32).eps * expected.abs().max()
             assert (got - expected).abs().max() <= limit
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks transformers
+def test_fused_experts_train_with_the_settings_that_the_warning_names(load, tmp_path):
+    base = load("qwen3_moe", "causal_lm")
+    warning = METHODS["lora"].find_coverage(base.model, CONFIGS["lora"]).describe()
+    settings = yaml.safe_load(re.search(r"method.config=({.*})`", warning)[1])
+    model = METHODS["peft"].prepare(base, PeftConfig(config=settings), generator=torch.Generator().manual_seed(0))
+    changed = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert any(".experts." in name for name in changed)
+    assert not any(".gate." in name for name in changed)  # the router
+    losses = train(model, "causal_lm", "peft")
+    assert losses[-1] < losses[0]
+    METHODS["peft"].save(model, tmp_path / "adapter", base=base)
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(**make_batch()).logits, model.eval()(**make_batch()).logits)

@@ -1,5 +1,6 @@
 """Each arm is checked against its base model and data before anything is written."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +9,15 @@ from tests.data.test_constant_answer import make_splits
 
 from lorasweep.data.tasks import Classification
 from lorasweep.errors import ConfigError
+from lorasweep.methods import copy_sharing_weights
 from lorasweep.models.load import load_base
-from lorasweep.sweep.checks import check_definition, find_metric, score_constant_answer
+from lorasweep.sweep.checks import (
+    check_definition,
+    describe_coverages,
+    find_metric,
+    list_notes,
+    score_constant_answer,
+)
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.training.inputs import InputsCache, RunInputs
 
@@ -86,3 +94,19 @@ def test_test_data_that_cannot_be_read_is_refused_before_the_search(write_file, 
     with pytest.raises(ConfigError, match=r"the test split must not be empty, .* `confirm\.seeds=0`"):
         check_definition(definition, WithoutTest())
     check_definition(read_definition(write_file(content), ["confirm.seeds=0"]), WithoutTest())
+
+
+def test_what_lora_adapts_is_said_once_and_experts_that_it_leaves_out_are_a_warning(write_file, content, tiny_inputs):
+    definition = read_definition(write_file(content), [])
+    ((text, is_warning),) = describe_coverages(definition, tiny_inputs).items()
+    assert text in list_notes(definition, tiny_inputs)
+    assert not is_warning
+    config = definition.arms[-1].corner_configs[0]
+    base = tiny_inputs.load(config).base
+    model = copy_sharing_weights(base.model)
+    model.register_parameter("experts", torch.nn.Parameter(torch.zeros(4, 8, 8)))
+    with_experts = RunInputs(base=replace(base, model=model), splits=tiny_inputs.load(config).splits, precision="fp32")
+    cache = SimpleNamespace(load=lambda config: with_experts)
+    assert list(describe_coverages(definition, cache).values()) == [True]
+    assert with_experts.list_notes(config)[-1] == next(iter(describe_coverages(definition, cache)))
+    assert not any("experts" in note for note in list_notes(definition, cache))

@@ -31,7 +31,7 @@ from lorasweep.lora.inject import check_not_injected, inject_lora, require_lora_
 from lorasweep.lora.layer_kinds import find_fused_experts, is_conv1d
 from lorasweep.lora.layers import LoraLayer, lora_layers
 from lorasweep.lora.patterns import fits_pattern, is_name_ending
-from lorasweep.lora.targets import find_targets, get_target_patterns, is_excluded
+from lorasweep.lora.targets import EXPERT_LAYER_NAMES, find_targets, get_target_patterns, is_excluded
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -39,9 +39,6 @@ FINGERPRINT_KEY = "base_fingerprint"
 KEY_PREFIX = "base_model.model."
 INITS_KEEPING_BASE = (True, False, None, "gaussian", "orthogonal", "mica")
 """Values of PEFT's `init_lora_weights` that do not change the base's weights."""
-EXPERT_LAYER_NAMES = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
-"""Names of the layers in an expert. In a model with fused experts, PEFT (0.21) replaces these names in `target_modules`
-by the fused parameters, even if they name other layers, such as shared experts. It keeps `target_parameters`."""
 
 
 def lora_state(model: nn.Module) -> dict[str, Tensor]:

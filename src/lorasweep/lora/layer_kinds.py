@@ -88,9 +88,9 @@ def find_fused_experts(model: nn.Module) -> dict[str, nn.Parameter]:
 
     Since version 5 transformers stores experts in this way, and not as linear layers.
     """
-    modules = [(name, module) for name, module in model.named_modules() if not isinstance(module, _ConvNd)]
-    direct = ((f"{name}.{key}", p) for name, module in modules for key, p in module.named_parameters(recurse=False))
-    return {name: parameter for name, parameter in direct if parameter.dim() == 3 and len(parameter) > 1}
+    kernels = {p for module in model.modules() if isinstance(module, _ConvNd) for p in module.parameters(recurse=False)}
+    named = model.named_parameters()
+    return {name: p for name, p in named if p.dim() == 3 and len(p) > 1 and p not in kernels}
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -5,7 +5,7 @@ The model may be on the meta device, so that a wrong pattern is reported before 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,8 +14,16 @@ from torch import nn
 from lorasweep.config.method import ALL_LINEAR_PATTERN, REGEX_PREFIX, LoraConfig
 from lorasweep.lora.fully_trained import is_inside, match_modules_to_save
 from lorasweep.lora.functional import RowRanges, scaling_factor
-from lorasweep.lora.layer_kinds import can_be_adapted, is_linear, is_quantised, matrix_shape
+from lorasweep.lora.layer_kinds import (
+    can_be_adapted,
+    count_parameters,
+    find_fused_experts,
+    is_linear,
+    is_quantised,
+    matrix_shape,
+)
 from lorasweep.lora.patterns import find_first_match, fits_pattern, get_block_index, parse_row_ranges, suggest_layer
+from lorasweep.wording import format_share
 
 Number = TypeVar("Number", int, float)
 
@@ -26,6 +34,9 @@ GATE_NAMES = frozenset(
 )
 """Names that transformers gives to routers of experts, and to layers with one output per head that gate linear
 attention. `all-linear` does not match them: they have as few outputs as experts or heads, often fewer than the rank."""
+EXPERT_LAYER_NAMES = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
+"""Names of the layers in an expert. In a model with fused experts, PEFT (0.21) replaces these names in `target_modules`
+by the fused parameters, even if they name other layers, such as shared experts. It keeps `target_parameters`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +76,26 @@ class Coverage:
     trainable_params: int
     """Number of trainable parameters: Σ r (d_in + d_out) over the adapted layers, DoRA's row norms, and the modules
     that train in full."""
+    matched_fraction: float
+    """Fraction of the model's parameters that are in adapted layers, or in modules that train in full."""
+    fused_experts: tuple[str, ...]
+    """Names of the parameters of fused experts. No pattern of `targets` matches them."""
 
     @property
     def layers(self) -> tuple[str, ...]:
         """Names of the adapted layers in the model's order."""
         return tuple(self.targets)
+
+    def describe(self) -> str:
+        """Returns sentences on the share of the parameters that is adapted, and on experts that are left out."""
+        matched, other = format_share(self.matched_fraction), format_share(1 - self.matched_fraction)
+        text = f"LoRA adapts layers with {matched} of the model's parameters; `method.targets` leaves out {other}"
+        if not self.fused_experts:
+            return f"{text}."
+        return (
+            f"{text}, among them all experts of the model, which are fused into parameters such as "
+            f"`{self.fused_experts[0]}`. {_explain_experts(self.fused_experts, self.layers)}"
+        )
 
 
 def find_targets(model: nn.Module, config: LoraConfig, *, allow_full_rank: bool = False) -> Coverage:
@@ -98,6 +124,9 @@ def find_targets(model: nn.Module, config: LoraConfig, *, allow_full_rank: bool 
         targets=targets,
         unmatched=tuple(name for name, layer in layers.items() if is_linear(layer) and name not in matched_names),
         trainable_params=added + sum(p.numel() for module in trained.values() for p in module.parameters()),
+        matched_fraction=count_parameters(nn.ModuleList([*(layers[name] for name in names), *trained.values()]))
+        / count_parameters(model),
+        fused_experts=tuple(find_fused_experts(model)),
     )
 
 
@@ -207,6 +236,17 @@ def _count_parameters(layer: nn.Module, target: Target) -> int:
     return target.rank * sum(d_in + end - first for first, end in parts) + magnitude
 
 
+def _explain_experts(experts: Sequence[str], layers: Iterable[str]) -> str:
+    """Returns a sentence with the settings that train parameters of fused experts, beside these layers."""
+    parameters = ", ".join(dict.fromkeys(".".join(name.split(".")[-2:]) for name in experts))
+    # not `all-linear`, with which PEFT would train the routers too
+    modules = ", ".join(sorted({name.rpartition(".")[2] for name in layers} - EXPERT_LAYER_NAMES))
+    return (
+        f"PEFT trains them, each run alone: `method=peft method.config={{peft_type: LORA, r: 8, target_modules: "
+        f"[{modules}], target_parameters: [{parameters}]}}`."
+    )
+
+
 def _explain_no_match(pattern: str, model: nn.Module, *, is_text: bool) -> str:
     """Returns the error message for a pattern. `is_text`: `targets` is one regular expression for whole names."""
     requirement = "`method.targets` must match layers that can be adapted"
@@ -216,8 +256,13 @@ def _explain_no_match(pattern: str, model: nn.Module, *, is_text: bool) -> str:
         )
     # a pattern may also match a module that contains layers, such as a block
     other = next((module for name, module in model.named_modules() if name and fits_pattern(pattern, name)), None)
+    experts = [name for name in find_fused_experts(model) if fits_pattern(pattern, name)]
     if is_text:
         pattern = pattern.removeprefix(REGEX_PREFIX)
+    if experts:
+        layers = _match_pattern(ALL_LINEAR_PATTERN, model, LoraConfig(), ())
+        remedy = _explain_experts(experts, layers)
+        return f"{requirement}, but {pattern!r} matches only parameters of fused experts. {remedy}"
     if other is not None:
         endings = sorted({name.rpartition(".")[2] for name in find_adaptable_layers(other)})
         remedy = f"Name the layers inside it: {', '.join(map(repr, endings))}." if endings else "Name another layer."

@@ -14,6 +14,7 @@ from torch import nn
 from lorasweep.config.method import REGEX_PREFIX, LoraConfig, MethodConfig
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.lora import (
+    Coverage,
     find_targets,
     inject_lora,
     load_adapter,
@@ -36,9 +37,12 @@ class LoraMethod(Method):
 
     def check(self, model: nn.Module, config: MethodConfig, *, new_head_names: Sequence[str] = ()) -> None:
         """Raises a ConfigError if a target matches no layer, or a setting does not fit a layer (such as the rank)."""
+        self.find_coverage(model, config, new_head_names=new_head_names)
+
+    def find_coverage(self, model: nn.Module, config: MethodConfig, *, new_head_names: Sequence[str] = ()) -> Coverage:
         assert isinstance(config, LoraConfig)
         try:
-            find_targets(model, add_head_to_modules_to_save(config, new_head_names))
+            return find_targets(model, add_head_to_modules_to_save(config, new_head_names))
         except ValueError as error:
             raise ConfigError(str(error)) from error
 

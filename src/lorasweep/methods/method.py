@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from lorasweep.config.method import MethodConfig
 from lorasweep.disk import write_atomically
 from lorasweep.errors import RecordError
+from lorasweep.lora.targets import Coverage
 from lorasweep.models.load import BaseModel
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -58,6 +59,12 @@ class Method(ABC):
 
     def check(self, model: nn.Module, config: MethodConfig, *, new_head_names: Sequence[str] = ()) -> None:  # noqa: B027
         """Raises a ConfigError if the settings do not fit the model, without changing the model."""
+
+    def find_coverage(
+        self, model: nn.Module, config: MethodConfig, *, new_head_names: Sequence[str] = ()
+    ) -> Coverage | None:
+        """Returns the layers that the settings adapt; None if the method has no targets of its own."""
+        return None
 
     def prepare(self, base: BaseModel, config: MethodConfig, *, generator: torch.Generator) -> nn.Module:
         """Returns a trainable copy of the base, whose tensors do not change. Only trained parameters need gradients.

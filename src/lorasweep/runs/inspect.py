@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lorasweep.config.method import LoraConfig
 from lorasweep.disk import csv_text, write_atomically
 from lorasweep.errors import RecordError
-from lorasweep.lora.layer_kinds import weight_to_matrix
+from lorasweep.lora.layer_kinds import count_parameters, weight_to_matrix
 from lorasweep.lora.targets import find_targets
 from lorasweep.methods import METHODS, copy_sharing_weights, draw_head
 from lorasweep.record import read_run
@@ -72,6 +72,8 @@ class Inspection:
     layers: tuple[LayerRow, ...]
     spectra: Mapping[str, list[float]]
     """Singular values of every updated matrix by layer, in descending order."""
+    updated_fraction: float
+    """Fraction of the model's parameters that are in updated weights."""
 
 
 def inspect_run(folder: Path, *, trust: bool = False) -> Inspection:
@@ -112,7 +114,8 @@ def inspect_run(folder: Path, *, trust: bool = False) -> Inspection:
     rows = [asdict(row) for row in layers]
     write_atomically(folder / INSPECT_FOLDER / "layers.csv", csv_text(list(rows[0]), (row.values() for row in rows)))
     write_atomically(folder / INSPECT_FOLDER / "spectra.json", json.dumps(spectra) + "\n")
-    return Inspection(layers=layers, spectra=spectra)
+    updated = sum(row.d_out * (row.d_in or 1) for row in layers)
+    return Inspection(layers=layers, spectra=spectra, updated_fraction=updated / count_parameters(model))
 
 
 @torch.no_grad()
@@ -179,7 +182,8 @@ def relative_norm(rows: Sequence[LayerRow]) -> float | None:
 
 def render_inspection(inspection: Inspection) -> RenderableType:
     """Returns a table with a row for each kind of layer."""
-    table = Table(title="updates by kind of layer (medians)", title_justify="left")
+    table = Table(title="updates by kind of layer (medians)", title_justify="left", caption_justify="left")
+    table.caption = f"These weights hold {format_share(inspection.updated_fraction)} of the model's parameters."
     table.add_column("layers", no_wrap=True)
     for name in ("share of ‖ΔW‖²", "‖ΔW‖ / ‖W0‖", "directions of 90 %", "amplification"):
         table.add_column(name, justify="right")

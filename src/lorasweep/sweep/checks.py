@@ -110,6 +110,13 @@ def score_constant_answer(definition: Definition, inputs_cache: InputsCache) -> 
     return {name: score for name, score in scores.items() if math.isfinite(score)}
 
 
+def describe_coverages(definition: Definition, inputs_cache: InputsCache) -> dict[str, bool]:
+    """Returns the different sentences on what the LoRA arms adapt, and for each whether it warns of fused experts."""
+    configs = [config for arm in definition.arms for config in arm.corner_configs]
+    coverages = [inputs_cache.load(config).find_coverage(config) for config in configs]
+    return {coverage.describe(): bool(coverage.fused_experts) for coverage in coverages if coverage is not None}
+
+
 def list_notes(definition: Definition, inputs_cache: InputsCache) -> list[str]:
     """Returns notes on each arm's data, attention and base, and on arms whose trials run alone.
 
@@ -125,6 +132,7 @@ def list_notes(definition: Definition, inputs_cache: InputsCache) -> list[str]:
                 f"{num_examples:,} training examples. `trainer.max_steps={math.ceil(num_examples / batch_size)}` makes "
                 "one epoch."
             )
+    notes += [text for text, is_warning in describe_coverages(definition, inputs_cache).items() if not is_warning]
     notes += [*explain_bases(definition), *explain_solo_arms(definition)]
     notes += describe_power(definition, inputs_cache.load(definition.arms[0].corner_configs[0]).splits)
     return list(dict.fromkeys(notes))

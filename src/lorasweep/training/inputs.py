@@ -18,6 +18,7 @@ from lorasweep.data.source import DataSource
 from lorasweep.data.split import Batch, Split
 from lorasweep.data.split import padding_fraction as measure_padding
 from lorasweep.errors import ConfigError
+from lorasweep.lora.targets import Coverage
 from lorasweep.methods import METHODS
 from lorasweep.models.load import AttentionChoice, BaseModel, Labels, choose_attention, load_base
 from lorasweep.training.environment import DTYPES, Precision, get_device, resolve_precision
@@ -68,6 +69,16 @@ class RunInputs:
         if self.attention is None:
             return self.splits.notes
         return (*self.splits.notes, f"Attention is {self.attention.name}: {self.attention.reason}.")
+
+    def find_coverage(self, config: RunConfig) -> Coverage | None:
+        """Returns the layers that a run adapts; None if its method has no targets."""
+        method = METHODS[config.method.name]
+        return method.find_coverage(self.base.model, config.method, new_head_names=self.base.new_head_names)
+
+    def list_notes(self, config: RunConfig) -> tuple[str, ...]:
+        """Returns `notes`, and what share of the model a run adapts."""
+        coverage = self.find_coverage(config)
+        return self.notes if coverage is None else (*self.notes, coverage.describe())
 
     def fingerprints(self) -> dict[str, Any]:
         """Returns values that must be equal on every process of a run. A key is the setting that decides the value."""

@@ -205,7 +205,7 @@ def open_record(
         packages=describe_packages(),
         platform=platform,
         environment=describe_environment(),
-        notes=[*inputs.notes, *found.notes],
+        notes=[*inputs.list_notes(config), *found.notes],
         data={"train": splits.train.describe(), "validation": splits.describe(splits.validation)},
         base=inputs.base.describe(),
         started_at=utc_now(),

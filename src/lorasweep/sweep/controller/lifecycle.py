@@ -59,10 +59,12 @@ def create_sweep(
     retained: Sequence[RetainedRow] = (),
     constant_answer: Mapping[str, float] = MappingProxyType({}),
     notes: Sequence[str] = (),
+    warnings: Sequence[str] = (),
 ) -> SweepFolder:
     """Creates the folder, the record and the studies of a sweep, and returns the open sweep.
 
-    `constant_answer` has the validation scores of a constant prediction, and `notes` are sentences on the data.
+    `constant_answer` has the validation scores of a constant prediction, `notes` are sentences on the data, and
+    `warnings` on the models.
 
     Raises:
         ConfigError: The folder can't be created; no record was written.
@@ -85,7 +87,7 @@ def create_sweep(
         retained=list(retained),
         retain_margin=definition.sweep_config.retain.margin,
         notes=list(notes),
-        warnings=find_warnings(definition),
+        warnings=[*find_warnings(definition), *warnings],
         started_at=utc_now(),
     )
     with ExitStack() as undo:
