@@ -243,6 +243,18 @@ def test_models_whose_logits_need_more_than_the_last_hidden_state_are_refused():
     assert not can_score_by_chunk(make_model(LLAMA).model)  # a decoder without a head
 
 
+def test_a_head_that_is_no_linear_layer_gives_the_losses_and_gradients_of_all_logits(set_chunk):
+    set_chunk(4)
+    model, batch = make_model(LLAMA), make_batch()
+    model.lm_head = nn.Sequential(nn.Linear(24, 8), nn.Tanh(), nn.Linear(8, VOCABULARY)).double()
+    assert can_score_by_chunk(model)
+    coverage = inject_lora(model, LoraConfig(rank=2))
+    assert not any(name.startswith("lm_head") for name in coverage.layers)
+    randomise(model)
+    expected, found = (differentiate(model, batch, by_chunk=by_chunk) for by_chunk in (False, True))
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_compiled_model_computes_all_logits():
     model, batch = make_model(LLAMA), make_batch()
     expected = score_tokens(model, batch, by_chunk=False)[0]
