@@ -339,6 +339,8 @@ def export(arguments: argparse.Namespace) -> int:
     run = _choose_run(arguments.run, verb="exporting")
     written = export_run(run, format=arguments.format, out=arguments.out, trust=arguments.trust)
     say(f"{arguments.format}, {written.dtype}, {format_bytes(written.num_bytes)}: {arguments.out}")
+    for sentence in written.serving:
+        say(f"• {sentence}")
     return DONE
 
 

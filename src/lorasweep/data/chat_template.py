@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -190,6 +191,12 @@ def read_template(config: ChatConfig, tokenizer: PreTrainedTokenizerBase) -> Cha
         )
     today = date.fromisoformat(config.template_date)
     return ChatTemplate(tokenizer=tokenizer, text=text, arguments=config.template_arguments, today=today)
+
+
+def digest_template(template: ChatTemplate) -> str:
+    """Returns the first 16 hex digits of the SHA-256 of a template's text, as in a run's record."""
+    text = template.text or template.tokenizer.chat_template
+    return hashlib.sha256(str(text).encode()).hexdigest()[:16]
 
 
 def _get_reasoning(message: ChatMessage) -> str:

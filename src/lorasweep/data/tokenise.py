@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lorasweep.config.data import ChatConfig
-from lorasweep.data.chat_template import ChatTemplate, read_template
+from lorasweep.data.chat_template import ChatTemplate, digest_template, read_template
 from lorasweep.data.examples import Ragged
 from lorasweep.data.reading.tables import quiet_datasets
 from lorasweep.data.source import Conversation, Document, Examples, LabelledText, Message
@@ -140,8 +140,7 @@ def describe_chat_format(config: ChatConfig, tokenizer: PreTrainedTokenizerBase)
     words = ["messages", "add_generation_prompt=True"]
     words += [f"{name}={value!r}" for name, value in template.arguments.items()]
     words += [] if template.text is None else [f"chat_template=open({config.template!r}).read()"]
-    digest = hashlib.sha256(str(template.text or tokenizer.chat_template).encode()).hexdigest()
-    return {"format": f"tokenizer.apply_chat_template({', '.join(words)})", "template": digest[:16]}
+    return {"format": f"tokenizer.apply_chat_template({', '.join(words)})", "template": digest_template(template)}
 
 
 def get_end_token(tokenizer: PreTrainedTokenizerBase) -> int:

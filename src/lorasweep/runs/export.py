@@ -22,15 +22,18 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from lorasweep.config.compose import dotted_items
+from lorasweep.config.data import ChatConfig
 from lorasweep.config.method import PeftConfig
 from lorasweep.config.run import ModelConfig, RunConfig
+from lorasweep.data.chat_template import digest_template, read_template
 from lorasweep.disk import require_new_folder
-from lorasweep.errors import ConfigError, RunError, first_line
+from lorasweep.errors import ConfigError, RecordError, RunError, first_line
 from lorasweep.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from lorasweep.methods import METHODS
-from lorasweep.models.load import EMBEDDED_PREFIX, BaseModel, find_local_path, fingerprint_weights
+from lorasweep.models.load import EMBEDDED_PREFIX, BaseModel, find_local_path, fingerprint_weights, load_tokenizer
 from lorasweep.models.pretrained import NF4_ARGUMENTS, load_pretrained, quiet_transformers
 from lorasweep.record import RunRecord, read_run
+from lorasweep.runs.serving import describe_serving
 from lorasweep.training.restore import (
     check_kept_files,
     refuse_code,
@@ -61,6 +64,8 @@ class Export:
     dtype: str
     """Name of the type of the written weights: `fp32`, `bf16` or `fp16`."""
     num_bytes: int
+    serving: tuple[str, ...]
+    """How to serve it with vLLM and llama.cpp, or why they do not take it; empty for a classifier."""
 
 
 def export_run(
@@ -71,6 +76,8 @@ def export_run(
     trust: bool = False,
 ) -> Export:
     """Writes the best weights of a run for PEFT or transformers, with a model card.
+
+    If the run's chat template is a file of the user, the tokenizer is written with this template in both formats.
 
     Args:
         run: The run's folder.
@@ -88,16 +95,24 @@ def export_run(
     refuse_code(config, trust=trust)
     _check_request(config, format=format, out=out)
     check_kept_files(record, run, part="best")
+    template = _read_own_template(record, config)
     with create_folder_atomically(out) as folder:
         if format == "peft":
             _copy_adapter(config.model, run / "best", folder)
             dtype = "fp32"
         else:
             dtype = _export_merged(record, config, run / "best", folder)
+        if template is not None:
+            tokenizer = load_tokenizer(config.model)
+            tokenizer.chat_template = template
+            tokenizer.save_pretrained(folder)
+        is_causal = config.model.kind == "causal_lm"
+        has_template = template is not None
+        serving = describe_serving(folder, config.model, out=out, has_template=has_template) if is_causal else ()
         card = build_card(record, config, format=format, dtype=dtype, repository=out.resolve().name)
         card.save(folder / CARD_FILE)
         num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return Export(folder=out, dtype=dtype, num_bytes=num_bytes)
+    return Export(folder=out, dtype=dtype, num_bytes=num_bytes, serving=serving)
 
 
 @contextmanager
@@ -138,6 +153,19 @@ def _check_request(config: RunConfig, *, format: ExportFormat, out: Path) -> Non
             "Use `--format merged`, or name a LoRA arm: `SWEEP/ARM`."
         )
     require_new_folder(out, key="--out", remedy="Name another folder.")
+
+
+def _read_own_template(record: RunRecord, config: RunConfig) -> str | None:
+    """Returns the chat template of the user's file; None if the run has the tokenizer's template, or none."""
+    if not isinstance(config.data, ChatConfig) or not config.data.template.endswith(".jinja"):
+        return None
+    template = read_template(config.data, load_tokenizer(config.model))
+    if template is None or digest_template(template) != record.data["train"].get("template"):
+        raise RecordError(
+            f"`data.template` must be the file with which the run trained, but {config.data.template!r} has changed. "
+            "Restore the file."
+        )
+    return template.text
 
 
 def _copy_adapter(config: ModelConfig, best: Path, folder: Path) -> None:
