@@ -111,8 +111,8 @@ def build_parser() -> argparse.ArgumentParser:
     compare_parser = add(compare, "write and show the report of a sweep again, or the spread of several sweeps")
     compare_parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders of sweeps")
     judge_parser = add(judge, "give verdicts on scores of runs that were trained elsewhere")
-    judge_parser.add_argument("scores", type=Path, metavar="FILE.csv|DIR", help="scores with arm, seed and score")
-    judge_parser.add_argument("--metric", required=True, help="name of the score, such as accuracy or TASK/acc")
+    judge_parser.add_argument("scores", type=Path, metavar="FILE.csv", help="scores with arm, seed and score")
+    judge_parser.add_argument("--metric", required=True, help="name of the score, such as accuracy")
     directions = judge_parser.add_mutually_exclusive_group(required=True)
     directions.add_argument("--maximize", action="store_true", help="higher scores are better")
     directions.add_argument("--minimize", action="store_true", help="lower scores are better")
@@ -128,8 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
     judge_parser.add_argument(
         "--columns", nargs="+", default=(), metavar="arm=Name", help="names of the file's columns"
     )
-    judge_parser.add_argument("--pattern", default="{arm}/{seed}", help="where a run's path has arm and seed")
-    judge_parser.add_argument("--out", type=Path, metavar="D", help="write a page, CSV and JSON here")
+    judge_parser.add_argument("--out", type=Path, metavar="D", help="write a page and JSON here")
     export_parser = add(export, "write an adapter for PEFT, or the merged model for transformers")
     export_parser.add_argument("--format", required=True, choices=["peft", "merged"])
     export_parser.add_argument("--out", type=Path, metavar="D", required=True, help="a new or empty folder")
@@ -321,7 +320,7 @@ def judge(arguments: argparse.Namespace) -> int:
     columns = dict(given.split("=", 1) for given in arguments.columns if "=" in given)
     if len(columns) < len(arguments.columns):
         raise ConfigError("`--columns` must be pairs such as `arm=Name`: our name, then the file's.")
-    scores = read_scores(arguments.scores, metric=arguments.metric, columns=columns, pattern=arguments.pattern)
+    scores = read_scores(arguments.scores, columns=columns)
     names = ("margin", "maximize", "metric", "reference", "base", "key", "looks")
     found = judge(scores, **{name: getattr(arguments, name) for name in names})
     EscapingConsole().print(found.render())

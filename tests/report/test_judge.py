@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+from pathlib import Path
 
 import pandas
 import pytest
@@ -79,35 +81,27 @@ def test_a_sweep_of_ours_gets_its_own_verdicts(tmp_path):
     assert list_verdicts(found.answers) == list_verdicts(expected)
 
 
-def test_files_of_the_trainer_and_of_the_harness_are_read(tmp_path):
-    for arm, seed in (("lora", 0), ("full", 1)):
-        for step in (10, 20):
-            folder = tmp_path / "trainer" / f"{arm}-r8" / str(seed) / f"checkpoint-{step}"
+def test_the_guides_table_of_the_trainers_runs_is_judged(here):
+    for arm, score in (("lora-r8", 0.85), ("lora-r1", 0.6), ("full-r0", 0.85)):
+        for seed in range(3):
+            folder = here / "runs" / arm / str(seed)
             folder.mkdir(parents=True)
-            log = [{"eval_accuracy": 0.5, "step": 5}, {"eval_accuracy": step / 100, "step": step}, {"loss": 1.0}]
-            (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": log}))
-        folder = tmp_path / "harness" / f"{arm}-{seed}" / "model"
-        folder.mkdir(parents=True)
-        (folder / "results_2026.json").write_text(json.dumps({"results": {"arc": {"acc,none": 0.25}}}))
-    scores = read_scores(tmp_path / "trainer", metric="accuracy", columns={}, pattern="{arm}-r{value}/{seed}")
-    assert scores.to_dict("records") == [
-        {"arm": "full", "seed": "1", "value": 8.0, "score": 0.2},
-        {"arm": "lora", "seed": "0", "value": 8.0, "score": 0.2},
-    ]
-    scores = read_scores(tmp_path / "harness", metric="arc/acc", columns={}, pattern="{arm}-{seed}")
-    assert scores["score"].tolist() == [0.25, 0.25]
-    samples = [{"doc_id": number, "acc": float(number == 1)} for number in range(3)]
-    for folder in (tmp_path / "harness").glob("*/model"):
-        (folder / "samples_arc_2026.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    scores = read_scores(tmp_path / "harness", metric="arc/acc", columns={}, pattern="{arm}-{seed}")
-    assert scores["score"].tolist() == [0, 1, 0] * 2
-    (folder / "samples_arc_2026.jsonl").write_text("{")
-    with pytest.raises(ConfigError, match="is damaged"):
-        read_scores(tmp_path / "harness", metric="arc/acc", columns={}, pattern="{arm}-{seed}")
-    with pytest.raises(ConfigError, match="must have the metric 'f1'"):
-        read_scores(tmp_path / "trainer", metric="f1", columns={})
-    with pytest.raises(ConfigError, match=r"`--pattern` .* does not fit 'full-1/model'"):
-        read_scores(tmp_path / "harness", metric="arc/acc", columns={}, pattern="runs/{arm}/{seed}")
+            log = [{"eval_accuracy": 0.5}, {"eval_accuracy": score + seed / 1000}, {"loss": 1.0}]
+            (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    page = (Path(__file__).parents[2] / "docs" / "judge.md").read_text(encoding="utf-8")
+    exec(compile(re.search(r"```python\n(.*?)```", page, flags=re.DOTALL)[1], "judge.md", "exec"), {})
+    found = lorasweep.judge(read_scores(here / "scores.csv", columns={}), margin=0.01, maximize=True, key="rank")
+    verdicts = {answer.subject: answer.verdict for answer in found.answers if answer.name == "as_good_as_full"}
+    assert verdicts == {"lora-rank-8": "equivalent", "lora-rank-1": "worse"}
+
+
+@pytest.mark.parametrize("content", ["", "a,b\n1,2,3,4\n", "\0\0"], ids=["empty", "ragged", "no text"])
+def test_a_file_that_is_no_table_of_scores_is_refused(content, tmp_path):
+    (tmp_path / "scores.csv").write_text(content)
+    with pytest.raises(ConfigError):
+        judge(read_scores(tmp_path / "scores.csv", columns={}), margin=0.01, maximize=True)
+    with pytest.raises(ConfigError, match="must be a CSV file of scores"):
+        read_scores(tmp_path, columns={})
 
 
 def test_the_command_prints_verdicts_and_writes_files(tmp_path, capsys):

@@ -7,9 +7,7 @@ so the intervals do not include the chance in that search.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +20,7 @@ from rich.text import Text
 from lorasweep.config.data import METRIC_RANGES
 from lorasweep.config.sweep import parse_margin
 from lorasweep.disk import write_atomically
-from lorasweep.errors import ConfigError, describe_error
+from lorasweep.errors import ConfigError, first_line
 from lorasweep.record import Question, QuestionName, is_number, name_subject
 from lorasweep.report.answers import AnswerLine
 from lorasweep.report.evidence.estimates import (
@@ -43,7 +41,6 @@ if TYPE_CHECKING:
 
 REQUIRED_COLUMNS = ("arm", "seed", "score")
 COLUMNS = (*REQUIRED_COLUMNS, "value", "example", "group", "weight")
-PATTERN = "{arm}/{seed}"
 NOT_TESTED = "one seed: not tested"
 
 
@@ -251,85 +248,14 @@ def _read_runs(
     return values, examples
 
 
-def read_scores(path: Path, *, metric: str, columns: Mapping[str, str], pattern: str = PATTERN) -> pandas.DataFrame:
-    """Reads the scores of runs from a CSV file, or from a folder of runs.
+def read_scores(path: Path, *, columns: Mapping[str, str]) -> pandas.DataFrame:
+    """Reads the scores of runs from a CSV file. `columns` has the names of columns in the file, by ours.
 
-    A folder may have files `trainer_state.json` of transformers' Trainer (the last evaluation counts, and of several
-    checkpoints the one with most steps), or files `samples_TASK_*.jsonl` and `results_*.json` of lm-evaluation-harness
-    (the metric is `TASK/NAME`, such as `hellaswag/acc`). `pattern` says where a file's path has arm, seed and value.
-
-    Raises:
-        ConfigError: There are no such files, a path does not fit the pattern, or a file has no such metric.
+    Raises ConfigError if the file can't be read as a CSV.
     """
     import pandas  # noqa: PLC0415 (slow to import)
 
-    if path.is_file():
-        with _refuse_damaged(path):
-            return pandas.read_csv(path).rename(columns={theirs: ours for ours, theirs in columns.items()})
-    states = [_read_trainer_state(file, path, metric, pattern) for file in sorted(path.rglob("trainer_state.json"))]
-    harness = [_read_harness(file, path, metric, pattern) for file in sorted(path.rglob("results_*.json"))]
-    if not states and not harness:
-        raise ConfigError(
-            f"{str(path)!r} must be a CSV file, or a folder with trainer_state.json or results_*.json, but has neither."
-        )
-    found = pandas.DataFrame.from_records(states)
-    if states:
-        runs = [name for name in found if name not in ("step", "score")]
-        found = found.sort_values("step", kind="stable").drop_duplicates(runs, keep="last").sort_index()
-        found = found.drop(columns="step")
-    return pandas.concat([found, *harness], ignore_index=True)
-
-
-def _read_trainer_state(file: Path, folder: Path, metric: str, pattern: str) -> dict[str, Any]:
-    """Returns the run, the step and the last evaluation of one of its checkpoints."""
-    with _refuse_damaged(file):
-        state = json.loads(file.read_text())
-        entries = [entry for entry in state["log_history"] if metric in entry or f"eval_{metric}" in entry]
-        step = int(state["global_step"])
-    if not entries:
-        raise ConfigError(f"{str(file)!r} must have the metric {metric!r} in its log, but has none of that name.")
-    score = entries[-1].get(metric, entries[-1].get(f"eval_{metric}"))
-    return {**_match(pattern, file.parent.relative_to(folder).as_posix(), file), "step": step, "score": score}
-
-
-def _read_harness(file: Path, folder: Path, metric: str, pattern: str) -> pandas.DataFrame:
-    """Returns the scores of a run's samples, or its result if no samples were logged."""
-    import pandas  # noqa: PLC0415 (slow to import)
-
-    task, _, name = metric.rpartition("/")
-    run = _match(pattern, file.parent.relative_to(folder).as_posix(), file)
-    if samples := sorted(file.parent.glob(f"samples_{task}_*.jsonl")):
-        with _refuse_damaged(samples[-1]):
-            table = pandas.read_json(samples[-1], lines=True)[["doc_id", name]]
-        return pandas.DataFrame({**run, "score": table[name], "example": table["doc_id"].astype(str)})
-    with _refuse_damaged(file):
-        results = json.loads(file.read_text())["results"].get(task, {})
-    score = results.get(name, results.get(f"{name},none"))
-    if score is None:
-        raise ConfigError(f"{str(file)!r} must have the result TASK/NAME of `--metric`, but has no {metric!r}.")
-    return pandas.DataFrame([{**run, "score": score}])
-
-
-@contextmanager
-def _refuse_damaged(file: Path) -> Iterator[None]:
-    """Raises ConfigError instead of the errors of parsers, and of missing or wrong parts."""
     try:
-        yield
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{str(file)!r} must be a file of scores, but is damaged: {describe_error(error)}") from error
-
-
-def _match(pattern: str, path: str, file: Path) -> dict[str, Any]:
-    """Returns arm, seed and perhaps value, from the beginning of a run's path relative to the folder."""
-    escaped = re.escape(pattern).replace(r"\{", "{").replace(r"\}", "}")
-    found = re.match(re.sub(r"{(arm|seed|value)}", r"(?P<\1>[^/]+?)", escaped) + r"(/|$)", path)
-    if found is None or not {"arm", "seed"} <= found.groupdict().keys():
-        raise ConfigError(
-            f"`--pattern` must say where the path of a run has {{arm}} and {{seed}}, but {pattern!r} does not fit "
-            f"{path!r} of {str(file)!r}."
-        )
-    parts: dict[str, Any] = found.groupdict()
-    if "value" in parts:
-        with suppress(ValueError):
-            parts["value"] = float(parts["value"])
-    return parts
+        return pandas.read_csv(path).rename(columns={theirs: ours for ours, theirs in columns.items()})
+    except (ValueError, OSError) as error:  # a CSV that is damaged, empty, no text or no file
+        raise ConfigError(f"{str(path)!r} must be a CSV file of scores, but is not: {first_line(error)}.") from error
