@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
@@ -14,7 +14,10 @@ MAX_ERROR_CHARACTERS = 4000
 
 
 class EscapingConsole(Console):
-    """A rich console that prints control characters in texts as escapes."""
+    """A rich console that prints texts as they are: no markup or emoji codes, and control characters as escapes."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, markup=False, emoji=False)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):

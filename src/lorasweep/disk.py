@@ -77,6 +77,15 @@ def require_new_folder(path: Path, *, key: str, remedy: str = "Omit it for a new
     return path
 
 
+def require_no_links(folder: Path) -> None:
+    """Raises RecordError if a folder inside results, or anything in it, is a symbolic link.
+
+    Results may come from somebody else. Writing through a link would change files elsewhere.
+    """
+    if link := next((path for path in (folder, *folder.rglob("*")) if path.is_symlink()), None):
+        raise RecordError(f"a folder of results must have no symbolic links, but {str(link)!r} is one. Remove it.")
+
+
 def require_regular_file(path: Path) -> None:
     """Raises OSError if a path names a pipe, a device or a folder. Opening a pipe would wait for ever."""
     if path.exists() and not path.is_file():
@@ -146,8 +155,10 @@ def lock_folder(path: Path, *, key: str) -> Iterator[Path]:
 
 def is_running(path: Path) -> bool:
     """Returns whether a process has a sweep's folder open; False if the file system has no locks."""
-    with suppress(OSError), (path / LOCK_FILE).open("rb") as file:
-        return not _try_lock(file.fileno(), shared=True)
+    with suppress(OSError):
+        require_regular_file(path / LOCK_FILE)
+        with (path / LOCK_FILE).open("rb") as file:
+            return not _try_lock(file.fileno(), shared=True)
     return False
 
 
@@ -158,6 +169,7 @@ def take_lock(path: Path, undo: ExitStack) -> int:
         RecordError: Another process holds the lock, or the folder's file system has no locks.
     """
     try:
+        require_regular_file(path / LOCK_FILE)
         handle = os.open(path / LOCK_FILE, os.O_CREAT | os.O_RDWR)
         undo.callback(os.close, handle)
         is_free = _try_lock(handle)

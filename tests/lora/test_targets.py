@@ -221,3 +221,8 @@ def test_routers_and_gates_are_not_adapted_by_all_linear(name):
     assert routers
     assert layers
     assert not set(routers) & set(layers)
+
+
+def test_an_expression_that_takes_years_is_refused():
+    with pytest.raises(ValueError, match="must be a regular expression, but got an error"):
+        fits_pattern("re:(a|aa)+b", "a" * 200)

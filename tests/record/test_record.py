@@ -41,7 +41,9 @@ def make_sweep(**values):
     common = {"arm": "lora", "number": 0, "params": {"method.rank": 1}}
     space = {"method.rank": [1, 2]}
     arm = ArmRow(name="lora", method="lora", trials=2, settings={}, space=space)
-    confirmed = Trial(stage="confirm", setting_number=0, seed=7, state="complete", run="r1", value=1.5, **common)
+    confirmed = Trial(
+        stage="confirm", setting_number=0, seed=7, state="complete", run="runs/lora-0001", value=1.5, **common
+    )
     given = {
         "status": "running",
         "name": "s",
@@ -50,7 +52,7 @@ def make_sweep(**values):
         "margin": "5%",
         "definition": {"file": {}},
         "arms": [arm],
-        "trials": [Trial(state="failed", run="r0", reason="x", **common)],
+        "trials": [Trial(state="failed", run="runs/lora-0000", reason="x", **common)],
         "questions": [Question(name="as_good_as_full", arm="lora", key=None, subjects=["lora"], reference="full")],
         "looks": [3, 6],
         "settings": [SettingRow(subject="lora", arm="lora", setting=0, value=None, params={}, trial=0, score=1.5)],

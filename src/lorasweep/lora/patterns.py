@@ -7,13 +7,17 @@ from collections.abc import Iterable
 from functools import lru_cache
 from itertools import pairwise
 
+import regex
+
 from lorasweep.config.method import REGEX_PREFIX
 from lorasweep.lora.functional import RowRanges
 from lorasweep.wording import suggest_nearest
 
 QKV_LETTERS = ("q", "k", "v")
-_compile = lru_cache(maxsize=10_000)(re.compile)
-"""An adapter may have a pattern for each layer, and each is compared with all layers. `re` keeps only 512."""
+MAX_MATCH_S = 1.0
+"""Maximum seconds for one name. Somebody's adapter may have an expression for which a name takes years."""
+_compile = lru_cache(maxsize=10_000)(regex.compile)
+"""An adapter may have a pattern for each layer, and each is compared with all layers. `regex` keeps only 500."""
 
 
 def is_name_ending(ending: str, name: str) -> bool:
@@ -26,8 +30,8 @@ def fits_pattern(pattern: str, name: str) -> bool:
     if not pattern.startswith(REGEX_PREFIX):
         return is_name_ending(split_pattern(pattern)[0], name)
     try:
-        return _compile(pattern.removeprefix(REGEX_PREFIX)).fullmatch(name) is not None
-    except (re.error, RecursionError, OverflowError) as error:
+        return _compile(pattern.removeprefix(REGEX_PREFIX)).fullmatch(name, timeout=MAX_MATCH_S) is not None
+    except (regex.error, TimeoutError, RecursionError, OverflowError) as error:
         raise ValueError(f"{pattern!r} must be a regular expression, but got an error: {error}. Correct it.") from error
 
 

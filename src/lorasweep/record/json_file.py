@@ -39,6 +39,10 @@ Number = Annotated[int | float, BeforeValidator(_check_number)]
 Count = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 """A whole number of a record, which fits into the 64 bits that numpy and pandas have."""
 
+FOLDER_NAME = r"[\w-][\w.-]*"
+"""An expression for a name from which a path is built: one component of a path, and not `.` or `..`."""
+FolderName = Annotated[str, Field(pattern=f"^{FOLDER_NAME}$", max_length=200)]
+
 T = TypeVar("T")
 
 

@@ -6,15 +6,20 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from lorasweep.config.data import Direction, get_sign
+from lorasweep.config.sweep import MAX_CONFIRM_SEEDS
 from lorasweep.errors import RecordError
-from lorasweep.record.json_file import VERSION, Count, Number, read_json
+from lorasweep.record.json_file import VERSION, Count, FolderName, Number, read_json
 from lorasweep.record.trial import Stage, Trial
 from lorasweep.wording import join_words
 
 SWEEP_FILE = "sweep.json"
+MAX_LOOKS = 20
+NumSeeds = Annotated[int, Field(ge=1, le=MAX_CONFIRM_SEEDS)]
 QuestionName = Literal["as_good_as_full", "smallest", "pair"]
 
 
@@ -36,8 +41,8 @@ class Question:
 class SettingRow:
     """The setting that the confirm stage trains for one subject: for an arm, or for one value of its `confirm_each`."""
 
-    subject: str
-    arm: str
+    subject: FolderName
+    arm: FolderName
     setting: Count
     """Number of the setting in its arm's confirm stage."""
     value: Any
@@ -61,7 +66,7 @@ class SettingRow:
 class LookRow:
     """A look of the confirm stage: the questions were tested with this number of seeds."""
 
-    seeds: Count
+    seeds: NumSeeds
     open: list[str]
     """The subjects of the questions that were still open."""
     next: list[str]
@@ -72,7 +77,7 @@ class LookRow:
 class RetainedRow:
     """A data set of `retain.data`, on which the confirm stage shows what was forgotten."""
 
-    name: str
+    name: FolderName
     metric: str
     direction: Direction
 
@@ -81,7 +86,7 @@ class RetainedRow:
 class ArmRow:
     """One arm of a sweep."""
 
-    name: str
+    name: FolderName
     method: str
     trials: Count
     """Number of trials that the user asked for."""
@@ -138,9 +143,9 @@ class SweepRecord:
     """The trials of the search, by arm and number."""
     questions: list[Question] = field(default_factory=list)
     """The questions, as they were stated before the first trial."""
-    looks: list[Count] = field(default_factory=list)
+    looks: Annotated[list[NumSeeds], Field(max_length=MAX_LOOKS)] = field(default_factory=list)
     """Numbers of seeds at which the questions are tested, as planned beforehand; empty without a confirm stage."""
-    confirm_seeds: list[Count] = field(default_factory=list)
+    confirm_seeds: Annotated[list[Count], Field(max_length=MAX_CONFIRM_SEEDS)] = field(default_factory=list)
     """The seeds of all planned looks."""
     settings: list[SettingRow] = field(default_factory=list)
     """The setting that the confirm stage trains for each subject; empty before the stage."""

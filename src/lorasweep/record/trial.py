@@ -6,10 +6,12 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
 
 from lorasweep.config.run import follows_rate_law
-from lorasweep.record.json_file import Count, Number, is_number
+from lorasweep.record.json_file import FOLDER_NAME, Count, FolderName, Number, is_number
 from lorasweep.record.run import RunRecord
 from lorasweep.wording import format_setting, short_key
 
@@ -25,6 +27,7 @@ COST_FIELDS = (
     *("trainable_params", "trainable_fraction", "adapter_bytes", "peak_memory_bytes"),
 )
 """Costs of a run: fields of its record that are columns of the table of runs."""
+RunPath = Annotated[str, Field(pattern=f"^runs/{FOLDER_NAME}$")]
 Curve = tuple[tuple[int, float], ...]
 """Validation scores of one run: pairs of step and value, by step."""
 
@@ -37,8 +40,8 @@ class Trial:
     """
 
     stage: Stage = "search"
-    arm: str
-    subject: str = ""
+    arm: FolderName
+    subject: FolderName = ""
     """The subject of the run: its arm, or one value of the arm's `confirm_each` key (`name_subject`)."""
     number: Count
     """Number of the trial in its arm and stage."""
@@ -51,8 +54,8 @@ class Trial:
     """Seed of initial values, data order and dropout of a confirm run. All subjects have the same seeds."""
     value: float | None = None
     """The sweep's metric: the best value on validation data; in the confirm stage the value on test data."""
-    run: str
-    """The run's folder, relative to the sweep's."""
+    run: RunPath
+    """The run's folder, relative to the sweep's (`name_run`)."""
     reason: str | None = None
     """Why the trial failed, was stopped or does not fit in memory."""
     values: dict[Count, Number] = field(default_factory=dict)

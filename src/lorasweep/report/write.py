@@ -23,7 +23,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 
 from lorasweep.config.redaction import redact
-from lorasweep.disk import write_atomically
+from lorasweep.disk import require_no_links, write_atomically
 from lorasweep.record import RunRecord, is_number
 from lorasweep.report.answers import AnswerLine
 from lorasweep.report.figures import draw_panels
@@ -51,8 +51,9 @@ def write_report(folder: Path) -> Summary:
     """Writes a sweep's report into `report/` in its folder, each file whole or not at all, and returns its content.
 
     Raises:
-        RecordError: The folder is not a sweep, or its record is damaged. Nothing is written then.
+        RecordError: The folder is not a sweep, its record is damaged, or `report/` has links. Nothing is written then.
     """
+    require_no_links(folder / REPORT_FOLDER)
     summary = summarize(folder)
     files = {
         "summary.json": json.dumps(summary.as_json(), indent=1) + "\n",

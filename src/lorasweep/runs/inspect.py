@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from lorasweep.config.method import LoraConfig
-from lorasweep.disk import csv_text, write_atomically
+from lorasweep.disk import csv_text, require_no_links, write_atomically
 from lorasweep.errors import RecordError
 from lorasweep.lora.layer_kinds import count_parameters, weight_to_matrix
 from lorasweep.lora.targets import find_targets
@@ -111,6 +112,7 @@ def inspect_run(folder: Path, *, trust: bool = False) -> Inspection:
             f"a run must have changed its base to be inspected, but the best weights of {str(folder)!r} equal the "
             "base's. Name a run that trained for longer, and not with `method=frozen`."
         )
+    require_no_links(folder / INSPECT_FOLDER)
     rows = [asdict(row) for row in layers]
     write_atomically(folder / INSPECT_FOLDER / "layers.csv", csv_text(list(rows[0]), (row.values() for row in rows)))
     write_atomically(folder / INSPECT_FOLDER / "spectra.json", json.dumps(spectra) + "\n")
@@ -134,6 +136,8 @@ def measure_updates(
         if original is None or weight is original or torch.equal(weight, original):
             continue
         layer, change, before = name.removesuffix(".weight"), weight.double() - original.double(), original.double()
+        if not math.isfinite(change.norm()):
+            raise RecordError(f"the weights of a run must be finite, but {name!r} is not. Train the run again.")
         if change.dim() > 1:
             owner = base.get_submodule(name.rpartition(".")[0])
             change, before = weight_to_matrix(owner, change), weight_to_matrix(owner, before)

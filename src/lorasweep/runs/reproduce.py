@@ -18,7 +18,6 @@ from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError, Diverged, RecordError
 from lorasweep.models.load import IMPLEMENTATIONS
 from lorasweep.record import STEPS_FILE, RunRecord, SweepRecord, get_run_folder, read_run, read_steps, read_sweep
-from lorasweep.training.components import EVENT_LOGGER
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.module import check_run
 from lorasweep.training.restore import restore_config
@@ -137,7 +136,7 @@ def reproduce_run(
 def restore_solo_config(record: RunRecord) -> RunConfig:
     """Returns a run's settings for one process, with the recorded precision, device and micro-batches.
 
-    Loggers that may send metrics to a server are removed. They do not affect training.
+    Loggers are removed: they may write to other folders, or to a server, and do not affect training.
 
     Raises:
         RecordError: The settings or what the record says of the machine are damaged, or of another version.
@@ -153,9 +152,8 @@ def restore_solo_config(record: RunRecord) -> RunConfig:
         "num_nodes": 1,
         "progress": False,
     }
-    local = {name: record.config["logger"][name] for name, part in config.logger.items() if part.target == EVENT_LOGGER}
     # restored from mappings, so that the types of what was recorded are checked
-    return restore_config(replace(record, config={**record.config, "trainer": trainer, "logger": local}))
+    return restore_config(replace(record, config={**record.config, "trainer": trainer, "logger": {}}))
 
 
 def _find_last_step(record: RunRecord, run: Path) -> int:

@@ -20,7 +20,6 @@ import torch
 from jaxtyping import Int
 from rich.box import SIMPLE
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -375,7 +374,7 @@ def _list_budgets(steps: int, trials: int, looks: tuple[int, ...]) -> Iterator[t
 def render_plan(definition: Definition, groups: Sequence[GroupPlan]) -> RenderableType:
     """Returns a table with a row for each arm, followed by sentences on packs, stages, time, memory and warnings."""
     metric = groups[0].record.metric
-    title = escape(f"{definition.name}: scored by {metric} (`data.metric`), nothing is trained yet")
+    title = f"{definition.name}: scored by {metric} (`data.metric`), nothing is trained yet"
     # an arm's name may wrap if it is very long, but numbers never do
     table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE, padding=(0, 0))
     longest = max(len(arm.name) for arm in definition.arms)
@@ -393,7 +392,7 @@ def render_plan(definition: Definition, groups: Sequence[GroupPlan]) -> Renderab
         disk = {size: runs / len(sizes) * (group.kept_bytes + 8 * (trained - first)) for size, trained in sizes.items()}
         share = runs / sum(each.trials + confirm_runs[each.name] for each in group.arms)
         table.add_row(
-            escape(arm.name),
+            arm.name,
             " + ".join(map(str, filter(None, (arm.trials, confirm_runs[arm.name])))),
             format_count(runs * config.num_steps * group.step_tokens),
             "≤ " * (len(sizes) > 1) + format_count(max(sizes.values())),

@@ -18,7 +18,6 @@ from statistics import fmean
 from rich.box import SIMPLE
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -191,13 +190,13 @@ def _arms_table(status: SweepStatus) -> Table:
     table.add_column("best settings", overflow="fold", min_width=len("best settings"))
     for index, arm in enumerate(status.arms):
         table.add_row(
-            escape(arm.name),
+            arm.name,
             f"{arm.search.done}/{arm.search.asked}",
             *(str(numbers[index]) for numbers in shown.values()),
             *([f"{arm.confirm.done}/{arm.confirm.asked}"] if confirms else []),
             _format_score(arm.best.value if arm.best else None),
             *([_format_score(arm.test_mean)] if tested else []),
-            escape(format_settings(arm.best.params) if arm.best else ""),
+            format_settings(arm.best.params) if arm.best else "",
         )
     return table
 
@@ -287,7 +286,7 @@ class ProgressDisplay:
 
     def _print(self, line: str) -> None:
         # without a terminal a line stays whole, for programs that read it
-        self._console.print(escape(line), highlight=False, soft_wrap=not self._console.is_terminal)
+        self._console.print(line, highlight=False, soft_wrap=not self._console.is_terminal)
 
     def _new_lines(self, status: SweepStatus) -> Iterator[str]:
         """Yields a line for each run that ended and has no line yet: `lora 4/6  complete  1.4  lr 0.01`."""
