@@ -22,6 +22,7 @@ from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 from pandas.errors import ParserWarning
 
 from lorasweep.config.data import Delimiter, Quoting, RowSettings, SplitSettings
+from lorasweep.data.reading.limits import check_content
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.wording import join_words, shorten, suggest_nearest
 
@@ -136,15 +137,18 @@ def _load_file(path: Path, config: RowSettings) -> Dataset:
         }
     surplus_fields_are_errors = warnings.catch_warnings(action="error", category=ParserWarning)
     with refuse_unreadable(path), surplus_fields_are_errors, quiet_datasets():
+        separator = ""
         if kind in DEFAULT_DIALECTS:
-            options = _choose_csv_options(path, config)
+            separator, quoting = _choose_dialect(path, config)
+        check_content(path, suffix=kind, separator=separator)
+        if separator:
+            options = _choose_csv_options(path, config, separator=separator, quoting=quoting)
         escaped = glob.escape(str(path))  # a name may have brackets
         return load_dataset(READERS[kind], data_files=escaped, split="train", **options)
 
 
-def _choose_csv_options(path: Path, config: RowSettings) -> dict[str, Any]:
+def _choose_csv_options(path: Path, config: RowSettings, *, separator: str, quoting: int) -> dict[str, Any]:
     """Returns options of `pandas.read_csv`. Every value stays a text: `NA` and `01` are not converted."""
-    separator, quoting = _choose_dialect(path, config)
     options: dict[str, Any] = {
         "sep": separator,
         "quoting": quoting,
