@@ -39,6 +39,7 @@ from lorasweep.sweep.checks import (
     describe_coverages,
     list_notes,
     list_retained,
+    list_test_metrics,
     score_constant_answer,
     set_steps,
 )
@@ -49,6 +50,7 @@ from lorasweep.sweep.definition.sweep_file import find_sweep_file
 from lorasweep.sweep.draft import draft_definition
 from lorasweep.sweep.status import SweepStatus, report_status, show_progress
 from lorasweep.sweep.workers.train import train_sweep
+from lorasweep.training.answers import check_answers, get_answers
 from lorasweep.training.inputs import InputsCache, build_inputs
 from lorasweep.training.module import check_run
 from lorasweep.training.processes import join_processes, run_on_first
@@ -179,6 +181,7 @@ def start_sweep(
             definition,
             path,
             metric=metric,
+            test_metrics=list_test_metrics(definition, metric),
             retained=list_retained(definition, inputs_cache),
             constant_answer=constant_answer,
             notes=notes,
@@ -219,6 +222,8 @@ def train_config(
         with group.rank_zero_first(local=True):  # one process of each node downloads, then the others read its cache
             inputs = build_inputs(config)
         check_run(config, inputs.base)
+        if (answers := get_answers(config)) is not None and answers.on_validation:
+            check_answers(config, inputs.splits.validation, inputs=inputs)
         used = [f"settings of trial {origin['trial']} of arm `{origin['arm']}` in {origin['sweep']}"] if origin else []
         for note in (*used, *inputs.list_notes(config)) if group.is_global_zero else ():
             say(f"• {note}", file=sys.stderr)

@@ -185,8 +185,9 @@ class SweepResult:
 
     def trials_dataframe(self) -> pandas.DataFrame:
         """Returns a row per trial of the search: `arm`, `trial`, `state`, the metric, swept keys, `step` and `run`."""
-        table = build_frame(self.trials, metric=self.metric)
-        return table.drop(columns=["stage", "seed", f"test/{self.metric}"], errors="ignore")
+        test_metric = self.record.verdict_metric.name
+        table = build_frame(self.trials, metric=self.metric, test_metric=test_metric)
+        return table.drop(columns=["stage", "seed", f"test/{test_metric}"], errors="ignore")
 
     def confirm_dataframe(self) -> pandas.DataFrame:
         """Returns a row per confirm run: `arm`, `subject`, `seed`, `state`, the test score, swept keys, and `run`.
@@ -195,7 +196,7 @@ class SweepResult:
         settings, if the sweep grew.
         """
         runs = [run for row in self.record.settings for run in list_confirm_runs(row.subject, record=self.record)]
-        table = build_frame(runs, metric=self.metric)
+        table = build_frame(runs, metric=self.metric, test_metric=self.record.verdict_metric.name)
         return table.drop(columns=["stage", "trial", self.metric], errors="ignore")
 
     def study(self, arm: str) -> optuna.Study:

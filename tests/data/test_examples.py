@@ -23,7 +23,8 @@ def labelled(**settings):
 
 def completions():
     targets = [[IGNORED, *tokens[2:], 3] if len(tokens) > 1 else [3] for tokens in TOKENS]
-    return CompletionSplit(targets=make_ragged(targets), scored_bytes=30, **SPLIT)
+    columns = {"answer_starts": torch.ones(len(TOKENS)), "rows": (None,) * len(TOKENS)}
+    return CompletionSplit(targets=make_ragged(targets), scored_bytes=30, **columns, **SPLIT)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import field
 from importlib.util import find_spec
 from pathlib import Path
@@ -79,22 +79,35 @@ def find_class(target: Any, *, key: str, expected: type[T]) -> type[T]:
 
     Raises ConfigError if the class is not installed, or no subclass of `expected`.
     """
-    message = f"`{key}.{TARGET}` must be the import path of a class, such as `torch.optim.AdamW`, but got {target!r}"
-    if not isinstance(target, str):
-        raise ConfigError(f"{message}.")
-    add_current_folder()
-    try:
-        imported = resolve_name(target)  # Hydra's own function would also log an error on several lines
-    except Exception as error:  # a module may raise any error while Python imports it
-        raise ConfigError(f"{message}: {describe_error(error)}.") from error
+    imported = _import(target, key=key, kind="class", example="torch.optim.AdamW")
     if not isinstance(imported, type):
-        raise ConfigError(f"{message}, which is no class.")
+        raise ConfigError(f"`{key}.{TARGET}` must be the import path of a class, but {target!r} is none.")
     if not issubclass(imported, expected):
         raise ConfigError(
             f"`{key}.{TARGET}` must be a subclass of `{expected.__module__}.{expected.__qualname__}`, "
             f"but got {target!r}."
         )
     return imported
+
+
+def find_function(target: Any, *, key: str) -> Callable[..., Any]:
+    """Imports a function as `find_class` imports a class. Raises ConfigError if it can't be imported or called."""
+    imported = _import(target, key=key, kind="function", example="my_scores.count_words")
+    if not callable(imported):
+        raise ConfigError(f"`{key}.{TARGET}` must be the import path of a function, but {target!r} can't be called.")
+    function: Callable[..., Any] = imported
+    return function
+
+
+def _import(target: Any, *, key: str, kind: str, example: str) -> Any:
+    message = f"`{key}.{TARGET}` must be the import path of a {kind}, such as `{example}`, but got {target!r}"
+    if not isinstance(target, str):
+        raise ConfigError(f"{message}.")
+    add_current_folder()
+    try:
+        return resolve_name(target)  # Hydra's own function would also log an error on several lines
+    except Exception as error:  # a module may raise any error while Python imports it
+        raise ConfigError(f"{message}: {describe_error(error)}.") from error
 
 
 def list_argument_names(target: Any, *, key: str) -> tuple[list[str], bool]:

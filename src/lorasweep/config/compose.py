@@ -31,7 +31,7 @@ from lorasweep.config.redaction import redact
 from lorasweep.config.run import ModuleComponent, OptimSettings, RunConfig
 from lorasweep.config.sweep import SweepConfig
 from lorasweep.errors import ConfigError, first_line
-from lorasweep.wording import suggest_nearest
+from lorasweep.wording import join_words, suggest_nearest
 
 Primary = Literal["train", "sweep"]
 """Name of a primary config (Hydra's term): the YAML file in `conf/` from which a composition starts."""
@@ -42,6 +42,7 @@ COMPONENT_SETTINGS: Mapping[str, frozenset[str]] = {
     "optim": frozenset(f.name for f in fields(OptimSettings)),
     "module": frozenset(f.name for f in fields(ModuleComponent)) - {"target", "arguments"},
     "data.metric": frozenset(f.name for f in fields(MetricComponent)) - {"target", "arguments"},
+    "data.answers.score": frozenset({"direction"}),
     **dict.fromkeys(("datamodule", "schedule", "sampler", "trainer.strategy"), frozenset[str]()),
 }
 """Settings that may name a class by `_target_`, each with the keys that lorasweep reads and the class does not get."""
@@ -301,7 +302,11 @@ def _check_key(key: str, known: set[str], *, primary: Primary) -> None:
     outer = (".".join(names[:depth]) for depth in range(1, len(names)))
     if key not in known and not any(f"{one}.{TARGET}" in known for one in outer):
         alias = PEFT_ALIASES.get(names[-1]) if len(names) == 1 or names[:-1] == ["method"] else None
+        files = sorted((packaged_folder("conf") / names[0]).glob("*.yaml")) if len(names) > 1 else []
+        options = [f"`{names[0]}={file.stem}`" for file in files if names[1] in OmegaConf.load(file)]
         hint = f" PEFT's `{names[-1]}` is `{alias}` here." if alias else suggest_nearest(key, sorted(known))
+        if options and not alias:
+            hint = f" It is one of {join_words(options, last='and of')}."
         raise ConfigError(
             f"`{key}` is not a setting.{hint} "
             f"`lorasweep {primary} --help` lists the groups, `lorasweep train --cfg job` every key."

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import field
 from datetime import date
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -24,6 +24,8 @@ TextMetric = Literal["bits_per_byte", "loss", "perplexity"]
 """Scores of predicted text, per token or byte; lower is better for each."""
 LabelMetric = Literal["auto", "accuracy", "f1", "matthews", "pearson", "spearman", "mse", "loss"]
 """Scores of predicted labels. `auto`: accuracy of classes, Pearson's correlation of numbers."""
+AnswerMetric = Literal["exact_match", "last_number"]
+"""Scores of a generated answer, 1 if it is right and else 0: its whole text, or the last number in it."""
 LabelTask = Literal["single_label", "regression"]
 Delimiter = Literal["auto", "comma", "semicolon", "tab", "pipe"]
 Quoting = Literal["auto", "csv", "none"]
@@ -33,7 +35,7 @@ DEFAULT_SPLIT_PERCENT = 10
 MINIMIZED_METRICS = ("bits_per_byte", "loss", "perplexity", "mse")
 """Metrics for which lower is better. For all other metrics, higher is better."""
 METRIC_RANGES: Mapping[str, tuple[float, float]] = {
-    **dict.fromkeys(("accuracy", "f1"), (0.0, 1.0)),
+    **dict.fromkeys(("accuracy", "f1", *get_args(AnswerMetric)), (0.0, 1.0)),
     **dict.fromkeys(("matthews", "pearson", "spearman"), (-1.0, 1.0)),
     **dict.fromkeys(("bits_per_byte", "loss", "mse"), (0.0, math.inf)),
     "perplexity": (1.0, math.inf),
@@ -64,6 +66,36 @@ class ScoreMetric:
 
 def get_built_in_metric(name: str) -> ScoreMetric:
     return ScoreMetric(name=name, direction="minimize" if name in MINIMIZED_METRICS else "maximize")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerScore(Component):
+    """A function by `_target_` that scores a generated answer.
+
+    It gets the answer, the reference, and the example: the row of the table by column. It returns a number. All keys
+    beside `direction` are further arguments.
+    """
+
+    direction: Direction = "maximize"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswersConfig(Settings):
+    """Generated answers, whose score is measured on test data beside that of the loss."""
+
+    score: AnswerMetric | AnswerScore | None = None
+    """Null generates nothing."""
+    max_new_tokens: Positive = 64
+    """Maximum number of tokens of an answer; longer ones are cut off and counted."""
+    on_validation: bool = False
+    """Whether the best weights of each run also answer examples of validation."""
+
+    @property
+    def metric(self) -> ScoreMetric | None:
+        """The mean score; None without `score`."""
+        if isinstance(self.score, AnswerScore):
+            return ScoreMetric(name=self.score.name, direction=self.score.direction)
+        return None if self.score is None else get_built_in_metric(self.score)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,9 +270,19 @@ class ChatConfig(RowSettings):
     """Text between the prompt and the completion of a `plain` template."""
     metric: TextMetric | MetricComponent
     """Metric of the answers that is the run's score. Lower is better, except for a `_target_` that says otherwise."""
+    answers: AnswersConfig
+    """Generated answers and their score."""
+    max_generated_examples: Positive | None
+    """Maximum number of examples of a split that are answered, spread evenly over groups; null answers all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        metric, own = self.answers.metric, getattr(self.metric, "name", None)
+        if metric is not None and metric.name in (*get_args(TextMetric), own):
+            raise ConfigError(
+                "`data.answers.score` must have another name than the metrics of the loss, but got "
+                f"{metric.name!r}. Rename the function."
+            )
         if self.template not in ("auto", "model", "plain") and not self.template.endswith(".jinja"):
             raise ConfigError(
                 f"`data.template` must be auto, model, plain or the name of a .jinja file, but got {self.template!r}."

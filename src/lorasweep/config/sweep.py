@@ -187,6 +187,8 @@ class ConfirmConfig(Settings):
     pairs: tuple[tuple[str, ...], ...]
     """Further questions: pairs of arms to compare, such as `[[lora, dora]]`. Without `full` and without pairs, every
     arm is compared with the first one that trains."""
+    metric: str
+    """Metric of the verdicts: `auto` for `data.metric`, or the name of the score of `data.answers`."""
 
     def __post_init__(self) -> None:
         parse_margin(self.margin)

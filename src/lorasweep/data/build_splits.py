@@ -35,7 +35,7 @@ from lorasweep.data.examples import (
 )
 from lorasweep.data.scored_tokens import can_score_by_chunk
 from lorasweep.data.source import Conversation, DataSource, Document, Examples, LabelledText
-from lorasweep.data.split import Split
+from lorasweep.data.split import IGNORED, Split
 from lorasweep.data.tasks import Classification, LabelTask, LanguageModelling, Regression, Task, build_own_metric
 from lorasweep.data.tokenise import describe_chat_format, tokenise_chats, tokenise_documents, tokenise_labelled
 from lorasweep.errors import ConfigError
@@ -273,10 +273,14 @@ def _build_chats(
     columns = tokenise_chats(examples, config=config, tokenizer=tokenizer)
     texts = [message.content for conversation in examples.items for message in conversation.messages]
     groups = [item.group or str(row) for row, item in enumerate(examples.items)]
+    rows, targets = columns["row"].values.tolist(), columns["targets"]
+    is_whole = (columns["full_length"].values <= config.max_length) & (targets.values[targets.ends - 1] != IGNORED)
     shared = _shared_fields(examples, columns, texts=texts, config=config, tokenizer=tokenizer)
     split = CompletionSplit(
-        **{**shared, "groups": tuple(groups[row] for row in columns["row"].values.tolist())},
-        targets=columns["targets"],
+        **{**shared, "groups": tuple(groups[row] for row in rows)},
+        targets=targets,
+        answer_starts=columns["answer_start"].values.where(is_whole, 0),
+        rows=tuple(examples.items[row].row for row in rows),
         scored_bytes=int(columns["scored_bytes"].values.sum()),
         facts={
             "conversations": len(examples),

@@ -115,6 +115,11 @@ class CompletionSplit(ExampleSplit):
     """The token after each position; `IGNORED` at positions that are not scored."""
     scored_bytes: int
     """Number of UTF-8 bytes of the scored text."""
+    answer_starts: Tensor
+    """Number of tokens before the last answer of each example, (examples,); 0 if the prompt is empty, or if the answer
+    was cut off or is not scored."""
+    rows: tuple[Mapping[str, Any] | None, ...]
+    """The row of each example in its table (`Conversation.row`)."""
 
     @functools.cached_property
     def weights(self) -> Tensor:
@@ -137,9 +142,16 @@ class CompletionSplit(ExampleSplit):
             self,
             tokens=self.tokens.select(is_scored),
             targets=self.targets.select(is_scored),
+            answer_starts=self.answer_starts[is_scored],
+            rows=tuple(itertools.compress(self.rows, is_scored.tolist())),
             groups=tuple(itertools.compress(self.groups, is_scored.tolist())),
             facts={**self.facts, "left_out": int((~is_scored).sum())},
         )
+
+    def split_last_answer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Returns the tokens of an example's last prompt, and those of its answer with the end-of-turn token."""
+        ids, start = torch.cat([self.tokens[index], self.targets[index][-1:]]), int(self.answer_starts[index])
+        return ids[:start], ids[start:]
 
     def batch(self, indices: Sequence[int]) -> Batch:
         return {**self._inputs(indices), "targets": self.targets.padded(indices, fill=IGNORED)}

@@ -62,6 +62,8 @@ class Conversation(NamedTuple):
     """Value of the column `data.group`, or a hash of the prompt; None if each conversation is a group."""
     tools: str = ""
     """A JSON list of the tools' schemas; empty if there are none."""
+    row: Mapping[str, Any] | None = None
+    """The row of the table by column; None unless the function of `data.answers.score` needs it."""
 
 
 Example = TypeVar("Example")

@@ -22,7 +22,7 @@ from lorasweep.data.source import Conversation, Document, Examples, LabelledText
 from lorasweep.data.split import IGNORED
 from lorasweep.errors import ConfigError
 
-CACHE_FORMAT = 4
+CACHE_FORMAT = 5
 """Part of every cache key. Raise it when this module tokenises the same examples differently than before."""
 Columns = dict[str, list[Any]]
 
@@ -34,6 +34,8 @@ class ChatTokens:
     ids: list[int] = field(default_factory=list)
     scored: list[int] = field(default_factory=list)
     """The same tokens, with `IGNORED` in the place of those that are not scored."""
+    answer_start: int = 0
+    """The number of tokens before the last answer."""
     omits_reasoning: bool = False
     """Whether the template left out the reasoning of an answer."""
 
@@ -89,6 +91,7 @@ def tokenise_chats(
 
     - `input_ids`, and `targets`: the next token at each position if the assistant wrote it, otherwise `IGNORED`.
     - `row`: the index of the example's conversation. `omits_reasoning`: 1 if the template left out reasoning.
+    - `answer_start`: the number of tokens before the last answer.
     - `full_length`: the number of tokens before truncation.
     - `scored_bytes`: the number of UTF-8 bytes of the scored tokens.
 
@@ -111,6 +114,7 @@ def tokenise_chats(
                 result["input_ids"].append(tokens.ids[:-1][:max_length])
                 result["targets"].append(following[:max_length])
                 result["row"].append([row])
+                result["answer_start"].append([tokens.answer_start])
                 result["omits_reasoning"].append([int(tokens.omits_reasoning)])
                 result["full_length"].append([len(following)])
                 answer = [token for token in following[:max_length] if token != IGNORED]
@@ -226,6 +230,7 @@ def _template_encoder(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
             tokens = examples[-1]
             tokens.omits_reasoning |= turn.omits_reasoning
             tokens.extend(prompt[len(tokens.ids) :], is_scored=False)
+            tokens.answer_start = len(prompt)
             for more, is_scored in turn.answer:
                 tokens.extend(tokenise_after(text, tokens.ids, more), is_scored=is_scored)
                 text += more
@@ -254,6 +259,7 @@ def _plain_encoder(tokenizer: PreTrainedTokenizerBase, separator: str, *, only_l
             # A prompt is tokenised as a whole, as a server does; the answer apart, as the model generates it.
             before, answer = tokenise_plain([prompt, message.content], tokenizer)
             tokens.extend(before, is_scored=False)
+            tokens.answer_start = len(tokens.ids)
             tokens.extend([*answer, end], is_scored=not only_last or index == len(conversation.messages) - 1)
             tokens.omits_reasoning |= "reasoning_content" in message.fields
             prompt = ""

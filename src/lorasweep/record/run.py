@@ -16,6 +16,8 @@ from lorasweep.record.json_file import VERSION, Count, Number, is_number, read_j
 RUN_FILE = "run.json"
 STEPS_FILE = "steps.jsonl"
 TEST_SCORES_FILE = "test_scores.csv"
+ANSWERS_FILE = "{}_answers.csv"
+"""Generated answers with their scores, of the split whose name replaces `{}`; `base` in a sweep's folder."""
 RETAINED_SCORES_FILE = "retained-{}.csv"
 """As `TEST_SCORES_FILE`, for a retained data set, whose name replaces `{}`."""
 PATCH_FILE = "code.patch"
@@ -93,6 +95,9 @@ class RunRecord:
     last: dict[str, Number] = field(default_factory=dict)
     test: dict[str, Number] = field(default_factory=dict)
     """Every metric of the best weights on the test split; empty unless the confirm stage scored the run."""
+    answers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Generated answers by split (`test`, `validation`): the number of `examples`, how many answers were `cut_off`, how
+    many examples were `left_out`, and the `problem` if they have no score. Their mean is in `test` and `best`."""
     retained: dict[str, dict[str, Number]] = field(default_factory=dict)
     """The same on the test split of each data set of `retain.data`, by its name."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from lorasweep.config.data import Direction, get_sign
+from lorasweep.config.data import Direction, ScoreMetric, get_sign
 from lorasweep.config.sweep import MAX_CONFIRM_SEEDS
 from lorasweep.errors import RecordError
 from lorasweep.record.json_file import VERSION, Count, FolderName, Number, read_json
@@ -154,6 +154,8 @@ class SweepRecord:
     """The runs of the confirm stage, by arm and number. A sweep that grew may also have runs of former settings."""
     margin: float | str
     """`confirm.margin` as it was stated before the first trial."""
+    test_metrics: list[ScoreMetric] = field(default_factory=list)
+    """The metrics on test data, first that of the verdicts, if the sweep generates answers. Empty: only `metric`."""
     retained: list[RetainedRow] = field(default_factory=list)
     """The data sets of `retain.data`."""
     retain_margin: float = 0.01
@@ -172,6 +174,16 @@ class SweepRecord:
     """Number of CPU threads of one operation."""
     telemetry: dict[str, Number] = field(default_factory=dict)
     """Time and memory by purpose, with the keys of `training.telemetry`."""
+
+    @property
+    def search_metric(self) -> ScoreMetric:
+        """The metric on validation data by which the search chooses."""
+        return ScoreMetric(name=self.metric, direction=self.direction)
+
+    @property
+    def verdict_metric(self) -> ScoreMetric:
+        """The metric on test data that the verdicts are about."""
+        return self.test_metrics[0] if self.test_metrics else self.search_metric
 
     @property
     def sign(self) -> Literal[1, -1]:

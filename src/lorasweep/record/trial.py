@@ -53,7 +53,7 @@ class Trial:
     seed: Count | None = None
     """Seed of initial values, data order and dropout of a confirm run. All subjects have the same seeds."""
     value: float | None = None
-    """The sweep's metric: the best value on validation data; in the confirm stage the value on test data."""
+    """The sweep's metric: the best value on validation data; in the confirm stage the verdicts' metric on test data."""
     run: RunPath
     """The run's folder, relative to the sweep's (`name_run`)."""
     reason: str | None = None
@@ -150,22 +150,24 @@ def name_subject(arm: str, key: str | None, value: Any) -> str:
     return f"{arm}-{short_key(key)}-" + re.sub(r"[^\w.-]+", "_", format_setting(value))
 
 
-def build_frame(trials: Iterable[Trial], *, metric: str, keys: Sequence[str] = ()) -> pandas.DataFrame:
+def build_frame(
+    trials: Iterable[Trial], *, metric: str, test_metric: str, keys: Sequence[str] = ()
+) -> pandas.DataFrame:
     """Returns a table with a row per run and its settings as columns with dotted keys.
 
-    `METRIC` is the best score on validation data and `test/METRIC` that of a confirm run on test data. Trials with a
-    record also have its costs (`COST_FIELDS`), `best_step`, and the values of `keys`, swept or not.
+    `METRIC` is the best score on validation data and `test/TEST_METRIC` that of a confirm run on test data. Trials with
+    a record also have its costs (`COST_FIELDS`), `best_step`, and the values of `keys`, swept or not.
     """
     import pandas  # noqa: PLC0415 (slow to import)
 
-    rows = [_build_row(trial, metric, keys) for trial in trials]
+    rows = [_build_row(trial, metric, test_metric, keys) for trial in trials]
     frame = pandas.DataFrame.from_records(rows)
     # a nullable type, because a missing value would turn whole numbers into floats
     whole = [name for name in frame if {type(row.get(name)) for row in rows} == {int, type(None)}]
     return frame.astype(dict.fromkeys(whole, "Int64"))
 
 
-def _build_row(trial: Trial, metric: str, keys: Sequence[str]) -> dict[str, Any]:
+def _build_row(trial: Trial, metric: str, test_metric: str, keys: Sequence[str]) -> dict[str, Any]:
     record, is_search = trial.record, trial.stage == "search"
     row = {
         "stage": trial.stage,
@@ -175,7 +177,7 @@ def _build_row(trial: Trial, metric: str, keys: Sequence[str]) -> dict[str, Any]
         "seed": trial.seed,
         "state": trial.state,
         metric: trial.value if is_search else record and record.score,
-        f"test/{metric}": None if is_search else trial.value,
+        f"test/{test_metric}": None if is_search else trial.value,
         **trial.params,
         **{key: trial.setting(key) for key in keys},
     }

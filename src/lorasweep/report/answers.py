@@ -202,7 +202,7 @@ def describe_regret(arm: ArmData, data: SweepData) -> tuple[str, bool]:
     regret = arm.setting.regret if arm.setting else None
     if regret is None:
         return "how much better another setting could be is not known", False
-    margin, size = data.evidence.margin, _format_difference(regret, data)
+    margin, size = data.search_margin, _format_difference(regret, data)
     is_small = margin is not None and regret <= margin
     advice = "" if is_small or margin is None else ", which is above the margin; more trials would lower it"
     return f"the best untried setting is expected to gain {size} more{advice}", is_small
@@ -217,7 +217,8 @@ def _describe_rate_costs(setting: SettingRow, data: SweepData) -> str:
 
 
 def _format_difference(difference: float, data: SweepData) -> str:
-    gain = data.evidence.gain or data.full_gain
+    is_searched = data.record.verdict_metric.name == data.record.metric
+    gain = (data.evidence.gain if is_searched else None) or data.full_gain
     return (
         f"{format_share(difference / gain)} of full's gain"
         if gain
@@ -251,8 +252,8 @@ def _describe_quantity(answer: Answer, data: SweepData) -> str:
         margin = data.evidence.margin or 0.0
         decimals = count_decimals(intervals, critical=(0.0, margin, -margin))
         difference = format_estimate(value, interval, decimals=decimals)
-        order = "lower" if data.sign > 0 else "higher"
-        metric = f"{format_metric(data.record.metric)} ({order} is better)"
+        order = "lower" if data.shown_sign > 0 else "higher"
+        metric = f"{format_metric(data.shown_metric.name)} ({order} is better)"
         return f"differs from `{answer.reference}` by {difference} {metric}"
     critical = (1.0, 1.0 - margin, 1.0 + margin)
     decimals = count_percent_decimals(intervals, critical=critical)

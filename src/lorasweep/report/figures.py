@@ -85,7 +85,7 @@ def _describe_marks(data: SweepData) -> str:
 def _draw_scores(values: Sequence[ArmData], others: Sequence[ArmData], data: SweepData) -> go.Figure:
     """Returns the figure of the values of one arm's `confirm_each` key, and of arms without one."""
     evidence, colours = data.evidence, choose_colours(data)
-    figure = build_figure(data, x_title=" ", y_title=f"{format_metric(data.record.metric)}, test data")
+    figure = build_figure(data, x_title=" ", y_title=f"{format_metric(data.shown_metric.name)}, test data")
     figure.update_xaxes(type="category", showgrid=False)
     rows = [(arm, found) for arm in (*values, *others) if (found := evidence.mean(arm.name))]
     full, base = evidence.mean(evidence.full), evidence.mean(evidence.base)
@@ -96,7 +96,7 @@ def _draw_scores(values: Sequence[ArmData], others: Sequence[ArmData], data: Swe
     scores = [score for _, found in rows for score in (found.value, *found.values)]
     ends = [end for interval in intervals.values() for end in interval or ()]
     levels = {"full": full.value if full else None, "frozen": base.value if base else None}
-    set_score_axis(figure, data, [*scores, *band], ends, **levels)
+    set_score_axis(figure, data.shown_metric.name, [*scores, *band], ends, **levels)
     # with the key's name, a value differs from an arm of the same name
     places = [
         escape(f"{short_key(arm.key)} {format_setting(arm.row.settings[arm.key])}" if arm.key else arm.name)
@@ -152,7 +152,7 @@ def _draw_data_set(row: RetainedRow, data: SweepData) -> go.Figure:
     base, colours, sign = data.evidence.base, choose_colours(data), get_sign(row.direction)
     figure = build_figure(
         data,
-        x_title=f"learned: gain of {format_metric(data.record.metric)} on test data",
+        x_title=f"learned: gain of {format_metric(data.shown_metric.name)} on test data",
         y_title=f"forgotten: loss of {format_metric(row.metric)} on {row.name}",
     )
     changes = [change for change in data.retained if change.data == row.name]
@@ -161,7 +161,7 @@ def _draw_data_set(row: RetainedRow, data: SweepData) -> go.Figure:
     for change in changes:
         name, colour = change.subject, colours[change.subject]
         gain = data.evidence.estimate_difference(name, base) if name != base else None
-        learned, forgotten = -data.sign * gain.value if gain else 0.0, sign * change.change
+        learned, forgotten = -data.shown_sign * gain.value if gain else 0.0, sign * change.change
         if change.interval:
             ends = [sign * end for end in change.interval]
             add_line(figure, [learned, learned], ends, colour, name, line={"width": 4}, opacity=0.6)
@@ -295,7 +295,7 @@ def _set_axis(figure: go.Figure, data: SweepData, scores: Sequence[float]) -> No
     ranked = sorted(scores, key=lambda score: data.sign * score)
     half = 1 + len(ranked) // 2
     full, frozen = data.best_score("full"), data.best_score("frozen")
-    set_score_axis(figure, data, ranked[:half], ranked[half:], full=full, frozen=frozen)
+    set_score_axis(figure, data.record.metric, ranked[:half], ranked[half:], full=full, frozen=frozen)
 
 
 PANELS = (draw_scores_by_value, draw_score_by_lr, draw_learning_curves, draw_tradeoff)

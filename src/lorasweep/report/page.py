@@ -14,8 +14,9 @@ from plotly.offline import get_plotlyjs
 from lorasweep import wording
 from lorasweep.record import STATES, Trial
 from lorasweep.report.answers import describe_answer, describe_change
+from lorasweep.report.generated import list_answered_examples
 from lorasweep.report.panel import Panel, build_link, choose_colours, select_trials
-from lorasweep.report.recommend import format_arm_score
+from lorasweep.report.recommend import format_arm_score, format_other_score
 from lorasweep.report.summary import Summary
 from lorasweep.report.terminal import describe_setting, list_search_scores
 
@@ -56,10 +57,12 @@ def render_page(summary: Summary, panels: Sequence[Panel]) -> str:
             evidence=data.evidence,
             search_scores=list_search_scores(summary),
             format_arm_score=format_arm_score,
+            format_other_score=format_other_score,
             share_decimals=wording.count_percent_decimals(data.arm_share_of_full_gain(arm)[1] for arm in data.arms),
             describe_setting=describe_setting,
             states=STATES,
             verdicts=[(answer, describe_answer(answer, data)) for answer in data.evidence.answers],
+            generated=list_answered_examples(data),
             retained=[(change, describe_change(change, data)) for change in data.retained],
             unlearned=summary.learning.unlearned,
             colours=choose_colours(data),

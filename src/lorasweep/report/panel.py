@@ -13,7 +13,9 @@ from urllib.parse import quote
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
+from lorasweep.config.data import METRIC_RANGES
 from lorasweep.record import Trial
+from lorasweep.report.evidence.estimates import UNBOUNDED
 from lorasweep.report.sweep_data import ArmData, SweepData
 from lorasweep.wording import format_metric, format_score, format_settings
 
@@ -124,7 +126,7 @@ def build_figure(data: SweepData, *, x_title: str, y_title: str | None = None, *
 
 def set_score_axis(
     figure: go.Figure,
-    data: SweepData,
+    metric: str,
     scores: Sequence[float],
     others: Iterable[float] = (),
     **references: float | None,
@@ -143,7 +145,8 @@ def set_score_axis(
     near = [score for score in (*others, *known.values()) if low - reach <= score <= high + reach]
     low, high = min([low, *near]), max([high, *near])
     pad = 0.06 * (high - low) or 0.05 * abs(low) or 1.0
-    low, high = max(low - pad, data.metric_range[0]), min(high + pad, data.metric_range[1])
+    lowest, highest = METRIC_RANGES.get(metric, UNBOUNDED)
+    low, high = max(low - pad, lowest), min(high + pad, highest)
     figure.update_yaxes(range=(low, high))
     figure.update_layout(margin={"r": REFERENCE_WIDTH_PX if known else 12})
     if num_outside := sum(not low <= score <= high for score in others):

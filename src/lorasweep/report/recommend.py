@@ -17,6 +17,7 @@ from lorasweep.report.caveats import judge_learning
 from lorasweep.report.evidence.questions import NEGATIVE_VERDICTS, POSITIVE_VERDICTS
 from lorasweep.report.sweep_data import ArmData, SweepData, load_sweep_data
 from lorasweep.wording import (
+    UNKNOWN,
     count_decimals,
     format_estimate,
     format_metric,
@@ -101,7 +102,7 @@ def find_best_arm(method: str, data: SweepData) -> ArmData | None:
 def get_score_sort_key(arm: ArmData, data: SweepData) -> float:
     """Returns a key that sorts subjects from the best score to the worst; those without a score come last."""
     value = find_score(arm, data)
-    return math.inf if value is None else data.sign * value
+    return math.inf if value is None else data.shown_sign * value
 
 
 def find_score(arm: ArmData, data: SweepData) -> float | None:
@@ -122,6 +123,14 @@ def format_arm_score(arm: ArmData, data: SweepData) -> str:
         decimals = count_decimals(one.find_interval() for one in data.evidence.means.values())
         return format_estimate(value, found.find_interval(), decimals=decimals)
     return format_score(value, beside=[other.best.value for other in data.arms if other.best])
+
+
+def format_other_score(arm: ArmData, data: SweepData) -> str:
+    """Returns a subject's test score by the metric that the verdicts are not about, as `format_arm_score` does."""
+    if (found := data.other_means.get(arm.name)) is None:
+        return UNKNOWN
+    decimals = count_decimals(one.find_interval() for one in data.other_means.values())
+    return format_estimate(found.value, found.find_interval(), decimals=decimals)
 
 
 def _is_no_worse(subject: str, other: str, data: SweepData) -> bool:
@@ -281,6 +290,6 @@ def _describe_score(arm: ArmData, data: SweepData) -> str:
     if share is not None and arm.row.method != "full":
         others.append(f"it keeps {format_share_estimate(share, interval)} of what full fine-tuning gains")
     on = "test data" if data.evidence.means else "validation data"
-    order = "lower" if data.record.direction == "minimize" else "higher"
-    scored = f"{format_arm_score(arm, data)} {format_metric(data.record.metric)}"
+    order = "lower" if data.shown_sign > 0 else "higher"
+    scored = f"{format_arm_score(arm, data)} {format_metric(data.shown_metric.name)}"
     return f"It scores {scored} on {on} ({order} is better){f'; {join_words(others)}' if others else ''}."

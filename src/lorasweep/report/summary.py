@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.config.sweep import parse_margin
-from lorasweep.record import COST_FIELDS, STATES
+from lorasweep.record import COST_FIELDS, STATES, is_number
 from lorasweep.report.answers import AnswerLine, list_answer_lines
 from lorasweep.report.caveats import Learning, describe_unstable_rates, judge_fairness, judge_learning
 from lorasweep.report.evidence.questions import ENTRY_FIELDS
@@ -77,6 +77,7 @@ class Summary:
             "learning": asdict(self.learning),
             "metric": record.metric,
             "direction": record.direction,
+            "test_metrics": [asdict(metric) for metric in record.test_metrics],
             "makespan_s": record.makespan_s,
             "tokens_trained": data.tokens_trained,
             "steps_planned": sum(run.steps_planned for run in records),
@@ -155,6 +156,7 @@ def describe_findings(data: SweepData, fairness: list[str]) -> list[str]:
     """Returns the sentences, the most important first. Warnings and the headline of a failure stand above them."""
     return [
         *_describe_scores(data),
+        *_describe_answers(data),
         *_describe_gain(data),
         *_describe_effort(data),
         *fairness,
@@ -168,8 +170,8 @@ def describe_findings(data: SweepData, fairness: list[str]) -> list[str]:
 def _describe_scores(data: SweepData) -> list[str]:
     if all(find_score(arm, data) is None for arm in data.arms):
         return ["No trial is complete, so there is no score to compare."]
-    metric, evidence = format_metric(data.record.metric), data.evidence
-    order = "lower" if data.record.direction == "minimize" else "higher"
+    metric, evidence = format_metric(data.shown_metric.name), data.evidence
+    order = "lower" if data.shown_sign > 0 else "higher"
     sentences = [f"Scores are {metric}, {order} is better."]
     if evidence.means:
         counts = sorted({len(mean.seeds) for name, mean in evidence.means.items() if name != evidence.base} or {1})
@@ -185,6 +187,24 @@ def _describe_scores(data: SweepData) -> list[str]:
         return [*sentences, "No share of full's gain is known, because that needs a score of `frozen` and of `full`."]
     if get_score_sort_key(base, data) <= get_score_sort_key(full, data):
         return [*sentences, "Full fine-tuning gained nothing, so no share of its gain is given."]
+    return sentences
+
+
+def _describe_answers(data: SweepData) -> list[str]:
+    """Returns sentences on the metric that decides nothing, and on answers that were cut off; none without answers."""
+    if not data.evidence.means or data.other_metric is None:
+        return []
+    verdict, other = format_metric(data.shown_metric.name), format_metric(data.other_metric.name)
+    sentences = [f"Verdicts are about {verdict} (`confirm.metric`); {other} on the same test data decides nothing."]
+    found = [run.record.answers.get("test", {}) for run in data.confirm_runs if run.record]
+    numbers = ([one[key] for one in found if is_number(one.get(key))] for key in ("examples", "cut_off", "left_out"))
+    examples, cut_off, left_out = numbers
+    if any(cut_off):
+        counts = f"{sum(cut_off):,} of {sum(examples):,} generated answers"
+        sentences.append(f"{counts} were cut off at `data.answers.max_new_tokens`.")
+    if any(left_out):
+        counts = f"{max(left_out):,} test examples are not answered"
+        sentences.append(f"{counts}, because prompt and reference are longer than `data.max_length`.")
     return sentences
 
 
@@ -206,9 +226,9 @@ def _describe_gain(data: SweepData) -> list[str]:
     found, base = data.evidence.relative_gain, data.find_arm(data.evidence.base)
     if found is None or base is None or (base.best and base.best.record and base.best.record.base.get("head")):
         return []  # a base with a new head gives a constant answer, so the gain says nothing about what the base knows
-    verb = "lowers" if data.sign > 0 else "raises"
+    verb = "lowers" if data.shown_sign > 0 else "raises"
     return [
-        f"Full fine-tuning {verb} the frozen base's {format_metric(data.record.metric)} by "
+        f"Full fine-tuning {verb} the frozen base's {format_metric(data.shown_metric.name)} by "
         f"{format_share_estimate(*found)}: the smaller this share, the nearer is the data to what the base knows."
     ]
 
@@ -242,5 +262,5 @@ def _describe_margin(data: SweepData) -> str:
     meaning = f": {share}, whose error counts in each test" if parse_margin(setting).is_share_of_gain else ""
     return (
         f"The margin, the smallest difference that matters, is {format_score(margin)} "
-        f"{format_metric(data.record.metric)}, as stated in the sweep{meaning}."
+        f"{format_metric(data.shown_metric.name)}, as stated in the sweep{meaning}."
     )

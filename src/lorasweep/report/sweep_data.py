@@ -7,13 +7,13 @@ A run that can't be read leaves its trial without a record and adds a sentence t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasweep.config.data import METRIC_RANGES
+from lorasweep.config.data import ScoreMetric, get_sign
 from lorasweep.config.run import ALPHA, LR, RANK
 from lorasweep.config.sweep import parse_margin
 from lorasweep.errors import RecordError
@@ -33,7 +33,7 @@ from lorasweep.record import (
     read_run,
     read_sweep,
 )
-from lorasweep.report.evidence.estimates import UNBOUNDED, Interval
+from lorasweep.report.evidence.estimates import Estimate, Interval, estimate_means
 from lorasweep.report.evidence.evidence import (
     Evidence,
     RetainedChange,
@@ -97,6 +97,8 @@ class SweepData:
     """One sentence for each run that can't be read, and for each subject without all of its test scores."""
     evidence: Evidence
     """The results of the confirm stage; empty if there was none."""
+    other_means: Mapping[str, Estimate] = field(default_factory=dict)
+    """The mean test score of each subject by the metric that the verdicts are not about; empty without one."""
     retained: tuple[RetainedChange, ...] = ()
     """What each subject forgot of each data set of `retain.data`."""
 
@@ -133,9 +135,19 @@ class SweepData:
         return self.record.sign
 
     @property
-    def metric_range(self) -> Interval:
-        """The lowest and the highest possible value of the metric."""
-        return METRIC_RANGES.get(self.record.metric, UNBOUNDED)
+    def shown_metric(self) -> ScoreMetric:
+        """The metric by which subjects are compared: that of the verdicts, or of the search if nothing is confirmed."""
+        return self.record.verdict_metric if self.evidence.means else self.record.search_metric
+
+    @property
+    def shown_sign(self) -> int:
+        """1 if lower values of `shown_metric` are better, else -1."""
+        return get_sign(self.shown_metric.direction)
+
+    @property
+    def other_metric(self) -> ScoreMetric | None:
+        """The metric of `other_means`."""
+        return next(iter(self.record.test_metrics[1:]), None)
 
     def find_arm(self, subject: str | None) -> ArmData | None:
         """Returns the entry of a subject."""
@@ -146,7 +158,8 @@ class SweepData:
         """The table of all runs (`record.build_frame`), with swept keys, rank, α and learning rate."""
         keys = tuple(dict.fromkeys([*self.swept_keys, RANK, ALPHA, LR]))
         runs = (*self.trials, *self.confirm_runs)
-        return build_frame(runs, metric=self.record.metric, keys=keys)
+        test_metric = self.record.verdict_metric.name
+        return build_frame(runs, metric=self.record.metric, test_metric=test_metric, keys=keys)
 
     @cached_property
     def swept_keys(self) -> tuple[str, ...]:
@@ -167,6 +180,13 @@ class SweepData:
         base, full = self.best_score("frozen"), self.best_score("full")
         gain = 0.0 if base is None or full is None else self.sign * (base - full)
         return gain if gain > 0 else None
+
+    @property
+    def search_margin(self) -> float | None:
+        """The margin in the unit of the search's metric; None if it is not known."""
+        if self.record.verdict_metric.name == self.record.metric:
+            return self.evidence.margin
+        return self.margin_share * self.full_gain if self.margin_share and self.full_gain else None
 
     @property
     def margin_share(self) -> float:
@@ -224,6 +244,10 @@ def load_sweep_data(folder: Path) -> SweepData:
         elif scored < total:
             problems.append(f"`{arm.name}` has scores on test data from {scored} of its {total} confirm runs.")
     evidence = build_evidence(record, read_confirm_scores(record, folder))
+    others = [read_confirm_scores(record, folder, other=metric) for metric in record.test_metrics[1:]]
+    problems += dict.fromkeys(problem for other in others for problem in other.problems)
+    failed = [run.record.answers.get("test", {}).get("problem") for run in record.confirm if run.record]
+    problems += dict.fromkeys(str(problem) for problem in failed if problem)
     retained = tuple(compare_retained(record, folder, evidence, problems=problems))
     return SweepData(
         folder=folder,
@@ -232,6 +256,7 @@ def load_sweep_data(folder: Path) -> SweepData:
         whole_arms=tuple(whole_arms),
         problems=tuple(problems),
         evidence=evidence,
+        other_means=estimate_means(others[0]) if others else {},
         retained=retained,
     )
 

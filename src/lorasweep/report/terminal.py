@@ -14,7 +14,7 @@ from rich.text import Text
 from lorasweep.config.run import LR
 from lorasweep.errors import ConfigError
 from lorasweep.report.answers import AnswerLine, describe_answer
-from lorasweep.report.recommend import format_arm_score
+from lorasweep.report.recommend import format_arm_score, format_other_score
 from lorasweep.report.summary import Summary, summarize
 from lorasweep.report.sweep_data import ArmData, SweepData
 from lorasweep.wording import (
@@ -61,7 +61,7 @@ def render_spread(folders: Sequence[Path]) -> RenderableType:
         RecordError: A folder is not a sweep, or its record is damaged.
     """
     sweeps = [summarize(folder).data for folder in folders]
-    if len(metrics := {sweep.record.metric for sweep in sweeps}) > 1:
+    if len(metrics := {sweep.record.verdict_metric.name for sweep in sweeps}) > 1:
         raise ConfigError(f"sweeps must have the same metric to be compared, but have {join_words(sorted(metrics))}.")
     is_share = all(sweep.evidence.gain for sweep in sweeps)
     shown = "share of full's gain" if is_share else format_metric(metrics.pop())
@@ -118,7 +118,10 @@ def _draw_arms(summary: Summary) -> Table:
     }
     if not data.evidence.means:
         del columns["test score"]
-    title = Text(f"{data.record.name}: {format_metric(data.record.metric)}", style="bold")
+    if data.other_means and data.other_metric:  # there is no room for both
+        del columns["search score"]
+        columns[format_metric(data.other_metric.name)] = [format_other_score(arm, data) for arm in data.arms]
+    title = Text(f"{data.record.name}: {format_metric(data.shown_metric.name)}", style="bold")
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in columns:
         is_text = name in ("arm", "best settings")

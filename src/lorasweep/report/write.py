@@ -69,8 +69,9 @@ def write_report(folder: Path) -> Summary:
 def build_tables(summary: Summary) -> dict[str, pandas.DataFrame]:
     """Returns the content of each CSV file: trials, their curves, and after a confirm stage its runs."""
     data, metric = summary.data, summary.data.record.metric
+    test_column = f"test/{data.record.verdict_metric.name}"
     trials, runs = data.frame.iloc[: len(data.trials)], data.frame.iloc[len(data.trials) :]
-    trials = trials.drop(columns=["stage", "seed", "step", f"test/{metric}"], errors="ignore").assign(
+    trials = trials.drop(columns=["stage", "seed", "step", test_column], errors="ignore").assign(
         method=[arm.row.method for arm in data.whole_arms for _ in arm.trials],
         share_of_full_gain=[data.share_of_full_gain(trial.value) for trial in data.trials],
         is_better_than_untrained=[summary.learning.is_better(trial) for trial in data.trials],
@@ -78,8 +79,11 @@ def build_tables(summary: Summary) -> dict[str, pandas.DataFrame]:
     curves = [(trial.arm, trial.number, *point) for trial in data.trials for point in trial.curve]
     tables = {"trials.csv": trials, "curves.csv": pandas.DataFrame(curves, columns=["arm", "trial", "step", metric])}
     if data.confirm_runs:
-        runs = runs[["arm", "subject", "seed", f"test/{metric}", "state", "run"]]
-        tables["confirmed.csv"] = runs.rename(columns={f"test/{metric}": metric})
+        runs = runs[["arm", "subject", "seed", test_column, "state", "run"]]
+        runs = runs.rename(columns={test_column: data.record.verdict_metric.name})
+        for other in data.record.test_metrics[1:]:
+            runs[other.name] = [run.record and run.record.test.get(other.name) for run in data.confirm_runs]
+        tables["confirmed.csv"] = runs
     if data.retained:
         changes = pandas.DataFrame.from_records([asdict(change) for change in data.retained])
         ends = [interval or (None, None) for interval in changes.pop("interval")]
@@ -124,7 +128,7 @@ def write_tensorboard(data: SweepData, answers: Sequence[AnswerLine], folder: Pa
             name = Path(trial.run).name
             settings = {"arm": arm.name, "status": trial.state, **trial.params}
             test = mean.value if mean and trial is arm.best else None
-            scores = {f"best/{data.record.metric}": trial.value, f"test/{data.record.metric}": test}
+            scores = {f"best/{data.record.metric}": trial.value, f"test/{data.record.verdict_metric.name}": test}
             row_name = f"{name} of {data.folder.absolute().name}"
             _write_row(folder / "trials" / name, row_name, trial.record, settings, scores)
 

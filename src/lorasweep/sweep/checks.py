@@ -15,8 +15,10 @@ from lorasweep.sweep.definition.arms import Definition, name_in_errors, restore_
 from lorasweep.sweep.definition.packing import explain_bases, explain_solo_arms, plan_packing
 from lorasweep.sweep.power import describe_power
 from lorasweep.sweep.workers.train import check_workers
+from lorasweep.training.answers import check_answers, get_answers
 from lorasweep.training.inputs import InputsCache, check_batch_memory
 from lorasweep.training.module import check_run
+from lorasweep.wording import suggest_nearest
 
 MAX_STEPS = 900
 """Upper bound of the steps that `sweep.epochs` sets, because a sweep trains dozens of runs. `MIN_STEPS` is the lower
@@ -65,10 +67,32 @@ def check_definition(definition: Definition, inputs_cache: InputsCache) -> Score
                 if not definition.sweep_config.confirm.seeds:
                     continue
                 try:
-                    inputs.splits.test()  # now, because the confirm stage reads it after hours of training
+                    test = inputs.splits.test()  # now, because the confirm stage reads it after hours of training
                 except ConfigError as error:
                     raise ConfigError(f"{error} Or skip the confirm stage with `confirm.seeds=0`.") from error
-    return find_metric(definition, inputs_cache)
+                if get_answers(config) is not None:
+                    check_answers(config, test, inputs=inputs)
+    metric = find_metric(definition, inputs_cache)
+    list_test_metrics(definition, metric)
+    return metric
+
+
+def list_test_metrics(definition: Definition, metric: ScoreMetric) -> list[ScoreMetric]:
+    """Returns the metrics on test data, first that of the verdicts; empty if no answers are generated.
+
+    `metric` is that of `find_metric`. Raises ConfigError if `confirm.metric` is not measured, or if arms have different
+    settings of `data.answers`.
+    """
+    settings = [get_answers(config) for arm in definition.arms for config in arm.corner_configs]
+    if any(one != settings[0] for one in settings):
+        raise ConfigError("`data.answers` must be the same for all arms, because they are compared, but differs.")
+    answers = settings[0].metric if settings[0] else None
+    metrics = [metric, answers] if answers else [metric]
+    names, chosen = ["auto", *(one.name for one in metrics)], definition.sweep_config.confirm.metric
+    if chosen not in names:
+        hint = suggest_nearest(chosen, names) if answers else " `data.answers.score` measures generated answers."
+        raise ConfigError(f"`confirm.metric` must be one of {', '.join(names)}, but got {chosen!r}.{hint}")
+    return sorted(metrics, key=lambda one: one.name != chosen) if answers else []
 
 
 def list_retained(definition: Definition, inputs_cache: InputsCache) -> list[RetainedRow]:

@@ -21,6 +21,7 @@ from lorasweep.config.run import RunConfig, TrainerConfig
 from lorasweep.disk import remove_leftovers, write_atomically
 from lorasweep.errors import Diverged
 from lorasweep.record import (
+    ANSWERS_FILE,
     PATCH_FILE,
     STEPS_FILE,
     RunRecord,
@@ -130,7 +131,8 @@ class RunLog:
         record.wall_s = self._earlier_wall_s + (time.monotonic() - self._started_at if wall_s is None else wall_s)
         record.status, record.reason, record.ended_at = status, reason, utc_now()
         record.peak_memory_bytes = peak_memory_bytes()
-        kept = [path for name in ("best", "last") for path in sorted((folder / name).glob("*")) if path.is_file()]
+        patterns = ("best/*", "last/*", ANSWERS_FILE.format("*"))
+        kept = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
         record.files = {
             path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": compute_sha256(path)}
             for path in kept
@@ -218,7 +220,7 @@ def _reopen_record(folder: Path, *, step: int, notes: Sequence[str]) -> RunRecor
     record = read_run(folder)
     record.notes += [note for note in notes if note not in record.notes]
     record.status, record.reason, record.ended_at = "running", None, None
-    record.test, record.retained = {}, {}
+    record.test, record.answers, record.retained = {}, {}, {}
     if record.last.get("step", 0) > step:
         # An evaluation is written before the checkpoint of its step. So the record of a killed run may be ahead.
         record.best, record.last, record.steps_done = {}, {}, 0

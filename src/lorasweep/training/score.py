@@ -22,8 +22,10 @@ from lorasweep.data.split import Split, move_batch
 from lorasweep.data.tasks import Evaluation, ExampleScores, Task
 from lorasweep.disk import csv_text, write_atomically
 from lorasweep.errors import RecordError
+from lorasweep.methods import copy_sharing_weights
 from lorasweep.methods.base_weights import find_output_layer
 from lorasweep.record import (
+    ANSWERS_FILE,
     RETAINED_SCORES_FILE,
     RUN_FILE,
     TEST_SCORES_FILE,
@@ -32,6 +34,7 @@ from lorasweep.record import (
     read_run,
     write_record,
 )
+from lorasweep.training.answers import get_answers, score_answers
 from lorasweep.training.environment import get_device
 from lorasweep.training.failures import convert_memory_errors
 from lorasweep.training.inputs import RunInputs
@@ -54,7 +57,8 @@ def score_run(
     """Scores a run's best weights on the test split, and returns the updated record. Skips a run that has test scores.
 
     The test splits of `retained` data sets, which the run did not learn, are scored too. If a metric is a mean over
-    examples, also writes `test_scores.csv`, or `retained-NAME.csv`.
+    examples, also writes `test_scores.csv`, or `retained-NAME.csv`. With `data.answers.score`, also answers test
+    examples, and writes `test_answers.csv`.
 
     Raises:
         ConfigError: There is no test split, or it can't be read.
@@ -75,6 +79,11 @@ def score_run(
         else:
             values, lines = _score_on_split(model, inputs.splits, config=config, inputs=inputs)
         files = {TEST_SCORES_FILE: lines}
+        if get_answers(config) is not None:
+            answered = score_answers(model, split, config=config, inputs=inputs)
+            values, files[ANSWERS_FILE.format(split.name)] = values | answered.values, answered.lines
+            record.answers[split.name] = answered.facts
+            model.cpu()
         for name, splits in retained.items():
             found = _score_on_split(model, splits, config=config, inputs=inputs)
             record.retained[name], files[RETAINED_SCORES_FILE.format(name)] = found
@@ -94,19 +103,40 @@ def score_run(
 def score_best_weights(config: RunConfig, record: RunRecord, folder: Path, *, inputs: RunInputs) -> None:
     """Scores the best weights of a run that ends on all validation examples, if its evaluations used a part of them.
 
-    The model stays on its device, because a pack may train on the same base.
+    With `data.answers.on_validation`, they also answer validation examples. The model stays on its device, because a
+    pack may train on the same base.
 
     Raises:
         Diverged: The score is NaN or infinite.
     """
-    split = inputs.splits.validation
-    if len(choose_part(len(split), config.eval_fraction)) == len(split):
+    split, answers = inputs.splits.validation, get_answers(config)
+    is_part = len(choose_part(len(split), config.eval_fraction)) < len(split)
+    is_answered = answers is not None and answers.on_validation
+    if not (is_part or is_answered):
         return
     with inputs.telemetry.phase("evaluating"), torch.random.fork_rng(devices=[]):  # a pack continues its streams
         model = restore_model(config, inputs.base, folder=folder / "best")
-        values, _ = evaluate_model(model, split, task=inputs.splits.task, config=config, inputs=inputs)
-    check_score(values, metric=record.metric, step=int(record.best["step"]))
-    record.best = {"step": record.best["step"], **values}
+        if is_part:
+            values, _ = evaluate_model(model, split, task=inputs.splits.task, config=config, inputs=inputs)
+            check_score(values, metric=record.metric, step=int(record.best["step"]))
+            record.best = {"step": record.best["step"], **values}
+        if is_answered:
+            answered = score_answers(model, split, config=config, inputs=inputs)
+            record.best |= answered.values
+            record.answers[split.name] = answered.facts
+            if answered.lines is not None:
+                write_atomically(folder / ANSWERS_FILE.format(split.name), answered.lines)
+
+
+def write_base_answers(folder: Path, config: RunConfig, *, inputs: RunInputs) -> None:
+    """Writes the base model's answers to test examples into a sweep's folder, once, to show them beside others."""
+    file = folder / ANSWERS_FILE.format("base")
+    if get_answers(config) is not None and not file.exists():
+        model = copy_sharing_weights(inputs.base.model)
+        answered = score_answers(model, inputs.splits.test(), config=config, inputs=inputs)
+        model.cpu()
+        if answered.lines is not None:
+            write_atomically(file, answered.lines)
 
 
 def _score_on_split(

@@ -7,9 +7,10 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, get_args
 
-from lorasweep.config.data import ChatConfig
+from lorasweep.config.data import AnswerScore, ChatConfig
 from lorasweep.data.reading.tables import choose_columns, open_tables, parse_rows, require_text
 from lorasweep.data.source import Conversation, DataSource, Message, ReadExamples, Role, build_source, content_key
 from lorasweep.errors import ConfigError
@@ -39,7 +40,8 @@ def read_conversations(config: ChatConfig) -> DataSource:
 
     def read(split: str) -> ReadExamples[Conversation]:
         has_tools = TOOLS_COLUMN in tables[split].columns
-        items, notes = parse_rows(tables[split], functools.partial(_parse_row, has_tools=has_tools))
+        table = replace(tables[split], keeps_rows=isinstance(config.answers.score, AnswerScore))
+        items, notes = parse_rows(table, functools.partial(_parse_row, has_tools=has_tools))
         return items, [f"Conversations of {split} are read from {' and '.join(tables[split].columns)}.", *notes]
 
     train = read("train")
@@ -83,7 +85,7 @@ def _choose_columns(config: ChatConfig, names: Sequence[str], source: str) -> li
     )
 
 
-def _parse_row(*values: Any, group: str | None, has_tools: bool) -> Conversation:
+def _parse_row(*values: Any, group: str | None, has_tools: bool, row: Mapping[str, Any] | None = None) -> Conversation:
     """Returns the messages of a row. A prompt or completion may be a list of messages (TRL's conversational format)."""
     roles: Sequence[Role] = ("user", "assistant")
     messages: list[Message] = []
@@ -100,7 +102,7 @@ def _parse_row(*values: Any, group: str | None, has_tools: bool) -> Conversation
         raise ValueError(f"must have messages that end with the assistant's, but has the roles {shorten(roles_given)}")
     _check_tool_messages(messages)
     tools = _parse_objects(values[-1], kind="tools") if has_tools else []
-    conversation = Conversation(messages, group, json.dumps(tools) if tools else "")
+    conversation = Conversation(messages, group, json.dumps(tools) if tools else "", row)
     return conversation if group is not None else conversation._replace(group=f"{_prompt_key(conversation):016x}")
 
 

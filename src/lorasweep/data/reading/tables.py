@@ -61,6 +61,8 @@ class Table:
     """The chosen columns."""
     group: str | None = None
     """The column that `data.group` names."""
+    keeps_rows: bool = False
+    """Whether the parser of a row also gets the whole row, as `row`."""
     is_from_hub: bool = False
     """Unusable rows of the hub, which users can't correct, are skipped and counted. In a file they are errors."""
 
@@ -299,12 +301,14 @@ def parse_rows(table: Table, parse: Callable[..., T]) -> tuple[list[T], list[str
         unnamed = [column for column in dataset.column_names if column.startswith("Unnamed: ")]
         if unnamed and (num_rows := sum(any(row.values()) for row in dataset.select_columns(unnamed))):
             notes.append(f"{num_rows} rows of {name!r} have values in columns without a name, which are not read.")
-        columns = read_columns(dataset, [*table.columns, *([table.group] if table.group else [])], name=name)
+        wanted = dataset.column_names if table.keeps_rows else filter(None, (*table.columns, table.group))
+        columns = read_columns(dataset, wanted, name=name)
         groups = columns[table.group] if table.group else None
         for index, values in enumerate(zip(*(columns[column] for column in table.columns), strict=True)):
             try:
                 group = None if groups is None else _require_group(groups[index])
-                parsed.append(parse(*values, group=group))
+                whole = {"row": {key: column[index] for key, column in columns.items()}} if table.keeps_rows else {}
+                parsed.append(parse(*values, group=group, **whole))
             except ValueError as error:
                 fields = zip(table.columns, values, strict=True)
                 shown = ", ".join(f"`{column}` {shorten(value, 40)}" for column, value in fields)

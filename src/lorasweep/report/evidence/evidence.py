@@ -7,9 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorasweep.config.data import METRIC_RANGES, get_sign
+from lorasweep.config.data import METRIC_RANGES, ScoreMetric, get_sign
 from lorasweep.config.sweep import Margin, parse_margin
-from lorasweep.record import RETAINED_SCORES_FILE, TEST_SCORES_FILE, QuestionName, RetainedRow, SweepRecord, is_number
+from lorasweep.record import (
+    ANSWERS_FILE,
+    RETAINED_SCORES_FILE,
+    TEST_SCORES_FILE,
+    QuestionName,
+    RetainedRow,
+    SweepRecord,
+    is_number,
+)
 from lorasweep.report.evidence.estimates import (
     UNBOUNDED,
     ConfirmScores,
@@ -37,6 +45,11 @@ Ratio = tuple[float, Interval | None]
 """A ratio of two sums of scores with its interval."""
 NO_EXAMPLE_SCORES = (
     "Single test examples have no scores here, so intervals are over seeds alone: other test data may differ by more."
+)
+
+OTHER_SEARCH_METRIC = (
+    "The search chose settings by another metric than that of the verdicts, so the intervals do not include the chance "
+    "in the search."
 )
 
 
@@ -130,7 +143,11 @@ def build_evidence(record: SweepRecord, scores: ConfirmScores) -> Evidence:
         relative_gain=relative_gain,
         margin=margin * gain if margin and gain and scale.margin.is_share_of_gain else margin,
         confidence=1 - 2 * level,
-        notes=(*([NO_EXAMPLE_SCORES] if means and not scores.num_examples else []), *scores.problems),
+        notes=(
+            *([NO_EXAMPLE_SCORES] if means and not scores.num_examples else []),
+            *([OTHER_SEARCH_METRIC] if means and record.verdict_metric.name != record.metric else []),
+            *scores.problems,
+        ),
         scores=scores,
     )
 
@@ -142,13 +159,19 @@ def _measure_share(name: str, scores: ConfirmScores, scale: MarginScale, *, conf
     return estimate_ratio(scores, gain, scale.gain, confidence=confidence, adds_search_error=True)
 
 
-def read_confirm_scores(record: SweepRecord, folder: Path, *, retained: RetainedRow | None = None) -> ConfirmScores:
+def read_confirm_scores(
+    record: SweepRecord, folder: Path, *, retained: RetainedRow | None = None, other: ScoreMetric | None = None
+) -> ConfirmScores:
     """Returns the test scores of the complete runs of the settings that are confirmed now.
 
-    With `retained`, these are the scores on a retained data set, which are in the runs' records.
+    They are those of the verdicts' metric, or of an `other` metric on the same test data, or on a retained data set.
+    The last two are in the runs' records.
     """
-    file = TEST_SCORES_FILE if retained is None else RETAINED_SCORES_FILE.format(retained.name)
-    data = record if retained is None else retained
+    if retained is not None:
+        metric, file = retained.metric, RETAINED_SCORES_FILE.format(retained.name)
+    else:
+        metric = (other or record.verdict_metric).name
+        file = TEST_SCORES_FILE if metric == record.metric else ANSWERS_FILE.format("test")
     current = {(row.subject, row.setting) for row in record.settings}
     values: dict[RunKey, float] = {}
     examples: dict[RunKey, RunExampleScores] = {}
@@ -157,10 +180,13 @@ def read_confirm_scores(record: SweepRecord, folder: Path, *, retained: Retained
         if row.seed is None or not row.is_complete or (row.subject, row.setting_number) not in current:
             continue
         value: Any = row.value or 0.0
-        if retained is not None:
-            value = row.record.retained.get(retained.name, {}).get(retained.metric) if row.record else None
-            if not is_number(value):
-                problems.append(f"`{row.run}` has no score on `{retained.name}`.")
+        if retained is not None or other is not None:
+            scored = row.record.test if row.record else {}
+            if retained is not None:
+                scored = row.record.retained.get(retained.name, {}) if row.record else {}
+            if not is_number(value := scored.get(metric)):
+                on = f" on `{retained.name}`" if retained else f" of {metric}"
+                problems.append(f"`{row.run}` has no score{on}.")
                 continue
         values[row.subject, row.seed] = float(value)
         path = folder / row.run / file
@@ -175,10 +201,11 @@ def read_confirm_scores(record: SweepRecord, folder: Path, *, retained: Retained
         values,
         examples,
         deterministic={name for name, count in num_runs.items() if count == 1},
-        is_perplexity=data.metric == "perplexity",
-        score_range=METRIC_RANGES.get(data.metric, UNBOUNDED),
+        is_perplexity=metric == "perplexity",
+        score_range=METRIC_RANGES.get(metric, UNBOUNDED),
         problems=problems,
-        search_errors={row.subject: row.regret for row in record.settings if row.regret is not None},
+        # in the unit of the metric by which the search chose
+        search_errors={row.subject: row.regret for row in record.settings if row.regret and metric == record.metric},
     )
 
 
@@ -191,7 +218,7 @@ def answer_sweep(record: SweepRecord, scores: ConfirmScores) -> list[Answer]:
 
 def build_scale(record: SweepRecord, scores: ConfirmScores) -> MarginScale:
     """Returns the margin, the sign of the metric, and the best subjects of `frozen` and of `full`."""
-    sign = record.sign
+    sign = get_sign(record.verdict_metric.direction)
 
     def find_best(method: str) -> str | None:
         arms = {arm.name for arm in record.arms if arm.method == method}

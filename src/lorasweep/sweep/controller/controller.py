@@ -13,7 +13,6 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Concatenate, Literal, ParamSpec, TypeVar
 
-from lorasweep.config.data import ScoreMetric
 from lorasweep.config.redaction import redact
 from lorasweep.config.run import RunConfig
 from lorasweep.disk import remove_leftovers
@@ -134,7 +133,7 @@ class Controller:
                 f"a worker must hold the trial that it reports, but trial {gone[0].trial.number} of arm "
                 f"`{gone[0].arm.name}` is held by another worker."
             )
-        metric = ScoreMetric(name=self.sweep.record.metric, direction=self.sweep.record.direction)
+        metric = self.sweep.record.search_metric
         reasons = []
         for assignment, step, scores in evaluations:
             trials, trial = self._find(assignment)
@@ -150,7 +149,7 @@ class Controller:
         if not self._holds(assignment):  # this call was repeated, because its answer was lost
             return
         trials, trial = self._find(assignment)
-        value = record.test[record.metric] if assignment.reads_test else record.score
+        value = record.test[self.sweep.record.verdict_metric.name] if assignment.reads_test else record.score
         self._failures_in_a_row = 0
         trials.end(trial, "stopped" if record.status == "stopped" else "complete", value=value, reason=record.reason)
         self._save_if_due()

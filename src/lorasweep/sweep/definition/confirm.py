@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple
 
-from lorasweep.config.data import BlockSettings, ModuleDataConfig
+from lorasweep.config.data import BlockSettings, ChatConfig, ModuleDataConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.config.sweep import parse_margin
 from lorasweep.errors import ConfigError
@@ -105,6 +105,12 @@ def find_warnings(definition: Definition) -> list[str]:
         warnings.append(
             f"`confirm.seeds` is {num_seeds}. One seed gives no interval, and two give a very wide one. Take "
             f"`confirm.seeds={MIN_RELIABLE_SEEDS}` or more."
+        )
+    data = definition.arms[0].corner_configs[0].data
+    if not num_seeds and isinstance(data, ChatConfig) and data.answers.score and not data.answers.on_validation:
+        warnings.append(
+            "`data.answers` has no effect, because answers are generated in the confirm stage. Set `confirm.seeds`, or "
+            "`data.answers.on_validation=true`."
         )
     methods = {config.method.name for arm in definition.arms for config in arm.corner_configs}
     missing = [f"`method={name}`" for name in ("full", "frozen") if name not in methods]

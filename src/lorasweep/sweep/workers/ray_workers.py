@@ -163,7 +163,7 @@ class WorkerActor:
             path=path,
             definition=read_saved_definition(path),
             controller=client,  # type: ignore[arg-type]
-            metric=read_sweep(path).metric,
+            test_metric=read_sweep(path).verdict_metric.name,
             inputs_cache=self._inputs_cache,
             stop_requested=self._stop.is_set,
             name=name,

@@ -63,7 +63,7 @@ def train_sweep(sweep: SweepFolder, inputs_cache: InputsCache, *, stop_requested
             path=sweep.path,
             definition=sweep.definition,
             controller=controller,
-            metric=sweep.record.metric,
+            test_metric=sweep.record.verdict_metric.name,
             inputs_cache=inputs_cache,
             stop_requested=stop_requested,
         ).run()

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from lorasweep.errors import OutOfMemory, RecordError, WorkerError, describe_error
+from lorasweep.errors import OutOfMemory, RecordError, RunError, WorkerError, describe_error
 from lorasweep.record import RunRecord, read_run
 from lorasweep.sweep.controller.controller import Assignment, Controller
 from lorasweep.sweep.controller.folder import PACK_FILE, check_writable
 from lorasweep.sweep.definition.arms import Arm, Definition
+from lorasweep.sweep.definition.confirm import has_fixed_score
 from lorasweep.sweep.definition.packing import plan_packing
 from lorasweep.training.checkpoint import read_pack_state
 from lorasweep.training.inputs import InputsCache
@@ -25,7 +26,7 @@ from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.size import PackSize, choose_pack_size
 from lorasweep.training.packs.slot_run import RunRequest
 from lorasweep.training.run import train_run
-from lorasweep.training.score import copy_base_run, score_run
+from lorasweep.training.score import copy_base_run, score_run, write_base_answers
 
 POLL_INTERVAL_S = 2.0
 """Seconds until a worker asks again after it got no trial, while other workers train."""
@@ -41,7 +42,8 @@ class Worker:
     definition: Definition
     controller: Controller
     """The sweep's controller, or a `ControllerClient` for a controller in another process."""
-    metric: str
+    test_metric: str
+    """The metric on test data of a complete confirm run."""
     inputs_cache: InputsCache
     stop_requested: Callable[[], bool]
     """Called before the first and after every step of a training. If it returns True, the worker stops, and its trials
@@ -139,6 +141,10 @@ class Worker:
         retained = {name: self.inputs_cache.load_splits(data, assignment.config) for name, data in others}
         record = score_run(assignment.run_folder.path, inputs=inputs, retained=retained)
         self.controller.note(inputs.splits.test().notes)
+        if not any(has_fixed_score(arm) for arm in self.definition.arms):
+            write_base_answers(self.path, assignment.config, inputs=inputs)
+        if self.test_metric not in record.test:
+            raise RunError(str(record.answers["test"]["problem"]))
         return record
 
     def _resume_pack(self) -> None:

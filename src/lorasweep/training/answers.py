@@ -1,0 +1,215 @@
+"""Generates answers to examples of a split greedily, as a server does, and scores each of them."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig
+
+from lorasweep.config.components import find_function
+from lorasweep.config.data import AnswersConfig, AnswerScore, ChatConfig
+from lorasweep.config.run import RunConfig
+from lorasweep.data.batching import batch_by_length
+from lorasweep.data.examples import CompletionSplit, choose_evenly
+from lorasweep.data.split import Split
+from lorasweep.disk import csv_text
+from lorasweep.errors import ConfigError, describe_error
+from lorasweep.models.pretrained import quiet_transformers
+from lorasweep.record import is_number
+from lorasweep.training.environment import get_device
+from lorasweep.training.inputs import RunInputs
+from lorasweep.wording import shorten
+
+MAX_PROMPT_CHARACTERS = 10_000
+"""Maximum number of characters of a prompt in the file of answers, which is for people to read. The end is kept."""
+COLUMNS = ("row", "score", "weight", "group", "prompt", "reference", "answer")
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+Score = Callable[[str, str, Mapping[str, Any] | None], float]
+"""Returns the score of an answer, from the answer, the reference and the example's row of the table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredAnswers:
+    """Answers of a model to examples of a split."""
+
+    facts: dict[str, Any]
+    """The entry of `RunRecord.answers`."""
+    values: dict[str, float] = field(default_factory=dict)
+    """The mean score by its name; empty if there is a problem."""
+    lines: str | None = None
+    """The content of `ANSWERS_FILE`; None if no answers were generated."""
+
+
+def get_answers(config: RunConfig) -> AnswersConfig | None:
+    """Returns the settings of the answers that a model must generate; None if it must generate none."""
+    answers = config.data.answers if isinstance(config.data, ChatConfig) else None
+    return answers if answers is not None and answers.score is not None else None
+
+
+def check_answers(config: RunConfig, split: Split, *, inputs: RunInputs) -> None:
+    """Raises ConfigError if the model can't generate, or if the score of a reference, as an answer, is no number.
+
+    A user's function is called for one example, because a call may take long.
+    """
+    model: Any = inputs.base.model
+    if not (hasattr(model, "can_generate") and model.can_generate()):
+        raise ConfigError(
+            "`data.answers.score` must be null for a model that can't generate text, but "
+            f"{inputs.base.path!r} has no `generate`."
+        )
+    settings, split, chosen = _choose_examples(config, split)
+    score, num_called = build_score(settings), 1 if isinstance(settings.score, AnswerScore) else len(chosen)
+    for index in chosen[:num_called]:
+        reference = _decode(split.split_last_answer(index)[1][:-1], inputs)
+        score(reference, reference, split.rows[index])
+
+
+def score_answers(model: nn.Module, split: Split, *, config: RunConfig, inputs: RunInputs) -> ScoredAnswers:
+    """Answers examples of a split and scores the answers. Afterwards the model is in evaluation mode on its device.
+
+    An error, such as one of the user's function, becomes the `problem` of the result, so that the run keeps its weights
+    and its other scores.
+    """
+    try:
+        settings, split, chosen = _choose_examples(config, split)
+        prompts, references = zip(*map(split.split_last_answer, chosen), strict=True)
+        answers, num_cut_off = _generate(model, prompts, references, config=config, inputs=inputs)
+    except Exception as error:  # of the model's code, or because memory ran out
+        return ScoredAnswers(facts={"problem": f"No answers were generated: {describe_error(error)}."})
+    left_out = int((split.answer_starts == 0).sum())
+    facts: dict[str, Any] = {"examples": len(chosen), "cut_off": num_cut_off, "left_out": left_out}
+    texts = [_decode(ids, inputs) for ids in answers]
+    wanted = [_decode(ids[:-1], inputs) for ids in references]  # without the end-of-turn token
+    scores: list[float | None] = [None] * len(chosen)
+    values = {}
+    try:
+        score, rows = build_score(settings), [split.rows[index] for index in chosen]
+        found = [score(*each) for each in zip(texts, wanted, rows, strict=True)]
+        scores, values = list(found), {_get_name(settings): math.fsum(found) / len(found)}
+    except ConfigError as error:
+        facts["problem"] = str(error)
+    shown = [str(inputs.base.tokenizer.decode(ids))[-MAX_PROMPT_CHARACTERS:] for ids in prompts]
+    groups = [split.groups[index] for index in chosen]
+    lines = csv_text(COLUMNS, zip(chosen, scores, [1] * len(chosen), groups, shown, wanted, texts, strict=True))
+    return ScoredAnswers(facts=facts, values=values, lines=lines)
+
+
+def build_score(settings: AnswersConfig) -> Score:
+    """Returns the score as a function that raises ConfigError if it fails or returns no finite number.
+
+    Raises ConfigError if the user's function can't be imported.
+    """
+    name = _get_name(settings)
+    score: Callable[..., Any]
+    if isinstance(settings.score, AnswerScore):
+        function = find_function(settings.score.target, key="data.answers.score")
+        score = functools.partial(function, **settings.score.arguments)
+    else:
+        score = {"exact_match": match_exactly, "last_number": match_last_number}[name]
+
+    def compute(answer: str, reference: str, example: Mapping[str, Any] | None) -> float:
+        try:
+            value = score(answer, reference, example)
+            number = math.nan if isinstance(value, str) else float(value)
+        except Exception as error:  # the function is the user's
+            result = f"raised {describe_error(error)}"
+        else:
+            if is_number(number):
+                return number
+            result = f"returned {shorten(value)}"
+        raise ConfigError(
+            f"`data.answers.score` must give a finite number, but `{name}` {result} for the answer {shorten(answer)} "
+            f"and the reference {shorten(reference)}. Correct the function or the data."
+        )
+
+    return compute
+
+
+def match_exactly(answer: str, reference: str, example: Any = None) -> float:
+    """Returns 1 if both texts are equal, apart from the amount of white space; else 0."""
+    return float(answer.split() == reference.split())
+
+
+def match_last_number(answer: str, reference: str, example: Any = None) -> float:
+    """Returns 1 if the last number of the answer is that of the reference, else 0. Commas in numbers do not count.
+
+    Raises ValueError if the reference has no number.
+    """
+    found, wanted = ([float(n.replace(",", "")) for n in NUMBER.findall(text)][-1:] for text in (answer, reference))
+    if not wanted:
+        raise ValueError("the reference has no number")
+    return float(found == wanted)
+
+
+def _get_name(settings: AnswersConfig) -> str:
+    metric = settings.metric
+    assert metric is not None
+    return metric.name
+
+
+def _choose_examples(config: RunConfig, split: Split) -> tuple[AnswersConfig, CompletionSplit, list[int]]:
+    """Returns the settings, the split, and the indices of the examples to answer, spread evenly over groups."""
+    assert isinstance(config.data, ChatConfig)
+    assert isinstance(split, CompletionSplit)
+    usable = split.answer_starts.nonzero().flatten().tolist()
+    if not usable:
+        raise ConfigError(
+            f"the {split.name} split must have a prompt whose whole answer fits `data.max_length`, but has none. Raise "
+            f"`data.max_length` (now {config.data.max_length})."
+        )
+    places = {group: place for place, group in enumerate(dict.fromkeys(split.groups))}
+    usable.sort(key=lambda index: places[split.groups[index]])
+    limit = config.data.max_generated_examples
+    if limit is not None and limit < len(usable):
+        counts = Counter(split.groups[index] for index in usable)  # in the order of `usable`
+        usable = [usable[place] for place in choose_evenly(list(counts.values()), limit=limit)]
+    return config.data.answers, split, sorted(usable)
+
+
+def _generate(
+    model: Any, prompts: Sequence[Tensor], references: Sequence[Tensor], *, config: RunConfig, inputs: RunInputs
+) -> tuple[list[Tensor], int]:
+    """Returns the tokens of each answer, and the number of answers that were cut off."""
+    assert isinstance(config.data, ChatConfig)
+    tokenizer, limit, device = inputs.base.tokenizer, config.data.answers.max_new_tokens, get_device(config.trainer)
+    # An answer ends with the end-of-turn token that the references end with, or where the model's makers say.
+    ends = {int(reference[-1]) for reference in references} | {tokenizer.eos_token_id}
+    own = model.generation_config.eos_token_id
+    ends |= set(own if isinstance(own, list) else [own]) - {None}
+    pad = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else min(ends)
+    # Settings that are not given here, such as a penalty for repetitions, would come from the model's own.
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=False, max_new_tokens=limit, eos_token_id=sorted(ends), pad_token_id=pad, use_cache=True
+    )
+    lengths = torch.tensor([len(prompt) + limit for prompt in prompts])
+    batches = batch_by_length(lengths, budget=config.trainer.eval_batch_size * int(lengths.max()))
+    answers: dict[int, Tensor] = {}
+    num_cut_off = 0
+    model.to(device).eval()
+    for batch in batches:
+        chosen = [prompts[index] for index in batch]
+        ids = pad_sequence(chosen, batch_first=True, padding_value=pad, padding_side="left")
+        mask = pad_sequence([torch.ones_like(ids) for ids in chosen], batch_first=True, padding_side="left")
+        with torch.no_grad(), inputs.autocast(config), quiet_transformers():
+            output = model.generate(
+                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=model.generation_config
+            )
+        for index, row in zip(batch, output[:, ids.shape[1] :].cpu(), strict=True):
+            end = next((place for place, token in enumerate(row.tolist()) if token in ends), None)
+            answers[index], num_cut_off = row[:end], num_cut_off + (end is None)
+    return [answers[index] for index in range(len(prompts))], num_cut_off
+
+
+def _decode(ids: Tensor, inputs: RunInputs) -> str:
+    """Returns the text of an answer without its reasoning and special tokens."""
+    text = str(inputs.base.tokenizer.decode(ids, skip_special_tokens=True))
+    return text.rpartition("</think>")[2].strip()
