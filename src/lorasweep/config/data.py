@@ -63,6 +63,15 @@ class ScoreMetric:
     name: str
     direction: Direction
 
+    @property
+    def sign(self) -> Literal[1, -1]:
+        """1 if lower scores are better, else -1, so that a lower `sign * score` is always better."""
+        return get_sign(self.direction)
+
+    @property
+    def order(self) -> str:
+        return "lower" if self.direction == "minimize" else "higher"
+
 
 def get_built_in_metric(name: str) -> ScoreMetric:
     return ScoreMetric(name=name, direction="minimize" if name in MINIMIZED_METRICS else "maximize")
@@ -91,11 +100,11 @@ class AnswersConfig(Settings):
     """Whether the best weights of each run also answer examples of validation."""
 
     @property
-    def metric(self) -> ScoreMetric | None:
-        """The mean score; None without `score`."""
+    def metric(self) -> ScoreMetric:
+        """The mean of `score`, which must not be null."""
         if isinstance(self.score, AnswerScore):
             return ScoreMetric(name=self.score.name, direction=self.score.direction)
-        return None if self.score is None else get_built_in_metric(self.score)
+        return get_built_in_metric(str(self.score))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,11 +286,10 @@ class ChatConfig(RowSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        metric, own = self.answers.metric, getattr(self.metric, "name", None)
-        if metric is not None and metric.name in (*get_args(TextMetric), own):
+        name, own = self.answers.metric.name, getattr(self.metric, "name", None)
+        if name in (*get_args(TextMetric), own):
             raise ConfigError(
-                "`data.answers.score` must have another name than the metrics of the loss, but got "
-                f"{metric.name!r}. Rename the function."
+                f"`data.answers.score` must have another name than a metric of the loss, but got {name!r}. Rename it."
             )
         if self.template not in ("auto", "model", "plain") and not self.template.endswith(".jinja"):
             raise ConfigError(

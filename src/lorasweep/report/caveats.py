@@ -145,7 +145,7 @@ def _is_shown_on_test_data(name: str, known: Learning, data: SweepData) -> bool 
         ends = difference.find_interval() if difference and difference.is_testable else None
     elif mean and mean.is_testable and known.test_score is not None and (found := mean.find_interval()):
         ends = found[0] - known.test_score, found[1] - known.test_score
-    return None if ends is None else max(data.shown_sign * end for end in ends) < 0
+    return None if ends is None else max(data.shown_metric.sign * end for end in ends) < 0
 
 
 def _describe(trials: Sequence[Trial], known: Learning, data: SweepData) -> str:
@@ -177,7 +177,7 @@ def describe_unstable_rates(data: SweepData, learning: Learning) -> list[str]:
         scores = _list_test_scores(subject)
         failed = sum(run.state == "failed" for run in subject.confirm_runs)
         if (answer := learning.test_score) is not None:
-            failed += sum(data.shown_sign * (answer - score) <= 0 for score in scores)
+            failed += sum(data.shown_metric.sign * (answer - score) <= 0 for score in scores)
         peers = [_list_test_scores(other) for other in data.arms if other.arm == subject.arm and other != subject]
         spreads = [stdev(each) for each in peers if len(each) >= MIN_SPREAD_RUNS]
         ratio = (

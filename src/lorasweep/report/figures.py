@@ -161,7 +161,7 @@ def _draw_data_set(row: RetainedRow, data: SweepData) -> go.Figure:
     for change in changes:
         name, colour = change.subject, colours[change.subject]
         gain = data.evidence.estimate_difference(name, base) if name != base else None
-        learned, forgotten = -data.shown_sign * gain.value if gain else 0.0, sign * change.change
+        learned, forgotten = -data.shown_metric.sign * gain.value if gain else 0.0, sign * change.change
         if change.interval:
             ends = [sign * end for end in change.interval]
             add_line(figure, [learned, learned], ends, colour, name, line={"width": 4}, opacity=0.6)

@@ -1,11 +1,11 @@
-"""Reads the generated answers of a sweep's confirm runs, and chooses those that the page shows side by side."""
+"""Chooses the generated answers that the page shows side by side."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from lorasweep.record import ANSWERS_FILE
 from lorasweep.report.sweep_data import SweepData
@@ -14,8 +14,7 @@ MAX_SHOWN_EXAMPLES = 5
 """Maximum number of test examples whose answers the page shows."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class AnsweredExample:
+class AnsweredExample(NamedTuple):
     """A test example with the answer of each subject."""
 
     prompt: str
@@ -25,34 +24,26 @@ class AnsweredExample:
 
 
 def list_answered_examples(data: SweepData) -> list[AnsweredExample]:
-    """Returns test examples that the base and a confirm run of each subject answered; empty if there are none."""
-    tables = {name: table for name, path in _list_files(data) if (table := _read(path))}
+    """Returns test examples that the base and the first complete confirm run of each subject answered."""
+    files = {"base": data.folder / ANSWERS_FILE.format("base")}  # exists if no arm is the base
+    for arm in sorted(data.arms, key=lambda arm: arm.row.method != "frozen"):
+        for run in [run for run in arm.confirm_runs if run.is_complete][:1]:
+            files[arm.name] = data.folder / run.run / ANSWERS_FILE.format("test")
+    tables = {name: table for name, path in files.items() if (table := _read(path))}
     rows = [row for row in next(iter(tables.values()), {}) if all(row in table for table in tables.values())]
-    step = max(1, len(rows) // MAX_SHOWN_EXAMPLES)
     examples = []
-    for row in rows[::step][:MAX_SHOWN_EXAMPLES]:
-        found = {name: table[row] for name, table in tables.items()}
-        first = next(iter(found.values()))
-        answers = {name: (line["answer"], line["score"]) for name, line in found.items()}
-        examples.append(AnsweredExample(prompt=first["prompt"], reference=first["reference"], answers=answers))
+    for row in rows[:: max(1, len(rows) // MAX_SHOWN_EXAMPLES)][:MAX_SHOWN_EXAMPLES]:
+        prompt, reference, *_ = next(iter(tables.values()))[row]
+        answers = {name: (table[row][2], table[row][3]) for name, table in tables.items()}
+        examples.append(AnsweredExample(prompt, reference, answers))
     return examples
 
 
-def _list_files(data: SweepData) -> Iterator[tuple[str, Path]]:
-    """Yields the name of each subject and the file of its first complete confirm run, beginning with the base."""
-    yield "base", data.folder / ANSWERS_FILE.format("base")
-    for arm in sorted(data.arms, key=lambda arm: arm.row.method != "frozen"):
-        if run := next((run for run in arm.confirm_runs if run.is_complete), None):
-            yield arm.name, data.folder / run.run / ANSWERS_FILE.format("test")
-
-
-def _read(path: Path) -> dict[str, dict[str, str]]:
-    """Returns the lines of a file of answers by row; empty if the file is missing or damaged."""
+def _read(path: Path) -> dict[str, list[str]]:
+    """Returns prompt, reference, answer and score by row; empty if the file is missing or damaged."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            lines = {line["row"]: line for line in csv.DictReader(file)}
+            columns = ("prompt", "reference", "answer", "score")
+            return {line["row"]: [str(line[name]) for name in columns] for line in csv.DictReader(file)}
     except (OSError, ValueError, KeyError, csv.Error):
         return {}
-    wanted = ("prompt", "reference", "answer", "score")
-    is_whole = all(isinstance(line.get(column), str) for line in lines.values() for column in wanted)
-    return lines if is_whole else {}

@@ -16,7 +16,7 @@ from lorasweep.record import STATES, Trial
 from lorasweep.report.answers import describe_answer, describe_change
 from lorasweep.report.generated import list_answered_examples
 from lorasweep.report.panel import Panel, build_link, choose_colours, select_trials
-from lorasweep.report.recommend import format_arm_score, format_other_score
+from lorasweep.report.recommend import format_arm_score
 from lorasweep.report.summary import Summary
 from lorasweep.report.terminal import describe_setting, list_search_scores
 
@@ -57,7 +57,6 @@ def render_page(summary: Summary, panels: Sequence[Panel]) -> str:
             evidence=data.evidence,
             search_scores=list_search_scores(summary),
             format_arm_score=format_arm_score,
-            format_other_score=format_other_score,
             share_decimals=wording.count_percent_decimals(data.arm_share_of_full_gain(arm)[1] for arm in data.arms),
             describe_setting=describe_setting,
             states=STATES,

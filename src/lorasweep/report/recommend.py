@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from lorasweep.config.run import ALPHA, LR, RANK, STEPS_KEY
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import SWEEP_FILE, Trial
 from lorasweep.report.caveats import judge_learning
+from lorasweep.report.evidence.estimates import Estimate
 from lorasweep.report.evidence.questions import NEGATIVE_VERDICTS, POSITIVE_VERDICTS
 from lorasweep.report.sweep_data import ArmData, SweepData, load_sweep_data
 from lorasweep.wording import (
@@ -102,7 +103,7 @@ def find_best_arm(method: str, data: SweepData) -> ArmData | None:
 def get_score_sort_key(arm: ArmData, data: SweepData) -> float:
     """Returns a key that sorts subjects from the best score to the worst; those without a score come last."""
     value = find_score(arm, data)
-    return math.inf if value is None else data.shown_sign * value
+    return math.inf if value is None else data.shown_metric.sign * value
 
 
 def find_score(arm: ArmData, data: SweepData) -> float | None:
@@ -113,24 +114,16 @@ def find_score(arm: ArmData, data: SweepData) -> float | None:
     return arm.best.value if arm.best else None
 
 
-def format_arm_score(arm: ArmData, data: SweepData) -> str:
+def format_arm_score(arm: ArmData, data: SweepData, *, means: Mapping[str, Estimate] | None = None) -> str:
     """Returns a subject's score: on test data with its interval after a confirm stage, else the best trial's.
 
-    All subjects of a sweep get the same number of decimals.
+    All subjects of a sweep get the same number of decimals. `means` are those of another metric on test data.
     """
-    value = find_score(arm, data)
-    if found := data.evidence.mean(arm.name):
-        decimals = count_decimals(one.find_interval() for one in data.evidence.means.values())
-        return format_estimate(value, found.find_interval(), decimals=decimals)
-    return format_score(value, beside=[other.best.value for other in data.arms if other.best])
-
-
-def format_other_score(arm: ArmData, data: SweepData) -> str:
-    """Returns a subject's test score by the metric that the verdicts are not about, as `format_arm_score` does."""
-    if (found := data.other_means.get(arm.name)) is None:
-        return UNKNOWN
-    decimals = count_decimals(one.find_interval() for one in data.other_means.values())
-    return format_estimate(found.value, found.find_interval(), decimals=decimals)
+    known = data.evidence.means if means is None else means
+    if (found := known.get(arm.name)) or means is not None:
+        decimals = count_decimals(one.find_interval() for one in known.values())
+        return format_estimate(found.value, found.find_interval(), decimals=decimals) if found else UNKNOWN
+    return format_score(find_score(arm, data), beside=[other.best.value for other in data.arms if other.best])
 
 
 def _is_no_worse(subject: str, other: str, data: SweepData) -> bool:
@@ -290,6 +283,5 @@ def _describe_score(arm: ArmData, data: SweepData) -> str:
     if share is not None and arm.row.method != "full":
         others.append(f"it keeps {format_share_estimate(share, interval)} of what full fine-tuning gains")
     on = "test data" if data.evidence.means else "validation data"
-    order = "lower" if data.shown_sign > 0 else "higher"
-    scored = f"{format_arm_score(arm, data)} {format_metric(data.shown_metric.name)}"
+    order, scored = data.shown_metric.order, f"{format_arm_score(arm, data)} {format_metric(data.shown_metric.name)}"
     return f"It scores {scored} on {on} ({order} is better){f'; {join_words(others)}' if others else ''}."

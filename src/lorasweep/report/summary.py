@@ -170,8 +170,7 @@ def describe_findings(data: SweepData, fairness: list[str]) -> list[str]:
 def _describe_scores(data: SweepData) -> list[str]:
     if all(find_score(arm, data) is None for arm in data.arms):
         return ["No trial is complete, so there is no score to compare."]
-    metric, evidence = format_metric(data.shown_metric.name), data.evidence
-    order = "lower" if data.shown_sign > 0 else "higher"
+    metric, order, evidence = format_metric(data.shown_metric.name), data.shown_metric.order, data.evidence
     sentences = [f"Scores are {metric}, {order} is better."]
     if evidence.means:
         counts = sorted({len(mean.seeds) for name, mean in evidence.means.items() if name != evidence.base} or {1})
@@ -226,7 +225,7 @@ def _describe_gain(data: SweepData) -> list[str]:
     found, base = data.evidence.relative_gain, data.find_arm(data.evidence.base)
     if found is None or base is None or (base.best and base.best.record and base.best.record.base.get("head")):
         return []  # a base with a new head gives a constant answer, so the gain says nothing about what the base knows
-    verb = "lowers" if data.shown_sign > 0 else "raises"
+    verb = "lowers" if data.shown_metric.sign > 0 else "raises"
     return [
         f"Full fine-tuning {verb} the frozen base's {format_metric(data.shown_metric.name)} by "
         f"{format_share_estimate(*found)}: the smaller this share, the nearer is the data to what the base knows."

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasweep.config.data import ScoreMetric, get_sign
+from lorasweep.config.data import ScoreMetric
 from lorasweep.config.run import ALPHA, LR, RANK
 from lorasweep.config.sweep import parse_margin
 from lorasweep.errors import RecordError
@@ -140,11 +140,6 @@ class SweepData:
         return self.record.verdict_metric if self.evidence.means else self.record.search_metric
 
     @property
-    def shown_sign(self) -> int:
-        """1 if lower values of `shown_metric` are better, else -1."""
-        return get_sign(self.shown_metric.direction)
-
-    @property
     def other_metric(self) -> ScoreMetric | None:
         """The metric of `other_means`."""
         return next(iter(self.record.test_metrics[1:]), None)
@@ -244,8 +239,12 @@ def load_sweep_data(folder: Path) -> SweepData:
         elif scored < total:
             problems.append(f"`{arm.name}` has scores on test data from {scored} of its {total} confirm runs.")
     evidence = build_evidence(record, read_confirm_scores(record, folder))
-    others = [read_confirm_scores(record, folder, other=metric) for metric in record.test_metrics[1:]]
-    problems += dict.fromkeys(problem for other in others for problem in other.problems)
+    other_means: Mapping[str, Estimate] = {}
+    for metric in record.test_metrics[1:]:
+        values = [run.record.test.get(metric.name) if run.record else None for run in record.confirm]
+        runs = [replace(run, value=value) for run, value in zip(record.confirm, values, strict=True)]
+        scores = read_confirm_scores(replace(record, confirm=runs, test_metrics=[metric]), folder)
+        other_means, problems = estimate_means(scores), [*problems, *scores.problems]
     failed = [run.record.answers.get("test", {}).get("problem") for run in record.confirm if run.record]
     problems += dict.fromkeys(str(problem) for problem in failed if problem)
     retained = tuple(compare_retained(record, folder, evidence, problems=problems))
@@ -256,7 +255,7 @@ def load_sweep_data(folder: Path) -> SweepData:
         whole_arms=tuple(whole_arms),
         problems=tuple(problems),
         evidence=evidence,
-        other_means=estimate_means(others[0]) if others else {},
+        other_means=other_means,
         retained=retained,
     )
 

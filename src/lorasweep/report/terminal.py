@@ -14,7 +14,7 @@ from rich.text import Text
 from lorasweep.config.run import LR
 from lorasweep.errors import ConfigError
 from lorasweep.report.answers import AnswerLine, describe_answer
-from lorasweep.report.recommend import format_arm_score, format_other_score
+from lorasweep.report.recommend import format_arm_score
 from lorasweep.report.summary import Summary, summarize
 from lorasweep.report.sweep_data import ArmData, SweepData
 from lorasweep.wording import (
@@ -120,7 +120,8 @@ def _draw_arms(summary: Summary) -> Table:
         del columns["test score"]
     if data.other_means and data.other_metric:  # there is no room for both
         del columns["search score"]
-        columns[format_metric(data.other_metric.name)] = [format_other_score(arm, data) for arm in data.arms]
+        others = [format_arm_score(arm, data, means=data.other_means) for arm in data.arms]
+        columns[format_metric(data.other_metric.name)] = others
     title = Text(f"{data.record.name}: {format_metric(data.shown_metric.name)}", style="bold")
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in columns:

@@ -18,7 +18,6 @@ from lorasweep.sweep.workers.train import check_workers
 from lorasweep.training.answers import check_answers, get_answers
 from lorasweep.training.inputs import InputsCache, check_batch_memory
 from lorasweep.training.module import check_run
-from lorasweep.wording import suggest_nearest
 
 MAX_STEPS = 900
 """Upper bound of the steps that `sweep.epochs` sets, because a sweep trains dozens of runs. `MIN_STEPS` is the lower
@@ -86,13 +85,14 @@ def list_test_metrics(definition: Definition, metric: ScoreMetric) -> list[Score
     settings = [get_answers(config) for arm in definition.arms for config in arm.corner_configs]
     if any(one != settings[0] for one in settings):
         raise ConfigError("`data.answers` must be the same for all arms, because they are compared, but differs.")
-    answers = settings[0].metric if settings[0] else None
-    metrics = [metric, answers] if answers else [metric]
+    metrics = [metric, *(one.metric for one in settings[:1] if one)]
     names, chosen = ["auto", *(one.name for one in metrics)], definition.sweep_config.confirm.metric
     if chosen not in names:
-        hint = suggest_nearest(chosen, names) if answers else " `data.answers.score` measures generated answers."
-        raise ConfigError(f"`confirm.metric` must be one of {', '.join(names)}, but got {chosen!r}.{hint}")
-    return sorted(metrics, key=lambda one: one.name != chosen) if answers else []
+        raise ConfigError(
+            f"`confirm.metric` must be one of {', '.join(names)}, but got {chosen!r}. `data.answers.score` measures "
+            "generated answers."
+        )
+    return sorted(metrics, key=lambda one: one.name != chosen) if len(metrics) > 1 else []
 
 
 def list_retained(definition: Definition, inputs_cache: InputsCache) -> list[RetainedRow]:

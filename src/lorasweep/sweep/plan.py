@@ -38,7 +38,6 @@ from lorasweep.sweep.definition.arms import Arm, Definition, restore_definition
 from lorasweep.sweep.definition.confirm import count_confirm_runs, find_warnings
 from lorasweep.sweep.definition.packing import explain_bases, explain_solo_arms, plan_packing
 from lorasweep.sweep.workers.worker import choose_slots, list_pack_arms
-from lorasweep.training.answers import get_answers
 from lorasweep.training.environment import get_device
 from lorasweep.training.inputs import InputsCache, RunInputs
 from lorasweep.training.module import prepare_model
@@ -417,11 +416,6 @@ def _list_notes(definition: Definition, groups: Sequence[GroupPlan]) -> Iterator
     confirm_stage = f"then confirm: {describe_confirmation(looks)}" if looks else "no confirm stage"
     yield f"Stages (the numbers of runs): search on validation data; {confirm_stage}."
     yield from find_warnings(definition)
-    if looks and (answers := get_answers(definition.arms[0].corner_configs[0])) is not None:
-        yield (
-            f"The time does not include the answers of each confirm run to test examples (`data.answers`), of at most "
-            f"{answers.max_new_tokens} tokens."
-        )
     confirm_runs = count_confirm_runs(definition)
     low, high = (sum(ends) for ends in zip(*(group.estimate_search() for group in groups), strict=True))
     confirm = sum(group.estimate_confirm(sum(confirm_runs[arm.name] for arm in group.arms)) for group in groups)

@@ -31,7 +31,6 @@ from lorasweep.wording import shorten
 
 MAX_PROMPT_CHARACTERS = 10_000
 """Maximum number of characters of a prompt in the file of answers, which is for people to read. The end is kept."""
-COLUMNS = ("row", "score", "weight", "group", "prompt", "reference", "answer")
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 Score = Callable[[str, str, Mapping[str, Any] | None], float]
 """Returns the score of an answer, from the answer, the reference and the example's row of the table."""
@@ -56,19 +55,13 @@ def get_answers(config: RunConfig) -> AnswersConfig | None:
 
 
 def check_answers(config: RunConfig, split: Split, *, inputs: RunInputs) -> None:
-    """Raises ConfigError if the model can't generate, or if the score of a reference, as an answer, is no number.
+    """Raises ConfigError if the score of a reference, as an answer, is no number, or if no example can be answered.
 
     A user's function is called for one example, because a call may take long.
     """
-    model: Any = inputs.base.model
-    if not (hasattr(model, "can_generate") and model.can_generate()):
-        raise ConfigError(
-            "`data.answers.score` must be null for a model that can't generate text, but "
-            f"{inputs.base.path!r} has no `generate`."
-        )
     settings, split, chosen = _choose_examples(config, split)
-    score, num_called = build_score(settings), 1 if isinstance(settings.score, AnswerScore) else len(chosen)
-    for index in chosen[:num_called]:
+    score = build_score(settings)
+    for index in chosen[:1] if isinstance(settings.score, AnswerScore) else chosen:
         reference = _decode(split.split_last_answer(index)[1][:-1], inputs)
         score(reference, reference, split.rows[index])
 
@@ -89,17 +82,17 @@ def score_answers(model: nn.Module, split: Split, *, config: RunConfig, inputs: 
     facts: dict[str, Any] = {"examples": len(chosen), "cut_off": num_cut_off, "left_out": left_out}
     texts = [_decode(ids, inputs) for ids in answers]
     wanted = [_decode(ids[:-1], inputs) for ids in references]  # without the end-of-turn token
-    scores: list[float | None] = [None] * len(chosen)
+    scores: Sequence[float | None] = [None] * len(chosen)
     values = {}
     try:
-        score, rows = build_score(settings), [split.rows[index] for index in chosen]
-        found = [score(*each) for each in zip(texts, wanted, rows, strict=True)]
-        scores, values = list(found), {_get_name(settings): math.fsum(found) / len(found)}
+        found = list(map(build_score(settings), texts, wanted, [split.rows[index] for index in chosen]))
+        scores, values = found, {settings.metric.name: math.fsum(found) / len(found)}
     except ConfigError as error:
         facts["problem"] = str(error)
     shown = [str(inputs.base.tokenizer.decode(ids))[-MAX_PROMPT_CHARACTERS:] for ids in prompts]
     groups = [split.groups[index] for index in chosen]
-    lines = csv_text(COLUMNS, zip(chosen, scores, [1] * len(chosen), groups, shown, wanted, texts, strict=True))
+    header = "row", "score", "weight", "group", "prompt", "reference", "answer"
+    lines = csv_text(header, zip(chosen, scores, [1] * len(chosen), groups, shown, wanted, texts, strict=True))
     return ScoredAnswers(facts=facts, values=values, lines=lines)
 
 
@@ -108,24 +101,21 @@ def build_score(settings: AnswersConfig) -> Score:
 
     Raises ConfigError if the user's function can't be imported.
     """
-    name = _get_name(settings)
-    score: Callable[..., Any]
-    if isinstance(settings.score, AnswerScore):
-        function = find_function(settings.score.target, key="data.answers.score")
-        score = functools.partial(function, **settings.score.arguments)
-    else:
-        score = {"exact_match": match_exactly, "last_number": match_last_number}[name]
+    own, name = settings.score, settings.metric.name
+    score = {"exact_match": match_exactly, "last_number": match_last_number}.get(name)
+    if isinstance(own, AnswerScore):
+        score = functools.partial(find_function(own.target, key="data.answers.score"), **own.arguments)
+    assert score is not None
 
     def compute(answer: str, reference: str, example: Mapping[str, Any] | None) -> float:
         try:
             value = score(answer, reference, example)
+            result = f"returned {shorten(value)}"
             number = math.nan if isinstance(value, str) else float(value)
         except Exception as error:  # the function is the user's
-            result = f"raised {describe_error(error)}"
-        else:
-            if is_number(number):
-                return number
-            result = f"returned {shorten(value)}"
+            result, number = f"raised {describe_error(error)}", math.nan
+        if is_number(number):
+            return number
         raise ConfigError(
             f"`data.answers.score` must give a finite number, but `{name}` {result} for the answer {shorten(answer)} "
             f"and the reference {shorten(reference)}. Correct the function or the data."
@@ -150,12 +140,6 @@ def match_last_number(answer: str, reference: str, example: Any = None) -> float
     return float(found == wanted)
 
 
-def _get_name(settings: AnswersConfig) -> str:
-    metric = settings.metric
-    assert metric is not None
-    return metric.name
-
-
 def _choose_examples(config: RunConfig, split: Split) -> tuple[AnswersConfig, CompletionSplit, list[int]]:
     """Returns the settings, the split, and the indices of the examples to answer, spread evenly over groups."""
     assert isinstance(config.data, ChatConfig)
@@ -163,8 +147,8 @@ def _choose_examples(config: RunConfig, split: Split) -> tuple[AnswersConfig, Co
     usable = split.answer_starts.nonzero().flatten().tolist()
     if not usable:
         raise ConfigError(
-            f"the {split.name} split must have a prompt whose whole answer fits `data.max_length`, but has none. Raise "
-            f"`data.max_length` (now {config.data.max_length})."
+            f"`data.max_length` must fit the prompt and the answer of an example of {split.name}, which the model has "
+            f"to answer, but got {config.data.max_length}. Raise it."
         )
     places = {group: place for place, group in enumerate(dict.fromkeys(split.groups))}
     usable.sort(key=lambda index: places[split.groups[index]])
@@ -178,31 +162,28 @@ def _choose_examples(config: RunConfig, split: Split) -> tuple[AnswersConfig, Co
 def _generate(
     model: Any, prompts: Sequence[Tensor], references: Sequence[Tensor], *, config: RunConfig, inputs: RunInputs
 ) -> tuple[list[Tensor], int]:
-    """Returns the tokens of each answer, and the number of answers that were cut off."""
+    """Returns the tokens of each answer without the end-of-turn token, and the number of answers that were cut off."""
     assert isinstance(config.data, ChatConfig)
     tokenizer, limit, device = inputs.base.tokenizer, config.data.answers.max_new_tokens, get_device(config.trainer)
     # An answer ends with the end-of-turn token that the references end with, or where the model's makers say.
-    ends = {int(reference[-1]) for reference in references} | {tokenizer.eos_token_id}
     own = model.generation_config.eos_token_id
-    ends |= set(own if isinstance(own, list) else [own]) - {None}
-    pad = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else min(ends)
+    ends = {*(int(ids[-1]) for ids in references), tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+    ends -= {None}
+    pad = min(ends) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     # Settings that are not given here, such as a penalty for repetitions, would come from the model's own.
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False, max_new_tokens=limit, eos_token_id=sorted(ends), pad_token_id=pad, use_cache=True
     )
     lengths = torch.tensor([len(prompt) + limit for prompt in prompts])
-    batches = batch_by_length(lengths, budget=config.trainer.eval_batch_size * int(lengths.max()))
     answers: dict[int, Tensor] = {}
     num_cut_off = 0
     model.to(device).eval()
-    for batch in batches:
+    for batch in batch_by_length(lengths, budget=config.trainer.eval_batch_size * int(lengths.max())):
         chosen = [prompts[index] for index in batch]
-        ids = pad_sequence(chosen, batch_first=True, padding_value=pad, padding_side="left")
-        mask = pad_sequence([torch.ones_like(ids) for ids in chosen], batch_first=True, padding_side="left")
+        ids = pad_sequence(chosen, batch_first=True, padding_value=pad, padding_side="left").to(device)
+        mask = pad_sequence([torch.ones_like(ids) for ids in chosen], batch_first=True, padding_side="left").to(device)
         with torch.no_grad(), inputs.autocast(config), quiet_transformers():
-            output = model.generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=model.generation_config
-            )
+            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=model.generation_config)
         for index, row in zip(batch, output[:, ids.shape[1] :].cpu(), strict=True):
             end = next((place for place, token in enumerate(row.tolist()) if token in ends), None)
             answers[index], num_cut_off = row[:end], num_cut_off + (end is None)

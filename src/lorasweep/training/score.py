@@ -133,10 +133,9 @@ def write_base_answers(folder: Path, config: RunConfig, *, inputs: RunInputs) ->
     file = folder / ANSWERS_FILE.format("base")
     if get_answers(config) is not None and not file.exists():
         model = copy_sharing_weights(inputs.base.model)
-        answered = score_answers(model, inputs.splits.test(), config=config, inputs=inputs)
+        lines = score_answers(model, inputs.splits.test(), config=config, inputs=inputs).lines
         model.cpu()
-        if answered.lines is not None:
-            write_atomically(file, answered.lines)
+        write_atomically(file, lines or "")  # also without answers, so that they are not tried again
 
 
 def _score_on_split(

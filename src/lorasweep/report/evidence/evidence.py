@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorasweep.config.data import METRIC_RANGES, ScoreMetric, get_sign
+from lorasweep.config.data import METRIC_RANGES, get_sign
 from lorasweep.config.sweep import Margin, parse_margin
 from lorasweep.record import (
     ANSWERS_FILE,
@@ -159,19 +159,14 @@ def _measure_share(name: str, scores: ConfirmScores, scale: MarginScale, *, conf
     return estimate_ratio(scores, gain, scale.gain, confidence=confidence, adds_search_error=True)
 
 
-def read_confirm_scores(
-    record: SweepRecord, folder: Path, *, retained: RetainedRow | None = None, other: ScoreMetric | None = None
-) -> ConfirmScores:
+def read_confirm_scores(record: SweepRecord, folder: Path, *, retained: RetainedRow | None = None) -> ConfirmScores:
     """Returns the test scores of the complete runs of the settings that are confirmed now.
 
-    They are those of the verdicts' metric, or of an `other` metric on the same test data, or on a retained data set.
-    The last two are in the runs' records.
+    With `retained`, these are the scores on a retained data set, which are in the runs' records.
     """
-    if retained is not None:
-        metric, file = retained.metric, RETAINED_SCORES_FILE.format(retained.name)
-    else:
-        metric = (other or record.verdict_metric).name
-        file = TEST_SCORES_FILE if metric == record.metric else ANSWERS_FILE.format("test")
+    metric = record.verdict_metric.name if retained is None else retained.metric
+    file = TEST_SCORES_FILE if metric == record.metric else ANSWERS_FILE.format("test")
+    file = file if retained is None else RETAINED_SCORES_FILE.format(retained.name)
     current = {(row.subject, row.setting) for row in record.settings}
     values: dict[RunKey, float] = {}
     examples: dict[RunKey, RunExampleScores] = {}
@@ -180,13 +175,10 @@ def read_confirm_scores(
         if row.seed is None or not row.is_complete or (row.subject, row.setting_number) not in current:
             continue
         value: Any = row.value or 0.0
-        if retained is not None or other is not None:
-            scored = row.record.test if row.record else {}
-            if retained is not None:
-                scored = row.record.retained.get(retained.name, {}) if row.record else {}
-            if not is_number(value := scored.get(metric)):
-                on = f" on `{retained.name}`" if retained else f" of {metric}"
-                problems.append(f"`{row.run}` has no score{on}.")
+        if retained is not None:
+            value = row.record.retained.get(retained.name, {}).get(metric) if row.record else None
+            if not is_number(value):
+                problems.append(f"`{row.run}` has no score on `{retained.name}`.")
                 continue
         values[row.subject, row.seed] = float(value)
         path = folder / row.run / file
@@ -218,7 +210,7 @@ def answer_sweep(record: SweepRecord, scores: ConfirmScores) -> list[Answer]:
 
 def build_scale(record: SweepRecord, scores: ConfirmScores) -> MarginScale:
     """Returns the margin, the sign of the metric, and the best subjects of `frozen` and of `full`."""
-    sign = get_sign(record.verdict_metric.direction)
+    sign = record.verdict_metric.sign
 
     def find_best(method: str) -> str | None:
         arms = {arm.name for arm in record.arms if arm.method == method}
