@@ -302,11 +302,11 @@ def _check_key(key: str, known: set[str], *, primary: Primary) -> None:
     outer = (".".join(names[:depth]) for depth in range(1, len(names)))
     if key not in known and not any(f"{one}.{TARGET}" in known for one in outer):
         alias = PEFT_ALIASES.get(names[-1]) if len(names) == 1 or names[:-1] == ["method"] else None
-        files = sorted((packaged_folder("conf") / names[0]).glob("*.yaml")) if len(names) > 1 else []
-        options = [f"`{names[0]}={file.stem}`" for file in files if names[1] in OmegaConf.load(file)]
         hint = f" PEFT's `{names[-1]}` is `{alias}` here." if alias else suggest_nearest(key, sorted(known))
-        if options and not alias:
-            hint = f" It is one of {join_words(options, last='and of')}."
+        if not alias and len(names) > 1 and ".".join(names[:2]) not in known:
+            files = sorted((packaged_folder("conf") / names[0]).glob("*.yaml"))
+            options = [f"`{names[0]}={file.stem}`" for file in files if names[1] in OmegaConf.load(file)]
+            hint = f" It is one of {join_words(options, last='and of')}." if options else hint
         raise ConfigError(
             f"`{key}` is not a setting.{hint} "
             f"`lorasweep {primary} --help` lists the groups, `lorasweep train --cfg job` every key."
