@@ -166,7 +166,7 @@ class LoraPack:
         slots = len(self.points)
         for micro in self.order.get_step(step):
             rows = build_pack_batch(self.inputs.splits.train, [micro] * slots, model=self.model)
-            layout = self.inputs.lay_out(rows, self.configs[0].trainer, slots=slots)
+            layout = self.inputs.lay_out(rows, self.configs[0].trainer, model=self.model, slots=slots)
             with unpadded(self.model, layout, note_lengths=find_slots(self.model).note_lengths):
                 losses = compute_slot_losses(self.inputs.splits.task, self.model, rows, slots=slots)
             (losses / micro.step_weight).sum().backward()  # type: ignore[no-untyped-call]

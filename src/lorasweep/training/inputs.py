@@ -8,6 +8,7 @@ from typing import Any, Literal
 from weakref import WeakValueDictionary
 
 import torch
+from torch import nn
 
 from lorasweep.config.data import DataConfig
 from lorasweep.config.run import RunConfig, TrainerConfig
@@ -26,7 +27,7 @@ from lorasweep.training.memory import free_memory_bytes
 from lorasweep.training.own_data import read_own_data
 from lorasweep.training.own_module import check_steps, load_own_base
 from lorasweep.training.telemetry import Telemetry
-from lorasweep.training.unpadded import Layout, can_unpad, lay_out
+from lorasweep.training.unpadded import Layout, can_unpad, find_layers, lay_out
 from lorasweep.wording import format_bytes, join_words
 
 
@@ -57,11 +58,13 @@ class RunInputs:
         """Returns a context in which a forward pass computes as in training."""
         return torch.autocast(get_device(config.trainer).type, torch.bfloat16, enabled=self.needs_autocast(config))
 
-    def lay_out(self, batch: Batch, settings: TrainerConfig, *, slots: int = 1) -> Layout | None:
-        """Returns the layout in which a batch trains without padding; None if it trains with padding."""
+    def lay_out(self, batch: Batch, settings: TrainerConfig, *, model: nn.Module, slots: int = 1) -> Layout | None:
+        """Returns the layout in which `model` trains a batch without padding; None if it trains with padding."""
         # activation checkpointing calls layers again after the forward pass; compiling and sharding use hooks too
         is_plain = not (settings.activation_checkpointing or settings.compile or settings.is_sharded)
-        return lay_out(batch, slots=slots) if self.can_unpad and is_plain else None
+        # a block that trains in full (`modules_to_save`) is no longer a layer of the stack
+        can_unpad = self.can_unpad and is_plain and find_layers(model) is not None
+        return lay_out(batch, slots=slots) if can_unpad else None
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -150,7 +150,7 @@ class TrainingModule(lightning.LightningModule):
         self._step_began = time.perf_counter()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        layout = self.inputs.lay_out(batch, self.config.trainer)
+        layout = self.inputs.lay_out(batch, self.config.trainer, model=self.model)
         with self._dropout(), unpadded(self.model, layout):
             share = self.task.losses(self.model, batch).sum() / batch["step_weight"]
         self._micro_losses.append(share.detach())

@@ -196,7 +196,7 @@ def unpadded(model: nn.Module, layout: Layout | None, *, note_lengths: NoteLengt
         yield
         return
     assert isinstance(model, PreTrainedModel)
-    layers = _find_layers(model)
+    layers = find_layers(model)
     assert layers is not None
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -289,7 +289,7 @@ def can_unpad(model: nn.Module, batch: Batch) -> bool:
     The model must be one of transformers, with one stack of layers whose attention is eager or sdpa.
     """
     layout = lay_out(batch)
-    if layout is None or not isinstance(model, PreTrainedModel) or _find_layers(model) is None:
+    if layout is None or not isinstance(model, PreTrainedModel) or find_layers(model) is None:
         return False
     if model.config._attn_implementation not in ("eager", "sdpa"):
         return False
@@ -306,7 +306,7 @@ def can_unpad(model: nn.Module, batch: Batch) -> bool:
     return bool((outputs - expected).abs().max() <= MAX_DIFFERENCE * expected.abs().max())
 
 
-def _find_layers(model: nn.Module) -> nn.ModuleList | None:
+def find_layers(model: nn.Module) -> nn.ModuleList | None:
     """Returns the model's stack of layers; None if it has none or several."""
     stacks = [
         module

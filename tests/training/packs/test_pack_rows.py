@@ -72,9 +72,12 @@ def numbers(folder):
     return [(row["step"], row.get("loss", row.get("validation", {}).get("loss"))) for row in read_steps(folder)]
 
 
-@pytest.mark.parametrize("kind", ["table", "chat"])
-def test_packed_rows_of_different_lengths_train_as_alone(make, tmp_path, kind):
-    configs = [make(kind, settings) for settings in MIXED]
+BLOCK = {"method.modules_to_save": ["model.layers.1"]}  # a whole block trains in full, so examples are padded
+
+
+@pytest.mark.parametrize(("kind", "shared"), [("table", {}), ("chat", {}), ("chat", BLOCK)])
+def test_packed_rows_of_different_lengths_train_as_alone(make, tmp_path, kind, shared):
+    configs = [make(kind, {**settings, **shared}) for settings in MIXED]
     inputs = build_inputs(configs[0])
     jobs = []
     for n, config in enumerate(configs):

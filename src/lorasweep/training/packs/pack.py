@@ -211,7 +211,7 @@ class PackTrainer:
             for micros in zip(*(run.sampler.get_step(run.step) for run in self.runs), strict=True):
                 batch = build_pack_batch(self.inputs.splits.train, micros, model=self.model)
                 batch = move_batch(batch, self.device)
-                layout = self.inputs.lay_out(batch, self.settings, slots=slots.num_slots)
+                layout = self.inputs.lay_out(batch, self.settings, model=self.model, slots=slots.num_slots)
                 with FunctionalDropout(slots.drop), unpadded(self.model, layout, note_lengths=slots.note_lengths):
                     losses = compute_slot_losses(self.task, self.model, batch, slots=slots.num_slots)
                 # Each slot divides by the weight of its step, as a solo run does. No parameter belongs to two slots, so

@@ -106,7 +106,7 @@ def count_slot_bytes(config: RunConfig, *, inputs: RunInputs) -> int:
         micros = build_first_micro_batches(config, inputs, num_steps=NUM_COUNTED_STEPS)
         largest = max(micros, key=lambda m: len(m.indices) * int(split.lengths[torch.tensor(m.indices)].max()))
         batch = move_batch(build_pack_batch(split, [largest], model=model), device)
-        with unpadded(model, inputs.lay_out(batch, config.trainer)):
+        with unpadded(model, inputs.lay_out(batch, config.trainer, model=model)):
             saved = count_saved_bytes(
                 lambda: compute_slot_losses(inputs.splits.task, model, batch, slots=1), model=model
             )
