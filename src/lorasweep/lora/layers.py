@@ -96,7 +96,6 @@ class LoraLayer(AdaptedLayer):
         initial_a: Copy of the initial A with PiSSA, whose initial update is subtracted from the base; else None.
         initial_b: Copy of the initial B with PiSSA, else None.
         magnitude: (d_out,) in fp32, the norm of each row of the adapted weight (DoRA); else None.
-        dropout_generator: Random stream of the dropout masks; torch's default stream if None.
     """
 
     initial_a: Tensor | None
@@ -117,7 +116,6 @@ class LoraLayer(AdaptedLayer):
         super().__init__(base)
         self.target, self.config = target, target.config
         self.rank, self.row_ranges, self.scaling = target.rank, target.row_ranges, target.scaling
-        self.dropout_generator: torch.Generator | None = None
         device = self.weight.device if device is None else torch.device(device)
         is_drawn = device.type != "meta"
         (d_out, d_in), parts = matrix_shape(base), self._get_row_ranges()
@@ -220,7 +218,7 @@ class LoraLayer(AdaptedLayer):
         dropout = self.config.dropout
         if not self.training or dropout == 0 or isinstance(self.base, nn.Embedding):
             return None
-        return draw_keep_mask(x.shape, rate=dropout, device=x.device, generator=self.dropout_generator)
+        return draw_keep_mask(x.shape, rate=dropout, device=x.device)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
