@@ -27,7 +27,7 @@ from lorasweep.training.memory import free_memory_bytes
 from lorasweep.training.own_data import read_own_data
 from lorasweep.training.own_module import check_steps, load_own_base
 from lorasweep.training.telemetry import Telemetry
-from lorasweep.training.unpadded import Layout, can_unpad, find_layers, lay_out
+from lorasweep.training.unpadded import Layout, can_unpad, drops_attention, find_layers, lay_out
 from lorasweep.wording import format_bytes, join_words
 
 
@@ -64,7 +64,7 @@ class RunInputs:
         is_plain = not (settings.activation_checkpointing or settings.compile or settings.is_sharded)
         # a block that trains in full (`modules_to_save`) is no longer a layer of the stack
         can_unpad = self.can_unpad and is_plain and find_layers(model) is not None
-        return lay_out(batch, slots=slots) if can_unpad else None
+        return lay_out(batch, slots=slots, in_chunks=drops_attention(model)) if can_unpad else None
 
     @property
     def notes(self) -> tuple[str, ...]:

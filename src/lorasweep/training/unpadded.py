@@ -173,10 +173,23 @@ _LAYOUT: ContextVar[tuple[Layout, NoteLengths] | None] = ContextVar("layout", de
 """The layout of the batch that a model computes now, inside `unpadded`."""
 
 
-def lay_out(batch: Batch, *, slots: int = 1) -> Layout | None:
-    """Returns the layout of a batch; None if no example is padded, or each slot has only one."""
-    mask = batch.get("attention_mask")
+def lay_out(batch: Batch, *, slots: int = 1, in_chunks: bool = False) -> Layout | None:
+    """Returns the layout of a batch; None if each slot has only one example.
+
+    None also if no example is padded, unless attention must work `in_chunks` (`drops_attention`).
+    """
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]) if in_chunks else None)
     return None if mask is None or len(mask) == slots else Layout(mask, slots=slots)
+
+
+def drops_attention(model: nn.Module) -> bool:
+    """Returns whether the model draws dropout masks for chunks of rows, and so for other rows than without a layout.
+
+    A slot's rows may have one length while those of another slot do not, so such a model needs a layout for each batch.
+    """
+    settings: Any = model.config
+    rates = (value for name, value in vars(settings).items() if "att" in name and "drop" in name)
+    return settings._attn_implementation == "eager" and any(rates)
 
 
 def _ignore(lengths: Sequence[int]) -> None:

@@ -74,8 +74,10 @@ def numbers(folder):
 
 BLOCK = {"method.modules_to_save": ["model.layers.1"]}  # a whole block trains in full, so examples are padded
 
+DROPPING = {"model.attention": "eager", "model.dropout": 0.1}
 
-@pytest.mark.parametrize(("kind", "shared"), [("table", {}), ("chat", {}), ("chat", BLOCK)])
+
+@pytest.mark.parametrize(("kind", "shared"), [("table", {}), ("chat", {}), ("chat", BLOCK), ("table", DROPPING)])
 def test_packed_rows_of_different_lengths_train_as_alone(make, tmp_path, kind, shared):
     configs = [make(kind, {**settings, **shared}) for settings in MIXED]
     inputs = build_inputs(configs[0])
