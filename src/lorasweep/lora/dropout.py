@@ -29,8 +29,8 @@ class Dropout(nn.Dropout):
 class FunctionalDropout(TorchFunctionMode):
     """Inside this context, `torch.nn.functional.dropout` returns `drop(input, rate)`.
 
-    Models call it for attention probabilities. Kernels that drop inside, such as sdpa's, stay as they are. Do not use
-    it with activation checkpointing: the recomputation runs outside of the context, and would draw other masks.
+    Models call it for attention probabilities. Kernels that drop inside, such as sdpa's, stay as they are. Activation
+    checkpointing must compute a part of the model again inside such a context, or it draws other masks.
     """
 
     def __init__(self, drop: Callable[[Tensor, float], Tensor]) -> None:

@@ -60,8 +60,7 @@ class RunInputs:
 
     def lay_out(self, batch: Batch, settings: TrainerConfig, *, model: nn.Module, slots: int = 1) -> Layout | None:
         """Returns the layout in which `model` trains a batch without padding; None if it trains with padding."""
-        # activation checkpointing calls layers again after the forward pass; compiling and sharding use hooks too
-        is_plain = not (settings.activation_checkpointing or settings.compile or settings.is_sharded)
+        is_plain = not (settings.compile or settings.is_sharded)  # both have hooks of their own
         # a block that trains in full (`modules_to_save`) is no longer a layer of the stack
         can_unpad = self.can_unpad and is_plain and find_layers(model) is not None
         return lay_out(batch, slots=slots, in_chunks=drops_attention(model)) if can_unpad else None

@@ -30,6 +30,7 @@ from lorasweep.lora.dropout import FunctionalDropout, drop_from_default_stream
 from lorasweep.lora.inject import replace_dropout
 from lorasweep.methods import METHODS
 from lorasweep.models.load import BaseModel
+from lorasweep.training.activation_checkpointing import checkpoint_activations, save_block_contexts
 from lorasweep.training.components import check_components
 from lorasweep.training.data_module import DataModule
 from lorasweep.training.fsdp import average_gradients, check_shardable, copy_trained_weights, shard_model
@@ -161,11 +162,8 @@ class TrainingModule(lightning.LightningModule):
         return share * self.accumulate * self.trainer.world_size
 
     def _dropout(self) -> AbstractContextManager[object]:
-        """Returns the context in which functional dropout draws as in a pack. Packs neither recompute nor compile."""
-        trainer = self.config.trainer
-        if trainer.activation_checkpointing or trainer.compile:
-            return nullcontext()
-        return FunctionalDropout(drop_from_default_stream)
+        """Returns the context in which functional dropout draws as in a pack. Packs do not compile."""
+        return nullcontext() if self.config.trainer.compile else FunctionalDropout(drop_from_default_stream)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Sums losses and tokens of the step over its micro-batches and over processes, and logs them."""
@@ -293,7 +291,8 @@ def prepare_model(config: RunConfig, base: BaseModel) -> nn.Module:
     torch.manual_seed(config.seeds.dropout)
     model.train()  # turns dropout on; Lightning switches modes for evaluations and restores them
     if config.trainer.activation_checkpointing:
-        _checkpoint_activations(model)
+        # torch's compiler takes no contexts of ours
+        checkpoint_activations(model, None if config.trainer.compile else save_block_contexts())
     if config.trainer.compile:
         model.compile()
     return model
@@ -306,13 +305,3 @@ def check_run(config: RunConfig, base: BaseModel) -> None:
     check_components(config)
     if config.trainer.is_sharded:
         check_shardable(base.model)
-
-
-def _checkpoint_activations(model: nn.Module) -> None:
-    if not getattr(model, "supports_gradient_checkpointing", False):
-        raise ConfigError(
-            "`trainer.activation_checkpointing` must be false for a model that does not support it, but is true."
-        )
-    # transformers 5 renames the method
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})  # type: ignore[operator]

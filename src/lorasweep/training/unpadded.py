@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -169,8 +169,17 @@ class _Take(torch.autograd.Function):
         return grad.index_select(0, ctx.move.back).index_fill_(0, ctx.move.unused, 0), None
 
 
-_LAYOUT: ContextVar[tuple[Layout, NoteLengths] | None] = ContextVar("layout", default=None)
-"""The layout of the batch that a model computes now, inside `unpadded`."""
+class _Pass(NamedTuple):
+    """The arguments of `unpadded`, and the stack of layers that works without padding."""
+
+    model: PreTrainedModel
+    layers: nn.ModuleList
+    layout: Layout
+    note_lengths: NoteLengths
+
+
+_PASS: ContextVar[_Pass | None] = ContextVar("pass", default=None)
+"""The pass that a model computes now, inside `unpadded`."""
 
 
 def lay_out(batch: Batch, *, slots: int = 1, in_chunks: bool = False) -> Layout | None:
@@ -211,6 +220,19 @@ def unpadded(model: nn.Module, layout: Layout | None, *, note_lengths: NoteLengt
     assert isinstance(model, PreTrainedModel)
     layers = find_layers(model)
     assert layers is not None
+    with _unpad(_Pass(model, layers, layout, note_lengths)):
+        yield
+
+
+def save_layout() -> AbstractContextManager[None]:
+    """Returns a context in which activation checkpointing can compute a layer again as now, in `unpadded` or not."""
+    current = _PASS.get()
+    return nullcontext() if current is None else _unpad(current)
+
+
+@contextmanager
+def _unpad(current: _Pass) -> Iterator[None]:
+    model, layers, layout, note_lengths = current
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         positions = {name: _unpad_positions(layout, kwargs[name]) for name in kwargs if "position" in name}
@@ -229,13 +251,13 @@ def unpadded(model: nn.Module, layout: Layout | None, *, note_lengths: NoteLengt
     hooks = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
     hooks.append(layers[-1].register_forward_hook(leave))
     config, attention = model.config, model.config._attn_implementation
-    token = _LAYOUT.set((layout, note_lengths))
+    token = _PASS.set(current)
     try:
         config._attn_implementation = PREFIX + attention
         yield
     finally:
         config._attn_implementation = attention
-        _LAYOUT.reset(token)
+        _PASS.reset(token)
         for hook in hooks:
             hook.remove()
 
@@ -252,9 +274,9 @@ def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Computes attention chunk by chunk with the model's own function, for unpadded (slots, heads, width, size)."""
-    entry = _LAYOUT.get()
-    assert entry is not None
-    layout, note_lengths = entry
+    current = _PASS.get()
+    assert current is not None
+    layout, note_lengths = current.layout, current.note_lengths
     own_function = _find_attention(module)
     chunks = [_split_rows(layout, x) for x in (query, key, value)]
     outputs = []

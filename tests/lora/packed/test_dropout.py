@@ -1,3 +1,4 @@
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -7,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorasweep.lora import LoraConfig, inject_packed_lora, set_dropout_streams
 from lorasweep.lora.dropout import Dropout
+from lorasweep.lora.packed.inject import find_slots
 
 from .conftest import stream
 
@@ -55,10 +57,22 @@ def test_evaluation_and_probability_zero_draw_nothing():
 
 
 @pytest.mark.parametrize("model_drops", [True, False])
-def test_drawing_again_under_gradient_checkpointing_is_refused(model_drops):
+def test_activation_checkpointing_draws_the_same_masks_again_or_is_refused(model_drops):
     model = make_dropping(0.3 if model_drops else 0.0)
     inject_packed_lora(model, [LoraConfig(rank=1, dropout=0.0 if model_drops else 0.3)] * 2)
+    for parameter in model[0].lora_b:
+        nn.init.ones_(parameter)  # with zeros, dropout would change nothing
     run = partial(checkpoint, model, use_reentrant=False)
-    x = torch.ones(2, 6, requires_grad=True)
-    with pytest.raises(ValueError, match="activation checkpointing draws it again"):
-        run(x).sum().backward()
+    with pytest.raises(ValueError, match="must draw the dropout masks of a pack again"):
+        run(torch.ones(2, 6, requires_grad=True)).sum().backward()
+    outcomes = []
+    for again in (False, True):
+        x = torch.ones(2, 6, requires_grad=True)
+        set_dropout_streams(model, [stream(8), None])  # the second slot draws from torch's default stream
+        torch.manual_seed(9)
+        compute = partial(run, context_fn=lambda: (nullcontext(), find_slots(model).save_streams())) if again else model
+        first, second = compute(x), compute(x)
+        (first + 2 * second).sum().backward()
+        outcomes.append((first, second, x.grad))
+    assert all(torch.equal(one, other) for one, other in zip(*outcomes, strict=True))
+    assert not torch.equal(first, second)

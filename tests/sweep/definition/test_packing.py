@@ -10,6 +10,7 @@ from lorasweep.errors import ConfigError
 from lorasweep.lora.packed.inject import why_not_packable
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.packing import NEEDED_SETTINGS, explain_solo_arms, plan_packing
+from lorasweep.sweep.definition.sweep_file import find_sweep_file
 
 
 def plan(write_file, content, *overrides):
@@ -46,6 +47,15 @@ def test_a_setting_that_slots_do_not_have_runs_alone_and_says_what_mends_it(writ
     assert lora.key is None
     assert lora.reason.endswith(f"`{remedy}`.")
     assert plan(write_file, content, f"arms.lora.{remedy}")["lora"].key is not None
+
+
+def test_trials_of_the_shipped_qlora_share_packs(tmp_path):
+    (tmp_path / "chat.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+    plans = plan_packing(
+        read_definition(find_sweep_file("qlora"), ["model.path=m", f"data.train={tmp_path / 'chat.jsonl'}"])
+    )
+    assert plans["lora"].largest.trainer.activation_checkpointing
+    assert plans["lora"].key is not None
 
 
 def test_a_setting_is_needed_exactly_if_the_layers_can_not_be_packed():

@@ -277,12 +277,14 @@ def test_a_slot_whose_checkpoint_is_damaged_goes_on_from_the_one_before_and_a_no
         assert read_run(tmp_path / f"run-{n}").status == "complete"
 
 
-def test_the_stream_that_slots_share_continues_after_a_kill(make_config, tmp_path):
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+def test_the_stream_that_slots_share_continues_after_a_kill(make_config, tmp_path, checkpointing):
     """A model that drops attention probabilities in its fused kernel draws for all slots from torch's own stream."""
     model = save_gpt2(tmp_path / "model", attention=0.3, others=0.0)
 
     def config(own):
-        return make_config({**model, "model.attention": "sdpa", "method.rank": own["method.rank"]})
+        settings = {"method.rank": own["method.rank"], "method.dropout": 0.2, "model.attention": "sdpa"}
+        return make_config({**model, **settings, "trainer.activation_checkpointing": checkpointing})
 
     inputs = build_inputs(config(SETTINGS[0]))
     (tmp_path / "whole").mkdir()

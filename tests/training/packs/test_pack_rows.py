@@ -77,8 +77,10 @@ BLOCK = {"method.modules_to_save": ["model.layers.1"]}  # a whole block trains i
 DROPPING = {"model.attention": "eager", "model.dropout": 0.1}
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize(("kind", "shared"), [("table", {}), ("chat", {}), ("chat", BLOCK), ("table", DROPPING)])
-def test_packed_rows_of_different_lengths_train_as_alone(make, tmp_path, kind, shared):
+def test_packed_rows_of_different_lengths_train_as_alone(make, tmp_path, kind, shared, checkpointing):
+    shared = {**shared, "trainer.activation_checkpointing": checkpointing}
     configs = [make(kind, {**settings, **shared}) for settings in MIXED]
     inputs = build_inputs(configs[0])
     jobs = []

@@ -117,8 +117,16 @@ class LiveStorages(TorchDispatchMode):
         return sum(size for _, size in self.storages.values())
 
 
+AGAIN = {"trainer.activation_checkpointing": True}
+
+
 @pytest.mark.parametrize(
-    ("settings", "slots"), [({"method.dropout": 0.1, "method.rank": 16}, 3), ({"trainer.batch_size": 8}, 1)]
+    ("settings", "slots"),
+    [
+        ({"method.dropout": 0.1, "method.rank": 16}, 3),
+        ({"trainer.batch_size": 8}, 1),
+        ({"method.dropout": 0.1, "trainer.batch_size": 16} | AGAIN, 3),
+    ],
 )
 def test_a_real_step_takes_what_is_counted(make_config, settings, slots):
     config = make_config({"model": "tiny", **settings})
@@ -140,6 +148,9 @@ def test_a_real_step_takes_what_is_counted(make_config, settings, slots):
                 optimizer.step()
     # The weights were there before. The rest differs by a few scalars of the optimizer and by the batch, which no
     # operation made.
-    assert kept == pytest.approx(counted - trained, rel=0.02)
+    if config.trainer.activation_checkpointing:
+        assert kept < 0.5 * counted  # the block that is computed again counts too
+    else:
+        assert kept == pytest.approx(counted - trained, rel=0.02)
     # The backward pass adds temporary tensors, and frees activations while it makes gradients.
     assert 0.8 * counted < live.peak + trained < 1.25 * counted

@@ -6,7 +6,7 @@ A slot draws masks in the same order and shapes as its solo run. With equal seed
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from jaxtyping import Bool
@@ -25,6 +25,7 @@ class Slots:
         collectors: Inside `stack_once`: for each layer that was called, a function that moves the gradients of its
             stacked matrices to the parameters; else None.
         sequence_lengths: Length of each slot's sequences before padding to the longest slot; None if no slot is padded.
+        is_drawing_again: Whether activation checkpointing computes a part of the model again with the same masks.
     """
 
     def __init__(self, models: Sequence[nn.Module]) -> None:
@@ -33,6 +34,7 @@ class Slots:
         self.only_slot: int | None = None
         self.collectors: dict[object, Callable[[], None]] | None = None
         self.sequence_lengths: tuple[int, ...] | None = None
+        self.is_drawing_again = False
 
     @property
     def num_slots(self) -> int:
@@ -67,6 +69,24 @@ class Slots:
             # also after an error: `fill` of the next block drops gradients that were not collected
             self.collectors = None
 
+    def save_streams(self) -> AbstractContextManager[None]:
+        """Returns a context inside which the slots draw again the masks that they draw next. It can be entered once.
+
+        Activation checkpointing must compute a part of the model again in the context that was saved before the part:
+        `checkpoint(part, x, use_reentrant=False, context_fn=lambda: (nullcontext(), slots.save_streams()))`.
+        """
+        return self._draw_again([stream and stream.clone_state() for stream in self.generators], self.sequence_lengths)
+
+    @contextmanager
+    def _draw_again(self, streams: list[torch.Generator | None], lengths: tuple[int, ...] | None) -> Iterator[None]:
+        # The streams themselves stay where the forward pass left them. torch sets back its own default stream.
+        before = self.generators, self.sequence_lengths, self.is_drawing_again
+        self.generators, self.sequence_lengths, self.is_drawing_again = streams, lengths, True
+        try:
+            yield
+        finally:
+            self.generators, self.sequence_lengths, self.is_drawing_again = before
+
     def drop(self, x: Tensor, rate: float) -> Tensor:
         """Returns x after dropout, with masks from the streams of the slots.
 
@@ -84,14 +104,14 @@ class Slots:
             rates: Probability of False for each slot. A slot with rate 0 draws no random numbers.
 
         Raises:
-            ValueError: A backward pass is running. It would draw another mask than the forward pass.
+            ValueError: A backward pass draws the mask outside of `save_streams`, so it would be another mask.
         """
         # -1: no backward pass is running. torch has no public function that tells this; its own activation
-        # checkpointing calls this one. Only torch's default stream is set back for a recomputation, not the slots'.
-        if torch._C._current_graph_task_id() != -1:
+        # checkpointing calls this one.
+        if torch._C._current_graph_task_id() != -1 and not self.is_drawing_again:
             raise ValueError(
-                "Dropout in a pack must be drawn once, but activation checkpointing draws it again. "
-                "Set `method.dropout` and `model.dropout` to 0, or `trainer.activation_checkpointing` to false."
+                "Activation checkpointing must draw the dropout masks of a pack again, but it draws new ones. "
+                "Give `torch.utils.checkpoint.checkpoint` a `context_fn` with `Slots.save_streams`."
             )
         if self.only_slot is not None:
             return self._draw_slot(self.only_slot, x.shape, x.device, rates[self.only_slot])

@@ -24,7 +24,6 @@ NEEDED_SETTINGS: Mapping[str, Callable[[RunConfig], bool]] = {
     "method.variant=lora": lambda config: getattr(config.method, "variant", "") == "lora",
     "method.init=default": lambda config: getattr(config.method, "init", "") != "pissa",
     "trainer.compile=false": lambda config: not config.trainer.compile,
-    "trainer.activation_checkpointing=false": lambda config: not config.trainer.activation_checkpointing,
     "trainer.devices=1": lambda config: not config.trainer.needs_process_group,
     "optim=adamw": lambda config: not isinstance(config.optim, Component),
     "schedule=cosine": lambda config: not isinstance(config.schedule, Component),

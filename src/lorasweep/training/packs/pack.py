@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasweep.config.method import LoraConfig
-from lorasweep.config.run import RunConfig
+from lorasweep.config.run import RunConfig, TrainerConfig
 from lorasweep.data.batching import EvaluationSampler, MicroBatch
 from lorasweep.data.split import Batch, Split, move_batch, repeat_batch
 from lorasweep.data.tasks import Evaluation, Task
@@ -52,6 +52,7 @@ from lorasweep.lora.dropout import FunctionalDropout
 from lorasweep.lora.packed.inject import find_slots, set_sequence_lengths
 from lorasweep.methods import add_head_to_modules_to_save, copy_sharing_weights, draw_head
 from lorasweep.record import RunStatus
+from lorasweep.training.activation_checkpointing import checkpoint_activations, save_block_contexts
 from lorasweep.training.checkpoint import (
     PackState,
     read_pack_state,
@@ -287,7 +288,8 @@ class PackTrainer:
         if freed or len(self.runs) > num_before:
             self._arrange([slot for slot in range(len(self.runs)) if slot not in empty])
         set_dropout_streams(self.model, [run.stream for run in self.runs])
-        self.model.train()  # after the refill, because new layers get the model's mode, which is still `eval`
+        # after the refill, because new layers get the model's mode, which is still `eval`
+        _set_training_mode(self.model, self.settings)
         # 5 to 7
         for slot, run in enumerate(self.runs):
             self._save_checkpoint(slot, run)
@@ -403,7 +405,14 @@ def build_pack(configs: Sequence[RunConfig], *, inputs: RunInputs) -> tuple[nn.M
         generators=[torch.Generator().manual_seed(config.seeds.init) for config in configs],
         prepare_copy=_build_prepare_copy(inputs),
     )
-    return model.train(), coverages
+    _set_training_mode(model, configs[0].trainer)
+    return model, coverages
+
+
+def _set_training_mode(model: nn.Module, settings: TrainerConfig) -> None:
+    model.train()
+    if settings.activation_checkpointing:
+        checkpoint_activations(model, save_block_contexts(find_slots(model)))
 
 
 def _build_lora_config(config: RunConfig, inputs: RunInputs) -> LoraConfig:

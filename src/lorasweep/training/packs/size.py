@@ -108,7 +108,9 @@ def count_slot_bytes(config: RunConfig, *, inputs: RunInputs) -> int:
         batch = move_batch(build_pack_batch(split, [largest], model=model), device)
         with unpadded(model, inputs.lay_out(batch, config.trainer, model=model)):
             saved = count_saved_bytes(
-                lambda: compute_slot_losses(inputs.splits.task, model, batch, slots=1), model=model
+                lambda: compute_slot_losses(inputs.splits.task, model, batch, slots=1),
+                model=model,
+                is_checkpointed=config.trainer.activation_checkpointing,
             )
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return saved + BYTES_PER_TRAINED_PARAMETER * trained
