@@ -1,16 +1,19 @@
 """The memory that a step of a pack adds, with all logits, with those of scored tokens in chunks, and without a head.
 
-    python benchmarks/bench_loss.py [--shapes smollm2 qwen3] [--dtype bf16] [--scored 0.33] [--slots 4] [--steps 3]
+    python benchmarks/bench_loss.py [--shapes smollm2 qwen3] [--ways "in chunks" ...] [--slots 4 ...]
+        [--activations kept recomputed] [--dtype bf16] [--scored 0.33] [--steps 3]
 
 Each row is a new process: a model of random weights, one slot for each run, rank 8 in all linear layers but the head,
 2 × 256 tokens a slot without padding. `added` is the highest resident memory in the steps (forward, loss, backward)
-over that before the first. `no head` sums the hidden states instead of a loss, so it is the floor. `qwen3` has 4 of the
-28 layers of Qwen3-0.6B. Seconds are valid only if nothing else runs.
+over that before the first, and `counted` what `plan` counts for it (the gradients, and `count_saved_bytes`). `no head`
+sums the hidden states instead of a loss, so it is the floor. `recomputed` is activation checkpointing. `qwen3` has 4 of
+the 28 layers of Qwen3-0.6B. Seconds are valid only if nothing else runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import subprocess
 import sys
@@ -28,7 +31,9 @@ from lorasweep.data.split import IGNORED, Batch
 from lorasweep.data.tasks import LanguageModelling
 from lorasweep.lora import LoraConfig, inject_packed_lora
 from lorasweep.lora.packed.inject import find_slots
+from lorasweep.training.activation_checkpointing import checkpoint_activations, save_block_contexts
 from lorasweep.training.environment import DTYPES
+from lorasweep.training.memory import count_saved_bytes
 from lorasweep.training.packs.pack import compute_slot_losses
 
 ROWS, LENGTH = 2, 256
@@ -57,13 +62,15 @@ WAYS = ("all logits", "in chunks", "no head")
 MIB = 2**20
 
 
-def build_pack(shape: str, dtype: torch.dtype, slots: int) -> nn.Module:
+def build_pack(shape: str, dtype: torch.dtype, *, slots: int, is_checkpointed: bool) -> nn.Module:
     torch.manual_seed(0)
     model: nn.Module = transformers.AutoModelForCausalLM.from_config(SHAPES[shape], dtype=dtype)
     model.config.use_cache = False  # type: ignore[union-attr]
     if not can_score_by_chunk(model):
         raise SystemExit(f"the shape {shape!r} can't score in chunks")
     inject_packed_lora(model, [LoraConfig(rank=8)] * slots)
+    if is_checkpointed:
+        checkpoint_activations(model, save_block_contexts(find_slots(model)))
     return model.train()
 
 
@@ -77,8 +84,10 @@ def build_batch(vocabulary: int, slots: int, scored: float) -> Batch:
 
 def measure(arguments: argparse.Namespace) -> str:
     """Returns a row of the table, measured in this process."""
-    shape, way, slots = arguments.shapes[0], arguments.way, arguments.slots
-    model = build_pack(shape, DTYPES[arguments.dtype], slots)
+    lists = arguments.shapes, arguments.ways, arguments.slots, arguments.activations
+    shape, way, slots, activations = (values[0] for values in lists)
+    is_checkpointed = activations == "recomputed"
+    model = build_pack(shape, DTYPES[arguments.dtype], slots=slots, is_checkpointed=is_checkpointed)
     batch = build_batch(SHAPES[shape].vocab_size, slots, arguments.scored)
     task = LanguageModelling(bytes_per_token=1.0, by_chunk=way == "in chunks")
 
@@ -99,7 +108,12 @@ def measure(arguments: argparse.Namespace) -> str:
         seconds.append(time.perf_counter() - started)
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     added = int(status["VmHWM"].split()[0]) * 1024 - before
-    return f"| {shape} | {way} | {added / MIB:,.0f} | {statistics.median(seconds):.2f} |"
+    gradients = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    counted = gradients + count_saved_bytes(compute, model=model, is_checkpointed=is_checkpointed)
+    return (
+        f"| {shape} | {way} | {slots} | {activations} | {added / MIB:,.0f} | {counted / MIB:,.0f} | "
+        f"{statistics.median(seconds):.2f} |"
+    )
 
 
 def main() -> None:
@@ -107,20 +121,23 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--dtype", default="bf16", choices=["fp32", "bf16"])
     parser.add_argument("--scored", type=float, default=0.33, help="share of the tokens that are scored")
-    parser.add_argument("--slots", type=int, default=4)
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
+    parser.add_argument("--slots", nargs="+", type=int, default=[4])
+    parser.add_argument("--activations", nargs="+", default=["kept"], choices=["kept", "recomputed"])
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--way", choices=WAYS, help="measure this way in this process")
+    parser.add_argument("--here", action="store_true", help="measure one row in this process")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if arguments.way:
+    if arguments.here:
         print(measure(arguments), flush=True)
         return
-    print("| shape | loss | added MiB | s a step |\n|---|---|--:|--:|", flush=True)
-    for shape in arguments.shapes:
-        for way in WAYS:
-            command = [sys.executable, __file__, *sys.argv[1:], "--shapes", shape, "--way", way]
-            subprocess.run(command, check=True)
+    print("| shape | loss | slots | activations | added MiB | counted MiB | s a step |")
+    print("|---|---|--:|---|--:|--:|--:|", flush=True)
+    rows = itertools.product(arguments.shapes, arguments.ways, arguments.slots, arguments.activations)
+    for shape, way, slots, activations in rows:
+        own = ["--shapes", shape, "--ways", way, "--slots", str(slots), "--activations", activations, "--here"]
+        subprocess.run([sys.executable, __file__, *sys.argv[1:], *own], check=True)
 
 
 if __name__ == "__main__":
