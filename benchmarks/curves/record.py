@@ -33,7 +33,7 @@ from lorasweep.data.batching import StepBatchSampler, build_evaluation_loader
 from lorasweep.data.split import Split, repeat_batch
 from lorasweep.data.tasks import Evaluation
 from lorasweep.lora import inject_packed_lora, set_dropout_streams, slot_model
-from lorasweep.lora.packed.inject import find_slots, set_sequence_lengths
+from lorasweep.lora.packed.inject import find_slots
 from lorasweep.methods import METHODS, add_head_to_modules_to_save, copy_sharing_weights, draw_head
 from lorasweep.training.environment import deterministic_algorithms
 from lorasweep.training.inputs import RunInputs, build_inputs
@@ -185,7 +185,7 @@ class LoraPack:
         slots, task = len(self.points), self.inputs.splits.get_task(split)
         evaluations = [Evaluation(task) for _ in self.points]
         self.model.eval()
-        set_sequence_lengths(self.model, None)
+        find_slots(self.model).note_lengths(None)
         rows_per_batch = self.configs[0].trainer.eval_batch_size
         for batch in build_evaluation_loader(split, batch_size=rows_per_batch):
             scores = task.score(self.model, repeat_batch(batch, slots=slots))

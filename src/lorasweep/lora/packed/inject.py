@@ -168,18 +168,9 @@ def set_dropout_streams(model: nn.Module, streams: Sequence[torch.Generator | No
 
     A slot draws the same masks as a solo run if its stream has the seed that the solo run gives to torch. This holds
     for LoRA layers on any device, and for the base's `nn.Dropout` on a CPU. The slot's batches must have the same shape
-    as the solo run's batches. If the pack pads the batches, call `set_sequence_lengths` too.
+    as the solo run's batches. If the pack pads the batches, call `Slots.note_lengths` too.
     """
     find_slots(model).generators[:] = streams
-
-
-def set_sequence_lengths(model: nn.Module, lengths: Sequence[int] | None) -> None:
-    """Sets the length of each slot's sequences before padding to the longest slot; None if no slot is padded.
-
-    For inputs of shape (rows, length, ...) and probabilities of shape (rows, heads, length, length), dropout then draws
-    a mask only for a slot's unpadded length, so that the mask equals the solo run's.
-    """
-    find_slots(model).note_lengths(lengths)
 
 
 def find_slots(model: nn.Module) -> Slots:

@@ -41,7 +41,11 @@ class Slots:
         return len(self.models)
 
     def note_lengths(self, lengths: Sequence[int] | None) -> None:
-        """Sets `sequence_lengths` for the modules that are called next."""
+        """Sets `sequence_lengths` for the modules that are called next.
+
+        For inputs of shape (rows, length, ...) and probabilities of shape (rows, heads, length, length), dropout then
+        draws a mask only for a slot's unpadded length, so that the mask equals the solo run's.
+        """
         self.sequence_lengths = None if lengths is None else tuple(lengths)
 
     @contextmanager

@@ -49,7 +49,7 @@ from lorasweep.lora import (
     slot_model,
 )
 from lorasweep.lora.dropout import FunctionalDropout
-from lorasweep.lora.packed.inject import find_slots, set_sequence_lengths
+from lorasweep.lora.packed.inject import find_slots
 from lorasweep.methods import add_head_to_modules_to_save, copy_sharing_weights, draw_head
 from lorasweep.record import RunStatus
 from lorasweep.training.activation_checkpointing import checkpoint_activations, save_block_contexts
@@ -243,7 +243,7 @@ class PackTrainer:
         # The batch size depends only on the number of current slots. A resumed pack does not know earlier numbers.
         batch_size = max(1, self.settings.eval_batch_size // slots)
         batches = EvaluationSampler(split, batch_size=batch_size, fraction=self.runs[0].request.config.eval_fraction)
-        set_sequence_lengths(self.model, None)  # every slot evaluates the same rows
+        find_slots(self.model).note_lengths(None)  # every slot evaluates the same rows
         self.model.eval()
         with find_slots(self.model).stack_once():
             for micro in batches:
@@ -431,7 +431,7 @@ def _build_prepare_copy(inputs: RunInputs) -> functools.partial[None]:
 def build_pack_batch(split: Split, micros: Sequence[MicroBatch], *, model: nn.Module) -> Batch:
     """Returns a slot-major batch of all slots' examples, and sets the slots' sequence lengths in the packed model."""
     max_lengths = [int(split.lengths[torch.tensor(micro.indices)].max()) for micro in micros]
-    set_sequence_lengths(model, max_lengths if len(set(max_lengths)) > 1 else None)
+    find_slots(model).note_lengths(max_lengths if len(set(max_lengths)) > 1 else None)
     return split.batch([index for micro in micros for index in micro.indices])
 
 
