@@ -55,16 +55,19 @@ def make_batch(lengths=(7, 3, 9, 8)):
 
 
 def train_step(model, batch):
-    """Returns the losses of two micro-batches and all gradients. The backward pass runs in another thread, as on a
-    GPU, after the contexts of the forward pass."""
+    """Returns the losses of two micro-batches and all gradients. The first backward pass runs after the contexts of the
+    forward pass in another thread, as on a GPU, and the second inside the contexts."""
     slots, layout, losses = find_slots(model), lay_out(batch, slots=len(SLOTS)), []
     with slots.stack_once():
-        for _ in range(2):
+        for is_second in (False, True):
             with FunctionalDropout(slots.drop), unpadded(model, layout, note_lengths=slots.note_lengths):
                 losses.append(model(**batch).logits.square().mean())
-            thread = Thread(target=losses[-1].backward)
-            thread.start()
-            thread.join()
+                if is_second:
+                    losses[-1].backward()
+            if not is_second:
+                thread = Thread(target=losses[-1].backward)
+                thread.start()
+                thread.join()
     return torch.stack(losses).detach(), [p.grad for p in model.parameters() if p.grad is not None]
 
 

@@ -248,12 +248,13 @@ def _unpad(current: _Pass) -> Iterator[None]:
         note_lengths(layout.row_lengths)
         return (layout.pad_rows(output[0]), *output[1:]) if isinstance(output, tuple) else layout.pad_rows(output)
 
-    hooks = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
-    hooks.append(layers[-1].register_forward_hook(leave))
-    config, attention = model.config, model.config._attn_implementation
+    config, attention, hooks = model.config, model.config._attn_implementation, []
+    if not attention.startswith(PREFIX):  # a backward pass inside `unpadded` computes a layer again, where hooks exist
+        hooks = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
+        hooks.append(layers[-1].register_forward_hook(leave))
     token = _PASS.set(current)
     try:
-        config._attn_implementation = PREFIX + attention
+        config._attn_implementation = PREFIX + attention.removeprefix(PREFIX)
         yield
     finally:
         config._attn_implementation = attention
