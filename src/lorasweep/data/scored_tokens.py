@@ -50,7 +50,9 @@ def score_tokens(
     num_slots = 1 if slots is None else slots.num_slots
     # the scored positions of each slot, and then others, whose loss is 0, up to the number of the slot with the most
     scored = (targets != IGNORED).view(num_slots, -1)
-    counts = scored.sum(1).tolist()
+    # counted on the CPU when the batch was moved, because reading a count from a GPU would wait for it
+    num_scored = batch["num_scored"].view(num_slots, -1) if "num_scored" in batch else scored
+    counts = num_scored.sum(1).tolist()
     width = max(1, *counts)
     places = scored.int().argsort(dim=1, descending=True, stable=True)[:, :width]
     places = places + scored.shape[1] * torch.arange(num_slots, device=targets.device)[:, None]

@@ -13,7 +13,9 @@ from torch import Tensor
 
 IGNORED = -100
 """Target at positions that are not scored. It is the `ignore_index` of torch's cross-entropy."""
-NON_MODEL_KEYS = ("targets", "weights", "step_weight", "num_tokens")
+HOST_KEYS = ("num_tokens", "num_scored", "row_lengths")
+"""Keys of a batch whose values stay on the CPU, which reads them. Reading them from a GPU would wait for it."""
+NON_MODEL_KEYS = ("targets", "weights", "step_weight", *HOST_KEYS)
 """Keys of a batch that are not arguments of the model."""
 
 Batch = dict[str, Tensor]
@@ -21,8 +23,10 @@ Batch = dict[str, Tensor]
 
 - `targets`: the next token at each position, (batch, length) int64, or `IGNORED`. For labels: one label per example.
 - `weights`: the weight of each example's loss, (examples,) float. Only if weights differ.
-- `step_weight`: the number that divides the step's loss, a scalar. Only in batches of a loader.
+- `step_weight`: the number that divides the step's loss, a scalar, or in a pack one for each slot. Only in training.
 - `num_tokens`: number of positions without padding, a scalar. Only in batches of a loader.
+- `num_scored`: number of scored tokens of each row. Only in moved batches of text.
+- `row_lengths`: number of tokens of each row. Only in moved batches with an `attention_mask`.
 """
 
 
@@ -76,7 +80,18 @@ def padding_fraction(lengths: Int[Tensor, " examples"], batches: Sequence[Sequen
 
 
 def move_batch(batch: Batch, device: torch.device) -> Batch:
-    return {name: value.to(device) for name, value in batch.items()}
+    """Returns a batch of the CPU on `device`, except for what the CPU reads (`HOST_KEYS`), which is counted here."""
+    counted = dict(batch)
+    if batch["targets"].dim() == 2:
+        counted["num_scored"] = (batch["targets"] != IGNORED).sum(1)
+    if "attention_mask" in batch:
+        counted["row_lengths"] = batch["attention_mask"].sum(1)
+    return {name: value if name in HOST_KEYS else move_tensor(value, device) for name, value in counted.items()}
+
+
+def move_tensor(tensor: Tensor, device: torch.device) -> Tensor:
+    """Returns a tensor of the CPU on `device`. A copy from pinned memory to a GPU does not wait for the GPU."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def repeat_batch(batch: Batch, *, slots: int) -> Batch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lightning
+import torch
 from torch.utils.data import DataLoader
 
 from lorasweep.data.batching import (
@@ -14,7 +15,7 @@ from lorasweep.data.batching import (
     build_loader,
 )
 from lorasweep.data.build_splits import DataSplits
-from lorasweep.data.split import Batch
+from lorasweep.data.split import Batch, move_batch
 from lorasweep.errors import ConfigError
 from lorasweep.training.inputs import share_inputs
 from lorasweep.training.restore import RunSettings, read_settings
@@ -88,6 +89,9 @@ class DataModule(lightning.LightningDataModule):
             share=self.share,
         )
         return build_loader(self.splits.train, batches)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return move_batch(batch, device)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         return build_evaluation_loader(

@@ -8,6 +8,7 @@ rounding. Nothing in the model changes: the hooks and the attention function are
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,7 +24,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lorasweep.data.split import NON_MODEL_KEYS, Batch
+from lorasweep.data.split import NON_MODEL_KEYS, Batch, move_tensor
 
 ATTENTION_CHUNKS = 4
 """Number of chunks of similar lengths in which attention computes the rows of a slot. More chunks have less padding and
@@ -57,27 +58,30 @@ class Layout:
         chunks: The rows in chunks of similar lengths.
     """
 
-    def __init__(self, mask: Int[Tensor, "rows length"], *, slots: int) -> None:
-        """Reads the lengths of the rows from a mask that is 1 at the first tokens of each row, and 0 at padding."""
-        self.shape = mask.shape
-        lengths = mask.cpu().sum(1)  # on a GPU, each index that is read would wait
+    def __init__(self, lengths: Int[Tensor, " rows"], *, length: int, device: torch.device, slots: int) -> None:
+        """Lays out rows of these lengths (on the CPU) that are padded to `length`, for a batch on `device`."""
+        self.shape = torch.Size((len(lengths), length))
         by_slot = lengths.view(slots, -1)  # (slots, rows of a slot)
         self.slot_lengths: tuple[int, ...] = tuple(by_slot.sum(1).tolist())
         self.row_lengths: tuple[int, ...] = tuple(by_slot.amax(1).tolist())
         self.width = max(self.slot_lengths)
         # the first position of each row in the unpadded sequences, which are numbered as one
         starts = by_slot.cumsum(1) - by_slot + self.width * torch.arange(slots)[:, None]
-        self.chunks = list(_iter_chunks(by_slot))
-        order = torch.cat([chunk.rows for chunk in self.chunks])
-        widths = torch.cat([chunk.rows.new_full((len(chunk.rows),), chunk.length) for chunk in self.chunks])
+        chunks = list(_iter_chunks(by_slot))
+        order = torch.cat([chunk.rows for chunk in chunks])
+        widths = torch.cat([chunk.rows.new_full((len(chunk.rows),), chunk.length) for chunk in chunks])
         num_positions = slots * self.width
-        padded = torch.arange(len(lengths)) * mask.shape[1]
-        unpad = _Move.between(padded, starts.flatten(), lengths, sizes=(mask.numel(), num_positions))
+        padded = torch.arange(len(lengths)) * length
+        unpad = _Move.between(padded, starts.flatten(), lengths, sizes=(self.shape.numel(), num_positions))
         ends = widths.cumsum(0)
         to_chunks = _Move.between(
             starts.flatten()[order], ends - widths, lengths[order], sizes=(num_positions, int(ends[-1]))
         )
-        self.unpad, self.to_chunks = unpad.to(mask.device), to_chunks.to(mask.device)
+        # one copy, because each costs a GPU more than its few numbers
+        indices = (*unpad, *to_chunks, *(chunk.rows for chunk in chunks))
+        moved = torch.split(move_tensor(torch.cat(indices), device), [len(index) for index in indices])
+        self.unpad, self.to_chunks = _Move(*moved[:4]), _Move(*moved[4:8])
+        self.chunks = [chunk._replace(rows=rows) for chunk, rows in zip(chunks, moved[8:], strict=True)]
         self.pad, self.from_chunks = self.unpad.reversed(), self.to_chunks.reversed()
         self._moved: dict[int, tuple[Tensor, Tensor]] = {}
         self._masks: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -108,7 +112,7 @@ class Layout:
             return None
         if (id(mask), index) not in self._masks:
             chunk = self.chunks[index]
-            rows = mask if mask.shape[0] == 1 else mask[chunk.rows.to(mask.device)]
+            rows = mask if mask.shape[0] == 1 else mask[chunk.rows]
             self._masks[id(mask), index] = mask, rows[:, :, : chunk.length, : chunk.length]
         return self._masks[id(mask), index][1]
 
@@ -147,9 +151,6 @@ class _Move(NamedTuple):
     def reversed(self) -> _Move:
         return _Move(self.back, self.take, self.unused, self.padding)
 
-    def to(self, device: torch.device) -> _Move:
-        return _Move(*(positions.to(device) for positions in self))
-
     def __call__(self, x: Tensor) -> Tensor:
         moved: Tensor = _Take.apply(x, self)  # type: ignore[no-untyped-call]
         return moved
@@ -187,8 +188,14 @@ def lay_out(batch: Batch, *, slots: int = 1, in_chunks: bool = False) -> Layout 
 
     None also if no example is padded, unless attention must work `in_chunks` (`drops_attention`).
     """
-    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]) if in_chunks else None)
-    return None if mask is None or len(mask) == slots else Layout(mask, slots=slots)
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    if len(ids) == slots or (mask is None and not in_chunks):
+        return None
+    if mask is None:
+        lengths = torch.full((len(ids),), ids.shape[1])
+    else:
+        lengths = batch["row_lengths"] if "row_lengths" in batch else mask.sum(1).cpu()
+    return Layout(lengths, length=ids.shape[1], device=ids.device, slots=slots)
 
 
 def drops_attention(model: nn.Module) -> bool:
@@ -314,9 +321,15 @@ def _find_attention(module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
     return own_function
 
 
+def _build_mask(own_function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """Returns the model's mask. transformers would look for padding first, which waits for a GPU: there is some."""
+    return own_function(*args, **kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+
+
 for _name in ("eager", "sdpa"):
     AttentionInterface.register(PREFIX + _name, _attend)
-    AttentionMaskInterface.register(PREFIX + _name, ALL_MASK_ATTENTION_FUNCTIONS[_name])
+    _build: Any = functools.partial(_build_mask, ALL_MASK_ATTENTION_FUNCTIONS[_name])
+    AttentionMaskInterface.register(PREFIX + _name, _build)
 
 
 def can_unpad(model: nn.Module, batch: Batch) -> bool:
