@@ -115,16 +115,15 @@ class PackedLoraLayer(AdaptedLayer):
     def _get_factors(self, x: Tensor, *, is_dropped: bool) -> list[Float[Tensor, "slots 1 1"]]:
         """Returns each group's scalings in fp32 or wider, divided by (1 - dropout) if inputs are dropped.
 
-        The tensors are no buffers, because casting the model to bf16 would round buffers. They are cached, because
-        creating a tensor on a GPU waits for the GPU.
+        The tensors are no buffers, because casting the model to bf16 would round buffers.
         """
         dtype = torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else self.lora_a[0].dtype
         key = (dtype, x.device, is_dropped)
         if key not in self._factors:
-            factors = [
+            factors = tuple(
                 layer.scaling / (1 - layer.config.dropout * is_dropped) if layer else 0.0 for layer in self.layers
-            ]
-            stacked = torch.tensor(factors, dtype=dtype, device=x.device)[:, None, None]
+            )
+            stacked = self.slots.share_factors(factors, dtype=dtype, device=x.device)
             self._factors[key] = [stacked[group] for group in self._groups]
         return self._factors[key]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lorasweep.lora.dropout import draw_keep_mask, drop, drop_from_default_stream
@@ -35,6 +35,7 @@ class Slots:
         self.collectors: dict[object, Callable[[], None]] | None = None
         self.sequence_lengths: tuple[int, ...] | None = None
         self.is_drawing_again = False
+        self._factors: dict[object, Tensor] = {}
 
     @property
     def num_slots(self) -> int:
@@ -47,6 +48,15 @@ class Slots:
         draws a mask only for a slot's unpadded length, so that the mask equals the solo run's.
         """
         self.sequence_lengths = None if lengths is None else tuple(lengths)
+
+    def share_factors(
+        self, values: tuple[float, ...], *, dtype: torch.dtype, device: torch.device
+    ) -> Float[Tensor, "slots 1 1"]:
+        """Returns one number per slot. All layers with the same numbers get the same tensor, so a GPU waits once."""
+        key = (values, dtype, device)
+        if key not in self._factors:
+            self._factors[key] = torch.tensor(values, dtype=dtype, device=device)[:, None, None]
+        return self._factors[key]
 
     @contextmanager
     def compute_only_slot(self, slot: int) -> Iterator[None]:
