@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -361,6 +361,12 @@ class Evaluation(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         return self.task.compute(self.examples)
+
+
+def read_metrics(evaluations: Sequence[Mapping[str, Tensor]]) -> list[dict[str, float]]:
+    """Returns the metrics of several evaluations as numbers. One read for all, because each waits for the GPU."""
+    values = iter(torch.stack([x.double() for metrics in evaluations for x in metrics.values()]).tolist())
+    return [{name: next(values) for name in metrics} for metrics in evaluations]
 
 
 def _unpack(scores: ExampleScores) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +64,7 @@ class RunCallback(lightning.Callback):
     """The status and reason of a run that ends before its last step."""
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self.counted_tokens = self.run.progress.tokens_trained  # the tokens of the steps before the resume
+        self.counted_tokens = self.run.progress.tokens  # the tokens of the steps before the resume
         if self.run_log is not None:
             record = self.run_log.record
             record.trainable_params = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
@@ -135,9 +136,11 @@ class RunCallback(lightning.Callback):
     def _flush(self) -> None:
         """Counts the tokens since the last flush, and writes the steps on the first process."""
         progress = self.run.progress
-        tokens = progress.tokens_trained  # waits for the device, which still counts as training
-        self.telemetry.add_tokens(tokens - self.counted_tokens)
-        self.counted_tokens = tokens
+        began = time.perf_counter()
+        self.run.step_losses.cpu()  # waits for the device, which still counts as training
+        progress.train_s += time.perf_counter() - began
+        self.telemetry.add_tokens(progress.tokens - self.counted_tokens)
+        self.counted_tokens = progress.tokens
         self.telemetry.switch("saving")
         if self.run_log is not None:
             self.run_log.flush(progress.tokens_per_s)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -65,6 +65,11 @@ def resolve_device(config: TrainerConfig) -> Literal["cpu", "gpu"]:
 
 def get_device(config: TrainerConfig) -> torch.device:
     return torch.device("cuda" if resolve_device(config) == "gpu" else "cpu")
+
+
+def fork_random_streams(device: torch.device) -> AbstractContextManager[None]:
+    """Returns a context after which torch's default streams of the CPU and of `device` are as before."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def name_device() -> str:

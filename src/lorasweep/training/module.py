@@ -31,8 +31,10 @@ from lorasweep.lora.inject import replace_dropout
 from lorasweep.methods import METHODS
 from lorasweep.models.load import BaseModel
 from lorasweep.training.activation_checkpointing import checkpoint_activations, save_block_contexts
+from lorasweep.training.checkpoint import read_rng_state, restore_rng_state
 from lorasweep.training.components import check_components
 from lorasweep.training.data_module import DataModule
+from lorasweep.training.environment import fork_random_streams
 from lorasweep.training.fsdp import average_gradients, check_shardable, copy_trained_weights, shard_model
 from lorasweep.training.inputs import RunInputs, share_inputs
 from lorasweep.training.optim import check_optim, configure_optimizers
@@ -88,8 +90,7 @@ class TrainingModule(lightning.LightningModule):
         self.progress = TrainingProgress()
         self.step_losses = torch.zeros(0)
         self._micro_losses: list[Tensor] = []
-        self._micro_tokens: list[Tensor] = []
-        self._micro_positions = 0
+        self._micro_tokens = self._micro_positions = 0
         self._step_began = 0.0
         self.strict_loading = False  # a checkpoint has only the trained parameters
 
@@ -128,7 +129,7 @@ class TrainingModule(lightning.LightningModule):
             return self.model
         copy = None
         if self.global_rank == 0:
-            with torch.random.fork_rng(devices=[]):  # `prepare_model` sets the seed, and training continues
+            with fork_random_streams(self.device):  # `prepare_model` sets the seed, and training continues
                 copy = prepare_model(self.config, self.base)
         copy_trained_weights(self.model, copy)
         return copy or self.model
@@ -155,7 +156,7 @@ class TrainingModule(lightning.LightningModule):
         with self._dropout(), unpadded(self.model, layout):
             share = self.task.losses(self.model, batch).sum() / batch["step_weight"]
         self._micro_losses.append(share.detach())
-        self._micro_tokens.append(batch["num_tokens"])
+        self._micro_tokens += int(batch["num_tokens"])
         self._micro_positions += batch["input_ids"].numel() if layout is None else layout.num_positions
         # Each share is already divided by the weight of the whole step, so shares must be added up. Lightning averages
         # over micro-batches, and its strategies average over processes, which this factor reverses.
@@ -169,26 +170,26 @@ class TrainingModule(lightning.LightningModule):
         """Sums losses and tokens of the step over its micro-batches and over processes, and logs them."""
         if self._device_mesh is not None:
             average_gradients(self.model)  # before they are clipped
-        losses, tokens = torch.stack(self._micro_losses), torch.stack(self._micro_tokens).sum()
-        positions = self._micro_positions
-        self._micro_losses, self._micro_tokens, self._micro_positions = [], [], 0
+        losses, tokens, positions = torch.stack(self._micro_losses), self._micro_tokens, self._micro_positions
+        self._micro_losses, self._micro_tokens, self._micro_positions = [], 0, 0
         if self.trainer.world_size > 1:
             # one message for all values, in float64, which represents counts exactly
-            counts = torch.stack([tokens, torch.full_like(tokens, positions)])
-            totals = self.trainer.strategy.reduce(torch.cat([losses.double(), counts.double()]), reduce_op="sum")
-            losses, tokens, positions = totals[:-2], totals[-2].long(), int(totals[-1])
-        self.progress.tokens = tokens + self.progress.tokens
+            counts = losses.new_tensor([tokens, positions], dtype=torch.float64)
+            totals = self.trainer.strategy.reduce(torch.cat([losses.double(), counts]), reduce_op="sum")
+            losses, (tokens, positions) = totals[:-2], totals[-2:].long().tolist()  # waits for the other processes
+        self.progress.tokens += tokens
         self.progress.positions += positions
         self.step_losses = losses
         # With a user's `accumulate_grad_batches` a step has several batches. Lightning averages their gradients, so the
         # logged loss is their mean, too.
         self.log("train/loss", losses.sum().float() * (self.accumulate / len(losses)), prog_bar=True)
-        self.log("train/lr", optimizer.param_groups[0]["lr"])
+        # tensors, because Lightning would copy a number to the GPU, and wait for it
+        self.log("train/lr", torch.tensor(optimizer.param_groups[0]["lr"]))
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         self.progress.train_s += time.perf_counter() - self._step_began
-        self.log("train/tokens_per_s", self.progress.tokens_per_s, prog_bar=True)
-        self.log("train/padding_fraction", self.progress.padding_fraction)
+        self.log("train/tokens_per_s", torch.tensor(self.progress.tokens_per_s), prog_bar=True)
+        self.log("train/padding_fraction", torch.tensor(self.progress.padding_fraction))
 
     def configure_gradient_clipping(
         self,
@@ -202,9 +203,8 @@ class TrainingModule(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         scores = self.task.score(self.model, batch)
-        # If there are fewer examples than processes, some processes get an example that must not count. Its step weight
-        # is infinite.
-        end = None if batch["step_weight"].isfinite().all() else 0
+        # If there are fewer examples than processes, some processes get an example that must not count.
+        end = None if batch["num_tokens"] else 0
         self.evaluation.update(scores.map(lambda values: values[:end]))
 
     def on_validation_epoch_end(self) -> None:
@@ -243,7 +243,7 @@ class TrainingModule(lightning.LightningModule):
         """Keeps the trained parameters without the base, and the random state of every process."""
         trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
-        streams = [torch.get_rng_state()] * self.trainer.world_size
+        streams = [read_rng_state(self.device)] * self.trainer.world_size
         if len(streams) > 1:
             dist.all_gather_object(streams, streams[0])
         checkpoint["base"] = self.base.fingerprint
@@ -260,7 +260,7 @@ class TrainingModule(lightning.LightningModule):
         self.progress = TrainingProgress.from_state(checkpoint["progress"])
         streams = checkpoint["dropout_streams"]
         if self._trainer is not None and self.global_rank < len(streams):  # the checkpoint may have fewer processes
-            torch.set_rng_state(streams[self.global_rank])
+            restore_rng_state(streams[self.global_rank], self.device)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: FBT001, FBT002
         # Not strict, because a checkpoint never has the base's weights.

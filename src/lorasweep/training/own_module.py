@@ -23,6 +23,7 @@ from lorasweep.errors import ConfigError
 from lorasweep.lora.layer_kinds import count_parameters
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.models.load import BaseModel, fingerprint_weights
+from lorasweep.training.checkpoint import read_rng_state, restore_rng_state
 from lorasweep.training.environment import resolve_device
 from lorasweep.training.optim import configure_optimizers
 from lorasweep.training.own_data import OwnSplits, random_streams
@@ -109,7 +110,7 @@ class OwnModuleRun(lightning.Callback):
     ) -> None:
         self.progress.train_s += time.perf_counter() - self._step_began
         first = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()), ())
-        self.progress.tokens = self.progress.tokens_trained + len(first)  # each example counts as one token
+        self.progress.tokens += len(first)  # each example counts as one token
         self.progress.positions += len(first)
         self.step_losses = outputs["loss"].detach().float().reshape(1) if outputs else torch.zeros(1)
 
@@ -122,13 +123,13 @@ class OwnModuleRun(lightning.Callback):
         # the record has the arguments, and a checkpoint must load with `weights_only`
         for key in [key for key in checkpoint if "hyper_parameters" in key or "hparams" in key]:
             del checkpoint[key]
-        checkpoint |= {"progress": self.progress.state(), "torch_stream": torch.get_rng_state()}
+        checkpoint |= {"progress": self.progress.state(), "torch_stream": read_rng_state(pl_module.device)}
 
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self.progress = TrainingProgress.from_state(checkpoint["progress"])
-        torch.set_rng_state(checkpoint["torch_stream"])
+        restore_rng_state(checkpoint["torch_stream"], pl_module.device)
 
 
 def check_steps(config: RunConfig, base: BaseModel, splits: OwnSplits, *, precision: Any) -> None:

@@ -256,12 +256,14 @@ class _Session:
     ) -> lightning.Trainer:
         config, settings = self.config, self.config.trainer
         launch = find_launch(settings)
+        steps_between_logs = max(1, settings.max_steps // 200)
         shows_progress = (
             self.group.is_global_zero and settings.progress and config.method.name != "frozen" and sys.stderr.isatty()
         )
         has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if shows_progress and not has_bar:
-            callbacks = [*callbacks, TQDMProgressBar(refresh_rate=1)]
+            # each refresh reads the loss, and so waits for a GPU
+            callbacks = [*callbacks, TQDMProgressBar(refresh_rate=steps_between_logs * accumulate)]
         trainer = lightning.Trainer(
             accelerator=resolve_device(settings),
             devices=launch.devices,
@@ -276,7 +278,7 @@ class _Session:
             val_check_interval=settings.eval_every_steps * accumulate,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
-            log_every_n_steps=max(1, settings.max_steps // 200),
+            log_every_n_steps=steps_between_logs,
             enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
             enable_progress_bar=shows_progress or has_bar,
             enable_model_summary=False,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lorasweep.config.build import as_settings
@@ -95,8 +96,9 @@ class RunLog:
             Diverged: A loss is NaN or infinite. All rows have been written.
         """
         rows: list[dict[str, Any]] = []
-        for step, losses, lr in self._pending:
-            loss = losses.sum().item()
+        # one read for all steps, because each read waits for the GPU
+        sums = torch.stack([losses.sum() for _, losses, _ in self._pending]).tolist() if self._pending else []
+        for (step, _, lr), loss in zip(self._pending, sums, strict=True):
             finite_loss = loss if math.isfinite(loss) else None  # JSON has neither NaN nor infinity
             rows.append({"step": step, "loss": finite_loss, "lr": lr, "tokens_per_s": round(tokens_per_s, 1)})
         self._pending = []

@@ -19,7 +19,7 @@ from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import EvaluationSampler, choose_part
 from lorasweep.data.build_splits import DataSplits
 from lorasweep.data.split import Split, move_batch
-from lorasweep.data.tasks import Evaluation, ExampleScores, Task
+from lorasweep.data.tasks import Evaluation, ExampleScores, Task, read_metrics
 from lorasweep.disk import csv_text, write_atomically
 from lorasweep.errors import RecordError
 from lorasweep.methods import copy_sharing_weights
@@ -35,7 +35,7 @@ from lorasweep.record import (
     write_record,
 )
 from lorasweep.training.answers import get_answers, score_answers
-from lorasweep.training.environment import get_device
+from lorasweep.training.environment import fork_random_streams, get_device
 from lorasweep.training.failures import convert_memory_errors
 from lorasweep.training.inputs import RunInputs
 from lorasweep.training.own_data import OwnSplits
@@ -104,7 +104,7 @@ def score_best_weights(config: RunConfig, record: RunRecord, folder: Path, *, in
     """Scores the best weights of a run that ends on all validation examples, if its evaluations used a part of them.
 
     With `data.answers.on_validation`, they also answer validation examples. The model stays on its device, because a
-    pack may train on the same base.
+    pack may train on the same base. Random streams stay as they are.
 
     Raises:
         Diverged: The score is NaN or infinite.
@@ -114,7 +114,7 @@ def score_best_weights(config: RunConfig, record: RunRecord, folder: Path, *, in
     is_answered = answers is not None and answers.on_validation
     if not (is_part or is_answered):
         return
-    with inputs.telemetry.phase("evaluating"), torch.random.fork_rng(devices=[]):  # a pack continues its streams
+    with inputs.telemetry.phase("evaluating"), fork_random_streams(get_device(config.trainer)):
         model = restore_model(config, inputs.base, folder=folder / "best")
         if is_part:
             values, _ = evaluate_model(model, split, task=inputs.splits.task, config=config, inputs=inputs)
@@ -190,7 +190,7 @@ def evaluate_model(model: nn.Module, split: Split, *, task: Task, config: RunCon
     with torch.no_grad(), inputs.autocast(config):
         for micro in batches:
             evaluation.update(task.score(model, move_batch(split.batch(micro.indices), device)))
-    values = {name: float(value) for name, value in evaluation.compute().items()}
+    [values] = read_metrics([evaluation.compute()])
     by_example = torch.tensor(batches.order).argsort()  # back to the order of the split; batches are sorted by length
     return Scores(values, evaluation.examples.map(Tensor.cpu).reorder(by_example))
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 
 from lorasweep.record import RunRecord
 from lorasweep.training.environment import process_peak_bytes
@@ -83,34 +82,29 @@ class Telemetry:
 class TrainingProgress:
     """The tokens and the training time of one run, summed over its processes and over interruptions."""
 
-    tokens: int | Tensor = 0
-    """Trained tokens without padding. In training a scalar on the device, so that no step waits for the device."""
+    tokens: int = 0
+    """Trained tokens without padding."""
     positions: int = 0
     """Trained tokens with padding."""
     train_s: float = 0.0
     """Seconds spent in training steps, without evaluations. A run in a pack counts its share of each step."""
 
     @property
-    def tokens_trained(self) -> int:
-        """Trained tokens without padding. Waits for the device."""
-        return int(self.tokens)
-
-    @property
     def tokens_per_s(self) -> float:
-        return self.tokens_trained / self.train_s if self.train_s else 0.0
+        return self.tokens / self.train_s if self.train_s else 0.0
 
     @property
     def padding_fraction(self) -> float:
-        return 1.0 - self.tokens_trained / self.positions if self.positions else 0.0
+        return 1.0 - self.tokens / self.positions if self.positions else 0.0
 
     def state(self) -> dict[str, Any]:
         """Returns plain values for a checkpoint."""
-        return {**vars(self), "tokens": self.tokens_trained}
+        return dict(vars(self))
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> TrainingProgress:
         return cls(**state)
 
     def write_to(self, record: RunRecord) -> None:
-        record.tokens_trained, record.tokens_per_s = self.tokens_trained, self.tokens_per_s
+        record.tokens_trained, record.tokens_per_s = self.tokens, self.tokens_per_s
         record.batching["padding_fraction"]["train"] = round(self.padding_fraction, 4)

@@ -37,7 +37,7 @@ from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig, TrainerConfig
 from lorasweep.data.batching import EvaluationSampler, MicroBatch
 from lorasweep.data.split import Batch, Split, move_batch, repeat_batch
-from lorasweep.data.tasks import Evaluation, Task
+from lorasweep.data.tasks import Evaluation, Task, read_metrics
 from lorasweep.errors import Diverged
 from lorasweep.lora import (
     Coverage,
@@ -187,6 +187,7 @@ class PackTrainer:
                 if stop_requested():
                     self._interrupt()
                     return False
+            self._wait_for_gpu()
             self._process_boundary(self._evaluate())
         return True
 
@@ -217,8 +218,7 @@ class PackTrainer:
                     losses = compute_slot_losses(self.task, self.model, batch, slots=slots.num_slots)
                 # Each slot divides by the weight of its step, as a solo run does. No parameter belongs to two slots, so
                 # the gradient of the sum over slots is each slot's gradient.
-                weights = torch.tensor([micro.step_weight for micro in micros], device=losses.device)
-                losses = losses / weights  # (slots,)
+                losses = losses / batch["step_weight"]  # (slots,)
                 losses.sum().backward()  # type: ignore[no-untyped-call]
                 micro_losses.append(losses.detach())
                 positions = (layout.num_positions if layout else batch["input_ids"].numel()) // len(micros)
@@ -231,6 +231,16 @@ class PackTrainer:
             run.step += 1
             run.log.note_step(run.step, run_losses, lr)
         self.inputs.telemetry.add_tokens(tokens)
+        self._share_training_time(started)
+
+    def _wait_for_gpu(self) -> None:
+        """Counts the time in which a GPU finishes the steps as training. The steps themselves do not wait for it."""
+        started = time.perf_counter()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._share_training_time(started)
+
+    def _share_training_time(self, started: float) -> None:
         seconds = (time.perf_counter() - started) / len(self.runs)
         for run in self.runs:
             run.progress.train_s += seconds
@@ -251,8 +261,7 @@ class PackTrainer:
                 scores = self.task.score(self.model, batch)
                 for slot, evaluation in enumerate(evaluations):
                     evaluation.update(scores.select_slot(slot, slots=slots))
-        computed = [evaluation.compute() for evaluation in evaluations]
-        return [{name: float(value) for name, value in metrics.items()} for metrics in computed]
+        return read_metrics([evaluation.compute() for evaluation in evaluations])
 
     @torch.no_grad()
     def _process_boundary(self, metrics: Sequence[Metrics]) -> None:
@@ -432,7 +441,8 @@ def build_pack_batch(split: Split, micros: Sequence[MicroBatch], *, model: nn.Mo
     """Returns a slot-major batch of all slots' examples, and sets the slots' sequence lengths in the packed model."""
     max_lengths = [int(split.lengths[torch.tensor(micro.indices)].max()) for micro in micros]
     find_slots(model).note_lengths(max_lengths if len(set(max_lengths)) > 1 else None)
-    return split.batch([index for micro in micros for index in micro.indices])
+    batch = split.batch([index for micro in micros for index in micro.indices])
+    return {**batch, "step_weight": torch.tensor([micro.step_weight for micro in micros])}
 
 
 def compute_slot_losses(task: Task, model: nn.Module, batch: Batch, *, slots: int) -> Tensor:

@@ -16,7 +16,7 @@ from lorasweep.data.batching import MicroBatch, StepBatchSampler
 from lorasweep.data.split import move_batch
 from lorasweep.errors import OutOfMemory
 from lorasweep.lora.layer_kinds import list_scales
-from lorasweep.training.environment import Precision, get_device
+from lorasweep.training.environment import Precision, fork_random_streams, get_device
 from lorasweep.training.failures import convert_memory_errors
 from lorasweep.training.inputs import RunInputs, check_batch_memory
 from lorasweep.training.memory import count_saved_bytes, machine_memory_bytes
@@ -101,7 +101,7 @@ def count_slot_bytes(config: RunConfig, *, inputs: RunInputs) -> int:
     has micro-batches of the same size or smaller.
     """
     device, split = get_device(config.trainer), inputs.splits.train
-    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device.type == "cuda" else []):
+    with fork_random_streams(device):
         model, _ = build_pack([config], inputs=inputs)
         micros = build_first_micro_batches(config, inputs, num_steps=NUM_COUNTED_STEPS)
         largest = max(micros, key=lambda m: len(m.indices) * int(split.lengths[torch.tensor(m.indices)].max()))
