@@ -1,10 +1,12 @@
 """Training without padding gives the outputs and gradients of the padded batch."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
 import transformers
+import transformers.modeling_flash_attention_utils as flash_utils
 from torch import nn
 
 from lorasweep.training.unpadded import can_unpad, lay_out, unpadded
@@ -25,6 +27,31 @@ def make_model(config, attention="eager"):
     kinds = {"bert": "SequenceClassification", "t5": "Seq2SeqLM"}
     model_class = getattr(transformers, f"AutoModelFor{kinds.get(config.model_type, 'CausalLM')}")
     return model_class.from_config(copy.deepcopy(config), attn_implementation=attention).double().eval()
+
+
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False
+):
+    """Computes what flash-attn's function of this name does: (tokens, heads, size), each sequence for itself."""
+    assert cu_seqlens_q.dtype == torch.int32
+    limits = cu_seqlens_q.tolist()
+    assert limits == cu_seqlens_k.tolist()
+    assert limits[-1] == len(q)
+    assert max_seqlen_q == max_seqlen_k == max(end - first for first, end in pairwise(limits)) > 0
+    outputs = []
+    for first, end in pairwise(limits):
+        inputs = [x[first:end].transpose(0, 1)[None] for x in (q, k, v)]
+        named = {"scale": softmax_scale, "is_causal": causal, "enable_gqa": True}
+        outputs.append(nn.functional.scaled_dot_product_attention(*inputs, **named)[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """Puts a function for the CPU in the place of the kernel, which only a GPU has."""
+    functions = (None, flash_attn_varlen_func, None, flash_utils._pad_input, flash_utils._unpad_input)
+    monkeypatch.setattr(flash_utils, "_lazy_imports", lambda name, *_, **__: {"flash_attention_2": functions}[name])
+    monkeypatch.setattr(flash_utils, "_loaded_implementation", None)
 
 
 def make_batch(lengths):
@@ -54,6 +81,18 @@ def test_outputs_and_gradients_are_those_of_the_padded_batch(config, attention, 
     layout = lay_out(batch, slots=slots)
     assert layout.num_positions < batch["input_ids"].numel()
     for found, own in zip(differentiate(model, batch, layout), expected, strict=True):
+        torch.testing.assert_close(found, own)
+
+
+@pytest.mark.parametrize("config", [BERT, LLAMA], ids=["bert", "llama"])
+@pytest.mark.parametrize("slots", [1, 2, 4])
+def test_flash_attention_gets_the_length_of_each_example(flash, config, slots):
+    model, batch = make_model(config, "sdpa"), make_batch([7, 3, 9, 8, 2, 6, 4, 8])
+    expected = differentiate(model, batch, None)
+    model.config._attn_implementation = "flash_attention_2"
+    assert can_unpad(model, make_batch([3, 5]))
+    assert model.config._attn_implementation == "flash_attention_2"
+    for found, own in zip(differentiate(model, batch, lay_out(batch, slots=slots)), expected, strict=True):
         torch.testing.assert_close(found, own)
 
 

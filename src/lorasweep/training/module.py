@@ -243,7 +243,7 @@ class TrainingModule(lightning.LightningModule):
         """Keeps the trained parameters without the base, and the random state of every process."""
         trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
-        streams = [read_rng_state(self.device)] * self.trainer.world_size
+        streams = [read_rng_state(self.trainer.strategy.root_device)] * self.trainer.world_size
         if len(streams) > 1:
             dist.all_gather_object(streams, streams[0])
         checkpoint["base"] = self.base.fingerprint
@@ -260,7 +260,7 @@ class TrainingModule(lightning.LightningModule):
         self.progress = TrainingProgress.from_state(checkpoint["progress"])
         streams = checkpoint["dropout_streams"]
         if self._trainer is not None and self.global_rank < len(streams):  # the checkpoint may have fewer processes
-            restore_rng_state(streams[self.global_rank], self.device)
+            restore_rng_state(streams[self.global_rank], self.trainer.strategy.root_device)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: FBT001, FBT002
         # Not strict, because a checkpoint never has the base's weights.

@@ -123,13 +123,13 @@ class OwnModuleRun(lightning.Callback):
         # the record has the arguments, and a checkpoint must load with `weights_only`
         for key in [key for key in checkpoint if "hyper_parameters" in key or "hparams" in key]:
             del checkpoint[key]
-        checkpoint |= {"progress": self.progress.state(), "torch_stream": read_rng_state(pl_module.device)}
+        checkpoint |= {"progress": self.progress.state(), "torch_stream": read_rng_state(trainer.strategy.root_device)}
 
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self.progress = TrainingProgress.from_state(checkpoint["progress"])
-        restore_rng_state(checkpoint["torch_stream"], pl_module.device)
+        restore_rng_state(checkpoint["torch_stream"], trainer.strategy.root_device)
 
 
 def check_steps(config: RunConfig, base: BaseModel, splits: OwnSplits, *, precision: Any) -> None:

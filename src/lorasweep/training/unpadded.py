@@ -31,6 +31,7 @@ ATTENTION_CHUNKS = 4
 more calls."""
 PREFIX = "lorasweep_"
 """Prefix of the names under which the attention functions of this module are registered in transformers."""
+FLASH = "flash_attention_2"
 MAX_DIFFERENCE = 0.05
 """Maximum difference of padded and unpadded outputs, divided by the largest output. Rounding in bf16 differs less, and
 a model whose tokens see other examples differs much more."""
@@ -56,6 +57,8 @@ class Layout:
         width: The largest of them.
         row_lengths: The longest row of each slot.
         chunks: The rows in chunks of similar lengths.
+        sequence_limits: Cumulative lengths of the rows and of the padding in the unpadded sequences.
+        longest_sequence: The longest of them.
     """
 
     def __init__(self, lengths: Int[Tensor, " rows"], *, length: int, device: torch.device, slots: int) -> None:
@@ -77,11 +80,15 @@ class Layout:
         to_chunks = _Move.between(
             starts.flatten()[order], ends - widths, lengths[order], sizes=(num_positions, int(ends[-1]))
         )
+        # the rows of each slot and then its padding, as sequences that flash attention computes one by one
+        sequences = torch.cat([by_slot, self.width - by_slot.sum(1, keepdim=True)], dim=1).flatten()
+        self.longest_sequence = int(sequences.max())
+        limits = nn.functional.pad(sequences[sequences > 0].cumsum(0), (1, 0))
         # one copy, because each costs a GPU more than its few numbers
-        indices = (*unpad, *to_chunks, *(chunk.rows for chunk in chunks))
+        indices = (*unpad, *to_chunks, limits, *(chunk.rows for chunk in chunks))
         moved = torch.split(move_tensor(torch.cat(indices), device), [len(index) for index in indices])
-        self.unpad, self.to_chunks = _Move(*moved[:4]), _Move(*moved[4:8])
-        self.chunks = [chunk._replace(rows=rows) for chunk, rows in zip(chunks, moved[8:], strict=True)]
+        self.unpad, self.to_chunks, self.sequence_limits = _Move(*moved[:4]), _Move(*moved[4:8]), moved[8].int()
+        self.chunks = [chunk._replace(rows=rows) for chunk, rows in zip(chunks, moved[9:], strict=True)]
         self.pad, self.from_chunks = self.unpad.reversed(), self.to_chunks.reversed()
         self._moved: dict[int, tuple[Tensor, Tensor]] = {}
         self._masks: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -297,6 +304,25 @@ def _attend(
     return joined.view(query.shape[0], query.shape[2], query.shape[1], -1), None
 
 
+def _attend_flash(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Computes flash attention once for all sequences, as after transformers' `DataCollatorWithFlattening`."""
+    entry = _LAYOUT.get()
+    assert entry is not None
+    limits, longest = entry[0].sequence_limits, entry[0].longest_sequence
+    lengths = {"cu_seq_lens_q": limits, "cu_seq_lens_k": limits, "max_length_q": longest, "max_length_k": longest}
+    inputs = [x.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2) for x in (query, key, value)]
+    config: Any = module.config
+    registered = config._attn_implementation
+    config._attn_implementation = registered.removeprefix(PREFIX)  # transformers loads the kernel by this name
+    try:
+        output, _ = _find_attention(module)(module, *inputs, None, **kwargs | lengths)
+    finally:
+        config._attn_implementation = registered
+    return output.view(query.shape[0], query.shape[2], query.shape[1], -1), None
+
+
 def _split_rows(layout: Layout, x: Tensor) -> list[Tensor]:
     """Returns (slots, heads, width, size) as (rows, heads, length, size) of each chunk."""
     heads, size = x.shape[1], x.shape[3]
@@ -330,26 +356,33 @@ for _name in ("eager", "sdpa"):
     AttentionInterface.register(PREFIX + _name, _attend)
     _build: Any = functools.partial(_build_mask, ALL_MASK_ATTENTION_FUNCTIONS[_name])
     AttentionMaskInterface.register(PREFIX + _name, _build)
+AttentionInterface.register(PREFIX + FLASH, _attend_flash)
+AttentionMaskInterface.register(PREFIX + FLASH, lambda *_, **__: None)
 
 
 def can_unpad(model: nn.Module, batch: Batch) -> bool:
     """Returns whether `unpadded` gives the model's own outputs: it computes a small padded batch in both ways.
 
-    The model must be one of transformers, with one stack of layers whose attention is eager or sdpa.
+    The model must be one of transformers, with one stack of layers whose attention is eager, sdpa or flash attention.
+    It is on the CPU, which has no flash attention, so eager attention takes its place here.
     """
     layout = lay_out(batch)
     if layout is None or not isinstance(model, PreTrainedModel) or find_layers(model) is None:
         return False
-    if model.config._attn_implementation not in ("eager", "sdpa"):
+    attention = model.config._attn_implementation
+    if attention not in ("eager", "sdpa", FLASH):
         return False
     inputs = {name: value for name, value in batch.items() if name not in NON_MODEL_KEYS}
     try:
+        model.config._attn_implementation = "eager" if attention == FLASH else attention
         with torch.no_grad():
             expected = model.base_model(**inputs)[0]  # (rows, length, hidden size)
             with unpadded(model, layout):
                 outputs = model.base_model(**inputs)[0]
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         return False  # the layers take other arguments than those that this module knows
+    finally:
+        model.config._attn_implementation = attention
     is_real = batch["attention_mask"].bool()
     expected, outputs = expected[is_real].float(), outputs[is_real].float()
     return bool((outputs - expected).abs().max() <= MAX_DIFFERENCE * expected.abs().max())
