@@ -96,6 +96,15 @@ def test_flash_attention_gets_the_length_of_each_example(flash, config, slots):
         torch.testing.assert_close(found, own)
 
 
+def test_lengths_for_flash_attention_are_those_of_a_padding_free_collator():
+    """Such a collator gives the position of each token in its example, from which transformers computes the lengths."""
+    batch = make_batch([4, 3, 6, 6])
+    layout = lay_out(batch)
+    positions = layout.unpad_rows(torch.arange(batch["input_ids"].shape[1])[None])
+    (limits, _), (longest, _) = flash_utils.prepare_fa_kwargs_from_position_ids(positions)
+    assert (layout.sequence_limits.tolist(), layout.longest_sequence) == (limits.tolist(), int(longest))
+
+
 def test_linear_layers_see_the_real_tokens_alone_and_the_model_is_as_before_afterwards():
     model, batch = make_model(BERT), make_batch([2, 9, 4])
     seen = []

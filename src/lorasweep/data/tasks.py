@@ -365,7 +365,7 @@ class Evaluation(Metric):
 
 def read_metrics(evaluations: Sequence[Mapping[str, Tensor]]) -> list[dict[str, float]]:
     """Returns the metrics of several evaluations as numbers. One read for all, because each waits for the GPU."""
-    values = iter(torch.stack([x.double() for metrics in evaluations for x in metrics.values()]).tolist())
+    values = iter(torch.stack([x.double() for metrics in evaluations for x in metrics.values()]).cpu().tolist())
     return [{name: next(values) for name in metrics} for metrics in evaluations]
 
 

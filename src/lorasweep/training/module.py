@@ -182,7 +182,9 @@ class TrainingModule(lightning.LightningModule):
         self.step_losses = losses
         # With a user's `accumulate_grad_batches` a step has several batches. Lightning averages their gradients, so the
         # logged loss is their mean, too.
-        self.log("train/loss", losses.sum().float() * (self.accumulate / len(losses)), prog_bar=True)
+        loss = losses.sum().float() * (self.accumulate / len(losses))
+        # Lightning reads the values of a progress bar from the GPU, even if there is no bar
+        self.log("train/loss", loss, prog_bar=self.trainer.progress_bar_callback is not None)
         # tensors, because Lightning would copy a number to the GPU, and wait for it
         self.log("train/lr", torch.tensor(optimizer.param_groups[0]["lr"]))
 
