@@ -308,9 +308,9 @@ def _attend_flash(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Computes flash attention once for all sequences, as after transformers' `DataCollatorWithFlattening`."""
-    entry = _LAYOUT.get()
-    assert entry is not None
-    limits, longest = entry[0].sequence_limits, entry[0].longest_sequence
+    current = _PASS.get()
+    assert current is not None
+    limits, longest = current.layout.sequence_limits, current.layout.longest_sequence
     lengths = {"cu_seq_lens_q": limits, "cu_seq_lens_k": limits, "max_length_q": longest, "max_length_k": longest}
     inputs = [x.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2) for x in (query, key, value)]
     config: Any = module.config
