@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from rich.text import Text
 
-from lorasweep.config.command_line import describe_job, force_keys, parse_overrides, separate_overrides
+from lorasweep.config.command_line import add_double_plus, describe_job, parse_overrides, separate_overrides
 from lorasweep.config.compose import (
     add_search_path,
     build_run,
@@ -86,7 +86,9 @@ def run_train_app(arguments: argparse.Namespace, *, show_result: ShowResult, sho
             return None if code else result.record.score  # an optimizing sweeper reads it
 
         try:
-            _run_hydra([*(["--multirun"] if is_grid else []), *hydra_arguments, *force_keys(run_overrides)], train_job)
+            _run_hydra(
+                [*(["--multirun"] if is_grid else []), *hydra_arguments, *add_double_plus(run_overrides)], train_job
+            )
         except JobError as error:
             code: int
             code, reason, process = error.args

@@ -5,7 +5,7 @@ import torch
 
 from lorasweep.config.compose import compose_run
 from lorasweep.errors import ConfigError, OutOfMemory, RanksLost, RunError
-from lorasweep.training.failures import explain_failure, take_failure_note
+from lorasweep.training.failures import choose_error_to_raise, pop_failed_micro_batches
 from lorasweep.training.fsdp import check_shardable
 from lorasweep.training.processes import build_strategy, find_launch, join_processes, run_on_first
 
@@ -68,23 +68,23 @@ def test_what_the_first_process_raises_is_raised_by_all():
 
 def test_a_process_that_fails_alone_leaves_a_note(tmp_path):
     gone = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
-    failed = explain_failure(OutOfMemory("no"), group=Second(), folder=tmp_path, micro_batches=2)
+    failed = choose_error_to_raise(OutOfMemory("no"), group=Second(), folder=tmp_path, micro_batches=2)
     assert isinstance(failed, RanksLost)
     assert "micro-batches of half the size" in str(failed)
-    told = explain_failure(gone, group=Second(), folder=tmp_path, micro_batches=2)
+    told = choose_error_to_raise(gone, group=Second(), folder=tmp_path, micro_batches=2)
     assert (type(told), str(told)) == (RanksLost, str(failed))
-    assert take_failure_note(tmp_path) == 2
-    assert take_failure_note(tmp_path) is None
+    assert pop_failed_micro_batches(tmp_path) == 2
+    assert pop_failed_micro_batches(tmp_path) is None
     own = ValueError("a row is broken")
-    assert explain_failure(own, group=Second(), folder=tmp_path, micro_batches=2) is own
-    told = explain_failure(gone, group=Second(), folder=tmp_path, micro_batches=2)
+    assert choose_error_to_raise(own, group=Second(), folder=tmp_path, micro_batches=2) is own
+    told = choose_error_to_raise(gone, group=Second(), folder=tmp_path, micro_batches=2)
     assert (type(told), str(told)) == (RunError, "rank 1 failed: ValueError: a row is broken")
-    assert take_failure_note(tmp_path) is None
+    assert pop_failed_micro_batches(tmp_path) is None
 
 
 def test_a_process_that_is_gone_is_said_in_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr("lorasweep.training.failures.FAILURE_WAIT_S", 0.0)
     gone = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
-    told = explain_failure(gone, group=Second(), folder=tmp_path, micro_batches=2)
+    told = choose_error_to_raise(gone, group=Second(), folder=tmp_path, micro_batches=2)
     assert isinstance(told, RanksLost)
     assert "rank 1 waits for a process that is gone" in str(told)

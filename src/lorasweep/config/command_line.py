@@ -62,7 +62,7 @@ def describe_job(job: Sequence[str], overrides: Sequence[str]) -> str:
     return " ".join(str(override.input_line).lstrip("+") for override in own)
 
 
-def force_keys(overrides: Sequence[str]) -> list[str]:
+def add_double_plus(overrides: Sequence[str]) -> list[str]:
     """Returns the overrides of a run with `++` before keys that are no groups, so that Hydra accepts unknown keys too.
 
     An unknown key is an argument of a component, a key of an option that `--from` chooses, or a mistake, for which

@@ -16,7 +16,7 @@ from lorasweep.data.split import Split
 from lorasweep.errors import ConfigError
 
 Role = Literal["system", "user", "assistant", "tool"]
-Kind = Literal["documents", "single_label", "regression", "conversations"]
+DataKind = Literal["documents", "single_label", "regression", "conversations"]
 Label = int | float
 """A class index; for regression a number."""
 
@@ -99,7 +99,7 @@ class Examples(Generic[Example]):
 class DataSource:
     """The splits of a data set: `Examples`, or a `Split` if the user's data module returns tensors."""
 
-    kind: Kind
+    kind: DataKind
     label_names: tuple[str, ...] = ()
     """Names of the classes in the order of their indices; empty for data without classes."""
     train: Examples[Any] | Split
@@ -144,7 +144,7 @@ def build_source(
     train: ReadExamples[Example],
     read: Callable[[str], ReadExamples[Example]],
     *,
-    kind: Kind,
+    kind: DataKind,
     missing: Mapping[str, int],
     key: Callable[[Example], int],
     describe: Callable[[list[Example], list[Example]], list[str]],
@@ -158,7 +158,7 @@ def build_source(
     Args:
         train: The whole training file.
         read: Reads a split other than train that is not missing.
-        kind: Kind of the examples.
+        kind: DataKind of the examples.
         missing: The percentage of the training examples that each split without a source gets.
         key: Content key of an example. Examples with the same key count as duplicates.
         describe: Returns notes for the user about the training and validation examples.

@@ -12,7 +12,7 @@ from lorasweep.report.caveats import Learning
 from lorasweep.report.evidence.evidence import RetainedChange
 from lorasweep.report.evidence.questions import NEGATIVE_VERDICTS, POSITIVE_VERDICTS, Answer
 from lorasweep.report.recommend import choose_arm
-from lorasweep.report.sweep_data import ArmData, SweepData
+from lorasweep.report.sweep_data import SubjectData, SweepData
 from lorasweep.wording import (
     count_decimals,
     count_percent_decimals,
@@ -70,20 +70,20 @@ def describe_change(change: RetainedChange, data: SweepData) -> str:
 
 def name_value(subject: str, data: SweepData) -> str:
     """Returns the name of a subject in a sentence about one arm: `rank 16`, or the name between backticks."""
-    arm = data.find_arm(subject)
+    arm = data.find_subject(subject)
     key = arm.key if arm else None
     return f"{short_key(key)} {format_setting(arm.row.settings[key])}" if arm and key else f"`{subject}`"
 
 
 def _answer_full(data: SweepData) -> tuple[str, bool]:
-    arms = [arm.name for arm in data.whole_arms if arm.row.method == "lora"]
+    arms = [arm.name for arm in data.arms if arm.row.method == "lora"]
     if not arms:
         return "Not asked: no arm has `method=lora`.", False
-    if not any(arm.row.method == "full" for arm in data.whole_arms):
+    if not any(arm.row.method == "full" for arm in data.arms):
         return "Not asked: no arm has `method=full`. Add one to compare LoRA with it.", False
     if not data.evidence.means:
         is_searched = data.record.status == "complete"  # before the end, the arms may have had unequal searches
-        best = [arm for arm in data.arms if is_searched and arm.row.method == "lora" and arm.best]
+        best = [arm for arm in data.subjects if is_searched and arm.row.method == "lora" and arm.best]
         shares = [share for arm in best if (share := data.arm_share_of_full_gain(arm)[0]) is not None]
         if not shares:
             return _say_unconfirmed(data), False
@@ -98,7 +98,7 @@ def _judge_chain(chain: Sequence[Answer], data: SweepData) -> tuple[str, bool]:
     """Returns the answer on the values of one arm against full fine-tuning, and whether it is settled."""
     positive = [answer for answer in chain if answer.verdict in POSITIVE_VERDICTS]
     smaller = [answer for answer in chain if answer.verdict not in POSITIVE_VERDICTS][-1:]
-    arm = data.find_arm(chain[0].subject)
+    arm = data.find_subject(chain[0].subject)
     if positive:
         first = name_value(positive[0].subject, data)
         said = f"{first} {_describe_result(positive[0], data)}"
@@ -121,7 +121,7 @@ def _judge_chain(chain: Sequence[Answer], data: SweepData) -> tuple[str, bool]:
 
 
 def _answer_rank(data: SweepData) -> tuple[str, bool]:
-    asked = [arm.name for arm in data.whole_arms if arm.row.method == "lora" and arm.row.confirm_each == RANK]
+    asked = [arm.name for arm in data.arms if arm.row.method == "lora" and arm.row.confirm_each == RANK]
     if not asked:
         return "Not asked: no LoRA arm has `confirm_each: method.rank`.", False
     if not data.evidence.means:
@@ -197,7 +197,7 @@ def _answer_retained(row: RetainedRow, data: SweepData) -> AnswerLine:
     )
 
 
-def describe_regret(arm: ArmData, data: SweepData) -> tuple[str, bool]:
+def describe_regret(arm: SubjectData, data: SweepData) -> tuple[str, bool]:
     """Returns how much better an untried setting may be, and whether that is known to be less than the margin."""
     regret = arm.setting.regret if arm.setting else None
     if regret is None:
@@ -269,7 +269,7 @@ def _describe_unlearned(data: SweepData, learning: Learning) -> str:
 
     It has a space before it; the text is empty if there are none.
     """
-    compared = [arm.name for arm in data.arms if arm.row.method in ("lora", "full")]
+    compared = [arm.name for arm in data.subjects if arm.row.method in ("lora", "full")]
     names = [f"`{name}`" for name in compared if name in learning.unlearned]
     if not names:
         return ""

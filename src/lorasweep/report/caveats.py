@@ -21,7 +21,7 @@ from typing import Any, Literal
 from lorasweep.config.method import ALPHA_OVER_RANK
 from lorasweep.config.run import ALPHA, LR, RANK
 from lorasweep.record import RunRecord, Trial, is_number
-from lorasweep.report.sweep_data import ArmData, SweepData, finite_number
+from lorasweep.report.sweep_data import SubjectData, SweepData, finite_number
 from lorasweep.wording import format_count, format_metric, format_score, format_setting, join_words
 
 MAX_EFFORT_RATIO = 1.25
@@ -76,8 +76,8 @@ def judge_learning(data: SweepData) -> Learning:
     """
     known = _find_answer(data)
     # a stopped trial has only a score on the validation examples of evaluations, but it was not better there either
-    scored = {arm.name: [trial for trial in arm.trials if _is_scored(trial)] for arm in data.whole_arms}
-    subjects = [arm for arm in data.arms if arm.row.method != "frozen"]
+    scored = {arm.name: [trial for trial in arm.trials if _is_scored(trial)] for arm in data.arms}
+    subjects = [arm for arm in data.subjects if arm.row.method != "frozen"]
     scored = {arm.arm: scored[arm.arm] for arm in subjects if scored[arm.arm]}
     if known.score is None or not scored:
         return Learning()
@@ -88,7 +88,7 @@ def judge_learning(data: SweepData) -> Learning:
     if learned:
         failed = [name for name in scored if name not in learned and not is_better[name]]
         warnings = [f"`{name}` learned nothing: {_describe(scored[name], known, data)}." for name in failed]
-        unlearned = [arm.name for arm in data.arms if shown.get(arm.name) is False or arm.arm in failed]
+        unlearned = [arm.name for arm in data.subjects if shown.get(arm.name) is False or arm.arm in failed]
         return replace(known, state="learned", warnings=tuple(warnings), unlearned=tuple(unlearned))
     if any(is_better.values()):
         refuted = f"no method is shown to be better than {known.answer} ({format_score(known.test_score)})."
@@ -123,7 +123,7 @@ def _find_answer(data: SweepData) -> Learning:
         return Learning(answer=name, sign=data.sign, score=score, test_score=test_score)
     if (score := data.best_score("frozen")) is None:
         return Learning()
-    arm = next(arm.name for arm in data.arms if arm.row.method == "frozen")
+    arm = next(arm.name for arm in data.subjects if arm.row.method == "frozen")
     base, mean = data.evidence.base or arm, data.evidence.mean(data.evidence.base)
     test_score = mean.value if mean else None
     return Learning(answer="the frozen base", base=base, sign=data.sign, score=score, test_score=test_score)
@@ -170,7 +170,7 @@ def describe_unstable_rates(data: SweepData, learning: Learning) -> list[str]:
     best for other seeds (Dodge et al. 2020, arXiv 2002.06305; Mosbach et al. 2021, arXiv 2006.04884).
     """
     found = []
-    for subject in data.arms:
+    for subject in data.subjects:
         rate = subject.setting.params.get(LR) if subject.setting else None
         if rate is None or subject.name in learning.unlearned or not subject.confirm_runs:
             continue
@@ -178,7 +178,7 @@ def describe_unstable_rates(data: SweepData, learning: Learning) -> list[str]:
         failed = sum(run.state == "failed" for run in subject.confirm_runs)
         if (answer := learning.test_score) is not None:
             failed += sum(data.shown_metric.sign * (answer - score) <= 0 for score in scores)
-        peers = [_list_test_scores(other) for other in data.arms if other.arm == subject.arm and other != subject]
+        peers = [_list_test_scores(other) for other in data.subjects if other.arm == subject.arm and other != subject]
         spreads = [stdev(each) for each in peers if len(each) >= MIN_SPREAD_RUNS]
         ratio = (
             stdev(scores) / median(spreads) if spreads and median(spreads) and len(scores) >= MIN_SPREAD_RUNS else 0.0
@@ -195,7 +195,7 @@ def describe_unstable_rates(data: SweepData, learning: Learning) -> list[str]:
     return found
 
 
-def _list_test_scores(subject: ArmData) -> list[float]:
+def _list_test_scores(subject: SubjectData) -> list[float]:
     return [run.value for run in subject.confirm_runs if run.is_complete and run.value is not None]
 
 
@@ -208,7 +208,7 @@ def judge_fairness(data: SweepData, *, has_learned: bool = True) -> dict[str, An
     Returns:
         `is_fair` (None if fewer than two arms train), `sentences`, and `arms`, the `measure_effort` of each arm.
     """
-    arms = [measure_effort(arm, data) for arm in data.whole_arms if arm.row.method != "frozen"]
+    arms = [measure_effort(arm, data) for arm in data.arms if arm.row.method != "frozen"]
     edges = list_edges(data) if has_learned else []
     others = [f"{clause[0].upper()}{clause[1:]}." for key, clause in edges if key != LR or len(arms) < 2]
     if len(arms) < 2:
@@ -248,7 +248,7 @@ def _estimate_tokens(trial: Trial) -> int:
     return record.tokens_trained * record.steps_planned // max(record.steps_done, 1)
 
 
-def measure_effort(arm: ArmData, data: SweepData) -> dict[str, Any]:
+def measure_effort(arm: SubjectData, data: SweepData) -> dict[str, Any]:
     """Returns the trials of an arm and their tokens, its searched dimensions, and its expected regret.
 
     `tokens_per_run` is the number of tokens of the longest run, where a stopped run counts as if it had done all its
@@ -259,7 +259,7 @@ def measure_effort(arm: ArmData, data: SweepData) -> dict[str, Any]:
     keys = set(arm.row.space)
     if LR in keys and any(trial.follows_rate_law for trial in arm.trials):
         keys -= {ALPHA, ALPHA_OVER_RANK}
-    settings = [one.setting for one in data.arms if one.arm == arm.name and one.setting]
+    settings = [one.setting for one in data.subjects if one.arm == arm.name and one.setting]
     low, high, _ = find_bounds(arm.row.space.get(LR)) or (1.0, 1.0, False)
     return {
         "arm": arm.name,
@@ -276,9 +276,9 @@ def list_edges(data: SweepData) -> list[tuple[str, str]]:
 
     A key is left out if all trials with a score lie at that end, because no trial shows that others are worse.
     """
-    trials = {arm.name: [trial for trial in arm.trials if trial.value is not None] for arm in data.whole_arms}
+    trials = {arm.name: [trial for trial in arm.trials if trial.value is not None] for arm in data.arms}
     edges: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for arm in data.arms:
+    for arm in data.subjects:
         for key, value in (arm.best.params if arm.best else {}).items():
             if key in (ALPHA, ALPHA_OVER_RANK) and arm.best and arm.best.follows_rate_law:
                 continue  # under the rate law, another α only means another learning rate
@@ -295,7 +295,7 @@ def list_edges(data: SweepData) -> list[tuple[str, str]]:
     ]
 
 
-def _find_end(arm: ArmData, key: str, trial: Trial | None) -> str | None:
+def _find_end(arm: SubjectData, key: str, trial: Trial | None) -> str | None:
     """Returns `lower` or `upper` if a trial's value lies at that end of the arm's range, else None."""
     space = arm.row.space.get(key)
     value, bounds = trial.numeric_setting(key) if trial else None, find_bounds(space)

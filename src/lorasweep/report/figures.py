@@ -29,7 +29,7 @@ from lorasweep.report.panel import (
     set_score_axis,
 )
 from lorasweep.report.recommend import choose_subject, format_arm_score
-from lorasweep.report.sweep_data import ArmData, SweepData
+from lorasweep.report.sweep_data import SubjectData, SweepData
 from lorasweep.wording import format_metric, format_setting, short_key
 
 MAX_OTHER_ARMS = 6
@@ -51,7 +51,7 @@ def draw_scores_by_value(data: SweepData) -> Panel:
     If no arm has `confirm_each`, one figure shows all arms.
     """
     evidence = data.evidence
-    shown = [arm for arm in data.arms if arm.row.method != "frozen" and evidence.mean(arm.name)]
+    shown = [arm for arm in data.subjects if arm.row.method != "frozen" and evidence.mean(arm.name)]
     by_arm = {arm.arm: [one for one in shown if one.arm == arm.arm] for arm in shown if arm.key}
     others = [arm for arm in shown if arm.key is None and arm.name != evidence.full]
     keys = dict.fromkeys(short_key(values[0].key or "") for values in by_arm.values())
@@ -82,7 +82,7 @@ def _describe_marks(data: SweepData) -> str:
     return f"{dots} {bars} {end}"
 
 
-def _draw_scores(values: Sequence[ArmData], others: Sequence[ArmData], data: SweepData) -> go.Figure:
+def _draw_scores(values: Sequence[SubjectData], others: Sequence[SubjectData], data: SweepData) -> go.Figure:
     """Returns the figure of the values of one arm's `confirm_each` key, and of arms without one."""
     evidence, colours = data.evidence, choose_colours(data)
     figure = build_figure(data, x_title=" ", y_title=f"{format_metric(data.shown_metric.name)}, test data")
@@ -119,7 +119,7 @@ def _draw_scores(values: Sequence[ArmData], others: Sequence[ArmData], data: Swe
     return figure
 
 
-def _find_smallest_sufficient(values: Sequence[ArmData], data: SweepData) -> str | None:
+def _find_smallest_sufficient(values: Sequence[SubjectData], data: SweepData) -> str | None:
     """Returns the subject that is the smallest sufficient value; None if that is not settled."""
     if not values or not data.evidence.list_answers("smallest", arm=values[0].arm):
         return None
@@ -173,10 +173,8 @@ def _draw_data_set(row: RetainedRow, data: SweepData) -> go.Figure:
 def draw_score_by_lr(data: SweepData) -> Panel:
     """Returns score against learning rate: a figure for each arm with `confirm_each`, one for all others."""
     title = "Score against learning rate"
-    searches = [
-        arm.name for arm in data.whole_arms if len({t.numeric_setting(LR) for t in arm.trials if t.is_complete}) > 1
-    ]
-    split = [[arm for arm in data.arms if arm.arm == name] for name in searches]
+    searches = [arm.name for arm in data.arms if len({t.numeric_setting(LR) for t in arm.trials if t.is_complete}) > 1]
+    split = [[arm for arm in data.subjects if arm.arm == name] for name in searches]
     groups = [[one for arms in split if len(arms) == 1 for one in arms], *(arms for arms in split if len(arms) > 1)]
     figures = tuple(_draw_rates(group, data) for group in groups if group)
     if not figures:
@@ -189,7 +187,7 @@ def draw_score_by_lr(data: SweepData) -> Panel:
     return Panel(key="lr", title=title, text=text, figures=figures)
 
 
-def _draw_rates(arms: Sequence[ArmData], data: SweepData) -> go.Figure:
+def _draw_rates(arms: Sequence[SubjectData], data: SweepData) -> go.Figure:
     scored = [trial for arm in arms for trial in arm.trials if trial.value is not None]
     has_u = len({trial.setting(ALPHA) for trial in scored}) > 1 and all(trial.follows_rate_law for trial in scored)
 
@@ -221,7 +219,7 @@ def _draw_rates(arms: Sequence[ArmData], data: SweepData) -> go.Figure:
 def draw_learning_curves(data: SweepData) -> Panel:
     """Returns every trial's validation curve, by arm."""
     title, colours = "Learning curves", choose_colours(data)
-    arms = [arm for arm in data.arms if any(len(trial.curve) > 1 for trial in arm.trials)]
+    arms = [arm for arm in data.subjects if any(len(trial.curve) > 1 for trial in arm.trials)]
     if not arms:
         return Panel(key="curves", title=title, text="No run has two evaluations, so there is no curve to draw.")
     figure = build_figure(data, x_title="training step")
@@ -282,7 +280,7 @@ def _draw_cost(axis: str, points: Sequence[PlotPoint], data: SweepData) -> go.Fi
             best.append((cost, score))
     x, y = zip(*best, strict=True)
     add_line(figure, x, y, "#868e96", "best up to this cost", showlegend=True, line={"width": 1.5, "shape": "hv"})
-    for arm in data.arms:
+    for arm in data.subjects:
         runs = {trial.run for trial in arm.trials}
         if shown := [point for point in points if point[1].run in runs]:
             add_trials(figure, shown, colours[arm.name], arm.name, showlegend=True)

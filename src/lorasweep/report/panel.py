@@ -16,7 +16,7 @@ from plotly.colors import sample_colorscale
 from lorasweep.config.data import METRIC_RANGES
 from lorasweep.record import Trial
 from lorasweep.report.evidence.estimates import UNBOUNDED
-from lorasweep.report.sweep_data import ArmData, SweepData
+from lorasweep.report.sweep_data import SubjectData, SweepData
 from lorasweep.wording import format_metric, format_score, format_settings
 
 METHOD_COLOURS = {"frozen": "#868e96", "full": "#d9622b", "lora": "#3578c6"}
@@ -59,12 +59,12 @@ def select_trials(data: SweepData) -> SweepData:
     def order(trial: Trial) -> tuple[bool, float]:
         return not trial.is_complete, math.inf if trial.value is None else data.sign * trial.value
 
-    kept = {trial.run for arm in data.arms for trial in sorted(arm.trials, key=order)[::step]}
+    kept = {trial.run for arm in data.subjects for trial in sorted(arm.trials, key=order)[::step]}
 
-    def thin(arm: ArmData) -> ArmData:
+    def thin(arm: SubjectData) -> SubjectData:
         return replace(arm, trials=tuple(trial for trial in arm.trials if trial.run in kept))
 
-    return replace(data, arms=tuple(map(thin, data.arms)), whole_arms=tuple(map(thin, data.whole_arms)))
+    return replace(data, subjects=tuple(map(thin, data.subjects)), arms=tuple(map(thin, data.arms)))
 
 
 def choose_colours(data: SweepData) -> dict[str, str]:
@@ -74,12 +74,12 @@ def choose_colours(data: SweepData) -> dict[str, str]:
     """
     colours: dict[str, str] = {}
     free, ramps = itertools.cycle(OTHER_COLOURS), itertools.cycle(RAMPS)
-    for search in data.whole_arms:
+    for search in data.arms:
         colour = METHOD_COLOURS.get(search.row.method)
         colours[search.name] = colour if colour and colour not in colours.values() else next(free)
-    for search in data.whole_arms:
+    for search in data.arms:
         if search.row.confirm_each:
-            subjects = [arm.name for arm in data.arms if arm.arm == search.name]
+            subjects = [arm.name for arm in data.subjects if arm.arm == search.name]
             places = [place / max(len(subjects) - 1, 1) for place in range(len(subjects))]
             colours |= zip(subjects, sample_colorscale(list(next(ramps)), places), strict=True)
     return colours

@@ -16,7 +16,7 @@ from lorasweep.record import SWEEP_FILE, Trial
 from lorasweep.report.caveats import judge_learning
 from lorasweep.report.evidence.estimates import Estimate
 from lorasweep.report.evidence.questions import NEGATIVE_VERDICTS, POSITIVE_VERDICTS
-from lorasweep.report.sweep_data import ArmData, SweepData, load_sweep_data
+from lorasweep.report.sweep_data import SubjectData, SweepData, load_sweep_data
 from lorasweep.wording import (
     UNKNOWN,
     count_decimals,
@@ -37,36 +37,36 @@ METHOD_NAMES = {"lora": "LoRA", "full": "full fine-tuning"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class ChosenSubject:
     """One subject, and whether the answers settle that it is the one to use."""
 
-    arm: ArmData
+    arm: SubjectData
     is_settled: bool
 
 
-def choose_subject(data: SweepData, arm: str) -> Choice | None:
+def choose_subject(data: SweepData, arm: str) -> ChosenSubject | None:
     """Returns the subject of an arm to use; None if none has a score.
 
     If the sweep asks for the smallest sufficient value, the subject is the smallest value that is shown to be
     sufficient, else the largest. Then the choice is settled if the next smaller value is shown to be insufficient, or
     if there is no smaller value. If the sweep does not ask, the subject is the one with the best score.
     """
-    subjects = [one for one in data.arms if one.arm == arm and find_score(one, data) is not None]
+    subjects = [one for one in data.subjects if one.arm == arm and find_score(one, data) is not None]
     subjects = [one for one in subjects if one.best and one.best.record]
     if not subjects:
         return None
     chain = data.evidence.list_answers("smallest", arm=arm)
     if not chain:
         best = min(subjects, key=lambda one: get_score_sort_key(one, data))
-        return Choice(arm=best, is_settled=len(subjects) == 1)
+        return ChosenSubject(arm=best, is_settled=len(subjects) == 1)
     sufficient = [answer.subject for answer in chain if answer.verdict == "sufficient"]
     smaller = [answer.verdict for answer in chain if answer.verdict != "sufficient"][-1:]
     name = sufficient[0] if sufficient else chain[-1].compared_with[-1]
     chosen = next((one for one in subjects if one.name == name), subjects[-1])
-    return Choice(arm=chosen, is_settled=chosen.name == name and set(smaller) <= {"insufficient"})
+    return ChosenSubject(arm=chosen, is_settled=chosen.name == name and set(smaller) <= {"insufficient"})
 
 
-def choose_arm(data: SweepData, methods: Sequence[str] | None = None) -> Choice | None:
+def choose_arm(data: SweepData, methods: Sequence[str] | None = None) -> ChosenSubject | None:
     """Returns the subject to use among all arms that train, or among those of some methods.
 
     If a subject is shown to be better than full fine-tuning, it is used. Else if subjects are shown to be as good, the
@@ -74,15 +74,15 @@ def choose_arm(data: SweepData, methods: Sequence[str] | None = None) -> Choice 
     be as good, that is used, and a smaller one may be as good. Else the one with the best score is used, and the choice
     is settled if all others are shown to be no better.
     """
-    rows = [arm.row for arm in data.whole_arms if arm.row.method != "frozen"]
+    rows = [arm.row for arm in data.arms if arm.row.method != "frozen"]
     names = [row.name for row in rows if methods is None or row.method in methods]
     choices = [choice for name in names if (choice := choose_subject(data, name)) and choice.arm.best]
     if not choices:
         return None
     verdicts = {answer.subject: answer.verdict for answer in data.evidence.list_answers("as_good_as_full")}
     positive = [one for one in choices if verdicts.get(one.arm.name) in POSITIVE_VERDICTS]
-    as_good = [arm for arm in data.arms if arm.arm in names and verdicts.get(arm.name) in POSITIVE_VERDICTS]
-    positive = positive or [Choice(arm=arm, is_settled=False) for arm in as_good if arm.best and arm.best.record]
+    as_good = [arm for arm in data.subjects if arm.arm in names and verdicts.get(arm.name) in POSITIVE_VERDICTS]
+    positive = positive or [ChosenSubject(arm=arm, is_settled=False) for arm in as_good if arm.best and arm.best.record]
     better = [one for one in positive if verdicts[one.arm.name] == "better"]
     if positive and not better:
         return min(positive, key=lambda one: one.arm.cost("trainable_params") or math.inf)
@@ -91,22 +91,22 @@ def choose_arm(data: SweepData, methods: Sequence[str] | None = None) -> Choice 
         return chosen
     others = [one.arm.name for one in choices if one is not chosen]
     is_best = bool(data.evidence.means) and all(_is_no_worse(chosen.arm.name, other, data) for other in others)
-    return Choice(arm=chosen.arm, is_settled=chosen.is_settled and is_best)
+    return ChosenSubject(arm=chosen.arm, is_settled=chosen.is_settled and is_best)
 
 
-def find_best_arm(method: str, data: SweepData) -> ArmData | None:
+def find_best_arm(method: str, data: SweepData) -> SubjectData | None:
     """Returns the subject of a method with the best score; None if none has a score."""
-    arms = [arm for arm in data.arms if arm.row.method == method and find_score(arm, data) is not None]
+    arms = [arm for arm in data.subjects if arm.row.method == method and find_score(arm, data) is not None]
     return min(arms, key=lambda arm: get_score_sort_key(arm, data), default=None)
 
 
-def get_score_sort_key(arm: ArmData, data: SweepData) -> float:
+def get_score_sort_key(arm: SubjectData, data: SweepData) -> float:
     """Returns a key that sorts subjects from the best score to the worst; those without a score come last."""
     value = find_score(arm, data)
     return math.inf if value is None else data.shown_metric.sign * value
 
 
-def find_score(arm: ArmData, data: SweepData) -> float | None:
+def find_score(arm: SubjectData, data: SweepData) -> float | None:
     """Returns the score of a subject: on test data after a confirm stage, else that of the best complete trial."""
     if data.evidence.means:
         found = data.evidence.mean(arm.name)
@@ -114,7 +114,7 @@ def find_score(arm: ArmData, data: SweepData) -> float | None:
     return arm.best.value if arm.best else None
 
 
-def format_arm_score(arm: ArmData, data: SweepData, *, means: Mapping[str, Estimate] | None = None) -> str:
+def format_arm_score(arm: SubjectData, data: SweepData, *, means: Mapping[str, Estimate] | None = None) -> str:
     """Returns a subject's score: on test data with its interval after a confirm stage, else the best trial's.
 
     All subjects of a sweep get the same number of decimals. `means` are those of another metric on test data.
@@ -123,7 +123,7 @@ def format_arm_score(arm: ArmData, data: SweepData, *, means: Mapping[str, Estim
     if (found := known.get(arm.name)) or means is not None:
         decimals = count_decimals(one.find_interval() for one in known.values())
         return format_estimate(found.value, found.find_interval(), decimals=decimals) if found else UNKNOWN
-    return format_score(find_score(arm, data), beside=[other.best.value for other in data.arms if other.best])
+    return format_score(find_score(arm, data), beside=[other.best.value for other in data.subjects if other.best])
 
 
 def _is_no_worse(subject: str, other: str, data: SweepData) -> bool:
@@ -200,7 +200,7 @@ def find_recommended_run(source: Path) -> tuple[Path, str]:
     return folder / run.run, f"{run.name}{best}"
 
 
-def find_recommended(source: Path, *, key: str) -> tuple[Path, SweepData, ArmData, Trial]:
+def find_recommended(source: Path, *, key: str) -> tuple[Path, SweepData, SubjectData, Trial]:
     """Returns a sweep's folder, its data, the recommended subject, and the trial with the subject's setting.
 
     Args:
@@ -219,7 +219,7 @@ def find_recommended(source: Path, *, key: str) -> tuple[Path, SweepData, ArmDat
             f"`{key}` must be a sweep that is complete, but {str(folder)!r} is {data.record.status}. "
             f"Type `lorasweep sweep --resume {folder}`."
         )
-    names = list(dict.fromkeys(arm.name for arm in (*data.whole_arms, *data.arms)))
+    names = list(dict.fromkeys(arm.name for arm in (*data.arms, *data.subjects)))
     if is_arm and source.name not in names:
         raise ConfigError(
             f"`{key}` must be SWEEP or SWEEP/ARM with one of the arms {', '.join(names)}, but got {str(source)!r}."
@@ -227,7 +227,7 @@ def find_recommended(source: Path, *, key: str) -> tuple[Path, SweepData, ArmDat
         )
     name = source.name if is_arm else next((one.arm for one in recommend(data)), None)
     choice = choose_subject(data, name) if name else None
-    arm = data.find_arm(name) or (choice.arm if choice else None)
+    arm = data.find_subject(name) or (choice.arm if choice else None)
     if not is_arm and (learning := judge_learning(data)).state == "nothing":
         raise RecordError(
             f"`{key}` must be a sweep that learned something, but {str(folder)!r} did not: {learning.headline} "
@@ -241,7 +241,7 @@ def find_recommended(source: Path, *, key: str) -> tuple[Path, SweepData, ArmDat
     return folder, data, arm, arm.best
 
 
-def list_overrides(arm: ArmData, trial: Trial) -> dict[str, Any]:
+def list_overrides(arm: SubjectData, trial: Trial) -> dict[str, Any]:
     """Returns the settings of a trial by dotted key, for `lorasweep train` on all training data."""
     settings = {key: value for key, value in arm.row.settings.items() if key not in ("output", ALPHA_OVER_RANK)}
     settings |= {key: value for key, value in trial.params.items() if key != ALPHA_OVER_RANK}
@@ -251,7 +251,7 @@ def list_overrides(arm: ArmData, trial: Trial) -> dict[str, Any]:
     return {key: None if key == TRAIN_EXAMPLES else value for key, value in settings.items()}
 
 
-def _list_commands(arm: ArmData, data: SweepData) -> dict[str, str]:
+def _list_commands(arm: SubjectData, data: SweepData) -> dict[str, str]:
     """Returns the commands that train the settings again, and that export the adapter of a confirm run."""
     commands, source = {}, shlex.quote(str(data.folder / arm.name))
     if data.record.status == "complete":
@@ -263,7 +263,7 @@ def _list_commands(arm: ArmData, data: SweepData) -> dict[str, str]:
     return commands
 
 
-def _name_settings(arm: ArmData, trial: Trial) -> dict[str, str]:
+def _name_settings(arm: SubjectData, trial: Trial) -> dict[str, str]:
     keys = [*SETTING_NAMES, *(key for key in trial.params if key != ALPHA_OVER_RANK and key not in SETTING_NAMES)]
     known = {key: trial.setting(key) for key in keys} | {"method.name": arm.row.method}
     if arm.row.method != "lora":
@@ -272,7 +272,7 @@ def _name_settings(arm: ArmData, trial: Trial) -> dict[str, str]:
     return named | {"method": METHOD_NAMES.get(arm.row.method, arm.row.method)}
 
 
-def _describe_score(arm: ArmData, data: SweepData) -> str:
+def _describe_score(arm: SubjectData, data: SweepData) -> str:
     ends = {"frozen": "the frozen base", "full": "full fine-tuning"}
     others = [
         f"{name} scores {format_arm_score(end, data)}"

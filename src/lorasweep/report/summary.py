@@ -19,7 +19,7 @@ from lorasweep.report.recommend import (
     get_score_sort_key,
     recommend,
 )
-from lorasweep.report.sweep_data import ArmData, SweepData, load_sweep_data
+from lorasweep.report.sweep_data import SubjectData, SweepData, load_sweep_data
 from lorasweep.wording import (
     format_count,
     format_metric,
@@ -84,7 +84,7 @@ class Summary:
             "steps_done": sum(run.steps_done for run in records),
             "steps_saved": data.steps_saved,
             "base": {"score": data.best_score("frozen")},
-            "arms": [_summarize_arm(arm, data) for arm in data.arms],
+            "arms": [_summarize_arm(arm, data) for arm in data.subjects],
             "sentences": self.sentences,
             "recommended": [asdict(one) for one in self.recommended],
             "retained": [asdict(change) for change in data.retained],
@@ -132,7 +132,7 @@ def list_question_entries(data: SweepData, learning: Learning) -> list[dict[str,
     return [*entries, setting]
 
 
-def _summarize_arm(arm: ArmData, data: SweepData) -> dict[str, Any]:
+def _summarize_arm(arm: SubjectData, data: SweepData) -> dict[str, Any]:
     best, mean = arm.best, data.evidence.mean(arm.name)
     return {
         "name": arm.name,
@@ -168,7 +168,7 @@ def describe_findings(data: SweepData, fairness: list[str]) -> list[str]:
 
 
 def _describe_scores(data: SweepData) -> list[str]:
-    if all(find_score(arm, data) is None for arm in data.arms):
+    if all(find_score(arm, data) is None for arm in data.subjects):
         return ["No trial is complete, so there is no score to compare."]
     metric, order, evidence = format_metric(data.shown_metric.name), data.shown_metric.order, data.evidence
     sentences = [f"Scores are {metric}, {order} is better."]
@@ -222,7 +222,7 @@ def _describe_tests(data: SweepData) -> str:
 
 def _describe_gain(data: SweepData) -> list[str]:
     """Returns a sentence on full fine-tuning's gain as a share of the frozen base's score; none without both."""
-    found, base = data.evidence.relative_gain, data.find_arm(data.evidence.base)
+    found, base = data.evidence.relative_gain, data.find_subject(data.evidence.base)
     if found is None or base is None or (base.best and base.best.record and base.best.record.base.get("head")):
         return []  # a base with a new head gives a constant answer, so the gain says nothing about what the base knows
     verb = "lowers" if data.shown_metric.sign > 0 else "raises"
@@ -243,7 +243,7 @@ def _describe_effort(data: SweepData) -> list[str]:
         f"{format_count(data.tokens_trained)} tokens trained{saving}."
     ]
     if data.record.status != "complete":
-        asked = sum(arm.row.trials for arm in data.whole_arms)
+        asked = sum(arm.row.trials for arm in data.arms)
         sentences.append(f"The sweep is {data.record.status}: {asked} trials were asked for.")
     return sentences
 

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArmData:
+class SubjectData:
     """A subject, or a whole arm, with its trials by number and its confirm runs by seed."""
 
     arm: str
@@ -89,10 +89,10 @@ class SweepData:
 
     folder: Path
     record: SweepRecord
-    arms: tuple[ArmData, ...]
-    """The subjects: one entry for each arm, or for each value of an arm's `confirm_each` key."""
-    whole_arms: tuple[ArmData, ...]
-    """One entry for each arm, with all its trials. Without `confirm_each` it is the entry in `arms`."""
+    subjects: tuple[SubjectData, ...]
+    """One entry for each arm, or for each value of an arm's `confirm_each` key."""
+    arms: tuple[SubjectData, ...]
+    """One entry for each arm, with all its trials. Without `confirm_each` it is the entry in `subjects`."""
     problems: tuple[str, ...]
     """One sentence for each run that can't be read, and for each subject without all of its test scores."""
     evidence: Evidence
@@ -105,12 +105,12 @@ class SweepData:
     @property
     def trials(self) -> tuple[Trial, ...]:
         """Every trial, by arm and number."""
-        return tuple(trial for arm in self.whole_arms for trial in arm.trials)
+        return tuple(trial for arm in self.arms for trial in arm.trials)
 
     @property
     def confirm_runs(self) -> tuple[Trial, ...]:
         """Every run of the confirm stage of a setting that is confirmed now, by subject and seed."""
-        return tuple(run for arm in self.arms for run in arm.confirm_runs)
+        return tuple(run for arm in self.subjects for run in arm.confirm_runs)
 
     @property
     def run_records(self) -> tuple[RunRecord, ...]:
@@ -144,9 +144,9 @@ class SweepData:
         """The metric of `other_means`."""
         return next(iter(self.record.test_metrics[1:]), None)
 
-    def find_arm(self, subject: str | None) -> ArmData | None:
+    def find_subject(self, subject: str | None) -> SubjectData | None:
         """Returns the entry of a subject."""
-        return next((arm for arm in self.arms if arm.name == subject), None)
+        return next((arm for arm in self.subjects if arm.name == subject), None)
 
     @cached_property
     def frame(self) -> pandas.DataFrame:
@@ -159,12 +159,12 @@ class SweepData:
     @cached_property
     def swept_keys(self) -> tuple[str, ...]:
         """The dotted keys that any arm sweeps, in the order of the arms."""
-        keys = [key for arm in self.whole_arms for key in arm.row.space]
+        keys = [key for arm in self.arms for key in arm.row.space]
         return tuple(dict.fromkeys([*keys, *(key for trial in self.trials for key in trial.params)]))
 
     def best_score(self, method: str) -> float | None:
         """Returns the best search score of a method: `frozen` is the base model, `full` is full fine-tuning."""
-        best = [arm.best for arm in self.arms if arm.row.method == method and arm.best]
+        best = [arm.best for arm in self.subjects if arm.row.method == method and arm.best]
         return min(
             (trial.value for trial in best if trial.value is not None), key=lambda v: self.sign * v, default=None
         )
@@ -189,7 +189,7 @@ class SweepData:
         margin = parse_margin(self.record.margin)
         return margin.value if margin.is_share_of_gain else 0.0
 
-    def arm_share_of_full_gain(self, arm: ArmData) -> tuple[float | None, Interval | None]:
+    def arm_share_of_full_gain(self, arm: SubjectData) -> tuple[float | None, Interval | None]:
         """Returns an arm's share of full fine-tuning's gain with its interval: on test data after a confirm stage."""
         if self.evidence.means:
             return self.evidence.shares.get(arm.name, (None, None))
@@ -227,17 +227,18 @@ def load_sweep_data(folder: Path) -> SweepData:
             if trial.state != "running":  # a run that begins has no record yet
                 problems.append(f"The run `{trial.run}` can't be read: {error}")
         trial.reason = trial.reason or (trial.record.reason if trial.record else None)
-    whole_arms, arms = [], []
+    arms: list[SubjectData] = []
+    subjects: list[SubjectData] = []
     for row in record.arms:
-        subjects = [_build_arm(subject_row, record, arm=row.name) for subject_row in _list_subject_rows(row)]
-        arms += subjects
-        whole_arms.append(subjects[0] if row.confirm_each is None else _build_arm(row, record, arm=row.name))
-    for arm in arms if record.confirm else ():
-        scored, total = sum(run.is_complete for run in arm.confirm_runs), len(arm.confirm_runs)
+        own = [_build_subject(subject_row, record, arm=row.name) for subject_row in _list_subject_rows(row)]
+        subjects += own
+        arms.append(own[0] if row.confirm_each is None else _build_subject(row, record, arm=row.name))
+    for subject in subjects if record.confirm else ():
+        scored, total = sum(run.is_complete for run in subject.confirm_runs), len(subject.confirm_runs)
         if not scored:
-            problems.append(f"`{arm.name}` has no score on test data.")
+            problems.append(f"`{subject.name}` has no score on test data.")
         elif scored < total:
-            problems.append(f"`{arm.name}` has scores on test data from {scored} of its {total} confirm runs.")
+            problems.append(f"`{subject.name}` has scores on test data from {scored} of its {total} confirm runs.")
     evidence = build_evidence(record, read_confirm_scores(record, folder))
     other_means: Mapping[str, Estimate] = {}
     for metric in record.test_metrics[1:]:
@@ -251,8 +252,8 @@ def load_sweep_data(folder: Path) -> SweepData:
     return SweepData(
         folder=folder,
         record=record,
+        subjects=tuple(subjects),
         arms=tuple(arms),
-        whole_arms=tuple(whole_arms),
         problems=tuple(problems),
         evidence=evidence,
         other_means=other_means,
@@ -273,7 +274,7 @@ def _list_subject_rows(arm: ArmRow) -> list[ArmRow]:
     ]
 
 
-def _build_arm(row: ArmRow, record: SweepRecord, *, arm: str) -> ArmData:
+def _build_subject(row: ArmRow, record: SweepRecord, *, arm: str) -> SubjectData:
     """Returns the entry of a subject, or of a whole arm if `row` has the arm's name."""
     trials = [trial for trial in record.trials if trial.arm == arm and row.name in (arm, trial.subject)]
     trials.sort(key=lambda trial: trial.number)
@@ -287,7 +288,7 @@ def _build_arm(row: ArmRow, record: SweepRecord, *, arm: str) -> ArmData:
     if setting is not None:
         tried = next((trial for trial in trials if trial.number == setting.trial), None)
         best = tried or _build_predicted(setting, confirm_runs)
-    return ArmData(
+    return SubjectData(
         arm=arm,
         row=row,
         trials=tuple(trials),

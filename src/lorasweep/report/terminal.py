@@ -16,7 +16,7 @@ from lorasweep.errors import ConfigError
 from lorasweep.report.answers import AnswerLine, describe_answer
 from lorasweep.report.recommend import format_arm_score
 from lorasweep.report.summary import Summary, summarize
-from lorasweep.report.sweep_data import ArmData, SweepData
+from lorasweep.report.sweep_data import SubjectData, SweepData
 from lorasweep.wording import (
     count_percent_decimals,
     format_count,
@@ -74,7 +74,7 @@ def render_spread(folders: Sequence[Path]) -> RenderableType:
     for name in dict.fromkeys(arm.name for sweep in sweeps for arm in sweep.arms):
         found, cells = [], []
         for sweep in sweeps:
-            arm, mean, share = sweep.find_arm(name), sweep.evidence.mean(name), sweep.evidence.shares.get(name)
+            arm, mean, share = sweep.find_subject(name), sweep.evidence.mean(name), sweep.evidence.shares.get(name)
             value = (share[0] if share else None) if is_share else mean.value if mean else None
             rate = arm.best.params.get(LR) if arm and arm.best else None
             cells.append("–" if value is None else f"{value:.3f}" + (f"\n{format_setting(rate)}" if rate else ""))
@@ -95,7 +95,7 @@ def render_answers(lines: Iterable[AnswerLine]) -> list[Text]:
 
 def list_details(data: SweepData) -> list[str]:
     """Returns a sentence for each answer that is not in the three lines: on other methods, and on pairs."""
-    lora = {arm.name for arm in data.arms if arm.row.method == "lora"}
+    lora = {arm.name for arm in data.subjects if arm.row.method == "lora"}
     return [
         f"{describe_answer(answer, data)}."
         for answer in data.evidence.answers
@@ -106,21 +106,21 @@ def list_details(data: SweepData) -> list[str]:
 def _draw_arms(summary: Summary) -> Table:
     """Returns a row for each subject; the page has more columns, which a terminal of 80 characters has no room for."""
     data = summary.data
-    shares = [data.arm_share_of_full_gain(arm) for arm in data.arms]
+    shares = [data.arm_share_of_full_gain(arm) for arm in data.subjects]
     share_decimals = count_percent_decimals(interval for _, interval in shares)
     columns = {
-        "arm": [arm.name for arm in data.arms],
-        "best settings": [describe_setting(arm) for arm in data.arms],
-        "test score": [format_arm_score(arm, data) for arm in data.arms],
+        "arm": [arm.name for arm in data.subjects],
+        "best settings": [describe_setting(arm) for arm in data.subjects],
+        "test score": [format_arm_score(arm, data) for arm in data.subjects],
         "search score": list_search_scores(summary),
         "of full's gain": [format_share_estimate(*share, decimals=share_decimals) for share in shares],
-        "trained": [format_count(arm.cost("trainable_params")) for arm in data.arms],
+        "trained": [format_count(arm.cost("trainable_params")) for arm in data.subjects],
     }
     if not data.evidence.means:
         del columns["test score"]
     if data.other_means and data.other_metric:  # there is no room for both
         del columns["search score"]
-        others = [format_arm_score(arm, data, means=data.other_means) for arm in data.arms]
+        others = [format_arm_score(arm, data, means=data.other_means) for arm in data.subjects]
         columns[format_metric(data.other_metric.name)] = others
     title = Text(f"{data.record.name}: {format_metric(data.shown_metric.name)}", style="bold")
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -132,7 +132,7 @@ def _draw_arms(summary: Summary) -> Table:
     return table
 
 
-def describe_setting(arm: ArmData) -> str:
+def describe_setting(arm: SubjectData) -> str:
     """Returns the settings of a subject, without the value that its name has, and whether they are predicted."""
     if arm.best is None:
         return "no complete trial"
@@ -143,9 +143,9 @@ def describe_setting(arm: ArmData) -> str:
 def list_search_scores(summary: Summary) -> list[str]:
     """Returns the score of each subject on validation data; a mark says if it learned nothing."""
     data, learning = summary.data, summary.learning
-    scores = [arm.best.value if arm.best else None for arm in data.arms]
+    scores = [arm.best.value if arm.best else None for arm in data.subjects]
     shown = []
-    for arm, score in zip(data.arms, scores, strict=True):
+    for arm, score in zip(data.subjects, scores, strict=True):
         is_worse = arm.best and arm.row.method != "frozen" and learning.is_better(arm.best) is False
         mark = f" (not better than {learning.answer})" if is_worse else ""
         shown.append(f"{format_score(score, beside=scores)}{mark}")

@@ -72,7 +72,7 @@ def build_tables(summary: Summary) -> dict[str, pandas.DataFrame]:
     test_column = f"test/{data.record.verdict_metric.name}"
     trials, runs = data.frame.iloc[: len(data.trials)], data.frame.iloc[len(data.trials) :]
     trials = trials.drop(columns=["stage", "seed", "step", test_column], errors="ignore").assign(
-        method=[arm.row.method for arm in data.whole_arms for _ in arm.trials],
+        method=[arm.row.method for arm in data.arms for _ in arm.trials],
         share_of_full_gain=[data.share_of_full_gain(trial.value) for trial in data.trials],
         is_better_than_untrained=[summary.learning.is_better(trial) for trial in data.trials],
     )
@@ -115,7 +115,7 @@ def write_tensorboard(data: SweepData, answers: Sequence[AnswerLine], folder: Pa
     _write_events(folder / "arms", [(0, answer)])
     # each subject's best curve is a run of TensorBoard, so that it has its own colour
     tag, last_step = f"{ARM_TAG}/{data.record.metric}", max((trial.step for trial in data.trials), default=0)
-    for arm in data.arms:
+    for arm in data.subjects:
         curve = arm.best.curve if arm.best else ()
         if len(curve) == 1:  # the frozen base: one evaluation, drawn as a line across the chart
             curve = (*curve, (last_step, curve[0][1]))

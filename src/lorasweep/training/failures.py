@@ -59,7 +59,7 @@ def describe_failure(error: BaseException) -> str:
     return str(redact(str(error) if is_ours else "".join(traceback.format_exception(error)).strip()))
 
 
-def explain_failure(error: BaseException, *, group: Fabric, folder: Path, micro_batches: int) -> BaseException:
+def choose_error_to_raise(error: BaseException, *, group: Fabric, folder: Path, micro_batches: int) -> BaseException:
     """Returns the error that this process should raise instead of the error that ended its training.
 
     If this process failed first, this function writes the reason into the run's folder. If another process is gone, it
@@ -86,7 +86,7 @@ def explain_failure(error: BaseException, *, group: Fabric, folder: Path, micro_
     )
 
 
-def take_failure_note(folder: Path) -> int | None:
+def pop_failed_micro_batches(folder: Path) -> int | None:
     """Removes `FAILURE_FILE`. If memory ran out, returns the micro-batches per step of that attempt, else None."""
     note = _read_note(folder)
     (folder / FAILURE_FILE).unlink(missing_ok=True)

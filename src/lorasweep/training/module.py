@@ -32,11 +32,11 @@ from lorasweep.methods import METHODS
 from lorasweep.models.load import BaseModel
 from lorasweep.training.activation_checkpointing import checkpoint_activations, save_block_contexts
 from lorasweep.training.checkpoint import read_rng_state, restore_rng_state
-from lorasweep.training.components import check_components
 from lorasweep.training.data_module import DataModule
 from lorasweep.training.environment import fork_random_streams
 from lorasweep.training.fsdp import average_gradients, check_shardable, copy_trained_weights, shard_model
 from lorasweep.training.inputs import RunInputs, share_inputs
+from lorasweep.training.loggers import check_components
 from lorasweep.training.optim import check_optim, configure_optimizers
 from lorasweep.training.restore import RunSettings, read_settings
 from lorasweep.training.telemetry import TrainingProgress

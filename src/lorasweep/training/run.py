@@ -21,17 +21,17 @@ from lorasweep.models.load import BaseModel
 from lorasweep.record import RunRecord, RunStatus, read_run
 from lorasweep.training.callbacks import OnEvaluation, RunCallback, RunStopped
 from lorasweep.training.checkpoint import FoundCheckpoint, find_checkpoint, remove_checkpoints
-from lorasweep.training.components import build_callbacks, finish_loggers, start_loggers
 from lorasweep.training.data_module import DataModule
 from lorasweep.training.environment import deterministic_algorithms, reset_peak_memory, resolve_device
 from lorasweep.training.failures import (
+    choose_error_to_raise,
     convert_memory_errors,
     describe_failure,
-    explain_failure,
+    pop_failed_micro_batches,
     status_after,
-    take_failure_note,
 )
 from lorasweep.training.inputs import RunInputs, check_batch_memory, describe_batching
+from lorasweep.training.loggers import build_callbacks, finish_loggers, start_loggers
 from lorasweep.training.module import TrainingModule, prepare_model
 from lorasweep.training.own_data import OwnSplits
 from lorasweep.training.own_module import OwnModuleRun, build_module
@@ -153,7 +153,7 @@ class _Session:
                 run_on_first(self.group, lambda: self._score_best_weights(status))
         except BaseException as caught:
             micro_batches = int(record.batching["micro_batches"])
-            error = explain_failure(caught, group=self.group, folder=folder, micro_batches=micro_batches)
+            error = choose_error_to_raise(caught, group=self.group, folder=folder, micro_batches=micro_batches)
             if self.log is not None:
                 self._close(status_after(error, folder), describe_failure(error))
             if error is caught:
@@ -164,7 +164,7 @@ class _Session:
     def _open(self, *, resume: bool, too_large: list[int]) -> tuple[RunRecord, Path | None, int]:
         """Opens record and log on the first process. Returns the record, the checkpoint to resume from and its step."""
         config, folder, inputs = self.config, self.run_folder.path, self.inputs
-        did_not_fit = take_failure_note(folder) if resume else None
+        did_not_fit = pop_failed_micro_batches(folder) if resume else None
         if did_not_fit is not None:  # one of several processes ran out of memory in the last attempt
             too_large = [*read_run(folder).batching.get("too_large", []), did_not_fit]
         # An attempt with more micro-batches begins at step 0: a run with two different numbers can't be reproduced.

@@ -49,7 +49,7 @@ scatter much more on short sentences than on text."""
 JITTER = 1e-6
 """Added to the diagonal of a covariance, so that rounding does not make it singular."""
 DRAW_SEED = 0
-NORMAL_MAD = 1.4826
+STD_PER_MAD = 1.4826
 """Standard deviation of a normal distribution, divided by its median absolute deviation."""
 
 NUM_CANDIDATES = 256
@@ -148,7 +148,7 @@ def fit_surrogate(points: Array, costs: Sequence[float]) -> Surrogate:
     """
     values = np.asarray(costs, dtype=np.float64)
     median = float(np.median(values))
-    spread = NORMAL_MAD * float(np.median(np.abs(values - median)))
+    spread = STD_PER_MAD * float(np.median(np.abs(values - median)))
     if spread == 0:  # most trials have the same score, such as that of the constant answer
         spread = median - float(values.min())
     values = np.minimum(values, median + spread)

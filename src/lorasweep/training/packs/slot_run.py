@@ -18,9 +18,9 @@ from lorasweep.errors import Diverged, RecordError
 from lorasweep.methods import METHODS, ParameterGroup
 from lorasweep.record import RunRecord, RunStatus, read_run
 from lorasweep.training.checkpoint import find_checkpoint, save_checkpoint
-from lorasweep.training.components import finish_loggers, start_loggers
 from lorasweep.training.environment import get_device
 from lorasweep.training.inputs import RunInputs, describe_batching
+from lorasweep.training.loggers import finish_loggers, start_loggers
 from lorasweep.training.optim import build_optimizer, build_schedule
 from lorasweep.training.run_log import Metrics, RunFolder, RunLog, open_record
 from lorasweep.training.score import score_best_weights

@@ -22,7 +22,7 @@ from lorasweep.config.components import (
 )
 from lorasweep.config.run import RunConfig
 
-EVENT_LOGGER = "lorasweep.training.components.EventLogger"
+EVENT_LOGGER = "lorasweep.training.loggers.EventLogger"
 """Import path of the default logger, which writes into the run's folder and nowhere else."""
 LOGGER_PACKAGES: Mapping[str, str] = {
     "WandbLogger": "wandb",

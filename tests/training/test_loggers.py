@@ -11,7 +11,7 @@ from tests.training.runs import logged_rows, stop_after, train, train_together
 
 from lorasweep.errors import ConfigError
 from lorasweep.record import read_run, read_steps
-from lorasweep.training.components import check_components
+from lorasweep.training.loggers import check_components
 from lorasweep.training.optim import schedule_factor
 from lorasweep.training.restore import restore_config
 
