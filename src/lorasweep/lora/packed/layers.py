@@ -43,7 +43,6 @@ class PackedLoraLayer(AdaptedLayer):
         self.lora_a = nn.ParameterList(layer.lora_a for layer in used)
         self.lora_b = nn.ParameterList(layer.lora_b for layer in used)
         self._groups = group_like_ranks([layer.target.total_rank if layer else 0 for layer in layers])
-        self._factors: dict[object, list[Tensor]] = {}
         self._stacks: list[tuple[MatrixStack, MatrixStack]] = []
 
     def forward(self, x: Shaped[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:
@@ -118,14 +117,9 @@ class PackedLoraLayer(AdaptedLayer):
         The tensors are no buffers, because casting the model to bf16 would round buffers.
         """
         dtype = torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else self.lora_a[0].dtype
-        key = (dtype, x.device, is_dropped)
-        if key not in self._factors:
-            factors = tuple(
-                layer.scaling / (1 - layer.config.dropout * is_dropped) if layer else 0.0 for layer in self.layers
-            )
-            stacked = self.slots.share_factors(factors, dtype=dtype, device=x.device)
-            self._factors[key] = [stacked[group] for group in self._groups]
-        return self._factors[key]
+        values = [layer.scaling / (1 - layer.config.dropout * is_dropped) if layer else 0.0 for layer in self.layers]
+        stacked = self.slots.share_factors(tuple(values), dtype=dtype, device=x.device)
+        return [stacked[group] for group in self._groups]
 
 
 def group_like_ranks(ranks: Sequence[int]) -> list[slice]:
