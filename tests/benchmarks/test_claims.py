@@ -37,6 +37,8 @@ def draw_rows(drawn):
             {"question": question, "subject": name, "verdict": verdict, "value": str(share)} | interval
             for question in ("as_good_as_full", "forgotten_of_code")
         ]
+        enough = drawn.choice(["sufficient", "insufficient", "open"])
+        rows.append({"question": "smallest", "subject": name, "verdict": enough, "value": str(share)} | interval)
     return rows
 
 

@@ -1,12 +1,11 @@
 """A real decoder with a chat template: packs equal runs alone, and transformers generates with the exported adapter."""
 
 import json
-import runpy
-from pathlib import Path
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
+from smollm import smollm_folder
 from tests.training.runs import losses, train, train_together
 
 from lorasweep.config.compose import compose_run
@@ -19,7 +18,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # what PEFT calls
 ]
-SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "smollm.py"))
 QUESTION = {"role": "user", "content": "What is the capital of France?"}
 # fp32 kernels sum in another order for other shapes; Adam's first step divides by |g|, which magnifies it
 LOSS_TOLERANCE = 1e-4
@@ -43,7 +41,7 @@ def settings(tmp_path_factory):
     trainer = {"max_steps": 2, "batch_size": 2, "eval_every_steps": 2, "precision": "fp32", "progress": False}
     return {
         "model": "causal_lm",
-        "model.path": str(SCRIPT["smollm_folder"](folder / "model")),
+        "model.path": str(smollm_folder(folder / "model")),
         "data": "chat",
         "data.train": str(folder / "train.jsonl"),
         "data.validation": str(folder / "validation.jsonl"),

@@ -36,6 +36,7 @@ CASES = {
     "llama, eager": {**LORA, "model.attention": "eager"},
     "llama, flash attention": {**LORA, "model.attention": "flash_attention_2"},
     "llama, in 4 bits": {**LORA, "model.quantization": "nf4"},
+    "llama, checkpointed": {**LORA, "trainer.activation_checkpointing": True},
     "llama, full, autocast": {"method": "full"},
 }
 SETTINGS = {
