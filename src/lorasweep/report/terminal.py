@@ -71,7 +71,7 @@ def render_spread(folders: Sequence[Path]) -> RenderableType:
     table.add_column("arm", overflow="fold")
     for name in (*(str(folder) for folder in folders), "mean ± sd"):
         table.add_column(Text(name), justify="right", overflow="fold")
-    for name in dict.fromkeys(arm.name for sweep in sweeps for arm in sweep.arms):
+    for name in dict.fromkeys(arm.name for sweep in sweeps for arm in sweep.subjects):
         found, cells = [], []
         for sweep in sweeps:
             arm, mean, share = sweep.find_subject(name), sweep.evidence.mean(name), sweep.evidence.shares.get(name)
