@@ -36,7 +36,7 @@ from lorasweep.results import RunResult, SweepResult, load_run, load_sweep
 from lorasweep.runs.reproduce import Reproduction, compare_sweeps, reproduce_run
 from lorasweep.sweep.checks import (
     check_definition,
-    describe_coverages,
+    list_model_warnings,
     list_notes,
     list_retained,
     list_test_metrics,
@@ -120,6 +120,7 @@ def resume_sweep(
         metric = check_definition(definition, inputs_cache).name
         if metric != record.metric:
             raise ConfigError(f"`data.metric` must stay {record.metric!r} for all arms, but got {metric!r}.")
+        record.warnings += list_model_warnings(definition, inputs_cache)
         if record.changes:
             opened.note(list_notes(definition, inputs_cache))
         write_record(record, opened.path)  # now, because a controller in another process reads the changes from it
@@ -185,7 +186,7 @@ def start_sweep(
             retained=list_retained(definition, inputs_cache),
             constant_answer=constant_answer,
             notes=notes,
-            warnings=[text for text, is_warning in describe_coverages(definition, inputs_cache).items() if is_warning],
+            warnings=list_model_warnings(definition, inputs_cache),
         )
 
 

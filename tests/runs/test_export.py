@@ -179,6 +179,20 @@ def test_a_run_that_does_not_fit_its_record_is_refused_and_nothing_is_written(tr
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
+@pytest.mark.parametrize(
+    "content", ["[]", "{", "{}", '{"peft_type": "LORA", "r": "eight"}', '{"peft_type": 1}', "[" * 10_000, "\0"]
+)
+def test_settings_of_an_adapter_that_are_none_are_refused(trained, tmp_path, content):
+    run = shutil.copytree(trained(), tmp_path / "run")
+    (run / "best" / "adapter_config.json").write_text(content)
+    record = read_run(run)
+    record.files = {}  # as a stranger would
+    write_record(record, run)
+    with pytest.raises(RecordError, match="must be the settings of an adapter"):
+        export_run(run, format="peft", out=tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_a_disk_that_fills_up_leaves_nothing_behind(trained, tmp_path, monkeypatch):
     def fail(source, target):
         target.write_bytes(b"0")

@@ -9,12 +9,14 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Required
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from lorasweep.config.build import build
 from lorasweep.config.method import (
@@ -26,6 +28,7 @@ from lorasweep.config.method import (
     refuse_unsupported_fields,
 )
 from lorasweep.disk import require_regular_file, write_atomically
+from lorasweep.errors import RecordError, first_line
 from lorasweep.lora.fully_trained import match_modules_to_save, trained_modules
 from lorasweep.lora.inject import check_not_injected, inject_lora, require_lora_layers
 from lorasweep.lora.layer_kinds import find_fused_experts, is_conv1d
@@ -187,6 +190,34 @@ def _read_config(path: Path, model: nn.Module) -> LoraConfig:
         return config_from_peft(json.loads(path.read_text(encoding="utf-8")), model)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} must be a LoRA configuration, but got: {error}") from error
+
+
+class _PeftSettings(TypedDict, total=False):
+    """The types of PEFT's settings that are read from the file of an adapter; it may have others."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    peft_type: Required[str]
+    r: int | None
+    base_model_name_or_path: str | None
+    use_rslora: bool
+    use_dora: bool
+    rank_pattern: dict[str, int] | None
+    alpha_pattern: dict[str, float] | None
+    modules_to_save: list[str] | None
+    target_parameters: list[str] | None
+
+
+def read_peft_settings(path: Path) -> dict[str, Any]:
+    """Returns the settings of an adapter of any kind of PEFT's, as its file has them.
+
+    Raises RecordError if the file is damaged, or a setting that lorasweep reads has another type.
+    """
+    try:
+        require_regular_file(path)
+        return dict(TypeAdapter(_PeftSettings).validate_json(path.read_bytes(), strict=True))
+    except (OSError, ValidationError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else first_line(error)
+        raise RecordError(f"{str(path)!r} must be the settings of an adapter, but is damaged: {reason}.") from error
 
 
 def config_to_peft(layers: Mapping[str, LoraLayer], model: nn.Module, *, base_path: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from lorasweep.config.run import ModelConfig, RunConfig
 from lorasweep.data.chat_template import digest_template, read_template
 from lorasweep.disk import require_new_folder
 from lorasweep.errors import ConfigError, RecordError, RunError, first_line
-from lorasweep.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from lorasweep.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_peft_settings
 from lorasweep.methods import METHODS
 from lorasweep.models.load import EMBEDDED_PREFIX, BaseModel, find_local_path, fingerprint_weights, load_tokenizer
 from lorasweep.models.pretrained import NF4_ARGUMENTS, load_pretrained, quiet_transformers
@@ -176,7 +176,7 @@ def _copy_adapter(config: ModelConfig, best: Path, folder: Path) -> None:
         "base_model_name_or_path": str(config.path if local is None else local.resolve()),
         "revision": config.revision,
     }
-    settings = json.loads((best / CONFIG_FILE).read_text(encoding="utf-8")) | base
+    settings = read_peft_settings(best / CONFIG_FILE) | base
     (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from lorasweep.config.method import WEIGHT_SUFFIX
 from lorasweep.config.run import ModelConfig
-from lorasweep.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from lorasweep.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_peft_settings
 from lorasweep.models.load import find_local_path
 from lorasweep.wording import join_words
 
@@ -47,7 +47,7 @@ def describe_serving(folder: Path, config: ModelConfig, *, out: Path, has_templa
             f"llama.cpp: {_quote('python', 'convert_hf_to_gguf.py', str(out), '--outfile', 'model.gguf')}, then "
             f"{_quote('llama-server', '-m', 'model.gguf', *llama)}",
         )
-    peft = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    peft = read_peft_settings(folder / CONFIG_FILE)
     with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
         names = list(file.keys())
     base, rank = str(peft["base_model_name_or_path"]), int(peft.get("r") or 0)

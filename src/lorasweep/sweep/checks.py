@@ -141,6 +141,11 @@ def describe_coverages(definition: Definition, inputs_cache: InputsCache) -> dic
     return {coverage.describe(): bool(coverage.fused_experts) for coverage in coverages if coverage is not None}
 
 
+def list_model_warnings(definition: Definition, inputs_cache: InputsCache) -> list[str]:
+    """Returns a sentence for each base with fused experts, which LoRA leaves out."""
+    return [text for text, is_warning in describe_coverages(definition, inputs_cache).items() if is_warning]
+
+
 def list_notes(definition: Definition, inputs_cache: InputsCache) -> list[str]:
     """Returns notes on each arm's data, attention and base, and on arms whose trials run alone.
 
