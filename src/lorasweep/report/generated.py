@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from lorasweep.disk import require_regular_file
 from lorasweep.record import ANSWERS_FILE
 from lorasweep.report.sweep_data import SweepData
 
@@ -42,6 +43,7 @@ def list_answered_examples(data: SweepData) -> list[AnsweredExample]:
 def _read(path: Path) -> dict[str, list[str]]:
     """Returns prompt, reference, answer and score by row; empty if the file is missing or damaged."""
     try:
+        require_regular_file(path)
         with path.open(newline="", encoding="utf-8") as file:
             columns = ("prompt", "reference", "answer", "score")
             return {line["row"]: [str(line[name]) for name in columns] for line in csv.DictReader(file)}
