@@ -46,7 +46,7 @@ from lorasweep.sweep.definition.arms import Arm
 CURVES = Path(__file__).parent / "curves"
 GRID = CURVES / "grid_stdlib_docs.csv"
 CURVE_TASKS = ("stdlib_docs", "stdlib_code", "e2e_nlg", "movie_snippets")
-RANK, RATIO, LR = "method.rank", "method.alpha.over_rank", "optim.lr"
+RANK, RATIO, LR = "method.rank", "method.alpha", "optim.lr"
 NUM_TRIALS = (8, 12, 16, 24)
 FIRST_PART_FRACTION = 0.5
 WITHIN = (0.02, 0.05)
@@ -161,7 +161,7 @@ def measure(table: Table, way: Way, *, n: int, draws: int) -> dict[str, Any]:
     low, high = table.lr_range
     base = Arm(
         name="lora",
-        settings={"method": "lora"},
+        settings={"method": "lora", "method.scaling": "alpha"},
         space={
             RANK: CategoricalDistribution(table.ranks),
             RATIO: CategoricalDistribution(sorted({ratio for _, ratio in table.lines})),

@@ -121,7 +121,7 @@ def build_sweep(folder: Path, *, trials: int, examples: int) -> Path:
 
 def make_arm(name: str, trials: int) -> ArmRow:
     lr = {"optim.lr": {"low": 1e-4, "high": 1e-1, "log": True}}
-    space = {} if name == "frozen" else lr if name == "full" else {"method.alpha.over_rank": [1, 2, 4], **lr}
+    space = {} if name == "frozen" else lr if name == "full" else {"method.alpha": [1, 2, 4], **lr}
     rank = rank_of(name)
     return ArmRow(
         name=name,
@@ -137,7 +137,7 @@ def make_trial(folder: Path, arm: str, number: int, rng: random.Random) -> Trial
     if arm != "frozen":
         params["optim.lr"] = 10 ** rng.uniform(-4, -1)
     if rank:
-        params["method.alpha.over_rank"] = rng.choice([1, 2, 4])
+        params["method.alpha"] = rng.choice([1, 2, 4])
     score = ideal_score(arm, params) + rng.gauss(0, 0.003)
     state = "complete" if arm == "frozen" or number % 3 != 2 else "stopped" if number % 4 else "failed"
     row = Trial(
@@ -198,7 +198,7 @@ def write_run(folder: Path, run: str, row: Trial, score: float, **values: object
     rank, method = rank_of(row.arm), method_of(row.arm)
     trained = {"frozen": 0, "full": FULL_PARAMS}.get(method, 11_264 * (rank or 0))
     lr = row.params.get("optim.lr", 1e-3)
-    settings = {"rank": rank, "alpha": row.params.get("method.alpha.over_rank", 1) * rank} if rank else {}
+    settings = {"rank": rank, "alpha": row.params.get("method.alpha", 1), "scaling": "alpha"} if rank else {}
     steps = 0 if method == "frozen" else STEPS // 4 if row.state != "complete" else STEPS
     record = RunRecord(
         status=row.state if row.state != "running" else "complete",

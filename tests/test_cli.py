@@ -155,13 +155,13 @@ def test_a_sweep_whose_trials_all_fail_ends_with_1_and_says_where_to_look(capsys
 
 
 def test_a_composed_sweep_is_shown_with_all_settings_and_ranges(capsys, here, mini):
-    over_rank = "arms.lora.method.alpha={over_rank: [1, 2]}"
-    assert run(["sweep", mini, "--cfg", "job", over_rank, "sampler=qmc", "optim.weight_decay=0.1"]) == DONE
+    choice = "arms.lora.method.alpha=choice(1, 2)"
+    assert run(["sweep", mini, "--cfg", "job", choice, "sampler=qmc", "optim.weight_decay=0.1"]) == DONE
     shown = yaml.safe_load(capsys.readouterr().out)
     assert (shown["name"], shown["sampler"]["name"], shown["confirm"]["seeds"]) == ("mini", "qmc", 0)
     frozen, lora = shown["arms"]["frozen"], shown["arms"]["lora"]
     assert (frozen["trials"], frozen["method"], lora["trials"]) == (1, {"name": "frozen"}, 2)
-    assert (lora["method"]["rank"], lora["method"]["alpha"]) == ([1, 2], {"over_rank": [1, 2]})
+    assert (lora["method"]["rank"], lora["method"]["alpha"]) == ([1, 2], [1, 2])
     assert (lora["optim"]["weight_decay"], lora["data"]["block_length"]) == (0.1, 32)
     assert list_names(here) == {"mini.yaml"}
 

@@ -146,8 +146,8 @@ def _run_hydra(words: Sequence[str], task: Callable[[Any], float | None]) -> Non
 def _train(source_settings: Mapping[str, Any], *, origin: Mapping[str, Any], is_grid: bool) -> RunResult:
     """Trains one run. The settings are our own composition of Hydra's overrides.
 
-    Hydra's composition knows neither the settings of `--from` nor `method.alpha.over_rank`, and keeps the arguments of
-    the default option if `_target_` names another class.
+    Hydra's composition does not know the settings of `--from`, and keeps the arguments of the default option if
+    `_target_` names another class.
     """
     with quick_imports():
         from lorasweep import api  # noqa: PLC0415 (torch and Lightning are slow to import; `--help` needs neither)

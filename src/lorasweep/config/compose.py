@@ -26,7 +26,6 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from lorasweep.config.build import TARGET, build
 from lorasweep.config.data import MetricComponent
-from lorasweep.config.method import ALPHA_OVER_RANK
 from lorasweep.config.redaction import redact
 from lorasweep.config.run import ModuleComponent, OptimSettings, RunConfig
 from lorasweep.config.sweep import SweepConfig
@@ -186,7 +185,6 @@ def compose_values(primary: Primary, settings: Mapping[str, Any], *, require_all
         known |= {*default_options(primary), *filter(is_component_target, settings)}
         components = {key for key, value in settings.items() if isinstance(value, Mapping) and TARGET in value}
         known |= {f"{key}.{TARGET}" for key in components}
-        known |= {ALPHA_OVER_RANK} & {f"{key}.over_rank" for key in known}
         for key, value in settings.items():
             if key not in groups:
                 mapping = find_mapping(key)
@@ -280,8 +278,7 @@ def layer_settings(*layers: Mapping[str, Any]) -> dict[str, Any]:
             else:
                 replaced = f"{key}."
             layered = {k: v for k, v in layered.items() if not k.startswith(replaced) or k in kept}
-        # An equal key moves to the end: `method.alpha` and `method.alpha.over_rank` count in their order.
-        layered = {**{key: value for key, value in layered.items() if key not in layer}, **layer}
+        layered |= layer
     return layered
 
 

@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from lorasweep.config.build import Fraction, NonNegative, NonNegativeFloat, Positive, Rank, Settings, build
@@ -39,31 +38,10 @@ FIELDS_WITHOUT_EFFECT = frozenset({
 # fmt: on
 """Fields of PEFT's `LoraConfig` that say where an adapter belongs, follow from the model (`fan_in_fan_out`), or act
 only with another field that is refused. All other fields must be empty."""
-ALPHA_OVER_RANK = "method.alpha.over_rank"
-"""Sets α by its multiplier α/r: each run gets `method.alpha` = multiplier × `method.rank`."""
-Scaling = Literal["alpha_over_rank", "alpha_over_sqrt_rank"]
+Scaling = Literal["alpha_over_rank", "alpha_over_sqrt_rank", "alpha"]
 Init = Literal["default", "gaussian", "pissa", "orthogonal"]
 Variant = Literal["lora", "dora"]
 TrainedVectors = Literal["biases", "biases_and_norms"]
-
-
-def flatten_alpha_over_rank(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns settings in which `method.alpha: {over_rank: 2}` is written as `method.alpha.over_rank: 2`."""
-    spread: dict[str, Any] = {}
-    for key, value in settings.items():
-        is_multiplier = key.endswith("method.alpha") and isinstance(value, Mapping) and set(value) == {"over_rank"}
-        spread |= {f"{key}.over_rank": value["over_rank"]} if is_multiplier else {key: value}
-    return spread
-
-
-def multiply_rank(alpha: Any, info: ValidationInfo) -> Any:
-    """Returns α = multiplier × rank if α is given as `{over_rank: multiplier}`."""
-    if not isinstance(alpha, Mapping) or set(alpha) != {"over_rank"} or "rank" not in info.data:
-        return alpha
-    multiplier = alpha["over_rank"]
-    if not isinstance(multiplier, int | float) or not 0 <= multiplier < math.inf:
-        raise ConfigError(f"`{ALPHA_OVER_RANK}` must be a finite number >= 0, but got {multiplier!r}.")
-    return float(multiplier * info.data["rank"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +55,10 @@ class LoraConfig(Settings):
     name: Literal["lora"] = "lora"
     rank: Rank = 8
     """Rank r of the weight update B A, >= 1."""
-    alpha: Annotated[NonNegativeFloat, BeforeValidator(multiply_rank)] = 16.0
-    """Strength α of the update, >= 0, or `{over_rank: α/r}`. With 0 the model equals the base model."""
+    alpha: NonNegativeFloat = 16.0
+    """Strength α of the update, >= 0. With 0 the model equals the base model."""
     scaling: Scaling = "alpha_over_rank"
-    """Factor on the update: α/r (LoRA, section 4.1) or α/√r (rsLoRA, arXiv 2312.03732)."""
+    """Factor on the update: α/r (LoRA, section 4.1), α/√r (rsLoRA, arXiv 2312.03732), or `alpha` itself."""
     targets: str | tuple[str, ...] = "all-linear"
     """Layers that get an update: `all-linear` (every linear layer but the output head), a regular expression for the
     whole name of a layer, as in PEFT, or a list of patterns. In a list, brackets after a name choose rows of a fused

@@ -254,7 +254,7 @@ class SeedsConfig(Settings):
 SEED_KEYS = ("seed", *(f"seeds.{f.name}" for f in fields(SeedsConfig)))
 """The settings that together decide the initial values, the data order and the dropout of a run."""
 STEPS_KEY = "trainer.max_steps"
-LR, RANK, ALPHA = "optim.lr", "method.rank", "method.alpha"
+LR, RANK, ALPHA, SCALING = "optim.lr", "method.rank", "method.alpha", "method.scaling"
 """The three settings of LoRA that a sweep is about."""
 
 

@@ -291,7 +291,9 @@ def _keep_matching_patterns(patterns: Iterable[str], names: list[str]) -> tuple[
 
 
 def _compute_alpha(layer: LoraLayer, rank: int) -> float:
-    """Returns the α with which a plain LoRA of this rank has the same scaling as the layer."""
+    """Returns the α with which PEFT's LoRA, or its rsLoRA, of this rank has the same scaling as the layer."""
+    if layer.config.scaling == "alpha":
+        return layer.target.alpha * rank
     if rank == layer.rank:
         return layer.target.alpha
     ratio = rank / layer.rank

@@ -43,8 +43,8 @@ class SlotGroup(NamedTuple):
 
 
 def scaling_factor(*, alpha: float, rank: int, rule: Scaling) -> float:
-    """Returns the factor of B A x: α/r (LoRA, arXiv 2106.09685, section 4.1) or α/√r (rsLoRA, arXiv 2312.03732)."""
-    return alpha / rank if rule == "alpha_over_rank" else alpha / math.sqrt(rank)
+    """Returns the factor of B A x: α/r (LoRA, arXiv 2106.09685, section 4.1), α/√r (rsLoRA, arXiv 2312.03732) or α."""
+    return alpha / {"alpha_over_rank": rank, "alpha_over_sqrt_rank": math.sqrt(rank), "alpha": 1}[rule]
 
 
 def lora_linear(

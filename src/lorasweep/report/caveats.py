@@ -18,7 +18,6 @@ from operator import itemgetter
 from statistics import median, stdev
 from typing import Any, Literal
 
-from lorasweep.config.method import ALPHA_OVER_RANK
 from lorasweep.config.run import ALPHA, LR, RANK
 from lorasweep.record import RunRecord, Trial, is_number
 from lorasweep.report.sweep_data import SubjectData, SweepData, finite_number
@@ -258,7 +257,7 @@ def measure_effort(arm: SubjectData, data: SweepData) -> dict[str, Any]:
     """
     keys = set(arm.row.space)
     if LR in keys and any(trial.follows_rate_law for trial in arm.trials):
-        keys -= {ALPHA, ALPHA_OVER_RANK}
+        keys.discard(ALPHA)
     settings = [one.setting for one in data.subjects if one.arm == arm.name and one.setting]
     low, high, _ = find_bounds(arm.row.space.get(LR)) or (1.0, 1.0, False)
     return {
@@ -280,7 +279,7 @@ def list_edges(data: SweepData) -> list[tuple[str, str]]:
     edges: dict[tuple[str, str], list[str]] = defaultdict(list)
     for arm in data.subjects:
         for key, value in (arm.best.params if arm.best else {}).items():
-            if key in (ALPHA, ALPHA_OVER_RANK) and arm.best and arm.best.follows_rate_law:
+            if key == ALPHA and arm.best and arm.best.follows_rate_law:
                 continue  # under the rate law, another α only means another learning rate
             end = _find_end(arm, key, arm.best)
             if end and any(_find_end(arm, key, trial) != end for trial in trials[arm.arm]):

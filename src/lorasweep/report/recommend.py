@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorasweep.config.method import ALPHA_OVER_RANK
-from lorasweep.config.run import ALPHA, LR, RANK, STEPS_KEY
+from lorasweep.config.method import LoraConfig
+from lorasweep.config.run import ALPHA, LR, RANK, SCALING, STEPS_KEY
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import SWEEP_FILE, Trial
 from lorasweep.report.caveats import judge_learning
@@ -243,8 +243,7 @@ def find_recommended(source: Path, *, key: str) -> tuple[Path, SweepData, Subjec
 
 def list_overrides(arm: SubjectData, trial: Trial) -> dict[str, Any]:
     """Returns the settings of a trial by dotted key, for `lorasweep train` on all training data."""
-    settings = {key: value for key, value in arm.row.settings.items() if key not in ("output", ALPHA_OVER_RANK)}
-    settings |= {key: value for key, value in trial.params.items() if key != ALPHA_OVER_RANK}
+    settings = {key: value for key, value in arm.row.settings.items() if key != "output"} | trial.params
     exact = (STEPS_KEY, LR, *((RANK, ALPHA) if arm.row.method == "lora" else ()))
     # These are listed even if they have default values, so that a change of a default has no effect.
     settings |= {key: value for key in exact if (value := trial.setting(key)) is not None}
@@ -264,7 +263,9 @@ def _list_commands(arm: SubjectData, data: SweepData) -> dict[str, str]:
 
 
 def _name_settings(arm: SubjectData, trial: Trial) -> dict[str, str]:
-    keys = [*SETTING_NAMES, *(key for key in trial.params if key != ALPHA_OVER_RANK and key not in SETTING_NAMES)]
+    # without its rule, α could be read as α of another rule
+    scaling = [SCALING] if trial.setting(SCALING) not in (None, LoraConfig.scaling) else []
+    keys = dict.fromkeys([*SETTING_NAMES, *scaling, *trial.params])
     known = {key: trial.setting(key) for key in keys} | {"method.name": arm.row.method}
     if arm.row.method != "lora":
         known = {key: value for key, value in known.items() if key not in (RANK, ALPHA)}

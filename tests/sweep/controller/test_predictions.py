@@ -17,13 +17,16 @@ GP = ModelBasedSampler(name="gp", startup_trials=None)
 BEST_U = 4e-3
 LR = FloatDistribution(1e-4, 1e-2, log=True)
 SPACE = {"method.rank": CategoricalDistribution(RANKS), "optim.lr": LR}
-WITH_ALPHA = SPACE | {"method.alpha.over_rank": CategoricalDistribution([0.5, 1, 2])}
+WITH_ALPHA = SPACE | {
+    "method.alpha": CategoricalDistribution([0.5, 1, 2]),
+    "method.scaling": CategoricalDistribution(["alpha"]),
+}
 BASE = 2.4
 """The score of the frozen base, at which trials are stopped."""
 
 
 def get_alpha(params):
-    return params["method.alpha.over_rank"] * params["method.rank"] if "method.alpha.over_rank" in params else 16
+    return params["method.alpha"] * params["method.rank"] if "method.alpha" in params else 16
 
 
 def cost(params):

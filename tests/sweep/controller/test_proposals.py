@@ -23,7 +23,8 @@ from lorasweep.sweep.controller.encoding import SpaceEncoding, draw_sobol_point
 RANKS = [1, 2, 4, 8, 16, 32]
 SPACE = {
     "method.rank": CategoricalDistribution(RANKS),
-    "method.alpha.over_rank": CategoricalDistribution([1, 2, 4]),
+    "method.alpha": CategoricalDistribution([1, 2, 4]),
+    "method.scaling": CategoricalDistribution(["alpha"]),
     "optim.lr": FloatDistribution(1e-4, 1e-2, log=True),
 }
 AT_ONE_ALPHA = {key: SPACE[key] for key in ("method.rank", "optim.lr")}
@@ -64,7 +65,7 @@ def bowl(params):
 
 def distance(params):
     """Decades to the best learning rate."""
-    alpha = params["method.alpha.over_rank"] * params["method.rank"] if "method.alpha.over_rank" in params else 16
+    alpha = params["method.alpha"] * params["method.rank"] if "method.alpha" in params else 16
     return abs(math.log10(params["optim.lr"] * math.sqrt(alpha / 16)) + 3)
 
 

@@ -7,7 +7,6 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from tests.sweep.controller.conftest import ask_for_proposal, make_arm, make_trial
 
-from lorasweep.config.method import ALPHA_OVER_RANK as OVER_RANK
 from lorasweep.config.sweep import ModelBasedSampler, SobolSampler
 from lorasweep.sweep.controller.encoding import SpaceEncoding, build_rate_law, draw_sobol_point
 from lorasweep.sweep.definition.arms import read_definition
@@ -39,9 +38,8 @@ RATES = {"optim.lr": {"low": 1e-4, "high": 1e-2, "log": True}}
         ({}, {"method.rank": RANKS}, {"method.rank": 64}, 16),  # s · r is α, whatever the rank
         ({"method.alpha": 4, "method.rank": 8}, {}, {}, 4),
         ({}, {"method.alpha": [1, 9]}, {"method.alpha": 9}, 9),
-        ({"method.alpha": {"over_rank": 2}}, {"method.rank": RANKS}, {"method.rank": 16}, 32),
-        ({}, {"method.rank": RANKS, "method.alpha": {"over_rank": [1, 2]}}, {"method.rank": 4, OVER_RANK: 2}, 8),
-        ({"method.rank": 8}, {"method.alpha": {"over_rank": [1, 2]}}, {OVER_RANK: 1}, 8),
+        ({"method.scaling": "alpha", "method.alpha": 2}, {"method.rank": RANKS}, {"method.rank": 16}, 32),
+        ({"method.scaling": "alpha"}, {"method.alpha": [1, 2]}, {"method.alpha": 2}, 16),  # the default rank is 8
         ({"method.scaling": "alpha_over_sqrt_rank"}, {"method.rank": RANKS}, {"method.rank": 64}, 16 * math.sqrt(64)),
         ({"optim.lr_ratio_b": 16}, {"method.rank": RANKS}, {"method.rank": 4}, 16 * 16),
         ({}, {"optim.lr_ratio_b": [1, 4]}, {"optim.lr_ratio_b": 4}, 16 * 4),
@@ -58,7 +56,8 @@ def test_u_is_the_rate_times_the_root_of_scaling_rank_and_ratio(build_law, setti
 
 SPACES = {
     "rank": RANK_AND_RATE,
-    "multiplier": RANK_AND_RATE | {"method.alpha.over_rank": CategoricalDistribution([0.5, 1, 4])},
+    "factor": RANK_AND_RATE
+    | {"method.alpha": CategoricalDistribution([0.5, 1, 4]), "method.scaling": CategoricalDistribution(["alpha"])},
     "alpha": RANK_AND_RATE | {"method.alpha": FloatDistribution(1, 64, log=True)},
     "rank range": {"method.rank": IntDistribution(1, 64, log=True), "optim.lr": LR},
     "scaling": RANK_AND_RATE | {"method.scaling": CategoricalDistribution(["alpha_over_rank", "alpha_over_sqrt_rank"])},
@@ -90,7 +89,7 @@ SAMPLERS = {
 }
 
 
-@pytest.mark.parametrize("name", ["multiplier", "alpha", "ratio"])
+@pytest.mark.parametrize("name", ["factor", "alpha", "ratio"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_no_proposal_leaves_the_range_of_rates(name, sampler):
     space = SPACES[name]
@@ -119,12 +118,12 @@ def test_sobol_points_have_every_octave_of_u_and_every_rank_once_per_group():
 
 def test_a_model_does_not_repeat_a_rate_that_was_moved_into_its_range():
     """Two points beyond an end of the range are the same setting."""
-    space = SPACES["multiplier"]
+    space = SPACES["factor"]
     arm = make_arm(space, SAMPLERS["gp"], trials=24)
     trials, seen = [], []
     for _ in range(16):
         params = ask_for_proposal(arm, trials)
         cost = -math.log(params["optim.lr"]) - math.log(params["method.rank"])  # the best is beyond the range
         trials.append(make_trial(params, value=cost))
-        seen.append((params["method.rank"], params["method.alpha.over_rank"], f"{params['optim.lr']:.2g}"))
+        seen.append((params["method.rank"], params["method.alpha"], f"{params['optim.lr']:.2g}"))
     assert len(set(seen)) == len(seen)

@@ -26,17 +26,17 @@ from scipy.stats import qmc
 
 from lorasweep.config.components import Component
 from lorasweep.config.data import Direction, get_sign
-from lorasweep.config.method import ALPHA_OVER_RANK, LoraConfig
-from lorasweep.config.run import ALPHA, LR, RANK, follows_rate_law
+from lorasweep.config.method import LoraConfig
+from lorasweep.config.run import ALPHA, LR, RANK, SCALING, follows_rate_law
+from lorasweep.lora.functional import scaling_factor
 from lorasweep.record import Trial, TrialState
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.definition.sweep_file import Space, list_corner_values
 
 Point = dict[str, Any]
 """A value for each key that can vary. For a list of choices the value is the index of a choice."""
-SCALING = "method.scaling"
 RATIO_B = "optim.lr_ratio_b"
-LAW_KEYS = (RANK, ALPHA, ALPHA_OVER_RANK, SCALING, RATIO_B)
+LAW_KEYS = (RANK, ALPHA, SCALING, RATIO_B)
 """The swept keys that change the factor between the learning rate and u."""
 
 MAX_HISTORY_TRIALS = 200
@@ -64,18 +64,12 @@ class RateLaw:
         if not self.defaults:
             return 1.0
         found = {**self.defaults, **{key: params[key] for key in LAW_KEYS if key in params}}
-        rank = found[RANK]
-        alpha = (
-            found[ALPHA_OVER_RANK] * rank
-            if found.get(ALPHA_OVER_RANK) is not None and ALPHA not in params
-            else found[ALPHA]
-        )
-        strength = alpha if found[SCALING] == "alpha_over_rank" else alpha * math.sqrt(rank)  # s · r
-        return math.sqrt(strength * found[RATIO_B]) or 1.0
+        scaling = scaling_factor(alpha=found[ALPHA], rank=found[RANK], rule=found[SCALING])
+        return math.sqrt(scaling * found[RANK] * found[RATIO_B]) or 1.0
 
 
 def build_rate_law(arm: Arm) -> RateLaw:
-    """Returns the rate law of an arm, whose settings may fix α/r; none without LoRA, Adam or a searched rate."""
+    """Returns the rate law of an arm; none without LoRA, Adam or a searched rate."""
     if LR not in arm.space or not isinstance(method := (config := arm.corner_configs[0]).method, LoraConfig):
         return RateLaw(defaults={})
     if not follows_rate_law("lora", config.optim.name):
@@ -84,7 +78,6 @@ def build_rate_law(arm: Arm) -> RateLaw:
         defaults={
             RANK: method.rank,
             ALPHA: method.alpha,
-            ALPHA_OVER_RANK: arm.settings.get(ALPHA_OVER_RANK),
             SCALING: method.scaling,
             RATIO_B: getattr(config.optim, "lr_ratio_b", 1.0),
         }

@@ -16,7 +16,6 @@ from optuna.storages.journal import JournalFileBackend
 from lorasweep.config.build import as_settings
 from lorasweep.config.compose import dotted_items
 from lorasweep.config.data import ScoreMetric
-from lorasweep.config.method import ALPHA_OVER_RANK
 from lorasweep.disk import remove_leftovers, take_lock
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import (
@@ -295,10 +294,9 @@ def warn_of_late_growth(changes: Sequence[SweepChange]) -> list[str]:
 def _list_settings(arm: Arm) -> dict[str, Any]:
     """Returns all settings on which an arm's trials depend by dotted key, the ranges of swept keys first."""
     settings = {**as_settings(arm.corner_configs[0]), **as_settings(arm.sweep_config)}
-    multiplier = (ALPHA_OVER_RANK, arm.settings.get(ALPHA_OVER_RANK))  # a run has only the product
     return describe_space(arm.space) | {
         key: value
-        for key, value in (multiplier, *dotted_items(settings))
+        for key, value in dotted_items(settings)
         if not isinstance(value, Mapping)
         and key not in (*arm.space, *CHANGEABLE_KEYS)
         and not key.startswith("worker.")

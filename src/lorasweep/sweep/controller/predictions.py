@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from lorasweep.config.data import Direction, get_sign
-from lorasweep.config.method import ALPHA_OVER_RANK
 from lorasweep.config.run import ALPHA, LR, RANK
 from lorasweep.record import Trial, is_number
 from lorasweep.sweep.controller.encoding import (
@@ -37,7 +36,7 @@ Array = NDArray[np.float64]
 # grids (docs/benchmarks.md, Proposals).
 RATE_LENGTH_SCALE_DECADES = 0.5
 """Length scale of the kernel in u = lr · √(s · r) (`RateLaw`), in decades."""
-LENGTH_SCALES_OCTAVES = {RANK: 7.5, ALPHA: 10.0, ALPHA_OVER_RANK: 10.0}
+LENGTH_SCALES_OCTAVES = {RANK: 7.5, ALPHA: 10.0}
 """Length scales of rank and α at the same u, in octaves."""
 RANGE_LENGTH_SCALE = 0.5
 """Length scale of any other number, as a fraction of its range."""

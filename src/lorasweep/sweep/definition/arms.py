@@ -29,7 +29,6 @@ from lorasweep.config.compose import (
     layer_settings,
 )
 from lorasweep.config.data import DataConfig
-from lorasweep.config.method import ALPHA_OVER_RANK, flatten_alpha_over_rank
 from lorasweep.config.run import METHODS_ON_QUANTISED_BASE, RunConfig
 from lorasweep.config.sweep import SweepConfig
 from lorasweep.errors import ConfigError
@@ -155,7 +154,7 @@ def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Defini
             f"a sweep's override must read `key=value`, but got {key!r}. `+` and `~` are for `lorasweep train`; write "
             "a value, an option such as `logger=none`, or `arms.ARM=null` to leave out an arm."
         )
-    content, overrides = _change_arms(raw["file"], flatten_alpha_over_rank(raw["overrides"]))
+    content, overrides = _change_arms(raw["file"], raw["overrides"])
     file = parse_file(content)
     for_sweep, for_runs = _select(overrides, of_sweep=True), _select(overrides)
     sweep_config = compose_sweep(_select(layer_settings(file.settings, for_sweep), of_sweep=True))
@@ -221,8 +220,7 @@ def describe_definition(definition: Definition) -> str:
     described = OmegaConf.create({"name": definition.name, **as_settings(definition.sweep_config), "arms": {}})
     for arm in definition.arms:
         settings = OmegaConf.create(as_settings(arm.corner_configs[0]))
-        multiplier = {key: value for key, value in arm.settings.items() if key == ALPHA_OVER_RANK}
-        for key, value in {**multiplier, **describe_space(arm.space)}.items():
+        for key, value in describe_space(arm.space).items():
             OmegaConf.update(settings, key, value, merge=False)
         described.arms[arm.name] = {"trials": arm.trials, **settings}
     return OmegaConf.to_yaml(described)
@@ -371,7 +369,7 @@ def _select(settings: Mapping[str, Any], *, of_sweep: bool = False) -> dict[str,
 
 
 def _is_inside(key: str, other: str) -> bool:
-    """Returns whether a key equals another key or lies below it, as `method.alpha.over_rank` below `method.alpha`."""
+    """Returns whether a key equals another key or lies below it, as `sampler.seed` below `sampler`."""
     return key == other or ("." in other and key.startswith(f"{other}."))
 
 
@@ -391,9 +389,7 @@ def is_range(key: str, value: Any) -> bool:
 def _is_whole(key: str, range_: Any, values: Any) -> bool:
     """Returns whether a swept key holds whole numbers, from its value in an arm's composed settings."""
     for name in key.split("."):
-        if not isinstance(values, Mapping):  # `method.alpha.over_rank` is composed to α
-            break
-        if name not in values:
+        if not isinstance(values, Mapping) or name not in values:
             # an argument with a default in its class; an unknown key raises when `corner_configs` are composed
             return isinstance(range_, Mapping) and all(isinstance(bound, int) for bound in range_.values())
         values = values[name]

@@ -7,7 +7,7 @@ import math
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import field, replace
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from pydantic.dataclasses import dataclass
 
 from lorasweep.config.build import Positive, Settings, build
 from lorasweep.config.compose import packaged_folder
-from lorasweep.config.method import flatten_alpha_over_rank
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.record import is_number
 from lorasweep.wording import suggest_nearest
@@ -115,15 +114,7 @@ def parse_file(content: Any) -> SweepFile:
     arms = content.get("arms") if isinstance(content, Mapping) else None
     if not isinstance(arms, Mapping) or not arms:
         raise ConfigError("a sweep file must be a mapping with at least one arm in `arms`, but has no arm.")
-    file = build(SweepFile, content)
-    return replace(
-        file,
-        settings=flatten_alpha_over_rank(file.settings),
-        arms={
-            name: replace(arm, settings=flatten_alpha_over_rank(arm.settings), space=flatten_alpha_over_rank(arm.space))
-            for name, arm in file.arms.items()
-        },
-    )
+    return build(SweepFile, content)
 
 
 def require_folder_name(what: str, name: str) -> None:
