@@ -53,7 +53,7 @@ def written(sweep):
     return Page((sweep / "report/index.html").read_text())
 
 
-SECTIONS = ["confirmed", "arms", "lr", "curves", "tradeoff", "unfinished", "trials"]
+SECTIONS = ["confirmed", "arms", "lr", "tradeoff", "unfinished", "trials"]
 
 
 def count_figures(sweep):
@@ -98,7 +98,6 @@ def test_hostile_names_are_text(sweep):
     [
         ({"full": 0}, "No share of full's gain is known"),
         ({"lora": 0}, "Not asked: no arm has method=lora"),
-        ({"lora": 0, "full": 0}, "No run has two evaluations"),
     ],
 )
 def test_what_is_missing_is_a_sentence_and_the_rest_still_appears(tmp_path, change, sentence):

@@ -1,4 +1,4 @@
-"""The page's figures (plotly): test scores by value, score against rate, steps and cost, and what was forgotten.
+"""The page's figures (plotly): test scores by value, score against rate and cost, and what was forgotten.
 
 Each function takes a `SweepData` and returns a `Panel`.
 """
@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 
 from lorasweep.config.data import get_sign
 from lorasweep.config.run import ALPHA, LR
-from lorasweep.record import RetainedRow, Trial, find_winner
+from lorasweep.record import RetainedRow, Trial
 from lorasweep.report.evidence.estimates import Interval
 from lorasweep.report.panel import (
     METHOD_COLOURS,
@@ -35,8 +35,6 @@ from lorasweep.wording import format_metric, format_setting, short_key
 MAX_OTHER_ARMS = 6
 """Maximum number of arms without `confirm_each` that are shown beside the values of an arm."""
 
-MAX_CURVE_POINTS = 30
-"""A curve has at most about this many points."""
 COSTS = (
     ("trainable_params", 1, "trainable parameters (log scale)"),
     ("peak_memory_bytes", 2**20, "peak memory (MiB)"),
@@ -216,44 +214,6 @@ def _draw_rates(arms: Sequence[SubjectData], data: SweepData) -> go.Figure:
     return figure
 
 
-def draw_learning_curves(data: SweepData) -> Panel:
-    """Returns every trial's validation curve, by arm."""
-    title, colours = "Learning curves", choose_colours(data)
-    arms = [arm for arm in data.subjects if any(len(trial.curve) > 1 for trial in arm.trials)]
-    if not arms:
-        return Panel(key="curves", title=title, text="No run has two evaluations, so there is no curve to draw.")
-    figure = build_figure(data, x_title="training step")
-    for arm in arms:
-        trials = [trial for trial in arm.trials if trial.curve and trial.value is not None]
-        curves = [trial.curve[:: 1 + len(trial.curve) // MAX_CURVE_POINTS] for trial in trials]
-        # a gap ends each curve, so that one trace holds all curves of an arm
-        x = [step for curve in curves for step in (*(step for step, _ in curve), None)]
-        y = [score for curve in curves for score in (*(score for _, score in curve), None)]
-        add_line(figure, x, y, colours[arm.name], arm.name, line={"width": 1}, opacity=0.35)
-        stopped = [(trial.curve[-1][0], trial, trial.curve[-1][1]) for trial in trials if trial.state == "stopped"]
-        add_trials(figure, stopped, colours[arm.name], arm.name, symbol="x-thin-open")
-    for arm in arms:  # after the faint curves, so that the bold ones lie above them
-        # a predicted setting has no curve here: its run has another seed than the trials of the search
-        if best := find_winner(arm.trials, record=data.record):
-            add_line(
-                figure,
-                [step for step, _ in best.curve],
-                [score for _, score in best.curve],
-                colours[arm.name],
-                arm.name,
-                line={"width": 3},
-                showlegend=True,
-                hoverinfo=None,
-                hovertemplate=f"{build_label(best)}<br>step %{{x}}: %{{y:.4f}}<extra></extra>",
-            )
-    _set_axis(figure, data, [score for arm in arms for trial in arm.trials for _, score in trial.curve])
-    text = (
-        "Validation score over training: the best trial of each arm or value bold, the others faint. Crosses are "
-        "trials that were stopped, because they had learned nothing."
-    )
-    return Panel(key="curves", title=title, text=text, figures=(figure,))
-
-
 def draw_tradeoff(data: SweepData) -> Panel:
     """Returns score against each cost, over the complete trials of every arm that trains something."""
     title = "Score against cost"
@@ -296,7 +256,7 @@ def _set_axis(figure: go.Figure, data: SweepData, scores: Sequence[float]) -> No
     set_score_axis(figure, data.record.metric, ranked[:half], ranked[half:], full=full, frozen=frozen)
 
 
-PANELS = (draw_scores_by_value, draw_score_by_lr, draw_learning_curves, draw_tradeoff)
+PANELS = (draw_scores_by_value, draw_score_by_lr, draw_tradeoff)
 """The panels in the order of the page."""
 
 
