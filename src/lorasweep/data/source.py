@@ -15,7 +15,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 from lorasweep.data.split import Split
 from lorasweep.errors import ConfigError
 
-Role = Literal["system", "user", "assistant", "tool"]
+Role = Literal["system", "developer", "user", "assistant", "tool"]
 DataKind = Literal["documents", "single_label", "regression", "conversations"]
 Label = int | float
 """A class index; for regression a number."""

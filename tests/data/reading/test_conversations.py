@@ -35,6 +35,11 @@ def test_prompt_and_completion_are_what_user_and_assistant_say(read, columns, se
 
 
 TALK = [said("system", "be kind"), said("user", "hi"), said("assistant", "hello")]
+PARTS = [
+    said("system", [{"type": "text", "text": "be "}, {"type": "text", "text": "kind"}]),
+    said("user", [{"type": "text", "text": "hi"}]),
+    said("assistant", [{"type": "text", "text": "hello"}]),
+]
 SHAREGPT = [{"from": role, "value": text} for role, text in (("system", "be kind"), ("human", "hi"), ("gpt", "hello"))]
 
 
@@ -45,6 +50,7 @@ SHAREGPT = [{"from": role, "value": text} for role, text in (("system", "be kind
         ({"conversations": TALK}, {}),
         ({"log": TALK}, {"messages": "log"}),
         ({"conversations": SHAREGPT}, {}),
+        ({"messages": PARTS}, {}),
         ({"prompt": TALK[:2], "completion": TALK[2:]}, {}),
     ],
 )
@@ -113,8 +119,9 @@ CALLING = {"role": "assistant", "tool_calls": [{"name": "get", "arguments": {"n"
         ({"messages": ["hi"]}, ["`role` and `content`", "'hi'"]),
         ({"messages": []}, ["assistant's", "[]"]),
         ({"messages": [said("user", "hi")]}, ["assistant's", "'user'"]),
-        ({"messages": [said("bot", "hi")]}, ["system, user, assistant, tool", "'bot'"]),
-        ({"messages": [{"content": "hi"}]}, ["system, user, assistant", "None"]),
+        ({"messages": [said("user", [{"type": "image", "url": "x"}])]}, ["must have a text", "image"]),
+        ({"messages": [said("bot", "hi")]}, ["system, developer, user, assistant, tool", "'bot'"]),
+        ({"messages": [{"content": "hi"}]}, ["system, developer, user, assistant", "None"]),
         ({"messages": [said("user", [{"type": "image"}])]}, ["text", "image"]),
         ({"messages": [said("user", "hi"), said("assistant", " ")]}, ["each message of the assistant", "' '"]),
         (

@@ -113,7 +113,7 @@ def _parse_message(message: Any) -> Message:
     role = str(message.get("role") or message.get("from"))
     if role not in ROLES:
         raise ValueError(f"must have messages of the roles {', '.join(get_args(Role))}, but has {shorten(role)}")
-    content = message.get("content") or message.get("value")
+    content = _join_parts(message.get("content") or message.get("value"))
     if ROLES[role] == "tool":
         named = {key: str(message[key]) for key in ("tool_call_id", "name") if message.get(key) is not None}
         return Message("tool", content if content == "" else require_text(content), json.dumps(named) if named else "")
@@ -128,6 +128,13 @@ def _parse_message(message: Any) -> Message:
         raise ValueError(f"must have a text or tool calls in each message of the assistant, but has {shorten(content)}")
     # some templates fail without content, so a mere tool call has an empty one
     return Message("assistant", require_text(content) if content else "", json.dumps(fields) if fields else "")
+
+
+def _join_parts(content: Any) -> Any:
+    """Returns the text of a content that is a list of texts (`{"type": "text", "text": ...}`), or else the content."""
+    parts = content if isinstance(content, list) else []
+    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+    return "".join(map(str, texts)) if texts and len(texts) == len(parts) and None not in texts else content
 
 
 def _parse_objects(value: Any, *, kind: str) -> list[dict[str, Any]]:
