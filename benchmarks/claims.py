@@ -144,7 +144,9 @@ STATEMENTS = (
         statement="Rank 1 is enough for a small data set.",
         test="On 240 restaurant descriptions, rank 1 is sufficient beside ranks 4, 16 and 64.",
         results=("llm",),
-        judge=lambda of: agree([find(of[0], "smallest", "lora-rank-1")], yes=("sufficient",), no=("insufficient",)),
+        judge=lambda of: agree(
+            [find(of[0], "smallest_rank", "lora-rank-1")], yes=("sufficient",), no=("insufficient",)
+        ),
     ),
     Claim(
         statement="A very high rank is full fine-tuning.",

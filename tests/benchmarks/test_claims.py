@@ -38,7 +38,7 @@ def draw_rows(drawn):
             for question in ("as_good_as_full", "forgotten_of_code")
         ]
         enough = drawn.choice(["sufficient", "insufficient", "open"])
-        rows.append({"question": "smallest", "subject": name, "verdict": enough, "value": str(share)} | interval)
+        rows.append({"question": "smallest_rank", "subject": name, "verdict": enough, "value": str(share)} | interval)
     return rows
 
 
