@@ -279,9 +279,9 @@ def write_page() -> None:
         "# Claims on LoRA, tested",
         "",
         "Each statement has a test that could fail, and is run as a sweep (`benchmarks/claims.py`). *Open*: answers",
-        "decide neither. The embedded model, which all but `llm` use, is a toy: the page shows how to test a statement, not",
-        "what is true of your model. The value is the share of full fine-tuning's gain on test data, with the interval of the test; of what",
-        "was forgotten it is the change against the frozen base.",
+        "decide neither. The embedded model, which all but `llm` use, is a toy: the page shows how to test a",
+        "statement, not what is true of your model. The value is the share of full fine-tuning's gain on test data,",
+        "with the interval of the test; of what was forgotten it is the change against the frozen base.",
         "",
     ]
     waiting, shown = [], set()

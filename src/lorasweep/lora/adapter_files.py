@@ -186,9 +186,8 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _read_config(path: Path, model: nn.Module) -> LoraConfig:
     try:
-        require_regular_file(path)
-        return config_from_peft(json.loads(path.read_text(encoding="utf-8")), model)
-    except (OSError, ValueError, RecursionError) as error:
+        return config_from_peft(read_peft_settings(path), model)
+    except (RecordError, ValueError) as error:
         raise ValueError(f"{str(path)!r} must be a LoRA configuration, but got: {error}") from error
 
 
@@ -256,13 +255,11 @@ def config_to_peft(layers: Mapping[str, LoraLayer], model: nn.Module, *, base_pa
     }
 
 
-def config_from_peft(raw: object, model: nn.Module) -> LoraConfig:
+def config_from_peft(raw: Mapping[str, Any], model: nn.Module) -> LoraConfig:
     """Returns PEFT's settings (parsed JSON) as a `LoraConfig`, without patterns that match no layer of the base model.
 
     Raises ValueError if they are not those of LoRA, or have a key that lorasweep does not support.
     """
-    if not isinstance(raw, dict):
-        raise ValueError(f"it must be a JSON object, but got {type(raw).__name__}")
     refuse_unsupported_fields(raw)
     if raw.get("init_lora_weights", True) not in INITS_KEEPING_BASE:
         raise ValueError(
