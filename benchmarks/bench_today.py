@@ -1,15 +1,14 @@
 """Compares a whole sweep with today's way to do the same work, from the start of the command to its end.
 
-    python benchmarks/bench_today.py [--data movie_snippets|FOLDER|...] [--model FOLDER-OR-HUB-ID] [--seeds 0 1 2]
-        [--train 2000] [--validation 1000] [--trials 8] [--steps 130] [--ways today tuned solo ours default]
-        [--threads 2] [--quick]
+    python benchmarks/bench_today.py [--data movie_snippets|...] [--model FOLDER-OR-HUB-ID] [--seeds 0 1 2]
+        [--train 2000] [--validation 1000] [--trials 8] [--steps 130] [--ways today tuned ours default] [--threads 2]
+        [--quick]
 
 Every way searches LoRA's rank (1 to 64) and learning rate for the same classifier of sentences (default: MiniLM-L6 with
 real weights) in the same space, with 8 trials of 130 steps of 16 sentences and 5 evaluations:
 
     today   Optuna with MedianPruner, PEFT and transformers' Trainer at their defaults (benchmarks/trainer_sweep.py)
     tuned   the same in bf16, grouped by length, with evaluation batch 32, and without pruning
-    solo    `lorasweep sweep` with worker.pack_size=1: trials one after another
     ours    `lorasweep sweep` with these evaluations
     default `lorasweep sweep` as it comes: evaluations at half of a run and at its end on an eighth of the examples,
             then once on all
@@ -38,7 +37,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from sentences import add_data_argument, load_sentences, minilm_folder, write_sentences
+from real_weights import minilm_folder
+from sentences import add_data_argument, load_sentences, write_sentences
 
 from lorasweep.results import load_sweep
 
@@ -60,7 +60,6 @@ TRAINER_SCRIPT = Path(__file__).parent / "trainer_sweep.py"
 WAYS = {
     "today": "Optuna + PEFT + Trainer",
     "tuned": "the same, tuned",
-    "solo": "lorasweep, trials one by one",
     "ours": "lorasweep sweep",
     "default": "lorasweep sweep, own evaluations",
 }
@@ -104,7 +103,6 @@ def run_way(way: str, work: Mapping[str, Any], folder: Path) -> Outcome:
     else:
         (folder / "sweep.yaml").write_text(yaml.safe_dump(describe_sweep(work)))
         command = ["-m", "lorasweep", "sweep", str(folder / "sweep.yaml"), f"sweep.output={output}"]
-        command += ["worker.pack_size=1"] if way == "solo" else []
         if way == "default":
             command += [f"trainer.eval_every_steps={work['steps'] // 2}", "trainer.eval_fraction=0.125"]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache")}  # so that no seed reads another's rows
@@ -159,7 +157,7 @@ def describe_sweep(work: Mapping[str, Any]) -> dict[str, Any]:
         "optim.lr": {"low": work["lr_low"], "high": work["lr_high"], "log": True},
     }
     arm = {
-        "settings": {"method": "lora", "method.alpha": {"over_rank": work["alpha_over_rank"]}},
+        "settings": {"method": "lora", "method.scaling": "alpha", "method.alpha": work["alpha_over_rank"]},
         "space": space,
         "trials": work["trials"],
     }
@@ -180,13 +178,13 @@ def read_result(folder: Path) -> dict[str, Any]:
     }
 
 
-def score_adapter(adapter: Path, work: Mapping[str, Any], *, split: str = "test") -> float:
-    """Returns the accuracy of an adapter on a split, in fp32."""
+def score_adapter(adapter: Path, work: Mapping[str, Any]) -> float:
+    """Returns the accuracy of an adapter on test data, in fp32."""
     import peft  # noqa: PLC0415 (slow to import, and not needed before the first way has ended)
     import torch  # noqa: PLC0415
     import transformers  # noqa: PLC0415
 
-    rows = [json.loads(line) for line in Path(work[split]).read_text().splitlines()]
+    rows = [json.loads(line) for line in Path(work["test"]).read_text().splitlines()]
     names = sorted({json.loads(line)["label"] for line in Path(work["train"]).read_text().splitlines()})
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

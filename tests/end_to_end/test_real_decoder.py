@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
-from smollm import smollm_folder
+from real_weights import smollm_folder
 from tests.training.runs import losses, train, train_together
 
 from lorasweep.config.compose import compose_run

@@ -88,8 +88,8 @@ def test_the_guides_table_of_the_trainers_runs_is_judged(here):
             folder.mkdir(parents=True)
             log = [{"eval_accuracy": 0.5}, {"eval_accuracy": score + seed / 1000}, {"loss": 1.0}]
             (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
-    page = (Path(__file__).parents[2] / "docs" / "judge.md").read_text(encoding="utf-8")
-    exec(compile(re.search(r"```python\n(.*?)```", page, flags=re.DOTALL)[1], "judge.md", "exec"), {})
+    page = (Path(__file__).parents[2] / "docs" / "evidence.md").read_text(encoding="utf-8")
+    exec(compile(re.search(r"```python\n(.*?)```", page, flags=re.DOTALL)[1], "evidence.md", "exec"), {})
     found = lorasweep.judge(read_scores(here / "scores.csv", columns={}), margin=0.01, maximize=True, key="rank")
     verdicts = {answer.subject: answer.verdict for answer in found.answers if answer.name == "as_good_as_full"}
     assert verdicts == {"lora-rank-8": "equivalent", "lora-rank-1": "worse"}

