@@ -28,10 +28,9 @@ OUTPUTS = Path("outputs/claims")
 INTRODUCTION = """\
 # Claims on LoRA, tested
 
-Each statement has a test that could fail, run as a sweep. *Measured* is the share of full fine-tuning's gain on test
-data with the interval of the test; of forgetting it is the change of bits per byte on code. *More* and *less*: the
-intervals do not overlap; *open*: the answers decide neither. SmolLM2-135M learned the restaurant descriptions, and the
-embedded model all else. That one is a toy: the page shows how to test a statement, not what is true of your model.
+Each statement has a test that could fail, run as a sweep. *Measured* is the share of full fine-tuning's gain with its
+interval; of forgetting the change of bits per byte. *More* and *less*: intervals do not overlap. SmolLM2-135M learned
+the restaurant descriptions, and the embedded model, a toy, all else (far: `stdlib_docs`, near: `stdlib_code`).
 `docs/claims` has all rows, commands and minutes; `make claims` repeats them."""
 SMOLLM = "SMOLLM"
 """Stands for the folder of the model's weights in a command."""
@@ -131,22 +130,22 @@ def decide(*, holds: bool, fails: bool) -> bool | None:
 GOOD, BAD = ("equivalent", "better", "not worse"), ("worse",)
 CLAIMS = (
     Claim(
-        statement="LoRA reaches full fine-tuning with a small share of the parameters.",
-        test="On far data, rank 32 is equivalent, not worse, or better.",
+        statement="LoRA is as good as full fine-tuning with a small share of the parameters.",
+        test="Rank 32 is, on far data.",
         results=("ladder-far",),
         shown=("lora-rank-32",),
         judge=lambda of: agree([find(of[0], FULL, "lora-rank-32")], yes=GOOD, no=BAD),
     ),
     Claim(
         statement="LoRA is as good as full fine-tuning of a small instruct model.",
-        test="On 240 restaurant descriptions, so is rank 16.",
+        test="Rank 16 is, on 240 restaurant descriptions.",
         results=("llm",),
         shown=("lora-rank-16",),
         judge=lambda of: agree([find(of[0], FULL, "lora-rank-16")], yes=GOOD, no=BAD),
     ),
     Claim(
         statement="Rank 1 is enough for a small data set.",
-        test="On these descriptions, rank 1 is sufficient beside 4, 16 and 64.",
+        test="It is sufficient on these descriptions.",
         results=("llm",),
         shown=("lora-rank-1",),
         question="smallest_rank",
@@ -156,7 +155,7 @@ CLAIMS = (
     ),
     Claim(
         statement="A very high rank is full fine-tuning.",
-        test="At the full rank of 160, LoRA is equivalent on far and on near data.",
+        test="Rank 160, the full one, is equivalent, on far and near data.",
         results=("ladder-far", "ladder-near"),
         shown=("lora-rank-160",),
         judge=lambda of: agree(
@@ -185,7 +184,7 @@ CLAIMS = (
     ),
     Claim(
         statement="α and the learning rate are nearly one knob.",
-        test="α = 1 and α = 64, each at its best rate, differ by less than 0.05.",
+        test="α = 1 and 64, each at its best rate, differ by less than 0.05.",
         results=("alpha-far",),
         shown=("lora-alpha-1", "lora-alpha-64"),
         judge=lambda of: decide(
@@ -195,7 +194,7 @@ CLAIMS = (
     ),
     Claim(
         statement="Adapting all layers matters more than the variant of LoRA.",
-        test="At rank 8 attention alone is worse, and no variant is better than full.",
+        test="Attention alone is worse at rank 8, and no variant is better than full.",
         results=("methods-far",),
         shown=("attention", "lora"),
         judge=lambda of: decide(
