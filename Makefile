@@ -28,7 +28,8 @@ sweep: $(READY) ## the main job: installs 1.7 GB, then answers the three questio
 	$(BIN)/lorasweep sweep quickstart
 
 test: $(DEV) ## every test that needs no cluster, at most 10 minutes on 2 cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not cluster'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not cluster' --cov --cov-report=
+	@$(BIN)/coverage report --format=total | sed 's/.*/lines and branches of src that the tests ran: & %/'
 
 test-fast: $(DEV) ## the tests that take at most a few seconds each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not cluster and not slow'
