@@ -20,7 +20,6 @@ from lorasweep.record import (
     build_frame,
     find_winner,
     get_run_folder,
-    list_confirm_runs,
     read_run,
     read_steps,
     read_sweep,
@@ -195,8 +194,7 @@ class SweepResult:
         A subject is an arm, or one value of its `confirm_each` key. `record.confirm` also has the runs of former
         settings, if the sweep grew.
         """
-        runs = [run for row in self.record.settings for run in list_confirm_runs(row.subject, record=self.record)]
-        table = build_frame(runs, metric=self.metric, test_metric=self.record.verdict_metric.name)
+        table = build_frame(self.record.confirm_runs, metric=self.metric, test_metric=self.record.verdict_metric.name)
         return table.drop(columns=["stage", "trial", self.metric], errors="ignore")
 
     def study(self, arm: str) -> optuna.Study:

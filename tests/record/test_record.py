@@ -55,7 +55,7 @@ def make_sweep(**values):
         "trials": [Trial(state="failed", run="runs/lora-0000", reason="x", **common)],
         "questions": [Question(name="as_good_as_full", arm="lora", key=None, subjects=["lora"], reference="full")],
         "looks": [3, 6],
-        "settings": [SettingRow(subject="lora", arm="lora", setting=0, value=None, params={}, trial=0, score=1.5)],
+        "settings": [SettingRow(subject="lora", arm="lora", setting=0, params={}, trial=0, score=1.5)],
         "looks_done": [LookRow(seeds=3, open=["lora"], next=[])],
         "confirm": [confirmed],
     }

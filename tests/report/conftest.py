@@ -12,11 +12,11 @@ from lorasweep.record import (
     Question,
     RunRecord,
     SettingRow,
+    Subject,
     SweepRecord,
     Trial,
     find_winner,
     name_run,
-    name_subject,
     read_sweep,
     write_record,
 )
@@ -191,10 +191,10 @@ def confirm_sweep(folder, *, seeds=5, examples=40, noise=0.004):
 def list_settings(sweep, arm):
     """Returns the best complete trial of an arm, or that of each value of its `confirm_each` key as if predicted."""
     mine = [row for row in sweep.trials if row.arm == arm.name and row.state == "complete"]
-    key = arm.confirm_each
+    key = arm.key
     settings = []
-    for number, value in enumerate(sorted(arm.space[key]) if key else [None]):
-        trials = [row for row in mine if key is None or row.params[key] == value]
+    for number, subject in enumerate(arm.subjects):
+        trials = [row for row in mine if row.subject == subject.name]
         best = min(trials, key=lambda row: row.value or 0.0, default=None)
         if best is None:
             continue
@@ -203,10 +203,9 @@ def list_settings(sweep, arm):
             params["optim.lr"] = float(f"{1.02 * params['optim.lr']:.3g}")
         settings.append(
             SettingRow(
-                subject=name_subject(arm.name, key, value),
+                subject=subject.name,
                 arm=arm.name,
                 setting=number,
-                value=value,
                 params=params,
                 trial=None if key else best.number,
                 score=best.value,
@@ -220,7 +219,7 @@ def list_settings(sweep, arm):
 def list_questions(sweep):
     """Returns the questions that the controller states for these settings."""
     methods = {arm.name: arm.method for arm in sweep.arms}
-    keys = {arm.name: arm.confirm_each for arm in sweep.arms}
+    keys = {arm.name: arm.key for arm in sweep.arms}
     subjects = {}
     for row in sweep.settings:
         subjects.setdefault(row.arm, []).append(row.subject)
@@ -254,7 +253,7 @@ def build_rank_sweep(folder, scores, *, seeds=5, examples=0, noise=0.002):
         trials=5 * len(scores),
         settings={"method": "lora", "method.alpha": 16},
         space=space,
-        confirm_each="method.rank",
+        subjects=[Subject(arm="lora", key="method.rank", value=rank) for rank in sorted(scores)],
     )
     sweep.arms.append(arm)
     for rank, score in scores.items():
@@ -266,7 +265,7 @@ def build_rank_sweep(folder, scores, *, seeds=5, examples=0, noise=0.002):
                 number,
                 {"method.rank": rank, "optim.lr": lr},
                 curve_to(value),
-                subject=name_subject("lora", "method.rank", rank),
+                subject=Subject(arm="lora", key="method.rank", value=rank).name,
             )
             write_run(folder, row, method="lora")
             sweep.trials.append(row)

@@ -66,7 +66,7 @@ def test_a_sweep_of_ours_gets_its_own_verdicts(tmp_path):
     for one in sweep.confirm:
         arm = next(arm for arm in sweep.arms if arm.name == one.arm)
         examples = pandas.read_csv(folder / one.run / TEST_SCORES_FILE)
-        value = one.params.get(arm.confirm_each) if arm.confirm_each else None
+        value = one.params.get(arm.key) if arm.key else None
         named = {"row": "example"}
         rows.append(examples.rename(columns=named).assign(arm=one.arm, seed=one.seed, value=value))
     found = lorasweep.judge(

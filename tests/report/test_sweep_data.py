@@ -55,11 +55,9 @@ def test_each_value_of_confirm_each_is_an_entry_with_its_trials_and_runs(tmp_pat
     data = load_sweep_data(build_rank_sweep(tmp_path, {16: 1.68, 1: 1.75}, seeds=3))
 
     assert [arm.name for arm in data.subjects] == ["frozen", "full", "lora-rank-1", "lora-rank-16"]
-    assert [arm.name for arm in data.arms] == ["frozen", "full", "lora"]
     one, sixteen = data.subjects[2:]
-    assert [arm.row.settings["method.rank"] for arm in (one, sixteen)] == [1, 16]
-    assert "method.rank" not in one.row.space
+    assert [one.subject.value, sixteen.subject.value] == [1, 16]
     assert {trial.params["method.rank"] for trial in one.trials} == {1}
     assert [run.seed for run in sixteen.confirm_runs] == [0, 1, 2]
-    assert len(data.arms[2].trials) == len(one.trials) + len(sixteen.trials)
+    assert len(data.list_trials("lora")) == len(one.trials) + len(sixteen.trials)
     assert len({trial.run for trial in data.trials}) == len(data.trials)

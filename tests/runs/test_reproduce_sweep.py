@@ -33,7 +33,7 @@ def one(tmp_path):
     ]
     common |= {"stage": "confirm", "setting_number": 0, "state": "complete", "value": 2.0}
     confirm = [Trial(number=n, seed=seed, run=f"runs/lora-confirm-000{n}", **common) for n, seed in enumerate((7, 9))]
-    setting = SettingRow(subject="lora", arm="lora", setting=0, value=None, params=params, trial=0, score=1.5)
+    setting = SettingRow(subject="lora", arm="lora", setting=0, params=params, trial=0, score=1.5)
     arm = ArmRow(name="lora", method="lora", trials=2, settings={}, space={})
     for row in (*trials, *confirm):
         write_run(folder / row.run, STEPS)

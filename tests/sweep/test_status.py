@@ -14,7 +14,17 @@ from tests.sweep.conftest import UNTRAINED
 import lorasweep.sweep.controller.folder as folder_file
 import lorasweep.sweep.status as status_file
 from lorasweep.errors import RecordError
-from lorasweep.record import SWEEP_FILE, ArmRow, LookRow, RunRecord, SettingRow, SweepRecord, Trial, write_record
+from lorasweep.record import (
+    SWEEP_FILE,
+    ArmRow,
+    LookRow,
+    RunRecord,
+    SettingRow,
+    Subject,
+    SweepRecord,
+    Trial,
+    write_record,
+)
 from lorasweep.sweep.status import read_status, render_status, report_status, show_progress
 
 
@@ -36,7 +46,7 @@ def confirm_row(seed, state, value=None, *, number=0):
 def setting(number=0):
     """The chosen setting of `lora`, which is that of trial 0."""
     params = {"method.rank": 1}
-    return SettingRow(subject="lora", arm="lora", setting=number, value=None, params=params, trial=0, score=1.5)
+    return SettingRow(subject="lora", arm="lora", setting=number, params=params, trial=0, score=1.5)
 
 
 def sweep_record(**values):
@@ -221,9 +231,9 @@ def test_runs_of_former_settings_do_not_count(folder):
 def test_the_confirm_stage_asks_for_the_runs_of_the_look_that_is_due(folder):
     """Two values train on three seeds; then one of them and `full` are still open and train on three more."""
     each, full = arm("lora"), arm("full", method="full")
-    each.confirm_each = "method.rank"
+    each.subjects = [Subject(arm="lora", key="method.rank", value=rank) for rank in (1, 4)]
     settings = [
-        SettingRow(subject=subject, arm=name, setting=number, value=None, params={}, trial=None, score=1.5)
+        SettingRow(subject=subject, arm=name, setting=number, params={}, trial=None, score=1.5)
         for subject, name, number in (("full", "full", 0), ("lora-rank-1", "lora", 0), ("lora-rank-4", "lora", 1))
     ]
     record = sweep_record(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -44,8 +44,15 @@ Variant = Literal["lora", "dora"]
 TrainedVectors = Literal["biases", "biases_and_norms"]
 
 
+class MethodSettings(Settings):
+    """Settings of a method."""
+
+    trains_nothing: ClassVar[bool] = False
+    """Whether a run is the base model as it is: it does no step, and its score is that of every seed."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig(Settings):
+class LoraConfig(MethodSettings):
     """Settings of low-rank adaptation (Hu et al. 2021, arXiv 2106.09685): h = W0 x + scaling · B A x.
 
     The defaults equal `conf/method/lora.yaml`, for use without Hydra. A pattern is the name of a layer, the end of a
@@ -104,21 +111,21 @@ class LoraConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FullConfig(Settings):
+class FullConfig(MethodSettings):
     """Settings of full fine-tuning: every weight trains, in fp32."""
 
     name: Literal["full"] = "full"
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadConfig(Settings):
+class HeadConfig(MethodSettings):
     """Settings of training only the output head."""
 
     name: Literal["head"] = "head"
 
 
 @dataclass(frozen=True, kw_only=True)
-class BitfitConfig(Settings):
+class BitfitConfig(MethodSettings):
     """Settings of training only the biases (Ben Zaken et al. 2022, arXiv 2106.10199)."""
 
     name: Literal["bitfit"] = "bitfit"
@@ -127,7 +134,7 @@ class BitfitConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class IntrinsicConfig(Settings):
+class IntrinsicConfig(MethodSettings):
     """Settings of training a few parameters that are projected at random into all weights (arXiv 2012.13255)."""
 
     name: Literal["intrinsic"] = "intrinsic"
@@ -136,14 +143,15 @@ class IntrinsicConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrozenConfig(Settings):
+class FrozenConfig(MethodSettings):
     """Settings of the base model without any training (the same as α/r = 0)."""
 
+    trains_nothing = True
     name: Literal["frozen"] = "frozen"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PeftConfig(Settings):
+class PeftConfig(MethodSettings):
     """Settings of an adapter that the package PEFT makes (extra `peft`). Its trials run alone."""
 
     name: Literal["peft"] = "peft"

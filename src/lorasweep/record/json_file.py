@@ -100,7 +100,7 @@ def dump_row(row: Any) -> str:
     """Returns a row or a mapping as one line of JSON. NaN and infinity become null."""
     plain = row if isinstance(row, dict) else _as_mapping(row)
     try:
-        return json.dumps(plain, allow_nan=False)
+        return json.dumps(plain, allow_nan=False, default=_as_mapping)
     except ValueError:
         return json.dumps(_finite(plain))
 
@@ -116,4 +116,4 @@ def _finite(value: Any) -> Any:
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
-    return value
+    return _finite(_as_mapping(value)) if is_dataclass(value) else value

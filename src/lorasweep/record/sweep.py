@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from lorasweep.config.data import Direction, ScoreMetric, get_sign
+from lorasweep.config.method import FrozenConfig
 from lorasweep.config.sweep import MAX_CONFIRM_SEEDS
 from lorasweep.errors import RecordError
 from lorasweep.record.json_file import VERSION, Count, FolderName, Number, read_json
-from lorasweep.record.trial import Stage, Trial
+from lorasweep.record.trial import Stage, Subject, Trial
 from lorasweep.wording import join_words
 
 SWEEP_FILE = "sweep.json"
@@ -39,14 +40,13 @@ class Question:
 
 @dataclass(kw_only=True)
 class SettingRow:
-    """The setting that the confirm stage trains for one subject: for an arm, or for one value of its `confirm_each`."""
+    """The setting that the confirm stage trains for one subject."""
 
     subject: FolderName
+    """The subject's name."""
     arm: FolderName
     setting: Count
     """Number of the setting in its arm's confirm stage."""
-    value: Any
-    """The value of the arm's `confirm_each` key; null without one."""
     params: dict[str, Any]
     """Swept keys (dotted) and their values."""
     trial: Count | None
@@ -96,8 +96,21 @@ class ArmRow:
     """Dotted keys and values that differ from the defaults."""
     space: dict[str, Any]
     """Swept keys: a list of choices or a mapping `low`, `high`, and `log` or `step`."""
-    confirm_each: str | None = None
-    """The swept key whose values are confirmed one by one."""
+    subjects: list[Subject] = field(default_factory=list)
+    """The arm itself, or each value of its `confirm_each` key, from the smallest to the largest."""
+
+    def __post_init__(self) -> None:
+        self.subjects = self.subjects or [Subject(arm=self.name)]
+
+    @property
+    def key(self) -> str | None:
+        """The `confirm_each` key, whose values are confirmed one by one."""
+        return self.subjects[0].key
+
+    @property
+    def is_base(self) -> bool:
+        """Whether the arm is the frozen base, which trains nothing."""
+        return self.method == FrozenConfig.name
 
 
 @dataclass(kw_only=True)
@@ -186,6 +199,12 @@ class SweepRecord:
         return self.test_metrics[0] if self.test_metrics else self.search_metric
 
     @property
+    def confirm_runs(self) -> list[Trial]:
+        """The runs of the settings that are confirmed now. `confirm` may also have runs of former settings."""
+        current = {(row.subject, row.setting) for row in self.settings}
+        return [run for run in self.confirm if (run.subject, run.setting_number) in current]
+
+    @property
     def sign(self) -> Literal[1, -1]:
         """1 if lower scores are better, else -1, so that a lower `sign * score` is always better."""
         return get_sign(self.direction)
@@ -217,12 +236,6 @@ def find_winner(trials: Iterable[Trial], *, record: SweepRecord) -> Trial | None
         key=lambda trial: (record.sign * (trial.value or 0.0), trial.number),
         default=None,
     )
-
-
-def list_confirm_runs(subject: str, *, record: SweepRecord) -> list[Trial]:
-    """Returns the confirm runs of a subject. A sweep that grew may also have runs of its former setting."""
-    current = {(row.subject, row.setting) for row in record.settings}
-    return [run for run in record.confirm if run.subject == subject and (run.subject, run.setting_number) in current]
 
 
 def add_telemetry(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:

@@ -32,6 +32,33 @@ Curve = tuple[tuple[int, float], ...]
 """Validation scores of one run: pairs of step and value, by step."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What the confirm stage compares: an arm, or one value of its `confirm_each` key."""
+
+    arm: FolderName
+    key: str | None = None
+    """The arm's `confirm_each` key."""
+    value: Any = None
+
+    @property
+    def name(self) -> str:
+        """The arm's name; with a value such as `lora-rank-16`."""
+        if self.key is None:
+            return self.arm
+        return f"{self.arm}-{short_key(self.key)}-" + re.sub(r"[^\w.-]+", "_", format_setting(self.value))
+
+    @property
+    def label(self) -> str:
+        """The name in a sentence or a figure about one arm, such as `rank 16`."""
+        return self.name if self.key is None else f"{short_key(self.key)} {format_setting(self.value)}"
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The `confirm_each` key with its value; empty for an arm."""
+        return {} if self.key is None else {self.key: self.value}
+
+
 @dataclass(kw_only=True)
 class Trial:
     """A run of a sweep: a trial of the search, or a run of the confirm stage, which trains a setting on a fresh seed.
@@ -42,7 +69,7 @@ class Trial:
     stage: Stage = "search"
     arm: FolderName
     subject: FolderName = ""
-    """The subject of the run: its arm, or one value of the arm's `confirm_each` key (`name_subject`)."""
+    """The name of the run's `Subject`."""
     number: Count
     """Number of the trial in its arm and stage."""
     state: TrialState = "running"
@@ -141,13 +168,6 @@ class Trial:
 def name_run(stage: Stage, arm: str, number: int) -> str:
     """Returns the folder of a run, relative to the sweep's. No arm's name ends in `-confirm`."""
     return f"runs/{arm}{'' if stage == 'search' else '-confirm'}-{number:04d}"
-
-
-def name_subject(arm: str, key: str | None, value: Any) -> str:
-    """Returns the name of a subject: an arm, or one value of its `confirm_each` key, such as `lora-rank-16`."""
-    if key is None:
-        return arm
-    return f"{arm}-{short_key(key)}-" + re.sub(r"[^\w.-]+", "_", format_setting(value))
 
 
 def build_frame(

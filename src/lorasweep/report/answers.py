@@ -70,21 +70,20 @@ def describe_change(change: RetainedChange, data: SweepData) -> str:
 
 def name_value(subject: str, data: SweepData) -> str:
     """Returns the name of a subject in a sentence about one arm: `rank 16`, or the name between backticks."""
-    arm = data.find_subject(subject)
-    key = arm.key if arm else None
-    return f"{short_key(key)} {format_setting(arm.row.settings[key])}" if arm and key else f"`{subject}`"
+    found = data.find_subject(subject)
+    return found.subject.label if found and found.subject.key else f"`{subject}`"
 
 
 def _answer_full(data: SweepData) -> tuple[str, bool]:
-    arms = [arm.name for arm in data.arms if arm.row.method == "lora"]
+    arms = [row.name for row in data.record.arms if row.method == "lora"]
     if not arms:
         return "Not asked: no arm has `method=lora`.", False
-    if not any(arm.row.method == "full" for arm in data.arms):
+    if not any(row.method == "full" for row in data.record.arms):
         return "Not asked: no arm has `method=full`. Add one to compare LoRA with it.", False
     if not data.evidence.means:
         is_searched = data.record.status == "complete"  # before the end, the arms may have had unequal searches
         best = [arm for arm in data.subjects if is_searched and arm.row.method == "lora" and arm.best]
-        shares = [share for arm in best if (share := data.arm_share_of_full_gain(arm)[0]) is not None]
+        shares = [share for arm in best if (share := data.subject_share_of_full_gain(arm)[0]) is not None]
         if not shares:
             return _say_unconfirmed(data), False
         kept = f"The best LoRA trial keeps {format_share(max(shares))} of full's gain on validation data."
@@ -98,14 +97,13 @@ def _judge_chain(chain: Sequence[Answer], data: SweepData) -> tuple[str, bool]:
     """Returns the answer on the values of one arm against full fine-tuning, and whether it is settled."""
     positive = [answer for answer in chain if answer.verdict in POSITIVE_VERDICTS]
     smaller = [answer for answer in chain if answer.verdict not in POSITIVE_VERDICTS][-1:]
-    arm = data.find_subject(chain[0].subject)
     if positive:
         first = name_value(positive[0].subject, data)
         said = f"{first} {_describe_result(positive[0], data)}"
         if len(chain) == 1:
             return f"Yes: {said}.", True
         if not smaller:
-            what = short_key(arm.key) if arm and arm.key else "value"
+            what = short_key(chain[0].key) if chain[0].key else "value"
             return f"Yes, at every {what} that was tried: {said}.", True
         below = f"{name_value(smaller[0].subject, data)} {_describe_result(smaller[0], data)}"
         return f"Yes from {first} on: {said}; {below}.", smaller[0].is_settled
@@ -121,7 +119,7 @@ def _judge_chain(chain: Sequence[Answer], data: SweepData) -> tuple[str, bool]:
 
 
 def _answer_rank(data: SweepData) -> tuple[str, bool]:
-    asked = [arm.name for arm in data.arms if arm.row.method == "lora" and arm.row.confirm_each == RANK]
+    asked = [row.name for row in data.record.arms if row.method == "lora" and row.key == RANK]
     if not asked:
         return "Not asked: no LoRA arm has `confirm_each: method.rank`.", False
     if not data.evidence.means:

@@ -19,8 +19,8 @@ from statistics import median, stdev
 from typing import Any, Literal
 
 from lorasweep.config.run import ALPHA, LR, RANK
-from lorasweep.record import RunRecord, Trial, is_number
-from lorasweep.report.sweep_data import SubjectData, SweepData, finite_number
+from lorasweep.record import ArmRow, RunRecord, Trial, is_number
+from lorasweep.report.sweep_data import SubjectData, SweepData
 from lorasweep.wording import format_count, format_metric, format_score, format_setting, join_words
 
 MAX_EFFORT_RATIO = 1.25
@@ -75,8 +75,8 @@ def judge_learning(data: SweepData) -> Learning:
     """
     known = _find_answer(data)
     # a stopped trial has only a score on the validation examples of evaluations, but it was not better there either
-    scored = {arm.name: [trial for trial in arm.trials if _is_scored(trial)] for arm in data.arms}
-    subjects = [arm for arm in data.subjects if arm.row.method != "frozen"]
+    scored = {row.name: [*filter(_is_scored, data.list_trials(row.name))] for row in data.record.arms}
+    subjects = [one for one in data.subjects if not one.row.is_base]
     scored = {arm.arm: scored[arm.arm] for arm in subjects if scored[arm.arm]}
     if known.score is None or not scored:
         return Learning()
@@ -115,14 +115,15 @@ def _find_answer(data: SweepData) -> Learning:
     """Returns an answer with its scores; without a name if there is none."""
     metric, validation = data.record.metric, _read_entry(data.run_records, "validation")
     scores = validation.get("constant_answer", {})
-    if (score := finite_number(scores.get(metric))) is not None:
+    if is_number(score := scores.get(metric)):
         name = "the mean of the training labels" if "pearson" in scores else "the majority class"
         test = _read_entry((run.record for run in data.confirm_runs), "test")
-        test_score = finite_number(test.get("constant_answer", {}).get(metric))
+        test_score = test.get("constant_answer", {}).get(metric)
+        test_score = test_score if is_number(test_score) else None
         return Learning(answer=name, sign=data.sign, score=score, test_score=test_score)
     if (score := data.best_score("frozen")) is None:
         return Learning()
-    arm = next(arm.name for arm in data.subjects if arm.row.method == "frozen")
+    arm = next(one.name for one in data.subjects if one.row.is_base)
     base, mean = data.evidence.base or arm, data.evidence.mean(data.evidence.base)
     test_score = mean.value if mean else None
     return Learning(answer="the frozen base", base=base, sign=data.sign, score=score, test_score=test_score)
@@ -207,7 +208,7 @@ def judge_fairness(data: SweepData, *, has_learned: bool = True) -> dict[str, An
     Returns:
         `is_fair` (None if fewer than two arms train), `sentences`, and `arms`, the `measure_effort` of each arm.
     """
-    arms = [measure_effort(arm, data) for arm in data.arms if arm.row.method != "frozen"]
+    arms = [measure_effort(row, data) for row in data.record.arms if not row.is_base]
     edges = list_edges(data) if has_learned else []
     others = [f"{clause[0].upper()}{clause[1:]}." for key, clause in edges if key != LR or len(arms) < 2]
     if len(arms) < 2:
@@ -247,7 +248,7 @@ def _estimate_tokens(trial: Trial) -> int:
     return record.tokens_trained * record.steps_planned // max(record.steps_done, 1)
 
 
-def measure_effort(arm: SubjectData, data: SweepData) -> dict[str, Any]:
+def measure_effort(row: ArmRow, data: SweepData) -> dict[str, Any]:
     """Returns the trials of an arm and their tokens, its searched dimensions, and its expected regret.
 
     `tokens_per_run` is the number of tokens of the longest run, where a stopped run counts as if it had done all its
@@ -255,15 +256,15 @@ def measure_effort(arm: SubjectData, data: SweepData) -> dict[str, Any]:
     of searched keys; under the rate law, learning rate and α count as one key. `regret` is how much better an untried
     setting is expected to be, in the metric's unit: the largest of the arm's subjects, None if it is not known.
     """
-    keys = set(arm.row.space)
-    if LR in keys and any(trial.follows_rate_law for trial in arm.trials):
+    keys, trials = set(row.space), data.list_trials(row.name)
+    if LR in keys and any(trial.follows_rate_law for trial in trials):
         keys.discard(ALPHA)
-    settings = [one.setting for one in data.subjects if one.arm == arm.name and one.setting]
-    low, high, _ = find_bounds(arm.row.space.get(LR)) or (1.0, 1.0, False)
+    settings = [one.setting for one in data.subjects if one.arm == row.name and one.setting]
+    low, high, _ = find_bounds(row.space.get(LR)) or (1.0, 1.0, False)
     return {
-        "arm": arm.name,
-        "trials_asked": arm.row.trials,
-        "tokens_per_run": max(map(_estimate_tokens, arm.trials), default=0),
+        "arm": row.name,
+        "trials_asked": row.trials,
+        "tokens_per_run": max(map(_estimate_tokens, trials), default=0),
         "lr_decades": math.log10(high) - math.log10(low) if low > 0 else 0.0,
         "dimensions": len(keys),
         "regret": max((one.regret for one in settings if one.regret is not None), default=None),
@@ -275,12 +276,13 @@ def list_edges(data: SweepData) -> list[tuple[str, str]]:
 
     A key is left out if all trials with a score lie at that end, because no trial shows that others are worse.
     """
-    trials = {arm.name: [trial for trial in arm.trials if trial.value is not None] for arm in data.arms}
+    trials = {row.name: [t for t in data.list_trials(row.name) if t.value is not None] for row in data.record.arms}
     edges: dict[tuple[str, str], list[str]] = defaultdict(list)
     for arm in data.subjects:
         for key, value in (arm.best.params if arm.best else {}).items():
-            if key == ALPHA and arm.best and arm.best.follows_rate_law:
-                continue  # under the rate law, another α only means another learning rate
+            if key == arm.subject.key or (key == ALPHA and arm.best and arm.best.follows_rate_law):
+                # each value of `confirm_each` is compared; under the rate law, another α only means another rate
+                continue
             end = _find_end(arm, key, arm.best)
             if end and any(_find_end(arm, key, trial) != end for trial in trials[arm.arm]):
                 edges[key, end].append(f"`{arm.name}` ({format_setting(value)})")

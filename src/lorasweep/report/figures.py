@@ -30,7 +30,7 @@ from lorasweep.report.panel import (
 )
 from lorasweep.report.recommend import choose_subject, format_arm_score
 from lorasweep.report.sweep_data import SubjectData, SweepData
-from lorasweep.wording import format_metric, format_setting, short_key
+from lorasweep.wording import format_metric, short_key
 
 MAX_OTHER_ARMS = 6
 """Maximum number of arms without `confirm_each` that are shown beside the values of an arm."""
@@ -49,10 +49,10 @@ def draw_scores_by_value(data: SweepData) -> Panel:
     If no arm has `confirm_each`, one figure shows all arms.
     """
     evidence = data.evidence
-    shown = [arm for arm in data.subjects if arm.row.method != "frozen" and evidence.mean(arm.name)]
-    by_arm = {arm.arm: [one for one in shown if one.arm == arm.arm] for arm in shown if arm.key}
-    others = [arm for arm in shown if arm.key is None and arm.name != evidence.full]
-    keys = dict.fromkeys(short_key(values[0].key or "") for values in by_arm.values())
+    shown = [arm for arm in data.subjects if not arm.row.is_base and evidence.mean(arm.name)]
+    by_arm = {arm.arm: [one for one in shown if one.arm == arm.arm] for arm in shown if arm.subject.key}
+    others = [arm for arm in shown if arm.subject.key is None and arm.name != evidence.full]
+    keys = dict.fromkeys(short_key(values[0].subject.key or "") for values in by_arm.values())
     title = f"Test score by {' and by '.join(keys)}" if keys else "Test score by arm"
     if not shown:
         text = "Nothing was confirmed: every score is one seed on validation data. `confirm.seeds=auto` adds the stage."
@@ -96,10 +96,7 @@ def _draw_scores(values: Sequence[SubjectData], others: Sequence[SubjectData], d
     levels = {"full": full.value if full else None, "frozen": base.value if base else None}
     set_score_axis(figure, data.shown_metric.name, [*scores, *band], ends, **levels)
     # with the key's name, a value differs from an arm of the same name
-    places = [
-        escape(f"{short_key(arm.key)} {format_setting(arm.row.settings[arm.key])}" if arm.key else arm.name)
-        for arm, _ in rows
-    ]
+    places = [escape(one.subject.label) for one, _ in rows]
     if values:
         means = [found.value for _, found in rows[: len(values)]]
         add_line(figure, places[: len(values)], means, METHOD_COLOURS["frozen"], "means", line={"width": 1})
@@ -171,7 +168,11 @@ def _draw_data_set(row: RetainedRow, data: SweepData) -> go.Figure:
 def draw_score_by_lr(data: SweepData) -> Panel:
     """Returns score against learning rate: a figure for each arm with `confirm_each`, one for all others."""
     title = "Score against learning rate"
-    searches = [arm.name for arm in data.arms if len({t.numeric_setting(LR) for t in arm.trials if t.is_complete}) > 1]
+    rates = {
+        row.name: {t.numeric_setting(LR) for t in data.list_trials(row.name) if t.is_complete}
+        for row in data.record.arms
+    }
+    searches = [arm for arm, found in rates.items() if len(found) > 1]
     split = [[arm for arm in data.subjects if arm.arm == name] for name in searches]
     groups = [[one for arms in split if len(arms) == 1 for one in arms], *(arms for arms in split if len(arms) > 1)]
     figures = tuple(_draw_rates(group, data) for group in groups if group)

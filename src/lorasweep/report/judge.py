@@ -21,7 +21,7 @@ from lorasweep.config.data import METRIC_RANGES
 from lorasweep.config.sweep import parse_margin
 from lorasweep.disk import write_atomically
 from lorasweep.errors import ConfigError, first_line
-from lorasweep.record import Question, QuestionName, is_number, name_subject
+from lorasweep.record import Question, QuestionName, Subject, is_number
 from lorasweep.report.answers import AnswerLine
 from lorasweep.report.evidence.estimates import (
     UNBOUNDED,
@@ -164,7 +164,7 @@ def judge(
             subjects[arm] = rows
             continue
         values = sorted(rows["value"].dropna().unique().tolist()) if "value" in rows else []
-        split = {name_subject(arm, key, value): rows[rows["value"] == value] for value in values}
+        split = {Subject(arm=arm, key=key, value=value).name: rows[rows["value"] == value] for value in values}
         subjects |= split if len(values) > 1 else {arm: rows}
         chain = list(split) if len(values) > 1 else [arm]
         questions.append(Question(name=asked, arm=arm, key=key, subjects=chain, reference=reference))

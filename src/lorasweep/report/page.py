@@ -57,7 +57,9 @@ def render_page(summary: Summary, panels: Sequence[Panel]) -> str:
             evidence=data.evidence,
             search_scores=list_search_scores(summary),
             format_arm_score=format_arm_score,
-            share_decimals=wording.count_percent_decimals(data.arm_share_of_full_gain(arm)[1] for arm in data.subjects),
+            share_decimals=wording.count_percent_decimals(
+                data.subject_share_of_full_gain(arm)[1] for arm in data.subjects
+            ),
             describe_setting=describe_setting,
             states=STATES,
             verdicts=[(answer, describe_answer(answer, data)) for answer in data.evidence.answers],

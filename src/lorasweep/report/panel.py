@@ -64,7 +64,7 @@ def select_trials(data: SweepData) -> SweepData:
     def thin(arm: SubjectData) -> SubjectData:
         return replace(arm, trials=tuple(trial for trial in arm.trials if trial.run in kept))
 
-    return replace(data, subjects=tuple(map(thin, data.subjects)), arms=tuple(map(thin, data.arms)))
+    return replace(data, subjects=tuple(map(thin, data.subjects)))
 
 
 def choose_colours(data: SweepData) -> dict[str, str]:
@@ -74,11 +74,11 @@ def choose_colours(data: SweepData) -> dict[str, str]:
     """
     colours: dict[str, str] = {}
     free, ramps = itertools.cycle(OTHER_COLOURS), itertools.cycle(RAMPS)
-    for search in data.arms:
-        colour = METHOD_COLOURS.get(search.row.method)
+    for search in data.record.arms:
+        colour = METHOD_COLOURS.get(search.method)
         colours[search.name] = colour if colour and colour not in colours.values() else next(free)
-    for search in data.arms:
-        if search.row.confirm_each:
+    for search in data.record.arms:
+        if search.key:
             subjects = [arm.name for arm in data.subjects if arm.arm == search.name]
             places = [place / max(len(subjects) - 1, 1) for place in range(len(subjects))]
             colours |= zip(subjects, sample_colorscale(list(next(ramps)), places), strict=True)

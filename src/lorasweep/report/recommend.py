@@ -74,7 +74,7 @@ def choose_arm(data: SweepData, methods: Sequence[str] | None = None) -> ChosenS
     be as good, that is used, and a smaller one may be as good. Else the one with the best score is used, and the choice
     is settled if all others are shown to be no better.
     """
-    rows = [arm.row for arm in data.arms if arm.row.method != "frozen"]
+    rows = [row for row in data.record.arms if not row.is_base]
     names = [row.name for row in rows if methods is None or row.method in methods]
     choices = [choice for name in names if (choice := choose_subject(data, name)) and choice.arm.best]
     if not choices:
@@ -219,7 +219,7 @@ def find_recommended(source: Path, *, key: str) -> tuple[Path, SweepData, Subjec
             f"`{key}` must be a sweep that is complete, but {str(folder)!r} is {data.record.status}. "
             f"Type `lorasweep sweep --resume {folder}`."
         )
-    names = list(dict.fromkeys(arm.name for arm in (*data.arms, *data.subjects)))
+    names = list(dict.fromkeys([row.name for row in data.record.arms] + [one.name for one in data.subjects]))
     if is_arm and source.name not in names:
         raise ConfigError(
             f"`{key}` must be SWEEP or SWEEP/ARM with one of the arms {', '.join(names)}, but got {str(source)!r}."
@@ -233,7 +233,7 @@ def find_recommended(source: Path, *, key: str) -> tuple[Path, SweepData, Subjec
             f"`{key}` must be a sweep that learned something, but {str(folder)!r} did not: {learning.headline} "
             f"`{folder}/ARM` names an arm nevertheless."
         )
-    if arm is None or arm.best is None or arm.best.record is None or arm.row.method == "frozen":
+    if arm is None or arm.best is None or arm.best.record is None or arm.row.is_base:
         raise RecordError(
             f"`{key}` must be a sweep, or an arm, with a complete trial of a method that trains, but "
             f"{str(source)!r} has none."
@@ -280,7 +280,7 @@ def _describe_score(arm: SubjectData, data: SweepData) -> str:
         for method, name in ends.items()
         if arm.row.method != method and (end := find_best_arm(method, data))
     ]
-    share, interval = data.arm_share_of_full_gain(arm)
+    share, interval = data.subject_share_of_full_gain(arm)
     if share is not None and arm.row.method != "full":
         others.append(f"it keeps {format_share_estimate(share, interval)} of what full fine-tuning gains")
     on = "test data" if data.evidence.means else "validation data"

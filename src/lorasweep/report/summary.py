@@ -243,7 +243,7 @@ def _describe_effort(data: SweepData) -> list[str]:
         f"{format_count(data.tokens_trained)} tokens trained{saving}."
     ]
     if data.record.status != "complete":
-        asked = sum(arm.row.trials for arm in data.arms)
+        asked = sum(row.trials for row in data.record.arms)
         sentences.append(f"The sweep is {data.record.status}: {asked} trials were asked for.")
     return sentences
 

@@ -1,14 +1,12 @@
 """Reads a sweep's folder: joins each trial with its run's record, and each subject with its runs of all stages.
 
-A subject is an arm, or one value of its `confirm_each` key. Tables and figures have one entry per subject.
-
 A run that can't be read leaves its trial without a record and adds a sentence to `SweepData.problems`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,14 +20,13 @@ from lorasweep.record import (
     ArmRow,
     RunRecord,
     SettingRow,
+    Subject,
     SweepRecord,
     Trial,
     TrialState,
     build_frame,
     find_winner,
     is_number,
-    list_confirm_runs,
-    name_subject,
     read_run,
     read_sweep,
 )
@@ -48,17 +45,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SubjectData:
-    """A subject, or a whole arm, with its trials by number and its confirm runs by seed."""
+    """A subject with its trials by number and its confirm runs by seed. Tables and figures have one entry for each."""
 
-    arm: str
-    """The name of the arm in the sweep file."""
+    subject: Subject
     row: ArmRow
-    """The arm's row. For one value of `confirm_each` it has the subject's name, and the value in `settings` instead of
-    the key in `space`; `trials` is the number of trials of all values."""
+    """The row of the subject's arm."""
     trials: tuple[Trial, ...]
-    """All trials of the arm, or those with the subject's value."""
+    """The trials of the arm, or those with the subject's value."""
     setting: SettingRow | None
-    """The setting that the confirm stage trains; None before that stage, and for an arm with several subjects."""
+    """The setting that the confirm stage trains; None before that stage."""
     best: Trial | None
     """The trial or the predicted setting that was confirmed; before the confirm stage the best complete trial, the
     earlier of equal ones. None if there is neither."""
@@ -67,13 +62,11 @@ class SubjectData:
 
     @property
     def name(self) -> str:
-        return self.row.name
+        return self.subject.name
 
     @property
-    def key(self) -> str | None:
-        """The `confirm_each` key whose value the subject is; None for an arm."""
-        key = self.row.confirm_each
-        return None if key in self.row.space else key
+    def arm(self) -> str:
+        return self.row.name
 
     def count(self, state: TrialState) -> int:
         return sum(trial.state == state for trial in self.trials)
@@ -90,27 +83,28 @@ class SweepData:
     folder: Path
     record: SweepRecord
     subjects: tuple[SubjectData, ...]
-    """One entry for each arm, or for each value of an arm's `confirm_each` key."""
-    arms: tuple[SubjectData, ...]
-    """One entry for each arm, with all its trials. Without `confirm_each` it is the entry in `subjects`."""
     problems: tuple[str, ...]
     """One sentence for each run that can't be read, and for each subject without all of its test scores."""
     evidence: Evidence
     """The results of the confirm stage; empty if there was none."""
-    other_means: Mapping[str, Estimate] = field(default_factory=dict)
+    other_means: Mapping[str, Estimate]
     """The mean test score of each subject by the metric that the verdicts are not about; empty without one."""
-    retained: tuple[RetainedChange, ...] = ()
+    retained: tuple[RetainedChange, ...]
     """What each subject forgot of each data set of `retain.data`."""
 
-    @property
+    @cached_property
     def trials(self) -> tuple[Trial, ...]:
-        """Every trial, by arm and number."""
-        return tuple(trial for arm in self.arms for trial in arm.trials)
+        """Every trial of the search, by arm and number."""
+        return tuple(trial for row in self.record.arms for trial in self.list_trials(row.name))
+
+    def list_trials(self, arm: str) -> list[Trial]:
+        """Returns the trials of an arm, with all values of its `confirm_each` key, by number."""
+        return sorted((trial for trial in self.record.trials if trial.arm == arm), key=lambda trial: trial.number)
 
     @property
     def confirm_runs(self) -> tuple[Trial, ...]:
         """Every run of the confirm stage of a setting that is confirmed now, by subject and seed."""
-        return tuple(run for arm in self.subjects for run in arm.confirm_runs)
+        return tuple(run for subject in self.subjects for run in subject.confirm_runs)
 
     @property
     def run_records(self) -> tuple[RunRecord, ...]:
@@ -144,9 +138,9 @@ class SweepData:
         """The metric of `other_means`."""
         return next(iter(self.record.test_metrics[1:]), None)
 
-    def find_subject(self, subject: str | None) -> SubjectData | None:
+    def find_subject(self, name: str | None) -> SubjectData | None:
         """Returns the entry of a subject."""
-        return next((arm for arm in self.subjects if arm.name == subject), None)
+        return next((one for one in self.subjects if one.name == name), None)
 
     @cached_property
     def frame(self) -> pandas.DataFrame:
@@ -159,15 +153,13 @@ class SweepData:
     @cached_property
     def swept_keys(self) -> tuple[str, ...]:
         """The dotted keys that any arm sweeps, in the order of the arms."""
-        keys = [key for arm in self.arms for key in arm.row.space]
+        keys = [key for row in self.record.arms for key in row.space]
         return tuple(dict.fromkeys([*keys, *(key for trial in self.trials for key in trial.params)]))
 
     def best_score(self, method: str) -> float | None:
         """Returns the best search score of a method: `frozen` is the base model, `full` is full fine-tuning."""
-        best = [arm.best for arm in self.subjects if arm.row.method == method and arm.best]
-        return min(
-            (trial.value for trial in best if trial.value is not None), key=lambda v: self.sign * v, default=None
-        )
+        best = [one.best.value for one in self.subjects if one.row.method == method and one.best]
+        return min((score for score in best if score is not None), key=lambda score: self.sign * score, default=None)
 
     @property
     def full_gain(self) -> float | None:
@@ -189,11 +181,11 @@ class SweepData:
         margin = parse_margin(self.record.margin)
         return margin.value if margin.is_share_of_gain else 0.0
 
-    def arm_share_of_full_gain(self, arm: SubjectData) -> tuple[float | None, Interval | None]:
-        """Returns an arm's share of full fine-tuning's gain with its interval: on test data after a confirm stage."""
+    def subject_share_of_full_gain(self, one: SubjectData) -> tuple[float | None, Interval | None]:
+        """Returns a subject's share of full fine-tuning's gain with its interval: on test data if it is confirmed."""
         if self.evidence.means:
-            return self.evidence.shares.get(arm.name, (None, None))
-        return self.share_of_full_gain(arm.best.value if arm.best else None), None
+            return self.evidence.shares.get(one.name, (None, None))
+        return self.share_of_full_gain(one.best.value if one.best else None), None
 
     def share_of_full_gain(self, score: float | None) -> float | None:
         """Returns (base - score) / (base - full), or None if a score is missing or full fine-tuning gained nothing."""
@@ -201,50 +193,26 @@ class SweepData:
         return None if score is None or base is None or gain is None else self.sign * (base - score) / gain
 
 
-def finite_number(value: Any) -> float | None:
-    """Returns the value if it is a finite number, else None."""
-    return value if is_number(value) else None
-
-
-def load_sweep_data(folder: Path) -> SweepData:
-    """Reads a sweep's folder: its record, and the record of each of its runs.
+def load_sweep_data(folder: Path, record: SweepRecord | None = None) -> SweepData:
+    """Reads a sweep's folder: its record, unless it is given, and the record of each of its runs.
 
     Raises:
         RecordError: The folder is not a sweep, or its record is damaged.
     """
-    record = read_sweep(folder)
+    record = record or read_sweep(folder)
     is_ascending = record.looks == sorted(set(record.looks)) and all(look > 0 for look in record.looks)
     if not is_ascending or any(one.reference is None and one.name != "smallest" for one in record.questions):
         raise RecordError(
             f"{str(folder / SWEEP_FILE)!r} is damaged: `looks` must be ascending numbers of seeds, and each of "
             "`questions` but `smallest` must have a `reference`."
         )
-    problems: list[str] = []
-    for trial in (*record.trials, *record.confirm):
-        try:
-            trial.record = read_run(folder / trial.run)
-        except (RecordError, OSError) as error:
-            if trial.state != "running":  # a run that begins has no record yet
-                problems.append(f"The run `{trial.run}` can't be read: {error}")
-        trial.reason = trial.reason or (trial.record.reason if trial.record else None)
-    arms: list[SubjectData] = []
-    subjects: list[SubjectData] = []
-    for row in record.arms:
-        own = [_build_subject(subject_row, record, arm=row.name) for subject_row in _list_subject_rows(row)]
-        subjects += own
-        arms.append(own[0] if row.confirm_each is None else _build_subject(row, record, arm=row.name))
-    for subject in subjects if record.confirm else ():
-        scored, total = sum(run.is_complete for run in subject.confirm_runs), len(subject.confirm_runs)
-        if not scored:
-            problems.append(f"`{subject.name}` has no score on test data.")
-        elif scored < total:
-            problems.append(f"`{subject.name}` has scores on test data from {scored} of its {total} confirm runs.")
+    problems = [*_read_runs(record, folder)]
+    subjects = [_build_subject(subject, row, record) for row in record.arms for subject in row.subjects]
+    problems += _find_unscored(subjects) if record.confirm else ()
     evidence = build_evidence(record, read_confirm_scores(record, folder))
     other_means: Mapping[str, Estimate] = {}
     for metric in record.test_metrics[1:]:
-        values = [run.record.test.get(metric.name) if run.record else None for run in record.confirm]
-        runs = [replace(run, value=value) for run, value in zip(record.confirm, values, strict=True)]
-        scores = read_confirm_scores(replace(record, confirm=runs, test_metrics=[metric]), folder)
+        scores = read_confirm_scores(record, folder, metric=metric.name)
         other_means, problems = estimate_means(scores), [*problems, *scores.problems]
     failed = [run.record.answers.get("test", {}).get("problem") for run in record.confirm if run.record]
     problems += dict.fromkeys(str(problem) for problem in failed if problem)
@@ -253,7 +221,6 @@ def load_sweep_data(folder: Path) -> SweepData:
         folder=folder,
         record=record,
         subjects=tuple(subjects),
-        arms=tuple(arms),
         problems=tuple(problems),
         evidence=evidence,
         other_means=other_means,
@@ -261,40 +228,38 @@ def load_sweep_data(folder: Path) -> SweepData:
     )
 
 
-def _list_subject_rows(arm: ArmRow) -> list[ArmRow]:
-    """Returns the arm's row, or one for each value of its `confirm_each` key, numbers ascending."""
-    key = arm.confirm_each
-    values = arm.space.get(key) if key else None
-    if key is None or not isinstance(values, list):
-        return [arm]
-    space = {other: choices for other, choices in arm.space.items() if other != key}
-    return [
-        replace(arm, name=name_subject(arm.name, key, value), settings=arm.settings | {key: value}, space=space)
-        for value in (sorted(values) if all(map(is_number, values)) else values)
-    ]
+def _read_runs(record: SweepRecord, folder: Path) -> Iterator[str]:
+    """Sets the record of each trial and confirm run, and yields a sentence for each that can't be read."""
+    for trial in (*record.trials, *record.confirm):
+        try:
+            trial.record = read_run(folder / trial.run)
+        except (RecordError, OSError) as error:
+            if trial.state != "running":  # a run that begins has no record yet
+                yield f"The run `{trial.run}` can't be read: {error}"
+        trial.reason = trial.reason or (trial.record.reason if trial.record else None)
 
 
-def _build_subject(row: ArmRow, record: SweepRecord, *, arm: str) -> SubjectData:
-    """Returns the entry of a subject, or of a whole arm if `row` has the arm's name."""
-    trials = [trial for trial in record.trials if trial.arm == arm and row.name in (arm, trial.subject)]
+def _find_unscored(subjects: Iterable[SubjectData]) -> Iterator[str]:
+    for one in subjects:
+        scored, total = sum(run.is_complete for run in one.confirm_runs), len(one.confirm_runs)
+        if not scored:
+            yield f"`{one.name}` has no score on test data."
+        elif scored < total:
+            yield f"`{one.name}` has scores on test data from {scored} of its {total} confirm runs."
+
+
+def _build_subject(subject: Subject, row: ArmRow, record: SweepRecord) -> SubjectData:
+    trials = [trial for trial in record.trials if trial.arm == row.name and trial.subject == subject.name]
     trials.sort(key=lambda trial: trial.number)
-    subjects = [subject.name for subject in _list_subject_rows(row)]
-    confirm_runs = sorted(
-        (run for subject in subjects for run in list_confirm_runs(subject, record=record)),
-        key=lambda run: run.seed or 0,
-    )
-    setting = next((one for one in record.settings if one.subject == row.name), None)
+    runs = [run for run in record.confirm_runs if run.subject == subject.name]
+    runs.sort(key=lambda run: run.seed or 0)
+    setting = next((one for one in record.settings if one.subject == subject.name), None)
     best = find_winner(trials, record=record)
     if setting is not None:
         tried = next((trial for trial in trials if trial.number == setting.trial), None)
-        best = tried or _build_predicted(setting, confirm_runs)
+        best = tried or _build_predicted(setting, runs)
     return SubjectData(
-        arm=arm,
-        row=row,
-        trials=tuple(trials),
-        setting=setting,
-        best=best,
-        confirm_runs=tuple(confirm_runs),
+        subject=subject, row=row, trials=tuple(trials), setting=setting, best=best, confirm_runs=tuple(runs)
     )
 
 
@@ -308,7 +273,7 @@ def _build_predicted(setting: SettingRow, confirm_runs: Iterable[Trial]) -> Tria
         number=0,
         state="complete",
         params=setting.params,
-        value=finite_number(setting.score),
+        value=setting.score if is_number(setting.score) else None,
         run=run.run if run else "",
         values=run.values if run else {},
     )

@@ -106,7 +106,7 @@ def list_details(data: SweepData) -> list[str]:
 def _draw_arms(summary: Summary) -> Table:
     """Returns a row for each subject; the page has more columns, which a terminal of 80 characters has no room for."""
     data = summary.data
-    shares = [data.arm_share_of_full_gain(arm) for arm in data.subjects]
+    shares = [data.subject_share_of_full_gain(arm) for arm in data.subjects]
     share_decimals = count_percent_decimals(interval for _, interval in shares)
     columns = {
         "arm": [arm.name for arm in data.subjects],
@@ -136,7 +136,7 @@ def describe_setting(arm: SubjectData) -> str:
     """Returns the settings of a subject, without the value that its name has, and whether they are predicted."""
     if arm.best is None:
         return "no complete trial"
-    settings = format_settings({key: value for key, value in arm.best.params.items() if key != arm.key})
+    settings = format_settings({key: value for key, value in arm.best.params.items() if key != arm.subject.key})
     return f"{settings} (predicted)" if arm.best.is_predicted else settings
 
 
@@ -146,7 +146,7 @@ def list_search_scores(summary: Summary) -> list[str]:
     scores = [arm.best.value if arm.best else None for arm in data.subjects]
     shown = []
     for arm, score in zip(data.subjects, scores, strict=True):
-        is_worse = arm.best and arm.row.method != "frozen" and learning.is_better(arm.best) is False
+        is_worse = arm.best and not arm.row.is_base and learning.is_better(arm.best) is False
         mark = f" (not better than {learning.answer})" if is_worse else ""
         shown.append(f"{format_score(score, beside=scores)}{mark}")
     return shown

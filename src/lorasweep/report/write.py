@@ -72,7 +72,7 @@ def build_tables(summary: Summary) -> dict[str, pandas.DataFrame]:
     test_column = f"test/{data.record.verdict_metric.name}"
     trials, runs = data.frame.iloc[: len(data.trials)], data.frame.iloc[len(data.trials) :]
     trials = trials.drop(columns=["stage", "seed", "step", test_column], errors="ignore").assign(
-        method=[arm.row.method for arm in data.arms for _ in arm.trials],
+        method=[row.method for row in data.record.arms for _ in data.list_trials(row.name)],
         share_of_full_gain=[data.share_of_full_gain(trial.value) for trial in data.trials],
         is_better_than_untrained=[summary.learning.is_better(trial) for trial in data.trials],
     )

@@ -143,9 +143,9 @@ def _check_request(config: RunConfig, *, format: ExportFormat, out: Path) -> Non
             f"a run must have a transformers model to be exported, but got your own {config.module.target!r}. "
             "Use the weights in `best/` of the run's folder."
         )
-    if method == "frozen":
+    if config.method.trains_nothing:
         raise ConfigError(
-            f"a run must have trained something to be exported, but got `method=frozen`. Use {config.model.path!r}."
+            f"a run must have trained something to be exported, but got `method={method}`. Use {config.model.path!r}."
         )
     if format == "peft" and method not in ("lora", "peft"):
         raise ConfigError(

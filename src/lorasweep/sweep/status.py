@@ -32,7 +32,6 @@ from lorasweep.record import (
     TrialState,
     describe_confirmation,
     find_winner,
-    list_confirm_runs,
     read_run,
     read_sweep,
 )
@@ -208,7 +207,7 @@ def _format_score(value: float | None) -> str:
 def _arm_status(arm: ArmRow, record: SweepRecord, folder: Path) -> ArmStatus:
     trials = [row for row in record.trials if row.arm == arm.name]
     subjects = [row.subject for row in record.settings if row.arm == arm.name]
-    confirmed = [row for subject in subjects for row in list_confirm_runs(subject, record=record)]
+    confirmed = [row for row in record.confirm_runs if row.arm == arm.name]
     tested = [row.value for row in confirmed if row.state == "complete" and row.value is not None]
     return ArmStatus(
         name=arm.name,
@@ -233,10 +232,9 @@ def _measure_step(runs: Sequence[Trial], folder: Path) -> float:
 
 def _count_due_runs(arm: ArmRow, subjects: Sequence[str], record: SweepRecord) -> int:
     """Returns the number of confirm runs of an arm up to the look that is due."""
-    if arm.method == "frozen":  # its score is mostly the same for every seed
+    if arm.is_base:  # its score is mostly the same for every seed
         return min(len(record.looks), 1)
-    if not subjects:  # before the settings are chosen
-        subjects = arm.space[arm.confirm_each] if arm.confirm_each else [arm.name]
+    subjects = subjects or [subject.name for subject in arm.subjects]  # before the settings are chosen
     due = dict.fromkeys(subjects, record.looks[0] if record.looks else 0)
     for done, seeds in zip(record.looks_done, record.looks[1:], strict=False):
         due |= {subject: seeds for subject in done.next if subject in due}

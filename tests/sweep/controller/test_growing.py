@@ -4,7 +4,7 @@ import pytest
 from tests.files import read_files
 
 from lorasweep.errors import ConfigError
-from lorasweep.record import list_confirm_runs, read_sweep
+from lorasweep.record import read_sweep
 from lorasweep.results import load_sweep
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
 
@@ -73,7 +73,7 @@ def test_a_new_winner_is_chosen_and_confirmed_on_the_same_seeds_and_runs_of_the_
     record = read_sweep(folder.path)
     winner = load_sweep(folder.path).best("lora")
     assert winner.number >= 6 > best
-    assert {row.seed for row in list_confirm_runs("lora", record=record)} == set(before.confirm_seeds)
+    assert {row.seed for row in record.confirm_runs if row.subject == "lora"} == set(before.confirm_seeds)
     assert [row.trial for row in record.settings if row.subject == "lora"] == [winner.number]
     assert [row for row in record.confirm if row in before.confirm] == before.confirm
     assert len({row.run for row in record.confirm}) == len(record.confirm)

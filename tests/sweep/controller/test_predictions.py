@@ -148,13 +148,13 @@ def test_trials_that_begin_together_differ():
 def test_values_that_are_no_numbers_are_searched_too():
     space = {"method.targets": CategoricalDistribution(["mlp", "attention", "all-linear"]), "optim.lr": LR}
     arm = make_arm(space, GP, trials=9, confirm_each="method.targets")
-    history = []
+    history, targets = [], [subject.value for subject in arm.subjects]
     for number in range(9):
         params = ask_for_proposal(arm, history, number=number)
         value = 2 + math.log(params["optim.lr"] / 1e-3) ** 2
         history.append(make_trial(params, value=value))
-    assert Counter(trial.params["method.targets"] for trial in history) == dict.fromkeys(arm.subjects.values(), 3)
-    for target in arm.subjects.values():
+    assert Counter(trial.params["method.targets"] for trial in history) == dict.fromkeys(targets, 3)
+    for target in targets:
         found = predict_best(arm, number_trials(history), direction="minimize", fixed={"method.targets": target})
         assert found.params["method.targets"] == target
         assert abs(math.log(found.params["optim.lr"] / 1e-3)) < math.log(1.5)

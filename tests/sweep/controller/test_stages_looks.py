@@ -101,7 +101,7 @@ def test_a_subject_is_trained_with_the_setting_that_is_predicted_for_its_value(b
             trial = trials[row.arm, row.trial]
             assert (trial.state, trial.params) == ("complete", row.params)
         if row.arm == "lora":
-            assert row.params["method.rank"] == row.value
+            assert row.subject == f"lora-rank-{row.params['method.rank']}"
             assert 1e-3 <= row.params["optim.lr"] <= 1e-1
             assert row.rate_ratio >= 1
             assert row.regret >= 0

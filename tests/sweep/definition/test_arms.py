@@ -165,7 +165,7 @@ def test_an_arm_can_be_typed_and_a_definition_comes_back_from_its_record(read, c
 
 
 def subjects_of(definition, arm="lora"):
-    return list(definition.find_arm(arm).subjects.items())
+    return [(one.name, one.value) for one in definition.find_arm(arm).subjects]
 
 
 def test_each_value_of_confirm_each_is_a_subject_and_numbers_ascend(read, content):

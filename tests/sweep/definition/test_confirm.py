@@ -67,7 +67,7 @@ def test_questions_and_looks_are_in_the_record_before_the_first_trial(begin, con
     record = read_sweep(folder.path)
     assert [question.name for question in record.questions] == ["as_good_as_full", "smallest"]
     assert (record.looks, len(record.confirm_seeds), record.trials) == ([2, 4], 4, [])
-    assert {arm.name: arm.confirm_each for arm in record.arms} == {"frozen": None, "full": None, "lora": "method.rank"}
+    assert {arm.name: arm.key for arm in record.arms} == {"frozen": None, "full": None, "lora": "method.rank"}
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from lorasweep.report.evidence.questions import (
     compute_level,
     judge_difference,
 )
+from lorasweep.wording import format_metric
 
 Ratio = tuple[float, Interval | None]
 """A ratio of two sums of scores with its interval."""
@@ -159,27 +160,30 @@ def _measure_share(name: str, scores: ConfirmScores, scale: MarginScale, *, conf
     return estimate_ratio(scores, gain, scale.gain, confidence=confidence, adds_search_error=True)
 
 
-def read_confirm_scores(record: SweepRecord, folder: Path, *, retained: RetainedRow | None = None) -> ConfirmScores:
-    """Returns the test scores of the complete runs of the settings that are confirmed now.
+def read_confirm_scores(
+    record: SweepRecord, folder: Path, *, metric: str = "", retained: RetainedRow | None = None
+) -> ConfirmScores:
+    """Returns the test scores of the complete runs of the settings that are confirmed now, by the verdicts' metric.
 
-    With `retained`, these are the scores on a retained data set, which are in the runs' records.
+    Scores by another `metric`, or on a `retained` data set, are in the runs' records, which must be read before.
     """
-    metric = record.verdict_metric.name if retained is None else retained.metric
+    metric = retained.metric if retained else metric or record.verdict_metric.name
     file = TEST_SCORES_FILE if metric == record.metric else ANSWERS_FILE.format("test")
-    file = file if retained is None else RETAINED_SCORES_FILE.format(retained.name)
-    current = {(row.subject, row.setting) for row in record.settings}
+    file = RETAINED_SCORES_FILE.format(retained.name) if retained else file
     values: dict[RunKey, float] = {}
     examples: dict[RunKey, RunExampleScores] = {}
     problems = []
-    for row in record.confirm:
-        if row.seed is None or not row.is_complete or (row.subject, row.setting_number) not in current:
+    for row in record.confirm_runs:
+        if row.seed is None or not row.is_complete:
             continue
-        value: Any = row.value or 0.0
-        if retained is not None:
-            value = row.record.retained.get(retained.name, {}).get(metric) if row.record else None
-            if not is_number(value):
-                problems.append(f"`{row.run}` has no score on `{retained.name}`.")
-                continue
+        value: Any = row.value
+        if retained or metric != record.verdict_metric.name:
+            found = (row.record.retained.get(retained.name, {}) if retained else row.record.test) if row.record else {}
+            value = found.get(metric)
+        if not is_number(value):
+            on = f"`{retained.name}`" if retained else "test data"
+            problems.append(f"`{row.run}` has no {format_metric(metric)} on {on}.")
+            continue
         values[row.subject, row.seed] = float(value)
         path = folder / row.run / file
         try:
@@ -187,8 +191,7 @@ def read_confirm_scores(record: SweepRecord, folder: Path, *, retained: Retained
                 examples[row.subject, row.seed] = read_examples(path)
         except (OSError, ValueError) as error:
             problems.append(f"`{row.run}/{file}` is not used: {error}.")
-    frozen = {arm.name for arm in record.arms if arm.method == "frozen"}
-    num_runs = {name: sum(subject == name for subject, _ in values) for name in frozen}
+    num_runs = {arm.name: sum(subject == arm.name for subject, _ in values) for arm in record.arms if arm.is_base}
     return build_scores(
         values,
         examples,
@@ -211,14 +214,15 @@ def answer_sweep(record: SweepRecord, scores: ConfirmScores) -> list[Answer]:
 def build_scale(record: SweepRecord, scores: ConfirmScores) -> MarginScale:
     """Returns the margin, the sign of the metric, and the best subjects of `frozen` and of `full`."""
     sign = record.verdict_metric.sign
+    bases = {arm.name for arm in record.arms if arm.is_base}
+    fulls = {arm.name for arm in record.arms if arm.method == "full"}
 
-    def find_best(method: str) -> str | None:
-        arms = {arm.name for arm in record.arms if arm.method == method}
+    def find_best(arms: Collection[str]) -> str | None:
         names = [row.subject for row in record.settings if row.arm in arms]
         means = {name: sign * found.value for name in names if (found := estimate_sum(scores, {name: 1.0}))}
         return min(means, key=means.__getitem__, default=None)
 
-    return MarginScale(margin=parse_margin(record.margin), sign=sign, base=find_best("frozen"), full=find_best("full"))
+    return MarginScale(margin=parse_margin(record.margin), sign=sign, base=find_best(bases), full=find_best(fulls))
 
 
 def compare_retained(

@@ -214,7 +214,7 @@ def build_arm_row(arm: Arm) -> ArmRow:
         steps=config.num_steps,
         settings=dict(arm.settings),
         space=describe_space(arm.space),
-        confirm_each=arm.confirm_each,
+        subjects=list(arm.subjects),
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 from optuna.distributions import IntDistribution
 
 from lorasweep.config.run import SEED_KEYS, RunConfig
-from lorasweep.record import LookRow, SettingRow, Trial, find_winner, name_run, name_subject, read_run
+from lorasweep.record import LookRow, SettingRow, Subject, Trial, find_winner, name_run, read_run
 from lorasweep.report.evidence.evidence import answer_sweep, build_scale, read_confirm_scores
 from lorasweep.sweep.controller.arm_trials import ArmTrials
 from lorasweep.sweep.controller.encoding import History
@@ -96,9 +96,7 @@ class Search:
 
     def _read_trials(self, arm: Arm, session: str | None) -> ArmTrials:
         def build_trial(number: int, params: Mapping[str, Any]) -> Trial:
-            value = None if arm.confirm_each is None else params[arm.confirm_each]
-            subject = name_subject(arm.name, arm.confirm_each, value)
-            run = name_run(self.name, arm.name, number)
+            subject, run = arm.name_subject(params), name_run(self.name, arm.name, number)
             return Trial(arm=arm.name, subject=subject, number=number, params=dict(params), run=run)
 
         return ArmTrials(
@@ -200,11 +198,11 @@ class Confirmation:
         settings: list[dict[str, Any]] = study.user_attrs[SETTINGS_ATTRIBUTE]
 
         def build_trial(number: int, params: Mapping[str, Any]) -> Trial:
-            setting, key = settings[params[SETTING]], arm.confirm_each
+            setting = settings[params[SETTING]]
             return Trial(
                 stage=self.name,
                 arm=arm.name,
-                subject=name_subject(arm.name, key, None if key is None else setting[key]),
+                subject=arm.name_subject(setting),
                 number=number,
                 params={key: value for key, value in setting.items() if key not in SEED_KEYS},
                 setting_number=params[SETTING],
@@ -241,9 +239,10 @@ def choose_settings(search: Search, *, sweep: SweepFolder) -> list[SettingRow]:
     """
     rows: list[SettingRow] = []
     for arm in (trials.arm for trials in search.arms.values()):
-        found = [row for subject, value in arm.subjects.items() if (row := _choose(search, arm, subject, value, sweep))]
-        for subject in [name for name in arm.subjects if name not in {row.subject for row in found}]:
-            sweep.warn(f"`{subject}` has no trial with a score, so the confirm stage skips it.")
+        chosen = {subject.name: _choose(search, arm, subject, sweep) for subject in arm.subjects}
+        found = [row for row in chosen.values() if row]
+        for name in [name for name, row in chosen.items() if row is None]:
+            sweep.warn(f"`{name}` has no trial with a score, so the confirm stage skips it.")
         if not found:
             continue
         study = sweep.open_study(name_study(arm.name, Confirmation.name))
@@ -255,8 +254,8 @@ def choose_settings(search: Search, *, sweep: SweepFolder) -> list[SettingRow]:
     return rows
 
 
-def _choose(search: Search, arm: Arm, subject: str, value: Any, sweep: SweepFolder) -> SettingRow | None:
-    fixed = {} if arm.confirm_each is None else {arm.confirm_each: value}
+def _choose(search: Search, arm: Arm, subject: Subject, sweep: SweepFolder) -> SettingRow | None:
+    fixed = subject.params
     trials = list(search.arms[arm.name].trials.values())
     winner = None if fixed else find_winner(trials, record=sweep.record)
     if winner is None and not fixed:
@@ -272,10 +271,9 @@ def _choose(search: Search, arm: Arm, subject: str, value: Any, sweep: SweepFold
         return None
     params, trial = prediction.params, winner.number if winner else prediction.trial
     return SettingRow(
-        subject=subject,
+        subject=subject.name,
         arm=arm.name,
         setting=0,
-        value=value,
         params=params,
         trial=trial,
         score=winner.value if winner else prediction.score,

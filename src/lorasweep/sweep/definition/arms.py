@@ -32,7 +32,7 @@ from lorasweep.config.data import DataConfig
 from lorasweep.config.run import METHODS_ON_QUANTISED_BASE, RunConfig
 from lorasweep.config.sweep import SweepConfig
 from lorasweep.errors import ConfigError
-from lorasweep.record import is_number, name_subject
+from lorasweep.record import Subject, is_number
 from lorasweep.sweep.definition.sweep_file import (
     ArmConfig,
     Space,
@@ -70,18 +70,19 @@ class Arm:
     confirm_each: str | None = None
     """The swept key whose choices are confirmed one by one."""
 
-    @property
-    def subjects(self) -> dict[str, Any]:
-        """Returns the subjects that the confirm stage compares, each name with its value of `confirm_each`.
-
-        Numbers are in ascending order. Without `confirm_each`, the only subject is the arm itself, with the value None.
-        """
-        if self.confirm_each is None:
-            return {self.name: None}
-        values = list_corner_values(self.space[self.confirm_each])
+    @cached_property
+    def subjects(self) -> tuple[Subject, ...]:
+        """What the confirm stage compares: the arm itself, or each value of `confirm_each`, numbers ascending."""
+        key = self.confirm_each
+        values = [None] if key is None else list_corner_values(self.space[key])
         if all(map(is_number, values)):
             values = sorted(values)
-        return {name_subject(self.name, self.confirm_each, value): value for value in values}
+        return tuple(Subject(arm=self.name, key=key, value=value) for value in values)
+
+    def name_subject(self, params: Mapping[str, Any]) -> str:
+        """Returns the name of the subject to which a trial with these values of the swept keys belongs."""
+        key = self.confirm_each
+        return Subject(arm=self.name, key=key, value=params[key] if key else None).name
 
     def compose(self, params: Mapping[str, Any]) -> RunConfig:
         """Returns the settings of a trial with these values of the swept keys."""
@@ -188,7 +189,7 @@ def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Defini
 
 def _compose_retained(config: SweepConfig, arms: Sequence[Arm]) -> dict[str, DataConfig]:
     """Returns the data sets of `retain.data` by name."""
-    frozen = [arm for arm in arms if arm.corner_configs[0].method.name == "frozen"]
+    frozen = [arm for arm in arms if arm.corner_configs[0].method.trains_nothing]
     if config.retain.data and not (frozen and config.confirm.list_looks()):
         raise ConfigError(
             "`retain.data` must be empty without a confirm stage and an arm with `method=frozen`, which are compared, "
@@ -347,8 +348,7 @@ def _replace_ranges(space: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[
 
 def _check_subjects(arms: Sequence[Arm]) -> None:
     """Raises ConfigError if two values of `confirm_each` have the same name, or one has the name of an arm."""
-    each = [(arm.name, arm.confirm_each, arm.space[arm.confirm_each]) for arm in arms if arm.confirm_each]
-    subjects = [name_subject(arm, key, value) for arm, key, range_ in each for value in list_corner_values(range_)]
+    subjects = [subject.name for arm in arms if arm.confirm_each for subject in arm.subjects]
     (name, count), *_ = Counter([*subjects, *(arm.name for arm in arms)]).most_common(1)
     if count > 1:
         raise ConfigError(

@@ -39,17 +39,18 @@ def list_questions(definition: Definition) -> list[Question]:
     Raises:
         ConfigError: `confirm.pairs` names an arm that the sweep does not have.
     """
-    trained = [arm for arm in definition.arms if arm.corner_configs[0].method.name != "frozen"]
+    trained = [arm for arm in definition.arms if not arm.corner_configs[0].method.trains_nothing]
     full = next((arm for arm in trained if arm.corner_configs[0].method.name == "full"), None)
     pairs = definition.sweep_config.confirm.pairs
     if full is None and not pairs:
         pairs = tuple((arm.name, trained[0].name) for arm in trained[1:])
+    subjects = {arm.name: [subject.name for subject in arm.subjects] for arm in definition.arms}
     asked: list[tuple[QuestionName, Arm, list[str], str | None]] = []
     for arm in trained if full else ():
         if arm.corner_configs[0].method.name != "full":
-            asked.append(("as_good_as_full", arm, list(arm.subjects), full.name if full else None))
-    asked += [("smallest", arm, list(arm.subjects), None) for arm in trained if arm.confirm_each in SIZE_KEYS]
-    known = {name: arm for arm in definition.arms for name in (arm.name, *arm.subjects)}
+            asked.append(("as_good_as_full", arm, subjects[arm.name], full.name if full else None))
+    asked += [("smallest", arm, subjects[arm.name], None) for arm in trained if arm.confirm_each in SIZE_KEYS]
+    known = {name: arm for arm in definition.arms for name in (arm.name, *subjects[arm.name])}
     for pair in pairs:
         if unknown := [name for name in pair if name not in known]:
             raise ConfigError(
@@ -57,11 +58,11 @@ def list_questions(definition: Definition) -> list[Question]:
                 f"{suggest_nearest(unknown[0], known)}"
             )
         # a name of one value, such as `lora-rank-8`, is about that value alone; an arm's reference is its largest value
-        subjects, references = ([name] if name in known[name].subjects else list(known[name].subjects) for name in pair)
-        asked.append(("pair", known[pair[0]], subjects, references[-1]))
+        compared, references = (subjects.get(name, [name]) for name in pair)
+        asked.append(("pair", known[pair[0]], compared, references[-1]))
     return [
-        Question(name=name, arm=arm.name, key=arm.confirm_each, subjects=subjects, reference=reference)
-        for name, arm, subjects, reference in asked
+        Question(name=name, arm=arm.name, key=arm.confirm_each, subjects=names, reference=reference)
+        for name, arm, names, reference in asked
     ]
 
 
@@ -86,7 +87,7 @@ def draw_confirm_seeds(definition: Definition) -> list[int]:
 def has_fixed_score(arm: Arm) -> bool:
     """Returns whether an arm has the same score with every seed: the frozen base, unless it may have a new head."""
     config = arm.corner_configs[0]
-    return config.method.name == "frozen" and config.model.kind != "classifier"
+    return config.method.trains_nothing and config.model.kind != "classifier"
 
 
 def count_confirm_runs(definition: Definition, *, look: int = 0) -> dict[str, int]:
