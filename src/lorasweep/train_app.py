@@ -102,8 +102,8 @@ def _show_examples(config: RunConfig, number: int) -> int:
     """Prints the first training examples. What is scored is green on a terminal, elsewhere between brackets."""
     with quick_imports():
         from lorasweep.data.build_splits import build_splits  # noqa: PLC0415 (torch is slow to import)
-        from lorasweep.data.examples import list_passages  # noqa: PLC0415
         from lorasweep.data.reading import read_source  # noqa: PLC0415
+        from lorasweep.data.split import list_passages  # noqa: PLC0415
         from lorasweep.models.load import load_tokenizer  # noqa: PLC0415
 
     if config.module is not None:

@@ -2,7 +2,7 @@
 
 import torch
 
-from lorasweep.data.examples import Ragged
+from lorasweep.data.split import Ragged
 
 
 def make_ragged(sequences):

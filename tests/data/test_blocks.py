@@ -7,14 +7,14 @@ from jaxtyping import jaxtyped
 from tests.tiny_tokenizer import load_tokenizer
 
 from lorasweep.config.compose import compose_run
-from lorasweep.data import examples as examples_file
+from lorasweep.data import split as split_file
 from lorasweep.data.build_splits import build_block_split
-from lorasweep.data.examples import choose_evenly
 from lorasweep.data.source import Document, collect_examples
+from lorasweep.data.split import choose_evenly
 from lorasweep.errors import ConfigError
 
 check_shapes = jaxtyped(typechecker=beartype)
-cut_blocks = check_shapes(examples_file.cut_blocks)
+cut_blocks = check_shapes(split_file.cut_blocks)
 
 
 @pytest.fixture(scope="module")

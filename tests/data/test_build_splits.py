@@ -8,8 +8,8 @@ from tests.tiny_tokenizer import load_tokenizer
 
 from lorasweep.config.compose import compose_run
 from lorasweep.data.build_splits import build_splits
-from lorasweep.data.examples import CompletionSplit, LabelledSplit
 from lorasweep.data.source import Conversation, DataSource, Document, LabelledText, Message, collect_examples
+from lorasweep.data.split import CompletionSplit, LabelledSplit
 from lorasweep.data.tasks import Classification, LanguageModelling, Regression
 from lorasweep.errors import ConfigError
 from lorasweep.models.load import load_base

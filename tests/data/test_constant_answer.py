@@ -7,7 +7,7 @@ import torch
 from tests.data.ragged import make_ragged
 
 from lorasweep.data.build_splits import DataSplits
-from lorasweep.data.examples import LabelledSplit
+from lorasweep.data.split import LabelledSplit
 from lorasweep.data.tasks import Classification, Regression
 
 

@@ -6,8 +6,7 @@ import transformers
 from tests.data.ragged import make_ragged
 
 from lorasweep.data.batching import StepBatchSampler
-from lorasweep.data.examples import CompletionSplit, LabelledSplit
-from lorasweep.data.split import IGNORED
+from lorasweep.data.split import IGNORED, CompletionSplit, LabelledSplit
 from lorasweep.data.tasks import Classification, LanguageModelling
 
 TOKENS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14], [15], [16, 17, 18, 19]]

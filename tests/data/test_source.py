@@ -10,10 +10,14 @@ from lorasweep.data.source import (
     LabelledText,
     Message,
     assign_splits,
+    collect_examples,
     content_key,
-    fingerprint_examples,
 )
 from lorasweep.errors import ConfigError
+
+
+def fingerprint(items):
+    return collect_examples("train", list(items)).fingerprint
 
 
 def test_fingerprint_moves_with_texts_pairs_labels_and_order():
@@ -26,8 +30,8 @@ def test_fingerprint_moves_with_texts_pairs_labels_and_order():
         [LabelledText("a", "", 0), LabelledText("b", "x", 1)],
         [LabelledText("ab", None, 0), LabelledText("", None, 1)],  # the same characters, cut elsewhere
     ]
-    assert len({fingerprint_examples(variant) for variant in variants}) == len(variants)
-    assert fingerprint_examples(variants[0]) == fingerprint_examples(list(variants[0]))
+    assert len({fingerprint(variant) for variant in variants}) == len(variants)
+    assert fingerprint(variants[0]) == fingerprint(list(variants[0]))
 
 
 def test_fingerprint_moves_with_roles_contents_and_ends_of_conversations():
@@ -39,9 +43,9 @@ def test_fingerprint_moves_with_roles_contents_and_ends_of_conversations():
         [[hi, Message("assistant", "hell")]],
         [[Message("system", "hi"), hello]],
     ]
-    fingerprints = {fingerprint_examples(map(Conversation, variant)) for variant in variants}
+    fingerprints = {fingerprint(map(Conversation, variant)) for variant in variants}
     assert len(fingerprints) == len(variants)
-    assert fingerprint_examples([Document("one", "añb"), Document("two", "")]) == "1f8cabf312d16b81"
+    assert fingerprint([Document("one", "añb"), Document("two", "")]) == "1f8cabf312d16b81"
 
 
 KEYS = st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 5), min_size=3, max_size=60)

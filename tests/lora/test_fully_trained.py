@@ -50,8 +50,6 @@ def test_modules_with_a_tied_weight_must_be_named_together(make_model, tokens):
     model.out.weight = model.embed.weight
     with pytest.raises(ValueError, match=r"`method.modules_to_save` must include 'embed'"):
         adapt(model, modules_to_save=("out",))
-    with pytest.raises(ValueError, match=r"`method.modules_to_save` must .* 'outt' .* Did you mean `out`"):
-        adapt(model, modules_to_save=("outt",))
     adapt(model, modules_to_save=("out", "embed"))
     assert model.out.weight is model.embed.weight
     step(model, tokens)

@@ -6,21 +6,23 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 
-from lorasweep.lora import LoraConfig, LoraLayer, inject_lora, merge_lora, split_lora_parameters
+from lorasweep.lora import LoraConfig, LoraLayer, inject_lora, lora_layers, merge_lora, split_lora_parameters
 from lorasweep.lora.layers import draw_matrices, split_principal_part
 from lorasweep.lora.targets import Target
 
 
-def test_an_encoder_layer_of_torch_applies_its_update_in_evaluation_too():
+def test_encoders_of_torch_apply_their_updates_in_evaluation_too_and_torchs_settings_stay():
     torch.manual_seed(0)
-    encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-    inject_lora(encoder, LoraConfig(targets=["linear1", "linear2"], rank=2))
-    for layer in (encoder.linear1, encoder.linear2):
-        nn.init.normal_(layer.lora_b)
-    x = torch.randn(2, 3, 8)
-    expected = encoder(x)
-    with torch.no_grad():
-        torch.testing.assert_close(encoder.eval()(x), expected)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    x, padding = torch.randn(2, 3, 8), torch.tensor([[False, False, False], [False, False, True]])
+    for encoder, arguments in ((layer, {}), (nn.TransformerEncoder(layer, 2), {"src_key_padding_mask": padding})):
+        inject_lora(encoder, LoraConfig(targets=["linear1", "linear2"], rank=2))
+        for adapted in lora_layers(encoder).values():
+            nn.init.normal_(adapted.lora_b)
+        expected = encoder(x, **arguments)
+        with torch.no_grad():
+            torch.testing.assert_close(encoder.eval()(x, **arguments), expected)
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -11,7 +11,6 @@ VARIANTS = [
     {"dropout": 0.5},
     {"variant": "dora"},
     {"init": "pissa"},
-    {"targets": ("up[0:4,8:12]", "proj")},
     {"targets": ("all-linear", "embed")},
 ]
 

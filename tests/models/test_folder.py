@@ -68,13 +68,3 @@ def test_only_what_may_be_read_is_downloaded(folder, download, model_config, set
     ((path, asked),) = calls
     assert (path, asked["revision"]) == ("owner/name", "v1")
     assert set(asked["allow_patterns"]) == weights | set(folder_file.ALWAYS_DOWNLOADED)
-
-
-def test_a_gguf_file_or_a_folder_with_only_one_is_refused_with_the_code_that_unpacks_it(folder, model_config):
-    (folder / "model.safetensors").rename(folder / "small.gguf")
-    for path in (folder, folder / "small.gguf"):
-        with pytest.raises(
-            ConfigError, match=r"has only GGUF.*gguf_file='small.gguf'.*GgufConfig\(dequantize=True"
-        ) as raised:
-            find_model_folder(model_config(path))
-        assert repr(str(path)) in str(raised.value)

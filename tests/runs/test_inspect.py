@@ -80,7 +80,6 @@ def test_files_hold_what_was_found_and_repeat_to_the_byte(runs):
     ("settings", "rank", "num_layers"),
     [
         ({"method.init": "pissa"}, 2, 28),  # the adapter file has it as plain LoRA of twice the rank
-        ({"method.targets": ["q_proj[0:32,64:96]"]}, 4, 4),  # two parts
         ({"method.variant": "dora"}, 2, 28),
         ({"method": "intrinsic", "method.dim": 40}, None, 38),
         ({"method": "bitfit", "method.train": "biases_and_norms"}, None, 9),

@@ -68,8 +68,7 @@ class LoraConfig(MethodSettings):
     """Factor on the update: α/r (LoRA, section 4.1), α/√r (rsLoRA, arXiv 2312.03732), or `alpha` itself."""
     targets: str | tuple[str, ...] = "all-linear"
     """Layers that get an update: `all-linear` (every linear layer but the output head), a regular expression for the
-    whole name of a layer, as in PEFT, or a list of patterns. In a list, brackets after a name choose rows of a fused
-    projection: `c_attn[q,v]` (of three equal parts q, k, v) or `qkv[0:64,96:128]`. Each part has a separate A and B."""
+    whole name of a layer, as in PEFT, or a list of patterns."""
     dropout: Fraction = 0.0
     """Probability of dropping an input of A, 0 <= p < 1."""
     init: Init = "default"

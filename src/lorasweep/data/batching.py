@@ -5,10 +5,11 @@ The seed and the step number alone decide a batch, so a run can resume at any st
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -109,11 +110,10 @@ class StepBatchSampler(MicroBatchSampler):
         self.split = split
         self.batch_size = batch_size
         self.num_steps = num_steps
-        self.seed = seed
         self.start_step = start_step
         self.accumulate = accumulate
         self.sizes = [batch_size // accumulate + (n < batch_size % accumulate) for n in range(accumulate)]
-        self._latest_epoch: tuple[int, list[int]] | None = None  # number of the epoch, and its order
+        self._draw_epoch = functools.lru_cache(maxsize=1)(functools.partial(draw_order, len(split), seed=seed))
 
     def __len__(self) -> int:
         """Returns the number of micro-batches of the whole run.
@@ -130,21 +130,18 @@ class StepBatchSampler(MicroBatchSampler):
         """Returns the micro-batches of one step, with the examples of all processes."""
         indices = self.get_step_indices(step)
         weight = float(self.split.weights[torch.tensor(indices)].sum())
-        return [MicroBatch(cut, weight) for cut in cut_by_length(indices, self.split.lengths, sizes=self.sizes)]
+        if self.accumulate > 1:
+            indices.sort(key=lambda index: int(self.split.lengths[index]))  # equal lengths keep their order
+        remaining = iter(indices)
+        return [MicroBatch(list(itertools.islice(remaining, size)), weight) for size in self.sizes]
 
     def get_step_indices(self, step: int) -> list[int]:
         """Returns the indices of one step's examples, in the order of the epoch."""
         indices: list[int] = []
         while len(indices) < self.batch_size:
             epoch, offset = divmod(step * self.batch_size + len(indices), len(self.split))
-            indices += self._get_epoch_order(epoch)[offset : offset + self.batch_size - len(indices)]
+            indices += self._draw_epoch(epoch=epoch)[offset : offset + self.batch_size - len(indices)]
         return indices
-
-    def _get_epoch_order(self, epoch: int) -> list[int]:
-        if self._latest_epoch is None or self._latest_epoch[0] != epoch:
-            order = draw_order(len(self.split), seed=self.seed, epoch=epoch)
-            self._latest_epoch = epoch, order
-        return self._latest_epoch[1]
 
 
 class EvaluationSampler(MicroBatchSampler):
@@ -215,14 +212,6 @@ def build_evaluation_loader(
 ) -> DataLoader[Batch]:
     """Returns a loader of the process's examples of a part of the split, each once, sorted by length."""
     return build_loader(split, EvaluationSampler(split, batch_size=batch_size, fraction=fraction, share=share))
-
-
-def cut_by_length(
-    indices: Sequence[int], lengths: Int[Tensor, " examples"], *, sizes: Sequence[int]
-) -> list[list[int]]:
-    """Returns the indices sorted by length, in lists of these sizes. Equal lengths keep their order."""
-    ordered = iter(sorted(indices, key=lambda index: int(lengths[index])) if len(sizes) > 1 else indices)
-    return [list(itertools.islice(ordered, size)) for size in sizes]
 
 
 def count_batch_bytes(split: Split, *, batch_size: int, micro_batches: int) -> int:

@@ -24,18 +24,18 @@ from lorasweep.config.data import (
 )
 from lorasweep.config.run import ModelKind
 from lorasweep.data.batching import choose_part
-from lorasweep.data.examples import (
+from lorasweep.data.scored_tokens import can_score_by_chunk
+from lorasweep.data.source import Conversation, DataSource, Document, Examples, LabelledText
+from lorasweep.data.split import (
+    IGNORED,
     BlockSplit,
     CompletionSplit,
-    ExampleSplit,
     LabelledSplit,
     Ragged,
+    Split,
     choose_evenly,
     cut_blocks,
 )
-from lorasweep.data.scored_tokens import can_score_by_chunk
-from lorasweep.data.source import Conversation, DataSource, Document, Examples, LabelledText
-from lorasweep.data.split import IGNORED, Split
 from lorasweep.data.tasks import Classification, LabelTask, LanguageModelling, Regression, Task, build_own_metric
 from lorasweep.data.tokenise import describe_chat_format, tokenise_chats, tokenise_documents, tokenise_labelled
 from lorasweep.errors import ConfigError
@@ -127,32 +127,26 @@ def build_splits(
         )
 
     def build(examples: Any) -> Split:
-        if isinstance(config, StdlibConfig | TextConfig):
-            return build_block_split(examples, config=config, tokenizer=tokenizer)
-        split: ExampleSplit
         if isinstance(config, TableConfig):
-            split = _build_labelled(examples, config=config, source=source, tokenizer=tokenizer)
-        else:
-            assert isinstance(config, ChatConfig)
-            split = _build_chats(examples, config=config, tokenizer=tokenizer)
-        if not len(split):
-            raise ConfigError(
-                f"the {split.name} split of `data={config.name}` must have a token to predict, but all its answers are "
-                "cut off. Raise `data.max_length`, or use other data."
-            )
-        return split
+            return _build_labelled(examples, config=config, source=source, tokenizer=tokenizer)
+        if isinstance(config, ChatConfig):
+            return _build_chats(examples, config=config, tokenizer=tokenizer)
+        assert isinstance(config, StdlibConfig | TextConfig)
+        return build_block_split(examples, config=config, tokenizer=tokenizer)
 
     validation = build(source.validation)
-    task = _build_task(source, validation)
+    task: Task
+    if source.kind == "single_label":
+        task = Classification(num_classes=len(source.label_names))
+    elif source.kind == "regression":
+        task = Regression()
+    else:
+        task = LanguageModelling(bytes_per_token=validation.bytes_per_token)  # type: ignore[attr-defined]
     metric = task.metrics[0] if config.metric == "auto" else config.metric
     if isinstance(metric, str) and metric not in task.metrics:
         raise ConfigError(
             f"`data.metric` must be one of auto, {', '.join(task.metrics)} for data of the kind {source.kind}, but got "
             f"{metric!r}."
-        )
-    if isinstance(config, TableConfig) and config.class_weights != "none" and source.kind != "single_label":
-        raise ConfigError(
-            f"`data.class_weights` must be none unless each example has one class, but got {config.class_weights!r}."
         )
     if isinstance(metric, MetricComponent):
         own_metric = build_own_metric(metric)
@@ -198,14 +192,6 @@ def describe_constant_answer(splits: DataSplits, label_names: Sequence[str]) -> 
     return [f"Always answering {answer}, has {join_words(values)} on validation."]
 
 
-def _build_task(source: DataSource, validation: Split) -> Task:
-    if source.kind == "single_label":
-        return Classification(num_classes=len(source.label_names))
-    if source.kind == "regression":
-        return Regression()
-    return LanguageModelling(bytes_per_token=validation.bytes_per_token)  # type: ignore[attr-defined]
-
-
 def build_block_split(
     examples: Examples[Document], *, config: StdlibConfig | TextConfig, tokenizer: PreTrainedTokenizerBase
 ) -> BlockSplit:
@@ -243,8 +229,18 @@ def _build_labelled(
     examples: Examples[LabelledText], *, config: TableConfig, source: DataSource, tokenizer: PreTrainedTokenizerBase
 ) -> LabelledSplit:
     columns = tokenise_labelled(examples, tokenizer=tokenizer, max_length=config.max_length)
-    labels, counts = _encode_labels(examples, source)
-    class_weights = None
+    is_regression = source.kind == "regression"
+    dtype = torch.float32 if is_regression else torch.int64
+    labels = torch.tensor([example.label for example in examples.items], dtype=dtype)
+    class_weights, counts = None, []
+    if is_regression:
+        if config.class_weights != "none":
+            raise ConfigError(
+                "`data.class_weights` must be none unless each example has one class, but got "
+                f"{config.class_weights!r}."
+            )
+    else:
+        counts = labels.bincount(minlength=len(source.label_names)).tolist()
     if config.class_weights == "balanced" and examples.name == "train":
         # n / (classes · count), as scikit-learn balances them. A class without examples counts as one example.
         class_weights = len(examples) / (len(counts) * torch.tensor(counts).clamp(min=1).float())
@@ -256,15 +252,6 @@ def _build_labelled(
         class_weights=class_weights,
         facts={"labels": dict(zip(source.label_names, counts, strict=True))},
     )
-
-
-def _encode_labels(examples: Examples[LabelledText], source: DataSource) -> tuple[Tensor, list[int]]:
-    """Returns the labels as a tensor for `LabelledSplit`, and the number of examples of each class."""
-    labels = [example.label for example in examples.items]
-    if source.kind == "regression":
-        return torch.tensor(labels, dtype=torch.float32), []
-    classes = torch.tensor(labels, dtype=torch.int64)
-    return classes, classes.bincount(minlength=len(source.label_names)).tolist()
 
 
 def _build_chats(
@@ -288,7 +275,13 @@ def _build_chats(
             **describe_chat_format(config, tokenizer),
         },
     )
-    return split.drop_unscored()
+    split = split.drop_unscored()
+    if not len(split):
+        raise ConfigError(
+            f"the {split.name} split of `data={config.name}` must have a token to predict, but all its answers are "
+            "cut off. Raise `data.max_length`, or use other data."
+        )
+    return split
 
 
 def _shared_fields(

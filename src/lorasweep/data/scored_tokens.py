@@ -21,8 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorasweep.data.split import IGNORED, NON_MODEL_KEYS, Batch
 from lorasweep.lora.layers import LoraLayer
-from lorasweep.lora.packed.fully_trained import PackedTrainedModule
-from lorasweep.lora.packed.layers import PackedLoraLayer
+from lorasweep.lora.packed.layers import PackedLoraLayer, PackedTrainedModule
 
 MAX_CHUNK_BYTES: Mapping[str, int] = {"cpu": 2**26, "cuda": 2**29}
 """Maximum size of a chunk's logits in fp32, by device. A chunk takes three times as much for a moment: logits,

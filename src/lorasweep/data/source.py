@@ -112,17 +112,12 @@ class DataSource:
 
 def collect_examples(name: str, items: list[Example], notes: tuple[str, ...] = ()) -> Examples[Example]:
     """Returns the examples of a split with their fingerprint."""
-    return Examples(name=name, items=items, fingerprint=fingerprint_examples(items), notes=notes)
-
-
-def fingerprint_examples(items: Iterable[Example]) -> str:
-    """Returns the first 16 hex digits of a SHA-256 over all texts and labels in order."""
     digest = hashlib.sha256()
     for text in (text for item in items for text in _list_texts(item)):
         data = text.encode()
         # The length keeps texts apart: ("ab", "c") is not ("a", "bc").
         digest.update(len(data).to_bytes(8, "little") + data)
-    return digest.hexdigest()[:16]
+    return Examples(name=name, items=items, fingerprint=digest.hexdigest()[:16], notes=notes)
 
 
 def _list_texts(item: Any) -> Iterator[str]:
@@ -155,17 +150,10 @@ def build_source(
 ) -> DataSource:
     """Returns the splits of a data set. The test split is read at the first call of `DataSource.test`.
 
-    Args:
-        train: The whole training file.
-        read: Reads a split other than train that is not missing.
-        kind: DataKind of the examples.
-        missing: The percentage of the training examples that each split without a source gets.
-        key: Content key of an example. Examples with the same key count as duplicates.
-        describe: Returns notes for the user about the training and validation examples.
-        label_names: Names of the classes.
-        shared: Name of the part that examples with the same content key share, for notes (`text`).
-        max_examples: Maximum number of examples by split.
-        split_off: Takes the missing splits from the training examples; None assigns examples by content key.
+    `train` has the whole training file, and `read` reads another split. `missing` has the percentage of the training
+    examples that each split without a source gets; `split_off` takes them, or by default `key` decides. Examples with
+    the same key count as duplicates; `shared` names what they share, for notes. `describe` returns notes about the
+    training and validation examples.
     """
     parts: dict[str, list[Example]] = {"train": train[0]}
     notes = list(train[1])
@@ -181,7 +169,8 @@ def build_source(
         evenly_spaced = [items[n * size // limit] for n in range(limit)]
         return evenly_spaced, [*notes, f"{name} uses {limit} of {size} examples, evenly spaced."]
 
-    (train_items, train_notes), (validation_items, validation_notes) = load("train"), load("validation")
+    train_items, train_notes = load("train")
+    validation_items, validation_notes = load("validation")
     train_keys = frozenset(map(key, train_items))
 
     def count_duplicates(name: str, items: list[Example]) -> list[str]:

@@ -1,15 +1,19 @@
-"""The interface of a tokenised split, and the keys of its batches."""
+"""Tokenised splits: texts with labels, conversations, and running text in blocks; and the keys of their batches."""
 
 from __future__ import annotations
 
+import functools
+import itertools
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
 """Target at positions that are not scored. It is the `ignore_index` of torch's cross-entropy."""
@@ -70,6 +74,221 @@ class Split(Protocol):
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Returns the split's entry in a run record."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Ragged:
+    """Sequences of different lengths, stored end to end in one tensor."""
+
+    values: Tensor
+    """(all tokens,), int64."""
+    ends: Tensor
+    """(sequences,), int64: the index in `values` after the last token of each sequence."""
+
+    @functools.cached_property
+    def lengths(self) -> Tensor:
+        """The length of each sequence, (sequences,), int64."""
+        return torch.diff(self.ends, prepend=self.ends.new_zeros(1))
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Returns one sequence as a view."""
+        end = int(self.ends[index])
+        return self.values[end - int(self.lengths[index]) : end]
+
+    def select(self, mask: Tensor) -> Ragged:
+        """Returns the sequences that a boolean mask, (sequences,), selects."""
+        values = self.values[mask.repeat_interleave(self.lengths)]
+        return Ragged(values=values, ends=self.lengths[mask].cumsum(0))
+
+    def padded(self, indices: Sequence[int], *, fill: int) -> Tensor:
+        """Returns the sequences at these indices, padded on the right to the longest: (sequences, longest)."""
+        return pad_sequence([self[index] for index in indices], batch_first=True, padding_value=fill)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ExampleSplit(Split):
+    """Base of splits whose examples are token sequences of different lengths."""
+
+    tokens: Ragged
+    pad_token: int
+    bytes: int
+    """Number of UTF-8 bytes of all texts."""
+    truncated: int = 0
+    """Number of examples that were longer than `data.max_length` and were cut."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Further entries of the run record, such as the number of examples of each class."""
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.tokens.lengths
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "examples": len(self),
+            "bytes": self.bytes,
+            "truncated": self.truncated,
+            "fingerprint": self.fingerprint,
+            **self.facts,
+        }
+
+    def _inputs(self, indices: Sequence[int]) -> Batch:
+        """Returns padded token ids. Adds a mask only if an example is padded: attention is faster without."""
+        input_ids = self.tokens.padded(indices, fill=self.pad_token)
+        lengths = self.lengths[torch.tensor(indices)]
+        if int(lengths.min()) == input_ids.shape[1]:
+            return {"input_ids": input_ids}
+        mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()  # (batch, length)
+        return {"input_ids": input_ids, "attention_mask": mask}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LabelledSplit(ExampleSplit):
+    """Texts, each with its label: a class or a number."""
+
+    labels: Tensor
+    """Class indices, (examples,) int64; or numbers, (examples,) float."""
+    token_types: Ragged | None = None
+    """For pairs of texts: 0 at tokens of the first text, 1 at the second. None if the model has no token types."""
+    class_weights: Tensor | None = None
+    """Weight of each class in the training loss, (classes,); None weights all classes 1."""
+
+    @functools.cached_property
+    def weights(self) -> Tensor:
+        return torch.ones(len(self.labels)) if self.class_weights is None else self.class_weights[self.labels]
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        rows = torch.tensor(indices)
+        batch = {**self._inputs(indices), "targets": self.labels[rows]}
+        if self.token_types is not None:
+            batch["token_type_ids"] = self.token_types.padded(indices, fill=0)
+        if self.class_weights is not None:
+            batch["weights"] = self.weights[rows]
+        return batch
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CompletionSplit(ExampleSplit):
+    """Conversations. The model predicts the assistant's tokens, and only these are scored."""
+
+    targets: Ragged
+    """The token after each position; `IGNORED` at positions that are not scored."""
+    scored_bytes: int
+    """Number of UTF-8 bytes of the scored text."""
+    answer_starts: Tensor
+    """Number of tokens before the last answer of each example, (examples,); 0 if the prompt is empty, or if the answer
+    was cut off or is not scored."""
+    rows: tuple[Mapping[str, Any] | None, ...]
+    """The row of each example in its table (`Conversation.row`)."""
+
+    @functools.cached_property
+    def weights(self) -> Tensor:
+        """Number of scored tokens of each example."""
+        scored = torch.cat([self.targets.values.new_zeros(1), (self.targets.values != IGNORED).cumsum(0)])
+        ends = scored[self.targets.ends]
+        return torch.diff(ends, prepend=ends.new_zeros(1)).float()
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Number of bytes per scored token."""
+        return self.scored_bytes / max(float(self.weights.sum()), 1.0)
+
+    def drop_unscored(self) -> CompletionSplit:
+        """Returns the split without examples that have no scored token, because their answers were cut off."""
+        is_scored = self.weights > 0
+        if is_scored.all():
+            return self
+        return replace(
+            self,
+            tokens=self.tokens.select(is_scored),
+            targets=self.targets.select(is_scored),
+            answer_starts=self.answer_starts[is_scored],
+            rows=tuple(itertools.compress(self.rows, is_scored.tolist())),
+            groups=tuple(itertools.compress(self.groups, is_scored.tolist())),
+            facts={**self.facts, "left_out": int((~is_scored).sum())},
+        )
+
+    def split_last_answer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Returns the tokens of an example's last prompt, and those of its answer with the end-of-turn token."""
+        ids, start = torch.cat([self.tokens[index], self.targets[index][-1:]]), int(self.answer_starts[index])
+        return ids[:start], ids[start:]
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        return {**self._inputs(indices), "targets": self.targets.padded(indices, fill=IGNORED)}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BlockSplit(Split):
+    """Documents joined end to end and cut into blocks that overlap by one token."""
+
+    tokens: Tensor
+    """Token ids, (blocks, block_length + 1), int64. The last token of a block is also the first token of the next
+    block, so each token except the very first is predicted once. The tokens after the last full block are dropped.
+    Do not write to this tensor: its blocks share memory."""
+    documents: int
+    """Number of documents."""
+    bytes: int
+    """Number of UTF-8 bytes of all texts."""
+    bytes_per_token: float
+    """Mean number of bytes per token in all documents; the end of a document counts as a token."""
+
+    @functools.cached_property
+    def lengths(self) -> Tensor:
+        return torch.full((len(self.tokens),), self.tokens.shape[1] - 1)
+
+    @functools.cached_property
+    def weights(self) -> Tensor:
+        return self.lengths.float()
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Returns the blocks at these indices. The target at each position is the next token."""
+        blocks = self.tokens[torch.tensor(indices)]  # (batch, block + 1)
+        return {"input_ids": blocks[:, :-1].contiguous(), "targets": blocks[:, 1:].contiguous()}
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "documents": self.documents,
+            "bytes": self.bytes,
+            "blocks": len(self.tokens),
+            "fingerprint": self.fingerprint,
+        }
+
+
+def list_passages(split: Split, index: int, *, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+    """Returns the text of an example in passages, and whether each is scored. A label is the last passage."""
+    batch = split.batch([index])
+    ids, targets = batch["input_ids"][0].tolist(), batch["targets"][0].tolist()
+    if not isinstance(targets, list):
+        return [(str(tokenizer.decode(ids)), False), (str(targets), True)]
+    tokens = zip([*ids, targets[-1]], [False, *(target != IGNORED for target in targets)], strict=True)
+    runs = itertools.groupby((token for token in tokens if token[0] != IGNORED), key=lambda token: token[1])
+    return [(str(tokenizer.decode([token for token, _ in run])), is_scored) for is_scored, run in runs]
+
+
+def choose_evenly(counts: Sequence[int], *, limit: int) -> list[int]:
+    """Returns the indices of `limit` blocks, spread as evenly over documents as their numbers of blocks allow.
+
+    `counts` has the number of blocks of each document, in the order of the blocks; their sum is above `limit`.
+    """
+    # Each round gives one more block to every document that has one left.
+    shares, share = [0] * len(counts), 0
+    while sum(shares) < limit:
+        share += 1
+        shares = [min(count, share) for count in counts]
+    largest = [index for index, count in enumerate(shares) if count == share]
+    surplus = sum(shares) - limit
+    for n in range(surplus):  # the last round gives a block to some of the documents only, evenly spaced among them
+        shares[largest[n * len(largest) // surplus]] -= 1
+    starts = itertools.accumulate(counts, initial=0)
+    return [
+        start + n * count // share
+        for start, count, share in zip(starts, counts, shares, strict=False)
+        for n in range(share)
+    ]
+
+
+def cut_blocks(tokens: Int[Tensor, " tokens"], *, block_length: int) -> Int[Tensor, "blocks {block_length}+1"]:
+    """Returns a view of the tokens as blocks that overlap by one token."""
+    return tokens.unfold(0, block_length + 1, block_length)
 
 
 def padding_fraction(lengths: Int[Tensor, " examples"], batches: Sequence[Sequence[int]]) -> float:

@@ -332,12 +332,6 @@ class Evaluation(Metric):
 
     is_differentiable = False
     full_state_update = False
-    loss: list[Tensor]
-    items: list[Tensor]
-    prediction: list[Tensor]
-    target: list[Tensor]
-    metric_input: list[Tensor]
-    metric_target: list[Tensor]
 
     def __init__(self, task: Task, **settings: Any) -> None:
         super().__init__(**settings)

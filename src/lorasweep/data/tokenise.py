@@ -16,10 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lorasweep.config.data import ChatConfig
 from lorasweep.data.chat_template import ChatTemplate, digest_template, read_template
-from lorasweep.data.examples import Ragged
 from lorasweep.data.reading.tables import quiet_datasets
 from lorasweep.data.source import Conversation, Document, Examples, LabelledText, Message
-from lorasweep.data.split import IGNORED
+from lorasweep.data.split import IGNORED, Ragged
 from lorasweep.errors import ConfigError
 
 CACHE_FORMAT = 5
@@ -196,13 +195,15 @@ def map_cached(columns: Columns, tokenise: Callable[[Columns], Columns], *, key:
         texts = datasets.Dataset.from_dict(columns)
         ids = texts.map(tokenise, batched=True, remove_columns=list(columns), new_fingerprint=key, **target)
         table = ids.with_format("arrow")[:]
-    return {name: _to_ragged(table.column(name).combine_chunks()) for name in table.column_names}
-
-
-def _to_ragged(column: Any) -> Ragged:
-    ends = torch.from_numpy(column.offsets.to_numpy(zero_copy_only=False)[1:].astype("int64"))
-    values = torch.from_numpy(column.flatten().to_numpy(zero_copy_only=False).astype("int64"))
-    return Ragged(values=values, ends=ends)
+    result = {}
+    for name in table.column_names:
+        column = table.column(name).combine_chunks()
+        ends, values = (
+            torch.from_numpy(array.to_numpy(zero_copy_only=False).astype("int64"))
+            for array in (column.offsets[1:], column.flatten())
+        )
+        result[name] = Ragged(values=values, ends=ends)
+    return result
 
 
 def _template_encoder(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, *, only_last: bool) -> Encoder:

@@ -47,7 +47,7 @@ INITS_KEEPING_BASE = (True, False, None, "gaussian", "orthogonal", "mica")
 def lora_state(model: nn.Module) -> dict[str, Tensor]:
     """Returns the adapter's tensors by PEFT's names, such as `base_model.model.<layer>.lora_A.weight` (rank, d_in).
 
-    The tensors share memory with the model's parameters, except computed ones (PiSSA, parts of fused projections).
+    The tensors share memory with the model's parameters, except those of PiSSA, which are computed.
     """
     modules = {name: module.trained for name, module in trained_modules(model).items()}
     return {key: tensor.detach() for key, tensor in _name_tensors(lora_layers(model), modules).items()}
@@ -63,7 +63,7 @@ def save_adapter(
 ) -> None:
     """Writes the adapter of `model`, for `load_adapter` and for PEFT. Each file is written atomically.
 
-    PiSSA is written as a plain LoRA of twice the rank, and parts of a fused projection as one plain LoRA.
+    PiSSA is written as a plain LoRA of twice the rank.
 
     Args:
         model: A model with LoRA layers. The base's weights are not written.
@@ -101,7 +101,10 @@ def load_adapter(model: nn.Module, folder: str | Path, *, base_fingerprint: str 
     """
     folder = Path(folder)
     check_not_injected(model)
-    config = _read_config(folder / CONFIG_FILE, model)
+    try:
+        config = config_from_peft(read_peft_settings(folder / CONFIG_FILE), model)
+    except (RecordError, ValueError) as error:
+        raise ValueError(f"{str(folder / CONFIG_FILE)!r} must be a LoRA configuration, but got: {error}") from error
     tensors, metadata = _read_tensors(folder / WEIGHTS_FILE)
     expected_fingerprint = metadata.get(FINGERPRINT_KEY)
     if None not in (expected_fingerprint, base_fingerprint) and expected_fingerprint != base_fingerprint:
@@ -110,7 +113,10 @@ def load_adapter(model: nn.Module, folder: str | Path, *, base_fingerprint: str 
             f"{base_fingerprint!r}. Load the base model on which the adapter was trained."
         )
     # all checks come before the first change, so that a refused model is unchanged
-    _check_tensors(tensors, _build_expected_state(model, config), model, folder)
+    targets = find_targets(model, config, allow_full_rank=True).targets
+    layers = {name: LoraLayer(model.get_submodule(name), target, device="meta") for name, target in targets.items()}
+    expected = _name_tensors(layers, match_modules_to_save(model, config.modules_to_save))
+    _check_tensors(tensors, expected, model, folder)
     inject_lora(model, config, allow_full_rank=True, generator=torch.Generator())  # A and B are overwritten
     for key, tensor in lora_state(model).items():
         tensor.copy_(tensors[key])
@@ -139,13 +145,6 @@ def _name_tensors(layers: Mapping[str, LoraLayer], modules: Mapping[str, nn.Modu
     for name, module in modules.items():
         named |= {f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}
     return {f"{KEY_PREFIX}{name}": tensor for name, tensor in named.items()}
-
-
-def _build_expected_state(model: nn.Module, config: LoraConfig) -> dict[str, Tensor]:
-    """Returns what `lora_state` would return for the adapted model, as tensors without data (on the meta device)."""
-    targets = find_targets(model, config, allow_full_rank=True).targets
-    layers = {name: LoraLayer(model.get_submodule(name), target, device="meta") for name, target in targets.items()}
-    return _name_tensors(layers, match_modules_to_save(model, config.modules_to_save))
 
 
 def _check_tensors(
@@ -182,13 +181,6 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 - not a mapping
     except Exception as error:  # safetensors and torch raise errors of many classes for a damaged header
         raise ValueError(f"{str(path)!r} must be a whole safetensors file, but got: {error}. Save it again.") from error
-
-
-def _read_config(path: Path, model: nn.Module) -> LoraConfig:
-    try:
-        return config_from_peft(read_peft_settings(path), model)
-    except (RecordError, ValueError) as error:
-        raise ValueError(f"{str(path)!r} must be a LoRA configuration, but got: {error}") from error
 
 
 class _PeftSettings(TypedDict, total=False):
@@ -289,12 +281,9 @@ def _keep_matching_patterns(patterns: Iterable[str], names: list[str]) -> tuple[
 
 def _compute_alpha(layer: LoraLayer, rank: int) -> float:
     """Returns the α with which PEFT's LoRA, or its rsLoRA, of this rank has the same scaling as the layer."""
-    if layer.config.scaling == "alpha":
-        return layer.target.alpha * rank
-    if rank == layer.rank:
-        return layer.target.alpha
     ratio = rank / layer.rank
-    return layer.target.alpha * (ratio if layer.config.scaling == "alpha_over_rank" else math.sqrt(ratio))
+    factors = {"alpha": rank, "alpha_over_rank": ratio, "alpha_over_sqrt_rank": math.sqrt(ratio)}
+    return layer.target.alpha * factors[layer.config.scaling]
 
 
 def find_task_type(model: nn.Module, *, has_trained_modules: bool) -> str | None:

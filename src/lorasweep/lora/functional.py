@@ -24,8 +24,6 @@ from lorasweep.config.method import Scaling
 from lorasweep.lora.dropout import apply_keep_mask
 from lorasweep.lora.recompute import choose_kept_tensors, recall
 
-RowRanges = tuple[tuple[int, int], ...]
-"""Ranges (first row, last row + 1) of a fused projection's rows, one for each part that has its own A and B."""
 UpdateFactor = float | Float[Tensor, "slots 1 1"]
 """Factor of B A x, as one number or one per slot: the scaling, divided by (1 - dropout) if inputs are dropped."""
 

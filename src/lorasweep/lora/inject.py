@@ -48,17 +48,24 @@ def inject_lora(
         replace_module(model, layer.base, layer)
     for trained in copy_as_trainable(modules).values():
         replace_module(model, trained.base, trained)
-    recompute_activations(model)
+    finish_layers(model)
     return coverage
 
 
-def recompute_activations(model: nn.Module) -> None:
-    """Lets activation functions before linear LoRA layers keep only their inputs for the backward pass.
+def finish_layers(model: nn.Module) -> None:
+    """Prepares the modules around LoRA layers. Call it again after layers were added.
 
-    Call it again after layers were added. Outputs and gradients stay bit-identical.
+    Activation functions before linear LoRA layers keep only their inputs for the backward pass, with bit-identical
+    outputs and gradients. torch's encoder layers call their layers, also without gradients.
     """
     layers = [module.base for module in model.modules() if isinstance(module, AdaptedLayer)]
     replace_activations(model, widths=frozenset(matrix_shape(layer)[1] for layer in layers if is_linear(layer)))
+    for module in model.modules():
+        # what torch's fast paths ask for: they would compute with the base's weights instead of calling a LoRA layer
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+        elif isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
 
 
 def replace_dropout(model: nn.Module) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from lorasweep.config.method import Init
 from lorasweep.lora.dropout import draw_keep_mask
 from lorasweep.lora.functional import (
-    RowRanges,
     SlotGroup,
     conv2d_update,
     embedding_update,
@@ -36,8 +34,6 @@ class AdaptedLayer(nn.Module):
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
-        # Without gradients, torch's encoder layers would compute with the base's weights instead of calling this layer.
-        torch.backends.mha.set_fastpath_enabled(False)
         self.base = base
         self.calls_base = has_custom_forward(base)
 
@@ -90,9 +86,9 @@ class LoraLayer(AdaptedLayer):
 
     Attributes:
         base: The frozen layer that was replaced.
-        target: How the layer is adapted. `config`, `rank`, `row_ranges` and `scaling` are copied from it.
-        lora_a: (rank, d_in) in fp32, also if the base has another dtype. With `row_ranges`: (parts · rank, d_in).
-        lora_b: (d_out, rank) in fp32. With `row_ranges`: (rows of all parts, rank), with the parts one below the other.
+        target: How the layer is adapted. `config`, `rank` and `scaling` are copied from it.
+        lora_a: (rank, d_in) in fp32, also if the base has another dtype.
+        lora_b: (d_out, rank) in fp32.
         initial_a: Copy of the initial A with PiSSA, whose initial update is subtracted from the base; else None.
         initial_b: Copy of the initial B with PiSSA, else None.
         magnitude: (d_out,) in fp32, the norm of each row of the adapted weight (DoRA); else None.
@@ -115,14 +111,23 @@ class LoraLayer(AdaptedLayer):
         """
         super().__init__(base)
         self.target, self.config = target, target.config
-        self.rank, self.row_ranges, self.scaling = target.rank, target.row_ranges, target.scaling
+        self.rank, self.scaling = target.rank, target.scaling
         device = self.weight.device if device is None else torch.device(device)
         is_drawn = device.type != "meta"
-        (d_out, d_in), parts = matrix_shape(base), self._get_row_ranges()
-        self.lora_a = nn.Parameter(torch.empty(len(parts) * self.rank, d_in, device=device))
-        self.lora_b = nn.Parameter(torch.empty(sum(end - first for first, end in parts), self.rank, device=device))
-        if is_drawn:
-            self._draw(generator)
+        d_out, d_in = matrix_shape(base)
+        if is_drawn and self.config.init == "pissa":
+            matrix = weight_to_matrix(base, self.weight)
+            lora_a, lora_b = split_principal_part(matrix, rank=self.rank, scaling=self.scaling)
+        elif is_drawn:
+            is_embedding, init = isinstance(base, nn.Embedding), self.config.init
+            lora_a, lora_b = draw_matrices(
+                d_out=d_out, d_in=d_in, rank=self.rank, init=init, is_embedding=is_embedding, generator=generator
+            )
+        else:
+            lora_a, lora_b = torch.empty(self.rank, d_in, device=device), torch.empty(d_out, self.rank, device=device)
+        self.lora_a, self.lora_b = (
+            nn.Parameter(matrix.detach().to(device, torch.float32).contiguous()) for matrix in (lora_a, lora_b)
+        )
         has_initial_copy = self.config.init == "pissa"
         self.register_buffer("initial_a", self.lora_a.detach().clone() if has_initial_copy else None)
         self.register_buffer("initial_b", self.lora_b.detach().clone() if has_initial_copy else None)
@@ -132,15 +137,14 @@ class LoraLayer(AdaptedLayer):
             self.magnitude = nn.Parameter(norms)
 
     def get_plain_matrices(self) -> tuple[Float[Tensor, "width d_in"], Float[Tensor, "d_out width"]]:
-        """Returns A and B of a plain LoRA (no PiSSA, no parts) that has the same weight update.
+        """Returns A and B of a plain LoRA (no PiSSA) that has the same weight update.
 
         A plain layer returns its parameters. PiSSA adds `rank` rows to A and columns to B, which subtract the initial
-        update. The parts of a fused projection become blocks of a larger B.
+        update.
         """
-        lora_b = self._spread_rows(self.lora_b)
         if self.initial_a is None or self.initial_b is None:
-            return self.lora_a, lora_b
-        return torch.cat([self.lora_a, self.initial_a]), torch.cat([lora_b, -self._spread_rows(self.initial_b)], dim=1)
+            return self.lora_a, self.lora_b
+        return torch.cat([self.lora_a, self.initial_a]), torch.cat([self.lora_b, -self.initial_b], dim=1)
 
     def forward(self, x: Shaped[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:
         lora_a, lora_b = self.get_plain_matrices()
@@ -173,35 +177,7 @@ class LoraLayer(AdaptedLayer):
 
     def extra_repr(self) -> str:
         variant = "" if self.config.variant == "lora" else f"variant={self.config.variant}, "
-        rows = f", rows={self.row_ranges}" if self.row_ranges else ""
-        return f"{variant}rank={self.rank}, scaling={self.scaling:g}{rows}"
-
-    @torch.no_grad()
-    def _draw(self, generator: torch.Generator | None) -> None:
-        shape: dict[str, Any] = {"rank": self.rank, "d_in": self.lora_a.shape[1], "init": self.config.init}
-        drawn = []
-        for first, end in self._get_row_ranges():
-            if self.config.init == "pissa":
-                matrix = weight_to_matrix(self.base, self.weight)[first:end]
-                drawn.append(split_principal_part(matrix, rank=self.rank, scaling=self.scaling))
-            else:
-                is_embedding = isinstance(self.base, nn.Embedding)
-                drawn.append(draw_matrices(**shape, d_out=end - first, is_embedding=is_embedding, generator=generator))
-        self.lora_a.copy_(torch.cat([a for a, _ in drawn]))
-        self.lora_b.copy_(torch.cat([b for _, b in drawn]))
-
-    def _get_row_ranges(self) -> RowRanges:
-        return self.row_ranges or ((0, matrix_shape(self.base)[0]),)
-
-    def _spread_rows(self, lora_b: Float[Tensor, "lengths rank"]) -> Float[Tensor, "d_out width"]:
-        """Returns B for all rows of a fused projection: each part in its own rows and columns, zeros elsewhere."""
-        if not self.row_ranges:
-            return lora_b
-        spread, part_begin = lora_b.new_zeros(matrix_shape(self.base)[0], self.target.total_rank), 0
-        for (first, end), columns in self.target.iter_parts():
-            spread[first:end, columns] = lora_b[part_begin : part_begin + end - first]
-            part_begin += end - first
-        return spread
+        return f"{variant}rank={self.rank}, scaling={self.scaling:g}"
 
     def _compute_updated_matrix(self) -> Float[Tensor, "d_out d_in"]:
         """Returns W0 + scaling · B A."""

@@ -1,11 +1,11 @@
-"""Finds the layers that a `LoraConfig` adapts, and the rank, α and rows of each. The model is not changed.
+"""Finds the layers that a `LoraConfig` adapts, and the rank and α of each. The model is not changed.
 
 The model may be on the meta device, so that a wrong pattern is reported before weights are loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from lorasweep.config.method import ALL_LINEAR_PATTERN, REGEX_PREFIX, LoraConfig
 from lorasweep.lora.fully_trained import is_inside, match_modules_to_save
-from lorasweep.lora.functional import RowRanges, scaling_factor
+from lorasweep.lora.functional import scaling_factor
 from lorasweep.lora.layer_kinds import (
     can_be_adapted,
     count_parameters,
@@ -22,7 +22,7 @@ from lorasweep.lora.layer_kinds import (
     is_quantised,
     matrix_shape,
 )
-from lorasweep.lora.patterns import find_first_match, fits_pattern, get_block_index, parse_row_ranges, suggest_layer
+from lorasweep.lora.patterns import find_first_match, fits_pattern, get_block_index, suggest_layer
 from lorasweep.wording import format_share
 
 Number = TypeVar("Number", int, float)
@@ -47,22 +47,10 @@ class Target:
     """Settings of all layers. This layer's rank and α may differ from them, because of patterns."""
     rank: int
     alpha: float
-    row_ranges: RowRanges = ()
-    """Parts of a fused projection, each with its own A and B; empty if one A and B adapt the whole layer."""
 
     @property
     def scaling(self) -> float:
         return scaling_factor(alpha=self.alpha, rank=self.rank, rule=self.config.scaling)
-
-    @property
-    def total_rank(self) -> int:
-        """Number of rows of A: the rank, times the number of parts of a fused projection."""
-        return self.rank * max(1, len(self.row_ranges))
-
-    def iter_parts(self) -> Iterator[tuple[tuple[int, int], slice]]:
-        """Yields each part's rows in the layer, and its columns in a B of all parts (`rank` columns per part)."""
-        for index, part in enumerate(self.row_ranges):
-            yield part, slice(index * self.rank, (index + 1) * self.rank)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,17 +100,21 @@ def find_targets(model: nn.Module, config: LoraConfig, *, allow_full_rank: bool 
     """
     layers = find_adaptable_layers(model)
     trained = match_modules_to_save(model, config.modules_to_save)
-    matched = {pattern: _match_pattern(pattern, model, config, trained) for pattern in get_target_patterns(config)}
-    matched_names = {name for names in matched.values() for name in names}
-    names = [name for name in layers if name in matched_names]
+    matched = {n for pattern in get_target_patterns(config) for n in _match_pattern(pattern, model, config, trained)}
+    names = [name for name in layers if name in matched]
     _check_settings_match_layers(config, names, list(layers))
-    targets = {name: _plan_layer(name, layers[name], config, matched) for name in names}
-    for name, target in targets.items():
-        _check_layer(name, layers[name], target, allow_full_rank=allow_full_rank)
-    added = sum(_count_parameters(layers[name], target) for name, target in targets.items())
+    targets, added = {}, 0
+    for name in names:
+        rank = get_pattern_value(name, config.rank_pattern, config.rank)
+        targets[name] = Target(
+            config=config, rank=rank, alpha=get_pattern_value(name, config.alpha_pattern, config.alpha)
+        )
+        _check_layer(name, layers[name], targets[name], allow_full_rank=allow_full_rank)
+        d_out, d_in = matrix_shape(layers[name])
+        added += rank * (d_in + d_out) + (d_out if config.variant == "dora" else 0)
     return Coverage(
         targets=targets,
-        unmatched=tuple(name for name, layer in layers.items() if is_linear(layer) and name not in matched_names),
+        unmatched=tuple(name for name, layer in layers.items() if is_linear(layer) and name not in matched),
         trainable_params=added + sum(p.numel() for module in trained.values() for p in module.parameters()),
         matched_fraction=count_parameters(nn.ModuleList([*(layers[name] for name in names), *trained.values()]))
         / count_parameters(model),
@@ -176,22 +168,6 @@ def _match_pattern(pattern: str, model: nn.Module, config: LoraConfig, trained: 
     return names
 
 
-def _plan_layer(name: str, layer: nn.Module, config: LoraConfig, matched: Mapping[str, tuple[str, ...]]) -> Target:
-    num_rows = matrix_shape(layer)[0]
-    choices = {parse_row_ranges(pattern, num_rows=num_rows) for pattern, names in matched.items() if name in names}
-    if len(choices) > 1:
-        raise ValueError(
-            f"`method.targets` must select one set of rows of layer {name!r}, but got {sorted(choices)}. "
-            "Use one pattern for this layer."
-        )
-    return Target(
-        config=config,
-        rank=get_pattern_value(name, config.rank_pattern, config.rank),
-        alpha=get_pattern_value(name, config.alpha_pattern, config.alpha),
-        row_ranges=choices.pop(),
-    )
-
-
 def _check_settings_match_layers(config: LoraConfig, names: list[str], all_names: list[str]) -> None:
     """Refuses a pattern or an index that matches no layer, because it must be a mistake."""
     settings: list[tuple[str, Collection[str], list[str]]] = [
@@ -227,13 +203,6 @@ def _check_layer(name: str, layer: nn.Module, target: Target, *, allow_full_rank
             f"`{setting}` needs layers with floating-point weights, but {name!r} is a {type(layer).__name__}. "
             "Use the default, or exclude the layer with `method.exclude`."
         )
-
-
-def _count_parameters(layer: nn.Module, target: Target) -> int:
-    d_out, d_in = matrix_shape(layer)
-    parts = target.row_ranges or ((0, d_out),)
-    magnitude = d_out if target.config.variant == "dora" else 0
-    return target.rank * sum(d_in + end - first for first, end in parts) + magnitude
 
 
 def _explain_experts(experts: Sequence[str], layers: Iterable[str]) -> str:

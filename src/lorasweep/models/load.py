@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
@@ -177,9 +177,18 @@ def find_model_folder(config: ModelConfig) -> Path:
 
     Raises ConfigError if there is no such model, or it is only an adapter, or has no weights in safetensors.
     """
-    path = find_local_path(config) or _download(config)
-    _check_weights(path, config)
-    return path
+    folder = find_local_path(config) or _download(config)
+    if (folder / "adapter_config.json").exists():  # transformers would load its base model, too
+        raise ConfigError(
+            f"`model.path` must be a whole model, but {config.path!r} is an adapter. Use its base model, or merge "
+            "the adapter first (`lorasweep export`)."
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"`model.path` must have weights in safetensors, but {config.path!r} has none. Save the model again with "
+            "transformers' `save_pretrained`."
+        )
+    return folder
 
 
 def find_local_path(config: ModelConfig) -> Path | None:
@@ -196,8 +205,6 @@ def find_local_path(config: ModelConfig) -> Path | None:
         if config.revision is not None:
             raise ConfigError(f"`model.revision` must be null for the folder {path!r}, but got {config.revision!r}.")
         return local
-    if local.is_file() and local.suffix == ".gguf":
-        _refuse_gguf(local, config)
     if path.startswith(("/", ".", "~")) or path.count("/") > 1 or local.is_file():
         raise ConfigError(
             f"`model.path` must be a folder or a hub id such as 'owner/name', but got {path!r}. Check its spelling."
@@ -227,31 +234,6 @@ def _download(config: ModelConfig) -> Path:
             f"{first_line(error.__cause__ or error)}. Check its spelling and the connection."
         ) from error
     return Path(folder)
-
-
-def _check_weights(folder: Path, config: ModelConfig) -> None:
-    if (folder / "adapter_config.json").exists():  # transformers would load its base model, too
-        raise ConfigError(
-            f"`model.path` must be a whole model, but {config.path!r} is an adapter. Use its base model, or merge "
-            "the adapter first (`lorasweep export`)."
-        )
-    if not any(folder.glob("*.safetensors")):
-        for file in folder.glob("*.gguf"):
-            _refuse_gguf(file, config)
-        raise ConfigError(
-            f"`model.path` must have weights in safetensors, but {config.path!r} has none. Save the model again with "
-            "transformers' `save_pretrained`."
-        )
-
-
-def _refuse_gguf(file: Path, config: ModelConfig) -> NoReturn:
-    source = f"{str(file.parent)!r}, gguf_file={file.name!r}"
-    raise ConfigError(
-        f"`model.path` must be a folder with weights in safetensors, but {config.path!r} has only GGUF. Unpack it with "
-        f"transformers and the package gguf: `AutoModelForCausalLM.from_pretrained({source}, dtype='bfloat16', "
-        f"quantization_config=GgufConfig(dequantize=True)).save_pretrained('FOLDER')`, and the tokenizer: "
-        f"`AutoTokenizer.from_pretrained({source}).save_pretrained('FOLDER')`."
-    )
 
 
 def fingerprint_weights(model: nn.Module, *, exclude: Collection[str] = ()) -> str:

@@ -98,9 +98,9 @@ def inspect_run(folder: Path, *, trust: bool = False) -> Inspection:
     base.model.float()  # merging into bf16 would round the updates
     ranks = {}
     if isinstance(method, LoraConfig):
-        # ranks of the settings: adapter files store PiSSA and fused projections as plain LoRA of a higher rank
+        # ranks of the settings: adapter files store PiSSA as plain LoRA of a higher rank
         targets = find_targets(base.model, method, allow_full_rank=True).targets
-        ranks = {name: target.rank * len(target.row_ranges or [None]) for name, target in targets.items()}
+        ranks = {name: target.rank for name, target in targets.items()}
     model = restore_model(config, base, folder=folder / "best")
     METHODS[method.name].merge(model)
     # the head as the run drew it before training

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from lorasweep.config.data import SplitSettings
 from lorasweep.config.sweep import parse_margin
 from lorasweep.data.build_splits import DataSplits
-from lorasweep.data.examples import BlockSplit, LabelledSplit
+from lorasweep.data.split import BlockSplit, LabelledSplit
 from lorasweep.data.tasks import LANGUAGE_MODEL_METRICS
 from lorasweep.report.evidence.estimates import UNBOUNDED, Estimate
 from lorasweep.report.evidence.questions import GROUP_FACTORS, POWER_SCORE, compute_level

@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lorasweep.errors import ConfigError
 from lorasweep.lora.dropout import FunctionalDropout, drop_from_default_stream
-from lorasweep.lora.packed.fully_trained import packed_trained_modules
+from lorasweep.lora.packed.layers import packed_trained_modules
 from lorasweep.lora.packed.slots import Slots
 from lorasweep.training.unpadded import save_layout
 

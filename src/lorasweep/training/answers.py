@@ -19,8 +19,7 @@ from lorasweep.config.components import find_function
 from lorasweep.config.data import AnswersConfig, AnswerScore, ChatConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import batch_by_length
-from lorasweep.data.examples import CompletionSplit, choose_evenly
-from lorasweep.data.split import Split
+from lorasweep.data.split import CompletionSplit, Split, choose_evenly
 from lorasweep.disk import csv_text
 from lorasweep.errors import ConfigError, describe_error
 from lorasweep.models.pretrained import quiet_transformers

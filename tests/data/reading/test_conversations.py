@@ -4,8 +4,6 @@ import json
 
 import pytest
 
-from lorasweep.errors import ConfigError
-
 SPLITS = ("train", "validation", "test")
 
 
@@ -104,43 +102,6 @@ def test_answers_to_one_prompt_stay_in_one_split(read):
     assert sum(map(len, splits)) == 200
     assert any("whose prompt has a hash" in note for note in source.notes)
     assert f"train has {len(source.train)} conversations with {len(prompts[0])} different prompts." in source.notes
-
-
-CALLING = {"role": "assistant", "tool_calls": [{"name": "get", "arguments": {"n": 7}}]}
-
-
-@pytest.mark.parametrize(
-    ("row", "words"),
-    [
-        ({"prompt": "", "completion": "b"}, ["row 1 of 'train.jsonl'", "`prompt` ''", "`completion` 'b'"]),
-        ({"prompt": "a", "completion": None}, ["text", "None"]),
-        ({"prompt": "a"}, ["'train.jsonl'", "['prompt']", "`data.prompt`", "`data.messages`"]),
-        ({"messages": "hi"}, ["list of messages", "'hi'"]),
-        ({"messages": ["hi"]}, ["`role` and `content`", "'hi'"]),
-        ({"messages": []}, ["assistant's", "[]"]),
-        ({"messages": [said("user", "hi")]}, ["assistant's", "'user'"]),
-        ({"messages": [said("user", [{"type": "image", "url": "x"}])]}, ["must have a text", "image"]),
-        ({"messages": [said("bot", "hi")]}, ["system, developer, user, assistant, tool", "'bot'"]),
-        ({"messages": [{"content": "hi"}]}, ["system, developer, user, assistant", "None"]),
-        ({"messages": [said("user", [{"type": "image"}])]}, ["text", "image"]),
-        ({"messages": [said("user", "hi"), said("assistant", " ")]}, ["each message of the assistant", "' '"]),
-        (
-            {"messages": [said("user", "hi"), CALLING, said("user", "so"), TALK[2]]},
-            ["each tool call", "user", "calls: 1"],
-        ),
-        ({"messages": [said("user", "hi"), said("tool", "7"), TALK[2]]}, ["role tool", "calls: 0"]),
-        (
-            {"messages": [said("user", "hi"), {**CALLING, "tool_calls": [{"name": "get", "arguments": "7"}]}]},
-            ["object"],
-        ),
-        ({"messages": [said("user", "hi"), {**CALLING, "tool_calls": "get()"}]}, ["JSON list", "'get()'"]),
-        ({"messages": TALK, "tools": "get"}, ["JSON list", "`tools`", "'get'"]),
-    ],
-)
-def test_what_is_no_conversation_is_named(read, row, words):
-    with pytest.raises(ConfigError) as raised:
-        read("chat", {"train.jsonl": jsonl_of(row)})
-    assert [word for word in words if word not in str(raised.value)] == []
 
 
 def test_conversations_with_one_prompt_are_one_group(read):

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from lorasweep.data.reading.documents import cut_document
 from lorasweep.data.source import Document
-from lorasweep.errors import ConfigError
 
 LINES = [f"line {n} of a text that goes on\n" for n in range(200)]
 
@@ -81,19 +80,3 @@ def test_stretches_of_a_document_make_it_up(text, bounds):
     document = Document(name="x", text=text)
     pieces = [cut_document(document, low=low, high=high).text for low, high in itertools.pairwise(marks)]
     assert "".join(pieces) == text
-
-
-@pytest.mark.parametrize(
-    ("files", "train", "words"),
-    [
-        ({"a.txt": "  \n"}, "a.txt", ["`data.train`", "'a.txt'", "empty"]),
-        ({"books/.hidden": "x"}, "books", ["`data.train`", "'books'"]),
-        ({"books/a.txt": "a", "books/b.png": b"\x89PNG"}, "books", ["'books/b.png'", "UTF-8"]),
-        ({"a.txt": "ab"}, "a.txt", ["`data.train`", "validation and test", "Give more text"]),
-        ({"a.txt": "a"}, "b.txt", ["`data.train`", "'b.txt'", "`a.txt`"]),
-    ],
-)
-def test_what_is_no_text_is_named(read, files, train, words):
-    with pytest.raises(ConfigError) as raised:
-        read("text", files, train=train)
-    assert [word for word in words if word not in str(raised.value)] == []

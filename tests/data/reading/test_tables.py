@@ -1,11 +1,9 @@
-"""Tables of every kind keep their values, rows know their place, and columns are checked before any row is read."""
+"""Tables of every kind keep their values, and rows know their place."""
 
 import csv
 import functools
 import gzip
 import json
-import os
-import re
 
 import pyarrow
 import pyarrow.parquet
@@ -14,15 +12,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.data.conftest import make_data
 
-from lorasweep.data.reading.tables import choose_columns, find_files, find_tables, open_tables, parse_rows
+from lorasweep.data.reading.tables import choose_columns, find_files, open_tables, parse_rows
 from lorasweep.errors import ConfigError
 
 CHOOSE = functools.partial(choose_columns, [("text", "text"), ("label", "label")])
 
 
-def read(path, *, choose=CHOOSE, **rules):
-    table = open_tables(make_data("table", train=str(path), **rules), choose)["train"]
-    return parse_rows(table, lambda *values, group: values)[0]
+def open_table(path, *, choose=CHOOSE, **rules):
+    return open_tables(make_data("table", train=str(path), **rules), choose)["train"]
+
+
+def read(path, **rules):
+    return parse_rows(open_table(path, **rules), lambda *values, group: values)[0]
 
 
 @pytest.mark.parametrize(
@@ -35,8 +36,6 @@ def read(path, *, choose=CHOOSE, **rules):
         ("a.csv", f"text,label\n{'x' * 200_000},y\n", [("x" * 200_000, "y")]),
         ("a.csv", "text,,label,\na,,x,\nb,,y,\n", [("a", "x"), ("b", "y")]),
         ("a.tsv", 'text\tlabel\n"open\tx\nsays "so"\ty\n', [('"open', "x"), ('says "so"', "y")]),
-        ("a.tsv", 'text\tlabel\n"so, ""and""\tso"\tx\nplain\t"y"\n', [('so, "and"\tso', "x"), ("plain", "y")]),
-        ("a.tsv", 'text\tlabel\n"whole"\tx\n"whole" and more\ty\n', [('"whole"', "x"), ('"whole" and more', "y")]),
         ("a.txt", "\ufefflabel\ttext\r\n1\tso, and so\r\n\t \r\n", [("so, and so", "1"), (" ", "")]),
         ("a.jsonl", '{"text": "a\u2028", "label": 1}\n{"label": ["x"], "text": "b"}\n', [("a\u2028", 1), ("b", ["x"])]),
         ("a.jsonl", '\ufeff{"text": "2020-01-01", "label": 1}\n{"text": "b"}', [("2020-01-01", 1), ("b", None)]),
@@ -50,7 +49,7 @@ def test_values_are_read_as_they_are_written(write, name, content, rows, is_comp
     assert read(path) == rows
 
 
-def test_parquet_reads_the_wanted_columns(folder):
+def test_parquet_reads_only_the_wanted_columns(folder):
     labels = pyarrow.array(["x", "y"]).dictionary_encode()
     dates = pyarrow.array([10**9, 5], pyarrow.int32()).cast(pyarrow.date32())  # the first is out of Python's range
     table = pyarrow.table({"text": ["a", None], "date": dates, "label": labels})
@@ -82,76 +81,26 @@ def test_the_last_rows_of_a_long_json_file_may_be_of_another_type(write, last):
     assert read(write("a.jsonl", "\n".join(map(json.dumps, rows))))[-1] == ("end", last["label"])
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("a.csv", "", ["'a.csv'", "No columns"]),
-        ("a.csv", "text,label\n", ["'a.csv'", "no data"]),
-        ("a.jsonl", "\n", ["'a.jsonl'", "no data"]),
-        ("a.csv", "text,label\na,x\nb,x,z\n", ["'a.csv'", "line 3", "2 fields"]),
-        ("a.csv", "text,label\nb,x,z\nc,x,z\n", ["'a.csv'", "does not match"]),
-        ("a.csv", 'text,label\n"b,x\nc,y\n', ["'a.csv'", "inside string", "`data.quoting`"]),
-        ("a.csv", "txt,label\na,b\n", ["'a.csv'", "`data.text`", "['txt', 'label']", "`data.columns`"]),
-        ("a.csv", '"text,label\na,x\n', ["'a.csv'", "inside string"]),
-        ("a.csv", b"text,label\n\xff,b\n", ["'a.csv'", "line 2", "iconv -f cp1252 -t utf-8 a.csv > a-utf8.csv"]),
-        ("a.csv.gz", "text,label\na,b\n", ["'a.csv.gz'", "gzip"]),
-        ("a.csv.gz", gzip.compress(b"text,label\na,b\n", mtime=0)[:-9], ["'a.csv.gz'", "ended"]),
-        ("a.json", "[1", ["'a.json'", "json"]),
-        ("a.json", "[" * 100_000, ["'a.json'", "json"]),
-        ("a.jsonl", '{"text": "a", "label": 1}\n{"text"}\n', ["'a.jsonl'", "JSON", "line 2"]),
-        ("a.jsonl", b"\xff", ["'a.jsonl'", "UTF-8"]),
-        ("a.jsonl.gz", '{"text": "a"}', ["'a.jsonl.gz'", "gzip"]),
-        ("a.jsonl", '{"text": "a\\udfff", "label": 1}', ["'a.jsonl'", "surrogate"]),
-        ("a.parquet", "PAR1 but not really", ["'a.parquet'", "parquet"]),
-    ],
-)
-def test_what_is_broken_is_named(write, name, content, words):
-    with pytest.raises(ConfigError) as raised:
-        read(write(name, content))
-    assert [word for word in words if word.lower() not in str(raised.value).lower()] == []
-
-
 def test_row_is_named_by_its_file_and_number_and_values_without_a_column_are_counted(write):
+    def refuse(word, text, label, group):
+        if text == word:
+            raise ValueError(f"must not be {word}")
+
     write("a.csv", 'text,label,,\n"two\nlines",x,,\n\nthree,x,more,\n')
     write("b.csv", "text,label,\n\nfour,x,\n")
     assert read("*.csv") == [("two\nlines", "x"), ("three", "x"), ("four", "x")]
-    table = open_tables(make_data("table", train="*.csv"), CHOOSE)["train"]
-    assert parse_rows(table, lambda *values, group: values)[1] == [
+    assert parse_rows(open_table("*.csv"), lambda *values, group: values)[1] == [
         "1 rows of 'a.csv' have values in columns without a name, which are not read."
     ]
     for word, place in (("three", "row 2 of 'a"), ("four", "row 1 of 'b")):
         with pytest.raises(ConfigError, match=rf"^{place}\.csv' must not be {word}"):
-            parse_rows(table, functools.partial(refuse, word))
-
-
-def refuse(word, text, label, group):
-    if text == word:
-        raise ValueError(f"must not be {word}")
-    return text
-
-
-@pytest.mark.parametrize(
-    ("test_file", "content", "settings", "words"),
-    [
-        ("test.csv", "txt,label\nb,y\n", {}, ["`data.text`", "'test.csv'", "`txt`", "`data.columns`"]),
-        ("test.csv", "text;label\nb;y\n", {}, ["`data.text`", "['text;label']", "`data.delimiter`"]),
-        ("test.csv", "text,label\nb,y\n", {"group": "author"}, ["`data.group`", "'test.csv'"]),
-        ("test.jsonl", '{"txt": "b", "label": 1}\n', {}, ["`data.text`", "'test.jsonl'", "`txt`"]),
-        ("test.parquet", "", {}, ["'test.parquet'"]),
-    ],
-)
-def test_columns_of_test_data_are_checked_before_it_is_read(write, test_file, content, settings, words):
-    write("train.csv", "text,label,author\na,x,me\n")
-    write(test_file, content)
-    with pytest.raises(ConfigError) as raised:
-        open_tables(make_data("table", train="train.csv", test=test_file, **settings), CHOOSE)
-    assert [word for word in words if word not in str(raised.value)] == []
+            parse_rows(open_table("*.csv"), functools.partial(refuse, word))
 
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(rows=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=5))
 def test_what_python_writes_is_read_back(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("written")
@@ -162,14 +111,6 @@ def test_what_python_writes_is_read_back(tmp_path_factory, rows):
     assert read(folder / "a.jsonl") == rows
 
 
-@pytest.mark.parametrize("given_name", [".", "a.xlsx", "*.*", "[bc].*", "sms"])
-def test_what_is_no_table_is_refused_by_its_name(write, given_name):
-    for name in ("a.xlsx", "b.csv", "c.tsv", "sms"):
-        write(name, "")
-    with pytest.raises(ConfigError, match=f"`data.test`.*{re.escape(repr(given_name))}"):
-        find_tables(given_name, key="data.test")
-
-
 def test_path_glob_home_and_odd_name_are_found(write, folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
     for name in ("b.csv", "a.csv", "c.tsv", "odd[1].csv"):
@@ -178,28 +119,3 @@ def test_path_glob_home_and_odd_name_are_found(write, folder, monkeypatch):
     assert [path.name for path in find_files("*.csv", key="data.train")] == ["a.csv", "b.csv", "odd[1].csv"]
     assert find_files("~/a.csv", key="data.train") == [folder / "a.csv"]
     assert read("odd[1].csv") == [("a", "b")]
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("reviws.csv", "`data.train`.*`reviews.csv`"),
-        ("*.parquet", "`data.train`"),
-        ("no/a.csv", "`data.train`"),
-        *((name, "`data.train` must name an existing file") for name in ("x" * 5000, "~nobody-here/a.csv", "a\0b.csv")),
-    ],
-)
-def test_file_that_does_not_exist_is_named_with_the_nearest(write, name, said):
-    write("reviews.csv", "")
-    with pytest.raises(ConfigError, match=said):
-        find_files(name, key="data.train")
-
-
-@pytest.mark.parametrize("kind", ["pipe", "device"])
-def test_a_pipe_or_a_device_is_refused_unopened(folder, kind):
-    if kind == "pipe":
-        os.mkfifo(folder / "train.csv")
-    else:
-        (folder / "train.csv").symlink_to("/dev/zero")
-    with pytest.raises(ConfigError, match=r"`data\.train` must name a file or folder, but 'train\.csv' is a pipe"):
-        find_files("train.csv", key="data.train")

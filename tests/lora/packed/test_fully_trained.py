@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from lorasweep.lora import LoraConfig, inject_lora, inject_packed_lora
-from lorasweep.lora.packed.fully_trained import packed_trained_modules
+from lorasweep.lora.packed.layers import packed_trained_modules
 
 HEAD = ("head",)
 

@@ -53,13 +53,13 @@ def make_shared():
 
 EMBEDDED = [
     LoraConfig(rank=2, targets=("0", "1")),
-    LoraConfig(rank=4, targets=("0[0:3]", "1"), dropout=0.3),
+    LoraConfig(rank=4, targets=("0", "1"), dropout=0.3),
     LoraConfig(rank=1, targets=("1",)),
 ]
 CONVOLVED = [
     LoraConfig(rank=2, targets=("0", "2"), dropout=0.3),
     LoraConfig(rank=1, targets=("2",)),
-    LoraConfig(rank=4, targets=("0[1:3]",), dropout=0.1),
+    LoraConfig(rank=4, targets=("0",), dropout=0.1),
 ]
 CASES = {
     "groups of ranks": (
@@ -70,15 +70,6 @@ CASES = {
     "conv1d": (
         lambda: nn.Sequential(Conv1D(12, 6), nn.Tanh(), Conv1D(4, 12)),
         [LoraConfig(rank=2), LoraConfig(rank=3, targets=("2",), dropout=0.5), LoraConfig(rank=1, targets=("0",))],
-        numbers(3, 6),
-    ),
-    "fused rows": (
-        lambda: nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 4)),
-        [
-            LoraConfig(rank=2, targets=("0[q,v]", "2"), dropout=0.2),
-            LoraConfig(rank=3, targets=("0",)),
-            LoraConfig(rank=2, targets=("0[1:5,6:7,10:12]",)),
-        ],
         numbers(3, 6),
     ),
     "embedding": (lambda: make_embedding(nn.Embedding), EMBEDDED, tokens_of(11, 5)),
@@ -131,7 +122,7 @@ def test_a_base_with_hooks_computes_its_own_output(make_pack):
     configs = [
         LoraConfig(rank=2, dropout=0.3),
         LoraConfig(rank=1, targets=("0",)),
-        LoraConfig(rank=3, targets=("0[0:4]",)),
+        LoraConfig(rank=3, targets=("0", "1")),
     ]
     both = make_pack(make, configs)
     assert packed_layers(both.pack)["0"].calls_base

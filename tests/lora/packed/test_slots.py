@@ -14,16 +14,15 @@ from lorasweep.lora import (
     set_dropout_streams,
     slot_model,
 )
-from lorasweep.lora.packed.fully_trained import packed_trained_modules
 from lorasweep.lora.packed.inject import find_slots
-from lorasweep.lora.packed.layers import packed_layers
+from lorasweep.lora.packed.layers import packed_layers, packed_trained_modules
 
 from .conftest import stream
 
 CONFIGS = [
     LoraConfig(rank=2, alpha=3, dropout=0.1, rank_pattern={"1.up": 5}),
     LoraConfig(rank=1, targets=("proj", "embed"), scaling="alpha_over_sqrt_rank"),
-    LoraConfig(rank=4, targets=("proj[0:3,4:8]",), modules_to_save=("out",)),
+    LoraConfig(rank=4, targets=("proj",), modules_to_save=("out",)),
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, get_args
@@ -52,7 +52,7 @@ def read_conversations(config: ChatConfig) -> DataSource:
         read,
         kind="conversations",
         missing=config.split_percents,
-        key=_prompt_key if is_split_by_prompt else _whole_key,
+        key=_prompt_key if is_split_by_prompt else lambda conversation: _hash_messages(conversation.messages),
         describe=lambda train, _: [
             f"train has {len(train)} conversations with {len(set(map(_prompt_key, train)))} different prompts."
         ],
@@ -63,12 +63,11 @@ def read_conversations(config: ChatConfig) -> DataSource:
 
 def _prompt_key(conversation: Conversation) -> int:
     """Returns the content key of the messages before the assistant's first answer."""
-    prompt = itertools.takewhile(lambda message: message.role != "assistant", conversation.messages)
-    return content_key(text for message in prompt for text in message.texts)
+    return _hash_messages(itertools.takewhile(lambda message: message.role != "assistant", conversation.messages))
 
 
-def _whole_key(conversation: Conversation) -> int:
-    return content_key(text for message in conversation.messages for text in message.texts)
+def _hash_messages(messages: Iterable[Message]) -> int:
+    return content_key(text for message in messages for text in message.texts)
 
 
 def _choose_columns(config: ChatConfig, names: Sequence[str], source: str) -> list[str]:

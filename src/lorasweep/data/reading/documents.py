@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from lorasweep.config.data import TextConfig
-from lorasweep.data.reading.limits import check_content
 from lorasweep.data.reading.tables import (
     choose_columns,
     find_files,
-    find_suffix,
     open_tables,
     open_text,
     parse_rows,
@@ -28,7 +26,17 @@ MIN_DOCUMENTS = 20
 
 def read_texts(config: TextConfig) -> DataSource:
     """Returns text files, or the texts in a column of a hub data set. Raises ConfigError if there is no text."""
-    read = _open_column(config) if config.path is not None else _open_files(config)
+    if config.path is None:
+        files = {split: find_texts(name, key=f"data.{split}") for split, name in config.sources.items()}
+    else:
+        tables = open_tables(config, functools.partial(choose_columns, [("text", config.text)]))
+
+    def read(split: str) -> ReadExamples[Document]:
+        if config.path is None:
+            return _read_files(*files[split], split=split)
+        rows, notes = parse_rows(tables[split], lambda text, group: (require_text(text), group))
+        return [Document(f"text {number}", *row) for number, row in enumerate(rows, start=1)], notes
+
     train = read("train")
     return build_source(
         train,
@@ -36,39 +44,25 @@ def read_texts(config: TextConfig) -> DataSource:
         kind="documents",
         missing=config.split_percents,
         key=lambda document: content_key([document.text]),
-        describe=lambda train, validation: [_describe("train", train), _describe("validation", validation)],
+        describe=lambda train, validation: [
+            f"{name} has {sum(len(document.text.encode()) for document in documents):,} bytes in {len(documents)} "
+            "documents."
+            for name, documents in (("train", train), ("validation", validation))
+        ],
         split_off=_cut_ends if len(train[0]) < MIN_DOCUMENTS else None,
     )
 
 
-def _open_column(config: TextConfig) -> Callable[[str], ReadExamples[Document]]:
-    tables = open_tables(config, functools.partial(choose_columns, [("text", config.text)]))
-
-    def read(split: str) -> ReadExamples[Document]:
-        rows, notes = parse_rows(tables[split], lambda text, group: (require_text(text), group))
-        return [Document(f"text {number}", *row) for number, row in enumerate(rows, start=1)], notes
-
-    return read
-
-
-def _open_files(config: TextConfig) -> Callable[[str], ReadExamples[Document]]:
-    files = {split: find_texts(name, key=f"data.{split}") for split, name in config.sources.items()}
-
-    def read(split: str) -> ReadExamples[Document]:
-        paths, folder = files[split]
-        texts: dict[str, str] = {}
-        for path in paths:
-            with refuse_unreadable(path):
-                check_content(path, suffix=find_suffix(path))
-            with refuse_unreadable(path), open_text(path) as file:
-                texts[path.absolute().relative_to(folder.absolute()).as_posix()] = file.read()
-        documents = [Document(name, text) for name, text in texts.items() if text.strip()]
-        if not documents:
-            raise ConfigError(f"`data.{split}` must name files with text, but {str(paths[0])!r} is empty.")
-        num_blank = len(texts) - len(documents)
-        return documents, [f"{num_blank} files of {split} without text are skipped."] if num_blank else []
-
-    return read
+def _read_files(paths: list[Path], folder: Path, *, split: str) -> ReadExamples[Document]:
+    texts: dict[str, str] = {}
+    for path in paths:
+        with refuse_unreadable(path), open_text(path) as file:
+            texts[path.absolute().relative_to(folder.absolute()).as_posix()] = file.read()
+    documents = [Document(name, text) for name, text in texts.items() if text.strip()]
+    if not documents:
+        raise ConfigError(f"`data.{split}` must name files with text, but {str(paths[0])!r} is empty.")
+    num_blank = len(texts) - len(documents)
+    return documents, [f"{num_blank} files of {split} without text are skipped."] if num_blank else []
 
 
 def find_texts(given: str, *, key: str) -> tuple[list[Path], Path]:
@@ -113,21 +107,12 @@ def cut_document(document: Document, *, low: int, high: int) -> Document:
 
     Each end is moved to the next end of a line, or to the next space if no line ends within 1 % of the text.
     """
-    first, last = (_find_cut(document.text, percent) for percent in (low, high))
-    return document._replace(text=document.text[first:last])
 
+    def find_cut(percent: int) -> int:
+        text, index = document.text, len(document.text) * percent // 100
+        if percent in (0, 100):
+            return index
+        ends = (text.find(end, index, index + len(text) // 100 + 1) for end in ("\n", " "))
+        return next((found + 1 for found in ends if found >= 0), index)
 
-def _find_cut(text: str, percent: int) -> int:
-    index = len(text) * percent // 100
-    if percent in (0, 100):
-        return index
-    for end in ("\n", " "):
-        found = text.find(end, index, index + len(text) // 100 + 1)
-        if found >= 0:
-            return found + 1
-    return index
-
-
-def _describe(name: str, documents: list[Document]) -> str:
-    num_bytes = sum(len(document.text.encode()) for document in documents)
-    return f"{name} has {num_bytes:,} bytes in {len(documents)} documents."
+    return document._replace(text=document.text[find_cut(low) : find_cut(high)])

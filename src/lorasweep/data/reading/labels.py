@@ -37,7 +37,7 @@ def read_labelled(config: TableConfig) -> DataSource:
     wanted = (("text", config.text), ("text_pair", config.text_pair), ("label", config.label))
     tables = open_tables(config, functools.partial(choose_columns, wanted))
     train = tables["train"]
-    labels, _ = parse_rows(train, lambda *values, group: _check_row(values, config)[-1])
+    labels, _ = parse_rows(train, lambda *values, group: _check_row(*values, config=config)[-1])
     encoder = learn_labels(
         labels,
         task=config.task,
@@ -52,8 +52,8 @@ def read_labelled(config: TableConfig) -> DataSource:
         )
 
     def parse(*values: Any, group: str | None) -> LabelledText:
-        *texts, label = _check_row(values, config)
-        return LabelledText(texts[0], texts[1] if len(texts) > 1 else None, encoder.encode(label), group)
+        text, pair, label = _check_row(*values, config=config)
+        return LabelledText(text, pair, encoder.encode(label), group)
 
     items, notes = parse_rows(train, parse)
     if config.labels is not None:
@@ -75,13 +75,14 @@ def _content_key(item: LabelledText) -> int:
     return content_key((item.text,) if item.pair is None else (item.text, item.pair))
 
 
-def _check_row(values: tuple[Any, ...], config: TableConfig) -> tuple[Any, ...]:
+def _check_row(text: Any, *others: Any, config: TableConfig) -> tuple[str, str | None, Any]:
     """Returns the text, the second text if there is one, and the label; raises ValueError if one of them is missing."""
-    *texts, label = values
-    if is_missing(label):
+    *pair, label = others
+    is_blank = isinstance(label, str) and not label.strip()
+    if label is None or is_blank or (isinstance(label, float) and math.isnan(label)):
         raise ValueError(f"must have a label in column {config.label!r}, but has {label!r}")
     require_scalar(label)
-    return (*map(require_text, texts), label)
+    return require_text(text), require_text(pair[0]) if pair else None, label
 
 
 def _describe(names: Sequence[str], train: list[LabelledText], validation: list[LabelledText]) -> list[str]:
@@ -148,7 +149,10 @@ def learn_labels(values: Sequence[Any], *, task: str, class_names: Sequence[str]
             f"{key} must have classes of several examples each, but has {len(used)} different values in {len(values)} "
             "examples. Name another column, or set `data.task` (regression for numbers)."
         )
-    names = tuple(class_names) or tuple(sorted(used, key=_sort_key))
+    # whole numbers by value, so that 9 comes before 10, and names after them
+    names = tuple(class_names) or tuple(
+        sorted(used, key=lambda name: (float(name) if name.removeprefix("-").isdecimal() else math.inf, name))
+    )
     order = "as the data set orders them" if class_names else "in sorted order"
     reason = f"The model predicts one of {len(names)} classes ({why}), {order}: {shorten(names, 400)}."
     if unused := [name for name in names if name not in used]:
@@ -171,24 +175,11 @@ def _decide_task(values: Sequence[Any], *, task: str, class_names: Sequence[str]
     return "regression", "labels are numbers with fractions"
 
 
-def is_missing(value: Any) -> bool:
-    """Returns whether a row has no label: null, NaN or a blank text."""
-    if isinstance(value, str):
-        return not value.strip()
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
 def _to_name(value: Any) -> str:
     """Returns the name of a class: `1` for 1 and 1.0, `true` for True."""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value).lower() if isinstance(value, bool) else str(value).strip()
-
-
-def _sort_key(name: str) -> tuple[float, str]:
-    """Sorts whole numbers by value, so that 9 comes before 10, and names after them."""
-    is_number = name.removeprefix("-").isdecimal()
-    return (float(name) if is_number else math.inf, name)
 
 
 def _parse_number(value: Any) -> float:

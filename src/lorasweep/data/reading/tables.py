@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TextIO, TypeVar, cast
+from typing import Any, TextIO, TypeVar, cast
 
 import datasets
 import pandas
@@ -22,7 +22,6 @@ from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 from pandas.errors import ParserWarning
 
 from lorasweep.config.data import Delimiter, Quoting, RowSettings, SplitSettings
-from lorasweep.data.reading.limits import check_content
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.wording import join_words, shorten, suggest_nearest
 
@@ -139,21 +138,19 @@ def _load_file(path: Path, config: RowSettings) -> Dataset:
         }
     surplus_fields_are_errors = warnings.catch_warnings(action="error", category=ParserWarning)
     with refuse_unreadable(path), surplus_fields_are_errors, quiet_datasets():
-        separator = ""
         if kind in DEFAULT_DIALECTS:
-            separator, quoting = _choose_dialect(path, config)
-        check_content(path, suffix=kind, separator=separator)
-        if separator:
-            options = _choose_csv_options(path, config, separator=separator, quoting=quoting)
+            options = _choose_csv_options(path, config)
         escaped = glob.escape(str(path))  # a name may have brackets
         return load_dataset(READERS[kind], data_files=escaped, split="train", **options)
 
 
-def _choose_csv_options(path: Path, config: RowSettings, *, separator: str, quoting: int) -> dict[str, Any]:
+def _choose_csv_options(path: Path, config: RowSettings) -> dict[str, Any]:
     """Returns options of `pandas.read_csv`. Every value stays a text: `NA` and `01` are not converted."""
+    default_delimiter, default_quoting = DEFAULT_DIALECTS[find_suffix(path)]
+    quoting = default_quoting if config.quoting == "auto" else config.quoting
     options: dict[str, Any] = {
-        "sep": separator,
-        "quoting": quoting,
+        "sep": DELIMITERS[default_delimiter if config.delimiter == "auto" else config.delimiter],
+        "quoting": csv.QUOTE_MINIMAL if quoting == "csv" else csv.QUOTE_NONE,
         "na_filter": False,  # otherwise the text NA would be lost
         "index_col": False,  # otherwise the first field would be lost in a file whose rows are longer than its header
         "encoding": "utf-8-sig",
@@ -165,25 +162,6 @@ def _choose_csv_options(path: Path, config: RowSettings, *, separator: str, quot
         "header": None if config.columns else 0,
         "features": Features(dict.fromkeys(names, Value("string"))),
     }
-
-
-def _choose_dialect(path: Path, config: RowSettings) -> tuple[str, Literal[0, 3]]:
-    """Returns the separator of a delimited file, and the `csv` module's constant for its quotes."""
-    default_delimiter, default_quoting = DEFAULT_DIALECTS[find_suffix(path)]
-    separator = DELIMITERS[default_delimiter if config.delimiter == "auto" else config.delimiter]
-    quoting = config.quoting
-    if quoting == "auto":
-        quoting = "csv" if default_quoting == "csv" or _has_csv_quotes(path, separator) else "none"
-    return separator, csv.QUOTE_MINIMAL if quoting == "csv" else csv.QUOTE_NONE
-
-
-def _has_csv_quotes(path: Path, separator: str) -> bool:
-    """Returns whether a file has quotes, and they stand only around whole fields, or doubled inside such fields."""
-    with open_text(path) as file:
-        text = file.read()
-    end = re.escape(separator)
-    rest = re.sub(rf'(?:(?<=[{end}\n])|\A)"(?:[^"]|"")*+"(?=[{end}\n]|\Z)', "", text)
-    return '"' not in rest and rest != text
 
 
 @contextmanager
@@ -206,7 +184,7 @@ def _find_fault(path: Path) -> str | None:
     kind = find_suffix(path)
     if kind == ".parquet":
         return None
-    with suppress(OSError, EOFError, zlib.error, RecursionError), _open(path, "rb") as file:
+    with suppress(OSError, EOFError, zlib.error, RecursionError, ValueError), _open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
                 text = line.decode("utf-8-sig").strip()

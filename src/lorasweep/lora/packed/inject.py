@@ -17,10 +17,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lorasweep.config.method import LoraConfig
 from lorasweep.lora.fully_trained import TrainedModule, is_inside, trained_modules
-from lorasweep.lora.inject import check_not_injected, freeze, inject_lora, recompute_activations, replace_module
+from lorasweep.lora.inject import check_not_injected, finish_layers, freeze, inject_lora, replace_module
 from lorasweep.lora.layers import LoraLayer, lora_layers
-from lorasweep.lora.packed.fully_trained import PackedTrainedModule, packed_trained_modules
-from lorasweep.lora.packed.layers import PackedLoraLayer, packed_layers
+from lorasweep.lora.packed.layers import (
+    PackedLoraLayer,
+    PackedTrainedModule,
+    packed_layers,
+    packed_trained_modules,
+)
 from lorasweep.lora.packed.slots import SlotDropout, Slots
 from lorasweep.lora.recompute import RecomputedActivation
 from lorasweep.lora.targets import Coverage
@@ -67,7 +71,8 @@ def inject_packed_lora(
             refused by `inject_lora`. The model is then unchanged.
     """
     streams = [None] * len(configs) if generators is None else generators
-    _check_model(model)
+    check_not_injected(model)
+    _check_rows_are_independent(model)
     for slot, config in enumerate(configs):
         _check_packable(config, slot)
     # One solo model per slot, so that each slot's checks and random numbers are exactly those of a solo run.
@@ -215,15 +220,14 @@ def _update_layers(model: nn.Module, slots: Slots) -> None:
     for name in _get_names(modules):
         base = model.get_submodule(name)
         replace_module(model, base, PackedTrainedModule(base, slots, [by_name.get(name) for by_name in modules]))
-    recompute_activations(model)
+    finish_layers(model)
 
 
 def _get_names(by_slot: Sequence[Mapping[str, LoraLayer] | Mapping[str, TrainedModule]]) -> list[str]:
     return list(dict.fromkeys(name for modules in by_slot for name in modules))
 
 
-def _check_model(model: nn.Module) -> None:
-    check_not_injected(model)
+def _check_rows_are_independent(model: nn.Module) -> None:
     batch_norm = next((name for name, module in model.named_modules() if isinstance(module, _BatchNorm)), None)
     if batch_norm is not None:
         raise ValueError(

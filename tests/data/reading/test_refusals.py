@@ -1,0 +1,160 @@
+"""Data that can't be used is refused in one sentence with the setting or the place, the value and the remedy."""
+
+import gzip
+import json
+import os
+
+import pytest
+
+from lorasweep.errors import ConfigError
+
+
+def rows(*lines, header="text,label"):
+    return "\n".join([header, *lines, ""])
+
+
+def jsonl(*objects):
+    return "\n".join(map(json.dumps, objects))
+
+
+def talk(*messages, **columns):
+    return jsonl({"messages": list(messages), **columns})
+
+
+def labelled(label):
+    return {"text": "a", "label": label}
+
+
+def said(role, content):
+    return {"role": role, "content": content}
+
+
+GOOD = rows("a,x", "b,y", "c,x")
+USER, ANSWER = said("user", "hi"), said("assistant", "hello")
+CALLING = {"role": "assistant", "tool_calls": [{"name": "get", "arguments": {"n": 7}}]}
+LABEL = "`data.label=label`"
+KINDS = {"a.xlsx": "", "b.csv": "", "c.tsv": "", "sms": ""}
+REGRESSION = {"task": "regression"}
+FILES = [
+    ("train.csv", "", ["No columns"]),
+    ("train.csv", rows(), ["no data"]),
+    ("train.jsonl", "\n", ["no data"]),
+    ("train.csv", rows("a,x", "b,x,z"), ["line 3", "2 fields"]),
+    ("train.csv", rows("b,x,z", "c,x,z"), ["does not match"]),
+    ("train.csv", rows('"b,x', "c,y"), ["inside string", "`data.quoting`"]),
+    ("train.csv", '"text,label\na,x\n', ["inside string"]),
+    ("train.csv", "txt,label\na,b\n", ["`data.text`", "['txt', 'label']", "`data.columns`"]),
+    ("train.csv", b"text,label\n\xff,b\n", ["line 2", "iconv -f cp1252 -t utf-8 train.csv > train-utf8.csv"]),
+    ("train.csv.gz", GOOD, ["gzip"]),
+    ("train.csv.gz", gzip.compress(GOOD.encode(), mtime=0)[:-9], ["ended"]),
+    ("train.json", "[1", ["json"]),
+    ("train.json", "[" * 100_000, ["json"]),
+    ("train.jsonl", '{"text": "a", "label": 1}\n{"text"}\n', ["JSON", "line 2"]),
+    ("train.jsonl", b"\xff", ["UTF-8"]),
+    ("train.jsonl.gz", '{"text": "a"}', ["gzip"]),
+    ("train.jsonl", '{"text": "a\\udfff", "label": 1}', ["surrogate"]),
+    ("train.parquet", "PAR1 but not really", ["parquet"]),
+]
+ROWS = [
+    (["fine,a", " ,b"], {}, ["row 2 of 'train.csv'", "`text` ' '", "remove"]),
+    ([",b", ",b", "c,a"], {}, ["row 1", "2 rows"]),
+    (["fine,"], {}, ["row 1 of 'train.csv'", "column 'label'"]),
+    (["a,x", "b,x"], {}, [LABEL, "two different labels", "['x']"]),
+    (["a,2.5", "b,2.5"], {}, [LABEL, "two different labels", "2.5"]),
+    (["a,1", "b,x"], REGRESSION, [LABEL, "finite number", "'x'"]),
+    (["a,1", "b,1e999"], REGRESSION, [LABEL, "finite number", "'1e999'"]),
+    (["a,1", "b,-1e300"], REGRESSION, ["finite number up to 1e+18"]),
+    (["a,1", f"b,{'1' * 5000}"], REGRESSION, ["finite number up to 1e+18"]),
+    ([f"a{n},{n}" for n in range(30)], {}, [LABEL, "30 different values", "`data.task`"]),
+    (["a,x", "b,y"], {}, ["`data.train`", "at least 3 different examples", "has 2"]),
+]
+NO_TABLES = [".", "a.xlsx", "*.*", "[bc].*", "sms"]
+NO_FILES = ["*.parquet", "no/a.csv", "x" * 5000, "~nobody-here/a.csv", "a\0b.csv"]
+CHATS = [
+    (jsonl({"prompt": "", "completion": "b"}), ["row 1 of 'train.jsonl'", "`prompt` ''", "`completion` 'b'"]),
+    (jsonl({"prompt": "a", "completion": None}), ["text", "None"]),
+    (jsonl({"prompt": "a"}), ["'train.jsonl'", "['prompt']", "`data.prompt`", "`data.messages`"]),
+    (jsonl({"messages": "hi"}), ["list of messages", "'hi'"]),
+    (talk("hi"), ["`role` and `content`", "'hi'"]),
+    (talk(), ["assistant's", "[]"]),
+    (talk(USER), ["assistant's", "'user'"]),
+    (talk(said("user", [{"type": "image", "url": "x"}])), ["must have a text", "image"]),
+    (talk(said("bot", "hi")), ["system, developer, user, assistant, tool", "'bot'"]),
+    (talk({"content": "hi"}), ["system, developer, user, assistant", "None"]),
+    (talk(USER, said("assistant", " ")), ["each message of the assistant", "' '"]),
+    (talk(USER, CALLING, USER, ANSWER), ["each tool call", "user", "calls: 1"]),
+    (talk(USER, said("tool", "7"), ANSWER), ["role tool", "calls: 0"]),
+    (talk(USER, {**CALLING, "tool_calls": [{"name": "get", "arguments": "7"}]}), ["object"]),
+    (talk(USER, {**CALLING, "tool_calls": "get()"}), ["JSON list", "'get()'"]),
+    (talk(USER, ANSWER, tools="get"), ["JSON list", "`tools`", "'get'"]),
+]
+# kind of data, files, settings, words of the message
+CASES = [
+    *(("table", {file: content}, {"train": file}, [f"'{file}'", *words]) for file, content, words in FILES),
+    # columns of test data, which are checked before a row is read
+    ("table", {"train.csv": GOOD, "test.csv": "txt,label\nb,y\n"}, {}, ["`data.text`", "'test.csv'", "Did you mean"]),
+    ("table", {"train.csv": GOOD, "test.csv": "text;label\nb;y\n"}, {}, ["['text;label']", "`data.delimiter`"]),
+    (
+        "table",
+        {"train.csv": "text,label,by\na,x,1\n", "test.csv": GOOD},
+        {"group": "by"},
+        ["`data.group`", "'test.csv'"],
+    ),
+    ("table", {"train.csv": GOOD, "test.jsonl": jsonl({"txt": "b"})}, {}, ["`data.text`", "'test.jsonl'", "`txt`"]),
+    ("table", {"train.csv": GOOD, "test.parquet": ""}, {}, ["'test.parquet'"]),
+    # rows and labels
+    *(("table", {"train.csv": rows(*lines)}, settings, words) for lines, settings, words in ROWS),
+    ("table", {"train.jsonl": jsonl(labelled(1), labelled(True))}, REGRESSION, [LABEL, "finite number", "True"]),
+    (
+        "table",
+        {"train.jsonl": jsonl(labelled("x"), labelled({"a": 1}))},
+        {},
+        ["row 2", "must have texts"],
+    ),
+    (
+        "table",
+        {"train.jsonl": jsonl(labelled([["a"]]), labelled(None))},
+        {},
+        ["row 1", "must have texts"],
+    ),
+    (
+        "table",
+        {"train.csv": GOOD},
+        {"labels": ["a", "b", "c"]},
+        ["`data.labels`", "2 classes", "('x', 'y')"],
+    ),
+    ("table", {"train.csv": "text,lable\na,x\n"}, {}, ["`data.label`", "'train.csv'", "`lable`"]),
+    ("table", {"train.csv": GOOD}, {"text_pair": "b"}, ["`data.text_pair`", "'train.csv'", "'b'"]),
+    # names of files
+    *(
+        ("table", KINDS, {"train": name}, ["`data.train`", repr(name)])
+        for name in (".", "a.xlsx", "*.*", "[bc].*", "sms")
+    ),
+    *(("table", {}, {"train": name}, ["`data.train` must name an existing file"]) for name in NO_FILES),
+    ("table", {"reviews.csv": GOOD}, {"train": "reviws.csv"}, ["`data.train`", "Did you mean `reviews.csv`"]),
+    # texts
+    ("text", {"a.txt": "  \n"}, {"train": "a.txt"}, ["`data.train`", "'a.txt'", "empty"]),
+    ("text", {"books/.hidden": "x"}, {"train": "books"}, ["`data.train`", "'books'"]),
+    ("text", {"books/b.png": b"\x89PNG"}, {"train": "books"}, ["'books/b.png'", "UTF-8"]),
+    ("text", {"a.txt": "ab"}, {"train": "a.txt"}, ["`data.train`", "validation and test", "Give more text"]),
+    ("text", {"a.txt": "a"}, {"train": "b.txt"}, ["`data.train`", "'b.txt'", "`a.txt`"]),
+    # conversations
+    *(("chat", {"train.jsonl": content}, {}, words) for content, words in CHATS),
+]
+
+
+@pytest.mark.parametrize(("name", "files", "settings", "words"), CASES)
+def test_data_that_can_not_be_used_is_refused(read, name, files, settings, words):
+    with pytest.raises(ConfigError) as raised:
+        read(name, files, **settings)
+    assert [word for word in words if word.lower() not in str(raised.value).lower()] == []
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_pipe_or_a_device_is_refused_unopened(read, folder, kind):
+    if kind == "pipe":
+        os.mkfifo(folder / "train.csv")
+    else:
+        (folder / "train.csv").symlink_to("/dev/zero")
+    with pytest.raises(ConfigError, match=r"`data\.train` must name a file or folder, but 'train\.csv' is a pipe"):
+        read("table", {}, train="train.csv")
