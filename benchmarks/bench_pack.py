@@ -52,8 +52,8 @@ from lorasweep.training.environment import DTYPES
 from lorasweep.training.inputs import RunInputs, build_inputs
 from lorasweep.training.memory import count_saved_bytes
 from lorasweep.training.packs.pack import compute_slot_losses, train_pack
-from lorasweep.training.packs.slot_run import RunRequest, SlotEvaluation, SlotOptimizer
-from lorasweep.training.run_log import RunFolder
+from lorasweep.training.packs.slot_run import SlotOptimizer
+from lorasweep.training.run_log import RunEvaluation, RunFolder, RunRequest
 
 MODELS = ("tiny", "minilm", "smollm2")
 SIZES = (1, 2, 4, 8, 16, 32)
@@ -310,9 +310,9 @@ class BlockTimer:
             self._last = self._read_clock()
         return False
 
-    def on_evaluation(self, evaluations: Sequence[SlotEvaluation]) -> list[None]:
-        # `storage`, so that it does not count as saving. A pack evaluates and saves without gradients.
-        with self.inputs.telemetry.phase("storage"), torch.enable_grad():
+    def on_evaluation(self, evaluations: Sequence[RunEvaluation]) -> list[None]:
+        self.inputs.telemetry.switch(None)  # so that it does not count as saving
+        with torch.enable_grad():  # a pack evaluates and saves without gradients
             started, _ = self._read_clock()
             for _ in range(self.num_steps):
                 self.bare_step()
@@ -325,6 +325,7 @@ class BlockTimer:
             self.tokens.append(tokens)
             self.ratios.append((seconds / tokens) / (bare_s / self.bare_tokens))
         self._num_done, self._is_warm = 0, True
+        self.inputs.telemetry.switch("saving")
         return [None] * len(evaluations)
 
     def _read_clock(self) -> tuple[float, float]:
@@ -360,7 +361,7 @@ def measure_real_path(
     records: list[RunRecord] = []
     with tempfile.TemporaryDirectory() as folder:
         requests = [
-            RunRequest(config=config, run_folder=RunFolder(path=Path(folder) / str(slot)), on_end=records.append)
+            RunRequest(config=config, run_folder=RunFolder(path=Path(folder) / str(slot)))
             for slot, config in enumerate(configs)
         ]
         train_pack(
@@ -369,6 +370,7 @@ def measure_real_path(
             slots=len(ranks),
             next_run=lambda: None,
             on_evaluation=timer.on_evaluation,
+            on_end=lambda request, record: records.append(record),
             state_file=Path(folder) / "pack.json",
             stop_requested=timer.stop_requested,
         )

@@ -23,7 +23,7 @@ from lorasweep.sweep.controller.lifecycle import create_sweep, reopen_sweep
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.workers.train import train_sweep
 from lorasweep.training.checkpoint import PackState, write_pack_state
-from lorasweep.training.packs.slot_run import SlotEvaluation
+from lorasweep.training.run_log import RunEvaluation
 from lorasweep.training.telemetry import Telemetry
 
 CONTENT = {
@@ -210,15 +210,22 @@ class MadeUpPacks:
     trained: list[tuple[str, int]] = field(default_factory=list)
     """Folder name and step of each evaluation, in order."""
 
-    def __call__(self, jobs, *, inputs, slots, next_run, on_evaluation, state_file, stop_requested):
+    def __call__(
+        self, jobs, *, inputs, slots, next_run, on_evaluation, on_end, state_file, start_steps, stop_requested
+    ):
         assert len(jobs) <= slots
+        self.on_end = on_end
         self.sizes.append(len(jobs))
         self.runs.base_is_in_use = True
         try:
             if self.errors:
                 self.runs.raised.append(self.errors.pop(0))
                 raise self.runs.raised[-1]
-            return self._train(list(jobs), slots, next_run, on_evaluation, state_file, stop_requested)
+            steps = {
+                job: self._first_step(job, step)
+                for job, step in zip(jobs, start_steps or [None] * len(jobs), strict=True)
+            }
+            return self._train(steps, slots, next_run, on_evaluation, state_file, stop_requested)
         except Exception as error:
             if error not in self.runs.raised and not isinstance(error, WorkerError):
                 pytest.fail(f"a pack broke by an error that no test asked for: {traceback.format_exc()}")
@@ -227,9 +234,9 @@ class MadeUpPacks:
         finally:
             self.runs.base_is_in_use = False
 
-    def _train(self, jobs, most, supply, on_evaluation, state_file, stop_requested):
+    def _train(self, steps, most, supply, on_evaluation, state_file, stop_requested):
+        jobs = list(steps)
         trainer = jobs[0].config.trainer
-        steps = {job: self._first_step(job) for job in jobs}
         self._commit(jobs, steps, state_file)
         while jobs:
             if stop_requested():
@@ -239,7 +246,7 @@ class MadeUpPacks:
             living = [job for job in jobs if self._advance(job, steps, every=trainer.eval_every_steps)]
             values = [self.runs.values[job.run_folder.path][steps[job]] for job in living]
             evaluated = [
-                SlotEvaluation(request=job, step=steps[job], metrics={"loss": value, job.config.data.metric: value})
+                RunEvaluation(job, steps[job], {"loss": value, job.config.data.metric: value})
                 for job, value in zip(living, values, strict=True)
             ]
             reasons = dict(zip(living, on_evaluation(evaluated) if living else [], strict=True))
@@ -262,23 +269,23 @@ class MadeUpPacks:
         try:
             self.runs.evaluate(job.config, job.run_folder.path, steps[job])
         except Diverged as error:
-            job.on_end(error)
+            self.on_end(job, error)
             return False
         return True
 
     def _ends(self, job, step, reason):
         if step == job.config.trainer.max_steps:
-            job.on_end(self.runs.close(job.config, job.run_folder.path, step, "complete"))
+            self.on_end(job, self.runs.close(job.config, job.run_folder.path, step, "complete"))
         elif reason is not None:
-            job.on_end(self.runs.close(job.config, job.run_folder.path, step, "stopped", reason=reason))
+            self.on_end(job, self.runs.close(job.config, job.run_folder.path, step, "stopped", reason=reason))
         else:
             return False
         return True
 
-    def _first_step(self, job):
+    def _first_step(self, job, start_step=None):
         kept = self.checkpoints.get(job.run_folder.path, set())
-        assert job.start_step is None or job.start_step == 0 or job.start_step in kept
-        return max(kept, default=0) if job.start_step is None else job.start_step
+        assert start_step is None or start_step == 0 or start_step in kept
+        return max(kept, default=0) if start_step is None else start_step
 
     def _interrupt(self, job, step):
         if step:

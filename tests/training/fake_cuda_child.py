@@ -23,9 +23,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lorasweep.config.compose import compose_run
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.packs.slot_run import RunRequest
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunFolder
+from lorasweep.training.run_log import RunFolder, RunRequest
 
 CUDA = torch.device("cuda:0")
 PACKAGES = ("lorasweep", "transformers", "lightning", "bitsandbytes", "torchmetrics")
@@ -218,12 +217,12 @@ def run_case(gpu, folder, settings):
         inputs.base.model.config._attn_implementation = "flash_attention_2"
     gpu.telemetry = inputs.telemetry
     gpu.move_model(inputs.base.model)
-    ended = {}
+    ended = []
 
     def request(name, own):
         run_folder = RunFolder(path=folder / name)
         own_config = compose_run({**settings, "model.attention": config.model.attention, **own})
-        return RunRequest(config=own_config, run_folder=run_folder, on_end=lambda end: ended.update({name: str(end)}))
+        return RunRequest(config=own_config, run_folder=run_folder)
 
     notes = {}
     if config.method.name == "lora":
@@ -235,6 +234,7 @@ def run_case(gpu, folder, settings):
                 slots=2,
                 next_run=lambda: waiting.pop() if waiting else None,
                 on_evaluation=lambda evaluated: [None] * len(evaluated),
+                on_end=lambda request, end: ended.append(request.run_folder.path.name),
                 state_file=folder / "pack.json",
             )
         notes["pack"] = take_notes(gpu)

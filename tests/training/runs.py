@@ -8,9 +8,8 @@ import torch
 import lorasweep.data.tasks as tasks_file
 from lorasweep.record import read_steps
 from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.packs.slot_run import RunRequest
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunFolder
+from lorasweep.training.run_log import RunFolder, RunRequest
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -24,16 +23,14 @@ def train(folder, config, *, inputs, **hooks):
 
 def train_together(configs, *, inputs, state_file):
     """Trains runs in one pack; `configs` have them by their folders."""
-    requests = [
-        RunRequest(config=config, run_folder=RunFolder(path=folder), on_end=lambda end: None)
-        for folder, config in configs.items()
-    ]
+    requests = [RunRequest(config=config, run_folder=RunFolder(path=folder)) for folder, config in configs.items()]
     train_pack(
         requests,
         inputs=inputs,
         slots=len(requests),
         next_run=lambda: None,
         on_evaluation=lambda evaluated: [None] * len(evaluated),
+        on_end=lambda request, end: None,
         state_file=state_file,
     )
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.training.runs import damage, evaluations, losses, out_of_memory_above, settings_of, stop_after, train
 
-import lorasweep.training.callbacks as callbacks_file
+import lorasweep.training.run as run_file
 import lorasweep.training.run_log as run_log_file
 from lorasweep.record import RUN_FILE, read_run
 
@@ -121,7 +121,7 @@ def test_a_run_killed_at_any_moment_of_an_evaluation_ends_the_same(
         return "poor" if step == stop_at else None
 
     with monkeypatch.context() as patch:
-        for module, name in ((callbacks_file, "save_checkpoint"), (run_log_file, "write_record")):
+        for module, name in ((run_file, "save_checkpoint"), (run_log_file, "write_record")):
             patch.setattr(module, name, around(getattr(module, name)))
         first = train(whole, config, inputs=inputs, on_evaluation=decide)
     assert first.status == ("stopped" if stop_at else "complete")

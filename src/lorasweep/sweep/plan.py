@@ -43,9 +43,8 @@ from lorasweep.training.inputs import InputsCache, RunInputs
 from lorasweep.training.module import prepare_model
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.size import MAX_PASS_TOKENS, count_pass_tokens, count_slot_bytes
-from lorasweep.training.packs.slot_run import RunRequest
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunFolder
+from lorasweep.training.run_log import RunFolder, RunRequest
 from lorasweep.wording import format_bytes, format_count, format_seconds_range
 
 MEASURED_STEPS = 4
@@ -189,7 +188,7 @@ def _measure_group(
     step_tokens = float(split.lengths.double().mean()) * trainer.batch_size
     counted_tokens = sum(_count_step_tokens(config, split=split)[1:-1])
     evaluated_tokens = int(measured_inputs.splits.validation.lengths.sum())
-    spent = {name: after[f"{name}_s"] - before[f"{name}_s"] for name in ("loading", "evaluating", "saving")}
+    spent = {name: after[name] - before[name] for name in ("wall_s", "training_s", "evaluating_s", "saving_s")}
     unmeasured_bytes = 0
     if measured_slots < slots:
         unmeasured_bytes = (slots - measured_slots) * count_slot_bytes(config, inputs=inputs)
@@ -197,12 +196,12 @@ def _measure_group(
         arms=tuple(arms),
         slots=slots,
         reason=reason,
-        loading_s=scale * spent["loading"],
+        loading_s=scale * (spent["wall_s"] - spent["training_s"] - spent["evaluating_s"] - spent["saving_s"]),
         step_s=scale * counted_s * step_tokens / counted_tokens,
         step_tokens=step_tokens,
-        evaluation_s=scale * spent["evaluating"] * num_tokens / evaluated_tokens,
+        evaluation_s=scale * spent["evaluating_s"] * num_tokens / evaluated_tokens,
         evaluated_share=len(choose_part(len(validation), eval_fraction)) / len(validation),
-        saving_s=scale * spent["saving"],
+        saving_s=scale * spent["saving_s"],
         test_ratio=test_ratio,
         peak_memory_bytes=record.peak_memory_bytes + unmeasured_bytes,
         record=record,
@@ -282,11 +281,12 @@ def _train_briefly(
 
     if is_pack:
         train_pack(
-            [RunRequest(config=config, run_folder=run, on_end=lambda outcome: None) for run in runs],
+            [RunRequest(config=config, run_folder=run) for run in runs],
             inputs=inputs,
             slots=slots,
             next_run=lambda: None,
             on_evaluation=lambda evaluations: [None] * len(evaluations),
+            on_end=lambda run, outcome: None,
             state_file=folder / "pack.json",
             stop_requested=note_step,
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -61,9 +62,11 @@ def find_checkpoint(folder: Path, *, kind: CheckpointKind, step: int | None = No
     damaged = [step] if step and not any(_get_step(path) == step for path in paths) else []
     found = FoundCheckpoint()
     for path in paths:
-        if state := _read_state(path):
-            found = FoundCheckpoint(path=path, step=_get_step(path), state=state)
-            break
+        with suppress(Exception):  # another program wrote it under a matching name
+            if compute_sha256(path) == path.stem.split("-")[2]:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                found = FoundCheckpoint(path=path, step=_get_step(path), state=state)
+                break
         damaged.append(_get_step(path))
     if damaged:
         steps = ", ".join(map(str, damaged))
@@ -95,17 +98,6 @@ def _list_newest_first(folder: Path, kind: str) -> list[Path]:
 
 def _get_step(path: Path) -> int:
     return int(path.name.split("-")[1])
-
-
-def _read_state(path: Path) -> dict[str, Any] | None:
-    """Returns the state in a checkpoint; None if it is damaged."""
-    if compute_sha256(path) != path.stem.split("-")[2]:
-        return None
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        return state
-    except Exception:  # another program wrote it under a matching name
-        return None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,8 +24,7 @@ from lorasweep.methods import METHODS
 from lorasweep.models.load import AttentionChoice, BaseModel, Labels, choose_attention, load_base
 from lorasweep.training.environment import DTYPES, Precision, get_device, resolve_precision
 from lorasweep.training.memory import free_memory_bytes
-from lorasweep.training.own_data import read_own_data
-from lorasweep.training.own_module import check_steps, load_own_base
+from lorasweep.training.own_module import check_steps, load_own_base, read_own_data
 from lorasweep.training.telemetry import Telemetry
 from lorasweep.training.unpadded import Layout, can_unpad, drops_attention, find_layers, lay_out
 from lorasweep.wording import format_bytes, join_words
@@ -120,8 +119,7 @@ class InputsCache:
         if key not in self._loaded:
             if config.module is not None and len(self._loaded) >= MAX_OWN_MODULES:
                 self._loaded.clear()  # each value of a swept argument of the module is another base
-            with self.telemetry.phase("loading"):
-                self._loaded[key] = build_inputs(config, telemetry=self.telemetry)
+            self._loaded[key] = build_inputs(config, telemetry=self.telemetry)
         return self._loaded[key]
 
     def load_splits(self, data: DataConfig, config: RunConfig) -> DataSplits:
@@ -133,11 +131,8 @@ class InputsCache:
         key = data, _cache_key(config)
         if key not in self._other_splits:
             base = self.load(config).base
-            with self.telemetry.phase("loading"):
-                source = read_source(data)
-                splits = build_splits(
-                    data, source=source, tokenizer=base.tokenizer, model_kind=base.kind, model=base.model
-                )
+            source = read_source(data)
+            splits = build_splits(data, source=source, tokenizer=base.tokenizer, model_kind=base.kind, model=base.model)
             labels, learned = _get_labels(source), base.labels and replace(base.labels, constant=())
             if labels is not None and labels != learned:
                 names, found = (join_words(one.names if one else []) for one in (learned, labels))
@@ -171,21 +166,18 @@ def build_inputs(config: RunConfig, *, telemetry: Telemetry | None = None) -> Ru
     attention = None
     if config.model.attention == "auto":
         attention = choose_attention(base.model, lengths=splits.train.lengths, device=get_device(config.trainer))
+    # the shortest example, and the shortest of the longer ones if there are any
+    lengths = splits.train.lengths
+    shortest = int(lengths.argmin())
+    longer = lengths.double().masked_fill(lengths == lengths.min(), math.inf)
     return RunInputs(
         base=base,
         splits=splits,
         precision=precision,
         attention=attention,
-        can_unpad=can_unpad(base.model, _build_small_batch(splits.train)),
+        can_unpad=can_unpad(base.model, splits.train.batch([shortest, int(longer.argmin())])),
         telemetry=telemetry or Telemetry(),
     )
-
-
-def _build_small_batch(split: Split) -> Batch:
-    """Returns the shortest example, and the shortest of the longer ones if there are any."""
-    shortest = int(split.lengths.argmin())
-    longer = split.lengths.double().masked_fill(split.lengths == split.lengths.min(), math.inf)
-    return split.batch([shortest, int(longer.argmin())])
 
 
 def _get_labels(source: DataSource) -> Labels | None:

@@ -249,7 +249,7 @@ class TrainingModule(lightning.LightningModule):
         if len(streams) > 1:
             dist.all_gather_object(streams, streams[0])
         checkpoint["base"] = self.base.fingerprint
-        checkpoint["progress"] = self.progress.state()
+        checkpoint["progress"] = dict(vars(self.progress))
         # a resumed run must draw the masks that the run would have drawn, on every process
         checkpoint["dropout_streams"] = streams
 
@@ -259,7 +259,7 @@ class TrainingModule(lightning.LightningModule):
                 f"the base model must be the one that the checkpoint was trained on (fingerprint "
                 f"{checkpoint['base']!r}), but {self.base.path!r} has {self.base.fingerprint!r}."
             )
-        self.progress = TrainingProgress.from_state(checkpoint["progress"])
+        self.progress = TrainingProgress(**checkpoint["progress"])
         streams = checkpoint["dropout_streams"]
         if self._trainer is not None and self.global_rank < len(streams):  # the checkpoint may have fewer processes
             restore_rng_state(streams[self.global_rank], self.trainer.strategy.root_device)

@@ -23,33 +23,29 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Returns AdamW or the optimizer of `optim._target_`. Vectors (norms, biases) have no weight decay."""
     param_groups: list[dict[str, Any]] = []
-    for group in groups:
+    for trained in groups:
         for decays in (True, False):
-            params = [p for p in group.params if (p.ndim >= 2) == decays]
+            params = [p for p in trained.params if (p.ndim >= 2) == decays]
             if params:
                 decay = config.weight_decay if decays else 0.0
-                param_groups.append({"params": params, "lr": config.lr * group.lr_factor, "weight_decay": decay})
+                param_groups.append({"params": params, "lr": config.lr * trained.lr_factor, "weight_decay": decay})
     if isinstance(config, OptimizerComponent):
-        optimizer = _build_component(config, param_groups)
+        names, takes_any = list_argument_names(config.target, key="optim")
+        if "weight_decay" not in names and not takes_any:
+            if config.weight_decay:
+                raise ConfigError(
+                    f"`optim.weight_decay` must be 0 with {config.target!r}, but got {config.weight_decay!r}. "
+                    "This optimizer has no weight decay."
+                )
+            for group in param_groups:
+                del group["weight_decay"]
+        optimizer = instantiate(config, key="optim", expected=torch.optim.Optimizer, params=param_groups, lr=config.lr)
     else:
         optimizer = torch.optim.AdamW(param_groups, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
     # Lightning forbids clipping for optimizers that can unscale gradients by themselves, such as fused AdamW. But bf16
     # needs no gradient scaler, so clipping is right.
     setattr(optimizer, "_step_supports_amp_scaling", False)  # noqa: B010 (no attribute that mypy knows)
     return optimizer
-
-
-def _build_component(config: OptimizerComponent, param_groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    names, takes_any = list_argument_names(config.target, key="optim")
-    if "weight_decay" not in names and not takes_any:
-        if config.weight_decay:
-            raise ConfigError(
-                f"`optim.weight_decay` must be 0 with {config.target!r}, but got {config.weight_decay!r}. "
-                "This optimizer has no weight decay."
-            )
-        for group in param_groups:
-            del group["weight_decay"]
-    return instantiate(config, key="optim", expected=torch.optim.Optimizer, params=param_groups, lr=config.lr)
 
 
 def check_optim(config: RunConfig) -> None:
@@ -124,7 +120,7 @@ def configure_optimizers(config: RunConfig, model: nn.Module, *, monitor: str | 
                 "`schedule._target_` must not be ReduceLROnPlateau with `module._target_`. Return it from the module's "
                 "`configure_optimizers`."
             )
-        # Lightning would step it after `RunCallback` has written the checkpoint of the evaluation, so that a
+        # Lightning would step it after `LightningRun` has written the checkpoint of the evaluation, so that a
         # resumed run would miss the step. So Lightning never steps it, and `TrainingModule` does.
         stepped |= {"monitor": monitor, "frequency": sys.maxsize}
     return {"optimizer": optimizer, "lr_scheduler": stepped}

@@ -128,7 +128,13 @@ def join_processes(config: TrainerConfig) -> Iterator[Fabric]:
         )
         is_outer = is_distributed(config, launch) and not dist.is_initialized()
         if is_outer and isinstance(launch.environment, TorchElasticEnvironment):
-            _connect_under_torchrun(fabric)
+            # torchrun keeps its store when it restarts processes. With the same keys, the new processes would find the
+            # addresses of the ended processes, so the keys are new after each restart.
+            rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            store = next(rendezvous("env://", rank, size))[0]
+            keys = PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            backend = "nccl" if fabric.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=keys, rank=rank, world_size=size)
         if is_distributed(config, launch):
             fabric.launch()
     try:
@@ -142,19 +148,6 @@ def join_processes(config: TrainerConfig) -> Iterator[Fabric]:
     finally:
         if is_outer and dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _connect_under_torchrun(fabric: Fabric) -> None:
-    """Creates the process group, with keys in torchrun's store that are new after each restart.
-
-    torchrun keeps its store when it restarts processes. With the same keys, the new processes would find the addresses
-    of the ended processes.
-    """
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = next(rendezvous("env://", rank, size))[0]
-    keys = PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    backend = "nccl" if fabric.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=keys, rank=rank, world_size=size)
 
 
 def build_strategy(config: TrainerConfig, launch: Launch) -> Strategy | str:

@@ -76,19 +76,22 @@ def refuse_code(config: RunConfig, *, trust: bool) -> None:
 
 def check_same_run(record: RunRecord, config: RunConfig) -> None:
     """Refuses to resume a run with settings that change what it learns."""
-    recorded, current = (_flatten(as_settings(settings)) for settings in (restore_config(record), config))
-    for key, value in current.items():
+
+    def flatten(config: RunConfig) -> dict[str, Any]:
+        """Returns settings by keys of at most two names: `optim.lr`, `seed`. Deeper values stay nested."""
+        flat = {}
+        for name, values in as_settings(config).items():
+            for key, value in (values if isinstance(values, dict) else {"": values}).items():
+                flat[f"{name}.{key}".rstrip(".")] = value
+        return flat
+
+    recorded = flatten(restore_config(record))
+    for key, value in flatten(config).items():
         if key not in CHANGEABLE_SETTINGS and recorded.get(key) != value:
             raise ConfigError(
                 f"`{key}` must be {recorded.get(key)!r} as when the run began, but got {value!r}. "
                 "For another run remove `resume`."
             )
-
-
-def _flatten(settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns settings by keys of at most two names: `optim.lr`, `seed`. Deeper values stay nested."""
-    groups = {name: values if isinstance(values, dict) else {"": values} for name, values in settings.items()}
-    return {f"{name}.{key}".rstrip("."): value for name, values in groups.items() for key, value in values.items()}
 
 
 def restore_base(record: RunRecord, config: RunConfig) -> BaseModel:

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import sys
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lorasweep.config.run import RunConfig
-from lorasweep.errors import OutOfMemory
+from lorasweep.errors import Diverged, OutOfMemory
 from lorasweep.methods.method import replace_parameters
-from lorasweep.models.load import BaseModel
 from lorasweep.record import RunRecord, RunStatus, read_run
-from lorasweep.training.callbacks import OnEvaluation, RunCallback, RunStopped
-from lorasweep.training.checkpoint import FoundCheckpoint, find_checkpoint, remove_checkpoints
+from lorasweep.training.checkpoint import (
+    FoundCheckpoint,
+    find_checkpoint,
+    remove_checkpoints,
+    remove_older_checkpoints,
+    save_checkpoint,
+)
 from lorasweep.training.data_module import DataModule
-from lorasweep.training.environment import deterministic_algorithms, reset_peak_memory, resolve_device
+from lorasweep.training.environment import deterministic_algorithms, resolve_device
 from lorasweep.training.failures import (
     choose_error_to_raise,
     convert_memory_errors,
@@ -33,8 +41,7 @@ from lorasweep.training.failures import (
 from lorasweep.training.inputs import RunInputs, check_batch_memory, describe_batching
 from lorasweep.training.loggers import build_callbacks, finish_loggers, start_loggers
 from lorasweep.training.module import TrainingModule, prepare_model
-from lorasweep.training.own_data import OwnSplits
-from lorasweep.training.own_module import OwnModuleRun, build_module
+from lorasweep.training.own_module import OwnModuleRun, OwnSplits, build_module
 from lorasweep.training.processes import (
     build_strategy,
     find_launch,
@@ -43,8 +50,11 @@ from lorasweep.training.processes import (
     require_same_on_processes,
     run_on_first,
 )
-from lorasweep.training.run_log import RunFolder, RunLog, find_run_end, open_record
+from lorasweep.training.run_log import Metrics, RunFolder, RunLog, find_run_end, open_record
 from lorasweep.training.score import score_best_weights
+
+OnEvaluation = Callable[[int, Metrics], str | None]
+"""`on_evaluation(step, metrics)` gets all metrics of an evaluation. Returns why the run must stop, or None."""
 
 
 def never_stop() -> bool:
@@ -86,10 +96,10 @@ def train_run(
     too_large: list[int] = []  # micro-batches per step of the attempts that ran out of memory
     while True:
         try:
-            with inputs.telemetry.phase("loading"), join_processes(config.trainer) as group:
+            with join_processes(config.trainer) as group:
                 if group.world_size > 1:
                     require_same_on_processes(inputs.fingerprints())
-                session = _Session(
+                attempt = LightningRun(
                     config=config,
                     run_folder=run_folder,
                     inputs=inputs,
@@ -97,7 +107,7 @@ def train_run(
                     on_evaluation=on_evaluation,
                     stop_requested=stop_requested,
                 )
-                return session.run(resume=resume, too_large=too_large)
+                return attempt.run(resume=resume, too_large=too_large)
         except OutOfMemory:
             record = read_run(run_folder.path)
             micro_batches = int(record.batching.get("micro_batches", 1))
@@ -113,9 +123,18 @@ def train_run(
             torch.cuda.empty_cache()
 
 
-@dataclass(kw_only=True)
-class _Session:
-    """Trains a run once, from its beginning or a checkpoint until it ends or fails. Each process has a session."""
+class RunStopped(BaseException):
+    """Leaves Lightning's training loop immediately. `trainer.should_stop` would first run an evaluation."""
+
+
+@dataclass(kw_only=True, eq=False)
+class LightningRun(lightning.Callback):
+    """Trains a run once, from its beginning or a checkpoint until it ends or fails.
+
+    It is a callback of its Trainer, which writes the run's folder, reports evaluations, and stops the training on
+    request. Each of several processes has such an object. Only the first process writes and reports, and the others
+    follow its decision.
+    """
 
     config: RunConfig
     run_folder: RunFolder
@@ -123,8 +142,22 @@ class _Session:
     group: Fabric
     on_evaluation: OnEvaluation
     stop_requested: Callable[[], bool]
-    log: RunLog | None = None
+    run_log: RunLog | None = None
     """Writes the run's folder. Only the first process has a log."""
+    module: TrainingModule | OwnModuleRun = field(init=False)
+    """The module that trains, or the wrapper of the user's own module."""
+    logged_step: int = 0
+    """Last logged step. Initially the step at which the training begins or resumes."""
+    lr: float = 0.0
+    """Learning rate of the last step."""
+    counted_tokens: int = 0
+    """Trained tokens that the telemetry has counted."""
+    has_begun: bool = False
+    """Whether this process has prepared the first batch."""
+    evaluated_step: int = -1
+    """Step of the last evaluation."""
+    end: tuple[RunStatus, str | None] | None = None
+    """The status and reason of a run that ends before its last step."""
 
     def run(self, *, resume: bool, too_large: list[int]) -> RunRecord:
         """Trains until the run ends or fails, and closes the record.
@@ -132,33 +165,26 @@ class _Session:
         `too_large` has the micro-batches per step of each earlier attempt that ran out of memory.
         """
         folder = self.run_folder.path
-        record, checkpoint, start_step = run_on_first(
+        record, checkpoint, self.logged_step = run_on_first(
             self.group, lambda: self._open(resume=resume, too_large=too_large)
         )
         # killed after the last evaluation, which must not be written twice
         end = None if checkpoint is None else find_run_end(record, self.config.trainer)
-        reset_peak_memory()
-        callback = RunCallback(
-            on_evaluation=self.on_evaluation,
-            stop_requested=self.stop_requested,
-            folder=folder,
-            config=self.config.trainer,
-            telemetry=self.inputs.telemetry,
-            run_log=self.log,
-            logged_step=start_step,
-        )
+        self.inputs.telemetry.begin_run()
         try:
             with convert_memory_errors():
-                status, reason = end or self._train(record, callback, checkpoint=checkpoint)
+                status, reason = end or self._train(record, checkpoint=checkpoint)
                 run_on_first(self.group, lambda: self._score_best_weights(status))
         except BaseException as caught:
             micro_batches = int(record.batching["micro_batches"])
             error = choose_error_to_raise(caught, group=self.group, folder=folder, micro_batches=micro_batches)
-            if self.log is not None:
+            if self.run_log is not None:
                 self._close(status_after(error, folder), describe_failure(error))
             if error is caught:
                 raise
             raise error from caught
+        finally:
+            self.inputs.telemetry.switch(None)
         return run_on_first(self.group, lambda: self._close(status, reason))
 
     def _open(self, *, resume: bool, too_large: list[int]) -> tuple[RunRecord, Path | None, int]:
@@ -182,74 +208,74 @@ class _Session:
         record.batching = describe_batching(inputs, config.trainer, accumulate=accumulate)
         if too_large:
             record.batching["too_large"] = list(too_large)
-        self.log = RunLog(record, folder, start_step=found.step)
+        self.run_log = RunLog(record, folder, found=found)
         if too_large and too_large[-1] >= config.trainer.batch_size:
             self._close("infeasible", reason := "one row per process and micro-batch does not fit")
             raise OutOfMemory(reason)
         return record, found.path, found.step
 
     def _score_best_weights(self, status: RunStatus) -> None:
-        if self.log is not None and status == "complete":
-            score_best_weights(self.config, self.log.record, self.run_folder.path, inputs=self.inputs)
+        if self.run_log is not None and status == "complete":
+            score_best_weights(self.config, self.run_log.record, self.run_folder.path, inputs=self.inputs)
             self.inputs.base.model.cpu()  # shared with later runs, whose initial values are drawn on the CPU
 
     def _close(self, status: RunStatus, reason: str | None) -> RunRecord:
         """Writes the final record and removes the checkpoints, unless the run can resume from them."""
-        assert self.log is not None
-        self.log.close(status, reason)
+        assert self.run_log is not None
+        self.run_log.close(status, reason)
         if status != "interrupted":
             remove_checkpoints(self.run_folder.path)
-        return self.log.record
+        return self.run_log.record
 
-    def _train(
-        self, record: RunRecord, callback: RunCallback, *, checkpoint: Path | None
-    ) -> tuple[RunStatus, str | None]:
-        """Trains, writes the progress into the record, and returns the run's status and its reason."""
+    def _train(self, record: RunRecord, *, checkpoint: Path | None) -> tuple[RunStatus, str | None]:
+        """Trains, and returns the run's status and its reason."""
         config, inputs = self.config, self.inputs
         accumulate = int(record.batching["micro_batches"])
         module: lightning.LightningModule
         data: lightning.LightningDataModule
         # At the end of an evaluation Lightning calls them in this order. The user's callbacks come first, because our
         # checkpoint keeps their state.
-        callbacks = [*build_callbacks(config), callback]
+        callbacks = build_callbacks(config)
         if isinstance(inputs.splits, OwnSplits):
-            run = OwnModuleRun(config, inputs.base, module=_prepare_own_module(config, inputs.base))
-            module, data = run.module, inputs.splits.seed_loaders(config.seeds.data_order)
-            callbacks.insert(-1, run)  # before `callback`, which reads its values
-            callback.run = run
+            module = build_module(config)
+            replace_parameters(module, dict(zip(module.parameters(), inputs.base.model.parameters(), strict=True)))
+            prepare_model(config, replace(inputs.base, model=module))
+            self.module = OwnModuleRun(config, inputs.base, module=module)
+            data = inputs.splits.seed_loaders(config.seeds.data_order)
+            callbacks.append(self.module)  # before this object, which reads its values
         else:
-            module = callback.run = TrainingModule(config, inputs=inputs, accumulate=accumulate)
+            module = self.module = TrainingModule(config, inputs=inputs, accumulate=accumulate)
             data = DataModule(config, splits=inputs.splits, accumulate=accumulate)
         loggers = start_loggers(config, self.run_folder.path, is_first_process=self.group.is_global_zero)
         status: RunStatus = "complete"
         try:
             with quiet_lightning(), deterministic_algorithms(config.trainer.deterministic):
-                trainer = self._build_trainer(accumulate, callbacks, loggers)
+                trainer = self._build_trainer(accumulate, [*callbacks, self], loggers)
                 try:
                     if record.steps_planned:
                         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
                     # Lightning evaluates every `trainer.eval_every_steps`, so the last steps may lack an evaluation.
-                    if callback.evaluated_step != trainer.global_step:
+                    if self.evaluated_step != trainer.global_step:
                         trainer.validate(module, datamodule=data, verbose=False)
                 finally:
-                    _free_training_memory(trainer, module)
+                    # Lightning's objects refer to each other in cycles. Without this, weights, gradients and moments of
+                    # many runs would stay in memory until Python's next full garbage collection.
+                    module._modules.clear()
+                    trainer.strategy.optimizers = []
+                    trainer.strategy.lr_scheduler_configs = []
         except RunStopped:
             status = "interrupted"
         finally:
             finish_loggers(loggers if self.group.is_global_zero else [])
-        if self.log is None:
-            return status, None
-        record = self.log.record
-        callback.run.progress.write_to(record)
         progress = f"step {trainer.global_step} of {record.steps_planned}"
         if status == "interrupted":
-            record.steps_done = trainer.global_step
+            if self.run_log is not None:
+                self.run_log.record.steps_done = trainer.global_step
             return status, f"stopped at {progress}"
-        if callback.end is not None:
-            return callback.end
-        if trainer.global_step < record.steps_planned:
-            return status, f"a callback stopped it at {progress}"
-        return status, None
+        if self.end is not None:
+            return self.end
+        is_last = trainer.global_step >= record.steps_planned
+        return status, None if is_last else f"a callback stopped it at {progress}"
 
     def _build_trainer(
         self, accumulate: int, callbacks: list[lightning.Callback], loggers: list[Logger]
@@ -291,23 +317,106 @@ class _Session:
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         return trainer
 
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.counted_tokens = self.module.progress.tokens  # the tokens of the steps before the resume
+        if self.run_log is not None:
+            self.run_log.progress = self.module.progress
+            self.run_log.note_trained(sum(p.numel() for p in pl_module.parameters() if p.requires_grad))
 
-def _prepare_own_module(config: RunConfig, base: BaseModel) -> lightning.LightningModule:
-    """Returns the user's module with the run's arguments, the base's weights, and what the method changes."""
-    module = build_module(config)
-    shared = zip(module.parameters(), base.model.parameters(), strict=True)
-    replace_parameters(module, dict(shared))
-    prepared = prepare_model(config, replace(base, model=module))
-    assert isinstance(prepared, lightning.LightningModule)
-    return prepared
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.inputs.telemetry.switch("training")
+        if not self.has_begun and self._should_stop(trainer):  # the first batch may have taken minutes
+            raise RunStopped
+        self.has_begun = True
 
+    def on_before_optimizer_step(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.lr = optimizer.param_groups[0]["lr"]  # the schedule changes it right after the step
 
-def _free_training_memory(trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-    """Drops the model and the optimizer of a run that has ended.
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step > self.logged_step:
+            self.logged_step = step
+            if self.run_log is not None:
+                self.run_log.note_step(step, self.module.step_losses, self.lr)
+        ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        # A run can't stop between a step and its evaluation: a resumed run assumes that a checkpoint of this step was
+        # written after the evaluation. `on_validation_end` then checks for the stop request.
+        if ends_step and step % self.config.trainer.eval_every_steps and self._should_stop(trainer):
+            run_on_first(trainer.strategy, self._flush)
+            self._save_checkpoint(trainer)
+            raise RunStopped
 
-    Lightning's objects refer to each other in cycles. Without this, weights, gradients and moments of many runs would
-    stay in memory until Python's next full garbage collection.
-    """
-    module._modules.clear()
-    trainer.strategy.optimizers = []
-    trainer.strategy.lr_scheduler_configs = []
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        run_on_first(trainer.strategy, self._flush)
+        self.inputs.telemetry.switch("evaluating")
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Writes and reports the evaluation, and stops if the run ends or is asked to stop."""
+        self.inputs.telemetry.switch("saving")
+        self.evaluated_step = trainer.global_step
+        step, metrics, whole_model = trainer.global_step, self.module.get_metrics(), self.module.whole_model()
+
+        def write_and_report() -> tuple[RunStatus, str | None] | None:
+            assert self.run_log is not None
+            save = functools.partial(self.module.save_weights, whole_model)
+            self.run_log.write_evaluation(step, metrics, save=save)
+            stop_reason = self.on_evaluation(step, metrics)
+            record = self.run_log.record
+            # Lightning ends after the last step by itself
+            is_last = record.steps_done >= record.steps_planned
+            return None if is_last else find_run_end(record, self.config.trainer, stop_reason=stop_reason)
+
+        # In this order, a run that is killed between two of these actions repeats at most one interval.
+        # 1. The rows, the kept weights and the record.
+        # 2. The report. A run that is killed after it repeats the interval and reports the same values again, because
+        #    this step has no checkpoint yet. So a run that must stop gets none: it would resume beyond its end.
+        self.end = run_on_first(trainer.strategy, write_and_report)
+        if self.end is not None:
+            trainer.should_stop = True
+        # 3. The checkpoint, from which the run resumes without reporting this evaluation again.
+        elif trainer.state.fn == TrainerFn.FITTING:
+            self._save_checkpoint(trainer)
+        if trainer.global_step < trainer.max_steps and not trainer.should_stop and self._should_stop(trainer):
+            raise RunStopped
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        run_on_first(trainer.strategy, self._flush)
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        # `run_on_first` would wait for the other processes, which may be gone. When `Diverged` is raised, the steps are
+        # already written.
+        if not isinstance(exception, Diverged):
+            self._flush()
+
+    def _flush(self) -> None:
+        """Counts the tokens since the last flush, and writes the steps on the first process."""
+        progress = self.module.progress
+        began = time.perf_counter()
+        self.module.step_losses.cpu()  # waits for the device, which still counts as training
+        progress.train_s += time.perf_counter() - began
+        self.inputs.telemetry.add_tokens(progress.tokens - self.counted_tokens)
+        self.counted_tokens = progress.tokens
+        self.inputs.telemetry.switch("saving")
+        if self.run_log is not None:
+            self.run_log.flush()
+
+    def _should_stop(self, trainer: lightning.Trainer) -> bool:
+        """Returns whether any process was asked to stop. Every process must call it at the same step."""
+        return bool(trainer.strategy.reduce_boolean_decision(self.stop_requested(), all=False))
+
+    def _save_checkpoint(self, trainer: lightning.Trainer) -> None:
+        """Writes Lightning's checkpoint of the trained parameters. Every process takes part, and the first writes."""
+        folder = self.run_folder.path
+        if trainer.is_global_zero:
+            save_checkpoint(folder, kind="last", step=trainer.global_step, save=trainer.save_checkpoint)
+            remove_older_checkpoints(folder, kind="last")
+        else:
+            trainer.save_checkpoint(folder / "last.ckpt")

@@ -1,6 +1,6 @@
 """Writes the folder of a run while it trains: the record, the step log, and the best and last weights.
 
-`callbacks` uses this module for a run alone, and `packs.slot_run` for each slot of a pack.
+`run` uses this module for a run alone, and `packs.slot_run` for each slot of a pack.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ from lorasweep.training.environment import (
     resolve_device,
 )
 from lorasweep.training.inputs import RunInputs
+from lorasweep.training.telemetry import TrainingProgress
 
 Metrics = dict[str, float]
 """Metrics of one evaluation, by name."""
@@ -63,33 +64,63 @@ class RunFolder:
     """The sweep, arm and trial from which a single run has its settings."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RunRequest:
+    """A run to train in a pack."""
+
+    config: RunConfig
+    run_folder: RunFolder
+
+
+class RunEvaluation(NamedTuple):
+    """The metrics of a run on validation data after `step` optimizer steps."""
+
+    run: Any
+    """The run, as the caller of the training knows it."""
+    step: int
+    metrics: Metrics
+
+
 class RunLog:
     """Writes the record, the step log and the weights of a run until it ends or is interrupted.
 
     Losses stay on the GPU until `flush`, so that no step waits for the GPU.
     """
 
-    def __init__(self, record: RunRecord, folder: Path, *, start_step: int) -> None:
-        """Writes the record. Removes checkpoints and log rows after `start_step`: the run repeats these steps."""
+    def __init__(self, record: RunRecord, folder: Path, *, found: FoundCheckpoint) -> None:
+        """Writes the record. Removes checkpoints and log rows after the step of `found`, which the run repeats."""
         self.record = record
         self.folder = folder
+        self.progress = TrainingProgress(**found.state.get("progress", {}))
         self._pending: list[tuple[int, Tensor, float]] = []
         self._earlier_wall_s, self._started_at = record.wall_s, time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
         for subfolder in (folder, folder / "best", folder / "last"):
             remove_leftovers(subfolder)
         # Checkpoints first: a process that is killed in between must not leave a checkpoint whose log rows are missing.
-        remove_checkpoints(folder, after_step=start_step)
-        _remove_rows_after(folder / STEPS_FILE, start_step)
+        remove_checkpoints(folder, after_step=found.step)
+        if (steps_file := folder / STEPS_FILE).exists():
+            kept = []  # from step 0 nothing is kept, not even an evaluation at step 0
+            for line in steps_file.read_text(errors="replace").splitlines(keepends=True) if found.step else []:
+                row = parse_step_row(line)
+                if row is None:
+                    break  # the process was killed while it wrote the line
+                if row["step"] <= found.step:
+                    kept.append(line)
+            write_atomically(steps_file, "".join(kept))
         if "patch" in record.code and not (folder / PATCH_FILE).exists():
             write_atomically(folder / PATCH_FILE, code_patch())
         write_record(record, folder)
+
+    def note_trained(self, num_params: int) -> None:
+        self.record.trainable_params = num_params
+        self.record.trainable_fraction = num_params / self.record.total_params
 
     def note_step(self, step: int, losses: Tensor, lr: float) -> None:
         """Keeps a step until the next flush. `losses` has each micro-batch's share of the step's loss."""
         self._pending.append((step, losses, lr))
 
-    def flush(self, tokens_per_s: float) -> list[dict[str, Any]]:
+    def flush(self) -> list[dict[str, Any]]:
         """Writes the steps since the last flush into the step log, and returns these rows.
 
         Raises:
@@ -100,7 +131,9 @@ class RunLog:
         sums = torch.stack([losses.sum() for _, losses, _ in self._pending]).tolist() if self._pending else []
         for (step, _, lr), loss in zip(self._pending, sums, strict=True):
             finite_loss = loss if math.isfinite(loss) else None  # JSON has neither NaN nor infinity
-            rows.append({"step": step, "loss": finite_loss, "lr": lr, "tokens_per_s": round(tokens_per_s, 1)})
+            rows.append(
+                {"step": step, "loss": finite_loss, "lr": lr, "tokens_per_s": round(self.progress.tokens_per_s, 1)}
+            )
         self._pending = []
         self._append(rows)
         for row in rows:
@@ -116,6 +149,7 @@ class RunLog:
         Raises:
             Diverged: The score is NaN or infinite.
         """
+        self.progress.write_to(self.record)
         check_score(metrics, metric=self.record.metric, step=step)
         self._append([{"step": step, "validation": metrics}])
         if update_score(self.record, step, metrics):
@@ -130,6 +164,7 @@ class RunLog:
         `wall_s` is the time that the run took since this object was created. None: the wall-clock time.
         """
         record, folder = self.record, self.folder
+        self.progress.write_to(record)
         record.wall_s = self._earlier_wall_s + (time.monotonic() - self._started_at if wall_s is None else wall_s)
         record.status, record.reason, record.ended_at = status, reason, utc_now()
         record.peak_memory_bytes = peak_memory_bytes()
@@ -172,26 +207,22 @@ def update_score(record: RunRecord, step: int, metrics: Metrics) -> bool:
     return True
 
 
-def _remove_rows_after(path: Path, step: int) -> None:
-    """Removes later steps from a step log."""
-    if not path.exists():
-        return
-    kept = []  # from step 0 nothing is kept, not even an evaluation at step 0
-    for line in path.read_text(errors="replace").splitlines(keepends=True) if step else []:
-        row = parse_step_row(line)
-        if row is None:
-            break  # the process was killed while it wrote the line
-        if row["step"] <= step:
-            kept.append(line)
-    write_atomically(path, "".join(kept))
-
-
 def open_record(
     config: RunConfig, run_folder: RunFolder, inputs: RunInputs, *, found: FoundCheckpoint, num_processes: int = 1
 ) -> RunRecord:
     """Returns a new record. If the run resumes, returns the record as it was at the checkpoint `found`."""
     if found.path is not None:
-        return _reopen_record(run_folder.path, step=found.step, notes=found.notes)
+        record = read_run(run_folder.path)
+        record.notes += [note for note in found.notes if note not in record.notes]
+        record.status, record.reason, record.ended_at = "running", None, None
+        record.test, record.answers, record.retained = {}, {}, {}
+        if record.last.get("step", 0) > found.step:
+            # An evaluation is written before the checkpoint of its step. So the record of a killed run may be ahead.
+            record.best, record.last, record.steps_done = {}, {}, 0
+            for row in read_steps(run_folder.path, having='"validation"'):
+                if row["step"] <= found.step:
+                    update_score(record, row["step"], row["validation"])
+        return record
     splits = inputs.splits
     platform = describe_platform(inputs.precision, resolve_device(config.trainer))
     if num_processes > 1:
@@ -216,20 +247,6 @@ def open_record(
         steps_planned=0 if config.method.name == "frozen" else config.trainer.max_steps,  # `frozen` trains nothing
         total_params=inputs.base.num_parameters,
     )
-
-
-def _reopen_record(folder: Path, *, step: int, notes: Sequence[str]) -> RunRecord:
-    record = read_run(folder)
-    record.notes += [note for note in notes if note not in record.notes]
-    record.status, record.reason, record.ended_at = "running", None, None
-    record.test, record.answers, record.retained = {}, {}, {}
-    if record.last.get("step", 0) > step:
-        # An evaluation is written before the checkpoint of its step. So the record of a killed run may be ahead.
-        record.best, record.last, record.steps_done = {}, {}, 0
-        for row in read_steps(folder, having='"validation"'):
-            if row["step"] <= step:
-                update_score(record, row["step"], row["validation"])
-    return record
 
 
 def find_run_end(

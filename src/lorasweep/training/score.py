@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from lorasweep.config.build import as_settings
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import EvaluationSampler, choose_part
 from lorasweep.data.build_splits import DataSplits
-from lorasweep.data.split import Split, move_batch
+from lorasweep.data.split import Split, move_batch, repeat_batch
 from lorasweep.data.tasks import Evaluation, ExampleScores, Task, read_metrics
 from lorasweep.disk import csv_text, write_atomically
 from lorasweep.errors import RecordError
@@ -38,8 +38,7 @@ from lorasweep.training.answers import get_answers, score_answers
 from lorasweep.training.environment import fork_random_streams, get_device
 from lorasweep.training.failures import convert_memory_errors
 from lorasweep.training.inputs import RunInputs
-from lorasweep.training.own_data import OwnSplits
-from lorasweep.training.own_module import score_on_test
+from lorasweep.training.own_module import OwnSplits, score_on_test
 from lorasweep.training.restore import restore_config, restore_model
 from lorasweep.training.run_log import RunFolder, check_score
 
@@ -71,7 +70,7 @@ def score_run(
     config = restore_config(record)
     split = inputs.splits.test()
     model = restore_model(config, inputs.base, folder=folder / "best")
-    with convert_memory_errors(), inputs.telemetry.phase("scoring"):
+    with convert_memory_errors():
         if isinstance(inputs.splits, OwnSplits):
             assert isinstance(model, LightningModule)
             precision = inputs.lightning_precision(config)
@@ -114,7 +113,8 @@ def score_best_weights(config: RunConfig, record: RunRecord, folder: Path, *, in
     is_answered = answers is not None and answers.on_validation
     if not (is_part or is_answered):
         return
-    with inputs.telemetry.phase("evaluating"), fork_random_streams(get_device(config.trainer)):
+    inputs.telemetry.switch("evaluating")
+    with fork_random_streams(get_device(config.trainer)):
         model = restore_model(config, inputs.base, folder=folder / "best")
         if is_part:
             values, _ = evaluate_model(model, split, task=inputs.splits.task, config=config, inputs=inputs)
@@ -126,6 +126,7 @@ def score_best_weights(config: RunConfig, record: RunRecord, folder: Path, *, in
             record.answers[split.name] = answered.facts
             if answered.lines is not None:
                 write_atomically(folder / ANSWERS_FILE.format(split.name), answered.lines)
+    inputs.telemetry.switch("saving")
 
 
 def write_base_answers(folder: Path, config: RunConfig, *, inputs: RunInputs) -> None:
@@ -141,13 +142,26 @@ def write_base_answers(folder: Path, config: RunConfig, *, inputs: RunInputs) ->
 def _score_on_split(
     model: nn.Module, splits: DataSplits, *, config: RunConfig, inputs: RunInputs
 ) -> tuple[dict[str, float], str | None]:
-    """Returns every metric on the test split, and what `_format_row_scores` returns."""
+    """Returns every metric on the test split, and CSV lines `row,score,weight,group`, one per example.
+
+    The lines are None if the metric is not the weighted mean of scores. For perplexity, a score is the loss of an
+    example, and the metric is the exponential of the mean.
+    """
     split, metric = splits.test(), splits.metric
     task = splits.get_task(split)
     values, examples = evaluate_model(model, split, task=task, config=config, inputs=inputs)
     model.cpu()
+    per_example = task.per_example(metric, examples)
+    if per_example is None:
+        return values, None
+    scores, weights = (column.double().cpu() for column in per_example)
+    mean = (scores * weights).sum() / weights.sum()
+    implied = mean.exp() if metric == "perplexity" else mean
+    if not torch.isclose(implied, torch.tensor(values[metric], dtype=torch.float64), rtol=1e-6, atol=1e-9):
+        return values, None  # for example if class weights change the loss and not the metric
     groups = split.groups or tuple(map(str, range(len(split))))
-    return values, _format_row_scores(metric, examples, task=task, value=values[metric], groups=groups)
+    columns = range(len(scores)), scores.tolist(), weights.tolist(), groups
+    return values, csv_text(("row", "score", "weight", "group"), zip(*columns, strict=True))
 
 
 def copy_base_run(config: RunConfig, run_folder: RunFolder, *, inputs: RunInputs) -> RunRecord | None:
@@ -183,34 +197,26 @@ def evaluate_model(model: nn.Module, split: Split, *, task: Task, config: RunCon
     `task` must be the task of the split (`DataSplits.get_task`). Afterwards the model is on the run's device and in
     evaluation mode. Draws no random numbers.
     """
-    device = get_device(config.trainer)
     batches = EvaluationSampler(split, batch_size=config.trainer.eval_batch_size)
-    evaluation = Evaluation(task, sync_on_compute=False)  # other processes of the run do not evaluate
-    model.to(device).eval()
-    with torch.no_grad(), inputs.autocast(config):
-        for micro in batches:
-            evaluation.update(task.score(model, move_batch(split.batch(micro.indices), device)))
+    model.to(get_device(config.trainer))
+    with inputs.autocast(config):
+        [evaluation] = evaluate_slots(model, split, batches, task=task)
     [values] = read_metrics([evaluation.compute()])
     by_example = torch.tensor(batches.order).argsort()  # back to the order of the split; batches are sorted by length
     return Scores(values, evaluation.examples.map(Tensor.cpu).reorder(by_example))
 
 
-def _format_row_scores(
-    metric: str, examples: ExampleScores, *, task: Task, value: float, groups: Sequence[str]
-) -> str | None:
-    """Returns CSV lines `row,score,weight,group`, one per example.
-
-    Returns None if the metric is not the weighted mean of scores.
-
-    For perplexity, a score is the loss of an example, and the metric is the exponential of the mean.
-    """
-    per_example = task.per_example(metric, examples)
-    if per_example is None:
-        return None
-    scores, weights = (column.double().cpu() for column in per_example)
-    mean = (scores * weights).sum() / weights.sum()
-    implied = mean.exp() if metric == "perplexity" else mean
-    if not torch.isclose(implied, torch.tensor(value, dtype=torch.float64), rtol=1e-6, atol=1e-9):
-        return None  # for example if class weights change the loss and not the metric
-    columns = range(len(scores)), scores.tolist(), weights.tolist(), groups
-    return csv_text(("row", "score", "weight", "group"), zip(*columns, strict=True))
+@torch.no_grad()
+def evaluate_slots(
+    model: nn.Module, split: Split, batches: EvaluationSampler, *, task: Task, slots: int = 1
+) -> list[Evaluation]:
+    """Evaluates a model, or each slot of a packed model, on a split. Afterwards the model is in evaluation mode."""
+    device = next(model.parameters()).device
+    evaluations = [Evaluation(task, sync_on_compute=False) for _ in range(slots)]  # in this process alone
+    model.eval()
+    for micro in batches:
+        batch = repeat_batch(move_batch(split.batch(micro.indices), device), slots=slots)
+        scores = task.score(model, batch)
+        for slot, evaluation in enumerate(evaluations):
+            evaluation.update(scores.select_slot(slot, slots=slots))
+    return evaluations

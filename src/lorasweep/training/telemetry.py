@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 
 from lorasweep.record import RunRecord
-from lorasweep.training.environment import process_peak_bytes
+from lorasweep.training.environment import process_peak_bytes, reset_peak_memory
 
-Phase = Literal["loading", "training", "evaluating", "scoring", "saving", "storage"]
-"""Phases of a process. `loading` includes memory measurements. `scoring` is on test data. `saving` writes weights,
-checkpoints and logs. `storage` is the controller's work on the studies."""
+Phase = Literal["training", "evaluating", "saving"]
+"""Phases of a process. `saving` writes weights, checkpoints and logs, and reports the evaluations."""
 
 
 class Telemetry:
@@ -30,29 +27,22 @@ class Telemetry:
         self._peaks: dict[str, float] = {}
         self._first_step_at: float | None = None
 
-    @contextmanager
-    def phase(self, name: Phase) -> Iterator[None]:
-        """Counts the time of a `with` block as this phase, not as the phase around the block."""
-        outer = self._phase
-        self._note_peaks()
-        self.switch(name)
-        try:
-            yield
-        finally:
-            self._note_peaks()
-            self.switch(outer)
-
-    def switch(self, name: Phase | None) -> None:
-        """Begins another phase, until the next `switch` or the end of the `phase` block around it."""
+    def switch(self, phase: Phase | None) -> None:
+        """Begins another phase. None: the process does something else, such as loading a model."""
         now = time.monotonic()
         self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + now - self._changed
-        self._phase, self._changed = name, now
-        if name == "training" and self._first_step_at is None:
+        self._phase, self._changed = phase, now
+        if phase == "training" and self._first_step_at is None:
             self._first_step_at = time.time()
 
     def add_tokens(self, num_tokens: int) -> None:
         """Adds tokens of training batches, without padding."""
         self._tokens += num_tokens
+
+    def begin_run(self) -> None:
+        """Lets a run measure its own peak memory. The highest peak so far is kept."""
+        self._note_peaks()
+        reset_peak_memory()
 
     def sample(self) -> dict[str, float]:
         """Returns the values so far.
@@ -63,14 +53,13 @@ class Telemetry:
         """
         self._note_peaks()
         self.switch(self._phase)  # adds the seconds of the current phase so far
-        values = {f"{name}_s": self._seconds.get(name, 0.0) for name in get_args(Phase)}
+        values = {f"{phase}_s": self._seconds.get(phase, 0.0) for phase in get_args(Phase)}
         values |= {"wall_s": self._changed - self._began, "cpu_s": time.process_time() - self._cpu_began}
         values |= {"trained_tokens": self._tokens, **self._peaks}
         values |= {} if self._first_step_at is None else {"first_step_at": self._first_step_at}
         return {name: round(value, 4) for name, value in values.items()}
 
     def _note_peaks(self) -> None:
-        """Keeps the highest peaks so far, because each run resets the counters of torch and the process."""
         peaks = {"peak_memory_bytes": process_peak_bytes()}
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # memory queries would initialise CUDA
             devices = range(torch.cuda.device_count())
@@ -96,14 +85,6 @@ class TrainingProgress:
     @property
     def padding_fraction(self) -> float:
         return 1.0 - self.tokens / self.positions if self.positions else 0.0
-
-    def state(self) -> dict[str, Any]:
-        """Returns plain values for a checkpoint."""
-        return dict(vars(self))
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> TrainingProgress:
-        return cls(**state)
 
     def write_to(self, record: RunRecord) -> None:
         record.tokens_trained, record.tokens_per_s = self.tokens, self.tokens_per_s

@@ -24,27 +24,15 @@ def set_torch_variables() -> None:
     """Sets the variables for this process and its children, unless the user has set them. Torch reads them once."""
     for variable in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(variable, str(MAX_CACHED_PRIMITIVES))
-    _set_openmp_spin_count()
-
-
-def _set_openmp_spin_count() -> None:
-    """Sets `GOMP_SPINCOUNT`, unless the user has set how threads wait.
-
-    It is 0 if other processes train on the same cores. There a thread that spins keeps the other threads of its step
-    from running, and a step took two to three times as long.
-    """
     if "OMP_WAIT_POLICY" in os.environ or os.environ.get("GOMP_SPINCOUNT", str(SPIN_COUNT)) != str(SPIN_COUNT):
         return
-    os.environ["GOMP_SPINCOUNT"] = "0" if _shares_cores() else str(SPIN_COUNT)
-
-
-def _shares_cores() -> bool:
-    """Returns whether this process is a Ray worker, or was given fewer threads than it has cores."""
-    if "ray" in sys.modules:  # Ray's workers import Ray before anything of ours
-        return True
+    # Other processes train on the same cores if this process has fewer threads than cores, or is a worker of Ray, which
+    # imports Ray before anything of ours. There a thread that spins keeps the other threads of its step from running,
+    # and a step took two to three times as long.
     threads = os.environ.get("OMP_NUM_THREADS", "")
     num_cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return threads.isdecimal() and int(threads) < num_cores
+    shares_cores = "ray" in sys.modules or (threads.isdecimal() and int(threads) < num_cores)
+    os.environ["GOMP_SPINCOUNT"] = "0" if shares_cores else str(SPIN_COUNT)
 
 
 @contextmanager

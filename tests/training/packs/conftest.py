@@ -1,28 +1,8 @@
-"""Packs of runs on a small random Llama, which trains faster than the embedded model."""
+"""A model whose dropout is not only that of LoRA."""
 
-import pytest
 import torch
-from tests.conftest import SHORT_RUN
 from tests.tiny_tokenizer import load_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
-
-from lorasweep.config.compose import compose_run
-from lorasweep.training.inputs import build_inputs
-
-
-@pytest.fixture(scope="session")
-def make_config(quantisable_model):
-    def make(settings=None):
-        given = settings or {}
-        small = {} if "model" in given else {"model": "causal_lm", "model.path": str(quantisable_model)}
-        return compose_run({**SHORT_RUN, **small, **given})
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def inputs(make_config):
-    return build_inputs(make_config())
 
 
 def save_gpt2(folder, *, attention, others):

@@ -14,9 +14,8 @@ from lorasweep.models.load import fingerprint_weights
 from lorasweep.record import read_run, read_steps
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.packs.slot_run import RunRequest
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunFolder
+from lorasweep.training.run_log import RunFolder, RunRequest
 
 ADAPTER = "adapter_model.safetensors"
 MIXED = (
@@ -31,26 +30,8 @@ LOSS_TOLERANCE = 1e-4
 BF16_LOSS_TOLERANCE = 0.02
 
 
-class Outcomes:
-    """What became of each job, by its folder's name."""
-
-    def __init__(self):
-        self.ended: dict[str, str] = {}
-        self.failed: dict[str, Exception] = {}
-
-    def job(self, folder, config, *, start_step=None):
-        return RunRequest(
-            config=config,
-            run_folder=RunFolder(path=folder),
-            start_step=start_step,
-            on_end=lambda outcome: self.end(folder.name, outcome),
-        )
-
-    def end(self, name, outcome):
-        if isinstance(outcome, Diverged):
-            self.failed[name] = outcome
-        else:
-            self.ended[name] = outcome.status
+def make_job(folder, config):
+    return RunRequest(config=config, run_folder=RunFolder(path=folder))
 
 
 def all_go_on(evaluated):
@@ -59,21 +40,29 @@ def all_go_on(evaluated):
 
 def stop_at(job, step):
     """Returns a hook that stops one run at a step."""
-    return lambda evaluated: ["poor" if (one.request, one.step) == (job, step) else None for one in evaluated]
+    return lambda evaluated: ["poor" if (one.run, one.step) == (job, step) else None for one in evaluated]
 
 
-def train(jobs, folder, *, inputs, waiting=(), on_evaluation=all_go_on, **hooks):
-    """Trains a pack whose state is in `folder`, and then what waits."""
-    waiting = list(waiting)
-    return train_pack(
+def train(jobs, folder, *, inputs, waiting=None, on_evaluation=all_go_on, slots=1):
+    """Trains a pack whose state is in `folder`, and then what waits. Returns how each run ended, by its folder's name.
+
+    A pack of any size is refilled, so `slots` matters only if it grows.
+    """
+    ended = {}
+
+    def note_end(job, outcome):
+        ended[job.run_folder.path.name] = "failed" if isinstance(outcome, Diverged) else outcome.status
+
+    assert train_pack(
         jobs,
         inputs=inputs,
-        slots=1,  # a pack of any size is refilled
+        slots=slots,
         next_run=lambda: waiting.pop(0) if waiting else None,
         on_evaluation=on_evaluation,
+        on_end=note_end,
         state_file=folder / "pack.json",
-        **hooks,
     )
+    return ended
 
 
 def rows(folder):
@@ -90,7 +79,6 @@ def test_packed_runs_equal_runs_alone_while_slots_join_and_leave(make_config, in
     monkeypatch.setattr(batching, "MIN_PART_EXAMPLES", 1)  # so that half of the four examples are evaluated
     shared = {"trainer.accumulate": 2, "trainer.max_steps": 6, "trainer.eval_fraction": 0.5}
     configs = [make_config({**settings, **shared}) for settings in MIXED]
-    outcomes = Outcomes()
     for n, config in enumerate(configs):
         run_folder = RunFolder(path=tmp_path / f"alone{n}")
         stop_at_step = 2 if n == 1 else None
@@ -99,9 +87,9 @@ def test_packed_runs_equal_runs_alone_while_slots_join_and_leave(make_config, in
             return "poor" if step == stop_at_step else None
 
         train_run(config, run_folder, inputs=inputs, on_evaluation=decide)
-    jobs = [outcomes.job(tmp_path / f"pack{n}", config) for n, config in enumerate(configs)]
-    assert train(jobs[:2], tmp_path, inputs=inputs, waiting=jobs[2:], on_evaluation=stop_at(jobs[1], 2))
-    assert outcomes.ended == {"pack0": "complete", "pack1": "stopped", "pack2": "complete", "pack3": "complete"}
+    jobs = [make_job(tmp_path / f"pack{n}", config) for n, config in enumerate(configs)]
+    ended = train(jobs[:2], tmp_path, inputs=inputs, waiting=jobs[2:], on_evaluation=stop_at(jobs[1], 2))
+    assert ended == {"pack0": "complete", "pack1": "stopped", "pack2": "complete", "pack3": "complete"}
     for n in range(len(configs)):
         alone, packed = tmp_path / f"alone{n}", tmp_path / f"pack{n}"
         assert_same_losses(alone, packed, rel=LOSS_TOLERANCE)
@@ -122,8 +110,8 @@ def check_packed_equals_alone(configs, folder, *, inputs, rel):
     """Trains runs alone and in a pack of two slots, which others take over."""
     for n, config in enumerate(configs):
         train_run(config, RunFolder(path=folder / f"alone{n}"), inputs=inputs)
-    jobs = [Outcomes().job(folder / f"pack{n}", config) for n, config in enumerate(configs)]
-    assert train(jobs[:2], folder, inputs=inputs, waiting=jobs[2:])
+    jobs = [make_job(folder / f"pack{n}", config) for n, config in enumerate(configs)]
+    train(jobs[:2], folder, inputs=inputs, waiting=jobs[2:])
     for n in range(len(configs)):
         assert_same_losses(folder / f"alone{n}", folder / f"pack{n}", rel=rel)
 
@@ -169,14 +157,13 @@ def test_a_slot_that_diverges_ends_alone_and_changes_no_bit_of_the_others(make_c
     """Another run takes its place at the next evaluation, so the pack keeps its size, on which rounding depends."""
     good, late = make_config({"method.dropout": 0.1}), make_config({"seed": 2, "method.dropout": 0.3})
     for name, lr in (("calm", 1e-3), ("wild", 1e30)):
-        outcomes, folder = Outcomes(), tmp_path / name
+        folder = tmp_path / name
         other = make_config({"seed": 1, "optim.lr": lr, "optim.clip_norm": None})
-        waiting = [outcomes.job(folder / "late", late)] if name == "wild" else []
-        jobs = [outcomes.job(folder / "good", good), outcomes.job(folder / "other", other)]
-        assert train(jobs, tmp_path, inputs=inputs, waiting=waiting)
-        assert outcomes.ended["good"] == "complete"
-    assert outcomes.ended["late"] == "complete"
-    assert isinstance(outcomes.failed["other"], Diverged)
+        waiting = [make_job(folder / "late", late)] if name == "wild" else []
+        jobs = [make_job(folder / "good", good), make_job(folder / "other", other)]
+        ended = train(jobs, tmp_path, inputs=inputs, waiting=waiting)
+        assert ended["good"] == "complete"
+    assert ended == {"good": "complete", "other": "failed", "late": "complete"}
     assert read_run(tmp_path / "wild" / "other").status == "failed"
     calm, wild = (tmp_path / name / "good" for name in ("calm", "wild"))
     assert rows(calm) == rows(wild)
@@ -193,12 +180,12 @@ def test_permuted_slots_give_each_run_the_same_value_and_are_reported_together(m
 
         def report(evaluated, reported=reported):
             reported.append(
-                {(one.request.run_folder.path.name, one.step): one.metrics["bits_per_byte"] for one in evaluated}
+                {(one.run.run_folder.path.name, one.step): one.metrics["bits_per_byte"] for one in evaluated}
             )
-            return ["poor" if one.request.run_folder.path.name == "1" else None for one in evaluated]
+            return ["poor" if one.run.run_folder.path.name == "1" else None for one in evaluated]
 
-        jobs = [Outcomes().job(folder / str(n), make_config(settings[n])) for n in order]
-        assert train(jobs, folder, inputs=inputs, on_evaluation=report)
+        jobs = [make_job(folder / str(n), make_config(settings[n])) for n in order]
+        train(jobs, folder, inputs=inputs, on_evaluation=report)
         # slots are sorted by rank; the last run diverges at once
         assert [list(together) for together in reported] == [[(name, 2) for name in "021"], [("0", 4), ("2", 4)]]
         values.append(reported[0] | reported[1])
@@ -210,7 +197,6 @@ def test_permuted_slots_give_each_run_the_same_value_and_are_reported_together(m
 
 
 def test_a_pack_that_runs_out_of_memory_says_so_and_its_runs_can_go_on(make_config, inputs, tmp_path, monkeypatch):
-    outcomes = Outcomes()
     real, calls = pack_file.compute_slot_losses, iter(range(1000))
 
     def fail_at_last(*args, **kwargs):
@@ -219,22 +205,19 @@ def test_a_pack_that_runs_out_of_memory_says_so_and_its_runs_can_go_on(make_conf
         return real(*args, **kwargs)
 
     monkeypatch.setattr(pack_file, "compute_slot_losses", fail_at_last)
-    jobs = [outcomes.job(tmp_path / str(n), make_config({"trainer.max_steps": 8, "seed": n})) for n in range(2)]
+    jobs = [make_job(tmp_path / str(n), make_config({"trainer.max_steps": 8, "seed": n})) for n in range(2)]
     with pytest.raises(OutOfMemory, match="CUDA out of memory"):
         train(jobs, tmp_path, inputs=inputs)
-    assert outcomes.ended == {}
     assert list((tmp_path / "0").glob("slot-*.ckpt"))
     assert not (tmp_path / "pack.json").exists()
-    assert train(jobs[:1], tmp_path, inputs=inputs)
-    assert outcomes.ended == {"0": "complete"}
+    assert train(jobs[:1], tmp_path, inputs=inputs) == {"0": "complete"}
     assert [step for step, _ in rows(tmp_path / "0")] == [1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 8, 8]
 
 
 def test_a_slot_that_gets_no_better_ends_early_as_alone(make_config, inputs, tmp_path):
     stuck = make_config({"optim.lr": 1e-12, "trainer.max_steps": 8, "trainer.early_stop_evaluations": 1})
     better = make_config({"optim.lr": 1e-3, "trainer.max_steps": 8, "trainer.early_stop_evaluations": 1})
-    outcomes = Outcomes()
-    jobs = [outcomes.job(tmp_path / "stuck", stuck), outcomes.job(tmp_path / "better", better)]
+    jobs = [make_job(tmp_path / "stuck", stuck), make_job(tmp_path / "better", better)]
     # the answer makes no difference: the run has nothing left to do
     train(jobs, tmp_path, inputs=inputs, on_evaluation=stop_at(jobs[0], 4))
     alone = train_run(stuck, RunFolder(path=tmp_path / "alone"), inputs=inputs)
@@ -245,24 +228,18 @@ def test_a_slot_that_gets_no_better_ends_early_as_alone(make_config, inputs, tmp
 
 def test_a_pack_that_shrank_grows_again_and_its_runs_equal_runs_alone(make_config, inputs, tmp_path):
     configs = [make_config({**settings, "trainer.max_steps": 6}) for settings in MIXED]
-    outcomes = Outcomes()
-    jobs = [outcomes.job(tmp_path / f"pack{n}", config) for n, config in enumerate(configs)]
-    waiting, sizes = jobs[2:], []
+    jobs = [make_job(tmp_path / f"pack{n}", config) for n, config in enumerate(configs)]
+    waiting, sizes = [], []
 
     def stop_first(evaluated):
         sizes.append(len(evaluated))
+        if len(sizes) == 2:
+            waiting.extend(jobs[2:])
         return stop_at(jobs[0], 2)(evaluated)
 
-    assert train_pack(
-        jobs[:2],
-        inputs=inputs,
-        slots=4,
-        next_run=lambda: waiting.pop(0) if waiting and len(sizes) >= 2 else None,
-        on_evaluation=stop_first,
-        state_file=tmp_path / "pack.json",
-    )
+    ended = train(jobs[:2], tmp_path, inputs=inputs, waiting=waiting, on_evaluation=stop_first, slots=4)
     assert sizes == [2, 1, 3, 2, 2]  # the first run is stopped; after two evaluations there are two runs more
-    assert outcomes.ended == {"pack0": "stopped", "pack1": "complete", "pack2": "complete", "pack3": "complete"}
+    assert ended == {"pack0": "stopped", "pack1": "complete", "pack2": "complete", "pack3": "complete"}
     for n in (1, 2, 3):
         run_folder = RunFolder(path=tmp_path / f"alone{n}")
         train_run(configs[n], run_folder, inputs=inputs)

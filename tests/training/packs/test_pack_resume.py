@@ -1,6 +1,5 @@
 """A pack that is killed at any moment resumes where it was committed, and what comes of its runs has the same bits."""
 
-import functools
 import hashlib
 import json
 import os
@@ -20,8 +19,7 @@ from lorasweep.record import read_run
 from lorasweep.training.checkpoint import read_pack_state
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.packs.slot_run import RunRequest
-from lorasweep.training.run_log import RunFolder
+from lorasweep.training.run_log import RunFolder, RunRequest
 
 STATE = "pack.json"
 SETTINGS = (
@@ -52,16 +50,15 @@ class Search:
         self.values: dict[str, float] = {}
         self.moment: Callable[[str], None] = lambda name: None
 
-    def job(self, name, *, start_step=None):
+    def job(self, name):
         settings = SETTINGS[int(name.split("-")[1])]
         return RunRequest(
             config=self.make_config({"trainer.eval_fraction": 0.5, **settings}),
             run_folder=RunFolder(path=self.folder / name),
-            start_step=start_step,
-            on_end=functools.partial(self.ended, name),
         )
 
-    def ended(self, name, record):
+    def ended(self, request, record):
+        name = request.run_folder.path.name
         if isinstance(record, Diverged):
             self.moment(f"{name} failed")
             return
@@ -74,10 +71,10 @@ class Search:
 
     def report(self, evaluated):
         self.moment("before the report")
-        found = {f"{one.request.run_folder.path.name} at {one.step}": one.metrics["bits_per_byte"] for one in evaluated}
+        found = {f"{one.run.run_folder.path.name} at {one.step}": one.metrics["bits_per_byte"] for one in evaluated}
         self.values |= found
         self.moment("after the report")
-        return ["poor" if (one.request.run_folder.path.name, one.step) in STOPPED else None for one in evaluated]
+        return ["poor" if (one.run.run_folder.path.name, one.step) in STOPPED else None for one in evaluated]
 
     def begin(self, *, inputs, slots=2):
         return self.train([self.job(self.waiting.pop(0)) for _ in range(slots)], inputs=inputs)
@@ -86,7 +83,8 @@ class Search:
         state = read_pack_state(self.folder / STATE)
         assert state is not None
         self.waiting = list(waiting)
-        return self.train([self.job(name, start_step=step) for name, step in state.steps.items()], inputs=inputs)
+        jobs = [self.job(name) for name in state.steps]
+        return self.train(jobs, inputs=inputs, start_steps=list(state.steps.values()))
 
     def train(self, jobs, *, inputs, **hooks):
         return train_pack(
@@ -95,6 +93,7 @@ class Search:
             slots=3,
             next_run=self.supply,
             on_evaluation=self.report,
+            on_end=self.ended,
             state_file=self.folder / STATE,
             **hooks,
         )
@@ -304,6 +303,6 @@ def test_the_stream_that_slots_share_continues_after_a_kill(make_config, tmp_pat
     (later.folder / STATE).unlink()
     other = Search(later.folder, config)
     other.waiting = later.waiting
-    jobs = [other.job(name, start_step=step) for name, step in content["steps"].items()]
-    assert other.train(jobs, inputs=inputs)
+    jobs = [other.job(name) for name in content["steps"]]
+    assert other.train(jobs, inputs=inputs, start_steps=list(content["steps"].values()))
     assert logged_rows(later.folder / "run-0") != logged_rows(search.folder / "run-0")

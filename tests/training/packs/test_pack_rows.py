@@ -13,9 +13,8 @@ from lorasweep.config.compose import compose_run
 from lorasweep.record import read_run, read_steps
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.packs.slot_run import RunRequest
 from lorasweep.training.run import train_run
-from lorasweep.training.run_log import RunFolder
+from lorasweep.training.run_log import RunFolder, RunRequest
 
 ADAPTER = "adapter_model.safetensors"
 MIXED = (
@@ -93,7 +92,7 @@ def test_packed_rows_of_different_lengths_train_as_alone(make, tmp_path, kind, s
             on_evaluation=lambda step, values, n=n: "poor" if (n, step) == (1, 2) else None,
         )
         run_folder = RunFolder(path=tmp_path / f"pack{n}")
-        jobs.append(RunRequest(config=config, run_folder=run_folder, on_end=lambda record: None))
+        jobs.append(RunRequest(config=config, run_folder=run_folder))
     late = [jobs[2]]
     assert train_pack(
         jobs[:2],
@@ -101,9 +100,8 @@ def test_packed_rows_of_different_lengths_train_as_alone(make, tmp_path, kind, s
         slots=2,
         next_run=lambda: late.pop() if late else None,
         # then the third run takes the second's slot: their steps have other rows
-        on_evaluation=lambda evaluated: [
-            "poor" if (one.request, one.step) == (jobs[1], 2) else None for one in evaluated
-        ],
+        on_evaluation=lambda evaluated: ["poor" if (one.run, one.step) == (jobs[1], 2) else None for one in evaluated],
+        on_end=lambda request, record: None,
         state_file=tmp_path / "pack.json",
     )
     for n in range(3):

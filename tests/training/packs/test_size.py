@@ -21,7 +21,6 @@ from lorasweep.training.packs.size import (
     count_slot_bytes,
 )
 from lorasweep.training.packs.slot_run import SlotOptimizer
-from lorasweep.training.telemetry import Telemetry
 from lorasweep.wording import format_bytes
 
 MIB = 2**20
@@ -51,7 +50,7 @@ def test_the_tightest_limit_decides_and_is_named(
     monkeypatch.setattr(pack_size_file, "count_slot_bytes", lambda config, *, inputs: slot_mib * MIB)
     monkeypatch.setattr(pack_size_file, "count_pass_tokens", lambda config, slots, *, inputs: slots * tokens)
     base = SimpleNamespace(model=torch.nn.Module())
-    inputs = SimpleNamespace(precision=precision, base=base, telemetry=Telemetry())
+    inputs = SimpleNamespace(precision=precision, base=base)
     chosen = choose_pack_size(SimpleNamespace(trainer=None), inputs=inputs, trials_left=trials)
     assert chosen.slots == slots
     assert chosen.reason.startswith("Trials run alone" if slots == 1 else f"Packs have up to {slots} slots")

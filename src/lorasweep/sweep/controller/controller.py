@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Concatenate, Literal, ParamSpec, TypeVar
 
 from lorasweep.config.redaction import redact
-from lorasweep.config.run import RunConfig
 from lorasweep.disk import remove_leftovers
 from lorasweep.errors import Diverged, OutOfMemory, RunError, WorkerError
 from lorasweep.record import RunRecord, Trial, add_telemetry
@@ -24,7 +23,7 @@ from lorasweep.sweep.controller.stages import Confirmation, Search, Stage, choos
 from lorasweep.sweep.controller.stopping import explain_stop
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.training.checkpoint import remove_checkpoints
-from lorasweep.training.run_log import RunFolder
+from lorasweep.training.run_log import RunRequest
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -35,14 +34,12 @@ Status = Literal["running", "complete", "interrupted"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Assignment:
+class Assignment(RunRequest):
     """A trial that a worker is to train."""
 
     arm: Arm
     trial: Trial
     """A copy of the trial, as it was when the worker received it."""
-    config: RunConfig
-    run_folder: RunFolder
     reads_test: bool
     """Whether a run is scored on test data when it is complete."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,7 +24,6 @@ from lorasweep.training.checkpoint import read_pack_state
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.size import PackSize, choose_pack_size
-from lorasweep.training.packs.slot_run import RunRequest
 from lorasweep.training.run import train_run
 from lorasweep.training.score import copy_base_run, score_run, write_base_answers
 
@@ -56,7 +55,6 @@ class Worker:
     """Replaces `train_run` for runs outside of packs, for example to train with several processes."""
 
     def __post_init__(self) -> None:
-        self.telemetry = self.inputs_cache.telemetry
         self._pack_file = self.path / (f"pack-{self.name}.json" if self.name else PACK_FILE)
         self._requests = itertools.count(1)  # Ray may repeat a call. The controller knows it by its number.
         self._plans = plan_packing(self.definition)
@@ -83,18 +81,12 @@ class Worker:
     def take(self, arms: Sequence[Arm] | None = None) -> Assignment | None:
         """Returns the next trial to train, of the given arms or of all arms. None if no trial can train now."""
         names = None if arms is None else [arm.name for arm in arms]
-        with self.telemetry.phase("storage"):
-            # A killed process may have ended the run without telling the controller. Such a run must not train again.
-            while assignment := self.controller.take(names, worker=self.name, request=next(self._requests)):
-                if (record := find_ended_run(assignment)) is None:
-                    return assignment
-                self.tell(assignment, record)
+        # A killed process may have ended the run without telling the controller. Such a run must not train again.
+        while assignment := self.controller.take(names, worker=self.name, request=next(self._requests)):
+            if (record := find_ended_run(assignment)) is None:
+                return assignment
+            self.tell(assignment, record)
         return None
-
-    def report(self, evaluations: Sequence[tuple[Assignment, int, Mapping[str, float]]]) -> list[str | None]:
-        """Reports evaluations (trial, step, metrics). Returns for each trial why it must stop, or None."""
-        with self.telemetry.phase("storage"):
-            return self.controller.report(evaluations)
 
     def tell(self, assignment: Assignment, outcome: Outcome) -> None:
         """Tells the controller the outcome of a training.
@@ -110,11 +102,10 @@ class Worker:
                 self._unscored.append((assignment, outcome))
                 return
             outcome = _catch_failure(lambda: self._score(assignment))
-        with self.telemetry.phase("storage"):
-            if isinstance(outcome, Exception):
-                self.controller.tell_failure(assignment, outcome)
-            else:
-                self.controller.tell(assignment, outcome)
+        if isinstance(outcome, Exception):
+            self.controller.tell_failure(assignment, outcome)
+        else:
+            self.controller.tell(assignment, outcome)
         self._note_usage()
 
     def _train_alone(self, assignment: Assignment) -> Outcome:
@@ -122,13 +113,13 @@ class Worker:
             config, folder = assignment.config, assignment.run_folder
             inputs = self.inputs_cache.load(config)
             if (record := copy_base_run(config, folder, inputs=inputs)) is not None:
-                self.report([(assignment, record.steps_done, record.last)])
+                self.controller.report([(assignment, record.steps_done, record.last)])
                 return record
             return (self.train_alone or train_run)(
                 config,
                 folder,
                 inputs=inputs,
-                on_evaluation=lambda step, metrics: self.report([(assignment, step, metrics)])[0],
+                on_evaluation=lambda step, metrics: self.controller.report([(assignment, step, metrics)])[0],
                 stop_requested=self.stop_requested,
                 resume=True,
             )
@@ -172,36 +163,31 @@ class Worker:
         """
         key = self._plans[first_trials[0].arm.name].key
         arms = list_pack_arms(self.definition, first_trials[0].arm)
-        running: dict[RunRequest, Assignment] = {}
+        running = list(first_trials)
 
-        def add(assignment: Assignment, start_step: int | None = None) -> RunRequest:
-            request = RunRequest(
-                config=assignment.config,
-                run_folder=assignment.run_folder,
-                on_end=lambda outcome: self.tell(running.pop(request), outcome),
-                start_step=start_step,
-            )
-            running[request] = assignment
-            return request
+        def next_run() -> Assignment | None:
+            if (assignment := self.take(arms)) is not None:
+                running.append(assignment)
+            return assignment
 
-        def next_run() -> RunRequest | None:
-            assignment = self.take(arms)
-            return None if assignment is None else add(assignment)
+        def end(assignment: Assignment, outcome: Outcome) -> None:
+            running.remove(assignment)
+            self.tell(assignment, outcome)
 
         self._unscored = []
         # A resumed pack is not filled up: it must have the same slots as before the interruption.
-        steps: Sequence[int | None] = start_steps or [None] * len(first_trials)
-        requests = [add(assignment, step) for assignment, step in zip(first_trials, steps, strict=True)]
-        while start_steps is None and len(requests) < slots and (request := next_run()) is not None:
-            requests.append(request)
+        while start_steps is None and len(running) < slots and next_run() is not None:
+            pass
         try:
             is_done = train_pack(
-                requests,
+                list(running),
                 inputs=self.inputs_cache.load(first_trials[0].config),
                 slots=slots,
                 next_run=next_run,
-                on_evaluation=lambda found: self.report([(running[e.request], e.step, e.metrics) for e in found]),
+                on_evaluation=self.controller.report,
+                on_end=end,
                 state_file=self._pack_file,
+                start_steps=start_steps,
                 stop_requested=self.stop_requested,
             )
         except WorkerError:
@@ -214,7 +200,7 @@ class Worker:
             self._max_slots[key] = slots = max(1, smaller)
             size = f"packs of at most {slots} slots" if slots > 1 else "packs of one slot"
             self.controller.warn(f"A pack broke, so its trials continue in {size}. {describe_error(error)}.")
-            self.controller.release(list(running.values()))
+            self.controller.release(running)
             is_done = True
         self._is_interrupted = not is_done
         unscored, self._unscored = self._unscored, None
@@ -237,7 +223,7 @@ class Worker:
         return self._max_slots[key]
 
     def _note_usage(self) -> None:
-        self.controller.note_usage(self.name, self.telemetry.sample())
+        self.controller.note_usage(self.name, self.inputs_cache.telemetry.sample())
 
 
 def list_pack_arms(definition: Definition, arm: Arm) -> list[Arm]:

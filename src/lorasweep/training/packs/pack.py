@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import InitVar, dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +37,8 @@ from torch import Tensor, nn
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig, TrainerConfig
 from lorasweep.data.batching import EvaluationSampler, MicroBatch
-from lorasweep.data.split import Batch, Split, move_batch, repeat_batch
-from lorasweep.data.tasks import Evaluation, Task, read_metrics
+from lorasweep.data.split import Batch, Split, move_batch
+from lorasweep.data.tasks import Task, read_metrics
 from lorasweep.errors import Diverged
 from lorasweep.lora import (
     Coverage,
@@ -51,7 +52,7 @@ from lorasweep.lora import (
 from lorasweep.lora.dropout import FunctionalDropout
 from lorasweep.lora.packed.inject import find_slots
 from lorasweep.methods import add_head_to_modules_to_save, copy_sharing_weights, draw_head
-from lorasweep.record import RunStatus
+from lorasweep.record import RunRecord, RunStatus
 from lorasweep.training.activation_checkpointing import checkpoint_activations, save_block_contexts
 from lorasweep.training.checkpoint import (
     PackState,
@@ -62,20 +63,17 @@ from lorasweep.training.checkpoint import (
     restore_rng_state,
     write_pack_state,
 )
-from lorasweep.training.environment import deterministic_algorithms, get_device, reset_peak_memory
+from lorasweep.training.environment import deterministic_algorithms, get_device
 from lorasweep.training.failures import convert_memory_errors, status_after
 from lorasweep.training.inputs import RunInputs, check_batch_memory
-from lorasweep.training.packs.slot_run import (
-    NextRun,
-    OnPackEvaluation,
-    RunRequest,
-    SlotEvaluation,
-    SlotOptimizer,
-    SlotRun,
-)
+from lorasweep.training.packs.slot_run import SlotOptimizer, SlotRun
 from lorasweep.training.run import never_stop
-from lorasweep.training.run_log import Metrics, find_run_end
+from lorasweep.training.run_log import Metrics, RunEvaluation, RunRequest, find_run_end
+from lorasweep.training.score import evaluate_slots
 from lorasweep.training.unpadded import unpadded
+
+OnPackEvaluation: TypeAlias = Callable[[Sequence[RunEvaluation]], Sequence[str | None]]
+"""Takes the evaluations of all slots, and returns for each slot why its run must stop, or None."""
 
 
 def train_pack(
@@ -83,16 +81,18 @@ def train_pack(
     *,
     inputs: RunInputs,
     slots: int,
-    next_run: NextRun,
+    next_run: Callable[[], RunRequest | None],
     on_evaluation: OnPackEvaluation,
+    on_end: Callable[[Any, RunRecord | Diverged], None],
     state_file: Path,
+    start_steps: Sequence[int] | None = None,
     stop_requested: Callable[[], bool] = never_stop,
 ) -> bool:
     """Trains runs together, and refills free slots with the runs of `next_run`, until no run is left.
 
     A killed or interrupted pack leaves `state_file`. To resume the pack, pass the runs in this file in slot order, with
-    their steps as `start_step`. The resumed pack may report evaluations and ends of runs a second time. `next_run` must
-    return once more the runs that it returned after the last commit.
+    their steps as `start_steps`. The resumed pack may report evaluations and ends of runs a second time. `next_run`
+    must return once more the runs that it returned after the last commit.
 
     Args:
         requests: The first runs, one per slot. They have the same model, data and trainer settings.
@@ -101,7 +101,11 @@ def train_pack(
         next_run: Called at each evaluation until the pack has `slots` runs again or no run is left.
         on_evaluation: Takes the evaluations of all slots and returns for each slot why its run must stop, or None. A
             run that is complete (last step or early stopping) ends as complete.
+        on_end: Called when a run ends: with its record if it is complete or was stopped, or with the error if it
+            failed.
         state_file: The file from which a killed pack resumes (see `training.checkpoint.PackState`).
+        start_steps: In a resumed pack, the step of each run's checkpoint to load; 0 to start without a checkpoint. None
+            loads the newest checkpoints, if any.
         stop_requested: Called before the first and after every step. Returns whether to stop the pack.
 
     Returns:
@@ -111,21 +115,19 @@ def train_pack(
         OutOfMemory: The pack does not fit into memory. After this error, and any other error that would happen again,
             the state file is removed. Each run can then resume from its newest checkpoint in a smaller pack.
     """
-    reset_peak_memory()
+    inputs.telemetry.begin_run()
     pack: PackTrainer | None = None
     settings = requests[0].config.trainer
     try:
-        with (
-            convert_memory_errors(),
-            deterministic_algorithms(settings.deterministic),
-            inputs.telemetry.phase("loading"),
-        ):
+        with convert_memory_errors(), deterministic_algorithms(settings.deterministic):
             pack = PackTrainer(
                 requests=requests,
+                start_steps=start_steps,
                 inputs=inputs,
                 slots=slots,
                 next_run=next_run,
                 on_evaluation=on_evaluation,
+                on_end=on_end,
                 state_file=state_file,
             )
             return pack.run(stop_requested)
@@ -137,6 +139,7 @@ def train_pack(
                 pack.remove_old_checkpoints()
         raise
     finally:
+        inputs.telemetry.switch(None)
         if pack is not None:
             pack.model.cpu()  # the packed model shares the base's weights, so this also moves the base back
 
@@ -146,25 +149,31 @@ class PackTrainer:
     """A packed model, and the runs in its slots with their optimizers. `train_pack` describes the arguments."""
 
     requests: InitVar[Sequence[RunRequest]]
+    start_steps: InitVar[Sequence[int] | None]
     inputs: RunInputs
     slots: int
-    next_run: NextRun
+    next_run: Callable[[], RunRequest | None]
     on_evaluation: OnPackEvaluation
+    on_end: Callable[[Any, RunRecord | Diverged], None]
     state_file: Path
 
-    def __post_init__(self, requests: Sequence[RunRequest]) -> None:
+    def __post_init__(self, requests: Sequence[RunRequest], start_steps: Sequence[int] | None) -> None:
         inputs, self.settings = self.inputs, requests[0].config.trainer
         self.device = get_device(self.settings)
         self.task = inputs.splits.task
         check_batch_memory(self.settings, inputs.splits.train)
-        self.runs = [self._open_run(request, slot=slot, slots=len(requests)) for slot, request in enumerate(requests)]
+        steps: Sequence[int | None] = start_steps or [None] * len(requests)
+        self.runs = [
+            SlotRun(request, inputs=inputs, slot=slot, slots=len(requests), start_step=step)
+            for slot, (request, step) in enumerate(zip(requests, steps, strict=True))
+        ]
         self.model, coverages = build_pack([run.request.config for run in self.runs], inputs=inputs)
         for slot, coverage in enumerate(coverages):
             self._prepare_run(slot, trainable_params=coverage.trainable_params)
         self._arrange(range(len(self.runs)))
         set_dropout_streams(self.model, [run.stream for run in self.runs])
         # torch's global stream is set last, because building the model draws from it.
-        resumed = read_pack_state(self.state_file) if requests[0].start_step is not None else None
+        resumed = None if start_steps is None else read_pack_state(self.state_file)
         if resumed is None:
             torch.manual_seed(requests[0].config.seeds.dropout)
         else:
@@ -243,24 +252,18 @@ class PackTrainer:
     def _share_training_time(self, started: float) -> None:
         seconds = (time.perf_counter() - started) / len(self.runs)
         for run in self.runs:
-            run.progress.train_s += seconds
+            run.log.progress.train_s += seconds
 
     @torch.no_grad()
     def _evaluate(self) -> list[Metrics]:
         self.inputs.telemetry.switch("evaluating")
-        split, slots = self.inputs.splits.validation, len(self.runs)
-        evaluations = [Evaluation(self.task) for _ in self.runs]
+        split, slots = self.inputs.splits.validation, find_slots(self.model)
         # The batch size depends only on the number of current slots. A resumed pack does not know earlier numbers.
-        batch_size = max(1, self.settings.eval_batch_size // slots)
+        batch_size = max(1, self.settings.eval_batch_size // len(self.runs))
         batches = EvaluationSampler(split, batch_size=batch_size, fraction=self.runs[0].request.config.eval_fraction)
-        find_slots(self.model).note_lengths(None)  # every slot evaluates the same rows
-        self.model.eval()
-        with find_slots(self.model).stack_once():
-            for micro in batches:
-                batch = repeat_batch(move_batch(split.batch(micro.indices), self.device), slots=slots)
-                scores = self.task.score(self.model, batch)
-                for slot, evaluation in enumerate(evaluations):
-                    evaluation.update(scores.select_slot(slot, slots=slots))
+        slots.note_lengths(None)  # every slot evaluates the same rows
+        with slots.stack_once():
+            evaluations = evaluate_slots(self.model, split, batches, task=self.task, slots=len(self.runs))
         return read_metrics([evaluation.compute() for evaluation in evaluations])
 
     @torch.no_grad()
@@ -271,10 +274,7 @@ class PackTrainer:
         # 1: a diverged run has no result to report
         alive = [slot for slot, run in enumerate(self.runs) if self._note_evaluation(slot, run, metrics[slot])]
         # 2
-        evaluations = [
-            SlotEvaluation(request=run.request, step=run.step, metrics=run.record.last)
-            for run in (self.runs[slot] for slot in alive)
-        ]
+        evaluations = [RunEvaluation(self.runs[slot].request, self.runs[slot].step, metrics[slot]) for slot in alive]
         answers = self.on_evaluation(evaluations) if alive else []
         stop_reasons = dict(zip(alive, answers, strict=True))
         # 3
@@ -330,12 +330,12 @@ class PackTrainer:
                 self._fail(run, error)
                 return True
         self._close_run(run, status, reason)
-        run.request.on_end(run.record)
+        self.on_end(run.request, run.record)
         return True
 
     def _fail(self, run: SlotRun, error: Diverged) -> None:
         self._close_run(run, "failed", str(error))
-        run.request.on_end(error)
+        self.on_end(run.request, error)
 
     def _close_run(self, run: SlotRun, status: RunStatus, reason: str | None) -> None:
         run.close(status, reason)
@@ -351,7 +351,7 @@ class PackTrainer:
         request = self.next_run()
         if request is None:
             return False
-        run = self._open_run(request, slot=slot, slots=max(len(self.runs), slot + 1))
+        run = SlotRun(request, inputs=self.inputs, slot=slot, slots=max(len(self.runs), slot + 1))
         self.runs[slot : slot + 1] = [run]
         generator = torch.Generator().manual_seed(request.config.seeds.init)
         method, prepare_copy = _build_lora_config(request.config, self.inputs), _build_prepare_copy(self.inputs)
@@ -359,14 +359,10 @@ class PackTrainer:
         self._prepare_run(slot, trainable_params=coverage.trainable_params)
         return True
 
-    def _open_run(self, request: RunRequest, *, slot: int, slots: int) -> SlotRun:
-        return SlotRun(request, inputs=self.inputs, slot=slot, slots=slots)
-
     def _prepare_run(self, slot: int, *, trainable_params: int) -> None:
         """Records a run's number of trained parameters, builds its optimizer, and loads its checkpoint, if any."""
         run, model = self.runs[slot], slot_model(self.model, slot)
-        run.record.trainable_params = trainable_params
-        run.record.trainable_fraction = trainable_params / run.record.total_params
+        run.log.note_trained(trainable_params)
         run.optimizer = SlotOptimizer(model, run.request.config)
         if run.resume_state:
             model.load_state_dict(run.resume_state["trained"], strict=False)  # the checkpoint lacks the base

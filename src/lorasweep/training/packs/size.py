@@ -73,7 +73,7 @@ def choose_pack_size(config: RunConfig, *, inputs: RunInputs, trials_left: int) 
     tensors = (*inputs.base.model.parameters(), *inputs.base.model.buffers())
     base_bytes = sum(part.nbytes for tensor in tensors for part in (tensor, *list_scales(tensor)))
     try:
-        with convert_memory_errors(), inputs.telemetry.phase("loading"):
+        with convert_memory_errors():
             slot_bytes = count_slot_bytes(config, inputs=inputs)
     except OutOfMemory:
         return PackSize(1, "Trials run alone, because the forward pass of one trial ran out of memory.")

@@ -5,57 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
 
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import MicroBatch, StepBatchSampler
-from lorasweep.errors import Diverged, RecordError
+from lorasweep.errors import RecordError
 from lorasweep.methods import METHODS, ParameterGroup
-from lorasweep.record import RunRecord, RunStatus, read_run
+from lorasweep.record import RunStatus, read_run
 from lorasweep.training.checkpoint import find_checkpoint, save_checkpoint
 from lorasweep.training.environment import get_device
 from lorasweep.training.inputs import RunInputs, describe_batching
 from lorasweep.training.loggers import finish_loggers, start_loggers
 from lorasweep.training.optim import build_optimizer, build_schedule
-from lorasweep.training.run_log import Metrics, RunFolder, RunLog, open_record
+from lorasweep.training.run_log import Metrics, RunLog, RunRequest, open_record
 from lorasweep.training.score import score_best_weights
-from lorasweep.training.telemetry import TrainingProgress
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class RunRequest:
-    """A run to train in a pack.
-
-    A pack commits when it replaces its state file. If the run ends and the pack is killed before the next commit, the
-    resumed pack calls `on_end` a second time.
-    """
-
-    config: RunConfig
-    run_folder: RunFolder
-    on_end: Callable[[RunRecord | Diverged], None]
-    """Called when the run ends: with its record if it is complete or was stopped, or with the error if it failed."""
-    start_step: int | None = None
-    """In a resumed pack, the step of the checkpoint to load; 0 to start without a checkpoint. None loads the newest
-    checkpoint, if any."""
-
-
-class SlotEvaluation(NamedTuple):
-    """Validation metrics of one run of a pack after `step` optimizer steps."""
-
-    request: RunRequest
-    step: int
-    metrics: Metrics
-
-
-OnPackEvaluation: TypeAlias = Callable[[Sequence[SlotEvaluation]], Sequence[str | None]]
-"""Takes the evaluations of all slots, and returns for each slot why its run must stop, or None."""
-NextRun: TypeAlias = Callable[[], RunRequest | None]
-"""Returns the next run for a free slot, or None if no run is left."""
 
 
 class SlotRun:
@@ -67,32 +34,37 @@ class SlotRun:
         sampler: The run's micro-batches by step, in the same order as in a solo run.
         stream: Random stream of the run's dropout.
         optimizer: Optimizer and schedule. The pack sets it when the run gets its slot.
-        progress: Trained tokens, and the run's share of the pack's training time.
+        log: Writes the run's folder. `log.progress` has the run's share of the pack's training time.
         wall_s: The run's share of the pack's wall-clock time since the run joined or resumed.
         resume_state: Content of the checkpoint to resume from; empty without a checkpoint.
     """
 
     optimizer: SlotOptimizer
 
-    def __init__(self, request: RunRequest, *, inputs: RunInputs, slot: int, slots: int) -> None:
+    def __init__(
+        self, request: RunRequest, *, inputs: RunInputs, slot: int, slots: int, start_step: int | None = None
+    ) -> None:
+        """Opens the run's folder. It will train in `slot` of `slots`.
+
+        `start_step` is the step of the checkpoint to load, in a resumed pack. None loads the newest checkpoint, if any.
+        """
         config, folder = request.config, request.run_folder.path
         self.request = request
         self.folder = folder
         self.inputs = inputs
         pack: dict[str, Any] = {"slot": slot, "slots": slots}
         # In a resumed pack, the record keeps the slot that the run first had. Dropped slots may have changed its index.
-        if request.start_step is not None:
+        if start_step is not None:
             with suppress(RecordError):
                 pack = read_run(folder).pack or pack
-        found = find_checkpoint(folder, kind="slot", step=request.start_step)
+        found = find_checkpoint(folder, kind="slot", step=start_step)
         self.resume_state = found.state
         self.step = self.saved_step = found.step
-        self.progress = TrainingProgress.from_state(found.state["progress"]) if found.state else TrainingProgress()
         self.wall_s = 0.0
         self.record = open_record(config, request.run_folder, inputs, found=found)
         self.record.pack = pack
         self.record.batching = describe_batching(inputs, config.trainer, accumulate=config.trainer.accumulate)
-        self.log = RunLog(self.record, folder, start_step=self.step)
+        self.log = RunLog(self.record, folder, found=found)
         self.loggers = start_loggers(config, folder)
         # Dropout masks come from a stream of this slot, so that they do not depend on the other slots. The stream has
         # the seed of a solo run, is saved in the checkpoint, and must be on the device of the batches.
@@ -110,8 +82,8 @@ class SlotRun:
     def add_tokens(self, micro: MicroBatch, *, positions: int) -> int:
         """Adds a micro-batch to the progress, and returns its number of tokens. `positions` includes padding."""
         tokens = int(self.inputs.splits.train.lengths[torch.tensor(micro.indices)].sum())
-        self.progress.tokens += tokens
-        self.progress.positions += positions
+        self.log.progress.tokens += tokens
+        self.log.progress.positions += positions
         return tokens
 
     def note_evaluation(self, values: Metrics, *, save: Callable[[Path], None]) -> None:
@@ -120,12 +92,11 @@ class SlotRun:
         Raises:
             Diverged: A loss or the score is NaN or infinite.
         """
-        for row in self.log.flush(self.progress.tokens_per_s):
+        for row in self.log.flush():
             metrics = {f"train/{name}": row[name] for name in ("loss", "lr", "tokens_per_s")}
-            metrics["train/padding_fraction"] = self.progress.padding_fraction
+            metrics["train/padding_fraction"] = self.log.progress.padding_fraction
             for logger in self.loggers:
                 logger.log_metrics(metrics, step=row["step"])
-        self.progress.write_to(self.record)
         self.log.write_evaluation(self.step, values, save=save)
         for logger in self.loggers:
             logger.log_metrics({f"validation/{name}": value for name, value in values.items()}, step=self.step)
@@ -133,7 +104,7 @@ class SlotRun:
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Writes a checkpoint from which the run can resume in any pack. Earlier checkpoints are kept."""
-        content = {**state, "progress": self.progress.state(), "stream": self.stream.get_state()}
+        content = {**state, "progress": dict(vars(self.log.progress)), "stream": self.stream.get_state()}
         save_checkpoint(self.folder, kind="slot", step=self.step, save=lambda path: torch.save(content, path))
         self.saved_step = self.step
 
@@ -149,7 +120,6 @@ class SlotRun:
         The checkpoints are kept until the pack's next commit. A pack that is killed before this commit resumes from the
         commit before it, and needs the run's checkpoint again.
         """
-        self.progress.write_to(self.record)
         self.log.close(status, reason, wall_s=self.wall_s)
         for logger in self.loggers:
             logger.finalize("failed" if status == "failed" else "success")
@@ -168,10 +138,13 @@ class SlotOptimizer:
 
     def __init__(self, model: nn.Module, config: RunConfig) -> None:
         groups = METHODS["lora"].trainable_groups(model, lr_ratio_b=config.optim.lr_ratio_b)
-        flat = [
-            ParameterGroup(name=group.name, params=tuple(_flatten_group(group)), lr_factor=group.lr_factor)
-            for group in groups
-        ]
+        flat = []
+        for group in groups:
+            matrices, vectors = [p for p in group.params if p.ndim >= 2], [p for p in group.params if p.ndim < 2]
+            # `build_optimizer` lets matrices decay, but no vectors, so the matrices keep two dimensions
+            shapes = (matrices, (1, -1)), (vectors, (-1,))
+            params = [flatten_parameters(parameters, shape=shape) for parameters, shape in shapes if parameters]
+            flat.append(ParameterGroup(name=group.name, params=tuple(params), lr_factor=group.lr_factor))
         self.parameters = [parameter for group in flat for parameter in group.params]
         self.optimizer = build_optimizer(config.optim, flat)
         self.schedule = build_schedule(config, self.optimizer)
@@ -195,14 +168,6 @@ class SlotOptimizer:
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-
-
-def _flatten_group(group: ParameterGroup) -> list[nn.Parameter]:
-    """Returns at most two parameters: all matrices of the group as one row, and all vectors as one vector."""
-    matrices, vectors = [p for p in group.params if p.ndim >= 2], [p for p in group.params if p.ndim < 2]
-    # `build_optimizer` lets matrices decay, but no vectors, so the matrices keep two dimensions
-    shapes = (matrices, (1, -1)), (vectors, (-1,))
-    return [flatten_parameters(parameters, shape=shape) for parameters, shape in shapes if parameters]
 
 
 def flatten_parameters(parameters: Sequence[nn.Parameter], *, shape: tuple[int, ...]) -> nn.Parameter:

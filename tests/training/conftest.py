@@ -1,0 +1,20 @@
+"""Runs on a small random Llama, which trains faster than the embedded model."""
+
+import pytest
+
+from lorasweep.training.inputs import build_inputs
+
+
+@pytest.fixture(scope="session")
+def make_config(make_config, quantisable_model):
+    def make(settings=None, /):
+        given = settings or {}
+        small = {} if "model" in given else {"model": "causal_lm", "model.path": str(quantisable_model)}
+        return make_config({**small, **given})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def inputs(make_config):
+    return build_inputs(make_config())
