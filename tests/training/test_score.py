@@ -74,15 +74,18 @@ def test_an_unchanged_base_is_scored_once_for_all_seeds(make_config, inputs, tmp
     assert read("a-2", {"method": "head"}) is None
 
 
-def test_the_scores_are_those_of_the_best_weights_and_not_of_the_last(trained, inputs, make_config):
-    folder = trained({"optim.lr": 0.5, "trainer.eval_every_steps": 1})  # so high that the first steps are the best
+def test_the_scores_are_those_of_the_best_weights_and_not_of_the_last(make_config, tmp_path):
+    # so high that the first steps of a trained model are the best
+    config = make_config({"model": "tiny", "optim.lr": 0.5, "trainer.eval_every_steps": 1})
+    inputs, folder = build_inputs(config), tmp_path
+    train_run(config, RunFolder(path=folder), inputs=inputs)
     record = read_run(folder)
     assert record.best["step"] < record.last["step"]
     scored = score_run(folder, inputs=inputs)
     losses = {}
     blocks = inputs.splits.test().tokens
     for which in ("best", "last"):
-        model = restore_model(make_config(), inputs.base, folder=folder / which)
+        model = restore_model(config, inputs.base, folder=folder / which)
         with torch.no_grad():
             logits = model(input_ids=blocks[:, :-1]).logits
         losses[which] = torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten()).item()

@@ -239,8 +239,9 @@ class LightningRun(lightning.Callback):
         if isinstance(inputs.splits, OwnSplits):
             module = build_module(config)
             replace_parameters(module, dict(zip(module.parameters(), inputs.base.model.parameters(), strict=True)))
-            prepare_model(config, replace(inputs.base, model=module))
-            self.module = OwnModuleRun(config, inputs.base, module=module)
+            prepared = prepare_model(config, replace(inputs.base, model=module))
+            assert isinstance(prepared, lightning.LightningModule)
+            module, self.module = prepared, OwnModuleRun(config, inputs.base, module=prepared)
             data = inputs.splits.seed_loaders(config.seeds.data_order)
             callbacks.append(self.module)  # before this object, which reads its values
         else:
