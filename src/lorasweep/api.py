@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from lorasweep.config.command_line import parse_overrides
-from lorasweep.config.compose import compose_run, layer_settings
+from lorasweep.config.compose import compose_run, merge_layers
 from lorasweep.config.data import ScoreMetric
 from lorasweep.config.run import RunConfig
 from lorasweep.console import EscapingConsole, say
@@ -150,7 +150,7 @@ def train_run(
         RunError: The run diverged or does not fit in memory. Its record has the reason.
     """
     settings, origin = read_recommended(Path(from_sweep)) if from_sweep is not None else ({}, {})
-    config = compose_run(layer_settings(settings, parse_overrides(overrides)))
+    config = compose_run(merge_layers(settings, parse_overrides(overrides)))
     path = None if output is None else str(output)
     return load_run(train_config(config, output=path, resume=resume, origin=origin).folder)
 

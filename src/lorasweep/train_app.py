@@ -12,19 +12,20 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import env_override
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from rich.text import Text
 
-from lorasweep.config.command_line import add_double_plus, describe_job, parse_overrides, separate_overrides
+from lorasweep.config.build import as_settings
+from lorasweep.config.command_line import add_double_plus, describe_job, parse_overrides
 from lorasweep.config.compose import (
-    add_search_path,
+    apply_settings,
     build_run,
-    compose_values,
-    describe_hydra_error,
-    layer_settings,
+    choose_options,
+    merge_layers,
+    one_line_errors,
     packaged_folder,
     refuse_secrets,
+    register_search_path,
 )
 from lorasweep.config.redaction import redact
 from lorasweep.config.run import RunConfig
@@ -43,13 +44,13 @@ class JobError(Exception):
 
 
 def run_train_app(arguments: argparse.Namespace, *, show_result: ShowResult, show_error: ShowError) -> int:
-    """Trains the run, or each job of a grid, or only shows settings. Returns the exit code.
+    """Trains the run, or each job of a grid, or only shows settings or examples. Returns the exit code.
 
     `show_result` prints a run's result, and `show_error` an error. Both return an exit code and get the overrides of a
     job of a grid, or an empty text for a single run. Launchers call them in other processes.
 
     Raises:
-        ConfigError: An argument is not an override, or a key or value is wrong.
+        ConfigError: An argument is not an override, or Hydra refuses one.
         RecordError: `--from` names no sweep with recommended settings.
     """
     settings: Mapping[str, Any] = {}
@@ -58,47 +59,48 @@ def run_train_app(arguments: argparse.Namespace, *, show_result: ShowResult, sho
         from lorasweep.report.recommend import read_recommended  # noqa: PLC0415 (slow to import)
 
         settings, origin = read_recommended(Path(arguments.source))
-    run_overrides, hydra_arguments, search_path = separate_overrides(arguments.overrides)
-    with add_search_path(search_path):
-        if arguments.cfg or arguments.show_examples is not None:
-            layers = layer_settings(settings, parse_overrides(run_overrides))
-            values = compose_values("train", layers, require_all=not arguments.cfg)
-            config = build_run(values)  # raises if a value is wrong
-            if not arguments.cfg:
-                return _show_examples(config, arguments.show_examples)
-            say(OmegaConf.to_yaml(OmegaConf.create(values)).removesuffix("\n"))
-            return 0
-        refuse_secrets(parse_overrides(run_overrides))  # because Hydra prints the overrides of a job that fails
-        is_grid, codes = arguments.multirun, [0]
+    typed = parse_overrides(arguments.overrides)
+    refuse_secrets(typed)  # because Hydra prints the overrides of a job that fails
+    options = choose_options("train", merge_layers(settings, typed))
+    words = [option for option in options if option.partition("=")[0] not in typed]
+    words += add_double_plus(arguments.overrides)
+    is_grid, codes = arguments.multirun, [0]
 
-        def train_job(_: Any) -> float | None:
-            job = redact(describe_job(HydraConfig.get().overrides.task, run_overrides)) if is_grid else ""
-            try:
-                result = _train(settings, origin=origin, is_grid=is_grid)
-                code, reason = show_result(result, job), result.record.reason
-            except (LoraSweepError, OSError) as error:
-                code, reason = show_error(error, job), str(error)
-            if code == INTERRUPTED_EXIT_CODE and is_grid:  # this ends the grid
-                raise KeyboardInterrupt
-            if code and is_grid:
-                raise JobError(code, reason, os.getpid())
-            codes.append(code)  # a single run raises nothing, because Hydra would print a line for the error
-            return None if code else result.record.score  # an optimizing sweeper reads it
-
+    def run_job(composed: DictConfig) -> float | None:
+        job = redact(describe_job(HydraConfig.get().overrides.task, words)) if is_grid else ""
+        code, reason, score = 0, "", None
         try:
-            _run_hydra(
-                [*(["--multirun"] if is_grid else []), *hydra_arguments, *add_double_plus(run_overrides)], train_job
-            )
-        except JobError as error:
-            code: int
-            code, reason, process = error.args
-            if process != os.getpid():  # the job's process printed the error, perhaps into a file
-                say_error(f"a job failed: {reason}")
-            return code
-        return max(codes)
+            layers = merge_layers(settings, parse_overrides(HydraConfig.get().overrides.task))
+            values = apply_settings("train", composed, layers, require_all=not arguments.cfg)
+            config = build_run(values)
+            if arguments.cfg:
+                say(OmegaConf.to_yaml(OmegaConf.create(as_settings(config))).removesuffix("\n"))
+            elif arguments.show_examples is not None:
+                _show_examples(config, arguments.show_examples)
+            else:
+                result = _train(config, values, origin=origin, is_grid=is_grid)
+                code, reason, score = show_result(result, job), result.record.reason or "", result.record.score
+        except (LoraSweepError, OSError) as error:
+            code, reason = show_error(error, job), str(error)
+        if code == INTERRUPTED_EXIT_CODE and is_grid:  # this ends the grid
+            raise KeyboardInterrupt
+        if code and is_grid:
+            raise JobError(code, reason, os.getpid())
+        codes.append(code)  # a single run raises nothing, because Hydra would print a line for the error
+        return None if code else score  # an optimizing sweeper reads it
+
+    try:
+        _run_hydra([*(["--multirun"] if is_grid else []), *words], run_job)
+    except JobError as error:
+        code: int
+        code, reason, process = error.args
+        if process != os.getpid():  # the job's process printed the error, perhaps into a file
+            say_error(f"a job failed: {reason}")
+        return code
+    return max(codes)
 
 
-def _show_examples(config: RunConfig, number: int) -> int:
+def _show_examples(config: RunConfig, number: int) -> None:
     """Prints the first training examples. What is scored is green on a terminal, elsewhere between brackets."""
     with quick_imports():
         from lorasweep.data.build_splits import build_splits  # noqa: PLC0415 (torch is slow to import)
@@ -121,40 +123,30 @@ def _show_examples(config: RunConfig, number: int) -> int:
         for text, is_scored in list_passages(splits.train, index, tokenizer=tokenizer):
             shown.append(f"{before}{text}{after}" if is_scored else text, "bold green" if is_scored else "")
         console.print(shown)
-    return 0
 
 
-def _run_hydra(words: Sequence[str], task: Callable[[Any], float | None]) -> None:
+def _run_hydra(words: Sequence[str], task: Callable[[DictConfig], float | None]) -> None:
     """Calls Hydra's main function with a command line. Raises ConfigError if Hydra refuses a setting."""
     argv = sys.argv
 
-    def task_with_argv(composed: Any) -> float | None:
+    def task_with_argv(composed: DictConfig) -> float | None:
         sys.argv = argv  # Lightning starts other processes with this command line
         return task(composed)
 
+    register_search_path()
     app = hydra.main(version_base="1.3", config_path=str(packaged_folder("conf").resolve()), config_name="train")
     sys.argv = ["lorasweep train", *words]
     try:
-        with env_override({"HYDRA_FULL_ERROR": "1"}):  # Hydra raises errors instead of printing them
+        with one_line_errors(), env_override({"HYDRA_FULL_ERROR": "1"}):  # Hydra raises errors instead of printing them
             app(task_with_argv)()
-    except HydraException as error:
-        raise ConfigError(describe_hydra_error(error)) from error
     finally:
         sys.argv = argv
 
 
-def _train(source_settings: Mapping[str, Any], *, origin: Mapping[str, Any], is_grid: bool) -> RunResult:
-    """Trains one run. The settings are our own composition of Hydra's overrides.
-
-    Hydra's composition does not know the settings of `--from`, and keeps the arguments of the default option if
-    `_target_` names another class.
-    """
+def _train(config: RunConfig, values: Mapping[str, Any], *, origin: Mapping[str, Any], is_grid: bool) -> RunResult:
     with quick_imports():
         from lorasweep import api  # noqa: PLC0415 (torch and Lightning are slow to import; `--help` needs neither)
 
-    settings = layer_settings(source_settings, parse_overrides(HydraConfig.get().overrides.task))
-    values = compose_values("train", settings)
-    config = build_run(values)
     if is_grid and config.trainer.needs_process_group:
         raise ConfigError(
             "`trainer.devices` must be 1 and `trainer.strategy` auto with `-m`, but got "

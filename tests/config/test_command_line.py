@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorasweep.config.command_line import complete_override, parse_overrides, separate_overrides
+from lorasweep.config.command_line import complete_override, parse_overrides
 from lorasweep.errors import ConfigError
 
 
@@ -44,7 +44,6 @@ def test_hydras_words_become_values_and_ranges(override, key, value):
         ("method.rank=[1", "an override must read `key=value`, but got"),
         ("method.targets=.*(q|v)", r"""got 'method.targets=.*\(q\|v\)'. .* shell: 'method.targets="\.\*\(q\|v\)"'."""),
         ("data.text=#1 String", r"""got 'data.text=#1 String'. .* shell: 'data.text="#1 String"'."""),
-        ("++method=full", r"`method` must be chosen without a plus, but got '\+\+method=full'."),
         ("method.rank=range(4,4)", "`method.rank` .* not empty"),
         ("method=glob(*)", r"`method` must be a value, a list or a range, but got 'method=glob\(\*\)'."),
     ],
@@ -52,14 +51,6 @@ def test_hydras_words_become_values_and_ranges(override, key, value):
 def test_what_is_no_override_is_refused(override, message):
     with pytest.raises(ConfigError, match=message):
         parse_overrides([override])
-
-
-def test_hydras_own_settings_are_kept_from_the_run():
-    words = ["hydra/launcher=joblib", "method.rank=4", "hydra.searchpath=[pkg://a,/b]", "+hydra.verbose=true"]
-    run, hydra, search_path = separate_overrides(words)
-    assert run == ["method.rank=4"]
-    assert hydra == ["hydra/launcher=joblib", "+hydra.verbose=true"]
-    assert search_path == ["pkg://a", "/b"]
 
 
 @pytest.mark.parametrize(

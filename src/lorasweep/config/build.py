@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from typing import Annotated, Any, TypeVar
@@ -68,6 +68,14 @@ class Settings:
         return values
 
 
+class UnknownSettingError(ConfigError):
+    """A key is no field of its settings."""
+
+    def __init__(self, message: str, *, key: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
 def get_union_tag(value: Any) -> str:
     """Returns the tag of a value in a union of our own settings and a component: `component` or `settings`."""
     names_class = TARGET in value if isinstance(value, Mapping) else hasattr(value, "target")
@@ -92,7 +100,7 @@ def convert(kind: Any, value: Any, *, key: str) -> Any:
     try:
         return _adapter(kind).validate_python(value)
     except ValidationError as error:
-        raise ConfigError(describe_errors(error.errors(include_url=False), value, key=key)) from error
+        raise _make_error(error.errors(include_url=False), value, key=key) from error
 
 
 def as_settings(value: Any) -> Any:
@@ -109,24 +117,36 @@ def as_settings(value: Any) -> Any:
     return value
 
 
-def describe_errors(errors: Sequence[ErrorDetails], values: Any, *, key: str) -> str:
+def dotted_items(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the dotted keys and values of nested mappings. Inner mappings are values too: `optim`, then `optim.lr`."""
+    for name, value in values.items():
+        yield f"{prefix}{name}", value
+        if isinstance(value, Mapping):
+            yield from dotted_items(value, f"{prefix}{name}.")
+
+
+def _make_error(errors: Sequence[ErrorDetails], values: Any, *, key: str) -> ConfigError:
     """Returns one sentence for the first of pydantic's errors: the dotted key, what must hold, and the value."""
     key = ".".join(filter(None, (key, *_find_names(errors[0], values))))
+    if errors[0]["type"] == "unknown_key":
+        context = errors[0]["ctx"]
+        unknown, place = (f"{key}.{context['name']}", f"of `{key}` ") if key else (context["name"], "")
+        near = suggest_nearest(context["name"], context["names"])
+        listed = ", ".join(context["names"])
+        return UnknownSettingError(
+            f"`{unknown}` is not a setting.{near} The settings {place}are {listed}.", key=unknown
+        )
     sentence = _describe(errors[0], key)
     # A union such as `int | Literal["auto"]` has an error for each member.
     words = [error["ctx"]["expected"] for error in errors[1:] if error["type"] == "literal_error"]
-    return f"{sentence} It may also be {words[0]}." if words and errors[0]["type"] != "literal_error" else sentence
+    is_union = words and errors[0]["type"] != "literal_error"
+    return ConfigError(f"{sentence} It may also be {words[0]}." if is_union else sentence)
 
 
 def _describe(error: ErrorDetails, key: str) -> str:
     kind, context, value = error["type"], error.get("ctx", {}), shorten(error["input"], MAX_VALUE_CHARACTERS)
     if isinstance(cause := context.get("error"), ConfigError):  # raised by a `__post_init__`; the message has the key
         return str(cause)
-    if kind == "unknown_key":
-        names = context["names"]
-        unknown, place = (f"{key}.{context['name']}", f"of `{key}` ") if key else (context["name"], "")
-        near = suggest_nearest(context["name"], names)
-        return f"`{unknown}` is not a setting.{near} The settings {place}are {', '.join(names)}."
     if kind == "missing":
         return f"`{key}` must be set, but is missing."
     if kind in COMPARISONS:

@@ -1,30 +1,31 @@
-"""Settings from `conf/` and overrides: Hydra composes them, `build` creates the frozen dataclasses.
+"""Settings from `conf/` and overrides: Hydra composes options, values are set on the result, and pydantic checks it.
 
-Files of `conf/` in the current folder replace files of the packaged `conf/`. Folders of `add_search_path` add options
+Files of `conf/` in the current folder replace files of the packaged `conf/`. Folders of `hydra.searchpath` add options
 and groups to both.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal, TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from lorasweep.config.build import TARGET, build
+from lorasweep.config.build import TARGET, UnknownSettingError, build, dotted_items
 from lorasweep.config.data import MetricComponent
 from lorasweep.config.redaction import redact
 from lorasweep.config.run import ModuleComponent, OptimSettings, RunConfig
@@ -32,6 +33,7 @@ from lorasweep.config.sweep import SweepConfig
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.wording import join_words, suggest_nearest
 
+T = TypeVar("T")
 Primary = Literal["train", "sweep"]
 """Name of a primary config (Hydra's term): the YAML file in `conf/` from which a composition starts."""
 PACKAGE_FOLDER = Path(__file__).parent.parent
@@ -42,11 +44,8 @@ COMPONENT_SETTINGS: Mapping[str, frozenset[str]] = {
     "module": frozenset(f.name for f in fields(ModuleComponent)) - {"target", "arguments"},
     "data.metric": frozenset(f.name for f in fields(MetricComponent)) - {"target", "arguments"},
     "data.answers.score": frozenset({"direction"}),
-    **dict.fromkeys(("datamodule", "schedule", "sampler", "trainer.strategy"), frozenset[str]()),
 }
-"""Settings that may name a class by `_target_`, each with the keys that lorasweep reads and the class does not get."""
-MAPPING_SETTINGS = ("method.rank_pattern", "method.alpha_pattern", "method.config", "worker.extra", "retain.data")
-"""Settings that are mappings with the user's own keys, such as names of layers."""
+"""Keys beside a `_target_` that lorasweep reads and the class does not get, for each component that has any."""
 LIST_SETTINGS = (
     *("data.columns", "data.labels", "method.exclude", "method.layers", "method.modules_to_save"),
     "module.new_modules",
@@ -80,38 +79,27 @@ def find_user_conf() -> Path | None:
 
 
 class SearchUserConf(SearchPathPlugin):
-    """Makes Hydra search `conf/` of the current folder before the packaged `conf/`, and other folders after it."""
-
-    folders: ClassVar[tuple[str, ...]] = ()
-    """Other folders (`file://...`) and packages (`pkg://...`) with options of groups."""
+    """Makes Hydra search `conf/` of the current folder before the packaged `conf/`."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         if folder := find_user_conf():
             search_path.prepend(provider="user", path=f"file://{folder}", anchor="main")
-        for path in self.folders:
-            search_path.append(provider="command line", path=path)
-
-
-@contextmanager
-def add_search_path(folders: Sequence[str]) -> Iterator[None]:
-    """Makes Hydra search more folders inside the `with` block. Raises ConfigError if one does not exist."""
-    SearchUserConf.folders = tuple(folders)
-    try:
-        with hydra_session():
-            for source in GlobalHydra.instance().config_loader().get_sources():
-                if not source.available():
-                    raise ConfigError(
-                        "`hydra.searchpath` must name folders that exist, or packages (`pkg://NAME`), but got "
-                        f"{source.full_path()!r}."
-                    )
-        yield
-    finally:
-        SearchUserConf.folders = ()
 
 
 @cache  # once per process
 def register_search_path() -> None:
     Plugins.instance().register(SearchUserConf)
+
+
+@contextmanager
+def hydra_session() -> Iterator[None]:
+    """Initialises Hydra on `conf/` for composing, unless it is initialised already."""
+    register_search_path()
+    if GlobalHydra.instance().is_initialized():
+        yield
+        return
+    with initialize_config_dir(str(packaged_folder("conf").resolve()), version_base="1.3"):
+        yield
 
 
 def choose_evaluation_interval(steps: Any) -> int:
@@ -145,16 +133,37 @@ def compose_run(settings: Mapping[str, Any], *, require_all: bool = True) -> Run
     return build_run(compose_values("train", settings, require_all=require_all))
 
 
+def compose_sweep(settings: Mapping[str, Any]) -> SweepConfig:
+    """Returns the settings that belong to a sweep and not to its runs; arguments and errors as in `compose_run`."""
+    return _build(SweepConfig, compose_values("sweep", settings))
+
+
 def build_run(values: Mapping[str, Any]) -> RunConfig:
     """Returns the settings of one run from the values that `compose_values` composed; errors as in `compose_run`."""
     values = {key: value for key, value in values.items() if key not in ("output", "resume")}
     refuse_secrets(values)
-    return build(RunConfig, values)
+    return _build(RunConfig, values)
 
 
-def compose_sweep(settings: Mapping[str, Any]) -> SweepConfig:
-    """Returns the settings that belong to a sweep and not to its runs; arguments and errors as in `compose_run`."""
-    return build(SweepConfig, compose_values("sweep", settings))
+def _build(kind: type[T], values: Mapping[str, Any]) -> T:
+    try:
+        return build(kind, values)
+    except UnknownSettingError as error:
+        known = [key for key, _ in dotted_items(values) if key != error.key]
+        raise ConfigError(
+            f"`{error.key}` is not a setting.{_find_setting(error.key) or suggest_nearest(error.key, known)} "
+            "`--help` lists the groups, `--cfg job` every key."
+        ) from error
+
+
+def _find_setting(key: str) -> str:
+    """Returns a sentence on the setting that PEFT's users mean by a key, or on the options that have the key."""
+    group, _, name = key.rpartition(".")
+    if group in ("", "method") and name in PEFT_ALIASES:
+        return f" PEFT's `{name}` is `{PEFT_ALIASES[name]}` here."
+    files = sorted((packaged_folder("conf") / group).glob("*.yaml")) if group else []
+    options = [f"`{group}={file.stem}`" for file in files if name in OmegaConf.load(file).keys()]  # noqa: SIM118 (`in` skips keys that are `???`)
+    return f" It is one of {join_words(options, last='and of')}." if options else ""
 
 
 def refuse_secrets(values: Mapping[str, Any]) -> None:
@@ -168,43 +177,61 @@ def refuse_secrets(values: Mapping[str, Any]) -> None:
             )
 
 
+def merge_layers(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings of several layers as one mapping, in which later layers win (file, arm, command line).
+
+    A layer that chooses another option or class drops what earlier layers set inside it: `sampler.startup_trials` of a
+    file is no setting of `sampler=qmc`. A value for any other key replaces all earlier values below the key.
+    """
+    merged: dict[str, Any] = {}
+    defaults = {**default_options("train"), **default_options("sweep")}
+    for layer in layers:
+        for key, value in layer.items():
+            is_choice, has_class = key in defaults or key.endswith(f".{TARGET}"), f"{key}.{TARGET}" in merged
+            if is_choice and value == merged.get(key, defaults.get(key)) and not has_class:
+                continue  # the same option or class
+            place = key.removesuffix(f".{TARGET}")
+            kept = COMPONENT_SETTINGS.get(place, frozenset()) if place != key else frozenset()
+            merged = {
+                name: old
+                for name, old in merged.items()
+                if not name.startswith(f"{place}.") or name.removeprefix(f"{place}.") in kept
+            }
+        merged |= layer
+    return merged
+
+
 def compose_values(primary: Primary, settings: Mapping[str, Any], *, require_all: bool = True) -> dict[str, Any]:
     """Returns a primary config with settings applied and interpolations resolved; see `compose_run`."""
+    return apply_settings(primary, compose_options(primary, settings), settings, require_all=require_all)
+
+
+def compose_options(primary: Primary, settings: Mapping[str, Any]) -> DictConfig:
+    """Returns a primary config with the options of groups that the settings choose, composed by Hydra.
+
+    Raises:
+        ConfigError: An option does not exist, or Hydra refuses an override that begins with `+` or `~`.
+    """
+    words = [*choose_options(primary, settings), *filter(is_hydra_override, settings)]
+    return copy.deepcopy(_compose(primary, tuple(words), find_user_conf()))
+
+
+@cache  # because Hydra is slow; the result depends on the user's `conf/` too
+def _compose(primary: Primary, words: tuple[str, ...], user_conf: Path | None) -> DictConfig:
+    with one_line_errors(), hydra_session():
+        return compose(primary, overrides=list(words))
+
+
+def choose_options(primary: Primary, settings: Mapping[str, Any]) -> list[str]:
+    """Returns the overrides that choose options of groups: `["logger=[tensorboard,csv]", "method=lora"]`."""
     if any(key.split(".")[0] == "module" for key in settings):  # a module replaces model and data
         settings = {"model": "module", "data": "module", **settings}
-    # Options of groups are composed first, because they decide which other keys exist.
-    groups = {key: _hashable(value) for key, value in settings.items() if key in default_options(primary)}
-    hydra_overrides = tuple(filter(is_hydra_override, settings))
-    settings = {key: value for key, value in settings.items() if key not in hydra_overrides}
-    search_path = (find_user_conf(), SearchUserConf.folders)
-    try:
-        # The composed settings are cached, so each call changes its own copy.
-        composed = copy.deepcopy(_compose_groups(primary, tuple(sorted(groups.items())), hydra_overrides, search_path))
-        _drop_replaced_arguments(composed, settings)
-        known = {key for key, _ in dotted_items(_as_dict(composed, resolve=False))}
-        known |= {*default_options(primary), *filter(is_component_target, settings)}
-        components = {key for key, value in settings.items() if isinstance(value, Mapping) and TARGET in value}
-        known |= {f"{key}.{TARGET}" for key in components}
-        for key, value in settings.items():
-            if key not in groups:
-                mapping = find_mapping(key)
-                _check_key(mapping or key, known, primary=primary)
-                if mapping:  # the rest of the key is one name, such as `mlp.up_proj`
-                    value = {**OmegaConf.select(composed, mapping), key.removeprefix(f"{mapping}."): value}
-                OmegaConf.update(composed, mapping or key, value, merge=False, force_add=True)
-        values = _as_dict(composed, resolve=True, throw_on_missing=require_all)
-    except MissingMandatoryValue as error:
-        raise ConfigError(f"`{error.full_key}` must be set, but is missing.") from error
-    except HydraException as error:
-        raise ConfigError(describe_hydra_error(error)) from error
-    except OmegaConfBaseException as error:
-        raise ConfigError(first_line(error)) from error
-    return values
-
-
-def describe_hydra_error(error: HydraException) -> str:
-    """Returns Hydra's whole message as one line, because its last lines name the options or say what to type."""
-    return " ".join(str(error).split("\nConfig search path")[0].split()).rstrip(".:") + "."
+    words = []
+    for group in sorted(default_options(primary) & settings.keys()):
+        option = settings[group]
+        several = isinstance(option, list | tuple) and group in LIST_GROUPS
+        words.append(f"{group}={json.dumps(option if several else str(option))}")
+    return words
 
 
 def is_hydra_override(key: str) -> bool:
@@ -212,102 +239,48 @@ def is_hydra_override(key: str) -> bool:
     return key.startswith(("+", "~"))
 
 
-def is_component_target(key: str) -> bool:
-    """Returns whether a key is the `_target_` of a component that is not nested in another component."""
-    outer, _, last = key.rpartition(".")
-    return last == TARGET and (
-        outer in COMPONENT_SETTINGS or (outer.count(".") == 1 and outer.split(".")[0] in LIST_GROUPS)
-    )
+def apply_settings(
+    primary: Primary, composed: DictConfig, settings: Mapping[str, Any], *, require_all: bool = True
+) -> dict[str, Any]:
+    """Sets values in a composed primary config, and returns all its values with interpolations resolved.
 
+    Unknown keys are added, because classes take any argument; the typed settings refuse all others. A `_target_`
+    replaces the arguments of the option's class.
 
-def find_mapping(key: str) -> str | None:
-    """Returns the mapping in which a key is an entry: `method.rank_pattern` for `method.rank_pattern.q_proj`."""
-    return next((mapping for mapping in MAPPING_SETTINGS if key.startswith(f"{mapping}.")), None)
-
-
-def _drop_replaced_arguments(composed: DictConfig, settings: Mapping[str, Any]) -> None:
-    """Removes the arguments of a group's option if the settings name another class by `_target_`."""
-    for key in filter(is_component_target, settings):
-        component = key.removesuffix(f".{TARGET}")
-        before = OmegaConf.select(composed, component)
-        if isinstance(before, DictConfig) and before.get(TARGET) != settings[key]:
-            kept = {name: before[name] for name in before if name in COMPONENT_SETTINGS.get(component, ())}
-            OmegaConf.update(composed, component, kept, merge=False)
-
-
-@cache  # because Hydra is slow; the result depends on the search path too
-def _compose_groups(
-    primary: Primary, groups: tuple[tuple[str, Any], ...], hydra_overrides: tuple[str, ...], search_path: Any
-) -> DictConfig:
-    with hydra_session():
-        overrides = list(hydra_overrides)
-        for group, value in groups:
-            several = isinstance(value, tuple) and group in LIST_GROUPS
-            for option in value if several else (value,):
-                _check_option(group, str(list(option) if isinstance(option, tuple) else option))
-            overrides.append(f"{group}=[{','.join(value)}]" if several else f"{group}={value}")
-        composed = compose(primary, overrides=overrides)
-    for group in LIST_GROUPS:
-        if group in default_options(primary) and group not in composed:  # removed by `~logger`
-            OmegaConf.update(composed, group, {}, force_add=True)
-    return composed
-
-
-def layer_settings(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns settings of several layers as one mapping, in which later layers win (file, arm, command line).
-
-    A layer that chooses another option or class for a group drops what earlier layers set inside the group:
-    `sampler.startup_trials` of a file is no setting of `sampler=qmc`. A value for a key replaces all earlier values
-    below the key.
+    Raises:
+        ConfigError: A value is missing that must be set, or an interpolation can't be resolved.
     """
-    layered: dict[str, Any] = {}
-    defaults = {**default_options("train"), **default_options("sweep")}
-    for layer in layers:
-        for key, value in layer.items():
-            group, _, last = key.rpartition(".")
-            kept: Collection[str] = ()
-            if key in defaults:
-                if value == layered.get(key, defaults[key]) and f"{key}.{TARGET}" not in layered:
-                    continue
-                replaced = f"{key}."
-            elif last == TARGET and group in defaults:
-                if value == layered.get(key):
-                    continue
-                # another class keeps the keys that lorasweep itself reads
-                replaced, kept = f"{group}.", {f"{group}.{name}" for name in COMPONENT_SETTINGS.get(group, ())}
-            else:
-                replaced = f"{key}."
-            layered = {k: v for k, v in layered.items() if not k.startswith(replaced) or k in kept}
-        layered |= layer
-    return layered
+    settings = {k: v for k, v in settings.items() if k not in default_options(primary) and not is_hydra_override(k)}
+    with one_line_errors():
+        for key in settings:
+            place = key.removesuffix(f".{TARGET}")
+            if place != key and isinstance(component := OmegaConf.select(composed, place), DictConfig):
+                kept = {name: component[name] for name in component if name in COMPONENT_SETTINGS.get(place, ())}
+                OmegaConf.update(composed, place, kept, merge=False)
+        for key, value in settings.items():
+            OmegaConf.update(composed, key, value, merge=False, force_add=True)
+        values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=require_all)
+    return values  # type: ignore[no-any-return]
 
 
-def _hashable(option: Any) -> Any:
-    """Returns the option of a group, or several options as a tuple, for the cache."""
-    if isinstance(option, list | tuple):
-        return tuple(map(str, option))
-    return option if isinstance(option, str) else repr(option)
-
-
-def known_keys(settings: Mapping[str, Any], *, primary: Primary = "train") -> set[str]:
-    """Returns every dotted key that exists with the options of groups in `settings`."""
-    return {key for key, _ in dotted_items(compose_values(primary, settings, require_all=False))}
-
-
-def _check_key(key: str, known: set[str], *, primary: Primary) -> None:
-    names = key.split(".")
-    outer = (".".join(names[:depth]) for depth in range(1, len(names)))
-    if key not in known and not any(f"{one}.{TARGET}" in known for one in outer):
-        alias = PEFT_ALIASES.get(names[-1]) if len(names) == 1 or names[:-1] == ["method"] else None
-        hint = f" PEFT's `{names[-1]}` is `{alias}` here." if alias else suggest_nearest(key, sorted(known))
-        if not alias and len(names) > 1 and ".".join(names[:2]) not in known:
-            files = sorted((packaged_folder("conf") / names[0]).glob("*.yaml"))
-            options = [f"`{names[0]}={file.stem}`" for file in files if names[1] in OmegaConf.load(file)]
-            hint = f" It is one of {join_words(options, last='and of')}." if options else hint
-        raise ConfigError(
-            f"`{key}` is not a setting.{hint} "
-            f"`lorasweep {primary} --help` lists the groups, `lorasweep train --cfg job` every key."
-        )
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Raises errors of Hydra and OmegaConf as ConfigError, whose message is one line."""
+    try:
+        yield
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"`{error.full_key}` must be set, but is missing.") from error
+    except MissingConfigException as error:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        # Hydra names no options if one of several is wrong, as in `logger=[csv,wand]`
+        options = error.options or [path.stem for path in sorted((packaged_folder("conf") / group).glob("*.yaml"))]
+        near = suggest_nearest(option, options)
+        raise ConfigError(f"`{group}` must be one of {', '.join(options)}, but got {option!r}.{near}") from error
+    except HydraException as error:  # its last lines name the options or say what to type
+        message = " ".join(str(error).split("\nConfig search path")[0].split())
+        raise ConfigError(f"{message.rstrip('.:')}.") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(first_line(error)) from error
 
 
 @cache
@@ -316,46 +289,3 @@ def default_options(primary: Primary) -> Mapping[str, str]:
     defaults = OmegaConf.load(packaged_folder("conf") / f"{primary}.yaml").defaults
     pairs = [next(iter(entry.items())) for entry in defaults if entry != "_self_"]
     return {group: option for group, option in pairs if not group.startswith("override ")}
-
-
-def group_options(group: str) -> list[str]:
-    """Returns the options of a group, the user's included. Needs a `hydra_session`."""
-    return sorted(GlobalHydra.instance().config_loader().get_group_options(group))
-
-
-def list_groups_without_default() -> list[str]:
-    """Returns the groups of `lorasweep train` without a default, such as `experiment`. Needs a `hydra_session`."""
-    with_default = {*default_options("train"), *default_options("sweep"), "hydra"}
-    return sorted(set(GlobalHydra.instance().config_loader().list_groups("")) - with_default)
-
-
-@contextmanager
-def hydra_session() -> Iterator[None]:
-    """Initialises Hydra on `conf/` for composing, unless it is initialised already."""
-    register_search_path()
-    if GlobalHydra.instance().is_initialized():
-        yield
-        return
-    with initialize_config_dir(str(packaged_folder("conf").resolve()), version_base="1.3"):
-        yield
-
-
-def _check_option(group: str, option: str) -> None:
-    options = group_options(group)
-    if option not in options:
-        raise ConfigError(
-            f"`{group}` must be one of {', '.join(options)}, but got {option!r}.{suggest_nearest(option, options)}"
-        )
-
-
-def dotted_items(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the dotted keys and values of nested mappings. Inner mappings are values too: `optim`, then `optim.lr`."""
-    for name, value in values.items():
-        yield f"{prefix}{name}", value
-        if isinstance(value, Mapping):
-            yield from dotted_items(value, f"{prefix}{name}.")
-
-
-def _as_dict(composed: DictConfig, *, resolve: bool, throw_on_missing: bool = False) -> dict[str, Any]:
-    container: Any = OmegaConf.to_container(composed, resolve=resolve, throw_on_missing=throw_on_missing)
-    return container  # type: ignore[no-any-return]

@@ -10,10 +10,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import field
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from lorasweep.config.build import Fraction, NonNegative, NonNegativeFloat, Positive, Rank, Settings, build
+from lorasweep.config.build import (
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    Rank,
+    Settings,
+    build,
+    dotted_items,
+)
 from lorasweep.errors import ConfigError
 from lorasweep.wording import join_words
 
@@ -51,6 +60,16 @@ class MethodSettings(Settings):
     """Whether a run is the base model as it is: it does no step, and its score is that of every seed."""
 
 
+def _join_names(pattern: Any) -> Any:
+    """Returns nested names of layers as dotted names: `method.rank_pattern.mlp.up_proj=4` is typed without quotes."""
+    if not isinstance(pattern, Mapping):
+        return pattern
+    return {name: value for name, value in dotted_items(pattern) if not isinstance(value, Mapping)}
+
+
+JOIN_NAMES = BeforeValidator(_join_names)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig(MethodSettings):
     """Settings of low-rank adaptation (Hu et al. 2021, arXiv 2106.09685): h = W0 x + scaling · B A x.
@@ -76,9 +95,9 @@ class LoraConfig(MethodSettings):
     zero; `orthogonal`: both random, B A = 0, rank even; `pissa`: the principal part of W0 (arXiv 2404.02948)."""
     variant: Variant = "lora"
     """`dora` also trains the length of each row of the weight (arXiv 2402.09353)."""
-    rank_pattern: Mapping[str, Rank] = field(default_factory=dict, hash=False)
+    rank_pattern: Annotated[Mapping[str, Rank], JOIN_NAMES] = field(default_factory=dict, hash=False)
     """Rank of the layers that a pattern matches, instead of `rank`; the first pattern that matches counts."""
-    alpha_pattern: Mapping[str, NonNegativeFloat] = field(default_factory=dict, hash=False)
+    alpha_pattern: Annotated[Mapping[str, NonNegativeFloat], JOIN_NAMES] = field(default_factory=dict, hash=False)
     """Strength of the layers that a pattern matches, instead of `alpha`; the first pattern that matches counts."""
     exclude: tuple[str, ...] = ()
     """Patterns of layers that get no update although `targets` match them."""

@@ -282,9 +282,9 @@ class RunConfig(Settings):
     ]
     """A `Component` is any scheduler of torch; its trials run alone."""
     trainer: TrainerConfig
-    logger: Mapping[str, Component] = field(hash=False)
+    logger: Mapping[str, Component] = field(hash=False, default_factory=dict)
     """Lightning loggers by name. They get every metric that `steps.jsonl` has."""
-    callbacks: Mapping[str, Component] = field(hash=False)
+    callbacks: Mapping[str, Component] = field(hash=False, default_factory=dict)
     """Lightning callbacks by name. Trials with callbacks run alone."""
     seed: Seed
     """Default of every seed in `seeds`."""

@@ -21,7 +21,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from lorasweep.config.compose import dotted_items
+from lorasweep.config.build import dotted_items
 from lorasweep.config.data import ChatConfig
 from lorasweep.config.method import PeftConfig
 from lorasweep.config.run import ModelConfig, RunConfig

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from lorasweep.config.compose import dotted_items
+from lorasweep.config.build import dotted_items
 from lorasweep.config.redaction import HIDDEN
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError, Diverged, RecordError

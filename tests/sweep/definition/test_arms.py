@@ -3,6 +3,9 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import settings as limits
+from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from lorasweep.config.compose import compose_run, compose_sweep
@@ -60,6 +63,34 @@ def test_an_override_reaches_every_arm_that_has_the_key_and_one_of_an_arm_beats_
 )
 def test_a_range_in_hydras_words_replaces_or_adds_one(read, content, override, key, expected):
     assert arms_of(read(content, override))["lora"].space[key] == expected
+
+
+SCHEDULES = ("linear", "cosine", "constant")
+LAYER = st.fixed_dictionaries(
+    {},
+    optional={
+        "optim.lr": st.floats(1e-5, 1.0),
+        "seeds.init": st.integers(0, 9),
+        "method.targets": st.sampled_from(["all-linear", ["q_proj"], ["q_proj", "v_proj"]]),
+        "schedule": st.sampled_from(SCHEDULES),
+        "schedule.warmup_fraction": st.sampled_from([0.2, 0.3]),
+    },
+)
+
+
+@limits(max_examples=30, deadline=None, derandomize=True, database=None)
+@given(layers=st.tuples(LAYER, LAYER, LAYER, LAYER))
+def test_the_last_layer_that_sets_a_key_wins_unless_a_later_one_chooses_another_option(layers):
+    of_file, of_arm, typed, typed_for_arm = layers
+    content = {"settings": of_file, "arms": {"a": {"settings": {**of_arm, "method": "lora"}}}}
+    words = typed | {f"arms.a.{key}": value for key, value in typed_for_arm.items()}
+    expected = {"schedule": "linear"}
+    for layer in layers:
+        if layer.get("schedule", expected["schedule"]) != expected["schedule"]:
+            expected.pop("schedule.warmup_fraction", None)
+        expected |= layer
+    arm = read_definition(content, words).find_arm("a")
+    assert arm.compose({}) == compose_run({**expected, "trainer.progress": False})
 
 
 def test_an_arms_own_sweep_settings_beat_the_files_and_the_command_line_beats_both(read, content):

@@ -34,12 +34,12 @@ def change(content, path, value):
         (["arms", "lora", "trials"], "six", "`arms.lora.trials` must be a whole number, but got 'six'."),
         (["arms", "frozen", "trials"], 2, "`arms.frozen.trials` must be 1 .*, but got 2. Add a `space`."),
         (["settings", "optim.lrr"], 1, r"arm `frozen`: `optim.lrr` is not a setting. Did you mean `optim.lr`\?"),
-        (["arms", "lora", "settings", "method"], "lorra", r"`method` must be one of .*. Did you mean `lora`\?"),
+        (["arms", "lora", "settings", "method"], "lorra", r"`method` .*, but got 'lorra'. Did you mean `lora`\?"),
         (["arms", "lora", "space", "method.rnk"], [1], "`method.rnk` is not a setting. Did you mean `method.rank`"),
         (["arms", "lora", "space", "method.rank"], [4, 0], "arm `lora`: `method.rank >= 1` must hold, but got 0."),
         (["arms", "lora", "space", "optim.lr"], {"low": 0.1, "high": 0.01}, "arm `lora`: .*`optim.lr`.*`low <= high`"),
         (["arms", "lora", "space", "optim.beta1"], {"low": 0.5, "high": 1.5}, "arm `lora`: .*optim.beta1.*got 1.5."),
-        (["settings", "sampler"], "tpee", r"`sampler` must be one of .*, but got 'tpee'. Did you mean `tpe`\?"),
+        (["settings", "sampler"], "tpee", r"`sampler` .*, but got 'tpee'. Did you mean `tpe`\?"),
     ],
 )
 def test_a_file_that_is_wrong_is_refused_by_name(read, content, path, value, message):

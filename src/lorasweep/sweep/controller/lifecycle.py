@@ -13,8 +13,7 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from lorasweep.config.build import as_settings
-from lorasweep.config.compose import dotted_items
+from lorasweep.config.build import as_settings, dotted_items
 from lorasweep.config.data import ScoreMetric
 from lorasweep.disk import remove_leftovers, take_lock
 from lorasweep.errors import ConfigError, RecordError

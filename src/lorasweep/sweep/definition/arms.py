@@ -6,10 +6,11 @@ import glob
 import math
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from lorasweep.config.command_line import parse_overrides
 from lorasweep.config.compose import (
     LIST_GROUPS,
     LIST_SETTINGS,
+    build_run,
+    compose_options,
     compose_run,
     compose_sweep,
     compose_values,
-    default_options,
     is_hydra_override,
-    layer_settings,
+    merge_layers,
 )
 from lorasweep.config.data import DataConfig
 from lorasweep.config.run import METHODS_ON_QUANTISED_BASE, RunConfig
@@ -34,7 +36,6 @@ from lorasweep.config.sweep import SweepConfig
 from lorasweep.errors import ConfigError
 from lorasweep.record import Subject, is_number
 from lorasweep.sweep.definition.sweep_file import (
-    ArmConfig,
     Space,
     SweepFile,
     describe_space,
@@ -157,15 +158,17 @@ def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Defini
         )
     content, overrides = _change_arms(raw["file"], raw["overrides"])
     file = parse_file(content)
-    for_sweep, for_runs = _select(overrides, of_sweep=True), _select(overrides)
-    sweep_config = compose_sweep(_select(layer_settings(file.settings, for_sweep), of_sweep=True))
-    chosen = {name: _choose_overrides(name, arm_config, file, for_runs) for name, arm_config in file.arms.items()}
-    arms = [_build_arm(name, file.arms[name], file, {**for_sweep, **keys}) for name, keys in chosen.items()]
+    for_all = {key: value for key, value in overrides.items() if not key.startswith("arms.")}
+    sweep_config = compose_sweep(_select(merge_layers(file.settings, for_all), of_sweep=True))
+    own = {name: _strip(name, overrides) for name in file.arms}
+    chosen = {name: _choose_overrides(name, file, for_all, own[name]) for name in file.arms}
+    arms = [_build_arm(name, file, chosen[name], own[name]) for name in file.arms]
     # A wrong value at one end of a range raises here, because all corners are composed.
     known = {f"method.{f.name}" for arm in arms for corner in arm.corner_configs for f in fields(corner.method)}
-    if unused := [key for key in for_runs if not any(key in keys for keys in chosen.values())]:
+    used = {*chain(*chosen.values()), *(f"arms.{name}.{key}" for name in own for key in own[name])}
+    if unused := [key for key in overrides if key not in used]:
         raise ConfigError(
-            f"`{unused[0]}` must be a setting of at least one arm ({', '.join(chosen)}), but is not."
+            f"`{unused[0]}` must be a setting of at least one arm ({', '.join(own)}), but is not."
             f"{suggest_nearest(unused[0], known)} Write `arms.ARM.KEY=VALUE` for one arm only."
         )
     _check_subjects(arms)
@@ -261,49 +264,50 @@ def make_paths_absolute(value: Any, key: str = "") -> Any:
     return os.path.abspath(value) if is_path and any(glob.iglob(value, recursive=True)) else value
 
 
-def _choose_overrides(name: str, config: ArmConfig, file: SweepFile, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the overrides of runs that apply to one arm. Overrides with the arm's name come last.
+def _choose_overrides(name: str, file: SweepFile, for_all: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the overrides for all arms that apply to one arm, whose `own` overrides decide its method too.
 
-    An override without an arm's name does not apply if the arm's method lacks the setting, or if it is a range and the
-    arm searches nothing.
+    An override does not apply if the arm's method lacks the setting, or if it is a range and the arm searches nothing.
     """
-    own = {key: value for key, value in overrides.items() if key.startswith(f"arms.{name}.")}
-    for_all = {key: value for key, value in overrides.items() if not key.startswith("arms.")}
-    layers = [file.settings, config.settings, _without_ranges(for_all), _without_ranges(_strip(name, own))]
-    options = {key: value for key, value in layer_settings(*layers).items() if key in default_options("train")}
+    config = file.arms[name]
+    layers = [file.settings, config.settings, _without_ranges(for_all), _without_ranges(own)]
     with name_in_errors(f"arm `{name}`"):
-        method = compose_values("train", options, require_all=False)["method"]
-    chosen = {
+        method = compose_options("train", merge_layers(*layers))["method"]
+    return {
         key: value
         for key, value in for_all.items()
         if (not key.startswith("method.") or key.split(".")[1] in method) and (config.space or not is_range(key, value))
     }
-    return chosen | own
 
 
-def _build_arm(name: str, config: ArmConfig, file: SweepFile, overrides: Mapping[str, Any]) -> Arm:
-    """Returns one arm, composed and checked, with the overrides that apply to it."""
+def _build_arm(name: str, file: SweepFile, for_all: Mapping[str, Any], own: Mapping[str, Any]) -> Arm:
+    """Returns one arm, composed and checked, with the overrides for all arms that apply to it, and its own."""
+    config, own = file.arms[name], dict(own)
     require_folder_name("an arm's name", name)
     if name.endswith(CONFIRM_ENDING):
         raise ConfigError(f"an arm's name must not end in `{CONFIRM_ENDING}`, but got {name!r}. Rename the arm.")
     with name_in_errors(f"arm `{name}`"):
-        typed = [{k: v for k, v in overrides.items() if not k.startswith("arms.")}, _strip(name, overrides)]
-        confirm_each = typed[1].pop("confirm_each", config.confirm_each)
-        has_own_trials = "trials" in typed[1]
+        confirm_each = own.pop("confirm_each", config.confirm_each)
+        has_own_trials = "trials" in own
         if has_own_trials:
-            typed[1]["sweep.trials"] = typed[1].pop("trials")
+            own["sweep.trials"] = own.pop("trials")
         # Later settings win: sweep file, its arm, then the command line.
-        settings = layer_settings(file.settings, config.settings, *map(_without_ranges, typed))
+        settings = merge_layers(file.settings, config.settings, _without_ranges(for_all), _without_ranges(own))
         if given := [key for key in ("output", "resume") if key in settings]:
             raise ConfigError(
                 f"`{given[0]}` must be left out, because the sweep names the folders of its runs, but got "
                 f"{settings[given[0]]!r}. `sweep.output=DIR` names the sweep's folder, `--resume DIR` resumes a sweep."
             )
-        ranges = _replace_ranges(config.space, layer_settings(*typed))
+        ranges = _replace_ranges(config.space, merge_layers(for_all, own))
         settings = {key: value for key, value in settings.items() if not any(_is_inside(key, one) for one in ranges)}
         sweep_config = compose_sweep(_select(settings, of_sweep=True))
-        settings = _drop_inherited_quantization(_select(settings), own_keys={*config.settings, *typed[1]})
-        values = as_settings(compose_run(settings))
+        settings = _select(settings)
+        values = compose_values("train", settings)
+        inherits_base = {"model", QUANTIZATION}.isdisjoint([*config.settings, *own])  # else an arm's own is refused
+        trains_base = values["method"]["name"] not in METHODS_ON_QUANTISED_BASE
+        if inherits_base and trains_base and values["model"]["quantization"] != "none":
+            settings[QUANTIZATION] = values["model"]["quantization"] = "none"
+        values = as_settings(build_run(values))
         space = {
             key: parse_range(key, range_, is_whole=_is_whole(key, range_, values)) for key, range_ in ranges.items()
         }
@@ -394,15 +398,3 @@ def _is_whole(key: str, range_: Any, values: Any) -> bool:
             return isinstance(range_, Mapping) and all(isinstance(bound, int) for bound in range_.values())
         values = values[name]
     return isinstance(values, int) and not isinstance(values, bool)
-
-
-def _drop_inherited_quantization(settings: dict[str, Any], *, own_keys: Collection[str]) -> dict[str, Any]:
-    """Returns an arm's settings with `model.quantization=none` if its method trains weights of the base.
-
-    A quantisation that the arm itself sets stays, and is refused when its runs are composed.
-    """
-    if "model" in own_keys or QUANTIZATION in own_keys:
-        return settings
-    values = compose_values("train", settings, require_all=False)
-    is_needed = values["method"]["name"] not in METHODS_ON_QUANTISED_BASE
-    return {**settings, QUANTIZATION: "none"} if is_needed and values["model"]["quantization"] != "none" else settings
