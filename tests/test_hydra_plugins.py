@@ -61,4 +61,4 @@ def test_the_exit_code_of_a_grid_is_that_of_the_first_job_that_did_not_end_well(
 def test_a_sweeper_that_is_not_installed_is_one_sentence(capsys):
     assert run(["train", "-m", "hydra/sweeper=optuna", "seed=1"]) == WRONG_REQUEST
     (line,) = capsys.readouterr().err.splitlines()
-    assert "Could not find 'hydra/sweeper/optuna'" in line
+    assert "`hydra/sweeper` must be one of basic, but got 'optuna'" in line

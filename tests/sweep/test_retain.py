@@ -57,7 +57,7 @@ def test_data_sets_are_named_options_or_settings_and_take_nothing_from_the_learn
         ("retain.data.x={data: text, data.train: gone.txt}", "`retain.data.x`: `data.train` must name an existing"),
         ("retain.data.x={data: table, data.train: labels.csv}", "`retain.data.x`: `model.kind` must be classifier"),
         ("retain.data.x={optim.lr: 1}", "`retain.data.x`: its settings must be `data` or begin with `data.`"),
-        ("retain.data.x.y=stdlib_code", "must consist of"),
+        ("retain.data={x.y: stdlib_code}", "must consist of"),
         ("arms.frozen=null", "`retain.data` must be empty without a confirm stage and an arm with `method=frozen`"),
         ("confirm.seeds=0", "`retain.data` must be empty without a confirm stage"),
         ("arms.lora.retain.margin=0.5", "`retain` must be the same for all arms"),
