@@ -48,7 +48,7 @@ from scipy.interpolate import Akima1DInterpolator
 from lorasweep.config.compose import compose_sweep
 from lorasweep.config.data import Direction, ScoreMetric
 from lorasweep.config.sweep import parse_margin
-from lorasweep.record import Question, Trial
+from lorasweep.record import Question, Subject, Trial
 from lorasweep.report.evidence.estimates import ConfirmScores
 from lorasweep.report.evidence.questions import Answer, MarginScale, answer_questions
 from lorasweep.sweep.controller.encoding import History
@@ -315,16 +315,17 @@ def choose_settings(
     direction, trials = get_direction(table), searches["full"].trials
     complete = [trial for trial in trials if trial.state == "complete"]
     winner = min(complete, key=lambda trial: table.sign * (trial.value or 0.0))
-    found = {0: predict_best(arms["full"], trials, direction=direction, fixed={}, chosen=winner.params)}
+    found = {0: predict_best(arms["full"], trials, Subject(arm="full"), direction=direction, chosen=winner.params)}
     arm = with_seed(arms["lora"], number)
     for rank in ranks:
-        found[rank] = predict_best(arm, searches["lora"].trials, direction=direction, fixed={RANK: rank})
+        subject = Subject(arm=arm.name, key=RANK, value=rank)
+        found[rank] = predict_best(arm, searches["lora"].trials, subject, direction=direction)
     known = {rank: prediction for rank, prediction in found.items() if prediction is not None}
     assert len(known) == len(found)
     return Chosen(
         searches=searches,
         rates={rank: prediction.params[LR] for rank, prediction in known.items()} | {0: winner.params[LR]},
-        regrets={rank: prediction.regret for rank, prediction in known.items()},
+        regrets={rank: prediction.regret or 0.0 for rank, prediction in known.items()},
     )
 
 

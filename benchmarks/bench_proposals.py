@@ -36,7 +36,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from side_by_side import print_head, print_row
 
 from lorasweep.config.compose import compose_sweep
-from lorasweep.record import Trial
+from lorasweep.record import Subject, Trial
 from lorasweep.sweep.controller import proposals
 from lorasweep.sweep.controller.encoding import History, RateLaw
 from lorasweep.sweep.controller.predictions import predict_best
@@ -134,7 +134,7 @@ def choose_settings(table: Table, way: Way, arm: Arm, trials: Sequence[Trial]) -
     chosen = list[Mapping[str, Any]]()
     for rank in table.ranks:
         if way.predicts:
-            found = predict_best(arm, trials, direction="minimize", fixed={RANK: rank})
+            found = predict_best(arm, trials, Subject(arm=arm.name, key=RANK, value=rank), direction="minimize")
             assert found is not None
             chosen.append(found.params)
         else:

@@ -96,19 +96,17 @@ def test_an_arm_without_the_test_score_that_was_asked_for_is_exit_code_1(capsys,
 
 def test_a_grown_sweep_keeps_its_trials_and_is_not_reproduced_as_a_whole(sweep, capsys):
     before = read_sweep(sweep)
-    arm = "{settings: {method: lora, method.variant: dora}, space: {method.rank: [1]}, trials: 1}"
-    words = ["arms.lora.trials=3", f"arms.dora={arm}", "confirm.seeds=2"]
-    assert run(["sweep", "--resume", "s", *words]) == DONE
+    assert run(["sweep", "--resume", "s", "arms.lora.trials=3", "confirm.seeds=2"]) == DONE
     after, files = read_sweep(sweep), read_files(sweep)
     for stage in ("trials", "confirm"):
         assert [row for row in getattr(after, stage) if row in getattr(before, stage)] == getattr(before, stage)
-    assert [(arm.name, arm.trials) for arm in after.arms] == [("frozen", 1), ("lora", 3), ("dora", 1)]
+    assert [(arm.name, arm.trials) for arm in after.arms] == [("frozen", 1), ("lora", 3)]
     assert Counter(row.arm for row in after.confirm if row.setting_number == after.settings[1].setting)["lora"] >= 2
     assert run(["reproduce", "s"]) == WRONG_REQUEST
     assert "grew" in capsys.readouterr().err
     assert read_files(sweep) == files
     assert run(["sweep", "--resume", "s", "arms.lora.trials=2"]) == WRONG_REQUEST
-    assert "`arms.lora.trials >= 3` must hold, because the sweep has that many, but got 2." in capsys.readouterr().err
+    assert "`arms.lora.trials >= 3`" in capsys.readouterr().err
 
 
 def test_reproduce_says_where_a_sweep_first_differs_and_ends_with_1(sweep, capsys):

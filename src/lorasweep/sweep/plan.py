@@ -79,25 +79,22 @@ class GroupPlan:
     step_tokens: float
     """Mean number of tokens of a run's step, without padding."""
     evaluation_s: float
-    """Seconds of an evaluation on all validation examples."""
-    evaluated_share: float
-    """Share of the validation examples in the evaluations of a run. If it is below 1, a run ends with an evaluation on
-    all of them."""
-    saving_s: float
-    """Seconds in which weights and checkpoints are written after an evaluation."""
-    test_ratio: float
-    """Tokens of all scored test splits divided by tokens of the validation split; 0 without a confirm stage."""
+    """Seconds of an evaluation of a run, and of writing weights and checkpoints after it."""
+    final_s: float
+    """Seconds of the evaluation on all validation examples at the end of a run; 0 if every evaluation is on all."""
+    test_s: float
+    """Seconds in which a confirm run is scored on test data; 0 without a confirm stage."""
     peak_memory_bytes: int
     record: RunRecord
     """Record of one of the measured runs."""
     kept_bytes: int
     """Size of the folder of that run."""
-    trained_params: dict[str, dict[str, int]]
-    """Trained parameters of the runs of each arm, by name of the arm and rank or dimension (such as `rank 4`)."""
+    trained_params: dict[str, int]
+    """Trained parameters of the largest run of each arm, by name of the arm."""
 
     def estimate_search(self) -> tuple[float, float]:
         """Returns the seconds of the search: if a step takes less time with empty slots in the pack, and if not."""
-        run_s, low, high = self._train(self.arms[0].corner_configs[0].num_steps), 0.0, 0.0
+        run_s, low, high = self.run_s, 0.0, 0.0
         for arm in self.arms:
             batches = Counter(find_batch_start(arm, number) for number in range(arm.trials))
             low += arm.trials / self.slots * run_s
@@ -106,13 +103,14 @@ class GroupPlan:
 
     def estimate_confirm(self, num_runs: int) -> float:
         """Returns the seconds of confirm runs, each of which is scored on test data."""
-        training_s = math.ceil(num_runs / self.slots) * self._train(self.arms[0].corner_configs[0].num_steps)
-        return training_s + num_runs * self.test_ratio * self.evaluation_s / self.slots
+        return math.ceil(num_runs / self.slots) * self.run_s + num_runs * self.test_s
 
-    def _train(self, steps: int) -> float:
-        num_evaluations = math.ceil(steps / self.arms[0].corner_configs[0].trainer.eval_every_steps) or 1
-        evaluations = num_evaluations * self.evaluated_share + (self.evaluated_share < 1)
-        return self.loading_s + steps * self.step_s + evaluations * self.evaluation_s + num_evaluations * self.saving_s
+    @property
+    def run_s(self) -> float:
+        """Seconds of a whole training."""
+        config = self.arms[0].corner_configs[0]
+        num_evaluations = math.ceil(config.num_steps / config.trainer.eval_every_steps) or 1
+        return self.loading_s + config.num_steps * self.step_s + num_evaluations * self.evaluation_s + self.final_s
 
 
 def plan_sweep(
@@ -141,86 +139,62 @@ def _measure_group(
 ) -> GroupPlan:
     slots, reason = choose_slots(definition, arm, inputs_cache=inputs_cache, num_workers=count_workers(definition))
     arms = list_pack_arms(definition, arm) if slots > 1 else [arm]
-    names = ", ".join(each.name for each in arms)
-    config = plan_packing(definition)[arm.name].largest
-    inputs = inputs_cache.load(config)
-    split, validation, eval_fraction = inputs.splits.train, inputs.splits.validation, config.eval_fraction
-    data_order = choose_data_order(config, split=split)
-    # few steps and one evaluation on the same examples for every run, in one process and without loggers
-    trainer = replace(config.trainer, max_steps=MEASURED_STEPS, eval_every_steps=MEASURED_STEPS, strategy="auto")
-    trainer = replace(trainer, eval_fraction=1.0, devices=1, num_nodes=1)
-    config = replace(config, trainer=trainer, seeds=replace(config.seeds, data_order=data_order), logger={})
-    measured_slots = _choose_measured_slots(config, slots, inputs=inputs)
-    measured_inputs = inputs
+    largest = plan_packing(definition)[arm.name].largest
+    inputs = inputs_cache.load(largest)
+    splits = inputs.splits
+    config = _shorten(largest, split=splits.train)
+    measured = inputs
     if config.module is None:  # a module reads its own data
-        part = SplitPart(
-            name=validation.name,
-            fingerprint=validation.fingerprint,
-            split=validation,
-            indices=choose_evaluated(validation.lengths, batch_size=trainer.eval_batch_size),
-        )
-        measured_inputs = replace(inputs, splits=replace(inputs.splits, validation=part))
-    with tempfile.TemporaryDirectory(prefix="lorasweep-plan-") as folder:
-        while True:
-            on_progress(f"{names}: {_format_trials(slots, measured_slots)}")
-            before, path = inputs.telemetry.sample(), Path(folder) / str(slots)
-            path.mkdir()
-            try:
-                run, counted_s = _train_briefly(
-                    config, measured_slots, is_pack=slots > 1, inputs=measured_inputs, folder=path
-                )
-                break
-            except OutOfMemory:
-                if measured_slots == 1:
-                    raise
-                slots = measured_slots = measured_slots // 2  # as in the sweep
-        after, record = inputs.telemetry.sample(), read_run(run)
-        kept_bytes = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
-    if record.status != "complete":
-        raise RunError(record.reason or record.status)
-    num_tokens = int(validation.lengths.sum())
-    test_ratio = 0.0
+        indices = choose_evaluated(splits.validation.lengths, batch_size=config.trainer.eval_batch_size)
+        part = SplitPart(name="validation", fingerprint="", split=splits.validation, indices=indices)
+        measured = replace(inputs, splits=replace(splits, validation=part))
+    max_tokens = MAX_PASS_TOKENS[get_device(config.trainer).type, inputs.precision] * MEASURED_PASS_FRACTION
+    measured_slots = min(slots, max(1, int(max_tokens / count_pass_tokens(config, 1, inputs=inputs))))
+    while True:
+        of_pack = f"{slots} trials in a pack" + (f", from {measured_slots}" if measured_slots < slots else "")
+        on_progress(f"{', '.join(each.name for each in arms)}: {of_pack if slots > 1 else '1 trial'}")
+        try:
+            training = _train_briefly(config, measured_slots, is_pack=slots > 1, inputs=measured)
+            break
+        except OutOfMemory:
+            if measured_slots == 1:
+                raise
+            slots = measured_slots = measured_slots // 2  # as in the sweep
+    # the steps and the evaluation of the measured training, in the tokens and slots of the sweep's
+    scale, unmeasured_bytes, test_s = slots / measured_slots, 0, 0.0
+    step_tokens = float(splits.train.lengths.double().mean()) * config.trainer.batch_size
+    counted_tokens = sum(_count_step_tokens(config, split=splits.train)[1:-1])
+    token_s = training.evaluating_s / measured_slots / int(measured.splits.validation.lengths.sum())
+    whole_s = slots * token_s * int(splits.validation.lengths.sum())
+    evaluated_share = len(choose_part(len(splits.validation), largest.eval_fraction)) / len(splits.validation)
     if definition.sweep_config.confirm.list_looks():
         retained = [inputs_cache.load_splits(data, config) for data in definition.retained.values()]
-        test_ratio = sum(int(splits.test().lengths.sum()) for splits in (inputs.splits, *retained)) / num_tokens
-    # the steps and the evaluation of the measured training, in the tokens and slots of the sweep's
-    scale = slots / measured_slots
-    step_tokens = float(split.lengths.double().mean()) * trainer.batch_size
-    counted_tokens = sum(_count_step_tokens(config, split=split)[1:-1])
-    evaluated_tokens = int(measured_inputs.splits.validation.lengths.sum())
-    spent = {name: after[name] - before[name] for name in ("wall_s", "training_s", "evaluating_s", "saving_s")}
-    unmeasured_bytes = 0
+        test_s = token_s * sum(int(one.test().lengths.sum()) for one in (splits, *retained))
     if measured_slots < slots:
         unmeasured_bytes = (slots - measured_slots) * count_slot_bytes(config, inputs=inputs)
     return GroupPlan(
         arms=tuple(arms),
         slots=slots,
         reason=reason,
-        loading_s=scale * (spent["wall_s"] - spent["training_s"] - spent["evaluating_s"] - spent["saving_s"]),
-        step_s=scale * counted_s * step_tokens / counted_tokens,
+        loading_s=scale * training.loading_s,
+        step_s=scale * training.counted_s * step_tokens / counted_tokens,
         step_tokens=step_tokens,
-        evaluation_s=scale * spent["evaluating_s"] * num_tokens / evaluated_tokens,
-        evaluated_share=len(choose_part(len(validation), eval_fraction)) / len(validation),
-        saving_s=scale * spent["saving_s"],
-        test_ratio=test_ratio,
-        peak_memory_bytes=record.peak_memory_bytes + unmeasured_bytes,
-        record=record,
-        kept_bytes=kept_bytes,
-        trained_params={each.name: _count_trained(each, record, inputs=inputs) for each in arms},
+        evaluation_s=evaluated_share * whole_s + scale * training.saving_s,
+        final_s=whole_s if evaluated_share < 1 else 0.0,
+        test_s=test_s,
+        peak_memory_bytes=training.record.peak_memory_bytes + unmeasured_bytes,
+        record=training.record,
+        kept_bytes=training.kept_bytes,
+        trained_params={each.name: _count_trained(definition, each, training.record, inputs=inputs) for each in arms},
     )
 
 
-def _choose_measured_slots(config: RunConfig, slots: int, *, inputs: RunInputs) -> int:
-    """Returns the number of slots of the measured pack, at least 1."""
-    max_tokens = MAX_PASS_TOKENS[get_device(config.trainer).type, inputs.precision] * MEASURED_PASS_FRACTION
-    one_slot = count_pass_tokens(config, 1, inputs=inputs)
-    return min(slots, max(1, int(max_tokens / one_slot)))
-
-
-def _format_trials(slots: int, measured_slots: int) -> str:
-    if slots == 1:
-        return "1 trial"
-    return f"{slots} trials in a pack" + (f", from {measured_slots}" if measured_slots < slots else "")
+def _shorten(config: RunConfig, *, split: Split) -> RunConfig:
+    """Returns a run of `MEASURED_STEPS` steps and one evaluation, in one process and without loggers."""
+    data_order = choose_data_order(config, split=split)
+    trainer = replace(config.trainer, max_steps=MEASURED_STEPS, eval_every_steps=MEASURED_STEPS, strategy="auto")
+    trainer = replace(trainer, eval_fraction=1.0, devices=1, num_nodes=1)  # the same examples for every run
+    return replace(config, trainer=trainer, seeds=replace(config.seeds, data_order=data_order), logger={})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -252,25 +226,30 @@ def choose_evaluated(lengths: Int[Tensor, " examples"], *, batch_size: int) -> I
     return lengths.argsort(descending=True, stable=True)[::every]  # with the longest
 
 
-def _count_trained(arm: Arm, measured: RunRecord, *, inputs: RunInputs) -> dict[str, int]:
-    """Returns the trained parameters of an arm's runs by rank or dimension, from the shapes of a prepared model."""
-    counts: dict[str, int] = {}
-    for config in arm.corner_configs:
-        method = as_settings(config)["method"]
-        size = next((f"{name} {method[name]}" for name in ("rank", "dim") if name in method), "")
-        if method == measured.config["method"]:  # does not copy a large model again under `full`
-            counts[size] = measured.trainable_params
-        elif size not in counts:
-            model = prepare_model(config, inputs.base)
-            counts[size] = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return counts
+def _count_trained(definition: Definition, arm: Arm, measured: RunRecord, *, inputs: RunInputs) -> int:
+    """Returns the trained parameters of an arm's largest run, from the shapes of a prepared model."""
+    config = plan_packing(definition)[arm.name].largest
+    if as_settings(config)["method"] == measured.config["method"]:  # does not copy a large model again under `full`
+        return measured.trainable_params
+    parameters = prepare_model(config, inputs.base).parameters()
+    return sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
 
 
-def _train_briefly(
-    config: RunConfig, slots: int, *, is_pack: bool, inputs: RunInputs, folder: Path
-) -> tuple[Path, float]:
-    """Trains a pack of equal runs, or a run alone. Returns a run's folder, and the seconds of the counted steps."""
-    runs = [RunFolder(path=folder / str(number)) for number in range(slots)]
+@dataclass(frozen=True, kw_only=True)
+class BriefTraining:
+    """A measured training: seconds of its parts, and what a run of it left."""
+
+    loading_s: float
+    counted_s: float
+    """Seconds of the steps but the first and the last."""
+    evaluating_s: float
+    saving_s: float
+    record: RunRecord
+    kept_bytes: int
+
+
+def _train_briefly(config: RunConfig, slots: int, *, is_pack: bool, inputs: RunInputs) -> BriefTraining:
+    """Trains a pack of equal runs, or a run alone, in a temporary folder. Raises RunError if it fails."""
     step_ends: list[float] = []
 
     def note_step() -> bool:
@@ -279,21 +258,34 @@ def _train_briefly(
         step_ends.append(time.perf_counter())
         return False
 
-    if is_pack:
-        train_pack(
-            [RunRequest(config=config, run_folder=run) for run in runs],
-            inputs=inputs,
-            slots=slots,
-            next_run=lambda: None,
-            on_evaluation=lambda evaluations: [None] * len(evaluations),
-            on_end=lambda run, outcome: None,
-            state_file=folder / "pack.json",
-            stop_requested=note_step,
-        )
-    else:
-        train_run(config, runs[0], inputs=inputs, stop_requested=note_step)
-    # the first look at the clock comes before the first step; `frozen` has no steps
-    return runs[0].path, step_ends[MEASURED_STEPS - 1] - step_ends[1] if len(step_ends) > 1 else 0.0
+    with tempfile.TemporaryDirectory(prefix="lorasweep-plan-") as name:
+        runs = [RunFolder(path=Path(name) / str(number)) for number in range(slots)]
+        before, began = inputs.telemetry.sample(), time.perf_counter()
+        if is_pack:
+            train_pack(
+                [RunRequest(config=config, run_folder=run) for run in runs],
+                inputs=inputs,
+                slots=slots,
+                next_run=lambda: None,
+                on_evaluation=lambda evaluations: [None] * len(evaluations),
+                on_end=lambda run, outcome: None,
+                state_file=Path(name) / "pack.json",
+                stop_requested=note_step,
+            )
+        else:
+            train_run(config, runs[0], inputs=inputs, stop_requested=note_step)
+        after, record = inputs.telemetry.sample(), read_run(runs[0].path)
+        kept_bytes = sum(path.stat().st_size for path in runs[0].path.rglob("*") if path.is_file())
+    if record.status != "complete":
+        raise RunError(record.reason or record.status)
+    return BriefTraining(
+        loading_s=step_ends[0] - began,  # the first look at the clock comes before the first step
+        counted_s=step_ends[MEASURED_STEPS - 1] - step_ends[1] if len(step_ends) > 1 else 0.0,  # `frozen` has no steps
+        evaluating_s=after["evaluating_s"] - before["evaluating_s"],
+        saving_s=after["saving_s"] - before["saving_s"],
+        record=record,
+        kept_bytes=kept_bytes,
+    )
 
 
 def choose_data_order(config: RunConfig, *, split: Split) -> int:
@@ -387,22 +379,21 @@ def render_plan(definition: Definition, groups: Sequence[GroupPlan]) -> Renderab
         group, runs, config = group_of[arm.name], arm.trials + confirm_runs[arm.name], arm.corner_configs[0]
         low, high = group.estimate_search()
         confirm = group.estimate_confirm(sum(confirm_runs[each.name] for each in group.arms))
-        sizes, first = group.trained_params[arm.name], group.record.trainable_params
         # of the trained weights, which are in fp32, the best and the last are kept
-        disk = {size: runs / len(sizes) * (group.kept_bytes + 8 * (trained - first)) for size, trained in sizes.items()}
+        trained = group.trained_params[arm.name]
+        kept_bytes = group.kept_bytes + 8 * (trained - group.record.trainable_params)
         share = runs / sum(each.trials + confirm_runs[each.name] for each in group.arms)
+        at_most = "≤ " if len({getattr(one.method, "rank", 0) for one in arm.corner_configs}) > 1 else ""
         table.add_row(
             arm.name,
             " + ".join(map(str, filter(None, (arm.trials, confirm_runs[arm.name])))),
             format_count(runs * config.num_steps * group.step_tokens),
-            "≤ " * (len(sizes) > 1) + format_count(max(sizes.values())),
+            at_most + format_count(trained),
             str(group.slots),
             format_bytes(group.peak_memory_bytes),
-            format_bytes(sum(disk.values())),
+            at_most + format_bytes(runs * kept_bytes),
             format_seconds_range(share * (low + confirm), share * (high + confirm)),
         )
-        for size, trained in sizes.items() if len(sizes) > 1 else ():
-            table.add_row(f" {size}", "", "", format_count(trained), "", "", format_bytes(disk[size]))
     return Group(table, *(Text(f"• {note}") for note in _list_notes(definition, groups)))
 
 

@@ -1,4 +1,4 @@
-"""A controller without a worker: trials are advanced by hand, in any order, and the process may die at any write."""
+"""A controller without a worker: trials are advanced by hand, in any order."""
 
 import random
 from collections.abc import Callable
@@ -11,86 +11,61 @@ from lorasweep.config.compose import compose_sweep
 from lorasweep.record import RunRecord, Trial, write_record
 from lorasweep.sweep.controller.controller import Assignment, Controller
 from lorasweep.sweep.controller.encoding import History
-from lorasweep.sweep.controller.lifecycle import reopen_sweep
 from lorasweep.sweep.controller.proposals import propose
 from lorasweep.sweep.definition.arms import Arm
-from lorasweep.sweep.workers.worker import find_ended_run
 
-EVERY, LAST = 2, 12
+EVERY = 2
 
 
 @dataclass
 class Simulation:
-    """Trains packs of so many slots without training: a value is a function of the settings and the step."""
+    """Holds so many trials at once and trains none: a value is a function of the settings and the step."""
 
     controller: Controller
     slots: int = 4
-    shuffle: random.Random | None = None
-    """Puts the slots into another order before each report."""
     pick: random.Random | None = None
-    """Chooses the one slot that reports next; without it all slots report together, as in a pack."""
-    curve: Callable[[Assignment, int], float] = lambda a, step: (
-        9.0 if a.config.method.name == "frozen" else abs(a.trial.shown_params.get("optim.lr", 0.01) - 0.02) + 1 / step
-    )
+    """Chooses the one trial that reports next; without it all report together, as in a pack."""
     score_on_test: Callable[[Assignment], float] = lambda assignment: 1.0
-    steps: dict[str, int] = field(default_factory=dict)
-    """Steps done of each run, by its folder's name; what checkpoints are in a real sweep."""
+    steps: dict[Assignment, int] = field(default_factory=dict)
 
     def run(self):
-        running = []
         while True:
-            while len(running) < self.slots and (assignment := self.controller.take()) is not None:
-                record = find_ended_run(assignment)
-                if record is None:
-                    running.append(assignment)
-                else:
-                    self.controller.tell(assignment, record)
-            if not running:
+            while len(self.steps) < self.slots and (assignment := self.controller.take()) is not None:
+                self.steps[assignment] = 0
+            if not self.steps:
                 return
-            if self.pick is not None:
-                chosen = [running.pop(self.pick.randrange(len(running)))]
-                self.advance(chosen)
-                running += chosen
-            else:
-                self.advance(running)
+            self.advance([self.pick.choice([*self.steps])] if self.pick else [*self.steps])
 
-    def advance(self, running):
-        """Trains slots up to the next evaluation, reports it, and tells how the trials ended or were stopped."""
-        if self.shuffle is not None:
-            self.shuffle.shuffle(running)
-        reached = {a: min(self.steps.get(a.run_folder.path.name, 0) + EVERY, LAST) for a in running}
-        reasons = self.controller.report(
-            [(a, reached[a], {"bits_per_byte": self.curve(a, reached[a])}) for a in running]
-        )
-        ended = []
-        for assignment, reason in zip(running, reasons, strict=True):
-            step = reached[assignment]
-            self.steps[assignment.run_folder.path.name] = step
-            if step < LAST and reason is None:
-                continue
-            ended.append(assignment)
-            status = "complete" if step == LAST else "stopped"
-            self.controller.tell(assignment, self.record(assignment, step, status, reason=reason))
-        running[:] = [assignment for assignment in running if assignment not in ended]
+    def advance(self, reporting):
+        """Trains trials up to the next evaluation, reports it, and tells which trials ended."""
+        for assignment in reporting:
+            self.steps[assignment] += EVERY
+        scores = [(a, self.steps[a], {"bits_per_byte": self.score(a, self.steps[a])}) for a in reporting]
+        for assignment, reason in zip(reporting, self.controller.report(scores), strict=True):
+            last = assignment.config.num_steps
+            if self.steps[assignment] >= last or reason:
+                step = min(self.steps.pop(assignment), last)
+                self.tell(assignment, step, "complete" if step == last else "stopped", reason=reason)
 
-    def record(self, assignment, step, status, *, reason=None):
-        best = min(self.curve(assignment, s) for s in range(EVERY, step + 1, EVERY) or (0,))
+    def score(self, assignment, step):
+        return abs(assignment.trial.shown_params.get("optim.lr", 0.01) - 0.02) + 1 / (step or 1)
+
+    def tell(self, assignment, step, status, **fields):
+        value = {"bits_per_byte": self.score(assignment, step), "step": step}
         record = RunRecord(
             status=status,
-            reason=reason,
             config=asdict(assignment.config),
             metric="bits_per_byte",
             direction="minimize",
-            best={"bits_per_byte": best, "step": step},
-            last={"bits_per_byte": self.curve(assignment, step or 1), "step": step},
+            best=value,
+            last=value,
             test={"bits_per_byte": self.score_on_test(assignment)} if assignment.reads_test else {},
-            steps_planned=LAST,
             steps_done=step,
-            trainable_params=1000 * getattr(assignment.config.method, "rank", 0),
+            **fields,
         )
         assignment.run_folder.path.mkdir(parents=True, exist_ok=True)
         write_record(record, assignment.run_folder.path)
-        return record
+        self.controller.tell(assignment, record)
 
 
 @pytest.fixture
@@ -100,7 +75,7 @@ def content():
         "name": "simulated",
         "settings": {
             "data.block_length": 32,
-            "trainer.max_steps": LAST,
+            "trainer.max_steps": 12,
             "trainer.eval_every_steps": EVERY,
             "confirm.seeds": 0,
         },
@@ -112,11 +87,6 @@ def content():
             }
         },
     }
-
-
-def resume(path):
-    """Returns the controller of a sweep that is opened again, as by a new process."""
-    return Controller(reopen_sweep(path))
 
 
 def make_arm(space, sampler, *, name="lora", trials=16, seed=0, confirm_each=None):

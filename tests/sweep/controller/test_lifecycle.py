@@ -4,6 +4,7 @@ import errno
 import json
 from pathlib import Path
 
+import optuna
 import pytest
 from tests.files import read_files
 from tests.sweep.controller.conftest import Simulation
@@ -12,6 +13,7 @@ from lorasweep.disk import is_running
 from lorasweep.errors import ConfigError, RecordError, WorkerError
 from lorasweep.record import read_sweep
 from lorasweep.sweep.controller.controller import Controller
+from lorasweep.sweep.controller.folder import JOURNAL_FILE, open_storage
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
 
 
@@ -26,7 +28,7 @@ def test_a_sweep_that_another_process_has_open_is_refused(stopped):
     folder = reopen_sweep(stopped)
     assert is_running(stopped)
     before = read_files(stopped)
-    with pytest.raises(RecordError, match=r"another one has .* open.*lorasweep status"):
+    with pytest.raises(RecordError, match="lorasweep status"):
         reopen_sweep(stopped)
     assert read_files(stopped) == before
     folder.close()
@@ -51,28 +53,58 @@ def test_a_sweep_can_be_resumed_in_another_folder_and_from_another_one(stopped, 
     assert len(read_sweep(moved).trials) == 10
 
 
-def test_a_changed_file_and_a_missing_journal_are_refused_and_nothing_changes(stopped, tmp_path):
-    source, before = tmp_path / "made_up.yaml", read_files(stopped)
-    text = source.read_text()
-    for changed in (text + "\n", text.replace("trials: 6", "trials: 9")):
-        source.write_text(changed)
-        with pytest.raises(ConfigError, match=r"'.*made_up.yaml' has changed. Restore it"):
-            reopen_sweep(stopped)
-    assert read_files(stopped) == before
-    source.write_text(text)
-    (stopped / "journal.log").unlink()
-    del before["journal.log"]
-    with pytest.raises(RecordError, match=r"must contain journal.log"):
-        reopen_sweep(stopped)
-    assert read_files(stopped) == before
+def cut_off(journal):
+    """Returns a journal without its first trial, and what follows it."""
+    lines = journal.splitlines(keepends=True)
+    return b"".join(lines[: next(number for number, line in enumerate(lines) if b'"op_code":4' in line)])
 
 
-@pytest.mark.parametrize(("key", "value"), [("definition", {}), ("definition", {"file": {}}), ("arms", [])])
-def test_a_record_without_its_definition_or_arms_is_refused(stopped, key, value):
-    record = stopped / "sweep.json"
-    record.write_text(json.dumps(json.loads(record.read_text()) | {key: value}))
-    with pytest.raises(RecordError, match=f"`{key}` in .*sweep.json' must"):
+def replace_in_record(**changes):
+    return lambda text: json.dumps(json.loads(text) | changes).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "error", "said"),
+    [
+        ("../made_up.yaml", lambda text: text + b"\n", ConfigError, r"made_up.yaml' has changed. Restore it"),
+        (JOURNAL_FILE, None, RecordError, "journal.log"),
+        (JOURNAL_FILE, lambda text: b"{nonsense\n" + text, RecordError, "journal.log' .* damaged.*Restore it"),
+        (JOURNAL_FILE, lambda text: b"\x00\xff\n" + text, RecordError, "journal.log' .* damaged.*Restore it"),
+        (JOURNAL_FILE, cut_off, RecordError, r"the \d trials of `\w+` in sweep.json, but has 0.*Restore it"),
+        ("sweep.json", replace_in_record(definition={}), RecordError, "`definition` in .*Restore it"),
+        ("sweep.json", replace_in_record(definition={"file": {}}), RecordError, "`definition` in .*Restore it"),
+        ("sweep.json", replace_in_record(arms=[]), RecordError, "`arms` in .*Restore it"),
+    ],
+)
+def test_a_sweep_with_a_changed_file_is_refused_and_stays_as_it_is(stopped, name, change, error, said):
+    path = stopped / name
+    content = path.read_bytes()
+    path.unlink()
+    if change:
+        path.write_bytes(change(content))
+    before = read_files(stopped)
+    with pytest.raises(error, match=said):
         reopen_sweep(stopped)
+    assert read_files(stopped) == before
+    path.write_bytes(content)
+    reopen_sweep(stopped).close()
+
+
+@pytest.mark.parametrize("torn", [b'{"op_code":5,"worker_id":"x","tri', b'{"op_code": 4, "\xff'])
+def test_what_a_killed_process_left_of_a_write_to_the_journal_is_removed(tmp_path, torn):
+    def add_trial():
+        study = optuna.create_study(storage=open_storage(tmp_path), study_name="lora", load_if_exists=True)
+        study.add_trial(optuna.create_trial(value=1.0))
+        return len(study.trials)
+
+    add_trial()
+    journal = tmp_path / JOURNAL_FILE
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + torn)
+    (tmp_path / f"{JOURNAL_FILE}.lock").touch()
+    open_storage(tmp_path)
+    assert journal.read_bytes() == whole
+    assert add_trial() == 2
 
 
 @pytest.fixture
@@ -97,10 +129,11 @@ def test_a_folder_that_was_moved_is_not_written_to(folder, tmp_path, becomes):
     folder.path.rename(tmp_path / "moved")
     if becomes == "replaced":
         (folder.path / "runs").mkdir(parents=True)
-        (folder.path / ".lock").touch()
-    with pytest.raises(WorkerError, match=r"but .* can't be written to: it was moved or removed. No finished run"):
-        folder.save(usage={})
+    for write in (lambda: folder.save(usage={}), lambda: folder.open_study("other")):
+        with pytest.raises(WorkerError, match=r"moved or removed.*resume"):
+            write()
     assert not (folder.path / "sweep.json").exists()
+    assert not (folder.path / JOURNAL_FILE).exists()
 
 
 def test_a_sweep_whose_journal_was_removed_does_not_end_as_complete(begin, content):
@@ -108,35 +141,32 @@ def test_a_sweep_whose_journal_was_removed_does_not_end_as_complete(begin, conte
     Simulation(controller).run()
     assert controller.is_over()
     path = controller.sweep.path
-    (path / "journal.log").unlink()
+    (path / JOURNAL_FILE).unlink()
     with pytest.raises(WorkerError, match=r"journal\.log"):
         controller.finish()
     assert read_sweep(path).status == "running"
     controller.sweep.close()
 
 
-def test_a_full_disk_is_no_trials_fault(folder):
-    with pytest.raises(WorkerError, match=r"can't be written to: No space left on device"):
-        folder.check_disk(RuntimeError("No space left on device"))
-    with pytest.raises(WorkerError, match=r"can't be written to: No space left on device"):
-        folder.check_disk(OSError(errno.ENOSPC, "No space left on device"))
-    folder.check_disk(RuntimeError("shapes differ"))
-    folder.check_disk()
-
-
-def test_a_disk_that_is_full_when_a_trial_ends_ends_the_sweep_and_the_trial_goes_on_later(
-    begin, work, runs, three_arms, monkeypatch
+@pytest.mark.parametrize("where", ["run", "journal", "record"])
+def test_a_disk_that_is_full_ends_the_sweep_and_its_trials_go_on_later(
+    begin, work, runs, three_arms, monkeypatch, where
 ):
-    opened = begin(three_arms)
-    true_score = runs.score
+    opened, true_score = begin(three_arms), runs.score
 
-    def fill(config, step):
+    def fill(*arguments, **others):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def score(config, step):
         if config.method.name == "lora" and step == 4:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            if where == "run":
+                fill()
+            target = "lorasweep.sweep.controller.folder.write_record" if where == "record" else "os.fsync"
+            patch.setattr(target, fill)
         return true_score(config, step)
 
-    runs.score = fill
-    with pytest.raises(WorkerError, match=f"type `lorasweep sweep --resume {opened.path}`"):
+    runs.score = score
+    with monkeypatch.context() as patch, pytest.raises(WorkerError, match=f"`lorasweep sweep --resume {opened.path}`"):
         work(opened)
     runs.score = true_score
     assert work(reopen_sweep(opened.path))

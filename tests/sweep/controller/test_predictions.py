@@ -59,7 +59,11 @@ def search(arm, *, num, base=math.inf):
 
 
 def predict(arm, trials, rank, *, direction="minimize"):
-    return predict_best(arm, trials, direction=direction, fixed={"method.rank": rank})
+    return predict_best(arm, trials, get_subject(arm, rank), direction=direction)
+
+
+def get_subject(arm, value):
+    return next(subject for subject in arm.subjects if subject.value == value)
 
 
 @pytest.mark.parametrize("space", [SPACE, WITH_ALPHA], ids=["one α", "several α/r"])
@@ -155,6 +159,6 @@ def test_values_that_are_no_numbers_are_searched_too():
         history.append(make_trial(params, value=value))
     assert Counter(trial.params["method.targets"] for trial in history) == dict.fromkeys(targets, 3)
     for target in targets:
-        found = predict_best(arm, number_trials(history), direction="minimize", fixed={"method.targets": target})
+        found = predict_best(arm, number_trials(history), get_subject(arm, target), direction="minimize")
         assert found.params["method.targets"] == target
         assert abs(math.log(found.params["optim.lr"] / 1e-3)) < math.log(1.5)

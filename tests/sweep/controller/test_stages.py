@@ -18,66 +18,44 @@ def confirming(three_arms):
     return three_arms
 
 
-def rows_of(path):
-    return [
-        (row.subject, row.setting_number, row.seed, row.state, row.run, row.value) for row in read_sweep(path).confirm
-    ]
-
-
 def counts(path):
     arms = [row.arm for row in read_sweep(path).confirm]
     return {arm: arms.count(arm) for arm in arms}
-
-
-def settings_of(path):
-    return {row.subject: row for row in read_sweep(path).settings}
-
-
-def best_of(record, arm):
-    return min((row for row in record.trials if row.arm == arm), key=lambda row: (row.value, row.number))
 
 
 def score_by_rate(config, step=None):
     return 1.0 if config.method.name == "frozen" else config.optim.lr
 
 
-def test_each_arms_best_settings_run_on_the_same_fresh_seeds(begin, work, runs, confirming):
-    folder = begin(confirming)
-    assert work(folder)
-    record = read_sweep(folder.path)
-    assert record.status == "complete"
-    assert counts(folder.path) == ASKED
-    seeds = record.confirm_seeds
-    assert len(seeds) == 3
-    for arm in ("full", "lora"):
-        rows = [row for row in record.confirm if row.arm == arm]
-        assert [row.seed for row in rows] == seeds
-        for number, row in enumerate(rows):
-            assert (row.state, row.reason, row.run) == ("complete", None, f"runs/{arm}-confirm-{number:04d}")
-            winner = best_of(record, arm)
-            assert (row.subject, settings_of(folder.path)[arm].trial) == (arm, winner.number)
-            config = runs.configs[folder.path / row.run]
-            assert config.optim.lr == winner.params["optim.lr"]
-            assert getattr(config.method, "rank", None) == winner.params.get("method.rank")
-            assert {config.seed, config.seeds.init, config.seeds.data_order, config.seeds.dropout} == {row.seed}
-            assert row.value == read_run(folder.path / row.run).best["bits_per_byte"] + 1
-    (frozen,) = [row for row in record.confirm if row.arm == "frozen"]
-    assert frozen.seed == seeds[0]
-
-
-def test_nothing_of_the_test_part_is_read_before_the_search_is_over(begin, work, runs, confirming):
+def test_each_arms_best_settings_run_on_the_same_fresh_seeds_after_the_search(begin, work, runs, confirming):
     inputs_cache = NoInputs()
 
     def score(config, step):
         if len(runs.begun) <= 8:
-            assert inputs_cache.test_reads == 0
+            assert inputs_cache.test_reads == 0  # nothing of the test split is read before the search is over
         return score_by_rate(config)
 
     runs.score = score
     folder = begin(confirming)
     assert work(folder, inputs_cache=inputs_cache)
     assert inputs_cache.test_reads > 0
+    record = read_sweep(folder.path)
+    assert record.status == "complete"
     assert counts(folder.path) == ASKED
+    assert len(record.confirm_seeds) == 3
+    for arm in ("full", "lora"):
+        winner = min((row for row in record.trials if row.arm == arm), key=lambda row: (row.value, row.number))
+        assert [row.trial for row in record.settings if row.subject == arm] == [winner.number]
+        rows = [row for row in record.confirm if row.arm == arm]
+        assert [row.seed for row in rows] == record.confirm_seeds
+        for number, row in enumerate(rows):
+            assert (row.state, row.reason, row.run) == ("complete", None, f"runs/{arm}-confirm-{number:04d}")
+            config = runs.configs[folder.path / row.run]
+            assert config.optim.lr == winner.params["optim.lr"]
+            assert getattr(config.method, "rank", None) == winner.params.get("method.rank")
+            assert {config.seed, config.seeds.init, config.seeds.data_order, config.seeds.dropout} == {row.seed}
+            assert row.value == read_run(folder.path / row.run).best["bits_per_byte"] + 1
+    assert [row.seed for row in record.confirm if row.arm == "frozen"] == record.confirm_seeds[:1]
 
 
 def test_a_stopped_trial_is_no_winner_and_confirm_runs_are_not_stopped(begin, work, runs, confirming):
@@ -94,19 +72,20 @@ def test_a_stopped_trial_is_no_winner_and_confirm_runs_are_not_stopped(begin, wo
 
 
 def test_a_finished_search_gets_the_stage_later_and_more_seeds_later_still(begin, work, runs, confirming):
-    folder = begin(confirming, "confirm.seeds=0")
+    whole, folder = begin(confirming, folder="whole"), begin(confirming, "confirm.seeds=0")
+    assert work(whole)
     assert work(folder)
     trials = read_sweep(folder.path).trials
     for seeds in (2, 3):
-        reopened = reopen_sweep(folder.path, changes={"confirm.seeds": seeds})
-        assert work(reopened)
+        assert work(reopen_sweep(folder.path, changes={"confirm.seeds": seeds}))
         assert read_sweep(folder.path).trials == trials
         assert counts(folder.path) == {"frozen": 1, "full": seeds, "lora": seeds}
-    whole = begin(confirming, folder="whole")
-    assert work(whole)
-    assert rows_of(folder.path) == rows_of(whole.path)
-    assert work(reopen_sweep(folder.path))
-    assert counts(folder.path) == ASKED
+    expected, found = read_sweep(whole.path), read_sweep(folder.path)
+    assert (found.confirm, found.settings, found.confirm_seeds) == (
+        expected.confirm,
+        expected.settings,
+        expected.confirm_seeds,
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,23 +6,29 @@ values and the final state, and one user attribute has the other fields.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution
-from optuna.storages import BaseStorage
+from optuna.distributions import IntDistribution
 from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 
-from lorasweep.record import Trial, TrialState
+from lorasweep.config.run import SEED_KEYS
+from lorasweep.record import Stage, Trial, TrialState, name_run
 from lorasweep.sweep.controller.encoding import OPTUNA_STATES
+from lorasweep.sweep.controller.folder import SweepFolder, name_study
+from lorasweep.sweep.controller.proposals import find_batch_start
 from lorasweep.sweep.definition.arms import Arm
 
 TRIAL_ATTRIBUTE = "lorasweep"
 """User attribute of a study's trial with the fields `KEPT_FIELDS`. Trials that other programs added have none."""
 KEPT_FIELDS = ("state", "value", "reason", "order", "worker", "request", "sampler_state")
 """The fields of a trial that Optuna has no place for. They are written together, so that they always fit together."""
+SETTING, SEED = "setting", "seed"
+"""The parameters of a run in the study of the confirm stage: the number of its setting in the arm, and its seed."""
+SETTINGS_ATTRIBUTE = "lorasweep:settings"
+"""The study of an arm's confirm stage keeps here the parameters of each setting, by number."""
 
 
 class ArmTrials:
@@ -31,38 +37,26 @@ class ArmTrials:
     Each change is written to the journal before it is made here, and this object can be created again from the journal.
     """
 
-    def __init__(
-        self,
-        arm: Arm,
-        *,
-        study: optuna.Study,
-        storage: BaseStorage,
-        space: Mapping[str, BaseDistribution],
-        build_trial: Callable[[int, Mapping[str, Any]], Trial],
-        planned: int,
-        find_batch_start: Callable[[int], int] = lambda number: 0,
-        session: str | None = None,
-    ) -> None:
+    def __init__(self, sweep: SweepFolder, arm: Arm, *, stage: Stage, planned: int, session: str | None = None) -> None:
         """Reads the arm's trials from the study.
 
-        `space` has the range of each parameter in the study, and `build_trial` makes a trial from its number and them.
-        `planned` counts the trials that have ended too. A trial begins after all trials have ended whose number is
-        below `find_batch_start` of its own. `session` is the prefix of the names of workers that may train trials now;
-        None if no worker trains.
+        `planned` counts the trials that have ended too. `session` is the prefix of the names of workers that may train
+        trials now; None if no worker trains.
         """
         self.arm = arm
-        self.study = study
+        self.stage = stage
+        self.study = sweep.open_study(name_study(arm.name, stage))
         self.planned = planned
         self.trials: dict[int, Trial] = {}
         """The trials by number, ascending."""
         self._in_training: set[int] = set()
         """Numbers of the running trials that a worker trains now."""
-        self._space = dict(space)
-        self._storage = storage
-        self._study_id = storage.get_study_id_from_name(study.study_name)
-        self._build_trial = build_trial
-        self._find_batch_start = find_batch_start
-        for frozen in study.get_trials(deepcopy=False):
+        self._space = arm.space
+        if stage == "confirm":
+            self._space = {SETTING: IntDistribution(0, 2**32 - 1), SEED: IntDistribution(0, 2**32 - 1)}
+        self._storage = sweep.storage
+        self._study_id = self._storage.get_study_id_from_name(self.study.study_name)
+        for frozen in self.study.get_trials(deepcopy=False):
             if TRIAL_ATTRIBUTE in frozen.user_attrs:
                 self._read(frozen, session=session)
 
@@ -88,7 +82,7 @@ class ArmTrials:
 
     def may_begin(self) -> bool:
         """Returns whether a new trial may begin now: one is left, and all trials of earlier batches have ended."""
-        start = self._find_batch_start(len(self.trials))
+        start = find_batch_start(self.arm, len(self.trials)) if self.stage == "search" else 0
         return self.num_left > 0 and all(trial.number >= start for trial in self.list_running())
 
     def begin(self, params: Mapping[str, Any], **fields: Any) -> Trial:
@@ -97,7 +91,7 @@ class ArmTrials:
         It is written with all its parameters at once, so that a killed process never leaves a trial without some of
         them. `fields` are fields of the trial: `order`, `worker`, `request` and `sampler_state`.
         """
-        trial = self._build_trial(self._storage.get_n_trials(self._study_id), params)
+        trial = self._build(self._storage.get_n_trials(self._study_id), params)
         for name, value in fields.items():
             setattr(trial, name, value)
         template = create_trial(
@@ -136,8 +130,25 @@ class ArmTrials:
             self._tell(trial)
         self._in_training.discard(trial.number)
 
+    def _build(self, number: int, params: Mapping[str, Any]) -> Trial:
+        """Returns a trial from its number and its parameters in the study."""
+        arm, stage, seed, setting_number = self.arm, self.stage, None, None
+        if stage == "confirm":
+            seed, setting_number = params[SEED], params[SETTING]
+            params = self.study.user_attrs[SETTINGS_ATTRIBUTE][setting_number]
+        return Trial(
+            stage=stage,
+            arm=arm.name,
+            subject=arm.name_subject(params),
+            number=number,
+            params={name: value for name, value in params.items() if seed is None or name not in SEED_KEYS},
+            setting_number=setting_number,
+            seed=seed,
+            run=name_run(stage, arm.name, number),
+        )
+
     def _read(self, frozen: FrozenTrial, *, session: str | None) -> None:
-        trial = self._build_trial(frozen.number, frozen.params)
+        trial = self._build(frozen.number, frozen.params)
         for name, value in frozen.user_attrs[TRIAL_ATTRIBUTE].items():
             setattr(trial, name, value)
         trial.values = dict(frozen.intermediate_values)

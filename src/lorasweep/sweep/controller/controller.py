@@ -8,25 +8,23 @@ from __future__ import annotations
 
 import functools
 import traceback
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Concatenate, Literal, ParamSpec, TypeVar
+from typing import Literal
 
 from lorasweep.config.redaction import redact
+from lorasweep.config.run import SEED_KEYS
 from lorasweep.disk import remove_leftovers
 from lorasweep.errors import Diverged, OutOfMemory, RunError, WorkerError
 from lorasweep.record import RunRecord, Trial, add_telemetry
 from lorasweep.sweep.controller.arm_trials import ArmTrials
-from lorasweep.sweep.controller.folder import RUNS_FOLDER, SweepFolder
+from lorasweep.sweep.controller.folder import RUNS_FOLDER, SweepFolder, check_writable
 from lorasweep.sweep.controller.stages import Confirmation, Search, Stage, choose_settings
 from lorasweep.sweep.controller.stopping import explain_stop
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.training.checkpoint import remove_checkpoints
-from lorasweep.training.run_log import RunRequest
-
-P = ParamSpec("P")
-T = TypeVar("T")
+from lorasweep.training.run_log import RunFolder, RunRequest
 
 MAX_DEATHS_IN_A_ROW = 10
 """The sweep ends with an error after this number of workers died in a row without an evaluation in between."""
@@ -40,24 +38,11 @@ class Assignment(RunRequest):
     arm: Arm
     trial: Trial
     """A copy of the trial, as it was when the worker received it."""
-    reads_test: bool
-    """Whether a run is scored on test data when it is complete."""
 
-
-def _needs_storage(method: Callable[Concatenate[Controller, P], T]) -> Callable[Concatenate[Controller, P], T]:
-    """Makes a method raise `WorkerError` if the disk is full or gone: no trial is to blame."""
-
-    @functools.wraps(method)
-    def call(self: Controller, *args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            answer = method(self, *args, **kwargs)
-            self.sweep.storage.journal.flush()  # before the worker acts on the answer
-            return answer
-        except OSError as error:
-            self.sweep.check_disk(error)
-            raise
-
-    return call  # type: ignore[return-value]
+    @property
+    def reads_test(self) -> bool:
+        """Whether the run is scored on test data when it is complete."""
+        return self.trial.stage == "confirm"
 
 
 class Controller:
@@ -84,7 +69,6 @@ class Controller:
         """The stage whose trials are handed out now."""
         return self.confirm or self.search
 
-    @_needs_storage
     def take(self, arms: Collection[str] | None = None, *, worker: str = "", request: int = 0) -> Assignment | None:
         """Hands out the next trial, of all arms or of `arms`, or None if no trial can be trained now.
 
@@ -110,14 +94,13 @@ class Controller:
         # Then arms without a space, then the arm that has begun the smallest fraction of its trials; of equal arms, the
         # first of the sweep file.
         for trials in sorted(candidates, key=lambda one: (bool(one.arm.space), len(one.trials) / max(one.planned, 1))):
-            if trials.may_begin() and not self._awaits_base(trials.arm):
+            if trials.may_begin() and not (self.confirm is None and self.search.awaits_base(trials.arm)):
                 params, state = self.stage.propose(trials)
-                handout = {"order": self._next_order(), "worker": worker, "request": request}
-                trial = trials.begin(params, **handout, sampler_state=state)
-                return self._assign(trials, trial)
+                orders = [one.order for others in self.stage.arms.values() for one in others.trials.values()]
+                handout = {"order": 1 + max(orders, default=-1), "worker": worker, "request": request}
+                return self._assign(trials, trials.begin(params, **handout, sampler_state=state))
         return None
 
-    @_needs_storage
     def report(self, evaluations: Sequence[tuple[Assignment, int, Mapping[str, float]]]) -> list[str | None]:
         """Takes evaluations (trial, optimizer step, every metric). Returns for each trial why it must stop, or None.
 
@@ -140,7 +123,6 @@ class Controller:
         self._save_if_due()  # a trial often begins just after a save, so its first report is the next chance to save
         return reasons
 
-    @_needs_storage
     def tell(self, assignment: Assignment, record: RunRecord) -> None:
         """Takes the record of a run that is complete or was stopped."""
         if not self._holds(assignment):  # this call was repeated, because its answer was lost
@@ -151,14 +133,13 @@ class Controller:
         trials.end(trial, "stopped" if record.status == "stopped" else "complete", value=value, reason=record.reason)
         self._save_if_due()
 
-    @_needs_storage
     def tell_failure(self, assignment: Assignment, error: Exception) -> None:
         """Ends a trial whose run raised an error: as infeasible if the run does not fit in memory, else as failed.
 
         Raises:
             WorkerError: `sweep.max_failures` trials in a row failed, or the disk can't be written.
         """
-        self.sweep.check_disk(error)
+        check_writable(self.sweep.path, error)
         if not self._holds(assignment):
             return
         state: Literal["infeasible", "failed"] = "infeasible" if isinstance(error, OutOfMemory) else "failed"
@@ -177,7 +158,6 @@ class Controller:
                 f"The last error: {reason} The tracebacks are in the records in {str(self.sweep.path / 'runs')!r}."
             ) from error
 
-    @_needs_storage
     def take_by_folder(self, folder_name: str) -> Assignment | None:
         """Returns the trial whose run is in this folder, handed out again; None if this stage has no such trial."""
         for trials in self.stage.arms.values():
@@ -188,14 +168,12 @@ class Controller:
                     return self._assign(trials, trial)
         return None
 
-    @_needs_storage
     def release(self, assignments: Sequence[Assignment]) -> None:
         """Releases the trials of a pack that broke up. They are handed out again before any other trial."""
         for assignment in assignments:
             trials, trial = self._find(assignment)
             trials.release(trial)
 
-    @_needs_storage
     def release_worker(self, worker: str) -> None:
         """Releases the trials of a worker that died. They are handed out again before any other trial.
 
@@ -229,7 +207,6 @@ class Controller:
         """Notes the time and memory that a worker has used so far in this session."""
         self._usage[worker] = usage
 
-    @_needs_storage
     def finish(self) -> bool:
         """Writes the record as complete or interrupted, and returns whether the sweep is complete."""
         if self._is_over:
@@ -239,7 +216,6 @@ class Controller:
         self.save("complete" if self._is_over else "interrupted")
         return self._is_over
 
-    @_needs_storage
     def save(self, status: Status | None = None) -> None:
         record = self.sweep.record
         record.trials = [trial for trials in self.search.arms.values() for trial in trials.trials.values()]
@@ -258,22 +234,16 @@ class Controller:
             elif self.confirm is None or not self.confirm.has_next_look or not self.confirm.begin_next_look():
                 self._is_over = True
 
-    def _awaits_base(self, arm: Arm) -> bool:
-        """Returns whether an arm's trials may only begin later, because they would be compared with the frozen base."""
-        return self.confirm is None and self.search.awaits_base(arm)
-
-    def _next_order(self) -> int:
-        orders = [trial.order for trials in self.stage.arms.values() for trial in trials.trials.values()]
-        return 1 + max(orders, default=-1)
-
     def _assign(self, trials: ArmTrials, trial: Trial) -> Assignment:
-        arm, stage = trials.arm, self.stage
+        number: int | None = trial.number
+        params = trial.params
+        if self.confirm is not None:  # every source of randomness is set by the seed
+            number, params = self.confirm.find_tried(trial), {**params, **dict.fromkeys(SEED_KEYS, trial.seed)}
         assignment = Assignment(
-            arm=arm,
+            arm=trials.arm,
             trial=copy(trial),
-            config=stage.config(arm, trial),
-            run_folder=stage.run_folder(trial),
-            reads_test=stage.reads_test,
+            config=trials.arm.compose(params),
+            run_folder=RunFolder(path=self.sweep.path / trial.run, arm=trial.arm, trial=number),
         )
         self._save_if_due()
         return assignment

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 from scipy.stats import qmc
@@ -97,8 +97,12 @@ class SpaceEncoding:
         for key, distribution in self._space.items():
             encoded = distribution
             if isinstance(distribution, CategoricalDistribution):
-                self.choices[key], are_numbers = _sort_choices(distribution.choices)
-                count = len(distribution.choices)
+                # in an order that does not depend on the file's order
+                choices, count = list(distribution.choices), len(distribution.choices)
+                are_numbers = all(isinstance(one, int | float) and not isinstance(one, bool) for one in choices)
+                self.choices[key] = sorted(
+                    choices, key=lambda one: (one, repr(one)) if are_numbers else (type(one).__name__, repr(one))
+                )
                 encoded = IntDistribution(0, count - 1) if are_numbers else CategoricalDistribution(range(count))
             if not encoded.single():
                 self.ranges[key] = encoded
@@ -144,14 +148,6 @@ class SpaceEncoding:
         return point if low <= point[LR] <= high else {**point, LR: low * (high / low) ** fraction}
 
 
-def _sort_choices(choices: Iterable[Any]) -> tuple[list[Any], bool]:
-    """Returns choices in an order that does not depend on the file's order, and whether all choices are numbers."""
-    are_numbers = all(isinstance(choice, int | float) and not isinstance(choice, bool) for choice in choices)
-    if are_numbers:
-        return sorted(choices, key=lambda choice: (choice, repr(choice))), True
-    return sorted(choices, key=lambda choice: (type(choice).__name__, repr(choice))), False
-
-
 def draw_sobol_point(encoding: SpaceEncoding, index: int, *, seed: int) -> Point:
     """Returns the point at an index of an arm's Sobol sequence.
 
@@ -173,7 +169,17 @@ def draw_sobol_point(encoding: SpaceEncoding, index: int, *, seed: int) -> Point
             group = fractions[first : first + counts[key], column]
             point[key] = int((group < fractions[index, column]).sum())
         else:
-            point[key] = _scale_to(range_, float(fractions[index, column]))
+            assert isinstance(range_, FloatDistribution | IntDistribution)
+            fraction, step = float(fractions[index, column]), range_.step or 0
+            # half a step beyond both ends, so that the values at the ends are as frequent as the others
+            low, high = range_.low - step / 2, range_.high + step / 2
+            if range_.log:
+                value = math.exp(math.log(low) + fraction * (math.log(high) - math.log(low)))
+            else:
+                value = low + fraction * (high - low)
+            if step:
+                value = round((value - range_.low) / step) * step + range_.low
+            point[key] = min(max(value, range_.low), range_.high)
     if LR not in encoding.ranges:
         return point
     return encoding.move_into_range(point, float(fractions[index, list(encoding.ranges).index(LR)]))
@@ -183,21 +189,6 @@ def draw_sobol_point(encoding: SpaceEncoding, index: int, *, seed: int) -> Point
 def _draw_sequence(num_keys: int, seed: int, num_points: int) -> Any:
     """Returns an array (num_points, num_keys) of numbers from 0 to 1."""
     return qmc.Sobol(num_keys, scramble=True, seed=seed).random(num_points)
-
-
-def _scale_to(range_: BaseDistribution, fraction: float) -> float:
-    """Returns the value at a fraction of a range's length, as Optuna's QMC sampler does."""
-    assert isinstance(range_, FloatDistribution | IntDistribution)
-    step = range_.step or 0
-    # half a step beyond both ends, so that the values at the ends are as frequent as the others
-    low, high = range_.low - step / 2, range_.high + step / 2
-    if range_.log:
-        value = math.exp(math.log(low) + fraction * (math.log(high) - math.log(low)))
-    else:
-        value = low + fraction * (high - low)
-    if step:
-        value = round((value - range_.low) / step) * step + range_.low
-    return min(max(value, range_.low), range_.high)
 
 
 class History:
@@ -230,14 +221,11 @@ class History:
 
     def list_results(self) -> list[Trial]:
         """Returns the results by number: all, or the `MAX_HISTORY_TRIALS` best if there are more."""
-        sign = get_sign(self.direction)
-
-        def sort_key(trial: Trial) -> float:
-            score = get_score(trial)
-            return math.inf if score is None else sign * score
-
-        results = sorted((trial for trial in self.trials if is_result(trial)), key=sort_key)
-        return sorted(results[:MAX_HISTORY_TRIALS], key=lambda trial: trial.number)
+        sign, scores = get_sign(self.direction), [(trial, get_score(trial)) for trial in self.trials]
+        costs = {trial.number: sign * score for trial, score in scores if score is not None}
+        results = [trial for trial in self.trials if trial.number in costs or trial.state == "infeasible"]
+        best = sorted(results, key=lambda trial: costs.get(trial.number, math.inf))
+        return sorted(best[:MAX_HISTORY_TRIALS], key=lambda trial: trial.number)
 
     def list_running(self) -> list[Trial]:
         """Returns the latest running trials, at most `MAX_HISTORY_TRIALS`."""
@@ -267,11 +255,6 @@ class History:
             f"{point[key]:.2g}" if isinstance(range_, FloatDistribution) and range_.step is None else point[key]
             for key, range_ in self.encoding.ranges.items()
         )
-
-
-def is_result(trial: Trial) -> bool:
-    """Returns whether a model sees a trial: it has a finite score, or does not fit in memory."""
-    return trial.state == "infeasible" or get_score(trial) is not None
 
 
 def get_score(trial: Trial) -> float | None:

@@ -5,18 +5,17 @@ DIR/journal.log    Optuna's storage: studies ARM and ARM/confirm of each arm
 DIR/pack.json      the runs of the pack that trains now, from which a killed sweep resumes
 DIR/runs/ARM-0003  one folder per run of the search
 DIR/runs/ARM-confirm-0003  one folder per run of the confirm stage
-DIR/report         what `lorasweep compare` writes
+DIR/report         the report, which is written at the sweep's end and by `lorasweep compare`
 """
 
 from __future__ import annotations
 
-import errno
-import json
 import math
 import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,15 +23,14 @@ from typing import Any, Literal
 import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
-from lorasweep.disk import LOCK_FILE, explain_unwritable
+from lorasweep.disk import explain_unwritable
 from lorasweep.errors import RecordError, WorkerError, first_line
 from lorasweep.record import SweepRecord, add_telemetry, utc_now, write_record
 from lorasweep.sweep.definition.arms import Definition
 
 JOURNAL_FILE = "journal.log"
-
 RUNS_FOLDER = "runs"
 PACK_FILE = "pack.json"
 MAX_SAVE_FRACTION = 0.1
@@ -40,62 +38,37 @@ MAX_SAVE_FRACTION = 0.1
 
 
 class Journal(JournalFileBackend):
-    """Optuna's journal file, to which no other process writes.
-
-    *Differs:* all operations of one call to the controller are flushed to the disk together. The lock of the sweep's
-    folder takes the place of a lock file, which a killed process would leave behind.
-    """
+    """Optuna's journal file. A write that fails leaves no part of itself, and no trial is to blame for it."""
 
     def __init__(self, path: Path) -> None:
-        """Opens or creates the file, and removes a line that a killed process left unfinished."""
-        self.handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o644)
-        self._size = path.read_bytes().rfind(b"\n") + 1
-        os.ftruncate(self.handle, self._size)
-        self._is_flushed = True
-        super().__init__(str(path))
+        """Opens or creates the file, and removes what a killed process left: an unfinished line, and Optuna's lock."""
+        super().__init__(str(path), JournalFileOpenLock(str(path)))
+        self._path = path
+        path.with_name(f"{path.name}.lock").unlink(missing_ok=True)  # Optuna would wait for its holder for 30 s
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Writes all operations. If the disk is full, it writes no operation and raises OSError."""
-        data = b"".join(json.dumps(log, separators=(",", ":")).encode() + b"\n" for log in logs)
+        """Writes all operations. Raises `WorkerError` if the disk is full, or if the file was moved or removed."""
+        require_journal(self._path.parent)  # otherwise Optuna would begin a new journal
+        size = self._path.stat().st_size
         try:
-            if os.write(self.handle, data) != len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
-            os.ftruncate(self.handle, self._size)
+            super().append_logs(logs)
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(self._path, size)
+            check_writable(self._path.parent, error)
             raise
-        self._size += len(data)
-        self._is_flushed = False
-
-    def flush(self) -> None:
-        """Makes sure that a power cut loses no operation."""
-        if not self._is_flushed:
-            os.fsync(self.handle)
-            self._is_flushed = True
-
-    def close(self) -> None:
-        self.flush()
-        os.close(self.handle)
 
 
-class SweepStorage(JournalStorage):
-    """Optuna's storage of a sweep, with the journal that it writes to."""
-
-    def __init__(self, journal: Journal) -> None:
-        self.journal = journal
-        super().__init__(journal)
-
-
-def open_storage(folder: Path) -> SweepStorage:
+def open_storage(folder: Path) -> JournalStorage:
     """Returns Optuna's storage of a sweep: the journal in its folder, whose lock this process holds.
 
     Raises:
         RecordError: The journal is damaged.
     """
-    journal = Journal(folder / JOURNAL_FILE)
     try:
-        return SweepStorage(journal)
+        return JournalStorage(Journal(folder / JOURNAL_FILE))
     except Exception as error:  # a wrong operation raises errors of many classes in Optuna
-        journal.close()
         raise damaged_journal(folder, error) from error
 
 
@@ -118,7 +91,7 @@ class SweepFolder:
     path: Path
     definition: Definition
     record: SweepRecord
-    storage: SweepStorage
+    storage: JournalStorage
     lock: int
     """File descriptor of the folder's lock. The system releases it when the process ends for any reason."""
     opened_s: float = field(default_factory=time.monotonic)
@@ -158,34 +131,22 @@ class SweepFolder:
         """Writes the record with the time and memory of all workers of this session, and perhaps a new status.
 
         Raises:
-            WorkerError: The folder is gone.
+            WorkerError: The disk is full, or the folder was moved or removed.
         """
         began = time.monotonic()
-        self.check_disk()
         record = self.record
         record.makespan_s = self.makespan_before_s + began - self.opened_s
         record.telemetry = add_telemetry(self.telemetry_before, usage)
         if status is not None:
             record.status, record.ended_at = status, utc_now() if status != "running" else None
-        write_record(record, self.path)
+        require_journal(self.path)
+        try:
+            write_record(record, self.path)
+        except OSError as error:
+            check_writable(self.path, error)
+            raise
         self.saved_s = time.monotonic()
         self.save_duration_s = self.saved_s - began
-
-    def check_disk(self, error: BaseException | None = None) -> None:
-        """Checks that the folder and its journal still exist and, if an error is given, that the folder is writable.
-
-        Raises:
-            WorkerError: The check failed, so no trial is to blame and the sweep must end here.
-        """
-        if not _is_open_file(self.path / LOCK_FILE, self.lock):
-            raise _unwritable(self.path, "it was moved or removed") from error
-        if not _is_open_file(self.path / JOURNAL_FILE, self.storage.journal.handle):
-            raise WorkerError(
-                f"{str(self.path / JOURNAL_FILE)!r} must stay while the sweep runs, but it was moved or removed. "
-                "Restore it, or start a new sweep."
-            ) from error
-        if error is not None:
-            check_writable(self.path, error)
 
     def note(self, sentences: Sequence[str]) -> None:
         """Adds sentences on the data to the record, each once; `save` writes them."""
@@ -197,28 +158,23 @@ class SweepFolder:
             self.record.warnings.append(sentence)
 
     def close(self) -> None:
-        """Closes the storage and releases the lock, so that the sweep can be resumed."""
-        self.storage.journal.close()
+        """Releases the lock, so that the sweep can be resumed."""
         os.close(self.lock)
 
 
-def _is_open_file(path: Path, handle: int) -> bool:
-    """Returns whether a path still leads to the file that this process has open."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(handle))
-    except OSError:
-        return False
+def require_journal(folder: Path) -> None:
+    """Raises `WorkerError` if the folder of a running sweep, or the journal in it, was moved or removed."""
+    if not (folder / JOURNAL_FILE).is_file():
+        raise WorkerError(
+            f"{str(folder / JOURNAL_FILE)!r} must stay while the sweep runs, but it was moved or removed. No finished "
+            "run is lost. Put it back, and resume the sweep."
+        )
 
 
 def check_writable(path: Path, error: BaseException) -> None:
-    """Raises `WorkerError` if an error occurred because a sweep's folder can't be written to."""
-    reason = explain_unwritable(path, error)
-    if reason is not None:
-        raise _unwritable(path, reason if path.is_dir() else "it was moved or removed") from error
-
-
-def _unwritable(path: Path, reason: str) -> WorkerError:
-    return WorkerError(
-        f"a sweep's folder must be writable, but {str(path)!r} can't be written to: {reason}. No finished run is "
-        f"lost. Correct this, then type `lorasweep sweep --resume {path}`."
-    )
+    """Raises `WorkerError` if an error occurred because a sweep's folder can't be written to: no trial is to blame."""
+    if (reason := explain_unwritable(path, error)) is not None:
+        raise WorkerError(
+            f"a sweep's folder must be writable, but {str(path)!r} can't be written to: {reason}. No finished run is "
+            f"lost. Correct this, then type `lorasweep sweep --resume {path}`."
+        ) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
@@ -32,7 +32,6 @@ from lorasweep.sweep.controller.folder import (
     JOURNAL_FILE,
     RUNS_FOLDER,
     SweepFolder,
-    SweepStorage,
     damaged_journal,
     name_study,
     open_storage,
@@ -98,8 +97,7 @@ def create_sweep(
                 f"`sweep.output` must be a folder that can be created, but {str(path)!r} can't: {error.strerror}."
             ) from error
         lock = take_lock(path, undo)
-        storage = _open(path, undo)
-        opened = SweepFolder(path=path, definition=definition, record=record, storage=storage, lock=lock)
+        opened = SweepFolder(path=path, definition=definition, record=record, storage=open_storage(path), lock=lock)
         for arm in definition.arms:
             opened.open_study(arm.name)
         write_record(record, path)  # last: a folder that has it can be resumed
@@ -147,7 +145,7 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
 
     Args:
         path: The sweep's folder.
-        changes: Overrides: other settings of the workers and of the confirm stage, more trials or arms.
+        changes: Overrides: other settings of the workers, more trials or more confirm seeds.
 
     Raises:
         RecordError: The folder is not a sweep, its record or journal is damaged, or another process runs it.
@@ -158,7 +156,7 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
     if source is not None and source.is_file() and record.source_sha256 != compute_sha256(source):
         raise ConfigError(
             f"the sweep file must be as it was when {str(path)!r} began, but {str(source)!r} has changed. Restore it. "
-            f"For more trials or arms, type `lorasweep sweep --resume {path} arms.ARM.trials=N`."
+            f"For more trials, type `lorasweep sweep --resume {path} arms.ARM.trials=N`."
         )
     definition = grow_definition(old, changes=changes or {})
     if [row.name for row in record.arms] != [arm.name for arm in old.arms]:
@@ -167,40 +165,35 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
         lock = take_lock(path, undo)
         remove_leftovers(path)
         _require_journal(path)
-        storage = _open(path, undo)
-        names = _require_all_trials(record, storage)
-        has_confirm = any(name_study(arm.name, "confirm") in names for arm in definition.arms)
-        seeds, known = draw_confirm_seeds(definition), record.confirm_seeds
-        if has_confirm and seeds[: len(known)] != known:
-            raise ConfigError(
-                f"`confirm.seeds >= {len(known)}` must hold, because the confirm stage began with {len(known)} seeds, "
-                f"and no arm may have one of them as its `seed`, but got {len(seeds)}."
-            )
+        storage = open_storage(path)
+        counts = {summary.study_name: summary.n_trials for summary in optuna.get_all_study_summaries(storage)}
+        for arm, number in Counter(row.arm for row in record.trials).items():
+            found = counts.get(name_study(arm, "search"), 0)
+            if found < number:  # the storage is always written before the record
+                raise RecordError(
+                    f"the storage of a sweep must have the {number} trials of `{arm}` in {SWEEP_FILE}, but has "
+                    f"{found}. Its end was cut off. Restore it, or start a new sweep."
+                )
+        has_confirm = any(name_study(arm.name, "confirm") in counts for arm in definition.arms)
         undo.pop_all()
     if definition.raw != record.definition:
+        before = {arm.name: arm.trials for arm in old.arms}
         change = SweepChange(
             at=utc_now(),
             stage="confirm" if has_confirm else "search",
             settings=dict(changes or {}),
-            trials={
-                arm.name: arm.trials
-                for arm in definition.arms
-                if arm.trials != next((one.trials for one in old.arms if one.name == arm.name), None)
-            },
+            trials={arm.name: arm.trials for arm in definition.arms if arm.trials != before[arm.name]},
         )
         record.changes.append(change)
         record.status = "interrupted"  # until a controller has found that nothing is left to do
     record.definition = definition.raw
-    record.confirm_seeds = seeds
+    record.confirm_seeds = draw_confirm_seeds(definition)
     record.questions = list_questions(definition)
     done, planned = [look.seeds for look in record.looks_done], definition.sweep_config.confirm.list_looks()
     record.looks = sorted({*done, *(look for look in planned if look > max(done, default=0))})
     record.arms = [build_arm_row(arm) for arm in definition.arms]
     # the confirm stage adds its own warnings again
-    record.warnings = [
-        *find_warnings(definition),
-        *warn_of_late_growth(record.changes),
-    ]
+    record.warnings = [*find_warnings(definition), *_warn_of_late_growth(record.changes)]
     return SweepFolder(path=path, definition=definition, record=record, storage=storage, lock=lock)
 
 
@@ -215,28 +208,6 @@ def build_arm_row(arm: Arm) -> ArmRow:
         space=describe_space(arm.space),
         subjects=list(arm.subjects),
     )
-
-
-def _require_all_trials(record: SweepRecord, storage: SweepStorage) -> Collection[str]:
-    """Returns the names of the studies. Raises RecordError if the storage lacks trials that the record has.
-
-    The storage is always written before the record.
-    """
-    counts = {summary.study_name: summary.n_trials for summary in optuna.get_all_study_summaries(storage)}
-    for arm, number in Counter(row.arm for row in record.trials).items():
-        found = counts.get(name_study(arm, "search"), 0)
-        if found < number:
-            raise RecordError(
-                f"the storage of a sweep must have the {number} trials of `{arm}` in {SWEEP_FILE}, but has {found}. "
-                "Its end was cut off. Restore it, or start a new sweep."
-            )
-    return counts
-
-
-def _open(path: Path, undo: ExitStack) -> SweepStorage:
-    storage = open_storage(path)
-    undo.callback(storage.journal.close)
-    return storage
 
 
 def _require_journal(path: Path) -> None:
@@ -257,37 +228,29 @@ def grow_definition(old: Definition, *, changes: Mapping[str, Any]) -> Definitio
         overrides = {key: value for key, value in overrides.items() if key.split(".")[0] != "worker"}
     raw = {"file": old.raw["file"], "overrides": {**overrides, **changes}}
     new = restore_definition(make_paths_absolute(raw), source=old.source)
-    arms = {arm.name: arm for arm in new.arms}
-    for arm in old.arms:
-        if arm.name not in arms:
-            raise ConfigError(f"a sweep that has begun must keep its arm `{arm.name}`. Start a new sweep without it.")
-        before, after = _list_settings(arm), _list_settings(arms[arm.name])
-        for key in dict.fromkeys([*before, *after]):
-            if (value := after.get(key, MISSING)) != (kept := before.get(key, MISSING)):
+    names, kept_names = ([arm.name for arm in one.arms] for one in (new, old))
+    if names != kept_names:
+        raise ConfigError(
+            f"a sweep that has begun must keep its arms ({', '.join(kept_names)}), but got {', '.join(names)}. Start a "
+            "new sweep."
+        )
+    for before, after in zip(old.arms, new.arms, strict=True):
+        kept_settings, settings = _list_settings(before), _list_settings(after)
+        for key in dict.fromkeys([*kept_settings, *settings]):
+            if (value := settings.get(key, MISSING)) != (kept := kept_settings.get(key, MISSING)):
                 raise ConfigError(
-                    f"arm `{arm.name}`: `{key}` must stay {kept!r}, because its trials have begun, but got {value!r}. "
-                    "Start a new sweep, or add a new arm with the other value."
+                    f"arm `{before.name}`: `{key}` must stay {kept!r}, because its trials have begun, but got "
+                    f"{value!r}. Start a new sweep."
                 )
-        if arms[arm.name].trials < arm.trials:
+    numbers = {f"arms.{arm.name}.trials": (arm.trials, new.find_arm(arm.name).trials) for arm in old.arms}
+    seeds = tuple(max(one.sweep_config.confirm.list_looks(), default=0) for one in (old, new))
+    for key, (kept_number, number) in {**numbers, "confirm.seeds": seeds}.items():
+        if number < kept_number:
             raise ConfigError(
-                f"`arms.{arm.name}.trials >= {arm.trials}` must hold, because the sweep has that many, "
-                f"but got {arms[arm.name].trials}. Start a new sweep for fewer trials."
+                f"`{key} >= {kept_number}` must hold, because the sweep has that many, but got {number}. Start a new "
+                "sweep for fewer."
             )
     return new
-
-
-def warn_of_late_growth(changes: Sequence[SweepChange]) -> list[str]:
-    """Returns a warning if the sweep got more trials, arms or seeds after the confirm stage had begun."""
-    late = [change for change in changes if change.stage == "confirm"]
-    grown = [f"trials of `{name}`" for change in late for name in change.trials]
-    grown += ["seeds" for change in late if {"confirm.seeds", "confirm.looks"} & change.settings.keys()]
-    if not grown:
-        return []
-    return [
-        f"The sweep got more {join_words(list(dict.fromkeys(grown)))} up to {late[-1].at}, after test scores were "
-        "known. Settings are still chosen on validation data alone. But if you resumed because of test scores, the "
-        "chance of a false verdict is higher than 5 %."
-    ]
 
 
 def _list_settings(arm: Arm) -> dict[str, Any]:
@@ -300,3 +263,17 @@ def _list_settings(arm: Arm) -> dict[str, Any]:
         and key not in (*arm.space, *CHANGEABLE_KEYS)
         and not key.startswith("worker.")
     }
+
+
+def _warn_of_late_growth(changes: Sequence[SweepChange]) -> list[str]:
+    """Returns a warning if the sweep got more trials or seeds after the confirm stage had begun."""
+    late = [change for change in changes if change.stage == "confirm"]
+    grown = [f"trials of `{name}`" for change in late for name in change.trials]
+    grown += ["seeds" for change in late if {"confirm.seeds", "confirm.looks"} & change.settings.keys()]
+    if not grown:
+        return []
+    return [
+        f"The sweep got more {join_words(list(dict.fromkeys(grown)))} up to {late[-1].at}, after test scores were "
+        "known. Settings are still chosen on validation data alone. But if you resumed because of test scores, the "
+        "chance of a false verdict is higher than 5 %."
+    ]

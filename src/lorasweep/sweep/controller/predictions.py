@@ -17,7 +17,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from lorasweep.config.data import Direction, get_sign
 from lorasweep.config.run import ALPHA, LR, RANK
-from lorasweep.record import Trial, is_number
+from lorasweep.record import SettingRow, Subject, Trial, is_number
 from lorasweep.sweep.controller.encoding import (
     History,
     Point,
@@ -79,19 +79,16 @@ class Coordinates:
                 columns.append([rate / RATE_LENGTH_SCALE_DECADES for rate in rates])
             elif key in LENGTH_SCALES_OCTAVES and all(is_number(value) and value > 0 for value in values):
                 columns.append([math.log2(value) / LENGTH_SCALES_OCTAVES[key] for value in values])
-            elif isinstance(distribution, FloatDistribution | IntDistribution):
-                columns.append([_find_position(value, distribution) / RANGE_LENGTH_SCALE for value in values])
             elif isinstance(distribution, CategoricalDistribution):
                 columns += _place_choices(values, distribution.choices)
+            elif isinstance(distribution, FloatDistribution | IntDistribution):
+                low, high = distribution.low, distribution.high
+                if distribution.log:
+                    places = [math.log(value / low) / math.log(high / low) for value in values]
+                else:
+                    places = [(value - low) / (high - low) for value in values]
+                columns.append([place / RANGE_LENGTH_SCALE for place in places])
         return np.array(columns, dtype=np.float64).reshape(-1, len(params)).T
-
-
-def _find_position(value: float, distribution: FloatDistribution | IntDistribution) -> float:
-    """Returns where a value lies in its range, from 0 to 1."""
-    low, high = distribution.low, distribution.high
-    if distribution.log:
-        return math.log(value / low) / math.log(high / low)
-    return (value - low) / (high - low)
 
 
 def _place_choices(values: Sequence[Any], choices: Sequence[Any]) -> list[list[float]]:
@@ -172,25 +169,6 @@ def compute_kernel(first: Array, second: Array) -> Array:
     return covariances
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """The setting that is predicted best for one value of a key, or for a whole arm."""
-
-    params: dict[str, Any]
-    trial: int | None
-    """The complete trial with this setting; None if it was not tried."""
-    score: float
-    """The predicted score on validation data."""
-    rate_ratio: float | None
-    """Factor, at least 1, between this u and that of the nearest complete trial; None if the rate is not searched or no
-    trial is complete."""
-    regret: float
-    """How much better the best setting is expected to be than this one: the mean over draws from the model."""
-    rate_costs: dict[str, float]
-    """How much worse `half` and `twice` the learning rate are than this one, if they lie in its range. The model cuts
-    bad scores off (`fit_surrogate`), so a large cost is a lower bound."""
-
-
 def has_own_model(arm: Arm) -> bool:
     """Returns whether `propose_by_model` proposes the trials of an arm, if its sampler is `gp`."""
     return arm.confirm_each is not None or [key for key, range_ in arm.space.items() if not range_.single()] == [LR]
@@ -234,43 +212,58 @@ def propose_by_model(arm: Arm, history: History, *, seed: int) -> Point:
 def predict_best(
     arm: Arm,
     trials: Sequence[Trial],
+    subject: Subject,
     *,
     direction: Direction,
-    fixed: Mapping[str, Any],
     chosen: Mapping[str, Any] | None = None,
-) -> Prediction | None:
-    """Returns the setting of an arm that is predicted best, with the keys in `fixed` at their values.
+) -> SettingRow | None:
+    """Returns the setting that is predicted best for a subject of an arm.
 
     Uses complete and stopped trials. A setting that does not fit in memory is not chosen. Returns None if no trial is
-    complete, or nothing with the fixed values fits. `chosen` is a setting to predict instead of the best one.
+    complete, or nothing with the subject's value fits. `chosen` is a setting to predict instead of the best one.
+
+    The regret is the mean over draws from the model. Costs are lower bounds, because the model cuts bad scores off
+    (`fit_surrogate`).
     """
-    law = build_rate_law(arm)
+    law, sign, fixed = build_rate_law(arm), get_sign(direction), subject.params
     results = [(trial, score) for trial in trials if (score := get_score(trial)) is not None]
     complete = [trial for trial, _ in results if trial.state == "complete"]
-    if not complete:
+    infeasible = [trial for trial in trials if trial.state == "infeasible" and fixed.items() <= trial.params.items()]
+    if not complete or (infeasible and not any(fixed.items() <= trial.params.items() for trial, _ in results)):
         return None
-    infeasible = [trial for trial in trials if trial.state == "infeasible"]
-    if any(fixed.items() <= trial.params.items() for trial in infeasible) and not any(
-        fixed.items() <= trial.params.items() for trial, _ in results
-    ):
-        return None
-    sign = get_sign(direction)
     coordinates = Coordinates(arm.space, law)
     points = coordinates.place([trial.params for trial, _ in results])
     surrogate = fit_surrogate(points, [sign * score for _, score in results])
     tried = {trial.number: dict(trial.params) for trial in complete if fixed.items() <= trial.params.items()}
     candidates = [*tried.values(), *_list_settings(arm.space, law, fixed)]
-    mean, _ = surrogate.predict(coordinates.place(candidates))
+    placed = coordinates.place(candidates)
+    mean, _ = surrogate.predict(placed)
     best = int(np.argmin(mean)) if chosen is None else candidates.index(dict(chosen))
-    return Prediction(
-        params=candidates[best],
+    params, rates = candidates[best], arm.space.get(LR)
+    rate_ratio, rate_costs = None, {}
+    if rates is not None and not rates.single():
+        nearest = min(
+            abs(math.log(params[LR] * law.factor(params)) - math.log(trial.params[LR] * law.factor(trial.params)))
+            for trial in complete
+        )
+        rate_ratio = math.exp(nearest)
+    if isinstance(rates, FloatDistribution) and not rates.single():
+        found = {name: params[LR] * factor for name, factor in {"half": 0.5, "twice": 2.0}.items()}
+        inside = {name: {**params, LR: rate} for name, rate in found.items() if rates.low <= rate <= rates.high}
+        cost, *others = surrogate.predict(coordinates.place([params, *inside.values()]))[0].tolist()
+        rate_costs = {name: max(other - cost, 0.0) for name, other in zip(inside, others, strict=True)}
+    step = max(len(placed) // REGRET_CANDIDATES, 1)
+    draws = surrogate.draw(np.concatenate([placed[best : best + 1], placed[::step]]), num_draws=REGRET_DRAWS)
+    return SettingRow(
+        subject=subject.name,
+        arm=arm.name,
+        setting=0,  # the confirm stage numbers them
+        params=params,
         trial=list(tried)[best] if best < len(tried) else None,
         score=sign * float(mean[best]),
-        rate_ratio=_find_rate_ratio(candidates[best], complete, law)
-        if LR in arm.space and not arm.space[LR].single()
-        else None,
-        regret=_estimate_regret(surrogate, coordinates.place(candidates), best),
-        rate_costs=_estimate_rate_costs(arm.space, candidates[best], surrogate, coordinates),
+        rate_ratio=rate_ratio,
+        regret=float((draws[:, 0] - draws.min(axis=1)).mean()) if arm.space else None,
+        rate_costs=rate_costs,
     )
 
 
@@ -289,29 +282,3 @@ def _list_settings(space: Space, law: RateLaw, fixed: Mapping[str, Any]) -> list
         if LR in encoding.ranges and LR not in encoding.choices:
             params[LR] = float(f"{params[LR]:.{RATE_DIGITS}g}")
     return settings
-
-
-def _find_rate_ratio(params: Mapping[str, Any], complete: Sequence[Trial], law: RateLaw) -> float | None:
-    rate = math.log(params[LR] * law.factor(params))
-    others = [math.log(trial.params[LR] * law.factor(trial.params)) for trial in complete]
-    return math.exp(min(abs(rate - other) for other in others)) if others else None
-
-
-def _estimate_rate_costs(
-    space: Space, params: Mapping[str, Any], surrogate: Surrogate, coordinates: Coordinates
-) -> dict[str, float]:
-    rates = space.get(LR)
-    if not isinstance(rates, FloatDistribution) or rates.single():
-        return {}
-    found = {name: params[LR] * factor for name, factor in {"half": 0.5, "twice": 2.0}.items()}
-    inside = {name: {**params, LR: rate} for name, rate in found.items() if rates.low <= rate <= rates.high}
-    cost, *others = surrogate.predict(coordinates.place([params, *inside.values()]))[0].tolist()
-    return {name: max(other - cost, 0.0) for name, other in zip(inside, others, strict=True)}
-
-
-def _estimate_regret(surrogate: Surrogate, candidates: Any, best: int) -> float:
-    """Returns `cost of the chosen candidate - lowest cost`, as a mean over draws from the model."""
-    step = max(len(candidates) // REGRET_CANDIDATES, 1)
-    shown = np.concatenate([candidates[best : best + 1], candidates[::step]])
-    draws = surrogate.draw(shown, num_draws=REGRET_DRAWS)
-    return float((draws[:, 0] - draws.min(axis=1)).mean())

@@ -132,16 +132,31 @@ def _derive_seed(arm: Arm, number: int | None = None) -> int:
 
 
 def _ask_model(sampler: ModelBasedSampler, history: History, *, seed: int) -> Point:
-    """Returns the point that TPE or a Gaussian process chooses from the arm's results and running trials."""
+    """Returns the point that TPE or a Gaussian process chooses from the arm's results and running trials.
+
+    A Gaussian process reads results as complete trials with a value. Values that are worse than the median or missing
+    become the median. A trial that learned nothing would be far worse than all others, and a model that fits such a
+    value is less exact near the best trials (docs/benchmarks.md, Proposals).
+    """
     # `n_startup_trials=1` turns off Optuna's random startup trials, because Sobol points take their place.
-    model: BaseSampler
-    results = history.list_results()
+    model: BaseSampler = TPESampler(n_startup_trials=1, seed=seed)
+    results: list[Trial] = history.list_results()
+    shown = [history.build_frozen_trial(trial) for trial in results]
     if sampler.name == "gp":
         model = GPSampler(n_startup_trials=1, seed=seed, warn_independent_sampling=False)
-        shown = _build_gp_trials(results, history)
-    else:
-        model = TPESampler(n_startup_trials=1, seed=seed)
-        shown = [history.build_frozen_trial(trial) for trial in results]
+        better = min if history.direction == "minimize" else max
+        scores = [get_score(trial) for trial in results]
+        median = statistics.median(score for score in scores if score is not None)
+        values = [median if score is None else better(score, median) for score in scores]
+        shown = [
+            history.build_frozen_trial(trial, state=TrialState.COMPLETE, value=value)
+            for trial, value in zip(results, values, strict=True)
+        ]
+        # Optuna's sampler requires the same constraints in every trial; a trial is feasible at or below 0
+        names = {name for trial in shown for name in trial.constraints}
+        for trial in shown:
+            for name in names - trial.constraints.keys():
+                trial.set_constraint(name, -1.0)
     point, _ = _ask(model, history, [*shown, *map(history.build_frozen_trial, history.list_running())])
     return history.encoding.encode(history.encoding.decode(point))  # limits u to the range of the learning rate
 
@@ -164,30 +179,6 @@ def _ask(sampler: BaseSampler, history: History, shown: Sequence[FrozenTrial]) -
         "study": {name: value for name, value in study_attributes.items() if known.get(name) != value},
     }
     return params, state if any(state.values()) else {}
-
-
-def _build_gp_trials(results: Sequence[Trial], history: History) -> list[FrozenTrial]:
-    """Returns results as a Gaussian process reads them: as complete trials with a value.
-
-    Values that are worse than the median or missing become the median. A trial that learned nothing would be far worse
-    than all others, and a model that fits such a value is less exact near the best trials (docs/benchmarks.md,
-    Proposals). Trials that do not fit in memory also violate a constraint.
-    """
-    better = min if history.direction == "minimize" else max
-    scores = [get_score(trial) for trial in results]
-    median = statistics.median(score for score in scores if score is not None)
-    shown = [
-        history.build_frozen_trial(
-            trial, state=TrialState.COMPLETE, value=median if score is None else better(score, median)
-        )
-        for trial, score in zip(results, scores, strict=True)
-    ]
-    # Optuna's sampler requires the same constraints in every trial; a trial is feasible at or below 0
-    names = {name for trial in shown for name in trial.constraints}
-    for trial in shown:
-        for name in names - trial.constraints.keys():
-            trial.set_constraint(name, -1.0)
-    return shown
 
 
 def _add_seeds(value: Any, *, seed: int, key: str) -> Any:

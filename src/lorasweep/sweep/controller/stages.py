@@ -5,44 +5,34 @@ The controller makes the same calls to both stages. A stage decides which trials
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
-from optuna.distributions import IntDistribution
-
-from lorasweep.config.run import SEED_KEYS, RunConfig
-from lorasweep.record import LookRow, SettingRow, Subject, Trial, find_winner, name_run, read_run
+from lorasweep.record import LookRow, SettingRow, Trial, find_winner, read_run
 from lorasweep.report.evidence.evidence import answer_sweep, build_scale, read_confirm_scores
-from lorasweep.sweep.controller.arm_trials import ArmTrials
+from lorasweep.sweep.controller.arm_trials import SEED, SETTING, SETTINGS_ATTRIBUTE, ArmTrials
 from lorasweep.sweep.controller.encoding import History
 from lorasweep.sweep.controller.folder import SweepFolder, name_study
 from lorasweep.sweep.controller.predictions import predict_best
 from lorasweep.sweep.controller.proposals import find_batch_start, propose
 from lorasweep.sweep.definition.arms import Arm
 from lorasweep.sweep.definition.confirm import has_fixed_score
-from lorasweep.training.run_log import RunFolder
-
-SETTING, SEED = "setting", "seed"
-"""The parameters of a run in the study of the confirm stage: the number of its setting in the arm, and its seed."""
-SETTINGS_ATTRIBUTE = "lorasweep:settings"
-"""The study of an arm's confirm stage keeps here the parameters of each setting, by number."""
 
 
 class Search:
     """Each arm's sampler proposes trials. The best evaluation on validation data is a trial's score."""
 
     name: Literal["search"] = "search"
-    reads_test = False
-    """Whether a complete run has still to be scored on test data."""
 
     def __init__(self, sweep: SweepFolder, *, session: str | None = None) -> None:
         """Reads the trials that have begun."""
         self._sweep = sweep
-        arms = sweep.definition.arms
-        self.arms = {arm.name: self._read_trials(arm, session) for arm in arms}
-        self._histories = {arm.name: History(arm, direction=sweep.record.direction) for arm in arms}
+        self.arms: dict[str, ArmTrials] = {}
+        self._histories: dict[str, History] = {}
+        for arm in sweep.definition.arms:
+            self.arms[arm.name] = ArmTrials(sweep, arm, stage=self.name, planned=arm.trials, session=session)
+            self._histories[arm.name] = History(arm, direction=sweep.record.direction)
         self._base_scores: dict[str, Mapping[str, float]] = {}
         """Every metric of the frozen base, by name of its arm."""
 
@@ -56,10 +46,6 @@ class Search:
         )
         return propose(arm, history, number=number)
 
-    def config(self, arm: Arm, trial: Trial) -> RunConfig:
-        """Returns all settings of a trial's run."""
-        return arm.compose(trial.params)
-
     def find_untrained_scores(self, arm: Arm) -> Mapping[str, float]:
         """Returns the scores, on the validation data of evaluations, of an answer that needs no training.
 
@@ -71,7 +57,7 @@ class Search:
         if self._sweep.record.constant_answer or (base := self._find_base_arm(arm)) is None:
             return self._sweep.record.constant_answer
         ended = [trial for trial in base.trials.values() if trial.state == "complete"]
-        if not ended:  # it failed, or the sweep got this arm after others had begun
+        if not ended:  # it failed
             return {}
         if base.arm.name not in self._base_scores:  # in the run's record, because a trial has no loss
             self._base_scores[base.arm.name] = read_run(self._sweep.path / ended[0].run).last
@@ -90,26 +76,6 @@ class Search:
                 return base if same else None
         return None
 
-    def run_folder(self, trial: Trial) -> RunFolder:
-        """Returns the folder of a trial's run, and the arm and trial that the run's record names."""
-        return RunFolder(path=self._sweep.path / trial.run, arm=trial.arm, trial=trial.number)
-
-    def _read_trials(self, arm: Arm, session: str | None) -> ArmTrials:
-        def build_trial(number: int, params: Mapping[str, Any]) -> Trial:
-            subject, run = arm.name_subject(params), name_run(self.name, arm.name, number)
-            return Trial(arm=arm.name, subject=subject, number=number, params=dict(params), run=run)
-
-        return ArmTrials(
-            arm,
-            study=self._sweep.open_study(name_study(arm.name, self.name)),
-            storage=self._sweep.storage,
-            space=arm.space,
-            build_trial=build_trial,
-            planned=arm.trials,
-            find_batch_start=functools.partial(find_batch_start, arm),
-            session=session,
-        )
-
 
 class Confirmation:
     """The setting of each subject is trained again on fresh seeds, each run to its end, and scored once on test data.
@@ -120,7 +86,6 @@ class Confirmation:
     """
 
     name: Literal["confirm"] = "confirm"
-    reads_test = True
 
     def __init__(
         self, sweep: SweepFolder, settings: Sequence[SettingRow], *, looks: Sequence[int], session: str | None = None
@@ -134,21 +99,18 @@ class Confirmation:
         self.looks_done: list[LookRow] = []
         self._add_to_plan({row.subject for row in settings})
         arms = [arm for arm in sweep.definition.arms if arm.name in self._plan]
-        self.arms = {arm.name: self._read_trials(arm, session) for arm in arms}
+        self.arms = {arm.name: ArmTrials(sweep, arm, stage=self.name, planned=0, session=session) for arm in arms}
+        self._update_planned()
 
     def propose(self, trials: ArmTrials) -> tuple[dict[str, Any], dict[str, Any]]:
         begun = _list_begun(trials)
         setting, seed = next(run for run in self._plan[trials.arm.name] if run not in begun)
         return {SETTING: setting, SEED: seed}, {}
 
-    def config(self, arm: Arm, trial: Trial) -> RunConfig:
-        """Returns the settings of a run, with every source of randomness set by the seed."""
-        return arm.compose({**trial.params, **dict.fromkeys(SEED_KEYS, trial.seed)})
-
-    def run_folder(self, trial: Trial) -> RunFolder:
-        """Returns the folder of a run; the run's record names the trial of the search that has its setting."""
-        setting = self._settings.get((trial.arm, trial.setting_number or 0))
-        return RunFolder(path=self._sweep.path / trial.run, arm=trial.arm, trial=setting.trial if setting else None)
+    def find_tried(self, run: Trial) -> int | None:
+        """Returns the number of the search's trial that has the setting of a run; None if no trial has it."""
+        row = self._settings.get((run.arm, run.setting_number or 0))
+        return row.trial if row else None
 
     @property
     def has_next_look(self) -> bool:
@@ -178,8 +140,7 @@ class Confirmation:
         )
         record.looks_done = list(self.looks_done)
         self._add_to_plan(subjects)
-        for name, trials in self.arms.items():
-            trials.planned = len(_list_begun(trials) | set(self._plan[name]))
+        self._update_planned()
         return bool(subjects)
 
     def _add_to_plan(self, subjects: Collection[str]) -> None:
@@ -193,34 +154,9 @@ class Confirmation:
                 if row.subject in subjects and not (is_fixed and self._plan[row.arm]):
                     self._plan[row.arm].append((row.setting, seed))
 
-    def _read_trials(self, arm: Arm, session: str | None) -> ArmTrials:
-        study = self._sweep.open_study(name_study(arm.name, self.name))
-        settings: list[dict[str, Any]] = study.user_attrs[SETTINGS_ATTRIBUTE]
-
-        def build_trial(number: int, params: Mapping[str, Any]) -> Trial:
-            setting = settings[params[SETTING]]
-            return Trial(
-                stage=self.name,
-                arm=arm.name,
-                subject=arm.name_subject(setting),
-                number=number,
-                params={key: value for key, value in setting.items() if key not in SEED_KEYS},
-                setting_number=params[SETTING],
-                seed=params[SEED],
-                run=name_run(self.name, arm.name, number),
-            )
-
-        trials = ArmTrials(
-            arm,
-            study=study,
-            storage=self._sweep.storage,
-            space={SETTING: IntDistribution(0, 2**32 - 1), SEED: IntDistribution(0, 2**32 - 1)},
-            build_trial=build_trial,
-            planned=0,
-            session=session,
-        )
-        trials.planned = len(_list_begun(trials) | set(self._plan[arm.name]))
-        return trials
+    def _update_planned(self) -> None:
+        for name, trials in self.arms.items():
+            trials.planned = len(_list_begun(trials) | set(self._plan[name]))
 
 
 def _list_begun(trials: ArmTrials) -> set[tuple[int | None, int | None]]:
@@ -238,46 +174,23 @@ def choose_settings(search: Search, *, sweep: SweepFolder) -> list[SettingRow]:
     study of the arm's confirm stage keeps the parameters, before any run begins.
     """
     rows: list[SettingRow] = []
-    for arm in (trials.arm for trials in search.arms.values()):
-        chosen = {subject.name: _choose(search, arm, subject, sweep) for subject in arm.subjects}
-        found = [row for row in chosen.values() if row]
-        for name in [name for name, row in chosen.items() if row is None]:
-            sweep.warn(f"`{name}` has no trial with a score, so the confirm stage skips it.")
-        if not found:
-            continue
+    for arm, trials in ((one.arm, list(one.trials.values())) for one in search.arms.values()):
         study = sweep.open_study(name_study(arm.name, Confirmation.name))
         known: list[dict[str, Any]] = list(study.user_attrs.get(SETTINGS_ATTRIBUTE, []))
-        known += [row.params for row in found if row.params not in known]
-        if known != study.user_attrs.get(SETTINGS_ATTRIBUTE):
+        for subject in arm.subjects:
+            winner = None if subject.params else find_winner(trials, record=sweep.record)
+            row = None
+            if subject.params or winner:
+                chosen = winner.params if winner else None
+                row = predict_best(arm, trials, subject, direction=sweep.record.direction, chosen=chosen)
+            if row is None:
+                sweep.warn(f"`{subject.name}` has no trial with a score, so the confirm stage skips it.")
+                continue
+            if row.params not in known:
+                known.append(row.params)
+            if winner is not None:
+                row = replace(row, trial=winner.number, score=winner.value)
+            rows.append(replace(row, setting=known.index(row.params)))
+        if known != study.user_attrs.get(SETTINGS_ATTRIBUTE, []):
             study.set_user_attr(SETTINGS_ATTRIBUTE, known)
-        rows += [replace(row, setting=known.index(row.params)) for row in found]
     return rows
-
-
-def _choose(search: Search, arm: Arm, subject: Subject, sweep: SweepFolder) -> SettingRow | None:
-    fixed = subject.params
-    trials = list(search.arms[arm.name].trials.values())
-    winner = None if fixed else find_winner(trials, record=sweep.record)
-    if winner is None and not fixed:
-        return None
-    prediction = predict_best(
-        arm,
-        trials,
-        direction=sweep.record.direction,
-        fixed=fixed,
-        chosen=None if winner is None else winner.params,
-    )
-    if prediction is None:
-        return None
-    params, trial = prediction.params, winner.number if winner else prediction.trial
-    return SettingRow(
-        subject=subject.name,
-        arm=arm.name,
-        setting=0,
-        params=params,
-        trial=trial,
-        score=winner.value if winner else prediction.score,
-        rate_ratio=prediction.rate_ratio,
-        regret=prediction.regret if arm.space else None,
-        rate_costs=prediction.rate_costs,
-    )

@@ -55,11 +55,6 @@ class WorkerNeeds:
     gpus: int
     processes: int = 1
 
-    def count_fitting_processes(self, resources: dict[str, float]) -> int:
-        """Returns how many processes fit on a node with these resources."""
-        by_cpus = int(resources.get("CPU", 0) // self.cpus)
-        return min(by_cpus, int(resources.get("GPU", 0) // self.gpus)) if self.gpus else by_cpus
-
 
 @contextmanager
 def start_local_cluster(sweep: Path) -> Iterator[None]:
@@ -179,7 +174,11 @@ def _connect(address: str, **options: Any) -> Iterator[None]:
 
 
 def count_fitting_workers(needs: WorkerNeeds) -> int:
-    return sum(needs.count_fitting_processes(resources) for resources in _read_resources()) // needs.processes
+    processes = 0
+    for node in _read_resources():
+        by_cpus = int(node.get("CPU", 0) // needs.cpus)
+        processes += min(by_cpus, int(node.get("GPU", 0) // needs.gpus)) if needs.gpus else by_cpus
+    return processes // needs.processes
 
 
 def check_capacity(needs: WorkerNeeds) -> None:

@@ -118,14 +118,6 @@ def write_address(folder: Path, address: str) -> None:
     write_atomically(folder / ADDRESS_FILE, address)
 
 
-def read_address(folder: Path) -> str | None:
-    """Returns the address of a sweep's Ray head, "" if the sweep is over, or None if it never had a head."""
-    try:
-        return (folder / ADDRESS_FILE).read_text().strip()
-    except FileNotFoundError:
-        return None
-
-
 @dataclass(frozen=True, kw_only=True)
 class RayNode:
     """A node of a sweep's Ray cluster, for as long as the head lives. Runs again after the job is requeued."""
@@ -141,13 +133,29 @@ class RayNode:
         if (address := _wait_for_head(self.folder, wait_s=self.head_wait_s)) is None:
             return
         with tempfile.TemporaryDirectory(prefix="lorasweep-", dir=SOCKETS_FOLDER, ignore_cleanup_errors=True) as folder:
+            options = {
+                "address": address,
+                "node-name": f"slurm-{SlurmJobEnvironment().job_id}",
+                "num-cpus": self.num_cpus,
+                "num-gpus": self.num_gpus,
+                "object-store-memory": OBJECT_STORE_BYTES,
+                "temp-dir": folder,
+                "include-log-monitor": False,
+                "min-worker-port": 0,  # free ports, so that nodes of several sweeps can share a machine
+                "max-worker-port": 0,
+                "dashboard-agent-listen-port": 0,
+            }
+            host = address.rpartition(":")[0]
+            if host == "127.0.0.1":  # for another head, Ray finds this node's address from its route to the head
+                options["node-ip-address"] = host
+            arguments = [f"--{name}={value}" for name, value in options.items()]
             # this sweep's token, without settings of other clusters
             removed = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
             environment = {name: value for name, value in os.environ.items() if name not in removed}
             environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.folder / TOKEN_FILE)}
             # Slurm sends SIGUSR2 to all processes of a job, but only submitit's handler in this process needs it.
             child = subprocess.Popen(
-                self._command(address, folder),
+                [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *arguments],
                 env=environment | {"RAY_USAGE_STATS_ENABLED": "0"},
                 preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
             )
@@ -161,36 +169,19 @@ class RayNode:
         """Returns the task for a requeued job; None: submitit does not requeue. submitit calls this on SIGUSR2."""
         return DelayedSubmission(self) if self.requeue else None
 
-    def _command(self, address: str, temp_dir: str) -> list[str]:
-        options = {
-            "address": address,
-            "node-name": f"slurm-{SlurmJobEnvironment().job_id}",
-            "num-cpus": self.num_cpus,
-            "num-gpus": self.num_gpus,
-            "object-store-memory": OBJECT_STORE_BYTES,
-            "temp-dir": temp_dir,
-            "include-log-monitor": False,
-            "min-worker-port": 0,  # free ports, so that nodes of several sweeps can share a machine
-            "max-worker-port": 0,
-            "dashboard-agent-listen-port": 0,
-        }
-        host = address.rpartition(":")[0]
-        if host == "127.0.0.1":  # for another head, Ray finds this node's address from its route to the head
-            options["node-ip-address"] = host
-        arguments = [f"--{name}={value}" for name, value in options.items()]
-        return [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *arguments]
-
 
 def _wait_for_head(folder: Path, *, wait_s: float) -> str | None:
     """Returns the address of a head that answers, or None if the sweep is over; exits after `wait_s` seconds."""
     deadline = time.monotonic() + wait_s
-    while (address := read_address(folder)) != "":
+    while True:
+        path = folder / ADDRESS_FILE
+        if (address := path.read_text().strip() if path.is_file() else None) == "":
+            return None
         if address is not None and is_listening(address):
             return address
         if time.monotonic() > deadline:
             sys.exit(
                 f"lorasweep: a node must find the head of its sweep within {wait_s:g} s, but "
-                f"{str(folder / ADDRESS_FILE)!r} names {address!r}. Type `lorasweep sweep --resume {folder}`."
+                f"{str(path)!r} names {address!r}. Type `lorasweep sweep --resume {folder}`."
             )
         time.sleep(1)
-    return None
