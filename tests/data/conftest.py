@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from lorasweep.config.compose import compose_run
 from lorasweep.data.reading import read_source
+from lorasweep.data.split import Ragged
 
 SPLITS = ("train", "validation", "test")
 
@@ -13,6 +15,13 @@ SPLITS = ("train", "validation", "test")
 def make_data(name, **settings):
     """Settings of data: those of `conf/data/`, and these."""
     return compose_run({"data": name, **{f"data.{key}": value for key, value in settings.items()}}).data
+
+
+def make_ragged(sequences):
+    """Sequences of different lengths from lists."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64)
+    values = torch.tensor([value for sequence in sequences for value in sequence], dtype=torch.int64)
+    return Ragged(values=values, ends=lengths.cumsum(0))
 
 
 @pytest.fixture

@@ -3,11 +3,11 @@
 import json
 
 import pytest
+from tests.data.conftest import make_data
 from tests.tiny_tokenizer import load_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from lorasweep.config.compose import compose_run
 from lorasweep.data.source import Conversation, Message, collect_examples
 from lorasweep.data.split import IGNORED
 from lorasweep.data.tokenise import tokenise_chats
@@ -66,8 +66,7 @@ def talk(*messages, tools=""):
 def tokenise(tokenizer, template, conversation, /, **settings):
     """The examples of a conversation: its token ids, and the text of its scored tokens."""
     tokenizer.chat_template = template
-    values = {"data": "chat", "data.train": "x", "data.max_length": 4096, "data.template": "model"}
-    config = compose_run({**values, **{f"data.{key}": value for key, value in settings.items()}}).data
+    config = make_data("chat", **{"train": "x", "max_length": 4096, "template": "model"} | settings)
     made = tokenise_chats(collect_examples("train", [conversation]), config=config, tokenizer=tokenizer)
     examples = []
     for n in range(len(made["input_ids"].ends)):
@@ -87,20 +86,65 @@ def serve(tokenizer, conversation, index):
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
-def test_a_template_that_keeps_turns_makes_one_example_without_what_follows_the_end_of_a_turn(tokenizer):
-    made = texts(tokenizer, KEEPS, talk(*TALK))
-    assert made == [("<|u|>hi<|end|>\n<|a|>yes<|end|>\n<|u|>so<|end|>\n<|a|>no<|end|>", "yes<|end|>no<|end|>")]
+REASONED = [(role, text, {"reasoning_content": "hm"}) if role == "assistant" else (role, text) for role, text in TALK]
+THOUGHT = "<think>hm</think>"
+START = "<|u|>hi<|end|>\n<|a|>"
+RENDERED = {
+    "keeps turns: one example, without what follows the end of a turn": (
+        (KEEPS, TALK, {}),
+        [(START + "yes<|end|>\n<|u|>so<|end|>\n<|a|>no<|end|>", "yes<|end|>no<|end|>")],
+    ),
+    "rewrites earlier turns: an example of each answer": (
+        (DROPS_REASONING, REASONED, {}),
+        [
+            (f"<|u|>hi<|end|><|a|>{THOUGHT}yes<|end|>", f"{THOUGHT}yes<|end|>"),
+            (f"<|u|>hi<|end|><|a|>yes<|end|><|u|>so<|end|><|a|>{THOUGHT}no<|end|>", f"{THOUGHT}no<|end|>"),
+        ],
+    ),
+    "without an end of a turn: the end of text": (
+        (NO_END, TALK, {}),
+        [
+            ("<|u|>hi<|a|>yes<|endoftext|>", "yes<|endoftext|>"),
+            ("<|u|>hi<|a|>yes<|u|>so<|a|>no<|endoftext|>", "no<|endoftext|>"),
+        ],
+    ),
+    "writes before the first turn": (
+        (HAS_SYSTEM_PROMPT, TALK[:2], {}),
+        [("<|s|>You help.<|end|>\n" + START + "yes<|end|>", "yes<|end|>")],
+    ),
+    "marks what is scored": ((MARKED, TALK[:2], {}), [(START + "Well: yes<|end|>", "yes<|end|>")]),
+    "today": ((DATED, TALK[:2], {}), [("<|s|>26 Jul 2024<|end|>" + START + "yes<|end|>", "yes<|end|>")]),
+    "another day": (
+        (DATED, TALK[:2], {"template_date": "2031-01-02"}),
+        [("<|s|>02 Jan 2031<|end|>" + START + "yes<|end|>", "yes<|end|>")],
+    ),
+    "arguments": (
+        ("{{ mood }}" + KEEPS, TALK[:2], {"template_arguments": {"mood": "kind"}}),
+        [("kind" + START + "yes<|end|>", "yes<|end|>")],
+    ),
+    "opens reasoning": (
+        (OPENS_THINKING, TALK[:2], {}),
+        [(START + "<think>\n\n</think>\n\nyes<|end|>", "\n</think>\n\nyes<|end|>")],
+    ),
+    "opens reasoning that there is": (
+        (OPENS_THINKING, REASONED[:2], {}),
+        [(START + "<think>\nhm\n</think>\n\nyes<|end|>", "hm\n</think>\n\nyes<|end|>")],
+    ),
+    "differs from the prompt in white space": (
+        (EMPTY_THINKING, TALK[:2], {}),
+        [("<|u|>hi<|end|><|a|><think>\n</think>yes<|end|>", "</think>yes<|end|>")],
+    ),
+    "an end of text after the end of a turn": (
+        (ENDS_TEXT, TALK[:2], {}),
+        [(START + "yes<|end|>", "yes<|end|>")],
+    ),
+}
 
 
-def test_a_template_that_rewrites_earlier_turns_makes_an_example_of_each_answer(tokenizer):
-    reasoned = [
-        (role, text, {"reasoning_content": "hm"}) if role == "assistant" else (role, text) for role, text in TALK
-    ]
-    made = texts(tokenizer, DROPS_REASONING, talk(*reasoned))
-    assert made == [
-        ("<|u|>hi<|end|><|a|><think>hm</think>yes<|end|>", "<think>hm</think>yes<|end|>"),
-        ("<|u|>hi<|end|><|a|>yes<|end|><|u|>so<|end|><|a|><think>hm</think>no<|end|>", "<think>hm</think>no<|end|>"),
-    ]
+@pytest.mark.parametrize("kind", RENDERED)
+def test_a_template_gives_the_prompts_of_a_server_and_the_answers_of_the_model(tokenizer, kind):
+    (template, messages, settings), expected = RENDERED[kind]
+    assert texts(tokenizer, template, talk(*messages), **settings) == expected
 
 
 @pytest.mark.parametrize("template", [KEEPS, DROPS_REASONING])
@@ -109,29 +153,6 @@ def test_only_the_last_answer_is_scored_if_asked(tokenizer, template):
     assert text.startswith("<|u|>hi<|end|>")
     assert scored.endswith("no<|end|>")
     assert "yes" not in scored
-
-
-def test_what_a_template_writes_before_the_first_turn_is_not_scored(tokenizer):
-    ((text, scored),) = texts(tokenizer, HAS_SYSTEM_PROMPT, talk(*TALK))
-    assert (text[:22], scored) == ("<|s|>You help.<|end|>\n", "yes<|end|>no<|end|>")
-
-
-def test_marks_of_a_template_say_what_is_scored_and_the_end_of_a_turn_is_scored_too(tokenizer):
-    ((text, scored),) = texts(tokenizer, MARKED, talk(*TALK))
-    assert "<|a|>Well: yes<|end|>" in text
-    assert scored == "yes<|end|>no<|end|>"
-
-
-def test_today_is_the_day_of_the_settings(tokenizer):
-    ((text, _),) = texts(tokenizer, DATED, talk(*TALK))
-    assert text.startswith("<|s|>26 Jul 2024<|end|>")
-    ((text, _),) = texts(tokenizer, DATED, talk(*TALK), template_date="2031-01-02")
-    assert text.startswith("<|s|>02 Jan 2031<|end|>")
-
-
-def test_arguments_reach_the_template(tokenizer):
-    ((text, _),) = texts(tokenizer, "{{ mood }}" + KEEPS, talk(*TALK), template_arguments={"mood": "kind"})
-    assert text.startswith("kind<|u|>")
 
 
 CALLING = [("user", "hi"), ("assistant", "", {"tool_calls": CALLS}), ("tool", "7"), ("assistant", "no")]
@@ -150,32 +171,6 @@ def test_tool_calls_are_scored_and_what_tools_answer_is_not(tokenizer, template)
 
 
 @pytest.mark.parametrize(
-    ("messages", "scored"),
-    [
-        (TALK[:2], "\n</think>\n\nyes<|end|>"),
-        ([TALK[0], ("assistant", "yes", {"reasoning_content": "hm"})], "hm\n</think>\n\nyes<|end|>"),
-    ],
-)
-def test_reasoning_that_a_prompt_opens_is_closed_before_an_answer(tokenizer, messages, scored):
-    assert texts(tokenizer, OPENS_THINKING, talk(*messages)) == [("<|u|>hi<|end|>\n<|a|><think>\n" + scored, scored)]
-
-
-def test_an_answer_continues_the_prompt_that_is_served_if_they_differ_in_white_space(tokenizer):
-    made = texts(tokenizer, EMPTY_THINKING, talk(*TALK[:2]))
-    assert made == [("<|u|>hi<|end|><|a|><think>\n</think>yes<|end|>", "</think>yes<|end|>")]
-
-
-def test_a_turn_without_an_end_gets_the_end_of_text(tokenizer):
-    first, second = texts(tokenizer, NO_END, talk(*TALK))
-    assert first == ("<|u|>hi<|a|>yes<|endoftext|>", "yes<|endoftext|>")
-    assert second == ("<|u|>hi<|a|>yes<|u|>so<|a|>no<|endoftext|>", "no<|endoftext|>")
-
-
-def test_an_end_of_text_after_the_end_of_a_turn_is_left_out(tokenizer):
-    assert texts(tokenizer, ENDS_TEXT, talk(*TALK)) == texts(tokenizer, KEEPS, talk(*TALK))
-
-
-@pytest.mark.parametrize(
     ("template", "conversation", "settings", "words"),
     [
         (ALTERNATES, talk(("system", "be"), *TALK), {}, ["must alternate", "'hi'", "data.template"]),
@@ -191,6 +186,9 @@ def test_an_end_of_text_after_the_end_of_a_turn_is_left_out(tokenizer):
         (None, talk(*TALK), {}, ["has none", "plain"]),
         (None, talk(*CALLING), {"template": "plain"}, ["tool calls"]),
         (None, talk(*TALK), {"template": "missing.jinja"}, ["'missing.jinja'"]),
+        (KEEPS, talk(*TALK), {"template": "mine"}, ["`data.template`", "'mine'"]),
+        (KEEPS, talk(*TALK), {"template_date": "today"}, ["`data.template_date`", "'today'"]),
+        (KEEPS, talk(*TALK), {"turns": "first"}, ["`data.turns`", "'first'"]),
     ],
 )
 def test_what_a_template_can_not_say_is_refused_in_one_sentence(tokenizer, template, conversation, settings, words):
@@ -199,25 +197,10 @@ def test_what_a_template_can_not_say_is_refused_in_one_sentence(tokenizer, templ
     assert [word for word in words if word not in str(raised.value)] == []
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "word"),
-    [("template", "mine", "'mine'"), ("template_date", "today", "'today'"), ("turns", "first", "'first'")],
-)
-def test_wrong_settings_are_named(key, value, word):
-    with pytest.raises(ConfigError, match=rf"`data\.{key}`.*{word}"):
-        compose_run({"data": "chat", "data.train": "x", f"data.{key}": value})
-
-
 def test_a_template_is_read_from_a_file(tokenizer, tmp_path):
     (tmp_path / "mine.jinja").write_text(KEEPS)
     made = texts(tokenizer, None, talk(*TALK), template=str(tmp_path / "mine.jinja"))
     assert made == texts(tokenizer, KEEPS, talk(*TALK))
-
-
-def test_other_settings_of_a_template_are_not_taken_from_the_cache(tokenizer):
-    assert len(texts(tokenizer, KEEPS, talk(*TALK))[0][1]) > len(
-        texts(tokenizer, KEEPS, talk(*TALK), turns="last")[0][1]
-    )
 
 
 def make_merging_tokenizer():

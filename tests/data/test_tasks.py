@@ -1,26 +1,52 @@
-"""Scores from examples: the metrics of all of them together, however they came in batches."""
+"""Scores from examples: the metrics of all of them together, and those of the constant answer."""
 
 import math
 
 import pytest
 import torch
+import torchmetrics
 from scipy import stats
+from tests.data.conftest import make_ragged
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, one_hot
+from torchmetrics.functional import auroc
+from torchmetrics.functional.classification import binary_average_precision
 
-from lorasweep.data.split import IGNORED, repeat_batch
+from lorasweep.config.data import MetricComponent
+from lorasweep.data.build_splits import DataSplits
+from lorasweep.data.split import IGNORED, LabelledSplit, repeat_batch
 from lorasweep.data.tasks import (
-    LANGUAGE_MODEL_METRICS,
     Classification,
     Evaluation,
     ExampleScores,
     LanguageModelling,
     Regression,
+    build_own_metric,
 )
+from lorasweep.errors import ConfigError
 
 
-class FixedModel(nn.Module):
-    """A model whose logits are rows of a given table, chosen by its inputs."""
+class SquaredGap(torchmetrics.Metric):
+    """A user's own metric: the mean squared distance of probability and label."""
+
+    higher_is_better = False
+
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.scale = scale
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, preds, target):
+        self.total += (preds - one_hot(target, preds.shape[-1])).square().sum()
+        self.count += len(target)
+
+    def compute(self):
+        return self.scale * self.total / self.count
+
+
+class Table(nn.Module):
+    """A model whose logits are rows of a table."""
 
     def __init__(self, logits):
         super().__init__()
@@ -30,121 +56,220 @@ class FixedModel(nn.Module):
         return self.logits[input_ids]
 
 
-@pytest.fixture
-def table():
-    return FixedModel(torch.randn(11, 11, generator=torch.Generator().manual_seed(0)))
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def text_batch():
-    tokens = torch.randint(11, (5, 8), generator=torch.Generator().manual_seed(1))
-    targets = tokens.roll(-1, 1)
-    targets[0, 3:] = IGNORED
-    targets[4, :] = IGNORED
-    return {"input_ids": tokens, "targets": targets}
+def build_metric(target, direction="auto", **arguments):
+    return build_own_metric(MetricComponent(target=target, arguments=arguments, direction=direction))
 
 
-def select(batch, part):
-    return {name: value[part] for name, value in batch.items()}
-
-
-def test_text_metrics_are_those_of_all_tokens_together(table):
-    batch, task = text_batch(), LanguageModelling(bytes_per_token=4.5)
+def evaluate(task, logits, targets):
+    """Returns the metrics after batches of different sizes, which must not be averaged."""
     evaluation = Evaluation(task)
-    for part in (slice(0, 3), slice(3, 5)):  # batches of different size must not be averaged
-        evaluation.update(task.score(table, select(batch, part)))
-    values = {name: value.item() for name, value in evaluation.compute().items()}
-    logits = table(batch["input_ids"]).double().flatten(0, 1)
-    loss = cross_entropy(logits, batch["targets"].flatten(), ignore_index=IGNORED).item()
-    # fp32 losses of 11 classes: 1e-6
-    assert values == pytest.approx(
-        {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": loss / math.log(2) / 4.5}, rel=1e-6
-    )
-    assert tuple(values) == task.metrics == LANGUAGE_MODEL_METRICS
+    for rows in (torch.arange(0, 5), torch.arange(5, len(targets))):
+        evaluation.update(task.score(Table(logits), {"input_ids": rows, "targets": targets[rows]}))
+    return {name: value.item() for name, value in evaluation.compute().items()}
 
 
-def test_training_loss_of_a_text_counts_only_what_is_scored(table):
-    batch = text_batch()
-    losses = LanguageModelling(bytes_per_token=1.0).losses(table, batch)
-    assert losses.shape == (5,)
-    assert losses[4] == 0
-    expected = cross_entropy(table(batch["input_ids"][0, :3]), batch["targets"][0, :3], reduction="sum")
-    assert losses[0].item() == pytest.approx(expected.item(), rel=1e-6)  # fp32 sums of three
+def f1_of(predicted, target, label):
+    hits = ((predicted == label) & (target == label)).sum()
+    return (2 * hits / ((predicted == label).sum() + (target == label).sum())).item()
 
 
-def test_a_batch_repeated_for_slots_scores_the_same_in_each(table):
-    batch, task = text_batch(), LanguageModelling(bytes_per_token=1.0)
-    scores = task.score(table, repeat_batch(batch, slots=3))
-    alone = task.score(table, batch)
+CLASSES = torch.tensor([0, 1, 2, 0, 1, 2, 2, 1, 0, 2, 0, 1])
+BINARY = CLASSES.clamp(max=1)
+NUMBERS = draw(12, seed=1)
+TEXT = torch.randint(8, (12, 6), generator=torch.Generator().manual_seed(2))
+TEXT[0, 2:] = IGNORED
+TEXT[7] = IGNORED
+TASKS = {
+    "text": (LanguageModelling(bytes_per_token=4.5), draw(12, 6, 8), TEXT),
+    "two classes": (Classification(num_classes=2), draw(12, 2), BINARY),
+    "three classes": (Classification(num_classes=3), draw(12, 3), CLASSES),
+    "numbers": (Regression(), draw(12, 1), NUMBERS),
+}
+
+
+def expect(kind, logits, targets):
+    """Returns the metrics by other ways than those of the tasks."""
+    if kind == "numbers":
+        predicted = logits[:, 0]
+        mse = (predicted - targets).square().mean().item()
+        pearson, spearman = (correlate(predicted, targets).statistic for correlate in (stats.pearsonr, stats.spearmanr))
+        return {"pearson": pearson, "spearman": spearman, "mse": mse, "loss": mse}
+    if kind == "text":
+        loss = cross_entropy(logits.double().flatten(0, 1), targets.flatten(), ignore_index=IGNORED).item()
+        return {"bits_per_byte": loss / math.log(2) / 4.5, "loss": loss, "perplexity": math.exp(loss)}
+    predicted, classes = logits.argmax(-1), logits.shape[1]
+    f1 = [f1_of(predicted, targets, label) for label in range(classes)]
+    expected = {
+        "accuracy": (predicted == targets).double().mean().item(),
+        "f1": f1[1] if classes == 2 else sum(f1) / classes,
+        "loss": cross_entropy(logits, targets).item(),
+    }
+    # of two classes it is Pearson's correlation of the two columns
+    return expected | ({"matthews": stats.pearsonr(predicted, targets).statistic} if classes == 2 else {})
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_metrics_are_those_of_all_examples_together(kind):
+    task, logits, targets = TASKS[kind]
+    found, expected = evaluate(task, logits, targets), expect(kind, logits, targets)
+    assert tuple(found) == task.metrics
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-5)  # torchmetrics: fp32
+
+
+def test_a_constant_guess_correlates_with_nothing():
+    assert evaluate(Regression(), torch.ones(12, 1), NUMBERS)["pearson"] == 0
+    assert evaluate(Regression(), torch.ones(12, 1), NUMBERS)["spearman"] == 0
+    assert evaluate(Classification(num_classes=2), torch.tensor([[1.0, 0.0]] * 12), BINARY)["matthews"] == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "metric"),
+    [("text", "loss"), ("text", "bits_per_byte"), ("three classes", "accuracy"), ("three classes", "loss")],
+)
+def test_weighted_mean_over_examples_is_the_metric(kind, metric):
+    task, logits, targets = TASKS[kind]
+    scores = task.score(Table(logits), {"input_ids": torch.arange(12), "targets": targets})
+    values, weights = task.per_example(metric, scores)
+    assert ((values * weights).sum() / weights.sum()).item() == pytest.approx(task.compute(scores)[metric].item())
+
+
+def test_training_losses_count_only_scored_tokens_and_weigh_classes_as_torch_does():
+    task, logits, targets = TASKS["text"]
+    losses = task.losses(Table(logits), {"input_ids": torch.arange(12), "targets": targets})
+    assert losses[7] == 0
+    expected = cross_entropy(logits[0, :2], targets[0, :2], reduction="sum")
+    assert losses[0].item() == pytest.approx(expected.item(), rel=1e-6)  # fp32 sums of two
+    task, logits, targets = TASKS["three classes"]
+    weight = torch.tensor([0.5, 2.0, 1.0])
+    batch = {"input_ids": torch.arange(12), "targets": targets, "weights": weight[targets]}
+    found = task.losses(Table(logits), batch).sum() / weight[targets].sum()
+    torch.testing.assert_close(found, cross_entropy(logits, targets, weight=weight))
+
+
+def test_a_batch_repeated_for_slots_scores_the_same_in_each():
+    task, logits, targets = TASKS["text"]
+    batch = {"input_ids": torch.arange(12), "targets": targets}
+    scores, alone = (task.score(Table(logits), each) for each in (repeat_batch(batch, slots=3), batch))
     for slot in range(3):
         torch.testing.assert_close(scores.select_slot(slot, slots=3).loss, alone.loss)
         assert torch.equal(scores.select_slot(slot, slots=3).items, alone.items)
 
 
 def test_sum_of_many_examples_keeps_its_digits_and_nan_is_not_hidden():
+    task = LanguageModelling(bytes_per_token=1.0)
     scores = ExampleScores(loss=torch.tensor([2.0**24, 1.0] * 3), items=torch.ones(6))  # fp32 sums would drop the ones
-    assert LanguageModelling(bytes_per_token=1.0).compute(scores)["loss"].item() == 3 * (2**24 + 1) / 6
+    assert task.compute(scores)["loss"].item() == 3 * (2**24 + 1) / 6
     scores = ExampleScores(loss=torch.tensor([1.0, math.nan]), items=torch.ones(2))
-    assert all(value.isnan() for value in LanguageModelling(bytes_per_token=1.0).compute(scores).values())
+    assert all(value.isnan() for value in task.compute(scores).values())
 
 
-def class_batch(classes):
-    generator = torch.Generator().manual_seed(2)
-    ids = torch.randint(11, (40,), generator=generator)
-    return {"input_ids": ids, "targets": torch.randint(classes, (40,), generator=generator)}
+OWN_METRICS = {
+    "ranking": (
+        ("torchmetrics.AUROC", {"task": "multiclass", "num_classes": 3}),
+        lambda own: Classification(num_classes=3, own_metric=own),
+        (draw(12, 3), CLASSES),
+        lambda logits, targets: auroc(logits.softmax(-1), targets, task="multiclass", num_classes=3),
+    ),
+    "binary": (
+        ("torchmetrics.classification.BinaryAveragePrecision", {}),
+        lambda own: Classification(num_classes=2, own_metric=own),
+        (draw(12, 2), BINARY),
+        lambda logits, targets: binary_average_precision(logits.softmax(-1)[:, 1], targets),
+    ),
+    "numbers": (
+        ("torchmetrics.MeanAbsoluteError", {}),
+        lambda own: Regression(own_metric=own),
+        (draw(12, 1), NUMBERS),
+        lambda logits, targets: (logits[:, 0] - targets).abs().mean(),
+    ),
+    "text": (
+        ("torchmetrics.classification.MulticlassAccuracy", {"num_classes": 8, "average": "micro"}),
+        lambda own: LanguageModelling(bytes_per_token=1.0, own_metric=own),
+        (draw(12, 6, 8), TEXT),
+        lambda logits, targets: (logits.argmax(-1) == targets)[targets != IGNORED].double().mean(),
+    ),
+    "of the user": (
+        (f"{__name__}.SquaredGap", {"scale": 0.5}),
+        lambda own: Classification(num_classes=3, own_metric=own),
+        (draw(12, 3), CLASSES),
+        lambda logits, targets: 0.5 * (logits.softmax(-1) - one_hot(targets, 3)).square().sum(-1).mean(),
+    ),
+}
 
 
-@pytest.mark.parametrize("classes", [2, 3])
-def test_class_metrics_are_what_they_say(classes):
-    model = FixedModel(torch.randn(11, classes, generator=torch.Generator().manual_seed(0)))
-    batch, task = class_batch(classes), Classification(num_classes=classes)
-    values = task.compute(task.score(model, batch))
-    predicted, target = model(batch["input_ids"]).argmax(-1), batch["targets"]
-    of_class = []
-    for label in range(classes):
-        hits = ((predicted == label) & (target == label)).sum().item()
-        of_class.append(2 * hits / ((predicted == label).sum() + (target == label).sum()).item())
-    assert values["accuracy"].item() == pytest.approx((predicted == target).double().mean().item(), rel=1e-6)
-    assert values["f1"].item() == pytest.approx(of_class[1] if classes == 2 else sum(of_class) / classes, rel=1e-6)
-    assert values["loss"].item() == pytest.approx(cross_entropy(model(batch["input_ids"]), target).item(), rel=1e-6)
-    if classes == 2:  # then it is Pearson's correlation of the two columns (torchmetrics computes in fp32)
-        expected = stats.pearsonr(predicted.numpy(), target.numpy()).statistic
-        assert values["matthews"].item() == pytest.approx(expected, rel=1e-5)
-    assert tuple(values) == task.metrics
+@pytest.mark.parametrize("case", OWN_METRICS)
+def test_a_metric_by_its_class_is_that_of_all_examples_together(case):
+    (target, arguments), make_task, (logits, targets), expected = OWN_METRICS[case]
+    own = build_metric(target, **arguments)
+    found = evaluate(make_task(own), logits, targets)
+    assert found[own.score.name] == pytest.approx(expected(logits, targets).item(), rel=1e-6)  # fp32 sums
+    assert "loss" in found
 
 
-def test_class_weights_are_those_of_torch():
-    model = FixedModel(torch.randn(11, 3, generator=torch.Generator().manual_seed(0)))
-    batch, weight = class_batch(3), torch.tensor([0.5, 2.0, 1.0])
-    weights = weight[batch["targets"]]
-    losses = Classification(num_classes=3).losses(model, {**batch, "weights": weights})
-    expected = cross_entropy(model(batch["input_ids"]), batch["targets"], weight=weight)
-    torch.testing.assert_close(losses.sum() / weights.sum(), expected)
-
-
-def test_regression_is_scored_by_error_and_correlation():
-    predicted, target = torch.tensor([1.0, 2.0, 4.0, 3.0]), torch.tensor([1.0, 3.0, 9.0, 4.0])
-    task, batch = Regression(), {"input_ids": torch.arange(4), "targets": target}
-    values = task.compute(task.score(FixedModel(predicted[:, None]), batch))
-    assert values["mse"].item() == pytest.approx(((predicted - target) ** 2).mean().item())
-    assert values["spearman"].item() == pytest.approx(1.0)
-    assert values["pearson"].item() == pytest.approx(stats.pearsonr(predicted, target).statistic, rel=1e-6)
-    # a constant guess correlates with nothing
-    batch = {"input_ids": torch.arange(3), "targets": torch.tensor([1.0, 2.0, 3.0])}
-    values = Regression().compute(Regression().score(FixedModel(torch.ones(3, 1)), batch))
-    assert values["pearson"] == values["spearman"] == 0
+def test_the_direction_of_a_metric_comes_from_its_class_or_the_settings():
+    error = build_metric("torchmetrics.classification.MulticlassCalibrationError", num_classes=3)
+    assert error.score.direction == "minimize"
+    assert build_metric("torchmetrics.F1Score", task="multiclass", num_classes=3).score.direction == "maximize"
+    assert build_metric("torchmetrics.PearsonCorrCoef", direction="maximize").score.direction == "maximize"
 
 
 @pytest.mark.parametrize(
-    ("task", "metric"),
+    ("target", "arguments"),
     [
-        (LanguageModelling(bytes_per_token=2.0), "loss"),
-        (LanguageModelling(bytes_per_token=2.0), "bits_per_byte"),
-        (Classification(num_classes=11), "accuracy"),
-        (Classification(num_classes=11), "loss"),
+        ("torch.nn.Linear", {}),
+        ("torchmetrics.MetricCollection", {}),
+        ("torchmetrics.PearsonCorrCoef", {}),  # its direction is not known
+        ("torchmetrics.classification.MulticlassF1Score", {"num_classes": 5}),
+        ("torchmetrics.classification.MulticlassF1Score", {"num_classes": 3, "average": "none"}),
+        ("torchmetrics.classification.BinaryF1Score", {}),
     ],
 )
-def test_weighted_mean_over_examples_is_the_metric(table, task, metric):
-    batch = text_batch() if isinstance(task, LanguageModelling) else class_batch(11)
-    scores = task.score(table, batch)
-    values, weights = task.per_example(metric, scores)
-    assert ((values * weights).sum() / weights.sum()).item() == pytest.approx(task.compute(scores)[metric].item())
+def test_a_metric_that_can_not_score_is_refused(target, arguments):
+    with pytest.raises(ConfigError, match=r"`data\.metric"):
+        evaluate(Classification(num_classes=3, own_metric=build_metric(target, **arguments)), draw(12, 3), CLASSES)
+
+
+def make_splits(task, train, validation, dtype):
+    """Splits of labels alone."""
+    found = [
+        LabelledSplit(
+            name=name,
+            fingerprint="0",
+            tokens=make_ragged([[1]] * len(labels)),
+            pad_token=0,
+            bytes=len(labels),
+            labels=torch.tensor(labels, dtype=dtype),
+        )
+        for name, labels in (("train", train), ("validation", validation))
+    ]
+    return DataSplits(train=found[0], validation=found[1], task=task, metric=task.metrics[0], test=lambda: found[1])
+
+
+def score_constant(task, train, validation, dtype=torch.int64):
+    splits = make_splits(task, train, validation, dtype)
+    return splits.score_constant_answer(splits.validation)
+
+
+@pytest.mark.parametrize("train", [[0, 2, 2, 1, 2, 0], [1, 0, 1, 0], [2, 2, 2]])
+def test_most_frequent_class_of_train_is_the_constant_answer(train):
+    validation = [2, 0, 0, 1, 2, 2, 1]
+    found = score_constant(Classification(num_classes=3), train, validation)
+    most_frequent = max(range(3), key=train.count)  # of equally frequent ones the first
+    assert found["accuracy"] == pytest.approx(validation.count(most_frequent) / 7)
+    assert found["matthews"] == 0
+    shares = [(train.count(label) + 1) / (len(train) + 3) for label in range(3)]
+    # fp32 logits: 1e-6
+    assert found["loss"] == pytest.approx(-sum(math.log(shares[label]) for label in validation) / 7, rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [3, 1000])
+def test_the_mean_as_constant_answer_has_the_squared_error_around_it_and_no_correlation(count):
+    train, validation = [0.1 * n for n in range(count)], [0.3, 0.7, 2.0]
+    mean = sum(train) / count
+    found = score_constant(Regression(), train, validation, torch.float32)
+    assert found["mse"] == pytest.approx(sum((x - mean) ** 2 for x in validation) / 3, rel=1e-5)  # fp32
+    assert (found["pearson"], found["spearman"]) == (0, 0)

@@ -2,18 +2,16 @@
 
 import datasets
 import pytest
+from tests.data.conftest import make_data
 from tests.tiny_tokenizer import END_OF_TEXT, load_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tokenizers.normalizers import Lowercase
+from transformers import PreTrainedTokenizerFast
 
 import lorasweep.data.tokenise as tokenise_file
-from lorasweep.config.compose import compose_run
 from lorasweep.data.source import Conversation, Document, LabelledText, Message, collect_examples
 from lorasweep.data.split import IGNORED
 from lorasweep.data.tokenise import cache_key, tokenise_chats, tokenise_documents, tokenise_labelled
-
-TEMPLATE = (
-    "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
-)
 
 
 @pytest.fixture
@@ -43,17 +41,12 @@ def tokenise_text(tokenizer, *texts):
 
 
 def tokenise_chat(tokenizer, *conversations, **settings):
-    settings = {"template": "plain", "max_length": 64, "separator": "|", "train": "x", **settings}
-    config = compose_run({"data": "chat", **{f"data.{key}": value for key, value in settings.items()}}).data
+    config = make_data("chat", train="x", template="plain", max_length=64, separator="|", **settings)
     return tokenise_chats(collect_examples("train", list(conversations)), config=config, tokenizer=tokenizer)
 
 
-def scored(made, tokenizer, row=0):
-    return "".join(chr(token) if token < 256 else "$" for token in rows(made["targets"])[row] if token != IGNORED)
-
-
-def seen(made, row=0):
-    return "".join(chr(token) if token < 256 else "$" for token in rows(made["input_ids"])[row])
+def spell(made, name):
+    return "".join(chr(token) if token < 256 else "$" for token in rows(made[name])[0] if token != IGNORED)
 
 
 def test_texts_are_followed_by_their_end(tokenizer):
@@ -85,7 +78,7 @@ def test_the_key_changes_with_whatever_changes_the_ids(tokenizer):
     other = load_tokenizer()
     other.add_tokens(["abc"])
     templated = load_tokenizer()
-    templated.chat_template = TEMPLATE
+    templated.chat_template = "{{ messages[0].content }}"
     lowercased = load_tokenizer()  # the same vocabulary, other ids
     lowercased.backend_tokenizer.normalizer = Lowercase()
     keys = {
@@ -112,9 +105,6 @@ def test_labelled_texts_are_cut_and_counted(tokenizer):
 
 
 def test_pairs_are_told_apart_where_the_model_does():
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: PLC0415
-    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
-
     backend = Tokenizer(models.WordLevel({"[U]": 0, "[S]": 1, "a": 2, "b": 3}, unk_token="[U]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.post_processor = processors.TemplateProcessing(
@@ -131,15 +121,5 @@ def test_pairs_are_told_apart_where_the_model_does():
 def test_every_answer_of_a_conversation_is_scored_or_only_the_last(tokenizer):
     made = tokenise_chat(tokenizer, chat("hi", "yes", "so", "no"))
     last = tokenise_chat(tokenizer, chat("hi", "yes", "so", "no"), turns="last")
-    assert seen(made) == seen(last) == "$hi|yes$|so|no"
-    assert scored(made, tokenizer) == "yes$no$"
-    assert scored(last, tokenizer) == "no$"
-
-
-def test_the_models_template_is_used_where_there_is_one(tokenizer):
-    plain = tokenise_chat(tokenizer, chat("hi", "yes"), template="auto")
-    tokenizer.chat_template = TEMPLATE
-    made = tokenise_chat(tokenizer, chat("hi", "yes"), template="auto")
-    assert seen(plain) == "$hi|yes"
-    assert seen(made) == "<u>hi\n<a>yes\n"
-    assert scored(made, tokenizer) == "yes\n$"
+    assert spell(made, "input_ids") == spell(last, "input_ids") == "$hi|yes$|so|no"
+    assert (spell(made, "targets"), spell(last, "targets")) == ("yes$no$", "no$")

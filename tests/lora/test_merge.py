@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 
 from lorasweep.lora import LoraConfig, inject_lora, lora_layers, merge_lora
 
@@ -36,13 +37,25 @@ OTHERS = [{}, {"variant": "dora"}, {"init": "pissa"}, {"targets": ("up", "embed"
 OTHERS.append({"modules_to_save": ("out",)})
 
 
+class ScaledEmbedding(nn.Embedding):
+    """As in models that scale the rows of their embedding."""
+
+    embed_scale = 3.0
+
+    def forward(self, tokens):
+        return super().forward(tokens) * self.embed_scale
+
+
 @pytest.mark.parametrize(
     ("settings", "dtype", "tolerance"),
     # outputs reach 10; products are summed in another order
     [({}, torch.float64, 1e-12), *((settings, torch.float32, 1e-5) for settings in OTHERS)],
 )
 def test_a_merged_model_is_a_plain_one_with_the_same_output(make_model, tokens, fill_b, settings, dtype, tolerance):
-    model, base = make_model().to(dtype), make_model()
+    model, base = make_model(), make_model()
+    for each in (model, base):
+        each.embed = ScaledEmbedding.from_pretrained(each.embed.weight)
+    model.to(dtype)
     inject_lora(model, LoraConfig(rank=2, **settings))
     fill_b(model)
     adapted = model(tokens)

@@ -1,7 +1,5 @@
 """A run draws its new head from its own seed, alone or in a pack, and never in the base."""
 
-import functools
-
 import pytest
 import torch
 from torch import nn
@@ -44,10 +42,6 @@ def prepare(base, name, seed):
     return METHODS[name].prepare(base, CONFIGS[name], generator=torch.Generator().manual_seed(seed))
 
 
-def start(base):
-    return functools.partial(draw_head, names=base.new_head_names)
-
-
 def test_values_are_those_of_a_fresh_head():
     model = nn.Module()
     model.head = nn.Sequential(nn.Linear(400, 500), nn.LayerNorm(500))
@@ -64,18 +58,13 @@ def test_values_are_those_of_a_fresh_head():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_head_depends_on_the_seed_alone_and_the_base_keeps_its_own(base, name):
     before = {key: tensor.clone() for key, tensor in base.model.state_dict().items()}
-    torch.manual_seed(1)
-    first, stream = prepare(base, name, 5), torch.get_rng_state()
-    torch.manual_seed(1)
-    assert torch.equal(torch.get_rng_state(), stream)  # nothing is drawn from torch's own stream
-    again, other = prepare(base, name, 5), prepare(base, name, 6)
-
-    def logits(model):
-        return model.eval()(input_ids=TOKENS).logits
-
-    assert torch.equal(logits(first), logits(again))
-    assert not torch.equal(logits(first), logits(other))
-    torch.testing.assert_close(logits(first), logits(prepare(base, "frozen", 5)))  # every method has the same head
+    first, again, other, frozen = (
+        prepare(base, method, seed).eval()(input_ids=TOKENS).logits
+        for method, seed in ((name, 5), (name, 5), (name, 6), ("frozen", 5))
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    torch.testing.assert_close(first, frozen)  # every method has the same head
     assert all(torch.equal(base.model.state_dict()[key], tensor) for key, tensor in before.items())
 
 

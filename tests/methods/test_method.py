@@ -23,14 +23,26 @@ def test_copy_has_its_own_modules_on_the_same_parameters():
     assert not any(module.training for module in model.modules())
 
 
+def make_loadable(base, name):
+    """A model that the method's `load` takes."""
+    return copy_sharing_weights(base.model) if METHODS[name].loads_onto_base else prepare(base, name, seed=1)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("name", TRAINING)
-def test_training_improves_the_copy_and_leaves_the_base_bit_identical(name, tied):
+def test_training_improves_the_copy_which_comes_back_from_its_file_and_the_base_stays_bit_identical(
+    name, tied, tmp_path
+):
     base = make_base(tied=tied)
     before = copy.deepcopy(base.model.state_dict())
     first = prepare(base, name)
     losses = train(first, name)
     assert losses[-1] < losses[0]
+    METHODS[name].save(first, tmp_path / "new" / "best", base=base)
+    loaded = make_loadable(base, name)
+    METHODS[name].load(loaded, tmp_path / "new" / "best")
+    assert torch.equal(logits_of(loaded.eval(), name), logits_of(first.eval(), name))
+    assert all(p.requires_grad for g in METHODS[name].trainable_groups(loaded, lr_ratio_b=1.0) for p in g.params)
     after = base.model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -79,26 +91,6 @@ def test_head_lets_go_of_the_embeddings():
     assert base.model.config.tie_word_embeddings
 
 
-def make_loadable(base, name):
-    """A model that the method's `load` takes."""
-    return copy_sharing_weights(base.model) if METHODS[name].loads_onto_base else prepare(base, name, seed=1)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("name", TRAINING)
-def test_saved_weights_come_back_exactly(name, tied, tmp_path):
-    base = make_base(tied=tied)
-    trained = prepare(base, name)
-    train(trained, name)
-    METHODS[name].save(trained, tmp_path / "new" / "best", base=base)
-    loaded = make_loadable(base, name)
-    METHODS[name].load(loaded, tmp_path / "new" / "best")
-    loaded.eval()
-    assert torch.equal(logits_of(loaded, name), logits_of(trained, name))
-    assert not torch.equal(logits_of(loaded, name), logits_of(prepare(base, name), name))
-    assert all(p.requires_grad for g in METHODS[name].trainable_groups(loaded, lr_ratio_b=1.0) for p in g.params)
-
-
 @pytest.mark.parametrize("name", TRAINING)
 def test_missing_or_cut_off_file_is_a_record_error_and_changes_nothing(name, tmp_path):
     base = make_base()
@@ -128,16 +120,20 @@ def test_head_of_another_shape_and_a_model_without_one_are_refused(tmp_path):
         METHODS["head"].prepare(as_base(model), CONFIGS["head"], generator=torch.Generator())
 
 
-def test_lora_start_depends_on_the_generator_alone_and_lora_plus_gives_b_its_own_rate():
-    base = make_base()
-    torch.manual_seed(1)
-    first = prepare(base, "lora", seed=5).state_dict()
-    torch.manual_seed(2)
-    before = torch.get_rng_state()
-    again, other = prepare(base, "lora", seed=5).state_dict(), prepare(base, "lora", seed=6).state_dict()
-    assert torch.equal(torch.get_rng_state(), before)
-    assert all(torch.equal(first[key], again[key]) for key in first)
-    assert any(not torch.equal(first[key], other[key]) for key in first)
+@pytest.mark.parametrize("name", ["lora", "intrinsic"])
+def test_what_a_method_draws_depends_on_its_generator_alone(name):
+    base, drawn = make_base(), []
+    for torch_seed, seed in ((1, 5), (2, 5), (1, 6)):
+        torch.manual_seed(torch_seed)
+        before = torch.get_rng_state()
+        model = prepare(base, name, seed=seed)
+        assert torch.equal(torch.get_rng_state(), before)
+        drawn.append([*model.parameters(), *model.buffers()])
+    equal = [all(torch.equal(x, y) for x, y in zip(drawn[0], other, strict=True)) for other in drawn[1:]]
+    assert equal == [True, False]
+
+
+def test_lora_plus_gives_b_its_own_rate():
     model = prepare(make_base(), "lora")
     groups = {group.name: group for group in METHODS["lora"].trainable_groups(model, lr_ratio_b=16.0)}
     assert {name: group.lr_factor for name, group in groups.items()} == {"lora_a": 1.0, "lora_b": 16.0}

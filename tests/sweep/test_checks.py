@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.data.test_constant_answer import make_splits
+from tests.data.test_tasks import make_splits
 
 from lorasweep.data.tasks import Classification
 from lorasweep.errors import ConfigError

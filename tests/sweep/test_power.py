@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tests.data.test_constant_answer import make_splits
+from tests.data.test_tasks import make_splits
 
 from lorasweep.config.sweep import parse_margin
 from lorasweep.data.tasks import Classification
