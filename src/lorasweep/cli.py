@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lorasweep.sweep.plan import GroupPlan
     from lorasweep.training.inputs import InputsCache
 
+Command = Callable[[argparse.Namespace], int]
 DONE, FAILED, WRONG_REQUEST = 0, 1, 2
 
 
@@ -44,7 +45,7 @@ def run(arguments: Sequence[str]) -> int:
             parsed.overrides = [*parsed.overrides, *others]  # also overrides after a flag
         elif others:
             parser.error(f"unrecognized arguments: {' '.join(others)}")
-        command: Callable[[argparse.Namespace], int] = parsed.command
+        command: Command = parsed.command
         return command(parsed)
     except (LoraSweepError, OSError) as error:
         return _say_exception(error)
@@ -58,29 +59,27 @@ def build_parser() -> argparse.ArgumentParser:
         prog="lorasweep", description="Finds the LoRA rank, alpha and learning rate for your model and data."
     )
     parser.add_argument("--version", action="version", version=f"lorasweep {version('lorasweep')}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
 
-    def add(command: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
-        lists_groups = command in (train, sweep, plan)
-        added = commands.add_parser(
-            command.__name__,
-            help=help,
-            add_help=not lists_groups,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        if lists_groups:
-            added.add_argument(
-                *("-h", "--help"), action=ShowGroups, nargs=0, help="show this help message and the groups, and exit"
-            )
+    def add(command: Command, help: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(command.__name__, help=help, formatter_class=argparse.RawDescriptionHelpFormatter)
         added.set_defaults(command=command)
         return added
 
-    def add_overrides(to: argparse.ArgumentParser, metavar: str, help: str) -> None:
-        overrides = to.add_argument("overrides", nargs="*", metavar=metavar, help=help)
-        overrides.completer = complete_argument  # type: ignore[attr-defined]  # read by argcomplete
+    _add_sweep_commands(add)
+    _add_training(add(train, "train one run, or a grid of runs with -m; a Hydra app"))
+    _add_judge(add(judge, "give verdicts on scores of runs that were trained elsewhere"))
+    _add_run_commands(add)
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks for completions
+        import argcomplete
 
+        argcomplete.autocomplete(parser)
+    return parser
+
+
+def _add_sweep_commands(add: Callable[[Command, str], argparse.ArgumentParser]) -> None:
     sweep_parser = add(sweep, "search every arm of a sweep and write the report")
-    add_overrides(sweep_parser, "NAME|FILE key=value", "default: a sweep for data.train=FILE model.path=...")
+    _add_overrides(sweep_parser, "NAME|FILE key=value", "default: a sweep for data.train=FILE model.path=...")
     sweep_parser.add_argument(
         "--resume",
         type=Path,
@@ -90,12 +89,27 @@ def build_parser() -> argparse.ArgumentParser:
     sweep_parser.add_argument(*("-c", "--cfg"), choices=["job"], help="print all settings of all arms, train nothing")
     status_parser = add(status, "show the arms of a sweep and the best trial so far")
     status_parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the sweep")
-    train_parser = add(train, "train one run, or a grid of runs with -m; a Hydra app")
-    add_overrides(train_parser, "key=value", "settings of the run")
-    train_parser.add_argument(
+    new_parser = add(new, "write a commented sweep file for your model and data")
+    new_parser.add_argument("file", type=Path, metavar="FILE.yaml", help="the file to write")
+    _add_overrides(new_parser, "key=value", "model.path=FOLDER-OR-HUB-ID data.train=FILE ...")
+    plan_parser = add(plan, "estimate the time, memory and disk of a sweep without training it")
+    _add_overrides(plan_parser, "NAME|FILE key=value", "as in sweep")
+    compare_parser = add(compare, "write and show the report of a sweep again, or the spread of several sweeps")
+    compare_parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders of sweeps")
+    for shown in (sweep_parser, compare_parser):
+        shown.add_argument("--verbose", action="store_true", help="print all notes and findings of the report")
+    for timed in (sweep_parser, plan_parser, new_parser):
+        timed.add_argument(
+            "--minutes", type=float, metavar="N", help="choose seeds, trials and steps for this time, after measuring"
+        )
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    _add_overrides(parser, "key=value", "settings of the run")
+    parser.add_argument(
         "--from", dest="source", metavar="SWEEP[/ARM]", help="begin with the settings that a sweep recommends"
     )
-    modes = train_parser.add_mutually_exclusive_group()
+    modes = parser.add_mutually_exclusive_group()
     modes.add_argument(
         *("-m", "--multirun"), action="store_true", help="train each combination of values: method.rank=1,4"
     )
@@ -103,68 +117,54 @@ def build_parser() -> argparse.ArgumentParser:
     modes.add_argument(
         "--show-examples", type=int, metavar="N", help="print N training examples with what is scored, train nothing"
     )
-    new_parser = add(new, "write a commented sweep file for your model and data")
-    new_parser.add_argument("file", type=Path, metavar="FILE.yaml", help="the file to write")
-    add_overrides(new_parser, "key=value", "model.path=FOLDER-OR-HUB-ID data.train=FILE ...")
-    plan_parser = add(plan, "estimate the time, memory and disk of a sweep without training it")
-    add_overrides(plan_parser, "NAME|FILE key=value", "as in sweep")
-    compare_parser = add(compare, "write and show the report of a sweep again, or the spread of several sweeps")
-    compare_parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders of sweeps")
-    judge_parser = add(judge, "give verdicts on scores of runs that were trained elsewhere")
-    judge_parser.add_argument("scores", type=Path, metavar="FILE.csv", help="scores with arm, seed and score")
-    judge_parser.add_argument("--metric", required=True, help="name of the score, such as accuracy")
-    directions = judge_parser.add_mutually_exclusive_group(required=True)
+
+
+def _add_judge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("scores", type=Path, metavar="FILE.csv", help="scores with arm, seed and score")
+    parser.add_argument("--metric", required=True, help="name of the score, such as accuracy")
+    directions = parser.add_mutually_exclusive_group(required=True)
     directions.add_argument("--maximize", action="store_true", help="higher scores are better")
     directions.add_argument("--minimize", action="store_true", help="lower scores are better")
-    judge_parser.add_argument(
-        "--margin", required=True, help="smallest difference that matters: 0.01, or 5%% of the gain"
-    )
-    judge_parser.add_argument("--reference", default="full", metavar="ARM", help="compared with the others")
-    judge_parser.add_argument("--base", default="frozen", metavar="ARM", help="the untrained model")
-    judge_parser.add_argument("--key", default="value", help="what the column value is, such as rank")
-    judge_parser.add_argument(
-        "--looks", nargs="+", type=int, default=(), metavar="N", help="all planned numbers of seeds"
-    )
-    judge_parser.add_argument(
-        "--columns", nargs="+", default=(), metavar="arm=Name", help="names of the file's columns"
-    )
-    judge_parser.add_argument("--out", type=Path, metavar="D", help="write a page and JSON here")
+    parser.add_argument("--margin", required=True, help="smallest difference that matters: 0.01, or 5%% of the gain")
+    parser.add_argument("--reference", default="full", metavar="ARM", help="compared with the others")
+    parser.add_argument("--base", default="frozen", metavar="ARM", help="the untrained model")
+    parser.add_argument("--key", default="value", help="what the column value is, such as rank")
+    parser.add_argument("--looks", nargs="+", type=int, default=(), metavar="N", help="all planned numbers of seeds")
+    parser.add_argument("--columns", nargs="+", default=(), metavar="arm=Name", help="names of the file's columns")
+    parser.add_argument("--out", type=Path, metavar="D", help="write a page and JSON here")
+
+
+def _add_run_commands(add: Callable[[Command, str], argparse.ArgumentParser]) -> None:
     export_parser = add(export, "write an adapter for PEFT, or the merged model for transformers")
     export_parser.add_argument("--format", required=True, choices=["peft", "merged"])
     export_parser.add_argument("--out", type=Path, metavar="D", required=True, help="a new or empty folder")
     inspect_parser = add(inspect, "show how much of its rank a run used, from its weights")
-    reproduce_parser = add(reproduce, "run a run or a sweep again from its record and compare the results")
-    reproduce_parser.add_argument("folder", type=Path, metavar="RUN|SWEEP", help="folder of a run, or of a whole sweep")
-    reproduce_parser.add_argument("--tolerance", type=float, metavar="T", help="maximum relative difference")
-    reproduce_parser.add_argument("--steps", type=int, metavar="N", help="compare the first N steps only")
-    reproduce_parser.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/reproduce/NAME")
-    for shown in (sweep_parser, compare_parser):
-        shown.add_argument("--verbose", action="store_true", help="print all notes and findings of the report")
-    for timed in (sweep_parser, plan_parser, new_parser):
-        timed.add_argument(
-            "--minutes", type=float, metavar="N", help="choose seeds, trials and steps for this time, after measuring"
-        )
     for reader in (export_parser, inspect_parser):
         reader.add_argument(
             "run", type=Path, metavar="SWEEP[/ARM]|RUN", help="folder of a sweep: its recommended run; or of a run"
         )
         reader.add_argument("--trust", action="store_true", help="allow code that the model of the run needs")
-    if "_ARGCOMPLETE" in os.environ:  # the shell asks for completions
-        import argcomplete
+    reproduce_parser = add(reproduce, "run a run or a sweep again from its record and compare the results")
+    reproduce_parser.add_argument("folder", type=Path, metavar="RUN|SWEEP", help="folder of a run, or of a whole sweep")
+    reproduce_parser.add_argument("--tolerance", type=float, metavar="T", help="maximum relative difference")
+    reproduce_parser.add_argument("--steps", type=int, metavar="N", help="compare the first N steps only")
+    reproduce_parser.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/reproduce/NAME")
 
-        argcomplete.autocomplete(parser)
-    return parser
+
+def _add_overrides(parser: argparse.ArgumentParser, metavar: str, help: str) -> None:
+    overrides = parser.add_argument("overrides", nargs="*", metavar=metavar, help=help)
+    overrides.completer = complete_argument  # type: ignore[attr-defined]  # read by argcomplete
 
 
-class ShowGroups(argparse.Action):
-    """Prints the help of a command, and below it the groups of settings that the command takes."""
+class CommandParser(argparse.ArgumentParser):
+    """Parses one command. Its help lists the groups of settings that the command takes."""
 
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
-        from lorasweep.config.command_line import describe_groups
+    def format_help(self) -> str:
+        if (command := self.get_default("command")) in (train, sweep, plan):
+            from lorasweep.config.command_line import describe_groups
 
-        parser.epilog = describe_groups(*_list_primaries(namespace))
-        parser.print_help()
-        parser.exit()
+            self.epilog = describe_groups(*_list_primaries(command))
+        return super().format_help()
 
 
 def complete_argument(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> Iterable[str]:
@@ -174,15 +174,13 @@ def complete_argument(prefix: str, parsed_args: argparse.Namespace, **_: Any) ->
 
     typed, command = getattr(parsed_args, "overrides", None) or [], getattr(parsed_args, "command", None)
     is_name = not typed and command in (sweep, plan) and "=" not in prefix
-    overrides = complete_override(
-        prefix, [word for word in typed if "=" in word], primaries=_list_primaries(parsed_args)
-    )
+    overrides = complete_override(prefix, [word for word in typed if "=" in word], primaries=_list_primaries(command))
     return [*(sorted(list_sweep_files()) if is_name else ()), *overrides]
 
 
-def _list_primaries(arguments: argparse.Namespace) -> Sequence[Primary]:
+def _list_primaries(command: Command | None) -> Sequence[Primary]:
     """Returns the primary configs whose settings a command takes."""
-    return ("sweep", "train") if getattr(arguments, "command", None) in (sweep, plan) else ("train",)
+    return ("sweep", "train") if command in (sweep, plan) else ("train",)
 
 
 def sweep(arguments: argparse.Namespace) -> int:
