@@ -7,18 +7,23 @@ import sys
 
 import pytest
 import torch
+from httpx2 import Request, Response
+from huggingface_hub.errors import GatedRepoError
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file as load_tensors
+from safetensors.torch import save_file
 from tests.fuzzing import FUZZ, NESTED, damage, damage_bytes, refusal_allowed
-from tests.tiny_tokenizer import load_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, Wav2Vec2Config
+from transformers import Wav2Vec2Config
 
 from lorasweep.errors import ConfigError
+from lorasweep.models import load as load_file
 from lorasweep.models.load import (
     MAX_EAGER_TOKENS,
     Labels,
     choose_attention,
+    find_local_path,
+    find_model_folder,
     fingerprint_weights,
     load_base,
     set_dropout_settings,
@@ -27,16 +32,10 @@ from lorasweep.models.load import (
 LABELS = Labels(kind="single_label", names=("calm", "loud", "odd"))
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A small random Llama with the byte tokenizer, in a folder."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model")
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(**sizes, vocab_size=257, tie_word_embeddings=True, eos_token_id=256, bos_token_id=256)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    load_tokenizer().save_pretrained(folder)
-    return folder
+@pytest.fixture
+def saved(save_random):
+    """A small random Llama with the byte tokenizer, in a folder that no test changes."""
+    return save_random("llama")
 
 
 @pytest.fixture
@@ -59,12 +58,6 @@ def test_embedded_model_is_frozen_in_evaluation_mode_and_one_dtype(dtype, model_
     assert 900_000 <= base.num_parameters <= 1_500_000
 
 
-@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash_attn is installed")
-def test_attention_that_can_not_be_had_is_one_sentence(saved, model_config):
-    with pytest.raises(ConfigError, match=r"`model.attention` must be available .* got 'flash_attention_2' \(Flash"):
-        load_base(model_config(saved, attention="flash_attention_2"), dtype=torch.float32)
-
-
 def test_fingerprint_moves_with_any_weight_and_with_nothing_else(saved, model_config):
     config = model_config(saved)
     base = load_base(config, dtype=torch.bfloat16)
@@ -79,30 +72,94 @@ def damage_weights(folder):
     file.write_bytes(file.read_bytes()[:-100])
 
 
-DAMAGES = {
-    "cut off weights": (damage_weights, "Error while deserializing header"),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), r"must have weights in safetensors"),
-    "broken config": (lambda folder: (folder / "config.json").write_text("{"), "not a valid JSON file"),
-    "unknown architecture": (lambda folder: change_config(folder, model_type="zzz"), "model type `zzz`"),
-    "other shape": (lambda folder: change_config(folder, intermediate_size=32), "6 of its weights .* 'model.layers.0"),
-    "more layers": (lambda folder: change_config(folder, num_hidden_layers=3), "9 of its weights .* 'model.layers.2"),
-    "no number": (lambda folder: change_config(folder, hidden_size=10**400), "can't be loaded"),
-    "nested config": (lambda folder: (folder / "config.json").write_text(NESTED), "recursion"),
-    "no config": (lambda folder: (folder / "config.json").write_text("[]"), "can't be loaded"),
-    "broken tokenizer": (lambda folder: (folder / "tokenizer.json").write_text('{"model": 5}'), "can't be loaded"),
-    "no tokenizer": (lambda folder: [file.unlink() for file in folder.glob("tokenizer*")], "tokenizer"),
+def write_config(text):
+    return lambda folder: (folder / "config.json").write_text(text)
+
+
+def change(**values):
+    return lambda folder: change_config(folder, **values)
+
+
+REFUSED = {
+    "cut off weights": (damage_weights, {}, ["Error while deserializing header"]),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), {}, ["must have weights in safetensors"]),
+    "an adapter": (lambda folder: (folder / "adapter_config.json").touch(), {}, ["is an adapter", "lorasweep export"]),
+    "broken config": (write_config("{"), {}, ["not a valid JSON file"]),
+    "nested config": (write_config(NESTED), {}, ["recursion"]),
+    "no config": (write_config("[]"), {}, ["can't be loaded"]),
+    "unknown architecture": (change(model_type="zzz"), {}, ["model type `zzz`"]),
+    "other shape": (change(intermediate_size=32), {}, ["6 of its weights", "'model.layers.0"]),
+    "more layers": (change(num_hidden_layers=3), {}, ["9 of its weights", "'model.layers.2"]),
+    "no number": (change(hidden_size=10**400), {}, ["can't be loaded"]),
+    "broken tokenizer": (
+        lambda folder: (folder / "tokenizer.json").write_text('{"model": 5}'),
+        {},
+        ["can't be loaded"],
+    ),
+    "no tokenizer": (lambda folder: [file.unlink() for file in folder.glob("tokenizer*")], {}, ["tokenizer"]),
+    "own code": (
+        change(model_type="own", auto_map={"AutoConfig": "own.OwnConfig"}),
+        {},
+        ["`model.trust_remote_code` must be true", "Python code"],
+    ),
+    "a revision": (lambda folder: None, {"revision": "v1"}, ["`model.revision` must be null", "'v1'"]),
+    "no such attention": (
+        lambda folder: None,
+        {"attention": "flash_attention_2"},
+        ["`model.attention` must be available", "'flash_attention_2'", "model.attention=auto"],
+    ),
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_folder_is_one_sentence(folder, damage, capfd, model_config):
-    apply, reason = DAMAGES[damage]
+@pytest.mark.parametrize("damage", REFUSED)
+def test_a_folder_that_can_not_be_loaded_is_one_sentence(folder, damage, capfd, model_config):
+    if damage == "no such attention" and importlib.util.find_spec("flash_attn") is not None:
+        pytest.skip("flash_attn is installed")
+    apply, settings, words = REFUSED[damage]
     apply(folder)
-    with pytest.raises(ConfigError, match=reason) as caught:
-        load_base(model_config(folder), dtype=torch.float32)
-    assert str(caught.value).startswith("`model.path` must ")
-    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"^`model\.\w+` must ") as caught:
+        load_base(model_config(folder, **settings), dtype=torch.float32)
+    message = str(caught.value)
+    assert [word for word in words if word not in message] == []
+    assert "\n" not in message
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./nothing", "~/nothing-of-that-name", "a/b/c", "config.json"])
+def test_missing_folder_is_not_looked_for_on_the_hub(path, folder, monkeypatch, model_config):
+    monkeypatch.chdir(folder)
+    with pytest.raises(ConfigError, match=r"`model\.path` must be a folder") as raised:
+        find_local_path(model_config(path))
+    assert repr(path) in str(raised.value)
+
+
+FORBIDDEN = Response(403, request=Request("GET", "https://hub"))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ConnectionError("no network\nmore"), r"`model\.path` .*'owner/name' .*: no network\. Check"),
+        (GatedRepoError("403", response=FORBIDDEN), r"'owner/name'.* `hf auth login`"),
+    ],
+)
+def test_a_hub_that_gives_nothing_is_one_sentence(monkeypatch, model_config, error, message):
+    def fail(path, **settings):
+        raise error
+
+    monkeypatch.setattr(load_file, "snapshot_download", fail)
+    with pytest.raises(ConfigError, match=message):
+        find_model_folder(model_config("owner/name"))
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_only_what_may_be_read_is_downloaded(folder, monkeypatch, model_config, trusted):
+    asked = {}
+    monkeypatch.setattr(load_file, "snapshot_download", lambda path, **to: asked.update(to, path=path) or str(folder))
+    assert find_model_folder(model_config("owner/name", revision="v1", trust_remote_code=trusted)) == folder
+    assert (asked["path"], asked["revision"]) == ("owner/name", "v1")
+    assert "*.safetensors" in asked["allow_patterns"]
+    assert ("*.py" in asked["allow_patterns"]) == trusted
 
 
 CODE = """
@@ -125,7 +182,7 @@ def test_code_that_comes_with_a_model_runs_only_when_it_is_trusted(folder, tmp_p
     (folder / "own.py").write_text(CODE.format(file=str(tmp_path / "ran")))
     classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
     change_config(folder, model_type="own", auto_map=classes)
-    with pytest.raises(ConfigError, match=r"`model.trust_remote_code` must be true .* Python code"):
+    with pytest.raises(ConfigError, match=r"`model.trust_remote_code`"):
         load_base(model_config(folder), dtype=torch.float32)
     assert not (tmp_path / "ran").exists()
     base = load_base(model_config(folder, trust_remote_code=True), dtype=torch.float32)
@@ -156,7 +213,7 @@ def test_head_for_other_labels_is_new_and_a_classifier_that_lacks_a_layer_is_ref
     assert base.new_head_names == ("classifier",)
     assert base.model.classifier.out_features == 2
     file = classifier / "model.safetensors"
-    tensors = load_file(file)
+    tensors = load_tensors(file)
     del tensors["bert.encoder.layer.0.output.dense.bias"]
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"1 of its weights .* 'bert\.encoder\.layer\.0\.output\.dense\.bias'"):

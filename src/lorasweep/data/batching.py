@@ -82,14 +82,8 @@ class StepBatchSampler(MicroBatchSampler):
     contain the end of one epoch and the start of the next. Within a step, examples are sorted by length
     before they are cut into micro-batches. This leaves the gradient as it is and saves padding.
 
-    Args:
-        split: Examples to choose from: at least one, perhaps fewer than `batch_size`.
-        batch_size: Examples per step.
-        num_steps: Steps of the whole run, including those before `start_step`.
-        seed: Seed of the order.
-        start_step: First step to yield, for a resumed run.
-        accumulate: Micro-batches per step, at most `batch_size`. Together they hold `batch_size` examples.
-        share: Selects this process's examples, for a run on several processes.
+    The split may have fewer examples than a step. `num_steps` includes the steps before `start_step`, the first one of
+    a resumed run. The `accumulate` micro-batches of a step together hold `batch_size` examples.
     """
 
     def __init__(
@@ -221,11 +215,9 @@ def count_batch_bytes(split: Split, *, batch_size: int, micro_batches: int) -> i
 
 
 def batch_by_length(lengths: Int[Tensor, " examples"], *, budget: int) -> list[list[int]]:
-    """Returns every index once, sorted by length, in batches as large as the budget allows.
+    """Returns every index once, sorted by length, in batches of at most `budget` token positions with padding.
 
-    Args:
-        lengths: The length of each example.
-        budget: Maximum number of token positions in a batch, padding included. A longer example gets a batch of one.
+    A longer example gets a batch of one.
     """
     batches: list[list[int]] = []
     for index in lengths.argsort(stable=True).tolist():

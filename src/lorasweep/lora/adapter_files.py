@@ -63,17 +63,9 @@ def save_adapter(
 ) -> None:
     """Writes the adapter of `model`, for `load_adapter` and for PEFT. Each file is written atomically.
 
-    PiSSA is written as a plain LoRA of twice the rank.
-
-    Args:
-        model: A model with LoRA layers. The base's weights are not written.
-        folder: Created if missing.
-        base_path: Hub id or folder of the base model, for programs that load the adapter.
-        base_fingerprint: Fingerprint of the base's weights, with which `load_adapter` recognises a wrong base.
-        base_revision: The base's commit, branch or tag on the hub.
-
-    Raises:
-        ValueError: The model has no LoRA layers.
+    PiSSA is written as a plain LoRA of twice the rank. Programs that load the adapter read the hub id or folder
+    `base_path`, and `base_revision`, a commit, branch or tag. With `base_fingerprint`, `load_adapter` recognises a
+    wrong base. Raises ValueError if the model has no LoRA layers.
     """
     layers, folder = require_lora_layers(model), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,10 +82,7 @@ def save_adapter(
 def load_adapter(model: nn.Module, folder: str | Path, *, base_fingerprint: str | None = None) -> None:
     """Puts an adapter that `save_adapter` or PEFT wrote onto a base model. The adapter can be trained further.
 
-    Args:
-        model: The base model.
-        folder: Contains `adapter_config.json` and `adapter_model.safetensors`.
-        base_fingerprint: Fingerprint of `model`'s weights. It must equal the adapter's, if both are known.
+    `base_fingerprint` of the model's weights must equal the adapter's, if both are known.
 
     Raises:
         ValueError: A file is missing or broken; the adapter has a feature that lorasweep does not support; its names,

@@ -55,17 +55,10 @@ def lora_linear(
 ) -> Float[Tensor, "*rows d_out"]:
     """Returns W0 x + b + factor · B A (x · keep): equation 3 of LoRA (arXiv 2106.09685) for the rows of each slot.
 
+    x and the output have the dtype of `weight`; under autocast, x has any dtype and the output that of autocast. A and
+    B may have any dtype, which their gradients have too. `keep` is False for each input that is dropped before A.
+
     *Differs* from PEFT: A and B are cast to the dtype of x. PEFT casts x to the dtype of A and so keeps a second copy.
-
-    Args:
-        x: Inputs in the dtype of `weight`; under autocast in any dtype. Every slot has the same number of rows.
-        weight: The base's weight, or a transposed view of it.
-        bias: The base's bias.
-        groups: All slots. A and B may have any dtype; their gradients have that dtype.
-        keep: Dropout mask, False for each input that is dropped before A; None keeps all inputs.
-
-    Returns:
-        The output in the dtype of `weight` (under autocast: in autocast's dtype).
     """
     x, recomputation, kept = choose_kept_tensors(x)
     if torch.is_autocast_enabled(x.device.type):

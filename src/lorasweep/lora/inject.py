@@ -26,14 +26,8 @@ def inject_lora(
     Modules that `config.modules_to_save` names train too. The base's tensors keep their values, so several models that
     share them can be adapted.
 
-    Args:
-        model: Any module that contains the layers.
-        config: The layers to adapt, and the settings of LoRA.
-        generator: CPU random stream of A and B, used in the order of the layers; torch's default stream if None.
-        allow_full_rank: Whether the rank may be above the smaller side of a layer's weight.
-
-    Returns:
-        The adapted layers, the other linear layers, and the number of trained parameters.
+    A and B are drawn in the order of the layers from the CPU stream `generator`, or torch's default stream. With
+    `allow_full_rank`, the rank may be above the smaller side of a layer's weight.
 
     Raises:
         ValueError: The model has LoRA layers already, or `find_targets` raises it. The model is then unchanged.
@@ -112,7 +106,16 @@ def merge_lora(model: nn.Module) -> None:
         ValueError: The model has no LoRA layers.
     """
     for layer in require_lora_layers(model).values():
-        replace_module(model, layer, _build_merged_layer(layer))
+        if is_quantised(layer.base):
+            with torch.no_grad():
+                weight = dequantised_weight(layer.base)
+                merged: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device)
+                merged.weight = nn.Parameter(weight + layer.compute_weight_update())
+            merged.bias = layer.base.bias
+        else:
+            merged = layer.base
+            merged.weight = nn.Parameter(layer.compute_merged_weight(), requires_grad=False)
+        replace_module(model, layer, merged)
     for module in trained_modules(model).values():
         dtype = next((parameter.dtype for parameter in module.base.parameters()), None)
         replace_module(model, module, module.trained.to(dtype))
@@ -125,16 +128,3 @@ def require_lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     if not layers:
         raise ValueError("`model` must have LoRA layers, but got none. Call `inject_lora` or `load_adapter` first.")
     return layers
-
-
-def _build_merged_layer(layer: LoraLayer) -> nn.Module:
-    if not is_quantised(layer.base):
-        layer.base.weight = nn.Parameter(layer.compute_merged_weight(), requires_grad=False)
-        return layer.base
-    with torch.no_grad():
-        weight = dequantised_weight(layer.base)
-        merged = weight + layer.compute_weight_update()
-    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None, device=weight.device)
-    plain.weight = nn.Parameter(merged)
-    plain.register_parameter("bias", layer.base.bias)  # type: ignore[arg-type]
-    return plain

@@ -51,12 +51,9 @@ class AdaptedLayer(nn.Module):
     ) -> Float[Tensor, "rows ..."]:
         """Returns the base's output for x plus factor · B A (x · keep), in the dtype of the base's output.
 
-        Args:
-            x: Token ids (rows, ...) of an embedding, images (rows, d_in, height, width) of a convolution, or inputs
-                (rows, ..., d_in) of a linear layer.
-            groups: Groups of slots that together have all slots. The factors are the scalings, divided by
-                (1 - dropout) if inputs are dropped.
-            keep: Dropout mask, False for each input that is dropped before A; None keeps all inputs.
+        x are token ids (rows, ...) of an embedding, images (rows, d_in, height, width) of a convolution, or inputs
+        (rows, ..., d_in) of a linear layer. The factors of the groups are the scalings, divided by (1 - dropout) if
+        inputs are dropped. `keep` is False for each input that is dropped before A.
         """
         base = self.base
         if not self.calls_base and not isinstance(base, nn.Embedding | nn.Conv2d):
@@ -85,7 +82,6 @@ class LoraLayer(AdaptedLayer):
     *Differs* from PEFT if DoRA is used with dropout: dropout applies to the inputs of A only, not to those of the base.
 
     Attributes:
-        base: The frozen layer that was replaced.
         target: How the layer is adapted. `config`, `rank` and `scaling` are copied from it.
         lora_a: (rank, d_in) in fp32, also if the base has another dtype.
         lora_b: (d_out, rank) in fp32.

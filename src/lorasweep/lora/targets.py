@@ -89,14 +89,9 @@ class Coverage:
 def find_targets(model: nn.Module, config: LoraConfig, *, allow_full_rank: bool = False) -> Coverage:
     """Returns the layers that `inject_lora` would adapt, without changing the model.
 
-    Args:
-        model: Any module that contains the layers. It may be on the meta device.
-        config: The layers to adapt, and the settings of LoRA.
-        allow_full_rank: Whether the rank may be above the smaller side of a layer's weight.
-
     Raises:
         ValueError: A pattern matches no layer that can be adapted; the rank is above the smaller side of a layer's
-            weight; or a setting does not fit a layer.
+            weight (unless `allow_full_rank`); or a setting does not fit a layer.
     """
     layers = find_adaptable_layers(model)
     trained = match_modules_to_save(model, config.modules_to_save)

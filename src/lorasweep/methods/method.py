@@ -43,10 +43,7 @@ class ParameterGroup:
 
 
 class Method(ABC):
-    """A training method. It has no state, because all trained values are in the model.
-
-    The default implementations below are for a method that trains parameters of the model itself.
-    """
+    """A training method without state. The implementations below are for one that trains parameters of the model."""
 
     name: ClassVar[str]
     """The value of `method.name`, and the name of the file in `conf/method/`."""
@@ -86,9 +83,7 @@ class Method(ABC):
     def trainable_groups(self, model: nn.Module, *, lr_ratio_b: float) -> list[ParameterGroup]:
         """Returns the trained parameters of a prepared model, grouped by learning rate; empty if no parameter trains.
 
-        Args:
-            model: A prepared model.
-            lr_ratio_b: Learning rate of LoRA's B divided by that of A. Other methods ignore it.
+        `lr_ratio_b` is the learning rate of LoRA's B divided by that of A. Other methods ignore it.
         """
         params = tuple(parameter for parameter in model.parameters() if parameter.requires_grad)
         return [ParameterGroup(name=self.name, params=params, lr_factor=1.0)] if params else []

@@ -106,17 +106,30 @@ def build_quantisation_arguments(
 ) -> dict[str, Any]:
     """Returns the arguments with which `from_pretrained` quantises a model on the CPU.
 
-    `settings` are the model's configuration, and `dtype` is that of the computation and of all other parameters.
+    `settings` are the model's configuration, and `dtype` is that of the computation and of all other parameters. The
+    output head, tied layers, modules that a classifier's checkpoint may lack, and layers whose rows are no multiple of
+    `BLOCK_SIZE` are not quantised.
     """
     if getattr(settings, "quantization_config", None) is not None:
         raise ConfigError(
             f"`model.quantization` must be none for a model whose files are quantised already, but got "
             f"{config.quantization!r} with {config.path!r}."
         )
+    with quiet_transformers(), torch.device("meta"):
+        model: PreTrainedModel = model_class.from_config(settings, trust_remote_code=config.trust_remote_code)
+    # by transformers' own rule: the output head and tied layers
+    skipped, network = list(get_keys_to_not_convert(model)), f"{model.base_model_prefix}."
+    for name, module in model.named_modules():
+        may_be_missing = config.kind == "classifier" and (not name.startswith(network) or "pooler" in name.split("."))
+        is_layer = isinstance(module, nn.Linear) or is_conv1d(module)
+        is_misaligned = is_layer and matrix_shape(module)[1] % BLOCK_SIZE
+        # a name also skips the modules inside, so containers must not be named
+        if is_misaligned or (may_be_missing and any(True for _ in module.parameters(recurse=False))):
+            skipped.append(name)
     quantisation = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         **NF4_ARGUMENTS,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=_find_skipped_modules(config, model_class, settings),  # also used with 4 bits
+        llm_int8_skip_modules=skipped,  # also used with 4 bits
     )
     return {"quantization_config": quantisation, "device_map": {"": "cpu"}}
 
@@ -135,23 +148,3 @@ def finish_quantised(model: PreTrainedModel, config: ModelConfig) -> None:
         # which it has no backward pass: all later gradients would lack the base's part, without an error.
         layer.support_avx512bf16_for_cpu = False
         layer.quant_state = None  # the weight has the same state; a second one would be copied for each run
-
-
-def _find_skipped_modules(config: ModelConfig, model_class: Any, settings: Any) -> list[str]:
-    """Returns the names of modules that are not quantised.
-
-    They are the output head, tied layers (both by transformers' own rule), the modules of a classifier that the
-    checkpoint may lack, and layers whose rows are no multiple of `BLOCK_SIZE`.
-    """
-    with quiet_transformers(), torch.device("meta"):
-        model: PreTrainedModel = model_class.from_config(settings, trust_remote_code=config.trust_remote_code)
-    network = f"{model.base_model_prefix}."
-    skipped = list(get_keys_to_not_convert(model))
-    for name, module in model.named_modules():
-        is_in_head = config.kind == "classifier" and (not name.startswith(network) or "pooler" in name.split("."))
-        is_layer = isinstance(module, nn.Linear) or is_conv1d(module)
-        is_misaligned = is_layer and matrix_shape(module)[1] % BLOCK_SIZE
-        # a name also skips the modules inside, so containers must not be named
-        if is_misaligned or (is_in_head and any(True for _ in module.parameters(recurse=False))):
-            skipped.append(name)
-    return skipped

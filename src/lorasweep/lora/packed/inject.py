@@ -59,12 +59,9 @@ def inject_packed_lora(
 
     Args:
         model: Any module that `inject_lora` can adapt. The first dimension of its inputs must be the batch.
-        configs: One per slot. Ranks, α, scaling rule, dropout, init, targets and `modules_to_save` may differ.
+        configs: One per slot. All settings may differ, except those that `why_not_packable` refuses.
         generators: CPU random stream of each slot's A and B, used as in `inject_lora`; torch's default stream if None.
         prepare_copy: Called with each slot's copy of the base and the slot's generator before LoRA is injected.
-
-    Returns:
-        For each slot, the matched and the unmatched layers.
 
     Raises:
         ValueError: A configuration can't be packed (`why_not_packable`), can't be packed with the others, or is
@@ -105,18 +102,9 @@ def fill_slot(
 ) -> Coverage:
     """Puts a new trial into a slot, with the initial values of a solo run of `inject_lora`.
 
-    The other slots stay as they are. The new slot has new parameters, so it needs a new optimizer, and its dropout
-    stream must be set.
-
-    Args:
-        model: A packed model.
-        slot: Index of the slot. An index equal to the number of slots adds a slot.
-        config: LoRA settings of the new trial. The targets may be layers that no slot has adapted before.
-        generator: CPU random stream of A and B, used as in `inject_lora`; torch's default stream if None.
-        prepare_copy: As in `inject_packed_lora`.
-
-    Returns:
-        The matched and the unmatched layers.
+    An index equal to the number of slots adds a slot. The targets may be layers that no slot has adapted before. The
+    other slots stay as they are. The new slot has new parameters, so it needs a new optimizer, and its dropout stream
+    must be set.
 
     Raises:
         ValueError: The model is not packed; or `config` can't be packed (`why_not_packable`), can't be packed with the

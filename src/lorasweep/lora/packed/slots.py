@@ -111,14 +111,10 @@ class Slots:
         return x if rate == 0 else drop(x, self.draw_keep_mask(x, rates=[rate] * self.num_slots), rate=rate)
 
     def draw_keep_mask(self, x: Tensor, *, rates: Sequence[float]) -> Bool[Tensor, "*shape"]:
-        """Returns a mask for x that is False for each dropped element.
+        """Returns a mask for x, which has the rows of all slots (slot-major) or of `only_slot`.
 
-        Args:
-            x: Has the rows of all slots (slot-major), or of `only_slot`.
-            rates: Probability of False for each slot. A slot with rate 0 draws no random numbers.
-
-        Raises:
-            ValueError: A backward pass draws the mask outside of `save_streams`, so it would be another mask.
+        `rates` are the probabilities of False. A slot with rate 0 draws no random numbers. Raises ValueError if a
+        backward pass draws the mask outside of `save_streams`, so that it would be another mask.
         """
         # -1: no backward pass is running. torch has no public function that tells this; its own activation
         # checkpointing calls this one.
