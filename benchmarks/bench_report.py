@@ -3,7 +3,7 @@
 Makes the folder of a sweep that never ran (frozen, full, and LoRA at seven ranks, with a confirm stage), writes its
 report and opens the page in headless Chromium where there is one:
 
-    python benchmarks/bench_report.py --trials 1000 10000 --examples 500
+    python benchmarks/bench_report.py --trials 1000 --examples 500
 """
 
 from __future__ import annotations
@@ -46,13 +46,14 @@ PROBE = """<script>addEventListener("load", () => {
 });</script>"""
 """Draws every figure, as printing does, and sorts the table by score."""
 WRITE = (
-    "import sys; from pathlib import Path; from lorasweep.report import write_report; write_report(Path(sys.argv[1]))"
+    "import sys; from pathlib import Path; from lorasweep.report.findings import read_findings; "
+    "from lorasweep.report.write import write_report; write_report(read_findings(Path(sys.argv[1])))"
 )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, nargs="+", default=[1000, 10_000])
+    parser.add_argument("--trials", type=int, nargs="+", default=[1000])
     parser.add_argument("--examples", type=int, default=500)
     parser.add_argument("--folder", type=Path, help="folder for the sweeps, which is kept; default: a temporary folder")
     asked = parser.parse_args()

@@ -29,9 +29,8 @@ from lorasweep.console import EscapingConsole, say
 from lorasweep.disk import claim_folder, lock_folder, numbered_folders, require_new_folder
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import RUN_FILE, SWEEP_FILE, read_run, read_sweep, write_record
-from lorasweep.report import write_report
 from lorasweep.report.recommend import read_recommended
-from lorasweep.report.write import write_run_hparams
+from lorasweep.report.write import write_report
 from lorasweep.results import RunResult, SweepResult, load_run, load_sweep
 from lorasweep.runs.reproduce import Reproduction, compare_sweeps, reproduce_run
 from lorasweep.sweep.checks import (
@@ -206,9 +205,10 @@ def train_opened_sweep(opened: SweepFolder, inputs_cache: InputsCache, *, progre
     try:
         with StopSignal(remedy) as stop, _report_progress(folder, progress):
             is_complete = train_sweep(opened, inputs_cache, stop_requested=stop)
+        result = load_sweep(folder)
         if is_complete:
-            write_report(folder)
-        return load_sweep(folder)
+            write_report(result.findings)
+        return result
     except KeyboardInterrupt:  # also after the stop signal's context has ended
         raise KeyboardInterrupt(remedy) from None
 
@@ -233,9 +233,6 @@ def train_config(
         with StopSignal(f"To resume add `output={folder} resume=true` to the same command") as stop:
             run_folder = RunFolder(path=folder, origin=origin)
             record = train_in_folder(config, run_folder, inputs=inputs, stop_requested=stop, resume=resume)
-        if group.is_global_zero and record.status != "interrupted":
-            swept = {"method": config.method.name, "optim.lr": config.optim.lr, "seed": config.seed}
-            write_run_hparams(record, folder, swept)
         return RunResult(folder=folder, record=record)
 
 

@@ -7,6 +7,7 @@ that `--help` and `compare` start in a fraction of a second.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -131,7 +132,7 @@ def _add_judge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--key", default="value", help="what the column value is, such as rank")
     parser.add_argument("--looks", nargs="+", type=int, default=(), metavar="N", help="all planned numbers of seeds")
     parser.add_argument("--columns", nargs="+", default=(), metavar="arm=Name", help="names of the file's columns")
-    parser.add_argument("--out", type=Path, metavar="D", help="write a page and JSON here")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write verdicts and means here")
 
 
 def _add_run_commands(add: Callable[[Command, str], argparse.ArgumentParser]) -> None:
@@ -299,20 +300,21 @@ def _read_definition(
 
 
 def compare(arguments: argparse.Namespace) -> int:
-    from lorasweep.report import write_report
     from lorasweep.report.terminal import render_spread
+    from lorasweep.report.write import write_report
     from lorasweep.results import load_sweep
 
     results = [load_sweep(folder) for folder in arguments.folders]
     for result in results:
-        write_report(result.folder)
+        write_report(result.findings)
     if len(results) == 1:
         return _show_report(results[0], verbose=arguments.verbose)
-    EscapingConsole().print(render_spread(arguments.folders))
+    EscapingConsole().print(render_spread([result.findings.data for result in results]))
     return DONE
 
 
 def judge(arguments: argparse.Namespace) -> int:
+    from lorasweep.disk import write_atomically
     from lorasweep.report.judge import judge, read_scores
 
     columns = dict(given.split("=", 1) for given in arguments.columns if "=" in given)
@@ -323,8 +325,7 @@ def judge(arguments: argparse.Namespace) -> int:
     found = judge(scores, **{name: getattr(arguments, name) for name in names})
     EscapingConsole().print(found.render())
     if arguments.out:
-        found.write(arguments.out, title=arguments.scores.stem)
-        say(f"page: {arguments.out / 'index.html'}")
+        write_atomically(arguments.out, json.dumps(found.as_json(), indent=1) + "\n")
     return DONE
 
 
@@ -411,15 +412,13 @@ def _show_sweep(result: SweepResult, *, verbose: bool) -> int:
 
 def _show_report(result: SweepResult, *, verbose: bool) -> int:
     """Prints the answers and the table of a sweep, the page, and what to type next."""
-    from lorasweep.report import render_terminal
-    from lorasweep.report.recommend import recommend
-    from lorasweep.report.sweep_data import load_sweep_data
+    from lorasweep.report.terminal import render_terminal
 
-    EscapingConsole().print(render_terminal(result.folder, verbose=verbose))
+    EscapingConsole().print(render_terminal(result.findings, verbose=verbose))
     say(f"report: {result.report}")
     if not verbose:
         say(f"All findings: lorasweep compare {result.folder} --verbose")
-        for recommendation in recommend(load_sweep_data(result.folder)):
+        for recommendation in result.findings.recommended:
             for purpose, command in recommendation.commands.items():
                 say(f"{purpose}: {command}")
     return DONE

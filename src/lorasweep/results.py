@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import cached_property
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     import pandas
     from plotly.graph_objects import Figure
     from torch import nn
+
+    from lorasweep.report.findings import Findings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +149,13 @@ class SweepResult:
         reasons = {row.arm: row.reason for row in reversed(self.record.confirm)}  # the reason of the first run
         return {arm: reasons.get(arm) or "no trial of its search is complete" for arm in self.arms if arm not in scored}
 
+    @cached_property
+    def findings(self) -> Findings:
+        """What the sweep found: answers, evidence and warnings, read from the runs' records at the first use."""
+        from lorasweep.report.findings import read_findings  # noqa: PLC0415 (slow to import)
+
+        return read_findings(self.folder, self.record)
+
     @property
     def trials(self) -> list[Trial]:
         """Every trial of the search, by arm and number."""
@@ -176,7 +186,7 @@ class SweepResult:
         """
         from lorasweep.report.recommend import find_recommended  # noqa: PLC0415 (slow to import)
 
-        return find_recommended(self.folder / (subject or ""), key="subject")[-1]
+        return find_recommended(self.findings.data, subject, key="subject")[-1]
 
     def load_run(self, trial: Trial) -> RunResult:
         """Returns the run of a trial, read from its folder."""
@@ -212,19 +222,18 @@ class SweepResult:
     def figures(self) -> dict[str, Figure]:
         """Returns the first plotly figure of each panel of the report, by title. Panels without data are skipped."""
         from lorasweep.report.figures import draw_panels  # noqa: PLC0415 (plotly is slow to import)
-        from lorasweep.report.sweep_data import load_sweep_data  # noqa: PLC0415
 
-        panels = draw_panels(load_sweep_data(self.folder))
+        panels = draw_panels(self.findings.data)
         return {panel.title: figure for panel in panels for figure in panel.figures[:1]}
 
     def table(self) -> str:
         """Returns the answers and the table of the report as text."""
         from lorasweep.console import EscapingConsole  # noqa: PLC0415 (rich is slow to import)
-        from lorasweep.report import render_terminal  # noqa: PLC0415
+        from lorasweep.report.terminal import render_terminal  # noqa: PLC0415
 
         console = EscapingConsole(file=StringIO(), width=100)
         with console.capture() as shown:
-            console.print(render_terminal(self.folder))
+            console.print(render_terminal(self.findings))
         return shown.get()
 
     def _check_arm(self, arm: str) -> None:

@@ -20,6 +20,8 @@ from lorasweep.record import (
     read_sweep,
     write_record,
 )
+from lorasweep.report.findings import read_findings
+from lorasweep.report.write import write_report
 
 BASE_SCORE = 2.031
 FULL_PARAMS = 1_280_000
@@ -271,6 +273,13 @@ def build_rank_sweep(folder, scores, *, seeds=5, examples=0, noise=0.002):
             sweep.trials.append(row)
     write_record(sweep, folder)
     return confirm_sweep(folder, seeds=seeds, examples=examples, noise=noise)
+
+
+def report(folder):
+    """Writes the report of a sweep and returns its findings."""
+    findings = read_findings(folder)
+    write_report(findings)
+    return findings
 
 
 def scatter_seeds(sweep, subject, spread):

@@ -5,7 +5,7 @@ import shutil
 import pytest
 from tests.files import edit_json
 
-from lorasweep.report.summary import summarize
+from lorasweep.report.findings import read_findings
 from lorasweep.report.sweep_data import load_sweep_data
 from lorasweep.report.terminal import list_details
 
@@ -24,16 +24,16 @@ def test_other_methods_and_pairs_get_a_sentence_each(tmp_path):
     assert sentence.startswith("`lora-rank-4` gains -10 %")
 
 
-def test_summary_has_an_entry_for_each_answer_and_the_setting(tmp_path):
+def test_findings_has_an_entry_for_each_answer_and_the_setting(tmp_path):
     sweep = build_rank_sweep(tmp_path, {1: 1.8, 4: 1.7, 16: 1.662})
-    summary = summarize(sweep)
-    entries = summary.as_json()["questions"]
+    findings = read_findings(sweep)
+    entries = findings.as_json()["questions"]
     assert all(
         entry.keys() == {"name", "subject", "reference", "verdict", "value", "interval", "open_because", "to_settle"}
         for entry in entries
     )
     assert [entry["name"] for entry in entries] == ["as_good_as_full"] * 3 + ["smallest_rank"] * 2 + ["setting"]
-    first = summary.data.evidence.answers[0]
+    first = findings.data.evidence.answers[0]
     assert [entries[0][key] for key in ("subject", "value", "interval")] == [first.subject, first.value, first.interval]
     assert entries[-1]["subject"] == "lora-rank-16"
     assert entries[-1]["value"] == {"method.rank": 16, "optim.lr": 0.0102}
@@ -54,16 +54,16 @@ def test_the_rate_at_another_alpha_is_said_only_of_adam(finished_and_confirmed, 
     sweep = shutil.copytree(finished_and_confirmed, tmp_path / "sweep")
     for run in sweep.glob("runs/*/run.json"):
         edit_json(run, lambda raw: raw["config"].update(optim={"lr": 1e-3, **optim}))
-    summary = summarize(sweep)
-    assert ("lr = u/√α" in summary.answers[2].text) is has_law
+    findings = read_findings(sweep)
+    assert ("lr = u/√α" in findings.answers[2].text) is has_law
     # under another optimizer, rate and alpha are two dimensions of the search
-    (lora,) = (arm for arm in summary.fairness["arms"] if arm["arm"] == "lora")
+    (lora,) = (arm for arm in findings.fairness.arms if arm["arm"] == "lora")
     assert lora["dimensions"] == (2 if has_law else 3)
 
 
 def test_share_of_full_gain_is_mirrored_when_maximizing(sweep):
     def list_shares():
-        return [arm["share_of_full_gain"] for arm in summarize(sweep).as_json()["arms"]]
+        return [arm["share_of_full_gain"] for arm in read_findings(sweep).as_json()["arms"]]
 
     def negate(raw):
         raw["direction"] = "maximize"

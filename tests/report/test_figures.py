@@ -36,7 +36,8 @@ def find_traces(figure, **marker):
 
 def list_bars(figure):
     """Returns the ends of the bars of intervals, in the order of the figure."""
-    return [tuple(trace.y) for trace in figure.data if trace.mode == "lines" and trace.line.width == 4]
+    bars = [trace for trace in figure.data if trace.error_y.array]
+    return [(bar.y[0] - bar.error_y.arrayminus[0], bar.y[0] + bar.error_y.array[0]) for bar in bars]
 
 
 def test_diverged_score_does_not_flatten_the_others_and_is_counted(sweep):

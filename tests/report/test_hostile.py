@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 from tests.fuzzing import FUZZ, damage, damage_bytes, refusal_allowed
 
-from lorasweep.report import render_terminal
+from lorasweep.report.findings import read_findings
 from lorasweep.report.page import render_page
-from lorasweep.report.summary import summarize
+from lorasweep.report.terminal import render_terminal
 
 from .conftest import build_rank_sweep
 
@@ -43,7 +43,8 @@ def test_a_report_of_a_damaged_file_is_shown_or_refused(small, data):
     try:
         with refusal_allowed(unchanged=small):
             console = Console(width=120, file=io.StringIO())
-            console.print(render_terminal(small))
-            assert render_page(summarize(small), [])
+            findings = read_findings(small)
+            console.print(render_terminal(findings))
+            assert render_page(findings, [])
     finally:
         path.write_bytes(content)

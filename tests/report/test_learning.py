@@ -7,11 +7,11 @@ import pytest
 from rich.console import Console
 from tests.files import edit_json
 
-from lorasweep.report import render_terminal, write_report
 from lorasweep.report.caveats import judge_learning
 from lorasweep.report.sweep_data import load_sweep_data
+from lorasweep.report.terminal import render_terminal
 
-from .conftest import BASE_SCORE, confirm_winners
+from .conftest import BASE_SCORE, confirm_winners, report
 
 MAJORITY = 0.69
 
@@ -40,8 +40,8 @@ def classify(sweep, accuracy):
 
 
 def test_trials_that_score_like_the_majority_class_are_the_headline_everywhere(sweep):
-    summary = write_report(classify(sweep, lambda trial: MAJORITY))
-    headline = summary.learning.headline
+    findings = report(classify(sweep, lambda trial: MAJORITY))
+    headline = findings.learning.headline
     assert headline
     assert headline.startswith("Nothing learned: all 23 trials score like the majority class (")
     assert "0.690" in headline
@@ -50,17 +50,17 @@ def test_trials_that_score_like_the_majority_class_are_the_headline_everywhere(s
     assert f"<h2>{headline}</h2>" in page
     assert page.index(headline) < page.index("<nav")
     console = Console(width=400, record=True, file=io.StringIO())
-    console.print(render_terminal(sweep))
+    console.print(render_terminal(findings))
     assert console.export_text().startswith(headline)
 
 
 def test_an_arm_that_learned_nothing_beside_one_that_did_is_a_warning(sweep):
     classify(sweep, lambda trial: 0.8 if trial["arm"] == "lora" else MAJORITY)
-    summary = write_report(sweep)
-    assert (summary.learning.state, summary.learning.headline) == ("learned", None)
-    warning, *_ = summary.warnings
+    findings = report(sweep)
+    assert (findings.learning.state, findings.learning.headline) == ("learned", None)
+    warning, *_ = findings.warnings
     assert warning.startswith("`full` learned nothing: all 6 trials score like the majority class (")
-    assert warning in summary.as_json()["warnings"]
+    assert warning in findings.as_json()["warnings"]
     page = (sweep / "report/index.html").read_text()
     assert '<li class="problem"><code>full</code> learned nothing' in page
     assert 'id="failure"' not in page
@@ -77,10 +77,10 @@ def set_test_scores(sweep, score):
 def test_gains_that_test_data_do_not_show_are_said(confirmed):
     assert judge_learning(load_sweep_data(confirmed)).state == "learned"
     set_test_scores(confirmed, lambda seed: BASE_SCORE + 0.1 * (seed - 2))
-    summary = write_report(confirmed)
-    assert summary.learning.state == "not shown"
-    assert "on test data no method is shown to be better than the frozen base" in (summary.learning.headline or "")
-    assert summary.recommended
+    findings = report(confirmed)
+    assert findings.learning.state == "not shown"
+    assert "on test data no method is shown to be better than the frozen base" in (findings.learning.headline or "")
+    assert findings.recommended
 
 
 @pytest.mark.parametrize(("spread", "is_shown"), [(0.01, True), (0.1, False)])
@@ -89,6 +89,6 @@ def test_test_scores_are_compared_with_the_majority_class_of_test_data(confirmed
     set_test_scores(confirmed, lambda seed: 0.75 + spread * (seed - 2))
     learning = judge_learning(load_sweep_data(confirmed))
     assert learning.state == ("learned" if is_shown else "not shown")
-    write_report(confirmed)
+    report(confirmed)
     marked = "not shown to beat the majority class" in (confirmed / "report/index.html").read_text()
     assert marked is not is_shown

@@ -4,15 +4,15 @@ import pytest
 from tests.files import edit_json
 
 from lorasweep.errors import ConfigError, RecordError
+from lorasweep.report.findings import read_findings
 from lorasweep.report.recommend import read_recommended
-from lorasweep.report.summary import summarize
 from lorasweep.results import load_sweep
 
 from .conftest import build_rank_sweep, scatter_seeds
 
 
 def recommended(sweep):
-    return list(summarize(sweep).recommended)
+    return list(read_findings(sweep).recommended)
 
 
 def test_better_method_is_recommended_with_lora_as_the_alternative(finished_and_confirmed):
@@ -21,7 +21,6 @@ def test_better_method_is_recommended_with_lora_as_the_alternative(finished_and_
     assert full.settings.keys() == {"method", "learning rate"}
     assert lora.settings["method"] == "LoRA"
     assert lora.settings.keys() == {"method", "rank", "α", "learning rate"}
-    assert "full fine-tuning scores" in lora.score
     train, export = lora.commands.values()
     assert train == f"lorasweep train --from {finished_and_confirmed}/lora"
     assert export == f"lorasweep export {finished_and_confirmed}/lora --format peft --out adapter"
@@ -32,7 +31,7 @@ def test_rank_is_the_smallest_that_is_shown_to_be_sufficient(tmp_path):
     sweep = build_rank_sweep(tmp_path / "one", {4: 1.72, 16: 1.66, 64: 1.652})
     for rank in (16, 64):
         scatter_seeds(sweep, f"lora-rank-{rank}", 0.012)
-    verdicts = {(one.name, one.subject): one.verdict for one in summarize(sweep).data.evidence.answers}
+    verdicts = {(one.name, one.subject): one.verdict for one in read_findings(sweep).data.evidence.answers}
     assert verdicts["as_good_as_full", "lora-rank-16"] == "open"
     assert verdicts["as_good_as_full", "lora-rank-64"] == "not worse"
     assert verdicts["smallest", "lora-rank-16"] == "sufficient"
@@ -82,13 +81,13 @@ def test_a_sweep_without_recommended_settings_is_refused(confirmed):
 
 
 def test_runs_of_a_former_setting_are_in_no_mean(confirmed):
-    before = {name: mean.value for name, mean in summarize(confirmed).data.evidence.means.items()}
+    before = {name: mean.value for name, mean in read_findings(confirmed).data.evidence.means.items()}
 
     def add_former(raw):
         rows = [row for row in raw["confirm"] if row["arm"] == "lora"]
         raw["confirm"] += [row | {"setting_number": row["setting_number"] + 1, "value": 9.0} for row in rows]
 
     edit_json(confirmed / "sweep.json", add_former)
-    data = summarize(confirmed).data
+    data = read_findings(confirmed).data
     assert {name: mean.value for name, mean in data.evidence.means.items()} == before
     assert data.tokens_trained > sum(run.record.tokens_trained for run in data.trials if run.record)

@@ -7,9 +7,11 @@ import pytest
 from tests.files import edit_json
 
 from lorasweep.record import RETAINED_SCORES_FILE, RetainedRow, read_run, read_sweep, write_record
-from lorasweep.report import render_terminal, write_report
 from lorasweep.report.figures import draw_panels
 from lorasweep.report.sweep_data import load_sweep_data
+from lorasweep.report.terminal import render_terminal
+
+from .conftest import report
 
 BASE = 1.5
 
@@ -83,7 +85,7 @@ def test_one_seed_or_a_missing_score_is_no_verdict(confirmed):
 
 def test_every_output_has_it(confirmed):
     folder = retain(confirmed, FORGOTTEN)
-    summary = write_report(folder)
+    findings = report(folder)
     with (folder / "report" / "retained.csv").open() as file:
         rows = {row["subject"]: row for row in csv.DictReader(file)}
     assert {*rows} == {"frozen", "full", "lora"}
@@ -91,7 +93,7 @@ def test_every_output_has_it(confirmed):
     assert float(rows["full"]["low"]) < float(rows["full"]["change"]) < float(rows["full"]["high"])
     stored = json.loads((folder / "report" / "summary.json").read_text())["retained"]
     assert {row["subject"]: row["change"] for row in stored} == {n: float(row["change"]) for n, row in rows.items()}
-    line = summary.answers[-1]
+    line = findings.answers[-1]
     assert line.question == "What was forgotten of code?"
     assert line.is_settled
     assert "(worse)" in line.text
@@ -100,4 +102,4 @@ def test_every_output_has_it(confirmed):
     page = (folder / "report" / "index.html").read_text()
     assert "full: forgotten of code" in page
     assert "Learned and forgotten" in page
-    assert render_terminal(folder)
+    assert render_terminal(findings)

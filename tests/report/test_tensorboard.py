@@ -1,19 +1,12 @@
 """What TensorBoard reads: rows of the HParams tab, the best curves of a sweep's arms, and the answers."""
 
-import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
+from tests.files import edit_json
 
-from lorasweep.record import read_run
-from lorasweep.report import write_report
-from lorasweep.report.write import ARM_TAG, HPARAMS_FOLDER, TENSORBOARD_FOLDER, write_run_hparams
+from lorasweep.report.write import ARM_TAG, TENSORBOARD_FOLDER
 
-
-@pytest.fixture
-def board(confirmed):
-    """The TensorBoard folder of a confirmed sweep's report."""
-    write_report(confirmed)
-    return confirmed / "report" / TENSORBOARD_FOLDER
+from .conftest import report
 
 
 def load(folder):
@@ -31,26 +24,23 @@ def row_of(folder):
     return start.group_name, settings, {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
 
 
-def test_row_has_numbers_as_numbers_and_the_rest_as_text(sweep):
-    run = sweep / "runs/full-0000"
-    record = read_run(run)
-    for rank in (4, 8):  # the second row replaces the first
-        swept = {"method.rank": rank, "method.targets": ["q_proj", "v_proj"], "flag": True, "seed": None}
-        write_run_hparams(record, run, swept)
-    assert len(list((run / HPARAMS_FOLDER).iterdir())) == 1
-    name, settings, metrics = row_of(run / HPARAMS_FOLDER)
-    targets = "['q_proj', 'v_proj']"
-    assert name == "runs/full-0000"
-    assert settings == {"status": "complete", "method.rank": 8.0, "method.targets": targets, "flag": "True"}
+def test_each_trial_has_a_row_and_the_best_curves_of_all_arms_are_one_chart(confirmed):
+    board = confirmed / "report" / TENSORBOARD_FOLDER
+    swept = {"method.rank": 8, "method.targets": ["q_proj", "v_proj"], "flag": True, "seed": None}
+    edit_json(confirmed / "sweep.json", lambda raw: raw["trials"][1].update(params=swept))
+    for _ in range(2):  # the second report replaces the first
+        report(confirmed)
+    assert len(list((board / "trials" / "lora-0000").iterdir())) == 1
+    name, settings, metrics = row_of(board / "trials" / "lora-0000")
+    assert name == "lora-0000 of quickstart"
+    # a number stays a number, and the rest is text
+    texts = {"arm": "lora", "status": "complete", "method.targets": "['q_proj', 'v_proj']", "flag": "True"}
+    assert settings == {"method.rank": 8.0, **texts}
     assert metrics.keys() == {"best/bits_per_byte", "trainable_params", "peak_memory_bytes", "wall_s"}
-    assert metrics["trainable_params"] == record.trainable_params
 
-
-def test_each_trial_has_a_row_and_the_best_curves_of_all_arms_are_one_chart(board):
     rows = [row_of(folder) for folder in (board / "trials").iterdir()]
     assert len(rows) == 25
     assert {settings["status"] for _, settings, _ in rows} == {"complete", "stopped", "failed"}
-    assert "lora-0000 of quickstart" in {name for name, _, _ in rows}
     assert sorted(str(row[1]["arm"]) for row in rows if "test/bits_per_byte" in row[2]) == ["frozen", "full", "lora"]
     tag = f"{ARM_TAG}/bits_per_byte"
     curves = {arm: load(board / "arms" / arm).Scalars(tag) for arm in ("frozen", "full", "lora")}

@@ -6,35 +6,31 @@ import shutil
 import peft
 import pytest
 import torch
+import transformers
+from tests.files import edit_json
+from tests.small_runs import SMALL_RUN
+from tests.tiny_tokenizer import WORDS, make_word_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorasweep.runs.export as export_file
 from lorasweep.config.compose import compose_run
 from lorasweep.errors import RecordError, RunError
 from lorasweep.models.load import find_local_path
-from lorasweep.record import read_run, write_record
+from lorasweep.record import read_run
 from lorasweep.runs.export import export_run
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.restore import restore_base, restore_config, restore_model
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT
 
-TOKENS = torch.randint(256, (3, 20), generator=torch.Generator().manual_seed(1))
+TOKENS = torch.randint(3, 43, (3, 20), generator=torch.Generator().manual_seed(1))
 # fp32, logits up to about 10: sums in another order, through 4 layers, of parts that cancel (PiSSA)
 LOGIT_TOLERANCE = 1e-4
-LORA = (
-    {},
-    {"method.init": "pissa", "method.rank_pattern": {"down_proj": 4}},
-    {"method.variant": "dora", "method.dropout": 0.1},
-)
-# the embedded model ties its head to its embeddings
-TIED = (
-    {"method.targets": ["lm_head", "q_proj"]},
-    {"method.targets": ["embed_tokens"]},
-    {"method.modules_to_save": ["embed_tokens", "lm_head"]},
-)
+VERA = {"method": "peft", "method.config": {"peft_type": "VERA", "target_modules": ["q_proj", "down_proj"], "r": 8}}
+PISSA = {"method.init": "pissa", "method.rank_pattern": {"down_proj": 4}}
+DORA = {"method.variant": "dora", "method.dropout": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +44,28 @@ def trained(make_config, inputs, tmp_path_factory):
             folders[key] = tmp_path_factory.mktemp("run") / "run"
             train_run(make_config(settings), RunFolder(path=folders[key]), inputs=inputs)
         return folders[key]
+
+    return train
+
+
+@pytest.fixture
+def train_classifier(make_config, tmp_path):
+    """Trains a run of a tiny BERT with random weights, a new head and a tokenizer of words."""
+
+    def train(settings):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        transformers.BertModel(transformers.BertConfig(vocab_size=64, **sizes)).save_pretrained(tmp_path / "bert")
+        make_word_tokenizer().save_pretrained(tmp_path / "bert")
+        texts = [" ".join(WORDS[(n * 7 + k) % 40] for k in range(2 + n % 9)) for n in range(40)]
+        rows = [{"text": text, "label": ("odd", "even", "none")[n % 3]} for n, text in enumerate(texts)]
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        model = {"model": "classifier", "model.path": str(tmp_path / "bert"), "model.attention": "eager"}
+        data = {"data": "table", "data.train": str(tmp_path / "rows.jsonl")}
+        common = {key: value for key, value in SMALL_RUN.items() if key.startswith("trainer.")}
+        config = compose_run({**model, **data, **common, "trainer.progress": False, "optim.lr": 1e-2, **settings})
+        train_run(config, RunFolder(path=tmp_path / "run"), inputs=build_inputs(config))
+        return tmp_path / "run"
 
     return train
 
@@ -73,66 +91,51 @@ def largest_difference(one, other):
     return (one - other).abs().max().item()
 
 
-@pytest.mark.parametrize("settings", LORA)
-def test_peft_loads_the_adapter_onto_its_base_with_the_same_logits(trained, tmp_path, settings):
+@pytest.mark.parametrize(("settings", "kind"), [({}, "LoRA"), (PISSA, "LoRA"), (DORA, "LoRA"), (VERA, "VERA")])
+def test_peft_loads_the_adapter_onto_its_base_with_the_same_logits(trained, tmp_path, settings, kind):
     run = trained(settings)
     written = export_run(run, format="peft", out=tmp_path / "adapter")
     names = {file.name for file in written.folder.iterdir()}
     assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert kind in (written.folder / "README.md").read_text()
     base = load_embedded()
     before = logits_of(base)
-    model = peft.PeftModel.from_pretrained(base, written.folder)
     own = logits_of(restored(run))
-    assert largest_difference(logits_of(model), own) < LOGIT_TOLERANCE
-    assert largest_difference(before, own) > 10 * LOGIT_TOLERANCE
+    assert largest_difference(logits_of(peft.PeftModel.from_pretrained(base, written.folder)), own) < LOGIT_TOLERANCE
+    assert largest_difference(before, own) > (0 if kind == "VERA" else 10 * LOGIT_TOLERANCE)
 
 
-def test_an_adapter_that_peft_trained_is_exported_for_peft_and_merged(trained, tmp_path):
-    config = {"peft_type": "VERA", "target_modules": ["q_proj", "down_proj"], "r": 8}
-    run = trained({"method": "peft", "method.config": config})
-    written = export_run(run, format="peft", out=tmp_path / "adapter")
-    assert "An adapter (VERA, fp32)" in (written.folder / "README.md").read_text()
-    base = load_embedded()
-    before = logits_of(base)
-    model = peft.PeftModel.from_pretrained(base, written.folder)
-    own = logits_of(restored(run))
-    assert largest_difference(logits_of(model), own) < LOGIT_TOLERANCE
-    assert largest_difference(before, own) > 0
-    merged = export_run(run, format="merged", out=tmp_path / "model")
-    assert largest_difference(logits_of(AutoModelForCausalLM.from_pretrained(merged.folder)), own) < LOGIT_TOLERANCE
-
-
-@pytest.mark.parametrize("settings", [LORA[1], {"method": "full"}, {"method": "intrinsic"}])
-def test_transformers_loads_the_merged_model_with_the_same_logits(trained, tmp_path, settings):
+@pytest.mark.parametrize(
+    ("settings", "tied"),
+    [
+        ({}, True),
+        (PISSA, True),
+        (VERA, True),
+        ({"method": "full"}, True),
+        ({"method": "intrinsic"}, True),
+        # the embedded model ties its head to its embeddings; they part where one of them changed alone
+        ({"method.targets": ["lm_head", "q_proj"]}, False),
+        ({"method.targets": ["embed_tokens"]}, False),
+        ({"method.modules_to_save": ["embed_tokens", "lm_head"]}, True),
+    ],
+)
+def test_transformers_loads_the_merged_model_with_the_same_logits(trained, tmp_path, settings, tied):
     run = trained(settings)
     written = export_run(run, format="merged", out=tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(written.folder)
-    own = logits_of(restored(run))
-    assert largest_difference(logits_of(model), own) < LOGIT_TOLERANCE
-    assert largest_difference(logits_of(load_embedded()), own) > 10 * LOGIT_TOLERANCE
+    assert largest_difference(logits_of(model), logits_of(restored(run))) < LOGIT_TOLERANCE
+    assert model.config.tie_word_embeddings is tied
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+    assert model.config.use_cache  # training switches it off
     assert written.num_bytes == sum(file.stat().st_size for file in written.folder.iterdir())
 
 
-def test_a_merged_model_is_whole_and_generates(trained, tmp_path):
+def test_a_merged_model_generates_with_its_own_tokenizer(trained, tmp_path):
     export_run(trained(), format="merged", out=tmp_path / "model")
-    names = {file.name for file in (tmp_path / "model").iterdir()}
-    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    assert model.config.use_cache  # training switches it off
-    prompt = tokenizer("def f(", return_tensors="pt")
+    prompt = AutoTokenizer.from_pretrained(tmp_path / "model")("def f(", return_tensors="pt")
     made = model.generate(**prompt, max_new_tokens=4, do_sample=False)
-    again = restored(trained()).generate(**prompt, max_new_tokens=4, do_sample=False)
-    assert torch.equal(made, again)
-
-
-@pytest.mark.parametrize(("settings", "tied"), [({}, True), (TIED[0], False), (TIED[1], False), (TIED[2], True)])
-def test_a_head_is_untied_from_the_embeddings_only_where_one_of_them_changed_alone(trained, tmp_path, settings, tied):
-    export_run(trained(settings), format="merged", out=tmp_path / "model")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    assert model.config.tie_word_embeddings is tied
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
-    assert largest_difference(logits_of(model), logits_of(restored(trained(settings)))) < LOGIT_TOLERANCE
+    assert torch.equal(made, restored(trained()).generate(**prompt, max_new_tokens=4, do_sample=False))
 
 
 @pytest.mark.parametrize(("method", "dtype"), [("lora", torch.bfloat16), ("full", torch.float32)])
@@ -146,11 +149,34 @@ def test_a_run_in_bf16_is_exported_from_its_base_in_bf16(trained, make_config, t
         assert largest_difference(logits_of(model), logits_of(restored(run).double())) < LOGIT_TOLERANCE
 
 
-def change_record(run, **fields):
-    record = read_run(run)
-    for name, value in fields.items():
-        setattr(record, name, value)
-    write_record(record, run)
+def run_code_of_card(folder):
+    """Runs the card's code in the folder's parent, as the card's reader would, and gives the model and tokenizer."""
+    names = {}
+    exec((folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0], names)
+    return names["model"], names["tokenizer"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "format"),
+    [
+        ({"method.rank": 2}, "merged"),
+        ({"method": "head"}, "merged"),
+        ({"method.rank": 2}, "peft"),
+        (VERA | {"method.config": VERA["method.config"] | {"target_modules": ["query", "value"]}}, "peft"),
+    ],
+)
+def test_the_code_of_the_card_loads_a_classifier_with_its_head(
+    train_classifier, tmp_path, monkeypatch, settings, format
+):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # PEFT asks the hub whether a local folder has a tokenizer
+    run = train_classifier(settings)
+    written = export_run(run, format=format, out=tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = run_code_of_card(written.folder)
+    assert tokenizer("w3 w4")["input_ids"][:2] == [6, 7]
+    assert largest_difference(logits_of(model), logits_of(restored(run))) < LOGIT_TOLERANCE
+    if format == "merged":
+        assert sorted(model.config.id2label.values()) == ["even", "none", "odd"]
 
 
 def damage_best(run):
@@ -160,60 +186,64 @@ def damage_best(run):
     file.write_bytes(bytes(data))
 
 
+def set_adapter_config(run, content):
+    (run / "best" / "adapter_config.json").write_text(content)
+    edit_json(run / "run.json", lambda raw: raw.update(files={}))  # as a stranger would
+
+
+def change_record(**fields):
+    return lambda run: edit_json(run / "run.json", lambda raw: raw.update(fields))
+
+
+NO_SETTINGS = ("[]", "{", "{}", '{"peft_type": "LORA", "r": "eight"}', '{"peft_type": 1}', "[" * 10_000, "\0")
 BROKEN = [
-    (lambda run: shutil.rmtree(run / "best"), "`best`"),
-    (damage_best, r"adapter_model\.safetensors.*has changed"),
-    (lambda run: (run / "best" / "adapter_config.json").unlink(), r"adapter_config\.json.*is missing"),
-    (lambda run: change_record(run, config={"method": {"name": "lora"}}), "settings of this version"),
-    (lambda run: change_record(run, platform={"precision": "bf16"}), "bf16.*'embedded:tiny'"),
-    (lambda run: change_record(run, base={"fingerprint": "0123"}), "'0123' in fp32"),
+    ("merged", lambda run: shutil.rmtree(run / "best"), "`best`"),
+    ("merged", damage_best, r"adapter_model\.safetensors.*has changed"),
+    ("merged", lambda run: (run / "best" / "adapter_config.json").unlink(), r"adapter_config\.json.*is missing"),
+    ("merged", change_record(config={"method": {"name": "lora"}}), "settings of this version"),
+    ("merged", change_record(platform={"precision": "bf16"}), "bf16.*'embedded:tiny'"),
+    ("merged", change_record(base={"fingerprint": "0123"}), "'0123' in fp32"),
+    *[
+        ("peft", lambda run, text=text: set_adapter_config(run, text), "must be the settings of an adapter")
+        for text in NO_SETTINGS
+    ],
 ]
 
 
-@pytest.mark.parametrize(("damage", "message"), BROKEN)
-def test_a_run_that_does_not_fit_its_record_is_refused_and_nothing_is_written(trained, tmp_path, damage, message):
+@pytest.mark.parametrize(("format", "damage", "message"), BROKEN)
+def test_a_run_that_does_not_fit_its_record_is_refused_and_nothing_is_written(
+    trained, tmp_path, format, damage, message
+):
     copied = shutil.copytree(trained(), tmp_path / "run")
     damage(copied)
     with pytest.raises(RecordError, match=message):
-        export_run(copied, format="merged", out=tmp_path / "out")
+        export_run(copied, format=format, out=tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
+def fill_disk(source, target):
+    target.write_bytes(b"0")
+    raise OSError(28, "No space left on device")
+
+
+def load_tied(kind, source, *, load=export_file.load_pretrained, **settings):
+    """Loads a model as one would whose class ties weights whatever its settings say."""
+    model, new_names = load(kind, source, **settings)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    return model, new_names
+
+
 @pytest.mark.parametrize(
-    "content", ["[]", "{", "{}", '{"peft_type": "LORA", "r": "eight"}', '{"peft_type": 1}', "[" * 10_000, "\0"]
+    ("format", "settings", "place", "failure", "message"),
+    [
+        ("peft", {}, "shutil.copyfile", fill_disk, r"`--out`.*No space left on device"),
+        ("merged", {"method": "head"}, "load_pretrained", load_tied, r"LlamaForCausalLM.*`--format peft`"),
+    ],
 )
-def test_settings_of_an_adapter_that_are_none_are_refused(trained, tmp_path, content):
-    run = shutil.copytree(trained(), tmp_path / "run")
-    (run / "best" / "adapter_config.json").write_text(content)
-    record = read_run(run)
-    record.files = {}  # as a stranger would
-    write_record(record, run)
-    with pytest.raises(RecordError, match="must be the settings of an adapter"):
-        export_run(run, format="peft", out=tmp_path / "adapter")
-    assert not (tmp_path / "adapter").exists()
-
-
-def test_a_disk_that_fills_up_leaves_nothing_behind(trained, tmp_path, monkeypatch):
-    def fail(source, target):
-        target.write_bytes(b"0")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(export_file.shutil, "copyfile", fail)
-    with pytest.raises(RunError, match=r"`--out`.*No space left on device"):
-        export_run(trained(), format="peft", out=tmp_path / "new" / "out")
-    assert not any(tmp_path.iterdir())
-
-
-def test_a_model_that_comes_back_otherwise_is_not_exported(trained, tmp_path, monkeypatch):
-    """As one would whose class ties weights whatever its settings say."""
-    load = export_file.load_pretrained
-
-    def load_tied(kind, source, **settings):
-        model, new_names = load(kind, source, **settings)
-        model.lm_head.weight = model.model.embed_tokens.weight
-        return model, new_names
-
-    monkeypatch.setattr(export_file, "load_pretrained", load_tied)
-    with pytest.raises(RunError, match=r"LlamaForCausalLM.*`--format peft`"):
-        export_run(trained({"method": "head"}), format="merged", out=tmp_path / "out")
+def test_an_export_that_fails_leaves_nothing_behind(
+    trained, tmp_path, monkeypatch, format, settings, place, failure, message
+):
+    monkeypatch.setattr(f"lorasweep.runs.export.{place}", failure)
+    with pytest.raises(RunError, match=message):
+        export_run(trained(settings), format=format, out=tmp_path / "new" / "out")
     assert not any(tmp_path.iterdir())

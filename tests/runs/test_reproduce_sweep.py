@@ -61,60 +61,49 @@ def other(one, tmp_path):
     return shutil.copytree(one, tmp_path / "other")
 
 
-def change_record(folder, change):
-    record = read_sweep(folder)
-    change(record)
-    write_record(record, folder)
+def change_record(change):
+    def act(folder):
+        record = read_sweep(folder)
+        change(record)
+        write_record(record, folder)
+
+    return act
 
 
-def change_step(folder, row, **values):
-    steps = [dict(step) for step in STEPS]
-    steps[row] |= values
-    (folder / "steps.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+def change_step(run, row, **values):
+    def act(folder):
+        steps = [step | (values if place == row else {}) for place, step in enumerate(STEPS)]
+        (folder / "runs" / run / "steps.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+
+    return act
+
+
+def set_value(key, value):
+    return change_record(lambda record: setattr(record.trials[1], key, value))
 
 
 def test_sweeps_that_differ_in_times_and_speeds_are_identical(one, other):
-    def change(record):
-        record.started_at, record.makespan_s = "2027-01-01T00:00:00+00:00", 99.0
-        record.threads = 1
-
-    change_record(other, change)
-    change_step(other / "runs" / "lora-0000", 0, tokens_per_s=7.0)
-    found = compare_sweeps(one, other)
-    assert found.holds
-    assert found.description == f"identical: all 4 runs, their decisions, losses and scores: {other}"
-
-
-@pytest.mark.parametrize(
-    ("run", "row", "values", "said"),
-    [
-        ("lora-0001", 1, {"loss": 2.0000000000000004}, "trial lora-1, step 2: `loss` was 2.0 and is 2.00000"),
-        ("lora-0000", 2, {"validation": {"loss": 1}}, "trial lora-0, step 2: `validation loss` was 2.25 and is 1"),
-        ("lora-confirm-0001", 0, {"loss": 3.0}, "confirm run lora seed 9, step 1: `loss` was 2.5 and is 3.0"),
-    ],
-)
-def test_the_first_step_that_differs_is_named_with_its_key(one, other, run, row, values, said):
-    change_step(other / "runs" / run, row, **values)
-    found = compare_sweeps(one, other)
-    assert not found.holds
-    assert found.description.startswith(f"different: {said}")
-    assert found.description.endswith(f": {other}")
-
-
-def set_value(record, key, value):
-    setattr(record.trials[1], key, value)
+    for key, value in (("started_at", "2027-01-01T00:00:00+00:00"), ("makespan_s", 99.0), ("threads", 1)):
+        change_record(lambda record, key=key, value=value: setattr(record, key, value))(other)
+    change_step("lora-0000", 0, tokens_per_s=7.0)(other)
+    assert compare_sweeps(one, other).verdict == "identical"
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda r: r.trials[1].params.update({"optim.lr": 0.02}), "trial lora-1: `optim.lr` was 0.01 and is 0.02"),
-        (lambda r: set_value(r, "state", "complete"), "trial lora-1: `state` was 'stopped' and is 'complete'"),
-        (lambda r: r.settings[0].params.update({"method.rank": 2}), "lora: `method.rank` was 4 and is 2"),
-        (lambda r: r.trials.pop(), "sweep: `number of trials` was 2 and is 1"),
-        (lambda r: setattr(r.confirm[0], "value", 2.1), "confirm run lora seed 7: `value` was 2.0 and is 2.1"),
+        (change_step("lora-0001", 1, loss=2.0000000000000004), "trial lora-1, step 2: `loss` was 2.0 and is 2.00000"),
+        (change_step("lora-0000", 2, validation={"loss": 1}), "trial lora-0, step 2: `validation loss` was 2.25 and"),
+        (change_step("lora-confirm-0001", 0, loss=3.0), "confirm run lora seed 9, step 1: `loss` was 2.5 and is 3.0"),
+        (set_value("params", {"method.rank": 4, "optim.lr": 0.02}), "trial lora-1: `optim.lr` was 0.01 and is 0.02"),
+        (set_value("state", "complete"), "trial lora-1: `state` was 'stopped' and is 'complete'"),
+        (change_record(lambda r: r.settings[0].params.update({"method.rank": 2})), "lora: `method.rank` was 4 and is"),
+        (change_record(lambda r: r.trials.pop()), "sweep: `number of trials` was 2 and is 1"),
+        (change_record(lambda r: setattr(r.confirm[0], "value", 2.1)), "confirm run lora seed 7: `value` was 2.0 and"),
     ],
 )
-def test_the_first_decision_that_differs_is_named(one, other, change, said):
-    change_record(other, change)
-    assert compare_sweeps(one, other).description.startswith(f"different: {said}")
+def test_the_first_difference_is_named_with_its_trial_step_and_key(one, other, change, said):
+    change(other)
+    found = compare_sweeps(one, other)
+    assert (found.holds, found.folder) == (False, other)
+    assert said in found.description

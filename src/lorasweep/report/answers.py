@@ -157,9 +157,9 @@ def _answer_setting(data: SweepData, learning: Learning) -> tuple[str, bool]:
     if learning.state == "nothing":
         return "Open: no settings are recommended, because nothing was learned.", False
     choice = choose_arm(data, ["lora"])
-    if choice is None or choice.arm.best is None:
+    if choice is None or choice.data.best is None:
         return "Open: no trial of LoRA is complete.", False
-    best, setting = choice.arm.best, choice.arm.setting
+    best, setting = choice.data.best, choice.data.setting
     alpha, lr, rank = (best.numeric_setting(key) for key in (ALPHA, LR, RANK))
     named = [(alpha, "α"), (lr, "learning rate")]
     values = join_words([f"{name} {format_setting(value)}" for value, name in named if value is not None])
@@ -177,7 +177,7 @@ def _answer_setting(data: SweepData, learning: Learning) -> tuple[str, bool]:
         origin = f"predicted{near}"
     else:
         origin = f"tried as trial {best.number} of `{best.arm}`"
-    regret, is_small = describe_regret(choice.arm, data)
+    regret, is_small = describe_regret(choice.data, data)
     return f"{at}{values}{more} ({origin}; {regret}).{_describe_rate_costs(setting, data)}{law}", is_small
 
 

@@ -199,46 +199,46 @@ def _list_test_scores(subject: SubjectData) -> list[float]:
     return [run.value for run in subject.confirm_runs if run.is_complete and run.value is not None]
 
 
-def judge_fairness(data: SweepData, *, has_learned: bool = True) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Fairness:
+    """Whether arms were treated alike and their searches found the best, as far as it matters for the comparison."""
+
+    is_fair: bool | None
+    """None if fewer than two arms train."""
+    faults: tuple[str, ...]
+    """Clauses that say why the comparison is not fair."""
+    edges: tuple[str, ...]
+    """Sentences on best values, but not on rates, that lie at an end of their ranges."""
+    arms: tuple[dict[str, Any], ...]
+    """The `measure_effort` of each arm that trains."""
+
+
+def judge_fairness(data: SweepData, *, has_learned: bool = True) -> Fairness:
     """Returns whether arms had runs of similar tokens and similar ranges, and whether their searches found the best.
 
     A search did not find the best if the best learning rate lies at an end of its range, or if the expected regret
     exceeds the margin. So an arm that searches fewer dimensions needs fewer trials.
-
-    Returns:
-        `is_fair` (None if fewer than two arms train), `sentences`, and `arms`, the `measure_effort` of each arm.
     """
-    arms = [measure_effort(row, data) for row in data.record.arms if not row.is_base]
+    arms = tuple(measure_effort(row, data) for row in data.record.arms if not row.is_base)
     edges = list_edges(data) if has_learned else []
-    others = [f"{clause[0].upper()}{clause[1:]}." for key, clause in edges if key != LR or len(arms) < 2]
+    faults = [clause for key, clause in edges if key == LR and len(arms) > 1]
+    others = tuple(f"{clause[0].upper()}{clause[1:]}." for _, clause in edges if clause not in faults)
     if len(arms) < 2:
-        return {"is_fair": None, "sentences": others, "arms": arms}
-    faults, ranges = [clause for key, clause in edges if key == LR], []
+        return Fairness(is_fair=None, faults=(), edges=others, arms=arms)
     for measure, unit, show, max_ratio, max_difference in (
-        ("trials_asked", "trials", str, 1.0, math.inf),  # shown, but no fault
         ("tokens_per_run", "tokens a run", format_count, MAX_EFFORT_RATIO, 0.0),
         ("lr_decades", "decades of learning rates", "{:.1f}".format, 1.0, MAX_WIDTH_DIFFERENCE_DECADES),
-        ("dimensions", "searched dimensions", str, 1.0, math.inf),
     ):
         least, most = min(arms, key=itemgetter(measure)), max(arms, key=itemgetter(measure))
-        low, high = show(least[measure]), show(most[measure])
-        counted = f"{low} {unit.removesuffix('s') if low == '1' else unit}"
-        ranges.append(counted if low == high else f"{low} to {high} {unit}")
         if most[measure] > max_ratio * least[measure] + max_difference:
-            faults.append(f"`{least['arm']}` had {counted} and `{most['arm']}` {high}")
+            low, high = show(least[measure]), show(most[measure])
+            faults.append(f"`{least['arm']}` had {low} {unit} and `{most['arm']}` {high}")
     margin = data.search_margin
     regrets = {row.subject: row.regret / margin for row in data.record.settings if margin and row.regret is not None}
     if above := [f"{regret:.2g} margins for `{subject}`" for subject, regret in regrets.items() if regret > 1]:
         luck = "so the luck of the search may decide"
         faults.append(f"an untried setting is expected to be better by {join_words(above)}, {luck}")
-    so_far = "" if data.record.status == "complete" else "so far "
-    judgement = f"not fair: {'; '.join(faults)}" if faults else "fair"
-    sentences = [
-        f"The comparison of arms is {so_far}{judgement}.",
-        f"Each of the {len(arms)} arms that train had {join_words(ranges)}.",
-        *others,
-    ]
-    return {"is_fair": not faults, "sentences": sentences, "arms": arms}
+    return Fairness(is_fair=not faults, faults=tuple(faults), edges=others, arms=arms)
 
 
 def _estimate_tokens(trial: Trial) -> int:

@@ -6,9 +6,8 @@ so the intervals do not include the chance in that search.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +18,12 @@ from rich.text import Text
 
 from lorasweep.config.data import METRIC_RANGES
 from lorasweep.config.sweep import parse_margin
-from lorasweep.disk import write_atomically
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.record import Question, QuestionName, Subject, is_number
 from lorasweep.report.answers import AnswerLine
 from lorasweep.report.evidence.estimates import (
     UNBOUNDED,
     ConfirmScores,
-    Estimate,
     RunExampleScores,
     RunKey,
     build_scores,
@@ -40,8 +37,6 @@ if TYPE_CHECKING:
     import pandas
 
 REQUIRED_COLUMNS = ("arm", "seed", "score")
-COLUMNS = (*REQUIRED_COLUMNS, "value", "example", "group", "weight")
-NOT_TESTED = "one seed: not tested"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,16 +55,13 @@ class Judgement:
 
         return pandas.DataFrame.from_records([answer.as_entry() for answer in self.answers])
 
-    def means(self) -> dict[str, Estimate]:
-        return estimate_means(self.scores)
-
     def as_json(self) -> dict[str, Any]:
         return {
             "margin": self.margin,
             "confidence": self.confidence,
             "num_examples": self.scores.num_examples,
             "num_groups": self.scores.num_groups,
-            "subjects": {name: mean.as_json() for name, mean in self.means().items()},
+            "subjects": {name: mean.as_json() for name, mean in estimate_means(self.scores).items()},
             "questions": [answer.as_entry() for answer in self.answers],
             "notes": list(self.notes),
         }
@@ -82,32 +74,19 @@ class Judgement:
 
     def render(self) -> RenderableType:
         """Returns the answers and the mean scores for the terminal."""
-        means = Table("arm", "mean score", "seeds", box=None, header_style="bold")
-        for name, mean in self.means().items():
-            means.add_row(name, format_estimate(mean.value, mean.find_interval()), str(len(mean.seeds)))
-        return Group(*render_answers(self._list_lines()), means, *(Text(f"• {note}") for note in self.notes))
-
-    def _list_lines(self) -> list[AnswerLine]:
         lines = []
         for answer in self.answers:
-            asks_enough = answer.name == "smallest"
-            asked = f"Is {answer.subject} {'enough' if asks_enough else f'as good as {answer.reference}'}?"
+            is_size = answer.name == "smallest"
+            asked = f"Is {answer.subject} {'enough' if is_size else f'as good as {answer.reference}'}?"
             shown = format_share_estimate if answer.is_share else format_estimate
-            what = f" of {answer.reference}'s gain" if answer.is_share and not asks_enough else ""
+            what = f" of {answer.reference}'s gain" if answer.is_share and not is_size else ""
             why = "; ".join(filter(None, (answer.open_because, answer.to_settle)))
             text = f"{answer.verdict}: {shown(answer.value, answer.interval)}{what}" + (f" ({why})" if why else "")
             lines.append(AnswerLine(question=asked, text=text, is_settled=answer.is_settled))
-        return lines
-
-    def write(self, folder: Path, *, title: str) -> None:
-        """Writes `verdicts.json` and the page `index.html` into a folder."""
-        from lorasweep.report.page import load_templates  # noqa: PLC0415 (imports plotly)
-
-        page = load_templates().get_template("judgement.html")
-        folder.mkdir(parents=True, exist_ok=True)
-        content = page.render(found=self, title=title, lines=self._list_lines(), format_estimate=format_estimate)
-        write_atomically(folder / "index.html", content)
-        write_atomically(folder / "verdicts.json", json.dumps(self.as_json(), indent=1) + "\n")
+        means = Table("arm", "mean score", "seeds", box=None, header_style="bold")
+        for name, mean in estimate_means(self.scores).items():
+            means.add_row(name, format_estimate(mean.value, mean.find_interval()), str(len(mean.seeds)))
+        return Group(*render_answers(lines), means, *(Text(f"• {note}") for note in self.notes))
 
 
 def judge(
@@ -137,44 +116,22 @@ def judge(
         reference: The arm with which others are compared.
         base: The arm that is the untrained model, if there is one.
         key: What `value` is, such as `rank`, for the names of subjects.
-        looks: Numbers of seeds at which the scores were or will be tested. Empty: this is the only test. If you add
-            seeds until a verdict appears, name all looks, or the error rate does not hold.
+        looks: All numbers of seeds at which the scores were or will be tested. Empty: this is the only test.
 
     Raises:
         ConfigError: The table lacks columns, arms or numbers, or has a run twice, or the margin is wrong.
     """
-    _check_table(scores, reference=reference)
-    if any(look < 1 for look in looks):
-        raise ConfigError(f"looks must be numbers of seeds, each at least 1, but got {list(looks)}.")
+    _check_table(scores, reference=reference, looks=looks)
     parsed = parse_margin(margin)
-    scores = scores.assign(arm=scores["arm"].astype(str))
-    names = scores["arm"].unique().tolist()
-    base = base if base in names else None
+    scores = scores.assign(arm=scores["arm"].astype(str)).reset_index(drop=True)
+    base = base if base in set(scores["arm"]) else None
     if parsed.is_share_of_gain and base is None:
         raise ConfigError(
             f"a margin of {margin!r} is a share of the gain over the untrained model, so its scores must be there, but "
             "no arm is named by `base`. Add them, or give the margin as a number."
         )
-    asked: QuestionName = "as_good_as_full" if reference == "full" else "pair"
-    questions: list[Question] = []
-    subjects: dict[str, pandas.DataFrame] = {}
-    for arm in names:
-        rows = scores[scores["arm"] == arm]
-        if arm in (reference, base):
-            subjects[arm] = rows
-            continue
-        values = sorted(rows["value"].dropna().unique().tolist()) if "value" in rows else []
-        split = {Subject(arm=arm, key=key, value=value).name: rows[rows["value"] == value] for value in values}
-        subjects |= split if len(values) > 1 else {arm: rows}
-        chain = list(split) if len(values) > 1 else [arm]
-        questions.append(Question(name=asked, arm=arm, key=key, subjects=chain, reference=reference))
-        if len(chain) > 1:
-            questions.append(Question(name="smallest", arm=arm, key=key, subjects=chain, reference=None))
-    if not questions:
-        raise ConfigError(
-            f"the scores must have another arm beside {join_words([reference, *([base] if base else [])])}."
-        )
-    scored, examples = _read_runs(subjects)
+    questions, scores = _assign_subjects(scores, reference=reference, base=base, key=key)
+    scored, examples = _read_runs(scores)
     deterministic = [base] if base and sum(name == base for name, _ in scored) == 1 else []
     found = build_scores(
         scored,
@@ -186,18 +143,42 @@ def judge(
     num_seeds = max(len(seeds) for seeds in found.values.values())
     planned = tuple(sorted({*looks, num_seeds})) if looks else (num_seeds,)
     scale = MarginScale(margin=parsed, sign=-1 if maximize else 1, base=base, full=reference)
-    answers = answer_questions(questions, found, scale, looks=planned)
     return Judgement(
-        answers=tuple(
-            replace(a, open_because=NOT_TESTED) if a.num_seeds == 1 and not a.is_settled else a for a in answers
-        ),
+        answers=tuple(answer_questions(questions, found, scale, looks=planned)),
         scores=found,
         margin=margin,
         confidence=1 - 2 * compute_level(questions, planned),
     )
 
 
-def _check_table(scores: pandas.DataFrame, *, reference: str) -> None:
+def _assign_subjects(
+    scores: pandas.DataFrame, *, reference: str, base: str | None, key: str
+) -> tuple[list[Question], pandas.DataFrame]:
+    """Returns a question on each arm but `reference` and `base`, and the scores with the `subject` of each row.
+
+    Of an arm with several values, each value is a subject, and it is also asked which one is enough.
+    """
+    asked: QuestionName = "as_good_as_full" if reference == "full" else "pair"
+    questions: list[Question] = []
+    subjects = scores["arm"].copy()
+    for arm in [arm for arm in scores["arm"].unique() if arm not in (reference, base)]:
+        values = scores.loc[scores["arm"] == arm, "value"].dropna().unique().tolist() if "value" in scores else []
+        chain = [Subject(arm=arm, key=key, value=value) for value in sorted(values)] if len(values) > 1 else []
+        for one in chain:
+            subjects[(scores["arm"] == arm) & (scores["value"] == one.value)] = one.name
+        names = [one.name for one in chain] or [arm]
+        questions.append(Question(name=asked, arm=arm, key=key, subjects=names, reference=reference))
+        if chain:
+            questions.append(Question(name="smallest", arm=arm, key=key, subjects=names, reference=None))
+    if not questions:
+        others = join_words([reference, *([base] if base else [])])
+        raise ConfigError(f"the scores must have another arm beside {others}.")
+    return questions, scores.assign(subject=subjects)
+
+
+def _check_table(scores: pandas.DataFrame, *, reference: str, looks: Sequence[int]) -> None:
+    if any(look < 1 for look in looks):
+        raise ConfigError(f"looks must be numbers of seeds, each at least 1, but got {list(looks)}.")
     if missing := [name for name in REQUIRED_COLUMNS if name not in scores]:
         raise ConfigError(
             f"the scores must have the columns {join_words(REQUIRED_COLUMNS)}, but lack {join_words(missing)}: they "
@@ -222,29 +203,25 @@ def _check_table(scores: pandas.DataFrame, *, reference: str) -> None:
         )
 
 
-def _read_runs(
-    subjects: Mapping[str, pandas.DataFrame],
-) -> tuple[dict[RunKey, float], dict[RunKey, RunExampleScores]]:
+def _read_runs(scores: pandas.DataFrame) -> tuple[dict[RunKey, float], dict[RunKey, RunExampleScores]]:
     """Returns the score of each run, and its scores of single examples if it has them."""
-    labels = sorted({str(seed) for rows in subjects.values() for seed in rows["seed"]})
+    labels = sorted(scores["seed"].astype(str).unique())
     values: dict[RunKey, float] = {}
     examples: dict[RunKey, RunExampleScores] = {}
-    for name, rows in subjects.items():
-        for seed, run in rows.groupby("seed", sort=False):
-            run_key = name, labels.index(str(seed))
-            weights = run["weight"].to_numpy(float) if "weight" in run else np.ones(len(run))
-            if not weights.sum() > 0:
-                raise ConfigError(f"the weights of `{name}`, seed {seed}, must have a positive sum.")
-            values[run_key] = float(np.average(run["score"].to_numpy(float), weights=weights))
-            if "example" in run and run["example"].notna().all():
-                ordered = run.sort_values("example", key=lambda column: column.astype(str))
-                identifiers = tuple(ordered["example"].astype(str))
-                examples[run_key] = RunExampleScores(
-                    rows=identifiers,
-                    scores=ordered["score"].to_numpy(float),
-                    weights=ordered["weight"].to_numpy(float) if "weight" in ordered else np.ones(len(ordered)),
-                    groups=tuple(ordered["group"].astype(str)) if "group" in ordered else identifiers,
-                )
+    for (name, seed), run in scores.assign(weight=scores.get("weight", 1.0)).groupby(["subject", "seed"], sort=False):
+        run_key = name, labels.index(str(seed))
+        if not run["weight"].sum() > 0:
+            raise ConfigError(f"the weights of `{name}`, seed {seed}, must have a positive sum.")
+        values[run_key] = float(np.average(run["score"].to_numpy(float), weights=run["weight"].to_numpy(float)))
+        if "example" in run and run["example"].notna().all():
+            ordered = run.sort_values("example", key=lambda column: column.astype(str))
+            identifiers = tuple(ordered["example"].astype(str))
+            examples[run_key] = RunExampleScores(
+                rows=identifiers,
+                scores=ordered["score"].to_numpy(float),
+                weights=ordered["weight"].to_numpy(float),
+                groups=tuple(ordered["group"].astype(str)) if "group" in ordered else identifiers,
+            )
     return values, examples
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,24 +13,10 @@ from plotly.offline import get_plotlyjs
 from lorasweep import wording
 from lorasweep.record import STATES, Trial
 from lorasweep.report.answers import describe_answer, describe_change
+from lorasweep.report.findings import Findings
 from lorasweep.report.generated import list_answered_examples
-from lorasweep.report.panel import Panel, build_link, choose_colours, select_trials
-from lorasweep.report.recommend import format_arm_score
-from lorasweep.report.summary import Summary
-from lorasweep.report.terminal import describe_setting, list_search_scores
-
-MAX_REASONS = 100
-"""The section on unfinished trials lists at most this many trials of each state."""
-FILTERS = {
-    "count": wording.format_count,
-    "size": wording.format_bytes,
-    "share": wording.format_share_estimate,
-    "seconds": wording.format_seconds,
-    "score": wording.format_score,
-    "metric": wording.format_metric,
-    "settings": wording.format_settings,
-}
-"""The template's names of functions that format numbers and settings."""
+from lorasweep.report.panel import Panel, build_link, choose_colours
+from lorasweep.report.terminal import describe_setting, list_columns
 
 COSTS: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
     ("trained", "trainable parameters", "trainable_params", wording.format_count),
@@ -39,65 +24,46 @@ COSTS: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
     ("memory", "peak memory", "peak_memory_bytes", wording.format_bytes),
     ("time", "time of the run", "wall_s", wording.format_seconds),
 )
-"""Columns of the table of trials: title, hover text, the field of the run's record, and how to format it."""
+"""Columns of the table of runs: title, hover text, the field of the run's record, and how to format it."""
 Cell = tuple[str, float | str | None]
-"""The text of a cell of the table of trials, and the value by which its column is sorted; None sorts last."""
+"""The text of a cell of the table of runs, and the value by which its column is sorted; None sorts last."""
 
 
-def render_page(summary: Summary, panels: Sequence[Panel]) -> str:
+def render_page(findings: Findings, panels: Sequence[Panel]) -> str:
     """Returns the page as HTML."""
-    data = summary.data
-    return (
-        load_templates()
-        .get_template("index.html")
-        .render(
-            data=data,
-            sweep=data.record,
-            summary=summary,
-            evidence=data.evidence,
-            search_scores=list_search_scores(summary),
-            format_arm_score=format_arm_score,
-            share_decimals=wording.count_percent_decimals(
-                data.subject_share_of_full_gain(arm)[1] for arm in data.subjects
-            ),
-            describe_setting=describe_setting,
-            states=STATES,
-            verdicts=[(answer, describe_answer(answer, data)) for answer in data.evidence.answers],
-            generated=list_answered_examples(data),
-            retained=[(change, describe_change(change, data)) for change in data.retained],
-            unlearned=summary.learning.unlearned,
-            colours=choose_colours(data),
-            panels=panels,
-            columns=[
-                ("trial", "arm and number of the trial in its Optuna study"),
-                ("state", "complete, running, or why it stopped; `not better` than an answer that needs no training"),
-                (wording.format_metric(data.record.metric), "best value on validation data"),
-                *((wording.short_key(key), key) for key in data.swept_keys),
-                *((title, about) for title, about, _, _ in COSTS),
-            ],
-            rows=[(trial, _build_cells(trial, summary)) for trial in select_trials(data).trials],
-            unfinished={
-                state: [run for run in (*data.trials, *data.confirm_runs) if run.state == state]
-                for state in STATES
-                if state != "complete"
-            },
-            max_reasons=MAX_REASONS,
-        )
-    )
-
-
-@functools.cache  # compiling the templates takes longer than rendering them
-def load_templates() -> Environment:
-    """Returns the templates with their filters."""
+    data, metric = findings.data, wording.format_metric
     environment = Environment(
         loader=PackageLoader("lorasweep.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters.update(FILTERS, code=mark_code, link=build_link)
-    environment.globals.update(figure_json=figure_json, plotly_js=Markup(get_plotlyjs()))
-    return environment
+    environment.filters.update(metric=metric, score=wording.format_score, code=_mark_code, link=build_link)
+    return environment.get_template("index.html").render(
+        data=data,
+        sweep=data.record,
+        findings=findings,
+        evidence=data.evidence,
+        subject_columns=list_columns(findings),
+        describe_setting=describe_setting,
+        states=STATES,
+        verdicts=[(answer, describe_answer(answer, data)) for answer in data.evidence.answers],
+        generated=list_answered_examples(data),
+        retained=[(change, describe_change(change, data)) for change in data.retained],
+        colours=choose_colours(data),
+        panels=panels,
+        columns=[
+            ("run", "arm and number of the trial in its Optuna study, or subject and seed of a confirm run"),
+            ("state", "complete, running, or why it stopped; `not better` than an answer that needs no training"),
+            (metric(data.record.metric), "best value on validation data"),
+            *([(f"{metric(data.record.verdict_metric.name)}, test", "on test data")] if data.confirm_runs else []),
+            *((wording.short_key(key), key) for key in data.swept_keys),
+            *((title, about) for title, about, _, _ in COSTS),
+        ],
+        rows=[(run, _build_cells(run, findings)) for run in (*data.trials, *data.confirm_runs)],
+        figure_json=_figure_json,
+        plotly_js=Markup(get_plotlyjs()),
+    )
 
 
-def mark_code(text: str) -> Markup:
+def _mark_code(text: str) -> Markup:
     """Returns text as HTML, with code between backticks. Lines break at spaces of code, never inside `--format`."""
 
     def mark(found: re.Match[str]) -> str:
@@ -107,22 +73,24 @@ def mark_code(text: str) -> Markup:
     return Markup(re.sub(r"`([^`]*)`", mark, str(escape(text))))
 
 
-def figure_json(panel: Panel) -> Markup:
+def _figure_json(panel: Panel) -> Markup:
     """Returns a panel's figures as JSON. Plotly escapes `<` in it, so that no name can end the script element."""
     return Markup(f"[{','.join(figure.to_json() for figure in panel.figures)}]")
 
 
-def _build_cells(trial: Trial, summary: Summary) -> list[Cell]:
-    data = summary.data
-    is_better = summary.learning.is_better(trial)
-    state = f"{trial.state}, not better" if is_better is False and trial.trains else trial.state
+def _build_cells(run: Trial, findings: Findings) -> list[Cell]:
+    data, is_search = findings.data, run.stage == "search"
+    is_better = findings.learning.is_better(run) if is_search else None
     # the best value of a stopped trial is not that of all its steps
-    so_far = f" at step {trial.step}" if trial.state == "stopped" and trial.value is not None else ""
-    cells: list[Cell] = [(state, state), (f"{wording.format_score(trial.value)}{so_far}", trial.value)]
+    at = f" at step {run.step}" if run.state == "stopped" else ""
+    state = f"{run.state}{at}" + (", not better" if is_better is False and run.trains else "")
+    scores = [run.value, None] if is_search else [run.record.score if run.record else None, run.value]
+    cells: list[Cell] = [(state, state)]
+    cells += [(wording.format_score(score), score) for score in (scores if data.confirm_runs else scores[:1])]
     for key in data.swept_keys:
-        text, number = wording.format_setting(trial.params.get(key, "")), trial.numeric_setting(key)
-        cells.append((text, (text if number is None else number) if key in trial.params else None))
+        text, number = wording.format_setting(run.params.get(key, "")), run.numeric_setting(key)
+        cells.append((text, (text if number is None else number) if key in run.params else None))
     for _, _, name, form in COSTS:
-        value = getattr(trial.record, name, None)
+        value = getattr(run.record, name, None)
         cells.append((wording.UNKNOWN if value is None else form(value), value))
     return cells

@@ -1,4 +1,4 @@
-"""The panel around a figure, and the layout, colours, points and lines that the figures share."""
+"""The panel around a figure, and the layout, colours, axes and points that the figures share."""
 
 from __future__ import annotations
 
@@ -6,34 +6,27 @@ import html
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from lorasweep.config.data import METRIC_RANGES
 from lorasweep.record import Trial
-from lorasweep.report.evidence.estimates import UNBOUNDED
-from lorasweep.report.sweep_data import SubjectData, SweepData
-from lorasweep.wording import format_metric, format_score, format_settings
+from lorasweep.report.evidence.estimates import Interval
+from lorasweep.report.sweep_data import SweepData
+from lorasweep.wording import format_score, format_settings
 
 METHOD_COLOURS = {"frozen": "#868e96", "full": "#d9622b", "lora": "#3578c6"}
 """Colours that are readable on a light and on a dark page."""
 OTHER_COLOURS = ("#159588", "#9a63c4", "#b8901f", "#c94f7c", "#5f9e3f", "#2fa3c4", "#a8714a", "#7a7fd0")
 RAMPS = (("#2fb5c4", "#7d3fc8"), ("#a3ad28", "#1c7a80"))
 """The first and the last colour of the values of an arm's key, smallest value first: one pair for each such arm."""
-MAX_SHOWN_TRIALS = 300
-"""Figures and table show at most about this many trials: more make the page large and slow to open."""
 MAX_DISTANCE = 3
 """An outlier is inside an axis if its distance is at most this multiple of the range of all other scores."""
-DEFAULT_HEIGHT_PX = 400
 REFERENCE_WIDTH_PX = 128
 """The room beside a figure for the name of a method with its score."""
-
-PlotPoint = tuple[Any, Trial, float]
-"""x value, trial and score."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,26 +40,6 @@ class Panel:
     figures: tuple[go.Figure, ...] = ()
 
 
-def select_trials(data: SweepData) -> SweepData:
-    """Returns the sweep with at most about `MAX_SHOWN_TRIALS` trials.
-
-    Each subject keeps every n-th trial in the order of scores, its best trial among them.
-    """
-    step = math.ceil(len(data.trials) / MAX_SHOWN_TRIALS)
-    if step <= 1:
-        return data
-
-    def order(trial: Trial) -> tuple[bool, float]:
-        return not trial.is_complete, math.inf if trial.value is None else data.sign * trial.value
-
-    kept = {trial.run for arm in data.subjects for trial in sorted(arm.trials, key=order)[::step]}
-
-    def thin(arm: SubjectData) -> SubjectData:
-        return replace(arm, trials=tuple(trial for trial in arm.trials if trial.run in kept))
-
-    return replace(data, subjects=tuple(map(thin, data.subjects)))
-
-
 def choose_colours(data: SweepData) -> dict[str, str]:
     """Returns the colour of each arm, and of each value of a `confirm_each` key.
 
@@ -74,14 +47,13 @@ def choose_colours(data: SweepData) -> dict[str, str]:
     """
     colours: dict[str, str] = {}
     free, ramps = itertools.cycle(OTHER_COLOURS), itertools.cycle(RAMPS)
-    for search in data.record.arms:
-        colour = METHOD_COLOURS.get(search.method)
-        colours[search.name] = colour if colour and colour not in colours.values() else next(free)
-    for search in data.record.arms:
-        if search.key:
-            subjects = [arm.name for arm in data.subjects if arm.arm == search.name]
-            places = [place / max(len(subjects) - 1, 1) for place in range(len(subjects))]
-            colours |= zip(subjects, sample_colorscale(list(next(ramps)), places), strict=True)
+    for row in data.record.arms:
+        colour = METHOD_COLOURS.get(row.method)
+        colours[row.name] = colour if colour and colour not in colours.values() else next(free)
+        if row.key:
+            places = [place / max(len(row.subjects) - 1, 1) for place in range(len(row.subjects))]
+            shades = sample_colorscale(list(next(ramps)), places)
+            colours |= {subject.name: shade for subject, shade in zip(row.subjects, shades, strict=True)}
     return colours
 
 
@@ -95,129 +67,97 @@ def build_link(run: str) -> str:
     return f"../{quote(run)}/"
 
 
-def build_label(trial: Trial) -> str:
+def build_figure(x_title: str, y_title: str) -> go.Figure:
+    """Returns an empty figure in the page's style. The page's script adds the colours of the light or dark page."""
+    axis = {"automargin": True, "zeroline": False}
+    layout = {
+        "template": None,
+        "autosize": True,
+        "height": 400,
+        "margin": {"l": 8, "r": 12, "t": 12, "b": 8},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "hovermode": "closest",
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        "xaxis": {"title": escape(x_title), "ticks": "outside", **axis},
+        "yaxis": {"title": escape(y_title), **axis},
+    }
+    return go.Figure(layout=layout)
+
+
+def set_score_axis(
+    figure: go.Figure, scores: Sequence[float], others: Iterable[float] = (), **references: float | None
+) -> None:
+    """Sets the range of scores, and draws a line across the figure for each method with a known score.
+
+    The range has all of `scores`, and those of `others` and of the methods that are near, so that outliers don't
+    flatten the rest. The title of the x axis says how many of `others` are outside.
+    """
+    if not scores:
+        return
+    low, high = min(scores), max(scores)
+    reach = MAX_DISTANCE * (high - low) or math.inf
+    known = {name: score for name, score in references.items() if score is not None}
+    known = {name: score for name, score in known.items() if low - reach <= score <= high + reach}
+    near = [score for score in others if low - reach <= score <= high + reach]
+    low, high = min([low, *near, *known.values()]), max([high, *near, *known.values()])
+    pad = 0.06 * (high - low) or 0.05 * abs(low) or 1.0
+    figure.update_yaxes(range=(low - pad, high + pad))
+    figure.update_layout(margin={"r": REFERENCE_WIDTH_PX if known else 12})
+    if num_outside := sum(not low - pad <= score <= high + pad for score in others):
+        figure.layout.xaxis.title.text += f"<br>{num_outside} outside the range"
+    for method, score in known.items():
+        figure.add_hline(
+            y=score,
+            line={"color": METHOD_COLOURS[method], "width": 1.2, "dash": "dot"},
+            annotation={
+                "text": f"{method} {format_score(score)}",
+                "font": {"color": METHOD_COLOURS[method], "size": 12},
+                "x": 1,
+                "xanchor": "left",
+                "yanchor": "bottom"
+                if score == max(known.values())
+                else "top",  # so that names of close lines are apart
+            },
+        )
+
+
+def add_point(
+    figure: go.Figure, x: Any, y: float | None, colour: str, name: str, *, text: str = "", **trace: Any
+) -> None:
+    """Adds a point with a hover text. `trace` may have `marker`, `showlegend`, and an `interval` of y for a bar."""
+    interval: Interval | None = trace.pop("interval", None)
+    if interval and y is not None:
+        ends = {"array": [interval[1] - y], "arrayminus": [y - interval[0]]}
+        trace["error_y"] = {"type": "data", "symmetric": False, "thickness": 4, "width": 0, **ends}
+    _add_markers(figure, colour, name, x=[x], y=[y], text=[text], **trace)
+
+
+def add_trials(figure: go.Figure, points: Sequence[tuple[Any, Trial]], colour: str, name: str, **trace: Any) -> None:
+    """Adds trials as points at these x values, with their settings as hover text and links to their runs."""
+    trials = [trial for _, trial in points]
+    trace["marker"] = {"opacity": 0.75} | trace.get("marker", {})
+    _add_markers(
+        figure,
+        colour,
+        name,
+        x=[x for x, _ in points],
+        y=[trial.value for trial in trials],
+        text=[describe_point(trial) for trial in trials],
+        customdata=[build_link(trial.run) for trial in trials],
+        **trace,
+    )
+
+
+def describe_point(trial: Trial) -> str:
     """Returns a point's hover text: arm and number, state if not complete, score and settings."""
     state = "" if trial.state == "complete" else f" ({trial.state})"
     lines = [f"{trial.name}{state}", format_score(trial.value), format_settings(trial.params)]
     return "<br>".join(escape(line) for line in lines)
 
 
-def build_figure(data: SweepData, *, x_title: str, y_title: str | None = None, **layout: Any) -> go.Figure:
-    """Returns an empty figure in the page's style; its y axis has the sweep's metric unless `y_title` is given.
-
-    The page's script adds the colours of the light or dark page.
-    """
-    figure = go.Figure()
-    figure.update_layout(
-        template=None,
-        autosize=True,
-        height=DEFAULT_HEIGHT_PX,
-        margin={"l": 8, "r": 12, "t": 12, "b": 8},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        hovermode="closest",
-        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-    )
-    figure.update_xaxes(title=escape(x_title), automargin=True, zeroline=False, ticks="outside")
-    figure.update_yaxes(title=escape(y_title or format_metric(data.record.metric)), automargin=True, zeroline=False)
-    figure.update_layout(**layout)
-    return figure
-
-
-def set_score_axis(
-    figure: go.Figure,
-    metric: str,
-    scores: Sequence[float],
-    others: Iterable[float] = (),
-    **references: float | None,
-) -> None:
-    """Sets the range of scores, and draws a line across the figure for each method with a known score.
-
-    The range has all of `scores`, and those of `others` and of the methods that are near, so that outliers don't
-    flatten the rest. It ends at the limits of the metric. The title of the x axis says how many of `others` are
-    outside, and a method outside has a name with an arrow and no line.
-    """
-    if not scores:
-        return
-    known = {name: score for name, score in references.items() if score is not None}
-    low, high = min(scores), max(scores)
-    reach = MAX_DISTANCE * (high - low) or math.inf
-    near = [score for score in (*others, *known.values()) if low - reach <= score <= high + reach]
-    low, high = min([low, *near]), max([high, *near])
-    pad = 0.06 * (high - low) or 0.05 * abs(low) or 1.0
-    lowest, highest = METRIC_RANGES.get(metric, UNBOUNDED)
-    low, high = max(low - pad, lowest), min(high + pad, highest)
-    figure.update_yaxes(range=(low, high))
-    figure.update_layout(margin={"r": REFERENCE_WIDTH_PX if known else 12})
-    if num_outside := sum(not low <= score <= high for score in others):
-        figure.layout.xaxis.title.text += f"<br>{num_outside} outside the range"
-    for method, score in known.items():
-        arrow, colour = "↑ " if score > high else "↓ " if score < low else "", METHOD_COLOURS[method]
-        if not arrow:
-            figure.add_hline(y=score, line={"color": colour, "width": 1.2, "dash": "dot"})
-        figure.add_annotation(
-            x=1,
-            y=min(max(score, low), high),
-            xref="paper",
-            xanchor="left",
-            yanchor="bottom" if score == max(known.values()) else "top",  # so that the names of close lines are apart
-            text=f"{arrow}{method} {format_score(score)}",
-            font={"color": colour, "size": 12},
-            showarrow=False,
-        )
-
-
-def add_line(
-    figure: go.Figure, x: Sequence[Any], y: Sequence[float | None], colour: str, name: str, **trace: Any
-) -> None:
-    """Adds a line without hover text and legend entry, unless `trace` says otherwise; a y of None interrupts it."""
-    line = {"color": colour, "width": 2} | trace.pop("line", {})
-    settings = {"mode": "lines", "showlegend": False, "hoverinfo": "skip"} | trace
-    figure.add_scatter(x=list(x), y=list(y), line=line, name=escape(name), legendgroup=escape(name), **settings)
-
-
-def add_markers(
-    figure: go.Figure,
-    x: Sequence[Any],
-    y: Sequence[Any],
-    colour: str,
-    name: str,
-    *,
-    text: Sequence[str] = (),
-    links: Sequence[str] = (),
-    **marker: Any,
-) -> None:
-    """Adds points with hover texts, and links that a click opens; a click on the legend entry `name` hides them.
-
-    `marker` has settings of plotly's marker, and `showlegend`.
-    """
-    figure.add_scatter(
-        x=list(x),
-        y=list(y),
-        mode="markers",
-        name=escape(name),
-        legendgroup=escape(name),
-        showlegend=marker.pop("showlegend", False),
-        marker={"color": colour, "size": 8, **marker},
-        text=list(text) or None,
-        customdata=list(links) or None,
-        hovertemplate="%{text}<extra></extra>" if text else None,
-        hoverinfo=None if text else "skip",
-        cliponaxis=False,  # a point at the end of the axis is drawn whole
-    )
-
-
-def add_trials(figure: go.Figure, points: Iterable[PlotPoint], colour: str, name: str, **marker: Any) -> None:
-    """Adds trials as points with their settings as hover text and links to their runs."""
-    found = list(points)
-    add_markers(
-        figure,
-        [x for x, _, _ in found],
-        [score for _, _, score in found],
-        colour,
-        name,
-        text=[build_label(trial) for _, trial, _ in found],
-        links=[build_link(trial.run) for _, trial, _ in found],
-        opacity=0.75,
-        **marker,
-    )
+def _add_markers(figure: go.Figure, colour: str, name: str, **trace: Any) -> None:
+    given = {"mode": "markers", "showlegend": False, "hovertemplate": "%{text}<extra></extra>"} | trace
+    given["marker"] = {"color": colour, "size": 8} | trace.get("marker", {})
+    # a click on the legend entry hides all traces of its group; a point at the end of the axis is drawn whole
+    figure.add_scatter(name=escape(name), legendgroup=escape(name), cliponaxis=False, **given)

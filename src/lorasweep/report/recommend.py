@@ -13,7 +13,7 @@ from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import ALPHA, LR, RANK, SCALING, STEPS_KEY
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import SWEEP_FILE, Trial
-from lorasweep.report.caveats import judge_learning
+from lorasweep.report.caveats import Learning, judge_learning
 from lorasweep.report.evidence.estimates import Estimate
 from lorasweep.report.evidence.questions import NEGATIVE_VERDICTS, POSITIVE_VERDICTS
 from lorasweep.report.sweep_data import SubjectData, SweepData, load_sweep_data
@@ -21,11 +21,8 @@ from lorasweep.wording import (
     UNKNOWN,
     count_decimals,
     format_estimate,
-    format_metric,
     format_score,
     format_setting,
-    format_share_estimate,
-    join_words,
     short_key,
     suggest_nearest,
 )
@@ -40,7 +37,7 @@ METHOD_NAMES = {"lora": "LoRA", "full": "full fine-tuning"}
 class ChosenSubject:
     """One subject, and whether the answers settle that it is the one to use."""
 
-    arm: SubjectData
+    data: SubjectData
     is_settled: bool
 
 
@@ -58,12 +55,12 @@ def choose_subject(data: SweepData, arm: str) -> ChosenSubject | None:
     chain = data.evidence.list_answers("smallest", arm=arm)
     if not chain:
         best = min(subjects, key=lambda one: get_score_sort_key(one, data))
-        return ChosenSubject(arm=best, is_settled=len(subjects) == 1)
+        return ChosenSubject(data=best, is_settled=len(subjects) == 1)
     sufficient = [answer.subject for answer in chain if answer.verdict == "sufficient"]
     smaller = [answer.verdict for answer in chain if answer.verdict != "sufficient"][-1:]
     name = sufficient[0] if sufficient else chain[-1].compared_with[-1]
     chosen = next((one for one in subjects if one.name == name), subjects[-1])
-    return ChosenSubject(arm=chosen, is_settled=chosen.name == name and set(smaller) <= {"insufficient"})
+    return ChosenSubject(data=chosen, is_settled=chosen.name == name and set(smaller) <= {"insufficient"})
 
 
 def choose_arm(data: SweepData, methods: Sequence[str] | None = None) -> ChosenSubject | None:
@@ -76,28 +73,24 @@ def choose_arm(data: SweepData, methods: Sequence[str] | None = None) -> ChosenS
     """
     rows = [row for row in data.record.arms if not row.is_base]
     names = [row.name for row in rows if methods is None or row.method in methods]
-    choices = [choice for name in names if (choice := choose_subject(data, name)) and choice.arm.best]
+    choices = [choice for name in names if (choice := choose_subject(data, name)) and choice.data.best]
     if not choices:
         return None
     verdicts = {answer.subject: answer.verdict for answer in data.evidence.list_answers("as_good_as_full")}
-    positive = [one for one in choices if verdicts.get(one.arm.name) in POSITIVE_VERDICTS]
+    positive = [one for one in choices if verdicts.get(one.data.name) in POSITIVE_VERDICTS]
     as_good = [arm for arm in data.subjects if arm.arm in names and verdicts.get(arm.name) in POSITIVE_VERDICTS]
-    positive = positive or [ChosenSubject(arm=arm, is_settled=False) for arm in as_good if arm.best and arm.best.record]
-    better = [one for one in positive if verdicts[one.arm.name] == "better"]
+    positive = positive or [
+        ChosenSubject(data=arm, is_settled=False) for arm in as_good if arm.best and arm.best.record
+    ]
+    better = [one for one in positive if verdicts[one.data.name] == "better"]
     if positive and not better:
-        return min(positive, key=lambda one: one.arm.cost("trainable_params") or math.inf)
-    chosen = min(better or choices, key=lambda one: get_score_sort_key(one.arm, data))
+        return min(positive, key=lambda one: one.data.cost("trainable_params") or math.inf)
+    chosen = min(better or choices, key=lambda one: get_score_sort_key(one.data, data))
     if better:
         return chosen
-    others = [one.arm.name for one in choices if one is not chosen]
-    is_best = bool(data.evidence.means) and all(_is_no_worse(chosen.arm.name, other, data) for other in others)
-    return ChosenSubject(arm=chosen.arm, is_settled=chosen.is_settled and is_best)
-
-
-def find_best_arm(method: str, data: SweepData) -> SubjectData | None:
-    """Returns the subject of a method with the best score; None if none has a score."""
-    arms = [arm for arm in data.subjects if arm.row.method == method and find_score(arm, data) is not None]
-    return min(arms, key=lambda arm: get_score_sort_key(arm, data), default=None)
+    others = [one.data.name for one in choices if one is not chosen]
+    is_best = bool(data.evidence.means) and all(_is_no_worse(chosen.data.name, other, data) for other in others)
+    return ChosenSubject(data=chosen.data, is_settled=chosen.is_settled and is_best)
 
 
 def get_score_sort_key(arm: SubjectData, data: SweepData) -> float:
@@ -114,7 +107,7 @@ def find_score(arm: SubjectData, data: SweepData) -> float | None:
     return arm.best.value if arm.best else None
 
 
-def format_arm_score(arm: SubjectData, data: SweepData, *, means: Mapping[str, Estimate] | None = None) -> str:
+def format_subject_score(arm: SubjectData, data: SweepData, *, means: Mapping[str, Estimate] | None = None) -> str:
     """Returns a subject's score: on test data with its interval after a confirm stage, else the best trial's.
 
     All subjects of a sweep get the same number of decimals. `means` are those of another metric on test data.
@@ -143,102 +136,105 @@ class Recommendation:
     arm: str
     is_settled: bool
     """Whether the answers settle the choice. Otherwise another arm or a smaller value may be as good."""
-    score: str
-    """A sentence on the score."""
     settings: dict[str, str]
     """Names and values of the settings."""
     commands: dict[str, str]
     """The command for each thing that a user may want next."""
 
 
-def recommend(data: SweepData) -> list[Recommendation]:
+def recommend(data: SweepData, learning: Learning) -> list[Recommendation]:
     """Returns the settings to use, and those of the best LoRA arm if another method is recommended.
 
     The list is empty if no arm that trains has a score, or if nothing was learned.
     """
-    learning = judge_learning(data)
     chosen = choose_arm(data)
     if learning.state == "nothing" or chosen is None:
         return []
     lora = choose_arm(data, ["lora"])
-    choices = [chosen, lora] if lora and chosen.arm.row.method != "lora" else [chosen]
+    choices = [chosen, lora] if lora and chosen.data.row.method != "lora" else [chosen]
     is_shown = learning.state != "not shown" and bool(data.evidence.means)
     return [
         Recommendation(
-            arm=one.arm.name,
+            arm=one.data.name,
             is_settled=one.is_settled and is_shown,
-            score=_describe_score(one.arm, data),
-            settings=_name_settings(one.arm, one.arm.best),
-            commands=_list_commands(one.arm, data),
+            settings=_name_settings(one.data, one.data.best),
+            commands=_list_commands(one.data, data),
         )
         for one in choices
-        if one.arm.best and one.arm.best.record
+        if one.data.best and one.data.best.record
     ]
 
 
-def read_recommended(source: Path, *, key: str = "--from") -> tuple[dict[str, Any], dict[str, Any]]:
+def read_recommended(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the recommended settings of a sweep, and the `origin` that the record of a run with them names.
 
-    Arguments and errors as in `find_recommended`.
+    `source` is the folder of a sweep, or `SWEEP/ARM` for the setting of an arm or of one of its confirmed values.
+    Raises the errors of `find_recommended`, and RecordError if the folder is not a sweep.
     """
-    folder, data, arm, trial = find_recommended(source, key=key)
-    settings = list_overrides(arm, trial)
+    data, name = _load_source(source)
+    one, trial = find_recommended(data, name, key="--from")
     number = None if trial.is_predicted else trial.number
-    return settings, {"sweep": str(folder.resolve()), "name": data.record.name, "arm": arm.name, "trial": number}
+    origin = {"sweep": str(data.folder.resolve()), "name": data.record.name, "arm": one.name, "trial": number}
+    return list_overrides(one, trial), origin
 
 
 def find_recommended_run(source: Path) -> tuple[Path, str]:
-    """Returns the folder of the recommended run, and its name. Errors as in `find_recommended`.
+    """Returns the folder of the recommended run, and its name. Arguments and errors as in `read_recommended`.
 
     It has the best score on validation data of its setting's runs: test data has no part in a choice.
     """
-    folder, data, arm, trial = find_recommended(source, key="SWEEP")
-    scored = [(run, run.record.score) for run in arm.confirm_runs if run.is_complete and run.record]
+    data, name = _load_source(source)
+    one, trial = find_recommended(data, name, key="SWEEP")
+    scored = [(run, run.record.score) for run in one.confirm_runs if run.is_complete and run.record]
     runs = [(data.sign * score, run) for run, score in scored if score is not None]
     run = min(runs, key=lambda pair: pair[0])[1] if runs else trial
     best = f", the best of {len(runs)} seeds on validation data" if len(runs) > 1 else ""
-    return folder / run.run, f"{run.name}{best}"
+    return data.folder / run.run, f"{run.name}{best}"
 
 
-def find_recommended(source: Path, *, key: str) -> tuple[Path, SweepData, SubjectData, Trial]:
-    """Returns a sweep's folder, its data, the recommended subject, and the trial with the subject's setting.
+def _load_source(source: Path) -> tuple[SweepData, str | None]:
+    """Returns the sweep of SWEEP or SWEEP/ARM, and the name ARM."""
+    is_arm = not (source / SWEEP_FILE).is_file() and (source.parent / SWEEP_FILE).is_file()
+    return (load_sweep_data(source.parent), source.name) if is_arm else (load_sweep_data(source), None)
+
+
+def find_recommended(data: SweepData, name: str | None, *, key: str) -> tuple[SubjectData, Trial]:
+    """Returns the recommended subject, and the trial with its setting.
 
     Args:
-        source: The folder of a sweep, or `SWEEP/ARM` for the setting of an arm or of one of its confirmed values.
-        key: The name of the argument, for messages.
+        data: A sweep.
+        name: An arm or a subject, or None for the whole sweep.
+        key: What names them, for messages.
 
     Raises:
-        RecordError: The folder is not a sweep, the sweep is not complete, or there are no such settings.
+        RecordError: The sweep is not complete, or there are no such settings.
         ConfigError: The sweep has no such arm.
     """
-    is_arm = not (source / SWEEP_FILE).is_file() and (source.parent / SWEEP_FILE).is_file()
-    folder = source.parent if is_arm else source
-    data = load_sweep_data(folder)
+    folder = str(data.folder)
     if data.record.status != "complete":
         raise RecordError(
-            f"`{key}` must be a sweep that is complete, but {str(folder)!r} is {data.record.status}. "
+            f"`{key}` must be a sweep that is complete, but {folder!r} is {data.record.status}. "
             f"Type `lorasweep sweep --resume {folder}`."
         )
     names = list(dict.fromkeys([row.name for row in data.record.arms] + [one.name for one in data.subjects]))
-    if is_arm and source.name not in names:
+    if name is not None and name not in names:
         raise ConfigError(
-            f"`{key}` must be SWEEP or SWEEP/ARM with one of the arms {', '.join(names)}, but got {str(source)!r}."
-            f"{suggest_nearest(source.name, names)}"
+            f"`{key}` must be SWEEP or SWEEP/ARM with one of the arms {', '.join(names)}, but got {name!r}."
+            f"{suggest_nearest(name, names)}"
         )
-    name = source.name if is_arm else next((one.arm for one in recommend(data)), None)
-    choice = choose_subject(data, name) if name else None
-    arm = data.find_subject(name) or (choice.arm if choice else None)
-    if not is_arm and (learning := judge_learning(data)).state == "nothing":
+    if name is None and (learning := judge_learning(data)).state == "nothing":
         raise RecordError(
-            f"`{key}` must be a sweep that learned something, but {str(folder)!r} did not: {learning.headline} "
+            f"`{key}` must be a sweep that learned something, but {folder!r} did not: {learning.headline} "
             f"`{folder}/ARM` names an arm nevertheless."
         )
-    if arm is None or arm.best is None or arm.best.record is None or arm.row.is_base:
+    choice = choose_arm(data) if name is None else choose_subject(data, name)
+    one = data.find_subject(name) or (choice.data if choice else None)
+    if one is None or one.best is None or one.best.record is None or one.row.is_base:
         raise RecordError(
             f"`{key}` must be a sweep, or an arm, with a complete trial of a method that trains, but "
-            f"{str(source)!r} has none."
+            f"{'/'.join(filter(None, (folder, name)))!r} has none."
         )
-    return folder, data, arm, arm.best
+    return one, one.best
 
 
 def list_overrides(arm: SubjectData, trial: Trial) -> dict[str, Any]:
@@ -271,18 +267,3 @@ def _name_settings(arm: SubjectData, trial: Trial) -> dict[str, str]:
         known = {key: value for key, value in known.items() if key not in (RANK, ALPHA)}
     named = {SETTING_NAMES.get(key, short_key(key)): format_setting(v) for key, v in known.items() if v is not None}
     return named | {"method": METHOD_NAMES.get(arm.row.method, arm.row.method)}
-
-
-def _describe_score(arm: SubjectData, data: SweepData) -> str:
-    ends = {"frozen": "the frozen base", "full": "full fine-tuning"}
-    others = [
-        f"{name} scores {format_arm_score(end, data)}"
-        for method, name in ends.items()
-        if arm.row.method != method and (end := find_best_arm(method, data))
-    ]
-    share, interval = data.subject_share_of_full_gain(arm)
-    if share is not None and arm.row.method != "full":
-        others.append(f"it keeps {format_share_estimate(share, interval)} of what full fine-tuning gains")
-    on = "test data" if data.evidence.means else "validation data"
-    order, scored = data.shown_metric.order, f"{format_arm_score(arm, data)} {format_metric(data.shown_metric.name)}"
-    return f"It scores {scored} on {on} ({order} is better){f'; {join_words(others)}' if others else ''}."

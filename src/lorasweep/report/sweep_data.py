@@ -6,7 +6,7 @@ A run that can't be read leaves its trial without a record and adds a sentence t
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -200,6 +200,8 @@ def load_sweep_data(folder: Path, record: SweepRecord | None = None) -> SweepDat
         RecordError: The folder is not a sweep, or its record is damaged.
     """
     record = record or read_sweep(folder)
+    # copies, because each trial gets its run's record
+    record = replace(record, trials=[*map(replace, record.trials)], confirm=[*map(replace, record.confirm)])
     is_ascending = record.looks == sorted(set(record.looks)) and all(look > 0 for look in record.looks)
     if not is_ascending or any(one.reference is None and one.name != "smallest" for one in record.questions):
         raise RecordError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -14,14 +13,16 @@ from rich.text import Text
 from lorasweep.config.run import LR
 from lorasweep.errors import ConfigError
 from lorasweep.report.answers import AnswerLine, describe_answer
-from lorasweep.report.recommend import format_arm_score
-from lorasweep.report.summary import Summary, summarize
+from lorasweep.report.findings import Findings
+from lorasweep.report.recommend import format_subject_score
 from lorasweep.report.sweep_data import SubjectData, SweepData
 from lorasweep.wording import (
     count_percent_decimals,
+    format_bytes,
     format_count,
     format_metric,
     format_score,
+    format_seconds,
     format_setting,
     format_settings,
     format_share_estimate,
@@ -29,38 +30,31 @@ from lorasweep.wording import (
 )
 
 
-def render_terminal(folder: Path, *, verbose: bool = False) -> RenderableType:
-    """Returns the answers and the table of a sweep; `verbose` adds the other sentences of the report.
-
-    Raises:
-        RecordError: The folder is not a sweep, or its record is damaged.
-    """
-    summary = summarize(folder)
-    learning = summary.learning
+def render_terminal(findings: Findings, *, verbose: bool = False) -> RenderableType:
+    """Returns the answers and the table of a sweep; `verbose` adds the other sentences of the report."""
+    learning = findings.learning
     sentences = [
         *([learning.remedy] if learning.remedy else []),
-        *summary.warnings,
-        *([*list_details(summary.data), *summary.sentences] if verbose else ()),
-        *summary.data.problems,
+        *findings.warnings,
+        *([*list_details(findings.data), *findings.notes] if verbose else ()),
+        *findings.data.problems,
     ]
     return Group(
         *([Text(learning.headline, style="bold red")] if learning.headline else []),
-        *render_answers(summary.answers),
-        _draw_arms(summary),
+        *render_answers(findings.answers),
+        _draw_subjects(findings),
         *(Text(f"• {sentence}") for sentence in sentences),
     )
 
 
-def render_spread(folders: Sequence[Path]) -> RenderableType:
+def render_spread(sweeps: Sequence[SweepData]) -> RenderableType:
     """Returns the score and the learning rate of each subject in several sweeps, and their spread.
 
     Sweeps that differ only in `sweep.seed` show how much a result depends on chance. Nothing is tested.
 
     Raises:
         ConfigError: The sweeps do not have the same metric.
-        RecordError: A folder is not a sweep, or its record is damaged.
     """
-    sweeps = [summarize(folder).data for folder in folders]
     if len(metrics := {sweep.record.verdict_metric.name for sweep in sweeps}) > 1:
         raise ConfigError(f"sweeps must have the same metric to be compared, but have {join_words(sorted(metrics))}.")
     is_share = all(sweep.evidence.gain for sweep in sweeps)
@@ -69,14 +63,14 @@ def render_spread(folders: Sequence[Path]) -> RenderableType:
         title=f"{shown}, and the learning rate", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
     table.add_column("arm", overflow="fold")
-    for name in (*(str(folder) for folder in folders), "mean ± sd"):
+    for name in (*(str(sweep.folder) for sweep in sweeps), "mean ± sd"):
         table.add_column(Text(name), justify="right", overflow="fold")
-    for name in dict.fromkeys(arm.name for sweep in sweeps for arm in sweep.subjects):
+    for name in dict.fromkeys(one.name for sweep in sweeps for one in sweep.subjects):
         found, cells = [], []
         for sweep in sweeps:
-            arm, mean, share = sweep.find_subject(name), sweep.evidence.mean(name), sweep.evidence.shares.get(name)
+            one, mean, share = sweep.find_subject(name), sweep.evidence.mean(name), sweep.evidence.shares.get(name)
             value = (share[0] if share else None) if is_share else mean.value if mean else None
-            rate = arm.best.params.get(LR) if arm and arm.best else None
+            rate = one.best.params.get(LR) if one and one.best else None
             cells.append("–" if value is None else f"{value:.3f}" + (f"\n{format_setting(rate)}" if rate else ""))
             found += [] if value is None else [value]
         spread = f"{statistics.fmean(found):.3f} ± {statistics.stdev(found):.3f}" if len(found) > 1 else "–"
@@ -103,50 +97,59 @@ def list_details(data: SweepData) -> list[str]:
     ]
 
 
-def _draw_arms(summary: Summary) -> Table:
-    """Returns a row for each subject; the page has more columns, which a terminal of 80 characters has no room for."""
-    data = summary.data
-    shares = [data.subject_share_of_full_gain(arm) for arm in data.subjects]
-    share_decimals = count_percent_decimals(interval for _, interval in shares)
-    columns = {
-        "arm": [arm.name for arm in data.subjects],
-        "best settings": [describe_setting(arm) for arm in data.subjects],
-        "test score": [format_arm_score(arm, data) for arm in data.subjects],
-        "search score": list_search_scores(summary),
-        "of full's gain": [format_share_estimate(*share, decimals=share_decimals) for share in shares],
-        "trained": [format_count(arm.cost("trainable_params")) for arm in data.subjects],
-    }
-    if not data.evidence.means:
-        del columns["test score"]
-    if data.other_means and data.other_metric:  # there is no room for both
-        del columns["search score"]
-        others = [format_arm_score(arm, data, means=data.other_means) for arm in data.subjects]
+def list_columns(findings: Findings) -> dict[str, list[str]]:
+    """Returns the table of subjects, by column: scores, what was trained and its costs. It has a row per subject."""
+    data = findings.data
+    shares = [data.subject_share_of_full_gain(one) for one in data.subjects]
+    decimals = count_percent_decimals(interval for _, interval in shares)
+    columns = {}
+    if data.evidence.means:
+        columns["test score"] = [format_subject_score(one, data) for one in data.subjects]
+    if data.other_means and data.other_metric:
+        others = [format_subject_score(one, data, means=data.other_means) for one in data.subjects]
         columns[format_metric(data.other_metric.name)] = others
-    title = Text(f"{data.record.name}: {format_metric(data.shown_metric.name)}", style="bold")
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in columns:
-        is_text = name in ("arm", "best settings")
-        table.add_column(name, justify="left" if is_text else "right", overflow="fold", no_wrap=name == "arm")
-    for cells in zip(*columns.values(), strict=True):
-        table.add_row(*map(Text, cells))
+    return columns | {
+        "search score": _list_search_scores(findings),
+        "of full's gain": [format_share_estimate(*share, decimals=decimals) for share in shares],
+        "trained": [format_count(one.cost("trainable_params")) for one in data.subjects],
+        "adapter": [format_bytes(one.cost("adapter_bytes")) for one in data.subjects],
+        "memory": [format_bytes(one.cost("peak_memory_bytes")) for one in data.subjects],
+        "time": [format_seconds(one.cost("wall_s")) for one in data.subjects],
+    }
+
+
+def _draw_subjects(findings: Findings) -> Table:
+    """Returns a row for each subject; the page has more columns, which a terminal of 80 characters has no room for."""
+    data, columns = findings.data, list_columns(findings)
+    names = [name for name in columns if name not in ("adapter", "memory", "time")]
+    if data.other_means:  # there is no room for both
+        names.remove("search score")
+    title = f"{data.record.name}: {format_metric(data.shown_metric.name)}, {data.shown_metric.order} is better"
+    table = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("arm", overflow="fold", no_wrap=True)
+    table.add_column("best settings", overflow="fold")
+    for name in names:
+        table.add_column(name, justify="right", overflow="fold")
+    for row, one in enumerate(data.subjects):
+        table.add_row(Text(one.name), Text(describe_setting(one)), *(Text(columns[name][row]) for name in names))
     return table
 
 
-def describe_setting(arm: SubjectData) -> str:
+def describe_setting(one: SubjectData) -> str:
     """Returns the settings of a subject, without the value that its name has, and whether they are predicted."""
-    if arm.best is None:
+    if one.best is None:
         return "no complete trial"
-    settings = format_settings({key: value for key, value in arm.best.params.items() if key != arm.subject.key})
-    return f"{settings} (predicted)" if arm.best.is_predicted else settings
+    settings = format_settings({key: value for key, value in one.best.params.items() if key != one.subject.key})
+    return f"{settings} (predicted)" if one.best.is_predicted else settings
 
 
-def list_search_scores(summary: Summary) -> list[str]:
+def _list_search_scores(findings: Findings) -> list[str]:
     """Returns the score of each subject on validation data; a mark says if it learned nothing."""
-    data, learning = summary.data, summary.learning
-    scores = [arm.best.value if arm.best else None for arm in data.subjects]
+    data, learning = findings.data, findings.learning
+    scores = [one.best.value if one.best else None for one in data.subjects]
     shown = []
-    for arm, score in zip(data.subjects, scores, strict=True):
-        is_worse = arm.best and not arm.row.is_base and learning.is_better(arm.best) is False
+    for one, score in zip(data.subjects, scores, strict=True):
+        is_worse = one.best and not one.row.is_base and learning.is_better(one.best) is False
         mark = f" (not better than {learning.answer})" if is_worse else ""
         shown.append(f"{format_score(score, beside=scores)}{mark}")
     return shown

@@ -27,15 +27,13 @@ from lorasweep.disk import require_no_links, write_atomically
 from lorasweep.record import RunRecord, is_number
 from lorasweep.report.answers import AnswerLine
 from lorasweep.report.figures import draw_panels
+from lorasweep.report.findings import Findings
 from lorasweep.report.page import render_page
-from lorasweep.report.summary import Summary, summarize
 from lorasweep.report.sweep_data import SweepData
 
 REPORT_FOLDER = "report"
 
 Value = EventSummary.Value
-HPARAMS_FOLDER = "hparams"
-"""Folder in a run's folder for its row in HParams. It is separate, so that TensorBoard's table has no curves."""
 TENSORBOARD_FOLDER = "tensorboard"
 """The folder in a sweep's `report/`. `arms/` has the answers and a folder per arm, `trials/` a folder per trial.
 TensorBoard selects no run if there are more than 40, so `arms/` must be useful alone."""
@@ -47,34 +45,33 @@ COSTS = ("trainable_params", "peak_memory_bytes", "wall_s")
 """Fields of a run's record that are metrics of its row."""
 
 
-def write_report(folder: Path) -> Summary:
-    """Writes a sweep's report into `report/` in its folder, each file whole or not at all, and returns its content.
+def write_report(findings: Findings) -> None:
+    """Writes a sweep's report into `report/` in its folder, each file whole or not at all.
 
     Raises:
-        RecordError: The folder is not a sweep, its record is damaged, or `report/` has links. Nothing is written then.
+        RecordError: `report/` has links. Nothing is written then.
     """
-    require_no_links(folder / REPORT_FOLDER)
-    summary = summarize(folder)
+    folder = findings.data.folder / REPORT_FOLDER
+    require_no_links(folder)
     files = {
-        "summary.json": json.dumps(summary.as_json(), indent=1) + "\n",
-        "index.html": render_page(summary, draw_panels(summary.data)),
+        "summary.json": json.dumps(findings.as_json(), indent=1) + "\n",
+        "index.html": render_page(findings, draw_panels(findings.data)),
     }
-    files |= {name: table.to_csv(index=False) for name, table in build_tables(summary).items()}
+    files |= {name: table.to_csv(index=False) for name, table in build_tables(findings).items()}
     for name, content in files.items():
-        write_atomically(folder / REPORT_FOLDER / name, content)
-    write_tensorboard(summary.data, summary.answers, folder / REPORT_FOLDER / TENSORBOARD_FOLDER)
-    return summary
+        write_atomically(folder / name, content)
+    write_tensorboard(findings.data, findings.answers, folder / TENSORBOARD_FOLDER)
 
 
-def build_tables(summary: Summary) -> dict[str, pandas.DataFrame]:
+def build_tables(findings: Findings) -> dict[str, pandas.DataFrame]:
     """Returns the content of each CSV file: trials, their curves, and after a confirm stage its runs."""
-    data, metric = summary.data, summary.data.record.metric
+    data, metric = findings.data, findings.data.record.metric
     test_column = f"test/{data.record.verdict_metric.name}"
     trials, runs = data.frame.iloc[: len(data.trials)], data.frame.iloc[len(data.trials) :]
     trials = trials.drop(columns=["stage", "seed", "step", test_column], errors="ignore").assign(
         method=[row.method for row in data.record.arms for _ in data.list_trials(row.name)],
         share_of_full_gain=[data.share_of_full_gain(trial.value) for trial in data.trials],
-        is_better_than_untrained=[summary.learning.is_better(trial) for trial in data.trials],
+        is_better_than_untrained=[findings.learning.is_better(trial) for trial in data.trials],
     )
     curves = [(trial.arm, trial.number, *point) for trial in data.trials for point in trial.curve]
     tables = {"trials.csv": trials, "curves.csv": pandas.DataFrame(curves, columns=["arm", "trial", "step", metric])}
@@ -90,17 +87,6 @@ def build_tables(summary: Summary) -> dict[str, pandas.DataFrame]:
         changes["low"], changes["high"] = zip(*ends, strict=True)
         tables["retained.csv"] = changes
     return tables
-
-
-def write_run_hparams(record: RunRecord, folder: Path, swept: Mapping[str, Any]) -> None:
-    """Writes a single run's row in TensorBoard's HParams tab; a run without a score gets no row.
-
-    `swept` has the keys (dotted) and values that distinguish the run from others.
-    """
-    if record.score is not None:
-        name = "/".join(folder.absolute().parts[-2:])
-        settings = {"status": record.status, **swept}
-        _write_row(folder / HPARAMS_FOLDER, name, record, settings, {f"best/{record.metric}": record.score})
 
 
 def write_tensorboard(data: SweepData, answers: Sequence[AnswerLine], folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -70,14 +70,12 @@ def reproduce_run(
         output: A new folder for the repetition.
         tolerance: Largest relative difference that counts as the same. None means `PACK_TOLERANCE` for a run that was
             trained in a pack or by several processes, and 0 for any other. With 0 the saved weights must be equal too.
-        steps: Number of steps to train and compare. The schedule is still that of the whole run. None means
-            all steps.
+        steps: Number of steps to train and compare; None means all. The schedule is still that of the whole run.
         stop_requested: Called after every step; returns whether to stop.
 
     Raises:
         RecordError: The run is missing, logged no step, held a secret in its settings, or has a damaged record.
-        ConfigError: Model or data can't be loaded.
-        OutOfMemory: The run does not fit in memory.
+        ConfigError: Model or data can't be loaded; or OutOfMemory: they do not fit in memory.
     """
     if tolerance is not None and not 0 <= tolerance < 1:
         raise ConfigError(f"`0 <= --tolerance < 1` must hold, but got {tolerance!r}.")
@@ -91,15 +89,10 @@ def reproduce_run(
         tolerance = 0.0 if is_alone else PACK_TOLERANCE.get(platform.get("precision", ""), 0.0)
     if isinstance(threads := platform.get("threads"), int) and 1 <= threads <= 4 * (os.cpu_count() or 1):
         torch.set_num_threads(threads)  # the order of sums depends on it
-    recorded_attention = record.batching.get("attention")
-    attention = recorded_attention.get("name") if isinstance(recorded_attention, dict) else None
-    if config.model.attention == "auto" and attention in IMPLEMENTATIONS:
-        config = replace(config, model=replace(config.model, attention=attention))
-    failure, step = None, itertools.count()
+    failure, step = "", itertools.count()
 
-    def is_done() -> bool:
-        # `train_run` calls this before the first step and after every step. `trainer.max_steps` stays, because the
-        # schedule depends on it.
+    def is_done() -> bool:  # called before the first step and after every step
+        # `trainer.max_steps` stays, because the schedule depends on it
         is_limit = next(step) >= last_step and last_step < record.steps_planned
         return is_limit or stop_requested()
 
@@ -108,33 +101,24 @@ def reproduce_run(
     try:
         train_run(config, RunFolder(path=output), inputs=inputs, stop_requested=is_done)
     except Diverged as error:
-        failure = f"it ended because {error}".rstrip(".")
+        failure = f"; it ended because {error}".rstrip(".")
     repeated = read_run(output)
     if repeated.status == "interrupted" and repeated.steps_done < last_step:
         description = f"interrupted: {output} has the steps so far"
         return Reproduction(folder=output, verdict="interrupted", description=description)
-    before, after = read_values(run, up_to=last_step), read_values(output)
+    before, after = _read_values(run, up_to=last_step), _read_values(output)
     if last_step == record.steps_planned and not tolerance:
         before, after = before | _list_weights(record), after | _list_weights(repeated)
-    differences = {place: difference for place in before if (difference := _compare(place, before, after))}
-    compared = f"{last_step} steps of {run} and {output}"
-    if not differences:
-        description = f"identical: {compared} are the same, bit for bit"
-        return Reproduction(folder=output, verdict="identical", description=description)
-    first = next((place for place in differences if differences[place] > tolerance), None)
-    if first is None:
-        largest = _describe(max(differences, key=differences.__getitem__), before, after)
-        description = f"within a tolerance of {tolerance:g}: {compared}; the largest difference: {largest}"
-        return Reproduction(folder=output, verdict="within tolerance", description=description)
-    clauses = filter(None, (f"first {_describe(first, before, after)}", failure))
-    reasons = [f"  {number}. {reason}" for number, reason in enumerate(list_possible_reasons(record, repeated), 1)]
+    found = _compare(before, after, folder=output, what=f"{last_step} steps of {run} and {output}", tolerance=tolerance)
+    if found.holds:
+        return found
+    reasons = [f"  {number}. {reason}" for number, reason in enumerate(_list_possible_reasons(record, repeated), 1)]
     lead = "possible reasons, the most likely first:" if reasons else "no recorded hardware, software or data differs"
-    description = "\n".join([f"different: {'; '.join(clauses)}: {output}", lead, *reasons])
-    return Reproduction(folder=output, verdict="different", description=description)
+    return replace(found, description="\n".join([f"{found.description}{failure}", lead, *reasons]))
 
 
 def restore_solo_config(record: RunRecord) -> RunConfig:
-    """Returns a run's settings for one process, with the recorded precision, device and micro-batches.
+    """Returns a run's settings for one process, with the recorded precision, device, micro-batches and attention.
 
     Loggers are removed: they may write to other folders, or to a server, and do not affect training.
 
@@ -153,7 +137,12 @@ def restore_solo_config(record: RunRecord) -> RunConfig:
         "progress": False,
     }
     # restored from mappings, so that the types of what was recorded are checked
-    return restore_config(replace(record, config={**record.config, "trainer": trainer, "logger": {}}))
+    config = restore_config(replace(record, config={**record.config, "trainer": trainer, "logger": {}}))
+    chosen = record.batching.get("attention")
+    attention = chosen.get("name") if isinstance(chosen, dict) else None
+    if config.model.attention == "auto" and attention in IMPLEMENTATIONS:
+        return replace(config, model=replace(config.model, attention=attention))
+    return config
 
 
 def _find_last_step(record: RunRecord, run: Path) -> int:
@@ -180,7 +169,7 @@ def _find_last_step(record: RunRecord, run: Path) -> int:
     return record.steps_planned if record.status == "complete" else last_logged
 
 
-def read_values(run: Path, *, up_to: float = math.inf) -> dict[str, Any]:
+def _read_values(run: Path, *, up_to: float = math.inf, prefix: str = "") -> dict[str, Any]:
     """Returns loss and learning rate of each step of a run, and every metric of each evaluation.
 
     Keys say where a value is: "step 3: `loss`". NaN and infinite values are None. Steps after `up_to` are skipped.
@@ -190,7 +179,7 @@ def read_values(run: Path, *, up_to: float = math.inf) -> dict[str, Any]:
         named: dict[str, Any] = {name: row[name] for name in ("loss", "lr") if name in row}
         named |= {f"validation {name}": value for name, value in row.get("validation", {}).items()}
         if row["step"] <= up_to:
-            values |= {f"step {row['step']}: `{name}`": value for name, value in named.items()}
+            values |= {f"{prefix}step {row['step']}: `{name}`": value for name, value in named.items()}
     return values
 
 
@@ -199,23 +188,37 @@ def _list_weights(record: RunRecord) -> dict[str, Any]:
     return {f"weights in {name}: `sha256`": kept.get("sha256") for name, kept in files.items()}
 
 
-def _compare(place: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> float:
-    """Returns the relative difference of two values; infinite if one of them is missing or not a finite number."""
-    one, other = before.get(place, MISSING), after.get(place, MISSING)
-    if one == other:
-        return 0.0
-    if not (isinstance(one, int | float) and isinstance(other, int | float)):
-        return math.inf
-    return abs(one - other) / max(abs(one), abs(other))
+def _compare(
+    before: Mapping[str, Any], after: Mapping[str, Any], *, folder: Path, what: str, tolerance: float = 0.0
+) -> Reproduction:
+    """Compares values by the places that their keys name. A value of `after` alone counts if `before` has its place."""
+
+    def measure(place: str) -> float:
+        """Returns the relative difference; infinite if a value is missing or not a finite number."""
+        one, other = before[place], after.get(place, MISSING)
+        if one == other:
+            return 0.0
+        if not (isinstance(one, int | float) and isinstance(other, int | float)):
+            return math.inf
+        return abs(one - other) / max(abs(one), abs(other))
+
+    def describe(place: str) -> str:
+        relative = f" (a relative difference of {found[place]:.2g})" if found[place] < math.inf else ""
+        return f"{place} was {shorten(before[place])} and is {shorten(after.get(place, MISSING))}{relative}"
+
+    found = {place: difference for place in before if (difference := measure(place))}
+    first = next((place for place in found if found[place] > tolerance), None)
+    if first is not None:
+        return Reproduction(folder=folder, verdict="different", description=f"different: first {describe(first)}")
+    if not found:
+        description = f"identical: {what} are the same, bit for bit"
+        return Reproduction(folder=folder, verdict="identical", description=description)
+    largest = describe(max(found, key=found.__getitem__))
+    description = f"within a tolerance of {tolerance:g}: {what}; the largest difference: {largest}"
+    return Reproduction(folder=folder, verdict="within tolerance", description=description)
 
 
-def _describe(place: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    clause = f"{place} was {shorten(before.get(place, MISSING))} and is {shorten(after.get(place, MISSING))}"
-    relative = _compare(place, before, after)
-    return f"{clause} (a relative difference of {relative:.2g})" if relative < math.inf else clause
-
-
-def list_possible_reasons(recorded: RunRecord, repeated: RunRecord) -> list[str]:
+def _list_possible_reasons(recorded: RunRecord, repeated: RunRecord) -> list[str]:
     """Returns a clause for each of `POSSIBLE_REASONS` that differs, the most likely reason first."""
     before, after = _flatten_conditions(recorded), _flatten_conditions(repeated)
     different = [name for name in {**before, **after} if before.get(name) != after.get(name)]
@@ -232,28 +235,23 @@ def _flatten_conditions(record: RunRecord) -> dict[str, Any]:
 
 def compare_sweeps(first: Path, second: Path) -> Reproduction:
     """Compares proposals, decisions, losses of every step and scores of two sweeps, trial by trial."""
-    before, after = read_sweep(first), read_sweep(second)
-    for one, other in zip(_list_parts(before, first), _list_parts(after, second), strict=False):
-        for place in {**one, **other}:
-            if one.get(place, MISSING) != other.get(place, MISSING):
-                description = f"different: {_describe(place, one, other)}: {second}"
-                return Reproduction(folder=second, verdict="different", description=description)
-    num_runs = len(before.trials) + len(before.confirm)
-    description = f"identical: all {num_runs} runs, their decisions, losses and scores: {second}"
-    return Reproduction(folder=second, verdict="identical", description=description)
+    before, after = (_read_sweep_values(read_sweep(folder), folder) for folder in (first, second))
+    return _compare(
+        before, after, folder=second, what=f"decisions, losses and scores of all runs of {first} and {second}"
+    )
 
 
-def _list_parts(record: SweepRecord, folder: Path) -> Iterator[dict[str, Any]]:
-    """Yields the values that a repetition must have too, part by part. The keys are like those of `read_values`."""
-    keys = ("metric", "direction", "confirm_seeds")
-    yield {f"sweep: `{key}`": getattr(record, key) for key in keys}
-    yield {f"{row.subject}: `{key}`": value for row in record.settings for key, value in row.params.items()}
+def _read_sweep_values(record: SweepRecord, folder: Path) -> dict[str, Any]:
+    """Returns the values that a repetition must have too. The keys are like those of `_read_values`."""
+    values = {f"sweep: `{key}`": getattr(record, key) for key in ("metric", "direction", "confirm_seeds")}
+    values |= {f"{row.subject}: `{key}`": value for row in record.settings for key, value in row.params.items()}
     for name, rows in (("trials", record.trials), ("confirm runs", record.confirm)):
-        yield {f"sweep: `number of {name}`": len(rows)}
+        values[f"sweep: `number of {name}`"] = len(rows)
         for row in rows:
             is_trial = row.stage == "search"
             where = f"trial {row.arm}-{row.number}" if is_trial else f"confirm run {row.subject} seed {row.seed}"
-            yield {f"{where}: `{key}`": value for key, value in row.params.items()}
-            logged = read_values(get_run_folder(folder, row.run))
-            yield {f"{where}, {place}": value for place, value in logged.items()}
-            yield {f"{where}: `{key}`": getattr(row, key) for key in ("state", "value")}
+            values |= {f"{where}: `{key}`": value for key, value in row.params.items()}
+            logged = _read_values(get_run_folder(folder, row.run), prefix=f"{where}, ")
+            values |= logged | {f"{where}: `number of logged values`": len(logged)}
+            values |= {f"{where}: `{key}`": getattr(row, key) for key in ("state", "value")}
+    return values

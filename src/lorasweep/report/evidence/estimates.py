@@ -114,37 +114,29 @@ def build_scores(
     `score_range` has the lowest and the highest possible score. `search_errors` are those of `ConfirmScores`.
     """
     first = next(iter(examples.values()), None)
-    mismatches = []
-    for (subject, seed), value in values.items() if first else ():
-        reason = _find_mismatch(examples.get((subject, seed)), value, first, is_perplexity=is_perplexity)
-        if reason:
-            mismatches.append(
-                f"The scores of single examples are not used, because those of `{subject}`, seed {seed}, do not fit: "
-                f"{reason}."
-            )
-    notes = [*problems, *mismatches[:1]]
-    groups: tuple[str, ...] = ()
-    if first is not None and not mismatches:
-        groups = first.groups
-        if len(set(groups)) == 1:
-            # One group gives no variance over groups. So each example becomes a group.
-            groups = first.rows
-            notes.append(
-                f"All {len(groups)} test examples are in one group, such as one document. Intervals take them as "
-                "independent, and hold for this group alone."
-            )
+    notes = [*problems]
+    if first and (mismatch := _find_mismatch(values, examples, first, is_perplexity=is_perplexity)):
+        notes.append(f"The scores of single examples are not used, because those of {mismatch}.")
+        first = None
+    groups = first.groups if first else ()
+    if first and len(set(groups)) == 1:
+        # One group gives no variance over groups. So each example becomes a group.
+        groups = first.rows
+        notes.append(
+            f"All {len(groups)} test examples are in one group, such as one document. Intervals take them as "
+            "independent, and hold for this group alone."
+        )
     by_subject: dict[str, dict[int, Array]] = {}
+    weights = first.weights if first else np.ones(0)
     names, owners = np.unique(groups, return_inverse=True)
-    shares = np.ones(1)
-    if first is not None and groups:
-        totals = np.bincount(owners, weights=first.weights, minlength=len(names))
-        kept = totals > 0
-        shares = totals[kept] / totals.sum()
+    totals = np.bincount(owners, weights=weights, minlength=len(names))
+    kept = totals > 0
+    shares = totals[kept] / totals.sum() if first else np.ones(1)
     for (subject, seed), value in values.items():
         means = np.array([value])
-        if groups and first is not None:
-            scores = examples[subject, seed].scores
-            means = np.bincount(owners, weights=scores * first.weights, minlength=len(names))[kept] / totals[kept]
+        if first:
+            sums = np.bincount(owners, weights=examples[subject, seed].scores * weights, minlength=len(names))
+            means = sums[kept] / totals[kept]
             if is_perplexity:
                 means = value * (1 + means - means @ shares)
         by_subject.setdefault(subject, {})[seed] = means
@@ -162,18 +154,24 @@ def build_scores(
 
 
 def _find_mismatch(
-    found: RunExampleScores | None, value: float, first: RunExampleScores | None, *, is_perplexity: bool
+    values: Mapping[RunKey, float],
+    examples: Mapping[RunKey, RunExampleScores],
+    first: RunExampleScores,
+    *,
+    is_perplexity: bool,
 ) -> str | None:
-    """Returns why a run's examples can't be used together with those of the first run, or None."""
-    if found is None or first is None:
-        return "it has none"
-    if len(found.rows) < 2:
-        return "there are fewer than two"
-    mean = math.exp(min(found.mean, 700.0)) if is_perplexity else found.mean
-    if not math.isclose(mean, value, rel_tol=RELATIVE_TOLERANCE, abs_tol=RELATIVE_TOLERANCE**2):
-        return f"their mean is {mean:.5g}, but the run's score is {value:.5g}"
-    if (found.rows, found.groups) != (first.rows, first.groups) or not np.allclose(found.weights, first.weights):
-        return "they are not the examples of the first run"
+    """Returns the first run whose examples can't be used together with those of the first run, with the reason."""
+    for (subject, seed), value in values.items():
+        run, found = f"`{subject}`, seed {seed}, do not fit", examples.get((subject, seed))
+        if found is None:
+            return f"{run}: it has none"
+        if len(found.rows) < 2:
+            return f"{run}: there are fewer than two"
+        mean = math.exp(min(found.mean, 700.0)) if is_perplexity else found.mean
+        if not math.isclose(mean, value, rel_tol=RELATIVE_TOLERANCE, abs_tol=RELATIVE_TOLERANCE**2):
+            return f"{run}: their mean is {mean:.5g}, but the run's score is {value:.5g}"
+        if (found.rows, found.groups) != (first.rows, first.groups) or not np.allclose(found.weights, first.weights):
+            return f"{run}: they are not the examples of the first run"
     return None
 
 

@@ -74,8 +74,6 @@ class Evidence:
     """The best subject of full fine-tuning."""
     gain: float | None = None
     """Full fine-tuning's gain over the frozen base; None if it is not known or not positive."""
-    relative_gain: Ratio | None = None
-    """Full fine-tuning's gain as a share of the base's score, with its 95 % interval."""
     margin: float | None = None
     """The margin in the metric's unit; None if it is a share of full's gain that is not known."""
     confidence: float = 0.95
@@ -126,12 +124,9 @@ def build_evidence(record: SweepRecord, scores: ConfirmScores) -> Evidence:
     gain = estimate.value if estimate and estimate.value > 0 else None
     margin = None if scale.margin.is_share_of_gain and gain is None else scale.margin.value
     shares: dict[str, Ratio] = {}
-    relative_gain = None
     if gain and scale.base is not None:
         measured = {name: _measure_share(name, scores, scale, confidence=1 - 2 * level) for name in means}
         shares = {name: share for name, share in measured.items() if share}
-        if means[scale.base].value > 0:
-            relative_gain = estimate_ratio(scores, scale.gain, {scale.base: 1.0})
     return Evidence(
         means=means,
         shares=shares,
@@ -141,7 +136,6 @@ def build_evidence(record: SweepRecord, scores: ConfirmScores) -> Evidence:
         base=scale.base,
         full=scale.full,
         gain=gain,
-        relative_gain=relative_gain,
         margin=margin * gain if margin and gain and scale.margin.is_share_of_gain else margin,
         confidence=1 - 2 * level,
         notes=(

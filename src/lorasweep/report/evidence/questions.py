@@ -222,10 +222,7 @@ class _Comparison:
 
     def project(self, *, num_seeds: int, groups_factor: float) -> _Comparison:
         """Returns the comparison with more seeds and examples, if all values stayed the same."""
-
-        def project(estimate: Estimate) -> Estimate:
-            return estimate.project(num_seeds=num_seeds, groups_factor=groups_factor)
-
+        project = functools.partial(Estimate.project, num_seeds=num_seeds, groups_factor=groups_factor)
         return _Comparison(
             reference=self.reference,
             advantage=project(self.advantage),
