@@ -66,9 +66,9 @@ def test_figures_table_and_weights_are_there_and_loading_reads_what_running_retu
 
 
 def test_a_sweep_is_resumed_with_more_seeds_and_nothing_else(result, tmp_path):
-    refused = {"optim.eps": 1e-3}, {"arms.new": {"settings": {"method": "lora", "data.metric": "loss"}}}
+    refused = {"optim.eps": 1e-3}, {"arms.new": {"settings": {"method": "lora"}}}
     for overrides in refused:  # and the sweep is not left locked
-        with pytest.raises(ConfigError, match=r"`optim.eps` must stay 1e-08|`data.metric` must be the same"):
+        with pytest.raises(ConfigError, match=r"`optim.eps` must stay 1e-08|must keep its arms \(frozen, lora\)"):
             lorasweep.resume_sweep(result.folder, overrides=overrides, progress=None)
     seen = []
     resumed = lorasweep.resume_sweep(result.folder, overrides=["confirm.seeds=2"], progress=seen.append)

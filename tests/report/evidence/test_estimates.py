@@ -17,46 +17,30 @@ from lorasweep.report.evidence.estimates import (
 )
 
 
-def plant(
-    means,
-    *,
-    seeds=5,
-    examples=0,
-    seed_spread=0.01,
-    example_spread=0.1,
-    own_spread=0.02,
-    deterministic=frozenset(),
-    rng=None,
-):
-    """Returns scores of arms with true `means`: seed noise, hardness of examples common to all, and noise of each run.
+def plant(means, *, seeds=5, examples=0, spread=0.01):
+    """Returns scores of arms with these true means: noise of seeds, and of examples that all arms share.
 
-    Without examples the score has seed noise alone.
+    `base` has one run, whose score counts for every seed.
     """
-    rng = rng or np.random.default_rng(0)
-    hardness = rng.normal(0, example_spread, examples)
+    rng = np.random.default_rng(0)
+    hardness = rng.normal(0, 0.1, examples)
     values, found = {}, {}
     for arm, mean in means.items():
-        for seed in range(1 if arm in deterministic else seeds):
-            value = mean + (0 if arm in deterministic else rng.normal(0, seed_spread))
+        for seed in range(1 if arm == "base" else seeds):
+            value = mean + (0 if arm == "base" else rng.normal(0, spread))
             if examples:
-                scores = value + hardness + rng.normal(0, own_spread, examples)
+                scores = value + hardness + rng.normal(0, 0.02, examples)
                 value = float(scores.mean())
                 rows = tuple(map(str, range(examples)))
                 found[arm, seed] = RunExampleScores(rows=rows, scores=scores, weights=np.ones(examples), groups=rows)
             values[arm, seed] = value
-    return build_scores(values, found, deterministic=deterministic)
+    return build_scores(values, found, deterministic=["base"])
 
 
 def estimate(scores, coefficients):
     found = estimate_sum(scores, coefficients)
-    assert found
+    assert found is not None
     return found
-
-
-def find_interval(scores, coefficients):
-    interval = estimate(scores, coefficients).find_interval()
-    assert interval
-    return interval
 
 
 def plant_weighted(num_seeds, num_groups):
@@ -72,17 +56,13 @@ def plant_weighted(num_seeds, num_groups):
     return build_scores({key: one.mean for key, one in found.items()}, found)
 
 
-def test_no_common_seed_or_no_score_gives_no_estimate():
+def test_without_two_seeds_nothing_is_tested_and_without_scores_nothing_is_estimated():
     scores = build_scores({("a", 0): 1.0, ("b", 1): 1.0}, {})
     assert estimate_sum(scores, {"a": 1.0, "b": -1.0}) is None
     assert estimate_sum(scores, {"missing": 1.0}) is None
-
-
-def test_one_seed_has_an_interval_over_examples_alone_and_is_not_testable():
     found = estimate(plant({"a": 1.0}, seeds=1, examples=30), {"a": 1.0})
-    assert found.find_interval()
-    assert not found.is_testable
-    assert (found.p_positive, found.p_negative) == (1.0, 1.0)
+    assert found.find_interval()  # over examples alone
+    assert (found.is_testable, found.p_positive, found.p_negative) == (False, 1.0, 1.0)
     assert estimate(plant({"a": 1.0}, seeds=1), {"a": 1.0}).find_interval() is None
 
 
@@ -147,37 +127,23 @@ SHARE = ({"base": 1.0, "a": -1.0}, {"base": 1.0, "full": -1.0})
 
 
 def test_ratio_of_means_has_fiellers_interval():
-    scores = plant({"base": 2.0, "a": 1.2, "full": 1.0}, deterministic=frozenset({"base"}), seed_spread=0.05)
-    found = estimate_ratio(scores, *SHARE)
+    scores = plant({"base": 2.0, "a": 1.2, "full": 1.0}, spread=0.05)
     above, below = (np.array([2.0 - scores.score(name, seed) for seed in range(5)]) for name in ("a", "full"))
     # Fieller's theorem for paired samples: the roots of a quadratic
     covariance = np.cov(above, below) * stats.t(4).ppf(0.975) ** 2 / 5
-    roots = np.roots(
-        [
-            below.mean() ** 2 - covariance[1, 1],
-            -2 * (above.mean() * below.mean() - covariance[0, 1]),
-            above.mean() ** 2 - covariance[0, 0],
-        ]
-    )
-    assert found
-    assert found[0] == pytest.approx(above.mean() / below.mean())
-    assert found[1] == pytest.approx(tuple(sorted(roots)), rel=1e-6)
+    middle = above.mean() * below.mean() - covariance[0, 1]
+    roots = np.roots([below.mean() ** 2 - covariance[1, 1], -2 * middle, above.mean() ** 2 - covariance[0, 0]])
+    ratio, interval = estimate_ratio(scores, *SHARE)
+    assert ratio == pytest.approx(above.mean() / below.mean())
+    assert interval == pytest.approx(tuple(sorted(roots)), rel=1e-6)
 
 
-def test_ratio_of_scores_without_any_noise_is_exact():
+def test_ratio_of_scores_without_any_noise_is_exact_and_to_no_gain_unbounded():
     # 1.01 - 0.1 and 1.01 - 0.3 have no exact binary form, so the difference at the ratio is not exactly 0
     for score in np.linspace(0.1, 0.9, 9):
-        scores = plant({"base": 1.01, "a": score, "full": 0.07}, seed_spread=0.0)
-        found = estimate_ratio(scores, *SHARE)
-        assert found
-        assert found[1] == pytest.approx([(1.01 - score) / (1.01 - 0.07)] * 2, abs=1e-6)
-
-
-def test_ratio_to_a_gain_that_may_be_none_has_no_interval():
-    scores = plant({"base": 1.0, "a": 0.99, "full": 0.999}, deterministic=frozenset({"base"}), seed_spread=0.05)
-    found = estimate_ratio(scores, *SHARE)
-    assert found
-    assert found[1] is None
+        _, interval = estimate_ratio(plant({"base": 1.01, "a": score, "full": 0.07}, spread=0.0), *SHARE)
+        assert interval == pytest.approx([(1.01 - score) / (1.01 - 0.07)] * 2, abs=1e-6)
+    assert estimate_ratio(plant({"base": 1.0, "a": 0.99, "full": 0.999}, spread=0.05), *SHARE)[1] is None
 
 
 def test_more_seeds_shrink_the_part_of_seeds_and_more_groups_that_of_groups():
@@ -208,8 +174,8 @@ def test_more_seeds_shrink_the_part_of_seeds_and_more_groups_that_of_groups():
 )
 def test_interval_ends_where_the_metric_ends(score_range, arms, values, interval):
     rows = {("a", seed): value for seed, value in enumerate(values)} | {("b", seed): 0.0 for seed in range(len(values))}
-    found = find_interval(build_scores(rows, {}, score_range=score_range), arms)
-    assert found == pytest.approx(interval, abs=1e-3)  # as many digits as the table of Student's t
+    found = estimate(build_scores(rows, {}, score_range=score_range), arms)
+    assert found.find_interval() == pytest.approx(interval, abs=1e-3)  # as many digits as the table of Student's t
 
 
 @pytest.mark.parametrize("spread", [0.0, 1e-12, 1e-17])
@@ -217,4 +183,4 @@ def test_a_part_of_the_error_that_is_next_to_nothing_changes_nothing(spread):
     table = np.array([1.0, 1.1, 1.3])[:, None] + spread * np.arange(5)
     scores = ConfirmScores(values={"a": dict(enumerate(table))}, shares=np.full(5, 0.2), num_examples=5, problems=())
     interval = stats.t(2, loc=table.mean(), scale=stats.sem(table[:, 0])).interval(0.95)
-    assert find_interval(scores, {"a": 1.0}) == pytest.approx(interval, rel=1e-6)
+    assert estimate(scores, {"a": 1.0}).find_interval() == pytest.approx(interval, rel=1e-6)

@@ -1,6 +1,7 @@
 """Answers are wrong as rarely as they say, at every look, and no verdict contradicts the interval beside it."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -98,20 +99,6 @@ def test_a_share_that_is_lower_by_the_margin_is_rarely_called_good_enough():
     assert found <= 0.025 + 3 * (0.025 * 0.975 / repeats) ** 0.5
 
 
-def test_a_clear_answer_is_found_at_the_first_look():
-    means = {"base": 2.0, "full": 1.0, "r1": 1.5, "r4": 1.0, "r16": 1.0}
-    scores = cut(plant(means, np.random.default_rng(0), seed_spread=0.002, group_spread=0.002, own_spread=0.002), 3)
-    assert {name: found.verdict for name, found in answer(AS_GOOD, scores).items()} == {
-        "r1": "worse",
-        "r4": "equivalent",
-        "r16": "equivalent",
-    }
-    assert {name: found.verdict for name, found in answer(SMALLEST, scores).items()} == {
-        "r1": "insufficient",
-        "r4": "sufficient",
-    }
-
-
 def draw_answers(question, scale, *, repeats=100):
     """Answers of many sweeps whose true values and spreads differ, smallest value first."""
     rng, found = np.random.default_rng(12), []
@@ -188,32 +175,33 @@ def test_more_seeds_are_planned_where_they_may_settle_it_and_not_where_test_exam
     assert of_seeds.open_because != of_groups.open_because
 
 
-@pytest.mark.parametrize("missing", ["base", "full"])
-def test_without_full_or_base_a_share_decides_nothing_but_the_sign(missing):
-    means = {"base": 2.0, "full": 1.0, "r1": 1.5, "r4": 1.5, "r16": 1.5}
-    scores = plant(means, np.random.default_rng(0), seed_spread=0.001, group_spread=0.001, own_spread=0.001)
-    names = {"base": "base", "full": "full"} | {missing: None}
-    scale = MarginScale(margin=parse_margin("5%"), sign=1, **names)
-    found = answer(ask("pair", ["r1"], "full"), scores, scale)["r1"]
-    assert (found.verdict, found.is_share) == ("worse", False)
-    assert {one.verdict for one in answer(SMALLEST, scores, scale).values()} == {"open"}
-    assert all(one.to_settle for one in answer(SMALLEST, scores, scale).values() if one.subject == "r4")
+QUIET = {"seed_spread": 0.001, "group_spread": 0.001, "own_spread": 0.001}
+WITHOUT_BASE, WITHOUT_FULL = replace(SHARE, base=None), replace(SHARE, full=None)
+PAIR_OF_ARMS = ask("pair", ["r1"], "full")
 
 
-def test_a_subject_without_scores_is_open_and_blocks_smaller_ones_alone():
-    means = {"base": 2.0, "full": 1.0, "r1": 1.0, "r16": 1.0}
-    scores = plant(means, np.random.default_rng(0), seed_spread=0.001, group_spread=0.001, own_spread=0.001)
-    verdicts = {name: found.verdict for name, found in answer(AS_GOOD, scores).items()}
-    assert verdicts == {"r1": "open", "r4": "open", "r16": "equivalent"}
-
-
-def test_higher_scores_may_be_better():
-    rng = np.random.default_rng(0)
-    scores = plant({"base": 0.0, "full": 1.0, "r1": 0.5}, rng, seed_spread=0.001, group_spread=0.001, own_spread=0.001)
-    scale = MarginScale(margin=parse_margin("5%"), sign=-1, base="base", full="full")
-    found = answer(PAIR, scores, scale)["r1"]
-    assert found.verdict == "worse"
-    assert found.value == pytest.approx(0.5, abs=0.01)
+@pytest.mark.parametrize(
+    ("question", "means", "scale", "verdicts"),
+    [
+        (AS_GOOD, {"r1": 1.5, "r4": 1.0, "r16": 1.0}, SHARE, ("worse", "equivalent", "equivalent")),
+        (SMALLEST, {"r1": 1.5, "r4": 1.0, "r16": 1.0}, SHARE, ("insufficient", "sufficient")),
+        # a share of a gain that is not known decides nothing but the sign
+        (PAIR_OF_ARMS, {"r1": 1.5}, WITHOUT_BASE, ("worse",)),
+        (PAIR_OF_ARMS, {"r1": 1.5}, WITHOUT_FULL, ("worse",)),
+        (SMALLEST, {"r1": 1.5, "r4": 1.5, "r16": 1.5}, WITHOUT_BASE, ("open", "open")),
+        (SMALLEST, {"r1": 1.5, "r4": 1.5, "r16": 1.5}, WITHOUT_FULL, ("open", "open")),
+        # a subject without scores is open, and blocks smaller ones alone
+        (AS_GOOD, {"r1": 1.0, "r16": 1.0}, SHARE, ("open", "open", "equivalent")),
+        # higher scores are better
+        (PAIR, {"base": 0.0, "r1": 0.5}, replace(SHARE, sign=-1), ("worse",)),
+    ],
+)
+def test_clear_scores_have_their_verdicts_at_the_first_look(question, means, scale, verdicts):
+    scores = plant({"base": 2.0, "full": 1.0} | means, np.random.default_rng(0), **QUIET)
+    found = answer(question, cut(scores, LOOKS[0]), scale)
+    assert tuple(one.verdict for one in found.values()) == verdicts
+    assert all(one.is_share is (scale.base is not None and scale.full is not None) for one in found.values())
+    assert all(one.is_settled or one.open_because for one in found.values())
 
 
 POCOCK = [(2, 2.178), (3, 2.289), (5, 2.413)]
