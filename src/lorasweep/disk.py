@@ -22,8 +22,6 @@ from lorasweep.errors import ConfigError, RecordError
 
 LOCK_FILE = ".lock"
 """The file in a sweep's folder that is locked while a process runs the sweep."""
-PROBE_BYTES = 2**20
-"""Size of the file that tests whether a folder can be written to."""
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE})
 """Error numbers that mean a problem of the whole disk, not of one file."""
 
@@ -207,20 +205,13 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def explain_unwritable(folder: Path, error: BaseException) -> str | None:
-    """Returns why results can't be written into a folder, or None if they can and the disk did not cause the error."""
+    """Returns why results can't be written into a folder, or None if the disk did not cause the error."""
     for cause in _causes(error):  # libraries wrap the system's errors
         if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:
             return os.strerror(cause.errno or 0)
         if os.strerror(errno.ENOSPC) in str(cause):
             return os.strerror(errno.ENOSPC)
-    if not folder.is_dir():
-        return os.strerror(errno.ENOENT)
-    try:
-        write_atomically(folder / ".probe", bytes(PROBE_BYTES))
-        (folder / ".probe").unlink()
-    except OSError as refused:
-        return os.strerror(refused.errno or errno.EIO)
-    return None
+    return None if folder.is_dir() else os.strerror(errno.ENOENT)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

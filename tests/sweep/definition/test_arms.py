@@ -14,12 +14,6 @@ from lorasweep.sweep.definition.arms import read_definition, restore_definition
 LR = FloatDistribution(1e-3, 1e-1, log=True)
 
 
-@pytest.fixture
-def read(write_file):
-    """Reads a sweep file's content with overrides; returns the definition."""
-    return lambda content, *overrides: read_definition(write_file(content), overrides)
-
-
 def arms_of(definition):
     return {arm.name: arm for arm in definition.arms}
 
@@ -51,18 +45,20 @@ def test_an_override_reaches_every_arm_that_has_the_key_and_one_of_an_arm_beats_
 @pytest.mark.parametrize(
     ("override", "key", "expected"),
     [
-        ("method.rank=choice(1,8)", "method.rank", CategoricalDistribution([1, 8])),
         ("method.rank=1,8", "method.rank", CategoricalDistribution([1, 8])),
-        ("method.rank=range(2,9,2)", "method.rank", IntDistribution(2, 8, step=2)),
         ("method.rank=interval(1,8)", "method.rank", IntDistribution(1, 8)),
-        ("method.rank=tag(log,interval(1,8))", "method.rank", IntDistribution(1, 8, log=True)),
         ("optim.lr=tag(log,interval(1e-4,1e-2))", "optim.lr", FloatDistribution(1e-4, 1e-2, log=True)),
         ("method.alpha=8,16", "method.alpha", CategoricalDistribution([8, 16])),
         ("arms.lora.optim.weight_decay=interval(0,0.1)", "optim.weight_decay", FloatDistribution(0.0, 0.1)),
+        ("method.rank=4", "method.rank", None),
     ],
 )
-def test_a_range_in_hydras_words_replaces_or_adds_one(read, content, override, key, expected):
-    assert arms_of(read(content, override))["lora"].space[key] == expected
+def test_a_typed_range_replaces_or_adds_one_and_a_typed_value_ends_the_search(read, content, override, key, expected):
+    content["arms"]["lora"]["settings"]["method.alpha"] = 64  # fixed by the file
+    lora = arms_of(read(content, override))["lora"]
+    assert lora.space.get(key) == expected
+    assert lora.compose({"method.alpha": 8}).method.alpha == 8
+    assert expected or lora.compose({}).method.rank == 4
 
 
 SCHEDULES = ("linear", "cosine", "constant")

@@ -1,25 +1,21 @@
-"""Questions follow from the arms alone; confirm seeds are fresh, and the same for every arm."""
+"""Questions follow from the arms alone; confirm seeds are fresh; what makes a comparison less fair is warned of."""
 
 import pytest
 
 from lorasweep.errors import ConfigError
 from lorasweep.record import read_sweep
-from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.definition.confirm import draw_confirm_seeds, has_fixed_score, list_questions
+from lorasweep.sweep.definition.confirm import draw_confirm_seeds, find_warnings, has_fixed_score, list_questions
 
 RANKS = ["lora-rank-1", "lora-rank-2", "lora-rank-4"]
 OTHER = {"settings": {"method": "lora", "method.rank": 2}, "space": {"optim.lr": [0.01, 0.02]}, "trials": 2}
 
 
 @pytest.fixture
-def ask(write_file):
+def ask(read):
     """Returns each question's name, subjects and reference."""
-
-    def of(content, *overrides):
-        questions = list_questions(read_definition(write_file(content), overrides))
-        return [(question.name, question.subjects, question.reference) for question in questions]
-
-    return of
+    return lambda content, *overrides: [
+        (question.name, question.subjects, question.reference) for question in list_questions(read(content, *overrides))
+    ]
 
 
 def test_each_arm_or_value_is_compared_with_full_and_the_smallest_is_asked_for_where_it_costs_less(ask, content):
@@ -71,8 +67,8 @@ def test_questions_and_looks_are_in_the_record_before_the_first_trial(begin, con
 
 
 @pytest.fixture
-def define(write_file, three_arms):
-    return lambda *overrides: read_definition(write_file(three_arms), overrides)
+def define(read, content):
+    return lambda *overrides: read(content, *overrides)
 
 
 def test_seeds_depend_on_the_sweeps_seed_and_their_number_alone(define):
@@ -102,3 +98,27 @@ def test_seeds_make_no_difference_to_the_frozen_base_of_a_language_model_alone(d
     fixed = {arm.name: has_fixed_score(arm) for arm in define().arms}
     assert fixed.pop("frozen")
     assert not any(fixed.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "overrides", "start"),
+    [
+        ({}, ["arms.lora.trainer.max_steps=16"], "Arms train on unequal numbers of tokens per trial"),
+        ({}, ["confirm.seeds=1"], "`confirm.seeds` is 1"),
+        ({}, ["confirm.seeds=2"], "`confirm.seeds` is 2"),
+        ({}, ["confirm.seeds=3"], None),
+        ({}, ["arms.lora.trials=20"], None),  # an arm with more dimensions needs more trials
+        ({"full": None}, ["confirm.seeds=3"], "`confirm.margin` is 5%"),
+        ({"frozen": None}, ["confirm.seeds=3"], "`confirm.margin` is 5%"),
+        ({"full": None}, ["confirm.seeds=3", "confirm.margin=0.01"], None),
+        ({"full": None}, ["confirm.seeds=0"], None),
+        ({"full": None, "other": OTHER}, ["confirm.seeds=3", "confirm.margin=0.01"], None),
+    ],
+)
+def test_what_makes_a_comparison_less_fair_or_certain_is_warned_of(read, content, change, overrides, start):
+    arms = {**content["arms"], **change}
+    content["arms"] = {name: arm for name, arm in arms.items() if arm is not None}
+    content["arms"]["lora"]["confirm_each"] = "method.rank"
+    warnings = find_warnings(read(content, *overrides))
+    assert len(warnings) == (start is not None)
+    assert all(warning.startswith(start) for warning in warnings)

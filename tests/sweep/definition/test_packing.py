@@ -13,14 +13,15 @@ from lorasweep.sweep.definition.packing import NEEDED_SETTINGS, explain_solo_arm
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
 
 
-def plan(write_file, content, *overrides):
-    return plan_packing(read_definition(write_file(content), overrides))
+@pytest.fixture
+def plan(read):
+    return lambda content, *overrides: plan_packing(read(content, *overrides))
 
 
-def test_lora_trials_and_arms_that_differ_in_what_a_slot_owns_share_packs(write_file, content):
+def test_lora_trials_and_arms_that_differ_in_what_a_slot_owns_share_packs(plan, content):
     content["arms"]["other"] = {"settings": {"method": "lora", "method.alpha": 4, "schedule": "cosine"}, "trials": 1}
     content["arms"]["longer"] = {"settings": {"method": "lora", "trainer.max_steps": 16}, "trials": 1}
-    plans = plan(write_file, content)
+    plans = plan(content)
     assert plans["lora"].largest.method.rank == 4
     assert plans["lora"].key == plans["other"].key
     assert plans["longer"].key not in (None, plans["lora"].key)
@@ -41,12 +42,12 @@ def test_lora_trials_and_arms_that_differ_in_what_a_slot_owns_share_packs(write_
         ("schedule", "one_cycle", "schedule=cosine"),
     ],
 )
-def test_a_setting_that_slots_do_not_have_runs_alone_and_says_what_mends_it(write_file, content, key, value, remedy):
+def test_a_setting_that_slots_do_not_have_runs_alone_and_says_what_mends_it(plan, content, key, value, remedy):
     content["arms"]["lora"]["settings"][key] = value
-    lora = plan(write_file, content)["lora"]
+    lora = plan(content)["lora"]
     assert lora.key is None
     assert lora.reason.endswith(f"`{remedy}`.")
-    assert plan(write_file, content, f"arms.lora.{remedy}")["lora"].key is not None
+    assert plan(content, f"arms.lora.{remedy}")["lora"].key is not None
 
 
 def test_trials_of_the_shipped_qlora_share_packs(tmp_path):
@@ -66,13 +67,13 @@ def test_a_setting_is_needed_exactly_if_the_layers_can_not_be_packed():
             assert needs is (why_not_packable(config.method) is not None), (name, value)
 
 
-def test_an_adapter_of_peft_trains_alone_and_its_keys_are_swept(write_file, content):
+def test_an_adapter_of_peft_trains_alone_and_its_keys_are_swept(read, content):
     content["arms"]["lora"] = {
         "settings": {"method": "peft", "method.config": {"peft_type": "VERA", "target_modules": ["q_proj"]}},
         "space": {"method.config.r": [8, 16], "optim.lr": {"low": 1e-3, "high": 1e-2, "log": True}},
         "trials": 4,
     }
-    definition = read_definition(write_file(content), ["method.config.d_initial=0.2", "worker.pack_size=auto"])
+    definition = read(content, "method.config.d_initial=0.2", "worker.pack_size=auto")
     arm = next(arm for arm in definition.arms if arm.name == "lora")
     whole = {"peft_type": "VERA", "target_modules": ["q_proj"], "d_initial": 0.2}
     assert {config.method.config["r"] for config in arm.corner_configs} == {8, 16}
@@ -81,47 +82,47 @@ def test_an_adapter_of_peft_trains_alone_and_its_keys_are_swept(write_file, cont
     assert note.startswith("`lora`: its trials run alone. `method=peft` trains alone")
 
 
-def test_a_swept_setting_that_slots_share_runs_alone_and_a_size_that_can_not_be_is_refused(write_file, content):
+def test_a_swept_setting_that_slots_share_runs_alone_and_a_size_that_can_not_be_is_refused(plan, content):
     for override, message in (
         ("worker.pack_size=7", r"`worker.pack_size <= 6` must hold.*but got 7"),
         ("arms.full.worker.pack_size=2", r"`worker.pack_size` must be 1 or auto for arm `full`, but got 2"),
     ):
         with pytest.raises(ConfigError, match=message):
-            plan(write_file, content, override)
+            plan(content, override)
     content["arms"]["lora"]["space"]["trainer.batch_size"] = [2, 4]
-    assert "`trainer.batch_size` is swept" in plan(write_file, content)["lora"].reason
+    assert "`trainer.batch_size` is swept" in plan(content)["lora"].reason
 
 
 def quantizations(definition):
     return {arm.name: {config.model.quantization for config in arm.corner_configs} for arm in definition.arms}
 
 
-def test_arms_that_train_weights_of_the_base_have_it_unquantised(write_file, content):
+def test_arms_that_train_weights_of_the_base_have_it_unquantised(read, content):
     content["settings"]["model.quantization"] = "nf4"
     content["arms"]["head"] = {"settings": {"method": "head"}}
-    definition = read_definition(write_file(content), [])
+    definition = read(content)
     assert quantizations(definition) == {"frozen": {"nf4"}, "lora": {"nf4"}, "full": {"none"}, "head": {"none"}}
 
 
-def test_a_model_of_the_sweep_may_be_quantised_by_its_file(write_file, content, tmp_path, monkeypatch):
+def test_a_model_of_the_sweep_may_be_quantised_by_its_file(read, content, tmp_path, monkeypatch):
     folder = tmp_path / "conf" / "model"
     folder.mkdir(parents=True)
     (folder / "mine.yaml").write_text("defaults: [causal_lm, _self_]\nname: mine\npath: own/name\nquantization: nf4\n")
     monkeypatch.chdir(tmp_path)
     content["settings"]["model"] = "mine"
-    assert quantizations(read_definition(write_file(content), []))["full"] == {"none"}
+    assert quantizations(read(content))["full"] == {"none"}
     content["settings"]["model"] = "tiny"
     content["arms"]["full"]["settings"]["model"] = "mine"
     with pytest.raises(ConfigError, match=r"arm `full`: `model.quantization` must be none with `method=full`"):
-        read_definition(write_file(content), [])
+        read(content)
 
 
-def test_arms_on_different_bases_share_no_packs(write_file, content):
+def test_arms_on_different_bases_share_no_packs(read, content):
     del content["settings"]["worker.pack_size"]
     lora = content["arms"].pop("lora")
     for kind in ("none", "nf4"):
         content["arms"][f"lora-{kind}"] = lora | {"settings": {"method": "lora", "model.quantization": kind}}
-    definition = read_definition(write_file(content), [])
+    definition = read(content)
     plans = plan_packing(definition)
     keys = [plans[f"lora-{kind}"].key for kind in ("none", "nf4")]
     assert None not in keys

@@ -1,17 +1,25 @@
-"""A sweep file is found by path or name and read. No code that it names is run."""
+"""A sweep file is found and read; what can't be meant is refused with key, value and remedy, and no code is run."""
 
 import json
+import math
 import os
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from tests.fuzzing import FUZZ, damage_bytes, damage_json, refusal_allowed
 
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.definition.sweep_file import find_sweep_file
+from lorasweep.sweep.definition.sweep_file import describe_space, find_sweep_file, parse_range
+
+
+def refuse(words, function, *arguments, **named):
+    with pytest.raises(ConfigError) as raised:
+        function(*arguments, **named)
+    assert [word for word in words if word not in str(raised.value)] == []
 
 
 def test_a_sweep_is_found_by_path_or_name(write_file, content, tmp_path, monkeypatch):
@@ -23,41 +31,33 @@ def test_a_sweep_is_found_by_path_or_name(write_file, content, tmp_path, monkeyp
     (tmp_path / "sweeps" / "quickstart.yaml").write_text("name: mine\n")
     assert find_sweep_file("quickstart") == tmp_path / "sweeps" / "quickstart.yaml"
     os.mkfifo(tmp_path / "sweeps" / "mine.yaml")
-    with pytest.raises(ConfigError, match="a sweep must be one of"):
-        find_sweep_file("mine")
+    refuse(["'mine'"], find_sweep_file, "mine")
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "words"),
     [
-        ("nothing.yaml", "a sweep file must exist, but 'nothing.yaml' does not."),
-        ("some/where", "a sweep file must exist, but 'some/where' does not."),
-        ("quickstat", r"a sweep must be one of .*quickstart.*, but got 'quickstat'. Did you mean `quickstart`\?"),
+        ("nothing.yaml", ["'nothing.yaml'", "must exist"]),
+        ("some/where", ["'some/where'", "must exist"]),
+        ("quickstat", ["'quickstat'", "`quickstart`"]),
     ],
 )
-def test_a_sweep_that_is_not_there_is_refused(name, message):
-    with pytest.raises(ConfigError, match=message):
-        find_sweep_file(name)
+def test_a_sweep_that_is_not_there_is_refused(name, words):
+    refuse(words, find_sweep_file, name)
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "a: &a [*a]",
-        "[" * 100_000,
-        "name: " + "9" * 5000,
-        "name: !!timestamp x",
-        "name: !!bool x",
-        "name: !!binary aGk=",
-        "a: ${b}\nb: ${a}",
+        *("name: [", "just words", "- a\n- b\n", "name: ${nothing}", "a: 1\na: 2\n", ""),
+        *("a: &a [*a]", "[" * 100_000, "name: " + "9" * 5000, "a: ${b}\nb: ${a}"),
+        *("name: !!timestamp x", "name: !!bool x", "name: !!binary aGk="),
         "name: !!python/object/apply:os.system ['touch ran']\narms: {a: {settings: {method: frozen}}}",
     ],
 )
-def test_a_file_made_to_do_harm_is_refused_and_no_code_runs(write_file, tmp_path, monkeypatch, text):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="must be YAML, but can't be read"):
-        read_definition(write_file(text), [])
-    assert not (tmp_path / "ran").exists()
+def test_a_file_that_is_no_sweep_or_made_to_do_harm_is_refused_and_no_code_runs(read, here, text):
+    refuse(["made_up.yaml"], read, text)
+    assert not (here / "ran").exists()
 
 
 @pytest.mark.slow
@@ -71,3 +71,108 @@ def test_a_damaged_sweep_file_is_read_or_refused(write_file, content, tmp_path, 
     path = write_file(text)
     with refusal_allowed(unchanged=tmp_path):
         json.dumps(read_definition(path, []).raw)
+
+
+LORA = "arms", "lora"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (["arm"], {}, ["`arm`", "`arms`"]),
+        (LORA, 3, ["`arms.lora`", "got 3"]),
+        (["arms", "a b"], {}, ["an arm's name", "letters", "'a b'"]),
+        (["arms", "a-confirm"], {}, ["`-confirm`", "'a-confirm'", "Rename"]),
+        (["name"], "../x", ["`name`", "letters", "'../x'"]),
+        ([*LORA, "spaces"], {}, ["`arms.lora.spaces`", "`space`"]),
+        ([*LORA, "trials"], "six", ["`arms.lora.trials`", "a whole number", "'six'"]),
+        (["arms", "frozen", "trials"], 2, ["`arms.frozen.trials`", "2", "Add a `space`"]),
+        (["settings", "optim.lrr"], 1, ["`frozen`", "`optim.lrr`", "`optim.lr`"]),
+        ([*LORA, "settings", "method"], "lorra", ["`method`", "'lorra'", "`lora`"]),
+        ([*LORA, "space", "method.rnk"], [1], ["`method.rnk`", "`method.rank`"]),
+        ([*LORA, "space", "method.rank"], [4, 0], ["`lora`", "`method.rank >= 1`", "0"]),
+        ([*LORA, "space", "optim.lr"], {"low": 0.1, "high": 0.01}, ["`lora`", "`optim.lr`", "`low <= high`"]),
+        ([*LORA, "space", "optim.beta1"], {"low": 0.5, "high": 1.5}, ["`lora`", "optim.beta1", "1.5"]),
+        (["settings", "sampler"], "tpee", ["`sampler`", "'tpee'", "`tpe`"]),
+        ([*LORA, "confirm_each"], "method.rnak", ["confirm_each", "method.rnak", "method.rank"]),
+        ([*LORA, "confirm_each"], "optim.lr", ["confirm_each", "optim.lr", "a list"]),
+        ([*LORA, "confirm_each"], 3, ["confirm_each", "3"]),
+        (["arms", "lora-rank-2"], {"settings": {"method": "lora"}}, ["lora-rank-2", "rename"]),
+    ],
+)
+def test_a_wrong_key_or_value_of_a_file_is_refused(read, content, path, value, words):
+    content["arms"]["lora"]["confirm_each"] = "method.rank"
+    *parents, last = path
+    place = content
+    for name in parents:
+        place = place[name]
+    place[last] = value
+    refuse(["made_up.yaml: ", *words], read, content)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["optim.lrr=1"], ["`optim.lrr`", "`optim.lr`"]),
+        (["method.rnk=1"], ["`method.rnk`", "at least one arm (frozen, full, lora)", "`method.rank`"]),
+        (["arms.lorra.optim.lr=1"], ["`arms.lorra.optim.lr`", "at least one arm (frozen, full, lora)"]),
+        (["arms.lora.method.rnk=1"], ["`lora`", "`method.rnk`", "`method.rank`"]),
+        (["arms.lora.trials=many"], ["`sweep.trials`", "a whole number", "'many'"]),
+        (["arms.lora={trials: 2}"], ["`arms.lora`", "{'trials': 2}", "a new arm"]),
+        (["arms.lroa=null"], ["`arms.lroa`", "null", "`arms.lora`"]),
+        (["~arms.lora"], ["~arms.lora", "`arms.ARM=null`"]),
+        (["+experiment=quick_check"], ["+experiment=quick_check", "`lorasweep train`"]),
+        (["output=mine"], ["`output`", "'mine'", "`sweep.output=DIR`"]),
+        (["resume=true"], ["`resume`", "True", "`--resume DIR`"]),
+        (["arms.full=null", "arms.lora=null", "optim.lr=1,2"], ["`optim.lr`", "at least one arm (frozen)"]),
+    ],
+)
+def test_a_wrong_override_is_refused(read, content, overrides, words):
+    refuse(words, read, content, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("value", "whole", "expected"),
+    [
+        ([1, 4, 16], True, CategoricalDistribution([1, 4, 16])),
+        (["lora", None, True], False, CategoricalDistribution(["lora", None, True])),
+        ({"low": 1e-4, "high": 1e-2, "log": True}, False, FloatDistribution(1e-4, 1e-2, log=True)),
+        ({"low": 0.0, "high": 1.0, "step": 0.25}, False, FloatDistribution(0.0, 1.0, step=0.25)),
+        ({"low": 0.0, "high": 4.0, "step": 1.0}, False, FloatDistribution(0.0, 4.0, step=1.0)),
+        ({"low": 1.0, "high": 8.0}, True, IntDistribution(1, 8)),
+        ({"low": 2, "high": 8, "step": 2}, True, IntDistribution(2, 8, step=2)),
+        ({"low": 1, "high": 64, "log": True}, True, IntDistribution(1, 64, log=True)),
+    ],
+)
+def test_a_range_becomes_a_distribution_that_is_described_as_the_same_range(value, whole, expected):
+    distribution = parse_range("k", value, is_whole=whole)
+    assert distribution == expected
+    assert parse_range("k", describe_space({"k": distribution})["k"], is_whole=whole) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ([], ["at least one choice", "[]"]),
+        ([1, 1], ["no choice twice", "[1, 1]"]),
+        ([[1], [2]], ["a number, a text", "[1]"]),
+        ([math.nan], ["a number, a text", "nan"]),
+        ("1..3", ["a list of choices", "'1..3'"]),
+        ({"low": 1, "high": 2, "hihg": 2}, ["'hihg'", "`high`"]),
+        ({"low": 1}, ["`high`", "{'low': 1}"]),
+        ({"low": True, "high": 2}, ["`low`", "True", "number"]),
+        ({"low": 0, "high": math.inf}, ["`high`", "inf", "number"]),
+        ({"low": 2, "high": 1}, ["`low <= high`"]),
+        ({"low": 1, "high": 2, "log": "no"}, ["`log: true`", "'no'"]),
+        ({"low": 1, "high": 9, "log": True, "step": 2}, ["log"]),
+        ({"low": 1, "high": 2, "step": 3}, ["not divisible by `step`"]),
+    ],
+)
+def test_a_wrong_range_is_refused(value, words):
+    for whole in (True, False):
+        refuse(["`k`", *words], parse_range, "k", value, is_whole=whole)
+
+
+@pytest.mark.parametrize("value", [{"low": 0.5, "high": 2}, {"low": 1, "high": 3, "step": 0.5}])
+def test_a_range_of_whole_numbers_has_whole_bounds_and_steps(value):
+    refuse(["`k`", "a whole number", "0.5"], parse_range, "k", value, is_whole=True)

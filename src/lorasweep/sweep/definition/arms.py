@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from optuna.distributions import CategoricalDistribution
 
-from lorasweep.config.build import TARGET, as_settings
+from lorasweep.config.build import TARGET, as_settings, dotted_items
 from lorasweep.config.command_line import parse_overrides
 from lorasweep.config.compose import (
     LIST_GROUPS,
@@ -390,11 +390,10 @@ def is_range(key: str, value: Any) -> bool:
     return isinstance(value, list) and key not in (*LIST_GROUPS, *LIST_SETTINGS)
 
 
-def _is_whole(key: str, range_: Any, values: Any) -> bool:
+def _is_whole(key: str, range_: Any, values: Mapping[str, Any]) -> bool:
     """Returns whether a swept key holds whole numbers, from its value in an arm's composed settings."""
-    for name in key.split("."):
-        if not isinstance(values, Mapping) or name not in values:
-            # an argument with a default in its class; an unknown key raises when `corner_configs` are composed
-            return isinstance(range_, Mapping) and all(isinstance(bound, int) for bound in range_.values())
-        values = values[name]
-    return isinstance(values, int) and not isinstance(values, bool)
+    known = dict(dotted_items(values))
+    if key in known:
+        return type(known[key]) is int
+    # an argument with a default in its class; an unknown key raises when `corner_configs` are composed
+    return isinstance(range_, Mapping) and all(isinstance(bound, int) for bound in range_.values())
