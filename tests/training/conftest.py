@@ -1,6 +1,7 @@
 """Runs on a small random Llama, which trains faster than the embedded model."""
 
 import pytest
+from tests.training.runs import train
 
 from lorasweep.training.inputs import build_inputs
 
@@ -18,3 +19,11 @@ def make_config(make_config, quantisable_model):
 @pytest.fixture(scope="session")
 def inputs(make_config):
     return build_inputs(make_config())
+
+
+@pytest.fixture(scope="session")
+def finished(make_config, inputs, tmp_path_factory):
+    """The folder of a LoRA run of 4 steps and two evaluations that nothing disturbed. No test may change it."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(folder, make_config(), inputs=inputs)
+    return folder

@@ -117,21 +117,22 @@ class Child:
                 self.attempt(f"{name}-{strategy}", stop, **settings)
             self.attempt(f"stopped-{strategy}", {"resume": True}, **settings)
 
-    def memory(self):
-        """The second process can't hold more than one row; torchrun starts both again."""
-        self.damage(self.too_large)
-        self.attempt("memory", {"resume": True}, trainer__batch_size=8, trainer__strategy=sys.argv[3])
-
-    def killed(self):
-        """The second process is killed at step 3; torchrun starts both again."""
+    def restarted(self):
+        """torchrun starts both processes again: twice because the second can't hold more than one row, and once because
+        it is killed at step 3 of the next run."""
+        num_restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+        if num_restarts < 3:
+            self.damage(self.too_large)
+            self.attempt("memory", {"resume": True}, trainer__batch_size=8, trainer__strategy="fsdp")
+            self.damage(lambda losses: losses)
         steps = iter(range(1, 9))
 
         def stop():
-            if next(steps) == 4 and self.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            if next(steps) == 4 and self.rank == 1 and num_restarts == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
             return False
 
-        self.attempt("killed", {"stop_requested": stop, "resume": True}, trainer__strategy=sys.argv[3])
+        self.attempt("killed", {"stop_requested": stop, "resume": True}, trainer__strategy="ddp")
 
     def signalled(self):
         """Processes get SIGTERM in the middle of a batch, in training or in an evaluation; the runs then go on."""

@@ -21,7 +21,6 @@ WINDOW = {"sliding_window": 4, "query_pre_attn_scalar": 16, "layer_types": ["sli
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": []}
 MODELS = {
     "llama": transformers.LlamaConfig(**SIZES, **HEADS, num_hidden_layers=1),
-    "qwen3": transformers.Qwen3Config(**SIZES, **HEADS, num_hidden_layers=1),
     "gemma3": transformers.Gemma3TextConfig(**SIZES, **HEADS, **WINDOW, num_hidden_layers=2),
     "gpt_neox": transformers.GPTNeoXConfig(**SIZES, num_attention_heads=4, num_hidden_layers=1),
     "qwen3_moe": transformers.Qwen3MoeConfig(**SIZES, **HEADS, **EXPERTS, num_hidden_layers=1),
@@ -29,7 +28,6 @@ MODELS = {
 LORA = {"method.rank": 2, "method.dropout": 0.1}
 CASES = {
     "llama": {**LORA, "trainer.accumulate": 2, "trainer.max_steps": 2, "trainer.eval_every_steps": 2},
-    "qwen3": LORA,
     "gemma3": LORA,
     "gpt_neox": LORA,
     "qwen3_moe": LORA,

@@ -9,9 +9,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tests.training.runs import logged_rows, stop_after, train, train_together
 
-from lorasweep.errors import ConfigError
 from lorasweep.record import read_run, read_steps
-from lorasweep.training.loggers import check_components
 from lorasweep.training.optim import schedule_factor
 from lorasweep.training.restore import restore_config
 
@@ -167,24 +165,3 @@ def test_an_early_stopping_of_lightnings_ends_the_run_and_resumes_with_what_it_k
     assert whole.reason == "a callback stopped it at step 6 of 10"
     train(tmp_path / "halves", make_config(settings), inputs=inputs, stop_requested=stop_after(4))
     assert train(tmp_path / "halves", make_config(settings), inputs=inputs, resume=True).steps_done == 6
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"logger": "wandb"}, "`logger.wandb` .*`pip install wandb`"),
-        ({"logger": "mlflow"}, "`logger.mlflow` .*`pip install mlflow`"),
-        ({"logger": "csv", "logger.csv.flush": 1}, "`logger.csv` must have arguments that 'lightning.pytorch.loggers"),
-        ({"logger.a._target_": "lightning.pytorch.callbacks.Timer"}, "`logger.a._target_` must be a subclass of"),
-        ({"callbacks.a._target_": "lightning.pytorch.loggers.CSVLogger"}, "`callbacks.a._target_` must be a subclass"),
-        ({"callbacks": "early_stopping", "callbacks.early_stopping.mode": "best"}, "`callbacks.early_stopping` must"),
-    ],
-)
-def test_parts_that_cant_be_are_refused_before_anything_is_written(
-    tmp_path, monkeypatch, make_config, settings, message
-):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=message) as refused:
-        check_components(make_config(settings))
-    assert "\n" not in str(refused.value)
-    assert list(tmp_path.iterdir()) == []

@@ -23,14 +23,6 @@ def assert_same_run(folder, other):
         assert (folder / name).read_bytes() == (other / name).read_bytes()
 
 
-@pytest.fixture(scope="module")
-def finished(make_config, inputs, tmp_path_factory):
-    """A LoRA run of 4 steps that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("finished")
-    train(folder, make_config(), inputs=inputs)
-    return folder
-
-
 RESUMED = [
     pytest.param({}, [0], id="while the first batch was prepared"),
     pytest.param({}, [1], id="before the first evaluation"),

@@ -26,14 +26,6 @@ KEPT = {
 }
 
 
-@pytest.fixture(scope="module")
-def finished(make_config, inputs, tmp_path_factory):
-    """A LoRA run of 4 steps that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("finished")
-    train(folder, make_config(), inputs=inputs)
-    return folder
-
-
 @pytest.mark.parametrize("method", KEPT)
 def test_a_run_leaves_exactly_these_files_and_the_base_bit_equal_and_frozen(tmp_path, make_config, inputs, method):
     before = {name: tensor.clone() for name, tensor in inputs.base.model.state_dict().items()}
