@@ -99,7 +99,7 @@ def build_schedule(config: RunConfig, optimizer: torch.optim.Optimizer) -> torch
     schedule, max_steps, lr = config.schedule, config.trainer.max_steps, config.optim.lr
     if isinstance(schedule, Component):
         return instantiate(schedule, key="schedule", expected=torch.optim.lr_scheduler.LRScheduler, optimizer=optimizer)
-    schedule_factor(schedule, 0, max_steps=max_steps, lr=lr)  # raises for wrong arguments
+    schedule_factor(schedule, max_steps, max_steps=max_steps, lr=lr)  # after the warm-up, it raises for wrong arguments
     return torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: schedule_factor(schedule, step, max_steps=max_steps, lr=lr)
     )
