@@ -2,8 +2,15 @@ import pytest
 import torch
 from torch import nn
 
-from lorasweep.lora import LoraConfig, inject_lora, inject_packed_lora, lora_state, slot_model, split_lora_parameters
-from lorasweep.lora.packed.inject import why_not_packable
+from lorasweep.lora import (
+    LoraConfig,
+    fill_slot,
+    inject_lora,
+    inject_packed_lora,
+    lora_state,
+    slot_model,
+    split_lora_parameters,
+)
 
 from .conftest import stream
 
@@ -26,12 +33,6 @@ def test_every_slot_starts_as_its_solo_run(make_model):
         assert all(torch.equal(value, expected[key]) for key, value in got.items())
 
 
-def test_starts_as_the_base_exactly(make_model, tokens):
-    model, base = make_model(), make_model()
-    inject_packed_lora(model, [LoraConfig(rank=2), LoraConfig(rank=1), LoraConfig(rank=3, targets=("up",))])
-    assert torch.equal(model(tokens), base(tokens))
-
-
 def test_the_parameters_of_the_slots_train_and_the_base_stays(make_model, tokens):
     model = make_model()
     base = dict(model.named_parameters())
@@ -45,49 +46,53 @@ def test_the_parameters_of_the_slots_train_and_the_base_stays(make_model, tokens
         assert torch.equal(parameter, before[name])
 
 
-@pytest.mark.parametrize(
-    ("config", "words"),
-    [
-        (LoraConfig(variant="dora"), "`method.variant=dora` can't be packed"),
-        (LoraConfig(init="pissa"), "`method.init=pissa` can't be packed"),
-    ],
-)
-def test_says_why_a_configuration_can_not_be_packed(make_model, config, words):
-    assert words in why_not_packable(config)
-    assert why_not_packable(LoraConfig()) is None
-    with pytest.raises(ValueError, match=f"slot 1 must be packable, but {words}"):
-        inject_packed_lora(make_model(), [LoraConfig(), config])
+def tie(model):
+    model.out.weight = model.embed.weight
 
 
-def test_a_refused_request_leaves_the_model_as_it_was(make_model):
+def count(model):
+    model.out.register_buffer("count", torch.zeros(()))
+
+
+def normalise(model):
+    model.norm = nn.BatchNorm1d(4)
+
+
+UP, INSIDE = LoraConfig(targets=("0.up",)), LoraConfig(targets=("0.up",), modules_to_save=("1.up",))
+WHOLE = LoraConfig(targets=("0.up",), modules_to_save=("layers.1",))
+HEAD = LoraConfig(targets=("up",), modules_to_save=("out",))
+REFUSED = [
+    ([LoraConfig(), LoraConfig(variant="dora")], None, ["slot 1 must be packable", "`method.variant=dora`"]),
+    ([LoraConfig(), LoraConfig(init="pissa")], None, ["slot 1 must be packable", "`method.init=pissa`"]),
+    ([LoraConfig(), LoraConfig(targets=("upp",))], None, ["Did you mean `up`"]),
+    ([LoraConfig(), LoraConfig(rank=99)], None, ["`method.rank <= 8` must hold"]),
+    ([UP, LoraConfig(targets=("proj",), modules_to_save=("0.up",))], None, ["must be the same", "'layers.0.up'"]),
+    ([LoraConfig(targets=("1.up",)), WHOLE], None, ["must be the same", "'layers.1.up'"]),
+    ([WHOLE, INSIDE], None, ["must be the same", "'layers.1.up'"]),
+    ([LoraConfig(targets=("up",), modules_to_save=("embed", "out"))], tie, ["share a weight", "'embed' does"]),
+    ([HEAD], count, ["must not have buffers", "'out' does"]),
+    ([LoraConfig(), LoraConfig()], normalise, ["'norm' is a batch norm", "without packs"]),
+]
+
+
+@pytest.mark.parametrize(("configs", "change", "words"), REFUSED)
+def test_a_pack_that_can_not_be_made_or_filled_is_refused_and_the_model_stays_as_it_was(
+    make_model, configs, change, words
+):
     model = make_model()
+    if change is not None:
+        change(model)
     before = str(model)
-    up, proj = LoraConfig(targets=("0.up",)), LoraConfig(targets=("proj",), modules_to_save=("0.up",))
-    whole, inside = (LoraConfig(targets=("0.up",), modules_to_save=(name,)) for name in ("layers.1", "1.up"))
-    for configs, words in (
-        ([LoraConfig(), LoraConfig(targets=("upp",))], "Did you mean `up`"),
-        ([LoraConfig(), LoraConfig(rank=99)], "`method.rank <= 8` must hold"),
-        ([up, proj], "must be the same"),
-        ([LoraConfig(targets=("1.up",)), whole], "must be the same"),
-        ([whole, inside], "must be the same"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            inject_packed_lora(model, configs)
+    with pytest.raises(ValueError, match="must ") as raised:
+        inject_packed_lora(model, configs)
+    assert [word for word in words if word not in str(raised.value)] == []
     assert str(model) == before
     assert all(p.requires_grad for p in model.parameters())
-
-
-def test_modules_that_share_a_weight_hold_buffers_or_mix_rows_are_refused(make_model):
-    tied = make_model()
-    tied.out.weight = tied.embed.weight
-    with pytest.raises(ValueError, match="'embed' does"):
-        inject_packed_lora(tied, [LoraConfig(targets=("up",), modules_to_save=("embed", "out"))])
-    counting = make_model()
-    counting.counter = nn.Linear(3, 3)
-    counting.counter.register_buffer("count", torch.zeros(()))
-    with pytest.raises(ValueError, match="'counter' does"):
-        inject_packed_lora(counting, [LoraConfig(targets=("up",), modules_to_save=("counter",))])
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
-    with pytest.raises(ValueError, match="'1' is a batch norm"):
-        inject_packed_lora(model, [LoraConfig(rank=1)] * 2)
-    assert type(model[0]) is nn.Linear
+    if change is None:
+        inject_packed_lora(model, configs[:1])
+        before, states = str(model), lora_state(slot_model(model, 0))
+        with pytest.raises(ValueError, match="must ") as raised:
+            fill_slot(model, 1, configs[1])
+        assert [word for word in words if word not in str(raised.value)] == []
+        assert str(model) == before
+        assert all(torch.equal(tensor, states[key]) for key, tensor in lora_state(slot_model(model, 0)).items())

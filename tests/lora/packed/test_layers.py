@@ -4,8 +4,8 @@ from torch import nn
 from torch.autograd import gradcheck
 from transformers.pytorch_utils import Conv1D
 
-from lorasweep.lora import LoraConfig, compact_slots, inject_packed_lora, set_dropout_streams
-from lorasweep.lora.packed.layers import packed_layers
+from lorasweep.lora import LoraConfig, compact_slots, inject_lora, inject_packed_lora, set_dropout_streams
+from lorasweep.lora.packed.layers import packed_layers, packed_trained_modules
 from lorasweep.lora.recompute import RecomputedActivation
 
 SLOTS, ROWS = 3, 2
@@ -51,6 +51,42 @@ def make_shared():
     return nn.Sequential(layer, nn.Tanh(), layer)
 
 
+class Head(nn.Module):
+    """A head of several layers with dropout between, which takes a mask and gives more than one thing."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(6)
+        self.dense = nn.Linear(6, 6)
+        self.dropout = nn.Dropout(0.3)
+        self.out = nn.Linear(6, 3, bias=False)
+
+    def forward(self, x, *, mask, scale):
+        hidden = self.dropout(torch.tanh(self.dense(self.norm(x)))) * mask[:, None] * scale
+        return {"logits": self.out(hidden), "kind": "head"}
+
+
+class WithHead(nn.Module):
+    def __init__(self, head):
+        super().__init__()
+        self.body = nn.Linear(4, 6)
+        self.head = head
+        self.takes_mask = isinstance(head, Head)
+
+    def forward(self, x):
+        hidden = self.body(x)
+        if self.takes_mask:
+            output = self.head(hidden, mask=(x[:, 0] > 0).to(x), scale=torch.tensor(2.0).to(x))
+            assert output["kind"] == "head"
+            return output["logits"]
+        return self.head(hidden)
+
+
+def make_head(head=Head):
+    return WithHead(head())
+
+
+HEADED = [LoraConfig(rank=2, targets=("body",), modules_to_save=("head",))] * 2
 EMBEDDED = [
     LoraConfig(rank=2, targets=("0", "1")),
     LoraConfig(rank=4, targets=("0", "1"), dropout=0.3),
@@ -76,6 +112,22 @@ CASES = {
     "scaled embedding": (lambda: make_embedding(ScaledEmbedding), EMBEDDED, tokens_of(11, 5)),
     "convolution": (lambda: make_convolution("zeros"), CONVOLVED, numbers(2, 6, 5)),
     "circular convolution": (lambda: make_convolution("circular"), CONVOLVED, numbers(2, 6, 5)),
+    "composite head": (
+        make_head,
+        [LoraConfig(rank=1, targets=("body",), dropout=0.2, modules_to_save=("head",)), *HEADED],
+        numbers(4),
+    ),
+    "composite head of some": (make_head, [LoraConfig(rank=1, targets=("body",), dropout=0.2), *HEADED], numbers(4)),
+    "linear head of some": (
+        lambda: make_head(lambda: nn.Linear(6, 3)),
+        [LoraConfig(rank=1, targets=("body",)), *HEADED],
+        numbers(4),
+    ),
+    "head without bias": (
+        lambda: make_head(lambda: nn.Linear(6, 3, bias=False)),
+        [LoraConfig(rank=1, targets=("body",), modules_to_save=("head",)), *HEADED],
+        numbers(4),
+    ),
     "two names": (
         make_shared,
         [LoraConfig(rank=2, dropout=0.2), LoraConfig(rank=1), LoraConfig(rank=3)],
@@ -161,3 +213,21 @@ def test_rows_that_slots_do_not_share_out_evenly_are_refused(make_model):
     inject_packed_lora(model, [LoraConfig(rank=1), LoraConfig(rank=2)])
     with pytest.raises(ValueError, match=r"must be a multiple of the 2 slots, but got shape \(3, 5, 8\)"):
         model(torch.zeros(3, 5, dtype=torch.long))
+
+
+@pytest.mark.parametrize("head", [Head, lambda: nn.Linear(6, 3)], ids=["composite", "linear"])
+def test_modules_that_train_in_full_are_fp32_beside_a_bf16_base(head):
+    config = LoraConfig(rank=1, targets=("body",), modules_to_save=("head",))
+    model = seeded(make_head(head)).bfloat16().eval()
+    inject_packed_lora(model, [config] * 2, generators=[torch.Generator().manual_seed(0)] * 2)
+    solo = seeded(make_head(head)).bfloat16().eval()
+    inject_lora(solo, config, generator=torch.Generator().manual_seed(0))
+    (packed,) = packed_trained_modules(model).values()
+    assert {p.dtype for p in packed.trained} == {torch.float32}
+    x = numbers(4)[:6].bfloat16()
+    output = model(x)
+    assert output.dtype is torch.bfloat16
+    # Sums in another order, rounded to bf16: one spacing of the largest output, since those near 0 are differences.
+    torch.testing.assert_close(output, solo(x), rtol=0, atol=2**-7 * float(output.detach().abs().max()))
+    output.float().sum().backward()
+    assert {p.grad.dtype for p in packed.trained} == {torch.float32}

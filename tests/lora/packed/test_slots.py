@@ -91,20 +91,6 @@ def test_a_slot_is_added_after_the_last(both, make_model):
     both.assert_equal(torch.randint(11, (8, 5), generator=stream(1)))
 
 
-def test_a_refused_fill_changes_nothing(both):
-    before, text = states(both.pack), str(both.pack)
-    for config, words in [
-        (LoraConfig(variant="dora"), "slot 1 must be packable"),
-        (LoraConfig(rank=99), "`method.rank <= 8` must hold"),
-        (LoraConfig(targets=("0.up",), modules_to_save=("layers.1",)), "must be the same"),
-    ]:
-        with pytest.raises(ValueError, match=words):
-            fill_slot(both.pack, 1, config)
-    assert str(both.pack) == text
-    for slot in range(3):
-        assert_identical(lora_state(slot_model(both.pack, slot)), before[slot])
-
-
 def test_compaction_keeps_the_slots_asked_for_in_that_order(both):
     before = states(both.pack)
     streams = [stream(k) for k in range(3)]
