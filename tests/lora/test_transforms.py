@@ -7,7 +7,6 @@ from torch.utils.checkpoint import checkpoint
 from lorasweep.lora import LoraConfig, inject_lora
 
 VARIANTS = [
-    {},
     {"dropout": 0.5},
     {"variant": "dora"},
     {"init": "pissa"},

@@ -1,27 +1,16 @@
 """Small random models of the architectures that people use, saved as transformers saves them."""
 
+from functools import partial
+
 import pytest
 import torch
 from tests.tiny_tokenizer import load_tokenizer
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
-    BertConfig,
-    BertModel,
-    Gemma3TextConfig,
-    Glm4MoeConfig,
-    GPT2Config,
-    LlamaConfig,
-    Qwen2Config,
-    Qwen3_5Config,
-    Qwen3_5ForConditionalGeneration,
-    Qwen3_5TextConfig,
-    Qwen3Config,
-    Qwen3MoeConfig,
-    Qwen3NextConfig,
-    RobertaConfig,
-    RobertaModel,
-    T5Config,
-    T5ForConditionalGeneration,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
 )
 
 from lorasweep.config.build import build
@@ -46,37 +35,35 @@ HYBRID = DECODER | {
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 GROUPED_EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
-IMAGES = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+GROUPED_EXPERTS |= {"moe_intermediate_size": 24, "first_k_dense_replace": 1}
+IMAGES = {
+    "vision_config": {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+}
 ENCODER = {key: value for key, value in DECODER.items() if key not in ("num_key_value_heads", "head_dim")}
 ENCODER |= {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 
+CAUSAL, ENCODER_ONLY = AutoModelForCausalLM.from_config, AutoModel.from_config
+ROBERTA = ENCODER | {"max_position_embeddings": 330}
+T5 = SIZES | {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 256}
 ARCHITECTURES = {
-    "llama": lambda: AutoModelForCausalLM.from_config(LlamaConfig(**DECODER)),
-    "gpt2": lambda: AutoModelForCausalLM.from_config(
-        GPT2Config(**SIZES, n_embd=16, n_layer=2, n_head=2, n_positions=64, n_inner=24)
+    "llama": (CAUSAL, "llama", DECODER),
+    "gpt2": (CAUSAL, "gpt2", SIZES | {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "n_inner": 24}),
+    "qwen2": (CAUSAL, "qwen2", DECODER),
+    "qwen3": (CAUSAL, "qwen3", DECODER),
+    "qwen3_next": (CAUSAL, "qwen3_next", HYBRID | EXPERTS | {"shared_expert_intermediate_size": 24}),
+    "qwen3_moe": (CAUSAL, "qwen3_moe", DECODER | EXPERTS),
+    "qwen3_5": (CAUSAL, "qwen3_5_text", HYBRID),
+    "qwen3_5_with_images": (
+        AutoModelForImageTextToText.from_config,
+        "qwen3_5",
+        {"text_config": HYBRID, "vision_config": IMAGES},
     ),
-    "qwen2": lambda: AutoModelForCausalLM.from_config(Qwen2Config(**DECODER)),
-    "qwen3": lambda: AutoModelForCausalLM.from_config(Qwen3Config(**DECODER)),
-    "qwen3_next": lambda: AutoModelForCausalLM.from_config(
-        Qwen3NextConfig(**HYBRID, **EXPERTS, shared_expert_intermediate_size=24)
-    ),
-    "qwen3_moe": lambda: AutoModelForCausalLM.from_config(Qwen3MoeConfig(**DECODER, **EXPERTS)),
-    "qwen3_5": lambda: AutoModelForCausalLM.from_config(Qwen3_5TextConfig(**HYBRID)),
-    "qwen3_5_with_images": lambda: Qwen3_5ForConditionalGeneration(
-        Qwen3_5Config(text_config=HYBRID, vision_config=IMAGES)
-    ),
-    "glm4_moe": lambda: AutoModelForCausalLM.from_config(
-        Glm4MoeConfig(**DECODER, **GROUPED_EXPERTS, moe_intermediate_size=24, first_k_dense_replace=1)
-    ),
-    "gemma3": lambda: AutoModelForCausalLM.from_config(Gemma3TextConfig(**DECODER)),
-    "bert": lambda: BertModel(BertConfig(**ENCODER)),
-    "bert_without_pooler": lambda: BertModel(BertConfig(**ENCODER), add_pooling_layer=False),
-    "roberta": lambda: RobertaModel(
-        RobertaConfig(**ENCODER | {"max_position_embeddings": 330}), add_pooling_layer=False
-    ),
-    "t5": lambda: T5ForConditionalGeneration(
-        T5Config(**SIZES, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=256)
-    ),
+    "glm4_moe": (CAUSAL, "glm4_moe", DECODER | GROUPED_EXPERTS),
+    "gemma3": (CAUSAL, "gemma3_text", DECODER),
+    "bert": (ENCODER_ONLY, "bert", ENCODER),
+    "bert_without_pooler": (partial(ENCODER_ONLY, add_pooling_layer=False), "bert", ENCODER),
+    "roberta": (partial(ENCODER_ONLY, add_pooling_layer=False), "roberta", ROBERTA),
+    "t5": (AutoModelForSeq2SeqLM.from_config, "t5", T5),
 }
 
 SETTINGS = {
@@ -111,7 +98,8 @@ def save_random(tmp_path_factory):
         if architecture not in folders:
             with torch.random.fork_rng():
                 torch.manual_seed(0)
-                model = ARCHITECTURES[architecture]()
+                make, model_type, settings = ARCHITECTURES[architecture]
+                model = make(AutoConfig.for_model(model_type, **settings))
             folders[architecture] = tmp_path_factory.mktemp(architecture)
             model.save_pretrained(folders[architecture])
             load_tokenizer().save_pretrained(folders[architecture])

@@ -16,9 +16,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lorasweep.config.method import LoraConfig
-from lorasweep.lora.fully_trained import TrainedModule, is_inside, trained_modules
+from lorasweep.lora.fully_trained import is_inside, trained_modules
 from lorasweep.lora.inject import check_not_injected, finish_layers, freeze, inject_lora, replace_module
-from lorasweep.lora.layers import LoraLayer, lora_layers
+from lorasweep.lora.layers import lora_layers
 from lorasweep.lora.packed.layers import (
     PackedLoraLayer,
     PackedTrainedModule,
@@ -202,17 +202,12 @@ def _update_layers(model: nn.Module, slots: Slots) -> None:
     for packed in list(model.modules()):
         if isinstance(packed, PackedLoraLayer | PackedTrainedModule):
             replace_module(model, packed, packed.base)
-    for name in _get_names(layers):
-        base = model.get_submodule(name)
-        replace_module(model, base, PackedLoraLayer(base, slots, [by_name.get(name) for by_name in layers]))
-    for name in _get_names(modules):
-        base = model.get_submodule(name)
-        replace_module(model, base, PackedTrainedModule(base, slots, [by_name.get(name) for by_name in modules]))
+    kinds: list[tuple[Any, Sequence[Mapping[str, Any]]]] = [(PackedLoraLayer, layers), (PackedTrainedModule, modules)]
+    for packed_class, by_slot in kinds:
+        for name in dict.fromkeys(name for by_name in by_slot for name in by_name):
+            base = model.get_submodule(name)
+            replace_module(model, base, packed_class(base, slots, [by_name.get(name) for by_name in by_slot]))
     finish_layers(model)
-
-
-def _get_names(by_slot: Sequence[Mapping[str, LoraLayer] | Mapping[str, TrainedModule]]) -> list[str]:
-    return list(dict.fromkeys(name for modules in by_slot for name in modules))
 
 
 def _check_rows_are_independent(model: nn.Module) -> None:

@@ -135,8 +135,13 @@ class Slots:
         # So a solo run draws the same, and slots may join, leave and move.
         if rate == 0:
             return torch.ones(shape, dtype=torch.bool, device=device)
-        lengths = self.sequence_lengths
-        unpadded = shape if lengths is None else _cut_padding(shape, padded=max(lengths), length=lengths[slot])
+        unpadded = shape
+        if self.sequence_lengths is not None:
+            length, padded = self.sequence_lengths[slot], max(self.sequence_lengths)
+            if len(shape) == 4 and shape[2] == shape[3] == padded:  # probabilities (rows, heads, length, length)
+                unpadded = torch.Size((*shape[:2], length, length))
+            elif len(shape) >= 3 and shape[1] == padded:  # inputs (rows, length, ...)
+                unpadded = torch.Size((shape[0], length, *shape[2:]))
         drawn = draw_keep_mask(unpadded, rate=rate, device=device, generator=self.generators[slot])
         if unpadded == shape:
             return drawn
@@ -158,18 +163,6 @@ class SlotDropout(nn.Dropout):
 
     def forward(self, input: Tensor) -> Tensor:
         return self.slots.drop(input, self.p) if self.training else input
-
-
-def _cut_padding(shape: torch.Size, *, padded: int, length: int) -> torch.Size:
-    """Returns the shape without padding, of inputs (rows, length, ...) or probabilities (rows, heads, length, length).
-
-    Other shapes are returned as they are.
-    """
-    if len(shape) == 4 and shape[2] == shape[3] == padded:
-        return torch.Size((*shape[:2], length, length))
-    if len(shape) >= 3 and shape[1] == padded:
-        return torch.Size((shape[0], length, *shape[2:]))
-    return shape
 
 
 def check_rows(x: Tensor, num_slots: int) -> None:
