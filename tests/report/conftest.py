@@ -159,8 +159,8 @@ def confirm_sweep(folder, *, seeds=5, examples=40, noise=0.004):
         numbers = iter(range(1000))
         for setting in list_settings(sweep, arm):
             sweep.settings.append(setting)
-            for seed in range(1 if arm.method == "frozen" else seeds):
-                value = (setting.score or 0.0) + (0 if arm.method == "frozen" else rng.gauss(0, noise))
+            for seed in range(1 if arm.is_base else seeds):
+                value = (setting.score or 0.0) + (0 if arm.is_base else rng.gauss(0, noise))
                 number = next(numbers)
                 # an example is as hard in every run, with a little noise of the run's own
                 scores = [value + hardness + rng.gauss(0, 0.01) for hardness in difficulty]
@@ -169,7 +169,7 @@ def confirm_sweep(folder, *, seeds=5, examples=40, noise=0.004):
                     arm.name,
                     number,
                     setting.params,
-                    curve_to(value)[: 1 if arm.method == "frozen" else None],
+                    curve_to(value)[: 1 if arm.is_base else None],
                     stage="confirm",
                     subject=setting.subject,
                     setting_number=setting.setting,
@@ -192,52 +192,40 @@ def confirm_sweep(folder, *, seeds=5, examples=40, noise=0.004):
 
 def list_settings(sweep, arm):
     """Returns the best complete trial of an arm, or that of each value of its `confirm_each` key as if predicted."""
-    mine = [row for row in sweep.trials if row.arm == arm.name and row.state == "complete"]
-    key = arm.key
     settings = []
     for number, subject in enumerate(arm.subjects):
-        trials = [row for row in mine if row.subject == subject.name]
-        best = min(trials, key=lambda row: row.value or 0.0, default=None)
+        best = find_winner((row for row in sweep.trials if row.subject == subject.name), record=sweep)
         if best is None:
             continue
         params = dict(best.params)
-        if key:  # beside the trial, so that nothing was tried there
+        if arm.key:  # beside the trial, so that nothing was tried there
             params["optim.lr"] = float(f"{1.02 * params['optim.lr']:.3g}")
-        settings.append(
-            SettingRow(
-                subject=subject.name,
-                arm=arm.name,
-                setting=number,
-                params=params,
-                trial=None if key else best.number,
-                score=best.value,
-                rate_ratio=1.02 if key else None,
-                regret=0.0 if arm.method == "frozen" else 0.001,
-            )
+        setting = SettingRow(
+            subject=subject.name,
+            arm=arm.name,
+            setting=number,
+            params=params,
+            trial=None if arm.key else best.number,
+            score=best.value,
+            rate_ratio=1.02 if arm.key else None,
+            regret=0.0 if arm.is_base else 0.001,
         )
+        settings.append(setting)
     return settings
 
 
 def list_questions(sweep):
     """Returns the questions that the controller states for these settings."""
-    methods = {arm.name: arm.method for arm in sweep.arms}
-    keys = {arm.name: arm.key for arm in sweep.arms}
-    subjects = {}
-    for row in sweep.settings:
-        subjects.setdefault(row.arm, []).append(row.subject)
-    full = next((name for name, method in methods.items() if method == "full" and name in subjects), None)
-    trained = [arm for arm in subjects if methods[arm] not in ("frozen", "full")]
-    as_good = [
-        Question(name="as_good_as_full", arm=arm, key=keys[arm], subjects=subjects[arm], reference=full)
-        for arm in trained
-        if full is not None
+    subjects = {arm.name: [row.subject for row in sweep.settings if row.arm == arm.name] for arm in sweep.arms}
+    full = next((arm.name for arm in sweep.arms if arm.method == "full" and subjects[arm.name]), None)
+    trained = [arm for arm in sweep.arms if arm.method == "lora" and subjects[arm.name]]
+    asked = [("as_good_as_full", arm, full) for arm in trained if full] + [
+        ("smallest", arm, None) for arm in trained if arm.key
     ]
-    smallest = [
-        Question(name="smallest", arm=arm, key=keys[arm], subjects=subjects[arm], reference=None)
-        for arm in trained
-        if keys[arm] is not None
+    return [
+        Question(name=name, arm=arm.name, key=arm.key, subjects=subjects[arm.name], reference=reference)
+        for name, arm, reference in asked
     ]
-    return [*as_good, *smallest]
 
 
 def build_rank_sweep(folder, scores, *, seeds=5, examples=0, noise=0.002):

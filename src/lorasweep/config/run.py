@@ -300,7 +300,7 @@ class RunConfig(Settings):
     @property
     def num_steps(self) -> int:
         """Optimizer steps of the whole run; 0 under `method=frozen`, which trains nothing."""
-        return 0 if self.method.name == "frozen" else self.trainer.max_steps
+        return 0 if self.method.trains_nothing else self.trainer.max_steps
 
     @property
     def eval_fraction(self) -> float:

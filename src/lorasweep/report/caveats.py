@@ -113,12 +113,10 @@ def _is_scored(trial: Trial) -> bool:
 
 def _find_answer(data: SweepData) -> Learning:
     """Returns an answer with its scores; without a name if there is none."""
-    metric, validation = data.record.metric, _read_entry(data.run_records, "validation")
-    scores = validation.get("constant_answer", {})
+    metric, scores = data.record.metric, _read_constant_answer(data.run_records, "validation")
     if is_number(score := scores.get(metric)):
         name = "the mean of the training labels" if "pearson" in scores else "the majority class"
-        test = _read_entry((run.record for run in data.confirm_runs), "test")
-        test_score = test.get("constant_answer", {}).get(metric)
+        test_score = _read_constant_answer((run.record for run in data.confirm_runs), "test").get(metric)
         test_score = test_score if is_number(test_score) else None
         return Learning(answer=name, sign=data.sign, score=score, test_score=test_score)
     if (score := data.best_score("frozen")) is None:
@@ -129,13 +127,10 @@ def _find_answer(data: SweepData) -> Learning:
     return Learning(answer="the frozen base", base=base, sign=data.sign, score=score, test_score=test_score)
 
 
-def _read_entry(records: Iterable[RunRecord | None], split: str) -> dict[str, Any]:
-    """Returns the entry of a split in the first record that has one with the scores of the constant answer."""
-    for record in records:
-        entry = record.data.get(split) if record else None
-        if isinstance(entry, dict) and isinstance(entry.get("constant_answer"), dict):
-            return entry
-    return {}
+def _read_constant_answer(records: Iterable[RunRecord | None], split: str) -> dict[str, Any]:
+    """Returns the scores of the constant answer on a split, from the first record that has them."""
+    found = (record.data.get(split, {}).get("constant_answer") for record in records if record)
+    return next((scores for scores in found if isinstance(scores, dict)), {})
 
 
 def _is_shown_on_test_data(name: str, known: Learning, data: SweepData) -> bool | None:
@@ -170,33 +165,29 @@ def describe_unstable_rates(data: SweepData, learning: Learning) -> list[str]:
     best for other seeds (Dodge et al. 2020, arXiv 2002.06305; Mosbach et al. 2021, arXiv 2006.04884).
     """
     found = []
+    scores = {
+        one.name: [run.value for run in one.confirm_runs if run.is_complete and run.value is not None]
+        for one in data.subjects
+    }
+    spreads = {name: stdev(values) for name, values in scores.items() if len(values) >= MIN_SPREAD_RUNS}
     for subject in data.subjects:
-        rate = subject.setting.params.get(LR) if subject.setting else None
-        if rate is None or subject.name in learning.unlearned or not subject.confirm_runs:
+        rate, runs = subject.setting.params.get(LR) if subject.setting else None, subject.confirm_runs
+        if rate is None or subject.name in learning.unlearned or not runs:
             continue
-        scores = _list_test_scores(subject)
-        failed = sum(run.state == "failed" for run in subject.confirm_runs)
+        failed = sum(run.state == "failed" for run in runs)
         if (answer := learning.test_score) is not None:
-            failed += sum(data.shown_metric.sign * (answer - score) <= 0 for score in scores)
-        peers = [_list_test_scores(other) for other in data.subjects if other.arm == subject.arm and other != subject]
-        spreads = [stdev(each) for each in peers if len(each) >= MIN_SPREAD_RUNS]
-        ratio = (
-            stdev(scores) / median(spreads) if spreads and median(spreads) and len(scores) >= MIN_SPREAD_RUNS else 0.0
-        )
-        reason = (
-            f"{failed} of {len(subject.confirm_runs)} confirm runs diverged or learned nothing"
-            if failed
-            else f"scores vary {ratio:.1f} times as much over seeds as those of its neighbours"
-        )
+            failed += sum(data.shown_metric.sign * (answer - score) <= 0 for score in scores[subject.name])
+        others = [one.name for one in data.subjects if one.arm == subject.arm and one is not subject]
+        peers = [spreads[name] for name in others if name in spreads]
+        ratio = spreads[subject.name] / median(peers) if subject.name in spreads and peers and median(peers) else 0.0
+        reason = f"scores vary {ratio:.1f} times as much over seeds as those of its neighbours"
+        if failed:
+            reason = f"{failed} of {len(runs)} confirm runs diverged or learned nothing"
         if failed or ratio >= MIN_SPREAD_RATIO:
             found.append(
                 f"The learning rate {format_setting(rate)} of `{subject.name}` is too high for some seeds: {reason}."
             )
     return found
-
-
-def _list_test_scores(subject: SubjectData) -> list[float]:
-    return [run.value for run in subject.confirm_runs if run.is_complete and run.value is not None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,8 +272,7 @@ def list_edges(data: SweepData) -> list[tuple[str, str]]:
     for arm in data.subjects:
         for key, value in (arm.best.params if arm.best else {}).items():
             if key == arm.subject.key or (key == ALPHA and arm.best and arm.best.follows_rate_law):
-                # each value of `confirm_each` is compared; under the rate law, another α only means another rate
-                continue
+                continue  # values of `confirm_each` are compared; under the rate law, another α means another rate
             end = _find_end(arm, key, arm.best)
             if end and any(_find_end(arm, key, trial) != end for trial in trials[arm.arm]):
                 edges[key, end].append(f"`{arm.name}` ({format_setting(value)})")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lorasweep.config.data import METRIC_RANGES, get_sign
+from lorasweep.config.method import FrozenConfig
 from lorasweep.config.sweep import Margin, parse_margin
 from lorasweep.record import (
     ANSWERS_FILE,
@@ -208,15 +209,16 @@ def answer_sweep(record: SweepRecord, scores: ConfirmScores) -> list[Answer]:
 def build_scale(record: SweepRecord, scores: ConfirmScores) -> MarginScale:
     """Returns the margin, the sign of the metric, and the best subjects of `frozen` and of `full`."""
     sign = record.verdict_metric.sign
-    bases = {arm.name for arm in record.arms if arm.is_base}
-    fulls = {arm.name for arm in record.arms if arm.method == "full"}
 
-    def find_best(arms: Collection[str]) -> str | None:
+    def find_best(method: str) -> str | None:
+        arms = {arm.name for arm in record.arms if arm.method == method}
         names = [row.subject for row in record.settings if row.arm in arms]
         means = {name: sign * found.value for name in names if (found := estimate_sum(scores, {name: 1.0}))}
         return min(means, key=means.__getitem__, default=None)
 
-    return MarginScale(margin=parse_margin(record.margin), sign=sign, base=find_best(bases), full=find_best(fulls))
+    return MarginScale(
+        margin=parse_margin(record.margin), sign=sign, base=find_best(FrozenConfig.name), full=find_best("full")
+    )
 
 
 def compare_retained(
