@@ -71,7 +71,6 @@ GOOD_ENOUGH = ("better", "equivalent", "not worse")
 AT_MARGIN = {"base": 2.0, "full": 1.0, "r1": 1.05, "r4": 1.05, "r16": 1.05}
 CASES = {
     "no difference": (ask("pair", ["r1"], "full"), AT_MARGIN | {"r1": 1.0}, {"r1": ("better", "worse")}, 0.05),
-    "at the margin": (PAIR, AT_MARGIN, {"r1": GOOD_ENOUGH}, 0.025),
     "all values at the margin": (AS_GOOD, AT_MARGIN, dict.fromkeys(RANKS, GOOD_ENOUGH), 0.025),
     "the smallest at the margin": (
         SMALLEST,
@@ -112,39 +111,33 @@ def draw_answers(question, scale, *, repeats=100):
 
 @pytest.mark.parametrize("question", [AS_GOOD, SMALLEST], ids=lambda question: question.name)
 @pytest.mark.parametrize("scale", [SHARE, UNIT], ids=["share", "unit"])
-def test_a_verdict_never_contradicts_its_interval(question, scale):
+def test_a_verdict_contradicts_neither_its_interval_nor_those_of_other_values(question, scale):
     seen = set()
-    for found in itertools.chain(*draw_answers(question, scale)):
-        if found.interval is None:
-            continue
-        low, high = found.interval
-        assert found.value is not None
-        assert low <= found.value <= high
-        # as an advantage over the reference: lower scores are better here
-        low, high = (low - 1, high - 1) if found.is_share else (-high, -low)
-        expected = {
-            "better": low > 0,
-            "worse": high < 0,
-            "equivalent": low > -0.05 and high < 0.05,
-            "not worse": low > -0.05,
-            "sufficient": low > -0.05,
-            "insufficient": high < -0.05,
-            "open": True,
-        }
-        assert expected[found.verdict], found
-        seen.add(found.verdict)
-    assert len(seen) >= 3
-
-
-@pytest.mark.parametrize("question", [AS_GOOD, SMALLEST], ids=lambda question: question.name)
-def test_a_value_is_good_enough_only_if_larger_ones_are_and_worse_only_if_smaller_ones_are(question):
-    for answers in draw_answers(question, UNIT):
+    for answers in draw_answers(question, scale):
         verdicts = [found.verdict for found in answers]
         for place, verdict in enumerate(verdicts):
+            # good enough only if all larger values are, worse only if all smaller ones are
             if verdict in POSITIVE_VERDICTS:
-                assert all(larger in POSITIVE_VERDICTS for larger in verdicts[place:])
+                assert set(verdicts[place:]) <= {*POSITIVE_VERDICTS}
             if verdict in NEGATIVE_VERDICTS:
-                assert all(smaller in NEGATIVE_VERDICTS for smaller in verdicts[: place + 1])
+                assert set(verdicts[: place + 1]) <= {*NEGATIVE_VERDICTS}
+        for found in [found for found in answers if found.interval is not None]:
+            low, high = found.interval
+            assert low <= found.value <= high
+            # as an advantage over the reference: lower scores are better here
+            low, high = (low - 1, high - 1) if found.is_share else (-high, -low)
+            expected = {
+                "better": low > 0,
+                "worse": high < 0,
+                "equivalent": low > -0.05 and high < 0.05,
+                "not worse": low > -0.05,
+                "sufficient": low > -0.05,
+                "insufficient": high < -0.05,
+                "open": True,
+            }
+            assert expected[found.verdict], found
+            seen.add(found.verdict)
+    assert len(seen) >= 3
 
 
 def test_a_refuted_value_is_shown_beside_the_value_that_refutes_it():
