@@ -1,12 +1,10 @@
 """The check of chat templates finds what is scored wrongly."""
 
-import runpy
 import sys
-from pathlib import Path
 
+import chat_templates
 import pytest
 
-SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "chat_templates.py"))
 KEEPS = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}{# <|user|><|system|><|tool|> #}"
@@ -16,7 +14,7 @@ KEEPS = (
 def test_each_case_of_a_template_has_a_cell_and_what_it_refuses_a_reason(tmp_path, monkeypatch, capsys):
     (tmp_path / "keeps.jinja").write_text(KEEPS)
     monkeypatch.setattr(sys, "argv", ["chat_templates.py", str(tmp_path)])
-    assert SCRIPT["main"]() == 0
+    assert chat_templates.main() == 0
     shown = capsys.readouterr().out
     assert "| keeps | exact | exact | exact | exact without reasoning | refused [1] |" in shown
     assert "[1] " in shown
@@ -33,10 +31,10 @@ def test_each_case_of_a_template_has_a_cell_and_what_it_refuses_a_reason(tmp_pat
     ],
 )
 def test_a_shifted_answer_is_found(first, last, fault):
-    tokenizer, case = SCRIPT["build_tokenizer"](KEEPS), SCRIPT["CASES"]["one turn"]
-    prompt = SCRIPT["serve"](tokenizer, case["messages"][:1], case)
+    tokenizer, case = chat_templates.build_tokenizer(KEEPS), chat_templates.CASES["one turn"]
+    prompt = chat_templates.serve(tokenizer, case["messages"][:1], case)
     answer = tokenizer(case["messages"][1]["content"] + "<|end|>")["input_ids"]
     tokens = [*prompt, *answer][:last]
     targets = [token if n >= len(prompt) + first else -100 for n, token in enumerate(tokens)][1:]
-    found = SCRIPT["find_fault"](tokenizer, case, 1, [(tokens[:-1], targets)])
+    found = chat_templates.find_fault(tokenizer, case, 1, [(tokens[:-1], targets)])
     assert found is None if fault is None else fault in found

@@ -1,16 +1,12 @@
 """The sweeps behind docs/claims.md are valid, and each of its tests can fail."""
 
 import random
-import runpy
-from pathlib import Path
 
 import pytest
+from claims import CLAIMS, SWEEPS
 
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
-
-SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "claims.py"))
-SWEEPS, CLAIMS = SCRIPT["SWEEPS"], SCRIPT["CLAIMS"]
 
 
 @pytest.mark.parametrize("name", SWEEPS)
