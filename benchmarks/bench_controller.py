@@ -19,8 +19,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import yaml
+from side_by_side import print_head, print_row
 
 from lorasweep.config.data import get_built_in_metric
 from lorasweep.record import RunRecord
@@ -39,12 +41,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1000)
     parser.add_argument("--trials", type=int, default=5000)
     parser.add_argument("--sampler", default="tpe")
-    parser.add_argument("--every", type=int, help="trials per row of the table; default: all")
     parser.add_argument("--folder", type=Path, help="parent of the sweep's folder; default: a temporary folder")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
         sweep = make_sweep(Path(folder), asked.sampler, asked.trials)
-        simulate(sweep, asked.workers, every=asked.every or asked.trials)
+        simulate(sweep, asked.workers)
         measure_restart(sweep.path)
 
 
@@ -99,71 +100,36 @@ class TrainingWorker:
         self.assignment = None
 
 
-class Times:
-    """Seconds of each call by kind, and the journal's size."""
-
-    def __init__(self, path: Path) -> None:
-        self.seconds: dict[str, list[float]] = {name: [] for name in CALLS}
-        self.cpu_s = 0.0
-        self._journal = path / "journal.log"
-        self._journal_before = self._journal.stat().st_size
-
-    def __call__(self, kind: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Calls the controller and keeps the duration."""
-        began, cpu_began = time.perf_counter(), time.process_time()
-        try:
-            return call(*args, **kwargs)
-        finally:
-            self.seconds[kind].append(time.perf_counter() - began)
-            self.cpu_s += time.process_time() - cpu_began
-
-    def print_row(self, label: str, num_trials: int) -> None:
-        """Prints the measurements since the last row and resets them."""
-        total = sum(map(sum, self.seconds.values()))
-        size = self._journal.stat().st_size
-        cells = "  ".join(describe_ms(self.seconds[name]) for name in CALLS)
-        rss = psutil.Process().memory_info().rss / 2**20
-        rates = f"{num_trials / total:>8.1f} {num_trials / self.cpu_s:>9.1f}"
-        written = f"{(size - self._journal_before) / num_trials:>7.0f}"
-        print(f"{label:>9} {rates}  {cells} {rss:>7.0f} {written}", flush=True)
-        self.seconds, self.cpu_s = {name: [] for name in CALLS}, 0.0
-        self._journal_before = size
-
-    @staticmethod
-    def print_head() -> None:
-        cells = "  ".join(f"{name + ' p50 / p99 / max ms':>24}" for name in CALLS)
-        print(f"{'trials':>9} {'trials/s':>8} {'per CPU s':>9}  {cells} {'MiB':>7} {'journal':>7}")
-
-
-def describe_ms(seconds: Sequence[float]) -> str:
-    """Returns the median, the 99th percentile and the maximum, in milliseconds."""
-    ordered = sorted(1e3 * s for s in seconds) or [math.nan]
-    p99 = ordered[min(len(ordered) - 1, math.ceil(0.99 * len(ordered)) - 1)]
-    return f"{ordered[len(ordered) // 2]:>6.1f} /{p99:>7.1f} /{ordered[-1]:>7.0f}"
-
-
-def simulate(sweep: SweepFolder, num_workers: int, *, every: int) -> None:
-    """Simulates a whole sweep and prints a row after every `every` started trials."""
+def simulate(sweep: SweepFolder, num_workers: int) -> None:
+    """Simulates a whole sweep and prints the durations of its calls."""
     controller = Controller(sweep, session="bench")
     workers = [TrainingWorker(f"bench-{number}") for number in range(num_workers)]
-    drawn, times = random.Random(0), Times(sweep.path)
-    trials = controller.search.arms["lora"]
-    sampler = trials.arm.sweep_config.sampler.name
-    asked = f"{num_workers} workers, {trials.planned:,} trials, {sampler}"
-    print(f"{asked}; load {os.getloadavg()[0]:.1f}")
-    times.print_head()
-    printed = 0
+    drawn, seconds, cpu_s = random.Random(0), {name: list[float]() for name in CALLS}, 0.0
+
+    def timed(kind: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        nonlocal cpu_s
+        began, cpu_began = time.perf_counter(), time.process_time()
+        found = call(*args, **kwargs)
+        seconds[kind].append(time.perf_counter() - began)
+        cpu_s += time.process_time() - cpu_began
+        return found
+
     while not controller.is_over():
-        drawn.choice(workers).advance(controller, times)
-        begun = len(trials.trials)
-        if begun >= printed + every and begun < trials.planned:
-            times.print_row(f"{begun:,}", begun - printed)
-            printed = begun
-    times.print_row("end", trials.planned - printed)
+        drawn.choice(workers).advance(controller, timed)
+    trials, total = controller.search.arms["lora"].planned, sum(map(sum, seconds.values()))
+    print(f"{num_workers} workers, {trials:,} trials; load {os.getloadavg()[0]:.1f}")
+    print_head("trials/s", "per CPU s", *(f"{name}: p50, p99, max ms" for name in CALLS), "MiB")
+    memory = psutil.Process().memory_info().rss / 2**20
+    print_row(trials / total, trials / cpu_s, *(describe_ms(seconds[name]) for name in CALLS), memory)
     began = time.perf_counter()
     controller.finish()
     print(f"finish: {time.perf_counter() - began:.1f} s")
     sweep.close()
+
+
+def describe_ms(seconds: Sequence[float]) -> str:
+    """Returns the median, the 99th percentile and the maximum, in milliseconds."""
+    return ", ".join(f"{1000 * value:.1f}" for value in np.quantile(seconds, (0.5, 0.99, 1)))
 
 
 def measure_restart(path: Path) -> None:

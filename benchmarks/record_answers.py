@@ -101,22 +101,10 @@ class AnswerTask:
 
 
 RANKS = (1, 4, 16, 64)
-TEXT_RANKS = (1, 2, 4, 8, 16, 64)
+TEXT = {"ranks": (1, 2, 4, 8, 16, 64), "num_rates": 8, "lora_lr_low": 1e-3, "full_lr_low": 1e-4}
 TASKS = {
-    "stdlib_docs": AnswerTask(
-        settings={**LANGUAGE, "data": "stdlib_docs"},
-        ranks=TEXT_RANKS,
-        num_rates=8,
-        lora_lr_low=1e-3,
-        full_lr_low=1e-4,
-    ),
-    "stdlib_code": AnswerTask(
-        settings={**LANGUAGE, "data": "stdlib_code"},
-        ranks=TEXT_RANKS,
-        num_rates=8,
-        lora_lr_low=1e-3,
-        full_lr_low=1e-4,
-    ),
+    "stdlib_docs": AnswerTask(settings={**LANGUAGE, "data": "stdlib_docs"}, **TEXT),
+    "stdlib_code": AnswerTask(settings={**LANGUAGE, "data": "stdlib_code"}, **TEXT),
     "movie_snippets": AnswerTask(settings=SENTENCES, ranks=RANKS, num_rates=6, lora_lr_low=1e-4, full_lr_low=1e-5),
     "e2e_nlg": AnswerTask(settings=CHAT, ranks=RANKS, num_rates=6, lora_lr_low=1e-3, full_lr_low=1e-4),
     "grid_stdlib_docs": AnswerTask(  # for `bench_proposals.py`; it was stored without test scores
