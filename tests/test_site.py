@@ -19,7 +19,6 @@ from pymdownx.slugs import slugify
 import lorasweep
 import lorasweep.errors
 import lorasweep.lora
-import lorasweep.report
 from lorasweep.cli import build_parser, run
 
 ROOT = Path(__file__).parent.parent
@@ -154,7 +153,7 @@ def test_every_setting_and_command_and_public_name_is_in_the_reference():
     commands = next(action.choices for action in build_parser()._actions if isinstance(action.choices, dict))
     assert set(re.findall(r"^## (\w+)$", text, flags=re.MULTILINE)) == set(commands)
     shown = set(re.findall(r"^::: ([\w.]+)$", (DOCS / "reference" / "api.md").read_text(encoding="utf-8"), flags=re.M))
-    for package in (lorasweep, lorasweep.lora, lorasweep.report):
+    for package in (lorasweep, lorasweep.lora):
         public = {f"{getattr(package, name).__module__}.{name}" for name in package.__all__}
         assert public <= shown
     assert "lorasweep.errors" in shown
