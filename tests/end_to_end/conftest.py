@@ -12,7 +12,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from tests.small_runs import SMALL_RUN, rates
+from tests.small_runs import SMALL_RUN
 from tests.training.runs import logged_rows
 
 import lorasweep
@@ -92,24 +92,6 @@ def _ask(server, question):
     server.stdin.write(json.dumps(question) + "\n")
     server.stdin.flush()
     return server.stdout.readline()
-
-
-@pytest.fixture(scope="session")
-def stopping_sweep():
-    """A sweep whose sampler learns, with a confirm stage."""
-    return {
-        "name": "stopping",
-        "settings": SETTINGS | {"confirm.seeds": 2, "sampler": "tpe"},
-        "arms": {
-            "frozen": {"settings": {"method": "frozen"}},
-            "full": {"settings": {"method": "full"}, "space": {"optim.lr": rates(1e-4, 1e-3)}, "trials": 2},
-            "lora": {
-                "settings": {"method": "lora", "method.dropout": 0.1},
-                "space": {"method.rank": [1, 2, 4], "optim.lr": rates(1e-3, 10)},
-                "trials": 6,
-            },
-        },
-    }
 
 
 @pytest.fixture(scope="session")

@@ -82,29 +82,6 @@ class Killed(BaseException):
     """Stands for `kill -9`: no handler of Exception catches it."""
 
 
-WRITES = ("create_new_trial", "set_trial_user_attr", "set_trial_intermediate_value", "set_trial_state_values")
-
-
-def kill_at(monkeypatch, storage, count, *, after):
-    """Raises `Killed` at the write of this number to the storage, before it or right after it."""
-    left = [count]
-
-    def wrap(write):
-        def call(*arguments, **named):
-            left[0] -= 1
-            if left[0] == 0 and not after:
-                raise Killed
-            result = write(*arguments, **named)
-            if left[0] == 0:
-                raise Killed
-            return result
-
-        return call
-
-    for name in WRITES:
-        monkeypatch.setattr(storage, name, wrap(getattr(storage, name)))
-
-
 @dataclass
 class MadeUpRuns:
     """Replaces `train_run` and `score_run`.

@@ -1,7 +1,6 @@
 """The loop gives exactly the trials that were asked for, whatever becomes of them and however often it is stopped."""
 
 import pytest
-from tests.sweep.conftest import UNTRAINED
 
 from lorasweep.config.compose import packaged_folder
 from lorasweep.errors import Diverged, OutOfMemory, WorkerError
@@ -10,30 +9,11 @@ from lorasweep.record import read_run, read_sweep
 SAMPLERS = sorted(path.stem for path in (packaged_folder("conf") / "sampler").glob("*.yaml"))
 
 
-def rows_of(path):
-    return [(row.arm, row.number, row.params, row.state, row.value, row.reason) for row in read_sweep(path).trials]
-
-
 def counts(path):
     found = {}
     for row in read_sweep(path).trials:
         found.setdefault(row.arm, []).append(row.state)
     return {arm: {state: states.count(state) for state in set(states)} for arm, states in found.items()}
-
-
-@pytest.mark.parametrize(
-    ("sampler", "stop_at"),
-    [("qmc", 3), ("tpe", 7), pytest.param("gp", 5, marks=pytest.mark.slow)],
-)
-def test_a_stopped_sweep_proposes_what_an_uninterrupted_one_does(begin, work, finish, runs, content, sampler, stop_at):
-    content["settings"] |= {"sampler": sampler}
-    whole = begin(content, "sweep.trials=7", folder="whole", constant_answer=UNTRAINED)
-    assert work(whole)
-    stopped = begin(content, "sweep.trials=7", folder="stopped", constant_answer=UNTRAINED)
-    assert not work(stopped, stop_at=stop_at)
-    finish(stopped.path, stop_at=stop_at)
-    assert rows_of(stopped.path) == rows_of(whole.path)
-    assert {row.state for row in read_sweep(whole.path).trials} == {"complete", "stopped"}
 
 
 def test_the_total_is_kept_with_failed_stopped_and_infeasible_trials_among_them(begin, work, runs, content):
@@ -112,14 +92,6 @@ def test_trials_that_learn_nothing_are_stopped_at_half_and_keep_their_best_score
             kept = read_run(folder.path / row.run)
             assert (kept.status, kept.steps_done, kept.reason) == ("stopped", 4, row.reason)
             assert row.reason.startswith("has learned nothing at step 4: ")
-
-
-@pytest.mark.parametrize(("falls", "state"), [(True, "complete"), (False, "stopped")])
-def test_a_run_that_equals_the_frozen_base_goes_on_if_its_loss_is_better(begin, work, runs, content, falls, state):
-    runs.score, runs.loss = lambda config, step: 0.5, lambda value, step: -step if falls else 1.0
-    folder = begin(content)
-    assert work(folder)
-    assert counts(folder.path) == {"frozen": {"complete": 1}, "full": {state: 3}, "lora": {state: 6}}
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -1,25 +1,57 @@
 """A worker that is killed anywhere, alone or in packs, ends with the sweep that was not."""
 
-import itertools
-from contextlib import suppress
-
-import optuna
 import pytest
-from tests.sweep.conftest import UNTRAINED, Killed, kill_at
+from optuna.storages import JournalStorage
+from tests.sweep.conftest import UNTRAINED, Killed
 
 from lorasweep.errors import OutOfMemory
 from lorasweep.record import read_run, read_sweep
-from lorasweep.sweep.controller.folder import open_storage
-from lorasweep.sweep.controller.lifecycle import reopen_sweep
+from lorasweep.sweep.controller.lifecycle import load_study, reopen_sweep
+
+WRITES = ("create_new_trial", "set_trial_user_attr", "set_trial_intermediate_value", "set_trial_state_values")
 
 
 @pytest.fixture
-def killed(content):
-    """Two arms with a confirm stage of more seeds than a pack has slots."""
-    del content["arms"]["frozen"]
-    content["arms"]["full"]["trials"] = 2
-    content["settings"] |= {"confirm.seeds": 5}
-    return content
+def work_killed(work, runs, monkeypatch):
+    """Runs an open sweep to its end, and kills the worker at every n-th moment.
+
+    Moments are before and after each write to the journal, before each evaluation, and after each record of a run.
+    """
+
+    def run(folder, *, every):
+        moments, sessions = [0], 1
+
+        def pass_moment():
+            moments[0] += 1
+            if moments[0] % every == 0:
+                raise Killed
+
+        def surround(call, *, before=True, after=True):
+            def wrapped(*arguments, **named):
+                if before:
+                    pass_moment()
+                result = call(*arguments, **named)
+                if after:
+                    pass_moment()
+                return result
+
+            return wrapped
+
+        with monkeypatch.context() as patch:
+            for name in WRITES:
+                patch.setattr(JournalStorage, name, surround(getattr(JournalStorage, name)))
+            patch.setattr(runs, "score", surround(runs.score, after=False))
+            patch.setattr(runs, "close", surround(runs.close, before=False))
+            while True:
+                try:
+                    assert work(folder)
+                    break
+                except Killed:
+                    sessions += 1
+                    folder = reopen_sweep(folder.path)
+        assert sessions > 3
+
+    return run
 
 
 def table_of(path):
@@ -27,140 +59,53 @@ def table_of(path):
     record = read_sweep(path)
     assert record.status == "complete"
     rows = [(row.arm, row.number, row.params, row.state, row.value, row.reason) for row in record.trials]
-    reruns = record.confirm
-    rows += [(row.subject, row.setting_number, row.seed, row.state, row.value, row.reason) for row in reruns]
-    runs = [read_run(path / row.run) for row in (*record.trials, *reruns)]
+    rows += [(row.subject, row.setting_number, row.seed, row.state, row.value, row.reason) for row in record.confirm]
+    runs = [read_run(path / row.run) for row in (*record.trials, *record.confirm)]
     states = [(run.status, run.best, run.steps_done, run.test) for run in runs]
     return rows, states, record.settings, record.looks_done
 
 
-TABLES = {}
-"""The table of the sweep that nobody kills, by the size of its packs."""
-
-
-@pytest.fixture
-def whole(begin, work, killed, runs, packs):
-    """Returns the table of the sweep that nobody kills, for a size of packs."""
-
-    def run(pack_size):
-        if pack_size in TABLES:
-            return TABLES[pack_size]
-        folder = begin(killed, f"worker.pack_size={pack_size}", folder="whole", constant_answer=UNTRAINED)
-        assert work(folder)
-        found = table_of(folder.path)
-        assert {state for _, _, _, state, *_ in found[0]} == {"complete", "stopped"}
-        runs.scored.clear()
-        TABLES[pack_size] = found
-        return found
-
-    return run
-
-
-def spread(cases, fast):
-    """Returns the cases; all but the fast ones are slow tests."""
-    return [
-        case if case in fast else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow)
-        for case in cases
-    ]
-
-
 @pytest.mark.parametrize("pack_size", [1, 3])
-@pytest.mark.parametrize("every", [7, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 5, 11))])
-def test_a_worker_killed_in_the_middle_of_runs_again_and_again(
-    begin, work, killed, runs, packs, whole, pack_size, every
+@pytest.mark.parametrize("every", [31, *(pytest.param(n, marks=pytest.mark.slow) for n in (13, 19))])
+def test_a_worker_killed_at_any_moment_ends_with_the_sweep_that_was_not(
+    begin, work, work_killed, content, runs, packs, pack_size, every
 ):
-    expected = whole(pack_size)
-    folder = begin(killed, f"worker.pack_size={pack_size}", folder="killed", constant_answer=UNTRAINED)
-    true_score, evaluations, sessions = runs.score, [0], 1
-
-    def score(config, step):
-        evaluations[0] += 1
-        if evaluations[0] % every == 0:  # a pack of three comes to its next boundary in between
-            raise Killed
-        return true_score(config, step)
-
-    runs.score = score
-    complete = False
-    while not complete:
-        try:
-            complete = work(folder)
-        except Killed:
-            sessions += 1
-            folder = reopen_sweep(folder.path)
-    assert sessions > 2
-    assert table_of(folder.path) == expected
+    """Two arms whose sampler learns, with a confirm stage of more seeds than a pack has slots."""
+    del content["arms"]["frozen"]
+    content["arms"]["full"]["trials"] = 2
+    content["settings"] |= {"confirm.seeds": 5, "worker.pack_size": pack_size}
+    whole, killed = (begin(content, folder=name, constant_answer=UNTRAINED) for name in ("whole", "killed"))
+    assert work(whole)
+    expected = table_of(whole.path)
+    assert {state for _, _, _, state, *_ in expected[0]} == {"complete", "stopped"}
+    runs.scored.clear()
+    work_killed(killed, every=every)
+    assert table_of(killed.path) == expected
     assert len(runs.scored) == len(set(runs.scored)) == 10
 
 
-@pytest.mark.parametrize("pack_size", [1, 3])
-@pytest.mark.parametrize(
-    ("count", "after"), spread(itertools.product(range(1, 140, 15), [False, True]), {(31, False), (61, True)})
-)
-def test_a_worker_killed_at_any_write_to_the_journal(
-    begin, work, killed, runs, packs, whole, monkeypatch, pack_size, after, count
-):
-    expected = whole(pack_size)
-    folder = begin(killed, f"worker.pack_size={pack_size}", folder="killed", constant_answer=UNTRAINED)
-    kill_at(monkeypatch, folder.storage, count, after=after)
-    try:
-        work(folder)
-    except Killed:
-        assert work(reopen_sweep(folder.path))
-    assert table_of(folder.path) == expected
-    assert len(runs.scored) == len(set(runs.scored)) == 10
-
-
-@pytest.mark.parametrize("pack_size", [1, 3])
-@pytest.mark.parametrize("count", spread(range(1, 18, 4), {9}))
-def test_a_worker_killed_at_any_write_of_a_runs_record(
-    begin, work, killed, runs, packs, whole, monkeypatch, pack_size, count
-):
-    expected = whole(pack_size)
-    folder = begin(killed, f"worker.pack_size={pack_size}", folder="killed", constant_answer=UNTRAINED)
-    true_close, left = runs.close, [count]
-
-    def close(*arguments, **named):
-        record = true_close(*arguments, **named)
-        left[0] -= 1
-        if left[0] == 0:
-            raise Killed
-        return record
-
-    monkeypatch.setattr(runs, "close", close)
-    with pytest.raises(Killed):
-        work(folder)
-    assert work(reopen_sweep(folder.path))
-    assert table_of(folder.path) == expected
-    assert len(runs.scored) == len(set(runs.scored)) == 10
-
-
-@pytest.mark.parametrize("error", [OutOfMemory("2 GiB"), KeyError("bug")])
-@pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("back", [1, 5])
+@pytest.mark.parametrize("every", [4, 7])
 def test_a_worker_killed_while_it_tells_of_a_failure_leaves_no_trial_half_told(
-    begin, work, killed, runs, monkeypatch, error, after, back
+    begin, work, work_killed, content, runs, every
 ):
-    killed["settings"] |= {"confirm.seeds": 0, "sweep.max_failures": 100, "worker.pack_size": 1}
-    del killed["arms"]["full"]
-    killed["arms"]["lora"]["trials"] = 3
-
     def score(config, step):
-        if config.method.rank == 4:
-            raise error
+        if config.method.rank != 1:
+            raise OutOfMemory("2 GiB") if config.method.rank == 4 else KeyError("bug")
         return config.optim.lr
 
     runs.score = score
-    whole = begin(killed, folder="whole")
+    content["settings"] |= {"sweep.max_failures": 100}
+    content["arms"] = {"lora": content["arms"]["lora"]}
+    whole, killed = (begin(content, folder=name) for name in ("whole", "killed"))
     assert work(whole)
-    expected = [(row.params, row.state, row.value, row.reason) for row in read_sweep(whole.path).trials]
-    assert {"failed", "infeasible"} & {state for _, state, _, _ in expected}
-    folder = begin(killed, folder="killed")
-    kill_at(monkeypatch, folder.storage, back, after=after)
-    with suppress(Killed):
-        work(folder)
-    assert work(reopen_sweep(folder.path))
-    assert [(row.params, row.state, row.value, row.reason) for row in read_sweep(folder.path).trials] == expected
-    trials = optuna.load_study(study_name="lora", storage=open_storage(folder.path))
-    assert all(trial.state.is_finished() for trial in trials.get_trials())
-    told = [trial.constraints for trial in trials.get_trials()]
+    work_killed(killed, every=every)
+    expected, found = (
+        [(row.params, row.state, row.value, row.reason) for row in read_sweep(folder.path).trials]
+        for folder in (whole, killed)
+    )
+    assert found == expected
+    assert {state for _, state, _, _ in expected} == {"complete", "failed", "infeasible"}
+    trials = load_study(killed.path, "lora").get_trials()
+    assert all(trial.state.is_finished() for trial in trials)
+    told = [trial.constraints for trial in trials]
     assert told == [{"memory": 1.0} if state == "infeasible" else {} for _, state, _, _ in expected]

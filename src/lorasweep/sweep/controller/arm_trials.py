@@ -160,8 +160,10 @@ class ArmTrials:
 
     def _tell(self, trial: Trial) -> None:
         """Tells the study that a trial has ended."""
-        if trial.state == "infeasible":
-            optuna.trial.Trial(self.study, self._find_id(trial)).set_constraint("memory", 1.0)
+        trial_id = self._find_id(trial)
+        # a process that was killed in between may have set it, and Optuna warns of a second time
+        if trial.state == "infeasible" and not self._storage.get_trial(trial_id).constraints:
+            optuna.trial.Trial(self.study, trial_id).set_constraint("memory", 1.0)
         value = trial.value if trial.state == "complete" else None
         self.study.tell(trial.number, value, state=OPTUNA_STATES[trial.state])
 
