@@ -1,6 +1,7 @@
-"""Finished runs of a few steps."""
+"""A finished run of a few steps."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -9,21 +10,14 @@ from lorasweep.training.run_log import RunFolder
 
 
 @pytest.fixture(scope="session")
-def trained_runs(tmp_path_factory, make_config, inputs):
-    """Folders of finished runs of a few steps: `lora`, `other` (another seed and rank), `full`, `frozen`."""
-    folder = tmp_path_factory.mktemp("runs")
-    settings = {
-        "lora": {},
-        "other": {"seed": 1, "method.rank": 4},
-        "full": {"method": "full", "optim.lr": 1e-3},
-        "frozen": {"method": "frozen"},
-    }
-    for name, changed in settings.items():
-        train_run(make_config(changed), RunFolder(path=folder / name), inputs=inputs)
-    return {name: folder / name for name in settings}
+def finished(make_config, inputs, tmp_path_factory):
+    """A LoRA run of rank 2 with dropout, of 4 steps and 2 evaluations."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train_run(make_config({"method.dropout": 0.1}), RunFolder(path=folder), inputs=inputs)
+    return folder
 
 
 @pytest.fixture
-def runs(trained_runs, tmp_path):
-    """Copies of those folders, to be written to."""
-    return {name: shutil.copytree(folder, tmp_path / name) for name, folder in trained_runs.items()}
+def run(finished, tmp_path):
+    """A copy of it, to be changed."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))

@@ -1,5 +1,6 @@
-"""A run inspected from its folder: the files have what was found, nothing else changes, and a sweep goes arm by arm."""
+"""A run inspected from its folder: the files have what was found, nothing else changes, and every method is measured."""
 
+import copy
 import csv
 import json
 import shutil
@@ -19,10 +20,6 @@ from lorasweep.training.run_log import RunFolder
 ADAPTER = "best/adapter_model.safetensors"
 
 
-def read_csv(text):
-    return list(csv.DictReader(text.splitlines()))
-
-
 def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -37,17 +34,12 @@ def test_a_decomposition_is_that_of_the_whole_matrix(rank):
     torch.testing.assert_close(s, torch.linalg.svdvals(matrix)[: len(s)], rtol=1e-10, atol=1e-10)
 
 
-def change(model, **added):
-    """Returns a copy of a model with these values added to its parameters."""
-    changed = nn.Sequential(nn.Linear(3, 3))
-    changed.load_state_dict({name: value + added.get(name[2:], 0) for name, value in model.state_dict().items()})
-    return changed
-
-
 def test_a_row_has_the_norms_ranks_and_share_of_its_change():
     base = nn.Sequential(nn.Linear(3, 3)).requires_grad_(False)
     base.load_state_dict({"0.weight": 2 * torch.eye(3), "0.bias": torch.tensor([3.0, 4.0, 0.0])})
-    model = change(base, weight=torch.diag(torch.tensor([3.0, 4.0, 0.0])), bias=torch.tensor([0.0, 5.0, 0.0]))
+    model = copy.deepcopy(base)
+    model[0].weight += torch.diag(torch.tensor([3.0, 4.0, 0.0]))
+    model[0].bias += torch.tensor([0.0, 5.0, 0.0])
     (matrix, vector), spectra = measure_updates(model, base, ranks={}, has_low_rank=True)
     assert (matrix.layer, matrix.kind, matrix.d_out, matrix.d_in, matrix.trained_rank) == ("0", "0", 3, 3, None)
     assert (matrix.update_norm, matrix.base_norm) == pytest.approx((5, 2 * 3**0.5))
@@ -60,19 +52,19 @@ def test_a_row_has_the_norms_ranks_and_share_of_its_change():
     assert (vector.energy_rank, vector.amplification) == (None, None)
 
 
-def test_files_hold_what_was_found_and_repeat_to_the_byte(runs):
-    inspection = inspect_run(runs["lora"])
-    folder = runs["lora"] / "inspect"
+def test_files_hold_what_was_found_and_repeat_to_the_byte(run):
+    inspection = inspect_run(run)
+    folder = run / "inspect"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert before.keys() == {"layers.csv", "spectra.json"}
-    rows = read_csv((folder / "layers.csv").read_text())
+    rows = list(csv.DictReader((folder / "layers.csv").read_text().splitlines()))
     assert [float(row["norm_share"]) for row in rows] == [row.norm_share for row in inspection.layers]
     assert sum(row.norm_share for row in inspection.layers) == pytest.approx(1)
     spectra = json.loads((folder / "spectra.json").read_text())
     for row in inspection.layers:
         assert len(spectra[row.layer]) == row.trained_rank == 2
         assert 1 <= row.energy_rank <= 2
-    inspect_run(runs["lora"])
+    inspect_run(run)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -120,8 +112,8 @@ def zero_b(run):
         (lambda run: shutil.rmtree(run / "best"), "`best`"),
     ],
 )
-def test_a_run_that_can_not_be_inspected_is_refused(runs, damage, message):
-    damage(runs["lora"])
+def test_a_run_that_can_not_be_inspected_is_refused(run, damage, message):
+    damage(run)
     with pytest.raises(RecordError, match=message):
-        inspect_run(runs["lora"])
-    assert not (runs["lora"] / "inspect").exists()
+        inspect_run(run)
+    assert not (run / "inspect").exists()

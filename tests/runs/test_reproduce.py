@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from tests.files import edit_json
@@ -17,20 +16,6 @@ from lorasweep.record import RUN_FILE, STEPS_FILE, read_run, read_steps
 from lorasweep.runs.reproduce import PACK_TOLERANCE, reproduce_run
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
-
-
-@pytest.fixture(scope="module")
-def finished(make_config, inputs, tmp_path_factory):
-    """A LoRA run with dropout, of 4 steps and 2 evaluations."""
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    train_run(make_config({"method.dropout": 0.1}), RunFolder(path=folder), inputs=inputs)
-    return folder
-
-
-@pytest.fixture
-def run(finished, tmp_path):
-    """A copy of it, to be changed."""
-    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 @pytest.fixture
