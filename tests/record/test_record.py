@@ -18,6 +18,7 @@ from lorasweep.record import (
     Question,
     RunRecord,
     SettingRow,
+    Subject,
     SweepRecord,
     Trial,
     build_frame,
@@ -40,7 +41,8 @@ def make_run(**values):
 def make_sweep(**values):
     common = {"arm": "lora", "number": 0, "params": {"method.rank": 1}}
     space = {"method.rank": [1, 2]}
-    arm = ArmRow(name="lora", method="lora", trials=2, settings={}, space=space)
+    subjects = [Subject(arm="lora", key="method.rank", value=rank) for rank in (1, 2)]
+    arm = ArmRow(name="lora", method="lora", trials=2, settings={}, space=space, subjects=subjects)
     confirmed = Trial(
         stage="confirm", setting_number=0, seed=7, state="complete", run="runs/lora-0001", value=1.5, **common
     )
@@ -68,6 +70,20 @@ def test_a_record_comes_back_as_it_was_written(tmp_path):
     assert read_run(tmp_path) == record
     write_record(make_sweep(), tmp_path)
     assert read_sweep(tmp_path) == make_sweep()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "name", "label"),
+    [
+        (None, None, "lora", "lora"),
+        ("method.rank", 16, "lora-rank-16", "rank 16"),
+        ("optim.lr", 1.23456e-3, "lora-lr-0.00123", "lr 0.00123"),
+        ("method.targets", "q proj/v", "lora-targets-q_proj_v", "targets q proj/v"),  # the name of a folder
+    ],
+)
+def test_a_subject_is_named_by_its_arm_and_its_value(key, value, name, label):
+    subject = Subject(arm="lora", key=key, value=value)
+    assert (subject.name, subject.label, subject.params) == (name, label, {key: value} if key else {})
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

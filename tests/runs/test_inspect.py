@@ -1,4 +1,4 @@
-"""A run inspected from its folder: the files have what was found, nothing else changes, and every method is measured."""
+"""A run inspected from its folder: every method is measured, and the files have what was found."""
 
 import copy
 import csv
