@@ -20,31 +20,25 @@ def fingerprint(items):
     return collect_examples("train", list(items)).fingerprint
 
 
-def test_fingerprint_moves_with_texts_pairs_labels_and_order():
-    variants = [
-        [LabelledText("a", None, 0), LabelledText("b", None, 1)],
-        [LabelledText("b", None, 1), LabelledText("a", None, 0)],
-        [LabelledText("a", None, 1), LabelledText("b", None, 0)],
-        [LabelledText("a", None, 0.0), LabelledText("b", None, 1.0)],
-        [LabelledText("a", None, [0]), LabelledText("b", None, [1])],
-        [LabelledText("a", "", 0), LabelledText("b", "x", 1)],
-        [LabelledText("ab", None, 0), LabelledText("", None, 1)],  # the same characters, cut elsewhere
-    ]
-    assert len({fingerprint(variant) for variant in variants}) == len(variants)
-    assert fingerprint(variants[0]) == fingerprint(list(variants[0]))
+HI, HELLO = Message("user", "hi"), Message("assistant", "hello")
+VARIANTS = [
+    [LabelledText("a", None, 0), LabelledText("b", None, 1)],
+    [LabelledText("b", None, 1), LabelledText("a", None, 0)],
+    [LabelledText("a", None, 1), LabelledText("b", None, 0)],
+    [LabelledText("a", None, 0.0), LabelledText("b", None, 1.0)],
+    [LabelledText("a", "", 0), LabelledText("b", "x", 1)],
+    [LabelledText("ab", None, 0), LabelledText("", None, 1)],  # the same characters, cut elsewhere
+    [Conversation([HI, HELLO])],
+    [Conversation([HI]), Conversation([HELLO])],
+    [Conversation([HELLO, HI])],
+    [Conversation([HI, Message("assistant", "hell")])],
+    [Conversation([Message("system", "hi"), HELLO])],
+]
 
 
-def test_fingerprint_moves_with_roles_contents_and_ends_of_conversations():
-    hi, hello = Message("user", "hi"), Message("assistant", "hello")
-    variants = [
-        [[hi, hello]],
-        [[hi], [hello]],
-        [[hello, hi]],
-        [[hi, Message("assistant", "hell")]],
-        [[Message("system", "hi"), hello]],
-    ]
-    fingerprints = {fingerprint(map(Conversation, variant)) for variant in variants}
-    assert len(fingerprints) == len(variants)
+def test_fingerprint_moves_with_every_text_label_role_end_and_order():
+    assert len(set(map(fingerprint, VARIANTS))) == len(VARIANTS)
+    assert fingerprint(VARIANTS[0]) == fingerprint(list(VARIANTS[0]))
     assert fingerprint([Document("one", "añb"), Document("two", "")]) == "1f8cabf312d16b81"
 
 

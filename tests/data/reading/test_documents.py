@@ -44,24 +44,16 @@ def test_many_documents_are_split_by_their_content(read):
     assert any("whose text has a hash" in note for note in source.notes)
 
 
-def test_end_of_one_document_is_split_off(read):
-    source = read("text", {"train.txt": "".join(LINES)})
-    assert text_of(source.train) + text_of(source.validation) + text_of(source.test()) == "".join(LINES)
-    assert [len(text_of(split)) for split in (source.train, source.validation, source.test())] == pytest.approx(
-        [0.8 * len("".join(LINES)), 0.1 * len("".join(LINES)), 0.1 * len("".join(LINES))],
-        abs=2 * len(LINES[-1]),  # a cut is moved to the end of a line
-    )
-    assert all(text_of(split).startswith("line ") for split in (source.validation, source.test()))
-    assert "between 80 % and 90 % of each of its 1 documents" in source.notes[0]
-    assert "between 90 % and 100 %" in source.notes[1]
-
-
-def test_the_share_of_the_test_split_holds_for_cut_documents_too(read):
-    source = read("text", {"train.txt": "".join(LINES)}, test_fraction=0.3)
-    assert text_of(source.train) + text_of(source.validation) + text_of(source.test()) == "".join(LINES)
-    # a cut is moved to the end of a line
-    assert len(text_of(source.test())) == pytest.approx(0.3 * len("".join(LINES)), abs=2 * len(LINES[-1]))
-    assert "between 60 % and 70 % of each" in source.notes[0]
+@pytest.mark.parametrize(("fraction", "start", "middle"), [(None, 80, 90), (0.3, 60, 70)])
+def test_end_of_one_document_is_split_off_where_lines_end(read, fraction, start, middle):
+    source = read("text", {"train.txt": "".join(LINES)}, test_fraction=fraction)
+    splits = [text_of(split) for split in (source.train, source.validation, source.test())]
+    assert "".join(splits) == "".join(LINES)
+    size, line = len("".join(LINES)) / 100, len(LINES[-1])
+    assert [*map(len, splits)] == pytest.approx([start * size, 10 * size, (100 - middle) * size], abs=2 * line)
+    assert all(text.startswith("line ") for text in splits)
+    assert f"between {start} % and {middle} % of each of its 1 documents" in source.notes[0]
+    assert f"between {middle} % and 100 %" in source.notes[1]
 
 
 @pytest.mark.parametrize("given_split", ["validation", "test"])

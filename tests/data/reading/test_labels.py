@@ -81,23 +81,29 @@ def test_splits_that_are_given_are_read_as_they_are(read):
     for split, rows in ((source.train, ROWS[:40]), (source.validation, ROWS[40:50]), (source.test(), ROWS[50:])):
         assert split.items == [(text, None, "ab".index(label), None) for text, label in rows]
     assert (source.train.name, source.validation.name, source.test().name) == ("train", "validation", "test")
-
-
-def test_rows_of_the_test_split_are_read_at_its_first_call_and_once(read):
-    source = read("table", {"train.csv": csv_of(ROWS), "test.csv": "text,label\none,\ntwo,a\nthree,\n"})
-    with pytest.raises(
-        ConfigError, match=r"row 1 of 'test\.csv' must have a label.* 2 rows .*, also row 3 of 'test\.csv'\."
-    ):
-        source.test()
-    source = read("table", {"train.csv": csv_of(ROWS), "test.csv": "text,label\nfine,a\nwell,c\n"})
-    with pytest.raises(ConfigError, match=r"row 2 of 'test.csv' must have a label that training has, \('a', 'b'\)"):
-        source.test()
-    source = read("table", {"train.csv": csv_of(ROWS), "test.csv": csv_of(ROWS[:3])})
     assert source.test() is source.test()
 
 
-def test_missing_splits_are_split_off_and_said(read):
-    source = read("table", {"train.csv": csv_of([*ROWS, *ROWS])})
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            "text,label\none,\ntwo,a\nthree,\n",
+            ["row 1 of 'test.csv' must have a label", "2 rows", "row 3 of 'test.csv'"],
+        ),
+        ("text,label\nfine,a\nwell,c\n", ["row 2 of 'test.csv'", "a label that training has, ('a', 'b')", "'c'"]),
+    ],
+)
+def test_rows_of_the_test_split_are_read_at_its_first_call(read, content, words):
+    source = read("table", {"train.csv": csv_of(ROWS), "test.csv": content})
+    with pytest.raises(ConfigError) as raised:
+        source.test()
+    assert [word for word in words if word not in str(raised.value)] == []
+
+
+@pytest.mark.parametrize(("fraction", "buckets"), [(None, "10 to 19"), (0.25, "10 to 34")])
+def test_missing_splits_are_split_off_and_said(read, fraction, buckets):
+    source = read("table", {"train.csv": csv_of([*ROWS, *ROWS])}, test_fraction=fraction)
     splits = (source.train, source.validation, source.test())
     texts = [set(texts_of(split)) for split in splits]
     assert all(texts)
@@ -107,14 +113,9 @@ def test_missing_splits_are_split_off_and_said(read):
     assert f"validation is split off from train: {len(source.validation)} of 120 examples" in validation
     assert "0 to 9 modulo 100" in validation
     assert f"test is split off from train: {len(source.test())} of 120 examples" in test
+    assert f"{buckets} modulo 100" in test
     assert not any("of validation have" in note for note in source.notes)
     assert source.test().notes == ()
-
-
-def test_the_share_of_the_test_split_is_said(read):
-    source = read("table", {"train.csv": csv_of(ROWS)}, test_fraction=0.25)
-    assert len(source.test()) > len(read("table", {"train.csv": csv_of(ROWS)}).test())
-    assert any(note.startswith("test is split off") and "10 to 34 modulo 100" in note for note in source.notes)
 
 
 def test_duplicates_are_counted(read):
