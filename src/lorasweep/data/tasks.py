@@ -73,10 +73,6 @@ class OwnMetric:
     score: ScoreMetric
     metric: Metric
 
-    @property
-    def is_binary(self) -> bool:
-        return any(base.__name__.startswith("Binary") for base in type(self.metric).__mro__)
-
     def compute(self, predicted: Tensor, target: Tensor) -> Tensor:
         """Returns the metric as a scalar, float64."""
         metric = self.metric.to(predicted.device)
@@ -284,8 +280,9 @@ class Classification(LabelTask):
 
     def _to_metric_input(self, logits: Tensor) -> Tensor:
         probabilities = logits.softmax(-1)
-        is_second_wanted = self.num_classes == 2 and self.own_metric is not None and self.own_metric.is_binary
-        return probabilities[:, 1] if is_second_wanted else probabilities
+        assert self.own_metric is not None
+        is_binary = any(base.__name__.startswith("Binary") for base in type(self.own_metric.metric).__mro__)
+        return probabilities[:, 1] if is_binary and self.num_classes == 2 else probabilities
 
     def compute_metrics(self, scores: ExampleScores) -> dict[str, Tensor]:
         predicted, target = _unpack(scores)

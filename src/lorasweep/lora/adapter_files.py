@@ -94,7 +94,15 @@ def load_adapter(model: nn.Module, folder: str | Path, *, base_fingerprint: str 
         config = config_from_peft(read_peft_settings(folder / CONFIG_FILE), model)
     except (RecordError, ValueError) as error:
         raise ValueError(f"{str(folder / CONFIG_FILE)!r} must be a LoRA configuration, but got: {error}") from error
-    tensors, metadata = _read_tensors(folder / WEIGHTS_FILE)
+    try:
+        require_regular_file(folder / WEIGHTS_FILE)
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+            metadata = file.metadata() or {}
+    except Exception as error:  # safetensors and torch raise errors of many classes for a damaged header
+        raise ValueError(
+            f"{str(folder / WEIGHTS_FILE)!r} must be a whole safetensors file, but got: {error}. Save it again."
+        ) from error
     expected_fingerprint = metadata.get(FINGERPRINT_KEY)
     if None not in (expected_fingerprint, base_fingerprint) and expected_fingerprint != base_fingerprint:
         raise ValueError(
@@ -163,15 +171,6 @@ def _is_copy_of_base(key: str, tensor: Tensor, model: nn.Module) -> bool:
     return base is not None and base.shape == tensor.shape and torch.equal(tensor.to(base), base)
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        require_regular_file(path)
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 - not a mapping
-    except Exception as error:  # safetensors and torch raise errors of many classes for a damaged header
-        raise ValueError(f"{str(path)!r} must be a whole safetensors file, but got: {error}. Save it again.") from error
-
-
 class _PeftSettings(TypedDict, total=False):
     """The types of PEFT's settings that are read from the file of an adapter; it may have others."""
 
@@ -207,7 +206,11 @@ def config_to_peft(layers: Mapping[str, LoraLayer], model: nn.Module, *, base_pa
     """
     config = next(iter(layers.values())).config
     ranks = {name: layer.get_plain_matrices()[0].shape[0] for name, layer in layers.items()}
-    alphas = {name: _compute_alpha(layer, ranks[name]) for name, layer in layers.items()}
+    alphas = {}  # α with which PEFT's LoRA, or its rsLoRA, has the scaling of the layer
+    for name, layer in layers.items():
+        ratio = ranks[name] / layer.rank
+        factors = {"alpha": ranks[name], "alpha_over_rank": ratio, "alpha_over_sqrt_rank": math.sqrt(ratio)}
+        alphas[name] = layer.target.alpha * factors[config.scaling]
     # the most common values are the defaults, so that the fewest layers need a pattern
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
@@ -266,13 +269,6 @@ def config_from_peft(raw: Mapping[str, Any], model: nn.Module) -> LoraConfig:
 
 def _keep_matching_patterns(patterns: Iterable[str], names: list[str]) -> tuple[str, ...]:
     return tuple(pattern for pattern in patterns if any(fits_pattern(pattern, name) for name in names))
-
-
-def _compute_alpha(layer: LoraLayer, rank: int) -> float:
-    """Returns the α with which PEFT's LoRA, or its rsLoRA, of this rank has the same scaling as the layer."""
-    ratio = rank / layer.rank
-    factors = {"alpha": rank, "alpha_over_rank": ratio, "alpha_over_sqrt_rank": math.sqrt(ratio)}
-    return layer.target.alpha * factors[layer.config.scaling]
 
 
 def find_task_type(model: nn.Module, *, has_trained_modules: bool) -> str | None:

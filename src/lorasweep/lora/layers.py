@@ -144,8 +144,10 @@ class LoraLayer(AdaptedLayer):
 
     def forward(self, x: Shaped[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:
         lora_a, lora_b = self.get_plain_matrices()
-        keep = self._draw_keep_mask(x)
-        factor = self.scaling if keep is None else self.scaling / (1 - self.config.dropout)
+        dropout = self.config.dropout
+        is_dropped = self.training and dropout > 0 and not isinstance(self.base, nn.Embedding)  # token ids are kept
+        keep = draw_keep_mask(x.shape, rate=dropout, device=x.device) if is_dropped else None
+        factor = self.scaling / (1 - dropout) if is_dropped else self.scaling
         y = self.add_update(x, [SlotGroup(lora_a[None], lora_b[None], factor)], keep=keep)
         if self.magnitude is None:
             return y
@@ -184,13 +186,6 @@ class LoraLayer(AdaptedLayer):
     def _compute_row_norms(self) -> Float[Tensor, " d_out"]:
         norms: Tensor = torch.linalg.vector_norm(self._compute_updated_matrix(), dim=1)
         return norms
-
-    def _draw_keep_mask(self, x: Tensor) -> Bool[Tensor, "*shape"] | None:
-        """Returns a mask that is False with probability `dropout`; None if no input is dropped, as for token ids."""
-        dropout = self.config.dropout
-        if not self.training or dropout == 0 or isinstance(self.base, nn.Embedding):
-            return None
-        return draw_keep_mask(x.shape, rate=dropout, device=x.device)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:

@@ -129,8 +129,11 @@ def replace_activations(model: nn.Module, *, widths: frozenset[int]) -> None:
         for name, child in list(parent._modules.items()):
             if isinstance(child, RecomputedActivation):
                 child.widths = widths
-            elif not isinstance(parent, RecomputedActivation) and child is not None and _can_be_recomputed(child):
-                setattr(parent, name, RecomputedActivation(child, widths=widths).train(child.training))
+            elif type(child).__name__ in RECOMPUTED_ACTIVATIONS and not isinstance(parent, RecomputedActivation):
+                assert child is not None
+                has_hooks = child._forward_hooks or child._forward_pre_hooks  # the backward pass would call them again
+                if not has_hooks and not getattr(child, "inplace", False):
+                    setattr(parent, name, RecomputedActivation(child, widths=widths).train(child.training))
 
 
 def restore_activations(model: nn.Module) -> None:
@@ -193,9 +196,3 @@ def _can_recompute_product(activated: ActivationOutput, factor: object) -> bool:
         and len(activated.inputs) == 1  # not a product itself
         and activated.is_unchanged
     )
-
-
-def _can_be_recomputed(module: nn.Module) -> bool:
-    has_hooks = module._forward_hooks or module._forward_pre_hooks  # they would be called again in the backward pass
-    is_inplace = getattr(module, "inplace", False)
-    return type(module).__name__ in RECOMPUTED_ACTIVATIONS and not has_hooks and not is_inplace

@@ -99,7 +99,14 @@ def _parse_row(*values: Any, group: str | None, has_tools: bool, row: Mapping[st
     if not messages or messages[-1].role != "assistant":
         roles_given = [message.role for message in messages]
         raise ValueError(f"must have messages that end with the assistant's, but has the roles {shorten(roles_given)}")
-    _check_tool_messages(messages)
+    num_open = 0  # tool calls without an answer
+    for message in messages:
+        if (message.role == "tool") != (num_open > 0):
+            raise ValueError(
+                "must have a message of the role tool right after each tool call and nowhere else, but has one of the "
+                f"role {message.role} (open calls: {num_open})"
+            )
+        num_open += -1 if message.role == "tool" else len(json.loads(message.fields or "{}").get("tool_calls", ()))
     tools = _parse_objects(values[-1], kind="tools") if has_tools else []
     conversation = Conversation(messages, group, json.dumps(tools) if tools else "", row)
     return conversation if group is not None else conversation._replace(group=f"{_prompt_key(conversation):016x}")
@@ -164,15 +171,3 @@ def _parse_call(call: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"must have tool calls with a `name` and an object of `arguments`, but has {shorten(call)}")
     identity = {"id": call["id"]} if call.get("id") else {}
     return {"type": "function", **identity, "function": {"name": name, "arguments": arguments}}
-
-
-def _check_tool_messages(messages: Sequence[Message]) -> None:
-    """Raises ValueError if a tool call has no answer before the next message, or a tool answers no call."""
-    num_open = 0
-    for message in messages:
-        if (message.role == "tool") != (num_open > 0):
-            raise ValueError(
-                "must have a message of the role tool right after each tool call and nowhere else, but has one of the "
-                f"role {message.role} (open calls: {num_open})"
-            )
-        num_open += -1 if message.role == "tool" else len(json.loads(message.fields or "{}").get("tool_calls", ()))
