@@ -17,3 +17,14 @@ TWO_STEPS = SMALL_RUN | {"trainer.max_steps": 2, "trainer.eval_every_steps": 1}
 def rates(low, high):
     """A range of learning rates."""
     return {"low": low, "high": high, "log": True}
+
+
+MINI = {
+    "name": "mini",
+    "settings": TWO_STEPS | {"worker.pack_size": 1, "confirm.seeds": 0},
+    "arms": {
+        "frozen": {"settings": {"method": "frozen"}},
+        "lora": {"settings": {"method": "lora"}, "space": {"method.rank": [1, 2]}, "trials": 2},
+    },
+}
+"""A sweep file's content: three trials of two steps."""

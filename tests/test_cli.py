@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from tests.files import list_names
-from tests.small_runs import TWO_STEPS
+from tests.small_runs import MINI
 
 import lorasweep.sweep.workers.worker as worker_file
 import lorasweep.training.inputs as workbench_file
@@ -20,14 +20,6 @@ from lorasweep.errors import Diverged
 from lorasweep.record import read_sweep
 from lorasweep.training.stop_signal import StopSignal
 
-MINI = {
-    "name": "mini",
-    "settings": TWO_STEPS | {"worker.pack_size": 1, "confirm.seeds": 0},
-    "arms": {
-        "frozen": {"settings": {"method": "frozen"}},
-        "lora": {"settings": {"method": "lora"}, "space": {"method.rank": [1, 2]}, "trials": 2},
-    },
-}
 pytestmark = pytest.mark.usefixtures("here")
 
 
@@ -41,15 +33,9 @@ BAD = [
     (["status", "."], "`lorasweep status` must get the folder of a sweep, but '.' has no sweep.json."),
     (["sweep", "quickstat"], "Did you mean `quickstart`?"),
     (["sweep", "./notes.txt"], "notes.txt: a sweep file must "),
-    (["sweep", "mini.yaml", "method.targets=[q_prj]"], "q_proj"),
-    (["sweep", "mini.yaml", "+experiment=quick_check"], "`+` and `~` are for `lorasweep train`"),
-    (["sweep", "mini.yaml", "sampler._target_=pathlib.Path"], "must be a subclass of"),
-    (["sweep", "empty.yaml"], "`arms.lora.trials` must be 1 for an arm without a space, but got 2. Add a `space`."),
-    (["sweep", "mini.yaml", "arms.frozen.data.metric=loss"], "`data.metric`"),
     (["sweep", "mini.yaml", "sweep.output=full"], "`sweep.output` must be a new or empty folder, but 'full' is not."),
     (["sweep", "mini.yaml", "model=causal_lm", "model.path=./no/model"], "`model.path` must be"),
     (["sweep", "--resume", "nowhere"], "a sweep's folder must contain sweep.json, but 'nowhere' does not."),
-    (["sweep", "--resume", "full", "optim.lr=1"], "a sweep's folder must contain sweep.json, but 'full' does not."),
     (["sweep"], "or `data.train=FILE`, or `data.path=HUB-ID data.train=SPLIT`, but got nothing."),
     (["sweep", "model.path=m", "data.trian=a.csv"], "but got `model.path`, `data.trian`."),
     (["plan", "mini.yml"], "a sweep file must exist, but 'mini.yml' does not. Did you mean `mini.yaml`?"),
@@ -58,7 +44,6 @@ BAD = [
     (["reproduce", "full"], "a run's folder must contain run.json, but 'full' does not."),
     (["train", "data.train=https://me:open-sesame@host/a.csv", "data=table"], "but got 'https://***@host/a.csv'."),
     (["sweep", "mini.yaml", "model.path=https://me:open-sesame@host"], "`model.path` must not contain a password"),
-    (["train", "method.rnk=4"], "`method.rnk` is not a setting. Did you mean `method.rank`?"),
     (["train", "method.lora_alpha=4"], "`method.lora_alpha` is not a setting. PEFT's `lora_alpha` is `method.alpha`"),
     (["train", "model.path=embedded:big"], "`model.path` must name an embedded model (tiny), but got 'embedded:big'."),
     (["train", "output=full"], "`output` must be a new or empty folder, but 'full' is not."),
@@ -70,8 +55,6 @@ def test_bad_input_is_one_line_and_exit_code_2_and_changes_nothing(here, mini, c
     (here / "full").mkdir()
     (here / "full" / "mine.txt").write_text("mine")
     (here / "notes.txt").write_text("just words\n")
-    empty = MINI | {"arms": {"lora": MINI["arms"]["lora"] | {"space": {}}}}
-    (here / "empty.yaml").write_text(yaml.safe_dump(empty))
     before = list_names(here)
     assert run(words) == WRONG_REQUEST == 2
     output = capsys.readouterr()
@@ -81,7 +64,6 @@ def test_bad_input_is_one_line_and_exit_code_2_and_changes_nothing(here, mini, c
     assert output.out == ""
     assert caplog.text == ""  # it would stand on standard error
     assert list_names(here) == before
-    assert (here / "notes.txt").read_text() == "just words\n"
 
 
 def test_a_command_that_is_not_understood_ends_with_2_and_the_version_with_0(capsys):

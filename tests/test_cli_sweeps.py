@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from tests.files import read_files
-from tests.small_runs import TWO_STEPS
+from tests.small_runs import MINI
 
 import lorasweep
 import lorasweep.sweep.workers.worker as worker_file
@@ -19,14 +19,6 @@ from lorasweep.cli import DONE, FAILED, WRONG_REQUEST, run
 from lorasweep.errors import OutOfMemory
 from lorasweep.record import read_run, read_sweep, write_record
 
-MINI = {
-    "name": "mini",
-    "settings": TWO_STEPS | {"worker.pack_size": 1, "confirm.seeds": 1},
-    "arms": {
-        "frozen": {"settings": {"method": "frozen"}},
-        "lora": {"settings": {"method": "lora"}, "space": {"method.rank": [1, 2]}, "trials": 2},
-    },
-}
 pytestmark = pytest.mark.slow
 
 
@@ -34,7 +26,9 @@ pytestmark = pytest.mark.slow
 def swept(tmp_path_factory):
     """A finished sweep's folder, and what the command printed."""
     folder, printed = tmp_path_factory.mktemp("swept"), io.StringIO()
-    (folder / "mini.yaml").write_text(yaml.safe_dump(MINI, sort_keys=False))
+    (folder / "mini.yaml").write_text(
+        yaml.safe_dump(MINI | {"settings": MINI["settings"] | {"confirm.seeds": 1}}, sort_keys=False)
+    )
     with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
         assert run(["sweep", "mini.yaml"]) == DONE
     return SimpleNamespace(folder=folder, printed=printed.getvalue())

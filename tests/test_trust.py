@@ -8,10 +8,9 @@ import pytest
 import yaml
 from tests.files import edit_json
 from tests.fuzzing import list_files
+from tests.small_runs import MINI
 
 from lorasweep.cli import DONE, WRONG_REQUEST, run
-
-from .test_cli import MINI
 
 SHORT = {**MINI["settings"], "trainer.max_steps": 1}
 ONE_ARM = {**MINI, "settings": SHORT, "arms": {"lora": {"settings": {"method": "lora", "method.rank": 1}}}}
