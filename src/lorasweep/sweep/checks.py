@@ -11,8 +11,9 @@ from lorasweep.record import RetainedRow
 from lorasweep.sweep.controller.encoding import History
 from lorasweep.sweep.controller.proposals import propose
 from lorasweep.sweep.controller.stopping import MIN_STEPS
-from lorasweep.sweep.definition.arms import Definition, name_in_errors, restore_definition
+from lorasweep.sweep.definition.arms import Definition, restore_definition
 from lorasweep.sweep.definition.packing import explain_bases, explain_solo_arms, plan_packing
+from lorasweep.sweep.definition.sweep_file import name_in_errors
 from lorasweep.sweep.power import describe_power
 from lorasweep.sweep.workers.train import check_workers
 from lorasweep.training.answers import check_answers, get_answers

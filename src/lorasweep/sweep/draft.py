@@ -33,8 +33,8 @@ from lorasweep.data.reading.tables import (
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.checks import MAX_STEPS, count_steps
 from lorasweep.sweep.controller.stopping import MIN_STEPS
-from lorasweep.sweep.definition.arms import SWEEP_GROUPS, Definition, is_range, read_definition
-from lorasweep.sweep.definition.sweep_file import MAX_NAME_CHARACTERS
+from lorasweep.sweep.definition.arms import Definition, read_definition
+from lorasweep.sweep.definition.sweep_file import MAX_NAME_CHARACTERS, SWEEP_GROUPS, is_range
 from lorasweep.sweep.power import TEST_PERCENTS, assess_power, describe_power
 from lorasweep.training.inputs import InputsCache, RunInputs
 from lorasweep.wording import format_count, format_share, join_words

@@ -117,7 +117,7 @@ def test_a_wrong_key_or_value_of_a_file_is_refused(read, content, path, value, w
         (["method.rnk=1"], ["`method.rnk`", "at least one arm (frozen, full, lora)", "`method.rank`"]),
         (["arms.lorra.optim.lr=1"], ["`arms.lorra.optim.lr`", "at least one arm (frozen, full, lora)"]),
         (["arms.lora.method.rnk=1"], ["`lora`", "`method.rnk`", "`method.rank`"]),
-        (["arms.lora.trials=many"], ["`sweep.trials`", "a whole number", "'many'"]),
+        (["arms.lora.trials=many"], ["`arms.lora.trials`", "a whole number", "'many'"]),
         (["arms.lora={trials: 2}"], ["`arms.lora`", "{'trials': 2}", "a new arm"]),
         (["arms.lroa=null"], ["`arms.lroa`", "null", "`arms.lora`"]),
         (["~arms.lora"], ["~arms.lora", "`arms.ARM=null`"]),

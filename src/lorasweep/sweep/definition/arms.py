@@ -6,40 +6,32 @@ import glob
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from optuna.distributions import CategoricalDistribution
 
-from lorasweep.config.build import TARGET, as_settings, dotted_items
+from lorasweep.config.build import as_settings, dotted_items
 from lorasweep.config.command_line import parse_overrides
-from lorasweep.config.compose import (
-    LIST_GROUPS,
-    LIST_SETTINGS,
-    build_run,
-    compose_options,
-    compose_run,
-    compose_sweep,
-    compose_values,
-    is_hydra_override,
-    merge_layers,
-)
+from lorasweep.config.compose import compose_run, compose_sweep, is_hydra_override
 from lorasweep.config.data import DataConfig
-from lorasweep.config.run import METHODS_ON_QUANTISED_BASE, RunConfig
+from lorasweep.config.run import RunConfig
 from lorasweep.config.sweep import SweepConfig
 from lorasweep.errors import ConfigError
 from lorasweep.record import Subject, is_number
 from lorasweep.sweep.definition.sweep_file import (
+    SWEEP_GROUPS,
+    ArmConfig,
     Space,
-    SweepFile,
+    apply_overrides,
+    change_arms,
     describe_space,
     list_corner_values,
+    name_in_errors,
     parse_file,
     parse_range,
     read_content,
@@ -52,9 +44,6 @@ DEFAULT_TRIALS = 16
 CONFIRM_ENDING = "-confirm"
 """An ending that an arm's name must not have. The folder of a confirm run has the name of its arm, this ending and a
 number."""
-SWEEP_GROUPS = tuple(f.name for f in fields(SweepConfig))
-"""Groups of settings that belong to a sweep and not to its runs: the first part of their keys."""
-QUANTIZATION = "model.quantization"
 PATH_KEYS = ("data.train", "data.validation", "data.test", "model.path")
 """Settings whose values may be paths of files."""
 
@@ -123,15 +112,6 @@ class Definition:
         return next(arm for arm in self.arms if arm.name == name)
 
 
-@contextmanager
-def name_in_errors(what: str) -> Iterator[None]:
-    """Puts a name, such as that of an arm, before the message of any ConfigError that is raised inside."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(f"{what}: {error}") from error
-
-
 def read_definition(source: Path | Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any] = ()) -> Definition:
     """Returns the checked definition of a sweep, from its file or content and from overrides.
 
@@ -156,21 +136,10 @@ def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Defini
             f"a sweep's override must read `key=value`, but got {key!r}. `+` and `~` are for `lorasweep train`; write "
             "a value, an option such as `logger=none`, or `arms.ARM=null` to leave out an arm."
         )
-    content, overrides = _change_arms(raw["file"], raw["overrides"])
-    file = parse_file(content)
-    for_all = {key: value for key, value in overrides.items() if not key.startswith("arms.")}
-    sweep_config = compose_sweep(_select(merge_layers(file.settings, for_all), of_sweep=True))
-    own = {name: _strip(name, overrides) for name in file.arms}
-    chosen = {name: _choose_overrides(name, file, for_all, own[name]) for name in file.arms}
-    arms = [_build_arm(name, file, chosen[name], own[name]) for name in file.arms]
-    # A wrong value at one end of a range raises here, because all corners are composed.
-    known = {f"method.{f.name}" for arm in arms for corner in arm.corner_configs for f in fields(corner.method)}
-    used = {*chain(*chosen.values()), *(f"arms.{name}.{key}" for name in own for key in own[name])}
-    if unused := [key for key in overrides if key not in used]:
-        raise ConfigError(
-            f"`{unused[0]}` must be a setting of at least one arm ({', '.join(own)}), but is not."
-            f"{suggest_nearest(unused[0], known)} Write `arms.ARM.KEY=VALUE` for one arm only."
-        )
+    content, overrides = change_arms(raw["file"], raw["overrides"])
+    file = apply_overrides(parse_file(content), overrides)
+    sweep_config = compose_sweep(_select(file.settings, of_sweep=True))
+    arms = [_build_arm(name, arm_config) for name, arm_config in file.arms.items()]
     _check_subjects(arms)
     for arm in arms:  # they are compared, so they share the confirm stage
         for group in ("confirm", "retain"):
@@ -230,30 +199,6 @@ def describe_definition(definition: Definition) -> str:
     return OmegaConf.to_yaml(described)
 
 
-def _change_arms(content: Any, overrides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Adds arms that are typed as `arms.NAME={settings: ...}`, and leaves out those typed as `arms.NAME=null`.
-
-    Returns the changed content of the sweep file, and the other overrides.
-    """
-    typed = {key: value for key, value in overrides.items() if key.startswith("arms.") and key.count(".") == 1}
-    arms = content.get("arms") if isinstance(content, Mapping) else None
-    if not typed or not isinstance(arms, Mapping):  # `parse_file` refuses a file without arms
-        return content, dict(overrides)
-    for key, value in typed.items():
-        if (key.removeprefix("arms.") in arms) is not (value is None):
-            raise ConfigError(
-                f"`{key}` must be the settings of a new arm, or null to leave out an arm of the sweep file "
-                f"({', '.join(arms)}), but got {'null' if value is None else repr(value)}."
-                f"{suggest_nearest(key, [f'arms.{name}' for name in arms])} "
-                f"Set one key of an arm with `{key}.KEY=VALUE`."
-            )
-    changed = {**arms, **{key.removeprefix("arms."): value for key, value in typed.items()}}
-    return (
-        {**content, "arms": {name: arm for name, arm in changed.items() if arm is not None}},
-        {key: value for key, value in overrides.items() if key not in typed},
-    )
-
-
 def make_paths_absolute(value: Any, key: str = "") -> Any:
     """Returns nested settings with absolute paths of files, so that the sweep can be resumed from any folder."""
     if isinstance(value, Mapping):
@@ -264,59 +209,30 @@ def make_paths_absolute(value: Any, key: str = "") -> Any:
     return os.path.abspath(value) if is_path and any(glob.iglob(value, recursive=True)) else value
 
 
-def _choose_overrides(name: str, file: SweepFile, for_all: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the overrides for all arms that apply to one arm, whose `own` overrides decide its method too.
-
-    An override does not apply if the arm's method lacks the setting, or if it is a range and the arm searches nothing.
-    """
-    config = file.arms[name]
-    layers = [file.settings, config.settings, _without_ranges(for_all), _without_ranges(own)]
-    with name_in_errors(f"arm `{name}`"):
-        method = compose_options("train", merge_layers(*layers))["method"]
-    return {
-        key: value
-        for key, value in for_all.items()
-        if (not key.startswith("method.") or key.split(".")[1] in method) and (config.space or not is_range(key, value))
-    }
-
-
-def _build_arm(name: str, file: SweepFile, for_all: Mapping[str, Any], own: Mapping[str, Any]) -> Arm:
-    """Returns one arm, composed and checked, with the overrides for all arms that apply to it, and its own."""
-    config, own = file.arms[name], dict(own)
+def _build_arm(name: str, config: ArmConfig) -> Arm:
+    """Returns one arm of a sweep file with its overrides, composed and checked."""
     require_folder_name("an arm's name", name)
     if name.endswith(CONFIRM_ENDING):
         raise ConfigError(f"an arm's name must not end in `{CONFIRM_ENDING}`, but got {name!r}. Rename the arm.")
     with name_in_errors(f"arm `{name}`"):
-        confirm_each = own.pop("confirm_each", config.confirm_each)
-        has_own_trials = "trials" in own
-        if has_own_trials:
-            own["sweep.trials"] = own.pop("trials")
-        # Later settings win: sweep file, its arm, then the command line.
-        settings = merge_layers(file.settings, config.settings, _without_ranges(for_all), _without_ranges(own))
-        if given := [key for key in ("output", "resume") if key in settings]:
+        if given := [key for key in ("output", "resume") if key in config.settings]:
             raise ConfigError(
                 f"`{given[0]}` must be left out, because the sweep names the folders of its runs, but got "
-                f"{settings[given[0]]!r}. `sweep.output=DIR` names the sweep's folder, `--resume DIR` resumes a sweep."
+                f"{config.settings[given[0]]!r}. `sweep.output=DIR` names the sweep's folder, `--resume DIR` resumes a "
+                "sweep."
             )
-        ranges = _replace_ranges(config.space, merge_layers(for_all, own))
-        settings = {key: value for key, value in settings.items() if not any(_is_inside(key, one) for one in ranges)}
-        sweep_config = compose_sweep(_select(settings, of_sweep=True))
-        settings = _select(settings)
-        values = compose_values("train", settings)
-        inherits_base = {"model", QUANTIZATION}.isdisjoint([*config.settings, *own])  # else an arm's own is refused
-        trains_base = values["method"]["name"] not in METHODS_ON_QUANTISED_BASE
-        if inherits_base and trains_base and values["model"]["quantization"] != "none":
-            settings[QUANTIZATION] = values["model"]["quantization"] = "none"
-        values = as_settings(build_run(values))
+        sweep_config, settings = compose_sweep(_select(config.settings, of_sweep=True)), _select(config.settings)
+        values = as_settings(compose_run(settings))
         space = {
-            key: parse_range(key, range_, is_whole=_is_whole(key, range_, values)) for key, range_ in ranges.items()
+            key: parse_range(key, range_, is_whole=_is_whole(key, range_, values))
+            for key, range_ in config.space.items()
         }
-    if not config.space and not space and (config.trials or 1) != 1:
+    if not space and (config.trials or 1) != 1:
         raise ConfigError(
             f"`arms.{name}.trials` must be 1 for an arm without a space, but got {config.trials!r}. Add a `space`."
         )
     shared = sweep_config.sweep.trials or (DEFAULT_TRIALS if config.trials is None else None)
-    if shared and not has_own_trials and sum(not range_.single() for range_ in space.values()) == 1:
+    if shared and sum(not range_.single() for range_ in space.values()) == 1:
         shared = math.ceil(shared / 2)  # one dimension needs fewer trials for the same regret
     arm = Arm(
         name=name,
@@ -324,30 +240,16 @@ def _build_arm(name: str, file: SweepFile, for_all: Mapping[str, Any], own: Mapp
         space=space,
         trials=(shared or config.trials or 1) if space else 1,
         sweep_config=sweep_config,
-        confirm_each=confirm_each,
+        confirm_each=config.confirm_each,
     )
-    range_ = None if confirm_each is None else space.get(confirm_each)
-    if confirm_each is not None and not (isinstance(range_, CategoricalDistribution) and len(range_.choices) > 1):
+    range_ = space.get(config.confirm_each or "")
+    if config.confirm_each and not (isinstance(range_, CategoricalDistribution) and len(range_.choices) > 1):
         raise ConfigError(
             f"`arms.{name}.confirm_each` must be a swept key with a list of at least two choices, but got "
-            f"{confirm_each!r}.{suggest_nearest(str(confirm_each), space)} Write it in `space`, such as "
+            f"{config.confirm_each!r}.{suggest_nearest(config.confirm_each, space)} Write it in `space`, such as "
             "`method.rank: [1, 4, 16]`."
         )
     return arm
-
-
-def _replace_ranges(space: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns an arm's swept keys with their ranges, after overrides.
-
-    A typed range replaces the file's. A typed value ends the search of its key, and of keys above and below it.
-    """
-    ranges = {key: value for key, value in typed.items() if is_range(key, value)}
-    kept = {
-        key: value
-        for key, value in space.items()
-        if key in ranges or not any(_is_inside(key, one) or _is_inside(one, key) for one in typed)
-    }
-    return kept | ranges  # a key stays in its place, because samplers see the keys in their order
 
 
 def _check_subjects(arms: Sequence[Arm]) -> None:
@@ -361,33 +263,9 @@ def _check_subjects(arms: Sequence[Arm]) -> None:
         )
 
 
-def _strip(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the overrides of one arm without `arms.NAME.` before their keys."""
-    prefix = f"arms.{name}."
-    return {key.removeprefix(prefix): value for key, value in overrides.items() if key.startswith(prefix)}
-
-
 def _select(settings: Mapping[str, Any], *, of_sweep: bool = False) -> dict[str, Any]:
     """Returns the settings of runs, or those of the sweep."""
     return {key: value for key, value in settings.items() if (key.split(".")[0] in SWEEP_GROUPS) is of_sweep}
-
-
-def _is_inside(key: str, other: str) -> bool:
-    """Returns whether a key equals another key or lies below it, as `sampler.seed` below `sampler`."""
-    return key == other or ("." in other and key.startswith(f"{other}."))
-
-
-def _without_ranges(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if not is_range(key, value)}
-
-
-def is_range(key: str, value: Any) -> bool:
-    """Returns whether an override searches its key. Loggers, lists of layers, patterns and components are values."""
-    if key.split(".")[0] in SWEEP_GROUPS:  # such as `confirm.looks=[3,6]`
-        return False
-    if isinstance(value, Mapping):
-        return not {"low", "high"}.isdisjoint(value) and TARGET not in value
-    return isinstance(value, list) and key not in (*LIST_GROUPS, *LIST_SETTINGS)
 
 
 def _is_whole(key: str, range_: Any, values: Mapping[str, Any]) -> bool:

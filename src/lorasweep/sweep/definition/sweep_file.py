@@ -1,4 +1,4 @@
-"""Finds and reads a sweep file, and checks its keys."""
+"""Finds and reads a sweep file, checks its keys, and writes overrides into it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Mapping
-from dataclasses import field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from omegaconf import OmegaConf
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from pydantic.dataclasses import dataclass
 
-from lorasweep.config.build import Positive, Settings, build
-from lorasweep.config.compose import packaged_folder
+from lorasweep.config.build import TARGET, Positive, Settings, build
+from lorasweep.config.compose import LIST_GROUPS, LIST_SETTINGS, compose_options, merge_layers, packaged_folder
+from lorasweep.config.run import METHODS_ON_QUANTISED_BASE
+from lorasweep.config.sweep import SweepConfig
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.record import is_number
 from lorasweep.wording import suggest_nearest
@@ -24,6 +27,9 @@ from lorasweep.wording import suggest_nearest
 MAX_NAME_CHARACTERS = 100
 """Maximum length of the name of a sweep or an arm. It becomes part of a folder's name, whose length is limited."""
 
+SWEEP_GROUPS = tuple(f.name for f in fields(SweepConfig))
+"""Groups of settings that belong to a sweep and not to its runs: the first part of their keys."""
+QUANTIZATION = "model.quantization"
 RANGE_KEYS = ("low", "high", "log", "step")
 Space = dict[str, BaseDistribution]
 """The distribution of each swept key."""
@@ -115,6 +121,129 @@ def parse_file(content: Any) -> SweepFile:
     if not isinstance(arms, Mapping) or not arms:
         raise ConfigError("a sweep file must be a mapping with at least one arm in `arms`, but has no arm.")
     return build(SweepFile, content)
+
+
+@contextmanager
+def name_in_errors(what: str) -> Iterator[None]:
+    """Puts a name, such as that of an arm, before the message of any ConfigError that is raised inside."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{what}: {error}") from error
+
+
+def change_arms(content: Any, overrides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Adds arms that are typed as `arms.NAME={settings: ...}`, and leaves out those typed as `arms.NAME=null`.
+
+    Returns the changed content of the sweep file, and the other overrides.
+    """
+    typed = {key: value for key, value in overrides.items() if key.startswith("arms.") and key.count(".") == 1}
+    arms = content.get("arms") if isinstance(content, Mapping) else None
+    if not typed or not isinstance(arms, Mapping):  # `parse_file` refuses a file without arms
+        return content, dict(overrides)
+    for key, value in typed.items():
+        if (key.removeprefix("arms.") in arms) is not (value is None):
+            raise ConfigError(
+                f"`{key}` must be the settings of a new arm, or null to leave out an arm of the sweep file "
+                f"({', '.join(arms)}), but got {'null' if value is None else repr(value)}."
+                f"{suggest_nearest(key, [f'arms.{name}' for name in arms])} "
+                f"Set one key of an arm with `{key}.KEY=VALUE`."
+            )
+    changed = {**arms, **{key.removeprefix("arms."): value for key, value in typed.items()}}
+    return (
+        {**content, "arms": {name: arm for name, arm in changed.items() if arm is not None}},
+        {key: value for key, value in overrides.items() if key not in typed},
+    )
+
+
+def apply_overrides(file: SweepFile, overrides: Mapping[str, Any]) -> SweepFile:
+    """Returns a sweep file with overrides written into it: each arm has all its settings, and the ranges it searches.
+
+    Later settings win: the file's, the arm's, the overrides for all arms, then those for this arm (`arms.ARM.KEY`).
+    An override for all arms skips an arm whose method lacks the setting. A range skips an arm that searches nothing.
+
+    Raises:
+        ConfigError: No arm takes an override.
+    """
+    for_all = {key: value for key, value in overrides.items() if not key.startswith("arms.")}
+    arms: dict[str, ArmConfig] = {}
+    used: set[str] = set()
+    known: set[str] = set()
+    for name, arm in file.arms.items():
+        prefix = f"arms.{name}."
+        own = {key.removeprefix(prefix): value for key, value in overrides.items() if key.startswith(prefix)}
+        settings = merge_layers(file.settings, arm.settings, _without_ranges(for_all), _without_ranges(own))
+        with name_in_errors(f"arm `{name}`"):
+            options = compose_options("train", settings)
+        method, model = options["method"], options["model"]
+        skipped = {
+            key
+            for key, value in for_all.items()
+            if (key.startswith("method.") and key.split(".")[1] not in method)
+            or (is_range(key, value) and not arm.space)
+        }
+        typed = merge_layers({key: value for key, value in for_all.items() if key not in skipped}, own)
+        settings = {key: value for key, value in settings.items() if key not in skipped or key in own}
+        trains_base = method["name"] not in METHODS_ON_QUANTISED_BASE
+        is_quantised = settings.get(QUANTIZATION, model["quantization"]) != "none"
+        # a quantisation that the arm itself sets stays, and is refused
+        if trains_base and is_quantised and {"model", QUANTIZATION}.isdisjoint([*arm.settings, *own]):
+            settings[QUANTIZATION] = "none"
+        arms[name] = _change_arm(name, arm, settings, typed)
+        used |= {*for_all.keys() - skipped, *(f"{prefix}{key}" for key in own)}
+        known |= {f"method.{key}" for key in method}
+    if unused := [key for key in overrides if key not in used]:
+        raise ConfigError(
+            f"`{unused[0]}` must be a setting of at least one arm ({', '.join(arms)}), but is not."
+            f"{suggest_nearest(unused[0], known)} Write `arms.ARM.KEY=VALUE` for one arm only."
+        )
+    return replace(file, settings=merge_layers(file.settings, for_all), arms=arms)
+
+
+def _change_arm(name: str, arm: ArmConfig, settings: Mapping[str, Any], typed: Mapping[str, Any]) -> ArmConfig:
+    """Returns an arm with all its settings, and with the ranges, trials and `confirm_each` that are typed for it."""
+    fields = {"trials": arm.trials, "confirm_each": arm.confirm_each}
+    fields |= {key: value for key, value in typed.items() if key in fields}
+    space = _replace_ranges(arm.space, typed)
+    if "trials" in typed:
+        settings = {**settings, "sweep.trials": None}  # the arm's own number wins
+    elif arm.space and not space:
+        fields["trials"] = None  # nothing is left to search
+    is_swept = {key: any(_is_inside(key, one) for one in space) for key in settings}
+    settings = {key: value for key, value in settings.items() if not is_swept.get(key) and key not in fields}
+    return build(ArmConfig, {**fields, "settings": settings, "space": space}, key=f"arms.{name}")
+
+
+def _replace_ranges(space: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns an arm's swept keys with their ranges, after overrides.
+
+    A typed range replaces the file's. A typed value ends the search of its key, and of keys above and below it.
+    """
+    ranges = {key: value for key, value in typed.items() if is_range(key, value)}
+    kept = {
+        key: value
+        for key, value in space.items()
+        if key in ranges or not any(_is_inside(key, one) or _is_inside(one, key) for one in typed)
+    }
+    return kept | ranges  # a key stays in its place, because samplers see the keys in their order
+
+
+def _is_inside(key: str, other: str) -> bool:
+    """Returns whether a key equals another key or lies below it, as `sampler.seed` below `sampler`."""
+    return key == other or ("." in other and key.startswith(f"{other}."))
+
+
+def _without_ranges(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if not is_range(key, value)}
+
+
+def is_range(key: str, value: Any) -> bool:
+    """Returns whether an override searches its key. Loggers, lists of layers, patterns and components are values."""
+    if key.split(".")[0] in SWEEP_GROUPS:  # such as `confirm.looks=[3,6]`
+        return False
+    if isinstance(value, Mapping):
+        return not {"low", "high"}.isdisjoint(value) and TARGET not in value
+    return isinstance(value, list) and key not in (*LIST_GROUPS, *LIST_SETTINGS)
 
 
 def require_folder_name(what: str, name: str) -> None:
