@@ -5,7 +5,7 @@ import math
 import pytest
 from tests.files import edit_json
 
-from lorasweep.report.caveats import find_bounds, judge_fairness, list_edges
+from lorasweep.report.caveats import judge_fairness, list_edges
 from lorasweep.report.sweep_data import load_sweep_data
 
 from .conftest import build_rank_sweep, build_sweep
@@ -95,7 +95,10 @@ def test_a_search_that_left_more_than_a_margin_open_is_decided_by_luck(tmp_path)
         ([1, 4, 16], 4, None),
         ([2, 4, 16], 2, "lower"),
         ([1, 4, 16], 1, None),  # no rank is lower than 1
-        (["a", "b"], "b", None),
+        *[
+            (wrong, 2, None)
+            for wrong in (["a", "b"], [8], [True, False], [1, None], [1, 10**400], {"low": 1}, [[1], [2]])
+        ],
         ({"low": 1, "high": 64}, 63, "upper"),
         ({"low": 1e-4, "high": 1e-2, "log": True}, 1.1e-4, "lower"),
         ({"low": 1e-4, "high": 1e-2, "log": True}, 1e-3, None),
@@ -117,17 +120,3 @@ def test_best_value_at_the_end_of_its_range_is_said_if_a_complete_trial_lies_els
     assert len(list_edges(load_sweep_data(sweep))) == len(said)
     edit_json(sweep / "sweep.json", lambda raw: raw["trials"][2].update(value=None))
     assert list_edges(load_sweep_data(sweep)) == []
-
-
-@pytest.mark.parametrize(
-    ("swept", "bounds"),
-    [
-        ([4, 1, 16], (1, 16, False)),
-        ({"low": 1e-4, "high": 1e-2, "log": True}, (1e-4, 1e-2, True)),
-        ({"low": 0, "high": 0.1, "log": False}, (0, 0.1, False)),
-        *[(wrong, None) for wrong in ([8], ["a", "b"], [True, False], [1, None], [1, math.nan], [1, 10**400])],
-        *[(wrong, None) for wrong in ({"low": 1}, [[1], [2]], None)],
-    ],
-)
-def test_bounds_are_the_smallest_and_the_largest_number(swept, bounds):
-    assert find_bounds(swept) == bounds

@@ -82,8 +82,8 @@ def _answer_full(data: SweepData) -> tuple[str, bool]:
         return "Not asked: no arm has `method=full`. Add one to compare LoRA with it.", False
     if not data.evidence.means:
         is_searched = data.record.status == "complete"  # before the end, the arms may have had unequal searches
-        best = [arm for arm in data.subjects if is_searched and arm.row.method == "lora" and arm.best]
-        shares = [share for arm in best if (share := data.subject_share_of_full_gain(arm)[0]) is not None]
+        best = [one for one in data.subjects if is_searched and one.row.method == "lora" and one.best]
+        shares = [share for one in best if (share := data.subject_share_of_full_gain(one)[0]) is not None]
         if not shares:
             return _say_unconfirmed(data), False
         kept = f"The best LoRA trial keeps {format_share(max(shares))} of full's gain on validation data."
@@ -195,9 +195,9 @@ def _answer_retained(row: RetainedRow, data: SweepData) -> AnswerLine:
     )
 
 
-def describe_regret(arm: SubjectData, data: SweepData) -> tuple[str, bool]:
+def describe_regret(one: SubjectData, data: SweepData) -> tuple[str, bool]:
     """Returns how much better an untried setting may be, and whether that is known to be less than the margin."""
-    regret = arm.setting.regret if arm.setting else None
+    regret = one.setting.regret if one.setting else None
     if regret is None:
         return "how much better another setting could be is not known", False
     margin, size = data.search_margin, _format_difference(regret, data)
@@ -267,7 +267,7 @@ def _describe_unlearned(data: SweepData, learning: Learning) -> str:
 
     It has a space before it; the text is empty if there are none.
     """
-    compared = [arm.name for arm in data.subjects if arm.row.method in ("lora", "full")]
+    compared = [one.name for one in data.subjects if one.row.method in ("lora", "full")]
     names = [f"`{name}`" for name in compared if name in learning.unlearned]
     if not names:
         return ""

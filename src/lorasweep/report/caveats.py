@@ -77,17 +77,17 @@ def judge_learning(data: SweepData) -> Learning:
     # a stopped trial has only a score on the validation examples of evaluations, but it was not better there either
     scored = {row.name: [*filter(_is_scored, data.list_trials(row.name))] for row in data.record.arms}
     subjects = [one for one in data.subjects if not one.row.is_base]
-    scored = {arm.arm: scored[arm.arm] for arm in subjects if scored[arm.arm]}
+    scored = {one.arm: scored[one.arm] for one in subjects if scored[one.arm]}
     if known.score is None or not scored:
         return Learning()
     is_better = {name: any(map(known.is_better, trials)) for name, trials in scored.items()}
-    shown = {arm.name: _is_shown_on_test_data(arm.name, known, data) for arm in subjects}
-    shown_arms = {name: {shown[arm.name] for arm in subjects if arm.arm == name} for name in scored}
+    shown = {one.name: _is_shown_on_test_data(one.name, known, data) for one in subjects}
+    shown_arms = {name: {shown[one.name] for one in subjects if one.arm == name} for name in scored}
     learned = {name for name, found in shown_arms.items() if True in found or (is_better[name] and False not in found)}
     if learned:
         failed = [name for name in scored if name not in learned and not is_better[name]]
         warnings = [f"`{name}` learned nothing: {_describe(scored[name], known, data)}." for name in failed]
-        unlearned = [arm.name for arm in data.subjects if shown.get(arm.name) is False or arm.arm in failed]
+        unlearned = [one.name for one in data.subjects if shown.get(one.name) is False or one.arm in failed]
         return replace(known, state="learned", warnings=tuple(warnings), unlearned=tuple(unlearned))
     if any(is_better.values()):
         refuted = f"no method is shown to be better than {known.answer} ({format_score(known.test_score)})."
@@ -269,13 +269,13 @@ def list_edges(data: SweepData) -> list[tuple[str, str]]:
     """
     trials = {row.name: [t for t in data.list_trials(row.name) if t.value is not None] for row in data.record.arms}
     edges: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for arm in data.subjects:
-        for key, value in (arm.best.params if arm.best else {}).items():
-            if key == arm.subject.key or (key == ALPHA and arm.best and arm.best.follows_rate_law):
+    for one in data.subjects:
+        for key, value in (one.best.params if one.best else {}).items():
+            if key == one.subject.key or (key == ALPHA and one.best and one.best.follows_rate_law):
                 continue  # values of `confirm_each` are compared; under the rate law, another α means another rate
-            end = _find_end(arm, key, arm.best)
-            if end and any(_find_end(arm, key, trial) != end for trial in trials[arm.arm]):
-                edges[key, end].append(f"`{arm.name}` ({format_setting(value)})")
+            end = _find_end(one, key, one.best)
+            if end and any(_find_end(one, key, trial) != end for trial in trials[one.arm]):
+                edges[key, end].append(f"`{one.name}` ({format_setting(value)})")
     return [
         (
             key,
@@ -286,9 +286,9 @@ def list_edges(data: SweepData) -> list[tuple[str, str]]:
     ]
 
 
-def _find_end(arm: SubjectData, key: str, trial: Trial | None) -> str | None:
+def _find_end(one: SubjectData, key: str, trial: Trial | None) -> str | None:
     """Returns `lower` or `upper` if a trial's value lies at that end of the arm's range, else None."""
-    space = arm.row.space.get(key)
+    space = one.row.space.get(key)
     value, bounds = trial.numeric_setting(key) if trial else None, find_bounds(space)
     if value is None or bounds is None or (key == RANK and value == 1):
         return None  # no rank is lower than 1, so there is nothing to search below it

@@ -117,11 +117,11 @@ def _summarize_subject(one: SubjectData, data: SweepData) -> dict[str, Any]:
         "arm": one.arm,
         "method": one.row.method,
         "best": {name: getattr(best, name, None) for name in ("params", "run", "is_predicted")}
-        | {"score": best.value if best else None},
+        | {"score": one.search_score},
         "trials": {state: one.count(state) for state in STATES},
         **{name: one.cost(name) for name in COST_FIELDS},
         "arm_wall_s": sum(trial.record.wall_s for trial in one.trials if trial.record),
-        "share_of_full_gain": data.share_of_full_gain(best.value if best else None),
+        "share_of_full_gain": data.share_of_full_gain(one.search_score),
         "confirmed": mean.as_json() | {"share_of_full_gain": data.evidence.shares.get(one.name)} if mean else None,
     }
 

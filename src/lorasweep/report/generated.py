@@ -27,9 +27,9 @@ class AnsweredExample(NamedTuple):
 def list_answered_examples(data: SweepData) -> list[AnsweredExample]:
     """Returns test examples that the base and the first complete confirm run of each subject answered."""
     files = {"base": data.folder / ANSWERS_FILE.format("base")}  # exists if no arm is the base
-    for arm in sorted(data.subjects, key=lambda one: not one.row.is_base):
-        for run in [run for run in arm.confirm_runs if run.is_complete][:1]:
-            files[arm.name] = data.folder / run.run / ANSWERS_FILE.format("test")
+    for one in sorted(data.subjects, key=lambda one: not one.row.is_base):
+        for run in [run for run in one.confirm_runs if run.is_complete][:1]:
+            files[one.name] = data.folder / run.run / ANSWERS_FILE.format("test")
     tables = {name: table for name, path in files.items() if (table := _read(path))}
     rows = [row for row in next(iter(tables.values()), {}) if all(row in table for table in tables.values())]
     examples = []

@@ -78,9 +78,9 @@ def choose_arm(data: SweepData, methods: Sequence[str] | None = None) -> ChosenS
         return None
     verdicts = {answer.subject: answer.verdict for answer in data.evidence.list_answers("as_good_as_full")}
     positive = [one for one in choices if verdicts.get(one.data.name) in POSITIVE_VERDICTS]
-    as_good = [arm for arm in data.subjects if arm.arm in names and verdicts.get(arm.name) in POSITIVE_VERDICTS]
+    as_good = [one for one in data.subjects if one.arm in names and verdicts.get(one.name) in POSITIVE_VERDICTS]
     positive = positive or [
-        ChosenSubject(data=arm, is_settled=False) for arm in as_good if arm.best and arm.best.record
+        ChosenSubject(data=one, is_settled=False) for one in as_good if one.best and one.best.record
     ]
     better = [one for one in positive if verdicts[one.data.name] == "better"]
     if positive and not better:
@@ -93,30 +93,30 @@ def choose_arm(data: SweepData, methods: Sequence[str] | None = None) -> ChosenS
     return ChosenSubject(data=chosen.data, is_settled=chosen.is_settled and is_best)
 
 
-def get_score_sort_key(arm: SubjectData, data: SweepData) -> float:
+def get_score_sort_key(one: SubjectData, data: SweepData) -> float:
     """Returns a key that sorts subjects from the best score to the worst; those without a score come last."""
-    value = find_score(arm, data)
+    value = find_score(one, data)
     return math.inf if value is None else data.shown_metric.sign * value
 
 
-def find_score(arm: SubjectData, data: SweepData) -> float | None:
+def find_score(one: SubjectData, data: SweepData) -> float | None:
     """Returns the score of a subject: on test data after a confirm stage, else that of the best complete trial."""
     if data.evidence.means:
-        found = data.evidence.mean(arm.name)
+        found = data.evidence.mean(one.name)
         return found.value if found else None
-    return arm.best.value if arm.best else None
+    return one.search_score
 
 
-def format_subject_score(arm: SubjectData, data: SweepData, *, means: Mapping[str, Estimate] | None = None) -> str:
+def format_subject_score(one: SubjectData, data: SweepData, *, means: Mapping[str, Estimate] | None = None) -> str:
     """Returns a subject's score: on test data with its interval after a confirm stage, else the best trial's.
 
     All subjects of a sweep get the same number of decimals. `means` are those of another metric on test data.
     """
     known = data.evidence.means if means is None else means
-    if (found := known.get(arm.name)) or means is not None:
+    if (found := known.get(one.name)) or means is not None:
         decimals = count_decimals(one.find_interval() for one in known.values())
         return format_estimate(found.value, found.find_interval(), decimals=decimals) if found else UNKNOWN
-    return format_score(find_score(arm, data), beside=[other.best.value for other in data.subjects if other.best])
+    return format_score(find_score(one, data), beside=[other.search_score for other in data.subjects])
 
 
 def _is_no_worse(subject: str, other: str, data: SweepData) -> bool:
@@ -237,33 +237,33 @@ def find_recommended(data: SweepData, name: str | None, *, key: str) -> tuple[Su
     return one, one.best
 
 
-def list_overrides(arm: SubjectData, trial: Trial) -> dict[str, Any]:
+def list_overrides(one: SubjectData, trial: Trial) -> dict[str, Any]:
     """Returns the settings of a trial by dotted key, for `lorasweep train` on all training data."""
-    settings = {key: value for key, value in arm.row.settings.items() if key != "output"} | trial.params
-    exact = (STEPS_KEY, LR, *((RANK, ALPHA) if arm.row.method == "lora" else ()))
+    settings = {key: value for key, value in one.row.settings.items() if key != "output"} | trial.params
+    exact = (STEPS_KEY, LR, *((RANK, ALPHA) if one.row.method == "lora" else ()))
     # These are listed even if they have default values, so that a change of a default has no effect.
     settings |= {key: value for key in exact if (value := trial.setting(key)) is not None}
     return {key: None if key == TRAIN_EXAMPLES else value for key, value in settings.items()}
 
 
-def _list_commands(arm: SubjectData, data: SweepData) -> dict[str, str]:
+def _list_commands(one: SubjectData, data: SweepData) -> dict[str, str]:
     """Returns the commands that train the settings again, and that export the adapter of a confirm run."""
-    commands, source = {}, shlex.quote(str(data.folder / arm.name))
+    commands, source = {}, shlex.quote(str(data.folder / one.name))
     if data.record.status == "complete":
-        commands[f"To train {arm.name} on all data"] = f"lorasweep train --from {source}"
-    if arm.row.method in ("lora", "peft") and any(run.is_complete for run in arm.confirm_runs):
+        commands[f"To train {one.name} on all data"] = f"lorasweep train --from {source}"
+    if one.row.method in ("lora", "peft") and any(run.is_complete for run in one.confirm_runs):
         commands["To get the adapter of its best confirm run"] = (
             f"lorasweep export {source} --format peft --out adapter"
         )
     return commands
 
 
-def _name_settings(arm: SubjectData, trial: Trial) -> dict[str, str]:
+def _name_settings(one: SubjectData, trial: Trial) -> dict[str, str]:
     # without its rule, α could be read as α of another rule
     scaling = [SCALING] if trial.setting(SCALING) not in (None, LoraConfig.scaling) else []
     keys = dict.fromkeys([*SETTING_NAMES, *scaling, *trial.params])
-    known = {key: trial.setting(key) for key in keys} | {"method.name": arm.row.method}
-    if arm.row.method != "lora":
+    known = {key: trial.setting(key) for key in keys} | {"method.name": one.row.method}
+    if one.row.method != "lora":
         known = {key: value for key, value in known.items() if key not in (RANK, ALPHA)}
     named = {SETTING_NAMES.get(key, short_key(key)): format_setting(v) for key, v in known.items() if v is not None}
-    return named | {"method": METHOD_NAMES.get(arm.row.method, arm.row.method)}
+    return named | {"method": METHOD_NAMES.get(one.row.method, one.row.method)}

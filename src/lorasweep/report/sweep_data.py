@@ -68,6 +68,11 @@ class SubjectData:
     def arm(self) -> str:
         return self.row.name
 
+    @property
+    def search_score(self) -> float | None:
+        """The score of `best` on validation data, or the predicted one; None if there is none."""
+        return self.best.value if self.best else None
+
     def count(self, state: TrialState) -> int:
         return sum(trial.state == state for trial in self.trials)
 
@@ -158,8 +163,8 @@ class SweepData:
 
     def best_score(self, method: str) -> float | None:
         """Returns the best search score of a method: `frozen` is the base model, `full` is full fine-tuning."""
-        best = [one.best.value for one in self.subjects if one.row.method == method and one.best]
-        return min((score for score in best if score is not None), key=lambda score: self.sign * score, default=None)
+        scores = [one.search_score for one in self.subjects if one.row.method == method]
+        return min((score for score in scores if score is not None), key=lambda score: self.sign * score, default=None)
 
     @property
     def full_gain(self) -> float | None:
@@ -185,7 +190,7 @@ class SweepData:
         """Returns a subject's share of full fine-tuning's gain with its interval: on test data if it is confirmed."""
         if self.evidence.means:
             return self.evidence.shares.get(one.name, (None, None))
-        return self.share_of_full_gain(one.best.value if one.best else None), None
+        return self.share_of_full_gain(one.search_score), None
 
     def share_of_full_gain(self, score: float | None) -> float | None:
         """Returns (base - score) / (base - full), or None if a score is missing or full fine-tuning gained nothing."""

@@ -89,7 +89,7 @@ def render_answers(lines: Iterable[AnswerLine]) -> list[Text]:
 
 def list_details(data: SweepData) -> list[str]:
     """Returns a sentence for each answer that is not in the three lines: on other methods, and on pairs."""
-    lora = {arm.name for arm in data.subjects if arm.row.method == "lora"}
+    lora = {one.name for one in data.subjects if one.row.method == "lora"}
     return [
         f"{describe_answer(answer, data)}."
         for answer in data.evidence.answers
@@ -146,7 +146,7 @@ def describe_setting(one: SubjectData) -> str:
 def _list_search_scores(findings: Findings) -> list[str]:
     """Returns the score of each subject on validation data; a mark says if it learned nothing."""
     data, learning = findings.data, findings.learning
-    scores = [one.best.value if one.best else None for one in data.subjects]
+    scores = [one.search_score for one in data.subjects]
     shown = []
     for one, score in zip(data.subjects, scores, strict=True):
         is_worse = one.best and not one.row.is_base and learning.is_better(one.best) is False

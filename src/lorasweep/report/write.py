@@ -101,19 +101,19 @@ def write_tensorboard(data: SweepData, answers: Sequence[AnswerLine], folder: Pa
     _write_events(folder / "arms", [(0, answer)])
     # each subject's best curve is a run of TensorBoard, so that it has its own colour
     tag, last_step = f"{ARM_TAG}/{data.record.metric}", max((trial.step for trial in data.trials), default=0)
-    for arm in data.subjects:
-        curve = arm.best.curve if arm.best else ()
+    for one in data.subjects:
+        curve = one.best.curve if one.best else ()
         if len(curve) == 1:  # the frozen base: one evaluation, drawn as a line across the chart
             curve = (*curve, (last_step, curve[0][1]))
         if curve:
-            _write_events(folder / "arms" / arm.name, [(step, Value(tag=tag, simple_value=v)) for step, v in curve])
-        mean = data.evidence.mean(arm.name)
-        for trial in arm.trials:
+            _write_events(folder / "arms" / one.name, [(step, Value(tag=tag, simple_value=v)) for step, v in curve])
+        mean = data.evidence.mean(one.name)
+        for trial in one.trials:
             if trial.record is None:
                 continue
             name = Path(trial.run).name
-            settings = {"arm": arm.name, "status": trial.state, **trial.params}
-            test = mean.value if mean and trial is arm.best else None
+            settings = {"arm": one.name, "status": trial.state, **trial.params}
+            test = mean.value if mean and trial is one.best else None
             scores = {f"best/{data.record.metric}": trial.value, f"test/{data.record.verdict_metric.name}": test}
             row_name = f"{name} of {data.folder.absolute().name}"
             _write_row(folder / "trials" / name, row_name, trial.record, settings, scores)
