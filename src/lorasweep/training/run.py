@@ -285,7 +285,7 @@ class LightningRun(lightning.Callback):
         launch = find_launch(settings)
         steps_between_logs = max(1, settings.max_steps // 200)
         shows_progress = (
-            self.group.is_global_zero and settings.progress and config.method.name != "frozen" and sys.stderr.isatty()
+            self.group.is_global_zero and settings.progress and not config.method.trains_nothing and sys.stderr.isatty()
         )
         has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if shows_progress and not has_bar:

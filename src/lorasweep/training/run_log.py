@@ -244,7 +244,7 @@ def open_record(
         data={"train": splits.train.describe(), "validation": splits.describe(splits.validation)},
         base=inputs.base.describe(),
         started_at=utc_now(),
-        steps_planned=0 if config.method.name == "frozen" else config.trainer.max_steps,  # `frozen` trains nothing
+        steps_planned=config.num_steps,
         total_params=inputs.base.num_parameters,
     )
 

@@ -170,7 +170,7 @@ def copy_base_run(config: RunConfig, run_folder: RunFolder, *, inputs: RunInputs
     Returns None if there is no such run with the same base, data and precision, or if the seed makes a difference,
     because the method trains or the base has a new random head.
     """
-    if config.method.name != "frozen":
+    if not config.method.trains_nothing:
         return None
     if inputs.base.new_head_names and find_output_layer(inputs.base.model, inputs.base) is None:
         return None
