@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import lorasweep.data.tasks as tasks_file
-from lorasweep.record import read_steps
+from lorasweep.record import read_run, read_steps
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder, RunRequest
@@ -46,6 +46,16 @@ def losses(folder):
 
 def evaluations(folder):
     return [(row["step"], row["validation"]) for row in read_steps(folder) if "validation" in row]
+
+
+def assert_same_run(folder, other):
+    """Two runs have the same log, the same bytes of weights, and the same record where no time is in it."""
+    assert logged_rows(folder) == logged_rows(other)
+    one, two = read_run(folder), read_run(other)
+    for name in ("status", "reason", "best", "last", "steps_done", "tokens_trained", "files", "adapter_bytes", "pack"):
+        assert getattr(one, name) == getattr(two, name), name
+    for name in one.files:
+        assert (folder / name).read_bytes() == (other / name).read_bytes()
 
 
 def stop_after(steps):

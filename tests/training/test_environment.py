@@ -105,40 +105,50 @@ def test_peak_memory_sees_a_large_tensor_and_forgets_it_at_a_reset():
 NUM_CORES = len(os.sched_getaffinity(0))
 
 
-def spin_count_of_openmp(code, **environment):
-    """Returns the number that OpenMP itself shows when a process that runs this code loads it."""
+def test_openmp_sees_the_spin_count_when_torch_is_imported():
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", "import lorasweep, torch"],
         env={
             "PYTHONPATH": str(Path(lorasweep.__file__).parents[1]),
             "PATH": "/usr/bin:/bin",
             "OMP_DISPLAY_ENV": "verbose",
-            **environment,
+            "OMP_NUM_THREADS": str(NUM_CORES),
         },
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    shown = [line.split("'")[1] for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line]
+    shown = {line.split("'")[1] for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line}
     if not shown:
         pytest.skip("torch's OpenMP is not GNU's")
-    assert len(set(shown)) == 1, shown  # no second OpenMP with other settings, such as one of NumPy or MKL
-    return int(shown[0])
+    assert shown == {"20000"}  # no second OpenMP with other settings, such as one of NumPy or MKL
 
 
 @pytest.mark.parametrize(
-    ("environment", "count"),
+    ("variables", "modules", "count"),
     [
-        ({"OMP_NUM_THREADS": str(NUM_CORES)}, 20_000),
-        pytest.param(
-            {"OMP_NUM_THREADS": str(NUM_CORES - 1)}, 0, marks=pytest.mark.skipif(NUM_CORES < 2, reason="one core")
-        ),
-        ({"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "123"}, 123),
+        ({"OMP_NUM_THREADS": str(NUM_CORES)}, {}, "20000"),
+        ({"OMP_NUM_THREADS": str(NUM_CORES - 1)}, {}, "0"),
+        ({"OMP_NUM_THREADS": str(NUM_CORES)}, {"ray": None}, "0"),
+        ({"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "123"}, {}, "123"),
+        ({"OMP_NUM_THREADS": str(NUM_CORES), "GOMP_SPINCOUNT": "20000"}, {"ray": None}, "0"),  # as a parent has set it
+        ({"OMP_WAIT_POLICY": "active"}, {}, None),
     ],
 )
-def test_threads_sleep_at_once_only_if_cores_are_shared_and_the_user_did_not_choose(environment, count):
-    assert spin_count_of_openmp("import lorasweep, torch", **environment) == count
+def test_threads_sleep_at_once_only_if_cores_are_shared_and_the_user_did_not_choose(
+    monkeypatch, variables, modules, count
+):
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")  # so that the variable is as before afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    set_torch_variables()
+    assert os.environ.get("GOMP_SPINCOUNT") == count
 
 
 def test_onednn_keeps_few_products_unless_the_user_chose(monkeypatch):

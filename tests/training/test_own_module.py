@@ -7,7 +7,7 @@ import torch
 import yaml
 from tests.small_runs import SMALL_RUN
 from tests.training.own_modules import DigitClassifier
-from tests.training.runs import logged_rows, train_together
+from tests.training.runs import logged_rows, stop_after, train_together
 
 import lorasweep
 from lorasweep.cli import main
@@ -84,15 +84,9 @@ def test_a_method_trains_the_users_module_and_its_kept_weights_have_the_recorded
 def test_a_stopped_run_resumes_with_the_same_losses(tmp_path, stop_at):
     settings = DIGITS | {"module.dropout": 0.1, "trainer.eval_every_steps": 20 if stop_at == 20 else 10}
     whole, inputs = train(settings, tmp_path / "whole")
-    calls = []
-
-    def stop():
-        calls.append(1)
-        return len(calls) > stop_at
-
     arguments = {"inputs": inputs, "resume": True}
     config, folder = compose_run(settings), RunFolder(path=tmp_path / "parts")
-    assert train_run(config, folder, stop_requested=stop, **arguments).status == "interrupted"
+    assert train_run(config, folder, stop_requested=stop_after(stop_at), **arguments).status == "interrupted"
     assert 0 < read_run(folder.path).steps_done < 24
     assert train_run(config, folder, **arguments).score == whole.score
     assert logged_rows(folder.path) == logged_rows(tmp_path / "whole")

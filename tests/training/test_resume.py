@@ -7,21 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.training.runs import damage, evaluations, losses, out_of_memory_above, settings_of, stop_after, train
+from tests.training.runs import assert_same_run, damage, losses, out_of_memory_above, settings_of, stop_after, train
 
 import lorasweep.training.run as run_file
 import lorasweep.training.run_log as run_log_file
 from lorasweep.record import RUN_FILE, read_run
-
-
-def assert_same_run(folder, other):
-    assert (losses(folder), evaluations(folder)) == (losses(other), evaluations(other))
-    one, two = read_run(folder), read_run(other)
-    for name in ("status", "reason", "best", "last", "steps_done", "tokens_trained", "files", "adapter_bytes"):
-        assert getattr(one, name) == getattr(two, name), name
-    for name in one.files:
-        assert (folder / name).read_bytes() == (other / name).read_bytes()
-
 
 RESUMED = [
     pytest.param({}, [0], id="while the first batch was prepared"),

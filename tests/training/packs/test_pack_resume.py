@@ -6,11 +6,12 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from tests.training.packs.conftest import save_gpt2
-from tests.training.runs import logged_rows
+from tests.training.runs import assert_same_run, logged_rows
 
 import lorasweep.training.packs.pack as pack_file
 from lorasweep.data import batching
@@ -33,7 +34,6 @@ SETTINGS = (
 """Of the runs of the search below. The fourth diverges: the capacity of the pack shrinks when it is gone."""
 NUM_RUNS = len(SETTINGS)
 STOPPED = {("run-1", 2), ("run-5", 2)}
-RECORDED = ("status", "reason", "best", "last", "steps_done", "tokens_trained", "files", "adapter_bytes", "pack")
 
 
 class Search:
@@ -99,13 +99,12 @@ class Search:
         )
 
 
-class Killed:
+class Killed(NamedTuple):
     """A search's folder as a kill at some moment leaves it, and what the search had left to give at its commit."""
 
-    def __init__(self, folder, moment, waiting):
-        self.folder = folder
-        self.moment = moment
-        self.waiting = waiting
+    folder: Path
+    moment: str
+    waiting: list[str]
 
 
 class Recorder:
@@ -178,12 +177,7 @@ def assert_same_runs(folder, whole):
     names = sorted(path.name for path in whole.glob("run-*"))
     assert sorted(path.name for path in folder.glob("run-*")) == names
     for name in names:
-        assert logged_rows(folder / name) == logged_rows(whole / name), name
-        one, other = read_run(folder / name), read_run(whole / name)
-        for field in RECORDED:
-            assert getattr(one, field) == getattr(other, field), (name, field)
-        for file in one.files:
-            assert (folder / name / file).read_bytes() == (whole / name / file).read_bytes()
+        assert_same_run(folder / name, whole / name)
 
 
 def resume_and_compare(killed, search, tmp_path, *, inputs):

@@ -69,7 +69,7 @@ from lorasweep.training.inputs import RunInputs, check_batch_memory
 from lorasweep.training.packs.slot_run import SlotOptimizer, SlotRun
 from lorasweep.training.run import never_stop
 from lorasweep.training.run_log import Metrics, RunEvaluation, RunRequest, find_run_end
-from lorasweep.training.score import evaluate_slots
+from lorasweep.training.score import evaluate_slots, score_best_weights
 from lorasweep.training.unpadded import unpadded
 
 OnPackEvaluation: TypeAlias = Callable[[Sequence[RunEvaluation]], Sequence[str | None]]
@@ -90,26 +90,21 @@ def train_pack(
 ) -> bool:
     """Trains runs together, and refills free slots with the runs of `next_run`, until no run is left.
 
-    A killed or interrupted pack leaves `state_file`. To resume the pack, pass the runs in this file in slot order, with
-    their steps as `start_steps`. The resumed pack may report evaluations and ends of runs a second time. `next_run`
-    must return once more the runs that it returned after the last commit.
+    Returns False if the pack was stopped before. A killed or stopped pack leaves `state_file` (see `PackState`). To
+    resume the pack, pass the runs in this file in slot order, with their steps as `start_steps`. The resumed pack may
+    report evaluations and ends of runs a second time. `next_run` must return once more the runs that it returned after
+    the last commit.
 
     Args:
         requests: The first runs, one per slot. They have the same model, data and trainer settings.
         inputs: Base model and data.
         slots: Maximum number of slots in packs of these runs.
         next_run: Called at each evaluation until the pack has `slots` runs again or no run is left.
-        on_evaluation: Takes the evaluations of all slots and returns for each slot why its run must stop, or None. A
-            run that is complete (last step or early stopping) ends as complete.
-        on_end: Called when a run ends: with its record if it is complete or was stopped, or with the error if it
-            failed.
-        state_file: The file from which a killed pack resumes (see `training.checkpoint.PackState`).
-        start_steps: In a resumed pack, the step of each run's checkpoint to load; 0 to start without a checkpoint. None
-            loads the newest checkpoints, if any.
+        on_evaluation: Called with the evaluations of all slots. A run that is complete ends as complete in any case.
+        on_end: Called when a run ends, with its record, or with the error if it failed.
+        state_file: Where the state of the pack is committed.
+        start_steps: The steps of the checkpoints to load, 0 for none. None: the newest checkpoints, if any.
         stop_requested: Called before the first and after every step. Returns whether to stop the pack.
-
-    Returns:
-        True if every run ended, False if the pack was stopped.
 
     Raises:
         OutOfMemory: The pack does not fit into memory. After this error, and any other error that would happen again,
@@ -117,9 +112,8 @@ def train_pack(
     """
     inputs.telemetry.begin_run()
     pack: PackTrainer | None = None
-    settings = requests[0].config.trainer
     try:
-        with convert_memory_errors(), deterministic_algorithms(settings.deterministic):
+        with convert_memory_errors(), deterministic_algorithms(requests[0].config.trainer.deterministic):
             pack = PackTrainer(
                 requests=requests,
                 start_steps=start_steps,
@@ -308,38 +302,39 @@ class PackTrainer:
 
     def _note_evaluation(self, slot: int, run: SlotRun, metrics: Metrics) -> bool:
         """Writes the evaluation of a slot. If its run diverged, ends the run and returns False."""
+        base, model = self.inputs.base, slot_model(self.model, slot)
+        save = functools.partial(save_adapter, model, base_path=base.path, base_fingerprint=base.fingerprint)
         assert run.record.pack is not None
         run.record.pack["shared_draws"] = bool(self.has_shared_draws)
         try:
-            run.note_evaluation(metrics, save=lambda folder: self._save_weights(slot, folder))
+            run.note_evaluation(metrics, save=save)
         except Diverged as error:
-            self._fail(run, error)
+            self._end(run, "failed", str(error), outcome=error)
             return False
         return True
 
     def _end_if_due(self, run: SlotRun, *, stop_reason: str | None) -> bool:
         """Ends a run if it is complete or must stop, and returns whether it did."""
-        end = find_run_end(run.record, run.request.config.trainer, stop_reason=stop_reason)
+        config = run.request.config
+        end = find_run_end(run.record, config.trainer, stop_reason=stop_reason)
         if end is None:
             return False
         status, reason = end
         if status == "complete":
+            began = time.monotonic()
             try:
-                run.score_best_weights()
+                score_best_weights(config, run.record, run.folder, inputs=self.inputs)
             except Diverged as error:
-                self._fail(run, error)
+                self._end(run, "failed", str(error), outcome=error)
                 return True
-        self._close_run(run, status, reason)
-        self.on_end(run.request, run.record)
+            run.wall_s += time.monotonic() - began  # for this run alone, as outside of packs
+        self._end(run, status, reason, outcome=run.record)
         return True
 
-    def _fail(self, run: SlotRun, error: Diverged) -> None:
-        self._close_run(run, "failed", str(error))
-        self.on_end(run.request, error)
-
-    def _close_run(self, run: SlotRun, status: RunStatus, reason: str | None) -> None:
+    def _end(self, run: SlotRun, status: RunStatus, reason: str | None, *, outcome: RunRecord | Diverged) -> None:
         run.close(status, reason)
         self.closed_runs.append(run)
+        self.on_end(run.request, outcome)
 
     def _interrupt(self) -> None:
         self._share_time()
@@ -381,11 +376,6 @@ class PackTrainer:
             parameters = slot_model(self.model, slot).named_parameters()
             trained = {name: parameter.detach() for name, parameter in parameters if parameter.requires_grad}
             run.save_checkpoint({"trained": trained, "optimizer": run.optimizer.state()})
-
-    def _save_weights(self, slot: int, folder: Path) -> None:
-        base = self.inputs.base
-        model = slot_model(self.model, slot)
-        save_adapter(model, folder, base_path=base.path, base_fingerprint=base.fingerprint)
 
     def _commit(self) -> None:
         steps = {run.folder.name: run.step for run in self.runs}

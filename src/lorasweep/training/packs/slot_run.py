@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +21,6 @@ from lorasweep.training.inputs import RunInputs, describe_batching
 from lorasweep.training.loggers import finish_loggers, start_loggers
 from lorasweep.training.optim import build_optimizer, build_schedule
 from lorasweep.training.run_log import Metrics, RunLog, RunRequest, open_record
-from lorasweep.training.score import score_best_weights
 
 
 class SlotRun:
@@ -107,12 +105,6 @@ class SlotRun:
         content = {**state, "progress": dict(vars(self.log.progress)), "stream": self.stream.get_state()}
         save_checkpoint(self.folder, kind="slot", step=self.step, save=lambda path: torch.save(content, path))
         self.saved_step = self.step
-
-    def score_best_weights(self) -> None:
-        """Does what `score.score_best_weights` does, for this run. Its share of the time is that of a run alone."""
-        began = time.monotonic()
-        score_best_weights(self.request.config, self.record, self.folder, inputs=self.inputs)
-        self.wall_s += time.monotonic() - began
 
     def close(self, status: RunStatus, reason: str | None) -> None:
         """Writes the final record of this run and closes its loggers.
