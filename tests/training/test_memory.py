@@ -66,7 +66,7 @@ def test_inputs_are_loaded_once_for_all_runs_that_can_share_them(make_config, mo
 
 
 def test_the_attention_that_was_chosen_is_said_and_recorded(make_config, inputs, tmp_path):
-    assert inputs.notes == inputs.splits.notes
+    assert replace(inputs, attention=None).notes == inputs.splits.notes
     chosen = replace(inputs, attention=AttentionChoice("eager", "short"))
     told = "Attention is eager: short."
     assert chosen.notes == (*inputs.splits.notes, told)
