@@ -8,7 +8,7 @@ from hypothesis import settings as limits
 from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from lorasweep.config.compose import compose_run, compose_sweep
+from lorasweep.config.compose import compose_run
 from lorasweep.sweep.definition.arms import read_definition, restore_definition
 
 LR = FloatDistribution(1e-3, 1e-1, log=True)
@@ -29,13 +29,10 @@ def test_a_file_becomes_arms_in_its_order_whose_corners_are_the_ends_of_their_ra
     assert corners == [(1, 1e-3), (2, 1e-3), (4, 1e-3), (1, 1e-1), (4, 1e-1)]
 
 
-def test_an_override_reaches_every_arm_that_has_the_key_and_one_of_an_arm_beats_it(read, content):
+def test_an_override_reaches_every_arm_that_has_the_key_and_numbers_of_trials_follow(read, content):
     arms = arms_of(read(content, "optim.weight_decay=0.1", "method.alpha=32"))
     assert {name: arm.settings.get("optim.weight_decay") for name, arm in arms.items()} == dict.fromkeys(arms, 0.1)
     assert {name for name, arm in arms.items() if "method.alpha" in arm.settings} == {"lora"}
-    for words in (["optim.eps=1e-6", "arms.lora.optim.eps=1e-7"], ["arms.lora.optim.eps=1e-7", "optim.eps=1e-6"]):
-        arms = arms_of(read(content, *words))
-        assert (arms["lora"].settings["optim.eps"], arms["full"].settings["optim.eps"]) == (1e-7, 1e-6)
     full = arms_of(read(content, "arms.full.optim.lr=1e-3"))["full"]  # which leaves nothing to search
     assert (full.space, full.trials, full.compose({}).optim.lr) == ({}, 1, 1e-3)
     trials = {arm.name: arm.trials for arm in read(content, "sweep.trials=4", "arms.lora.trials=5").arms}
@@ -57,24 +54,22 @@ def test_a_typed_range_replaces_or_adds_one_and_a_typed_value_ends_the_search(re
     content["arms"]["lora"]["settings"]["method.alpha"] = 64  # fixed by the file
     lora = arms_of(read(content, override))["lora"]
     assert lora.space.get(key) == expected
-    assert lora.compose({"method.alpha": 8}).method.alpha == 8
     assert expected or lora.compose({}).method.rank == 4
 
 
-SCHEDULES = ("linear", "cosine", "constant")
 LAYER = st.fixed_dictionaries(
     {},
     optional={
         "optim.lr": st.floats(1e-5, 1.0),
         "seeds.init": st.integers(0, 9),
         "method.targets": st.sampled_from(["all-linear", ["q_proj"], ["q_proj", "v_proj"]]),
-        "schedule": st.sampled_from(SCHEDULES),
+        "schedule": st.sampled_from(["linear", "cosine", "constant"]),
         "schedule.warmup_fraction": st.sampled_from([0.2, 0.3]),
     },
 )
 
 
-@limits(max_examples=30, deadline=None, derandomize=True, database=None)
+@limits(max_examples=20, deadline=None, derandomize=True, database=None)
 @given(layers=st.tuples(LAYER, LAYER, LAYER, LAYER))
 def test_the_last_layer_that_sets_a_key_wins_unless_a_later_one_chooses_another_option(layers):
     of_file, of_arm, typed, typed_for_arm = layers
@@ -99,26 +94,6 @@ def test_an_arms_own_sweep_settings_beat_the_files_and_the_command_line_beats_bo
     ):
         names = {arm.name: arm.sweep_config.sampler.name for arm in read(content, *words).arms}
         assert names == {"frozen": of_all, "full": of_all, "lora": of_lora}
-
-
-@pytest.mark.parametrize(
-    ("set_in_file", "word", "name"),
-    [
-        ({"sampler.startup_trials": 7}, "sampler=qmc", "qmc"),
-        ({"sampler.startup_trials": 7}, "arms.lora.sampler=qmc", "qmc"),
-        ({"schedule.warmup_fraction": 0.5}, "schedule=constant", "constant"),
-        ({"schedule.warmup_fraction": 0.5}, "arms.lora.schedule=cosine", "cosine"),
-    ],
-)
-def test_another_option_of_a_group_has_its_own_defaults(read, content, set_in_file, word, name):
-    """What the file says inside the group was meant for the option that it had."""
-    group = word.removeprefix("arms.lora.").partition("=")[0]
-    of_sweep = group == "sampler"
-    of_conf = getattr((compose_sweep if of_sweep else compose_run)({group: name}), group)
-    for settings in (content["settings"], content["arms"]["lora"]["settings"]):
-        settings |= set_in_file
-        lora = arms_of(read(content, word))["lora"]
-        assert getattr(lora.sweep_config if of_sweep else lora.corner_configs[0], group) == of_conf
 
 
 def test_arguments_of_an_optimizer_are_searched_as_other_settings(read, content):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple
 
 from lorasweep.config.data import BlockSettings, ChatConfig, ModuleDataConfig
@@ -98,9 +97,13 @@ def count_confirm_runs(definition: Definition, *, look: int = 0) -> dict[str, in
 
 
 def find_warnings(definition: Definition) -> list[str]:
-    # the frozen base has neither a budget nor a learning rate to compare
-    trained = [arm for arm in definition.arms if max(map(count_tokens, arm.corner_configs))]
-    warnings = list(_warn_of_budgets(trained))
+    warnings = []
+    tokens = {arm.name: max(map(count_tokens, arm.corner_configs)) for arm in definition.arms}
+    if len({number for number in tokens.values() if number}) > 1:  # the frozen base has no budget to compare
+        listed = ", ".join(f"{name} {number:,}" for name, number in tokens.items() if number)
+        warnings.append(
+            f"Arms train on unequal numbers of tokens per trial ({listed}): a better score may come from more training."
+        )
     confirm = definition.sweep_config.confirm
     if 0 < (num_seeds := max(confirm.list_looks(), default=0)) < MIN_RELIABLE_SEEDS:
         warnings.append(
@@ -131,16 +134,3 @@ def count_tokens(config: RunConfig) -> int:
     if not isinstance(data, ModuleDataConfig):
         tokens = data.block_length if isinstance(data, BlockSettings) else data.max_length
     return config.num_steps * config.trainer.batch_size * tokens
-
-
-def _warn_of_budgets(arms: Sequence[Arm]) -> Iterator[str]:
-    tokens = {arm.name: max(map(count_tokens, arm.corner_configs)) for arm in arms}
-    if len(set(tokens.values())) > 1:
-        yield (
-            f"Arms train on unequal numbers of tokens per trial ({_format_by_arm(tokens)}): a better score may come "
-            "from more training."
-        )
-
-
-def _format_by_arm(numbers: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {number:,}" for name, number in numbers.items())
