@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorasweep.config.run import ALPHA, LR, RANK
-from lorasweep.record import RetainedRow, SettingRow
+from lorasweep.record import RetainedRow
 from lorasweep.report.caveats import Learning
 from lorasweep.report.evidence.evidence import RetainedChange
 from lorasweep.report.evidence.questions import NEGATIVE_VERDICTS, POSITIVE_VERDICTS, Answer
@@ -178,7 +178,9 @@ def _answer_setting(data: SweepData, learning: Learning) -> tuple[str, bool]:
     else:
         origin = f"tried as trial {best.number} of `{best.arm}`"
     regret, is_small = describe_regret(choice.data, data)
-    return f"{at}{values}{more} ({origin}; {regret}).{_describe_rate_costs(setting, data)}{law}", is_small
+    costs = [f"{name} the rate costs at least {_format_difference(c, data)}" for name, c in setting.rate_costs.items()]
+    more_costs = f" By the search's model, {join_words(costs)}." if costs else ""
+    return f"{at}{values}{more} ({origin}; {regret}).{more_costs}{law}", is_small
 
 
 def _answer_retained(row: RetainedRow, data: SweepData) -> AnswerLine:
@@ -204,14 +206,6 @@ def describe_regret(one: SubjectData, data: SweepData) -> tuple[str, bool]:
     is_small = margin is not None and regret <= margin
     advice = "" if is_small or margin is None else ", which is above the margin; more trials would lower it"
     return f"the best untried setting is expected to gain {size} more{advice}", is_small
-
-
-def _describe_rate_costs(setting: SettingRow, data: SweepData) -> str:
-    """Returns a sentence on half and twice the learning rate; empty if the rate was not searched."""
-    costs = [
-        f"{name} the rate costs at least {_format_difference(cost, data)}" for name, cost in setting.rate_costs.items()
-    ]
-    return f" By the search's model, {join_words(costs)}." if costs else ""
 
 
 def _format_difference(difference: float, data: SweepData) -> str:

@@ -75,7 +75,8 @@ def judge_learning(data: SweepData) -> Learning:
     """
     known = _find_answer(data)
     # a stopped trial has only a score on the validation examples of evaluations, but it was not better there either
-    scored = {row.name: [*filter(_is_scored, data.list_trials(row.name))] for row in data.record.arms}
+    known_values = [trial for trial in data.trials if is_number(trial.value) and trial.state in ("complete", "stopped")]
+    scored = {row.name: [trial for trial in known_values if trial.arm == row.name] for row in data.record.arms}
     subjects = [one for one in data.subjects if not one.row.is_base]
     scored = {one.arm: scored[one.arm] for one in subjects if scored[one.arm]}
     if known.score is None or not scored:
@@ -105,10 +106,6 @@ def judge_learning(data: SweepData) -> Learning:
         f"than {steps}.",
         unlearned=tuple(shown),
     )
-
-
-def _is_scored(trial: Trial) -> bool:
-    return trial.is_complete or (trial.state == "stopped" and is_number(trial.value))
 
 
 def _find_answer(data: SweepData) -> Learning:

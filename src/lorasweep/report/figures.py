@@ -87,25 +87,18 @@ def _draw_scores(values: Sequence[SubjectData], others: Sequence[SubjectData], d
     ends = [end for *_, interval in rows for end in interval or ()]
     levels = {"full": full.value if full else None, "frozen": base.value if base else None}
     set_score_axis(figure, [*scores, *band], ends, **levels)
-    enough = _find_smallest_sufficient(values, data)
+    is_asked = bool(values) and bool(evidence.list_answers("smallest", arm=values[0].arm))
+    enough = choose_subject(data, values[0].arm) if is_asked else None
     for one, found, interval in rows:
         colour, place = colours[one.name], escape(one.subject.label)  # `rank 4` differs from an arm named `4`
         text = escape(f"{one.name}: {format_subject_score(one, data)}")
         add_point(figure, place, found.value, colour, one.name, text=text, marker={"size": 11}, interval=interval)
         seeds = [(place, run) for run in one.confirm_runs if run.is_complete]
         add_trials(figure, seeds, colour, one.name, marker={"symbol": "circle-open"})
-        if one.name == enough:
+        if enough and enough.is_settled and enough.data is one:
             marker = LARGE | {"symbol": "diamond-open"}
             add_point(figure, place, found.value, colour, one.name, text=text, marker=marker)
     return figure
-
-
-def _find_smallest_sufficient(values: Sequence[SubjectData], data: SweepData) -> str | None:
-    """Returns the subject that is the smallest sufficient value; None if that is not settled."""
-    if not values or not data.evidence.list_answers("smallest", arm=values[0].arm):
-        return None
-    chosen = choose_subject(data, values[0].arm)
-    return chosen.data.name if chosen and chosen.is_settled else None
 
 
 def _find_interval(name: str, data: SweepData) -> Interval | None:

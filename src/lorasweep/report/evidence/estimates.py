@@ -305,9 +305,10 @@ def estimate_sum(
     if not seeds:
         return None
     sums = np.full((len(seeds), len(scores.shares)), constant)
-    for subject, coefficient in coefficients.items():
-        if coefficient:  # 0 · infinity is not a number
-            sums += coefficient * np.array([scores.values[subject][seed] for seed in seeds])
+    used = {subject: coefficient for subject, coefficient in coefficients.items() if coefficient}  # 0 · inf is NaN
+    for subject, coefficient in used.items():
+        sums += coefficient * np.array([scores.values[subject][seed] for seed in seeds])
+    ends = [[coefficient * end for end in scores.score_range] for coefficient in used.values()]
     errors = {subject: scores.search_errors.get(subject, 0.0) if adds_search_error else 0.0 for subject in coefficients}
     shares, (num_seeds, num_groups) = scores.shares, sums.shape
     by_seed, by_group = sums @ shares, sums.mean(axis=0)
@@ -330,7 +331,7 @@ def estimate_sum(
         interaction_variance=min(interaction, seeds_variance, groups_variance),
         search_variance=sum((coefficients[subject] * error) ** 2 for subject, error in errors.items()),
         num_groups=scores.num_groups,
-        bounds=_bound_sum(coefficients, scores.score_range, constant=constant),
+        bounds=(constant + sum(map(min, ends)), constant + sum(map(max, ends))),
     )
 
 
@@ -390,10 +391,3 @@ def subtract(numerator: Coefficients, denominator: Coefficients, factor: float) 
     """Returns the coefficients of numerator - factor · denominator."""
     subjects = dict.fromkeys([*numerator, *denominator])
     return {name: numerator.get(name, 0.0) - factor * denominator.get(name, 0.0) for name in subjects}
-
-
-def _bound_sum(coefficients: Coefficients, score_range: Interval, *, constant: float) -> Interval:
-    """Returns the lowest and the highest possible value of constant + Σ coefficient · mean of the subject."""
-    # Coefficients of 0 are skipped, because 0 times an infinite end is not a number.
-    ends = [[coefficient * end for end in score_range] for coefficient in coefficients.values() if coefficient]
-    return constant + sum(map(min, ends)), constant + sum(map(max, ends))

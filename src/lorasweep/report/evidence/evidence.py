@@ -125,9 +125,13 @@ def build_evidence(record: SweepRecord, scores: ConfirmScores) -> Evidence:
     gain = estimate.value if estimate and estimate.value > 0 else None
     margin = None if scale.margin.is_share_of_gain and gain is None else scale.margin.value
     shares: dict[str, Ratio] = {}
-    if gain and scale.base is not None:
-        measured = {name: _measure_share(name, scores, scale, confidence=1 - 2 * level) for name in means}
-        shares = {name: share for name, share in measured.items() if share}
+    if gain:
+        # 0 and 1 by definition, without error
+        shares = {name: (float(name == scale.full), None) for name in means if name in (scale.base, scale.full)}
+        for name in [name for name in means if name not in shares]:
+            kept = {scale.base or "": float(scale.sign), name: -float(scale.sign)}
+            if share := estimate_ratio(scores, kept, scale.gain, confidence=1 - 2 * level, adds_search_error=True):
+                shares[name] = share
     return Evidence(
         means=means,
         shares=shares,
@@ -146,13 +150,6 @@ def build_evidence(record: SweepRecord, scores: ConfirmScores) -> Evidence:
         ),
         scores=scores,
     )
-
-
-def _measure_share(name: str, scores: ConfirmScores, scale: MarginScale, *, confidence: float) -> Ratio | None:
-    if name in (scale.base, scale.full):  # 0 and 1 by definition, without error
-        return float(name == scale.full), None
-    gain = {scale.base or "": float(scale.sign), name: -float(scale.sign)}
-    return estimate_ratio(scores, gain, scale.gain, confidence=confidence, adds_search_error=True)
 
 
 def read_confirm_scores(
