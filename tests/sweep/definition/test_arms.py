@@ -35,6 +35,8 @@ def test_an_override_reaches_every_arm_that_has_the_key_and_numbers_of_trials_fo
     assert {name for name, arm in arms.items() if "method.alpha" in arm.settings} == {"lora"}
     full = arms_of(read(content, "arms.full.optim.lr=1e-3"))["full"]  # which leaves nothing to search
     assert (full.space, full.trials, full.compose({}).optim.lr) == ({}, 1, 1e-3)
+    content["arms"]["frozen"]["settings"]["optim.lr"] = 0.5  # an arm that searches nothing keeps its value
+    assert arms_of(read(content, "optim.lr=0.1,0.2"))["frozen"].compose({}).optim.lr == 0.5
     trials = {arm.name: arm.trials for arm in read(content, "sweep.trials=4", "arms.lora.trials=5").arms}
     assert trials == {"frozen": 1, "full": 2, "lora": 5}  # full searches one key, so it has half of the trials
 

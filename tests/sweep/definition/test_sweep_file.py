@@ -118,6 +118,7 @@ def test_a_wrong_key_or_value_of_a_file_is_refused(read, content, path, value, w
         (["arms.lorra.optim.lr=1"], ["`arms.lorra.optim.lr`", "at least one arm (frozen, full, lora)"]),
         (["arms.lora.method.rnk=1"], ["`lora`", "`method.rnk`", "`method.rank`"]),
         (["arms.lora.trials=many"], ["`arms.lora.trials`", "a whole number", "'many'"]),
+        (["trials=4"], ["`trials` is not a setting"]),
         (["arms.lora={trials: 2}"], ["`arms.lora`", "{'trials': 2}", "a new arm"]),
         (["arms.lroa=null"], ["`arms.lroa`", "null", "`arms.lora`"]),
         (["~arms.lora"], ["~arms.lora", "`arms.ARM=null`"]),

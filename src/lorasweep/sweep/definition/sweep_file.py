@@ -172,25 +172,23 @@ def apply_overrides(file: SweepFile, overrides: Mapping[str, Any]) -> SweepFile:
     for name, arm in file.arms.items():
         prefix = f"arms.{name}."
         own = {key.removeprefix(prefix): value for key, value in overrides.items() if key.startswith(prefix)}
+        used |= {f"{prefix}{key}" for key in own}
+        own_fields: dict[str, Any] = {key: own.pop(key) for key in ("trials", "confirm_each") if key in own}
         settings = merge_layers(file.settings, arm.settings, _without_ranges(for_all), _without_ranges(own))
         with name_in_errors(f"arm `{name}`"):
             options = compose_options("train", settings)
         method, model = options["method"], options["model"]
-        skipped = {
-            key
-            for key, value in for_all.items()
-            if (key.startswith("method.") and key.split(".")[1] not in method)
-            or (is_range(key, value) and not arm.space)
-        }
+        lacking = {key for key in for_all if key.startswith("method.") and key.split(".")[1] not in method}
+        skipped = lacking | {key for key, value in for_all.items() if is_range(key, value) and not arm.space}
         typed = merge_layers({key: value for key, value in for_all.items() if key not in skipped}, own)
-        settings = {key: value for key, value in settings.items() if key not in skipped or key in own}
+        settings = {key: value for key, value in settings.items() if key not in lacking or key in own}
         trains_base = method["name"] not in METHODS_ON_QUANTISED_BASE
         is_quantised = settings.get(QUANTIZATION, model["quantization"]) != "none"
         # a quantisation that the arm itself sets stays, and is refused
         if trains_base and is_quantised and {"model", QUANTIZATION}.isdisjoint([*arm.settings, *own]):
             settings[QUANTIZATION] = "none"
-        arms[name] = _change_arm(name, arm, settings, typed)
-        used |= {*for_all.keys() - skipped, *(f"{prefix}{key}" for key in own)}
+        arms[name] = _change_arm(name, arm, settings, typed, own_fields)
+        used |= for_all.keys() - skipped
         known |= {f"method.{key}" for key in method}
     if unused := [key for key in overrides if key not in used]:
         raise ConfigError(
@@ -200,18 +198,22 @@ def apply_overrides(file: SweepFile, overrides: Mapping[str, Any]) -> SweepFile:
     return replace(file, settings=merge_layers(file.settings, for_all), arms=arms)
 
 
-def _change_arm(name: str, arm: ArmConfig, settings: Mapping[str, Any], typed: Mapping[str, Any]) -> ArmConfig:
-    """Returns an arm with all its settings, and with the ranges, trials and `confirm_each` that are typed for it."""
-    fields = {"trials": arm.trials, "confirm_each": arm.confirm_each}
-    fields |= {key: value for key, value in typed.items() if key in fields}
+def _change_arm(
+    name: str, arm: ArmConfig, settings: Mapping[str, Any], typed: Mapping[str, Any], own_fields: Mapping[str, Any]
+) -> ArmConfig:
+    """Returns an arm with all its settings, with the ranges and fields that are typed for it."""
     space = _replace_ranges(arm.space, typed)
-    if "trials" in typed:
+    trials = None if arm.space and not space else arm.trials  # an override may leave nothing to search
+    if "trials" in own_fields:
         settings = {**settings, "sweep.trials": None}  # the arm's own number wins
-    elif arm.space and not space:
-        fields["trials"] = None  # nothing is left to search
-    is_swept = {key: any(_is_inside(key, one) for one in space) for key in settings}
-    settings = {key: value for key, value in settings.items() if not is_swept.get(key) and key not in fields}
-    return build(ArmConfig, {**fields, "settings": settings, "space": space}, key=f"arms.{name}")
+    changed = {
+        "settings": {key: value for key, value in settings.items() if not any(_is_inside(key, one) for one in space)},
+        "space": space,
+        "trials": trials,
+        "confirm_each": arm.confirm_each,
+        **own_fields,
+    }
+    return build(ArmConfig, changed, key=f"arms.{name}")
 
 
 def _replace_ranges(space: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, Any]:
