@@ -116,9 +116,8 @@ def build_splits(
 
     With a causal `model`, the task computes the logits of scored tokens only, if the model can.
 
-    Raises:
-        ConfigError: The model can't learn from this kind of data, the metric does not fit it, a split has nothing to
-            predict, or the tokenizer has no end-of-text token. Errors in the test split are raised at its first use.
+    Raises ConfigError if the model can't learn from this kind of data, the metric does not fit it, a split has nothing
+    to predict, or the tokenizer has no end-of-text token; for the test split at its first use.
     """
     if model_kind != (wanted := MODEL_KINDS[source.kind]):
         raise ConfigError(
@@ -163,8 +162,8 @@ def build_splits(
         test=functools.cache(lambda: build(source.test())),
         notes=notes,
     )
-    answer = describe_constant_answer(splits, source.label_names)
-    return replace(splits, notes=(*notes, *describe_conversations(splits.train), *answer))
+    more = (*describe_conversations(splits.train), *describe_constant_answer(splits, source.label_names))
+    return replace(splits, notes=notes + more)
 
 
 def describe_conversations(split: Split) -> list[str]:

@@ -10,6 +10,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from lorasweep.data.split import Split
@@ -145,7 +146,7 @@ def build_source(
     describe: Callable[[list[Example], list[Example]], list[str]],
     label_names: tuple[str, ...] = (),
     shared: str = "text",
-    max_examples: Mapping[str, int | None] | None = None,
+    max_examples: Mapping[str, int | None] = MappingProxyType({}),
     split_off: SplitOff[Example] | None = None,
 ) -> DataSource:
     """Returns the splits of a data set. The test split is read at the first call of `DataSource.test`.
@@ -162,20 +163,15 @@ def build_source(
         notes += split_notes
 
     def load(name: str) -> ReadExamples[Example]:
-        items, notes = (parts[name], []) if name in parts else read(name)
-        limit, size = (max_examples or {}).get(name), len(items)
-        if limit is None or limit >= size:
-            return items, notes
-        evenly_spaced = [items[n * size // limit] for n in range(limit)]
-        return evenly_spaced, [*notes, f"{name} uses {limit} of {size} examples, evenly spaced."]
+        examples = (parts[name], []) if name in parts else read(name)
+        return _limit_evenly(name, examples, limit=max_examples.get(name))
 
-    train_items, train_notes = load("train")
-    validation_items, validation_notes = load("validation")
+    (train_items, train_notes), (validation_items, validation_notes) = load("train"), load("validation")
     train_keys = frozenset(map(key, train_items))
 
     def count_duplicates(name: str, items: list[Example]) -> list[str]:
         if name in missing:
-            return []  # a split that is taken from train by content key has no duplicate there
+            return []  # taken from train by content key, so it has no duplicate there
         duplicates = sum(key(item) in train_keys for item in items)
         return [f"{duplicates} of {len(items)} examples of {name} have the {shared} of an example of train."]
 
@@ -200,6 +196,14 @@ def build_source(
             *describe(train_items, validation_items),
         ),
     )
+
+
+def _limit_evenly(name: str, examples: ReadExamples[Example], *, limit: int | None) -> ReadExamples[Example]:
+    items, notes = examples
+    if limit is None or limit >= len(items):
+        return examples
+    evenly_spaced = [items[n * len(items) // limit] for n in range(limit)]
+    return evenly_spaced, [*notes, f"{name} uses {limit} of {len(items)} examples, evenly spaced."]
 
 
 def content_key(texts: Iterable[str]) -> int:
