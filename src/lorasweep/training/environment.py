@@ -169,16 +169,10 @@ def reset_peak_memory() -> None:
     """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    if (trim := _find_malloc_trim()) is not None:
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
-
-
-@cache
-def _find_malloc_trim() -> Any:
-    """Returns glibc's `malloc_trim`, or None on systems with another C library."""
-    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 def peak_memory_bytes() -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,10 @@ class TrainingModule(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         layout = self.inputs.lay_out(batch, self.config.trainer, model=self.model)
-        with self._dropout(), unpadded(self.model, layout):
+        is_compiled = self.config.trainer.compile  # packs do not compile
+        # functional dropout draws as in a pack
+        dropout = nullcontext() if is_compiled else FunctionalDropout(drop_from_default_stream)
+        with dropout, unpadded(self.model, layout):
             share = self.task.losses(self.model, batch).sum() / batch["step_weight"]
         self._micro_losses.append(share.detach())
         self._micro_tokens += int(batch["num_tokens"])
@@ -161,10 +164,6 @@ class TrainingModule(lightning.LightningModule):
         # Each share is already divided by the weight of the whole step, so shares must be added up. Lightning averages
         # over micro-batches, and its strategies average over processes, which this factor reverses.
         return share * self.accumulate * self.trainer.world_size
-
-    def _dropout(self) -> AbstractContextManager[object]:
-        """Returns the context in which functional dropout draws as in a pack. Packs do not compile."""
-        return nullcontext() if self.config.trainer.compile else FunctionalDropout(drop_from_default_stream)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Sums losses and tokens of the step over its micro-batches and over processes, and logs them."""

@@ -215,12 +215,10 @@ def drops_attention(model: nn.Module) -> bool:
     return settings._attn_implementation == "eager" and any(rates)
 
 
-def _ignore(lengths: Sequence[int]) -> None:
-    """A run alone has no slots to pad."""
-
-
 @contextmanager
-def unpadded(model: nn.Module, layout: Layout | None, *, note_lengths: NoteLengths = _ignore) -> Iterator[None]:
+def unpadded(
+    model: nn.Module, layout: Layout | None, *, note_lengths: NoteLengths = lambda lengths: None
+) -> Iterator[None]:
     """Lets calls of the model inside the block compute a batch without padding.
 
     Args:

@@ -190,7 +190,10 @@ class PackTrainer:
                 if stop_requested():
                     self._interrupt()
                     return False
-            self._wait_for_gpu()
+            started = time.perf_counter()
+            if self.device.type == "cuda":  # the steps did not wait for it, and their time is that of training
+                torch.cuda.synchronize(self.device)
+            self._share_training_time(started)
             self._process_boundary(self._evaluate())
         return True
 
@@ -234,13 +237,6 @@ class PackTrainer:
             run.step += 1
             run.log.note_step(run.step, run_losses, lr)
         self.inputs.telemetry.add_tokens(tokens)
-        self._share_training_time(started)
-
-    def _wait_for_gpu(self) -> None:
-        """Counts the time in which a GPU finishes the steps as training. The steps themselves do not wait for it."""
-        started = time.perf_counter()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
         self._share_training_time(started)
 
     def _share_training_time(self, started: float) -> None:
