@@ -18,10 +18,6 @@ from lorasweep.record import read_run, read_steps, read_sweep
 
 from .conftest import SETTINGS, TIMEOUT_S, read_trials
 
-KILLS = int(os.environ.get("LORASWEEP_TEST_KILLS", "2"))
-"""How often each kind of process is killed. From 10 on what takes long is tested too."""
-THOROUGH = KILLS >= 10
-thorough = pytest.mark.skipif(not THOROUGH, reason="takes long: LORASWEEP_TEST_KILLS=20")
 SPACE = {"optim.lr": rates(1e-4, 1e-2)}
 STEPS = {"trainer.max_steps": 24, "trainer.eval_every_steps": 4}
 SWEEP = {

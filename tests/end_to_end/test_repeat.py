@@ -1,6 +1,5 @@
 """The same sweep again, also when it is killed, is the same sweep to the last bit."""
 
-import os
 import random
 import signal
 from pathlib import Path
@@ -14,7 +13,7 @@ from lorasweep.runs.reproduce import compare_sweeps
 
 from .conftest import SETTINGS, read_trials, state_of
 
-KILLS = int(os.environ.get("LORASWEEP_TEST_KILLS", "2"))
+KILLS = 2
 """How often a sweep is killed, for each size of packs."""
 MAX_SAVES = 120
 """Files that are flushed before a kill, at most; a sweep flushes several hundred."""

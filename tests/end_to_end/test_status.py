@@ -18,7 +18,7 @@ SWEEP = {
         "lora": {
             "settings": {"method": "lora", "method.rank": 2},
             "space": {"optim.lr": rates(1e-3, 1e-1)},
-            "trials": 6,
+            "trials": 3,
         },
     },
 }
@@ -38,10 +38,10 @@ def test_a_sweep_that_is_looked_at_all_the_time_is_seen_to_go_on_and_ends_well(t
     for runs in ([arm.trials for arm in arms], [arm.confirm for arm in arms]):
         assert [count_ended(some) for some in runs] == sorted(count_ended(some) for some in runs)
     assert max(run.state == "running" for arm in arms for run in (*arm.trials, *arm.confirm)) == 1
-    assert (count_ended(arms[-1].trials), count_ended(arms[-1].confirm)) == (6, 2)
+    assert (count_ended(arms[-1].trials), count_ended(arms[-1].confirm)) == (3, 2)
 
     assert run(["status", str(folder)]) == 0
     shown = capsys.readouterr().out
     assert "watched: bits_per_byte (minimize), complete" in shown
-    assert "6/6" in shown
+    assert "3/3" in shown
     assert "Type" not in shown

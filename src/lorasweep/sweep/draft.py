@@ -156,9 +156,19 @@ def draft_sweep(path: Path, settings: Mapping[str, Any]) -> tuple[str, list[str]
 
 
 def _choose_data(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the kind of data and the columns that the user did not name, from the first file or split."""
-    if "data.path" not in settings and not _is_table(str(settings["data.train"])):
-        return {"data": "text"}
+    """Returns the kind of data and the columns that the user did not name, from the first file or split.
+
+    Raises ConfigError if the first line of a csv, tsv or txt file is a row: its label occurs again below it.
+    """
+    train, first = str(settings["data.train"]), None
+    if "data.path" not in settings:
+        first = find_files(train, key="data.train")[0]
+        is_table = not first.is_dir() and find_suffix(first) in READERS
+        if is_table and find_suffix(first) == ".txt":  # it has columns if there is a tab in its first line
+            with refuse_unreadable(first), open_text(first) as file:
+                is_table = "\t" in file.readline()
+        if not is_table:
+            return {"data": "text"}
     config = compose_run({"data": "table", **settings, "model": "tiny"}, require_all=False).data
     assert isinstance(config, TableConfig)
     name, dataset = next(iter(load_datasets(config, "train").items()))
@@ -167,20 +177,16 @@ def _choose_data(settings: Mapping[str, Any]) -> dict[str, Any]:
         return {"data": "chat"}
     columns = read_columns(dataset, names, name=name)
     guessed = _guess_columns(columns, settings)
-    if "data.path" not in settings and "data.columns" not in settings:
-        _refuse_data_as_names(names, columns, guessed, train=str(settings["data.train"]))
+    label, is_named = guessed.get("data.label"), "data.columns" in settings
+    is_delimited = first is not None and find_suffix(first) in DEFAULT_DIALECTS
+    if is_delimited and not is_named and label and label not in LABEL_COLUMNS and label in columns[label]:
+        known = {label: "label", guessed.get("data.text"): "text"}
+        shown = ",".join(known.get(name, f"column{number}") for number, name in enumerate(names, 1))
+        raise ConfigError(
+            f"the first line of {train!r} must name its columns, but looks like data, because {label!r} occurs again "
+            f"in its column. Name the columns in their order, such as `'data.columns=[{shown}]'`."
+        )
     return {"data": "table", **guessed}
-
-
-def _is_table(train: str) -> bool:
-    """Returns whether a file has rows and columns. A txt file has them if there is a tab in its first line."""
-    first = find_files(train, key="data.train")[0]
-    if first.is_dir() or find_suffix(first) not in READERS:
-        return False
-    if find_suffix(first) != ".txt":
-        return True
-    with refuse_unreadable(first), open_text(first) as file:
-        return "\t" in file.readline()
 
 
 def _guess_columns(columns: Mapping[str, Sequence[Any]], settings: Mapping[str, Any]) -> dict[str, str]:
@@ -213,22 +219,6 @@ def _guess_columns(columns: Mapping[str, Sequence[Any]], settings: Mapping[str, 
         if pair in texts and "data.text_pair" not in settings:
             guessed["data.text_pair"] = str(pair)
     return guessed
-
-
-def _refuse_data_as_names(
-    first_line: Sequence[str], columns: Mapping[str, Sequence[Any]], guessed: Mapping[str, str], *, train: str
-) -> None:
-    """Raises ConfigError if the first line of a csv, tsv or txt file is a row: its label occurs again below it."""
-    label, text = guessed.get("data.label"), guessed.get("data.text")
-    is_delimited = find_suffix(find_files(train, key="data.train")[0]) in DEFAULT_DIALECTS
-    if not is_delimited or label is None or label in LABEL_COLUMNS or label not in columns[label]:
-        return
-    known = {label: "label", text: "text"}
-    names = [known.get(name, f"column{number}") for number, name in enumerate(first_line, 1)]
-    raise ConfigError(
-        f"the first line of {train!r} must name its columns, but looks like data, because {label!r} occurs again in "
-        f"its column. Name the columns in their order, such as `'data.columns=[{','.join(names)}]'`."
-    )
 
 
 def _choose_numbers(inputs: RunInputs, chosen: Mapping[str, Any]) -> dict[str, int]:

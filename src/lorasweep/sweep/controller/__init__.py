@@ -1,4 +1,4 @@
-"""The one owner of a sweep's studies: it proposes trials, decides at rungs and takes results."""
+"""The one owner of a sweep's studies: it proposes trials, takes results and tests the questions at looks."""
 
 import optuna
 

@@ -219,8 +219,8 @@ def predict_best(
 ) -> SettingRow | None:
     """Returns the setting that is predicted best for a subject of an arm.
 
-    Uses complete and stopped trials. A setting that does not fit in memory is not chosen. Returns None if no trial is
-    complete, or nothing with the subject's value fits. `chosen` is a setting to predict instead of the best one.
+    Uses complete and stopped trials. Returns None if no trial is complete, or if a trial with the subject's value ran
+    out of memory and none with this value has a score. `chosen` is a setting to predict instead of the best one.
 
     The regret is the mean over draws from the model. Costs are lower bounds, because the model cuts bad scores off
     (`fit_surrogate`).
