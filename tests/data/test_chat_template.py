@@ -8,6 +8,7 @@ from tests.tiny_tokenizer import load_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
+from lorasweep.data import chat_template
 from lorasweep.data.source import Conversation, Message, collect_examples
 from lorasweep.data.split import IGNORED
 from lorasweep.data.tokenise import tokenise_chats
@@ -37,6 +38,7 @@ ALTERNATES = (
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('must alternate') }}{% endif %}{% endfor %}" + KEEPS
 )
+LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}" + KEEPS
 OPENS_THINKING = KEEPS.replace("<|a|>{% endif %}", "<|a|><think>\n{% endif %}")
 EMPTY_THINKING = (
     "{% for m in messages %}<|{{ m.role[0] }}|>{% if m.role == 'assistant' %}<think>{{ m.reasoning_content }}</think>"
@@ -195,6 +197,12 @@ def test_what_a_template_can_not_say_is_refused_in_one_sentence(tokenizer, templ
     with pytest.raises(ConfigError) as raised:
         tokenise(tokenizer, template, conversation, **settings)
     assert [word for word in words if word not in str(raised.value)] == []
+
+
+def test_a_template_that_does_not_end_is_stopped(tokenizer, monkeypatch):
+    monkeypatch.setattr(chat_template, "MAX_RENDER_S", 0.05)
+    with pytest.raises(ConfigError, match=r"more than 0\.05 s.*'hi'"):
+        tokenise(tokenizer, LOOPS, talk(*TALK))
 
 
 def test_a_template_is_read_from_a_file(tokenizer, tmp_path):

@@ -9,7 +9,10 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -23,6 +26,8 @@ from lorasweep.data.source import Conversation
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.wording import shorten
 
+MAX_RENDER_S = 5.0
+"""Maximum number of seconds in which a template must render all answers of a conversation. It takes milliseconds."""
 OPEN_THINKING = re.compile(r"<think>\s*\Z")
 """The end of a generation prompt after which the model has to reason."""
 MARK = re.compile(r"{%-?\s*generation\s*-?%}")
@@ -56,7 +61,7 @@ class ChatTemplate:
         """Returns the answers of a conversation in order, or only the last one.
 
         Raises:
-            ConfigError: The template fails, leaves out an answer, or contradicts its own prompt.
+            ConfigError: The template fails or takes too long, leaves out an answer, or contradicts its own prompt.
         """
         messages = [
             {"role": m.role, "content": m.content, **json.loads(m.fields or "{}")} for m in conversation.messages
@@ -64,7 +69,8 @@ class ChatTemplate:
         tools = json.loads(conversation.tools) if conversation.tools else None
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         try:
-            return [self._render_turn(messages[: n + 1], tools) for n in (answers[-1:] if only_last else answers)]
+            with _limit_time(MAX_RENDER_S):
+                return [self._render_turn(messages[: n + 1], tools) for n in (answers[-1:] if only_last else answers)]
         except ConfigError:
             raise
         except Exception as error:  # a jinja template can raise any class of error
@@ -196,3 +202,22 @@ def _get_reasoning(message: ChatMessage) -> str:
     """Returns the reasoning of a message: its own field, or the start of its text up to `</think>`."""
     inline = message["content"].rpartition("</think>")[0].replace("<think>", "")
     return str(message.get("reasoning_content", inline)).strip()
+
+
+@contextmanager
+def _limit_time(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in the block after this time. Only the main thread of a process gets signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"it takes more than {seconds:g} s")
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)

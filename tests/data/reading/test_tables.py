@@ -36,6 +36,8 @@ def read(path, **rules):
         ("a.csv", f"text,label\n{'x' * 200_000},y\n", [("x" * 200_000, "y")]),
         ("a.csv", "text,,label,\na,,x,\nb,,y,\n", [("a", "x"), ("b", "y")]),
         ("a.tsv", 'text\tlabel\n"open\tx\nsays "so"\ty\n', [('"open', "x"), ('says "so"', "y")]),
+        ("a.tsv", 'text\tlabel\n"so, ""and""\tso"\tx\nplain\t"y"\n', [('so, "and"\tso', "x"), ("plain", "y")]),
+        ("a.tsv", 'text\tlabel\n"whole"\tx\n"whole" and more\ty\n', [('"whole"', "x"), ('"whole" and more', "y")]),
         ("a.txt", "\ufefflabel\ttext\r\n1\tso, and so\r\n\t \r\n", [("so, and so", "1"), (" ", "")]),
         ("a.jsonl", '{"text": "a\u2028", "label": 1}\n{"label": ["x"], "text": "b"}\n', [("a\u2028", 1), ("b", ["x"])]),
         ("a.jsonl", '\ufeff{"text": "2020-01-01", "label": 1}\n{"text": "b"}', [("2020-01-01", 1), ("b", None)]),

@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lorasweep.config.data import TextConfig
+from lorasweep.data.reading.limits import check_content
 from lorasweep.data.reading.tables import (
     choose_columns,
     find_files,
+    find_suffix,
     open_tables,
     open_text,
     parse_rows,
@@ -56,6 +58,8 @@ def read_texts(config: TextConfig) -> DataSource:
 def _read_files(paths: list[Path], folder: Path, *, split: str) -> ReadExamples[Document]:
     texts: dict[str, str] = {}
     for path in paths:
+        with refuse_unreadable(path):
+            check_content(path, suffix=find_suffix(path))
         with refuse_unreadable(path), open_text(path) as file:
             texts[path.absolute().relative_to(folder.absolute()).as_posix()] = file.read()
     documents = [Document(name, text) for name, text in texts.items() if text.strip()]

@@ -22,6 +22,7 @@ from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 from pandas.errors import ParserWarning
 
 from lorasweep.config.data import Delimiter, Quoting, RowSettings, SplitSettings
+from lorasweep.data.reading.limits import check_content
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.wording import join_words, shorten, suggest_nearest
 
@@ -140,16 +141,22 @@ def _load_file(path: Path, config: RowSettings) -> Dataset:
     with refuse_unreadable(path), surplus_fields_are_errors, quiet_datasets():
         if kind in DEFAULT_DIALECTS:
             options = _choose_csv_options(path, config)
+        else:
+            check_content(path, suffix=kind)
         escaped = glob.escape(str(path))  # a name may have brackets
         return load_dataset(READERS[kind], data_files=escaped, split="train", **options)
 
 
 def _choose_csv_options(path: Path, config: RowSettings) -> dict[str, Any]:
     """Returns options of `pandas.read_csv`. Every value stays a text: `NA` and `01` are not converted."""
-    default_delimiter, default_quoting = DEFAULT_DIALECTS[find_suffix(path)]
-    quoting = default_quoting if config.quoting == "auto" else config.quoting
+    kind, quoting = find_suffix(path), config.quoting
+    default_delimiter, default_quoting = DEFAULT_DIALECTS[kind]
+    separator = DELIMITERS[default_delimiter if config.delimiter == "auto" else config.delimiter]
+    check_content(path, suffix=kind, separator=separator)
+    if quoting == "auto":  # quotes that pandas wrote around fields would become part of the texts
+        quoting = "csv" if default_quoting == "csv" or _has_csv_quotes(path, separator) else "none"
     options: dict[str, Any] = {
-        "sep": DELIMITERS[default_delimiter if config.delimiter == "auto" else config.delimiter],
+        "sep": separator,
         "quoting": csv.QUOTE_MINIMAL if quoting == "csv" else csv.QUOTE_NONE,
         "na_filter": False,  # otherwise the text NA would be lost
         "index_col": False,  # otherwise the first field would be lost in a file whose rows are longer than its header
@@ -162,6 +169,15 @@ def _choose_csv_options(path: Path, config: RowSettings) -> dict[str, Any]:
         "header": None if config.columns else 0,
         "features": Features(dict.fromkeys(names, Value("string"))),
     }
+
+
+def _has_csv_quotes(path: Path, separator: str) -> bool:
+    """Returns whether a file has quotes, and they stand only around whole fields, or doubled inside such fields."""
+    with open_text(path) as file:
+        text = file.read()
+    end = re.escape(separator)
+    rest = re.sub(rf'(?:(?<=[{end}\n])|\A)"(?:[^"]|"")*+"(?=[{end}\n]|\Z)', "", text)
+    return '"' not in rest and rest != text
 
 
 @contextmanager
