@@ -23,7 +23,7 @@ BYTES_PER_POSITION = 16
 """Bytes of a token position in a batch: an int64 token and an int64 target."""
 MIN_PART_EXAMPLES = 128
 """Minimum number of examples in an evaluation on a part of a split. In replays, sweeps that compared
-trials on 32 of 96 blocks of text answered the first question wrongly in 17 instead of 3 of 100 (docs/benchmarks.md)."""
+trials on 32 of 96 blocks of text answered the first question wrongly in 17 instead of 3 of 100."""
 BYTES_PER_DRAWN_EXAMPLE = 100
 """Bytes for the index of an example in lists and tensors, while a step is drawn, sorted and cut."""
 

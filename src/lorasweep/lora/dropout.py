@@ -1,7 +1,7 @@
 """Dropout with masks from 16 random bits per element.
 
 A random number has 64 bits, enough for four elements. On a CPU this draws masks many times as fast as torch's
-`bernoulli_` (docs/benchmarks.md), and backward keeps a mask of one byte per element.
+`bernoulli_`, and backward keeps a mask of one byte per element.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ IMPLEMENTATIONS = ("sdpa", "eager")
 MAX_EAGER_TOKENS = 64
 """Maximum median length of the training examples, in tokens, for which `auto` uses eager attention on a CPU.
 
-Forward and backward passes were measured at 16 to 512 tokens (docs/benchmarks.md). Up to 64 tokens, eager took 0.64 to
+Forward and backward passes were measured at 16 to 512 tokens. Up to 64 tokens, eager took 0.64 to
 0.98 of sdpa's time on an encoder and 0.81 to 1.01 on a causal model. For longer examples, eager may be slower in fp32,
 and its memory grows with the square of the length. In bf16 eager stays faster, but the rule ignores the dtype.
 """

@@ -209,7 +209,9 @@ def _compare(
     found = {place: difference for place in before if (difference := measure(place))}
     first = next((place for place in found if found[place] > tolerance), None)
     if first is not None:
-        return Reproduction(folder=folder, verdict="different", description=f"different: first {describe(first)}")
+        return Reproduction(
+            folder=folder, verdict="different", description=f"different in {folder}: first {describe(first)}"
+        )
     if not found:
         description = f"identical: {what} are the same, bit for bit"
         return Reproduction(folder=folder, verdict="identical", description=description)

@@ -13,7 +13,7 @@ SPIN_COUNT = 20_000
 about a millisecond.
 
 With 0, each operation must wake the threads: a step of a pack took 121 instead of 72 ms on 2 cores. With OpenMP's own
-default, 300,000, the step was as fast, but used more processor time (docs/benchmarks.md, threads)."""
+default, 300,000, the step was as fast, but used more processor time."""
 
 MAX_CACHED_PRIMITIVES = 256
 """Size of the caches of torch and oneDNN for primitives (prepared matrix products of one shape). With their default,

@@ -28,8 +28,8 @@ MAX_SLOTS: Mapping[str, int] = {"cpu": 8, "cuda": 32}
 """Maximum number of slots by device.
 
 CPU: with 16 slots instead of 8 on 2 cores, a trial's step of MiniLM-L6 (240 tokens) was 1 to 3 % shorter. A step of
-`tiny` (512 tokens) was 1 % shorter in bf16 and longer in fp32 (docs/benchmarks.md, packs). GPU: the largest size that
-the benchmark tries, not measured."""
+`tiny` (512 tokens) was 1 % shorter in bf16 and longer in fp32 (docs/benchmarks.md, "Size of a pack on a CPU"). GPU: the
+largest size that the benchmark tries, not measured."""
 MAX_PASS_TOKENS: Mapping[tuple[str, Precision], int] = {
     ("cpu", "fp32"): 2048,
     ("cpu", "bf16"): 4096,
