@@ -127,7 +127,7 @@ def _add_judge(parser: argparse.ArgumentParser) -> None:
     directions.add_argument("--maximize", action="store_true", help="higher scores are better")
     directions.add_argument("--minimize", action="store_true", help="lower scores are better")
     parser.add_argument("--margin", required=True, help="smallest difference that matters: 0.01, or 5%% of the gain")
-    parser.add_argument("--reference", default="full", metavar="ARM", help="compared with the others")
+    parser.add_argument("--reference", default="full", metavar="ARM", help="arm with which others are compared")
     parser.add_argument("--base", default="frozen", metavar="ARM", help="the untrained model")
     parser.add_argument("--key", default="value", help="what the column value is, such as rank")
     parser.add_argument("--looks", nargs="+", type=int, default=(), metavar="N", help="all planned numbers of seeds")

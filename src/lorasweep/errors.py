@@ -37,7 +37,7 @@ class Diverged(RunError):
 
 
 class OutOfMemory(RunError):
-    """A run does not fit the machine's memory even at the smallest micro-batch."""
+    """A run or a pack does not fit in memory."""
 
 
 class WorkerError(LoraSweepError):
@@ -45,7 +45,7 @@ class WorkerError(LoraSweepError):
 
 
 class RanksLost(WorkerError):
-    """Another process of the same run ended or ran out of memory. The run can be retried."""
+    """One of the processes of a run ended or ran out of memory. The run can be retried."""
 
 
 def first_line(error: BaseException) -> str:

@@ -117,7 +117,7 @@ def count_decimals(
 
 
 def format_estimate(value: float | None, interval: tuple[float, float] | None, *, decimals: int | None = None) -> str:
-    """Returns a score with its interval, if given: `1.372 [1.365, 1.379]`; the interval decides `decimals` if None."""
+    """Returns a score with its interval, if given: `1.372 [1.365, 1.379]`; without `decimals`, its width decides."""
     if value is None or interval is None:
         return format_score(value)
     decimals = count_decimals([interval]) if decimals is None else decimals
@@ -137,7 +137,7 @@ def count_percent_decimals(intervals: Iterable[tuple[float, float] | None], *, c
 def format_share_estimate(
     value: float | None, interval: tuple[float, float] | None, *, decimals: int | None = None
 ) -> str:
-    """Returns a fraction in percent with its interval: `92 % [90, 94]`; the interval decides `decimals` if None."""
+    """Returns a fraction in percent with its interval: `92 % [90, 94]`; without `decimals`, its width decides."""
     if value is None or interval is None:
         return format_share(value)
     decimals = count_percent_decimals([interval]) if decimals is None else decimals

@@ -25,7 +25,7 @@ TextMetric = Literal["bits_per_byte", "loss", "perplexity"]
 LabelMetric = Literal["auto", "accuracy", "f1", "matthews", "pearson", "spearman", "mse", "loss"]
 """Scores of predicted labels. `auto`: accuracy of classes, Pearson's correlation of numbers."""
 AnswerMetric = Literal["exact_match", "last_number"]
-"""Scores of a generated answer, 1 if it is right and else 0: its whole text, or the last number in it."""
+"""Scores of a generated answer: 1 if its whole text, or the last number in it, is right, else 0."""
 LabelTask = Literal["single_label", "regression"]
 Delimiter = Literal["auto", "comma", "semicolon", "tab", "pipe"]
 Quoting = Literal["auto", "csv", "none"]
@@ -69,7 +69,7 @@ class ScoreMetric:
         return get_sign(self.direction)
 
     @property
-    def order(self) -> str:
+    def better_scores(self) -> str:
         return "lower" if self.direction == "minimize" else "higher"
 
 
@@ -126,7 +126,7 @@ class SplitSettings(Settings):
     test_fraction: Annotated[float, Field(ge=0.01, le=0.5)] | None
     """Share of `train` that becomes the test split if `test` is null, in whole percents; null is a tenth."""
     group: str | None
-    """Column with equal values for examples that depend on each other. The report takes groups as independent."""
+    """Column with equal values for examples that depend on each other. The report treats groups as independent."""
 
     @property
     def sources(self) -> dict[str, str]:
@@ -170,8 +170,8 @@ class RowSettings(SplitSettings):
     delimiter: Delimiter
     """Character between two fields. `auto`: a comma in csv files, a tab in tsv and txt files."""
     quoting: Quoting
-    """`csv`: a field may stand in quotes (RFC 4180); `none`: a quote is a character like others. `auto`: `csv` for csv
-    files, `none` for tsv and txt files."""
+    """`csv`: a field may stand in quotes (RFC 4180); `none`: a quote is a character like others. `auto`: `none` for tsv
+    and txt files, unless each quote there stands around a whole field; else `csv`."""
     max_length: AtLeastTwo
     """Maximum number of tokens per example, >= 2. Longer examples are cut off."""
     max_train_examples: Positive | None

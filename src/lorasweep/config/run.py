@@ -63,7 +63,7 @@ class ModelConfig(Settings):
     """Implementation of attention; `auto` takes eager for short rows on a CPU, else sdpa."""
     quantization: Quantization
     """How the frozen weights of linear layers are stored: `nf4` in 4 bits (QLoRA), `none` as
-    `trainer.precision` says. In a sweep, arms whose method trains weights of the base get the unquantised base."""
+    `trainer.precision` says. In a sweep, arms of other methods than `lora` and `frozen` get the unquantised base."""
     dropout: Fraction | None
     """Rate of every dropout of the base in training, 0 <= p < 1; null keeps the rates of the model."""
     trust_remote_code: bool
@@ -184,7 +184,7 @@ class TrainerConfig(Settings):
     """`auto` takes a GPU if there is one."""
     strategy: StrategyName | Component
     """Lightning's strategy. `auto` takes `ddp` for several processes, each with the whole model. `fsdp` and
-    `model_parallel` (FSDP2) shard every block's weights over the processes. Other strategies are set by `_target_`."""
+    `model_parallel` (FSDP2) shard every block's weights over the processes. `_target_` sets any other strategy."""
     devices: Positive | Literal["auto"]
     """Processes per node, each with one GPU or a share of the cores. `auto` is the number that torchrun or srun
     started, else the number of GPUs. Trials of several processes run alone."""
@@ -208,7 +208,7 @@ class TrainerConfig(Settings):
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each process holds only a share of the weights."""
+        """Whether the strategy is FSDP2, so that each process holds only a share of the weights."""
         return self.strategy_name in ("fsdp", "model_parallel", "ModelParallelStrategy")
 
     def __post_init__(self) -> None:
@@ -255,11 +255,11 @@ SEED_KEYS = ("seed", *(f"seeds.{f.name}" for f in fields(SeedsConfig)))
 """The settings that together decide the initial values, the data order and the dropout of a run."""
 STEPS_KEY = "trainer.max_steps"
 LR, RANK, ALPHA, SCALING = "optim.lr", "method.rank", "method.alpha", "method.scaling"
-"""The three settings of LoRA that a sweep is about."""
+"""Dotted keys of the settings of LoRA that a sweep is about."""
 
 
 def follows_rate_law(method: str, optimizer: str) -> bool:
-    """Returns whether the rate law was measured for a method and an optimizer. It was measured for LoRA under Adam.
+    """Returns whether the rate law (`encoding.RateLaw`) was measured for a method and an optimizer: LoRA under Adam.
 
     `optimizer` is a name or a class. Other optimizers move the weights by the size of the gradient, so the reason for
     the law does not hold for them.

@@ -1,4 +1,4 @@
-"""Renders conversations with a chat template as a server does, and divides each answer from its prompt."""
+"""Renders conversations with a chat template as a server does, and separates each answer from its prompt."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MAX_RENDER_S = 5.0
 """Maximum number of seconds in which a template must render all answers of a conversation. It takes milliseconds."""
 OPEN_THINKING = re.compile(r"<think>\s*\Z")
 """The end of a generation prompt after which the model has to reason."""
-MARK = re.compile(r"{%-?\s*generation\s*-?%}")
+GENERATION_BLOCK = re.compile(r"{%-?\s*generation\s*-?%}")
 """The block of a template around the text that the assistant generates."""
 
 ChatMessage = dict[str, Any]
@@ -76,8 +76,8 @@ class ChatTemplate:
         except Exception as error:  # a jinja template can raise any class of error
             said = shorten(next((message["content"] for message in messages if message["role"] == "user"), ""))
             raise ConfigError(
-                f"the chat template must accept each conversation, but fails ({first_line(error)}) for that with "
-                f"{said}. Use another `data.template`, or `data.template=plain`."
+                f"the chat template must accept each conversation, but fails ({first_line(error)}) where "
+                f"the user begins with {said}. Use another `data.template`, or `data.template=plain`."
             ) from error
 
     def _render_turn(self, messages: list[ChatMessage], tools: list[Any] | None) -> Turn:
@@ -85,7 +85,7 @@ class ChatTemplate:
         full, marks = self._render(messages, tools, add_generation_prompt=False)
         kept = full.removesuffix(str(self.tokenizer.eos_token or ""))
         if kept != full and kept.rstrip().endswith(self._special_tokens):
-            # Phi's template ends the text after the end of the turn, where it would write a generation prompt.
+            # Phi's template writes the end-of-text token after the last turn, in place of a generation prompt.
             continued, _ = self._render(messages, tools, add_generation_prompt=True)
             full = kept if continued.startswith(kept) and not continued.startswith(full) else full
         start, opening = self._find_answer(prompt, full, messages[-1])
@@ -147,7 +147,7 @@ class ChatTemplate:
         """Returns the text, and where the template marks what the assistant generates; None if it has no marks."""
         template = self.tokenizer.get_chat_template(self.text, tools=tools)
         _compile_jinja_template(template).globals["strftime_now"] = self.today.strftime
-        has_marks = MARK.search(template) is not None
+        has_marks = GENERATION_BLOCK.search(template) is not None
         arguments: dict[str, Any] = {
             "tools": tools,
             "chat_template": template,
@@ -156,7 +156,7 @@ class ChatTemplate:
             **self.tokenizer.special_tokens_map,
             **self.arguments,
         }
-        rendered: Any  # transformers declares a text
+        rendered: Any  # transformers wrongly declares `str`
         try:
             rendered = render_jinja_template([messages], **arguments)
         except TypeError:  # DeepSeek's template joins texts, so it needs the arguments of tool calls as JSON text
@@ -206,7 +206,7 @@ def _get_reasoning(message: ChatMessage) -> str:
 
 @contextmanager
 def _limit_time(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in the block after this time. Only the main thread of a process gets signals."""
+    """Raises TimeoutError in the block after this time, but only in the main thread, because no other gets signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

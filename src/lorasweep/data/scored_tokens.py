@@ -47,7 +47,7 @@ def score_tokens(
     head = [module for _, module in model.named_modules(memo={model.get_decoder()})]  # type: ignore[operator]
     slots = next((m.slots for m in head if isinstance(m, PackedLoraLayer | PackedTrainedModule)), None)
     num_slots = 1 if slots is None else slots.num_slots
-    # the scored positions of each slot, and then others, whose loss is 0, up to the number of the slot with the most
+    # each slot's scored positions; slots with fewer are filled up with others, whose loss is 0
     scored = (targets != IGNORED).view(num_slots, -1)
     # counted on the CPU when the batch was moved, because reading a count from a GPU would wait for it
     num_scored = batch["num_scored"].view(num_slots, -1) if "num_scored" in batch else scored
@@ -66,7 +66,7 @@ def score_tokens(
     chunks = list(zip(torch.split(hidden, size, 1), torch.split(targets_at_places, size, 1), strict=True))
     losses, predicted = [], []
     for index, (part, chunk_targets) in enumerate(chunks):
-        # a copy, because for a product with the strides of a larger tensor torch copies the weight
+        # a contiguous copy, because torch would copy the weight for a product with a strided view
         chunk = part.clone(memory_format=torch.contiguous_format)
         if not torch.is_grad_enabled():
             logits = project(chunk)

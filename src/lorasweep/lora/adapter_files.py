@@ -172,7 +172,7 @@ def _is_copy_of_base(key: str, tensor: Tensor, model: nn.Module) -> bool:
 
 
 class _PeftSettings(TypedDict, total=False):
-    """The types of PEFT's settings that are read from the file of an adapter; it may have others."""
+    """The types of those of PEFT's settings that are read from an adapter's file. The file may have others."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
     peft_type: Required[str]
@@ -187,7 +187,7 @@ class _PeftSettings(TypedDict, total=False):
 
 
 def read_peft_settings(path: Path) -> dict[str, Any]:
-    """Returns the settings of an adapter of any kind of PEFT's, as its file has them.
+    """Returns the settings in the file of an adapter, which may be of any kind that PEFT has.
 
     Raises RecordError if the file is damaged, or a setting that lorasweep reads has another type.
     """
@@ -206,7 +206,7 @@ def config_to_peft(layers: Mapping[str, LoraLayer], model: nn.Module, *, base_pa
     """
     config = next(iter(layers.values())).config
     ranks = {name: layer.get_plain_matrices()[0].shape[0] for name, layer in layers.items()}
-    alphas = {}  # α with which PEFT's LoRA, or its rsLoRA, has the scaling of the layer
+    alphas = {}  # the α from which PEFT computes the layer's scaling
     for name, layer in layers.items():
         ratio = ranks[name] / layer.rank
         factors = {"alpha": ranks[name], "alpha_over_rank": ratio, "alpha_over_sqrt_rank": math.sqrt(ratio)}

@@ -42,20 +42,20 @@ def inject_lora(
         replace_module(model, layer.base, layer)
     for trained in copy_as_trainable(modules).values():
         replace_module(model, trained.base, trained)
-    finish_layers(model)
+    prepare_surroundings(model)
     return coverage
 
 
-def finish_layers(model: nn.Module) -> None:
+def prepare_surroundings(model: nn.Module) -> None:
     """Prepares the modules around LoRA layers. Call it again after layers were added.
 
     Activation functions before linear LoRA layers keep only their inputs for the backward pass, with bit-identical
-    outputs and gradients. torch's encoder layers call their layers, also without gradients.
+    outputs and gradients. torch's encoder layers do not use their fast path, which would not call LoRA layers.
     """
     layers = [module.base for module in model.modules() if isinstance(module, AdaptedLayer)]
     replace_activations(model, widths=frozenset(matrix_shape(layer)[1] for layer in layers if is_linear(layer)))
     for module in model.modules():
-        # what torch's fast paths ask for: they would compute with the base's weights instead of calling a LoRA layer
+        # torch's fast path, which computes with the base's weights, is not taken if these attributes have these values
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
         elif isinstance(module, nn.TransformerEncoderLayer):

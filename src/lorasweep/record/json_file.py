@@ -19,7 +19,7 @@ from lorasweep.wording import shorten, suggest_nearest
 VERSION: Literal[1] = 1
 """Version of the format. Records of another version are refused."""
 MAX_NUMBER = 1e100
-"""Numbers with a larger absolute value are ignored, because their differences and squares would be infinite."""
+"""Numbers with a larger absolute value count as infinite, because their differences and squares would be."""
 
 
 def is_number(value: Any) -> bool:
@@ -40,7 +40,7 @@ Count = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 """A whole number of a record, which fits into the 64 bits that numpy and pandas have."""
 
 FOLDER_NAME = r"[\w-][\w.-]*"
-"""An expression for a name from which a path is built: one component of a path, and not `.` or `..`."""
+"""Regular expression of a name from which a path is built: one component of a path, and not `.` or `..`."""
 FolderName = Annotated[str, Field(pattern=f"^{FOLDER_NAME}$", max_length=200)]
 
 T = TypeVar("T")
@@ -57,7 +57,7 @@ def write_record(record: Any, folder: Path) -> None:
 
 
 def read_json(kind: type[T], path: Path) -> T:
-    """Reads a record of a dataclass and ignores other keys. Raises RecordError if it is missing, damaged or foreign."""
+    """Reads a record of a dataclass and ignores other keys. Raises RecordError if the file is no such record."""
     if not path.is_file():
         others = [str(folder) for folder in path.parent.parent.glob("*") if folder.is_dir()]
         raise RecordError(

@@ -124,7 +124,7 @@ class SweepChange:
     settings: dict[str, Any]
     """The overrides that were typed."""
     trials: dict[str, Count]
-    """Number of trials of each arm that is new or got more trials."""
+    """New number of trials of each arm that got more trials."""
 
 
 @dataclass(kw_only=True)
@@ -141,8 +141,8 @@ class SweepRecord:
     constant_answer: dict[str, Number] = field(default_factory=dict)
     """Every metric on validation data of the answer that needs no training (`DataSplits.score_constant_answer`).
 
-    Empty for data without labels, and if the trials have different data. A trial that is no better at half is
-    stopped."""
+    Empty for data without labels, and if the trials have different data. A trial that is no better at half
+    of its steps is stopped."""
     definition: dict[str, Any]
     """Content of the sweep file (`file`) and `overrides`, which `--resume` composes again."""
     changes: list[SweepChange] = field(default_factory=list)
@@ -168,13 +168,13 @@ class SweepRecord:
     margin: float | str
     """`confirm.margin` as it was stated before the first trial."""
     test_metrics: list[ScoreMetric] = field(default_factory=list)
-    """The metrics on test data, first that of the verdicts, if the sweep generates answers. Empty: only `metric`."""
+    """If the sweep generates answers: the metrics on test data, the verdicts' first. Else empty: only `metric`."""
     retained: list[RetainedRow] = field(default_factory=list)
     """The data sets of `retain.data`."""
     retain_margin: float = 0.01
     """`retain.margin` as it was stated before the first trial."""
     notes: list[str] = field(default_factory=list)
-    """Sentences on the data (splits, duplicates, the majority class and its score), on packs, and on how it grew."""
+    """Sentences on the data (splits, duplicates, the majority class and its score) and on packs."""
     warnings: list[str] = field(default_factory=list)
     """Sentences on settings and results that may mislead a reader."""
     started_at: str = ""

@@ -244,7 +244,7 @@ def _describe_quantity(answer: Answer, data: SweepData) -> str:
         margin = data.evidence.margin or 0.0
         decimals = count_decimals(intervals, critical=(0.0, margin, -margin))
         difference = format_estimate(value, interval, decimals=decimals)
-        metric = f"{format_metric(data.shown_metric.name)} ({data.shown_metric.order} is better)"
+        metric = f"{format_metric(data.shown_metric.name)} ({data.shown_metric.better_scores} is better)"
         return f"differs from `{answer.reference}` by {difference} {metric}"
     critical = (1.0, 1.0 - margin, 1.0 + margin)
     decimals = count_percent_decimals(intervals, critical=critical)

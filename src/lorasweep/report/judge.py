@@ -156,7 +156,7 @@ def _assign_subjects(
 ) -> tuple[list[Question], pandas.DataFrame]:
     """Returns a question on each arm but `reference` and `base`, and the scores with the `subject` of each row.
 
-    Of an arm with several values, each value is a subject, and it is also asked which one is enough.
+    Each value of an arm with several values is a subject, and a second question is which value is enough.
     """
     asked: QuestionName = "as_good_as_full" if reference == "full" else "pair"
     questions: list[Question] = []

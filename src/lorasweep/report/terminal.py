@@ -124,7 +124,7 @@ def _draw_subjects(findings: Findings) -> Table:
     names = [name for name in columns if name not in ("adapter", "memory", "time")]
     if data.other_means:  # there is no room for both
         names.remove("search score")
-    title = f"{data.record.name}: {format_metric(data.shown_metric.name)}, {data.shown_metric.order} is better"
+    title = f"{data.record.name}: {format_metric(data.shown_metric.name)}, {data.shown_metric.better_scores} is better"
     table = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("arm", overflow="fold", no_wrap=True)
     table.add_column("best settings", overflow="fold")

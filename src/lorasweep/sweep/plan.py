@@ -1,4 +1,4 @@
-"""Plans a sweep: exact numbers of runs, tokens and trained parameters; time and memory from a short training.
+"""Plans a sweep: counts runs, tokens and trained parameters; estimates time and memory from a short training.
 
 Arms whose trials share packs form a group. Each other arm is a group of its own. One short training is measured for
 each group: a pack of runs with the highest rank, or one run alone. A pack of many tokens is measured with fewer
@@ -48,8 +48,8 @@ from lorasweep.training.run_log import RunFolder, RunRequest
 from lorasweep.wording import format_bytes, format_count, format_seconds_range
 
 MEASURED_STEPS = 4
-"""Steps of a measured training, which ends with one evaluation. The first is not counted, because it warms up, and the
-last, because the evaluation comes before the next look at the clock."""
+"""Steps of a measured training. The first is not counted, because it warms up, and the last, because its time may
+include the evaluation at the end."""
 
 MEASURED_PASS_FRACTION = 0.25
 """Maximum number of tokens in a pass of a measured pack, as a fraction of `MAX_PASS_TOKENS`. Larger passes take at most
@@ -93,7 +93,7 @@ class GroupPlan:
     """Trained parameters of the largest run of each arm, by name of the arm."""
 
     def estimate_search(self) -> tuple[float, float]:
-        """Returns the seconds of the search: if a step takes less time with empty slots in the pack, and if not."""
+        """Returns the seconds of the search if empty slots make a step shorter, and if they do not."""
         run_s, low, high = self.run_s, 0.0, 0.0
         for arm in self.arms:
             batches = Counter(find_batch_start(arm, number) for number in range(arm.trials))
@@ -151,8 +151,8 @@ def _measure_group(
     max_tokens = MAX_PASS_TOKENS[get_device(config.trainer).type, inputs.precision] * MEASURED_PASS_FRACTION
     measured_slots = min(slots, max(1, int(max_tokens / count_pass_tokens(config, 1, inputs=inputs))))
     while True:
-        of_pack = f"{slots} trials in a pack" + (f", from {measured_slots}" if measured_slots < slots else "")
-        on_progress(f"{', '.join(each.name for each in arms)}: {of_pack if slots > 1 else '1 trial'}")
+        pack_phrase = f"{slots} trials in a pack" + (f", from {measured_slots}" if measured_slots < slots else "")
+        on_progress(f"{', '.join(each.name for each in arms)}: {pack_phrase if slots > 1 else '1 trial'}")
         try:
             training = _train_briefly(config, measured_slots, is_pack=slots > 1, inputs=measured)
             break
@@ -160,7 +160,7 @@ def _measure_group(
             if measured_slots == 1:
                 raise
             slots = measured_slots = measured_slots // 2  # as in the sweep
-    # the steps and the evaluation of the measured training, in the tokens and slots of the sweep's
+    # scales the measured steps and evaluation to the tokens and slots of the sweep
     scale, unmeasured_bytes, test_s = slots / measured_slots, 0, 0.0
     step_tokens = float(splits.train.lengths.double().mean()) * config.trainer.batch_size
     counted_tokens = sum(_count_step_tokens(config, split=splits.train)[1:-1])
@@ -318,8 +318,7 @@ def fit_minutes(
 ) -> tuple[Definition, list[GroupPlan], str]:
     """Returns a checked sweep that ends within the minutes, its measured trainings, and a sentence on what is given up.
 
-    Seeds go first, then trials, then steps. The estimate stops no run and trains all seeds, so the sweep may end
-    earlier.
+    Seeds go first, then trials, then steps. The estimate assumes that no run stops early and all seeds are needed.
 
     Raises ConfigError if the smallest budget takes longer, and the errors of `plan_sweep`.
     """
@@ -379,7 +378,7 @@ def render_plan(definition: Definition, groups: Sequence[GroupPlan]) -> Renderab
         group, runs, config = group_of[arm.name], arm.trials + confirm_runs[arm.name], arm.corner_configs[0]
         low, high = group.estimate_search()
         confirm = group.estimate_confirm(sum(confirm_runs[each.name] for each in group.arms))
-        # of the trained weights, which are in fp32, the best and the last are kept
+        # a run keeps its best and its last trained weights, both in fp32
         trained = group.trained_params[arm.name]
         kept_bytes = group.kept_bytes + 8 * (trained - group.record.trainable_params)
         share = runs / sum(each.trials + confirm_runs[each.name] for each in group.arms)

@@ -1,4 +1,4 @@
-"""Reads texts with labels from a table, and turns labels as they are written into class indices or numbers."""
+"""Reads texts with labels from a table, and converts the labels into class indices or numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Refuses files that no reader ends with in time: too many columns, endless lines, small files that unpack to much."""
+"""Refuses files that take too long to read: too many columns, too long lines, small files with large contents."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ MAX_LINE_BYTES = 10 * 2**20
 MAX_UNPACKED_RATIO = 20
 """Maximum size of a compressed file's content, divided by the size of the file. Texts have 3 to 10."""
 MIN_UNPACKED_BYTES = 2**28
-"""A content of at most this size is read at any ratio."""
+"""Unpacked files of at most this size are read at any ratio."""
 NUM_KEY_ROWS = 2 * MAX_COLUMNS
-"""Number of first rows of a JSON file in which keys are counted, because a reader makes a column of each."""
+"""Number of first rows of a jsonl file whose keys are counted, because the reader makes a column of each key."""
 CHUNK_BYTES = 2**20
 BYTE_ORDER_MARKS = b"\xff\xfe", b"\xfe\xff"
-"""How text in UTF-16 begins. Its NULs are no problem of their own: the reader says how to convert it."""
+"""First bytes of text in UTF-16. It is not refused for its NULs, because the reader's error has a better remedy."""
 
 
 def check_content(path: Path, *, suffix: str, separator: str = "") -> None:

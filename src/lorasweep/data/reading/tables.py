@@ -36,7 +36,7 @@ DEFAULT_DIALECTS: Mapping[str, tuple[Delimiter, Quoting]] = {
     ".tsv": ("tab", "none"),
     ".txt": ("tab", "none"),
 }
-"""Delimiter and quoting of each kind of delimited file under `auto`."""
+"""Delimiter and quoting under `auto`, unless quotes stand only around whole fields: then the quoting is `csv`."""
 READERS: Mapping[str, str] = {
     **dict.fromkeys(DEFAULT_DIALECTS, "csv"),
     **dict.fromkeys((".jsonl", ".json"), "json"),

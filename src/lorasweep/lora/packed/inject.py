@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lorasweep.config.method import LoraConfig
 from lorasweep.lora.fully_trained import is_inside, trained_modules
-from lorasweep.lora.inject import check_not_injected, finish_layers, freeze, inject_lora, replace_module
+from lorasweep.lora.inject import check_not_injected, freeze, inject_lora, prepare_surroundings, replace_module
 from lorasweep.lora.layers import lora_layers
 from lorasweep.lora.packed.layers import (
     PackedLoraLayer,
@@ -207,7 +207,7 @@ def _update_layers(model: nn.Module, slots: Slots) -> None:
         for name in dict.fromkeys(name for by_name in by_slot for name in by_name):
             base = model.get_submodule(name)
             replace_module(model, base, packed_class(base, slots, [by_name.get(name) for by_name in by_slot]))
-    finish_layers(model)
+    prepare_surroundings(model)
 
 
 def _check_rows_are_independent(model: nn.Module) -> None:

@@ -385,8 +385,8 @@ def _find_worst(found: Sequence[_Comparison], verdict: Verdict) -> _Comparison |
     """Returns the comparison that is shown beside a verdict: the one that refutes the subject, or the lowest value."""
 
     def rank(pair: _Comparison) -> float:
-        lower = pair.plus_margin if verdict == "insufficient" else None
-        return lower.p_negative if lower else pair.advantage.value
+        refuting = pair.plus_margin if verdict == "insufficient" else None
+        return refuting.p_negative if refuting else pair.advantage.value
 
     return min(found, key=rank, default=None)
 

@@ -136,7 +136,7 @@ def _ask_model(sampler: ModelBasedSampler, history: History, *, seed: int) -> Po
 
     A Gaussian process reads results as complete trials with a value. Values that are worse than the median or missing
     become the median. A trial that learned nothing would be far worse than all others, and a model that fits such a
-    value is less exact near the best trials (docs/benchmarks.md, Proposals).
+    value is less exact near the best trials.
     """
     # `n_startup_trials=1` turns off Optuna's random startup trials, because Sobol points take their place.
     model: BaseSampler = TPESampler(n_startup_trials=1, seed=seed)

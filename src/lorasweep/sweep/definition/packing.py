@@ -29,7 +29,7 @@ NEEDED_SETTINGS: Mapping[str, Callable[[RunConfig], bool]] = {
     "schedule=cosine": lambda config: not isinstance(config.schedule, Component),
     "callbacks=none": lambda config: not config.callbacks,
 }
-"""Settings with which the trials of a LoRA arm share packs. Each has a function that returns whether a run meets it."""
+"""For each setting in the message about packs: whether a run has it, or another value that packs can train too."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,1 +1,1 @@
-"""Who trains: the loop of a worker, in the controller's process or in Ray actors."""
+"""The loop of a worker, which trains trials in the controller's process or in Ray actors."""

@@ -125,14 +125,14 @@ def _start_head(sweep: Path, **options: Any) -> Iterator[None]:
         ),
     ):
         ended = threading.Event()
-        threading.Thread(target=_end_with_head, args=(sweep, Path(temporary), ended), daemon=True).start()
+        threading.Thread(target=_exit_when_head_is_gone, args=(sweep, Path(temporary), ended), daemon=True).start()
         try:
             yield
         finally:
             ended.set()
 
 
-def _end_with_head(sweep: Path, temporary: Path, ended: threading.Event) -> None:
+def _exit_when_head_is_gone(sweep: Path, temporary: Path, ended: threading.Event) -> None:
     """Ends this process and all of its Ray processes if one of the head's processes is gone.
 
     Ray's own code would end this process later, without a message and without an exception. Ray's agents would look for

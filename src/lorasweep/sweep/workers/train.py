@@ -51,7 +51,7 @@ def train_sweep(sweep: SweepFolder, inputs_cache: InputsCache, *, stop_requested
     """Trains the remaining trials of an open sweep, and closes it. Returns False if the sweep was stopped."""
     config = sweep.definition.sweep_config.worker
     if not isinstance(config, LocalWorker):
-        sweep.close()  # the controller's process opens it
+        sweep.close()  # the controller's process opens it again
         if isinstance(config, SlurmWorkers):
             return _train_on_slurm(sweep, config, stop_requested=stop_requested)
         return _train_on_ray(sweep, config, stop_requested=stop_requested)

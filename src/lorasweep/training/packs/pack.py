@@ -191,7 +191,7 @@ class PackTrainer:
                     self._interrupt()
                     return False
             started = time.perf_counter()
-            if self.device.type == "cuda":  # the steps did not wait for it, and their time is that of training
+            if self.device.type == "cuda":  # what the GPU still computes belongs to the time of training
                 torch.cuda.synchronize(self.device)
             self._share_training_time(started)
             self._process_boundary(self._evaluate())
@@ -345,7 +345,7 @@ class PackTrainer:
         run = SlotRun(request, inputs=self.inputs, slot=slot, slots=max(len(self.runs), slot + 1))
         self.runs[slot : slot + 1] = [run]
         generator = torch.Generator().manual_seed(request.config.seeds.init)
-        method, prepare_copy = _build_lora_config(request.config, self.inputs), _build_prepare_copy(self.inputs)
+        method, prepare_copy = _build_lora_config(request.config, self.inputs), _build_head_init(self.inputs)
         coverage = fill_slot(self.model, slot, method, generator=generator, prepare_copy=prepare_copy)
         self._prepare_run(slot, trainable_params=coverage.trainable_params)
         return True
@@ -394,7 +394,7 @@ def build_pack(configs: Sequence[RunConfig], *, inputs: RunInputs) -> tuple[nn.M
         model,
         [_build_lora_config(config, inputs) for config in configs],
         generators=[torch.Generator().manual_seed(config.seeds.init) for config in configs],
-        prepare_copy=_build_prepare_copy(inputs),
+        prepare_copy=_build_head_init(inputs),
     )
     _set_training_mode(model, configs[0].trainer)
     return model, coverages
@@ -415,7 +415,7 @@ def _get_method(config: RunConfig) -> LoraConfig:
     return config.method
 
 
-def _build_prepare_copy(inputs: RunInputs) -> functools.partial[None]:
+def _build_head_init(inputs: RunInputs) -> functools.partial[None]:
     return functools.partial(draw_head, names=inputs.base.new_head_names)
 
 
