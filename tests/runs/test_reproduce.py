@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from tests.files import edit_json
@@ -13,7 +14,7 @@ import lorasweep.runs.reproduce as reproduce_file
 from lorasweep.cli import run as run_command
 from lorasweep.errors import ConfigError, Diverged, RecordError
 from lorasweep.record import RUN_FILE, STEPS_FILE, read_run, read_steps
-from lorasweep.runs.reproduce import PACK_TOLERANCE, reproduce_run
+from lorasweep.runs.reproduce import PACK_TOLERANCE, reproduce_run, restore_solo_config
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
 
@@ -45,6 +46,16 @@ def test_a_run_is_repeated_bit_for_bit(run, repeat, tmp_path):
     assert (found.verdict, found.holds) == ("identical", True)
     assert str(tmp_path / "again") in found.description
     assert read_run(tmp_path / "again").files == read_run(run).files
+
+
+def test_attention_that_was_chosen_is_restored(run):
+    # another version may choose otherwise, and each implementation rounds otherwise
+    record = read_run(run)
+    config = {**record.config, "model": {**record.config["model"], "attention": "auto"}}
+    chosen = {"attention": {"name": "eager", "reason": "the median example has 15 tokens"}}
+    recorded = replace(record, config=config, batching={**record.batching, **chosen})
+    assert restore_solo_config(recorded).model.attention == "eager"
+    assert restore_solo_config(replace(recorded, batching={})).model.attention == "auto"
 
 
 def change_losses(run):
