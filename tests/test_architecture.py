@@ -129,7 +129,7 @@ def test_a_wheel_works_without_the_checkout(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     shipped = [file for folder in ("conf", "sweeps") for file in packaged_folder(folder).rglob("*.yaml")]
     assert {f"lorasweep/{file.relative_to(ROOT).as_posix()}" for file in shipped} <= names
-    assert "lorasweep/models/tiny/model.safetensors" in names
+    assert {"lorasweep/models/tiny/model.safetensors", "lorasweep/py.typed"} <= names
     installed = tmp_path / "installed"
     install = [*pip, "install", "--no-deps", "--no-index", "--target", str(installed), str(wheel)]
     subprocess.run(install, check=True, capture_output=True, timeout=300)
