@@ -112,3 +112,18 @@ def test_a_wrong_setting_of_lora_is_refused_from_a_mapping_and_from_python(setti
     refuse(lambda values: build(LoraConfig, values, key="method"), settings, words)
     with pytest.raises(ValueError, match=next(iter(settings))):
         LoraConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("sweep: [1, 2\n", ["conf/sweep.yaml", "line 1", "YAML"]),
+        ("defaults: 3\n", ["'sweep'", "`defaults`", "a list"]),
+        ("name: mine\narms: {a: {settings: {method: lora}}}\n", ["`name`", "conf/sweep.yaml", "rename it"]),
+    ],
+)
+def test_a_broken_file_of_the_user_s_conf_is_named(tmp_path, monkeypatch, text, words):
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "sweep.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    refuse(compose_sweep, {}, words)

@@ -24,6 +24,7 @@ from hydra.errors import HydraException, MissingConfigException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
 
 from lorasweep.config.build import TARGET, UnknownSettingError, build, dotted_items
 from lorasweep.config.data import MetricComponent
@@ -150,9 +151,12 @@ def _build(kind: type[T], values: Mapping[str, Any]) -> T:
         return build(kind, values)
     except UnknownSettingError as error:
         known = [key for key, _ in dotted_items(values) if key != error.key]
+        folder, name, own = find_user_conf(), "sweep" if kind is SweepConfig else "train", ""
+        if folder and (file := folder / f"{name}.yaml").is_file():
+            own = f" {str(file)!r} replaces lorasweep's own file; rename it if it is a sweep."
         raise ConfigError(
             f"`{error.key}` is not a setting.{_find_setting(error.key) or suggest_nearest(error.key, known)} "
-            "`--help` lists the groups, `--cfg job` every key."
+            f"`--help` lists the groups, `--cfg job` every key.{own}"
         ) from error
 
 
@@ -281,6 +285,14 @@ def one_line_errors() -> Iterator[None]:
         raise ConfigError(f"{message.rstrip('.:')}.") from error
     except OmegaConfBaseException as error:
         raise ConfigError(first_line(error)) from error
+    except YAMLError as error:  # its text has the file and the line
+        raise ConfigError(
+            f"a file in `conf/` must be YAML, but can't be read: {' '.join(str(error).split())}."
+        ) from error
+    except ValueError as error:
+        if not str(error).startswith("Invalid defaults list"):
+            raise
+        raise ConfigError(f"a file in `conf/` must have a list as `defaults`, but: {first_line(error)}.") from error
 
 
 @cache
