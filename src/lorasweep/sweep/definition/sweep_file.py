@@ -26,6 +26,9 @@ from lorasweep.wording import suggest_nearest
 
 MAX_NAME_CHARACTERS = 100
 """Maximum length of the name of a sweep or an arm. It becomes part of a folder's name, whose length is limited."""
+MAX_ARMS = 100
+MAX_CHOICES = 1000
+"""Maximum number of choices of a swept key. Each is composed and checked, which takes milliseconds."""
 
 SWEEP_GROUPS = tuple(f.name for f in fields(SweepConfig))
 """Groups of settings that belong to a sweep and not to its runs: the first part of their keys."""
@@ -120,6 +123,8 @@ def parse_file(content: Any) -> SweepFile:
     arms = content.get("arms") if isinstance(content, Mapping) else None
     if not isinstance(arms, Mapping) or not arms:
         raise ConfigError("a sweep file must be a mapping with at least one arm in `arms`, but has no arm.")
+    if len(arms) > MAX_ARMS:
+        raise ConfigError(f"`arms` must have at most {MAX_ARMS} arms, but has {len(arms):,}. Sweep a key in `space`.")
     return build(SweepFile, content)
 
 
@@ -312,6 +317,11 @@ def describe_space(space: Space) -> dict[str, Any]:
 
 
 def _parse_choices(key: str, choices: list[Any]) -> CategoricalDistribution:
+    if len(choices) > MAX_CHOICES:
+        raise ConfigError(
+            f"the range of `{key}` must have at most {MAX_CHOICES:,} choices, but has {len(choices):,}. Write a range "
+            "with `low` and `high`."
+        )
     for choice in choices:
         plain = choice is None or isinstance(choice, bool | int | float | str)
         if not plain or (isinstance(choice, float) and not math.isfinite(choice)):
