@@ -108,6 +108,8 @@ def _show_examples(config: RunConfig, number: int) -> None:
         from lorasweep.data.split import list_passages  # noqa: PLC0415
         from lorasweep.models.load import load_tokenizer  # noqa: PLC0415
 
+    if number < 1:
+        raise ConfigError(f"`--show-examples >= 1` must hold, but got {number}.")
     if config.module is not None:
         raise ConfigError("`--show-examples` must be missing with `module`, whose data has no text. Remove it.")
     tokenizer = load_tokenizer(config.model)
