@@ -1,6 +1,7 @@
 """A plan counts runs and steps exactly, and measures one training of each group of arms with the sweep's own code."""
 
 import io
+import re
 import tempfile
 
 import pytest
@@ -72,6 +73,20 @@ def test_estimates_count_the_steps_and_evaluations_of_the_sweep(define, plan_gro
     assert plan_group(arms["lora"], final_s=7.0).estimate_confirm(1) == run_s + 7
     _, arms = define("sampler=qmc")  # one batch
     assert plan_group(arms["lora"], slots=3).estimate_search() == pytest.approx((8 / 3 * run_s, 3 * run_s))
+
+
+@pytest.mark.parametrize(
+    ("looks", "longest"),
+    [([3], None), ([3, 5], "8.9 min")],  # 6 trials and 5 confirm runs of 48.5 s
+)
+def test_a_plan_says_how_long_the_last_look_takes(content, write_file, plan_group, looks, longest):
+    content["arms"] = {"lora": content["arms"]["lora"]}
+    content["settings"] |= {"confirm.seeds": "auto", "confirm.looks": looks}
+    definition = read_definition(write_file(content), [])
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(render_plan(definition, [plan_group(definition.arms[0])]))
+    found = re.findall(r"stays open to the last look: (.*)\.", console.export_text())
+    assert found == ([] if longest is None else [longest])
 
 
 def test_a_plan_fits_eighty_columns_and_breaks_no_name(content, write_file, plan_group):

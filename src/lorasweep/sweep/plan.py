@@ -406,9 +406,11 @@ def _list_notes(definition: Definition, groups: Sequence[GroupPlan]) -> Iterator
     confirm_stage = f"then confirm: {describe_confirmation(looks)}" if looks else "no confirm stage"
     yield f"Stages (the numbers of runs): search on validation data; {confirm_stage}."
     yield from find_warnings(definition)
-    confirm_runs = count_confirm_runs(definition)
     low, high = (sum(ends) for ends in zip(*(group.estimate_search() for group in groups), strict=True))
-    confirm = sum(group.estimate_confirm(sum(confirm_runs[arm.name] for arm in group.arms)) for group in groups)
+    confirm, longest = (
+        sum(group.estimate_confirm(sum(runs[arm.name] for arm in group.arms)) for group in groups)
+        for runs in (count_confirm_runs(definition), count_confirm_runs(definition, look=-1))
+    )
     parts = [f"search {format_seconds_range(low, high)}"]
     parts += [f"confirm {format_seconds_range(confirm, confirm)}"] if confirm else []
     workers = count_workers(definition)
@@ -417,3 +419,5 @@ def _list_notes(definition: Definition, groups: Sequence[GroupPlan]) -> Iterator
         f"Time on this machine, if it does nothing else: {format_seconds_range(low + confirm, high + confirm)} "
         f"({', '.join(parts)}). The upper end is for packs whose steps take as long with empty slots.{shared}"
     )
+    if longest > confirm:
+        yield f"If every question stays open to the last look: {format_seconds_range(low + longest, high + longest)}."
