@@ -69,7 +69,7 @@ ROWS = [
     (["a,x", "b,y"], {}, ["`data.train`", "at least 3 different examples", "has 2"]),
 ]
 NO_TABLES = [".", "a.xlsx", "*.*", "[bc].*", "sms"]
-NO_FILES = ["*.parquet", "no/a.csv", "x" * 5000, "~nobody-here/a.csv", "a\0b.csv"]
+NO_FILES = ["*.parquet", "no/a.csv", "x" * 5000, "~nobody-here/a.csv"]
 CHATS = [
     (jsonl({"prompt": "", "completion": "b"}), ["row 1 of 'train.jsonl'", "`prompt` ''", "`completion` 'b'"]),
     (jsonl({"prompt": "a", "completion": None}), ["text", "None"]),
