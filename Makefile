@@ -27,10 +27,10 @@ $(DEV): $(READY)
 sweep: $(READY) ## the main job: installs 1.7 GB, then answers the three questions in 4 to 10 minutes
 	$(BIN)/lorasweep sweep quickstart
 
-test: $(DEV) ## every test that needs no cluster, at most 10 minutes on 2 cores
+test: $(DEV) ## every test that needs no cluster, about 13 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not cluster'
 
-coverage: $(DEV) ## the same tests, and the lines and branches of src that they run; takes half as long again
+coverage: $(DEV) ## the same tests, and the lines and branches of src that they run; takes up to twice as long
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not cluster' --cov --cov-report=
 	$(BIN)/coverage report
 

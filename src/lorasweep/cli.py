@@ -320,6 +320,8 @@ def judge(arguments: argparse.Namespace) -> int:
     columns = dict(given.split("=", 1) for given in arguments.columns if "=" in given)
     if len(columns) < len(arguments.columns):
         raise ConfigError("`--columns` must be pairs such as `arm=Name`: our name, then the file's.")
+    if arguments.out and arguments.out.suffix != ".json":  # it might be the file of scores
+        raise ConfigError(f"`--out` must name a file that ends in .json, but got {str(arguments.out)!r}.")
     scores = read_scores(arguments.scores, columns=columns)
     names = ("margin", "maximize", "metric", "reference", "base", "key", "looks")
     found = judge(scores, **{name: getattr(arguments, name) for name in names})

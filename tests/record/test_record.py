@@ -79,6 +79,7 @@ def test_a_record_comes_back_as_it_was_written(tmp_path):
         ("method.rank", 16, "lora-rank-16", "rank 16"),
         ("optim.lr", 1.23456e-3, "lora-lr-0.00123", "lr 0.00123"),
         ("method.targets", "q proj/v", "lora-targets-q_proj_v", "targets q proj/v"),  # the name of a folder
+        ("a/../../x", 1, "lora-_x-1", "/x 1"),  # in a record of somebody else
     ],
 )
 def test_a_subject_is_named_by_its_arm_and_its_value(key, value, name, label):

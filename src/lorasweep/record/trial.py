@@ -46,7 +46,8 @@ class Subject:
         """The arm's name; with a value such as `lora-rank-16`."""
         if self.key is None:
             return self.arm
-        return f"{self.arm}-{short_key(self.key)}-" + re.sub(r"[^\w.-]+", "_", format_setting(self.value))
+        # a record of somebody else may have any text as key, and the name becomes part of a path
+        return f"{self.arm}-" + re.sub(r"[^\w.-]+", "_", f"{short_key(self.key)}-{format_setting(self.value)}")
 
     @property
     def label(self) -> str:
