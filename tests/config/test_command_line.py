@@ -1,8 +1,10 @@
 """Overrides in Hydra's syntax: what they mean, and how they are completed."""
 
+import shlex
+
 import pytest
 
-from lorasweep.config.command_line import complete_override, parse_overrides
+from lorasweep.config.command_line import complete_override, format_override, parse_overrides
 from lorasweep.errors import ConfigError
 
 
@@ -34,6 +36,36 @@ from lorasweep.errors import ConfigError
 )
 def test_hydras_words_become_values_and_ranges(override, key, value):
     assert parse_overrides([override]) == {key: value}
+
+
+FULL = {"settings": {"method": "full"}, "space": {"optim.lr": {"low": 1e-5, "high": 1e-3, "log": True}}}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        1,
+        1e-5,
+        True,
+        None,
+        "",
+        "a",
+        "5%",
+        "1",
+        "true",
+        "it's",
+        'say "so"',
+        "C:\\x",
+        "a\\",
+        "a,b",
+        "${x}",
+        ["a", "1"],
+        FULL,
+    ],
+    ids=repr,
+)
+def test_a_formatted_override_is_read_as_the_same_value(value):
+    assert parse_overrides(shlex.split(format_override("data.text", value))) == {"data.text": value}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -28,6 +29,27 @@ def parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, A
         ConfigError: A word is not of the form `key=value`.
     """
     return dict(overrides) if isinstance(overrides, Mapping) else dict(map(_read_override, _parse(overrides)))
+
+
+def format_override(key: str, value: Any) -> str:
+    """Returns the word of a shell for which `parse_overrides` returns this key and value."""
+    return shlex.quote(f"{key}={_format_value(value)}")
+
+
+def _format_value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name}: {_format_value(one)}' for name, one in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_format_value, value))}]"
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if not isinstance(value, str):
+        return str(value)
+    if re.fullmatch(r"[A-Za-z_/][\w/.-]*", value) and value.lower() not in ("true", "false", "null", "nan", "inf"):
+        return value
+    # Hydra reads a backslash as an escape only in front of a quote
+    quoted = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), value)
+    return f'"{quoted}"'
 
 
 def describe_job(job: Sequence[str], overrides: Sequence[str]) -> str:

@@ -11,7 +11,8 @@ from lorasweep.record import RetainedRow
 from lorasweep.report.caveats import Learning
 from lorasweep.report.evidence.evidence import RetainedChange
 from lorasweep.report.evidence.questions import NEGATIVE_VERDICTS, POSITIVE_VERDICTS, Answer
-from lorasweep.report.recommend import choose_arm
+from lorasweep.report.next_step import NextStep, find_next_step, find_retained_step, find_trials_step
+from lorasweep.report.recommend import ChosenSubject, choose_arm
 from lorasweep.report.sweep_data import SubjectData, SweepData
 from lorasweep.wording import (
     count_decimals,
@@ -39,20 +40,29 @@ class AnswerLine:
     question: str
     text: str
     is_settled: bool
+    next: NextStep | None = None
+    """What to type next; None if the question is settled."""
 
 
 def list_answer_lines(data: SweepData, learning: Learning) -> tuple[AnswerLine, ...]:
     """Returns the three lines at the top of the report, and one for each retained data set."""
     unlearned = _describe_unlearned(data, learning)
-    lines = (
-        ("Is LoRA as good as full fine-tuning here?", *_answer_full(data)),
-        ("Which rank is enough?", *_answer_rank(data)),
-        ("At which α and learning rate?", *_answer_setting(data, learning)),
+    (full, is_full), (rank, is_rank), setting = _answer_full(data), _answer_rank(data), _answer_setting(data, learning)
+    answers = (
+        AnswerLine(
+            question="Is LoRA as good as full fine-tuning here?",
+            text=f"{full}{unlearned}",
+            is_settled=is_full,
+            next=None if is_full else find_next_step("as_good_as_full", data, learning),
+        ),
+        AnswerLine(
+            question="Which rank is enough?",
+            text=rank,
+            is_settled=is_rank,
+            next=None if is_rank else find_next_step("smallest", data, learning),
+        ),
+        setting,
     )
-    answers = [
-        AnswerLine(question=question, text=f"{text}{'' if index else unlearned}", is_settled=is_settled)
-        for index, (question, text, is_settled) in enumerate(lines)
-    ]
     return (*answers, *(_answer_retained(row, data) for row in data.record.retained))
 
 
@@ -153,10 +163,16 @@ def judge_smallest(arm: str, data: SweepData) -> tuple[str, bool]:
     return f"Open: nothing below {largest} is shown to be enough. {_capitalize(said)}{more}", False
 
 
-def _answer_setting(data: SweepData, learning: Learning) -> tuple[str, bool]:
+def _answer_setting(data: SweepData, learning: Learning) -> AnswerLine:
+    choice = choose_arm(data, ["lora"])
+    text, is_settled = _describe_setting(choice, data, learning)
+    step = None if is_settled else find_trials_step(choice.data.arm if choice else None, data, learning)
+    return AnswerLine(question="At which α and learning rate?", text=text, is_settled=is_settled, next=step)
+
+
+def _describe_setting(choice: ChosenSubject | None, data: SweepData, learning: Learning) -> tuple[str, bool]:
     if learning.state == "nothing":
         return "Open: no settings are recommended, because nothing was learned.", False
-    choice = choose_arm(data, ["lora"])
     if choice is None or choice.data.best is None:
         return "Open: no trial of LoRA is complete.", False
     best, setting = choice.data.best, choice.data.setting
@@ -187,13 +203,15 @@ def _answer_retained(row: RetainedRow, data: SweepData) -> AnswerLine:
     question, base = f"What was forgotten of {row.name}?", data.evidence.base
     changes = [change for change in data.retained if change.data == row.name and change.subject != base]
     if not changes:
-        return AnswerLine(question=question, text=f"Open: {NO_TEST_SCORES}.", is_settled=False)
+        step = find_retained_step([], data)
+        return AnswerLine(question=question, text=f"Open: {NO_TEST_SCORES}.", is_settled=False, next=step)
     order = "lower" if row.direction == "minimize" else "higher"
     parts = [f"{name_value(change.subject, data)} {describe_change(change, data)}" for change in changes]
     return AnswerLine(
         question=question,
         text=f"Changes of {format_metric(row.metric)} against `{base}` ({order} is better): {'; '.join(parts)}.",
-        is_settled=all(change.verdict != "open" for change in changes),
+        is_settled=not (unsettled := [change for change in changes if change.verdict == "open"]),
+        next=find_retained_step(unsettled, data) if unsettled else None,
     )
 
 

@@ -80,11 +80,13 @@ def render_spread(sweeps: Sequence[SweepData]) -> RenderableType:
 
 
 def render_answers(lines: Iterable[AnswerLine]) -> list[Text]:
-    """Returns a line for each question with its answer, yellow if it is not settled."""
-    return [
-        Text.assemble((line.question, "bold"), f" {line.text}", style="" if line.is_settled else "yellow")
-        for line in lines
-    ]
+    """Returns a line for each question with its answer, yellow if it is not settled, and then what to type next."""
+    texts = []
+    for line in lines:
+        texts.append(Text.assemble((line.question, "bold"), f" {line.text}", style="" if line.is_settled else "yellow"))
+        # one line, so that a terminal copies a long command without breaks
+        texts += [Text(f"  {line.next}", no_wrap=True, overflow="ignore")] if line.next else []
+    return texts
 
 
 def list_details(data: SweepData) -> list[str]:

@@ -49,6 +49,8 @@ POWER_SCORE = 0.84
 """Standard normal score of a probability of 80 %."""
 SEED_STEPS = (*range(2, 21), *range(25, 101, 5))
 """Numbers of seeds that are tried to settle a question."""
+MIN_USEFUL_SEEDS = 3
+"""Number of seeds that is advised where one seed was used. Fewer give a warning."""
 GROUP_FACTORS = (1.5, 2, 3, 4, 6, 8, 12, 16)
 """Factors on the present number of groups of test examples that are tried to settle a question."""
 Verdict = Literal["better", "equivalent", "not worse", "worse", "sufficient", "insufficient", "open"]
@@ -97,6 +99,16 @@ def _compute_crossing(looks: Sequence[int], boundary: float) -> float:
     return crossed
 
 
+@dataclass(frozen=True)
+class Remedy:
+    """The cheapest further evidence that would probably settle an open question."""
+
+    text: str
+    kind: Literal["seeds", "trials", "examples", "margin"]
+    amount: float = 0.0
+    """The whole number of seeds, or the factor on the number of test examples."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Answer:
     """The answer on one subject of a question."""
@@ -121,14 +133,18 @@ class Answer:
     num_seeds: int
     open_because: str | None = None
     """Why the question is open; None if it is settled."""
-    to_settle: str | None = None
-    """The cheapest further evidence that would probably settle it; None if it is settled or nothing practical would."""
+    remedy: Remedy | None = None
+    """None if it is settled or nothing practical would settle it."""
     may_settle: bool = False
     """Whether it is open and the seeds of later looks may settle it."""
 
     @property
     def is_settled(self) -> bool:
         return self.verdict != "open"
+
+    @property
+    def to_settle(self) -> str | None:
+        return self.remedy.text if self.remedy else None
 
     def as_entry(self) -> dict[str, Any]:
         """Returns the answer as files have it. The name of `smallest` ends in the key's last part: `smallest_rank`."""
@@ -313,12 +329,12 @@ def _explain_open(
     if not found:
         return replace(answer, open_because="there are no test scores of both on the same seeds")
     if any(pair.plus_margin is None for pair in found):
-        remedy = "`confirm.margin` as a number in the metric's unit, or arms `full` and `frozen`"
-        return replace(answer, open_because="no margin is known", to_settle=remedy)
+        remedy = Remedy("`confirm.margin` as a number in the metric's unit, or arms `full` and `frozen`", "margin")
+        return replace(answer, open_because="no margin is known", remedy=remedy)
     num_seeds = min(len(pair.advantage.seeds) for pair in found)
     if num_seeds < 2:
-        reason = "one seed says nothing about another"
-        return replace(answer, open_because=reason, to_settle="more seeds", may_settle=True)
+        reason, remedy = "one seed says nothing about another", Remedy("more seeds", "seeds", MIN_USEFUL_SEEDS)
+        return replace(answer, open_because=reason, remedy=remedy, may_settle=True)
 
     def settles(seeds: int, factor: float, *, shift: float) -> bool:
         shifted = float(ndtr(ndtri(level) - shift))
@@ -345,12 +361,12 @@ def _explain_open(
     for seeds in SEED_STEPS:
         if seeds > num_seeds and settles(seeds, 1.0, shift=POWER_SCORE):
             more = seeds - num_seeds
-            return replace(answer, to_settle=f"{more} more {'seed' if more == 1 else 'seeds'}")
+            return replace(answer, remedy=Remedy(f"{more} more {'seed' if more == 1 else 'seeds'}", "seeds", seeds))
     for factor in GROUP_FACTORS if worst.num_groups else ():
         if settles(max(num_seeds, max_seeds), factor, shift=POWER_SCORE):
-            return replace(answer, to_settle=f"{factor:g} times as many {examples}")
+            return replace(answer, remedy=Remedy(f"{factor:g} times as many {examples}", "examples", factor))
     if largest == "trials of the search":
-        return replace(answer, to_settle="more trials (`sweep.trials`)")
+        return replace(answer, remedy=Remedy("more trials (`sweep.trials`)", "trials"))
     return replace(answer, open_because=f"no practical number of seeds or {examples} would settle it")
 
 

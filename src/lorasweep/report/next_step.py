@@ -1,0 +1,144 @@
+"""What to type next for a question that is still open: one command, or why no command settles it."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorasweep.config.command_line import format_override
+from lorasweep.config.data import DEFAULT_SPLIT_PERCENT
+from lorasweep.disk import is_running
+from lorasweep.record import QuestionName, is_number
+from lorasweep.report.caveats import Learning
+from lorasweep.report.evidence.evidence import RetainedChange
+from lorasweep.report.evidence.questions import Remedy
+from lorasweep.report.sweep_data import SweepData
+
+MAX_TEST_PERCENT = 50
+"""Largest share of the training data that `data.test_fraction` may split off, in percent."""
+NOTHING_LEARNED = "nothing was learned with these data, steps and ranges"
+FULL_ARM = {"settings": {"method": "full"}, "space": {"optim.lr": {"low": 1e-5, "high": 1e-3, "log": True}}}
+
+
+@dataclass(frozen=True)
+class NextStep:
+    """The command that would settle a question, or why there is none."""
+
+    command: str | None
+    reason: str
+    """What the command does; without a command, why no command settles the question."""
+
+    def __str__(self) -> str:
+        return f"Next ({self.reason}): {self.command}" if self.command else f"No command settles this: {self.reason}."
+
+
+def find_next_step(question: QuestionName, data: SweepData, learning: Learning) -> NextStep:
+    """Returns the step for an open question about LoRA: against full fine-tuning, or the smallest value."""
+    if learning.state == "nothing":
+        return NextStep(None, NOTHING_LEARNED)
+    rows = [row for row in data.record.arms if row.method == "lora"]
+    if not rows:
+        return NextStep(None, "the sweep file has no arm with `method: lora`")
+    if question == "as_good_as_full" and not any(row.method == "full" for row in data.record.arms):
+        return _begin_again({"arms.full": FULL_ARM}, data, "adds full fine-tuning")
+    if question == "smallest" and not any(row.key for row in rows):
+        lists = [row.name for row in rows if isinstance(row.space.get("method.rank"), list)]
+        if not lists:
+            return NextStep(None, "no LoRA arm searches a list of ranks")
+        return _begin_again({f"arms.{lists[0]}.confirm_each": "method.rank"}, data, "confirms each rank")
+    if step := _find_step_before_verdicts(data):
+        return step
+    chains = [data.evidence.list_answers(question, arm=row.name) for row in rows]
+    remedies = [next((one.remedy for one in reversed(chain) if one.remedy), None) for chain in chains]
+    arms = [row.name for row, remedy in zip(rows, remedies, strict=True) if remedy]
+    arms += [row.name for row in data.record.arms if row.method == "full" and question == "as_good_as_full"]
+    reasons = [one.open_because for chain in chains for one in reversed(chain) if one.open_because]
+    return _apply_remedy([one for one in remedies if one], arms, data) or NextStep(
+        None, reasons[0] if reasons else "the sweep does not state this question"
+    )
+
+
+def find_trials_step(arm: str | None, data: SweepData, learning: Learning) -> NextStep:
+    """Returns the step for the best setting of LoRA, which more trials of its arm improve."""
+    if learning.state == "nothing":
+        return NextStep(None, NOTHING_LEARNED)
+    if step := _find_step_before_verdicts(data):
+        return step
+    if arm is None:
+        return NextStep(None, f"no trial of LoRA is complete; {str(data.folder / 'runs')!r} has the reasons")
+    return _add_trials([arm], data)
+
+
+def find_retained_step(unsettled: Sequence[RetainedChange], data: SweepData) -> NextStep:
+    """Returns the step for what was forgotten: more seeds, if the confirm stage has test scores."""
+    if step := _find_step_before_verdicts(data):
+        return step
+    if not unsettled:
+        return NextStep(None, f"no run has a score on this data; {str(data.folder / 'runs')!r} has the reasons")
+    seeds = 2 * max(data.record.looks)
+    return _resume({"confirm.seeds": seeds}, data, "twice the seeds, which may not be enough")
+
+
+def _find_step_before_verdicts(data: SweepData) -> NextStep | None:
+    """Returns the step to a complete sweep with a confirm stage; None if the sweep has both."""
+    if is_running(data.folder):
+        return NextStep(f"lorasweep status {shlex.quote(str(data.folder))}", "the sweep still runs")
+    if data.record.status != "complete":
+        return _resume({}, data, "the sweep is not complete")
+    return None if data.record.looks else _resume({"confirm.seeds": "auto"}, data, "adds the confirm stage")
+
+
+def _apply_remedy(remedies: Sequence[Remedy], arms: Sequence[str], data: SweepData) -> NextStep | None:
+    """Returns the cheapest step of the remedies of several arms: more seeds, trials or test examples, or a margin."""
+    amounts = {kind: max(one.amount for one in remedies if one.kind == kind) for kind in {one.kind for one in remedies}}
+    if "seeds" in amounts:
+        # an unplanned look, so it may not be below the planned ones
+        seeds = max(int(amounts["seeds"]), *data.record.looks)
+        return _resume({"confirm.seeds": seeds}, data, f"trains {seeds} seeds")
+    if "trials" in amounts:
+        return _add_trials(arms, data)
+    if "examples" in amounts:
+        return _add_test_examples(amounts["examples"], data)
+    if "margin" in amounts and not any(row.is_base for row in data.record.arms):
+        return _begin_again({"arms.frozen": {"settings": {"method": "frozen"}}}, data, "adds the frozen base")
+    return NextStep(None, "a new sweep needs `confirm.margin` as a number in the metric's unit") if amounts else None
+
+
+def _add_trials(arms: Sequence[str], data: SweepData) -> NextStep:
+    trials = {f"arms.{row.name}.trials": 2 * row.trials for row in data.record.arms if row.name in arms}
+    return _resume(trials, data, "twice the trials")
+
+
+def _add_test_examples(factor: float, data: SweepData) -> NextStep:
+    """Returns the new sweep with this factor of test examples, if they are split off the training data."""
+    found: Any = data.run_records[0].config.get("data") if data.run_records else None
+    config: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
+    numbers = {key: value for key, value in config.items() if is_number(value)}
+    if "max_test_examples" in numbers:
+        needed = math.ceil(factor * numbers["max_test_examples"])
+        return _begin_again({"data.max_test_examples": needed}, data, f"has {factor:g} times as many test examples")
+    percent = math.ceil(factor * 100 * numbers.get("test_fraction", DEFAULT_SPLIT_PERCENT / 100))
+    if "test_fraction" not in config or config.get("test") is not None or percent > MAX_TEST_PERCENT:
+        return NextStep(None, f"it needs a new sweep with {factor:g} times as much test data")
+    return _begin_again({"data.test_fraction": percent / 100}, data, f"has {factor:g} times as many test examples")
+
+
+def _resume(changes: Mapping[str, Any], data: SweepData, reason: str) -> NextStep:
+    words = [shlex.quote(str(data.folder)), *(format_override(key, value) for key, value in changes.items())]
+    return NextStep(f"lorasweep sweep --resume {' '.join(words)}", reason)
+
+
+def _begin_again(changes: Mapping[str, Any], data: SweepData, reason: str) -> NextStep:
+    """Returns a new sweep of the same file with further overrides, because these change trials that have begun."""
+    typed = " ".join(format_override(key, value) for key, value in changes.items())
+    record = data.record
+    if record.source is None:
+        return NextStep(None, f"a new sweep would, with `{typed}` added to the command that began this one")
+    overrides = record.definition.get("overrides")
+    old = overrides.items() if isinstance(overrides, Mapping) else ()
+    kept = [format_override(key, value) for key, value in old if key not in (*changes, "sweep.output")]
+    command = " ".join(["lorasweep sweep", shlex.quote(record.source), *kept, typed])
+    return NextStep(command, f"a new sweep that {reason}")
