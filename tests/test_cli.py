@@ -68,13 +68,31 @@ def test_bad_input_is_one_line_and_exit_code_2_and_changes_nothing(here, mini, c
 
 def test_a_command_that_is_not_understood_ends_with_2_and_the_version_with_0(capsys):
     for words in ("", "swep", "compare", "sweep --resum", "export run", "export run --format gguf --out new"):
-        with pytest.raises(SystemExit) as ended:
-            run(words.split())
-        assert ended.value.code == 2
+        assert run(words.split()) == WRONG_REQUEST
         assert "usage: lorasweep" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
         run(["--version"])
     assert (ended.value.code, capsys.readouterr().out) == (0, f"lorasweep {version('lorasweep')}\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "words_said"),
+    [
+        ("status . --json", "'.' has no sweep.json"),
+        ("compare --json", "required: DIR"),
+        ("train method.rnk=4 --json", "`method.rnk`"),
+        ("train -m seed=1,2 --json", "`-m`"),
+    ],
+)
+def test_with_json_an_error_is_one_object_on_standard_output(here, capfd, words, words_said):
+    assert run(words.split()) == WRONG_REQUEST
+    printed = capfd.readouterr()
+    error = json.loads(printed.out)["error"]
+    assert (error["class"], words_said in error["message"]) == (
+        "ConfigError" if words[0] != "s" else "RecordError",
+        True,
+    )
+    assert error["message"] in printed.err
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from tests.files import read_files
-from tests.small_runs import MINI
+from tests.small_runs import MINI, TWO_STEPS
 
 import lorasweep
 import lorasweep.sweep.workers.worker as worker_file
@@ -128,6 +129,42 @@ def test_a_sweep_is_reproduced_as_a_whole_if_it_is_complete_and_a_trial_also_in_
     assert {path.name for path in sweep.parent.iterdir()} == {"s", "mini.yaml"}
     assert run(["reproduce", "s/runs/lora-0001", "--steps", "1"]) == DONE
     assert "of s/runs/lora-0001 and outputs/reproduce/lora-0001" in capsys.readouterr().out
+
+
+TRAIN = [f"{key}={value}" for key, value in TWO_STEPS.items()]
+JSON_PAGE = Path(__file__).parents[1] / "docs" / "reference" / "json.md"
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("status", ["s"]),
+        ("compare", ["s"]),
+        ("sweep", ["--resume", "s", "confirm.seeds=2"]),
+        ("plan", ["mini.yaml"]),
+        ("new", ["made.yaml", "model.path=embedded:tiny", "data.train=texts.txt", "data.block_length=16"]),
+        ("train", TRAIN),
+        ("inspect", ["s/lora"]),
+        ("export", ["s/lora", "--format", "peft", "--out", "adapter"]),
+        ("reproduce", ["s/runs/lora-0001"]),
+        ("judge", ["scores.csv", "--metric", "loss", "--minimize", "--margin", "0.1"]),
+    ],
+)
+def test_json_has_the_keys_of_the_page_and_nothing_else_is_printed(sweep, capfd, command, words):
+    Path("texts.txt").write_text("a line of a text that is long enough\n" * 800)
+    Path("scores.csv").write_text(
+        "arm,seed,score\n" + "".join(f"{a},{n},{n + 1}\n" for a in ("full", "b") for n in (1, 2))
+    )
+    assert run([command, *words, "--json"]) == DONE
+    found = json.loads(capfd.readouterr().out)
+    section = JSON_PAGE.read_text(encoding="utf-8").split(f"\n## {command}\n")[1].split("\n## ")[0]
+    keys = [
+        key for row in re.findall(r"^\| (`.*?) \|", section, flags=re.MULTILINE) for key in re.findall("`(.*?)`", row)
+    ]
+    assert found.keys() == {key for key in keys if "." not in key}
+    for parent in {key.split(".")[0] for key in keys if "." in key}:
+        inner = {key.split(".")[1] for key in keys if key.startswith(f"{parent}.")}
+        assert [one for one in found[parent] if one.keys() != inner] == []
 
 
 def test_inspect_takes_the_recommended_run_of_a_sweep(sweep, capsys):

@@ -1,7 +1,8 @@
 """The command line: parses what was typed, calls the Python API, prints, and turns errors into exit codes.
 
-Exit codes: 0 done, 1 failed, 2 wrong request, 130 interrupted. Each command imports its modules when it is called, so
-that `--help` and `compare` start in a fraction of a second.
+Exit codes: 0 done, 1 failed, 2 wrong request, 130 interrupted. Each command returns its result, which `--json` prints
+alone on standard output. Each command imports its modules when it is called, so that `--help` and `compare` start in a
+fraction of a second.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from lorasweep.config.redaction import redact
-from lorasweep.console import EscapingConsole, say, say_error
+from lorasweep.console import reserve_stdout, say, say_error, show
 from lorasweep.errors import ConfigError, LoraSweepError, RanksLost, RecordError
 from lorasweep.training.stop_signal import INTERRUPTED_EXIT_CODE
 from lorasweep.training.torch_variables import quick_imports
@@ -29,8 +32,29 @@ if TYPE_CHECKING:
     from lorasweep.sweep.plan import GroupPlan
     from lorasweep.training.inputs import InputsCache
 
-Command = Callable[[argparse.Namespace], int]
 DONE, FAILED, WRONG_REQUEST = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of a command: what `--json` prints, and the exit code."""
+
+    content: Any
+    """A dataclass, a mapping, or an object with `as_json`."""
+    code: int = DONE
+
+    def as_json(self) -> str:
+        from pydantic_core import to_jsonable_python
+
+        content = self.content.as_json() if hasattr(self.content, "as_json") else self.content
+        # numbers of NumPy have `item`
+        plain = to_jsonable_python(
+            content, inf_nan_mode="null", fallback=lambda value: value.item() if hasattr(value, "item") else str(value)
+        )
+        return json.dumps(plain, indent=1)
+
+
+Command = Callable[[argparse.Namespace], Outcome]
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -39,24 +63,35 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def run(arguments: Sequence[str]) -> int:
     """Runs one command and returns its exit code; prints errors of lorasweep as one line."""
-    try:
-        parser = build_parser()
-        parsed, others = parser.parse_known_args(arguments)
-        if hasattr(parsed, "overrides") and not any(other.startswith("-") for other in others):
-            parsed.overrides = [*parsed.overrides, *others]  # also overrides after a flag
-        elif others:
-            parser.error(f"unrecognized arguments: {' '.join(others)}")
-        command: Command = parsed.command
-        return command(parsed)
-    except (LoraSweepError, OSError) as error:
-        return _say_exception(error)
-    except KeyboardInterrupt as interrupt:
-        say_error(f"interrupted. {interrupt}".rstrip(". "))
-        return INTERRUPTED_EXIT_CODE
+    with reserve_stdout() if "--json" in arguments else nullcontext() as stdout:
+        try:
+            outcome = _run_command(arguments)
+        except (LoraSweepError, OSError) as error:
+            outcome = _end_with_error(error)
+        except KeyboardInterrupt as interrupt:
+            reason = f"interrupted. {interrupt}".rstrip(". ")
+            say_error(reason)
+            outcome = Outcome(_describe_error("KeyboardInterrupt", reason), INTERRUPTED_EXIT_CODE)
+        if stdout and _rank() == 0:
+            print(outcome.as_json(), file=stdout, flush=True)
+        return outcome.code
+
+
+def _run_command(arguments: Sequence[str]) -> Outcome:
+    parser = build_parser()
+    parsed, others = parser.parse_known_args(arguments)
+    if hasattr(parsed, "overrides") and not any(other.startswith("-") for other in others):
+        parsed.overrides = [*parsed.overrides, *others]  # also overrides after a flag
+    elif others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    if parsed.json and any(getattr(parsed, name, None) for name in ("cfg", "multirun", "show_examples")):
+        raise ConfigError("`--json` must be missing with `--cfg`, `-m` and `--show-examples`, which have no result.")
+    command: Command = parsed.command
+    return command(parsed)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="lorasweep", description="Finds the LoRA rank, alpha and learning rate for your model and data."
     )
     parser.add_argument("--version", action="version", version=f"lorasweep {version('lorasweep')}")
@@ -64,6 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     def add(command: Command, help: str) -> argparse.ArgumentParser:
         added = commands.add_parser(command.__name__, help=help, formatter_class=argparse.RawDescriptionHelpFormatter)
+        added.add_argument("--json", action="store_true", help="print the result as one JSON object, and nothing else")
         added.set_defaults(command=command)
         return added
 
@@ -132,7 +168,6 @@ def _add_judge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--key", default="value", help="what the column value is, such as rank")
     parser.add_argument("--looks", nargs="+", type=int, default=(), metavar="N", help="all planned numbers of seeds")
     parser.add_argument("--columns", nargs="+", default=(), metavar="arm=Name", help="names of the file's columns")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write verdicts and means here")
 
 
 def _add_run_commands(add: Callable[[Command, str], argparse.ArgumentParser]) -> None:
@@ -160,6 +195,10 @@ def _add_overrides(parser: argparse.ArgumentParser, metavar: str, help: str) -> 
 class CommandParser(argparse.ArgumentParser):
     """Parses one command. Its help lists the groups of settings that the command takes."""
 
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        raise ConfigError(message)
+
     def format_help(self) -> str:
         if (command := self.get_default("command")) in (train, sweep, plan):
             from lorasweep.config.command_line import describe_groups
@@ -184,7 +223,7 @@ def _list_primaries(command: Command | None) -> Sequence[Primary]:
     return ("sweep", "train") if command in (sweep, plan) else ("train",)
 
 
-def sweep(arguments: argparse.Namespace) -> int:
+def sweep(arguments: argparse.Namespace) -> Outcome:
     with quick_imports():
         from lorasweep import api
         from lorasweep.sweep.controller.lifecycle import read_saved_definition
@@ -204,21 +243,22 @@ def sweep(arguments: argparse.Namespace) -> int:
             definition = _read_definition(name, overrides, minutes=arguments.minutes)[0]
         if arguments.cfg:
             say(describe_definition(definition).removesuffix("\n"))
-            return DONE
+            return Outcome(None)
         result = api.run_sweep(definition, progress=progress)
     if result.status != "complete":
         return _say_how_to_resume(result)
     return _show_sweep(result, verbose=arguments.verbose)
 
 
-def status(arguments: argparse.Namespace) -> int:
+def status(arguments: argparse.Namespace) -> Outcome:
     from lorasweep.sweep.status import read_status, render_status
 
-    EscapingConsole().print(render_status(read_status(arguments.folder)))
-    return DONE
+    found = read_status(arguments.folder)
+    show(render_status(found))
+    return Outcome(found)
 
 
-def new(arguments: argparse.Namespace) -> int:
+def new(arguments: argparse.Namespace) -> Outcome:
     """Reads the model and the data, and writes a sweep file for them."""
     with quick_imports():
         from lorasweep.config.command_line import parse_overrides
@@ -243,10 +283,10 @@ def new(arguments: argparse.Namespace) -> int:
     for sentence in power:
         say(f"• {sentence}")
     say(f"wrote {path}. Read it, then type:\n    lorasweep plan {path}\n    lorasweep sweep {path}")
-    return DONE
+    return Outcome({"file": path, "notes": power})
 
 
-def plan(arguments: argparse.Namespace) -> int:
+def plan(arguments: argparse.Namespace) -> Outcome:
     """Checks a sweep, measures a few steps of its trainings, and shows the cost of the sweep. Keeps no file."""
     with quick_imports():
         from lorasweep.sweep.checks import describe_coverages
@@ -259,13 +299,20 @@ def plan(arguments: argparse.Namespace) -> int:
     name, overrides = _split_name(arguments.overrides)
     inputs_cache = InputsCache()
     definition, groups = _read_definition(name, overrides, minutes=arguments.minutes, inputs_cache=inputs_cache)
-    EscapingConsole().print(render_plan(definition, groups))
-    for sentence in describe_coverages(definition, inputs_cache):
-        say(f"• {sentence}")
-    for sentence in describe_power(definition, inputs_cache.load(definition.arms[0].corner_configs[0]).splits):
+    show(render_plan(definition, groups))
+    splits = inputs_cache.load(definition.arms[0].corner_configs[0]).splits
+    notes = [*describe_coverages(definition, inputs_cache), *describe_power(definition, splits)]
+    for sentence in notes:
         say(f"• {sentence}")
     say(f"this plan took {format_seconds(time.monotonic() - began)}", file=sys.stderr)
-    return DONE
+    return Outcome({"name": definition.name, "groups": list(map(_describe_group, groups)), "notes": notes})
+
+
+def _describe_group(group: GroupPlan) -> dict[str, Any]:
+    """Returns the plan of a group of arms in numbers."""
+    low, high = group.estimate_search()
+    numbers = {key: value for key, value in vars(group).items() if key not in ("arms", "record")}
+    return {"arms": [arm.name for arm in group.arms], **numbers, "run_s": group.run_s, "search_s": [low, high]}
 
 
 def _read_definition(
@@ -284,7 +331,7 @@ def _read_definition(
     if minutes is None and inputs_cache is None:
         return definition, []
 
-    def show(what: str) -> None:
+    def note(what: str) -> None:
         say(f"{time.monotonic() - began:3.0f} s: measuring {what}", file=sys.stderr)
 
     say("loading the model and the data", file=sys.stderr)
@@ -292,14 +339,14 @@ def _read_definition(
     definition = set_steps(definition, inputs_cache)
     api.check_sweep(definition, inputs_cache)
     if minutes is None:
-        return definition, plan_sweep(definition, inputs_cache, on_progress=show)
-    definition, groups, given_up = fit_minutes(definition, minutes, inputs_cache, on_progress=show)
+        return definition, plan_sweep(definition, inputs_cache, on_progress=note)
+    definition, groups, given_up = fit_minutes(definition, minutes, inputs_cache, on_progress=note)
     if given_up:
         say(given_up, file=sys.stderr)
     return definition, groups
 
 
-def compare(arguments: argparse.Namespace) -> int:
+def compare(arguments: argparse.Namespace) -> Outcome:
     from lorasweep.report.terminal import render_spread
     from lorasweep.report.write import write_report
     from lorasweep.results import load_sweep
@@ -308,30 +355,26 @@ def compare(arguments: argparse.Namespace) -> int:
     for result in results:
         write_report(result.findings)
     if len(results) == 1:
-        return _show_report(results[0], verbose=arguments.verbose)
-    EscapingConsole().print(render_spread([result.findings.data for result in results]))
-    return DONE
+        _show_report(results[0], verbose=arguments.verbose)
+    else:
+        show(render_spread([result.findings.data for result in results]))
+    return Outcome({"sweeps": [result.as_json() for result in results]})
 
 
-def judge(arguments: argparse.Namespace) -> int:
-    from lorasweep.disk import write_atomically
+def judge(arguments: argparse.Namespace) -> Outcome:
     from lorasweep.report.judge import judge, read_scores
 
     columns = dict(given.split("=", 1) for given in arguments.columns if "=" in given)
     if len(columns) < len(arguments.columns):
         raise ConfigError("`--columns` must be pairs such as `arm=Name`: our name, then the file's.")
-    if arguments.out and arguments.out.suffix != ".json":  # it might be the file of scores
-        raise ConfigError(f"`--out` must name a file that ends in .json, but got {str(arguments.out)!r}.")
     scores = read_scores(arguments.scores, columns=columns)
     names = ("margin", "maximize", "metric", "reference", "base", "key", "looks")
     found = judge(scores, **{name: getattr(arguments, name) for name in names})
-    EscapingConsole().print(found.render())
-    if arguments.out:
-        write_atomically(arguments.out, json.dumps(found.as_json(), indent=1) + "\n")
-    return DONE
+    show(found.render())
+    return Outcome(found)
 
 
-def export(arguments: argparse.Namespace) -> int:
+def export(arguments: argparse.Namespace) -> Outcome:
     with quick_imports():
         from lorasweep.runs.export import export_run
         from lorasweep.wording import format_bytes
@@ -341,17 +384,17 @@ def export(arguments: argparse.Namespace) -> int:
     say(f"{arguments.format}, {written.dtype}, {format_bytes(written.num_bytes)}: {arguments.out}")
     for sentence in written.serving:
         say(f"• {sentence}")
-    return DONE
+    return Outcome(written)
 
 
-def inspect(arguments: argparse.Namespace) -> int:
+def inspect(arguments: argparse.Namespace) -> Outcome:
     """Analyses the weights of a run, writes the tables into its folder `inspect/` and shows them."""
     with quick_imports():
         from lorasweep.runs.inspect import inspect_run, render_inspection
 
     inspection = inspect_run(_choose_run(arguments.run, verb="inspecting"), trust=arguments.trust)
-    EscapingConsole().print(render_inspection(inspection))
-    return DONE
+    show(render_inspection(inspection))
+    return Outcome(inspection)
 
 
 def _choose_run(folder: Path, *, verb: str) -> Path:
@@ -366,7 +409,7 @@ def _choose_run(folder: Path, *, verb: str) -> Path:
     return run
 
 
-def reproduce(arguments: argparse.Namespace) -> int:
+def reproduce(arguments: argparse.Namespace) -> Outcome:
     with quick_imports():
         from lorasweep import api
 
@@ -374,15 +417,30 @@ def reproduce(arguments: argparse.Namespace) -> int:
         arguments.folder, output=arguments.output, tolerance=arguments.tolerance, steps=arguments.steps
     )
     say(found.description)
-    if found.verdict == "interrupted":
-        return INTERRUPTED_EXIT_CODE
-    return DONE if found.holds else FAILED
+    code = INTERRUPTED_EXIT_CODE if found.verdict == "interrupted" else DONE if found.holds else FAILED
+    return Outcome(found, code)
 
 
-def train(arguments: argparse.Namespace) -> int:
+def train(arguments: argparse.Namespace) -> Outcome:
     from lorasweep.train_app import run_train_app
 
-    return run_train_app(arguments, show_result=_say_run, show_error=_say_exception)
+    results: list[RunResult] = []
+    errors: list[LoraSweepError | OSError] = []
+
+    def show_result(result: RunResult, job: str) -> int:
+        results.append(result)
+        return _say_run(result, job)
+
+    def show_error(error: LoraSweepError | OSError, job: str) -> int:
+        if job:  # of a grid, perhaps in another process
+            return _end_with_error(error, job).code
+        errors.append(error)
+        return FAILED
+
+    code = run_train_app(arguments, show_result=show_result, show_error=show_error)
+    if errors:
+        raise errors[0]
+    return Outcome(results[0] if results else None, code)
 
 
 def _split_name(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -401,7 +459,7 @@ def _say_run(result: RunResult, job: str) -> int:
     return DONE
 
 
-def _show_sweep(result: SweepResult, *, verbose: bool) -> int:
+def _show_sweep(result: SweepResult, *, verbose: bool) -> Outcome:
     """Prints the table of a complete sweep. Fails if an arm lacks the test score that was asked for."""
     _show_report(result, verbose=verbose)
     for arm, reason in result.unconfirmed.items():
@@ -409,24 +467,23 @@ def _show_sweep(result: SweepResult, *, verbose: bool) -> int:
             f"the confirm stage must score every arm on test data, but has no score of arm `{arm}`: "
             f"{reason.rstrip('.')}. The records in {str(result.folder / 'runs')!r} have the reasons."
         )
-    return FAILED if result.unconfirmed else DONE
+    return Outcome(result, FAILED if result.unconfirmed else DONE)
 
 
-def _show_report(result: SweepResult, *, verbose: bool) -> int:
+def _show_report(result: SweepResult, *, verbose: bool) -> None:
     """Prints the answers and the table of a sweep, the page, and what to type next."""
     from lorasweep.report.terminal import render_terminal
 
-    EscapingConsole().print(render_terminal(result.findings, verbose=verbose))
+    show(render_terminal(result.findings, verbose=verbose))
     say(f"report: {result.report}")
     if not verbose:
         say(f"All findings: lorasweep compare {result.folder} --verbose")
         for recommendation in result.findings.recommended:
             for purpose, command in recommendation.commands.items():
                 say(f"{purpose}: {command}")
-    return DONE
 
 
-def _say_how_to_resume(result: SweepResult) -> int:
+def _say_how_to_resume(result: SweepResult) -> Outcome:
     record = result.record
     done = sum(row.state != "running" for row in record.trials)
     asked = sum(arm.trials for arm in record.arms)
@@ -436,22 +493,27 @@ def _say_how_to_resume(result: SweepResult) -> int:
         say(f"    {remedy}", file=sys.stderr)
     except KeyboardInterrupt:  # a further Ctrl-C
         raise KeyboardInterrupt(f"To resume type `{remedy}`") from None
-    return INTERRUPTED_EXIT_CODE
+    return Outcome(result, INTERRUPTED_EXIT_CODE)
 
 
-def _say_exception(error: LoraSweepError | OSError, job: str = "") -> int:
-    """Prints an error in one sentence and returns its exit code. If several processes train, the first prints it."""
-    if _rank() > 0 and not isinstance(error, RanksLost):
-        return FAILED
-    start = f"{job}: " if job else ""
+def _end_with_error(error: LoraSweepError | OSError, job: str = "") -> Outcome:
+    """Prints an error in one sentence. If several processes train, the first one prints it."""
     if isinstance(error, LoraSweepError):
-        say_error(f"{start}{redact(str(error))}")
-        return WRONG_REQUEST if isinstance(error, ConfigError | RecordError) else FAILED
-    file_name = f" {str(error.filename)!r}" if error.filename else ""
-    # the disk is full, or the folder is missing or read-only
-    reason = f"{file_name}: {error.strerror or error}."
-    say_error(redact(f"{start}the files of a run must exist and be writable, but got{reason}"))
-    return FAILED
+        code, message = WRONG_REQUEST if isinstance(error, ConfigError | RecordError) else FAILED, str(error)
+    else:
+        # the disk is full, or the folder is missing or read-only
+        file_name = f" {str(error.filename)!r}" if error.filename else ""
+        reason = f"{file_name}: {error.strerror or error}."
+        code, message = FAILED, f"the files of a run must exist and be writable, but got{reason}"
+    message = redact(f"{job}: {message}" if job else message)
+    if _rank() > 0 and not isinstance(error, RanksLost):
+        return Outcome(None, FAILED)
+    say_error(message)
+    return Outcome(_describe_error(type(error).__name__, message), code)
+
+
+def _describe_error(name: str, message: str) -> dict[str, Any]:
+    return {"error": {"class": name, "message": message}}
 
 
 def _rank() -> int:

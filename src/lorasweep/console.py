@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from typing import Any, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -23,6 +25,23 @@ class EscapingConsole(Console):
         for segment in super().render(renderable, options):
             text, style, control = segment
             yield segment if control else Segment(_escape_controls(text), style)
+
+
+def show(renderable: RenderableType) -> None:
+    """Prints a table or texts on standard output. Only a text that forbids it is not wrapped."""
+    EscapingConsole().print(renderable, crop=False)
+
+
+@contextmanager
+def reserve_stdout() -> Iterator[TextIO]:
+    """Yields standard output, while everything that is printed goes to standard error, also from other processes."""
+    sys.stdout.flush()
+    with os.fdopen(os.dup(1), "w") as stdout, redirect_stdout(sys.stderr):
+        os.dup2(2, 1)
+        try:
+            yield stdout
+        finally:
+            os.dup2(stdout.fileno(), 1)
 
 
 def say(text: str, *, file: TextIO | None = None) -> None:

@@ -34,6 +34,12 @@ if TYPE_CHECKING:
 
     from lorasweep.report.findings import Findings
 
+SHOWN_FIELDS = (
+    *("status", "reason", "metric", "direction", "best", "last", "steps_planned", "steps_done", "tokens_trained"),
+    *("trainable_params", "total_params", "adapter_bytes", "peak_memory_bytes", "wall_s"),
+)
+"""Fields of a run's record that `RunResult.as_json` has."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
@@ -69,6 +75,11 @@ class RunResult:
     def config(self) -> dict[str, Any]:
         """The resolved settings, nested."""
         return self.record.config
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns what `lorasweep train --json` prints."""
+        fields = {name: getattr(self.record, name) for name in SHOWN_FIELDS}
+        return {"folder": self.folder, "score": self.score, **fields}
 
     def steps_dataframe(self) -> pandas.DataFrame:
         """Returns one row per step: `loss`, `lr`, `tokens_per_s`, and `validation/METRIC` at evaluations."""
@@ -156,6 +167,10 @@ class SweepResult:
 
         return read_findings(self.folder, self.record)
 
+    def as_json(self) -> dict[str, Any]:
+        """Returns what `lorasweep sweep --json` prints: `report/summary.json`, and where the files are."""
+        return {"folder": self.folder, "report": self.report, **self.findings.as_json()}
+
     @property
     def trials(self) -> list[Trial]:
         """Every trial of the search, by arm and number."""
@@ -233,7 +248,7 @@ class SweepResult:
 
         console = EscapingConsole(file=StringIO(), width=100)
         with console.capture() as shown:
-            console.print(render_terminal(self.findings))
+            console.print(render_terminal(self.findings), crop=False)
         return shown.get()
 
     def _check_arm(self, arm: str) -> None:

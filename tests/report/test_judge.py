@@ -104,25 +104,15 @@ def test_a_file_that_is_no_table_of_scores_is_refused(content, tmp_path):
         read_scores(tmp_path, columns={})
 
 
-def test_the_file_of_scores_is_not_overwritten(tmp_path, capsys):
-    make_scores({"full": 0.85, "lora": 0.85}).to_csv(tmp_path / "scores.csv", index=False)
-    before = (tmp_path / "scores.csv").read_text()
-    words = ["judge", str(tmp_path / "scores.csv"), "--metric", "accuracy", "--maximize", "--margin", "0.01"]
-    assert run([*words, "--out", str(tmp_path / "scores.csv")]) == 2
-    assert "`--out`" in capsys.readouterr().err
-    assert (tmp_path / "scores.csv").read_text() == before
-
-
-def test_the_command_prints_verdicts_and_writes_files(tmp_path, capsys):
+def test_the_command_prints_verdicts_or_json(tmp_path, capfd):
     scores = make_scores({"full": 0.85, "lora": 0.85}).rename(columns={"arm": "Name", "score": "metrics.acc"})
     scores.to_csv(tmp_path / "mlflow.csv", index=False)
     words = ["judge", str(tmp_path / "mlflow.csv"), "--metric", "accuracy", "--maximize", "--margin", "0.01"]
-    words += ["--columns", "arm=Name", "score=metrics.acc", "--out", str(tmp_path / "out.json")]
+    words += ["--columns", "arm=Name", "score=metrics.acc"]
     assert run(words) == 0
-    shown = capsys.readouterr().out
-    assert "Is lora as good as full? equivalent" in shown
-    written = json.loads((tmp_path / "out.json").read_text())
-    assert written["questions"][0]["verdict"] == "equivalent"
+    assert "Is lora as good as full? equivalent" in capfd.readouterr().out
+    assert run([*words, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["questions"][0]["verdict"] == "equivalent"
 
 
 @pytest.mark.parametrize(

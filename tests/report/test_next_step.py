@@ -6,6 +6,7 @@ import pytest
 from tests.files import edit_json
 from tests.report.test_golden import SWEEPS, fail_to_learn
 
+import lorasweep
 from lorasweep.config.command_line import parse_overrides
 from lorasweep.record import read_sweep
 from lorasweep.report.evidence.questions import Remedy
@@ -35,6 +36,7 @@ def test_an_open_question_has_the_seeds_that_would_settle_it_and_a_settled_one_h
     assert read_command(full, begin=resume) == {"confirm.seeds": answer.num_seeds + 7}
     assert read_command(rank, begin=resume)["confirm.seeds"] > answer.num_seeds
     assert setting is None
+    assert str(full) in lorasweep.load_sweep(sweep).table()  # in one line, to be copied
 
 
 @pytest.mark.parametrize("status", ["complete", "interrupted"])

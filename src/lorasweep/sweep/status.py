@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console, Group, RenderableType
@@ -60,6 +61,17 @@ class ArmStatus:
         num_new = self.row.trials + self.num_confirm - len(self.trials) - len(self.confirm)
         return self.row.steps * num_new + sum(max(self.row.steps - run.step, 0) for run in running)
 
+    def as_json(self, record: SweepRecord) -> dict[str, Any]:
+        best = find_winner(self.trials, record=record)
+        return {
+            "name": self.row.name,
+            "trials": self.row.trials,
+            "trials_ended": count_ended(self.trials),
+            "confirm_runs": self.num_confirm,
+            "confirm_ended": count_ended(self.confirm),
+            "best": best and {"value": best.value, "params": best.params, "run": best.run},
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class SweepStatus:
@@ -77,6 +89,23 @@ class SweepStatus:
         """Estimated seconds up to the look that is due, if a step takes as long as before; None before the first."""
         done = sum(run.step for arm in self.arms for run in (*arm.trials, *arm.confirm))
         return self.record.makespan_s / done * sum(arm.num_steps_left for arm in self.arms) if done else None
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns what `lorasweep status --json` prints."""
+        record = self.record
+        shown = ("name", "status", "metric", "direction", "makespan_s", "looks")
+        running = [row for row in (*record.trials, *record.confirm) if row.state == "running"]
+        fields = ("arm", "stage", "number", "seed", "run", "params", "step", "last_value")
+        return {
+            "folder": self.folder,
+            **{name: getattr(record, name) for name in shown},
+            "looks_done": [look.seeds for look in record.looks_done],
+            "is_running": self.is_running,
+            "record_age_s": self.record_age_s,
+            "seconds_left": self.seconds_left,
+            "arms": [arm.as_json(record) for arm in self.arms],
+            "running": [{name: getattr(run, name) for name in fields} for run in running],
+        }
 
 
 def read_status(folder: Path) -> SweepStatus:
