@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from lorasweep.config.redaction import redact
-from lorasweep.console import reserve_stdout, say, say_error, show
+from lorasweep.console import EscapingConsole, reserve_stdout, say, say_error, show
 from lorasweep.errors import ConfigError, LoraSweepError, RanksLost, RecordError
 from lorasweep.training.stop_signal import INTERRUPTED_EXIT_CODE
 from lorasweep.training.torch_variables import quick_imports
@@ -126,6 +126,7 @@ def _add_sweep_commands(add: Callable[[Command, str], argparse.ArgumentParser]) 
     sweep_parser.add_argument(*("-c", "--cfg"), choices=["job"], help="print all settings of all arms, train nothing")
     status_parser = add(status, "show the arms of a sweep and the best trial so far")
     status_parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the sweep")
+    status_parser.add_argument("--watch", action="store_true", help="show it every 2 s until the sweep ends or Ctrl-C")
     new_parser = add(new, "write a commented sweep file for your model and data")
     new_parser.add_argument("file", type=Path, metavar="FILE.yaml", help="the file to write")
     _add_overrides(new_parser, "key=value", "model.path=FOLDER-OR-HUB-ID data.train=FILE ...")
@@ -239,8 +240,10 @@ def sweep(arguments: argparse.Namespace) -> Outcome:
     else:
         if arguments.resume:
             definition = read_saved_definition(arguments.resume)
+        elif arguments.minutes is not None:
+            definition = _measure_definition(name, overrides, minutes=arguments.minutes)[0]
         else:
-            definition = _read_definition(name, overrides, minutes=arguments.minutes)[0]
+            definition = api.read_sweep_definition(name, overrides)
         if arguments.cfg:
             say(describe_definition(definition).removesuffix("\n"))
             return Outcome(None)
@@ -251,8 +254,10 @@ def sweep(arguments: argparse.Namespace) -> Outcome:
 
 
 def status(arguments: argparse.Namespace) -> Outcome:
-    from lorasweep.sweep.status import read_status, render_status
+    from lorasweep.sweep.status import read_status, render_status, watch_status
 
+    if arguments.watch:
+        return Outcome(watch_status(arguments.folder, EscapingConsole()))
     found = read_status(arguments.folder)
     show(render_status(found))
     return Outcome(found)
@@ -273,7 +278,7 @@ def new(arguments: argparse.Namespace) -> Outcome:
     settings = parse_overrides(arguments.overrides)
     text, power = draft_sweep(path, settings)
     if arguments.minutes is not None:
-        definition, _ = _read_definition(None, arguments.overrides, minutes=arguments.minutes)
+        definition, *_ = _measure_definition(None, arguments.overrides, minutes=arguments.minutes)
         fitted = [
             key for key in ("trainer.max_steps", "sweep.trials", "confirm.looks") if key in definition.raw["overrides"]
         ]
@@ -288,17 +293,15 @@ def new(arguments: argparse.Namespace) -> Outcome:
 
 def plan(arguments: argparse.Namespace) -> Outcome:
     """Checks a sweep, measures a few steps of its trainings, and shows the cost of the sweep. Keeps no file."""
+    began = time.monotonic()
+    name, overrides = _split_name(arguments.overrides)
+    definition, groups, inputs_cache = _measure_definition(name, overrides, minutes=arguments.minutes)
     with quick_imports():
         from lorasweep.sweep.checks import describe_coverages
         from lorasweep.sweep.plan import render_plan
         from lorasweep.sweep.power import describe_power
-        from lorasweep.training.inputs import InputsCache
         from lorasweep.wording import format_seconds
 
-    began = time.monotonic()
-    name, overrides = _split_name(arguments.overrides)
-    inputs_cache = InputsCache()
-    definition, groups = _read_definition(name, overrides, minutes=arguments.minutes, inputs_cache=inputs_cache)
     show(render_plan(definition, groups))
     splits = inputs_cache.load(definition.arms[0].corner_configs[0]).splits
     notes = [*describe_coverages(definition, inputs_cache), *describe_power(definition, splits)]
@@ -315,35 +318,37 @@ def _describe_group(group: GroupPlan) -> dict[str, Any]:
     return {"arms": [arm.name for arm in group.arms], **numbers, "run_s": group.run_s, "search_s": [low, high]}
 
 
-def _read_definition(
-    name: str | None, overrides: Sequence[str], *, minutes: float | None, inputs_cache: InputsCache | None = None
-) -> tuple[Definition, list[GroupPlan]]:
-    """Returns a sweep, fitted to `minutes` if given, and the plans of its groups of arms.
+def _measure_definition(
+    name: str | None, overrides: Sequence[str], *, minutes: float | None
+) -> tuple[Definition, list[GroupPlan], InputsCache]:
+    """Returns a checked sweep, fitted to `minutes` if given, the plans of its groups of arms, and what they loaded."""
+    from lorasweep.sweep.definition.arms import read_definition
+    from lorasweep.sweep.definition.sweep_file import find_sweep_file
 
-    Without `minutes` and `inputs_cache`, nothing is loaded and measured, and there are no plans.
-    """
-    from lorasweep import api
-    from lorasweep.sweep.checks import set_steps
-    from lorasweep.sweep.plan import fit_minutes, plan_sweep
-    from lorasweep.training.inputs import InputsCache
-
-    definition, began = api.read_sweep_definition(name, overrides), time.monotonic()
-    if minutes is None and inputs_cache is None:
-        return definition, []
+    # without torch, whose import takes several seconds, so that the first line comes at once
+    definition = None if name is None else read_definition(find_sweep_file(name), overrides)
+    began, arms = time.monotonic(), "the drafted sweep"
+    if definition is not None:
+        arms = f"{definition.name} ({', '.join(arm.name for arm in definition.arms)})"
+    say(f"measures a few steps of {arms}; first loads torch, the model and the data", file=sys.stderr)
+    with quick_imports():
+        from lorasweep import api
+        from lorasweep.sweep.checks import set_steps
+        from lorasweep.sweep.plan import fit_minutes, plan_sweep
+        from lorasweep.training.inputs import InputsCache
 
     def note(what: str) -> None:
         say(f"{time.monotonic() - began:3.0f} s: measuring {what}", file=sys.stderr)
 
-    say("loading the model and the data", file=sys.stderr)
-    inputs_cache = inputs_cache or InputsCache()
-    definition = set_steps(definition, inputs_cache)
+    inputs_cache = InputsCache()
+    definition = set_steps(definition or api.read_sweep_definition(None, overrides), inputs_cache)
     api.check_sweep(definition, inputs_cache)
     if minutes is None:
-        return definition, plan_sweep(definition, inputs_cache, on_progress=note)
+        return definition, plan_sweep(definition, inputs_cache, on_progress=note), inputs_cache
     definition, groups, given_up = fit_minutes(definition, minutes, inputs_cache, on_progress=note)
     if given_up:
         say(given_up, file=sys.stderr)
-    return definition, groups
+    return definition, groups, inputs_cache
 
 
 def compare(arguments: argparse.Namespace) -> Outcome:

@@ -13,7 +13,7 @@ from tests.sweep.conftest import UNTRAINED
 import lorasweep.sweep.status as status_file
 from lorasweep.errors import RecordError
 from lorasweep.record import SWEEP_FILE, ArmRow, LookRow, SettingRow, Subject, SweepRecord, Trial, write_record
-from lorasweep.sweep.status import count_ended, read_status, render_status, report_status, show_progress
+from lorasweep.sweep.status import count_ended, read_status, render_status, report_status, show_progress, watch_status
 
 
 def arm(name, *, method="lora", trials=4):
@@ -119,14 +119,14 @@ def test_the_time_left_is_that_of_the_steps_left(running):
 
     trials = [trial(0, "complete", 1.5), trial(1, "complete", 1.5)]
     assert show_after([], looks=[2]) == "1 min 05 s so far"
-    assert show_after(trials[:1], looks=[2], makespan_s=32).endswith("about 1 min 36 s left")
-    assert show_after([*trials[:1], trial(1, "running")], looks=[], makespan_s=48).endswith("about 16 s left")
+    assert show_after(trials[:1], looks=[2], makespan_s=32).endswith("answers at 2 seeds in about 1 min 36 s")
+    assert show_after([*trials[:1], trial(1, "running")], looks=[], makespan_s=48).endswith("complete in about 16 s")
     confirmed = {"confirmed": [confirm_row(7, "complete", 1.5)], "makespan_s": 96}
-    assert show_after(trials, **confirmed, looks=[2]).endswith("about 32 s left")
+    assert show_after(trials, **confirmed, looks=[2]).endswith("answers at 2 seeds in about 32 s")
     shown = show_after(trials, **confirmed, looks=[2, 3])
-    assert shown.endswith("about 32 s left (open questions need more seeds)")
+    assert shown.endswith("answers at 2 seeds (questions that stay open: up to 3) in about 32 s")
     os.utime(running / SWEEP_FILE, (0, time.time() - 130))
-    assert show(read_status(running)).splitlines()[-1].startswith("as of 2 min 10 s ago: 1 min 36 s so far, about")
+    assert show(read_status(running)).splitlines()[-1].startswith("as of 2 min 10 s ago: 1 min 36 s so far, ")
 
 
 def test_a_stopped_sweep_shows_the_command_that_resumes_it(folder):
@@ -235,6 +235,20 @@ def wait_for(condition):
         time.sleep(0.005)
 
 
+def test_a_watched_sweep_is_shown_until_it_ends(running, monkeypatch):
+    counts = iter(range(1, 4))
+
+    def end_later(seconds):
+        trials = [trial(number, "complete", 1.5) for number in range(next(counts))]
+        write_record(sweep_record(trials=trials, status="complete" if len(trials) == 3 else "running"), running)
+
+    monkeypatch.setattr(status_file.time, "sleep", end_later)
+    output = io.StringIO()
+    last = watch_status(running, Console(file=output, force_terminal=True, width=120))
+    assert (last.record.status, next(counts, None)) == ("complete", None)
+    assert all(f"{number}/6" in output.getvalue() for number in (1, 2, 3))
+
+
 def test_a_terminal_shows_a_table_also_where_the_folder_is_away_for_a_while(running, monkeypatch):
     monkeypatch.setattr(status_file, "POLL_INTERVAL_S", 0.001)
     output = io.StringIO()
@@ -252,7 +266,8 @@ def test_a_sweep_in_this_process_is_shown_with_a_line_per_run(begin, work, runs,
     with show_progress(folder.path, Console(file=output, width=200)):
         assert work(folder)
     rows = [*folder.record.trials, *folder.record.confirm]
-    lines = [line for line in output.getvalue().splitlines() if not line.startswith(("sweep ", "warning: "))]
+    others = ("sweep ", "warning: ", "answers at ", "complete in ")
+    lines = [line for line in output.getvalue().splitlines() if not line.startswith(others)]
     assert len(lines) == len(rows) + 1 == 10 + 5 + 1
     assert sum(line.startswith("confirm: ") for line in lines) == 1
     assert sum(line.split()[2] == "stopped" for line in lines) == sum(row.state == "stopped" for row in rows) > 0

@@ -14,7 +14,7 @@ from lorasweep.disk import is_running
 from lorasweep.record import QuestionName, is_number
 from lorasweep.report.caveats import Learning
 from lorasweep.report.evidence.evidence import RetainedChange
-from lorasweep.report.evidence.questions import Remedy
+from lorasweep.report.evidence.questions import TESTED_LATER, Remedy
 from lorasweep.report.sweep_data import SweepData
 
 MAX_TEST_PERCENT = 50
@@ -52,13 +52,15 @@ def find_next_step(question: QuestionName, data: SweepData, learning: Learning) 
     if step := _find_step_before_verdicts(data):
         return step
     chains = [data.evidence.list_answers(question, arm=row.name) for row in rows]
-    remedies = [next((one.remedy for one in reversed(chain) if one.remedy), None) for chain in chains]
-    arms = [row.name for row, remedy in zip(rows, remedies, strict=True) if remedy]
-    arms += [row.name for row in data.record.arms if row.method == "full" and question == "as_good_as_full"]
-    reasons = [one.open_because for chain in chains for one in reversed(chain) if one.open_because]
-    return _apply_remedy([one for one in remedies if one], arms, data) or NextStep(
-        None, reasons[0] if reasons else "the sweep does not state this question"
-    )
+    # of each arm, the answer that is shown: the largest value whose own test is open
+    shown = [one for chain in chains for one in chain[::-1] if one.open_because not in (None, TESTED_LATER)]
+    shown = list({one.arm: one for one in reversed(shown)}.values())
+    if not shown:
+        return NextStep(None, "the sweep does not state this question")
+    full = [row.name for row in data.record.arms if row.method == "full" and question == "as_good_as_full"]
+    remedies = [one.remedy for one in shown if one.remedy]
+    arms = [*full, *(one.arm for one in shown if one.remedy)]
+    return _apply_remedy(remedies, arms, data) or NextStep(None, str(shown[0].open_because))
 
 
 def find_trials_step(arm: str | None, data: SweepData, learning: Learning) -> NextStep:
@@ -85,7 +87,7 @@ def find_retained_step(unsettled: Sequence[RetainedChange], data: SweepData) -> 
 def _find_step_before_verdicts(data: SweepData) -> NextStep | None:
     """Returns the step to a complete sweep with a confirm stage; None if the sweep has both."""
     if is_running(data.folder):
-        return NextStep(f"lorasweep status {shlex.quote(str(data.folder))}", "the sweep still runs")
+        return NextStep(f"lorasweep status {shlex.quote(str(data.folder))} --watch", "the sweep still runs")
     if data.record.status != "complete":
         return _resume({}, data, "the sweep is not complete")
     return None if data.record.looks else _resume({"confirm.seeds": "auto"}, data, "adds the confirm stage")

@@ -39,6 +39,8 @@ MAX_SHOWN_RUNS = 16
 """Maximum number of running trials that are listed below the table."""
 MIN_SHOWN_AGE_S = 5.0
 """The table says how old the record is from this age on, in seconds."""
+WATCH_INTERVAL_S = 2.0
+"""Seconds between two reads under `lorasweep status --watch`."""
 POLL_INTERVAL_S = 1.0
 """Seconds between two reads of a sweep's record."""
 
@@ -156,12 +158,30 @@ def render_status(status: SweepStatus) -> RenderableType:
         notes += _describe_running_trials(record)
         age, left = status.record_age_s, status.seconds_left
         written = f"as of {format_seconds(age)} ago: " if age >= MIN_SHOWN_AGE_S else ""
-        more = " (open questions need more seeds)" if len(record.looks) > 1 + len(record.looks_done) else ""
-        time_left = "" if left is None else f", about {format_seconds(left)} left{more}"
+        time_left = "" if left is None else f", {describe_next_answers(record)} in about {format_seconds(left)}"
         notes.append(f"{written}{format_seconds(record.makespan_s)} so far{time_left}")
     elif record.status != "complete":
         notes.append(f"• No process runs this sweep. Type `lorasweep sweep --resume {status.folder}` to resume it.")
     return Group(Text(title, style="bold"), _build_table(status), *map(Text, notes))
+
+
+def describe_next_answers(record: SweepRecord) -> str:
+    """Returns a phrase that names what the time left leads to: the end, or the next look at the questions."""
+    if not (due := record.looks[len(record.looks_done) :]):
+        return "complete"
+    more = f" (questions that stay open: up to {due[-1]})" if len(due) > 1 else ""
+    return f"answers at {due[0]} {'seed' if due[0] == 1 else 'seeds'}{more}"
+
+
+def watch_status(folder: Path, console: Console) -> SweepStatus:
+    """Shows the table every `WATCH_INTERVAL_S` seconds until the sweep ends or Ctrl-C. Returns the last status."""
+    status = read_status(folder)
+    with Live(render_status(status), console=console, auto_refresh=False) as live, suppress(KeyboardInterrupt):
+        while status.is_running and status.record.status != "complete":
+            time.sleep(WATCH_INTERVAL_S)
+            status = read_status(folder)
+            live.update(render_status(status), refresh=True)
+    return status
 
 
 def _describe_running_trials(record: SweepRecord) -> Iterator[str]:
@@ -243,6 +263,9 @@ def show_progress(folder: Path, console: Console, *, verbose: bool = False) -> I
                     score = "-" if run.value is None else f"{run.value:.4f}"
                     settings = format_settings(run.shown_params)
                     say(f"{run.arm} {number}/{total}  {run.state:<10} {score:>8}  {settings}", key=run.run)
+        if status.seconds_left and not console.is_terminal:  # once for each look
+            answers = describe_next_answers(record)
+            say(f"{answers} in about {format_seconds(status.seconds_left)}", key=f"{len(record.confirm) > 0} {answers}")
 
     def render() -> RenderableType:
         return render_status(statuses[-1]) if statuses else ""

@@ -49,6 +49,8 @@ POWER_SCORE = 0.84
 """Standard normal score of a probability of 80 %."""
 SEED_STEPS = (*range(2, 21), *range(25, 101, 5))
 """Numbers of seeds that are tried to settle a question."""
+TESTED_LATER = "another value, which is tested first, is open"
+"""Why an answer is open whose own test would settle it."""
 MIN_USEFUL_SEEDS = 3
 """Number of seeds that is advised where one seed was used. Fewer give a warning."""
 GROUP_FACTORS = (1.5, 2, 3, 4, 6, 8, 12, 16)
@@ -288,7 +290,7 @@ def _answer_chain(
         if answer.is_settled:
             answers.append(answer)
         elif alone[subject] != "open":
-            answers.append(replace(answer, open_because="another value, which is tested first, is open"))
+            answers.append(replace(answer, open_because=TESTED_LATER))
         else:
             known = compared[subject] if len(compared[subject]) == len(references[subject]) else []
             answers.append(_explain_open(answer, known, scores, judge=judge, level=level, max_seeds=max_seeds))
