@@ -1,8 +1,5 @@
 """Sweeps and runs from Python. The command line calls these functions and prints their results.
 
-    result = lorasweep.run_sweep("quickstart", overrides=["trainer.max_steps=60"])
-    print(result.best("lora").params)
-
 A wrong request raises `ConfigError`, a damaged file `RecordError`, any other failure another `LoraSweepError`.
 Ctrl-C ends a sweep or a run after the current step, with a checkpoint: its result has the status `interrupted` and can
 be resumed. A second Ctrl-C raises KeyboardInterrupt.
@@ -76,6 +73,12 @@ def run_sweep(
 ) -> SweepResult:
     """Runs a sweep, writes its report, and returns its result.
 
+    >>> arms = {"lora": {"settings": {"method": "lora"}, "space": {"method.rank": [1, 4]}, "trials": 2}}
+    >>> small = ["trainer.max_steps=2", "data.block_length=32", "data.max_validation_blocks=2", "confirm.seeds=0"]
+    >>> result = lorasweep.run_sweep({"arms": arms}, overrides=small, progress=None)
+    >>> result.status, result.best("lora").state
+    ('complete', 'complete')
+
     Args:
         sweep: Name of a sweep of lorasweep or of the folder `sweeps/`, a YAML file, the content of a YAML file, or a
             definition that was read. None drafts a sweep for the data of the overrides.
@@ -101,7 +104,11 @@ def resume_sweep(
 ) -> SweepResult:
     """Continues a sweep to its number of trials, writes its report, and returns its result.
 
-    The sweep may grow: more trials, arms or confirm seeds. Trials that have begun stay as they are.
+    The sweep may grow: more trials or confirm seeds. Trials that have begun stay as they are.
+
+    >>> result = lorasweep.resume_sweep("outputs/tiny", overrides=["arms.lora.trials=3"], progress=None)
+    >>> len(result.trials_dataframe())
+    3
 
     Args:
         folder: The sweep's folder.
@@ -137,6 +144,10 @@ def train_run(
     resume: bool = False,
 ) -> RunResult:
     """Trains one run and returns its result. If several processes train a run together, each of them calls this.
+
+    >>> run = lorasweep.train_run({"method.rank": 8, "trainer.max_steps": 2, "data.block_length": 32})
+    >>> run.status, run.metric, len(run.steps_dataframe())
+    ('complete', 'bits_per_byte', 2)
 
     Args:
         overrides: The settings that differ from the defaults, such as `["method.rank=8", "optim.lr=1e-3"]`.

@@ -259,6 +259,10 @@ class SweepResult:
 def load_sweep(folder: str | Path) -> SweepResult:
     """Reads a sweep, finished or still running, and changes nothing.
 
+    >>> result = lorasweep.load_sweep("outputs/tiny")
+    >>> sorted(result.best("lora").params), result.load_run(result.best("lora")).status
+    (['method.rank', 'optim.lr'], 'complete')
+
     Raises:
         RecordError: The folder is not a sweep, or its record is damaged.
     """
@@ -267,6 +271,9 @@ def load_sweep(folder: str | Path) -> SweepResult:
 
 def load_run(folder: str | Path) -> RunResult:
     """Reads a run, finished or still training, and changes nothing.
+
+    >>> lorasweep.load_run("outputs/tiny/runs/lora-0000").config["method"]["name"]
+    'lora'
 
     Raises:
         RecordError: The folder is not a run, or its record is damaged.

@@ -102,6 +102,11 @@ def judge(
 ) -> Judgement:
     """Returns verdicts on the scores of runs that were trained elsewhere.
 
+    >>> rows = [(arm, seed, score + seed / 1e3) for arm, score in (("full", 0.9), ("lora", 0.8)) for seed in range(5)]
+    >>> scores = pandas.DataFrame(rows, columns=["arm", "seed", "score"])
+    >>> [answer.verdict for answer in lorasweep.judge(scores, margin=0.01, maximize=True).answers]
+    ['worse']
+
     Each arm but `reference` and `base` is compared with the reference, on the seeds and examples that both have. If an
     arm has several values, such as ranks, they share one chain of tests, and it is also asked which value is enough.
 
