@@ -74,7 +74,7 @@ bench-answers: $(DEV) ## whole sweeps replayed on stored runs: how often their a
 	$(BIN)/python benchmarks/bench_answers.py --seconds 0.518 0.185 0.0885
 
 bench-today: $(DEV) ## a whole sweep of sentences beside Optuna + PEFT + Trainer, from start to end, 3 seeds
-	$(BIN)/python benchmarks/bench_today.py --seeds 0 1 2
+	$(BIN)/python benchmarks/bench_today.py
 
 claims: $(DEV) ## the sweeps behind docs/claims.md that are not in docs/claims yet; an hour if all are run
 	$(BIN)/python benchmarks/claims.py

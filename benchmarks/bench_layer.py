@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from lorasweep.lora import LoraConfig, inject_lora
 from lorasweep.lora.inject import freeze
 from lorasweep.lora.layer_kinds import is_linear
+from lorasweep.sweep.machine import measure_machine
 from lorasweep.training.environment import DTYPES
 from lorasweep.training.memory import count_saved_bytes
 
@@ -127,6 +128,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="part of a shape's name")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    print(f"{measure_machine()}\n")
     print("Time over the floor, and saved activations of ours over PEFT's without and with dropout.\n")
     print_head("shape", "tokens", "dtype", "r", "floor ms", "ours", "PEFT", "saved", "saved, dropout")
     for setting in list_settings(quick=arguments.quick, only=arguments.only):

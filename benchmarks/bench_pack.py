@@ -48,6 +48,7 @@ from lorasweep.data.tasks import Classification, LanguageModelling
 from lorasweep.lora import LoraConfig, inject_lora, inject_packed_lora, slot_model
 from lorasweep.models.load import load_base
 from lorasweep.record import RunRecord
+from lorasweep.sweep.machine import measure_machine
 from lorasweep.training.environment import DTYPES
 from lorasweep.training.inputs import RunInputs, build_inputs
 from lorasweep.training.memory import count_saved_bytes
@@ -408,9 +409,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    place = torch.cuda.get_device_name() if device.type == "cuda" else f"{arguments.threads} threads"
     sizes, rounds = ((1, 2), 2) if arguments.quick else (arguments.sizes, arguments.rounds)
-    print(f"\n{place}")
+    print(f"\n{measure_machine()}")
     for dtype_name in arguments.dtype:
         if "step" in arguments.parts:
             print_steps(arguments.model, dtype_name, device, sizes=sizes, rounds=rounds)

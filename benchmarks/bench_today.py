@@ -2,7 +2,7 @@
 
     python benchmarks/bench_today.py [--data movie_snippets|...] [--model FOLDER-OR-HUB-ID] [--seeds 0 1 2]
         [--train 2000] [--validation 1000] [--trials 8] [--steps 130] [--ways today tuned ours default] [--threads 2]
-        [--quick]
+        [--short] [--quick]
 
 Every way searches LoRA's rank (1 to 64) and learning rate for the same classifier of sentences (default: MiniLM-L6 with
 real weights) in the same space, with 8 trials of 130 steps of 16 sentences and 5 evaluations:
@@ -18,7 +18,8 @@ that reads the same files. The makespan is the time from its start to its end, i
 until the first optimizer step. Training, evaluation and saving are measured inside the process, and `other` is the
 rest. The test score is that of the best trial's adapter, which PEFT loads in fp32 after the measurement. With several
 seeds, every way runs once per seed (of sampler, initial values, data order and dropout), and the first way changes. A
-cell is then the mean, with the range in brackets.
+cell is then the median, with the range in brackets. The last columns are ratios of makespans with the same seed. The
+first line names the speed of the machine. `--short` has fewer steps and sentences, so that three seeds take 20 minutes.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ WORK: Mapping[str, Any] = {
     "max_length": 128,
     "warmup_fraction": 0.06,
 }
+SHORT = {"train": 2000, "validation": 400, "steps": 50}
 QUICK = {"trials": 2, "steps": 6, "evaluations": 2, "batch_size": 4}
 QUICK_SENTENCES = 40
 TRAINER_SCRIPT = Path(__file__).parent / "trainer_sweep.py"
@@ -212,11 +214,13 @@ def score_adapter(adapter: Path, work: Mapping[str, Any]) -> float:
 def format_table(outcomes: Mapping[str, Sequence[Outcome]]) -> str:
     """Returns the table: a row for each way, with one outcome for each seed."""
     has_gpu = any(one.gpu_peak_memory_bytes for ones in outcomes.values() for one in ones)
+    bases = [way for way in ("ours", "default") if way in outcomes]
     seconds = ("makespan", "start", "training", "evaluating", "saving", "other")
     lines = [
         f"| way | {' | '.join(f'{name} s' for name in seconds)} | steps | memory MiB | "
-        f"{'GPU MiB | ' if has_gpu else ''}best validation | test | × ours |",
-        f"|---|{'--:|' * (len(seconds) + 5 + has_gpu)}",
+        f"{'GPU MiB | ' if has_gpu else ''}best validation | test | "
+        f"{' | '.join(f'over {WAYS[way]}' for way in bases)} |",
+        f"|---|{'--:|' * (len(seconds) + 4 + has_gpu + len(bases))}",
     ]
     for way, ones in outcomes.items():
         cells = [format_values([getattr(one, f"{name}_s") for one in ones], ".1f") for name in seconds]
@@ -226,16 +230,17 @@ def format_table(outcomes: Mapping[str, Sequence[Outcome]]) -> str:
             cells.append(format_values([one.gpu_peak_memory_bytes / MIB for one in ones], ",.0f"))
         cells.append(format_values([one.best_score for one in ones], ".3f"))
         cells.append(format_values([one.test_score for one in ones], ".3f"))
-        ratios = [one.makespan_s / ours.makespan_s for one, ours in zip(ones, outcomes.get("ours", ()), strict=False)]
-        cells.append(format_values(ratios, ".2f") if ratios else "–")
+        for base in bases:
+            pairs = zip(ones, outcomes[base], strict=True)
+            cells.append(format_values([one.makespan_s / other.makespan_s for one, other in pairs], ".2f"))
         lines.append(f"| {WAYS[way]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def format_values(values: Sequence[float], spec: str) -> str:
-    """Returns the mean, and the range if there are several different values."""
-    mean, low, high = (format(value, spec) for value in (statistics.mean(values), min(values), max(values)))
-    return mean if low == high else f"{mean} ({low} to {high})"
+    """Returns the median, and the range if there are several different values."""
+    median, low, high = (format(value, spec) for value in (statistics.median(values), min(values), max(values)))
+    return median if low == high else f"{median} ({low} to {high})"
 
 
 def main() -> None:
@@ -246,11 +251,14 @@ def main() -> None:
     parser.add_argument("--validation", type=int, default=1000, help="validation sentences, evenly spaced")
     parser.add_argument("--trials", type=int, default=WORK["trials"])
     parser.add_argument("--steps", type=int, default=WORK["steps"], help="of each trial, with 5 evaluations")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--threads", type=int, help="OMP_NUM_THREADS of every way; default: as many as torch chooses")
+    parser.add_argument("--short", action="store_true", help=f"{SHORT}: three seeds of all ways in 20 minutes")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: only checks that it runs")
     arguments = parser.parse_args()
+    if arguments.short:
+        vars(arguments).update(SHORT)
     if arguments.threads:
         os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     sizes = {"train": arguments.train, "validation": arguments.validation, "test": 10**9}
@@ -269,8 +277,11 @@ def main() -> None:
                 outcomes[way].append(outcome)
                 print(f"seed {seed}, {WAYS[way]}: {outcome.makespan_s:.1f} s", file=sys.stderr, flush=True)
         counts = [f"{len(path.read_text().splitlines()):,} {split}" for split, path in tables.items()]
+    from lorasweep.sweep.machine import measure_machine  # noqa: PLC0415 (imports torch, which reads OMP_NUM_THREADS)
+
+    print(f"\n{measure_machine()}")
     print(
-        f"\n{arguments.data}: {', '.join(counts)} sentences; {work['trials']} trials of {work['steps']} steps of "
+        f"{arguments.data}: {', '.join(counts)} sentences; {work['trials']} trials of {work['steps']} steps of "
         f"{work['batch_size']} with {work['evaluations']} evaluations; {arguments.threads or 'default'} threads; "
         f"seeds {' '.join(map(str, arguments.seeds))}\n\n{format_table(outcomes)}"
     )

@@ -338,7 +338,7 @@ def _measure_definition(
         from lorasweep.training.inputs import InputsCache
 
     def note(what: str) -> None:
-        say(f"{time.monotonic() - began:3.0f} s: measuring {what}", file=sys.stderr)
+        say(f"{time.monotonic() - began:3.0f} s: {what}", file=sys.stderr)
 
     inputs_cache = InputsCache()
     definition = set_steps(definition or api.read_sweep_definition(None, overrides), inputs_cache)

@@ -138,16 +138,18 @@ def test_the_measured_steps_have_a_row_that_is_as_long_as_those_of_a_whole_run(m
     split = Rows()
     split.lengths[13] = 50
     config = make_config({"trainer.max_steps": 100, "trainer.batch_size": 1})
-    order = choose_data_order(config, split=split)
-    steps = StepBatchSampler(split, batch_size=1, num_steps=plan_file.MEASURED_STEPS, seed=order)
+    order = choose_data_order(config, split=split, num_steps=4)
+    steps = StepBatchSampler(split, batch_size=1, num_steps=4, seed=order)
     assert [13] in [micro.indices for micro in steps]
-    assert choose_data_order(config, split=inputs.splits.train) == 0  # blocks have one length
+    assert choose_data_order(config, split=inputs.splits.train, num_steps=4) == 0  # blocks have one length
 
 
 def test_each_group_is_measured_once_and_the_base_stays(plan, inputs):
     weights = {name: p.clone() for name, p in inputs.base.model.named_parameters()}
     groups, said = plan()
-    assert said == ["frozen: 1 trial", "full: 1 trial", "lora: 3 trials in a pack"]
+    assert said[1:] == [
+        f"measuring {what}" for what in ("frozen: 1 trial", "full: 1 trial", "lora: 3 trials in a pack")
+    ]
     assert (groups["frozen"].step_s, groups["frozen"].record.trainable_params) == (0, 0)
     assert groups["lora"].slots == 3
     assert groups["lora"].record.config["method"]["rank"] == 2
@@ -162,9 +164,9 @@ def test_each_group_is_measured_once_and_the_base_stays(plan, inputs):
 
 def test_a_pack_of_many_tokens_is_measured_with_fewer_slots_and_scaled(plan, monkeypatch):
     whole = plan()[0]["lora"]
-    monkeypatch.setattr(plan_file, "MEASURED_PASS_FRACTION", 0.0)
+    monkeypatch.setattr(plan_file, "MAX_MEASURED_TRAINING_S", 0.0)
     scaled, said = plan()
-    assert said[-1] == "lora: 3 trials in a pack, from 1"
+    assert said[-1] == "measuring lora: 3 trials in a pack, from 1"
     assert (scaled["lora"].slots, scaled["lora"].step_tokens) == (whole.slots, whole.step_tokens)
     assert scaled["lora"].trained_params == whole.trained_params
     # the two other slots have at least their parameters, gradients and moments
@@ -188,7 +190,7 @@ def test_a_pack_that_does_not_fit_is_halved_as_in_the_sweep(plan, monkeypatch):
 
     monkeypatch.setattr(plan_file, "train_pack", run_out_of_memory)
     groups, said = plan()
-    assert said[-2:] == ["lora: 3 trials in a pack", "lora: 1 trial"]
+    assert said[-2:] == ["measuring lora: 3 trials in a pack", "measuring lora: 1 trial"]
     assert groups["lora"].slots == 1
 
 

@@ -1,8 +1,8 @@
 """Plans a sweep: counts runs, tokens and trained parameters; estimates time and memory from a short training.
 
 Arms whose trials share packs form a group. Each other arm is a group of its own. One short training is measured for
-each group: a pack of runs with the highest rank, or one run alone. A pack of many tokens is measured with fewer
-slots, and the evaluation on few examples. Both are scaled by the number of tokens, so that a plan takes about a minute.
+each group: a pack of runs with the highest rank, or one run alone. Its steps and slots follow from the speed of the
+machine, and it is evaluated on few examples. All is scaled by the number of tokens, so that a plan takes a minute.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -37,23 +37,33 @@ from lorasweep.sweep.controller.stopping import MIN_STEPS
 from lorasweep.sweep.definition.arms import Arm, Definition, restore_definition
 from lorasweep.sweep.definition.confirm import count_confirm_runs, find_warnings
 from lorasweep.sweep.definition.packing import explain_bases, explain_solo_arms, plan_packing
+from lorasweep.sweep.machine import Machine, measure_machine
 from lorasweep.sweep.workers.worker import choose_slots, list_pack_arms
-from lorasweep.training.environment import get_device
 from lorasweep.training.inputs import InputsCache, RunInputs
 from lorasweep.training.module import prepare_model
 from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.packs.size import MAX_PASS_TOKENS, count_pass_tokens, count_slot_bytes
+from lorasweep.training.packs.size import count_slot_bytes
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder, RunRequest
 from lorasweep.wording import format_bytes, format_count, format_seconds_range
 
-MEASURED_STEPS = 4
-"""Steps of a measured training. The first is not counted, because it warms up, and the last, because its time may
-include the evaluation at the end."""
+MIN_MEASURED_STEPS = 2
+"""Steps of a measured training if they are slow. The first is not counted, because it warms up."""
 
-MEASURED_PASS_FRACTION = 0.25
-"""Maximum number of tokens in a pass of a measured pack, as a fraction of `MAX_PASS_TOKENS`. Larger passes take at most
-a few percent less time per token (docs/benchmarks.md)."""
+MAX_MEASURED_STEPS = 16
+"""Steps of a measured training if they are fast. More than this change time and memory by a few percent."""
+
+MEASURED_TRAINING_S = 8.0
+"""Seconds that the steps of a measured training should take. They decide on its number of steps."""
+
+MAX_MEASURED_TRAINING_S = 10.0
+"""Maximum seconds of `MIN_MEASURED_STEPS` steps. If a whole pack takes longer, fewer slots are measured."""
+
+PACK_OVER_PRODUCTS, ALONE_OVER_PRODUCTS = 2.0, 4.0
+"""Assumed time of a step over that of its products at the machine's speed, for a pack and for a run alone."""
+
+MEASURED_EVALUATION_FRACTION = 0.25
+"""Tokens of the measured evaluation, as a fraction of a full evaluation batch."""
 
 MAX_NAME_WIDTH = 16
 """Longest name of an arm that never wraps in 80 columns."""
@@ -118,41 +128,52 @@ def plan_sweep(
 ) -> list[GroupPlan]:
     """Measures one training of each group of arms of a checked sweep. Leaves no file behind.
 
-    `on_progress` is called with a phrase before each training.
+    `on_progress` is called with a phrase before each training, and once with the speed of the machine.
 
     Raises:
         RunError: A training failed, as it would in the sweep.
     """
-    groups: list[GroupPlan] = []
+    groups, machine = list[GroupPlan](), measure_machine()
+    on_progress(str(machine))
     for arm in definition.arms:
         if any(arm in group.arms for group in groups):
             continue
         try:
-            groups.append(_measure_group(definition, arm, inputs_cache, on_progress=on_progress))
+            groups.append(_measure_group(definition, arm, inputs_cache, machine=machine, on_progress=on_progress))
         except RunError as error:
             raise RunError(f"the first trial of arm `{arm.name}` must train, but failed: {error}") from error
     return groups
 
 
 def _measure_group(
-    definition: Definition, arm: Arm, inputs_cache: InputsCache, *, on_progress: Callable[[str], None]
+    definition: Definition,
+    arm: Arm,
+    inputs_cache: InputsCache,
+    *,
+    machine: Machine,
+    on_progress: Callable[[str], None],
 ) -> GroupPlan:
     slots, reason = choose_slots(definition, arm, inputs_cache=inputs_cache, num_workers=count_workers(definition))
     arms = list_pack_arms(definition, arm) if slots > 1 else [arm]
     largest = plan_packing(definition)[arm.name].largest
     inputs = inputs_cache.load(largest)
     splits = inputs.splits
-    config = _shorten(largest, split=splits.train)
+    # forward and backward pass have three products of each weight
+    slot_flops = 6 * sum(p.numel() for p in inputs.base.model.parameters()) * _mean_step_tokens(largest, splits.train)
+    slot_s = slot_flops / (1e12 * machine.tflops[inputs.precision])
+    slot_s *= PACK_OVER_PRODUCTS if slots > 1 else ALONE_OVER_PRODUCTS
+    measured_slots = min(slots, max(1, int(MAX_MEASURED_TRAINING_S / MIN_MEASURED_STEPS / slot_s)))
+    num_steps = min(max(MIN_MEASURED_STEPS, int(MEASURED_TRAINING_S / measured_slots / slot_s)), MAX_MEASURED_STEPS)
+    config = _shorten(largest, split=splits.train, num_steps=num_steps)
     measured = inputs
     if config.module is None:  # a module reads its own data
-        indices = choose_evaluated(splits.validation.lengths, batch_size=config.trainer.eval_batch_size)
+        num_rows = max(1, int(MEASURED_EVALUATION_FRACTION * config.trainer.eval_batch_size / measured_slots))
+        indices = choose_evaluated(splits.validation.lengths, batch_size=num_rows)
         part = SplitPart(name="validation", fingerprint="", split=splits.validation, indices=indices)
         measured = replace(inputs, splits=replace(splits, validation=part))
-    max_tokens = MAX_PASS_TOKENS[get_device(config.trainer).type, inputs.precision] * MEASURED_PASS_FRACTION
-    measured_slots = min(slots, max(1, int(max_tokens / count_pass_tokens(config, 1, inputs=inputs))))
     while True:
         pack_phrase = f"{slots} trials in a pack" + (f", from {measured_slots}" if measured_slots < slots else "")
-        on_progress(f"{', '.join(each.name for each in arms)}: {pack_phrase if slots > 1 else '1 trial'}")
+        on_progress(f"measuring {', '.join(each.name for each in arms)}: {pack_phrase if slots > 1 else '1 trial'}")
         try:
             training = _train_briefly(config, measured_slots, is_pack=slots > 1, inputs=measured)
             break
@@ -162,9 +183,9 @@ def _measure_group(
             slots = measured_slots = measured_slots // 2  # as in the sweep
     # scales the measured steps and evaluation to the tokens and slots of the sweep
     scale, unmeasured_bytes, test_s = slots / measured_slots, 0, 0.0
-    step_tokens = float(splits.train.lengths.double().mean()) * config.trainer.batch_size
-    counted_tokens = sum(_count_step_tokens(config, split=splits.train)[1:-1])
-    token_s = training.evaluating_s / measured_slots / int(measured.splits.validation.lengths.sum())
+    step_tokens = _mean_step_tokens(config, splits.train)
+    counted_tokens = sum(_count_step_tokens(config, split=splits.train)[1:])
+    token_s = training.seconds["evaluating"] / measured_slots / int(measured.splits.validation.lengths.sum())
     whole_s = slots * token_s * int(splits.validation.lengths.sum())
     evaluated_share = len(choose_part(len(splits.validation), largest.eval_fraction)) / len(splits.validation)
     if definition.sweep_config.confirm.list_looks():
@@ -176,10 +197,10 @@ def _measure_group(
         arms=tuple(arms),
         slots=slots,
         reason=reason,
-        loading_s=scale * training.loading_s,
-        step_s=scale * training.counted_s * step_tokens / counted_tokens,
+        loading_s=scale * training.seconds["loading"],
+        step_s=scale * training.seconds["training"] * step_tokens / counted_tokens,
         step_tokens=step_tokens,
-        evaluation_s=evaluated_share * whole_s + scale * training.saving_s,
+        evaluation_s=evaluated_share * whole_s + scale * training.seconds["saving"],
         final_s=whole_s if evaluated_share < 1 else 0.0,
         test_s=test_s,
         peak_memory_bytes=training.record.peak_memory_bytes + unmeasured_bytes,
@@ -189,10 +210,14 @@ def _measure_group(
     )
 
 
-def _shorten(config: RunConfig, *, split: Split) -> RunConfig:
-    """Returns a run of `MEASURED_STEPS` steps and one evaluation, in one process and without loggers."""
-    data_order = choose_data_order(config, split=split)
-    trainer = replace(config.trainer, max_steps=MEASURED_STEPS, eval_every_steps=MEASURED_STEPS, strategy="auto")
+def _mean_step_tokens(config: RunConfig, split: Split) -> float:
+    return float(split.lengths.double().mean()) * config.trainer.batch_size
+
+
+def _shorten(config: RunConfig, *, split: Split, num_steps: int) -> RunConfig:
+    """Returns a run of `num_steps` steps and one evaluation, in one process and without loggers."""
+    data_order = choose_data_order(config, split=split, num_steps=num_steps)
+    trainer = replace(config.trainer, max_steps=num_steps, eval_every_steps=num_steps, strategy="auto")
     trainer = replace(trainer, eval_fraction=1.0, devices=1, num_nodes=1)  # the same examples for every run
     return replace(config, trainer=trainer, seeds=replace(config.seeds, data_order=data_order), logger={})
 
@@ -235,27 +260,23 @@ def _count_trained(definition: Definition, arm: Arm, measured: RunRecord, *, inp
     return sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
 
 
-@dataclass(frozen=True, kw_only=True)
-class BriefTraining:
-    """A measured training: seconds of its parts, and what a run of it left."""
+class BriefTraining(NamedTuple):
+    """A measured training."""
 
-    loading_s: float
-    counted_s: float
-    """Seconds of the steps but the first and the last."""
-    evaluating_s: float
-    saving_s: float
+    seconds: dict[str, float]
+    """Seconds of `training` (all steps but the first), `evaluating`, `saving` and `loading` (the rest)."""
     record: RunRecord
     kept_bytes: int
 
 
 def _train_briefly(config: RunConfig, slots: int, *, is_pack: bool, inputs: RunInputs) -> BriefTraining:
     """Trains a pack of equal runs, or a run alone, in a temporary folder. Raises RunError if it fails."""
-    step_ends: list[float] = []
+    training_s: list[float] = []  # before the first step, and after each step but the last
 
     def note_step() -> bool:
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # otherwise a step would only count the time to start its kernels
-        step_ends.append(time.perf_counter())
+        training_s.append(inputs.telemetry.sample()["training_s"])
         return False
 
     with tempfile.TemporaryDirectory(prefix="lorasweep-plan-") as name:
@@ -274,37 +295,39 @@ def _train_briefly(config: RunConfig, slots: int, *, is_pack: bool, inputs: RunI
             )
         else:
             train_run(config, runs[0], inputs=inputs, stop_requested=note_step)
+        total_s = time.perf_counter() - began
         after, record = inputs.telemetry.sample(), read_run(runs[0].path)
         kept_bytes = sum(path.stat().st_size for path in runs[0].path.rglob("*") if path.is_file())
     if record.status != "complete":
         raise RunError(record.reason or record.status)
-    return BriefTraining(
-        loading_s=step_ends[0] - began,  # the first look at the clock comes before the first step
-        counted_s=step_ends[MEASURED_STEPS - 1] - step_ends[1] if len(step_ends) > 1 else 0.0,  # `frozen` has no steps
-        evaluating_s=after["evaluating_s"] - before["evaluating_s"],
-        saving_s=after["saving_s"] - before["saving_s"],
-        record=record,
-        kept_bytes=kept_bytes,
-    )
+    seconds = {phase: after[f"{phase}_s"] - before[f"{phase}_s"] for phase in ("training", "evaluating", "saving")}
+    seconds["loading"] = total_s - sum(seconds.values())
+    # `frozen` has no steps
+    seconds["training"] = after["training_s"] - training_s[1] if len(training_s) > 1 else 0.0
+    return BriefTraining(seconds, record, kept_bytes)
 
 
-def choose_data_order(config: RunConfig, *, split: Split) -> int:
+def choose_data_order(config: RunConfig, *, split: Split, num_steps: int) -> int:
     """Returns a seed of the data order with which a few steps need about as much memory as a whole run.
 
-    It is the seed whose first `MEASURED_STEPS` steps contain the largest step, in tokens. Enough seeds are tried to
-    draw as many steps as a whole run has, but at most `MAX_DATA_ORDERS`.
+    It is the seed whose first `num_steps` steps contain the largest step, in tokens. Enough seeds are tried to draw as
+    many steps as a whole run has, but at most `MAX_DATA_ORDERS`.
     """
-    num_seeds = min(MAX_DATA_ORDERS, math.ceil(config.trainer.max_steps / MEASURED_STEPS))
-    orders = (replace(config, seeds=replace(config.seeds, data_order=seed)) for seed in range(num_seeds))
+    num_seeds = min(MAX_DATA_ORDERS, math.ceil(config.trainer.max_steps / num_steps))
+    trainer = replace(config.trainer, max_steps=num_steps)
+    orders = (
+        replace(config, trainer=trainer, seeds=replace(config.seeds, data_order=seed)) for seed in range(num_seeds)
+    )
     return max(orders, key=lambda order: max(_count_step_tokens(order, split=split))).seeds.data_order
 
 
 def _count_step_tokens(config: RunConfig, *, split: Split) -> list[int]:
-    """Returns the number of tokens of each measured step of a run."""
+    """Returns the number of tokens of each step of a run."""
+    settings = config.trainer
     steps = StepBatchSampler(
-        split, batch_size=config.trainer.batch_size, num_steps=MEASURED_STEPS, seed=config.seeds.data_order
+        split, batch_size=settings.batch_size, num_steps=settings.max_steps, seed=config.seeds.data_order
     )
-    return [int(split.lengths[torch.tensor(steps.get_step_indices(n))].sum()) for n in range(MEASURED_STEPS)]
+    return [int(split.lengths[torch.tensor(steps.get_step_indices(n))].sum()) for n in range(settings.max_steps)]
 
 
 def count_workers(definition: Definition) -> int:
