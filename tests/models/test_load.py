@@ -19,9 +19,7 @@ from transformers import Wav2Vec2Config
 from lorasweep.errors import ConfigError
 from lorasweep.models import load as load_file
 from lorasweep.models.load import (
-    MAX_EAGER_TOKENS,
     Labels,
-    choose_attention,
     find_local_path,
     find_model_folder,
     fingerprint_weights,
@@ -228,36 +226,6 @@ def test_model_without_padding_pads_with_the_end_of_text(saved, model_config):
     with torch.no_grad():
         padded, single = base.model(**rows).logits[0], base.model(**alone).logits[0]
     torch.testing.assert_close(padded, single)  # padding is masked
-
-
-@pytest.mark.parametrize(
-    ("device", "lengths", "name"),
-    [
-        ("cpu", [15, 15, 900], "eager"),
-        ("cpu", [MAX_EAGER_TOKENS], "eager"),
-        ("cpu", torch.tensor([900, MAX_EAGER_TOKENS + 1, 15]), "sdpa"),
-        ("cuda", [15], "sdpa"),
-    ],
-)
-@pytest.mark.parametrize("before", ["auto", "eager"])
-def test_short_examples_on_a_cpu_get_eager_and_all_others_sdpa(saved, model_config, device, lengths, name, before):
-    model = load_base(model_config(saved, attention=before), dtype=torch.float32).model
-    choice = choose_attention(model, lengths=lengths, device=torch.device(device))
-    assert choice.name == model.config._attn_implementation == name
-    assert str(int(torch.as_tensor(lengths).median())) in choice.reason
-    assert choose_attention(model, lengths=lengths, device=torch.device(device)) == choice
-
-
-def test_model_with_one_implementation_keeps_it(saved, model_config, monkeypatch):
-    model = load_base(model_config(saved, attention="eager"), dtype=torch.float32).model
-
-    def refuse(name):
-        if name != "eager":
-            raise ValueError("does not support sdpa")
-
-    monkeypatch.setattr(model, "set_attn_implementation", refuse)
-    choice = choose_attention(model, lengths=[900], device=torch.device("cpu"))
-    assert choice == ("eager", "the model has no other implementation")
 
 
 TOKENS = torch.arange(60, 84).reshape(2, 12)

@@ -7,7 +7,7 @@ import torch
 
 import lorasweep.training.inputs as inputs_file
 from lorasweep.errors import ConfigError
-from lorasweep.models.load import AttentionChoice
+from lorasweep.models.attention import AttentionChoice
 from lorasweep.record import read_run
 from lorasweep.training.inputs import InputsCache, check_batch_memory
 from lorasweep.training.memory import cgroup_limits, count_saved_bytes, machine_memory_bytes

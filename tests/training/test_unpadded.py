@@ -9,6 +9,7 @@ import transformers
 import transformers.modeling_flash_attention_utils as flash_utils
 from torch import nn
 
+from lorasweep.models.attention import IMPLEMENTATIONS
 from lorasweep.training.unpadded import can_unpad, lay_out, unpadded
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -71,7 +72,7 @@ def differentiate(model, batch, layout):
     return logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", IMPLEMENTATIONS)
 @pytest.mark.parametrize("config", [BERT, LLAMA], ids=["bert", "llama"])
 @pytest.mark.parametrize("slots", [1, 2, 4])
 def test_outputs_and_gradients_are_those_of_the_padded_batch(config, attention, slots):

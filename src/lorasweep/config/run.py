@@ -27,7 +27,7 @@ from lorasweep.errors import ConfigError
 from lorasweep.wording import suggest_nearest
 
 ModelKind = Literal["causal_lm", "classifier"]
-Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
+Attention = Literal["auto", "sdpa", "sdpa_fp32", "eager", "flash_attention_2"]
 Quantization = Literal["none", "nf4"]
 StrategyName = Literal[
     "auto",
@@ -60,7 +60,7 @@ class ModelConfig(Settings):
     revision: str | None
     """Version on the hub; a commit, branch or tag."""
     attention: Attention
-    """Implementation of attention; `auto` takes eager for short rows on a CPU, else sdpa."""
+    """Implementation of attention; `auto` takes the fastest for device, dtype and lengths (docs/models.md)."""
     quantization: Quantization
     """How the frozen weights of linear layers are stored: `nf4` in 4 bits (QLoRA), `none` as
     `trainer.precision` says. In a sweep, arms of other methods than `lora` and `frozen` get the unquantised base."""

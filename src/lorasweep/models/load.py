@@ -1,27 +1,26 @@
-"""Loads the frozen base model and its tokenizer from a folder, the hub or this package, and chooses its attention."""
+"""Loads the frozen base model and its tokenizer from a folder, the hub or this package."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.resources
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError
 from huggingface_hub.errors import HTTPError as HubError  # type: ignore[attr-defined]  # lacks a type stub
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -47,14 +46,6 @@ HUB_TIMEOUT_S = 10.0
 """Seconds to wait for the hub's answer before its cache is used. The client's default is far longer."""
 ALWAYS_DOWNLOADED = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
 """Patterns for the names of files that are always downloaded: configuration, tokenizer and weights."""
-IMPLEMENTATIONS = ("sdpa", "eager")
-MAX_EAGER_TOKENS = 64
-"""Maximum median length of the training examples, in tokens, for which `auto` uses eager attention on a CPU.
-
-Forward and backward passes were measured at 16 to 512 tokens. Up to 64 tokens, eager took 0.64 to
-0.98 of sdpa's time on an encoder and 0.81 to 1.01 on a causal model. For longer examples, eager may be slower in fp32,
-and its memory grows with the square of the length. In bf16 eager stays faster, but the rule ignores the dtype.
-"""
 LAYER_DROP_NAMES = ("layerdrop", "layer_drop", "drop_path")
 """Rates whose names contain one of these skip whole layers."""
 
@@ -297,39 +288,3 @@ def set_dropout_settings(settings: Any, rate: float) -> None:
     for name in getattr(settings, "sub_configs", {}):
         if (nested := getattr(settings, name, None)) is not None:
             set_dropout_settings(nested, rate)
-
-
-class AttentionChoice(NamedTuple):
-    """The attention implementation of a model, with the reason."""
-
-    name: str
-    """`sdpa` or `eager`."""
-    reason: str
-    """The end of the sentence "Attention is eager: ..."."""
-
-
-def choose_attention(model: nn.Module, *, lengths: Tensor | Sequence[int], device: torch.device) -> AttentionChoice:
-    """Sets the attention implementation that suits device and examples. Returns its name and the reason.
-
-    Nothing is measured, so the same model, examples and device always get the same implementation. `lengths` are the
-    numbers of tokens of the training examples.
-    """
-    assert isinstance(model, PreTrainedModel)
-    usable = [name for name in IMPLEMENTATIONS if _set_attention(model, name)]
-    if len(usable) < len(IMPLEMENTATIONS):
-        return AttentionChoice(str(model.config._attn_implementation), "the model has no other implementation")
-    tokens = int(torch.as_tensor(lengths).median())
-    name = "eager" if device.type == "cpu" and tokens <= MAX_EAGER_TOKENS else "sdpa"
-    _set_attention(model, name)
-    device_name = "a GPU" if device.type == "cuda" else "a CPU"
-    return AttentionChoice(name, f"the median example has {tokens} tokens, on {device_name}")
-
-
-def _set_attention(model: PreTrainedModel, name: str) -> bool:
-    """Sets an implementation. Returns False if the model does not have it."""
-    try:
-        with quiet_transformers():
-            model.set_attn_implementation(name)
-    except (ValueError, ImportError, RuntimeError):
-        return False
-    return bool(model.config._attn_implementation == name)

@@ -16,7 +16,7 @@ from lorasweep.config.build import dotted_items
 from lorasweep.config.redaction import HIDDEN
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError, Diverged, RecordError
-from lorasweep.models.load import IMPLEMENTATIONS
+from lorasweep.models.attention import IMPLEMENTATIONS
 from lorasweep.record import STEPS_FILE, RunRecord, SweepRecord, get_run_folder, read_run, read_steps, read_sweep
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.module import check_run

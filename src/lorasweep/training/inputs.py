@@ -21,7 +21,8 @@ from lorasweep.data.split import padding_fraction as measure_padding
 from lorasweep.errors import ConfigError
 from lorasweep.lora.targets import Coverage
 from lorasweep.methods import METHODS
-from lorasweep.models.load import AttentionChoice, BaseModel, Labels, choose_attention, load_base
+from lorasweep.models.attention import AttentionChoice, choose_attention
+from lorasweep.models.load import BaseModel, Labels, load_base
 from lorasweep.training.environment import DTYPES, Precision, get_device, resolve_precision
 from lorasweep.training.memory import free_memory_bytes
 from lorasweep.training.own_module import check_steps, load_own_base, read_own_data
@@ -165,7 +166,9 @@ def build_inputs(config: RunConfig, *, telemetry: Telemetry | None = None) -> Ru
         base = replace(base, labels=replace(base.labels, constant=tuple(constant.tolist())))
     attention = None
     if config.model.attention == "auto":
-        attention = choose_attention(base.model, lengths=splits.train.lengths, device=get_device(config.trainer))
+        attention = choose_attention(
+            base.model, lengths=splits.train.lengths, device=get_device(config.trainer), dtype=DTYPES[precision]
+        )
     # the shortest example, and the shortest of the longer ones if there are any
     lengths = splits.train.lengths
     shortest = int(lengths.argmin())

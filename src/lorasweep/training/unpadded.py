@@ -25,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lorasweep.data.split import NON_MODEL_KEYS, Batch, move_tensor
+from lorasweep.models.attention import IMPLEMENTATIONS, has_attention_dropout
 
 ATTENTION_CHUNKS = 4
 """Number of chunks of similar lengths in which attention computes the rows of a slot. More chunks have less padding and
@@ -211,8 +212,7 @@ def drops_attention(model: nn.Module) -> bool:
     A slot's rows may have one length while those of another slot do not, so such a model needs a layout for each batch.
     """
     settings: Any = model.config
-    rates = (value for name, value in vars(settings).items() if "att" in name and "drop" in name)
-    return settings._attn_implementation == "eager" and any(rates)
+    return settings._attn_implementation == "eager" and has_attention_dropout(model)
 
 
 @contextmanager
@@ -350,7 +350,7 @@ def _build_mask(own_function: Callable[..., Tensor], *args: Any, **kwargs: Any) 
     return own_function(*args, **kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
 
 
-for _name in ("eager", "sdpa"):
+for _name in IMPLEMENTATIONS:
     AttentionInterface.register(PREFIX + _name, _attend)
     _build: Any = functools.partial(_build_mask, ALL_MASK_ATTENTION_FUNCTIONS[_name])
     AttentionMaskInterface.register(PREFIX + _name, _build)
@@ -361,14 +361,14 @@ AttentionMaskInterface.register(PREFIX + FLASH, lambda *_, **__: None)
 def can_unpad(model: nn.Module, batch: Batch) -> bool:
     """Returns whether `unpadded` gives the model's own outputs: it computes a small padded batch in both ways.
 
-    The model must be one of transformers, with one stack of layers whose attention is eager, sdpa or flash attention.
-    It is on the CPU, which has no flash attention, so eager attention takes its place here.
+    The model must be one of transformers, with one stack of layers, whose attention is one of `IMPLEMENTATIONS` or
+    flash attention. It is on the CPU, which has no flash attention, so eager attention takes its place here.
     """
     layout = lay_out(batch)
     if layout is None or not isinstance(model, PreTrainedModel) or find_layers(model) is None:
         return False
     attention = model.config._attn_implementation
-    if attention not in ("eager", "sdpa", FLASH):
+    if attention not in (*IMPLEMENTATIONS, FLASH):
         return False
     inputs = {name: value for name, value in batch.items() if name not in NON_MODEL_KEYS}
     try:
