@@ -1,7 +1,8 @@
-"""Sets variables of OpenMP and oneDNN before torch is imported, and stops garbage collection during the import."""
+"""Sets variables of OpenMP, oneDNN and malloc before torch is imported, and stops garbage collection meanwhile."""
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import sys
@@ -19,9 +20,21 @@ MAX_CACHED_PRIMITIVES = 256
 """Size of the caches of torch and oneDNN for primitives (prepared matrix products of one shape). With their default,
 1,024, bf16 products of rows of different lengths took 0.55 GiB. A missing primitive costs 0.1 to 0.3 ms."""
 
+MALLOC_LIMITS = {-3: 32 * 1024**2, -1: 256 * 1024**2}
+"""Values in bytes of glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD (malloc.h, mallopt(3)).
+
+malloc maps each tensor above the first limit anew, and gives free memory above the second back to the system. Both cost
+time, because the system clears each page that it maps. The first limit is the largest that glibc chooses by itself.
+With these values, an evaluation of `tiny` with 64 sequences a batch took 0.65 of its time, a step of a pack 0.88. A run
+begins by giving back all free memory (`environment.reset_peak_memory`)."""
+
 
 def set_torch_variables() -> None:
     """Sets the variables for this process and its children, unless the user has set them. Torch reads them once."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # musl has none
+    if mallopt is not None and not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        for parameter, value in MALLOC_LIMITS.items():
+            mallopt(parameter, value)
     for variable in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(variable, str(MAX_CACHED_PRIMITIVES))
     if "OMP_WAIT_POLICY" in os.environ or os.environ.get("GOMP_SPINCOUNT", str(SPIN_COUNT)) != str(SPIN_COUNT):
