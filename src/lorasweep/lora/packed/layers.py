@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten  # see lora.fully_trained
 
 from lorasweep.lora.fully_trained import TrainedModule, call_in_precision_of
-from lorasweep.lora.functional import SlotGroup
+from lorasweep.lora.functional import SlotGroup, UpdateFactor
 from lorasweep.lora.layer_kinds import is_linear, matrix_shape
 from lorasweep.lora.layers import AdaptedLayer, LoraLayer
 from lorasweep.lora.packed.slots import Slots, check_rows
@@ -55,13 +55,15 @@ class PackedLoraLayer(AdaptedLayer):
         # tensors in fp32 or wider, and no buffers, because casting the model to bf16 would round buffers
         dtype = torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else self.lora_a[0].dtype
         values = [layer.scaling / (1 - layer.config.dropout * is_dropped) if layer else 0.0 for layer in self.layers]
-        factors = self.slots.share_factors(tuple(values), dtype=dtype, device=x.device)
-        return self.add_update(x, self._stack_groups([factors[group] for group in self._groups]), keep=keep)
+        shared = self.slots.share_factors(tuple(values), dtype=dtype, device=x.device)
+        # a number does not change the dtype of a product, so torch makes no copy in fp32
+        factors = [shared[group] if len({*values[group]}) > 1 else values[group.start] for group in self._groups]
+        return self.add_update(x, self._stack_groups(factors), keep=keep)
 
     def extra_repr(self) -> str:
         return f"ranks={self.ranks}"
 
-    def _stack_groups(self, factors: Sequence[Tensor]) -> list[SlotGroup]:
+    def _stack_groups(self, factors: Sequence[UpdateFactor]) -> list[SlotGroup]:
         collectors = self.slots.collectors
         if collectors is None:
             return [self._stack_group(group, factor) for group, factor in zip(self._groups, factors, strict=True)]
@@ -100,7 +102,7 @@ class PackedLoraLayer(AdaptedLayer):
         for stack in itertools.chain.from_iterable(self._stacks):
             stack.collect_gradients()
 
-    def _stack_group(self, group: slice, factor: Tensor) -> SlotGroup:
+    def _stack_group(self, group: slice, factor: UpdateFactor) -> SlotGroup:
         """Stacks the matrices of a group with plain operations of torch, so that autograd differentiates them."""
         d_out, d_in = matrix_shape(self.base)
         empty = self.lora_a[0].new_empty(0, d_in), self.lora_b[0].new_empty(d_out, 0)
