@@ -71,7 +71,7 @@ bench-proposals: $(DEV) ## the rate law, and samplers replayed on a stored grid 
 	$(BIN)/python benchmarks/bench_proposals.py
 
 bench-answers: $(DEV) ## whole sweeps replayed on stored runs: how often their answers are wrong or open
-	$(BIN)/python benchmarks/bench_answers.py --seconds 0.518 0.185 0.0885
+	$(BIN)/python benchmarks/bench_answers.py --replays 100 --processes 2 --seconds 0.518 0.185 0.0885
 
 bench-today: $(DEV) ## a whole sweep of sentences beside Optuna + PEFT + Trainer, from start to end, 3 seeds
 	$(BIN)/python benchmarks/bench_today.py

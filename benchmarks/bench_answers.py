@@ -466,8 +466,10 @@ def summarize(outcomes: Sequence[Outcome], truth: Truth) -> dict[str, Any]:
     }
 
 
-def replay_today(table: Table, *, number: int, trials: int) -> tuple[list[float], int]:
+def replay_today(table: Table, number: int) -> list[tuple[list[float], int]]:
     """Returns the regret of each rank's best trial, and the steps, of Optuna's TPE with a median pruner.
+
+    One search gives the results after each of `TODAY_TRIALS`, because its first trials do not depend on their number.
 
     It searches rank, α/r in 1, 2 and 4, and the learning rate, one trial after another. The stored runs have one α; at
     another α a trial has the run of the same lr · √α. A rank without a trial gets the best trial's lr · √α.
@@ -480,8 +482,8 @@ def replay_today(table: Table, *, number: int, trials: int) -> tuple[list[float]
         pruner=optuna.pruners.MedianPruner(),
     )
     found: dict[int, tuple[float, float]] = {}
-    steps = 0
-    for _ in range(trials):
+    steps, results = 0, list[tuple[list[float], int]]()
+    for trials in range(1, TODAY_TRIALS[-1] + 1):
         trial = study.ask()
         rank = trial.suggest_categorical("rank", RANKS)
         ratio = trial.suggest_categorical("alpha_over_rank", (1, 2, 4))
@@ -496,22 +498,30 @@ def replay_today(table: Table, *, number: int, trials: int) -> tuple[list[float]
         best = min(values[:evaluation])
         study.tell(trial, best)
         found[rank] = min(found.get(rank, (math.inf, 0.0)), (best, rate))
-    winner = min(found.values())
-    return [table.regret(rank, found.get(rank, winner)[1]) for rank in RANKS], steps
+        if trials in TODAY_TRIALS:
+            winner = min(found.values())
+            results.append(([table.regret(rank, found.get(rank, winner)[1]) for rank in RANKS], steps))
+    return results
 
 
 def measure_time_to_answer(
-    table: Table, outcomes: Sequence[Outcome], seconds: tuple[float, float, float], *, replays: int
+    table: Table, outcomes: Sequence[Outcome], seconds: tuple[float, float, float], *, replays: int, processes: int
 ) -> dict[str, float]:
     """Returns how many times longer today's way takes, by default and tuned, for the same median regret and seeds."""
     wanted = statistics.median(regret for outcome in outcomes for regret in outcome.regrets)
-    trials, steps, regret = 0, 0.0, math.inf
-    for trials in TODAY_TRIALS:
-        found = [replay_today(table, number=number, trials=trials) for number in range(replays)]
-        steps = statistics.fmean(each for _, each in found)
-        regret = statistics.median(each for regrets, _ in found for each in regrets)
-        if regret <= wanted:
-            break
+    with multiprocessing.get_context("spawn").Pool(
+        processes, optuna.logging.set_verbosity, [optuna.logging.ERROR]
+    ) as pool:
+        replayed = pool.map(functools.partial(replay_today, table), range(replays))
+    results = [
+        (
+            trials,
+            statistics.fmean(steps for _, steps in found),
+            statistics.median(one for each, _ in found for one in each),
+        )
+        for trials, found in zip(TODAY_TRIALS, zip(*replayed, strict=True), strict=True)
+    ]
+    trials, steps, regret = next((result for result in results if result[2] <= wanted), results[-1])
     full_steps = statistics.fmean(outcome.full_steps for outcome in outcomes)
     confirm_steps = statistics.fmean(outcome.confirm_steps for outcome in outcomes)
     ours = statistics.fmean(outcome.search_steps for outcome in outcomes) + confirm_steps
@@ -548,7 +558,9 @@ def main() -> None:
         for name, value in summarize(outcomes, truth).items():
             print(f"  {name}: {value}")
         if args.seconds:
-            ratio = measure_time_to_answer(table, outcomes, args.seconds, replays=min(args.replays, 100))
+            ratio = measure_time_to_answer(
+                table, outcomes, args.seconds, replays=min(args.replays, 100), processes=args.processes
+            )
             print("  time to an answer, today's way over ours:", ratio)
         print("  behind full, margins:", {name: round(value, 2) for name, value in truth.behind_full.items()})
         print("  behind the best larger rank:", {name: round(value, 2) for name, value in truth.behind_larger.items()})

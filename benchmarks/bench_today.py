@@ -19,7 +19,7 @@ until the first optimizer step. Training, evaluation and saving are measured ins
 rest. The test score is that of the best trial's adapter, which PEFT loads in fp32 after the measurement. With several
 seeds, every way runs once per seed (of sampler, initial values, data order and dropout), and the first way changes. A
 cell is then the median, with the range in brackets. The last columns are ratios of makespans with the same seed. The
-first line names the speed of the machine. `--short` has fewer steps and sentences, so that three seeds take 20 minutes.
+first line names the speed of the machine. `--short` has fewer steps and sentences.
 """
 
 from __future__ import annotations
@@ -254,7 +254,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--threads", type=int, help="OMP_NUM_THREADS of every way; default: as many as torch chooses")
-    parser.add_argument("--short", action="store_true", help=f"{SHORT}: three seeds of all ways in 20 minutes")
+    parser.add_argument("--short", action="store_true", help=f"smaller sizes: {SHORT}")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: only checks that it runs")
     arguments = parser.parse_args()
     if arguments.short:

@@ -53,7 +53,7 @@ MIN_MEASURED_STEPS = 2
 MAX_MEASURED_STEPS = 16
 """Steps of a measured training if they are fast. More than this change time and memory by a few percent."""
 
-MEASURED_TRAINING_S = 8.0
+MEASURED_TRAINING_S = 6.0
 """Seconds that the steps of a measured training should take. They decide on its number of steps."""
 
 MAX_MEASURED_TRAINING_S = 10.0
