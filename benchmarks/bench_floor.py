@@ -4,8 +4,9 @@
 
 The sweep runs twice. The first time it is a process of its own, as a user starts it, and its time counts from start to
 end. The second time every matrix product and attention is counted by its shapes and its type. With `--flops`, the count
-is written to a file, or read from it, for further runs of the same sweep in the same precision. The floor is the number of operations divided
-by the speed of products that `lorasweep.sweep.machine` measures before and after the sweep (the faster one).
+is written to a file, or read from it, for further runs of the same sweep in the same precision. The floor is the number
+of operations divided by the speed of products that `lorasweep.sweep.machine` measures before and after the sweep (the
+faster one).
 """
 
 from __future__ import annotations
