@@ -26,6 +26,7 @@ from lorasweep.training.stop_signal import INTERRUPTED_EXIT_CODE
 from lorasweep.training.torch_variables import quick_imports
 
 if TYPE_CHECKING:
+    from lorasweep.api import Overrides
     from lorasweep.config.compose import Primary
     from lorasweep.results import RunResult, SweepResult
     from lorasweep.sweep.definition.arms import Definition
@@ -130,6 +131,9 @@ def _add_sweep_commands(add: Callable[[Command, str], argparse.ArgumentParser]) 
     new_parser = add(new, "write a commented sweep file for your model and data")
     new_parser.add_argument("file", type=Path, metavar="FILE.yaml", help="the file to write")
     _add_overrides(new_parser, "key=value", "model.path=FOLDER-OR-HUB-ID data.train=FILE ...")
+    new_parser.add_argument(
+        "--from", dest="source", metavar="HUB-ID", help="a data set of the hub, with all its splits"
+    )
     plan_parser = add(plan, "estimate the time, memory and disk of a sweep without training it")
     _add_overrides(plan_parser, "NAME|FILE key=value", "as in sweep")
     compare_parser = add(compare, "write and show the report of a sweep again, or the spread of several sweeps")
@@ -267,6 +271,7 @@ def new(arguments: argparse.Namespace) -> Outcome:
     """Reads the model and the data, and writes a sweep file for them."""
     with quick_imports():
         from lorasweep.config.command_line import parse_overrides
+        from lorasweep.data.reading.tables import find_hub_settings
         from lorasweep.disk import write_atomically
         from lorasweep.sweep.draft import draft_sweep
 
@@ -276,9 +281,12 @@ def new(arguments: argparse.Namespace) -> Outcome:
     if path.exists():
         raise ConfigError(f"`FILE.yaml` must be a new file, but {str(path)!r} exists already. Name another one.")
     settings = parse_overrides(arguments.overrides)
+    if arguments.source is not None:
+        given = {name: settings.get(f"data.{name}") for name in ("subset", "revision")}
+        settings = find_hub_settings(arguments.source, **given) | settings
     text, power = draft_sweep(path, settings)
     if arguments.minutes is not None:
-        definition, *_ = _measure_definition(None, arguments.overrides, minutes=arguments.minutes)
+        definition, *_ = _measure_definition(None, settings, minutes=arguments.minutes)
         fitted = [
             key for key in ("trainer.max_steps", "sweep.trials", "confirm.looks") if key in definition.raw["overrides"]
         ]
@@ -319,7 +327,7 @@ def _describe_group(group: GroupPlan) -> dict[str, Any]:
 
 
 def _measure_definition(
-    name: str | None, overrides: Sequence[str], *, minutes: float | None
+    name: str | None, overrides: Overrides, *, minutes: float | None
 ) -> tuple[Definition, list[GroupPlan], InputsCache]:
     """Returns a checked sweep, fitted to `minutes` if given, the plans of its groups of arms, and what they loaded."""
     from lorasweep.sweep.definition.arms import read_definition

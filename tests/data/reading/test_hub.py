@@ -2,9 +2,11 @@
 
 import datasets
 import pytest
+import yaml
 from datasets import ClassLabel, Dataset, Features, List, Value
 from datasets.packaged_modules.parquet.parquet import Parquet
 
+from lorasweep.cli import DONE, WRONG_REQUEST, run
 from lorasweep.data.source import LabelledText
 from lorasweep.errors import ConfigError
 
@@ -79,6 +81,21 @@ def test_cache_is_used_for_the_commit_and_subset_that_it_has_and_no_other(read, 
         read("table", {}, revision=OTHER_COMMIT, **settings)
     with pytest.raises(ConfigError, match=r"`data\.subset`"):
         read("table", {}, **{**settings, "subset": "large"})
+
+
+def test_new_names_the_splits_and_the_commit_of_a_data_set(folder, fill_cache, capsys):
+    rows = rows_of(*((f"the text of number {number}", number % 2) for number in range(400)))
+    fill_cache("owner/toy", train=rows, dev=rows.select(range(40)))
+    words = ["new", "made.yaml", "--from", "owner/toy", "model.path=embedded:tiny"]
+    assert run([*words, "trainer.max_steps=10"]) == DONE
+    settings = yaml.safe_load((folder / "made.yaml").read_text())["settings"]
+    named = {"path": "owner/toy", "train": "train", "validation": "dev", "revision": COMMIT, "label": "label"}
+    assert {f"data.{key}": value for key, value in named.items()}.items() <= settings.items()
+    assert "data.test" not in settings
+    capsys.readouterr()
+    assert run(["new", "other.yaml", "--from", "owner/other", "model.path=embedded:tiny"]) == WRONG_REQUEST
+    error = capsys.readouterr().err
+    assert (error.count("\n"), "'owner/other'" in error, "connection" in error) == (1, True, True)
 
 
 @pytest.mark.parametrize(

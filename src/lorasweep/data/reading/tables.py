@@ -101,31 +101,54 @@ def load_datasets(config: SplitSettings, split: str) -> dict[str, Dataset]:
             f"or txt, but got {rules}."
         )
     if config.path is not None:
-        return {f"{config.path}, {given}": _load_hub(config, split)}
+        subset, revision, key = config.subset, config.revision, f"data.{split}"
+        dataset = _load_hub(config.path, subset=subset, revision=revision, split=given, key=key)
+        return {f"{config.path}, {given}": dataset}
     assert isinstance(config, RowSettings)  # `data=text` reads files whole
     return {str(path): _load_file(path, config) for path in files}
 
 
-def _load_hub(config: SplitSettings, split: str) -> Dataset:
-    path = Path(str(config.path)).expanduser()
-    source = str(path.absolute()) if path.is_dir() else config.path
+def find_hub_settings(path: str, *, subset: str | None = None, revision: str | None = None) -> dict[str, str]:
+    """Returns the settings that name the splits of a data set of the hub and the commit that was read.
+
+    Raises ConfigError if it is neither on the hub nor in its cache.
+    """
+    splits = _load_hub(path, subset=subset, revision=revision)
+    names = {"data.train": ("train",), "data.validation": ("validation", "valid", "val", "dev"), "data.test": ("test",)}
+    found = {key: next((name for name in usual if name in splits), None) for key, usual in names.items()}
+    settings = {"data.path": path, **found, "data.train": found["data.train"] or next(iter(splits))}
+    commits = set().union(*map(_find_commits, splits.values()))
+    if len(commits) == 1 and not Path(path).expanduser().is_dir():
+        settings["data.revision"] = commits.pop()
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def _load_hub(path: str, *, subset: str | None, revision: str | None, split: str | None = None, key: str = "") -> Any:
+    """Returns a split of a data set of the hub, or all splits by name."""
+    folder = Path(path).expanduser()
+    source = str(folder.absolute()) if folder.is_dir() else path
     try:
-        dataset = load_dataset(source, config.subset, split=config.sources[split], revision=config.revision)
+        dataset = load_dataset(source, subset, split=split, revision=revision)
     except Exception as error:  # each client and file format raises its own class of error
+        named = (f", and `{key}` one of its splits,", f" with {split!r}") if split else (",", "")
         raise ConfigError(
-            f"`data.path` must be a data set on the hub or in its cache, or a folder, and `data.{split}` one of its "
-            f"splits, but {config.path!r} with {config.sources[split]!r} can't be loaded: {first_line(error)}. Check "
-            "the spelling, `data.subset`, `data.revision` and the connection."
+            f"`data.path` must be a data set on the hub or in its cache, or a folder{named[0]} but {path!r}{named[1]} "
+            f"can't be loaded: {first_line(error)}. Check the spelling, `data.subset`, `data.revision` and the "
+            "connection."
         ) from error
     # Without a network `datasets` ignores `revision` and takes the latest version in its cache. The cache keeps each
     # version in a folder that is named after the commit.
-    commits = {Path(file["filename"]).parent.name for file in dataset.cache_files}
-    if config.revision is not None and re.fullmatch("[0-9a-f]{40}", config.revision) and commits != {config.revision}:
+    commits = set().union(*map(_find_commits, [dataset] if split else dataset.values()))
+    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision) and commits != {revision}:
         raise ConfigError(
-            f"`data.revision` must be a commit that is in the cache or can be downloaded, but got {config.revision!r}. "
+            f"`data.revision` must be a commit that is in the cache or can be downloaded, but got {revision!r}. "
             f"The cache has {', '.join(sorted(commits))}. Check the connection."
         )
     return dataset
+
+
+def _find_commits(dataset: Dataset) -> set[str]:
+    return {Path(file["filename"]).parent.name for file in dataset.cache_files}
 
 
 def _load_file(path: Path, config: RowSettings) -> Dataset:
