@@ -9,12 +9,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SPIN_COUNT = 20_000
+SPIN_COUNT = 1_000
 """Number of times that a waiting thread looks for work before it sleeps, if every thread has its own core. This takes
-about a millisecond.
+about 50 microseconds.
 
-With 0, each operation must wake the threads: a step of a pack took 121 instead of 72 ms on 2 cores. With OpenMP's own
-default, 300,000, the step was as fast, but used more processor time."""
+With 0, each operation must wake the threads: a step of a pack took 121 instead of 72 ms on 2 cores. From 300 to 20,000
+a step was as fast on idle cores. Beside a process that spins it took 1.5 times as long with 1,000, and 3.9 times with
+20,000 (docs/benchmarks.md)."""
 
 MAX_CACHED_PRIMITIVES = 256
 """Size of the caches of torch and oneDNN for primitives (prepared matrix products of one shape). With their default,
