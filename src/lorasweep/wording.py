@@ -35,12 +35,12 @@ def shorten(value: Any, limit: int = 60) -> str:
 
 def format_count(value: float | None) -> str:
     """Returns a count with three digits and a unit of thousands: `950`, `1.28 M`."""
-    return UNKNOWN if value is None else _scaled(value, step=1000, units=("", "k", "M", "G", "T"))
+    return _scaled(value, step=1000, units=("", "k", "M", "G", "T"))
 
 
 def format_bytes(value: float | None) -> str:
     """Returns a size in bytes with three digits and a binary unit: `512 KiB`."""
-    return UNKNOWN if value is None else _scaled(value, step=1024, units=("B", "KiB", "MiB", "GiB", "TiB"))
+    return _scaled(value, step=1024, units=("B", "KiB", "MiB", "GiB", "TiB"))
 
 
 def format_share(value: float | None) -> str:
@@ -53,7 +53,7 @@ def format_share(value: float | None) -> str:
 
 def format_seconds(value: float | None) -> str:
     """Returns a time in seconds as `4.2 s`, `2 min 31 s` or `1 h 04 min`."""
-    if value is None:
+    if value is None or not math.isfinite(value):
         return UNKNOWN
     if value < 9.95:
         return f"{value:.1f} s"
@@ -172,7 +172,9 @@ def format_metric(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _scaled(value: float, *, step: int, units: tuple[str, ...]) -> str:
+def _scaled(value: float | None, *, step: int, units: tuple[str, ...]) -> str:
+    if value is None or not math.isfinite(value):
+        return UNKNOWN
     scaled, power = float(value), 0
     # - 0.5, because 999.5 would print as 1000
     while abs(scaled) >= step - 0.5 and power < len(units) - 1:

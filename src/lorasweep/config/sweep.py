@@ -20,6 +20,9 @@ from lorasweep.config.components import Component
 from lorasweep.errors import ConfigError
 
 MAX_CONFIRM_SEEDS = 1000
+MAX_ARMS = 100
+MAX_CHOICES = 1000
+"""Maximum number of choices of a swept key. Each is composed and checked, which takes milliseconds."""
 
 
 @dataclass(frozen=True, kw_only=True)

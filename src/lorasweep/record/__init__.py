@@ -4,7 +4,7 @@
 of its trials.
 """
 
-from lorasweep.record.json_file import dump_row, is_number, write_record
+from lorasweep.record.json_file import MAX_NUMBER, dump_row, is_number, write_record
 from lorasweep.record.run import (
     ANSWERS_FILE,
     PATCH_FILE,

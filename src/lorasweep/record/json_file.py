@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from lorasweep.config.redaction import redact
 from lorasweep.disk import write_atomically
 from lorasweep.errors import RecordError
-from lorasweep.wording import shorten, suggest_nearest
+from lorasweep.wording import format_bytes, shorten, suggest_nearest
 
 VERSION: Literal[1] = 1
 """Version of the format. Records of another version are refused."""
@@ -39,6 +39,12 @@ Number = Annotated[int | float, BeforeValidator(_check_number)]
 Count = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 """A whole number of a record, which fits into the 64 bits that numpy and pandas have."""
 
+MAX_RECORD_BYTES = 100 * 2**20
+"""Maximum size of a record. Reading takes about 10 times its size in memory. 10,000 trials have 10 MB."""
+MAX_SETTINGS = 1000
+"""Maximum number of swept keys, because each is a column of every table."""
+SweptSettings = Annotated[dict[str, Any], Field(max_length=MAX_SETTINGS)]
+
 FOLDER_NAME = r"[\w-][\w.-]*"
 """Regular expression of a name from which a path is built: one component of a path, and not `.` or `..`."""
 FolderName = Annotated[str, Field(pattern=f"^{FOLDER_NAME}$", max_length=200)]
@@ -59,12 +65,14 @@ def write_record(record: Any, folder: Path) -> None:
 def read_json(kind: type[T], path: Path) -> T:
     """Reads a record of a dataclass and ignores other keys. Raises RecordError if the file is no such record."""
     if not path.is_file():
-        others = [str(folder) for folder in path.parent.parent.glob("*") if folder.is_dir()]
+        others = path.parent.parent.glob("*") if not path.parent.exists() else ()
         raise RecordError(
             f"a {path.stem}'s folder must contain {path.name}, but {str(path.parent)!r} does not. Name another folder."
-            f"{suggest_nearest(str(path.parent), others) if not path.parent.exists() else ''}"
+            f"{suggest_nearest(str(path.parent), [str(folder) for folder in others if folder.is_dir()])}"
         )
     try:
+        if path.stat().st_size > MAX_RECORD_BYTES:
+            raise OSError(f"it has more than {format_bytes(MAX_RECORD_BYTES)}")
         record: T = _adapter(kind).validate_json(path.read_bytes(), strict=True)  # type: ignore[arg-type]
         return record
     except PermissionError as error:

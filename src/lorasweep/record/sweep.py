@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,11 +12,11 @@ from pydantic import Field
 
 from lorasweep.config.data import Direction, ScoreMetric, get_sign
 from lorasweep.config.method import FrozenConfig
-from lorasweep.config.sweep import MAX_CONFIRM_SEEDS
+from lorasweep.config.sweep import MAX_ARMS, MAX_CHOICES, MAX_CONFIRM_SEEDS
 from lorasweep.errors import RecordError
-from lorasweep.record.json_file import VERSION, Count, FolderName, Number, read_json
+from lorasweep.record.json_file import VERSION, Count, FolderName, Number, SweptSettings, read_json
 from lorasweep.record.trial import Stage, Subject, Trial
-from lorasweep.wording import join_words
+from lorasweep.wording import join_words, shorten
 
 SWEEP_FILE = "sweep.json"
 MAX_LOOKS = 20
@@ -47,7 +47,7 @@ class SettingRow:
     arm: FolderName
     setting: Count
     """Number of the setting in its arm's confirm stage."""
-    params: dict[str, Any]
+    params: SweptSettings
     """Swept keys (dotted) and their values."""
     trial: Count | None
     """The complete trial of the search that has this setting; null if it was not tried."""
@@ -94,9 +94,9 @@ class ArmRow:
     """Optimizer steps of a complete run, unless `trainer.max_steps` is swept."""
     settings: dict[str, Any]
     """Dotted keys and values that differ from the defaults."""
-    space: dict[str, Any]
+    space: SweptSettings
     """Swept keys: a list of choices or a mapping `low`, `high`, and `log` or `step`."""
-    subjects: list[Subject] = field(default_factory=list)
+    subjects: Annotated[list[Subject], Field(max_length=MAX_CHOICES)] = field(default_factory=list)
     """The arm itself, or each value of its `confirm_each` key, from the smallest to the largest."""
 
     def __post_init__(self) -> None:
@@ -151,7 +151,7 @@ class SweepRecord:
     """Path of the sweep file."""
     source_sha256: str | None = None
     """SHA-256 of the sweep file when the sweep began."""
-    arms: list[ArmRow]
+    arms: Annotated[list[ArmRow], Field(max_length=MAX_ARMS)]
     trials: list[Trial] = field(default_factory=list)
     """The trials of the search, by arm and number."""
     questions: list[Question] = field(default_factory=list)
@@ -211,8 +211,27 @@ class SweepRecord:
 
 
 def read_sweep(folder: Path) -> SweepRecord:
-    """Reads a sweep's record. Raises RecordError if it is missing, damaged or of another version."""
-    return read_json(SweepRecord, folder / SWEEP_FILE)
+    """Reads a sweep's record. Raises RecordError if it is missing, damaged or contradicts itself."""
+    record = read_json(SweepRecord, folder / SWEEP_FILE)
+    if problem := next(_find_contradictions(record), None):
+        raise RecordError(f"{str(folder / SWEEP_FILE)!r} must be a whole record, but {problem}. Restore the file.")
+    return record
+
+
+def _find_contradictions(record: SweepRecord) -> Iterator[str]:
+    """Yields a clause for each part of a record that names what the record does not have."""
+    arms = [row.name for row in record.arms]
+    subjects = [subject.name for row in record.arms for subject in row.subjects]
+    if len(set(arms)) < len(arms) or len(set(subjects)) < len(subjects):
+        yield "two of `arms` or of their `subjects` have the same name"
+    runs = [(run.arm, run.subject or run.arm) for run in (*record.trials, *record.confirm)]
+    named = {*runs, *((row.arm, row.subject) for row in record.settings)}
+    if unknown := {arm for arm, _ in named}.difference(arms) or {name for _, name in named}.difference(subjects, arms):
+        yield f"{shorten(unknown.pop())} is not one of `arms` or of their `subjects`"
+    if record.looks != sorted(set(record.looks)):
+        yield "`looks` must be ascending numbers of seeds"
+    if any(question.reference is None and question.name != "smallest" for question in record.questions):
+        yield "each of `questions` but `smallest` must have a `reference`"
 
 
 def get_run_folder(sweep: Path, run: str) -> Path:

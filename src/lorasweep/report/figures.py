@@ -161,7 +161,9 @@ def draw_score_by_lr(data: SweepData) -> Panel:
 
 def _draw_rates(subjects: Sequence[SubjectData], data: SweepData) -> go.Figure:
     scored = [trial for one in subjects for trial in one.trials if trial.value is not None]
-    has_u = len({trial.setting(ALPHA) for trial in scored}) > 1 and all(trial.follows_rate_law for trial in scored)
+    has_u = len({trial.numeric_setting(ALPHA) for trial in scored}) > 1 and all(
+        trial.follows_rate_law for trial in scored
+    )
 
     def find_x(trial: Trial) -> float:
         """Returns the learning rate, or the coordinate of the rate law; 0 if it is not known."""

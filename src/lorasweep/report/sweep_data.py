@@ -16,7 +16,6 @@ from lorasweep.config.run import ALPHA, LR, RANK
 from lorasweep.config.sweep import parse_margin
 from lorasweep.errors import RecordError
 from lorasweep.record import (
-    SWEEP_FILE,
     ArmRow,
     RunRecord,
     SettingRow,
@@ -207,12 +206,6 @@ def load_sweep_data(folder: Path, record: SweepRecord | None = None) -> SweepDat
     record = record or read_sweep(folder)
     # copies, because each trial gets its run's record
     record = replace(record, trials=[*map(replace, record.trials)], confirm=[*map(replace, record.confirm)])
-    is_ascending = record.looks == sorted(set(record.looks)) and all(look > 0 for look in record.looks)
-    if not is_ascending or any(one.reference is None and one.name != "smallest" for one in record.questions):
-        raise RecordError(
-            f"{str(folder / SWEEP_FILE)!r} is damaged: `looks` must be ascending numbers of seeds, and each of "
-            "`questions` but `smallest` must have a `reference`."
-        )
     problems = [*_read_runs(record, folder)]
     subjects = [_build_subject(subject, row, record) for row in record.arms for subject in row.subjects]
     problems += _find_unscored(subjects) if record.confirm else ()

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.special import stdtr, stdtrit
 
+from lorasweep.record import MAX_NUMBER
+
 Array = NDArray[np.float64]
 RunKey = tuple[str, int]
 """Subject and seed of a confirm run."""
@@ -91,7 +93,9 @@ def read_examples(path: Path) -> RunExampleScores:
         )
     except (KeyError, TypeError, csv.Error) as error:
         raise ValueError("its columns must be `row`, `score`, `weight` and `group`") from error
-    if lines and not (0 < float(found.weights.sum()) < math.inf and (found.weights >= 0).all()):
+    if (np.abs(found.scores) > MAX_NUMBER).any():
+        raise ValueError("its scores must be finite")
+    if lines and not (0 < float(found.weights.sum()) < MAX_NUMBER and (found.weights >= 0).all()):
         raise ValueError("its weights must be finite and not negative, and one must be positive")
     return found
 

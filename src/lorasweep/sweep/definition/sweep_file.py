@@ -19,16 +19,13 @@ from pydantic.dataclasses import dataclass
 from lorasweep.config.build import TARGET, Positive, Settings, build
 from lorasweep.config.compose import LIST_GROUPS, LIST_SETTINGS, compose_options, merge_layers, packaged_folder
 from lorasweep.config.run import METHODS_ON_QUANTISED_BASE
-from lorasweep.config.sweep import SweepConfig
+from lorasweep.config.sweep import MAX_ARMS, MAX_CHOICES, SweepConfig
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.record import is_number
 from lorasweep.wording import suggest_nearest
 
 MAX_NAME_CHARACTERS = 100
 """Maximum length of the name of a sweep or an arm. It becomes part of a folder's name, whose length is limited."""
-MAX_ARMS = 100
-MAX_CHOICES = 1000
-"""Maximum number of choices of a swept key. Each is composed and checked, which takes milliseconds."""
 
 SWEEP_GROUPS = tuple(f.name for f in fields(SweepConfig))
 """Groups of settings that belong to a sweep and not to its runs: the first part of their keys."""
