@@ -13,7 +13,8 @@ from typing import Any
 HIDDEN = "***"
 MIN_SECRET_LENGTH = 8
 """Shorter values of environment variables are not hidden, because ordinary text often contains them."""
-ADDRESS_PATTERN = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*://)[^\s/\"'<>]+@")
+# The limit of 40 keeps the time linear: without it a text of 1 MB without spaces takes minutes.
+ADDRESS_PATTERN = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]{0,40}://)[^\s/\"'<>]+@")
 NAME_PATTERN = re.compile(r"PASSW|SECRET|CREDENTIAL|(?:^|_)(?:TOKEN|KEY)(?:_|$)|APIKEY", re.IGNORECASE)
 
 

@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Required
+from typing import Annotated, Any, Required
 
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 FINGERPRINT_KEY = "base_fingerprint"
 KEY_PREFIX = "base_model.model."
+MAX_PATTERNS = Field(max_length=10_000)
+"""Maximum number of patterns. Each is compared with every layer; PEFT writes at most one for each layer."""
 INITS_KEEPING_BASE = (True, False, None, "gaussian", "orthogonal", "mica")
 """Values of PEFT's `init_lora_weights` that do not change the base's weights."""
 
@@ -180,10 +182,10 @@ class _PeftSettings(TypedDict, total=False):
     base_model_name_or_path: str | None
     use_rslora: bool
     use_dora: bool
-    rank_pattern: dict[str, int] | None
-    alpha_pattern: dict[str, float] | None
-    modules_to_save: list[str] | None
-    target_parameters: list[str] | None
+    rank_pattern: Annotated[dict[str, int], MAX_PATTERNS] | None
+    alpha_pattern: Annotated[dict[str, float], MAX_PATTERNS] | None
+    modules_to_save: Annotated[list[str], MAX_PATTERNS] | None
+    target_parameters: Annotated[list[str], MAX_PATTERNS] | None
 
 
 def read_peft_settings(path: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from lorasweep.record.run import (
     utc_now,
 )
 from lorasweep.record.sweep import (
+    MAX_LOOKS,
     SWEEP_FILE,
     ArmRow,
     LookRow,

@@ -204,5 +204,5 @@ def _build_row(trial: Trial, metric: str, test_metric: str, keys: Sequence[str])
     }
     if record is not None:
         row |= {name: getattr(record, name) for name in COST_FIELDS}
-        row["best_step"] = int(record.best["step"]) if "step" in record.best else None
+        row["best_step"] = int(record.best["step"]) if is_number(record.best.get("step")) else None
     return row | {"step": trial.step, "run": trial.run, "reason": trial.reason}

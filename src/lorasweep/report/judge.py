@@ -17,9 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from lorasweep.config.data import METRIC_RANGES
-from lorasweep.config.sweep import parse_margin
+from lorasweep.config.sweep import MAX_ARMS, MAX_CONFIRM_SEEDS, parse_margin
+from lorasweep.disk import require_regular_file
 from lorasweep.errors import ConfigError, first_line
-from lorasweep.record import Question, QuestionName, Subject, is_number
+from lorasweep.record import MAX_LOOKS, Question, QuestionName, Subject, is_number
 from lorasweep.report.answers import AnswerLine
 from lorasweep.report.evidence.estimates import (
     UNBOUNDED,
@@ -31,12 +32,15 @@ from lorasweep.report.evidence.estimates import (
 )
 from lorasweep.report.evidence.questions import Answer, MarginScale, answer_questions, compute_level
 from lorasweep.report.terminal import render_answers
-from lorasweep.wording import format_estimate, format_share_estimate, join_words
+from lorasweep.wording import format_bytes, format_estimate, format_share_estimate, join_words, shorten
 
 if TYPE_CHECKING:
     import pandas
 
 REQUIRED_COLUMNS = ("arm", "seed", "score")
+MAX_FILE_BYTES = 2**28
+MAX_HEADER_BYTES = 2**16
+"""Maximum length of the first line. Thousands of columns would take longer to read than millions of rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,8 +186,11 @@ def _assign_subjects(
 
 
 def _check_table(scores: pandas.DataFrame, *, reference: str, looks: Sequence[int]) -> None:
-    if any(look < 1 for look in looks):
-        raise ConfigError(f"looks must be numbers of seeds, each at least 1, but got {list(looks)}.")
+    if len(looks) > MAX_LOOKS or any(not 1 <= look <= MAX_CONFIRM_SEEDS for look in looks):
+        raise ConfigError(
+            f"looks must be at most {MAX_LOOKS} numbers of seeds from 1 to {MAX_CONFIRM_SEEDS}, but got "
+            f"{shorten(list(looks))}."
+        )
     if missing := [name for name in REQUIRED_COLUMNS if name not in scores]:
         raise ConfigError(
             f"the scores must have the columns {join_words(REQUIRED_COLUMNS)}, but lack {join_words(missing)}: they "
@@ -191,6 +198,13 @@ def _check_table(scores: pandas.DataFrame, *, reference: str, looks: Sequence[in
         )
     if scores[["arm", "seed"]].isna().any(axis=None):
         raise ConfigError("each row of the scores must have an arm and a seed, but one is empty.")
+    settings = scores[[name for name in ("arm", "value") if name in scores]].drop_duplicates()
+    for noun, count, limit in (
+        ("arms and values", len(settings), MAX_ARMS),
+        ("seeds", scores["seed"].nunique(), MAX_CONFIRM_SEEDS),
+    ):
+        if count > limit:
+            raise ConfigError(f"the scores must have at most {limit:,} {noun}, but have {count:,}.")
     if reference not in set(scores["arm"].astype(str)):
         arms = join_words([str(name) for name in dict.fromkeys(scores["arm"])], last="or")
         raise ConfigError(f"the arm that others are compared with must be one of {arms}, but got {reference!r}.")
@@ -238,6 +252,12 @@ def read_scores(path: Path, *, columns: Mapping[str, str]) -> pandas.DataFrame:
     import pandas  # noqa: PLC0415 (slow to import)
 
     try:
-        return pandas.read_csv(path).rename(columns={theirs: ours for ours, theirs in columns.items()})
+        require_regular_file(path)
+        with path.open("rb") as file:
+            if len(file.readline(MAX_HEADER_BYTES)) == MAX_HEADER_BYTES or path.stat().st_size > MAX_FILE_BYTES:
+                limits = format_bytes(MAX_FILE_BYTES), format_bytes(MAX_HEADER_BYTES)
+                raise ValueError("it has more than {} or a header of more than {}".format(*limits))
+        found = pandas.read_csv(path, compression=None)
+        return found.rename(columns={theirs: ours for ours, theirs in columns.items()})
     except (ValueError, OSError) as error:  # a CSV that is damaged, empty, no text or no file
         raise ConfigError(f"{str(path)!r} must be a CSV file of scores, but is not: {first_line(error)}.") from error
