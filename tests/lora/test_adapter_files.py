@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tests.files import edit_json
-from tests.fuzzing import FUZZ, NESTED, damage, damage_bytes, refusal_allowed
+from tests.fuzzing import NESTED, damage, damage_bytes, fuzz, refusal_allowed
 
 from lorasweep.lora import LoraConfig, inject_lora, load_adapter, lora_layers, save_adapter
 
@@ -133,9 +133,8 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_model_stays_as_it_was(m
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), make_model().parameters(), strict=True))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-@FUZZ
+@fuzz
 @given(data=st.data())
 def test_a_damaged_adapter_is_loaded_or_refused(make_model, saved, name, data):
     folder = saved.with_name("damaged")

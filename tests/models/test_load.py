@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file
-from tests.fuzzing import FUZZ, NESTED, damage, damage_bytes, refusal_allowed
+from tests.fuzzing import NESTED, damage, damage_bytes, fuzz, refusal_allowed
 from transformers import Wav2Vec2Config
 
 from lorasweep.errors import ConfigError
@@ -255,8 +255,7 @@ def test_rates_of_whole_layers_are_set_only_to_zero():
     assert (settings.layerdrop, settings.hidden_dropout) == (0.0, 0.0)
 
 
-@pytest.mark.slow
-@FUZZ
+@fuzz
 @given(data=st.data())
 def test_a_damaged_model_is_loaded_or_refused(saved, tmp_path, model_config, data):
     folder = shutil.copytree(saved, tmp_path / "model", dirs_exist_ok=True)

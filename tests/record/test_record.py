@@ -6,7 +6,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.fuzzing import FUZZ, NESTED, damage, damage_bytes, damage_json, refusal_allowed
+from tests.fuzzing import NESTED, damage, damage_bytes, damage_json, fuzz, refusal_allowed
 
 from lorasweep.errors import RecordError
 from lorasweep.record import (
@@ -145,8 +145,7 @@ def test_a_run_outside_of_its_sweep_is_refused(tmp_path, run):
         get_run_folder(tmp_path, run)
 
 
-@pytest.mark.slow
-@FUZZ
+@fuzz
 @given(data=st.data())
 def test_a_damaged_record_is_read_or_refused(tmp_path, data):
     record = make_run(best={"loss": 1.5}, files={"best/a": {"bytes": 1, "sha256": "0"}}, notes=["a"])
@@ -163,8 +162,7 @@ def test_a_damaged_record_is_read_or_refused(tmp_path, data):
             result.best("lora")
 
 
-@pytest.mark.slow
-@FUZZ
+@fuzz
 @given(data=st.data())
 def test_damaged_steps_are_read_as_far_as_they_are_whole(tmp_path, data):
     write_record(make_run(), tmp_path)

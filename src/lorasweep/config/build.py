@@ -16,9 +16,9 @@ from lorasweep.wording import shorten, suggest_nearest
 
 T = TypeVar("T")
 
-Positive = Annotated[int, Field(strict=True, ge=1)]
-NonNegative = Annotated[int, Field(strict=True, ge=0)]
-AtLeastTwo = Annotated[int, Field(strict=True, ge=2)]
+Positive = Annotated[int, Field(strict=True, ge=1, lt=2**63)]
+NonNegative = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+AtLeastTwo = Annotated[int, Field(strict=True, ge=2, lt=2**63)]
 Rank = Annotated[int, Field(strict=True, ge=1, lt=2**31)]  # so that the size of a layer's A and B fits 64 bits
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -91,6 +91,10 @@ def build(kind: type[T], values: Mapping[str, Any], *, key: str = "") -> T:
     Raises:
         ConfigError: A key is unknown or missing, or a value has another type than its field or breaks its limits.
     """
+    for name, value in dotted_items(values) if isinstance(values, Mapping) else ():
+        if isinstance(value, str) and "\0" in value:  # no file can have such a name
+            where = ".".join(filter(None, (key, name)))
+            raise ConfigError(f"`{where}` must not contain a NUL character, but got {value!r}.")
     built: T = convert(kind, values, key=key)
     return built
 

@@ -147,9 +147,6 @@ def build_run(values: Mapping[str, Any]) -> RunConfig:
 
 
 def _build(kind: type[T], values: Mapping[str, Any]) -> T:
-    for key, value in dotted_items(values):
-        if isinstance(value, str) and "\0" in value:  # no file can have such a name
-            raise ConfigError(f"`{key}` must not contain a NUL character, but got {value!r}.")
     try:
         return build(kind, values)
     except UnknownSettingError as error:
@@ -288,7 +285,7 @@ def one_line_errors() -> Iterator[None]:
         raise ConfigError(f"{message.rstrip('.:')}.") from error
     except OmegaConfBaseException as error:
         raise ConfigError(first_line(error)) from error
-    except YAMLError as error:  # its text has the file and the line
+    except (YAMLError, UnicodeDecodeError) as error:  # its text has the file and the line
         raise ConfigError(
             f"a file in `conf/` must be YAML, but can't be read: {' '.join(str(error).split())}."
         ) from error

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import resource
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,10 @@ from lorasweep.wording import shorten
 
 MAX_RENDER_S = 5.0
 """Maximum number of seconds in which a template must render all answers of a conversation. It takes milliseconds."""
+MAX_RENDER_BYTES = 2**29
+"""Maximum memory that a template may take. One line of it can multiply a text to any length."""
+STATM_FILE = Path("/proc/self/statm")
+"""The process's memory in pages; its first number is the address space."""
 OPEN_THINKING = re.compile(r"<think>\s*\Z")
 """The end of a generation prompt after which the model has to reason."""
 GENERATION_BLOCK = re.compile(r"{%-?\s*generation\s*-?%}")
@@ -69,7 +74,7 @@ class ChatTemplate:
         tools = json.loads(conversation.tools) if conversation.tools else None
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         try:
-            with _limit_time(MAX_RENDER_S):
+            with _limit_costs(seconds=MAX_RENDER_S, num_bytes=MAX_RENDER_BYTES):
                 return [self._render_turn(messages[: n + 1], tools) for n in (answers[-1:] if only_last else answers)]
         except ConfigError:
             raise
@@ -205,8 +210,11 @@ def _get_reasoning(message: ChatMessage) -> str:
 
 
 @contextmanager
-def _limit_time(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in the block after this time, but only in the main thread, because no other gets signals."""
+def _limit_costs(*, seconds: float, num_bytes: int) -> Iterator[None]:
+    """Raises TimeoutError or MemoryError in the block if it takes more time, or more memory than the process has now.
+
+    Only the main thread gets signals, and the limit of memory is that of the whole process: others have no limits.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -216,8 +224,13 @@ def _limit_time(seconds: float) -> Iterator[None]:
 
     handler = signal.signal(signal.SIGALRM, stop)
     timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    old_limits = resource.getrlimit(resource.RLIMIT_AS)
+    if old_limits[0] == resource.RLIM_INFINITY and STATM_FILE.exists():  # Linux
+        pages = int(STATM_FILE.read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + num_bytes, old_limits[1]))
     try:
         yield
     finally:
+        resource.setrlimit(resource.RLIMIT_AS, old_limits)
         signal.setitimer(signal.ITIMER_REAL, *timer)
         signal.signal(signal.SIGALRM, handler)

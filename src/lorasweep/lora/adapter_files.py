@@ -42,6 +42,7 @@ FINGERPRINT_KEY = "base_fingerprint"
 KEY_PREFIX = "base_model.model."
 MAX_PATTERNS = Field(max_length=10_000)
 """Maximum number of patterns. Each is compared with every layer; PEFT writes at most one for each layer."""
+Rank = Annotated[int, Field(ge=1, lt=2**31)]
 INITS_KEEPING_BASE = (True, False, None, "gaussian", "orthogonal", "mica")
 """Values of PEFT's `init_lora_weights` that do not change the base's weights."""
 
@@ -178,11 +179,11 @@ class _PeftSettings(TypedDict, total=False):
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
     peft_type: Required[str]
-    r: int | None
+    r: Rank | None
     base_model_name_or_path: str | None
     use_rslora: bool
     use_dora: bool
-    rank_pattern: Annotated[dict[str, int], MAX_PATTERNS] | None
+    rank_pattern: Annotated[dict[str, Rank], MAX_PATTERNS] | None
     alpha_pattern: Annotated[dict[str, float], MAX_PATTERNS] | None
     modules_to_save: Annotated[list[str], MAX_PATTERNS] | None
     target_parameters: Annotated[list[str], MAX_PATTERNS] | None

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 
 from lorasweep.config.redaction import redact
 from lorasweep.disk import write_atomically
@@ -36,6 +36,7 @@ def _check_number(value: Any) -> Any:
 
 Number = Annotated[int | float, BeforeValidator(_check_number)]
 """A float of a record. NaN and infinity are written as null, because JSON has neither, and null is read as NaN."""
+Finite = Annotated[float, Field(ge=-MAX_NUMBER, le=MAX_NUMBER)]
 Count = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 """A whole number of a record, which fits into the 64 bits that numpy and pandas have."""
 
@@ -43,7 +44,19 @@ MAX_RECORD_BYTES = 100 * 2**20
 """Maximum size of a record. Reading takes about 10 times its size in memory. 10,000 trials have 10 MB."""
 MAX_SETTINGS = 1000
 """Maximum number of swept keys, because each is a column of every table."""
-SweptSettings = Annotated[dict[str, Any], Field(max_length=MAX_SETTINGS)]
+MAX_SETTINGS_CHARACTERS = 100_000
+"""Maximum length of one trial's swept settings, because every table and figure shows them."""
+
+
+def _check_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    if len(repr(settings)) > MAX_SETTINGS_CHARACTERS:
+        raise ValueError(f"must have at most {MAX_SETTINGS_CHARACTERS:,} characters")
+    if any(isinstance(value, int) and abs(value) >= 2**63 for value in settings.values()):
+        raise ValueError("must have whole numbers of at most 64 bits")
+    return settings
+
+
+SweptSettings = Annotated[dict[str, Any], Field(max_length=MAX_SETTINGS), AfterValidator(_check_settings)]
 
 FOLDER_NAME = r"[\w-][\w.-]*"
 """Regular expression of a name from which a path is built: one component of a path, and not `.` or `..`."""

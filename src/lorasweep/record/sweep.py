@@ -14,7 +14,7 @@ from lorasweep.config.data import Direction, ScoreMetric, get_sign
 from lorasweep.config.method import FrozenConfig
 from lorasweep.config.sweep import MAX_ARMS, MAX_CHOICES, MAX_CONFIRM_SEEDS
 from lorasweep.errors import RecordError
-from lorasweep.record.json_file import VERSION, Count, FolderName, Number, SweptSettings, read_json
+from lorasweep.record.json_file import VERSION, Count, Finite, FolderName, Number, SweptSettings, read_json
 from lorasweep.record.trial import Stage, Subject, Trial
 from lorasweep.wording import join_words, shorten
 
@@ -51,11 +51,11 @@ class SettingRow:
     """Swept keys (dotted) and their values."""
     trial: Count | None
     """The complete trial of the search that has this setting; null if it was not tried."""
-    score: float | None
+    score: Finite | None
     """The score on validation data: that of the trial, or the predicted one."""
-    rate_ratio: float | None = None
+    rate_ratio: Finite | None = None
     """Factor, at least 1, between the setting's u (see `encoding.RateLaw`) and the u of the nearest complete trial."""
-    regret: float | None = None
+    regret: Finite | None = None
     """How much better the best setting in the space is expected to be, by the search's model, in the metric's unit."""
     rate_costs: dict[str, Number] = field(default_factory=dict)
     """How much worse `half` and `twice` the learning rate are, by the search's model, in the metric's unit. Without an
@@ -151,7 +151,7 @@ class SweepRecord:
     """Path of the sweep file."""
     source_sha256: str | None = None
     """SHA-256 of the sweep file when the sweep began."""
-    arms: Annotated[list[ArmRow], Field(max_length=MAX_ARMS)]
+    arms: Annotated[list[ArmRow], Field(min_length=1, max_length=MAX_ARMS)]
     trials: list[Trial] = field(default_factory=list)
     """The trials of the search, by arm and number."""
     questions: list[Question] = field(default_factory=list)
@@ -171,7 +171,7 @@ class SweepRecord:
     """If the sweep generates answers: the metrics on test data, the verdicts' first. Else empty: only `metric`."""
     retained: list[RetainedRow] = field(default_factory=list)
     """The data sets of `retain.data`."""
-    retain_margin: float = 0.01
+    retain_margin: Finite = 0.01
     """`retain.margin` as it was stated before the first trial."""
     notes: list[str] = field(default_factory=list)
     """Sentences on the data (splits, duplicates, the majority class and its score) and on packs."""

@@ -99,7 +99,10 @@ def inspect_run(folder: Path, *, trust: bool = False) -> Inspection:
     ranks = {}
     if isinstance(method, LoraConfig):
         # ranks of the settings: adapter files store PiSSA as plain LoRA of a higher rank
-        targets = find_targets(base.model, method, allow_full_rank=True).targets
+        try:
+            targets = find_targets(base.model, method, allow_full_rank=True).targets
+        except ValueError as error:
+            raise RecordError(str(error)) from error
         ranks = {name: target.rank for name, target in targets.items()}
     model = restore_model(config, base, folder=folder / "best")
     METHODS[method.name].merge(model)

@@ -106,10 +106,11 @@ def _list_llama_obstacles(peft: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _find_architecture(config: ModelConfig) -> str | None:
-    """Returns the class that the base model's files name; None if they are not on this machine."""
+    """Returns the class that the base model's files name; None if they are not on this machine, or damaged."""
     name, local = "config.json", find_local_path(config)
-    path = local / name if local else try_to_load_from_cache(config.path, name, revision=config.revision)
-    if not isinstance(path, str | Path) or not Path(path).is_file():
+    try:
+        path = local / name if local else try_to_load_from_cache(config.path, name, revision=config.revision)
+        names = json.loads(Path(str(path)).read_text(encoding="utf-8"))["architectures"]
+        return str(names[0])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # there may be any file, or no such hub id
         return None
-    names = json.loads(Path(path).read_text(encoding="utf-8")).get("architectures") or [None]
-    return None if names[0] is None else str(names[0])

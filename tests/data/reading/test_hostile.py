@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.data.conftest import make_data
-from tests.fuzzing import FUZZ, NESTED, damage_bytes, damage_json, refusal_allowed
+from tests.fuzzing import NESTED, damage_bytes, damage_json, fuzz, refusal_allowed
 
 from lorasweep.data.reading import read_source
 
@@ -96,8 +96,7 @@ def configs():
     }
 
 
-@pytest.mark.slow
-@FUZZ
+@fuzz
 @given(data=st.data())
 @pytest.mark.parametrize("kind", FUZZED)
 def test_a_damaged_file_is_read_or_refused(tmp_path_factory, configs, kind, data):

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from tests.fuzzing import FUZZ, damage_bytes, damage_json, refusal_allowed
+from tests.fuzzing import damage_bytes, damage_json, fuzz, refusal_allowed
 
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.arms import read_definition
@@ -60,8 +60,7 @@ def test_a_file_that_is_no_sweep_or_made_to_do_harm_is_refused_and_no_code_runs(
     assert not (here / "ran").exists()
 
 
-@pytest.mark.slow
-@FUZZ
+@fuzz
 @given(data=st.data())
 def test_a_damaged_sweep_file_is_read_or_refused(write_file, content, tmp_path, data):
     if data.draw(st.booleans()):  # JSON is YAML, too

@@ -184,8 +184,8 @@ def apply_overrides(file: SweepFile, overrides: Mapping[str, Any]) -> SweepFile:
         skipped = lacking | {key for key, value in for_all.items() if is_range(key, value) and not arm.space}
         typed = merge_layers({key: value for key, value in for_all.items() if key not in skipped}, own)
         settings = {key: value for key, value in settings.items() if key not in lacking or key in own}
-        trains_base = method["name"] not in METHODS_ON_QUANTISED_BASE
-        is_quantised = settings.get(QUANTIZATION, model["quantization"]) != "none"
+        trains_base = method.get("name") not in METHODS_ON_QUANTISED_BASE
+        is_quantised = settings.get(QUANTIZATION, model.get("quantization", "none")) != "none"
         # a quantisation that the arm itself sets stays, and is refused
         if trains_base and is_quantised and {"model", QUANTIZATION}.isdisjoint([*arm.settings, *own]):
             settings[QUANTIZATION] = "none"

@@ -1,0 +1,53 @@
+"""A small complete sweep, and a copy of it as a stranger's folder that a test may damage."""
+
+import os
+import shutil
+import sys
+
+import pytest
+import yaml
+from tests.fuzzing import list_files
+from tests.small_runs import MINI
+
+from lorasweep.cli import DONE, run
+
+SWEEP = {
+    **MINI,
+    "settings": MINI["settings"] | {"confirm.seeds": 2},
+    "arms": {
+        "frozen": {"settings": {"method": "frozen"}},
+        "full": {"settings": {"method": "full"}, "trials": 1},
+        "lora": {"settings": {"method": "lora"}, "space": {"method.rank": [1, 2]}, "trials": 2},
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def recorded(tmp_path_factory):
+    """A complete sweep of four trials and five confirm runs; only one run has its weights."""
+    folder = tmp_path_factory.mktemp("recorded")
+    (folder / "one.yaml").write_text(yaml.safe_dump(SWEEP))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert run(["sweep", "one.yaml", "sweep.output=theirs"]) == DONE
+    for weights in [*folder.glob("theirs/runs/*/last"), *folder.glob("theirs/runs/full-*/best")]:
+        shutil.rmtree(weights)
+    return folder / "theirs"
+
+
+@pytest.fixture
+def theirs(recorded, tmp_path, monkeypatch):
+    """The sweep in the current folder, beside a module that leaves a file when it is imported, and what must stay."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(recorded, tmp_path / "theirs")
+    (tmp_path / "evil.py").write_text("import pathlib\npathlib.Path('canary').write_text('ran')\n")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "kept").write_text("kept")
+    for name in ("fifo", "lock"):
+        os.mkfifo(tmp_path / "outside" / name)  # opening it would wait for ever
+    before = list_files(tmp_path / "outside")
+    yield tmp_path / "theirs"
+    assert list_files(tmp_path / "outside") == before
+    assert not (tmp_path / "canary").exists()
+    assert "evil" not in sys.modules
+    assert {path.name for path in tmp_path.iterdir()} <= {"theirs", "evil.py", "outside", "out", "scores.csv"}
