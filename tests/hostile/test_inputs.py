@@ -68,7 +68,7 @@ CONF += [("train.yaml", text) for text in ("[", "defaults: 3", "optim: 3")]
 @pytest.mark.parametrize("name", SHOWN)
 def test_odd_scores_are_judged(here, name, capsys):
     (here / "scores.csv").write_text(SHOWN[name])
-    assert feed(*JUDGE, "--out", "out.json", capsys=capsys) == DONE
+    assert feed(*JUDGE, capsys=capsys) == DONE
 
 
 @pytest.mark.parametrize("name", REFUSED)

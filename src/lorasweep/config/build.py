@@ -91,10 +91,6 @@ def build(kind: type[T], values: Mapping[str, Any], *, key: str = "") -> T:
     Raises:
         ConfigError: A key is unknown or missing, or a value has another type than its field or breaks its limits.
     """
-    for name, value in dotted_items(values) if isinstance(values, Mapping) else ():
-        if isinstance(value, str) and "\0" in value:  # no file can have such a name
-            where = ".".join(filter(None, (key, name)))
-            raise ConfigError(f"`{where}` must not contain a NUL character, but got {value!r}.")
     built: T = convert(kind, values, key=key)
     return built
 

@@ -147,6 +147,9 @@ def build_run(values: Mapping[str, Any]) -> RunConfig:
 
 
 def _build(kind: type[T], values: Mapping[str, Any]) -> T:
+    for key, value in dotted_items(values):
+        if isinstance(value, str) and "\0" in value:  # no file can have such a name
+            raise ConfigError(f"`{key}` must not contain a NUL character, but got {value!r}.")
     try:
         return build(kind, values)
     except UnknownSettingError as error:

@@ -188,8 +188,8 @@ def _assign_subjects(
 def _check_table(scores: pandas.DataFrame, *, reference: str, looks: Sequence[int]) -> None:
     if len(looks) > MAX_LOOKS or any(not 1 <= look <= MAX_CONFIRM_SEEDS for look in looks):
         raise ConfigError(
-            f"looks must be at most {MAX_LOOKS} numbers of seeds from 1 to {MAX_CONFIRM_SEEDS}, but got "
-            f"{shorten(list(looks))}."
+            f"looks must be at most {MAX_LOOKS} numbers of seeds, each at least 1 and at most {MAX_CONFIRM_SEEDS}, but "
+            f"got {shorten(list(looks))}."
         )
     if missing := [name for name in REQUIRED_COLUMNS if name not in scores]:
         raise ConfigError(

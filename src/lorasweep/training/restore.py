@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from lorasweep.config.build import as_settings, build
+from lorasweep.config.build import as_settings, build, dotted_items
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.methods import METHODS, copy_sharing_weights
@@ -50,6 +50,8 @@ def read_settings(given: RunSettings, *, trust: bool = False) -> RunConfig:
 def restore_config(record: RunRecord) -> RunConfig:
     """Returns the settings of a recorded run. Raises `RecordError` if they are not settings of this version."""
     try:
+        if any(isinstance(value, str) and "\0" in value for _, value in dotted_items(record.config)):
+            raise ConfigError("a text has a NUL character.")
         return build(RunConfig, record.config)
     except (ConfigError, TypeError, AttributeError) as error:
         raise RecordError(
