@@ -19,9 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.errors import ConfigError, RecordError
+from lorasweep.wording import format_bytes
 
 LOCK_FILE = ".lock"
 """The file in a sweep's folder that is locked while a process runs the sweep."""
+MAX_FILE_BYTES = 100 * 2**20
+"""Maximum size of a record or of an adapter's settings. Reading takes about 10 times its size in memory. 10,000 trials
+have 10 MB."""
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE})
 """Error numbers that mean a problem of the whole disk, not of one file."""
 
@@ -88,6 +92,14 @@ def require_regular_file(path: Path) -> None:
     """Raises OSError if a path names a pipe, a device or a folder. Opening a pipe would wait for ever."""
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+
+
+def read_bounded(path: Path) -> bytes:
+    """Returns the content of a regular file. Raises OSError if it has more than `MAX_FILE_BYTES`."""
+    require_regular_file(path)
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise OSError(f"it has more than {format_bytes(MAX_FILE_BYTES)}")
+    return path.read_bytes()
 
 
 @contextmanager

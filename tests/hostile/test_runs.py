@@ -3,6 +3,7 @@
 import math
 import os
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tests.files import DELETED, edit_json, set_values
 from tests.fuzzing import feed
 
 from lorasweep.cli import DONE, WRONG_REQUEST
+from lorasweep.record import read_steps
 
 RUN = "theirs/runs/lora-0000"
 COMMANDS = {
@@ -143,16 +145,27 @@ def test_odd_weights_are_used_or_refused(theirs, use, kind):
     use(checks_files=False)
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
 @pytest.mark.parametrize("name", ["run.json", "best/adapter_config.json", "best/adapter_model.safetensors"])
-def test_pipes_of_a_run_are_not_opened(theirs, use, name):
+def test_what_is_no_file_is_not_read(theirs, use, name, make):
     path = theirs / "runs/lora-0000" / name
-    content = (path.parent.parent / "run.json").read_bytes() if name != "run.json" else b""
+    set_values(theirs / "runs/lora-0000/run.json", {"files": {}})
     path.unlink()
-    os.mkfifo(path)
-    if content:
-        use(checks_files=False)
-    else:
-        assert feed("inspect", RUN) == WRONG_REQUEST
+    make(path)
+    assert use() == WRONG_REQUEST
+
+
+@pytest.mark.parametrize("name", ["run.json", "best/adapter_config.json"])
+def test_small_files_of_1_tb_are_not_read(theirs, use, name):
+    set_values(theirs / "runs/lora-0000/run.json", {"files": {}})
+    os.truncate(theirs / "runs/lora-0000" / name, 2**40)  # takes no space on the disk
+    assert use() == WRONG_REQUEST
+
+
+def test_a_log_of_1_tb_is_read_up_to_its_damage(theirs):
+    rows = list(read_steps(theirs / "runs/lora-0000"))
+    os.truncate(theirs / "runs/lora-0000/steps.jsonl", 2**40)
+    assert list(read_steps(theirs / "runs/lora-0000")) == rows != []
 
 
 def test_the_folder_of_an_inspection_is_no_link(theirs, capsys):

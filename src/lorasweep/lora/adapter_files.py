@@ -27,7 +27,7 @@ from lorasweep.config.method import (
     int_if_whole,
     refuse_unsupported_fields,
 )
-from lorasweep.disk import require_regular_file, write_atomically
+from lorasweep.disk import read_bounded, require_regular_file, write_atomically
 from lorasweep.errors import RecordError, first_line
 from lorasweep.lora.fully_trained import match_modules_to_save, trained_modules
 from lorasweep.lora.inject import check_not_injected, inject_lora, require_lora_layers
@@ -195,8 +195,7 @@ def read_peft_settings(path: Path) -> dict[str, Any]:
     Raises RecordError if the file is damaged, or a setting that lorasweep reads has another type.
     """
     try:
-        require_regular_file(path)
-        return dict(TypeAdapter(_PeftSettings).validate_json(path.read_bytes(), strict=True))
+        return dict(TypeAdapter(_PeftSettings).validate_json(read_bounded(path), strict=True))
     except (OSError, ValidationError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else first_line(error)
         raise RecordError(f"{str(path)!r} must be the settings of an adapter, but is damaged: {reason}.") from error

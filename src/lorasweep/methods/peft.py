@@ -22,7 +22,7 @@ from torch import nn
 
 from lorasweep.config.components import require_package
 from lorasweep.config.method import MethodConfig, PeftConfig
-from lorasweep.disk import require_regular_file, write_atomically
+from lorasweep.disk import write_atomically
 from lorasweep.errors import ConfigError, RecordError, describe_error
 from lorasweep.lora.adapter_files import CONFIG_FILE, INITS_KEEPING_BASE, WEIGHTS_FILE, find_task_type
 from lorasweep.methods.method import (
@@ -84,9 +84,9 @@ class PeftMethod(Method):
         source = f"the adapter in {str(folder)!r}"
         try:
             peft = import_peft()
-            require_regular_file(folder / CONFIG_FILE)  # PEFT would look for a missing file on the hub
             with quiet_peft():
-                peft_config = peft.PeftConfig.from_pretrained(str(folder))
+                # PEFT would look for a missing file on the hub if the folder's path had the form of a hub id
+                peft_config = peft.PeftConfig.from_pretrained(str(folder.resolve()))
             _check_config(peft_config)
             peft_config.inference_mode = False
             tensors = load_file(folder / WEIGHTS_FILE)

@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 
 from lorasweep.config.redaction import redact
-from lorasweep.disk import write_atomically
+from lorasweep.disk import read_bounded, write_atomically
 from lorasweep.errors import RecordError
-from lorasweep.wording import format_bytes, shorten, suggest_nearest
+from lorasweep.wording import shorten, suggest_nearest
 
 VERSION: Literal[1] = 1
 """Version of the format. Records of another version are refused."""
@@ -40,8 +40,6 @@ Finite = Annotated[float, Field(ge=-MAX_NUMBER, le=MAX_NUMBER)]
 Count = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 """A whole number of a record, which fits into the 64 bits that numpy and pandas have."""
 
-MAX_RECORD_BYTES = 100 * 2**20
-"""Maximum size of a record. Reading takes about 10 times its size in memory. 10,000 trials have 10 MB."""
 MAX_SETTINGS = 1000
 """Maximum number of swept keys, because each is a column of every table."""
 MAX_SETTINGS_CHARACTERS = 100_000
@@ -84,9 +82,7 @@ def read_json(kind: type[T], path: Path) -> T:
             f"{suggest_nearest(str(path.parent), [str(folder) for folder in others if folder.is_dir()])}"
         )
     try:
-        if path.stat().st_size > MAX_RECORD_BYTES:
-            raise OSError(f"it has more than {format_bytes(MAX_RECORD_BYTES)}")
-        record: T = _adapter(kind).validate_json(path.read_bytes(), strict=True)  # type: ignore[arg-type]
+        record: T = _adapter(kind).validate_json(read_bounded(path), strict=True)  # type: ignore[arg-type]
         return record
     except PermissionError as error:
         raise RecordError(f"{str(path)!r} must be readable, but can't be read: {error.strerror}.") from error

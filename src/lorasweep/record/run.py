@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,8 @@ from lorasweep.record.json_file import VERSION, Count, Number, is_number, read_j
 
 RUN_FILE = "run.json"
 STEPS_FILE = "steps.jsonl"
+MAX_STEP_CHARACTERS = 2**20
+"""Maximum length of a line of `steps.jsonl`. A longer line is read as several damaged ones."""
 TEST_SCORES_FILE = "test_scores.csv"
 ANSWERS_FILE = "{}_answers.csv"
 """Generated answers with their scores, of the split whose name replaces `{}`; `base` in a sweep's folder."""
@@ -123,12 +126,13 @@ def read_steps(folder: Path, *, having: str = "") -> Iterator[dict[str, Any]]:
     path = folder / STEPS_FILE
     if not path.is_file():
         return
-    for line in path.read_text(errors="replace").splitlines():
-        if having in line:
-            row = parse_step_row(line)
-            if row is None:
-                return
-            yield row
+    with path.open(errors="replace") as file:
+        for line in iter(partial(file.readline, MAX_STEP_CHARACTERS), ""):
+            if having in line:
+                row = parse_step_row(line)
+                if row is None:
+                    return
+                yield row
 
 
 def parse_step_row(line: str) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from lorasweep.config.build import as_settings, build, dotted_items
 from lorasweep.config.run import RunConfig
+from lorasweep.disk import require_regular_file
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.models.load import BaseModel, Labels, load_base
@@ -146,17 +147,20 @@ def restore_model(config: RunConfig, base: BaseModel, *, folder: Path) -> nn.Mod
         model = copy_sharing_weights(base.model)
     else:
         model = method.prepare(base, config.method, generator=torch.Generator().manual_seed(config.seeds.init))
+    for path in folder.glob("*"):
+        require_regular_file(path)  # reading a pipe or a device would have no end
     method.load(model, folder)
     model.train(False)
     return model
 
 
 def check_kept_files(record: RunRecord, run_folder: Path, *, part: str) -> None:
-    """Checks that a run's folder has weights in `part` (`best` or `last`), and that they are unchanged."""
-    if not any(path.is_file() for path in (run_folder / part).glob("*")):
+    """Checks that a run's folder has weights in `part` (`best` or `last`): unchanged regular files."""
+    paths = list((run_folder / part).glob("*"))
+    if not paths or not all(path.is_file() for path in paths):
         raise RecordError(
-            f"a run must have kept weights in `{part}`, but {str(run_folder)!r} (status {record.status}) has none. "
-            "Name a run that was evaluated at least once."
+            f"a run must have kept weights in `{part}`, but {str(run_folder)!r} (status {record.status}) has "
+            f"{'something that is no file there' if paths else 'none'}. Name a run that was evaluated at least once."
         )
     for name, kept in record.files.items():
         file = run_folder / name
