@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 import sys
 
@@ -82,13 +83,21 @@ REFUSED = {
     "cut off weights": (damage_weights, {}, ["Error while deserializing header"]),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), {}, ["must have weights in safetensors"]),
     "an adapter": (lambda folder: (folder / "adapter_config.json").touch(), {}, ["is an adapter", "lorasweep export"]),
-    "broken config": (write_config("{"), {}, ["not a valid JSON file"]),
+    "broken config": (write_config("{"), {}, ["can't be loaded"]),
     "nested config": (write_config(NESTED), {}, ["recursion"]),
     "no config": (write_config("[]"), {}, ["can't be loaded"]),
     "unknown architecture": (change(model_type="zzz"), {}, ["model type `zzz`"]),
     "other shape": (change(intermediate_size=32), {}, ["6 of its weights", "'model.layers.0"]),
     "more layers": (change(num_hidden_layers=3), {}, ["9 of its weights", "'model.layers.2"]),
     "no number": (change(hidden_size=10**400), {}, ["can't be loaded"]),
+    "10**9 labels": (change(num_labels=10**9), {}, ["`num_labels`", "100,000"]),
+    "10**5 layers": (change(num_hidden_layers=10**5), {}, ["`num_hidden_layers`", "1,000"]),
+    "10**9 layers inside": (change(text_config={"n_layer": 10**9}), {}, ["`text_config.n_layer`"]),
+    "10**9 units": (change(hidden_size=10**9), {}, ["parameters", "bytes"]),
+    "10**9 tokens": (change(vocab_size=10**9), {}, ["parameters", "bytes"]),
+    "10**12 units": (change(intermediate_size=10**12, vocab_size=10**12), {}, ["can't be loaded"]),
+    "10**9 heads": (change(num_attention_heads=10**9), {}, ["can't be loaded"]),
+    "a pipe": (lambda folder: os.mkfifo(folder / "special_tokens_map.json"), {}, ["not a regular file"]),
     "broken tokenizer": (
         lambda folder: (folder / "tokenizer.json").write_text('{"model": 5}'),
         {},
