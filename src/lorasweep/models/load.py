@@ -31,6 +31,7 @@ from lorasweep.config.components import require_package
 from lorasweep.config.run import ModelConfig, ModelKind
 from lorasweep.disk import read_bounded, require_regular_file
 from lorasweep.errors import ConfigError, describe_error, first_line
+from lorasweep.hub import HUB_TIMEOUT_S
 from lorasweep.lora.layer_kinds import count_parameters, list_scales
 from lorasweep.models.pretrained import (
     QUANTISING_PACKAGES,
@@ -46,8 +47,6 @@ MODEL_CLASSES: dict[ModelKind, Any] = {
 }
 
 EMBEDDED_PREFIX = "embedded:"
-HUB_TIMEOUT_S = 10.0
-"""Seconds to wait for the hub's answer before its cache is used. The client's default is far longer."""
 ALWAYS_DOWNLOADED = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
 """Patterns for the names of files that are always downloaded: configuration, tokenizer and weights."""
 COUNT_NAMES = re.compile(r"(?:^|[._])(?:(?P<labels>labels)|layers?|experts?|blocks|depth)$")

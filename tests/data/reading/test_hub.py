@@ -1,11 +1,18 @@
 """A data set of the hub is read from a folder or the cache without network, and what can't be had is one sentence."""
 
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import datasets
 import pytest
 import yaml
 from datasets import ClassLabel, Dataset, Features, List, Value
 from datasets.packaged_modules.parquet.parquet import Parquet
 
+import lorasweep
 from lorasweep.cli import DONE, WRONG_REQUEST, run
 from lorasweep.data.source import LabelledText
 from lorasweep.errors import ConfigError
@@ -96,6 +103,22 @@ def test_new_names_the_splits_and_the_commit_of_a_data_set(folder, fill_cache, c
     assert run(["new", "other.yaml", "--from", "owner/other", "model.path=embedded:tiny"]) == WRONG_REQUEST
     error = capsys.readouterr().err
     assert (error.count("\n"), "'owner/other'" in error, "connection" in error) == (1, True, True)
+
+
+@pytest.mark.slow  # a process of its own, because the clients read HF_ENDPOINT when they are imported
+def test_a_hub_that_is_not_there_is_asked_once(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # nothing listens, so connections are refused
+        address = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        words = ["new", "made.yaml", "--from", "owner/other", "model.path=embedded:tiny"]
+        command = [sys.executable, "-m", "lorasweep", *words]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        source = str(Path(lorasweep.__file__).parents[1])
+        environment |= {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "PYTHONPATH": source}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == WRONG_REQUEST, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert [word for word in ("'owner/other'", address, "connection") if word not in done.stderr] == []
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from pandas.errors import ParserWarning
 from lorasweep.config.data import Delimiter, Quoting, RowSettings, SplitSettings
 from lorasweep.data.reading.limits import check_content
 from lorasweep.errors import ConfigError, first_line
+from lorasweep.hub import find_hub_fault
 from lorasweep.wording import join_words, shorten, suggest_nearest
 
 T = TypeVar("T")
@@ -127,15 +128,20 @@ def _load_hub(path: str, *, subset: str | None, revision: str | None, split: str
     """Returns a split of a data set of the hub, or all splits by name."""
     folder = Path(path).expanduser()
     source = str(folder.absolute()) if folder.is_dir() else path
+    was_offline = datasets.config.HF_HUB_OFFLINE
+    fault = None if folder.is_dir() or was_offline else find_hub_fault()
     try:
+        datasets.config.HF_HUB_OFFLINE = was_offline or fault is not None  # its client would retry for half a minute
         dataset = load_dataset(source, subset, split=split, revision=revision)
     except Exception as error:  # each client and file format raises its own class of error
         named = (f", and `{key}` one of its splits,", f" with {split!r}") if split else (",", "")
         raise ConfigError(
             f"`data.path` must be a data set on the hub or in its cache, or a folder{named[0]} but {path!r}{named[1]} "
-            f"can't be loaded: {first_line(error)}. Check the spelling, `data.subset`, `data.revision` and the "
-            "connection."
+            f"can't be loaded: {fault or first_line(error)}. Check the spelling, `data.subset`, `data.revision` and "
+            "the connection."
         ) from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = was_offline
     # Without a network `datasets` ignores `revision` and takes the latest version in its cache. The cache keeps each
     # version in a folder that is named after the commit.
     commits = set().union(*map(_find_commits, [dataset] if split else dataset.values()))
