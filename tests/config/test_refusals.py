@@ -105,7 +105,6 @@ def test_a_wrong_setting_of_a_sweep_is_refused(settings, words):
         ({"dropout": 1.0}, ["`method.dropout < 1`", "1.0"]),
         ({"targets": ""}, ["`method.targets`", "`all-linear`"]),
         ({"init": "orthogonal", "rank": 3}, ["`method.rank`", "even", "3"]),
-        ({"init": "pissa", "alpha": 0.0}, ["`method.alpha > 0`", "0", "another `method.init`"]),
     ],
 )
 def test_a_wrong_setting_of_lora_is_refused_from_a_mapping_and_from_python(settings, words):

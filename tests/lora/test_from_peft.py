@@ -29,7 +29,6 @@ READ = [
     (
         peft.LoraConfig(
             target_modules=r".*\.(q|v)_proj",
-            init_lora_weights="pissa",
             exclude_modules=r".*\.0\..*",
             rank_pattern={"mlp.up_proj": 2, "q_.*": 6},
             alpha_pattern={"v_proj": 3},
@@ -38,7 +37,6 @@ READ = [
         LoraConfig(
             alpha=8,
             targets=r".*\.(q|v)_proj",
-            init="pissa",
             exclude=(r"re:.*\.0\..*",),
             rank_pattern={"mlp.up_proj": 2, r"re:(.*\.)?(q_.*)": 6},
             alpha_pattern={"v_proj": 3.0},
@@ -46,8 +44,8 @@ READ = [
         ),
     ),
     (
-        peft.LoraConfig(target_modules=["q_proj"], use_dora=True, init_lora_weights="gaussian"),
-        LoraConfig(alpha=8, targets=("q_proj",), variant="dora", init="gaussian"),
+        peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="gaussian"),
+        LoraConfig(alpha=8, targets=("q_proj",), init="gaussian"),
     ),
 ]
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from lorasweep.lora import LoraConfig, LoraLayer, inject_lora, lora_layers, split_lora_parameters
-from lorasweep.lora.layers import draw_matrices, split_principal_part
+from lorasweep.lora.layers import draw_matrices
 from lorasweep.lora.targets import Target
 
 
@@ -57,12 +57,12 @@ def test_a_rank_may_be_above_a_layers_size_if_allowed_and_injecting_twice_is_ref
 
 
 def test_every_trained_parameter_is_in_one_group(model):
-    config = LoraConfig(rank=2, targets=("up", "embed"), variant="dora", modules_to_save=("out",))
+    config = LoraConfig(rank=2, targets=("up", "embed"), modules_to_save=("out",))
     inject_lora(model, config)
     a, b, other = split_lora_parameters(model)
     assert [tuple(p.shape) for p in a] == [(2, 11), (2, 8), (2, 8)]
     assert [tuple(p.shape) for p in b] == [(8, 2), (16, 2), (16, 2)]
-    assert len(other) == 3 + 1  # row norms, the head's copy
+    assert len(other) == 1  # the head's copy
     assert {id(p) for p in (*a, *b, *other)} == {id(p) for p in model.parameters() if p.requires_grad}
 
 
@@ -81,11 +81,3 @@ def test_the_default_draws_as_a_linear_layer_of_torch():
     torch.manual_seed(0)
     drawn, _ = draw_matrices(d_out=6, d_in=400, rank=8, init="default", generator=stream())
     assert torch.equal(drawn, nn.Linear(400, 8, bias=False).weight)
-
-
-def test_pissa_takes_the_principal_part():
-    matrix = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
-    a, b = split_principal_part(matrix, rank=2, scaling=3.0)
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    torch.testing.assert_close(3.0 * b @ a, u[:, :2] * s[:2] @ vh[:2])
-    torch.testing.assert_close((b.norm(dim=0), a.norm(dim=1)), ((s[:2] / 3).sqrt(),) * 2)  # shared evenly

@@ -73,27 +73,18 @@ def shake(model):
 EVERY_WAY = [
     (make_gpt2, {"targets": "all-linear"}),
     (make_gpt2, {"targets": ("c_attn", "wte")}),
-    (make_gpt2, {"targets": ("c_attn",), "variant": "dora"}),
-    (make_gpt2, {"targets": ("wte",), "variant": "dora"}),
     (make_llama, {"targets": "all-linear"}),
     (make_llama, {"targets": ("q_proj", "v_proj"), "scaling": "alpha_over_sqrt_rank"}),
     (make_llama, {"init": "gaussian", "alpha": 1.5}),
     (make_llama, {"init": "orthogonal"}),
-    (make_llama, {"init": "pissa"}),
-    (make_llama, {"init": "pissa", "scaling": "alpha_over_sqrt_rank"}),
-    (make_llama, {"init": "pissa", "scaling": "alpha", "alpha": 1.5}),
     (make_llama, {"scaling": "alpha", "alpha": 1.5, "rank_pattern": {"down_proj": 6}}),
     (make_gpt2, {"targets": ("c_attn",), "scaling": "alpha", "alpha": 1.5}),
-    (make_llama, {"variant": "dora"}),
-    (make_llama, {"variant": "dora", "init": "pissa"}),
     (make_llama, {"rank_pattern": {"0.self_attn.q_proj": 2, "down_proj": 6}, "alpha_pattern": {"re:.*1.*v_proj": 3.0}}),
     (make_llama, {"layers": (1,), "exclude": ("o_proj",)}),
     (make_llama, {"modules_to_save": ("lm_head",)}),
     (make_llama, {"targets": ("q_proj", "lm_head")}),
     (make_bert, {"modules_to_save": ("classifier",)}),
     (make_pictures, {"targets": ("conv", "embed", "head")}),
-    (make_pictures, {"targets": ("conv",), "variant": "dora"}),
-    (make_pictures, {"targets": ("conv",), "init": "pissa", "rank_pattern": {"conv": 3}}),
 ]
 
 
@@ -117,20 +108,19 @@ def test_what_is_saved_here_gives_the_same_logits_everywhere(make, settings, tmp
 THEIR_WAYS = [
     (make_gpt2, {"target_modules": "all-linear", "fan_in_fan_out": True}),
     (make_gpt2, {"target_modules": ["wte"]}),
-    (make_gpt2, {"target_modules": ["c_attn", "wte"], "fan_in_fan_out": True, "use_dora": True}),
+    (make_gpt2, {"target_modules": ["c_attn", "wte"], "fan_in_fan_out": True}),
     (make_llama, {"target_modules": "all-linear", "use_rslora": True}),
     (make_llama, {"target_modules": r".*\.(q|v)_proj", "init_lora_weights": "gaussian"}),
     (make_llama, {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"}),
     (make_llama, {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]}),
     (make_llama, {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": 0, "exclude_modules": ["q_proj"]}),
-    (make_llama, {"target_modules": "all-linear", "use_dora": True}),
     (make_llama, {"target_modules": "all-linear", "rank_pattern": {"q_proj": 2, "^model.layers.1.mlp.up_proj": 6}}),
     (make_llama, {"target_modules": "all-linear", "alpha_pattern": {"layers.0.self_attn.k_proj": 3}}),
     (make_llama, {"target_modules": ["q_proj", "embed_tokens"]}),
     (make_llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     (make_bert, {"target_modules": ["query"], "task_type": "SEQ_CLS"}),
     (make_pictures, {"target_modules": ["conv", "head"]}),
-    (make_pictures, {"target_modules": ["conv", "embed"], "use_dora": True}),
+    (make_pictures, {"target_modules": ["conv", "embed"]}),
 ]
 
 

@@ -1,4 +1,3 @@
-import pytest
 import torch
 from torch import nn
 
@@ -50,9 +49,3 @@ def test_an_adapter_of_a_quantised_base_is_saved_loaded_and_merged_into_dequanti
     merge_lora(model)
     assert type(model[0]) is nn.Linear
     torch.testing.assert_close(model(x), expected)
-
-
-@pytest.mark.parametrize(("setting", "value"), [("variant", "dora"), ("init", "pissa")])
-def test_what_reads_the_weight_is_refused(setting, value):
-    with pytest.raises(ValueError, match=f"`method.{setting}={value}` .* '0' is a Integ"):
-        inject_lora(make_quantised(), LoraConfig(rank=2, **{setting: value}))

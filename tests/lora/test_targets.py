@@ -121,7 +121,7 @@ def test_patterns_set_rank_and_strength_by_layer(model):
 
 
 def test_counts_agree_with_what_is_injected(make_model):
-    config = LoraConfig(rank=2, targets=("up", "proj", "embed"), variant="dora", modules_to_save=("out",))
+    config = LoraConfig(rank=2, targets=("up", "proj", "embed"), modules_to_save=("out",))
     model, coverage = make_model(), find_targets(make_model(), config)
     assert inject_lora(model, config) == coverage
     assert coverage.trainable_params == sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -8,8 +8,6 @@ from lorasweep.lora import LoraConfig, inject_lora
 
 VARIANTS = [
     {"dropout": 0.5},
-    {"variant": "dora"},
-    {"init": "pissa"},
     {"targets": ("all-linear", "embed")},
 ]
 

@@ -25,6 +25,7 @@ KINDS = {
     "vblora": {"peft_type": "VBLORA", "vector_length": 4, "num_vectors": 8, **TARGETS},  # shares one parameter
     "norms": {"peft_type": "LN_TUNING"},
     "tied": {**LORA, "target_modules": ["lm_head"]},
+    "dora": {**LORA, "use_dora": True},
     "whole head": {**LORA, "modules_to_save": ["lm_head"]},
 }
 
@@ -117,3 +118,35 @@ def test_every_kind_of_peft_is_made_or_refused_without_a_change_of_the_base(kind
         prepare(base, "peft", config=PeftConfig(config={"peft_type": kind, **settings}))
     assert all(torch.equal(before[name], tensor) for name, tensor in base.model.state_dict().items())
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_dora": True, "rank_pattern": {"down_proj": 3}},
+        {"use_rslora": True, "alpha_pattern": {"down_proj": 3}, "init_lora_weights": "pissa_niter_4"},
+    ],
+)
+def test_pissa_trains_beside_the_shared_base_and_is_saved_as_a_plain_lora(settings, tmp_path):
+    base = make_base(dtype=torch.float32)
+    before = copy.deepcopy(base.model.state_dict())
+    config = PeftConfig(config={**LORA, "init_lora_weights": "pissa", **settings})
+    METHOD.check(base.model, config)
+    model = prepare(base, "peft", config=config)
+    # fp32: the principal part is subtracted from the weights and added to the outputs
+    torch.testing.assert_close(
+        model(input_ids=TOKENS).logits, base.model(input_ids=TOKENS).logits, rtol=1e-4, atol=1e-4
+    )
+    assert next(model.get_submodule("model.layers.0.self_attn.q_proj").lora_B.parameters()).any()
+    losses = train(model, "peft")
+    assert losses[-1] < losses[0]
+    METHOD.save(model, tmp_path, base=base)
+    expected = model.eval()(input_ids=TOKENS).logits
+    loaded = copy_sharing_weights(base.model)
+    METHOD.load(loaded, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base.model), tmp_path)
+    METHOD.merge(loaded)
+    for other in (loaded, theirs):
+        torch.testing.assert_close(other.eval()(input_ids=TOKENS).logits, expected, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(before[name], tensor) for name, tensor in base.model.state_dict().items())

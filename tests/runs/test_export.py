@@ -29,8 +29,9 @@ TOKENS = torch.randint(3, 43, (3, 20), generator=torch.Generator().manual_seed(1
 # fp32, logits up to about 10: sums in another order, through 4 layers, of parts that cancel (PiSSA)
 LOGIT_TOLERANCE = 1e-4
 VERA = {"method": "peft", "method.config": {"peft_type": "VERA", "target_modules": ["q_proj", "down_proj"], "r": 8}}
-PISSA = {"method.init": "pissa", "method.rank_pattern": {"down_proj": 4}}
-DORA = {"method.variant": "dora", "method.dropout": 0.1}
+LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 16, "target_modules": "all-linear"}
+PISSA = {"method": "peft", "method.config": {**LORA, "init_lora_weights": "pissa", "rank_pattern": {"down_proj": 4}}}
+DORA = {"method": "peft", "method.config": {**LORA, "use_dora": True, "lora_dropout": 0.1}}
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def largest_difference(one, other):
     return (one - other).abs().max().item()
 
 
-@pytest.mark.parametrize(("settings", "kind"), [({}, "LoRA"), (PISSA, "LoRA"), (DORA, "LoRA"), (VERA, "VERA")])
+@pytest.mark.parametrize(("settings", "kind"), [({}, "LoRA"), (PISSA, "LORA"), (DORA, "LORA"), (VERA, "VERA")])
 def test_peft_loads_the_adapter_onto_its_base_with_the_same_logits(trained, tmp_path, settings, kind):
     run = trained(settings)
     written = export_run(run, format="peft", out=tmp_path / "adapter")
@@ -110,6 +111,7 @@ def test_peft_loads_the_adapter_onto_its_base_with_the_same_logits(trained, tmp_
     [
         ({}, True),
         (PISSA, True),
+        (DORA, True),
         (VERA, True),
         ({"method": "full"}, True),
         ({"method": "intrinsic"}, True),

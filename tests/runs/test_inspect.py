@@ -40,7 +40,7 @@ def test_a_row_has_the_norms_ranks_and_share_of_its_change():
     model = copy.deepcopy(base)
     model[0].weight += torch.diag(torch.tensor([3.0, 4.0, 0.0]))
     model[0].bias += torch.tensor([0.0, 5.0, 0.0])
-    (matrix, vector), spectra = measure_updates(model, base, ranks={}, has_low_rank=True)
+    (matrix, vector), spectra = measure_updates(model, base, ranks={})
     assert (matrix.layer, matrix.kind, matrix.d_out, matrix.d_in, matrix.trained_rank) == ("0", "0", 3, 3, None)
     assert (matrix.update_norm, matrix.base_norm) == pytest.approx((5, 2 * 3**0.5))
     assert spectra == {"0": pytest.approx([4, 3, 0])}
@@ -71,8 +71,7 @@ def test_files_hold_what_was_found_and_repeat_to_the_byte(run):
 @pytest.mark.parametrize(
     ("settings", "rank", "num_layers"),
     [
-        ({"method.init": "pissa"}, 2, 28),  # the adapter file has it as plain LoRA of twice the rank
-        ({"method.variant": "dora"}, 2, 28),
+        ({}, 2, 28),
         ({"method": "intrinsic", "method.dim": 40}, None, 38),
         ({"method": "bitfit", "method.train": "biases_and_norms"}, None, 9),
     ],
@@ -83,7 +82,6 @@ def test_every_method_is_measured(settings, rank, num_layers, tmp_path, make_con
     found = inspect_run(tmp_path)
     assert {row.trained_rank for row in found.layers} == {rank}
     assert len(found.layers) == num_layers
-    # the update is the difference from the start, which PiSSA takes from the base's own weights
     assert all(row.update_norm < 0.5 * row.base_norm for row in found.layers)
 
 

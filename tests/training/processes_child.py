@@ -39,7 +39,6 @@ VARIANTS = {
     "full-ddp-3": {"method": "full", "trainer.accumulate": 3},
     "full-fsdp-3": {"method": "full", "trainer.accumulate": 3},
     "all-fsdp-1": {
-        "method.variant": "dora",
         "method.modules_to_save": ["model.norm"],
         "trainer.activation_checkpointing": True,
     },

@@ -32,12 +32,13 @@ WEIGHT_SUFFIX = ".weight"
 """End of the names in PEFT's `target_parameters` that stand for a whole layer."""
 PLAIN_NAME = re.compile(r"\w+(\.\w+)*")
 """A layer's name or its end. It matches the same layers, whether it is read as a name or as a regular expression."""
-INITS: Mapping[Any, str] = {True: "default", "gaussian": "gaussian", "orthogonal": "orthogonal", "pissa": "pissa"}
+INITS: Mapping[Any, str] = {True: "default", "gaussian": "gaussian", "orthogonal": "orthogonal"}
 """`LoraConfig.init` for each value of PEFT's `init_lora_weights`."""
 # fmt: off
 CONVERTED_FIELDS = frozenset({
-    "r", "lora_alpha", "use_rslora", "target_modules", "lora_dropout", "init_lora_weights", "use_dora", "rank_pattern",
-    "alpha_pattern", "exclude_modules", "layers_to_transform", "modules_to_save", "target_parameters",
+    "r", "lora_alpha", "use_rslora", "target_modules", "lora_dropout", "init_lora_weights", "rank_pattern",
+    "alpha_pattern",
+    "exclude_modules", "layers_to_transform", "modules_to_save", "target_parameters",
 })
 """Fields of PEFT's `LoraConfig` that `convert_from_peft` and `read_peft_config` read."""
 FIELDS_WITHOUT_EFFECT = frozenset({
@@ -48,8 +49,7 @@ FIELDS_WITHOUT_EFFECT = frozenset({
 """Fields of PEFT's `LoraConfig` that say where an adapter belongs, follow from the model (`fan_in_fan_out`), or act
 only with another field that is refused. All other fields must be empty."""
 Scaling = Literal["alpha_over_rank", "alpha_over_sqrt_rank", "alpha"]
-Init = Literal["default", "gaussian", "pissa", "orthogonal"]
-Variant = Literal["lora", "dora"]
+Init = Literal["default", "gaussian", "orthogonal"]
 TrainedVectors = Literal["biases", "biases_and_norms"]
 
 
@@ -92,9 +92,7 @@ class LoraConfig(MethodSettings):
     """Probability of dropping an input of A, 0 <= p < 1."""
     init: Init = "default"
     """Initial values of A and B. `default`: A uniform, B zero (LoRA's code); `gaussian`: A normal with deviation 1/r, B
-    zero; `orthogonal`: both random, B A = 0, rank even; `pissa`: the principal part of W0 (arXiv 2404.02948)."""
-    variant: Variant = "lora"
-    """`dora` also trains the length of each row of the weight (arXiv 2402.09353)."""
+    zero; `orthogonal`: both random, B A = 0, rank even."""
     rank_pattern: Annotated[Mapping[str, Rank], JOIN_NAMES] = field(default_factory=dict, hash=False)
     """Rank of the layers that a pattern matches, instead of `rank`; the first pattern that matches counts."""
     alpha_pattern: Annotated[Mapping[str, NonNegativeFloat], JOIN_NAMES] = field(default_factory=dict, hash=False)
@@ -112,11 +110,6 @@ class LoraConfig(MethodSettings):
         for rank in (self.rank, *self.rank_pattern.values()):
             if self.init == "orthogonal" and rank % 2:
                 raise ConfigError(f"`method.rank` must be even with `method.init=orthogonal`, but got {rank!r}.")
-        for alpha in (self.alpha, *self.alpha_pattern.values()):
-            if self.init == "pissa" and alpha == 0:
-                raise ConfigError(
-                    "`method.alpha > 0` must hold with `method.init=pissa`, but got 0. Use another `method.init`."
-                )
 
     @classmethod
     def from_peft(cls, peft_config: Any) -> LoraConfig:
@@ -239,7 +232,6 @@ def convert_from_peft(raw: Mapping[str, Any]) -> dict[str, Any]:
         "scaling": "alpha_over_sqrt_rank" if raw.get("use_rslora") else "alpha_over_rank",
         "targets": targets if isinstance(targets, str) else tuple(sorted(targets)),
         "dropout": float(raw.get("lora_dropout", 0.0)),
-        "variant": "dora" if raw.get("use_dora") else "lora",
         "rank_pattern": {_convert_key(key): rank for key, rank in (raw.get("rank_pattern") or {}).items()},
         "alpha_pattern": {_convert_key(key): alpha for key, alpha in (raw.get("alpha_pattern") or {}).items()},
         "exclude": _list_patterns(raw.get("exclude_modules") or ()),

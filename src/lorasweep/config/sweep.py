@@ -188,7 +188,7 @@ class ConfirmConfig(Settings):
     """The smallest difference between two arms that matters: a number in the metric's unit (0.01), or a percentage of
     the gain of `full` over `frozen` on test data (5%). The verdicts on arms and on the rank use it."""
     pairs: tuple[tuple[str, ...], ...]
-    """Further questions: pairs of arms to compare, such as `[[lora, dora]]`. Without `full` and without pairs, every
+    """Further questions: pairs of arms to compare, such as `[[lora, vera]]`. Without `full` and without pairs, every
     arm is compared with the first one that trains."""
     metric: str
     """Metric of the verdicts: `auto` for `data.metric`, or the name of the score of `data.answers`."""

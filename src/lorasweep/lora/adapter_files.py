@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -50,7 +49,7 @@ INITS_KEEPING_BASE = (True, False, None, "gaussian", "orthogonal", "mica")
 def lora_state(model: nn.Module) -> dict[str, Tensor]:
     """Returns the adapter's tensors by PEFT's names, such as `base_model.model.<layer>.lora_A.weight` (rank, d_in).
 
-    The tensors share memory with the model's parameters, except those of PiSSA, which are computed.
+    The tensors share memory with the model's parameters.
     """
     modules = {name: module.trained for name, module in trained_modules(model).items()}
     return {key: tensor.detach() for key, tensor in _name_tensors(lora_layers(model), modules).items()}
@@ -66,9 +65,8 @@ def save_adapter(
 ) -> None:
     """Writes the adapter of `model`, for `load_adapter` and for PEFT. Each file is written atomically.
 
-    PiSSA is written as a plain LoRA of twice the rank. Programs that load the adapter read the hub id or folder
-    `base_path`, and `base_revision`, a commit, branch or tag. With `base_fingerprint`, `load_adapter` recognises a
-    wrong base. Raises ValueError if the model has no LoRA layers.
+    Programs that load the adapter read the hub id or folder `base_path`, and `base_revision`, a commit, branch or tag.
+    With `base_fingerprint`, `load_adapter` recognises a wrong base. Raises ValueError if the model has no LoRA layers.
     """
     layers, folder = require_lora_layers(model), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,18 +121,13 @@ def load_adapter(model: nn.Module, folder: str | Path, *, base_fingerprint: str 
 
 
 def get_peft_tensors(layer: LoraLayer) -> dict[str, Tensor]:
-    """Returns A, B and DoRA's magnitude of a layer, with PEFT's names and shapes."""
-    lora_a, lora_b = layer.get_plain_matrices()
-    magnitude: Tensor | None = layer.magnitude
-    if isinstance(layer.base, nn.Conv2d):
-        lora_a = lora_a.view(-1, *layer.weight.shape[1:])
-        lora_b = lora_b[:, :, None, None]
-        magnitude = None if magnitude is None else magnitude[None, :, None, None]
+    """Returns A and B of a layer, with PEFT's names and shapes."""
     if isinstance(layer.base, nn.Embedding):
-        named = {"lora_embedding_A": lora_a, "lora_embedding_B": lora_b}
-    else:
-        named = {"lora_A.weight": lora_a, "lora_B.weight": lora_b}
-    return named if magnitude is None else {**named, "lora_magnitude_vector": magnitude}
+        return {"lora_embedding_A": layer.lora_a, "lora_embedding_B": layer.lora_b}
+    if isinstance(layer.base, nn.Conv2d):
+        lora_a = layer.lora_a.view(-1, *layer.weight.shape[1:])
+        return {"lora_A.weight": lora_a, "lora_B.weight": layer.lora_b[:, :, None, None]}
+    return {"lora_A.weight": layer.lora_a, "lora_B.weight": layer.lora_b}
 
 
 def _name_tensors(layers: Mapping[str, LoraLayer], modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -202,17 +195,11 @@ def read_peft_settings(path: Path) -> dict[str, Any]:
 
 
 def config_to_peft(layers: Mapping[str, LoraLayer], model: nn.Module, *, base_path: str) -> dict[str, Any]:
-    """Returns the settings with which PEFT builds these layers in the base model at `base_path`.
-
-    Every layer is written as a plain LoRA (`LoraLayer.get_plain_matrices`), so `init_lora_weights` is PEFT's default.
-    """
+    """Returns the settings with which PEFT builds these layers in the base model at `base_path`."""
     config = next(iter(layers.values())).config
-    ranks = {name: layer.get_plain_matrices()[0].shape[0] for name, layer in layers.items()}
-    alphas = {}  # the α from which PEFT computes the layer's scaling
-    for name, layer in layers.items():
-        ratio = ranks[name] / layer.rank
-        factors = {"alpha": ranks[name], "alpha_over_rank": ratio, "alpha_over_sqrt_rank": math.sqrt(ratio)}
-        alphas[name] = layer.target.alpha * factors[config.scaling]
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    # the α from which PEFT computes the layer's scaling
+    alphas = {n: layer.target.alpha * (layer.rank if config.scaling == "alpha" else 1) for n, layer in layers.items()}
     # the most common values are the defaults, so that the fewest layers need a pattern
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
@@ -233,7 +220,6 @@ def config_to_peft(layers: Mapping[str, LoraLayer], model: nn.Module, *, base_pa
         "rank_pattern": {keys[name]: r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {keys[name]: int_if_whole(a) for name, a in alphas.items() if a != alpha},
         "use_rslora": config.scaling == "alpha_over_sqrt_rank",
-        "use_dora": config.variant == "dora",
         "bias": "none",
         "fan_in_fan_out": any(is_conv1d(layer.base) for layer in layers.values()),
         "init_lora_weights": True,

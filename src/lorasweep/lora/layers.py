@@ -79,19 +79,11 @@ class AdaptedLayer(nn.Module):
 class LoraLayer(AdaptedLayer):
     """A frozen layer with one weight update, scaling · B A. While B A is zero, its output equals the frozen layer's.
 
-    *Differs* from PEFT if DoRA is used with dropout: dropout applies to the inputs of A only, not to those of the base.
-
     Attributes:
         target: How the layer is adapted. `config`, `rank` and `scaling` are copied from it.
         lora_a: (rank, d_in) in fp32, also if the base has another dtype.
         lora_b: (d_out, rank) in fp32.
-        initial_a: Copy of the initial A with PiSSA, whose initial update is subtracted from the base; else None.
-        initial_b: Copy of the initial B with PiSSA, else None.
-        magnitude: (d_out,) in fp32, the norm of each row of the adapted weight (DoRA); else None.
     """
-
-    initial_a: Tensor | None
-    initial_b: Tensor | None
 
     def __init__(
         self,
@@ -109,12 +101,8 @@ class LoraLayer(AdaptedLayer):
         self.target, self.config = target, target.config
         self.rank, self.scaling = target.rank, target.scaling
         device = self.weight.device if device is None else torch.device(device)
-        is_drawn = device.type != "meta"
         d_out, d_in = matrix_shape(base)
-        if is_drawn and self.config.init == "pissa":
-            matrix = weight_to_matrix(base, self.weight)
-            lora_a, lora_b = split_principal_part(matrix, rank=self.rank, scaling=self.scaling)
-        elif is_drawn:
+        if device.type != "meta":
             is_embedding, init = isinstance(base, nn.Embedding), self.config.init
             lora_a, lora_b = draw_matrices(
                 d_out=d_out, d_in=d_in, rank=self.rank, init=init, is_embedding=is_embedding, generator=generator
@@ -124,68 +112,30 @@ class LoraLayer(AdaptedLayer):
         self.lora_a, self.lora_b = (
             nn.Parameter(matrix.detach().to(device, torch.float32).contiguous()) for matrix in (lora_a, lora_b)
         )
-        has_initial_copy = self.config.init == "pissa"
-        self.register_buffer("initial_a", self.lora_a.detach().clone() if has_initial_copy else None)
-        self.register_buffer("initial_b", self.lora_b.detach().clone() if has_initial_copy else None)
-        self.magnitude = None
-        if self.config.variant == "dora":
-            norms = self._compute_row_norms().float() if is_drawn else torch.empty(d_out, device=device)
-            self.magnitude = nn.Parameter(norms)
-
-    def get_plain_matrices(self) -> tuple[Float[Tensor, "width d_in"], Float[Tensor, "d_out width"]]:
-        """Returns A and B of a plain LoRA (no PiSSA) that has the same weight update.
-
-        A plain layer returns its parameters. PiSSA adds `rank` rows to A and columns to B, which subtract the initial
-        update.
-        """
-        if self.initial_a is None or self.initial_b is None:
-            return self.lora_a, self.lora_b
-        return torch.cat([self.lora_a, self.initial_a]), torch.cat([self.lora_b, -self.initial_b], dim=1)
 
     def forward(self, x: Shaped[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:
-        lora_a, lora_b = self.get_plain_matrices()
         dropout = self.config.dropout
         is_dropped = self.training and dropout > 0 and not isinstance(self.base, nn.Embedding)  # token ids are kept
         keep = draw_keep_mask(x.shape, rate=dropout, device=x.device) if is_dropped else None
         factor = self.scaling / (1 - dropout) if is_dropped else self.scaling
-        y = self.add_update(x, [SlotGroup(lora_a[None], lora_b[None], factor)], keep=keep)
-        if self.magnitude is None:
-            return y
-        # DoRA's m / ‖W0 + scaling · B A‖: equation 5 of arXiv 2402.09353. The paper's columns are rows here.
-        shape = (-1, 1, 1) if isinstance(self.base, nn.Conv2d) else (-1,)
-        row_factors = (self.magnitude / self._compute_row_norms()).to(y.dtype).view(shape)
-        # y contains the bias, and DoRA does not scale the bias
-        return y * row_factors if self.bias is None else y * row_factors + self.bias.view(shape) * (1 - row_factors)
+        return self.add_update(x, [SlotGroup(self.lora_a[None], self.lora_b[None], factor)], keep=keep)
 
     def compute_weight_update(self) -> Float[Tensor, "d_out d_in"]:
         """Returns ΔW = scaling · B A, in fp32 or the base's wider dtype."""
-        lora_a, lora_b = self.get_plain_matrices()
+        dtype = self.lora_a.dtype
         if self.weight.is_floating_point():
-            dtype = torch.promote_types(self.weight.dtype, self.lora_a.dtype)
-            lora_a, lora_b = lora_a.to(dtype), lora_b.to(dtype)
-        return self.scaling * (lora_b @ lora_a)
+            dtype = torch.promote_types(self.weight.dtype, dtype)
+        return self.scaling * (self.lora_b.to(dtype) @ self.lora_a.to(dtype))
 
     @torch.no_grad()
     def compute_merged_weight(self) -> Tensor:
-        """Returns W0 + ΔW in the base's shape and dtype (with DoRA: times its row factors), rounded only once."""
-        matrix = self._compute_updated_matrix()
-        if self.magnitude is not None:
-            matrix *= (self.magnitude / torch.linalg.vector_norm(matrix, dim=1))[:, None]
+        """Returns W0 + ΔW in the base's shape and dtype, rounded only once."""
+        update = self.compute_weight_update()
+        matrix = weight_to_matrix(self.base, self.weight).to(update.dtype) + update
         return matrix_to_weight(self.base, matrix).to(self.weight.dtype).contiguous()
 
     def extra_repr(self) -> str:
-        variant = "" if self.config.variant == "lora" else f"variant={self.config.variant}, "
-        return f"{variant}rank={self.rank}, scaling={self.scaling:g}"
-
-    def _compute_updated_matrix(self) -> Float[Tensor, "d_out d_in"]:
-        """Returns W0 + scaling · B A."""
-        update = self.compute_weight_update()
-        return weight_to_matrix(self.base, self.weight).to(update.dtype) + update
-
-    @torch.no_grad()  # DoRA's section 4.3 treats the norm as a constant in the gradient
-    def _compute_row_norms(self) -> Float[Tensor, " d_out"]:
-        norms: Tensor = torch.linalg.vector_norm(self._compute_updated_matrix(), dim=1)
-        return norms
+        return f"rank={self.rank}, scaling={self.scaling:g}"
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
@@ -194,7 +144,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 
 
 def split_lora_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-    """Returns all A, all B, and the other trainable parameters (heads, row norms), each in the model's order.
+    """Returns all A, all B, and the other trainable parameters (heads), each in the model's order.
 
     LoRA+ (arXiv 2402.12354, section 4) trains B with `optim.lr_ratio_b` times the learning rate of A. This includes
     embeddings, whose A is initially zero instead of B.
@@ -222,7 +172,6 @@ def draw_matrices(
     - `gaussian`: A normal with standard deviation 1/rank as in PEFT, B zero. LoRA's section 4.1 says "random Gaussian".
     - `orthogonal`: A uses the even rows of one random rotation and B the odd rows, so both are random and B A = 0
       (PEFT's `orthogonal`, after datta0.github.io/posts/rethink-lora-init). The rank must be even.
-    - `pissa` draws nothing (see `split_principal_part`).
     """
     if init == "orthogonal":
         rotation, _ = torch.linalg.qr(torch.randn(rank, rank, generator=generator))
@@ -236,17 +185,3 @@ def draw_matrices(
     lora_a = torch.empty(rank, d_in)
     torch.nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5), generator=generator)
     return lora_a, torch.zeros(d_out, rank)
-
-
-@torch.no_grad()
-def split_principal_part(
-    matrix: Float[Tensor, "d_out d_in"], *, rank: int, scaling: float
-) -> tuple[Float[Tensor, "rank d_in"], Float[Tensor, "d_out rank"]]:
-    """Returns A and B so that scaling · B A is the best approximation of `matrix` of this rank.
-
-    PiSSA (arXiv 2404.02948), section 3, equations 2 and 3: A = √S Vᵀ and B = U √S, with the largest singular values.
-    *Differs:* A and B are each divided by √scaling, so that the result does not depend on α.
-    """
-    u, s, vh = torch.linalg.svd(matrix.float(), full_matrices=False)
-    root = (s[:rank] / scaling).sqrt()
-    return root[:, None] * vh[:rank], u[:, :rank] * root

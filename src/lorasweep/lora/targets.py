@@ -19,7 +19,6 @@ from lorasweep.lora.layer_kinds import (
     count_parameters,
     find_fused_experts,
     is_linear,
-    is_quantised,
     matrix_shape,
 )
 from lorasweep.lora.patterns import find_first_match, fits_pattern, get_block_index, suggest_layer
@@ -62,8 +61,8 @@ class Coverage:
     unmatched: tuple[str, ...]
     """Names of the linear layers that are not adapted."""
     trainable_params: int
-    """Number of trainable parameters: Σ r (d_in + d_out) over the adapted layers, DoRA's row norms, and the modules
-    that train in full."""
+    """Number of trainable parameters: Σ r (d_in + d_out) over the adapted layers, and the modules that train in
+    full."""
     matched_fraction: float
     """Fraction of the model's parameters that are in adapted layers, or in modules that train in full."""
     fused_experts: tuple[str, ...]
@@ -106,7 +105,7 @@ def find_targets(model: nn.Module, config: LoraConfig, *, allow_full_rank: bool 
         )
         _check_layer(name, layers[name], targets[name], allow_full_rank=allow_full_rank)
         d_out, d_in = matrix_shape(layers[name])
-        added += rank * (d_in + d_out) + (d_out if config.variant == "dora" else 0)
+        added += rank * (d_in + d_out)
     return Coverage(
         targets=targets,
         unmatched=tuple(name for name, layer in layers.items() if is_linear(layer) and name not in matched),
@@ -182,21 +181,12 @@ def _check_settings_match_layers(config: LoraConfig, names: list[str], all_names
 
 
 def _check_layer(name: str, layer: nn.Module, target: Target, *, allow_full_rank: bool) -> None:
-    """Refuses a rank above the smaller side of the weight, which adds no new updates, only parameters.
-
-    Also refuses DoRA and PiSSA for a quantised layer, because they compute with the base's weight.
-    """
-    (d_out, d_in), config = matrix_shape(layer), target.config
+    """Refuses a rank above the smaller side of the weight, which adds no new updates, only parameters."""
+    d_out, d_in = matrix_shape(layer)
     if target.rank > min(d_out, d_in) and not allow_full_rank:
         raise ValueError(
             f"`method.rank <= {min(d_out, d_in)}` must hold for layer {name!r} ({d_out} × {d_in}), "
             f"but got {target.rank}. Lower `method.rank`, or exclude the layer with `method.exclude`."
-        )
-    if (config.variant == "dora" or config.init == "pissa") and is_quantised(layer):
-        setting = "method.variant=dora" if config.variant == "dora" else "method.init=pissa"
-        raise ValueError(
-            f"`{setting}` needs layers with floating-point weights, but {name!r} is a {type(layer).__name__}. "
-            "Use the default, or exclude the layer with `method.exclude`."
         )
 
 

@@ -52,7 +52,7 @@ class LoraMethod(Method):
     def trainable_groups(self, model: nn.Module, *, lr_ratio_b: float) -> list[ParameterGroup]:
         """Returns A and B as one group, or as two groups if `lr_ratio_b` is not 1 (LoRA+, arXiv 2402.12354).
 
-        If other parameters train (a head, DoRA's row norms), they form the group `other`.
+        If other parameters train (a head), they form the group `other`.
         """
         a, b, other = map(tuple, split_lora_parameters(model))
         if lr_ratio_b == 1:

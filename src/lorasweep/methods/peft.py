@@ -7,18 +7,20 @@ which a run does not make.
 
 from __future__ import annotations
 
+import json
+import math
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from lorasweep.config.components import require_package
 from lorasweep.config.method import MethodConfig, PeftConfig
@@ -29,6 +31,7 @@ from lorasweep.methods.method import (
     Method,
     clear_tie_setting,
     copy_sharing_weights,
+    replace_parameters,
     round_to_frozen_dtype,
 )
 from lorasweep.models.load import BaseModel
@@ -36,6 +39,8 @@ from lorasweep.models.load import BaseModel
 ADAPTER = "default"
 """PEFT's name of the only adapter of a model."""
 INIT = "init_lora_weights"
+LORA_PARTS = {"lora_A": (1, 0), "lora_B": (-1, 1)}
+"""How PiSSA's initial A and B are joined to the trained ones: the sign, and the dimension of the rank."""
 REFUSED_KEYS = (
     *("megatron_config", "megatron_core"),  # PEFT would import the module that they name
     *("arrow_config", "kasa_config", "monteclora_config", "use_asa"),  # need another loss or other calls in training
@@ -75,6 +80,8 @@ class PeftMethod(Method):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder.parent) as temporary, quiet_peft():
             wrapper.save_pretrained(temporary, save_embedding_layers=False)  # True or "auto" may ask the hub
+            if initial := model.__dict__["_peft_initial"]:
+                _subtract_initial_update(Path(temporary), initial)
             # weights first: if the process stops in between, a folder with a configuration still has its weights
             for name in (WEIGHTS_FILE, CONFIG_FILE):
                 write_atomically(folder / name, (Path(temporary) / name).read_bytes())
@@ -124,7 +131,7 @@ class PeftMethod(Method):
                 f"the adapter must be one that PEFT can merge into the base, but: {describe_error(error)}. "
                 "Only PEFT can use it: `lorasweep export --format peft`."
             ) from error
-        del model.__dict__["_peft_model"]
+        del model.__dict__["_peft_model"], model.__dict__["_peft_initial"]
         model.__dict__.pop("peft_config", None)
         clear_tie_setting(model)
         round_to_frozen_dtype(model)
@@ -161,6 +168,10 @@ def build_peft_config(settings: Mapping[str, Any], model: nn.Module, *, new_head
     return config
 
 
+def is_pissa(config: Any) -> bool:
+    return str(getattr(config, INIT, True)).startswith("pissa")
+
+
 def _check_config(config: Any) -> None:
     """Raises a ConfigError if PEFT accepts a configuration, but a run can't do what it asks for."""
     kind, init = config.peft_type.value, getattr(config, INIT, True)
@@ -170,8 +181,8 @@ def _check_config(config: Any) -> None:
         value = getattr(config, field.name)
         if field.name in REFUSED_KEYS and value not in (field.default, None, False):
             raise ConfigError(f"`method.config.{field.name}` must be left out, because no run can do it: {value!r}.")
-    if init not in INITS_KEEPING_BASE:  # others change the base's weights, or need data before the first step
-        choices = ", ".join(map(str, INITS_KEEPING_BASE))
+    if init not in INITS_KEEPING_BASE and not is_pissa(config):  # others write to the base's weights, or need data
+        choices = ", ".join(map(str, (*INITS_KEEPING_BASE, "pissa")))
         raise ConfigError(f"`method.config.{INIT}` must be one of {choices}, but got {init!r}.")
 
 
@@ -180,12 +191,18 @@ def add_adapter(
 ) -> None:
     """Lets PEFT replace layers of a copy of the base, in place. The base's weights do not change.
 
-    Without `has_values` the adapter has no initial values and needs no memory.
+    Without `has_values` the adapter has no initial values and needs no memory. PiSSA gives the copy's adapted layers
+    weights of their own, without the principal part.
 
     Raises:
         ConfigError: PEFT can't make these layers for the model.
     """
     peft, kind = import_peft(), peft_config.peft_type.value
+    subtracts_part = is_pissa(peft_config)
+    if subtracts_part and not has_values:
+        peft_config, subtracts_part = replace(peft_config, **{INIT: True}), False  # it reads the weights
+    if subtracts_part:  # PEFT gives the parameters new data
+        replace_parameters(model, {p: nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()})
     shared = {id(parameter) for parameter in model.parameters()}
     try:
         with quiet_peft():
@@ -206,6 +223,28 @@ def add_adapter(
         if not any(name.startswith(f"{head}.") for name in trained):
             raise ConfigError(f"`method.config` must train the new head `{head}`, but {kind} does not.")
     model.__dict__["_peft_model"] = wrapper  # not an attribute, which would put the model into itself
+    named = peft.get_peft_model_state_dict(wrapper, save_embedding_layers=False) if subtracts_part else {}
+    model.__dict__["_peft_initial"] = {
+        key: tensor.clone() for key, tensor in named.items() if key.split(".")[-2] in LORA_PARTS
+    }
+
+
+def _subtract_initial_update(folder: Path, initial: Mapping[str, Tensor]) -> None:
+    """Rewrites a saved PiSSA (arXiv 2404.02948) as a LoRA of twice the rank: B A − B0 A0, for the base as it is.
+
+    PEFT's own conversion needs the initial adapter on disk, and adds it to the model that trains.
+    """
+    tensors = load_file(folder / WEIGHTS_FILE)
+    for key, start in initial.items():
+        sign, dim = LORA_PARTS[key.split(".")[-2]]
+        tensors[key] = torch.cat([tensors[key], sign * start.cpu()], dim=dim)
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    factor = math.sqrt(2) if config["use_rslora"] else 2  # of α, so that the scaling stays
+    config |= {INIT: True, "r": 2 * config["r"], "lora_alpha": factor * config["lora_alpha"]}
+    for name, times in (("rank_pattern", 2), ("alpha_pattern", factor)):
+        config[name] = {key: times * value for key, value in (config[name] or {}).items()}
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
 def get_wrapper(model: nn.Module) -> Any:

@@ -98,7 +98,6 @@ def inspect_run(folder: Path, *, trust: bool = False) -> Inspection:
     base.model.float()  # merging into bf16 would round the updates
     ranks = {}
     if isinstance(method, LoraConfig):
-        # ranks of the settings: adapter files store PiSSA as plain LoRA of a higher rank
         try:
             targets = find_targets(base.model, method, allow_full_rank=True).targets
         except ValueError as error:
@@ -109,7 +108,7 @@ def inspect_run(folder: Path, *, trust: bool = False) -> Inspection:
     # the head as the run drew it before training
     start = copy_sharing_weights(base.model)
     draw_head(start, base.new_head_names, generator=torch.Generator().manual_seed(config.seeds.init))
-    layers, spectra = measure_updates(model, start, ranks=ranks, has_low_rank=getattr(method, "variant", "") == "lora")
+    layers, spectra = measure_updates(model, start, ranks=ranks)
     if not layers:
         raise RecordError(
             f"a run must have changed its base to be inspected, but the best weights of {str(folder)!r} equal the "
@@ -125,12 +124,11 @@ def inspect_run(folder: Path, *, trust: bool = False) -> Inspection:
 
 @torch.no_grad()
 def measure_updates(
-    model: nn.Module, base: nn.Module, *, ranks: Mapping[str, int], has_low_rank: bool
+    model: nn.Module, base: nn.Module, *, ranks: Mapping[str, int]
 ) -> tuple[tuple[LayerRow, ...], dict[str, list[float]]]:
     """Returns a row for each weight that changed, in the model's order, and the singular values of matrices by layer.
 
-    `base` has the new head as the run drew it. `ranks` are those of the layers that LoRA trained; with `has_low_rank`
-    their updates have this rank (DoRA's new row norms change every direction).
+    `base` has the new head as the run drew it. `ranks` are those of the layers that LoRA trained.
     """
     originals = dict(base.named_parameters(remove_duplicate=False))
     rows, spectra = [], {}
@@ -153,7 +151,7 @@ def measure_updates(
             base_norm=before.norm().item(),
         )
         if change.dim() > 1:
-            u, s, vh = decompose(change, rank=ranks.get(layer) if has_low_rank else None)
+            u, s, vh = decompose(change, rank=ranks.get(layer))
             spectra[layer], directions = s.tolist(), count_directions(s)
             count = row.trained_rank or directions
             inside = (u[:, :count].t() @ before @ vh[:count].t()).norm().item()

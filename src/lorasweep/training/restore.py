@@ -143,7 +143,6 @@ def restore_model(config: RunConfig, base: BaseModel, *, folder: Path) -> nn.Mod
     """Returns a copy of the base with the weights in `folder` (a run's `best` or `last`), in evaluation mode."""
     method = METHODS[config.method.name]
     if method.loads_onto_base:
-        # `prepare` would compute PiSSA's initial values again, and this machine may round differently
         model = copy_sharing_weights(base.model)
     else:
         model = method.prepare(base, config.method, generator=torch.Generator().manual_seed(config.seeds.init))

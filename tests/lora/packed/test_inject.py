@@ -62,8 +62,6 @@ UP, INSIDE = LoraConfig(targets=("0.up",)), LoraConfig(targets=("0.up",), module
 WHOLE = LoraConfig(targets=("0.up",), modules_to_save=("layers.1",))
 HEAD = LoraConfig(targets=("up",), modules_to_save=("out",))
 REFUSED = [
-    ([LoraConfig(), LoraConfig(variant="dora")], None, ["slot 1 must be packable", "`method.variant=dora`"]),
-    ([LoraConfig(), LoraConfig(init="pissa")], None, ["slot 1 must be packable", "`method.init=pissa`"]),
     ([LoraConfig(), LoraConfig(targets=("upp",))], None, ["Did you mean `up`"]),
     ([LoraConfig(), LoraConfig(rank=99)], None, ["`method.rank <= 8` must hold"]),
     ([UP, LoraConfig(targets=("proj",), modules_to_save=("0.up",))], None, ["must be the same", "'layers.0.up'"]),

@@ -1,15 +1,10 @@
 """Which trials can train together, and on which base each arm trains."""
 
-from typing import get_args, get_type_hints
-
 import pytest
 
-from lorasweep.config.compose import compose_run
-from lorasweep.config.method import LoraConfig
 from lorasweep.errors import ConfigError
-from lorasweep.lora.packed.inject import why_not_packable
 from lorasweep.sweep.definition.arms import read_definition
-from lorasweep.sweep.definition.packing import NEEDED_SETTINGS, explain_solo_arms, plan_packing
+from lorasweep.sweep.definition.packing import explain_solo_arms, plan_packing
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
 
 
@@ -32,8 +27,6 @@ def test_lora_trials_and_arms_that_differ_in_what_a_slot_owns_share_packs(plan, 
 @pytest.mark.parametrize(
     ("key", "value", "remedy"),
     [
-        ("method.variant", "dora", "method.variant=lora"),
-        ("method.init", "pissa", "method.init=default"),
         ("trainer.max_steps", 9, "trainer.max_steps=10"),
         ("trainer.devices", 2, "trainer.devices=1"),
         ("trainer.compile", True, "trainer.compile=false"),
@@ -57,14 +50,6 @@ def test_trials_of_the_shipped_qlora_share_packs(tmp_path):
     )
     assert plans["lora"].largest.trainer.activation_checkpointing
     assert plans["lora"].key is not None
-
-
-def test_a_setting_is_needed_exactly_if_the_layers_can_not_be_packed():
-    for name in ("variant", "init"):
-        for value in get_args(get_type_hints(LoraConfig)[name]):
-            config = compose_run({f"method.{name}": value, "method.rank": 2})
-            needs = any(key.startswith("method.") and not holds(config) for key, holds in NEEDED_SETTINGS.items())
-            assert needs is (why_not_packable(config.method) is not None), (name, value)
 
 
 def test_an_adapter_of_peft_trains_alone_and_its_keys_are_swept(read, content):

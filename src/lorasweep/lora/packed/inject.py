@@ -59,19 +59,17 @@ def inject_packed_lora(
 
     Args:
         model: Any module that `inject_lora` can adapt. The first dimension of its inputs must be the batch.
-        configs: One per slot. All settings may differ, except those that `why_not_packable` refuses.
+        configs: One per slot. All settings may differ.
         generators: CPU random stream of each slot's A and B, used as in `inject_lora`; torch's default stream if None.
         prepare_copy: Called with each slot's copy of the base and the slot's generator before LoRA is injected.
 
     Raises:
-        ValueError: A configuration can't be packed (`why_not_packable`), can't be packed with the others, or is
-            refused by `inject_lora`. The model is then unchanged.
+        ValueError: A configuration can't be packed with the others, or is refused by `inject_lora`. The model is then
+            unchanged.
     """
     streams = [None] * len(configs) if generators is None else generators
     check_not_injected(model)
     _check_rows_are_independent(model)
-    for slot, config in enumerate(configs):
-        _check_packable(config, slot)
     # One solo model per slot, so that each slot's checks and random numbers are exactly those of a solo run.
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     solos = [copy_base(model) for _ in configs]
@@ -107,11 +105,10 @@ def fill_slot(
     must be set.
 
     Raises:
-        ValueError: The model is not packed; or `config` can't be packed (`why_not_packable`), can't be packed with the
-            other slots, or is refused by `inject_lora`. The pack is then unchanged.
+        ValueError: The model is not packed; or `config` can't be packed with the other slots, or is refused by
+            `inject_lora`. The pack is then unchanged.
     """
     slots = find_slots(model)
-    _check_packable(config, slot)
     solo = copy_base(model)
     coverage = _inject_solo(solo, config, generator, prepare_copy)
     _check_slots_do_not_overlap(model, [solo])
@@ -142,18 +139,6 @@ def compact_slots(model: nn.Module, keep: Sequence[int]) -> None:
     slots.generators = [slots.generators[slot] for slot in keep]
     slots.sequence_lengths = None
     _update_layers(model, slots)
-
-
-def why_not_packable(config: LoraConfig) -> str | None:
-    """Returns a sentence that says why trials with these settings can't share a pack; None if they can."""
-    if config.variant == "dora":
-        return "`method.variant=dora` can't be packed: packed layers do not scale rows by trained norms."
-    if config.init == "pissa":
-        return (
-            "`method.init=pissa` can't be packed: it trains the difference of two large products, so that in bf16 a "
-            "packed run would differ too much from the same run alone."
-        )
-    return None
 
 
 def set_dropout_streams(model: nn.Module, streams: Sequence[torch.Generator | None]) -> None:
@@ -217,12 +202,6 @@ def _check_rows_are_independent(model: nn.Module) -> None:
             f"A packed model must compute each row independently, but {batch_norm!r} is a batch norm, which mixes the "
             "slots. Train without packs."
         )
-
-
-def _check_packable(config: LoraConfig, slot: int) -> None:
-    reason = why_not_packable(config)
-    if reason is not None:
-        raise ValueError(f"The trial of slot {slot} must be packable, but {reason} Train it without a pack.")
 
 
 def _check_slots_do_not_overlap(model: nn.Module, solos: Sequence[nn.Module]) -> None:

@@ -1,7 +1,7 @@
 """Decides which arms' trials can train together as a pack, and says which base each arm trains on.
 
 Trials share a pack if they differ only in settings that each slot has for itself: `optim`, `schedule`, `logger`, seeds,
-and the settings of `method=lora` that can be stacked. Model, data and trainer settings must be equal.
+and the settings of `method=lora`. Model, data and trainer settings must be equal.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from lorasweep.wording import join_words
 SLOT_GROUPS = ("method", "optim", "schedule", "logger", "seed", "seeds")
 """Groups of settings that each slot of a pack has for itself."""
 NEEDED_SETTINGS: Mapping[str, Callable[[RunConfig], bool]] = {
-    "method.variant=lora": lambda config: getattr(config.method, "variant", "") == "lora",
-    "method.init=default": lambda config: getattr(config.method, "init", "") != "pissa",
     "trainer.compile=false": lambda config: not config.trainer.compile,
     "trainer.devices=1": lambda config: not config.trainer.needs_process_group,
     "optim=adamw": lambda config: not isinstance(config.optim, Component),
