@@ -44,7 +44,7 @@ BAD = [
     (["reproduce", "full"], "a run's folder must contain run.json, but 'full' does not."),
     (["train", "data.train=https://me:open-sesame@host/a.csv", "data=table"], "but got 'https://***@host/a.csv'."),
     (["sweep", "mini.yaml", "model.path=https://me:open-sesame@host"], "`model.path` must not contain a password"),
-    (["train", "method.lora_alpha=4"], "`method.lora_alpha` is not a setting. `lora_alpha` is `method.alpha`"),
+    (["train", "method.lora_alpha=4"], "`method.lora_alpha` is not a setting. PEFT's `lora_alpha` is `method.alpha`"),
     (["train", "model.path=embedded:big"], "`model.path` must name an embedded model (tiny), but got 'embedded:big'."),
     (["train", "output=full"], "`output` must be a new or empty folder, but 'full' is not."),
 ]

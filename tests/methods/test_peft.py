@@ -120,10 +120,11 @@ def test_every_kind_of_peft_is_made_or_refused_without_a_change_of_the_base(kind
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
+        {"target_modules": ["q_proj", "lm_head"]},  # whose weight the embeddings share
         {"use_dora": True, "rank_pattern": {"down_proj": 3}},
         {"use_rslora": True, "alpha_pattern": {"down_proj": 3}, "init_lora_weights": "pissa_niter_4"},
     ],

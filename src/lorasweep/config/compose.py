@@ -53,15 +53,13 @@ LIST_SETTINGS = (
     "method.targets",  # names of layers, as in PEFT
 )
 """Settings that take a list. A list that is typed for one of them is its value, not a list of choices."""
-DORA = "method=peft method.config={peft_type: LORA, target_modules: all-linear, use_dora: true}"
 PEFT_ALIASES: Mapping[str, str] = {
     "r": "method.rank",
     "lora_alpha": "method.alpha",
     "lora_dropout": "method.dropout",
     "target_modules": "method.targets",
     "exclude_modules": "method.exclude",
-    "use_dora": DORA,
-    "variant": DORA,  # a setting of earlier versions
+    "use_dora": "method=peft 'method.config={peft_type: LORA, target_modules: all-linear, use_dora: true}'",
     "use_rslora": "method.scaling=alpha_over_sqrt_rank",
 }
 """Fields of `peft.LoraConfig` that users type by habit, with the setting that does the same."""
@@ -168,8 +166,9 @@ def _build(kind: type[T], values: Mapping[str, Any]) -> T:
 def _find_setting(key: str) -> str:
     """Returns a sentence on the setting that PEFT's users mean by a key, or on the options that have the key."""
     group, _, name = key.rpartition(".")
+    name = "use_dora" if key == "method.variant" else name  # a setting of earlier versions
     if group in ("", "method") and name in PEFT_ALIASES:
-        return f" `{name}` is `{PEFT_ALIASES[name]}` here."
+        return f" PEFT's `{name}` is `{PEFT_ALIASES[name]}` here."
     files = sorted((packaged_folder("conf") / group).glob("*.yaml")) if group else []
     options = [f"`{group}={file.stem}`" for file in files if name in OmegaConf.load(file).keys()]  # noqa: SIM118 (`in` skips keys that are `???`)
     return f" It is one of {join_words(options, last='and of')}." if options else ""

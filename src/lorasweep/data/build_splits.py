@@ -291,7 +291,6 @@ def _shared_fields(
     config: RowSettings,
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, Any]:
-    """Returns the fields that every kind of `ExampleSplit` has."""
     pad_tokens = [token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if isinstance(token, int)]
     return {
         "name": examples.name,

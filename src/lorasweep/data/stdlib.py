@@ -58,7 +58,6 @@ def list_standard_library(*, with_tests: bool) -> tuple[Path, ...]:
 
 @functools.cache
 def read_stdlib(name: str) -> DataSource:
-    """Returns the splits of `stdlib_docs` or `stdlib_code`."""
     read_documents = read_docs if name == "stdlib_docs" else read_code
 
     def read(split: str) -> Examples[Document]:

@@ -57,10 +57,6 @@ class ExampleScores:
         """Returns the scores of one slot, if the examples are stored slot after slot."""
         return self.map(lambda values: values.chunk(slots)[slot])  # all slots have the same number of scored tokens
 
-    def reorder(self, order: Tensor) -> ExampleScores:
-        """Returns the scores with the examples in another order, without `metric_input` and `metric_target`."""
-        return self.map(lambda values: values[order], names=EXAMPLE_FIELDS)
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OwnMetric:

@@ -220,5 +220,4 @@ def find_layers(model: nn.Module) -> list[list[nn.Parameter]]:
 
 
 def find_intrinsic_parameters(model: nn.Module) -> IntrinsicParameters:
-    """Returns the `IntrinsicParameters` of a prepared model."""
     return next(module for module in model.modules() if isinstance(module, IntrinsicParameters))

@@ -65,11 +65,9 @@ class LoraMethod(Method):
         return groups + ([ParameterGroup(name="other", params=other, lr_factor=1.0)] if other else [])
 
     def save(self, model: nn.Module, folder: Path, *, base: BaseModel) -> None:
-        """Writes the adapter, but not the base, in PEFT's format."""
         save_adapter(model, folder, base_path=base.path, base_fingerprint=base.fingerprint)
 
     def load(self, model: nn.Module, folder: Path) -> None:
-        """Loads an adapter onto a copy of the base model."""
         try:
             load_adapter(model, folder)
         except ValueError as error:

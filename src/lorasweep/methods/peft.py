@@ -31,7 +31,6 @@ from lorasweep.methods.method import (
     Method,
     clear_tie_setting,
     copy_sharing_weights,
-    replace_parameters,
     round_to_frozen_dtype,
 )
 from lorasweep.models.load import BaseModel
@@ -74,7 +73,6 @@ class PeftMethod(Method):
             add_adapter(model, peft_config, new_head_names=base.new_head_names)
 
     def save(self, model: nn.Module, folder: Path, *, base: BaseModel) -> None:
-        """Writes the adapter, as PEFT's `save_pretrained` does."""
         wrapper = get_wrapper(model)
         wrapper.peft_config[ADAPTER].base_model_name_or_path = base.path
         folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +85,6 @@ class PeftMethod(Method):
                 write_atomically(folder / name, (Path(temporary) / name).read_bytes())
 
     def load(self, model: nn.Module, folder: Path) -> None:
-        """Loads an adapter onto a copy of the base model."""
         source = f"the adapter in {str(folder)!r}"
         try:
             peft = import_peft()
@@ -164,7 +161,7 @@ def build_peft_config(settings: Mapping[str, Any], model: nn.Module, *, new_head
             config: Any = kinds[kind](**settings)
     except (TypeError, ValueError, ImportError, AttributeError) as error:
         raise _refuse(f"make {kind}", error) from error
-    _check_config(config)
+    _check_config(config, inits=(*INITS_KEEPING_BASE, "pissa"))
     return config
 
 
@@ -172,7 +169,7 @@ def is_pissa(config: Any) -> bool:
     return str(getattr(config, INIT, True)).startswith("pissa")
 
 
-def _check_config(config: Any) -> None:
+def _check_config(config: Any, *, inits: Sequence[Any] = INITS_KEEPING_BASE) -> None:
     """Raises a ConfigError if PEFT accepts a configuration, but a run can't do what it asks for."""
     kind, init = config.peft_type.value, getattr(config, INIT, True)
     if kind == "ADALORA":  # drops ranks after each step
@@ -181,8 +178,8 @@ def _check_config(config: Any) -> None:
         value = getattr(config, field.name)
         if field.name in REFUSED_KEYS and value not in (field.default, None, False):
             raise ConfigError(f"`method.config.{field.name}` must be left out, because no run can do it: {value!r}.")
-    if init not in INITS_KEEPING_BASE and not is_pissa(config):  # others write to the base's weights, or need data
-        choices = ", ".join(map(str, (*INITS_KEEPING_BASE, "pissa")))
+    if ("pissa" if is_pissa(config) else init) not in inits:  # others write to the base's weights, or need data
+        choices = ", ".join(map(str, inits))
         raise ConfigError(f"`method.config.{INIT}` must be one of {choices}, but got {init!r}.")
 
 
@@ -191,8 +188,8 @@ def add_adapter(
 ) -> None:
     """Lets PEFT replace layers of a copy of the base, in place. The base's weights do not change.
 
-    Without `has_values` the adapter has no initial values and needs no memory. PiSSA gives the copy's adapted layers
-    weights of their own, without the principal part.
+    Without `has_values` the adapter has no initial values and needs no memory. PiSSA gives the copy's layers
+    weights of their own, and those that it adapts lose their principal part.
 
     Raises:
         ConfigError: PEFT can't make these layers for the model.
@@ -201,8 +198,10 @@ def add_adapter(
     subtracts_part = is_pissa(peft_config)
     if subtracts_part and not has_values:
         peft_config, subtracts_part = replace(peft_config, **{INIT: True}), False  # it reads the weights
-    if subtracts_part:  # PEFT gives the parameters new data
-        replace_parameters(model, {p: nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()})
+    if subtracts_part:  # PEFT gives a layer's parameter new data, which no other layer may share
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(parameter.detach(), requires_grad=False))
     shared = {id(parameter) for parameter in model.parameters()}
     try:
         with quiet_peft():

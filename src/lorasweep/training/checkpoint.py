@@ -85,7 +85,6 @@ def remove_checkpoints(folder: Path, *, after_step: int = -1) -> None:
 
 
 def remove_older_checkpoints(folder: Path, *, kind: CheckpointKind) -> None:
-    """Removes all checkpoints of a kind except the last two."""
     for path in _list_newest_first(folder, kind)[NUM_KEPT_CHECKPOINTS:]:
         path.unlink(missing_ok=True)
 

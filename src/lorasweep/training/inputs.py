@@ -205,7 +205,6 @@ def check_batch_memory(config: TrainerConfig, split: Split) -> None:
 
 
 def describe_batching(inputs: RunInputs, config: TrainerConfig, *, accumulate: int) -> dict[str, Any]:
-    """Returns the initial `batching` of a run's record."""
     split = inputs.splits.validation
     batches = EvaluationSampler(split, batch_size=config.eval_batch_size).batches
     # `TrainingProgress.write_to` later replaces the 0

@@ -323,7 +323,6 @@ def score_on_test(
 def _evaluate(
     config: RunConfig, module: LightningModule, splits: OwnSplits, *, step: str, precision: Any, num_batches: int | None
 ) -> float:
-    """Calls `Trainer.validate` or `Trainer.test`, and returns the metric."""
     # `test_acc` for `val_acc`, and `test/loss` for `validation/loss`
     test_name = re.sub(r"^val(id(ation)?)?(?=[^a-z]|$)", "test", splits.metric)
     metric = test_name if step == "test" else splits.metric

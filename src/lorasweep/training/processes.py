@@ -107,7 +107,6 @@ def find_launch(config: TrainerConfig) -> Launch:
 
 
 def is_distributed(config: TrainerConfig, launch: Launch) -> bool:
-    """Returns whether a run needs a process group."""
     return launch.num_processes > 1 or config.strategy != "auto"
 
 
@@ -151,7 +150,6 @@ def join_processes(config: TrainerConfig) -> Iterator[Fabric]:
 
 
 def build_strategy(config: TrainerConfig, launch: Launch) -> Strategy | str:
-    """Returns the strategy for Lightning's Trainer."""
     if isinstance(config.strategy, Component):
         if config.is_sharded:
             raise ConfigError("`trainer.strategy` must be fsdp for `ModelParallelStrategy`, but got its class.")

@@ -228,7 +228,6 @@ class LightningRun(lightning.Callback):
         return self.run_log.record
 
     def _train(self, record: RunRecord, *, checkpoint: Path | None) -> tuple[RunStatus, str | None]:
-        """Trains, and returns the run's status and its reason."""
         config, inputs = self.config, self.inputs
         accumulate = int(record.batching["micro_batches"])
         module: lightning.LightningModule

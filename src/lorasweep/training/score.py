@@ -12,14 +12,14 @@ from typing import NamedTuple
 
 import torch
 from lightning import LightningModule
-from torch import Tensor, nn
+from torch import nn
 
 from lorasweep.config.build import as_settings
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import EvaluationSampler, choose_part
 from lorasweep.data.build_splits import DataSplits
 from lorasweep.data.split import Split, move_batch, repeat_batch
-from lorasweep.data.tasks import Evaluation, ExampleScores, Task, read_metrics
+from lorasweep.data.tasks import EXAMPLE_FIELDS, Evaluation, ExampleScores, Task, read_metrics
 from lorasweep.disk import csv_text, write_atomically
 from lorasweep.errors import RecordError
 from lorasweep.methods import copy_sharing_weights
@@ -203,7 +203,7 @@ def evaluate_model(model: nn.Module, split: Split, *, task: Task, config: RunCon
         [evaluation] = evaluate_slots(model, split, batches, task=task)
     [values] = read_metrics([evaluation.compute()])
     by_example = torch.tensor(batches.order).argsort()  # back to the order of the split; batches are sorted by length
-    return Scores(values, evaluation.examples.map(Tensor.cpu).reorder(by_example))
+    return Scores(values, evaluation.examples.map(lambda values: values.cpu()[by_example], names=EXAMPLE_FIELDS))
 
 
 @torch.no_grad()

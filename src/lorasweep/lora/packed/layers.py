@@ -250,5 +250,4 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLoraLayer]:
 
 
 def packed_trained_modules(model: nn.Module) -> dict[str, PackedTrainedModule]:
-    """Returns the `PackedTrainedModule`s of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedTrainedModule)}

@@ -67,7 +67,6 @@ class ArmTrials:
 
     @property
     def is_over(self) -> bool:
-        """Whether every planned trial has ended."""
         return self.num_left <= 0 and not self.list_running()
 
     def is_in_training(self, trial: Trial) -> bool:
@@ -159,7 +158,6 @@ class ArmTrials:
             self._in_training.add(trial.number)
 
     def _tell(self, trial: Trial) -> None:
-        """Tells the study that a trial has ended."""
         trial_id = self._find_id(trial)
         # a process that was killed in between may have set it, and Optuna warns of a second time
         if trial.state == "infeasible" and not self._storage.get_trial(trial_id).constraints:

@@ -114,7 +114,6 @@ class Confirmation:
 
     @property
     def has_next_look(self) -> bool:
-        """Whether a planned look has not been tested yet."""
         return len(self.looks_done) < len(self._looks) and (not self.looks_done or bool(self.looks_done[-1].next))
 
     def begin_next_look(self) -> bool:

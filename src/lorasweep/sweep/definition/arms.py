@@ -140,7 +140,13 @@ def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Defini
     file = apply_overrides(parse_file(content), overrides)
     sweep_config = compose_sweep(_select(file.settings, of_sweep=True))
     arms = [_build_arm(name, arm_config) for name, arm_config in file.arms.items()]
-    _check_subjects(arms)
+    subjects = [subject.name for arm in arms if arm.confirm_each for subject in arm.subjects]
+    (name, count), *_ = Counter([*subjects, *(arm.name for arm in arms)]).most_common(1)
+    if count > 1:
+        raise ConfigError(
+            f"each value of `confirm_each` must have its own name, but {count} values or arms are named {name!r}. "
+            "Choose values that differ in their first three digits, or rename the arm."
+        )
     for arm in arms:  # they are compared, so they share the confirm stage
         for group in ("confirm", "retain"):
             if getattr(arm.sweep_config, group) != getattr(sweep_config, group):
@@ -160,7 +166,6 @@ def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Defini
 
 
 def _compose_retained(config: SweepConfig, arms: Sequence[Arm]) -> dict[str, DataConfig]:
-    """Returns the data sets of `retain.data` by name."""
     frozen = [arm for arm in arms if arm.corner_configs[0].method.trains_nothing]
     if config.retain.data and not (frozen and config.confirm.list_looks()):
         raise ConfigError(
@@ -250,17 +255,6 @@ def _build_arm(name: str, config: ArmConfig) -> Arm:
             "`method.rank: [1, 4, 16]`."
         )
     return arm
-
-
-def _check_subjects(arms: Sequence[Arm]) -> None:
-    """Raises ConfigError if two values of `confirm_each` have the same name, or one has the name of an arm."""
-    subjects = [subject.name for arm in arms if arm.confirm_each for subject in arm.subjects]
-    (name, count), *_ = Counter([*subjects, *(arm.name for arm in arms)]).most_common(1)
-    if count > 1:
-        raise ConfigError(
-            f"each value of `confirm_each` must have its own name, but {count} values or arms are named {name!r}. "
-            "Choose values that differ in their first three digits, or rename the arm."
-        )
 
 
 def _select(settings: Mapping[str, Any], *, of_sweep: bool = False) -> dict[str, Any]:

@@ -123,7 +123,6 @@ def count_pass_tokens(config: RunConfig, slots: int, *, inputs: RunInputs) -> in
 
 
 def build_first_micro_batches(config: RunConfig, inputs: RunInputs, *, num_steps: int) -> list[MicroBatch]:
-    """Returns the micro-batches of a run's first `num_steps` steps."""
     split, settings = inputs.splits.train, config.trainer
     check_batch_memory(settings, split)
     size, accumulate = settings.batch_size, settings.accumulate
