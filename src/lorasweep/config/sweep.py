@@ -102,8 +102,7 @@ class SlurmWorkers(Settings):
     cpus: Positive
     """Number of CPU cores of each process."""
     pack_size: Positive | Literal["auto"]
-    """Maximum number of trials that train together on one frozen base. `auto` chooses it from the memory and the number
-    of trials left; 1 trains each trial alone."""
+    """As for `local`."""
     head_ip: str | None
     """IP address at which the jobs reach the head; null uses the address that Ray finds."""
     partition: str | None

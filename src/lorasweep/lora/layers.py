@@ -109,9 +109,8 @@ class LoraLayer(AdaptedLayer):
             )
         else:
             lora_a, lora_b = torch.empty(self.rank, d_in, device=device), torch.empty(d_out, self.rank, device=device)
-        self.lora_a, self.lora_b = (
-            nn.Parameter(matrix.detach().to(device, torch.float32).contiguous()) for matrix in (lora_a, lora_b)
-        )
+        self.lora_a = nn.Parameter(lora_a.to(device, torch.float32))
+        self.lora_b = nn.Parameter(lora_b.to(device, torch.float32))
 
     def forward(self, x: Shaped[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:
         dropout = self.config.dropout

@@ -54,7 +54,12 @@ def train_sweep(sweep: SweepFolder, inputs_cache: InputsCache, *, stop_requested
         sweep.close()  # the controller's process opens it again
         if isinstance(config, SlurmWorkers):
             return _train_on_slurm(sweep, config, stop_requested=stop_requested)
-        return _train_on_ray(sweep, config, stop_requested=stop_requested)
+        needs, address = _worker_needs(sweep.definition, config), config.address
+        with start_local_cluster(sweep.path) if address is None else join_cluster(address):
+            from lorasweep.sweep.workers.ray_workers import WorkerPool  # noqa: PLC0415 (needs Ray)
+
+            check_capacity(needs)
+            return WorkerPool(sweep.path, num=config.num, needs=needs).train(stop_requested=stop_requested)
     try:
         controller = Controller(sweep)
         controller.note_worker(device=name_device(), threads=torch.get_num_threads())
@@ -70,16 +75,6 @@ def train_sweep(sweep: SweepFolder, inputs_cache: InputsCache, *, stop_requested
         return controller.finish()
     finally:
         sweep.close()
-
-
-def _train_on_ray(sweep: SweepFolder, config: RayWorkers, *, stop_requested: Callable[[], bool]) -> bool:
-    needs = _worker_needs(sweep.definition, config)
-    address = config.address
-    with start_local_cluster(sweep.path) if address is None else join_cluster(address):
-        from lorasweep.sweep.workers.ray_workers import WorkerPool  # noqa: PLC0415 (needs Ray)
-
-        check_capacity(needs)
-        return WorkerPool(sweep.path, num=config.num, needs=needs).train(stop_requested=stop_requested)
 
 
 def _train_on_slurm(sweep: SweepFolder, config: SlurmWorkers, *, stop_requested: Callable[[], bool]) -> bool:
