@@ -173,7 +173,7 @@ def _choose_data(settings: Mapping[str, Any]) -> dict[str, Any]:
     assert isinstance(config, TableConfig)
     name, dataset = next(iter(load_datasets(config, "train").items()))
     names = dataset.column_names
-    if any(set(known) <= set(names) for known in KNOWN_COLUMNS):
+    if any(set(known.split()) <= set(names) for known in KNOWN_COLUMNS):
         return {"data": "chat"}
     columns = read_columns(dataset, names, name=name)
     guessed = _guess_columns(columns, settings)

@@ -89,7 +89,7 @@ def test_splits_that_are_given_are_read_as_they_are(read):
     [
         (
             "text,label\none,\ntwo,a\nthree,\n",
-            ["row 1 of 'test.csv' must have a label", "2 rows", "row 3 of 'test.csv'"],
+            ["row 1 of 'test.csv' must have a label", "2 rows", "also row 3"],
         ),
         ("text,label\nfine,a\nwell,c\n", ["row 2 of 'test.csv'", "a label that training has, ('a', 'b')", "'c'"]),
     ],

@@ -20,13 +20,7 @@ TOOLS_COLUMN = "tools"
 """Column with the schemas of the tools that a conversation may call."""
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message that may have the assistant's reasoning. Templates get the first of these names."""
-KNOWN_COLUMNS: Sequence[tuple[str, ...]] = (
-    ("messages",),
-    ("conversations",),
-    ("prompt", "completion"),
-    ("prompt", "response"),
-    ("question", "answer"),
-)
+KNOWN_COLUMNS = ("messages", "conversations", "prompt completion", "prompt response", "question answer")
 """Columns that are tried in this order if the user names none."""
 ROLES: Mapping[str, Role] = {**{role: role for role in get_args(Role)}, "human": "user", "gpt": "assistant"}
 """Our role for each role name in a file. ShareGPT's files have `human` and `gpt`."""
@@ -75,7 +69,7 @@ def _choose_columns(config: ChatConfig, names: Sequence[str], source: str) -> li
     tools = [TOOLS_COLUMN] if TOOLS_COLUMN in names else []
     if columns := choose_columns(wanted, names, source):
         return columns + tools
-    for known in KNOWN_COLUMNS:
+    for known in map(str.split, KNOWN_COLUMNS):
         if set(known) <= set(names):
             return [*known, *tools]
     raise ConfigError(
@@ -91,7 +85,11 @@ def _parse_row(*values: Any, group: str | None, has_tools: bool, row: Mapping[st
     texts = values[:-1] if has_tools else values
     for role, value in zip(roles, texts, strict=False):
         if isinstance(value, list):
-            messages += [_parse_message(message) for message in value]
+            for number, message in enumerate(value, start=1):
+                try:
+                    messages.append(_parse_message(message))
+                except ValueError as error:
+                    raise ValueError(f"{error} in message {number}") from error
         elif len(texts) == 2:
             messages.append(Message(role, require_text(value)))
         else:
@@ -113,13 +111,13 @@ def _parse_row(*values: Any, group: str | None, has_tools: bool, row: Mapping[st
 
 
 def _parse_message(message: Any) -> Message:
-    if not isinstance(message, dict):
+    if not isinstance(message, dict) or not (message.get("role") or message.get("from")):
         raise ValueError(f"must have messages with `role` and `content`, but has {shorten(message)}")
     # the reader may give every message the keys of all messages, with None for those that it lacks
     role = str(message.get("role") or message.get("from"))
     if role not in ROLES:
         raise ValueError(f"must have messages of the roles {', '.join(get_args(Role))}, but has {shorten(role)}")
-    content = _join_parts(message.get("content") or message.get("value"))
+    content = _join_parts(message["content"] if message.get("content") is not None else message.get("value"))
     if ROLES[role] == "tool":
         named = {key: str(message[key]) for key in ("tool_call_id", "name") if message.get(key) is not None}
         return Message("tool", content if content == "" else require_text(content), json.dumps(named) if named else "")

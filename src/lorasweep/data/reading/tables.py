@@ -240,7 +240,8 @@ def _find_fault(path: Path) -> str | None:
                 remedy = f"iconv -f {encoding} -t utf-8 {path} > {path.with_stem(f'{path.stem}-utf8')}"
                 return f"must be in UTF-8, but line {number} is not. Convert it, perhaps by `{remedy}`"
             except json.JSONDecodeError as error:
-                return f"must have JSON on every line, but line {number} is wrong: {error.msg} at column {error.colno}"
+                problem = error.msg.removesuffix(" at")  # as in "Unterminated string starting at"
+                return f"must have JSON on every line, but line {number} is wrong: {problem} at column {error.colno}"
     return None
 
 
@@ -259,11 +260,7 @@ def quiet_datasets() -> Iterator[None]:
 
 
 def find_files(given: str, *, key: str) -> list[Path]:
-    """Returns the files that the path or glob of a setting names, sorted by name. A folder is returned as itself.
-
-    Raises:
-        ConfigError: No such file exists.
-    """
+    """Returns the files that a path or glob names, sorted; a folder as itself. Raises ConfigError if none exists."""
     try:
         path = Path(given).expanduser()
         if path.exists():  # checked before the glob, because `odd[1].csv` may be the name of a file
@@ -340,7 +337,8 @@ def parse_rows(table: Table, parse: Callable[..., T]) -> tuple[list[T], list[str
         return parsed, notes
     first = " ".join(problems[0])
     if not table.is_from_hub:
-        others = [place for place, _ in problems[1:MAX_NAMED_ROWS]]
+        of_file = "".join(problems[0][0].partition(" of ")[1:])
+        others = [place.removesuffix(of_file) for place, _ in problems[1:MAX_NAMED_ROWS]]
         also = f" {len(problems)} rows have a problem, also {join_words(others)}." if others else ""
         raise ConfigError(f"{first} Correct or remove it.{also}")
     if not parsed:
