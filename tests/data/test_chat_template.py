@@ -176,7 +176,7 @@ def test_tool_calls_are_scored_and_what_tools_answer_is_not(tokenizer, template)
     ("template", "conversation", "settings", "words"),
     [
         (ALTERNATES, talk(("system", "be"), *TALK), {}, ["must alternate", "'hi'", "data.template"]),
-        ("{% for", talk(*TALK), {}, ["fails", "data.template"]),
+        ("{{ bos_token }}\n{% for", talk(*TALK), {}, ["line 2", "data.template"]),
         (KEEPS, talk(*CALLING), {}, ["'get'", "'<|end|>", "data.template"]),
         ("{{ messages | length }}" + KEEPS, talk(*TALK), {}, ["'1<|u|>hi", "'2<|u|>hi"]),
         (

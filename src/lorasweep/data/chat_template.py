@@ -80,9 +80,11 @@ class ChatTemplate:
             raise
         except Exception as error:  # a jinja template can raise any class of error
             said = shorten(next((message["content"] for message in messages if message["role"] == "user"), ""))
+            line = getattr(error, "lineno", None)  # only errors of syntax have it, which no conversation causes
+            where = f"in its line {line}" if line else f"where the user begins with {said}"
             raise ConfigError(
-                f"the chat template must accept each conversation, but fails ({first_line(error)}) where "
-                f"the user begins with {said}. Use another `data.template`, or `data.template=plain`."
+                f"the chat template must accept each conversation, but fails ({first_line(error)}) {where}. "
+                "Correct it, or use another `data.template` or `data.template=plain`."
             ) from error
 
     def _render_turn(self, messages: list[ChatMessage], tools: list[Any] | None) -> Turn:
