@@ -128,6 +128,7 @@ def test_conversations_are_completions_and_those_whose_answer_is_cut_off_are_dro
     assert splits.train.tokens[0].tolist() == encoded[:-1]
     splits = build("conversations", CONVERSATIONS, data="chat", template="plain", max_length=10)
     assert (len(splits.train), splits.train.groups, splits.train.describe()["left_out"]) == (1, ("0",), 1)
+    assert any("`data.max_length`" in note for note in splits.notes)
 
 
 def test_answers_that_become_examples_of_their_own_keep_the_group_of_their_conversation():

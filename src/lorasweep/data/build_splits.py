@@ -30,6 +30,7 @@ from lorasweep.data.split import (
     IGNORED,
     BlockSplit,
     CompletionSplit,
+    ExampleSplit,
     LabelledSplit,
     Ragged,
     Split,
@@ -162,19 +163,23 @@ def build_splits(
         test=functools.cache(lambda: build(source.test())),
         notes=notes,
     )
-    more = (*describe_conversations(splits.train), *describe_constant_answer(splits, source.label_names))
+    more = (*describe_examples(splits.train), *describe_constant_answer(splits, source.label_names))
     return replace(splits, notes=notes + more)
 
 
-def describe_conversations(split: Split) -> list[str]:
-    """Returns sentences on how a chat template changed the number of examples, and on reasoning that it left out."""
-    facts = split.facts if isinstance(split, CompletionSplit) else {"conversations": len(split), "without_reasoning": 0}
+def describe_examples(split: Split) -> list[str]:
+    """Returns sentences on examples that were cut off, and on how a chat template changed conversations."""
+    if not isinstance(split, ExampleSplit):
+        return []
+    facts = {"conversations": len(split), "without_reasoning": 0, "left_out": 0, **split.facts}
+    cut = f"{split.truncated} examples of {split.name} are longer than `data.max_length`, so their end is cut off"
+    cut += f"; {facts['left_out']} have no answer left and are not used." if facts["left_out"] else "."
     rewritten = (
         f"{facts['conversations']} conversations of {split.name} are {len(split)} examples, because the chat template "
         "rewrites earlier turns: each answer follows the prompt that a server gives."
     )
     without = f"{facts['without_reasoning']} examples of {split.name} lack reasoning: the template leaves it out."
-    chosen = {rewritten: len(split) > facts["conversations"], without: facts["without_reasoning"]}
+    chosen = {cut: split.truncated, rewritten: len(split) > facts["conversations"], without: facts["without_reasoning"]}
     return [note for note, applies in chosen.items() if applies]
 
 
@@ -231,15 +236,12 @@ def _build_labelled(
     is_regression = source.kind == "regression"
     dtype = torch.float32 if is_regression else torch.int64
     labels = torch.tensor([example.label for example in examples.items], dtype=dtype)
-    class_weights, counts = None, []
-    if is_regression:
-        if config.class_weights != "none":
-            raise ConfigError(
-                "`data.class_weights` must be none unless each example has one class, but got "
-                f"{config.class_weights!r}."
-            )
-    else:
-        counts = labels.bincount(minlength=len(source.label_names)).tolist()
+    class_weights = None
+    if is_regression and config.class_weights != "none":
+        raise ConfigError(
+            f"`data.class_weights` must be none unless each example has one class, but got {config.class_weights!r}."
+        )
+    counts = [] if is_regression else labels.bincount(minlength=len(source.label_names)).tolist()
     if config.class_weights == "balanced" and examples.name == "train":
         # n / (classes · count), as scikit-learn balances them. A class without examples counts as one example.
         class_weights = len(examples) / (len(counts) * torch.tensor(counts).clamp(min=1).float())
