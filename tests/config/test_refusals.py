@@ -1,11 +1,12 @@
 """A setting that is wrong is refused in one sentence with its key, its value and what to do."""
 
 import math
+import shutil
 
 import pytest
 
 from lorasweep.config.build import build
-from lorasweep.config.compose import compose_run, compose_sweep
+from lorasweep.config.compose import compose_run, compose_sweep, packaged_folder
 from lorasweep.config.method import LoraConfig
 from lorasweep.errors import ConfigError
 
@@ -127,3 +128,12 @@ def test_a_broken_file_of_the_user_s_conf_is_named(tmp_path, monkeypatch, text, 
     (tmp_path / "conf" / "sweep.yaml").write_text(text)
     monkeypatch.chdir(tmp_path)
     refuse(compose_sweep, {}, words)
+
+
+def test_a_clone_s_own_conf_is_not_blamed_for_a_typo(tmp_path, monkeypatch):
+    (tmp_path / "conf").mkdir()
+    shutil.copy(packaged_folder("conf") / "sweep.yaml", tmp_path / "conf")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as raised:
+        compose_sweep({"sweep.trails": 3})
+    assert str(tmp_path) not in str(raised.value)

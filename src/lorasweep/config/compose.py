@@ -156,7 +156,8 @@ def _build(kind: type[T], values: Mapping[str, Any]) -> T:
         known = [key for key, _ in dotted_items(values) if key != error.key]
         folder, name, own = find_user_conf(), "sweep" if kind is SweepConfig else "train", ""
         if folder and (file := folder / f"{name}.yaml").is_file():
-            own = f" {str(file)!r} replaces lorasweep's own file; rename it if it is a sweep."
+            is_copy = file.read_bytes() == (packaged_folder("conf") / file.name).read_bytes()  # as in a clone
+            own = "" if is_copy else f" {str(file)!r} replaces lorasweep's own file; rename it if it is a sweep."
         raise ConfigError(
             f"`{error.key}` is not a setting.{_find_setting(error.key) or suggest_nearest(error.key, known)} "
             f"`--help` lists the groups, `--cfg job` every key.{own}"
