@@ -111,7 +111,7 @@ def test_the_shell_completes_words(here, line, completions):
     assert [word.strip() for word in written.read_text().split("\n")] == completions
 
 
-def test_a_second_ctrl_c_ends_at_once():
+def test_a_second_ctrl_c_ends_at_once_and_the_first_says_so(capfd):
     before = signal.getsignal(signal.SIGINT)
     stop = StopSignal("To resume type x")
 
@@ -119,6 +119,7 @@ def test_a_second_ctrl_c_ends_at_once():
         with stop:
             os.kill(os.getpid(), signal.SIGINT)
             assert stop()
+            assert "second Ctrl-C" in capfd.readouterr().err
             os.kill(os.getpid(), signal.SIGINT)
             pytest.fail("the second signal must end the block")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from typing import Any
@@ -45,4 +46,6 @@ class StopSignal:
     def _set_requested(self, number: int, frame: object) -> None:
         if self.requested and number == signal.SIGINT:
             raise _StopAtOnce
+        if number == signal.SIGINT:  # not by `print`, which the signal may have interrupted
+            os.write(2, b"\nlorasweep: stops after the current step; a second Ctrl-C stops at once\n")
         self.requested = True
