@@ -22,8 +22,6 @@ from lorasweep.config.components import (
 )
 from lorasweep.config.run import RunConfig
 
-EVENT_LOGGER = "lorasweep.training.loggers.EventLogger"
-"""Import path of the default logger, which writes into the run's folder and nowhere else."""
 LOGGER_PACKAGES: Mapping[str, str] = {
     "WandbLogger": "wandb",
     "MLFlowLogger": "mlflow",
