@@ -53,10 +53,10 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Inserts generated text, and changes what GitHub and MkDocs read differently."""
-    if "<!-- settings -->" in markdown:
-        markdown = markdown.replace("<!-- settings -->", describe_settings())
-    if "<!-- commands -->" in markdown:
-        markdown = markdown.replace("<!-- commands -->", describe_commands())
+    for name, describe in {"settings": describe_settings, "commands": describe_commands}.items():
+        before, mark, after = markdown.partition(f"<!-- {name} -->")
+        if mark:  # the rest of its line tells readers of the file where the list is
+            markdown = before + describe() + re.sub(".*", "", after, count=1)
     return adapt_links(unescape_pipes(markdown), folder=(ROOT / "docs" / page.file.src_uri).parent)
 
 

@@ -177,8 +177,7 @@ class ChatTemplate:
 def read_template(config: ChatConfig, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
     """Returns the template of the settings; None for `plain`, and for `auto` if the tokenizer has no template.
 
-    Raises:
-        ConfigError: The template's file can't be read, or the tokenizer has no template.
+    Raises ConfigError if the template's file can't be read, or the tokenizer has no template.
     """
     text = None
     if config.template.endswith(".jinja"):

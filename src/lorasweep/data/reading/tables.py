@@ -386,8 +386,7 @@ def require_scalar(value: Any) -> None:
 def choose_columns(wanted: Iterable[tuple[str, str | None]], names: Sequence[str], source: str) -> list[str]:
     """Returns the names of the wanted columns, each given with its key below `data`; None is skipped.
 
-    Raises:
-        ConfigError: A wanted column is missing among the `names` of the table `source`.
+    Raises ConfigError if a wanted column is missing among the `names` of the table `source`.
     """
     chosen = [(key, name) for key, name in wanted if name is not None]
     for key, name in chosen:
