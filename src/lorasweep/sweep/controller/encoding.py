@@ -70,11 +70,18 @@ class RateLaw:
 
 def build_rate_law(arm: Arm) -> RateLaw:
     """Returns the rate law of an arm; none without LoRA, Adam or a searched rate."""
-    config = arm.corner_configs[0]
-    method, ratio = config.method, config.optim.lr_ratio_b
-    if LR in arm.space and isinstance(method, LoraConfig) and follows_rate_law("lora", config.optim.name):
-        return RateLaw(defaults={RANK: method.rank, ALPHA: method.alpha, SCALING: method.scaling, RATIO_B: ratio})
-    return RateLaw(defaults={})
+    if LR not in arm.space or not isinstance(method := (config := arm.corner_configs[0]).method, LoraConfig):
+        return RateLaw(defaults={})
+    if not follows_rate_law("lora", config.optim.name):
+        return RateLaw(defaults={})
+    return RateLaw(
+        defaults={
+            RANK: method.rank,
+            ALPHA: method.alpha,
+            SCALING: method.scaling,
+            RATIO_B: getattr(config.optim, "lr_ratio_b", 1.0),
+        }
+    )
 
 
 class SpaceEncoding:
