@@ -320,7 +320,6 @@ def plan(arguments: argparse.Namespace) -> Outcome:
 
 
 def _describe_group(group: GroupPlan) -> dict[str, Any]:
-    """Returns the plan of a group of arms in numbers."""
     low, high = group.estimate_search()
     numbers = {key: value for key, value in vars(group).items() if key not in ("arms", "record")}
     return {"arms": [arm.name for arm in group.arms], **numbers, "run_s": group.run_s, "search_s": [low, high]}

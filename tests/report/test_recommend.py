@@ -66,7 +66,7 @@ def test_settings_are_read_of_a_sweep_or_of_an_arm_and_use_all_training_data(con
         }
 
 
-def test_a_sweep_without_recommended_settings_is_refused(confirmed):
+def test_a_sweep_without_recommended_settings_is_refused(confirmed, monkeypatch):
     for name, error, message in (
         ("lra", ConfigError, r"with one of the arms frozen, .*lra.* Did you mean `lora`\?"),
         ("frozen", RecordError, "a complete trial of a method that trains"),
@@ -75,8 +75,10 @@ def test_a_sweep_without_recommended_settings_is_refused(confirmed):
         with pytest.raises(error, match=message):
             read_recommended(confirmed / name)
     edit_json(confirmed / "sweep.json", lambda raw: raw.update(status="interrupted"))
-    with pytest.raises(RecordError, match=r"is interrupted\. Type `lorasweep sweep --resume"):
-        read_recommended(confirmed)
+    for is_open, command in ((False, "sweep --resume"), (True, "status")):
+        monkeypatch.setattr("lorasweep.report.recommend.is_running", lambda _folder, is_open=is_open: is_open)
+        with pytest.raises(RecordError, match=rf"is interrupted\. Type `lorasweep {command}"):
+            read_recommended(confirmed)
 
 
 def test_runs_of_a_former_setting_are_in_no_mean(confirmed):

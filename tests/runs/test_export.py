@@ -177,8 +177,7 @@ def test_the_code_of_the_card_loads_a_classifier_with_its_head(
     model, tokenizer = run_code_of_card(written.folder)
     assert tokenizer("w3 w4")["input_ids"][:2] == [6, 7]
     assert largest_difference(logits_of(model), logits_of(restored(run))) < LOGIT_TOLERANCE
-    if format == "merged":
-        assert sorted(model.config.id2label.values()) == ["even", "none", "odd"]
+    assert list(model.config.id2label.values()) == ["even", "none", "odd"]
 
 
 def damage_best(run):

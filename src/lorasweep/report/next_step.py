@@ -99,7 +99,7 @@ def _apply_remedy(remedies: Sequence[Remedy], arms: Sequence[str], data: SweepDa
     if "seeds" in amounts:
         # an unplanned look, so it may not be below the planned ones
         seeds = max(int(amounts["seeds"]), *data.record.looks)
-        return _resume({"confirm.seeds": seeds}, data, f"trains {seeds} seeds")
+        return _resume({"confirm.seeds": seeds}, data, f"{seeds} seeds in all")
     if "trials" in amounts:
         return _add_trials(arms, data)
     if "examples" in amounts:

@@ -264,7 +264,8 @@ def _describe_loading(record: RunRecord, config: ModelConfig, *, format: str, re
         name, arguments = f"AutoPeft{MODEL_CLASSES[config.kind]}", ""
         tokenizer = 'model.peft_config["default"].base_model_name_or_path'
         if labels:
-            arguments = f", num_labels={1 if labels['kind'] == 'regression' else len(labels['names'])}"
+            is_number = labels["kind"] == "regression"
+            arguments = ", num_labels=1" if is_number else f", id2label={dict(enumerate(map(str, labels['names'])))}"
         if config.quantization != "none":
             given = ", ".join(f"{key}={value!r}" for key, value in NF4_ARGUMENTS.items())
             imports.append("from transformers import BitsAndBytesConfig")

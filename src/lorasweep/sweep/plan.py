@@ -434,13 +434,11 @@ def _list_notes(definition: Definition, groups: Sequence[GroupPlan]) -> Iterator
         sum(group.estimate_confirm(sum(runs[arm.name] for arm in group.arms)) for group in groups)
         for runs in (count_confirm_runs(definition), count_confirm_runs(definition, look=-1))
     )
-    parts = [f"search {format_seconds_range(low, high)}"]
-    parts += [f"confirm {format_seconds_range(confirm, confirm)}"] if confirm else []
-    workers = count_workers(definition)
-    shared = f" {workers} workers share this time." if workers > 1 else ""
-    yield (
-        f"Time on this machine, if it does nothing else: {format_seconds_range(low + confirm, high + confirm)} "
-        f"({', '.join(parts)}). The upper end is for packs whose steps take as long with empty slots.{shared}"
-    )
+    total = format_seconds_range(low + confirm, high + confirm)
+    parts = f"search {format_seconds_range(low, high)}"
+    parts += f", confirm {format_seconds_range(confirm, confirm)}" if confirm else ""
+    range_note = " The upper end is for packs whose steps take as long with empty slots." if " to " in total else ""
+    shared = f" {workers} workers share this time." if (workers := count_workers(definition)) > 1 else ""
+    yield f"Time on this machine, if it does nothing else: {total} ({parts}).{range_note}{shared}"
     if longest > confirm:
         yield f"If every question stays open to the last look: {format_seconds_range(low + longest, high + longest)}."

@@ -36,10 +36,10 @@ LABEL = "`data.label=label`"
 KINDS = {"a.xlsx": "", "b.csv": "", "c.tsv": "", "sms": ""}
 REGRESSION = {"task": "regression"}
 FILES = [
-    ("train.csv", "", ["No columns"]),
-    ("train.csv", rows(), ["no data"]),
-    ("train.jsonl", "\n", ["no data"]),
-    ("train.csv", rows("a,x", "b,x,z"), ["line 3", "2 fields"]),
+    ("train.csv", "", ["has none"]),
+    ("train.csv", rows(), ["has none"]),
+    ("train.jsonl", "\n", ["has none"]),
+    ("train.csv", rows("a,x", "b,x,z"), ["line 3", "2 fields", "`data.delimiter`"]),
     ("train.csv", rows("b,x,z", "c,x,z"), ["does not match"]),
     ("train.csv", rows('"b,x', "c,y"), ["inside string", "`data.quoting`"]),
     ("train.csv", '"text,label\na,x\n', ["inside string"]),

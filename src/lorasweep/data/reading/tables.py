@@ -43,7 +43,6 @@ READERS: Mapping[str, str] = {
     **dict.fromkeys((".jsonl", ".json"), "json"),
     ".parquet": "parquet",
 }
-"""The reader of `datasets` for each file suffix."""
 
 MAX_NAMED_ROWS = 10
 """Maximum number of wrong rows that an error names."""
@@ -220,7 +219,11 @@ def refuse_unreadable(path: Path) -> Iterator[None]:
         cause = error.__cause__ or error  # `datasets` wraps the error of pandas or pyarrow
         kind = find_suffix(path)[1:] or "text"
         reason = _find_fault(path) or f"must be a {kind} file, but can't be read: {first_line(cause)}"
+        if re.search("No columns to parse|corresponds to no data", reason):
+            reason = "must have rows, but has none"
         hint = " See also `data.quoting`." if "EOF inside string" in reason else ""
+        if "fields in line" in reason:
+            hint = " Put quotes around a text that contains the delimiter, or set `data.delimiter`."
         raise ConfigError(f"{str(path)!r} {reason}.{hint}") from error
 
 
