@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lorasweep import cli
+from lorasweep import commands
 from lorasweep.cli import DONE, FAILED, INTERRUPTED_EXIT_CODE, WRONG_REQUEST, run
 from lorasweep.record import read_run
 
@@ -52,7 +52,7 @@ def test_the_exit_code_of_a_grid_is_that_of_the_first_job_that_did_not_end_well(
     codes = iter(codes)
     result = SimpleNamespace(record=SimpleNamespace(score=1.0, reason="why"))
     monkeypatch.setattr("lorasweep.train_app._train", lambda *_, **__: result)
-    monkeypatch.setattr(cli, "_say_run", lambda *_: next(codes))
+    monkeypatch.setattr(commands, "_say_run", lambda *_: next(codes))
     assert run(["train", "-m", "seed=1,2,3"]) == code
     assert "Traceback" not in capsys.readouterr().err
     assert not list(here.rglob("run.json"))

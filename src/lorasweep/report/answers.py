@@ -28,6 +28,7 @@ from lorasweep.wording import (
     short_key,
 )
 
+NOT_ASKED = "Not asked"
 NO_TEST_SCORES = "nothing is confirmed on test data yet"
 VERDICT_WORDS = {"not worse": "not worse by more than the margin"}
 """Verdicts that have another wording in a sentence."""
@@ -53,13 +54,13 @@ def list_answer_lines(data: SweepData, learning: Learning) -> tuple[AnswerLine, 
             question="Is LoRA as good as full fine-tuning here?",
             text=f"{full}{unlearned}",
             is_settled=is_full,
-            next=None if is_full else find_next_step("as_good_as_full", data, learning),
+            next=None if is_full or full.startswith(NOT_ASKED) else find_next_step("as_good_as_full", data, learning),
         ),
         AnswerLine(
             question="Which rank is enough?",
             text=rank,
             is_settled=is_rank,
-            next=None if is_rank else find_next_step("smallest", data, learning),
+            next=None if is_rank or rank.startswith(NOT_ASKED) else find_next_step("smallest", data, learning),
         ),
         setting,
     )
@@ -87,9 +88,9 @@ def name_value(subject: str, data: SweepData) -> str:
 def _answer_full(data: SweepData) -> tuple[str, bool]:
     arms = [row.name for row in data.record.arms if row.method == "lora"]
     if not arms:
-        return "Not asked: no arm has `method=lora`.", False
+        return f"{NOT_ASKED}: no arm has `method=lora`.", False
     if not any(row.method == "full" for row in data.record.arms):
-        return "Not asked: no arm has `method=full`. Add one to compare LoRA with it.", False
+        return f"{NOT_ASKED}: no arm has `method=full`. Add one to compare LoRA with it.", False
     if not data.evidence.means:
         is_searched = data.record.status == "complete"  # before the end, the arms may have had unequal searches
         best = [one for one in data.subjects if is_searched and one.row.method == "lora" and one.best]
@@ -131,7 +132,7 @@ def _judge_chain(chain: Sequence[Answer], data: SweepData) -> tuple[str, bool]:
 def _answer_rank(data: SweepData) -> tuple[str, bool]:
     asked = [row.name for row in data.record.arms if row.method == "lora" and row.key == RANK]
     if not asked:
-        return "Not asked: no LoRA arm has `confirm_each: method.rank`.", False
+        return f"{NOT_ASKED}: no LoRA arm has `confirm_each: method.rank`.", False
     if not data.evidence.means:
         return _say_unconfirmed(data), False
     found = [(arm, judge_smallest(arm, data)) for arm in asked if data.evidence.list_answers("smallest", arm=arm)]

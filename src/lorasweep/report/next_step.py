@@ -20,7 +20,6 @@ from lorasweep.report.sweep_data import SweepData
 MAX_TEST_PERCENT = 50
 """Largest share of the training data that `data.test_fraction` may split off, in percent."""
 NOTHING_LEARNED = "nothing was learned with these data, steps and ranges"
-FULL_ARM = {"settings": {"method": "full"}, "space": {"optim.lr": {"low": 1e-5, "high": 1e-3, "log": True}}}
 
 
 @dataclass(frozen=True)
@@ -36,19 +35,10 @@ class NextStep:
 
 
 def find_next_step(question: QuestionName, data: SweepData, learning: Learning) -> NextStep:
-    """Returns the step for an open question about LoRA: against full fine-tuning, or the smallest value."""
+    """Returns the step for an open question about LoRA that the sweep asks: against full, or the smallest value."""
     if learning.state == "nothing":
         return NextStep(None, NOTHING_LEARNED)
     rows = [row for row in data.record.arms if row.method == "lora"]
-    if not rows:
-        return NextStep(None, "the sweep file has no arm with `method: lora`")
-    if question == "as_good_as_full" and not any(row.method == "full" for row in data.record.arms):
-        return _begin_again({"arms.full": FULL_ARM}, data, "adds full fine-tuning")
-    if question == "smallest" and not any(row.key for row in rows):
-        lists = [row.name for row in rows if isinstance(row.space.get("method.rank"), list)]
-        if not lists:
-            return NextStep(None, "no LoRA arm searches a list of ranks")
-        return _begin_again({f"arms.{lists[0]}.confirm_each": "method.rank"}, data, "confirms each rank")
     if step := _find_step_before_verdicts(data):
         return step
     chains = [data.evidence.list_answers(question, arm=row.name) for row in rows]

@@ -1,0 +1,81 @@
+"""The end of a command: its result as JSON (`--json`), or its error as one sentence, and its exit code.
+
+Exit codes: 0 done, 1 failed, 2 wrong request, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic_core import to_jsonable_python
+
+from lorasweep.config.redaction import redact
+from lorasweep.console import reserve_stdout, say_error
+from lorasweep.errors import ConfigError, LoraSweepError, RanksLost, RecordError
+from lorasweep.training.stop_signal import INTERRUPTED_EXIT_CODE
+
+DONE, FAILED, WRONG_REQUEST = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of a command: what `--json` prints, and the exit code."""
+
+    content: Any
+    """A dataclass, a mapping, or an object with `as_json`."""
+    code: int = DONE
+
+    def as_json(self) -> str:
+        content = self.content.as_json() if hasattr(self.content, "as_json") else self.content
+        # numbers of NumPy have `item`
+        plain = to_jsonable_python(
+            content, inf_nan_mode="null", fallback=lambda value: value.item() if hasattr(value, "item") else str(value)
+        )
+        return json.dumps(plain, indent=1)
+
+
+def end(command: Callable[[], Outcome], *, is_json: bool) -> int:
+    """Runs a command and returns its exit code. Prints errors of lorasweep as one line; `is_json` prints the result."""
+    with reserve_stdout() if is_json else nullcontext() as stdout:
+        try:
+            outcome = command()
+        except (LoraSweepError, OSError) as error:
+            outcome = end_with_error(error)
+        except KeyboardInterrupt as interrupt:
+            reason = f"interrupted. {interrupt}".rstrip(". ")
+            say_error(reason)
+            outcome = Outcome(_describe_error("KeyboardInterrupt", reason), INTERRUPTED_EXIT_CODE)
+        if stdout and get_rank() == 0:
+            print(outcome.as_json(), file=stdout, flush=True)
+        return outcome.code
+
+
+def end_with_error(error: LoraSweepError | OSError, job: str = "") -> Outcome:
+    """Prints an error in one sentence. If several processes train, the first one prints it."""
+    if isinstance(error, LoraSweepError):
+        code, message = WRONG_REQUEST if isinstance(error, ConfigError | RecordError) else FAILED, str(error)
+    else:
+        # the disk is full, or the folder is missing or read-only
+        file_name = f" {str(error.filename)!r}" if error.filename else ""
+        reason = f"{file_name}: {error.strerror or error}."
+        code, message = FAILED, f"the files of a run must exist and be writable, but got{reason}"
+    message = redact(f"{job}: {message}" if job else message)
+    if get_rank() > 0 and not isinstance(error, RanksLost):
+        return Outcome(None, FAILED)
+    say_error(message)
+    return Outcome(_describe_error(type(error).__name__, message), code)
+
+
+def _describe_error(name: str, message: str) -> dict[str, Any]:
+    return {"error": {"class": name, "message": message}}
+
+
+def get_rank() -> int:
+    """Returns the rank of this process among the processes that torchrun, srun or Lightning started."""
+    ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+    return int(next((rank for rank in ranks if rank), 0))
