@@ -236,7 +236,8 @@ def train_config(
         check_run(config, inputs.base)
         if (answers := get_answers(config)) is not None and answers.on_validation:
             check_answers(config, inputs.splits.validation, inputs=inputs)
-        used = [f"settings of trial {origin['trial']} of arm `{origin['arm']}` in {origin['sweep']}"] if origin else []
+        trial = f"of trial {origin['trial']}" if origin.get("trial") is not None else "that were predicted best"
+        used = [f"settings {trial} of arm `{origin['arm']}` in {origin['sweep']}"] if origin else []
         for note in (*used, *inputs.list_notes(config)) if group.is_global_zero else ():
             say(f"• {note}", file=sys.stderr)
         # after the checks, so that a wrong request creates no folder

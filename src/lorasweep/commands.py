@@ -26,16 +26,19 @@ Command = Callable[[argparse.Namespace], Outcome]
 
 
 def sweep(arguments: argparse.Namespace) -> Outcome:
-    with quick_imports():
-        from lorasweep import api
-        from lorasweep.sweep.controller.lifecycle import read_saved_definition
-        from lorasweep.sweep.definition.arms import describe_definition
-
     name, overrides = _split_name(arguments.overrides)
     progress: Literal["auto", "verbose"] = "verbose" if arguments.verbose else "auto"
     if arguments.resume and (arguments.minutes or name):
         given = "`--minutes`" if arguments.minutes else repr(name)
         raise ConfigError(f"{given} must be left out with `--resume`, because the sweep already has these.")
+    named = _read_named(name, overrides)
+    if named is not None and not arguments.cfg and arguments.minutes is None and sys.stderr.isatty():
+        say(f"{named.name}: loads torch, the model and the data", file=sys.stderr)
+    with quick_imports():
+        from lorasweep import api
+        from lorasweep.sweep.controller.lifecycle import read_saved_definition
+        from lorasweep.sweep.definition.arms import describe_definition
+
     if arguments.resume and not arguments.cfg:
         result = api.resume_sweep(arguments.resume, overrides=overrides, progress=progress)
     else:
@@ -44,7 +47,7 @@ def sweep(arguments: argparse.Namespace) -> Outcome:
         elif arguments.minutes is not None:
             definition = _measure_definition(name, overrides, minutes=arguments.minutes)[0]
         else:
-            definition = api.read_sweep_definition(name, overrides)
+            definition = named or api.read_sweep_definition(None, overrides)
         if arguments.cfg:
             say(describe_definition(definition).removesuffix("\n"))
             return Outcome(None)
@@ -122,15 +125,19 @@ def _describe_group(group: GroupPlan) -> dict[str, Any]:
     return {"arms": [arm.name for arm in group.arms], **numbers, "run_s": group.run_s, "search_s": [low, high]}
 
 
+def _read_named(name: str | None, overrides: Overrides) -> Definition | None:
+    """Returns the sweep of a file, without torch, whose import takes seconds, so that what is wrong is said at once."""
+    from lorasweep.sweep.definition.arms import read_definition
+    from lorasweep.sweep.definition.sweep_file import find_sweep_file
+
+    return None if name is None else read_definition(find_sweep_file(name), overrides)
+
+
 def _measure_definition(
     name: str | None, overrides: Overrides, *, minutes: float | None
 ) -> tuple[Definition, list[GroupPlan], InputsCache]:
     """Returns a checked sweep, fitted to `minutes` if given, the plans of its groups of arms, and what they loaded."""
-    from lorasweep.sweep.definition.arms import read_definition
-    from lorasweep.sweep.definition.sweep_file import find_sweep_file
-
-    # without torch, whose import takes several seconds, so that the first line comes at once
-    definition = None if name is None else read_definition(find_sweep_file(name), overrides)
+    definition = _read_named(name, overrides)
     began, arms = time.monotonic(), "the drafted sweep"
     if definition is not None:
         arms = f"{definition.name} ({', '.join(arm.name for arm in definition.arms)})"
