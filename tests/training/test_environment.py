@@ -23,7 +23,7 @@ from lorasweep.training.environment import (
     reset_peak_memory,
     resolve_precision,
 )
-from lorasweep.training.torch_variables import set_torch_variables
+from lorasweep.training.torch_variables import SPIN_COUNT, set_torch_variables
 
 TRAINER = compose_run({"trainer.device": "cpu"}).trainer
 
@@ -122,17 +122,18 @@ def test_openmp_sees_the_spin_count_when_torch_is_imported():
     shown = {line.split("'")[1] for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line}
     if not shown:
         pytest.skip("torch's OpenMP is not GNU's")
-    assert shown == {"20000"}  # no second OpenMP with other settings, such as one of NumPy or MKL
+    assert shown == {str(SPIN_COUNT)}  # no second OpenMP with other settings, such as one of NumPy or MKL
 
 
 @pytest.mark.parametrize(
     ("variables", "modules", "count"),
     [
-        ({"OMP_NUM_THREADS": str(NUM_CORES)}, {}, "20000"),
+        ({"OMP_NUM_THREADS": str(NUM_CORES)}, {}, str(SPIN_COUNT)),
         ({"OMP_NUM_THREADS": str(NUM_CORES - 1)}, {}, "0"),
         ({"OMP_NUM_THREADS": str(NUM_CORES)}, {"ray": None}, "0"),
         ({"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "123"}, {}, "123"),
-        ({"OMP_NUM_THREADS": str(NUM_CORES), "GOMP_SPINCOUNT": "20000"}, {"ray": None}, "0"),  # as a parent has set it
+        # as a parent has set it
+        ({"OMP_NUM_THREADS": str(NUM_CORES), "GOMP_SPINCOUNT": str(SPIN_COUNT)}, {"ray": None}, "0"),
         ({"OMP_WAIT_POLICY": "active"}, {}, None),
     ],
 )

@@ -1,5 +1,7 @@
 """What a run can't do as asked is refused in one sentence, before anything is written."""
 
+import sys
+
 import pytest
 
 from lorasweep.errors import ConfigError
@@ -32,7 +34,9 @@ EARLY = {"callbacks": "early_stopping", "callbacks.early_stopping.mode": "best"}
         (EARLY, ["`callbacks.early_stopping`", "best"]),
     ],
 )
-def test_a_setting_that_a_run_cant_have_is_refused(here, make_config, inputs, settings, words):
+def test_a_setting_that_a_run_cant_have_is_refused(here, make_config, inputs, monkeypatch, settings, words):
+    for package in ("wandb", "mlflow"):  # as if they were not installed
+        monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError) as refused:
         check_run(make_config(settings), inputs.base)
     assert all(word in str(refused.value) for word in words), str(refused.value)

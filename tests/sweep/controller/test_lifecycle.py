@@ -73,7 +73,7 @@ def replace_in_record(**changes):
         (JOURNAL_FILE, cut_off, RecordError, r"the \d trials of `\w+` in sweep.json, but has 0.*Restore it"),
         ("sweep.json", replace_in_record(definition={}), RecordError, "`definition` in .*Restore it"),
         ("sweep.json", replace_in_record(definition={"file": {}}), RecordError, "`definition` in .*Restore it"),
-        ("sweep.json", replace_in_record(arms=[]), RecordError, "`arms` in .*Restore it"),
+        ("sweep.json", replace_in_record(arms=[]), RecordError, "arms: .* at least 1 .*Restore the file"),
     ],
 )
 def test_a_sweep_with_a_changed_file_is_refused_and_stays_as_it_is(stopped, name, change, error, said):
