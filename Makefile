@@ -39,7 +39,7 @@ test-fast: $(DEV) ## the tests that take at most a few seconds each
 
 SEED ?= $(shell date +%s)
 EXAMPLES ?= 200
-fuzz: $(DEV) ## damages recorded files at random, 10 minutes or more; again: make fuzz SEED=7 EXAMPLES=1000
+fuzz: $(DEV) ## damages recorded files at random, for many minutes; again: make fuzz SEED=7 EXAMPLES=1000
 	@echo SEED=$(SEED) EXAMPLES=$(EXAMPLES)
 	OMP_NUM_THREADS=1 LORASWEEP_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -n 2 -m fuzz --hypothesis-seed=$(SEED)
 

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from lorasweep.cli import DONE, FAILED, WRONG_REQUEST, run
+from lorasweep.cli import run
 from lorasweep.errors import LoraSweepError
+from lorasweep.outcome import DONE, FAILED, WRONG_REQUEST
 
 MAX_CASE_S = 30
 """Seconds that a reader may take for a file of a few kilobytes, on a slow machine."""

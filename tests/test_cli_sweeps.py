@@ -16,8 +16,9 @@ from tests.small_runs import MINI, TWO_STEPS
 
 import lorasweep
 import lorasweep.sweep.workers.worker as worker_file
-from lorasweep.cli import DONE, FAILED, WRONG_REQUEST, run
+from lorasweep.cli import run
 from lorasweep.errors import OutOfMemory
+from lorasweep.outcome import DONE, FAILED, WRONG_REQUEST
 from lorasweep.record import read_run, read_sweep, write_record
 
 pytestmark = pytest.mark.slow

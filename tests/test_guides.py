@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lorasweep.cli import DONE, run
+from lorasweep.cli import run
 from lorasweep.config.command_line import parse_overrides
 from lorasweep.config.compose import compose_run
 from lorasweep.data.reading import read_source
+from lorasweep.outcome import DONE
 from lorasweep.sweep.controller.lifecycle import grow_definition
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.confirm import draw_confirm_seeds, find_warnings

@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from lorasweep import commands
-from lorasweep.cli import DONE, FAILED, INTERRUPTED_EXIT_CODE, WRONG_REQUEST, run
+from lorasweep.cli import run
+from lorasweep.outcome import DONE, FAILED, WRONG_REQUEST
 from lorasweep.record import read_run
+from lorasweep.training.stop_signal import INTERRUPTED_EXIT_CODE
 
 pytestmark = pytest.mark.usefixtures("here")
 

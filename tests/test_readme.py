@@ -9,7 +9,8 @@ import pytest
 import yaml
 from tests.small_runs import SMALL_RUN
 
-from lorasweep.cli import DONE, run
+from lorasweep.cli import run
+from lorasweep.outcome import DONE
 from lorasweep.sweep.definition.arms import read_definition
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")

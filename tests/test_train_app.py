@@ -10,8 +10,10 @@ import yaml
 from tests.files import list_names
 
 from lorasweep import api
-from lorasweep.cli import DONE, FAILED, INTERRUPTED_EXIT_CODE, WRONG_REQUEST, run
+from lorasweep.cli import run
+from lorasweep.outcome import DONE, FAILED, WRONG_REQUEST
 from lorasweep.record import read_run
+from lorasweep.training.stop_signal import INTERRUPTED_EXIT_CODE
 
 pytestmark = pytest.mark.usefixtures("here")
 

@@ -16,11 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from lorasweep import commands
 from lorasweep.commands import Command
 from lorasweep.errors import ConfigError
-from lorasweep.outcome import DONE as DONE  # the exit codes, for callers of `run`
-from lorasweep.outcome import FAILED as FAILED
-from lorasweep.outcome import WRONG_REQUEST as WRONG_REQUEST
 from lorasweep.outcome import Outcome, end
-from lorasweep.training.stop_signal import INTERRUPTED_EXIT_CODE as INTERRUPTED_EXIT_CODE
 
 if TYPE_CHECKING:
     from lorasweep.config.compose import Primary

@@ -45,7 +45,7 @@ def sweep(arguments: argparse.Namespace) -> Outcome:
         if arguments.resume:
             definition = read_saved_definition(arguments.resume)
         elif arguments.minutes is not None:
-            definition = _measure_definition(name, overrides, minutes=arguments.minutes)[0]
+            definition = _measure_definition(named, overrides, minutes=arguments.minutes)[0]
         else:
             definition = named or api.read_sweep_definition(None, overrides)
         if arguments.cfg:
@@ -103,7 +103,8 @@ def plan(arguments: argparse.Namespace) -> Outcome:
     """Checks a sweep, measures a few steps of its trainings, and shows the cost of the sweep. Keeps no file."""
     began = time.monotonic()
     name, overrides = _split_name(arguments.overrides)
-    definition, groups, inputs_cache = _measure_definition(name, overrides, minutes=arguments.minutes)
+    named = _read_named(name, overrides)
+    definition, groups, inputs_cache = _measure_definition(named, overrides, minutes=arguments.minutes)
     with quick_imports():
         from lorasweep.sweep.checks import describe_coverages
         from lorasweep.sweep.plan import render_plan
@@ -134,10 +135,12 @@ def _read_named(name: str | None, overrides: Overrides) -> Definition | None:
 
 
 def _measure_definition(
-    name: str | None, overrides: Overrides, *, minutes: float | None
+    definition: Definition | None, overrides: Overrides, *, minutes: float | None
 ) -> tuple[Definition, list[GroupPlan], InputsCache]:
-    """Returns a checked sweep, fitted to `minutes` if given, the plans of its groups of arms, and what they loaded."""
-    definition = _read_named(name, overrides)
+    """Returns a checked sweep, fitted to `minutes` if given, the plans of its groups of arms, and what they loaded.
+
+    Without a `definition`, the sweep is drafted for the data of the overrides.
+    """
     began, arms = time.monotonic(), "the drafted sweep"
     if definition is not None:
         arms = f"{definition.name} ({', '.join(arm.name for arm in definition.arms)})"

@@ -30,7 +30,7 @@ def refuse(compose, settings, words):
         ({"optim.lrr": 1}, ["`optim.lrr`", "`optim.lr`", "--cfg job"]),
         ({"rank": 4}, ["`rank`", "`method.rank`"]),
         ({"method.lora_alpha": 4}, ["`method.lora_alpha`", "PEFT", "`method.alpha`"]),
-        ({"method.variant": "dora"}, ["`method.variant`", "method=peft", "use_dora: true"]),
+        ({"method.use_dora": True}, ["`method.use_dora`", "method=peft", "use_dora: true"]),
         ({"method": "full", "method.rank": 4}, ["`method.rank`", "`method=lora`"]),
         ({"method.name": "frozen"}, ["`method.rank`"]),
         ({"method.config.r": 16}, ["`method.config`", "`method=peft`"]),

@@ -9,7 +9,8 @@ import yaml
 from tests.fuzzing import list_files
 from tests.small_runs import MINI
 
-from lorasweep.cli import DONE, run
+from lorasweep.cli import run
+from lorasweep.outcome import DONE
 
 SWEEP = {
     **MINI,

@@ -7,7 +7,7 @@ import os
 import pytest
 from tests.fuzzing import feed
 
-from lorasweep.cli import DONE, WRONG_REQUEST
+from lorasweep.outcome import DONE, WRONG_REQUEST
 
 ARMS = "full", "lora", "frozen"
 SCORES = "arm,seed,score\n" + "".join(f"{arm},{seed},0.8{seed}\n" for arm in ARMS for seed in (1, 2))

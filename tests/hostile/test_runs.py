@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tests.files import DELETED, edit_json, set_values
 from tests.fuzzing import feed
 
-from lorasweep.cli import DONE, WRONG_REQUEST
+from lorasweep.outcome import DONE, WRONG_REQUEST
 from lorasweep.record import read_steps
 
 RUN = "theirs/runs/lora-0000"

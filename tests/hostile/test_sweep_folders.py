@@ -8,7 +8,7 @@ import pytest
 from tests.files import DELETED, set_values
 from tests.fuzzing import feed
 
-from lorasweep.cli import DONE, WRONG_REQUEST
+from lorasweep.outcome import DONE, WRONG_REQUEST
 
 LONG, NAN = "x" * 1_000_000, math.nan
 DEEP = f"<<{'[' * 150}{']' * 150}>>"

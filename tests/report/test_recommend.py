@@ -76,7 +76,7 @@ def test_a_sweep_without_recommended_settings_is_refused(confirmed, monkeypatch)
             read_recommended(confirmed / name)
     edit_json(confirmed / "sweep.json", lambda raw: raw.update(status="interrupted"))
     for is_open, command in ((False, "sweep --resume"), (True, "status")):
-        monkeypatch.setattr("lorasweep.report.recommend.is_running", lambda _folder, is_open=is_open: is_open)
+        monkeypatch.setattr("lorasweep.report.sweep_data.is_running", lambda _folder, is_open=is_open: is_open)
         with pytest.raises(RecordError, match=rf"is interrupted\. Type `lorasweep {command}"):
             read_recommended(confirmed)
 

@@ -9,7 +9,8 @@ import yaml
 from tests.word_chats import make_word_chats
 
 import lorasweep
-from lorasweep.cli import WRONG_REQUEST, run
+from lorasweep.cli import run
+from lorasweep.outcome import WRONG_REQUEST
 from lorasweep.record import read_run, read_sweep
 from lorasweep.report.generated import list_answered_examples
 from lorasweep.report.sweep_data import load_sweep_data

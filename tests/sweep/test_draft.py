@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lorasweep.cli import DONE, WRONG_REQUEST, run
+from lorasweep.cli import run
+from lorasweep.outcome import DONE, WRONG_REQUEST
 from lorasweep.sweep.controller.lifecycle import read_saved_definition
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.packing import explain_solo_arms

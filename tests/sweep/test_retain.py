@@ -9,7 +9,8 @@ from tests.small_runs import SMALL_RUN, TWO_STEPS
 import lorasweep
 import lorasweep.sweep.workers.worker as worker_file
 import lorasweep.training.score as score_file
-from lorasweep.cli import WRONG_REQUEST, run
+from lorasweep.cli import run
+from lorasweep.outcome import WRONG_REQUEST
 from lorasweep.record import read_run, read_sweep
 from lorasweep.report.sweep_data import load_sweep_data
 from lorasweep.sweep.checks import list_retained

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from tests.small_runs import TWO_STEPS
 
-from lorasweep.cli import DONE, run
+from lorasweep.cli import run
 from lorasweep.config.build import dotted_items
+from lorasweep.outcome import DONE
 from lorasweep.record import read_run
 
 pytest.importorskip("wandb", reason="needs wandb: pip install '.[loggers]'")

@@ -167,7 +167,6 @@ def _build(kind: type[T], values: Mapping[str, Any]) -> T:
 def _find_setting(key: str) -> str:
     """Returns a sentence on the setting that PEFT's users mean by a key, or on the options that have the key."""
     group, _, name = key.rpartition(".")
-    name = "use_dora" if key == "method.variant" else name  # a setting of earlier versions
     if group in ("", "method") and name in PEFT_ALIASES:
         return f" PEFT's `{name}` is `{PEFT_ALIASES[name]}` here."
     files = sorted((packaged_folder("conf") / group).glob("*.yaml")) if group else []

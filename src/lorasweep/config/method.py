@@ -37,8 +37,7 @@ INITS: Mapping[Any, str] = {True: "default", "gaussian": "gaussian", "orthogonal
 # fmt: off
 CONVERTED_FIELDS = frozenset({
     "r", "lora_alpha", "use_rslora", "target_modules", "lora_dropout", "init_lora_weights", "rank_pattern",
-    "alpha_pattern",
-    "exclude_modules", "layers_to_transform", "modules_to_save", "target_parameters",
+    "alpha_pattern", "exclude_modules", "layers_to_transform", "modules_to_save", "target_parameters",
 })
 """Fields of PEFT's `LoraConfig` that `convert_from_peft` and `read_peft_config` read."""
 FIELDS_WITHOUT_EFFECT = frozenset({

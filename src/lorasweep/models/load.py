@@ -53,9 +53,11 @@ COUNT_NAMES = re.compile(r"(?:^|[._])(?:(?P<labels>labels)|layers?|experts?|bloc
 """Keys of `config.json` whose value is a number of modules, or of labels."""
 MAX_MODULES, MAX_LABELS = 1000, 100_000
 """Maximum values of these keys. transformers needs about 6 ms for a layer, and an entry in a dictionary for a label."""
-MAX_PARAMETERS_PER_BYTE, MIN_MAX_PARAMETERS = 8, 10**8
-"""Maximum number of parameters for each byte of weights, and the number that is always allowed (a new head, tests).
-Others are damaged or hostile: transformers would allocate what the files lack. One bit is the smallest quantisation."""
+MAX_PARAMETERS_PER_BYTE = 8
+"""Maximum number of parameters for each byte of weights, because the smallest quantisation has one bit. A model with
+more is damaged or hostile: transformers would allocate what the files lack."""
+ALWAYS_ALLOWED_PARAMETERS = 10**8
+"""Number of parameters that every model may have, for example in a new head."""
 LAYER_DROP_NAMES = ("layerdrop", "layer_drop", "drop_path")
 """Rates whose names contain one of these skip whole layers."""
 
@@ -140,7 +142,7 @@ def load_base(config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None 
             with torch.device("meta"):
                 num_parameters = count_parameters(model_class.from_config(settings, **shared))
             num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-            if num_parameters > max(MIN_MAX_PARAMETERS, MAX_PARAMETERS_PER_BYTE * num_bytes):
+            if num_parameters > max(ALWAYS_ALLOWED_PARAMETERS, MAX_PARAMETERS_PER_BYTE * num_bytes):
                 raise ValueError(f"its `config.json` has {num_parameters:,} parameters, its files {num_bytes:,} bytes")
         arguments = {"config": settings, **attention, **shared}
         if config.quantization != "none":

@@ -42,7 +42,7 @@ class AnswerLine:
     text: str
     is_settled: bool
     next: NextStep | None = None
-    """What to type next; None if the question is settled."""
+    """The command for an open question; None if it is settled or not asked."""
 
 
 def list_answer_lines(data: SweepData, learning: Learning) -> tuple[AnswerLine, ...]:

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     import pandas
 
 REQUIRED_COLUMNS = ("arm", "seed", "score")
-MAX_FILE_BYTES = 2**28
+MAX_SCORES_BYTES = 2**28
+"""Maximum size of a file of scores: about ten million rows."""
 MAX_HEADER_BYTES = 2**16
 """Maximum length of the first line. Thousands of columns would take longer to read than millions of rows."""
 
@@ -254,8 +255,8 @@ def read_scores(path: Path, *, columns: Mapping[str, str]) -> pandas.DataFrame:
     try:
         require_regular_file(path)
         with path.open("rb") as file:
-            if len(file.readline(MAX_HEADER_BYTES)) == MAX_HEADER_BYTES or path.stat().st_size > MAX_FILE_BYTES:
-                limits = format_bytes(MAX_FILE_BYTES), format_bytes(MAX_HEADER_BYTES)
+            if len(file.readline(MAX_HEADER_BYTES)) == MAX_HEADER_BYTES or path.stat().st_size > MAX_SCORES_BYTES:
+                limits = format_bytes(MAX_SCORES_BYTES), format_bytes(MAX_HEADER_BYTES)
                 raise ValueError("it has more than {} or a header of more than {}".format(*limits))
         found = pandas.read_csv(path, compression=None)
         return found.rename(columns={theirs: ours for ours, theirs in columns.items()})

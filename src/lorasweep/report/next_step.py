@@ -1,4 +1,4 @@
-"""What to type next for a question that is still open: one command, or why no command settles it."""
+"""The next command for each open question, or the reason why no command settles it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 from lorasweep.config.command_line import format_override
 from lorasweep.config.data import DEFAULT_SPLIT_PERCENT
-from lorasweep.disk import is_running
 from lorasweep.record import QuestionName, is_number
 from lorasweep.report.caveats import Learning
 from lorasweep.report.evidence.evidence import RetainedChange
@@ -28,7 +27,7 @@ class NextStep:
 
     command: str | None
     reason: str
-    """What the command does; without a command, why no command settles the question."""
+    """What the command does. If there is no command: why none settles the question."""
 
     def __str__(self) -> str:
         return f"Next ({self.reason}): {self.command}" if self.command else f"No command settles this: {self.reason}."
@@ -76,10 +75,8 @@ def find_retained_step(unsettled: Sequence[RetainedChange], data: SweepData) -> 
 
 def _find_step_before_verdicts(data: SweepData) -> NextStep | None:
     """Returns the step to a complete sweep with a confirm stage; None if the sweep has both."""
-    if is_running(data.folder):
-        return NextStep(f"lorasweep status {shlex.quote(str(data.folder))} --watch", "the sweep still runs")
     if data.record.status != "complete":
-        return _resume({}, data, "the sweep is not complete")
+        return NextStep(data.completing_command, "the sweep is not complete")
     return None if data.record.looks else _resume({"confirm.seeds": "auto"}, data, "adds the confirm stage")
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import ALPHA, LR, RANK, SCALING, STEPS_KEY
-from lorasweep.disk import is_running
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import SWEEP_FILE, Trial
 from lorasweep.report.caveats import Learning, judge_learning
@@ -213,10 +212,9 @@ def find_recommended(data: SweepData, name: str | None, *, key: str) -> tuple[Su
     """
     folder = str(data.folder)
     if data.record.status != "complete":
-        command = f"status {folder} --watch" if is_running(data.folder) else f"sweep --resume {folder}"
         raise RecordError(
             f"`{key}` must be a sweep that is complete, but {folder!r} is {data.record.status}. "
-            f"Type `lorasweep {command}`."
+            f"Type `{data.completing_command}`."
         )
     names = list(dict.fromkeys([row.name for row in data.record.arms] + [one.name for one in data.subjects]))
     if name is not None and name not in names:

@@ -5,6 +5,7 @@ A run that can't be read leaves its trial without a record and adds a sentence t
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lorasweep.config.data import ScoreMetric
 from lorasweep.config.run import ALPHA, LR, RANK
 from lorasweep.config.sweep import parse_margin
+from lorasweep.disk import is_running
 from lorasweep.errors import RecordError
 from lorasweep.record import (
     ArmRow,
@@ -109,6 +111,12 @@ class SweepData:
     def confirm_runs(self) -> tuple[Trial, ...]:
         """Every run of the confirm stage of a setting that is confirmed now, by subject and seed."""
         return tuple(run for subject in self.subjects for run in subject.confirm_runs)
+
+    @property
+    def completing_command(self) -> str:
+        """The command that leads to a complete sweep: `status --watch` if a process runs it now, else a resume."""
+        name = shlex.quote(str(self.folder))
+        return f"lorasweep status {name} --watch" if is_running(self.folder) else f"lorasweep sweep --resume {name}"
 
     @property
     def run_records(self) -> tuple[RunRecord, ...]:

@@ -2,7 +2,7 @@
 
 Arms whose trials share packs form a group. Each other arm is a group of its own. One short training is measured for
 each group: a pack of runs with the highest rank, or one run alone. Its steps and slots follow from the speed of the
-machine, and it is evaluated on few examples. All is scaled by the number of tokens, so that a plan takes a minute.
+machine, and it is evaluated on few examples. All is scaled by the number of tokens.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ MIN_MEASURED_STEPS = 2
 """Steps of a measured training if they are slow. The first is not counted, because it warms up."""
 
 MAX_MEASURED_STEPS = 16
-"""Steps of a measured training if they are fast. More than this change time and memory by a few percent."""
+"""Steps of a measured training if they are fast."""
 
 MEASURED_TRAINING_S = 6.0
 """Seconds that the steps of a measured training should take. They decide on its number of steps."""

@@ -13,9 +13,10 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from datasets.packaged_modules.parquet.parquet import Parquet
 
 import lorasweep
-from lorasweep.cli import DONE, WRONG_REQUEST, run
+from lorasweep.cli import run
 from lorasweep.data.source import LabelledText
 from lorasweep.errors import ConfigError
+from lorasweep.outcome import DONE, WRONG_REQUEST
 
 COMMIT, OTHER_COMMIT = "a" * 40, "b" * 40
 LABELLED = Features({"text": Value("string"), "label": ClassLabel(names=["pos", "neg"])})
