@@ -62,7 +62,9 @@ from lorasweep.cli import run
 def check(what):
     assert not {'torch', 'lightning', 'optuna', 'transformers'} & set(sys.modules), what
 check("imports")
-for words in (["--help"], ["compare", "nowhere"], ["status", "nowhere"], ["train", "--cfg", "job"]):
+EXPORT = ["export", "nowhere", "--format", "peft", "--out", "out"]
+NOWHERE = [[name, "nowhere"] for name in ("compare", "status", "inspect", "reproduce")]
+for words in (["--help"], ["train", "--cfg", "job"], EXPORT, *NOWHERE):
     try:
         run(words)
     except SystemExit:

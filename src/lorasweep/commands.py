@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from lorasweep.sweep.plan import GroupPlan
     from lorasweep.training.inputs import InputsCache
 
+MAX_SILENT_TRIALS, MAX_SILENT_BYTES = 1000, 10_000_000
+"""A report of more trials, or a larger file of scores, takes seconds, so a line says what happens."""
+
 Command = Callable[[argparse.Namespace], Outcome]
 
 
@@ -69,17 +72,18 @@ def status(arguments: argparse.Namespace) -> Outcome:
 
 def new(arguments: argparse.Namespace) -> Outcome:
     """Reads the model and the data, and writes a sweep file for them."""
+    path = arguments.file
+    if path.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"`FILE.yaml` must have the suffix .yaml, but got {str(path)!r}.")
+    if path.exists():
+        raise ConfigError(f"`FILE.yaml` must be a new file, but {str(path)!r} exists already. Name another one.")
+    say("reads the model and the data; first loads torch, which takes seconds", file=sys.stderr)
     with quick_imports():
         from lorasweep.config.command_line import parse_overrides
         from lorasweep.data.reading.tables import find_hub_settings
         from lorasweep.disk import write_atomically
         from lorasweep.sweep.draft import draft_sweep
 
-    path = arguments.file
-    if path.suffix not in (".yaml", ".yml"):
-        raise ConfigError(f"`FILE.yaml` must have the suffix .yaml, but got {str(path)!r}.")
-    if path.exists():
-        raise ConfigError(f"`FILE.yaml` must be a new file, but {str(path)!r} exists already. Name another one.")
     settings = parse_overrides(arguments.overrides)
     if arguments.source is not None:
         given = {name: settings.get(f"data.{name}") for name in ("subset", "revision")}
@@ -93,9 +97,9 @@ def new(arguments: argparse.Namespace) -> Outcome:
         text, power = draft_sweep(path, settings | {key: definition.raw["overrides"][key] for key in fitted})
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text)
+    say(f"wrote {path}. Read it, then type:\n    lorasweep plan {path}\n    lorasweep sweep {path}")
     for sentence in power:
         say(f"• {sentence}")
-    say(f"wrote {path}. Read it, then type:\n    lorasweep plan {path}\n    lorasweep sweep {path}")
     return Outcome({"file": path, "notes": power})
 
 
@@ -172,6 +176,8 @@ def compare(arguments: argparse.Namespace) -> Outcome:
 
     results = [load_sweep(folder) for folder in arguments.folders]
     for result in results:
+        if (count := len(result.record.trials)) > MAX_SILENT_TRIALS:
+            say(f"writes the report of {count:,} trials", file=sys.stderr)
         write_report(result.findings)
     if len(results) == 1:
         _show_report(results[0], verbose=arguments.verbose)
@@ -186,6 +192,8 @@ def judge(arguments: argparse.Namespace) -> Outcome:
     columns = dict(given.split("=", 1) for given in arguments.columns if "=" in given)
     if len(columns) < len(arguments.columns):
         raise ConfigError("`--columns` must be pairs such as `arm=Name`: our name, then the file's.")
+    if arguments.scores.is_file() and (size := arguments.scores.stat().st_size) > MAX_SILENT_BYTES:
+        say(f"reads {size / 1e6:.0f} MB of scores", file=sys.stderr)
     scores = read_scores(arguments.scores, columns=columns)
     names = ("margin", "maximize", "metric", "reference", "base", "key", "looks")
     found = judge(scores, **{name: getattr(arguments, name) for name in names})
@@ -194,11 +202,11 @@ def judge(arguments: argparse.Namespace) -> Outcome:
 
 
 def export(arguments: argparse.Namespace) -> Outcome:
+    run = _choose_run(arguments.run, verb="exporting")
     with quick_imports():
         from lorasweep.runs.export import export_run
         from lorasweep.wording import format_bytes
 
-    run = _choose_run(arguments.run, verb="exporting")
     written = export_run(run, format=arguments.format, out=arguments.out, trust=arguments.trust)
     say(f"{arguments.format}, {written.dtype}, {format_bytes(written.num_bytes)}: {arguments.out}")
     for sentence in written.serving:
@@ -208,20 +216,25 @@ def export(arguments: argparse.Namespace) -> Outcome:
 
 def inspect(arguments: argparse.Namespace) -> Outcome:
     """Analyses the weights of a run, writes the tables into its folder `inspect/` and shows them."""
+    run = _choose_run(arguments.run, verb="inspecting")
     with quick_imports():
         from lorasweep.runs.inspect import inspect_run, render_inspection
 
-    inspection = inspect_run(_choose_run(arguments.run, verb="inspecting"), trust=arguments.trust)
+    inspection = inspect_run(run, trust=arguments.trust)
     show(render_inspection(inspection))
     return Outcome(inspection)
 
 
 def _choose_run(folder: Path, *, verb: str) -> Path:
-    """Returns the folder if it is a run, or the recommended run of SWEEP or SWEEP/ARM."""
-    from lorasweep.record import RUN_FILE, SWEEP_FILE
+    """Returns the folder if it is a run, or the recommended run of SWEEP or SWEEP/ARM.
+
+    Reads the record without torch, whose import takes seconds, so that a wrong folder is refused at once.
+    """
+    from lorasweep.record import RUN_FILE, SWEEP_FILE, read_run
     from lorasweep.report.recommend import find_recommended_run
 
     if (folder / RUN_FILE).is_file() or not any((one / SWEEP_FILE).is_file() for one in (folder, folder.parent)):
+        read_run(folder)
         return folder
     run, described = find_recommended_run(folder)
     say(f"{verb} {described}: {run}")
@@ -229,12 +242,14 @@ def _choose_run(folder: Path, *, verb: str) -> Path:
 
 
 def reproduce(arguments: argparse.Namespace) -> Outcome:
+    from lorasweep.record import SWEEP_FILE, read_run, read_sweep
+
+    folder = arguments.folder  # a damaged record is refused at once, before torch is loaded
+    (read_sweep if (folder / SWEEP_FILE).is_file() else read_run)(folder)
     with quick_imports():
         from lorasweep import api
 
-    found = api.reproduce(
-        arguments.folder, output=arguments.output, tolerance=arguments.tolerance, steps=arguments.steps
-    )
+    found = api.reproduce(folder, output=arguments.output, tolerance=arguments.tolerance, steps=arguments.steps)
     say(found.description)
     code = INTERRUPTED_EXIT_CODE if found.verdict == "interrupted" else DONE if found.holds else FAILED
     return Outcome(found, code)

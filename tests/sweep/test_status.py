@@ -5,6 +5,7 @@ import io
 import os
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -18,7 +19,8 @@ from lorasweep.sweep.status import count_ended, read_status, render_status, repo
 
 def arm(name, *, method="lora", trials=4):
     steps = 0 if method == "frozen" else 8
-    return ArmRow(name=name, method=method, trials=trials, steps=steps, settings={}, space={})
+    is_base = method == "frozen"
+    return ArmRow(name=name, method=method, trials=trials, steps=steps, settings={}, space={}, has_fixed_score=is_base)
 
 
 def trial(number, state, value=None, *, arm="lora"):
@@ -119,6 +121,11 @@ def test_the_time_left_is_that_of_the_steps_left(running):
 
     trials = [trial(0, "complete", 1.5), trial(1, "complete", 1.5)]
     assert show_after([], looks=[2]) == "1 min 05 s so far"
+    running_row = trial(0, "running")
+    running_row.values = {1: 1.5}
+    given = {"arms": [arm("lora", trials=4)], "trials": [running_row], "makespan_s": 30}
+    write_record(sweep_record(**given), running)
+    assert read_status(running).seconds_left is None  # after 1 of 32 steps, loading took most of the time
     assert show_after(trials[:1], looks=[2], makespan_s=32).endswith("answers at 2 seeds in about 1 min 36 s")
     assert show_after([*trials[:1], trial(1, "running")], looks=[], makespan_s=48).endswith("complete in about 16 s")
     confirmed = {"confirmed": [confirm_row(7, "complete", 1.5)], "makespan_s": 96}
@@ -149,6 +156,13 @@ def test_the_confirm_stage_counts_a_seed_once_for_the_frozen_base(running):
     assert sorted(line.split()) == sorted(["lora", "3/6", *"1131", "3/4", "1.5000", "1.7000", "rank", "1"])
     assert "4 fresh seeds" in shown
     assert "now: lora confirm  step 4/8  1.5500  rank 1, seed 10" in shown
+
+
+def test_a_frozen_base_whose_score_depends_on_the_seed_has_a_confirm_run_for_each(running):
+    """A classifier's base may have a new head."""
+    frozen = replace(arm("frozen", method="frozen", trials=1), has_fixed_score=False)
+    write_record(sweep_record(arms=[frozen], trials=[], looks=[3], confirm_seeds=[1, 2, 3]), running)
+    assert [one.num_confirm for one in read_status(running).arms] == [3]
 
 
 def test_a_folder_that_is_no_sweep_is_refused_with_the_sweep_of_a_near_name(folder):
@@ -235,7 +249,8 @@ def wait_for(condition):
         time.sleep(0.005)
 
 
-def test_a_watched_sweep_is_shown_until_it_ends(running, monkeypatch):
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_watched_sweep_is_shown_until_it_ends(running, monkeypatch, is_terminal):
     counts = iter(range(1, 4))
 
     def end_later(seconds):
@@ -244,7 +259,7 @@ def test_a_watched_sweep_is_shown_until_it_ends(running, monkeypatch):
 
     monkeypatch.setattr(status_file.time, "sleep", end_later)
     output = io.StringIO()
-    last = watch_status(running, Console(file=output, force_terminal=True, width=120))
+    last = watch_status(running, Console(file=output, force_terminal=is_terminal, width=120))
     assert (last.record.status, next(counts, None)) == ("complete", None)
     assert all(f"{number}/6" in output.getvalue() for number in (1, 2, 3))
 
@@ -266,7 +281,7 @@ def test_a_sweep_in_this_process_is_shown_with_a_line_per_run(begin, work, runs,
     with show_progress(folder.path, Console(file=output, width=200)):
         assert work(folder)
     rows = [*folder.record.trials, *folder.record.confirm]
-    others = ("sweep ", "warning: ", "answers at ", "complete in ")
+    others = ("sweep ", "a worker has ", "warning: ", "answers at ", "complete in ")
     lines = [line for line in output.getvalue().splitlines() if not line.startswith(others)]
     assert len(lines) == len(rows) + 1 == 10 + 5 + 1
     assert sum(line.startswith("confirm: ") for line in lines) == 1

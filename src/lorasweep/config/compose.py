@@ -79,6 +79,14 @@ def find_user_conf() -> Path | None:
     return folder if folder.is_dir() and folder.resolve() != packaged_folder("conf").resolve() else None
 
 
+def find_replacements() -> list[Path]:
+    """Returns the files of the user's `conf/` that replace different files of the packaged one."""
+    if (user := find_user_conf()) is None:
+        return []
+    pairs = [(file, packaged_folder("conf") / file.relative_to(user)) for file in sorted(user.rglob("*.yaml"))]
+    return [file for file, own in pairs if own.is_file() and file.read_bytes() != own.read_bytes()]
+
+
 class SearchUserConf(SearchPathPlugin):
     """Makes Hydra search `conf/` of the current folder before the packaged `conf/`."""
 
@@ -154,10 +162,7 @@ def _build(kind: type[T], values: Mapping[str, Any]) -> T:
         return build(kind, values)
     except UnknownSettingError as error:
         known = [key for key, _ in dotted_items(values) if key != error.key]
-        folder, name, own = find_user_conf(), "sweep" if kind is SweepConfig else "train", ""
-        if folder and (file := folder / f"{name}.yaml").is_file():
-            is_copy = file.read_bytes() == (packaged_folder("conf") / file.name).read_bytes()  # as in a clone
-            own = "" if is_copy else f" {str(file)!r} replaces lorasweep's own file; rename it if it is a sweep."
+        own = "".join(f" {str(file)!r} replaces lorasweep's own file; rename it." for file in find_replacements()[:1])
         raise ConfigError(
             f"`{error.key}` is not a setting.{_find_setting(error.key) or suggest_nearest(error.key, known)} "
             f"`--help` lists the groups, `--cfg job` every key.{own}"

@@ -134,6 +134,10 @@ def build_splits(
         assert isinstance(config, StdlibConfig | TextConfig)
         return build_block_split(examples, config=config, tokenizer=tokenizer)
 
+    def build_test() -> Split:
+        split = build(source.test())
+        return replace(split, notes=(*split.notes, *describe_cut(split)))
+
     validation = build(source.validation)
     task: Task
     if source.kind == "single_label":
@@ -160,26 +164,34 @@ def build_splits(
         validation=validation,
         task=task,
         metric=metric,
-        test=functools.cache(lambda: build(source.test())),
+        test=functools.cache(build_test),
         notes=notes,
     )
-    more = (*describe_examples(splits.train), *describe_constant_answer(splits, source.label_names))
+    cut = (*describe_cut(splits.train), *describe_cut(validation))
+    more = (*cut, *describe_template(splits.train), *describe_constant_answer(splits, source.label_names))
     return replace(splits, notes=notes + more)
 
 
-def describe_examples(split: Split) -> list[str]:
-    """Returns sentences on examples that were cut off, and on how a chat template changed conversations."""
+def describe_cut(split: Split) -> list[str]:
+    """Returns a sentence on examples that were cut off; none if there are none."""
+    if not isinstance(split, ExampleSplit) or not split.truncated:
+        return []
+    left_out = split.facts.get("left_out", 0)
+    cut = f"{split.truncated} examples of {split.name} are longer than `data.max_length`, so their end is cut off"
+    return [cut + (f"; {left_out} have no answer left and are not used." if left_out else ".")]
+
+
+def describe_template(split: Split) -> list[str]:
+    """Returns sentences on how a chat template changed conversations."""
     if not isinstance(split, ExampleSplit):
         return []
-    facts = {"conversations": len(split), "without_reasoning": 0, "left_out": 0, **split.facts}
-    cut = f"{split.truncated} examples of {split.name} are longer than `data.max_length`, so their end is cut off"
-    cut += f"; {facts['left_out']} have no answer left and are not used." if facts["left_out"] else "."
+    facts = {"conversations": len(split), "without_reasoning": 0, **split.facts}
     rewritten = (
         f"{facts['conversations']} conversations of {split.name} are {len(split)} examples, because the chat template "
         "rewrites earlier turns: each answer follows the prompt that a server gives."
     )
     without = f"{facts['without_reasoning']} examples of {split.name} lack reasoning: the template leaves it out."
-    chosen = {cut: split.truncated, rewritten: len(split) > facts["conversations"], without: facts["without_reasoning"]}
+    chosen = {rewritten: len(split) > facts["conversations"], without: facts["without_reasoning"]}
     return [note for note, applies in chosen.items() if applies]
 
 

@@ -170,10 +170,11 @@ def build_source(
     train_keys = frozenset(map(key, train_items))
 
     def count_duplicates(name: str, items: list[Example]) -> list[str]:
-        if name in missing:
-            return []  # taken from train by content key, so it has no duplicate there
-        duplicates = sum(key(item) in train_keys for item in items)
-        return [f"{duplicates} of {len(items)} examples of {name} have the {shared} of an example of train."]
+        # a split that is taken from train by content key has none
+        duplicates = 0 if name in missing else sum(key(item) in train_keys for item in items)
+        return (
+            [f"{duplicates} of {len(items)} examples of {name}: their {shared} is in train too."] if duplicates else []
+        )
 
     @functools.cache
     def test() -> Examples[Example]:
@@ -181,6 +182,7 @@ def build_source(
         return collect_examples("test", items, (*notes, *count_duplicates("test", items)))
 
     repeated = len(train_items) - len(train_keys)
+    repeats = [f"{repeated} of {len(train_items)} examples of train: their {shared} is that of another one."]
     return DataSource(
         kind=kind,
         label_names=label_names,
@@ -191,7 +193,7 @@ def build_source(
             *notes,
             *train_notes,
             *validation_notes,
-            f"{repeated} of {len(train_items)} examples of train repeat the {shared} of another one.",
+            *(repeats if repeated else ()),
             *count_duplicates("validation", validation_items),
             *describe(train_items, validation_items),
         ),

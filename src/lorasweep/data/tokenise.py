@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from lorasweep.errors import ConfigError
 
 CACHE_FORMAT = 5
 """Part of every cache key. Raise it when this module tokenises the same examples differently than before."""
+MIN_SHOWN_CHARACTERS = 10_000_000
+"""A progress bar is shown while at least as much text is tokenised, which takes seconds."""
 Columns = dict[str, list[Any]]
 
 
@@ -191,7 +194,9 @@ def map_cached(columns: Columns, tokenise: Callable[[Columns], Columns], *, key:
         target: dict[str, Any] = {"cache_file_name": str(folder / f"{key}.arrow")}
     except OSError:  # the cache is not writable, so each run tokenises the examples again
         target = {"keep_in_memory": True}
-    with quiet_datasets():
+    num_characters = sum(len(value) for values in columns.values() for value in values if isinstance(value, str))
+    target["desc"] = "tokenising"  # beside the progress bar
+    with quiet_datasets() if num_characters < MIN_SHOWN_CHARACTERS else nullcontext():
         texts = datasets.Dataset.from_dict(columns)
         ids = texts.map(tokenise, batched=True, remove_columns=list(columns), new_fingerprint=key, **target)
         table = ids.with_format("arrow")[:]

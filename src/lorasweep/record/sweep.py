@@ -96,6 +96,8 @@ class ArmRow:
     """Dotted keys and values that differ from the defaults."""
     space: SweptSettings
     """Swept keys: a list of choices or a mapping `low`, `high`, and `log` or `step`."""
+    has_fixed_score: bool = False
+    """Whether the arm has the same score with every seed, so one confirm run is enough."""
     subjects: Annotated[list[Subject], Field(max_length=MAX_CHOICES)] = field(default_factory=list)
     """The arm itself, or each value of its `confirm_each` key, from the smallest to the largest."""
 

@@ -19,6 +19,9 @@ from lorasweep.wording import format_count, format_metric, format_score, format_
 EVIDENCE_FIELDS = ("num_examples", "num_groups", "base", "full", "gain", "margin", "confidence", "notes")
 """The fields of `Evidence` that `summary.json` has under the same names."""
 
+MAX_CUT_OFF_SHARE = 0.1
+"""Above this share of generated answers that were cut off, their scores are doubted beside the answers."""
+
 ONE_SEED = (
     "Every score is one seed on validation data, on which the search also picked the winners; "
     "whether the differences are more than chance is not tested yet."
@@ -83,13 +86,19 @@ def read_findings(folder: Path, record: SweepRecord | None = None) -> Findings:
     learning = judge_learning(data)
     fairness = judge_fairness(data, has_learned=learning.state != "nothing")
     unfair = [f"The comparison of arms is not fair: {'; '.join(fairness.faults)}."] if fairness.faults else []
+    cut_off, are_many = _describe_cut_answers(data)
     return Findings(
         data=data,
         answers=list_answer_lines(data, learning),
         learning=learning,
         fairness=fairness,
-        warnings=(*learning.warnings, *unfair, *describe_unstable_rates(data, learning)),
-        notes=tuple(_list_notes(data, fairness)),
+        warnings=(
+            *learning.warnings,
+            *(cut_off if are_many else []),
+            *unfair,
+            *describe_unstable_rates(data, learning),
+        ),
+        notes=(*([] if are_many else cut_off), *_list_notes(data, fairness)),
         recommended=tuple(recommend(data, learning)),
     )
 
@@ -149,20 +158,31 @@ def _list_notes(data: SweepData, fairness: Fairness) -> Iterator[str]:
 
 
 def _describe_generated(data: SweepData) -> Iterator[str]:
-    """Yields sentences on the metric that decides nothing, and on answers that were cut off; none without answers."""
+    """Yields sentences on the metric that decides nothing, and on examples without an answer; none without answers."""
     if not data.evidence.means or data.other_metric is None:
         return
     verdict, other = format_metric(data.shown_metric.name), format_metric(data.other_metric.name)
     yield f"Verdicts are about {verdict} (`confirm.metric`); {other} on the same test data decides nothing."
+    if left_out := max(_list_answer_counts(data, "left_out"), default=0):
+        yield (
+            f"{left_out:,} test examples are not answered, because prompt and reference are longer than "
+            "`data.max_length`."
+        )
+
+
+def _describe_cut_answers(data: SweepData) -> tuple[list[str], bool]:
+    """Returns a sentence on generated test answers that were cut off, none if none was, and whether they are many."""
+    cut_off, examples = (sum(_list_answer_counts(data, name)) for name in ("cut_off", "examples"))
+    if not cut_off:
+        return [], False
+    counts = f"{cut_off:,} of {examples:,} generated answers"
+    sentence = f"{counts} were cut off at `data.answers.max_new_tokens`, so their scores may be too low. Raise it."
+    return [sentence], cut_off > MAX_CUT_OFF_SHARE * examples
+
+
+def _list_answer_counts(data: SweepData, name: str) -> list[int]:
     found = [run.record.answers.get("test", {}) for run in data.confirm_runs if run.record]
-    numbers = ([one[key] for one in found if is_number(one.get(key))] for key in ("examples", "cut_off", "left_out"))
-    examples, cut_off, left_out = numbers
-    if any(cut_off):
-        counts = f"{sum(cut_off):,} of {sum(examples):,} generated answers"
-        yield f"{counts} were cut off at `data.answers.max_new_tokens`."
-    if any(left_out):
-        counts = f"{max(left_out):,} test examples are not answered"
-        yield f"{counts}, because prompt and reference are longer than `data.max_length`."
+    return [one[name] for one in found if is_number(one.get(name))]
 
 
 def _describe_effort(data: SweepData) -> str:

@@ -78,9 +78,10 @@ def build_tables(findings: Findings) -> dict[str, pandas.DataFrame]:
     if data.confirm_runs:
         runs = runs[["arm", "subject", "seed", test_column, "state", "run"]]
         runs = runs.rename(columns={test_column: data.record.verdict_metric.name})
-        for other in data.record.test_metrics[1:]:
-            runs[other.name] = [run.record and run.record.test.get(other.name) for run in data.confirm_runs]
-        tables["confirmed.csv"] = runs
+        names = [other.name for other in data.record.test_metrics[1:]]
+        others = [[run.record and run.record.test.get(name) for name in names] for run in data.confirm_runs]
+        more = pandas.DataFrame(others, columns=names, index=runs.index)
+        tables["confirmed.csv"] = pandas.concat([runs, more], axis=1)
     if data.retained:
         changes = pandas.DataFrame.from_records([asdict(change) for change in data.retained])
         ends = [interval or (None, None) for interval in changes.pop("interval")]

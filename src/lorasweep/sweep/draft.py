@@ -251,10 +251,12 @@ def _fill_template(path: Path, settings: Mapping[str, Any], of_sweep: Mapping[st
     advice = f"; one label has {format_share(constant)} of the examples, so matthews says more"
     is_advised = "matthews" in others and constant > MAX_BALANCED_SHARE
     epochs = trainer.max_steps * trainer.batch_size / len(train)
+    longest = int(train.lengths.max())
+    is_cut = "; longer ones are cut off" if longest > settings.get("data.max_length", longest) else ""
     comments = {
         **COMMENTS,
         "data.metric": f"or {join_words(others, last='or')}{advice if is_advised else ''}",
-        "data.max_length": f"{train.lengths.double().mean():.0f} tokens on average, {int(train.lengths.max())} at most",
+        "data.max_length": f"{train.lengths.double().mean():.0f} tokens on average, {longest} at most{is_cut}",
         STEPS_KEY: f"{epochs:.1f} epochs of {len(train):,} training examples"
         + (f"; the draft has at most {MAX_STEPS} steps, set more if needed" if trainer.max_steps == MAX_STEPS else ""),
     }

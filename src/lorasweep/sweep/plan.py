@@ -59,11 +59,11 @@ MEASURED_TRAINING_S = 6.0
 MAX_MEASURED_TRAINING_S = 10.0
 """Maximum seconds of `MIN_MEASURED_STEPS` steps. If a whole pack takes longer, fewer slots are measured."""
 
-PACK_OVER_PRODUCTS, ALONE_OVER_PRODUCTS = 2.0, 4.0
+PACK_OVER_PRODUCTS, ALONE_OVER_PRODUCTS = 5.0, 6.0
 """Assumed time of a step over that of its products at the machine's speed, for a pack and for a run alone."""
 
-MEASURED_EVALUATION_FRACTION = 0.25
-"""Tokens of the measured evaluation, as a fraction of a full evaluation batch."""
+MEASURED_EVALUATION_S = 2.0
+"""Seconds that the measured evaluation should take. Fewer examples than a batch take longer each."""
 
 MAX_NAME_WIDTH = 16
 """Longest name of an arm that never wraps in 80 columns."""
@@ -159,15 +159,19 @@ def _measure_group(
     inputs = inputs_cache.load(largest)
     splits = inputs.splits
     # forward and backward pass have three products of each weight
-    slot_flops = 6 * sum(p.numel() for p in inputs.base.model.parameters()) * _mean_step_tokens(largest, splits.train)
-    slot_s = slot_flops / (1e12 * machine.tflops[inputs.precision])
-    slot_s *= PACK_OVER_PRODUCTS if slots > 1 else ALONE_OVER_PRODUCTS
+    token_flops = 6 * sum(parameter.numel() for parameter in inputs.base.model.parameters())
+    assumed_token_s = token_flops / (1e12 * machine.tflops[inputs.precision])
+    assumed_token_s *= PACK_OVER_PRODUCTS if slots > 1 else ALONE_OVER_PRODUCTS
+    slot_s = assumed_token_s * _mean_step_tokens(largest, splits.train)
     measured_slots = min(slots, max(1, int(MAX_MEASURED_TRAINING_S / MIN_MEASURED_STEPS / slot_s)))
     num_steps = min(max(MIN_MEASURED_STEPS, int(MEASURED_TRAINING_S / measured_slots / slot_s)), MAX_MEASURED_STEPS)
     config = _shorten(largest, split=splits.train, num_steps=num_steps)
     measured = inputs
     if config.module is None:  # a module reads its own data
-        num_rows = max(1, int(MEASURED_EVALUATION_FRACTION * config.trainer.eval_batch_size / measured_slots))
+        row_s = (
+            assumed_token_s / 3 * float(splits.validation.lengths.double().mean())
+        )  # a step has two backward products
+        num_rows = min(int(MEASURED_EVALUATION_S / row_s), config.trainer.eval_batch_size) // measured_slots or 1
         indices = choose_evaluated(splits.validation.lengths, batch_size=num_rows)
         part = SplitPart(name="validation", fingerprint="", split=splits.validation, indices=indices)
         measured = replace(inputs, splits=replace(splits, validation=part))

@@ -141,7 +141,7 @@ def assess_power(definition: Definition, splits: DataSplits) -> Power | None:
         spreads: Sequence[Spread] = [spread]
         size = margin.value * (gain if margin.is_share_of_gain else 1.0)
         name = "examples" if len(sizes) == len(test) else "groups"
-        unit = "points of accuracy, if full halves the errors of always giving the most frequent label"
+        unit = "points of accuracy (if full halves the errors of the majority class)"
     elif isinstance(test, BlockSplit) and splits.metric in LANGUAGE_MODEL_METRICS:
         spreads, name, unit = TEXT_SPREADS, "documents", "% of full's gain (two recorded tasks)"
         size = margin.value if margin.is_share_of_gain else 0.0  # the gain is not known

@@ -39,6 +39,8 @@ MAX_SHOWN_RUNS = 16
 """Maximum number of running trials that are listed below the table."""
 MIN_SHOWN_AGE_S = 5.0
 """The table says how old the record is from this age on, in seconds."""
+MIN_DONE_SHARE = 0.05
+"""The time left is estimated after this share of the optimizer steps."""
 WATCH_INTERVAL_S = 2.0
 """Seconds between two reads under `lorasweep status --watch`."""
 POLL_INTERVAL_S = 1.0
@@ -88,9 +90,13 @@ class SweepStatus:
 
     @property
     def seconds_left(self) -> float | None:
-        """Estimated seconds up to the look that is due, if a step takes as long as before; None before the first."""
+        """Estimated seconds up to the look that is due, if a step takes as long as before.
+
+        None before `MIN_DONE_SHARE` of the steps, because the time so far is mostly that of loading.
+        """
         done = sum(run.step for arm in self.arms for run in (*arm.trials, *arm.confirm))
-        return self.record.makespan_s / done * sum(arm.num_steps_left for arm in self.arms) if done else None
+        left = sum(arm.num_steps_left for arm in self.arms)
+        return self.record.makespan_s / done * left if done > MIN_DONE_SHARE * (done + left) else None
 
     def as_json(self) -> dict[str, Any]:
         """Returns what `lorasweep status --json` prints."""
@@ -136,7 +142,7 @@ def read_status(folder: Path) -> SweepStatus:
 
 def _count_due_runs(arm: ArmRow, subjects: Sequence[str], record: SweepRecord) -> int:
     """Returns the number of confirm runs of an arm up to the look that is due."""
-    if arm.is_base:  # its score is mostly the same for every seed
+    if arm.has_fixed_score:
         return min(len(record.looks), 1)
     subjects = subjects or [subject.name for subject in arm.subjects]  # before the settings are chosen
     due = dict.fromkeys(subjects, record.looks[0] if record.looks else 0)
@@ -174,13 +180,22 @@ def describe_next_answers(record: SweepRecord) -> str:
 
 
 def watch_status(folder: Path, console: Console) -> SweepStatus:
-    """Shows the table every `WATCH_INTERVAL_S` seconds until the sweep ends or Ctrl-C. Returns the last status."""
+    """Shows the table every `WATCH_INTERVAL_S` seconds until the sweep ends or Ctrl-C. Returns the last status.
+
+    Without a terminal, the table is printed again when the record has changed.
+    """
     status = read_status(folder)
-    with Live(render_status(status), console=console, auto_refresh=False) as live, suppress(KeyboardInterrupt):
+    live = Live(render_status(status), console=console, auto_refresh=False) if console.is_terminal else None
+    with live or nullcontext(), suppress(KeyboardInterrupt):
+        if live is None:
+            console.print(render_status(status))
         while status.is_running and status.record.status != "complete":
             time.sleep(WATCH_INTERVAL_S)
-            status = read_status(folder)
-            live.update(render_status(status), refresh=True)
+            before, status = status, read_status(folder)
+            if live:
+                live.update(render_status(status), refresh=True)
+            elif status.record != before.record:
+                console.print(render_status(status))
     return status
 
 
@@ -248,6 +263,8 @@ def show_progress(folder: Path, console: Console, *, verbose: bool = False) -> I
         record, is_first = status.record, not statuses
         statuses[:] = [status]
         say(f"sweep {record.name} in {status.folder}")
+        if record.threads:  # a worker has begun
+            say(f"a worker has {record.threads} threads (`OMP_NUM_THREADS`) on {record.device}", key="worker")
         for line in (*(f"• {note}" for note in record.notes if verbose), *(f"warning: {w}" for w in record.warnings)):
             say(line)
         for stage in ("trials", "confirm") if not console.is_terminal else ():

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorasweep.data.reading import tables
 from lorasweep.data.reading.labels import learn_labels
 from lorasweep.errors import ConfigError
 
@@ -114,7 +115,7 @@ def test_missing_splits_are_split_off_and_said(read, fraction, buckets):
     assert "0 to 9 modulo 100" in validation
     assert f"test is split off from train: {len(source.test())} of 120 examples" in test
     assert f"{buckets} modulo 100" in test
-    assert not any("of validation have" in note for note in source.notes)
+    assert not any("is in train too" in note for note in source.notes)
     assert source.test().notes == ()
 
 
@@ -125,10 +126,25 @@ def test_duplicates_are_counted(read):
         "test.csv": csv_of([("one", "a"), ("four", "b")]),
     }
     source = read("table", files)
-    assert "2 of 4 examples of train repeat the text of another one." in source.notes
-    assert "2 of 3 examples of validation have the text of an example of train." in source.notes
+    assert "2 of 4 examples of train: their text is that of another one." in source.notes
+    assert "2 of 3 examples of validation: their text is in train too." in source.notes
     assert "1 texts of train have several different labels." in source.notes
-    assert source.test().notes == ("1 of 2 examples of test have the text of an example of train.",)
+    assert source.test().notes == ("1 of 2 examples of test: their text is in train too.",)
+
+
+def test_labels_that_look_like_missing_values_or_have_one_example_are_doubted(read):
+    rows = [*((f"text {n}", "ab"[n % 2]) for n in range(8)), ("two", "NaN"), ("three", "NaN"), ("four", "once")]
+    source = read("table", {f"{split}.csv": csv_of(rows) for split in ("train", "validation", "test")})
+    (note,) = (note for note in source.notes if note.startswith("Check the labels"))
+    assert "['NaN', 'once']" in note
+
+
+def test_a_text_longer_than_a_line_may_be_is_refused(read, monkeypatch):
+    monkeypatch.setattr(tables, "MAX_LINE_BYTES", 100)
+    long = [*ROWS, ("x" * 101, ROWS[0][1])]
+    files = {f"{split}.csv": csv_of(long) for split in ("train", "validation", "test")}
+    with pytest.raises(ConfigError, match="texts of at most 100 characters, but has one of 101"):
+        read("table", files)
 
 
 def test_pairs_of_texts_belong_together(read):
@@ -136,7 +152,7 @@ def test_pairs_of_texts_belong_together(read):
     files = {f"{split}.csv": csv_of(rows, "question,answer,label") for split in ("train", "validation", "test")}
     source = read("table", files, text="question", text_pair="answer")
     assert [item[:2] for item in source.train.items] == [row[:2] for row in rows]
-    assert "0 of 3 examples of train repeat the pair of texts of another one." in source.notes
+    assert not any("examples of train: " in note for note in source.notes)  # two pairs may share one of their texts
 
 
 def test_limits_take_evenly_spaced_rows_of_each_split(read):

@@ -45,7 +45,10 @@ def test_what_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
     pyarrow.parquet.write_table(pyarrow.table({"a": ["x" * 100] * 2**16}), table, use_dictionary=False)
     wide = tmp_path / "wide.parquet"
     pyarrow.parquet.write_table(pyarrow.table({str(n): [1] for n in range(10_001)}), wide)
-    for path, suffix in ((packed, ".jsonl"), (table, ".parquet")):
+    repeated = tmp_path / "repeated.parquet"  # its metadata counts the text once
+    pyarrow.parquet.write_table(pyarrow.table({"a": ["x" * 2**10] * 2**12}), repeated)
+    assert repeated.stat().st_size < 2**13
+    for path, suffix in ((packed, ".jsonl"), (table, ".parquet"), (repeated, ".parquet")):
         with pytest.raises(ConfigError, match="must unpack to at most"):
             check_content(path, suffix=suffix)
     with pytest.raises(ConfigError, match="at most 10,000 columns"):

@@ -50,7 +50,7 @@ def test_a_sweep_that_is_not_there_is_refused(name, words):
     "text",
     [
         *("name: [", "just words", "- a\n- b\n", "name: ${nothing}", "a: 1\na: 2\n", ""),
-        *("a: &a [*a]", "[" * 100_000, "name: " + "9" * 5000, "a: ${b}\nb: ${a}"),
+        *("a: &a [*a]", "[" * 100_000, "x" * 2**18 + "x", "name: " + "9" * 5000, "a: ${b}\nb: ${a}"),
         *("name: !!timestamp x", "name: !!bool x", "name: !!binary aGk="),
         "name: !!python/object/apply:os.system ['touch ran']\narms: {a: {settings: {method: frozen}}}",
     ],
@@ -58,6 +58,17 @@ def test_a_sweep_that_is_not_there_is_refused(name, words):
 def test_a_file_that_is_no_sweep_or_made_to_do_harm_is_refused_and_no_code_runs(read, here, text):
     refuse(["made_up.yaml"], read, text)
     assert not (here / "ran").exists()
+
+
+def test_aliases_that_multiply_are_refused(read):
+    few = "".join(f"a{number}: &a{number} [{', '.join([f'*a{number - 1}'] * 9)}]\n" for number in range(1, 5))
+    lines = few + "".join(f"a{number}: &a{number} [*a{number - 1}, *a{number - 1}]\n" for number in range(5, 40))
+    refuse(["at most 100,000 values", "aliases"], read, f"a0: &a0 x\n{lines}")
+    refuse(["at least one arm"], read, f"a0: &a0 x\n{few}")
+
+
+def test_a_misspelt_key_of_the_arms_is_named(read):
+    refuse(["has no arm. Did you mean `arms`?"], read, "name: mine\narm: {lora: {settings: {method: lora}}}\n")
 
 
 @fuzz

@@ -29,8 +29,8 @@ MIB = 2**20
 @pytest.mark.parametrize(
     ("device", "precision", "trials", "slot_mib", "tokens", "slots", "reason"),
     [
-        ("cpu", "fp32", 100, 1, 10, MAX_SLOTS["cpu"], "a pack on cpu may have 8 slots"),
-        ("cuda", "bf16", 100, 1, 10, MAX_SLOTS["cuda"], "a pack on cuda may have 32 slots"),
+        ("cpu", "fp32", 100, 1, 10, MAX_SLOTS["cpu"], "8 is the maximum on cpu"),
+        ("cuda", "bf16", 100, 1, 10, MAX_SLOTS["cuda"], "32 is the maximum on cuda"),
         ("cpu", "bf16", 5, 1, 10, 5, "trials left is 5"),
         ("cpu", "bf16", 1, 1, 10, 1, "trials left is 1"),
         ("cpu", "bf16", 100, 300, 10, 3, "hold no more"),

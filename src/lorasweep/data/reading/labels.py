@@ -28,6 +28,8 @@ is probably a number or a text and not a label."""
 
 MAX_REGRESSION_LABEL = 1e18
 """Highest absolute value of a label under regression. The loss squares it, and 1e36 is finite in fp32."""
+MISSING_VALUES = ("nan", "null", "none", "na", "n/a", "-", "?")
+"""Labels in lower case that may mean a missing value. They are classes, because "none" is one in many data sets."""
 MAX_LISTED_CLASSES = 20
 """Maximum number of classes whose share of the training examples is printed."""
 
@@ -95,6 +97,11 @@ def _describe(names: Sequence[str], train: list[LabelledText], validation: list[
     if not names:
         return notes
     counts = Counter(item.label for item in train)
+    doubtful = [name for index, name in enumerate(names) if counts[index] == 1 or name.lower() in MISSING_VALUES]
+    if doubtful:
+        notes.append(
+            f"Check the labels {shorten(doubtful, 400)} of train: one example, or the name of a missing value."
+        )
     listed = list(enumerate(names))[:MAX_LISTED_CLASSES]
     shares = [f"{name!r} {counts[index] / len(train):.1%}" for index, name in listed]
     others = f" and {len(names) - len(listed)} more" if len(names) > len(listed) else ""

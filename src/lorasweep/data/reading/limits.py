@@ -22,6 +22,8 @@ MIN_UNPACKED_BYTES = 2**28
 """Unpacked files of at most this size are read at any ratio."""
 NUM_KEY_ROWS = 2 * MAX_COLUMNS
 """Number of first rows of a jsonl file whose keys are counted, because the reader makes a column of each key."""
+NUM_BATCH_ROWS = 256
+"""Number of rows of a parquet file that are unpacked together to count their bytes."""
 CHUNK_BYTES = 2**20
 BYTE_ORDER_MARKS = b"\xff\xfe", b"\xfe\xff"
 """First bytes of text in UTF-16. It is not refused for its NULs, because the reader's error has a better remedy."""
@@ -48,9 +50,13 @@ def _find_in_parquet(path: Path) -> str | None:
     found, max_bytes = pyarrow.parquet.read_metadata(path), _get_max_bytes(path)
     if found.num_columns > MAX_COLUMNS:
         return f"must have at most {MAX_COLUMNS:,} columns, but has {found.num_columns:,}. Keep those that you need"
-    num_bytes = sum(found.row_group(number).total_byte_size for number in range(found.num_row_groups))
-    if num_bytes > max_bytes:
-        return f"must unpack to at most {format_bytes(max_bytes)}, but unpacks to {format_bytes(num_bytes)}"
+    num_bytes = 0
+    with pyarrow.parquet.ParquetFile(path) as file:
+        # the sizes in the metadata count a value once that many rows have
+        for batch in file.iter_batches(batch_size=NUM_BATCH_ROWS):
+            num_bytes += batch.nbytes
+            if num_bytes > max_bytes:
+                return f"must unpack to at most {format_bytes(max_bytes)}, but has more. Save it in several files"
     return None
 
 

@@ -22,7 +22,7 @@ from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 from pandas.errors import ParserWarning
 
 from lorasweep.config.data import Delimiter, Quoting, RowSettings, SplitSettings
-from lorasweep.data.reading.limits import check_content
+from lorasweep.data.reading.limits import MAX_LINE_BYTES, check_content
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.hub import find_hub_fault
 from lorasweep.wording import join_words, shorten, suggest_nearest
@@ -374,9 +374,11 @@ def _require_group(value: Any) -> str:
 
 
 def require_text(value: Any) -> str:
-    """Returns a value that is a text and not blank; raises ValueError otherwise."""
+    """Returns a value that is a text and neither blank nor longer than a line may be; raises ValueError otherwise."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"must have a text, but has {shorten(value)}")
+    if len(value) > MAX_LINE_BYTES:
+        raise ValueError(f"must have texts of at most {MAX_LINE_BYTES:,} characters, but has one of {len(value):,}")
     return value
 
 

@@ -120,7 +120,7 @@ def build_scores(
     first = next(iter(examples.values()), None)
     notes = [*problems]
     if first and (mismatch := _find_mismatch(values, examples, first, is_perplexity=is_perplexity)):
-        notes.append(f"The scores of single examples are not used, because those of {mismatch}.")
+        notes.append(f"Intervals are over seeds alone, because the scores of single examples of {mismatch}.")
         first = None
     groups = first.groups if first else ()
     if first and len(set(groups)) == 1:

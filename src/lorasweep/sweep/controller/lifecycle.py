@@ -37,7 +37,7 @@ from lorasweep.sweep.controller.folder import (
     open_storage,
 )
 from lorasweep.sweep.definition.arms import Arm, Definition, make_paths_absolute, restore_definition
-from lorasweep.sweep.definition.confirm import draw_confirm_seeds, find_warnings, list_questions
+from lorasweep.sweep.definition.confirm import draw_confirm_seeds, find_warnings, has_fixed_score, list_questions
 from lorasweep.sweep.definition.sweep_file import describe_space
 from lorasweep.wording import join_words
 
@@ -206,6 +206,7 @@ def build_arm_row(arm: Arm) -> ArmRow:
         steps=config.num_steps,
         settings=dict(arm.settings),
         space=describe_space(arm.space),
+        has_fixed_score=has_fixed_score(arm),
         subjects=list(arm.subjects),
     )
 

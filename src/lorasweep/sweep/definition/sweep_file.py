@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -12,6 +13,7 @@ from dataclasses import field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from pydantic.dataclasses import dataclass
@@ -20,12 +22,19 @@ from lorasweep.config.build import TARGET, Positive, Settings, build
 from lorasweep.config.compose import LIST_GROUPS, LIST_SETTINGS, compose_options, merge_layers, packaged_folder
 from lorasweep.config.run import METHODS_ON_QUANTISED_BASE
 from lorasweep.config.sweep import MAX_ARMS, MAX_CHOICES, SweepConfig
+from lorasweep.disk import require_regular_file
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.record import is_number
-from lorasweep.wording import suggest_nearest
+from lorasweep.wording import format_bytes, suggest_nearest
 
 MAX_NAME_CHARACTERS = 100
 """Maximum length of the name of a sweep or an arm. It becomes part of a folder's name, whose length is limited."""
+
+MAX_SWEEP_FILE_BYTES = 2**18
+"""Maximum size of a sweep file. A larger one would be read for many seconds."""
+
+MAX_VALUES = 100_000
+"""Maximum number of values of a sweep file with its aliases written out, which can multiply."""
 
 SWEEP_GROUPS = tuple(f.name for f in fields(SweepConfig))
 """Groups of settings that belong to a sweep and not to its runs: the first part of their keys."""
@@ -99,6 +108,8 @@ def read_content(source: Path | Mapping[str, Any]) -> Any:
         ConfigError: The file is not YAML, or the content has values that YAML does not have.
     """
     try:
+        if not isinstance(source, Mapping):
+            _require_small_file(source)
         loaded = OmegaConf.create(dict(source)) if isinstance(source, Mapping) else OmegaConf.load(source)
         content = OmegaConf.to_container(loaded, resolve=True)
         json.dumps(content)  # the record keeps the content; YAML also has bytes and paths
@@ -111,6 +122,31 @@ def read_content(source: Path | Mapping[str, Any]) -> Any:
         raise ConfigError(f"{name} must be YAML, but can't be read: {reason}.") from error
 
 
+def _require_small_file(path: Path) -> None:
+    require_regular_file(path)
+    if (size := path.stat().st_size) > MAX_SWEEP_FILE_BYTES:
+        raise ConfigError(
+            f"a sweep file must have at most {format_bytes(MAX_SWEEP_FILE_BYTES)}, but {str(path)!r} has "
+            f"{format_bytes(size)}."
+        )
+    if _count_values(yaml.compose(path.read_bytes(), Loader=yaml.SafeLoader), {}) > MAX_VALUES:
+        raise ConfigError(
+            f"a sweep file must have at most {MAX_VALUES:,} values, but {str(path)!r} has more when its aliases "
+            "(`*name`) are written out."
+        )
+
+
+def _count_values(node: yaml.Node | None, counts: dict[int, float]) -> float:
+    """Returns the number of values of a YAML node with its aliases written out; infinity if one contains itself."""
+    if node is None or isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in counts:
+        counts[id(node)] = math.inf  # until it is counted
+        children = itertools.chain(*node.value) if isinstance(node, yaml.MappingNode) else node.value
+        counts[id(node)] = 1 + sum(_count_values(child, counts) for child in children)
+    return counts[id(node)]
+
+
 def parse_file(content: Any) -> SweepFile:
     """Returns a sweep file from its content.
 
@@ -119,7 +155,9 @@ def parse_file(content: Any) -> SweepFile:
     """
     arms = content.get("arms") if isinstance(content, Mapping) else None
     if not isinstance(arms, Mapping) or not arms:
-        raise ConfigError("a sweep file must be a mapping with at least one arm in `arms`, but has no arm.")
+        keys = content if isinstance(content, Mapping) else ()
+        near = "".join(suggest_nearest(str(key), ["arms"]) for key in keys if key != "arms")
+        raise ConfigError(f"a sweep file must be a mapping with at least one arm in `arms`, but has no arm.{near}")
     if len(arms) > MAX_ARMS:
         raise ConfigError(f"`arms` must have at most {MAX_ARMS} arms, but has {len(arms):,}. Sweep a key in `space`.")
     return build(SweepFile, content)

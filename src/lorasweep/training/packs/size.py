@@ -78,10 +78,11 @@ def choose_pack_size(config: RunConfig, *, inputs: RunInputs, trials_left: int) 
     except OutOfMemory:
         return PackSize(1, "Trials run alone, because the forward pass of one trial ran out of memory.")
     max_bytes = max(0, int(MAX_MEMORY_FRACTION[device.type] * (machine_memory_bytes(device) - base_bytes)))
+    most = MAX_SLOTS[device.type]
     limits = {
         f"the number of trials left is {trials_left}": trials_left,
         f"{format_bytes(max_bytes)} of memory hold no more": max_bytes // slot_bytes,
-        f"a pack on {device.type} may have {MAX_SLOTS[device.type]} slots": MAX_SLOTS[device.type],
+        f"{most} is the maximum on {device.type} unless `worker.pack_size` is larger": most,
     }
     # Try each number of slots: with more slots, a step may have more micro-batches, and then fewer tokens per pass.
     max_tokens = MAX_PASS_TOKENS[device.type, inputs.precision]
