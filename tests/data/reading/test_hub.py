@@ -103,7 +103,7 @@ def test_new_names_the_splits_and_the_commit_of_a_data_set(folder, fill_cache, c
     capsys.readouterr()
     assert run(["new", "other.yaml", "--from", "owner/other", "model.path=embedded:tiny"]) == WRONG_REQUEST
     error = capsys.readouterr().err
-    assert (error.count("\n"), "'owner/other'" in error, "connection" in error) == (1, True, True)
+    assert (error.count("lorasweep: "), "'owner/other'" in error, "connection" in error) == (1, True, True)
 
 
 @pytest.mark.slow  # a process of its own, because the clients read HF_ENDPOINT when they are imported
@@ -118,7 +118,7 @@ def test_a_hub_that_is_not_there_is_asked_once(tmp_path):
         environment |= {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "PYTHONPATH": source}
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == WRONG_REQUEST, done.stderr
-    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.count("lorasweep: ") == 1, done.stderr
     assert [word for word in ("'owner/other'", address, "connection") if word not in done.stderr] == []
 
 
