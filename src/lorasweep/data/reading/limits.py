@@ -22,7 +22,7 @@ MIN_UNPACKED_BYTES = 2**28
 """Unpacked files of at most this size are read at any ratio."""
 NUM_KEY_ROWS = 2 * MAX_COLUMNS
 """Number of first rows of a jsonl file whose keys are counted, because the reader makes a column of each key."""
-NUM_BATCH_ROWS = 256
+NUM_BATCH_ROWS = 64
 """Number of rows of a parquet file that are unpacked together to count their bytes."""
 CHUNK_BYTES = 2**20
 BYTE_ORDER_MARKS = b"\xff\xfe", b"\xfe\xff"

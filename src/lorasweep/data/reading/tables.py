@@ -7,6 +7,7 @@ import glob
 import gzip
 import json
 import re
+import sys
 import warnings
 import zlib
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
@@ -22,6 +23,7 @@ from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 from pandas.errors import ParserWarning
 
 from lorasweep.config.data import Delimiter, Quoting, RowSettings, SplitSettings
+from lorasweep.console import say
 from lorasweep.data.reading.limits import MAX_LINE_BYTES, check_content
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.hub import find_hub_fault
@@ -44,6 +46,8 @@ READERS: Mapping[str, str] = {
     ".parquet": "parquet",
 }
 
+MAX_SILENT_ROWS = 100_000
+"""Reading more rows takes seconds, so a line says what happens."""
 MAX_NAMED_ROWS = 10
 """Maximum number of wrong rows that an error names."""
 MAX_GZIP_RATIO = 20
@@ -76,6 +80,8 @@ def open_tables(config: SplitSettings, choose: ChooseColumns) -> dict[str, Table
     tables = {}
     for split in config.sources:
         loaded = load_datasets(config, split)
+        if (num_rows := sum(map(len, loaded.values()))) > MAX_SILENT_ROWS:
+            say(f"reads {num_rows:,} rows of {split}", file=sys.stderr)
         columns: Sequence[str] = ()
         for name, dataset in loaded.items():
             try:
