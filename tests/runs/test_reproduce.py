@@ -48,6 +48,15 @@ def test_a_run_is_repeated_bit_for_bit(run, repeat, tmp_path):
     assert read_run(tmp_path / "again").files == read_run(run).files
 
 
+def test_a_record_that_claims_more_steps_than_it_logged_ends_after_these(run, repeat):
+    def claim(raw):
+        raw["config"]["trainer"]["max_steps"] = 2**62
+        raw["platform"]["threads"] = True
+
+    edit_json(run / RUN_FILE, claim)
+    assert repeat().verdict in ("identical", "different")  # the schedule is that of a longer run
+
+
 def test_attention_that_was_chosen_is_restored(run):
     # another version may choose otherwise, and each implementation rounds otherwise
     record = read_run(run)

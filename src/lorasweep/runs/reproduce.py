@@ -17,7 +17,16 @@ from lorasweep.config.redaction import HIDDEN
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError, Diverged, RecordError
 from lorasweep.models.attention import IMPLEMENTATIONS
-from lorasweep.record import STEPS_FILE, RunRecord, SweepRecord, get_run_folder, read_run, read_steps, read_sweep
+from lorasweep.record import (
+    STEPS_FILE,
+    RunRecord,
+    SweepRecord,
+    get_run_folder,
+    is_number,
+    read_run,
+    read_steps,
+    read_sweep,
+)
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.module import check_run
 from lorasweep.training.restore import restore_config
@@ -87,13 +96,13 @@ def reproduce_run(
     if tolerance is None:
         is_alone = record.pack is None and "processes" not in platform
         tolerance = 0.0 if is_alone else PACK_TOLERANCE.get(platform.get("precision", ""), 0.0)
-    if isinstance(threads := platform.get("threads"), int) and 1 <= threads <= 4 * (os.cpu_count() or 1):
+    if is_number(threads := platform.get("threads")) and isinstance(threads, int) and 1 <= threads <= 4 * (os.cpu_count() or 1):
         torch.set_num_threads(threads)  # the order of sums depends on it
     failure, step = "", itertools.count()
 
     def is_done() -> bool:  # called before the first step and after every step
         # `trainer.max_steps` stays, because the schedule depends on it
-        is_limit = next(step) >= last_step and last_step < record.steps_planned
+        is_limit = next(step) >= last_step and last_step < config.num_steps
         return is_limit or stop_requested()
 
     inputs = build_inputs(config)
@@ -151,7 +160,8 @@ def _find_last_step(record: RunRecord, run: Path) -> int:
     Raises:
         RecordError: The run logged no step, its log is damaged, or its settings held a secret.
     """
-    last_logged = max((row["step"] for row in read_steps(run)), default=0)
+    rows = itertools.islice(read_steps(run), 2 * record.steps_planned + 2)  # a loss and an evaluation for each step
+    last_logged = max((row["step"] for row in rows), default=0)
     if not last_logged:
         raise RecordError(
             f"a run must have logged a step to be repeated, but {str(run)!r} logged no step. Name another run."
