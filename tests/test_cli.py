@@ -133,6 +133,16 @@ def test_a_second_ctrl_c_ends_at_once_and_the_first_says_so(capfd):
         assert patient()
 
 
+def test_a_reader_that_ends_first_is_no_error():
+    """As in `lorasweep train --cfg job | head -1`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = [sys.executable, "-m", "lorasweep", "train", "--cfg", "job"]
+    done = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_ctrl_c_before_anything_runs_ends_with_130(capsys, monkeypatch, mini):
     def interrupted(*_, **__):
         raise KeyboardInterrupt

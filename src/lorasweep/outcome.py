@@ -44,6 +44,9 @@ def end(command: Callable[[], Outcome], *, is_json: bool) -> int:
     with reserve_stdout() if is_json else nullcontext() as stdout:
         try:
             outcome = command()
+        except BrokenPipeError:  # who reads the output has ended, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes at its end
+            outcome = Outcome(None, FAILED)
         except (LoraSweepError, OSError) as error:
             outcome = end_with_error(error)
         except KeyboardInterrupt as interrupt:

@@ -96,7 +96,11 @@ def reproduce_run(
     if tolerance is None:
         is_alone = record.pack is None and "processes" not in platform
         tolerance = 0.0 if is_alone else PACK_TOLERANCE.get(platform.get("precision", ""), 0.0)
-    if is_number(threads := platform.get("threads")) and isinstance(threads, int) and 1 <= threads <= 4 * (os.cpu_count() or 1):
+    if (
+        is_number(threads := platform.get("threads"))
+        and isinstance(threads, int)
+        and 1 <= threads <= 4 * (os.cpu_count() or 1)
+    ):
         torch.set_num_threads(threads)  # the order of sums depends on it
     failure, step = "", itertools.count()
 
