@@ -3,6 +3,7 @@
 import io
 import re
 import tempfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -227,3 +228,20 @@ def test_seeds_go_first_then_trials_then_steps(quickstart):
     assert "120 of 240 steps" in given_up
     with pytest.raises(ConfigError, match=r"`--minutes` must be at least \d+ .* but got 0.5.*confirm.seeds=3"):
         fit(quickstart, 0.5)
+
+
+def test_the_least_minutes_that_one_measurement_names_are_enough_for_the_next(quickstart, monkeypatch):
+    with pytest.raises(ConfigError) as refused:
+        fit(quickstart, 0.5)
+    minutes = int(re.search(r"at least (\d+)", str(refused.value))[1])
+    groups = plan_file.plan_sweep(quickstart, None)
+
+    def measure_slower(factor):
+        slower = [replace(group, step_s=factor * group.step_s) for group in groups]
+        monkeypatch.setattr(plan_file, "plan_sweep", lambda *_, **__: slower)
+
+    measure_slower(1.12)
+    assert fit(quickstart, minutes)[1].startswith("within")
+    measure_slower(2.0)
+    with pytest.raises(ConfigError, match="at least"):
+        fit(quickstart, minutes)

@@ -153,7 +153,7 @@ def test_the_confirm_stage_counts_a_seed_once_for_the_frozen_base(running):
     assert [(count_ended(a.confirm), a.num_confirm) for a in status.arms] == [(0, 1), (3, 4)]
     shown = show(status)
     (line,) = [line for line in shown.splitlines() if line.strip().startswith("lora")]
-    assert sorted(line.split()) == sorted(["lora", "3/6", *"1131", "3/4", "1.5000", "1.7000", "rank", "1"])
+    assert sorted(line.split()) == sorted(["lora", "3/6", *"1131", "3/4", "1.5000", "rank", "1"])
     assert "4 fresh seeds" in shown
     assert "now: lora confirm  step 4/8  1.5500  rank 1, seed 10" in shown
 
@@ -190,7 +190,7 @@ def test_runs_of_former_settings_do_not_count(folder):
     write_record(record, folder)
     (found,) = read_status(folder).arms
     assert (count_ended(found.confirm), found.num_confirm) == (1, 1)
-    assert {"1.4000", "1.3000"} <= set(show(read_status(folder)).split())
+    assert "1.4000" in show(read_status(folder)).split()
 
 
 def test_the_confirm_stage_asks_for_the_runs_of_the_look_that_is_due(folder):

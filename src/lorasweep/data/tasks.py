@@ -280,6 +280,11 @@ class Classification(LabelTask):
         is_binary = any(base.__name__.startswith("Binary") for base in type(self.own_metric.metric).__mro__)
         return probabilities[:, 1] if is_binary and self.num_classes == 2 else probabilities
 
+    def find_unpredicted(self, scores: ExampleScores) -> list[int]:
+        """Returns the classes that examples have and that are never predicted."""
+        predicted, target = (set(values.tolist()) for values in _unpack(scores))
+        return sorted(target - predicted)
+
     def compute_metrics(self, scores: ExampleScores) -> dict[str, Tensor]:
         predicted, target = _unpack(scores)
         classes = self.num_classes

@@ -11,7 +11,7 @@ Confirm runs don't count: they choose nothing.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
@@ -31,6 +31,7 @@ MAX_WIDTH_DIFFERENCE_DECADES = 0.5
 MIN_SPREAD_RATIO, MIN_SPREAD_RUNS = 4.0, 3
 """Ratio of the standard deviations over seeds from which a rate counts as too high, and the number of runs of each.
 With three seeds of equal normal scores, the largest of four ranks exceeds it in 6 of 100 sweeps."""
+MAX_NAMED_LABELS = 5
 EDGE_FRACTION = 0.05
 """A value is at an end of its range if it is closer to the end than this share of the range."""
 
@@ -185,6 +186,21 @@ def describe_unstable_rates(data: SweepData, learning: Learning) -> list[str]:
                 f"The learning rate {format_setting(rate)} of `{subject.name}` is too high for some seeds: {reason}."
             )
     return found
+
+
+def describe_unpredicted_labels(data: SweepData) -> list[str]:
+    """Returns a sentence on labels of the test data that confirm runs never predict; none if there are none."""
+    bases = {row.name for row in data.record.arms if row.is_base}
+    records = [run.record for run in data.confirm_runs if run.record and run.is_complete and run.arm not in bases]
+    found = (record.data.get("test", {}).get("unpredicted") for record in records)
+    counts = Counter(str(label) for labels in found if isinstance(labels, list) for label in labels)
+    if not counts:
+        return []
+    labels = [f"{label!r} ({count})" for label, count in counts.most_common(MAX_NAMED_LABELS)]
+    return [
+        f"Some of {len(records)} confirm runs never predict a label of the test data: {join_words(labels)}. Accuracy "
+        "hardly shows it. More steps, `data.class_weights=balanced` or `data.metric=f1` may help."
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

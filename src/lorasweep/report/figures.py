@@ -65,7 +65,8 @@ def draw_scores_by_value(data: SweepData) -> Panel:
     # test examples), which is larger than most differences
     bars = (
         f"Bars are the {100 * evidence.confidence:.3g} % intervals of the difference from {full} on the same seeds and "
-        f"examples, added to the mean of {full}. The band is the margin around {full}."
+        f"examples, added to the mean of {full}. The band is the margin around {full}. Verdicts also count the "
+        "chance in the search and the error of the gain, so their intervals are wider."
     )
     bars = bars if evidence.full else "Bars are the 95 % intervals of the means."
     text = f"{dots} {bars} A diamond marks the smallest value that is enough."

@@ -10,7 +10,14 @@ from typing import Any
 from lorasweep.config.sweep import parse_margin
 from lorasweep.record import COST_FIELDS, STATES, SweepRecord, is_number
 from lorasweep.report.answers import AnswerLine, list_answer_lines
-from lorasweep.report.caveats import Fairness, Learning, describe_unstable_rates, judge_fairness, judge_learning
+from lorasweep.report.caveats import (
+    Fairness,
+    Learning,
+    describe_unpredicted_labels,
+    describe_unstable_rates,
+    judge_fairness,
+    judge_learning,
+)
 from lorasweep.report.evidence.questions import ENTRY_FIELDS
 from lorasweep.report.recommend import Recommendation, choose_arm, recommend
 from lorasweep.report.sweep_data import SubjectData, SweepData, load_sweep_data
@@ -94,6 +101,7 @@ def read_findings(folder: Path, record: SweepRecord | None = None) -> Findings:
         fairness=fairness,
         warnings=(
             *learning.warnings,
+            *describe_unpredicted_labels(data),
             *(cut_off if are_many else []),
             *unfair,
             *describe_unstable_rates(data, learning),
@@ -146,8 +154,9 @@ def _list_notes(data: SweepData, fairness: Fairness) -> Iterator[str]:
     yield from fairness.edges
     if evidence.answers:
         looks, used = join_words([str(look) for look in record.looks]), max(a.num_seeds for a in evidence.answers)
+        looks += " seed" if looks == "1" else " seeds"
         yield (
-            f"The questions are stated in the sweep and tested at {looks} seeds ({used} were used). The chance of any "
+            f"The questions are stated in the sweep and tested at {looks} ({used} were used). The chance of any "
             f"false verdict is at most 5 % over all questions and looks, so the intervals beside verdicts have "
             f"{100 * evidence.confidence:.3g} % confidence."
         )

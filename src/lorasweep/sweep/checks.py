@@ -164,5 +164,6 @@ def list_notes(definition: Definition, inputs_cache: InputsCache) -> list[str]:
             )
     notes += [text for text, is_warning in describe_coverages(definition, inputs_cache).items() if not is_warning]
     notes += [*explain_bases(definition), *explain_solo_arms(definition)]
-    notes += describe_power(definition, inputs_cache.load(definition.arms[0].corner_configs[0]).splits)
+    power = describe_power(definition, inputs_cache.load(definition.arms[0].corner_configs[0]).splits)
+    notes += [f"Expected before the sweep: {text[:1].lower()}{text[1:]}" for text in power]
     return list(dict.fromkeys(notes))

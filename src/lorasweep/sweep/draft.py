@@ -57,6 +57,8 @@ MAX_MEASURED_TOKENS = 4096
 """Length up to which examples are measured."""
 MAX_BALANCED_SHARE = 0.8
 """Share of the most frequent label up to which accuracy is a good metric."""
+MIN_LABEL_SHARE = 0.05
+"""Share of the rarest label from which accuracy shows whether it is learned."""
 COVERED_SHARE = 0.99
 """Share of the examples that `data.max_length` does not cut."""
 DEFAULT_WIDTH = 768
@@ -248,8 +250,12 @@ def _fill_template(path: Path, settings: Mapping[str, Any], of_sweep: Mapping[st
     ]
     others = [name for name in inputs.splits.task.metrics if name != inputs.splits.metric]
     constant = inputs.splits.score_constant_answer(inputs.splits.validation).get("accuracy", 0.0)
+    counts = getattr(train, "facts", {}).get("labels") or {"": len(train)}  # empty for numbers, none for text
+    rarest = min(counts.values()) / len(train)
     advice = f"; one label has {format_share(constant)} of the examples, so matthews says more"
     is_advised = "matthews" in others and constant > MAX_BALANCED_SHARE
+    if not is_advised and "f1" in others and rarest < MIN_LABEL_SHARE:
+        is_advised, advice = True, f"; a label has {format_share(rarest)} of the examples, so f1 says more"
     epochs = trainer.max_steps * trainer.batch_size / len(train)
     longest = int(train.lengths.max())
     is_cut = "; longer ones are cut off" if longest > settings.get("data.max_length", longest) else ""

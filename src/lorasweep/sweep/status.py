@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from rich.box import SIMPLE
@@ -166,7 +165,9 @@ def render_status(status: SweepStatus) -> RenderableType:
         written = f"as of {format_seconds(age)} ago: " if age >= MIN_SHOWN_AGE_S else ""
         time_left = "" if left is None else f", {describe_next_answers(record)} in about {format_seconds(left)}"
         notes.append(f"{written}{format_seconds(record.makespan_s)} so far{time_left}")
-    elif record.status != "complete":
+    elif record.status == "complete":
+        notes.append(f"• Type `lorasweep compare {status.folder}` for the answers and the test scores.")
+    else:
         notes.append(f"• No process runs this sweep. Type `lorasweep sweep --resume {status.folder}` to resume it.")
     return Group(Text(title, style="bold"), _build_table(status), *map(Text, notes))
 
@@ -224,10 +225,7 @@ def _build_table(status: SweepStatus) -> Table:
     if any(arm.num_confirm for arm in status.arms):
         columns["confirm"] = [f"{count_ended(arm.confirm)}/{arm.num_confirm}" for arm in status.arms]
     best = [find_winner(arm.trials, record=status.record) for arm in status.arms]
-    columns["best"] = [_format_mean([] if one is None else [one.value]) for one in best]
-    tested = [[run.value for run in arm.confirm if run.state == "complete"] for arm in status.arms]
-    if any(tested):
-        columns["test"] = list(map(_format_mean, tested))
+    columns["best"] = [UNKNOWN if one is None or one.value is None else f"{one.value:.4f}" for one in best]
     table = Table(header_style="bold", box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("arm", overflow="fold", min_width=min(20, max(len(arm.row.name) for arm in status.arms)))
     for name in columns:
@@ -236,11 +234,6 @@ def _build_table(status: SweepStatus) -> Table:
     for arm, winner, cells in zip(status.arms, best, zip(*columns.values(), strict=True), strict=True):
         table.add_row(arm.row.name, *cells, format_settings(winner.params) if winner else "")
     return table
-
-
-def _format_mean(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return f"{fmean(known):.4f}" if known else UNKNOWN
 
 
 @contextmanager
@@ -280,7 +273,7 @@ def show_progress(folder: Path, console: Console, *, verbose: bool = False) -> I
                     score = "-" if run.value is None else f"{run.value:.4f}"
                     settings = format_settings(run.shown_params)
                     say(f"{run.arm} {number}/{total}  {run.state:<10} {score:>8}  {settings}", key=run.run)
-        if status.seconds_left and not console.is_terminal:  # once for each look
+        if (status.seconds_left or 0) >= 1 and not console.is_terminal:  # once for each look
             answers = describe_next_answers(record)
             say(f"{answers} in about {format_seconds(status.seconds_left)}", key=f"{len(record.confirm) > 0} {answers}")
 

@@ -18,8 +18,8 @@ from lorasweep.config.build import as_settings
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import EvaluationSampler, choose_part
 from lorasweep.data.build_splits import DataSplits
-from lorasweep.data.split import Split, move_batch, repeat_batch
-from lorasweep.data.tasks import EXAMPLE_FIELDS, Evaluation, ExampleScores, Task, read_metrics
+from lorasweep.data.split import LabelledSplit, Split, move_batch, repeat_batch
+from lorasweep.data.tasks import EXAMPLE_FIELDS, Classification, Evaluation, ExampleScores, Task, read_metrics
 from lorasweep.disk import csv_text, write_atomically
 from lorasweep.errors import RecordError
 from lorasweep.methods import copy_sharing_weights
@@ -68,7 +68,7 @@ def score_run(
     if record.test:
         return record
     config = restore_config(record)
-    split = inputs.splits.test()
+    split, unpredicted = inputs.splits.test(), list[str]()
     model = restore_model(config, inputs.base, folder=folder / "best")
     with convert_memory_errors():
         if isinstance(inputs.splits, OwnSplits):
@@ -76,7 +76,7 @@ def score_run(
             precision = inputs.lightning_precision(config)
             values, lines = score_on_test(config, model, inputs.splits, precision=precision)
         else:
-            values, lines = _score_on_split(model, inputs.splits, config=config, inputs=inputs)
+            values, lines, unpredicted = _score_on_split(model, inputs.splits, config=config, inputs=inputs)
         files = {TEST_SCORES_FILE: lines}
         if get_answers(config) is not None:
             answered = score_answers(model, split, config=config, inputs=inputs)
@@ -85,14 +85,14 @@ def score_run(
             model.cpu()
         for name, splits in retained.items():
             found = _score_on_split(model, splits, config=config, inputs=inputs)
-            record.retained[name], files[RETAINED_SCORES_FILE.format(name)] = found
+            record.retained[name], files[RETAINED_SCORES_FILE.format(name)], _ = found
             record.data[f"retained-{name}"] = splits.describe(splits.test())
     for file, lines in files.items():
         if lines is not None:
             write_atomically(folder / file, lines)
             size, sha256 = (folder / file).stat().st_size, compute_sha256(folder / file)
             record.files[file] = {"bytes": size, "sha256": sha256}
-    record.data[split.name] = inputs.splits.describe(split)
+    record.data[split.name] = inputs.splits.describe(split) | ({"unpredicted": unpredicted} if unpredicted else {})
     record.notes += [note for note in split.notes if note not in record.notes]
     record.test = values
     write_record(record, folder)  # last, because a record with test scores is not scored again
@@ -141,8 +141,8 @@ def write_base_answers(folder: Path, config: RunConfig, *, inputs: RunInputs) ->
 
 def _score_on_split(
     model: nn.Module, splits: DataSplits, *, config: RunConfig, inputs: RunInputs
-) -> tuple[dict[str, float], str | None]:
-    """Returns every metric on the test split, and CSV lines `row,score,weight,group`, one per example.
+) -> tuple[dict[str, float], str | None, list[str]]:
+    """Returns every metric on the test split, CSV lines `row,score,weight,group`, and labels that no example gets.
 
     The lines are None if the metric is not the weighted mean of scores. For perplexity, a score is the loss of an
     example, and the metric is the exponential of the mean.
@@ -151,17 +151,21 @@ def _score_on_split(
     task = splits.get_task(split)
     values, examples = evaluate_model(model, split, task=task, config=config, inputs=inputs)
     model.cpu()
+    unpredicted = []
+    if isinstance(task, Classification) and isinstance(split, LabelledSplit):
+        names = list(split.facts["labels"])
+        unpredicted = [names[index] for index in task.find_unpredicted(examples)]
     per_example = task.per_example(metric, examples)
     if per_example is None:
-        return values, None
+        return values, None, unpredicted
     scores, weights = (column.double().cpu() for column in per_example)
     mean = (scores * weights).sum() / weights.sum()
     implied = mean.exp() if metric == "perplexity" else mean
     if not torch.isclose(implied, torch.tensor(values[metric], dtype=torch.float64), rtol=1e-6, atol=1e-9):
-        return values, None  # for example if class weights change the loss and not the metric
+        return values, None, unpredicted  # for example if class weights change the loss and not the metric
     groups = split.groups or tuple(map(str, range(len(split))))
     columns = range(len(scores)), scores.tolist(), weights.tolist(), groups
-    return values, csv_text(("row", "score", "weight", "group"), zip(*columns, strict=True))
+    return values, csv_text(("row", "score", "weight", "group"), zip(*columns, strict=True)), unpredicted
 
 
 def copy_base_run(config: RunConfig, run_folder: RunFolder, *, inputs: RunInputs) -> RunRecord | None:

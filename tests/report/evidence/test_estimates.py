@@ -178,6 +178,15 @@ def test_interval_ends_where_the_metric_ends(score_range, arms, values, interval
     assert found.find_interval() == pytest.approx(interval, abs=1e-3)  # as many digits as the table of Student's t
 
 
+@pytest.mark.parametrize("score", [0.0, 1.0])
+def test_examples_that_all_have_the_best_or_the_worst_score_give_no_interval(score):
+    rows = ("1", "2")
+    of_run = RunExampleScores(rows=rows, scores=np.full(2, score), weights=np.ones(2), groups=rows)
+    examples = {("a", 0): of_run}
+    scores = build_scores({("a", 0): score}, examples, score_range=(0.0, 1.0))
+    assert estimate(scores, {"a": 1.0}).find_interval() is None
+
+
 @pytest.mark.parametrize("spread", [0.0, 1e-12, 1e-17])
 def test_a_part_of_the_error_that_is_next_to_nothing_changes_nothing(spread):
     table = np.array([1.0, 1.1, 1.3])[:, None] + spread * np.arange(5)

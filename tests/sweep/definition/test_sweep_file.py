@@ -71,6 +71,12 @@ def test_a_misspelt_key_of_the_arms_is_named(read):
     refuse(["has no arm. Did you mean `arms`?"], read, "name: mine\narm: {lora: {settings: {method: lora}}}\n")
 
 
+def test_a_misspelt_field_of_an_arm_on_the_command_line_is_named(write_file, content):
+    refuse(
+        ["`arms.lora.trails`", "Did you mean `trials`?"], read_definition, write_file(content), ["arms.lora.trails=3"]
+    )
+
+
 @fuzz
 @given(data=st.data())
 def test_a_damaged_sweep_file_is_read_or_refused(write_file, content, tmp_path, data):

@@ -256,6 +256,8 @@ class Estimate:
         """Returns the two-sided interval, cut at `bounds`; None if nothing is known about the error."""
         if not self.is_testable and not self.groups_variance:
             return None
+        if not self.error and self.bounds[0] < self.bounds[1] and self.value in self.bounds:
+            return None  # all examples have the best or the worst score, which does not make it certain
         reach = self.error * self._find_deviation((1 - confidence) / 2) if self.error else 0.0
         low, high = np.clip((self.value - reach, self.value + reach), *self.bounds)
         return float(low), float(high)

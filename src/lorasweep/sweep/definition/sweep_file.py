@@ -19,7 +19,14 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from pydantic.dataclasses import dataclass
 
 from lorasweep.config.build import TARGET, Positive, Settings, build
-from lorasweep.config.compose import LIST_GROUPS, LIST_SETTINGS, compose_options, merge_layers, packaged_folder
+from lorasweep.config.compose import (
+    LIST_GROUPS,
+    LIST_SETTINGS,
+    compose_options,
+    default_options,
+    merge_layers,
+    packaged_folder,
+)
 from lorasweep.config.run import METHODS_ON_QUANTISED_BASE
 from lorasweep.config.sweep import MAX_ARMS, MAX_CHOICES, SweepConfig
 from lorasweep.disk import require_regular_file
@@ -39,6 +46,8 @@ MAX_VALUES = 100_000
 SWEEP_GROUPS = tuple(f.name for f in fields(SweepConfig))
 """Groups of settings that belong to a sweep and not to its runs: the first part of their keys."""
 QUANTIZATION = "model.quantization"
+ARM_FIELDS = ("trials", "confirm_each")
+"""Fields of an arm that overrides set as `arms.ARM.FIELD`."""
 RANGE_KEYS = ("low", "high", "log", "step")
 Space = dict[str, BaseDistribution]
 """The distribution of each swept key."""
@@ -213,7 +222,11 @@ def apply_overrides(file: SweepFile, overrides: Mapping[str, Any]) -> SweepFile:
         prefix = f"arms.{name}."
         own = {key.removeprefix(prefix): value for key, value in overrides.items() if key.startswith(prefix)}
         used |= {f"{prefix}{key}" for key in own}
-        own_fields: dict[str, Any] = {key: own.pop(key) for key in ("trials", "confirm_each") if key in own}
+        own_fields: dict[str, Any] = {key: own.pop(key) for key in ARM_FIELDS if key in own}
+        groups = default_options("train")
+        for key in own:
+            if "." not in key and key not in groups and (near := suggest_nearest(key, ARM_FIELDS)):
+                raise ConfigError(f"`{prefix}{key}` is not a setting of an arm.{near}")
         settings = merge_layers(file.settings, arm.settings, _without_ranges(for_all), _without_ranges(own))
         with name_in_errors(f"arm `{name}`"):
             options = compose_options("train", settings)
