@@ -229,7 +229,8 @@ def find_local_path(config: ModelConfig) -> Path | None:
         return local
     if path.startswith(("/", ".", "~")) or path.count("/") > 1 or local.is_file():
         raise ConfigError(
-            f"`model.path` must be a folder or a hub id such as 'owner/name', but got {path!r}. Check its spelling."
+            f"`model.path` must be a folder or a hub id such as 'owner/name', but {path!r} is "
+            f"{'a file' if local.is_file() else 'no folder that exists'}. Check its spelling."
         )
     return None
 

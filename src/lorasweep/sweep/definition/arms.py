@@ -249,10 +249,11 @@ def _build_arm(name: str, config: ArmConfig) -> Arm:
     )
     range_ = space.get(config.confirm_each or "")
     if config.confirm_each and not (isinstance(range_, CategoricalDistribution) and len(range_.choices) > 1):
+        near = "" if range_ else suggest_nearest(config.confirm_each, space)
         raise ConfigError(
             f"`arms.{name}.confirm_each` must be a swept key with a list of at least two choices, but got "
-            f"{config.confirm_each!r}.{suggest_nearest(config.confirm_each, space)} Write it in `space`, such as "
-            "`method.rank: [1, 4, 16]`."
+            f"{config.confirm_each!r}.{near} Write it in `space`, such as `method.rank: [1, 4, 16]`, or set "
+            f"`arms.{name}.confirm_each=null`."
         )
     return arm
 
