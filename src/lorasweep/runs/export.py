@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from lorasweep.config.build import dotted_items
@@ -170,7 +170,12 @@ def _read_own_template(record: RunRecord, config: RunConfig) -> str | None:
 
 def _copy_adapter(config: ModelConfig, best: Path, folder: Path) -> None:
     """Copies an adapter, with the base's path and revision for other tools."""
-    shutil.copyfile(best / WEIGHTS_FILE, folder / WEIGHTS_FILE)
+    try:
+        with safe_open(best / WEIGHTS_FILE, framework="pt"):  # reads the header alone
+            shutil.copyfile(best / WEIGHTS_FILE, folder / WEIGHTS_FILE)
+    except SafetensorError as error:
+        name = str(best / WEIGHTS_FILE)
+        raise RecordError(f"{name!r} must have the weights of an adapter, but can't be read: {error}.") from error
     local = find_local_path(config)
     base = {
         "base_model_name_or_path": str(config.path if local is None else local.resolve()),

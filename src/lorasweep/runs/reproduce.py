@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -164,7 +165,8 @@ def _find_last_step(record: RunRecord, run: Path) -> int:
     Raises:
         RecordError: The run logged no step, its log is damaged, or its settings held a secret.
     """
-    rows = itertools.islice(read_steps(run), 2 * record.steps_planned + 2)  # a loss and an evaluation for each step
+    most = min(2 * record.steps_planned + 2, sys.maxsize)  # a loss and an evaluation for each step
+    rows = itertools.islice(read_steps(run), most)
     last_logged = max((row["step"] for row in rows), default=0)
     if not last_logged:
         raise RecordError(
