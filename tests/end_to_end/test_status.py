@@ -44,4 +44,5 @@ def test_a_sweep_that_is_looked_at_all_the_time_is_seen_to_go_on_and_ends_well(t
     shown = capsys.readouterr().out
     assert "watched: bits_per_byte (minimize), complete" in shown
     assert "3/3" in shown
-    assert "Type" not in shown
+    assert "--resume" not in shown
+    assert "Type `lorasweep compare" in " ".join(shown.split())
