@@ -190,6 +190,7 @@ def test_runs_of_former_settings_do_not_count(folder):
     write_record(record, folder)
     (found,) = read_status(folder).arms
     assert (count_ended(found.confirm), found.num_confirm) == (1, 1)
+    assert [run.value for run in found.confirm] == [1.3]
     assert "1.4000" in show(read_status(folder)).split()
 
 

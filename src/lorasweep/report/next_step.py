@@ -27,7 +27,7 @@ class NextStep:
 
     command: str | None
     reason: str
-    """What the command does. If there is no command: why none settles the question."""
+    """What the command does, or why no command settles the question."""
 
     def __str__(self) -> str:
         return f"Next ({self.reason}): {self.command}" if self.command else f"No command settles this: {self.reason}."
