@@ -255,7 +255,7 @@ def get_direction(table: Table) -> Direction:
 def end_trial(trial: Trial, arm: Arm, table: Table, *, seed: int) -> Trial:
     """Returns a trial as it ended: complete with its best value, or stopped at half."""
     run = table.find_run(trial.params.get(RANK, 0), trial.params[LR], seed)
-    config = arm.corner_configs[0]
+    config = arm.base
     metric = ScoreMetric(name="metric", direction=get_direction(table))
     untrained = {"metric": table.frozen[seed].values[0], "loss": table.frozen[seed].losses[0]}
     values: dict[int, float] = {}

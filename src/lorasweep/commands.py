@@ -116,7 +116,7 @@ def plan(arguments: argparse.Namespace) -> Outcome:
         from lorasweep.wording import format_seconds
 
     show(render_plan(definition, groups))
-    splits = inputs_cache.load(definition.arms[0].corner_configs[0]).splits
+    splits = inputs_cache.load(definition.arms[0].base).splits
     notes = [*describe_coverages(definition, inputs_cache), *describe_power(definition, splits)]
     for sentence in notes:
         say(f"• {sentence}")

@@ -101,7 +101,7 @@ def test_what_lora_adapts_is_said_once_and_experts_that_it_leaves_out_are_a_warn
     ((text, is_warning),) = describe_coverages(definition, tiny_inputs).items()
     assert text in list_notes(definition, tiny_inputs)
     assert not is_warning
-    config = definition.arms[-1].corner_configs[0]
+    config = definition.arms[-1].base
     base = tiny_inputs.load(config).base
     model = copy_sharing_weights(base.model)
     model.register_parameter("experts", torch.nn.Parameter(torch.zeros(4, 8, 8)))

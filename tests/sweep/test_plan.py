@@ -215,7 +215,7 @@ def fit(definition, minutes):
     fitted, groups, given_up = fit_minutes(definition, minutes, None, on_progress=print)
     assert [group.arms[0] for group in groups] == list(fitted.arms)
     arm = fitted.find_arm("lora")
-    return (arm.trials, arm.corner_configs[0].num_steps, fitted.sweep_config.confirm.looks), given_up
+    return (arm.trials, arm.base.num_steps, fitted.sweep_config.confirm.looks), given_up
 
 
 def test_seeds_go_first_then_trials_then_steps(quickstart):

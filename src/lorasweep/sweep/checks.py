@@ -39,7 +39,7 @@ def set_steps(definition: Definition, inputs_cache: InputsCache) -> Definition:
     epochs, overrides = definition.sweep_config.sweep.epochs, definition.raw["overrides"]
     if epochs is None or STEPS_KEY in overrides:
         return definition
-    config = definition.arms[0].corner_configs[0]
+    config = definition.arms[0].base
     steps = count_steps(epochs, len(inputs_cache.load(config).splits.train), config.trainer.batch_size)
     raw = {**definition.raw, "overrides": {**overrides, STEPS_KEY: steps}}
     return restore_definition(raw, source=definition.source)
@@ -102,7 +102,7 @@ def list_retained(definition: Definition, inputs_cache: InputsCache) -> list[Ret
     for name, data in definition.retained.items():
         with name_in_errors(f"`retain.data.{name}`"):
             for arm in definition.arms:
-                splits = inputs_cache.load_splits(data, arm.corner_configs[0])
+                splits = inputs_cache.load_splits(data, arm.base)
             splits.test()  # now, because the confirm stage reads it after hours of training
         metric = splits.score_metric
         rows.append(RetainedRow(name=name, metric=metric.name, direction=metric.direction))
@@ -152,8 +152,8 @@ def list_notes(definition: Definition, inputs_cache: InputsCache) -> list[str]:
 
     A note that several arms share appears once.
     """
-    notes = [note for arm in definition.arms for note in inputs_cache.load(arm.corner_configs[0]).notes]
-    config = next((arm.corner_configs[0] for arm in definition.arms if arm.corner_configs[0].num_steps), None)
+    notes = [note for arm in definition.arms for note in inputs_cache.load(arm.base).notes]
+    config = next((arm.base for arm in definition.arms if arm.base.num_steps), None)
     if config is not None and not config.data.name.startswith("stdlib"):
         num_examples, batch_size = len(inputs_cache.load(config).splits.train), config.trainer.batch_size
         if (epochs := config.num_steps * batch_size / num_examples) < 1:
@@ -164,6 +164,6 @@ def list_notes(definition: Definition, inputs_cache: InputsCache) -> list[str]:
             )
     notes += [text for text, is_warning in describe_coverages(definition, inputs_cache).items() if not is_warning]
     notes += [*explain_bases(definition), *explain_solo_arms(definition)]
-    power = describe_power(definition, inputs_cache.load(definition.arms[0].corner_configs[0]).splits)
+    power = describe_power(definition, inputs_cache.load(definition.arms[0].base).splits)
     notes += [f"Expected before the sweep: {text[:1].lower()}{text[1:]}" for text in power]
     return list(dict.fromkeys(notes))

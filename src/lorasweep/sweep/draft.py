@@ -147,7 +147,7 @@ def draft_sweep(path: Path, settings: Mapping[str, Any]) -> tuple[str, list[str]
     power = assess_power(definition, inputs.splits)
     if power and "data.test_fraction" not in chosen:
         # fewer examples than this are trained on for more than `EPOCHS`
-        min_train = MIN_STEPS * definition.arms[0].corner_configs[0].trainer.batch_size / EPOCHS
+        min_train = MIN_STEPS * definition.arms[0].base.trainer.batch_size / EPOCHS
         percent = power.choose_percent(num_train=len(inputs.splits.train), min_train=min_train)
         if percent in TEST_PERCENTS:
             chosen["data.test_fraction"] = percent / 100

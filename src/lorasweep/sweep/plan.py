@@ -121,7 +121,7 @@ class GroupPlan:
     @property
     def run_s(self) -> float:
         """Seconds of a whole training."""
-        config = self.arms[0].corner_configs[0]
+        config = self.arms[0].base
         num_evaluations = math.ceil(config.num_steps / config.trainer.eval_every_steps) or 1
         return self.loading_s + config.num_steps * self.step_s + num_evaluations * self.evaluation_s + self.final_s
 
@@ -354,7 +354,7 @@ def fit_minutes(
     """
     groups, seconds = plan_sweep(definition, inputs_cache, on_progress=on_progress), 0.0
     most_trials = max(arm.trials for arm in definition.arms)
-    most_steps = max(arm.corner_configs[0].num_steps for arm in definition.arms)
+    most_steps = max(arm.base.num_steps for arm in definition.arms)
     all_looks = definition.sweep_config.confirm.list_looks()
     for steps, trials, looks in _list_budgets(most_steps, most_trials, all_looks):
         overrides, given_up = dict(definition.raw["overrides"]), []
@@ -408,7 +408,7 @@ def render_plan(definition: Definition, groups: Sequence[GroupPlan]) -> Renderab
     confirm_runs = count_confirm_runs(definition)
     group_of = {arm.name: group for group in groups for arm in group.arms}
     for arm in definition.arms:
-        group, runs, config = group_of[arm.name], arm.trials + confirm_runs[arm.name], arm.corner_configs[0]
+        group, runs, config = group_of[arm.name], arm.trials + confirm_runs[arm.name], arm.base
         low, high = group.estimate_search()
         confirm = group.estimate_confirm(sum(confirm_runs[each.name] for each in group.arms))
         # a run keeps its best and its last trained weights, both in fp32

@@ -133,7 +133,7 @@ def assess_power(definition: Definition, splits: DataSplits) -> Power | None:
     questions, looks = list_questions(definition), definition.sweep_config.confirm.list_looks()
     if not any(question.name == "as_good_as_full" for question in questions) or max(looks, default=0) < 2:
         return None
-    test, data = splits.test(), definition.arms[0].corner_configs[0].data
+    test, data = splits.test(), definition.arms[0].base.data
     margin, sizes = parse_margin(definition.sweep_config.confirm.margin), list(Counter(test.groups).values())
     percents = data.split_percents if isinstance(data, SplitSettings) else {}
     if isinstance(test, LabelledSplit) and splits.metric == "accuracy":

@@ -116,15 +116,15 @@ def test_a_list_for_a_setting_that_is_always_a_list_is_its_value_and_no_choice(r
     definition = read(content, *words, "confirm.looks=[3,5]")
     lora, full = (arms_of(definition)[name] for name in ("lora", "full"))
     assert set(lora.space) == {"method.rank", "optim.lr"}
-    config = lora.corner_configs[0]
+    config = lora.base
     assert config.method.targets == ("q_proj", "v_proj")
     assert (config.method.exclude, config.method.layers) == (("k_proj", "o_proj"), (0, 1))
     assert (list(config.logger), list(config.callbacks)) == (["tensorboard", "csv"], ["lr_monitor", "device_stats"])
-    assert list(full.corner_configs[0].callbacks) == []
+    assert list(full.base.callbacks) == []
     assert {arm.sweep_config.confirm.looks for arm in definition.arms} == {(3, 5)}
     content["settings"] = {"data": "table", "data.train": "topics.csv", "model": "tiny", "model.kind": "classifier"}
     arms = arms_of(read(content, "data.columns=[label,title,text]"))
-    assert {arm.corner_configs[0].data.columns for arm in arms.values()} == {("label", "title", "text")}
+    assert {arm.base.data.columns for arm in arms.values()} == {("label", "title", "text")}
 
 
 def test_a_swept_group_leaves_its_settings_alone(read, content):
@@ -152,7 +152,7 @@ def test_paths_of_files_are_kept_absolute_so_that_a_sweep_goes_on_from_anywhere(
 )
 def test_a_mapping_by_layer_is_a_value_and_no_range(read, content, override):
     lora = arms_of(read(content, override))["lora"]
-    assert lora.corner_configs[0].method.rank_pattern == {"down_proj": 2}
+    assert lora.base.method.rank_pattern == {"down_proj": 2}
     assert not any(key.startswith("method.rank_pattern") for key in lora.space)
 
 

@@ -70,7 +70,7 @@ class RateLaw:
 
 def build_rate_law(arm: Arm) -> RateLaw:
     """Returns the rate law of an arm; none without LoRA, Adam or a searched rate."""
-    if LR not in arm.space or not isinstance(method := (config := arm.corner_configs[0]).method, LoraConfig):
+    if LR not in arm.space or not isinstance(method := (config := arm.base).method, LoraConfig):
         return RateLaw(defaults={})
     if not follows_rate_law("lora", config.optim.name):
         return RateLaw(defaults={})

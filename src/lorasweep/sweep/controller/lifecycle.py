@@ -198,7 +198,7 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
 
 
 def build_arm_row(arm: Arm) -> ArmRow:
-    config = arm.corner_configs[0]
+    config = arm.base
     return ArmRow(
         name=arm.name,
         method=config.method.name,
@@ -256,7 +256,7 @@ def grow_definition(old: Definition, *, changes: Mapping[str, Any]) -> Definitio
 
 def _list_settings(arm: Arm) -> dict[str, Any]:
     """Returns all settings on which an arm's trials depend by dotted key, the ranges of swept keys first."""
-    settings = {**as_settings(arm.corner_configs[0]), **as_settings(arm.sweep_config)}
+    settings = {**as_settings(arm.base), **as_settings(arm.sweep_config)}
     return describe_space(arm.space) | {
         key: value
         for key, value in dotted_items(settings)

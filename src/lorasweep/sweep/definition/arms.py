@@ -79,6 +79,11 @@ class Arm:
         with name_in_errors(f"arm `{self.name}`"):
             return compose_run({**self.settings, **params, "trainer.progress": False})
 
+    @property
+    def base(self) -> RunConfig:
+        """Settings of a run with every swept key at its first end."""
+        return self.corner_configs[0]
+
     @cached_property
     def corner_configs(self) -> tuple[RunConfig, ...]:
         """Settings of runs at the ends of the swept ranges. The choices of a list are its ends.
@@ -166,14 +171,14 @@ def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Defini
 
 
 def _compose_retained(config: SweepConfig, arms: Sequence[Arm]) -> dict[str, DataConfig]:
-    frozen = [arm for arm in arms if arm.corner_configs[0].method.trains_nothing]
+    frozen = [arm for arm in arms if arm.base.method.trains_nothing]
     if config.retain.data and not (frozen and config.confirm.list_looks()):
         raise ConfigError(
             "`retain.data` must be empty without a confirm stage and an arm with `method=frozen`, which are compared, "
             f"but names {join_words(list(config.retain.data))}. Write `confirm.seeds=auto` and "
             "`arms.frozen={settings: {method: frozen}}`, or `retain.data={}`."
         )
-    if config.retain.data and any(arm.corner_configs[0].module is not None for arm in arms):
+    if config.retain.data and any(arm.base.module is not None for arm in arms):
         raise ConfigError(
             "`retain.data` must be empty with your own LightningModule, which scores its own data alone, but names "
             f"{join_words(list(config.retain.data))}."
@@ -197,7 +202,7 @@ def describe_definition(definition: Definition) -> str:
     """
     described = OmegaConf.create({"name": definition.name, **as_settings(definition.sweep_config), "arms": {}})
     for arm in definition.arms:
-        settings = OmegaConf.create(as_settings(arm.corner_configs[0]))
+        settings = OmegaConf.create(as_settings(arm.base))
         for key, value in describe_space(arm.space).items():
             OmegaConf.update(settings, key, value, merge=False)
         described.arms[arm.name] = {"trials": arm.trials, **settings}

@@ -38,15 +38,15 @@ def list_questions(definition: Definition) -> list[Question]:
     Raises:
         ConfigError: `confirm.pairs` names an arm that the sweep does not have.
     """
-    trained = [arm for arm in definition.arms if not arm.corner_configs[0].method.trains_nothing]
-    full = next((arm for arm in trained if arm.corner_configs[0].method.name == "full"), None)
+    trained = [arm for arm in definition.arms if not arm.base.method.trains_nothing]
+    full = next((arm for arm in trained if arm.base.method.name == "full"), None)
     pairs = definition.sweep_config.confirm.pairs
     if full is None and not pairs:
         pairs = tuple((arm.name, trained[0].name) for arm in trained[1:])
     subjects = {arm.name: [subject.name for subject in arm.subjects] for arm in definition.arms}
     asked: list[tuple[QuestionName, Arm, list[str], str | None]] = []
     for arm in trained if full else ():
-        if arm.corner_configs[0].method.name != "full":
+        if arm.base.method.name != "full":
             asked.append(("as_good_as_full", arm, subjects[arm.name], full.name if full else None))
     asked += [("smallest", arm, subjects[arm.name], None) for arm in trained if arm.confirm_each in SIZE_KEYS]
     known = {name: arm for arm in definition.arms for name in (arm.name, *subjects[arm.name])}
@@ -85,7 +85,7 @@ def draw_confirm_seeds(definition: Definition) -> list[int]:
 
 def has_fixed_score(arm: Arm) -> bool:
     """Returns whether an arm has the same score with every seed: the frozen base, unless it may have a new head."""
-    config = arm.corner_configs[0]
+    config = arm.base
     return config.method.trains_nothing and config.model.kind != "classifier"
 
 
@@ -110,7 +110,7 @@ def find_warnings(definition: Definition) -> list[str]:
             f"`confirm.seeds` is {num_seeds}. One seed gives no interval, and two give a very wide one. Take "
             f"`confirm.seeds={MIN_RELIABLE_SEEDS}` or more."
         )
-    data = definition.arms[0].corner_configs[0].data
+    data = definition.arms[0].base.data
     if not num_seeds and isinstance(data, ChatConfig) and data.answers.score and not data.answers.on_validation:
         warnings.append(
             "`data.answers` has no effect, because answers are generated in the confirm stage. Set `confirm.seeds`, or "

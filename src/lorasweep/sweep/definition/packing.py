@@ -99,7 +99,7 @@ def explain_bases(definition: Definition) -> list[str]:
 
 
 def _plan_arm(arm: Arm) -> ArmPacking:
-    config = arm.corner_configs[0]
+    config = arm.base
     obstacles = [
         f"`{key}` is swept, but all slots of a pack must have the same value. Write an arm for each value, and "
         "the trials of each arm share packs."

@@ -33,7 +33,7 @@ HOPELESS_REASONS = ("PartitionTimeLimit", "PartitionNodeLimit", "MaxWallDuration
 def check_workers(definition: Definition) -> None:
     """Raises ConfigError if the workers of a sweep can't train its trials."""
     config = definition.sweep_config.worker
-    processes = {arm.name: count_processes_per_trial(arm.corner_configs[0].trainer) for arm in definition.arms}
+    processes = {arm.name: count_processes_per_trial(arm.base.trainer) for arm in definition.arms}
     listed = ", ".join(f"{number} (arm `{name}`)" for name, number in processes.items())
     if isinstance(config, LocalWorker) and max(processes.values()) > 1:
         raise ConfigError(
@@ -115,5 +115,5 @@ def count_processes_per_trial(trainer: TrainerConfig) -> int:
 
 
 def _worker_needs(definition: Definition, config: RayWorkers | SlurmWorkers) -> WorkerNeeds:
-    trainer = definition.arms[0].corner_configs[0].trainer
+    trainer = definition.arms[0].base.trainer
     return WorkerNeeds(cpus=config.cpus, gpus=config.gpus, processes=count_processes_per_trial(trainer))
