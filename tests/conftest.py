@@ -8,6 +8,7 @@ import sys
 import datasets
 import pytest
 import torch
+from tests.seeds import shift_seeds
 from tests.small_runs import SMALL_RUN
 from tests.tiny_tokenizer import load_tokenizer
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
@@ -16,6 +17,7 @@ from lorasweep.config.compose import compose_run
 from lorasweep.training.inputs import build_inputs
 
 pytest_plugins = ["tests.servers.slurm"]
+shift_seeds(int(os.environ.get("LORASWEEP_TEST_SEED", "0")))  # before test files draw their constants
 
 SHORT_RUN = SMALL_RUN | {"trainer.progress": False, "method.rank": 2, "optim.lr": 1e-2}
 

@@ -42,3 +42,16 @@ def make_word_chats(folder):
         "trainer.device": "cpu",
         "optim.lr": 1e-2,
     }
+
+
+@torch.no_grad()
+def compute_answer_logits(model, tokenizer, line):
+    """Returns the logits, (steps, vocabulary), from which a greedy answer's words and its end were chosen."""
+    prompt, answer = (tokenizer(line[name], add_special_tokens=False)["input_ids"] for name in ("prompt", "answer"))
+    return model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 :]
+
+
+def find_margin(logits):
+    """Returns by how much the largest logit exceeds the second, at the step where they are closest."""
+    first, second = logits.topk(2).values.unbind(-1)
+    return float((first - second).min())

@@ -14,11 +14,12 @@ def stream():
 def test_encoders_of_torch_apply_their_updates_in_evaluation_too_and_torchs_settings_stay():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-    x, padding = torch.randn(2, 3, 8), torch.tensor([[False, False, False], [False, False, True]])
+    x, padding = torch.randn(2, 3, 8).double(), torch.tensor([[False, False, False], [False, False, True]])
     for encoder, arguments in ((layer, {}), (nn.TransformerEncoder(layer, 2), {"src_key_padding_mask": padding})):
         inject_lora(encoder, LoraConfig(targets=["linear1", "linear2"], rank=2))
         for adapted in lora_layers(encoder).values():
             nn.init.normal_(adapted.lora_b)
+        encoder.double()
         expected = encoder(x, **arguments)
         with torch.no_grad():
             torch.testing.assert_close(encoder.eval()(x, **arguments), expected)
@@ -27,12 +28,12 @@ def test_encoders_of_torch_apply_their_updates_in_evaluation_too_and_torchs_sett
 
 @pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook", "forward"])
 def test_a_base_with_hooks_is_called(hook):
-    base, x, calls = nn.Linear(6, 10), torch.randn(3, 6), []
+    base, x, calls = nn.Linear(6, 10).double(), torch.randn(3, 6).double(), []
     if hook == "forward":
         base.forward = lambda x: calls.append(1) or nn.Linear.forward(base, x)  # as accelerate wraps a layer
     else:
         getattr(base, hook)(lambda *_: calls.append(1))
-    layer = LoraLayer(base, Target(config=LoraConfig(rank=4), rank=4, alpha=8.0))
+    layer = LoraLayer(base, Target(config=LoraConfig(rank=4), rank=4, alpha=8.0)).double()
     nn.init.normal_(layer.lora_b)
     torch.testing.assert_close(
         layer(x), nn.functional.linear(x, base.weight + layer.compute_weight_update(), base.bias)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.training.runs import train_together
-from tests.word_chats import make_word_chats
+from tests.word_chats import compute_answer_logits, find_margin, make_word_chats
 
 from lorasweep.config.compose import compose_run
 from lorasweep.config.data import AnswersConfig, AnswerScore
@@ -22,6 +22,10 @@ from lorasweep.training.restore import restore_model
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
 from lorasweep.training.score import score_run, write_base_answers
+
+ROUNDING = 1e-3
+"""Bound of the difference of two logits of the tiny Llama in fp32, from batches of other shapes. Each of its 15
+products adds up at most 64 terms of size at most 10, so 15 * 64 * 10 * eps = 1.1e-3 if no errors cancel."""
 
 FUNCTIONS = """
 def raise_it(answer, reference, example):
@@ -68,9 +72,10 @@ def read_answers(folder, split="test"):
 
 @pytest.fixture(scope="module")
 def trained(make, tmp_path_factory):
-    """The folder of a run of full fine-tuning, which learned to end its answers."""
+    """The folder of a run of full fine-tuning, which learned to end its answers, and some of the answers."""
     folder = tmp_path_factory.mktemp("trained")
-    config, inputs = make(method="full", data__answers__on_validation=True)
+    steps = {"trainer__max_steps": 60, "trainer__eval_every_steps": 60}
+    config, inputs = make(method="full", data__answers__on_validation=True, **steps)
     train_run(config, RunFolder(path=folder), inputs=inputs)
     score_run(folder, inputs=inputs)
     return folder
@@ -86,20 +91,24 @@ def test_answers_are_those_of_a_server_that_gets_the_messages(make, trained):
     assert len({len(line["prompt"]) for line in lines}) > 3  # prompts of other lengths stand in one batch
     plain = restore_model(config, inputs.base, folder=trained / "best")
     end = tokenizer.convert_tokens_to_ids("<end>")
-    num_cut_off = 0
+    num_cut_off = num_close = 0
     for line in lines:
+        # rounding may decide between two words, or a word and the end, that are almost equally probable
+        is_close = find_margin(compute_answer_logits(plain.eval(), tokenizer, line)) < 2 * ROUNDING
+        num_close += is_close
         words = line["prompt"].removeprefix("<user> ").removesuffix(" <end> <bot>")
         assert line["reference"] == words.split()[-1]
         ids = tokenizer.apply_chat_template(
             [{"role": "user", "content": words}], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         output = plain.generate(**ids, do_sample=False, max_new_tokens=4, eos_token_id=[2, end], pad_token_id=0)
-        # one prompt alone: its logits differ in rounding only, and no two words of these answers are that close
-        answer = output[0, ids["input_ids"].shape[1] :].tolist()
+        answer = output[0, ids["input_ids"].shape[1] :].tolist()  # one prompt alone: its logits differ in rounding
         num_cut_off += end not in answer and 2 not in answer
-        assert line["answer"] == tokenizer.decode(answer, skip_special_tokens=True)
+        assert line["answer"] == tokenizer.decode(answer, skip_special_tokens=True) or is_close
         assert float(line["score"]) == (line["answer"] == line["reference"])
-    assert found.facts == {"examples": len(lines), "cut_off": num_cut_off, "left_out": 0}
+    assert num_close < len(lines) / 4
+    assert found.facts["cut_off"] == pytest.approx(num_cut_off, abs=num_close)
+    assert found.facts == {"examples": len(lines), "cut_off": found.facts["cut_off"], "left_out": 0}
     mean = sum(float(line["score"]) for line in lines) / len(lines)
     assert found.values == {"exact_match": pytest.approx(mean)}
     assert 0 < mean < 1
@@ -130,17 +139,25 @@ def test_a_run_keeps_answers_of_test_data_and_of_validation_only_if_asked(make, 
 
 def test_a_pack_and_a_run_alone_give_the_same_answers(make, tmp_path):
     more = {"method": "lora", "method__alpha": 16, "data__answers__on_validation": True}
-    more["model__attention"] = "eager"  # with sdpa, a word and the end were equally probable in one answer
     made = [make(method__rank=rank, seed=rank, **more) for rank in (2, 8)]
     packed = {tmp_path / f"packed-{n}": config for n, (config, _) in enumerate(made)}
     train_together(packed, inputs=made[0][1], state_file=tmp_path / "pack.json")
     for n, (config, inputs) in enumerate(made):
         train_run(config, RunFolder(path=tmp_path / f"alone-{n}"), inputs=inputs)
-        for folder in (tmp_path / f"alone-{n}", tmp_path / f"packed-{n}"):
+        folders = [tmp_path / f"{name}-{n}" for name in ("alone", "packed")]
+        for folder in folders:
             score_run(folder, inputs=inputs)
-        # trained weights differ in rounding, and so may the answers only if two words were equally probable
+        models = [restore_model(config, inputs.base, folder=folder / "best").eval() for folder in folders]
+        num_lines = num_close = 0
         for split in ("test", "validation"):
-            assert read_answers(tmp_path / f"packed-{n}", split) == read_answers(tmp_path / f"alone-{n}", split)
+            for alone, packed in zip(*(read_answers(folder, split) for folder in folders), strict=True):
+                logits, others = (compute_answer_logits(model, inputs.base.tokenizer, alone) for model in models)
+                difference = float((logits - others).abs().max())
+                # no choice changes if the two best words are further apart than both moved by rounding in 30 steps
+                is_close = find_margin(logits) <= 2 * (difference + ROUNDING)
+                num_lines, num_close = num_lines + 1, num_close + is_close
+                assert alone == packed or is_close
+        assert num_close < num_lines / 4
     assert read_answers(tmp_path / "alone-0") != read_answers(tmp_path / "alone-1")
 
 

@@ -89,7 +89,7 @@ def test_the_scores_are_those_of_the_best_weights_and_not_of_the_last(make_confi
         with torch.no_grad():
             logits = model(input_ids=blocks[:, :-1]).logits
         losses[which] = torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten()).item()
-    assert scored.test["loss"] == pytest.approx(losses["best"], rel=1e-6)  # fp32 sums in another order
+    assert scored.test["loss"] == pytest.approx(losses["best"], rel=1e-4)  # sums of 256 logits and 128 losses in fp32
     assert scored.test["loss"] != pytest.approx(losses["last"], rel=1e-3)
 
 

@@ -94,11 +94,13 @@ def _set_attention(model: PreTrainedModel, name: str) -> bool:
 def _attend_in_fp32(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Computes transformers' sdpa attention in fp32. Takes and returns tensors of the model's dtype."""
+    """Computes transformers' sdpa attention in fp32, or in float64 if the model does. Returns the model's dtype."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
     if attention_mask is not None and attention_mask.is_floating_point():
-        attention_mask = attention_mask.float()  # a mask that is added has the dtype of the scores
+        attention_mask = attention_mask.to(dtype)  # a mask that is added has the dtype of the scores
+    inputs = (x.to(dtype) for x in (query, key, value))
     with torch.autocast(query.device.type, enabled=False):  # autocast would turn the inputs back to 16 bits
-        output, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **kwargs)
+        output, _ = sdpa_attention_forward(module, *inputs, attention_mask, **kwargs)
     return output.to(value.dtype), None
 
 
