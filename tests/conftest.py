@@ -22,6 +22,19 @@ shift_seeds(int(os.environ.get("LORASWEEP_TEST_SEED", "0")))  # before test file
 SHORT_RUN = SMALL_RUN | {"trainer.progress": False, "method.rank": 2, "optim.lr": 1e-2}
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Lets one process of xdist run all tests that share a fixture of their file, and puts slow tests first.
+
+    The end of the suite is then made of short tests, so that no process waits long for another one.
+    """
+    for item in items:
+        if any(found[-1].scope == "module" for found in item._fixtureinfo.name2fixturedefs.values()):
+            item.add_marker(pytest.mark.xdist_group(item.location[0]))
+    if hasattr(config, "workerinput"):  # a process of xdist
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
     """Keeps token ids and tables out of the user's cache, so that no test depends on an earlier run."""

@@ -19,7 +19,7 @@ from lorasweep.outcome import DONE, FAILED, WRONG_REQUEST
 MAX_CASE_S = 30
 """Seconds that a reader may take for a file of a few kilobytes, on a slow machine."""
 EXAMPLES = int(os.environ.get("LORASWEEP_FUZZ_EXAMPLES", 0))
-"""Number of random examples of each test; `make fuzz` sets it. 0: a few examples, the same in each run."""
+"""Number of random examples of each test; `make soak` sets it. 0: a few examples, the same in each run."""
 RANDOM = settings(
     max_examples=EXAMPLES or 25,
     derandomize=not EXAMPLES,
@@ -37,8 +37,8 @@ NESTED = "[" * 100_000
 
 
 def fuzz(test):
-    """Marks a test of random examples, which `make fuzz` runs with other seeds and more examples."""
-    return pytest.mark.slow(pytest.mark.fuzz(RANDOM(test)))
+    """Marks a test of random examples, which `make soak` runs."""
+    return pytest.mark.soak(RANDOM(test))
 
 
 class TooSlow(BaseException):

@@ -17,6 +17,7 @@ from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.confirm import draw_confirm_seeds, find_warnings
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
 
+pytestmark = pytest.mark.docs
 DOCS = Path(__file__).parents[1] / "docs"
 DATA, SWEEPS, PARTS = ((DOCS / f"{name}.md").read_text(encoding="utf-8") for name in ("data", "sweeps", "components"))
 FILES = dict(re.findall(r'^```\w+ title="([\w.]+)"\n(.*?)^```', DATA, flags=re.MULTILINE | re.DOTALL))

@@ -18,7 +18,9 @@ pytestmark = pytest.mark.usefixtures("here")
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "launcher", [["joblib", "hydra.launcher.n_jobs=2"], ["submitit_local"]], ids=lambda words: words[0]
+    "launcher",
+    [["joblib", "hydra.launcher.n_jobs=2"], pytest.param(["submitit_local"], marks=pytest.mark.cluster)],
+    ids=lambda words: words[0],
 )
 def test_a_launcher_gives_each_job_a_folder_and_the_command_an_exit_code(here, short_words, launcher):
     name, *its_settings = launcher  # on one core joblib would run the jobs in this process

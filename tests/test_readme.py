@@ -13,6 +13,7 @@ from lorasweep.cli import run
 from lorasweep.outcome import DONE
 from lorasweep.sweep.definition.arms import read_definition
 
+pytestmark = pytest.mark.docs
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(bash|text|yaml|python)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
@@ -28,7 +29,6 @@ def test_its_sweep_file_is_a_sweep():
     assert [arm.name for arm in read_definition(yaml.safe_load(content)).arms] == ["frozen", "full", "lora"]
 
 
-@pytest.mark.slow
 def test_every_command_runs_and_prints_what_is_shown(tmp_path, monkeypatch, capsys, encoder):
     monkeypatch.chdir(tmp_path)
     with open("reviews.csv", "w", newline="", encoding="utf-8") as file:

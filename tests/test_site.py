@@ -21,6 +21,7 @@ import lorasweep.errors
 import lorasweep.lora
 from lorasweep.cli import build_parser, run
 
+pytestmark = pytest.mark.docs
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 LESSONS = (
@@ -108,7 +109,6 @@ def free_port():
         return str(probe.getsockname()[1])
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("page", LESSONS)
 def test_every_block_of_a_lesson_runs_or_has_a_reason(page, tmp_path, monkeypatch, capsys, encoder):

@@ -13,8 +13,7 @@ from lorasweep.runs.reproduce import compare_sweeps
 
 from .conftest import SETTINGS, read_trials, state_of
 
-KILLS = 2
-"""How often a sweep is killed, for each size of packs."""
+NUM_KILLS = (1, pytest.param(8, marks=pytest.mark.soak))
 MAX_SAVES = 120
 """Files that are flushed before a kill, at most; a sweep flushes several hundred."""
 TRIALS = {"frozen": 1, "full": 1, "lora": 4}
@@ -72,8 +71,9 @@ def read_ended(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in files if path.exists()}
 
 
+@pytest.mark.parametrize("num_kills", NUM_KILLS)
 @pytest.mark.parametrize("pack_size", ["1", "3"])
-def test_a_sweep_that_is_killed_and_resumed_is_the_same_to_the_last_bit(tmp_path, begin, finish, pack_size):
+def test_a_sweep_that_is_killed_and_resumed_is_the_same_to_the_last_bit(tmp_path, begin, finish, pack_size, num_kills):
     (tmp_path / "repeated.yaml").write_text(yaml.safe_dump(SWEEP, sort_keys=False))
     words = ["sweep", "repeated.yaml", f"worker.pack_size={pack_size}"]
     finish(*words, "sweep.output=whole")
@@ -81,7 +81,7 @@ def test_a_sweep_that_is_killed_and_resumed_is_the_same_to_the_last_bit(tmp_path
     assert {row.state for row in read_sweep(whole).trials} == {"complete"}
     check_whole(whole)
     drawn, asked, ended, code = random.Random(pack_size), [*words, "sweep.output=killed"], {}, -signal.SIGKILL
-    for _ in range(KILLS):
+    for _ in range(num_kills):
         session = begin(*asked, before=KILL.format(number=drawn.randint(1, MAX_SAVES), folder=str(folder)))
         code = session.wait()
         if code == 0:  # it was over before

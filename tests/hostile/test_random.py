@@ -36,8 +36,7 @@ def damage_file(draw, path):
     return draw(damage_bytes(content))
 
 
-@pytest.mark.slow
-@pytest.mark.fuzz
+@pytest.mark.soak
 @settings(RANDOM, max_examples=EXAMPLES or 3)  # a sweep is recorded first, and a command takes up to 0.5 s
 @given(data=st.data())
 @pytest.mark.parametrize("reader", READERS)

@@ -221,6 +221,7 @@ SHORTER = {
 
 
 @pytest.mark.filterwarnings("ignore:.*litlogger.*")
+@pytest.mark.docs
 def test_the_guide_runs_as_it_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = "\n".join(BLOCKS)

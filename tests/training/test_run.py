@@ -1,5 +1,6 @@
 """A run can be repeated, and its folder says how it ended."""
 
+import functools
 import itertools
 import math
 
@@ -220,7 +221,10 @@ def test_recomputed_activations_train_the_same(tmp_path, make_config, inputs):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler, of torch
-def test_a_compiled_model_trains_the_same(tmp_path, make_config, inputs, finished):
+# g++ builds inductor's kernels for a minute; the other backend traces the same graphs and runs them as they are
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.soak)])
+def test_a_compiled_model_trains_the_same(tmp_path, make_config, inputs, finished, monkeypatch, backend):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     train(tmp_path, make_config({"trainer.compile": True}), inputs=inputs)
     found = [loss for _, loss, _ in losses(tmp_path)]
     # fused kernels round otherwise in fp32

@@ -66,7 +66,7 @@ def table_of(path):
 
 
 @pytest.mark.parametrize("pack_size", [1, 3])
-@pytest.mark.parametrize("every", [31, *(pytest.param(n, marks=pytest.mark.slow) for n in (13, 19))])
+@pytest.mark.parametrize("every", [31, *(pytest.param(n, marks=pytest.mark.soak) for n in (13, 19))])
 def test_a_worker_killed_at_any_moment_ends_with_the_sweep_that_was_not(
     begin, work, work_killed, content, runs, packs, pack_size, every
 ):

@@ -202,7 +202,7 @@ def test_a_pack_killed_at_this_moment_ends_the_same(undisturbed, inputs, tmp_pat
     resume_and_compare(found[len(found) // 2], search, tmp_path, inputs=inputs)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_pack_killed_at_any_moment_ends_the_same(undisturbed, inputs, tmp_path):
     search, killed = undisturbed
     assert len(killed) > 40
