@@ -98,9 +98,9 @@ def _attend_in_fp32(
     dtype = torch.promote_types(query.dtype, torch.float32)
     if attention_mask is not None and attention_mask.is_floating_point():
         attention_mask = attention_mask.to(dtype)  # a mask that is added has the dtype of the scores
-    inputs = (x.to(dtype) for x in (query, key, value))
+    query, key, wide = query.to(dtype), key.to(dtype), value.to(dtype)
     with torch.autocast(query.device.type, enabled=False):  # autocast would turn the inputs back to 16 bits
-        output, _ = sdpa_attention_forward(module, *inputs, attention_mask, **kwargs)
+        output, _ = sdpa_attention_forward(module, query, key, wide, attention_mask, **kwargs)
     return output.to(value.dtype), None
 
 
