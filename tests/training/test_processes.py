@@ -19,7 +19,7 @@ from lorasweep.training.inputs import build_inputs
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 CHILD = Path(__file__).parent / "processes_child.py"
 TIMEOUT_S = 480
 ROUNDING = {"rel": 1e-5}
@@ -163,7 +163,6 @@ def test_a_signal_ends_all_processes_at_one_step(trained, alone, moment, ranks):
     assert_equal_runs(trained / f"{moment}-{ranks}", alone())
 
 
-@pytest.mark.cluster
 def test_torchrun_starts_processes_again_that_ran_out_of_memory_or_were_killed(tmp_path, alone):
     """Without memory all begin again with half of the rows; after a kill they go on."""
     run_child(tmp_path, "restarted", launcher=(*TORCHRUN, "--max-restarts", "3"))
@@ -179,7 +178,6 @@ def typed(*words):
     return ["train", *(f"{key}={value}" for key, value in settings.items()), *words]
 
 
-@pytest.mark.cluster
 def test_the_command_starts_processes_and_resumes(tmp_path, alone):
     done = start(tmp_path, "-m", "lorasweep", *typed("output=run", "trainer.strategy=fsdp", "trainer.max_steps=4"))
     assert done.returncode == 0, done.stderr
@@ -188,7 +186,6 @@ def test_the_command_starts_processes_and_resumes(tmp_path, alone):
     assert_equal_runs(tmp_path / "run", alone())
 
 
-@pytest.mark.cluster
 def test_a_step_of_srun_is_joined(tmp_path, alone):
     """Two processes with Slurm's variables, as srun starts them."""
     words = [sys.executable, "-m", "lorasweep", *typed("output=run", "trainer.strategy=ddp")]
