@@ -106,11 +106,7 @@ class LoraConfig(MethodSettings):
 
     @classmethod
     def from_peft(cls, peft_config: Any) -> LoraConfig:
-        """Returns the settings of a `peft.LoraConfig`.
-
-        Raises:
-            ConfigError: It has fields that lorasweep's layers can't do; all of them are named.
-        """
+        """Returns the settings of a `peft.LoraConfig`. Raises ConfigError if our layers can't do a field of it."""
         return build(cls, read_peft_config(peft_config), key="method")
 
 

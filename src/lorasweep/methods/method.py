@@ -93,8 +93,7 @@ class Method(ABC):
 
         The folder is created if it is missing. If no parameter trains, no file is written.
         """
-        tensors = self._get_tensors_to_save(model)
-        if tensors:
+        if tensors := self._get_tensors_to_save(model):
             folder.mkdir(parents=True, exist_ok=True)
             contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             # one key, because safetensors writes several in random order, and equal weights must give equal bytes
@@ -104,8 +103,7 @@ class Method(ABC):
     def load(self, model: nn.Module, folder: Path) -> None:
         """Loads saved weights into a model that was prepared with the same settings, or see `loads_onto_base`.
 
-        Raises:
-            RecordError: A file is missing or damaged, or is of another model. The model is then unchanged.
+        Raises RecordError if a file is missing or damaged, or is of another model. The model is then unchanged.
         """
         tensors, file = self._get_tensors_to_save(model), folder / self.weights_file
         if not tensors:

@@ -31,6 +31,7 @@ from lorasweep.record.sweep import (
     SettingRow,
     SweepChange,
     SweepRecord,
+    SweepState,
     add_telemetry,
     describe_confirmation,
     find_winner,

@@ -20,6 +20,7 @@ from lorasweep.wording import join_words, shorten
 
 SWEEP_FILE = "sweep.json"
 MAX_LOOKS = 20
+SweepState = Literal["running", "complete", "interrupted"]
 NumSeeds = Annotated[int, Field(ge=1, le=MAX_CONFIRM_SEEDS)]
 QuestionName = Literal["as_good_as_full", "smallest", "pair"]
 
@@ -135,7 +136,7 @@ class SweepRecord:
 
     format: Literal["lorasweep.sweep"] = "lorasweep.sweep"
     version: Literal[1] = VERSION
-    status: Literal["running", "complete", "interrupted"]
+    status: SweepState
     name: str
     description: str = ""
     metric: str

@@ -130,10 +130,8 @@ def reproduce_run(
 def restore_solo_config(record: RunRecord) -> RunConfig:
     """Returns a run's settings for one process, with the recorded precision, device, micro-batches and attention.
 
-    Loggers are removed: they may write to other folders, or to a server, and do not affect training.
-
-    Raises:
-        RecordError: The settings or what the record says of the machine are damaged, or of another version.
+    Loggers are removed: they may write to other folders, or to a server, and do not affect training. Raises RecordError
+    if the settings or what the record says of the machine are damaged, or of another version.
     """
     config, platform = restore_config(record), record.platform
     trainer = {

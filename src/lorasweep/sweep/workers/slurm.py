@@ -44,11 +44,7 @@ MAX_SHUTDOWN_S = 20
 
 
 def submit_jobs(config: SlurmWorkers, folder: Path) -> None:
-    """Submits `worker.jobs` jobs that join the Ray cluster of the sweep in a folder.
-
-    Raises:
-        ConfigError: Slurm is missing, or refuses the jobs.
-    """
+    """Submits jobs that join the Ray cluster of the sweep in a folder. Raises ConfigError if Slurm refuses them."""
     num_cpus, num_gpus = config.processes_per_job * config.cpus, config.processes_per_job * config.gpus
     options = {"partition": config.partition, "gpus_per_node": num_gpus, "setup": list(config.setup)}
     node = RayNode(folder=folder.resolve(), requeue=config.requeue, num_cpus=num_cpus, num_gpus=num_gpus)

@@ -9,6 +9,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -83,7 +84,10 @@ class Worker:
         names = None if arms is None else [arm.name for arm in arms]
         # A killed process may have ended the run without telling the controller. Such a run must not train again.
         while assignment := self.controller.take(names, worker=self.name, request=next(self._requests)):
-            if (record := find_ended_run(assignment)) is None:
+            record = None
+            with suppress(RecordError):
+                record = read_run(assignment.run_folder.path)
+            if record is None or record.status not in ("complete", "stopped"):
                 return assignment
             self.tell(assignment, record)
         return None
@@ -254,12 +258,3 @@ def _catch_failure(train: Callable[[], RunRecord]) -> Outcome:
         raise
     except Exception as error:
         return error
-
-
-def find_ended_run(assignment: Assignment) -> RunRecord | None:
-    """Returns the record of a run that ended, if its process was killed before it told the controller."""
-    try:
-        record = read_run(assignment.run_folder.path)
-    except RecordError:
-        return None
-    return record if record.status in ("complete", "stopped") else None
