@@ -125,8 +125,7 @@ class Method(ABC):
     def merge(self, model: nn.Module) -> None:
         """Turns a prepared model into a plain model of its class that contains the trained weights, in place.
 
-        The model is then for use by other tools and can't be trained further. If it has frozen weights, the trained
-        weights are rounded to the dtype of the frozen ones.
+        If it has frozen weights, the trained ones are rounded to their dtype.
         """
         round_to_frozen_dtype(model)
 
@@ -138,8 +137,7 @@ class Method(ABC):
 def copy_sharing_weights(model: Module) -> Module:
     """Returns a copy of a model that shares the model's parameters, but not its modules, buffers and settings.
 
-    Each run can then change its copy's modules, while the base's weights are in memory only once. Buffers are copied,
-    because some layers write to them in training. They are small.
+    Buffers are copied, because some layers write to them in training.
     """
     # deepcopy does not copy objects that are already in `memo`
     return copy.deepcopy(model, memo={id(parameter): parameter for parameter in model.parameters()})

@@ -122,7 +122,14 @@ def reproduce_run(
     found = _compare(before, after, folder=output, what=f"{last_step} steps of {run} and {output}", tolerance=tolerance)
     if found.holds:
         return found
-    reasons = [f"  {number}. {reason}" for number, reason in enumerate(_list_possible_reasons(record, repeated), 1)]
+    parts = {reason.partition(".")[0] for reason in POSSIBLE_REASONS}
+    recorded, now = (flatten({part: getattr(run, part) for part in parts}) for run in (record, repeated))
+    different = [name for name in {**recorded, **now} if recorded.get(name) != now.get(name)]
+    ordered = [name for part in POSSIBLE_REASONS for name in different if f"{name}.".startswith(f"{part}.")]
+    reasons = [
+        f"  {number}. `{name}` was {shorten(recorded.get(name))} and is {shorten(now.get(name))}"
+        for number, name in enumerate(dict.fromkeys(ordered), 1)
+    ]
     lead = "possible reasons, the most likely first:" if reasons else "no recorded hardware, software or data differs"
     return replace(found, description="\n".join([f"{found.description}{failure}", lead, *reasons]))
 
@@ -224,17 +231,6 @@ def _compare(
         verdict = "within tolerance"
         description = f"within a tolerance of {tolerance:g}: {what}; the largest difference: {largest}"
     return Reproduction(folder=folder, verdict=verdict, description=description)
-
-
-def _list_possible_reasons(recorded: RunRecord, repeated: RunRecord) -> list[str]:
-    """Returns a clause for each of `POSSIBLE_REASONS` that differs, the most likely reason first."""
-    parts = {reason.partition(".")[0] for reason in POSSIBLE_REASONS}
-    before, after = (flatten({part: getattr(run, part) for part in parts}) for run in (recorded, repeated))
-    different = [name for name in {**before, **after} if before.get(name) != after.get(name)]
-    ordered = dict.fromkeys(
-        name for part in POSSIBLE_REASONS for name in different if f"{name}.".startswith(f"{part}.")
-    )
-    return [f"`{name}` was {shorten(before.get(name))} and is {shorten(after.get(name))}" for name in ordered]
 
 
 def compare_sweeps(first: Path, second: Path) -> Reproduction:

@@ -271,11 +271,8 @@ class WorkerPool:
         self._nodes: set[str] = set()
         self._num_refused = 0  # refused workers are not replaced until the cluster has other nodes
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        self._actor = (
-            ray.remote(ControllerActor)
-            .options(num_cpus=0, scheduling_strategy=here, **RESTART_FOREVER)
-            .remote(self._context, session=self._session)
-        )
+        actor_class = ray.remote(ControllerActor).options(num_cpus=0, scheduling_strategy=here, **RESTART_FOREVER)
+        self._actor = actor_class.remote(self._context, session=self._session)
         self._controller = ControllerClient(self._actor)
 
     def train(self, *, stop_requested: Callable[[], bool], require_nodes: Callable[[], None] = lambda: None) -> bool:
