@@ -35,10 +35,6 @@ class LoraMethod(Method):
     name = "lora"
     loads_onto_base = True
 
-    def check(self, model: nn.Module, config: MethodConfig, *, new_head_names: Sequence[str] = ()) -> None:
-        """Raises a ConfigError if a target matches no layer, or a setting does not fit a layer (such as the rank)."""
-        self.find_coverage(model, config, new_head_names=new_head_names)
-
     def find_coverage(self, model: nn.Module, config: MethodConfig, *, new_head_names: Sequence[str] = ()) -> Coverage:
         assert isinstance(config, LoraConfig)
         try:

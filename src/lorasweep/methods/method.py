@@ -54,13 +54,14 @@ class Method(ABC):
     loads_onto_base: ClassVar[bool] = False
     """Whether `load` takes a copy of the base instead of a prepared model, because the files say how to adapt it."""
 
-    def check(self, model: nn.Module, config: MethodConfig, *, new_head_names: Sequence[str] = ()) -> None:  # noqa: B027
+    def check(self, model: nn.Module, config: MethodConfig, *, new_head_names: Sequence[str] = ()) -> None:
         """Raises a ConfigError if the settings do not fit the model, without changing the model."""
+        self.find_coverage(model, config, new_head_names=new_head_names)
 
     def find_coverage(
         self, model: nn.Module, config: MethodConfig, *, new_head_names: Sequence[str] = ()
     ) -> Coverage | None:
-        """Returns the layers that the settings adapt; None if the method has no targets of its own."""
+        """Returns the layers that the settings adapt; None if the method has no targets. Raises as `check`."""
         return None
 
     def prepare(self, base: BaseModel, config: MethodConfig, *, generator: torch.Generator) -> nn.Module:

@@ -37,7 +37,6 @@ from lorasweep.runs.serving import describe_serving
 from lorasweep.training.restore import (
     check_kept_files,
     refuse_code,
-    restore_base,
     restore_config,
     restore_model,
     restore_unquantised_base,
@@ -172,9 +171,7 @@ def _copy_adapter(config: ModelConfig, best: Path, folder: Path) -> None:
 
 def _export_merged(record: RunRecord, config: RunConfig, best: Path, folder: Path) -> str:
     """Writes the whole model, checks that it loads with the same weights, and returns the name of their type."""
-    base = restore_base(record, config)
-    if config.model.quantization != "none":  # an adapter is merged into the unquantised weights
-        config, base = restore_unquantised_base(record, config)
+    config, base = restore_unquantised_base(record, config)
     kind, dtype, fingerprint = _write_merged(config, base, best, folder)
     del base  # frees its memory before the merged model is loaded
     name = config.model.attention

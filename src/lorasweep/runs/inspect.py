@@ -26,7 +26,6 @@ from lorasweep.record import read_run
 from lorasweep.training.restore import (
     check_kept_files,
     refuse_code,
-    restore_base,
     restore_config,
     restore_model,
     restore_unquantised_base,
@@ -90,9 +89,8 @@ def inspect_run(folder: Path, *, trust: bool = False) -> Inspection:
     config = restore_config(record)
     refuse_code(config, trust=trust)
     check_kept_files(record, folder, part="best")
-    base, method = restore_base(record, config), config.method
-    if config.model.quantization != "none":
-        config, base = restore_unquantised_base(record, config)
+    config, base = restore_unquantised_base(record, config)
+    method = config.method
     base.model.float()  # merging into bf16 would round the updates
     ranks = {}
     if isinstance(method, LoraConfig):

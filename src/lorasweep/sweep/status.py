@@ -88,7 +88,7 @@ class SweepStatus:
 
     @property
     def seconds_left(self) -> float | None:
-        """Estimated seconds up to the look that is due; None before `MIN_DONE_SHARE`, when most was spent on loading."""
+        """Estimated seconds to the look that is due; None before `MIN_DONE_SHARE`, when most was spent on loading."""
         done = sum(run.step for arm in self.arms for run in (*arm.trials, *arm.confirm))
         left = sum(arm.num_steps_left for arm in self.arms)
         return self.record.makespan_s / done * left if done > MIN_DONE_SHARE * (done + left) else None
