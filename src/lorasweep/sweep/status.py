@@ -290,11 +290,11 @@ def report_status(folder: Path, on_status: Callable[[SweepStatus], None]) -> Ite
         is_last = False
         while not is_last:
             is_last = stop.wait(POLL_INTERVAL_S)  # the last call is after the stop, so that it shows the end
-            status = None
-            with suppress(RecordError, OSError):  # for example while the folder is moved
+            try:
                 status = read()
-            if status is not None:
-                on_status(status)  # outside of `suppress`: an OSError of the user's own function is shown
+            except (RecordError, OSError):  # for example while the folder is moved
+                continue
+            on_status(status)  # outside of `try`: an OSError of the user's own function is shown
 
     on_status(read())  # not in the thread, so that the sweep is shown before any trial has ended
     thread = threading.Thread(target=poll)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from lorasweep.config.sweep import LocalWorker, SlurmWorkers
+from lorasweep.disk import write_atomically
 from lorasweep.errors import ConfigError, WorkerError
 from lorasweep.sweep.controller.controller import Controller
 from lorasweep.sweep.controller.folder import SweepFolder
@@ -106,12 +107,12 @@ def _train_on_slurm(
         from lorasweep.sweep.workers.ray_workers import WorkerPool  # noqa: PLC0415 (Ray must be imported after the head has started)
 
         # The address is written after the token, because a job that reads the address joins at once.
-        slurm.write_address(path, address)
+        write_atomically(path / slurm.ADDRESS_FILE, address)
         try:
             slurm.cancel_jobs(path)  # jobs that a killed process of this sweep left behind
             slurm.submit_jobs(config, path)
             pool = WorkerPool(path, num="auto", needs=needs)
             return pool.train(stop_requested=stop_requested, require_nodes=require_jobs)
         finally:
-            slurm.write_address(path, "")  # tells the nodes to end
+            write_atomically(path / slurm.ADDRESS_FILE, "")  # tells the nodes to end
             slurm.cancel_jobs(path)
