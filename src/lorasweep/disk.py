@@ -31,11 +31,8 @@ DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, err
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file whole or not at all: temporary file in the same folder, fsync, rename.
-
-    The file's folder is created if necessary, but no folder above: a deleted sweep folder must not come back empty.
-    """
-    path.parent.mkdir(exist_ok=True)
+    """Writes a file whole or not at all: temporary file in the same folder, fsync, rename."""
+    path.parent.mkdir(exist_ok=True)  # but no folder above: a deleted sweep folder must not come back empty
     temporary = temporary_name(path)
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     try:
@@ -107,14 +104,23 @@ def claim_folder(wanted: Path | None, *, otherwise: Iterable[Path], key: str) ->
     """Creates a folder and yields it. Inside the block it belongs to this process alone.
 
     The folder is `wanted`, new or empty, or else the first path of `otherwise` that does not exist yet. It is removed
-    again if the block raises before it has written anything.
-
-    Raises:
-        ConfigError: `wanted` is not empty, can't be created, or another process has it.
+    again if the block raises before it has written anything. Raises ConfigError if `wanted` is not empty, can't be
+    created, or another process has it.
     """
+    created: list[Path] = []
     for path in otherwise if wanted is None else [wanted]:
-        if created := _create_folder(path, key=key):
-            break
+        missing = [parent for parent in path.parents if not parent.exists()]
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # only one process can create a folder, so processes that start together get different ones
+            with suppress(FileExistsError):
+                path.mkdir()
+                created = [path, *missing]
+                break
+        except OSError as error:
+            raise ConfigError(
+                f"`{key}` must be a folder that can be created, but {str(path)!r} can't: {error.strerror}."
+            ) from error
     try:
         with lock_folder(path, key=key):
             yield require_new_folder(path, key=key)  # a folder that exists may be taken if it is empty
@@ -123,24 +129,6 @@ def claim_folder(wanted: Path | None, *, otherwise: Iterable[Path], key: str) ->
             for folder in created:
                 folder.rmdir()
         raise
-
-
-def _create_folder(path: Path, *, key: str) -> list[Path]:
-    """Creates a folder. Returns it and the parents that were missing, the innermost first; nothing if it exists.
-
-    Only one process can create a folder, so processes that start together get different ones.
-    """
-    missing = [parent for parent in path.parents if not parent.exists()]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileExistsError):
-            path.mkdir()
-            return [path, *missing]
-    except OSError as error:
-        raise ConfigError(
-            f"`{key}` must be a folder that can be created, but {str(path)!r} can't: {error.strerror}."
-        ) from error
-    return []
 
 
 @contextmanager
@@ -175,8 +163,7 @@ def is_running(path: Path) -> bool:
 def take_lock(path: Path, undo: ExitStack) -> int:
     """Takes the lock of a sweep's folder, which the system releases when the process ends. Returns its descriptor.
 
-    Raises:
-        RecordError: Another process holds the lock, or the folder's file system has no locks.
+    Raises RecordError if another process holds the lock, or the folder's file system has no locks.
     """
     try:
         require_regular_file(path / LOCK_FILE)
@@ -218,18 +205,14 @@ def remove_leftovers(folder: Path) -> None:
 
 def explain_unwritable(folder: Path, error: BaseException) -> str | None:
     """Returns why results can't be written into a folder, or None if the disk did not cause the error."""
-    for cause in _causes(error):  # libraries wrap the system's errors
+    cause: BaseException | None = error
+    while cause is not None:  # libraries wrap the system's errors
         if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:
             return os.strerror(cause.errno or 0)
         if os.strerror(errno.ENOSPC) in str(cause):
             return os.strerror(errno.ENOSPC)
+        cause = cause.__cause__ or cause.__context__
     return None if folder.is_dir() else os.strerror(errno.ENOENT)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _flush(path: Path) -> None:

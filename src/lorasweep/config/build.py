@@ -125,6 +125,11 @@ def dotted_items(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[
             yield from dotted_items(value, f"{prefix}{name}.")
 
 
+def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values of nested mappings that are no mappings, by dotted key."""
+    return {key: value for key, value in dotted_items(values) if not isinstance(value, Mapping)}
+
+
 def _make_error(errors: Sequence[ErrorDetails], values: Any, *, key: str) -> ConfigError:
     """Returns one sentence for the first of pydantic's errors: the dotted key, what must hold, and the value."""
     key = ".".join(filter(None, (key, *_find_names(errors[0], values))))

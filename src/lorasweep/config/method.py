@@ -21,7 +21,7 @@ from lorasweep.config.build import (
     Rank,
     Settings,
     build,
-    dotted_items,
+    flatten,
 )
 from lorasweep.errors import ConfigError
 from lorasweep.wording import join_words
@@ -59,14 +59,8 @@ class MethodSettings(Settings):
     """Whether a run is the base model as it is: it does no step, and its score is that of every seed."""
 
 
-def _join_names(pattern: Any) -> Any:
-    """Returns nested names of layers as dotted names: `method.rank_pattern.mlp.up_proj=4` is typed without quotes."""
-    if not isinstance(pattern, Mapping):
-        return pattern
-    return {name: value for name, value in dotted_items(pattern) if not isinstance(value, Mapping)}
-
-
-JOIN_NAMES = BeforeValidator(_join_names)
+JOIN_NAMES = BeforeValidator(lambda pattern: flatten(pattern) if isinstance(pattern, Mapping) else pattern)
+"""Makes dotted names of nested names of layers: `method.rank_pattern.mlp.up_proj=4` is typed without quotes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +106,7 @@ class LoraConfig(MethodSettings):
 
     @classmethod
     def from_peft(cls, peft_config: Any) -> LoraConfig:
-        """Returns the settings of a `peft.LoraConfig`.
-
-        Raises:
-            ConfigError: It has fields that lorasweep's layers can't do; all of them are named.
-        """
+        """Returns the settings of a `peft.LoraConfig`. Raises ConfigError if our layers can't do a field of it."""
         return build(cls, read_peft_config(peft_config), key="method")
 
 

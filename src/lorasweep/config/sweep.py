@@ -9,13 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, Tag
 from pydantic.dataclasses import dataclass
 
-from lorasweep.config.build import (
-    SETTINGS_OR_COMPONENT,
-    NonNegative,
-    Positive,
-    PositiveFloat,
-    Settings,
-)
+from lorasweep.config.build import SETTINGS_OR_COMPONENT, NonNegative, Positive, PositiveFloat, Settings
 from lorasweep.config.components import Component
 from lorasweep.errors import ConfigError
 

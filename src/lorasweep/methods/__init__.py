@@ -21,11 +21,4 @@ METHODS: Mapping[str, Method] = {
     )
 }
 
-__all__ = [
-    "METHODS",
-    "Method",
-    "ParameterGroup",
-    "add_head_to_modules_to_save",
-    "copy_sharing_weights",
-    "draw_head",
-]
+__all__ = ["METHODS", "Method", "ParameterGroup", "add_head_to_modules_to_save", "copy_sharing_weights", "draw_head"]

@@ -30,10 +30,8 @@ class FullMethod(Method):
     def _get_tensors_to_save(self, model: nn.Module) -> dict[str, Tensor]:
         """Returns the parameters and the persistent buffers by name. A tied parameter has only its first name."""
         first_names = dict(model.named_parameters())
-        all_names = dict(model.named_parameters(remove_duplicate=False))
-        return {
-            name: tensor for name, tensor in model.state_dict().items() if name in first_names or name not in all_names
-        }
+        others = {name for name, _ in model.named_parameters(remove_duplicate=False) if name not in first_names}
+        return {name: tensor for name, tensor in model.state_dict().items() if name not in others}
 
 
 class HeadMethod(Method):
@@ -68,12 +66,10 @@ def find_head(model: nn.Module) -> nn.Module:
     """
     get_output_embeddings = getattr(model, "get_output_embeddings", None)
     head = get_output_embeddings() if callable(get_output_embeddings) else None
-    if head is None:
-        network = getattr(model, "base_model_prefix", None)
-        candidates = [
-            child for name, child in model.named_children() if name != network and any(True for _ in child.parameters())
-        ]
-        head = candidates[0] if network and len(candidates) == 1 else None
+    if head is None and (network := getattr(model, "base_model_prefix", None)):
+        others = [child for name, child in model.named_children() if name != network]
+        candidates = [child for child in others if any(True for _ in child.parameters())]
+        head = candidates[0] if len(candidates) == 1 else None
     if head is None:
         raise ConfigError(
             f"`method=head` needs a model with an output head, but {type(model).__name__} has none. Use `method=lora`."

@@ -83,8 +83,7 @@ class IntrinsicMethod(Method):
         The factor is the length of P's columns, which is 1 in the paper.
         """
         intrinsic = find_intrinsic_parameters(model)
-        num_weights = sum(update.num_weights for update in intrinsic.updates)
-        factor = math.sqrt(num_weights / len(intrinsic.coordinates))
+        factor = math.sqrt(sum(update.num_weights for update in intrinsic.updates) / len(intrinsic.coordinates))
         return [
             ParameterGroup(name="intrinsic", params=(intrinsic.coordinates,), lr_factor=1.0),
             ParameterGroup(name="scales", params=(intrinsic.scales,), lr_factor=factor),

@@ -35,10 +35,6 @@ class LoraMethod(Method):
     name = "lora"
     loads_onto_base = True
 
-    def check(self, model: nn.Module, config: MethodConfig, *, new_head_names: Sequence[str] = ()) -> None:
-        """Raises a ConfigError if a target matches no layer, or a setting does not fit a layer (such as the rank)."""
-        self.find_coverage(model, config, new_head_names=new_head_names)
-
     def find_coverage(self, model: nn.Module, config: MethodConfig, *, new_head_names: Sequence[str] = ()) -> Coverage:
         assert isinstance(config, LoraConfig)
         try:
@@ -55,14 +51,9 @@ class LoraMethod(Method):
         If other parameters train (a head), they form the group `other`.
         """
         a, b, other = map(tuple, split_lora_parameters(model))
-        if lr_ratio_b == 1:
-            groups = [ParameterGroup(name="lora", params=a + b, lr_factor=1.0)]
-        else:
-            groups = [
-                ParameterGroup(name="lora_a", params=a, lr_factor=1.0),
-                ParameterGroup(name="lora_b", params=b, lr_factor=lr_ratio_b),
-            ]
-        return groups + ([ParameterGroup(name="other", params=other, lr_factor=1.0)] if other else [])
+        named = [("lora", a + b, 1.0)] if lr_ratio_b == 1 else [("lora_a", a, 1.0), ("lora_b", b, lr_ratio_b)]
+        named += [("other", other, 1.0)] if other else []
+        return [ParameterGroup(name=name, params=params, lr_factor=factor) for name, params, factor in named]
 
     def save(self, model: nn.Module, folder: Path, *, base: BaseModel) -> None:
         save_adapter(model, folder, base_path=base.path, base_fingerprint=base.fingerprint)

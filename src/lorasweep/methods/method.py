@@ -54,13 +54,14 @@ class Method(ABC):
     loads_onto_base: ClassVar[bool] = False
     """Whether `load` takes a copy of the base instead of a prepared model, because the files say how to adapt it."""
 
-    def check(self, model: nn.Module, config: MethodConfig, *, new_head_names: Sequence[str] = ()) -> None:  # noqa: B027
+    def check(self, model: nn.Module, config: MethodConfig, *, new_head_names: Sequence[str] = ()) -> None:
         """Raises a ConfigError if the settings do not fit the model, without changing the model."""
+        self.find_coverage(model, config, new_head_names=new_head_names)
 
     def find_coverage(
         self, model: nn.Module, config: MethodConfig, *, new_head_names: Sequence[str] = ()
     ) -> Coverage | None:
-        """Returns the layers that the settings adapt; None if the method has no targets of its own."""
+        """Returns the layers that the settings adapt; None if the method has no targets. Raises as `check`."""
         return None
 
     def prepare(self, base: BaseModel, config: MethodConfig, *, generator: torch.Generator) -> nn.Module:
@@ -93,8 +94,7 @@ class Method(ABC):
 
         The folder is created if it is missing. If no parameter trains, no file is written.
         """
-        tensors = self._get_tensors_to_save(model)
-        if tensors:
+        if tensors := self._get_tensors_to_save(model):
             folder.mkdir(parents=True, exist_ok=True)
             contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             # one key, because safetensors writes several in random order, and equal weights must give equal bytes
@@ -104,8 +104,7 @@ class Method(ABC):
     def load(self, model: nn.Module, folder: Path) -> None:
         """Loads saved weights into a model that was prepared with the same settings, or see `loads_onto_base`.
 
-        Raises:
-            RecordError: A file is missing or damaged, or is of another model. The model is then unchanged.
+        Raises RecordError if a file is missing or damaged, or is of another model. The model is then unchanged.
         """
         tensors, file = self._get_tensors_to_save(model), folder / self.weights_file
         if not tensors:
@@ -127,8 +126,7 @@ class Method(ABC):
     def merge(self, model: nn.Module) -> None:
         """Turns a prepared model into a plain model of its class that contains the trained weights, in place.
 
-        The model is then for use by other tools and can't be trained further. If it has frozen weights, the trained
-        weights are rounded to the dtype of the frozen ones.
+        If it has frozen weights, the trained ones are rounded to their dtype.
         """
         round_to_frozen_dtype(model)
 
@@ -140,8 +138,7 @@ class Method(ABC):
 def copy_sharing_weights(model: Module) -> Module:
     """Returns a copy of a model that shares the model's parameters, but not its modules, buffers and settings.
 
-    Each run can then change its copy's modules, while the base's weights are in memory only once. Buffers are copied,
-    because some layers write to them in training. They are small.
+    Buffers are copied, because some layers write to them in training.
     """
     # deepcopy does not copy objects that are already in `memo`
     return copy.deepcopy(model, memo={id(parameter): parameter for parameter in model.parameters()})

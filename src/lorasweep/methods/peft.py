@@ -27,12 +27,7 @@ from lorasweep.config.method import MethodConfig, PeftConfig
 from lorasweep.disk import write_atomically
 from lorasweep.errors import ConfigError, RecordError, describe_error
 from lorasweep.lora.adapter_files import CONFIG_FILE, INITS_KEEPING_BASE, WEIGHTS_FILE, find_task_type
-from lorasweep.methods.method import (
-    Method,
-    clear_tie_setting,
-    copy_sharing_weights,
-    round_to_frozen_dtype,
-)
+from lorasweep.methods.method import Method, clear_tie_setting, copy_sharing_weights, round_to_frozen_dtype
 from lorasweep.models.load import BaseModel
 
 ADAPTER = "default"
@@ -109,11 +104,7 @@ class PeftMethod(Method):
             raise RecordError(f"{source} must have the weights of its configuration, but {wrong[0]!r} differs.")
 
     def merge(self, model: nn.Module) -> None:
-        """Merges the adapter into the weights, if PEFT can do so for this kind.
-
-        Raises:
-            ConfigError: PEFT can't merge this kind of adapter.
-        """
+        """Merges the adapter into the weights. Raises ConfigError if PEFT can't do so for this kind."""
         from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: PLC0415 (an optional package)
 
         try:
@@ -191,8 +182,7 @@ def add_adapter(
     Without `has_values` the adapter has no initial values and needs no memory. PiSSA gives the copy's layers
     weights of their own, and those that it adapts lose their principal part.
 
-    Raises:
-        ConfigError: PEFT can't make these layers for the model.
+    Raises ConfigError if PEFT can't make these layers for the model.
     """
     peft, kind = import_peft(), peft_config.peft_type.value
     subtracts_part = is_pissa(peft_config)

@@ -15,7 +15,6 @@ from lorasweep.record.run import (
     RunRecord,
     RunStatus,
     compute_sha256,
-    parse_step_row,
     read_run,
     read_steps,
     utc_now,
@@ -31,19 +30,11 @@ from lorasweep.record.sweep import (
     SettingRow,
     SweepChange,
     SweepRecord,
+    SweepState,
     add_telemetry,
     describe_confirmation,
     find_winner,
     get_run_folder,
     read_sweep,
 )
-from lorasweep.record.trial import (
-    COST_FIELDS,
-    STATES,
-    Stage,
-    Subject,
-    Trial,
-    TrialState,
-    build_frame,
-    name_run,
-)
+from lorasweep.record.trial import COST_FIELDS, STATES, Stage, Subject, Trial, TrialState, build_frame, name_run

@@ -68,7 +68,13 @@ def write_record(record: Any, folder: Path) -> None:
 
     Lists of rows have one line per row, because indented rows would slow down a sweep of 10,000 trials.
     """
-    entries = (f" {json.dumps(key)}: {_value_text(value)}" for key, value in _as_mapping(record).items())
+    entries = []
+    for key, value in _as_mapping(record).items():
+        if isinstance(value, list) and value and (is_dataclass(value[0]) or isinstance(value[0], dict)):
+            text = "[\n  " + ",\n  ".join(map(dump_row, value)) + "\n ]"
+        else:
+            text = json.dumps(_finite(value), indent=1).replace("\n", "\n ")
+        entries.append(f" {json.dumps(key)}: {text}")
     text = redact("{\n" + ",\n".join(entries) + "\n}\n")
     write_atomically(folder / f"{record.format.removeprefix('lorasweep.')}.json", text)
 
@@ -105,12 +111,6 @@ def _describe(error: ValidationError) -> str:
     place = ".".join(map(str, first["loc"]))
     got = "" if first["type"] in ("json_invalid", "missing") else f", got {shorten(first['input'])}"
     return f"{place}: {first['msg']}{got}" if place else first["msg"]
-
-
-def _value_text(value: Any) -> str:
-    if isinstance(value, list) and value and (is_dataclass(value[0]) or isinstance(value[0], dict)):
-        return "[\n  " + ",\n  ".join(map(dump_row, value)) + "\n ]"
-    return json.dumps(_finite(value), indent=1).replace("\n", "\n ")
 
 
 def dump_row(row: Any) -> str:

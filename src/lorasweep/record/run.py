@@ -121,31 +121,24 @@ def read_steps(folder: Path, *, having: str = "") -> Iterator[dict[str, Any]]:
     """Yields the rows of `steps.jsonl`: `{"step", "loss", "lr"}` and `{"step", "validation": {..}}`.
 
     It stops at the first damaged line, because a killed process may leave an incomplete last line. Lines without the
-    text `having` are skipped without parsing, which is much faster.
+    text `having` are skipped without parsing, which is much faster. Missing numbers are None.
     """
     path = folder / STEPS_FILE
     if not path.is_file():
         return
     with path.open(errors="replace") as file:
         for line in iter(partial(file.readline, MAX_STEP_CHARACTERS), ""):
-            if having in line:
-                row = parse_step_row(line)
-                if row is None:
-                    return
-                yield row
-
-
-def parse_step_row(line: str) -> dict[str, Any] | None:
-    """Returns a row of `steps.jsonl`, or None if the line is damaged. Missing numbers are None."""
-    try:
-        row = json.loads(line)
-        numbers = [*row.values(), *row.get("validation", {}).values()]
-    except (ValueError, RecursionError, AttributeError):  # no JSON, or not of mappings
-        return None
-    is_whole = type(row.get("step")) is int and all(
-        value is None or is_number(value) or value is row.get("validation") for value in numbers
-    )
-    return row if is_whole else None
+            if having not in line:
+                continue
+            try:
+                row = json.loads(line)
+                numbers = [*row.values(), *row.get("validation", {}).values()]
+            except (ValueError, RecursionError, AttributeError):  # no JSON, or not of mappings
+                return
+            known = (value is None or is_number(value) or value is row.get("validation") for value in numbers)
+            if type(row.get("step")) is not int or not all(known):
+                return
+            yield row
 
 
 def compute_sha256(path: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +20,7 @@ from lorasweep.wording import join_words, shorten
 
 SWEEP_FILE = "sweep.json"
 MAX_LOOKS = 20
+SweepState = Literal["running", "complete", "interrupted"]
 NumSeeds = Annotated[int, Field(ge=1, le=MAX_CONFIRM_SEEDS)]
 QuestionName = Literal["as_good_as_full", "smallest", "pair"]
 
@@ -135,7 +136,7 @@ class SweepRecord:
 
     format: Literal["lorasweep.sweep"] = "lorasweep.sweep"
     version: Literal[1] = VERSION
-    status: Literal["running", "complete", "interrupted"]
+    status: SweepState
     name: str
     description: str = ""
     metric: str
@@ -215,32 +216,27 @@ class SweepRecord:
 def read_sweep(folder: Path) -> SweepRecord:
     """Reads a sweep's record. Raises RecordError if it is missing, damaged or contradicts itself."""
     record = read_json(SweepRecord, folder / SWEEP_FILE)
-    if problem := next(_find_contradictions(record), None):
+    arms = [row.name for row in record.arms]
+    subjects = [subject.name for row in record.arms for subject in row.subjects]
+    runs = [(run.arm, run.subject or run.arm) for run in (*record.trials, *record.confirm)]
+    named = {*runs, *((row.arm, row.subject) for row in record.settings)}
+    unknown = {arm for arm, _ in named}.difference(arms) or {name for _, name in named}.difference(subjects, arms)
+    problem = None
+    if len(set(arms)) < len(arms) or len(set(subjects)) < len(subjects):
+        problem = "two of `arms` or of their `subjects` have the same name"
+    elif unknown:
+        problem = f"{shorten(unknown.pop())} is not one of `arms` or of their `subjects`"
+    elif record.looks != sorted(set(record.looks)):
+        problem = "`looks` must be ascending numbers of seeds"
+    elif any(question.reference is None and question.name != "smallest" for question in record.questions):
+        problem = "each of `questions` but `smallest` must have a `reference`"
+    if problem is not None:
         raise RecordError(f"{str(folder / SWEEP_FILE)!r} must be a whole record, but {problem}. Restore the file.")
     return record
 
 
-def _find_contradictions(record: SweepRecord) -> Iterator[str]:
-    """Yields a clause for each part of a record that names what the record does not have."""
-    arms = [row.name for row in record.arms]
-    subjects = [subject.name for row in record.arms for subject in row.subjects]
-    if len(set(arms)) < len(arms) or len(set(subjects)) < len(subjects):
-        yield "two of `arms` or of their `subjects` have the same name"
-    runs = [(run.arm, run.subject or run.arm) for run in (*record.trials, *record.confirm)]
-    named = {*runs, *((row.arm, row.subject) for row in record.settings)}
-    if unknown := {arm for arm, _ in named}.difference(arms) or {name for _, name in named}.difference(subjects, arms):
-        yield f"{shorten(unknown.pop())} is not one of `arms` or of their `subjects`"
-    if record.looks != sorted(set(record.looks)):
-        yield "`looks` must be ascending numbers of seeds"
-    if any(question.reference is None and question.name != "smallest" for question in record.questions):
-        yield "each of `questions` but `smallest` must have a `reference`"
-
-
 def get_run_folder(sweep: Path, run: str) -> Path:
-    """Returns the folder of a run, from its relative path in the sweep's record.
-
-    Raises RecordError if the path leads out of the sweep's folder, where commands must not write.
-    """
+    """Returns the folder of a run in a sweep. Raises RecordError if the path in the record leads out of the sweep."""
     try:
         is_inside = (sweep / run).resolve().is_relative_to(sweep.resolve())
     except ValueError:  # no file system has such a name

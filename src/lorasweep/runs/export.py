@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from lorasweep.config.build import dotted_items
+from lorasweep.config.build import flatten
 from lorasweep.config.data import ChatConfig
 from lorasweep.config.method import PeftConfig
 from lorasweep.config.run import ModelConfig, RunConfig
@@ -37,7 +37,6 @@ from lorasweep.runs.serving import describe_serving
 from lorasweep.training.restore import (
     check_kept_files,
     refuse_code,
-    restore_base,
     restore_config,
     restore_model,
     restore_unquantised_base,
@@ -45,8 +44,6 @@ from lorasweep.training.restore import (
 
 ExportFormat = Literal["peft", "merged"]
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-CARD_FILE = "README.md"
 MODEL_CLASSES = {"causal_lm": "ModelForCausalLM", "classifier": "ModelForSequenceClassification"}
 """Names of the classes that load a model, without `Auto` (transformers) or `AutoPeft` (PEFT)."""
 SHOWN_SETTINGS = (
@@ -68,13 +65,7 @@ class Export:
     """How to serve it with vLLM and llama.cpp, or why they do not take it; empty for a classifier."""
 
 
-def export_run(
-    run: Path,
-    *,
-    format: ExportFormat,
-    out: Path,
-    trust: bool = False,
-) -> Export:
+def export_run(run: Path, *, format: ExportFormat, out: Path, trust: bool = False) -> Export:
     """Writes the best weights of a run for PEFT or transformers, with a model card.
 
     If the run's chat template is a file of the user, the tokenizer is written with this template in both formats.
@@ -96,7 +87,7 @@ def export_run(
     _check_request(config, format=format, out=out)
     check_kept_files(record, run, part="best")
     template = _read_own_template(record, config)
-    with create_folder_atomically(out) as folder:
+    with _create_folder_atomically(out) as folder:
         if format == "peft":
             _copy_adapter(config.model, run / "best", folder)
             dtype = "fp32"
@@ -106,22 +97,18 @@ def export_run(
             tokenizer = load_tokenizer(config.model)
             tokenizer.chat_template = template
             tokenizer.save_pretrained(folder)
-        is_causal = config.model.kind == "causal_lm"
-        has_template = template is not None
-        serving = describe_serving(folder, config.model, out=out, has_template=has_template) if is_causal else ()
-        card = build_card(record, config, format=format, dtype=dtype, repository=out.resolve().name)
-        card.save(folder / CARD_FILE)
+        serving: tuple[str, ...] = ()
+        if config.model.kind == "causal_lm":
+            serving = describe_serving(folder, config.model, out=out, has_template=template is not None)
+        card = _build_card(record, config, format=format, dtype=dtype, repository=out.resolve().name)
+        card.save(folder / "README.md")
         num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return Export(folder=out, dtype=dtype, num_bytes=num_bytes, serving=serving)
 
 
 @contextmanager
-def create_folder_atomically(out: Path) -> Iterator[Path]:
-    """Yields a temporary folder, which becomes `out` at the end and is removed after an error.
-
-    Raises:
-        RunError: Writing failed.
-    """
+def _create_folder_atomically(out: Path) -> Iterator[Path]:
+    """Yields a temporary folder, which becomes `out` at the end and is removed after an error."""
     target = out.resolve()
     # on the same file system as `out`, so that the rename at the end is atomic
     parent = next(parent for parent in target.parents if parent.exists())
@@ -176,25 +163,19 @@ def _copy_adapter(config: ModelConfig, best: Path, folder: Path) -> None:
     except SafetensorError as error:
         name = str(best / WEIGHTS_FILE)
         raise RecordError(f"{name!r} must have the weights of an adapter, but can't be read: {error}.") from error
-    local = find_local_path(config)
-    base = {
-        "base_model_name_or_path": str(config.path if local is None else local.resolve()),
-        "revision": config.revision,
-    }
-    settings = read_peft_settings(best / CONFIG_FILE) | base
+    local, settings = find_local_path(config), read_peft_settings(best / CONFIG_FILE)
+    settings["base_model_name_or_path"] = str(config.path if local is None else local.resolve())
+    settings["revision"] = config.revision
     (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _export_merged(record: RunRecord, config: RunConfig, best: Path, folder: Path) -> str:
     """Writes the whole model, checks that it loads with the same weights, and returns the name of their type."""
-    base = restore_base(record, config)
-    if config.model.quantization != "none":  # an adapter is merged into the unquantised weights
-        config, base = restore_unquantised_base(record, config)
+    config, base = restore_unquantised_base(record, config)
     kind, dtype, fingerprint = _write_merged(config, base, best, folder)
     del base  # frees its memory before the merged model is loaded
-    attention: dict[str, Any] = (
-        {} if config.model.attention == "auto" else {"attn_implementation": config.model.attention}
-    )
+    name = config.model.attention
+    attention: dict[str, Any] = {} if name == "auto" else {"attn_implementation": name}
     try:
         written, _ = load_pretrained(kind, str(folder), dtype=dtype, **attention)
     except Exception as error:
@@ -221,7 +202,7 @@ def _write_merged(
     return type(model), model.dtype, fingerprint_weights(model)
 
 
-def build_card(record: RunRecord, config: RunConfig, *, format: str, dtype: str, repository: str) -> ModelCard:
+def _build_card(record: RunRecord, config: RunConfig, *, format: str, dtype: str, repository: str) -> ModelCard:
     """Returns the card of an exported run, without a path of this machine.
 
     `repository` is `USER/NAME` on the hub, or the name of the exported folder, from which the example loads.
@@ -238,12 +219,8 @@ def build_card(record: RunRecord, config: RunConfig, *, format: str, dtype: str,
         "base": {"revision": config.model.revision, "fingerprint": record.base.get("fingerprint")},
         "data": {"name": config.data.name, **{name: split.get("fingerprint") for name, split in record.data.items()}},
         "scores": {"metric": record.metric, "validation": record.best, "test": record.test},
-        **{
-            key: value
-            for key, value in dotted_items(record.config)
-            if not isinstance(value, Mapping) and key.startswith(SHOWN_SETTINGS)
-        },
     }
+    facts |= {key: value for key, value in flatten(record.config).items() if key.startswith(SHOWN_SETTINGS)}
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n# {data.model_name}\n\n{what} `{name_base(config.model)}`, trained with "
         f"`method={config.method.name}` by lorasweep {record.code.get('version', '')}.\n\n"

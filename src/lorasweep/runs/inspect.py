@@ -26,7 +26,6 @@ from lorasweep.record import read_run
 from lorasweep.training.restore import (
     check_kept_files,
     refuse_code,
-    restore_base,
     restore_config,
     restore_model,
     restore_unquantised_base,
@@ -36,7 +35,7 @@ from lorasweep.wording import UNKNOWN, format_share
 INSPECT_FOLDER = "inspect"
 """Folder in a run's folder for the measurements."""
 ENERGY_FRACTION = 0.9
-"""Fraction of the squared norm that `energy_rank` directions hold."""
+"""Fraction of the squared norm that `energy_rank` directions hold, as few as possible."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +79,7 @@ class Inspection:
 def inspect_run(folder: Path, *, trust: bool = False) -> Inspection:
     """Inspects a run's best weights, writes the measurements into the run's folder `inspect/` and returns them.
 
-    Args:
-        folder: A run's folder.
-        trust: Whether to run code that the run's settings name.
+    `trust` says whether to run code that the run's settings name.
 
     Raises:
         RecordError: The folder has no run, its weights or its base are missing or changed, or nothing was trained.
@@ -92,9 +89,8 @@ def inspect_run(folder: Path, *, trust: bool = False) -> Inspection:
     config = restore_config(record)
     refuse_code(config, trust=trust)
     check_kept_files(record, folder, part="best")
-    base, method = restore_base(record, config), config.method
-    if config.model.quantization != "none":
-        config, base = restore_unquantised_base(record, config)
+    config, base = restore_unquantised_base(record, config)
+    method = config.method
     base.model.float()  # merging into bf16 would round the updates
     ranks = {}
     if isinstance(method, LoraConfig):
@@ -152,7 +148,9 @@ def measure_updates(
         )
         if change.dim() > 1:
             u, s, vh = decompose(change, rank=ranks.get(layer))
-            spectra[layer], directions = s.tolist(), count_directions(s)
+            held = (s / s[0]).square().cumsum(0)  # divided by the largest value, so that squares do not underflow
+            spectra[layer] = s.tolist()
+            directions = int((held < ENERGY_FRACTION * held[-1]).sum().item()) + 1
             count = row.trained_rank or directions
             inside = (u[:, :count].t() @ before @ vh[:count].t()).norm().item()
             amplification = s[:count].norm().item() / inside if inside else None
@@ -171,12 +169,6 @@ def decompose(matrix: Float[Tensor, "d_out d_in"], *, rank: int | None) -> tuple
         torch.manual_seed(0)  # `svd_lowrank` draws directions; it costs d_out · d_in · rank
         u, s, v = torch.svd_lowrank(matrix, q=rank)
     return u, s, v.t()
-
-
-def count_directions(s: Float[Tensor, " n"]) -> int:
-    """Returns the smallest number of directions that hold 90 % of the squared norm."""
-    held = (s / s[0]).square().cumsum(0)  # divided by the largest value, so that squares do not underflow
-    return int((held < ENERGY_FRACTION * held[-1]).sum().item()) + 1
 
 
 def relative_norm(rows: Sequence[LayerRow]) -> float | None:

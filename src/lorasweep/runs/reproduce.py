@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from lorasweep.config.build import dotted_items
+from lorasweep.config.build import flatten
 from lorasweep.config.redaction import HIDDEN
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError, Diverged, RecordError
@@ -21,9 +21,7 @@ from lorasweep.models.attention import IMPLEMENTATIONS
 from lorasweep.record import (
     STEPS_FILE,
     RunRecord,
-    SweepRecord,
     get_run_folder,
-    is_number,
     read_run,
     read_steps,
     read_sweep,
@@ -48,6 +46,7 @@ POSSIBLE_REASONS = (
 )
 """Parts of a run's record, outside its settings, that may change its losses, the most likely reason first."""
 MISSING = "nothing"
+Verdict = Literal["identical", "within tolerance", "different", "interrupted"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +55,7 @@ class Reproduction:
 
     folder: Path
     """Folder of the repetition."""
-    verdict: Literal["identical", "within tolerance", "different", "interrupted"]
+    verdict: Verdict
     description: str
     """What was compared and the first difference; for a run also a line for each possible reason."""
 
@@ -77,11 +76,11 @@ def reproduce_run(
 
     Args:
         run: The run's folder.
-        output: A new folder for the repetition.
+        output: A new folder.
         tolerance: Largest relative difference that counts as the same. None means `PACK_TOLERANCE` for a run that was
             trained in a pack or by several processes, and 0 for any other. With 0 the saved weights must be equal too.
         steps: Number of steps to train and compare; None means all. The schedule is still that of the whole run.
-        stop_requested: Called after every step; returns whether to stop.
+        stop_requested: Called after every step.
 
     Raises:
         RecordError: The run is missing, logged no step, held a secret in its settings, or has a damaged record.
@@ -97,12 +96,11 @@ def reproduce_run(
     if tolerance is None:
         is_alone = record.pack is None and "processes" not in platform
         tolerance = 0.0 if is_alone else PACK_TOLERANCE.get(platform.get("precision", ""), 0.0)
-    if (
-        is_number(threads := platform.get("threads"))
-        and isinstance(threads, int)
-        and 1 <= threads <= 4 * (os.cpu_count() or 1)
-    ):
+    threads = platform.get("threads")
+    if type(threads) is int and 1 <= threads <= 4 * (os.cpu_count() or 1):
         torch.set_num_threads(threads)  # the order of sums depends on it
+    inputs = build_inputs(config)
+    check_run(config, inputs.base)
     failure, step = "", itertools.count()
 
     def is_done() -> bool:  # called before the first step and after every step
@@ -110,8 +108,6 @@ def reproduce_run(
         is_limit = next(step) >= last_step and last_step < config.num_steps
         return is_limit or stop_requested()
 
-    inputs = build_inputs(config)
-    check_run(config, inputs.base)
     try:
         train_run(config, RunFolder(path=output), inputs=inputs, stop_requested=is_done)
     except Diverged as error:
@@ -126,7 +122,14 @@ def reproduce_run(
     found = _compare(before, after, folder=output, what=f"{last_step} steps of {run} and {output}", tolerance=tolerance)
     if found.holds:
         return found
-    reasons = [f"  {number}. {reason}" for number, reason in enumerate(_list_possible_reasons(record, repeated), 1)]
+    parts = {reason.partition(".")[0] for reason in POSSIBLE_REASONS}
+    recorded, now = (flatten({part: getattr(run, part) for part in parts}) for run in (record, repeated))
+    different = [name for name in {**recorded, **now} if recorded.get(name) != now.get(name)]
+    ordered = [name for part in POSSIBLE_REASONS for name in different if f"{name}.".startswith(f"{part}.")]
+    reasons = [
+        f"  {number}. `{name}` was {shorten(recorded.get(name))} and is {shorten(now.get(name))}"
+        for number, name in enumerate(dict.fromkeys(ordered), 1)
+    ]
     lead = "possible reasons, the most likely first:" if reasons else "no recorded hardware, software or data differs"
     return replace(found, description="\n".join([f"{found.description}{failure}", lead, *reasons]))
 
@@ -134,10 +137,8 @@ def reproduce_run(
 def restore_solo_config(record: RunRecord) -> RunConfig:
     """Returns a run's settings for one process, with the recorded precision, device, micro-batches and attention.
 
-    Loggers are removed: they may write to other folders, or to a server, and do not affect training.
-
-    Raises:
-        RecordError: The settings or what the record says of the machine are damaged, or of another version.
+    Loggers are removed: they may write to other folders, or to a server, and do not affect training. Raises RecordError
+    if the settings or what the record says of the machine are damaged, or of another version.
     """
     config, platform = restore_config(record), record.platform
     trainer = {
@@ -160,11 +161,7 @@ def restore_solo_config(record: RunRecord) -> RunConfig:
 
 
 def _find_last_step(record: RunRecord, run: Path) -> int:
-    """Returns the last step that a run logged.
-
-    Raises:
-        RecordError: The run logged no step, its log is damaged, or its settings held a secret.
-    """
+    """Returns the last step to repeat. Raises RecordError if none was logged, or the run can't be repeated."""
     most = min(2 * record.steps_planned + 2, sys.maxsize)  # a loss and an evaluation for each step
     rows = itertools.islice(read_steps(run), most)
     last_logged = max((row["step"] for row in rows), default=0)
@@ -222,45 +219,30 @@ def _compare(
         relative = f" (a relative difference of {found[place]:.2g})" if found[place] < math.inf else ""
         return f"{place} was {shorten(before[place])} and is {shorten(after.get(place, MISSING))}{relative}"
 
+    verdict: Verdict
     found = {place: difference for place in before if (difference := measure(place))}
     first = next((place for place in found if found[place] > tolerance), None)
     if first is not None:
-        return Reproduction(
-            folder=folder, verdict="different", description=f"different in {folder}: first {describe(first)}"
-        )
-    if not found:
-        description = f"identical: {what} are the same, bit for bit"
-        return Reproduction(folder=folder, verdict="identical", description=description)
-    largest = describe(max(found, key=found.__getitem__))
-    description = f"within a tolerance of {tolerance:g}: {what}; the largest difference: {largest}"
-    return Reproduction(folder=folder, verdict="within tolerance", description=description)
-
-
-def _list_possible_reasons(recorded: RunRecord, repeated: RunRecord) -> list[str]:
-    """Returns a clause for each of `POSSIBLE_REASONS` that differs, the most likely reason first."""
-    before, after = _flatten_conditions(recorded), _flatten_conditions(repeated)
-    different = [name for name in {**before, **after} if before.get(name) != after.get(name)]
-    ordered = dict.fromkeys(
-        name for part in POSSIBLE_REASONS for name in different if f"{name}.".startswith(f"{part}.")
-    )
-    return [f"`{name}` was {shorten(before.get(name))} and is {shorten(after.get(name))}" for name in ordered]
-
-
-def _flatten_conditions(record: RunRecord) -> dict[str, Any]:
-    groups = {name: getattr(record, name) for name in {reason.partition(".")[0] for reason in POSSIBLE_REASONS}}
-    return {name: value for name, value in dotted_items(groups) if not isinstance(value, Mapping)}
+        verdict, description = "different", f"different in {folder}: first {describe(first)}"
+    elif not found:
+        verdict, description = "identical", f"identical: {what} are the same, bit for bit"
+    else:
+        largest = describe(max(found, key=found.__getitem__))
+        verdict = "within tolerance"
+        description = f"within a tolerance of {tolerance:g}: {what}; the largest difference: {largest}"
+    return Reproduction(folder=folder, verdict=verdict, description=description)
 
 
 def compare_sweeps(first: Path, second: Path) -> Reproduction:
     """Compares proposals, decisions, losses of every step and scores of two sweeps, trial by trial."""
-    before, after = (_read_sweep_values(read_sweep(folder), folder) for folder in (first, second))
-    return _compare(
-        before, after, folder=second, what=f"decisions, losses and scores of all runs of {first} and {second}"
-    )
+    before, after = map(_read_sweep_values, (first, second))
+    what = f"decisions, losses and scores of all runs of {first} and {second}"
+    return _compare(before, after, folder=second, what=what)
 
 
-def _read_sweep_values(record: SweepRecord, folder: Path) -> dict[str, Any]:
+def _read_sweep_values(folder: Path) -> dict[str, Any]:
     """Returns the values that a repetition must have too. The keys are like those of `_read_values`."""
+    record = read_sweep(folder)
     values = {f"sweep: `{key}`": getattr(record, key) for key in ("metric", "direction", "confirm_seeds")}
     values |= {f"{row.subject}: `{key}`": value for row in record.settings for key, value in row.params.items()}
     for name, rows in (("trials", record.trials), ("confirm runs", record.confirm)):

@@ -10,6 +10,7 @@ import json
 import math
 import shlex
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,8 @@ MERGE = "Export with `--format merged`."
 def describe_serving(folder: Path, config: ModelConfig, *, out: Path, has_template: bool) -> tuple[str, ...]:
     """Returns a sentence on vLLM and one on llama.cpp, for a causal model or its adapter.
 
-    Args:
-        folder: The exported files.
-        config: The base model's settings.
-        out: The folder's name in the commands.
-        has_template: Whether the folder has a chat template that the base model does not have.
+    `folder` has the exported files, and `out` is its name in the commands. `has_template` says whether it has a chat
+    template that the base model does not have.
     """
     template = str(out / TEMPLATE_FILE)
     vllm = ["--chat-template", template] if has_template else []
@@ -93,9 +91,13 @@ def _list_vllm_obstacles(peft: Mapping[str, Any], names: list[str], config: Mode
         yield f"its rank is above {VLLM_MAX_RANKS[-1]}"
     if any(".lora_embedding_A" in name for name in names):
         yield "it adapts the embedding"
-    architecture = _find_architecture(config)
-    if architecture is not None and architecture.endswith("ForConditionalGeneration"):
-        yield f"layers have other names in {architecture}, which vLLM loads, than in its text model"
+    local = find_local_path(config)
+    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):  # any file may be there, or none
+        name, revision = "config.json", config.revision
+        path = local / name if local else try_to_load_from_cache(config.path, name, revision=revision)
+        architecture = str(json.loads(Path(str(path)).read_text(encoding="utf-8"))["architectures"][0])
+        if architecture.endswith("ForConditionalGeneration"):
+            yield f"layers have other names in {architecture}, which vLLM loads, than in its text model"
 
 
 def _list_llama_obstacles(peft: Mapping[str, Any]) -> Iterator[str]:
@@ -103,14 +105,3 @@ def _list_llama_obstacles(peft: Mapping[str, Any]) -> Iterator[str]:
         yield "it is an rsLoRA with different ranks"
     if not all(name.endswith(WEIGHT_SUFFIX) for name in peft.get("target_parameters") or ()):
         yield "it adapts fused experts"
-
-
-def _find_architecture(config: ModelConfig) -> str | None:
-    """Returns the class that the base model's files name; None if they are not on this machine, or damaged."""
-    name, local = "config.json", find_local_path(config)
-    try:
-        path = local / name if local else try_to_load_from_cache(config.path, name, revision=config.revision)
-        names = json.loads(Path(str(path)).read_text(encoding="utf-8"))["architectures"]
-        return str(names[0])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # there may be any file, or no such hub id
-        return None

@@ -1,7 +1,6 @@
 """Shows the state of a sweep: a table for `lorasweep status`, and while it runs a live table or plain lines.
 
-This file only reads the sweep's record, so it can show a sweep that other processes train. It takes no lock, and writes
-no file.
+This file only reads the sweep's record, so it can show a sweep that other processes train.
 """
 
 from __future__ import annotations
@@ -89,10 +88,7 @@ class SweepStatus:
 
     @property
     def seconds_left(self) -> float | None:
-        """Estimated seconds up to the look that is due, if a step takes as long as before.
-
-        None before `MIN_DONE_SHARE` of the steps, because the time so far is mostly that of loading.
-        """
+        """Estimated seconds to the look that is due; None before `MIN_DONE_SHARE`, when most was spent on loading."""
         done = sum(run.step for arm in self.arms for run in (*arm.trials, *arm.confirm))
         left = sum(arm.num_steps_left for arm in self.arms)
         return self.record.makespan_s / done * left if done > MIN_DONE_SHARE * (done + left) else None
@@ -128,26 +124,22 @@ def read_status(folder: Path) -> SweepStatus:
     record = read_sweep(folder)
     arms = []
     for row in record.arms:
-        subjects = [setting.subject for setting in record.settings if setting.arm == row.name]
-        runs = [run for run in record.confirm_runs if run.arm == row.name]
-        num_runs = max(_count_due_runs(row, subjects, record), len(runs))
         trials = [trial for trial in record.trials if trial.arm == row.name]
-        arms.append(ArmStatus(row=row, trials=trials, confirm=runs, num_confirm=num_runs))
-    age_s = max(0.0, time.time() - path.stat().st_mtime)
+        runs = [run for run in record.confirm_runs if run.arm == row.name]
+        chosen = [setting.subject for setting in record.settings if setting.arm == row.name]
+        subjects = chosen or [subject.name for subject in row.subjects]  # before the settings are chosen
+        due = dict.fromkeys(subjects, record.looks[0] if record.looks else 0)
+        for done, seeds in zip(record.looks_done, record.looks[1:], strict=False):
+            due |= {subject: seeds for subject in done.next if subject in due}
+        num_due = min(len(record.looks), 1) if row.has_fixed_score else sum(due.values())
+        arms.append(ArmStatus(row=row, trials=trials, confirm=runs, num_confirm=max(num_due, len(runs))))
     return SweepStatus(
-        folder=folder, record=record, record_age_s=age_s, is_running=is_running(folder), arms=tuple(arms)
+        folder=folder,
+        record=record,
+        record_age_s=max(0.0, time.time() - path.stat().st_mtime),
+        is_running=is_running(folder),
+        arms=tuple(arms),
     )
-
-
-def _count_due_runs(arm: ArmRow, subjects: Sequence[str], record: SweepRecord) -> int:
-    """Returns the number of confirm runs of an arm up to the look that is due."""
-    if arm.has_fixed_score:
-        return min(len(record.looks), 1)
-    subjects = subjects or [subject.name for subject in arm.subjects]  # before the settings are chosen
-    due = dict.fromkeys(subjects, record.looks[0] if record.looks else 0)
-    for done, seeds in zip(record.looks_done, record.looks[1:], strict=False):
-        due |= {subject: seeds for subject in done.next if subject in due}
-    return sum(due.values())
 
 
 def count_ended(runs: Sequence[Trial]) -> int:
@@ -160,7 +152,7 @@ def render_status(status: SweepStatus) -> RenderableType:
     title = f"{record.name}: {record.metric} ({record.direction}), {record.status}"
     notes: list[str] = []
     if status.is_running and record.status != "complete":
-        notes += _describe_running_trials(record)
+        notes += _list_running_trials(record)
         age, left = status.record_age_s, status.seconds_left
         written = f"as of {format_seconds(age)} ago: " if age >= MIN_SHOWN_AGE_S else ""
         time_left = "" if left is None else f", {describe_next_answers(record)} in about {format_seconds(left)}"
@@ -200,7 +192,7 @@ def watch_status(folder: Path, console: Console) -> SweepStatus:
     return status
 
 
-def _describe_running_trials(record: SweepRecord) -> Iterator[str]:
+def _list_running_trials(record: SweepRecord) -> Iterator[str]:
     steps_of = {arm.name: arm.steps for arm in record.arms}
     running = [row for row in (*record.trials, *record.confirm) if row.state == "running"]
     if record.confirm:
@@ -298,11 +290,11 @@ def report_status(folder: Path, on_status: Callable[[SweepStatus], None]) -> Ite
         is_last = False
         while not is_last:
             is_last = stop.wait(POLL_INTERVAL_S)  # the last call is after the stop, so that it shows the end
-            status = None
-            with suppress(RecordError, OSError):  # for example while the folder is moved
+            try:
                 status = read()
-            if status is not None:
-                on_status(status)  # outside of `suppress`: an OSError of the user's own function is shown
+            except (RecordError, OSError):  # for example while the folder is moved
+                continue
+            on_status(status)  # outside of `try`: an OSError of the user's own function is shown
 
     on_status(read())  # not in the thread, so that the sweep is shown before any trial has ended
     thread = threading.Thread(target=poll)

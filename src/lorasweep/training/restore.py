@@ -115,11 +115,10 @@ def restore_base(record: RunRecord, config: RunConfig) -> BaseModel:
 
 
 def restore_unquantised_base(record: RunRecord, config: RunConfig) -> tuple[RunConfig, BaseModel]:
-    """Returns a run's settings without `model.quantization`, and the base of the same files in the run's precision.
-
-    The files are not checked, because the record has the fingerprint of the quantised weights. Check them by
-    `restore_base`.
-    """
+    """Returns a run's base, loaded as in `restore_base` but never quantised, and its settings without quantisation."""
+    base = restore_base(record, config)  # also for its check: the record has the fingerprint of the quantised weights
+    if config.model.quantization == "none":
+        return config, base
     unquantised = replace(config, model=replace(config.model, quantization="none"))
     return unquantised, _load_recorded_base(record, unquantised)
 

@@ -29,7 +29,6 @@ from lorasweep.record import (
     RunStatus,
     compute_sha256,
     dump_row,
-    parse_step_row,
     read_run,
     read_steps,
     utc_now,
@@ -99,15 +98,10 @@ class RunLog:
             remove_leftovers(subfolder)
         # Checkpoints first: a process that is killed in between must not leave a checkpoint whose log rows are missing.
         remove_checkpoints(folder, after_step=found.step)
-        if (steps_file := folder / STEPS_FILE).exists():
-            kept = []  # from step 0 nothing is kept, not even an evaluation at step 0
-            for line in steps_file.read_text(errors="replace").splitlines(keepends=True) if found.step else []:
-                row = parse_step_row(line)
-                if row is None:
-                    break  # the process was killed while it wrote the line
-                if row["step"] <= found.step:
-                    kept.append(line)
-            write_atomically(steps_file, "".join(kept))
+        if (folder / STEPS_FILE).exists():
+            rows = read_steps(folder) if found.step else ()  # from step 0 not even an evaluation at step 0 is kept
+            kept = [dump_row(row) + "\n" for row in rows if row["step"] <= found.step]
+            write_atomically(folder / STEPS_FILE, "".join(kept))
         if "patch" in record.code and not (folder / PATCH_FILE).exists():
             write_atomically(folder / PATCH_FILE, code_patch())
         write_record(record, folder)

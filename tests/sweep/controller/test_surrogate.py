@@ -8,7 +8,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 import lorasweep.sweep.controller.predictions as surrogate_file
 from lorasweep.sweep.controller.encoding import RateLaw
-from lorasweep.sweep.controller.predictions import Coordinates, fit_surrogate
+from lorasweep.sweep.controller.predictions import fit_surrogate, place_settings
 
 POINTS = np.linspace(-2, 2, 9)[:, None]
 COSTS = 1 + 0.1 * POINTS[:, 0] ** 2
@@ -61,10 +61,11 @@ def test_coordinates_are_in_length_scales_and_choices_without_an_order_equally_f
     }
     low = {"optim.lr": 1e-4, "method.rank": 1, "method.dropout": 0.0, "trainer.max_steps": 3}
     high = {"optim.lr": 1e-2, "method.rank": 16, "method.dropout": 0.5, "trainer.max_steps": 3}
-    placed = Coordinates(space, NO_LAW).place([low, high])
+    placed = place_settings([low, high], space=space, law=NO_LAW)
     # sorted keys: dropout over its range, four octaves of rank, two decades of rate
     assert placed[1] - placed[0] == pytest.approx([1 / 0.5, 4 / 7.5, 2 / 0.5])
     space = {"method.targets": CategoricalDistribution(["mlp", "attention", "all-linear"])}
-    placed = Coordinates(space, NO_LAW).place([{"method.targets": name} for name in space["method.targets"].choices])
+    named = [{"method.targets": name} for name in space["method.targets"].choices]
+    placed = place_settings(named, space=space, law=NO_LAW)
     distances = [np.linalg.norm(placed[first] - placed[second]) for first, second in ((0, 1), (0, 2), (1, 2))]
     assert distances == pytest.approx([1 / 1.5] * 3)

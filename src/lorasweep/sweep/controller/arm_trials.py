@@ -32,16 +32,12 @@ SETTINGS_ATTRIBUTE = "lorasweep:settings"
 
 
 class ArmTrials:
-    """The trials of one arm in one stage.
-
-    Each change is written to the journal before it is made here, and this object can be created again from the journal.
-    """
+    """The trials of one arm in one stage. Each change is written to the journal before it is made here."""
 
     def __init__(self, sweep: SweepFolder, arm: Arm, *, stage: Stage, planned: int, session: str | None = None) -> None:
-        """Reads the arm's trials from the study.
+        """Reads the arm's trials from the study. `planned` counts the trials that have ended too.
 
-        `planned` counts the trials that have ended too. `session` is the prefix of the names of workers that may train
-        trials now; None if no worker trains.
+        `session` is the prefix of the names of workers that may train trials now; None if no worker trains.
         """
         self.arm = arm
         self.stage = stage
@@ -87,12 +83,12 @@ class ArmTrials:
     def begin(self, params: Mapping[str, Any], **fields: Any) -> Trial:
         """Writes a new trial into the journal, and returns it.
 
-        It is written with all its parameters at once, so that a killed process never leaves a trial without some of
-        them. `fields` are fields of the trial: `order`, `worker`, `request` and `sampler_state`.
+        `fields` are fields of the trial: `order`, `worker`, `request` and `sampler_state`.
         """
         trial = self._build(self._storage.get_n_trials(self._study_id), params)
         for name, value in fields.items():
             setattr(trial, name, value)
+        # with all parameters at once, so that a killed process never leaves a trial without some of them
         template = create_trial(
             state=OptunaState.RUNNING,
             params=dict(params),
@@ -105,7 +101,6 @@ class ArmTrials:
         return trial
 
     def hand_out_again(self, trial: Trial, *, worker: str = "", request: int = 0) -> None:
-        """Hands out a trial whose worker is gone."""
         # The order stays, so that a process that was killed twice gets its trials in the same order again.
         self._write(trial, worker=worker, request=request)
         self._in_training.add(trial.number)

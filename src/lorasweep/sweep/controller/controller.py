@@ -17,7 +17,7 @@ from lorasweep.config.redaction import redact
 from lorasweep.config.run import SEED_KEYS
 from lorasweep.disk import remove_leftovers
 from lorasweep.errors import Diverged, OutOfMemory, RunError, WorkerError
-from lorasweep.record import RunRecord, Trial, add_telemetry
+from lorasweep.record import RunRecord, SweepState, Trial, add_telemetry
 from lorasweep.sweep.controller.arm_trials import ArmTrials
 from lorasweep.sweep.controller.folder import RUNS_FOLDER, SweepFolder, check_writable
 from lorasweep.sweep.controller.stages import Confirmation, Search, Stage, choose_settings
@@ -28,7 +28,6 @@ from lorasweep.training.run_log import RunFolder, RunRequest
 
 MAX_DEATHS_IN_A_ROW = 10
 """The sweep ends with an error after this number of workers died in a row without an evaluation in between."""
-Status = Literal["running", "complete", "interrupted"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,8 +47,8 @@ class Assignment(RunRequest):
 class Controller:
     """The trials of an open sweep, stage by stage.
 
-    Without Ray, the one worker of this process calls it. As a Ray actor it serves several workers, one call at a time.
-    A worker may repeat a call whose answer was lost because the actor was restarted. The answer is the same.
+    As a Ray actor it serves several workers, one call at a time. A worker may repeat a call whose answer was lost
+    because the actor was restarted. The answer is the same.
     """
 
     def __init__(self, sweep: SweepFolder, *, session: str | None = None) -> None:
@@ -104,8 +103,7 @@ class Controller:
     def report(self, evaluations: Sequence[tuple[Assignment, int, Mapping[str, float]]]) -> list[str | None]:
         """Takes evaluations (trial, optimizer step, every metric). Returns for each trial why it must stop, or None.
 
-        Raises:
-            WorkerError: A trial is held by another worker.
+        Raises WorkerError if a trial is held by another worker.
         """
         self._deaths_in_a_row = 0
         if gone := [assignment for assignment, _, _ in evaluations if not self._holds(assignment)]:
@@ -136,8 +134,7 @@ class Controller:
     def tell_failure(self, assignment: Assignment, error: Exception) -> None:
         """Ends a trial whose run raised an error: as infeasible if the run does not fit in memory, else as failed.
 
-        Raises:
-            WorkerError: `sweep.max_failures` trials in a row failed, or the disk can't be written.
+        Raises WorkerError if `sweep.max_failures` trials in a row failed, or the disk can't be written.
         """
         check_writable(self.sweep.path, error)
         if not self._holds(assignment):
@@ -177,8 +174,7 @@ class Controller:
     def release_worker(self, worker: str) -> None:
         """Releases the trials of a worker that died. They are handed out again before any other trial.
 
-        Raises:
-            WorkerError: `MAX_DEATHS_IN_A_ROW` workers died in a row.
+        Raises WorkerError if `MAX_DEATHS_IN_A_ROW` workers died in a row.
         """
         for trials in self.stage.arms.values():
             for trial in trials.list_held_by(worker):
@@ -216,7 +212,7 @@ class Controller:
         self.save("complete" if self._is_over else "interrupted")
         return self._is_over
 
-    def save(self, status: Status | None = None) -> None:
+    def save(self, status: SweepState | None = None) -> None:
         record = self.sweep.record
         record.trials = [trial for trials in self.search.arms.values() for trial in trials.trials.values()]
         if self.confirm is not None:

@@ -70,17 +70,13 @@ class RateLaw:
 
 def build_rate_law(arm: Arm) -> RateLaw:
     """Returns the rate law of an arm; none without LoRA, Adam or a searched rate."""
-    if LR not in arm.space or not isinstance(method := (config := arm.base).method, LoraConfig):
+    if LR not in arm.space or not isinstance(method := arm.base.method, LoraConfig):
         return RateLaw(defaults={})
-    if not follows_rate_law("lora", config.optim.name):
+    if not follows_rate_law(method.name, arm.base.optim.name):
         return RateLaw(defaults={})
+    ratio_b = getattr(arm.base.optim, "lr_ratio_b", 1.0)
     return RateLaw(
-        defaults={
-            RANK: method.rank,
-            ALPHA: method.alpha,
-            SCALING: method.scaling,
-            RATIO_B: getattr(config.optim, "lr_ratio_b", 1.0),
-        }
+        defaults={RANK: method.rank, ALPHA: method.alpha, SCALING: method.scaling, RATIO_B: ratio_b},
     )
 
 
@@ -114,9 +110,8 @@ class SpaceEncoding:
             ends = {key: list_corner_values(self._space[key]) for key in LAW_KEYS if key in self._space}
             corners = itertools.product(*ends.values())
             factors = [self._law.factor(dict(zip(ends, values, strict=True))) for values in corners]
-            self.ranges[LR] = FloatDistribution(
-                self._rates.low * min(factors), self._rates.high * max(factors), log=True
-            )
+            low, high = self._rates.low * min(factors), self._rates.high * max(factors)
+            self.ranges[LR] = FloatDistribution(low, high, log=True)
 
     def encode(self, params: Mapping[str, Any]) -> Point:
         point = {key: params[key] for key in self.ranges}
@@ -229,8 +224,7 @@ class History:
 
     def list_running(self) -> list[Trial]:
         """Returns the latest running trials, at most `MAX_HISTORY_TRIALS`."""
-        running = [trial for trial in self.trials if trial.state == "running"]
-        return running[-MAX_HISTORY_TRIALS:]
+        return [trial for trial in self.trials if trial.state == "running"][-MAX_HISTORY_TRIALS:]
 
     def has_tried(self, point: Point) -> bool:
         """Returns whether a trial had this point. Values of continuous ranges are compared to two digits."""
@@ -250,7 +244,6 @@ class History:
         return create_trial(**arguments | changes)
 
     def _round(self, point: Point) -> tuple[Any, ...]:
-        """Returns a point's values. Values of continuous ranges are rounded to two significant digits."""
         return tuple(
             f"{point[key]:.2g}" if isinstance(range_, FloatDistribution) and range_.step is None else point[key]
             for key, range_ in self.encoding.ranges.items()

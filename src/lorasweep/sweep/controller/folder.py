@@ -27,7 +27,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from lorasweep.disk import explain_unwritable
 from lorasweep.errors import RecordError, WorkerError, first_line
-from lorasweep.record import SweepRecord, add_telemetry, utc_now, write_record
+from lorasweep.record import SweepRecord, SweepState, add_telemetry, utc_now, write_record
 from lorasweep.sweep.definition.arms import Definition
 
 JOURNAL_FILE = "journal.log"
@@ -63,8 +63,7 @@ class Journal(JournalFileBackend):
 def open_storage(folder: Path) -> JournalStorage:
     """Returns Optuna's storage of a sweep: the journal in its folder, whose lock this process holds.
 
-    Raises:
-        RecordError: The journal is damaged.
+    Raises RecordError if the journal is damaged.
     """
     try:
         return JournalStorage(Journal(folder / JOURNAL_FILE))
@@ -110,10 +109,7 @@ class SweepFolder:
         Its sampler is never used: `propose` asks a study in memory. Optuna's tools show the name of its metric.
         """
         study = optuna.create_study(
-            study_name=name,
-            storage=self.storage,
-            direction=self.record.direction,
-            load_if_exists=True,
+            study_name=name, storage=self.storage, direction=self.record.direction, load_if_exists=True
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
@@ -125,13 +121,10 @@ class SweepFolder:
         """Returns whether the record may be written again under `MAX_SAVE_FRACTION`."""
         return time.monotonic() - self.saved_s >= self.save_duration_s * (1 / MAX_SAVE_FRACTION - 1)
 
-    def save(
-        self, *, usage: Mapping[str, float], status: Literal["running", "complete", "interrupted"] | None = None
-    ) -> None:
+    def save(self, *, usage: Mapping[str, float], status: SweepState | None = None) -> None:
         """Writes the record with the time and memory of all workers of this session, and perhaps a new status.
 
-        Raises:
-            WorkerError: The disk is full, or the folder was moved or removed.
+        Raises WorkerError if the disk is full, or the folder was moved or removed.
         """
         began = time.monotonic()
         record = self.record

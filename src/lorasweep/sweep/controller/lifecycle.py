@@ -13,7 +13,7 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from lorasweep.config.build import as_settings, dotted_items
+from lorasweep.config.build import as_settings, flatten
 from lorasweep.config.data import ScoreMetric
 from lorasweep.disk import remove_leftovers, take_lock
 from lorasweep.errors import ConfigError, RecordError
@@ -61,11 +61,7 @@ def create_sweep(
 ) -> SweepFolder:
     """Creates the folder, the record and the studies of a sweep, and returns the open sweep.
 
-    `constant_answer` has the validation scores of a constant prediction, `notes` are sentences on the data, and
-    `warnings` on the models.
-
-    Raises:
-        ConfigError: The folder can't be created; no record was written.
+    Raises ConfigError if the folder can't be created; no record was written.
     """
     record = SweepRecord(
         status="running",
@@ -106,23 +102,17 @@ def create_sweep(
 
 
 def read_saved_definition(path: Path) -> Definition:
-    """Returns the definition of the sweep in a folder.
-
-    Raises:
-        RecordError: The folder is not a sweep, or its record is damaged.
-    """
+    """Returns the definition of the sweep in a folder. Raises RecordError if its record is missing or damaged."""
     record = read_sweep(path)
     if not isinstance(record.definition.get("overrides"), dict) or "file" not in record.definition:
         raise RecordError(f"`definition` in {str(path / SWEEP_FILE)!r} must have `file` and `overrides`. Restore it.")
-    source = Path(record.source) if record.source else None
-    return restore_definition(record.definition, source=source)
+    return restore_definition(record.definition, source=Path(record.source) if record.source else None)
 
 
 def load_study(path: Path, arm: str) -> optuna.Study:
     """Returns the study of an arm's search in the sweep in a folder, for reading.
 
-    Raises:
-        RecordError: The folder is not a sweep, has no study of this arm, or its journal is damaged.
+    Raises RecordError if the folder is not a sweep, has no study of this arm, or its journal is damaged.
     """
     read_sweep(path)
     name = name_study(arm, "search")
@@ -143,9 +133,7 @@ def load_study(path: Path, arm: str) -> optuna.Study:
 def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> SweepFolder:
     """Opens a sweep to resume it. The record is not written yet; what a killed process left unfinished is removed.
 
-    Args:
-        path: The sweep's folder.
-        changes: Overrides: other settings of the workers, more trials or more confirm seeds.
+    `changes` are overrides: other settings of the workers, more trials or more confirm seeds.
 
     Raises:
         RecordError: The folder is not a sweep, its record or journal is damaged, or another process runs it.
@@ -177,12 +165,11 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
         has_confirm = any(name_study(arm.name, "confirm") in counts for arm in definition.arms)
         undo.pop_all()
     if definition.raw != record.definition:
-        before = {arm.name: arm.trials for arm in old.arms}
         change = SweepChange(
             at=utc_now(),
             stage="confirm" if has_confirm else "search",
             settings=dict(changes or {}),
-            trials={arm.name: arm.trials for arm in definition.arms if arm.trials != before[arm.name]},
+            trials={arm.name: arm.trials for arm in definition.arms if arm.trials != old.find_arm(arm.name).trials},
         )
         record.changes.append(change)
         record.status = "interrupted"  # until a controller has found that nothing is left to do
@@ -219,8 +206,7 @@ def _require_journal(path: Path) -> None:
 def grow_definition(old: Definition, *, changes: Mapping[str, Any]) -> Definition:
     """Returns the definition of a sweep that has begun, with changes such as `{"arms.lora.trials": 20}` applied.
 
-    Raises:
-        ConfigError: A key is wrong, or a trial that has begun would change.
+    Raises ConfigError if a key is wrong, or a trial that has begun would change.
     """
     if not changes:
         return old
@@ -256,14 +242,9 @@ def grow_definition(old: Definition, *, changes: Mapping[str, Any]) -> Definitio
 
 def _list_settings(arm: Arm) -> dict[str, Any]:
     """Returns all settings on which an arm's trials depend by dotted key, the ranges of swept keys first."""
-    settings = {**as_settings(arm.base), **as_settings(arm.sweep_config)}
-    return describe_space(arm.space) | {
-        key: value
-        for key, value in dotted_items(settings)
-        if not isinstance(value, Mapping)
-        and key not in (*arm.space, *CHANGEABLE_KEYS)
-        and not key.startswith("worker.")
-    }
+    settings = flatten({**as_settings(arm.base), **as_settings(arm.sweep_config)})
+    free = {key for key in settings if key in (*arm.space, *CHANGEABLE_KEYS) or key.startswith("worker.")}
+    return describe_space(arm.space) | {key: value for key, value in settings.items() if key not in free}
 
 
 def _warn_of_late_growth(changes: Sequence[SweepChange]) -> list[str]:

@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -62,33 +63,31 @@ RATE_DIGITS = 3
 """Significant digits of a predicted learning rate."""
 
 
-class Coordinates:
-    """Places an arm's parameters in the space of the Gaussian process, in units of its length scales."""
+def place_settings(params: Sequence[Mapping[str, Any]], *, space: Space, law: RateLaw) -> Array:
+    """Returns (settings, dimensions) coordinates of settings in the space of the Gaussian process, in length scales.
 
-    def __init__(self, space: Space, law: RateLaw) -> None:
-        self._space = {key: space[key] for key in sorted(space) if not space[key].single()}
-        self._law = law
-
-    def place(self, params: Sequence[Mapping[str, Any]]) -> Array:
-        """Returns (settings, dimensions) coordinates of settings, each with a value for every swept key."""
-        columns: list[list[float]] = []
-        for key, distribution in self._space.items():
-            values = [one[key] for one in params]
-            if key == LR:
-                rates = [math.log10(one[LR] * self._law.factor(one)) for one in params]
-                columns.append([rate / RATE_LENGTH_SCALE_DECADES for rate in rates])
-            elif key in LENGTH_SCALES_OCTAVES and all(is_number(value) and value > 0 for value in values):
-                columns.append([math.log2(value) / LENGTH_SCALES_OCTAVES[key] for value in values])
-            elif isinstance(distribution, CategoricalDistribution):
-                columns += _place_choices(values, distribution.choices)
-            elif isinstance(distribution, FloatDistribution | IntDistribution):
-                low, high = distribution.low, distribution.high
-                if distribution.log:
-                    places = [math.log(value / low) / math.log(high / low) for value in values]
-                else:
-                    places = [(value - low) / (high - low) for value in values]
-                columns.append([place / RANGE_LENGTH_SCALE for place in places])
-        return np.array(columns, dtype=np.float64).reshape(-1, len(params)).T
+    Each setting has a value for every key of the arm's space.
+    """
+    columns: list[list[float]] = []
+    for key, distribution in sorted(space.items()):
+        if distribution.single():
+            continue
+        values = [one[key] for one in params]
+        if key == LR:
+            rates = [math.log10(one[LR] * law.factor(one)) for one in params]
+            columns.append([rate / RATE_LENGTH_SCALE_DECADES for rate in rates])
+        elif key in LENGTH_SCALES_OCTAVES and all(is_number(value) and value > 0 for value in values):
+            columns.append([math.log2(value) / LENGTH_SCALES_OCTAVES[key] for value in values])
+        elif isinstance(distribution, CategoricalDistribution):
+            columns += _place_choices(values, distribution.choices)
+        elif isinstance(distribution, FloatDistribution | IntDistribution):
+            low, high = distribution.low, distribution.high
+            if distribution.log:
+                places = [math.log(value / low) / math.log(high / low) for value in values]
+            else:
+                places = [(value - low) / (high - low) for value in values]
+            columns.append([place / RANGE_LENGTH_SCALE for place in places])
+    return np.array(columns, dtype=np.float64).reshape(-1, len(params)).T
 
 
 def _place_choices(values: Sequence[Any], choices: Sequence[Any]) -> list[list[float]]:
@@ -186,8 +185,8 @@ def propose_by_model(arm: Arm, history: History, *, seed: int) -> Point:
         counts = Counter(history.point(trial)[arm.confirm_each] for trial in (*results, *running))
         values = range(len(encoding.choices[arm.confirm_each]))
         fixed = {arm.confirm_each: min(values, key=lambda index: (counts[index], index))}
-    coordinates = Coordinates(arm.space, build_rate_law(arm))
-    points = coordinates.place([encoding.decode(history.point(trial)) for trial in results])
+    place = partial(place_settings, space=arm.space, law=build_rate_law(arm))
+    points = place([encoding.decode(history.point(trial)) for trial in results])
     sign = get_sign(history.direction)
     known = [None if (score := get_score(trial)) is None else sign * score for trial in results]
     # the median replaces missing costs, such as those of infeasible trials
@@ -195,7 +194,7 @@ def propose_by_model(arm: Arm, history: History, *, seed: int) -> Point:
     costs = [median if cost is None else cost for cost in known]
     surrogate = fit_surrogate(points, costs)
     if running:
-        believed = coordinates.place([encoding.decode(history.point(trial)) for trial in running])
+        believed = place([encoding.decode(history.point(trial)) for trial in running])
         expected = surrogate.predict(believed)[0]
         surrogate = fit_surrogate(np.concatenate([points, believed]), [*costs, *expected])
     candidates = []
@@ -205,7 +204,7 @@ def propose_by_model(arm: Arm, history: History, *, seed: int) -> Point:
     candidates = [point for point in candidates if not history.has_tried(point)]
     if not candidates:
         return draw_sobol_point(encoding, len(results) + len(running), seed=seed)
-    mean, deviation = surrogate.predict(coordinates.place([encoding.decode(point) for point in candidates]))
+    mean, deviation = surrogate.predict(place([encoding.decode(point) for point in candidates]))
     return candidates[int(np.argmin(mean - EXPLORATION * deviation))]
 
 
@@ -217,13 +216,10 @@ def predict_best(
     direction: Direction,
     chosen: Mapping[str, Any] | None = None,
 ) -> SettingRow | None:
-    """Returns the setting that is predicted best for a subject of an arm.
+    """Returns the setting that is predicted best for a subject, or the prediction for the setting `chosen`.
 
-    Uses complete and stopped trials. Returns None if no trial is complete, or if a trial with the subject's value ran
-    out of memory and none with this value has a score. `chosen` is a setting to predict instead of the best one.
-
-    The regret is the mean over draws from the model. Costs are lower bounds, because the model cuts bad scores off
-    (`fit_surrogate`).
+    Returns None if no trial is complete, or if a trial with the subject's value ran out of memory and none with this
+    value has a score. Costs are lower bounds, because the model cuts bad scores off (`fit_surrogate`).
     """
     law, sign, fixed = build_rate_law(arm), get_sign(direction), subject.params
     results = [(trial, score) for trial in trials if (score := get_score(trial)) is not None]
@@ -231,27 +227,23 @@ def predict_best(
     infeasible = [trial for trial in trials if trial.state == "infeasible" and fixed.items() <= trial.params.items()]
     if not complete or (infeasible and not any(fixed.items() <= trial.params.items() for trial, _ in results)):
         return None
-    coordinates = Coordinates(arm.space, law)
-    points = coordinates.place([trial.params for trial, _ in results])
-    surrogate = fit_surrogate(points, [sign * score for _, score in results])
+    place = partial(place_settings, space=arm.space, law=law)
+    surrogate = fit_surrogate(place([trial.params for trial, _ in results]), [sign * score for _, score in results])
     tried = {trial.number: dict(trial.params) for trial in complete if fixed.items() <= trial.params.items()}
     candidates = [*tried.values(), *_list_settings(arm.space, law, fixed)]
-    placed = coordinates.place(candidates)
+    placed = place(candidates)
     mean, _ = surrogate.predict(placed)
     best = int(np.argmin(mean)) if chosen is None else candidates.index(dict(chosen))
     params, rates = candidates[best], arm.space.get(LR)
     rate_ratio, rate_costs = None, {}
     if rates is not None and not rates.single():
-        nearest = min(
-            abs(math.log(params[LR] * law.factor(params)) - math.log(trial.params[LR] * law.factor(trial.params)))
-            for trial in complete
-        )
-        rate_ratio = math.exp(nearest)
+        own, *others = [math.log(one[LR] * law.factor(one)) for one in (params, *(trial.params for trial in complete))]
+        rate_ratio = math.exp(min(abs(own - other) for other in others))
     if isinstance(rates, FloatDistribution) and not rates.single():
         found = {name: params[LR] * factor for name, factor in {"half": 0.5, "twice": 2.0}.items()}
         inside = {name: {**params, LR: rate} for name, rate in found.items() if rates.low <= rate <= rates.high}
-        cost, *others = surrogate.predict(coordinates.place([params, *inside.values()]))[0].tolist()
-        rate_costs = {name: max(other - cost, 0.0) for name, other in zip(inside, others, strict=True)}
+        cost, *costs = surrogate.predict(place([params, *inside.values()]))[0].tolist()
+        rate_costs = {name: max(other - cost, 0.0) for name, other in zip(inside, costs, strict=True)}
     step = max(len(placed) // REGRET_CANDIDATES, 1)
     draws = surrogate.draw(np.concatenate([placed[best : best + 1], placed[::step]]), num_draws=REGRET_DRAWS)
     return SettingRow(
@@ -275,9 +267,8 @@ def _list_settings(space: Space, law: RateLaw, fixed: Mapping[str, Any]) -> list
     encoding = SpaceEncoding(rest, law=law)
     if not encoding.ranges:
         return [encoding.decode({})]
-    settings = [
-        encoding.decode(draw_sobol_point(encoding, index, seed=CANDIDATE_SEED)) for index in range(NUM_CANDIDATES)
-    ]
+    points = [draw_sobol_point(encoding, index, seed=CANDIDATE_SEED) for index in range(NUM_CANDIDATES)]
+    settings = [encoding.decode(point) for point in points]
     for params in settings:
         if LR in encoding.ranges and LR not in encoding.choices:
             params[LR] = float(f"{params[LR]:.{RATE_DIGITS}g}")

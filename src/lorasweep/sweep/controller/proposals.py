@@ -4,18 +4,16 @@ A proposal depends only on the sweep's seed, the arm's name, the trial's number 
 are asked on a new study in memory, so nothing is written, and a sampler keeps no state between trials:
 
 - `qmc`: every trial is a scrambled Sobol point.
-- `tpe` and `gp`: the first `count_startup_trials` trials, and all trials before `MIN_RESULTS` results, are scrambled
-  Sobol points. A model proposes the other trials. It sees every running trial, and at most `MAX_HISTORY_TRIALS`
-  results, the best ones.
+- `tpe` and `gp`: the first `sampler.startup_trials` trials (by default half of the arm's, at most
+  `MAX_STARTUP_TRIALS`), and all trials before `MIN_RESULTS` results, are scrambled Sobol points. A model proposes the
+  other trials. It sees every running trial, and at most `MAX_HISTORY_TRIALS` results, the best ones.
 - `gp` in an arm with `confirm_each`, or that searches the learning rate alone: the Gaussian process of `predictions`
   proposes, for each value in turn.
-- `random`, `grid` and `_target_`: the sampler, of Optuna or of the user, proposes every trial. If it stores anything
-  beside the parameters, such as the generation of a genetic algorithm, the journal keeps it with the trial, and the
-  next sampler gets it.
+- `random`, `grid` and `_target_`: the sampler, of Optuna or of the user, proposes every trial. What it stores beside
+  the parameters, such as the generation of a genetic algorithm, is kept with the trial for the next sampler.
 
-With `qmc`, `tpe` and `gp`, a proposal that repeats an earlier trial of the arm is replaced by the first of
-the next `MAX_SOBOL_DRAWS` Sobol points that repeats no trial. If all of them repeat one, as in a small space, the
-proposal stays.
+With `qmc`, `tpe` and `gp`, a proposal that repeats an earlier trial of the arm is replaced by the first of the next
+`MAX_SOBOL_DRAWS` Sobol points that repeats no trial. In a small space all may repeat one; then the proposal stays.
 """
 
 from __future__ import annotations
@@ -54,17 +52,14 @@ MAX_SOBOL_DRAWS = 20
 
 
 def propose(arm: Arm, history: History, *, number: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the parameters of an arm's next trial, and what its sampler stores with it (`Trial.sampler_state`).
+    """Returns the parameters of an arm's trial of this number, and what its sampler stores (`Trial.sampler_state`).
 
-    `number` is the index of the new trial among the arm's trials.
-
-    Raises:
-        ConfigError: The sampler can't be built, or can't propose a trial for this space.
+    Raises ConfigError if the sampler can't be built, or can't propose a trial for this space.
     """
     sampler, encoding = arm.sweep_config.sampler, history.encoding
-    seed, arm_seed = _derive_seed(arm, number), _derive_seed(arm)
     if not encoding.ranges:
         return encoding.decode({}), {}
+    seed, arm_seed = (zlib.crc32(f"{arm.sweep_config.sweep.seed}/{arm.name}/{of}".encode()) for of in (number, ""))
     state: dict[str, Any] = {}
     try:
         # a pack asks inside `torch.no_grad`, where a Gaussian process could not be fitted
@@ -77,22 +72,18 @@ def propose(arm: Arm, history: History, *, number: int) -> tuple[dict[str, Any],
                 built = instantiate(replace(sampler, arguments=seeded), key="sampler", expected=expected)
                 point, state = _ask(built, history, [history.build_frozen_trial(trial) for trial in history.trials])
             else:
+                points = (draw_sobol_point(encoding, number + n, seed=arm_seed) for n in range(MAX_SOBOL_DRAWS))
                 if (
-                    isinstance(sampler, ModelBasedSampler)
-                    and number >= count_startup_trials(sampler, trials=arm.trials)
-                    and sum(get_score(trial) is not None for trial in history.list_results()) >= MIN_RESULTS
+                    isinstance(sampler, SobolSampler)
+                    or number < (sampler.startup_trials or min(math.ceil(arm.trials / 2), MAX_STARTUP_TRIALS))
+                    or sum(get_score(trial) is not None for trial in history.list_results()) < MIN_RESULTS
                 ):
-                    point = (
-                        propose_by_model(arm, history, seed=arm_seed)
-                        if sampler.name == "gp" and has_own_model(arm)
-                        else _ask_model(sampler, history, seed=seed)
-                    )
+                    point = next(points)
+                elif sampler.name == "gp" and has_own_model(arm):
+                    point = propose_by_model(arm, history, seed=arm_seed)
                 else:
-                    point = draw_sobol_point(encoding, number, seed=arm_seed)
-                indices = range(number, number + MAX_SOBOL_DRAWS)
-                draws = itertools.chain(
-                    [point], (draw_sobol_point(encoding, index, seed=arm_seed) for index in indices)
-                )
+                    point = _ask_model(sampler, history, seed=seed)
+                draws = itertools.chain([point], points)
                 point = next((draw for draw in draws if not history.has_tried(draw)), point)
     except ConfigError:
         raise
@@ -102,16 +93,6 @@ def propose(arm: Arm, history: History, *, number: int) -> tuple[dict[str, Any],
             f"{type(error).__name__}: {first_line(error)}. Use `sampler=qmc`."
         ) from error
     return encoding.decode(point), state
-
-
-def count_startup_trials(sampler: ModelBasedSampler, *, trials: int) -> int:
-    """Returns the number of Sobol points before the sampler learns: `sampler.startup_trials`, or a default.
-
-    The default is half of the arm's trials, but at most `MAX_STARTUP_TRIALS`.
-    """
-    if sampler.startup_trials is not None:
-        return sampler.startup_trials
-    return min(math.ceil(trials / 2), MAX_STARTUP_TRIALS)
 
 
 def find_batch_start(arm: Arm, number: int) -> int:
@@ -124,11 +105,6 @@ def find_batch_start(arm: Arm, number: int) -> int:
     """
     first = math.ceil(arm.trials / 2)
     return 0 if isinstance(arm.sweep_config.sampler, SobolSampler) or number < first else first
-
-
-def _derive_seed(arm: Arm, number: int | None = None) -> int:
-    """Returns the seed of one trial or, without a number, of the whole arm."""
-    return zlib.crc32(f"{arm.sweep_config.sweep.seed}/{arm.name}/{'' if number is None else number}".encode())
 
 
 def _ask_model(sampler: ModelBasedSampler, history: History, *, seed: int) -> Point:

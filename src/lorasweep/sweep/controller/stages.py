@@ -1,6 +1,7 @@
 """The stages of a sweep: `search` tunes on validation data, `confirm` scores the chosen settings on test data.
 
-The controller makes the same calls to both stages. A stage decides which trials there are and what run each becomes.
+The controller hands out the trials of the stage that is current (`arms`, `propose`). Beside that, only the search knows
+the scores of untrained answers, and only the confirm stage has settings and looks.
 """
 
 from __future__ import annotations
@@ -47,9 +48,8 @@ class Search:
         return propose(arm, history, number=number)
 
     def find_untrained_scores(self, arm: Arm) -> Mapping[str, float]:
-        """Returns the scores, on the validation data of evaluations, of an answer that needs no training.
+        """Returns the validation scores of an answer that needs no training: the constant one, or the frozen base.
 
-        For data with labels it is the constant answer. For a language model it is the frozen base, if it is an arm.
         Empty if none is known, and for an arm that searches nothing, whose only setting the user wants to see.
         """
         if not arm.space:
@@ -97,10 +97,9 @@ class Confirmation:
         self._plan: dict[str, list[tuple[int, int]]] = {row.arm: [] for row in settings}
         """Setting and seed of the runs of the looks so far, by arm."""
         self.looks_done: list[LookRow] = []
-        self._add_to_plan({row.subject for row in settings})
         arms = [arm for arm in sweep.definition.arms if arm.name in self._plan]
         self.arms = {arm.name: ArmTrials(sweep, arm, stage=self.name, planned=0, session=session) for arm in arms}
-        self._update_planned()
+        self._plan_runs({row.subject for row in settings})
 
     def propose(self, trials: ArmTrials) -> tuple[dict[str, Any], dict[str, Any]]:
         begun = _list_begun(trials)
@@ -133,17 +132,14 @@ class Confirmation:
             subjects = {row.subject for row in self._settings.values()}
         if num_done + 1 == len(self._looks):
             subjects = set()
-        open_subjects = [answer.subject for answer in answers if not answer.is_settled]
-        self.looks_done.append(
-            LookRow(seeds=self._looks[num_done], open=list(dict.fromkeys(open_subjects)), next=sorted(subjects))
-        )
+        still_open = dict.fromkeys(answer.subject for answer in answers if not answer.is_settled)
+        self.looks_done.append(LookRow(seeds=self._looks[num_done], open=list(still_open), next=sorted(subjects)))
         record.looks_done = list(self.looks_done)
-        self._add_to_plan(subjects)
-        self._update_planned()
+        self._plan_runs(subjects)
         return bool(subjects)
 
-    def _add_to_plan(self, subjects: Collection[str]) -> None:
-        """Adds the runs of the next look: each of these subjects on each of its seeds."""
+    def _plan_runs(self, subjects: Collection[str]) -> None:
+        """Plans the runs of the next look: each of these subjects on each of its seeds."""
         done = len(self.looks_done)
         first = self._looks[done - 1] if done else 0
         seeds = self._sweep.record.confirm_seeds[first : self._looks[done]] if done < len(self._looks) else []
@@ -152,8 +148,6 @@ class Confirmation:
                 is_fixed = has_fixed_score(self._sweep.definition.find_arm(row.arm))
                 if row.subject in subjects and not (is_fixed and self._plan[row.arm]):
                     self._plan[row.arm].append((row.setting, seed))
-
-    def _update_planned(self) -> None:
         for name, trials in self.arms.items():
             trials.planned = len(_list_begun(trials) | set(self._plan[name]))
 
@@ -173,7 +167,8 @@ def choose_settings(search: Search, *, sweep: SweepFolder) -> list[SettingRow]:
     study of the arm's confirm stage keeps the parameters, before any run begins.
     """
     rows: list[SettingRow] = []
-    for arm, trials in ((one.arm, list(one.trials.values())) for one in search.arms.values()):
+    for arm_trials in search.arms.values():
+        arm, trials = arm_trials.arm, list(arm_trials.trials.values())
         study = sweep.open_study(name_study(arm.name, Confirmation.name))
         known: list[dict[str, Any]] = list(study.user_attrs.get(SETTINGS_ATTRIBUTE, []))
         for subject in arm.subjects:

@@ -32,18 +32,11 @@ def find_half_step(config: RunConfig) -> int | None:
 def explain_stop(
     config: RunConfig, step: int, scores: Mapping[str, float], *, untrained: Mapping[str, float], metric: ScoreMetric
 ) -> str | None:
-    """Returns why a run is stopped after an evaluation; None if it continues.
+    """Returns why a run is stopped after an evaluation at `step`; None if it continues.
 
-    A run that is better in the metric or in the loss continues: the metric alone does not say which of several runs
-    that still give the most frequent label has begun to learn. Nothing depends on other runs, so their order does not
-    matter.
-
-    Args:
-        config: The settings of the run.
-        step: Optimizer steps at the evaluation.
-        scores: The run's value of each metric.
-        untrained: The same of an answer that needs no training; empty if none is known.
-        metric: The sweep's metric.
+    A run that is better in the sweep's `metric` or in the loss than an answer that needs no training (`untrained`,
+    empty if none is known) continues: the metric alone does not say which of several runs that still give the most
+    frequent label has begun to learn. Nothing depends on other runs, so their order does not matter.
     """
     if step != find_half_step(config) or metric.name not in untrained:
         return None

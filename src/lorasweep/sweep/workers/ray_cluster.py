@@ -68,15 +68,10 @@ def start_local_cluster(sweep: Path) -> Iterator[None]:
 
 @contextmanager
 def start_head_for_nodes(sweep: Path, *, ip: str | None, token_file: Path) -> Iterator[str]:
-    """Starts the head of a Ray cluster that other machines join, and ends it after the block. The head trains nothing.
+    """Starts the head of a Ray cluster that other machines join, and ends it after the block. Yields its `HOST:PORT`.
 
-    Args:
-        sweep: The sweep's folder, for the message if the head dies.
-        ip: IP address at which the other machines reach this machine. None: the address that Ray finds.
-        token_file: Receives the token with which the other machines join. Only the file's owner may read it.
-
-    Yields:
-        `HOST:PORT` of the head.
+    The head trains nothing. The other machines reach it at `ip`, or at the address that Ray finds, and join with the
+    token in `token_file`, which only the file's owner may read.
     """
     handle = os.open(token_file, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
     os.write(handle, secrets.token_hex(32).encode())
@@ -135,8 +130,7 @@ def _start_head(sweep: Path, **options: Any) -> Iterator[None]:
 def _exit_when_head_is_gone(sweep: Path, temporary: Path, ended: threading.Event) -> None:
     """Ends this process and all of its Ray processes if one of the head's processes is gone.
 
-    Ray's own code would end this process later, without a message and without an exception. Ray's agents would look for
-    the head for a minute.
+    Ray's own code would end this process later, without a message, and its agents would look for the head for a minute.
     """
     this = psutil.Process()
     head = [child for child in this.children() if child.name() in HEAD_PROCESSES]
@@ -174,11 +168,9 @@ def _connect(address: str, **options: Any) -> Iterator[None]:
 
 
 def count_fitting_workers(needs: WorkerNeeds) -> int:
-    processes = 0
-    for node in _read_resources():
-        by_cpus = int(node.get("CPU", 0) // needs.cpus)
-        processes += min(by_cpus, int(node.get("GPU", 0) // needs.gpus)) if needs.gpus else by_cpus
-    return processes // needs.processes
+    wanted = {"CPU": needs.cpus} | ({"GPU": needs.gpus} if needs.gpus else {})
+    nodes = _read_resources()
+    return sum(min(int(node.get(kind, 0) // n) for kind, n in wanted.items()) for node in nodes) // needs.processes
 
 
 def check_capacity(needs: WorkerNeeds) -> None:

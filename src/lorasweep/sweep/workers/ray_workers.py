@@ -203,7 +203,13 @@ class WorkerActor:
             for rank, peer in enumerate(self._peers, start=1)
         ]
         ended = threading.Event()
-        threading.Thread(target=_end_with_peers, args=(calls, ended), daemon=True).start()
+
+        def end_with_peers() -> None:
+            ray.wait(list(calls))
+            if not ended.wait(PEER_TIMEOUT_S):  # another rank has ended, and this rank still waits for it (with NCCL)
+                _end_process()
+
+        threading.Thread(target=end_with_peers, daemon=True).start()
         os.environ.update(_rank_variables(0, size, *rendezvous))
         try:
             record = train_run(config, run_folder, resume=resume, **options)
@@ -228,13 +234,6 @@ def _rank_variables(rank: int, size: int, address: str, port: int) -> dict[str, 
     values |= {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
     texts = {name: str(value) for name, value in values.items()}
     return texts | {"MASTER_ADDR": address, "TORCHELASTIC_RUN_ID": "ray"}
-
-
-def _end_with_peers(calls: Sequence[Any], ended: threading.Event) -> None:
-    """Ends this process if another rank has ended while this rank still waits for it (with NCCL)."""
-    ray.wait(list(calls))
-    if not ended.wait(PEER_TIMEOUT_S):
-        _end_process()
 
 
 def _end_process() -> NoReturn:
@@ -272,11 +271,8 @@ class WorkerPool:
         self._nodes: set[str] = set()
         self._num_refused = 0  # refused workers are not replaced until the cluster has other nodes
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        self._actor = (
-            ray.remote(ControllerActor)
-            .options(num_cpus=0, scheduling_strategy=here, **RESTART_FOREVER)
-            .remote(self._context, session=self._session)
-        )
+        actor_class = ray.remote(ControllerActor).options(num_cpus=0, scheduling_strategy=here, **RESTART_FOREVER)
+        self._actor = actor_class.remote(self._context, session=self._session)
         self._controller = ControllerClient(self._actor)
 
     def train(self, *, stop_requested: Callable[[], bool], require_nodes: Callable[[], None] = lambda: None) -> bool:

@@ -24,7 +24,6 @@ from submitit.helpers import clean_env
 from submitit.slurm.slurm import SlurmJobEnvironment
 
 from lorasweep.config.sweep import SlurmWorkers
-from lorasweep.disk import write_atomically
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.workers.ray_cluster import OBJECT_STORE_BYTES, SOCKETS_FOLDER, is_listening
 
@@ -44,11 +43,7 @@ MAX_SHUTDOWN_S = 20
 
 
 def submit_jobs(config: SlurmWorkers, folder: Path) -> None:
-    """Submits `worker.jobs` jobs that join the Ray cluster of the sweep in a folder.
-
-    Raises:
-        ConfigError: Slurm is missing, or refuses the jobs.
-    """
+    """Submits jobs that join the Ray cluster of the sweep in a folder. Raises ConfigError if Slurm refuses them."""
     num_cpus, num_gpus = config.processes_per_job * config.cpus, config.processes_per_job * config.gpus
     options = {"partition": config.partition, "gpus_per_node": num_gpus, "setup": list(config.setup)}
     node = RayNode(folder=folder.resolve(), requeue=config.requeue, num_cpus=num_cpus, num_gpus=num_gpus)
@@ -111,11 +106,6 @@ def _run_command(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired) as error:
         return subprocess.CompletedProcess(command, 1, "", str(error))
-
-
-def write_address(folder: Path, address: str) -> None:
-    """Writes the address of a sweep's Ray head (`HOST:PORT`) for its jobs; "" tells them that the sweep is over."""
-    write_atomically(folder / ADDRESS_FILE, address)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-from lorasweep.config.run import TrainerConfig
-from lorasweep.config.sweep import LocalWorker, RayWorkers, SlurmWorkers
+from lorasweep.config.sweep import LocalWorker, SlurmWorkers
+from lorasweep.disk import write_atomically
 from lorasweep.errors import ConfigError, WorkerError
 from lorasweep.sweep.controller.controller import Controller
 from lorasweep.sweep.controller.folder import SweepFolder
-from lorasweep.sweep.definition.arms import Definition
+from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.sweep.workers.ray_cluster import (
     WorkerNeeds,
     check_capacity,
@@ -33,7 +34,7 @@ HOPELESS_REASONS = ("PartitionTimeLimit", "PartitionNodeLimit", "MaxWallDuration
 def check_workers(definition: Definition) -> None:
     """Raises ConfigError if the workers of a sweep can't train its trials."""
     config = definition.sweep_config.worker
-    processes = {arm.name: count_processes_per_trial(arm.base.trainer) for arm in definition.arms}
+    processes = {arm.name: _count_processes(arm) for arm in definition.arms}
     listed = ", ".join(f"{number} (arm `{name}`)" for name, number in processes.items())
     if isinstance(config, LocalWorker) and max(processes.values()) > 1:
         raise ConfigError(
@@ -47,14 +48,21 @@ def check_workers(definition: Definition) -> None:
         )
 
 
+def _count_processes(arm: Arm) -> int:
+    trainer = arm.base.trainer
+    return 1 if trainer.devices == "auto" else trainer.devices * trainer.num_nodes
+
+
 def train_sweep(sweep: SweepFolder, inputs_cache: InputsCache, *, stop_requested: Callable[[], bool]) -> bool:
     """Trains the remaining trials of an open sweep, and closes it. Returns False if the sweep was stopped."""
     config = sweep.definition.sweep_config.worker
     if not isinstance(config, LocalWorker):
         sweep.close()  # the controller's process opens it again
+        processes = _count_processes(sweep.definition.arms[0])
+        needs = WorkerNeeds(cpus=config.cpus, gpus=config.gpus, processes=processes)
         if isinstance(config, SlurmWorkers):
-            return _train_on_slurm(sweep, config, stop_requested=stop_requested)
-        needs, address = _worker_needs(sweep.definition, config), config.address
+            return _train_on_slurm(sweep.path, config, needs, stop_requested=stop_requested)
+        address = config.address
         with start_local_cluster(sweep.path) if address is None else join_cluster(address):
             from lorasweep.sweep.workers.ray_workers import WorkerPool  # noqa: PLC0415 (needs Ray)
 
@@ -77,10 +85,10 @@ def train_sweep(sweep: SweepFolder, inputs_cache: InputsCache, *, stop_requested
         sweep.close()
 
 
-def _train_on_slurm(sweep: SweepFolder, config: SlurmWorkers, *, stop_requested: Callable[[], bool]) -> bool:
+def _train_on_slurm(
+    path: Path, config: SlurmWorkers, needs: WorkerNeeds, *, stop_requested: Callable[[], bool]
+) -> bool:
     from lorasweep.sweep.workers import slurm  # noqa: PLC0415 (needs submitit)
-
-    path = sweep.path
 
     def require_jobs() -> None:
         time.sleep(JOBS_INTERVAL_S)
@@ -99,21 +107,12 @@ def _train_on_slurm(sweep: SweepFolder, config: SlurmWorkers, *, stop_requested:
         from lorasweep.sweep.workers.ray_workers import WorkerPool  # noqa: PLC0415 (Ray must be imported after the head has started)
 
         # The address is written after the token, because a job that reads the address joins at once.
-        slurm.write_address(path, address)
+        write_atomically(path / slurm.ADDRESS_FILE, address)
         try:
             slurm.cancel_jobs(path)  # jobs that a killed process of this sweep left behind
             slurm.submit_jobs(config, path)
-            pool = WorkerPool(path, num="auto", needs=_worker_needs(sweep.definition, config))
+            pool = WorkerPool(path, num="auto", needs=needs)
             return pool.train(stop_requested=stop_requested, require_nodes=require_jobs)
         finally:
-            slurm.write_address(path, "")  # tells the nodes to end
+            write_atomically(path / slurm.ADDRESS_FILE, "")  # tells the nodes to end
             slurm.cancel_jobs(path)
-
-
-def count_processes_per_trial(trainer: TrainerConfig) -> int:
-    return 1 if trainer.devices == "auto" else trainer.devices * trainer.num_nodes
-
-
-def _worker_needs(definition: Definition, config: RayWorkers | SlurmWorkers) -> WorkerNeeds:
-    trainer = definition.arms[0].base.trainer
-    return WorkerNeeds(cpus=config.cpus, gpus=config.gpus, processes=count_processes_per_trial(trainer))

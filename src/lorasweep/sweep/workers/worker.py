@@ -9,6 +9,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -75,7 +76,7 @@ class Worker:
             elif (slots := self._choose_slots(assignment.arm)) is not None:
                 self._train_pack([assignment], slots=slots)
             else:
-                self.tell(assignment, self._train_alone(assignment))
+                self.tell(assignment, _catch_failure(self._train_alone, assignment))
         self._note_usage()
 
     def take(self, arms: Sequence[Arm] | None = None) -> Assignment | None:
@@ -83,7 +84,10 @@ class Worker:
         names = None if arms is None else [arm.name for arm in arms]
         # A killed process may have ended the run without telling the controller. Such a run must not train again.
         while assignment := self.controller.take(names, worker=self.name, request=next(self._requests)):
-            if (record := find_ended_run(assignment)) is None:
+            record = None
+            with suppress(RecordError):
+                record = read_run(assignment.run_folder.path)
+            if record is None or record.status not in ("complete", "stopped"):
                 return assignment
             self.tell(assignment, record)
         return None
@@ -101,30 +105,27 @@ class Worker:
             if self._unscored is not None:
                 self._unscored.append((assignment, outcome))
                 return
-            outcome = _catch_failure(lambda: self._score(assignment))
+            outcome = _catch_failure(self._score, assignment)
         if isinstance(outcome, Exception):
             self.controller.tell_failure(assignment, outcome)
         else:
             self.controller.tell(assignment, outcome)
         self._note_usage()
 
-    def _train_alone(self, assignment: Assignment) -> Outcome:
-        def train() -> RunRecord:
-            config, folder = assignment.config, assignment.run_folder
-            inputs = self.inputs_cache.load(config)
-            if (record := copy_base_run(config, folder, inputs=inputs)) is not None:
-                self.controller.report([(assignment, record.steps_done, record.last)])
-                return record
-            return (self.train_alone or train_run)(
-                config,
-                folder,
-                inputs=inputs,
-                on_evaluation=lambda step, metrics: self.controller.report([(assignment, step, metrics)])[0],
-                stop_requested=self.stop_requested,
-                resume=True,
-            )
-
-        return _catch_failure(train)
+    def _train_alone(self, assignment: Assignment) -> RunRecord:
+        config, folder = assignment.config, assignment.run_folder
+        inputs = self.inputs_cache.load(config)
+        if (record := copy_base_run(config, folder, inputs=inputs)) is not None:
+            self.controller.report([(assignment, record.steps_done, record.last)])
+            return record
+        return (self.train_alone or train_run)(
+            config,
+            folder,
+            inputs=inputs,
+            on_evaluation=lambda step, metrics: self.controller.report([(assignment, step, metrics)])[0],
+            stop_requested=self.stop_requested,
+            resume=True,
+        )
 
     def _score(self, assignment: Assignment) -> RunRecord:
         inputs = self.inputs_cache.load(assignment.config)
@@ -246,20 +247,11 @@ def choose_slots(definition: Definition, arm: Arm, *, inputs_cache: InputsCache,
     return choose_pack_size(plan.largest, inputs=inputs_cache.load(plan.largest), trials_left=trials)
 
 
-def _catch_failure(train: Callable[[], RunRecord]) -> Outcome:
+def _catch_failure(train: Callable[[Assignment], RunRecord], assignment: Assignment) -> Outcome:
     """Returns an error of a trial instead of raising it, because a failed trial must not end the sweep."""
     try:
-        return train()
+        return train(assignment)
     except WorkerError:
         raise
     except Exception as error:
         return error
-
-
-def find_ended_run(assignment: Assignment) -> RunRecord | None:
-    """Returns the record of a run that ended, if its process was killed before it told the controller."""
-    try:
-        record = read_run(assignment.run_folder.path)
-    except RecordError:
-        return None
-    return record if record.status in ("complete", "stopped") else None
