@@ -158,7 +158,8 @@ def test_json_has_the_keys_of_the_page_and_nothing_else_is_printed(sweep, capfd,
     )
     assert run([command, *words, "--json"]) == DONE
     found = json.loads(capfd.readouterr().out)
-    section = JSON_PAGE.read_text(encoding="utf-8").split(f"\n## {command}\n")[1].split("\n## ")[0]
+    heading = "sweep" if command == "compare" else command
+    section = JSON_PAGE.read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
     keys = [
         key for row in re.findall(r"^\| (`.*?) \|", section, flags=re.MULTILINE) for key in re.findall("`(.*?)`", row)
     ]

@@ -1,17 +1,14 @@
-"""The report in the terminal (rich): the answers and the subjects of a sweep, or the spread of several sweeps."""
+"""The report in the terminal (rich): the answers and the subjects of a sweep."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lorasweep.config.run import LR
-from lorasweep.errors import ConfigError
 from lorasweep.report.answers import AnswerLine, describe_answer
 from lorasweep.report.findings import Findings
 from lorasweep.report.recommend import format_subject_score
@@ -23,10 +20,8 @@ from lorasweep.wording import (
     format_metric,
     format_score,
     format_seconds,
-    format_setting,
     format_settings,
     format_share_estimate,
-    join_words,
 )
 
 
@@ -45,38 +40,6 @@ def render_terminal(findings: Findings, *, verbose: bool = False) -> RenderableT
         _draw_subjects(findings),
         *(Text(f"• {sentence}") for sentence in sentences),
     )
-
-
-def render_spread(sweeps: Sequence[SweepData]) -> RenderableType:
-    """Returns the score and the learning rate of each subject in several sweeps, and their spread.
-
-    Sweeps that differ only in `sweep.seed` show how much a result depends on chance. Nothing is tested.
-
-    Raises:
-        ConfigError: The sweeps do not have the same metric.
-    """
-    if len(metrics := {sweep.record.verdict_metric.name for sweep in sweeps}) > 1:
-        raise ConfigError(f"sweeps must have the same metric to be compared, but have {join_words(sorted(metrics))}.")
-    is_share = all(sweep.evidence.gain for sweep in sweeps)
-    shown = "share of full's gain" if is_share else format_metric(metrics.pop())
-    table = Table(
-        title=f"{shown}, and the learning rate", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
-    table.add_column("arm", overflow="fold")
-    for name in (*(str(sweep.folder) for sweep in sweeps), "mean ± sd"):
-        table.add_column(Text(name), justify="right", overflow="fold")
-    for name in dict.fromkeys(one.name for sweep in sweeps for one in sweep.subjects):
-        found, cells = [], []
-        for sweep in sweeps:
-            one, mean, share = sweep.find_subject(name), sweep.evidence.mean(name), sweep.evidence.shares.get(name)
-            value = (share[0] if share else None) if is_share else mean.value if mean else None
-            rate = one.best.params.get(LR) if one and one.best else None
-            cells.append("–" if value is None else f"{value:.3f}" + (f"\n{format_setting(rate)}" if rate else ""))
-            found += [] if value is None else [value]
-        spread = f"{statistics.fmean(found):.3f} ± {statistics.stdev(found):.3f}" if len(found) > 1 else "–"
-        table.add_row(name, *cells, spread)
-    note = "The spread comes from search, seeds and training together. Differences between sweeps are not tested."
-    return Group(table, Text(f"• {note}"))
 
 
 def render_answers(lines: Iterable[AnswerLine]) -> list[Text]:
