@@ -134,12 +134,12 @@ class SweepResult:
     @property
     def metric(self) -> str:
         """Name of the score, such as `bits_per_byte`."""
-        return self.record.metric
+        return self.record.search_metric.name
 
     @property
     def direction(self) -> Direction:
         """Whether a lower score is better (`minimize`) or a higher one."""
-        return self.record.direction
+        return self.record.search_metric.direction
 
     @property
     def arms(self) -> list[str]:

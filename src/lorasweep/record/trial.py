@@ -80,14 +80,16 @@ class Trial:
     """Number of the confirmed setting in its arm (`SettingRow.setting`); None in the search."""
     seed: Count | None = None
     """Seed of initial values, data order and dropout of a confirm run. All subjects have the same seeds."""
-    value: float | None = None
-    """The sweep's metric: the best value on validation data; in the confirm stage the verdicts' metric on test data."""
+    search_score: float | None = None
+    """The best value on validation data of the metric by which the search chooses."""
+    test_scores: dict[str, Number] = field(default_factory=dict)
+    """Every metric of a confirm run on test data; empty in the search, which reads no test data."""
     run: RunPath
     """The run's folder, relative to the sweep's (`name_run`)."""
     reason: str | None = None
     """Why the trial failed, was stopped or does not fit in memory."""
     values: dict[Count, Number] = field(default_factory=dict)
-    """The sweep's metric on validation data at each evaluation, by step."""
+    """The search's metric on validation data at each evaluation, by step."""
     order: Count = 0
     """Position in the order in which a stage hands out new trials, from 0.
 
@@ -111,7 +113,7 @@ class Trial:
 
     @property
     def last_value(self) -> float | None:
-        """The sweep's metric on validation data at the last evaluation."""
+        """The search's metric on validation data at the last evaluation."""
         return self.values.get(self.step)
 
     @property
@@ -137,8 +139,9 @@ class Trial:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the trial finished and has a score, so that it may be its arm's best."""
-        return self.state == "complete" and is_number(self.value)
+        """Whether the run finished and has the score of its stage, so that it may be its arm's best."""
+        scores = [self.search_score] if self.stage == "search" else self.test_scores.values()
+        return self.state == "complete" and any(map(is_number, scores))
 
     @property
     def trains(self) -> bool:
@@ -189,7 +192,7 @@ def build_frame(
 
 
 def _build_row(trial: Trial, metric: str, test_metric: str, keys: Sequence[str]) -> dict[str, Any]:
-    record, is_search = trial.record, trial.stage == "search"
+    record = trial.record
     row = {
         "stage": trial.stage,
         "arm": trial.arm,
@@ -197,8 +200,8 @@ def _build_row(trial: Trial, metric: str, test_metric: str, keys: Sequence[str])
         "trial": trial.number,
         "seed": trial.seed,
         "state": trial.state,
-        metric: trial.value if is_search else record and record.score,
-        f"test/{test_metric}": None if is_search else trial.value,
+        metric: trial.search_score,
+        f"test/{test_metric}": trial.test_scores.get(test_metric),
         **trial.params,
         **{key: trial.setting(key) for key in keys},
     }

@@ -206,11 +206,11 @@ def _answer_retained(row: RetainedRow, data: SweepData) -> AnswerLine:
     if not changes:
         step = find_retained_step([], data)
         return AnswerLine(question=question, text=f"Open: {NO_TEST_SCORES}.", is_settled=False, next=step)
-    order = "lower" if row.direction == "minimize" else "higher"
     parts = [f"{name_value(change.subject, data)} {describe_change(change, data)}" for change in changes]
     return AnswerLine(
         question=question,
-        text=f"Changes of {format_metric(row.metric)} against `{base}` ({order} is better): {'; '.join(parts)}.",
+        text=f"Changes of {format_metric(row.metric.name)} against `{base}` "
+        f"({row.metric.better_scores} is better): {'; '.join(parts)}.",
         is_settled=not (unsettled := [change for change in changes if change.verdict == "open"]),
         next=find_retained_step(unsettled, data) if unsettled else None,
     )
@@ -228,12 +228,12 @@ def describe_regret(one: SubjectData, data: SweepData) -> tuple[str, bool]:
 
 
 def _format_difference(difference: float, data: SweepData) -> str:
-    is_searched = data.record.verdict_metric.name == data.record.metric
+    is_searched = data.record.verdict_metric.name == data.record.search_metric.name
     gain = (data.evidence.gain if is_searched else None) or data.full_gain
     return (
         f"{format_share(difference / gain)} of full's gain"
         if gain
-        else f"{format_score(difference)} {data.record.metric}"
+        else f"{format_score(difference)} {data.record.search_metric.name}"
     )
 
 

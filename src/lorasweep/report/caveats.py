@@ -18,6 +18,7 @@ from operator import itemgetter
 from statistics import median, stdev
 from typing import Any, Literal
 
+from lorasweep.config.data import ScoreMetric
 from lorasweep.config.run import ALPHA, LR, RANK
 from lorasweep.record import ArmRow, RunRecord, Trial, is_number
 from lorasweep.report.sweep_data import SubjectData, SweepData
@@ -44,8 +45,7 @@ class Learning:
     """The name of the answer; empty if none has a score."""
     base: str | None = None
     """The subject that is the answer; None for a constant answer."""
-    sign: int = 1
-    """1 if lower scores are better, else -1."""
+    metric: ScoreMetric | None = None
     score: float | None = None
     """The score of the answer on validation data."""
     test_score: float | None = None
@@ -64,9 +64,14 @@ class Learning:
 
     def is_better(self, trial: Trial) -> bool | None:
         """Returns whether a complete or stopped trial is better than the answer; None if a score is not known."""
-        if self.score is None or trial.value is None or trial.state not in ("complete", "stopped"):
+        if (
+            self.metric is None
+            or self.score is None
+            or trial.search_score is None
+            or trial.state not in ("complete", "stopped")
+        ):
             return None
-        return trial.state == "complete" and self.sign * (self.score - trial.value) > 0
+        return trial.state == "complete" and self.metric.sign * (self.score - trial.search_score) > 0
 
 
 def judge_learning(data: SweepData) -> Learning:
@@ -76,7 +81,9 @@ def judge_learning(data: SweepData) -> Learning:
     """
     known = _find_answer(data)
     # a stopped trial has only a score on the validation examples of evaluations, but it was not better there either
-    known_values = [trial for trial in data.trials if is_number(trial.value) and trial.state in ("complete", "stopped")]
+    known_values = [
+        trial for trial in data.trials if is_number(trial.search_score) and trial.state in ("complete", "stopped")
+    ]
     scored = {row.name: [trial for trial in known_values if trial.arm == row.name] for row in data.record.arms}
     subjects = [one for one in data.subjects if not one.row.is_base]
     scored = {one.arm: scored[one.arm] for one in subjects if scored[one.arm]}
@@ -111,18 +118,18 @@ def judge_learning(data: SweepData) -> Learning:
 
 def _find_answer(data: SweepData) -> Learning:
     """Returns an answer with its scores; without a name if there is none."""
-    metric, scores = data.record.metric, _read_constant_answer(data.run_records, "validation")
-    if is_number(score := scores.get(metric)):
+    metric, scores = data.record.search_metric, _read_constant_answer(data.run_records, "validation")
+    if is_number(score := scores.get(metric.name)):
         name = "the mean of the training labels" if "pearson" in scores else "the majority class"
-        test_score = _read_constant_answer((run.record for run in data.confirm_runs), "test").get(metric)
+        test_score = _read_constant_answer((run.record for run in data.confirm_runs), "test").get(metric.name)
         test_score = test_score if is_number(test_score) else None
-        return Learning(answer=name, sign=data.sign, score=score, test_score=test_score)
+        return Learning(answer=name, metric=metric, score=score, test_score=test_score)
     if (score := data.best_score("frozen")) is None:
         return Learning()
     arm = next(one.name for one in data.subjects if one.row.is_base)
     base, mean = data.evidence.base or arm, data.evidence.mean(data.evidence.base)
     test_score = mean.value if mean else None
-    return Learning(answer="the frozen base", base=base, sign=data.sign, score=score, test_score=test_score)
+    return Learning(answer="the frozen base", base=base, metric=metric, score=score, test_score=test_score)
 
 
 def _read_constant_answer(records: Iterable[RunRecord | None], split: str) -> dict[str, Any]:
@@ -145,13 +152,14 @@ def _describe(trials: Sequence[Trial], known: Learning, data: SweepData) -> str:
     """Returns a clause about trials that learned nothing."""
     count = f"all {len(trials)} trials score" if len(trials) > 1 else "the only trial scores"
     so_far = "" if data.record.status == "complete" else " so far"
-    values = [trial.value for trial in trials if trial.value is not None]
+    values = [trial.search_score for trial in trials if trial.search_score is not None]
     worse = " or worse" if any(value != known.score for value in values) else ""
-    best = min(values, key=lambda value: data.sign * value)
+    best = min(values, key=lambda value: data.record.search_metric.sign * value)
     found, own = (format_score(score, beside=[best, known.score]) for score in (best, known.score))
+    metric = format_metric(data.record.search_metric.name)
     return (
-        f"{count}{so_far} like {known.answer}{worse} (the best {format_metric(data.record.metric)} on validation data "
-        f"is {found}, that of {known.answer} {own})"
+        f"{count}{so_far} like {known.answer}{worse} (the best {metric} on validation data is {found}, that of "
+        f"{known.answer} {own})"
     )
 
 
@@ -164,7 +172,9 @@ def describe_unstable_rates(data: SweepData, learning: Learning) -> list[str]:
     """
     found = []
     scores = {
-        one.name: [run.value for run in one.confirm_runs if run.is_complete and run.value is not None]
+        one.name: [
+            score for run in one.confirm_runs if run.is_complete and is_number(score := data.record.find_run_score(run))
+        ]
         for one in data.subjects
     }
     spreads = {name: stdev(values) for name, values in scores.items() if len(values) >= MIN_SPREAD_RUNS}
@@ -280,7 +290,9 @@ def list_edges(data: SweepData) -> list[tuple[str, str]]:
 
     A key is left out if all trials with a score lie at that end, because no trial shows that others are worse.
     """
-    trials = {row.name: [t for t in data.list_trials(row.name) if t.value is not None] for row in data.record.arms}
+    trials = {
+        row.name: [t for t in data.list_trials(row.name) if t.search_score is not None] for row in data.record.arms
+    }
     edges: dict[tuple[str, str], list[str]] = defaultdict(list)
     for one in data.subjects:
         for key, value in (one.best.params if one.best else {}).items():

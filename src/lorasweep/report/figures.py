@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from lorasweep.config.data import get_sign
 from lorasweep.config.run import ALPHA, LR
 from lorasweep.record import RetainedRow, Trial
 from lorasweep.report.evidence.estimates import Interval
@@ -94,7 +93,7 @@ def _draw_scores(values: Sequence[SubjectData], others: Sequence[SubjectData], d
         colour, place = colours[one.name], escape(one.subject.label)  # `rank 4` differs from an arm named `4`
         text = escape(f"{one.name}: {format_subject_score(one, data)}")
         add_point(figure, place, found.value, colour, one.name, text=text, marker={"size": 11}, interval=interval)
-        seeds = [(place, run) for run in one.confirm_runs if run.is_complete]
+        seeds = [(place, run, data.record.find_run_score(run)) for run in one.confirm_runs if run.is_complete]
         add_trials(figure, seeds, colour, one.name, marker={"symbol": "circle-open"})
         if enough and enough.is_settled and enough.data is one:
             marker = LARGE | {"symbol": "diamond-open"}
@@ -124,10 +123,10 @@ def draw_retained(data: SweepData) -> Panel:
 
 
 def _draw_data_set(row: RetainedRow, data: SweepData) -> go.Figure:
-    base, colours, sign = data.evidence.base, choose_colours(data), get_sign(row.direction)
+    base, colours, sign = data.evidence.base, choose_colours(data), row.metric.sign
     figure = build_figure(
         f"learned: gain of {format_metric(data.shown_metric.name)} on test data",
-        f"forgotten: loss of {format_metric(row.metric)} on {row.name}",
+        f"forgotten: loss of {format_metric(row.metric.name)} on {row.name}",
     )
     margin = data.record.retain_margin
     figure.add_hrect(y0=-margin, y1=margin, fillcolor=METHOD_COLOURS["frozen"], opacity=0.15, line_width=0)
@@ -161,7 +160,7 @@ def draw_score_by_lr(data: SweepData) -> Panel:
 
 
 def _draw_rates(subjects: Sequence[SubjectData], data: SweepData) -> go.Figure:
-    scored = [trial for one in subjects for trial in one.trials if trial.value is not None]
+    scored = [trial for one in subjects for trial in one.trials if trial.search_score is not None]
     has_u = len({trial.numeric_setting(ALPHA) for trial in scored}) > 1 and all(
         trial.follows_rate_law for trial in scored
     )
@@ -172,21 +171,30 @@ def _draw_rates(subjects: Sequence[SubjectData], data: SweepData) -> go.Figure:
         return (trial.numeric_setting(LR) or 0.0) * math.sqrt(max(alpha, 0.0))
 
     x_title = f"{'u = lr · √α' if has_u else 'learning rate'} (log scale)"
-    figure = build_figure(x_title, format_metric(data.record.metric))
+    figure = build_figure(x_title, format_metric(data.record.search_metric.name))
     figure.update_xaxes(type="log", exponentformat="e", dtick=1, minor={"ticks": "outside"})
     colours, scores = choose_colours(data), []
     for one in subjects:
         colour = colours[one.name]
-        points = [(x, trial) for trial in one.trials if trial.value is not None and (x := find_x(trial)) > 0]
+        points = [(find_x(trial), trial, score) for trial in one.trials if (score := trial.search_score) is not None]
+        points = [point for point in points if point[0] > 0]
         complete = [point for point in points if point[1].is_complete]
         stopped = [point for point in points if point[1].state == "stopped"]
-        scores += [trial.value for _, trial in (*complete, *stopped) if trial.value is not None]
+        scores += [score for _, _, score in (*complete, *stopped)]
         add_trials(figure, complete, colour, one.name, showlegend=True)
         add_trials(figure, stopped, colour, one.name, marker={"symbol": "x-thin-open"})
         if one.best and (x := find_x(one.best)):
             marker = LARGE | {"symbol": "diamond-open" if one.best.is_predicted else "circle-open"}
-            add_point(figure, x, one.best.value, colour, one.name, text=describe_point(one.best), marker=marker)
-    ranked = sorted(scores, key=lambda score: data.sign * score)
+            add_point(
+                figure,
+                x,
+                one.best.search_score,
+                colour,
+                one.name,
+                text=describe_point(one.best, one.best.search_score),
+                marker=marker,
+            )
+    ranked = sorted(scores, key=lambda score: data.record.search_metric.sign * score)
     half = 1 + len(ranked) // 2  # the better half is always shown
     full, frozen = data.best_score("full"), data.best_score("frozen")
     set_score_axis(figure, ranked[:half], ranked[half:], full=full, frozen=frozen)

@@ -133,26 +133,27 @@ def add_point(
     _add_markers(figure, colour, name, x=[x], y=[y], text=[text], **trace)
 
 
-def add_trials(figure: go.Figure, points: Sequence[tuple[Any, Trial]], colour: str, name: str, **trace: Any) -> None:
-    """Adds trials as points at these x values, with their settings as hover text and links to their runs."""
-    trials = [trial for _, trial in points]
+def add_trials(
+    figure: go.Figure, points: Sequence[tuple[Any, Trial, float | None]], colour: str, name: str, **trace: Any
+) -> None:
+    """Adds runs as points (x, run, score), with their settings as hover text and links to their folders."""
     trace["marker"] = {"opacity": 0.75} | trace.get("marker", {})
     _add_markers(
         figure,
         colour,
         name,
-        x=[x for x, _ in points],
-        y=[trial.value for trial in trials],
-        text=[describe_point(trial) for trial in trials],
-        customdata=[build_link(trial.run) for trial in trials],
+        x=[x for x, _, _ in points],
+        y=[score for _, _, score in points],
+        text=[describe_point(trial, score) for _, trial, score in points],
+        customdata=[build_link(trial.run) for _, trial, _ in points],
         **trace,
     )
 
 
-def describe_point(trial: Trial) -> str:
+def describe_point(trial: Trial, score: float | None) -> str:
     """Returns a point's hover text: arm and number, state if not complete, score and settings."""
     state = "" if trial.state == "complete" else f" ({trial.state})"
-    lines = [f"{trial.name}{state}", format_score(trial.value), format_settings(trial.params)]
+    lines = [f"{trial.name}{state}", format_score(score), format_settings(trial.params)]
     return "<br>".join(escape(line) for line in lines)
 
 

@@ -186,7 +186,7 @@ def find_recommended_run(source: Path) -> tuple[Path, str]:
     data, name = _load_source(source)
     one, trial = find_recommended(data, name, key="SWEEP")
     scored = [(run, run.record.score) for run in one.confirm_runs if run.is_complete and run.record]
-    runs = [(data.sign * score, run) for run, score in scored if score is not None]
+    runs = [(data.record.search_metric.sign * score, run) for run, score in scored if score is not None]
     run = min(runs, key=lambda pair: pair[0])[1] if runs else trial
     best = f", the best of {len(runs)} seeds on validation data" if len(runs) > 1 else ""
     return data.folder / run.run, f"{run.name}{best}"

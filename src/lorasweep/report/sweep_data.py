@@ -72,7 +72,7 @@ class SubjectData:
     @property
     def search_score(self) -> float | None:
         """The score of `best` on validation data, or the predicted one; None if there is none."""
-        return self.best.value if self.best else None
+        return self.best.search_score if self.best else None
 
     def count(self, state: TrialState) -> int:
         return sum(trial.state == state for trial in self.trials)
@@ -136,11 +136,6 @@ class SweepData:
         return sum(record.steps_planned - record.steps_done for record in stopped)
 
     @property
-    def sign(self) -> int:
-        """1 if lower scores are better, else -1, so that a lower `sign * score` is always better."""
-        return self.record.sign
-
-    @property
     def shown_metric(self) -> ScoreMetric:
         """The metric by which subjects are compared: that of the verdicts, or of the search if nothing is confirmed."""
         return self.record.verdict_metric if self.evidence.means else self.record.search_metric
@@ -160,7 +155,7 @@ class SweepData:
         keys = tuple(dict.fromkeys([*self.swept_keys, RANK, ALPHA, LR]))
         runs = (*self.trials, *self.confirm_runs)
         test_metric = self.record.verdict_metric.name
-        return build_frame(runs, metric=self.record.metric, test_metric=test_metric, keys=keys)
+        return build_frame(runs, metric=self.record.search_metric.name, test_metric=test_metric, keys=keys)
 
     @cached_property
     def swept_keys(self) -> tuple[str, ...]:
@@ -171,19 +166,23 @@ class SweepData:
     def best_score(self, method: str) -> float | None:
         """Returns the best search score of a method: `frozen` is the base model, `full` is full fine-tuning."""
         scores = [one.search_score for one in self.subjects if one.row.method == method]
-        return min((score for score in scores if score is not None), key=lambda score: self.sign * score, default=None)
+        return min(
+            (score for score in scores if score is not None),
+            key=lambda score: self.record.search_metric.sign * score,
+            default=None,
+        )
 
     @property
     def full_gain(self) -> float | None:
         """Full fine-tuning's gain over the frozen base in the search; None if it is not known or not positive."""
         base, full = self.best_score("frozen"), self.best_score("full")
-        gain = 0.0 if base is None or full is None else self.sign * (base - full)
+        gain = 0.0 if base is None or full is None else self.record.search_metric.sign * (base - full)
         return gain if gain > 0 else None
 
     @property
     def search_margin(self) -> float | None:
         """The margin in the unit of the search's metric; None if it is not known."""
-        if self.record.verdict_metric.name == self.record.metric:
+        if self.record.verdict_metric.name == self.record.search_metric.name:
             return self.evidence.margin
         return self.margin_share * self.full_gain if self.margin_share and self.full_gain else None
 
@@ -202,7 +201,11 @@ class SweepData:
     def share_of_full_gain(self, score: float | None) -> float | None:
         """Returns (base - score) / (base - full), or None if a score is missing or full fine-tuning gained nothing."""
         base, gain = self.best_score("frozen"), self.full_gain
-        return None if score is None or base is None or gain is None else self.sign * (base - score) / gain
+        return (
+            None
+            if score is None or base is None or gain is None
+            else self.record.search_metric.sign * (base - score) / gain
+        )
 
 
 def load_sweep_data(folder: Path, record: SweepRecord | None = None) -> SweepData:
@@ -281,7 +284,7 @@ def _build_predicted(setting: SettingRow, confirm_runs: Iterable[Trial]) -> Tria
         number=0,
         state="complete",
         params=setting.params,
-        value=setting.score if is_number(setting.score) else None,
+        search_score=setting.score if is_number(setting.score) else None,
         run=run.run if run else "",
         values=run.values if run else {},
     )

@@ -65,12 +65,12 @@ def write_report(findings: Findings) -> None:
 
 def build_tables(findings: Findings) -> dict[str, pandas.DataFrame]:
     """Returns the content of each CSV file: trials, their curves, and after a confirm stage its runs."""
-    data, metric = findings.data, findings.data.record.metric
+    data, metric = findings.data, findings.data.record.search_metric.name
     test_column = f"test/{data.record.verdict_metric.name}"
     trials, runs = data.frame.iloc[: len(data.trials)], data.frame.iloc[len(data.trials) :]
     trials = trials.drop(columns=["stage", "seed", "step", test_column], errors="ignore").assign(
         method=[row.method for row in data.record.arms for _ in data.list_trials(row.name)],
-        share_of_full_gain=[data.share_of_full_gain(trial.value) for trial in data.trials],
+        share_of_full_gain=[data.share_of_full_gain(trial.search_score) for trial in data.trials],
         is_better_than_untrained=[findings.learning.is_better(trial) for trial in data.trials],
     )
     curves = [(trial.arm, trial.number, *point) for trial in data.trials for point in trial.curve]
@@ -101,7 +101,10 @@ def write_tensorboard(data: SweepData, answers: Sequence[AnswerLine], folder: Pa
     answer = Value(tag="answers", metadata=as_text, tensor=make_tensor_proto(["\n".join(lines)]))
     _write_events(folder / "arms", [(0, answer)])
     # each subject's best curve is a run of TensorBoard, so that it has its own colour
-    tag, last_step = f"{ARM_TAG}/{data.record.metric}", max((trial.step for trial in data.trials), default=0)
+    tag, last_step = (
+        f"{ARM_TAG}/{data.record.search_metric.name}",
+        max((trial.step for trial in data.trials), default=0),
+    )
     for one in data.subjects:
         curve = one.best.curve if one.best else ()
         if len(curve) == 1:  # the frozen base: one evaluation, drawn as a line across the chart
@@ -115,7 +118,10 @@ def write_tensorboard(data: SweepData, answers: Sequence[AnswerLine], folder: Pa
             name = Path(trial.run).name
             settings = {"arm": one.name, "status": trial.state, **trial.params}
             test = mean.value if mean and trial is one.best else None
-            scores = {f"best/{data.record.metric}": trial.value, f"test/{data.record.verdict_metric.name}": test}
+            scores = {
+                f"best/{data.record.search_metric.name}": trial.search_score,
+                f"test/{data.record.verdict_metric.name}": test,
+            }
             row_name = f"{name} of {data.folder.absolute().name}"
             _write_row(folder / "trials" / name, row_name, trial.record, settings, scores)
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from lorasweep.config.data import METRIC_RANGES, get_sign
+from lorasweep.config.data import METRIC_RANGES
 from lorasweep.config.method import FrozenConfig
 from lorasweep.config.sweep import Margin, parse_margin
 from lorasweep.record import (
@@ -145,7 +144,7 @@ def build_evidence(record: SweepRecord, scores: ConfirmScores) -> Evidence:
         confidence=1 - 2 * level,
         notes=(
             *([NO_EXAMPLE_SCORES] if means and not scores.num_examples else []),
-            *([OTHER_SEARCH_METRIC] if means and record.verdict_metric.name != record.metric else []),
+            *([OTHER_SEARCH_METRIC] if means and record.verdict_metric.name != record.search_metric.name else []),
             *scores.problems,
         ),
         scores=scores,
@@ -157,10 +156,10 @@ def read_confirm_scores(
 ) -> ConfirmScores:
     """Returns the test scores of the complete runs of the settings that are confirmed now, by the verdicts' metric.
 
-    Scores by another `metric`, or on a `retained` data set, are in the runs' records, which must be read before.
+    Scores on a `retained` data set are in the runs' records, which must be read before.
     """
-    metric = retained.metric if retained else metric or record.verdict_metric.name
-    file = TEST_SCORES_FILE if metric == record.metric else ANSWERS_FILE.format("test")
+    metric = retained.metric.name if retained else metric or record.verdict_metric.name
+    file = TEST_SCORES_FILE if metric == record.search_metric.name else ANSWERS_FILE.format("test")
     file = RETAINED_SCORES_FILE.format(retained.name) if retained else file
     values: dict[RunKey, float] = {}
     examples: dict[RunKey, RunExampleScores] = {}
@@ -168,10 +167,8 @@ def read_confirm_scores(
     for row in record.confirm_runs:
         if row.seed is None or not row.is_complete:
             continue
-        value: Any = row.value
-        if retained or metric != record.verdict_metric.name:
-            found = (row.record.retained.get(retained.name, {}) if retained else row.record.test) if row.record else {}
-            value = found.get(metric)
+        scores = (row.record.retained.get(retained.name, {}) if row.record else {}) if retained else row.test_scores
+        value = scores.get(metric)
         if not is_number(value):
             on = f"`{retained.name}`" if retained else "test data"
             problems.append(f"`{row.run}` has no {format_metric(metric)} on {on}.")
@@ -192,7 +189,9 @@ def read_confirm_scores(
         score_range=METRIC_RANGES.get(metric, UNBOUNDED),
         problems=problems,
         # in the unit of the metric by which the search chose
-        search_errors={row.subject: row.regret for row in record.settings if row.regret and metric == record.metric},
+        search_errors={
+            row.subject: row.regret for row in record.settings if row.regret and metric == record.search_metric.name
+        },
     )
 
 
@@ -231,7 +230,7 @@ def compare_retained(
         assert base is not None
         scores = read_confirm_scores(record, folder, retained=row)
         problems += [problem for problem in scores.problems if problem not in problems]
-        scale = MarginScale(margin=margin, sign=get_sign(row.direction), base=base, full=None)
+        scale = MarginScale(margin=margin, sign=row.metric.sign, base=base, full=None)
         for subject in [setting.subject for setting in record.settings]:
             # The numbers are about the confirmed setting itself, so the error of the search is not part of them.
             pair = compare_pair(subject, base, scores, scale, adds_search_error=False)
@@ -240,7 +239,7 @@ def compare_retained(
             if pair and change is not None and base_score:
                 yield RetainedChange(
                     data=row.name,
-                    metric=row.metric,
+                    metric=row.metric.name,
                     subject=subject,
                     num_seeds=len(pair.advantage.seeds),
                     base_score=base_score.value,

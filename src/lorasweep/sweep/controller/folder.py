@@ -112,13 +112,13 @@ class SweepFolder:
         study = optuna.create_study(
             study_name=name,
             storage=self.storage,
-            direction=self.record.direction,
+            direction=self.record.search_metric.direction,
             load_if_exists=True,
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             if study.metric_names is None:
-                study.set_metric_names([self.record.metric])
+                study.set_metric_names([self.record.search_metric.name])
         return study
 
     def is_save_due(self) -> bool:
