@@ -195,8 +195,8 @@ def test_the_best_complete_trial_wins(direction, best):
 def test_the_table_has_a_row_for_each_run_and_a_column_for_each_dotted_key():
     sweep = make_sweep()
     sweep.trials[0].record = make_run(config={"optim": {"lr": 0.5}}, wall_s=2.5, best={"loss": 1.5, "step": 4})
-    table = build_frame([*sweep.trials, *sweep.confirm], metric="loss", test_metric="loss", keys=["optim.lr"])
-    rows = table.to_dict("records")
-    assert [(row["stage"], row["method.rank"]) for row in rows] == [("search", 1), ("confirm", 1)]
-    assert (rows[0]["optim.lr"], rows[0]["wall_s"], rows[0]["best_step"]) == (0.5, 2.5, 4)
-    assert (rows[1]["test/loss"], rows[1]["seed"]) == (1.5, 7)
+    (trial,) = build_frame(sweep.trials, metric="loss", keys=["optim.lr"]).to_dict("records")
+    assert (trial["trial"], trial["method.rank"], trial["loss"]) == (0, 1, None)
+    assert (trial["optim.lr"], trial["wall_s"], trial["best_step"]) == (0.5, 2.5, 4)
+    (run,) = build_frame(sweep.confirm, metric="loss").to_dict("records")
+    assert (run["seed"], run["method.rank"], run["test/loss"]) == (7, 1, 1.5)

@@ -96,7 +96,7 @@ def test_every_output_has_it(confirmed):
     assert {row["subject"]: row["change"] for row in stored} == {n: float(row["change"]) for n, row in rows.items()}
     line = findings.answers[-1]
     assert line.question == "What was forgotten of code?"
-    assert line.is_settled
+    assert line.state == "settled"
     assert "(worse)" in line.text
     assert "(no more forgotten than 0.01)" in line.text
     assert "`frozen` 0" not in line.text

@@ -12,7 +12,7 @@ import lorasweep
 from lorasweep.cli import run
 from lorasweep.outcome import WRONG_REQUEST
 from lorasweep.record import read_run, read_sweep
-from lorasweep.report.generated import list_answered_examples
+from lorasweep.report.generated import list_generated_examples
 from lorasweep.report.sweep_data import load_sweep_data
 
 ARMS = {
@@ -90,10 +90,10 @@ def test_verdicts_are_about_the_chosen_metric_and_the_page_shows_both_and_the_an
     assert -1 <= question["value"] <= 1
     with (folder / "report" / "confirmed.csv").open() as file:
         assert {"exact_match", "bits_per_byte"} <= next(csv.DictReader(file)).keys()
-    examples = list_answered_examples(data)
+    examples = list_generated_examples(data)
     assert len(examples) == 5
     # no arm is frozen, so the base answered once
-    assert {tuple(example.answers) for example in examples} == {("base", "full", "lora")}
+    assert {tuple(example.texts) for example in examples} == {("base", "full", "lora")}
     page = (folder / "report" / "index.html").read_text()
     section = page[page.index('<section id="generated">') :]
     assert "&lt;user&gt; w" in section

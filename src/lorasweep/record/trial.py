@@ -174,38 +174,32 @@ def name_run(stage: Stage, arm: str, number: int) -> str:
     return f"runs/{arm}{'' if stage == 'search' else '-confirm'}-{number:04d}"
 
 
-def build_frame(
-    trials: Iterable[Trial], *, metric: str, test_metric: str, keys: Sequence[str] = ()
-) -> pandas.DataFrame:
-    """Returns a table with a row per run and its settings as columns with dotted keys.
+def build_frame(runs: Iterable[Trial], *, metric: str, keys: Sequence[str] = ()) -> pandas.DataFrame:
+    """Returns a table with a row per run of one stage and its settings as columns with dotted keys.
 
-    `METRIC` is the best score on validation data and `test/TEST_METRIC` that of a confirm run on test data. Trials with
-    a record also have its costs (`COST_FIELDS`), `best_step`, and the values of `keys`, swept or not.
+    A trial of the search has its number as `trial` and the best score on validation data as `METRIC`. A confirm run has
+    its `seed`, and its score on test data as `test/METRIC`. Runs with a record also have its costs (`COST_FIELDS`),
+    `best_step`, and the values of `keys`, swept or not.
     """
     import pandas  # noqa: PLC0415 (slow to import)
 
-    rows = [_build_row(trial, metric, test_metric, keys) for trial in trials]
+    rows = []
+    for run in runs:
+        is_search = run.stage == "search"
+        row = {
+            "arm": run.arm,
+            "subject": run.subject,
+            **({"trial": run.number} if is_search else {"seed": run.seed}),
+            "state": run.state,
+            **({metric: run.search_score} if is_search else {f"test/{metric}": run.test_scores.get(metric)}),
+            **run.params,
+            **{key: run.setting(key) for key in keys},
+        }
+        if (record := run.record) is not None:
+            row |= {name: getattr(record, name) for name in COST_FIELDS}
+            row["best_step"] = int(record.best["step"]) if is_number(record.best.get("step")) else None
+        rows.append(row | {"step": run.step, "run": run.run, "reason": run.reason})
     frame = pandas.DataFrame.from_records(rows)
     # a nullable type, because a missing value would turn whole numbers into floats
     whole = [name for name in frame if {type(row.get(name)) for row in rows} == {int, type(None)}]
     return frame.astype(dict.fromkeys(whole, "Int64"))
-
-
-def _build_row(trial: Trial, metric: str, test_metric: str, keys: Sequence[str]) -> dict[str, Any]:
-    record = trial.record
-    row = {
-        "stage": trial.stage,
-        "arm": trial.arm,
-        "subject": trial.subject,
-        "trial": trial.number,
-        "seed": trial.seed,
-        "state": trial.state,
-        metric: trial.search_score,
-        f"test/{test_metric}": trial.test_scores.get(test_metric),
-        **trial.params,
-        **{key: trial.setting(key) for key in keys},
-    }
-    if record is not None:
-        row |= {name: getattr(record, name) for name in COST_FIELDS}
-        row["best_step"] = int(record.best["step"]) if is_number(record.best.get("step")) else None
-    return row | {"step": trial.step, "run": trial.run, "reason": trial.reason}

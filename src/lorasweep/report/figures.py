@@ -24,8 +24,9 @@ from lorasweep.report.panel import (
     escape,
     set_score_axis,
 )
-from lorasweep.report.recommend import choose_subject, format_subject_score
+from lorasweep.report.recommend import choose_subject
 from lorasweep.report.sweep_data import SubjectData, SweepData
+from lorasweep.report.terminal import format_means
 from lorasweep.wording import format_metric, short_key
 
 MAX_OTHER_ARMS = 6
@@ -87,11 +88,12 @@ def _draw_scores(values: Sequence[SubjectData], others: Sequence[SubjectData], d
     ends = [end for *_, interval in rows for end in interval or ()]
     levels = {"full": full.value if full else None, "frozen": base.value if base else None}
     set_score_axis(figure, [*scores, *band], ends, **levels)
-    is_asked = bool(values) and bool(evidence.list_answers("smallest", arm=values[0].arm))
+    is_asked = bool(values) and evidence.find_outcome("smallest", values[0].arm).state != "not asked"
     enough = choose_subject(data, values[0].arm) if is_asked else None
+    shown = format_means(evidence.means)
     for one, found, interval in rows:
         colour, place = colours[one.name], escape(one.subject.label)  # `rank 4` differs from an arm named `4`
-        text = escape(f"{one.name}: {format_subject_score(one, data)}")
+        text = escape(f"{one.name}: {shown[one.name]}")
         add_point(figure, place, found.value, colour, one.name, text=text, marker={"size": 11}, interval=interval)
         seeds = [(place, run, data.record.find_run_score(run)) for run in one.confirm_runs if run.is_complete]
         add_trials(figure, seeds, colour, one.name, marker={"symbol": "circle-open"})
@@ -161,9 +163,8 @@ def draw_score_by_lr(data: SweepData) -> Panel:
 
 def _draw_rates(subjects: Sequence[SubjectData], data: SweepData) -> go.Figure:
     scored = [trial for one in subjects for trial in one.trials if trial.search_score is not None]
-    has_u = len({trial.numeric_setting(ALPHA) for trial in scored}) > 1 and all(
-        trial.follows_rate_law for trial in scored
-    )
+    alphas = {trial.numeric_setting(ALPHA) for trial in scored}
+    has_u = len(alphas) > 1 and all(trial.follows_rate_law for trial in scored)
 
     def find_x(trial: Trial) -> float:
         """Returns the learning rate, or the coordinate of the rate law; 0 if it is not known."""
@@ -185,15 +186,9 @@ def _draw_rates(subjects: Sequence[SubjectData], data: SweepData) -> go.Figure:
         add_trials(figure, stopped, colour, one.name, marker={"symbol": "x-thin-open"})
         if one.best and (x := find_x(one.best)):
             marker = LARGE | {"symbol": "diamond-open" if one.best.is_predicted else "circle-open"}
-            add_point(
-                figure,
-                x,
-                one.best.search_score,
-                colour,
-                one.name,
-                text=describe_point(one.best, one.best.search_score),
-                marker=marker,
-            )
+            score = one.best.search_score
+            text = describe_point(one.best, score)
+            add_point(figure, x, score, colour, one.name, text=text, marker=marker)
     ranked = sorted(scores, key=lambda score: data.record.search_metric.sign * score)
     half = 1 + len(ranked) // 2  # the better half is always shown
     full, frozen = data.best_score("full"), data.best_score("frozen")

@@ -14,7 +14,7 @@ from lorasweep import wording
 from lorasweep.record import STATES, Trial
 from lorasweep.report.answers import describe_answer, describe_change
 from lorasweep.report.findings import Findings
-from lorasweep.report.generated import list_answered_examples
+from lorasweep.report.generated import list_generated_examples
 from lorasweep.report.panel import Panel, build_link, choose_colours
 from lorasweep.report.terminal import describe_setting, list_columns
 
@@ -45,7 +45,7 @@ def render_page(findings: Findings, panels: Sequence[Panel]) -> str:
         describe_setting=describe_setting,
         states=STATES,
         verdicts=[(answer, describe_answer(answer, data)) for answer in data.evidence.answers],
-        generated=list_answered_examples(data),
+        generated=list_generated_examples(data),
         retained=[(change, describe_change(change, data)) for change in data.retained],
         colours=choose_colours(data),
         panels=panels,

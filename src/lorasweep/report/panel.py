@@ -107,19 +107,11 @@ def set_score_axis(
     if num_outside := sum(not low - pad <= score <= high + pad for score in others):
         figure.layout.xaxis.title.text += f"<br>{num_outside} outside the range"
     for method, score in known.items():
-        figure.add_hline(
-            y=score,
-            line={"color": METHOD_COLOURS[method], "width": 1.2, "dash": "dot"},
-            annotation={
-                "text": f"{method} {format_score(score)}",
-                "font": {"color": METHOD_COLOURS[method], "size": 12},
-                "x": 1,
-                "xanchor": "left",
-                "yanchor": "bottom"
-                if score == max(known.values())
-                else "top",  # so that names of close lines are apart
-            },
-        )
+        colour, is_highest = METHOD_COLOURS[method], score == max(known.values())
+        side = "bottom" if is_highest else "top"  # so that names of close lines are apart
+        name = {"text": f"{method} {format_score(score)}", "font": {"color": colour, "size": 12}}
+        place = {"x": 1, "xanchor": "left", "yanchor": side}
+        figure.add_hline(y=score, line={"color": colour, "width": 1.2, "dash": "dot"}, annotation=name | place)
 
 
 def add_point(

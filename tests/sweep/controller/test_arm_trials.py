@@ -18,7 +18,8 @@ def read():
     """Reads the trials of the arm from a storage in memory."""
     storage = optuna.storages.InMemoryStorage()
     study = optuna.create_study(storage=storage, study_name="lora")
-    sweep = SimpleNamespace(storage=storage, open_study=lambda name: study)
+    record = SimpleNamespace(find_run_score=lambda trial: trial.search_score)
+    sweep = SimpleNamespace(record=record, storage=storage, open_study=lambda name: study)
     return lambda: ArmTrials(sweep, ARM, stage="search", planned=ARM.trials, session="s")
 
 
