@@ -263,9 +263,9 @@ def end_trial(trial: Trial, arm: Arm, table: Table, *, seed: int) -> Trial:
         step = config.trainer.eval_every_steps * (len(values) + 1)
         values[step] = value
         if explain_stop(config, step, {"metric": value, "loss": loss}, untrained=untrained, metric=metric):
-            return replace(trial, state="stopped", value=value, values=values)
+            return replace(trial, state="stopped", search_score=value, values=values)
     best = table.sign * min(table.sign * value for value in run.values)
-    return replace(trial, state="complete", value=best, values=values)
+    return replace(trial, state="complete", search_score=best, values=values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,7 +314,7 @@ def choose_settings(
     searches = {name: run_search(with_seed(arm, number), table, rng=rng) for name, arm in arms.items()}
     direction, trials = get_direction(table), searches["full"].trials
     complete = [trial for trial in trials if trial.state == "complete"]
-    winner = min(complete, key=lambda trial: table.sign * (trial.value or 0.0))
+    winner = min(complete, key=lambda trial: table.sign * (trial.search_score or 0.0))
     found = {0: predict_best(arms["full"], trials, Subject(arm="full"), direction=direction, chosen=winner.params)}
     arm = with_seed(arms["lora"], number)
     for rank in ranks:

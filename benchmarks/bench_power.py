@@ -47,7 +47,7 @@ def measure_spreads(table: Table, arms: Mapping[str, Arm], *, number: int) -> li
     scale = MarginScale(margin=parse_margin("5%"), sign=table.sign, base="frozen", full="full")
     num_seeds, num_groups, spreads = len(table.seeds), 1 / float((table.shares**2).sum()), []
     for rank in MEASURED_RANKS:
-        estimate = scale.estimate_advantage(scores, name_subject(rank), "full", margins=1.0, adds_search_error=True)
+        estimate = scale.estimate_advantage(scores, name_subject(rank), "full", margins=1.0)
         assert estimate is not None
         both = estimate.interaction_variance
         parts = (

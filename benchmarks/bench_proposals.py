@@ -125,7 +125,7 @@ def run_search(table: Table, arm: Arm) -> list[Trial]:
             history = History(arm, [*trials, *begun], direction="minimize")
             params, _ = proposals.propose(arm, history, number=number)
             begun.append(Trial(arm="", number=number, run="", params=dict(params), state="running"))
-        trials += [replace(trial, state="complete", value=table.read(trial.params)) for trial in begun]
+        trials += [replace(trial, state="complete", search_score=table.read(trial.params)) for trial in begun]
     return trials
 
 
@@ -139,7 +139,7 @@ def choose_settings(table: Table, way: Way, arm: Arm, trials: Sequence[Trial]) -
             chosen.append(found.params)
         else:
             own = [trial for trial in trials if trial.params[RANK] == rank]
-            best = min(own or trials, key=lambda trial: trial.value or math.inf)
+            best = min(own or trials, key=lambda trial: trial.search_score or math.inf)
             chosen.append({**best.params, RANK: rank})
     return chosen
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.config.compose import compose_run
+from lorasweep.config.data import get_built_in_metric
 from lorasweep.record import ArmRow, RunRecord, SweepRecord, Trial, write_record
 
 BASE, FULL, STEPS = 2.03, 1.66, 500
@@ -106,8 +107,7 @@ def build_sweep(folder: Path, *, trials: int, examples: int) -> Path:
         status="complete",
         name="large",
         description="A sweep that never ran, to measure the report.",
-        metric="bits_per_byte",
-        direction="minimize",
+        search_metric=get_built_in_metric("bits_per_byte"),
         margin="5%",
         definition={},
         arms=[make_arm(arm, counts[arm]) for arm in arms],
@@ -146,7 +146,7 @@ def make_trial(folder: Path, arm: str, number: int, rng: random.Random) -> Trial
         number=number,
         state=state,
         params=params,
-        value=None if state == "failed" else score,
+        search_score=None if state == "failed" else score,
         run=f"runs/{arm}-{number:04d}",
         reason=None
         if state == "complete"
@@ -169,7 +169,7 @@ def ideal_score(arm: str, params: dict[str, float]) -> float:
 
 def make_reruns(folder: Path, arm: str, rows: list[Trial], difficulty: list[float], rng: random.Random) -> list[Trial]:
     complete = [row for row in rows if row.arm == arm and row.state == "complete"]
-    winner = min(complete, key=lambda row: row.value or math.inf)
+    winner = min(complete, key=lambda row: row.search_score or math.inf)
     made = []
     for seed in range(1 if arm == "frozen" else SEEDS):
         value = ideal_score(arm, winner.params) + (0 if arm == "frozen" else rng.gauss(0, 0.004))
@@ -189,7 +189,7 @@ def make_reruns(folder: Path, arm: str, rows: list[Trial], difficulty: list[floa
                 seed=seed,
                 state="complete",
                 run=run,
-                value=value,
+                test_scores={"bits_per_byte": value},
             )
         )
     return made

@@ -174,7 +174,7 @@ def read_result(folder: Path) -> dict[str, Any]:
         **{name: telemetry[name] for name in ("first_step_at", "training_s", "evaluating_s", "saving_s")},
         "gpu_peak_memory_bytes": telemetry.get("gpu_peak_memory_bytes", 0),
         "steps": sum(trial.step for trial in sweep.record.trials),
-        "best_score": best.value,
+        "best_score": best.search_score,
         "best_params": {"rank": best.params["method.rank"], "lr": best.params["optim.lr"]},
         "best_adapter": str(sweep.load_run(best).folder / "best"),
     }

@@ -37,7 +37,7 @@ def test_a_sweep_from_a_mapping_is_complete_and_its_best_trial_is_confirmed(resu
     assert best.number == frame.loc[frame["bits_per_byte"].idxmin(), "trial"]
     assert set(result.confirm_dataframe().query("subject == 'lora'")["method.rank"]) == {best.params["method.rank"]}
     assert [row.trial for row in result.record.settings if row.subject == "lora"] == [best.number]
-    assert best.value == result.study("lora").trials[best.number].value == result.load_run(best).score
+    assert best.search_score == result.study("lora").trials[best.number].value == result.load_run(best).score
     assert result.best("frozen").params == {}
     for call in (result.best, result.study):
         with pytest.raises(ConfigError, match=r"`arm` must be one of frozen, lora.*'full'"):
@@ -73,7 +73,7 @@ def test_a_sweep_is_resumed_with_more_seeds_and_nothing_else(result, tmp_path):
     seen = []
     resumed = lorasweep.resume_sweep(result.folder, overrides=["confirm.seeds=2"], progress=seen.append)
     assert list(resumed.confirm_dataframe()["arm"]) == ["frozen", "lora", "lora"]  # the base needs one seed
-    assert [row.value for row in resumed.record.trials] == [row.value for row in result.record.trials]
+    assert [row.search_score for row in resumed.record.trials] == [row.search_score for row in result.record.trials]
     assert seen[-1].record.status == "complete"
 
 

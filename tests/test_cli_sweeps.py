@@ -53,10 +53,10 @@ def test_a_sweep_goes_from_file_to_report(swept, sweep, capsys):
     assert {path.name for path in swept.folder.iterdir()} == {"outputs", "mini.yaml"}
     for row in (record := read_sweep(sweep)).trials:
         kept = read_run(sweep / row.run)
-        assert (kept.arm, kept.trial, kept.status, kept.score) == (row.arm, row.number, row.state, row.value)
+        assert (kept.arm, kept.trial, kept.status, kept.score) == (row.arm, row.number, row.state, row.search_score)
         assert kept.test == {}  # only the confirm runs may see test data
         assert list((sweep / row.run).glob("events.out.tfevents.*"))
-    assert all(row.value == read_run(sweep / row.run).test["bits_per_byte"] for row in record.confirm)
+    assert all(row.test_scores == read_run(sweep / row.run).test for row in record.confirm)
     summary = json.loads((sweep / "report" / "summary.json").read_text())
     assert {arm["name"]: arm["trials"]["complete"] for arm in summary["arms"]} == {"frozen": 1, "lora": 2}
     assert run(["compare", "s"]) == DONE
@@ -66,14 +66,14 @@ def test_a_sweep_goes_from_file_to_report(swept, sweep, capsys):
 
 
 def test_train_takes_the_settings_that_a_sweep_recommends_and_says_so(sweep, capsys):
-    best = min(read_sweep(sweep).trials[1:], key=lambda row: row.value)
+    best = min(read_sweep(sweep).trials[1:], key=lambda row: row.search_score)
     assert run(["train", "--from", "s", "output=one"]) == DONE
     assert f"settings of trial {best.number} of arm `lora` in {sweep}" in capsys.readouterr().err
     assert run(["train", "--from=s/lora", "trainer.max_steps=3", "output=two"]) == DONE
     one, two = read_run(Path("one")), read_run(Path("two"))
     assert one.origin == two.origin == {"sweep": str(sweep), "name": "mini", "arm": "lora", "trial": best.number}
     assert (one.config["method"]["rank"], one.steps_done, two.steps_done) == (best.params["method.rank"], 2, 3)
-    assert one.score == best.value  # the trial ran alone, with the same seed
+    assert one.score == best.search_score  # the trial ran alone, with the same seed
     found = lorasweep.train_run({"trainer.max_steps": 1}, from_sweep="s", output="three")
     assert (found.record.origin, found.record.steps_done) == (one.origin, 1)
 
@@ -158,7 +158,8 @@ def test_json_has_the_keys_of_the_page_and_nothing_else_is_printed(sweep, capfd,
     )
     assert run([command, *words, "--json"]) == DONE
     found = json.loads(capfd.readouterr().out)
-    section = JSON_PAGE.read_text(encoding="utf-8").split(f"\n## {command}\n")[1].split("\n## ")[0]
+    heading = "sweep" if command == "compare" else command
+    section = JSON_PAGE.read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
     keys = [
         key for row in re.findall(r"^\| (`.*?) \|", section, flags=re.MULTILINE) for key in re.findall("`(.*?)`", row)
     ]

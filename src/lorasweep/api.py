@@ -123,9 +123,9 @@ def resume_sweep(
     opened = reopen_sweep(Path(folder), changes=parse_overrides(overrides))
     inputs_cache, definition, record = InputsCache(), opened.definition, opened.record
     try:
-        metric = check_definition(definition, inputs_cache).name
-        if metric != record.metric:
-            raise ConfigError(f"`data.metric` must stay {record.metric!r} for all arms, but got {metric!r}.")
+        metric, before = check_definition(definition, inputs_cache).name, record.search_metric.name
+        if metric != before:
+            raise ConfigError(f"`data.metric` must stay {before!r} for all arms, but got {metric!r}.")
         record.warnings += list_model_warnings(definition, inputs_cache)
         if record.changes:
             opened.note(list_notes(definition, inputs_cache))

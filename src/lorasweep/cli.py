@@ -89,8 +89,8 @@ def _add_sweep_commands(add: Callable[[Command, str], argparse.ArgumentParser]) 
     )
     plan_parser = add(commands.plan, "estimate the time, memory and disk of a sweep without training it")
     _add_overrides(plan_parser, "NAME|FILE key=value", "as in sweep")
-    compare_parser = add(commands.compare, "write and show the report of a sweep again, or the spread of several")
-    compare_parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders of sweeps")
+    compare_parser = add(commands.compare, "write and show the report of a sweep again")
+    compare_parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the sweep")
     for shown in (sweep_parser, compare_parser):
         shown.add_argument("--verbose", action="store_true", help="print all notes and findings of the report")
     for timed in (sweep_parser, plan_parser, new_parser):

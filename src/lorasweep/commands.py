@@ -170,20 +170,15 @@ def _measure_definition(
 
 
 def compare(arguments: argparse.Namespace) -> Outcome:
-    from lorasweep.report.terminal import render_spread
     from lorasweep.report.write import write_report
     from lorasweep.results import load_sweep
 
-    results = [load_sweep(folder) for folder in arguments.folders]
-    for result in results:
-        if (count := len(result.record.trials)) > MAX_SILENT_TRIALS:
-            say(f"writes the report of {count:,} trials", file=sys.stderr)
-        write_report(result.findings)
-    if len(results) == 1:
-        _show_report(results[0], verbose=arguments.verbose)
-    else:
-        show(render_spread([result.findings.data for result in results]))
-    return Outcome({"sweeps": [result.as_json() for result in results]})
+    result = load_sweep(arguments.folder)
+    if (count := len(result.record.trials)) > MAX_SILENT_TRIALS:
+        say(f"writes the report of {count:,} trials", file=sys.stderr)
+    write_report(result.findings)
+    _show_report(result, verbose=arguments.verbose)
+    return Outcome(result)
 
 
 def judge(arguments: argparse.Namespace) -> Outcome:

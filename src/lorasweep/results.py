@@ -134,12 +134,12 @@ class SweepResult:
     @property
     def metric(self) -> str:
         """Name of the score, such as `bits_per_byte`."""
-        return self.record.metric
+        return self.record.search_metric.name
 
     @property
     def direction(self) -> Direction:
         """Whether a lower score is better (`minimize`) or a higher one."""
-        return self.record.direction
+        return self.record.search_metric.direction
 
     @property
     def arms(self) -> list[str]:
@@ -209,9 +209,7 @@ class SweepResult:
 
     def trials_dataframe(self) -> pandas.DataFrame:
         """Returns a row per trial of the search: `arm`, `trial`, `state`, the metric, swept keys, `step` and `run`."""
-        test_metric = self.record.verdict_metric.name
-        table = build_frame(self.trials, metric=self.metric, test_metric=test_metric)
-        return table.drop(columns=["stage", "seed", f"test/{test_metric}"], errors="ignore")
+        return build_frame(self.trials, metric=self.metric)
 
     def confirm_dataframe(self) -> pandas.DataFrame:
         """Returns a row per confirm run: `arm`, `subject`, `seed`, `state`, the test score, swept keys, and `run`.
@@ -219,8 +217,7 @@ class SweepResult:
         A subject is an arm, or one value of its `confirm_each` key. `record.confirm` also has the runs of former
         settings, if the sweep grew.
         """
-        table = build_frame(self.record.confirm_runs, metric=self.metric, test_metric=self.record.verdict_metric.name)
-        return table.drop(columns=["stage", "trial", self.metric], errors="ignore")
+        return build_frame(self.record.confirm_runs, metric=self.record.verdict_metric.name)
 
     def study(self, arm: str) -> optuna.Study:
         """Returns the Optuna study of an arm's search, for Optuna's own plots. Don't add trials to it.

@@ -145,9 +145,13 @@ def finish(begin):
 def state_of(folder):
     """Every trial by its run's folder: what was proposed, how it ended, each loss and evaluation, and its weights."""
     record = read_sweep(folder)
-    listed = [(row.run, row.arm, row.number, row.params, row.state, row.value, row.reason) for row in record.trials]
+    listed = [
+        (row.run, row.arm, row.number, row.params, row.state, row.search_score, row.reason) for row in record.trials
+    ]
     reruns = record.confirm
-    listed += [(row.run, row.subject, row.setting_number, row.seed, row.state, row.value, row.reason) for row in reruns]
+    listed += [
+        (row.run, row.subject, row.setting_number, row.seed, row.state, row.test_scores, row.reason) for row in reruns
+    ]
     state = {}
     for run, *rest in listed:
         kept = read_run(folder / run)

@@ -118,7 +118,7 @@ def check_whole(folder, *, steps=24):
         if hasattr(row, "params"):
             assert run.config["optim"]["lr"] == row.params["optim.lr"]
     for arm in ("full", "lora"):
-        best = min((row for row in record.trials if row.arm == arm), key=lambda row: row.value)
+        best = min((row for row in record.trials if row.arm == arm), key=lambda row: row.search_score)
         assert {row.trial for row in record.settings if row.arm == arm} == {best.number}
 
 

@@ -12,13 +12,13 @@ from lorasweep.outcome import DONE, WRONG_REQUEST
 
 LONG, NAN = "x" * 1_000_000, math.nan
 DEEP = f"<<{'[' * 150}{']' * 150}>>"
-LORA = {"arm": "lora", "key": "method.rank"}
+LORA, TEST = {"arm": "lora", "key": "method.rank"}, "bits_per_byte"
 REFUSED = [
     *({place: name} for place in ("arms/0/name", "trials/0/arm", "trials/0/subject", "settings/1/subject")
       for name in ("../../outside", "..", "a/b", "/tmp/outside", "a\0b", "", LONG)),
     *({place: name} for place in ("trials/0/run", "confirm/0/run") for name in ("runs/..", "runs/../../x", "/etc")),
     {"arms/2/subjects/0/arm": "../x"},
-    {"retained": [{"name": "../../x", "metric": "m", "direction": "minimize"}]},
+    {"retained": [{"name": "../../x", "metric": {"name": "m", "direction": "minimize"}}]},
     {"trials/0/arm": "nobody"},
     {"settings/1/subject": "nobody"},
     {"arms": lambda arms: arms + arms},
@@ -38,15 +38,16 @@ REFUSED = [
     {"trials/0/number": 2**63},
     {"makespan_s": 1e308},
     {"trials/0/values": {"1": 1e308}},
+    *({"confirm/1/test_scores": {TEST: value}} for value in (NAN, 1e308, "x")),
     {"settings/1/regret": 1e308},
     {"settings/1/rate_costs": {"half": "<<1e400>>"}},
     {"status": DELETED},
     {"definition": f"<<{'[' * 100_000}>>"},
 ]  # fmt: skip
 SHOWN = [
-    *({place: value} for place in ("trials/1/value", "confirm/1/value")
-      for value in (NAN, 1e308, -1e308, 1e-320, None)),
-    {f"confirm/{run}/value": (-1) ** run * 1e99 for run in range(5)},
+    *({"trials/1/search_score": value} for value in (NAN, 1e308, -1e308, 1e-320, None)),
+    *({"confirm/1/test_scores": scores} for scores in ({}, {TEST: None}, {TEST: 1e-320}, {"other": 1.0})),
+    {f"confirm/{run}/test_scores": {TEST: (-1) ** run * 1e99} for run in range(5)},
     {"trials/1/values": {}},
     {"makespan_s": None, "telemetry": {"wall_s": 0, "cpu_s": None}},
     {"trials/1/params": {"optim.lr": {"a": [1]}, "method.alpha": [[2]], "": "x" * 90_000, "\x1b[2J": True}},
@@ -60,7 +61,7 @@ SHOWN = [
     {"questions/0/subjects": ["nobody"], "questions/0/reference": "nobody"},
     {"looks_done": [{"seeds": 9, "open": [], "next": ["x"] * 1000}]},
     {"unknown": DEEP},
-    {"metric": "../../x"},
+    {"search_metric": {"name": "../../x", "direction": "minimize"}},
     {"status": "running", "trials/1/state": "running"},
 ]  # fmt: skip
 RUNS = [

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.fuzzing import NESTED, damage, damage_bytes, damage_json, fuzz, refusal_allowed
 
+from lorasweep.config.data import ScoreMetric
 from lorasweep.errors import RecordError
 from lorasweep.record import (
     RUN_FILE,
@@ -44,13 +45,18 @@ def make_sweep(**values):
     subjects = [Subject(arm="lora", key="method.rank", value=rank) for rank in (1, 2)]
     arm = ArmRow(name="lora", method="lora", trials=2, settings={}, space=space, subjects=subjects)
     confirmed = Trial(
-        stage="confirm", setting_number=0, seed=7, state="complete", run="runs/lora-0001", value=1.5, **common
+        stage="confirm",
+        setting_number=0,
+        seed=7,
+        state="complete",
+        run="runs/lora-0001",
+        test_scores={"loss": 1.5},
+        **common,
     )
     given = {
         "status": "running",
         "name": "s",
-        "metric": "loss",
-        "direction": "minimize",
+        "search_metric": ScoreMetric(name="loss", direction="minimize"),
         "margin": "5%",
         "definition": {"file": {}},
         "arms": [arm],
@@ -178,10 +184,10 @@ def test_the_best_complete_trial_wins(direction, best):
     ended = [("complete", v) for v in (2.0, 1.0, 1.0, 3.0, 3.0, math.inf, -math.inf, None)]
     ended += [("stopped", 0.0), ("stopped", 9.0), ("failed", None)]
     trials = [
-        Trial(arm="lora", number=n, state=state, params={}, value=value, run="r")
+        Trial(arm="lora", number=n, state=state, params={}, search_score=value, run="r")
         for n, (state, value) in enumerate(ended)
     ]
-    record = make_sweep(direction=direction)
+    record = make_sweep(search_metric=ScoreMetric(name="loss", direction=direction))
     assert find_winner(trials[::-1], record=record).number == best  # the earliest of equals
     assert find_winner(trials[5:], record=record) is None
 
@@ -189,8 +195,8 @@ def test_the_best_complete_trial_wins(direction, best):
 def test_the_table_has_a_row_for_each_run_and_a_column_for_each_dotted_key():
     sweep = make_sweep()
     sweep.trials[0].record = make_run(config={"optim": {"lr": 0.5}}, wall_s=2.5, best={"loss": 1.5, "step": 4})
-    table = build_frame([*sweep.trials, *sweep.confirm], metric="loss", test_metric="loss", keys=["optim.lr"])
-    rows = table.to_dict("records")
-    assert [(row["stage"], row["method.rank"]) for row in rows] == [("search", 1), ("confirm", 1)]
-    assert (rows[0]["optim.lr"], rows[0]["wall_s"], rows[0]["best_step"]) == (0.5, 2.5, 4)
-    assert (rows[1]["test/loss"], rows[1]["seed"]) == (1.5, 7)
+    (trial,) = build_frame(sweep.trials, metric="loss", keys=["optim.lr"]).to_dict("records")
+    assert (trial["trial"], trial["method.rank"], trial["loss"]) == (0, 1, None)
+    assert (trial["optim.lr"], trial["wall_s"], trial["best_step"]) == (0.5, 2.5, 4)
+    (run,) = build_frame(sweep.confirm, metric="loss").to_dict("records")
+    assert (run["seed"], run["method.rank"], run["test/loss"]) == (7, 1, 1.5)

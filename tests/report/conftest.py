@@ -7,6 +7,7 @@ import shutil
 import pytest
 from tests.files import edit_json
 
+from lorasweep.config.data import get_built_in_metric
 from lorasweep.record import (
     ArmRow,
     Question,
@@ -47,7 +48,7 @@ def curve_to(score):
 def make_trial(arm, number, params, curve, **fields):
     """Returns a complete trial whose score is that of the curve's last step, unless `fields` say otherwise."""
     value = curve[-1][1] if curve else None
-    known = {"state": "complete", "value": value, "run": name_run("search", arm, number)}
+    known = {"state": "complete", "search_score": value, "run": name_run("search", arm, number)}
     return Trial(arm=arm, number=number, params=params, values=dict(curve), **(known | fields))
 
 
@@ -128,8 +129,7 @@ def build_sweep(folder, *, lora=18, full=6, frozen=1, name="quickstart"):
             status="complete",
             name=name,
             description="Rank, α and learning rate for LoRA on English prose, beside full fine-tuning.",
-            metric="bits_per_byte",
-            direction="minimize",
+            search_metric=get_built_in_metric("bits_per_byte"),
             margin="5%",
             definition={},
             arms=[
@@ -174,11 +174,11 @@ def confirm_sweep(folder, *, seeds=5, examples=40, noise=0.004):
                     subject=setting.subject,
                     setting_number=setting.setting,
                     seed=seed,
-                    value=value,
+                    test_scores={sweep.search_metric.name: value},
                     run=name_run("confirm", arm.name, number),
                 )
                 rank = arm.settings.get("method.rank", 0)
-                write_run(folder, run, method=arm.method, rank=rank, test={sweep.metric: value})
+                write_run(folder, run, method=arm.method, rank=rank, test={sweep.search_metric.name: value})
                 if scores:  # all with the same weight, two to a group
                     lines = [f"{row},{score!r},1.0,document {row // 2}" for row, score in enumerate(scores)]
                     text = "\n".join(["row,score,weight,group", *lines, ""])
@@ -206,7 +206,7 @@ def list_settings(sweep, arm):
             setting=number,
             params=params,
             trial=None if arm.key else best.number,
-            score=best.value,
+            score=best.search_score,
             rate_ratio=1.02 if arm.key else None,
             regret=0.0 if arm.is_base else 0.001,
         )
@@ -275,7 +275,7 @@ def scatter_seeds(sweep, subject, spread):
 
     def change(raw):
         for place, row in enumerate(row for row in raw["confirm"] if row["subject"] == subject):
-            row["value"] += spread * (-1) ** place
+            row["test_scores"]["bits_per_byte"] += spread * (-1) ** place
 
     edit_json(sweep / "sweep.json", change)
     return sweep
@@ -312,5 +312,5 @@ def confirm_winners(folder):
     for setting in record.settings:
         winner = find_winner((row for row in record.trials if row.arm == setting.arm), record=record)
         if winner is not None:
-            setting.trial, setting.params, setting.score = winner.number, winner.params, winner.value
+            setting.trial, setting.params, setting.score = winner.number, winner.params, winner.search_score
     write_record(record, folder)

@@ -66,9 +66,9 @@ def test_share_of_full_gain_is_mirrored_when_maximizing(sweep):
         return [arm["share_of_full_gain"] for arm in read_findings(sweep).as_json()["arms"]]
 
     def negate(raw):
-        raw["direction"] = "maximize"
+        raw["search_metric"]["direction"] = "maximize"
         for trial in raw["trials"]:
-            trial["value"] = None if trial["value"] is None else -trial["value"]
+            trial["search_score"] = None if trial["search_score"] is None else -trial["search_score"]
 
     before = list_shares()
     edit_json(sweep / "sweep.json", negate)

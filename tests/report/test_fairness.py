@@ -26,7 +26,7 @@ def even(tmp_path):
 def change_run(sweep, number, *, state, steps):
     def change_trial(raw):
         (trial,) = (row for row in raw["trials"] if (row["arm"], row["number"]) == ("lora", number))
-        trial.update(state=state, value=1.8)
+        trial.update(state=state, search_score=1.8)
 
     edit_json(sweep / "sweep.json", change_trial)
     tokens = steps * TOKENS_PER_STEP
@@ -110,7 +110,7 @@ def test_best_value_at_the_end_of_its_range_is_said_if_a_complete_trial_lies_els
         raw["arms"][1]["space"] = {"method.rank": space}
         for trial in raw["trials"]:
             trial["params"] = {"method.rank": value} if trial["arm"] == "lora" else {}
-        raw["trials"][2].update(value=3.0, params={"method.rank": 8 if isinstance(value, int) else 2e-3})
+        raw["trials"][2].update(search_score=3.0, params={"method.rank": 8 if isinstance(value, int) else 2e-3})
 
     edit_json(sweep / "sweep.json", sweep_one_rank)
     said = list_edges(load_sweep_data(sweep))
@@ -118,5 +118,5 @@ def test_best_value_at_the_end_of_its_range_is_said_if_a_complete_trial_lies_els
     assert all(key == "method.rank" and f"`{key}` of `lora`" in text and f"{end} end" in text for key, text in said)
     edit_json(sweep / "sweep.json", lambda raw: raw["trials"][2].update(state="stopped"))  # its score counts
     assert len(list_edges(load_sweep_data(sweep))) == len(said)
-    edit_json(sweep / "sweep.json", lambda raw: raw["trials"][2].update(value=None))
+    edit_json(sweep / "sweep.json", lambda raw: raw["trials"][2].update(search_score=None))
     assert list_edges(load_sweep_data(sweep)) == []

@@ -42,7 +42,7 @@ def list_bars(figure):
 
 def test_diverged_score_does_not_flatten_the_others_and_is_counted(sweep):
     def diverge(raw):
-        next(trial for trial in raw["trials"] if trial["arm"] == "lora")["value"] = 90.0
+        next(trial for trial in raw["trials"] if trial["arm"] == "lora")["search_score"] = 90.0
 
     edit_json(sweep / "sweep.json", diverge)
     (figure,) = draw_score_by_lr(load_sweep_data(sweep)).figures

@@ -40,7 +40,7 @@ def read_page(sweep, shown):
 def fail_to_learn(sweep):
     def change(raw):
         for trial in raw["trials"]:
-            trial["value"] = BASE_SCORE if trial["arm"] == "frozen" else BASE_SCORE + 0.1
+            trial["search_score"] = BASE_SCORE if trial["arm"] == "frozen" else BASE_SCORE + 0.1
 
     edit_json(sweep / "sweep.json", change)
     return sweep

@@ -70,7 +70,12 @@ def test_a_sweep_of_ours_gets_its_own_verdicts(tmp_path):
         named = {"row": "example"}
         rows.append(examples.rename(columns=named).assign(arm=one.arm, seed=one.seed, value=value))
     found = lorasweep.judge(
-        pandas.concat(rows), margin=sweep.margin, maximize=False, key="rank", looks=sweep.looks, metric=sweep.metric
+        pandas.concat(rows),
+        margin=sweep.margin,
+        maximize=False,
+        key="rank",
+        looks=sweep.looks,
+        metric=sweep.search_metric.name,
     )
     expected = [one for one in answer_sweep(sweep, read_confirm_scores(sweep, folder)) if one.name != "pair"]
 

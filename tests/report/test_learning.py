@@ -23,9 +23,9 @@ def classify(sweep, accuracy):
     scores = {}
 
     def change_sweep(raw):
-        raw.update(metric="accuracy", direction="maximize", margin=0.01)
-        for trial in (trial for trial in raw["trials"] if trial["value"] is not None):
-            trial["value"] = scores[trial["run"]] = accuracy(trial)
+        raw.update(search_metric={"name": "accuracy", "direction": "maximize"}, margin=0.01)
+        for trial in (trial for trial in raw["trials"] if trial["search_score"] is not None):
+            trial["search_score"] = scores[trial["run"]] = accuracy(trial)
 
     def change_run(raw, score):
         raw.update(metric="accuracy", direction="maximize", best={"accuracy": score} if score else {})
@@ -71,7 +71,9 @@ def test_an_arm_that_learned_nothing_beside_one_that_did_is_a_warning(sweep):
 def set_test_scores(sweep, score):
     def change(raw):
         for row in raw["confirm"]:
-            row["value"] = row["value"] if row["arm"] == "frozen" else score(row["seed"])
+            (old,) = row["test_scores"].values()
+            name = raw["search_metric"]["name"]
+            row["test_scores"] = {name: old if row["arm"] == "frozen" else score(row["seed"])}
 
     edit_json(sweep / "sweep.json", change)
 

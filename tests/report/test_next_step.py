@@ -9,7 +9,7 @@ from tests.report.test_golden import SWEEPS, fail_to_learn
 import lorasweep
 from lorasweep.config.command_line import parse_overrides
 from lorasweep.record import read_sweep
-from lorasweep.report.evidence.questions import Remedy
+from lorasweep.report.evidence.verdicts import Remedy
 from lorasweep.report.findings import read_findings
 from lorasweep.report.next_step import _apply_remedy
 from lorasweep.report.sweep_data import load_sweep_data
@@ -31,7 +31,8 @@ def read_command(step, *, begin):
 def test_an_open_question_has_the_seeds_that_would_settle_it_and_a_settled_one_has_nothing(tmp_path):
     sweep = SWEEPS["open"](tmp_path)
     full, rank, setting = read_steps(sweep)
-    (answer,) = (one for one in read_findings(sweep).data.evidence.answers if one.to_settle == "7 more seeds")
+    answers = read_findings(sweep).data.evidence.answers
+    (answer,) = (one for one in answers if one.remedy and one.remedy.more == 7)
     resume = ["lorasweep", "sweep", "--resume", str(sweep)]
     assert read_command(full, begin=resume) == {"confirm.seeds": answer.num_seeds + 7}
     assert read_command(rank, begin=resume)["confirm.seeds"] > answer.num_seeds
@@ -53,23 +54,23 @@ def test_no_command_is_said_for_what_none_can_settle(tmp_path):
     assert {step.command for step in steps if step} == {None}
 
 
-EXAMPLES = Remedy("", "examples", 2)
+EXAMPLES = Remedy("examples", 2)
 
 
 @pytest.mark.parametrize(
     ("data", "remedy", "overrides"),
     [
-        ({"test": None, "test_fraction": None}, Remedy("", "examples", 1.5), {"data.test_fraction": 0.15}),
+        ({"test": None, "test_fraction": None}, Remedy("examples", 1.5), {"data.test_fraction": 0.15}),
         ({"test": None, "test_fraction": 0.2}, EXAMPLES, {"data.test_fraction": 0.4}),
         (
             {"test": None, "test_fraction": 0.2, "max_test_examples": 7},
-            Remedy("", "examples", 2),
+            Remedy("examples", 2),
             "data.max_test_examples",
         ),
-        ({"test": None, "test_fraction": 0.2}, Remedy("", "examples", 3), None),
+        ({"test": None, "test_fraction": 0.2}, Remedy("examples", 3), None),
         ({"test": "test.csv", "test_fraction": None}, EXAMPLES, None),
         ({}, EXAMPLES, None),
-        ({}, Remedy("", "margin"), None),
+        ({}, Remedy("margin"), None),
     ],
 )
 def test_more_test_examples_need_a_new_sweep_with_the_old_overrides(tmp_path, data, remedy, overrides):
@@ -90,6 +91,6 @@ def test_more_test_examples_need_a_new_sweep_with_the_old_overrides(tmp_path, da
 def test_more_trials_are_asked_of_the_arms_in_question(tmp_path):
     sweep = build_rank_sweep(tmp_path, {4: 1.7})
     trials = {row.name: row.trials for row in read_sweep(sweep).arms}
-    step = _apply_remedy([Remedy("", "trials")], ["lora", "full"], load_sweep_data(sweep))
+    step = _apply_remedy([Remedy("trials")], ["lora", "full"], load_sweep_data(sweep))
     found = read_command(step, begin=["lorasweep", "sweep", "--resume", str(sweep)])
     assert found == {f"arms.{name}.trials": 2 * trials[name] for name in ("full", "lora")}

@@ -66,7 +66,7 @@ def test_page_has_every_section_and_figure_and_fetches_nothing(sweep):
     page = written(sweep)
     assert [name for name in page.ids if name in SECTIONS] == SECTIONS
     assert len(page.figures) == count_figures(sweep) > 0
-    assert "93 %" in page.text
+    assert "93\u00a0%" in page.text
     assert "one seed" in page.text
     assert "The loss became NaN at step 12." in page.text
     assert not [found for tag, found in page.tags if "src" in found]

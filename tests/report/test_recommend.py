@@ -86,7 +86,9 @@ def test_runs_of_a_former_setting_are_in_no_mean(confirmed):
 
     def add_former(raw):
         rows = [row for row in raw["confirm"] if row["arm"] == "lora"]
-        raw["confirm"] += [row | {"setting_number": row["setting_number"] + 1, "value": 9.0} for row in rows]
+        raw["confirm"] += [
+            row | {"setting_number": row["setting_number"] + 1, "test_scores": {"bits_per_byte": 9.0}} for row in rows
+        ]
 
     edit_json(confirmed / "sweep.json", add_former)
     data = read_findings(confirmed).data

@@ -6,6 +6,7 @@ import json
 import pytest
 from tests.files import edit_json
 
+from lorasweep.config.data import ScoreMetric
 from lorasweep.record import RETAINED_SCORES_FILE, RetainedRow, read_run, read_sweep, write_record
 from lorasweep.report.figures import draw_panels
 from lorasweep.report.sweep_data import load_sweep_data
@@ -14,21 +15,21 @@ from lorasweep.report.terminal import render_terminal
 from .conftest import report
 
 BASE = 1.5
+LOWER = ScoreMetric(name="bits_per_byte", direction="minimize")
+HIGHER = ScoreMetric(name="score", direction="maximize")
 
 
-def retain(folder, forgotten, **row):
+def retain(folder, forgotten, metric=LOWER):
     """Adds scores on a retained data set to a confirmed sweep: the base's score, plus what each subject forgot.
 
     Both of its test examples change alike, and seeds by at most 0.001.
     """
     record = read_sweep(folder)
-    usual = {"metric": "bits_per_byte", "direction": "minimize"}
-    row = {"name": "code"} | usual | row
-    record.retained = [RetainedRow(**row)]
+    record.retained = [RetainedRow(name="code", metric=metric)]
     for run in record.confirm:
         of_run = read_run(folder / run.run)
         score = BASE + forgotten[run.subject] + (0 if run.subject == "frozen" else 0.0005 * (-1) ** (run.seed or 0))
-        of_run.retained = {"code": {row["metric"]: score}}
+        of_run.retained = {"code": {metric.name: score}}
         lines = [f"{n},{score + (-1) ** n!r},1.0,document {n}" for n in range(2)]
         path = folder / run.run / RETAINED_SCORES_FILE.format("code")
         path.write_text("\n".join(["row,score,weight,group", *lines, ""]))
@@ -66,9 +67,9 @@ def test_the_frozen_base_is_exactly_0_and_others_are_judged_by_the_margin(confir
 
 
 def test_the_direction_is_that_of_the_data(confirmed):
-    folder = retain(confirmed, FORGOTTEN, metric="score", direction="maximize")
+    folder = retain(confirmed, FORGOTTEN, HIGHER)
     assert find(folder)["full"].verdict == "better"
-    folder = retain(confirmed, {**FORGOTTEN, "full": -0.3}, metric="score", direction="maximize")
+    folder = retain(confirmed, {**FORGOTTEN, "full": -0.3}, HIGHER)
     assert find(folder)["full"].verdict == "worse"
 
 
@@ -95,7 +96,7 @@ def test_every_output_has_it(confirmed):
     assert {row["subject"]: row["change"] for row in stored} == {n: float(row["change"]) for n, row in rows.items()}
     line = findings.answers[-1]
     assert line.question == "What was forgotten of code?"
-    assert line.is_settled
+    assert line.state == "settled"
     assert "(worse)" in line.text
     assert "(no more forgotten than 0.01)" in line.text
     assert "`frozen` 0" not in line.text

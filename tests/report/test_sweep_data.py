@@ -37,7 +37,7 @@ def test_run_that_cannot_be_read_is_a_sentence_and_its_trial_stays(sweep, conten
     (problem,) = data.problems
     assert sentence in problem
     assert data.subjects[2].trials[2].record is None
-    assert data.subjects[2].trials[2].value is not None
+    assert data.subjects[2].trials[2].search_score is not None
 
 
 def test_arm_without_a_rerun_is_named_and_the_others_are_compared(confirmed):

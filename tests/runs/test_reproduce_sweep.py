@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from lorasweep.config.data import get_built_in_metric
 from lorasweep.record import ArmRow, RunRecord, SettingRow, SweepRecord, Trial, read_sweep, write_record
 from lorasweep.runs.reproduce import compare_sweeps
 
@@ -28,10 +29,11 @@ def one(tmp_path):
     params = {"method.rank": 4, "optim.lr": 0.01}
     common = {"arm": "lora", "params": params}
     trials = [
-        Trial(number=n, state=state, value=value, run=f"runs/lora-000{n}", **common)
+        Trial(number=n, state=state, search_score=value, run=f"runs/lora-000{n}", **common)
         for n, (state, value) in enumerate([("complete", 1.5), ("stopped", 1.75)])
     ]
-    common |= {"stage": "confirm", "setting_number": 0, "state": "complete", "value": 2.0}
+    common |= {"stage": "confirm", "setting_number": 0, "state": "complete"}
+    common["test_scores"] = {"bits_per_byte": 2.0}
     confirm = [Trial(number=n, seed=seed, run=f"runs/lora-confirm-000{n}", **common) for n, seed in enumerate((7, 9))]
     setting = SettingRow(subject="lora", arm="lora", setting=0, params=params, trial=0, score=1.5)
     arm = ArmRow(name="lora", method="lora", trials=2, settings={}, space={})
@@ -40,8 +42,7 @@ def one(tmp_path):
     record = SweepRecord(
         status="complete",
         name="s",
-        metric="bits_per_byte",
-        direction="minimize",
+        search_metric=get_built_in_metric("bits_per_byte"),
         margin="5%",
         definition={},
         arms=[arm],
@@ -99,7 +100,10 @@ def test_sweeps_that_differ_in_times_and_speeds_are_identical(one, other):
         (set_value("state", "complete"), "trial lora-1: `state` was 'stopped' and is 'complete'"),
         (change_record(lambda r: r.settings[0].params.update({"method.rank": 2})), "lora: `method.rank` was 4 and is"),
         (change_record(lambda r: r.trials.pop()), "sweep: `number of trials` was 2 and is 1"),
-        (change_record(lambda r: setattr(r.confirm[0], "value", 2.1)), "confirm run lora seed 7: `value` was 2.0 and"),
+        (
+            change_record(lambda r: setattr(r.confirm[0], "test_scores", {"bits_per_byte": 2.1})),
+            "confirm run lora seed 7: `score` was 2.0 and",
+        ),
     ],
 )
 def test_the_first_difference_is_named_with_its_trial_step_and_key(one, other, change, said):

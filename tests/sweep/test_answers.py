@@ -12,7 +12,7 @@ import lorasweep
 from lorasweep.cli import run
 from lorasweep.outcome import WRONG_REQUEST
 from lorasweep.record import read_run, read_sweep
-from lorasweep.report.generated import list_answered_examples
+from lorasweep.report.generated import list_generated_examples
 from lorasweep.report.sweep_data import load_sweep_data
 
 ARMS = {
@@ -73,14 +73,14 @@ def test_verdicts_are_about_the_chosen_metric_and_the_page_shows_both_and_the_an
     folder = lorasweep.run_sweep(content | {"settings": settings}, output=tmp_path / "new", progress=None).folder
     record = read_sweep(folder)
     assert [metric.name for metric in record.test_metrics] == ["exact_match", "bits_per_byte"]
-    assert (record.metric, record.verdict_metric.direction) == ("bits_per_byte", "maximize")
+    assert (record.search_metric.name, record.verdict_metric.direction) == ("bits_per_byte", "maximize")
     for trial in record.confirm:
         of_run = read_run(folder / trial.run)
-        assert trial.value == of_run.test["exact_match"]
+        assert trial.test_scores == of_run.test
         assert of_run.score == of_run.best["bits_per_byte"]
     data = load_sweep_data(folder)
     assert data.problems == ()
-    full = [trial.value for trial in record.confirm if trial.arm == "full"]
+    full = [trial.test_scores["exact_match"] for trial in record.confirm if trial.arm == "full"]
     assert data.evidence.means["full"].value == pytest.approx(sum(full) / 2)
     assert data.evidence.num_examples == read_run(folder / record.confirm[0].run).answers["test"]["examples"]
     assert data.other_means["full"].value > 1  # bits per byte
@@ -90,10 +90,10 @@ def test_verdicts_are_about_the_chosen_metric_and_the_page_shows_both_and_the_an
     assert -1 <= question["value"] <= 1
     with (folder / "report" / "confirmed.csv").open() as file:
         assert {"exact_match", "bits_per_byte"} <= next(csv.DictReader(file)).keys()
-    examples = list_answered_examples(data)
+    examples = list_generated_examples(data)
     assert len(examples) == 5
     # no arm is frozen, so the base answered once
-    assert {tuple(example.answers) for example in examples} == {("base", "full", "lora")}
+    assert {tuple(example.texts) for example in examples} == {("base", "full", "lora")}
     page = (folder / "report" / "index.html").read_text()
     section = page[page.index('<section id="generated">') :]
     assert "&lt;user&gt; w" in section
@@ -112,7 +112,7 @@ def test_a_score_that_fails_later_costs_only_itself(content, tmp_path):
     settings |= {"confirm.metric": "only_equal"}
     folder = lorasweep.run_sweep(content | {"settings": settings}, output=tmp_path / "other", progress=None).folder
     for trial in read_sweep(folder).confirm:
-        assert (trial.state, trial.value) == ("failed", None)
+        assert (trial.state, trial.test_scores) == ("failed", {})
         assert "ZeroDivisionError" in trial.reason
         of_run = read_run(folder / trial.run)
         assert of_run.test["bits_per_byte"] > 0

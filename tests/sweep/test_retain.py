@@ -10,6 +10,7 @@ import lorasweep
 import lorasweep.sweep.workers.worker as worker_file
 import lorasweep.training.score as score_file
 from lorasweep.cli import run
+from lorasweep.config.data import ScoreMetric
 from lorasweep.outcome import WRONG_REQUEST
 from lorasweep.record import read_run, read_sweep
 from lorasweep.report.sweep_data import load_sweep_data
@@ -79,7 +80,7 @@ def test_labels_that_the_model_does_not_learn_are_refused(path, capsys):
     assert "labels must be those that the model learns (0 and 1), but are x, y and z" in capsys.readouterr().err
     same = read_definition(path, [*words, "retain.data={same: {data: table, data.train: labels.csv}}"])
     (row,) = list_retained(same, InputsCache())
-    assert (row.name, row.metric, row.direction) == ("same", "accuracy", "maximize")
+    assert (row.name, row.metric) == ("same", ScoreMetric(name="accuracy", direction="maximize"))
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from rich.console import Console
 from tests.sweep.conftest import UNTRAINED
 
 import lorasweep.sweep.status as status_file
+from lorasweep.config.data import get_built_in_metric
 from lorasweep.errors import RecordError
 from lorasweep.record import SWEEP_FILE, ArmRow, LookRow, SettingRow, Subject, SweepRecord, Trial, write_record
 from lorasweep.sweep.status import count_ended, read_status, render_status, report_status, show_progress, watch_status
@@ -25,12 +26,13 @@ def arm(name, *, method="lora", trials=4):
 
 def trial(number, state, value=None, *, arm="lora"):
     params = {} if arm == "frozen" else {"method.rank": number + 1}
-    return Trial(arm=arm, number=number, state=state, params=params, value=value, run=f"runs/{arm}-{number:04d}")
+    return Trial(arm=arm, number=number, state=state, params=params, search_score=value, run=f"runs/{arm}-{number:04d}")
 
 
 def confirm_row(seed, state, value=None, *, number=0):
     given = {"stage": "confirm", "arm": "lora", "number": 0, "params": {"method.rank": 1}, "setting_number": number}
-    return Trial(seed=seed, state=state, value=value, run=f"runs/lora-confirm-{number}{seed:04d}", **given)
+    scores = {} if value is None else {"bits_per_byte": value}
+    return Trial(seed=seed, state=state, test_scores=scores, run=f"runs/lora-confirm-{number}{seed:04d}", **given)
 
 
 def setting(number=0):
@@ -43,8 +45,7 @@ def sweep_record(**values):
     given = {
         "status": "running",
         "name": "made_up",
-        "metric": "bits_per_byte",
-        "direction": "minimize",
+        "search_metric": get_built_in_metric("bits_per_byte"),
         "margin": "5%",
         "definition": {"file": {"settings": {}}, "overrides": {}},
         "arms": [arm("frozen", method="frozen", trials=1), arm("lora", trials=6)],
@@ -190,7 +191,7 @@ def test_runs_of_former_settings_do_not_count(folder):
     write_record(record, folder)
     (found,) = read_status(folder).arms
     assert (count_ended(found.confirm), found.num_confirm) == (1, 1)
-    assert [run.value for run in found.confirm] == [1.3]
+    assert [run.test_scores for run in found.confirm] == [{"bits_per_byte": 1.3}]
     assert "1.4000" in show(read_status(folder)).split()
 
 

@@ -6,7 +6,7 @@ Each file in `conf/data/` has a class `...Config`. The classes `...Settings` are
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import field
 from datetime import date
 from typing import Annotated, Any, Literal, get_args
@@ -71,6 +71,10 @@ class ScoreMetric:
     @property
     def better_scores(self) -> str:
         return "lower" if self.direction == "minimize" else "higher"
+
+    def best(self, scores: Iterable[float]) -> float | None:
+        """Returns the best score; None if there are none."""
+        return min(scores, key=lambda score: self.sign * score, default=None)
 
 
 def get_built_in_metric(name: str) -> ScoreMetric:

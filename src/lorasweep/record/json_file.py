@@ -7,7 +7,7 @@ import math
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeGuard, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 
@@ -22,7 +22,7 @@ MAX_NUMBER = 1e100
 """Numbers with a larger absolute value count as infinite, because their differences and squares would be."""
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Returns whether a value is a finite number, and not a boolean."""
     # The last comparison is false for NaN.
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from lorasweep.config.data import Direction, ScoreMetric, get_sign
+from lorasweep.config.data import ScoreMetric
 from lorasweep.config.method import FrozenConfig
 from lorasweep.config.sweep import MAX_ARMS, MAX_CHOICES, MAX_CONFIRM_SEEDS
 from lorasweep.errors import RecordError
@@ -79,8 +79,7 @@ class RetainedRow:
     """A data set of `retain.data`, on which the confirm stage shows what was forgotten."""
 
     name: FolderName
-    metric: str
-    direction: Direction
+    metric: ScoreMetric
 
 
 @dataclass(kw_only=True)
@@ -139,8 +138,8 @@ class SweepRecord:
     status: SweepState
     name: str
     description: str = ""
-    metric: str
-    direction: Direction
+    search_metric: ScoreMetric
+    """The metric on validation data by which the search chooses."""
     constant_answer: dict[str, Number] = field(default_factory=dict)
     """Every metric on validation data of the answer that needs no training (`DataSplits.score_constant_answer`).
 
@@ -171,7 +170,7 @@ class SweepRecord:
     margin: float | str
     """`confirm.margin` as it was stated before the first trial."""
     test_metrics: list[ScoreMetric] = field(default_factory=list)
-    """If the sweep generates answers: the metrics on test data, the verdicts' first. Else empty: only `metric`."""
+    """If the sweep generates answers: the metrics on test data, the verdicts' first. Empty: `search_metric` alone."""
     retained: list[RetainedRow] = field(default_factory=list)
     """The data sets of `retain.data`."""
     retain_margin: Finite = 0.01
@@ -192,11 +191,6 @@ class SweepRecord:
     """Time and memory by purpose, with the keys of `training.telemetry`."""
 
     @property
-    def search_metric(self) -> ScoreMetric:
-        """The metric on validation data by which the search chooses."""
-        return ScoreMetric(name=self.metric, direction=self.direction)
-
-    @property
     def verdict_metric(self) -> ScoreMetric:
         """The metric on test data that the verdicts are about."""
         return self.test_metrics[0] if self.test_metrics else self.search_metric
@@ -207,10 +201,9 @@ class SweepRecord:
         current = {(row.subject, row.setting) for row in self.settings}
         return [run for run in self.confirm if (run.subject, run.setting_number) in current]
 
-    @property
-    def sign(self) -> Literal[1, -1]:
-        """1 if lower scores are better, else -1, so that a lower `sign * score` is always better."""
-        return get_sign(self.direction)
+    def find_run_score(self, run: Trial) -> float | None:
+        """Returns the score by which a run is judged: in the search on validation data, then on test data."""
+        return run.search_score if run.stage == "search" else run.test_scores.get(self.verdict_metric.name)
 
 
 def read_sweep(folder: Path) -> SweepRecord:
@@ -250,7 +243,7 @@ def find_winner(trials: Iterable[Trial], *, record: SweepRecord) -> Trial | None
     """Returns the best complete trial of an arm's search, the first of equal ones; None if no trial is complete."""
     return min(
         (trial for trial in trials if trial.is_complete),
-        key=lambda trial: (record.sign * (trial.value or 0.0), trial.number),
+        key=lambda trial: (record.search_metric.sign * (trial.search_score or 0.0), trial.number),
         default=None,
     )
 

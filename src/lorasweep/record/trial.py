@@ -80,14 +80,16 @@ class Trial:
     """Number of the confirmed setting in its arm (`SettingRow.setting`); None in the search."""
     seed: Count | None = None
     """Seed of initial values, data order and dropout of a confirm run. All subjects have the same seeds."""
-    value: float | None = None
-    """The sweep's metric: the best value on validation data; in the confirm stage the verdicts' metric on test data."""
+    search_score: float | None = None
+    """The best value on validation data of the metric by which the search chooses."""
+    test_scores: dict[str, Number] = field(default_factory=dict)
+    """Every metric of a confirm run on test data; empty in the search, which reads no test data."""
     run: RunPath
     """The run's folder, relative to the sweep's (`name_run`)."""
     reason: str | None = None
     """Why the trial failed, was stopped or does not fit in memory."""
     values: dict[Count, Number] = field(default_factory=dict)
-    """The sweep's metric on validation data at each evaluation, by step."""
+    """The search's metric on validation data at each evaluation, by step."""
     order: Count = 0
     """Position in the order in which a stage hands out new trials, from 0.
 
@@ -111,7 +113,7 @@ class Trial:
 
     @property
     def last_value(self) -> float | None:
-        """The sweep's metric on validation data at the last evaluation."""
+        """The search's metric on validation data at the last evaluation."""
         return self.values.get(self.step)
 
     @property
@@ -137,8 +139,9 @@ class Trial:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the trial finished and has a score, so that it may be its arm's best."""
-        return self.state == "complete" and is_number(self.value)
+        """Whether the run finished and has the score of its stage, so that it may be its arm's best."""
+        scores = [self.search_score] if self.stage == "search" else self.test_scores.values()
+        return self.state == "complete" and any(map(is_number, scores))
 
     @property
     def trains(self) -> bool:
@@ -171,38 +174,32 @@ def name_run(stage: Stage, arm: str, number: int) -> str:
     return f"runs/{arm}{'' if stage == 'search' else '-confirm'}-{number:04d}"
 
 
-def build_frame(
-    trials: Iterable[Trial], *, metric: str, test_metric: str, keys: Sequence[str] = ()
-) -> pandas.DataFrame:
-    """Returns a table with a row per run and its settings as columns with dotted keys.
+def build_frame(runs: Iterable[Trial], *, metric: str, keys: Sequence[str] = ()) -> pandas.DataFrame:
+    """Returns a table with a row per run of one stage and its settings as columns with dotted keys.
 
-    `METRIC` is the best score on validation data and `test/TEST_METRIC` that of a confirm run on test data. Trials with
-    a record also have its costs (`COST_FIELDS`), `best_step`, and the values of `keys`, swept or not.
+    A trial of the search has its number as `trial` and the best score on validation data as `METRIC`. A confirm run has
+    its `seed`, and its score on test data as `test/METRIC`. Runs with a record also have its costs (`COST_FIELDS`),
+    `best_step`, and the values of `keys`, swept or not.
     """
     import pandas  # noqa: PLC0415 (slow to import)
 
-    rows = [_build_row(trial, metric, test_metric, keys) for trial in trials]
+    rows = []
+    for run in runs:
+        is_search = run.stage == "search"
+        row = {
+            "arm": run.arm,
+            "subject": run.subject,
+            **({"trial": run.number} if is_search else {"seed": run.seed}),
+            "state": run.state,
+            **({metric: run.search_score} if is_search else {f"test/{metric}": run.test_scores.get(metric)}),
+            **run.params,
+            **{key: run.setting(key) for key in keys},
+        }
+        if (record := run.record) is not None:
+            row |= {name: getattr(record, name) for name in COST_FIELDS}
+            row["best_step"] = int(record.best["step"]) if is_number(record.best.get("step")) else None
+        rows.append(row | {"step": run.step, "run": run.run, "reason": run.reason})
     frame = pandas.DataFrame.from_records(rows)
     # a nullable type, because a missing value would turn whole numbers into floats
     whole = [name for name in frame if {type(row.get(name)) for row in rows} == {int, type(None)}]
     return frame.astype(dict.fromkeys(whole, "Int64"))
-
-
-def _build_row(trial: Trial, metric: str, test_metric: str, keys: Sequence[str]) -> dict[str, Any]:
-    record, is_search = trial.record, trial.stage == "search"
-    row = {
-        "stage": trial.stage,
-        "arm": trial.arm,
-        "subject": trial.subject,
-        "trial": trial.number,
-        "seed": trial.seed,
-        "state": trial.state,
-        metric: trial.value if is_search else record and record.score,
-        f"test/{test_metric}": None if is_search else trial.value,
-        **trial.params,
-        **{key: trial.setting(key) for key in keys},
-    }
-    if record is not None:
-        row |= {name: getattr(record, name) for name in COST_FIELDS}
-        row["best_step"] = int(record.best["step"]) if is_number(record.best.get("step")) else None
-    return row | {"step": trial.step, "run": trial.run, "reason": trial.reason}

@@ -2,10 +2,11 @@
 
 `read_findings` reads a folder once; `write_report` and `render_terminal` show the findings. Nothing here imports torch.
 
-sweep_data          a sweep's folder: subjects with their trials and confirm runs, and one table of all runs
-evidence            the test scores of subjects, and the answers to the sweep's questions
+sweep_data          a sweep's folder: subjects with their trials and confirm runs
+evidence            the test scores of subjects, the answers to the sweep's questions, and the outcome of each arm
 caveats             whether the trials beat an answer that needs no training, and whether arms were treated alike
 recommend           the settings to use
+next_step           the command for each open question
 answers             the three lines at the top of every output, and verdicts in words
 findings            all of this together, with other sentences
 panel, figures, page, terminal, write

@@ -1,19 +1,29 @@
-"""The answers of a sweep in words: three lines for the top of every output, and a sentence for each question."""
+"""The answers of a sweep in words: three lines for the top of every output, and a sentence for each question.
+
+Sentences are made here, last. No code reads them.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from lorasweep.config.run import ALPHA, LR, RANK
-from lorasweep.record import RetainedRow
+from lorasweep.record import QuestionName, RetainedRow
 from lorasweep.report.caveats import Learning
 from lorasweep.report.evidence.evidence import RetainedChange
-from lorasweep.report.evidence.questions import NEGATIVE_VERDICTS, POSITIVE_VERDICTS, Answer
-from lorasweep.report.next_step import NextStep, find_next_step, find_retained_step, find_trials_step
+from lorasweep.report.evidence.verdicts import (
+    POSITIVE_VERDICTS,
+    Answer,
+    AnswerState,
+    Blocker,
+    ChainOutcome,
+)
+from lorasweep.report.next_step import NextStep, add_seeds, add_trials, find_early_step, find_reasons, find_remedy_step
 from lorasweep.report.recommend import ChosenSubject, choose_arm
-from lorasweep.report.sweep_data import SubjectData, SweepData
+from lorasweep.report.sweep_data import SweepData
 from lorasweep.wording import (
     count_decimals,
     count_percent_decimals,
@@ -28,10 +38,19 @@ from lorasweep.wording import (
     short_key,
 )
 
-NOT_ASKED = "Not asked"
-NO_TEST_SCORES = "nothing is confirmed on test data yet"
-VERDICT_WORDS = {"not worse": "not worse by more than the margin"}
-"""Verdicts that have another wording in a sentence."""
+NO_TEST_SCORES, UNCONFIRMED = "nothing is confirmed on test data yet", "`confirm.seeds=auto` adds the confirm stage"
+TOO_WIDE = "the interval is too wide, mostly because few {} were used"
+BLOCKER_WORDS: Mapping[Blocker, str] = {
+    "another value": "another value, which is tested first, is open",
+    "no scores": "there are no test scores of both on the same seeds",
+    "no margin": "no margin is known",
+    "no gain": "full fine-tuning's gain over the frozen base is not shown, so the share has no interval",
+    "one seed": "one seed says nothing about another",
+    "few seeds": TOO_WIDE.format("seeds"),
+    "few examples": TOO_WIDE.format("{examples}"),
+    "few trials": TOO_WIDE.format("trials of the search"),
+    "hopeless": "no practical number of seeds or {examples} would settle it",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,30 +59,14 @@ class AnswerLine:
 
     question: str
     text: str
-    is_settled: bool
+    state: AnswerState
     next: NextStep | None = None
     """The command for an open question; None if it is settled or not asked."""
 
 
 def list_answer_lines(data: SweepData, learning: Learning) -> tuple[AnswerLine, ...]:
     """Returns the three lines at the top of the report, and one for each retained data set."""
-    unlearned = _describe_unlearned(data, learning)
-    (full, is_full), (rank, is_rank), setting = _answer_full(data), _answer_rank(data), _answer_setting(data, learning)
-    answers = (
-        AnswerLine(
-            question="Is LoRA as good as full fine-tuning here?",
-            text=f"{full}{unlearned}",
-            is_settled=is_full,
-            next=None if is_full or full.startswith(NOT_ASKED) else find_next_step("as_good_as_full", data, learning),
-        ),
-        AnswerLine(
-            question="Which rank is enough?",
-            text=rank,
-            is_settled=is_rank,
-            next=None if is_rank or rank.startswith(NOT_ASKED) else find_next_step("smallest", data, learning),
-        ),
-        setting,
-    )
+    answers = _answer_full(data, learning), _answer_rank(data, learning), _answer_setting(data, learning)
     return (*answers, *(_answer_retained(row, data) for row in data.record.retained))
 
 
@@ -79,175 +82,141 @@ def describe_change(change: RetainedChange, data: SweepData) -> str:
     return f"{format_estimate(change.change, change.interval)} ({verdict})"
 
 
+def explain_open(answer: Answer) -> str | None:
+    """Returns why an answer is open; None if it is settled."""
+    examples = "groups of test examples" if answer.has_groups else "test examples"
+    return BLOCKER_WORDS[answer.blocker].format(examples=examples) if answer.blocker else None
+
+
+def describe_remedy(answer: Answer) -> str | None:
+    """Returns the evidence that would probably settle an open answer; None if there is none."""
+    if (remedy := answer.remedy) is None:
+        return None
+    seeds = "more seeds" if answer.blocker == "one seed" else f"{remedy.more} more seed{'s' if remedy.more > 1 else ''}"
+    examples = f"{remedy.amount:g} times as many {'groups of ' if answer.has_groups else ''}test examples"
+    margin = "`confirm.margin` as a number in the metric's unit, or arms `full` and `frozen`"
+    words = {"seeds": seeds, "examples": examples, "trials": "more trials (`sweep.trials`)", "margin": margin}
+    return words[remedy.kind]
+
+
+def build_entry(answer: Answer) -> dict[str, Any]:
+    """Returns the answer as files have it. The name of `smallest` ends in the key's last part: `smallest_rank`."""
+    return {
+        "name": f"{answer.name}_{short_key(answer.key)}" if answer.name == "smallest" and answer.key else answer.name,
+        **{field: getattr(answer, field) for field in ("subject", "reference", "verdict", "value", "interval")},
+        "open_because": explain_open(answer),
+        "to_settle": describe_remedy(answer),
+    }
+
+
+def _answer_full(data: SweepData, learning: Learning) -> AnswerLine:
+    arms = [row.name for row in data.record.arms if row.method == "lora"]
+    missing = None if arms else "no arm has `method=lora`."
+    if arms and not any(row.method == "full" for row in data.record.arms):
+        missing = "no arm has `method=full`. Add one to compare LoRA with it."
+    question = "Is LoRA as good as full fine-tuning here?"
+    line = _answer_chains(question, "as_good_as_full", arms, missing, _describe_full, data, learning)
+    compared = [one.name for one in data.subjects if one.row.method in ("lora", "full")]
+    if not (names := [f"`{name}`" for name in compared if name in learning.unlearned]):
+        return line
+    but = f" But {join_words(names)} {'is' if len(names) == 1 else 'are'} not shown to beat {learning.baseline}."
+    return replace(line, text=line.text + but)
+
+
+def _answer_rank(data: SweepData, learning: Learning) -> AnswerLine:
+    arms = [row.name for row in data.record.arms if row.method == "lora" and row.key == RANK]
+    missing = None if arms else "no LoRA arm has `confirm_each: method.rank`."
+    return _answer_chains("Which rank is enough?", "smallest", arms, missing, _describe_smallest, data, learning)
+
+
+def _answer_chains(
+    question: str,
+    name: QuestionName,
+    arms: Sequence[str],
+    missing: str | None,
+    describe: Callable[[ChainOutcome, SweepData], str],
+    data: SweepData,
+    learning: Learning,
+) -> AnswerLine:
+    """Returns the line on all arms that a question of the sweep asks about; `missing` says why there is none."""
+    step = find_early_step(data, learning)
+    if not missing and not data.evidence.means:
+        more = "the confirm stage follows the search" if data.record.looks else UNCONFIRMED
+        return AnswerLine(question=question, text=f"Open: {NO_TEST_SCORES}; {more}.", state="open", next=step)
+    outcomes = [data.evidence.find_outcome(name, arm) for arm in arms]
+    asked = [outcome for outcome in outcomes if outcome.state != "not asked"]
+    if missing or not asked:
+        text = f"Not asked: {missing or 'the sweep does not state this question.'}"
+        return AnswerLine(question=question, text=text, state="not asked")
+    text = " ".join(f"{f'`{one.arm}`: ' if len(asked) > 1 else ''}{describe(one, data)}" for one in asked)
+    blocking = [answer for one in asked if (answer := one.blocking)]
+    if not blocking:
+        return AnswerLine(question=question, text=text, state="settled")
+    step = step or find_remedy_step(blocking, data) or NextStep(None, str(explain_open(blocking[0])))
+    return AnswerLine(question=question, text=text, state="open", next=step)
+
+
+def _describe_full(outcome: ChainOutcome, data: SweepData) -> str:
+    """Returns the answer on the values of one arm against full fine-tuning."""
+    good, below, is_alone = outcome.good, outcome.below, len(outcome.answers) == 1
+    if good:
+        first = name_value(good.subject, data)
+        said = f"{first} {_describe_result(good, data)}"
+        if below:
+            smaller = f"{name_value(below.subject, data)} {_describe_result(below, data)}"
+            return f"Yes from {first} on: {said}; {smaller}."
+        what = short_key(good.key) if good.key else "value"
+        return f"Yes: {said}." if is_alone else f"Yes, at every {what} that was tried: {said}."
+    assert below is not None
+    name = name_value(below.subject, data)
+    if below.is_settled:
+        return f"No{'' if is_alone else ', at none of the values'}: {name} {_describe_result(below, data)}."
+    more = f" {_name_bad(outcome, data)} worse." if outcome.bad else ""
+    return f"Open: {name} {_describe_quantity(below, data)}; {_describe_open(below)}.{more}"
+
+
+def _describe_smallest(outcome: ChainOutcome, data: SweepData) -> str:
+    """Returns which value of an arm's key is enough."""
+    good, below = outcome.good, outcome.below
+    smaller = name_value(below.subject, data) if below else ""
+    result = f"{smaller} {_describe_result(below, data)}" if below else ""
+    if good:
+        first = name_value(good.subject, data)
+        enough, said = f"{_capitalize(first)} is enough", _describe_result(good, data)
+        if not below:
+            return f"{enough}, the smallest that was tried: it {said}."
+        verdict = f" and {smaller} is not" if below.is_settled else f"; whether {smaller} is enough is open"
+        return f"{enough}{verdict}: {first} {said}; {result}."
+    assert below is not None
+    largest, quantity = name_value(outcome.largest, data), _describe_quantity(below, data)
+    if below.is_settled:
+        return f"{_capitalize(largest)}, the largest that was tried: {smaller} is not enough, it {quantity}."
+    more = f" {_name_bad(outcome, data)} not enough." if outcome.bad else ""
+    said = f"{_capitalize(smaller)} {quantity}; {_describe_open(below)}."
+    return f"Open: nothing below {largest} is shown to be enough. {said}{more}"
+
+
+def _name_bad(outcome: ChainOutcome, data: SweepData) -> str:
+    names = [name_value(answer.subject, data) for answer in outcome.bad]
+    return f"{_capitalize(join_words(names))} {'is' if len(names) == 1 else 'are'}"
+
+
 def name_value(subject: str, data: SweepData) -> str:
     """Returns the name of a subject in a sentence about one arm: `rank 16`, or the name between backticks."""
     found = data.find_subject(subject)
     return found.subject.label if found and found.subject.key else f"`{subject}`"
 
 
-def _answer_full(data: SweepData) -> tuple[str, bool]:
-    arms = [row.name for row in data.record.arms if row.method == "lora"]
-    if not arms:
-        return f"{NOT_ASKED}: no arm has `method=lora`.", False
-    if not any(row.method == "full" for row in data.record.arms):
-        return f"{NOT_ASKED}: no arm has `method=full`. Add one to compare LoRA with it.", False
-    if not data.evidence.means:
-        is_searched = data.record.status == "complete"  # before the end, the arms may have had unequal searches
-        best = [one for one in data.subjects if is_searched and one.row.method == "lora" and one.best]
-        shares = [share for one in best if (share := data.subject_share_of_full_gain(one)[0]) is not None]
-        if not shares:
-            return _say_unconfirmed(data), False
-        kept = f"The best LoRA trial keeps {format_share(max(shares))} of full's gain on validation data."
-        return f"{_say_unconfirmed(data)} {kept}", False
-    chains = [(arm, data.evidence.list_answers("as_good_as_full", arm=arm)) for arm in arms]
-    found = [(arm, _judge_chain(chain, data)) for arm, chain in chains if chain]
-    return _join_arms(found) if found else ("Open: the sweep does not state this question.", False)
-
-
-def _judge_chain(chain: Sequence[Answer], data: SweepData) -> tuple[str, bool]:
-    """Returns the answer on the values of one arm against full fine-tuning, and whether it is settled."""
-    positive = [answer for answer in chain if answer.verdict in POSITIVE_VERDICTS]
-    smaller = [answer for answer in chain if answer.verdict not in POSITIVE_VERDICTS][-1:]
-    if positive:
-        first = name_value(positive[0].subject, data)
-        said = f"{first} {_describe_result(positive[0], data)}"
-        if len(chain) == 1:
-            return f"Yes: {said}.", True
-        if not smaller:
-            what = short_key(chain[0].key) if chain[0].key else "value"
-            return f"Yes, at every {what} that was tried: {said}.", True
-        below = f"{name_value(smaller[0].subject, data)} {_describe_result(smaller[0], data)}"
-        return f"Yes from {first} on: {said}; {below}.", smaller[0].is_settled
-    largest = chain[-1]
-    name = name_value(largest.subject, data)
-    if largest.verdict in NEGATIVE_VERDICTS:
-        said = f"{name} {_describe_result(largest, data)}."
-        return f"No{', at none of the values' if len(chain) > 1 else ''}: {said}", True
-    worse = [name_value(answer.subject, data) for answer in chain if answer.verdict in NEGATIVE_VERDICTS]
-    more = f" {join_words(worse)} {'is' if len(worse) == 1 else 'are'} worse." if worse else ""
-    said = f"{name} {_describe_quantity(largest, data)}; {_describe_open(largest)}."
-    return f"Open: {said}{_capitalize(more)}", False
-
-
-def _answer_rank(data: SweepData) -> tuple[str, bool]:
-    asked = [row.name for row in data.record.arms if row.method == "lora" and row.key == RANK]
-    if not asked:
-        return f"{NOT_ASKED}: no LoRA arm has `confirm_each: method.rank`.", False
-    if not data.evidence.means:
-        return _say_unconfirmed(data), False
-    found = [(arm, judge_smallest(arm, data)) for arm in asked if data.evidence.list_answers("smallest", arm=arm)]
-    return _join_arms(found) if found else ("Open: the sweep does not state this question.", False)
-
-
-def judge_smallest(arm: str, data: SweepData) -> tuple[str, bool]:
-    """Returns which value of an arm's key is enough, and whether that is settled."""
-    chain = data.evidence.list_answers("smallest", arm=arm)
-    sufficient = [answer for answer in chain if answer.verdict == "sufficient"]
-    smaller = [answer for answer in chain if answer.verdict != "sufficient"][-1:]
-    largest = name_value(chain[-1].compared_with[-1], data)
-    below = name_value(smaller[0].subject, data) if smaller else ""
-    result = _describe_result(smaller[0], data) if smaller else ""
-    if sufficient:
-        first = name_value(sufficient[0].subject, data)
-        said = f"{first} {_describe_result(sufficient[0], data)}"
-        if not smaller:
-            return f"{_capitalize(first)} is enough, the smallest that was tried: it{said.removeprefix(first)}.", True
-        if smaller[0].verdict == "insufficient":
-            return f"{_capitalize(first)} is enough and {below} is not: {said}; {below} {result}.", True
-        return f"{_capitalize(first)} is enough; whether {below} is enough is open: {said}; {below} {result}.", False
-    if smaller[0].verdict == "insufficient":
-        said = _describe_quantity(smaller[0], data)  # without the verdict, which the sentence says
-        return f"{_capitalize(largest)}, the largest that was tried: {below} is not enough, it {said}.", True
-    worse = [name_value(answer.subject, data) for answer in chain if answer.verdict == "insufficient"]
-    more = f" {_capitalize(join_words(worse))} {'is' if len(worse) == 1 else 'are'} not enough." if worse else ""
-    said = f"{below} {_describe_quantity(smaller[0], data)}; {_describe_open(smaller[0])}."
-    return f"Open: nothing below {largest} is shown to be enough. {_capitalize(said)}{more}", False
-
-
-def _answer_setting(data: SweepData, learning: Learning) -> AnswerLine:
-    choice = choose_arm(data, ["lora"])
-    text, is_settled = _describe_setting(choice, data, learning)
-    step = None if is_settled else find_trials_step(choice.data.arm if choice else None, data, learning)
-    return AnswerLine(question="At which α and learning rate?", text=text, is_settled=is_settled, next=step)
-
-
-def _describe_setting(choice: ChosenSubject | None, data: SweepData, learning: Learning) -> tuple[str, bool]:
-    if learning.state == "nothing":
-        return "Open: no settings are recommended, because nothing was learned.", False
-    if choice is None or choice.data.best is None:
-        return "Open: no trial of LoRA is complete.", False
-    best, setting = choice.data.best, choice.data.setting
-    alpha, lr, rank = (best.numeric_setting(key) for key in (ALPHA, LR, RANK))
-    named = [(alpha, "α"), (lr, "learning rate")]
-    values = join_words([f"{name} {format_setting(value)}" for value, name in named if value is not None])
-    others = {key: value for key, value in best.params.items() if key not in (RANK, ALPHA, LR)}
-    at = "" if rank is None else f"Rank {format_setting(rank)}: "
-    more = f" with {format_settings(others)}" if others else ""
-    law = ""
-    if alpha and lr and best.follows_rate_law:
-        law = f" At another α: lr = u/√α with u = {lr * math.sqrt(alpha):.3g}."
-    if setting is None:
-        return f"Open: {at.lower()}{values}{more} in the best complete trial so far; {NO_TEST_SCORES}.{law}", False
-    if best.is_predicted:
-        ratio = setting.rate_ratio
-        near = "" if ratio is None else f", a factor of {ratio:.3g} from the rate of the nearest complete trial"
-        origin = f"predicted{near}"
-    else:
-        origin = f"tried as trial {best.number} of `{best.arm}`"
-    regret, is_small = describe_regret(choice.data, data)
-    costs = [f"{name} the rate costs at least {_format_difference(c, data)}" for name, c in setting.rate_costs.items()]
-    more_costs = f" By the search's model, {join_words(costs)}." if costs else ""
-    return f"{at}{values}{more} ({origin}; {regret}).{more_costs}{law}", is_small
-
-
-def _answer_retained(row: RetainedRow, data: SweepData) -> AnswerLine:
-    question, base = f"What was forgotten of {row.name}?", data.evidence.base
-    changes = [change for change in data.retained if change.data == row.name and change.subject != base]
-    if not changes:
-        step = find_retained_step([], data)
-        return AnswerLine(question=question, text=f"Open: {NO_TEST_SCORES}.", is_settled=False, next=step)
-    order = "lower" if row.direction == "minimize" else "higher"
-    parts = [f"{name_value(change.subject, data)} {describe_change(change, data)}" for change in changes]
-    return AnswerLine(
-        question=question,
-        text=f"Changes of {format_metric(row.metric)} against `{base}` ({order} is better): {'; '.join(parts)}.",
-        is_settled=not (unsettled := [change for change in changes if change.verdict == "open"]),
-        next=find_retained_step(unsettled, data) if unsettled else None,
-    )
-
-
-def describe_regret(one: SubjectData, data: SweepData) -> tuple[str, bool]:
-    """Returns how much better an untried setting may be, and whether that is known to be less than the margin."""
-    regret = one.setting.regret if one.setting else None
-    if regret is None:
-        return "how much better another setting could be is not known", False
-    margin, size = data.search_margin, _format_difference(regret, data)
-    is_small = margin is not None and regret <= margin
-    advice = "" if is_small or margin is None else ", which is above the margin; more trials would lower it"
-    return f"the best untried setting is expected to gain {size} more{advice}", is_small
-
-
-def _format_difference(difference: float, data: SweepData) -> str:
-    is_searched = data.record.verdict_metric.name == data.record.metric
-    gain = (data.evidence.gain if is_searched else None) or data.full_gain
-    return (
-        f"{format_share(difference / gain)} of full's gain"
-        if gain
-        else f"{format_score(difference)} {data.record.metric}"
-    )
-
-
 def _describe_result(answer: Answer, data: SweepData) -> str:
     """Returns the tested quantity with its interval and verdict; an open answer also has its reason and remedy."""
-    verdict = VERDICT_WORDS.get(answer.verdict, answer.verdict)
-    if answer.verdict == "open":
-        verdict = f"open: {_describe_open(answer)}"
-    return f"{_describe_quantity(answer, data)} ({verdict})"
+    verdict = "not worse by more than the margin" if answer.verdict == "not worse" else answer.verdict
+    because = "" if answer.is_settled else f": {_describe_open(answer)}"
+    return f"{_describe_quantity(answer, data)} ({verdict}{because})"
 
 
 def _describe_open(answer: Answer) -> str:
-    closing = f"; {answer.to_settle} would probably settle it" if answer.to_settle else ""
-    return f"{answer.open_because}{closing}"
+    remedy = describe_remedy(answer)
+    return f"{explain_open(answer)}{f'; {remedy} would probably settle it' if remedy else ''}"
 
 
 def _describe_quantity(answer: Answer, data: SweepData) -> str:
@@ -258,7 +227,7 @@ def _describe_quantity(answer: Answer, data: SweepData) -> str:
     if answer.value is None:
         return f"is not compared with {name_value(answer.reference, data)}"
     value, interval, margin = answer.value, answer.interval, data.margin_share
-    intervals = [one.interval for one in data.evidence.list_answers(answer.name, arm=answer.arm)]
+    intervals = [one.interval for one in data.evidence.find_outcome(answer.name, answer.arm).answers]
     if not answer.is_share:
         margin = data.evidence.margin or 0.0
         decimals = count_decimals(intervals, critical=(0.0, margin, -margin))
@@ -275,32 +244,73 @@ def _describe_quantity(answer: Answer, data: SweepData) -> str:
     return f"gains {difference} of full's gain against {name_value(answer.reference, data)}"
 
 
-def _describe_unlearned(data: SweepData, learning: Learning) -> str:
-    """Returns a sentence on the subjects of LoRA and of full fine-tuning that are not shown to have learned anything.
+def _answer_setting(data: SweepData, learning: Learning) -> AnswerLine:
+    choice, is_settled = choose_arm(data, ["lora"]), False
+    step = find_reasons("no trial of LoRA is complete", data)
+    if learning.state == "nothing":
+        text = "Open: no settings are recommended, because nothing was learned."
+    elif choice is None:
+        text = "Open: no trial of LoRA is complete."
+    else:
+        text, is_settled = _describe_setting(choice, data), data.has_small_regret(choice.data)
+        step = add_trials([choice.data.arm], data)
+    return AnswerLine(
+        question="At which α and learning rate?",
+        text=text,
+        state="settled" if is_settled else "open",
+        next=None if is_settled else find_early_step(data, learning) or step,
+    )
 
-    It has a space before it; the text is empty if there are none.
-    """
-    compared = [one.name for one in data.subjects if one.row.method in ("lora", "full")]
-    names = [f"`{name}`" for name in compared if name in learning.unlearned]
-    if not names:
-        return ""
-    return f" But {join_words(names)} {'is' if len(names) == 1 else 'are'} not shown to beat {learning.answer}."
+
+def _describe_setting(choice: ChosenSubject, data: SweepData) -> str:
+    best, setting = choice.best, choice.data.setting
+    alpha, lr, rank = (best.numeric_setting(key) for key in (ALPHA, LR, RANK))
+    named = [(alpha, "α"), (lr, "learning rate")]
+    values = join_words([f"{name} {format_setting(value)}" for value, name in named if value is not None])
+    others = {key: value for key, value in best.params.items() if key not in (RANK, ALPHA, LR)}
+    at = "" if rank is None else f"Rank {format_setting(rank)}: "
+    more = f" with {format_settings(others)}" if others else ""
+    law = ""
+    if alpha and lr and best.follows_rate_law:
+        law = f" At another α: lr = u/√α with u = {lr * math.sqrt(alpha):.3g}."
+    if setting is None:
+        return f"Open: {at.lower()}{values}{more} in the best complete trial so far; {NO_TEST_SCORES}.{law}"
+    origin = f"tried as trial {best.number} of `{best.arm}`"
+    if best.is_predicted:
+        ratio = setting.rate_ratio
+        near = "" if ratio is None else f", a factor of {ratio:.3g} from the rate of the nearest complete trial"
+        origin = f"predicted{near}"
+    regret = "how much better another setting could be is not known"
+    if setting.regret is not None:
+        regret = f"the best untried setting is expected to gain {_format_difference(setting.regret, data)} more"
+    costs = [f"{name} the rate costs at least {_format_difference(c, data)}" for name, c in setting.rate_costs.items()]
+    more_costs = f" By the search's model, {join_words(costs)}." if costs else ""
+    return f"{at}{values}{more} ({origin}; {regret}).{more_costs}{law}"
 
 
-def _say_unconfirmed(data: SweepData) -> str:
-    if data.record.looks:
-        return f"Open: {NO_TEST_SCORES}; the confirm stage follows the search."
-    return f"Open: {NO_TEST_SCORES}; `confirm.seeds=auto` adds the confirm stage."
+def _format_difference(difference: float, data: SweepData) -> str:
+    metric = data.record.search_metric
+    gain = (data.evidence.gain if data.record.verdict_metric == metric else None) or data.full_gain
+    return f"{format_share(difference / gain)} of full's gain" if gain else f"{format_score(difference)} {metric.name}"
 
 
-def _join_arms(found: Sequence[tuple[str, tuple[str, bool]]]) -> tuple[str, bool]:
-    """Returns the answers of several arms as one text, and whether all are settled."""
-    if len(found) == 1:
-        return found[0][1]
-    text = " ".join(f"`{arm}`: {text}" for arm, (text, _) in found)
-    return text, all(is_settled for _, (_, is_settled) in found)
+def _answer_retained(row: RetainedRow, data: SweepData) -> AnswerLine:
+    question, base = f"What was forgotten of {row.name}?", data.evidence.base
+    changes = [change for change in data.retained if change.data == row.name and change.subject != base]
+    parts = [f"{name_value(change.subject, data)} {describe_change(change, data)}" for change in changes]
+    metric = f"{format_metric(row.metric.name)} against `{base}` ({row.metric.better_scores} is better)"
+    text = f"Changes of {metric}: {'; '.join(parts)}." if changes else f"Open: {NO_TEST_SCORES}."
+    is_settled = bool(changes) and all(change.verdict != "open" for change in changes)
+    step = find_early_step(data) or (
+        add_seeds(data) if changes else find_reasons("no run has a score on this data", data)
+    )
+    return AnswerLine(
+        question=question,
+        text=text,
+        state="settled" if is_settled else "open",
+        next=None if is_settled else step,
+    )
 
 
 def _capitalize(text: str) -> str:
-    stripped = text.lstrip()
-    return text[: len(text) - len(stripped)] + stripped[:1].upper() + stripped[1:]
+    return text[:1].upper() + text[1:]

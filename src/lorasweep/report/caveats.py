@@ -18,10 +18,11 @@ from operator import itemgetter
 from statistics import median, stdev
 from typing import Any, Literal
 
+from lorasweep.config.data import ScoreMetric
 from lorasweep.config.run import ALPHA, LR, RANK
 from lorasweep.record import ArmRow, RunRecord, Trial, is_number
 from lorasweep.report.sweep_data import SubjectData, SweepData
-from lorasweep.wording import format_count, format_metric, format_score, format_setting, join_words
+from lorasweep.wording import format_count, format_score, format_setting, join_words
 
 MAX_EFFORT_RATIO = 1.25
 """Maximum ratio of the tokens of two arms' runs that count as treated alike."""
@@ -40,12 +41,11 @@ EDGE_FRACTION = 0.05
 class Learning:
     """Whether the trials are better than an answer that needs no training."""
 
-    answer: str = ""
+    baseline: str = ""
     """The name of the answer; empty if none has a score."""
     base: str | None = None
     """The subject that is the answer; None for a constant answer."""
-    sign: int = 1
-    """1 if lower scores are better, else -1."""
+    metric: ScoreMetric | None = None
     score: float | None = None
     """The score of the answer on validation data."""
     test_score: float | None = None
@@ -64,9 +64,11 @@ class Learning:
 
     def is_better(self, trial: Trial) -> bool | None:
         """Returns whether a complete or stopped trial is better than the answer; None if a score is not known."""
-        if self.score is None or trial.value is None or trial.state not in ("complete", "stopped"):
+        score, has_ended = trial.search_score, trial.state in ("complete", "stopped")
+        if self.metric is None or self.score is None or not is_number(score) or not has_ended:
             return None
-        return trial.state == "complete" and self.sign * (self.score - trial.value) > 0
+        # a stopped trial has only a score on the validation examples of evaluations, but it was not better there either
+        return trial.state == "complete" and self.metric.sign * (self.score - score) > 0
 
 
 def judge_learning(data: SweepData) -> Learning:
@@ -74,13 +76,11 @@ def judge_learning(data: SweepData) -> Learning:
 
     An arm has learned if test data show it, or if a trial is better and there are no test data of the arm.
     """
-    known = _find_answer(data)
-    # a stopped trial has only a score on the validation examples of evaluations, but it was not better there either
-    known_values = [trial for trial in data.trials if is_number(trial.value) and trial.state in ("complete", "stopped")]
-    scored = {row.name: [trial for trial in known_values if trial.arm == row.name] for row in data.record.arms}
+    known = _find_baseline(data)
     subjects = [one for one in data.subjects if not one.row.is_base]
-    scored = {one.arm: scored[one.arm] for one in subjects if scored[one.arm]}
-    if known.score is None or not scored:
+    trials = {one.arm: [t for t in data.list_trials(one.arm) if known.is_better(t) is not None] for one in subjects}
+    scored = {arm: found for arm, found in trials.items() if found}
+    if not scored:
         return Learning()
     is_better = {name: any(map(known.is_better, trials)) for name, trials in scored.items()}
     shown = {one.name: _is_shown_on_test_data(one.name, known, data) for one in subjects}
@@ -92,37 +92,38 @@ def judge_learning(data: SweepData) -> Learning:
         unlearned = [one.name for one in data.subjects if shown.get(one.name) is False or one.arm in failed]
         return replace(known, state="learned", warnings=tuple(warnings), unlearned=tuple(unlearned))
     if any(is_better.values()):
-        refuted = f"no method is shown to be better than {known.answer} ({format_score(known.test_score)})."
-        headline = f"Nothing is shown to be learned: on test data {refuted}"
+        headline = (
+            f"Nothing is shown to be learned: on test data no method is shown to be better than {known.baseline}."
+        )
         return replace(known, state="not shown", headline=headline, unlearned=tuple(shown))
-    trials = [trial for found in scored.values() for trial in found]
+    every = [trial for found in scored.values() for trial in found]
     check = "the data" if known.base else "that the labels belong to the texts"
-    steps = max((trial.record.steps_done for trial in trials if trial.record), default=0)
+    steps = max((trial.record.steps_done for trial in every if trial.record), default=0)
     verdicts = "" if known.test_score is None else ", and the verdicts below do not compare the methods"
     return replace(
         known,
         state="nothing",
-        headline=f"Nothing learned: {_describe(trials, known, data)}.",
+        headline=f"Nothing learned: {_describe(every, known, data)}.",
         remedy=f"No settings are recommended{verdicts}. Check {check}, then try other learning rates and more steps "
         f"than {steps}.",
         unlearned=tuple(shown),
     )
 
 
-def _find_answer(data: SweepData) -> Learning:
+def _find_baseline(data: SweepData) -> Learning:
     """Returns an answer with its scores; without a name if there is none."""
-    metric, scores = data.record.metric, _read_constant_answer(data.run_records, "validation")
-    if is_number(score := scores.get(metric)):
+    metric, scores = data.record.search_metric, _read_constant_answer(data.run_records, "validation")
+    if is_number(score := scores.get(metric.name)):
         name = "the mean of the training labels" if "pearson" in scores else "the majority class"
-        test_score = _read_constant_answer((run.record for run in data.confirm_runs), "test").get(metric)
+        test_score = _read_constant_answer((run.record for run in data.confirm_runs), "test").get(metric.name)
         test_score = test_score if is_number(test_score) else None
-        return Learning(answer=name, sign=data.sign, score=score, test_score=test_score)
+        return Learning(baseline=name, metric=metric, score=score, test_score=test_score)
     if (score := data.best_score("frozen")) is None:
         return Learning()
     arm = next(one.name for one in data.subjects if one.row.is_base)
     base, mean = data.evidence.base or arm, data.evidence.mean(data.evidence.base)
     test_score = mean.value if mean else None
-    return Learning(answer="the frozen base", base=base, sign=data.sign, score=score, test_score=test_score)
+    return Learning(baseline="the frozen base", base=base, metric=metric, score=score, test_score=test_score)
 
 
 def _read_constant_answer(records: Iterable[RunRecord | None], split: str) -> dict[str, Any]:
@@ -145,14 +146,9 @@ def _describe(trials: Sequence[Trial], known: Learning, data: SweepData) -> str:
     """Returns a clause about trials that learned nothing."""
     count = f"all {len(trials)} trials score" if len(trials) > 1 else "the only trial scores"
     so_far = "" if data.record.status == "complete" else " so far"
-    values = [trial.value for trial in trials if trial.value is not None]
-    worse = " or worse" if any(value != known.score for value in values) else ""
-    best = min(values, key=lambda value: data.sign * value)
-    found, own = (format_score(score, beside=[best, known.score]) for score in (best, known.score))
-    return (
-        f"{count}{so_far} like {known.answer}{worse} (the best {format_metric(data.record.metric)} on validation data "
-        f"is {found}, that of {known.answer} {own})"
-    )
+    worse = " or worse" if any(trial.search_score != known.score for trial in trials) else ""
+    score = "" if known.base else f" ({format_score(known.score)})"  # the table has that of the base
+    return f"{count}{so_far} like {known.baseline}{score}{worse}"
 
 
 def describe_unstable_rates(data: SweepData, learning: Learning) -> list[str]:
@@ -162,19 +158,18 @@ def describe_unstable_rates(data: SweepData, learning: Learning) -> list[str]:
     much as those of the other values of `confirm_each`. Many runs on small data fail in this way, at rates that are the
     best for other seeds (Dodge et al. 2020, arXiv 2002.06305; Mosbach et al. 2021, arXiv 2006.04884).
     """
-    found = []
-    scores = {
-        one.name: [run.value for run in one.confirm_runs if run.is_complete and run.value is not None]
-        for one in data.subjects
-    }
+    found, scores = [], {}
+    for one in data.subjects:
+        known = [data.record.find_run_score(run) for run in one.confirm_runs if run.is_complete]
+        scores[one.name] = [score for score in known if is_number(score)]
     spreads = {name: stdev(values) for name, values in scores.items() if len(values) >= MIN_SPREAD_RUNS}
     for subject in data.subjects:
         rate, runs = subject.setting.params.get(LR) if subject.setting else None, subject.confirm_runs
         if rate is None or subject.name in learning.unlearned or not runs:
             continue
         failed = sum(run.state == "failed" for run in runs)
-        if (answer := learning.test_score) is not None:
-            failed += sum(data.shown_metric.sign * (answer - score) <= 0 for score in scores[subject.name])
+        if (baseline := learning.test_score) is not None:
+            failed += sum(data.shown_metric.sign * (baseline - score) <= 0 for score in scores[subject.name])
         others = [one.name for one in data.subjects if one.arm == subject.arm and one is not subject]
         peers = [spreads[name] for name in others if name in spreads]
         ratio = spreads[subject.name] / median(peers) if subject.name in spreads and peers and median(peers) else 0.0
@@ -240,8 +235,8 @@ def judge_fairness(data: SweepData, *, has_learned: bool = True) -> Fairness:
     margin = data.search_margin
     regrets = {row.subject: row.regret / margin for row in data.record.settings if margin and row.regret is not None}
     if above := [f"{regret:.2g} margins for `{subject}`" for subject, regret in regrets.items() if regret > 1]:
-        luck = "so the luck of the search may decide"
-        faults.append(f"an untried setting is expected to be better by {join_words(above)}, {luck}")
+        better = f"an untried setting is expected to be better by {join_words(above)}"
+        faults.append(f"{better}, so the luck of the search may decide")
     return Fairness(is_fair=not faults, faults=tuple(faults), edges=others, arms=arms)
 
 
@@ -280,23 +275,17 @@ def list_edges(data: SweepData) -> list[tuple[str, str]]:
 
     A key is left out if all trials with a score lie at that end, because no trial shows that others are worse.
     """
-    trials = {row.name: [t for t in data.list_trials(row.name) if t.value is not None] for row in data.record.arms}
     edges: dict[tuple[str, str], list[str]] = defaultdict(list)
     for one in data.subjects:
         for key, value in (one.best.params if one.best else {}).items():
             if key == one.subject.key or (key == ALPHA and one.best and one.best.follows_rate_law):
                 continue  # values of `confirm_each` are compared; under the rate law, another α means another rate
-            end = _find_end(one, key, one.best)
-            if end and any(_find_end(one, key, trial) != end for trial in trials[one.arm]):
+            end, trials = _find_end(one, key, one.best), data.list_trials(one.arm)
+            if end and any(_find_end(one, key, t) != end for t in trials if t.search_score is not None):
                 edges[key, end].append(f"`{one.name}` ({format_setting(value)})")
-    return [
-        (
-            key,
-            f"the best `{key}` of {join_words(arms)} lies at the {end} end of its range, so "
-            f"{'lower' if end == 'lower' else 'higher'} values may be better",
-        )
-        for (key, end), arms in edges.items()
-    ]
+    better = {"lower": "lower", "upper": "higher"}
+    text = "the best `{}` of {} lies at the {} end of its range, so {} values may be better"
+    return [(key, text.format(key, join_words(arms), end, better[end])) for (key, end), arms in edges.items()]
 
 
 def _find_end(one: SubjectData, key: str, trial: Trial | None) -> str | None:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from lorasweep.config.data import get_sign
 from lorasweep.config.run import ALPHA, LR
 from lorasweep.record import RetainedRow, Trial
 from lorasweep.report.evidence.estimates import Interval
@@ -25,8 +24,9 @@ from lorasweep.report.panel import (
     escape,
     set_score_axis,
 )
-from lorasweep.report.recommend import choose_subject, format_subject_score
+from lorasweep.report.recommend import choose_subject
 from lorasweep.report.sweep_data import SubjectData, SweepData
+from lorasweep.report.terminal import format_means
 from lorasweep.wording import format_metric, short_key
 
 MAX_OTHER_ARMS = 6
@@ -88,13 +88,14 @@ def _draw_scores(values: Sequence[SubjectData], others: Sequence[SubjectData], d
     ends = [end for *_, interval in rows for end in interval or ()]
     levels = {"full": full.value if full else None, "frozen": base.value if base else None}
     set_score_axis(figure, [*scores, *band], ends, **levels)
-    is_asked = bool(values) and bool(evidence.list_answers("smallest", arm=values[0].arm))
+    is_asked = bool(values) and evidence.find_outcome("smallest", values[0].arm).state != "not asked"
     enough = choose_subject(data, values[0].arm) if is_asked else None
+    shown = format_means(evidence.means)
     for one, found, interval in rows:
         colour, place = colours[one.name], escape(one.subject.label)  # `rank 4` differs from an arm named `4`
-        text = escape(f"{one.name}: {format_subject_score(one, data)}")
+        text = escape(f"{one.name}: {shown[one.name]}")
         add_point(figure, place, found.value, colour, one.name, text=text, marker={"size": 11}, interval=interval)
-        seeds = [(place, run) for run in one.confirm_runs if run.is_complete]
+        seeds = [(place, run, data.record.find_run_score(run)) for run in one.confirm_runs if run.is_complete]
         add_trials(figure, seeds, colour, one.name, marker={"symbol": "circle-open"})
         if enough and enough.is_settled and enough.data is one:
             marker = LARGE | {"symbol": "diamond-open"}
@@ -124,10 +125,10 @@ def draw_retained(data: SweepData) -> Panel:
 
 
 def _draw_data_set(row: RetainedRow, data: SweepData) -> go.Figure:
-    base, colours, sign = data.evidence.base, choose_colours(data), get_sign(row.direction)
+    base, colours, sign = data.evidence.base, choose_colours(data), row.metric.sign
     figure = build_figure(
         f"learned: gain of {format_metric(data.shown_metric.name)} on test data",
-        f"forgotten: loss of {format_metric(row.metric)} on {row.name}",
+        f"forgotten: loss of {format_metric(row.metric.name)} on {row.name}",
     )
     margin = data.record.retain_margin
     figure.add_hrect(y0=-margin, y1=margin, fillcolor=METHOD_COLOURS["frozen"], opacity=0.15, line_width=0)
@@ -161,10 +162,9 @@ def draw_score_by_lr(data: SweepData) -> Panel:
 
 
 def _draw_rates(subjects: Sequence[SubjectData], data: SweepData) -> go.Figure:
-    scored = [trial for one in subjects for trial in one.trials if trial.value is not None]
-    has_u = len({trial.numeric_setting(ALPHA) for trial in scored}) > 1 and all(
-        trial.follows_rate_law for trial in scored
-    )
+    scored = [trial for one in subjects for trial in one.trials if trial.search_score is not None]
+    alphas = {trial.numeric_setting(ALPHA) for trial in scored}
+    has_u = len(alphas) > 1 and all(trial.follows_rate_law for trial in scored)
 
     def find_x(trial: Trial) -> float:
         """Returns the learning rate, or the coordinate of the rate law; 0 if it is not known."""
@@ -172,21 +172,24 @@ def _draw_rates(subjects: Sequence[SubjectData], data: SweepData) -> go.Figure:
         return (trial.numeric_setting(LR) or 0.0) * math.sqrt(max(alpha, 0.0))
 
     x_title = f"{'u = lr · √α' if has_u else 'learning rate'} (log scale)"
-    figure = build_figure(x_title, format_metric(data.record.metric))
+    figure = build_figure(x_title, format_metric(data.record.search_metric.name))
     figure.update_xaxes(type="log", exponentformat="e", dtick=1, minor={"ticks": "outside"})
     colours, scores = choose_colours(data), []
     for one in subjects:
         colour = colours[one.name]
-        points = [(x, trial) for trial in one.trials if trial.value is not None and (x := find_x(trial)) > 0]
+        points = [(find_x(trial), trial, score) for trial in one.trials if (score := trial.search_score) is not None]
+        points = [point for point in points if point[0] > 0]
         complete = [point for point in points if point[1].is_complete]
         stopped = [point for point in points if point[1].state == "stopped"]
-        scores += [trial.value for _, trial in (*complete, *stopped) if trial.value is not None]
+        scores += [score for _, _, score in (*complete, *stopped)]
         add_trials(figure, complete, colour, one.name, showlegend=True)
         add_trials(figure, stopped, colour, one.name, marker={"symbol": "x-thin-open"})
         if one.best and (x := find_x(one.best)):
             marker = LARGE | {"symbol": "diamond-open" if one.best.is_predicted else "circle-open"}
-            add_point(figure, x, one.best.value, colour, one.name, text=describe_point(one.best), marker=marker)
-    ranked = sorted(scores, key=lambda score: data.sign * score)
+            score = one.best.search_score
+            text = describe_point(one.best, score)
+            add_point(figure, x, score, colour, one.name, text=text, marker=marker)
+    ranked = sorted(scores, key=lambda score: data.record.search_metric.sign * score)
     half = 1 + len(ranked) // 2  # the better half is always shown
     full, frozen = data.best_score("full"), data.best_score("frozen")
     set_score_axis(figure, ranked[:half], ranked[half:], full=full, frozen=frozen)

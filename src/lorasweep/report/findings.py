@@ -9,7 +9,7 @@ from typing import Any
 
 from lorasweep.config.sweep import parse_margin
 from lorasweep.record import COST_FIELDS, STATES, SweepRecord, is_number
-from lorasweep.report.answers import AnswerLine, list_answer_lines
+from lorasweep.report.answers import AnswerLine, build_entry, list_answer_lines
 from lorasweep.report.caveats import (
     Fairness,
     Learning,
@@ -18,7 +18,6 @@ from lorasweep.report.caveats import (
     judge_fairness,
     judge_learning,
 )
-from lorasweep.report.evidence.questions import ENTRY_FIELDS
 from lorasweep.report.recommend import Recommendation, choose_arm, recommend
 from lorasweep.report.sweep_data import SubjectData, SweepData, load_sweep_data
 from lorasweep.wording import format_count, format_metric, format_score, format_seconds, format_share, join_words
@@ -64,8 +63,8 @@ class Findings:
             "questions": _list_question_entries(data, self.learning),
             "warnings": self.warnings,
             "learning": asdict(self.learning),
-            "metric": record.metric,
-            "direction": record.direction,
+            "metric": record.search_metric.name,
+            "direction": record.search_metric.direction,
             "test_metrics": [asdict(metric) for metric in record.test_metrics],
             "makespan_s": record.makespan_s,
             "tokens_trained": data.tokens_trained,
@@ -93,7 +92,6 @@ def read_findings(folder: Path, record: SweepRecord | None = None) -> Findings:
     learning = judge_learning(data)
     fairness = judge_fairness(data, has_learned=learning.state != "nothing")
     unfair = [f"The comparison of arms is not fair: {'; '.join(fairness.faults)}."] if fairness.faults else []
-    cut_off, are_many = _describe_cut_answers(data)
     return Findings(
         data=data,
         answers=list_answer_lines(data, learning),
@@ -102,27 +100,30 @@ def read_findings(folder: Path, record: SweepRecord | None = None) -> Findings:
         warnings=(
             *learning.warnings,
             *describe_unpredicted_labels(data),
-            *(cut_off if are_many else []),
+            *_describe_cut_off(data, are_many=True),
             *unfair,
             *describe_unstable_rates(data, learning),
         ),
-        notes=(*([] if are_many else cut_off), *_list_notes(data, fairness)),
+        notes=(*_describe_cut_off(data, are_many=False), *_list_notes(data, fairness)),
         recommended=tuple(recommend(data, learning)),
     )
 
 
 def _list_question_entries(data: SweepData, learning: Learning) -> list[dict[str, Any]]:
     """Returns an entry for each answer, and one for the recommended setting of LoRA."""
-    entries = [answer.as_entry() for answer in data.evidence.answers]
+    entries = [build_entry(answer) for answer in data.evidence.answers]
     choice = choose_arm(data, ["lora"])
-    if learning.state == "nothing" or choice is None or choice.data.setting is None or choice.data.best is None:
+    if learning.state == "nothing" or choice is None or choice.data.setting is None:
         return entries
-    setting = dict.fromkeys(ENTRY_FIELDS) | {
+    setting = {
         "name": "setting",
         "subject": choice.data.name,
-        "verdict": "predicted" if choice.data.best.is_predicted else "tried",
-        "value": choice.data.best.params,
+        "reference": None,
+        "verdict": "predicted" if choice.best.is_predicted else "tried",
+        "value": choice.best.params,
         "interval": None if choice.data.setting.regret is None else (0.0, choice.data.setting.regret),
+        "open_because": None,
+        "to_settle": None,
     }
     return [*entries, setting]
 
@@ -172,24 +173,23 @@ def _describe_generated(data: SweepData) -> Iterator[str]:
         return
     verdict, other = format_metric(data.shown_metric.name), format_metric(data.other_metric.name)
     yield f"Verdicts are about {verdict} (`confirm.metric`); {other} on the same test data decides nothing."
-    if left_out := max(_list_answer_counts(data, "left_out"), default=0):
+    if left_out := max(_count_generated(data, "left_out"), default=0):
         yield (
             f"{left_out:,} test examples are not answered, because prompt and reference are longer than "
             "`data.max_length`."
         )
 
 
-def _describe_cut_answers(data: SweepData) -> tuple[list[str], bool]:
-    """Returns a sentence on generated test answers that were cut off, none if none was, and whether they are many."""
-    cut_off, examples = (sum(_list_answer_counts(data, name)) for name in ("cut_off", "examples"))
-    if not cut_off:
-        return [], False
+def _describe_cut_off(data: SweepData, *, are_many: bool) -> list[str]:
+    """Returns a sentence on generated test answers that were cut off, if they are many or if they are few."""
+    cut_off, examples = (sum(_count_generated(data, name)) for name in ("cut_off", "examples"))
+    if not cut_off or (cut_off > MAX_CUT_OFF_SHARE * examples) is not are_many:
+        return []
     counts = f"{cut_off:,} of {examples:,} generated answers"
-    sentence = f"{counts} were cut off at `data.answers.max_new_tokens`, so their scores may be too low. Raise it."
-    return [sentence], cut_off > MAX_CUT_OFF_SHARE * examples
+    return [f"{counts} were cut off at `data.answers.max_new_tokens`, so their scores may be too low. Raise it."]
 
 
-def _list_answer_counts(data: SweepData, name: str) -> list[int]:
+def _count_generated(data: SweepData, name: str) -> list[int]:
     found = [run.record.answers.get("test", {}) for run in data.confirm_runs if run.record]
     return [one[name] for one in found if is_number(one.get(name))]
 

@@ -15,16 +15,16 @@ MAX_SHOWN_EXAMPLES = 5
 """Maximum number of test examples whose answers the page shows."""
 
 
-class AnsweredExample(NamedTuple):
-    """A test example with the answer of each subject."""
+class GeneratedExample(NamedTuple):
+    """A test example with the text that each subject generated."""
 
     prompt: str
     reference: str
-    answers: Mapping[str, tuple[str, str]]
-    """Answer and score by subject, the base first. A score is empty if the function gave none."""
+    texts: Mapping[str, tuple[str, str]]
+    """Generated text and its score by subject, the base first. A score is empty if the function gave none."""
 
 
-def list_answered_examples(data: SweepData) -> list[AnsweredExample]:
+def list_generated_examples(data: SweepData) -> list[GeneratedExample]:
     """Returns test examples that the base and the first complete confirm run of each subject answered."""
     files = {"base": data.folder / ANSWERS_FILE.format("base")}  # exists if no arm is the base
     for one in sorted(data.subjects, key=lambda one: not one.row.is_base):
@@ -35,8 +35,8 @@ def list_answered_examples(data: SweepData) -> list[AnsweredExample]:
     examples = []
     for row in rows[:: max(1, len(rows) // MAX_SHOWN_EXAMPLES)][:MAX_SHOWN_EXAMPLES]:
         prompt, reference, *_ = next(iter(tables.values()))[row]
-        answers = {name: (table[row][2], table[row][3]) for name, table in tables.items()}
-        examples.append(AnsweredExample(prompt, reference, answers))
+        texts = {name: (table[row][2], table[row][3]) for name, table in tables.items()}
+        examples.append(GeneratedExample(prompt, reference, texts))
     return examples
 
 

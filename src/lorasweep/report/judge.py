@@ -21,7 +21,7 @@ from lorasweep.config.sweep import MAX_ARMS, MAX_CONFIRM_SEEDS, parse_margin
 from lorasweep.disk import require_regular_file
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.record import MAX_LOOKS, Question, QuestionName, Subject, is_number
-from lorasweep.report.answers import AnswerLine
+from lorasweep.report.answers import AnswerLine, build_entry, describe_remedy, explain_open
 from lorasweep.report.evidence.estimates import (
     UNBOUNDED,
     ConfirmScores,
@@ -30,7 +30,8 @@ from lorasweep.report.evidence.estimates import (
     build_scores,
     estimate_means,
 )
-from lorasweep.report.evidence.questions import Answer, MarginScale, answer_questions, compute_level
+from lorasweep.report.evidence.questions import MarginScale, answer_questions, compute_level
+from lorasweep.report.evidence.verdicts import Answer
 from lorasweep.report.terminal import render_answers
 from lorasweep.wording import format_bytes, format_estimate, format_share_estimate, join_words, shorten
 
@@ -58,7 +59,7 @@ class Judgement:
         """Returns a row per answer: question, subject, reference, verdict, value, interval, and why it is open."""
         import pandas  # noqa: PLC0415 (slow to import)
 
-        return pandas.DataFrame.from_records([answer.as_entry() for answer in self.answers])
+        return pandas.DataFrame.from_records([build_entry(answer) for answer in self.answers])
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -67,7 +68,7 @@ class Judgement:
             "num_examples": self.scores.num_examples,
             "num_groups": self.scores.num_groups,
             "subjects": {name: mean.as_json() for name, mean in estimate_means(self.scores).items()},
-            "questions": [answer.as_entry() for answer in self.answers],
+            "questions": [build_entry(answer) for answer in self.answers],
             "notes": list(self.notes),
         }
 
@@ -85,9 +86,9 @@ class Judgement:
             asked = f"Is {answer.subject} {'enough' if is_size else f'as good as {answer.reference}'}?"
             shown = format_share_estimate if answer.is_share else format_estimate
             what = f" of {answer.reference}'s gain" if answer.is_share and not is_size else ""
-            why = "; ".join(filter(None, (answer.open_because, answer.to_settle)))
+            why = "; ".join(filter(None, (explain_open(answer), describe_remedy(answer))))
             text = f"{answer.verdict}: {shown(answer.value, answer.interval)}{what}" + (f" ({why})" if why else "")
-            lines.append(AnswerLine(question=asked, text=text, is_settled=answer.is_settled))
+            lines.append(AnswerLine(question=asked, text=text, state="settled" if answer.is_settled else "open"))
         means = Table("arm", "mean score", "seeds", box=None, header_style="bold")
         for name, mean in estimate_means(self.scores).items():
             means.add_row(name, format_estimate(mean.value, mean.find_interval()), str(len(mean.seeds)))

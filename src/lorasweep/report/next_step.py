@@ -10,15 +10,13 @@ from typing import Any
 
 from lorasweep.config.command_line import format_override
 from lorasweep.config.data import DEFAULT_SPLIT_PERCENT
-from lorasweep.record import QuestionName, is_number
+from lorasweep.record import is_number
 from lorasweep.report.caveats import Learning
-from lorasweep.report.evidence.evidence import RetainedChange
-from lorasweep.report.evidence.questions import TESTED_LATER, Remedy
+from lorasweep.report.evidence.verdicts import Answer, Remedy
 from lorasweep.report.sweep_data import SweepData
 
 MAX_TEST_PERCENT = 50
 """Largest share of the training data that `data.test_fraction` may split off, in percent."""
-NOTHING_LEARNED = "nothing was learned with these data, steps and ranges"
 
 
 @dataclass(frozen=True)
@@ -33,51 +31,36 @@ class NextStep:
         return f"Next ({self.reason}): {self.command}" if self.command else f"No command settles this: {self.reason}."
 
 
-def find_next_step(question: QuestionName, data: SweepData, learning: Learning) -> NextStep:
-    """Returns the step for an open question about LoRA that the sweep asks: against full, or the smallest value."""
-    if learning.state == "nothing":
-        return NextStep(None, NOTHING_LEARNED)
-    rows = [row for row in data.record.arms if row.method == "lora"]
-    if step := _find_step_before_verdicts(data):
-        return step
-    chains = [data.evidence.list_answers(question, arm=row.name) for row in rows]
-    # of each arm, the answer that is shown: the largest value whose own test is open
-    shown = [one for chain in chains for one in chain[::-1] if one.open_because not in (None, TESTED_LATER)]
-    shown = list({one.arm: one for one in reversed(shown)}.values())
-    if not shown:
-        return NextStep(None, "the sweep does not state this question")
-    full = [row.name for row in data.record.arms if row.method == "full" and question == "as_good_as_full"]
-    remedies = [one.remedy for one in shown if one.remedy]
-    arms = [*full, *(one.arm for one in shown if one.remedy)]
-    return _apply_remedy(remedies, arms, data) or NextStep(None, str(shown[0].open_because))
+def find_early_step(data: SweepData, learning: Learning | None = None) -> NextStep | None:
+    """Returns the step before any verdict: to a complete sweep, and to test scores. None if the sweep has both."""
+    if learning and learning.state == "nothing":
+        return NextStep(None, "nothing was learned with these data, steps and ranges")
+    if data.record.status != "complete":
+        return NextStep(data.completing_command, "the sweep is not complete")
+    return None if data.record.looks else _resume({"confirm.seeds": "auto"}, data, "adds the confirm stage")
 
 
-def find_trials_step(arm: str | None, data: SweepData, learning: Learning) -> NextStep:
-    """Returns the step for the best setting of LoRA, which more trials of its arm improve."""
-    if learning.state == "nothing":
-        return NextStep(None, NOTHING_LEARNED)
-    if step := _find_step_before_verdicts(data):
-        return step
-    if arm is None:
-        return NextStep(None, f"no trial of LoRA is complete; {str(data.folder / 'runs')!r} has the reasons")
-    return _add_trials([arm], data)
+def find_remedy_step(blocking: Sequence[Answer], data: SweepData) -> NextStep | None:
+    """Returns the step that would settle these answers, one of each LoRA arm; None if nothing practical would."""
+    arms = [answer.arm for answer in blocking if answer.remedy]
+    if any(answer.name == "as_good_as_full" for answer in blocking):
+        arms += [row.name for row in data.record.arms if row.method == "full"]
+    return _apply_remedy([answer.remedy for answer in blocking if answer.remedy], arms, data)
 
 
-def find_retained_step(unsettled: Sequence[RetainedChange], data: SweepData) -> NextStep:
-    """Returns the step for what was forgotten: more seeds, if the confirm stage has test scores."""
-    if step := _find_step_before_verdicts(data):
-        return step
-    if not unsettled:
-        return NextStep(None, f"no run has a score on this data; {str(data.folder / 'runs')!r} has the reasons")
+def add_trials(arms: Sequence[str], data: SweepData) -> NextStep:
+    trials = {f"arms.{row.name}.trials": 2 * row.trials for row in data.record.arms if row.name in arms}
+    return _resume(trials, data, "twice the trials")
+
+
+def add_seeds(data: SweepData) -> NextStep:
     seeds = 2 * max(data.record.looks)
     return _resume({"confirm.seeds": seeds}, data, "twice the seeds, which may not be enough")
 
 
-def _find_step_before_verdicts(data: SweepData) -> NextStep | None:
-    """Returns the step to a complete sweep with a confirm stage; None if the sweep has both."""
-    if data.record.status != "complete":
-        return NextStep(data.completing_command, "the sweep is not complete")
-    return None if data.record.looks else _resume({"confirm.seeds": "auto"}, data, "adds the confirm stage")
+def find_reasons(missing: str, data: SweepData) -> NextStep:
+    """Returns where the reasons are why something is missing."""
+    return NextStep(None, f"{missing}; {str(data.folder / 'runs')!r} has the reasons")
 
 
 def _apply_remedy(remedies: Sequence[Remedy], arms: Sequence[str], data: SweepData) -> NextStep | None:
@@ -88,17 +71,12 @@ def _apply_remedy(remedies: Sequence[Remedy], arms: Sequence[str], data: SweepDa
         seeds = max(int(amounts["seeds"]), *data.record.looks)
         return _resume({"confirm.seeds": seeds}, data, f"{seeds} seeds in all")
     if "trials" in amounts:
-        return _add_trials(arms, data)
+        return add_trials(arms, data)
     if "examples" in amounts:
         return _add_test_examples(amounts["examples"], data)
     if "margin" in amounts and not any(row.is_base for row in data.record.arms):
         return _begin_again({"arms.frozen": {"settings": {"method": "frozen"}}}, data, "adds the frozen base")
     return NextStep(None, "a new sweep needs `confirm.margin` as a number in the metric's unit") if amounts else None
-
-
-def _add_trials(arms: Sequence[str], data: SweepData) -> NextStep:
-    trials = {f"arms.{row.name}.trials": 2 * row.trials for row in data.record.arms if row.name in arms}
-    return _resume(trials, data, "twice the trials")
 
 
 def _add_test_examples(factor: float, data: SweepData) -> NextStep:

@@ -14,7 +14,7 @@ from lorasweep import wording
 from lorasweep.record import STATES, Trial
 from lorasweep.report.answers import describe_answer, describe_change
 from lorasweep.report.findings import Findings
-from lorasweep.report.generated import list_answered_examples
+from lorasweep.report.generated import list_generated_examples
 from lorasweep.report.panel import Panel, build_link, choose_colours
 from lorasweep.report.terminal import describe_setting, list_columns
 
@@ -45,14 +45,14 @@ def render_page(findings: Findings, panels: Sequence[Panel]) -> str:
         describe_setting=describe_setting,
         states=STATES,
         verdicts=[(answer, describe_answer(answer, data)) for answer in data.evidence.answers],
-        generated=list_answered_examples(data),
+        generated=list_generated_examples(data),
         retained=[(change, describe_change(change, data)) for change in data.retained],
         colours=choose_colours(data),
         panels=panels,
         columns=[
             ("run", "arm and number of the trial in its Optuna study, or subject and seed of a confirm run"),
             ("state", "complete, running, or why it stopped; `not better` than an answer that needs no training"),
-            (metric(data.record.metric), "best value on validation data"),
+            (metric(data.record.search_metric.name), "best value on validation data"),
             *([(f"{metric(data.record.verdict_metric.name)}, test", "on test data")] if data.confirm_runs else []),
             *((wording.short_key(key), key) for key in data.swept_keys),
             *((title, about) for title, about, _, _ in COSTS),
@@ -84,7 +84,7 @@ def _build_cells(run: Trial, findings: Findings) -> list[Cell]:
     # the best value of a stopped trial is not that of all its steps
     at = f" at step {run.step}" if run.state == "stopped" else ""
     state = f"{run.state}{at}" + (", not better" if is_better is False and run.trains else "")
-    scores = [run.value, None] if is_search else [run.record.score if run.record else None, run.value]
+    scores = [run.search_score, run.test_scores.get(data.record.verdict_metric.name)]
     cells: list[Cell] = [(state, state)]
     cells += [(wording.format_score(score), score) for score in (scores if data.confirm_runs else scores[:1])]
     for key in data.swept_keys:

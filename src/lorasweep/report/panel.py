@@ -107,19 +107,11 @@ def set_score_axis(
     if num_outside := sum(not low - pad <= score <= high + pad for score in others):
         figure.layout.xaxis.title.text += f"<br>{num_outside} outside the range"
     for method, score in known.items():
-        figure.add_hline(
-            y=score,
-            line={"color": METHOD_COLOURS[method], "width": 1.2, "dash": "dot"},
-            annotation={
-                "text": f"{method} {format_score(score)}",
-                "font": {"color": METHOD_COLOURS[method], "size": 12},
-                "x": 1,
-                "xanchor": "left",
-                "yanchor": "bottom"
-                if score == max(known.values())
-                else "top",  # so that names of close lines are apart
-            },
-        )
+        colour, is_highest = METHOD_COLOURS[method], score == max(known.values())
+        side = "bottom" if is_highest else "top"  # so that names of close lines are apart
+        name = {"text": f"{method} {format_score(score)}", "font": {"color": colour, "size": 12}}
+        place = {"x": 1, "xanchor": "left", "yanchor": side}
+        figure.add_hline(y=score, line={"color": colour, "width": 1.2, "dash": "dot"}, annotation=name | place)
 
 
 def add_point(
@@ -133,26 +125,27 @@ def add_point(
     _add_markers(figure, colour, name, x=[x], y=[y], text=[text], **trace)
 
 
-def add_trials(figure: go.Figure, points: Sequence[tuple[Any, Trial]], colour: str, name: str, **trace: Any) -> None:
-    """Adds trials as points at these x values, with their settings as hover text and links to their runs."""
-    trials = [trial for _, trial in points]
+def add_trials(
+    figure: go.Figure, points: Sequence[tuple[Any, Trial, float | None]], colour: str, name: str, **trace: Any
+) -> None:
+    """Adds runs as points (x, run, score), with their settings as hover text and links to their folders."""
     trace["marker"] = {"opacity": 0.75} | trace.get("marker", {})
     _add_markers(
         figure,
         colour,
         name,
-        x=[x for x, _ in points],
-        y=[trial.value for trial in trials],
-        text=[describe_point(trial) for trial in trials],
-        customdata=[build_link(trial.run) for trial in trials],
+        x=[x for x, _, _ in points],
+        y=[score for _, _, score in points],
+        text=[describe_point(trial, score) for _, trial, score in points],
+        customdata=[build_link(trial.run) for _, trial, _ in points],
         **trace,
     )
 
 
-def describe_point(trial: Trial) -> str:
+def describe_point(trial: Trial, score: float | None) -> str:
     """Returns a point's hover text: arm and number, state if not complete, score and settings."""
     state = "" if trial.state == "complete" else f" ({trial.state})"
-    lines = [f"{trial.name}{state}", format_score(trial.value), format_settings(trial.params)]
+    lines = [f"{trial.name}{state}", format_score(score), format_settings(trial.params)]
     return "<br>".join(escape(line) for line in lines)
 
 

@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import ALPHA, LR, RANK, SCALING, STEPS_KEY
 from lorasweep.errors import ConfigError, RecordError
-from lorasweep.record import SWEEP_FILE, Trial
+from lorasweep.record import SWEEP_FILE, Trial, is_number
 from lorasweep.report.caveats import Learning, judge_learning
-from lorasweep.report.evidence.estimates import Estimate
-from lorasweep.report.evidence.questions import NEGATIVE_VERDICTS, POSITIVE_VERDICTS
+from lorasweep.report.evidence.verdicts import NEGATIVE_VERDICTS, POSITIVE_VERDICTS
 from lorasweep.report.sweep_data import SubjectData, SweepData, load_sweep_data
-from lorasweep.wording import (
-    UNKNOWN,
-    count_decimals,
-    format_estimate,
-    format_score,
-    format_setting,
-    short_key,
-    suggest_nearest,
-)
+from lorasweep.wording import format_setting, short_key, suggest_nearest
 
 TRAIN_EXAMPLES = "data.max_train_examples"
 SETTING_NAMES = {"method.name": "method", RANK: "rank", ALPHA: "α", LR: "learning rate", STEPS_KEY: "steps"}
@@ -38,6 +29,8 @@ class ChosenSubject:
     """One subject, and whether the answers settle that it is the one to use."""
 
     data: SubjectData
+    best: Trial
+    """The trial or the predicted setting that was confirmed, with its record."""
     is_settled: bool
 
 
@@ -48,19 +41,13 @@ def choose_subject(data: SweepData, arm: str) -> ChosenSubject | None:
     sufficient, else the largest. Then the choice is settled if the next smaller value is shown to be insufficient, or
     if there is no smaller value. If the sweep does not ask, the subject is the one with the best score.
     """
-    subjects = [one for one in data.subjects if one.arm == arm and find_score(one, data) is not None]
-    subjects = [one for one in subjects if one.best and one.best.record]
-    if not subjects:
-        return None
-    chain = data.evidence.list_answers("smallest", arm=arm)
-    if not chain:
-        best = min(subjects, key=lambda one: get_score_sort_key(one, data))
-        return ChosenSubject(data=best, is_settled=len(subjects) == 1)
-    sufficient = [answer.subject for answer in chain if answer.verdict == "sufficient"]
-    smaller = [answer.verdict for answer in chain if answer.verdict != "sufficient"][-1:]
-    name = sufficient[0] if sufficient else chain[-1].compared_with[-1]
-    chosen = next((one for one in subjects if one.name == name), subjects[-1])
-    return ChosenSubject(data=chosen, is_settled=chosen.name == name and set(smaller) <= {"insufficient"})
+    choices = _list_choices(data, [arm])
+    outcome = data.evidence.find_outcome("smallest", arm)
+    if not choices or outcome.state == "not asked":
+        return _choose_best(choices, data)
+    name = outcome.good.subject if outcome.good else outcome.largest
+    chosen = next((one for one in choices if one.data.name == name), choices[-1])
+    return replace(chosen, is_settled=chosen.data.name == name and outcome.state == "settled")
 
 
 def choose_arm(data: SweepData, methods: Sequence[str] | None = None) -> ChosenSubject | None:
@@ -73,50 +60,35 @@ def choose_arm(data: SweepData, methods: Sequence[str] | None = None) -> ChosenS
     """
     rows = [row for row in data.record.arms if not row.is_base]
     names = [row.name for row in rows if methods is None or row.method in methods]
-    choices = [choice for name in names if (choice := choose_subject(data, name)) and choice.data.best]
-    if not choices:
-        return None
+    choices = [choice for name in names if (choice := choose_subject(data, name))]
     verdicts = {answer.subject: answer.verdict for answer in data.evidence.list_answers("as_good_as_full")}
-    positive = [one for one in choices if verdicts.get(one.data.name) in POSITIVE_VERDICTS]
-    as_good = [one for one in data.subjects if one.arm in names and verdicts.get(one.name) in POSITIVE_VERDICTS]
-    positive = positive or [
-        ChosenSubject(data=one, is_settled=False) for one in as_good if one.best and one.best.record
-    ]
-    better = [one for one in positive if verdicts[one.data.name] == "better"]
-    if positive and not better:
+
+    def list_positive(found: Sequence[ChosenSubject]) -> list[ChosenSubject]:
+        return [one for one in found if verdicts.get(one.data.name) in POSITIVE_VERDICTS]
+
+    as_good = [replace(one, is_settled=False) for one in list_positive(_list_choices(data, names))]
+    positive = list_positive(choices) or as_good
+    if better := [one for one in positive if verdicts[one.data.name] == "better"]:
+        return _choose_best(better, data)
+    if positive:
         return min(positive, key=lambda one: one.data.cost("trainable_params") or math.inf)
-    chosen = min(better or choices, key=lambda one: get_score_sort_key(one.data, data))
-    if better:
-        return chosen
+    if (chosen := _choose_best(choices, data)) is None:
+        return None
     others = [one.data.name for one in choices if one is not chosen]
     is_best = bool(data.evidence.means) and all(_is_no_worse(chosen.data.name, other, data) for other in others)
-    return ChosenSubject(data=chosen.data, is_settled=chosen.is_settled and is_best)
+    return replace(chosen, is_settled=chosen.is_settled and is_best)
 
 
-def get_score_sort_key(one: SubjectData, data: SweepData) -> float:
-    """Returns a key that sorts subjects from the best score to the worst; those without a score come last."""
-    value = find_score(one, data)
-    return math.inf if value is None else data.shown_metric.sign * value
+def _list_choices(data: SweepData, arms: Sequence[str]) -> list[ChosenSubject]:
+    """Returns the subjects of arms that can be used: those with a score and a record. One alone is settled."""
+    found = [one for one in data.subjects if one.arm in arms and data.find_score(one) is not None]
+    usable = [(one, one.best) for one in found if one.best and one.best.record]
+    return [ChosenSubject(data=one, best=best, is_settled=len(usable) == 1) for one, best in usable]
 
 
-def find_score(one: SubjectData, data: SweepData) -> float | None:
-    """Returns the score of a subject: on test data after a confirm stage, else that of the best complete trial."""
-    if data.evidence.means:
-        found = data.evidence.mean(one.name)
-        return found.value if found else None
-    return one.search_score
-
-
-def format_subject_score(one: SubjectData, data: SweepData, *, means: Mapping[str, Estimate] | None = None) -> str:
-    """Returns a subject's score: on test data with its interval after a confirm stage, else the best trial's.
-
-    All subjects of a sweep get the same number of decimals. `means` are those of another metric on test data.
-    """
-    known = data.evidence.means if means is None else means
-    if (found := known.get(one.name)) or means is not None:
-        decimals = count_decimals(one.find_interval() for one in known.values())
-        return format_estimate(found.value, found.find_interval(), decimals=decimals) if found else UNKNOWN
-    return format_score(find_score(one, data), beside=[other.search_score for other in data.subjects])
+def _choose_best(choices: Sequence[ChosenSubject], data: SweepData) -> ChosenSubject | None:
+    sign = data.shown_metric.sign
+    return min(choices, key=lambda one: sign * (data.find_score(one.data) or 0.0), default=None)
 
 
 def _is_no_worse(subject: str, other: str, data: SweepData) -> bool:
@@ -157,11 +129,10 @@ def recommend(data: SweepData, learning: Learning) -> list[Recommendation]:
         Recommendation(
             arm=one.data.name,
             is_settled=one.is_settled and is_shown,
-            settings=_name_settings(one.data, one.data.best),
+            settings=_name_settings(one.data, one.best),
             commands=_list_commands(one.data, data),
         )
         for one in choices
-        if one.data.best and one.data.best.record
     ]
 
 
@@ -185,9 +156,9 @@ def find_recommended_run(source: Path) -> tuple[Path, str]:
     """
     data, name = _load_source(source)
     one, trial = find_recommended(data, name, key="SWEEP")
-    scored = [(run, run.record.score) for run in one.confirm_runs if run.is_complete and run.record]
-    runs = [(data.sign * score, run) for run, score in scored if score is not None]
-    run = min(runs, key=lambda pair: pair[0])[1] if runs else trial
+    sign, scored = data.record.search_metric.sign, [run for run in one.confirm_runs if run.is_complete and run.record]
+    runs = [run for run in scored if is_number(run.search_score)]
+    run = min(runs, key=lambda run: sign * (run.search_score or 0.0), default=trial)
     best = f", the best of {len(runs)} seeds on validation data" if len(runs) > 1 else ""
     return data.folder / run.run, f"{run.name}{best}"
 

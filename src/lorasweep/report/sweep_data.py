@@ -10,10 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorasweep.config.data import ScoreMetric
-from lorasweep.config.run import ALPHA, LR, RANK
 from lorasweep.config.sweep import parse_margin
 from lorasweep.disk import is_running
 from lorasweep.errors import RecordError
@@ -25,9 +24,7 @@ from lorasweep.record import (
     SweepRecord,
     Trial,
     TrialState,
-    build_frame,
     find_winner,
-    is_number,
     read_run,
     read_sweep,
 )
@@ -39,9 +36,6 @@ from lorasweep.report.evidence.evidence import (
     compare_retained,
     read_confirm_scores,
 )
-
-if TYPE_CHECKING:
-    import pandas
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +66,7 @@ class SubjectData:
     @property
     def search_score(self) -> float | None:
         """The score of `best` on validation data, or the predicted one; None if there is none."""
-        return self.best.value if self.best else None
+        return self.best.search_score if self.best else None
 
     def count(self, state: TrialState) -> int:
         return sum(trial.state == state for trial in self.trials)
@@ -136,11 +130,6 @@ class SweepData:
         return sum(record.steps_planned - record.steps_done for record in stopped)
 
     @property
-    def sign(self) -> int:
-        """1 if lower scores are better, else -1, so that a lower `sign * score` is always better."""
-        return self.record.sign
-
-    @property
     def shown_metric(self) -> ScoreMetric:
         """The metric by which subjects are compared: that of the verdicts, or of the search if nothing is confirmed."""
         return self.record.verdict_metric if self.evidence.means else self.record.search_metric
@@ -155,37 +144,40 @@ class SweepData:
         return next((one for one in self.subjects if one.name == name), None)
 
     @cached_property
-    def frame(self) -> pandas.DataFrame:
-        """The table of all runs (`record.build_frame`), with swept keys, rank, α and learning rate."""
-        keys = tuple(dict.fromkeys([*self.swept_keys, RANK, ALPHA, LR]))
-        runs = (*self.trials, *self.confirm_runs)
-        test_metric = self.record.verdict_metric.name
-        return build_frame(runs, metric=self.record.metric, test_metric=test_metric, keys=keys)
-
-    @cached_property
     def swept_keys(self) -> tuple[str, ...]:
         """The dotted keys that any arm sweeps, in the order of the arms."""
         keys = [key for row in self.record.arms for key in row.space]
         return tuple(dict.fromkeys([*keys, *(key for trial in self.trials for key in trial.params)]))
 
+    def find_score(self, one: SubjectData) -> float | None:
+        """Returns the score of a subject: on test data after a confirm stage, else that of the best complete trial."""
+        if self.evidence.means:
+            return mean.value if (mean := self.evidence.mean(one.name)) else None
+        return one.search_score
+
     def best_score(self, method: str) -> float | None:
         """Returns the best search score of a method: `frozen` is the base model, `full` is full fine-tuning."""
         scores = [one.search_score for one in self.subjects if one.row.method == method]
-        return min((score for score in scores if score is not None), key=lambda score: self.sign * score, default=None)
+        return self.record.search_metric.best(score for score in scores if score is not None)
 
     @property
     def full_gain(self) -> float | None:
         """Full fine-tuning's gain over the frozen base in the search; None if it is not known or not positive."""
         base, full = self.best_score("frozen"), self.best_score("full")
-        gain = 0.0 if base is None or full is None else self.sign * (base - full)
+        gain = 0.0 if base is None or full is None else self.record.search_metric.sign * (base - full)
         return gain if gain > 0 else None
 
     @property
     def search_margin(self) -> float | None:
         """The margin in the unit of the search's metric; None if it is not known."""
-        if self.record.verdict_metric.name == self.record.metric:
+        if self.record.verdict_metric.name == self.record.search_metric.name:
             return self.evidence.margin
         return self.margin_share * self.full_gain if self.margin_share and self.full_gain else None
+
+    def has_small_regret(self, one: SubjectData) -> bool:
+        """Returns whether an untried setting of a subject is known to be better by no more than the margin."""
+        regret, margin = one.setting.regret if one.setting else None, self.search_margin
+        return regret is not None and margin is not None and regret <= margin
 
     @property
     def margin_share(self) -> float:
@@ -202,7 +194,9 @@ class SweepData:
     def share_of_full_gain(self, score: float | None) -> float | None:
         """Returns (base - score) / (base - full), or None if a score is missing or full fine-tuning gained nothing."""
         base, gain = self.best_score("frozen"), self.full_gain
-        return None if score is None or base is None or gain is None else self.sign * (base - score) / gain
+        if score is None or base is None or gain is None:
+            return None
+        return self.record.search_metric.sign * (base - score) / gain
 
 
 def load_sweep_data(folder: Path, record: SweepRecord | None = None) -> SweepData:
@@ -224,7 +218,11 @@ def load_sweep_data(folder: Path, record: SweepRecord | None = None) -> SweepDat
         other_means, problems = estimate_means(scores), [*problems, *scores.problems]
     failed = [run.record.answers.get("test", {}).get("problem") for run in record.confirm if run.record]
     problems += dict.fromkeys(str(problem) for problem in failed if problem)
-    retained = tuple(compare_retained(record, folder, evidence, problems=problems))
+    retained: list[RetainedChange] = []
+    for row in record.retained if evidence.base else ():
+        scores = read_confirm_scores(record, folder, retained=row)
+        retained += compare_retained(record, row, scores, evidence)
+        problems += [problem for problem in scores.problems if problem not in problems]
     return SweepData(
         folder=folder,
         record=record,
@@ -232,7 +230,7 @@ def load_sweep_data(folder: Path, record: SweepRecord | None = None) -> SweepDat
         problems=tuple(problems),
         evidence=evidence,
         other_means=other_means,
-        retained=retained,
+        retained=tuple(retained),
     )
 
 
@@ -264,26 +262,21 @@ def _build_subject(subject: Subject, row: ArmRow, record: SweepRecord) -> Subjec
     setting = next((one for one in record.settings if one.subject == subject.name), None)
     best = find_winner(trials, record=record)
     if setting is not None:
-        tried = next((trial for trial in trials if trial.number == setting.trial), None)
-        best = tried or _build_predicted(setting, runs)
+        best = next((trial for trial in trials if trial.number == setting.trial), None)
+    if setting is not None and best is None:  # no trial has it; its first complete run has the record and the curve
+        run = next((run for run in runs if run.is_complete and run.record), None)
+        best = Trial(
+            stage="confirm",
+            arm=setting.arm,
+            subject=setting.subject,
+            number=0,
+            state="complete",
+            params=setting.params,
+            search_score=setting.score,
+            run=run.run if run else "",
+            values=run.values if run else {},
+        )
+        best.record = run.record if run else None
     return SubjectData(
         subject=subject, row=row, trials=tuple(trials), setting=setting, best=best, confirm_runs=tuple(runs)
     )
-
-
-def _build_predicted(setting: SettingRow, confirm_runs: Iterable[Trial]) -> Trial:
-    """Returns a setting that no trial has, with the record and the curve of its first complete confirm run."""
-    run = next((run for run in confirm_runs if run.is_complete and run.record), None)
-    predicted = Trial(
-        stage="confirm",
-        arm=setting.arm,
-        subject=setting.subject,
-        number=0,
-        state="complete",
-        params=setting.params,
-        value=setting.score if is_number(setting.score) else None,
-        run=run.run if run else "",
-        values=run.values if run else {},
-    )
-    predicted.record = run.record if run else None
-    return predicted

@@ -1,32 +1,30 @@
-"""The report in the terminal (rich): the answers and the subjects of a sweep, or the spread of several sweeps."""
+"""The report in the terminal (rich): the answers and the subjects of a sweep."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lorasweep.config.run import LR
-from lorasweep.errors import ConfigError
 from lorasweep.report.answers import AnswerLine, describe_answer
+from lorasweep.report.evidence.estimates import Estimate
 from lorasweep.report.findings import Findings
-from lorasweep.report.recommend import format_subject_score
 from lorasweep.report.sweep_data import SubjectData, SweepData
 from lorasweep.wording import (
+    UNKNOWN,
+    count_decimals,
     count_percent_decimals,
     format_bytes,
     format_count,
+    format_estimate,
     format_metric,
     format_score,
     format_seconds,
-    format_setting,
     format_settings,
     format_share_estimate,
-    join_words,
 )
 
 
@@ -47,43 +45,13 @@ def render_terminal(findings: Findings, *, verbose: bool = False) -> RenderableT
     )
 
 
-def render_spread(sweeps: Sequence[SweepData]) -> RenderableType:
-    """Returns the score and the learning rate of each subject in several sweeps, and their spread.
-
-    Sweeps that differ only in `sweep.seed` show how much a result depends on chance. Nothing is tested.
-
-    Raises:
-        ConfigError: The sweeps do not have the same metric.
-    """
-    if len(metrics := {sweep.record.verdict_metric.name for sweep in sweeps}) > 1:
-        raise ConfigError(f"sweeps must have the same metric to be compared, but have {join_words(sorted(metrics))}.")
-    is_share = all(sweep.evidence.gain for sweep in sweeps)
-    shown = "share of full's gain" if is_share else format_metric(metrics.pop())
-    table = Table(
-        title=f"{shown}, and the learning rate", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
-    table.add_column("arm", overflow="fold")
-    for name in (*(str(sweep.folder) for sweep in sweeps), "mean ± sd"):
-        table.add_column(Text(name), justify="right", overflow="fold")
-    for name in dict.fromkeys(one.name for sweep in sweeps for one in sweep.subjects):
-        found, cells = [], []
-        for sweep in sweeps:
-            one, mean, share = sweep.find_subject(name), sweep.evidence.mean(name), sweep.evidence.shares.get(name)
-            value = (share[0] if share else None) if is_share else mean.value if mean else None
-            rate = one.best.params.get(LR) if one and one.best else None
-            cells.append("–" if value is None else f"{value:.3f}" + (f"\n{format_setting(rate)}" if rate else ""))
-            found += [] if value is None else [value]
-        spread = f"{statistics.fmean(found):.3f} ± {statistics.stdev(found):.3f}" if len(found) > 1 else "–"
-        table.add_row(name, *cells, spread)
-    note = "The spread comes from search, seeds and training together. Differences between sweeps are not tested."
-    return Group(table, Text(f"• {note}"))
-
-
 def render_answers(lines: Iterable[AnswerLine]) -> list[Text]:
     """Returns a line for each question with its answer, yellow if it is not settled, and then what to type next."""
     texts = []
     for line in lines:
-        texts.append(Text.assemble((line.question, "bold"), f" {line.text}", style="" if line.is_settled else "yellow"))
+        texts.append(
+            Text.assemble((line.question, "bold"), f" {line.text}", style="" if line.state == "settled" else "yellow")
+        )
         # one line, so that a terminal copies a long command without breaks
         texts += [Text(f"  {line.next}", no_wrap=True, overflow="ignore")] if line.next else []
     return texts
@@ -104,12 +72,13 @@ def list_columns(findings: Findings) -> dict[str, list[str]]:
     data = findings.data
     shares = [data.subject_share_of_full_gain(one) for one in data.subjects]
     decimals = count_percent_decimals(interval for _, interval in shares)
-    columns = {}
-    if data.evidence.means:
-        columns["test score"] = [format_subject_score(one, data) for one in data.subjects]
-    if data.other_means and data.other_metric:
-        others = [format_subject_score(one, data, means=data.other_means) for one in data.subjects]
-        columns[format_metric(data.other_metric.name)] = others
+    columns, tested = {}, {"test score": data.evidence.means}
+    if data.other_metric:
+        tested[format_metric(data.other_metric.name)] = data.other_means
+    for title, means in tested.items():
+        if means:
+            shown = format_means(means)
+            columns[title] = [shown.get(one.name, UNKNOWN) for one in data.subjects]
     return columns | {
         "search score": _list_search_scores(findings),
         "of full's gain": [format_share_estimate(*share, decimals=decimals) for share in shares],
@@ -118,6 +87,13 @@ def list_columns(findings: Findings) -> dict[str, list[str]]:
         "memory": [format_bytes(one.cost("peak_memory_bytes")) for one in data.subjects],
         "time": [format_seconds(one.cost("wall_s")) for one in data.subjects],
     }
+
+
+def format_means(means: Mapping[str, Estimate]) -> dict[str, str]:
+    """Returns the mean scores of subjects with their intervals, all with the same number of decimals."""
+    intervals = {name: mean.find_interval() for name, mean in means.items()}
+    decimals = count_decimals(intervals.values())
+    return {name: format_estimate(mean.value, intervals[name], decimals=decimals) for name, mean in means.items()}
 
 
 def _draw_subjects(findings: Findings) -> Table:
@@ -152,6 +128,6 @@ def _list_search_scores(findings: Findings) -> list[str]:
     shown = []
     for one, score in zip(data.subjects, scores, strict=True):
         is_worse = one.best and not one.row.is_base and learning.is_better(one.best) is False
-        mark = f" (not better than {learning.answer})" if is_worse else ""
+        mark = f" (not better than {learning.baseline})" if is_worse else ""
         shown.append(f"{format_score(score, beside=scores)}{mark}")
     return shown

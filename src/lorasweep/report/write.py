@@ -23,8 +23,9 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 
 from lorasweep.config.redaction import redact
+from lorasweep.config.run import ALPHA, LR, RANK
 from lorasweep.disk import require_no_links, write_atomically
-from lorasweep.record import RunRecord, is_number
+from lorasweep.record import Trial, build_frame, is_number
 from lorasweep.report.answers import AnswerLine
 from lorasweep.report.figures import draw_panels
 from lorasweep.report.findings import Findings
@@ -41,6 +42,8 @@ EVENT_FILE_SUFFIX = ".lorasweep"
 """Suffix of our event files. A later call finds and replaces the files with this suffix."""
 ARM_TAG = "best trial of each arm"
 """The group of the arms' curves. All arms have the same tag, so that TensorBoard draws them in one chart."""
+RUN_COLUMNS = ("arm", "subject", "seed", "state", "run")
+"""Fields of a confirm run that are columns of `confirmed.csv`."""
 COSTS = ("trainable_params", "peak_memory_bytes", "wall_s")
 """Fields of a run's record that are metrics of its row."""
 
@@ -65,23 +68,21 @@ def write_report(findings: Findings) -> None:
 
 def build_tables(findings: Findings) -> dict[str, pandas.DataFrame]:
     """Returns the content of each CSV file: trials, their curves, and after a confirm stage its runs."""
-    data, metric = findings.data, findings.data.record.metric
-    test_column = f"test/{data.record.verdict_metric.name}"
-    trials, runs = data.frame.iloc[: len(data.trials)], data.frame.iloc[len(data.trials) :]
-    trials = trials.drop(columns=["stage", "seed", "step", test_column], errors="ignore").assign(
-        method=[row.method for row in data.record.arms for _ in data.list_trials(row.name)],
-        share_of_full_gain=[data.share_of_full_gain(trial.value) for trial in data.trials],
+    data, record = findings.data, findings.data.record
+    metric, verdict = record.search_metric.name, record.verdict_metric.name
+    keys = tuple(dict.fromkeys([*data.swept_keys, RANK, ALPHA, LR]))
+    trials = build_frame(data.trials, metric=metric, keys=keys).drop(columns="step", errors="ignore")
+    trials = trials.assign(
+        method=[row.method for row in record.arms for _ in data.list_trials(row.name)],
+        share_of_full_gain=[data.share_of_full_gain(trial.search_score) for trial in data.trials],
         is_better_than_untrained=[findings.learning.is_better(trial) for trial in data.trials],
     )
     curves = [(trial.arm, trial.number, *point) for trial in data.trials for point in trial.curve]
     tables = {"trials.csv": trials, "curves.csv": pandas.DataFrame(curves, columns=["arm", "trial", "step", metric])}
     if data.confirm_runs:
-        runs = runs[["arm", "subject", "seed", test_column, "state", "run"]]
-        runs = runs.rename(columns={test_column: data.record.verdict_metric.name})
-        names = [other.name for other in data.record.test_metrics[1:]]
-        others = [[run.record and run.record.test.get(name) for name in names] for run in data.confirm_runs]
-        more = pandas.DataFrame(others, columns=names, index=runs.index)
-        tables["confirmed.csv"] = pandas.concat([runs, more], axis=1)
+        columns = ["arm", "subject", "seed", verdict, "state", "run", *(one.name for one in record.test_metrics[1:])]
+        rows = [{**run.test_scores, **{name: getattr(run, name) for name in RUN_COLUMNS}} for run in data.confirm_runs]
+        tables["confirmed.csv"] = pandas.DataFrame(rows, columns=list(dict.fromkeys(columns)))
     if data.retained:
         changes = pandas.DataFrame.from_records([asdict(change) for change in data.retained])
         ends = [interval or (None, None) for interval in changes.pop("interval")]
@@ -101,7 +102,8 @@ def write_tensorboard(data: SweepData, answers: Sequence[AnswerLine], folder: Pa
     answer = Value(tag="answers", metadata=as_text, tensor=make_tensor_proto(["\n".join(lines)]))
     _write_events(folder / "arms", [(0, answer)])
     # each subject's best curve is a run of TensorBoard, so that it has its own colour
-    tag, last_step = f"{ARM_TAG}/{data.record.metric}", max((trial.step for trial in data.trials), default=0)
+    search, test = data.record.search_metric.name, data.record.verdict_metric.name
+    tag, last_step = f"{ARM_TAG}/{search}", max((trial.step for trial in data.trials), default=0)
     for one in data.subjects:
         curve = one.best.curve if one.best else ()
         if len(curve) == 1:  # the frozen base: one evaluation, drawn as a line across the chart
@@ -109,20 +111,16 @@ def write_tensorboard(data: SweepData, answers: Sequence[AnswerLine], folder: Pa
         if curve:
             _write_events(folder / "arms" / one.name, [(step, Value(tag=tag, simple_value=v)) for step, v in curve])
         mean = data.evidence.mean(one.name)
-        for trial in one.trials:
-            if trial.record is None:
-                continue
-            name = Path(trial.run).name
-            settings = {"arm": one.name, "status": trial.state, **trial.params}
-            test = mean.value if mean and trial is one.best else None
-            scores = {f"best/{data.record.metric}": trial.value, f"test/{data.record.verdict_metric.name}": test}
-            row_name = f"{name} of {data.folder.absolute().name}"
-            _write_row(folder / "trials" / name, row_name, trial.record, settings, scores)
+        for trial in [trial for trial in one.trials if trial.record]:
+            scores = {f"best/{search}": trial.search_score}
+            if mean and trial is one.best:
+                scores[f"test/{test}"] = mean.value
+            _write_row(trial, scores, folder, sweep=data.folder.absolute().name)
 
 
-def _write_row(
-    folder: Path, name: str, record: RunRecord, settings: Mapping[str, Any], scores: Mapping[str, float | None]
-) -> None:
+def _write_row(trial: Trial, scores: Mapping[str, float | None], folder: Path, *, sweep: str) -> None:
+    """Writes the row of a trial in TensorBoard's HParams."""
+    name, settings = Path(trial.run).name, {"arm": trial.subject, "status": trial.state, **trial.params}
     # A number stays a number and everything else becomes text, so that a column keeps its type over runs. A None would
     # turn TensorBoard's whole column into text.
     columns = {
@@ -130,10 +128,11 @@ def _write_row(
         for key, value in settings.items()
         if value is not None
     }
-    metrics = {**scores, **{cost: getattr(record, cost) for cost in COSTS}}
+    metrics = {**scores, **{cost: getattr(trial.record, cost) for cost in COSTS}}
     known = {key: value for key, value in metrics.items() if value is not None and math.isfinite(value)}
-    values = [*hparams_pb(columns, trial_id=name).value, *(Value(tag=k, simple_value=v) for k, v in known.items())]
-    _write_events(folder, [(0, value) for value in values])
+    values = hparams_pb(columns, trial_id=f"{name} of {sweep}").value
+    row = [*values, *(Value(tag=key, simple_value=value) for key, value in known.items())]
+    _write_events(folder / "trials" / name, [(0, value) for value in row])
 
 
 def _write_events(folder: Path, values: Sequence[tuple[int, Any]]) -> None:

@@ -243,7 +243,9 @@ def compare_sweeps(first: Path, second: Path) -> Reproduction:
 def _read_sweep_values(folder: Path) -> dict[str, Any]:
     """Returns the values that a repetition must have too. The keys are like those of `_read_values`."""
     record = read_sweep(folder)
-    values = {f"sweep: `{key}`": getattr(record, key) for key in ("metric", "direction", "confirm_seeds")}
+    metric = record.search_metric
+    values: dict[str, Any] = {"sweep: `metric`": metric.name, "sweep: `direction`": metric.direction}
+    values["sweep: `confirm_seeds`"] = record.confirm_seeds
     values |= {f"{row.subject}: `{key}`": value for row in record.settings for key, value in row.params.items()}
     for name, rows in (("trials", record.trials), ("confirm runs", record.confirm)):
         values[f"sweep: `number of {name}`"] = len(rows)
@@ -253,5 +255,5 @@ def _read_sweep_values(folder: Path) -> dict[str, Any]:
             values |= {f"{where}: `{key}`": value for key, value in row.params.items()}
             logged = _read_values(get_run_folder(folder, row.run), prefix=f"{where}, ")
             values |= logged | {f"{where}: `number of logged values`": len(logged)}
-            values |= {f"{where}: `{key}`": getattr(row, key) for key in ("state", "value")}
+            values |= {f"{where}: `state`": row.state, f"{where}: `score`": record.find_run_score(row)}
     return values

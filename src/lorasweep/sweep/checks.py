@@ -104,8 +104,7 @@ def list_retained(definition: Definition, inputs_cache: InputsCache) -> list[Ret
             for arm in definition.arms:
                 splits = inputs_cache.load_splits(data, arm.base)
             splits.test()  # now, because the confirm stage reads it after hours of training
-        metric = splits.score_metric
-        rows.append(RetainedRow(name=name, metric=metric.name, direction=metric.direction))
+        rows.append(RetainedRow(name=name, metric=splits.score_metric))
     return rows
 
 

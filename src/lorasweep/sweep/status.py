@@ -71,7 +71,7 @@ class ArmStatus:
             "trials_ended": count_ended(self.trials),
             "confirm_runs": self.num_confirm,
             "confirm_ended": count_ended(self.confirm),
-            "best": best and {"value": best.value, "params": best.params, "run": best.run},
+            "best": best and {"search_score": best.search_score, "params": best.params, "run": best.run},
         }
 
 
@@ -96,12 +96,14 @@ class SweepStatus:
     def as_json(self) -> dict[str, Any]:
         """Returns what `lorasweep status --json` prints."""
         record = self.record
-        shown = ("name", "status", "metric", "direction", "makespan_s", "looks")
+        shown = ("name", "status", "makespan_s", "looks")
         running = [row for row in (*record.trials, *record.confirm) if row.state == "running"]
         fields = ("arm", "stage", "number", "seed", "run", "params", "step", "last_value")
         return {
             "folder": self.folder,
             **{name: getattr(record, name) for name in shown},
+            "metric": record.search_metric.name,
+            "direction": record.search_metric.direction,
             "looks_done": [look.seeds for look in record.looks_done],
             "is_running": self.is_running,
             "record_age_s": self.record_age_s,
@@ -149,7 +151,7 @@ def count_ended(runs: Sequence[Trial]) -> int:
 def render_status(status: SweepStatus) -> RenderableType:
     """Returns a table of the arms. Below the table are the running trials, or how to resume a stopped sweep."""
     record = status.record
-    title = f"{record.name}: {record.metric} ({record.direction}), {record.status}"
+    title = f"{record.name}: {record.search_metric.name} ({record.search_metric.direction}), {record.status}"
     notes: list[str] = []
     if status.is_running and record.status != "complete":
         notes += _list_running_trials(record)
@@ -217,7 +219,9 @@ def _build_table(status: SweepStatus) -> Table:
     if any(arm.num_confirm for arm in status.arms):
         columns["confirm"] = [f"{count_ended(arm.confirm)}/{arm.num_confirm}" for arm in status.arms]
     best = [find_winner(arm.trials, record=status.record) for arm in status.arms]
-    columns["best"] = [UNKNOWN if one is None or one.value is None else f"{one.value:.4f}" for one in best]
+    columns["best"] = [
+        UNKNOWN if one is None or one.search_score is None else f"{one.search_score:.4f}" for one in best
+    ]
     table = Table(header_style="bold", box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("arm", overflow="fold", min_width=min(20, max(len(arm.row.name) for arm in status.arms)))
     for name in columns:
@@ -262,9 +266,10 @@ def show_progress(folder: Path, console: Console, *, verbose: bool = False) -> I
                     say(f"confirm: {describe_confirmation(record.looks)}")
                 total = arm.row.trials if stage == "trials" else arm.num_confirm
                 for number, run in enumerate(new, len(ended) - len(new) + 1):
-                    score = "-" if run.value is None else f"{run.value:.4f}"
+                    score = record.find_run_score(run)
+                    shown_score = "-" if score is None else f"{score:.4f}"
                     settings = format_settings(run.shown_params)
-                    say(f"{run.arm} {number}/{total}  {run.state:<10} {score:>8}  {settings}", key=run.run)
+                    say(f"{run.arm} {number}/{total}  {run.state:<10} {shown_score:>8}  {settings}", key=run.run)
         if (status.seconds_left or 0) >= 1 and not console.is_terminal:  # once for each look
             answers = describe_next_answers(record)
             say(f"{answers} in about {format_seconds(status.seconds_left)}", key=f"{len(record.confirm) > 0} {answers}")

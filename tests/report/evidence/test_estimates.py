@@ -128,7 +128,7 @@ SHARE = ({"base": 1.0, "a": -1.0}, {"base": 1.0, "full": -1.0})
 
 def test_ratio_of_means_has_fiellers_interval():
     scores = plant({"base": 2.0, "a": 1.2, "full": 1.0}, spread=0.05)
-    above, below = (np.array([2.0 - scores.score(name, seed) for seed in range(5)]) for name in ("a", "full"))
+    above, below = (2.0 - np.array(estimate_sum(scores, {name: 1.0}).values) for name in ("a", "full"))
     # Fieller's theorem for paired samples: the roots of a quadratic
     covariance = np.cov(above, below) * stats.t(4).ppf(0.975) ** 2 / 5
     middle = above.mean() * below.mean() - covariance[0, 1]

@@ -165,7 +165,7 @@ def test_more_seeds_are_planned_where_they_may_settle_it_and_not_where_test_exam
     of_groups = answer(PAIR, plant_open(seed_spread=0.001, group_spread=0.3), UNIT)["r1"]
     assert (of_seeds.verdict, of_groups.verdict) == ("open", "open")
     assert (of_seeds.may_settle, of_groups.may_settle) == (True, False)
-    assert of_seeds.open_because != of_groups.open_because
+    assert of_seeds.blocker != of_groups.blocker
 
 
 QUIET = {"seed_spread": 0.001, "group_spread": 0.001, "own_spread": 0.001}
@@ -194,7 +194,7 @@ def test_clear_scores_have_their_verdicts_at_the_first_look(question, means, sca
     found = answer(question, cut(scores, LOOKS[0]), scale)
     assert tuple(one.verdict for one in found.values()) == verdicts
     assert all(one.is_share is (scale.base is not None and scale.full is not None) for one in found.values())
-    assert all(one.is_settled or one.open_because for one in found.values())
+    assert all(one.is_settled or one.blocker for one in found.values())
 
 
 POCOCK = [(2, 2.178), (3, 2.289), (5, 2.413)]

@@ -75,7 +75,7 @@ def test_examples_that_do_not_fit_are_named_and_none_are_used(second):
     found = {("a", 0): examples([1.0, 2.0])} | ({} if second is None else {("b", 0): second})
     built = build_scores(values, found)
     assert built.num_groups == 0
-    assert [built.score(name, 0) for name in "ab"] == [1.5, 1.5]
+    assert [float(built.values[name][0] @ built.shares) for name in "ab"] == [1.5, 1.5]
     (problem,) = built.problems
     assert "`b`, seed 0" in problem
 

@@ -18,7 +18,8 @@ def read():
     """Reads the trials of the arm from a storage in memory."""
     storage = optuna.storages.InMemoryStorage()
     study = optuna.create_study(storage=storage, study_name="lora")
-    sweep = SimpleNamespace(storage=storage, open_study=lambda name: study)
+    record = SimpleNamespace(find_run_score=lambda trial: trial.search_score)
+    sweep = SimpleNamespace(record=record, storage=storage, open_study=lambda name: study)
     return lambda: ArmTrials(sweep, ARM, stage="search", planned=ARM.trials, session="s")
 
 
@@ -32,7 +33,7 @@ def test_the_second_half_begins_when_all_trials_of_the_first_have_ended(read, en
     first = [begin(trials) for _ in range(3)]
     for trial in first:
         assert not trials.may_begin()
-        trials.end(trial, ended, value=1.0)
+        trials.end(trial, ended, search_score=1.0)
     for _ in range(3):
         assert trials.may_begin()
         begin(trials)
@@ -43,8 +44,8 @@ def test_the_second_half_begins_when_all_trials_of_the_first_have_ended(read, en
 def test_trials_are_read_again_as_they_were(read):
     trials = read()
     ended = [
-        ("complete", {"value": 0.5}),
-        ("stopped", {"value": 0.9, "reason": "has learned nothing"}),
+        ("complete", {"search_score": 0.5}),
+        ("stopped", {"search_score": 0.9, "reason": "has learned nothing"}),
         ("failed", {"reason": "diverged"}),
         ("infeasible", {}),
     ]
@@ -53,7 +54,7 @@ def test_trials_are_read_again_as_they_were(read):
         trials.store(trial, 3, 0.25)
         trials.end(trial, state, **fields)
         trials.store(trial, 7, 0.1)  # a resumed process reports once more
-        trials.end(trial, "complete", value=0.1)
+        trials.end(trial, "complete", search_score=0.1)
     held, released = (begin(trials, worker=f"s-{number}") for number in (1, 2))
     trials.release(released)
     again = read()

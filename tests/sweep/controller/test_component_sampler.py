@@ -30,7 +30,7 @@ def search(sampler, *, trials, space=SPACE, seed=0, arm="lora"):
         asked = make_arm(space, sampler, name=arm, seed=seed)
         params, kept = propose(asked, History(asked, found, direction="minimize"), number=number)
         states.append(json.loads(json.dumps(kept)))  # as the journal keeps it
-        trial = make_trial(params, value=float(number % 3), sampler_state=states[-1])
+        trial = make_trial(params, search_score=float(number % 3), sampler_state=states[-1])
         found.append(replace(trial, number=number))
     return [trial.params for trial in found], states
 

@@ -47,7 +47,7 @@ def make(params, *, value=None, base=math.inf):
     value = cost(params) if value is None else value
     if value >= base:
         return make_trial(params, state="stopped", values={75: value})
-    return make_trial(params, value=value)
+    return make_trial(params, search_score=value)
 
 
 def search(arm, *, num, base=math.inf):
@@ -85,7 +85,7 @@ def test_the_best_rate_of_every_rank_is_found_from_twelve_trials_of_which_some_a
 def test_higher_scores_may_be_better():
     arm = build_arm()
     trials = search(arm, num=12)
-    mirrored = number_trials([make(trial.params, value=-trial.value) for trial in trials])
+    mirrored = number_trials([make(trial.params, value=-trial.search_score) for trial in trials])
     for rank in RANKS:
         found, other = predict(arm, trials, rank), predict(arm, mirrored, rank, direction="maximize")
         assert other.params == found.params
@@ -156,7 +156,7 @@ def test_values_that_are_no_numbers_are_searched_too():
     for number in range(9):
         params = ask_for_proposal(arm, history, number=number)
         value = 2 + math.log(params["optim.lr"] / 1e-3) ** 2
-        history.append(make_trial(params, value=value))
+        history.append(make_trial(params, search_score=value))
     assert Counter(trial.params["method.targets"] for trial in history) == dict.fromkeys(targets, 3)
     for target in targets:
         found = predict_best(arm, number_trials(history), get_subject(arm, target), direction="minimize")

@@ -53,8 +53,8 @@ def ask(history=(), *, space=SPACE, sampler="qmc", number=None, trials=16, seed=
 
 
 def make(params, *, state="complete", **fields):
-    if state == "complete" and "value" not in fields:
-        fields["value"] = bowl(params)
+    if state == "complete" and "search_score" not in fields:
+        fields["search_score"] = bowl(params)
     return make_trial(params, state=state, **fields)
 
 
@@ -100,7 +100,7 @@ def test_a_model_goes_where_results_are_good(sampler, direction):
     sign = 1 if direction == "minimize" else -1
     found, covering = [], []
     for arm in "abcd":
-        history = [make(t.params, value=sign * t.value) for t in cover(12, arm=arm, space=AT_ONE_ALPHA)]
+        history = [make(t.params, search_score=sign * t.search_score) for t in cover(12, arm=arm, space=AT_ONE_ALPHA)]
         found.append(distance(ask(history, sampler=sampler, arm=arm, direction=direction, space=AT_ONE_ALPHA)))
         covering.append(distance(ask(number=12, arm=arm, space=AT_ONE_ALPHA)))
     # Sobol points lie half a decade off in the mean; a model that has learned nothing does too
@@ -129,7 +129,7 @@ def test_proposals_are_of_the_user_s_own_choices_and_ranges(sampler):
         assert type(params["d"]) is int
         assert params["e"] in range(0, 101, 25)
         assert params["f"] in (0, 0.25, 0.5, 0.75, 1)
-        history.append(make(params, value=math.log10(params["rate"]) ** 2))
+        history.append(make(params, search_score=math.log10(params["rate"]) ** 2))
     if sampler == "qmc":
         assert {repr(trial.params["a"]) for trial in history} == {"True", "1", "1.0", "None", "'1'"}
 
@@ -169,7 +169,7 @@ def test_the_order_of_keys_and_choices_in_the_file_changes_nothing(sampler):
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
 def test_what_was_proposed_before_and_random_states_of_the_process_change_nothing(sampler):
     space = {key: SPACE[key] for key in SPACE if sampler != "grid" or key != "optim.lr"}
-    history = [make({k: t.params[k] for k in space}, value=t.value) for t in cover(8)]
+    history = [make({k: t.params[k] for k in space}, search_score=t.search_score) for t in cover(8)]
     first = ask(history, space=space, sampler=sampler)
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
@@ -192,7 +192,7 @@ def test_of_a_long_history_a_model_sees_the_best_results(monkeypatch, direction)
     monkeypatch.setattr(proposals, "TPESampler", Watching)
     params = ask(number=0)
     values = [float(value) for value in random.Random(0).sample(range(1000), 60)]
-    results = [make(params, value=value) for value in values]
+    results = [make(params, search_score=value) for value in values]
     stopped = make(params, state="stopped", values={20: 1000.0 if direction == "minimize" else -1000.0})
     running = [make(ask(number=number), state="running") for number in (100, 101)]
     ask([stopped, *results, *running], sampler="tpe", number=63, direction=direction)
@@ -225,9 +225,9 @@ def test_sobol_points_are_those_of_optunas_sampler():
 @pytest.mark.parametrize("sampler", MODELS)
 def test_results_that_are_all_equal_or_not_finite_are_no_error(sampler):
     history = cover(8)
-    same = [make(trial.params, value=1.0) for trial in history]
+    same = [make(trial.params, search_score=1.0) for trial in history]
     assert ask(same, sampler=sampler)
-    odd = [*same[:4], *(make(trial.params, value=math.inf) for trial in history[4:])]
+    odd = [*same[:4], *(make(trial.params, search_score=math.inf) for trial in history[4:])]
     assert ask(odd, sampler=sampler)
     stopped = [make(t.params, state="stopped", values={20: math.nan}) for t in history[4:]]
     assert ask([*same[:4], *stopped], sampler=sampler)

@@ -95,7 +95,7 @@ def test_no_proposal_leaves_the_range_of_rates(name, sampler):
     for number in range(12):
         params = ask_for_proposal(arm, trials)
         assert LR.low <= params["optim.lr"] <= LR.high
-        trials.append(make_trial(params, value=float(number % 5)))
+        trials.append(make_trial(params, search_score=float(number % 5)))
 
 
 def test_sobol_points_have_every_octave_of_u_and_every_rank_once_per_group():
@@ -121,6 +121,6 @@ def test_a_model_does_not_repeat_a_rate_that_was_moved_into_its_range():
     for _ in range(16):
         params = ask_for_proposal(arm, trials)
         cost = -math.log(params["optim.lr"]) - math.log(params["method.rank"])  # the best is beyond the range
-        trials.append(make_trial(params, value=cost))
+        trials.append(make_trial(params, search_score=cost))
         seen.append((params["method.rank"], params["method.alpha"], f"{params['optim.lr']:.2g}"))
     assert len(set(seen)) == len(seen)

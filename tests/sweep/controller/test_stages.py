@@ -44,7 +44,7 @@ def test_each_arms_best_settings_run_on_the_same_fresh_seeds_after_the_search(be
     assert counts(folder.path) == ASKED
     assert len(record.confirm_seeds) == 3
     for arm in ("full", "lora"):
-        winner = min((row for row in record.trials if row.arm == arm), key=lambda row: (row.value, row.number))
+        winner = min((row for row in record.trials if row.arm == arm), key=lambda row: (row.search_score, row.number))
         assert [row.trial for row in record.settings if row.subject == arm] == [winner.number]
         rows = [row for row in record.confirm if row.arm == arm]
         assert [row.seed for row in rows] == record.confirm_seeds
@@ -54,7 +54,8 @@ def test_each_arms_best_settings_run_on_the_same_fresh_seeds_after_the_search(be
             assert config.optim.lr == winner.params["optim.lr"]
             assert getattr(config.method, "rank", None) == winner.params.get("method.rank")
             assert {config.seed, config.seeds.init, config.seeds.data_order, config.seeds.dropout} == {row.seed}
-            assert row.value == read_run(folder.path / row.run).best["bits_per_byte"] + 1
+            assert row.search_score == read_run(folder.path / row.run).best["bits_per_byte"]
+            assert row.test_scores == {"bits_per_byte": row.search_score + 1}
     assert [row.seed for row in record.confirm if row.arm == "frozen"] == record.confirm_seeds[:1]
 
 
@@ -104,7 +105,7 @@ def test_a_seed_that_can_not_be_trained_or_scored_keeps_its_row_and_stops_nothin
     folder = begin(confirming, f"sweep.max_failures={2 if state == 'failed' else 100}")
     assert work(folder)
     rows = read_sweep(folder.path).confirm
-    assert {(row.state, row.value, row.reason) for row in rows} == {(state, None, str(error))}
+    assert {(row.state, row.search_score, row.reason) for row in rows} == {(state, None, str(error))}
     assert counts(folder.path) == ASKED
     begun = len(runs.begun)
     assert work(reopen_sweep(folder.path))

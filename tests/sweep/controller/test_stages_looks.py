@@ -47,7 +47,7 @@ def count_seeds(path):
 def outcome(path):
     record = read_sweep(path)
     assert record.status == "complete"
-    rows = [(row.subject, row.setting_number, row.seed, row.state, row.run, row.value) for row in record.confirm]
+    rows = [(row.subject, row.setting_number, row.seed, row.state, row.run, row.test_scores) for row in record.confirm]
     return rows, record.settings, record.questions, record.looks, record.looks_done
 
 

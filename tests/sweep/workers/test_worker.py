@@ -42,7 +42,7 @@ def test_the_total_is_kept_with_failed_stopped_and_infeasible_trials_among_them(
     reasons = {row.reason for row in read_sweep(folder.path).trials if row.state in ("failed", "infeasible")}
     assert reasons == {"the training loss became NaN", "2 GiB", "ZeroDivisionError: a bug"}
     for row in read_sweep(folder.path).trials:
-        assert (row.value is None) == (row.state in ("failed", "infeasible"))
+        assert (row.search_score is None) == (row.state in ("failed", "infeasible"))
         assert (row.reason is not None) == (row.state != "complete")
 
 
@@ -61,7 +61,7 @@ def test_the_sampler_learns_what_does_not_fit_and_the_sweep_goes_on(begin, work,
     trials = read_sweep(folder.path).trials
     infeasible = [row.params["method.rank"] == 4 for row in trials]
     assert [row.state == "infeasible" for row in trials] == infeasible
-    assert all(row.value is None for row in trials if row.state == "infeasible")
+    assert all(row.search_score is None for row in trials if row.state == "infeasible")
     assert sum(infeasible[:10]) >= 2
     # 3 to 6 of 30 on other seeds; where they are told as failed, TPE proposes 28 to 30 of them
     assert sum(infeasible[30:]) <= 8
@@ -88,7 +88,7 @@ def test_trials_that_learn_nothing_are_stopped_at_half_and_keep_their_best_score
     for row in read_sweep(folder.path).trials:
         assert (row.state == "stopped") == (row.params.get("optim.lr", 0) * 4 >= 0.05)
         if row.state == "stopped":
-            assert row.value == row.params["optim.lr"] * 2
+            assert row.search_score == row.params["optim.lr"] * 2
             kept = read_run(folder.path / row.run)
             assert (kept.status, kept.steps_done, kept.reason) == ("stopped", 4, row.reason)
             assert row.reason.startswith("has learned nothing at step 4: ")

@@ -58,8 +58,10 @@ def table_of(path):
     """Every run of every stage: what was proposed, what became of it, and its record."""
     record = read_sweep(path)
     assert record.status == "complete"
-    rows = [(row.arm, row.number, row.params, row.state, row.value, row.reason) for row in record.trials]
-    rows += [(row.subject, row.setting_number, row.seed, row.state, row.value, row.reason) for row in record.confirm]
+    rows = [(row.arm, row.number, row.params, row.state, row.search_score, row.reason) for row in record.trials]
+    rows += [
+        (row.subject, row.setting_number, row.seed, row.state, row.test_scores, row.reason) for row in record.confirm
+    ]
     runs = [read_run(path / row.run) for row in (*record.trials, *record.confirm)]
     states = [(run.status, run.best, run.steps_done, run.test) for run in runs]
     return rows, states, record.settings, record.looks_done
@@ -100,7 +102,7 @@ def test_a_worker_killed_while_it_tells_of_a_failure_leaves_no_trial_half_told(
     assert work(whole)
     work_killed(killed, every=every)
     expected, found = (
-        [(row.params, row.state, row.value, row.reason) for row in read_sweep(folder.path).trials]
+        [(row.params, row.state, row.search_score, row.reason) for row in read_sweep(folder.path).trials]
         for folder in (whole, killed)
     )
     assert found == expected

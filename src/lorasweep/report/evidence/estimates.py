@@ -68,16 +68,19 @@ class ConfirmScores:
     score_range: tuple[float, float] = UNBOUNDED
     """The lowest and the highest possible score."""
     search_errors: Mapping[str, float] = field(default_factory=dict)
-    """Per subject, how much better its best setting is expected to be than the confirmed one, by the search's model."""
+    """Per subject, how much better its best setting is expected to be than the confirmed one, by the search's model.
+
+    Estimates are then about each subject's best settings, and their error includes that of the search."""
+
+    @property
+    def of_settings(self) -> ConfirmScores:
+        """The same scores, for estimates that are about the confirmed settings alone."""
+        return replace(self, search_errors={})
 
     @property
     def num_groups(self) -> int:
         """The number of groups of test examples; 0 if no scores of single examples are known."""
         return len(self.shares) if self.num_examples else 0
-
-    def score(self, subject: str, seed: int) -> float:
-        """Returns the score of a run."""
-        return float(self.values[subject][seed] @ self.shares)
 
 
 def read_examples(path: Path) -> RunExampleScores:
@@ -199,7 +202,7 @@ class Estimate:
     """Variance of the mean over groups of examples; 0 if examples are not known."""
     interaction_variance: float
     search_variance: float
-    """Variance because the search may have missed the best settings; 0 without `adds_search_error`."""
+    """Variance because the search may have missed the best settings; 0 without `search_errors`."""
     num_groups: int
     bounds: Interval
     """The lowest and the highest possible value of the sum."""
@@ -297,13 +300,10 @@ class Estimate:
         )
 
 
-def estimate_sum(
-    scores: ConfirmScores, coefficients: Coefficients, *, constant: float = 0.0, adds_search_error: bool = False
-) -> Estimate | None:
+def estimate_sum(scores: ConfirmScores, coefficients: Coefficients, *, constant: float = 0.0) -> Estimate | None:
     """Returns constant + Σ coefficient · mean of the subject, over the seeds that all subjects have.
 
-    Returns None if there is no such seed. `adds_search_error` estimates the sum for each subject's best settings: the
-    error then includes that of the search, which may have missed them.
+    Returns None if there is no such seed.
     """
     if any(not scores.values.get(subject) for subject in coefficients):
         return None
@@ -315,7 +315,7 @@ def estimate_sum(
     for subject, coefficient in used.items():
         sums += coefficient * np.array([scores.values[subject][seed] for seed in seeds])
     ends = [[coefficient * end for end in scores.score_range] for coefficient in used.values()]
-    errors = {subject: scores.search_errors.get(subject, 0.0) if adds_search_error else 0.0 for subject in coefficients}
+    errors = [c * scores.search_errors.get(subject, 0.0) for subject, c in coefficients.items()]
     shares, (num_seeds, num_groups) = scores.shares, sums.shape
     by_seed, by_group = sums @ shares, sums.mean(axis=0)
     mean = float(by_seed.mean())
@@ -335,7 +335,7 @@ def estimate_sum(
         seeds_variance=seeds_variance,
         groups_variance=groups_variance,
         interaction_variance=min(interaction, seeds_variance, groups_variance),
-        search_variance=sum((coefficients[subject] * error) ** 2 for subject, error in errors.items()),
+        search_variance=sum(error**2 for error in errors),
         num_groups=scores.num_groups,
         bounds=(constant + sum(map(min, ends)), constant + sum(map(max, ends))),
     )
@@ -343,7 +343,7 @@ def estimate_sum(
 
 def estimate_means(scores: ConfirmScores) -> dict[str, Estimate]:
     """Returns the mean score of each subject alone, over its seeds and the test examples."""
-    return {name: mean for name in scores.values if (mean := estimate_sum(scores, {name: 1.0}))}
+    return {name: mean for name in scores.values if (mean := estimate_sum(scores.of_settings, {name: 1.0}))}
 
 
 def estimate_ratio(
@@ -352,7 +352,6 @@ def estimate_ratio(
     denominator: Coefficients,
     *,
     confidence: float = CONFIDENCE,
-    adds_search_error: bool = False,
 ) -> tuple[float, Interval | None] | None:
     """Returns a ratio of two sums with its interval by Fieller's theorem (1954); None if a sum is not known.
 
@@ -362,7 +361,7 @@ def estimate_ratio(
 
     def estimate_difference(factor: float, first: Coefficients, second: Coefficients) -> Estimate | None:
         # With factor 0, the subjects of `second` still restrict the seeds, so that all sums have the same seeds.
-        return estimate_sum(scores, subtract(first, second, factor), adds_search_error=adds_search_error)
+        return estimate_sum(scores, subtract(first, second, factor))
 
     above = estimate_difference(0.0, numerator, denominator)
     below = estimate_difference(0.0, denominator, numerator)

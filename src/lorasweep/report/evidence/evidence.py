@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from lorasweep.config.data import METRIC_RANGES, get_sign
+from lorasweep.config.data import METRIC_RANGES
 from lorasweep.config.method import FrozenConfig
 from lorasweep.config.sweep import Margin, parse_margin
 from lorasweep.record import (
@@ -33,14 +32,13 @@ from lorasweep.report.evidence.estimates import (
     read_examples,
 )
 from lorasweep.report.evidence.questions import (
-    Answer,
     MarginScale,
-    Verdict,
     answer_questions,
     compare_pair,
     compute_level,
     judge_difference,
 )
+from lorasweep.report.evidence.verdicts import Answer, ChainOutcome, Verdict
 from lorasweep.wording import format_metric
 
 Ratio = tuple[float, Interval | None]
@@ -86,9 +84,13 @@ class Evidence:
     def mean(self, subject: str | None) -> Estimate | None:
         return self.means.get(subject) if subject else None
 
-    def list_answers(self, name: QuestionName, *, arm: str | None = None) -> tuple[Answer, ...]:
-        """Returns the answers to the questions of a kind, perhaps of one arm only, smallest value first."""
-        return tuple(answer for answer in self.answers if answer.name == name and arm in (None, answer.arm))
+    def list_answers(self, name: QuestionName) -> list[Answer]:
+        """Returns the answers to the questions of a kind, of each arm the smallest value first."""
+        return [answer for answer in self.answers if answer.name == name]
+
+    def find_outcome(self, name: QuestionName, arm: str) -> ChainOutcome:
+        """Returns what the answers on an arm's values say together; `not asked` if the sweep does not ask."""
+        return ChainOutcome(arm=arm, answers=tuple(one for one in self.list_answers(name) if one.arm == arm))
 
     def estimate_difference(self, first: str, second: str | None) -> Estimate | None:
         """Returns `first - second` on the same seeds and examples, for pairs that no question compares."""
@@ -121,7 +123,7 @@ def build_evidence(record: SweepRecord, scores: ConfirmScores) -> Evidence:
     scale = build_scale(record, scores)
     level = compute_level(record.questions, record.looks) if record.looks else 0.025
     means = estimate_means(scores)
-    estimate = estimate_sum(scores, scale.gain) if scale.base is not None and scale.full is not None else None
+    estimate = estimate_sum(scores.of_settings, scale.gain) if scale.base and scale.full else None
     gain = estimate.value if estimate and estimate.value > 0 else None
     margin = None if scale.margin.is_share_of_gain and gain is None else scale.margin.value
     shares: dict[str, Ratio] = {}
@@ -130,7 +132,7 @@ def build_evidence(record: SweepRecord, scores: ConfirmScores) -> Evidence:
         shares = {name: (float(name == scale.full), None) for name in means if name in (scale.base, scale.full)}
         for name in [name for name in means if name not in shares]:
             kept = {scale.base or "": float(scale.sign), name: -float(scale.sign)}
-            if share := estimate_ratio(scores, kept, scale.gain, confidence=1 - 2 * level, adds_search_error=True):
+            if share := estimate_ratio(scores, kept, scale.gain, confidence=1 - 2 * level):
                 shares[name] = share
     return Evidence(
         means=means,
@@ -145,10 +147,10 @@ def build_evidence(record: SweepRecord, scores: ConfirmScores) -> Evidence:
         confidence=1 - 2 * level,
         notes=(
             *([NO_EXAMPLE_SCORES] if means and not scores.num_examples else []),
-            *([OTHER_SEARCH_METRIC] if means and record.verdict_metric.name != record.metric else []),
+            *([OTHER_SEARCH_METRIC] if means and record.verdict_metric.name != record.search_metric.name else []),
             *scores.problems,
         ),
-        scores=scores,
+        scores=scores.of_settings,
     )
 
 
@@ -157,21 +159,21 @@ def read_confirm_scores(
 ) -> ConfirmScores:
     """Returns the test scores of the complete runs of the settings that are confirmed now, by the verdicts' metric.
 
-    Scores by another `metric`, or on a `retained` data set, are in the runs' records, which must be read before.
+    Scores on a `retained` data set are in the runs' records, which must be read before.
     """
-    metric = retained.metric if retained else metric or record.verdict_metric.name
-    file = TEST_SCORES_FILE if metric == record.metric else ANSWERS_FILE.format("test")
-    file = RETAINED_SCORES_FILE.format(retained.name) if retained else file
+    if retained:
+        metric, file = retained.metric.name, RETAINED_SCORES_FILE.format(retained.name)
+    else:
+        metric = metric or record.verdict_metric.name
+        file = TEST_SCORES_FILE if metric == record.search_metric.name else ANSWERS_FILE.format("test")
     values: dict[RunKey, float] = {}
     examples: dict[RunKey, RunExampleScores] = {}
     problems = []
     for row in record.confirm_runs:
         if row.seed is None or not row.is_complete:
             continue
-        value: Any = row.value
-        if retained or metric != record.verdict_metric.name:
-            found = (row.record.retained.get(retained.name, {}) if retained else row.record.test) if row.record else {}
-            value = found.get(metric)
+        scores = (row.record.retained.get(retained.name, {}) if row.record else {}) if retained else row.test_scores
+        value = scores.get(metric)
         if not is_number(value):
             on = f"`{retained.name}`" if retained else "test data"
             problems.append(f"`{row.run}` has no {format_metric(metric)} on {on}.")
@@ -184,6 +186,7 @@ def read_confirm_scores(
         except (OSError, ValueError) as error:
             problems.append(f"`{row.run}/{file}` is not used: {error}.")
     num_runs = {arm.name: sum(subject == arm.name for subject, _ in values) for arm in record.arms if arm.is_base}
+    regrets = {row.subject: row.regret for row in record.settings if row.regret}
     return build_scores(
         values,
         examples,
@@ -192,7 +195,7 @@ def read_confirm_scores(
         score_range=METRIC_RANGES.get(metric, UNBOUNDED),
         problems=problems,
         # in the unit of the metric by which the search chose
-        search_errors={row.subject: row.regret for row in record.settings if row.regret and metric == record.metric},
+        search_errors=regrets if metric == record.search_metric.name else {},
     )
 
 
@@ -219,32 +222,26 @@ def build_scale(record: SweepRecord, scores: ConfirmScores) -> MarginScale:
 
 
 def compare_retained(
-    record: SweepRecord, folder: Path, evidence: Evidence, *, problems: list[str]
+    record: SweepRecord, row: RetainedRow, scores: ConfirmScores, evidence: Evidence
 ) -> Iterator[RetainedChange]:
-    """Yields the change of each subject on each retained data set. The records of the confirm runs must be read.
-
-    Adds a sentence to `problems` for each score that can't be used.
-    """
+    """Yields the change of each subject on a retained data set; nothing without a score of the frozen base."""
     base, confidence = evidence.base, evidence.confidence
+    scores = scores.of_settings  # the numbers are about the confirmed setting itself
+    if base is None or (base_score := estimate_sum(scores, {base: 1.0})) is None:
+        return
     margin = Margin(value=record.retain_margin, is_share_of_gain=False)
-    for row in record.retained if base else ():
-        assert base is not None
-        scores = read_confirm_scores(record, folder, retained=row)
-        problems += [problem for problem in scores.problems if problem not in problems]
-        scale = MarginScale(margin=margin, sign=get_sign(row.direction), base=base, full=None)
-        for subject in [setting.subject for setting in record.settings]:
-            # The numbers are about the confirmed setting itself, so the error of the search is not part of them.
-            pair = compare_pair(subject, base, scores, scale, adds_search_error=False)
-            change, interval = scale.measure(scores, subject, base, confidence=confidence, adds_search_error=False)
-            base_score = estimate_sum(scores, {base: 1.0})
-            if pair and change is not None and base_score:
-                yield RetainedChange(
-                    data=row.name,
-                    metric=row.metric,
-                    subject=subject,
-                    num_seeds=len(pair.advantage.seeds),
-                    base_score=base_score.value,
-                    change=change,
-                    interval=interval,
-                    verdict=judge_difference([pair], level=(1 - confidence) / 2),
-                )
+    scale = MarginScale(margin=margin, sign=row.metric.sign, base=base, full=None)
+    for subject in [setting.subject for setting in record.settings]:
+        pair = compare_pair(subject, base, scores, scale)
+        change, interval = scale.measure(scores, subject, base, confidence=confidence)
+        if pair and change is not None:
+            yield RetainedChange(
+                data=row.name,
+                metric=row.metric.name,
+                subject=subject,
+                num_seeds=len(pair.advantage.seeds),
+                base_score=base_score.value,
+                change=change,
+                interval=interval,
+                verdict=judge_difference([pair], level=(1 - confidence) / 2),
+            )

@@ -19,7 +19,6 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
 
 import numpy as np
 from scipy.optimize import brentq
@@ -27,7 +26,7 @@ from scipy.special import ndtr, ndtri
 from scipy.stats import norm
 
 from lorasweep.config.sweep import Margin
-from lorasweep.record import Question, QuestionName
+from lorasweep.record import Question
 from lorasweep.report.evidence.estimates import (
     Coefficients,
     ConfirmScores,
@@ -37,7 +36,14 @@ from lorasweep.report.evidence.estimates import (
     estimate_sum,
     subtract,
 )
-from lorasweep.wording import short_key
+from lorasweep.report.evidence.verdicts import (
+    NEGATIVE_VERDICTS,
+    POSITIVE_VERDICTS,
+    Answer,
+    Blocker,
+    Remedy,
+    Verdict,
+)
 
 GRID_POINTS = 801
 LOWEST_SCORE = -8.0
@@ -49,18 +55,10 @@ POWER_SCORE = 0.84
 """Standard normal score of a probability of 80 %."""
 SEED_STEPS = (*range(2, 21), *range(25, 101, 5))
 """Numbers of seeds that are tried to settle a question."""
-TESTED_LATER = "another value, which is tested first, is open"
-"""Why an answer is open whose own test would settle it."""
 MIN_USEFUL_SEEDS = 3
 """Number of seeds that is advised where one seed was used. Fewer give a warning."""
 GROUP_FACTORS = (1.5, 2, 3, 4, 6, 8, 12, 16)
 """Factors on the present number of groups of test examples that are tried to settle a question."""
-Verdict = Literal["better", "equivalent", "not worse", "worse", "sufficient", "insufficient", "open"]
-"""The words of every output: terminal, page, CSV, JSON and TensorBoard. `not worse`: not by more than the margin."""
-POSITIVE_VERDICTS: tuple[Verdict, ...] = ("better", "equivalent", "not worse", "sufficient")
-NEGATIVE_VERDICTS: tuple[Verdict, ...] = ("worse", "insufficient")
-ENTRY_FIELDS = ("subject", "reference", "verdict", "value", "interval", "open_because", "to_settle")
-"""The fields of an answer that files have beside its name."""
 
 
 @functools.cache
@@ -101,59 +99,6 @@ def _compute_crossing(looks: Sequence[int], boundary: float) -> float:
     return crossed
 
 
-@dataclass(frozen=True)
-class Remedy:
-    """The cheapest further evidence that would probably settle an open question."""
-
-    text: str
-    kind: Literal["seeds", "trials", "examples", "margin"]
-    amount: float = 0.0
-    """The whole number of seeds, or the factor on the number of test examples."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """The answer on one subject of a question."""
-
-    name: QuestionName
-    arm: str
-    key: str | None
-    """The `confirm_each` key of the arm, if it has one."""
-    subject: str
-    reference: str
-    """For `smallest`: the larger value that refutes the subject, or else the value that is nearest to doing so."""
-    compared_with: tuple[str, ...]
-    """All subjects that it is compared with."""
-    verdict: Verdict
-    value: float | None
-    """The tested quantity. If the margin is a share of full fine-tuning's gain: 1 + advantage over reference / gain.
-    With `full` as the reference, this is the subject's share of the gain. Else `subject - reference` in the metric's
-    unit."""
-    interval: Interval | None
-    """The interval that the tests of this look use. A verdict never contradicts it."""
-    is_share: bool
-    num_seeds: int
-    open_because: str | None = None
-    """Why the question is open; None if it is settled."""
-    remedy: Remedy | None = None
-    """None if it is settled or nothing practical would settle it."""
-    may_settle: bool = False
-    """Whether it is open and the seeds of later looks may settle it."""
-
-    @property
-    def is_settled(self) -> bool:
-        return self.verdict != "open"
-
-    @property
-    def to_settle(self) -> str | None:
-        return self.remedy.text if self.remedy else None
-
-    def as_entry(self) -> dict[str, Any]:
-        """Returns the answer as files have it. The name of `smallest` ends in the key's last part: `smallest_rank`."""
-        name = f"{self.name}_{short_key(self.key)}" if self.name == "smallest" and self.key else self.name
-        return {"name": name} | {field: getattr(self, field) for field in ENTRY_FIELDS}
-
-
 @dataclass(frozen=True, kw_only=True)
 class MarginScale:
     """The margin, and the two subjects whose difference is the gain, if the margin is a share of the gain."""
@@ -183,29 +128,25 @@ class MarginScale:
         return {self.base: float(self.sign), self.full: -float(self.sign)}
 
     def estimate_advantage(
-        self, scores: ConfirmScores, subject: str, reference: str, *, margins: float, adds_search_error: bool
+        self, scores: ConfirmScores, subject: str, reference: str, *, margins: float
     ) -> Estimate | None:
         """Returns by how much a subject is better than a reference, plus this number of margins."""
         better = subtract({reference: float(self.sign)}, {subject: float(self.sign)}, 1.0)
         if self.is_share:  # also for no margin, so that all estimates are over the same seeds
-            return estimate_sum(
-                scores, subtract(better, self.gain, -margins * self.margin.value), adds_search_error=adds_search_error
-            )
-        return estimate_sum(scores, better, constant=margins * self.margin.value, adds_search_error=adds_search_error)
+            return estimate_sum(scores, subtract(better, self.gain, -margins * self.margin.value))
+        return estimate_sum(scores, better, constant=margins * self.margin.value)
 
     def measure(
-        self, scores: ConfirmScores, subject: str, reference: str, *, confidence: float, adds_search_error: bool
+        self, scores: ConfirmScores, subject: str, reference: str, *, confidence: float
     ) -> tuple[float | None, Interval | None]:
         """Returns the quantity that is shown, `Answer.value`, with its interval."""
         if not self.is_share:
-            found = estimate_sum(
-                scores, subtract({subject: 1.0}, {reference: 1.0}, 1.0), adds_search_error=adds_search_error
-            )
+            found = estimate_sum(scores, subtract({subject: 1.0}, {reference: 1.0}, 1.0))
             return (found.value, found.find_interval(confidence)) if found else (None, None)
         # 1 + advantage over the reference / gain, as one ratio
         better = {reference: float(self.sign), subject: -float(self.sign)}
         kept = subtract(better, self.gain, -1.0)
-        ratio = estimate_ratio(scores, kept, self.gain, confidence=confidence, adds_search_error=adds_search_error)
+        ratio = estimate_ratio(scores, kept, self.gain, confidence=confidence)
         return ratio or (None, None)
 
 
@@ -252,28 +193,24 @@ class _Comparison:
 def _answer_chain(
     question: Question, scores: ConfirmScores, scale: MarginScale, *, level: float, max_seeds: int
 ) -> list[Answer]:
-    is_smallest = question.name == "smallest"
-    if is_smallest:
+    if question.reference is None:  # `smallest`
         references = {name: question.subjects[place:] for place, name in enumerate(question.subjects[:-1], start=1)}
+        # values of one arm share a search, so an error of it moves them together
+        scores, judge = scores.of_settings, _judge_sufficiency
     else:
-        assert question.reference is not None
         references = {name: [question.reference] for name in question.subjects}
-    # values of one arm share a search, so an error of it moves them together
-    adds_search_error = not is_smallest
-    judge = _judge_sufficiency if is_smallest else judge_difference
+        judge = judge_difference
     compared: dict[str, list[_Comparison]] = {}
     alone: dict[str, Verdict] = {}
     for subject, names in references.items():
-        found = [compare_pair(subject, name, scores, scale, adds_search_error=adds_search_error) for name in names]
+        found = [compare_pair(subject, name, scores, scale) for name in names]
         compared[subject] = [pair for pair in found if pair]
         alone[subject] = judge(compared[subject], level=level) if all(found) else "open"
     answers = []
     for subject, verdict in _apply_order(alone).items():
         worst, value, interval = _find_worst(compared[subject], verdict), None, None
         if worst is not None:
-            value, interval = scale.measure(
-                scores, subject, worst.reference, confidence=1 - 2 * level, adds_search_error=adds_search_error
-            )
+            value, interval = scale.measure(scores, subject, worst.reference, confidence=1 - 2 * level)
         answer = Answer(
             name=question.name,
             arm=question.arm,
@@ -286,42 +223,29 @@ def _answer_chain(
             interval=interval,
             is_share=scale.is_share,
             num_seeds=len(worst.advantage.seeds) if worst else 0,
+            has_groups=scores.num_groups < scores.num_examples,
         )
         if answer.is_settled:
             answers.append(answer)
         elif alone[subject] != "open":
-            answers.append(replace(answer, open_because=TESTED_LATER))
+            answers.append(replace(answer, blocker="another value"))
         else:
             known = compared[subject] if len(compared[subject]) == len(references[subject]) else []
-            answers.append(_explain_open(answer, known, scores, judge=judge, level=level, max_seeds=max_seeds))
+            answers.append(_explain_open(answer, known, judge=judge, level=level, max_seeds=max_seeds))
     return answers
 
 
-def compare_pair(
-    subject: str, reference: str, scores: ConfirmScores, scale: MarginScale, *, adds_search_error: bool
-) -> _Comparison | None:
+def compare_pair(subject: str, reference: str, scores: ConfirmScores, scale: MarginScale) -> _Comparison | None:
     """Returns a comparison on the seeds that all its subjects have; None if one has no scores."""
-
-    def estimate(margins: float) -> Estimate | None:
-        return scale.estimate_advantage(
-            scores, subject, reference, margins=margins, adds_search_error=adds_search_error
-        )
-
-    advantage = estimate(0.0)
-    if advantage is None:
+    estimate = functools.partial(scale.estimate_advantage, scores, subject, reference)
+    if (advantage := estimate(margins=0.0)) is None:
         return None
-    plus_margin, minus_margin = (estimate(1.0), estimate(-1.0)) if scale.is_known else (None, None)
+    plus_margin, minus_margin = (estimate(margins=1.0), estimate(margins=-1.0)) if scale.is_known else (None, None)
     return _Comparison(reference=reference, advantage=advantage, plus_margin=plus_margin, minus_margin=minus_margin)
 
 
 def _explain_open(
-    answer: Answer,
-    found: Sequence[_Comparison],
-    scores: ConfirmScores,
-    *,
-    judge: Callable[..., Verdict],
-    level: float,
-    max_seeds: int,
+    answer: Answer, found: Sequence[_Comparison], *, judge: Callable[..., Verdict], level: float, max_seeds: int
 ) -> Answer:
     """Returns an open answer with its reason and the cheapest evidence that would settle it with a chance of 80 %.
 
@@ -329,14 +253,13 @@ def _explain_open(
     chance of 80 % if it succeeds even when its boundary is `POWER_SCORE` standard errors farther away.
     """
     if not found:
-        return replace(answer, open_because="there are no test scores of both on the same seeds")
+        return replace(answer, blocker="no scores")
     if any(pair.plus_margin is None for pair in found):
-        remedy = Remedy("`confirm.margin` as a number in the metric's unit, or arms `full` and `frozen`", "margin")
-        return replace(answer, open_because="no margin is known", remedy=remedy)
+        return replace(answer, blocker="no margin", remedy=Remedy("margin"))
     num_seeds = min(len(pair.advantage.seeds) for pair in found)
     if num_seeds < 2:
-        reason, remedy = "one seed says nothing about another", Remedy("more seeds", "seeds", MIN_USEFUL_SEEDS)
-        return replace(answer, open_because=reason, remedy=remedy, may_settle=True)
+        more = MIN_USEFUL_SEEDS - num_seeds
+        return replace(answer, blocker="one seed", remedy=Remedy("seeds", MIN_USEFUL_SEEDS, more), may_settle=True)
 
     def settles(seeds: int, factor: float, *, shift: float) -> bool:
         shifted = float(ndtr(ndtri(level) - shift))
@@ -344,32 +267,25 @@ def _explain_open(
         return judge(projected, level=shifted) != "open"
 
     worst = max((pair.advantage for pair in found), key=lambda estimate: estimate.error)
-    examples = "groups of test examples" if scores.num_groups < scores.num_examples else "test examples"
-    parts = {
-        "seeds": worst.seeds_variance,
-        examples: worst.groups_variance,
-        "trials of the search": worst.search_variance,
+    parts: dict[Blocker, float] = {
+        "few seeds": worst.seeds_variance,
+        "few examples": worst.groups_variance,
+        "few trials": worst.search_variance,
     }
     largest = max(parts, key=parts.__getitem__)
-    reason = f"the interval is too wide, mostly because few {largest} were used"
-    if answer.is_share and answer.interval is None:
-        reason = "full fine-tuning's gain over the frozen base is not shown, so the share has no interval"
     answer = replace(
         answer,
-        open_because=reason,
+        blocker="no gain" if answer.is_share and answer.interval is None else largest,
         # The boundary is one standard error nearer, so that only a hopeless question is given up.
         may_settle=num_seeds < max_seeds and settles(max_seeds, 1.0, shift=-1.0),
     )
     for seeds in SEED_STEPS:
         if seeds > num_seeds and settles(seeds, 1.0, shift=POWER_SCORE):
-            more = seeds - num_seeds
-            return replace(answer, remedy=Remedy(f"{more} more {'seed' if more == 1 else 'seeds'}", "seeds", seeds))
+            return replace(answer, remedy=Remedy("seeds", seeds, seeds - num_seeds))
     for factor in GROUP_FACTORS if worst.num_groups else ():
         if settles(max(num_seeds, max_seeds), factor, shift=POWER_SCORE):
-            return replace(answer, remedy=Remedy(f"{factor:g} times as many {examples}", "examples", factor))
-    if largest == "trials of the search":
-        return replace(answer, remedy=Remedy("more trials (`sweep.trials`)", "trials"))
-    return replace(answer, open_because=f"no practical number of seeds or {examples} would settle it")
+            return replace(answer, remedy=Remedy("examples", factor))
+    return replace(answer, remedy=Remedy("trials")) if largest == "few trials" else replace(answer, blocker="hopeless")
 
 
 def judge_difference(found: Sequence[_Comparison], *, level: float) -> Verdict:

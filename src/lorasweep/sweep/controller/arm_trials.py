@@ -23,7 +23,10 @@ from lorasweep.sweep.definition.arms import Arm
 
 TRIAL_ATTRIBUTE = "lorasweep"
 """User attribute of a study's trial with the fields `KEPT_FIELDS`. Trials that other programs added have none."""
-KEPT_FIELDS = ("state", "value", "reason", "order", "worker", "request", "sampler_state")
+KEPT_FIELDS = (
+    *("state", "search_score", "test_scores", "reason"),
+    *("order", "worker", "request", "sampler_state"),
+)
 """The fields of a trial that Optuna has no place for. They are written together, so that they always fit together."""
 SETTING, SEED = "setting", "seed"
 """The parameters of a run in the study of the confirm stage: the number of its setting in the arm, and its seed."""
@@ -50,7 +53,7 @@ class ArmTrials:
         self._space = arm.space
         if stage == "confirm":
             self._space = {SETTING: IntDistribution(0, 2**32 - 1), SEED: IntDistribution(0, 2**32 - 1)}
-        self._storage = sweep.storage
+        self._record, self._storage = sweep.record, sweep.storage
         self._study_id = self._storage.get_study_id_from_name(self.study.study_name)
         for frozen in self.study.get_trials(deepcopy=False):
             if TRIAL_ATTRIBUTE in frozen.user_attrs:
@@ -157,7 +160,7 @@ class ArmTrials:
         # a process that was killed in between may have set it, and Optuna warns of a second time
         if trial.state == "infeasible" and not self._storage.get_trial(trial_id).constraints:
             optuna.trial.Trial(self.study, trial_id).set_constraint("memory", 1.0)
-        value = trial.value if trial.state == "complete" else None
+        value = self._record.find_run_score(trial) if trial.state == "complete" else None
         self.study.tell(trial.number, value, state=OPTUNA_STATES[trial.state])
 
     def _write(self, trial: Trial, **changes: Any) -> None:

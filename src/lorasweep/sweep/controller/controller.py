@@ -17,7 +17,7 @@ from lorasweep.config.redaction import redact
 from lorasweep.config.run import SEED_KEYS
 from lorasweep.disk import remove_leftovers
 from lorasweep.errors import Diverged, OutOfMemory, RunError, WorkerError
-from lorasweep.record import RunRecord, SweepState, Trial, add_telemetry
+from lorasweep.record import RunRecord, SweepState, Trial, TrialState, add_telemetry
 from lorasweep.sweep.controller.arm_trials import ArmTrials
 from lorasweep.sweep.controller.folder import RUNS_FOLDER, SweepFolder, check_writable
 from lorasweep.sweep.controller.stages import Confirmation, Search, Stage, choose_settings
@@ -126,9 +126,10 @@ class Controller:
         if not self._holds(assignment):  # this call was repeated, because its answer was lost
             return
         trials, trial = self._find(assignment)
-        value = record.test[self.sweep.record.verdict_metric.name] if assignment.reads_test else record.score
+        state: TrialState = "stopped" if record.status == "stopped" else "complete"
+        test_scores = record.test if assignment.reads_test else {}
         self._failures_in_a_row = 0
-        trials.end(trial, "stopped" if record.status == "stopped" else "complete", value=value, reason=record.reason)
+        trials.end(trial, state, search_score=record.score, test_scores=test_scores, reason=record.reason)
         self._save_if_due()
 
     def tell_failure(self, assignment: Assignment, error: Exception) -> None:

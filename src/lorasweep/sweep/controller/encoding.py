@@ -234,7 +234,7 @@ class History:
         """Returns a trial as Optuna's samplers read it; `changes` replace arguments of `create_trial`."""
         arguments: dict[str, Any] = {
             "state": OPTUNA_STATES[trial.state],
-            "value": trial.value if trial.state == "complete" else None,
+            "value": trial.search_score if trial.state == "complete" else None,
             "params": self.point(trial),
             "distributions": self.encoding.ranges,
             "intermediate_values": dict(trial.values),
@@ -255,5 +255,5 @@ def get_score(trial: Trial) -> float | None:
 
     Returns None for other trials, and if the score is missing or not finite.
     """
-    value = {"complete": trial.value, "stopped": trial.last_value}.get(trial.state)
+    value = {"complete": trial.search_score, "stopped": trial.last_value}.get(trial.state)
     return value if value is not None and math.isfinite(value) else None

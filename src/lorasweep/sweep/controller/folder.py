@@ -109,12 +109,15 @@ class SweepFolder:
         Its sampler is never used: `propose` asks a study in memory. Optuna's tools show the name of its metric.
         """
         study = optuna.create_study(
-            study_name=name, storage=self.storage, direction=self.record.direction, load_if_exists=True
+            study_name=name,
+            storage=self.storage,
+            direction=self.record.search_metric.direction,
+            load_if_exists=True,
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             if study.metric_names is None:
-                study.set_metric_names([self.record.metric])
+                study.set_metric_names([self.record.search_metric.name])
         return study
 
     def is_save_due(self) -> bool:

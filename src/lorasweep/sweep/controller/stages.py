@@ -33,7 +33,7 @@ class Search:
         self._histories: dict[str, History] = {}
         for arm in sweep.definition.arms:
             self.arms[arm.name] = ArmTrials(sweep, arm, stage=self.name, planned=arm.trials, session=session)
-            self._histories[arm.name] = History(arm, direction=sweep.record.direction)
+            self._histories[arm.name] = History(arm, direction=sweep.record.search_metric.direction)
         self._base_scores: dict[str, Mapping[str, float]] = {}
         """Every metric of the frozen base, by name of its arm."""
 
@@ -176,14 +176,14 @@ def choose_settings(search: Search, *, sweep: SweepFolder) -> list[SettingRow]:
             row = None
             if subject.params or winner:
                 chosen = winner.params if winner else None
-                row = predict_best(arm, trials, subject, direction=sweep.record.direction, chosen=chosen)
+                row = predict_best(arm, trials, subject, direction=sweep.record.search_metric.direction, chosen=chosen)
             if row is None:
                 sweep.warn(f"`{subject.name}` has no trial with a score, so the confirm stage skips it.")
                 continue
             if row.params not in known:
                 known.append(row.params)
             if winner is not None:
-                row = replace(row, trial=winner.number, score=winner.value)
+                row = replace(row, trial=winner.number, score=winner.search_score)
             rows.append(replace(row, setting=known.index(row.params)))
         if known != study.user_attrs.get(SETTINGS_ATTRIBUTE, []):
             study.set_user_attr(SETTINGS_ATTRIBUTE, known)
