@@ -35,6 +35,7 @@ from lorasweep.record.sweep import (
     describe_confirmation,
     find_winner,
     get_run_folder,
+    list_confirm_runs,
     read_sweep,
 )
 from lorasweep.record.trial import COST_FIELDS, STATES, Stage, Subject, Trial, TrialState, build_frame, name_run

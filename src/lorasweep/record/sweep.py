@@ -257,6 +257,25 @@ def add_telemetry(first: Mapping[str, float], second: Mapping[str, float]) -> di
     return total
 
 
+def list_confirm_runs(
+    subjects: Sequence[str], *, looks: Sequence[int], looks_done: Sequence[LookRow] = (), is_fixed: bool
+) -> list[tuple[str, int]]:
+    """Returns the confirm runs of an arm up to the look that is due, each by its subject and the index of its seed.
+
+    At the first look all of the arm's subjects train, and later those that the look before names. An arm whose score
+    does not depend on the seed (`is_fixed`) trains once.
+    """
+    due = [subjects, *(done.next for done in looks_done)]
+    runs = [
+        (subject, index)
+        for first, last, names in zip([0, *looks], looks, due, strict=False)
+        for index in range(first, last)
+        for subject in subjects
+        if subject in names
+    ]
+    return runs[:1] if is_fixed else runs
+
+
 def describe_confirmation(looks: Sequence[int]) -> str:
     """Returns a phrase that says what the confirm stage does, from the numbers of seeds at its looks."""
     seeds = join_words([str(look) for look in looks], last="or")

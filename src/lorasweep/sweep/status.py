@@ -29,6 +29,7 @@ from lorasweep.record import (
     Trial,
     describe_confirmation,
     find_winner,
+    list_confirm_runs,
     read_sweep,
 )
 from lorasweep.wording import UNKNOWN, format_seconds, format_settings, suggest_nearest
@@ -130,11 +131,9 @@ def read_status(folder: Path) -> SweepStatus:
         runs = [run for run in record.confirm_runs if run.arm == row.name]
         chosen = [setting.subject for setting in record.settings if setting.arm == row.name]
         subjects = chosen or [subject.name for subject in row.subjects]  # before the settings are chosen
-        due = dict.fromkeys(subjects, record.looks[0] if record.looks else 0)
-        for done, seeds in zip(record.looks_done, record.looks[1:], strict=False):
-            due |= {subject: seeds for subject in done.next if subject in due}
-        num_due = min(len(record.looks), 1) if row.has_fixed_score else sum(due.values())
-        arms.append(ArmStatus(row=row, trials=trials, confirm=runs, num_confirm=max(num_due, len(runs))))
+        looks, done = record.looks, record.looks_done
+        due = list_confirm_runs(subjects, looks=looks, looks_done=done, is_fixed=row.has_fixed_score)
+        arms.append(ArmStatus(row=row, trials=trials, confirm=runs, num_confirm=max(len(due), len(runs))))
     return SweepStatus(
         folder=folder,
         record=record,

@@ -6,11 +6,11 @@ the scores of untrained answers, and only the confirm stage has settings and loo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
-from lorasweep.record import LookRow, SettingRow, Trial, find_winner, read_run
+from lorasweep.record import LookRow, SettingRow, Trial, find_winner, list_confirm_runs, read_run
 from lorasweep.report.evidence.evidence import answer_sweep, build_scale, read_confirm_scores
 from lorasweep.sweep.controller.arm_trials import SEED, SETTING, SETTINGS_ATTRIBUTE, ArmTrials
 from lorasweep.sweep.controller.encoding import History
@@ -94,12 +94,13 @@ class Confirmation:
         self._sweep = sweep
         self._settings = {(row.arm, row.setting): row for row in settings}
         self._looks = looks
-        self._plan: dict[str, list[tuple[int, int]]] = {row.arm: [] for row in settings}
+        self._plan: dict[str, list[tuple[int, int]]] = {}
         """Setting and seed of the runs of the looks so far, by arm."""
         self.looks_done: list[LookRow] = []
-        arms = [arm for arm in sweep.definition.arms if arm.name in self._plan]
+        chosen = {row.arm for row in settings}
+        arms = [arm for arm in sweep.definition.arms if arm.name in chosen]
         self.arms = {arm.name: ArmTrials(sweep, arm, stage=self.name, planned=0, session=session) for arm in arms}
-        self._plan_runs({row.subject for row in settings})
+        self._plan_runs()
 
     def propose(self, trials: ArmTrials) -> tuple[dict[str, Any], dict[str, Any]]:
         begun = _list_begun(trials)
@@ -135,20 +136,16 @@ class Confirmation:
         still_open = dict.fromkeys(answer.subject for answer in answers if not answer.is_settled)
         self.looks_done.append(LookRow(seeds=self._looks[num_done], open=list(still_open), next=sorted(subjects)))
         record.looks_done = list(self.looks_done)
-        self._plan_runs(subjects)
+        self._plan_runs()
         return bool(subjects)
 
-    def _plan_runs(self, subjects: Collection[str]) -> None:
-        """Plans the runs of the next look: each of these subjects on each of its seeds."""
-        done = len(self.looks_done)
-        first = self._looks[done - 1] if done else 0
-        seeds = self._sweep.record.confirm_seeds[first : self._looks[done]] if done < len(self._looks) else []
-        for seed in seeds:
-            for row in self._settings.values():
-                is_fixed = has_fixed_score(self._sweep.definition.find_arm(row.arm))
-                if row.subject in subjects and not (is_fixed and self._plan[row.arm]):
-                    self._plan[row.arm].append((row.setting, seed))
+    def _plan_runs(self) -> None:
+        seeds = self._sweep.record.confirm_seeds
         for name, trials in self.arms.items():
+            settings = {row.subject: row.setting for row in self._settings.values() if row.arm == name}
+            is_fixed = has_fixed_score(trials.arm)
+            runs = list_confirm_runs([*settings], looks=self._looks, looks_done=self.looks_done, is_fixed=is_fixed)
+            self._plan[name] = [(settings[subject], seeds[index]) for subject, index in runs]
             trials.planned = len(_list_begun(trials) | set(self._plan[name]))
 
 

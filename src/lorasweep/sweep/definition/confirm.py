@@ -13,7 +13,7 @@ from lorasweep.config.data import BlockSettings, ChatConfig, ModuleDataConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.config.sweep import parse_margin
 from lorasweep.errors import ConfigError
-from lorasweep.record import Question, QuestionName
+from lorasweep.record import Question, QuestionName, list_confirm_runs
 from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.wording import join_words, suggest_nearest
 
@@ -92,8 +92,11 @@ def has_fixed_score(arm: Arm) -> bool:
 def count_confirm_runs(definition: Definition, *, look: int = 0) -> dict[str, int]:
     """Returns the number of confirm runs of each arm, if the questions are settled at the look with this index."""
     looks = definition.sweep_config.confirm.list_looks()
-    seeds = looks[look] if looks else 0
-    return {arm.name: min(seeds, 1) if has_fixed_score(arm) else seeds * len(arm.subjects) for arm in definition.arms}
+    counts = {}
+    for arm in definition.arms:
+        subjects = [subject.name for subject in arm.subjects]
+        counts[arm.name] = len(list_confirm_runs(subjects, looks=looks[look:][:1], is_fixed=has_fixed_score(arm)))
+    return counts
 
 
 def find_warnings(definition: Definition) -> list[str]:
