@@ -45,7 +45,7 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from scipy.interpolate import Akima1DInterpolator
 
-from lorasweep.config.compose import compose_sweep
+from lorasweep.config.compose import compose_run, compose_sweep
 from lorasweep.config.data import Direction, ScoreMetric
 from lorasweep.config.sweep import parse_margin
 from lorasweep.record import Question, Subject, Trial
@@ -204,14 +204,18 @@ def _build_arm(table: Table, method: str, *, trials: int) -> Arm:
     space: dict[str, BaseDistribution] = {LR: FloatDistribution(rates[0], rates[-1], log=True)}
     if method == "lora":
         space[RANK] = CategoricalDistribution(RANKS)
+    settings = {
+        "method": method,
+        "trainer.max_steps": table.num_steps,
+        "trainer.eval_every_steps": table.num_steps // table.num_evaluations,
+    }
+    base = compose_run(settings)
     return Arm(
         name=method,
-        settings={
-            "method": method,
-            "trainer.max_steps": table.num_steps,
-            "trainer.eval_every_steps": table.num_steps // table.num_evaluations,
-        },
+        base=base,
         space=space,
+        settings=settings,
+        corner_configs=(base,),
         trials=trials,
         sweep_config=compose_sweep({}),
         confirm_each=RANK if method == "lora" else None,
@@ -221,9 +225,7 @@ def _build_arm(table: Table, method: str, *, trials: int) -> Arm:
 def with_seed(arm: Arm, seed: int) -> Arm:
     """Returns an arm of a sweep with another seed, with the same composed settings."""
     config = replace(arm.sweep_config, sweep=replace(arm.sweep_config.sweep, seed=seed))
-    other = replace(arm, sweep_config=config)
-    other.__dict__["corner_configs"] = arm.corner_configs  # to compose them again takes longer than a replay
-    return other
+    return replace(arm, sweep_config=config)
 
 
 @dataclass(frozen=True, kw_only=True)

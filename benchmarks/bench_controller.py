@@ -55,7 +55,7 @@ def make_sweep(folder: Path, sampler: str, num_trials: int) -> SweepFolder:
     arm = {"settings": {"method": "lora"}, "space": SPACE, "trials": num_trials}
     content = {"name": "many", "settings": {"sampler": sampler, "confirm.seeds": 0}, "arms": {"lora": arm}}
     file.write_text(yaml.safe_dump(content))
-    definition = read_definition(file, [])
+    definition = read_definition(file)
     return create_sweep(definition, folder / "sweep", metric=get_built_in_metric(METRIC))
 
 

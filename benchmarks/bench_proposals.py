@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from side_by_side import print_head, print_row
 
-from lorasweep.config.compose import compose_sweep
+from lorasweep.config.compose import compose_run, compose_sweep
 from lorasweep.record import Subject, Trial
 from lorasweep.sweep.controller import proposals
 from lorasweep.sweep.controller.encoding import History, RateLaw
@@ -147,9 +147,13 @@ def choose_settings(table: Table, way: Way, arm: Arm, trials: Sequence[Trial]) -
 def measure(table: Table, way: Way, *, n: int, draws: int) -> tuple[float, float]:
     """Returns median and 95th percentile, over searches with different seeds, of the mean regret over ranks."""
     rates, _ = next(iter(table.lines.values()))
+    settings = {"method": "lora", "method.scaling": "alpha"}
+    base_config = compose_run(settings)
     base = Arm(
         name="lora",
-        settings={"method": "lora", "method.scaling": "alpha"},
+        base=base_config,
+        settings=settings,
+        corner_configs=(base_config,),
         space={
             RANK: CategoricalDistribution(table.ranks),
             RATIO: CategoricalDistribution(sorted({ratio for _, ratio in table.lines})),
@@ -163,7 +167,6 @@ def measure(table: Table, way: Way, *, n: int, draws: int) -> tuple[float, float
     for seed in range(draws):
         config = replace(base.sweep_config, sweep=replace(base.sweep_config.sweep, seed=seed))
         arm = replace(base, sweep_config=config)
-        arm.__dict__["corner_configs"] = base.corner_configs  # to compose them again takes longer than a search
         with use_law(way):
             chosen = choose_settings(table, way, arm, run_search(table, arm))
         regrets.append(statistics.fmean(table.regret(setting) for setting in chosen))

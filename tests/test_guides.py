@@ -15,6 +15,7 @@ from lorasweep.outcome import DONE
 from lorasweep.sweep.controller.lifecycle import grow_definition
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.confirm import draw_confirm_seeds, find_warnings
+from lorasweep.sweep.definition.overrides import SweepOverrides
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
 
 pytestmark = pytest.mark.docs
@@ -68,7 +69,7 @@ def test_each_command_of_the_page_on_parts_composes(line):
     if command == "train":
         compose_run(parse_overrides(words))
     else:
-        read_definition(find_sweep_file(words[0]), words[1:])
+        read_definition(find_sweep_file(words[0]), SweepOverrides.parse(words[1:]))
 
 
 @pytest.fixture
@@ -79,24 +80,24 @@ def file(tmp_path):
 
 
 def test_the_file_is_a_fair_sweep_with_a_confirm_stage_and_retained_data_sets(file):
-    definition = read_definition(file, [])
+    definition = read_definition(file)
     assert [arm.name for arm in definition.arms] == ["frozen", "full", "lora"]
     assert find_warnings(definition) == []
     assert len(draw_confirm_seeds(definition)) == max(definition.sweep_config.confirm.looks)
     content = yaml.safe_load(FILE)
     content["settings"] |= yaml.safe_load(RETAIN)["settings"]
-    definition = read_definition(content, [])
+    definition = read_definition(content)
     assert {name: data.name for name, data in definition.retained.items()} == {"code": "stdlib_code", "old": "text"}
 
 
 @pytest.mark.parametrize("line", OVERRIDES, ids=lambda line: line.split("#")[0].strip())
 def test_each_override_is_taken(file, line):
     (override,) = shlex.split(line, comments=True)
-    assert read_definition(file, [override]).raw["overrides"]
+    assert read_definition(file, SweepOverrides.parse([override])).raw["overrides"]
 
 
 @pytest.mark.parametrize("line", GROWTH, ids=lambda line: line.split("outputs/ranks ")[1].split("#")[0].strip())
 def test_each_way_to_grow_is_taken(file, line):
     words = shlex.split(line, comments=True)[4:]
-    old = read_definition(file, [])
+    old = read_definition(file)
     assert grow_definition(old, changes=parse_overrides(words)).raw != old.raw

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from lorasweep.config.command_line import parse_overrides
-from lorasweep.config.compose import compose_run, merge_layers
+from lorasweep.config.compose import compose_run, merge_settings
 from lorasweep.config.data import ScoreMetric
 from lorasweep.config.run import RunConfig
 from lorasweep.console import EscapingConsole, say
@@ -42,6 +42,7 @@ from lorasweep.sweep.checks import (
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.lifecycle import create_sweep, read_saved_definition, reopen_sweep
 from lorasweep.sweep.definition.arms import Definition, read_definition
+from lorasweep.sweep.definition.overrides import SweepOverrides
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
 from lorasweep.sweep.draft import draft_definition
 from lorasweep.sweep.status import SweepStatus, report_status, show_progress
@@ -160,17 +161,17 @@ def train_run(
         RunError: The run diverged or does not fit in memory. Its record has the reason.
     """
     settings, origin = read_recommended(Path(from_sweep)) if from_sweep is not None else ({}, {})
-    config = compose_run(merge_layers(settings, parse_overrides(overrides)))
+    config = compose_run(merge_settings(settings, parse_overrides(overrides)))
     path = None if output is None else str(output)
     return load_run(train_config(config, output=path, resume=resume, origin=origin).folder)
 
 
 def read_sweep_definition(sweep: str | Path | Mapping[str, Any] | None, overrides: Overrides) -> Definition:
     """Reads and checks a sweep. None drafts one for the data of the overrides."""
+    parsed = SweepOverrides.parse(overrides)
     if sweep is None:
-        return draft_definition(parse_overrides(overrides))
-    content = sweep if isinstance(sweep, Mapping) else find_sweep_file(str(sweep))
-    return read_definition(content, overrides)
+        return draft_definition(parsed)
+    return read_definition(sweep if isinstance(sweep, Mapping) else find_sweep_file(str(sweep)), parsed)
 
 
 def start_sweep(

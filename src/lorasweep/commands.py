@@ -133,9 +133,10 @@ def _describe_group(group: GroupPlan) -> dict[str, Any]:
 def _read_named(name: str | None, overrides: Overrides) -> Definition | None:
     """Returns the sweep of a file, without torch, whose import takes seconds, so that what is wrong is said at once."""
     from lorasweep.sweep.definition.arms import read_definition
+    from lorasweep.sweep.definition.overrides import SweepOverrides
     from lorasweep.sweep.definition.sweep_file import find_sweep_file
 
-    return None if name is None else read_definition(find_sweep_file(name), overrides)
+    return None if name is None else read_definition(find_sweep_file(name), SweepOverrides.parse(overrides))
 
 
 def _measure_definition(

@@ -21,7 +21,7 @@ from lorasweep.config.compose import (
     apply_settings,
     build_run,
     choose_options,
-    merge_layers,
+    merge_settings,
     one_line_errors,
     packaged_folder,
     refuse_secrets,
@@ -61,7 +61,7 @@ def run_train_app(arguments: argparse.Namespace, *, show_result: ShowResult, sho
         settings, origin = read_recommended(Path(arguments.source))
     typed = parse_overrides(arguments.overrides)
     refuse_secrets(typed)  # because Hydra prints the overrides of a job that fails
-    options = choose_options("train", merge_layers(settings, typed))
+    options = choose_options("train", merge_settings(settings, typed))
     words = [option for option in options if option.partition("=")[0] not in typed]
     words += add_double_plus(arguments.overrides)
     is_grid, codes = arguments.multirun, [0]
@@ -70,7 +70,7 @@ def run_train_app(arguments: argparse.Namespace, *, show_result: ShowResult, sho
         job = redact(describe_job(HydraConfig.get().overrides.task, words)) if is_grid else ""
         code, reason, score = 0, "", None
         try:
-            layers = merge_layers(settings, parse_overrides(HydraConfig.get().overrides.task))
+            layers = merge_settings(settings, parse_overrides(HydraConfig.get().overrides.task))
             values = apply_settings("train", composed, layers, require_all=not arguments.cfg)
             config = build_run(values)
             if arguments.cfg:

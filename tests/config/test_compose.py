@@ -1,5 +1,7 @@
 """Options of groups and values become settings; `test_refusals` has what is refused."""
 
+from functools import reduce
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -10,7 +12,7 @@ from lorasweep.config.compose import (
     compose_run,
     compose_sweep,
     default_options,
-    merge_layers,
+    merge_settings,
     packaged_folder,
 )
 from lorasweep.config.method import BitfitConfig, IntrinsicConfig, LoraConfig
@@ -56,7 +58,7 @@ def test_a_class_takes_the_place_of_an_option_and_leaves_our_settings():
 )
 def test_an_entry_of_a_mapping_is_set_by_its_dotted_key_and_a_later_mapping_replaces_it(layers, field, mapping):
     named = [{f"method.{key}".rstrip("."): value for key, value in layer.items()} for layer in layers]
-    assert getattr(compose_run(merge_layers(*named)).method, field) == mapping
+    assert getattr(compose_run(reduce(merge_settings, named, {})).method, field) == mapping
 
 
 STARTUP = "sampler.startup_trials"
@@ -74,7 +76,7 @@ STARTUP = "sampler.startup_trials"
     ],
 )
 def test_a_layer_that_chooses_another_option_or_class_drops_what_was_set_inside(layers, merged):
-    assert merge_layers(*layers) == merged
+    assert reduce(merge_settings, layers, {}) == merged
 
 
 def test_a_setting_without_a_default_may_be_left_open():

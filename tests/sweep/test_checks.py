@@ -19,6 +19,7 @@ from lorasweep.sweep.checks import (
     score_constant_answer,
 )
 from lorasweep.sweep.definition.arms import read_definition
+from lorasweep.sweep.definition.overrides import SweepOverrides
 from lorasweep.training.inputs import InputsCache, RunInputs
 
 
@@ -36,13 +37,13 @@ def tiny_inputs(inputs, make_config):
 
 def test_an_arm_that_does_not_fit_the_model_is_refused_by_name(write_file, content, tiny_inputs):
     content["arms"]["lora"]["space"]["method.rank"] = [1, 100_000]
-    definition = read_definition(write_file(content), [])
+    definition = read_definition(write_file(content))
     with pytest.raises(ConfigError, match=r"^arm `lora`: `method.rank <= \d+` must hold .*100000"):
         check_definition(definition, tiny_inputs)
 
 
 def test_the_constant_answer_is_that_of_all_arms(write_file, content, tiny_inputs):
-    definition = read_definition(write_file(content), [])
+    definition = read_definition(write_file(content))
     assert score_constant_answer(definition, tiny_inputs) == {}  # text
     task = Classification(num_classes=2)
     one, other = (make_splits(task, [0, 1, 1], labels, torch.int64) for labels in ([0, 1, 1, 1], [0, 0, 1, 1]))
@@ -75,7 +76,7 @@ def test_trials_with_different_metrics_are_refused(write_file, content, of_all, 
         return SimpleNamespace(splits=SimpleNamespace(metric=metric))
 
     with pytest.raises(ConfigError, match=message):
-        find_metric(read_definition(write_file(content), []), SimpleNamespace(load=load))
+        find_metric(read_definition(write_file(content)), SimpleNamespace(load=load))
 
 
 def test_test_data_that_cannot_be_read_is_refused_before_the_search(write_file, content, tiny_inputs):
@@ -90,14 +91,14 @@ def test_test_data_that_cannot_be_read_is_refused_before_the_search(write_file, 
             raise ConfigError("the test split must not be empty, but has no document.")
 
     content["settings"]["confirm.seeds"] = 2
-    definition = read_definition(write_file(content), [])
+    definition = read_definition(write_file(content))
     with pytest.raises(ConfigError, match=r"the test split must not be empty, .* `confirm\.seeds=0`"):
         check_definition(definition, WithoutTest())
-    check_definition(read_definition(write_file(content), ["confirm.seeds=0"]), WithoutTest())
+    check_definition(read_definition(write_file(content), SweepOverrides.parse(["confirm.seeds=0"])), WithoutTest())
 
 
 def test_what_lora_adapts_is_said_once_and_experts_that_it_leaves_out_are_a_warning(write_file, content, tiny_inputs):
-    definition = read_definition(write_file(content), [])
+    definition = read_definition(write_file(content))
     ((text, is_warning),) = describe_coverages(definition, tiny_inputs).items()
     assert text in list_notes(definition, tiny_inputs)
     assert not is_warning

@@ -10,6 +10,7 @@ from lorasweep.cli import run
 from lorasweep.outcome import DONE, WRONG_REQUEST
 from lorasweep.sweep.controller.lifecycle import read_saved_definition
 from lorasweep.sweep.definition.arms import read_definition
+from lorasweep.sweep.definition.overrides import SweepOverrides
 from lorasweep.sweep.definition.packing import explain_solo_arms
 
 MODEL = "model.path=embedded:tiny"
@@ -50,7 +51,8 @@ def test_columns_lengths_and_steps_come_from_the_data(here, capsys):
     assert "lorasweep plan mine.yaml" in capsys.readouterr().out
     assert [arm.trials for arm in read_definition(here / "mine.yaml").arms] == [1, 8, 16]
     # another number of steps keeps packs
-    assert explain_solo_arms(read_definition(here / "mine.yaml", ["trainer.max_steps=1000"])) == []
+    longer = SweepOverrides.parse(["trainer.max_steps=1000"])
+    assert explain_solo_arms(read_definition(here / "mine.yaml", longer)) == []
 
 
 def test_small_data_get_a_larger_test_split_and_it_is_said_what_it_settles(here, capsys):

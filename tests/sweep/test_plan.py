@@ -15,6 +15,7 @@ from lorasweep.data.batching import StepBatchSampler
 from lorasweep.errors import ConfigError, OutOfMemory
 from lorasweep.record import RunRecord
 from lorasweep.sweep.definition.arms import read_definition
+from lorasweep.sweep.definition.overrides import SweepOverrides
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
 from lorasweep.sweep.plan import (
     GroupPlan,
@@ -33,7 +34,7 @@ def define(write_file, content):
 
     def define(*overrides):
         content["arms"]["lora"]["trials"] = 8
-        definition = read_definition(write_file(content), overrides)
+        definition = read_definition(write_file(content), SweepOverrides.parse(overrides))
         return definition, {arm.name: arm for arm in definition.arms}
 
     return define
@@ -83,7 +84,7 @@ def test_estimates_count_the_steps_and_evaluations_of_the_sweep(define, plan_gro
 def test_a_plan_says_how_long_the_last_look_takes(content, write_file, plan_group, looks, longest):
     content["arms"] = {"lora": content["arms"]["lora"]}
     content["settings"] |= {"confirm.seeds": "auto", "confirm.looks": looks}
-    definition = read_definition(write_file(content), [])
+    definition = read_definition(write_file(content))
     console = Console(record=True, width=200, file=io.StringIO())
     console.print(render_plan(definition, [plan_group(definition.arms[0])]))
     found = re.findall(r"stays open to the last look: (.*)\.", console.export_text())
@@ -93,7 +94,7 @@ def test_a_plan_says_how_long_the_last_look_takes(content, write_file, plan_grou
 def test_a_plan_fits_eighty_columns_and_breaks_no_name(content, write_file, plan_group):
     content["settings"]["confirm.seeds"] = 3
     content["arms"] = {"frozen": content["arms"]["frozen"], "loraplus-rank16": content["arms"]["lora"] | {"trials": 8}}
-    definition = read_definition(write_file(content), [])
+    definition = read_definition(write_file(content))
     groups = [plan_group(arm, step_s=60.0, evaluation_s=0.0) for arm in definition.arms]
     console = Console(record=True, width=80, file=io.StringIO())
     console.print(render_plan(definition, groups))
@@ -122,7 +123,7 @@ def plan(write_file, content, inputs, tmp_path, monkeypatch):
 
     def plan():
         said = []
-        groups = plan_sweep(read_definition(write_file(content), []), Cache(), on_progress=said.append)
+        groups = plan_sweep(read_definition(write_file(content)), Cache(), on_progress=said.append)
         assert list((tmp_path / "temporary").iterdir()) == []
         return {group.arms[0].name: group for group in groups}, said
 
@@ -208,7 +209,7 @@ def quickstart(monkeypatch):
         ]
 
     monkeypatch.setattr(plan_file, "plan_sweep", measure)
-    return read_definition(find_sweep_file("quickstart"), ["trainer.max_steps=240"])
+    return read_definition(find_sweep_file("quickstart"), SweepOverrides.parse(["trainer.max_steps=240"]))
 
 
 def fit(definition, minutes):

@@ -13,6 +13,7 @@ from lorasweep.record import Question
 from lorasweep.report.evidence.estimates import ConfirmScores
 from lorasweep.report.evidence.questions import MarginScale, answer_questions, compute_level
 from lorasweep.sweep.definition.arms import read_definition
+from lorasweep.sweep.definition.overrides import SweepOverrides
 from lorasweep.sweep.power import Power, Spread, assess_power, assume_accuracy, describe_power
 
 LOOKS = (10,)
@@ -100,7 +101,7 @@ def test_training_keeps_its_minimum():
 
 def test_the_gain_in_accuracy_is_half_of_the_errors_of_the_most_frequent_label(content, write_file):
     content["settings"]["confirm.seeds"] = 5
-    definition = read_definition(write_file(content), [])
+    definition = read_definition(write_file(content))
     labels = [0, 1, 1, 1] * 50
     splits = make_splits(Classification(num_classes=2), labels, labels, torch.int64)
     rows = tuple(map(str, range(len(labels))))
@@ -117,9 +118,9 @@ def test_the_gain_in_accuracy_is_half_of_the_errors_of_the_most_frequent_label(c
     splits.metric = "f1"
     assert describe_power(definition, splits) == []
     splits.metric = "accuracy"
-    absolute = read_definition(write_file(content), ["confirm.margin=0.02"])
+    absolute = read_definition(write_file(content), SweepOverrides.parse(["confirm.margin=0.02"]))
     assert assess_power(absolute, splits).margin == 0.02
-    assert assess_power(read_definition(write_file(content), ["confirm.seeds=1"]), splits) is None
-    assert assess_power(read_definition(write_file(content), ["arms.full=null"]), splits) is None
+    assert assess_power(read_definition(write_file(content), SweepOverrides.parse(["confirm.seeds=1"])), splits) is None
+    assert assess_power(read_definition(write_file(content), SweepOverrides.parse(["arms.full=null"])), splits) is None
     splits.validation.__dict__["groups"] = ("book",) * len(labels)
     assert "in one group ('book')" in describe_power(definition, splits)[0]

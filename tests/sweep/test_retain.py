@@ -16,6 +16,7 @@ from lorasweep.record import read_run, read_sweep
 from lorasweep.report.sweep_data import load_sweep_data
 from lorasweep.sweep.checks import list_retained
 from lorasweep.sweep.definition.arms import read_definition
+from lorasweep.sweep.definition.overrides import SweepOverrides
 from lorasweep.training.inputs import InputsCache
 
 from .conftest import Killed
@@ -41,12 +42,12 @@ def path(tmp_path, monkeypatch):
 
 
 def test_data_sets_are_named_options_or_settings_and_take_nothing_from_the_learned_data(path):
-    definition = read_definition(path, ["retain.data.docs=stdlib_docs", "data.metric=perplexity"])
+    definition = read_definition(path, SweepOverrides.parse(["retain.data.docs=stdlib_docs", "data.metric=perplexity"]))
     assert [*definition.retained] == ["code", "docs"]
     code, docs = definition.retained.values()
     assert (code.name, code.block_length, code.max_test_blocks, code.metric) == ("stdlib_code", 32, 24, "bits_per_byte")
     assert (docs.name, docs.block_length) == ("stdlib_docs", 128)
-    assert read_definition(path, ["retain.data={}"]).retained == {}
+    assert read_definition(path, SweepOverrides.parse(["retain.data={}"])).retained == {}
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,8 @@ def test_labels_that_the_model_does_not_learn_are_refused(path, capsys):
     overrides = [*words, "retain.data={other: {data: table, data.train: other.csv}}"]
     assert run(["sweep", str(path), "sweep.output=new", *overrides]) == WRONG_REQUEST
     assert "labels must be those that the model learns (0 and 1), but are x, y and z" in capsys.readouterr().err
-    same = read_definition(path, [*words, "retain.data={same: {data: table, data.train: labels.csv}}"])
+    overrides = SweepOverrides.parse([*words, "retain.data={same: {data: table, data.train: labels.csv}}"])
+    same = read_definition(path, overrides)
     (row,) = list_retained(same, InputsCache())
     assert (row.name, row.metric) == ("same", ScoreMetric(name="accuracy", direction="maximize"))
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
-from typing import Annotated, Any, TypeVar
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import Discriminator, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
@@ -128,6 +130,21 @@ def dotted_items(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[
 def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the values of nested mappings that are no mappings, by dotted key."""
     return {key: value for key, value in dotted_items(values) if not isinstance(value, Mapping)}
+
+
+def list_declared_types(kind: Any, key: str = "") -> dict[str, set[Any]]:
+    """Returns the types that settings declare for each dotted key: `{"optim.lr": {float}, "data.columns": {tuple}}`."""
+    if get_origin(kind) in (Union, UnionType):
+        members = [(key, member) for member in get_args(kind)]
+    elif is_dataclass(kind):
+        members = [(f"{key}.{name}".lstrip("."), member) for name, member in get_type_hints(kind).items()]
+    else:
+        return {key: {get_origin(kind) or kind}}
+    declared: dict[str, set[Any]] = defaultdict(set)
+    for member_key, member in members:
+        for inner_key, types in list_declared_types(member, member_key).items():
+            declared[inner_key] |= types
+    return dict(declared)
 
 
 def _make_error(errors: Sequence[ErrorDetails], values: Any, *, key: str) -> ConfigError:

@@ -47,12 +47,8 @@ COMPONENT_SETTINGS: Mapping[str, frozenset[str]] = {
     "data.answers.score": frozenset({"direction"}),
 }
 """Keys beside a `_target_` that lorasweep reads and the class does not get, for each component that has any."""
-LIST_SETTINGS = (
-    *("data.columns", "data.labels", "method.exclude", "method.layers", "method.modules_to_save"),
-    "module.new_modules",
-    "method.targets",  # names of layers, as in PEFT
-)
-"""Settings that take a list. A list that is typed for one of them is its value, not a list of choices."""
+SWEEP_GROUPS = frozenset(f.name for f in fields(SweepConfig))
+"""Groups of settings that belong to a sweep and not to its runs: the first parts of their keys."""
 PEFT_ALIASES: Mapping[str, str] = {
     "r": "method.rank",
     "lora_alpha": "method.alpha",
@@ -143,8 +139,9 @@ def compose_run(settings: Mapping[str, Any], *, require_all: bool = True) -> Run
 
 
 def compose_sweep(settings: Mapping[str, Any]) -> SweepConfig:
-    """Returns the settings that belong to a sweep and not to its runs; arguments and errors as in `compose_run`."""
-    return _build(SweepConfig, compose_values("sweep", settings))
+    """Returns the settings of a sweep from its settings and those of its runs, which are ignored. Errors as above."""
+    of_sweep = {key: value for key, value in settings.items() if key.split(".")[0] in SWEEP_GROUPS}
+    return _build(SweepConfig, compose_values("sweep", of_sweep))
 
 
 def build_run(values: Mapping[str, Any]) -> RunConfig:
@@ -190,28 +187,24 @@ def refuse_secrets(values: Mapping[str, Any]) -> None:
             )
 
 
-def merge_layers(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns settings of several layers as one mapping, in which later layers win (file, arm, command line).
+def merge_settings(settings: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings with later ones, which win.
 
-    A layer that chooses another option or class drops what earlier layers set inside it: `sampler.startup_trials` of a
-    file is no setting of `sampler=qmc`. A value for any other key replaces all earlier values below the key.
+    Later settings that choose another option or class drop earlier ones inside it: `sampler.startup_trials` of a file
+    is no setting of `sampler=qmc`. A later value of any other key replaces all earlier values below the key.
     """
-    merged: dict[str, Any] = {}
+    merged = dict(settings)
     defaults = {**default_options("train"), **default_options("sweep")}
-    for layer in layers:
-        for key, value in layer.items():
-            is_choice, has_class = key in defaults or key.endswith(f".{TARGET}"), f"{key}.{TARGET}" in merged
-            if is_choice and value == merged.get(key, defaults.get(key)) and not has_class:
-                continue  # the same option or class
-            place = key.removesuffix(f".{TARGET}")
-            kept = COMPONENT_SETTINGS.get(place, frozenset()) if place != key else frozenset()
-            merged = {
-                name: old
-                for name, old in merged.items()
-                if not name.startswith(f"{place}.") or name.removeprefix(f"{place}.") in kept
-            }
-        merged |= layer
-    return merged
+    for key, value in later.items():
+        place = key.removesuffix(f".{TARGET}")
+        is_choice, has_class = key in defaults or place != key, f"{key}.{TARGET}" in merged
+        if is_choice and value == merged.get(key, defaults.get(key)) and not has_class:
+            continue  # the same option or class
+        kept = COMPONENT_SETTINGS.get(place, frozenset()) if place != key else frozenset()
+        for name in [name for name in merged if name.startswith(f"{place}.")]:
+            if name.removeprefix(f"{place}.") not in kept:
+                del merged[name]
+    return {**merged, **later}
 
 
 def compose_values(primary: Primary, settings: Mapping[str, Any], *, require_all: bool = True) -> dict[str, Any]:

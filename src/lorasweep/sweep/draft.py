@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from lorasweep.config.compose import compose_run
+from lorasweep.config.compose import SWEEP_GROUPS, compose_run
 from lorasweep.config.data import TableConfig
 from lorasweep.config.run import STEPS_KEY
 from lorasweep.data.reading.conversations import KNOWN_COLUMNS
@@ -34,7 +34,8 @@ from lorasweep.errors import ConfigError
 from lorasweep.sweep.checks import MAX_STEPS, count_steps
 from lorasweep.sweep.controller.stopping import MIN_STEPS
 from lorasweep.sweep.definition.arms import Definition, read_definition
-from lorasweep.sweep.definition.sweep_file import MAX_NAME_CHARACTERS, SWEEP_GROUPS, is_range
+from lorasweep.sweep.definition.overrides import SweepOverrides, Value
+from lorasweep.sweep.definition.sweep_file import MAX_NAME_CHARACTERS
 from lorasweep.sweep.power import TEST_PERCENTS, assess_power, describe_power
 from lorasweep.training.inputs import InputsCache, RunInputs
 from lorasweep.wording import format_count, format_share, join_words
@@ -98,14 +99,15 @@ arms:
 """
 
 
-def draft_definition(overrides: Mapping[str, Any]) -> Definition:
+def draft_definition(overrides: SweepOverrides) -> Definition:
     """Returns the sweep that `lorasweep new` would write for these overrides. Errors as in `draft_sweep`."""
-    settings = {k: v for k, v in overrides.items() if re.match(r"(model|data|trainer)\b", k) and not is_range(k, v)}
-    others = {key: value for key, value in overrides.items() if key not in settings}
+    values = {one.key: one.given.content for one in overrides.for_arm(None) if isinstance(one.given, Value)}
+    settings = {key: value for key, value in values.items() if re.match(r"(model|data|trainer)\b", key)}
+    others = {key: value for key, value in overrides.raw.items() if key not in settings}
     source = str(settings.get("data.path") or settings.get("data.train") or settings.get("data", ""))
     name = re.sub(r"\W+", "-", Path(source).name.split(".")[0])[:MAX_NAME_CHARACTERS].strip("-")
     text, _ = draft_sweep(Path(f"{name or 'sweep'}.yaml"), settings)
-    return read_definition(yaml.safe_load(text), others)
+    return read_definition(yaml.safe_load(text), SweepOverrides.parse(others))
 
 
 def draft_sweep(path: Path, settings: Mapping[str, Any]) -> tuple[str, list[str]]:

@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 
-from lorasweep.config.compose import compose_sweep
+from lorasweep.config.compose import compose_run, compose_sweep
 from lorasweep.record import RunRecord, Trial, write_record
 from lorasweep.sweep.controller.controller import Assignment, Controller
 from lorasweep.sweep.controller.encoding import History
@@ -92,7 +92,17 @@ def content():
 def make_arm(space, sampler, *, name="lora", trials=16, seed=0, confirm_each=None):
     sweep_config = default_sweep_config()
     sweep_config = replace(sweep_config, sampler=sampler, sweep=replace(sweep_config.sweep, seed=seed))
-    return Arm(name=name, settings={}, space=space, trials=trials, sweep_config=sweep_config, confirm_each=confirm_each)
+    base = compose_run({})
+    return Arm(
+        name=name,
+        base=base,
+        space=space,
+        settings={},
+        corner_configs=(base,),
+        trials=trials,
+        sweep_config=sweep_config,
+        confirm_each=confirm_each,
+    )
 
 
 def ask_for_proposal(arm, trials, *, number=None, **how):

@@ -24,7 +24,7 @@ def build_law(write_file, content):
     def build(settings, space):
         settings = {"method": "lora", **settings}
         content["arms"] = {"arm": {"settings": settings, "space": space, "trials": 4}}
-        return build_rate_law(read_definition(write_file(content), []).arms[0])
+        return build_rate_law(read_definition(write_file(content)).arms[0])
 
     return build
 

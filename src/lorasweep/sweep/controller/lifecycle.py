@@ -36,7 +36,7 @@ from lorasweep.sweep.controller.folder import (
     name_study,
     open_storage,
 )
-from lorasweep.sweep.definition.arms import Arm, Definition, make_paths_absolute, restore_definition
+from lorasweep.sweep.definition.arms import Arm, Definition, restore_definition
 from lorasweep.sweep.definition.confirm import draw_confirm_seeds, find_warnings, has_fixed_score, list_questions
 from lorasweep.sweep.definition.sweep_file import describe_space
 from lorasweep.wording import join_words
@@ -213,7 +213,7 @@ def grow_definition(old: Definition, *, changes: Mapping[str, Any]) -> Definitio
     if "worker" in changes:  # the new kind of workers may not have the old kind's settings
         overrides = {key: value for key, value in overrides.items() if key.split(".")[0] != "worker"}
     raw = {"file": old.raw["file"], "overrides": {**overrides, **changes}}
-    new = restore_definition(make_paths_absolute(raw), source=old.source)
+    new = restore_definition(raw, source=old.source)
     names, kept_names = ([arm.name for arm in one.arms] for one in (new, old))
     if names != kept_names:
         raise ConfigError(

@@ -1,15 +1,17 @@
-"""Finds and reads a sweep file, checks its keys, and writes overrides into it."""
+"""Finds and reads a sweep file, and checks its keys and ranges."""
 
 from __future__ import annotations
 
+import glob
 import itertools
 import json
 import math
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import field, fields, replace
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,9 @@ from omegaconf import OmegaConf
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from pydantic.dataclasses import dataclass
 
-from lorasweep.config.build import TARGET, Positive, Settings, build
-from lorasweep.config.compose import (
-    LIST_GROUPS,
-    LIST_SETTINGS,
-    compose_options,
-    default_options,
-    merge_layers,
-    packaged_folder,
-)
-from lorasweep.config.run import METHODS_ON_QUANTISED_BASE
-from lorasweep.config.sweep import MAX_ARMS, MAX_CHOICES, SweepConfig
+from lorasweep.config.build import Positive, Settings, build
+from lorasweep.config.compose import packaged_folder
+from lorasweep.config.sweep import MAX_ARMS, MAX_CHOICES
 from lorasweep.disk import require_regular_file
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.record import is_number
@@ -43,11 +37,8 @@ MAX_SWEEP_FILE_BYTES = 2**18
 MAX_VALUES = 100_000
 """Maximum number of values of a sweep file with its aliases written out, which can multiply."""
 
-SWEEP_GROUPS = tuple(f.name for f in fields(SweepConfig))
-"""Groups of settings that belong to a sweep and not to its runs: the first part of their keys."""
-QUANTIZATION = "model.quantization"
-ARM_FIELDS = ("trials", "confirm_each")
-"""Fields of an arm that overrides set as `arms.ARM.FIELD`."""
+PATH_KEYS = ("data.train", "data.validation", "data.test", "model.path")
+"""Settings whose values may be paths of files."""
 RANGE_KEYS = ("low", "high", "log", "step")
 Space = dict[str, BaseDistribution]
 """The distribution of each swept key."""
@@ -111,7 +102,9 @@ def list_sweep_files() -> dict[str, Path]:
 
 
 def read_content(source: Path | Mapping[str, Any]) -> Any:
-    """Returns the content of a sweep file as nested mappings and lists, with its interpolations resolved.
+    """Returns the content of a sweep file as nested mappings and lists, with interpolations resolved.
+
+    Paths of files are absolute.
 
     Raises:
         ConfigError: The file is not YAML, or the content has values that YAML does not have.
@@ -122,13 +115,23 @@ def read_content(source: Path | Mapping[str, Any]) -> Any:
         loaded = OmegaConf.create(dict(source)) if isinstance(source, Mapping) else OmegaConf.load(source)
         content = OmegaConf.to_container(loaded, resolve=True)
         json.dumps(content)  # the record keeps the content; YAML also has bytes and paths
-        return content
+        return make_paths_absolute(content)
     except ConfigError:
         raise
     except Exception as error:  # PyYAML and OmegaConf raise errors of many classes
         reason = " ".join(str(error).split())
         name = "the content of a sweep" if isinstance(source, Mapping) else repr(str(source))
         raise ConfigError(f"{name} must be YAML, but can't be read: {reason}.") from error
+
+
+def make_paths_absolute(value: Any, key: str = "") -> Any:
+    """Returns nested settings with absolute paths of files, so that the sweep can be resumed from any folder."""
+    if isinstance(value, Mapping):
+        return {name: make_paths_absolute(item, str(name)) for name, item in value.items()}
+    # a name without a dot or slash may be a split of a data set on the hub, such as `train`
+    may_be_split = key.endswith(PATH_KEYS) and not (isinstance(value, str) and ("/" in value or "." in value))
+    is_path = isinstance(value, str) and key.endswith(PATH_KEYS) and not may_be_split
+    return os.path.abspath(value) if is_path and any(glob.iglob(value, recursive=True)) else value
 
 
 def _require_small_file(path: Path) -> None:
@@ -179,126 +182,6 @@ def name_in_errors(what: str) -> Iterator[None]:
         yield
     except ConfigError as error:
         raise ConfigError(f"{what}: {error}") from error
-
-
-def change_arms(content: Any, overrides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Adds arms that are typed as `arms.NAME={settings: ...}`, and leaves out those typed as `arms.NAME=null`.
-
-    Returns the changed content of the sweep file, and the other overrides.
-    """
-    typed = {key: value for key, value in overrides.items() if key.startswith("arms.") and key.count(".") == 1}
-    arms = content.get("arms") if isinstance(content, Mapping) else None
-    if not typed or not isinstance(arms, Mapping):  # `parse_file` refuses a file without arms
-        return content, dict(overrides)
-    for key, value in typed.items():
-        if (key.removeprefix("arms.") in arms) is not (value is None):
-            raise ConfigError(
-                f"`{key}` must be the settings of a new arm, or null to leave out an arm of the sweep file "
-                f"({', '.join(arms)}), but got {'null' if value is None else repr(value)}."
-                f"{suggest_nearest(key, [f'arms.{name}' for name in arms])} "
-                f"Set one key of an arm with `{key}.KEY=VALUE`."
-            )
-    changed = {**arms, **{key.removeprefix("arms."): value for key, value in typed.items()}}
-    return (
-        {**content, "arms": {name: arm for name, arm in changed.items() if arm is not None}},
-        {key: value for key, value in overrides.items() if key not in typed},
-    )
-
-
-def apply_overrides(file: SweepFile, overrides: Mapping[str, Any]) -> SweepFile:
-    """Returns a sweep file with overrides written into it: each arm has all its settings, and the ranges it searches.
-
-    Later settings win: the file's, the arm's, the overrides for all arms, then those for this arm (`arms.ARM.KEY`).
-    An override for all arms skips an arm whose method lacks the setting. A range skips an arm that searches nothing.
-
-    Raises:
-        ConfigError: No arm takes an override.
-    """
-    for_all = {key: value for key, value in overrides.items() if not key.startswith("arms.")}
-    arms: dict[str, ArmConfig] = {}
-    used: set[str] = set()
-    known: set[str] = set()
-    for name, arm in file.arms.items():
-        prefix = f"arms.{name}."
-        own = {key.removeprefix(prefix): value for key, value in overrides.items() if key.startswith(prefix)}
-        used |= {f"{prefix}{key}" for key in own}
-        own_fields: dict[str, Any] = {key: own.pop(key) for key in ARM_FIELDS if key in own}
-        groups = default_options("train")
-        for key in own:
-            if "." not in key and key not in groups and (near := suggest_nearest(key, ARM_FIELDS)):
-                raise ConfigError(f"`{prefix}{key}` is not a setting of an arm.{near}")
-        settings = merge_layers(file.settings, arm.settings, _without_ranges(for_all), _without_ranges(own))
-        with name_in_errors(f"arm `{name}`"):
-            options = compose_options("train", settings)
-        method, model = options["method"], options["model"]
-        lacking = {key for key in for_all if key.startswith("method.") and key.split(".")[1] not in method}
-        skipped = lacking | {key for key, value in for_all.items() if is_range(key, value) and not arm.space}
-        typed = merge_layers({key: value for key, value in for_all.items() if key not in skipped}, own)
-        settings = {key: value for key, value in settings.items() if key not in lacking or key in own}
-        trains_base = method.get("name") not in METHODS_ON_QUANTISED_BASE
-        is_quantised = settings.get(QUANTIZATION, model.get("quantization", "none")) != "none"
-        # a quantisation that the arm itself sets stays, and is refused
-        if trains_base and is_quantised and {"model", QUANTIZATION}.isdisjoint([*arm.settings, *own]):
-            settings[QUANTIZATION] = "none"
-        arms[name] = _change_arm(name, arm, settings, typed, own_fields)
-        used |= for_all.keys() - skipped
-        known |= {f"method.{key}" for key in method}
-    if unused := [key for key in overrides if key not in used]:
-        raise ConfigError(
-            f"`{unused[0]}` must be a setting of at least one arm ({', '.join(arms)}), but is not."
-            f"{suggest_nearest(unused[0], known)} Write `arms.ARM.KEY=VALUE` for one arm only."
-        )
-    return replace(file, settings=merge_layers(file.settings, for_all), arms=arms)
-
-
-def _change_arm(
-    name: str, arm: ArmConfig, settings: Mapping[str, Any], typed: Mapping[str, Any], own_fields: Mapping[str, Any]
-) -> ArmConfig:
-    """Returns an arm with all its settings, with the ranges and fields that are typed for it."""
-    space = _replace_ranges(arm.space, typed)
-    trials = None if arm.space and not space else arm.trials  # an override may leave nothing to search
-    if "trials" in own_fields:
-        settings = {**settings, "sweep.trials": None}  # the arm's own number wins
-    changed = {
-        "settings": {key: value for key, value in settings.items() if not any(_is_inside(key, one) for one in space)},
-        "space": space,
-        "trials": trials,
-        "confirm_each": arm.confirm_each,
-        **own_fields,
-    }
-    return build(ArmConfig, changed, key=f"arms.{name}")
-
-
-def _replace_ranges(space: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns an arm's swept keys with their ranges, after overrides.
-
-    A typed range replaces the file's. A typed value ends the search of its key, and of keys above and below it.
-    """
-    ranges = {key: value for key, value in typed.items() if is_range(key, value)}
-    kept = {
-        key: value
-        for key, value in space.items()
-        if key in ranges or not any(_is_inside(key, one) or _is_inside(one, key) for one in typed)
-    }
-    return kept | ranges  # a key stays in its place, because samplers see the keys in their order
-
-
-def _is_inside(key: str, other: str) -> bool:
-    """Returns whether a key equals another key or lies below it, as `sampler.seed` below `sampler`."""
-    return key == other or ("." in other and key.startswith(f"{other}."))
-
-
-def _without_ranges(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if not is_range(key, value)}
-
-
-def is_range(key: str, value: Any) -> bool:
-    """Returns whether an override searches its key. Loggers, lists of layers, patterns and components are values."""
-    if key.split(".")[0] in SWEEP_GROUPS:  # such as `confirm.looks=[3,6]`
-        return False
-    if isinstance(value, Mapping):
-        return not {"low", "high"}.isdisjoint(value) and TARGET not in value
-    return isinstance(value, list) and key not in (*LIST_GROUPS, *LIST_SETTINGS)
 
 
 def require_folder_name(what: str, name: str) -> None:

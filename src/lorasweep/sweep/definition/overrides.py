@@ -1,0 +1,260 @@
+"""Overrides: settings and ranges that a user types for a sweep, and their fold with those of the sweep file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+
+from lorasweep.config.build import TARGET, Positive, build, convert, list_declared_types
+from lorasweep.config.command_line import parse_overrides
+from lorasweep.config.compose import (
+    SWEEP_GROUPS,
+    compose_options,
+    default_options,
+    is_hydra_override,
+    merge_settings,
+)
+from lorasweep.config.run import METHODS_ON_QUANTISED_BASE, RunConfig
+from lorasweep.errors import ConfigError
+from lorasweep.sweep.definition.sweep_file import (
+    ArmConfig,
+    Space,
+    SweepFile,
+    make_paths_absolute,
+    name_in_errors,
+    parse_range,
+    require_folder_name,
+)
+from lorasweep.wording import suggest_nearest
+
+CONFIRM_ENDING = "-confirm"
+"""An ending that an arm's name must not have. The folder of a confirm run has the name of its arm, this ending and a
+number."""
+QUANTIZATION = "model.quantization"
+ARM_FIELDS: Mapping[str, Any] = {"trials": Positive | None, "confirm_each": str | None}
+"""Types of the fields of an arm that overrides set as `arms.ARM.FIELD`."""
+TYPES: Mapping[str, set[Any]] = list_declared_types(RunConfig)
+"""The declared types of each setting of a run, by dotted key. Arguments of other packages' classes are missing."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value that a setting has in every run."""
+
+    content: Any
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values from which the search chooses that of a setting."""
+
+    distribution: BaseDistribution
+
+
+@dataclass(frozen=True, kw_only=True)
+class Override:
+    """A value or a range for a setting of one arm, the `scope`, or of all arms (None)."""
+
+    scope: str | None = None
+    key: str
+    given: Value | Range
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOverrides:
+    """The overrides that a user typed for a sweep."""
+
+    raw: Mapping[str, Any]
+    """Dotted keys with values, lists of choices and mappings of bounds. `parse` returns the same overrides for them."""
+    arms: Mapping[str, ArmConfig | None]
+    """The arms that `arms.NAME={settings: ...}` adds, and None for those that `arms.NAME=null` leaves out."""
+    settings: tuple[Override, ...]
+
+    @classmethod
+    def parse(cls, given: Sequence[str] | Mapping[str, Any]) -> SweepOverrides:
+        """Returns overrides from arguments of the command line, or from a mapping of dotted keys to values.
+
+        Raises:
+            ConfigError: An argument is no override of a sweep, or a range or an arm is wrong.
+        """
+        raw = make_paths_absolute(parse_overrides(given))
+        arms: dict[str, ArmConfig | None] = {}
+        settings = []
+        for name, content in raw.items():
+            if is_hydra_override(name):
+                raise ConfigError(
+                    f"a sweep's override must read `key=value`, but got {name!r}. `+` and `~` are for `lorasweep "
+                    "train`; write a value, an option such as `logger=none`, or `arms.ARM=null` to leave out an arm."
+                )
+            match name.split(".", 2):
+                case ["arms", arm]:
+                    arms[arm] = None if content is None else build(ArmConfig, content, key=name)
+                case ["arms", arm, key] if key in ARM_FIELDS:
+                    value = Value(convert(ARM_FIELDS[key], content, key=name))
+                    settings.append(Override(scope=arm, key=key, given=value))
+                case ["arms", arm, key]:
+                    is_group = "." in key or key in default_options("train")
+                    if not is_group and (near := suggest_nearest(key, ARM_FIELDS)):
+                        raise ConfigError(f"`{name}` is not a setting of an arm.{near}")
+                    settings.append(Override(scope=arm, key=key, given=_parse_content(key, content)))
+                case _:
+                    settings.append(Override(key=name, given=_parse_content(name, content)))
+        return cls(raw=raw, arms=arms, settings=tuple(settings))
+
+    def for_arm(self, name: str | None) -> list[Override]:
+        """Returns the overrides that are typed for this arm, or with None those for all arms."""
+        return [one for one in self.settings if one.scope == name]
+
+
+NO_OVERRIDES = SweepOverrides(raw={}, arms={}, settings=())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmSettings:
+    """What the sweep file and the overrides ask of one arm."""
+
+    name: str
+    settings: Mapping[str, Any]
+    """Dotted keys and values of its runs and of the sweep, without the swept keys."""
+    space: Space
+    trials: int | None
+    confirm_each: str | None
+    taken: Sequence[Override]
+    """The typed overrides that apply to the arm."""
+
+
+def _parse_content(key: str, content: Any) -> Value | Range:
+    """Returns a value or a range, by the declared type of the setting, and else by the form of the content.
+
+    A list, or a mapping with `low` or `high`, is a range. It is a value if the setting is declared as a list or a
+    mapping, such as `method.targets` and `logger`, or is one of the sweep, which nothing searches.
+    """
+    has_form_of_range = isinstance(content, list) or (
+        isinstance(content, Mapping) and not {"low", "high"}.isdisjoint(content) and TARGET not in content
+    )
+    is_value = key.split(".")[0] in SWEEP_GROUPS or not TYPES.get(key, set()).isdisjoint((tuple, Mapping))
+    return Value(content) if is_value or not has_form_of_range else _parse_range(key, content)
+
+
+def _parse_range(key: str, content: Any) -> Range:
+    """Returns the range of a setting, in whole numbers if its declared type is `int`. Errors as in `parse_range`.
+
+    An argument of another package's class has no declared type. It is searched in whole numbers if its bounds are.
+    """
+    if types := TYPES.get(key):
+        is_whole = int in types and float not in types
+    else:
+        is_whole = isinstance(content, Mapping) and all(isinstance(bound, int) for bound in content.values())
+    return Range(parse_range(key, content, is_whole=is_whole))
+
+
+def fold_sweep(file: SweepFile, overrides: SweepOverrides) -> tuple[dict[str, Any], list[ArmSettings]]:
+    """Returns the settings that hold for all arms, and what the sweep file and the overrides ask of each arm.
+
+    Raises:
+        ConfigError: A name, a range or an option is wrong, or no arm takes an override.
+    """
+    common, _ = _fold([_list_overrides(file.settings), overrides.for_arm(None)])
+    for name, added in overrides.arms.items():
+        if (name in file.arms) is not (added is None):
+            key = f"arms.{name}"
+            given = overrides.raw[key]
+            raise ConfigError(
+                f"`{key}` must be the settings of a new arm, or null to leave out an arm of the sweep file "
+                f"({', '.join(file.arms)}), but got {'null' if given is None else repr(given)}."
+                f"{suggest_nearest(key, [f'arms.{name}' for name in file.arms])} "
+                f"Set one key of an arm with `{key}.KEY=VALUE`."
+            )
+    arms = {name: arm for name, arm in {**file.arms, **overrides.arms}.items() if arm is not None}
+    if not arms:
+        raise ConfigError("a sweep must keep at least one arm, but `arms.ARM=null` leaves out all. Keep one.")
+    asked = [_fold_arm(name, arm, file, overrides) for name, arm in arms.items()]
+    for one in overrides.settings:
+        if not any(one in arm.taken for arm in asked):
+            key = one.key if one.scope is None else f"arms.{one.scope}.{one.key}"
+            raise ConfigError(
+                f"`{key}` must be a setting of at least one arm ({', '.join(arms)}), but is not."
+                f"{'' if one.key in TYPES else suggest_nearest(key, TYPES)} Write `arms.ARM.KEY=VALUE` for one arm "
+                "only."
+            )
+    return common, asked
+
+
+def _fold_arm(name: str, arm: ArmConfig, file: SweepFile, overrides: SweepOverrides) -> ArmSettings:
+    """Returns what the sweep file and the overrides ask of an arm.
+
+    Later settings win: the file's, the arm's, the overrides for all arms, then those for this arm (`arms.ARM.KEY`).
+    An override for all arms skips an arm whose method lacks the setting. A range skips an arm that searches nothing.
+    """
+    require_folder_name("an arm's name", name)
+    if name.endswith(CONFIRM_ENDING):
+        raise ConfigError(f"an arm's name must not end in `{CONFIRM_ENDING}`, but got {name!r}. Rename the arm.")
+    for_all = [one for one in overrides.for_arm(None) if arm.space or isinstance(one.given, Value)]
+    own = overrides.for_arm(name)
+    own_keys = {one.key for one in own}
+    with name_in_errors(f"arm `{name}`"):
+        of_arm = _list_overrides(arm.settings, arm.space)
+        settings, space = _fold([_list_overrides(file.settings), of_arm, for_all, own])
+        fields = {key: settings.pop(key) for key in ARM_FIELDS if key in own_keys}
+        options = compose_options("train", settings)
+    method, model = options["method"], options["model"]
+    lacking = {one.key for one in for_all if one.key.startswith("method.") and one.key.split(".")[1] not in method}
+    for key in lacking - own_keys:
+        settings.pop(key, None)
+        space.pop(key, None)
+    is_quantised = settings.get(QUANTIZATION, model.get("quantization", "none")) != "none"
+    # a quantisation that the arm itself sets stays, and is refused
+    is_own = not {"model", QUANTIZATION}.isdisjoint([*arm.settings, *own_keys])
+    if is_quantised and not is_own and method.get("name") not in METHODS_ON_QUANTISED_BASE:
+        settings[QUANTIZATION] = "none"
+    if "trials" in fields:
+        settings["sweep.trials"] = None  # the arm's own number wins
+    trials = fields.get("trials", None if arm.space and not space else arm.trials)
+    if not space and (trials or 1) != 1:
+        raise ConfigError(
+            f"`arms.{name}.trials` must be 1 for an arm without a space, but got {trials!r}. Add a `space`."
+        )
+    each = fields.get("confirm_each", arm.confirm_each)
+    range_ = space.get(each or "")
+    if each and not (isinstance(range_, CategoricalDistribution) and len(range_.choices) > 1):
+        near = "" if range_ else suggest_nearest(each, space)
+        raise ConfigError(
+            f"`arms.{name}.confirm_each` must be a swept key with a list of at least two choices, but got {each!r}."
+            f"{near} Write it in `space`, such as `method.rank: [1, 4, 16]`, or set `arms.{name}.confirm_each=null`."
+        )
+    taken = [*(one for one in for_all if one.key not in lacking), *own]
+    return ArmSettings(name=name, settings=settings, space=space, trials=trials, confirm_each=each, taken=taken)
+
+
+def _list_overrides(settings: Mapping[str, Any], space: Mapping[str, Any] | None = None) -> list[Override]:
+    """Returns the settings and the ranges of a part of a sweep file as overrides."""
+    values = [Override(key=key, given=Value(value)) for key, value in settings.items()]
+    return values + [Override(key=key, given=_parse_range(key, range_)) for key, range_ in (space or {}).items()]
+
+
+def _fold(layers: Sequence[Sequence[Override]]) -> tuple[dict[str, Any], Space]:
+    """Returns the settings, and the ranges of the swept keys, that layers of overrides give. Later layers win.
+
+    A value ends the search of its key, and of keys above and below it. A range replaces the values of its key and of
+    keys below it. Only a group's option, such as `optim=sgd`, leaves the ranges of the group alone, and the reverse.
+    """
+    settings: dict[str, Any] = {}
+    space: Space = {}
+    for layer in layers:
+        values = {one.key: one.given.content for one in layer if isinstance(one.given, Value)}
+        ranges = {one.key: one.given.distribution for one in layer if isinstance(one.given, Range)}
+        merged = merge_settings(settings, values)
+        settings = {key: value for key, value in merged.items() if not any(_covers(one, key) for one in ranges)}
+        changed = [*values, *ranges]
+        ended = {key for key in space if any(_covers(one, key) or _covers(key, one) for one in changed)}
+        # a key whose range is replaced stays in its place, because samplers see the keys in their order
+        space = {key: range_ for key, range_ in space.items() if key not in ended - ranges.keys()} | ranges
+    return settings, space
+
+
+def _covers(key: str, other: str) -> bool:
+    """Returns whether a key equals another key or is above it. A group, such as `optim`, is above none."""
+    return key == other or ("." in key and other.startswith(f"{key}."))

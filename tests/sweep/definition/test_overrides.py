@@ -1,0 +1,64 @@
+"""A typed override is a value or a range, by the declared type of its setting, or else by its form."""
+
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+from lorasweep.errors import ConfigError
+from lorasweep.sweep.definition.overrides import Override, Range, SweepOverrides, Value
+
+
+def parse(override):
+    (parsed,) = SweepOverrides.parse([override]).settings
+    return parsed
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("method.targets=[q_proj,v_proj]", ["q_proj", "v_proj"]),
+        ("method.layers=[0,1]", [0, 1]),
+        ("module.new_modules=[head]", ["head"]),
+        ("data.labels=[bad,good]", ["bad", "good"]),
+        ("logger=[csv,tensorboard]", ["csv", "tensorboard"]),
+        ("method.rank_pattern={low: 1, high: 2}", {"low": 1, "high": 2}),  # names of layers
+        ("data.template_arguments={high: 2}", {"high": 2}),
+        ("trainer.strategy={_target_: a.B, low: 1}", {"_target_": "a.B", "low": 1}),
+        ("confirm.looks=[3,6]", [3, 6]),
+        ("worker.setup=[a,b]", ["a", "b"]),
+    ],
+)
+def test_a_list_or_mapping_for_a_setting_that_holds_one_is_its_value(override, value):
+    assert parse(override).given == Value(value)
+
+
+@pytest.mark.parametrize(
+    ("override", "distribution"),
+    [
+        ("method.rank=1,4", CategoricalDistribution([1, 4])),
+        ("schedule=linear,cosine", CategoricalDistribution(["linear", "cosine"])),
+        ("trainer.strategy=ddp,fsdp", CategoricalDistribution(["ddp", "fsdp"])),
+        ("method.rank=interval(1,8)", IntDistribution(1, 8)),
+        ("trainer.early_stop_evaluations=interval(2,4)", IntDistribution(2, 4)),  # an int or null
+        ("optim.lr={low: 1, high: 2}", FloatDistribution(1.0, 2.0)),
+        ("callbacks.mine.names=[a,b]", CategoricalDistribution(["a", "b"])),
+        ("callbacks.mine.patience=range(1,4)", IntDistribution(1, 3)),
+        ("optim.momentum=interval(0,1)", FloatDistribution(0.0, 1.0)),
+    ],
+)
+def test_a_list_or_bounds_for_another_setting_are_searched(override, distribution):
+    assert parse(override).given == Range(distribution)
+
+
+def test_an_override_is_for_all_arms_or_for_the_arm_that_it_names():
+    assert parse("optim.lr=0.1") == Override(scope=None, key="optim.lr", given=Value(0.1))
+    assert parse("arms.lora.optim.lr=0.1") == Override(scope="lora", key="optim.lr", given=Value(0.1))
+    assert parse("arms.lora.trials=3") == Override(scope="lora", key="trials", given=Value(3))
+    overrides = SweepOverrides.parse(["arms.full=null", "seed=1", "arms.lora.seed=2"])
+    assert overrides.arms == {"full": None}
+    assert [one.given.content for one in (*overrides.for_arm(None), *overrides.for_arm("lora"))] == [1, 2]
+    assert SweepOverrides.parse(overrides.raw) == overrides
+
+
+def test_no_arm_is_left_out_if_it_is_the_last(read, content):
+    with pytest.raises(ConfigError, match="at least one arm"):
+        read(content, *(f"arms.{name}=null" for name in content["arms"]))
