@@ -31,6 +31,42 @@ def parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, A
     return dict(overrides) if isinstance(overrides, Mapping) else dict(map(_read_override, _parse(overrides)))
 
 
+def _read_override(override: Override) -> tuple[str, Any]:
+    key, value = str(override.key_or_group), override._value
+    if not key:
+        raise ConfigError(f"an override must read `key=value`, but got {override.input_line!r}.")
+    if override.is_delete() or (override.is_add() and "." not in key):  # `+experiment=NAME`
+        return str(override.input_line), None
+    if isinstance(value, Glob):
+        raise ConfigError(f"`{key}` must be a value, a list or a range, but got {override.input_line!r}.")
+    if isinstance(value, ChoiceSweep):
+        return key, list(override.sweep_iterator(transformer=Override._convert_value))
+    if isinstance(value, RangeSweep):
+        values = list(value.range())  # without `stop`, as in Python
+        if not values:
+            raise ConfigError(f"`{key}` must be a range that is not empty, but got {override.input_line!r}.")
+        return key, {"low": value.start, "high": values[-1], "step": value.step}
+    if isinstance(value, IntervalSweep):
+        log = {"log": True} if "log" in value.tags else {}
+        return key, {"low": value.start, "high": value.end, **log}
+    return key, override.value()
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    parser = OverridesParser.create()
+    parsed = []
+    for override in overrides:
+        try:
+            parsed += parser.parse_overrides([override])
+        except (HydraException, ValueError) as error:  # ValueError: a number of more than 4,300 digits
+            key, _, value = override.partition("=")
+            is_text = value and value[0] not in "[{'\"" and not value.isdigit()
+            quoted = shlex.quote(f'{key}="{value}"')
+            hint = f" If the value is a text, quote it for Hydra and for the shell: {quoted}." if is_text else ""
+            raise ConfigError(f"an override must read `key=value`, but got {shorten(override, 200)}.{hint}") from error
+    return parsed
+
+
 def format_override(key: str, value: Any) -> str:
     """Returns the word of a shell for which `parse_overrides` returns this key and value."""
     return shlex.quote(f"{key}={_format_value(value)}")
@@ -118,39 +154,3 @@ def _list_keys(typed: Sequence[str], primary: Primary) -> set[str]:
         chosen = {key: value for key, value in parse_overrides(typed).items() if key in groups}
         return {*groups, *(key for key, _ in dotted_items(compose_values(primary, chosen, require_all=False)))}
     return {*groups, *(key for key, _ in dotted_items(compose_values(primary, {}, require_all=False)))}
-
-
-def _parse(overrides: Sequence[str]) -> list[Override]:
-    parser = OverridesParser.create()
-    parsed = []
-    for override in overrides:
-        try:
-            parsed += parser.parse_overrides([override])
-        except (HydraException, ValueError) as error:  # ValueError: a number of more than 4,300 digits
-            key, _, value = override.partition("=")
-            is_text = value and value[0] not in "[{'\"" and not value.isdigit()
-            quoted = shlex.quote(f'{key}="{value}"')
-            hint = f" If the value is a text, quote it for Hydra and for the shell: {quoted}." if is_text else ""
-            raise ConfigError(f"an override must read `key=value`, but got {shorten(override, 200)}.{hint}") from error
-    return parsed
-
-
-def _read_override(override: Override) -> tuple[str, Any]:
-    key, value = str(override.key_or_group), override._value
-    if not key:
-        raise ConfigError(f"an override must read `key=value`, but got {override.input_line!r}.")
-    if override.is_delete() or (override.is_add() and "." not in key):  # `+experiment=NAME`
-        return str(override.input_line), None
-    if isinstance(value, Glob):
-        raise ConfigError(f"`{key}` must be a value, a list or a range, but got {override.input_line!r}.")
-    if isinstance(value, ChoiceSweep):
-        return key, list(override.sweep_iterator(transformer=Override._convert_value))
-    if isinstance(value, RangeSweep):
-        values = list(value.range())  # without `stop`, as in Python
-        if not values:
-            raise ConfigError(f"`{key}` must be a range that is not empty, but got {override.input_line!r}.")
-        return key, {"low": value.start, "high": values[-1], "step": value.step}
-    if isinstance(value, IntervalSweep):
-        log = {"log": True} if "log" in value.tags else {}
-        return key, {"low": value.start, "high": value.end, **log}
-    return key, override.value()

@@ -171,20 +171,6 @@ def _define(content: Any, overrides: SweepOverrides, *, source: Path | None) -> 
     )
 
 
-def describe_definition(definition: Definition) -> str:
-    """Returns a sweep as YAML: its own settings, and all settings of each arm's runs.
-
-    A swept key has its range as a value, in the form of a sweep file.
-    """
-    described = OmegaConf.create({"name": definition.name, **as_settings(definition.sweep_config), "arms": {}})
-    for arm in definition.arms:
-        settings = OmegaConf.create(as_settings(arm.base))
-        for key, value in describe_space(arm.space).items():
-            OmegaConf.update(settings, key, value, merge=False)
-        described.arms[arm.name] = {"trials": arm.trials, **settings}
-    return OmegaConf.to_yaml(described)
-
-
 def _build_arm(asked: ArmSettings) -> Arm:
     """Returns an arm, composed and checked at the ends of its ranges."""
     with name_in_errors(f"arm `{asked.name}`"):
@@ -214,3 +200,17 @@ def _build_arm(asked: ArmSettings) -> Arm:
         sweep_config=sweep_config,
         confirm_each=asked.confirm_each,
     )
+
+
+def describe_definition(definition: Definition) -> str:
+    """Returns a sweep as YAML: its own settings, and all settings of each arm's runs.
+
+    A swept key has its range as a value, in the form of a sweep file.
+    """
+    described = OmegaConf.create({"name": definition.name, **as_settings(definition.sweep_config), "arms": {}})
+    for arm in definition.arms:
+        settings = OmegaConf.create(as_settings(arm.base))
+        for key, value in describe_space(arm.space).items():
+            OmegaConf.update(settings, key, value, merge=False)
+        described.arms[arm.name] = {"trials": arm.trials, **settings}
+    return OmegaConf.to_yaml(described)

@@ -175,9 +175,10 @@ def fold_sweep(file: SweepFile, overrides: SweepOverrides) -> tuple[dict[str, An
     for one in overrides.settings:
         if not any(one in arm.taken for arm in asked):
             key = one.key if one.scope is None else f"arms.{one.scope}.{one.key}"
+            is_known = ".".join(one.key.split(".")[:2]) in TYPES
             raise ConfigError(
                 f"`{key}` must be a setting of at least one arm ({', '.join(arms)}), but is not."
-                f"{'' if one.key in TYPES else suggest_nearest(key, TYPES)} Write `arms.ARM.KEY=VALUE` for one arm "
+                f"{'' if is_known else suggest_nearest(key, TYPES)} Write `arms.ARM.KEY=VALUE` for one arm "
                 "only."
             )
     return common, asked

@@ -124,16 +124,6 @@ def read_content(source: Path | Mapping[str, Any]) -> Any:
         raise ConfigError(f"{name} must be YAML, but can't be read: {reason}.") from error
 
 
-def make_paths_absolute(value: Any, key: str = "") -> Any:
-    """Returns nested settings with absolute paths of files, so that the sweep can be resumed from any folder."""
-    if isinstance(value, Mapping):
-        return {name: make_paths_absolute(item, str(name)) for name, item in value.items()}
-    # a name without a dot or slash may be a split of a data set on the hub, such as `train`
-    may_be_split = key.endswith(PATH_KEYS) and not (isinstance(value, str) and ("/" in value or "." in value))
-    is_path = isinstance(value, str) and key.endswith(PATH_KEYS) and not may_be_split
-    return os.path.abspath(value) if is_path and any(glob.iglob(value, recursive=True)) else value
-
-
 def _require_small_file(path: Path) -> None:
     require_regular_file(path)
     if (size := path.stat().st_size) > MAX_SWEEP_FILE_BYTES:
@@ -157,6 +147,16 @@ def _count_values(node: yaml.Node | None, counts: dict[int, float]) -> float:
         children = itertools.chain(*node.value) if isinstance(node, yaml.MappingNode) else node.value
         counts[id(node)] = 1 + sum(_count_values(child, counts) for child in children)
     return counts[id(node)]
+
+
+def make_paths_absolute(value: Any, key: str = "") -> Any:
+    """Returns nested settings with absolute paths of files, so that the sweep can be resumed from any folder."""
+    if isinstance(value, Mapping):
+        return {name: make_paths_absolute(item, str(name)) for name, item in value.items()}
+    # a name without a dot or slash may be a split of a data set on the hub, such as `train`
+    may_be_split = key.endswith(PATH_KEYS) and not (isinstance(value, str) and ("/" in value or "." in value))
+    is_path = isinstance(value, str) and key.endswith(PATH_KEYS) and not may_be_split
+    return os.path.abspath(value) if is_path and any(glob.iglob(value, recursive=True)) else value
 
 
 def parse_file(content: Any) -> SweepFile:
@@ -226,6 +226,23 @@ def parse_range(key: str, value: Any, *, is_whole: bool) -> BaseDistribution:
         ) from error
 
 
+def _parse_choices(key: str, choices: list[Any]) -> CategoricalDistribution:
+    if len(choices) > MAX_CHOICES:
+        raise ConfigError(
+            f"the range of `{key}` must have at most {MAX_CHOICES:,} choices, but has {len(choices):,}. Write a range "
+            "with `low` and `high`."
+        )
+    for choice in choices:
+        plain = choice is None or isinstance(choice, bool | int | float | str)
+        if not plain or (isinstance(choice, float) and not math.isfinite(choice)):
+            raise ConfigError(f"a choice of `{key}` must be a number, a text, true, false or null, but got {choice!r}.")
+    if not choices or len(set(map(repr, choices))) < len(choices):
+        raise ConfigError(
+            f"the range of `{key}` must have at least one choice, and no choice twice, but got {choices!r}."
+        )
+    return CategoricalDistribution(choices)
+
+
 def list_corner_values(distribution: BaseDistribution) -> list[Any]:
     """Returns every choice of a list, or both ends of a range."""
     if isinstance(distribution, CategoricalDistribution):
@@ -245,20 +262,3 @@ def describe_space(space: Space) -> dict[str, Any]:
             if distribution.step != (1 if isinstance(distribution, IntDistribution) else None):
                 described[key]["step"] = distribution.step
     return described
-
-
-def _parse_choices(key: str, choices: list[Any]) -> CategoricalDistribution:
-    if len(choices) > MAX_CHOICES:
-        raise ConfigError(
-            f"the range of `{key}` must have at most {MAX_CHOICES:,} choices, but has {len(choices):,}. Write a range "
-            "with `low` and `high`."
-        )
-    for choice in choices:
-        plain = choice is None or isinstance(choice, bool | int | float | str)
-        if not plain or (isinstance(choice, float) and not math.isfinite(choice)):
-            raise ConfigError(f"a choice of `{key}` must be a number, a text, true, false or null, but got {choice!r}.")
-    if not choices or len(set(map(repr, choices))) < len(choices):
-        raise ConfigError(
-            f"the range of `{key}` must have at least one choice, and no choice twice, but got {choices!r}."
-        )
-    return CategoricalDistribution(choices)
