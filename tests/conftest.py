@@ -5,7 +5,6 @@ import logging
 import os
 import sys
 
-import datasets
 import pytest
 import torch
 from tests.small_runs import SMALL_RUN
@@ -22,9 +21,8 @@ SHORT_RUN = SMALL_RUN | {"trainer.progress": False, "method.rank": 2, "optim.lr"
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
-    """Keeps token ids and tables out of the user's cache, so that no test depends on an earlier run."""
-    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
-    os.environ["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)  # for processes that a test starts
+    """Keeps token ids out of the user's cache, so that no test depends on an earlier run."""
+    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))
 
 
 @pytest.fixture(scope="session", autouse=True)
