@@ -5,7 +5,6 @@ import logging
 import os
 import sys
 
-import datasets
 import pytest
 import torch
 from tests.seeds import shift_seeds
@@ -37,9 +36,8 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
-    """Keeps token ids and tables out of the user's cache, so that no test depends on an earlier run."""
-    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
-    os.environ["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)  # for processes that a test starts
+    """Keeps token ids out of the user's cache, so that no test depends on an earlier run."""
+    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))
 
 
 @pytest.fixture(scope="session", autouse=True)

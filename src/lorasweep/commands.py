@@ -80,7 +80,7 @@ def new(arguments: argparse.Namespace) -> Outcome:
     say("reads the model and the data; first loads torch, which takes seconds", file=sys.stderr)
     with quick_imports():
         from lorasweep.config.command_line import parse_overrides
-        from lorasweep.data.reading.tables import find_hub_settings
+        from lorasweep.data.reading.hub import find_hub_settings
         from lorasweep.disk import write_atomically
         from lorasweep.sweep.draft import draft_sweep
 

@@ -1,6 +1,5 @@
 """Rows become token ids once: the same ids from the cache, and only what an answer says is scored."""
 
-import datasets
 import pytest
 from tests.data.conftest import make_data
 from tests.tiny_tokenizer import END_OF_TEXT, load_tokenizer
@@ -21,7 +20,7 @@ def tokenizer():
 
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     return tmp_path
 
 
@@ -61,7 +60,7 @@ def test_the_same_rows_come_from_the_cache_and_one_that_cant_be_written_costs_on
 ):
     (tmp_path / "file").write_text("")
     with monkeypatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file")
+        patch.setenv("HF_DATASETS_CACHE", str(tmp_path / "file"))
         assert rows(tokenise_text(tokenizer, "ab")) == [[97, 98, END_OF_TEXT]]
     made = tokenise_text(tokenizer, "ab", "cde")
 
@@ -71,7 +70,7 @@ def test_the_same_rows_come_from_the_cache_and_one_that_cant_be_written_costs_on
     monkeypatch.setattr(tokenise_file, "tokenise_plain", fail)
     again = tokenise_text(tokenizer, "ab", "cde")
     assert rows(again) == rows(made)
-    assert [path.suffix for path in (own_cache / "lorasweep").iterdir()] == [".arrow"]
+    assert [path.suffix for path in (own_cache / "lorasweep").iterdir()] == [".safetensors"]
 
 
 def test_the_key_changes_with_whatever_changes_the_ids(tokenizer):

@@ -128,7 +128,7 @@ class SplitSettings(Settings):
     test: str | None
     """As `train`; null takes the split from `train`."""
     test_fraction: Annotated[float, Field(ge=0.01, le=0.5)] | None
-    """Share of `train` that becomes the test split if `test` is null, in whole percents; null is a tenth."""
+    """Share of `train` that becomes the test split if `test` is null, rounded to whole percents; null is a tenth."""
     group: str | None
     """Column with equal values for examples that depend on each other. The report treats groups as independent."""
 

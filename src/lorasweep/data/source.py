@@ -114,14 +114,14 @@ class DataSource:
 def collect_examples(name: str, items: list[Example], notes: tuple[str, ...] = ()) -> Examples[Example]:
     """Returns the examples of a split with their fingerprint."""
     digest = hashlib.sha256()
-    for text in (text for item in items for text in _list_texts(item)):
+    for text in (text for item in items for text in list_texts(item)):
         data = text.encode()
         # The length keeps texts apart: ("ab", "c") is not ("a", "bc").
         digest.update(len(data).to_bytes(8, "little") + data)
     return Examples(name=name, items=items, fingerprint=digest.hexdigest()[:16], notes=notes)
 
 
-def _list_texts(item: Any) -> Iterator[str]:
+def list_texts(item: Any) -> Iterator[str]:
     """Yields every text and label of an example, and a document's name, but not its group."""
     if isinstance(item, Conversation):
         yield str(len(item.messages))  # keeps two conversations apart from one long one

@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
+from huggingface_hub.constants import HF_HOME
+from rich.console import Console
+from rich.progress import track
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lorasweep.config.data import ChatConfig
 from lorasweep.data.chat_template import ChatTemplate, digest_template, read_template
-from lorasweep.data.reading.tables import quiet_datasets
-from lorasweep.data.source import Conversation, Document, Examples, LabelledText, Message
+from lorasweep.data.source import Conversation, Document, Example, Examples, LabelledText, list_texts
 from lorasweep.data.split import IGNORED, Ragged
+from lorasweep.disk import write_atomically
 from lorasweep.errors import ConfigError
 
 CACHE_FORMAT = 5
 """Part of every cache key. Raise it when this module tokenises the same examples differently than before."""
 MIN_SHOWN_CHARACTERS = 10_000_000
 """A progress bar is shown while at least as much text is tokenised, which takes seconds."""
+BATCH_ROWS = 1000
+"""Number of examples that are tokenised together."""
 Columns = dict[str, list[Any]]
 
 
@@ -54,11 +63,11 @@ def tokenise_documents(examples: Examples[Document], *, tokenizer: PreTrainedTok
     """Returns the token ids of whole documents, each followed by the tokenizer's end-of-text token."""
     end = get_end_token(tokenizer)
 
-    def tokenise(columns: Columns) -> Columns:
-        return {"input_ids": [[*ids, end] for ids in tokenise_plain(columns["text"], tokenizer)]}
+    def tokenise(documents: Sequence[Document]) -> Columns:
+        ids = tokenise_plain([document.text for document in documents], tokenizer)
+        return {"input_ids": [[*document, end] for document in ids]}
 
-    columns = {"text": [document.text for document in examples.items]}
-    return map_cached(columns, tokenise, key=cache_key(tokenizer, examples.fingerprint, form="text"))["input_ids"]
+    return map_cached(examples, tokenise, key=cache_key(tokenizer, examples.fingerprint, form="text"))["input_ids"]
 
 
 def tokenise_labelled(
@@ -68,19 +77,18 @@ def tokenise_labelled(
 
     For pairs of texts, also returns `token_type_ids` if the model uses them.
     """
-    columns: Columns = {"text": [example.text for example in examples.items]}
-    if any(example.pair is not None for example in examples.items):
-        columns["pair"] = [example.pair for example in examples.items]
-    has_types = "pair" in columns and "token_type_ids" in tokenizer.model_input_names
+    has_pairs = any(example.pair is not None for example in examples.items)
+    has_types = has_pairs and "token_type_ids" in tokenizer.model_input_names
 
-    def tokenise(columns: Columns) -> Columns:
-        full = tokenizer(*columns.values(), return_attention_mask=False, verbose=False)["input_ids"]
-        cut = tokenizer(*columns.values(), truncation=True, max_length=max_length, return_token_type_ids=has_types)
+    def tokenise(rows: Sequence[LabelledText]) -> Columns:
+        texts = [[row.text for row in rows], *([[row.pair for row in rows]] if has_pairs else [])]
+        full = tokenizer(*texts, return_attention_mask=False, verbose=False)["input_ids"]
+        cut = tokenizer(*texts, truncation=True, max_length=max_length, return_token_type_ids=has_types)
         result = {"input_ids": cut["input_ids"], "full_length": [[len(ids)] for ids in full]}
         return {**result, "token_type_ids": cut["token_type_ids"]} if has_types else result
 
     key = cache_key(tokenizer, examples.fingerprint, form="labelled", max_length=max_length)
-    return map_cached(columns, tokenise, key=key)
+    return map_cached(examples, tokenise, key=key)
 
 
 def tokenise_chats(
@@ -106,11 +114,12 @@ def tokenise_chats(
     else:
         encode = _template_encoder(tokenizer, template, only_last=only_last)
 
-    def tokenise(columns: Columns) -> Columns:
+    rows = itertools.count()
+
+    def tokenise(conversations: Sequence[Conversation]) -> Columns:
         result: Columns = defaultdict(list)
-        for row, text in zip(columns["row"], columns["conversation"], strict=True):
-            messages, tools = json.loads(text)
-            for tokens in encode(Conversation([Message(*message) for message in messages], tools=tools)):
+        for conversation, row in zip(conversations, rows, strict=False):
+            for tokens in encode(conversation):
                 # Position i predicts token i + 1. The targets are shifted here, so the loss must not shift them again.
                 following = tokens.scored[1:]
                 result["input_ids"].append(tokens.ids[:-1][:max_length])
@@ -123,14 +132,12 @@ def tokenise_chats(
                 result["scored_bytes"].append([len(str(tokenizer.decode(answer, skip_special_tokens=True)).encode())])
         return result
 
-    # JSON, because `datasets` would store a list of messages as a nested column.
-    texts = [json.dumps([conversation.messages, conversation.tools]) for conversation in examples.items]
     settings = {
         "form": ["plain"] if template is None else ["template", template.text, dict(template.arguments)],
         **{name: getattr(config, name) for name in ("template_date", "separator", "turns", "max_length")},
     }
     key = cache_key(tokenizer, examples.fingerprint, **settings)
-    return map_cached({"conversation": texts, "row": list(range(len(texts)))}, tokenise, key=key)
+    return map_cached(examples, tokenise, key=key)
 
 
 def describe_chat_format(config: ChatConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -186,29 +193,31 @@ def cache_key(tokenizer: PreTrainedTokenizerBase, fingerprint: str, **settings: 
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def map_cached(columns: Columns, tokenise: Callable[[Columns], Columns], *, key: str) -> dict[str, Ragged]:
-    """Returns the result of `tokenise` on these columns. Takes it from the cache of `datasets` if possible."""
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "lorasweep"
+def map_cached(
+    examples: Examples[Example], tokenise: Callable[[Sequence[Example]], Columns], *, key: str
+) -> dict[str, Ragged]:
+    """Returns the sequences that `tokenise` makes of the examples. Takes them from the cache if possible."""
+    folder = Path(os.environ.get("HF_DATASETS_CACHE", Path(HF_HOME, "datasets")), "lorasweep")
+    path = folder / f"{key}.safetensors"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        target: dict[str, Any] = {"cache_file_name": str(folder / f"{key}.arrow")}
-    except OSError:  # the cache is not writable, so each run tokenises the examples again
-        target = {"keep_in_memory": True}
-    num_characters = sum(len(value) for values in columns.values() for value in values if isinstance(value, str))
-    target["desc"] = "tokenising"  # beside the progress bar
-    with quiet_datasets() if num_characters < MIN_SHOWN_CHARACTERS else nullcontext():
-        texts = datasets.Dataset.from_dict(columns)
-        ids = texts.map(tokenise, batched=True, remove_columns=list(columns), new_fingerprint=key, **target)
-        table = ids.with_format("arrow")[:]
-    result = {}
-    for name in table.column_names:
-        column = table.column(name).combine_chunks()
-        ends, values = (
-            torch.from_numpy(array.to_numpy(zero_copy_only=False).astype("int64"))
-            for array in (column.offsets[1:], column.flatten())
-        )
-        result[name] = Ragged(values=values, ends=ends)
-    return result
+        tensors = load_file(path)
+    except (OSError, SafetensorError):  # not tokenised yet, or damaged
+        parts: dict[str, list[Tensor]] = defaultdict(list)
+        is_quiet = sum(len(text) for item in examples.items for text in list_texts(item)) < MIN_SHOWN_CHARACTERS
+        starts = range(0, len(examples), BATCH_ROWS)
+        for start in track(starts, "tokenising", console=Console(stderr=True), disable=is_quiet):
+            for name, rows in tokenise(examples.items[start : start + BATCH_ROWS]).items():
+                parts[f"{name}.values"].append(torch.tensor(list(itertools.chain(*rows)), dtype=torch.int32))
+                parts[f"{name}.lengths"].append(torch.tensor(list(map(len, rows)), dtype=torch.int32))
+        tensors = {name: torch.cat(tensors) for name, tensors in parts.items()}
+        with suppress(OSError):  # the cache is not writable, so each run tokenises the examples again
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, save(tensors))
+    names = [name.removesuffix(".values") for name in tensors if name.endswith(".values")]
+    return {
+        name: Ragged(values=tensors[f"{name}.values"].long(), ends=tensors[f"{name}.lengths"].long().cumsum(0))
+        for name in names
+    }
 
 
 def _template_encoder(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, *, only_last: bool) -> Encoder:

@@ -20,16 +20,9 @@ from lorasweep.config.compose import SWEEP_GROUPS, compose_run
 from lorasweep.config.data import TableConfig
 from lorasweep.config.run import STEPS_KEY
 from lorasweep.data.reading.conversations import KNOWN_COLUMNS
-from lorasweep.data.reading.tables import (
-    DEFAULT_DIALECTS,
-    READERS,
-    find_files,
-    find_suffix,
-    load_datasets,
-    open_text,
-    read_columns,
-    refuse_unreadable,
-)
+from lorasweep.data.reading.files import find_files, find_suffix, open_text
+from lorasweep.data.reading.local import DEFAULT_DIALECTS, TABLE_SUFFIXES
+from lorasweep.data.reading.tables import load_tables
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.checks import MAX_STEPS, count_steps
 from lorasweep.sweep.controller.stopping import MIN_STEPS
@@ -167,19 +160,19 @@ def _choose_data(settings: Mapping[str, Any]) -> dict[str, Any]:
     train, first = str(settings["data.train"]), None
     if "data.path" not in settings:
         first = find_files(train, key="data.train")[0]
-        is_table = not first.is_dir() and find_suffix(first) in READERS
+        is_table = not first.is_dir() and find_suffix(first) in TABLE_SUFFIXES
         if is_table and find_suffix(first) == ".txt":  # it has columns if there is a tab in its first line
-            with refuse_unreadable(first), open_text(first) as file:
+            with open_text(first) as file:
                 is_table = "\t" in file.readline()
         if not is_table:
             return {"data": "text"}
     config = compose_run({"data": "table", **settings, "model": "tiny"}, require_all=False).data
     assert isinstance(config, TableConfig)
-    name, dataset = next(iter(load_datasets(config, "train").items()))
-    names = dataset.column_names
+    table, *_ = load_tables(config, "train", lambda names, source: names)
+    names = list(table.columns)
     if any(set(known.split()) <= set(names) for known in KNOWN_COLUMNS):
         return {"data": "chat"}
-    columns = read_columns(dataset, names, name=name)
+    columns = {name: table.get_values(name) for name in names}
     guessed = _guess_columns(columns, settings)
     label, is_named = guessed.get("data.label"), "data.columns" in settings
     is_delimited = first is not None and find_suffix(first) in DEFAULT_DIALECTS

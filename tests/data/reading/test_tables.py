@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.data.conftest import make_data
 
-from lorasweep.data.reading.tables import choose_columns, find_files, open_tables, parse_rows
+from lorasweep.data.reading.files import find_files
+from lorasweep.data.reading.tables import choose_columns, open_tables, parse_rows
 from lorasweep.errors import ConfigError
 
 CHOOSE = functools.partial(choose_columns, [("text", "text"), ("label", "label")])
@@ -78,8 +79,8 @@ def test_files_without_a_header_are_read_by_the_given_columns(write, name, conte
 
 
 @pytest.mark.parametrize("last", [{"label": "two"}, {"label": ["a"]}, {"label": 1, "other": 1}])
-def test_the_last_rows_of_a_long_json_file_may_be_of_another_type(write, last):
-    rows = [{"text": "x" * 2**20, "label": 0}] * 11 + [{"text": "end", **last}]  # `datasets` reads chunks of 10 MiB
+def test_rows_of_a_json_file_may_be_of_different_types(write, last):
+    rows = [{"text": "first", "label": 0}, {"text": "end", **last}]
     assert read(write("a.jsonl", "\n".join(map(json.dumps, rows))))[-1] == ("end", last["label"])
 
 

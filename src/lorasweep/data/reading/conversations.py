@@ -7,7 +7,6 @@ import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any, get_args
 
 from lorasweep.config.data import AnswerScore, ChatConfig
@@ -30,13 +29,13 @@ MIN_PROMPTS = 20
 
 def read_conversations(config: ChatConfig) -> DataSource:
     """Returns the conversations of a table. Raises ConfigError if one can't be used, or a column is missing."""
-    tables = open_tables(config, functools.partial(_choose_columns, config))
+    keeps_rows = isinstance(config.answers.score, AnswerScore)
+    tables = open_tables(config, functools.partial(_choose_columns, config), keeps_rows=keeps_rows)
 
     def read(split: str) -> ReadExamples[Conversation]:
-        has_tools = TOOLS_COLUMN in tables[split].columns
-        table = replace(tables[split], keeps_rows=isinstance(config.answers.score, AnswerScore))
-        items, notes = parse_rows(table, functools.partial(_parse_row, has_tools=has_tools))
-        return items, [f"Conversations of {split} are read from {' and '.join(tables[split].columns)}.", *notes]
+        table = tables.pop(split)
+        items, notes = parse_rows(table, functools.partial(_parse_row, has_tools=TOOLS_COLUMN in table.columns))
+        return items, [f"Conversations of {split} are read from {' and '.join(table.columns)}.", *notes]
 
     train = read("train")
     # Conversations with the same prompt go to the same split, so that validation repeats no prompt of training.

@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from lorasweep.config.data import TextConfig
-from lorasweep.data.reading.limits import check_content
-from lorasweep.data.reading.tables import (
-    choose_columns,
-    find_files,
-    find_suffix,
-    open_tables,
-    open_text,
-    parse_rows,
-    refuse_unreadable,
-    require_text,
-)
+from lorasweep.data.reading.files import find_texts, open_text
+from lorasweep.data.reading.tables import choose_columns, open_tables, parse_rows, require_text
 from lorasweep.data.source import DataSource, Document, ReadExamples, build_source, content_key
 from lorasweep.errors import ConfigError
 
@@ -36,7 +26,7 @@ def read_texts(config: TextConfig) -> DataSource:
     def read(split: str) -> ReadExamples[Document]:
         if config.path is None:
             return _read_files(*files[split], split=split)
-        rows, notes = parse_rows(tables[split], lambda text, group: (require_text(text), group))
+        rows, notes = parse_rows(tables.pop(split), lambda text, group: (require_text(text), group))
         return [Document(f"text {number}", *row) for number, row in enumerate(rows, start=1)], notes
 
     train = read("train")
@@ -58,31 +48,13 @@ def read_texts(config: TextConfig) -> DataSource:
 def _read_files(paths: list[Path], folder: Path, *, split: str) -> ReadExamples[Document]:
     texts: dict[str, str] = {}
     for path in paths:
-        with refuse_unreadable(path):
-            check_content(path, suffix=find_suffix(path))
-        with refuse_unreadable(path), open_text(path) as file:
+        with open_text(path) as file:
             texts[path.absolute().relative_to(folder.absolute()).as_posix()] = file.read()
     documents = [Document(name, text) for name, text in texts.items() if text.strip()]
     if not documents:
         raise ConfigError(f"`data.{split}` must name files with text, but {str(paths[0])!r} is empty.")
     num_blank = len(texts) - len(documents)
     return documents, [f"{num_blank} files of {split} without text are skipped."] if num_blank else []
-
-
-def find_texts(given: str, *, key: str) -> tuple[list[Path], Path]:
-    """Returns the files that a setting names, and the folder to which the names of documents are relative.
-
-    A folder stands for all files below it, except hidden ones. Raises ConfigError if no such file exists.
-    """
-    files = find_files(given, key=key)
-    if not files[0].is_dir():
-        return files, Path(os.path.commonpath([file.parent.absolute() for file in files]))
-    folder = files[0]
-    names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    files = [folder / name for name in names if not any(part.startswith(".") for part in name.parts)]
-    if not files:
-        raise ConfigError(f"`{key}` must name a folder with files, but {given!r} has none.")
-    return files, folder
 
 
 def _cut_ends(documents: list[Document], missing: Mapping[str, int]) -> tuple[dict[str, list[Document]], list[str]]:

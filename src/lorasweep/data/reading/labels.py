@@ -12,7 +12,6 @@ from typing import Any
 from lorasweep.config.data import LabelTask, TableConfig
 from lorasweep.data.reading.tables import (
     choose_columns,
-    get_class_names,
     open_tables,
     parse_rows,
     require_scalar,
@@ -38,14 +37,10 @@ def read_labelled(config: TableConfig) -> DataSource:
     """Returns the examples of a table, labels as class indices or numbers. Raises ConfigError for unusable rows."""
     wanted = (("text", config.text), ("text_pair", config.text_pair), ("label", config.label))
     tables = open_tables(config, functools.partial(choose_columns, wanted))
-    train = tables["train"]
-    labels, _ = parse_rows(train, lambda *values, group: _check_row(*values, config=config)[-1])
-    encoder = learn_labels(
-        labels,
-        task=config.task,
-        class_names=get_class_names(next(iter(train.datasets.values())), config.label),
-        key=f"`data.label={config.label}`",
-    )
+    class_names = tables["train"].tables[0].class_names.get(config.label, ())
+    rows, notes = parse_rows(tables.pop("train"), functools.partial(_check_row, config=config))
+    key = f"`data.label={config.label}`"
+    encoder = learn_labels([label for _, _, label, _ in rows], task=config.task, class_names=class_names, key=key)
     names = encoder.names if config.labels is None else config.labels
     if len(names) != len(encoder.names):
         raise ConfigError(
@@ -53,16 +48,16 @@ def read_labelled(config: TableConfig) -> DataSource:
             f"{shorten(encoder.names, 400)}, but got {len(names)} names."
         )
 
-    def parse(*values: Any, group: str | None) -> LabelledText:
-        text, pair, label = _check_row(*values, config=config)
-        return LabelledText(text, pair, encoder.encode(label), group)
+    def encode(row: LabelledText) -> LabelledText:
+        return row._replace(label=encoder.encode(row.label))
 
-    items, notes = parse_rows(train, parse)
     if config.labels is not None:
         notes = [f"`data.labels` names the classes {shorten(names, 400)}.", *notes]
     return build_source(
-        (items, [encoder.reason, *notes]),
-        lambda split: parse_rows(tables[split], parse),
+        ([encode(row) for row in rows], [encoder.reason, *notes]),
+        lambda split: parse_rows(
+            tables.pop(split), lambda *values, group: encode(_check_row(*values, group=group, config=config))
+        ),
         kind=encoder.task,
         missing=config.split_percents,
         key=_content_key,
@@ -77,14 +72,14 @@ def _content_key(item: LabelledText) -> int:
     return content_key((item.text,) if item.pair is None else (item.text, item.pair))
 
 
-def _check_row(text: Any, *others: Any, config: TableConfig) -> tuple[str, str | None, Any]:
-    """Returns the text, the second text if there is one, and the label; raises ValueError if one of them is missing."""
+def _check_row(text: Any, *others: Any, group: str | None, config: TableConfig) -> LabelledText:
+    """Returns a row with its label as it is written; raises ValueError if a text or the label is missing."""
     *pair, label = others
     is_blank = isinstance(label, str) and not label.strip()
     if label is None or is_blank or (isinstance(label, float) and math.isnan(label)):
         raise ValueError(f"must have a label in column {config.label!r}, but has {label!r}")
     require_scalar(label)
-    return require_text(text), require_text(pair[0]) if pair else None, label
+    return LabelledText(require_text(text), require_text(pair[0]) if pair else None, label, group)
 
 
 def _describe(names: Sequence[str], train: list[LabelledText], validation: list[LabelledText]) -> list[str]:

@@ -1,0 +1,252 @@
+"""Reads the chosen columns of a csv, tsv, txt, jsonl, json or parquet file, and says what is wrong in it."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import pandas
+import pyarrow
+import pyarrow.parquet
+from pandas.errors import EmptyDataError, ParserError, ParserWarning
+
+from lorasweep.config.data import Delimiter, Quoting, RowSettings
+from lorasweep.data.reading.files import (
+    find_files,
+    find_suffix,
+    get_max_bytes,
+    open_text,
+    refuse_unreadable,
+)
+from lorasweep.errors import ConfigError, first_line
+from lorasweep.wording import format_bytes, shorten
+
+ChooseColumns = Callable[[Sequence[str], str], Sequence[str]]
+"""Takes the column names of a table and its name. Returns the columns to read. Raises ConfigError if one is missing."""
+DELIMITERS: Mapping[Delimiter, str] = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
+DEFAULT_DIALECTS: Mapping[str, tuple[Delimiter, Quoting]] = {
+    ".csv": ("comma", "csv"),
+    ".tsv": ("tab", "none"),
+    ".txt": ("tab", "none"),
+}
+"""Delimiter and quoting under `auto`, unless quotes stand only around whole fields: then the quoting is `csv`."""
+TABLE_SUFFIXES = (*DEFAULT_DIALECTS, ".jsonl", ".json", ".parquet")
+MAX_COLUMNS = 10_000
+BLANK = re.compile(r"\s*")
+CHUNK_ROWS = 10_000
+"""Number of rows of a delimited file that are held twice while they are read."""
+BATCH_ROWS = 64
+"""Number of rows of a parquet file that are unpacked together to count their bytes."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Table:
+    """The chosen columns of a file, or of one split of a data set of the hub."""
+
+    name: str
+    columns: Mapping[str, Sequence[Any]]
+    """The values of each column, of equal number."""
+    class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Names of the classes of a column whose values are their indices, in the order that the data set states."""
+    notes: Sequence[str] = ()
+    """Notes for the user on what is not read."""
+
+    def get_values(self, column: str) -> Sequence[Any]:
+        """Returns the values of a column. A class index becomes a name, and a negative one (a hidden label) None."""
+        values, names = self.columns[column], self.class_names.get(column)
+        return [None if n is None or n < 0 else names[n] for n in values] if names else values
+
+
+def find_tables(given: str, *, key: str) -> list[Path]:
+    """Returns the table files that a setting names. Raises ConfigError if there are none or of several kinds."""
+    files = find_files(given, key=key)
+    kinds = {find_suffix(file) for file in files}
+    if len(kinds) > 1 or not kinds <= set(TABLE_SUFFIXES):
+        raise ConfigError(
+            f"`{key}` must name files of one kind ({', '.join(TABLE_SUFFIXES)}), but got {given!r}. Save them as one "
+            "kind, narrow the glob, or rename a file without a suffix (`.txt`: tabs between its fields)."
+        )
+    return files
+
+
+def read_file(path: Path, config: RowSettings, choose: ChooseColumns) -> Table:
+    """Returns the columns of a file that `choose` returns for the names of all.
+
+    Values of csv, tsv and txt files stay texts: `NA` and `01` are not converted. A key that an object of a json file
+    lacks is None.
+
+    Raises ConfigError if the file is damaged, has no rows or breaks a limit, and as `choose` does.
+    """
+    kind = find_suffix(path)
+
+    def choose_checked(names: Sequence[str]) -> list[str]:
+        if len(names) > MAX_COLUMNS:
+            raise ConfigError(
+                f"{str(path)!r} must have at most {MAX_COLUMNS:,} columns, but has more. Keep those that you need."
+            )
+        if len(set(names)) < len(names):
+            repeated = next(name for name in names if names.count(name) > 1)
+            raise ConfigError(f"{str(path)!r} must have columns of different names, but has {repeated!r} twice.")
+        try:
+            return list(dict.fromkeys(choose(names, repr(str(path)))))
+        except ConfigError as error:
+            hint = " See also `data.columns` (for a file without a header) and `data.delimiter`."
+            raise ConfigError(f"{error}{hint if kind in DEFAULT_DIALECTS else ''}") from error
+
+    read = _read_delimited if kind in DEFAULT_DIALECTS else _read_parquet if kind == ".parquet" else _read_json
+    with refuse_unreadable(path):
+        table = read(path, config, choose_checked)
+    if not any(table.columns.values()):
+        raise ConfigError(f"{str(path)!r} must have rows, but has none.")
+    return table
+
+
+def _read_delimited(path: Path, config: RowSettings, choose: Callable[[Sequence[str]], list[str]]) -> Table:
+    default_delimiter, quoting = DEFAULT_DIALECTS[find_suffix(path)]
+    separator = DELIMITERS[default_delimiter if config.delimiter == "auto" else config.delimiter]
+    if config.quoting != "auto":
+        quoting = config.quoting
+    elif quoting == "none" and _has_csv_quotes(path, separator):
+        quoting = "csv"  # quotes that pandas wrote around fields would become part of the texts
+    columns: dict[str, list[Any]] = {}
+    num_surplus = 0
+    surplus_fields_are_errors = warnings.catch_warnings(action="error", category=ParserWarning)
+    try:
+        with open_text(path) as file:
+            if file.readline().count(separator) >= MAX_COLUMNS:  # pandas takes minutes for millions
+                choose([""] * (MAX_COLUMNS + 1))
+        with open_text(path, newline="") as file, surplus_fields_are_errors:
+            chunks = pandas.read_csv(
+                file,
+                sep=separator,
+                quoting=csv.QUOTE_MINIMAL if quoting == "csv" else csv.QUOTE_NONE,
+                names=None if config.columns is None else list(config.columns),
+                header=0 if config.columns is None else None,
+                dtype=object,
+                na_filter=False,  # otherwise the text NA would be lost
+                index_col=False,  # otherwise the first field would be lost if rows are longer than the header
+                chunksize=CHUNK_ROWS,
+            )
+            for chunk in chunks:
+                chunk.columns = [str(name).strip() for name in chunk.columns]
+                columns = columns or {name: [] for name in choose(list(chunk.columns))}
+                for name, values in columns.items():
+                    values += chunk[name].tolist()
+                # pandas names a column without a name `Unnamed: 2`. It comes from surplus commas, or from a text with
+                # commas.
+                surplus = chunk[[name for name in chunk.columns if name.startswith("Unnamed: ")]]
+                num_surplus += int((surplus != "").any(axis=1).sum())
+    except ConfigError as error:
+        hint = ""
+        if isinstance(error.__cause__, EmptyDataError):
+            raise ConfigError(f"{str(path)!r} must have rows, but has none.") from error
+        if isinstance(error.__cause__, ParserError | ParserWarning):
+            hint = " See also `data.quoting`." if "EOF inside string" in str(error) else ""
+            if "fields in line" in str(error):
+                hint = " Put quotes around a text that contains the delimiter, or set `data.delimiter`."
+        raise ConfigError(f"{error}{hint}") from error
+    note = f"{num_surplus} rows of {str(path)!r} have values in columns without a name, which are not read."
+    return Table(name=str(path), columns=columns, notes=[note] if num_surplus else [])
+
+
+def _has_csv_quotes(path: Path, separator: str) -> bool:
+    """Returns whether a file has quotes, and they stand only around whole fields, or doubled inside such fields."""
+    with open_text(path) as file:
+        text = file.read()
+    end = re.escape(separator)
+    rest = re.sub(rf'(?:(?<=[{end}\n])|\A)"(?:[^"]|"")*+"(?=[{end}\n]|\Z)', "", text)
+    return '"' not in rest and rest != text
+
+
+def _read_json(path: Path, config: RowSettings, choose: Callable[[Sequence[str]], list[str]]) -> Table:
+    rows: list[dict[str, Any]] = []
+    names: dict[str, None] = {}
+    with open_text(path) as file:
+        for row in _iterate_objects(path, file):
+            rows.append(row)
+            names.update(dict.fromkeys(row))
+            if len(names) > MAX_COLUMNS:
+                break
+    chosen = choose(list(names)) if names else []
+    return Table(name=str(path), columns={name: [row.get(name) for row in rows] for name in chosen})
+
+
+def _iterate_objects(path: Path, file: TextIO) -> Iterator[dict[str, Any]]:
+    """Yields the objects of a JSON text, alone or in a list, or of a file with such a text on every line."""
+    first = file.readline()
+    is_whole = find_suffix(path) == ".json" or first.startswith("[")
+    texts = [first + file.read()] if is_whole else map(str.strip, itertools.chain([first], file))
+    decoder = json.JSONDecoder(object_pairs_hook=_build_object)
+    for number, text in enumerate(texts, start=1):
+        has_surrogates, end = "\\ud" in text or "\\uD" in text, 0
+        try:
+            while (start := BLANK.match(text, end).end()) < len(text):  # type: ignore[union-attr]  # matches anywhere
+                value, end = decoder.raw_decode(text, start)
+                for row in value if isinstance(value, list) else [value]:
+                    if not isinstance(row, dict):
+                        raise ValueError(f"a row must be an object, but is {shorten(row)}")
+                    if has_surrogates:
+                        json.dumps(row, ensure_ascii=False).encode()  # raises ValueError for half a pair
+                    yield row
+        except (ValueError, RecursionError) as error:
+            place, problem = number, first_line(error)
+            if isinstance(error, json.JSONDecodeError):
+                place += error.lineno - 1
+                # the message may be "Unterminated string starting at"
+                problem = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+            wanted = "must be JSON" if is_whole else "must have JSON on every line"
+            raise ConfigError(f"{str(path)!r} {wanted}, but line {place} is wrong: {problem}.") from error
+
+
+def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    built = dict(pairs)
+    if len(built) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"an object must have different keys, but has {shorten(keys)}")
+    return built
+
+
+def _read_parquet(path: Path, config: RowSettings, choose: Callable[[Sequence[str]], list[str]]) -> Table:
+    with pyarrow.parquet.ParquetFile(path) as file:
+        schema, max_bytes, num_bytes = file.schema_arrow, get_max_bytes(path), 0
+        columns: dict[str, list[Any]] = {name: [] for name in choose(schema.names)}
+        # The sizes in the metadata count a value once that many rows have, so the unpacked batches are counted.
+        for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=list(columns)):
+            num_bytes += batch.nbytes
+            if num_bytes > max_bytes:
+                limit = format_bytes(max_bytes)
+                raise ConfigError(
+                    f"{str(path)!r} must unpack to at most {limit}, but has more. Save it in several files."
+                )
+            for name, values in columns.items():
+                values += batch.column(name).to_pylist()
+    for name, values in columns.items():
+        kind = schema.field(name).type
+        if "arrow.json" in str(kind):
+            columns[name] = [_decode_json(value, kind) for value in values]
+    # `datasets` writes its own types beside those of arrow
+    stated = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    class_names = {
+        name: tuple(kind["names"])
+        for name, kind in stated.items()
+        if name in columns and isinstance(kind, dict) and kind.get("_type") == "ClassLabel" and kind.get("names")
+    }
+    return Table(name=str(path), columns=columns, class_names=class_names)
+
+
+def _decode_json(value: Any, kind: pyarrow.DataType) -> Any:
+    """Returns a value of an arrow type with the objects that are stored as JSON texts in it."""
+    if value is None:
+        return None
+    if isinstance(value, list):
+        return [_decode_json(item, kind.value_type) for item in value]
+    if isinstance(value, dict):
+        return {key: _decode_json(item, kind.field(key).type) for key, item in value.items()}
+    return json.loads(value) if isinstance(kind, pyarrow.JsonType) else value
