@@ -54,7 +54,7 @@ def _serve(folder, temporary):
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: PLC0415
 
     from lorasweep.sweep.workers.ray_cluster import HEALTH_CHECK_SETTINGS, OBJECT_STORE_BYTES  # noqa: PLC0415
-    from lorasweep.sweep.workers.slurm import write_address  # noqa: PLC0415
+    from lorasweep.sweep.workers.slurm import ADDRESS_FILE  # noqa: PLC0415
 
     ray.init(
         _node_ip_address="127.0.0.1",
@@ -66,7 +66,7 @@ def _serve(folder, temporary):
         log_to_driver=False,
     )
     address = ray.get_runtime_context().gcs_address
-    write_address(folder, address)
+    (folder / ADDRESS_FILE).write_text(address)
     head = ray.get_runtime_context().get_node_id()
     for question in sys.stdin:
         word, _, name = question.strip().partition(" ")

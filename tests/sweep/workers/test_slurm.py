@@ -18,7 +18,7 @@ from lorasweep.config.build import build
 from lorasweep.config.compose import packaged_folder
 from lorasweep.config.sweep import SlurmWorkers
 from lorasweep.errors import ConfigError
-from lorasweep.sweep.workers.slurm import RayNode, read_live_jobs, submit_jobs, write_address
+from lorasweep.sweep.workers.slurm import ADDRESS_FILE, RayNode, read_live_jobs, submit_jobs
 from lorasweep.sweep.workers.train import HOPELESS_REASONS
 
 RECORDED = Path(__file__).parent / "batch.sh"
@@ -182,7 +182,7 @@ def test_a_job_with_more_time_than_its_partition_allows_is_known_to_be_hopeless(
 
 @pytest.mark.slow
 def test_a_job_without_a_head_ends_with_a_sentence(slurm, sweep, monkeypatch):
-    write_address(sweep, "127.0.0.1:1")
+    (sweep / ADDRESS_FILE).write_text("127.0.0.1:1")
     monkeypatch.setattr(slurm_file, "RayNode", functools.partial(RayNode, head_wait_s=1))
     job = submit(slurm, make_config(**SMALL), sweep)
     slurm.wait_for_jobs({})
