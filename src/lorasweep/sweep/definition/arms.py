@@ -178,11 +178,9 @@ def _compose_retained(config: SweepConfig, arms: Sequence[Arm]) -> dict[str, Dat
             f"but names {join_words(list(config.retain.data))}. Write `confirm.seeds=auto` and "
             "`arms.frozen={settings: {method: frozen}}`, or `retain.data={}`."
         )
-    if config.retain.data and any(arm.base.module is not None for arm in arms):
-        raise ConfigError(
-            "`retain.data` must be empty with your own LightningModule, which scores its own data alone, but names "
-            f"{join_words(list(config.retain.data))}."
-        )
+    for arm in arms if config.retain.data else ():
+        if (why := arm.base.capabilities.retains) is not True:
+            raise ConfigError(f"`retain.data` must be empty, but names {join_words(list(config.retain.data))}. {why}")
     retained: dict[str, DataConfig] = {}
     for name, chosen in config.retain.data.items():
         require_folder_name("a name in `retain.data`", name)
