@@ -24,7 +24,7 @@ import psutil
 import yaml
 from side_by_side import print_head, print_row
 
-from lorasweep.config.data import get_built_in_metric
+from lorasweep.config.data import ScoreMetric
 from lorasweep.record import RunRecord
 from lorasweep.sweep.controller.controller import Assignment, Controller
 from lorasweep.sweep.controller.folder import SweepFolder
@@ -56,7 +56,7 @@ def make_sweep(folder: Path, sampler: str, num_trials: int) -> SweepFolder:
     content = {"name": "many", "settings": {"sampler": sampler, "confirm.seeds": 0}, "arms": {"lora": arm}}
     file.write_text(yaml.safe_dump(content))
     definition = read_definition(file)
-    return create_sweep(definition, folder / "sweep", metric=get_built_in_metric(METRIC))
+    return create_sweep(definition, folder / "sweep", metric=ScoreMetric(name=METRIC, direction="minimize"))
 
 
 def invent_score(assignment: Assignment, step: int) -> float:

@@ -26,15 +26,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from lorasweep.data.scored_tokens import can_score_by_chunk
 from lorasweep.data.split import IGNORED, Batch
-from lorasweep.data.tasks import LanguageModelling
 from lorasweep.lora import LoraConfig, inject_packed_lora
 from lorasweep.lora.packed.inject import find_slots
+from lorasweep.objectives.next_tokens import NextTokens
+from lorasweep.objectives.scored_tokens import can_score_by_chunk
 from lorasweep.training.activation_checkpointing import checkpoint_activations, save_block_contexts
 from lorasweep.training.environment import DTYPES
 from lorasweep.training.memory import count_saved_bytes
-from lorasweep.training.packs.pack import compute_slot_losses
 
 ROWS, LENGTH = 2, 256
 SHAPES = {
@@ -89,7 +88,7 @@ def measure(arguments: argparse.Namespace) -> str:
     is_checkpointed = activations == "recomputed"
     model = build_pack(shape, DTYPES[arguments.dtype], slots=slots, is_checkpointed=is_checkpointed)
     batch = build_batch(SHAPES[shape].vocab_size, slots, arguments.scored)
-    task = LanguageModelling(bytes_per_token=1.0, by_chunk=way == "in chunks")
+    objective = NextTokens(by_chunk=way == "in chunks")
 
     def sum_states() -> Tensor:
         states: Tensor = model.get_decoder()(batch["input_ids"]).last_hidden_state  # type: ignore[operator]
@@ -97,7 +96,7 @@ def measure(arguments: argparse.Namespace) -> str:
 
     compute: Callable[[], Tensor] = sum_states
     if way != "no head":
-        compute = lambda: compute_slot_losses(task, model, batch, slots=slots)  # noqa: E731
+        compute = lambda: objective.losses(model, batch).view(slots, -1).sum(1)  # noqa: E731
     before = psutil.Process().memory_info().rss
     Path("/proc/self/clear_refs").write_text("5")  # sets the highest resident memory back to the present (proc(5))
     seconds = []

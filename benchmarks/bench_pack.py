@@ -41,19 +41,21 @@ from sentences import add_data_argument, load_sentences, write_sentences
 from side_by_side import print_head, print_row, time_in_turn
 from torch import Tensor, nn
 
-import lorasweep.data.tasks
 from lorasweep.config.compose import compose_run
 from lorasweep.data.split import IGNORED, Batch
-from lorasweep.data.tasks import Classification, LanguageModelling
 from lorasweep.lora import LoraConfig, inject_lora, inject_packed_lora, slot_model
 from lorasweep.models.load import load_base
+from lorasweep.objectives.labels import Classification
+from lorasweep.objectives.next_tokens import NextTokens
+from lorasweep.objectives.objective import Objective
 from lorasweep.record import RunRecord
 from lorasweep.sweep.machine import measure_machine
 from lorasweep.training.environment import DTYPES
-from lorasweep.training.inputs import RunInputs, build_inputs
+from lorasweep.training.inputs import build_inputs
 from lorasweep.training.memory import count_saved_bytes
-from lorasweep.training.packs.pack import compute_slot_losses, train_pack
+from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.slot_run import SlotOptimizer
+from lorasweep.training.run_inputs import RunInputs
 from lorasweep.training.run_log import RunEvaluation, RunFolder, RunRequest
 
 MODELS = ("tiny", "minilm", "smollm2")
@@ -117,11 +119,11 @@ def token_batch(task: Task, times: int, device: torch.device) -> Batch:
 
 def own_losses(task: Task, model: nn.Module, batch: Batch, *, slots: int) -> Tensor:
     """The mean loss of each slot, (slots,), as this project computes it."""
-    loss: lorasweep.data.tasks.Task = LanguageModelling(bytes_per_token=1.0, by_chunk=True)
+    objective: Objective = NextTokens(by_chunk=True)
     if task.labels:
-        loss = Classification(num_classes=task.labels)
+        objective = Classification(num_classes=task.labels)
     num_scored = (batch["targets"] != IGNORED).sum() / slots
-    return compute_slot_losses(loss, model, batch, slots=slots) / num_scored
+    return objective.losses(model, batch).view(slots, -1).sum(1) / num_scored
 
 
 def their_loss(task: Task, model: nn.Module, batch: Batch) -> Tensor:

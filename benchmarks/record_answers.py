@@ -27,8 +27,9 @@ import yaml
 from lorasweep.config.compose import compose_run
 from lorasweep.config.run import SEED_KEYS
 from lorasweep.record import read_steps
-from lorasweep.training.inputs import RunInputs, build_inputs
+from lorasweep.training.inputs import build_inputs
 from lorasweep.training.run import train_run
+from lorasweep.training.run_inputs import RunInputs
 from lorasweep.training.run_log import RunFolder
 from lorasweep.training.score import score_run
 

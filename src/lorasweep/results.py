@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorasweep.config.data import Direction
+from lorasweep.config.run import refuse_code
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import (
     RunRecord,
@@ -107,7 +108,6 @@ class RunResult:
         """
         from lorasweep.training.restore import (  # noqa: PLC0415 (needs torch)
             check_kept_files,
-            refuse_code,
             restore_base,
             restore_config,
             restore_model,

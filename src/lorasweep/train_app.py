@@ -110,8 +110,10 @@ def _show_examples(config: RunConfig, number: int) -> None:
 
     if number < 1:
         raise ConfigError(f"`--show-examples >= 1` must hold, but got {number}.")
-    if config.module is not None:
-        raise ConfigError("`--show-examples` must be missing with `module`, whose data has no text. Remove it.")
+    if not config.data.has_text:
+        raise ConfigError(
+            f"`--show-examples` must be missing with `data={config.data.name}`, which has no text. Remove it."
+        )
     tokenizer = load_tokenizer(config.model)
     source = read_source(config.data)
     splits = build_splits(config.data, source=source, tokenizer=tokenizer, model_kind=config.model.kind)

@@ -1,6 +1,7 @@
-"""Examples of any kind become splits with a task, and data that a model can't learn from is named before training."""
+"""Examples of any kind become splits with an objective; data that a model can't learn from is named before training."""
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,11 +9,12 @@ from tests.data.conftest import make_data
 from tests.tiny_tokenizer import load_tokenizer
 
 from lorasweep.config.compose import compose_run
-from lorasweep.data.build_splits import build_splits
 from lorasweep.data.source import Conversation, DataSource, Document, LabelledText, Message, collect_examples
-from lorasweep.data.tasks import Classification, LanguageModelling, Regression
 from lorasweep.errors import ConfigError
 from lorasweep.models.load import load_base
+from lorasweep.objectives.data_splits import build_data_splits
+from lorasweep.objectives.labels import Classification, Regression
+from lorasweep.objectives.next_tokens import NextTokens
 
 TALK = [Message("user", "hi"), Message("assistant", "yes"), Message("user", "so"), Message("assistant", "no")]
 REASONED = Message("assistant", "yes", '{"reasoning_content": "because"}')
@@ -22,6 +24,7 @@ CONVERSATIONS = [
 ]
 DOCUMENTS = [Document("0", "x" * 80)]
 NAMES = ("bad", "good")
+TINY = load_base(compose_run({}).model, dtype=torch.float32).model
 
 
 def label(*labels):
@@ -41,9 +44,8 @@ def build(kind, items, *, data, model_kind="causal_lm", names=(), tokenizer=None
         notes=("said",),
     )
     config = make_data(data, **required[data], **settings)
-    return build_splits(
-        config, source=source, tokenizer=tokenizer or load_tokenizer(), model_kind=model_kind, model=model
-    )
+    base = SimpleNamespace(tokenizer=tokenizer or load_tokenizer(), kind=model_kind, model=model or TINY)
+    return build_data_splits(config, source=source, base=base)
 
 
 def test_the_test_split_is_read_once_and_not_before_it_is_called_for():
@@ -55,29 +57,28 @@ def test_the_test_split_is_read_once_and_not_before_it_is_called_for():
     assert read == ["test"]
     assert splits.notes == ("said",)
     for split in (splits.validation, splits.test()):  # bits per byte of a split count its own bytes
-        assert splits.get_task(split).bytes_per_token == split.bytes_per_token
+        assert splits.objective.for_split(split).bytes_per_token == split.bytes_per_token
 
 
 def test_a_model_that_must_compute_all_logits_is_named_in_the_notes():
-    model = load_base(compose_run({}).model, dtype=torch.float32).model
-    splits = build("documents", DOCUMENTS, data="stdlib_docs", block_length=4, model=model)
-    assert splits.get_task(splits.test()).by_chunk
+    splits = build("documents", DOCUMENTS, data="stdlib_docs", block_length=4)
+    assert splits.objective.for_split(splits.test()).by_chunk
     assert splits.notes == ("said",)
     splits = build("documents", DOCUMENTS, data="stdlib_docs", block_length=4, model=torch.nn.Linear(2, 2))
-    assert not splits.task.by_chunk
+    assert not splits.objective.by_chunk
     assert "all tokens" in splits.notes[1]
 
 
 @pytest.mark.parametrize(
-    ("kind", "labels", "names", "task", "metric"),
+    ("kind", "labels", "names", "objective", "metric"),
     [
         ("single_label", (0, 1, 1), NAMES, Classification, "accuracy"),
         ("regression", (0.5, 1.0, 2.0), (), Regression, "pearson"),
     ],
 )
-def test_labels_decide_the_task_and_its_metric(kind, labels, names, task, metric):
+def test_labels_decide_the_objective_and_its_metric(kind, labels, names, objective, metric):
     splits = build(kind, label(*labels), data="table", model_kind="classifier", names=names)
-    assert isinstance(splits.task, task)
+    assert isinstance(splits.objective, objective)
     assert splits.metric == metric
     assert splits.train.batch([0, 1, 2])["targets"].tolist() == list(labels)
     assert splits.train.describe()["examples"] == 3
@@ -121,7 +122,7 @@ def test_data_that_does_not_fit_the_model_or_the_settings_is_refused(kind, items
 def test_conversations_are_completions_and_those_whose_answer_is_cut_off_are_dropped_and_counted():
     tokenizer = load_tokenizer()
     splits = build("conversations", CONVERSATIONS, data="chat", template="plain")
-    assert isinstance(splits.task, LanguageModelling)
+    assert isinstance(splits.objective, NextTokens)
     prompt, completion = CONVERSATIONS[0].messages
     names = {"tokenizer": tokenizer, "prompt": prompt.content, "completion": completion.content}
     encoded = eval(splits.train.describe()["format"], names)["input_ids"]  # the code in the model card

@@ -13,8 +13,9 @@ from lorasweep.data.batching import StepBatchSampler
 from lorasweep.data.build_splits import build_block_split
 from lorasweep.data.source import Document, collect_examples
 from lorasweep.data.split import IGNORED, CompletionSplit, LabelledSplit, choose_evenly
-from lorasweep.data.tasks import Classification, LanguageModelling
 from lorasweep.errors import ConfigError
+from lorasweep.objectives.labels import Classification
+from lorasweep.objectives.next_tokens import NextTokens
 
 cut_blocks = jaxtyped(typechecker=beartype)(split_file.cut_blocks)
 TOKENS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14], [15], [16, 17, 18, 19]]
@@ -41,12 +42,12 @@ def make_bert():
     return transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES, num_labels=2))
 
 
-def step_gradient(model, split, task, *, accumulate):
+def step_gradient(model, split, objective, *, accumulate):
     """Loss and gradient of one optimizer step, whose examples are cut into so many micro-batches."""
     model.zero_grad()
     loss = torch.zeros(())
     for micro in StepBatchSampler(split, batch_size=4, num_steps=1, seed=0, accumulate=accumulate):
-        share = task.losses(model, split.batch(micro.indices)).double().sum() / micro.step_weight
+        share = objective.losses(model, split.batch(micro.indices)).double().sum() / micro.step_weight
         share.backward()
         loss = loss + share.detach()
     return loss, [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
@@ -66,17 +67,17 @@ def test_padding_is_masked_and_a_batch_without_any_has_no_mask():
 
 @pytest.mark.parametrize("accumulate", [2, 4])
 @pytest.mark.parametrize(
-    ("make_model", "split", "task"),
+    ("make_model", "split", "objective"),
     [
-        (make_llama, make_completions(), LanguageModelling(bytes_per_token=1.0)),
+        (make_llama, make_completions(), NextTokens(bytes_per_token=1.0)),
         (make_bert, make_labelled(class_weights=torch.tensor([2.0, 0.5])), Classification(num_classes=2)),
     ],
 )
-def test_the_gradient_of_a_step_cut_by_length_is_that_of_the_padded_batch(make_model, split, task, accumulate):
+def test_the_gradient_of_a_step_cut_by_length_is_that_of_the_padded_batch(make_model, split, objective, accumulate):
     torch.manual_seed(0)
     model = make_model().double().eval()
-    whole, expected = step_gradient(model, split, task, accumulate=1)
-    cut, found = step_gradient(model, split, task, accumulate=accumulate)
+    whole, expected = step_gradient(model, split, objective, accumulate=1)
+    cut, found = step_gradient(model, split, objective, accumulate=accumulate)
     torch.testing.assert_close(cut, whole, rtol=1e-5, atol=0)  # losses are fp32
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)  # cross-entropy runs in fp32
 

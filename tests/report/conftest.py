@@ -7,7 +7,7 @@ import shutil
 import pytest
 from tests.files import edit_json
 
-from lorasweep.config.data import get_built_in_metric
+from lorasweep.config.data import ScoreMetric
 from lorasweep.record import (
     ArmRow,
     Question,
@@ -129,7 +129,7 @@ def build_sweep(folder, *, lora=18, full=6, frozen=1, name="quickstart"):
             status="complete",
             name=name,
             description="Rank, α and learning rate for LoRA on English prose, beside full fine-tuning.",
-            search_metric=get_built_in_metric("bits_per_byte"),
+            search_metric=ScoreMetric(name="bits_per_byte", direction="minimize"),
             margin="5%",
             definition={},
             arms=[

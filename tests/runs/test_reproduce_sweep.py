@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from lorasweep.config.data import get_built_in_metric
+from lorasweep.config.data import ScoreMetric
 from lorasweep.record import ArmRow, RunRecord, SettingRow, SweepRecord, Trial, read_sweep, write_record
 from lorasweep.runs.reproduce import compare_sweeps
 
@@ -42,7 +42,7 @@ def one(tmp_path):
     record = SweepRecord(
         status="complete",
         name="s",
-        search_metric=get_built_in_metric("bits_per_byte"),
+        search_metric=ScoreMetric(name="bits_per_byte", direction="minimize"),
         margin="5%",
         definition={},
         arms=[arm],

@@ -16,7 +16,7 @@ from torch import nn
 import lorasweep.sweep.draft
 import lorasweep.sweep.plan
 import lorasweep.sweep.workers.worker as worker_file
-from lorasweep.config.data import get_built_in_metric
+from lorasweep.config.data import ScoreMetric
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import Diverged, WorkerError
 from lorasweep.record import RunRecord, read_run, write_record
@@ -322,7 +322,7 @@ def begin(write_file, tmp_path):
 
     def make(content, *overrides, folder="sweep", constant_answer=MappingProxyType({})):
         definition = read_definition(write_file(content), SweepOverrides.parse(overrides))
-        metric = get_built_in_metric("bits_per_byte")
+        metric = ScoreMetric(name="bits_per_byte", direction="minimize")
         return create_sweep(definition, tmp_path / folder, metric=metric, constant_answer=constant_answer)
 
     return make

@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.data.test_tasks import make_splits
+from tests.objectives.test_objectives import make_splits
 
-from lorasweep.data.tasks import Classification
 from lorasweep.errors import ConfigError
 from lorasweep.methods import copy_sharing_weights
 from lorasweep.models.load import load_base
+from lorasweep.objectives.labels import Classification
 from lorasweep.sweep.checks import (
     check_definition,
     describe_coverages,
@@ -20,7 +20,8 @@ from lorasweep.sweep.checks import (
 )
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.overrides import SweepOverrides
-from lorasweep.training.inputs import InputsCache, RunInputs
+from lorasweep.training.inputs import InputsCache
+from lorasweep.training.run_inputs import RunInputs
 
 
 @pytest.fixture(scope="module")

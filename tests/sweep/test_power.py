@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tests.data.test_tasks import make_splits
+from tests.objectives.test_objectives import make_splits
 
 from lorasweep.config.sweep import parse_margin
-from lorasweep.data.tasks import Classification
+from lorasweep.objectives.labels import Classification
 from lorasweep.record import Question
 from lorasweep.report.evidence.estimates import ConfirmScores
 from lorasweep.report.evidence.questions import MarginScale, answer_questions, compute_level

@@ -12,7 +12,7 @@ from rich.console import Console
 from tests.sweep.conftest import UNTRAINED
 
 import lorasweep.sweep.status as status_file
-from lorasweep.config.data import get_built_in_metric
+from lorasweep.config.data import ScoreMetric
 from lorasweep.errors import RecordError
 from lorasweep.record import SWEEP_FILE, ArmRow, LookRow, SettingRow, Subject, SweepRecord, Trial, write_record
 from lorasweep.sweep.status import count_ended, read_status, render_status, report_status, show_progress, watch_status
@@ -45,7 +45,7 @@ def sweep_record(**values):
     given = {
         "status": "running",
         "name": "made_up",
-        "search_metric": get_built_in_metric("bits_per_byte"),
+        "search_metric": ScoreMetric(name="bits_per_byte", direction="minimize"),
         "margin": "5%",
         "definition": {"file": {"settings": {}}, "overrides": {}},
         "arms": [arm("frozen", method="frozen", trials=1), arm("lora", trials=6)],

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
 from torch.distributed.tensor import DTensor
 
-import lorasweep.data.tasks as tasks_file
+import lorasweep.objectives.next_tokens as objective_file
 from lorasweep.config.compose import compose_run
 from lorasweep.models.load import fingerprint_weights
 from lorasweep.training.inputs import InputsCache
@@ -49,7 +49,7 @@ VARIANTS = {
 has a row more than the other; in 3 micro-batches one has a single row."""
 SIGNALS = (("training", "1"), ("training", "01"), ("evaluation", "0"))
 """When processes get a signal, and which of them."""
-TRUE_SCORE = tasks_file.score_tokens
+TRUE_SCORE = objective_file.score_tokens
 
 
 def config_of(**settings):
@@ -163,7 +163,7 @@ class Child:
             losses, predicted = TRUE_SCORE(model, batch, **settings)
             return action(losses), predicted
 
-        tasks_file.score_tokens = score_tokens
+        objective_file.score_tokens = score_tokens
 
 
 if __name__ == "__main__":

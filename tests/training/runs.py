@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-import lorasweep.data.tasks as tasks_file
+import lorasweep.objectives.next_tokens as objective_file
 from lorasweep.record import read_run, read_steps
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.run import train_run
@@ -72,13 +72,13 @@ def settings_of(method):
 
 def damage(monkeypatch, action, *, training):
     """Does `action` to the losses of training or of validation batches."""
-    true_score = tasks_file.score_tokens
+    true_score = objective_file.score_tokens
 
     def score_tokens(model, batch, **settings):
         losses, predicted = true_score(model, batch, **settings)
         return action(losses) if torch.is_grad_enabled() == training else losses, predicted
 
-    monkeypatch.setattr(tasks_file, "score_tokens", score_tokens)
+    monkeypatch.setattr(objective_file, "score_tokens", score_tokens)
 
 
 def out_of_memory_above(rows):

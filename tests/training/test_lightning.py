@@ -15,9 +15,9 @@ from lorasweep.config.command_line import parse_overrides
 from lorasweep.config.compose import compose_run
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import read_steps
-from lorasweep.training.inputs import share_inputs
 from lorasweep.training.module import dropout_seed
 from lorasweep.training.run import train_run
+from lorasweep.training.run_inputs import share_inputs
 from lorasweep.training.run_log import RunFolder
 
 pytestmark = [

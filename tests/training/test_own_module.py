@@ -18,6 +18,7 @@ from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.packing import plan_packing
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.module import check_run
+from lorasweep.training.own_module import SeededData
 from lorasweep.training.restore import restore_config, restore_model
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
@@ -69,7 +70,7 @@ def test_a_method_trains_the_users_module_and_its_kept_weights_have_the_recorded
     assert record.status == "complete"
     assert record.tokens_trained == 23 * 64 + 1258 % 64  # the last batch of an epoch is smaller
     base, model = inputs.base.model, restore_model(compose_run(settings), inputs.base, folder=tmp_path / "best")
-    images, labels = map(torch.cat, zip(*inputs.splits.seed_loaders(0).val_dataloader(), strict=True))
+    images, labels = map(torch.cat, zip(*SeededData(inputs.splits.data_module, seed=0).val_dataloader(), strict=True))
     with torch.no_grad():
         accuracy = (model(images).argmax(-1) == labels).float().mean()
     assert record.score == pytest.approx(float(accuracy))
@@ -97,7 +98,7 @@ def test_the_data_order_depends_on_its_seed_and_not_on_the_method(tmp_path):
 
     def read_labels(seed):
         torch.rand(seed + 1)  # what the model draws
-        data = inputs.splits.seed_loaders(seed)
+        data = SeededData(inputs.splits.data_module, seed=seed)
         return [labels.tolist() for _, labels in data.train_dataloader()]
 
     assert read_labels(1) == read_labels(1) != read_labels(2)

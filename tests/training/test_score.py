@@ -8,18 +8,21 @@ import pytest
 import torch
 
 from lorasweep.config.compose import compose_run
+from lorasweep.config.data import ScoreMetric
 from lorasweep.data import batching
-from lorasweep.data.tasks import LANGUAGE_MODEL_METRICS
 from lorasweep.errors import RecordError
+from lorasweep.objectives.next_tokens import NextTokens
 from lorasweep.record import TEST_SCORES_FILE, compute_sha256, read_run, read_steps
+from lorasweep.training.evaluation import evaluate_model
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.module import prepare_model
 from lorasweep.training.restore import restore_model
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
-from lorasweep.training.score import copy_base_run, evaluate_model, score_run
+from lorasweep.training.score import copy_base_run, score_run
 
 NUMBERS = ("row", "score", "weight")
+PERPLEXITY = ScoreMetric(name="perplexity", direction="minimize")
 
 
 @pytest.fixture
@@ -44,7 +47,7 @@ def test_every_method_is_scored_with_the_weights_of_its_best_evaluation(trained,
     folder = trained({"method": method})
     record = score_run(folder, inputs=inputs)
     assert record == read_run(folder)
-    assert set(record.test) == set(LANGUAGE_MODEL_METRICS)
+    assert set(record.test) == set(NextTokens.metrics)
     rows = read_rows(folder)
     assert [row["row"] for row in rows] == list(range(4))
     assert tuple(row["group"] for row in rows) == inputs.splits.test().groups
@@ -94,7 +97,9 @@ def test_the_scores_are_those_of_the_best_weights_and_not_of_the_last(make_confi
 
 
 def evaluate(model, config, inputs):
-    return evaluate_model(model, inputs.splits.validation, task=inputs.splits.task, config=config, inputs=inputs)
+    return evaluate_model(
+        model, inputs.splits.validation, objective=inputs.data.objective, config=config, inputs=inputs
+    )
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -121,7 +126,7 @@ def test_an_evaluation_draws_nothing_and_returns_examples_in_the_order_of_the_sp
 
 
 def test_rows_of_perplexity_are_losses_of_which_it_is_the_exponential(make_config, inputs, tmp_path):
-    by_perplexity = dataclasses.replace(inputs, splits=dataclasses.replace(inputs.splits, metric="perplexity"))
+    by_perplexity = dataclasses.replace(inputs, splits=dataclasses.replace(inputs.splits, score_metric=PERPLEXITY))
     config = make_config({"data.metric": "perplexity"})
     train_run(config, RunFolder(path=tmp_path), inputs=by_perplexity)
     record = score_run(tmp_path, inputs=by_perplexity)

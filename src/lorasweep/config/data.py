@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import field
 from datetime import date
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -32,8 +32,6 @@ Quoting = Literal["auto", "csv", "none"]
 
 DEFAULT_SPLIT_PERCENT = 10
 """Percentage of the training data that a split gets if neither its source nor its share is set."""
-MINIMIZED_METRICS = ("bits_per_byte", "loss", "perplexity", "mse")
-"""Metrics for which lower is better. For all other metrics, higher is better."""
 METRIC_RANGES: Mapping[str, tuple[float, float]] = {
     **dict.fromkeys(("accuracy", "f1", *get_args(AnswerMetric)), (0.0, 1.0)),
     **dict.fromkeys(("matthews", "pearson", "spearman"), (-1.0, 1.0)),
@@ -77,10 +75,6 @@ class ScoreMetric:
         return min(scores, key=lambda score: self.sign * score, default=None)
 
 
-def get_built_in_metric(name: str) -> ScoreMetric:
-    return ScoreMetric(name=name, direction="minimize" if name in MINIMIZED_METRICS else "maximize")
-
-
 @dataclass(frozen=True, kw_only=True)
 class AnswerScore(Component):
     """A function by `_target_` that scores a generated answer.
@@ -108,11 +102,18 @@ class AnswersConfig(Settings):
         """The mean of `score`, which must not be null."""
         if isinstance(self.score, AnswerScore):
             return ScoreMetric(name=self.score.name, direction=self.score.direction)
-        return get_built_in_metric(str(self.score))
+        return ScoreMetric(name=str(self.score), direction="maximize")
+
+
+class DataSettings(Settings):
+    """Settings of data."""
+
+    has_text: ClassVar[bool] = True
+    """Whether the examples are texts that can be shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SplitSettings(Settings):
+class SplitSettings(DataSettings):
     """Sources of the training, validation and test splits: files, or a data set of the hub."""
 
     path: str | None
@@ -195,7 +196,7 @@ class RowSettings(SplitSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockSettings(Settings):
+class BlockSettings(DataSettings):
     """How running text is cut into blocks."""
 
     block_length: AtLeastTwo
@@ -317,8 +318,10 @@ class ChatConfig(RowSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModuleDataConfig(Settings):
+class ModuleDataConfig(DataSettings):
     """The data of `datamodule._target_`, for the user's own LightningModule."""
+
+    has_text: ClassVar[bool] = False
 
     name: Literal["module"]
     metric: Literal["auto"]

@@ -55,6 +55,8 @@ TrainedVectors = Literal["biases", "biases_and_norms"]
 class MethodSettings(Settings):
     """Settings of a method."""
 
+    packs: ClassVar[bool] = False
+    """Whether runs can train together in slots."""
     trains_nothing: ClassVar[bool] = False
     """Whether a run is the base model as it is: it does no step, and its score is that of every seed."""
 
@@ -70,6 +72,8 @@ class LoraConfig(MethodSettings):
     The defaults equal `conf/method/lora.yaml`, for use without Hydra. A pattern is the name of a layer, the end of a
     name after a dot (`q_proj`, `mlp.up_proj`), or `re:` and a regular expression that must match the whole name.
     """
+
+    packs: ClassVar[bool] = True
 
     name: Literal["lora"] = "lora"
     rank: Rank = 8

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import field, fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 from pydantic import Tag
 from pydantic.dataclasses import dataclass
@@ -24,7 +25,7 @@ from lorasweep.config.components import Component
 from lorasweep.config.data import DataConfig, Direction
 from lorasweep.config.method import MethodConfig
 from lorasweep.errors import ConfigError
-from lorasweep.wording import suggest_nearest
+from lorasweep.wording import join_words, suggest_nearest
 
 ModelKind = Literal["causal_lm", "classifier"]
 Attention = Literal["auto", "sdpa", "sdpa_fp32", "eager", "flash_attention_2"]
@@ -221,13 +222,32 @@ class TrainerConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleComponent(Component):
-    """A LightningModule of the user by `_target_`, which gets all keys that are not fields. Its trials run alone."""
+    """A LightningModule of the user by `_target_`, which gets all keys that are not fields."""
 
+    cannot: ClassVar[Mapping[str, str]] = {
+        "packs": "A LightningModule of your own (`module._target_`) has its own steps, which slots can't share.",
+        "shards": "`trainer.strategy` has no effect on your own LightningModule (`module._target_`).",
+        "compiles": "`trainer.compile` has no effect on your own LightningModule, which may compile its parts itself.",
+        "unpads": "Your own LightningModule gets the batches of its data module as they are.",
+        "generates": "Your own LightningModule scores what it writes in its `test_step`.",
+        "retains": "Your own LightningModule scores its own data alone.",
+        "exports": "Your own LightningModule is no model of transformers. Use the weights in `best/` of the run.",
+    }
+    """Why it lacks a capability of `Capabilities`."""
     lr_argument: str | None = None
     """The argument that gets `optim.lr`. Needed if the module has its own `configure_optimizers`."""
     new_modules: tuple[str, ...] = ()
     """Names of modules that are not pre-trained, such as `classifier`. Each run draws their weights with `seeds.init`,
     and every method except `frozen` trains them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig(Settings):
+    """What is learned from the data; all keys beside `_target_` are settings of the objective."""
+
+    target: str | None = None
+    """A class of your own; null is the objective of the data: next tokens, classes or numbers."""
+    arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,6 +287,39 @@ def follows_rate_law(method: str, optimizer: str) -> bool:
     return method == "lora" and "adam" in optimizer.lower()
 
 
+Capability: TypeAlias = Literal[True] | str
+"""True, or sentences that say why not and which setting would change that."""
+
+
+class Capabilities(NamedTuple):
+    """What runs of these settings can do, apart from what only the loaded model can tell."""
+
+    packs: Capability
+    """Train together with other runs on one frozen base."""
+    shards: Capability
+    """Divide the weights over processes."""
+    compiles: Capability
+    """Use `torch.compile`."""
+    unpads: Capability
+    """Train examples of different lengths without padding."""
+    generates: Capability
+    """Answer examples, which `data.answers.score` scores."""
+    retains: Capability
+    """Be scored on further data sets (`retain.data`)."""
+    exports: Capability
+    """Become a model of transformers or an adapter of PEFT."""
+
+
+NEEDED_BY_PACKS: Mapping[str, Callable[[RunConfig], bool]] = {
+    "trainer.compile=false": lambda config: not config.trainer.compile,
+    "trainer.devices=1": lambda config: not config.trainer.needs_process_group,
+    "optim=adamw": lambda config: not isinstance(config.optim, Component),
+    "schedule=cosine": lambda config: not isinstance(config.schedule, Component),
+    "callbacks=none": lambda config: not config.callbacks,
+}
+"""For each setting in the message about packs: whether a run has it, or another value that packs can train too."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Settings):
     """All settings of one run."""
@@ -290,6 +343,7 @@ class RunConfig(Settings):
     """Default of every seed in `seeds`."""
     seeds: SeedsConfig
 
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     module: ModuleComponent | None = None
     """The user's own LightningModule, instead of `model`, `data` and lorasweep's module."""
     datamodule: Component | None = None
@@ -307,6 +361,46 @@ class RunConfig(Settings):
         """`trainer.eval_fraction`, or 1 if the evaluations of a run are the user's own."""
         return 1.0 if self.module is not None else self.trainer.eval_fraction
 
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the run can do. Packing, checks, export and documentation read it."""
+        trainer, method, unsharded = self.trainer, self.method.name, self._find_unsharded()
+        cannot: dict[str, Any] = {
+            "packs": self._explain_packs(),
+            "shards": unsharded and f"`trainer.strategy` must be ddp with this value of `{unsharded}`.",
+            "compiles": trainer.is_sharded and "`trainer.compile` must be false unless the strategy is ddp.",
+            "unpads": (trainer.compile or trainer.is_sharded)  # both have hooks of their own
+            and "`trainer.compile` must be false and the strategy ddp.",
+            "generates": not hasattr(self.data, "answers") and f"`data={self.data.name}` has no answers; chat has.",
+            "exports": self.method.trains_nothing and f"`method={method}` trains nothing. Use {self.model.path!r}.",
+        }
+        if self.module is not None:
+            cannot = {**cannot, **self.module.cannot, **({} if self.method.packs else {"packs": cannot["packs"]})}
+        return Capabilities(**{name: cannot.get(name) or True for name in Capabilities._fields})
+
+    def _explain_packs(self) -> str:
+        """Returns why the run trains alone; empty if it can share a pack."""
+        if not self.method.packs:  # no other setting would change that
+            return f"`method={self.method.name}` trains alone; only `method=lora` shares packs."
+        needed = [f"`{override}`" for override, holds in NEEDED_BY_PACKS.items() if not holds(self)]
+        sentences = [f"Packs need {join_words(needed)}."] if needed else []
+        steps, every = self.trainer.max_steps, self.trainer.eval_every_steps
+        if steps % every:
+            sentences.append(
+                "Slots are refilled at evaluations, so packs need a multiple of `trainer.eval_every_steps`, such as "
+                f"`trainer.max_steps={math.ceil(steps / every) * every}`."
+            )
+        return " ".join(sentences)
+
+    def _find_unsharded(self) -> str | None:
+        """Returns the key of a setting that needs whole weights on each process; None if there is none."""
+        needs_whole = {
+            "model.quantization": self.model.quantization != "none",
+            "method": self.method.name not in ("full", "lora"),
+            "trainer.compile": self.trainer.compile,
+        }
+        return next((key for key, is_needed in needs_whole.items() if is_needed), None)
+
     def __post_init__(self) -> None:
         self._check_own_module()
         if self.optim.lr_ratio_b != 1 and self.method.name != "lora":
@@ -319,18 +413,11 @@ class RunConfig(Settings):
                 f"`model.quantization` must be none with `method={self.method.name}`, which needs weights of the base, "
                 f"but got {self.model.quantization!r}. Use `method=lora`, or in a sweep set it once for all arms."
             )
-        if self.trainer.is_sharded:
-            conflicts = {
-                "model.quantization": self.model.quantization != "none",
-                "method": self.method.name not in ("full", "lora"),
-                "trainer.compile": self.trainer.compile,
-            }
-            for key, is_conflict in conflicts.items():
-                if is_conflict:
-                    raise ConfigError(
-                        f"`trainer.strategy` must be ddp with this value of `{key}`, because no process has whole "
-                        f"weights otherwise, but got {self.trainer.strategy_name!r}."
-                    )
+        if self.trainer.is_sharded and (key := self._find_unsharded()):
+            raise ConfigError(
+                f"`trainer.strategy` must be ddp with this value of `{key}`, because no process has whole weights "
+                f"otherwise, but got {self.trainer.strategy_name!r}."
+            )
 
     def _check_own_module(self) -> None:
         needed = {
@@ -357,4 +444,25 @@ class RunConfig(Settings):
             raise ConfigError(
                 f"`{key}` has no effect on your own LightningModule (`module._target_`). Remove it: the module, the "
                 "data module or their arguments decide."
+            )
+
+
+def refuse_code(config: RunConfig, *, trust: bool) -> None:
+    """Refuses to load a model whose settings name code, because whoever wrote the files may be unknown.
+
+    Commands that train do not ask: to run somebody's settings is to run their code.
+    """
+    if trust:
+        return
+    module = None if config.module is None else config.module.target
+    named = {
+        "model.trust_remote_code": config.model.trust_remote_code,
+        "module._target_": module,
+        "objective._target_": config.objective.target,
+    }
+    for key, value in named.items():
+        if value:
+            raise ConfigError(
+                f"`{key}` of a recorded run must not name code, but got {value!r}. If you trust "
+                "the author, add `--trust` to the command, or `trust=True` in Python."
             )

@@ -17,7 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from lorasweep.data.split import Batch, Split
+from lorasweep.data.split import Batch, Split, SplitFacts
 
 BYTES_PER_POSITION = 16
 """Bytes of a token position in a batch: an int64 token and an int64 target."""
@@ -88,7 +88,7 @@ class StepBatchSampler(MicroBatchSampler):
 
     def __init__(
         self,
-        split: Split,
+        split: SplitFacts,
         *,
         batch_size: int,
         num_steps: int,
@@ -146,7 +146,7 @@ class EvaluationSampler(MicroBatchSampler):
     """
 
     def __init__(
-        self, split: Split, *, batch_size: int, fraction: float = 1.0, share: ProcessShare = SINGLE_PROCESS
+        self, split: SplitFacts, *, batch_size: int, fraction: float = 1.0, share: ProcessShare = SINGLE_PROCESS
     ) -> None:
         super().__init__(share)
         part = choose_part(len(split), fraction)
@@ -208,7 +208,7 @@ def build_evaluation_loader(
     return build_loader(split, EvaluationSampler(split, batch_size=batch_size, fraction=fraction, share=share))
 
 
-def count_batch_bytes(split: Split, *, batch_size: int, micro_batches: int) -> int:
+def count_batch_bytes(split: SplitFacts, *, batch_size: int, micro_batches: int) -> int:
     """Returns the bytes of a step's indices and of one of its micro-batches, without the model's activations."""
     positions = math.ceil(batch_size / micro_batches) * float(split.lengths.double().mean())
     return BYTES_PER_DRAWN_EXAMPLE * batch_size + int(BYTES_PER_POSITION * positions)

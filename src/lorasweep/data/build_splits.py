@@ -1,30 +1,24 @@
-"""Tokenises the splits of a data set, and chooses the task (loss and metrics) for them."""
+"""Tokenises the splits of a data set."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lorasweep.config.data import (
     ChatConfig,
     DataConfig,
-    MetricComponent,
     RowSettings,
-    ScoreMetric,
     StdlibConfig,
     TableConfig,
     TextConfig,
-    get_built_in_metric,
 )
 from lorasweep.config.run import ModelKind
-from lorasweep.data.batching import choose_part
-from lorasweep.data.scored_tokens import can_score_by_chunk
 from lorasweep.data.source import Conversation, DataSource, Document, Examples, LabelledText
 from lorasweep.data.split import (
     IGNORED,
@@ -37,72 +31,24 @@ from lorasweep.data.split import (
     choose_evenly,
     cut_blocks,
 )
-from lorasweep.data.tasks import Classification, LabelTask, LanguageModelling, Regression, Task, build_own_metric
 from lorasweep.data.tokenise import describe_chat_format, tokenise_chats, tokenise_documents, tokenise_labelled
 from lorasweep.errors import ConfigError
-from lorasweep.wording import join_words
 
 MODEL_KINDS: Mapping[str, ModelKind] = {
     **dict.fromkeys(("documents", "conversations"), "causal_lm"),
     **dict.fromkeys(("single_label", "regression"), "classifier"),
 }
 """For each kind of data: the kind of model that can learn from it."""
-ALL_LOGITS_NOTE = (
-    "The logits of all tokens are computed, which needs more memory, because this model does not compute the logits of "
-    "a token from its last hidden state alone."
-)
-"""Note about a causal model for which `can_score_by_chunk` is False."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class DataSplits:
-    """The tokenised splits of a data set, with the task and the metric."""
+class TokenisedSplits(NamedTuple):
+    """The splits of a data set, and notes for the user on how they were built."""
 
     train: Split
     validation: Split
-    task: Task
-    metric: str
-    """Name of the metric that scores a run: `data.metric`, or the task's first metric for `auto`."""
     test: Callable[[], Split]
     """Returns the test split. The first call reads and tokenises it, and later calls return the same object."""
-    notes: tuple[str, ...] = ()
-    """Notes for the user on how the splits were built."""
-
-    @property
-    def score_metric(self) -> ScoreMetric:
-        own_metric = self.task.own_metric
-        return get_built_in_metric(self.metric) if own_metric is None else own_metric.score
-
-    def get_task(self, split: Split) -> Task:
-        """Returns the task that scores a split. Its bits per byte use the bytes per token of this split's text."""
-        if isinstance(self.task, LanguageModelling):
-            return replace(self.task, bytes_per_token=split.bytes_per_token)  # type: ignore[attr-defined]
-        return self.task
-
-    def describe(self, split: Split) -> dict[str, Any]:
-        """Returns the entry of a scored split in a run record: with `constant_answer` if it has labels."""
-        scores = self.score_constant_answer(split)
-        return split.describe() | ({"constant_answer": scores} if scores else {})
-
-    def fit_constant_answer(self) -> Tensor | None:
-        """Returns the logits of the constant answer, (outputs,); None for text and own data modules."""
-        has_labels = isinstance(self.train, LabelledSplit) and isinstance(self.task, LabelTask)
-        return self.task.fit_constant(self.train.labels) if has_labels else None  # type: ignore[attr-defined]
-
-    def score_constant_answer(self, split: Split, *, fraction: float = 1.0) -> dict[str, float]:
-        """Returns every metric if each example gets the same answer; empty for text and own data modules.
-
-        With a `fraction`, only the examples of `choose_part` count, as in a run's evaluations.
-
-        The answer needs no training. It is the most frequent class of the training split (the first of equally frequent
-        classes), or the mean of its numbers. For the loss, the predicted probabilities are the shares of the classes.
-        """
-        constant, task = self.fit_constant_answer(), self.task
-        if constant is None or not isinstance(task, LabelTask) or not isinstance(split, LabelledSplit):
-            return {}
-        labels = split.labels[torch.tensor(choose_part(len(split), fraction))]
-        scores = task.compute(task.score_logits(constant.expand(len(labels), -1), {"targets": labels}))
-        return {name: float(value) for name, value in scores.items()}
+    notes: tuple[str, ...]
 
 
 def build_splits(
@@ -111,14 +57,11 @@ def build_splits(
     source: DataSource,
     tokenizer: PreTrainedTokenizerBase,
     model_kind: ModelKind,
-    model: nn.Module | None = None,
-) -> DataSplits:
-    """Returns the splits with their task. The test split is tokenised at its first use, the others at once.
+) -> TokenisedSplits:
+    """Tokenises the training and validation split at once, and the test split at its first use.
 
-    With a causal `model`, the task computes the logits of scored tokens only, if the model can.
-
-    Raises ConfigError if the model can't learn from this kind of data, the metric does not fit it, a split has nothing
-    to predict, or the tokenizer has no end-of-text token; for the test split at its first use.
+    Raises ConfigError if the model can't learn from this kind of data, a split has nothing to predict, or the tokenizer
+    has no end-of-text token; for the test split at its first use.
     """
     if model_kind != (wanted := MODEL_KINDS[source.kind]):
         raise ConfigError(
@@ -138,38 +81,11 @@ def build_splits(
         split = build(source.test())
         return replace(split, notes=(*split.notes, *describe_cut(split)))
 
-    validation = build(source.validation)
-    task: Task
-    if source.kind == "single_label":
-        task = Classification(num_classes=len(source.label_names))
-    elif source.kind == "regression":
-        task = Regression()
-    else:
-        task = LanguageModelling(bytes_per_token=validation.bytes_per_token)  # type: ignore[attr-defined]
-    metric = task.metrics[0] if config.metric == "auto" else config.metric
-    if isinstance(metric, str) and metric not in task.metrics:
-        raise ConfigError(
-            f"`data.metric` must be one of auto, {', '.join(task.metrics)} for data of the kind {source.kind}, but got "
-            f"{metric!r}."
-        )
-    if isinstance(metric, MetricComponent):
-        own_metric = build_own_metric(metric)
-        task, metric = replace(task, own_metric=own_metric), own_metric.score.name
-    notes = source.notes
-    if isinstance(task, LanguageModelling) and model is not None:
-        task = replace(task, by_chunk=can_score_by_chunk(model))
-        notes = notes if task.by_chunk else (*notes, ALL_LOGITS_NOTE)
-    splits = DataSplits(
-        train=build(source.train),
-        validation=validation,
-        task=task,
-        metric=metric,
-        test=functools.cache(build_test),
-        notes=notes,
+    train, validation = build(source.train), build(source.validation)
+    cut = (*describe_cut(train), *describe_cut(validation))
+    return TokenisedSplits(
+        train, validation, functools.cache(build_test), (*source.notes, *cut, *describe_template(train))
     )
-    cut = (*describe_cut(splits.train), *describe_cut(validation))
-    more = (*cut, *describe_template(splits.train), *describe_constant_answer(splits, source.label_names))
-    return replace(splits, notes=notes + more)
 
 
 def describe_cut(split: Split) -> list[str]:
@@ -193,19 +109,6 @@ def describe_template(split: Split) -> list[str]:
     without = f"{facts['without_reasoning']} examples of {split.name} lack reasoning: the template leaves it out."
     chosen = {rewritten: len(split) > facts["conversations"], without: facts["without_reasoning"]}
     return [note for note, applies in chosen.items() if applies]
-
-
-def describe_constant_answer(splits: DataSplits, label_names: Sequence[str]) -> list[str]:
-    """Returns a sentence with the answer that needs no training and its metrics on the validation split."""
-    scores, logits = splits.score_constant_answer(splits.validation), splits.fit_constant_answer()
-    if not scores or logits is None:
-        return []
-    if isinstance(splits.task, Regression):
-        answer = f"{float(logits):.4g}, the mean of train"
-    else:
-        answer = f"{label_names[int(logits.argmax())]!r}, the most frequent label of train"
-    values = [f"{name} {value:.4f}" for name, value in scores.items() if name != "loss"]
-    return [f"Always answering {answer}, has {join_words(values)} on validation."]
 
 
 def build_block_split(

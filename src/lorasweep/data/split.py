@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import itertools
-from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -15,18 +15,21 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from lorasweep.config.data import ScoreMetric
+
 IGNORED = -100
 """Target at positions that are not scored. It is the `ignore_index` of torch's cross-entropy."""
+MODEL_KEYS = ("input_ids", "attention_mask", "token_type_ids")
+"""Keys of a batch that are arguments of the model. An objective may read any other key."""
 HOST_KEYS = ("num_tokens", "num_scored", "row_lengths")
 """Keys of a batch whose values stay on the CPU, which reads them. Reading them from a GPU would wait for it."""
-NON_MODEL_KEYS = ("targets", "weights", "step_weight", *HOST_KEYS)
-"""Keys of a batch that are not arguments of the model."""
 
 Batch = dict[str, Tensor]
-"""The model's arguments by name (such as `input_ids`, and `attention_mask` if an example is padded), and:
+"""The model's arguments by name (`MODEL_KEYS`; an `attention_mask` only if an example is padded), and:
 
 - `targets`: the next token at each position, (batch, length) int64, or `IGNORED`. For labels: one label per example.
 - `weights`: the weight of each example's loss, (examples,) float. Only if weights differ.
+- a setting of the objective by its name, such as `beta`: one number for each row (`Objective.slot_settings`).
 - `step_weight`: the number that divides the step's loss, a scalar, or in a pack one for each slot. Only in training.
 - `num_tokens`: number of positions without padding, a scalar. Only in batches of a loader.
 - `num_scored`: number of scored tokens of each row. Only in moved batches of text.
@@ -35,8 +38,8 @@ Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Split(Protocol):
-    """One split of a data set: train, validation or test."""
+class SplitFacts(ABC):
+    """What is known of one split of a data set: train, validation or test."""
 
     name: str
     """`train`, `validation` or `test`."""
@@ -68,12 +71,17 @@ class Split(Protocol):
         return id(self)  # `lru_cache` needs a hash, and dataclasses with `eq=False` compare by identity
 
     @abstractmethod
-    def batch(self, indices: Sequence[int]) -> Batch:
-        """Returns the examples at these indices, padded to the longest."""
-
-    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Returns the split's entry in a run record."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Split(SplitFacts):
+    """Tokenised examples, which make batches of any choice."""
+
+    @abstractmethod
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Returns the examples at these indices, padded to the longest."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -253,6 +261,35 @@ class BlockSplit(Split):
         }
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Splits:
+    """The splits of a data set, and the metric that scores a run on them."""
+
+    train: SplitFacts
+    validation: SplitFacts
+    test: Callable[[], SplitFacts]
+    """Returns the test split. The first call reads it, and later calls return the same object."""
+    score_metric: ScoreMetric
+    notes: tuple[str, ...] = ()
+    """Notes for the user on how the splits were built."""
+
+    @property
+    def metric(self) -> str:
+        """Name of the metric that scores a run."""
+        return self.score_metric.name
+
+    def describe(self, split: SplitFacts) -> dict[str, Any]:
+        """Returns the entry of a scored split in a run record."""
+        return split.describe()
+
+    def score_constant_answer(self, split: SplitFacts, *, fraction: float = 1.0) -> dict[str, float]:
+        """Returns every metric of an answer that needs no training; empty if there is none.
+
+        With a `fraction`, only the examples of `choose_part` count, as in a run's evaluations.
+        """
+        return {}
+
+
 def list_passages(split: Split, index: int, *, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
     """Returns the text of an example in passages, and whether each is scored. A label is the last passage."""
     batch = split.batch([index])
@@ -296,6 +333,10 @@ def padding_fraction(lengths: Int[Tensor, " examples"], batches: Sequence[Sequen
     padded = sum(len(batch) * int(lengths[torch.tensor(batch)].max()) for batch in batches)
     real = sum(int(lengths[torch.tensor(batch)].sum()) for batch in batches)
     return 1.0 - real / padded if padded else 0.0
+
+
+def select_model_inputs(batch: Batch) -> Batch:
+    return {name: batch[name] for name in MODEL_KEYS if name in batch}
 
 
 def move_batch(batch: Batch, device: torch.device) -> Batch:

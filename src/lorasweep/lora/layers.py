@@ -112,6 +112,10 @@ class LoraLayer(AdaptedLayer):
         self.lora_a = nn.Parameter(lora_a.to(device, torch.float32))
         self.lora_b = nn.Parameter(lora_b.to(device, torch.float32))
 
+    @property
+    def dropout_rate(self) -> float:
+        return self.config.dropout
+
     def forward(self, x: Shaped[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:
         dropout = self.config.dropout
         is_dropped = self.training and dropout > 0 and not isinstance(self.base, nn.Embedding)  # token ids are kept

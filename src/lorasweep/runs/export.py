@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from lorasweep.config.build import flatten
 from lorasweep.config.data import ChatConfig
 from lorasweep.config.method import PeftConfig
-from lorasweep.config.run import ModelConfig, RunConfig
+from lorasweep.config.run import ModelConfig, RunConfig, refuse_code
 from lorasweep.data.chat_template import digest_template, read_template
 from lorasweep.disk import require_new_folder
 from lorasweep.errors import ConfigError, RecordError, RunError, first_line
@@ -36,7 +36,6 @@ from lorasweep.record import RunRecord, read_run
 from lorasweep.runs.serving import describe_serving
 from lorasweep.training.restore import (
     check_kept_files,
-    refuse_code,
     restore_config,
     restore_model,
     restore_unquantised_base,
@@ -125,15 +124,8 @@ def _create_folder_atomically(out: Path) -> Iterator[Path]:
 
 def _check_request(config: RunConfig, *, format: ExportFormat, out: Path) -> None:
     method = config.method.name
-    if config.module is not None:
-        raise ConfigError(
-            f"a run must have a transformers model to be exported, but got your own {config.module.target!r}. "
-            "Use the weights in `best/` of the run's folder."
-        )
-    if config.method.trains_nothing:
-        raise ConfigError(
-            f"a run must have trained something to be exported, but got `method={method}`. Use {config.model.path!r}."
-        )
+    if (why := config.capabilities.exports) is not True:
+        raise ConfigError(f"a run must have trained a model of transformers to be exported, but not so: {why}")
     if format == "peft" and method not in ("lora", "peft"):
         raise ConfigError(
             f"`--format peft` must have a run of `method=lora` or `method=peft`, but got {method!r}. "

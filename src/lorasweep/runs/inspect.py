@@ -17,6 +17,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from lorasweep.config.method import LoraConfig
+from lorasweep.config.run import refuse_code
 from lorasweep.disk import csv_text, require_no_links, write_atomically
 from lorasweep.errors import RecordError
 from lorasweep.lora.layer_kinds import count_parameters, weight_to_matrix
@@ -25,7 +26,6 @@ from lorasweep.methods import METHODS, copy_sharing_weights, draw_head
 from lorasweep.record import read_run
 from lorasweep.training.restore import (
     check_kept_files,
-    refuse_code,
     restore_config,
     restore_model,
     restore_unquantised_base,

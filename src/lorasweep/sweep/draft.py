@@ -30,7 +30,8 @@ from lorasweep.sweep.definition.arms import Definition, read_definition
 from lorasweep.sweep.definition.overrides import SweepOverrides, Value
 from lorasweep.sweep.definition.sweep_file import MAX_NAME_CHARACTERS
 from lorasweep.sweep.power import TEST_PERCENTS, assess_power, describe_power
-from lorasweep.training.inputs import InputsCache, RunInputs
+from lorasweep.training.inputs import InputsCache
+from lorasweep.training.run_inputs import RunInputs
 from lorasweep.wording import format_count, format_share, join_words
 
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "sentiment", "score", "rating", "stars")
@@ -243,7 +244,7 @@ def _fill_template(path: Path, settings: Mapping[str, Any], of_sweep: Mapping[st
         f"The base has {format_count(parameters)} parameters. The data has {len(train):,} training sequences{named}.",
         *inputs.splits.notes,
     ]
-    others = [name for name in inputs.splits.task.metrics if name != inputs.splits.metric]
+    others = [name for name in inputs.data.objective.metrics if name != inputs.splits.metric]
     constant = inputs.splits.score_constant_answer(inputs.splits.validation).get("accuracy", 0.0)
     counts = getattr(train, "facts", {}).get("labels") or {"": len(train)}  # empty for numbers, none for text
     rarest = min(counts.values()) / len(train)

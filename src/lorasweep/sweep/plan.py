@@ -29,8 +29,9 @@ from lorasweep.config.compose import choose_evaluation_interval
 from lorasweep.config.run import STEPS_KEY, RunConfig
 from lorasweep.config.sweep import RayWorkers
 from lorasweep.data.batching import StepBatchSampler, choose_part
-from lorasweep.data.split import Batch, Split
+from lorasweep.data.split import Batch, Split, SplitFacts
 from lorasweep.errors import ConfigError, OutOfMemory, RunError
+from lorasweep.objectives.data_splits import DataSplits
 from lorasweep.record import RunRecord, describe_confirmation, read_run
 from lorasweep.sweep.controller.proposals import find_batch_start
 from lorasweep.sweep.controller.stopping import MIN_STEPS
@@ -39,11 +40,12 @@ from lorasweep.sweep.definition.confirm import count_confirm_runs, find_warnings
 from lorasweep.sweep.definition.packing import explain_bases, explain_solo_arms, plan_packing
 from lorasweep.sweep.machine import Machine, measure_machine
 from lorasweep.sweep.workers.worker import choose_slots, list_pack_arms
-from lorasweep.training.inputs import InputsCache, RunInputs
+from lorasweep.training.inputs import InputsCache
 from lorasweep.training.module import prepare_model
 from lorasweep.training.packs.pack import train_pack
 from lorasweep.training.packs.size import count_slot_bytes
 from lorasweep.training.run import train_run
+from lorasweep.training.run_inputs import RunInputs
 from lorasweep.training.run_log import RunFolder, RunRequest
 from lorasweep.wording import format_bytes, format_count, format_seconds_range
 
@@ -170,7 +172,7 @@ def _measure_group(
     num_steps = min(max(MIN_MEASURED_STEPS, int(MEASURED_TRAINING_S / measured_slots / slot_s)), MAX_MEASURED_STEPS)
     config = _shorten(largest, split=splits.train, num_steps=num_steps)
     measured = inputs
-    if config.module is None:  # a module reads its own data
+    if isinstance(splits, DataSplits):  # the loaders of a data module make whole epochs
         row_s = (
             assumed_token_s / 3 * float(splits.validation.lengths.double().mean())
         )  # a step has two backward products
@@ -217,11 +219,11 @@ def _measure_group(
     )
 
 
-def _mean_step_tokens(config: RunConfig, split: Split) -> float:
+def _mean_step_tokens(config: RunConfig, split: SplitFacts) -> float:
     return float(split.lengths.double().mean()) * config.trainer.batch_size
 
 
-def _shorten(config: RunConfig, *, split: Split, num_steps: int) -> RunConfig:
+def _shorten(config: RunConfig, *, split: SplitFacts, num_steps: int) -> RunConfig:
     """Returns a run of `num_steps` steps and one evaluation, in one process and without loggers."""
     data_order = choose_data_order(config, split=split, num_steps=num_steps)
     trainer = replace(config.trainer, max_steps=num_steps, eval_every_steps=num_steps, strategy="auto")
@@ -314,7 +316,7 @@ def _train_briefly(config: RunConfig, slots: int, *, is_pack: bool, inputs: RunI
     return BriefTraining(seconds, record, kept_bytes)
 
 
-def choose_data_order(config: RunConfig, *, split: Split, num_steps: int) -> int:
+def choose_data_order(config: RunConfig, *, split: SplitFacts, num_steps: int) -> int:
     """Returns a seed of the data order with which a few steps need about as much memory as a whole run.
 
     It is the seed whose first `num_steps` steps contain the largest step, in tokens. Enough seeds are tried to draw as
@@ -328,7 +330,7 @@ def choose_data_order(config: RunConfig, *, split: Split, num_steps: int) -> int
     return max(orders, key=lambda order: max(_count_step_tokens(order, split=split))).seeds.data_order
 
 
-def _count_step_tokens(config: RunConfig, *, split: Split) -> list[int]:
+def _count_step_tokens(config: RunConfig, *, split: SplitFacts) -> list[int]:
     """Returns the number of tokens of each step of a run."""
     settings = config.trainer
     steps = StepBatchSampler(

@@ -13,9 +13,8 @@ from typing import NamedTuple
 
 from lorasweep.config.data import SplitSettings
 from lorasweep.config.sweep import parse_margin
-from lorasweep.data.build_splits import DataSplits
-from lorasweep.data.split import BlockSplit, LabelledSplit
-from lorasweep.data.tasks import LANGUAGE_MODEL_METRICS
+from lorasweep.data.split import BlockSplit, LabelledSplit, Splits
+from lorasweep.objectives.next_tokens import NextTokens
 from lorasweep.report.evidence.estimates import UNBOUNDED, Estimate
 from lorasweep.report.evidence.questions import GROUP_FACTORS, POWER_SCORE, compute_level
 from lorasweep.sweep.definition.arms import Definition
@@ -128,7 +127,7 @@ class Power(NamedTuple):
         return f"{text} The margin is {100 * margin:.1f}, so the first question may stay open: {remedies[0]} would do."
 
 
-def assess_power(definition: Definition, splits: DataSplits) -> Power | None:
+def assess_power(definition: Definition, splits: Splits) -> Power | None:
     """Returns what a sweep can settle; None if it has no full fine-tuning, or if its metric's spread is not known."""
     questions, looks = list_questions(definition), definition.sweep_config.confirm.list_looks()
     if not any(question.name == "as_good_as_full" for question in questions) or max(looks, default=0) < 2:
@@ -142,7 +141,7 @@ def assess_power(definition: Definition, splits: DataSplits) -> Power | None:
         size = margin.value * (gain if margin.is_share_of_gain else 1.0)
         name = "examples" if len(sizes) == len(test) else "groups"
         unit = "points of accuracy (if full halves the errors of the majority class)"
-    elif isinstance(test, BlockSplit) and splits.metric in LANGUAGE_MODEL_METRICS:
+    elif isinstance(test, BlockSplit) and splits.metric in NextTokens.metrics:
         spreads, name, unit = TEXT_SPREADS, "documents", "% of full's gain (two recorded tasks)"
         size = margin.value if margin.is_share_of_gain else 0.0  # the gain is not known
         if not set(test.groups).isdisjoint(splits.train.groups):  # the test split has the ends of all documents
@@ -161,7 +160,7 @@ def assess_power(definition: Definition, splits: DataSplits) -> Power | None:
     )
 
 
-def describe_power(definition: Definition, splits: DataSplits) -> list[str]:
+def describe_power(definition: Definition, splits: Splits) -> list[str]:
     """Returns the sentences on what the test data and seeds can settle; empty if nothing can be said."""
     groups = set(splits.test().groups) if definition.sweep_config.confirm.list_looks() else set()
     if len(groups) == 1:

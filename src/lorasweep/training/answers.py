@@ -19,13 +19,13 @@ from lorasweep.config.components import find_function
 from lorasweep.config.data import AnswersConfig, AnswerScore, ChatConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import batch_by_length
-from lorasweep.data.split import CompletionSplit, Split, choose_evenly
+from lorasweep.data.split import CompletionSplit, SplitFacts, choose_evenly
 from lorasweep.disk import csv_text
 from lorasweep.errors import ConfigError, describe_error
 from lorasweep.models.pretrained import quiet_transformers
 from lorasweep.record import is_number
 from lorasweep.training.environment import get_device
-from lorasweep.training.inputs import RunInputs
+from lorasweep.training.run_inputs import RunInputs
 from lorasweep.wording import shorten
 
 MAX_PROMPT_CHARACTERS = 10_000
@@ -53,7 +53,7 @@ def get_answers(config: RunConfig) -> AnswersConfig | None:
     return answers if answers is not None and answers.score is not None else None
 
 
-def check_answers(config: RunConfig, split: Split, *, inputs: RunInputs) -> None:
+def check_answers(config: RunConfig, split: SplitFacts, *, inputs: RunInputs) -> None:
     """Raises ConfigError if the score of a reference, as an answer, is no number, or if no example can be answered.
 
     A user's function is called for one example, because a call may take long.
@@ -65,7 +65,7 @@ def check_answers(config: RunConfig, split: Split, *, inputs: RunInputs) -> None
         score(reference, reference, split.rows[index])
 
 
-def score_answers(model: nn.Module, split: Split, *, config: RunConfig, inputs: RunInputs) -> ScoredAnswers:
+def score_answers(model: nn.Module, split: SplitFacts, *, config: RunConfig, inputs: RunInputs) -> ScoredAnswers:
     """Answers examples of a split and scores the answers. Afterwards the model is in evaluation mode on its device.
 
     An error, such as one of the user's function, becomes the `problem` of the result, so that the run keeps its weights
@@ -139,7 +139,7 @@ def match_last_number(answer: str, reference: str, example: Any = None) -> float
     return float(found == wanted)
 
 
-def _choose_examples(config: RunConfig, split: Split) -> tuple[AnswersConfig, CompletionSplit, list[int]]:
+def _choose_examples(config: RunConfig, split: SplitFacts) -> tuple[AnswersConfig, CompletionSplit, list[int]]:
     """Returns the settings, the split, and the indices of the examples to answer, spread evenly over groups."""
     assert isinstance(config.data, ChatConfig)
     assert isinstance(split, CompletionSplit)

@@ -14,11 +14,10 @@ from lorasweep.data.batching import (
     build_evaluation_loader,
     build_loader,
 )
-from lorasweep.data.build_splits import DataSplits
 from lorasweep.data.split import Batch, move_batch
 from lorasweep.errors import ConfigError
-from lorasweep.training.inputs import share_inputs
-from lorasweep.training.restore import RunSettings, read_settings
+from lorasweep.objectives.data_splits import DataSplits
+from lorasweep.training.run_inputs import RunSettings, read_settings, share_inputs
 
 
 class DataModule(lightning.LightningDataModule):
@@ -53,7 +52,7 @@ class DataModule(lightning.LightningDataModule):
             self._eval_fraction = 1.0  # nobody scores the best weights on all examples after a user's own Trainer
             # The cache of inputs has weak references only. This reference lets a TrainingModule share the same inputs.
             self._inputs = share_inputs(self.config)
-            splits = self._inputs.splits
+            splits = self._inputs.data
         self.splits = splits
         self.accumulate = accumulate or self.config.trainer.accumulate
 

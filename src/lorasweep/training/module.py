@@ -1,13 +1,12 @@
 """The LightningModule of one run: the model that a method prepared, its loss, its metrics and its checkpoint.
 
-It works under any `lightning.Trainer`. The parts that only `lorasweep train` needs are in `callbacks`.
+It works under any `lightning.Trainer`. What only `lorasweep train` needs, such as the run's folder, is in `run.py`.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,23 +23,22 @@ from lorasweep.config.build import as_settings
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.data.split import Batch
-from lorasweep.data.tasks import EXAMPLE_FIELDS, Evaluation
 from lorasweep.errors import ConfigError, RecordError
-from lorasweep.lora.dropout import FunctionalDropout, drop_from_default_stream
 from lorasweep.lora.inject import replace_dropout
 from lorasweep.methods import METHODS
 from lorasweep.models.load import BaseModel
+from lorasweep.objectives import read_slot_settings
+from lorasweep.objectives.objective import EXAMPLE_FIELDS, Evaluation, ExampleScores
 from lorasweep.training.activation_checkpointing import checkpoint_activations, save_block_contexts
 from lorasweep.training.checkpoint import read_rng_state, restore_rng_state
 from lorasweep.training.data_module import DataModule
 from lorasweep.training.environment import fork_random_streams
 from lorasweep.training.fsdp import average_gradients, check_shardable, copy_trained_weights, shard_model
-from lorasweep.training.inputs import RunInputs, share_inputs
 from lorasweep.training.loggers import check_components
 from lorasweep.training.optim import check_optim, configure_optimizers
-from lorasweep.training.restore import RunSettings, read_settings
+from lorasweep.training.run_inputs import RunInputs, RunSettings, read_settings, share_inputs
+from lorasweep.training.step import add_slot_settings, compute_losses
 from lorasweep.training.telemetry import TrainingProgress
-from lorasweep.training.unpadded import unpadded
 
 
 class TrainingModule(lightning.LightningModule):
@@ -81,10 +79,10 @@ class TrainingModule(lightning.LightningModule):
         if in_own_trainer:
             self.config = replace(self.config, trainer=replace(self.config.trainer, precision=inputs.precision))
             check_run(self.config, inputs.base)
-        self.base, self.task = inputs.base, inputs.splits.task
+        self.base, self.objective = inputs.base, inputs.data.objective
         self.accumulate = accumulate or self.config.trainer.accumulate
         self.method = METHODS[self.config.method.name]
-        self.evaluation = Evaluation(self.task)
+        self.evaluation = Evaluation(self.objective)
         # in `lorasweep train`, `start_loggers` has already logged the settings
         self.save_hyperparameters({"config": as_settings(self.config)}, logger=in_own_trainer)
         self.progress = TrainingProgress()
@@ -152,15 +150,11 @@ class TrainingModule(lightning.LightningModule):
         self._step_began = time.perf_counter()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        layout = self.inputs.lay_out(batch, self.config.trainer, model=self.model)
-        is_compiled = self.config.trainer.compile  # packs do not compile
-        # functional dropout draws as in a pack
-        dropout = nullcontext() if is_compiled else FunctionalDropout(drop_from_default_stream)
-        with dropout, unpadded(self.model, layout):
-            share = self.task.losses(self.model, batch).sum() / batch["step_weight"]
+        losses, num_positions = compute_losses(self.model, batch, inputs=self.inputs, configs=[self.config])
+        share = losses[0]
         self._micro_losses.append(share.detach())
         self._micro_tokens += int(batch["num_tokens"])
-        self._micro_positions += batch["input_ids"].numel() if layout is None else layout.num_positions
+        self._micro_positions += num_positions
         # Each share is already divided by the weight of the whole step, so shares must be added up. Lightning averages
         # over micro-batches, and its strategies average over processes, which this factor reverses.
         return share * self.accumulate * self.trainer.world_size
@@ -203,7 +197,7 @@ class TrainingModule(lightning.LightningModule):
         self.clip_gradients(optimizer, gradient_clip_val=limit, gradient_clip_algorithm=gradient_clip_algorithm)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        scores = self.task.score(self.model, batch)
+        scores = self._score(batch)
         # If there are fewer examples than processes, some processes get an example that must not count.
         end = None if batch["num_tokens"] else 0
         self.evaluation.update(scores.map(lambda values: values[:end]))
@@ -218,19 +212,22 @@ class TrainingModule(lightning.LightningModule):
     def on_test_epoch_start(self) -> None:
         # the metric bits per byte needs the bytes of the test text, not of the validation text
         if (data := self._data_module()) is not None:
-            self.evaluation.task = data.splits.get_task(data.splits.test())
+            self.evaluation.objective = self.objective.for_split(data.splits.test())
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self.validation_step(batch, batch_idx)
 
     def on_test_epoch_end(self) -> None:
         self._log_evaluation("test")
-        self.evaluation.task = self.task
+        self.evaluation.objective = self.objective
 
     def predict_step(self, batch: Batch) -> dict[str, Tensor]:
         """Returns the `loss` of each example (a sum), its number of `items`, and the `prediction` of a classifier."""
-        rows = vars(self.task.score(self.model, batch))
+        rows = vars(self._score(batch))
         return {name: rows[name] for name in EXAMPLE_FIELDS if rows[name] is not None}
+
+    def _score(self, batch: Batch) -> ExampleScores:
+        return self.objective.score(self.model, add_slot_settings(batch, [self.config]))
 
     def _log_evaluation(self, split: str) -> dict[str, Tensor]:
         values = self.evaluation.compute()
@@ -304,5 +301,6 @@ def check_run(config: RunConfig, base: BaseModel) -> None:
     METHODS[config.method.name].check(base.model, config.method, new_head_names=base.new_head_names)
     check_optim(config)
     check_components(config)
+    read_slot_settings(config.objective)
     if config.trainer.is_sharded:
         check_shardable(base.model)

@@ -12,7 +12,8 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +25,30 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves  # see lora.fully_trained
-from torch.utils.data import DataLoader
 
 from lorasweep.config.components import Component, instantiate
 from lorasweep.config.data import ScoreMetric
-from lorasweep.config.run import LoggedMetric, RunConfig
-from lorasweep.data.build_splits import DataSplits
-from lorasweep.data.split import Batch, Split
-from lorasweep.data.tasks import Task
+from lorasweep.config.run import RunConfig
+from lorasweep.data.split import SplitFacts, Splits
 from lorasweep.disk import csv_text
 from lorasweep.errors import ConfigError
 from lorasweep.lora.layer_kinds import count_parameters
 from lorasweep.methods import METHODS, copy_sharing_weights
-from lorasweep.models.load import BaseModel, fingerprint_weights
+from lorasweep.methods.method import replace_parameters
+from lorasweep.models.load import BaseModel, Labels, fingerprint_weights
 from lorasweep.training.checkpoint import read_rng_state, restore_rng_state
-from lorasweep.training.environment import resolve_device
+from lorasweep.training.environment import resolve_device, resolve_precision
+from lorasweep.training.evaluation import ScoresOnTest
+from lorasweep.training.module import prepare_model
 from lorasweep.training.optim import configure_optimizers
 from lorasweep.training.processes import find_launch, quiet_lightning
-from lorasweep.training.telemetry import TrainingProgress
+from lorasweep.training.run_inputs import RunInputs
+from lorasweep.training.telemetry import Telemetry, TrainingProgress
+from lorasweep.training.workload import TrainerParts, Workload
 from lorasweep.wording import suggest_nearest
 
+DATA_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+"""Hooks of a data module that Lightning calls for each batch, if the class overrides them."""
 LOADER_METHODS = {"train": "train_dataloader", "validation": "val_dataloader", "test": "test_dataloader"}
 
 
@@ -62,9 +67,9 @@ def random_streams(*seeds: int) -> Iterator[None]:
 class SeededLoader:
     """A user's loader whose batches depend only on the seed and their number, not on what the model draws."""
 
-    loader: DataLoader[Any]
-    seed: int
-    count_read: Callable[[], int]
+    loader: Any
+    seed: int = 0
+    count_read: Callable[[], int] = lambda: 0
     """Returns how many batches were read before an epoch begins. A resumed run skips those of its current epoch."""
 
     def __len__(self) -> int:
@@ -82,7 +87,7 @@ class SeededLoader:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class OwnSplit(Split):
+class OwnSplit(SplitFacts):
     """The size of a split of the user's data module, whose loaders make the batches. Each example counts as a token."""
 
     num_examples: int
@@ -95,40 +100,49 @@ class OwnSplit(Split):
     def weights(self) -> Tensor:
         return self.lengths.float()
 
-    def batch(self, indices: Sequence[int]) -> Batch:
-        raise NotImplementedError
-
     def describe(self) -> dict[str, Any]:
         return {"examples": self.num_examples, "fingerprint": self.fingerprint}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class OwnSplits(DataSplits):
+class OwnSplits(Splits):
     """The user's data module, and the metric that the user's module logs."""
 
-    task: Task = None  # type: ignore[assignment]  # the module has its own loss and metrics
     data_module: LightningDataModule
-    score: ScoreMetric
-
-    @property
-    def score_metric(self) -> ScoreMetric:
-        return self.score
-
-    def seed_loaders(self, seed: int) -> LightningDataModule:
-        """Returns the data module. The seed decides the order of its training data, also after a run was resumed."""
-        data, own = self.data_module, type(self.data_module)
-
-        def load(name: str) -> SeededLoader:
-            is_train, loader = name == "train", getattr(own, LOADER_METHODS[name])(data)
-            count = (lambda: data.trainer.global_step) if is_train else (lambda: 0)  # type: ignore[union-attr]
-            return SeededLoader(loader=loader, seed=seed if is_train else 0, count_read=count)
-
-        for name, method in LOADER_METHODS.items():
-            setattr(data, method, functools.partial(load, name))
-        return data
+    """Set up once for all runs."""
 
 
-def read_own_data(config: RunConfig) -> OwnSplits:
+class SeededData(LightningDataModule):
+    """The user's data module with repeatable loaders. The seed decides the order of its training data.
+
+    The Trainer does not set up the user's data module again, which could draw other splits.
+    """
+
+    def __init__(self, data: LightningDataModule, *, seed: int) -> None:
+        super().__init__()
+        self.data, self.seed = data, seed
+        for hook in DATA_HOOKS:
+            setattr(self, hook, getattr(data, hook))
+
+    def setup(self, stage: str) -> None:
+        self.data.trainer = self.trainer
+
+    def train_dataloader(self) -> SeededLoader:
+        # also after a run was resumed, which skips the batches of earlier steps
+        def count_steps() -> int:
+            return 0 if self.trainer is None else self.trainer.global_step
+
+        return SeededLoader(loader=self.data.train_dataloader(), seed=self.seed, count_read=count_steps)
+
+    def val_dataloader(self) -> SeededLoader:
+        return SeededLoader(loader=self.data.val_dataloader())
+
+    def test_dataloader(self) -> SeededLoader:
+        return SeededLoader(loader=self.data.test_dataloader())
+
+
+@functools.lru_cache(maxsize=1)  # modules with other arguments have the same data
+def read_own_data(component: Component, score: ScoreMetric, *, batch_size: int) -> OwnSplits:
     """Creates the data module of `datamodule._target_` and sets it up, once and with the same seed for all runs.
 
     Errors of the data module's own code are raised as they are, with its traceback.
@@ -136,23 +150,15 @@ def read_own_data(config: RunConfig) -> OwnSplits:
     Raises:
         ConfigError: It is no LightningDataModule, or has a loader that runs can't be compared on.
     """
-    assert config.datamodule is not None
-    return _read_data(config.datamodule, config.metric, batch_size=config.trainer.batch_size)
-
-
-@functools.lru_cache(maxsize=1)  # modules with other arguments have the same data
-def _read_data(component: Component, metric: LoggedMetric, *, batch_size: int) -> OwnSplits:
     with random_streams(0):
         data = instantiate(component, key="datamodule", expected=LightningDataModule)
         data.prepare_data()
         data.setup("fit")
-    setup = data.setup
-    data.prepare_data = data.setup = lambda *_, **__: None  # type: ignore  # the Trainer would draw other splits
 
     @functools.cache
     def read_test() -> OwnSplit:
         with random_streams(0):
-            setup("test")
+            data.setup("test")
         return _read_split(data, "test")
 
     train, validation = (_read_split(data, name) for name in ("train", "validation"))
@@ -161,17 +167,12 @@ def _read_data(component: Component, metric: LoggedMetric, *, batch_size: int) -
         raise ConfigError(
             f"`trainer.batch_size` must be {found}, as in the training loader of `datamodule`, but got {batch_size}."
         )
-    assert metric.name is not None
-    assert metric.direction is not None
-    score = ScoreMetric(name=metric.name, direction=metric.direction)
-    return OwnSplits(
-        train=train, validation=validation, test=read_test, metric=score.name, data_module=data, score=score
-    )
+    return OwnSplits(train=train, validation=validation, test=read_test, score_metric=score, data_module=data)
 
 
 def _read_split(data: LightningDataModule, name: str) -> OwnSplit:
     """Returns the size of a split and the fingerprint of its first batch."""
-    loader: Any = getattr(type(data), LOADER_METHODS[name])(data)
+    loader: Any = getattr(data, LOADER_METHODS[name])()
     try:
         num_examples, num_batches = len(loader.dataset), len(loader)
     except (TypeError, AttributeError):
@@ -182,7 +183,7 @@ def _read_split(data: LightningDataModule, name: str) -> OwnSplit:
             f"but got {type(loader).__name__}."
         )
     digest = hashlib.sha256(str(num_examples).encode())
-    for leaf in tree_leaves(next(iter(SeededLoader(loader=loader, seed=0, count_read=lambda: 0)))):
+    for leaf in tree_leaves(next(iter(SeededLoader(loader=loader)))):
         is_tensor = isinstance(leaf, Tensor)
         digest.update(leaf.cpu().flatten().view(torch.uint8).numpy().tobytes() if is_tensor else repr(leaf).encode())
     return OwnSplit(name=name, fingerprint=digest.hexdigest()[:16], num_examples=num_examples)
@@ -214,19 +215,73 @@ def build_module(config: RunConfig) -> LightningModule:
     return module
 
 
-def load_own_base(config: RunConfig) -> BaseModel:
-    """Returns the user's module as a base, with frozen parameters."""
-    module = build_module(config).requires_grad_(False).train(False)
-    assert config.module is not None
-    return BaseModel(
-        model=module,
-        tokenizer=None,  # type: ignore[arg-type]  # the user's data module reads the data
-        path=config.module.target,
-        fingerprint=fingerprint_weights(module, exclude=config.module.new_modules),
-        num_parameters=count_parameters(module),
-        kind=config.model.kind,
-        new_head_names=config.module.new_modules,
-    )
+class OwnModule(Workload):
+    """A user's LightningModule and LightningDataModule."""
+
+    cuts_batches = False  # the user's loader makes whole batches
+    num_epochs = -1
+
+    def load_base(self, config: RunConfig, *, dtype: torch.dtype, labels: Labels | None) -> BaseModel:
+        """Returns the user's module as a base, with frozen parameters, in its own dtype."""
+        module = build_module(config).requires_grad_(False).train(False)
+        assert config.module is not None
+        return BaseModel(
+            model=module,
+            tokenizer=None,  # type: ignore[arg-type]  # the user's data module reads the data
+            path=config.module.target,
+            fingerprint=fingerprint_weights(module, exclude=config.module.new_modules),
+            num_parameters=count_parameters(module),
+            kind=config.model.kind,
+            new_head_names=config.module.new_modules,
+        )
+
+    def load(self, config: RunConfig, *, telemetry: Telemetry) -> RunInputs:
+        """Also tries both evaluations on one batch of the base, so that a wrong module does not fail hours later.
+
+        Errors of the module's own code are raised as they are, with its traceback.
+
+        Raises:
+            ConfigError: The module or the data can't be used, or the steps do not log the metric.
+        """
+        name, direction = config.metric.name, config.metric.direction
+        assert config.datamodule is not None
+        assert name is not None
+        assert direction is not None
+        metric = ScoreMetric(name=name, direction=direction)
+        data = read_own_data(config.datamodule, metric, batch_size=config.trainer.batch_size)
+        precision, base = resolve_precision(config.trainer), self.load_base(config, dtype=torch.float32, labels=None)
+        inputs = RunInputs(base=base, splits=data, precision=precision, always_autocasts=True, telemetry=telemetry)
+        module = copy_sharing_weights(base.model)
+        _evaluate(module, config=config, inputs=inputs, step="validate", num_batches=1)
+        self.score_test(module, config=config, inputs=inputs, num_batches=1)
+        return inputs
+
+    def build_parts(self, config: RunConfig, inputs: RunInputs, *, accumulate: int) -> TrainerParts:
+        module, base = build_module(config), inputs.base
+        replace_parameters(module, dict(zip(module.parameters(), base.model.parameters(), strict=True)))
+        prepared = prepare_model(config, replace(base, model=module))
+        assert isinstance(prepared, LightningModule)
+        training = OwnModuleRun(config, base, module=prepared)
+        data = SeededData(_get_data(inputs), seed=config.seeds.data_order)
+        return TrainerParts(prepared, data, training, (training,))
+
+    def score_test(
+        self, model: nn.Module, *, config: RunConfig, inputs: RunInputs, num_batches: int | None = None
+    ) -> ScoresOnTest:
+        """Returns the metric under its name on validation data, and the scores that `record_scores` got.
+
+        Errors as in `load`.
+        """
+        inputs.splits.test()
+        recorded: list[tuple[float, Any]] = []
+        token = _RECORDED.set(recorded)
+        try:
+            score = _evaluate(model, config=config, inputs=inputs, step="test", num_batches=num_batches)
+        finally:
+            _RECORDED.reset(token)
+        rows = [(n, score, 1, n if group is None else group) for n, (score, group) in enumerate(recorded)]
+        lines = csv_text(("row", "score", "weight", "group"), rows) if rows else None
+        return ScoresOnTest({inputs.splits.metric: score}, lines, {})
 
 
 class OwnModuleRun(lightning.Callback):
@@ -291,47 +346,22 @@ class OwnModuleRun(lightning.Callback):
         restore_rng_state(checkpoint["torch_stream"], trainer.strategy.root_device)
 
 
-def check_steps(config: RunConfig, base: BaseModel, splits: OwnSplits, *, precision: Any) -> None:
-    """Tries both evaluations on one batch of the base, so that a wrong module does not fail hours later.
-
-    Errors of the module's own code are raised as they are, with its traceback.
-
-    Raises:
-        ConfigError: The steps do not log the metric.
-    """
-    module: Any = copy_sharing_weights(base.model)
-    _evaluate(config, module, splits, step="validate", precision=precision, num_batches=1)
-    score_on_test(config, module, splits, precision=precision, num_batches=1)
+def _get_data(inputs: RunInputs) -> LightningDataModule:
+    assert isinstance(inputs.splits, OwnSplits)
+    return inputs.splits.data_module
 
 
-def score_on_test(
-    config: RunConfig, module: Any, splits: OwnSplits, *, precision: Any, num_batches: int | None = None
-) -> tuple[dict[str, float], str | None]:
-    """Returns the metric on test data under its name on validation data, and CSV lines `row,score,weight,group`.
-
-    The lines have the scores that `record_scores` got; None if it was not called. Errors as in `check_steps`.
-    """
-    splits.test()
-    _recorded.clear()
-    values = {
-        splits.metric: _evaluate(config, module, splits, step="test", precision=precision, num_batches=num_batches)
-    }
-    rows = [(n, score, 1, n if group is None else group) for n, (score, group) in enumerate(_recorded)]
-    return values, csv_text(("row", "score", "weight", "group"), rows) if rows else None
-
-
-def _evaluate(
-    config: RunConfig, module: LightningModule, splits: OwnSplits, *, step: str, precision: Any, num_batches: int | None
-) -> float:
+def _evaluate(module: Any, *, config: RunConfig, inputs: RunInputs, step: str, num_batches: int | None) -> float:
+    wanted = inputs.splits.metric
     # `test_acc` for `val_acc`, and `test/loss` for `validation/loss`
-    test_name = re.sub(r"^val(id(ation)?)?(?=[^a-z]|$)", "test", splits.metric)
-    metric = test_name if step == "test" else splits.metric
+    test_name = re.sub(r"^val(id(ation)?)?(?=[^a-z]|$)", "test", wanted)
+    metric = test_name if step == "test" else wanted
     with quiet_lightning(), random_streams(0):
         trainer = lightning.Trainer(
             accelerator=resolve_device(config.trainer),
             devices=1,
             plugins=[find_launch(config.trainer).environment],
-            precision=precision,
+            precision=inputs.lightning_precision(config),
             logger=False,
             limit_val_batches=num_batches,
             limit_test_batches=num_batches,
@@ -340,20 +370,20 @@ def _evaluate(
             enable_model_summary=False,
             inference_mode=False,  # other runs train on the same weights
         )
-        getattr(trainer, step)(module, datamodule=splits.seed_loaders(0), verbose=False)
+        getattr(trainer, step)(module, datamodule=SeededData(_get_data(inputs), seed=0), verbose=False)
     module.cpu()
     logged = trainer.callback_metrics
     if metric not in logged:
         hook = "test_step" if step == "test" else "validation_step"
         raise ConfigError(
-            f"`metric.name={splits.metric}` needs a module whose `{hook}` logs {metric!r} with `self.log`, but it logs "
+            f"`metric.name={wanted}` needs a module whose `{hook}` logs {metric!r} with `self.log`, but it logs "
             f"{', '.join(sorted(logged)) or 'nothing'}."
         )
     return float(logged[metric])
 
 
-_recorded: list[tuple[float, Any]] = []
-"""Score and group of each example since the evaluation on test data began."""
+_RECORDED: ContextVar[list[tuple[float, Any]] | None] = ContextVar("recorded", default=None)
+"""Score and group of each example so far, inside an evaluation on test data."""
 
 
 def record_scores(values: Tensor | Sequence[float], groups: Sequence[Any] | None = None) -> None:
@@ -364,4 +394,5 @@ def record_scores(values: Tensor | Sequence[float], groups: Sequence[Any] | None
         groups: The group of each example, if examples depend on each other, such as the images of one patient.
     """
     scores = torch.as_tensor(values).detach().double().flatten().tolist()
-    _recorded.extend(zip(scores, [None] * len(scores) if groups is None else groups, strict=True))
+    if (recorded := _RECORDED.get()) is not None:  # None in a Trainer of the user's own
+        recorded.extend(zip(scores, [None] * len(scores) if groups is None else groups, strict=True))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,37 +14,13 @@ from lorasweep.config.run import RunConfig
 from lorasweep.disk import require_regular_file
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.methods import METHODS, copy_sharing_weights
-from lorasweep.models.load import BaseModel, Labels, load_base
+from lorasweep.models.load import BaseModel, Labels
 from lorasweep.record import RunRecord, compute_sha256
 from lorasweep.training.environment import DTYPES
-from lorasweep.training.own_module import load_own_base
+from lorasweep.training.inputs import get_workload
 
-RunSettings: TypeAlias = RunConfig | Sequence[str] | Mapping[str, Any]
-"""Settings of a run: a `RunConfig`, the arguments of `lorasweep train` (`["method.rank=8"]`), or a nested mapping."""
 CHANGEABLE_SETTINGS = {f"trainer.{name}" for name in ("strategy", "devices", "num_nodes", "device", "progress")}
 """Settings that may change when a run resumes, because they do not change what it learns."""
-
-
-def read_settings(given: RunSettings, *, trust: bool = False) -> RunConfig:
-    """Returns the settings of a run.
-
-    Args:
-        given: Settings in one of three forms. A nested mapping may come from a checkpoint of an unknown author.
-        trust: Whether code that a nested mapping names may run.
-
-    Raises:
-        ConfigError: A key or value is wrong, or the settings name code and `trust` is False.
-    """
-    if isinstance(given, RunConfig):
-        return given
-    if isinstance(given, Mapping):
-        config = build(RunConfig, given)
-        refuse_code(config, trust=trust)
-        return config
-    from lorasweep.config.command_line import parse_overrides  # noqa: PLC0415 (Hydra is slow to start)
-    from lorasweep.config.compose import compose_run  # noqa: PLC0415 (Hydra is slow to start)
-
-    return compose_run(parse_overrides(given))
 
 
 def restore_config(record: RunRecord) -> RunConfig:
@@ -59,22 +34,6 @@ def restore_config(record: RunRecord) -> RunConfig:
             f"`config` in a run's record must have the settings of this version of lorasweep, but: {error} "
             "Use the version that `code` in the record names."
         ) from error
-
-
-def refuse_code(config: RunConfig, *, trust: bool) -> None:
-    """Refuses to load a model whose settings name code, because whoever wrote the files may be unknown.
-
-    Commands that train do not ask: to run somebody's settings is to run their code.
-    """
-    if trust:
-        return
-    module = None if config.module is None else config.module.target
-    for key, value in {"model.trust_remote_code": config.model.trust_remote_code, "module._target_": module}.items():
-        if value:
-            raise ConfigError(
-                f"`{key}` of a recorded run must not name code, but got {value!r}. If you trust "
-                "the author, add `--trust` to the command, or `trust=True` in Python."
-            )
 
 
 def check_same_run(record: RunRecord, config: RunConfig) -> None:
@@ -133,9 +92,7 @@ def _load_recorded_base(record: RunRecord, config: RunConfig) -> BaseModel:
             f"`platform.precision` and `base.labels` in a run's record must be as the run wrote them, but: {error!r}. "
             "Restore the file."
         ) from error
-    if config.module is not None:
-        return load_own_base(config)
-    return load_base(config.model, dtype=dtype, labels=labels)
+    return get_workload(config).load_base(config, dtype=dtype, labels=labels)
 
 
 def restore_model(config: RunConfig, base: BaseModel, *, folder: Path) -> nn.Module:

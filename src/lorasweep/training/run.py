@@ -7,7 +7,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import Diverged, OutOfMemory
-from lorasweep.methods.method import replace_parameters
 from lorasweep.record import RunRecord, RunStatus, read_run
 from lorasweep.training.checkpoint import (
     FoundCheckpoint,
@@ -29,7 +28,6 @@ from lorasweep.training.checkpoint import (
     remove_older_checkpoints,
     save_checkpoint,
 )
-from lorasweep.training.data_module import DataModule
 from lorasweep.training.environment import deterministic_algorithms, resolve_device
 from lorasweep.training.failures import (
     choose_error_to_raise,
@@ -38,10 +36,8 @@ from lorasweep.training.failures import (
     pop_failed_micro_batches,
     status_after,
 )
-from lorasweep.training.inputs import RunInputs, check_batch_memory, describe_batching
+from lorasweep.training.inputs import check_batch_memory, describe_batching, get_workload
 from lorasweep.training.loggers import build_callbacks, finish_loggers, start_loggers
-from lorasweep.training.module import TrainingModule, prepare_model
-from lorasweep.training.own_module import OwnModuleRun, OwnSplits, build_module
 from lorasweep.training.processes import (
     build_strategy,
     find_launch,
@@ -50,8 +46,10 @@ from lorasweep.training.processes import (
     require_same_on_processes,
     run_on_first,
 )
+from lorasweep.training.run_inputs import RunInputs
 from lorasweep.training.run_log import Metrics, RunFolder, RunLog, find_run_end, open_record
 from lorasweep.training.score import score_best_weights
+from lorasweep.training.workload import Training
 
 OnEvaluation = Callable[[int, Metrics], str | None]
 """`on_evaluation(step, metrics)` gets all metrics of an evaluation. Returns why the run must stop, or None."""
@@ -111,8 +109,7 @@ def train_run(
         except OutOfMemory:
             record = read_run(run_folder.path)
             micro_batches = int(record.batching.get("micro_batches", 1))
-            # the loader of a user's module makes whole batches
-            can_cut = config.module is None and micro_batches < config.trainer.batch_size
+            can_cut = get_workload(config).cuts_batches and micro_batches < config.trainer.batch_size
             if group.world_size > 1 or not can_cut or not record.steps_planned:
                 raise
             too_large.append(micro_batches)
@@ -144,8 +141,7 @@ class LightningRun(lightning.Callback):
     stop_requested: Callable[[], bool]
     run_log: RunLog | None = None
     """Writes the run's folder. Only the first process has a log."""
-    module: TrainingModule | OwnModuleRun = field(init=False)
-    """The module that trains, or the wrapper of the user's own module."""
+    training: Training = field(init=False)
     logged_step: int = 0
     """Last logged step. Initially the step at which the training begins or resumes."""
     lr: float = 0.0
@@ -230,27 +226,15 @@ class LightningRun(lightning.Callback):
     def _train(self, record: RunRecord, *, checkpoint: Path | None) -> tuple[RunStatus, str | None]:
         config, inputs = self.config, self.inputs
         accumulate = int(record.batching["micro_batches"])
-        module: lightning.LightningModule
-        data: lightning.LightningDataModule
         # At the end of an evaluation Lightning calls them in this order. The user's callbacks come first, because our
-        # checkpoint keeps their state.
+        # checkpoint keeps their state. This object comes last, because it reads values of the others.
         callbacks = build_callbacks(config)
-        if isinstance(inputs.splits, OwnSplits):
-            module = build_module(config)
-            replace_parameters(module, dict(zip(module.parameters(), inputs.base.model.parameters(), strict=True)))
-            prepared = prepare_model(config, replace(inputs.base, model=module))
-            assert isinstance(prepared, lightning.LightningModule)
-            module, self.module = prepared, OwnModuleRun(config, inputs.base, module=prepared)
-            data = inputs.splits.seed_loaders(config.seeds.data_order)
-            callbacks.append(self.module)  # before this object, which reads its values
-        else:
-            module = self.module = TrainingModule(config, inputs=inputs, accumulate=accumulate)
-            data = DataModule(config, splits=inputs.splits, accumulate=accumulate)
+        module, data, self.training, more = get_workload(config).build_parts(config, inputs, accumulate=accumulate)
         loggers = start_loggers(config, self.run_folder.path, is_first_process=self.group.is_global_zero)
         status: RunStatus = "complete"
         try:
             with quiet_lightning(), deterministic_algorithms(config.trainer.deterministic):
-                trainer = self._build_trainer(accumulate, [*callbacks, self], loggers)
+                trainer = self._build_trainer(accumulate, [*callbacks, *more, self], loggers)
                 try:
                     if record.steps_planned:
                         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
@@ -299,7 +283,7 @@ class LightningRun(lightning.Callback):
             precision=self.inputs.lightning_precision(config),
             logger=loggers or False,
             callbacks=callbacks,
-            max_epochs=1 if config.module is None else -1,  # our own data is one epoch
+            max_epochs=get_workload(config).num_epochs,
             max_steps=settings.max_steps,
             val_check_interval=settings.eval_every_steps * accumulate,
             check_val_every_n_epoch=None,
@@ -318,9 +302,9 @@ class LightningRun(lightning.Callback):
         return trainer
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self.counted_tokens = self.module.progress.tokens  # the tokens of the steps before the resume
+        self.counted_tokens = self.training.progress.tokens  # the tokens of the steps before the resume
         if self.run_log is not None:
-            self.run_log.progress = self.module.progress
+            self.run_log.progress = self.training.progress
             self.run_log.note_trained(sum(p.numel() for p in pl_module.parameters() if p.requires_grad))
 
     def on_train_batch_start(
@@ -343,7 +327,7 @@ class LightningRun(lightning.Callback):
         if step > self.logged_step:
             self.logged_step = step
             if self.run_log is not None:
-                self.run_log.note_step(step, self.module.step_losses, self.lr)
+                self.run_log.note_step(step, self.training.step_losses, self.lr)
         ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         # A run can't stop between a step and its evaluation: a resumed run assumes that a checkpoint of this step was
         # written after the evaluation. `on_validation_end` then checks for the stop request.
@@ -360,11 +344,11 @@ class LightningRun(lightning.Callback):
         """Writes and reports the evaluation, and stops if the run ends or is asked to stop."""
         self.inputs.telemetry.switch("saving")
         self.evaluated_step = trainer.global_step
-        step, metrics, whole_model = trainer.global_step, self.module.get_metrics(), self.module.whole_model()
+        step, metrics, whole_model = trainer.global_step, self.training.get_metrics(), self.training.whole_model()
 
         def write_and_report() -> tuple[RunStatus, str | None] | None:
             assert self.run_log is not None
-            save = functools.partial(self.module.save_weights, whole_model)
+            save = functools.partial(self.training.save_weights, whole_model)
             self.run_log.write_evaluation(step, metrics, save=save)
             stop_reason = self.on_evaluation(step, metrics)
             record = self.run_log.record
@@ -398,9 +382,9 @@ class LightningRun(lightning.Callback):
 
     def _flush(self) -> None:
         """Counts the tokens since the last flush, and writes the steps on the first process."""
-        progress = self.module.progress
+        progress = self.training.progress
         began = time.perf_counter()
-        self.module.step_losses.cpu()  # waits for the device, which still counts as training
+        self.training.step_losses.cpu()  # waits for the device, which still counts as training
         progress.train_s += time.perf_counter() - began
         self.inputs.telemetry.add_tokens(progress.tokens - self.counted_tokens)
         self.counted_tokens = progress.tokens

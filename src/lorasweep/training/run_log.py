@@ -45,7 +45,7 @@ from lorasweep.training.environment import (
     peak_memory_bytes,
     resolve_device,
 )
-from lorasweep.training.inputs import RunInputs
+from lorasweep.training.run_inputs import RunInputs
 from lorasweep.training.telemetry import TrainingProgress
 
 Metrics = dict[str, float]

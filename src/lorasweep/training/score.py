@@ -8,22 +8,15 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
-
-import torch
-from lightning import LightningModule
-from torch import nn
 
 from lorasweep.config.build import as_settings
 from lorasweep.config.run import RunConfig
-from lorasweep.data.batching import EvaluationSampler, choose_part
-from lorasweep.data.build_splits import DataSplits
-from lorasweep.data.split import LabelledSplit, Split, move_batch, repeat_batch
-from lorasweep.data.tasks import EXAMPLE_FIELDS, Classification, Evaluation, ExampleScores, Task, read_metrics
-from lorasweep.disk import csv_text, write_atomically
+from lorasweep.data.batching import choose_part
+from lorasweep.disk import write_atomically
 from lorasweep.errors import RecordError
 from lorasweep.methods import copy_sharing_weights
 from lorasweep.methods.base_weights import find_output_layer
+from lorasweep.objectives.data_splits import DataSplits
 from lorasweep.record import (
     ANSWERS_FILE,
     RETAINED_SCORES_FILE,
@@ -36,18 +29,12 @@ from lorasweep.record import (
 )
 from lorasweep.training.answers import get_answers, score_answers
 from lorasweep.training.environment import fork_random_streams, get_device
+from lorasweep.training.evaluation import evaluate_model, score_split
 from lorasweep.training.failures import convert_memory_errors
-from lorasweep.training.inputs import RunInputs
-from lorasweep.training.own_module import OwnSplits, score_on_test
+from lorasweep.training.inputs import get_workload
 from lorasweep.training.restore import restore_config, restore_model
+from lorasweep.training.run_inputs import RunInputs
 from lorasweep.training.run_log import RunFolder, check_score
-
-
-class Scores(NamedTuple):
-    """Every metric of a model on a split, and the scores of its examples in the order of the split."""
-
-    values: dict[str, float]
-    examples: ExampleScores
 
 
 def score_run(
@@ -68,15 +55,10 @@ def score_run(
     if record.test:
         return record
     config = restore_config(record)
-    split, unpredicted = inputs.splits.test(), list[str]()
+    split = inputs.splits.test()
     model = restore_model(config, inputs.base, folder=folder / "best")
     with convert_memory_errors():
-        if isinstance(inputs.splits, OwnSplits):
-            assert isinstance(model, LightningModule)
-            precision = inputs.lightning_precision(config)
-            values, lines = score_on_test(config, model, inputs.splits, precision=precision)
-        else:
-            values, lines, unpredicted = _score_on_split(model, inputs.splits, config=config, inputs=inputs)
+        values, lines, facts = get_workload(config).score_test(model, config=config, inputs=inputs)
         files = {TEST_SCORES_FILE: lines}
         if get_answers(config) is not None:
             answered = score_answers(model, split, config=config, inputs=inputs)
@@ -84,7 +66,7 @@ def score_run(
             record.answers[split.name] = answered.facts
             model.cpu()
         for name, splits in retained.items():
-            found = _score_on_split(model, splits, config=config, inputs=inputs)
+            found = score_split(model, splits, config=config, inputs=inputs)
             record.retained[name], files[RETAINED_SCORES_FILE.format(name)], _ = found
             record.data[f"retained-{name}"] = splits.describe(splits.test())
     for file, lines in files.items():
@@ -92,7 +74,7 @@ def score_run(
             write_atomically(folder / file, lines)
             size, sha256 = (folder / file).stat().st_size, compute_sha256(folder / file)
             record.files[file] = {"bytes": size, "sha256": sha256}
-    record.data[split.name] = inputs.splits.describe(split) | ({"unpredicted": unpredicted} if unpredicted else {})
+    record.data[split.name] = inputs.splits.describe(split) | facts
     record.notes += [note for note in split.notes if note not in record.notes]
     record.test = values
     write_record(record, folder)  # last, because a record with test scores is not scored again
@@ -117,7 +99,8 @@ def score_best_weights(config: RunConfig, record: RunRecord, folder: Path, *, in
     with fork_random_streams(get_device(config.trainer)):
         model = restore_model(config, inputs.base, folder=folder / "best")
         if is_part:
-            values, _ = evaluate_model(model, split, task=inputs.splits.task, config=config, inputs=inputs)
+            data = inputs.data
+            values, _ = evaluate_model(model, data.validation, objective=data.objective, config=config, inputs=inputs)
             check_score(values, metric=record.metric, step=int(record.best["step"]))
             record.best = {"step": record.best["step"], **values}
         if is_answered:
@@ -137,35 +120,6 @@ def write_base_answers(folder: Path, config: RunConfig, *, inputs: RunInputs) ->
         lines = score_answers(model, inputs.splits.test(), config=config, inputs=inputs).lines
         model.cpu()
         write_atomically(file, lines or "")  # also without answers, so that they are not tried again
-
-
-def _score_on_split(
-    model: nn.Module, splits: DataSplits, *, config: RunConfig, inputs: RunInputs
-) -> tuple[dict[str, float], str | None, list[str]]:
-    """Returns every metric on the test split, CSV lines `row,score,weight,group`, and labels that no example gets.
-
-    The lines are None if the metric is not the weighted mean of scores. For perplexity, a score is the loss of an
-    example, and the metric is the exponential of the mean.
-    """
-    split, metric = splits.test(), splits.metric
-    task = splits.get_task(split)
-    values, examples = evaluate_model(model, split, task=task, config=config, inputs=inputs)
-    model.cpu()
-    unpredicted = []
-    if isinstance(task, Classification) and isinstance(split, LabelledSplit):
-        names = list(split.facts["labels"])
-        unpredicted = [names[index] for index in task.find_unpredicted(examples)]
-    per_example = task.per_example(metric, examples)
-    if per_example is None:
-        return values, None, unpredicted
-    scores, weights = (column.double().cpu() for column in per_example)
-    mean = (scores * weights).sum() / weights.sum()
-    implied = mean.exp() if metric == "perplexity" else mean
-    if not torch.isclose(implied, torch.tensor(values[metric], dtype=torch.float64), rtol=1e-6, atol=1e-9):
-        return values, None, unpredicted  # for example if class weights change the loss and not the metric
-    groups = split.groups or tuple(map(str, range(len(split))))
-    columns = range(len(scores)), scores.tolist(), weights.tolist(), groups
-    return values, csv_text(("row", "score", "weight", "group"), zip(*columns, strict=True)), unpredicted
 
 
 def copy_base_run(config: RunConfig, run_folder: RunFolder, *, inputs: RunInputs) -> RunRecord | None:
@@ -193,34 +147,3 @@ def copy_base_run(config: RunConfig, run_folder: RunFolder, *, inputs: RunInputs
                 write_record(record, path)  # last, because a record that is complete does not run again
                 return record
     return None
-
-
-def evaluate_model(model: nn.Module, split: Split, *, task: Task, config: RunConfig, inputs: RunInputs) -> Scores:
-    """Evaluates a prepared model on every example of a split, in the precision and batch size of its run.
-
-    `task` must be the task of the split (`DataSplits.get_task`). Afterwards the model is on the run's device and in
-    evaluation mode. Draws no random numbers.
-    """
-    batches = EvaluationSampler(split, batch_size=config.trainer.eval_batch_size)
-    model.to(get_device(config.trainer))
-    with inputs.autocast(config):
-        [evaluation] = evaluate_slots(model, split, batches, task=task)
-    [values] = read_metrics([evaluation.compute()])
-    by_example = torch.tensor(batches.order).argsort()  # back to the order of the split; batches are sorted by length
-    return Scores(values, evaluation.examples.map(lambda values: values.cpu()[by_example], names=EXAMPLE_FIELDS))
-
-
-@torch.no_grad()
-def evaluate_slots(
-    model: nn.Module, split: Split, batches: EvaluationSampler, *, task: Task, slots: int = 1
-) -> list[Evaluation]:
-    """Evaluates a model, or each slot of a packed model, on a split. Afterwards the model is in evaluation mode."""
-    device = next(model.parameters()).device
-    evaluations = [Evaluation(task, sync_on_compute=False) for _ in range(slots)]  # in this process alone
-    model.eval()
-    for micro in batches:
-        batch = repeat_batch(move_batch(split.batch(micro.indices), device), slots=slots)
-        scores = task.score(model, batch)
-        for slot, evaluation in enumerate(evaluations):
-            evaluation.update(scores.select_slot(slot, slots=slots))
-    return evaluations

@@ -24,7 +24,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lorasweep.data.split import NON_MODEL_KEYS, Batch, move_tensor
+from lorasweep.data.split import Batch, move_tensor, select_model_inputs
 from lorasweep.models.attention import IMPLEMENTATIONS, has_attention_dropout
 
 ATTENTION_CHUNKS = 4
@@ -215,10 +215,12 @@ def drops_attention(model: nn.Module) -> bool:
     return settings._attn_implementation == "eager" and has_attention_dropout(model)
 
 
+def ignore_lengths(lengths: Sequence[int]) -> None:
+    """Is the `NoteLengths` of a run alone, which has one slot."""
+
+
 @contextmanager
-def unpadded(
-    model: nn.Module, layout: Layout | None, *, note_lengths: NoteLengths = lambda lengths: None
-) -> Iterator[None]:
+def unpadded(model: nn.Module, layout: Layout | None, *, note_lengths: NoteLengths = ignore_lengths) -> Iterator[None]:
     """Lets calls of the model inside the block compute a batch without padding.
 
     Args:
@@ -370,7 +372,7 @@ def can_unpad(model: nn.Module, batch: Batch) -> bool:
     attention = model.config._attn_implementation
     if attention not in (*IMPLEMENTATIONS, FLASH):
         return False
-    inputs = {name: value for name, value in batch.items() if name not in NON_MODEL_KEYS}
+    inputs = select_model_inputs(batch)
     try:
         model.config._attn_implementation = "eager" if attention == FLASH else attention
         with torch.no_grad():

@@ -274,14 +274,14 @@ def test_permuted_slots_give_each_run_the_same_value_and_are_reported_together(m
 
 
 def test_a_pack_that_runs_out_of_memory_says_so_and_its_runs_can_go_on(make_config, inputs, tmp_path, monkeypatch):
-    real, calls = pack_file.compute_slot_losses, iter(range(1000))
+    real, calls = pack_file.compute_losses, iter(range(1000))
 
     def fail_at_last(*args, **kwargs):
         if next(calls) == 5:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(pack_file, "compute_slot_losses", fail_at_last)
+    monkeypatch.setattr(pack_file, "compute_losses", fail_at_last)
     jobs = [make_job(tmp_path / str(n), make_config({"trainer.max_steps": 8, "seed": n})) for n in range(2)]
     with pytest.raises(OutOfMemory, match="CUDA out of memory"):
         train(jobs, tmp_path, inputs=inputs)

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 import lorasweep.training.packs.size as pack_size_file
 from lorasweep.lora import slot_model
 from lorasweep.training.inputs import build_inputs
-from lorasweep.training.packs.pack import build_pack, build_pack_batch, compute_slot_losses
+from lorasweep.training.packs.pack import build_pack, build_pack_batch
 from lorasweep.training.packs.size import (
     MAX_MEMORY_FRACTION,
     MAX_SLOTS,
@@ -134,12 +134,12 @@ def test_a_real_step_takes_what_is_counted(make_config, settings, slots):
     model, _ = build_pack([config] * slots, inputs=inputs)
     optimizers = [SlotOptimizer(slot_model(model, slot), config) for slot in range(slots)]
     (micro,) = build_first_micro_batches(config, inputs, num_steps=1)  # blocks of one length: all are as large
-    batch = build_pack_batch(inputs.splits.train, [micro] * slots, model=model)
+    batch = build_pack_batch(inputs.splits.train, [micro] * slots)
     there = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     with LiveStorages(there) as live:
         for _ in range(2):  # Adam's moments are there from the end of the first step on
-            loss = compute_slot_losses(inputs.splits.task, model, batch, slots=slots).sum()
+            loss = inputs.data.objective.losses(model, batch).sum()
             kept = live.alive() - loss.nbytes
             loss.backward()
             del loss

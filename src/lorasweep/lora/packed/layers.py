@@ -22,7 +22,20 @@ MIN_GROUP_RANK = 16
 """Slots of at most this rank form one group. On a CPU, a product with fewer rows takes as long as one with 16."""
 
 
-class PackedLoraLayer(AdaptedLayer):
+class SlotRows:
+    """A module whose inputs have the rows of all slots, slot after slot."""
+
+    slots: Slots
+
+    @property
+    def num_groups(self) -> int:
+        return self.slots.num_slots
+
+    def note_lengths(self, lengths: Sequence[int]) -> None:
+        self.slots.note_lengths(lengths)
+
+
+class PackedLoraLayer(SlotRows, AdaptedLayer):
     """A frozen layer and one weight update per slot, which applies to the rows of the slot only.
 
     A slot that does not adapt this layer gets the frozen layer's output.
@@ -62,6 +75,11 @@ class PackedLoraLayer(AdaptedLayer):
 
     def extra_repr(self) -> str:
         return f"ranks={self.ranks}"
+
+    @property
+    def dropout_rate(self) -> float:
+        """The largest rate of a slot."""
+        return max(layer.config.dropout for layer in self.layers if layer)
 
     def _stack_groups(self, factors: Sequence[UpdateFactor]) -> list[SlotGroup]:
         collectors = self.slots.collectors
@@ -177,7 +195,7 @@ class MatrixStack:
         self.leaf.grad = None
 
 
-class PackedTrainedModule(nn.Module):
+class PackedTrainedModule(SlotRows, nn.Module):
     """A frozen module, and the trainable copy of each slot that trains it in full. Other slots use the frozen module.
 
     Attributes:

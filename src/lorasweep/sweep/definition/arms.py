@@ -121,11 +121,11 @@ class Definition:
                 f"compared, but names {join_words(list(config.retain.data))}. Write `confirm.seeds=auto` and "
                 "`arms.frozen={settings: {method: frozen}}`, or `retain.data={}`."
             )
-        if config.retain.data and any(arm.base.module is not None for arm in self.arms):
-            raise ConfigError(
-                "`retain.data` must be empty with your own LightningModule, which scores its own data alone, but "
-                f"names {join_words(list(config.retain.data))}."
-            )
+        for arm in self.arms if config.retain.data else ():
+            if (why := arm.base.capabilities.retains) is not True:
+                raise ConfigError(
+                    f"`retain.data` must be empty, but names {join_words(list(config.retain.data))}. {why}"
+                )
         retained: dict[str, DataConfig] = {}
         for name, chosen in config.retain.data.items():
             require_folder_name("a name in `retain.data`", name)

@@ -1,17 +1,14 @@
 """Decides which arms' trials can train together as a pack, and says which base each arm trains on.
 
 Trials share a pack if they differ only in settings that each slot has for itself: `optim`, `schedule`, `logger`, seeds,
-and the settings of `method=lora`. Model, data and trainer settings must be equal.
+the settings of `method=lora`, and those that the objective names. Model, data and trainer settings must be equal.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorasweep.config.components import Component
 from lorasweep.config.method import LoraConfig, PeftConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import ConfigError
@@ -20,14 +17,6 @@ from lorasweep.wording import join_words
 
 SLOT_GROUPS = ("method", "optim", "schedule", "logger", "seed", "seeds")
 """Groups of settings that each slot of a pack has for itself."""
-NEEDED_SETTINGS: Mapping[str, Callable[[RunConfig], bool]] = {
-    "trainer.compile=false": lambda config: not config.trainer.compile,
-    "trainer.devices=1": lambda config: not config.trainer.needs_process_group,
-    "optim=adamw": lambda config: not isinstance(config.optim, Component),
-    "schedule=cosine": lambda config: not isinstance(config.schedule, Component),
-    "callbacks=none": lambda config: not config.callbacks,
-}
-"""For each setting in the message about packs: whether a run has it, or another value that packs can train too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,34 +88,22 @@ def explain_bases(definition: Definition) -> list[str]:
 
 
 def _plan_arm(arm: Arm) -> ArmPacking:
-    config = arm.base
+    config, objective, own = arm.base, arm.base.objective, [*SLOT_GROUPS]
+    if objective.arguments:
+        from lorasweep.objectives import drop_slot_settings, list_slot_settings  # noqa: PLC0415 (torch is slow to import)
+
+        own += [f"objective.{name}" for name in list_slot_settings(objective)]
+        objective = drop_slot_settings(objective)
     obstacles = [
         f"`{key}` is swept, but all slots of a pack must have the same value. Write an arm for each value, and "
         "the trials of each arm share packs."
         for key in arm.space
-        if key.split(".")[0] not in SLOT_GROUPS
+        if not {key, key.split(".")[0]} & {*own}
     ]
-    obstacles += [sentence for corner in arm.corner_configs for sentence in _list_run_obstacles(corner)]
+    capabilities = [corner.capabilities.packs for corner in arm.corner_configs]
+    obstacles += [sentence for sentence in capabilities if sentence is not True]
     return ArmPacking(
-        key=None if obstacles else (config.model, config.data, config.trainer),
+        key=None if obstacles else (config.model, config.data, objective, config.trainer),
         reason=" ".join(dict.fromkeys(obstacles)),
         largest=max(arm.corner_configs, key=lambda config: getattr(config.method, "rank", 0)),
     )
-
-
-def _list_run_obstacles(config: RunConfig) -> Iterator[str]:
-    trainer = config.trainer
-    if not isinstance(config.method, LoraConfig):
-        yield f"`method={config.method.name}` trains alone; only `method=lora` shares packs."
-        return  # no other setting would change that
-    if config.module is not None:
-        yield "A LightningModule of your own (`module._target_`) has its own steps, which slots can't share."
-        return
-    if needed := [f"`{override}`" for override, holds in NEEDED_SETTINGS.items() if not holds(config)]:
-        yield f"Packs need {join_words(needed)}."
-    if trainer.max_steps % trainer.eval_every_steps:
-        multiple = math.ceil(trainer.max_steps / trainer.eval_every_steps) * trainer.eval_every_steps
-        yield (
-            "Slots are refilled at evaluations, so packs need a multiple of `trainer.eval_every_steps`, such as "
-            f"`trainer.max_steps={multiple}`."
-        )

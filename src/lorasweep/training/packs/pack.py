@@ -32,13 +32,12 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig, TrainerConfig
 from lorasweep.data.batching import EvaluationSampler, MicroBatch
 from lorasweep.data.split import Batch, Split, move_batch
-from lorasweep.data.tasks import Task, read_metrics
 from lorasweep.errors import Diverged
 from lorasweep.lora import (
     Coverage,
@@ -49,9 +48,9 @@ from lorasweep.lora import (
     set_dropout_streams,
     slot_model,
 )
-from lorasweep.lora.dropout import FunctionalDropout
 from lorasweep.lora.packed.inject import find_slots
 from lorasweep.methods import add_head_to_modules_to_save, copy_sharing_weights, draw_head
+from lorasweep.objectives.objective import read_metrics
 from lorasweep.record import RunRecord, RunStatus
 from lorasweep.training.activation_checkpointing import checkpoint_activations, save_block_contexts
 from lorasweep.training.checkpoint import (
@@ -64,13 +63,15 @@ from lorasweep.training.checkpoint import (
     write_pack_state,
 )
 from lorasweep.training.environment import deterministic_algorithms, get_device
+from lorasweep.training.evaluation import evaluate_slots
 from lorasweep.training.failures import convert_memory_errors, status_after
-from lorasweep.training.inputs import RunInputs, check_batch_memory
+from lorasweep.training.inputs import check_batch_memory
 from lorasweep.training.packs.slot_run import SlotOptimizer, SlotRun
 from lorasweep.training.run import never_stop
+from lorasweep.training.run_inputs import RunInputs
 from lorasweep.training.run_log import Metrics, RunEvaluation, RunRequest, find_run_end
-from lorasweep.training.score import evaluate_slots, score_best_weights
-from lorasweep.training.unpadded import unpadded
+from lorasweep.training.score import score_best_weights
+from lorasweep.training.step import compute_losses
 
 OnPackEvaluation: TypeAlias = Callable[[Sequence[RunEvaluation]], Sequence[str | None]]
 """Takes the evaluations of all slots, and returns for each slot why its run must stop, or None."""
@@ -154,14 +155,13 @@ class PackTrainer:
     def __post_init__(self, requests: Sequence[RunRequest], start_steps: Sequence[int] | None) -> None:
         inputs, self.settings = self.inputs, requests[0].config.trainer
         self.device = get_device(self.settings)
-        self.task = inputs.splits.task
         check_batch_memory(self.settings, inputs.splits.train)
         steps: Sequence[int | None] = start_steps or [None] * len(requests)
         self.runs = [
             SlotRun(request, inputs=inputs, slot=slot, slots=len(requests), start_step=step)
             for slot, (request, step) in enumerate(zip(requests, steps, strict=True))
         ]
-        self.model, coverages = build_pack([run.request.config for run in self.runs], inputs=inputs)
+        self.model, coverages = build_pack(self.configs, inputs=inputs)
         for slot, coverage in enumerate(coverages):
             self._prepare_run(slot, trainable_params=coverage.trainable_params)
         self._arrange(range(len(self.runs)))
@@ -177,6 +177,10 @@ class PackTrainer:
         self.has_shared_draws: bool | None = None
         """Whether a step draws from torch's global stream, which all slots share; None before the first step."""
         self.last_boundary_s = time.monotonic()
+
+    @property
+    def configs(self) -> list[RunConfig]:
+        return [run.request.config for run in self.runs]
 
     def run(self, stop_requested: Callable[[], bool]) -> bool:
         """Trains until every run has ended. Returns False if the pack was stopped before."""
@@ -217,19 +221,15 @@ class PackTrainer:
         slots = find_slots(self.model)
         with slots.stack_once():
             for micros in zip(*(run.sampler.get_step(run.step) for run in self.runs), strict=True):
-                batch = build_pack_batch(self.inputs.splits.train, micros, model=self.model)
-                batch = move_batch(batch, self.device)
-                layout = self.inputs.lay_out(batch, self.settings, model=self.model, slots=slots.num_slots)
-                with FunctionalDropout(slots.drop), unpadded(self.model, layout, note_lengths=slots.note_lengths):
-                    losses = compute_slot_losses(self.task, self.model, batch, slots=slots.num_slots)
-                # Each slot divides by the weight of its step, as a solo run does. No parameter belongs to two slots, so
-                # the gradient of the sum over slots is each slot's gradient.
-                losses = losses / batch["step_weight"]  # (slots,)
+                batch = move_batch(build_pack_batch(self.inputs.data.train, micros), self.device)
+                losses, positions = compute_losses(
+                    self.model, batch, inputs=self.inputs, configs=self.configs, slots=slots
+                )
+                # no parameter belongs to two slots, so the gradient of the sum is each slot's gradient
                 losses.sum().backward()  # type: ignore[no-untyped-call]
                 micro_losses.append(losses.detach())
-                positions = (layout.num_positions if layout else batch["input_ids"].numel()) // len(micros)
                 for run, micro in zip(self.runs, micros, strict=True):
-                    tokens += run.add_tokens(micro, positions=positions)
+                    tokens += run.add_tokens(micro, positions=positions // len(micros))
         if rng_state_before is not None:
             self.has_shared_draws = rng_state_before != read_rng_state(self.device)
         for run, run_losses in zip(self.runs, torch.stack(micro_losses, dim=1), strict=True):
@@ -247,13 +247,15 @@ class PackTrainer:
     @torch.no_grad()
     def _evaluate(self) -> list[Metrics]:
         self.inputs.telemetry.switch("evaluating")
-        split, slots = self.inputs.splits.validation, find_slots(self.model)
+        data, slots = self.inputs.data, find_slots(self.model)
         # The batch size depends only on the number of current slots. A resumed pack does not know earlier numbers.
         batch_size = max(1, self.settings.eval_batch_size // len(self.runs))
-        batches = EvaluationSampler(split, batch_size=batch_size, fraction=self.runs[0].request.config.eval_fraction)
+        batches = EvaluationSampler(data.validation, batch_size=batch_size, fraction=self.configs[0].eval_fraction)
         slots.note_lengths(None)  # every slot evaluates the same rows
         with slots.stack_once():
-            evaluations = evaluate_slots(self.model, split, batches, task=self.task, slots=len(self.runs))
+            evaluations = evaluate_slots(
+                self.model, data.validation, batches, objective=data.objective, configs=self.configs
+            )
         return read_metrics([evaluation.compute() for evaluation in evaluations])
 
     @torch.no_grad()
@@ -419,14 +421,7 @@ def _build_head_init(inputs: RunInputs) -> functools.partial[None]:
     return functools.partial(draw_head, names=inputs.base.new_head_names)
 
 
-def build_pack_batch(split: Split, micros: Sequence[MicroBatch], *, model: nn.Module) -> Batch:
-    """Returns a slot-major batch of all slots' examples, and sets the slots' sequence lengths in the packed model."""
-    max_lengths = [int(split.lengths[torch.tensor(micro.indices)].max()) for micro in micros]
-    find_slots(model).note_lengths(max_lengths if len(set(max_lengths)) > 1 else None)
+def build_pack_batch(split: Split, micros: Sequence[MicroBatch]) -> Batch:
+    """Returns a slot-major batch of all slots' examples."""
     batch = split.batch([index for micro in micros for index in micro.indices])
     return {**batch, "step_weight": torch.tensor([micro.step_weight for micro in micros])}
-
-
-def compute_slot_losses(task: Task, model: nn.Module, batch: Batch, *, slots: int) -> Tensor:
-    """Returns the sum of each slot's losses in fp32, (slots,)."""
-    return task.losses(model, batch).view(slots, -1).sum(1)

@@ -16,12 +16,14 @@ from lorasweep.data.batching import MicroBatch, StepBatchSampler
 from lorasweep.data.split import move_batch
 from lorasweep.errors import OutOfMemory
 from lorasweep.lora.layer_kinds import list_scales
+from lorasweep.lora.packed.inject import find_slots
 from lorasweep.training.environment import Precision, fork_random_streams, get_device
 from lorasweep.training.failures import convert_memory_errors
-from lorasweep.training.inputs import RunInputs, check_batch_memory
+from lorasweep.training.inputs import check_batch_memory
 from lorasweep.training.memory import count_saved_bytes, machine_memory_bytes
-from lorasweep.training.packs.pack import build_pack, build_pack_batch, compute_slot_losses
-from lorasweep.training.unpadded import unpadded
+from lorasweep.training.packs.pack import build_pack, build_pack_batch
+from lorasweep.training.run_inputs import RunInputs
+from lorasweep.training.step import compute_losses
 from lorasweep.wording import format_bytes
 
 MAX_SLOTS: Mapping[str, int] = {"cpu": 8, "cuda": 32}
@@ -101,18 +103,17 @@ def count_slot_bytes(config: RunConfig, *, inputs: RunInputs) -> int:
     The measured pass has the largest micro-batch of a solo run. A slot of a pack needs no more memory, because a pack
     has micro-batches of the same size or smaller.
     """
-    device, split = get_device(config.trainer), inputs.splits.train
+    device, split = get_device(config.trainer), inputs.data.train
     with fork_random_streams(device):
         model, _ = build_pack([config], inputs=inputs)
         micros = build_first_micro_batches(config, inputs, num_steps=NUM_COUNTED_STEPS)
         largest = max(micros, key=lambda m: len(m.indices) * int(split.lengths[torch.tensor(m.indices)].max()))
-        batch = move_batch(build_pack_batch(split, [largest], model=model), device)
-        with unpadded(model, inputs.lay_out(batch, config.trainer, model=model)):
-            saved = count_saved_bytes(
-                lambda: compute_slot_losses(inputs.splits.task, model, batch, slots=1),
-                model=model,
-                is_checkpointed=config.trainer.activation_checkpointing,
-            )
+        batch, slots = move_batch(build_pack_batch(split, [largest]), device), find_slots(model)
+        saved = count_saved_bytes(
+            lambda: compute_losses(model, batch, inputs=inputs, configs=[config], slots=slots).losses,
+            model=model,
+            is_checkpointed=config.trainer.activation_checkpointing,
+        )
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return saved + BYTES_PER_TRAINED_PARAMETER * trained
 
@@ -124,7 +125,7 @@ def count_pass_tokens(config: RunConfig, slots: int, *, inputs: RunInputs) -> in
 
 
 def build_first_micro_batches(config: RunConfig, inputs: RunInputs, *, num_steps: int) -> list[MicroBatch]:
-    split, settings = inputs.splits.train, config.trainer
+    split, settings = inputs.data.train, config.trainer
     check_batch_memory(settings, split)
     size, accumulate = settings.batch_size, settings.accumulate
     return list(StepBatchSampler(split, batch_size=size, num_steps=num_steps, seed=0, accumulate=accumulate))

@@ -17,9 +17,10 @@ from lorasweep.methods import METHODS, ParameterGroup
 from lorasweep.record import RunStatus, read_run
 from lorasweep.training.checkpoint import find_checkpoint, save_checkpoint
 from lorasweep.training.environment import get_device
-from lorasweep.training.inputs import RunInputs, describe_batching
+from lorasweep.training.inputs import describe_batching
 from lorasweep.training.loggers import finish_loggers, start_loggers
 from lorasweep.training.optim import build_optimizer, build_schedule
+from lorasweep.training.run_inputs import RunInputs
 from lorasweep.training.run_log import Metrics, RunLog, RunRequest, open_record
 
 
@@ -70,7 +71,7 @@ class SlotRun:
         if found.state:
             self.stream.set_state(found.state["stream"])
         self.sampler = StepBatchSampler(
-            inputs.splits.train,
+            inputs.data.train,
             batch_size=config.trainer.batch_size,
             num_steps=config.trainer.max_steps,
             seed=config.seeds.data_order,

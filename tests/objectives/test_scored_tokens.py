@@ -7,12 +7,12 @@ import torch
 import transformers
 from torch import nn
 
-from lorasweep.data import scored_tokens
-from lorasweep.data.scored_tokens import can_score_by_chunk, compute_logits, score_tokens
 from lorasweep.data.split import IGNORED, repeat_batch
 from lorasweep.lora import LoraConfig, inject_lora, inject_packed_lora, set_dropout_streams, slot_model
 from lorasweep.lora.inject import replace_dropout
 from lorasweep.lora.packed.inject import find_slots
+from lorasweep.objectives import scored_tokens
+from lorasweep.objectives.scored_tokens import can_score_by_chunk, compute_logits, score_tokens
 from lorasweep.training.memory import count_saved_bytes
 
 VOCABULARY = 50

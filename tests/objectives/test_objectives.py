@@ -13,18 +13,13 @@ from torch.nn.functional import cross_entropy, one_hot
 from torchmetrics.functional import auroc
 from torchmetrics.functional.classification import binary_average_precision
 
-from lorasweep.config.data import MetricComponent
-from lorasweep.data.build_splits import DataSplits
+from lorasweep.config.data import MetricComponent, ScoreMetric
 from lorasweep.data.split import IGNORED, LabelledSplit, repeat_batch
-from lorasweep.data.tasks import (
-    Classification,
-    Evaluation,
-    ExampleScores,
-    LanguageModelling,
-    Regression,
-    build_own_metric,
-)
 from lorasweep.errors import ConfigError
+from lorasweep.objectives.data_splits import DataSplits
+from lorasweep.objectives.labels import Classification, Regression
+from lorasweep.objectives.next_tokens import NextTokens
+from lorasweep.objectives.objective import Evaluation, ExampleScores, build_own_metric
 
 
 class SquaredGap(torchmetrics.Metric):
@@ -65,11 +60,11 @@ def build_metric(target, direction="auto", **arguments):
     return build_own_metric(MetricComponent(target=target, arguments=arguments, direction=direction))
 
 
-def evaluate(task, logits, targets):
+def evaluate(objective, logits, targets):
     """Returns the metrics after batches of different sizes, which must not be averaged."""
-    evaluation = Evaluation(task)
+    evaluation = Evaluation(objective)
     for rows in (torch.arange(0, 5), torch.arange(5, len(targets))):
-        evaluation.update(task.score(Table(logits), {"input_ids": rows, "targets": targets[rows]}))
+        evaluation.update(objective.score(Table(logits), {"input_ids": rows, "targets": targets[rows]}))
     return {name: value.item() for name, value in evaluation.compute().items()}
 
 
@@ -84,8 +79,8 @@ NUMBERS = draw(12, seed=1)
 TEXT = torch.randint(8, (12, 6), generator=torch.Generator().manual_seed(2))
 TEXT[0, 2:] = IGNORED
 TEXT[7] = IGNORED
-TASKS = {
-    "text": (LanguageModelling(bytes_per_token=4.5), draw(12, 6, 8), TEXT),
+CASES = {
+    "text": (NextTokens(bytes_per_token=4.5), draw(12, 6, 8), TEXT),
     "two classes": (Classification(num_classes=2), draw(12, 2), BINARY),
     "three classes": (Classification(num_classes=3), draw(12, 3), CLASSES),
     "numbers": (Regression(), draw(12, 1), NUMBERS),
@@ -93,7 +88,7 @@ TASKS = {
 
 
 def expect(kind, logits, targets):
-    """Returns the metrics by other ways than those of the tasks."""
+    """Returns the metrics by other ways than those of the objectives."""
     if kind == "numbers":
         predicted = logits[:, 0]
         mse = (predicted - targets).square().mean().item()
@@ -113,11 +108,11 @@ def expect(kind, logits, targets):
     return expected | ({"matthews": stats.pearsonr(predicted, targets).statistic} if classes == 2 else {})
 
 
-@pytest.mark.parametrize("kind", TASKS)
+@pytest.mark.parametrize("kind", CASES)
 def test_metrics_are_those_of_all_examples_together(kind):
-    task, logits, targets = TASKS[kind]
-    found, expected = evaluate(task, logits, targets), expect(kind, logits, targets)
-    assert tuple(found) == task.metrics
+    objective, logits, targets = CASES[kind]
+    found, expected = evaluate(objective, logits, targets), expect(kind, logits, targets)
+    assert list(found) == list(objective.metrics)
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-5)  # torchmetrics: fp32
 
 
@@ -132,40 +127,40 @@ def test_a_constant_guess_correlates_with_nothing():
     [("text", "loss"), ("text", "bits_per_byte"), ("three classes", "accuracy"), ("three classes", "loss")],
 )
 def test_weighted_mean_over_examples_is_the_metric(kind, metric):
-    task, logits, targets = TASKS[kind]
-    scores = task.score(Table(logits), {"input_ids": torch.arange(12), "targets": targets})
-    values, weights = task.per_example(metric, scores)
-    assert ((values * weights).sum() / weights.sum()).item() == pytest.approx(task.compute(scores)[metric].item())
+    objective, logits, targets = CASES[kind]
+    scores = objective.score(Table(logits), {"input_ids": torch.arange(12), "targets": targets})
+    values, weights = objective.per_example(metric, scores)
+    assert ((values * weights).sum() / weights.sum()).item() == pytest.approx(objective.compute(scores)[metric].item())
 
 
 def test_training_losses_count_only_scored_tokens_and_weigh_classes_as_torch_does():
-    task, logits, targets = TASKS["text"]
-    losses = task.losses(Table(logits), {"input_ids": torch.arange(12), "targets": targets})
+    objective, logits, targets = CASES["text"]
+    losses = objective.losses(Table(logits), {"input_ids": torch.arange(12), "targets": targets})
     assert losses[7] == 0
     expected = cross_entropy(logits[0, :2], targets[0, :2], reduction="sum")
     assert losses[0].item() == pytest.approx(expected.item(), rel=1e-6)  # fp32 sums of two
-    task, logits, targets = TASKS["three classes"]
+    objective, logits, targets = CASES["three classes"]
     weight = torch.tensor([0.5, 2.0, 1.0])
     batch = {"input_ids": torch.arange(12), "targets": targets, "weights": weight[targets]}
-    found = task.losses(Table(logits), batch).sum() / weight[targets].sum()
+    found = objective.losses(Table(logits), batch).sum() / weight[targets].sum()
     torch.testing.assert_close(found, cross_entropy(logits, targets, weight=weight))
 
 
 def test_a_batch_repeated_for_slots_scores_the_same_in_each():
-    task, logits, targets = TASKS["text"]
+    objective, logits, targets = CASES["text"]
     batch = {"input_ids": torch.arange(12), "targets": targets}
-    scores, alone = (task.score(Table(logits), each) for each in (repeat_batch(batch, slots=3), batch))
+    scores, alone = (objective.score(Table(logits), each) for each in (repeat_batch(batch, slots=3), batch))
     for slot in range(3):
         torch.testing.assert_close(scores.select_slot(slot, slots=3).loss, alone.loss)
         assert torch.equal(scores.select_slot(slot, slots=3).items, alone.items)
 
 
 def test_sum_of_many_examples_keeps_its_digits_and_nan_is_not_hidden():
-    task = LanguageModelling(bytes_per_token=1.0)
+    objective = NextTokens(bytes_per_token=1.0)
     scores = ExampleScores(loss=torch.tensor([2.0**24, 1.0] * 3), items=torch.ones(6))  # fp32 sums would drop the ones
-    assert task.compute(scores)["loss"].item() == 3 * (2**24 + 1) / 6
+    assert objective.compute(scores)["loss"].item() == 3 * (2**24 + 1) / 6
     scores = ExampleScores(loss=torch.tensor([1.0, math.nan]), items=torch.ones(2))
-    assert all(value.isnan() for value in task.compute(scores).values())
+    assert all(value.isnan() for value in objective.compute(scores).values())
 
 
 OWN_METRICS = [
@@ -195,9 +190,9 @@ OWN_METRICS = [
 @pytest.mark.parametrize(("case", "expected"), OWN_METRICS)
 def test_a_metric_by_its_class_is_that_of_all_examples_together(case, expected):
     kind, target, arguments = case
-    task, logits, targets = TASKS[kind]
+    objective, logits, targets = CASES[kind]
     own = build_metric(target, **arguments)
-    found = evaluate(dataclasses.replace(task, own_metric=own), logits, targets)
+    found = evaluate(dataclasses.replace(objective, own_metric=own), logits, targets)
     assert found[own.score.name] == pytest.approx(expected(logits, targets).item(), rel=1e-6)  # fp32 sums
     assert "loss" in found
 
@@ -225,7 +220,7 @@ def test_a_metric_that_can_not_score_is_refused(target, arguments):
         evaluate(Classification(num_classes=3, own_metric=build_metric(target, **arguments)), draw(12, 3), CLASSES)
 
 
-def make_splits(task, train, validation, dtype):
+def make_splits(objective, train, validation, dtype):
     """Splits of labels alone."""
     found = [
         LabelledSplit(
@@ -238,11 +233,15 @@ def make_splits(task, train, validation, dtype):
         )
         for name, labels in (("train", train), ("validation", validation))
     ]
-    return DataSplits(train=found[0], validation=found[1], task=task, metric=task.metrics[0], test=lambda: found[1])
+    name, direction = next(iter(objective.metrics.items()))
+    metric = ScoreMetric(name=name, direction=direction)
+    return DataSplits(
+        train=found[0], validation=found[1], objective=objective, score_metric=metric, test=lambda: found[1]
+    )
 
 
-def score_constant(task, train, validation, dtype=torch.int64):
-    splits = make_splits(task, train, validation, dtype)
+def score_constant(objective, train, validation, dtype=torch.int64):
+    splits = make_splits(objective, train, validation, dtype)
     return splits.score_constant_answer(splits.validation)
 
 

@@ -8,8 +8,8 @@ a bias and an adapter of the head are the model's own. Logits are not kept for t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -19,15 +19,24 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from lorasweep.data.split import IGNORED, NON_MODEL_KEYS, Batch
-from lorasweep.lora.layers import LoraLayer
-from lorasweep.lora.packed.layers import PackedLoraLayer, PackedTrainedModule
+from lorasweep.data.split import IGNORED, Batch, select_model_inputs
 
 MAX_CHUNK_BYTES: Mapping[str, int] = {"cpu": 2**26, "cuda": 2**29}
 """Maximum size of a chunk's logits in fp32, by device. A chunk takes three times as much for a moment: logits,
 their log-softmax and the gradient. GPU: larger, because small products leave it idle; not measured."""
 Project = Callable[[Tensor], Tensor]
 """Returns the logits (rows, length, vocabulary) of hidden states (rows, length, size)."""
+
+
+@runtime_checkable
+class RowGroups(Protocol):
+    """A module that computes equal groups of rows with different weights, such as the head of several runs."""
+
+    @property
+    def num_groups(self) -> int: ...
+
+    def note_lengths(self, lengths: Sequence[int]) -> None:
+        """Takes the length of each group's rows before padding, for the masks of dropout."""
 
 
 def score_tokens(
@@ -45,23 +54,23 @@ def score_tokens(
         logits = compute_logits(model, batch)
         return _compute_losses(logits, targets), logits.argmax(-1) if with_predicted else None
     head = [module for _, module in model.named_modules(memo={model.get_decoder()})]  # type: ignore[operator]
-    slots = next((m.slots for m in head if isinstance(m, PackedLoraLayer | PackedTrainedModule)), None)
-    num_slots = 1 if slots is None else slots.num_slots
-    # each slot's scored positions; slots with fewer are filled up with others, whose loss is 0
-    scored = (targets != IGNORED).view(num_slots, -1)
+    groups = next((module for module in head if isinstance(module, RowGroups)), None)
+    num_groups = 1 if groups is None else groups.num_groups
+    # each group's scored positions; groups with fewer are filled up with others, whose loss is 0
+    scored = (targets != IGNORED).view(num_groups, -1)
     # counted on the CPU when the batch was moved, because reading a count from a GPU would wait for it
-    num_scored = batch["num_scored"].view(num_slots, -1) if "num_scored" in batch else scored
+    num_scored = batch["num_scored"].view(num_groups, -1) if "num_scored" in batch else scored
     counts = num_scored.sum(1).tolist()
     width = max(1, *counts)
     places = scored.int().argsort(dim=1, descending=True, stable=True)[:, :width]
-    places = places + scored.shape[1] * torch.arange(num_slots, device=targets.device)[:, None]
+    places = places + scored.shape[1] * torch.arange(num_groups, device=targets.device)[:, None]
     states, project = _compute_states(model, batch)
-    hidden, targets_at_places = states[places], targets.flatten()[places]  # (slots, width, size), (slots, width)
-    size = max(1, MAX_CHUNK_BYTES[hidden.device.type] // (4 * num_slots * _get_vocabulary_size(model)))
+    hidden, targets_at_places = states[places], targets.flatten()[places]  # (groups, width, size), (groups, width)
+    size = max(1, MAX_CHUNK_BYTES[hidden.device.type] // (4 * num_groups * _get_vocabulary_size(model)))
     if model.training and any(_get_dropout(module) for module in head):
         size = width  # masks are drawn once, and for the same tokens as in a run alone
-        if slots is not None:
-            slots.note_lengths(counts)
+        if groups is not None:
+            groups.note_lengths(counts)
     is_trained = any(parameter.requires_grad for module in head for parameter in module.parameters(recurse=False))
     chunks = list(zip(torch.split(hidden, size, 1), torch.split(targets_at_places, size, 1), strict=True))
     losses, predicted = [], []
@@ -106,7 +115,7 @@ def can_score_by_chunk(model: nn.Module) -> bool:
 
 def compute_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Returns a model's output for a batch in fp32, or in fp64 under `precision="64-true"`."""
-    output = model(**{name: value for name, value in batch.items() if name not in NON_MODEL_KEYS})
+    output = model(**select_model_inputs(batch))
     logits: Tensor = output if isinstance(output, Tensor) else output.logits
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -114,7 +123,7 @@ def compute_logits(model: nn.Module, batch: Batch) -> Tensor:
 def _compute_states(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "tokens size"], Project]:
     """Returns the last hidden state of each token, and a function that computes the logits of hidden states."""
     decoder: Any = model.get_decoder()  # type: ignore[operator]
-    output = decoder(**{name: value for name, value in batch.items() if name not in NON_MODEL_KEYS})
+    output = decoder(**select_model_inputs(batch))
 
     def project(hidden: Tensor) -> Tensor:
         replaced = type(output)(**{**output, "last_hidden_state": hidden})
@@ -135,11 +144,7 @@ def _get_vocabulary_size(model: Any) -> int:
 
 
 def _get_dropout(module: nn.Module) -> float:
-    if isinstance(module, PackedLoraLayer):
-        return max(layer.config.dropout for layer in module.layers if layer)
-    if isinstance(module, LoraLayer):
-        return module.config.dropout
-    return module.p if isinstance(module, nn.Dropout) else 0.0
+    return module.p if isinstance(module, nn.Dropout) else getattr(module, "dropout_rate", 0.0)
 
 
 def _score(hidden: Tensor, targets: Tensor, project: Project) -> Tensor:

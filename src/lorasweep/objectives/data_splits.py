@@ -1,0 +1,87 @@
+"""The splits of a data set, with the objective that learns from them and the metric that scores a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from lorasweep.config.components import Component, find_class, instantiate
+from lorasweep.config.data import DataConfig, MetricComponent, ScoreMetric
+from lorasweep.config.run import ObjectiveConfig
+from lorasweep.data.batching import choose_part
+from lorasweep.data.build_splits import build_splits
+from lorasweep.data.source import DataSource
+from lorasweep.data.split import Split, SplitFacts, Splits
+from lorasweep.errors import ConfigError
+from lorasweep.models.load import BaseModel
+from lorasweep.objectives import OBJECTIVES, drop_slot_settings
+from lorasweep.objectives.objective import Objective, build_own_metric
+from lorasweep.wording import join_words
+
+DATA_OBJECTIVE = ObjectiveConfig()
+"""The settings of the objective of the data's kind."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DataSplits(Splits):
+    """The tokenised splits of a data set, and their objective."""
+
+    train: Split
+    validation: Split
+    test: Callable[[], Split]
+    objective: Objective
+
+    def describe(self, split: SplitFacts) -> dict[str, Any]:
+        """Returns the entry of a scored split in a run record: with `constant_answer` if it has labels."""
+        scores = self.score_constant_answer(split)
+        return split.describe() | ({"constant_answer": scores} if scores else {})
+
+    def score_constant_answer(self, split: SplitFacts, *, fraction: float = 1.0) -> dict[str, float]:
+        scores = self.objective.score_constant(self.train, split, choose_part(len(split), fraction))
+        values = {} if scores is None else self.objective.compute(scores)
+        return {name: float(value) for name, value in values.items()}
+
+
+def build_data_splits(
+    config: DataConfig, *, source: DataSource, base: BaseModel, objective: ObjectiveConfig = DATA_OBJECTIVE
+) -> DataSplits:
+    """Returns the splits for a base model, with their objective. The test split is tokenised at its first use.
+
+    Raises ConfigError as `build_splits`, or if the objective can't be created or does not have the metric.
+    """
+    train, validation, test, notes = build_splits(config, source=source, tokenizer=base.tokenizer, model_kind=base.kind)
+    chosen = build_objective(objective, source=source, model=base.model).for_split(validation)
+    if isinstance(config.metric, MetricComponent):
+        own_metric = build_own_metric(config.metric)
+        chosen, score_metric = replace(chosen, own_metric=own_metric), own_metric.score
+    elif config.metric in chosen.metrics:
+        score_metric = ScoreMetric(name=config.metric, direction=chosen.metrics[config.metric])
+    elif config.metric == "auto" or objective.target is not None:  # `data.metric` names one of the data's own objective
+        name, direction = next(iter(chosen.metrics.items()))
+        score_metric = ScoreMetric(name=name, direction=direction)
+    else:
+        raise ConfigError(
+            f"`data.metric` must be one of auto, {', '.join(chosen.metrics)} for data of the kind {source.kind}, but "
+            f"got {config.metric!r}."
+        )
+    splits = DataSplits(train=train, validation=validation, test=test, score_metric=score_metric, objective=chosen)
+    if scores := splits.score_constant_answer(validation):
+        values = [f"{name} {value:.4f}" for name, value in scores.items() if name != "loss"]
+        answer = chosen.describe_constant(train)
+        notes = (*notes, f"Always answering {answer}, has {join_words(values)} on validation.")
+    return replace(splits, notes=(*notes, *chosen.notes))
+
+
+def build_objective(config: ObjectiveConfig, *, source: DataSource, model: nn.Module) -> Objective:
+    """Creates the objective of `objective._target_`, or that of the data's kind. Raises ConfigError if it can't be."""
+    own = OBJECTIVES[source.kind]
+    if config.target is None and not config.arguments:
+        return own(**own.find_facts(source, model))
+    target = config.target or f"{own.__module__}.{own.__qualname__}"
+    component = Component(target=target, arguments=drop_slot_settings(config).arguments)
+    expected: type[Objective] = Objective  # type: ignore[type-abstract]
+    facts = find_class(target, key="objective", expected=expected).find_facts(source, model)
+    return instantiate(component, key="objective", expected=expected, **facts)

@@ -1,0 +1,93 @@
+"""Evaluates a model, or each slot of a packed model, on a split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from lorasweep.config.run import RunConfig
+from lorasweep.data.batching import EvaluationSampler
+from lorasweep.data.split import Split, move_batch, repeat_batch
+from lorasweep.disk import csv_text
+from lorasweep.objectives.data_splits import DataSplits
+from lorasweep.objectives.objective import EXAMPLE_FIELDS, Evaluation, ExampleScores, Objective, read_metrics
+from lorasweep.training.environment import get_device
+from lorasweep.training.run_inputs import RunInputs
+from lorasweep.training.step import add_slot_settings
+
+
+class Scores(NamedTuple):
+    """Every metric of a model on a split, and the scores of its examples in the order of the split."""
+
+    values: dict[str, float]
+    examples: ExampleScores
+
+
+class ScoresOnTest(NamedTuple):
+    """What a model scores on test data."""
+
+    values: dict[str, float]
+    lines: str | None
+    """CSV lines `row,score,weight,group`; None if the metric is not the weighted mean of scores."""
+    facts: dict[str, Any]
+    """Further entries of the split in the run record."""
+
+
+def score_split(model: nn.Module, splits: DataSplits, *, config: RunConfig, inputs: RunInputs) -> ScoresOnTest:
+    """Scores a model on the test split, and leaves it on the CPU.
+
+    A score is the value that `Objective.per_example` returns: for perplexity, the loss of an example.
+    """
+    split, metric = splits.test(), splits.metric
+    objective = splits.objective.for_split(split)
+    values, examples = evaluate_model(model, split, objective=objective, config=config, inputs=inputs)
+    model.cpu()
+    facts, per_example = objective.describe_scores(split, examples), objective.per_example(metric, examples)
+    if per_example is None:
+        return ScoresOnTest(values, None, facts)
+    scores, weights = (column.double().cpu() for column in per_example)
+    implied = objective.from_mean(metric, (scores * weights).sum() / weights.sum())
+    if not torch.isclose(implied, torch.tensor(values[metric], dtype=torch.float64), rtol=1e-6, atol=1e-9):
+        return ScoresOnTest(values, None, facts)  # for example if class weights change the loss and not the metric
+    groups = split.groups or tuple(map(str, range(len(split))))
+    rows = zip(range(len(scores)), scores.tolist(), weights.tolist(), groups, strict=True)
+    return ScoresOnTest(values, csv_text(("row", "score", "weight", "group"), rows), facts)
+
+
+def evaluate_model(
+    model: nn.Module, split: Split, *, objective: Objective, config: RunConfig, inputs: RunInputs
+) -> Scores:
+    """Evaluates a prepared model on every example of a split, in the precision and batch size of its run.
+
+    `objective` must be that of the split (`Objective.for_split`). Afterwards the model is on the run's device and in
+    evaluation mode. Draws no random numbers.
+    """
+    batches = EvaluationSampler(split, batch_size=config.trainer.eval_batch_size)
+    model.to(get_device(config.trainer))
+    with inputs.autocast(config):
+        [evaluation] = evaluate_slots(model, split, batches, objective=objective, configs=[config])
+    [values] = read_metrics([evaluation.compute()])
+    by_example = torch.tensor(batches.order).argsort()  # back to the order of the split; batches are sorted by length
+    return Scores(values, evaluation.examples.map(lambda values: values.cpu()[by_example], names=EXAMPLE_FIELDS))
+
+
+@torch.no_grad()
+def evaluate_slots(
+    model: nn.Module, split: Split, batches: EvaluationSampler, *, objective: Objective, configs: Sequence[RunConfig]
+) -> list[Evaluation]:
+    """Evaluates a model, or each slot of a packed model, on a split. Afterwards the model is in evaluation mode.
+
+    `configs` has the settings of the run in each slot.
+    """
+    device, slots = next(model.parameters()).device, len(configs)
+    evaluations = [Evaluation(objective, sync_on_compute=False) for _ in configs]  # in this process alone
+    model.eval()
+    for micro in batches:
+        batch = repeat_batch(move_batch(split.batch(micro.indices), device), slots=slots)
+        scores = objective.score(model, add_slot_settings(batch, configs))
+        for slot, evaluation in enumerate(evaluations):
+            evaluation.update(scores.select_slot(slot, slots=slots))
+    return evaluations

@@ -1,0 +1,173 @@
+"""What a run has loaded: a base model and data, in the precision and with the attention that suit the machine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
+from weakref import WeakValueDictionary
+
+import torch
+from torch import nn
+
+from lorasweep.config.build import build
+from lorasweep.config.run import RunConfig, refuse_code
+from lorasweep.data.reading import read_source
+from lorasweep.data.source import DataSource
+from lorasweep.data.split import Batch, Splits
+from lorasweep.lora.targets import Coverage
+from lorasweep.methods import METHODS
+from lorasweep.models.attention import AttentionChoice, choose_attention
+from lorasweep.models.load import BaseModel, Labels, load_base
+from lorasweep.objectives import drop_slot_settings
+from lorasweep.objectives.data_splits import DataSplits, build_data_splits
+from lorasweep.training.environment import DTYPES, Precision, get_device, resolve_precision
+from lorasweep.training.telemetry import Telemetry
+from lorasweep.training.unpadded import Layout, can_unpad, drops_attention, find_layers, lay_out
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInputs:
+    """A base model and data."""
+
+    base: BaseModel
+    splits: Splits
+    precision: Precision
+    always_autocasts: bool = False
+    """Whether a run in bf16 computes by autocast whatever its method, because the base stays in fp32."""
+    attention: AttentionChoice | None = None
+    """The choice of `model.attention=auto`; None if `model.attention` names an implementation."""
+    can_unpad: bool = False
+    """Whether the model can train these examples without padding."""
+    telemetry: Telemetry = field(default_factory=Telemetry, compare=False)
+    """Counts the seconds and tokens of this process."""
+
+    @property
+    def data(self) -> DataSplits:
+        """The splits of a workload with an objective."""
+        assert isinstance(self.splits, DataSplits)
+        return self.splits
+
+    def needs_autocast(self, config: RunConfig) -> bool:
+        """Returns whether a run computes in bf16 by autocast, because its method adds fp32 weights to a bf16 base."""
+        return self.precision == "bf16" and (self.always_autocasts or METHODS[config.method.name].needs_autocast)
+
+    def lightning_precision(self, config: RunConfig) -> Literal["bf16-mixed", "32-true"]:
+        """Returns `precision` of a run's `lightning.Trainer`."""
+        return "bf16-mixed" if self.needs_autocast(config) else "32-true"
+
+    def autocast(self, config: RunConfig) -> torch.autocast:
+        """Returns a context in which a forward pass computes as in training."""
+        return torch.autocast(get_device(config.trainer).type, torch.bfloat16, enabled=self.needs_autocast(config))
+
+    def lay_out(self, batch: Batch, config: RunConfig, *, model: nn.Module, slots: int = 1) -> Layout | None:
+        """Returns the layout in which `model` trains a batch without padding; None if it trains with padding."""
+        # a block that trains in full (`modules_to_save`) is no longer a layer of the stack
+        can_unpad = self.can_unpad and config.capabilities.unpads is True and find_layers(model) is not None
+        return lay_out(batch, slots=slots, in_chunks=drops_attention(model)) if can_unpad else None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on how the data was prepared and which attention was chosen."""
+        if self.attention is None:
+            return self.splits.notes
+        return (*self.splits.notes, f"Attention is {self.attention.name}: {self.attention.reason}.")
+
+    def find_coverage(self, config: RunConfig) -> Coverage | None:
+        """Returns the layers that a run adapts; None if its method has no targets."""
+        method = METHODS[config.method.name]
+        return method.find_coverage(self.base.model, config.method, new_head_names=self.base.new_head_names)
+
+    def list_notes(self, config: RunConfig) -> tuple[str, ...]:
+        """Returns `notes`, and what share of the model a run adapts."""
+        coverage = self.find_coverage(config)
+        return self.notes if coverage is None else (*self.notes, coverage.describe())
+
+    def fingerprints(self) -> dict[str, Any]:
+        """Returns values that must be equal on every process of a run. A key is the setting that decides the value."""
+        return {
+            "model.path": self.base.fingerprint,
+            "data.train": self.splits.train.fingerprint,
+            "data.validation": self.splits.validation.fingerprint,
+            "trainer.precision": self.precision,
+            "model.attention": None if self.attention is None else self.attention.name,
+        }
+
+
+RunSettings: TypeAlias = RunConfig | Sequence[str] | Mapping[str, Any]
+"""Settings of a run: a `RunConfig`, the arguments of `lorasweep train` (`["method.rank=8"]`), or a nested mapping."""
+_USED_INPUTS: WeakValueDictionary[tuple[Any, ...], RunInputs] = WeakValueDictionary()
+"""Inputs that an object of this process still refers to."""
+
+
+def read_settings(given: RunSettings, *, trust: bool = False) -> RunConfig:
+    """Returns the settings of a run.
+
+    Args:
+        given: Settings in one of three forms. A nested mapping may come from a checkpoint of an unknown author.
+        trust: Whether code that a nested mapping names may run.
+
+    Raises:
+        ConfigError: A key or value is wrong, or the settings name code and `trust` is False.
+    """
+    if isinstance(given, RunConfig):
+        return given
+    if isinstance(given, Mapping):
+        config = build(RunConfig, given)
+        refuse_code(config, trust=trust)
+        return config
+    from lorasweep.config.command_line import parse_overrides  # noqa: PLC0415 (Hydra is slow to start)
+    from lorasweep.config.compose import compose_run  # noqa: PLC0415 (Hydra is slow to start)
+
+    return compose_run(parse_overrides(given))
+
+
+def share_inputs(config: RunConfig) -> RunInputs:
+    """Returns the inputs of a run. Loads them, unless another object of this process still uses the same inputs."""
+    key = cache_key(config)
+    if (inputs := _USED_INPUTS.get(key)) is None:
+        inputs = _USED_INPUTS[key] = load_model_inputs(config)
+    return inputs
+
+
+def cache_key(config: RunConfig) -> tuple[Any, ...]:
+    """Returns what is equal for runs that can share their inputs."""
+    trainer = config.trainer
+    objective = drop_slot_settings(config.objective)
+    parts = config.model, config.data, objective, config.module, config.datamodule, config.metric
+    return *parts, resolve_precision(trainer), trainer.device
+
+
+def load_model_inputs(config: RunConfig, *, telemetry: Telemetry | None = None) -> RunInputs:
+    """Loads the base model and the data of a run. Raises `ConfigError` if they can't be loaded."""
+    precision = resolve_precision(config.trainer)
+    source = read_source(config.data)
+    base = load_base(config.model, dtype=DTYPES[precision], labels=get_labels(source))
+    splits = build_data_splits(config.data, source=source, base=base, objective=config.objective)
+    if base.labels is not None and (constant := splits.objective.fit_constant(splits.train)) is not None:
+        base = replace(base, labels=replace(base.labels, constant=tuple(constant.tolist())))
+    attention = None
+    if config.model.attention == "auto":
+        attention = choose_attention(
+            base.model, lengths=splits.train.lengths, device=get_device(config.trainer), dtype=DTYPES[precision]
+        )
+    # the shortest example, and the shortest of the longer ones if there are any
+    lengths = splits.train.lengths
+    shortest = int(lengths.argmin())
+    longer = lengths.double().masked_fill(lengths == lengths.min(), math.inf)
+    return RunInputs(
+        base=base,
+        splits=splits,
+        precision=precision,
+        attention=attention,
+        can_unpad=can_unpad(base.model, splits.train.batch([shortest, int(longer.argmin())])),
+        telemetry=telemetry or Telemetry(),
+    )
+
+
+def get_labels(source: DataSource) -> Labels | None:
+    if source.kind in ("documents", "conversations"):
+        return None
+    names = ("value",) if source.kind == "regression" else source.label_names
+    return Labels(kind=source.kind, names=names)  # type: ignore[arg-type]
