@@ -86,7 +86,7 @@ def test_changes_are_in_the_record_before_anything_trains(result, monkeypatch, t
         seen.append(read_sweep(opened.path))
         return result
 
-    monkeypatch.setattr(api, "train_opened_sweep", look)
+    monkeypatch.setattr(api, "run_opened_sweep", look)
     folder = Path(shutil.copytree(result.folder, tmp_path / "copy"))
     lorasweep.resume_sweep(folder, overrides={"confirm.seeds": 3, "arms.lora.trials": 3}, progress=None)
     (record,) = seen

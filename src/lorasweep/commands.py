@@ -1,4 +1,4 @@
-"""The commands of the command line. Each calls the Python API, prints, and returns its result."""
+"""The commands of the command line. Each calls functions of the packages, prints, and returns its result."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from lorasweep.console import EscapingConsole, say, say_error, show
 from lorasweep.errors import ConfigError, LoraSweepError
@@ -16,10 +16,9 @@ from lorasweep.training.stop_signal import INTERRUPTED_EXIT_CODE
 from lorasweep.training.torch_variables import quick_imports
 
 if TYPE_CHECKING:
-    from lorasweep.api import Overrides
     from lorasweep.results import RunResult, SweepResult
+    from lorasweep.sweep.cost import Rates
     from lorasweep.sweep.definition.arms import Definition
-    from lorasweep.sweep.plan import GroupPlan
     from lorasweep.training.inputs import InputsCache
 
 MAX_SILENT_TRIALS, MAX_SILENT_BYTES = 1000, 10_000_000
@@ -29,35 +28,34 @@ Command = Callable[[argparse.Namespace], Outcome]
 
 
 def sweep(arguments: argparse.Namespace) -> Outcome:
-    name, overrides = _split_name(arguments.overrides)
     progress: Literal["auto", "verbose"] = "verbose" if arguments.verbose else "auto"
-    if arguments.resume and (arguments.minutes or name):
-        given = "`--minutes`" if arguments.minutes else repr(name)
+    if arguments.resume and (arguments.minutes or _has_name(arguments.overrides)):
+        given = "`--minutes`" if arguments.minutes else repr(arguments.overrides[0])
         raise ConfigError(f"{given} must be left out with `--resume`, because the sweep already has these.")
-    named = _read_named(name, overrides)
-    if named is not None and not arguments.cfg and arguments.minutes is None and sys.stderr.isatty():
-        say(f"{named.name}: loads torch, the model and the data", file=sys.stderr)
-    with quick_imports():
-        from lorasweep import api
-        from lorasweep.sweep.controller.lifecycle import read_saved_definition
-        from lorasweep.sweep.definition.arms import describe_definition
-
-    if arguments.resume and not arguments.cfg:
-        result = api.resume_sweep(arguments.resume, overrides=overrides, progress=progress)
-    else:
-        if arguments.resume:
-            definition = read_saved_definition(arguments.resume)
-        elif arguments.minutes is not None:
-            definition = _measure_definition(named, overrides, minutes=arguments.minutes)[0]
-        else:
-            definition = named or api.read_sweep_definition(None, overrides)
+    if arguments.resume:
+        with quick_imports():
+            from lorasweep.api import resume_sweep
+            from lorasweep.sweep.controller.lifecycle import read_saved_definition
         if arguments.cfg:
-            say(describe_definition(definition).removesuffix("\n"))
-            return Outcome(None)
-        result = api.run_sweep(definition, progress=progress)
+            return _show_settings(read_saved_definition(arguments.resume))
+        result = resume_sweep(arguments.resume, overrides=arguments.overrides, progress=progress)
+    else:
+        definition, _, inputs_cache = _define(arguments, measures=arguments.minutes is not None)
+        if arguments.cfg:
+            return _show_settings(definition)
+        from lorasweep.sessions import run_definition
+
+        result = run_definition(definition, inputs_cache, progress=progress)
     if result.status != "complete":
         return _say_how_to_resume(result)
     return _show_sweep(result, verbose=arguments.verbose)
+
+
+def _show_settings(definition: Definition) -> Outcome:
+    from lorasweep.sweep.definition.arms import describe_definition
+
+    say(describe_definition(definition).removesuffix("\n"))
+    return Outcome(None)
 
 
 def status(arguments: argparse.Namespace) -> Outcome:
@@ -65,9 +63,9 @@ def status(arguments: argparse.Namespace) -> Outcome:
 
     if arguments.watch:
         return Outcome(watch_status(arguments.folder, EscapingConsole()))
-    found = read_status(arguments.folder)
-    show(render_status(found))
-    return Outcome(found)
+    now = read_status(arguments.folder)
+    show(render_status(now))
+    return Outcome(now)
 
 
 def new(arguments: argparse.Namespace) -> Outcome:
@@ -82,92 +80,98 @@ def new(arguments: argparse.Namespace) -> Outcome:
         from lorasweep.config.command_line import parse_overrides
         from lorasweep.data.reading.hub import find_hub_settings
         from lorasweep.disk import write_atomically
+        from lorasweep.sweep.cost import fit_minutes
         from lorasweep.sweep.draft import draft_sweep
+        from lorasweep.training.inputs import InputsCache
 
-    settings = parse_overrides(arguments.overrides)
+    settings, inputs_cache = parse_overrides(arguments.overrides), InputsCache()
     if arguments.source is not None:
         given = {name: settings.get(f"data.{name}") for name in ("subset", "revision")}
         settings = find_hub_settings(arguments.source, **given) | settings
-    text, power = draft_sweep(path, settings)
+    draft = draft_sweep(path, settings, inputs_cache)
     if arguments.minutes is not None:
-        definition, *_ = _measure_definition(None, settings, minutes=arguments.minutes)
-        fitted = [
-            key for key in ("trainer.max_steps", "sweep.trials", "confirm.looks") if key in definition.raw["overrides"]
-        ]
-        text, power = draft_sweep(path, settings | {key: definition.raw["overrides"][key] for key in fitted})
+        say("measures a few steps of the drafted sweep", file=sys.stderr)
+        definition, rates = _measure(draft.definition, inputs_cache, began=time.monotonic())
+        budget, given_up = fit_minutes(definition, rates, arguments.minutes)
+        say(given_up, file=sys.stderr)
+        draft = draft_sweep(path, {**draft.settings, **budget.settings}, inputs_cache)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text)
+    write_atomically(path, draft.text)
     say(f"wrote {path}. Read it, then type:\n    lorasweep plan {path}\n    lorasweep sweep {path}")
-    for sentence in power:
+    for sentence in draft.power:
         say(f"• {sentence}")
-    return Outcome({"file": path, "notes": power})
+    return Outcome({"file": path, "notes": draft.power})
 
 
 def plan(arguments: argparse.Namespace) -> Outcome:
     """Checks a sweep, measures a few steps of its trainings, and shows the cost of the sweep. Keeps no file."""
     began = time.monotonic()
-    name, overrides = _split_name(arguments.overrides)
-    named = _read_named(name, overrides)
-    definition, groups, inputs_cache = _measure_definition(named, overrides, minutes=arguments.minutes)
-    with quick_imports():
-        from lorasweep.sweep.checks import describe_coverages
-        from lorasweep.sweep.plan import render_plan
-        from lorasweep.sweep.power import describe_power
-        from lorasweep.wording import format_seconds
+    definition, rates, inputs_cache = _define(arguments, measures=True)
+    from lorasweep.sweep.checks import describe_coverages
+    from lorasweep.sweep.plan import describe_group, render_plan
+    from lorasweep.sweep.power import describe_power
+    from lorasweep.wording import format_seconds
 
-    show(render_plan(definition, groups))
+    show(render_plan(definition, rates))
     splits = inputs_cache.load(definition.arms[0].base).splits
     notes = [*describe_coverages(definition, inputs_cache), *describe_power(definition, splits)]
     for sentence in notes:
         say(f"• {sentence}")
     say(f"this plan took {format_seconds(time.monotonic() - began)}", file=sys.stderr)
-    return Outcome({"name": definition.name, "groups": list(map(_describe_group, groups)), "notes": notes})
+    groups = [describe_group(definition, group) for group in rates]
+    return Outcome({"name": definition.name, "groups": groups, "notes": notes})
 
 
-def _describe_group(group: GroupPlan) -> dict[str, Any]:
-    low, high = group.estimate_search()
-    numbers = {key: value for key, value in vars(group).items() if key not in ("arms", "record")}
-    return {"arms": [arm.name for arm in group.arms], **numbers, "run_s": group.run_s, "search_s": [low, high]}
+def _has_name(words: Sequence[str]) -> bool:
+    """Returns whether the words begin with the name or the file of a sweep."""
+    return bool(words) and "=" not in words[0]
 
 
-def _read_named(name: str | None, overrides: Overrides) -> Definition | None:
-    """Returns the sweep of a file, without torch, whose import takes seconds, so that what is wrong is said at once."""
+def _define(arguments: argparse.Namespace, *, measures: bool) -> tuple[Definition, list[Rates], InputsCache]:
+    """Returns the sweep that the arguments name, or one that is drafted for their data, and what was loaded for it.
+
+    If it `measures`, the sweep is checked, its trainings are measured, and `--minutes` cuts it.
+    """
     from lorasweep.sweep.definition.arms import read_definition
     from lorasweep.sweep.definition.overrides import SweepOverrides
     from lorasweep.sweep.definition.sweep_file import find_sweep_file
 
-    return None if name is None else read_definition(find_sweep_file(name), SweepOverrides.parse(overrides))
-
-
-def _measure_definition(
-    definition: Definition | None, overrides: Overrides, *, minutes: float | None
-) -> tuple[Definition, list[GroupPlan], InputsCache]:
-    """Returns a checked sweep, fitted to `minutes` if given, the plans of its groups of arms, and what they loaded.
-
-    Without a `definition`, the sweep is drafted for the data of the overrides.
-    """
-    began, arms = time.monotonic(), "the drafted sweep"
-    if definition is not None:
-        arms = f"{definition.name} ({', '.join(arm.name for arm in definition.arms)})"
-    say(f"measures a few steps of {arms}; first loads torch, the model and the data", file=sys.stderr)
+    began, words, named = time.monotonic(), arguments.overrides, None
+    if _has_name(words):  # read without torch, whose import takes seconds, so that a wrong key is refused at once
+        named = read_definition(find_sweep_file(words[0]), SweepOverrides.parse(words[1:]))
+    if measures:
+        arms = "the drafted sweep" if named is None else f"{named.name} ({', '.join(arm.name for arm in named.arms)})"
+        say(f"measures a few steps of {arms}; first loads torch, the model and the data", file=sys.stderr)
+    elif named is not None and not arguments.cfg and sys.stderr.isatty():
+        say(f"{named.name}: loads torch, the model and the data", file=sys.stderr)
     with quick_imports():
-        from lorasweep import api
-        from lorasweep.sweep.checks import set_steps
-        from lorasweep.sweep.plan import fit_minutes, plan_sweep
+        from lorasweep.sweep.cost import cut_sweep, fit_minutes
+        from lorasweep.sweep.draft import draft_definition
         from lorasweep.training.inputs import InputsCache
 
-    def note(what: str) -> None:
-        say(f"{time.monotonic() - began:3.0f} s: {what}", file=sys.stderr)
-
     inputs_cache = InputsCache()
-    definition = set_steps(definition or api.read_sweep_definition(None, overrides), inputs_cache)
-    api.check_sweep(definition, inputs_cache)
-    if minutes is None:
-        return definition, plan_sweep(definition, inputs_cache, on_progress=note), inputs_cache
-    definition, groups, given_up = fit_minutes(definition, minutes, inputs_cache, on_progress=note)
-    if given_up:
+    definition = named or draft_definition(SweepOverrides.parse(words), inputs_cache)
+    if not measures:
+        return definition, [], inputs_cache
+    definition, rates = _measure(definition, inputs_cache, began=began)
+    if arguments.minutes is not None:
+        budget, given_up = fit_minutes(definition, rates, arguments.minutes)
         say(given_up, file=sys.stderr)
-    return definition, groups, inputs_cache
+        definition = cut_sweep(definition, budget)
+    return definition, rates, inputs_cache
+
+
+def _measure(definition: Definition, inputs_cache: InputsCache, *, began: float) -> tuple[Definition, list[Rates]]:
+    """Returns a checked sweep with its number of steps, and what its trainings take."""
+    from lorasweep.sweep.checks import check_definition, set_steps
+    from lorasweep.sweep.measure import measure_sweep
+
+    def note(phrase: str) -> None:
+        say(f"{time.monotonic() - began:3.0f} s: {phrase}", file=sys.stderr)
+
+    definition = set_steps(definition, inputs_cache)
+    check_definition(definition, inputs_cache, new_folder=definition.sweep_config.sweep.output)
+    return definition, measure_sweep(definition, inputs_cache, on_progress=note)
 
 
 def compare(arguments: argparse.Namespace) -> Outcome:
@@ -192,9 +196,9 @@ def judge(arguments: argparse.Namespace) -> Outcome:
         say(f"reads {size / 1e6:.0f} MB of scores", file=sys.stderr)
     scores = read_scores(arguments.scores, columns=columns)
     names = ("margin", "maximize", "metric", "reference", "base", "key", "looks")
-    found = judge(scores, **{name: getattr(arguments, name) for name in names})
-    show(found.render())
-    return Outcome(found)
+    verdicts = judge(scores, **{name: getattr(arguments, name) for name in names})
+    show(verdicts.render())
+    return Outcome(verdicts)
 
 
 def export(arguments: argparse.Namespace) -> Outcome:
@@ -229,7 +233,7 @@ def _choose_run(folder: Path, *, verb: str) -> Path:
     from lorasweep.record import RUN_FILE, SWEEP_FILE, read_run
     from lorasweep.report.recommend import find_recommended_run
 
-    if (folder / RUN_FILE).is_file() or not any((one / SWEEP_FILE).is_file() for one in (folder, folder.parent)):
+    if (folder / RUN_FILE).is_file() or not any((sweep / SWEEP_FILE).is_file() for sweep in (folder, folder.parent)):
         read_run(folder)
         return folder
     run, described = find_recommended_run(folder)
@@ -243,12 +247,12 @@ def reproduce(arguments: argparse.Namespace) -> Outcome:
     folder = arguments.folder  # a damaged record is refused at once, before torch is loaded
     (read_sweep if (folder / SWEEP_FILE).is_file() else read_run)(folder)
     with quick_imports():
-        from lorasweep import api
+        from lorasweep.sessions import reproduce
 
-    found = api.reproduce(folder, output=arguments.output, tolerance=arguments.tolerance, steps=arguments.steps)
-    say(found.description)
-    code = INTERRUPTED_EXIT_CODE if found.verdict == "interrupted" else DONE if found.holds else FAILED
-    return Outcome(found, code)
+    repeated = reproduce(folder, output=arguments.output, tolerance=arguments.tolerance, steps=arguments.steps)
+    say(repeated.description)
+    code = INTERRUPTED_EXIT_CODE if repeated.verdict == "interrupted" else DONE if repeated.holds else FAILED
+    return Outcome(repeated, code)
 
 
 def train(arguments: argparse.Namespace) -> Outcome:
@@ -271,12 +275,6 @@ def train(arguments: argparse.Namespace) -> Outcome:
     if errors:
         raise errors[0]
     return Outcome(results[0] if results else None, code)
-
-
-def _split_name(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Returns the sweep's name or file, or None if there is none, and the overrides after it."""
-    is_named = bool(arguments) and "=" not in arguments[0]
-    return (arguments[0], list(arguments[1:])) if is_named else (None, list(arguments))
 
 
 def _say_run(result: RunResult, job: str) -> int:

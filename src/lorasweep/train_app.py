@@ -149,11 +149,11 @@ def _run_hydra(words: Sequence[str], task: Callable[[DictConfig], float | None])
 
 def _train(config: RunConfig, values: Mapping[str, Any], *, origin: Mapping[str, Any], is_grid: bool) -> RunResult:
     with quick_imports():
-        from lorasweep import api  # noqa: PLC0415 (torch and Lightning are slow to import; `--help` needs neither)
+        from lorasweep.sessions import run_config  # noqa: PLC0415 (torch is slow to import, and `--help` does not need it)
 
     if is_grid and config.trainer.needs_process_group:
         raise ConfigError(
             "`trainer.devices` must be 1 and `trainer.strategy` auto with `-m`, but got "
             f"{config.trainer.devices!r} and {config.trainer.strategy_name}. Use `lorasweep sweep` instead of a grid."
         )
-    return api.train_config(config, output=values["output"], resume=bool(values["resume"]), origin=origin)
+    return run_config(config, output=values["output"], resume=bool(values["resume"]), origin=origin)

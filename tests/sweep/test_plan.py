@@ -3,28 +3,22 @@
 import io
 import re
 import tempfile
-from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
 from tests.conftest import SHORT_RUN
 
-import lorasweep.sweep.plan as plan_file
+import lorasweep.sweep.measure as measure_file
 from lorasweep.data.batching import StepBatchSampler
 from lorasweep.errors import ConfigError, OutOfMemory
 from lorasweep.record import RunRecord
+from lorasweep.sweep.cost import WHOLE, Budget, Rates, cut_sweep, estimate_cost, fit_minutes
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.overrides import SweepOverrides
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
-from lorasweep.sweep.plan import (
-    GroupPlan,
-    choose_data_order,
-    choose_evaluated,
-    fit_minutes,
-    plan_sweep,
-    render_plan,
-)
+from lorasweep.sweep.measure import choose_data_order, choose_evaluated, measure_sweep
+from lorasweep.sweep.plan import render_plan
 from lorasweep.training.inputs import InputsCache
 
 
@@ -41,8 +35,10 @@ def define(write_file, content):
 
 
 @pytest.fixture
-def plan_group(inputs):
-    def plan_group(arm, **measured):
+def rates_of():
+    """Returns made-up rates of one arm."""
+
+    def rates_of(arm, **measured):
         record = RunRecord.__new__(RunRecord)
         record.metric = "bits_per_byte"
         record.trainable_params = 123_456
@@ -58,44 +54,50 @@ def plan_group(inputs):
         }
         values |= measured
         values["trained_params"] = {arm.name: 123_456 if arm.space else 0}
-        return GroupPlan(arms=(arm,), reason="", record=record, kept_bytes=2**20, **values)
+        return Rates(arms=(arm.name,), reason="", record=record, kept_bytes=2**20, **values)
 
-    return plan_group
+    return rates_of
 
 
-def test_estimates_count_the_steps_and_evaluations_of_the_sweep(define, plan_group):
-    _, arms = define("confirm.seeds=3")
+def test_the_cost_counts_the_steps_and_evaluations_of_the_sweep(define, rates_of):
+    definition, arms = define("confirm.seeds=3")
     run_s = 0.5 + 8 + 4 * 10
-    group = plan_group(arms["lora"], slots=3)
+
+    def cost(name, definition=definition, budget=WHOLE, **measured):
+        return estimate_cost(definition, [rates_of(arms[name], **measured)], budget=budget)
+
     # packs share their time; at most, each batch of 4 trials takes whole packs
-    assert group.estimate_search() == pytest.approx((8 / 3 * run_s, (2 + 2) * run_s))
+    assert cost("lora", slots=3)[:2] == pytest.approx((8 / 3 * run_s, (2 + 2) * run_s))
     # confirm runs are scored on test data, and the frozen base is evaluated once
-    assert plan_group(arms["lora"], test_s=20.0).estimate_confirm(3) == 3 * (run_s + 20)
-    assert plan_group(arms["frozen"], step_s=0.0).estimate_confirm(1) == 10.5
-    assert plan_group(arms["lora"], final_s=7.0).estimate_confirm(1) == run_s + 7
-    _, arms = define("sampler=qmc")  # one batch
-    assert plan_group(arms["lora"], slots=3).estimate_search() == pytest.approx((8 / 3 * run_s, 3 * run_s))
+    assert cost("lora", test_s=20.0).confirm_s == 3 * (run_s + 20)
+    assert cost("frozen", step_s=0.0).confirm_s == 10.5
+    assert cost("lora", final_s=7.0).confirm_s == 3 * (run_s + 7)
+    assert cost("lora", definition=define("sampler=qmc")[0], slots=3)[:2] == pytest.approx(  # one batch
+        (8 / 3 * run_s, 3 * run_s)
+    )
+    cut = Budget(trials=4, steps=4, looks=(2,))  # two evaluations
+    assert cost("lora", budget=cut) == pytest.approx((4 * 24.5, 4 * 24.5, 2 * 24.5))
 
 
 @pytest.mark.parametrize(
     ("looks", "longest"),
     [([3], None), ([3, 5], "8.9 min")],  # 6 trials and 5 confirm runs of 48.5 s
 )
-def test_a_plan_says_how_long_the_last_look_takes(content, write_file, plan_group, looks, longest):
+def test_a_plan_says_how_long_the_last_look_takes(content, write_file, rates_of, looks, longest):
     content["arms"] = {"lora": content["arms"]["lora"]}
     content["settings"] |= {"confirm.seeds": "auto", "confirm.looks": looks}
     definition = read_definition(write_file(content))
     console = Console(record=True, width=200, file=io.StringIO())
-    console.print(render_plan(definition, [plan_group(definition.arms[0])]))
+    console.print(render_plan(definition, [rates_of(definition.arms[0])]))
     found = re.findall(r"stays open to the last look: (.*)\.", console.export_text())
     assert found == ([] if longest is None else [longest])
 
 
-def test_a_plan_fits_eighty_columns_and_breaks_no_name(content, write_file, plan_group):
+def test_a_plan_fits_eighty_columns_and_breaks_no_name(content, write_file, rates_of):
     content["settings"]["confirm.seeds"] = 3
     content["arms"] = {"frozen": content["arms"]["frozen"], "loraplus-rank16": content["arms"]["lora"] | {"trials": 8}}
     definition = read_definition(write_file(content))
-    groups = [plan_group(arm, step_s=60.0, evaluation_s=0.0) for arm in definition.arms]
+    groups = [rates_of(arm, step_s=60.0, evaluation_s=0.0) for arm in definition.arms]
     console = Console(record=True, width=80, file=io.StringIO())
     console.print(render_plan(definition, groups))
     shown = console.export_text()
@@ -123,9 +125,9 @@ def plan(write_file, content, inputs, tmp_path, monkeypatch):
 
     def plan():
         said = []
-        groups = plan_sweep(read_definition(write_file(content)), Cache(), on_progress=said.append)
+        groups = measure_sweep(read_definition(write_file(content)), Cache(), on_progress=said.append)
         assert list((tmp_path / "temporary").iterdir()) == []
-        return {group.arms[0].name: group for group in groups}, said
+        return {group.arms[0]: group for group in groups}, said
 
     return plan
 
@@ -166,7 +168,7 @@ def test_each_group_is_measured_once_and_the_base_stays(plan, inputs):
 
 def test_a_pack_of_many_tokens_is_measured_with_fewer_slots_and_scaled(plan, monkeypatch):
     whole = plan()[0]["lora"]
-    monkeypatch.setattr(plan_file, "MAX_MEASURED_TRAINING_S", 0.0)
+    monkeypatch.setattr(measure_file, "MAX_MEASURED_TRAINING_S", 0.0)
     scaled, said = plan()
     assert said[-1] == "measuring lora: 3 trials in a pack, from 1"
     assert (scaled["lora"].slots, scaled["lora"].step_tokens) == (whole.slots, whole.step_tokens)
@@ -190,59 +192,75 @@ def test_a_pack_that_does_not_fit_is_halved_as_in_the_sweep(plan, monkeypatch):
     def run_out_of_memory(*_, **__):
         raise OutOfMemory("too large")
 
-    monkeypatch.setattr(plan_file, "train_pack", run_out_of_memory)
+    monkeypatch.setattr(measure_file, "train_pack", run_out_of_memory)
     groups, said = plan()
     assert said[-2:] == ["measuring lora: 3 trials in a pack", "measuring lora: 1 trial"]
     assert groups["lora"].slots == 1
 
 
-@pytest.fixture
-def quickstart(monkeypatch):
-    """The quickstart with 240 steps, of which each takes a tenth of a second."""
-
-    def measure(definition, inputs_cache, **_):
-        zeros = {"loading_s": 0.0, "evaluation_s": 0.0, "final_s": 0.0, "test_s": 0.0}
-        zeros |= {"step_tokens": 0.0, "peak_memory_bytes": 0, "record": None, "kept_bytes": 0}
-        return [
-            GroupPlan(arms=(arm,), slots=1, reason="", step_s=0.1, trained_params={}, **zeros)
-            for arm in definition.arms
-        ]
-
-    monkeypatch.setattr(plan_file, "plan_sweep", measure)
+@pytest.fixture(scope="module")
+def quickstart():
+    """The quickstart with 240 steps."""
     return read_definition(find_sweep_file("quickstart"), SweepOverrides.parse(["trainer.max_steps=240"]))
 
 
-def fit(definition, minutes):
-    fitted, groups, given_up = fit_minutes(definition, minutes, None, on_progress=print)
-    assert [group.arms[0] for group in groups] == list(fitted.arms)
-    arm = fitted.find_arm("lora")
-    return (arm.trials, arm.base.num_steps, fitted.sweep_config.confirm.looks), given_up
+def step_rates(definition, *, step_s=0.1):
+    """Returns rates in which only steps take time."""
+    zeros = {"loading_s": 0.0, "evaluation_s": 0.0, "final_s": 0.0, "test_s": 0.0}
+    zeros |= {"step_tokens": 0.0, "peak_memory_bytes": 0, "record": None, "kept_bytes": 0}
+    return [
+        Rates(arms=(arm.name,), slots=1, reason="", step_s=step_s, trained_params={}, **zeros)
+        for arm in definition.arms
+    ]
+
+
+def fit(definition, minutes, **speed):
+    return fit_minutes(definition, step_rates(definition, **speed), minutes)
 
 
 def test_seeds_go_first_then_trials_then_steps(quickstart):
-    assert fit(quickstart, 30)[0] == (16, 240, (3, 6, 10))
-    assert fit(quickstart, 29)[0] == (16, 240, (3, 6))
-    assert fit(quickstart, 14)[0] == (12, 240, (3,))
-    found, given_up = fit(quickstart, 8)
-    assert found == (16, 120, (3,))
+    assert fit(quickstart, 30)[0] == WHOLE
+    assert fit(quickstart, 29)[0] == Budget(looks=(3, 6))
+    assert fit(quickstart, 14)[0] == Budget(looks=(3,), trials=12)
+    budget, given_up = fit(quickstart, 8)
+    assert budget == Budget(looks=(3,), steps=120)
     assert "3 of 10 seeds" in given_up
     assert "120 of 240 steps" in given_up
     with pytest.raises(ConfigError, match=r"`--minutes` must be at least \d+ .* but got 0.5.*confirm.seeds=3"):
         fit(quickstart, 0.5)
 
 
-def test_the_least_minutes_that_one_measurement_names_are_enough_for_the_next(quickstart, monkeypatch):
+@pytest.mark.parametrize("minutes", [30, 29, 14, 8, 5])
+def test_a_sweep_that_was_cut_costs_what_its_budget_costs(quickstart, minutes):
+    budget, _ = fit(quickstart, minutes)
+    cut, rates = cut_sweep(quickstart, budget), step_rates(quickstart)
+    assert estimate_cost(cut, rates, look=-1) == estimate_cost(quickstart, rates, budget=budget, look=-1)
+    arm = cut.find_arm("lora")
+    assert (arm.trials, arm.base.num_steps) == (budget.trials or 16, budget.steps or 240)
+    assert cut.sweep_config.confirm.looks == (budget.looks or (3, 6, 10))
+
+
+def test_arms_that_search_one_key_keep_the_minimum_of_trials(content, write_file):
+    content["arms"] = {"full": content["arms"]["full"] | {"trials": 8}}
+    definition = read_definition(write_file(content), SweepOverrides.parse(["confirm.seeds=0", "trainer.max_steps=60"]))
+    budget, given_up = fit(definition, 0.7)  # 7 trials of 6 s
+    assert [arm.trials for arm in cut_sweep(definition, budget).arms] == [6]
+    assert "6 of 8 trials an arm" in given_up
+
+
+def test_a_budget_raises_no_number_and_cuts_those_that_are_typed_for_one_arm(content, write_file):
+    content["arms"]["lora"]["trials"] = 12
+    typed = ["arms.lora.trials=16", "arms.lora.trainer.max_steps=200", "trainer.max_steps=120"]
+    definition = read_definition(write_file(content), SweepOverrides.parse(typed))
+    cut = cut_sweep(definition, Budget(trials=12, steps=160))
+    assert {arm.name: arm.trials for arm in cut.arms} == {"frozen": 1, "full": 3, "lora": 12}
+    assert {arm.name: arm.base.num_steps for arm in cut.arms} == {"frozen": 0, "full": 120, "lora": 160}
+
+
+def test_the_least_minutes_that_one_measurement_names_are_enough_for_the_next(quickstart):
     with pytest.raises(ConfigError) as refused:
         fit(quickstart, 0.5)
     minutes = int(re.search(r"at least (\d+)", str(refused.value))[1])
-    groups = plan_file.plan_sweep(quickstart, None)
-
-    def measure_slower(factor):
-        slower = [replace(group, step_s=factor * group.step_s) for group in groups]
-        monkeypatch.setattr(plan_file, "plan_sweep", lambda *_, **__: slower)
-
-    measure_slower(1.12)
-    assert fit(quickstart, minutes)[1].startswith("within")
-    measure_slower(2.0)
+    assert fit(quickstart, minutes, step_s=0.112)[1].startswith("within")
     with pytest.raises(ConfigError, match="at least"):
-        fit(quickstart, minutes)
+        fit(quickstart, minutes, step_s=0.2)

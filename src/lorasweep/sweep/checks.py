@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 from lorasweep.config.data import MetricComponent, ScoreMetric
-from lorasweep.config.run import STEPS_KEY
+from lorasweep.config.run import STEPS_KEY, RunConfig
+from lorasweep.disk import require_new_folder
 from lorasweep.errors import ConfigError
 from lorasweep.record import RetainedRow
 from lorasweep.sweep.controller.encoding import History
@@ -45,21 +47,23 @@ def set_steps(definition: Definition, inputs_cache: InputsCache) -> Definition:
     return restore_definition(raw, source=definition.source)
 
 
-def check_definition(definition: Definition, inputs_cache: InputsCache) -> ScoreMetric:
+def check_definition(
+    definition: Definition, inputs_cache: InputsCache, *, new_folder: str | None = None
+) -> ScoreMetric:
     """Checks the workers and every arm, with the settings at the ends of its ranges. Returns the sweep's metric.
 
-    Raises:
-        ConfigError: The sweep can't run as asked.
+    Raises ConfigError if the sweep can't run as asked, or `new_folder` is in use.
     """
+    if new_folder is not None:
+        remedy = f"To resume a sweep type `lorasweep sweep --resume {new_folder}`."
+        require_new_folder(Path(new_folder), key="sweep.output", remedy=remedy)
     check_workers(definition)
     plan_packing(definition)
     list_retained(definition, inputs_cache)
     for arm in definition.arms:
         with name_in_errors(f"arm `{arm.name}`"):
-            if arm.space:
-                propose(
-                    arm, History(arm, direction="minimize"), number=0
-                )  # raises if the sampler can't search this space
+            if arm.space:  # raises if the sampler can't search this space
+                propose(arm, History(arm, direction="minimize"), number=0)
             for config in arm.corner_configs:
                 inputs = inputs_cache.load(config)
                 check_run(config, inputs.base)
@@ -83,17 +87,17 @@ def list_test_metrics(definition: Definition, metric: ScoreMetric) -> list[Score
     `metric` is that of `find_metric`. Raises ConfigError if `confirm.metric` is not measured, or if arms have different
     settings of `data.answers`.
     """
-    settings = [get_answers(config) for arm in definition.arms for config in arm.corner_configs]
-    if any(one != settings[0] for one in settings):
+    first, *others = (get_answers(config) for config in _list_corner_configs(definition))
+    if any(answers != first for answers in others):
         raise ConfigError("`data.answers` must be the same for all arms, because they are compared, but differs.")
-    metrics = [metric, *(one.metric for one in settings[:1] if one)]
-    names, chosen = ["auto", *(one.name for one in metrics)], definition.sweep_config.confirm.metric
+    metrics = [metric] if first is None else [metric, first.metric]
+    names, chosen = ["auto", *(measured.name for measured in metrics)], definition.sweep_config.confirm.metric
     if chosen not in names:
         raise ConfigError(
             f"`confirm.metric` must be one of {', '.join(names)}, but got {chosen!r}. `data.answers.score` measures "
             "generated answers."
         )
-    return sorted(metrics, key=lambda one: one.name != chosen) if len(metrics) > 1 else []
+    return sorted(metrics, key=lambda measured: measured.name != chosen) if len(metrics) > 1 else []
 
 
 def list_retained(definition: Definition, inputs_cache: InputsCache) -> list[RetainedRow]:
@@ -110,7 +114,7 @@ def list_retained(definition: Definition, inputs_cache: InputsCache) -> list[Ret
 
 def find_metric(definition: Definition, inputs_cache: InputsCache) -> ScoreMetric:
     """Returns the metric by which every trial is scored. With `data.metric=auto` it depends on the data."""
-    configs = [config for arm in definition.arms for config in arm.corner_configs]
+    configs = _list_corner_configs(definition)
     metrics = sorted({inputs_cache.load(config).splits.metric for config in configs})
     if len(metrics) > 1:
         raise ConfigError(f"`data.metric` must be the same for all arms, but got {', '.join(metrics)}.")
@@ -127,16 +131,20 @@ def score_constant_answer(definition: Definition, inputs_cache: InputsCache) -> 
 
     Empty for data without labels, or if these scores are not the same for all trials.
     """
-    configs = [config for arm in definition.arms for config in arm.corner_configs if config.num_steps]
-    of_configs = {(inputs_cache.load(config).splits, config.eval_fraction) for config in configs}
-    found = [splits.score_constant_answer(splits.validation, fraction=fraction) for splits, fraction in of_configs]
-    scores = found[0] if found and all(each == found[0] for each in found) else {}
+    configs = [config for config in _list_corner_configs(definition) if config.num_steps]
+    evaluated = {(inputs_cache.load(config).splits, config.eval_fraction) for config in configs}
+    scored = [splits.score_constant_answer(splits.validation, fraction=fraction) for splits, fraction in evaluated]
+    scores = scored[0] if scored and all(each == scored[0] for each in scored) else {}
     return {name: score for name, score in scores.items() if math.isfinite(score)}
+
+
+def _list_corner_configs(definition: Definition) -> list[RunConfig]:
+    return [config for arm in definition.arms for config in arm.corner_configs]
 
 
 def describe_coverages(definition: Definition, inputs_cache: InputsCache) -> dict[str, bool]:
     """Returns the different sentences on what the LoRA arms adapt, and for each whether it warns of fused experts."""
-    configs = [config for arm in definition.arms for config in arm.corner_configs]
+    configs = _list_corner_configs(definition)
     coverages = [inputs_cache.load(config).find_coverage(config) for config in configs]
     return {coverage.describe(): bool(coverage.fused_experts) for coverage in coverages if coverage is not None}
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -28,7 +28,7 @@ from lorasweep.sweep.checks import MAX_STEPS, count_steps
 from lorasweep.sweep.controller.stopping import MIN_STEPS
 from lorasweep.sweep.definition.arms import Definition, read_definition
 from lorasweep.sweep.definition.overrides import SweepOverrides, Value
-from lorasweep.sweep.definition.sweep_file import MAX_NAME_CHARACTERS
+from lorasweep.sweep.definition.sweep_file import MAX_NAME_CHARACTERS, make_paths_absolute
 from lorasweep.sweep.power import TEST_PERCENTS, assess_power, describe_power
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.run_inputs import RunInputs
@@ -93,19 +93,32 @@ arms:
 """
 
 
-def draft_definition(overrides: SweepOverrides) -> Definition:
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A sweep file for a user's model and data."""
+
+    settings: Mapping[str, Any]
+    """The settings that the user gave, with the kind of data and the columns that were chosen from the data."""
+    text: str
+    """The content of the file."""
+    definition: Definition
+    power: list[str]
+    """Sentences on what the test data can settle."""
+
+
+def draft_definition(overrides: SweepOverrides, inputs_cache: InputsCache) -> Definition:
     """Returns the sweep that `lorasweep new` would write for these overrides. Errors as in `draft_sweep`."""
-    values = {one.key: one.given.content for one in overrides.for_arm(None) if isinstance(one.given, Value)}
+    values = {typed.key: typed.given.content for typed in overrides.for_arm(None) if isinstance(typed.given, Value)}
     settings = {key: value for key, value in values.items() if re.match(r"(model|data|trainer)\b", key)}
     others = {key: value for key, value in overrides.raw.items() if key not in settings}
     source = str(settings.get("data.path") or settings.get("data.train") or settings.get("data", ""))
     name = re.sub(r"\W+", "-", Path(source).name.split(".")[0])[:MAX_NAME_CHARACTERS].strip("-")
-    text, _ = draft_sweep(Path(f"{name or 'sweep'}.yaml"), settings)
-    return read_definition(yaml.safe_load(text), SweepOverrides.parse(others))
+    draft = draft_sweep(Path(f"{name or 'sweep'}.yaml"), settings, inputs_cache)
+    return read_definition(yaml.safe_load(draft.text), SweepOverrides.parse(others))
 
 
-def draft_sweep(path: Path, settings: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """Returns the content of a sweep file at `path`, and sentences on what its test data can settle.
+def draft_sweep(path: Path, settings: Mapping[str, Any], inputs_cache: InputsCache) -> Draft:
+    """Returns a sweep file, to be written to `path`.
 
     Reads the model and the data that the settings name. The share of test data follows from what it can settle.
 
@@ -127,30 +140,33 @@ def draft_sweep(path: Path, settings: Mapping[str, Any]) -> tuple[str, list[str]
             "a drafted sweep must know the model: add `model.path=FOLDER-OR-HUB-ID`. `model.path=embedded:tiny` is the "
             "embedded toy."
         )
-    # blocks of text have a fixed length; the length of examples is measured
-    lengths = {"data.max_length": MAX_MEASURED_TOKENS} if chosen["data"] in ("table", "chat") else {}
-    inputs_cache, config = InputsCache(), compose_run({**lengths, **chosen})
-    inputs = inputs_cache.load(config)
-    inputs.splits.test()  # reads every row, because the confirm stage would fail after hours of training
 
-    def fill(inputs: RunInputs) -> tuple[str, Definition]:
-        numbers = _choose_numbers(inputs, chosen)
-        metric = {} if any(key.startswith("data.metric") for key in chosen) else {"data.metric": inputs.splits.metric}
-        text = _fill_template(path, {**chosen, **metric, **numbers}, {**SWEEP_SETTINGS, **of_sweep}, inputs)
+    def load(settings: Mapping[str, Any]) -> RunInputs:
+        # blocks of text have a fixed length; the length of examples is measured
+        lengths = {"data.max_length": MAX_MEASURED_TOKENS} if settings["data"] in ("table", "chat") else {}
+        # absolute paths as in a definition, which then shares what is loaded here
+        return inputs_cache.build(compose_run(make_paths_absolute({**lengths, **settings})))
+
+    def fill(settings: Mapping[str, Any], inputs: RunInputs) -> tuple[str, Definition]:
+        metric = {} if any(key.startswith("data.metric") for key in settings) else {"data.metric": inputs.splits.metric}
+        numbered = {**settings, **metric, **_choose_numbers(inputs, settings)}
+        text = _fill_template(path, numbered, {**SWEEP_SETTINGS, **of_sweep}, inputs)
         return text, read_definition(yaml.safe_load(text))  # a draft must be a sweep that starts
 
-    text, definition = fill(inputs)
+    inputs = load(chosen)
+    inputs.splits.test()  # reads every row, because the confirm stage would fail after hours of training
+    text, definition = fill(chosen, inputs)
     power = assess_power(definition, inputs.splits)
     if power and "data.test_fraction" not in chosen:
         # fewer examples than this are trained on for more than `EPOCHS`
         min_train = MIN_STEPS * definition.arms[0].base.trainer.batch_size / EPOCHS
         percent = power.choose_percent(num_train=len(inputs.splits.train), min_train=min_train)
         if percent in TEST_PERCENTS:
-            chosen["data.test_fraction"] = percent / 100
-            data = compose_run({**lengths, **chosen}).data
-            inputs = replace(inputs, splits=inputs_cache.load_splits(data, config))
-            text, definition = fill(inputs)
-    return text, describe_power(definition, inputs.splits)
+            with_fraction = {**chosen, "data.test_fraction": percent / 100}
+            inputs = load(with_fraction)
+            text, definition = fill(with_fraction, inputs)
+    described = describe_power(definition, inputs.splits)
+    return Draft(settings={**chosen, **of_sweep}, text=text, definition=definition, power=described)
 
 
 def _choose_data(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,32 +205,27 @@ def _choose_data(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _guess_columns(columns: Mapping[str, Sequence[Any]], settings: Mapping[str, Any]) -> dict[str, str]:
     """Returns `data.label`, `data.text` and for pairs `data.text_pair`, as far as the user did not name them."""
-    keys = ("data.label", "data.text", "data.text_pair", "data.group")
-    free = [name for name in columns if name not in [settings.get(key) for key in keys]]
+    named = [settings.get(key) for key in ("data.label", "data.text", "data.text_pair", "data.group")]
+    free = [name for name in columns if name not in named]
     guessed: dict[str, str] = {}
+
+    def guess(key: str, kind: str, usual: Iterable[str], others: Sequence[str]) -> str:
+        name = next(iter([*(name for name in usual if name in free), *others]), None)
+        if name is None:
+            raise ConfigError(f"`{key}` must name a column of {kind}, but the columns are {join_words(list(columns))}.")
+        free.remove(name)
+        guessed[key] = name
+        return name
+
     if "data.label" not in settings:
         counts = {name: len(set(map(str, columns[name]))) for name in free}
         several = [name for name in free if counts[name] > 1]
-        usual = [name for name in LABEL_COLUMNS if name in free]
-        label = next(iter([*usual, *sorted(several, key=counts.__getitem__)]), None)
-        if label is None:
-            raise ConfigError(
-                f"`data.label` must name a column of labels, but the columns are {join_words(list(columns))}."
-            )
-        guessed["data.label"] = label
-        free.remove(label)
+        guess("data.label", "labels", LABEL_COLUMNS, sorted(several, key=counts.__getitem__))
     if "data.text" not in settings:
-        texts = [name for name in free if columns[name] and all(isinstance(value, str) for value in columns[name])]
-        lengths = {name: fmean(map(len, columns[name])) for name in texts}
-        usual = [name for name in TEXT_COLUMNS if name in texts]
-        text = next(iter([*usual, *sorted(texts, key=lengths.__getitem__, reverse=True)]), None)
-        if text is None:
-            raise ConfigError(
-                f"`data.text` must name a column of texts, but the columns are {join_words(list(columns))}."
-            )
-        guessed["data.text"] = text
-        pair = TEXT_COLUMNS.get(text)
-        if pair in texts and "data.text_pair" not in settings:
+        free = [name for name in free if columns[name] and all(isinstance(value, str) for value in columns[name])]
+        lengths = {name: fmean(map(len, columns[name])) for name in free}
+        text = guess("data.text", "texts", TEXT_COLUMNS, sorted(free, key=lengths.__getitem__, reverse=True))
+        if (pair := TEXT_COLUMNS.get(text)) in free and "data.text_pair" not in settings:
             guessed["data.text_pair"] = str(pair)
     return guessed
 
@@ -226,8 +237,7 @@ def _choose_numbers(inputs: RunInputs, chosen: Mapping[str, Any]) -> dict[str, i
     numbers = {}
     if chosen["data"] in ("table", "chat"):
         covered = int(train.lengths.double().quantile(COVERED_SHARE))
-        config = getattr(inputs.base.model, "config", None)
-        limit = getattr(config, "max_position_embeddings", None) or MAX_MEASURED_TOKENS
+        limit = getattr(inputs.base.model.config, "max_position_embeddings", None) or MAX_MEASURED_TOKENS
         numbers["data.max_length"] = min(limit, MAX_MEASURED_TOKENS, 8 * math.ceil(covered / 8))
         if len(inputs.splits.validation) > MAX_VALIDATION_EXAMPLES:
             numbers["data.max_validation_examples"] = MAX_VALIDATION_EXAMPLES
@@ -266,9 +276,7 @@ def _fill_template(path: Path, settings: Mapping[str, Any], of_sweep: Mapping[st
         f"  {key}: {_format_value(value)}" + (f" # {comments[key]}" if key in comments else "")
         for key, value in {**settings, **of_sweep}.items()
     ]
-    middle = RATE_TIMES_WIDTH / (
-        getattr(getattr(inputs.base.model, "config", None), "hidden_size", None) or DEFAULT_WIDTH
-    )
+    middle = RATE_TIMES_WIDTH / (getattr(inputs.base.model.config, "hidden_size", None) or DEFAULT_WIDTH)
     low, high = (float(f"{rate:.0e}") for rate in (middle / 10, middle * 10))
     return TEMPLATE.format(
         path=path,

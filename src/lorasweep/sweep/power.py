@@ -90,10 +90,12 @@ class Power(NamedTuple):
 
         It is half of the interval of the test, plus `POWER_SCORE` standard errors.
         """
-        num_groups = factor * self.num_groups
-        found = [spread.estimate(num_seeds=self.num_seeds, num_groups=num_groups) for spread in self.spreads]
-        ends = [one.find_interval(1 - 2 * self.level) or UNBOUNDED for one in found]
-        return [high + POWER_SCORE * one.error for (_, high), one in zip(ends, found, strict=True)]
+        differences = []
+        for spread in self.spreads:
+            estimate = spread.estimate(num_seeds=self.num_seeds, num_groups=factor * self.num_groups)
+            _, high = estimate.find_interval(1 - 2 * self.level) or UNBOUNDED
+            differences.append(high + POWER_SCORE * estimate.error)
+        return differences
 
     def choose_percent(self, *, num_train: int, min_train: float) -> int | None:
         """Returns the smallest share for the test split that settles the margin; None without a choice.
@@ -112,9 +114,10 @@ class Power(NamedTuple):
     def describe(self) -> str:
         """Returns sentences on the settled difference, the margin, and what would help."""
         differences, margin, now = self.find_differences(), self.margin, self.percents.get("test")
+        shown = " to ".join(f"{100 * difference:.1f}" for difference in differences)
         text = (
             f"With {self.groups} and {self.num_seeds} seeds, a difference between LoRA and full fine-tuning is settled "
-            f"in 4 of 5 sweeps if it is {' to '.join(f'{100 * one:.1f}' for one in differences)} {self.unit}."
+            f"in 4 of 5 sweeps if it is {shown} {self.unit}."
         )
         if not margin or differences[-1] <= margin:
             return f"{text} The margin is {100 * margin:.1f}." if margin else text

@@ -8,11 +8,11 @@ from typing import Any
 from lorasweep.config.data import DataConfig
 from lorasweep.config.run import RunConfig, TrainerConfig
 from lorasweep.data.batching import EvaluationSampler, count_batch_bytes
-from lorasweep.data.reading import read_source
 from lorasweep.data.split import SplitFacts
 from lorasweep.data.split import padding_fraction as measure_padding
 from lorasweep.errors import ConfigError
 from lorasweep.objectives.data_splits import DataSplits, build_data_splits
+from lorasweep.training.loaded_parts import LoadedParts
 from lorasweep.training.memory import free_memory_bytes
 from lorasweep.training.own_module import OwnModule
 from lorasweep.training.run_inputs import RunInputs, cache_key, get_labels
@@ -29,12 +29,14 @@ def get_workload(config: RunConfig) -> Workload:
     return ModelWorkload() if config.module is None else OwnModule()
 
 
-def build_inputs(config: RunConfig, *, telemetry: Telemetry | None = None) -> RunInputs:
+def build_inputs(
+    config: RunConfig, *, telemetry: Telemetry | None = None, parts: LoadedParts | None = None
+) -> RunInputs:
     """Loads the base model and the data of a run. Raises `ConfigError` if they can't be loaded.
 
-    `telemetry` counts the seconds and tokens of this process.
+    `telemetry` counts the seconds and tokens of this process. `parts` has what this process has loaded already.
     """
-    return get_workload(config).load(config, telemetry=telemetry or Telemetry())
+    return get_workload(config).load(config, telemetry=telemetry or Telemetry(), parts=parts or LoadedParts())
 
 
 class InputsCache:
@@ -42,6 +44,7 @@ class InputsCache:
 
     def __init__(self) -> None:
         self.telemetry = Telemetry()
+        self._parts = LoadedParts()
         self._loaded: dict[tuple[Any, ...], RunInputs] = {}
         self._other_splits: dict[tuple[DataConfig, tuple[Any, ...]], DataSplits] = {}
 
@@ -50,8 +53,12 @@ class InputsCache:
         if key not in self._loaded:
             if len(self._loaded) >= MAX_LOADED_INPUTS:
                 self._loaded.clear()
-            self._loaded[key] = build_inputs(config, telemetry=self.telemetry)
+            self._loaded[key] = self.build(config)
         return self._loaded[key]
+
+    def build(self, config: RunConfig) -> RunInputs:
+        """Returns new inputs of a run, which are not kept. Their base model and examples are kept, as under `load`."""
+        return build_inputs(config, telemetry=self.telemetry, parts=self._parts)
 
     def load_splits(self, data: DataConfig, config: RunConfig) -> DataSplits:
         """Returns the splits of other data than a run's own, prepared for the run's base model.
@@ -62,7 +69,7 @@ class InputsCache:
         key = data, cache_key(config)
         if key not in self._other_splits:
             base = self.load(config).base
-            source = read_source(data)
+            source = self._parts.read_source(data)
             splits = build_data_splits(data, source=source, base=base)
             labels, learned = get_labels(source), base.labels and replace(base.labels, constant=())
             if labels is not None and labels != learned:

@@ -39,6 +39,7 @@ from lorasweep.models.load import BaseModel, Labels, fingerprint_weights
 from lorasweep.training.checkpoint import read_rng_state, restore_rng_state
 from lorasweep.training.environment import resolve_device, resolve_precision
 from lorasweep.training.evaluation import ScoresOnTest
+from lorasweep.training.loaded_parts import LoadedParts
 from lorasweep.training.module import prepare_model
 from lorasweep.training.optim import configure_optimizers
 from lorasweep.training.processes import find_launch, quiet_lightning
@@ -235,7 +236,7 @@ class OwnModule(Workload):
             new_head_names=config.module.new_modules,
         )
 
-    def load(self, config: RunConfig, *, telemetry: Telemetry) -> RunInputs:
+    def load(self, config: RunConfig, *, telemetry: Telemetry, parts: LoadedParts) -> RunInputs:
         """Also tries both evaluations on one batch of the base, so that a wrong module does not fail hours later.
 
         Errors of the module's own code are raised as they are, with its traceback.

@@ -13,16 +13,16 @@ from torch import nn
 
 from lorasweep.config.build import build
 from lorasweep.config.run import RunConfig, refuse_code
-from lorasweep.data.reading import read_source
 from lorasweep.data.source import DataSource
 from lorasweep.data.split import Batch, Splits
 from lorasweep.lora.targets import Coverage
 from lorasweep.methods import METHODS
 from lorasweep.models.attention import AttentionChoice, choose_attention
-from lorasweep.models.load import BaseModel, Labels, load_base
+from lorasweep.models.load import BaseModel, Labels
 from lorasweep.objectives import drop_slot_settings
 from lorasweep.objectives.data_splits import DataSplits, build_data_splits
 from lorasweep.training.environment import DTYPES, Precision, get_device, resolve_precision
+from lorasweep.training.loaded_parts import LoadedParts
 from lorasweep.training.telemetry import Telemetry
 from lorasweep.training.unpadded import Layout, can_unpad, drops_attention, find_layers, lay_out
 
@@ -127,7 +127,7 @@ def share_inputs(config: RunConfig) -> RunInputs:
     """Returns the inputs of a run. Loads them, unless another object of this process still uses the same inputs."""
     key = cache_key(config)
     if (inputs := _USED_INPUTS.get(key)) is None:
-        inputs = _USED_INPUTS[key] = load_model_inputs(config)
+        inputs = _USED_INPUTS[key] = load_model_inputs(config, telemetry=Telemetry(), parts=LoadedParts())
     return inputs
 
 
@@ -139,11 +139,11 @@ def cache_key(config: RunConfig) -> tuple[Any, ...]:
     return *parts, resolve_precision(trainer), trainer.device
 
 
-def load_model_inputs(config: RunConfig, *, telemetry: Telemetry | None = None) -> RunInputs:
+def load_model_inputs(config: RunConfig, *, telemetry: Telemetry, parts: LoadedParts) -> RunInputs:
     """Loads the base model and the data of a run. Raises `ConfigError` if they can't be loaded."""
     precision = resolve_precision(config.trainer)
-    source = read_source(config.data)
-    base = load_base(config.model, dtype=DTYPES[precision], labels=get_labels(source))
+    source = parts.read_source(config.data)
+    base = parts.load_base(config.model, dtype=DTYPES[precision], labels=get_labels(source))
     splits = build_data_splits(config.data, source=source, base=base, objective=config.objective)
     if base.labels is not None and (constant := splits.objective.fit_constant(splits.train)) is not None:
         base = replace(base, labels=replace(base.labels, constant=tuple(constant.tolist())))

@@ -17,6 +17,7 @@ from lorasweep.config.run import RunConfig
 from lorasweep.models.load import BaseModel, Labels, load_base
 from lorasweep.training.data_module import DataModule
 from lorasweep.training.evaluation import ScoresOnTest, score_split
+from lorasweep.training.loaded_parts import LoadedParts
 from lorasweep.training.module import TrainingModule
 from lorasweep.training.run_inputs import RunInputs, load_model_inputs
 from lorasweep.training.run_log import Metrics
@@ -62,8 +63,11 @@ class Workload(ABC):
         """Loads the base. Raises ConfigError if it can't be loaded."""
 
     @abstractmethod
-    def load(self, config: RunConfig, *, telemetry: Telemetry) -> RunInputs:
-        """Loads the base and the splits. Raises ConfigError if they can't be loaded or a run can't train on them."""
+    def load(self, config: RunConfig, *, telemetry: Telemetry, parts: LoadedParts) -> RunInputs:
+        """Loads the base and the splits, unless `parts` has them.
+
+        Raises ConfigError if they can't be loaded or a run can't train on them.
+        """
 
     @abstractmethod
     def build_parts(self, config: RunConfig, inputs: RunInputs, *, accumulate: int) -> TrainerParts:
@@ -83,8 +87,8 @@ class ModelWorkload(Workload):
     def load_base(self, config: RunConfig, *, dtype: torch.dtype, labels: Labels | None) -> BaseModel:
         return load_base(config.model, dtype=dtype, labels=labels)
 
-    def load(self, config: RunConfig, *, telemetry: Telemetry) -> RunInputs:
-        return load_model_inputs(config, telemetry=telemetry)
+    def load(self, config: RunConfig, *, telemetry: Telemetry, parts: LoadedParts) -> RunInputs:
+        return load_model_inputs(config, telemetry=telemetry, parts=parts)
 
     def build_parts(self, config: RunConfig, inputs: RunInputs, *, accumulate: int) -> TrainerParts:
         module = TrainingModule(config, inputs=inputs, accumulate=accumulate)

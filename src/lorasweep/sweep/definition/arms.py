@@ -188,7 +188,7 @@ def _build_arm(asked: ArmSettings) -> Arm:
             corners.append({key: values[-1] for key, values in ends.items()})
         base, *others = (compose_run({**settings, **params, **TRIAL_SETTINGS}) for params in corners)
     shared = sweep_config.sweep.trials or (DEFAULT_TRIALS if asked.trials is None else None)
-    if shared and sum(not range_.single() for range_ in asked.space.values()) == 1:
+    if shared and searches_one_key(asked.space):
         shared = math.ceil(shared / 2)  # one dimension needs fewer trials for the same regret
     return Arm(
         name=asked.name,
@@ -214,3 +214,7 @@ def describe_definition(definition: Definition) -> str:
             OmegaConf.update(settings, key, value, merge=False)
         described.arms[arm.name] = {"trials": arm.trials, **settings}
     return OmegaConf.to_yaml(described)
+
+
+def searches_one_key(space: Space) -> bool:
+    return sum(not range_.single() for range_ in space.values()) == 1

@@ -89,14 +89,10 @@ def has_fixed_score(arm: Arm) -> bool:
     return config.method.trains_nothing and config.model.kind != "classifier"
 
 
-def count_confirm_runs(definition: Definition, *, look: int = 0) -> dict[str, int]:
-    """Returns the number of confirm runs of each arm, if the questions are settled at the look with this index."""
-    looks = definition.sweep_config.confirm.list_looks()
-    counts = {}
-    for arm in definition.arms:
-        subjects = [subject.name for subject in arm.subjects]
-        counts[arm.name] = len(list_confirm_runs(subjects, looks=looks[look:][:1], is_fixed=has_fixed_score(arm)))
-    return counts
+def count_confirm_runs(arm: Arm, *, seeds: int) -> int:
+    """Returns the number of confirm runs of an arm, if the questions are settled with this number of seeds."""
+    subjects = [subject.name for subject in arm.subjects]
+    return len(list_confirm_runs(subjects, looks=[seeds], is_fixed=has_fixed_score(arm)))
 
 
 def find_warnings(definition: Definition) -> list[str]:

@@ -1,0 +1,195 @@
+"""Runs a sweep or a single run in this process, from its settings to its result.
+
+The Python API and the commands call these functions with the models and data that they have loaded already.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from lorasweep.config.run import RunConfig
+from lorasweep.console import EscapingConsole, say
+from lorasweep.disk import claim_folder, lock_folder, numbered_folders, require_new_folder
+from lorasweep.errors import ConfigError, RecordError
+from lorasweep.record import RUN_FILE, SWEEP_FILE, read_run, read_sweep
+from lorasweep.report.write import write_report
+from lorasweep.results import RunResult, SweepResult, load_sweep
+from lorasweep.runs.reproduce import Reproduction, compare_sweeps, reproduce_run
+from lorasweep.sweep.checks import (
+    check_definition,
+    list_model_warnings,
+    list_notes,
+    list_retained,
+    list_test_metrics,
+    score_constant_answer,
+    set_steps,
+)
+from lorasweep.sweep.controller.folder import SweepFolder
+from lorasweep.sweep.controller.lifecycle import create_sweep, read_saved_definition
+from lorasweep.sweep.definition.arms import Definition
+from lorasweep.sweep.status import SweepStatus, report_status, show_progress
+from lorasweep.sweep.workers.train import train_sweep
+from lorasweep.training.answers import check_answers, get_answers
+from lorasweep.training.inputs import InputsCache, build_inputs
+from lorasweep.training.module import check_run
+from lorasweep.training.processes import join_processes, run_on_first
+from lorasweep.training.restore import check_same_run
+from lorasweep.training.run import train_run
+from lorasweep.training.run_log import RunFolder
+from lorasweep.training.stop_signal import StopSignal
+
+Progress: TypeAlias = Callable[[SweepStatus], None] | Literal["auto", "verbose"] | None
+"""Called with the state of a sweep about once a second, from a thread. `auto` shows a live table in a terminal, and
+plain lines in a notebook or a pipe; `verbose` also prints the notes on data and packs first."""
+
+
+def run_definition(
+    definition: Definition,
+    inputs_cache: InputsCache,
+    *,
+    output: str | Path | None = None,
+    default: Path | None = None,
+    progress: Progress,
+) -> SweepResult:
+    """Checks a sweep, creates its folder, trains it, and returns its result.
+
+    The folder is `output`, else the setting `sweep.output`, else `default` (`outputs/NAME`) with the next free number.
+    Raises ConfigError if the sweep can't run as asked; then nothing was written.
+    """
+    definition = set_steps(definition, inputs_cache)
+    wanted = definition.sweep_config.sweep.output if output is None else str(output)
+    metric = check_definition(definition, inputs_cache, new_folder=wanted)
+    constant_answer, notes = score_constant_answer(definition, inputs_cache), list_notes(definition, inputs_cache)
+    folders = numbered_folders(default or Path("outputs") / definition.name)
+    with claim_folder(None if wanted is None else Path(wanted), otherwise=folders, key="sweep.output") as path:
+        opened = create_sweep(
+            definition,
+            path,
+            metric=metric,
+            test_metrics=list_test_metrics(definition, metric),
+            retained=list_retained(definition, inputs_cache),
+            constant_answer=constant_answer,
+            notes=notes,
+            warnings=list_model_warnings(definition, inputs_cache),
+        )
+    return run_opened_sweep(opened, inputs_cache, progress=progress)
+
+
+def run_opened_sweep(opened: SweepFolder, inputs_cache: InputsCache, *, progress: Progress) -> SweepResult:
+    """Trains the remaining trials of an open sweep and closes it; writes the report if the sweep is complete."""
+    folder = opened.path
+    remedy = f"To resume type `lorasweep sweep --resume {folder}`"
+    shown: AbstractContextManager[Any] = nullcontext()
+    if isinstance(progress, str):
+        shown = show_progress(folder, EscapingConsole(), verbose=progress == "verbose")
+    elif progress is not None:
+        shown = report_status(folder, progress)
+    try:
+        with StopSignal(remedy) as stop, shown:
+            is_complete = train_sweep(opened, inputs_cache, stop_requested=stop)
+        result = load_sweep(folder)
+        if is_complete:
+            write_report(result.findings)
+        return result
+    except KeyboardInterrupt:  # also after the stop signal's context has ended
+        raise KeyboardInterrupt(remedy) from None
+
+
+def run_config(
+    config: RunConfig, *, output: str | Path | None, resume: bool, origin: Mapping[str, Any] = MappingProxyType({})
+) -> RunResult:
+    """Trains one run and returns its result. Each process of the run calls this.
+
+    `output` is a new folder, or that of the run to resume; None takes the next free one. `origin` has the sweep, arm
+    and trial that recommended the settings. Raises ConfigError if the request is wrong, and RunError if the run fails.
+    """
+    with ExitStack() as claim, join_processes(config.trainer) as group:
+        path = None if output is None else Path(output)
+        complete = run_on_first(group, lambda: _check_run_folder(path, config, resume=resume))
+        if complete is not None:
+            return complete
+        with group.rank_zero_first(local=True):  # one process of each node downloads, then the others read its cache
+            inputs = build_inputs(config)
+        check_run(config, inputs.base)
+        if (answers := get_answers(config)) is not None and answers.on_validation:
+            check_answers(config, inputs.splits.validation, inputs=inputs)
+        trial = f"of trial {origin['trial']}" if origin.get("trial") is not None else "that were predicted best"
+        used = [f"settings {trial} of arm `{origin['arm']}` in {origin['sweep']}"] if origin else []
+        for note in (*used, *inputs.list_notes(config)) if group.is_global_zero else ():
+            say(f"• {note}", file=sys.stderr)
+        # after the checks, so that a wrong request creates no folder
+        folder = run_on_first(group, lambda: claim.enter_context(_claim_run_folder(path, resume=resume)))
+        with StopSignal(f"To resume add `output={folder} resume=true` to the same command") as stop:
+            run_folder = RunFolder(path=folder, origin=origin)
+            record = train_run(config, run_folder, inputs=inputs, stop_requested=stop, resume=resume)
+        return RunResult(folder=folder, record=record)
+
+
+def _check_run_folder(path: Path | None, config: RunConfig, *, resume: bool) -> RunResult | None:
+    """Checks the folder of a run. Returns its result if the run to resume is already complete, otherwise None."""
+    if path is None:
+        if resume:
+            raise ConfigError("`resume=true` must come with `output=DIR`, the folder of the run, but `output` is null.")
+        return None
+    if not resume or not (path / RUN_FILE).is_file():
+        require_new_folder(path, key="output")
+        return None
+    record = read_run(path)
+    check_same_run(record, config)
+    return RunResult(folder=path, record=record) if record.status == "complete" else None
+
+
+def _claim_run_folder(path: Path | None, *, resume: bool) -> AbstractContextManager[Path]:
+    if resume and path is not None and (path / RUN_FILE).is_file():
+        return lock_folder(path, key="output")
+    numbers = (Path("outputs") / "train" / f"{number:04d}" for number in itertools.count(1))
+    return claim_folder(path, otherwise=numbers, key="output")
+
+
+def reproduce(folder: Path, *, output: Path | None, tolerance: float | None, steps: int | None) -> Reproduction:
+    """Runs a run or a whole sweep again and compares both.
+
+    A sweep runs with the same number of threads, and must be identical. `output` is a new folder, by default the next
+    free `outputs/reproduce/NAME`; `tolerance` and `steps` are for a run, as in `reproduce_run`.
+
+    Raises:
+        ConfigError: The request is wrong, or the sweep had several workers, or grew.
+        RecordError: The record is damaged, or the sweep is not complete.
+    """
+    default = Path("outputs") / "reproduce" / folder.resolve().name
+    if not (folder / SWEEP_FILE).is_file():
+        folders = numbered_folders(default)
+        with StopSignal() as stop, claim_folder(output, otherwise=folders, key="--output") as claimed:
+            return reproduce_run(folder, output=claimed, tolerance=tolerance, steps=steps, stop_requested=stop)
+    if (tolerance, steps) != (None, None):
+        raise ConfigError("`--tolerance` and `--steps` must be missing with a sweep, which is compared as a whole.")
+    record, definition = read_sweep(folder), read_saved_definition(folder)
+    if record.status != "complete":
+        raise RecordError(f"a sweep must be complete to be reproduced, but {str(folder)!r} is {record.status}.")
+    worker = definition.sweep_config.worker.name
+    if worker != "local" or any(change.trials for change in record.changes):
+        reason = f"had `worker={worker}`" if worker != "local" else "grew, and its proposals depend on when it did"
+        raise ConfigError(
+            f"a sweep must have had one worker and not have grown to be reproduced as a whole, but {str(folder)!r} "
+            f"{reason}. Reproduce one of its runs."
+        )
+    torch.set_num_threads(record.threads or torch.get_num_threads())
+    if output is not None:
+        require_new_folder(output, key="--output")
+    # The setting names the folder of the original, and the sweep file may be gone: the record has its content.
+    sweep_config = replace(definition.sweep_config, sweep=replace(definition.sweep_config.sweep, output=None))
+    definition = replace(definition, sweep_config=sweep_config, source=None)
+    result = run_definition(definition, InputsCache(), output=output, default=default, progress="auto")
+    if result.status == "complete":
+        return compare_sweeps(folder, result.folder)
+    remedy = f"interrupted. To resume type:\n    lorasweep sweep --resume {result.folder}"
+    return Reproduction(folder=result.folder, verdict="interrupted", description=remedy)

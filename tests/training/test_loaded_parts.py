@@ -1,0 +1,65 @@
+"""A process loads a base model and reads a data set once, also for runs that cut or split the data differently."""
+
+import pytest
+import torch
+
+import lorasweep.training.loaded_parts as parts_file
+from lorasweep.config.compose import compose_run
+from lorasweep.data.reading import read_source
+from lorasweep.training.inputs import InputsCache
+from lorasweep.training.loaded_parts import LoadedParts
+
+
+@pytest.fixture
+def compose(here):
+    """Returns settings of a run on a table of 400 rows."""
+    (here / "topics.csv").write_text("label,text\n" + "".join(f"{n % 3},text number {n}\n" for n in range(400)))
+    words = {"model": "classifier", "model.path": "embedded:tiny", "data": "table", "data.train": "topics.csv"}
+    return lambda **data: compose_run(words | {f"data.{key}": value for key, value in data.items()})
+
+
+def test_runs_on_other_data_share_the_weights_but_not_the_attention(make_config, monkeypatch):
+    names = []
+    load = parts_file.load_base
+    monkeypatch.setattr(parts_file, "load_base", lambda *given, **more: names.append(given) or load(*given, **more))
+    inputs_cache = InputsCache()
+    short, long = (
+        inputs_cache.load(make_config({"data.block_length": length, "trainer.precision": "bf16"}))
+        for length in (32, 512)
+    )
+    assert len(names) == 1
+    assert short.base.fingerprint == long.base.fingerprint
+    pairs = zip(short.base.model.parameters(), long.base.model.parameters(), strict=True)
+    assert all(one is other for one, other in pairs)
+    assert short.attention.name == short.base.model.config._attn_implementation
+    assert long.attention.name == long.base.model.config._attn_implementation
+    assert short.attention.name != long.attention.name
+    labelled = parts_file.LoadedParts().load_base(make_config().model, dtype=torch.float32, labels=None)
+    assert labelled.fingerprint != short.base.fingerprint  # of another precision, so it was loaded
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"max_length": 9, "metric": "f1", "class_weights": "balanced"},
+        {"test_fraction": 0.3},
+        {"max_train_examples": 50, "max_validation_examples": 10, "max_length": 9},
+    ],
+)
+def test_other_lengths_and_shares_get_the_examples_that_reading_again_would_give(compose, monkeypatch, changed):
+    parts = LoadedParts()
+    first = parts.read_source(compose().data)
+    fresh = read_source(compose(**changed).data)
+    monkeypatch.setattr(parts_file, "read_source", lambda config: pytest.fail("the data was read again"))
+    source = parts.read_source(compose(**changed).data)
+    for split in ("train", "validation"):
+        assert getattr(source, split) == getattr(fresh, split)
+    assert source.test() == fresh.test()
+    assert source.notes == fresh.notes
+    assert parts.read_source(compose().data) is first
+
+
+def test_other_columns_are_read(compose):
+    parts = LoadedParts()
+    before, after = (parts.read_source(compose(labels=names).data) for names in (None, ["a", "b", "c"]))
+    assert (before.label_names, after.label_names) == (("0", "1", "2"), ("a", "b", "c"))
