@@ -32,7 +32,7 @@ DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, err
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a file whole or not at all: temporary file in the same folder, fsync, rename."""
-    path.parent.mkdir(exist_ok=True)  # but no folder above: a deleted sweep folder must not come back empty
+    path.parent.mkdir(exist_ok=True)  # no folder above it: a deleted sweep folder must not come back empty
     temporary = temporary_name(path)
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     try:

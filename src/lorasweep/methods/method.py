@@ -138,7 +138,7 @@ class Method(ABC):
 def copy_sharing_weights(model: Module) -> Module:
     """Returns a copy of a model that shares the model's parameters, but not its modules, buffers and settings.
 
-    Buffers are copied, because some layers write to them in training.
+    So the base's weights are in memory once. Buffers are copied, because some layers write to them in training.
     """
     # deepcopy does not copy objects that are already in `memo`
     return copy.deepcopy(model, memo={id(parameter): parameter for parameter in model.parameters()})

@@ -163,7 +163,7 @@ def _copy_adapter(config: ModelConfig, best: Path, folder: Path) -> None:
 
 def _export_merged(record: RunRecord, config: RunConfig, best: Path, folder: Path) -> str:
     """Writes the whole model, checks that it loads with the same weights, and returns the name of their type."""
-    config, base = restore_unquantised_base(record, config)
+    config, base = restore_unquantised_base(record, config)  # an adapter is merged into the unquantised weights
     kind, dtype, fingerprint = _write_merged(config, base, best, folder)
     del base  # frees its memory before the merged model is loaded
     name = config.model.attention

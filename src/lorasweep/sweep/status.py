@@ -1,6 +1,6 @@
 """Shows the state of a sweep: a table for `lorasweep status`, and while it runs a live table or plain lines.
 
-This file only reads the sweep's record, so it can show a sweep that other processes train.
+This file only reads the sweep's record, without a lock, so it can show a sweep that other processes train.
 """
 
 from __future__ import annotations
@@ -89,7 +89,10 @@ class SweepStatus:
 
     @property
     def seconds_left(self) -> float | None:
-        """Estimated seconds to the look that is due; None before `MIN_DONE_SHARE`, when most was spent on loading."""
+        """Estimated seconds up to the look that is due, if a step takes as long as before.
+
+        None before `MIN_DONE_SHARE` of the steps, because the time so far is mostly that of loading.
+        """
         done = sum(run.step for arm in self.arms for run in (*arm.trials, *arm.confirm))
         left = sum(arm.num_steps_left for arm in self.arms)
         return self.record.makespan_s / done * left if done > MIN_DONE_SHARE * (done + left) else None
