@@ -144,11 +144,6 @@ class Trial:
         return self.state == "complete" and any(map(is_number, scores))
 
     @property
-    def trains(self) -> bool:
-        """Whether the run trained anything, unlike the frozen base."""
-        return self.record is not None and self.record.trainable_params > 0
-
-    @property
     def follows_rate_law(self) -> bool:
         """Whether learning rate and α are one coordinate, by the rate law; False without a record."""
         optimizer = self.setting("optim.name") or self.setting("optim._target_")

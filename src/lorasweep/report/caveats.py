@@ -220,9 +220,10 @@ def judge_fairness(data: SweepData, *, has_learned: bool = True) -> Fairness:
     """
     arms = tuple(measure_effort(row, data) for row in data.record.arms if not row.is_base)
     edges = list_edges(data) if has_learned else []
-    faults = [clause for key, clause in edges if key == LR and len(arms) > 1]
-    others = tuple(f"{clause[0].upper()}{clause[1:]}." for _, clause in edges if clause not in faults)
-    if len(arms) < 2:
+    faulty = {LR} if len(arms) > 1 else set()
+    faults = [clause for key, clause in edges if key in faulty]
+    others = tuple(f"{clause[0].upper()}{clause[1:]}." for key, clause in edges if key not in faulty)
+    if not faulty:
         return Fairness(is_fair=None, faults=(), edges=others, arms=arms)
     for measure, unit, show, max_ratio, max_difference in (
         ("tokens_per_run", "tokens a run", format_count, MAX_EFFORT_RATIO, 0.0),

@@ -28,11 +28,6 @@ EVIDENCE_FIELDS = ("num_examples", "num_groups", "base", "full", "gain", "margin
 MAX_CUT_OFF_SHARE = 0.1
 """Above this share of generated answers that were cut off, their scores are doubted beside the answers."""
 
-ONE_SEED = (
-    "Every score is one seed on validation data, on which the search also picked the winners; "
-    "whether the differences are more than chance is not tested yet."
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
@@ -162,7 +157,7 @@ def _list_notes(data: SweepData, fairness: Fairness) -> Iterator[str]:
             f"{100 * evidence.confidence:.3g} % confidence."
         )
         yield _describe_margin(data)
-    yield from evidence.notes if evidence.means else [ONE_SEED]
+    yield from evidence.notes
     yield from record.warnings
     yield from record.notes
 

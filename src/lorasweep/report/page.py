@@ -16,6 +16,7 @@ from lorasweep.report.answers import describe_answer, describe_change
 from lorasweep.report.findings import Findings
 from lorasweep.report.generated import list_generated_examples
 from lorasweep.report.panel import Panel, build_link, choose_colours
+from lorasweep.report.sweep_data import SweepData
 from lorasweep.report.terminal import describe_setting, list_columns
 
 COSTS: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
@@ -41,7 +42,7 @@ def render_page(findings: Findings, panels: Sequence[Panel]) -> str:
         sweep=data.record,
         findings=findings,
         evidence=data.evidence,
-        subject_columns=list_columns(findings),
+        subject_columns=list_columns(data),
         describe_setting=describe_setting,
         states=STATES,
         verdicts=[(answer, describe_answer(answer, data)) for answer in data.evidence.answers],
@@ -51,13 +52,13 @@ def render_page(findings: Findings, panels: Sequence[Panel]) -> str:
         panels=panels,
         columns=[
             ("run", "arm and number of the trial in its Optuna study, or subject and seed of a confirm run"),
-            ("state", "complete, running, or why it stopped; `not better` than an answer that needs no training"),
+            ("state", "complete, running, or why it stopped"),
             (metric(data.record.search_metric.name), "best value on validation data"),
             *([(f"{metric(data.record.verdict_metric.name)}, test", "on test data")] if data.confirm_runs else []),
             *((wording.short_key(key), key) for key in data.swept_keys),
             *((title, about) for title, about, _, _ in COSTS),
         ],
-        rows=[(run, _build_cells(run, findings)) for run in (*data.trials, *data.confirm_runs)],
+        rows=[(run, _build_cells(run, data)) for run in (*data.trials, *data.confirm_runs)],
         figure_json=_figure_json,
         plotly_js=Markup(get_plotlyjs()),
     )
@@ -78,12 +79,9 @@ def _figure_json(panel: Panel) -> Markup:
     return Markup(f"[{','.join(figure.to_json() for figure in panel.figures)}]")
 
 
-def _build_cells(run: Trial, findings: Findings) -> list[Cell]:
-    data, is_search = findings.data, run.stage == "search"
-    is_better = findings.learning.is_better(run) if is_search else None
+def _build_cells(run: Trial, data: SweepData) -> list[Cell]:
     # the best value of a stopped trial is not that of all its steps
-    at = f" at step {run.step}" if run.state == "stopped" else ""
-    state = f"{run.state}{at}" + (", not better" if is_better is False and run.trains else "")
+    state = f"stopped at step {run.step}" if run.state == "stopped" else run.state
     scores = [run.search_score, run.test_scores.get(data.record.verdict_metric.name)]
     cells: list[Cell] = [(state, state)]
     cells += [(wording.format_score(score), score) for score in (scores if data.confirm_runs else scores[:1])]

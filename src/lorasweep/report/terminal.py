@@ -40,7 +40,7 @@ def render_terminal(findings: Findings, *, verbose: bool = False) -> RenderableT
     return Group(
         *([Text(learning.headline, style="bold red")] if learning.headline else []),
         *render_answers(findings.answers),
-        _draw_subjects(findings),
+        _draw_subjects(findings.data),
         *(Text(f"• {sentence}") for sentence in sentences),
     )
 
@@ -67,9 +67,9 @@ def list_details(data: SweepData) -> list[str]:
     ]
 
 
-def list_columns(findings: Findings) -> dict[str, list[str]]:
+def list_columns(data: SweepData) -> dict[str, list[str]]:
     """Returns the table of subjects, by column: scores, what was trained and its costs. It has a row per subject."""
-    data = findings.data
+    scores = [one.search_score for one in data.subjects]
     shares = [data.subject_share_of_full_gain(one) for one in data.subjects]
     decimals = count_percent_decimals(interval for _, interval in shares)
     columns, tested = {}, {"test score": data.evidence.means}
@@ -80,7 +80,7 @@ def list_columns(findings: Findings) -> dict[str, list[str]]:
             shown = format_means(means)
             columns[title] = [shown.get(one.name, UNKNOWN) for one in data.subjects]
     return columns | {
-        "search score": _list_search_scores(findings),
+        "search score": [format_score(score, beside=scores) for score in scores],
         "of full's gain": [format_share_estimate(*share, decimals=decimals) for share in shares],
         "trained": [format_count(one.cost("trainable_params")) for one in data.subjects],
         "adapter": [format_bytes(one.cost("adapter_bytes")) for one in data.subjects],
@@ -96,9 +96,9 @@ def format_means(means: Mapping[str, Estimate]) -> dict[str, str]:
     return {name: format_estimate(mean.value, intervals[name], decimals=decimals) for name, mean in means.items()}
 
 
-def _draw_subjects(findings: Findings) -> Table:
+def _draw_subjects(data: SweepData) -> Table:
     """Returns a row for each subject; the page has more columns, which a terminal of 80 characters has no room for."""
-    data, columns = findings.data, list_columns(findings)
+    columns = list_columns(data)
     names = [name for name in columns if name not in ("adapter", "memory", "time")]
     if data.other_means:  # there is no room for both
         names.remove("search score")
@@ -119,15 +119,3 @@ def describe_setting(one: SubjectData) -> str:
         return "no complete trial"
     settings = format_settings({key: value for key, value in one.best.params.items() if key != one.subject.key})
     return f"{settings} (predicted)" if one.best.is_predicted else settings
-
-
-def _list_search_scores(findings: Findings) -> list[str]:
-    """Returns the score of each subject on validation data; a mark says if it learned nothing."""
-    data, learning = findings.data, findings.learning
-    scores = [one.search_score for one in data.subjects]
-    shown = []
-    for one, score in zip(data.subjects, scores, strict=True):
-        is_worse = one.best and not one.row.is_base and learning.is_better(one.best) is False
-        mark = f" (not better than {learning.baseline})" if is_worse else ""
-        shown.append(f"{format_score(score, beside=scores)}{mark}")
-    return shown
