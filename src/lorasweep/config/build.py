@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
@@ -132,19 +131,16 @@ def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in dotted_items(values) if not isinstance(value, Mapping)}
 
 
-def list_declared_types(kind: Any, key: str = "") -> dict[str, set[Any]]:
-    """Returns the types that settings declare for each dotted key: `{"optim.lr": {float}, "data.columns": {tuple}}`."""
+def list_declared_types(kind: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the dotted key and each type of every setting that a class declares: `("method.targets", tuple)`."""
     if get_origin(kind) in (Union, UnionType):
-        members = [(key, member) for member in get_args(kind)]
+        for member in get_args(kind):
+            yield from list_declared_types(member, key)
     elif is_dataclass(kind):
-        members = [(f"{key}.{name}".lstrip("."), member) for name, member in get_type_hints(kind).items()]
+        for name, member in get_type_hints(kind).items():
+            yield from list_declared_types(member, f"{key}.{name}".lstrip("."))
     else:
-        return {key: {get_origin(kind) or kind}}
-    declared: dict[str, set[Any]] = defaultdict(set)
-    for member_key, member in members:
-        for inner_key, types in list_declared_types(member, member_key).items():
-            declared[inner_key] |= types
-    return dict(declared)
+        yield key, get_origin(kind) or kind
 
 
 def _make_error(errors: Sequence[ErrorDetails], values: Any, *, key: str) -> ConfigError:

@@ -139,7 +139,7 @@ def compose_run(settings: Mapping[str, Any], *, require_all: bool = True) -> Run
 
 
 def compose_sweep(settings: Mapping[str, Any]) -> SweepConfig:
-    """Returns the settings of a sweep from its settings and those of its runs, which are ignored. Errors as above."""
+    """Returns the settings that belong to a sweep, and ignores those of its runs; errors as in `compose_run`."""
     of_sweep = {key: value for key, value in settings.items() if key.split(".")[0] in SWEEP_GROUPS}
     return _build(SweepConfig, compose_values("sweep", of_sweep))
 

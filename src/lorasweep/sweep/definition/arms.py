@@ -20,12 +20,7 @@ from lorasweep.config.run import RunConfig
 from lorasweep.config.sweep import SweepConfig
 from lorasweep.errors import ConfigError
 from lorasweep.record import Subject, is_number
-from lorasweep.sweep.definition.overrides import (
-    NO_OVERRIDES,
-    ArmSettings,
-    SweepOverrides,
-    fold_sweep,
-)
+from lorasweep.sweep.definition.overrides import NO_OVERRIDES, ArmSettings, SweepOverrides, fold_sweep
 from lorasweep.sweep.definition.sweep_file import (
     Space,
     describe_space,
@@ -160,45 +155,45 @@ def restore_definition(raw: Mapping[str, Any], *, source: Path | None) -> Defini
 
 def _define(content: Any, overrides: SweepOverrides, *, source: Path | None) -> Definition:
     file = parse_file(content)
-    settings, asked = fold_sweep(file, overrides)
+    common, arms = fold_sweep(file, overrides)
     return Definition(
         name=file.name,
         description=file.description,
-        arms=tuple(_build_arm(one) for one in asked),
-        sweep_config=compose_sweep(settings),
+        arms=tuple(_build_arm(arm) for arm in arms),
+        sweep_config=compose_sweep(common),
         raw={"file": content, "overrides": dict(overrides.raw)},
         source=source,
     )
 
 
-def _build_arm(asked: ArmSettings) -> Arm:
+def _build_arm(arm: ArmSettings) -> Arm:
     """Returns an arm, composed and checked at the ends of its ranges."""
-    with name_in_errors(f"arm `{asked.name}`"):
-        sweep_config = compose_sweep(asked.settings)
-        settings = {key: value for key, value in asked.settings.items() if key.split(".")[0] not in SWEEP_GROUPS}
+    with name_in_errors(f"arm `{arm.name}`"):
+        sweep_config = compose_sweep(arm.settings)
+        settings = {key: value for key, value in arm.settings.items() if key.split(".")[0] not in SWEEP_GROUPS}
         if given := [key for key in ("output", "resume") if key in settings]:
             raise ConfigError(
                 f"`{given[0]}` must be left out, because the sweep names the folders of its runs, but got "
                 f"{settings[given[0]]!r}. `sweep.output=DIR` names the sweep's folder, `--resume DIR` resumes a sweep."
             )
-        ends = {key: list_corner_values(range_) for key, range_ in asked.space.items()}
+        ends = {key: list_corner_values(range_) for key, range_ in arm.space.items()}
         lows = {key: values[0] for key, values in ends.items()}
         corners = [lows, *({**lows, key: value} for key, values in ends.items() for value in values[1:])]
         if len(ends) > 1:
             corners.append({key: values[-1] for key, values in ends.items()})
         base, *others = (compose_run({**settings, **params, **TRIAL_SETTINGS}) for params in corners)
-    shared = sweep_config.sweep.trials or (DEFAULT_TRIALS if asked.trials is None else None)
-    if shared and searches_one_key(asked.space):
+    shared = sweep_config.sweep.trials or (DEFAULT_TRIALS if arm.trials is None else None)
+    if shared and searches_one_key(arm.space):
         shared = math.ceil(shared / 2)  # one dimension needs fewer trials for the same regret
     return Arm(
-        name=asked.name,
+        name=arm.name,
         base=base,
-        space=asked.space,
+        space=arm.space,
         settings=settings,
         corner_configs=(base, *others),
-        trials=(shared or asked.trials or 1) if asked.space else 1,
+        trials=(shared or arm.trials or 1) if arm.space else 1,
         sweep_config=sweep_config,
-        confirm_each=asked.confirm_each,
+        confirm_each=arm.confirm_each,
     )
 
 

@@ -10,13 +10,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 
 from lorasweep.config.build import TARGET, Positive, build, convert, list_declared_types
 from lorasweep.config.command_line import parse_overrides
-from lorasweep.config.compose import (
-    SWEEP_GROUPS,
-    compose_options,
-    default_options,
-    is_hydra_override,
-    merge_settings,
-)
+from lorasweep.config.compose import SWEEP_GROUPS, compose_options, default_options, is_hydra_override, merge_settings
 from lorasweep.config.run import METHODS_ON_QUANTISED_BASE, RunConfig
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.sweep_file import (
@@ -36,8 +30,9 @@ number."""
 QUANTIZATION = "model.quantization"
 ARM_FIELDS: Mapping[str, Any] = {"trials": Positive | None, "confirm_each": str | None}
 """Types of the fields of an arm that overrides set as `arms.ARM.FIELD`."""
-TYPES: Mapping[str, set[Any]] = list_declared_types(RunConfig)
-"""The declared types of each setting of a run, by dotted key. Arguments of other packages' classes are missing."""
+DECLARED = frozenset(list_declared_types(RunConfig))
+"""The dotted key of each setting of a run with each of its types. Arguments of other packages' classes are missing."""
+DECLARED_KEYS = sorted({key for key, _ in DECLARED})
 
 
 @dataclass(frozen=True)
@@ -106,7 +101,7 @@ class SweepOverrides:
 
     def for_arm(self, name: str | None) -> list[Override]:
         """Returns the overrides that are typed for this arm, or with None those for all arms."""
-        return [one for one in self.settings if one.scope == name]
+        return [override for override in self.settings if override.scope == name]
 
 
 NO_OVERRIDES = SweepOverrides(raw={}, arms={}, settings=())
@@ -114,7 +109,7 @@ NO_OVERRIDES = SweepOverrides(raw={}, arms={}, settings=())
 
 @dataclass(frozen=True, kw_only=True)
 class ArmSettings:
-    """What the sweep file and the overrides ask of one arm."""
+    """The settings, ranges and budget that the sweep file and the overrides give one arm."""
 
     name: str
     settings: Mapping[str, Any]
@@ -135,7 +130,7 @@ def _parse_content(key: str, content: Any) -> Value | Range:
     has_form_of_range = isinstance(content, list) or (
         isinstance(content, Mapping) and not {"low", "high"}.isdisjoint(content) and TARGET not in content
     )
-    is_value = key.split(".")[0] in SWEEP_GROUPS or not TYPES.get(key, set()).isdisjoint((tuple, Mapping))
+    is_value = key.split(".")[0] in SWEEP_GROUPS or not DECLARED.isdisjoint([(key, tuple), (key, Mapping)])
     return Value(content) if is_value or not has_form_of_range else _parse_range(key, content)
 
 
@@ -144,15 +139,14 @@ def _parse_range(key: str, content: Any) -> Range:
 
     An argument of another package's class has no declared type. It is searched in whole numbers if its bounds are.
     """
-    if types := TYPES.get(key):
-        is_whole = int in types and float not in types
-    else:
-        is_whole = isinstance(content, Mapping) and all(isinstance(bound, int) for bound in content.values())
+    is_whole = isinstance(content, Mapping) and all(isinstance(bound, int) for bound in content.values())
+    if key in DECLARED_KEYS:
+        is_whole = (key, int) in DECLARED and (key, float) not in DECLARED
     return Range(parse_range(key, content, is_whole=is_whole))
 
 
 def fold_sweep(file: SweepFile, overrides: SweepOverrides) -> tuple[dict[str, Any], list[ArmSettings]]:
-    """Returns the settings that hold for all arms, and what the sweep file and the overrides ask of each arm.
+    """Returns the settings that hold for all arms, and those of each arm, from the sweep file and the overrides.
 
     Raises:
         ConfigError: A name, a range or an option is wrong, or no arm takes an override.
@@ -170,22 +164,22 @@ def fold_sweep(file: SweepFile, overrides: SweepOverrides) -> tuple[dict[str, An
             )
     arms = {name: arm for name, arm in {**file.arms, **overrides.arms}.items() if arm is not None}
     if not arms:
-        raise ConfigError("a sweep must keep at least one arm, but `arms.ARM=null` leaves out all. Keep one.")
-    asked = [_fold_arm(name, arm, file, overrides) for name, arm in arms.items()]
-    for one in overrides.settings:
-        if not any(one in arm.taken for arm in asked):
-            key = one.key if one.scope is None else f"arms.{one.scope}.{one.key}"
-            is_known = ".".join(one.key.split(".")[:2]) in TYPES
+        raise ConfigError("a sweep must have at least one arm, but `arms.ARM=null` leaves out all of them. Keep one.")
+    folded = [_fold_arm(name, arm, file, overrides) for name, arm in arms.items()]
+    for override in overrides.settings:
+        if not any(override in arm.taken for arm in folded):
+            key = override.key if override.scope is None else f"arms.{override.scope}.{override.key}"
+            is_known = ".".join(override.key.split(".")[:2]) in DECLARED_KEYS
             raise ConfigError(
                 f"`{key}` must be a setting of at least one arm ({', '.join(arms)}), but is not."
-                f"{'' if is_known else suggest_nearest(key, TYPES)} Write `arms.ARM.KEY=VALUE` for one arm "
+                f"{'' if is_known else suggest_nearest(key, DECLARED_KEYS)} Write `arms.ARM.KEY=VALUE` for one arm "
                 "only."
             )
-    return common, asked
+    return common, folded
 
 
 def _fold_arm(name: str, arm: ArmConfig, file: SweepFile, overrides: SweepOverrides) -> ArmSettings:
-    """Returns what the sweep file and the overrides ask of an arm.
+    """Returns the settings, ranges and budget that the sweep file and the overrides give an arm.
 
     Later settings win: the file's, the arm's, the overrides for all arms, then those for this arm (`arms.ARM.KEY`).
     An override for all arms skips an arm whose method lacks the setting. A range skips an arm that searches nothing.
@@ -193,16 +187,17 @@ def _fold_arm(name: str, arm: ArmConfig, file: SweepFile, overrides: SweepOverri
     require_folder_name("an arm's name", name)
     if name.endswith(CONFIRM_ENDING):
         raise ConfigError(f"an arm's name must not end in `{CONFIRM_ENDING}`, but got {name!r}. Rename the arm.")
-    for_all = [one for one in overrides.for_arm(None) if arm.space or isinstance(one.given, Value)]
+    for_all = [override for override in overrides.for_arm(None) if arm.space or isinstance(override.given, Value)]
     own = overrides.for_arm(name)
-    own_keys = {one.key for one in own}
+    own_keys = {override.key for override in own}
     with name_in_errors(f"arm `{name}`"):
         of_arm = _list_overrides(arm.settings, arm.space)
         settings, space = _fold([_list_overrides(file.settings), of_arm, for_all, own])
         fields = {key: settings.pop(key) for key in ARM_FIELDS if key in own_keys}
         options = compose_options("train", settings)
     method, model = options["method"], options["model"]
-    lacking = {one.key for one in for_all if one.key.startswith("method.") and one.key.split(".")[1] not in method}
+    keys = [override.key for override in for_all]
+    lacking = {key for key in keys if key.startswith("method.") and key.split(".")[1] not in method}
     for key in lacking - own_keys:
         settings.pop(key, None)
         space.pop(key, None)
@@ -226,7 +221,7 @@ def _fold_arm(name: str, arm: ArmConfig, file: SweepFile, overrides: SweepOverri
             f"`arms.{name}.confirm_each` must be a swept key with a list of at least two choices, but got {each!r}."
             f"{near} Write it in `space`, such as `method.rank: [1, 4, 16]`, or set `arms.{name}.confirm_each=null`."
         )
-    taken = [*(one for one in for_all if one.key not in lacking), *own]
+    taken = [*(override for override in for_all if override.key not in lacking), *own]
     return ArmSettings(name=name, settings=settings, space=space, trials=trials, confirm_each=each, taken=taken)
 
 
@@ -245,12 +240,12 @@ def _fold(layers: Sequence[Sequence[Override]]) -> tuple[dict[str, Any], Space]:
     settings: dict[str, Any] = {}
     space: Space = {}
     for layer in layers:
-        values = {one.key: one.given.content for one in layer if isinstance(one.given, Value)}
-        ranges = {one.key: one.given.distribution for one in layer if isinstance(one.given, Range)}
+        values = {override.key: override.given.content for override in layer if isinstance(override.given, Value)}
+        ranges = {override.key: override.given.distribution for override in layer if isinstance(override.given, Range)}
         merged = merge_settings(settings, values)
-        settings = {key: value for key, value in merged.items() if not any(_covers(one, key) for one in ranges)}
+        settings = {key: value for key, value in merged.items() if not any(_covers(swept, key) for swept in ranges)}
         changed = [*values, *ranges]
-        ended = {key for key in space if any(_covers(one, key) or _covers(key, one) for one in changed)}
+        ended = {key for key in space if any(_covers(other, key) or _covers(key, other) for other in changed)}
         # a key whose range is replaced stays in its place, because samplers see the keys in their order
         space = {key: range_ for key, range_ in space.items() if key not in ended - ranges.keys()} | ranges
     return settings, space
