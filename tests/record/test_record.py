@@ -25,6 +25,7 @@ from lorasweep.record import (
     build_frame,
     find_winner,
     get_run_folder,
+    list_confirm_runs,
     read_run,
     read_steps,
     read_sweep,
@@ -200,3 +201,13 @@ def test_the_table_has_a_row_for_each_run_and_a_column_for_each_dotted_key():
     assert (trial["optim.lr"], trial["wall_s"], trial["best_step"]) == (0.5, 2.5, 4)
     (run,) = build_frame(sweep.confirm, metric="loss").to_dict("records")
     assert (run["seed"], run["method.rank"], run["test/loss"]) == (7, 1, 1.5)
+
+
+def test_confirm_runs_of_later_looks_are_those_of_subjects_that_the_look_before_names():
+    done = [LookRow(seeds=2, open=["b"], next=["b"]), LookRow(seeds=3, open=["a"], next=["a"])]
+    first, looks = [("a", 0), ("b", 0), ("a", 1), ("b", 1)], [2, 3, 4]
+    for num_done, later in enumerate(([], [("b", 2)], [("b", 2), ("a", 3)])):
+        runs = list_confirm_runs(["a", "b"], looks=looks, looks_done=done[:num_done], is_fixed=False)
+        assert runs == first + later
+    assert list_confirm_runs(["base"], looks=looks, looks_done=done, is_fixed=True) == [("base", 0)]
+    assert list_confirm_runs(["a", "b"], looks=[], is_fixed=False) == []
