@@ -172,8 +172,12 @@ def build_source(
         notes += split_notes
 
     def load(name: str) -> ReadExamples[Example]:
-        examples = (parts[name], []) if name in parts else read(name)
-        return _limit_evenly(name, examples, limit=max_examples.get(name))
+        items, notes = (parts[name], []) if name in parts else read(name)
+        limit = max_examples.get(name)
+        if limit is None or limit >= len(items):
+            return items, notes
+        evenly_spaced = [items[n * len(items) // limit] for n in range(limit)]
+        return evenly_spaced, [*notes, f"{name} uses {limit} of {len(items)} examples, evenly spaced."]
 
     (train_items, train_notes), (validation_items, validation_notes) = load("train"), load("validation")
     train_keys = frozenset(map(key, train_items))
@@ -208,14 +212,6 @@ def build_source(
         ),
         split_again=split_again,
     )
-
-
-def _limit_evenly(name: str, examples: ReadExamples[Example], *, limit: int | None) -> ReadExamples[Example]:
-    items, notes = examples
-    if limit is None or limit >= len(items):
-        return examples
-    evenly_spaced = [items[n * len(items) // limit] for n in range(limit)]
-    return evenly_spaced, [*notes, f"{name} uses {limit} of {len(items)} examples, evenly spaced."]
 
 
 def content_key(texts: Iterable[str]) -> int:
