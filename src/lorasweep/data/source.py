@@ -159,6 +159,7 @@ def build_source(
     the same key count as duplicates; `shared` names what they share, for notes. `describe` returns notes about the
     training and validation examples.
     """
+    read = functools.cache(read)  # a table is freed when it has been parsed, and `split_again` needs its examples
     again = functools.partial(build_source, train, read, kind=kind, key=key, describe=describe, split_off=split_off)
     again = functools.partial(again, label_names=label_names, shared=shared)
 
