@@ -159,6 +159,7 @@ def build_source(
     the same key count as duplicates; `shared` names what they share, for notes. `describe` returns notes about the
     training and validation examples.
     """
+    read = functools.cache(read)  # a table is freed when it has been parsed, and `split_again` needs its examples
     again = functools.partial(build_source, train, read, kind=kind, key=key, describe=describe, split_off=split_off)
     again = functools.partial(again, label_names=label_names, shared=shared)
 
@@ -172,8 +173,12 @@ def build_source(
         notes += split_notes
 
     def load(name: str) -> ReadExamples[Example]:
-        examples = (parts[name], []) if name in parts else read(name)
-        return _limit_evenly(name, examples, limit=max_examples.get(name))
+        items, notes = (parts[name], []) if name in parts else read(name)
+        limit = max_examples.get(name)
+        if limit is None or limit >= len(items):
+            return items, notes
+        evenly_spaced = [items[n * len(items) // limit] for n in range(limit)]
+        return evenly_spaced, [*notes, f"{name} uses {limit} of {len(items)} examples, evenly spaced."]
 
     (train_items, train_notes), (validation_items, validation_notes) = load("train"), load("validation")
     train_keys = frozenset(map(key, train_items))
@@ -208,14 +213,6 @@ def build_source(
         ),
         split_again=split_again,
     )
-
-
-def _limit_evenly(name: str, examples: ReadExamples[Example], *, limit: int | None) -> ReadExamples[Example]:
-    items, notes = examples
-    if limit is None or limit >= len(items):
-        return examples
-    evenly_spaced = [items[n * len(items) // limit] for n in range(limit)]
-    return evenly_spaced, [*notes, f"{name} uses {limit} of {len(items)} examples, evenly spaced."]
 
 
 def content_key(texts: Iterable[str]) -> int:

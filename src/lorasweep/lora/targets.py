@@ -100,11 +100,14 @@ def find_targets(model: nn.Module, config: LoraConfig, *, allow_full_rank: bool 
     targets, added = {}, 0
     for name in names:
         rank = get_pattern_value(name, config.rank_pattern, config.rank)
-        targets[name] = Target(
-            config=config, rank=rank, alpha=get_pattern_value(name, config.alpha_pattern, config.alpha)
-        )
-        _check_layer(name, layers[name], targets[name], allow_full_rank=allow_full_rank)
         d_out, d_in = matrix_shape(layers[name])
+        if rank > min(d_out, d_in) and not allow_full_rank:  # it would add no new updates, only parameters
+            raise ValueError(
+                f"`method.rank <= {min(d_out, d_in)}` must hold for layer {name!r} ({d_out} × {d_in}), "
+                f"but got {rank}. Lower `method.rank`, or exclude the layer with `method.exclude`."
+            )
+        alpha = get_pattern_value(name, config.alpha_pattern, config.alpha)
+        targets[name] = Target(config=config, rank=rank, alpha=alpha)
         added += rank * (d_in + d_out)
     return Coverage(
         targets=targets,
@@ -178,16 +181,6 @@ def _check_settings_match_layers(config: LoraConfig, names: list[str], all_names
     if unused:
         existing = sorted({index for index in map(get_block_index, all_names) if index is not None})
         raise ValueError(f"`method.layers` must be indices of matched layers, but got {min(unused)}. Use {existing}.")
-
-
-def _check_layer(name: str, layer: nn.Module, target: Target, *, allow_full_rank: bool) -> None:
-    """Refuses a rank above the smaller side of the weight, which adds no new updates, only parameters."""
-    d_out, d_in = matrix_shape(layer)
-    if target.rank > min(d_out, d_in) and not allow_full_rank:
-        raise ValueError(
-            f"`method.rank <= {min(d_out, d_in)}` must hold for layer {name!r} ({d_out} × {d_in}), "
-            f"but got {target.rank}. Lower `method.rank`, or exclude the layer with `method.exclude`."
-        )
 
 
 def _explain_experts(experts: Sequence[str], layers: Iterable[str]) -> str:

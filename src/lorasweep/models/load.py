@@ -31,7 +31,6 @@ from lorasweep.config.components import require_package
 from lorasweep.config.run import ModelConfig, ModelKind
 from lorasweep.disk import read_bounded, require_regular_file
 from lorasweep.errors import ConfigError, describe_error, first_line
-from lorasweep.hub import HUB_TIMEOUT_S
 from lorasweep.lora.layer_kinds import count_parameters, list_scales
 from lorasweep.models.pretrained import (
     QUANTISING_PACKAGES,
@@ -244,7 +243,6 @@ def _download(config: ModelConfig) -> Path:
             revision=config.revision,
             allow_patterns=wanted,
             ignore_patterns=["*/*"],  # subfolders have the model in other formats
-            etag_timeout=HUB_TIMEOUT_S,
         )
     except GatedRepoError as error:
         raise ConfigError(

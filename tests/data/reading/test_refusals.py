@@ -43,6 +43,7 @@ FILES = [
     ("train.csv", rows("b,x,z", "c,x,z"), ["does not match"]),
     ("train.csv", rows('"b,x', "c,y"), ["inside string", "`data.quoting`"]),
     ("train.csv", '"text,label\na,x\n', ["inside string"]),
+    ("train.csv", "text, text,label\na,b,c\n", ["different names", "'text'"]),
     ("train.csv", "txt,label\na,b\n", ["`data.text`", "['txt', 'label']", "`data.columns`"]),
     ("train.csv", b"text,label\n\xff,b\n", ["line 2", "iconv -f cp1252 -t utf-8 train.csv > train-utf8.csv"]),
     ("train.csv.gz", GOOD, ["gzip"]),
@@ -51,6 +52,9 @@ FILES = [
     ("train.json", "[" * 100_000, ["json"]),
     ("train.jsonl", '{"text": "a", "label": 1}\n{"text"}\n', ["JSON", "line 2"]),
     ("train.jsonl", b"\xff", ["UTF-8"]),
+    ("train.jsonl", '{"text": "a"}\n5\n', ["line 2", "an object", "5"]),
+    ("train.jsonl", '{"text": "a", "text": "b"}', ["line 1", "different keys", "['text', 'text']"]),
+    ("train.json", '[{"text": "a"},\n{"text" "b"}]', ["line 2", "column 9"]),
     ("train.jsonl.gz", '{"text": "a"}', ["gzip"]),
     ("train.jsonl", '{"text": "a\\udfff", "label": 1}', ["surrogate"]),
     ("train.parquet", "PAR1 but not really", ["parquet"]),
@@ -140,6 +144,12 @@ CASES = [
     ("text", {"a.txt": "ab"}, {"train": "a.txt"}, ["`data.train`", "validation and test", "Give more text"]),
     ("text", {"a.txt": "a"}, {"train": "b.txt"}, ["`data.train`", "'b.txt'", "`a.txt`"]),
     # conversations
+    (
+        "chat",
+        {"a.jsonl": jsonl({"prompt": "a", "completion": "b"}), "b.jsonl": talk(USER, ANSWER)},
+        {"train": "[ab].jsonl"},
+        ["`data.train`", "same columns", "['prompt', 'completion']", "'b.jsonl'"],
+    ),
     *(("chat", {"train.jsonl": content}, {}, words) for content, words in CHATS),
 ]
 

@@ -8,6 +8,7 @@ import json
 import pyarrow
 import pyarrow.parquet
 import pytest
+from datasets import ClassLabel, Dataset, Features, Json, List
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.data.conftest import make_data
@@ -42,7 +43,13 @@ def read(path, **rules):
         ("a.txt", "\ufefflabel\ttext\r\n1\tso, and so\r\n\t \r\n", [("so, and so", "1"), (" ", "")]),
         ("a.jsonl", '{"text": "a\u2028", "label": 1}\n{"label": ["x"], "text": "b"}\n', [("a\u2028", 1), ("b", ["x"])]),
         ("a.jsonl", '\ufeff{"text": "2020-01-01", "label": 1}\n{"text": "b"}', [("2020-01-01", 1), ("b", None)]),
+        (
+            "a.jsonl",
+            '{"text": "2020-01-01 00:00:00", "label": "1"}\n{"text": "b", "label": 0.1234567890123456}\n',
+            [("2020-01-01 00:00:00", "1"), ("b", 0.1234567890123456)],
+        ),
         ("a.json", '[{"text": "a", "label": 1},\n{"text": "b"}]', [("a", 1), ("b", None)]),
+        ("a.json", '{"text": "a",\n"label": 1}\n{"text": "b"}', [("a", 1), ("b", None)]),
         ("A.CSV", "text,label\na,b\n", [("a", "b")]),
     ],
 )
@@ -60,6 +67,13 @@ def test_parquet_reads_only_the_wanted_columns(folder):
     assert read("a.parquet") == [("a", "x"), (None, "y")]
     with pytest.raises(ConfigError, match=r"'a\.parquet' must be a parquet file"):
         read("a.parquet", choose=lambda names, source: ["date"])
+
+
+def test_types_that_datasets_writes_beside_those_of_parquet_are_read(folder):
+    features = Features({"text": List(Json()), "label": ClassLabel(names=["no", "yes"])})
+    rows = {"text": [[{"a": 1}, {"b": [None]}], None, []], "label": [1, -1, None]}
+    Dataset.from_dict(rows, features=features).to_parquet(folder / "a.parquet")
+    assert read("a.parquet") == [([{"a": 1}, {"b": [None]}], "yes"), (None, None), ([], None)]
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from huggingface_hub import constants, get_session
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # lacks a type stub
 
 from lorasweep.errors import ConfigError, first_line
-from lorasweep.hub import find_hub_fault
 
 
 def find_hub_settings(path: str, *, subset: str | None = None, revision: str | None = None) -> dict[str, str]:
@@ -32,7 +33,12 @@ def load_hub(path: str, *, subset: str | None, revision: str | None, split: str 
     folder = Path(path).expanduser()
     source = str(folder.absolute()) if folder.is_dir() else path
     was_offline = datasets.config.HF_HUB_OFFLINE
-    fault = None if folder.is_dir() or was_offline else find_hub_fault()
+    fault = None
+    try:
+        if not folder.is_dir() and not was_offline:
+            get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except (OSError, HTTPError) as error:
+        fault = f"{constants.ENDPOINT} can't be reached ({first_line(error)})"
     try:
         datasets.config.HF_HUB_OFFLINE = was_offline or fault is not None  # its client would retry for half a minute
         dataset = datasets.load_dataset(source, subset, split=split, revision=revision)

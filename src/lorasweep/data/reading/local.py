@@ -8,6 +8,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,13 +19,7 @@ import pyarrow.parquet
 from pandas.errors import EmptyDataError, ParserError, ParserWarning
 
 from lorasweep.config.data import Delimiter, Quoting, RowSettings
-from lorasweep.data.reading.files import (
-    find_files,
-    find_suffix,
-    get_max_bytes,
-    open_text,
-    refuse_unreadable,
-)
+from lorasweep.data.reading.files import find_files, find_suffix, get_max_bytes, open_text, refuse_unreadable
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.wording import format_bytes, shorten
 
@@ -37,6 +32,11 @@ DEFAULT_DIALECTS: Mapping[str, tuple[Delimiter, Quoting]] = {
     ".txt": ("tab", "none"),
 }
 """Delimiter and quoting under `auto`, unless quotes stand only around whole fields: then the quoting is `csv`."""
+PARSER_HINTS = {
+    "EOF inside string": "See also `data.quoting`",
+    "fields in line": "Put quotes around a text that contains the delimiter, or set `data.delimiter`",
+}
+"""What to do about errors of pandas, by a part of their message."""
 TABLE_SUFFIXES = (*DEFAULT_DIALECTS, ".jsonl", ".json", ".parquet")
 MAX_COLUMNS = 10_000
 BLANK = re.compile(r"\s*")
@@ -115,14 +115,14 @@ def _read_delimited(path: Path, config: RowSettings, choose: Callable[[Sequence[
         quoting = config.quoting
     elif quoting == "none" and _has_csv_quotes(path, separator):
         quoting = "csv"  # quotes that pandas wrote around fields would become part of the texts
+    with open_text(path) as file:
+        if file.readline().count(separator) >= MAX_COLUMNS:  # pandas takes minutes for millions
+            choose([""] * (MAX_COLUMNS + 1))
     columns: dict[str, list[Any]] = {}
     num_surplus = 0
     surplus_fields_are_errors = warnings.catch_warnings(action="error", category=ParserWarning)
-    try:
-        with open_text(path) as file:
-            if file.readline().count(separator) >= MAX_COLUMNS:  # pandas takes minutes for millions
-                choose([""] * (MAX_COLUMNS + 1))
-        with open_text(path, newline="") as file, surplus_fields_are_errors:
+    with open_text(path, newline="") as file, surplus_fields_are_errors, suppress(EmptyDataError):
+        try:
             chunks = pandas.read_csv(
                 file,
                 sep=separator,
@@ -139,19 +139,13 @@ def _read_delimited(path: Path, config: RowSettings, choose: Callable[[Sequence[
                 columns = columns or {name: [] for name in choose(list(chunk.columns))}
                 for name, values in columns.items():
                     values += chunk[name].tolist()
-                # pandas names a column without a name `Unnamed: 2`. It comes from surplus commas, or from a text with
-                # commas.
+                # pandas names a column without a name `Unnamed: 2`; surplus commas make one, or a text with commas
                 surplus = chunk[[name for name in chunk.columns if name.startswith("Unnamed: ")]]
                 num_surplus += int((surplus != "").any(axis=1).sum())
-    except ConfigError as error:
-        hint = ""
-        if isinstance(error.__cause__, EmptyDataError):
-            raise ConfigError(f"{str(path)!r} must have rows, but has none.") from error
-        if isinstance(error.__cause__, ParserError | ParserWarning):
-            hint = " See also `data.quoting`." if "EOF inside string" in str(error) else ""
-            if "fields in line" in str(error):
-                hint = " Put quotes around a text that contains the delimiter, or set `data.delimiter`."
-        raise ConfigError(f"{error}{hint}") from error
+        except (ParserError, ParserWarning) as error:
+            said = first_line(error)
+            hints = [hint for part, hint in PARSER_HINTS.items() if part in said]
+            raise ValueError(". ".join([said, *hints])) from error
     note = f"{num_surplus} rows of {str(path)!r} have values in columns without a name, which are not read."
     return Table(name=str(path), columns=columns, notes=[note] if num_surplus else [])
 

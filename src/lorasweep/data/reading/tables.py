@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 from lorasweep.config.data import RowSettings, SplitSettings
 from lorasweep.console import say
 from lorasweep.data.reading.files import MAX_LINE_BYTES, find_suffix, refuse_unreadable
-from lorasweep.data.reading.hub import load_hub
 from lorasweep.data.reading.local import DEFAULT_DIALECTS, ChooseColumns, Table, find_tables, read_file
 from lorasweep.errors import ConfigError
 from lorasweep.wording import format_bytes, join_words, shorten, suggest_nearest
@@ -85,6 +84,8 @@ def load_tables(config: SplitSettings, split: str, choose: ChooseColumns) -> lis
         assert isinstance(config, RowSettings)  # `data=text` reads files whole
         _announce(sum(file.stat().st_size for file in files), split)
         return [read_file(path, config, choose) for path in files]
+    from lorasweep.data.reading.hub import load_hub  # noqa: PLC0415 (`datasets` is slow to import)
+
     dataset = load_hub(config.path, subset=config.subset, revision=config.revision, split=given, key=key)
     name = f"{config.path}, {given}"
     columns = list(dict.fromkeys(choose(dataset.column_names, repr(name))))

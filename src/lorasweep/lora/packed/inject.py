@@ -69,7 +69,12 @@ def inject_packed_lora(
     """
     streams = [None] * len(configs) if generators is None else generators
     check_not_injected(model)
-    _check_rows_are_independent(model)
+    batch_norm = next((name for name, module in model.named_modules() if isinstance(module, _BatchNorm)), None)
+    if batch_norm is not None:
+        raise ValueError(
+            f"A packed model must compute each row independently, but {batch_norm!r} is a batch norm, which mixes the "
+            "slots. Train without packs."
+        )
     # One solo model per slot, so that each slot's checks and random numbers are exactly those of a solo run.
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     solos = [copy_base(model) for _ in configs]
@@ -193,15 +198,6 @@ def _update_layers(model: nn.Module, slots: Slots) -> None:
             base = model.get_submodule(name)
             replace_module(model, base, packed_class(base, slots, [by_name.get(name) for by_name in by_slot]))
     prepare_surroundings(model)
-
-
-def _check_rows_are_independent(model: nn.Module) -> None:
-    batch_norm = next((name for name, module in model.named_modules() if isinstance(module, _BatchNorm)), None)
-    if batch_norm is not None:
-        raise ValueError(
-            f"A packed model must compute each row independently, but {batch_norm!r} is a batch norm, which mixes the "
-            "slots. Train without packs."
-        )
 
 
 def _check_slots_do_not_overlap(model: nn.Module, solos: Sequence[nn.Module]) -> None:
