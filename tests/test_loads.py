@@ -36,12 +36,11 @@ def loads(here, monkeypatch):
 @pytest.mark.parametrize(
     "words",
     [
-        ["sweep", "mini.yaml", "confirm.seeds=1"],
-        ["sweep", "mini.yaml", "--minutes", "60"],
+        pytest.param(["sweep", "mini.yaml", "confirm.seeds=1"], marks=pytest.mark.slow),
+        ["sweep", "mini.yaml", "confirm.seeds=1", "--minutes", "60"],
         ["plan", "mini.yaml", "confirm.seeds=1"],
         ["plan", *DRAFT],
         ["new", "made.yaml", *DRAFT],
-        ["new", "made.yaml", *DRAFT, "--minutes", "0.5"],
     ],
 )
 def test_a_command_loads_model_and_data_once(loads, words):
@@ -51,6 +50,7 @@ def test_a_command_loads_model_and_data_once(loads, words):
 
 def test_a_drafted_file_has_the_numbers_that_fit_the_minutes(loads, here):
     assert run(["new", "made.yaml", *DRAFT, "--minutes", "0.5"]) == DONE
+    assert sorted(loads) == ["load_base", "read_source"]
     settings = yaml.safe_load((here / "made.yaml").read_text())["settings"]
     assert settings["confirm.looks"] == [3]
     assert settings["data.test_fraction"] > 0.1
