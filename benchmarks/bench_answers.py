@@ -46,7 +46,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from scipy.interpolate import Akima1DInterpolator
 
 from lorasweep.config.compose import compose_run, compose_sweep
-from lorasweep.config.data import Direction, ScoreMetric
+from lorasweep.config.data import ScoreMetric
 from lorasweep.config.sweep import parse_margin
 from lorasweep.record import Question, Subject, Trial
 from lorasweep.report.evidence.estimates import ConfirmScores
@@ -239,26 +239,26 @@ class Search:
 def run_search(arm: Arm, table: Table, *, rng: np.random.Generator) -> Search:
     """Replays the search of an arm, batch by batch, with one seed for all trials."""
     seed = int(rng.choice(table.seeds, size=arm.trials)[0])
-    direction, ended, begun = get_direction(table), list[Trial](), list[Trial]()
+    metric, ended, begun = get_metric(table), list[Trial](), list[Trial]()
     for number in range(arm.trials):
         if find_batch_start(arm, number) == number:
             ended += [end_trial(trial, arm, table, seed=seed) for trial in begun]
             begun = []
-        params, _ = propose(arm, History(arm, [*ended, *begun], direction=direction), number=number)
+        params, _ = propose(arm, History(arm, [*ended, *begun], metric=metric), number=number)
         begun.append(Trial(arm="", number=number, run="", params=params))
     ended += [end_trial(trial, arm, table, seed=seed) for trial in begun]
     return Search(trials=ended, steps=sum(trial.step for trial in ended))
 
 
-def get_direction(table: Table) -> Direction:
-    return "minimize" if table.sign == 1 else "maximize"
+def get_metric(table: Table) -> ScoreMetric:
+    return ScoreMetric(name="metric", direction="minimize" if table.sign == 1 else "maximize")
 
 
 def end_trial(trial: Trial, arm: Arm, table: Table, *, seed: int) -> Trial:
     """Returns a trial as it ended: complete with its best value, or stopped at half."""
     run = table.find_run(trial.params.get(RANK, 0), trial.params[LR], seed)
     config = arm.base
-    metric = ScoreMetric(name="metric", direction=get_direction(table))
+    metric = get_metric(table)
     untrained = {"metric": table.frozen[seed].values[0], "loss": table.frozen[seed].losses[0]}
     values: dict[int, float] = {}
     for value, loss in zip(run.values, run.losses, strict=True):
@@ -314,14 +314,14 @@ def choose_settings(
 ) -> Chosen:
     """Replays the searches of a sweep, and returns what they chose for full fine-tuning and each rank."""
     searches = {name: run_search(with_seed(arm, number), table, rng=rng) for name, arm in arms.items()}
-    direction, trials = get_direction(table), searches["full"].trials
+    metric, trials = get_metric(table), searches["full"].trials
     complete = [trial for trial in trials if trial.state == "complete"]
     winner = min(complete, key=lambda trial: table.sign * (trial.search_score or 0.0))
-    found = {0: predict_best(arms["full"], trials, Subject(arm="full"), direction=direction, chosen=winner.params)}
+    found = {0: predict_best(arms["full"], trials, Subject(arm="full"), metric=metric, chosen=winner.params)}
     arm = with_seed(arms["lora"], number)
     for rank in ranks:
         subject = Subject(arm=arm.name, key=RANK, value=rank)
-        found[rank] = predict_best(arm, searches["lora"].trials, subject, direction=direction)
+        found[rank] = predict_best(arm, searches["lora"].trials, subject, metric=metric)
     known = {rank: prediction for rank, prediction in found.items() if prediction is not None}
     assert len(known) == len(found)
     return Chosen(

@@ -36,12 +36,14 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from side_by_side import print_head, print_row
 
 from lorasweep.config.compose import compose_run, compose_sweep
+from lorasweep.config.data import ScoreMetric
 from lorasweep.record import Subject, Trial
 from lorasweep.sweep.controller import proposals
 from lorasweep.sweep.controller.encoding import History, RateLaw
 from lorasweep.sweep.controller.predictions import predict_best
 from lorasweep.sweep.definition.arms import Arm
 
+LOSS = ScoreMetric(name="loss", direction="minimize")
 GRID = Path(__file__).parent / "answers" / "grid_stdlib_docs_seed0.csv"
 RANK, RATIO, LR = "method.rank", "method.alpha", "optim.lr"
 NUM_TRIALS = (8, 12, 16, 24)
@@ -122,7 +124,7 @@ def run_search(table: Table, arm: Arm) -> list[Trial]:
         begun = list[Trial]()
         while len(trials) + len(begun) < limit:
             number = len(trials) + len(begun)
-            history = History(arm, [*trials, *begun], direction="minimize")
+            history = History(arm, [*trials, *begun], metric=LOSS)
             params, _ = proposals.propose(arm, history, number=number)
             begun.append(Trial(arm="", number=number, run="", params=dict(params), state="running"))
         trials += [replace(trial, state="complete", search_score=table.read(trial.params)) for trial in begun]
@@ -134,7 +136,7 @@ def choose_settings(table: Table, way: Way, arm: Arm, trials: Sequence[Trial]) -
     chosen = list[Mapping[str, Any]]()
     for rank in table.ranks:
         if way.predicts:
-            found = predict_best(arm, trials, Subject(arm=arm.name, key=RANK, value=rank), direction="minimize")
+            found = predict_best(arm, trials, Subject(arm=arm.name, key=RANK, value=rank), metric=LOSS)
             assert found is not None
             chosen.append(found.params)
         else:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.config.compose import compose_run
-from lorasweep.config.data import get_built_in_metric
+from lorasweep.config.data import ScoreMetric
 from lorasweep.record import ArmRow, RunRecord, SweepRecord, Trial, write_record
 
 BASE, FULL, STEPS = 2.03, 1.66, 500
@@ -107,7 +107,7 @@ def build_sweep(folder: Path, *, trials: int, examples: int) -> Path:
         status="complete",
         name="large",
         description="A sweep that never ran, to measure the report.",
-        search_metric=get_built_in_metric("bits_per_byte"),
+        search_metric=ScoreMetric(name="bits_per_byte", direction="minimize"),
         margin="5%",
         definition={},
         arms=[make_arm(arm, counts[arm]) for arm in arms],

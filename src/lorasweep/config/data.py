@@ -41,11 +41,6 @@ METRIC_RANGES: Mapping[str, tuple[float, float]] = {
 """Lowest and highest possible value of each metric; a user's own has no limits."""
 
 
-def get_sign(direction: Direction) -> Literal[1, -1]:
-    """Returns 1 if lower scores are better, else -1, so that a lower `sign * score` is always better."""
-    return 1 if direction == "minimize" else -1
-
-
 @dataclass(frozen=True, kw_only=True)
 class MetricComponent(Component):
     """A torchmetrics metric by `_target_`. All keys beside `direction` are arguments of the class."""
@@ -64,7 +59,7 @@ class ScoreMetric:
     @property
     def sign(self) -> Literal[1, -1]:
         """1 if lower scores are better, else -1, so that a lower `sign * score` is always better."""
-        return get_sign(self.direction)
+        return 1 if self.direction == "minimize" else -1
 
     @property
     def better_scores(self) -> str:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from lorasweep.config.data import Direction
+from lorasweep.config.data import Direction, ScoreMetric
 from lorasweep.record.json_file import VERSION, Count, Number, is_number, read_json
 
 RUN_FILE = "run.json"
@@ -105,6 +105,10 @@ class RunRecord:
     """The same on the test split of each data set of `retain.data`, by its name."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """`bytes` and `sha256` of each kept file, by its path in the run's folder."""
+
+    @property
+    def score_metric(self) -> ScoreMetric:
+        return ScoreMetric(name=self.metric, direction=self.direction)
 
     @property
     def score(self) -> float | None:

@@ -63,7 +63,7 @@ def check_definition(
     for arm in definition.arms:
         with name_in_errors(f"arm `{arm.name}`"):
             if arm.space:  # raises if the sampler can't search this space
-                propose(arm, History(arm, direction="minimize"), number=0)
+                propose(arm, History(arm, metric=ScoreMetric(name="loss", direction="minimize")), number=0)
             for config in arm.corner_configs:
                 inputs = inputs_cache.load(config)
                 check_run(config, inputs.base)

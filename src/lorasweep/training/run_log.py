@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from lorasweep.config.build import as_settings
-from lorasweep.config.data import get_sign
 from lorasweep.config.run import RunConfig, TrainerConfig
 from lorasweep.disk import remove_leftovers, write_atomically
 from lorasweep.errors import Diverged
@@ -194,7 +193,7 @@ def check_score(metrics: Metrics, *, metric: str, step: int) -> None:
 def update_score(record: RunRecord, step: int, metrics: Metrics) -> bool:
     """Puts an evaluation into a record, and returns whether its score is the best so far."""
     record.last, record.steps_done = {"step": step, **metrics}, step
-    sign = get_sign(record.direction)
+    sign = record.score_metric.sign
     if record.score is not None and sign * metrics[record.metric] >= sign * record.score:
         return False
     record.best = dict(record.last)

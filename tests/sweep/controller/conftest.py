@@ -8,6 +8,7 @@ from functools import cache
 import pytest
 
 from lorasweep.config.compose import compose_run, compose_sweep
+from lorasweep.config.data import ScoreMetric
 from lorasweep.record import RunRecord, Trial, write_record
 from lorasweep.sweep.controller.controller import Assignment, Controller
 from lorasweep.sweep.controller.encoding import History
@@ -107,7 +108,8 @@ def make_arm(space, sampler, *, name="lora", trials=16, seed=0, confirm_each=Non
 
 def ask_for_proposal(arm, trials, *, number=None, **how):
     """The parameters that an arm's sampler proposes after these trials, which are numbered in their order."""
-    history = History(arm, number_trials(trials), direction=how.get("direction", "minimize"))
+    metric = ScoreMetric(name="loss", direction=how.get("direction", "minimize"))
+    history = History(arm, number_trials(trials), metric=metric)
     return propose(arm, history, number=len(trials) if number is None else number)[0]
 
 

@@ -8,6 +8,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from tests.sweep.controller.conftest import ask_for_proposal, make_arm, make_trial
 
 from lorasweep.config.components import Component
+from lorasweep.config.data import ScoreMetric
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.controller.encoding import History
 from lorasweep.sweep.controller.proposals import propose
@@ -28,7 +29,9 @@ def search(sampler, *, trials, space=SPACE, seed=0, arm="lora"):
     found, states = [], []
     for number in range(trials):
         asked = make_arm(space, sampler, name=arm, seed=seed)
-        params, kept = propose(asked, History(asked, found, direction="minimize"), number=number)
+        params, kept = propose(
+            asked, History(asked, found, metric=ScoreMetric(name="loss", direction="minimize")), number=number
+        )
         states.append(json.loads(json.dumps(kept)))  # as the journal keeps it
         trial = make_trial(params, search_score=float(number % 3), sampler_state=states[-1])
         found.append(replace(trial, number=number))

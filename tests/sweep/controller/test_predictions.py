@@ -9,6 +9,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from tests.sweep.controller.conftest import ask_for_proposal, make_arm, make_trial, number_trials
 
+from lorasweep.config.data import ScoreMetric
 from lorasweep.config.sweep import ModelBasedSampler
 from lorasweep.sweep.controller.predictions import predict_best
 
@@ -59,7 +60,7 @@ def search(arm, *, num, base=math.inf):
 
 
 def predict(arm, trials, rank, *, direction="minimize"):
-    return predict_best(arm, trials, get_subject(arm, rank), direction=direction)
+    return predict_best(arm, trials, get_subject(arm, rank), metric=ScoreMetric(name="loss", direction=direction))
 
 
 def get_subject(arm, value):
@@ -159,6 +160,8 @@ def test_values_that_are_no_numbers_are_searched_too():
         history.append(make_trial(params, search_score=value))
     assert Counter(trial.params["method.targets"] for trial in history) == dict.fromkeys(targets, 3)
     for target in targets:
-        found = predict_best(arm, number_trials(history), get_subject(arm, target), direction="minimize")
+        found = predict_best(
+            arm, number_trials(history), get_subject(arm, target), metric=ScoreMetric(name="loss", direction="minimize")
+        )
         assert found.params["method.targets"] == target
         assert abs(math.log(found.params["optim.lr"] / 1e-3)) < math.log(1.5)

@@ -25,7 +25,7 @@ from optuna.trial import TrialState as OptunaState
 from scipy.stats import qmc
 
 from lorasweep.config.components import Component
-from lorasweep.config.data import Direction, get_sign
+from lorasweep.config.data import ScoreMetric
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import ALPHA, LR, RANK, SCALING, follows_rate_law
 from lorasweep.lora.functional import scaling_factor
@@ -193,11 +193,11 @@ class History:
     is no result yet. A failed trial is hidden, but its point is not proposed again.
     """
 
-    def __init__(self, arm: Arm, trials: Iterable[Trial] = (), *, direction: Direction) -> None:
+    def __init__(self, arm: Arm, trials: Iterable[Trial] = (), *, metric: ScoreMetric) -> None:
         # the arguments of a sampler by `_target_`, such as `fixed_params`, have learning rates
         law = None if isinstance(arm.sweep_config.sampler, Component) else build_rate_law(arm)
         self.encoding = SpaceEncoding(arm.space, law=law)
-        self.direction: Direction = direction
+        self.metric = metric
         self.trials: list[Trial] = []
         self._points: dict[int, Point] = {}
         """By number. They are kept, because encoding thousands of trials takes longer than a proposal."""
@@ -216,7 +216,7 @@ class History:
 
     def list_results(self) -> list[Trial]:
         """Returns the results by number: all, or the `MAX_HISTORY_TRIALS` best if there are more."""
-        sign, scores = get_sign(self.direction), [(trial, get_score(trial)) for trial in self.trials]
+        sign, scores = self.metric.sign, [(trial, get_score(trial)) for trial in self.trials]
         costs = {trial.number: sign * score for trial, score in scores if score is not None}
         results = [trial for trial in self.trials if trial.number in costs or trial.state == "infeasible"]
         best = sorted(results, key=lambda trial: costs.get(trial.number, math.inf))

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from lorasweep.config.data import Direction, get_sign
+from lorasweep.config.data import ScoreMetric
 from lorasweep.config.run import ALPHA, LR, RANK
 from lorasweep.record import SettingRow, Subject, Trial, is_number
 from lorasweep.sweep.controller.encoding import (
@@ -187,7 +187,7 @@ def propose_by_model(arm: Arm, history: History, *, seed: int) -> Point:
         fixed = {arm.confirm_each: min(values, key=lambda index: (counts[index], index))}
     place = partial(place_settings, space=arm.space, law=build_rate_law(arm))
     points = place([encoding.decode(history.point(trial)) for trial in results])
-    sign = get_sign(history.direction)
+    sign = history.metric.sign
     known = [None if (score := get_score(trial)) is None else sign * score for trial in results]
     # the median replaces missing costs, such as those of infeasible trials
     median = float(np.median([cost for cost in known if cost is not None]))
@@ -213,7 +213,7 @@ def predict_best(
     trials: Sequence[Trial],
     subject: Subject,
     *,
-    direction: Direction,
+    metric: ScoreMetric,
     chosen: Mapping[str, Any] | None = None,
 ) -> SettingRow | None:
     """Returns the setting that is predicted best for a subject, or the prediction for the setting `chosen`.
@@ -221,7 +221,7 @@ def predict_best(
     Returns None if no trial is complete, or if a trial with the subject's value ran out of memory and none with this
     value has a score. Costs are lower bounds, because the model cuts bad scores off (`fit_surrogate`).
     """
-    law, sign, fixed = build_rate_law(arm), get_sign(direction), subject.params
+    law, sign, fixed = build_rate_law(arm), metric.sign, subject.params
     results = [(trial, score) for trial in trials if (score := get_score(trial)) is not None]
     complete = [trial for trial, _ in results if trial.state == "complete"]
     infeasible = [trial for trial in trials if trial.state == "infeasible" and fixed.items() <= trial.params.items()]

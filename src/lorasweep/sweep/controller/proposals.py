@@ -120,7 +120,7 @@ def _ask_model(sampler: ModelBasedSampler, history: History, *, seed: int) -> Po
     shown = [history.build_frozen_trial(trial) for trial in results]
     if sampler.name == "gp":
         model = GPSampler(n_startup_trials=1, seed=seed, warn_independent_sampling=False)
-        better = min if history.direction == "minimize" else max
+        better = min if history.metric.sign == 1 else max
         scores = [get_score(trial) for trial in results]
         median = statistics.median(score for score in scores if score is not None)
         values = [median if score is None else better(score, median) for score in scores]
@@ -140,7 +140,7 @@ def _ask_model(sampler: ModelBasedSampler, history: History, *, seed: int) -> Po
 def _ask(sampler: BaseSampler, history: History, shown: Sequence[FrozenTrial]) -> tuple[Point, dict[str, Any]]:
     """Returns the point of the next trial, and what the sampler stores with it."""
     storage = InMemoryStorage()
-    study = optuna.create_study(sampler=sampler, direction=history.direction, storage=storage)
+    study = optuna.create_study(sampler=sampler, direction=history.metric.direction, storage=storage)
     study_id = storage.get_study_id_from_name(study.study_name)
     study.add_trials(shown)
     known: dict[str, Any] = {}  # attributes that earlier samplers wrote to the study

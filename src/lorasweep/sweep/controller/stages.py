@@ -33,7 +33,7 @@ class Search:
         self._histories: dict[str, History] = {}
         for arm in sweep.definition.arms:
             self.arms[arm.name] = ArmTrials(sweep, arm, stage=self.name, planned=arm.trials, session=session)
-            self._histories[arm.name] = History(arm, direction=sweep.record.search_metric.direction)
+            self._histories[arm.name] = History(arm, metric=sweep.record.search_metric)
         self._base_scores: dict[str, Mapping[str, float]] = {}
         """Every metric of the frozen base, by name of its arm."""
 
@@ -173,7 +173,7 @@ def choose_settings(search: Search, *, sweep: SweepFolder) -> list[SettingRow]:
             row = None
             if subject.params or winner:
                 chosen = winner.params if winner else None
-                row = predict_best(arm, trials, subject, direction=sweep.record.search_metric.direction, chosen=chosen)
+                row = predict_best(arm, trials, subject, metric=sweep.record.search_metric, chosen=chosen)
             if row is None:
                 sweep.warn(f"`{subject.name}` has no trial with a score, so the confirm stage skips it.")
                 continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lorasweep.config.data import ScoreMetric, get_sign
+from lorasweep.config.data import ScoreMetric
 from lorasweep.config.run import RunConfig
 from lorasweep.wording import format_metric, format_score
 
@@ -41,7 +41,7 @@ def explain_stop(
     if step != find_half_step(config) or metric.name not in untrained:
         return None
     for name in {metric.name, LOSS_METRIC} & untrained.keys() & scores.keys():
-        sign = get_sign(metric.direction if name == metric.name else "minimize")
+        sign = metric.sign if name == metric.name else 1
         if sign * (untrained[name] - scores[name]) > SCORE_ROUNDING * abs(untrained[name]):
             return None
     found, answer = (format_score(one[metric.name]) for one in (scores, untrained))
