@@ -8,7 +8,7 @@ from tests.small_runs import SMALL_RUN, TWO_STEPS
 
 import lorasweep
 import lorasweep.sweep.workers.worker as worker_file
-import lorasweep.training.score as score_file
+import lorasweep.training.evaluation as evaluation_file
 from lorasweep.cli import run
 from lorasweep.config.data import ScoreMetric
 from lorasweep.outcome import WRONG_REQUEST
@@ -89,11 +89,11 @@ def test_labels_that_the_model_does_not_learn_are_refused(path, capsys):
 def test_a_killed_sweep_scores_nothing_twice_and_ends_like_one_that_was_not_killed(path, monkeypatch):
     content = CONTENT | {"settings": CONTENT["settings"] | TWO_STEPS | {"worker.pack_size": 1}}
     whole = lorasweep.run_sweep(content, output=path.parent / "whole", progress=None)
-    scored, score_split, score_run = [], score_file._score_on_split, worker_file.score_run
+    scored, evaluate_model, score_run = [], evaluation_file.evaluate_model, worker_file.score_run
 
-    def count(model, splits, **others):
-        scored.append(splits.test().fingerprint)
-        return score_split(model, splits, **others)
+    def count(model, split, **others):
+        scored.append(split.fingerprint)
+        return evaluate_model(model, split, **others)
 
     def score_and_die(folder, **others):
         record = score_run(folder, **others)
@@ -101,7 +101,7 @@ def test_a_killed_sweep_scores_nothing_twice_and_ends_like_one_that_was_not_kill
             raise Killed
         return record
 
-    monkeypatch.setattr(score_file, "_score_on_split", count)
+    monkeypatch.setattr(evaluation_file, "evaluate_model", count)
     monkeypatch.setattr(worker_file, "score_run", score_and_die)
     with pytest.raises(Killed):
         lorasweep.run_sweep(content, output=path.parent / "killed", progress=None)

@@ -292,22 +292,20 @@ Capability: TypeAlias = Literal[True] | str
 
 
 class Capabilities(NamedTuple):
-    """What runs of these settings can do, apart from what only the loaded model can tell."""
+    """What runs of these settings can do, apart from what only the loaded model can tell.
+
+    They train together on one frozen base (`packs`), divide the weights over processes (`shards`), use `torch.compile`
+    (`compiles`), train without padding (`unpads`), answer examples (`generates`), are scored on `retain.data`
+    (`retains`), and become a model of transformers or an adapter of PEFT (`exports`).
+    """
 
     packs: Capability
-    """Train together with other runs on one frozen base."""
     shards: Capability
-    """Divide the weights over processes."""
     compiles: Capability
-    """Use `torch.compile`."""
     unpads: Capability
-    """Train examples of different lengths without padding."""
     generates: Capability
-    """Answer examples, which `data.answers.score` scores."""
     retains: Capability
-    """Be scored on further data sets (`retain.data`)."""
     exports: Capability
-    """Become a model of transformers or an adapter of PEFT."""
 
 
 NEEDED_BY_PACKS: Mapping[str, Callable[[RunConfig], bool]] = {

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
+from lorasweep.config.build import convert
 from lorasweep.config.components import Component, find_class, instantiate
 from lorasweep.config.data import DataConfig, MetricComponent, ScoreMetric
 from lorasweep.config.run import ObjectiveConfig
 from lorasweep.data.batching import choose_part
 from lorasweep.data.build_splits import build_splits
-from lorasweep.data.source import DataSource
+from lorasweep.data.source import DataKind, DataSource
 from lorasweep.data.split import Split, SplitFacts, Splits
 from lorasweep.errors import ConfigError
 from lorasweep.models.load import BaseModel
-from lorasweep.objectives import OBJECTIVES, drop_slot_settings
+from lorasweep.objectives.labels import Classification, Regression
+from lorasweep.objectives.next_tokens import NextTokens
 from lorasweep.objectives.objective import Objective, build_own_metric
 from lorasweep.wording import join_words
 
+OBJECTIVES: Mapping[DataKind, type[Objective]] = {
+    "documents": NextTokens,
+    "conversations": NextTokens,
+    "single_label": Classification,
+    "regression": Regression,
+}
+"""The objective of each kind of data, unless `objective._target_` names another one."""
 DATA_OBJECTIVE = ObjectiveConfig()
 """The settings of the objective of the data's kind."""
 
@@ -85,3 +94,28 @@ def build_objective(config: ObjectiveConfig, *, source: DataSource, model: nn.Mo
     expected: type[Objective] = Objective  # type: ignore[type-abstract]
     facts = find_class(target, key="objective", expected=expected).find_facts(source, model)
     return instantiate(component, key="objective", expected=expected, **facts)
+
+
+def list_slot_settings(config: ObjectiveConfig) -> dict[str, Any]:
+    """Returns the settings of an objective that may differ between the slots of a pack, with their types."""
+    if not config.arguments:
+        return {}
+    if config.target is None:
+        classes = list(OBJECTIVES.values())
+    else:
+        classes = [find_class(config.target, key="objective", expected=Objective)]  # type: ignore[type-abstract]
+    return {name: kind for each in classes for name, kind in each.slot_settings.items()}
+
+
+def read_slot_settings(config: ObjectiveConfig) -> dict[str, float]:
+    """Returns the values of `list_slot_settings` in a run. Raises ConfigError if one is missing or wrong."""
+    return {
+        name: convert(kind, config.arguments.get(name), key=f"objective.{name}")
+        for name, kind in list_slot_settings(config).items()
+    }
+
+
+def drop_slot_settings(config: ObjectiveConfig) -> ObjectiveConfig:
+    """Returns the settings that all slots of a pack share."""
+    dropped = list_slot_settings(config)
+    return replace(config, arguments={name: x for name, x in config.arguments.items() if name not in dropped})

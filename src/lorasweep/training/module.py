@@ -27,7 +27,7 @@ from lorasweep.errors import ConfigError, RecordError
 from lorasweep.lora.inject import replace_dropout
 from lorasweep.methods import METHODS
 from lorasweep.models.load import BaseModel
-from lorasweep.objectives import read_slot_settings
+from lorasweep.objectives.data_splits import read_slot_settings
 from lorasweep.objectives.objective import EXAMPLE_FIELDS, Evaluation, ExampleScores
 from lorasweep.training.activation_checkpointing import checkpoint_activations, save_block_contexts
 from lorasweep.training.checkpoint import read_rng_state, restore_rng_state

@@ -19,8 +19,7 @@ from lorasweep.lora.targets import Coverage
 from lorasweep.methods import METHODS
 from lorasweep.models.attention import AttentionChoice, choose_attention
 from lorasweep.models.load import BaseModel, Labels
-from lorasweep.objectives import drop_slot_settings
-from lorasweep.objectives.data_splits import DataSplits, build_data_splits
+from lorasweep.objectives.data_splits import DataSplits, build_data_splits, drop_slot_settings
 from lorasweep.training.environment import DTYPES, Precision, get_device, resolve_precision
 from lorasweep.training.loaded_parts import LoadedParts
 from lorasweep.training.telemetry import Telemetry

@@ -14,7 +14,7 @@ from lorasweep.config.run import RunConfig
 from lorasweep.data.split import Batch, move_tensor
 from lorasweep.lora.dropout import FunctionalDropout, drop_from_default_stream
 from lorasweep.lora.packed.slots import Slots
-from lorasweep.objectives import read_slot_settings
+from lorasweep.objectives.data_splits import read_slot_settings
 from lorasweep.training.run_inputs import RunInputs
 from lorasweep.training.unpadded import ignore_lengths, unpadded
 
