@@ -103,7 +103,7 @@ def count_decimals(
     `digits` of the width of the narrowest interval are shown. If an end would be rounded to a value in `critical`,
     up to `MAX_EXTRA_DECIMALS` decimals are added.
     """
-    known = [one for one in intervals if one is not None and one[1] > one[0]]
+    known = [interval for interval in intervals if interval is not None and interval[1] > interval[0]]
     if not known:
         return None
     width = min(high - low for low, high in known)
@@ -130,7 +130,7 @@ def format_estimate(value: float | None, interval: tuple[float, float] | None, *
 
 def count_percent_decimals(intervals: Iterable[tuple[float, float] | None], *, critical: Sequence[float] = ()) -> int:
     """Returns the number of decimals for shares in percent that stand beside each other."""
-    percent = [None if one is None else (100 * one[0], 100 * one[1]) for one in intervals]
+    percent = [interval and (100 * interval[0], 100 * interval[1]) for interval in intervals]
     return count_decimals(percent, digits=1, critical=[0.0, 100.0, *(100 * value for value in critical)]) or 0
 
 

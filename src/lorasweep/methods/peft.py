@@ -93,14 +93,14 @@ class PeftMethod(Method):
                 add_adapter(model, peft_config)
             model.train(model.training)  # also the new modules
             with quiet_peft():
-                found = peft.set_peft_model_state_dict(get_wrapper(model), tensors, adapter_name=ADAPTER)
+                loaded = peft.set_peft_model_state_dict(get_wrapper(model), tensors, adapter_name=ADAPTER)
         except (OSError, ValueError, AttributeError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
             raise RecordError(f"{source} must load, but does not: {describe_error(error)}.") from error
         # adapters may share one parameter under several names, of which the file has one
         named = list(get_wrapper(model).named_parameters(remove_duplicate=False))
-        read = {id(parameter) for name, parameter in named if name not in found.missing_keys}
+        read = {id(parameter) for name, parameter in named if name not in loaded.missing_keys}
         missing = [name for name, parameter in named if parameter.requires_grad and id(parameter) not in read]
-        if wrong := missing + list(found.unexpected_keys):
+        if wrong := missing + list(loaded.unexpected_keys):
             raise RecordError(f"{source} must have the weights of its configuration, but {wrong[0]!r} differs.")
 
     def merge(self, model: nn.Module) -> None:

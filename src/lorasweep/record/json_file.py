@@ -93,10 +93,10 @@ def read_json(kind: type[T], path: Path) -> T:
     except PermissionError as error:
         raise RecordError(f"{str(path)!r} must be readable, but can't be read: {error.strerror}.") from error
     except (OSError, ValidationError) as error:
-        found = _describe(error) if isinstance(error, ValidationError) else str(error)
+        problem = _describe(error) if isinstance(error, ValidationError) else str(error)
         raise RecordError(
             f"{str(path)!r} must be a whole record of this version of lorasweep, but is damaged or has another "
-            f"version: {found}. Restore the file."
+            f"version: {problem}. Restore the file."
         ) from error
 
 

@@ -119,9 +119,11 @@ def reproduce_run(
     before, after = _read_values(run, up_to=last_step), _read_values(output)
     if last_step == record.steps_planned and not tolerance:
         before, after = before | _list_weights(record), after | _list_weights(repeated)
-    found = _compare(before, after, folder=output, what=f"{last_step} steps of {run} and {output}", tolerance=tolerance)
-    if found.holds:
-        return found
+    comparison = _compare(
+        before, after, folder=output, what=f"{last_step} steps of {run} and {output}", tolerance=tolerance
+    )
+    if comparison.holds:
+        return comparison
     parts = {reason.partition(".")[0] for reason in POSSIBLE_REASONS}
     recorded, now = (flatten({part: getattr(run, part) for part in parts}) for run in (record, repeated))
     different = [name for name in {**recorded, **now} if recorded.get(name) != now.get(name)]
@@ -131,7 +133,7 @@ def reproduce_run(
         for number, name in enumerate(dict.fromkeys(ordered), 1)
     ]
     lead = "possible reasons, the most likely first:" if reasons else "no recorded hardware, software or data differs"
-    return replace(found, description="\n".join([f"{found.description}{failure}", lead, *reasons]))
+    return replace(comparison, description="\n".join([f"{comparison.description}{failure}", lead, *reasons]))
 
 
 def restore_solo_config(record: RunRecord) -> RunConfig:
@@ -208,26 +210,26 @@ def _compare(
 
     def measure(place: str) -> float:
         """Returns the relative difference; infinite if a value is missing or not a finite number."""
-        one, other = before[place], after.get(place, MISSING)
-        if one == other:
+        old, new = before[place], after.get(place, MISSING)
+        if old == new:
             return 0.0
-        if not (isinstance(one, int | float) and isinstance(other, int | float)):
+        if not (isinstance(old, int | float) and isinstance(new, int | float)):
             return math.inf
-        return abs(one - other) / max(abs(one), abs(other))
+        return abs(old - new) / max(abs(old), abs(new))
 
     def describe(place: str) -> str:
-        relative = f" (a relative difference of {found[place]:.2g})" if found[place] < math.inf else ""
+        relative = f" (a relative difference of {differences[place]:.2g})" if differences[place] < math.inf else ""
         return f"{place} was {shorten(before[place])} and is {shorten(after.get(place, MISSING))}{relative}"
 
     verdict: Verdict
-    found = {place: difference for place in before if (difference := measure(place))}
-    first = next((place for place in found if found[place] > tolerance), None)
+    differences = {place: difference for place in before if (difference := measure(place))}
+    first = next((place for place in differences if differences[place] > tolerance), None)
     if first is not None:
         verdict, description = "different", f"different in {folder}: first {describe(first)}"
-    elif not found:
+    elif not differences:
         verdict, description = "identical", f"identical: {what} are the same, bit for bit"
     else:
-        largest = describe(max(found, key=found.__getitem__))
+        largest = describe(max(differences, key=differences.__getitem__))
         verdict = "within tolerance"
         description = f"within a tolerance of {tolerance:g}: {what}; the largest difference: {largest}"
     return Reproduction(folder=folder, verdict=verdict, description=description)

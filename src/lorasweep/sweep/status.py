@@ -222,7 +222,7 @@ def _build_table(status: SweepStatus) -> Table:
         columns["confirm"] = [f"{count_ended(arm.confirm)}/{arm.num_confirm}" for arm in status.arms]
     best = [find_winner(arm.trials, record=status.record) for arm in status.arms]
     columns["best"] = [
-        UNKNOWN if one is None or one.search_score is None else f"{one.search_score:.4f}" for one in best
+        UNKNOWN if trial is None or trial.search_score is None else f"{trial.search_score:.4f}" for trial in best
     ]
     table = Table(header_style="bold", box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("arm", overflow="fold", min_width=min(20, max(len(arm.row.name) for arm in status.arms)))

@@ -95,7 +95,7 @@ class Controller:
         for trials in sorted(candidates, key=lambda one: (bool(one.arm.space), len(one.trials) / max(one.planned, 1))):
             if trials.may_begin() and not (self.confirm is None and self.search.awaits_base(trials.arm)):
                 params, state = self.stage.propose(trials)
-                orders = [one.order for others in self.stage.arms.values() for one in others.trials.values()]
+                orders = [other.order for others in self.stage.arms.values() for other in others.trials.values()]
                 handout = {"order": 1 + max(orders, default=-1), "worker": worker, "request": request}
                 return self._assign(trials, trials.begin(params, **handout, sampler_state=state))
         return None

@@ -63,9 +63,9 @@ class RateLaw:
         """Returns √(s · r · λ). It is 1 at α = 0, where the learning rate has no effect."""
         if not self.defaults:
             return 1.0
-        found = {**self.defaults, **{key: params[key] for key in LAW_KEYS if key in params}}
-        scaling = scaling_factor(alpha=found[ALPHA], rank=found[RANK], rule=found[SCALING])
-        return math.sqrt(scaling * found[RANK] * found[RATIO_B]) or 1.0
+        values = {**self.defaults, **{key: params[key] for key in LAW_KEYS if key in params}}
+        scaling = scaling_factor(alpha=values[ALPHA], rank=values[RANK], rule=values[SCALING])
+        return math.sqrt(scaling * values[RANK] * values[RATIO_B]) or 1.0
 
 
 def build_rate_law(arm: Arm) -> RateLaw:
@@ -95,9 +95,11 @@ class SpaceEncoding:
             if isinstance(distribution, CategoricalDistribution):
                 # in an order that does not depend on the file's order
                 choices, count = list(distribution.choices), len(distribution.choices)
-                are_numbers = all(isinstance(one, int | float) and not isinstance(one, bool) for one in choices)
+                are_numbers = all(
+                    isinstance(choice, int | float) and not isinstance(choice, bool) for choice in choices
+                )
                 self.choices[key] = sorted(
-                    choices, key=lambda one: (one, repr(one)) if are_numbers else (type(one).__name__, repr(one))
+                    choices, key=lambda choice: (choice if are_numbers else type(choice).__name__, repr(choice))
                 )
                 encoded = IntDistribution(0, count - 1) if are_numbers else CategoricalDistribution(range(count))
             if not encoded.single():

@@ -155,11 +155,11 @@ def reopen_sweep(path: Path, *, changes: Mapping[str, Any] | None = None) -> Swe
         storage = open_storage(path)
         counts = {summary.study_name: summary.n_trials for summary in optuna.get_all_study_summaries(storage)}
         for arm, number in Counter(row.arm for row in record.trials).items():
-            found = counts.get(name_study(arm, "search"), 0)
-            if found < number:  # the storage is always written before the record
+            stored = counts.get(name_study(arm, "search"), 0)
+            if stored < number:  # the storage is always written before the record
                 raise RecordError(
                     f"the storage of a sweep must have the {number} trials of `{arm}` in {SWEEP_FILE}, but has "
-                    f"{found}. Its end was cut off. Restore it, or start a new sweep."
+                    f"{stored}. Its end was cut off. Restore it, or start a new sweep."
                 )
         has_confirm = any(name_study(arm.name, "confirm") in counts for arm in definition.arms)
         undo.pop_all()
@@ -214,7 +214,7 @@ def grow_definition(old: Definition, *, changes: Mapping[str, Any]) -> Definitio
         overrides = {key: value for key, value in overrides.items() if key.split(".")[0] != "worker"}
     raw = {"file": old.raw["file"], "overrides": {**overrides, **changes}}
     new = restore_definition(raw, source=old.source)
-    names, kept_names = ([arm.name for arm in one.arms] for one in (new, old))
+    names, kept_names = ([arm.name for arm in definition.arms] for definition in (new, old))
     if names != kept_names:
         raise ConfigError(
             f"a sweep that has begun must keep its arms ({', '.join(kept_names)}), but got {', '.join(names)}. Start a "
@@ -229,7 +229,7 @@ def grow_definition(old: Definition, *, changes: Mapping[str, Any]) -> Definitio
                     f"{value!r}. Start a new sweep."
                 )
     numbers = {f"arms.{arm.name}.trials": (arm.trials, new.find_arm(arm.name).trials) for arm in old.arms}
-    seeds = tuple(max(one.sweep_config.confirm.list_looks(), default=0) for one in (old, new))
+    seeds = tuple(max(definition.sweep_config.confirm.list_looks(), default=0) for definition in (old, new))
     for key, (kept_number, number) in {**numbers, "confirm.seeds": seeds}.items():
         if number < kept_number:
             raise ConfigError(

@@ -72,9 +72,9 @@ def place_settings(params: Sequence[Mapping[str, Any]], *, space: Space, law: Ra
     for key, distribution in sorted(space.items()):
         if distribution.single():
             continue
-        values = [one[key] for one in params]
+        values = [setting[key] for setting in params]
         if key == LR:
-            rates = [math.log10(one[LR] * law.factor(one)) for one in params]
+            rates = [math.log10(setting[LR] * law.factor(setting)) for setting in params]
             columns.append([rate / RATE_LENGTH_SCALE_DECADES for rate in rates])
         elif key in LENGTH_SCALES_OCTAVES and all(is_number(value) and value > 0 for value in values):
             columns.append([math.log2(value) / LENGTH_SCALES_OCTAVES[key] for value in values])
@@ -150,14 +150,14 @@ def fit_surrogate(points: Array, costs: Sequence[float]) -> Surrogate:
     scale = max(spread, 1e-12)
     centre = float(values.max())
     scaled, kernel = (values - centre) / scale, compute_kernel(points, points)
-    likelihood = -math.inf
+    best_likelihood = -math.inf
     for noise in NOISE_VARIANCES:
-        found_factor = np.linalg.cholesky(kernel + noise * np.eye(len(points)))
-        found_weights = np.linalg.solve(found_factor.T, np.linalg.solve(found_factor, scaled))
+        noisy_factor = np.linalg.cholesky(kernel + noise * np.eye(len(points)))
+        noisy_weights = np.linalg.solve(noisy_factor.T, np.linalg.solve(noisy_factor, scaled))
         # the logarithm of the likelihood without a constant (Rasmussen and Williams 2006, equation 2.30)
-        found = -0.5 * float(scaled @ found_weights) - float(np.log(np.diag(found_factor)).sum())
-        if found > likelihood:
-            likelihood, factor, weights = found, found_factor, found_weights
+        log_likelihood = -0.5 * float(scaled @ noisy_weights) - float(np.log(np.diag(noisy_factor)).sum())
+        if log_likelihood > best_likelihood:
+            best_likelihood, factor, weights = log_likelihood, noisy_factor, noisy_weights
     return Surrogate(points=points, centre=centre, scale=scale, factor=np.asarray(factor), weights=np.asarray(weights))
 
 
@@ -237,11 +237,12 @@ def predict_best(
     params, rates = candidates[best], arm.space.get(LR)
     rate_ratio, rate_costs = None, {}
     if rates is not None and not rates.single():
-        own, *others = [math.log(one[LR] * law.factor(one)) for one in (params, *(trial.params for trial in complete))]
-        rate_ratio = math.exp(min(abs(own - other) for other in others))
+        settings = (params, *(trial.params for trial in complete))
+        log_u, *others = [math.log(setting[LR] * law.factor(setting)) for setting in settings]
+        rate_ratio = math.exp(min(abs(log_u - other) for other in others))
     if isinstance(rates, FloatDistribution) and not rates.single():
-        found = {name: params[LR] * factor for name, factor in {"half": 0.5, "twice": 2.0}.items()}
-        inside = {name: {**params, LR: rate} for name, rate in found.items() if rates.low <= rate <= rates.high}
+        moved = {name: params[LR] * factor for name, factor in {"half": 0.5, "twice": 2.0}.items()}
+        inside = {name: {**params, LR: rate} for name, rate in moved.items() if rates.low <= rate <= rates.high}
         cost, *costs = surrogate.predict(place([params, *inside.values()]))[0].tolist()
         rate_costs = {name: max(other - cost, 0.0) for name, other in zip(inside, costs, strict=True)}
     step = max(len(placed) // REGRET_CANDIDATES, 1)

@@ -44,7 +44,7 @@ def explain_stop(
         sign = metric.sign if name == metric.name else 1
         if sign * (untrained[name] - scores[name]) > SCORE_ROUNDING * abs(untrained[name]):
             return None
-    found, answer = (format_score(one[metric.name]) for one in (scores, untrained))
+    score, answer = (format_score(values[metric.name]) for values in (scores, untrained))
     return (
-        f"has learned nothing at step {step}: {format_metric(metric.name)} {found}, and {answer} without any training"
+        f"has learned nothing at step {step}: {format_metric(metric.name)} {score}, and {answer} without any training"
     )
