@@ -1,8 +1,7 @@
-"""Chooses the implementation of attention of a base model, and registers one for small heads in bf16 on a CPU."""
+"""Chooses the implementation of attention of a base model, and registers one for bf16 on a CPU."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,17 +16,6 @@ SDPA_FP32 = "sdpa_fp32"
 """Name of sdpa that computes in fp32, whatever the model's dtype is."""
 IMPLEMENTATIONS = ("sdpa", SDPA_FP32, "eager")
 """The implementations that `choose_attention` may choose."""
-MAX_EAGER_TOKENS = 128
-"""Maximum median length, in tokens, for which `auto` takes eager attention in bf16 on a CPU.
-
-Forward and backward of 8 rows with 12 heads of 64 at 128 tokens: eager 8 ms, sdpa 23, sdpa in fp32 14 (2 cores of an
-Intel Xeon with AMX). At 2 x 9 heads of 64 and 256 tokens: 11, 6 and 7 ms.
-"""
-MAX_FP32_HEAD_SIZE = 32
-"""Maximum size of a head for which `auto` takes sdpa in fp32 instead: 8 rows, 5 heads of 32, 128 tokens take 2.8 ms,
-eager 8.2, sdpa 10.6. For heads of 64, eager is faster."""
-MAX_FP32_TOKENS = 256
-"""Maximum median length, in tokens, for which `auto` takes sdpa in fp32. For longer rows, sdpa in bf16 is faster."""
 
 
 class AttentionChoice(NamedTuple):
@@ -39,46 +27,36 @@ class AttentionChoice(NamedTuple):
     """The end of the sentence "Attention is eager: ..."."""
 
 
-def choose_attention(
-    model: nn.Module, *, lengths: Tensor | Sequence[int], device: torch.device, dtype: torch.dtype
-) -> AttentionChoice:
-    """Sets the attention implementation that suits device and examples. Returns its name and the reason.
+def choose_attention(model: nn.Module, *, device: torch.device, dtype: torch.dtype) -> AttentionChoice:
+    """Sets the attention implementation that suits device and dtype. Returns its name and the reason.
 
-    Nothing is measured, so the same model, examples and device always get the same implementation. `lengths` are the
-    numbers of tokens of the training examples, and products are computed in `dtype`.
+    Nothing is measured, so the same model and kind of device always get the same implementation. Products are computed
+    in `dtype`.
     """
     assert isinstance(model, PreTrainedModel)
     usable = [name for name in ("sdpa", "eager") if _set_attention(model, name)]
     if len(usable) < 2:
         return AttentionChoice(str(model.config._attn_implementation), "the model has no other implementation")
-    name, reason = _choose(model, tokens=int(torch.as_tensor(lengths).median()), device=device, dtype=dtype)
+    name, reason = _choose(model, device=device, dtype=dtype)
     _set_attention(model, name)
     return AttentionChoice(name, reason)
 
 
-def _choose(model: PreTrainedModel, *, tokens: int, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+def _choose(model: PreTrainedModel, *, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     if device.type != "cpu":
         return "sdpa", "the model computes on a GPU"
     if has_attention_dropout(model):
         # sdpa on a CPU would compute the same steps, with slower random numbers that slots of a pack share
         return "eager", "the model drops attention probabilities, on a CPU"
-    reason = f"the median example has {tokens} tokens, in {str(dtype).removeprefix('torch.')} on a CPU"
-    if dtype == torch.bfloat16 and tokens <= MAX_FP32_TOKENS and _find_head_size(model) <= MAX_FP32_HEAD_SIZE:
-        return SDPA_FP32, reason
-    return "eager" if dtype == torch.bfloat16 and tokens <= MAX_EAGER_TOKENS else "sdpa", reason
+    if dtype == torch.bfloat16:
+        # Sdpa's backward pass is slow in bf16, and eager's products are slow without the processor's own bf16.
+        return SDPA_FP32, "the model computes in bf16 on a CPU"
+    return "sdpa", f"the model computes in {str(dtype).removeprefix('torch.')} on a CPU"
 
 
 def has_attention_dropout(model: nn.Module) -> bool:
     """Returns whether the configuration of a transformers model has a rate for dropout of attention probabilities."""
     return any(value for name, value in vars(model.config).items() if "att" in name and "drop" in name)
-
-
-def _find_head_size(model: PreTrainedModel) -> float:
-    settings: Any = model.config.get_text_config()
-    size = getattr(settings, "head_dim", None)
-    if size is None and hasattr(settings, "hidden_size") and hasattr(settings, "num_attention_heads"):
-        size = settings.hidden_size // settings.num_attention_heads
-    return float("inf") if size is None else size
 
 
 def _set_attention(model: PreTrainedModel, name: str) -> bool:

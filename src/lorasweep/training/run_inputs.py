@@ -148,9 +148,7 @@ def load_model_inputs(config: RunConfig, *, telemetry: Telemetry, parts: LoadedP
         base = replace(base, labels=replace(base.labels, constant=tuple(constant.tolist())))
     attention = None
     if config.model.attention == "auto":
-        attention = choose_attention(
-            base.model, lengths=splits.train.lengths, device=get_device(config.trainer), dtype=DTYPES[precision]
-        )
+        attention = choose_attention(base.model, device=get_device(config.trainer), dtype=DTYPES[precision])
     # the shortest example, and the shortest of the longer ones if there are any
     lengths = splits.train.lengths
     shortest = int(lengths.argmin())
