@@ -360,6 +360,11 @@ class RunConfig(Settings):
         return 1.0 if self.module is not None else self.trainer.eval_fraction
 
     @property
+    def loaded(self) -> tuple[Any, ...]:
+        """The settings that decide which base and which data a run loads."""
+        return self.model, self.data, self.module, self.datamodule, self.metric
+
+    @property
     def capabilities(self) -> Capabilities:
         """What the run can do. Packing, checks, export and documentation read it."""
         trainer, method, unsharded = self.trainer, self.method.name, self._find_unsharded()

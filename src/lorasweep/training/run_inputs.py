@@ -132,10 +132,8 @@ def share_inputs(config: RunConfig) -> RunInputs:
 
 def cache_key(config: RunConfig) -> tuple[Any, ...]:
     """Returns what is equal for runs that can share their inputs."""
-    trainer = config.trainer
-    objective = drop_slot_settings(config.objective)
-    parts = config.model, config.data, objective, config.module, config.datamodule, config.metric
-    return *parts, resolve_precision(trainer), trainer.device
+    trainer, objective = config.trainer, drop_slot_settings(config.objective)
+    return *config.loaded, objective, resolve_precision(trainer), trainer.device
 
 
 def load_model_inputs(config: RunConfig, *, telemetry: Telemetry, parts: LoadedParts) -> RunInputs:
