@@ -38,7 +38,7 @@ from lorasweep.sweep.controller.lifecycle import create_sweep, read_saved_defini
 from lorasweep.sweep.definition.arms import Definition
 from lorasweep.sweep.status import SweepStatus, report_status, show_progress
 from lorasweep.sweep.workers.train import train_sweep
-from lorasweep.training.answers import check_answers, get_answers
+from lorasweep.training.generation import check_answers, get_answers
 from lorasweep.training.inputs import InputsCache, build_inputs
 from lorasweep.training.module import check_run
 from lorasweep.training.processes import join_processes, run_on_first

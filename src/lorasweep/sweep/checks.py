@@ -18,7 +18,7 @@ from lorasweep.sweep.definition.packing import explain_bases, explain_solo_arms,
 from lorasweep.sweep.definition.sweep_file import name_in_errors
 from lorasweep.sweep.power import describe_power
 from lorasweep.sweep.workers.train import check_workers
-from lorasweep.training.answers import check_answers, get_answers
+from lorasweep.training.generation import check_answers, get_answers
 from lorasweep.training.inputs import InputsCache, check_batch_memory
 from lorasweep.training.module import check_run
 

@@ -27,10 +27,10 @@ from lorasweep.record import (
     read_run,
     write_record,
 )
-from lorasweep.training.answers import get_answers, score_answers
 from lorasweep.training.environment import fork_random_streams, get_device
 from lorasweep.training.evaluation import evaluate_model, score_split
 from lorasweep.training.failures import convert_memory_errors
+from lorasweep.training.generation import get_answers, score_answers
 from lorasweep.training.inputs import get_workload
 from lorasweep.training.restore import restore_config, restore_model
 from lorasweep.training.run_inputs import RunInputs

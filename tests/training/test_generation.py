@@ -16,7 +16,7 @@ from lorasweep.config.data import AnswersConfig, AnswerScore
 from lorasweep.errors import ConfigError
 from lorasweep.methods import copy_sharing_weights
 from lorasweep.record import ANSWERS_FILE, TEST_SCORES_FILE, read_run
-from lorasweep.training.answers import build_score, check_answers, score_answers
+from lorasweep.training.generation import build_score, check_answers, score_answers
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.restore import restore_model
 from lorasweep.training.run import train_run
