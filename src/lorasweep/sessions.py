@@ -1,6 +1,7 @@
 """Runs a sweep or a single run in this process, from its settings to its result.
 
-The Python API and the commands call these functions with the models and data that they have loaded already.
+The Python API and the commands call these functions. A caller that has loaded models and data already hands them on in
+an `InputsCache`.
 """
 
 from __future__ import annotations

@@ -11,9 +11,8 @@ UNKNOWN = "–"
 """Text of an unknown value."""
 MAX_SCORE_DIGITS = 6
 """Maximum number of digits of a score. Scores that differ only in later digits look equal."""
-
 MAX_EXTRA_DECIMALS = 2
-"""Maximum number of decimals that are added to show on which side of a critical value the end of an interval lies."""
+"""Maximum number of decimals that are added so that an end of an interval is not rounded to a critical value."""
 
 
 def suggest_nearest(name: str, choices: Iterable[str]) -> str:
@@ -159,7 +158,7 @@ def format_setting(value: Any) -> str:
 
 
 def format_settings(params: dict[str, Any]) -> str:
-    """Returns settings in one line with short keys: `rank 16, alpha 32, lr 0.0123`."""
+    """Returns settings in one line with short keys: `rank 16, alpha 32, lr 0.0123`; without any, `nothing swept`."""
     return ", ".join(f"{short_key(key)} {format_setting(value)}" for key, value in params.items()) or "nothing swept"
 
 
@@ -176,7 +175,7 @@ def _scaled(value: float | None, *, step: int, units: tuple[str, ...]) -> str:
     if value is None or not math.isfinite(value):
         return UNKNOWN
     scaled, power = float(value), 0
-    # - 0.5, because 999.5 would print as 1000
+    # minus 0.5, because 999.5 would be written as 1000
     while abs(scaled) >= step - 0.5 and power < len(units) - 1:
         scaled, power = scaled / step, power + 1
     digits = f"{scaled:.0f}" if scaled == int(scaled) or abs(scaled) >= 99.95 else f"{scaled:.3g}"

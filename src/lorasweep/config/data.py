@@ -1,6 +1,6 @@
-"""Settings of data: source, columns, and maximum lengths.
+"""Settings of data: sources, columns, maximum lengths and metrics.
 
-Each file in `conf/data/` has a class `...Config`. The classes `...Settings` are shared by several kinds of data.
+The name of each file in `conf/data/` belongs to a class `...Config`. The classes `...Settings` are bases of these.
 """
 
 from __future__ import annotations

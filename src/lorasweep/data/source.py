@@ -14,7 +14,6 @@ from types import MappingProxyType
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from lorasweep.config.data import DataConfig
-from lorasweep.data.split import Split
 from lorasweep.errors import ConfigError
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
@@ -99,19 +98,19 @@ class Examples(Generic[Example]):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DataSource:
-    """The splits of a data set: `Examples`, or a `Split` if the user's data module returns tensors."""
+    """The checked examples of a data set in their splits."""
 
     kind: DataKind
     label_names: tuple[str, ...] = ()
     """Names of the classes in the order of their indices; empty for data without classes."""
-    train: Examples[Any] | Split
-    validation: Examples[Any] | Split
-    test: Callable[[], Examples[Any] | Split]
+    train: Examples[Any]
+    validation: Examples[Any]
+    test: Callable[[], Examples[Any]]
     """Returns the test split. The first call reads it, and later calls return the same object."""
     notes: tuple[str, ...] = ()
     """Notes for the user, for example the number of duplicates, or how a missing split was taken from train."""
     split_again: Callable[[DataConfig], DataSource] | None = None
-    """Returns the same examples with other shares or limits of the splits. None if the data has neither."""
+    """Returns the same examples with other shares or limits of the splits. None if no setting changes these."""
 
 
 def collect_examples(name: str, items: list[Example], notes: tuple[str, ...] = ()) -> Examples[Example]:

@@ -67,9 +67,6 @@ class SplitFacts(ABC):
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __hash__(self) -> int:
-        return id(self)  # `lru_cache` needs a hash, and dataclasses with `eq=False` compare by identity
-
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Returns the split's entry in a run record."""

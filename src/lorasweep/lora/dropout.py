@@ -67,7 +67,7 @@ def draw_keep_mask(
     """Returns a mask whose elements are False with probability `rate`, rounded to a multiple of 2^-16."""
     size = torch.Size(shape).numel()
     words = _draw_words(-(-size * BITS // 64), device=device, generator=generator)
-    # uniform in the range of int16, of which the lowest 1 - rate are kept
+    # the words are uniform in the range of int16; the lowest fraction `1 - rate` of this range is kept
     limit = round((1 - rate) * 2**BITS) - 2 ** (BITS - 1)
     uniform = words.view(torch.int16)[:size].view(shape)
     if limit == 2 ** (BITS - 1):
@@ -80,7 +80,7 @@ def _draw_words(count: int, *, device: torch.device, generator: torch.Generator 
     if device.type != "cpu" or torch.compiler.is_compiling():
         return torch.randint(-(2**63), 2**63 - 1, (count,), generator=generator, dtype=torch.int64, device=device)
     # NumPy's SFC64 is three times as fast as torch's generator on a CPU. The torch stream gives its seed, so that the
-    # state of the torch stream still decides all masks. Compiled code can't call NumPy, so its masks are others.
+    # state of the torch stream still decides all masks. Compiled code can't call NumPy, so it draws other masks.
     seed = int(torch.randint(2**63 - 1, (), generator=generator))
     return torch.from_numpy(np.random.SFC64(seed).random_raw(count).view(np.int64))
 

@@ -22,7 +22,7 @@ class AttentionChoice(NamedTuple):
     """The attention implementation of a model, with the reason."""
 
     name: str
-    """One of `IMPLEMENTATIONS`."""
+    """One of `IMPLEMENTATIONS`, or the only one that the model has."""
     reason: str
     """The end of the sentence "Attention is eager: ..."."""
 
@@ -30,28 +30,24 @@ class AttentionChoice(NamedTuple):
 def choose_attention(model: nn.Module, *, device: torch.device, dtype: torch.dtype) -> AttentionChoice:
     """Sets the attention implementation that suits device and dtype. Returns its name and the reason.
 
-    Nothing is measured, so the same model and kind of device always get the same implementation. Products are computed
-    in `dtype`.
+    Nothing is measured, so the same model and kind of device always get the same implementation. `dtype` is that of the
+    model's products.
     """
     assert isinstance(model, PreTrainedModel)
     usable = [name for name in ("sdpa", "eager") if _set_attention(model, name)]
     if len(usable) < 2:
         return AttentionChoice(str(model.config._attn_implementation), "the model has no other implementation")
-    name, reason = _choose(model, device=device, dtype=dtype)
+    name, reason = "sdpa", f"the model computes in {str(dtype).removeprefix('torch.')} on a CPU"
+    if device.type != "cpu":
+        reason = "the model computes on a GPU"
+    elif has_attention_dropout(model):
+        # sdpa on a CPU would compute the same steps, with slower random numbers that slots of a pack share
+        name, reason = "eager", "the model drops attention probabilities, on a CPU"
+    elif dtype == torch.bfloat16:
+        # Sdpa's backward pass is slow in bf16, and eager's products are slow without the processor's own bf16.
+        name, reason = SDPA_FP32, "the model computes in bf16 on a CPU"
     _set_attention(model, name)
     return AttentionChoice(name, reason)
-
-
-def _choose(model: PreTrainedModel, *, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    if device.type != "cpu":
-        return "sdpa", "the model computes on a GPU"
-    if has_attention_dropout(model):
-        # sdpa on a CPU would compute the same steps, with slower random numbers that slots of a pack share
-        return "eager", "the model drops attention probabilities, on a CPU"
-    if dtype == torch.bfloat16:
-        # Sdpa's backward pass is slow in bf16, and eager's products are slow without the processor's own bf16.
-        return SDPA_FP32, "the model computes in bf16 on a CPU"
-    return "sdpa", f"the model computes in {str(dtype).removeprefix('torch.')} on a CPU"
 
 
 def has_attention_dropout(model: nn.Module) -> bool:

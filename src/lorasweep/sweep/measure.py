@@ -2,7 +2,8 @@
 
 Arms whose trials share packs form a group. Each other arm is a group of its own. One short training is measured for
 each group: a pack of runs with the highest rank, or one run alone. Its steps and slots follow from the speed of the
-machine, and it is evaluated on few examples. All is scaled by the number of tokens.
+machine, and it is evaluated on few examples. The times of steps and evaluations are scaled by tokens, all others by
+slots.
 """
 
 from __future__ import annotations
@@ -47,16 +48,17 @@ MAX_MEASURED_STEPS = 16
 """Steps of a measured training if they are fast."""
 
 MEASURED_TRAINING_S = 6.0
-"""Seconds that the steps of a measured training should take. They decide on its number of steps."""
+"""Seconds that all steps of a measured training should take. Its number of steps follows from this."""
 
 MAX_MEASURED_TRAINING_S = 10.0
 """Maximum seconds of `MIN_MEASURED_STEPS` steps. If a whole pack takes longer, fewer slots are measured."""
 
 PACK_OVER_PRODUCTS, ALONE_OVER_PRODUCTS = 5.0, 6.0
-"""Assumed time of a step over that of its products at the machine's speed, for a pack and for a run alone."""
+"""Assumed time of a step, divided by the time of its matrix products at the machine's speed: for a pack, and for a run
+alone."""
 
 MEASURED_EVALUATION_S = 2.0
-"""Seconds that the measured evaluation should take. Fewer examples than a batch take longer each."""
+"""Seconds that the measured evaluation should take at most. In a smaller batch, each example takes longer."""
 
 MAX_DATA_ORDERS = 100
 """Maximum number of data orders among which `choose_data_order` chooses. More would make planning slower."""
@@ -70,7 +72,7 @@ class Sample(NamedTuple):
     slots: int
     """Number of equal runs that train together, at most the slots of the sweep's packs."""
     inputs: RunInputs
-    """Those of the sweep, with few validation examples."""
+    """The inputs of the sweep, with few validation examples."""
 
 
 class BriefTraining(NamedTuple):
@@ -155,15 +157,15 @@ def scale_up(
     num_steps, seed = sample.config.trainer.max_steps, sample.config.seeds.data_order
     counted_tokens = sum(_count_step_tokens(config, train, num_steps=num_steps, seed=seed)[1:])
     # seconds in which one run is evaluated on a token, and all slots on the validation split
-    token_s = training.evaluating_s / sample.slots / _count_tokens(sample.inputs.splits.validation)
-    whole_s = size.slots * token_s * _count_tokens(validation)
+    token_s = training.evaluating_s / sample.slots / int(sample.inputs.splits.validation.lengths.sum())
+    whole_s = size.slots * token_s * int(validation.lengths.sum())
     evaluated_share = len(choose_part(len(validation), config.eval_fraction)) / len(validation)
     peak_bytes, test_tokens = training.record.peak_memory_bytes, 0
     if sample.slots < size.slots:
         peak_bytes += (size.slots - sample.slots) * count_slot_bytes(sample.config, inputs=inputs)
     if definition.sweep_config.confirm.list_looks():
         retained = [inputs_cache.load_splits(data, sample.config) for data in definition.retained.values()]
-        test_tokens = sum(_count_tokens(splits.test()) for splits in (inputs.splits, *retained))
+        test_tokens = sum(int(splits.test().lengths.sum()) for splits in (inputs.splits, *retained))
     return Rates(
         arms=tuple(largest),
         slots=size.slots,
@@ -183,7 +185,7 @@ def scale_up(
 
 def choose_sample(config: RunConfig, inputs: RunInputs, *, slots: int, machine: Machine) -> Sample:
     """Returns a training that takes seconds, from the assumed time of a token on this machine."""
-    # forward and backward pass have three products of each weight
+    # forward and backward pass use each weight in three matrix products
     token_flops = 6 * sum(parameter.numel() for parameter in inputs.base.model.parameters())
     token_s = token_flops / (1e12 * machine.tflops[inputs.precision])
     token_s *= PACK_OVER_PRODUCTS if slots > 1 else ALONE_OVER_PRODUCTS
@@ -201,7 +203,7 @@ def choose_sample(config: RunConfig, inputs: RunInputs, *, slots: int, machine: 
         indices = choose_evaluated(validation.lengths, batch_size=num_rows)
         part = SplitPart(name="validation", fingerprint="", split=validation, indices=indices)
         inputs = replace(inputs, splits=replace(inputs.splits, validation=part))
-    # telemetry of its own, because that of the inputs is in the record of a sweep that begins after it was measured
+    # telemetry of its own, because a sweep that begins after the measurement records the telemetry of `inputs`
     return Sample(config=short, slots=measured_slots, inputs=replace(inputs, telemetry=Telemetry()))
 
 
@@ -231,7 +233,7 @@ def choose_evaluated(lengths: Int[Tensor, " examples"], *, batch_size: int) -> I
     """Returns the indices of about one full evaluation batch, with lengths as in the whole split."""
     budget = batch_size * int(lengths.max())
     every = max(1, int(lengths.sum()) // budget)
-    return lengths.argsort(descending=True, stable=True)[::every]  # with the longest
+    return lengths.argsort(descending=True, stable=True)[::every]  # begins with the longest
 
 
 def choose_data_order(config: RunConfig, *, split: SplitFacts, num_steps: int) -> int:
@@ -291,10 +293,6 @@ def _count_step_tokens(config: RunConfig, split: SplitFacts, *, num_steps: int, 
     """Returns the number of tokens of each of the first steps of a run."""
     steps = StepBatchSampler(split, batch_size=config.trainer.batch_size, num_steps=num_steps, seed=seed)
     return [int(split.lengths[torch.tensor(steps.get_step_indices(n))].sum()) for n in range(num_steps)]
-
-
-def _count_tokens(split: SplitFacts) -> int:
-    return int(split.lengths.sum())
 
 
 def _count_trained(config: RunConfig, measured: RunRecord, *, inputs: RunInputs) -> int:

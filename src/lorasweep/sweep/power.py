@@ -21,22 +21,21 @@ from lorasweep.sweep.definition.arms import Definition
 from lorasweep.sweep.definition.confirm import list_questions
 
 TEST_PERCENTS = (15, 20, 25, 30)
-"""Shares of the training data that are tried for the test split, beside the present one."""
+"""Percentages of the training data that are tried for the test split, beside the present one."""
 MIN_SHRINKAGE = 1.1
 """Smallest factor by which a larger test split must reduce the settled difference to be worth its training data."""
 
 
 class Spread(NamedTuple):
-    """Standard deviations of LoRA's score minus full fine-tuning's.
-
-    They are those over seeds, over groups of test examples, of one seed on one group beyond both, and of the settings
-    that the search may have missed.
-    """
+    """Standard deviations of LoRA's score minus full fine-tuning's, by source."""
 
     seeds: float
     groups: float
+    """Groups of test examples."""
     interaction: float
+    """One seed on one group, beyond the sum of both."""
     search: float
+    """Better settings that the search may have missed."""
 
     def estimate(self, *, num_seeds: int, num_groups: float) -> Estimate:
         """Returns the expected estimate of a true difference of 0."""
@@ -54,8 +53,8 @@ class Spread(NamedTuple):
         )
 
 
-# in shares of full's gain: stdlib_docs, stdlib_code
 TEXT_SPREADS: Sequence[Spread] = (Spread(0.008, 0.082, 0.076, 0.012), Spread(0.023, 0.138, 0.131, 0.020))
+"""Spreads on `stdlib_docs` and `stdlib_code`, as fractions of full fine-tuning's gain."""
 
 
 def assume_accuracy(constant: float) -> tuple[float, Spread]:
@@ -74,7 +73,7 @@ class Power(NamedTuple):
     groups: str
     """The number of groups of test examples, such as `1,000 test examples`."""
     num_groups: float
-    """The number of groups of equal size that would tell as much."""
+    """The number of groups of equal size that would be as informative as these groups."""
     num_seeds: int
     level: float
     unit: str
@@ -86,9 +85,10 @@ class Power(NamedTuple):
     """The percentages of the training data that are split off; without `test` if more would not give more groups."""
 
     def find_differences(self, *, factor: float = 1.0) -> list[float]:
-        """Returns the difference that `factor` times as much test data settles with a probability of 80 %, by spread.
+        """Returns for each spread the difference that the sweep settles with a probability of 80 %.
 
-        It is half of the interval of the test, plus `POWER_SCORE` standard errors.
+        `factor` multiplies the number of groups. The difference is half of the test's interval, plus `POWER_SCORE`
+        standard errors.
         """
         differences = []
         for spread in self.spreads:
@@ -98,10 +98,10 @@ class Power(NamedTuple):
         return differences
 
     def choose_percent(self, *, num_train: int, min_train: float) -> int | None:
-        """Returns the smallest share for the test split that settles the margin; None without a choice.
+        """Returns the smallest percentage for the test split that settles the margin; None if there is no choice.
 
-        If none does, it is the smallest that settles nearly as much as the largest, because then the seeds decide. At
-        least `min_train` of the `num_train` training examples stay.
+        If none settles it, the seeds limit what can be settled. Then the result is the smallest percentage that settles
+        nearly as small a difference as the best one. At least `min_train` of the `num_train` training examples stay.
         """
         rest = 100 - sum(self.percents.values())
         if (now := self.percents.get("test")) is None:

@@ -32,7 +32,7 @@ class LoadedParts:
         """Returns a base model. Later calls return a copy that shares its weights. Errors as in `models.load_base`."""
         key = config, dtype, labels
         if key in self._bases:
-            # a copy, because the choice of attention, which depends on the data, is set on the model
+            # a copy, because the choice of attention, which depends on the run's device, is set on the model
             return replace(self._bases[key], model=copy_sharing_weights(self._bases[key].model))
         base = self._bases[key] = load_base(config, dtype=dtype, labels=labels)
         return base

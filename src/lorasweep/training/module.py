@@ -45,7 +45,7 @@ class TrainingModule(lightning.LightningModule):
     """The model of one run, for any `lightning.Trainer`.
 
     Attributes:
-        model: The model that trains. `configure_model` creates it.
+        model: The model that a run trains. `configure_model` creates it.
         progress: Trained tokens of all processes and training time so far.
         step_losses: The last step's loss, split by micro-batch and summed over processes, of shape (micro_batches,).
     """
@@ -222,7 +222,7 @@ class TrainingModule(lightning.LightningModule):
         self.evaluation.objective = self.objective
 
     def predict_step(self, batch: Batch) -> dict[str, Tensor]:
-        """Returns the `loss` of each example (a sum), its number of `items`, and the `prediction` of a classifier."""
+        """Returns each example's `loss` (a sum) and number of `items`; for labels also `prediction` and `target`."""
         rows = vars(self._score(batch))
         return {name: rows[name] for name in EXAMPLE_FIELDS if rows[name] is not None}
 

@@ -46,7 +46,7 @@ IRRELEVANT_WARNINGS = (
 
 
 class Launch(NamedTuple):
-    """Who starts the processes of a run, and the number of processes."""
+    """How the processes of a run are started, and their number."""
 
     environment: ClusterEnvironment
     devices: int
@@ -142,7 +142,7 @@ def join_processes(config: TrainerConfig) -> Iterator[Fabric]:
             fabric.barrier()  # if one process ended early, its launcher could treat that as a failure
     except BaseException:
         for child in getattr(fabric.strategy.launcher, "procs", ()) if is_outer else ():
-            child.kill()  # it may be waiting for this process. It writes no files that could be damaged
+            child.kill()  # it may wait for this process; it writes no files that could be damaged
         raise
     finally:
         if is_outer and dist.is_initialized():

@@ -128,9 +128,9 @@ class RunStopped(BaseException):
 class LightningRun(lightning.Callback):
     """Trains a run once, from its beginning or a checkpoint until it ends or fails.
 
-    It is a callback of its Trainer, which writes the run's folder, reports evaluations, and stops the training on
-    request. Each of several processes has such an object. Only the first process writes and reports, and the others
-    follow its decision.
+    It is a callback of its own Trainer: it writes the run's folder, reports evaluations, and stops the training on
+    request. If several processes train the run, each has such an object. Only the first process writes and reports, and
+    the others follow its decision.
     """
 
     config: RunConfig

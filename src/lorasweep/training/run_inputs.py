@@ -157,7 +157,7 @@ def load_model_inputs(config: RunConfig, *, telemetry: Telemetry, parts: LoadedP
         precision=precision,
         attention=attention,
         can_unpad=can_unpad(base.model, splits.train.batch([shortest, int(longer.argmin())])),
-        telemetry=telemetry or Telemetry(),
+        telemetry=telemetry,
     )
 
 

@@ -1,4 +1,4 @@
-"""Scores a model on a split, and a finished run on the test split."""
+"""Scores a finished run on test data, its best weights on all validation examples, and the answers of the base."""
 
 from __future__ import annotations
 

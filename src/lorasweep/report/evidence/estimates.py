@@ -282,17 +282,16 @@ class Estimate:
         """The standard deviation over seeds."""
         return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else None
 
-    def project(self, *, num_seeds: int | None = None, groups_factor: float = 1.0) -> Estimate:
+    def project(self, *, num_seeds: int, groups_factor: float) -> Estimate:
         """Returns the estimate as it would be with more seeds or `groups_factor` times as many groups of examples."""
-        count = len(self.seeds)
-        ratio = count / (num_seeds or count)
+        ratio = len(self.seeds) / num_seeds
         # the interaction is averaged over seeds and groups; the rest of each part is averaged over one of them
         pure_seeds = max(self.seeds_variance - self.interaction_variance, 0.0) * ratio
         pure_groups = max(self.groups_variance - self.interaction_variance, 0.0) / groups_factor
         both = self.interaction_variance * ratio / groups_factor
         return replace(
             self,
-            seeds=tuple(range(num_seeds or count)),
+            seeds=tuple(range(num_seeds)),
             seeds_variance=pure_seeds + both,
             groups_variance=pure_groups + both,
             interaction_variance=both,

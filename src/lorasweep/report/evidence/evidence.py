@@ -1,4 +1,4 @@
-"""The evidence of one sweep, read from its folder: test scores, answers to its questions, and what was forgotten."""
+"""The evidence of one sweep: test scores, answers to its questions, and what was forgotten."""
 
 from __future__ import annotations
 
@@ -46,7 +46,6 @@ Ratio = tuple[float, Interval | None]
 NO_EXAMPLE_SCORES = (
     "Single test examples have no scores here, so intervals are over seeds alone: other test data may differ by more."
 )
-
 OTHER_SEARCH_METRIC = (
     "The search chose settings by another metric than that of the verdicts, so the intervals do not include the chance "
     "in the search."
@@ -85,7 +84,7 @@ class Evidence:
         return self.means.get(subject) if subject else None
 
     def list_answers(self, name: QuestionName) -> list[Answer]:
-        """Returns the answers to the questions of a kind, of each arm the smallest value first."""
+        """Returns the answers to the questions of a kind. Within an arm, the smallest value is first."""
         return [answer for answer in self.answers if answer.name == name]
 
     def find_outcome(self, name: QuestionName, arm: str) -> ChainOutcome:

@@ -44,7 +44,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Range:
-    """The values from which the search chooses that of a setting."""
+    """The values among which the search chooses for a setting."""
 
     distribution: BaseDistribution
 
@@ -100,7 +100,7 @@ class SweepOverrides:
         return cls(raw=raw, arms=arms, settings=tuple(settings))
 
     def for_arm(self, name: str | None) -> list[Override]:
-        """Returns the overrides that are typed for this arm, or with None those for all arms."""
+        """Returns the overrides that a user typed for this arm; for None, those for all arms."""
         return [override for override in self.settings if override.scope == name]
 
 
@@ -122,10 +122,11 @@ class ArmSettings:
 
 
 def _parse_content(key: str, content: Any) -> Value | Range:
-    """Returns a value or a range, by the declared type of the setting, and else by the form of the content.
+    """Returns a value or a range. The declared type of the setting decides, or else the form of the content.
 
     A list, or a mapping with `low` or `high`, is a range. It is a value if the setting is declared as a list or a
-    mapping, such as `method.targets` and `logger`, or is one of the sweep, which nothing searches.
+    mapping, such as `method.targets` and `logger`. A setting of the sweep itself is always a value, because no search
+    changes it.
     """
     has_form_of_range = isinstance(content, list) or (
         isinstance(content, Mapping) and not {"low", "high"}.isdisjoint(content) and TARGET not in content
@@ -235,7 +236,7 @@ def _fold(layers: Sequence[Sequence[Override]]) -> tuple[dict[str, Any], Space]:
     """Returns the settings, and the ranges of the swept keys, that layers of overrides give. Later layers win.
 
     A value ends the search of its key, and of keys above and below it. A range replaces the values of its key and of
-    keys below it. Only a group's option, such as `optim=sgd`, leaves the ranges of the group alone, and the reverse.
+    keys below it. A group's option, such as `optim=sgd`, and the ranges of the group's keys do not replace each other.
     """
     settings: dict[str, Any] = {}
     space: Space = {}
