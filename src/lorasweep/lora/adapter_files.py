@@ -155,16 +155,13 @@ def _check_tensors(
                 f"{key!r} in {source} must have shape {tuple(expected_shape)} and a dtype like {expected_dtype}, "
                 f"but got {tuple(shape)} and {dtype}. {remedy}"
             )
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for key in sorted(set(tensors) - set(expected)):
-        if not _is_copy_of_base(key, tensors[key], model):
+        # PEFT also saves base weights of adapted embeddings and heads
+        name, _, parameter = key.removeprefix(KEY_PREFIX).rpartition(".base_layer.")
+        base, tensor = parameters.get(f"{name}.{parameter}"), tensors[key]
+        if base is None or base.shape != tensor.shape or not torch.equal(tensor.to(base), base):
             raise ValueError(f"Each tensor of {source} must be in the model, but {key!r} is not. {remedy}")
-
-
-def _is_copy_of_base(key: str, tensor: Tensor, model: nn.Module) -> bool:
-    """Returns whether a tensor equals a base weight. PEFT also saves base weights of adapted embeddings and heads."""
-    name, _, parameter = key.removeprefix(KEY_PREFIX).rpartition(".base_layer.")
-    base = dict(model.named_parameters(remove_duplicate=False)).get(f"{name}.{parameter}")
-    return base is not None and base.shape == tensor.shape and torch.equal(tensor.to(base), base)
 
 
 class _PeftSettings(TypedDict, total=False):

@@ -142,7 +142,12 @@ def _summarize_subject(one: SubjectData, data: SweepData) -> dict[str, Any]:
 def _list_notes(data: SweepData, fairness: Fairness) -> Iterator[str]:
     record, evidence = data.record, data.evidence
     yield from _describe_generated(data)
-    yield _describe_effort(data)
+    saved, planned = data.steps_saved, sum(run.steps_planned for run in data.run_records)
+    saving = f"; stopping runs saved {format_share(saved / planned)} of the planned steps" if saved > 0 else ""
+    counts = {"trial": data.trials, "confirm run": data.confirm_runs}
+    runs = [f"{len(rows):,} {name}{'' if len(rows) == 1 else 's'}" for name, rows in counts.items() if rows]
+    spent = f"{format_seconds(record.makespan_s)}, {format_count(data.tokens_trained)} tokens trained"
+    yield f"{join_words(runs) or 'No run'} in {spent}{saving}."
     if record.status != "complete":
         yield f"The sweep is {record.status}: {sum(row.trials for row in record.arms)} trials were asked for."
     if fairness.is_fair:
@@ -187,15 +192,6 @@ def _describe_cut_off(data: SweepData, *, are_many: bool) -> list[str]:
 def _count_generated(data: SweepData, name: str) -> list[int]:
     found = [run.record.answers.get("test", {}) for run in data.confirm_runs if run.record]
     return [one[name] for one in found if is_number(one.get(name))]
-
-
-def _describe_effort(data: SweepData) -> str:
-    saved, planned = data.steps_saved, sum(run.steps_planned for run in data.run_records)
-    saving = f"; stopping runs saved {format_share(saved / planned)} of the planned steps" if saved > 0 else ""
-    counts = {"trial": data.trials, "confirm run": data.confirm_runs}
-    runs = [f"{len(rows):,} {name}{'' if len(rows) == 1 else 's'}" for name, rows in counts.items() if rows]
-    spent = f"{format_seconds(data.record.makespan_s)}, {format_count(data.tokens_trained)} tokens trained"
-    return f"{join_words(runs) or 'No run'} in {spent}{saving}."
 
 
 def _describe_margin(data: SweepData) -> str:

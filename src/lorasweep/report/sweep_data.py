@@ -6,7 +6,7 @@ A run that can't be read leaves its trial without a record and adds a sentence t
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -210,7 +210,12 @@ def load_sweep_data(folder: Path, record: SweepRecord | None = None) -> SweepDat
     record = replace(record, trials=[*map(replace, record.trials)], confirm=[*map(replace, record.confirm)])
     problems = [*_read_runs(record, folder)]
     subjects = [_build_subject(subject, row, record) for row in record.arms for subject in row.subjects]
-    problems += _find_unscored(subjects) if record.confirm else ()
+    for one in subjects if record.confirm else ():
+        scored, total = sum(run.is_complete for run in one.confirm_runs), len(one.confirm_runs)
+        if not scored:
+            problems.append(f"`{one.name}` has no score on test data.")
+        elif scored < total:
+            problems.append(f"`{one.name}` has scores on test data from {scored} of its {total} confirm runs.")
     evidence = build_evidence(record, read_confirm_scores(record, folder))
     other_means: Mapping[str, Estimate] = {}
     for metric in record.test_metrics[1:]:
@@ -243,15 +248,6 @@ def _read_runs(record: SweepRecord, folder: Path) -> Iterator[str]:
             if trial.state != "running":  # a run that begins has no record yet
                 yield f"The run `{trial.run}` can't be read: {error}"
         trial.reason = trial.reason or (trial.record.reason if trial.record else None)
-
-
-def _find_unscored(subjects: Iterable[SubjectData]) -> Iterator[str]:
-    for one in subjects:
-        scored, total = sum(run.is_complete for run in one.confirm_runs), len(one.confirm_runs)
-        if not scored:
-            yield f"`{one.name}` has no score on test data."
-        elif scored < total:
-            yield f"`{one.name}` has scores on test data from {scored} of its {total} confirm runs."
 
 
 def _build_subject(subject: Subject, row: ArmRow, record: SweepRecord) -> SubjectData:

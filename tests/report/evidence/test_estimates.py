@@ -148,7 +148,8 @@ def test_ratio_of_scores_without_any_noise_is_exact_and_to_no_gain_unbounded():
 
 def test_more_seeds_shrink_the_part_of_seeds_and_more_groups_that_of_groups():
     now = estimate(plant_weighted(4, 7), {"a": 1.0})
-    same, seeds, groups = now.project(), now.project(num_seeds=8), now.project(groups_factor=2.0)
+    cases = ((4, 1.0), (8, 1.0), (4, 2.0))
+    same, seeds, groups = (now.project(num_seeds=num, groups_factor=factor) for num, factor in cases)
     assert same == replace(now, seeds=tuple(range(4)))
     both = now.interaction_variance
     assert seeds.seeds_variance == pytest.approx(now.seeds_variance / 2)
