@@ -48,7 +48,13 @@ def sweep(arguments: argparse.Namespace) -> Outcome:
         result = run_definition(definition, inputs_cache, progress=progress)
     if result.status != "complete":
         return _say_how_to_resume(result)
-    return _show_sweep(result, verbose=arguments.verbose)
+    _show_report(result, verbose=arguments.verbose)
+    for arm, reason in result.unconfirmed.items():
+        say_error(
+            f"the confirm stage must score every arm on test data, but has no score of arm `{arm}`: "
+            f"{reason.rstrip('.')}. The records in {str(result.folder / 'runs')!r} have the reasons."
+        )
+    return Outcome(result, FAILED if result.unconfirmed else DONE)
 
 
 def _show_settings(definition: Definition) -> Outcome:
@@ -285,17 +291,6 @@ def _say_run(result: RunResult, job: str) -> int:
         return INTERRUPTED_EXIT_CODE
     say(f"{job}: {result}" if job else str(result))
     return DONE
-
-
-def _show_sweep(result: SweepResult, *, verbose: bool) -> Outcome:
-    """Prints the table of a complete sweep. Fails if an arm lacks the test score that was asked for."""
-    _show_report(result, verbose=verbose)
-    for arm, reason in result.unconfirmed.items():
-        say_error(
-            f"the confirm stage must score every arm on test data, but has no score of arm `{arm}`: "
-            f"{reason.rstrip('.')}. The records in {str(result.folder / 'runs')!r} have the reasons."
-        )
-    return Outcome(result, FAILED if result.unconfirmed else DONE)
 
 
 def _show_report(result: SweepResult, *, verbose: bool) -> None:
