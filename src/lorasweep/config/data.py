@@ -1,6 +1,6 @@
 """Settings of data: sources, columns, maximum lengths and metrics.
 
-The name of each file in `conf/data/` belongs to a class `...Config`. The classes `...Settings` are bases of these.
+Each file in `conf/data/` sets the fields of a class `...Config`. The classes `...Settings` are bases of these.
 """
 
 from __future__ import annotations
