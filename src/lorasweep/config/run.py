@@ -61,7 +61,7 @@ class ModelConfig(Settings):
     revision: str | None
     """Version on the hub; a commit, branch or tag."""
     attention: Attention
-    """Implementation of attention; `auto` takes the fastest for device, dtype and lengths (docs/models.md)."""
+    """Implementation of attention; `auto` takes one by device, dtype and dropout (docs/models.md)."""
     quantization: Quantization
     """How the frozen weights of linear layers are stored: `nf4` in 4 bits (QLoRA), `none` as
     `trainer.precision` says. In a sweep, arms of other methods than `lora` and `frozen` get the unquantised base."""
