@@ -52,7 +52,8 @@ def run_sweep(
             None drafts a sweep for the data of the overrides.
         overrides: Settings that replace settings of the sweep.
         output: A new or empty folder; by default `outputs/NAME` with the next free number.
-        progress: Receives the state of the sweep while it runs.
+        progress: `auto` and `verbose` show the state of the sweep while it runs, a function receives it, None shows
+            nothing.
 
     Raises:
         ConfigError: The request is wrong; nothing was written.
@@ -121,7 +122,8 @@ def train_run(
 
     Args:
         overrides: The settings that differ from the defaults, such as `["method.rank=8", "optim.lr=1e-3"]`.
-        from_sweep: Folder of a complete sweep, or `SWEEP/ARM`, whose recommended settings replace the defaults.
+        from_sweep: Folder of a complete sweep, whose recommended settings replace the defaults. `SWEEP/NAME` takes
+            those of an arm, or of one of its confirmed values.
         output: A new or empty folder; by default the first free one of `outputs/train/0001`, `0002`, ...
         resume: Whether to continue the run in `output`.
 

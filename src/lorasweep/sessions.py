@@ -110,8 +110,10 @@ def run_config(
 ) -> RunResult:
     """Trains one run and returns its result. Each process of the run calls this.
 
-    `output` is a new folder, or that of the run to resume; None takes the next free one. `origin` has the sweep, arm
-    and trial that recommended the settings. Raises ConfigError if the request is wrong, and RunError if the run fails.
+    `output` is a new folder, or that of the run to resume; None takes the next free one. `origin` names the sweep,
+    arm and trial from which the settings come.
+
+    Raises ConfigError if the request is wrong, and RunError if the run fails.
     """
     with ExitStack() as claim, join_processes(config.trainer) as group:
         path = None if output is None else Path(output)
@@ -157,13 +159,13 @@ def _claim_run_folder(path: Path | None, *, resume: bool) -> AbstractContextMana
 
 
 def reproduce(folder: Path, *, output: Path | None, tolerance: float | None, steps: int | None) -> Reproduction:
-    """Runs a run or a whole sweep again and compares both.
+    """Trains a run or a whole sweep again and compares it with the original.
 
     A sweep runs with the same number of threads, and must be identical. `output` is a new folder, by default the next
     free `outputs/reproduce/NAME`; `tolerance` and `steps` are for a run, as in `reproduce_run`.
 
     Raises:
-        ConfigError: The request is wrong, or the sweep had several workers, or grew.
+        ConfigError: The request is wrong, or the sweep grew or did not have `worker=local`.
         RecordError: The record is damaged, or the sweep is not complete.
     """
     default = Path("outputs") / "reproduce" / folder.resolve().name
@@ -186,7 +188,7 @@ def reproduce(folder: Path, *, output: Path | None, tolerance: float | None, ste
     torch.set_num_threads(record.threads or torch.get_num_threads())
     if output is not None:
         require_new_folder(output, key="--output")
-    # The setting names the folder of the original, and the sweep file may be gone: the record has its content.
+    # `sweep.output` names the folder of the original. The sweep file may be gone; the record has its content.
     sweep_config = replace(definition.sweep_config, sweep=replace(definition.sweep_config.sweep, output=None))
     definition = replace(definition, sweep_config=sweep_config, source=None)
     result = run_definition(definition, InputsCache(), output=output, default=default, progress="auto")

@@ -1,6 +1,6 @@
 """Modules (`modules_to_save`) that train in full, beside the LoRA layers.
 
-Copies of them train, because other models may share the base's tensors, so nothing may write to these tensors.
+Copies of them train. Nothing may write to the base's own tensors, because other models may share them.
 """
 
 from __future__ import annotations

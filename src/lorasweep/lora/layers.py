@@ -69,7 +69,7 @@ class AdaptedLayer(nn.Module):
     def _compute_update(self, x: Tensor, group: SlotGroup, *, keep: Tensor | None) -> Tensor:
         base = self.base
         if isinstance(base, nn.Embedding):
-            # the base scales its output too
+            # some embeddings scale their output, so the update is scaled too
             return embedding_update(x, group) * getattr(base, "embed_scale", 1.0)
         if isinstance(base, nn.Conv2d):
             return conv2d_update(x, base, group, keep=keep)

@@ -27,7 +27,7 @@ QUANTISING_PACKAGES = ("bitsandbytes", "accelerate")
 """Packages that quantise. They are optional (`lorasweep[quantised]`)."""
 BLOCK_SIZE = 64
 """Number of weights that share a scale in nf4. bitsandbytes' kernel for CPUs (0.50) uses wrong scales for a matrix
-whose rows are no multiple of it, so such a layer is not quantised."""
+whose rows have another length than a multiple of it, so such a layer is not quantised."""
 NF4_ARGUMENTS: Mapping[str, Any] = {
     # double quantisation of the blocks' scales, as in QLoRA (arXiv 2305.14314): 4.127 instead of 4.5 bits per weight
     "load_in_4bit": True,
@@ -56,7 +56,7 @@ def load_pretrained(
         model, info = model_class.from_pretrained(
             source,
             dtype=dtype,
-            ignore_mismatched_sizes=True,  # no error, because `info` names them
+            ignore_mismatched_sizes=True,  # `info` names them, and no error is raised
             output_loading_info=True,
             **({"use_safetensors": True, "trust_remote_code": False} | settings),
         )
@@ -107,8 +107,8 @@ def build_quantisation_arguments(
     """Returns the arguments with which `from_pretrained` quantises a model on the CPU.
 
     `settings` are the model's configuration, and `dtype` is that of the computation and of all other parameters. The
-    output head, tied layers, modules that a classifier's checkpoint may lack, and layers whose rows are no multiple of
-    `BLOCK_SIZE` are not quantised.
+    output head, tied layers, modules that a classifier's checkpoint may lack, and layers whose number of inputs is no
+    multiple of `BLOCK_SIZE` are not quantised.
     """
     if getattr(settings, "quantization_config", None) is not None:
         raise ConfigError(

@@ -19,7 +19,7 @@ from lorasweep.wording import shorten, suggest_nearest
 VERSION: Literal[1] = 1
 """Version of the format. Records of another version are refused."""
 MAX_NUMBER = 1e100
-"""Numbers with a larger absolute value count as infinite, because their differences and squares would be."""
+"""Numbers with a larger absolute value count as infinite, because squares of their differences could overflow."""
 
 
 def is_number(value: Any) -> TypeGuard[float]:

@@ -141,10 +141,10 @@ class SweepRecord:
     search_metric: ScoreMetric
     """The metric on validation data by which the search chooses."""
     constant_answer: dict[str, Number] = field(default_factory=dict)
-    """Every metric on validation data of the answer that needs no training (`DataSplits.score_constant_answer`).
+    """Scores on validation data, by metric, of the answer that needs no training (`DataSplits.score_constant_answer`).
 
-    Empty for data without labels, and if the trials have different data. A trial that is no better at half
-    of its steps is stopped."""
+    Empty without such an answer, or if it has other scores in other trials. A trial that is no better at half of its
+    steps is stopped."""
     definition: dict[str, Any]
     """Content of the sweep file (`file`) and `overrides`, which `--resume` composes again."""
     changes: list[SweepChange] = field(default_factory=list)
@@ -170,7 +170,8 @@ class SweepRecord:
     margin: float | str
     """`confirm.margin` as it was stated before the first trial."""
     test_metrics: list[ScoreMetric] = field(default_factory=list)
-    """If the sweep generates answers: the metrics on test data, the verdicts' first. Empty: `search_metric` alone."""
+    """The metrics on test data of a sweep that generates answers; the first is that of the verdicts. Empty in all other
+    sweeps, whose only metric is `search_metric`."""
     retained: list[RetainedRow] = field(default_factory=list)
     """The data sets of `retain.data`."""
     retain_margin: Finite = 0.01
@@ -262,8 +263,8 @@ def list_confirm_runs(
 ) -> list[tuple[str, int]]:
     """Returns the confirm runs of an arm up to the look that is due, each by its subject and the index of its seed.
 
-    At the first look all of the arm's subjects train, and later those that the look before names. An arm whose score
-    does not depend on the seed (`is_fixed`) trains once.
+    For the first look all of the arm's subjects train, for each later look those in `next` of the look before. An arm
+    whose score does not depend on the seed (`is_fixed`) trains once.
     """
     due = [subjects, *(done.next for done in looks_done)]
     runs = [

@@ -58,7 +58,7 @@ def render_answers(lines: Iterable[AnswerLine]) -> list[Text]:
 
 
 def list_details(data: SweepData) -> list[str]:
-    """Returns a sentence for each answer that is not in the three lines: on other methods, and on pairs."""
+    """Returns a sentence for each answer that the three lines do not have: on pairs, and on methods beside LoRA."""
     lora = {one.name for one in data.subjects if one.row.method == "lora"}
     return [
         f"{describe_answer(answer, data)}."
@@ -68,7 +68,7 @@ def list_details(data: SweepData) -> list[str]:
 
 
 def list_columns(data: SweepData) -> dict[str, list[str]]:
-    """Returns the table of subjects, by column: scores, what was trained and its costs. It has a row per subject."""
+    """Returns the columns of the table of subjects by title: scores and costs, with one cell for each subject."""
     scores = [one.search_score for one in data.subjects]
     shares = [data.subject_share_of_full_gain(one) for one in data.subjects]
     decimals = count_percent_decimals(interval for _, interval in shares)
@@ -97,10 +97,10 @@ def format_means(means: Mapping[str, Estimate]) -> dict[str, str]:
 
 
 def _draw_subjects(data: SweepData) -> Table:
-    """Returns a row for each subject; the page has more columns, which a terminal of 80 characters has no room for."""
+    """Returns a table with a row for each subject. It lacks columns of the page, to fit into 80 characters."""
     columns = list_columns(data)
     names = [name for name in columns if name not in ("adapter", "memory", "time")]
-    if data.other_means:  # there is no room for both
+    if data.other_means:  # 80 characters have no room for this column and the search score
         names.remove("search score")
     title = f"{data.record.name}: {format_metric(data.shown_metric.name)}, {data.shown_metric.better_scores} is better"
     table = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -114,7 +114,7 @@ def _draw_subjects(data: SweepData) -> Table:
 
 
 def describe_setting(one: SubjectData) -> str:
-    """Returns the settings of a subject, without the value that its name has, and whether they are predicted."""
+    """Returns a subject's best settings as text, without the value in its name. Says if they are predicted."""
     if one.best is None:
         return "no complete trial"
     settings = format_settings({key: value for key, value in one.best.params.items() if key != one.subject.key})

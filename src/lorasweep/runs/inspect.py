@@ -35,12 +35,12 @@ from lorasweep.wording import UNKNOWN, format_share
 INSPECT_FOLDER = "inspect"
 """Folder in a run's folder for the measurements."""
 ENERGY_FRACTION = 0.9
-"""Fraction of the squared norm that `energy_rank` directions hold, as few as possible."""
+"""`energy_rank` is the smallest number of directions that hold this fraction of ‖ΔW‖²_F."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerRow:
-    """Norms and rank of the update of one weight; a line of `layers.csv`. Biases and norms have no rank."""
+    """Norms and rank of the update of one weight; a line of `layers.csv`. Biases and normalisation have no rank."""
 
     layer: str
     d_out: int

@@ -84,7 +84,8 @@ def reproduce_run(
 
     Raises:
         RecordError: The run is missing, logged no step, held a secret in its settings, or has a damaged record.
-        ConfigError: Model or data can't be loaded; or OutOfMemory: they do not fit in memory.
+        ConfigError: An argument is wrong, or model or data can't be loaded.
+        OutOfMemory: The run does not fit in memory.
     """
     if tolerance is not None and not 0 <= tolerance < 1:
         raise ConfigError(f"`0 <= --tolerance < 1` must hold, but got {tolerance!r}.")
@@ -140,7 +141,7 @@ def restore_solo_config(record: RunRecord) -> RunConfig:
     """Returns a run's settings for one process, with the recorded precision, device, micro-batches and attention.
 
     Loggers are removed: they may write to other folders, or to a server, and do not affect training. Raises RecordError
-    if the settings or what the record says of the machine are damaged, or of another version.
+    if the recorded settings or machine are damaged, or of another version.
     """
     config, platform = restore_config(record), record.platform
     trainer = {
@@ -153,7 +154,7 @@ def restore_solo_config(record: RunRecord) -> RunConfig:
         "num_nodes": 1,
         "progress": False,
     }
-    # restored from mappings, so that the types of what was recorded are checked
+    # restored from mappings, so that the types of the recorded values are checked
     config = restore_config(replace(record, config={**record.config, "trainer": trainer, "logger": {}}))
     chosen = record.batching.get("attention")
     attention = chosen.get("name") if isinstance(chosen, dict) else None
@@ -206,7 +207,7 @@ def _list_weights(record: RunRecord) -> dict[str, Any]:
 def _compare(
     before: Mapping[str, Any], after: Mapping[str, Any], *, folder: Path, what: str, tolerance: float = 0.0
 ) -> Reproduction:
-    """Compares values by the places that their keys name. A value of `after` alone counts if `before` has its place."""
+    """Compares each value of `before` with that of the same key in `after`. Other keys of `after` are ignored."""
 
     def measure(place: str) -> float:
         """Returns the relative difference; infinite if a value is missing or not a finite number."""

@@ -45,7 +45,7 @@ TEXT_COLUMNS: Mapping[str, str | None] = {
     "premise": "hypothesis",
     **dict.fromkeys(("review", "content", "body")),
 }
-"""Usual names of the column of texts, in the order in which they are tried, each with that of its second text."""
+"""Usual names of the column of texts, in the order in which they are tried, each with the column of second texts."""
 EPOCHS = 3
 MAX_VALIDATION_EXAMPLES = 1000
 MAX_MEASURED_TOKENS = 4096
@@ -120,7 +120,8 @@ def draft_definition(overrides: SweepOverrides, inputs_cache: InputsCache) -> De
 def draft_sweep(path: Path, settings: Mapping[str, Any], inputs_cache: InputsCache) -> Draft:
     """Returns a sweep file, to be written to `path`.
 
-    Reads the model and the data that the settings name. The share of test data follows from what it can settle.
+    Reads the model and the data that the settings name. The share of test data is the smallest that settles the margin,
+    or comes near.
 
     Raises:
         ConfigError: A setting is missing or wrong, or the model or the data can't be read.
@@ -158,7 +159,7 @@ def draft_sweep(path: Path, settings: Mapping[str, Any], inputs_cache: InputsCac
     text, definition = fill(chosen, inputs)
     power = assess_power(definition, inputs.splits)
     if power and "data.test_fraction" not in chosen:
-        # fewer examples than this are trained on for more than `EPOCHS`
+        # with fewer training examples, `MIN_STEPS` steps would be more than `EPOCHS` epochs
         min_train = MIN_STEPS * definition.arms[0].base.trainer.batch_size / EPOCHS
         percent = power.choose_percent(num_train=len(inputs.splits.train), min_train=min_train)
         if percent in TEST_PERCENTS:
@@ -172,7 +173,7 @@ def draft_sweep(path: Path, settings: Mapping[str, Any], inputs_cache: InputsCac
 def _choose_data(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the kind of data and the columns that the user did not name, from the first file or split.
 
-    Raises ConfigError if the first line of a csv, tsv or txt file is a row: its label occurs again below it.
+    Raises ConfigError if the first line of a csv, tsv or txt file looks like a row: its label occurs again below it.
     """
     train, first = str(settings["data.train"]), None
     if "data.path" not in settings:
@@ -231,7 +232,7 @@ def _guess_columns(columns: Mapping[str, Sequence[Any]], settings: Mapping[str, 
 
 
 def _choose_numbers(inputs: RunInputs, chosen: Mapping[str, Any]) -> dict[str, int]:
-    """Returns length, batch size and steps that the user did not set. The steps are those of three epochs."""
+    """Returns limits of the data, batch size and steps that the user did not set. The steps are those of `EPOCHS`."""
     train = inputs.splits.train
     batch_size = int(chosen.get("trainer.batch_size", min(16, len(train))))
     numbers = {}

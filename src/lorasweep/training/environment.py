@@ -162,10 +162,10 @@ def deterministic_algorithms(wanted: Literal[True, False, "strict"]) -> Iterator
 
 
 def reset_peak_memory() -> None:
-    """Begins a new measurement of `peak_memory_bytes`. On systems other than Linux the old peak stays.
+    """Begins a new measurement of `peak_memory_bytes`. The peak of the process is reset on Linux only.
 
-    On Linux with glibc, it also returns memory that earlier runs have freed to the system. Otherwise the peak would
-    depend on these runs, and a sweep of many runs would take more and more memory.
+    On Linux with glibc, it also gives memory that earlier runs no longer use back to the system. Otherwise the peak
+    would depend on these runs, and a sweep of many runs would take more and more memory.
     """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -176,7 +176,7 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory_bytes() -> int:
-    """Returns the peak since the reset: of allocated GPU memory, or without a GPU, of the process's resident memory."""
+    """Returns the peak of allocated GPU memory since the reset; without a GPU, that of resident memory."""
     return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else process_peak_bytes()
 
 

@@ -24,7 +24,7 @@ def machine_memory_bytes(device: torch.device) -> int:
 
 
 def free_memory_bytes() -> int:
-    """Returns the memory of the host that can be allocated now without swapping."""
+    """Returns the host's memory that can be allocated now without swapping, at most the limits of control groups."""
     return min([int(psutil.virtual_memory().available), *cgroup_limits()])
 
 
@@ -55,12 +55,12 @@ def cgroup_limits(
 
 
 def count_saved_bytes(compute: Callable[[], Tensor], *, model: nn.Module, is_checkpointed: bool = False) -> int:
-    """Returns the bytes that a forward pass of the model keeps for its backward pass, which must not follow.
+    """Returns the bytes that a forward pass of the model keeps for its backward pass.
 
-    Each storage counts once. Parameters and buffers of the model do not count. With activation checkpointing
-    (`is_checkpointed`) these are the inputs of all blocks, and twice what the largest block keeps when it is computed
-    again, because the tensors of its backward pass take about as much. The model must then be prepared by
-    `checkpoint_activations` again before it trains.
+    They are only counted, so no backward pass can follow. Each storage counts once. Parameters and buffers of the model
+    do not count. With activation checkpointing (`is_checkpointed`) the bytes are those of the inputs of all blocks, and
+    twice those that the largest block keeps when it is computed again, because the tensors of its backward pass take
+    about as much. The model must then be prepared by `checkpoint_activations` again before it trains.
     """
     model_storages = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     saved: dict[int, torch.UntypedStorage] = {}

@@ -79,7 +79,7 @@ class RunInputs:
         return method.find_coverage(self.base.model, config.method, new_head_names=self.base.new_head_names)
 
     def list_notes(self, config: RunConfig) -> tuple[str, ...]:
-        """Returns `notes`, and what share of the model a run adapts."""
+        """Returns `notes`, and a sentence on the share of the model that a run adapts."""
         coverage = self.find_coverage(config)
         return self.notes if coverage is None else (*self.notes, coverage.describe())
 
@@ -131,7 +131,7 @@ def share_inputs(config: RunConfig) -> RunInputs:
 
 
 def cache_key(config: RunConfig) -> tuple[Any, ...]:
-    """Returns what is equal for runs that can share their inputs."""
+    """Returns a key that is equal for runs that can share their inputs."""
     trainer, objective = config.trainer, drop_slot_settings(config.objective)
     return *config.loaded, objective, resolve_precision(trainer), trainer.device
 

@@ -1,4 +1,4 @@
-"""Sets variables of OpenMP, oneDNN and malloc before torch is imported, and stops garbage collection meanwhile."""
+"""Sets variables of OpenMP, oneDNN and malloc before torch is imported, and imports it without garbage collection."""
 
 from __future__ import annotations
 
