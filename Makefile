@@ -44,7 +44,7 @@ coverage: $(DEV) ## the same tests, and the lines and branches of src that they 
 test-fast: $(DEV) ## those of them that take at most a few seconds each
 	$(PYTEST) $(PARALLEL) $(QUICK)
 
-NUMERIC := tests/lora tests/training tests/models tests/methods tests/data tests/runs tests/end_to_end/test_repeat.py tests/end_to_end/test_stop.py
+NUMERIC := tests/lora tests/training tests/models tests/methods tests/objectives tests/data tests/runs tests/end_to_end/test_repeat.py tests/end_to_end/test_stop.py
 OLDER := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 test-older-processor: $(DEV) ## numeric tests of a few seconds each, as a processor without AVX-512 computes
 	$(OLDER) $(PYTEST) $(PARALLEL) $(QUICK) $(NUMERIC)
