@@ -1,6 +1,13 @@
 """Other random numbers for all tests, because a test that holds for one seed only is not a test."""
 
+import os
+
+import pytest
 import torch
+
+UNSHIFTED = os.environ.get("LORASWEEP_TEST_SEED", "0") == "0"
+needs_usual_seeds = pytest.mark.skipif(not UNSHIFTED, reason="it knows the values of a seed, or starts a process")
+"""Marks a test that can't hold with shifted seeds, which other processes do not have."""
 
 
 def shift_seeds(offset):

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 from tests.files import edit_json
+from tests.seeds import needs_usual_seeds
 from tests.training.runs import train_together
 
 import lorasweep.runs.reproduce as reproduce_file
@@ -175,6 +176,7 @@ def test_a_damaged_record_or_log_is_refused_before_the_base_is_loaded(
 
 
 @pytest.mark.slow
+@needs_usual_seeds
 def test_another_process_trains_the_same_bits(short_words, tmp_path, monkeypatch, capsys):
     """A fresh process trains from the command line, and this one repeats it."""
     command = [sys.executable, "-m", "lorasweep", "train", *short_words, "method.dropout=0.1", "output=one"]

@@ -140,11 +140,11 @@ def test_the_measured_steps_have_a_row_that_is_as_long_as_those_of_a_whole_run(m
             return 100
 
     split = Rows()
-    split.lengths[13] = 50
+    split.lengths[3::10] = 50  # the 100 steps of a whole run miss all ten of them once in 40,000 seeds
     config = make_config({"trainer.max_steps": 100, "trainer.batch_size": 1})
     order = choose_data_order(config, split=split, num_steps=4)
     steps = StepBatchSampler(split, batch_size=1, num_steps=4, seed=order)
-    assert [13] in [micro.indices for micro in steps]
+    assert max(int(split.lengths[micro.indices]) for micro in steps) == 50
     assert choose_data_order(config, split=inputs.splits.train, num_steps=4) == 0  # blocks have one length
 
 
