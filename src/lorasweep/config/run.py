@@ -243,7 +243,7 @@ class ModuleComponent(Component):
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig(Settings):
-    """What is learned from the data; all keys beside `_target_` are settings of the objective."""
+    """The objective: what is learned from the data. All keys beside `_target_` are its arguments."""
 
     target: str | None = None
     """A class of your own; null is the objective of the data: next tokens, classes or numbers."""
@@ -292,7 +292,7 @@ Capability: TypeAlias = Literal[True] | str
 
 
 class Capabilities(NamedTuple):
-    """What runs of these settings can do, apart from what only the loaded model can tell.
+    """Capabilities of runs with these settings. A loaded model may lack some of them.
 
     They train together on one frozen base (`packs`), divide the weights over processes (`shards`), use `torch.compile`
     (`compiles`), train without padding (`unpads`), answer examples (`generates`), are scored on `retain.data`
@@ -366,7 +366,7 @@ class RunConfig(Settings):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What the run can do. Packing, checks, export and documentation read it."""
+        """The capabilities of the run. Packing, `retain.data`, export and unpadding read them."""
         trainer, method, unsharded = self.trainer, self.method.name, self._find_unsharded()
         cannot: dict[str, Any] = {
             "packs": self._explain_packs(),

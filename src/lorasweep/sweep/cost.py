@@ -30,7 +30,7 @@ MINUTES_TOLERANCE = 0.15
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What the trainings of a group of arms take. Times are those of a whole pack if `slots` is more than 1."""
+    """Measured time and memory of the trainings of a group of arms. With several slots, times are of a whole pack."""
 
     arms: tuple[str, ...]
     slots: int

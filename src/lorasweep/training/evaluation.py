@@ -27,7 +27,7 @@ class Scores(NamedTuple):
 
 
 class ScoresOnTest(NamedTuple):
-    """What a model scores on test data."""
+    """The scores of a model on test data."""
 
     values: dict[str, float]
     lines: str | None
