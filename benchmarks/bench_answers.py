@@ -27,13 +27,14 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
+import itertools
 import json
 import math
 import multiprocessing
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -335,44 +336,91 @@ def name_subject(rank: int) -> str:
     return f"lora-rank-{rank}" if rank else "full"
 
 
+@dataclass(kw_only=True)
+class Confirmation:
+    """The confirm stage of a replayed sweep."""
+
+    table: Table
+    chosen: Chosen
+    seeds: list[int]
+    """The stored seed of each run, drawn with replacement."""
+    groups: NDArray[np.int64]
+    """The drawn groups of test examples."""
+    looks: Sequence[int]
+    """The numbers of seeds of all planned looks."""
+    values: dict[str, dict[int, Array]] = field(default_factory=dict)
+    answers: list[Answer] = field(default_factory=list)
+    looks_done: list[int] = field(default_factory=list)
+    num_runs: int = 0
+    """The number of runs that trained."""
+
+    @property
+    def scale(self) -> MarginScale:
+        return MarginScale(margin=parse_margin("5%"), sign=self.table.sign, base="frozen", full="full")
+
+    @property
+    def scores(self) -> ConfirmScores:
+        shares = self.table.shares[self.groups]
+        errors = {name_subject(rank): regret for rank, regret in self.chosen.regrets.items()}
+        return ConfirmScores(
+            values=self.values,
+            shares=shares / shares.sum(),
+            num_examples=len(shares),
+            problems=(),
+            search_errors=errors,
+        )
+
+    def train(self, subjects: Collection[str], look: int) -> None:
+        """Trains subjects up to a number of seeds, and answers the questions."""
+        ranks = {name_subject(rank): rank for rank in self.chosen.rates}
+        for index, name in itertools.product(range(look), subjects):
+            if index not in self.values.setdefault(name, {}):
+                seed = self.seeds[index]
+                rank, table = ranks.get(name), self.table
+                run = table.frozen[seed] if rank is None else table.find_run(rank, self.chosen.rates[rank], seed)
+                self.values[name][index] = run.test[self.groups]
+                self.num_runs += rank is not None
+        self.looks_done.append(look)
+        looks = sorted({*self.looks_done, *self.looks}) if look <= max(self.looks) else self.looks_done
+        self.answers = answer_questions(QUESTIONS, self.scores, self.scale, looks=looks)
+
+    def run(self) -> None:
+        """Trains up to each planned look, until no open answer may settle."""
+        training = {"frozen", *(name_subject(rank) for rank in self.chosen.rates)}
+        for look in self.looks:
+            self.train(training, look)
+            undecided = [answer for answer in self.answers if answer.may_settle]
+            training = {name for answer in undecided for name in (answer.subject, *answer.compared_with)}
+            if not training:
+                break
+            training |= {"frozen", "full"}
+
+
+def confirm(
+    table: Table, chosen: Chosen, *, looks: Sequence[int], rng: np.random.Generator, factor: float = 1.0
+) -> Confirmation:
+    """Replays a confirm stage with its own draw of seeds and of `factor` times as many groups of test examples."""
+    seeds = [int(seed) for seed in rng.choice(table.seeds, size=max(looks))]
+    groups = rng.integers(len(table.shares), size=round(factor * len(table.shares)))
+    stage = Confirmation(table=table, chosen=chosen, seeds=seeds, groups=groups, looks=looks)
+    stage.run()
+    return stage
+
+
 def replay_sweep(table: Table, arms: Mapping[str, Arm], *, number: int, looks: Sequence[int]) -> Outcome:
     """Returns the outcome of one sweep with its own draw of seeds and test groups."""
     rng = np.random.default_rng(number)
-    seeds = [int(seed) for seed in rng.choice(table.seeds, size=max(looks))]
-    groups = rng.integers(len(table.shares), size=len(table.shares))
-    shares = table.shares[groups] / table.shares[groups].sum()
     chosen = choose_settings(table, arms, ranks=RANKS, number=number, rng=rng)
-    ranks = {name_subject(rank): rank for rank in chosen.rates}
-    errors = {name: chosen.regrets[rank] for name, rank in ranks.items()}
-    scale = MarginScale(margin=parse_margin("5%"), sign=table.sign, base="frozen", full="full")
-    values: dict[str, dict[int, Array]] = {name: {} for name in ("frozen", *ranks)}
-    training, answers, used = set(values), [], 0
-    for place, look in enumerate(looks):
-        for index in range(looks[place - 1] if place else 0, look):
-            seed = seeds[index]
-            for name in training:
-                rank = ranks.get(name)
-                run = table.frozen[seed] if rank is None else table.find_run(rank, chosen.rates[rank], seed)
-                values[name][index] = run.test[groups]
-                used += rank is not None
-        scores = ConfirmScores(
-            values=values, shares=shares, num_examples=len(shares), problems=(), search_errors=errors
-        )
-        answers = answer_questions(QUESTIONS, scores, scale, looks=looks)
-        undecided = [answer for answer in answers if answer.may_settle]
-        training = {name for answer in undecided for name in (answer.subject, *answer.compared_with)}
-        if not training:
-            break
-        training |= {"frozen", "full"}
+    stage = confirm(table, chosen, looks=looks, rng=rng)
     full, lora = chosen.searches["full"], chosen.searches["lora"]
     return Outcome(
-        answers=answers,
+        answers=stage.answers,
         regrets=[table.regret(rank, chosen.rates[rank]) for rank in RANKS],
         search_steps=lora.steps + full.steps,
         full_steps=full.steps,
-        confirm_steps=used * table.num_steps,
-        num_seeds=look,
-        num_runs=len(lora.trials) + len(full.trials) + used,
+        confirm_steps=stage.num_runs * table.num_steps,
+        num_seeds=max(stage.looks_done),
+        num_runs=len(lora.trials) + len(full.trials) + stage.num_runs,
     )
 
 

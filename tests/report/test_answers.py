@@ -29,7 +29,7 @@ def test_findings_has_an_entry_for_each_answer_and_the_setting(tmp_path):
     findings = read_findings(sweep)
     entries = findings.as_json()["questions"]
     assert all(
-        entry.keys() == {"name", "subject", "reference", "verdict", "value", "interval", "open_because", "to_settle"}
+        entry.keys() == {"name", "subject", "reference", "verdict", "value", "interval", "open_because"}
         for entry in entries
     )
     assert [entry["name"] for entry in entries] == ["as_good_as_full"] * 3 + ["smallest_rank"] * 2 + ["setting"]

@@ -85,6 +85,19 @@ def test_labels_that_no_confirm_run_predicts_are_said(confirmed):
     (said,) = (text for text in read_findings(confirmed).warnings if "never predict" in text)
     assert f"of {len(runs)} confirm runs" in said
     assert "'rare' (2)" in said
+    assert "class_weights=balanced" in said
+    assert "f1" not in said  # only where the metric is accuracy
+
+
+def test_what_is_set_already_is_not_advised_for_labels_that_are_never_predicted(confirmed):
+    edit_json(confirmed / "sweep.json", lambda raw: raw["search_metric"].update(name="accuracy"))
+    for run in read_sweep(confirmed).confirm:
+        path = confirmed / run.run / "run.json"
+        edit_json(path, lambda raw: raw["data"].update(test={"unpredicted": ["rare"]}))
+        edit_json(path, lambda raw: raw["config"].update(data={"class_weights": "balanced"}))
+    (said,) = (text for text in read_findings(confirmed).warnings if "never predict" in text)
+    assert "data.metric=f1" in said
+    assert "balanced" not in said
 
 
 def test_gains_that_test_data_do_not_show_are_said(confirmed):

@@ -21,7 +21,14 @@ from lorasweep.report.evidence.verdicts import (
     Blocker,
     ChainOutcome,
 )
-from lorasweep.report.next_step import NextStep, add_seeds, add_trials, find_early_step, find_reasons, find_remedy_step
+from lorasweep.report.next_step import (
+    NextStep,
+    add_seeds,
+    find_early_step,
+    find_reasons,
+    find_regret_step,
+    find_settling_step,
+)
 from lorasweep.report.recommend import ChosenSubject, choose_arm
 from lorasweep.report.sweep_data import SweepData
 from lorasweep.wording import (
@@ -49,7 +56,6 @@ BLOCKER_WORDS: Mapping[Blocker, str] = {
     "few seeds": TOO_WIDE.format("seeds"),
     "few examples": TOO_WIDE.format("{examples}"),
     "few trials": TOO_WIDE.format("trials of the search"),
-    "hopeless": "no practical number of seeds or {examples} would settle it",
 }
 
 
@@ -88,24 +94,12 @@ def explain_open(answer: Answer) -> str | None:
     return BLOCKER_WORDS[answer.blocker].format(examples=examples) if answer.blocker else None
 
 
-def describe_remedy(answer: Answer) -> str | None:
-    """Returns the evidence that would probably settle an open answer; None if there is none."""
-    if (remedy := answer.remedy) is None:
-        return None
-    seeds = "more seeds" if answer.blocker == "one seed" else f"{remedy.more} more seed{'s' if remedy.more > 1 else ''}"
-    examples = f"{remedy.amount:g} times as many {'groups of ' if answer.has_groups else ''}test examples"
-    margin = "`confirm.margin` as a number in the metric's unit, or arms `full` and `frozen`"
-    words = {"seeds": seeds, "examples": examples, "trials": "more trials (`sweep.trials`)", "margin": margin}
-    return words[remedy.kind]
-
-
 def build_entry(answer: Answer) -> dict[str, Any]:
     """Returns the answer as files have it. The name of `smallest` ends in the key's last part: `smallest_rank`."""
     return {
         "name": f"{answer.name}_{short_key(answer.key)}" if answer.name == "smallest" and answer.key else answer.name,
         **{field: getattr(answer, field) for field in ("subject", "reference", "verdict", "value", "interval")},
         "open_because": explain_open(answer),
-        "to_settle": describe_remedy(answer),
     }
 
 
@@ -152,7 +146,7 @@ def _answer_chains(
     blocking = [answer for one in asked if (answer := one.blocking)]
     if not blocking:
         return AnswerLine(question=question, text=text, state="settled")
-    step = step or find_remedy_step(blocking, data) or NextStep(None, str(explain_open(blocking[0])))
+    step = step or find_settling_step(name, blocking, data)
     return AnswerLine(question=question, text=text, state="open", next=step)
 
 
@@ -172,7 +166,7 @@ def _describe_full(outcome: ChainOutcome, data: SweepData) -> str:
     if below.is_settled:
         return f"No{'' if is_alone else ', at none of the values'}: {name} {_describe_result(below, data)}."
     more = f" {_name_bad(outcome, data)} worse." if outcome.bad else ""
-    return f"Open: {name} {_describe_quantity(below, data)}; {_describe_open(below)}.{more}"
+    return f"Open: {name} {_describe_quantity(below, data)}; {explain_open(below)}.{more}"
 
 
 def _describe_smallest(outcome: ChainOutcome, data: SweepData) -> str:
@@ -192,7 +186,7 @@ def _describe_smallest(outcome: ChainOutcome, data: SweepData) -> str:
     if below.is_settled:
         return f"{_capitalize(largest)}, the largest that was tried: {smaller} is not enough, it {quantity}."
     more = f" {_name_bad(outcome, data)} not enough." if outcome.bad else ""
-    said = f"{_capitalize(smaller)} {quantity}; {_describe_open(below)}."
+    said = f"{_capitalize(smaller)} {quantity}; {explain_open(below)}."
     return f"Open: nothing below {largest} is shown to be enough. {said}{more}"
 
 
@@ -208,15 +202,10 @@ def name_value(subject: str, data: SweepData) -> str:
 
 
 def _describe_result(answer: Answer, data: SweepData) -> str:
-    """Returns the tested quantity with its interval and verdict; an open answer also has its reason and remedy."""
+    """Returns the tested quantity with its interval and verdict; an open answer also has its reason."""
     verdict = "not worse by more than the margin" if answer.verdict == "not worse" else answer.verdict
-    because = "" if answer.is_settled else f": {_describe_open(answer)}"
+    because = "" if answer.is_settled else f": {explain_open(answer)}"
     return f"{_describe_quantity(answer, data)} ({verdict}{because})"
-
-
-def _describe_open(answer: Answer) -> str:
-    remedy = describe_remedy(answer)
-    return f"{explain_open(answer)}{f'; {remedy} would probably settle it' if remedy else ''}"
 
 
 def _describe_quantity(answer: Answer, data: SweepData) -> str:
@@ -253,7 +242,7 @@ def _answer_setting(data: SweepData, learning: Learning) -> AnswerLine:
         text = "Open: no trial of LoRA is complete."
     else:
         text, is_settled = _describe_setting(choice, data), data.has_small_regret(choice.data)
-        step = add_trials([choice.data.arm], data)
+        step = find_regret_step(choice.data, data)
     return AnswerLine(
         question="At which α and learning rate?",
         text=text,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from statistics import median, stdev
@@ -192,9 +192,15 @@ def describe_unpredicted_labels(data: SweepData) -> list[str]:
     if not counts:
         return []
     labels = [f"{label!r} ({count})" for label, count in counts.most_common(MAX_NAMED_LABELS)]
+    settings = [record.config.get("data") for record in records]
+    is_weighted = any(isinstance(one, Mapping) and one.get("class_weights") == "balanced" for one in settings)
+    remedies = ["more steps", *([] if is_weighted else ["`data.class_weights=balanced`"])]
+    hidden = ""
+    if data.record.verdict_metric.name == "accuracy":
+        hidden, remedies = " Accuracy hardly shows it.", [*remedies, "`data.metric=f1`"]
     return [
-        f"Some of {len(records)} confirm runs never predict a label of the test data: {join_words(labels)}. Accuracy "
-        "hardly shows it. More steps, `data.class_weights=balanced` or `data.metric=f1` may help."
+        f"Some of {len(records)} confirm runs never predict a label of the test data: {join_words(labels)}.{hidden} "
+        f"What may help: {join_words(remedies, last='or')}."
     ]
 
 

@@ -118,7 +118,6 @@ def _list_question_entries(data: SweepData, learning: Learning) -> list[dict[str
         "value": choice.best.params,
         "interval": None if choice.data.setting.regret is None else (0.0, choice.data.setting.regret),
         "open_because": None,
-        "to_settle": None,
     }
     return [*entries, setting]
 

@@ -21,7 +21,8 @@ from lorasweep.config.sweep import MAX_ARMS, MAX_CONFIRM_SEEDS, parse_margin
 from lorasweep.disk import require_regular_file
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.record import MAX_LOOKS, Question, QuestionName, Subject, is_number
-from lorasweep.report.answers import AnswerLine, build_entry, describe_remedy, explain_open
+from lorasweep.report.answers import AnswerLine, build_entry, explain_open
+from lorasweep.report.evidence.advice import Present, Step, find_step
 from lorasweep.report.evidence.estimates import (
     UNBOUNDED,
     ConfirmScores,
@@ -54,6 +55,9 @@ class Judgement:
     margin: float | str
     confidence: float
     """The confidence of the intervals; all answers together have 95 %."""
+    steps: Mapping[tuple[QuestionName, str], Step]
+    """By question and arm: the number of seeds that probably settles the question. Only those of open questions that
+    seeds have a chance to settle."""
 
     def table(self) -> pandas.DataFrame:
         """Returns a row per answer: question, subject, reference, verdict, value, interval, and why it is open."""
@@ -69,6 +73,10 @@ class Judgement:
             "num_groups": self.scores.num_groups,
             "subjects": {name: mean.as_json() for name, mean in estimate_means(self.scores).items()},
             "questions": [build_entry(answer) for answer in self.answers],
+            "steps": [
+                {"name": name, "arm": arm, "seeds": step.extension.seeds, "chance": step.chance}
+                for (name, arm), step in self.steps.items()
+            ],
             "notes": list(self.notes),
         }
 
@@ -86,13 +94,22 @@ class Judgement:
             asked = f"Is {answer.subject} {'enough' if is_size else f'as good as {answer.reference}'}?"
             shown = format_share_estimate if answer.is_share else format_estimate
             what = f" of {answer.reference}'s gain" if answer.is_share and not is_size else ""
-            why = "; ".join(filter(None, (explain_open(answer), describe_remedy(answer))))
+            why = explain_open(answer)
             text = f"{answer.verdict}: {shown(answer.value, answer.interval)}{what}" + (f" ({why})" if why else "")
             lines.append(AnswerLine(question=asked, text=text, state="settled" if answer.is_settled else "open"))
         means = Table("arm", "mean score", "seeds", box=None, header_style="bold")
         for name, mean in estimate_means(self.scores).items():
             means.add_row(name, format_estimate(mean.value, mean.find_interval()), str(len(mean.seeds)))
-        return Group(*render_answers(lines), means, *(Text(f"• {note}") for note in self.notes))
+        advice = [
+            f"{step.extension.seeds} seeds in all settle `{name}` of {arm} with a chance of {step.chance:.0%}."
+            for (name, arm), step in self.steps.items()
+        ]
+        return Group(
+            *render_answers(lines),
+            means,
+            *(Text(f"• {sentence}") for sentence in advice),
+            *(Text(f"• {note}") for note in self.notes),
+        )
 
 
 def judge(
@@ -154,11 +171,21 @@ def judge(
     num_seeds = max(len(seeds) for seeds in found.values.values())
     planned = tuple(sorted({*looks, num_seeds})) if looks else (num_seeds,)
     scale = MarginScale(margin=parsed, sign=-1 if maximize else 1, base=base, full=reference)
+    answers = answer_questions(questions, found, scale, looks=planned)
+    present = Present(
+        questions=questions, answers=answers, scores=found, scale=scale, looks=planned, looks_done=planned
+    )
+    steps = {
+        (question.name, question.arm): find_step([question], present)
+        for question in questions
+        if present.find_outcome(question).state == "open"
+    }
     return Judgement(
-        answers=tuple(answer_questions(questions, found, scale, looks=planned)),
+        answers=tuple(answers),
         scores=found,
         margin=margin,
         confidence=1 - 2 * compute_level(questions, planned),
+        steps={key: step for key, step in steps.items() if step},
     )
 
 

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import statistics
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lorasweep.config.command_line import format_override
 from lorasweep.config.data import DEFAULT_SPLIT_PERCENT
-from lorasweep.record import is_number
+from lorasweep.record import QuestionName, is_number
 from lorasweep.report.caveats import Learning
-from lorasweep.report.evidence.verdicts import Answer, Remedy
-from lorasweep.report.sweep_data import SweepData
+from lorasweep.report.evidence.advice import MIN_CHANCE, TRIAL_FACTOR, Extension, Present, find_regret_chance, find_step
+from lorasweep.report.evidence.evidence import build_scale
+from lorasweep.report.evidence.verdicts import Answer
+from lorasweep.report.sweep_data import SubjectData, SweepData
+from lorasweep.wording import format_seconds, join_words
 
 MAX_TEST_PERCENT = 50
 """Largest share of the training data that `data.test_fraction` may split off, in percent."""
+MAX_COST_RATIO = 2.0
+"""A step is affordable if it takes at most this many times as long as the sweep."""
+MIN_USEFUL_SEEDS = 3
+"""Number of seeds that is advised where one seed was used. Fewer give a warning."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +35,20 @@ class NextStep:
     command: str | None
     reason: str
     """What the command does, or why no command settles the question."""
+    chance: float | None = None
+    """The chance that it settles the question; None if it is not known."""
+    seconds: float | None = None
+    """The time that it takes, at the pace of the sweep; None if it is not known."""
+
+    @property
+    def details(self) -> str:
+        """What the command does, its chance and its time."""
+        chance = "" if self.chance is None else f"chance to settle it {self.chance:.0%}"
+        time = f"about {format_seconds(self.seconds)}" if self.seconds else ""
+        return ", ".join(part for part in (self.reason, chance, time) if part)
 
     def __str__(self) -> str:
-        return f"Next ({self.reason}): {self.command}" if self.command else f"No command settles this: {self.reason}."
+        return f"Next ({self.details}): {self.command}" if self.command else f"No command settles this: {self.reason}."
 
 
 def find_early_step(data: SweepData, learning: Learning | None = None) -> NextStep | None:
@@ -36,26 +56,85 @@ def find_early_step(data: SweepData, learning: Learning | None = None) -> NextSt
     if learning and learning.state == "nothing":
         return NextStep(None, "nothing was learned with these data, steps and ranges")
     if data.record.status != "complete":
-        return NextStep(data.completing_command, "the sweep is not complete")
+        return NextStep(data.completing_command, "completes the sweep")
     return None if data.record.looks else _resume({"confirm.seeds": "auto"}, data, "adds the confirm stage")
 
 
-def find_remedy_step(blocking: Sequence[Answer], data: SweepData) -> NextStep | None:
-    """Returns the step that would settle these answers, one of each LoRA arm; None if nothing practical would."""
-    arms = [answer.arm for answer in blocking if answer.remedy]
-    if any(answer.name == "as_good_as_full" for answer in blocking):
-        arms += [row.name for row in data.record.arms if row.method == "full"]
-    return _apply_remedy([answer.remedy for answer in blocking if answer.remedy], arms, data)
+def find_settling_step(name: QuestionName, blocking: Sequence[Answer], data: SweepData) -> NextStep:
+    """Returns the step for a line that is open because of these answers, one of each LoRA arm."""
+    record, scores = data.record, data.evidence.scores
+    blockers = {answer.blocker for answer in blocking}
+    if scores is None or "no scores" in blockers:
+        return find_reasons("subjects have no test scores on the same seeds", data)
+    if "no margin" in blockers and not any(row.is_base for row in record.arms):
+        return _begin_again({"arms.frozen": {"settings": {"method": "frozen"}}}, data, "adds the frozen base")
+    if "no margin" in blockers:
+        return NextStep(None, "a new sweep needs `confirm.margin` as a number in the metric's unit")
+    if "one seed" in blockers:
+        seeds = max(MIN_USEFUL_SEEDS, *record.looks)  # an unplanned look may not be below the planned ones
+        return _resume({"confirm.seeds": seeds}, data, f"{seeds} seeds in all, because one seed tells no chance")
+    arms = {answer.arm for answer in blocking}
+    searched = arms | (
+        {row.name for row in record.arms if row.method == "full"} if name == "as_good_as_full" else set()
+    )
+    present = Present(
+        questions=record.questions,
+        answers=data.evidence.answers,
+        scores=scores,
+        scale=build_scale(record, scores),
+        looks=record.looks,
+        looks_done=[look.seeds for look in record.looks_done] or record.looks,
+    )
+
+    def estimate_seconds(extension: Extension) -> float:
+        return _estimate_seconds(extension, present, searched, data)
+
+    step = find_step(
+        [question for question in record.questions if question.name == name and question.arm in arms],
+        present,
+        has_space=any(row.space for row in record.arms if row.name in searched),
+        max_examples=_find_max_examples(data),
+        cost=estimate_seconds,
+        max_cost=MAX_COST_RATIO * record.makespan_s or math.inf,
+    )
+    if step is None:
+        return NextStep(
+            None,
+            f"in {MAX_COST_RATIO:g} times the time of this sweep, no more seeds, trials or test examples have a chance "
+            f"of {MIN_CHANCE:.0%}. The difference is close to the margin, or few test examples are known",
+        )
+    extension = step.extension
+    if extension.examples != 1:
+        found = _begin_again(
+            _enlarge_test(extension.examples, data), data, f"{extension.examples:g} times as many test examples"
+        )
+    else:
+        trials = {
+            f"arms.{row.name}.trials": extension.trials * row.trials for row in record.arms if row.name in searched
+        }
+        seeds = {"confirm.seeds": extension.seeds} if extension.seeds > max(record.looks) else {}
+        words = [
+            *(["twice the trials"] if extension.trials > 1 else []),
+            *([f"{extension.seeds} seeds in all"] if seeds else []),
+        ]
+        found = _resume({**(trials if extension.trials > 1 else {}), **seeds}, data, join_words(words))
+    return replace(found, chance=step.chance, seconds=estimate_seconds(extension) or None)
 
 
-def add_trials(arms: Sequence[str], data: SweepData) -> NextStep:
-    trials = {f"arms.{row.name}.trials": 2 * row.trials for row in data.record.arms if row.name in arms}
-    return _resume(trials, data, "twice the trials")
+def find_regret_step(one: SubjectData, data: SweepData) -> NextStep:
+    """Returns the step to a setting that no untried one is expected to beat by more than the margin."""
+    trials = {f"arms.{one.arm}.trials": TRIAL_FACTOR * one.row.trials}
+    regret, margin = one.setting.regret if one.setting else None, data.search_margin
+    if regret is None or not margin:
+        return _resume(trials, data, "twice the trials, with an unknown chance")
+    if (chance := find_regret_chance(regret / margin)) < MIN_CHANCE:
+        reason = f"twice the trials have a chance below {MIN_CHANCE:.0%}. Search a narrower range in a new sweep"
+        return NextStep(None, reason)
+    return replace(_resume(trials, data, "twice the trials"), chance=chance)
 
 
 def add_seeds(data: SweepData) -> NextStep:
-    seeds = 2 * max(data.record.looks)
-    return _resume({"confirm.seeds": seeds}, data, "twice the seeds, which may not be enough")
+    return _resume({"confirm.seeds": 2 * max(data.record.looks)}, data, "twice the seeds, with an unknown chance")
 
 
 def find_reasons(missing: str, data: SweepData) -> NextStep:
@@ -63,34 +142,50 @@ def find_reasons(missing: str, data: SweepData) -> NextStep:
     return NextStep(None, f"{missing}; {str(data.folder / 'runs')!r} has the reasons")
 
 
-def _apply_remedy(remedies: Sequence[Remedy], arms: Sequence[str], data: SweepData) -> NextStep | None:
-    """Returns the cheapest step of the remedies of several arms: more seeds, trials or test examples, or a margin."""
-    amounts = {kind: max(one.amount for one in remedies if one.kind == kind) for kind in {one.kind for one in remedies}}
-    if "seeds" in amounts:
-        # an unplanned look, so it may not be below the planned ones
-        seeds = max(int(amounts["seeds"]), *data.record.looks)
-        return _resume({"confirm.seeds": seeds}, data, f"{seeds} seeds in all")
-    if "trials" in amounts:
-        return add_trials(arms, data)
-    if "examples" in amounts:
-        return _add_test_examples(amounts["examples"], data)
-    if "margin" in amounts and not any(row.is_base for row in data.record.arms):
-        return _begin_again({"arms.frozen": {"settings": {"method": "frozen"}}}, data, "adds the frozen base")
-    return NextStep(None, "a new sweep needs `confirm.margin` as a number in the metric's unit") if amounts else None
+def _estimate_seconds(extension: Extension, present: Present, arms: Collection[str], data: SweepData) -> float:
+    """Returns the time of an extension at the pace of the sweep; 0 if no run has a time."""
+    record = data.record
+    if extension.examples != 1:
+        return record.makespan_s
+    by_subject: defaultdict[str | None, list[float]] = defaultdict(list)
+    for run in data.confirm_runs:
+        by_subject[run.subject].append(run.record.wall_s if run.record else 0.0)
+    searched = [trial for trial in data.trials if trial.record]
+    total = sum(trial.record.wall_s for trial in searched if trial.record) + sum(map(sum, by_subject.values()))
+    wall_s, names = 0.0, present.list_trained()
+    if extension.trials > 1:
+        wall_s = sum(trial.record.wall_s for trial in searched if trial.record and trial.arm in arms)
+        wall_s, names = (extension.trials - 1) * wall_s, set(by_subject)
+    for name, seconds in by_subject.items():
+        if name in names:
+            kept = 0 if extension.is_repeated else len(seconds)
+            wall_s += max(extension.seeds - kept, 0) * statistics.fmean(seconds)
+    return record.makespan_s * wall_s / total if total else 0.0
 
 
-def _add_test_examples(factor: float, data: SweepData) -> NextStep:
-    """Returns the new sweep with this factor of test examples, if they are split off the training data."""
+def _read_test_settings(data: SweepData) -> dict[str, Any]:
     found: Any = data.run_records[0].config.get("data") if data.run_records else None
-    config: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
-    numbers = {key: value for key, value in config.items() if is_number(value)}
-    if "max_test_examples" in numbers:
-        needed = math.ceil(factor * numbers["max_test_examples"])
-        return _begin_again({"data.max_test_examples": needed}, data, f"has {factor:g} times as many test examples")
-    percent = math.ceil(factor * 100 * numbers.get("test_fraction", DEFAULT_SPLIT_PERCENT / 100))
-    if "test_fraction" not in config or config.get("test") is not None or percent > MAX_TEST_PERCENT:
-        return NextStep(None, f"it needs a new sweep with {factor:g} times as much test data")
-    return _begin_again({"data.test_fraction": percent / 100}, data, f"has {factor:g} times as many test examples")
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
+def _find_max_examples(data: SweepData) -> float:
+    """Returns the largest factor on the number of test examples that a new sweep may have; 1 if they are a file."""
+    config = _read_test_settings(data)
+    if is_number(config.get("max_test_examples")):
+        return math.inf
+    if "test_fraction" not in config or config.get("test") is not None:
+        return 1.0
+    return MAX_TEST_PERCENT / (100 * (config["test_fraction"] or DEFAULT_SPLIT_PERCENT / 100))
+
+
+def _enlarge_test(factor: float, data: SweepData) -> dict[str, Any]:
+    """Returns the override for this factor of test examples, which `_find_max_examples` allows."""
+    config = _read_test_settings(data)
+    if is_number(config.get("max_test_examples")):
+        return {"data.max_test_examples": math.ceil(factor * config["max_test_examples"])}
+    return {
+        "data.test_fraction": math.ceil(factor * 100 * (config["test_fraction"] or DEFAULT_SPLIT_PERCENT / 100)) / 100
+    }
 
 
 def _resume(changes: Mapping[str, Any], data: SweepData, reason: str) -> NextStep:
@@ -108,4 +203,4 @@ def _begin_again(changes: Mapping[str, Any], data: SweepData, reason: str) -> Ne
     old = overrides.items() if isinstance(overrides, Mapping) else ()
     kept = [format_override(key, value) for key, value in old if key not in (*changes, "sweep.output")]
     command = " ".join(["lorasweep sweep", shlex.quote(record.source), *kept, typed])
-    return NextStep(command, f"a new sweep that {reason}")
+    return NextStep(command, f"a new sweep: {reason}")

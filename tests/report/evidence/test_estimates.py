@@ -146,20 +146,17 @@ def test_ratio_of_scores_without_any_noise_is_exact_and_to_no_gain_unbounded():
     assert estimate_ratio(plant({"base": 1.0, "a": 0.99, "full": 0.999}, spread=0.05), *SHARE)[1] is None
 
 
-def test_more_seeds_shrink_the_part_of_seeds_and_more_groups_that_of_groups():
+def test_more_seeds_shrink_the_part_of_seeds_alone():
     now = estimate(plant_weighted(4, 7), {"a": 1.0})
-    cases = ((4, 1.0), (8, 1.0), (4, 2.0))
-    same, seeds, groups = (now.project(num_seeds=num, groups_factor=factor) for num, factor in cases)
+    same, seeds = now.project(num_seeds=4), now.project(num_seeds=8)
     assert same == replace(now, seeds=tuple(range(4)))
     both = now.interaction_variance
     assert seeds.seeds_variance == pytest.approx(now.seeds_variance / 2)
     assert seeds.groups_variance == pytest.approx(now.groups_variance - both + both / 2)
-    assert groups.groups_variance == pytest.approx(now.groups_variance / 2)
-    assert groups.seeds_variance == pytest.approx(now.seeds_variance - both + both / 2)
-    assert (len(seeds.seeds), groups.num_groups) == (8, 14)
-    errors = [now.project(num_seeds=num, groups_factor=num / 4).error for num in (4, 8, 80, 8000)]
+    assert len(seeds.seeds) == 8
+    errors = [now.project(num_seeds=num).error for num in (4, 8, 80, 8000)]
     assert all(later < earlier for earlier, later in itertools.pairwise(errors))
-    assert errors[-1] < errors[0] / 30
+    assert errors[-1] == pytest.approx((now.groups_variance - both) ** 0.5, rel=1e-2)
 
 
 @pytest.mark.parametrize(

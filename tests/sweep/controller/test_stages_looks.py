@@ -86,6 +86,15 @@ def test_only_subjects_of_open_questions_and_their_references_train_on(begin, wo
         assert [row.seed for row in record.confirm if row.subject == name] == record.confirm_seeds[:count]
 
 
+def test_a_grown_stage_trains_the_subjects_of_open_questions_on_and_no_settled_ones(begin, work, runs, asking):
+    set_scores(runs, noisy=[2])
+    folder = begin(asking, "confirm.looks=[3]")
+    assert work(folder)
+    assert read_sweep(folder.path).looks_done[0].open == ["lora-rank-2"]
+    assert work(reopen_sweep(folder.path, changes={"confirm.seeds": 6}))
+    assert count_seeds(folder.path) == {"frozen": 1, "full": 6, "lora-rank-1": 3, "lora-rank-2": 6, "lora-rank-4": 6}
+
+
 def test_the_last_look_ends_the_stage_whatever_is_open_and_each_subject_has_its_setting(begin, work, runs, asking):
     set_scores(runs, noisy=[1, 2, 4])
     folder = begin(asking, "confirm.looks=[2,3]")

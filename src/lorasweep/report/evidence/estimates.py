@@ -282,20 +282,16 @@ class Estimate:
         """The standard deviation over seeds."""
         return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else None
 
-    def project(self, *, num_seeds: int, groups_factor: float) -> Estimate:
-        """Returns the estimate as it would be with more seeds or `groups_factor` times as many groups of examples."""
+    def project(self, *, num_seeds: int) -> Estimate:
+        """Returns the estimate as it would be with another number of seeds, if all values stayed the same."""
         ratio = len(self.seeds) / num_seeds
-        # the interaction is averaged over seeds and groups; the rest of each part is averaged over one of them
-        pure_seeds = max(self.seeds_variance - self.interaction_variance, 0.0) * ratio
-        pure_groups = max(self.groups_variance - self.interaction_variance, 0.0) / groups_factor
-        both = self.interaction_variance * ratio / groups_factor
+        both = self.interaction_variance * ratio  # it is averaged over seeds and groups
         return replace(
             self,
             seeds=tuple(range(num_seeds)),
-            seeds_variance=pure_seeds + both,
-            groups_variance=pure_groups + both,
+            seeds_variance=self.seeds_variance * ratio,
+            groups_variance=max(self.groups_variance - self.interaction_variance, 0.0) + both,
             interaction_variance=both,
-            num_groups=round(self.num_groups * groups_factor),
         )
 
 

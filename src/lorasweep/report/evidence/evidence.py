@@ -79,6 +79,7 @@ class Evidence:
     notes: tuple[str, ...] = ()
     """One sentence for each reason why the numbers are less certain."""
     scores: ConfirmScores | None = None
+    """The test scores, with the errors of the search; None if there was no confirm stage."""
 
     def mean(self, subject: str | None) -> Estimate | None:
         return self.means.get(subject) if subject else None
@@ -95,7 +96,7 @@ class Evidence:
         """Returns `first - second` on the same seeds and examples, for pairs that no question compares."""
         if self.scores is None or second is None:
             return None
-        return estimate_sum(self.scores, {first: 1.0, second: -1.0})
+        return estimate_sum(self.scores.of_settings, {first: 1.0, second: -1.0})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +150,7 @@ def build_evidence(record: SweepRecord, scores: ConfirmScores) -> Evidence:
             *([OTHER_SEARCH_METRIC] if means and record.verdict_metric.name != record.search_metric.name else []),
             *scores.problems,
         ),
-        scores=scores.of_settings,
+        scores=scores,
     )
 
 

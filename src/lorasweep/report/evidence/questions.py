@@ -41,7 +41,6 @@ from lorasweep.report.evidence.verdicts import (
     POSITIVE_VERDICTS,
     Answer,
     Blocker,
-    Remedy,
     Verdict,
 )
 
@@ -53,10 +52,6 @@ FAMILY_LEVEL = 0.05
 """Maximum chance that a sweep gives any false verdict."""
 POWER_SCORE = 0.84
 """Standard normal score of a probability of 80 %."""
-SEED_STEPS = (*range(2, 21), *range(25, 101, 5))
-"""Numbers of seeds that are tried to settle a question."""
-MIN_USEFUL_SEEDS = 3
-"""Number of seeds that is advised where one seed was used. Fewer give a warning."""
 GROUP_FACTORS = (1.5, 2, 3, 4, 6, 8, 12, 16)
 """Factors on the present number of groups of test examples that are tried to settle a question."""
 
@@ -179,9 +174,9 @@ class _Comparison:
     minus_margin: Estimate | None
     """The advantage minus the margin: positive if the subject is better by more."""
 
-    def project(self, *, num_seeds: int, groups_factor: float) -> _Comparison:
-        """Returns the comparison with more seeds and examples, if all values stayed the same."""
-        project = functools.partial(Estimate.project, num_seeds=num_seeds, groups_factor=groups_factor)
+    def project(self, *, num_seeds: int) -> _Comparison:
+        """Returns the comparison with more seeds, if all values stayed the same."""
+        project = functools.partial(Estimate.project, num_seeds=num_seeds)
         return _Comparison(
             reference=self.reference,
             advantage=project(self.advantage),
@@ -190,22 +185,47 @@ class _Comparison:
         )
 
 
-def _answer_chain(
-    question: Question, scores: ConfirmScores, scale: MarginScale, *, level: float, max_seeds: int
-) -> list[Answer]:
-    if question.reference is None:  # `smallest`
-        references = {name: question.subjects[place:] for place, name in enumerate(question.subjects[:-1], start=1)}
+def judge_chain(question: Question, scores: ConfirmScores, scale: MarginScale, *, level: float) -> dict[str, Verdict]:
+    """Returns the verdict on each subject of a question, smallest value first, without values and intervals."""
+    _, alone = _compare_chain(question, scores, scale, level=level)
+    return _apply_order(alone)
+
+
+def _compare_chain(
+    question: Question, scores: ConfirmScores, scale: MarginScale, *, level: float
+) -> tuple[dict[str, list[_Comparison]], dict[str, Verdict]]:
+    """Returns the comparisons of each subject, and the verdict that each would have alone."""
+    if question.reference is None:
         # values of one arm share a search, so an error of it moves them together
-        scores, judge = scores.of_settings, _judge_sufficiency
-    else:
-        references = {name: [question.reference] for name in question.subjects}
-        judge = judge_difference
+        scores = scores.of_settings
+    judge = _choose_test(question)
     compared: dict[str, list[_Comparison]] = {}
     alone: dict[str, Verdict] = {}
-    for subject, names in references.items():
+    for subject, names in _list_references(question).items():
         found = [compare_pair(subject, name, scores, scale) for name in names]
         compared[subject] = [pair for pair in found if pair]
         alone[subject] = judge(compared[subject], level=level) if all(found) else "open"
+    return compared, alone
+
+
+def _list_references(question: Question) -> dict[str, list[str]]:
+    """Returns the subjects that each subject of a question is compared with: for `smallest`, all larger values."""
+    if question.reference is None:
+        return {name: question.subjects[place:] for place, name in enumerate(question.subjects[:-1], start=1)}
+    return {name: [question.reference] for name in question.subjects}
+
+
+def _choose_test(question: Question) -> Callable[..., Verdict]:
+    return _judge_sufficiency if question.reference is None else judge_difference
+
+
+def _answer_chain(
+    question: Question, scores: ConfirmScores, scale: MarginScale, *, level: float, max_seeds: int
+) -> list[Answer]:
+    references, judge = _list_references(question), _choose_test(question)
+    compared, alone = _compare_chain(question, scores, scale, level=level)
+    if question.reference is None:
+        scores = scores.of_settings
     answers = []
     for subject, verdict in _apply_order(alone).items():
         worst, value, interval = _find_worst(compared[subject], verdict), None, None
@@ -247,45 +267,31 @@ def compare_pair(subject: str, reference: str, scores: ConfirmScores, scale: Mar
 def _explain_open(
     answer: Answer, found: Sequence[_Comparison], *, judge: Callable[..., Verdict], level: float, max_seeds: int
 ) -> Answer:
-    """Returns an open answer with its reason and the cheapest evidence that would settle it with a chance of 80 %.
+    """Returns an open answer with its reason, and whether the seeds of later looks may settle it.
 
-    Assumes that more evidence leaves the estimates as they are, and only makes their errors smaller. A test has a
-    chance of 80 % if it succeeds even when its boundary is `POWER_SCORE` standard errors farther away.
+    Assumes that more seeds leave the estimates as they are, and only make their errors smaller.
     """
     if not found:
         return replace(answer, blocker="no scores")
     if any(pair.plus_margin is None for pair in found):
-        return replace(answer, blocker="no margin", remedy=Remedy("margin"))
+        return replace(answer, blocker="no margin")
     num_seeds = min(len(pair.advantage.seeds) for pair in found)
     if num_seeds < 2:
-        more = MIN_USEFUL_SEEDS - num_seeds
-        return replace(answer, blocker="one seed", remedy=Remedy("seeds", MIN_USEFUL_SEEDS, more), may_settle=True)
-
-    def settles(seeds: int, factor: float, *, shift: float) -> bool:
-        shifted = float(ndtr(ndtri(level) - shift))
-        projected = [pair.project(num_seeds=seeds, groups_factor=factor) for pair in found]
-        return judge(projected, level=shifted) != "open"
-
+        return replace(answer, blocker="one seed", may_settle=True)
     worst = max((pair.advantage for pair in found), key=lambda estimate: estimate.error)
     parts: dict[Blocker, float] = {
         "few seeds": worst.seeds_variance,
         "few examples": worst.groups_variance,
         "few trials": worst.search_variance,
     }
-    largest = max(parts, key=parts.__getitem__)
-    answer = replace(
+    # The boundary is one standard error nearer, so that only a hopeless question is given up.
+    nearer = float(ndtr(ndtri(level) + 1.0))
+    projected = [pair.project(num_seeds=max_seeds) for pair in found]
+    return replace(
         answer,
-        blocker="no gain" if answer.is_share and answer.interval is None else largest,
-        # The boundary is one standard error nearer, so that only a hopeless question is given up.
-        may_settle=num_seeds < max_seeds and settles(max_seeds, 1.0, shift=-1.0),
+        blocker="no gain" if answer.is_share and answer.interval is None else max(parts, key=parts.__getitem__),
+        may_settle=num_seeds < max_seeds and judge(projected, level=nearer) != "open",
     )
-    for seeds in SEED_STEPS:
-        if seeds > num_seeds and settles(seeds, 1.0, shift=POWER_SCORE):
-            return replace(answer, remedy=Remedy("seeds", seeds, seeds - num_seeds))
-    for factor in GROUP_FACTORS if worst.num_groups else ():
-        if settles(max(num_seeds, max_seeds), factor, shift=POWER_SCORE):
-            return replace(answer, remedy=Remedy("examples", factor))
-    return replace(answer, remedy=Remedy("trials")) if largest == "few trials" else replace(answer, blocker="hopeless")
 
 
 def judge_difference(found: Sequence[_Comparison], *, level: float) -> Verdict:

@@ -25,22 +25,9 @@ Blocker = Literal[
     "few seeds",
     "few examples",
     "few trials",
-    "hopeless",
 ]
 """Why an answer is open. `another value`: its own test would settle it, but another value is tested first.
-`few ...`: the part of the evidence with the largest error. `hopeless`: no practical number of seeds or examples would
-settle it."""
-
-
-@dataclass(frozen=True)
-class Remedy:
-    """The cheapest further evidence that would probably settle an open question."""
-
-    kind: Literal["seeds", "trials", "examples", "margin"]
-    amount: float = 0.0
-    """The whole number of seeds, or the factor on the number of test examples."""
-    more: int = 0
-    """The number of seeds beside those that were used."""
+`few ...`: the part of the evidence with the largest error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +56,6 @@ class Answer:
     """Whether several test examples form a group, such as a document."""
     blocker: Blocker | None = None
     """None if it is settled."""
-    remedy: Remedy | None = None
-    """None if it is settled or nothing practical would settle it."""
     may_settle: bool = False
     """Whether it is open and the seeds of later looks may settle it."""
 

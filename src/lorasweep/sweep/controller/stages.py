@@ -125,11 +125,13 @@ class Confirmation:
         known = replace(record, confirm=[run for run in record.confirm if run.seed in seeds])
         scores = read_confirm_scores(known, self._sweep.path)
         answers = answer_sweep(record, scores)
-        undecided = [answer for answer in answers if answer.may_settle]
+        # where more seeds were asked for, also those that the plan had given up
+        is_auto = self._sweep.definition.sweep_config.confirm.seeds == "auto"
+        undecided = [answer for answer in answers if answer.may_settle or not (is_auto or answer.is_settled)]
         subjects = {name for answer in undecided for name in (answer.subject, *answer.compared_with)}
         if undecided and (scale := build_scale(record, scores)).margin.is_share_of_gain:
             subjects |= {name for name in (scale.base, scale.full) if name is not None}
-        if self._sweep.definition.sweep_config.confirm.seeds != "auto":  # more seeds were asked for explicitly
+        if not is_auto and not subjects:
             subjects = {row.subject for row in self._settings.values()}
         if num_done + 1 == len(self._looks):
             subjects = set()

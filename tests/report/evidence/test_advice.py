@@ -1,0 +1,89 @@
+"""The chance that is said of a step is the chance that it settles the question."""
+
+import numpy as np
+import pytest
+
+from lorasweep.config.sweep import parse_margin
+from lorasweep.record import Question
+from lorasweep.report.evidence.advice import Extension, Present, compute_chance, draw_scores, find_step
+from lorasweep.report.evidence.estimates import ConfirmScores
+from lorasweep.report.evidence.questions import MarginScale, answer_questions
+
+SCALE = MarginScale(margin=parse_margin(1.0), sign=1, base=None, full="full")
+QUESTIONS = [Question(name="as_good_as_full", arm="lora", key=None, subjects=["lora"], reference="full")]
+
+
+def draw(truth, *, seeds, groups=40, rng, seeds_std=1.0, groups_std=0.0):
+    """Scores of full (around 0) and of LoRA (around `truth`), whose difference varies over seeds and over groups."""
+    of_groups = groups_std * rng.standard_normal(groups)
+    rows = {seed: truth + seeds_std * rng.standard_normal() + of_groups for seed in range(seeds)}
+    return {"full": {seed: np.zeros(groups) for seed in rows}, "lora": rows}
+
+
+def build(values, *, search_errors=None, looks=(3,)):
+    groups = len(next(iter(values["lora"].values())))
+    scores = ConfirmScores(
+        values=values,
+        shares=np.full(groups, 1 / groups),
+        num_examples=groups,
+        problems=(),
+        search_errors=search_errors or {},
+    )
+    return Present(
+        questions=QUESTIONS,
+        answers=answer_questions(QUESTIONS, scores, SCALE, looks=looks),
+        scores=scores,
+        scale=SCALE,
+        looks=looks,
+        looks_done=looks,
+    )
+
+
+def test_chances_are_calibrated_where_the_truth_is_drawn():
+    """The prior of the truth is wide, as the draws assume; what is settled later is counted beside what was said."""
+    rng, said, came = np.random.default_rng(1), [], []
+    while len(said) < 40:
+        values = draw(rng.uniform(-3, 3), seeds=15, groups=2, rng=rng)
+        now = build({name: {seed: found[seed] for seed in range(5)} for name, found in values.items()}, looks=(5,))
+        if now.answers[0].is_settled:
+            continue
+        said.append(compute_chance(QUESTIONS, now, Extension(15)))
+        came.append(build(values, looks=(5, 15)).answers[0].is_settled)
+    assert np.mean(came) == pytest.approx(np.mean(said), abs=3 * (0.25 / len(said)) ** 0.5)
+
+
+def count_cost(extension):
+    """Test examples are far more expensive than seeds."""
+    return extension.seeds + 100 * extension.examples
+
+
+def test_seeds_help_where_seeds_are_few_and_examples_where_examples_are_few():
+    few_seeds = build(draw(0.0, seeds=3, rng=np.random.default_rng(3)))
+    found = find_step(QUESTIONS, few_seeds, max_examples=4.0, cost=count_cost).extension
+    assert (found.seeds > 3, found.examples) == (True, 1)
+    rng = np.random.default_rng(2)
+    few_examples = build(draw(-0.3, seeds=10, groups=8, rng=rng, seeds_std=0.05, groups_std=3.0), looks=(10,))
+    assert not few_examples.answers[0].is_settled
+    assert find_step(QUESTIONS, few_examples, max_examples=4.0, cost=count_cost).extension.examples > 1
+
+
+def test_nothing_is_advised_where_nothing_affordable_helps():
+    few_seeds = build(draw(0.0, seeds=3, rng=np.random.default_rng(3)))
+    assert find_step(QUESTIONS, few_seeds, max_cost=3.0) is None
+    few_trials = build(draw(0.0, seeds=9, rng=np.random.default_rng(3)), search_errors={"lora": 9.0}, looks=(9,))
+    assert not few_trials.answers[0].is_settled
+    assert find_step(QUESTIONS, few_trials, max_cost=50) is None
+
+
+def test_one_seed_has_no_chance_to_compute():
+    assert find_step(QUESTIONS, build(draw(0.0, seeds=1, rng=np.random.default_rng(0)), looks=(1,))) is None
+
+
+def test_more_trials_shrink_the_error_of_the_search_and_repeat_the_confirm_stage():
+    present = build(draw(0.0, seeds=3, rng=np.random.default_rng(3)), search_errors={"lora": 4.0, "full": 0.0})
+    drawn = draw_scores(present, Extension(5, trials=2), rng=np.random.default_rng(0))
+    assert drawn.search_errors["lora"] < 4.0
+    assert {len(found) for found in drawn.values.values()} == {5}
+    kept = draw_scores(present, Extension(5), rng=np.random.default_rng(0))
+    assert all(np.array_equal(kept.values["lora"][seed], present.scores.values["lora"][seed]) for seed in range(3))
+    assert len(kept.values["lora"]) == 5
