@@ -47,6 +47,11 @@ BAD = [
     (["sweep", "mini.yaml", "model.path=https://me:open-sesame@host"], "`model.path` must not contain a password"),
     (["train", "method.lora_alpha=4"], "`method.lora_alpha` is not a setting. PEFT's `lora_alpha` is `method.alpha`"),
     (["train", "model.path=embedded:big"], "`model.path` must name an embedded model (tiny), but got 'embedded:big'."),
+    (["sweep", "done"], "To resume it, or to add to it, type `lorasweep sweep --resume done`."),
+    (["plan", "./done"], "`lorasweep sweep --resume ./done`"),
+    (["train", "hydra.run.dir=foo"], "Name the folder by `output=DIR`, and that of a sweep by `sweep.output=DIR`."),
+    (["train", "-m", "seed=1,2", "++hydra.job.chdir=true"], "`hydra.job.chdir` must be left out"),
+    (["sweep", "mini.yaml", "hydra.run.dir=foo"], "Name the folder by `output=DIR`, and that of a sweep by"),
     (["train", "output=full"], "`output` must be a new or empty folder, but 'full' is not."),
 ]
 
@@ -55,6 +60,8 @@ BAD = [
 def test_bad_input_is_one_line_and_exit_code_2_and_changes_nothing(here, mini, capsys, caplog, words, message):
     (here / "full").mkdir()
     (here / "full" / "mine.txt").write_text("mine")
+    (here / "done").mkdir()
+    (here / "done" / "sweep.json").write_text("{}")
     (here / "notes.txt").write_text("just words\n")
     before = list_names(here)
     assert run(words) == WRONG_REQUEST == 2

@@ -100,13 +100,13 @@ def new(arguments: argparse.Namespace) -> Outcome:
         definition, rates = _measure(draft.definition, inputs_cache, began=time.monotonic())
         budget, given_up = fit_minutes(definition, rates, arguments.minutes)
         say(given_up, file=sys.stderr)
-        draft = draft_sweep(path, {**draft.settings, **budget.settings}, inputs_cache)
+        draft = draft_sweep(path, {**settings, **budget.settings}, inputs_cache)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, draft.text)
     say(f"wrote {path}. Read it, then type:\n    lorasweep plan {path}\n    lorasweep sweep {path}")
-    for sentence in draft.power:
+    for sentence in draft.notes:
         say(f"• {sentence}")
-    return Outcome({"file": path, "notes": draft.power})
+    return Outcome({"file": path, "notes": draft.notes})
 
 
 def plan(arguments: argparse.Namespace) -> Outcome:

@@ -37,6 +37,11 @@ def _read_override(override: Override) -> tuple[str, Any]:
         raise ConfigError(f"an override must read `key=value`, but got {override.input_line!r}.")
     if override.is_delete() or (override.is_add() and "." not in key):  # `+experiment=NAME`
         return str(override.input_line), None
+    if key.startswith(("hydra.run", "hydra.output_subdir", "hydra.job.chdir")):
+        raise ConfigError(
+            f"`{key}` must be left out, because it does not place the files of a run or sweep, but got "
+            f"{override.input_line!r}. Name the folder by `output=DIR`, and that of a sweep by `sweep.output=DIR`."
+        )
     if isinstance(value, Glob):
         raise ConfigError(f"`{key}` must be a value, a list or a range, but got {override.input_line!r}.")
     if isinstance(value, ChoiceSweep):
