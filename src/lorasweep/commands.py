@@ -293,6 +293,34 @@ def _say_run(result: RunResult, job: str) -> int:
     return DONE
 
 
+def help(arguments: argparse.Namespace) -> Outcome:
+    """Explains the settings of a key or a group, or a command; without a name, lists the groups and the commands."""
+    from lorasweep.config.command_line import describe_groups
+    from lorasweep.config.compose import find_setting
+    from lorasweep.config.reference import list_settings
+    from lorasweep.wording import suggest_nearest
+
+    name, parser = arguments.name, arguments.commands.get(arguments.name)
+    settings = [*list_settings("train"), *list_settings("sweep")]
+    shown = [one for one in settings if f"{one.key}.".startswith(f"{name}.")]
+    groups = describe_groups()
+    if name is None:
+        say(f"commands: {', '.join(arguments.commands)}\n{groups}")
+    elif parser is not None:
+        say(parser.format_help().removesuffix("\n"))
+    elif not shown:
+        names = [*arguments.commands, *(part for one in settings for part in (one.key, one.key.partition(".")[0]))]
+        near = find_setting(name) or suggest_nearest(name, names)
+        raise ConfigError(f"`lorasweep help` must get a setting, a group or a command, but got {name!r}.{near}")
+    for line in groups.splitlines():
+        if line.startswith(f"  {name}="):  # with the options that have no settings
+            say(line.strip())
+    for one in shown:
+        of_options = f" ({one.key.partition('.')[0]}={', '.join(one.options)})" if one.options else ""
+        say(f"{one.key}{of_options}\n    {one.meaning}\n    values: {one.values}\n    default: {one.default}")
+    return Outcome({"name": name, "settings": [one._asdict() for one in shown]})
+
+
 def _show_report(result: SweepResult, *, verbose: bool) -> None:
     """Prints the answers and the table of a sweep, the page, and what to type next."""
     from lorasweep.report.terminal import render_terminal

@@ -132,11 +132,10 @@ def complete_override(prefix: str, typed: Sequence[str] = (), *, primaries: Sequ
     return [override for override in found if override.startswith(prefix)]
 
 
-def describe_groups(*primaries: Primary) -> str:
-    """Returns a line with the options of each group of primary configs, and of each group that `+GROUP=` adds."""
-    groups = {group: group for primary in primaries for group in default_options(primary)}
-    if "train" in primaries:
-        groups |= {f"+{group}": group for group in _list_added_groups()}
+def describe_groups() -> str:
+    """Returns a line with the options of each group of settings, and of each group that `+GROUP=` adds."""
+    groups = {group: group for group in (*default_options("train"), *default_options("sweep"))}
+    groups |= {f"+{group}": group for group in _list_added_groups()}
     lines = [f"  {shown}={'|'.join(_list_options(group))}" for shown, group in groups.items()]
     return "\n".join(["groups of settings, and the options of each:", *lines])
 

@@ -252,9 +252,10 @@ class ObjectiveConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class LoggedMetric(Settings):
-    """The score of `module`, such as `val_acc`: `validation_step` must log `val_acc`, and `test_step` `test_acc`."""
+    """The score of `module`."""
 
     name: str | None = None
+    """What `validation_step` logs, such as `val_acc`; `test_step` must then log `test_acc`."""
     direction: Direction | None = None
     """Whether a lower or a higher value is better."""
 

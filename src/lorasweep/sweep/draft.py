@@ -140,8 +140,8 @@ def draft_sweep(path: Path, settings: Mapping[str, Any], inputs_cache: InputsCac
     chosen = {**found, **settings}
     if chosen["data"] == "chat" and "data.answers.score" not in chosen:
         notes.append(
-            "`data.answers.score=exact_match confirm.metric=exact_match` (or `last_number`) asks about generated answers "
-            "instead of the loss."
+            "`data.answers.score=exact_match confirm.metric=exact_match` (or `last_number`) asks about generated "
+            "answers, not about the loss."
         )
     chosen = {"model": "classifier" if chosen["data"] == "table" else "causal_lm", **chosen}
     if chosen["model"] in ("classifier", "causal_lm") and "model.path" not in chosen:
