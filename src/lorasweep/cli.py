@@ -142,7 +142,9 @@ def _add_run_commands(add: Callable[[Command, str], argparse.ArgumentParser]) ->
         reader.add_argument(
             "run", type=Path, metavar="SWEEP[/ARM]|RUN", help="folder of a sweep: its recommended run; or of a run"
         )
-        reader.add_argument("--trust", action="store_true", help="allow code that the model of the run needs")
+        reader.add_argument(
+            "--trust", action="store_true", help="run code that the settings of the model name; commands that train do"
+        )
     reproduce_parser = add(commands.reproduce, "run a run or a sweep again from its record and compare the results")
     reproduce_parser.add_argument("folder", type=Path, metavar="RUN|SWEEP", help="folder of a run, or of a whole sweep")
     reproduce_parser.add_argument("--tolerance", type=float, metavar="T", help="maximum relative difference")
