@@ -113,14 +113,15 @@ def plan(arguments: argparse.Namespace) -> Outcome:
     """Checks a sweep, measures a few steps of its trainings, and shows the cost of the sweep. Keeps no file."""
     began = time.monotonic()
     definition, rates, inputs_cache = _define(arguments, measures=True)
-    from lorasweep.sweep.checks import describe_coverages
+    from lorasweep.sweep.checks import describe_coverages, describe_steps
     from lorasweep.sweep.plan import describe_group, render_plan
     from lorasweep.sweep.power import describe_power
     from lorasweep.wording import format_seconds
 
     show(render_plan(definition, rates))
     splits = inputs_cache.load(definition.arms[0].base).splits
-    notes = [*describe_coverages(definition, inputs_cache), *describe_power(definition, splits)]
+    notes = [*describe_coverages(definition, inputs_cache), *describe_steps(definition, inputs_cache)]
+    notes += describe_power(definition, splits)
     for sentence in notes:
         say(f"• {sentence}")
     say(f"this plan took {format_seconds(time.monotonic() - began)}", file=sys.stderr)
