@@ -47,6 +47,14 @@ BAD = [
     (["sweep", "mini.yaml", "model.path=https://me:open-sesame@host"], "`model.path` must not contain a password"),
     (["train", "method.lora_alpha=4"], "`method.lora_alpha` is not a setting. PEFT's `lora_alpha` is `method.alpha`"),
     (["train", "model.path=embedded:big"], "`model.path` must name an embedded model (tiny), but got 'embedded:big'."),
+    (["help", "optm"], "Did you mean `optim`?"),
+    (["help", "method.rnk"], "Did you mean `method.rank`?"),
+    (["help", "lora_alpha"], "PEFT's `lora_alpha` is `method.alpha` here."),
+    (["sweep", "done"], "To resume it, or to add to it, type `lorasweep sweep --resume done`."),
+    (["plan", "./done"], "`lorasweep sweep --resume ./done`"),
+    (["train", "hydra.run.dir=foo"], "Name the folder by `output=DIR`, and that of a sweep by `sweep.output=DIR`."),
+    (["train", "-m", "seed=1,2", "++hydra.job.chdir=true"], "`hydra.job.chdir` must be left out"),
+    (["sweep", "mini.yaml", "hydra.run.dir=foo"], "Name the folder by `output=DIR`, and that of a sweep by"),
     (["train", "output=full"], "`output` must be a new or empty folder, but 'full' is not."),
 ]
 
@@ -55,6 +63,8 @@ BAD = [
 def test_bad_input_is_one_line_and_exit_code_2_and_changes_nothing(here, mini, capsys, caplog, words, message):
     (here / "full").mkdir()
     (here / "full" / "mine.txt").write_text("mine")
+    (here / "done").mkdir()
+    (here / "done" / "sweep.json").write_text("{}")
     (here / "notes.txt").write_text("just words\n")
     before = list_names(here)
     assert run(words) == WRONG_REQUEST == 2
@@ -74,6 +84,33 @@ def test_a_command_that_is_not_understood_ends_with_2_and_the_version_with_0(cap
     with pytest.raises(SystemExit) as ended:
         run(["--version"])
     assert (ended.value.code, capsys.readouterr().out) == (0, f"lorasweep {version('lorasweep')}\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("optim.lr", ["optim.lr (optim=adamw)", "Peak learning rate", "a number > 0", "default: `0.001`"]),
+        ("trainer.precision", ["values: `auto`, `bf16`, `fp32`", "takes bf16 if"]),
+        ("schedule.num_cycles", ["(schedule=cosine_with_restarts)", "each starts at the peak"]),
+        ("data.answers", ["data.answers.score", "data.answers.max_new_tokens", "a whole number >= 1"]),
+        ("method", ["method=bitfit|frozen|full|head|intrinsic|lora|peft", "method.rank (method=lora)"]),
+        ("sweep", ["usage: lorasweep sweep", "--resume DIR", "sweep.trials"]),
+    ],
+)
+def test_help_explains_a_setting_a_group_and_a_command(here, capfd, name, said):
+    assert run(["help", name]) == DONE
+    shown = capfd.readouterr().out
+    assert [text for text in said if text not in shown] == []
+    assert run(["help", name, "--json"]) == DONE
+    settings = json.loads(capfd.readouterr().out)["settings"]
+    assert all(one["key"] == name or one["key"].startswith(f"{name}.") for one in settings)
+    assert not list_names(here)
+
+
+def test_help_without_a_name_lists_commands_and_groups(capsys):
+    assert run(["help"]) == DONE
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in ("judge", "worker=local|ray|slurm", "+experiment=low_memory|quick_check"))
 
 
 @pytest.mark.parametrize(

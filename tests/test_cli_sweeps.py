@@ -143,6 +143,7 @@ JSON_PAGE = Path(__file__).parents[1] / "docs" / "reference" / "json.md"
         ("compare", ["s"]),
         ("sweep", ["--resume", "s", "confirm.seeds=2"]),
         ("plan", ["mini.yaml"]),
+        ("help", ["optim.lr"]),
         ("new", ["made.yaml", "model.path=embedded:tiny", "data.train=texts.txt", "data.block_length=16"]),
         ("train", TRAIN),
         ("inspect", ["s/lora"]),

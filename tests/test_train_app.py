@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 
 import pytest
@@ -16,19 +15,6 @@ from lorasweep.record import read_run
 from lorasweep.training.stop_signal import INTERRUPTED_EXIT_CODE
 
 pytestmark = pytest.mark.usefixtures("here")
-
-
-def test_the_help_of_train_lists_what_train_takes_and_nothing_of_a_sweep(capsys, here):
-    with pytest.raises(SystemExit) as ended:
-        run(["train", "--help"])
-    assert ended.value.code == 0
-    shown = capsys.readouterr().out
-    assert shown.startswith("usage: lorasweep train ")
-    assert "--from SWEEP[/ARM]" in shown
-    assert "method=bitfit|frozen|full|head|intrinsic|lora|peft" in shown
-    assert "+experiment=low_memory|quick_check" in shown
-    assert not {"sampler=", "worker="} & set(re.findall(r"\w+=", shown))
-    assert not list_names(here)
 
 
 def settings_of(capsys, *words):

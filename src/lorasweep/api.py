@@ -18,7 +18,7 @@ from lorasweep.record import write_record
 from lorasweep.report.recommend import read_recommended
 from lorasweep.results import RunResult, SweepResult, load_run, load_sweep
 from lorasweep.sessions import Progress, run_config, run_definition, run_opened_sweep
-from lorasweep.sweep.checks import check_definition, list_model_warnings, list_notes
+from lorasweep.sweep.checks import check_definition, list_notes, list_warnings
 from lorasweep.sweep.controller.lifecycle import reopen_sweep
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.overrides import SweepOverrides
@@ -97,7 +97,7 @@ def resume_sweep(
         metric, before = check_definition(definition, inputs_cache).name, record.search_metric.name
         if metric != before:
             raise ConfigError(f"`data.metric` must stay {before!r} for all arms, but got {metric!r}.")
-        record.warnings += list_model_warnings(definition, inputs_cache)
+        record.warnings += list_warnings(definition, inputs_cache)
         if record.changes:
             opened.note(list_notes(definition, inputs_cache))
         write_record(record, opened.path)  # now, because a controller in another process reads the changes from it

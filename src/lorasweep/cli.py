@@ -61,6 +61,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_training(add(commands.train, "train one run, or a grid of runs with -m; a Hydra app"))
     _add_judge(add(commands.judge, "give verdicts on scores of runs that were trained elsewhere"))
     _add_run_commands(add)
+    help_parser = add(commands.help, "explain a setting, a group of settings or a command")
+    help_parser.add_argument(
+        "name", nargs="?", metavar="KEY|GROUP|COMMAND", help="optim.lr, optim, sweep; none lists all"
+    )
+    help_parser.set_defaults(commands=subparsers.choices)
     if "_ARGCOMPLETE" in os.environ:  # the shell asks for completions
         import argcomplete
 
@@ -137,7 +142,9 @@ def _add_run_commands(add: Callable[[Command, str], argparse.ArgumentParser]) ->
         reader.add_argument(
             "run", type=Path, metavar="SWEEP[/ARM]|RUN", help="folder of a sweep: its recommended run; or of a run"
         )
-        reader.add_argument("--trust", action="store_true", help="allow code that the model of the run needs")
+        reader.add_argument(
+            "--trust", action="store_true", help="run code that the settings of the model name; commands that train do"
+        )
     reproduce_parser = add(commands.reproduce, "run a run or a sweep again from its record and compare the results")
     reproduce_parser.add_argument("folder", type=Path, metavar="RUN|SWEEP", help="folder of a run, or of a whole sweep")
     reproduce_parser.add_argument("--tolerance", type=float, metavar="T", help="maximum relative difference")
@@ -147,22 +154,16 @@ def _add_run_commands(add: Callable[[Command, str], argparse.ArgumentParser]) ->
 
 def _add_overrides(parser: argparse.ArgumentParser, metavar: str, help: str) -> None:
     overrides = parser.add_argument("overrides", nargs="*", metavar=metavar, help=help)
+    parser.epilog = "`lorasweep help` lists the groups of settings, and `lorasweep help optim.lr` explains one setting."
     overrides.completer = complete_argument  # type: ignore[attr-defined]  # read by argcomplete
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Parses one command. Its help lists the groups of settings that the command takes."""
+    """Parses one command, and raises ConfigError for arguments that are wrong."""
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
         raise ConfigError(message)
-
-    def format_help(self) -> str:
-        if (command := self.get_default("command")) in (commands.train, commands.sweep, commands.plan):
-            from lorasweep.config.command_line import describe_groups
-
-            self.epilog = describe_groups(*_list_primaries(command))
-        return super().format_help()
 
 
 def complete_argument(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> Iterable[str]:

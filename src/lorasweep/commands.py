@@ -100,27 +100,28 @@ def new(arguments: argparse.Namespace) -> Outcome:
         definition, rates = _measure(draft.definition, inputs_cache, began=time.monotonic())
         budget, given_up = fit_minutes(definition, rates, arguments.minutes)
         say(given_up, file=sys.stderr)
-        draft = draft_sweep(path, {**draft.settings, **budget.settings}, inputs_cache)
+        draft = draft_sweep(path, {**settings, **budget.settings}, inputs_cache)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, draft.text)
     say(f"wrote {path}. Read it, then type:\n    lorasweep plan {path}\n    lorasweep sweep {path}")
-    for sentence in draft.power:
+    for sentence in draft.notes:
         say(f"• {sentence}")
-    return Outcome({"file": path, "notes": draft.power})
+    return Outcome({"file": path, "notes": draft.notes})
 
 
 def plan(arguments: argparse.Namespace) -> Outcome:
     """Checks a sweep, measures a few steps of its trainings, and shows the cost of the sweep. Keeps no file."""
     began = time.monotonic()
     definition, rates, inputs_cache = _define(arguments, measures=True)
-    from lorasweep.sweep.checks import describe_coverages
+    from lorasweep.sweep.checks import describe_coverages, describe_steps
     from lorasweep.sweep.plan import describe_group, render_plan
     from lorasweep.sweep.power import describe_power
     from lorasweep.wording import format_seconds
 
     show(render_plan(definition, rates))
     splits = inputs_cache.load(definition.arms[0].base).splits
-    notes = [*describe_coverages(definition, inputs_cache), *describe_power(definition, splits)]
+    notes = [*describe_coverages(definition, inputs_cache), *describe_steps(definition, inputs_cache)]
+    notes += describe_power(definition, splits)
     for sentence in notes:
         say(f"• {sentence}")
     say(f"this plan took {format_seconds(time.monotonic() - began)}", file=sys.stderr)
@@ -291,6 +292,34 @@ def _say_run(result: RunResult, job: str) -> int:
         return INTERRUPTED_EXIT_CODE
     say(f"{job}: {result}" if job else str(result))
     return DONE
+
+
+def help(arguments: argparse.Namespace) -> Outcome:
+    """Explains the settings of a key or a group, or a command; without a name, lists the groups and the commands."""
+    from lorasweep.config.command_line import describe_groups
+    from lorasweep.config.compose import find_setting
+    from lorasweep.config.reference import list_settings
+    from lorasweep.wording import suggest_nearest
+
+    name, parser = arguments.name, arguments.commands.get(arguments.name)
+    settings = [*list_settings("train"), *list_settings("sweep")]
+    shown = [one for one in settings if f"{one.key}.".startswith(f"{name}.")]
+    groups = describe_groups()
+    if name is None:
+        say(f"commands: {', '.join(arguments.commands)}\n{groups}")
+    elif parser is not None:
+        say(parser.format_help().removesuffix("\n"))
+    elif not shown:
+        names = [*arguments.commands, *(part for one in settings for part in (one.key, one.key.partition(".")[0]))]
+        near = find_setting(name) or suggest_nearest(name, names)
+        raise ConfigError(f"`lorasweep help` must get a setting, a group or a command, but got {name!r}.{near}")
+    for line in groups.splitlines():
+        if line.startswith(f"  {name}="):  # with the options that have no settings
+            say(line.strip())
+    for one in shown:
+        of_options = f" ({one.key.partition('.')[0]}={', '.join(one.options)})" if one.options else ""
+        say(f"{one.key}{of_options}\n    {one.meaning}\n    values: {one.values}\n    default: {one.default}")
+    return Outcome({"name": name, "settings": [one._asdict() for one in shown]})
 
 
 def _show_report(result: SweepResult, *, verbose: bool) -> None:

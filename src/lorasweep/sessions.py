@@ -27,10 +27,10 @@ from lorasweep.results import RunResult, SweepResult, load_sweep
 from lorasweep.runs.reproduce import Reproduction, compare_sweeps, reproduce_run
 from lorasweep.sweep.checks import (
     check_definition,
-    list_model_warnings,
     list_notes,
     list_retained,
     list_test_metrics,
+    list_warnings,
     score_constant_answer,
     set_steps,
 )
@@ -80,7 +80,7 @@ def run_definition(
             retained=list_retained(definition, inputs_cache),
             constant_answer=constant_answer,
             notes=notes,
-            warnings=list_model_warnings(definition, inputs_cache),
+            warnings=list_warnings(definition, inputs_cache),
         )
     return run_opened_sweep(opened, inputs_cache, progress=progress)
 

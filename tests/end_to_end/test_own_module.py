@@ -34,3 +34,5 @@ def test_a_sweep_of_a_users_module_ends_with_verdicts(tmp_path, settings, swept)
     assert "lora-rank-1" in report
     assert "lora-rank-4" in report
     assert "seeds alone" not in report  # the module records the scores of examples
+    commands = [command for one in result.findings.recommended for command in one.commands.values()]
+    assert [command for command in commands if "export" in command] == []  # it is no model of transformers

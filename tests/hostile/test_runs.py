@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from tests.files import DELETED, edit_json, set_values
 from tests.fuzzing import feed
 
+from lorasweep.config.build import as_settings
+from lorasweep.config.compose import compose_run
 from lorasweep.outcome import DONE, WRONG_REQUEST
 from lorasweep.record import read_steps
 
@@ -215,3 +217,18 @@ def test_the_code_of_a_strangers_model_needs_trust(theirs, capsys, command):
     assert feed(*COMMANDS[command]) == WRONG_REQUEST
     refused = capsys.readouterr().err
     assert all(word in refused for word in ("`model.trust_remote_code`", "--trust"))
+
+
+def test_the_code_of_an_objective_runs_in_no_export(theirs, capsys):
+    set_values(theirs / "runs/lora-0000/run.json", {"config/objective": {"_target_": "evil.Objective"}})
+    assert feed(*COMMANDS["peft"]) == DONE
+    own = {"module._target_": "evil.Module", "datamodule._target_": "evil.Data"}
+    config = compose_run({**own, "metric.name": "val_acc", "metric.direction": "maximize"})
+    set_values(theirs / "runs/lora-0000/run.json", {"config": as_settings(config)})
+    assert feed(*COMMANDS["inspect"]) == WRONG_REQUEST
+    assert feed(*COMMANDS["peft"]) == WRONG_REQUEST
+    asked, refused = capsys.readouterr().err.splitlines()[-2:]
+    assert "`module._target_`" in asked
+    assert "--trust" in asked
+    assert "no model of transformers" in refused
+    assert "--trust" not in refused

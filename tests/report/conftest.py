@@ -7,6 +7,8 @@ import shutil
 import pytest
 from tests.files import edit_json
 
+from lorasweep.config.build import as_settings
+from lorasweep.config.compose import compose_run
 from lorasweep.config.data import ScoreMetric
 from lorasweep.record import (
     ArmRow,
@@ -57,12 +59,8 @@ def write_run(folder, trial, *, method, rank=0, **values):
     rank = int(trial.params.get("method.rank", rank))
     trained = {"frozen": 0, "full": FULL_PARAMS}.get(method, LORA_PARAMS_PER_RANK * rank)
     done = trial.step
-    config = {"method": {"name": method}, "optim": {"name": "adamw", "lr": 1e-3}, "seed": 0}
-    if method == "lora":
-        config["method"] |= {"rank": rank, "alpha": 16}
-    for key, value in trial.params.items():
-        group, name = key.split(".")
-        config[group][name] = value
+    lora = {"method.rank": rank, "method.alpha": 16} if method == "lora" else {}
+    config = as_settings(compose_run({"method": method, "optim.lr": 1e-3, **lora, **trial.params}))
     best_step = min(trial.values, key=trial.values.__getitem__, default=None)
     record = RunRecord(
         status=trial.state,

@@ -73,3 +73,17 @@ def test_share_of_full_gain_is_mirrored_when_maximizing(sweep):
     before = list_shares()
     edit_json(sweep / "sweep.json", negate)
     assert list_shares() == pytest.approx(before)
+
+
+def test_without_a_shown_gain_a_verdict_has_the_interval_of_the_difference(tmp_path):
+    sweep = build_rank_sweep(tmp_path, {4: 1.60, 64: 1.75}, seeds=2)
+
+    def take_the_gain(raw):
+        for number, row in enumerate(row for row in raw["confirm"] if row["arm"] == "full"):
+            row["test_scores"]["bits_per_byte"] = 2.031 + (-0.02, 0.019)[number]
+
+    edit_json(sweep / "sweep.json", take_the_gain)
+    full, rank, _ = (line.text for line in read_findings(sweep).answers)
+    assert "it differs from rank 64 by -0.15 [-0.22, -0.08] bits per byte (sufficient)" in rank
+    assert "rank 64 differs from `full` by" in full
+    assert "%" not in full + rank

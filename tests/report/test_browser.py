@@ -30,6 +30,8 @@ addEventListener("load", () => setTimeout(() => {
   dispatchEvent(new Event("beforeprint"));
   say("drawn", drawn() === figures.length && document.querySelectorAll(".figure .main-svg").length > 0);
   dispatchEvent(new Event("afterprint"));
+  const arms = document.querySelector(".arms").parentElement;
+  say("arms", arms.scrollWidth <= arms.clientWidth);
   say("width", document.documentElement.scrollWidth <= innerWidth);
   if (table === null) return;
   const score = table.tHead.rows[0].cells[2];
@@ -57,10 +59,17 @@ def open_page(page, profile, *, size):
     return done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("size", ["1200,900", "500,900"])
+@pytest.mark.parametrize("size", ["1280,900", "500,900"])
 def test_page_draws_sorts_and_logs_no_error(confirmed, tmp_path, size):
     sweep = confirmed
-    edit_json(sweep / "sweep.json", lambda raw: raw.update(name="<b>&amp;</b>"))
+
+    def add_metric(raw):  # a further column
+        metrics = [raw["search_metric"], {"name": "exact_match", "direction": "maximize"}]
+        raw.update(name="<b>&amp;</b>", test_metrics=metrics)
+        for run in raw["confirm"]:
+            run["test_scores"]["exact_match"] = 0.4 + run["seed"] % 100 / 1000
+
+    edit_json(sweep / "sweep.json", add_metric)
     report(sweep)
     page = sweep / "report/index.html"
     page.write_text(page.read_text().replace("</body>", PROBE + "</body>"))
@@ -77,4 +86,5 @@ def test_page_draws_sorts_and_logs_no_error(confirmed, tmp_path, size):
     assert said["failed"] == "1"
     # nothing makes the whole page scroll sideways, on a phone neither
     assert said["width"] == "true"
+    assert said["arms"] == "true"  # no column is clipped
     assert not re.findall(COMPLAINT, log)

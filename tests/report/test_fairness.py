@@ -120,3 +120,16 @@ def test_best_value_at_the_end_of_its_range_is_said_if_a_complete_trial_lies_els
     assert len(list_edges(load_sweep_data(sweep))) == len(said)
     edit_json(sweep / "sweep.json", lambda raw: raw["trials"][2].update(search_score=None))
     assert list_edges(load_sweep_data(sweep)) == []
+
+
+@pytest.mark.parametrize(("value", "end"), [(0.0, None), (0.2, "upper")])
+def test_nothing_is_below_a_rate_of_0(sweep, value, end):
+    def sweep_dropout(raw):
+        raw["arms"][1]["space"] = {"method.dropout": [0.0, 0.1, 0.2]}
+        for trial in raw["trials"]:
+            trial["params"] = {"method.dropout": value} if trial["arm"] == "lora" else {}
+        raw["trials"][2].update(search_score=3.0, params={"method.dropout": 0.1})
+
+    edit_json(sweep / "sweep.json", sweep_dropout)
+    said = [text for _, text in list_edges(load_sweep_data(sweep))]
+    assert [f"{end} end" in text for text in said] == [True] * (end is not None)

@@ -115,3 +115,14 @@ def test_an_arm_with_confirm_each_has_its_rates_by_value_and_predicted_settings_
     assert lora.layout.xaxis.title.text == "u = lr · √α (log scale)"
     (first, *_) = find_traces(lora, symbol="diamond-open")
     assert first.x[0] == pytest.approx(ranked.record.settings[2].params["optim.lr"] * 2)
+
+
+def test_the_axis_of_test_scores_names_no_validation_metric(ranked_copy):
+    def rename(raw):
+        raw["search_metric"]["name"] = "val_acc"
+        for run in raw["confirm"]:
+            run["test_scores"] = {"val_acc": run["test_scores"].pop("bits_per_byte")}
+
+    edit_json(ranked_copy / "sweep.json", rename)
+    (figure,) = draw_scores_by_value(load_sweep_data(ranked_copy)).figures
+    assert figure.layout.yaxis.title.text == "acc, test data"

@@ -1,8 +1,10 @@
 """The recommended settings follow the verdicts, and `lorasweep train --from` reads them."""
 
 import pytest
-from tests.files import edit_json
+from tests.files import edit_json, set_values
 
+from lorasweep.config.build import as_settings
+from lorasweep.config.compose import compose_run
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.report.findings import read_findings
 from lorasweep.report.recommend import read_recommended
@@ -18,13 +20,35 @@ def recommended(sweep):
 def test_better_method_is_recommended_with_lora_as_the_alternative(finished_and_confirmed):
     full, lora = recommended(finished_and_confirmed)
     assert (full.arm, full.is_settled) == ("full", True)
-    assert full.settings.keys() == {"method", "learning rate"}
+    assert full.settings.keys() == {"method", "learning rate", "steps"}
     assert lora.settings["method"] == "LoRA"
-    assert lora.settings.keys() == {"method", "rank", "α", "learning rate"}
+    assert lora.settings.keys() == {"method", "rank", "α", "learning rate", "steps"}
     train, export = lora.commands.values()
     assert train == f"lorasweep train --from {finished_and_confirmed}/lora"
     assert export == f"lorasweep export {finished_and_confirmed}/lora --format peft --out adapter"
     assert len(full.commands) == 1
+
+
+OWN = {
+    "module._target_": "mine.Module",
+    "datamodule._target_": "mine.Data",
+    "metric.name": "val_acc",
+    "metric.direction": "maximize",
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "ending"),
+    [({"model.trust_remote_code": True}, "--out adapter --trust"), (OWN, None), ({}, "--out adapter")],
+    ids=["remote code", "own module", "plain"],
+)
+def test_an_export_is_a_command_only_if_it_works(finished_and_confirmed, settings, ending):
+    config = as_settings(compose_run({"method": "lora", **settings}))
+    for run in finished_and_confirmed.glob("runs/*/run.json"):
+        set_values(run, {"config": config})
+    *_, lora = recommended(finished_and_confirmed)
+    exports = [command for command in lora.commands.values() if "export" in command]
+    assert [command.endswith(ending or "") for command in exports] == [True] * (ending is not None)
 
 
 def test_rank_is_the_smallest_that_is_shown_to_be_sufficient(tmp_path):

@@ -16,6 +16,7 @@ from lorasweep.sweep.checks import (
     describe_coverages,
     find_metric,
     list_notes,
+    list_warnings,
     score_constant_answer,
 )
 from lorasweep.sweep.definition.arms import read_definition
@@ -112,3 +113,17 @@ def test_what_lora_adapts_is_said_once_and_experts_that_it_leaves_out_are_a_warn
     assert list(describe_coverages(definition, cache).values()) == [True]
     assert with_experts.list_notes(config)[-1] == next(iter(describe_coverages(definition, cache)))
     assert not any("experts" in note for note in list_notes(definition, cache))
+
+
+@pytest.mark.parametrize(("steps", "is_warned"), [(2, True), (40, False)])
+def test_too_few_steps_for_labels_are_a_warning_with_numbers(tmp_path, steps, is_warned):
+    rows = [f"a text with number {n},{'rare' if n % 4 == 0 else 'usual'}" for n in range(60)]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *rows]))
+    settings = {"model": "classifier", "model.path": "embedded:tiny", "data": "table"}
+    settings |= {"data.train": str(tmp_path / "rows.csv"), "trainer.max_steps": steps, "trainer.batch_size": 8}
+    arms = {"lora": {"settings": {"method": "lora"}, "space": {"optim.lr": [1e-3, 1e-2]}}}
+    definition = read_definition({"name": "few", "settings": settings, "arms": arms})
+    warnings = list_warnings(definition, InputsCache())
+    assert len(warnings) == is_warned
+    assert all("2 steps of 8: 0." in text and "most frequent label (accuracy" in text for text in warnings)
+    assert all("`trainer.max_steps=" in text for text in warnings)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lorasweep.sweep.machine as machine_file
-from lorasweep.sweep.machine import measure_machine
+from lorasweep.sweep.machine import Machine, measure_machine
 
 
 def test_the_speeds_are_those_of_the_products_and_the_copy(monkeypatch):
@@ -21,3 +21,10 @@ def test_measuring_keeps_the_number_of_threads():
     assert torch.get_num_threads() == before
     assert min(machine.speedup, machine.copy_gb_per_s, *machine.tflops.values()) > 0
     assert "TFLOP/s" in str(machine)
+
+
+@pytest.mark.parametrize(("load", "is_said"), [(0.1, False), (1.7, True)])
+def test_other_work_is_said_where_it_matters(monkeypatch, load, is_said):
+    monkeypatch.setattr(machine_file.os, "cpu_count", lambda: 2)
+    machine = Machine(tflops={"fp32": 1.0}, speedup=1.0, copy_gb_per_s=1.0, load=load)
+    assert ("its 2 cores had 1.7 busy processes" in str(machine)) is is_said

@@ -91,6 +91,7 @@ def test_a_plan_says_how_long_the_last_look_takes(content, write_file, rates_of,
     console.print(render_plan(definition, [rates_of(definition.arms[0])]))
     found = re.findall(r"stays open to the last look: (.*)\.", console.export_text())
     assert found == ([] if longest is None else [longest])
+    assert "--minutes" not in console.export_text()
 
 
 def test_a_plan_fits_eighty_columns_and_breaks_no_name(content, write_file, rates_of):
@@ -103,6 +104,7 @@ def test_a_plan_fits_eighty_columns_and_breaks_no_name(content, write_file, rate
     shown = console.export_text()
     assert "…" not in shown
     lines = [line.split() for line in shown.splitlines()]
+    assert "`--minutes N` cuts seeds, trials and steps" in shown  # it takes hours
     (line,) = [line for line in lines if line[:1] == ["loraplus-rank16"]]
     assert line[:9] == ["loraplus-rank16", "8", "+", "3", "45.1", "k", "≤", "123", "k"]
     assert "1.21 GiB" in " ".join(line)

@@ -289,3 +289,12 @@ def test_a_sweep_in_this_process_is_shown_with_a_line_per_run(begin, work, runs,
     assert sum(line.startswith("confirm: ") for line in lines) == 1
     assert sum(line.split()[2] == "stopped" for line in lines) == sum(row.state == "stopped" for row in rows) > 0
     assert {line.split()[1] for line in lines[-5:]} == {"1/1", "1/2", "2/2"}
+
+
+def test_the_first_table_of_a_resumed_sweep_says_running(running):
+    write_record(sweep_record(status="interrupted"), running)
+    assert "(minimize), running" in show(read_status(running))
+
+
+def test_a_killed_sweep_is_interrupted_although_its_record_says_running(folder):
+    assert "(minimize), interrupted" in show(read_status(folder))

@@ -37,6 +37,11 @@ def _read_override(override: Override) -> tuple[str, Any]:
         raise ConfigError(f"an override must read `key=value`, but got {override.input_line!r}.")
     if override.is_delete() or (override.is_add() and "." not in key):  # `+experiment=NAME`
         return str(override.input_line), None
+    if key.startswith(("hydra.run", "hydra.output_subdir", "hydra.job.chdir")):
+        raise ConfigError(
+            f"`{key}` must be left out, because it does not place the files of a run or sweep, but got "
+            f"{override.input_line!r}. Name the folder by `output=DIR`, and that of a sweep by `sweep.output=DIR`."
+        )
     if isinstance(value, Glob):
         raise ConfigError(f"`{key}` must be a value, a list or a range, but got {override.input_line!r}.")
     if isinstance(value, ChoiceSweep):
@@ -127,11 +132,10 @@ def complete_override(prefix: str, typed: Sequence[str] = (), *, primaries: Sequ
     return [override for override in found if override.startswith(prefix)]
 
 
-def describe_groups(*primaries: Primary) -> str:
-    """Returns a line with the options of each group of primary configs, and of each group that `+GROUP=` adds."""
-    groups = {group: group for primary in primaries for group in default_options(primary)}
-    if "train" in primaries:
-        groups |= {f"+{group}": group for group in _list_added_groups()}
+def describe_groups() -> str:
+    """Returns a line with the options of each group of settings, and of each group that `+GROUP=` adds."""
+    groups = {group: group for group in (*default_options("train"), *default_options("sweep"))}
+    groups |= {f"+{group}": group for group in _list_added_groups()}
     lines = [f"  {shown}={'|'.join(_list_options(group))}" for shown, group in groups.items()]
     return "\n".join(["groups of settings, and the options of each:", *lines])
 

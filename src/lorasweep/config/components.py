@@ -25,6 +25,7 @@ class Component(Settings):
     """An object of another package: the import path of its class, and the arguments of that class."""
 
     target: str
+    """Import path of the class."""
     arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Arguments by the names of the class's parameters. An argument with `_target_` is a nested component."""
 

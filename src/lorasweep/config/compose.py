@@ -161,12 +161,12 @@ def _build(kind: type[T], values: Mapping[str, Any]) -> T:
         known = [key for key, _ in dotted_items(values) if key != error.key]
         own = "".join(f" {str(file)!r} replaces lorasweep's own file; rename it." for file in find_replacements()[:1])
         raise ConfigError(
-            f"`{error.key}` is not a setting.{_find_setting(error.key) or suggest_nearest(error.key, known)} "
-            f"`--help` lists the groups, `--cfg job` every key.{own}"
+            f"`{error.key}` is not a setting.{find_setting(error.key) or suggest_nearest(error.key, known)} "
+            f"`lorasweep help` lists the groups, `--cfg job` every key.{own}"
         ) from error
 
 
-def _find_setting(key: str) -> str:
+def find_setting(key: str) -> str:
     """Returns a sentence on the setting that PEFT's users mean by a key, or on the options that have the key."""
     group, _, name = key.rpartition(".")
     if group in ("", "method") and name in PEFT_ALIASES:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import field, fields
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from lorasweep.config.build import (
     SETTINGS_OR_COMPONENT,
+    TARGET,
     Fraction,
     NonNegativeFloat,
     Positive,
@@ -19,7 +20,9 @@ from lorasweep.config.build import (
     PositiveFraction,
     Seed,
     Settings,
+    as_settings,
     convert,
+    dotted_items,
 )
 from lorasweep.config.components import Component
 from lorasweep.config.data import DataConfig, Direction
@@ -252,9 +255,10 @@ class ObjectiveConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class LoggedMetric(Settings):
-    """The score of `module`, such as `val_acc`: `validation_step` must log `val_acc`, and `test_step` `test_acc`."""
+    """The score of `module`."""
 
     name: str | None = None
+    """What `validation_step` logs, such as `val_acc`; `test_step` must then log `test_acc`."""
     direction: Direction | None = None
     """Whether a lower or a higher value is better."""
 
@@ -450,22 +454,15 @@ class RunConfig(Settings):
             )
 
 
-def refuse_code(config: RunConfig, *, trust: bool) -> None:
-    """Refuses to load a model whose settings name code, because whoever wrote the files may be unknown.
+def refuse_code(config: RunConfig, *, trust: bool, groups: Container[str] = ("model", "module")) -> None:
+    """Refuses recorded settings that name code which would run, because whoever wrote the record may be unknown.
 
-    Commands that train do not ask: to run somebody's settings is to run their code.
+    One rule for all commands: to train is to run what the settings name; to read a record is not, except with `trust`.
+    `groups` are the settings whose code runs: those of the model, and in a Trainer of the user also those of the data.
     """
-    if trust:
-        return
-    module = None if config.module is None else config.module.target
-    named = {
-        "model.trust_remote_code": config.model.trust_remote_code,
-        "module._target_": module,
-        "objective._target_": config.objective.target,
-    }
-    for key, value in named.items():
-        if value:
+    for key, value in () if trust else dotted_items(as_settings(config)):
+        if value and key.partition(".")[0] in groups and key.endswith((TARGET, "trust_remote_code")):
             raise ConfigError(
-                f"`{key}` of a recorded run must not name code, but got {value!r}. If you trust "
-                "the author, add `--trust` to the command, or `trust=True` in Python."
+                f"`{key}` of a recorded run must not name code, but got {value!r}: only commands that train run it. If "
+                "you trust the author, add `--trust` to the command, or `trust=True` in Python."
             )

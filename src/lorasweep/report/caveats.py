@@ -299,8 +299,8 @@ def _find_end(one: SubjectData, key: str, trial: Trial | None) -> str | None:
     """Returns `lower` or `upper` if a trial's value lies at that end of the arm's range, else None."""
     space = one.row.space.get(key)
     value, bounds = trial.numeric_setting(key) if trial else None, find_bounds(space)
-    if value is None or bounds is None or (key == RANK and value == 1):
-        return None  # no rank is lower than 1, so there is nothing to search below it
+    if value is None or bounds is None or value == (1 if key == RANK else 0) == bounds[0]:
+        return None  # nothing is below rank 1, nor below 0 (a rate of dropout, a weight decay)
     low, high, is_log = bounds
     if is_log and value <= 0:
         return None

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lorasweep.config.build import build
 from lorasweep.config.method import LoraConfig
-from lorasweep.config.run import ALPHA, LR, RANK, SCALING, STEPS_KEY
+from lorasweep.config.run import ALPHA, LR, RANK, SCALING, STEPS_KEY, RunConfig
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record import SWEEP_FILE, Trial, is_number
 from lorasweep.report.caveats import Learning, judge_learning
@@ -218,14 +220,19 @@ def list_overrides(one: SubjectData, trial: Trial) -> dict[str, Any]:
 
 
 def _list_commands(one: SubjectData, data: SweepData) -> dict[str, str]:
-    """Returns the commands that train the settings again, and that export the adapter of a confirm run."""
+    """Returns the commands that train the settings again, and that export the adapter of a confirm run, if it can."""
     commands, source = {}, shlex.quote(str(data.folder / one.name))
     if data.record.status == "complete":
         commands[f"To train {one.name} on all data"] = f"lorasweep train --from {source}"
-    if one.row.method in ("lora", "peft") and any(run.is_complete for run in one.confirm_runs):
-        commands["To get the adapter of its best confirm run"] = (
-            f"lorasweep export {source} --format peft --out adapter"
-        )
+    run = next((run.record for run in one.confirm_runs if run.is_complete and run.record), None)
+    if run and one.row.method in ("lora", "peft"):
+        with suppress(ConfigError, TypeError, AttributeError):  # damaged settings have no command
+            config = build(RunConfig, run.config)
+            trust = " --trust" if config.model.trust_remote_code else ""
+            if config.capabilities.exports is True:
+                commands["To get the adapter of its best confirm run"] = (
+                    f"lorasweep export {source} --format peft --out adapter{trust}"
+                )
     return commands
 
 

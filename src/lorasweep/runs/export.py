@@ -82,8 +82,8 @@ def export_run(run: Path, *, format: ExportFormat, out: Path, trust: bool = Fals
     """
     record = read_run(run)
     config = restore_config(record)
-    refuse_code(config, trust=trust)
     _check_request(config, format=format, out=out)
+    refuse_code(config, trust=trust)
     check_kept_files(record, run, part="best")
     template = _read_own_template(record, config)
     with _create_folder_atomically(out) as folder:

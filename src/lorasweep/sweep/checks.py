@@ -21,6 +21,7 @@ from lorasweep.sweep.workers.train import check_workers
 from lorasweep.training.generation import check_answers, get_answers
 from lorasweep.training.inputs import InputsCache, check_batch_memory
 from lorasweep.training.module import check_run
+from lorasweep.wording import format_share
 
 MAX_STEPS = 900
 """Upper bound of the steps that `sweep.epochs` sets, because a sweep trains dozens of runs. `MIN_STEPS` is the lower
@@ -149,9 +150,34 @@ def describe_coverages(definition: Definition, inputs_cache: InputsCache) -> dic
     return {coverage.describe(): bool(coverage.fused_experts) for coverage in coverages if coverage is not None}
 
 
-def list_model_warnings(definition: Definition, inputs_cache: InputsCache) -> list[str]:
-    """Returns a sentence for each base with fused experts, which LoRA leaves out."""
-    return [text for text, is_warning in describe_coverages(definition, inputs_cache).items() if is_warning]
+def describe_steps(definition: Definition, inputs_cache: InputsCache) -> dict[str, bool]:
+    """Returns a sentence on steps that are less than an epoch, and whether it warns: of labels that are not learned."""
+    config = next((arm.base for arm in definition.arms if arm.base.num_steps), None)
+    if config is None or config.data.name.startswith("stdlib"):
+        return {}
+    splits, batch_size = inputs_cache.load(config).splits, config.trainer.batch_size
+    num_examples, most_frequent = len(splits.train), score_constant_answer(definition, inputs_cache).get("accuracy")
+    if (epochs := config.num_steps * batch_size / num_examples) >= 1:
+        return {}
+    risk = (
+        ""
+        if most_frequent is None
+        else (
+            " So few steps may not get beyond the answer that is always the most frequent label (accuracy "
+            f"{format_share(most_frequent)})."
+        )
+    )
+    steps = math.ceil(num_examples / batch_size)
+    text = (
+        f"Each run trains {config.num_steps:,} steps of {batch_size}: {epochs:.2f} epochs of {num_examples:,} training "
+    )
+    return {f"{text}examples.{risk} `trainer.max_steps={steps}` makes one epoch.": bool(risk)}
+
+
+def list_warnings(definition: Definition, inputs_cache: InputsCache) -> list[str]:
+    """Returns a sentence for each base with fused experts, which LoRA leaves out, and on labels with too few steps."""
+    described = describe_coverages(definition, inputs_cache) | describe_steps(definition, inputs_cache)
+    return [text for text, is_warning in described.items() if is_warning]
 
 
 def list_notes(definition: Definition, inputs_cache: InputsCache) -> list[str]:
@@ -160,16 +186,8 @@ def list_notes(definition: Definition, inputs_cache: InputsCache) -> list[str]:
     A note that several arms share appears once.
     """
     notes = [note for arm in definition.arms for note in inputs_cache.load(arm.base).notes]
-    config = next((arm.base for arm in definition.arms if arm.base.num_steps), None)
-    if config is not None and not config.data.name.startswith("stdlib"):
-        num_examples, batch_size = len(inputs_cache.load(config).splits.train), config.trainer.batch_size
-        if (epochs := config.num_steps * batch_size / num_examples) < 1:
-            notes.append(
-                f"Each run trains {config.num_steps:,} steps of {batch_size}: {epochs:.2f} epochs of "
-                f"{num_examples:,} training examples. `trainer.max_steps={math.ceil(num_examples / batch_size)}` makes "
-                "one epoch."
-            )
-    notes += [text for text, is_warning in describe_coverages(definition, inputs_cache).items() if not is_warning]
+    described = describe_coverages(definition, inputs_cache) | describe_steps(definition, inputs_cache)
+    notes += [text for text, is_warning in described.items() if not is_warning]
     notes += [*explain_bases(definition), *explain_solo_arms(definition)]
     power = describe_power(definition, inputs_cache.load(definition.arms[0].base).splits)
     notes += [f"Expected before the sweep: {text[:1].lower()}{text[1:]}" for text in power]

@@ -19,7 +19,7 @@ import yaml
 from lorasweep.config.compose import SWEEP_GROUPS, compose_run
 from lorasweep.config.data import TableConfig
 from lorasweep.config.run import STEPS_KEY
-from lorasweep.data.reading.conversations import KNOWN_COLUMNS
+from lorasweep.data.reading.conversations import KNOWN_COLUMNS, TOOLS_COLUMN
 from lorasweep.data.reading.files import find_files, find_suffix, open_text
 from lorasweep.data.reading.local import DEFAULT_DIALECTS, TABLE_SUFFIXES
 from lorasweep.data.reading.tables import load_tables
@@ -32,7 +32,7 @@ from lorasweep.sweep.definition.sweep_file import MAX_NAME_CHARACTERS, make_path
 from lorasweep.sweep.power import TEST_PERCENTS, assess_power, describe_power
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.run_inputs import RunInputs
-from lorasweep.wording import format_count, format_share, join_words
+from lorasweep.wording import format_count, format_share, join_words, shorten
 
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "sentiment", "score", "rating", "stars")
 """Usual names of the column of labels, in the order in which they are tried."""
@@ -46,6 +46,10 @@ TEXT_COLUMNS: Mapping[str, str | None] = {
     **dict.fromkeys(("review", "content", "body")),
 }
 """Usual names of the column of texts, in the order in which they are tried, each with the column of second texts."""
+PAIR_MARKS = (("1", "2"), ("a", "b"), ("A", "B"))
+"""Marks by which the names of the two columns of a pair differ, as in `#1 String` and `#2 String`."""
+MIN_TEXT_SHARE = 0.5
+"""Share of the values of a column that must have several words, so that the column may hold second texts."""
 EPOCHS = 3
 MAX_VALIDATION_EXAMPLES = 1000
 MAX_MEASURED_TOKENS = 4096
@@ -97,13 +101,11 @@ arms:
 class Draft:
     """A sweep file for a user's model and data."""
 
-    settings: Mapping[str, Any]
-    """The settings that the user gave, with the kind of data and the columns that were chosen from the data."""
     text: str
     """The content of the file."""
     definition: Definition
-    power: list[str]
-    """Sentences on what the test data can settle."""
+    notes: list[str]
+    """Sentences on the columns of the data, and on what the test data can settle."""
 
 
 def draft_definition(overrides: SweepOverrides, inputs_cache: InputsCache) -> Definition:
@@ -134,7 +136,13 @@ def draft_sweep(path: Path, settings: Mapping[str, Any], inputs_cache: InputsCac
         )
     of_sweep = {key: value for key, value in settings.items() if key.split(".")[0] in SWEEP_GROUPS}
     settings = {key: value for key, value in settings.items() if key not in of_sweep}
-    chosen = {**({} if "data" in settings else _choose_data(settings)), **settings}
+    found, notes = ({}, []) if "data" in settings else _choose_data(settings)
+    chosen = {**found, **settings}
+    if chosen["data"] == "chat" and "data.answers.score" not in chosen:
+        notes.append(
+            "`data.answers.score=exact_match confirm.metric=exact_match` (or `last_number`) asks about generated "
+            "answers, not about the loss."
+        )
     chosen = {"model": "classifier" if chosen["data"] == "table" else "causal_lm", **chosen}
     if chosen["model"] in ("classifier", "causal_lm") and "model.path" not in chosen:
         raise ConfigError(
@@ -151,7 +159,7 @@ def draft_sweep(path: Path, settings: Mapping[str, Any], inputs_cache: InputsCac
     def fill(settings: Mapping[str, Any], inputs: RunInputs) -> tuple[str, Definition]:
         metric = {} if any(key.startswith("data.metric") for key in settings) else {"data.metric": inputs.splits.metric}
         numbered = {**settings, **metric, **_choose_numbers(inputs, settings)}
-        text = _fill_template(path, numbered, {**SWEEP_SETTINGS, **of_sweep}, inputs)
+        text = _fill_template(path, numbered, {**SWEEP_SETTINGS, **of_sweep}, inputs, notes=notes)
         return text, read_definition(yaml.safe_load(text))  # a draft must be a sweep that starts
 
     inputs = load(chosen)
@@ -166,12 +174,14 @@ def draft_sweep(path: Path, settings: Mapping[str, Any], inputs_cache: InputsCac
             with_fraction = {**chosen, "data.test_fraction": percent / 100}
             inputs = load(with_fraction)
             text, definition = fill(with_fraction, inputs)
-    described = describe_power(definition, inputs.splits)
-    return Draft(settings={**chosen, **of_sweep}, text=text, definition=definition, power=described)
+    notes += describe_power(definition, inputs.splits)
+    return Draft(text=text, definition=definition, notes=notes)
 
 
-def _choose_data(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the kind of data and the columns that the user did not name, from the first file or split.
+def _choose_data(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Returns the kind of data and the columns that the user did not name, and notes on the columns that are not used.
+
+    Reads the first file or split.
 
     Raises ConfigError if the first line of a csv, tsv or txt file looks like a row: its label occurs again below it.
     """
@@ -183,25 +193,43 @@ def _choose_data(settings: Mapping[str, Any]) -> dict[str, Any]:
             with open_text(first) as file:
                 is_table = "\t" in file.readline()
         if not is_table:
-            return {"data": "text"}
+            return {"data": "text"}, []
     config = compose_run({"data": "table", **settings, "model": "tiny"}, require_all=False).data
     assert isinstance(config, TableConfig)
     table, *_ = load_tables(config, "train", lambda names, source: names)
     names = list(table.columns)
-    if any(set(known.split()) <= set(names) for known in KNOWN_COLUMNS):
-        return {"data": "chat"}
     columns = {name: table.get_values(name) for name in names}
+    known = next((known.split() for known in KNOWN_COLUMNS if set(known.split()) <= set(names)), None)
+    if known and not {"data.label", "data.text", "data.text_pair"} & settings.keys():
+        return {"data": "chat"}, _describe_unused(columns, [*known, TOOLS_COLUMN, settings.get("data.group")])
     guessed = _guess_columns(columns, settings)
     label, is_named = guessed.get("data.label"), "data.columns" in settings
     is_delimited = first is not None and find_suffix(first) in DEFAULT_DIALECTS
     if is_delimited and not is_named and label and label not in LABEL_COLUMNS and label in columns[label]:
-        known = {label: "label", guessed.get("data.text"): "text"}
-        shown = ",".join(known.get(name, f"column{number}") for number, name in enumerate(names, 1))
+        named = {label: "label", guessed.get("data.text"): "text"}
+        shown = ",".join(named.get(name, f"column{number}") for number, name in enumerate(names, 1))
         raise ConfigError(
             f"the first line of {train!r} must name its columns, but looks like data, because {label!r} occurs again "
             f"in its column. Name the columns in their order, such as `'data.columns=[{shown}]'`."
         )
-    return {"data": "table", **guessed}
+    used = {**guessed, **settings}
+    of_table = [used.get(f"data.{key}") for key in ("label", "text", "text_pair", "group")]
+    return {"data": "table", **guessed}, _describe_unused(columns, of_table, asks="data.text_pair" not in used)
+
+
+def _describe_unused(
+    columns: Mapping[str, Sequence[Any]], used: Sequence[str | None], *, asks: bool = False
+) -> list[str]:
+    """Returns a sentence that names the columns that are not used; if it `asks`, also whether one has second texts."""
+    if not (unused := [name for name in columns if name not in used]):
+        return []
+    texts = [name for name in unused if _is_text(columns[name])]
+    ask = f" Is {texts[0]!r} the second text of a pair? Then set `data.text_pair` to it." if texts and asks else ""
+    return [f"Columns that are not used: {shorten(unused, 400)}.{ask}"]
+
+
+def _is_text(values: Sequence[Any]) -> bool:
+    return sum(isinstance(value, str) and " " in value.strip() for value in values) > MIN_TEXT_SHARE * len(values)
 
 
 def _guess_columns(columns: Mapping[str, Sequence[Any]], settings: Mapping[str, Any]) -> dict[str, str]:
@@ -226,9 +254,23 @@ def _guess_columns(columns: Mapping[str, Sequence[Any]], settings: Mapping[str, 
         free = [name for name in free if columns[name] and all(isinstance(value, str) for value in columns[name])]
         lengths = {name: fmean(map(len, columns[name])) for name in free}
         text = guess("data.text", "texts", TEXT_COLUMNS, sorted(free, key=lengths.__getitem__, reverse=True))
-        if (pair := TEXT_COLUMNS.get(text)) in free and "data.text_pair" not in settings:
-            guessed["data.text_pair"] = str(pair)
+        if "data.text_pair" not in settings and (pair := _find_pair(text, free)):
+            first, second = (name for name in columns if name in (text, pair))
+            guessed |= {"data.text": first, "data.text_pair": second}
     return guessed
+
+
+def _find_pair(text: str, others: Sequence[str]) -> str | None:
+    """Returns the column of second texts by its name: `#2 String` for `#1 String`. None if none or several fit."""
+    marked = {
+        text[:place] + new + text[place + 1 :]
+        for marks in PAIR_MARKS
+        for old, new in (marks, marks[::-1])
+        for place, character in enumerate(text)
+        if character == old
+    }
+    found = [name for name in others if name in marked or name == TEXT_COLUMNS.get(text)]
+    return found[0] if len(found) == 1 else None
 
 
 def _choose_numbers(inputs: RunInputs, chosen: Mapping[str, Any]) -> dict[str, int]:
@@ -247,13 +289,16 @@ def _choose_numbers(inputs: RunInputs, chosen: Mapping[str, Any]) -> dict[str, i
     return {key: number for key, number in numbers.items() if key not in chosen}
 
 
-def _fill_template(path: Path, settings: Mapping[str, Any], of_sweep: Mapping[str, Any], inputs: RunInputs) -> str:
+def _fill_template(
+    path: Path, settings: Mapping[str, Any], of_sweep: Mapping[str, Any], inputs: RunInputs, *, notes: Sequence[str]
+) -> str:
     train, trainer, labels = inputs.splits.train, compose_run(settings).trainer, inputs.base.labels
     parameters = sum(parameter.numel() for parameter in inputs.base.model.parameters())
     named = "" if labels is None or len(labels.names) < 2 else f" and {len(labels.names)} labels"
     facts = [
         f"The base has {format_count(parameters)} parameters. The data has {len(train):,} training sequences{named}.",
         *inputs.splits.notes,
+        *notes,
     ]
     others = [name for name in inputs.data.objective.metrics if name != inputs.splits.metric]
     constant = inputs.splits.score_constant_answer(inputs.splits.validation).get("accuracy", 0.0)

@@ -17,6 +17,8 @@ from lorasweep.sweep.definition.confirm import count_confirm_runs, find_warnings
 from lorasweep.sweep.definition.packing import explain_bases, explain_solo_arms
 from lorasweep.wording import format_bytes, format_count, format_seconds_range
 
+LONG_PLAN_S = 3600
+"""A longer sweep gets the hint that `--minutes` cuts it."""
 MAX_NAME_WIDTH = 16
 """Longest name of an arm that never wraps in 80 columns."""
 
@@ -72,6 +74,8 @@ def _list_notes(definition: Definition, rates: Sequence[Rates]) -> Iterator[str]
     range_note = " The upper end is for packs whose steps take as long with empty slots." if " to " in total else ""
     shared = f" {workers} workers share this time." if (workers := count_workers(definition)) > 1 else ""
     yield f"Time on this machine, if it does nothing else: {total} ({parts}).{range_note}{shared}"
+    if longest.high_s > LONG_PLAN_S:
+        yield "`--minutes N` cuts seeds, trials and steps to a time of your choice, and says what that gives up."
     if longest.confirm_s > cost.confirm_s:
         yield f"If every question stays open to the last look: {format_seconds_range(longest.low_s, longest.high_s)}."
 

@@ -153,15 +153,17 @@ def count_ended(runs: Sequence[Trial]) -> int:
 def render_status(status: SweepStatus) -> RenderableType:
     """Returns a table of the arms. Below the table are the running trials, or how to resume a stopped sweep."""
     record = status.record
-    title = f"{record.name}: {record.search_metric.name} ({record.search_metric.direction}), {record.status}"
+    is_over = record.status == "complete"
+    state = "complete" if is_over else "running" if status.is_running else "interrupted"  # a killed sweep's record lags
+    title = f"{record.name}: {record.search_metric.name} ({record.search_metric.direction}), {state}"
     notes: list[str] = []
-    if status.is_running and record.status != "complete":
+    if status.is_running and not is_over:
         notes += _list_running_trials(record)
         age, left = status.record_age_s, status.seconds_left
         written = f"as of {format_seconds(age)} ago: " if age >= MIN_SHOWN_AGE_S else ""
         time_left = "" if left is None else f", {describe_next_answers(record)} in about {format_seconds(left)}"
         notes.append(f"{written}{format_seconds(record.makespan_s)} so far{time_left}")
-    elif record.status == "complete":
+    elif is_over:
         notes.append(f"• Type `lorasweep compare {status.folder}` for the answers and the test scores.")
     else:
         notes.append(f"• No process runs this sweep. Type `lorasweep sweep --resume {status.folder}` to resume it.")

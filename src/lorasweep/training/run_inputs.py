@@ -114,7 +114,7 @@ def read_settings(given: RunSettings, *, trust: bool = False) -> RunConfig:
         return given
     if isinstance(given, Mapping):
         config = build(RunConfig, given)
-        refuse_code(config, trust=trust)
+        refuse_code(config, trust=trust, groups=("model", "module", "objective", "data"))
         return config
     from lorasweep.config.command_line import parse_overrides  # noqa: PLC0415 (Hydra is slow to start)
     from lorasweep.config.compose import compose_run  # noqa: PLC0415 (Hydra is slow to start)

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shlex
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from lorasweep.config.compose import packaged_folder
 from lorasweep.config.sweep import MAX_ARMS, MAX_CHOICES
 from lorasweep.disk import require_regular_file
 from lorasweep.errors import ConfigError, first_line
-from lorasweep.record import is_number
+from lorasweep.record import SWEEP_FILE, is_number
 from lorasweep.wording import format_bytes, suggest_nearest
 
 MAX_NAME_CHARACTERS = 100
@@ -79,20 +80,25 @@ def find_sweep_file(name: str) -> Path:
     Raises:
         ConfigError: The file is missing; the message lists the names.
     """
+    files = list_sweep_files()
+    if name in files:
+        return files[name]
+    if (Path(name) / SWEEP_FILE).is_file():
+        raise ConfigError(
+            f"a sweep must be a name or a file, but {name!r} is the folder of one. To resume it, or to add to it, type "
+            f"`lorasweep sweep --resume {shlex.quote(name)}`."
+        )
     if name.endswith((".yaml", ".yml")) or "/" in name:
         path = Path(name)
         if not path.is_file():
             others = map(str, path.parent.glob("*.y*ml"))
             raise ConfigError(f"a sweep file must exist, but {name!r} does not.{suggest_nearest(name, others)}")
         return path
-    files = list_sweep_files()
-    if name not in files:
-        raise ConfigError(
-            f"a sweep must be one of {', '.join(sorted(files))} or a YAML file, but got {name!r}."
-            f"{suggest_nearest(name, [*(path.name for path in Path.cwd().glob('*.y*ml')), *files])}"
-            f"{f' Name data by `data.train={name}`.' if Path(name).is_file() else ''}"
-        )
-    return files[name]
+    raise ConfigError(
+        f"a sweep must be one of {', '.join(sorted(files))} or a YAML file, but got {name!r}."
+        f"{suggest_nearest(name, [*(path.name for path in Path.cwd().glob('*.y*ml')), *files])}"
+        f"{f' Name data by `data.train={name}`.' if Path(name).is_file() else ''}"
+    )
 
 
 def list_sweep_files() -> dict[str, Path]:
