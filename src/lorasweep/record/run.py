@@ -74,6 +74,8 @@ class RunRecord:
     `model.attention=auto` chose (`name`, `reason`), and `too_large`: micro-batches that ran out of memory."""
     base: dict[str, Any] = field(default_factory=dict)
     """`path`, `fingerprint`, `parameters`."""
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    """Digests of what the run read, by setting (`RunInputs.fingerprints`). They must be the same when it resumes."""
     started_at: str = ""
     """UTC, ISO 8601."""
     ended_at: str | None = None

@@ -153,6 +153,8 @@ class SweepRecord:
     """Path of the sweep file."""
     source_sha256: str | None = None
     """SHA-256 of the sweep file when the sweep began."""
+    fingerprints: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Digests of everything that the runs of each arm read (`sweep.fingerprints`). They stay when the sweep resumes."""
     arms: Annotated[list[ArmRow], Field(min_length=1, max_length=MAX_ARMS)]
     trials: list[Trial] = field(default_factory=list)
     """The trials of the search, by arm and number."""
