@@ -25,6 +25,7 @@ from lorasweep.record import (
     Trial,
     TrialState,
     find_winner,
+    get_run_folder,
     read_run,
     read_sweep,
 )
@@ -244,7 +245,7 @@ def _read_runs(record: SweepRecord, folder: Path) -> Iterator[str]:
     """Sets the record of each trial and confirm run, and yields a sentence for each that can't be read."""
     for trial in (*record.trials, *record.confirm):
         try:
-            trial.record = read_run(folder / trial.run)
+            trial.record = read_run(get_run_folder(folder, trial.run))
         except (RecordError, OSError) as error:
             if trial.state != "running":  # a run that begins has no record yet
                 yield f"The run `{trial.run}` can't be read: {error}"
