@@ -37,6 +37,7 @@ from lorasweep.sweep.checks import (
 from lorasweep.sweep.controller.folder import SweepFolder
 from lorasweep.sweep.controller.lifecycle import create_sweep, read_saved_definition
 from lorasweep.sweep.definition.arms import Definition
+from lorasweep.sweep.fingerprints import compute_fingerprints
 from lorasweep.sweep.status import SweepStatus, report_status, show_progress
 from lorasweep.sweep.workers.train import train_sweep
 from lorasweep.training.generation import check_answers, get_answers
@@ -79,6 +80,7 @@ def run_definition(
             test_metrics=list_test_metrics(definition, metric),
             retained=list_retained(definition, inputs_cache),
             constant_answer=constant_answer,
+            fingerprints=compute_fingerprints(definition, inputs_cache),
             notes=notes,
             warnings=list_warnings(definition, inputs_cache),
         )

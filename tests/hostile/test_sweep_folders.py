@@ -35,6 +35,8 @@ REFUSED = [
     {"looks": [5, 3]},
     {"confirm_seeds": list(range(1001))},
     {"questions/0/reference": None},
+    {"questions": lambda questions: questions[:1] * 701},
+    {"questions/0/subjects": ["lora"] * 1001},
     {"trials/0/number": 2**63},
     {"makespan_s": 1e308},
     {"trials/0/values": {"1": 1e308}},
@@ -126,6 +128,29 @@ def test_pipes_are_not_opened(theirs, name, codes, capsys):
     (theirs / name).unlink()
     os.mkfifo(theirs / name)
     assert [feed(command, "theirs", capsys=capsys) for command in ("status", "compare")] == codes
+
+
+@pytest.mark.parametrize("name", ["test_scores.csv", "test_answers.csv"])
+def test_a_table_of_30_gb_is_not_read(theirs, name, capsys):
+    path = theirs / "runs/lora-confirm-0000" / name
+    path.touch()
+    os.truncate(path, 30 * 2**30)  # takes no space on the disk
+    assert feed("compare", "theirs", capsys=capsys) == DONE
+
+
+def test_another_file_does_not_come_into_the_page_by_a_link(theirs, capsys):
+    private = theirs.parent / "scores.csv"
+    private.write_text(
+        "row,prompt,reference,answer,score,weight,group\n0,a-secret-4711,a-secret-4711,a-secret-4711,1,1,0\n"
+    )
+    for path in (theirs / "base_answers.csv", *(run / "test_answers.csv" for run in theirs.glob("runs/*-confirm-*"))):
+        path.symlink_to(private)
+    elsewhere = theirs / "runs/lora-0001"
+    shutil.move(elsewhere, theirs.parent / "out")
+    elsewhere.symlink_to(theirs.parent / "out")
+    set_values(theirs.parent / "out" / "run.json", {"notes": ["a-secret-4711"], "reason": "a-secret-4711"})
+    assert feed("compare", "theirs", capsys=capsys) == DONE
+    assert "a-secret-4711" not in (theirs / "report/index.html").read_text()
 
 
 def test_a_record_of_more_than_100_mb_is_refused(theirs, capsys):

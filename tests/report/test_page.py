@@ -5,12 +5,12 @@ import json
 import re
 from collections import Counter
 from html.parser import HTMLParser
-from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.files import edit_json
 
+from lorasweep.record import json_file
 from lorasweep.report.figures import draw_panels
 from lorasweep.report.sweep_data import load_sweep_data
 from lorasweep.report.write import write_report
@@ -109,13 +109,13 @@ def test_what_is_missing_is_a_sentence_and_the_rest_still_appears(tmp_path, chan
 
 def test_a_report_reads_each_record_once(confirmed, monkeypatch):
     reads = Counter()
-    read_bytes = Path.read_bytes
+    read = json_file.read_bounded
 
-    def count(path):
-        reads[path] += path.name in ("sweep.json", "run.json")
-        return read_bytes(path)
+    def count(path, **others):
+        reads[path] += 1
+        return read(path, **others)
 
-    monkeypatch.setattr(Path, "read_bytes", count)
+    monkeypatch.setattr(json_file, "read_bounded", count)
     result = load_sweep(confirmed)
     write_report(result.findings)
     assert result.table()

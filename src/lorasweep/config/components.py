@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+import sysconfig
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import field
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any, TypeVar
 
 from pydantic.dataclasses import dataclass
 
-from lorasweep.config.build import TARGET, Settings
+from lorasweep.config.build import TARGET, Settings, dotted_items
 from lorasweep.errors import ConfigError, describe_error
 
 T = TypeVar("T")
@@ -109,6 +111,24 @@ def _import(target: Any, *, key: str, kind: str, example: str) -> Any:
         return resolve_name(target)  # Hydra's own function would also log an error on several lines
     except Exception as error:  # a module may raise any error while Python imports it
         raise ConfigError(f"{message}: {describe_error(error)}.") from error
+
+
+def find_own_files(settings: Mapping[str, Any]) -> dict[str, Path]:
+    """Returns the file of each class or function that nested settings name by `_target_`, by its dotted key.
+
+    Those of lorasweep, of Python and of installed packages are left out: records have their versions.
+    """
+    installed = sysconfig.get_paths()["stdlib"], str(Path(__file__).parent.parent)
+    files = {}
+    for key, target in dotted_items(settings):
+        if key.endswith(f".{TARGET}") and target is not None:
+            with suppress(TypeError):  # a class that is written in C has no file
+                file = Path(
+                    inspect.getfile(_import(target, key=key.removesuffix(f".{TARGET}"), kind="class", example="m.C"))
+                )
+                if not str(file).startswith(installed) and not {"site-packages", "dist-packages"} & {*file.parts}:
+                    files[key] = file
+    return files
 
 
 def list_argument_names(target: Any, *, key: str) -> tuple[list[str], bool]:

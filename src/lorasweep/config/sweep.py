@@ -15,6 +15,8 @@ from lorasweep.errors import ConfigError
 
 MAX_CONFIRM_SEEDS = 1000
 MAX_ARMS = 100
+MAX_PAIRS = 500
+"""Maximum number of `confirm.pairs`, each of which is one question more."""
 MAX_CHOICES = 1000
 """Maximum number of choices of a swept key. Each is composed and checked, which takes milliseconds."""
 
@@ -180,7 +182,7 @@ class ConfirmConfig(Settings):
     margin: float | str
     """The smallest difference between two arms that matters: a number in the metric's unit (0.01), or a percentage of
     the gain of `full` over `frozen` on test data (5%). The verdicts on arms and on the rank use it."""
-    pairs: tuple[tuple[str, ...], ...]
+    pairs: Annotated[tuple[tuple[str, ...], ...], Field(max_length=MAX_PAIRS)]
     """Further questions: pairs of arms to compare, such as `[[lora, vera]]`. Without `full` and without pairs, every
     arm is compared with the first one that trains."""
     metric: str

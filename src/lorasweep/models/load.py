@@ -90,6 +90,8 @@ class BaseModel:
     quantisation."""
     num_parameters: int
     """Number of parameters; tied parameters count once."""
+    folder: Path | None = None
+    """The folder with the model's files; None for a user's module."""
     kind: ModelKind = "causal_lm"
     new_head_names: tuple[str, ...] = ()
     """Names of modules that the checkpoint does not have. Each run draws their weights with its seed."""
@@ -168,6 +170,7 @@ def load_base(config: ModelConfig, *, dtype: torch.dtype, labels: Labels | None 
         path=config.path,
         fingerprint=fingerprint_weights(model, exclude=head_names),
         num_parameters=count_parameters(model),
+        folder=folder,
         kind=config.kind,
         new_head_names=head_names,
         labels=labels,
@@ -210,6 +213,11 @@ def find_model_folder(config: ModelConfig) -> Path:
             "transformers' `save_pretrained`."
         )
     return folder
+
+
+def list_model_files(folder: Path) -> list[Path]:
+    """Returns the files of a model that decide what it computes: weights, configuration, tokenizer and code."""
+    return sorted(path for pattern in (*ALWAYS_DOWNLOADED, "*.py") for path in folder.glob(pattern))
 
 
 def find_local_path(config: ModelConfig) -> Path | None:

@@ -88,7 +88,7 @@ def read_json(kind: type[T], path: Path) -> T:
             f"{suggest_nearest(str(path.parent), [str(folder) for folder in others if folder.is_dir()])}"
         )
     try:
-        record: T = _adapter(kind).validate_json(read_bounded(path), strict=True)  # type: ignore[arg-type]
+        record: T = _adapter(kind).validate_json(read_bounded(path, folder=path.parent), strict=True)  # type: ignore[arg-type]
         return record
     except PermissionError as error:
         raise RecordError(f"{str(path)!r} must be readable, but can't be read: {error.strerror}.") from error

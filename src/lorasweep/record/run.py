@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorasweep.config.data import Direction, ScoreMetric
+from lorasweep.disk import open_bounded
 from lorasweep.record.json_file import VERSION, Count, Number, is_number, read_json
 
 RUN_FILE = "run.json"
@@ -74,6 +77,8 @@ class RunRecord:
     `model.attention=auto` chose (`name`, `reason`), and `too_large`: micro-batches that ran out of memory."""
     base: dict[str, Any] = field(default_factory=dict)
     """`path`, `fingerprint`, `parameters`."""
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    """Digests of what the run read, by setting (`RunInputs.fingerprints`). They must be the same when it resumes."""
     started_at: str = ""
     """UTC, ISO 8601."""
     ended_at: str | None = None
@@ -130,7 +135,7 @@ def read_steps(folder: Path, *, having: str = "") -> Iterator[dict[str, Any]]:
     path = folder / STEPS_FILE
     if not path.is_file():
         return
-    with path.open(errors="replace") as file:
+    with io.TextIOWrapper(open_bounded(path, folder=folder, max_bytes=math.inf), errors="replace") as file:
         for line in iter(partial(file.readline, MAX_STEP_CHARACTERS), ""):
             if having not in line:
                 continue

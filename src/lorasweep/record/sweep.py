@@ -12,7 +12,7 @@ from pydantic import Field
 
 from lorasweep.config.data import ScoreMetric
 from lorasweep.config.method import FrozenConfig
-from lorasweep.config.sweep import MAX_ARMS, MAX_CHOICES, MAX_CONFIRM_SEEDS
+from lorasweep.config.sweep import MAX_ARMS, MAX_CHOICES, MAX_CONFIRM_SEEDS, MAX_PAIRS
 from lorasweep.errors import RecordError
 from lorasweep.record.json_file import VERSION, Count, Finite, FolderName, Number, SweptSettings, read_json
 from lorasweep.record.trial import Stage, Subject, Trial
@@ -33,7 +33,7 @@ class Question:
     arm: str
     key: str | None
     """The `confirm_each` key of the arm, if it has one."""
-    subjects: list[str]
+    subjects: Annotated[list[str], Field(max_length=MAX_CHOICES)]
     """The subjects that are asked about, from the smallest value to the largest."""
     reference: str | None
     """The subject that they are compared with; None for `smallest`, whose references are the larger values."""
@@ -153,10 +153,12 @@ class SweepRecord:
     """Path of the sweep file."""
     source_sha256: str | None = None
     """SHA-256 of the sweep file when the sweep began."""
+    fingerprints: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Digests of everything that the runs of each arm read (`sweep.fingerprints`). They stay when the sweep resumes."""
     arms: Annotated[list[ArmRow], Field(min_length=1, max_length=MAX_ARMS)]
     trials: list[Trial] = field(default_factory=list)
     """The trials of the search, by arm and number."""
-    questions: list[Question] = field(default_factory=list)
+    questions: Annotated[list[Question], Field(max_length=2 * MAX_ARMS + MAX_PAIRS)] = field(default_factory=list)
     """The questions, as they were stated before the first trial."""
     looks: Annotated[list[NumSeeds], Field(max_length=MAX_LOOKS)] = field(default_factory=list)
     """Numbers of seeds at which the questions are tested, as planned beforehand; empty without a confirm stage."""
@@ -164,7 +166,7 @@ class SweepRecord:
     """The seeds of all planned looks."""
     settings: list[SettingRow] = field(default_factory=list)
     """The setting that the confirm stage trains for each subject; empty before the stage."""
-    looks_done: list[LookRow] = field(default_factory=list)
+    looks_done: Annotated[list[LookRow], Field(max_length=MAX_LOOKS)] = field(default_factory=list)
     confirm: list[Trial] = field(default_factory=list)
     """The runs of the confirm stage, by arm and number. A sweep that grew may also have runs of former settings."""
     margin: float | str

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from lorasweep.disk import require_regular_file
+from lorasweep.disk import MAX_TABLE_BYTES, open_bounded
 from lorasweep.record import ANSWERS_FILE
 from lorasweep.report.sweep_data import SweepData
 
@@ -30,7 +31,7 @@ def list_generated_examples(data: SweepData) -> list[GeneratedExample]:
     for one in sorted(data.subjects, key=lambda one: not one.row.is_base):
         for run in [run for run in one.confirm_runs if run.is_complete][:1]:
             files[one.name] = data.folder / run.run / ANSWERS_FILE.format("test")
-    tables = {name: table for name, path in files.items() if (table := _read(path))}
+    tables = {name: table for name, path in files.items() if (table := _read(path, data.folder))}
     rows = [row for row in next(iter(tables.values()), {}) if all(row in table for table in tables.values())]
     examples = []
     for row in rows[:: max(1, len(rows) // MAX_SHOWN_EXAMPLES)][:MAX_SHOWN_EXAMPLES]:
@@ -40,12 +41,12 @@ def list_generated_examples(data: SweepData) -> list[GeneratedExample]:
     return examples
 
 
-def _read(path: Path) -> dict[str, list[str]]:
+def _read(path: Path, folder: Path) -> dict[str, list[str]]:
     """Returns prompt, reference, answer and score by row; empty if the file is missing or damaged."""
     try:
-        require_regular_file(path)
-        with path.open(newline="", encoding="utf-8") as file:
+        file = open_bounded(path, folder=folder, max_bytes=MAX_TABLE_BYTES)
+        with io.TextIOWrapper(file, newline="", encoding="utf-8") as text:
             columns = ("prompt", "reference", "answer", "score")
-            return {line["row"]: [str(line[name]) for name in columns] for line in csv.DictReader(file)}
+            return {line["row"]: [str(line[name]) for name in columns] for line in csv.DictReader(text)}
     except (OSError, ValueError, KeyError, csv.Error):
         return {}

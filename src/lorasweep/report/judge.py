@@ -18,7 +18,7 @@ from rich.text import Text
 
 from lorasweep.config.data import METRIC_RANGES
 from lorasweep.config.sweep import MAX_ARMS, MAX_CONFIRM_SEEDS, parse_margin
-from lorasweep.disk import require_regular_file
+from lorasweep.disk import open_bounded
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.record import MAX_LOOKS, Question, QuestionName, Subject, is_number
 from lorasweep.report.answers import AnswerLine, build_entry, explain_open
@@ -281,11 +281,9 @@ def read_scores(path: Path, *, columns: Mapping[str, str]) -> pandas.DataFrame:
     import pandas  # noqa: PLC0415 (slow to import)
 
     try:
-        require_regular_file(path)
-        with path.open("rb") as file:
-            if len(file.readline(MAX_HEADER_BYTES)) == MAX_HEADER_BYTES or path.stat().st_size > MAX_SCORES_BYTES:
-                limits = format_bytes(MAX_SCORES_BYTES), format_bytes(MAX_HEADER_BYTES)
-                raise ValueError("it has more than {} or a header of more than {}".format(*limits))
+        with open_bounded(path, max_bytes=MAX_SCORES_BYTES) as file:
+            if len(file.readline(MAX_HEADER_BYTES)) == MAX_HEADER_BYTES:
+                raise ValueError(f"it has a header of more than {format_bytes(MAX_HEADER_BYTES)}")
         found = pandas.read_csv(path, compression=None)
         return found.rename(columns={theirs: ours for ours, theirs in columns.items()})
     except (ValueError, OSError) as error:  # a CSV that is damaged, empty, no text or no file

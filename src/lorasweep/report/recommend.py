@@ -14,7 +14,7 @@ from lorasweep.config.build import build
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import ALPHA, LR, RANK, SCALING, STEPS_KEY, RunConfig
 from lorasweep.errors import ConfigError, RecordError
-from lorasweep.record import SWEEP_FILE, Trial, is_number
+from lorasweep.record import SWEEP_FILE, Trial, get_run_folder, is_number
 from lorasweep.report.caveats import Learning, judge_learning
 from lorasweep.report.evidence.verdicts import NEGATIVE_VERDICTS, POSITIVE_VERDICTS
 from lorasweep.report.sweep_data import SubjectData, SweepData, load_sweep_data
@@ -162,7 +162,7 @@ def find_recommended_run(source: Path) -> tuple[Path, str]:
     runs = [run for run in scored if is_number(run.search_score)]
     run = min(runs, key=lambda run: sign * (run.search_score or 0.0), default=trial)
     best = f", the best of {len(runs)} seeds on validation data" if len(runs) > 1 else ""
-    return data.folder / run.run, f"{run.name}{best}"
+    return get_run_folder(data.folder, run.run), f"{run.name}{best}"
 
 
 def _load_source(source: Path) -> tuple[SweepData, str | None]:

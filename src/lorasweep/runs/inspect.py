@@ -23,7 +23,7 @@ from lorasweep.errors import RecordError
 from lorasweep.lora.layer_kinds import count_parameters, weight_to_matrix
 from lorasweep.lora.targets import find_targets
 from lorasweep.methods import METHODS, copy_sharing_weights, draw_head
-from lorasweep.record import read_run
+from lorasweep.record import SWEEP_FILE, get_run_folder, read_run
 from lorasweep.training.restore import (
     check_kept_files,
     restore_config,
@@ -85,6 +85,10 @@ def inspect_run(folder: Path, *, trust: bool = False) -> Inspection:
         RecordError: The folder has no run, its weights or its base are missing or changed, or nothing was trained.
         ConfigError: The base model can't be loaded, or PEFT can't merge the adapter.
     """
+    sweep = folder.absolute().parents[1]
+    if (sweep / SWEEP_FILE).is_file():
+        get_run_folder(sweep, f"runs/{folder.name}")
+    require_no_links(folder)
     record = read_run(folder)
     config = restore_config(record)
     refuse_code(config, trust=trust)
@@ -110,7 +114,6 @@ def inspect_run(folder: Path, *, trust: bool = False) -> Inspection:
             f"a run must have changed its base to be inspected, but the best weights of {str(folder)!r} equal the "
             "base's. Name a run that trained for longer, and not with `method=frozen`."
         )
-    require_no_links(folder / INSPECT_FOLDER)
     rows = [asdict(row) for row in layers]
     write_atomically(folder / INSPECT_FOLDER / "layers.csv", csv_text(list(rows[0]), (row.values() for row in rows)))
     write_atomically(folder / INSPECT_FOLDER / "spectra.json", json.dumps(spectra) + "\n")

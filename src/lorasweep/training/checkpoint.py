@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from lorasweep.disk import move_into_place, temporary_name, write_atomically
+from lorasweep.disk import move_into_place, read_bounded, temporary_name, write_atomically
 from lorasweep.record import compute_sha256
 
 CheckpointKind = Literal["last", "slot"]
@@ -116,7 +116,7 @@ def write_pack_state(path: Path, state: PackState) -> None:
 def read_pack_state(path: Path) -> PackState | None:
     """Returns the state in a file; None if the file is missing or damaged. Each run can then resume on its own."""
     try:
-        return PackState(**json.loads(path.read_text()))
+        return PackState(**json.loads(read_bounded(path, folder=path.parent)))
     except (OSError, ValueError, TypeError):
         return None
 

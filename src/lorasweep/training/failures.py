@@ -15,7 +15,7 @@ import torch.distributed as dist
 from lightning.fabric import Fabric
 
 from lorasweep.config.redaction import redact
-from lorasweep.disk import explain_unwritable, write_atomically
+from lorasweep.disk import explain_unwritable, read_bounded, write_atomically
 from lorasweep.errors import LoraSweepError, OutOfMemory, RanksLost, RunError, WorkerError, describe_error, first_line
 from lorasweep.record import RunStatus
 
@@ -104,7 +104,7 @@ def _read_note(folder: Path, *, wait_s: float = 0.0) -> dict[str, Any]:
     deadline = time.monotonic() + wait_s
     while True:
         with suppress(OSError):
-            note: dict[str, Any] = json.loads((folder / FAILURE_FILE).read_text())
+            note: dict[str, Any] = json.loads(read_bounded(folder / FAILURE_FILE, folder=folder))
             return note
         if time.monotonic() >= deadline:
             return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 
 from lorasweep.config.build import as_settings, build, dotted_items
 from lorasweep.config.run import RunConfig
-from lorasweep.disk import require_regular_file
+from lorasweep.disk import open_bounded, require_regular_file
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.models.load import BaseModel, Labels
@@ -111,11 +112,16 @@ def restore_model(config: RunConfig, base: BaseModel, *, folder: Path) -> nn.Mod
 
 def check_kept_files(record: RunRecord, run_folder: Path, *, part: str) -> None:
     """Checks that a run's folder has weights in `part` (`best` or `last`): unchanged regular files."""
-    paths = list((run_folder / part).glob("*"))
-    if not paths or not all(path.is_file() for path in paths):
+    paths, found = list((run_folder / part).glob("*")), "none"
+    try:
+        for path in paths:
+            open_bounded(path, folder=run_folder, max_bytes=math.inf).close()
+    except OSError as error:
+        paths, found = [], f"other files ({error})"
+    if not paths:
         raise RecordError(
-            f"a run must have kept weights in `{part}`, but {str(run_folder)!r} (status {record.status}) has "
-            f"{'something that is no file there' if paths else 'none'}. Name a run that was evaluated at least once."
+            f"a run must have kept weights in `{part}`, but {str(run_folder)!r} (status {record.status}) has {found}. "
+            "Name a run that was evaluated at least once."
         )
     for name, kept in record.files.items():
         file = run_folder / name

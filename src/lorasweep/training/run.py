@@ -96,7 +96,9 @@ def train_run(
         try:
             with join_processes(config.trainer) as group:
                 if group.world_size > 1:
-                    require_same_on_processes(inputs.fingerprints())
+                    chosen = inputs.attention and inputs.attention.name
+                    values = {"trainer.precision": inputs.precision, "model.attention": chosen}
+                    require_same_on_processes(inputs.fingerprints(config) | values)
                 attempt = LightningRun(
                     config=config,
                     run_folder=run_folder,

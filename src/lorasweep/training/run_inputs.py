@@ -11,15 +11,18 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 
-from lorasweep.config.build import build
+from lorasweep.config.build import as_settings, build
+from lorasweep.config.components import find_own_files
 from lorasweep.config.run import RunConfig, refuse_code
 from lorasweep.data.source import DataSource
 from lorasweep.data.split import Batch, Splits
+from lorasweep.errors import ConfigError
 from lorasweep.lora.targets import Coverage
 from lorasweep.methods import METHODS
 from lorasweep.models.attention import AttentionChoice, choose_attention
 from lorasweep.models.load import BaseModel, Labels
 from lorasweep.objectives.data_splits import DataSplits, build_data_splits, drop_slot_settings
+from lorasweep.record import compute_sha256
 from lorasweep.training.environment import DTYPES, Precision, get_device, resolve_precision
 from lorasweep.training.loaded_parts import LoadedParts
 from lorasweep.training.telemetry import Telemetry
@@ -83,15 +86,29 @@ class RunInputs:
         coverage = self.find_coverage(config)
         return self.notes if coverage is None else (*self.notes, coverage.describe())
 
-    def fingerprints(self) -> dict[str, Any]:
-        """Returns values that must be equal on every process of a run. A key is the setting that decides the value."""
+    def fingerprints(self, config: RunConfig) -> dict[str, str]:
+        """Returns a digest of the base, the data, the chat template and the user's code, each by its setting."""
+        template = self.splits.train.describe().get("template")
+        files = find_own_files(as_settings(config))
         return {
-            "model.path": self.base.fingerprint,
+            "model.path" if config.module is None else "module": self.base.fingerprint,
             "data.train": self.splits.train.fingerprint,
             "data.validation": self.splits.validation.fingerprint,
-            "trainer.precision": self.precision,
-            "model.attention": None if self.attention is None else self.attention.name,
+            **({} if template is None else {"data.template": template}),
+            **{f"{key} ({file.name})": compute_sha256(file)[:16] for key, file in files.items()},
         }
+
+
+def require_same_fingerprints(
+    recorded: Mapping[str, str], now: Mapping[str, str], *, kind: Literal["run", "sweep"]
+) -> None:
+    """Raises ConfigError if a recorded fingerprint of a run or a sweep is another one now."""
+    for key, value in recorded.items():
+        if now.get(key) != value:
+            raise ConfigError(
+                f"`{key}` must be as when the {kind} began (fingerprint {value!r}), but got {now.get(key)!r}. Restore "
+                f"it, or start a new {kind}."
+            )
 
 
 RunSettings: TypeAlias = RunConfig | Sequence[str] | Mapping[str, Any]

@@ -44,7 +44,7 @@ from lorasweep.training.environment import (
     peak_memory_bytes,
     resolve_device,
 )
-from lorasweep.training.run_inputs import RunInputs
+from lorasweep.training.run_inputs import RunInputs, require_same_fingerprints
 from lorasweep.training.telemetry import TrainingProgress
 
 Metrics = dict[str, float]
@@ -206,6 +206,7 @@ def open_record(
     """Returns a new record. If the run resumes, returns the record as it was at the checkpoint `found`."""
     if found.path is not None:
         record = read_run(run_folder.path)
+        require_same_fingerprints(record.fingerprints, inputs.fingerprints(config), kind="run")
         record.notes += [note for note in found.notes if note not in record.notes]
         record.status, record.reason, record.ended_at = "running", None, None
         record.test, record.answers, record.retained = {}, {}, {}
@@ -236,6 +237,7 @@ def open_record(
         notes=[*inputs.list_notes(config), *found.notes],
         data={"train": splits.train.describe(), "validation": splits.describe(splits.validation)},
         base=inputs.base.describe(),
+        fingerprints=inputs.fingerprints(config),
         started_at=utc_now(),
         steps_planned=config.num_steps,
         total_params=inputs.base.num_parameters,

@@ -7,6 +7,7 @@ examples, so differences are paired.
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.special import stdtr, stdtrit
 
+from lorasweep.disk import MAX_TABLE_BYTES, open_bounded
 from lorasweep.record import MAX_NUMBER
 
 Array = NDArray[np.float64]
@@ -86,8 +88,9 @@ class ConfirmScores:
 def read_examples(path: Path) -> RunExampleScores:
     """Reads a run's scores of single test examples. Raises ValueError if the file does not hold them."""
     try:
-        with path.open(newline="") as file:
-            lines = list(csv.DictReader(file))
+        with io.TextIOWrapper(open_bounded(path, folder=path.parent, max_bytes=MAX_TABLE_BYTES), newline="") as file:
+            columns = ("row", "score", "weight", "group")  # without texts, which may be long
+            lines = [{name: line[name] for name in columns} for line in csv.DictReader(file)]
         found = RunExampleScores(
             rows=tuple(str(line["row"]) for line in lines),
             scores=np.array([float(line["score"]) for line in lines]),

@@ -9,6 +9,7 @@ from pathlib import Path
 from lorasweep.config.data import METRIC_RANGES
 from lorasweep.config.method import FrozenConfig
 from lorasweep.config.sweep import Margin, parse_margin
+from lorasweep.errors import RecordError
 from lorasweep.record import (
     ANSWERS_FILE,
     RETAINED_SCORES_FILE,
@@ -16,6 +17,7 @@ from lorasweep.record import (
     QuestionName,
     RetainedRow,
     SweepRecord,
+    get_run_folder,
     is_number,
 )
 from lorasweep.report.evidence.estimates import (
@@ -179,11 +181,11 @@ def read_confirm_scores(
             problems.append(f"`{row.run}` has no {format_metric(metric)} on {on}.")
             continue
         values[row.subject, row.seed] = float(value)
-        path = folder / row.run / file
         try:
-            if path.is_file():
-                examples[row.subject, row.seed] = read_examples(path)
-        except (OSError, ValueError) as error:
+            examples[row.subject, row.seed] = read_examples(get_run_folder(folder, row.run) / file)
+        except FileNotFoundError:
+            pass  # the metric is no mean over examples
+        except (OSError, RecordError, ValueError) as error:
             problems.append(f"`{row.run}/{file}` is not used: {error}.")
     num_runs = {arm.name: sum(subject == arm.name for subject, _ in values) for arm in record.arms if arm.is_base}
     regrets = {row.subject: row.regret for row in record.settings if row.regret}

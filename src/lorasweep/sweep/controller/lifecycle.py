@@ -56,6 +56,7 @@ def create_sweep(
     test_metrics: Sequence[ScoreMetric] = (),
     retained: Sequence[RetainedRow] = (),
     constant_answer: Mapping[str, float] = MappingProxyType({}),
+    fingerprints: Mapping[str, dict[str, str]] = MappingProxyType({}),
     notes: Sequence[str] = (),
     warnings: Sequence[str] = (),
 ) -> SweepFolder:
@@ -69,6 +70,7 @@ def create_sweep(
         description=definition.description,
         search_metric=metric,
         constant_answer=dict(constant_answer),
+        fingerprints=dict(fingerprints),
         definition=definition.raw,
         source=str(definition.source) if definition.source else None,
         source_sha256=compute_sha256(definition.source) if definition.source else None,

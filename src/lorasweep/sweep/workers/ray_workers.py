@@ -33,10 +33,11 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from lorasweep.config.run import RunConfig
-from lorasweep.errors import LoraSweepError, RanksLost, WorkerError, first_line
+from lorasweep.errors import ConfigError, LoraSweepError, RanksLost, WorkerError, first_line
 from lorasweep.record import RunRecord, read_sweep
 from lorasweep.sweep.controller.controller import Controller
 from lorasweep.sweep.controller.lifecycle import read_saved_definition, reopen_sweep
+from lorasweep.sweep.fingerprints import check_fingerprints, compute_fingerprints
 from lorasweep.sweep.workers.ray_cluster import WorkerNeeds, count_fitting_workers
 from lorasweep.sweep.workers.worker import Worker
 from lorasweep.training.environment import describe_packages, name_device
@@ -70,20 +71,23 @@ class WorkerContext:
 
     def enter(self) -> None:
         """Raises `WorkerRefused` if this process differs. Sets its current folder."""
-        node = ray.get_runtime_context().get_node_id()
         if not self.sweep_path.is_dir():
             raise WorkerRefused(
                 f"every node must see the sweep's folder under the same path, but {str(self.sweep_path)!r} is missing "
-                f"on node {node[:8]}. Put it on a file system that the nodes share (`sweep.output`).",
+                f"on {_name_node()}. Put it on a file system that the nodes share (`sweep.output`).",
             )
         here, wanted = code_versions(), self.code
         if differing := [f"{name} {here[name]}, not {wanted[name]}" for name in here if here[name] != wanted[name]]:
             raise WorkerRefused(
-                f"every node must have the same code and packages, but node {node[:8]} has {'; '.join(differing)}. "
+                f"every node must have the same code and packages, but {_name_node()} has {'; '.join(differing)}. "
                 "Install the same versions on every node.",
             )
         if self.current_folder.is_dir():
             os.chdir(self.current_folder)
+
+
+def _name_node() -> str:
+    return f"node {ray.get_runtime_context().get_node_id()[:8]}"
 
 
 @cache
@@ -151,6 +155,13 @@ class WorkerActor:
     def run(self, controller: Any, *, name: str, num_workers: int, peers: Sequence[Any]) -> None:
         self.enter()
         client, path = ControllerClient(controller), self._context.sweep_path
+        definition, record = read_saved_definition(path), read_sweep(path)
+        try:
+            check_fingerprints(record.fingerprints, compute_fingerprints(definition, self._inputs_cache))
+        except ConfigError as error:
+            raise WorkerRefused(
+                f"every node must read the same data and model, but on {_name_node()}, {error}"
+            ) from error
         client.note_worker(device=name_device(), threads=torch.get_num_threads())
         self._peers = list(peers)
         try:
@@ -161,9 +172,9 @@ class WorkerActor:
             _end_process()
         Worker(
             path=path,
-            definition=read_saved_definition(path),
+            definition=definition,
             controller=client,  # type: ignore[arg-type]
-            test_metric=read_sweep(path).verdict_metric.name,
+            test_metric=record.verdict_metric.name,
             inputs_cache=self._inputs_cache,
             stop_requested=self._stop.is_set,
             name=name,

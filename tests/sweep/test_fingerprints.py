@@ -1,0 +1,97 @@
+"""A sweep or a run does not go on with other data, another base or other code than it began with."""
+
+import itertools
+import shutil
+
+import pytest
+from tests.files import edit_json, read_files
+from tests.small_runs import MINI, SMALL_RUN
+from tests.training.runs import stop_after
+
+import lorasweep
+from lorasweep.config.compose import compose_run
+from lorasweep.config.run import ModelConfig
+from lorasweep.errors import ConfigError
+from lorasweep.models.load import find_model_folder
+from lorasweep.report.sweep_data import load_sweep_data
+from lorasweep.training.inputs import build_inputs
+from lorasweep.training.run import train_run
+from lorasweep.training.run_log import RunFolder
+
+CALLBACK = "from lightning import Callback\nclass Mine(Callback):\n    pass\n"
+OWN = {
+    "model": "causal_lm",
+    "model.path": "base",
+    "data": "text",
+    "data.train": "train.txt",
+    "data.test": "test.txt",
+}
+NUMBERS = itertools.count()
+MORE_TRIALS = {"arms.lora.trials": 3}
+
+
+def change(path):
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def own(here, make_config):
+    """Settings with the user's model, data and code in the current folder, and the name of the file of code."""
+    tiny: ModelConfig = make_config().model
+    shutil.copytree(find_model_folder(tiny), here / "base")
+    for name in ("train", "test"):
+        texts = [f"the {name} text number {number} " * 20 for number in range(40)]
+        (here / f"{name}.txt").write_text("\n\n".join(texts))
+    name = f"own_callback_{next(NUMBERS)}"  # Python would not import a module of the same name again
+    (here / f"{name}.py").write_text(CALLBACK)
+    return OWN | {"callbacks.mine._target_": f"{name}.Mine"}, f"{name}.py"
+
+
+@pytest.mark.parametrize("seeds", [0, 1])
+def test_a_sweep_goes_on_only_with_what_it_began_with(own, here, seeds):
+    settings, code = own
+    settings = MINI["settings"] | settings | {"confirm.seeds": seeds}
+    lorasweep.run_sweep(MINI | {"settings": settings}, output="sweep", progress=None)
+    changed = ["train.txt", "base/model.safetensors", "base/config.json", code, *["test.txt"] * seeds]
+    changes = MORE_TRIALS if seeds == 0 else {"confirm.seeds": 2}
+    before = read_files(here / "sweep")
+    for name in changed:
+        content = (here / name).read_bytes()
+        if name.endswith("config.json"):
+            edit_json(here / name, lambda raw: raw.update(rms_norm_eps=1e-3))
+        else:
+            change(here / name)
+        named = {"train.txt": "data.(train|validation)", "test.txt": "data.test"}.get(name, name.rpartition("/")[2])
+        with pytest.raises(ConfigError, match=rf"`[^`]*{named}[^`]*` must be as when the sweep began \(.*'\w{{16}}'"):
+            lorasweep.resume_sweep("sweep", overrides=changes, progress=None)
+        (here / name).write_bytes(content)
+        assert read_files(here / "sweep") == before
+    assert lorasweep.resume_sweep("sweep", overrides=changes, progress=None).status == "complete"
+
+
+def test_a_run_goes_on_only_with_the_data_and_the_code_it_began_with(own, here):
+    settings, code = own
+    config = compose_run(SMALL_RUN | settings)
+    train_run(config, RunFolder(path=here / "run"), inputs=build_inputs(config), stop_requested=stop_after(1))
+    for name, key in (("train.txt", r"data\.(train|validation)"), (code, r"callbacks\.mine\._target_ .*\.py.")):
+        content = (here / name).read_bytes()
+        change(here / name)
+        with pytest.raises(ConfigError, match=f"`{key}` must be as when the run began .*start a new run"):
+            train_run(config, RunFolder(path=here / "run"), inputs=build_inputs(config), resume=True)
+        (here / name).write_bytes(content)
+    record = train_run(config, RunFolder(path=here / "run"), inputs=build_inputs(config), resume=True)
+    assert record.status == "complete"
+
+
+def test_the_report_says_which_runs_had_other_data(here):
+    lorasweep.run_sweep(MINI, output="sweep", progress=None)
+    run = here / "sweep/runs/lora-0001/run.json"
+    assert load_sweep_data(here / "sweep").problems == ()
+    edit_json(run, lambda raw: raw["platform"].update(precision="bf16"))
+    edit_json(run, lambda raw: raw["fingerprints"].update({"model.path": "0123456789abcdef"}))
+    assert load_sweep_data(here / "sweep").problems == ()  # another precision gives the same base another fingerprint
+    edit_json(run, lambda raw: raw["platform"].update(precision="fp32"))
+    (problem,) = load_sweep_data(here / "sweep").problems
+    assert all(word in problem for word in ("lora-0000", "lora-0001", "`model.path`", "'0123456789abcdef'"))
