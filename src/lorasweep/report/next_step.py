@@ -104,20 +104,21 @@ def find_settling_step(name: QuestionName, blocking: Sequence[Answer], data: Swe
             f"of {MIN_CHANCE:.0%}. The difference is close to the margin, or few test examples are known",
         )
     extension = step.extension
-    if extension.examples != 1:
-        found = _begin_again(
-            _enlarge_test(extension.examples, data), data, f"{extension.examples:g} times as many test examples"
+    changes: dict[str, int] = {}
+    words = []
+    if extension.trials > 1:
+        rows = [row for row in record.arms if row.name in searched]
+        changes, words = (
+            {f"arms.{row.name}.trials": extension.trials * row.trials for row in rows},
+            ["twice the trials"],
         )
-    else:
-        trials = {
-            f"arms.{row.name}.trials": extension.trials * row.trials for row in record.arms if row.name in searched
-        }
-        seeds = {"confirm.seeds": extension.seeds} if extension.seeds > max(record.looks) else {}
-        words = [
-            *(["twice the trials"] if extension.trials > 1 else []),
-            *([f"{extension.seeds} seeds in all"] if seeds else []),
-        ]
-        found = _resume({**(trials if extension.trials > 1 else {}), **seeds}, data, join_words(words))
+    if extension.seeds > max(record.looks):
+        changes["confirm.seeds"] = extension.seeds
+        words.append(f"{extension.seeds} seeds in all")
+    found = _resume(changes, data, join_words(words))
+    if extension.examples != 1:
+        wanted = _enlarge_test(extension.examples, data)
+        found = _begin_again(wanted, data, f"{extension.examples:g} times as many test examples")
     return replace(found, chance=step.chance, seconds=estimate_seconds(extension) or None)
 
 
@@ -147,45 +148,48 @@ def _estimate_seconds(extension: Extension, present: Present, arms: Collection[s
     record = data.record
     if extension.examples != 1:
         return record.makespan_s
-    by_subject: defaultdict[str | None, list[float]] = defaultdict(list)
-    for run in data.confirm_runs:
-        by_subject[run.subject].append(run.record.wall_s if run.record else 0.0)
-    searched = [trial for trial in data.trials if trial.record]
-    total = sum(trial.record.wall_s for trial in searched if trial.record) + sum(map(sum, by_subject.values()))
-    wall_s, names = 0.0, present.list_trained()
-    if extension.trials > 1:
-        wall_s = sum(trial.record.wall_s for trial in searched if trial.record and trial.arm in arms)
-        wall_s, names = (extension.trials - 1) * wall_s, set(by_subject)
-    for name, seconds in by_subject.items():
-        if name in names:
+    searched: defaultdict[str, float] = defaultdict(float)
+    for trial in data.trials:
+        searched[trial.arm] += trial.record.wall_s if trial.record else 0.0
+    added = (extension.trials - 1) * sum(searched[name] for name in arms)
+    confirmed = 0.0
+    for one in data.subjects:
+        seconds = [run.record.wall_s for run in one.confirm_runs if run.record]
+        confirmed += sum(seconds)
+        if seconds and (extension.is_repeated or one.name in present.list_trained()):
             kept = 0 if extension.is_repeated else len(seconds)
-            wall_s += max(extension.seeds - kept, 0) * statistics.fmean(seconds)
-    return record.makespan_s * wall_s / total if total else 0.0
+            added += max(extension.seeds - kept, 0) * statistics.fmean(seconds)
+    total = sum(searched.values()) + confirmed
+    return record.makespan_s * added / total if total else 0.0
 
 
-def _read_test_settings(data: SweepData) -> dict[str, Any]:
+def _read_test_size(data: SweepData) -> tuple[int | None, float | None]:
+    """Returns the largest number of test examples, and else the percentage of the training data that they are.
+
+    Neither is known if they are a file, all of which is used.
+    """
     found: Any = data.run_records[0].config.get("data") if data.run_records else None
-    return dict(found) if isinstance(found, Mapping) else {}
+    config: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
+    if is_number(limit := config.get("max_test_examples")):
+        return int(limit), None
+    if "test_fraction" not in config or config.get("test") is not None:
+        return None, None
+    fraction = config["test_fraction"]
+    return None, 100 * fraction if is_number(fraction) else DEFAULT_SPLIT_PERCENT
 
 
 def _find_max_examples(data: SweepData) -> float:
-    """Returns the largest factor on the number of test examples that a new sweep may have; 1 if they are a file."""
-    config = _read_test_settings(data)
-    if is_number(config.get("max_test_examples")):
-        return math.inf
-    if "test_fraction" not in config or config.get("test") is not None:
-        return 1.0
-    return MAX_TEST_PERCENT / (100 * (config["test_fraction"] or DEFAULT_SPLIT_PERCENT / 100))
+    """Returns the largest factor on the number of test examples that a new sweep may have."""
+    limit, percent = _read_test_size(data)
+    return math.inf if limit else MAX_TEST_PERCENT / percent if percent else 1.0
 
 
 def _enlarge_test(factor: float, data: SweepData) -> dict[str, Any]:
     """Returns the override for this factor of test examples, which `_find_max_examples` allows."""
-    config = _read_test_settings(data)
-    if is_number(config.get("max_test_examples")):
-        return {"data.max_test_examples": math.ceil(factor * config["max_test_examples"])}
-    return {
-        "data.test_fraction": math.ceil(factor * 100 * (config["test_fraction"] or DEFAULT_SPLIT_PERCENT / 100)) / 100
-    }
+    limit, percent = _read_test_size(data)
+    if limit:
+        return {"data.max_test_examples": math.ceil(factor * limit)}
+    return {"data.test_fraction": math.ceil(factor * (percent or 0.0)) / 100}
 
 
 def _resume(changes: Mapping[str, Any], data: SweepData, reason: str) -> NextStep:

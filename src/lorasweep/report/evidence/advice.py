@@ -161,7 +161,7 @@ def _merge_groups(scores: ConfirmScores) -> ConfirmScores:
     if len(scores.shares) <= MAX_GROUPS:
         return scores
     owners = np.arange(len(scores.shares)) % MAX_GROUPS
-    shares = np.bincount(owners, weights=scores.shares)
+    shares: Array = np.bincount(owners, weights=scores.shares).astype(np.float64)
     values = {
         name: {seed: np.bincount(owners, weights=scores.shares * row) / shares for seed, row in found.items()}
         for name, found in scores.values.items()

@@ -284,12 +284,13 @@ def _explain_open(
         "few examples": worst.groups_variance,
         "few trials": worst.search_variance,
     }
+    largest = max(parts, key=parts.__getitem__)
     # The boundary is one standard error nearer, so that only a hopeless question is given up.
     nearer = float(ndtr(ndtri(level) + 1.0))
     projected = [pair.project(num_seeds=max_seeds) for pair in found]
     return replace(
         answer,
-        blocker="no gain" if answer.is_share and answer.interval is None else max(parts, key=parts.__getitem__),
+        blocker="no gain" if answer.is_share and answer.interval is None else largest,
         may_settle=num_seeds < max_seeds and judge(projected, level=nearer) != "open",
     )
 
