@@ -119,7 +119,7 @@ def build_score(settings: AnswersConfig) -> Score:
             return number
         raise ConfigError(
             f"`data.answers.score` must give a finite number, but `{name}` {result} for the answer {shorten(answer)}, "
-            f"the reference {shorten(reference)} and the example {shorten(example, 100)}. Correct the function or the data."
+            f"the reference {shorten(reference)} and the row {shorten(example, 100)}. Correct the function or the data."
         )
 
     return compute
