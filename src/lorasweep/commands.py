@@ -291,6 +291,9 @@ def _say_run(result: RunResult, job: str) -> int:
         say_error(f"{result.record.reason}; to resume add `output={result.folder} resume=true` to the command")
         return INTERRUPTED_EXIT_CODE
     say(f"{job}: {result}" if job else str(result))
+    for split, answers in result.record.answers.items():
+        if "problem" in answers:
+            say_error(f"the answers to {split} have no score: {answers['problem']}")
     return DONE
 
 

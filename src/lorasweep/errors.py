@@ -59,4 +59,8 @@ def describe_error(error: BaseException) -> str:
 
 
 def _message(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "").rstrip(".: ")
+    try:
+        text = str(error)
+    except Exception:  # the class may be a user's
+        text = ""
+    return next(iter(text.strip().splitlines()), "").rstrip(".: ")

@@ -8,7 +8,7 @@ from tests.tiny_tokenizer import load_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from lorasweep.data import chat_template
+from lorasweep.data import rendering
 from lorasweep.data.source import Conversation, Message, collect_examples
 from lorasweep.data.split import IGNORED
 from lorasweep.data.tokenise import tokenise_chats
@@ -185,6 +185,8 @@ def test_tool_calls_are_scored_and_what_tools_answer_is_not(tokenizer, template)
             {"template_arguments": {"enable_thinking": False}},
             ["<think></think>'", "<think>hm</think>yes", "enable_thinking: true"],
         ),
+        ("{{ '\\ud800' }}" + KEEPS, talk(*TALK), {}, ["surrogates not allowed", "'hi'"]),
+        ("\ud800" + KEEPS, talk(*TALK), {}, ["must be a text in UTF-8", "surrogates not allowed"]),
         (None, talk(*TALK), {}, ["has none", "plain"]),
         (None, talk(*CALLING), {"template": "plain"}, ["tool calls"]),
         (None, talk(*TALK), {"template": "missing.jinja"}, ["'missing.jinja'"]),
@@ -200,15 +202,43 @@ def test_what_a_template_can_not_say_is_refused_in_one_sentence(tokenizer, templ
 
 
 def test_a_template_that_does_not_end_is_stopped(tokenizer, monkeypatch):
-    monkeypatch.setattr(chat_template, "MAX_RENDER_S", 0.05)
+    monkeypatch.setattr(rendering, "MAX_RENDER_S", 0.05)
     with pytest.raises(ConfigError, match=r"more than 0\.05 s.*'hi'"):
         tokenise(tokenizer, LOOPS, talk(*TALK))
+    monkeypatch.undo()
+    assert texts(tokenizer, KEEPS, talk(*TALK))  # another template is rendered afterwards
+
+
+@pytest.mark.parametrize(
+    "name", ["add_generation_prompt", "chat_template", "messages", "tools", "documents", "tokenize", "eos_token"]
+)
+def test_variables_that_the_template_gets_anyway_are_refused(tokenizer, name):
+    with pytest.raises(ConfigError, match=rf"`data\.template_arguments` .*`{name}`"):
+        tokenise(tokenizer, KEEPS, talk(*TALK), template_arguments={name: "x"})
+
+
+NOT_TRAINED = [*TALK[:1], ("assistant", "yes", {"weight": 0}), *TALK[2:]]
+
+
+@pytest.mark.parametrize("turns", ["all", "last"])
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (KEEPS, (START + "yes<|end|>\n<|u|>so<|end|>\n<|a|>no<|end|>", "no<|end|>")),
+        (None, ("<|endoftext|>hi\nyes<|endoftext|>\nso\nno<|endoftext|>", "no<|endoftext|>")),
+    ],
+)
+def test_an_answer_of_weight_0_is_read_but_not_scored(tokenizer, template, expected, turns):
+    settings = {"turns": turns, "template": "model" if template else "plain"}
+    assert texts(tokenizer, template, talk(*NOT_TRAINED), **settings) == [expected]
 
 
 def test_a_template_is_read_from_a_file(tokenizer, tmp_path):
     (tmp_path / "mine.jinja").write_text(KEEPS)
     made = texts(tokenizer, None, talk(*TALK), template=str(tmp_path / "mine.jinja"))
     assert made == texts(tokenizer, KEEPS, talk(*TALK))
+    (tmp_path / "marked.jinja").write_text(KEEPS, encoding="utf-8-sig")
+    assert made == texts(tokenizer, None, talk(*TALK), template=str(tmp_path / "marked.jinja"))
 
 
 def make_merging_tokenizer():

@@ -10,7 +10,7 @@ from tests.word_chats import make_word_chats
 
 import lorasweep
 from lorasweep.cli import run
-from lorasweep.outcome import WRONG_REQUEST
+from lorasweep.outcome import DONE, WRONG_REQUEST
 from lorasweep.record import read_run, read_sweep
 from lorasweep.report.generated import list_generated_examples
 from lorasweep.report.sweep_data import load_sweep_data
@@ -99,6 +99,14 @@ def test_verdicts_are_about_the_chosen_metric_and_the_page_shows_both_and_the_an
     assert "&lt;user&gt; w" in section
     assert "<user>" not in page
     assert len(re.findall("<dt>reference</dt>", section)) == 5
+
+
+def test_train_says_which_answers_have_no_score(content, tmp_path, capsys):
+    words = [f"{key}={value}" for key, value in content["settings"].items() if not key.startswith("confirm")]
+    words = [word for word in words if not word.startswith(("data.answers.score", "model="))]
+    words += ["data.answers.score={_target_: own.only_equal}", "data.answers.on_validation=true", "output=new"]
+    assert run(["train", *words]) == DONE
+    assert "`only_equal` raised ZeroDivisionError" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_score_that_fails_later_costs_only_itself(content, tmp_path):

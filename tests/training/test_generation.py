@@ -2,6 +2,8 @@
 
 import csv
 import re
+import signal
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -28,6 +30,39 @@ ROUNDING = 1e-3
 products adds up at most 64 terms of size at most 10, so 15 * 64 * 10 * eps = 1.1e-3 if no errors cancel."""
 
 FUNCTIONS = """
+import os
+import signal
+import sys
+from pathlib import Path
+
+class Base(BaseException):
+    pass
+
+class Silent(Exception):
+    def __str__(self):
+        raise ValueError("no text")
+
+def leave(answer, reference, example):
+    sys.exit(0)
+
+def base_exception(answer, reference, example):
+    raise Base("odd")
+
+def silent(answer, reference, example):
+    raise Silent
+
+def interrupted(answer, reference, example):
+    raise KeyboardInterrupt
+
+def leave_for_others(answer, reference, example):
+    return 1 if answer == reference else sys.exit(3)
+
+def kill_once(answer, reference, example, *, file):
+    if answer != reference and not Path(file).exists():
+        Path(file).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return len(answer + reference)
+
 def raise_it(answer, reference, example):
     raise KeyError("no such thing")
 
@@ -161,7 +196,7 @@ def test_a_pack_and_a_run_alone_give_the_same_answers(make, tmp_path):
     assert read_answers(tmp_path / "alone-0") != read_answers(tmp_path / "alone-1")
 
 
-@pytest.mark.parametrize("function", ["raise_it", "nan", "text", "gone"])
+@pytest.mark.parametrize("function", ["raise_it", "nan", "text", "gone", "leave", "base_exception", "silent"])
 def test_a_score_that_fails_is_a_sentence_before_the_sweep(make, function):
     config, inputs = make(data__answers__score={"_target_": f"own_scores.{function}"})
     with pytest.raises(ConfigError, match=r"`data\.answers\.score") as caught:
@@ -169,16 +204,51 @@ def test_a_score_that_fails_is_a_sentence_before_the_sweep(make, function):
     assert function in str(caught.value)
 
 
-def test_a_score_that_fails_later_loses_neither_weights_nor_answers_nor_the_other_score(make, tmp_path):
-    config, inputs = make(method="frozen", data__answers__score={"_target_": "own_scores.fail_for_others"})
+def test_ctrl_c_in_a_score_stops(make):
+    config, inputs = make(data__answers__score={"_target_": "own_scores.interrupted"})
+    with pytest.raises(KeyboardInterrupt):
+        check_answers(config, inputs.splits.test(), inputs=inputs)
+
+
+@pytest.mark.parametrize(
+    ("function", "error"), [("fail_for_others", "ZeroDivisionError"), ("leave_for_others", "SystemExit: 3")]
+)
+def test_a_score_that_fails_later_loses_neither_weights_nor_answers_nor_the_other_score(
+    make, tmp_path, function, error
+):
+    config, inputs = make(method="frozen", data__answers__score={"_target_": f"own_scores.{function}"})
     check_answers(config, inputs.splits.test(), inputs=inputs)
     train_run(config, RunFolder(path=tmp_path), inputs=inputs)
     record = score_run(tmp_path, inputs=inputs)
     assert record.test.keys() == {"bits_per_byte", "loss", "perplexity"}
-    assert "ZeroDivisionError" in record.answers["test"]["problem"]
+    problem = record.answers["test"]["problem"]
+    assert [word for word in (error, f"`{function}`", "'prompt': 'w") if word not in problem] == []
     lines = read_answers(tmp_path)
     assert len(lines) == record.answers["test"]["examples"]
     assert {line["score"] for line in lines} == {""}
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_while_answers_are_scored_resumes_to_the_same_scores(settings, make, tmp_path):
+    score = f"{{_target_: own_scores.kill_once, file: {tmp_path / 'killed'}}}"
+    words = [f"{key}={value}" for key, value in settings.items() if key not in ("data.answers.score", "model")]
+    command = [sys.executable, "-m", "lorasweep", "train", *words, f"data.answers.score={score}"]
+    command += ["method=full", "data.answers.on_validation=true", "trainer.max_steps=5", "resume=true"]
+    folder = Path(settings["data.train"]).parent  # with `own_scores.py`
+    codes = [
+        subprocess.run([*command, f"output={tmp_path / 'resumed'}"], cwd=folder, capture_output=True).returncode
+        for _ in range(2)
+    ]
+    assert codes == [-signal.SIGKILL, 0]
+    own = {"_target_": "own_scores.kill_once", "file": str(tmp_path / "killed")}
+    config, inputs = make(
+        method="full", data__answers__score=own, data__answers__on_validation=True, trainer__max_steps=5
+    )
+    train_run(config, RunFolder(path=tmp_path / "whole"), inputs=inputs)
+    resumed, whole = (read_run(tmp_path / name) for name in ("resumed", "whole"))
+    assert resumed.best == whole.best
+    assert resumed.best["kill_once"] > 0
+    assert read_answers(tmp_path / "resumed", "validation") == read_answers(tmp_path / "whole", "validation")
 
 
 def test_a_generation_that_fails_loses_no_other_score(make, tmp_path, monkeypatch):

@@ -109,7 +109,9 @@ def _import(target: Any, *, key: str, kind: str, example: str) -> Any:
     add_current_folder()
     try:
         return resolve_name(target)  # Hydra's own function would also log an error on several lines
-    except Exception as error:  # a module may raise any error while Python imports it
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a module may raise any error while Python imports it, or call `sys.exit`
         raise ConfigError(f"{message}: {describe_error(error)}.") from error
 
 

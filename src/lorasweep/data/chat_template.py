@@ -2,43 +2,32 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
+import inspect
 import itertools
 import json
 import os
 import re
-import resource
-import signal
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import date
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from lorasweep.config.data import ChatConfig
+from lorasweep.data.rendering import (
+    Rendering,
+    render,
+)
 from lorasweep.data.source import Conversation
+from lorasweep.disk import read_bounded
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.wording import shorten
 
-MAX_RENDER_S = 5.0
-"""Maximum number of seconds in which a template must render all answers of a conversation. It takes milliseconds."""
-MAX_RENDER_BYTES = 2**29
-"""Maximum memory that a template may take. One line of it can multiply a text to any length."""
-STATM_FILE = Path("/proc/self/statm")
-"""The process's memory in pages; its first number is the address space."""
 OPEN_THINKING = re.compile(r"<think>\s*\Z")
 """The end of a generation prompt after which the model has to reason."""
-GENERATION_BLOCK = re.compile(r"{%-?\s*generation\s*-?%}")
-"""The block of a template around the text that the assistant generates."""
-
-ChatMessage = dict[str, Any]
 
 
 class Turn(NamedTuple):
@@ -60,42 +49,33 @@ class ChatTemplate:
     text: str | None
     """The text of the template; None for the tokenizer's own."""
     arguments: Mapping[str, Any]
-    today: date
+    today: str
+    """The day that the template gets as today, as YEAR-MONTH-DAY."""
+    budget: dict[str, float] = field(default_factory=dict)
+    """What the template may still take for the data set, see `render`."""
 
-    def render_turns(self, conversation: Conversation, *, only_last: bool) -> list[Turn]:
-        """Returns the answers of a conversation in order, or only the last one.
+    def render_turns(self, conversations: Iterable[Conversation], *, only_last: bool) -> Iterator[list[Turn]]:
+        """Yields for each conversation its trained answers in order, or only the last one.
 
         Raises:
             ConfigError: The template fails or takes too long, leaves out an answer, or contradicts its own prompt.
         """
-        messages = [
-            {"role": m.role, "content": m.content, **json.loads(m.fields or "{}")} for m in conversation.messages
-        ]
-        tools = json.loads(conversation.tools) if conversation.tools else None
-        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        try:
-            with _limit_costs(seconds=MAX_RENDER_S, num_bytes=MAX_RENDER_BYTES):
-                return [self._render_turn(messages[: n + 1], tools) for n in (answers[-1:] if only_last else answers)]
-        except ConfigError:
-            raise
-        except Exception as error:  # a jinja template can raise any class of error
-            said = shorten(next((message["content"] for message in messages if message["role"] == "user"), ""))
-            line = getattr(error, "lineno", None)  # only errors of syntax have it, which no conversation causes
-            where = f"in its line {line}" if line else f"where the user begins with {said}"
-            raise ConfigError(
-                f"the chat template must accept each conversation, but fails ({first_line(error)}) {where}. "
-                "Correct it, or use another `data.template` or `data.template=plain`."
-            ) from error
+        for has_tools, alike in itertools.groupby(conversations, lambda conversation: bool(conversation.tools)):
+            template = {
+                "text": self.tokenizer.get_chat_template(self.text, tools=[{}] if has_tools else None),
+                "arguments": {**self.tokenizer.special_tokens_map, **self.arguments},
+                "today": self.today,
+                "eos_token": str(self.tokenizer.eos_token or ""),
+                "special_tokens": self._special_tokens,
+            }
+            rendered = [_describe_conversation(conversation, only_last=only_last) for conversation in alike]
+            for conversation, renderings in zip(rendered, render(template, rendered, budget=self.budget), strict=True):
+                answers = [conversation["messages"][index] for index in conversation["answers"]]
+                yield [self._build_turn(*pair) for pair in zip(answers, renderings, strict=True)]
 
-    def _render_turn(self, messages: list[ChatMessage], tools: list[Any] | None) -> Turn:
-        prompt, _ = self._render(messages[:-1], tools, add_generation_prompt=True)
-        full, marks = self._render(messages, tools, add_generation_prompt=False)
-        kept = full.removesuffix(str(self.tokenizer.eos_token or ""))
-        if kept != full and kept.rstrip().endswith(self._special_tokens):
-            # Phi's template writes the end-of-text token after the last turn, in place of a generation prompt.
-            continued, _ = self._render(messages, tools, add_generation_prompt=True)
-            full = kept if continued.startswith(kept) and not continued.startswith(full) else full
-        start, opening = self._find_answer(prompt, full, messages[-1])
+    def _build_turn(self, message: Mapping[str, Any], rendering: Rendering) -> Turn:
+        prompt, full, marks = rendering
+        start, opening = self._find_answer(prompt, full, message)
         # A server stops at the end-of-turn token: a line break after it belongs to the next prompt.
         end, end_token = len(full.rstrip()), ""
         if not full[:end].endswith(self._special_tokens):
@@ -108,9 +88,9 @@ class ChatTemplate:
         texts[1 if spans else 0] = opening + texts[1 if spans else 0]
         texts[-2 if spans else 0] += end_token
         answer = [(text, index % 2 == 1) for index, text in enumerate(texts) if text]
-        return Turn(prompt, answer, omits_reasoning=_get_reasoning(messages[-1]) not in "".join(texts))
+        return Turn(prompt, answer, omits_reasoning=_get_reasoning(message) not in "".join(texts))
 
-    def _find_answer(self, prompt: str, full: str, message: ChatMessage) -> tuple[int, str]:
+    def _find_answer(self, prompt: str, full: str, message: Mapping[str, Any]) -> tuple[int, str]:
         """Returns where in the whole text the answer starts, and what the model generates before it.
 
         Raises:
@@ -148,30 +128,15 @@ class ChatTemplate:
         added = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         return (*self.tokenizer.all_special_tokens, *added)
 
-    def _render(
-        self, messages: list[ChatMessage], tools: list[Any] | None, *, add_generation_prompt: bool
-    ) -> tuple[str, list[tuple[int, int]] | None]:
-        """Returns the text, and where the template marks what the assistant generates; None if it has no marks."""
-        template = self.tokenizer.get_chat_template(self.text, tools=tools)
-        _compile_jinja_template(template).globals["strftime_now"] = self.today.strftime
-        has_marks = GENERATION_BLOCK.search(template) is not None
-        arguments: dict[str, Any] = {
-            "tools": tools,
-            "chat_template": template,
-            "return_assistant_tokens_mask": has_marks,
-            "add_generation_prompt": add_generation_prompt,
-            **self.tokenizer.special_tokens_map,
-            **self.arguments,
-        }
-        rendered: Any  # transformers wrongly declares `str`
-        try:
-            rendered = render_jinja_template([messages], **arguments)
-        except TypeError:  # DeepSeek's template joins texts, so it needs the arguments of tool calls as JSON text
-            messages = copy.deepcopy(messages)
-            for function in (call["function"] for message in messages for call in message.get("tool_calls", ())):
-                function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
-            rendered = render_jinja_template([messages], **arguments)
-        return rendered[0][0], rendered[1][0] if has_marks else None
+
+def _describe_conversation(conversation: Conversation, *, only_last: bool) -> dict[str, Any]:
+    """Returns what `render` gets of a conversation."""
+    messages = [{"role": m.role, "content": m.content, **json.loads(m.fields or "{}")} for m in conversation.messages]
+    for message in messages:
+        message.pop("weight", None)  # no server knows it
+    answers = [index for index, message in enumerate(conversation.messages) if message.is_trained]
+    tools = json.loads(conversation.tools) if conversation.tools else None
+    return {"messages": messages, "tools": tools, "answers": answers[-1:] if only_last else answers}
 
 
 def read_template(config: ChatConfig, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
@@ -182,8 +147,8 @@ def read_template(config: ChatConfig, tokenizer: PreTrainedTokenizerBase) -> Cha
     text = None
     if config.template.endswith(".jinja"):
         try:
-            text = Path(config.template).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_bounded(Path(config.template).expanduser()).decode("utf-8-sig")
+        except (OSError, RuntimeError, UnicodeDecodeError) as error:  # RuntimeError: the user in `~USER` is unknown
             raise ConfigError(
                 f"`data.template` must name a readable file, but got {config.template!r}: {first_line(error)}."
             ) from error
@@ -194,8 +159,19 @@ def read_template(config: ChatConfig, tokenizer: PreTrainedTokenizerBase) -> Cha
             "`data.template=model` needs a tokenizer with a chat template, but this model's tokenizer has none. "
             "Use `data.template=plain`, or a file."
         )
-    today = date.fromisoformat(config.template_date)
-    return ChatTemplate(tokenizer=tokenizer, text=text, arguments=config.template_arguments, today=today)
+    given = {"messages", *tokenizer.special_tokens_map, *inspect.signature(tokenizer.apply_chat_template).parameters}
+    if reserved := sorted(config.template_arguments.keys() & given):
+        raise ConfigError(
+            "`data.template_arguments` must be variables of the template alone, but lorasweep or the tokenizer gives "
+            f"`{reserved[0]}` to it. Remove it."
+        )
+    arguments, today = config.template_arguments, config.template_date
+    template = ChatTemplate(tokenizer=tokenizer, text=text, arguments=arguments, today=today)
+    try:
+        digest_template(template)
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"the chat template must be a text in UTF-8, but is none: {first_line(error)}.") from error
+    return template
 
 
 def digest_template(template: ChatTemplate) -> str:
@@ -204,34 +180,7 @@ def digest_template(template: ChatTemplate) -> str:
     return hashlib.sha256(str(text).encode()).hexdigest()[:16]
 
 
-def _get_reasoning(message: ChatMessage) -> str:
+def _get_reasoning(message: Mapping[str, Any]) -> str:
     """Returns the reasoning of a message: its own field, or the start of its text up to `</think>`."""
     inline = message["content"].rpartition("</think>")[0].replace("<think>", "")
     return str(message.get("reasoning_content", inline)).strip()
-
-
-@contextmanager
-def _limit_costs(*, seconds: float, num_bytes: int) -> Iterator[None]:
-    """Raises TimeoutError or MemoryError in the block if it takes more time, or more memory than the process has now.
-
-    Only the main thread gets signals, and the limit of memory is that of the whole process: others have no limits.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: Any) -> None:
-        raise TimeoutError(f"it takes more than {seconds:g} s")
-
-    handler = signal.signal(signal.SIGALRM, stop)
-    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
-    old_limits = resource.getrlimit(resource.RLIMIT_AS)
-    if old_limits[0] == resource.RLIM_INFINITY and STATM_FILE.exists():  # Linux
-        pages = int(STATM_FILE.read_text().split()[0])
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + num_bytes, old_limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, old_limits)
-        signal.setitimer(signal.ITIMER_REAL, *timer)
-        signal.signal(signal.SIGALRM, handler)

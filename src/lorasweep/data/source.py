@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -47,16 +48,22 @@ class Message(NamedTuple):
     role: Role
     content: str
     fields: str = ""
-    """A JSON object with `tool_calls`, `reasoning_content`, `tool_call_id` and `name` if the message has them."""
+    """A JSON object with `tool_calls`, `reasoning_content`, `tool_call_id` and `name` if the message has them, and
+    `weight` if it is 0."""
 
     @property
     def texts(self) -> tuple[str, ...]:
         """The fields that are not empty. So a message without tools keeps its hash, and its split."""
         return self if self.fields else self[:2]
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether the model learns the message: it is the assistant's, and its weight is not 0."""
+        return self.role == "assistant" and "weight" not in json.loads(self.fields or "{}")
+
 
 class Conversation(NamedTuple):
-    """Messages, the last one from the assistant. A prompt with its completion has two messages."""
+    """Messages, the last one from the assistant and trained. A prompt with its completion has two messages."""
 
     messages: list[Message]
     group: str | None = None
@@ -180,21 +187,21 @@ def build_source(
         return evenly_spaced, [*notes, f"{name} uses {limit} of {len(items)} examples, evenly spaced."]
 
     (train_items, train_notes), (validation_items, validation_notes) = load("train"), load("validation")
-    train_keys = frozenset(map(key, train_items))
+    keys = {"train": frozenset(map(key, train_items)), "validation": frozenset(map(key, validation_items))}
 
-    def count_duplicates(name: str, items: list[Example]) -> list[str]:
-        # a split that is taken from train by content key has none
-        duplicates = 0 if name in missing else sum(key(item) in train_keys for item in items)
-        return (
-            [f"{duplicates} of {len(items)} examples of {name}: their {shared} is in train too."] if duplicates else []
-        )
+    def count_duplicates(name: str, items: list[Example], *, others: Iterable[str]) -> Iterator[str]:
+        for other in others:
+            # splits that are taken from one file by content key have none
+            duplicates = 0 if {name, other} <= {"train", *missing} else sum(key(item) in keys[other] for item in items)
+            if duplicates:
+                yield f"{duplicates} of {len(items)} examples of {name}: their {shared} is in {other} too."
 
     @functools.cache
     def test() -> Examples[Example]:
         items, notes = load("test")
-        return collect_examples("test", items, (*notes, *count_duplicates("test", items)))
+        return collect_examples("test", items, (*notes, *count_duplicates("test", items, others=keys)))
 
-    repeated = len(train_items) - len(train_keys)
+    repeated = len(train_items) - len(keys["train"])
     repeats = [f"{repeated} of {len(train_items)} examples of train: their {shared} is that of another one."]
     return DataSource(
         kind=kind,
@@ -207,7 +214,7 @@ def build_source(
             *train_notes,
             *validation_notes,
             *(repeats if repeated else ()),
-            *count_duplicates("validation", validation_items),
+            *count_duplicates("validation", validation_items, others=["train"]),
             *describe(train_items, validation_items),
         ),
         split_again=split_again,

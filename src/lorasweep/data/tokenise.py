@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lorasweep.config.data import ChatConfig
-from lorasweep.data.chat_template import ChatTemplate, digest_template, read_template
+from lorasweep.data.chat_template import ChatTemplate, Turn, digest_template, read_template
 from lorasweep.data.source import Conversation, Document, Example, Examples, LabelledText, list_texts
 from lorasweep.data.split import IGNORED, Ragged
 from lorasweep.disk import write_atomically
@@ -55,8 +55,8 @@ class ChatTokens:
         self.scored += ids if is_scored else [IGNORED] * len(ids)
 
 
-Encoder = Callable[[Conversation], list[ChatTokens]]
-"""A function that returns the examples of a conversation."""
+Encoder = Callable[[Sequence[Conversation]], Iterator[list[ChatTokens]]]
+"""A function that yields the examples of each conversation."""
 
 
 def tokenise_documents(examples: Examples[Document], *, tokenizer: PreTrainedTokenizerBase) -> Ragged:
@@ -118,8 +118,8 @@ def tokenise_chats(
 
     def tokenise(conversations: Sequence[Conversation]) -> Columns:
         result: Columns = defaultdict(list)
-        for conversation, row in zip(conversations, rows, strict=False):
-            for tokens in encode(conversation):
+        for examples, row in zip(encode(conversations), rows, strict=False):
+            for tokens in examples:
                 # Position i predicts token i + 1. The targets are shifted here, so the loss must not shift them again.
                 following = tokens.scored[1:]
                 result["input_ids"].append(tokens.ids[:-1][:max_length])
@@ -236,9 +236,9 @@ def _template_encoder(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
         feed, after = tokenise("\n"), tokenise("\n" + more)
         return after[len(feed) :] if after[: len(feed)] == feed else tokenise(more)
 
-    def encode(conversation: Conversation) -> list[ChatTokens]:
+    def encode(turns: Sequence[Turn]) -> list[ChatTokens]:
         examples: list[ChatTokens] = []
-        for turn in template.render_turns(conversation, only_last=only_last):
+        for turn in turns:
             prompt, text = tokenise(turn.prompt), turn.prompt
             if not examples or prompt[: len(examples[-1].ids)] != examples[-1].ids:
                 examples.append(ChatTokens())  # the first turn, or the template rewrites earlier turns
@@ -251,7 +251,7 @@ def _template_encoder(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
                 text += more
         return examples
 
-    return encode
+    return lambda conversations: map(encode, template.render_turns(conversations, only_last=only_last))
 
 
 def _plain_encoder(tokenizer: PreTrainedTokenizerBase, separator: str, *, only_last: bool) -> Encoder:
@@ -275,9 +275,10 @@ def _plain_encoder(tokenizer: PreTrainedTokenizerBase, separator: str, *, only_l
             before, answer = tokenise_plain([prompt, message.content], tokenizer)
             tokens.extend(before, is_scored=False)
             tokens.answer_start = len(tokens.ids)
-            tokens.extend([*answer, end], is_scored=not only_last or index == len(conversation.messages) - 1)
+            is_last = index == len(conversation.messages) - 1
+            tokens.extend([*answer, end], is_scored=message.is_trained and (is_last or not only_last))
             tokens.omits_reasoning |= "reasoning_content" in message.fields
             prompt = ""
         return [tokens]
 
-    return encode
+    return lambda conversations: map(encode, conversations)

@@ -223,8 +223,10 @@ def load_sweep_data(folder: Path, record: SweepRecord | None = None) -> SweepDat
     for metric in record.test_metrics[1:]:
         scores = read_confirm_scores(record, folder, metric=metric.name)
         other_means, problems = estimate_means(scores), [*problems, *scores.problems]
-    failed = [run.record.answers.get("test", {}).get("problem") for run in record.confirm if run.record]
-    problems += dict.fromkeys(str(problem) for problem in failed if problem)
+    runs = [trial.record for trial in (*record.trials, *record.confirm) if trial.record]
+    failed = [facts["problem"] for run in runs for facts in run.answers.values() if "problem" in facts]
+    others = f" {len(failed) - 1} other scores of runs have such a problem." if len(failed) > 1 else ""
+    problems += [f"{problem}{others}" for problem in failed[:1]]
     retained: list[RetainedChange] = []
     for row in record.retained if evidence.base else ():
         scores = read_confirm_scores(record, folder, retained=row)

@@ -111,13 +111,15 @@ def build_score(settings: AnswersConfig) -> Score:
             value = score(answer, reference, example)
             result = f"returned {shorten(value)}"
             number = math.nan if isinstance(value, str) else float(value)
-        except Exception as error:  # the function is the user's
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # the function is the user's, and may even call `sys.exit`
             result, number = f"raised {describe_error(error)}", math.nan
         if is_number(number):
             return number
         raise ConfigError(
-            f"`data.answers.score` must give a finite number, but `{name}` {result} for the answer {shorten(answer)} "
-            f"and the reference {shorten(reference)}. Correct the function or the data."
+            f"`data.answers.score` must give a finite number, but `{name}` {result} for the answer {shorten(answer)}, "
+            f"the reference {shorten(reference)} and the row {shorten(example, 100)}. Correct the function or the data."
         )
 
     return compute

@@ -111,3 +111,31 @@ def test_conversations_with_one_prompt_are_one_group(read):
     assert first != second
     assert others == [first, second]
     assert {item.group for item in read("chat", files, group="user").train.items} == {"me"}
+
+
+def test_answers_of_weight_0_are_kept_before_an_answer_that_is_trained(read):
+    weighed = [said("user", "a"), said("assistant", "b") | {"weight": 0}, said("user", "c"), said("assistant", "d")]
+    after = [said("user", "e"), said("assistant", "f") | {"weight": 0}]
+    files = {f"{split}.jsonl": jsonl_of({"messages": weighed + after}, {"messages": TALK}) for split in SPLITS}
+    messages = read("chat", files).train.items[0].messages
+    assert [(message.content, message.is_trained) for message in messages] == [
+        ("a", False),
+        ("b", False),
+        ("c", False),
+        ("d", True),
+    ]
+    plain = [{"messages": [{"role": m["role"], "content": m["content"]} for m in weighed]}, {"messages": TALK}]
+    others = read("chat", {f"{split}.jsonl": jsonl_of(*plain) for split in SPLITS})
+    assert others.train.fingerprint != read("chat", files).train.fingerprint  # other tokens are trained
+
+
+def test_prompts_of_test_that_are_known_from_train_or_validation_are_counted(read):
+    def rows(first, last):
+        return jsonl_of(*({"prompt": f"Ask {n}", "completion": f"say {n}"} for n in range(first, last)))
+
+    source = read("chat", {"train.jsonl": rows(0, 30), "validation.jsonl": rows(30, 50), "test.jsonl": rows(29, 35)})
+    assert not any("in train" in note for note in source.notes)
+    assert source.test().notes[-2:] == (
+        "1 of 6 examples of test: their prompt is in train too.",
+        "5 of 6 examples of test: their prompt is in validation too.",
+    )

@@ -29,6 +29,10 @@ def said(role, content):
     return {"role": role, "content": content}
 
 
+def nest(levels):
+    return "[" * levels + "]" * levels
+
+
 GOOD = rows("a,x", "b,y", "c,x")
 USER, ANSWER = said("user", "hi"), said("assistant", "hello")
 CALLING = {"role": "assistant", "tool_calls": [{"name": "get", "arguments": {"n": 7}}]}
@@ -91,6 +95,12 @@ CHATS = [
     (talk(USER, said("tool", "7"), ANSWER), ["role tool", "calls: 0"]),
     (talk(USER, {**CALLING, "tool_calls": [{"name": "get", "arguments": "7"}]}), ["object"]),
     (talk(USER, {**CALLING, "tool_calls": "get()"}), ["JSON list", "'get()'"]),
+    (talk(USER, {**CALLING, "tool_calls": nest(100_000)}), ["JSON list", "'[[["]),
+    (talk(USER, {**CALLING, "tool_calls": [{"name": "get", "arguments": '{"a":' + nest(100_000) + "}"}]}), ["'get'"]),
+    (talk(USER, {**CALLING, "tool_calls": [{"name": "get", "arguments": {"a": json.loads(nest(200))}}]}), ["100 deep"]),
+    (talk(USER, {**ANSWER, "weight": 0.5}), ["weight 0", "0.5", "message 2"]),
+    (talk(USER, {**ANSWER, "weight": "0"}), ["weight 0", "'0'", "message 2"]),
+    (talk(USER, {**ANSWER, "weight": 0}), ["whose weight is not 0"]),
     (talk(USER, ANSWER, tools="get"), ["JSON list", "`tools`", "'get'"]),
 ]
 # kind of data, files, settings, words of the message

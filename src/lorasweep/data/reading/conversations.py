@@ -23,6 +23,9 @@ KNOWN_COLUMNS = ("messages", "conversations", "prompt completion", "prompt respo
 """Columns that are tried in this order if the user names none."""
 ROLES: Mapping[str, Role] = {**{role: role for role in get_args(Role)}, "human": "user", "gpt": "assistant"}
 """Our role for each role name in a file. ShareGPT's files have `human` and `gpt`."""
+MAX_LEVELS = 100
+"""Maximum depth of JSON in tools and calls of tools. Each step from here to the template takes frames of Python's stack
+for each level."""
 MIN_PROMPTS = 20
 """With fewer different prompts, the whole conversation decides its split, not the prompt."""
 
@@ -104,6 +107,10 @@ def _parse_row(*values: Any, group: str | None, has_tools: bool, row: Mapping[st
                 f"role {message.role} (open calls: {num_open})"
             )
         num_open += -1 if message.role == "tool" else len(json.loads(message.fields or "{}").get("tool_calls", ()))
+    trained = [index for index, message in enumerate(messages) if message.is_trained]
+    if not trained:
+        raise ValueError("must have a message of the assistant whose weight is not 0, but has none")
+    messages = messages[: trained[-1] + 1]  # nothing is learned from what follows the last trained answer
     tools = _parse_objects(values[-1], kind="tools") if has_tools else []
     conversation = Conversation(messages, group, json.dumps(tools) if tools else "", row)
     return conversation if group is not None else conversation._replace(group=f"{_prompt_key(conversation):016x}")
@@ -116,6 +123,9 @@ def _parse_message(message: Any) -> Message:
     role = str(message.get("role") or message.get("from"))
     if role not in ROLES:
         raise ValueError(f"must have messages of the roles {', '.join(get_args(Role))}, but has {shorten(role)}")
+    weight = message.get("weight")
+    if weight is not None and weight not in (0, 1):
+        raise ValueError(f"must have messages of weight 0 (not trained) or 1, but has {shorten(weight)}")
     content = _join_parts(message["content"] if message.get("content") is not None else message.get("value"))
     if ROLES[role] == "tool":
         named = {key: str(message[key]) for key in ("tool_call_id", "name") if message.get(key) is not None}
@@ -129,6 +139,8 @@ def _parse_message(message: Any) -> Message:
         fields["tool_calls"] = [_parse_call(call) for call in calls]
     elif content is None or not str(content).strip():
         raise ValueError(f"must have a text or tool calls in each message of the assistant, but has {shorten(content)}")
+    if weight == 0:
+        fields["weight"] = 0
     # some templates fail without content, so a mere tool call has an empty one
     return Message("assistant", require_text(content) if content else "", json.dumps(fields) if fields else "")
 
@@ -143,12 +155,13 @@ def _join_parts(content: Any) -> Any:
 def _parse_objects(value: Any, *, kind: str) -> list[dict[str, Any]]:
     """Returns a list of JSON objects, given as such or as JSON text. None counts as no object."""
     try:
-        objects = json.loads(value) if isinstance(value, str) and value.strip() else value or []
-    except json.JSONDecodeError:
+        objects = json.loads(value) if isinstance(value, str) and value.strip() else _drop_nulls(value or [])
+    except (ValueError, RecursionError):  # no JSON, a number of too many digits, or nested too deeply
         objects = None
     if not isinstance(objects, list) or not all(isinstance(item, dict) for item in objects):
         raise ValueError(f"must have a JSON list of objects as `{kind}`, but has {shorten(value)}")
-    return objects if isinstance(value, str) else [_drop_nulls(item) for item in objects]
+    _require_shallow(objects, kind)
+    return objects
 
 
 def _drop_nulls(value: Any) -> Any:
@@ -158,13 +171,22 @@ def _drop_nulls(value: Any) -> Any:
     return [_drop_nulls(item) for item in value] if isinstance(value, list) else value
 
 
+def _require_shallow(value: Any, kind: str, levels: int = MAX_LEVELS) -> None:
+    """Raises ValueError if lists and objects are nested more than `levels` deep."""
+    if levels < 0:
+        raise ValueError(f"must have `{kind}` nested at most {MAX_LEVELS} deep, but they are nested deeper")
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _require_shallow(item, kind, levels - 1)
+
+
 def _parse_call(call: dict[str, Any]) -> dict[str, Any]:
     """Returns a tool call as servers give it to templates: its function apart, the arguments as an object."""
     function: Any = call.get("function", call)
     name, arguments = (function.get("name"), function.get("arguments")) if isinstance(function, dict) else (None, None)
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments or {}
     if not name or not isinstance(name, str) or not isinstance(arguments, dict):
         raise ValueError(f"must have tool calls with a `name` and an object of `arguments`, but has {shorten(call)}")
+    _require_shallow(arguments, "arguments")
     identity = {"id": call["id"]} if call.get("id") else {}
     return {"type": "function", **identity, "function": {"name": name, "arguments": arguments}}
