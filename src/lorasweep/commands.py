@@ -104,9 +104,10 @@ def new(arguments: argparse.Namespace) -> Outcome:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, draft.text)
     say(f"wrote {path}. Read it, then type:\n    lorasweep plan {path}\n    lorasweep sweep {path}")
-    for sentence in draft.notes:
+    notes = [*draft.notes, *draft.power]
+    for sentence in notes:
         say(f"• {sentence}")
-    return Outcome({"file": path, "notes": draft.notes})
+    return Outcome({"file": path, "notes": notes})
 
 
 def plan(arguments: argparse.Namespace) -> Outcome:

@@ -12,6 +12,8 @@ from lorasweep.sweep.controller.lifecycle import read_saved_definition
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.overrides import SweepOverrides
 from lorasweep.sweep.definition.packing import explain_solo_arms
+from lorasweep.sweep.draft import draft_definition
+from lorasweep.training.inputs import InputsCache
 
 MODEL = "model.path=embedded:tiny"
 
@@ -124,6 +126,13 @@ def test_both_columns_of_a_pair_are_read_and_columns_that_are_not_used_are_named
     unused = "Columns that are not used: ['#1 ID']."
     assert unused in capsys.readouterr().out
     assert unused in (here / "mine.yaml").read_text()
+
+
+def test_a_sweep_without_a_file_names_columns_that_are_not_used_too(here, capsys):
+    write_table(here / "pairs.txt", ["Quality", "#1 ID", "#1 String", "#2 String"])
+    overrides = SweepOverrides.parse([MODEL, "data.train=pairs.txt"])
+    assert draft_definition(overrides, InputsCache()).arms[0].base.data.text_pair == "#2 String"
+    assert "Columns that are not used: ['#1 ID']." in capsys.readouterr().err
 
 
 def test_two_texts_that_may_be_no_pair_are_a_question(here, capsys):

@@ -11,6 +11,7 @@ from statistics import median
 
 import torch
 from jaxtyping import Float
+from rich.box import SIMPLE
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -182,7 +183,7 @@ def relative_norm(rows: Sequence[LayerRow]) -> float | None:
 
 def render_inspection(inspection: Inspection) -> RenderableType:
     """Returns a table with a row for each kind of layer."""
-    table = Table(title="updates by kind of layer (medians)", title_justify="left", caption_justify="left")
+    table = Table(title="updates by kind of layer (medians)", title_justify="left", caption_justify="left", box=SIMPLE)
     table.caption = f"These weights hold {format_share(inspection.updated_fraction)} of the model's parameters."
     table.add_column("layers", no_wrap=True)
     for name in ("share of ‖ΔW‖²", "‖ΔW‖ / ‖W0‖", "directions of 90 %", "amplification"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import yaml
 from lorasweep.config.compose import SWEEP_GROUPS, compose_run
 from lorasweep.config.data import TableConfig
 from lorasweep.config.run import STEPS_KEY
+from lorasweep.console import say
 from lorasweep.data.reading.conversations import KNOWN_COLUMNS, TOOLS_COLUMN
 from lorasweep.data.reading.files import find_files, find_suffix, open_text
 from lorasweep.data.reading.local import DEFAULT_DIALECTS, TABLE_SUFFIXES
@@ -105,7 +107,9 @@ class Draft:
     """The content of the file."""
     definition: Definition
     notes: list[str]
-    """Sentences on the columns of the data, and on what the test data can settle."""
+    """Sentences on the columns of the data."""
+    power: list[str]
+    """Sentences on what the test data can settle."""
 
 
 def draft_definition(overrides: SweepOverrides, inputs_cache: InputsCache) -> Definition:
@@ -116,6 +120,8 @@ def draft_definition(overrides: SweepOverrides, inputs_cache: InputsCache) -> De
     source = str(settings.get("data.path") or settings.get("data.train") or settings.get("data", ""))
     name = re.sub(r"\W+", "-", Path(source).name.split(".")[0])[:MAX_NAME_CHARACTERS].strip("-")
     draft = draft_sweep(Path(f"{name or 'sweep'}.yaml"), settings, inputs_cache)
+    for note in draft.notes:  # there is no file that has them as comments
+        say(f"• {note}", file=sys.stderr)
     return read_definition(yaml.safe_load(draft.text), SweepOverrides.parse(others))
 
 
@@ -174,8 +180,7 @@ def draft_sweep(path: Path, settings: Mapping[str, Any], inputs_cache: InputsCac
             with_fraction = {**chosen, "data.test_fraction": percent / 100}
             inputs = load(with_fraction)
             text, definition = fill(with_fraction, inputs)
-    notes += describe_power(definition, inputs.splits)
-    return Draft(text=text, definition=definition, notes=notes)
+    return Draft(text=text, definition=definition, notes=notes, power=describe_power(definition, inputs.splits))
 
 
 def _choose_data(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
