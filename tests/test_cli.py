@@ -77,6 +77,9 @@ def test_bad_input_is_one_line_and_exit_code_2_and_changes_nothing(here, mini, c
     assert list_names(here) == before
 
 
+UNUSABLE_MINUTES = ["inf", "1e308", "nan", "-3", "0", "ten"]
+
+
 def test_a_command_that_is_not_understood_ends_with_2_and_the_version_with_0(capsys):
     for words in ("", "swep", "compare", "sweep --resum", "export run", "export run --format gguf --out new"):
         assert run(words.split()) == WRONG_REQUEST
@@ -120,6 +123,10 @@ def test_help_without_a_name_lists_commands_and_groups(capsys):
         ("compare --json", "required: DIR"),
         ("train method.rnk=4 --json", "`method.rnk`"),
         ("train -m seed=1,2 --json", "`-m`"),
+        ("train --help --json", "`--help`"),
+        ("--json --version", "`--version`"),
+        ("train model=null --json", "'model=null'"),
+        *((f"plan quickstart --minutes {minutes} --json", f"but got '{minutes}'") for minutes in UNUSABLE_MINUTES),
     ],
 )
 def test_with_json_an_error_is_one_object_on_standard_output(here, capfd, words, words_said):
@@ -131,6 +138,16 @@ def test_with_json_an_error_is_one_object_on_standard_output(here, capfd, words,
         True,
     )
     assert error["message"] in printed.err
+
+
+def test_with_json_a_defect_is_one_object_too_and_shows_where_it_is(capfd, monkeypatch):
+    def fail(*_):
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr("lorasweep.sweep.status.read_status", fail)
+    with pytest.raises(ZeroDivisionError):
+        run(["status", ".", "--json"])
+    assert json.loads(capfd.readouterr().out)["error"] == {"class": "ZeroDivisionError", "message": "a defect"}
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from lorasweep.config.compose import Primary
 
 
+MAX_MINUTES = 1_000_000
+"""Maximum of `--minutes`: about two years."""
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
@@ -33,6 +38,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def _run_command(arguments: Sequence[str]) -> Outcome:
     parser = build_parser()
+    if "--json" in arguments and {"-h", "--help", "--version"} & {*arguments}:
+        raise ConfigError("`--json` must be missing with `--help` and `--version`, which have no result.")
     parsed, others = parser.parse_known_args(arguments)
     if hasattr(parsed, "overrides") and not any(other.startswith("-") for other in others):
         parsed.overrides = [*parsed.overrides, *others]  # also overrides after a flag
@@ -100,8 +107,18 @@ def _add_sweep_commands(add: Callable[[Command, str], argparse.ArgumentParser]) 
         shown.add_argument("--verbose", action="store_true", help="print all notes and findings of the report")
     for timed in (sweep_parser, plan_parser, new_parser):
         timed.add_argument(
-            "--minutes", type=float, metavar="N", help="choose seeds, trials and steps for this time, after measuring"
+            "--minutes",
+            type=_read_minutes,
+            metavar="N",
+            help="choose seeds, trials and steps for this time, after measuring",
         )
+
+
+def _read_minutes(text: str) -> float:
+    minutes = float(text) if re.fullmatch(r"[\d.]+", text) else 0.0
+    if not 0 < minutes <= MAX_MINUTES:
+        raise argparse.ArgumentTypeError(f"must be a number of minutes up to {MAX_MINUTES:,}, but got {text!r}")
+    return minutes
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:

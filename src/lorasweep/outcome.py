@@ -53,6 +53,11 @@ def end(command: Callable[[], Outcome], *, is_json: bool) -> int:
             reason = f"interrupted. {interrupt}".rstrip(". ")
             say_error(reason)
             outcome = Outcome(_describe_error("KeyboardInterrupt", reason), INTERRUPTED_EXIT_CODE)
+        except Exception as error:  # a defect of lorasweep or of the user's code, whose traceback follows
+            if stdout:
+                outcome = Outcome(_describe_error(type(error).__name__, str(error)))
+                print(outcome.as_json(), file=stdout, flush=True)
+            raise
         if stdout and get_rank() == 0:
             print(outcome.as_json(), file=stdout, flush=True)
         return outcome.code

@@ -1,5 +1,6 @@
 """Overrides in Hydra's syntax: what they mean, and how they are completed."""
 
+import re
 import shlex
 
 import pytest
@@ -68,6 +69,10 @@ def test_a_formatted_override_is_read_as_the_same_value(value):
     assert parse_overrides(shlex.split(format_override("data.text", value))) == {"data.text": value}
 
 
+RANGES = ["range(4,4)", "range(1,5,0)", "range(0,1000000000000)", "range(0.1,1000000000000)"]
+NO_OPTIONS = ["model=null", "logger=5", "~logger=true", "+optim=[1,2]", "optim={lr:1}", "+experiment=[1]"]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -76,7 +81,10 @@ def test_a_formatted_override_is_read_as_the_same_value(value):
         ("method.rank=[1", "an override must read `key=value`, but got"),
         ("method.targets=.*(q|v)", r"""got 'method.targets=.*\(q\|v\)'. .* shell: 'method.targets="\.\*\(q\|v\)"'."""),
         ("data.text=#1 String", r"""got 'data.text=#1 String'. .* shell: 'data.text="#1 String"'."""),
-        ("method.rank=range(4,4)", "`method.rank` .* not empty"),
+        *((f"method.rank={span}", "`method.rank` .* 1 to 100,000 values") for span in RANGES),
+        *((word, f"must be one of .*, but got '{re.escape(word)}'") for word in NO_OPTIONS),
+        (f"method.targets={'[' * 300}{']' * 300}", "at most 50 brackets .* file"),
+        (f"method.targets=[{','.join('q' * 20_000)}]", "at most 2,000 values.* file"),
         ("method=glob(*)", r"`method` must be a value, a list or a range, but got 'method=glob\(\*\)'."),
     ],
 )

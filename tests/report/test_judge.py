@@ -132,7 +132,7 @@ def test_the_command_prints_verdicts_or_json(tmp_path, capfd):
         (lambda rows: rows.assign(seed=float("nan")), {}, "must have an arm and a seed"),
         (lambda rows: rows, {"looks": [0, 3]}, "each at least 1"),
         (lambda rows: rows, {"margin": "5%"}, "no arm is named by `base`"),
-        (lambda rows: rows, {"margin": "wide"}, "must be a positive number"),
+        *((lambda rows: rows, {"margin": margin}, "`margin` must be a positive") for margin in ("wide", "nan")),
         (lambda rows: rows[rows["arm"] == "full"], {}, "another arm beside full"),
     ],
 )

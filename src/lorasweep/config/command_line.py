@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -10,13 +11,20 @@ from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, RangeSweep
+from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, RangeSweep, Sweep
 from hydra.errors import HydraException
 
 from lorasweep.config.build import dotted_items
 from lorasweep.config.compose import Primary, compose_values, default_options, hydra_session, packaged_folder
 from lorasweep.errors import ConfigError
 from lorasweep.wording import shorten
+
+MAX_LISTED_VALUES = 2000
+"""Maximum number of values in one override. Hydra takes a second to parse them, and four for twice as many."""
+MAX_RANGE_VALUES = 100_000
+"""Maximum number of values of `range(...)`, of which a grid makes a list."""
+MAX_NESTING = 50
+"""Maximum number of brackets inside each other. Hydra fails at about 150."""
 
 
 def parse_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
@@ -35,6 +43,13 @@ def _read_override(override: Override) -> tuple[str, Any]:
     key, value = str(override.key_or_group), override._value
     if not key:
         raise ConfigError(f"an override must read `key=value`, but got {override.input_line!r}.")
+    groups = {*default_options("train"), *default_options("sweep"), "experiment"}
+    if key in groups and not isinstance(value, Sweep | Glob):
+        options = override.value()
+        named = options if isinstance(options, list) else [] if override.is_delete() and options is None else [options]
+        if not all(isinstance(option, str) for option in named):
+            choices = ", ".join(_list_options(key))
+            raise ConfigError(f"`{key}` must be one of {choices}, but got {override.input_line!r}.")
     if override.is_delete() or (override.is_add() and "." not in key):  # `+experiment=NAME`
         return str(override.input_line), None
     if key.startswith(("hydra.run", "hydra.output_subdir", "hydra.job.chdir")):
@@ -47,9 +62,15 @@ def _read_override(override: Override) -> tuple[str, Any]:
     if isinstance(value, ChoiceSweep):
         return key, list(override.sweep_iterator(transformer=Override._convert_value))
     if isinstance(value, RangeSweep):
-        values = list(value.range())  # without `stop`, as in Python
-        if not values:
-            raise ConfigError(f"`{key}` must be a range that is not empty, but got {override.input_line!r}.")
+        try:
+            values = list(itertools.islice(value.range(), MAX_RANGE_VALUES + 1))  # without `stop`, as in Python
+        except (HydraException, ValueError):  # the step is 0
+            values = []
+        if not 0 < len(values) <= MAX_RANGE_VALUES:
+            raise ConfigError(
+                f"`{key}` must be a range of 1 to {MAX_RANGE_VALUES:,} values, but got {override.input_line!r}. "
+                "`interval(LOW,HIGH)` has all values between two."
+            )
         return key, {"low": value.start, "high": values[-1], "step": value.step}
     if isinstance(value, IntervalSweep):
         log = {"log": True} if "log" in value.tags else {}
@@ -61,6 +82,12 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
     parser = OverridesParser.create()
     parsed = []
     for override in overrides:
+        depths = itertools.accumulate((sign in "[{(") - (sign in "]})") for sign in override)
+        if override.count(",") >= MAX_LISTED_VALUES or max(depths, default=0) > MAX_NESTING:
+            raise ConfigError(
+                f"an override must have at most {MAX_LISTED_VALUES:,} values, in at most {MAX_NESTING} brackets inside "
+                f"each other, but got {shorten(override, 200)}. Write more values in a file of `conf/`."
+            )
         try:
             parsed += parser.parse_overrides([override])
         except (HydraException, ValueError) as error:  # ValueError: a number of more than 4,300 digits

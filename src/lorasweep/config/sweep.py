@@ -154,7 +154,7 @@ class Margin:
     """Whether the value is a share of full fine-tuning's gain over the frozen base. Else in the metric's unit."""
 
 
-def parse_margin(setting: float | str) -> Margin:
+def parse_margin(setting: float | str, *, key: str = "confirm.margin") -> Margin:
     """Returns the margin of a setting such as 0.01 or `5%`. Raises ConfigError for any other kind of value."""
     text = str(setting).strip()
     try:
@@ -164,7 +164,7 @@ def parse_margin(setting: float | str) -> Margin:
     is_share = text.endswith("%")
     if not 0 < number < (100 if is_share else math.inf):
         raise ConfigError(
-            "`confirm.margin` must be a positive number in the metric's unit, or a percentage of full fine-tuning's "
+            f"`{key}` must be a positive number in the metric's unit, or a percentage of full fine-tuning's "
             f"gain such as `5%`, but got {setting!r}."
         )
     return Margin(value=number / 100 if is_share else number, is_share_of_gain=is_share)

@@ -150,7 +150,7 @@ def judge(
         ConfigError: The table lacks columns, arms or numbers, or has a run twice, or the margin is wrong.
     """
     _check_table(scores, reference=reference, looks=looks)
-    parsed = parse_margin(margin)
+    parsed = parse_margin(margin, key="margin")
     scores = scores.assign(arm=scores["arm"].astype(str)).reset_index(drop=True)
     base = base if base in set(scores["arm"]) else None
     if parsed.is_share_of_gain and base is None:

@@ -64,7 +64,7 @@ def test_a_file_that_is_no_sweep_or_made_to_do_harm_is_refused_and_no_code_runs(
 def test_aliases_that_multiply_are_refused(read):
     few = "".join(f"a{number}: &a{number} [{', '.join([f'*a{number - 1}'] * 9)}]\n" for number in range(1, 5))
     lines = few + "".join(f"a{number}: &a{number} [*a{number - 1}, *a{number - 1}]\n" for number in range(5, 40))
-    refuse(["at most 100,000 values", "aliases"], read, f"a0: &a0 x\n{lines}")
+    refuse(["at most 10,000 values", "aliases"], read, f"a0: &a0 x\n{lines}")
     refuse(["at least one arm"], read, f"a0: &a0 x\n{few}")
 
 

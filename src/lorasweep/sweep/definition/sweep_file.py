@@ -35,8 +35,8 @@ MAX_NAME_CHARACTERS = 100
 MAX_SWEEP_FILE_BYTES = 2**18
 """Maximum size of a sweep file. A larger one would be read for many seconds."""
 
-MAX_VALUES = 100_000
-"""Maximum number of values of a sweep file with its aliases written out, which can multiply."""
+MAX_VALUES = 10_000
+"""Maximum number of values of a sweep file with its aliases written out, which can multiply. So many take 8 s."""
 
 PATH_KEYS = ("data.train", "data.validation", "data.test", "model.path")
 """Settings whose values may be paths of files."""
