@@ -17,10 +17,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from lorasweep.config.data import ChatConfig
-from lorasweep.data.rendering import (
-    Rendering,
-    render,
-)
+from lorasweep.data.rendering import Rendering, render
 from lorasweep.data.source import Conversation
 from lorasweep.disk import read_bounded
 from lorasweep.errors import ConfigError, first_line
@@ -166,18 +163,13 @@ def read_template(config: ChatConfig, tokenizer: PreTrainedTokenizerBase) -> Cha
             f"`{reserved[0]}` to it. Remove it."
         )
     arguments, today = config.template_arguments, config.template_date
-    template = ChatTemplate(tokenizer=tokenizer, text=text, arguments=arguments, today=today)
-    try:
-        digest_template(template)
-    except UnicodeEncodeError as error:
-        raise ConfigError(f"the chat template must be a text in UTF-8, but is none: {first_line(error)}.") from error
-    return template
+    return ChatTemplate(tokenizer=tokenizer, text=text, arguments=arguments, today=today)
 
 
 def digest_template(template: ChatTemplate) -> str:
     """Returns the first 16 hex digits of the SHA-256 of a template's text, as in a run's record."""
     text = template.text or template.tokenizer.chat_template
-    return hashlib.sha256(str(text).encode()).hexdigest()[:16]
+    return hashlib.sha256(str(text).encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def _get_reasoning(message: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import date
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -98,8 +99,10 @@ def _ask(request: str, num_conversations: int) -> list[dict[str, Any]]:
         process, connection = _start_child(os.getpid())
         try:
             connection.send_bytes(request.encode())
-            while len(replies) < num_conversations and not (replies and "error" in replies[-1]):
+            for _ in range(num_conversations):
                 replies.append(json.loads(connection.recv_bytes()))
+                if "error" in replies[-1]:
+                    break
         except (EOFError, ConnectionError):
             code = process.wait()
             took = f"it takes more than {MAX_RENDER_S:g} s"
@@ -138,29 +141,25 @@ def _end_child(process: subprocess.Popen[bytes], connection: Connection) -> None
 
 def serve(descriptor: int) -> None:
     """Answers requests in the child until the parent closes its end of the connection."""
-    if STATM_FILE.exists():  # Linux
+    with suppress(OSError, ValueError):  # this is not Linux, or `ulimit -v` allows less
         limit = int(STATM_FILE.read_text().split()[0]) * resource.getpagesize() + MAX_RENDER_BYTES
-        _, hard_limit = resource.getrlimit(resource.RLIMIT_AS)
-        limit = limit if hard_limit == resource.RLIM_INFINITY else min(limit, hard_limit)
-        resource.setrlimit(resource.RLIMIT_AS, (limit, hard_limit))
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     connection = Connection(descriptor)
-    while True:
-        try:
+    with suppress(EOFError):
+        while True:
             template, budget, max_s, *conversations = json.loads(connection.recv_bytes())
-        except EOFError:
-            return
-        for conversation in conversations:
-            signal.setitimer(signal.ITIMER_PROF, max_s)  # its signal has no handler, so it ends the process, even in C
-            try:
-                renderings = _render_within(budget, template, conversation)
-                reply = json.dumps({"renderings": renderings, "budget": budget}, ensure_ascii=False).encode()
-            except Exception as error:  # a template can raise any class of error
-                place = f" in its line {error.lineno}" if hasattr(error, "lineno") else ""
-                connection.send_bytes(json.dumps({"error": first_line(error) + place}).encode())
-                break
-            finally:
-                signal.setitimer(signal.ITIMER_PROF, 0)
-            connection.send_bytes(reply)
+            for conversation in conversations:
+                signal.setitimer(signal.ITIMER_PROF, max_s)  # no handler: its signal ends this process, even in C
+                try:
+                    reply = {"renderings": _render_within(budget, template, conversation), "budget": budget}
+                    content = json.dumps(reply, ensure_ascii=False).encode()
+                except Exception as error:  # a template can raise any class of error
+                    place = f" in its line {error.lineno}" if hasattr(error, "lineno") else ""
+                    connection.send_bytes(json.dumps({"error": first_line(error) + place}).encode())
+                    break
+                finally:
+                    signal.setitimer(signal.ITIMER_PROF, 0)
+                connection.send_bytes(content)
 
 
 def _render_within(
