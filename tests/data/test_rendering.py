@@ -137,7 +137,7 @@ sys.stdin.read()
 
 
 def is_running(folder):
-    """Whether the process of this folder of /proc runs. One that waits for its parent to read its exit code does not."""
+    """Whether the process of this folder of /proc runs. One whose parent has not yet read its exit code does not."""
     try:
         return folder.joinpath("stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
