@@ -287,6 +287,9 @@ def one_line_errors() -> Iterator[None]:
         raise ConfigError(f"`{group}` must be one of {', '.join(options)}, but got {option!r}.{near}") from error
     except HydraException as error:  # its last lines name the options or say what to type
         message = " ".join(str(error).split("\nConfig search path")[0].split())
+        key, _, value = message.removeprefix("Error merging override ").lstrip("+").partition("=")
+        if "Cannot merge DictConfig" in str(error.__cause__):  # Hydra's message does not say what is wrong
+            raise ConfigError(f"`{key}` must be a mapping, but got {value}.") from error
         raise ConfigError(f"{message.rstrip('.:')}.") from error
     except OmegaConfBaseException as error:
         raise ConfigError(first_line(error)) from error
