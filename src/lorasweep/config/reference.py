@@ -89,9 +89,10 @@ def _list_arguments(path: Path, prefix: str, *, known: set[str]) -> Iterator[Set
     about, options = (
         (f"Further settings of `{path.stem}`.", (path.stem,)) if prefix else ("Settings of the command.", ())
     )
-    for key, value in _read_yaml(path).items():
+    content = _read_yaml(path)
+    for key, value in content.items():
         if key not in known:
-            meaning = comments.get(key, "an argument")
+            meaning = comments.get(key, f"An argument of `{content.get(TARGET, path.stem)}`.")
             yield Setting(f"{prefix}{key}", options, about, f"`{show_value(value)}`", "any value", meaning)
 
 
