@@ -49,6 +49,8 @@ BAD = [
     (["train", "model.path=embedded:big"], "`model.path` must name an embedded model (tiny), but got 'embedded:big'."),
     (["help", "optm"], "Did you mean `optim`?"),
     (["help", "method.rnk"], "Did you mean `method.rank`?"),
+    (["help", "confirm_each"], "Did you mean `arms.ARM.confirm_each`?"),
+    (["help", "a" * 5000 + ".b"], "`lorasweep help` must get a setting, a group or a command, but got 'aaa"),
     (["help", "lora_alpha"], "PEFT's `lora_alpha` is `method.alpha` here."),
     (["sweep", "done"], "To resume it, or to add to it, type `lorasweep sweep --resume done`."),
     (["plan", "./done"], "`lorasweep sweep --resume ./done`"),
@@ -59,7 +61,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("words", "message"), BAD, ids=[" ".join(words) for words, _ in BAD])
+@pytest.mark.parametrize(("words", "message"), BAD, ids=[" ".join(words)[:60] for words, _ in BAD])
 def test_bad_input_is_one_line_and_exit_code_2_and_changes_nothing(here, mini, capsys, caplog, words, message):
     (here / "full").mkdir()
     (here / "full" / "mine.txt").write_text("mine")

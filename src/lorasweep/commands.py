@@ -302,11 +302,12 @@ def help(arguments: argparse.Namespace) -> Outcome:
     """Explains the settings of a key or a group, or a command; without a name, lists the groups and the commands."""
     from lorasweep.config.command_line import describe_groups
     from lorasweep.config.compose import find_setting
-    from lorasweep.config.reference import list_settings
-    from lorasweep.wording import suggest_nearest
+    from lorasweep.config.reference import list_fields, list_settings
+    from lorasweep.sweep.definition.sweep_file import ArmConfig
+    from lorasweep.wording import shorten, suggest_nearest
 
     name, parser = arguments.name, arguments.commands.get(arguments.name)
-    settings = [*list_settings("train"), *list_settings("sweep")]
+    settings = [*list_settings("train"), *list_settings("sweep"), *list_fields(ArmConfig, "arms.ARM", {"": {}})]
     shown = [one for one in settings if f"{one.key}.".startswith(f"{name}.")]
     groups = describe_groups()
     if name is None:
@@ -316,7 +317,7 @@ def help(arguments: argparse.Namespace) -> Outcome:
     elif not shown:
         names = [*arguments.commands, *(part for one in settings for part in (one.key, one.key.partition(".")[0]))]
         near = find_setting(name) or suggest_nearest(name, names)
-        raise ConfigError(f"`lorasweep help` must get a setting, a group or a command, but got {name!r}.{near}")
+        raise ConfigError(f"`lorasweep help` must get a setting, a group or a command, but got {shorten(name)}.{near}")
     for line in groups.splitlines():
         if line.startswith(f"  {name}="):  # with the options that have no settings
             say(line.strip())

@@ -171,7 +171,8 @@ def find_setting(key: str) -> str:
     group, _, name = key.rpartition(".")
     if group in ("", "method") and name in PEFT_ALIASES:
         return f" PEFT's `{name}` is `{PEFT_ALIASES[name]}` here."
-    files = sorted((packaged_folder("conf") / group).glob("*.yaml")) if group else []
+    is_group = group in default_options("train") or group in default_options("sweep")
+    files = sorted((packaged_folder("conf") / group).glob("*.yaml")) if is_group else []
     options = [f"`{group}={file.stem}`" for file in files if name in OmegaConf.load(file).keys()]  # noqa: SIM118 (`in` skips keys that are `???`)
     return f" It is one of {join_words(options, last='and of')}." if options else ""
 

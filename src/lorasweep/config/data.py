@@ -86,7 +86,7 @@ class AnswersConfig(Settings):
     """Generated answers, whose score is measured on test data beside that of the loss."""
 
     score: AnswerMetric | AnswerScore | None = None
-    """Null generates nothing."""
+    """Score of the answers that a model generates to prompts of the test data; null generates nothing."""
     max_new_tokens: Positive = 64
     """Maximum number of tokens of an answer; longer ones are cut off and counted."""
     on_validation: bool = False

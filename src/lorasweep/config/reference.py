@@ -53,7 +53,7 @@ def list_settings(primary: Primary) -> Iterator[Setting]:
             own = {name: one for name, one in options.items() if (TARGET in one) is issubclass(kind, Component)}
             own = {name: one for name, one in own.items() if not names or one["name"] in names}
             known |= {f.name for f in fields(kind)}
-            yield from _list_fields(kind, group, own or {"": content[group] or {}})
+            yield from list_fields(kind, group, own or {"": content[group] or {}})
         if not classes:
             default = f"`{show_value(content.get(group, groups.get(group)))}`"
             yield Setting(group, tuple(options), meanings[group], default, describe_type(hint), meanings[group])
@@ -62,7 +62,7 @@ def list_settings(primary: Primary) -> Iterator[Setting]:
     yield from _list_arguments(file, "", known={"defaults", "hydra", *hints})
 
 
-def _list_fields(kind: type, group: str, options: Mapping[str, Mapping[str, Any]]) -> Iterator[Setting]:
+def list_fields(kind: type, group: str, options: Mapping[str, Mapping[str, Any]]) -> Iterator[Setting]:
     """Yields the fields of a class of settings; `options` are those of the group that it belongs to."""
     hints, meanings = get_type_hints(kind, include_extras=True), _read_docstrings(kind)
     about = " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split())
@@ -71,7 +71,7 @@ def _list_fields(kind: type, group: str, options: Mapping[str, Mapping[str, Any]
         name, hint = TARGET if field == "target" else field, hints[field]
         given = {option: values[name] for option, values in options.items() if name in values}
         if _list_classes(hint) == [hint]:
-            yield from _list_fields(hint, f"{group}.{name}", given)
+            yield from list_fields(hint, f"{group}.{name}", given)
             continue
         by_value: dict[str, list[str]] = {}
         for option, value in given.items():
@@ -89,9 +89,10 @@ def _list_arguments(path: Path, prefix: str, *, known: set[str]) -> Iterator[Set
     about, options = (
         (f"Further settings of `{path.stem}`.", (path.stem,)) if prefix else ("Settings of the command.", ())
     )
-    for key, value in _read_yaml(path).items():
+    content = _read_yaml(path)
+    for key, value in content.items():
         if key not in known:
-            meaning = comments.get(key, "an argument")
+            meaning = comments.get(key, f"An argument of `{content.get(TARGET, path.stem)}`.")
             yield Setting(f"{prefix}{key}", options, about, f"`{show_value(value)}`", "any value", meaning)
 
 

@@ -213,8 +213,6 @@ def _describe_quantity(answer: Answer, data: SweepData) -> str:
 
     All answers of a question have the same number of decimals.
     """
-    if answer.value is None:
-        return f"is not compared with {name_value(answer.reference, data)}"
     value, interval, margin = answer.value, answer.interval, data.margin_share
     intervals = [one.interval for one in data.evidence.find_outcome(answer.name, answer.arm).answers]
     found = data.evidence.estimate_difference(answer.subject, answer.reference)
@@ -222,6 +220,8 @@ def _describe_quantity(answer: Answer, data: SweepData) -> str:
         # a share of a gain that is not shown has no interval, and would look exact
         shown = f"{format_estimate(found.value, known)} {format_metric(data.shown_metric.name)}"
         return f"differs from {name_value(answer.reference, data)} by {shown}"
+    if value is None:
+        return f"is not compared with {name_value(answer.reference, data)}"
     if not answer.is_share:
         margin = data.evidence.margin or 0.0
         decimals = count_decimals(intervals, critical=(0.0, margin, -margin))

@@ -22,7 +22,7 @@ from lorasweep.config.data import ScoreMetric
 from lorasweep.config.run import ALPHA, LR, RANK
 from lorasweep.record import ArmRow, RunRecord, Trial, is_number
 from lorasweep.report.sweep_data import SubjectData, SweepData
-from lorasweep.wording import format_count, format_score, format_setting, join_words
+from lorasweep.wording import format_count, format_metric, format_score, format_setting, join_words
 
 MAX_EFFORT_RATIO = 1.25
 """Maximum ratio of the tokens of two arms' runs that count as treated alike."""
@@ -92,8 +92,10 @@ def judge_learning(data: SweepData) -> Learning:
         unlearned = [one.name for one in data.subjects if shown.get(one.name) is False or one.arm in failed]
         return replace(known, state="learned", warnings=tuple(warnings), unlearned=tuple(unlearned))
     if any(is_better.values()):
+        metric = format_metric(data.shown_metric.name)
         headline = (
-            f"Nothing is shown to be learned: on test data no method is shown to be better than {known.baseline}."
+            f"Nothing is shown to be learned: on test data no method is shown to be better than {known.baseline}, by "
+            f"{metric}."
         )
         return replace(known, state="not shown", headline=headline, unlearned=tuple(shown))
     every = [trial for found in scored.values() for trial in found]
