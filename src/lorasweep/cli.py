@@ -111,7 +111,7 @@ def _add_sweep_commands(add: Callable[[Command, str], argparse.ArgumentParser]) 
             "--minutes",
             type=_read_minutes,
             metavar="N",
-            help="choose seeds, trials and steps for this time, after measuring",
+            help="fit the sweep to this time, after measuring",
         )
 
 

@@ -181,7 +181,7 @@ def _read_now(folder: Path) -> dict[str, float]:
     now = {}
     for path in sorted(folder.glob(f"{NOW_FILE_STEM}*.txt")):
         with suppress(OSError):  # the worker has just ended
-            if line := read_bounded(path)[:MAX_NOW_CHARACTERS].decode(errors="replace"):
+            if line := read_bounded(path, folder=folder)[:MAX_NOW_CHARACTERS].decode(errors="replace"):
                 now[line] = max(0.0, time.time() - path.stat().st_mtime)
     return now
 
