@@ -33,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def run(arguments: Sequence[str]) -> int:
     """Runs one command and returns its exit code; prints errors of lorasweep as one line."""
-    return end(lambda: _run_command(arguments), is_json="--json" in arguments)
+    name = next(iter(arguments), "lorasweep")
+    return end(lambda: _run_command(arguments), name=name, is_json="--json" in arguments)
 
 
 def _run_command(arguments: Sequence[str]) -> Outcome:
@@ -110,7 +111,7 @@ def _add_sweep_commands(add: Callable[[Command, str], argparse.ArgumentParser]) 
             "--minutes",
             type=_read_minutes,
             metavar="N",
-            help="choose seeds, trials and steps for this time, after measuring",
+            help="fit the sweep to this time, after measuring",
         )
 
 

@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     from lorasweep.sweep.definition.arms import Definition
     from lorasweep.training.inputs import InputsCache
 
-MAX_SILENT_TRIALS, MAX_SILENT_BYTES = 1000, 10_000_000
-"""A report of more trials, or a larger file of scores, takes seconds, so a line says what happens."""
-
+END_S = 3.0
+"""Seconds of `--minutes` that are kept for the report at the end of a sweep."""
 Command = Callable[[argparse.Namespace], Outcome]
 
 
@@ -44,7 +43,11 @@ def sweep(arguments: argparse.Namespace) -> Outcome:
         if arguments.cfg:
             return _show_settings(definition)
         from lorasweep.sessions import run_definition
+        from lorasweep.sweep.power import describe_power
 
+        if arguments.minutes is not None:
+            for sentence in describe_power(definition, inputs_cache.load(definition.arms[0].base).splits):
+                say(f"• {sentence}", file=sys.stderr)
         result = run_definition(definition, inputs_cache, progress=progress)
     if result.status != "complete":
         return _say_how_to_resume(result)
@@ -90,6 +93,7 @@ def new(arguments: argparse.Namespace) -> Outcome:
         from lorasweep.sweep.draft import draft_sweep
         from lorasweep.training.inputs import InputsCache
 
+    began = time.monotonic()
     settings, inputs_cache = parse_overrides(arguments.overrides), InputsCache()
     if arguments.source is not None:
         given = {name: settings.get(f"data.{name}") for name in ("subset", "revision")}
@@ -97,10 +101,10 @@ def new(arguments: argparse.Namespace) -> Outcome:
     draft = draft_sweep(path, settings, inputs_cache)
     if arguments.minutes is not None:
         say("measures a few steps of the drafted sweep", file=sys.stderr)
-        definition, rates = _measure(draft.definition, inputs_cache, began=time.monotonic())
-        budget, given_up = fit_minutes(definition, rates, arguments.minutes)
+        definition, rates = _measure(draft.definition, inputs_cache, began=began, minutes=arguments.minutes)
+        budget, given_up = fit_minutes(definition, rates, arguments.minutes, spent_s=time.monotonic() - began + END_S)
         say(given_up, file=sys.stderr)
-        draft = draft_sweep(path, {**settings, **budget.settings}, inputs_cache)
+        draft = draft_sweep(path, {**settings, **budget.find_settings(definition)}, inputs_cache)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, draft.text)
     say(f"wrote {path}. Read it, then type:\n    lorasweep plan {path}\n    lorasweep sweep {path}")
@@ -161,15 +165,19 @@ def _define(arguments: argparse.Namespace, *, measures: bool) -> tuple[Definitio
     definition = named or draft_definition(SweepOverrides.parse(words), inputs_cache)
     if not measures:
         return definition, [], inputs_cache
-    definition, rates = _measure(definition, inputs_cache, began=began)
+    definition, rates = _measure(definition, inputs_cache, began=began, minutes=arguments.minutes)
     if arguments.minutes is not None:
-        budget, given_up = fit_minutes(definition, rates, arguments.minutes)
+        budget, given_up = fit_minutes(definition, rates, arguments.minutes, spent_s=time.monotonic() - began + END_S)
         say(given_up, file=sys.stderr)
+        rates = [group.limit(budget, definition.find_arm(group.arms[0]).base) for group in rates]
         definition = cut_sweep(definition, budget)
+        rates = [group for group in rates if any(arm.name in group.arms for arm in definition.arms)]
     return definition, rates, inputs_cache
 
 
-def _measure(definition: Definition, inputs_cache: InputsCache, *, began: float) -> tuple[Definition, list[Rates]]:
+def _measure(
+    definition: Definition, inputs_cache: InputsCache, *, began: float, minutes: float | None
+) -> tuple[Definition, list[Rates]]:
     """Returns a checked sweep with its number of steps, and what its trainings take."""
     from lorasweep.sweep.checks import check_definition, set_steps
     from lorasweep.sweep.measure import measure_sweep
@@ -179,7 +187,7 @@ def _measure(definition: Definition, inputs_cache: InputsCache, *, began: float)
 
     definition = set_steps(definition, inputs_cache)
     check_definition(definition, inputs_cache, new_folder=definition.sweep_config.sweep.output)
-    return definition, measure_sweep(definition, inputs_cache, on_progress=note)
+    return definition, measure_sweep(definition, inputs_cache, minutes=minutes, on_progress=note)
 
 
 def compare(arguments: argparse.Namespace) -> Outcome:
@@ -187,8 +195,6 @@ def compare(arguments: argparse.Namespace) -> Outcome:
     from lorasweep.results import load_sweep
 
     result = load_sweep(arguments.folder)
-    if (count := len(result.record.trials)) > MAX_SILENT_TRIALS:
-        say(f"writes the report of {count:,} trials", file=sys.stderr)
     write_report(result.findings)
     _show_report(result, verbose=arguments.verbose)
     return Outcome(result)
@@ -200,8 +206,6 @@ def judge(arguments: argparse.Namespace) -> Outcome:
     columns = dict(given.split("=", 1) for given in arguments.columns if "=" in given)
     if len(columns) < len(arguments.columns):
         raise ConfigError("`--columns` must be pairs such as `arm=Name`: our name, then the file's.")
-    if arguments.scores.is_file() and (size := arguments.scores.stat().st_size) > MAX_SILENT_BYTES:
-        say(f"reads {size / 1e6:.0f} MB of scores", file=sys.stderr)
     scores = read_scores(arguments.scores, columns=columns)
     names = ("margin", "maximize", "metric", "reference", "base", "key", "looks")
     verdicts = judge(scores, **{name: getattr(arguments, name) for name in names})

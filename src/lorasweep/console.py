@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
+from lorasweep.activity import describe_activity, repeat_every
+
 MAX_ERROR_CHARACTERS = 4000
 """Maximum length of an error message. Longer messages are cut, because they may quote very long values."""
+
+MAX_SILENCE_S = 4.0
+"""Seconds without output after which a line says what the command does."""
+MAX_PIPE_SILENCE_S = 25.0
+"""Maximum seconds between two of these lines without a terminal. The pause doubles up to it, to keep logs short."""
+ERASE_LINE = "\r\x1b[2K"
 
 
 class EscapingConsole(Console):
@@ -42,6 +51,62 @@ def reserve_stdout() -> Iterator[TextIO]:
             yield stdout
         finally:
             os.dup2(stdout.fileno(), 1)
+
+
+class WatchedStream:
+    """A stream that calls a function before it writes."""
+
+    def __init__(self, stream: TextIO, before_write: Callable[[], None]) -> None:
+        self._stream, self._before_write = stream, before_write
+
+    def write(self, text: str) -> int:
+        self._before_write()
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def show_heartbeat(command: str) -> Iterator[None]:
+    """Says on standard error what a command does inside the block, while it prints nothing."""
+    stream, pause_s, is_shown = sys.stderr, MAX_SILENCE_S, False
+    began_s = printed_s = time.monotonic()
+
+    def beat() -> None:
+        nonlocal pause_s, printed_s, is_shown
+        now = time.monotonic()
+        if now - printed_s < pause_s:
+            return
+        line = _escape_controls(f"{now - began_s:3.0f} s: {describe_activity() or f'{command} is at work'}")
+        with suppress(OSError, ValueError):  # who reads the output has ended
+            if stream.isatty():  # one line that changes
+                stream.write(ERASE_LINE + line[: os.get_terminal_size(stream.fileno()).columns - 1])
+                is_shown = True
+            else:
+                stream.write(f"{line}\n")
+                printed_s, pause_s = now, min(2 * pause_s, MAX_PIPE_SILENCE_S)
+            stream.flush()
+
+    def note_output() -> None:
+        nonlocal printed_s, is_shown
+        printed_s = time.monotonic()
+        if is_shown:
+            stream.write(ERASE_LINE)
+            is_shown = False
+
+    def note_message() -> None:
+        nonlocal pause_s
+        note_output()
+        pause_s = MAX_SILENCE_S  # what a message announces begins now
+
+    out, err = WatchedStream(sys.stdout, note_output), WatchedStream(sys.stderr, note_message)
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            with repeat_every(1.0, beat):
+                yield
+        finally:
+            note_output()
 
 
 def say(text: str, *, file: TextIO | None = None) -> None:

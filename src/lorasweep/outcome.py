@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic_core import to_jsonable_python
 
 from lorasweep.config.redaction import redact
-from lorasweep.console import reserve_stdout, say_error
+from lorasweep.console import reserve_stdout, say_error, show_heartbeat
 from lorasweep.errors import ConfigError, LoraSweepError, RanksLost, RecordError
 from lorasweep.training.stop_signal import INTERRUPTED_EXIT_CODE
 
@@ -39,11 +39,13 @@ class Outcome:
         return json.dumps(plain, indent=1)
 
 
-def end(command: Callable[[], Outcome], *, is_json: bool) -> int:
+def end(command: Callable[[], Outcome], *, name: str, is_json: bool) -> int:
     """Runs a command and returns its exit code. Prints errors of lorasweep as one line; `is_json` prints the result."""
+    beats: AbstractContextManager[None] = nullcontext() if get_rank() else show_heartbeat(name)
     with reserve_stdout() if is_json else nullcontext() as stdout:
         try:
-            outcome = command()
+            with beats:
+                outcome = command()
         except BrokenPipeError:  # who reads the output has ended, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes at its end
             outcome = Outcome(None, FAILED)

@@ -19,6 +19,8 @@ from lorasweep.data.batching import (
 class LengthsOnly:
     """A split of which only lengths and weights matter."""
 
+    name = "validation"
+
     def __init__(self, lengths, weights=None):
         self.lengths = torch.tensor(lengths)
         self.weights = self.lengths.float() if weights is None else torch.tensor(weights)

@@ -7,12 +7,14 @@ import pytest
 import yaml
 
 from lorasweep.cli import run
+from lorasweep.config.command_line import parse_overrides
 from lorasweep.outcome import DONE, WRONG_REQUEST
 from lorasweep.sweep.controller.lifecycle import read_saved_definition
+from lorasweep.sweep.cost import Budget, cut_sweep
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.overrides import SweepOverrides
 from lorasweep.sweep.definition.packing import explain_solo_arms
-from lorasweep.sweep.draft import draft_definition
+from lorasweep.sweep.draft import draft_definition, draft_sweep
 from lorasweep.training.inputs import InputsCache
 
 MODEL = "model.path=embedded:tiny"
@@ -158,6 +160,22 @@ def test_a_question_and_an_answer_with_a_named_label_are_a_pair_and_without_one_
     (here / "mine.yaml").unlink()
     settings = draft(MODEL, "data.train=answers.tsv", "data.label=fits")["settings"]
     assert (settings["data.text"], settings["data.text_pair"]) == ("question", "answer")
+
+
+@pytest.mark.parametrize("values", [2, 1])
+def test_a_draft_for_few_minutes_has_fewer_ranks_and_arms(here, values):
+    settings = parse_overrides([MODEL, "data.train=topics.csv"])
+    cache = InputsCache()
+    whole = draft_sweep(Path("mine.yaml"), settings, cache).definition
+    budget = Budget(values=values, left_out=("full",), looks=(3,), examples=20, steps=30, minutes=2.0)
+    drafted = draft_sweep(Path("mine.yaml"), {**settings, **budget.find_settings(whole)}, cache).definition
+    cut = cut_sweep(whole, budget)
+    assert [arm.name for arm in drafted.arms] == [arm.name for arm in cut.arms] == ["frozen", "lora"]
+    for one, other in zip(drafted.arms, cut.arms, strict=True):
+        assert (one.subjects, one.base.data) == (other.subjects, other.base.data)
+        assert one.base.num_steps == other.base.num_steps
+    assert drafted.sweep_config == cut.sweep_config
+    assert len(drafted.arms[1].subjects) == values
 
 
 @pytest.mark.parametrize(

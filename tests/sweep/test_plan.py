@@ -3,6 +3,7 @@
 import io
 import re
 import tempfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,6 +52,8 @@ def rates_of():
             "evaluation_s": 10.0,
             "final_s": 0.0,
             "test_s": 0.0,
+            "answers_s": {},
+            "num_scored": {},
         }
         values |= measured
         values["trained_params"] = {arm.name: 123_456 if arm.space else 0}
@@ -104,7 +107,7 @@ def test_a_plan_fits_eighty_columns_and_breaks_no_name(content, write_file, rate
     shown = console.export_text()
     assert "…" not in shown
     lines = [line.split() for line in shown.splitlines()]
-    assert "`--minutes N` cuts seeds, trials and steps" in shown  # it takes hours
+    assert "`--minutes N` cuts a sweep to a time" in shown  # it takes hours
     (line,) = [line for line in lines if line[:1] == ["loraplus-rank16"]]
     assert line[:9] == ["loraplus-rank16", "8", "+", "3", "45.1", "k", "≤", "123", "k"]
     assert "1.21 GiB" in " ".join(line)
@@ -125,9 +128,9 @@ def plan(write_file, content, inputs, tmp_path, monkeypatch):
         def load(self, config):
             return inputs
 
-    def plan():
+    def plan(**given):
         said = []
-        groups = measure_sweep(read_definition(write_file(content)), Cache(), on_progress=said.append)
+        groups = measure_sweep(read_definition(write_file(content)), Cache(), on_progress=said.append, **given)
         assert list((tmp_path / "temporary").iterdir()) == []
         return {group.arms[0]: group for group in groups}, said
 
@@ -154,7 +157,8 @@ def test_each_group_is_measured_once_and_the_base_stays(plan, inputs):
     weights = {name: p.clone() for name, p in inputs.base.model.named_parameters()}
     groups, said = plan()
     assert said[1:] == [
-        f"measuring {what}" for what in ("frozen: 1 trial", "full: 1 trial", "lora: 3 trials in a pack")
+        f"measuring {what}, about 30 s at most"
+        for what in ("frozen: 1 trial", "full: 1 trial", "lora: 3 trials in a pack")
     ]
     assert (groups["frozen"].step_s, groups["frozen"].record.trainable_params) == (0, 0)
     assert groups["lora"].slots == 3
@@ -170,9 +174,9 @@ def test_each_group_is_measured_once_and_the_base_stays(plan, inputs):
 
 def test_a_pack_of_many_tokens_is_measured_with_fewer_slots_and_scaled(plan, monkeypatch):
     whole = plan()[0]["lora"]
-    monkeypatch.setattr(measure_file, "MAX_MEASURED_TRAINING_S", 0.0)
+    monkeypatch.setattr(measure_file, "MAX_MEASURED_S", 0.0)
     scaled, said = plan()
-    assert said[-1] == "measuring lora: 3 trials in a pack, from 1"
+    assert said[-1].startswith("measuring lora: 3 trials in a pack, from 1, ")
     assert (scaled["lora"].slots, scaled["lora"].step_tokens) == (whole.slots, whole.step_tokens)
     assert scaled["lora"].trained_params == whole.trained_params
     # the two other slots have at least their parameters, gradients and moments
@@ -196,7 +200,8 @@ def test_a_pack_that_does_not_fit_is_halved_as_in_the_sweep(plan, monkeypatch):
 
     monkeypatch.setattr(measure_file, "train_pack", run_out_of_memory)
     groups, said = plan()
-    assert said[-2:] == ["measuring lora: 3 trials in a pack", "measuring lora: 1 trial"]
+    measured = [line.removesuffix(", about 30 s at most") for line in said[-2:]]
+    assert measured == ["measuring lora: 3 trials in a pack", "measuring lora: 1 trial"]
     assert groups["lora"].slots == 1
 
 
@@ -208,7 +213,7 @@ def quickstart():
 
 def step_rates(definition, *, step_s=0.1):
     """Returns rates in which only steps take time."""
-    zeros = {"loading_s": 0.0, "evaluation_s": 0.0, "final_s": 0.0, "test_s": 0.0}
+    zeros = {"loading_s": 0.0, "evaluation_s": 0.0, "final_s": 0.0, "test_s": 0.0, "answers_s": {}, "num_scored": {}}
     zeros |= {"step_tokens": 0.0, "peak_memory_bytes": 0, "record": None, "kept_bytes": 0}
     return [
         Rates(arms=(arm.name,), slots=1, reason="", step_s=step_s, trained_params={}, **zeros)
@@ -216,30 +221,69 @@ def step_rates(definition, *, step_s=0.1):
     ]
 
 
-def fit(definition, minutes, **speed):
-    return fit_minutes(definition, step_rates(definition, **speed), minutes)
+def fit(definition, minutes, **given):
+    spent = {"spent_s": given.pop("spent_s", 0.0)}
+    return fit_minutes(definition, step_rates(definition, **given), minutes, **spent)
 
 
-def test_seeds_go_first_then_trials_then_steps(quickstart):
-    assert fit(quickstart, 30)[0] == WHOLE
-    assert fit(quickstart, 29)[0] == Budget(looks=(3, 6))
-    assert fit(quickstart, 14)[0] == Budget(looks=(3,), trials=12)
-    budget, given_up = fit(quickstart, 8)
-    assert budget == Budget(looks=(3,), steps=120)
+def test_seeds_and_trials_and_values_go_before_steps_and_steps_before_arms(quickstart):
+    assert fit(quickstart, 30)[0] == Budget(minutes=30)
+    assert fit(quickstart, 29)[0] == Budget(looks=(3, 6), minutes=29)
+    budget, given_up = fit(quickstart, 12)
+    assert (budget.steps, budget.left_out) == (None, None)
     assert "3 of 10 seeds" in given_up
-    assert "120 of 240 steps" in given_up
-    with pytest.raises(ConfigError, match=r"`--minutes` must be at least \d+ .* but got 0.5.*confirm.seeds=3"):
-        fit(quickstart, 0.5)
+    budget, given_up = fit(quickstart, 4)
+    assert (budget.looks, budget.left_out) == ((3,), None)
+    assert budget.steps >= 60
+    assert f"{budget.steps} of 240 steps" in given_up
+    assert any("`method.rank` " in fit(quickstart, few)[1] for few in (0.1, 0.2, 0.5))
 
 
-@pytest.mark.parametrize("minutes", [30, 29, 14, 8, 5])
-def test_a_sweep_that_was_cut_costs_what_its_budget_costs(quickstart, minutes):
+@pytest.mark.parametrize("minutes", [0.05, 0.2, 1, 5, 14, 29, 30])
+def test_a_sweep_that_was_cut_costs_what_its_budget_costs_and_no_less_would_fit(quickstart, minutes):
     budget, _ = fit(quickstart, minutes)
     cut, rates = cut_sweep(quickstart, budget), step_rates(quickstart)
-    assert estimate_cost(cut, rates, look=-1) == estimate_cost(quickstart, rates, budget=budget, look=-1)
-    arm = cut.find_arm("lora")
-    assert (arm.trials, arm.base.num_steps) == (budget.trials or 16, budget.steps or 240)
+    rates = [group for group in rates if group.arms[0] in {arm.name for arm in cut.arms}]
+    before = [group.limit(budget, quickstart.find_arm(group.arms[0]).base) for group in rates]
+    cost = estimate_cost(cut, before, look=-1)
+    assert cost == pytest.approx(estimate_cost(quickstart, rates, budget=budget, look=-1))
+    assert cost.high_s <= 60 * minutes
     assert cut.sweep_config.confirm.looks == (budget.looks or (3, 6, 10))
+    assert cut.sweep_config.sweep.minutes == minutes
+
+
+def test_every_budget_above_the_smallest_sweep_yields_one(quickstart):
+    with pytest.raises(ConfigError, match=r"`--minutes` must be at least 2 .* but got 1.*2 of 240 steps") as refused:
+        fit(quickstart, 1, step_s=60.0, spent_s=58.0)
+    assert "arms full" in str(refused.value)
+    for minutes in (2, 3, 5, 8, 12, 20):
+        budget, _ = fit(quickstart, minutes, step_s=60.0, spent_s=58.0)
+        assert cut_sweep(quickstart, budget).find_arm("lora").trials >= 1
+
+
+def test_time_that_was_spent_is_no_time_for_the_sweep(quickstart):
+    assert fit(quickstart, 30, spent_s=30.0)[0] == Budget(looks=(3, 6), minutes=30)
+
+
+def test_fewer_examples_and_shorter_answers_are_cut_where_scoring_takes_the_time(quickstart, write_file, content):
+    def fit_scored(definition, *, test_s=0.0, answers_s=None, num=1000):
+        rates = [
+            replace(group, test_s=test_s, answers_s=answers_s or {}, num_scored={"validation": num, "test": num})
+            for group in step_rates(definition, step_s=0.0)
+        ]
+        budget, given_up = fit_minutes(definition, rates, 8)
+        cut_sweep(definition, budget)
+        return budget, given_up
+
+    budget, given_up = fit_scored(quickstart, test_s=60.0)
+    assert budget.examples < 1000
+    assert "of 1,000 scored examples" in given_up
+    settings = {"model": "tiny", "data": "chat", "data.train": "c.jsonl", "data.answers.score": "exact_match"}
+    content["settings"] = {"trainer.max_steps": 8, **settings}
+    definition = read_definition(write_file(content), SweepOverrides.parse(["confirm.seeds=3"]))
+    budget, given_up = fit_scored(definition, answers_s={"test": 120.0}, num=400)
+    assert budget.new_tokens == 32
+    assert "32 of 64 tokens an answer" in given_up
 
 
 def test_arms_that_search_one_key_keep_the_minimum_of_trials(content, write_file):
@@ -259,10 +303,29 @@ def test_a_budget_raises_no_number_and_cuts_those_that_are_typed_for_one_arm(con
     assert {arm.name: arm.base.num_steps for arm in cut.arms} == {"frozen": 0, "full": 120, "lora": 160}
 
 
+def test_arms_that_are_left_out_take_what_was_typed_for_them_along(quickstart):
+    typed = ["arms.full.trials=4", "arms.more={settings: {method: bitfit}}", "arms.more.trainer.max_steps=80"]
+    definition = read_definition(find_sweep_file("quickstart"), SweepOverrides.parse(typed))
+    cut = cut_sweep(definition, Budget(left_out=("full", "more"), values=1))
+    assert [arm.name for arm in cut.arms] == ["frozen", "lora"]
+    assert [subject.name for subject in cut.arms[1].subjects] == ["lora"]
+    assert cut.arms[1].base.method.rank == 64
+
+
 def test_the_least_minutes_that_one_measurement_names_are_enough_for_the_next(quickstart):
     with pytest.raises(ConfigError) as refused:
-        fit(quickstart, 0.5)
+        fit(quickstart, 0.5, step_s=200.0)
     minutes = int(re.search(r"at least (\d+)", str(refused.value))[1])
-    assert fit(quickstart, minutes, step_s=0.112)[1].startswith("within")
+    assert fit(quickstart, minutes, step_s=220.0)[1].startswith("within")
     with pytest.raises(ConfigError, match="at least"):
-        fit(quickstart, minutes, step_s=0.2)
+        fit(quickstart, minutes, step_s=400.0)
+
+
+def test_measuring_for_a_short_time_trains_less_and_says_so(plan, monkeypatch):
+    whole = plan()[0]["lora"]
+    assert not whole.is_rough
+    groups, said = plan(minutes=0.001)
+    assert groups["lora"].is_rough
+    assert said[-1].startswith("measuring lora: 3 trials in a pack, from 1, about ")
+    assert groups["lora"].record.config["trainer"]["batch_size"] == 1
+    assert (groups["lora"].slots, groups["lora"].step_tokens) == (whole.slots, whole.step_tokens)

@@ -103,8 +103,8 @@ def test_running_trials_have_lines_with_step_and_last_value(running):
     write_record(sweep_record(trials=rows), running)
     lines = [line for line in show(read_status(running)).splitlines() if line.startswith("now:")]
     assert lines[:2] == [
-        "now: lora trial 0  step 4/8  1.7500  rank 1",
-        "now: lora trial 1  step 0/100  max_steps 100",
+        "now: lora trial 0  evaluated at step 4/8  1.7500  rank 1",
+        "now: lora trial 1  evaluated at step 0/100  max_steps 100",
     ]
     assert len(lines) == status_file.MAX_SHOWN_RUNS + 1
     assert lines[-1] == f"now: {20 - status_file.MAX_SHOWN_RUNS} more"
@@ -133,8 +133,37 @@ def test_the_time_left_is_that_of_the_steps_left(running):
     assert show_after(trials, **confirmed, looks=[2]).endswith("answers at 2 seeds in about 32 s")
     shown = show_after(trials, **confirmed, looks=[2, 3])
     assert shown.endswith("answers at 2 seeds (questions that stay open: up to 3) in about 32 s")
-    os.utime(running / SWEEP_FILE, (0, time.time() - 130))
-    assert show(read_status(running)).splitlines()[-1].startswith("as of 2 min 10 s ago: 1 min 36 s so far, ")
+    os.utime(running / SWEEP_FILE, (0, time.time() - 12))  # the time left falls while nothing is written
+    passed = show(read_status(running)).splitlines()[-1]
+    assert passed.startswith("1 min 48 s so far, ")
+    assert passed.endswith("in about 20 s")
+
+
+def test_what_a_worker_does_now_is_shown_with_its_age(running):
+    write_record(sweep_record(), running)
+    (running / "now-a.txt").write_text("training lora-0001, step 3 of 8\x1b[2J" + 1000 * "x")
+    (running / "now-b.txt").write_text("")  # it is just being written
+    os.utime(running / "now-a.txt", (0, time.time() - 130))
+    status = read_status(running)
+    [line] = status.as_json()["now"]
+    assert len(line) <= 300
+    shown = " ".join(show(status).split())
+    assert "worker: training lora-0001, step 3 of 8" in shown
+    assert "(as of 2 min 10 s ago)" in shown
+
+
+def test_a_sweep_says_that_it_will_be_later_than_its_minutes(running):
+    rows = [trial(number, "complete", 1.5) for number in range(3)]
+    for row in rows:
+        row.values = {8: 1.5}
+    given = {"trials": rows, "arms": [arm("lora", trials=6)], "makespan_s": 300}
+    for minutes, late in ((5, 300), (9, 0), (None, 0)):
+        settings = {} if minutes is None else {"sweep.minutes": minutes}
+        definition = {"file": {"settings": settings}, "overrides": {}} if minutes == 5 else {"overrides": settings}
+        write_record(sweep_record(**given, definition=definition), running)
+        status = read_status(running)
+        assert status.seconds_late == pytest.approx(late, abs=5)
+        assert ("later than `--minutes` asked for" in show(status, width=300)) is bool(late)
 
 
 def test_a_stopped_sweep_shows_the_command_that_resumes_it(folder):
@@ -156,7 +185,7 @@ def test_the_confirm_stage_counts_a_seed_once_for_the_frozen_base(running):
     (line,) = [line for line in shown.splitlines() if line.strip().startswith("lora")]
     assert sorted(line.split()) == sorted(["lora", "3/6", *"1131", "3/4", "1.5000", "rank", "1"])
     assert "4 fresh seeds" in shown
-    assert "now: lora confirm  step 4/8  1.5500  rank 1, seed 10" in shown
+    assert "now: lora confirm  evaluated at step 4/8  1.5500  rank 1, seed 10" in shown
 
 
 def test_a_frozen_base_whose_score_depends_on_the_seed_has_a_confirm_run_for_each(running):

@@ -37,6 +37,24 @@ def test_limits_of_control_groups_and_of_those_above_them_are_read(tmp_path, mem
     assert list(cgroup_limits(memberships=tmp_path / "missing", mount=tmp_path)) == []
 
 
+@pytest.mark.parametrize(
+    ("line", "limit", "used", "cached"),
+    [
+        ("0::/\n", "memory.max", "memory.current", "inactive_file"),
+        ("3:memory:/\n", "memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ],
+)
+def test_what_a_control_group_uses_is_not_free_but_cached_files_are(tmp_path, line, limit, used, cached):
+    (tmp_path / "cgroup").write_text(line)
+    (tmp_path / limit).parent.mkdir(exist_ok=True)
+    (tmp_path / limit).write_text("1000")
+    (tmp_path / used).write_text("700")
+    (tmp_path / limit).with_name("memory.stat").write_text(f"anon 5\n{cached} 300\n")
+    given = {"memberships": tmp_path / "cgroup", "mount": tmp_path}
+    assert list(cgroup_limits(**given, is_free=True)) == [600]
+    assert list(cgroup_limits(**given)) == [1000]
+
+
 def test_the_smaller_of_machine_and_control_group_counts(monkeypatch):
     whole = machine_memory_bytes(torch.device("cpu"))
     assert whole > 0

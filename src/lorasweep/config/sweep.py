@@ -17,6 +17,7 @@ MAX_CONFIRM_SEEDS = 1000
 MAX_ARMS = 100
 MAX_PAIRS = 500
 """Maximum number of `confirm.pairs`, each of which is one question more."""
+MINUTES_KEY = "sweep.minutes"
 MAX_CHOICES = 1000
 """Maximum number of choices of a swept key. Each is composed and checked, which takes milliseconds."""
 
@@ -137,6 +138,8 @@ class SweepSettings(Settings):
     epochs: PositiveFloat | None
     """Epochs of a run. They set `trainer.max_steps` (60 to 900) when the sweep starts. Null, or
     `trainer.max_steps` on the command line, keeps the number of steps."""
+    minutes: PositiveFloat | None
+    """Minutes to which `--minutes` cut the sweep, which then says if it will be late. Setting it cuts nothing."""
     seed: NonNegative
     """Seed of the samplers; each arm draws from a separate random stream."""
     output: str | None

@@ -17,6 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from lorasweep.activity import doing
 from lorasweep.data.split import Batch, Split, SplitFacts
 
 BYTES_PER_POSITION = 16
@@ -152,12 +153,16 @@ class EvaluationSampler(MicroBatchSampler):
         part = choose_part(len(split), fraction)
         batches = batch_by_length(split.lengths[torch.tensor(part)], budget=batch_size * int(split.lengths.max()))
         self.batches = [[part[place] for place in batch] for batch in batches]
+        self.name = split.name
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        return (self.share.select(MicroBatch(batch, 1.0)) for batch in self.batches)
+        with doing(f"scoring {self.name}", unit="example", total=len(self.order)) as activity:
+            for batch in self.batches:
+                yield self.share.select(MicroBatch(batch, 1.0))
+                activity.advance(len(batch))
 
     @property
     def order(self) -> list[int]:

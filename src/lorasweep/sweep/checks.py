@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from lorasweep.activity import doing
 from lorasweep.config.data import MetricComponent, ScoreMetric
 from lorasweep.config.run import STEPS_KEY, RunConfig
 from lorasweep.disk import require_new_folder
@@ -48,6 +49,7 @@ def set_steps(definition: Definition, inputs_cache: InputsCache) -> Definition:
     return restore_definition(raw, source=definition.source)
 
 
+@doing("checking every arm")
 def check_definition(
     definition: Definition, inputs_cache: InputsCache, *, new_folder: str | None = None
 ) -> ScoreMetric:

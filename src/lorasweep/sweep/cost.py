@@ -1,4 +1,4 @@
-"""Computes what a sweep costs, and which smaller numbers of trials, steps and seeds fit a time (`--minutes`).
+"""Computes what a sweep costs, and which smaller sweep fits a time (`--minutes`).
 
 A cost is computed from measured rates, without composing the sweep again, so that many numbers can be tried.
 """
@@ -7,25 +7,103 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
+from optuna.distributions import CategoricalDistribution
+
 from lorasweep.config.compose import choose_evaluation_interval
+from lorasweep.config.data import BlockSettings, ChatConfig, DataConfig, RowSettings
 from lorasweep.config.run import STEPS_KEY, RunConfig
-from lorasweep.config.sweep import RayWorkers
+from lorasweep.config.sweep import MINUTES_KEY, RayWorkers
 from lorasweep.errors import ConfigError
 from lorasweep.record import RunRecord
 from lorasweep.sweep.controller.proposals import find_batch_start
 from lorasweep.sweep.controller.stopping import MIN_STEPS
 from lorasweep.sweep.definition.arms import Arm, Definition, restore_definition, searches_one_key
 from lorasweep.sweep.definition.confirm import count_confirm_runs
+from lorasweep.training.environment import get_device
+from lorasweep.training.generation import get_answers
+from lorasweep.wording import format_setting, join_words
 
 MIN_TRIALS = 6
-"""Minimum number of trials of an arm under `--minutes`. Fewer are too few to search two decades of learning rates."""
-
+"""Fewer trials of an arm are too few to search two decades of learning rates, so they are a last resort."""
+MIN_EXAMPLES = 16
+"""Minimum number of examples on which `--minutes` lets a run be scored."""
+ROUGH = "The estimate is rough: whole packs or steps took too long to measure."
 MINUTES_TOLERANCE = 0.15
 """The smallest budget may exceed `--minutes` by this fraction, because two measurements differ by as much."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """The largest numbers that a sweep may have. None keeps what the sweep has."""
+
+    looks: tuple[int, ...] | None = None
+    """Numbers of seeds at which the questions are tested."""
+    trials: int | None = None
+    """The setting `sweep.trials`: an arm that searches one key gets half of it."""
+    values: int | None = None
+    """Number of values of `confirm_each`. The largest one stays, and others at equal distances."""
+    examples: int | None = None
+    """Number of examples or blocks of a split on which a run is scored."""
+    new_tokens: int | None = None
+    """Tokens of a generated answer."""
+    steps: int | None = None
+    """Steps of a run."""
+    batch_size: int | None = None
+    left_out: tuple[str, ...] | None = None
+    """Names of arms."""
+    minutes: float | None = None
+    """The time to which the sweep is cut."""
+
+    def find_settings(self, definition: Definition) -> dict[str, Any]:
+        """Returns the settings of a sweep file that cut a sweep to this budget; arms may have numbers of their own."""
+        confirm, data = definition.sweep_config.confirm, definition.arms[0].base.data
+        settings: dict[str, Any] = {MINUTES_KEY: self.minutes, STEPS_KEY: self.steps, "sweep.trials": self.trials}
+        settings |= {"trainer.batch_size": self.batch_size, "data.answers.max_new_tokens": self.new_tokens}
+        if self.looks is not None:
+            is_auto = confirm.seeds == "auto"
+            settings["confirm.looks" if is_auto else "confirm.seeds"] = list(self.looks) if is_auto else self.looks[-1]
+        for key in list_example_keys(data) if self.examples is not None else ():
+            settings[f"data.{key}"] = min(self.examples, getattr(data, key) or self.examples)
+        settings = {key: value for key, value in settings.items() if value is not None}
+        for arm in definition.arms:
+            if arm.name in (self.left_out or ()):
+                settings[f"arms.{arm.name}"] = None
+            elif kept := self.limit_values(arm):
+                settings[f"arms.{arm.name}.{arm.confirm_each}"] = list(kept)
+                settings |= {} if len(kept) > 1 else {f"arms.{arm.name}.confirm_each": None}
+        return settings
+
+    def limit_trials(self, arm: Arm) -> int:
+        if self.trials is None:
+            return arm.trials
+        return min(arm.trials, math.ceil(self.trials / 2) if searches_one_key(arm.space) else self.trials)
+
+    def limit_values(self, arm: Arm) -> tuple[Any, ...]:
+        """Returns the values of `confirm_each` that stay; empty if all do."""
+        values = [subject.value for subject in arm.subjects]
+        if self.values is None or self.values >= len(values):
+            return ()
+        return tuple(values[:: -math.ceil(len(values) / self.values)][::-1])
+
+    def limit_steps(self, config: RunConfig) -> tuple[int, int]:
+        """Returns the number of steps of a run, and the number of steps between two of its evaluations."""
+        if self.steps is None or config.num_steps <= self.steps:
+            return config.num_steps, config.trainer.eval_every_steps
+        return self.steps, choose_evaluation_interval(self.steps)
+
+    def limit_arm(self, arm: Arm) -> Arm:
+        """Returns an arm with fewer trials and values."""
+        kept, key = self.limit_values(arm), arm.confirm_each or ""
+        space = {**arm.space, key: CategoricalDistribution(kept)} if kept else arm.space
+        return replace(arm, trials=self.limit_trials(arm), space=space)
+
+
+WHOLE = Budget()
+"""The budget that cuts nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +120,19 @@ class Rates:
     step_tokens: float
     """Mean number of tokens of a run's step, without padding."""
     evaluation_s: float
-    """Seconds of an evaluation of a run, and of writing weights and checkpoints after it."""
+    """Seconds of an evaluation of a run."""
+    saving_s: float = 0.0
+    """Seconds of writing weights and checkpoints after an evaluation."""
     final_s: float
     """Seconds of the evaluation on all validation examples at the end of a run; 0 if every evaluation is on all."""
     test_s: float
     """Seconds in which a confirm run is scored on test data; 0 without a confirm stage."""
+    answers_s: Mapping[str, float]
+    """Seconds in which a run answers examples of a split, by name of the split, if it has to."""
+    num_scored: Mapping[str, int]
+    """Number of examples by name of the split."""
+    is_rough: bool = False
+    """Whether fewer slots, or fewer examples a step, were measured than the sweep has."""
     peak_memory_bytes: int
     record: RunRecord
     """Record of one of the measured runs."""
@@ -57,55 +143,33 @@ class Rates:
 
     def estimate_run_s(self, num_steps: int, interval: int) -> float:
         """Returns the seconds of a training with an evaluation every `interval` steps."""
-        num_evaluations = math.ceil(num_steps / interval) or 1
-        return self.loading_s + num_steps * self.step_s + num_evaluations * self.evaluation_s + self.final_s
+        scored_s = (math.ceil(num_steps / interval) or 1) * (self.evaluation_s + self.saving_s) + self.final_s
+        return self.loading_s + num_steps * self.step_s + scored_s + self.answers_s.get("validation", 0.0)
+
+    def limit(self, budget: Budget, config: RunConfig) -> Rates:
+        """Returns the rates after a cut. `config` has the settings of the measured runs."""
+        step = _share(budget.batch_size, config.trainer.batch_size)
+        validation, test = (_share(budget.examples, self.num_scored.get(name)) for name in ("validation", "test"))
+        answers_s = self.answers_s
+        if answers_s and isinstance(config.data, ChatConfig):
+            tokens = _share(budget.new_tokens, config.data.answers.max_new_tokens)
+            most = {
+                name: min(self.num_scored[name], config.data.max_generated_examples or math.inf) for name in answers_s
+            }
+            answers_s = {name: tokens * _share(budget.examples, most[name]) * s for name, s in answers_s.items()}
+        return replace(
+            self,
+            step_s=step * self.step_s,
+            step_tokens=step * self.step_tokens,
+            evaluation_s=validation * self.evaluation_s,
+            final_s=validation * self.final_s,
+            test_s=test * self.test_s,
+            answers_s=answers_s,
+        )
 
 
-class Budget(NamedTuple):
-    """The largest numbers that a sweep may have. None keeps what the sweep has."""
-
-    trials: int | None = None
-    """The setting `sweep.trials`: an arm that searches one key gets half of it."""
-    steps: int | None = None
-    """Steps of a run."""
-    looks: tuple[int, ...] | None = None
-    """Numbers of seeds at which the questions are tested."""
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The settings of a sweep file that cut a sweep to this budget."""
-        looks = None if self.looks is None else list(self.looks)
-        settings = {STEPS_KEY: self.steps, "sweep.trials": self.trials, "confirm.looks": looks}
-        return {key: value for key, value in settings.items() if value is not None}
-
-    def limit_trials(self, arm: Arm) -> int:
-        if self.trials is None:
-            return arm.trials
-        return min(arm.trials, math.ceil(self.trials / 2) if searches_one_key(arm.space) else self.trials)
-
-    def limit_steps(self, config: RunConfig) -> tuple[int, int]:
-        """Returns the number of steps of a run, and the number of steps between two of its evaluations."""
-        if self.steps is None or config.num_steps <= self.steps:
-            return config.num_steps, config.trainer.eval_every_steps
-        return self.steps, choose_evaluation_interval(self.steps)
-
-    def describe_loss(self, definition: Definition) -> str:
-        """Returns what a sweep gives up that is cut to this budget."""
-        given_up, largest = [], find_largest_arm(definition)
-        if self.looks is not None:
-            most = definition.sweep_config.confirm.list_looks()[-1]
-            given_up.append(f"at most {self.looks[-1]} of {most} seeds (small differences stay open)")
-        if self.trials is not None:
-            trials = f"{self.limit_trials(largest)} of {largest.trials} trials an arm"
-            given_up.append(f"{trials} (a better learning rate may be missed)")
-        if self.steps is not None:
-            steps = f"{self.steps:,} of {count_most_steps(definition):,} steps a run"
-            given_up.append(f"{steps} (the answers hold for shorter training)")
-        return "; ".join(given_up) or "nothing is given up"
-
-
-WHOLE = Budget()
-"""The budget that cuts nothing."""
+def _share(limit: int | None, number: float | None) -> float:
+    return min(1.0, limit / number) if limit and number else 1.0
 
 
 class Cost(NamedTuple):
@@ -134,14 +198,20 @@ def estimate_cost(definition: Definition, rates: Sequence[Rates], *, budget: Bud
     seeds = looks[look] if looks else 0
     low = high = confirm = 0.0
     for group in rates:
-        arms = [definition.find_arm(name) for name in group.arms]
-        run_s = group.estimate_run_s(*budget.limit_steps(arms[0].base))
-        for arm in (replace(arm, trials=budget.limit_trials(arm)) for arm in arms):
+        whole = [definition.find_arm(name) for name in group.arms if name not in (budget.left_out or ())]
+        if not whole:
+            continue
+        arms, config = [budget.limit_arm(arm) for arm in whole], whole[0].base
+        limited = group.limit(budget, config)
+        run_s = limited.estimate_run_s(*budget.limit_steps(config))
+        for arm in arms:
             batches = Counter(find_batch_start(arm, number) for number in range(arm.trials))
             low += arm.trials / group.slots * run_s
             high += sum(math.ceil(size / group.slots) for size in batches.values()) * run_s
         num_runs = sum(count_confirm_runs(arm, seeds=seeds) for arm in arms)
-        confirm += math.ceil(num_runs / group.slots) * run_s + num_runs * group.test_s
+        num_packs = num_runs / group.slots
+        confirm += (num_packs + find_empty_cost(config) * (math.ceil(num_packs) - num_packs)) * run_s
+        confirm += num_runs * (limited.test_s + limited.answers_s.get("test", 0.0))
     return Cost(low, high, confirm)
 
 
@@ -151,64 +221,148 @@ def count_workers(definition: Definition) -> int:
     return config.num if isinstance(config, RayWorkers) and config.num != "auto" else 1
 
 
-def fit_minutes(definition: Definition, rates: Sequence[Rates], minutes: float) -> tuple[Budget, str]:
-    """Returns the largest budget with which a sweep ends within the minutes, and a sentence on what is given up.
+def find_empty_cost(config: RunConfig) -> float:
+    """Returns the assumed cost of an empty slot of a pack, over that of a slot with a run."""
+    return 1.0 if get_device(config.trainer).type == "cuda" else 0.25
 
-    Seeds go first, then trials, then steps. The estimate assumes that no run stops early and all seeds are needed.
+
+class Cut(NamedTuple):
+    """A value of a field of `Budget`."""
+
+    value: Any
+    loss: float
+    """How bad the cut is. Dropping one of several looks is 1."""
+    given_up: str
+
+
+def fit_minutes(
+    definition: Definition, rates: Sequence[Rates], minutes: float, *, spent_s: float = 0.0
+) -> tuple[Budget, str]:
+    """Returns the best budget with which a command ends within the minutes, and a sentence on what is given up.
+
+    The next cut of `list_cuts` is always the one that saves most time for its loss. Afterwards each cut that turned out
+    to be needless is undone. The estimate assumes that no run stops early and all seeds are needed. `spent_s` is the
+    time that loading and measuring have taken.
 
     Raises ConfigError if the smallest budget takes longer.
     """
-    for budget in list_budgets(definition):
-        seconds = estimate_cost(definition, rates, budget=budget, look=-1).high_s
-        if seconds <= 60 * minutes:
-            return budget, f"within {minutes:g} min: {budget.describe_loss(definition)}."
-    if seconds <= (1 + MINUTES_TOLERANCE) * 60 * minutes:  # the least that an earlier measurement named
-        return budget, f"within about {minutes:g} min: {budget.describe_loss(definition)}."
-    seeds = "" if definition.sweep_config.confirm.list_looks() in ((), (3,)) else " or seeds (`confirm.seeds=3`)"
+    cuts, available_s = list_cuts(definition, rates), 60 * minutes - spent_s
+    places = dict.fromkeys(cuts, 0)
+
+    def choose(places: Mapping[str, int]) -> dict[str, Cut]:
+        return {name: cuts[name][place] for name, place in places.items()}
+
+    def build(places: Mapping[str, int]) -> Budget:
+        return Budget(minutes=minutes, **{name: cut.value for name, cut in choose(places).items()})
+
+    def estimate(places: Mapping[str, int]) -> float:
+        cost = estimate_cost(definition, rates, budget=build(places), look=-1)
+        return cost.low_s + find_empty_cost(definition.arms[0].base) * (cost.high_s - cost.low_s)
+
+    def save_by_loss(name: str) -> float:
+        added = cuts[name][places[name] + 1].loss - cuts[name][places[name]].loss
+        return (seconds - estimate({**places, name: places[name] + 1})) / added
+
+    while (seconds := estimate(places)) > available_s:
+        if not (names := [name for name, place in places.items() if place + 1 < len(cuts[name])]):
+            break
+        places[max(names, key=save_by_loss)] += 1
+    for name in sorted(cuts, key=lambda name: choose(places)[name].loss, reverse=True):
+        while places[name] and estimate({**places, name: places[name] - 1}) <= available_s:
+            places[name] -= 1
+    seconds = estimate(places)
+    lost = "; ".join(cut.given_up for cut in choose(places).values() if cut.given_up) or "nothing is given up"
+    rough = f" {ROUGH}" if any(group.is_rough for group in rates) else ""
+    if seconds <= available_s:
+        return build(places), f"within {minutes:g} min: {lost}.{rough}"
+    if seconds + spent_s <= (1 + MINUTES_TOLERANCE) * 60 * minutes:  # the least that an earlier measurement named
+        return build(places), f"within about {minutes:g} min: {lost}.{rough}"
     raise ConfigError(
-        f"`--minutes` must be at least {math.ceil(seconds / 60)} for this sweep on this machine, but got {minutes:g}. "
-        f"What helps: fewer steps (`trainer.max_steps`), arms (`arms.full=null`), values of `confirm_each`{seeds}, "
-        "shorter or fewer examples (`data.max_length`, `data.max_validation_examples`), and a smaller model."
+        f"`--minutes` must be at least {math.ceil((seconds + spent_s) / 60)} for this sweep on this machine, but got "
+        f"{minutes:g}. That would give up: {lost}.{rough} What helps: shorter examples (`data.max_length`) and a "
+        "smaller model."
     )
 
 
-def list_budgets(definition: Definition) -> Iterator[Budget]:
-    """Yields budgets from the whole sweep to the smallest."""
-    looks, largest = definition.sweep_config.confirm.list_looks(), find_largest_arm(definition)
-    unit = 2 if searches_one_key(largest.space) else 1
-    steps = most_steps = count_most_steps(definition)
-    while True:
-        for part in (4, 3, 2):
-            trials = max(min(MIN_TRIALS, largest.trials), largest.trials * part // 4)
-            for last in range(len(looks), 0, -1) if looks else (0,):
-                yield Budget(
-                    trials=None if trials == largest.trials else unit * trials,
-                    steps=None if steps == most_steps else steps,
-                    looks=None if last == len(looks) else looks[:last],
-                )
-        if steps <= MIN_STEPS:
-            return
-        steps = 2 * (max(MIN_STEPS, steps // 2) // 2)
+def list_cuts(definition: Definition, rates: Sequence[Rates]) -> dict[str, list[Cut]]:
+    """Returns the cuts of each field of `Budget`, from none to the largest.
+
+    The losses are judgements: seeds, trials, values, examples and answers go before steps, and steps before arms. A
+    single seed or trial, and smaller batches, are a last resort.
+    """
+    looks, config = definition.sweep_config.confirm.list_looks(), definition.arms[0].base
+    cuts = {each.name: [Cut(None, 0.0, "")] for each in fields(Budget) if each.name != "minutes"}
+
+    def add(name: str, value: Any, loss: float, given_up: str) -> None:
+        cuts[name].append(Cut(value, loss, given_up))
+
+    fewer = [(looks[:end], float(len(looks) - end)) for end in range(len(looks) - 1, 0, -1)]
+    fewer += [((seeds,), loss) for seeds, loss in ((3, 4.0), (2, 20.0), (1, 60.0)) if looks and seeds < looks[0]]
+    for seeds, loss in fewer:
+        add("looks", seeds, loss, f"at most {seeds[-1]} of {looks[-1]} seeds (small differences stay open)")
+    largest = max(definition.arms, key=lambda arm: (arm.trials, not searches_one_key(arm.space)))
+    unit, most = 2 if searches_one_key(largest.space) else 1, largest.trials
+    least = min(MIN_TRIALS, most)
+    for number, loss in {max(least, most * 3 // 4): 1.0, max(least, most // 2): 3.0, 3: 15.0, 1: 60.0}.items():
+        given_up = f"{number} of {most} trials an arm (a better learning rate may be missed)"
+        cuts["trials"] += [Cut(unit * number, loss, given_up)] if number < most else []
+    most = max(len(arm.subjects) for arm in definition.arms)
+    for number, loss in {math.ceil(most / 2): 4.0, 1: 15.0}.items() if looks else ():
+        kept = [(arm.confirm_each, Budget(values=number).limit_values(arm)) for arm in definition.arms]
+        named = [f"`{key}` {join_words(list(map(format_setting, values)))}" for key, values in kept if values]
+        if named:
+            add("values", number, loss, f"{join_words(named)} alone (other values stay unknown)")
+    most = max(size for group in rates for size in (*group.num_scored.values(), 0))
+    most = most if list_example_keys(config.data) else 0
+    for size in (most >> number for number in range(1, 20) if most >> number >= MIN_EXAMPLES):
+        loss = 2.0 * math.log2(most / size) + 20.0 * MIN_EXAMPLES / size
+        add("examples", size, loss, f"at most {size:,} of {most:,} scored examples (small differences stay open)")
+    if get_answers(config) is not None and isinstance(config.data, ChatConfig):
+        most = config.data.answers.max_new_tokens
+        for tokens, loss in ((most // 2, 2.0), (most // 4, 8.0)) if most >= 32 else ():
+            add("new_tokens", tokens, loss, f"{tokens} of {most} tokens an answer (longer ones are cut off)")
+    steps = most = max(arm.base.num_steps for arm in definition.arms)
+    while steps > 2:
+        steps = max(2, 2 * (steps // 3))
+        loss = 10 * math.log2(most / steps) + 15 * math.log2(max(1.0, MIN_STEPS / steps))
+        add("steps", steps, loss, f"{steps:,} of {most:,} steps a run (the answers hold for shorter training)")
+    most = config.trainer.batch_size
+    can_cut = config.module is None and all(arm.base.trainer.batch_size == most for arm in definition.arms)
+    for size in (most >> number for number in range(1, 20) if can_cut and most >> number >= config.trainer.accumulate):
+        add("batch_size", size, 40.0 * math.log2(most / size), f"{size} of {most} examples a step (noisier steps)")
+    paired = {name for pair in definition.sweep_config.confirm.pairs for name in pair}
+    trained = [arm for arm in definition.arms if not arm.base.method.trains_nothing and arm.name not in paired]
+    trained.sort(key=lambda arm: arm.base.method.name == "full")
+    names = [arm.name for arm in (*trained[-1:], *trained[1:-1])] if len(trained) > 1 else []  # full goes last
+    for number in range(1, len(names) + 1):
+        left = tuple(names[-number:])
+        add("left_out", left, 40.0 * number, f"arms {join_words(left)} (nothing is compared with them)")
+    return cuts
 
 
-def find_largest_arm(definition: Definition) -> Arm:
-    """Returns the arm with the most trials; one that searches several keys if there are several."""
-    return max(definition.arms, key=lambda arm: (arm.trials, not searches_one_key(arm.space)))
-
-
-def count_most_steps(definition: Definition) -> int:
-    return max(arm.base.num_steps for arm in definition.arms)
+def list_example_keys(data: DataConfig) -> Sequence[str]:
+    """Returns the settings of data that limit the examples on which a run is scored."""
+    if isinstance(data, BlockSettings):
+        return "max_validation_blocks", "max_test_blocks"
+    return ("max_validation_examples", "max_test_examples") if isinstance(data, RowSettings) else ()
 
 
 def cut_sweep(definition: Definition, budget: Budget) -> Definition:
     """Returns a sweep whose arms have at most the numbers of a budget."""
-    overrides = {**definition.raw["overrides"], **budget.settings}
+    left_out = {f"arms.{name}": name in definition.raw["file"]["arms"] for name in budget.left_out or ()}
+    typed = {
+        key: value for key, value in definition.raw["overrides"].items() if ".".join(key.split(".")[:2]) not in left_out
+    }
+    overrides = {**typed, **budget.find_settings(definition)}
+    # an arm that was typed is left out by not typing it
+    overrides = {key: value for key, value in overrides.items() if left_out.get(key, True)}
     if budget.steps is not None:
         overrides["trainer.eval_every_steps"] = choose_evaluation_interval(budget.steps)
     cut = restore_definition({**definition.raw, "overrides": overrides}, source=definition.source)
     # the settings may raise the numbers of an arm that has smaller ones, and leave those that are typed for one arm
     corrections: dict[str, int] = {}
-    for before, after in zip(definition.arms, cut.arms, strict=True):
+    for after in cut.arms:
+        before = definition.find_arm(after.name)
         trials, (steps, interval) = budget.limit_trials(before), budget.limit_steps(before.base)
         if trials != after.trials:
             corrections[f"arms.{before.name}.trials"] = trials

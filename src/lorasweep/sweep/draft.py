@@ -141,7 +141,8 @@ def draft_sweep(path: Path, settings: Mapping[str, Any], inputs_cache: InputsCac
             f"`data.path=HUB-ID data.train=SPLIT`, but got {given}."
         )
     of_sweep = {key: value for key, value in settings.items() if key.split(".")[0] in SWEEP_GROUPS}
-    settings = {key: value for key, value in settings.items() if key not in of_sweep}
+    of_arms = {key: value for key, value in settings.items() if key.split(".")[0] == "arms"}
+    settings = {key: value for key, value in settings.items() if key not in {**of_sweep, **of_arms}}
     found, notes = ({}, []) if "data" in settings else _choose_data(settings)
     chosen = {**found, **settings}
     if chosen["data"] == "chat" and "data.answers.score" not in chosen:
@@ -166,6 +167,7 @@ def draft_sweep(path: Path, settings: Mapping[str, Any], inputs_cache: InputsCac
         metric = {} if any(key.startswith("data.metric") for key in settings) else {"data.metric": inputs.splits.metric}
         numbered = {**settings, **metric, **_choose_numbers(inputs, settings)}
         text = _fill_template(path, numbered, {**SWEEP_SETTINGS, **of_sweep}, inputs, notes=notes)
+        text = _cut_arms(text, of_arms)
         return text, read_definition(yaml.safe_load(text))  # a draft must be a sweep that starts
 
     inputs = load(chosen)
@@ -298,10 +300,10 @@ def _fill_template(
     path: Path, settings: Mapping[str, Any], of_sweep: Mapping[str, Any], inputs: RunInputs, *, notes: Sequence[str]
 ) -> str:
     train, trainer, labels = inputs.splits.train, compose_run(settings).trainer, inputs.base.labels
-    parameters = sum(parameter.numel() for parameter in inputs.base.model.parameters())
     named = "" if labels is None or len(labels.names) < 2 else f" and {len(labels.names)} labels"
     facts = [
-        f"The base has {format_count(parameters)} parameters. The data has {len(train):,} training sequences{named}.",
+        f"The base has {format_count(inputs.base.num_parameters)} parameters. The data has {len(train):,} training "
+        f"sequences{named}.",
         *inputs.splits.notes,
         *notes,
     ]
@@ -339,6 +341,19 @@ def _fill_template(
         lora_low=f"{10 * low:.1e}",
         lora_high=f"{10 * high:.1e}",
     )
+
+
+def _cut_arms(text: str, of_arms: Mapping[str, Any]) -> str:
+    """Returns a draft with fewer ranks, or without an arm, as `Budget.find_settings` names them."""
+    for key, value in of_arms.items():
+        _, arm, *setting = key.split(".", 2)
+        if not setting:
+            text = re.sub(rf"^  {arm}:.*\n(    .*\n)*", "", text, flags=re.MULTILINE)
+        elif setting == ["confirm_each"]:
+            text = re.sub(r"^    confirm_each:.*\n", "", text, flags=re.MULTILINE)
+        else:
+            text = re.sub(rf"{re.escape(setting[0])}: \[.*\]", f"{setting[0]}: {value}", text)
+    return text
 
 
 def _format_value(value: Any) -> str:

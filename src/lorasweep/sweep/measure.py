@@ -1,9 +1,9 @@
 """Measures what the trainings of a sweep take, for `lorasweep plan` and `--minutes`. Leaves no file behind.
 
 Arms whose trials share packs form a group. Each other arm is a group of its own. One short training is measured for
-each group: a pack of runs with the highest rank, or one run alone. Its steps and slots follow from the speed of the
-machine, and it is evaluated on few examples. The times of steps and evaluations are scaled by tokens, all others by
-slots.
+each group: a pack of runs with the highest rank, or one run alone. Its steps, slots and examples follow from the speed
+of the machine, and it is evaluated on few examples. The times of steps and evaluations are scaled by tokens, all others
+by slots.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from lorasweep.activity import doing
 from lorasweep.config.build import as_settings
+from lorasweep.config.data import ChatConfig
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import StepBatchSampler, choose_part
 from lorasweep.data.split import Batch, Split, SplitFacts
 from lorasweep.errors import OutOfMemory, RunError
+from lorasweep.methods import copy_sharing_weights
 from lorasweep.objectives.data_splits import DataSplits
 from lorasweep.record import RunRecord, read_run
 from lorasweep.sweep.cost import Rates, count_workers
@@ -32,6 +35,7 @@ from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.sweep.definition.packing import plan_packing
 from lorasweep.sweep.machine import Machine, measure_machine
 from lorasweep.sweep.workers.worker import choose_slots, list_pack_arms
+from lorasweep.training.generation import get_answers, score_answers
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.module import prepare_model
 from lorasweep.training.packs.pack import train_pack
@@ -47,18 +51,22 @@ MIN_MEASURED_STEPS = 2
 MAX_MEASURED_STEPS = 16
 """Steps of a measured training if they are fast."""
 
-MEASURED_TRAINING_S = 6.0
-"""Seconds that all steps of a measured training should take. Its number of steps follows from this."""
+MAX_MEASURED_S = 30.0
+"""Seconds for which a group is measured at most, as far as its speed can be guessed."""
 
-MAX_MEASURED_TRAINING_S = 10.0
-"""Maximum seconds of `MIN_MEASURED_STEPS` steps. If a whole pack takes longer, fewer slots are measured."""
+STEPS_SHARE, MAX_STEPS_SHARE, EVALUATION_SHARE = 0.2, 0.33, 0.07
+"""Shares of that time for all steps, for `MIN_MEASURED_STEPS` of them if they are slow, and for an evaluation. If a
+whole pack takes longer, fewer slots are measured, and if one run takes longer, fewer examples a step."""
 
 PACK_OVER_PRODUCTS, ALONE_OVER_PRODUCTS = 5.0, 6.0
 """Assumed time of a step, divided by the time of its matrix products at the machine's speed: for a pack, and for a run
 alone."""
 
-MEASURED_EVALUATION_S = 2.0
-"""Seconds that the measured evaluation should take at most. In a smaller batch, each example takes longer."""
+MAX_MEASURED_SHARE = 0.1
+"""Maximum share of `--minutes` for which all groups are measured."""
+
+NUM_MEASURED_TOKENS = 8
+"""Tokens of a measured answer."""
 
 MAX_DATA_ORDERS = 100
 """Maximum number of data orders among which `choose_data_order` chooses. More would make planning slower."""
@@ -90,22 +98,31 @@ class BriefTraining(NamedTuple):
 
 
 def measure_sweep(
-    definition: Definition, inputs_cache: InputsCache, *, on_progress: Callable[[str], None]
+    definition: Definition,
+    inputs_cache: InputsCache,
+    *,
+    minutes: float | None = None,
+    on_progress: Callable[[str], None],
 ) -> list[Rates]:
-    """Measures one training of each group of arms of a checked sweep.
+    """Measures one training of each group of arms of a checked sweep, for `MAX_MEASURED_SHARE` of the minutes if given.
 
     `on_progress` is called with a phrase before each training, and once with the speed of the machine.
 
     Raises:
         RunError: A training failed, as it would in the sweep.
     """
+    began = time.monotonic()
     rates, machine = list[Rates](), measure_machine()
     on_progress(str(machine))
+    num_groups = len({plan.key or name for name, plan in plan_packing(definition).items()})
     for arm in definition.arms:
         if any(arm.name in group.arms for group in rates):
             continue
+        left_s = math.inf if minutes is None else MAX_MEASURED_SHARE * 60 * minutes - (time.monotonic() - began)
+        limit_s = min(MAX_MEASURED_S, max(0.1, left_s / (num_groups - len(rates))))
         try:
-            rates.append(measure(definition, arm, inputs_cache, machine=machine, on_progress=on_progress))
+            given = {"machine": machine, "limit_s": limit_s, "on_progress": on_progress}
+            rates.append(measure(definition, arm, inputs_cache, **given))
         except RunError as error:
             raise RunError(f"the first trial of arm `{arm.name}` must train, but failed: {error}") from error
     return rates
@@ -117,26 +134,39 @@ def measure(
     inputs_cache: InputsCache,
     *,
     machine: Machine,
+    limit_s: float,
     on_progress: Callable[[str], None],
 ) -> Rates:
-    """Measures one training of an arm and of those that share its packs. Errors as in `measure_sweep`."""
+    """Measures one training of an arm and of those that share its packs, for about `limit_s` seconds at most.
+
+    Errors as in `measure_sweep`.
+    """
     size = choose_slots(definition, arm, inputs_cache=inputs_cache, num_workers=count_workers(definition))
     arms = list_pack_arms(definition, arm) if size.slots > 1 else [arm]
     largest = plan_packing(definition)[arm.name].largest
-    sample = choose_sample(largest, inputs_cache.load(largest), slots=size.slots, machine=machine)
+    inputs = inputs_cache.load(largest)
+    # forward and backward pass use each weight in three matrix products
+    token_s = 6 * inputs.base.num_parameters / (1e12 * machine.tflops[inputs.precision])
+    token_s *= PACK_OVER_PRODUCTS if size.slots > 1 else ALONE_OVER_PRODUCTS
+    sample = choose_sample(largest, inputs, slots=size.slots, token_s=token_s, limit_s=limit_s)
     while True:
         fewer = f", from {sample.slots}" if sample.slots < size.slots else ""
         phrase = f"{size.slots} trials in a pack{fewer}" if size.slots > 1 else "1 trial"
-        on_progress(f"measuring {', '.join(each.name for each in arms)}: {phrase}")
+        phrase = f"measuring {', '.join(each.name for each in arms)}: {phrase}, about {limit_s:.0f} s at most"
+        on_progress(phrase)
         try:
-            training = train_briefly(sample, is_pack=size.slots > 1)
+            with doing(phrase):
+                training = train_briefly(sample, is_pack=size.slots > 1)
         except OutOfMemory:
             if sample.slots == 1:
                 raise
             sample = sample._replace(slots=sample.slots // 2)
             size = size._replace(slots=sample.slots)  # as in the sweep
         else:
-            return scale_up(training, sample, size, arms, definition=definition, inputs_cache=inputs_cache)
+            rates = scale_up(training, sample, size, arms, definition=definition, inputs_cache=inputs_cache)
+            prompt_s = token_s / 3 * float(inputs.splits.validation.lengths.double().mean())
+            num_rows = int(EVALUATION_SHARE * limit_s / prompt_s)
+            return replace(rates, answers_s=measure_answers(largest, inputs, num_rows=num_rows))
 
 
 def scale_up(
@@ -153,12 +183,13 @@ def scale_up(
     config = largest[arms[0].name]
     inputs, scale = inputs_cache.load(config), size.slots / sample.slots
     train, validation = inputs.splits.train, inputs.splits.validation
-    step_tokens = _mean_step_tokens(sample.config, train)
+    step_tokens = _mean_step_tokens(config, train)
     num_steps, seed = sample.config.trainer.max_steps, sample.config.seeds.data_order
-    counted_tokens = sum(_count_step_tokens(config, train, num_steps=num_steps, seed=seed)[1:])
+    counted_tokens = sum(_count_step_tokens(sample.config, train, num_steps=num_steps, seed=seed)[1:])
     # seconds in which one run is evaluated on a token, and all slots on the validation split
     token_s = training.evaluating_s / sample.slots / int(sample.inputs.splits.validation.lengths.sum())
     whole_s = size.slots * token_s * int(validation.lengths.sum())
+    num_scored = {"validation": len(validation)}
     evaluated_share = len(choose_part(len(validation), config.eval_fraction)) / len(validation)
     peak_bytes, test_tokens = training.record.peak_memory_bytes, 0
     if sample.slots < size.slots:
@@ -166,6 +197,7 @@ def scale_up(
     if definition.sweep_config.confirm.list_looks():
         retained = [inputs_cache.load_splits(data, sample.config) for data in definition.retained.values()]
         test_tokens = sum(int(splits.test().lengths.sum()) for splits in (inputs.splits, *retained))
+        num_scored["test"] = len(inputs.splits.test())
     return Rates(
         arms=tuple(largest),
         slots=size.slots,
@@ -173,9 +205,13 @@ def scale_up(
         loading_s=scale * training.loading_s,
         step_s=scale * training.training_s * step_tokens / counted_tokens,
         step_tokens=step_tokens,
-        evaluation_s=evaluated_share * whole_s + scale * training.saving_s,
+        evaluation_s=evaluated_share * whole_s,
+        saving_s=scale * training.saving_s,
         final_s=whole_s if evaluated_share < 1 else 0.0,
         test_s=token_s * test_tokens,
+        answers_s={},
+        num_scored=num_scored,
+        is_rough=scale > 1 or sample.config.trainer.batch_size < config.trainer.batch_size,
         peak_memory_bytes=peak_bytes,
         record=training.record,
         kept_bytes=training.kept_bytes,
@@ -183,28 +219,52 @@ def scale_up(
     )
 
 
-def choose_sample(config: RunConfig, inputs: RunInputs, *, slots: int, machine: Machine) -> Sample:
-    """Returns a training that takes seconds, from the assumed time of a token on this machine."""
-    # forward and backward pass use each weight in three matrix products
-    token_flops = 6 * sum(parameter.numel() for parameter in inputs.base.model.parameters())
-    token_s = token_flops / (1e12 * machine.tflops[inputs.precision])
-    token_s *= PACK_OVER_PRODUCTS if slots > 1 else ALONE_OVER_PRODUCTS
+def choose_sample(config: RunConfig, inputs: RunInputs, *, slots: int, token_s: float, limit_s: float) -> Sample:
+    """Returns a training of about `limit_s` seconds, from the assumed time of a token in the step of a run."""
     slot_s = token_s * _mean_step_tokens(config, inputs.splits.train)
-    measured_slots = min(slots, max(1, int(MAX_MEASURED_TRAINING_S / MIN_MEASURED_STEPS / slot_s)))
-    num_steps = min(max(MIN_MEASURED_STEPS, int(MEASURED_TRAINING_S / measured_slots / slot_s)), MAX_MEASURED_STEPS)
+    step_s = MAX_STEPS_SHARE * limit_s / MIN_MEASURED_STEPS
+    measured_slots, batch_size = min(slots, max(1, int(step_s / slot_s))), config.trainer.batch_size
+    if slot_s > step_s and config.module is None:  # the user's data module makes the batches
+        batch_size = max(1, int(batch_size * step_s / slot_s))
+        slot_s *= batch_size / config.trainer.batch_size
+    num_steps = max(MIN_MEASURED_STEPS, int(STEPS_SHARE * limit_s / measured_slots / slot_s))
+    num_steps = min(num_steps, MAX_MEASURED_STEPS)
     trainer = replace(config.trainer, max_steps=num_steps, eval_every_steps=num_steps, strategy="auto")
+    trainer = replace(trainer, batch_size=batch_size, accumulate=min(batch_size, trainer.accumulate))
     trainer = replace(trainer, eval_fraction=1.0, devices=1, num_nodes=1)  # the same examples for every run
     data_order = choose_data_order(config, split=inputs.splits.train, num_steps=num_steps)
     short = replace(config, trainer=trainer, seeds=replace(config.seeds, data_order=data_order), logger={})
     if isinstance(inputs.splits, DataSplits):  # the loaders of a data module make whole epochs
         validation = inputs.splits.validation
         row_s = token_s / 3 * float(validation.lengths.double().mean())  # a step has two backward products
-        num_rows = min(int(MEASURED_EVALUATION_S / row_s), config.trainer.eval_batch_size) // measured_slots or 1
+        num_rows = int(min(EVALUATION_SHARE * limit_s / row_s, config.trainer.eval_batch_size)) // measured_slots or 1
         indices = choose_evaluated(validation.lengths, batch_size=num_rows)
         part = SplitPart(name="validation", fingerprint="", split=validation, indices=indices)
         inputs = replace(inputs, splits=replace(inputs.splits, validation=part))
     # telemetry of its own, because a sweep that begins after the measurement records the telemetry of `inputs`
     return Sample(config=short, slots=measured_slots, inputs=replace(inputs, telemetry=Telemetry()))
+
+
+def measure_answers(config: RunConfig, inputs: RunInputs, *, num_rows: int) -> dict[str, float]:
+    """Returns the seconds in which a run answers the examples of each split that it has to answer.
+
+    The base model answers a batch of validation examples, with one token and with a few more.
+    """
+    answers, data = get_answers(config), config.data
+    if answers is None or not isinstance(data, ChatConfig):
+        return {}
+    num_rows, seconds = max(1, min(num_rows, config.trainer.eval_batch_size)), list[float]()
+    for num_tokens in (1, 1, NUM_MEASURED_TOKENS):  # the first warms up
+        few = replace(data, max_generated_examples=num_rows, answers=replace(answers, max_new_tokens=num_tokens))
+        model, began = copy_sharing_weights(inputs.base.model), time.perf_counter()
+        score_answers(model, inputs.splits.validation, config=replace(config, data=few), inputs=inputs)
+        seconds.append(time.perf_counter() - began)
+        model.cpu()
+    next_s = max(0.0, seconds[2] - seconds[1]) / (NUM_MEASURED_TOKENS - 1)
+    example_s = (seconds[1] + next_s * (answers.max_new_tokens - 1)) / num_rows
+    sizes = {"test": len(inputs.splits.test())}
+    sizes |= {"validation": len(inputs.splits.validation)} if answers.on_validation else {}
+    return {name: example_s * min(size, data.max_generated_examples or size) for name, size in sizes.items()}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -258,7 +318,7 @@ def train_briefly(sample: Sample, *, is_pack: bool) -> BriefTraining:
         return False
 
     with tempfile.TemporaryDirectory(prefix="lorasweep-plan-") as name:
-        runs = [RunFolder(path=Path(name) / str(number)) for number in range(sample.slots)]
+        runs = [RunFolder(path=Path(name) / f"sample-{number}") for number in range(sample.slots)]
         before, began = inputs.telemetry.sample(), time.perf_counter()
         if is_pack:
             train_pack(

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorasweep.record import describe_confirmation
-from lorasweep.sweep.cost import Rates, count_workers, estimate_cost
+from lorasweep.sweep.cost import ROUGH, Rates, count_workers, estimate_cost
 from lorasweep.sweep.definition.arms import Definition
 from lorasweep.sweep.definition.confirm import count_confirm_runs, find_warnings
 from lorasweep.sweep.definition.packing import explain_bases, explain_solo_arms
@@ -74,8 +74,9 @@ def _list_notes(definition: Definition, rates: Sequence[Rates]) -> Iterator[str]
     range_note = " The upper end is for packs whose steps take as long with empty slots." if " to " in total else ""
     shared = f" {workers} workers share this time." if (workers := count_workers(definition)) > 1 else ""
     yield f"Time on this machine, if it does nothing else: {total} ({parts}).{range_note}{shared}"
+    yield from [ROUGH] if any(group.is_rough for group in rates) else []
     if longest.high_s > LONG_PLAN_S:
-        yield "`--minutes N` cuts seeds, trials and steps to a time of your choice, and says what that gives up."
+        yield "`--minutes N` cuts a sweep to a time of your choice, and says what that gives up."
     if longest.confirm_s > cost.confirm_s:
         yield f"If every question stays open to the last look: {format_seconds_range(longest.low_s, longest.high_s)}."
 

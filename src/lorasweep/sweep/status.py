@@ -19,7 +19,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from lorasweep.disk import is_running
+from lorasweep.activity import NOW_FILE_STEM, doing
+from lorasweep.config.sweep import MINUTES_KEY
+from lorasweep.disk import is_running, read_bounded
 from lorasweep.errors import RecordError
 from lorasweep.record import (
     STATES,
@@ -29,6 +31,7 @@ from lorasweep.record import (
     Trial,
     describe_confirmation,
     find_winner,
+    is_number,
     list_confirm_runs,
     read_sweep,
 )
@@ -37,7 +40,11 @@ from lorasweep.wording import UNKNOWN, format_seconds, format_settings, suggest_
 MAX_SHOWN_RUNS = 16
 """Maximum number of running trials that are listed below the table."""
 MIN_SHOWN_AGE_S = 5.0
-"""The table says how old the record is from this age on, in seconds."""
+"""The table says how old a worker's line is from this age on, in seconds."""
+MAX_NOW_CHARACTERS = 300
+"""Maximum length of a worker's line, because the file may be somebody else's."""
+MAX_LATENESS = 0.15
+"""A sweep is called late if it is likely to take longer than `sweep.minutes` by more than this fraction."""
 MIN_DONE_SHARE = 0.05
 """The time left is estimated after this share of the optimizer steps."""
 WATCH_INTERVAL_S = 2.0
@@ -86,16 +93,36 @@ class SweepStatus:
     """Seconds since the record was written. A sweep writes it at evaluations, so it may be minutes old."""
     is_running: bool
     arms: tuple[ArmStatus, ...]
+    now: dict[str, float]
+    """What each worker does now, with the age of the line in seconds."""
+
+    @property
+    def seconds_so_far(self) -> float:
+        """Seconds that the sweep has taken, also since its record was written."""
+        return self.record.makespan_s + (self.record_age_s if self.is_running else 0.0)
 
     @property
     def seconds_left(self) -> float | None:
-        """Estimated seconds up to the look that is due, if a step takes as long as before.
+        """Estimated seconds up to the look that is due, if a step takes as long as up to the last record.
 
         None before `MIN_DONE_SHARE` of the steps, because the time so far is mostly that of loading.
         """
         done = sum(run.step for arm in self.arms for run in (*arm.trials, *arm.confirm))
         left = sum(arm.num_steps_left for arm in self.arms)
-        return self.record.makespan_s / done * left if done > MIN_DONE_SHARE * (done + left) else None
+        if done <= MIN_DONE_SHARE * (done + left):
+            return None
+        return max(0.0, self.record.makespan_s * (1 + left / done) - self.seconds_so_far)
+
+    @property
+    def seconds_late(self) -> float:
+        """Seconds by which the sweep is likely to exceed `sweep.minutes`; 0 if it is in time, or not known."""
+        file, overrides = (self.record.definition.get(name) for name in ("file", "overrides"))
+        parts = [file.get("settings") if isinstance(file, dict) else None, overrides]
+        minutes = next((part[MINUTES_KEY] for part in parts if isinstance(part, dict) and MINUTES_KEY in part), None)
+        expected_s = self.seconds_so_far + (self.seconds_left or 0.0)
+        if not is_number(minutes) or expected_s <= (1 + MAX_LATENESS) * 60 * minutes:
+            return 0.0
+        return expected_s - 60 * minutes
 
     def as_json(self) -> dict[str, Any]:
         """Returns what `lorasweep status --json` prints."""
@@ -112,6 +139,8 @@ class SweepStatus:
             "is_running": self.is_running,
             "record_age_s": self.record_age_s,
             "seconds_left": self.seconds_left,
+            "seconds_late": self.seconds_late,
+            "now": list(self.now),
             "arms": [arm.as_json(record) for arm in self.arms],
             "running": [{name: getattr(run, name) for name in fields} for run in running],
         }
@@ -143,7 +172,18 @@ def read_status(folder: Path) -> SweepStatus:
         record_age_s=max(0.0, time.time() - path.stat().st_mtime),
         is_running=is_running(folder),
         arms=tuple(arms),
+        now=_read_now(folder),
     )
+
+
+def _read_now(folder: Path) -> dict[str, float]:
+    """Returns what each worker of a sweep does now, with the age of the line in seconds."""
+    now = {}
+    for path in sorted(folder.glob(f"{NOW_FILE_STEM}*.txt")):
+        with suppress(OSError):  # the worker has just ended
+            if line := read_bounded(path, folder=folder)[:MAX_NOW_CHARACTERS].decode(errors="replace"):
+                now[line] = max(0.0, time.time() - path.stat().st_mtime)
+    return now
 
 
 def count_ended(runs: Sequence[Trial]) -> int:
@@ -158,16 +198,24 @@ def render_status(status: SweepStatus) -> RenderableType:
     title = f"{record.name}: {record.search_metric.name} ({record.search_metric.direction}), {state}"
     notes: list[str] = []
     if status.is_running and not is_over:
-        notes += _list_running_trials(record)
-        age, left = status.record_age_s, status.seconds_left
-        written = f"as of {format_seconds(age)} ago: " if age >= MIN_SHOWN_AGE_S else ""
-        time_left = "" if left is None else f", {describe_next_answers(record)} in about {format_seconds(left)}"
-        notes.append(f"{written}{format_seconds(record.makespan_s)} so far{time_left}")
+        for line, age in status.now.items():
+            notes.append(f"worker: {line}" + (f" (as of {format_seconds(age)} ago)" if age >= MIN_SHOWN_AGE_S else ""))
+        notes += [*_list_running_trials(record), describe_time(status)]
     elif is_over:
         notes.append(f"• Type `lorasweep compare {status.folder}` for the answers and the test scores.")
     else:
         notes.append(f"• No process runs this sweep. Type `lorasweep sweep --resume {status.folder}` to resume it.")
     return Group(Text(title, style="bold"), _build_table(status), *map(Text, notes))
+
+
+def describe_time(status: SweepStatus) -> str:
+    """Returns a clause on the time so far, the time left, and how much later than `sweep.minutes` the end will be."""
+    text, left = f"{format_seconds(status.seconds_so_far)} so far", status.seconds_left
+    if left is not None:
+        text += f", {describe_next_answers(status.record)} in about {format_seconds(left)}"
+    if status.seconds_late:
+        text += f"; about {format_seconds(status.seconds_late)} later than `--minutes` asked for"
+    return text
 
 
 def describe_next_answers(record: SweepRecord) -> str:
@@ -185,12 +233,13 @@ def watch_status(folder: Path, console: Console) -> SweepStatus:
     """
     status = read_status(folder)
     live = Live(render_status(status), console=console, auto_refresh=False) if console.is_terminal else None
-    with live or nullcontext(), suppress(KeyboardInterrupt):
+    with live or nullcontext(), suppress(KeyboardInterrupt), doing("") as activity:
         if live is None:
             console.print(render_status(status))
         while status.is_running and status.record.status != "complete":
             time.sleep(WATCH_INTERVAL_S)
             before, status = status, read_status(folder)
+            activity.what = "; ".join([describe_time(status), *status.now])
             if live:
                 live.update(render_status(status), refresh=True)
             elif status.record != before.record:
@@ -208,7 +257,8 @@ def _list_running_trials(record: SweepRecord) -> Iterator[str]:
         steps = params.get("trainer.max_steps", steps_of.get(row.arm))
         name = f"trial {row.number}" if row.stage == "search" else "confirm"
         value = "" if row.last_value is None else f"  {row.last_value:.4f}"
-        yield f"now: {row.arm} {name}  step {row.step}{f'/{steps}' if steps else ''}{value}  {format_settings(params)}"
+        done = f"evaluated at step {row.step}{f'/{steps}' if steps else ''}"
+        yield f"now: {row.arm} {name}  {done}{value}  {format_settings(params)}"
     if len(running) > MAX_SHOWN_RUNS:
         yield f"now: {len(running) - MAX_SHOWN_RUNS} more"
 
@@ -277,12 +327,15 @@ def show_progress(folder: Path, console: Console, *, verbose: bool = False) -> I
         if (status.seconds_left or 0) >= 1 and not console.is_terminal:  # once for each look
             answers = describe_next_answers(record)
             say(f"{answers} in about {format_seconds(status.seconds_left)}", key=f"{len(record.confirm) > 0} {answers}")
+        if status.seconds_late:
+            say(f"warning: {describe_time(status)}; other work slows this machine down, or speeds differ", key="late")
+        activity.what = describe_time(status)
 
     def render() -> RenderableType:
         return render_status(statuses[-1]) if statuses else ""
 
     table = Live(console=console, get_renderable=render, transient=True) if console.is_terminal else nullcontext()
-    with table, report_status(folder, show):
+    with table, doing("") as activity, report_status(folder, show):
         yield
 
 

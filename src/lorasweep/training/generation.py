@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteriaList
 
+from lorasweep.activity import Activity, doing
 from lorasweep.config.components import find_function
 from lorasweep.config.data import AnswersConfig, AnswerScore, ChatConfig
 from lorasweep.config.run import RunConfig
@@ -74,7 +75,9 @@ def score_answers(model: nn.Module, split: SplitFacts, *, config: RunConfig, inp
     try:
         settings, split, chosen = _choose_examples(config, split)
         prompts, references = zip(*map(split.split_last_answer, chosen), strict=True)
-        answers, num_cut_off = _generate(model, prompts, references, config=config, inputs=inputs)
+        with doing(f"answering {split.name}", unit="example", total=len(chosen)) as activity:
+            given = {"config": config, "inputs": inputs, "activity": activity}
+            answers, num_cut_off = _generate(model, prompts, references, **given)
     except Exception as error:  # of the model's code, or because memory ran out
         return ScoredAnswers(facts={"problem": f"No answers were generated: {describe_error(error)}."})
     left_out = int((split.answer_starts == 0).sum())
@@ -84,7 +87,11 @@ def score_answers(model: nn.Module, split: SplitFacts, *, config: RunConfig, inp
     scores: Sequence[float | None] = [None] * len(chosen)
     values = {}
     try:
-        found = list(map(build_score(settings), texts, wanted, [split.rows[index] for index in chosen]))
+        score, found = build_score(settings), []
+        with doing("scoring the answers", unit="example", total=len(chosen)) as activity:
+            for text, reference, index in zip(texts, wanted, chosen, strict=True):
+                found.append(score(text, reference, split.rows[index]))
+                activity.advance()
         scores, values = found, {settings.metric.name: math.fsum(found) / len(found)}
     except ConfigError as error:
         facts["problem"] = str(error)
@@ -161,7 +168,13 @@ def _choose_examples(config: RunConfig, split: SplitFacts) -> tuple[AnswersConfi
 
 
 def _generate(
-    model: Any, prompts: Sequence[Tensor], references: Sequence[Tensor], *, config: RunConfig, inputs: RunInputs
+    model: Any,
+    prompts: Sequence[Tensor],
+    references: Sequence[Tensor],
+    *,
+    config: RunConfig,
+    inputs: RunInputs,
+    activity: Activity,
 ) -> tuple[list[Tensor], int]:
     """Returns the tokens of each answer without the end-of-turn token, and the number of answers that were cut off."""
     assert isinstance(config.data, ChatConfig)
@@ -178,13 +191,24 @@ def _generate(
     lengths = torch.tensor([len(prompt) + limit for prompt in prompts])
     answers: dict[int, Tensor] = {}
     num_cut_off = 0
+
+    def count_tokens(ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        activity.advance(0, tokens=len(ids))
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # stops no answer
+
     model.to(device).eval()
     for batch in batch_by_length(lengths, budget=config.trainer.eval_batch_size * int(lengths.max())):
         chosen = [prompts[index] for index in batch]
         ids = pad_sequence(chosen, batch_first=True, padding_value=pad, padding_side="left").to(device)
         mask = pad_sequence([torch.ones_like(ids) for ids in chosen], batch_first=True, padding_side="left").to(device)
         with torch.no_grad(), inputs.autocast(config), quiet_transformers():
-            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=model.generation_config)
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=model.generation_config,
+                stopping_criteria=StoppingCriteriaList([count_tokens]),  # type: ignore[list-item]
+            )
+        activity.advance(len(batch))
         for index, row in zip(batch, output[:, ids.shape[1] :].cpu(), strict=True):
             end = next((place for place, token in enumerate(row.tolist()) if token in ends), None)
             answers[index], num_cut_off = row[:end], num_cut_off + (end is None)

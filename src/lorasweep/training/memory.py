@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -24,14 +25,16 @@ def machine_memory_bytes(device: torch.device) -> int:
 
 
 def free_memory_bytes() -> int:
-    """Returns the host's memory that can be allocated now without swapping, at most the limits of control groups."""
-    return min([int(psutil.virtual_memory().available), *cgroup_limits()])
+    """Returns the host's memory that can be allocated now without swapping, within the limits of control groups."""
+    return min([int(psutil.virtual_memory().available), *cgroup_limits(is_free=True)])
 
 
 def cgroup_limits(
-    *, memberships: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
+    *, is_free: bool = False, memberships: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
 ) -> Iterator[int]:
     """Yields the memory limits in bytes of this process's control groups and of their parent groups.
+
+    With `is_free`, yields what is left of each limit. Cached files count as free, because the system drops them.
 
     Containers and Slurm set these limits, and psutil does not read them. See cgroups(7): `memberships` has lines
     `number:controllers:path`. `mount` has the groups of version 2, and `mount/memory` has the groups of version 1.
@@ -41,15 +44,21 @@ def cgroup_limits(
     for line in memberships.read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":  # version 2 has one hierarchy for all controllers
-            root, name = mount, "memory.max"
+            root, name, used = mount, "memory.max", "memory.current"
         elif "memory" in controllers.split(","):
-            root, name = mount / "memory", "memory.limit_in_bytes"
+            root, name, used = mount / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
         else:
             continue
         group = Path(path.lstrip("/"))
         for folder in (group, *group.parents):
             try:
-                yield int((root / folder / name).read_text())
+                limit, used_bytes = int((root / folder / name).read_text()), 0
+                if is_free:
+                    cached = re.search(
+                        r"^(?:total_)?inactive_file (\d+)", (root / folder / "memory.stat").read_text(), re.M
+                    )
+                    used_bytes = int((root / folder / used).read_text()) - int(cached[1] if cached else 0)
+                yield limit - used_bytes
             except (OSError, ValueError):  # the group is not visible in a container, or its limit is `max`
                 continue
 

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lorasweep.activity import Activity, doing
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import Diverged, OutOfMemory
 from lorasweep.record import RunRecord, RunStatus, read_run
@@ -154,6 +155,9 @@ class LightningRun(lightning.Callback):
     """Whether this process has prepared the first batch."""
     evaluated_step: int = -1
     """Step of the last evaluation."""
+    activity: Activity = field(init=False, repr=False)
+    first_tokens: int = 0
+    """Trained tokens before this process began."""
     end: tuple[RunStatus, str | None] | None = None
     """The status and reason of a run that ends before its last step."""
 
@@ -171,7 +175,9 @@ class LightningRun(lightning.Callback):
         self.inputs.telemetry.begin_run()
         try:
             with convert_memory_errors():
-                status, reason = end or self._train(record, checkpoint=checkpoint)
+                with doing(f"training {folder.name}", total=record.steps_planned, first=self.logged_step) as activity:
+                    self.activity = activity
+                    status, reason = end or self._train(record, checkpoint=checkpoint)
                 run_on_first(self.group, lambda: self._score_best_weights(status))
         except BaseException as caught:
             micro_batches = int(record.batching["micro_batches"])
@@ -304,7 +310,9 @@ class LightningRun(lightning.Callback):
         return trainer
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self.counted_tokens = self.training.progress.tokens  # the tokens of the steps before the resume
+        self.first_tokens = self.counted_tokens = (
+            self.training.progress.tokens
+        )  # the tokens of the steps before the resume
         if self.run_log is not None:
             self.run_log.progress = self.training.progress
             self.run_log.note_trained(sum(p.numel() for p in pl_module.parameters() if p.requires_grad))
@@ -330,6 +338,9 @@ class LightningRun(lightning.Callback):
             self.logged_step = step
             if self.run_log is not None:
                 self.run_log.note_step(step, self.training.step_losses, self.lr)
+        self.activity.done = step
+        if self.config.data.has_text:
+            self.activity.tokens = self.training.progress.tokens - self.first_tokens
         ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         # A run can't stop between a step and its evaluation: a resumed run assumes that a checkpoint of this step was
         # written after the evaluation. `on_validation_end` then checks for the stop request.

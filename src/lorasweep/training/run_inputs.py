@@ -11,6 +11,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 
+from lorasweep.activity import doing
 from lorasweep.config.build import as_settings, build
 from lorasweep.config.components import find_own_files
 from lorasweep.config.run import RunConfig, refuse_code
@@ -156,9 +157,12 @@ def cache_key(config: RunConfig) -> tuple[Any, ...]:
 def load_model_inputs(config: RunConfig, *, telemetry: Telemetry, parts: LoadedParts) -> RunInputs:
     """Loads the base model and the data of a run. Raises `ConfigError` if they can't be loaded."""
     precision = resolve_precision(config.trainer)
-    source = parts.read_source(config.data)
-    base = parts.load_base(config.model, dtype=DTYPES[precision], labels=get_labels(source))
-    splits = build_data_splits(config.data, source=source, base=base, objective=config.objective)
+    with doing("reading the data"):
+        source = parts.read_source(config.data)
+    with doing(f"loading the model {config.model.path}"):
+        base = parts.load_base(config.model, dtype=DTYPES[precision], labels=get_labels(source))
+    with doing("tokenising the data"):
+        splits = build_data_splits(config.data, source=source, base=base, objective=config.objective)
     if base.labels is not None and (constant := splits.objective.fit_constant(splits.train)) is not None:
         base = replace(base, labels=replace(base.labels, constant=tuple(constant.tolist())))
     attention = None

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from lorasweep.activity import doing
+
 SPIN_COUNT = 1_000
 """Number of times that a waiting thread looks for work before it sleeps, if every thread has its own core. This takes
 about 50 microseconds.
@@ -61,7 +63,8 @@ def quick_imports() -> Iterator[None]:
         return
     gc.disable()
     try:
-        yield
+        with doing("loading torch and other libraries"):
+            yield
     finally:
         gc.freeze()
         gc.enable()

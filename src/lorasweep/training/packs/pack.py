@@ -34,6 +34,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from lorasweep.activity import doing
 from lorasweep.config.method import LoraConfig
 from lorasweep.config.run import RunConfig, TrainerConfig
 from lorasweep.data.batching import EvaluationSampler, MicroBatch
@@ -189,11 +190,15 @@ class PackTrainer:
             self._interrupt()
             return False
         while self.runs:
-            for _ in range(self.settings.eval_every_steps):
-                self._train_step()
-                if stop_requested():
-                    self._interrupt()
-                    return False
+            more = f" and {len(self.runs) - 1} more" if len(self.runs) > 1 else ""
+            first = self.runs[0]
+            what, total = f"training {first.folder.name}{more}", first.record.steps_planned
+            with doing(what, total=total, first=first.step) as activity:
+                for _ in range(self.settings.eval_every_steps):
+                    activity.advance(tokens=self._train_step())
+                    if stop_requested():
+                        self._interrupt()
+                        return False
             started = time.perf_counter()
             if self.device.type == "cuda":  # what the GPU still computes belongs to the time of training
                 torch.cuda.synchronize(self.device)
@@ -210,7 +215,8 @@ class PackTrainer:
                 remove_checkpoints(run.folder)
         self.closed_runs = []
 
-    def _train_step(self) -> None:
+    def _train_step(self) -> int:
+        """Trains one step of each slot, and returns the number of tokens."""
         self.inputs.telemetry.switch("training")
         started = time.perf_counter()
         micro_losses = []
@@ -238,6 +244,7 @@ class PackTrainer:
             run.log.note_step(run.step, run_losses, lr)
         self.inputs.telemetry.add_tokens(tokens)
         self._share_training_time(started)
+        return tokens
 
     def _share_training_time(self, started: float) -> None:
         seconds = (time.perf_counter() - started) / len(self.runs)

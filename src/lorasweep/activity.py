@@ -1,0 +1,93 @@
+"""Says what this process does now: `doing` names a piece of work, and an `Activity` counts how much of it is done.
+
+The command line shows it while nothing else is printed (`console.show_heartbeat`), and the worker of a sweep writes it
+into the sweep's folder for `lorasweep status`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from lorasweep.wording import format_count, format_seconds
+
+NOW_FILE_STEM = "now"
+"""Start of the names of the files in a sweep's folder in which each worker says what it does now."""
+MIN_PREDICTED_S = 2.0
+"""The time left is estimated after this time in seconds, because the first step warms up."""
+
+
+@dataclass(kw_only=True)
+class Activity:
+    """A piece of work, and how much of it is done."""
+
+    what: str
+    """What is done, such as `scoring validation`."""
+    unit: str = "step"
+    total: int = 0
+    """Number of steps or examples; 0 if it is not known."""
+    first: int = 0
+    """Number that was done before, in a resumed run."""
+    done: int = 0
+    """Number that is done, with `first`."""
+    tokens: int = 0
+    began_s: float = field(default_factory=time.monotonic)
+
+    def advance(self, number: int = 1, *, tokens: int = 0) -> None:
+        self.done += number
+        self.tokens += tokens
+
+    def describe(self) -> str:
+        """Returns `scoring test, example 24 of 200, 310 tokens/s, 12 s so far, about 1 min 28 s left`."""
+        seconds, parts = time.monotonic() - self.began_s, [self.what]
+        parts += [f"{self.unit} {self.done:,} of {self.total:,}"] if self.total else []
+        parts += [f"{format_count(self.tokens / seconds)} tokens/s"] if self.tokens and seconds else []
+        parts.append(f"{format_seconds(seconds)} so far")
+        if self.total and self.done > self.first and seconds >= MIN_PREDICTED_S:
+            left_s = seconds * (self.total - self.done) / (self.done - self.first)
+            parts.append(f"about {format_seconds(left_s)} left")
+        return ", ".join(parts)
+
+
+_STACK: list[Activity] = []
+"""The activities of this process, each inside the one before."""
+
+
+@contextmanager
+def doing(what: str, *, unit: str = "step", total: int = 0, first: int = 0) -> Iterator[Activity]:
+    """Names what this process does inside the block."""
+    activity = Activity(what=what, unit=unit, total=total, first=first, done=first)
+    _STACK.append(activity)
+    try:
+        yield activity
+    finally:
+        if activity in _STACK:
+            del _STACK[_STACK.index(activity) :]  # also what an abandoned iteration left inside
+
+
+def describe_activity() -> str:
+    """Returns what this process does now, the outermost activity first; empty if nothing is named."""
+    activities = [*_STACK]  # another thread may change the list
+    outer = [activity.what for activity in activities[:-1]]
+    return "; ".join([*outer, activities[-1].describe()]) if activities else ""
+
+
+@contextmanager
+def repeat_every(seconds: float, call: Callable[[], None]) -> Iterator[None]:
+    """Calls a function in a thread every few seconds, while the block runs."""
+    stop = threading.Event()
+
+    def repeat() -> None:
+        while not stop.wait(seconds):
+            call()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
