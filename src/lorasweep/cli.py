@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -115,10 +115,10 @@ def _add_sweep_commands(add: Callable[[Command, str], argparse.ArgumentParser]) 
 
 
 def _read_minutes(text: str) -> float:
-    minutes = float(text) if re.fullmatch(r"[\d.]+", text) else 0.0
-    if not 0 < minutes <= MAX_MINUTES:
-        raise argparse.ArgumentTypeError(f"must be a number of minutes up to {MAX_MINUTES:,}, but got {text!r}")
-    return minutes
+    with suppress(ValueError):
+        if 0 < (minutes := float(text)) <= MAX_MINUTES:
+            return minutes
+    raise argparse.ArgumentTypeError(f"must be a number of minutes up to {MAX_MINUTES:,}, but got {text!r}")
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
