@@ -168,6 +168,15 @@ def test_the_shell_completes_words(here, line, completions):
     assert [word.strip() for word in written.read_text().split("\n")] == completions
 
 
+def test_a_ctrl_c_after_a_command_ends_the_process_without_a_traceback(here):
+    code = "import atexit, os, signal; atexit.register(os.kill, os.getpid(), signal.SIGINT)"
+    code += "; from lorasweep.cli import main; main(['status', '.'])"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == -signal.SIGINT
+    assert "'.' has no sweep.json" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
 def test_a_second_ctrl_c_ends_at_once_and_the_first_says_so(capfd):
     before = signal.getsignal(signal.SIGINT)
     stop = StopSignal("To resume type x")

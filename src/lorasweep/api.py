@@ -24,7 +24,7 @@ from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.overrides import SweepOverrides
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
 from lorasweep.sweep.draft import draft_definition
-from lorasweep.sweep.fingerprints import check_fingerprints, compute_fingerprints
+from lorasweep.sweep.fingerprints import compute_fingerprints
 from lorasweep.training.inputs import InputsCache
 
 __all__ = ["load_run", "load_sweep", "resume_sweep", "run_sweep", "train_run"]
@@ -99,9 +99,7 @@ def resume_sweep(
         metric, before = check_definition(definition, inputs_cache).name, record.search_metric.name
         if metric != before:
             raise ConfigError(f"`data.metric` must stay {before!r} for all arms, but got {metric!r}.")
-        fingerprints = compute_fingerprints(definition, inputs_cache)
-        check_fingerprints(record.fingerprints, fingerprints)
-        record.fingerprints = fingerprints  # a sweep that gets its first seeds now reads test data from now on
+        record.fingerprints = compute_fingerprints(definition, inputs_cache, recorded=record.fingerprints)
         record.warnings += list_warnings(definition, inputs_cache)
         if record.changes:
             opened.note(list_notes(definition, inputs_cache))

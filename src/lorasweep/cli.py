@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -28,7 +29,9 @@ MAX_MINUTES = 1_000_000
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+    code = run(sys.argv[1:] if arguments is None else arguments)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C in Python's own end would print a traceback
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -116,10 +119,10 @@ def _add_sweep_commands(add: Callable[[Command, str], argparse.ArgumentParser]) 
 
 
 def _read_minutes(text: str) -> float:
-    minutes = float(text) if re.fullmatch(r"[\d.]+", text) else 0.0
-    if not 0 < minutes <= MAX_MINUTES:
-        raise argparse.ArgumentTypeError(f"must be a number of minutes up to {MAX_MINUTES:,}, but got {text!r}")
-    return minutes
+    with suppress(ValueError):
+        if 0 < (minutes := float(text)) <= MAX_MINUTES:
+            return minutes
+    raise argparse.ArgumentTypeError(f"must be a number of minutes up to {MAX_MINUTES:,}, but got {text!r}")
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:

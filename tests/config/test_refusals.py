@@ -11,6 +11,7 @@ from lorasweep.config.compose import compose_run, compose_sweep, packaged_folder
 from lorasweep.config.method import LoraConfig
 from lorasweep.errors import ConfigError
 
+DEEP_LIST: list[object] = functools.reduce(lambda inner, _: [inner], range(300), [])
 TABLE = {"data": "table", "data.train": "a.csv"}
 CHAT = {"data": "chat", "data.train": "a.jsonl"}
 TEXT = {"data": "text", "data.train": "a.txt"}

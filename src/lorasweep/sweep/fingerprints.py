@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from lorasweep.models.load import list_model_files
 from lorasweep.record import compute_sha256
@@ -12,13 +13,17 @@ from lorasweep.sweep.definition.sweep_file import name_in_errors
 from lorasweep.training.inputs import InputsCache
 from lorasweep.training.run_inputs import require_same_fingerprints
 
-Fingerprints = Mapping[str, Mapping[str, str]]
 
-
-def compute_fingerprints(definition: Definition, inputs_cache: InputsCache) -> dict[str, dict[str, str]]:
+def compute_fingerprints(
+    definition: Definition,
+    inputs_cache: InputsCache,
+    *,
+    recorded: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
+) -> dict[str, dict[str, str]]:
     """Returns the digests by arm and by setting: those of `RunInputs.fingerprints`, and of all test data.
 
-    A model counts by its files, because the fingerprint of its weights depends on the precision of the machine.
+    A model counts by its files, because the fingerprint of its weights depends on the precision of the machine. Raises
+    ConfigError if one of the `recorded` digests, with which the sweep began, is another one now.
     """
     digest = functools.cache(compute_sha256)  # arms share a model, and 1 GB takes a second
     found = {}
@@ -32,12 +37,7 @@ def compute_fingerprints(definition: Definition, inputs_cache: InputsCache) -> d
             values["data.test"] = inputs.splits.test().fingerprint
             others = {name: inputs_cache.load_splits(data, arm.base) for name, data in definition.retained.items()}
             values |= {f"retain.data.{name}": splits.test().fingerprint for name, splits in others.items()}
+        with name_in_errors(f"arm `{arm.name}`"):
+            require_same_fingerprints(recorded.get(arm.name, {}), values, kind="sweep")
         found[arm.name] = values
     return found
-
-
-def check_fingerprints(recorded: Fingerprints, now: Fingerprints) -> None:
-    """Raises ConfigError if the runs of a sweep would read something else than the runs before them."""
-    for arm, values in recorded.items():
-        with name_in_errors(f"arm `{arm}`"):
-            require_same_fingerprints(values, now[arm], kind="sweep")

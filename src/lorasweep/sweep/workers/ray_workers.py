@@ -37,7 +37,7 @@ from lorasweep.errors import ConfigError, LoraSweepError, RanksLost, WorkerError
 from lorasweep.record import RunRecord, read_sweep
 from lorasweep.sweep.controller.controller import Controller
 from lorasweep.sweep.controller.lifecycle import read_saved_definition, reopen_sweep
-from lorasweep.sweep.fingerprints import check_fingerprints, compute_fingerprints
+from lorasweep.sweep.fingerprints import compute_fingerprints
 from lorasweep.sweep.workers.ray_cluster import WorkerNeeds, count_fitting_workers
 from lorasweep.sweep.workers.worker import Worker
 from lorasweep.training.environment import describe_packages, name_device
@@ -157,7 +157,7 @@ class WorkerActor:
         client, path = ControllerClient(controller), self._context.sweep_path
         definition, record = read_saved_definition(path), read_sweep(path)
         try:
-            check_fingerprints(record.fingerprints, compute_fingerprints(definition, self._inputs_cache))
+            compute_fingerprints(definition, self._inputs_cache, recorded=record.fingerprints)
         except ConfigError as error:
             raise WorkerRefused(
                 f"every node must read the same data and model, but on {_name_node()}, {error}"
