@@ -118,7 +118,7 @@ def describe_type(hint: Any) -> str:
 def show_value(value: Any) -> str:
     if isinstance(value, str):
         return value.replace("\n", "\\n") or '""'
-    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+    return str(yaml.safe_dump(value, default_flow_style=True)).removesuffix("...\n").strip()
 
 
 def _read_option(path: Path) -> dict[str, Any]:
@@ -136,10 +136,11 @@ def _read_docstrings(kind: type) -> dict[str, str]:
     """Returns the docstring below each field of a class, also of inherited fields; an empty text if it has none."""
     found = {f.name: "" for f in fields(kind)}
     for parent in reversed([parent for parent in kind.__mro__ if is_dataclass(parent)]):
-        body: Any = ast.parse(textwrap.dedent(inspect.getsource(parent))).body[0].body
-        for statement, following in itertools.pairwise(body):
+        (node,) = ast.parse(textwrap.dedent(inspect.getsource(parent))).body
+        assert isinstance(node, ast.ClassDef)
+        for statement, following in itertools.pairwise(node.body):
             if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
-                found[statement.target.id] = " ".join(ast.literal_eval(following.value).split())
+                found[ast.unparse(statement.target)] = " ".join(ast.literal_eval(following.value).split())
     return found
 
 
