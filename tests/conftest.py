@@ -34,6 +34,12 @@ def pytest_collection_modifyitems(config, items):
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
+@pytest.fixture(autouse=True)
+def without_heartbeat(monkeypatch):
+    """A slow machine prints nothing more than a fast one."""
+    monkeypatch.setattr("lorasweep.console.MAX_SILENCE_S", 1e6)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
     """Keeps token ids out of the user's cache, so that no test depends on an earlier run."""

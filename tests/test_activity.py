@@ -7,7 +7,7 @@ import time
 import pytest
 
 import lorasweep.console as console_file
-from lorasweep.activity import describe_activity, doing
+from lorasweep.activity import describe_activity, doing, end_inner
 from lorasweep.console import say, show_heartbeat
 
 
@@ -28,10 +28,12 @@ def test_an_iteration_that_is_abandoned_leaves_no_activity():
         with doing("scoring"):
             yield 1
 
-    with doing("training"):
+    with doing("training") as activity:
         iteration = iterate()
         next(iteration)
         assert describe_activity().startswith("training; scoring")
+        end_inner(activity)
+        assert describe_activity().startswith("training, ")
     assert describe_activity() == ""
     iteration.close()
     with doing("saving"):

@@ -20,7 +20,7 @@ MIN_PREDICTED_S = 2.0
 """The time left is estimated after this time in seconds, because the first step warms up."""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Activity:
     """A piece of work, and how much of it is done."""
 
@@ -64,8 +64,15 @@ def doing(what: str, *, unit: str = "step", total: int = 0, first: int = 0) -> I
     try:
         yield activity
     finally:
+        end_inner(activity)
         if activity in _STACK:
-            del _STACK[_STACK.index(activity) :]  # also what an abandoned iteration left inside
+            _STACK.remove(activity)
+
+
+def end_inner(activity: Activity) -> None:
+    """Ends what began inside an activity, such as an iteration that nobody exhausts."""
+    if activity in _STACK:
+        del _STACK[_STACK.index(activity) + 1 :]
 
 
 def describe_activity() -> str:

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lorasweep.activity import Activity, doing
+from lorasweep.activity import Activity, doing, end_inner
 from lorasweep.config.run import RunConfig
 from lorasweep.errors import Diverged, OutOfMemory
 from lorasweep.record import RunRecord, RunStatus, read_run
@@ -355,6 +355,7 @@ class LightningRun(lightning.Callback):
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Writes and reports the evaluation, and stops if the run ends or is asked to stop."""
+        end_inner(self.activity)  # Lightning does not exhaust the sampler
         self.inputs.telemetry.switch("saving")
         self.evaluated_step = trainer.global_step
         step, metrics, whole_model = trainer.global_step, self.training.get_metrics(), self.training.whole_model()
@@ -373,7 +374,8 @@ class LightningRun(lightning.Callback):
         # 1. The rows, the kept weights and the record.
         # 2. The report. A run that is killed after it repeats the interval and reports the same values again, because
         #    this step has no checkpoint yet. So a run that must stop gets none: it would resume beyond its end.
-        self.end = run_on_first(trainer.strategy, write_and_report)
+        with doing("saving the weights"):
+            self.end = run_on_first(trainer.strategy, write_and_report)
         if self.end is not None:
             trainer.should_stop = True
         # 3. The checkpoint, from which the run resumes without reporting this evaluation again.

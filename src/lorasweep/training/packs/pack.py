@@ -265,6 +265,7 @@ class PackTrainer:
             )
         return read_metrics([evaluation.compute() for evaluation in evaluations])
 
+    @doing("saving weights and checkpoints")
     @torch.no_grad()
     def _process_boundary(self, metrics: Sequence[Metrics]) -> None:
         """Does the actions of a boundary, numbered as in the list at the top of this file."""
