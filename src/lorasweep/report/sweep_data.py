@@ -261,8 +261,10 @@ def _find_mixed_inputs(record: SweepRecord) -> Iterator[str]:
     for trial in (*record.trials, *record.confirm):
         # these swept settings, and the precision of the machine, are reasons for other fingerprints
         swept = {key: value for key, value in trial.params.items() if key.startswith(("data", "model", "module"))}
-        for key, value in trial.record.fingerprints.items() if trial.record else ():
-            place = trial.arm, key, repr(swept), str(trial.record.platform.get("precision"))
+        if (record_of_run := trial.record) is None:
+            continue
+        for key, value in record_of_run.fingerprints.items():
+            place = trial.arm, key, repr(swept), str(record_of_run.platform.get("precision"))
             run, before = first_runs.setdefault(place, (trial.run, value))
             if value != before and place not in told:
                 told.add(place)
