@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(autouse=True)
-def without_heartbeat(monkeypatch):
+def _without_heartbeat(monkeypatch):
     """A slow machine prints nothing more than a fast one."""
     monkeypatch.setattr("lorasweep.console.MAX_SILENCE_S", 1e6)
 
