@@ -66,8 +66,10 @@ class Budget:
         if self.looks is not None:
             is_auto = confirm.seeds == "auto"
             settings["confirm.looks" if is_auto else "confirm.seeds"] = list(self.looks) if is_auto else self.looks[-1]
-        for key in list_example_keys(data) if self.examples is not None else ():
-            settings[f"data.{key}"] = min(self.examples, getattr(data, key) or self.examples)
+        if (examples := self.examples) is not None:
+            settings |= {
+                f"data.{key}": min(examples, getattr(data, key) or examples) for key in list_example_keys(data)
+            }
         settings = {key: value for key, value in settings.items() if value is not None}
         for arm in definition.arms:
             if arm.name in (self.left_out or ()):

@@ -121,8 +121,9 @@ def measure_sweep(
         left_s = math.inf if minutes is None else MAX_MEASURED_SHARE * 60 * minutes - (time.monotonic() - began)
         limit_s = min(MAX_MEASURED_S, max(0.1, left_s / (num_groups - len(rates))))
         try:
-            given = {"machine": machine, "limit_s": limit_s, "on_progress": on_progress}
-            rates.append(measure(definition, arm, inputs_cache, **given))
+            rates.append(
+                measure(definition, arm, inputs_cache, machine=machine, limit_s=limit_s, on_progress=on_progress)
+            )
         except RunError as error:
             raise RunError(f"the first trial of arm `{arm.name}` must train, but failed: {error}") from error
     return rates

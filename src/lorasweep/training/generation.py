@@ -76,8 +76,9 @@ def score_answers(model: nn.Module, split: SplitFacts, *, config: RunConfig, inp
         settings, split, chosen = _choose_examples(config, split)
         prompts, references = zip(*map(split.split_last_answer, chosen), strict=True)
         with doing(f"answering {split.name}", unit="example", total=len(chosen)) as activity:
-            given = {"config": config, "inputs": inputs, "activity": activity}
-            answers, num_cut_off = _generate(model, prompts, references, **given)
+            answers, num_cut_off = _generate(
+                model, prompts, references, config=config, inputs=inputs, activity=activity
+            )
     except Exception as error:  # of the model's code, or because memory ran out
         return ScoredAnswers(facts={"problem": f"No answers were generated: {describe_error(error)}."})
     left_out = int((split.answer_starts == 0).sum())
@@ -206,7 +207,7 @@ def _generate(
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=model.generation_config,
-                stopping_criteria=StoppingCriteriaList([count_tokens]),  # type: ignore[list-item]
+                stopping_criteria=StoppingCriteriaList([count_tokens]),
             )
         activity.advance(len(batch))
         for index, row in zip(batch, output[:, ids.shape[1] :].cpu(), strict=True):
