@@ -59,7 +59,9 @@ def test_a_template_that_computes_for_ever_in_c_is_ended(monkeypatch, name):
 
 
 def test_ctrl_c_does_not_wait_for_a_template(monkeypatch):
-    monkeypatch.setattr(rendering, "MAX_RENDER_S", 600)
+    # a shell's background jobs ignore Ctrl-C
+    monkeypatch.setattr(rendering, "MAX_RENDER_S", 60)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     child, connection = rendering._start_child(os.getpid())
     receive = connection.recv_bytes
 
@@ -70,6 +72,7 @@ def test_ctrl_c_does_not_wait_for_a_template(monkeypatch):
     monkeypatch.setattr(connection, "recv_bytes", receive_and_type_ctrl_c)
     with pytest.raises(KeyboardInterrupt):
         render_talks(DOUBLED + IN_C["equal"])
+    signal.signal(signal.SIGINT, handler)
     assert child.returncode == -signal.SIGKILL
     assert render_talks("{{ messages | length }}") == [[["1", "2", None]]]
 

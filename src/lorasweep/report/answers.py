@@ -246,7 +246,8 @@ def _answer_setting(data: SweepData, learning: Learning) -> AnswerLine:
     elif choice is None:
         text = "Open: no trial of LoRA is complete."
     else:
-        text, is_settled = _describe_setting(choice, data), data.has_small_regret(choice.data)
+        is_settled = data.has_small_regret(choice.data)
+        text = _describe_setting(choice, data, is_settled=is_settled)
         step = find_regret_step(choice.data, data)
     return AnswerLine(
         question="At which α and learning rate?",
@@ -256,7 +257,7 @@ def _answer_setting(data: SweepData, learning: Learning) -> AnswerLine:
     )
 
 
-def _describe_setting(choice: ChosenSubject, data: SweepData) -> str:
+def _describe_setting(choice: ChosenSubject, data: SweepData, *, is_settled: bool) -> str:
     best, setting = choice.best, choice.data.setting
     alpha, lr, rank = (best.numeric_setting(key) for key in (ALPHA, LR, RANK))
     named = [(alpha, "α"), (lr, "learning rate")]
@@ -277,9 +278,11 @@ def _describe_setting(choice: ChosenSubject, data: SweepData) -> str:
     regret = "how much better another setting could be is not known"
     if setting.regret is not None:
         regret = f"the best untried setting is expected to gain {_format_difference(setting.regret, data)} more"
-    costs = [f"{name} the rate costs at least {_format_difference(c, data)}" for name, c in setting.rate_costs.items()]
+    # where the best setting is open, the model knows too little to say what others cost
+    known = setting.rate_costs if is_settled else {}
+    costs = [f"{name} the rate costs at least {_format_difference(c, data)}" for name, c in known.items()]
     more_costs = f" By the search's model, {join_words(costs)}." if costs else ""
-    return f"{at}{values}{more} ({origin}; {regret}).{more_costs}{law}"
+    return f"{'' if is_settled else 'Open: '}{at}{values}{more} ({origin}; {regret}).{more_costs}{law}"
 
 
 def _format_difference(difference: float, data: SweepData) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from lorasweep.config.command_line import format_override
 from lorasweep.config.data import DEFAULT_SPLIT_PERCENT
 from lorasweep.record import QuestionName, is_number
-from lorasweep.report.caveats import Learning
+from lorasweep.report.caveats import Learning, list_edges
 from lorasweep.report.evidence.advice import MIN_CHANCE, TRIAL_FACTOR, Extension, Present, find_regret_chance, find_step
 from lorasweep.report.evidence.evidence import build_scale
 from lorasweep.report.evidence.verdicts import Answer
@@ -129,9 +129,13 @@ def find_regret_step(one: SubjectData, data: SweepData) -> NextStep:
     if regret is None or not margin:
         return _resume(trials, data, "twice the trials, with an unknown chance")
     if (chance := find_regret_chance(regret / margin)) < MIN_CHANCE:
-        reason = f"twice the trials have a chance below {MIN_CHANCE:.0%}. Search a narrower range in a new sweep"
-        return NextStep(None, reason)
+        reason = f"twice the trials have a chance below {MIN_CHANCE:.0%}"
+        return NextStep(None, f"{reason}. {'; '.join(_list_range_advice(data)) or 'Search fewer keys in a new sweep'}")
     return replace(_resume(trials, data, "twice the trials"), chance=chance)
+
+
+def _list_range_advice(data: SweepData) -> list[str]:
+    return [clause[0].upper() + clause[1:] for _, clause in list_edges(data)]
 
 
 def add_seeds(data: SweepData) -> NextStep:

@@ -190,7 +190,12 @@ class SweepData:
     def subject_share_of_full_gain(self, one: SubjectData) -> tuple[float | None, Interval | None]:
         """Returns a subject's share of full fine-tuning's gain with its interval: on test data if it is confirmed."""
         if self.evidence.means:
-            return self.evidence.shares.get(one.name, (None, None))
+            value, interval = self.evidence.shares.get(one.name, (None, None))
+            by_definition = one.name in (self.evidence.base, self.evidence.full)
+            mean = self.evidence.mean(one.name)
+            # several seeds without an interval: full's gain is not shown, so a share of it says nothing
+            is_known = interval is not None or by_definition or mean is None or not mean.is_testable
+            return (value, interval) if is_known else (None, None)
         return self.share_of_full_gain(one.search_score), None
 
     def share_of_full_gain(self, score: float | None) -> float | None:

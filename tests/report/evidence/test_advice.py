@@ -87,3 +87,8 @@ def test_more_trials_shrink_the_error_of_the_search_and_repeat_the_confirm_stage
     kept = draw_scores(present, Extension(5), rng=np.random.default_rng(0))
     assert all(np.array_equal(kept.values["lora"][seed], present.scores.values["lora"][seed]) for seed in range(3))
     assert len(kept.values["lora"]) == 5
+
+
+def test_runs_without_a_common_seed_have_no_chance():
+    zeros = np.zeros(4)
+    assert find_step(QUESTIONS, build({"full": {1: zeros}, "lora": {2: zeros + 0.1}}, looks=(2,))) is None

@@ -5,13 +5,14 @@ import random
 import statistics
 from collections import Counter
 
+import numpy as np
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from tests.sweep.controller.conftest import ask_for_proposal, make_arm, make_trial, number_trials
 
 from lorasweep.config.data import ScoreMetric
 from lorasweep.config.sweep import ModelBasedSampler
-from lorasweep.sweep.controller.predictions import predict_best
+from lorasweep.sweep.controller.predictions import fit_surrogate, predict_best
 
 RANKS = [1, 4, 16, 64]
 GP = ModelBasedSampler(name="gp", startup_trials=None)
@@ -165,3 +166,10 @@ def test_values_that_are_no_numbers_are_searched_too():
         )
         assert found.params["method.targets"] == target
         assert abs(math.log(found.params["optim.lr"] / 1e-3)) < math.log(1.5)
+
+
+def test_a_tried_setting_wins_if_most_trials_have_the_best_score():
+    """The scores of most trials are equal and best, such as those of the constant answer of small data."""
+    points, costs = np.array([[0.0], [1.5], [3.0]]), [-0.39, -0.59, -0.59]
+    mean, _ = fit_surrogate(points, costs).predict(points)
+    assert mean[0] > max(mean[1:])

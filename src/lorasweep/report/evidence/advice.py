@@ -120,9 +120,10 @@ def find_step(
         max_cost: Steps that cost more are not tried.
 
     Returns:
-        None if one seed or fewer are known, or if no step that is cheap enough has a chance of `MIN_CHANCE`.
+        None if an open answer has fewer than two seeds, or if no cheap enough step has a chance of `MIN_CHANCE`.
     """
-    if len(present.seeds) < 2:
+    asked = {(question.name, question.arm) for question in line}
+    if any(one.num_seeds < 2 for one in present.answers if (one.name, one.arm) in asked and not one.is_settled):
         return None
     present = replace(present, scores=_merge_groups(present.scores))
     last, most = max(present.looks_done, default=len(present.seeds)), max(present.looks)

@@ -145,7 +145,7 @@ def fit_surrogate(points: Array, costs: Sequence[float]) -> Surrogate:
     median = float(np.median(values))
     spread = STD_PER_MAD * float(np.median(np.abs(values - median)))
     if spread == 0:  # most trials have the same score, such as that of the constant answer
-        spread = median - float(values.min())
+        spread = (median - float(values.min())) or float(values.max()) - median
     values = np.minimum(values, median + spread)
     scale = max(spread, 1e-12)
     centre = float(values.max())
