@@ -14,13 +14,24 @@ from lorasweep.console import say, show_heartbeat
 def test_the_innermost_activity_has_numbers_and_the_outer_ones_names():
     assert describe_activity() == ""
     with doing("measuring full"), doing("training", total=60, first=10) as activity:
-        assert describe_activity().startswith("measuring full; training, step 10 of 60, 0.")
+        assert describe_activity() == "measuring full; training, step 10 of 60"
+        assert describe_activity(first=1) == "training, step 10 of 60"
         activity.began_s -= 200.0
         activity.advance(10, tokens=40_000)
         described = describe_activity()
-    expected = "measuring full; training, step 20 of 60, 200 tokens/s, 3 min 20 s so far, about 13 min 20 s left"
+    expected = "measuring full; training, step 20 of 60, 200 tokens/s, about 13 min 20 s left"
     assert described == expected
     assert describe_activity() == ""
+
+
+def test_an_activity_without_a_name_leaves_no_mark_and_no_second_clock():
+    with doing("") as activity:
+        assert describe_activity() == ""
+        with doing("training"):
+            assert describe_activity() == "training"
+            activity.what = "complete in about 9 s"
+            assert describe_activity() == "complete in about 9 s; training"
+        assert describe_activity() == "complete in about 9 s"
 
 
 def test_an_iteration_that_is_abandoned_leaves_no_activity():
@@ -33,7 +44,7 @@ def test_an_iteration_that_is_abandoned_leaves_no_activity():
         next(iteration)
         assert describe_activity().startswith("training; scoring")
         end_inner(activity)
-        assert describe_activity().startswith("training, ")
+        assert describe_activity().startswith("training")
     assert describe_activity() == ""
     iteration.close()
     with doing("saving"):

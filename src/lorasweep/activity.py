@@ -41,11 +41,10 @@ class Activity:
         self.tokens += tokens
 
     def describe(self) -> str:
-        """Returns `scoring test, example 24 of 200, 310 tokens/s, 12 s so far, about 1 min 28 s left`."""
-        seconds, parts = time.monotonic() - self.began_s, [self.what]
+        """Returns `scoring test, example 24 of 200, 310 tokens/s, about 1 min 28 s left`."""
+        seconds, parts = time.monotonic() - self.began_s, [self.what] if self.what else []
         parts += [f"{self.unit} {self.done:,} of {self.total:,}"] if self.total else []
         parts += [f"{format_count(self.tokens / seconds)} tokens/s"] if self.tokens and seconds else []
-        parts.append(f"{format_seconds(seconds)} so far")
         if self.total and self.done > self.first and seconds >= MIN_PREDICTED_S:
             left_s = seconds * (self.total - self.done) / (self.done - self.first)
             parts.append(f"about {format_seconds(left_s)} left")
@@ -75,11 +74,18 @@ def end_inner(activity: Activity) -> None:
         del _STACK[_STACK.index(activity) + 1 :]
 
 
-def describe_activity() -> str:
-    """Returns what this process does now, the outermost activity first; empty if nothing is named."""
-    activities = [*_STACK]  # another thread may change the list
+def describe_activity(*, first: int = 0) -> str:
+    """Returns what this process does now, the outermost activity first; empty if nothing is named.
+
+    `first` leaves out so many of the outermost activities (`count_activities`).
+    """
+    activities = _STACK[first:]  # a copy, because another thread may change the list
     outer = [activity.what for activity in activities[:-1]]
-    return "; ".join([*outer, activities[-1].describe()]) if activities else ""
+    return "; ".join(filter(None, [*outer, activities[-1].describe()])) if activities else ""
+
+
+def count_activities() -> int:
+    return len(_STACK)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lorasweep.console import EscapingConsole, say, say_error, show
+from lorasweep.console import EscapingConsole, add_clock, say, say_error, show
 from lorasweep.errors import ConfigError, LoraSweepError
 from lorasweep.outcome import DONE, FAILED, Outcome, end_with_error, get_rank
 from lorasweep.training.stop_signal import INTERRUPTED_EXIT_CODE
@@ -101,7 +101,7 @@ def new(arguments: argparse.Namespace) -> Outcome:
     draft = draft_sweep(path, settings, inputs_cache)
     if arguments.minutes is not None:
         say("measures a few steps of the drafted sweep", file=sys.stderr)
-        definition, rates = _measure(draft.definition, inputs_cache, began=began, minutes=arguments.minutes)
+        definition, rates = _measure(draft.definition, inputs_cache, minutes=arguments.minutes)
         budget, given_up = fit_minutes(definition, rates, arguments.minutes, spent_s=time.monotonic() - began + END_S)
         say(given_up, file=sys.stderr)
         draft = draft_sweep(path, {**settings, **budget.find_settings(definition)}, inputs_cache)
@@ -165,7 +165,7 @@ def _define(arguments: argparse.Namespace, *, measures: bool) -> tuple[Definitio
     definition = named or draft_definition(SweepOverrides.parse(words), inputs_cache)
     if not measures:
         return definition, [], inputs_cache
-    definition, rates = _measure(definition, inputs_cache, began=began, minutes=arguments.minutes)
+    definition, rates = _measure(definition, inputs_cache, minutes=arguments.minutes)
     if arguments.minutes is not None:
         budget, given_up = fit_minutes(definition, rates, arguments.minutes, spent_s=time.monotonic() - began + END_S)
         say(given_up, file=sys.stderr)
@@ -176,14 +176,14 @@ def _define(arguments: argparse.Namespace, *, measures: bool) -> tuple[Definitio
 
 
 def _measure(
-    definition: Definition, inputs_cache: InputsCache, *, began: float, minutes: float | None
+    definition: Definition, inputs_cache: InputsCache, *, minutes: float | None
 ) -> tuple[Definition, list[Rates]]:
     """Returns a checked sweep with its number of steps, and what its trainings take."""
     from lorasweep.sweep.checks import check_definition, set_steps
     from lorasweep.sweep.measure import measure_sweep
 
     def note(phrase: str) -> None:
-        say(f"{time.monotonic() - began:3.0f} s: {phrase}", file=sys.stderr)
+        say(add_clock(phrase), file=sys.stderr)
 
     definition = set_steps(definition, inputs_cache)
     check_definition(definition, inputs_cache, new_folder=definition.sweep_config.sweep.output)

@@ -21,6 +21,8 @@ MAX_SILENCE_S = 4.0
 """Seconds without output after which a line says what the command does."""
 MAX_PIPE_SILENCE_S = 25.0
 """Maximum seconds between two of these lines without a terminal. The pause doubles up to it, to keep logs short."""
+PROCESS_BEGAN_S = time.monotonic()
+"""The one clock of all lines on progress: a process runs one command."""
 ERASE_LINE = "\r\x1b[2K"
 
 
@@ -71,14 +73,14 @@ class WatchedStream:
 def show_heartbeat(command: str) -> Iterator[None]:
     """Says on standard error what a command does inside the block, while it prints nothing."""
     stream, pause_s, is_shown = sys.stderr, MAX_SILENCE_S, False
-    began_s = printed_s = time.monotonic()
+    printed_s = time.monotonic()
 
     def beat() -> None:
         nonlocal pause_s, printed_s, is_shown
         now = time.monotonic()
         if now - printed_s < pause_s:
             return
-        line = _escape_controls(f"{now - began_s:3.0f} s: {describe_activity() or f'{command} is at work'}")
+        line = _escape_controls(add_clock(describe_activity() or f"{command} is at work"))
         with suppress(OSError, ValueError):  # who reads the output has ended
             if stream.isatty():  # one line that changes
                 stream.write(ERASE_LINE + line[: os.get_terminal_size(stream.fileno()).columns - 1])
@@ -107,6 +109,11 @@ def show_heartbeat(command: str) -> Iterator[None]:
                 yield
         finally:
             note_output()
+
+
+def add_clock(text: str) -> str:
+    """Returns `  9 s: text`, with the seconds since the command began."""
+    return f"{time.monotonic() - PROCESS_BEGAN_S:3.0f} s: {text}"
 
 
 def say(text: str, *, file: TextIO | None = None) -> None:

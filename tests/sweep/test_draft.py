@@ -168,7 +168,10 @@ def test_a_draft_for_few_minutes_has_fewer_ranks_and_arms(here, values):
     cache = InputsCache()
     whole = draft_sweep(Path("mine.yaml"), settings, cache).definition
     budget = Budget(values=values, left_out=("full",), looks=(3,), examples=20, steps=30, minutes=2.0)
-    drafted = draft_sweep(Path("mine.yaml"), {**settings, **budget.find_settings(whole)}, cache).definition
+    made = draft_sweep(Path("mine.yaml"), {**settings, **budget.find_settings(whole)}, cache)
+    drafted = made.definition
+    assert "# LoRA beside the frozen base." in made.text
+    assert ("share one search" in made.text, "gets half" in made.text) == (values > 1, values == 1)
     cut = cut_sweep(whole, budget)
     assert [arm.name for arm in drafted.arms] == [arm.name for arm in cut.arms] == ["frozen", "lora"]
     for one, other in zip(drafted.arms, cut.arms, strict=True):

@@ -16,6 +16,7 @@ from lorasweep.errors import ConfigError, OutOfMemory
 from lorasweep.record import RunRecord
 from lorasweep.sweep.cost import WHOLE, Budget, Rates, cut_sweep, estimate_cost, fit_minutes
 from lorasweep.sweep.definition.arms import read_definition
+from lorasweep.sweep.definition.confirm import find_warnings
 from lorasweep.sweep.definition.overrides import SweepOverrides
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
 from lorasweep.sweep.measure import choose_data_order, choose_evaluated, measure_sweep
@@ -250,6 +251,41 @@ def test_a_sweep_that_was_cut_costs_what_its_budget_costs_and_no_less_would_fit(
     assert cost.high_s <= 60 * minutes
     assert cut.sweep_config.confirm.looks == (budget.looks or (3, 6, 10))
     assert cut.sweep_config.sweep.minutes == minutes
+
+
+def test_the_questions_are_asked_as_long_as_possible_and_the_minutes_for_one_epoch_are_named(quickstart):
+    rates = [replace(group, num_train=60 * 8) for group in step_rates(quickstart)]
+    config = quickstart.find_arm("lora").base
+    assert config.trainer.batch_size == 8
+
+    def fit_epochs(minutes):
+        budget, said = fit_minutes(quickstart, rates, minutes)
+        return budget, said, (budget.steps or 240) * (budget.batch_size or 8) / (60 * 8)
+
+    for minutes in (0.2, 0.5, 1):
+        budget, said, epochs = fit_epochs(minutes)
+        assert (budget.left_out, budget.values == 1, epochs < 1) == (None, False, True)
+        assert "will not be asked" not in said
+        assert f"A run trains {epochs:.2g} epochs, so it may learn nothing." in said
+        enough = int(re.search(r"From `--minutes (\d+)` on, every question is asked", said)[1])
+        assert enough > minutes
+        _, said, epochs = fit_epochs(enough)
+        assert epochs >= 1
+        assert "From `--minutes" not in said
+        assert "learn nothing" not in said
+    budget, said, _ = fit_epochs(0.001)
+    assert "full" in budget.left_out
+    assert "how `lora` compares with `full`; which `method.rank` of `lora` is enough." in said
+    assert "From `--minutes 3` on" in said
+    assert not [warning for warning in find_warnings(cut_sweep(quickstart, budget)) if "equivalent" in warning]
+
+
+def test_time_that_is_left_goes_into_steps(quickstart):
+    budget, given_up = fit(quickstart, 4)
+    rates = step_rates(quickstart)
+    more = estimate_cost(quickstart, rates, budget=replace(budget, steps=budget.steps + 2), look=-1)
+    assert more.low_s > 4 * 60
+    assert f"{budget.steps} of 240 steps" in given_up
 
 
 def test_every_budget_above_the_smallest_sweep_yields_one(quickstart):

@@ -137,6 +137,8 @@ def test_the_time_left_is_that_of_the_steps_left(running):
     passed = show(read_status(running)).splitlines()[-1]
     assert passed.startswith("1 min 48 s so far, ")
     assert passed.endswith("in about 20 s")
+    os.utime(running / SWEEP_FILE, (0, time.time() - 60))
+    assert show(read_status(running)).splitlines()[-1].endswith(" soon")  # not "in about 0.0 s"
 
 
 def test_what_a_worker_does_now_is_shown_with_its_age(running):

@@ -173,7 +173,9 @@ def describe_steps(definition: Definition, inputs_cache: InputsCache) -> dict[st
     text = (
         f"Each run trains {config.num_steps:,} steps of {batch_size}: {epochs:.2f} epochs of {num_examples:,} training "
     )
-    return {f"{text}examples.{risk} `trainer.max_steps={steps}` makes one epoch.": bool(risk)}
+    is_cut = definition.sweep_config.sweep.minutes is not None
+    remedy = "More `--minutes` make" if is_cut else f"`trainer.max_steps={steps}` makes"
+    return {f"{text}examples.{risk} {remedy} one epoch.": bool(risk)}
 
 
 def list_warnings(definition: Definition, inputs_cache: InputsCache) -> list[str]:

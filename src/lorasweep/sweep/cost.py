@@ -5,6 +5,7 @@ A cost is computed from measured rates, without composing the sweep again, so th
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from lorasweep.record import RunRecord
 from lorasweep.sweep.controller.proposals import find_batch_start
 from lorasweep.sweep.controller.stopping import MIN_STEPS
 from lorasweep.sweep.definition.arms import Arm, Definition, restore_definition, searches_one_key
-from lorasweep.sweep.definition.confirm import count_confirm_runs
+from lorasweep.sweep.definition.confirm import count_confirm_runs, list_questions
 from lorasweep.training.environment import get_device
 from lorasweep.training.generation import get_answers
 from lorasweep.wording import format_setting, join_words
@@ -34,6 +35,10 @@ MIN_EXAMPLES = 16
 ROUGH = "The estimate is rough: whole packs or steps took too long to measure."
 MINUTES_TOLERANCE = 0.15
 """The smallest budget may exceed `--minutes` by this fraction, because two measurements differ by as much."""
+MAX_MEASURED_SHARE = 0.1
+"""Maximum share of `--minutes` for which all groups are measured."""
+LOSS_OF_ANSWERS = 1e4
+"""Loss of a cut after which a question is not asked or can't be answered. Every other cut goes first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +138,8 @@ class Rates:
     """Seconds in which a run answers examples of a split, by name of the split, if it has to."""
     num_scored: Mapping[str, int]
     """Number of examples by name of the split."""
+    num_train: int = 0
+    """Number of training examples; 0 if it is not known."""
     is_rough: bool = False
     """Whether fewer slots, or fewer examples a step, were measured than the sweep has."""
     peak_memory_bytes: int
@@ -243,13 +250,13 @@ def fit_minutes(
     """Returns the best budget with which a command ends within the minutes, and a sentence on what is given up.
 
     The next cut of `list_cuts` is always the one that saves most time for its loss. Afterwards each cut that turned out
-    to be needless is undone. The estimate assumes that no run stops early and all seeds are needed. `spent_s` is the
-    time that loading and measuring have taken.
+    to be needless is undone, and time that is left goes into steps. The estimate assumes that no run stops early and
+    all seeds are needed. `spent_s` is the time that loading and measuring have taken.
 
     Raises ConfigError if the smallest budget takes longer.
     """
     cuts, available_s = list_cuts(definition, rates), 60 * minutes - spent_s
-    places = dict.fromkeys(cuts, 0)
+    most, known = max(arm.base.num_steps for arm in definition.arms), dict[Budget, float]()
 
     def choose(places: Mapping[str, int]) -> dict[str, Cut]:
         return {name: cuts[name][place] for name, place in places.items()}
@@ -257,40 +264,96 @@ def fit_minutes(
     def build(places: Mapping[str, int]) -> Budget:
         return Budget(minutes=minutes, **{name: cut.value for name, cut in choose(places).items()})
 
-    def estimate(places: Mapping[str, int]) -> float:
-        cost = estimate_cost(definition, rates, budget=build(places), look=-1)
-        return cost.low_s + find_empty_cost(definition.arms[0].base) * (cost.high_s - cost.low_s)
+    def estimate(budget: Budget) -> float:
+        if budget not in known:
+            cost = estimate_cost(definition, rates, budget=budget, look=-1)
+            known[budget] = cost.low_s + find_empty_cost(definition.arms[0].base) * (cost.high_s - cost.low_s)
+        return known[budget]
 
-    def save_by_loss(name: str) -> float:
-        added = cuts[name][places[name] + 1].loss - cuts[name][places[name]].loss
-        return (seconds - estimate({**places, name: places[name] + 1})) / added
+    def cut_to(seconds: float) -> dict[str, int]:
+        places = dict.fromkeys(cuts, 0)
 
-    while (seconds := estimate(places)) > available_s:
-        if not (names := [name for name, place in places.items() if place + 1 < len(cuts[name])]):
-            break
-        places[max(names, key=save_by_loss)] += 1
-    for name in sorted(cuts, key=lambda name: choose(places)[name].loss, reverse=True):
-        while places[name] and estimate({**places, name: places[name] - 1}) <= available_s:
-            places[name] -= 1
-    seconds = estimate(places)
-    lost = "; ".join(cut.given_up for cut in choose(places).values() if cut.given_up) or "nothing is given up"
+        def save_by_loss(name: str) -> float:
+            added = cuts[name][places[name] + 1].loss - cuts[name][places[name]].loss
+            return (estimate(build(places)) - estimate(build({**places, name: places[name] + 1}))) / added
+
+        while estimate(build(places)) > seconds:
+            if not (names := [name for name, place in places.items() if place + 1 < len(cuts[name])]):
+                break
+            places[max(names, key=save_by_loss)] += 1
+        for name in sorted(cuts, key=lambda name: choose(places)[name].loss, reverse=True):
+            if name == "values" and places["left_out"]:
+                continue  # without `full`, nothing says which value is enough
+            while places[name] and estimate(build({**places, name: places[name] - 1})) <= seconds:
+                places[name] -= 1
+        return places
+
+    def is_enough(minutes: int) -> bool:
+        places = cut_to((1 - MAX_MEASURED_SHARE) * 60 * minutes - spent_s)  # more minutes are measured for longer
+        keeps_answers = all(cut.loss < LOSS_OF_ANSWERS for cut in choose(places).values())
+        return keeps_answers and not _find_missing_epochs(definition, rates, build(places))
+
+    places = cut_to(available_s)
+    budget, given_up = build(places), {name: cut.given_up for name, cut in choose(places).items() if cut.given_up}
+    if budget.steps is not None:
+        longer = range(cuts["steps"][places["steps"] - 1].value or most, budget.steps, -2)
+        fitting = (replace(budget, steps=steps) for steps in longer)
+        budget = next((each for each in fitting if estimate(each) <= available_s), budget)
+        given_up["steps"] = _describe_steps(budget.steps or most, most)
+    seconds, lost = estimate(budget), "; ".join(given_up.values()) or "nothing is given up"
     rough = f" {ROUGH}" if any(group.is_rough for group in rates) else ""
-    if seconds <= available_s:
-        return build(places), f"within {minutes:g} min: {lost}.{rough}"
-    if seconds + spent_s <= (1 + MINUTES_TOLERANCE) * 60 * minutes:  # the least that an earlier measurement named
-        return build(places), f"within about {minutes:g} min: {lost}.{rough}"
-    raise ConfigError(
-        f"`--minutes` must be at least {math.ceil((seconds + spent_s) / 60)} for this sweep on this machine, but got "
-        f"{minutes:g}. That would give up: {lost}.{rough} What helps: shorter examples (`data.max_length`) and a "
-        "smaller model."
-    )
+    if (
+        seconds + spent_s > (1 + MINUTES_TOLERANCE) * 60 * minutes
+    ):  # an earlier measurement may have named these minutes
+        raise ConfigError(
+            f"`--minutes` must be at least {math.ceil((seconds + spent_s) / 60)} for this sweep on this machine, but "
+            f"got {minutes:g}. That would give up: {lost}.{rough} What helps: shorter examples (`data.max_length`) and "
+            "a smaller model."
+        )
+    about = "about " if seconds > available_s else ""
+    missing = _list_missing(definition, rates, budget)
+    if missing or any(cut.loss >= LOSS_OF_ANSWERS for cut in choose(places).values()):
+        high = math.ceil(minutes)
+        while not is_enough(high):
+            high *= 2
+        least = high // 2 + bisect.bisect_left(range(high // 2, high), True, key=is_enough)
+        missing.append(f"From `--minutes {least}` on, every question is asked and runs train an epoch or all steps.")
+    return budget, " ".join([f"within {about}{minutes:g} min: {lost}.{rough}", *missing])
+
+
+def _list_missing(definition: Definition, rates: Sequence[Rates], budget: Budget) -> list[str]:
+    """Returns sentences on the questions that a sweep cut to a budget does not ask, and on less than an epoch."""
+    left_out, missing, sentences = budget.left_out or (), [], []
+    for question in list_questions(definition):
+        arm = definition.find_arm(question.arm)
+        if question.name == "smallest" and (arm.name in left_out or len(budget.limit_values(arm)) == 1):
+            missing.append(f"which `{question.key}` of `{arm.name}` is enough")
+        elif not {question.arm, question.reference}.isdisjoint(left_out):
+            missing.append(f"how `{question.arm}` compares with `{question.reference}`")
+    if missing:
+        sentences.append(f"Questions that will not be asked: {'; '.join(missing)}.")
+    if epochs := _find_missing_epochs(definition, rates, budget):
+        sentences.append(f"A run trains {epochs:.2g} epochs, so it may learn nothing.")
+    return sentences
+
+
+def _find_missing_epochs(definition: Definition, rates: Sequence[Rates], budget: Budget) -> float:
+    """Returns the epochs of a run if the budget cuts its steps below one epoch; otherwise 0."""
+    config = max((arm.base for arm in definition.arms), key=lambda config: config.num_steps)
+    num_train, batch_size = max(group.num_train for group in rates), config.trainer.batch_size
+    trained = budget.limit_steps(config)[0] * (budget.batch_size or batch_size)
+    return trained / num_train if trained < min(num_train, config.num_steps * batch_size) else 0.0
+
+
+def _describe_steps(steps: int, most: int) -> str:
+    return f"{steps:,} of {most:,} steps a run (the answers hold for shorter training)"
 
 
 def list_cuts(definition: Definition, rates: Sequence[Rates]) -> dict[str, list[Cut]]:
     """Returns the cuts of each field of `Budget`, from none to the largest.
 
-    The losses are judgements: seeds, trials, values, examples and answers go before steps, and steps before arms. A
-    single seed or trial, and smaller batches, are a last resort.
+    The losses are judgements: seeds, trials, values, examples and answers go before steps, and steps before whatever
+    answers a question: the second seed, the second value, and arms. A single trial and smaller batches come late.
     """
     looks, config = definition.sweep_config.confirm.list_looks(), definition.arms[0].base
     cuts = {each.name: [Cut(None, 0.0, "")] for each in fields(Budget) if each.name != "minutes"}
@@ -299,9 +362,11 @@ def list_cuts(definition: Definition, rates: Sequence[Rates]) -> dict[str, list[
         cuts[name].append(Cut(value, loss, given_up))
 
     fewer = [(looks[:end], float(len(looks) - end)) for end in range(len(looks) - 1, 0, -1)]
-    fewer += [((seeds,), loss) for seeds, loss in ((3, 4.0), (2, 20.0), (1, 60.0)) if looks and seeds < looks[0]]
+    smallest = ((3, 4.0), (2, 20.0), (1, LOSS_OF_ANSWERS))
+    fewer += [((seeds,), loss) for seeds, loss in smallest if looks and seeds < looks[0]]
     for seeds, loss in fewer:
-        add("looks", seeds, loss, f"at most {seeds[-1]} of {looks[-1]} seeds (small differences stay open)")
+        open_ = "small differences stay" if seeds[-1] > 1 else "every question stays"
+        add("looks", seeds, loss, f"at most {seeds[-1]} of {looks[-1]} seeds ({open_} open)")
     largest = max(definition.arms, key=lambda arm: (arm.trials, not searches_one_key(arm.space)))
     unit, most = 2 if searches_one_key(largest.space) else 1, largest.trials
     least = min(MIN_TRIALS, most)
@@ -309,7 +374,7 @@ def list_cuts(definition: Definition, rates: Sequence[Rates]) -> dict[str, list[
         given_up = f"{number} of {most} trials an arm (a better learning rate may be missed)"
         cuts["trials"] += [Cut(unit * number, loss, given_up)] if number < most else []
     most = max(len(arm.subjects) for arm in definition.arms)
-    for number, loss in {math.ceil(most / 2): 4.0, 1: 15.0}.items() if looks else ():
+    for number, loss in {math.ceil(most / 2): 4.0, 1: 10 * LOSS_OF_ANSWERS}.items() if looks else ():
         kept = [(arm.confirm_each, Budget(values=number).limit_values(arm)) for arm in definition.arms]
         named = [f"`{key}` {join_words(list(map(format_setting, values)))}" for key, values in kept if values]
         if named:
@@ -327,7 +392,7 @@ def list_cuts(definition: Definition, rates: Sequence[Rates]) -> dict[str, list[
     while steps > 2:
         steps = max(2, 2 * (steps // 3))
         loss = 10 * math.log2(most / steps) + 15 * math.log2(max(1.0, MIN_STEPS / steps))
-        add("steps", steps, loss, f"{steps:,} of {most:,} steps a run (the answers hold for shorter training)")
+        add("steps", steps, loss, _describe_steps(steps, most))
     most = config.trainer.batch_size
     can_cut = config.module is None and all(arm.base.trainer.batch_size == most for arm in definition.arms)
     for size in (most >> number for number in range(1, 20) if can_cut and most >> number >= config.trainer.accumulate):
@@ -338,7 +403,9 @@ def list_cuts(definition: Definition, rates: Sequence[Rates]) -> dict[str, list[
     names = [arm.name for arm in (*trained[-1:], *trained[1:-1])] if len(trained) > 1 else []  # full goes last
     for number in range(1, len(names) + 1):
         left = tuple(names[-number:])
-        add("left_out", left, 40.0 * number, f"arms {join_words(left)} (nothing is compared with them)")
+        add(
+            "left_out", left, 100 * LOSS_OF_ANSWERS * number, f"arms {join_words(left)} (nothing is compared with them)"
+        )
     return cuts
 
 

@@ -70,14 +70,13 @@ and 1.2e-5 at 4,096, and the best recorded rates, 7e-4 at 160 and 1.6e-4 at 384,
 as high, which is the ratio of "LoRA Without Regret" (2025)."""
 SWEEP_SETTINGS = {"sweep.trials": 16, "confirm.looks": [3, 6, 10], "confirm.margin": "5%"}
 COMMENTS = {
-    "sweep.trials": "all ranks of LoRA share one search; full fine-tuning, which searches one key, gets half of them",
     "confirm.looks": "numbers of seeds at which the questions are tested",
-    "confirm.margin": "smallest difference that matters, as a share of full's gain over frozen, or a number",
+    "confirm.margin": "smallest difference that matters: a number, or a share of full fine-tuning's gain over frozen",
     "data.test_fraction": "of the training data; a tenth would settle larger differences only",
     "data.max_validation_examples": "evenly spaced; an evaluation of all takes longer",
 }
 TEMPLATE = """\
-# LoRA and full fine-tuning beside the frozen base. First look at the cost, then start:
+# {compared} beside the frozen base. First look at the cost, then start:
 #   lorasweep plan {path}
 #   lorasweep sweep {path}
 {facts}
@@ -94,7 +93,7 @@ arms:
     settings: {{method: lora}}
     space:
       method.rank: [1, 4, 16, 64]
-      optim.lr: {{low: {lora_low}, high: {lora_high}, log: true}} # ten times full's
+      optim.lr: {{low: {lora_low}, high: {lora_high}, log: true}} # ten times as high as for full fine-tuning
     confirm_each: method.rank # each rank is confirmed with the learning rate that is predicted best for it
 """
 
@@ -166,7 +165,7 @@ def draft_sweep(path: Path, settings: Mapping[str, Any], inputs_cache: InputsCac
     def fill(settings: Mapping[str, Any], inputs: RunInputs) -> tuple[str, Definition]:
         metric = {} if any(key.startswith("data.metric") for key in settings) else {"data.metric": inputs.splits.metric}
         numbered = {**settings, **metric, **_choose_numbers(inputs, settings)}
-        text = _fill_template(path, numbered, {**SWEEP_SETTINGS, **of_sweep}, inputs, notes=notes)
+        text = _fill_template(path, numbered, {**SWEEP_SETTINGS, **of_sweep}, of_arms, inputs, notes=notes)
         text = _cut_arms(text, of_arms)
         return text, read_definition(yaml.safe_load(text))  # a draft must be a sweep that starts
 
@@ -297,8 +296,18 @@ def _choose_numbers(inputs: RunInputs, chosen: Mapping[str, Any]) -> dict[str, i
 
 
 def _fill_template(
-    path: Path, settings: Mapping[str, Any], of_sweep: Mapping[str, Any], inputs: RunInputs, *, notes: Sequence[str]
+    path: Path,
+    settings: Mapping[str, Any],
+    of_sweep: Mapping[str, Any],
+    of_arms: Mapping[str, Any],
+    inputs: RunInputs,
+    *,
+    notes: Sequence[str],
 ) -> str:
+    """Returns a draft with every arm. Its comments hold once `_cut_arms` has cut it."""
+    has_full, has_ranks = "arms.full" not in of_arms, "arms.lora.confirm_each" not in of_arms
+    searches = ["all ranks of LoRA share one search"] if has_ranks else []
+    searches += ["an arm that searches one key gets half of them"] if has_full or not has_ranks else []
     train, trainer, labels = inputs.splits.train, compose_run(settings).trainer, inputs.base.labels
     named = "" if labels is None or len(labels.names) < 2 else f" and {len(labels.names)} labels"
     facts = [
@@ -320,6 +329,7 @@ def _fill_template(
     is_cut = "; longer ones are cut off" if longest > settings.get("data.max_length", longest) else ""
     comments = {
         **COMMENTS,
+        "sweep.trials": "; ".join(searches),
         "data.metric": f"or {join_words(others, last='or')}{advice if is_advised else ''}",
         "data.max_length": f"{train.lengths.double().mean():.0f} tokens on average, {longest} at most{is_cut}",
         STEPS_KEY: f"{epochs:.1f} epochs of {len(train):,} training examples"
@@ -333,6 +343,7 @@ def _fill_template(
     low, high = (float(f"{rate:.0e}") for rate in (middle / 10, middle * 10))
     return TEMPLATE.format(
         path=path,
+        compared="LoRA and full fine-tuning" if has_full else "LoRA",
         facts="\n".join(f"# {fact}" for fact in facts),
         name=_format_value(path.stem),
         settings="\n".join(lines),

@@ -30,7 +30,7 @@ from lorasweep.errors import OutOfMemory, RunError
 from lorasweep.methods import copy_sharing_weights
 from lorasweep.objectives.data_splits import DataSplits
 from lorasweep.record import RunRecord, read_run
-from lorasweep.sweep.cost import Rates, count_workers
+from lorasweep.sweep.cost import MAX_MEASURED_SHARE, Rates, count_workers
 from lorasweep.sweep.definition.arms import Arm, Definition
 from lorasweep.sweep.definition.packing import plan_packing
 from lorasweep.sweep.machine import Machine, measure_machine
@@ -61,9 +61,6 @@ whole pack takes longer, fewer slots are measured, and if one run takes longer, 
 PACK_OVER_PRODUCTS, ALONE_OVER_PRODUCTS = 5.0, 6.0
 """Assumed time of a step, divided by the time of its matrix products at the machine's speed: for a pack, and for a run
 alone."""
-
-MAX_MEASURED_SHARE = 0.1
-"""Maximum share of `--minutes` for which all groups are measured."""
 
 NUM_MEASURED_TOKENS = 8
 """Tokens of a measured answer."""
@@ -212,6 +209,7 @@ def scale_up(
         test_s=token_s * test_tokens,
         answers_s={},
         num_scored=num_scored,
+        num_train=len(train),
         is_rough=scale > 1 or sample.config.trainer.batch_size < config.trainer.batch_size,
         peak_memory_bytes=peak_bytes,
         record=training.record,

@@ -210,12 +210,20 @@ def render_status(status: SweepStatus) -> RenderableType:
 
 def describe_time(status: SweepStatus) -> str:
     """Returns a clause on the time so far, the time left, and how much later than `sweep.minutes` the end will be."""
-    text, left = f"{format_seconds(status.seconds_so_far)} so far", status.seconds_left
-    if left is not None:
-        text += f", {describe_next_answers(status.record)} in about {format_seconds(left)}"
+    text, left = f"{format_seconds(status.seconds_so_far)} so far", describe_time_left(status)
+    text += f", {left}" if left else ""
     if status.seconds_late:
         text += f"; about {format_seconds(status.seconds_late)} later than `--minutes` asked for"
     return text
+
+
+def describe_time_left(status: SweepStatus) -> str:
+    """Returns a clause such as `answers at 3 seeds in about 2 min`; empty if the time left is not known."""
+    left = status.seconds_left
+    if left is None:
+        return ""
+    # the estimate counts steps alone, so it may end before the scores on test data come
+    return f"{describe_next_answers(status.record)} {f'in about {format_seconds(left)}' if left >= 1 else 'soon'}"
 
 
 def describe_next_answers(record: SweepRecord) -> str:
@@ -329,7 +337,7 @@ def show_progress(folder: Path, console: Console, *, verbose: bool = False) -> I
             say(f"{answers} in about {format_seconds(status.seconds_left)}", key=f"{len(record.confirm) > 0} {answers}")
         if status.seconds_late:
             say(f"warning: {describe_time(status)}; other work slows this machine down, or speeds differ", key="late")
-        activity.what = describe_time(status)
+        activity.what = describe_time_left(status)  # the line that shows it has the time so far
 
     def render() -> RenderableType:
         return render_status(statuses[-1]) if statuses else ""

@@ -117,8 +117,7 @@ def find_warnings(definition: Definition) -> list[str]:
         )
     methods = {config.method.name for arm in definition.arms for config in arm.corner_configs}
     missing = [f"`method={name}`" for name in ("full", "frozen") if name not in methods]
-    has_questions = len(definition.arms) > 1 or any(arm.confirm_each for arm in definition.arms)
-    if confirm.seeds and has_questions and missing and parse_margin(confirm.margin).is_share_of_gain:
+    if confirm.seeds and list_questions(definition) and missing and parse_margin(confirm.margin).is_share_of_gain:
         warnings.append(
             f"`confirm.margin` is {confirm.margin}, a share of the gain of `full` over `frozen`, but the sweep has no "
             f"arm with {join_words(missing, last='or')}. So no arms can be shown to be equivalent, and no rank to be "

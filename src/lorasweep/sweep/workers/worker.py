@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from lorasweep.activity import NOW_FILE_STEM, describe_activity, repeat_every
+from lorasweep.activity import NOW_FILE_STEM, count_activities, describe_activity, repeat_every
 from lorasweep.errors import OutOfMemory, RecordError, RunError, WorkerError, describe_error
 from lorasweep.record import RunRecord, read_run
 from lorasweep.sweep.controller.controller import Assignment, Controller
@@ -70,10 +70,11 @@ class Worker:
     def run(self) -> None:
         """Trains until the sweep is over, and writes what it does now into the sweep's folder each second."""
         file = self.path / f"{NOW_FILE_STEM}{f'-{self.name}' if self.name else ''}.txt"
+        first = count_activities()  # a sweep in this process has named the time left, which `status` computes anew
 
         def write_activity() -> None:
             with suppress(OSError):  # a full disk is noticed by what must be written
-                file.write_text(describe_activity())
+                file.write_text(describe_activity(first=first))
 
         try:
             with repeat_every(NOW_INTERVAL_S, write_activity):
