@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from lorasweep.data import rendering
+from lorasweep.data.chat_template import read_template
 from lorasweep.data.source import Conversation, Message, collect_examples
 from lorasweep.data.split import IGNORED
 from lorasweep.data.tokenise import tokenise_chats
@@ -198,6 +199,18 @@ def test_what_a_template_can_not_say_is_refused_in_one_sentence(tokenizer, templ
     with pytest.raises(ConfigError) as raised:
         tokenise(tokenizer, template, conversation, **settings)
     assert [word for word in words if word not in str(raised.value)] == []
+
+
+def test_conversations_that_a_template_does_not_write_are_named_and_counted(tokenizer):
+    tokenizer.chat_template = KEEPS
+    template = read_template(make_data("chat", train="x", template="model"), tokenizer)
+    places = [f"row {n} of 'c.jsonl'" for n in range(1, 6)]
+    talks = [talk(*(CALLING if n in (1, 4) else TALK))._replace(place=place) for n, place in enumerate(places)]
+    with pytest.raises(ConfigError) as raised:
+        list(template.render_turns(talks, only_last=False))
+    said = str(raised.value)
+    assert said.endswith("Or remove such rows, 2 of the 5 that were rendered together: row 2 and row 5 of 'c.jsonl'.")
+    assert "'get'" in said
 
 
 def test_a_template_that_does_not_end_is_stopped(tokenizer, monkeypatch):

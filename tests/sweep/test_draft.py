@@ -112,6 +112,30 @@ def test_pairs_conversations_and_running_text_are_recognised(here):
     assert (settings["data"], settings["model"]) == ("text", "causal_lm")
 
 
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        (("prompt", "completion"), ["data.turns=last", "data.metric=bits_per_byte"]),
+        # what a note of a draft proposes
+        (("prompt", "completion"), ["data.answers.score=exact_match", "confirm.metric=exact_match"]),
+        (("task", "solution"), ["data.prompt=task", "data.completion=solution"]),
+    ],
+)
+def test_keys_that_only_conversations_have_are_checked_when_the_kind_of_data_is_known(here, columns, words):
+    rows = [dict(zip(columns, (f"add {n} and 1", f"it is {n + 1}"), strict=True)) for n in range(120)]
+    (here / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [MODEL, "data.train=chat.jsonl", "data.template=plain", *words]
+    assert draft_definition(SweepOverrides.parse(words), InputsCache()).arms[0].base.data.name == "chat"
+    settings = draft(*words)["settings"]
+    assert settings["data"] == "chat"
+    assert all(f"{key}={settings[key]}" in words for key in (word.split("=")[0] for word in words))
+
+
+def test_a_wrong_key_is_refused_when_the_kind_of_data_is_known(here, capsys):
+    draft(MODEL, "data.train=topics.csv", "data.template=plain", code=WRONG_REQUEST)
+    assert "`data.template` is not a setting. It is one of `data=chat`" in capsys.readouterr().err
+
+
 def write_table(path, names, rows=120):
     lines = [
         "\t".join(names),

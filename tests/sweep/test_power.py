@@ -116,7 +116,9 @@ def test_the_gain_in_accuracy_is_half_of_the_errors_of_the_most_frequent_label(c
     assert power.margin == pytest.approx(0.05 * 0.125)
     assert power.spreads == [assume_accuracy(0.75)[1]]
     splits.metric = "f1"
-    assert describe_power(definition, splits) == []
+    (said,) = describe_power(definition, splits)
+    assert "200 groups of test examples" in said
+    assert "not for `f1` of these data" in said
     splits.metric = "accuracy"
     absolute = read_definition(write_file(content), SweepOverrides.parse(["confirm.margin=0.02"]))
     assert assess_power(absolute, splits).margin == 0.02

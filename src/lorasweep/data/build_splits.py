@@ -101,10 +101,15 @@ def describe_template(split: Split) -> list[str]:
     """Returns sentences on how a chat template changed conversations."""
     if not isinstance(split, ExampleSplit):
         return []
-    facts = {"conversations": len(split), "without_reasoning": 0, **split.facts}
+    facts = {"conversations": len(split), "without_reasoning": 0, "after_added_end": 0, **split.facts}
+    # most of the examples that begin inside a conversation
+    is_end = 2 * facts["after_added_end"] > len(split) - facts["conversations"]
+    cause = (
+        "ends no answer with a special token, so the end-of-text token is added" if is_end else "rewrites earlier turns"
+    )
     rewritten = (
         f"{facts['conversations']} conversations of {split.name} are {len(split)} examples, because the chat template "
-        "rewrites earlier turns: each answer follows the prompt that a server gives."
+        f"{cause}: each answer follows the prompt that a server gives."
     )
     without = f"{facts['without_reasoning']} examples of {split.name} lack reasoning: the template leaves it out."
     chosen = {rewritten: len(split) > facts["conversations"], without: facts["without_reasoning"]}
@@ -188,6 +193,7 @@ def _build_chats(
         facts={
             "conversations": len(examples),
             "without_reasoning": int(columns["omits_reasoning"].values.sum()),
+            "after_added_end": int(columns["follows_added_end"].values.sum()),
             **describe_chat_format(config, tokenizer),
         },
     )

@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lorasweep.config.data import ChatConfig
 from lorasweep.data.rendering import Rendering, render
-from lorasweep.data.source import Conversation
+from lorasweep.data.source import MAX_NAMED_ROWS, Conversation
 from lorasweep.disk import read_bounded
 from lorasweep.errors import ConfigError, first_line
-from lorasweep.wording import shorten
+from lorasweep.wording import join_words, shorten
 
 OPEN_THINKING = re.compile(r"<think>\s*\Z")
 """The end of a generation prompt after which the model has to reason."""
@@ -34,6 +34,8 @@ class Turn(NamedTuple):
     """The text that a server gives to the model."""
     answer: list[tuple[str, bool]]
     """The texts that the model generates after the prompt, up to its end-of-turn token; and whether each is scored."""
+    adds_end: bool
+    """Whether the answer ends with the end-of-text token, which the template does not write."""
     omits_reasoning: bool
     """Whether the template leaves out the reasoning that the message has."""
 
@@ -51,12 +53,13 @@ class ChatTemplate:
     budget: dict[str, float] = field(default_factory=dict)
     """What the template may still take for the data set, see `render`."""
 
-    def render_turns(self, conversations: Iterable[Conversation], *, only_last: bool) -> Iterator[list[Turn]]:
+    def render_turns(self, conversations: Sequence[Conversation], *, only_last: bool) -> Iterator[list[Turn]]:
         """Yields for each conversation its trained answers in order, or only the last one.
 
         Raises:
             ConfigError: The template fails or takes too long, leaves out an answer, or contradicts its own prompt.
         """
+        problems: list[tuple[str, ConfigError]] = []  # the place of a conversation, and what is wrong there
         for has_tools, alike in itertools.groupby(conversations, lambda conversation: bool(conversation.tools)):
             template = {
                 "text": self.tokenizer.get_chat_template(self.text, tools=[{}] if has_tools else None),
@@ -65,10 +68,30 @@ class ChatTemplate:
                 "eos_token": str(self.tokenizer.eos_token or ""),
                 "special_tokens": self._special_tokens,
             }
-            rendered = [_describe_conversation(conversation, only_last=only_last) for conversation in alike]
-            for conversation, renderings in zip(rendered, render(template, rendered, budget=self.budget), strict=True):
+            places, rendered = [], []
+            for conversation in alike:
+                places.append(conversation.place)
+                rendered.append(_describe_conversation(conversation, only_last=only_last))
+            all_renderings = render(template, rendered, budget=self.budget)
+            for place, conversation, renderings in zip(places, rendered, all_renderings, strict=True):
                 answers = [conversation["messages"][index] for index in conversation["answers"]]
-                yield [self._build_turn(*pair) for pair in zip(answers, renderings, strict=True)]
+                try:
+                    turns = [self._build_turn(*pair) for pair in zip(answers, renderings, strict=True)]
+                except ConfigError as error:  # the others are counted, because removing a few may be a remedy
+                    problems.append((place, error))
+                else:
+                    yield turns
+        if problems:
+            places, (first, *_) = zip(*problems, strict=True)
+            if len(problems) == len(conversations):
+                raise first
+            rows = [place.partition(" of ")[0] for place in places]
+            named = [*rows[:MAX_NAMED_ROWS], *(["others"] if len(rows) > MAX_NAMED_ROWS else [])]
+            of_file = "".join(places[0].partition(" of ")[1:])
+            raise ConfigError(
+                f"{first} Or remove such rows, {len(rows)} of the {len(conversations)} that were rendered together: "
+                f"{join_words(named)}{of_file}."
+            ) from first
 
     def _build_turn(self, message: Mapping[str, Any], rendering: Rendering) -> Turn:
         prompt, full, marks = rendering
@@ -85,7 +108,7 @@ class ChatTemplate:
         texts[1 if spans else 0] = opening + texts[1 if spans else 0]
         texts[-2 if spans else 0] += end_token
         answer = [(text, index % 2 == 1) for index, text in enumerate(texts) if text]
-        return Turn(prompt, answer, omits_reasoning=_get_reasoning(message) not in "".join(texts))
+        return Turn(prompt, answer, bool(end_token), omits_reasoning=_get_reasoning(message) not in "".join(texts))
 
     def _find_answer(self, prompt: str, full: str, message: Mapping[str, Any]) -> tuple[int, str]:
         """Returns where in the whole text the answer starts, and what the model generates before it.

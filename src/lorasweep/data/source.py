@@ -18,6 +18,8 @@ from lorasweep.config.data import DataConfig
 from lorasweep.errors import ConfigError
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
+MAX_NAMED_ROWS = 10
+"""Maximum number of wrong rows that an error names."""
 DataKind = Literal["documents", "single_label", "regression", "conversations"]
 Label = int | float
 """A class index; for regression a number."""
@@ -72,6 +74,8 @@ class Conversation(NamedTuple):
     """A JSON list of the tools' schemas; empty if there are none."""
     row: Mapping[str, Any] | None = None
     """The row of the table by column; None unless the function of `data.answers.score` needs it."""
+    place: str = ""
+    """Where it stands, for errors: `row 12 of 'chats.jsonl'`."""
 
 
 Example = TypeVar("Example")

@@ -29,7 +29,7 @@ from lorasweep.data.split import IGNORED, Ragged
 from lorasweep.disk import write_atomically
 from lorasweep.errors import ConfigError
 
-CACHE_FORMAT = 5
+CACHE_FORMAT = 6
 """Part of every cache key. Raise it when this module tokenises the same examples differently than before."""
 MIN_SHOWN_CHARACTERS = 10_000_000
 """A progress bar is shown while at least as much text is tokenised, which takes seconds."""
@@ -49,6 +49,9 @@ class ChatTokens:
     """The number of tokens before the last answer."""
     omits_reasoning: bool = False
     """Whether the template left out the reasoning of an answer."""
+
+    follows_added_end: bool = False
+    """Whether it begins here only because the turn before ends with a token that the template does not write."""
 
     def extend(self, ids: Sequence[int], *, is_scored: bool) -> None:
         self.ids += ids
@@ -101,6 +104,7 @@ def tokenise_chats(
 
     - `input_ids`, and `targets`: the next token at each position if the assistant wrote it, otherwise `IGNORED`.
     - `row`: the index of the example's conversation. `omits_reasoning`: 1 if the template left out reasoning.
+    - `follows_added_end`: 1 if only the end-of-text token that was added to the answer before made it an example.
     - `answer_start`: the number of tokens before the last answer.
     - `full_length`: the number of tokens before truncation.
     - `scored_bytes`: the number of UTF-8 bytes of the scored tokens.
@@ -127,6 +131,7 @@ def tokenise_chats(
                 result["row"].append([row])
                 result["answer_start"].append([tokens.answer_start])
                 result["omits_reasoning"].append([int(tokens.omits_reasoning)])
+                result["follows_added_end"].append([int(tokens.follows_added_end)])
                 result["full_length"].append([len(following)])
                 answer = [token for token in following[:max_length] if token != IGNORED]
                 result["scored_bytes"].append([len(str(tokenizer.decode(answer, skip_special_tokens=True)).encode())])
@@ -238,10 +243,12 @@ def _template_encoder(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
 
     def encode(turns: Sequence[Turn]) -> list[ChatTokens]:
         examples: list[ChatTokens] = []
+        added = ""  # the text up to an answer to which the end-of-text token was added
         for turn in turns:
             prompt, text = tokenise(turn.prompt), turn.prompt
             if not examples or prompt[: len(examples[-1].ids)] != examples[-1].ids:
-                examples.append(ChatTokens())  # the first turn, or the template rewrites earlier turns
+                # the first turn, or the template rewrites earlier turns, or writes no token at their end
+                examples.append(ChatTokens(follows_added_end=bool(added) and turn.prompt.startswith(added)))
             tokens = examples[-1]
             tokens.omits_reasoning |= turn.omits_reasoning
             tokens.extend(prompt[len(tokens.ids) :], is_scored=False)
@@ -249,6 +256,7 @@ def _template_encoder(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
             for more, is_scored in turn.answer:
                 tokens.extend(tokenise_after(text, tokens.ids, more), is_scored=is_scored)
                 text += more
+            added = text.removesuffix(str(tokenizer.eos_token)) if turn.adds_end else ""
         return examples
 
     return lambda conversations: map(encode, template.render_turns(conversations, only_last=only_last))

@@ -10,7 +10,7 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from lorasweep.config.compose import SWEEP_GROUPS, compose_run
-from lorasweep.config.data import TableConfig
+from lorasweep.config.data import RowSettings, TableConfig
 from lorasweep.config.run import STEPS_KEY
 from lorasweep.console import say
 from lorasweep.data.reading.conversations import KNOWN_COLUMNS, TOOLS_COLUMN
@@ -50,6 +50,8 @@ TEXT_COLUMNS: Mapping[str, str | None] = {
 """Usual names of the column of texts, in the order in which they are tried, each with the column of second texts."""
 PAIR_MARKS = (("1", "2"), ("a", "b"), ("A", "B"))
 """Marks by which the names of the two columns of a pair differ, as in `#1 String` and `#2 String`."""
+ROW_KEYS = frozenset(field.name for field in fields(RowSettings))
+"""Settings that say how rows are read, whatever they hold."""
 MIN_TEXT_SHARE = 0.5
 """Share of the values of a column that must have several words, so that the column may hold second texts."""
 EPOCHS = 3
@@ -200,14 +202,18 @@ def _choose_data(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
                 is_table = "\t" in file.readline()
         if not is_table:
             return {"data": "text"}, []
-    config = compose_run({"data": "table", **settings, "model": "tiny"}, require_all=False).data
+    # the kind of data decides which other keys there are, so that these are checked when it is known
+    of_rows = {key: value for key, value in settings.items() if key.partition("data.")[2] in ROW_KEYS}
+    config = compose_run({"data": "table", **of_rows, "model": "tiny"}, require_all=False).data
     assert isinstance(config, TableConfig)
     table, *_ = load_tables(config, "train", lambda names, source: names)
     names = list(table.columns)
     columns = {name: table.get_values(name) for name in names}
     known = next((known.split() for known in KNOWN_COLUMNS if set(known.split()) <= set(names)), None)
-    if known and not {"data.label", "data.text", "data.text_pair"} & settings.keys():
-        return {"data": "chat"}, _describe_unused(columns, [*known, TOOLS_COLUMN, settings.get("data.group")])
+    of_chat = [settings[key] for key in ("data.prompt", "data.completion", "data.messages") if key in settings]
+    if of_chat or (known and not {"data.label", "data.text", "data.text_pair"} & settings.keys()):
+        used = [*(of_chat or known or []), TOOLS_COLUMN, settings.get("data.group")]
+        return {"data": "chat"}, _describe_unused(columns, used)
     guessed = _guess_columns(columns, settings)
     label, is_named = guessed.get("data.label"), "data.columns" in settings
     is_delimited = first is not None and find_suffix(first) in DEFAULT_DIALECTS

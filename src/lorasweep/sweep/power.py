@@ -172,5 +172,13 @@ def describe_power(definition: Definition, splits: Splits) -> list[str]:
             "other groups: verdicts will hold for this group alone. Give test data of at least 20 documents, prompts "
             "or groups."
         ]
-    power = assess_power(definition, splits)
-    return [power.describe()] if power else []
+    if power := assess_power(definition, splits):
+        return [power.describe()]
+    if not (groups and any(question.name == "as_good_as_full" for question in list_questions(definition))):
+        return []
+    chosen = definition.sweep_config.confirm.metric
+    return [
+        f"Which difference {len(groups):,} groups of test examples settle is not known before the first look: only for "
+        "accuracy and running text it was measured how much examples differ, not for "
+        f"`{splits.metric if chosen == 'auto' else chosen}` of these data."
+    ]

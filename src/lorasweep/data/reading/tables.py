@@ -12,6 +12,7 @@ from lorasweep.config.data import RowSettings, SplitSettings
 from lorasweep.console import say
 from lorasweep.data.reading.files import MAX_LINE_BYTES, find_suffix, refuse_unreadable
 from lorasweep.data.reading.local import DEFAULT_DIALECTS, ChooseColumns, Table, find_tables, read_file
+from lorasweep.data.source import MAX_NAMED_ROWS
 from lorasweep.errors import ConfigError
 from lorasweep.wording import format_bytes, join_words, shorten, suggest_nearest
 
@@ -19,8 +20,6 @@ T = TypeVar("T")
 
 MAX_SILENT_BYTES = 10_000_000
 """Reading more takes seconds, so a line says what happens."""
-MAX_NAMED_ROWS = 10
-"""Maximum number of wrong rows that an error names."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
