@@ -147,9 +147,11 @@ def _add_judge(parser: argparse.ArgumentParser) -> None:
     directions.add_argument("--maximize", action="store_true", help="higher scores are better")
     directions.add_argument("--minimize", action="store_true", help="lower scores are better")
     parser.add_argument("--margin", required=True, help="smallest difference that matters: 0.01, or 5%% of the gain")
-    parser.add_argument("--reference", default="full", metavar="ARM", help="arm with which others are compared")
-    parser.add_argument("--base", default="frozen", metavar="ARM", help="the untrained model")
-    parser.add_argument("--key", default="value", help="what the column value is, such as rank")
+    parser.add_argument(
+        "--reference", default="full", metavar="ARM", help="arm that others are compared with (%(default)s)"
+    )
+    parser.add_argument("--base", default="frozen", metavar="ARM", help="the untrained model (%(default)s)")
+    parser.add_argument("--key", default="value", help="what the column value is, such as rank (%(default)s)")
     parser.add_argument("--looks", nargs="+", type=int, default=(), metavar="N", help="all planned numbers of seeds")
     parser.add_argument("--columns", nargs="+", default=(), metavar="arm=Name", help="names of the file's columns")
 

@@ -228,13 +228,14 @@ def test_the_code_of_a_strangers_model_needs_trust(theirs, capsys, command):
     assert all(word in refused for word in ("`model.trust_remote_code`", "--trust"))
 
 
-def test_the_code_of_an_objective_runs_in_no_export(theirs, capsys):
+def test_the_code_of_an_objective_runs_in_no_export(theirs, capsys, monkeypatch):
     set_values(theirs / "runs/lora-0000/run.json", {"config/objective": {"_target_": "evil.Objective"}})
     assert feed(*COMMANDS["peft"]) == DONE
     own = {"module._target_": "evil.Module", "datamodule._target_": "evil.Data"}
     config = compose_run({**own, "metric.name": "val_acc", "metric.direction": "maximize"})
     set_values(theirs / "runs/lora-0000/run.json", {"config": as_settings(config)})
     assert feed(*COMMANDS["inspect"]) == WRONG_REQUEST
+    monkeypatch.setattr("lorasweep.commands.quick_imports", pytest.fail)  # refused before torch is loaded
     assert feed(*COMMANDS["peft"]) == WRONG_REQUEST
     asked, refused = capsys.readouterr().err.splitlines()[-2:]
     assert "`module._target_`" in asked

@@ -118,13 +118,15 @@ def test_the_command_prints_verdicts_or_json(tmp_path, capfd):
     assert "Is lora as good as full? equivalent" in capfd.readouterr().out
     assert run([*words, "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["questions"][0]["verdict"] == "equivalent"
+    assert run([*words[:-1], "score=metrics.ac"]) == 2
+    assert "but it has no 'metrics.ac'. Did you mean `metrics.acc`? It has ['Name'," in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("change", "settings", "message"),
     [
         (lambda rows: rows.drop(columns="seed"), {}, "columns arm, seed and score, but lack seed"),
-        (lambda rows: rows, {"reference": "fulll"}, "must be one of full or lora, but got 'fulll'"),
+        (lambda rows: rows, {"reference": "fulll"}, "`--reference`.* must be one of full or lora, but got 'fulll'"),
         (lambda rows: pandas.concat([rows, rows]), {}, "several with arm full, seed 0. If they differ in a setting"),
         (lambda rows: rows.assign(score=float("nan")), {}, "row 1 must have a finite number as its score"),
         (lambda rows: rows.assign(weight=-1.0), {}, "row 1 must have a finite number as its weight"),

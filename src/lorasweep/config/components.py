@@ -133,9 +133,9 @@ def find_own_files(settings: Mapping[str, Any]) -> dict[str, Path]:
     return files
 
 
-def list_argument_names(target: Any, *, key: str) -> tuple[list[str], bool]:
+def list_argument_names(target: Any, *, key: str, expected: type = object) -> tuple[list[str], bool]:
     """Returns the names of a class's parameters, and whether the class also takes arbitrary keyword arguments."""
-    parameters = inspect.signature(find_class(target, key=key, expected=object)).parameters.values()
+    parameters = inspect.signature(find_class(target, key=key, expected=expected)).parameters.values()
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return [parameter.name for parameter in parameters if parameter.kind in named], takes_any

@@ -454,6 +454,12 @@ class RunConfig(Settings):
             )
 
 
+def require_exportable(config: RunConfig) -> None:
+    """Raises ConfigError if a run has no model of transformers and no adapter of PEFT."""
+    if (why := config.capabilities.exports) is not True:
+        raise ConfigError(f"a run must be a trained model of transformers to be exported. {why}")
+
+
 def refuse_code(config: RunConfig, *, trust: bool, groups: Container[str] = ("model", "module")) -> None:
     """Refuses recorded settings that name code which would run, because whoever wrote the record may be unknown.
 

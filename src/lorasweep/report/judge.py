@@ -34,7 +34,7 @@ from lorasweep.report.evidence.estimates import (
 from lorasweep.report.evidence.questions import MarginScale, answer_questions, compute_level
 from lorasweep.report.evidence.verdicts import Answer
 from lorasweep.report.terminal import render_answers
-from lorasweep.wording import format_bytes, format_estimate, format_share_estimate, join_words, shorten
+from lorasweep.wording import format_bytes, format_estimate, format_share_estimate, join_words, shorten, suggest_nearest
 
 if TYPE_CHECKING:
     import pandas
@@ -236,7 +236,10 @@ def _check_table(scores: pandas.DataFrame, *, reference: str, looks: Sequence[in
             raise ConfigError(f"the scores must have at most {limit:,} {noun}, but have {count:,}.")
     if reference not in set(scores["arm"].astype(str)):
         arms = join_words([str(name) for name in dict.fromkeys(scores["arm"])], last="or")
-        raise ConfigError(f"the arm that others are compared with must be one of {arms}, but got {reference!r}.")
+        raise ConfigError(
+            f"`--reference`, the arm that others are compared with, must be one of {arms}, but got {reference!r}. "
+            "Without it, it is full."
+        )
     for name in [name for name in ("score", "weight") if name in scores]:
         for row, value in enumerate(scores[name]):
             if not is_number(value) or (name == "weight" and value < 0):
@@ -285,6 +288,12 @@ def read_scores(path: Path, *, columns: Mapping[str, str]) -> pandas.DataFrame:
             if len(file.readline(MAX_HEADER_BYTES)) == MAX_HEADER_BYTES:
                 raise ValueError(f"it has a header of more than {format_bytes(MAX_HEADER_BYTES)}")
         found = pandas.read_csv(path, compression=None)
+        if missing := [theirs for theirs in columns.values() if theirs not in found]:
+            names = [str(name) for name in found]
+            raise ConfigError(
+                f"`--columns` must name columns of {str(path)!r}, but it has no {missing[0]!r}."
+                f"{suggest_nearest(missing[0], names)} It has {shorten(names, 400)}."
+            )
         return found.rename(columns={theirs: ours for ours, theirs in columns.items()})
     except (ValueError, OSError) as error:  # a CSV that is damaged, empty, no text or no file
         raise ConfigError(f"{str(path)!r} must be a CSV file of scores, but is not: {first_line(error)}.") from error

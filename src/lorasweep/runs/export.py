@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from lorasweep.config.build import flatten
 from lorasweep.config.data import ChatConfig
 from lorasweep.config.method import PeftConfig
-from lorasweep.config.run import ModelConfig, RunConfig, refuse_code
+from lorasweep.config.run import ModelConfig, RunConfig, refuse_code, require_exportable
 from lorasweep.data.chat_template import digest_template, read_template
 from lorasweep.disk import require_new_folder
 from lorasweep.errors import ConfigError, RecordError, RunError, first_line
@@ -124,8 +124,7 @@ def _create_folder_atomically(out: Path) -> Iterator[Path]:
 
 def _check_request(config: RunConfig, *, format: ExportFormat, out: Path) -> None:
     method = config.method.name
-    if (why := config.capabilities.exports) is not True:
-        raise ConfigError(f"a run must have trained a model of transformers to be exported, but not so: {why}")
+    require_exportable(config)
     if format == "peft" and method not in ("lora", "peft"):
         raise ConfigError(
             f"`--format peft` must have a run of `method=lora` or `method=peft`, but got {method!r}. "

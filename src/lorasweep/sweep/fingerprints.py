@@ -38,6 +38,6 @@ def compute_fingerprints(
             others = {name: inputs_cache.load_splits(data, arm.base) for name, data in definition.retained.items()}
             values |= {f"retain.data.{name}": splits.test().fingerprint for name, splits in others.items()}
         with name_in_errors(f"arm `{arm.name}`"):
-            require_same_fingerprints(recorded.get(arm.name, {}), values, kind="sweep")
+            require_same_fingerprints(recorded.get(arm.name, {}), values, config=arm.base, kind="sweep")
         found[arm.name] = values
     return found

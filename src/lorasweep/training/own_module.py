@@ -26,7 +26,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves  # see lora.fully_trained
 
-from lorasweep.config.components import Component, instantiate
+from lorasweep.config.components import Component, instantiate, list_argument_names
 from lorasweep.config.data import ScoreMetric
 from lorasweep.config.run import RunConfig
 from lorasweep.data.split import SplitFacts, Splits
@@ -46,7 +46,7 @@ from lorasweep.training.processes import find_launch, quiet_lightning
 from lorasweep.training.run_inputs import RunInputs
 from lorasweep.training.telemetry import Telemetry, TrainingProgress
 from lorasweep.training.workload import TrainerParts, Workload
-from lorasweep.wording import suggest_nearest
+from lorasweep.wording import join_words, shorten, suggest_nearest
 
 DATA_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 """Hooks of a data module that Lightning calls for each batch, if the class overrides them."""
@@ -194,6 +194,12 @@ def build_module(config: RunConfig) -> LightningModule:
     """Creates the user's module. Raises `ConfigError` if lorasweep can't train it."""
     component = config.module
     assert component is not None
+    names, takes_any = list_argument_names(component.target, key="module", expected=LightningModule)
+    if component.lr_argument and component.lr_argument not in names and not takes_any:
+        raise ConfigError(
+            f"`module.lr_argument` must name an argument of {component.target!r} ({join_words(names)}), but got "
+            f"{component.lr_argument!r}.{suggest_nearest(component.lr_argument, names)}"
+        )
     learning_rate = {component.lr_argument: config.optim.lr} if component.lr_argument else {}
     with random_streams(0):  # the same weights at each call, whatever the seed of the run
         module = instantiate(component, key="module", expected=LightningModule, **learning_rate)
@@ -211,7 +217,8 @@ def build_module(config: RunConfig) -> LightningModule:
     for name in component.new_modules:
         if name not in names:
             raise ConfigError(
-                f"`module.new_modules` must name submodules, but got {name!r}.{suggest_nearest(name, names)}"
+                f"`module.new_modules` must name submodules, but got {name!r}.{suggest_nearest(name, names)} There are "
+                f"{shorten(names, 400)}."
             )
     return module
 

@@ -14,6 +14,7 @@ from torch import nn
 from lorasweep.activity import doing
 from lorasweep.config.build import as_settings, build
 from lorasweep.config.components import find_own_files
+from lorasweep.config.data import SplitSettings
 from lorasweep.config.run import RunConfig, refuse_code
 from lorasweep.data.source import DataSource
 from lorasweep.data.split import Batch, Splits
@@ -101,14 +102,19 @@ class RunInputs:
 
 
 def require_same_fingerprints(
-    recorded: Mapping[str, str], now: Mapping[str, str], *, kind: Literal["run", "sweep"]
+    recorded: Mapping[str, str], now: Mapping[str, str], *, config: RunConfig, kind: Literal["run", "sweep"]
 ) -> None:
     """Raises ConfigError if a recorded fingerprint of a run or a sweep is another one now."""
+    data = config.data
+    # a split that the user did not set is taken from `data.train`
+    splits = {"train", "validation", "test"} if isinstance(data, SplitSettings) else set()
+    sources = {f"data.{name}": data.sources.get(name, data.train) for name in splits}
     for key, value in recorded.items():
         if now.get(key) != value:
+            of_source = f", read from {sources[key]!r}," if key in sources else ""
             raise ConfigError(
-                f"`{key}` must be as when the {kind} began (fingerprint {value!r}), but got {now.get(key)!r}. Restore "
-                f"it, or start a new {kind}."
+                f"`{key}`{of_source} must be as when the {kind} began (fingerprint {value!r}), but got "
+                f"{now.get(key)!r}. Restore it, or start a new {kind}."
             )
 
 

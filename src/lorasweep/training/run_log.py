@@ -206,7 +206,7 @@ def open_record(
     """Returns a new record. If the run resumes, returns the record as it was at the checkpoint `found`."""
     if found.path is not None:
         record = read_run(run_folder.path)
-        require_same_fingerprints(record.fingerprints, inputs.fingerprints(config), kind="run")
+        require_same_fingerprints(record.fingerprints, inputs.fingerprints(config), config=config, kind="run")
         record.notes += [note for note in found.notes if note not in record.notes]
         record.status, record.reason, record.ended_at = "running", None, None
         record.test, record.answers, record.retained = {}, {}, {}
