@@ -17,7 +17,7 @@ from lorasweep.lora import (
 from lorasweep.lora.inject import replace_dropout
 from lorasweep.methods import ParameterGroup
 from lorasweep.training.optim import build_optimizer, build_schedule
-from lorasweep.training.packs.slot_run import SlotOptimizer
+from lorasweep.training.packs.slot_run import SlotOptimizer, step_slots
 
 ROWS, LENGTH, VOCABULARY = 2, 6, 23
 TIGHT = {"rtol": 1e-10, "atol": 1e-13}  # float64: sums of a few hundred terms in another order, through 50 steps
@@ -125,8 +125,8 @@ class PackedRun:
         for tokens in zip(*batches, strict=True):
             losses = row_losses(self.model, torch.cat(list(tokens))).view(len(tokens), -1).mean(1)
             losses.sum().backward()
-            for slot, optimizer in enumerate(self.optimizers):
-                optimizer.step()
+            step_slots(self.optimizers)
+            for slot in range(len(tokens)):
                 self.losses[slot].append(losses[slot].detach())
 
 

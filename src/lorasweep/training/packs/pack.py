@@ -67,7 +67,7 @@ from lorasweep.training.environment import deterministic_algorithms, get_device
 from lorasweep.training.evaluation import evaluate_slots
 from lorasweep.training.failures import convert_memory_errors, status_after
 from lorasweep.training.inputs import check_batch_memory
-from lorasweep.training.packs.slot_run import SlotOptimizer, SlotRun
+from lorasweep.training.packs.slot_run import SlotOptimizer, SlotRun, step_slots
 from lorasweep.training.run import never_stop
 from lorasweep.training.run_inputs import RunInputs
 from lorasweep.training.run_log import Metrics, RunEvaluation, RunRequest, find_run_end
@@ -238,8 +238,8 @@ class PackTrainer:
                     tokens += run.add_tokens(micro, positions=positions // len(micros))
         if rng_state_before is not None:
             self.has_shared_draws = rng_state_before != read_rng_state(self.device)
-        for run, run_losses in zip(self.runs, torch.stack(micro_losses, dim=1), strict=True):
-            lr = run.optimizer.step()
+        rates = step_slots([run.optimizer for run in self.runs])
+        for run, run_losses, lr in zip(self.runs, torch.stack(micro_losses, dim=1), rates, strict=True):
             run.step += 1
             run.log.note_step(run.step, run_losses, lr)
         self.inputs.telemetry.add_tokens(tokens)
