@@ -55,42 +55,39 @@ class MatrixStack:
 
 
 class StepStacks:
-    """The stacks of all layers of a pack, and the gradients of those that a step has used.
+    """The stacks of all layers of a pack.
 
     Attributes:
-        is_open: Whether a step's stacks are shared now (`share`).
+        is_open: Whether layers use these stacks now (`share`).
     """
 
     def __init__(self) -> None:
         self.is_open = False
-        self._filled: set[MatrixStack] = set()
-        # The leaves of each stack that was used since `share` began. Each use has its own leaf, because a leaf would
-        # add up its gradients in the dtype of the products.
+        # Each use of a stack has its own leaf, because a leaf adds up its gradients in the dtype of the products.
         self._leaves: dict[MatrixStack, list[Tensor]] = {}
 
     @contextmanager
     def share(self) -> Iterator[None]:
-        """Fills the stacks of the last step, and after the block adds their gradients to those of the parameters."""
-        self._filled = set(self._leaves)
-        fill_stacks(self._leaves)
-        self._leaves, self.is_open = {}, True
+        """Fills the stacks of earlier blocks, and after the block adds all gradients to those of the parameters."""
+        _fill(self._leaves)
+        self.is_open = True
         try:
             yield
             self._collect_gradients()
-        finally:  # also after an error: gradients that were not collected are dropped
-            self._leaves = {stack: [] for stack in self._leaves}
+        finally:
             self.is_open = False
+            self._leaves = {stack: [] for stack in self._leaves}
 
     def forget(self) -> None:
         """Frees all stacks, because the slots have changed."""
-        self._filled, self._leaves = set(), {}
+        self._leaves = {}
 
     def use(self, stack: MatrixStack) -> Float[Tensor, "slots rank width"]:
-        """Returns the values of a stack as a leaf, so that its gradients reach the parameters."""
-        if stack not in self._filled:  # the layer is called for the first time, or in another dtype than before
-            fill_stacks([stack])
-            self._filled.add(stack)
-        leaves = self._leaves.setdefault(stack, [])
+        """Returns the values of a stack as a leaf, whose gradient reaches the parameters."""
+        if stack not in self._leaves:  # the layer is called for the first time, or in another dtype than before
+            _fill([stack])
+            self._leaves[stack] = []
+        leaves = self._leaves[stack]
         if not torch.is_grad_enabled():
             return stack.values
         if any(leaf.grad is not None for leaf in leaves):  # another micro-batch begins
@@ -100,43 +97,42 @@ class StepStacks:
 
     @torch.no_grad()
     def _collect_gradients(self) -> None:
-        # By dtype, and by round: a layer that was called twice has two gradients for a parameter, and a GPU computes
-        # all sums of one operation at the same time.
-        found: dict[tuple[torch.dtype, int], dict[MatrixStack, Tensor]] = defaultdict(dict)
+        # Apart are other dtypes, and the second gradient of a layer that was called twice, because a GPU computes all
+        # sums of one operation at the same time.
+        found: dict[tuple[torch.dtype, int], list[tuple[MatrixStack, Tensor]]] = defaultdict(list)
         for stack, leaves in self._leaves.items():
-            grads = [leaf.grad for leaf in leaves if leaf.grad is not None and stack.matrices]
-            for number, grad in enumerate(grads):
-                found[grad.dtype, number][stack] = grad
+            for number, grad in enumerate([leaf.grad for leaf in leaves if leaf.grad is not None]):
+                found[grad.dtype, number].append((stack, grad))
             leaves[:] = [leaf for leaf in leaves if leaf.grad is None]
-        for by_stack in found.values():
-            _add_gradients(list(by_stack), list(by_stack.values()))
+        for pairs in found.values():
+            _add_gradients([pair for pair in pairs if pair[0].matrices])
 
 
 @torch.no_grad()
-def fill_stacks(stacks: Iterable[MatrixStack]) -> None:
+def _fill(stacks: Iterable[MatrixStack]) -> None:
     """Copies the parameters into the stacks by one operation for each dtype."""
-    pairs: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+    by_dtype: dict[torch.dtype, list[MatrixStack]] = defaultdict(list)
     for stack in stacks:
         if stack.matrices:  # empty if no slot of the group adapts this layer
-            targets, matrices = pairs[stack.values.dtype]
-            targets += stack.targets
-            matrices += stack.matrices
-    for targets, matrices in pairs.values():
-        torch._foreach_copy_(targets, matrices)
+            by_dtype[stack.values.dtype].append(stack)
+    for group in by_dtype.values():
+        torch._foreach_copy_(
+            [x for stack in group for x in stack.targets], [x for stack in group for x in stack.matrices]
+        )
 
 
-def _add_gradients(stacks: Sequence[MatrixStack], grads: Sequence[Tensor]) -> None:
-    """Adds the gradients of stacks to those of their parameters."""
-    matrices = [matrix for stack in stacks for matrix in stack.matrices]
+def _add_gradients(pairs: Sequence[tuple[MatrixStack, Tensor]]) -> None:
+    """Adds gradients of one dtype to those of the stacks' parameters."""
+    matrices = [matrix for stack, _ in pairs for matrix in stack.matrices]
+    grads = [grad for _, grad in pairs]
+    if matrices and grads[0].dtype != matrices[0].dtype:
+        sizes = [grad.numel() for grad in grads]
+        cast = torch.split(matrices[0].new_empty(sum(sizes)), sizes)
+        grads = [part.view_as(grad) for part, grad in zip(cast, grads, strict=True)]
+        torch._foreach_copy_(grads, [grad for _, grad in pairs])
+    parts = [part for (stack, _), grad in zip(pairs, grads, strict=True) for part in stack.split(grad)]
     for matrix in matrices:
         if matrix.grad is None:
             matrix.grad = torch.zeros_like(matrix)
-    dtype = matrices[0].dtype
-    if grads[0].dtype != dtype:
-        cast = grads[0].new_empty(sum(grad.numel() for grad in grads), dtype=dtype)
-        pieces = torch.split(cast, [grad.numel() for grad in grads])
-        pieces = [piece.view(grad.shape) for piece, grad in zip(pieces, grads, strict=True)]
-        torch._foreach_copy_(pieces, list(grads))
-        grads = pieces
-    parts = [part for stack, grad in zip(stacks, grads, strict=True) for part in stack.split(grad)]
-    torch._foreach_add_([matrix.grad for matrix in matrices if matrix.grad is not None], parts)
+    if matrices:
+        torch._foreach_add_([matrix.grad for matrix in matrices if matrix.grad is not None], parts)

@@ -168,7 +168,17 @@ class SlotOptimizer:
 def step_slots(optimizers: Sequence[SlotOptimizer]) -> list[float]:
     """Makes one step of each slot, sets all gradients to zero, and returns each slot's learning rate of this step."""
     rates = [float(slot.optimizer.param_groups[0]["lr"]) for slot in optimizers]
-    _clip([slot for slot in optimizers if slot.clip_norm is not None])
+    if clipped := {slot: slot.clip_norm for slot in optimizers if slot.clip_norm is not None}:
+        # as `nn.utils.clip_grad_norm_`, but for all slots at once, and dividing where that function multiplies
+        divisors = torch._foreach_norm([slot.gradient for slot in clipped])
+        torch._foreach_add_(divisors, 1e-6)
+        torch._foreach_div_(divisors, list(clipped.values()))  # numbers: a tensor of them would be a copy to the GPU
+        torch._foreach_clamp_min_(divisors, 1.0)
+        for slot, divisor in zip(clipped, divisors, strict=True):
+            if divisor.dtype == torch.float32:  # fused AdamW divides in its own kernel, but only in fp32
+                setattr(slot.optimizer, "grad_scale", divisor)  # noqa: B010 (no attribute that mypy knows)
+            else:
+                slot.gradient.div_(divisor)
     for slot in optimizers:
         slot.optimizer.step()
         slot.schedule.step()
@@ -177,40 +187,21 @@ def step_slots(optimizers: Sequence[SlotOptimizer]) -> list[float]:
     return rates
 
 
-def _clip(optimizers: Sequence[SlotOptimizer]) -> None:
-    """Clips the gradients of each slot as `nn.utils.clip_grad_norm_`, but divides where that function multiplies."""
-    if not optimizers:
-        return
-    limits = [slot.clip_norm for slot in optimizers if slot.clip_norm is not None]
-    divisors = torch._foreach_norm([slot.gradient for slot in optimizers])
-    torch._foreach_add_(divisors, 1e-6)
-    torch._foreach_div_(divisors, limits)  # numbers, because a tensor of them would be a copy to the GPU
-    torch._foreach_clamp_min_(divisors, 1.0)
-    for slot, divisor in zip(optimizers, divisors, strict=True):
-        if divisor.dtype == torch.float32:  # torch's fused AdamW divides by it in the same kernel, but only in fp32
-            setattr(slot.optimizer, "grad_scale", divisor)  # noqa: B010 (no attribute that mypy knows)
-        else:
-            slot.gradient.div_(divisor)
-
-
 def flatten_parameters(
     parameters: Sequence[nn.Parameter], *, transposed: Collection[nn.Parameter]
 ) -> tuple[Tensor, Tensor]:
     """Joins parameters into one vector, and returns it and its gradient, which starts as zeros.
 
     The given parameters become views of the vector, and their gradients views of its gradient. Backward passes add to
-    them in place, as long as no gradient is set to None. Matrices in `transposed` are stored transposed, as in the
-    stacks of a pack, so that copies between both have equal strides.
+    them in place, as long as no gradient is set to None. Matrices in `transposed` are stored like the stacks of a pack
+    (`lora.packed.stacks`), so that copies between both have equal strides.
     """
-    is_transposed = {id(parameter) for parameter in transposed}
-    stored = [(p.mT if id(p) in is_transposed else p).detach() for p in parameters]
+    ids = {id(parameter) for parameter in transposed}
+    stored = [p.detach().mT if id(p) in ids else p.detach() for p in parameters]
     flat = torch.cat([value.flatten() for value in stored])
     flat_grad = torch.zeros_like(flat)
     sizes = [value.numel() for value in stored]
-    for parameter, before, *views in zip(
-        parameters, stored, torch.split(flat, sizes), torch.split(flat_grad, sizes), strict=True
-    ):
+    for p, before, *views in zip(parameters, stored, flat.split(sizes), flat_grad.split(sizes), strict=True):
         value, grad = (view.view_as(before) for view in views)
-        is_turned = id(parameter) in is_transposed
-        parameter.data, parameter.grad = (value.mT, grad.mT) if is_turned else (value, grad)
+        p.data, p.grad = (value.mT, grad.mT) if id(p) in ids else (value, grad)
     return flat, flat_grad
