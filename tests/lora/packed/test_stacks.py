@@ -28,7 +28,7 @@ def compute_gradients(model, *batches):
     """Returns the gradients of the sum over micro-batches in one step."""
     for parameter in trained(model):
         parameter.grad = None
-    with find_slots(model).stack_once():
+    with find_slots(model).stacks.share():
         for batch in batches:
             model(batch).float().square().sum().backward()
     return [parameter.grad for parameter in trained(model)]
@@ -77,7 +77,7 @@ def test_gradients_of_a_block_that_failed_are_dropped():
     model, batch = make_pack(), draw()
     expected = compute_gradients(model, batch)
     try:
-        with find_slots(model).stack_once():
+        with find_slots(model).stacks.share():
             model(batch).float().sum().backward()
             raise KeyError
     except KeyError:

@@ -67,8 +67,7 @@ class PackedLoraLayer(SlotRows, AdaptedLayer):
         is_dropped = self.training and any(rates) and not isinstance(self.base, nn.Embedding)
         keep = self.slots.draw_keep_mask(x, rates=rates) if is_dropped else None
         # tensors in fp32 or wider, and no buffers, because casting the model to bf16 would round buffers
-        dtype = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
-        dtype = dtype if x.is_floating_point() else self.lora_a[0].dtype
+        dtype = torch.float64 if torch.float64 in (x.dtype, self.lora_a[0].dtype) else torch.float32
         values = [layer.scaling / (1 - layer.config.dropout * is_dropped) if layer else 0.0 for layer in self.layers]
         shared = self.slots.share_factors(tuple(values), dtype=dtype, device=x.device)
         # a number does not change the dtype of a product, so torch makes no copy in fp32
@@ -94,20 +93,18 @@ class PackedLoraLayer(SlotRows, AdaptedLayer):
 
     def _find_stacks(self) -> list[tuple[MatrixStack, MatrixStack]]:
         """Returns A and B of each group, in the dtype of the products that `add_update` computes."""
-        device = self.lora_a[0].device
+        like, device_type = self.lora_a[0], self.weight.device.type
         if self.calls_base or not is_linear(self.base):
-            dtype = self.lora_a[0].dtype
-        elif torch.is_autocast_enabled(self.weight.device.type):
-            dtype = torch.get_autocast_dtype(self.weight.device.type)
+            dtype = like.dtype
         else:
-            dtype = self.weight.dtype
-        first = self._stacks[0][0].values if self._stacks else None
-        if first is None or (first.dtype, first.device) != (dtype, device):
+            is_autocast = torch.is_autocast_enabled(device_type)
+            dtype = torch.get_autocast_dtype(device_type) if is_autocast else self.weight.dtype
+        if not self._stacks or not self._stacks[0][0].fits(dtype, like.device):
             d_out, d_in = matrix_shape(self.base)
             self._stacks = [
                 (
-                    MatrixStack(self.layers[group], "a", width=d_in, dtype=dtype, device=device),
-                    MatrixStack(self.layers[group], "b", width=d_out, dtype=dtype, device=device),
+                    MatrixStack(self.layers[group], is_b=False, width=d_in, like=like, dtype=dtype),
+                    MatrixStack(self.layers[group], is_b=True, width=d_out, like=like, dtype=dtype),
                 )
                 for group in self._groups
             ]

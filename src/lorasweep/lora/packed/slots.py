@@ -23,7 +23,7 @@ class Slots:
         models: The solo model of each slot. It shares the frozen base, and its trainable parameters are the pack's.
         generators: Dropout stream of each slot, on the device of the inputs; None draws from torch's default stream.
         only_slot: The one slot whose rows the layers get, while a module is computed slot by slot; otherwise None.
-        stacks: The stacked matrices of all layers. Layers use them inside `stack_once`.
+        stacks: The stacked matrices of all layers. Layers use them inside `stacks.share()`.
         sequence_lengths: Length of each slot's sequences before padding to the longest slot; None if no slot is padded.
         is_drawing_again: Whether activation checkpointing computes a part of the model again with the same masks.
     """
@@ -66,14 +66,6 @@ class Slots:
             yield
         finally:
             self.only_slot = None
-
-    def stack_once(self) -> AbstractContextManager[None]:
-        """Lets all forward passes inside the block use the same stacked matrices.
-
-        So a step with several micro-batches, or an evaluation, stacks and casts A and B of all slots once. The
-        parameters have their gradients after the block, and must not change inside it.
-        """
-        return self.stacks.share()
 
     def save_streams(self) -> AbstractContextManager[None]:
         """Returns a context inside which the slots draw again the masks that they draw next. It can be entered once.

@@ -1,9 +1,8 @@
 """The matrices of a pack's layers in stacks, which all forward passes of a step share.
 
 The optimizer needs the parameters of a slot in one piece, and the products need the matrices of a layer in one piece.
-So the matrices are copied once a step, and the same copy casts them to the dtype of the products. One operation copies
-the matrices of all layers, and one adds all gradients to those of the parameters. On a GPU such an operation is one
-kernel only if each pair of tensors has equal strides, and for a sum equal dtypes; else it is one kernel for each pair.
+So one operation copies and casts all matrices once a step, and one adds all gradients to those of the parameters. A GPU
+computes it by one kernel only if each pair of tensors has equal strides, and for a sum equal dtypes.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -30,23 +28,18 @@ class MatrixStack:
     """
 
     def __init__(
-        self,
-        layers: Sequence[LoraLayer | None],
-        which: Literal["a", "b"],
-        *,
-        width: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, layers: Sequence[LoraLayer | None], *, is_b: bool, width: int, like: Tensor, dtype: torch.dtype
     ) -> None:
-        """Makes a stack of zeros. `layers` has the LoRA layer of each slot, or None if the slot does not adapt it."""
-        self._is_b = which == "b"
+        """Makes a stack of zeros on the device of `like`. A layer is None if its slot does not adapt it."""
+        self._is_b = is_b
         self._slots = [(slot, layer.rank) for slot, layer in enumerate(layers) if layer]
-        self.matrices: list[nn.Parameter] = [layer.lora_b if self._is_b else layer.lora_a for layer in layers if layer]
-        rank = max((rank for _, rank in self._slots), default=0)
-        self.values: Float[Tensor, "slots rank width"] = torch.zeros(
-            len(layers), rank, width, dtype=dtype, device=device
-        )
+        self.matrices: list[nn.Parameter] = [layer.lora_b if is_b else layer.lora_a for layer in layers if layer]
+        size = len(layers), max((rank for _, rank in self._slots), default=0), width
+        self.values: Float[Tensor, "slots rank width"] = like.new_zeros(size, dtype=dtype)
         self.targets = self.split(self.values)
+
+    def fits(self, dtype: torch.dtype, device: torch.device) -> bool:
+        return (self.values.dtype, self.values.device) == (dtype, device)
 
     def split(self, stacked: Float[Tensor, "slots rank width"]) -> list[Tensor]:
         """Returns the part of each of `matrices`, as a view with the shape of the matrix."""
@@ -58,7 +51,7 @@ class StepStacks:
     """The stacks of all layers of a pack.
 
     Attributes:
-        is_open: Whether layers use these stacks now (`share`).
+        is_open: Whether a block of `share` runs.
     """
 
     def __init__(self) -> None:
@@ -68,7 +61,10 @@ class StepStacks:
 
     @contextmanager
     def share(self) -> Iterator[None]:
-        """Fills the stacks of earlier blocks, and after the block adds all gradients to those of the parameters."""
+        """Lets all forward passes inside the block use the same stacks, which are filled once.
+
+        The parameters must not change inside the block, and have their gradients after it.
+        """
         _fill(self._leaves)
         self.is_open = True
         try:
@@ -101,38 +97,33 @@ class StepStacks:
         # sums of one operation at the same time.
         found: dict[tuple[torch.dtype, int], list[tuple[MatrixStack, Tensor]]] = defaultdict(list)
         for stack, leaves in self._leaves.items():
-            for number, grad in enumerate([leaf.grad for leaf in leaves if leaf.grad is not None]):
+            for number, grad in enumerate([leaf.grad for leaf in leaves if leaf.grad is not None and stack.matrices]):
                 found[grad.dtype, number].append((stack, grad))
             leaves[:] = [leaf for leaf in leaves if leaf.grad is None]
         for pairs in found.values():
-            _add_gradients([pair for pair in pairs if pair[0].matrices])
+            _add_gradients(*zip(*pairs, strict=True))
 
 
 @torch.no_grad()
 def _fill(stacks: Iterable[MatrixStack]) -> None:
     """Copies the parameters into the stacks by one operation for each dtype."""
-    by_dtype: dict[torch.dtype, list[MatrixStack]] = defaultdict(list)
+    by_dtype: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for stack in stacks:
-        if stack.matrices:  # empty if no slot of the group adapts this layer
-            by_dtype[stack.values.dtype].append(stack)
-    for group in by_dtype.values():
-        torch._foreach_copy_(
-            [x for stack in group for x in stack.targets], [x for stack in group for x in stack.matrices]
-        )
+        by_dtype[stack.values.dtype] += zip(stack.targets, stack.matrices, strict=True)
+    for pairs in filter(None, by_dtype.values()):  # no pair if no slot of the group adapts the layer
+        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
 
 
-def _add_gradients(pairs: Sequence[tuple[MatrixStack, Tensor]]) -> None:
+def _add_gradients(stacks: Sequence[MatrixStack], grads: Sequence[Tensor]) -> None:
     """Adds gradients of one dtype to those of the stacks' parameters."""
-    matrices = [matrix for stack, _ in pairs for matrix in stack.matrices]
-    grads = [grad for _, grad in pairs]
-    if matrices and grads[0].dtype != matrices[0].dtype:
+    matrices = [matrix for stack in stacks for matrix in stack.matrices]
+    if grads[0].dtype != matrices[0].dtype:
         sizes = [grad.numel() for grad in grads]
         cast = torch.split(matrices[0].new_empty(sum(sizes)), sizes)
-        grads = [part.view_as(grad) for part, grad in zip(cast, grads, strict=True)]
-        torch._foreach_copy_(grads, [grad for _, grad in pairs])
-    parts = [part for (stack, _), grad in zip(pairs, grads, strict=True) for part in stack.split(grad)]
+        pieces = [piece.view_as(grad) for piece, grad in zip(cast, grads, strict=True)]
+        torch._foreach_copy_(pieces, grads)
+        grads = pieces
     for matrix in matrices:
-        if matrix.grad is None:
-            matrix.grad = torch.zeros_like(matrix)
-    if matrices:
-        torch._foreach_add_([matrix.grad for matrix in matrices if matrix.grad is not None], parts)
+        matrix.grad = torch.zeros_like(matrix) if matrix.grad is None else matrix.grad
+    parts = [part for stack, grad in zip(stacks, grads, strict=True) for part in stack.split(grad)]
+    torch._foreach_add_([matrix.grad for matrix in matrices if matrix.grad is not None], parts)

@@ -225,7 +225,7 @@ class PackTrainer:
         rng_state_before = read_rng_state(self.device) if self.has_shared_draws is None else None
         # All slots have the same number of micro-batches, of the same sizes.
         slots = find_slots(self.model)
-        with slots.stack_once():
+        with slots.stacks.share():
             for micros in zip(*(run.sampler.get_step(run.step) for run in self.runs), strict=True):
                 batch = move_batch(build_pack_batch(self.inputs.data.train, micros), self.device)
                 losses, positions = compute_losses(
@@ -259,7 +259,7 @@ class PackTrainer:
         batch_size = max(1, self.settings.eval_batch_size // len(self.runs))
         batches = EvaluationSampler(data.validation, batch_size=batch_size, fraction=self.configs[0].eval_fraction)
         slots.note_lengths(None)  # every slot evaluates the same rows
-        with slots.stack_once():
+        with slots.stacks.share():
             evaluations = evaluate_slots(
                 self.model, data.validation, batches, objective=data.objective, configs=self.configs
             )
