@@ -111,7 +111,8 @@ def _fill(stacks: Iterable[MatrixStack]) -> None:
     for stack in stacks:
         by_dtype[stack.values.dtype] += zip(stack.targets, stack.matrices, strict=True)
     for pairs in filter(None, by_dtype.values()):  # no pair if no slot of the group adapts the layer
-        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+        targets, matrices = zip(*pairs, strict=True)
+        torch._foreach_copy_(targets, matrices)
 
 
 def _add_gradients(stacks: Sequence[MatrixStack], grads: Sequence[Tensor]) -> None:
@@ -121,7 +122,7 @@ def _add_gradients(stacks: Sequence[MatrixStack], grads: Sequence[Tensor]) -> No
         sizes = [grad.numel() for grad in grads]
         cast = torch.split(matrices[0].new_empty(sum(sizes)), sizes)
         pieces = [piece.view_as(grad) for piece, grad in zip(cast, grads, strict=True)]
-        torch._foreach_copy_(pieces, grads)
+        torch._foreach_copy_(pieces, tuple(grads))
         grads = pieces
     for matrix in matrices:
         matrix.grad = torch.zeros_like(matrix) if matrix.grad is None else matrix.grad

@@ -201,7 +201,9 @@ def flatten_parameters(
     flat = torch.cat([value.flatten() for value in stored])
     flat_grad = torch.zeros_like(flat)
     sizes = [value.numel() for value in stored]
-    for p, before, *views in zip(parameters, stored, flat.split(sizes), flat_grad.split(sizes), strict=True):
+    for p, before, *views in zip(
+        parameters, stored, torch.split(flat, sizes), torch.split(flat_grad, sizes), strict=True
+    ):
         value, grad = (view.view_as(before) for view in views)
         p.data, p.grad = (value.mT, grad.mT) if id(p) in ids else (value, grad)
     return flat, flat_grad
