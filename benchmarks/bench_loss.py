@@ -102,7 +102,7 @@ def measure(arguments: argparse.Namespace) -> str:
     seconds = []
     for _ in range(arguments.steps):
         started = time.perf_counter()
-        with find_slots(model).stack_once():
+        with find_slots(model).stacks.share():
             compute().sum().backward()
         seconds.append(time.perf_counter() - started)
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

@@ -54,7 +54,7 @@ from lorasweep.training.environment import DTYPES
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.memory import count_saved_bytes
 from lorasweep.training.packs.pack import train_pack
-from lorasweep.training.packs.slot_run import SlotOptimizer
+from lorasweep.training.packs.slot_run import SlotOptimizer, step_slots
 from lorasweep.training.run_inputs import RunInputs
 from lorasweep.training.run_log import RunEvaluation, RunFolder, RunRequest
 
@@ -173,8 +173,7 @@ def make_ways(task: Task, slots: int) -> dict[str, Step]:
 
     def pack_step() -> None:
         own_losses(task, packed, batch, slots=slots).sum().backward()
-        for optimizer in optimizers:
-            optimizer.step()
+        step_slots(optimizers)
 
     def solo(model: nn.Module, *, times: int, repeats: int) -> Step:
         loss = functools.partial(own_losses, task, model.train(), slots=1)

@@ -94,6 +94,5 @@ def make_checked_group(
     lora_a: Float[Tensor, "slots rank d_in"],
     lora_b: Float[Tensor, "slots d_out rank"],
     factor: object,
-    values: tuple[Float[Tensor, "slots rank d_in"], Float[Tensor, "slots d_out rank"]] | None = None,
 ) -> functional.SlotGroup:
-    return functional.SlotGroup(lora_a, lora_b, factor, values)
+    return functional.SlotGroup(lora_a, lora_b, factor)

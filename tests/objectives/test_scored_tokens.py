@@ -151,7 +151,7 @@ def test_each_slot_of_a_pack_has_the_losses_and_gradients_of_its_run_alone(confi
     batches = [make_batch(scored_from=first) for first in ((3, 4, 2, 2), (0, 9, 9, 9), (8, 4, 9, 1))]
     joined = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     set_dropout_streams(pack, [torch.Generator().manual_seed(slot) for slot in range(3)])
-    with find_slots(pack).stack_once():
+    with find_slots(pack).stacks.share():
         losses, _ = differentiate(pack, joined, by_chunk=True)
     for slot, (solo, batch) in enumerate(zip(solos, batches, strict=True)):
         torch.manual_seed(slot)

@@ -58,7 +58,7 @@ def train_step(model, batch):
     """Returns the losses of two micro-batches and all gradients. The first backward pass runs after the contexts of the
     forward pass in another thread, as on a GPU, and the second inside the contexts."""
     slots, layout, losses = find_slots(model), lay_out(batch, slots=len(SLOTS)), []
-    with slots.stack_once():
+    with slots.stacks.share():
         for is_second in (False, True):
             with FunctionalDropout(slots.drop), unpadded(model, layout, note_lengths=slots.note_lengths):
                 losses.append(model(**batch).logits.square().mean())

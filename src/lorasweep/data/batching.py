@@ -124,7 +124,7 @@ class StepBatchSampler(MicroBatchSampler):
     def get_step(self, step: int) -> list[MicroBatch]:
         """Returns the micro-batches of one step, with the examples of all processes."""
         indices = self.get_step_indices(step)
-        weight = float(self.split.weights[torch.tensor(indices)].sum())
+        weight = float(self.split.weights.numpy()[indices].sum(dtype="float64"))
         if self.accumulate > 1:
             indices.sort(key=lambda index: int(self.split.lengths[index]))  # equal lengths keep their order
         remaining = iter(indices)

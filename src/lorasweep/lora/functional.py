@@ -35,9 +35,6 @@ class SlotGroup(NamedTuple):
     lora_b: Float[Tensor, "slots d_out rank"]
     factor: UpdateFactor
     """In fp32 or wider."""
-    cast: tuple[Tensor, Tensor] | None = None
-    """A and B in the dtype of the linear layer's inputs, if the caller has them; None casts them here. If set, `lora_a`
-    and `lora_b` only receive the gradients."""
 
 
 def scaling_factor(*, alpha: float, rank: int, rule: Scaling) -> float:
@@ -66,7 +63,7 @@ def lora_linear(
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         kept = (x,) if recomputation is None else kept
     matrices = [matrix for group in groups for matrix in (group.lora_a, group.lora_b)]
-    cast = [matrix.detach().to(x.dtype) for group in groups for matrix in group.cast or (group.lora_a, group.lora_b)]
+    cast = [matrix.detach().to(x.dtype) for matrix in matrices]
     factors = tuple(group.factor for group in groups)
     output: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
         x, weight, bias, factors, keep, recomputation, kept, cast, *matrices

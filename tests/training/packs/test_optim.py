@@ -1,3 +1,6 @@
+import copy
+
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -17,7 +20,7 @@ from lorasweep.lora import (
 from lorasweep.lora.inject import replace_dropout
 from lorasweep.methods import ParameterGroup
 from lorasweep.training.optim import build_optimizer, build_schedule
-from lorasweep.training.packs.slot_run import SlotOptimizer
+from lorasweep.training.packs.slot_run import SlotOptimizer, step_slots
 
 ROWS, LENGTH, VOCABULARY = 2, 6, 23
 TIGHT = {"rtol": 1e-10, "atol": 1e-13}  # float64: sums of a few hundred terms in another order, through 50 steps
@@ -125,8 +128,8 @@ class PackedRun:
         for tokens in zip(*batches, strict=True):
             losses = row_losses(self.model, torch.cat(list(tokens))).view(len(tokens), -1).mean(1)
             losses.sum().backward()
-            for slot, optimizer in enumerate(self.optimizers):
-                optimizer.step()
+            step_slots(self.optimizers)
+            for slot in range(len(tokens)):
                 self.losses[slot].append(losses[slot].detach())
 
 
@@ -159,3 +162,64 @@ def test_slots_that_join_and_leave_are_their_solo_runs():
         solo = SoloRun(make_llama(), config, SETTINGS[seed], seed)
         solo.train(batches[seed][:num_steps])
         assert_same_trial(pack, slot, solo)
+
+
+FP32_RUNS = (
+    settings(weight_decay=0.1, clip_norm=0.5),
+    settings(lr=3e-3, lr_ratio_b=4.0, beta1=0.8),
+    settings(lr=2e-2, beta2=0.95, eps=1e-6, clip_norm=2.0),
+)
+SCALES = (0.01, 0.5, 3.0, 0.02, 1.0)
+"""Size of the gradients in each step, so that some steps are clipped and others are not."""
+
+
+def draw_gradients(parameters, scale, seed):
+    """Returns gradients whose elements have sizes from 0.5 to 1.5, times a scale."""
+    generator = stream(seed)
+    return [
+        scale
+        * (0.5 + torch.rand(p.shape, generator=generator))
+        * (2 * torch.randint(2, p.shape, generator=generator) - 1)
+        for p in parameters
+    ]
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_slots_in_fp32_step_like_torchs_clipping_and_adamw(rank):
+    def get_trained(model):
+        return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    alone, slots, optimizers = [], [], []
+    for seed, run in enumerate(FP32_RUNS):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
+        inject_lora(model, LoraConfig(rank=rank, modules_to_save=("1",)))
+        slots.append(copy.deepcopy(model))
+        a, b, other = map(tuple, split_lora_parameters(model))
+        groups = [("a", a, 1.0), ("b", b, run.optim.lr_ratio_b), ("other", other, 1.0)]
+        groups = [ParameterGroup(name=name, params=params, lr_factor=factor) for name, params, factor in groups]
+        optimizer = build_optimizer(run.optim, groups)
+        alone.append((model, optimizer, build_schedule(run, optimizer)))
+        optimizers.append(SlotOptimizer(slots[-1], run))
+    for step, scale in enumerate(SCALES):
+        rates = [schedule.get_last_lr()[0] for *_, schedule in alone]
+        for slot, (model, optimizer, schedule) in enumerate(alone):
+            gradients = draw_gradients(get_trained(model), scale, seed=10 * step + slot)
+            for own, theirs, grad in zip(get_trained(slots[slot]), get_trained(model), gradients, strict=True):
+                own.grad.copy_(grad)
+                theirs.grad = grad.clone()
+            if (limit := FP32_RUNS[slot].optim.clip_norm) is not None:
+                nn.utils.clip_grad_norm_(get_trained(model), limit)
+            optimizer.step()
+            schedule.step()
+        assert step_slots(optimizers) == rates
+        assert not any(slot.gradient.any() for slot in optimizers)
+    for slot, (model, _, _) in enumerate(alone):
+        run = FP32_RUNS[slot]
+        eps, count = torch.finfo(torch.float32).eps, sum(p.numel() for p in get_trained(model))
+        # The norms are sums of `count` squares in another order, so each gradient differs by `count` roundings, and the
+        # mean and the root of Adam too. Their ratio is at most 1 / sqrt(1 - beta2), whatever the gradients are.
+        largest = run.optim.lr * run.optim.lr_ratio_b / (1 - run.optim.beta2) ** 0.5
+        bound = len(SCALES) * (largest * 2 * (count + 8) * eps + 4 * eps)
+        for own, theirs in zip(get_trained(slots[slot]), get_trained(model), strict=True):
+            torch.testing.assert_close(own, theirs, rtol=0, atol=bound)

@@ -20,7 +20,7 @@ from lorasweep.training.packs.size import (
     choose_pack_size,
     count_slot_bytes,
 )
-from lorasweep.training.packs.slot_run import SlotOptimizer
+from lorasweep.training.packs.slot_run import SlotOptimizer, step_slots
 from lorasweep.wording import format_bytes
 
 MIB = 2**20
@@ -143,8 +143,7 @@ def test_a_real_step_takes_what_is_counted(make_config, settings, slots):
             kept = live.alive() - loss.nbytes
             loss.backward()
             del loss
-            for optimizer in optimizers:
-                optimizer.step()
+            step_slots(optimizers)
     # The weights were there before. The rest differs by a few scalars of the optimizer and by the batch, which no
     # operation made.
     if config.trainer.activation_checkpointing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
@@ -17,6 +17,7 @@ from lorasweep.lora.functional import SlotGroup, UpdateFactor
 from lorasweep.lora.layer_kinds import is_linear, matrix_shape
 from lorasweep.lora.layers import AdaptedLayer, LoraLayer
 from lorasweep.lora.packed.slots import Slots, check_rows
+from lorasweep.lora.packed.stacks import MatrixStack
 
 MIN_GROUP_RANK = 16
 """Slots of at most this rank form one group. On a CPU, a product with fewer rows takes as long as one with 16."""
@@ -66,7 +67,7 @@ class PackedLoraLayer(SlotRows, AdaptedLayer):
         is_dropped = self.training and any(rates) and not isinstance(self.base, nn.Embedding)
         keep = self.slots.draw_keep_mask(x, rates=rates) if is_dropped else None
         # tensors in fp32 or wider, and no buffers, because casting the model to bf16 would round buffers
-        dtype = torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else self.lora_a[0].dtype
+        dtype = torch.float64 if torch.float64 in (x.dtype, self.lora_a[0].dtype) else torch.float32
         values = [layer.scaling / (1 - layer.config.dropout * is_dropped) if layer else 0.0 for layer in self.layers]
         shared = self.slots.share_factors(tuple(values), dtype=dtype, device=x.device)
         # a number does not change the dtype of a product, so torch makes no copy in fp32
@@ -82,43 +83,32 @@ class PackedLoraLayer(SlotRows, AdaptedLayer):
         return max(layer.config.dropout for layer in self.layers if layer)
 
     def _stack_groups(self, factors: Sequence[UpdateFactor]) -> list[SlotGroup]:
-        collectors = self.slots.collectors
-        if collectors is None:
+        shared = self.slots.stacks
+        if not shared.is_open:
             return [self._stack_group(group, factor) for group, factor in zip(self._groups, factors, strict=True)]
-        # Filled at the first call of a step: parameters change only between steps, and a layer that is called twice,
-        # or in several micro-batches, adds its gradients to the same leaves.
-        if self not in collectors:
-            self._fill_stacks()
-            collectors[self] = self._collect_gradients
         return [
-            SlotGroup(stack_a.leaf, stack_b.leaf, factor, (stack_a.values, stack_b.values))
-            for (stack_a, stack_b), factor in zip(self._stacks, factors, strict=True)
+            SlotGroup(shared.use(stack_a), shared.use(stack_b).mT, factor)
+            for (stack_a, stack_b), factor in zip(self._find_stacks(), factors, strict=True)
         ]
 
-    def _fill_stacks(self) -> None:
-        """Copies the parameters into the stacks, which have the dtype of the products that `add_update` computes."""
+    def _find_stacks(self) -> list[tuple[MatrixStack, MatrixStack]]:
+        """Returns A and B of each group, in the dtype of the products that `add_update` computes."""
         like, device_type = self.lora_a[0], self.weight.device.type
         if self.calls_base or not is_linear(self.base):
             dtype = like.dtype
-        elif torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
         else:
-            dtype = self.weight.dtype
+            is_autocast = torch.is_autocast_enabled(device_type)
+            dtype = torch.get_autocast_dtype(device_type) if is_autocast else self.weight.dtype
         if not self._stacks or not self._stacks[0][0].fits(dtype, like.device):
             d_out, d_in = matrix_shape(self.base)
             self._stacks = [
                 (
-                    MatrixStack(self.layers[group], "a", width=d_in, like=like, dtype=dtype),
-                    MatrixStack(self.layers[group], "b", width=d_out, like=like, dtype=dtype),
+                    MatrixStack(self.layers[group], is_b=False, width=d_in, like=like, dtype=dtype),
+                    MatrixStack(self.layers[group], is_b=True, width=d_out, like=like, dtype=dtype),
                 )
                 for group in self._groups
             ]
-        for stack in itertools.chain.from_iterable(self._stacks):
-            stack.fill()
-
-    def _collect_gradients(self) -> None:
-        for stack in itertools.chain.from_iterable(self._stacks):
-            stack.collect_gradients()
+        return self._stacks
 
     def _stack_group(self, group: slice, factor: UpdateFactor) -> SlotGroup:
         """Stacks the matrices of a group with plain operations of torch, so that autograd differentiates them."""
@@ -129,70 +119,6 @@ class PackedLoraLayer(SlotRows, AdaptedLayer):
         lora_a = torch.stack([nn.functional.pad(a, (0, 0, 0, rank - len(a))) for a, _ in pairs])
         lora_b = torch.stack([nn.functional.pad(b, (0, rank - b.shape[1])) for _, b in pairs])
         return SlotGroup(lora_a, lora_b, factor)
-
-
-class MatrixStack:
-    """The A or the B of a layer in neighbouring slots, padded with zeros to the highest rank.
-
-    The optimizer needs the parameters of a slot in one piece, and the products need the matrices of a layer in one
-    piece. So the matrices are copied once a step, and the same copy casts them to the dtype of the products.
-
-    Attributes:
-        values: (slots, rank, d_in) for A, or (slots, d_out, rank) for B, in the dtype of the products.
-        leaf: Has the shape of `values` and the dtype of the parameters. Backward passes add the gradients to it. If
-            `values` have another dtype, its own values are undefined.
-    """
-
-    def __init__(
-        self,
-        layers: Sequence[LoraLayer | None],
-        which: Literal["a", "b"],
-        *,
-        width: int,
-        like: nn.Parameter,
-        dtype: torch.dtype,
-    ) -> None:
-        """Makes an empty stack. `layers` has the LoRA layer of each slot, or None if the slot does not adapt the layer.
-
-        `width` is d_in for A, d_out for B. The gradients have the dtype and the device of `like`.
-        """
-        used = [(slot, layer) for slot, layer in enumerate(layers) if layer]
-        rank = max((layer.rank for _, layer in used), default=0)
-        size = (len(layers), rank, width) if which == "a" else (len(layers), width, rank)
-        self._matrices: list[Tensor] = [layer.lora_a if which == "a" else layer.lora_b for _, layer in used]
-        self._places: list[tuple[int | slice, ...]] = [
-            (slot, slice(layer.rank)) if which == "a" else (slot, slice(None), slice(layer.rank))
-            for slot, layer in used
-        ]
-        self.values: Float[Tensor, "slots rows columns"] = like.new_zeros(size, dtype=dtype)
-        # views, so that one `_foreach_copy_` fills the whole stack
-        self._targets = [self.values[place] for place in self._places]
-        # one number that looks like a whole tensor, because only its gradient needs memory
-        unused = like.new_zeros(()).expand(size)
-        self.leaf: Float[Tensor, "slots rows columns"] = self.values.detach() if dtype == like.dtype else unused
-        self.leaf.requires_grad_()
-
-    def fits(self, dtype: torch.dtype, device: torch.device) -> bool:
-        return (self.values.dtype, self.values.device) == (dtype, device)
-
-    @torch.no_grad()
-    def fill(self) -> None:
-        """Copies the parameters into `values`, and forgets gradients that were not collected."""
-        self.leaf.grad = None
-        if self._matrices:  # empty if no slot of the group adapts this layer
-            torch._foreach_copy_(self._targets, self._matrices)
-
-    @torch.no_grad()
-    def collect_gradients(self) -> None:
-        """Adds the gradients since `fill` to those of the parameters."""
-        if self.leaf.grad is None or not self._matrices:
-            return
-        for parameter in self._matrices:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        grads = [parameter.grad for parameter in self._matrices if parameter.grad is not None]
-        torch._foreach_add_(grads, [self.leaf.grad[place] for place in self._places])
-        self.leaf.grad = None
 
 
 class PackedTrainedModule(SlotRows, nn.Module):

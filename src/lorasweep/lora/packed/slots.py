@@ -5,7 +5,7 @@ A slot draws masks in the same order and shapes as its solo run. With equal seed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lorasweep.lora.dropout import draw_keep_mask, drop, drop_from_default_stream
+from lorasweep.lora.packed.stacks import StepStacks
 
 
 class Slots:
@@ -22,8 +23,7 @@ class Slots:
         models: The solo model of each slot. It shares the frozen base, and its trainable parameters are the pack's.
         generators: Dropout stream of each slot, on the device of the inputs; None draws from torch's default stream.
         only_slot: The one slot whose rows the layers get, while a module is computed slot by slot; otherwise None.
-        collectors: Inside `stack_once`: for each layer that was called, a function that moves the gradients of its
-            stacked matrices to the parameters; else None.
+        stacks: The stacked matrices of all layers. Layers use them inside `stacks.share()`.
         sequence_lengths: Length of each slot's sequences before padding to the longest slot; None if no slot is padded.
         is_drawing_again: Whether activation checkpointing computes a part of the model again with the same masks.
     """
@@ -32,7 +32,7 @@ class Slots:
         self.models = list(models)
         self.generators: list[torch.Generator | None] = [None] * len(models)
         self.only_slot: int | None = None
-        self.collectors: dict[object, Callable[[], None]] | None = None
+        self.stacks = StepStacks()
         self.sequence_lengths: tuple[int, ...] | None = None
         self.is_drawing_again = False
         self._factors: dict[object, Tensor] = {}
@@ -66,22 +66,6 @@ class Slots:
             yield
         finally:
             self.only_slot = None
-
-    @contextmanager
-    def stack_once(self) -> Iterator[None]:
-        """Lets all forward passes inside the block use the same stacked matrices, and adds up their gradients.
-
-        So a step with several micro-batches, or an evaluation, stacks and casts A and B of all slots once. The
-        parameters get their gradients at the end of the block, and must not change inside it.
-        """
-        self.collectors = {}
-        try:
-            yield
-            for collect in self.collectors.values():
-                collect()
-        finally:
-            # also after an error: `fill` of the next block drops gradients that were not collected
-            self.collectors = None
 
     def save_streams(self) -> AbstractContextManager[None]:
         """Returns a context inside which the slots draw again the masks that they draw next. It can be entered once.

@@ -67,7 +67,7 @@ from lorasweep.training.environment import deterministic_algorithms, get_device
 from lorasweep.training.evaluation import evaluate_slots
 from lorasweep.training.failures import convert_memory_errors, status_after
 from lorasweep.training.inputs import check_batch_memory
-from lorasweep.training.packs.slot_run import SlotOptimizer, SlotRun
+from lorasweep.training.packs.slot_run import SlotOptimizer, SlotRun, step_slots
 from lorasweep.training.run import never_stop
 from lorasweep.training.run_inputs import RunInputs
 from lorasweep.training.run_log import Metrics, RunEvaluation, RunRequest, find_run_end
@@ -225,7 +225,7 @@ class PackTrainer:
         rng_state_before = read_rng_state(self.device) if self.has_shared_draws is None else None
         # All slots have the same number of micro-batches, of the same sizes.
         slots = find_slots(self.model)
-        with slots.stack_once():
+        with slots.stacks.share():
             for micros in zip(*(run.sampler.get_step(run.step) for run in self.runs), strict=True):
                 batch = move_batch(build_pack_batch(self.inputs.data.train, micros), self.device)
                 losses, positions = compute_losses(
@@ -238,8 +238,8 @@ class PackTrainer:
                     tokens += run.add_tokens(micro, positions=positions // len(micros))
         if rng_state_before is not None:
             self.has_shared_draws = rng_state_before != read_rng_state(self.device)
-        for run, run_losses in zip(self.runs, torch.stack(micro_losses, dim=1), strict=True):
-            lr = run.optimizer.step()
+        rates = step_slots([run.optimizer for run in self.runs])
+        for run, run_losses, lr in zip(self.runs, torch.stack(micro_losses, dim=1), rates, strict=True):
             run.step += 1
             run.log.note_step(run.step, run_losses, lr)
         self.inputs.telemetry.add_tokens(tokens)
@@ -259,7 +259,7 @@ class PackTrainer:
         batch_size = max(1, self.settings.eval_batch_size // len(self.runs))
         batches = EvaluationSampler(data.validation, batch_size=batch_size, fraction=self.configs[0].eval_fraction)
         slots.note_lengths(None)  # every slot evaluates the same rows
-        with slots.stack_once():
+        with slots.stacks.share():
             evaluations = evaluate_slots(
                 self.model, data.validation, batches, objective=data.objective, configs=self.configs
             )

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import MicroBatch, StepBatchSampler
 from lorasweep.errors import RecordError
-from lorasweep.methods import METHODS, ParameterGroup
+from lorasweep.lora import split_lora_parameters
+from lorasweep.methods import METHODS
 from lorasweep.record import RunStatus, read_run
 from lorasweep.training.checkpoint import find_checkpoint, save_checkpoint
 from lorasweep.training.environment import get_device
@@ -80,7 +82,7 @@ class SlotRun:
 
     def add_tokens(self, micro: MicroBatch, *, positions: int) -> int:
         """Adds a micro-batch to the progress, and returns its number of tokens. `positions` includes padding."""
-        tokens = int(self.inputs.splits.train.lengths[torch.tensor(micro.indices)].sum())
+        tokens = int(self.inputs.splits.train.lengths.numpy()[micro.indices].sum())
         self.log.progress.tokens += tokens
         self.log.progress.positions += positions
         return tokens
@@ -120,39 +122,39 @@ class SlotRun:
 
 
 class SlotOptimizer:
-    """Clips and steps the parameters of a slot's solo model.
+    """Optimizer and schedule of a slot's solo model. `step_slots` steps those of all slots.
 
     A hundred small matrices per slot would take longer to step than to train. So parameters with the same settings
-    become one vector (`flatten_parameters`), which `torch.optim.AdamW` steps in one call.
+    become one vector, which `torch.optim.AdamW` steps in one call.
 
     *Differs* from the solo run: a parameter that never gets a gradient has a zero gradient here, so it is changed by
     weight decay. In both runs it has no effect on the model's outputs.
+
+    Attributes:
+        gradient: The gradients of everything that the slot trains, as one vector.
+        clip_norm: Maximum norm of `gradient`; None does not clip.
     """
 
     def __init__(self, model: nn.Module, config: RunConfig) -> None:
-        groups = METHODS["lora"].trainable_groups(model, lr_ratio_b=config.optim.lr_ratio_b)
+        parts = [
+            replace(group, params=params)
+            for group in METHODS["lora"].trainable_groups(model, lr_ratio_b=config.optim.lr_ratio_b)
+            for is_matrix in (True, False)
+            if (params := tuple(p for p in group.params if (p.ndim >= 2) == is_matrix))
+        ]
+        parameters = [parameter for part in parts for parameter in part.params]
+        values, self.gradient = flatten_parameters(parameters, transposed=split_lora_parameters(model)[1])
+        sizes = [sum(parameter.numel() for parameter in part.params) for part in parts]
         flat = []
-        for group in groups:
-            matrices, vectors = [p for p in group.params if p.ndim >= 2], [p for p in group.params if p.ndim < 2]
+        for part, value, grad in zip(parts, torch.split(values, sizes), torch.split(self.gradient, sizes), strict=True):
             # `build_optimizer` lets matrices decay, but no vectors, so the matrices keep two dimensions
-            shapes = (matrices, (1, -1)), (vectors, (-1,))
-            params = [flatten_parameters(parameters, shape=shape) for parameters, shape in shapes if parameters]
-            flat.append(ParameterGroup(name=group.name, params=tuple(params), lr_factor=group.lr_factor))
-        self.parameters = [parameter for group in flat for parameter in group.params]
+            shape = (1, -1) if part.params[0].ndim >= 2 else (-1,)
+            joined = nn.Parameter(value.view(shape))
+            joined.grad = grad.view(shape)
+            flat.append(replace(part, params=(joined,)))
         self.optimizer = build_optimizer(config.optim, flat)
         self.schedule = build_schedule(config, self.optimizer)
         self.clip_norm = config.optim.clip_norm
-
-    def step(self) -> float:
-        """Makes one step, sets the gradients to zero, and returns the step's learning rate."""
-        lr = float(self.optimizer.param_groups[0]["lr"])
-        if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
-        self.optimizer.step()
-        self.schedule.step()
-        # The gradients must not become None: those of the small parameters are views of these tensors.
-        self.optimizer.zero_grad(set_to_none=False)
-        return lr
 
     def state(self) -> dict[str, Any]:
         """Returns the state from which a run with the same settings resumes. It shares memory with the optimizer."""
@@ -163,20 +165,45 @@ class SlotOptimizer:
         self.schedule.load_state_dict(state["schedule"])
 
 
-def flatten_parameters(parameters: Sequence[nn.Parameter], *, shape: tuple[int, ...]) -> nn.Parameter:
-    """Joins parameters into one. The given parameters become views of it, and their gradients views of its gradient.
+def step_slots(optimizers: Sequence[SlotOptimizer]) -> list[float]:
+    """Makes one step of each slot, sets all gradients to zero, and returns each slot's learning rate of this step."""
+    rates = [float(slot.optimizer.param_groups[0]["lr"]) for slot in optimizers]
+    if clipped := {slot: slot.clip_norm for slot in optimizers if slot.clip_norm is not None}:
+        # as `nn.utils.clip_grad_norm_`, but for all slots at once, and dividing where that function multiplies
+        divisors = torch._foreach_norm([slot.gradient for slot in clipped])
+        torch._foreach_add_(divisors, 1e-6)
+        torch._foreach_div_(divisors, list(clipped.values()))  # numbers: a tensor of them would be a copy to the GPU
+        torch._foreach_clamp_min_(divisors, 1.0)
+        for slot, divisor in zip(clipped, divisors, strict=True):
+            if divisor.dtype == torch.float32:  # fused AdamW divides in its own kernel, but only in fp32
+                setattr(slot.optimizer, "grad_scale", divisor)  # noqa: B010 (no attribute that mypy knows)
+            else:
+                slot.gradient.div_(divisor)
+    for slot in optimizers:
+        slot.optimizer.step()
+        slot.schedule.step()
+    # The gradients must not become None: those of the small parameters are views of these tensors.
+    torch._foreach_zero_([slot.gradient for slot in optimizers])
+    return rates
 
-    The gradients start as zeros. Backward passes add to them in place, as long as no gradient is set to None.
 
-    Args:
-        parameters: Parameters of any shapes and one dtype.
-        shape: (-1,) or (1, -1).
+def flatten_parameters(
+    parameters: Sequence[nn.Parameter], *, transposed: Collection[nn.Parameter]
+) -> tuple[Tensor, Tensor]:
+    """Joins parameters into one vector, and returns it and its gradient, which starts as zeros.
+
+    The given parameters become views of the vector, and their gradients views of its gradient. Backward passes add to
+    them in place, as long as no gradient is set to None. Matrices in `transposed` are stored like the stacks of a pack
+    (`lora.packed.stacks`), so that copies between both have equal strides.
     """
-    flat = torch.cat([parameter.detach().flatten() for parameter in parameters])
+    ids = {id(parameter) for parameter in transposed}
+    stored = [p.detach().mT if id(p) in ids else p.detach() for p in parameters]
+    flat = torch.cat([value.flatten() for value in stored])
     flat_grad = torch.zeros_like(flat)
-    sizes = [parameter.numel() for parameter in parameters]
-    for parameter, value, grad in zip(parameters, torch.split(flat, sizes), torch.split(flat_grad, sizes), strict=True):
-        parameter.data, parameter.grad = value.view_as(parameter), grad.view_as(parameter)
-    joined = nn.Parameter(flat.view(shape))
-    joined.grad = flat_grad.view(shape)
-    return joined
+    sizes = [value.numel() for value in stored]
+    for p, before, *views in zip(
+        parameters, stored, torch.split(flat, sizes), torch.split(flat_grad, sizes), strict=True
+    ):
+        value, grad = (view.view_as(before) for view in views)
+        p.data, p.grad = (value.mT, grad.mT) if id(p) in ids else (value, grad)
+    return flat, flat_grad
