@@ -83,8 +83,11 @@ def describe_cut(data: SweepData) -> str:
     run = max(data.run_records, key=lambda run: run.steps_planned, default=None)
     if run is None or data.record.minutes is None:
         return ""
-    train, trainer = run.data.get("train", {}), run.config.get("trainer", {})
-    num, batch = train.get("examples", train.get("blocks")), trainer.get("batch_size")
+    train, trainer = run.data.get("train", {}), run.config.get("trainer")
+    num, batch = (
+        train.get("examples", train.get("blocks")),
+        trainer.get("batch_size") if isinstance(trainer, dict) else 0,
+    )
     if not (is_number(num) and is_number(batch) and 0 < run.steps_planned * batch < num):
         return ""
     epochs = f"{run.steps_planned * batch / num:.2g} epochs"
