@@ -72,7 +72,11 @@ class AnswerLine:
 
 def list_answer_lines(data: SweepData, learning: Learning) -> tuple[AnswerLine, ...]:
     """Returns the three lines at the top of the report, and one for each retained data set."""
-    answers = _answer_full(data, learning), _answer_rank(data, learning), _answer_setting(data, learning)
+    answers: tuple[AnswerLine, ...] = (
+        _answer_full(data, learning),
+        _answer_rank(data, learning),
+        _answer_setting(data, learning),
+    )
     if cut := describe_cut(data):
         answers = tuple(one if one.state == "not asked" else replace(one, text=f"{one.text} {cut}") for one in answers)
     return (*answers, *(_answer_retained(row, data) for row in data.record.retained))
