@@ -122,7 +122,7 @@ def _read_minutes(text: str) -> float:
     with suppress(ValueError):
         if 0 < (minutes := float(text)) <= MAX_MINUTES:
             return minutes
-    raise argparse.ArgumentTypeError(f"must be a number of minutes up to {MAX_MINUTES:,}, but got {text!r}")
+    raise argparse.ArgumentTypeError(f"must be a number of minutes above 0 and up to {MAX_MINUTES:,}, but got {text!r}")
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:

@@ -1,5 +1,6 @@
 """The three lines at the top: verdict, number and interval, or what is open and what would close it."""
 
+import json
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ from lorasweep.report.findings import read_findings
 from lorasweep.report.sweep_data import load_sweep_data
 from lorasweep.report.terminal import list_details
 
-from .conftest import build_rank_sweep
+from .conftest import STEPS, build_rank_sweep
 
 
 def test_other_methods_and_pairs_get_a_sentence_each(tmp_path):
@@ -87,3 +88,26 @@ def test_without_a_shown_gain_a_verdict_has_the_interval_of_the_difference(tmp_p
     assert "it differs from rank 64 by -0.15 [-0.22, -0.08] bits per byte (sufficient)" in rank
     assert "rank 64 differs from `full` by" in full
     assert "%" not in full + rank
+
+
+def test_answers_say_that_minutes_left_less_than_an_epoch_and_why_the_looks_ended(tmp_path):
+    sweep = build_rank_sweep(tmp_path, {4: 1.7, 16: 1.662}, noise=0.05)
+
+    def list_texts():
+        return [line.text for line in read_findings(sweep).answers]
+
+    assert not any("`--minutes`" in text or "The sweep ended at" in text for text in list_texts())
+
+    def cut(raw):
+        raw["definition"] = {"file": {"settings": {"sweep.minutes": 6}}, "overrides": {}}
+        raw["looks"] = [3, 5, 10]
+        raw["looks_done"] = [{"seeds": 5, "open": ["lora-rank-4"], "next": []}]
+
+    edit_json(sweep / "sweep.json", cut)
+    for run in sweep.glob("runs/*/run.json"):
+        edit_json(run, lambda raw: raw["data"].update(train={"examples": 10_000}))
+        trainer = json.loads(run.read_text())["config"]["trainer"]
+    texts, size = list_texts(), trainer["batch_size"]
+    cut_to = f"each run had {STEPS} steps of {size} ({STEPS * size / 10_000:.2g} epochs)."
+    assert all(text.endswith(f" To fit `--minutes`, {cut_to}") for text in texts)
+    assert "The sweep ended at 5 of 10 seeds, because more had no good chance to settle it." in texts[0]

@@ -14,7 +14,17 @@ from tests.sweep.conftest import UNTRAINED
 import lorasweep.sweep.status as status_file
 from lorasweep.config.data import ScoreMetric
 from lorasweep.errors import RecordError
-from lorasweep.record import SWEEP_FILE, ArmRow, LookRow, SettingRow, Subject, SweepRecord, Trial, write_record
+from lorasweep.record import (
+    SWEEP_FILE,
+    ArmRow,
+    LookRow,
+    SettingRow,
+    Subject,
+    SweepChange,
+    SweepRecord,
+    Trial,
+    write_record,
+)
 from lorasweep.sweep.status import count_ended, read_status, render_status, report_status, show_progress, watch_status
 
 
@@ -166,6 +176,20 @@ def test_a_sweep_says_that_it_will_be_later_than_its_minutes(running):
         status = read_status(running)
         assert status.seconds_late == pytest.approx(late, abs=5)
         assert ("later than `--minutes` asked for" in show(status, width=300)) is bool(late)
+
+
+def test_a_sweep_that_grew_has_no_minutes_and_its_confirm_runs_may_be_needed_again(running):
+    trials, confirmed = [trial(0, "complete", 1.5)], [confirm_row(7, "complete", 1.5)]
+    for row in (*trials, *confirmed):
+        row.values = {8: 1.5}
+    change = SweepChange(at="", stage="confirm", settings={"arms.lora.trials": 2}, trials={"lora": 2})
+    given = {"trials": trials, "settings": [setting()], "confirm": confirmed, "looks": [1], "makespan_s": 32}
+    given |= {"arms": [arm("lora", trials=2)], "definition": {"file": {}, "overrides": {"sweep.minutes": 0.1}}}
+    for changes, is_late in (([], True), ([change], False)):
+        write_record(sweep_record(**given, changes=changes), running)
+        status = read_status(running)
+        assert status.seconds_left == pytest.approx(32, abs=1)  # a trial and a confirm run, after two runs of 16 s
+        assert (status.seconds_late > 0) is is_late
 
 
 def test_a_stopped_sweep_shows_the_command_that_resumes_it(folder):

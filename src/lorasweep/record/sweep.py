@@ -12,9 +12,9 @@ from pydantic import Field
 
 from lorasweep.config.data import ScoreMetric
 from lorasweep.config.method import FrozenConfig
-from lorasweep.config.sweep import MAX_ARMS, MAX_CHOICES, MAX_CONFIRM_SEEDS, MAX_PAIRS
+from lorasweep.config.sweep import MAX_ARMS, MAX_CHOICES, MAX_CONFIRM_SEEDS, MAX_PAIRS, MINUTES_KEY
 from lorasweep.errors import RecordError
-from lorasweep.record.json_file import VERSION, Count, Finite, FolderName, Number, SweptSettings, read_json
+from lorasweep.record.json_file import VERSION, Count, Finite, FolderName, Number, SweptSettings, is_number, read_json
 from lorasweep.record.trial import Stage, Subject, Trial
 from lorasweep.wording import join_words, shorten
 
@@ -128,6 +128,12 @@ class SweepChange:
     trials: dict[str, Count]
     """New number of trials of each arm that got more trials."""
 
+    @property
+    def grows(self) -> list[str]:
+        """What the sweep got more of, such as "trials of `lora`" or `seeds`."""
+        has_seeds = not {"confirm.seeds", "confirm.looks"}.isdisjoint(self.settings)
+        return [*(f"trials of `{name}`" for name in self.trials), *(["seeds"] if has_seeds else [])]
+
 
 @dataclass(kw_only=True)
 class SweepRecord:
@@ -203,6 +209,14 @@ class SweepRecord:
         """The runs of the settings that are confirmed now. `confirm` may also have runs of former settings."""
         current = {(row.subject, row.setting) for row in self.settings}
         return [run for run in self.confirm if (run.subject, run.setting_number) in current]
+
+    @property
+    def minutes(self) -> float | None:
+        """The time to which `--minutes` cut the sweep."""
+        file, overrides = (self.definition.get(name) for name in ("file", "overrides"))
+        parts = [overrides, file.get("settings") if isinstance(file, dict) else None]
+        found = [part[MINUTES_KEY] for part in parts if isinstance(part, dict) and MINUTES_KEY in part]
+        return found[0] if found and is_number(found[0]) else None
 
     def find_run_score(self, run: Trial) -> float | None:
         """Returns the score by which a run is judged: in the search on validation data, then on test data."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lorasweep.config.run import ALPHA, LR, RANK
-from lorasweep.record import QuestionName, RetainedRow
+from lorasweep.record import QuestionName, RetainedRow, is_number
 from lorasweep.report.caveats import Learning
 from lorasweep.report.evidence.evidence import RetainedChange
 from lorasweep.report.evidence.verdicts import (
@@ -72,8 +72,30 @@ class AnswerLine:
 
 def list_answer_lines(data: SweepData, learning: Learning) -> tuple[AnswerLine, ...]:
     """Returns the three lines at the top of the report, and one for each retained data set."""
-    answers = _answer_full(data, learning), _answer_rank(data, learning), _answer_setting(data, learning)
+    answers: tuple[AnswerLine, ...] = (
+        _answer_full(data, learning),
+        _answer_rank(data, learning),
+        _answer_setting(data, learning),
+    )
+    if cut := describe_cut(data):
+        answers = tuple(one if one.state == "not asked" else replace(one, text=f"{one.text} {cut}") for one in answers)
     return (*answers, *(_answer_retained(row, data) for row in data.record.retained))
+
+
+def describe_cut(data: SweepData) -> str:
+    """Returns a sentence if `--minutes` left the longest run less than an epoch; otherwise empty."""
+    run = max(data.run_records, key=lambda run: run.steps_planned, default=None)
+    if run is None or data.record.minutes is None:
+        return ""
+    train, trainer = run.data.get("train", {}), run.config.get("trainer")
+    num, batch = (
+        train.get("examples", train.get("blocks")),
+        trainer.get("batch_size") if isinstance(trainer, dict) else 0,
+    )
+    if not (is_number(num) and is_number(batch) and 0 < run.steps_planned * batch < num):
+        return ""
+    epochs = f"{run.steps_planned * batch / num:.2g} epochs"
+    return f"To fit `--minutes`, each run had {run.steps_planned:,} steps of {batch:,} ({epochs})."
 
 
 def describe_answer(answer: Answer, data: SweepData) -> str:
@@ -146,6 +168,11 @@ def _answer_chains(
     blocking = [answer for one in asked if (answer := one.blocking)]
     if not blocking:
         return AnswerLine(question=question, text=text, state="settled")
+    looks, done = data.record.looks, data.record.looks_done
+    if done and not done[-1].next and done[-1].seeds < max(looks, default=0):
+        text += (
+            f" The sweep ended at {done[-1].seeds} of {max(looks)} seeds, because more had no good chance to settle it."
+        )
     step = step or find_settling_step(name, blocking, data)
     return AnswerLine(question=question, text=text, state="open", next=step)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from lorasweep.activity import doing
 from lorasweep.config.compose import SWEEP_GROUPS, compose_run
 from lorasweep.config.data import RowSettings, TableConfig
 from lorasweep.config.run import STEPS_KEY
@@ -126,6 +127,7 @@ def draft_definition(overrides: SweepOverrides, inputs_cache: InputsCache) -> De
     return read_definition(yaml.safe_load(draft.text), SweepOverrides.parse(others))
 
 
+@doing("drafting the sweep")
 def draft_sweep(path: Path, settings: Mapping[str, Any], inputs_cache: InputsCache) -> Draft:
     """Returns a sweep file, to be written to `path`.
 

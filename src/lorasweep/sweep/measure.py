@@ -109,7 +109,8 @@ def measure_sweep(
         RunError: A training failed, as it would in the sweep.
     """
     began = time.monotonic()
-    rates, machine = list[Rates](), measure_machine()
+    with doing("measuring this machine"):
+        rates, machine = list[Rates](), measure_machine()
     on_progress(str(machine))
     num_groups = len({plan.key or name for name, plan in plan_packing(definition).items()})
     for arm in definition.arms:
@@ -118,9 +119,10 @@ def measure_sweep(
         left_s = math.inf if minutes is None else MAX_MEASURED_SHARE * 60 * minutes - (time.monotonic() - began)
         limit_s = min(MAX_MEASURED_S, max(0.1, left_s / (num_groups - len(rates))))
         try:
-            rates.append(
-                measure(definition, arm, inputs_cache, machine=machine, limit_s=limit_s, on_progress=on_progress)
-            )
+            with doing(f"measuring {arm.name}"):
+                rates.append(
+                    measure(definition, arm, inputs_cache, machine=machine, limit_s=limit_s, on_progress=on_progress)
+                )
         except RunError as error:
             raise RunError(f"the first trial of arm `{arm.name}` must train, but failed: {error}") from error
     return rates
@@ -150,11 +152,12 @@ def measure(
     while True:
         fewer = f", from {sample.slots}" if sample.slots < size.slots else ""
         phrase = f"{size.slots} trials in a pack{fewer}" if size.slots > 1 else "1 trial"
-        phrase = f"measuring {', '.join(each.name for each in arms)}: {phrase}, about {limit_s:.0f} s at most"
+        phrase = (
+            f"measuring {', '.join(each.name for each in arms)}: {phrase}, about {max(1, round(limit_s))} s at most"
+        )
         on_progress(phrase)
         try:
-            with doing(phrase):
-                training = train_briefly(sample, is_pack=size.slots > 1)
+            training = train_briefly(sample, is_pack=size.slots > 1)
         except OutOfMemory:
             if sample.slots == 1:
                 raise

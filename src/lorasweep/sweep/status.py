@@ -20,7 +20,6 @@ from rich.table import Table
 from rich.text import Text
 
 from lorasweep.activity import NOW_FILE_STEM, doing
-from lorasweep.config.sweep import MINUTES_KEY
 from lorasweep.disk import is_running, read_bounded
 from lorasweep.errors import RecordError
 from lorasweep.record import (
@@ -31,7 +30,6 @@ from lorasweep.record import (
     Trial,
     describe_confirmation,
     find_winner,
-    is_number,
     list_confirm_runs,
     read_sweep,
 )
@@ -66,9 +64,13 @@ class ArmStatus:
 
     @property
     def num_steps_left(self) -> int:
-        """Optimizer steps up to the look that is due, if no run is stopped."""
-        running = [run for run in (*self.trials, *self.confirm) if run.state == "running"]
-        num_new = self.row.trials + self.num_confirm - len(self.trials) - len(self.confirm)
+        """Optimizer steps up to the look that is due, if no run is stopped.
+
+        Confirm runs count once the search has ended, because more trials may change the settings.
+        """
+        confirm = self.confirm if count_ended(self.trials) >= self.row.trials else []
+        running = [run for run in (*self.trials, *confirm) if run.state == "running"]
+        num_new = self.row.trials + self.num_confirm - len(self.trials) - len(confirm)
         return self.row.steps * num_new + sum(max(self.row.steps - run.step, 0) for run in running)
 
     def as_json(self, record: SweepRecord) -> dict[str, Any]:
@@ -115,12 +117,10 @@ class SweepStatus:
 
     @property
     def seconds_late(self) -> float:
-        """Seconds by which the sweep is likely to exceed `sweep.minutes`; 0 if it is in time, or not known."""
-        file, overrides = (self.record.definition.get(name) for name in ("file", "overrides"))
-        parts = [file.get("settings") if isinstance(file, dict) else None, overrides]
-        minutes = next((part[MINUTES_KEY] for part in parts if isinstance(part, dict) and MINUTES_KEY in part), None)
+        """Seconds by which the sweep is likely to exceed `sweep.minutes`; 0 if it is in time, or grew at a resume."""
+        minutes, has_grown = self.record.minutes, any(change.grows for change in self.record.changes)
         expected_s = self.seconds_so_far + (self.seconds_left or 0.0)
-        if not is_number(minutes) or expected_s <= (1 + MAX_LATENESS) * 60 * minutes:
+        if minutes is None or has_grown or expected_s <= (1 + MAX_LATENESS) * 60 * minutes:
             return 0.0
         return expected_s - 60 * minutes
 

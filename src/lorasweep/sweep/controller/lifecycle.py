@@ -251,8 +251,7 @@ def _list_settings(arm: Arm) -> dict[str, Any]:
 def _warn_of_late_growth(changes: Sequence[SweepChange]) -> list[str]:
     """Returns a warning if the sweep got more trials or seeds after the confirm stage had begun."""
     late = [change for change in changes if change.stage == "confirm"]
-    grown = [f"trials of `{name}`" for change in late for name in change.trials]
-    grown += ["seeds" for change in late if {"confirm.seeds", "confirm.looks"} & change.settings.keys()]
+    grown = [grown for change in late for grown in change.grows]
     if not grown:
         return []
     return [
