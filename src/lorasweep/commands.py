@@ -240,10 +240,11 @@ def inspect(arguments: argparse.Namespace) -> Outcome:
     """Analyses the weights of a run, writes the tables into its folder `inspect/` and shows them."""
     run = _choose_run(arguments.run, verb="inspecting")
     with quick_imports():
-        from lorasweep.runs.inspect import inspect_run, render_inspection
+        from lorasweep.runs.inspect import INSPECT_FOLDER, inspect_run, render_inspection
 
     inspection = inspect_run(run, trust=arguments.trust)
     show(render_inspection(inspection))
+    say(f"all numbers: {run / INSPECT_FOLDER}")
     return Outcome(inspection)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ def suggest_nearest(name: str, choices: Iterable[str]) -> str:
     """Returns ` Did you mean ...?` with the nearest choice, or an empty string if no choice is near."""
     options = list(choices)
     endings = [option for option in options if option.endswith(f".{name}")]
-    matches = endings or difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    matches = endings or difflib.get_close_matches(name, options, n=1, cutoff=0.6)
     return f" Did you mean `{matches[0]}`?" if matches else ""
 
 
@@ -168,7 +169,8 @@ def short_key(key: str) -> str:
 
 
 def format_metric(name: str) -> str:
-    return name.replace("_", " ")
+    """Returns the name of a metric as people read it, without the split at its start: `acc` for `val_acc`."""
+    return re.sub(r"^val(id(ation)?)?_", "", name).replace("_", " ")
 
 
 def _scaled(value: float | None, *, step: int, units: tuple[str, ...]) -> str:

@@ -72,6 +72,9 @@ def test_verdicts_are_about_the_chosen_metric_and_the_page_shows_both_and_the_an
     settings = content["settings"] | {"confirm.metric": "exact_match"}
     folder = lorasweep.run_sweep(content | {"settings": settings}, output=tmp_path / "new", progress=None).folder
     record = read_sweep(folder)
+    answers = [read_run(folder / trial.run).answers["test"] for trial in record.confirm]
+    is_many = any(one["cut_off"] > 0.1 * one["examples"] for one in answers)
+    assert any("generated answers are cut off" in warning for warning in record.warnings) is is_many
     assert [metric.name for metric in record.test_metrics] == ["exact_match", "bits_per_byte"]
     assert (record.search_metric.name, record.verdict_metric.direction) == ("bits_per_byte", "maximize")
     for trial in record.confirm:

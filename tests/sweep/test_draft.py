@@ -136,6 +136,12 @@ def test_a_wrong_key_is_refused_when_the_kind_of_data_is_known(here, capsys):
     assert "`data.template` is not a setting. It is one of `data=chat`" in capsys.readouterr().err
 
 
+def test_examples_of_test_that_are_cut_off_are_said_in_the_file(here):
+    draft(MODEL, "data.train=topics.csv", "data.max_length=16")
+    cut = [line for line in Path("mine.yaml").read_text().splitlines() if "`data.max_length`" in line]
+    assert [f"of {split} are longer" in line for split, line in zip(("train", "validation", "test"), cut, strict=True)]
+
+
 def write_table(path, names, rows=120):
     lines = [
         "\t".join(names),

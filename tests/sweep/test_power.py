@@ -88,7 +88,7 @@ def test_what_would_settle_the_margin_is_named_and_the_smallest_share_that_does_
     assert power._replace(num_groups=8000).describe().endswith("The margin is 1.2.")
     noisy = make_power(Spread(0.05, 0.02, 0.3, 0.0))
     assert noisy.choose_percent(num_train=8000, min_train=320) == 10  # the seeds decide
-    assert "not more test data, but a" in noisy.describe()
+    assert "a margin 4 times as large, but no larger test split, would do." in noisy.describe()
     assert "margin" not in make_power(spread, margin=0.0).describe()
 
 

@@ -76,7 +76,8 @@ class Coverage:
     def describe(self) -> str:
         """Returns sentences on the share of the parameters that is adapted, and on experts that are left out."""
         matched, other = format_share(self.matched_fraction), format_share(1 - self.matched_fraction)
-        text = f"LoRA adapts layers with {matched} of the model's parameters; `method.targets` leaves out {other}"
+        text = f"LoRA adapts layers with {matched} of the model's parameters"
+        text += f"; `method.targets` leaves out {other}" if self.matched_fraction < 1 else ""
         if not self.fused_experts:
             return f"{text}."
         return (

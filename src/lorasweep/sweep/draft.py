@@ -322,6 +322,7 @@ def _fill_template(
         f"The base has {format_count(inputs.base.num_parameters)} parameters. The data has {len(train):,} training "
         f"sequences{named}.",
         *inputs.splits.notes,
+        *inputs.splits.test().notes,
         *notes,
     ]
     others = [name for name in inputs.data.objective.metrics if name != inputs.splits.metric]

@@ -26,7 +26,8 @@ MAX_NAME_WIDTH = 16
 def render_plan(definition: Definition, rates: Sequence[Rates]) -> RenderableType:
     """Returns a table with a row for each arm, followed by sentences on packs, stages, time, memory and warnings."""
     metric = rates[0].record.metric
-    title = f"{definition.name}: scored by {metric} (`data.metric`), nothing is trained yet"
+    key = "data.metric" if definition.arms[0].base.module is None else "metric.name"
+    title = f"{definition.name}: scored by {metric} (`{key}`), nothing is trained yet"
     # an arm's name may wrap if it is very long, but numbers never do
     table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE, padding=(0, 0))
     longest = max(len(arm.name) for arm in definition.arms)

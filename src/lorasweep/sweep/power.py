@@ -125,7 +125,7 @@ class Power(NamedTuple):
         factors |= {f"{factor:g} times as much test data": factor for factor in GROUP_FACTORS}
         remedies = [name for name, factor in factors.items() if self.find_differences(factor=factor)[-1] <= margin]
         remedies.append(
-            f"not more test data, but a {math.ceil(10 * differences[-1] / margin) / 10:g} times larger margin"
+            f"a margin {math.ceil(10 * differences[-1] / margin) / 10:g} times as large, but no larger test split,"
         )
         return f"{text} The margin is {100 * margin:.1f}, so the first question may stay open: {remedies[0]} would do."
 
@@ -168,7 +168,7 @@ def describe_power(definition: Definition, splits: Splits) -> list[str]:
     groups = set(splits.test().groups) if definition.sweep_config.confirm.list_looks() else set()
     if len(groups) == 1:
         return [
-            f"All {len(splits.test())} test examples are in one group ({groups.pop()!r}), which says nothing about "
+            f"All test examples ({len(splits.test())}) are in one group ({groups.pop()!r}), which says nothing about "
             "other groups: verdicts will hold for this group alone. Give test data of at least 20 documents, prompts "
             "or groups."
         ]

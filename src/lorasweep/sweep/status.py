@@ -315,7 +315,7 @@ def show_progress(folder: Path, console: Console, *, verbose: bool = False) -> I
         statuses[:] = [status]
         say(f"sweep {record.name} in {status.folder}")
         if record.threads:  # a worker has begun
-            say(f"a worker has {record.threads} threads (`OMP_NUM_THREADS`) on {record.device}", key="worker")
+            say(f"threads of a worker: {record.threads} (`OMP_NUM_THREADS`), on {record.device}", key="worker")
         for line in (*(f"• {note}" for note in record.notes if verbose), *(f"warning: {w}" for w in record.warnings)):
             say(line)
         for stage in ("trials", "confirm") if not console.is_terminal else ():

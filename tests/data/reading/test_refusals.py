@@ -152,7 +152,8 @@ CASES = [
     ("text", {"books/.hidden": "x"}, {"train": "books"}, ["`data.train`", "'books'"]),
     ("text", {"books/b.png": b"\x89PNG"}, {"train": "books"}, ["'books/b.png'", "UTF-8"]),
     ("text", {"a.txt": "ab"}, {"train": "a.txt"}, ["`data.train`", "validation and test", "Give more text"]),
-    ("text", {"a.txt": "a"}, {"train": "b.txt"}, ["`data.train`", "'b.txt'", "`a.txt`"]),
+    ("text", {"book.txt": "a"}, {"train": "bok.txt"}, ["`data.train`", "'bok.txt'", "`book.txt`"]),
+    ("text", {"e.txt": "a"}, {"train": "pairs.txt"}, ["but got 'pairs.txt'."]),
     # conversations
     (
         "chat",

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from lorasweep.config.compose import compose_run
+from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.arms import read_definition, restore_definition
 from lorasweep.sweep.definition.overrides import SweepOverrides
 
@@ -192,3 +193,7 @@ def test_confirm_each_is_set_on_the_command_line_and_taken_back(read, content):
     assert subjects_of(restore_definition(definition.raw, source=None)) == subjects_of(definition)
     content["arms"]["lora"]["confirm_each"] = "method.rank"
     assert subjects_of(read(content, "arms.lora.confirm_each=null")) == [("lora", None)]
+    with pytest.raises(ConfigError, match=r"`method\.rank >= 1` must hold"):  # the first cause, not `confirm_each`
+        read(content, "method.rank=0")
+    with pytest.raises(ConfigError, match=r"`arms\.lora\.confirm_each` must be a swept key"):
+        read(content, "method.rank=4")

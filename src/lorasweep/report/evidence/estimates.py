@@ -133,7 +133,7 @@ def build_scores(
         # One group gives no variance over groups. So each example becomes a group.
         groups = first.rows
         notes.append(
-            f"All {len(groups)} test examples are in one group, such as one document. Intervals take them as "
+            f"All test examples ({len(groups)}) are in one group, such as one document. Intervals take them as "
             "independent, and hold for this group alone."
         )
     by_subject: dict[str, dict[int, Array]] = {}

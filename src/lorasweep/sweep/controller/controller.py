@@ -153,7 +153,8 @@ class Controller:
             self.save("interrupted")
             raise WorkerError(
                 f"fewer than {limit} trials in a row may fail (`sweep.max_failures`), but {limit} failed. "
-                f"The last error: {reason} The tracebacks are in the records in {str(self.sweep.path / 'runs')!r}."
+                f"The last error: {reason.rstrip('.')}. The tracebacks are in the records in "
+                f"{str(self.sweep.path / 'runs')!r}."
             ) from error
 
     def take_by_folder(self, folder_name: str) -> Assignment | None:

@@ -10,7 +10,14 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 
 from lorasweep.config.build import TARGET, Positive, build, convert, list_declared_types
 from lorasweep.config.command_line import parse_overrides
-from lorasweep.config.compose import SWEEP_GROUPS, compose_options, default_options, is_hydra_override, merge_settings
+from lorasweep.config.compose import (
+    SWEEP_GROUPS,
+    compose_options,
+    compose_run,
+    default_options,
+    is_hydra_override,
+    merge_settings,
+)
 from lorasweep.config.run import METHODS_ON_QUANTISED_BASE, RunConfig
 from lorasweep.errors import ConfigError
 from lorasweep.sweep.definition.sweep_file import (
@@ -217,6 +224,8 @@ def _fold_arm(name: str, arm: ArmConfig, file: SweepFile, overrides: SweepOverri
     each = fields.get("confirm_each", arm.confirm_each)
     range_ = space.get(each or "")
     if each and not (isinstance(range_, CategoricalDistribution) and len(range_.choices) > 1):
+        with name_in_errors(f"arm `{name}`"):  # a wrong value of the key is the first cause
+            compose_run({k: v for k, v in settings.items() if k.split(".")[0] not in SWEEP_GROUPS}, require_all=False)
         near = "" if range_ else suggest_nearest(each, space)
         raise ConfigError(
             f"`arms.{name}.confirm_each` must be a swept key with a list of at least two choices, but got {each!r}."

@@ -174,7 +174,7 @@ def parse_file(content: Any) -> SweepFile:
     arms = content.get("arms") if isinstance(content, Mapping) else None
     if not isinstance(arms, Mapping) or not arms:
         keys = content if isinstance(content, Mapping) else ()
-        near = "".join(suggest_nearest(str(key), ["arms"]) for key in keys if key != "arms")
+        near = next(filter(None, (suggest_nearest(str(key), ["arms"]) for key in keys if key != "arms")), "")
         raise ConfigError(f"a sweep file must be a mapping with at least one arm in `arms`, but has no arm.{near}")
     if len(arms) > MAX_ARMS:
         raise ConfigError(f"`arms` must have at most {MAX_ARMS} arms, but has {len(arms):,}. Sweep a key in `space`.")

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 from lorasweep.activity import NOW_FILE_STEM, count_activities, describe_activity, repeat_every
 from lorasweep.errors import OutOfMemory, RecordError, RunError, WorkerError, describe_error
 from lorasweep.record import RunRecord, read_run
+from lorasweep.report.findings import MAX_CUT_OFF_SHARE
 from lorasweep.sweep.controller.controller import Assignment, Controller
 from lorasweep.sweep.controller.folder import PACK_FILE, check_writable
 from lorasweep.sweep.definition.arms import Arm, Definition
@@ -151,6 +152,12 @@ class Worker:
         retained = {name: self.inputs_cache.load_splits(data, assignment.config) for name, data in others}
         record = score_run(assignment.run_folder.path, inputs=inputs, retained=retained)
         self.controller.note(inputs.splits.test().notes)
+        answers = record.answers.get("test", {})  # the base's are the first, hours before the report
+        if answers.get("cut_off", 0) > MAX_CUT_OFF_SHARE * answers.get("examples", 0):
+            self.controller.warn(
+                "Many generated answers are cut off at `data.answers.max_new_tokens`. If they are right so far, stop "
+                "the sweep and start a new one with a larger number."
+            )
         if not any(has_fixed_score(arm) for arm in self.definition.arms):
             write_base_answers(self.path, assignment.config, inputs=inputs)
         if self.test_metric not in record.test:
