@@ -68,26 +68,24 @@ class ChatTemplate:
                 "eos_token": str(self.tokenizer.eos_token or ""),
                 "special_tokens": self._special_tokens,
             }
-            places, rendered = [], []
-            for conversation in alike:
-                places.append(conversation.place)
-                rendered.append(_describe_conversation(conversation, only_last=only_last))
-            all_renderings = render(template, rendered, budget=self.budget)
-            for place, conversation, renderings in zip(places, rendered, all_renderings, strict=True):
-                answers = [conversation["messages"][index] for index in conversation["answers"]]
+            group = [*alike]
+            described = [_describe_conversation(conversation, only_last=only_last) for conversation in group]
+            all_renderings = render(template, described, budget=self.budget)
+            for conversation, given, renderings in zip(group, described, all_renderings, strict=True):
+                answers = [given["messages"][index] for index in given["answers"]]
                 try:
                     turns = [self._build_turn(*pair) for pair in zip(answers, renderings, strict=True)]
                 except ConfigError as error:  # the others are counted, because removing a few may be a remedy
-                    problems.append((place, error))
+                    problems.append((conversation.place, error))
                 else:
                     yield turns
         if problems:
-            places, (first, *_) = zip(*problems, strict=True)
+            first = problems[0][1]
             if len(problems) == len(conversations):
                 raise first
-            rows = [place.partition(" of ")[0] for place in places]
+            rows = [place.partition(" of ")[0] for place, _ in problems]
             named = [*rows[:MAX_NAMED_ROWS], *(["others"] if len(rows) > MAX_NAMED_ROWS else [])]
-            of_file = "".join(places[0].partition(" of ")[1:])
+            of_file = "".join(problems[0][0].partition(" of ")[1:])
             raise ConfigError(
                 f"{first} Or remove such rows, {len(rows)} of the {len(conversations)} that were rendered together: "
                 f"{join_words(named)}{of_file}."

@@ -174,6 +174,8 @@ def _answer_chains(
             f" The sweep ended at {done[-1].seeds} of {max(looks)} seeds, because more had no good chance to settle it."
         )
     step = step or find_settling_step(name, blocking, data)
+    if step.command is None and learning.state == "not shown":
+        step = NextStep(None, "nothing is shown to be learned. A new sweep with more steps or data may learn something")
     return AnswerLine(question=question, text=text, state="open", next=step)
 
 

@@ -214,8 +214,8 @@ def _choose_data(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
     known = next((known.split() for known in KNOWN_COLUMNS if set(known.split()) <= set(names)), None)
     of_chat = [settings[key] for key in ("data.prompt", "data.completion", "data.messages") if key in settings]
     if of_chat or (known and not {"data.label", "data.text", "data.text_pair"} & settings.keys()):
-        used = [*(of_chat or known or []), TOOLS_COLUMN, settings.get("data.group")]
-        return {"data": "chat"}, _describe_unused(columns, used)
+        of_conversations = [*(of_chat or known or []), TOOLS_COLUMN, settings.get("data.group")]
+        return {"data": "chat"}, _describe_unused(columns, of_conversations)
     guessed = _guess_columns(columns, settings)
     label, is_named = guessed.get("data.label"), "data.columns" in settings
     is_delimited = first is not None and find_suffix(first) in DEFAULT_DIALECTS

@@ -107,8 +107,9 @@ def require_same_fingerprints(
     """Raises ConfigError if a recorded fingerprint of a run or a sweep is another one now."""
     data = config.data
     # a split that the user did not set is taken from `data.train`
-    splits = {"train", "validation", "test"} if isinstance(data, SplitSettings) else set()
-    sources = {f"data.{name}": data.sources.get(name, data.train) for name in splits}
+    sources = {}
+    if isinstance(data, SplitSettings):
+        sources = {f"data.{name}": data.sources.get(name, data.train) for name in ("train", "validation", "test")}
     for key, value in recorded.items():
         if now.get(key) != value:
             of_source = f", read from {sources[key]!r}," if key in sources else ""
