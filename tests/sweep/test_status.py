@@ -338,7 +338,7 @@ def test_a_sweep_in_this_process_is_shown_with_a_line_per_run(begin, work, runs,
     with show_progress(folder.path, Console(file=output, width=200)):
         assert work(folder)
     rows = [*folder.record.trials, *folder.record.confirm]
-    others = ("sweep ", "a worker has ", "warning: ", "answers at ", "complete in ")
+    others = ("sweep ", "threads of a worker: ", "warning: ", "answers at ", "complete in ")
     lines = [line for line in output.getvalue().splitlines() if not line.startswith(others)]
     assert len(lines) == len(rows) + 1 == 10 + 5 + 1
     assert sum(line.startswith("confirm: ") for line in lines) == 1
