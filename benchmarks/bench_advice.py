@@ -38,7 +38,7 @@ from bench_answers import (
 )
 
 from lorasweep.config.compose import compose_sweep
-from lorasweep.report.evidence.advice import SEED_NUMBERS, Extension, Present, find_step
+from lorasweep.report.evidence.advice import SEED_NUMBERS, CurrentEvidence, Extension, find_step
 
 MAX_FACTOR = 4.0
 """Largest factor on the number of test examples."""
@@ -89,7 +89,7 @@ def follow(
     rng: np.random.Generator,
 ) -> Row:
     """Returns the row of an open line: the step that is advised, and what came of it."""
-    present = Present(
+    present = CurrentEvidence(
         questions=QUESTIONS,
         answers=stage.answers,
         scores=stage.scores,
@@ -111,7 +111,8 @@ def follow(
     limit = MAX_COST * (search_runs + stage.num_runs)
     step = find_step(line, present, has_space=True, max_examples=MAX_FACTOR, cost=cost, max_cost=limit)
     if step is None:
-        affordable = [Extension(seeds) for seeds in SEED_NUMBERS if seeds > last]
+        most = max(stage.looks)
+        affordable = [Extension(seeds) for seeds in (most, *SEED_NUMBERS) if seeds >= most and seeds > last]
         extension = max(one for one in affordable if cost(one) <= limit)
         kind, chance = "no step", 0.0
     else:
@@ -121,9 +122,9 @@ def follow(
         chosen = stage.chosen
         found = confirm(stage.table, chosen, looks=stage.looks, rng=rng, factor=extension.examples)
     elif extension.trials > 1:
-        found = confirm(stage.table, after, looks=[*stage.looks, extension.seeds][-2:], rng=rng)
+        found = confirm(stage.table, after, looks=sorted({*stage.looks, extension.seeds}), rng=rng)
     else:
-        found = stage
+        found, stage.looks = stage, [*stage.looks_done, extension.seeds]
         found.seeds = [*stage.seeds[:last], *map(int, rng.choice(stage.table.seeds, size=extension.seeds - last))]
         stage.train(present.list_trained(), extension.seeds)
     return name, kind, chance, all(is_line_settled(one, found.answers) for one in (name, *others))

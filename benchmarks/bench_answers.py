@@ -51,7 +51,7 @@ from lorasweep.config.data import ScoreMetric
 from lorasweep.config.sweep import parse_margin
 from lorasweep.record import Question, Subject, Trial
 from lorasweep.report.evidence.estimates import ConfirmScores
-from lorasweep.report.evidence.questions import Answer, MarginScale, answer_questions
+from lorasweep.report.evidence.questions import Answer, MarginScale, answer_questions, list_subjects_to_train
 from lorasweep.sweep.controller.encoding import History
 from lorasweep.sweep.controller.predictions import predict_best
 from lorasweep.sweep.controller.proposals import find_batch_start, propose
@@ -381,8 +381,7 @@ class Confirmation:
                 self.values[name][index] = run.test[self.groups]
                 self.num_runs += rank is not None
         self.looks_done.append(look)
-        looks = sorted({*self.looks_done, *self.looks}) if look <= max(self.looks) else self.looks_done
-        self.answers = answer_questions(QUESTIONS, self.scores, self.scale, looks=looks)
+        self.answers = answer_questions(QUESTIONS, self.scores, self.scale, looks=self.looks)
 
     def run(self) -> None:
         """Trains up to each planned look, until no open answer may settle."""
@@ -390,10 +389,8 @@ class Confirmation:
         for look in self.looks:
             self.train(training, look)
             undecided = [answer for answer in self.answers if answer.may_settle]
-            training = {name for answer in undecided for name in (answer.subject, *answer.compared_with)}
-            if not training:
+            if not (training := list_subjects_to_train(undecided, self.scale)):
                 break
-            training |= {"frozen", "full"}
 
 
 def confirm(

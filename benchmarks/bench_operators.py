@@ -167,6 +167,7 @@ def count_peft_step(inputs: RunInputs, batch: Batch, *, dtype: torch.dtype, drop
 
 def build_config(settings: Mapping[str, Any], *, rank: int = 8, rows: int = ROWS) -> RunConfig:
     steps = {"trainer.max_steps": 4, "trainer.eval_every_steps": 4, "trainer.batch_size": rows}
+    steps |= {"trainer.precision": "bf16"}  # whatever this processor is fast in
     plain = {"method": "lora", "optim.lr": 1e-3, "logger": "none", "trainer.progress": False}
     return compose_run({**plain, **steps, **settings, "method.rank": rank})
 

@@ -68,7 +68,7 @@ def test_options_are_also_found_in_other_folders_and_packages(capsys, own_groups
         (["+method=full"], "Multiple values for method."),
         (["+mine.key=4"], "`mine` is not a setting."),
         (["~method"], "`method` must be set, but is missing."),
-        (["data=chat", "data.template_arguments=[1]"], "`data.template_arguments` must be a mapping, but got [1]."),
+        (["data=chat", "data.template_arguments=[1]"], "data.template_arguments=[1]: the setting must be a mapping."),
         (["~optim.ghost"], "Could not delete from config. 'optim.ghost' does not exist."),
         (["+experiment=ghost"], "`experiment` must be one of low_memory, quick_check, but got 'ghost'."),
         (["experiment=ghost"], "To append to your default list use +experiment=ghost"),

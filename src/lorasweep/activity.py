@@ -25,7 +25,7 @@ class Activity:
     """A piece of work, and how much of it is done."""
 
     what: str
-    """What is done, such as `scoring validation`."""
+    """The name of the work, such as `scoring validation`."""
     unit: str = "step"
     total: int = 0
     """Number of steps or examples; 0 if it is not known."""
@@ -89,12 +89,14 @@ def count_activities() -> int:
 
 
 @contextmanager
-def repeat_every(seconds: float, call: Callable[[], None]) -> Iterator[None]:
-    """Calls a function in a thread every few seconds, while the block runs."""
+def repeat_every(seconds: float, call: Callable[[], None], *, also_at_end: bool = False) -> Iterator[None]:
+    """Calls a function in a thread every few seconds, while the block runs, and perhaps once after it."""
     stop = threading.Event()
 
     def repeat() -> None:
         while not stop.wait(seconds):
+            call()
+        if also_at_end:
             call()
 
     thread = threading.Thread(target=repeat, daemon=True)

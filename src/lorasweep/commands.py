@@ -6,7 +6,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -215,16 +214,11 @@ def judge(arguments: argparse.Namespace) -> Outcome:
 
 
 def export(arguments: argparse.Namespace) -> Outcome:
-    from lorasweep.config.build import build
-    from lorasweep.config.run import RunConfig, require_exportable
-    from lorasweep.record import read_run
+    from lorasweep.config.run import require_exportable
+    from lorasweep.record import read_run, restore_config
 
     run = _choose_run(arguments.run, verb="exporting")
-    config = None
-    with suppress(ConfigError, TypeError, AttributeError):  # a damaged record is refused by the export
-        config = build(RunConfig, read_run(run).config)
-    if config is not None:  # refused without torch, whose import takes seconds
-        require_exportable(config)
+    require_exportable(restore_config(read_run(run)))  # without torch, whose import takes seconds
     with quick_imports():
         from lorasweep.runs.export import export_run
         from lorasweep.wording import format_bytes

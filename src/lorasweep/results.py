@@ -25,6 +25,7 @@ from lorasweep.record import (
     read_run,
     read_steps,
     read_sweep,
+    restore_config,
 )
 
 if TYPE_CHECKING:
@@ -106,12 +107,7 @@ class RunResult:
             ConfigError: The settings name code, and `trust` is False.
             RecordError: The weights are missing or changed, or the base model is not the run's.
         """
-        from lorasweep.training.restore import (  # noqa: PLC0415 (needs torch)
-            check_kept_files,
-            restore_base,
-            restore_config,
-            restore_model,
-        )
+        from lorasweep.training.restore import check_kept_files, restore_base, restore_model  # noqa: PLC0415 (needs torch)
 
         config = restore_config(self.record)
         refuse_code(config, trust=trust)

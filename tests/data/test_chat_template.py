@@ -204,8 +204,7 @@ def test_what_a_template_can_not_say_is_refused_in_one_sentence(tokenizer, templ
 def test_conversations_that_a_template_does_not_write_are_named_and_counted(tokenizer):
     tokenizer.chat_template = KEEPS
     template = read_template(make_data("chat", train="x", template="model"), tokenizer)
-    places = [f"row {n} of 'c.jsonl'" for n in range(1, 6)]
-    talks = [talk(*(CALLING if n in (1, 4) else TALK))._replace(place=place) for n, place in enumerate(places)]
+    talks = [talk(*(CALLING if n in (2, 5) else TALK))._replace(number=n, source="c.jsonl") for n in range(1, 6)]
     with pytest.raises(ConfigError) as raised:
         list(template.render_turns(talks, only_last=False))
     said = str(raised.value)

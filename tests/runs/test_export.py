@@ -16,10 +16,10 @@ import lorasweep.runs.export as export_file
 from lorasweep.config.compose import compose_run
 from lorasweep.errors import RecordError, RunError
 from lorasweep.models.load import find_local_path
-from lorasweep.record import read_run
+from lorasweep.record import read_run, restore_config
 from lorasweep.runs.export import export_run
 from lorasweep.training.inputs import build_inputs
-from lorasweep.training.restore import restore_base, restore_config, restore_model
+from lorasweep.training.restore import restore_base, restore_model
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
 

@@ -69,6 +69,13 @@ def sweep_record(**values):
     return SweepRecord(**(given | values))
 
 
+@pytest.fixture(autouse=True)
+def stopped_clock(monkeypatch):
+    """Lets no time pass, however busy the machine is."""
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
+
+
 @pytest.fixture
 def folder(tmp_path):
     """The folder of a sweep that no process runs."""

@@ -9,9 +9,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tests.training.runs import logged_rows, stop_after, train, train_together
 
-from lorasweep.record import read_run, read_steps
+from lorasweep.record import read_run, read_steps, restore_config
 from lorasweep.training.optim import schedule_factor
-from lorasweep.training.restore import restore_config
 
 PLATEAU = {
     "schedule._target_": "torch.optim.lr_scheduler.ReduceLROnPlateau",

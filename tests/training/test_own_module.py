@@ -13,13 +13,13 @@ import lorasweep
 from lorasweep.cli import main
 from lorasweep.config.compose import compose_run
 from lorasweep.errors import ConfigError
-from lorasweep.record import read_run, read_steps
+from lorasweep.record import read_run, read_steps, restore_config
 from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.packing import plan_packing
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.module import check_run
 from lorasweep.training.own_module import SeededData
-from lorasweep.training.restore import restore_config, restore_model
+from lorasweep.training.restore import restore_model
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
 from lorasweep.training.score import score_run

@@ -9,9 +9,9 @@ from tests.training.runs import VERA
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.methods import METHODS
 from lorasweep.models.load import fingerprint_weights
-from lorasweep.record import read_run
+from lorasweep.record import read_run, restore_config
 from lorasweep.training.module import prepare_model
-from lorasweep.training.restore import check_kept_files, restore_base, restore_config, restore_model
+from lorasweep.training.restore import check_kept_files, restore_base, restore_model
 from lorasweep.training.run import train_run
 from lorasweep.training.run_log import RunFolder
 

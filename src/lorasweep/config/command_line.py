@@ -53,8 +53,8 @@ def _read_override(override: Override) -> tuple[str, Any]:
             raise ConfigError(f"`{key}` must be one of {choices}, but got {override.input_line!r}.")
     if override.is_delete() or (override.is_add() and "." not in key):  # `+experiment=NAME`
         return str(override.input_line), None
-    # Lightning starts further processes of a run with the folder of the first one, and sets LOCAL_RANK
-    if key.startswith(("hydra.run", "hydra.output_subdir", "hydra.job.chdir")) and "LOCAL_RANK" not in os.environ:
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # Lightning gives the folder to the processes that it starts
+    if key.startswith(("hydra.run", "hydra.output_subdir", "hydra.job.chdir")) and is_first:
         raise ConfigError(
             f"`{key}` must be left out, because it does not place the files of a run or sweep, but got "
             f"{override.input_line!r}. Name the folder by `output=DIR`, and that of a sweep by `sweep.output=DIR`."

@@ -23,7 +23,7 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import ConfigTypeError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 from lorasweep.config.build import TARGET, UnknownSettingError, build, dotted_items
@@ -288,10 +288,9 @@ def one_line_errors() -> Iterator[None]:
         raise ConfigError(f"`{group}` must be one of {', '.join(options)}, but got {option!r}.{near}") from error
     except HydraException as error:  # its last lines name the options or say what to type
         message = " ".join(str(error).split("\nConfig search path")[0].split())
-        key, _, value = message.removeprefix("Error merging override ").lstrip("+").partition("=")
-        if "Cannot merge DictConfig" in str(error.__cause__):  # Hydra's message does not say what is wrong
-            raise ConfigError(f"`{key}` must be a mapping, but got {value}.") from error
-        raise ConfigError(f"{message.rstrip('.:')}.") from error
+        # Hydra's message has the override, and does not say what is wrong
+        wrong = ": the setting must be a mapping" if isinstance(error.__cause__, ConfigTypeError) else ""
+        raise ConfigError(f"{message.rstrip('.:')}{wrong}.") from error
     except OmegaConfBaseException as error:
         raise ConfigError(first_line(error)) from error
     except (YAMLError, UnicodeDecodeError) as error:  # its text has the file and the line

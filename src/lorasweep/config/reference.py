@@ -1,4 +1,4 @@
-"""What each setting means: the docstring of its field, its type with limits, and its value in `conf/`."""
+"""Lists all settings, each with the docstring of its field, its type with limits, and its value in `conf/`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Setting(NamedTuple):
     options: tuple[str, ...]
     """The options of its group that have it; empty if the group has no options."""
     about: str
-    """What it belongs to: the first paragraph of the docstring of its class."""
+    """The first paragraph of the docstring of its class."""
     default: str
     """The value in `conf/`. If options differ, each value with their names."""
     values: str

@@ -258,7 +258,7 @@ class LoggedMetric(Settings):
     """The score of `module`."""
 
     name: str | None = None
-    """What `validation_step` logs, such as `val_acc`; `test_step` must then log `test_acc`."""
+    """The name that `validation_step` logs, such as `val_acc`; `test_step` must then log `test_acc`."""
     direction: Direction | None = None
     """Whether a lower or a higher value is better."""
 

@@ -51,7 +51,7 @@ class ChatTemplate:
     today: str
     """The day that the template gets as today, as YEAR-MONTH-DAY."""
     budget: dict[str, float] = field(default_factory=dict)
-    """What the template may still take for the data set, see `render`."""
+    """The seconds and characters that the template has in reserve for the data set (`render`)."""
 
     def render_turns(self, conversations: Sequence[Conversation], *, only_last: bool) -> Iterator[list[Turn]]:
         """Yields for each conversation its trained answers in order, or only the last one.
@@ -59,7 +59,7 @@ class ChatTemplate:
         Raises:
             ConfigError: The template fails or takes too long, leaves out an answer, or contradicts its own prompt.
         """
-        problems: list[tuple[str, ConfigError]] = []  # the place of a conversation, and what is wrong there
+        problems: list[tuple[Conversation, ConfigError]] = []
         for has_tools, alike in itertools.groupby(conversations, lambda conversation: bool(conversation.tools)):
             template = {
                 "text": self.tokenizer.get_chat_template(self.text, tools=[{}] if has_tools else None),
@@ -76,19 +76,18 @@ class ChatTemplate:
                 try:
                     turns = [self._build_turn(*pair) for pair in zip(answers, renderings, strict=True)]
                 except ConfigError as error:  # the others are counted, because removing a few may be a remedy
-                    problems.append((conversation.place, error))
+                    problems.append((conversation, error))
                 else:
                     yield turns
         if problems:
-            first = problems[0][1]
-            if len(problems) == len(conversations):
+            (conversation, first), count = problems[0], len(problems)
+            if count == len(conversations):
                 raise first
-            rows = [place.partition(" of ")[0] for place, _ in problems]
-            named = [*rows[:MAX_NAMED_ROWS], *(["others"] if len(rows) > MAX_NAMED_ROWS else [])]
-            of_file = "".join(problems[0][0].partition(" of ")[1:])
+            rows = [f"row {wrong.number}" for wrong, _ in problems[:MAX_NAMED_ROWS]]
+            named = join_words([*rows, *(["others"] if count > len(rows) else [])])
             raise ConfigError(
-                f"{first} Or remove such rows, {len(rows)} of the {len(conversations)} that were rendered together: "
-                f"{join_words(named)}{of_file}."
+                f"{first} Or remove such rows, {count} of the {len(conversations)} that were rendered together: "
+                f"{named} of {conversation.source!r}."
             ) from first
 
     def _build_turn(self, message: Mapping[str, Any], rendering: Rendering) -> Turn:

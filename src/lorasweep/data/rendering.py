@@ -38,7 +38,7 @@ MAX_RENDER_BYTES = 2**30
 MAX_BUDGET = {"seconds": 60.0, "characters": 2**24}
 """Maximum seconds of computing and characters of output that a template may have in reserve for a data set."""
 BUDGET_PER_CHARACTER = {"seconds": 1e-5, "characters": 64}
-"""What each character of a conversation adds to the reserve, for each answer. Templates need a hundredth of it."""
+"""The reserve that each character of a conversation adds, for each answer. Templates need a hundredth of it."""
 ALWAYS_COUNTED_CHARACTERS = 1000
 """Length that is counted for each answer beside its conversation, because a template adds texts of its own."""
 REQUEST_CONVERSATIONS, REQUEST_CHARACTERS = 16, 2**16

@@ -74,8 +74,9 @@ class Conversation(NamedTuple):
     """A JSON list of the tools' schemas; empty if there are none."""
     row: Mapping[str, Any] | None = None
     """The row of the table by column; None unless the function of `data.answers.score` needs it."""
-    place: str = ""
-    """Where it stands, for errors: `row 12 of 'chats.jsonl'`."""
+    number: int = 0
+    """Its place in `source`, from 1 on, for errors."""
+    source: str = ""
 
 
 Example = TypeVar("Example")

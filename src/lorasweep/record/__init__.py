@@ -17,6 +17,7 @@ from lorasweep.record.run import (
     compute_sha256,
     read_run,
     read_steps,
+    restore_config,
     utc_now,
 )
 from lorasweep.record.sweep import (

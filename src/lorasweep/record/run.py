@@ -13,8 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from lorasweep.config.build import build, dotted_items
 from lorasweep.config.data import Direction, ScoreMetric
+from lorasweep.config.run import RunConfig
 from lorasweep.disk import open_bounded
+from lorasweep.errors import ConfigError, RecordError
 from lorasweep.record.json_file import VERSION, Count, Number, is_number, read_json
 
 RUN_FILE = "run.json"
@@ -124,6 +127,19 @@ class RunRecord:
 def read_run(folder: Path) -> RunRecord:
     """Reads a run's record. Raises RecordError if it is missing, damaged or of another version."""
     return read_json(RunRecord, folder / RUN_FILE)
+
+
+def restore_config(record: RunRecord) -> RunConfig:
+    """Returns the settings of a recorded run. Raises `RecordError` if they are not settings of this version."""
+    try:
+        if any(isinstance(value, str) and "\0" in value for _, value in dotted_items(record.config)):
+            raise ConfigError("a text has a NUL character.")
+        return build(RunConfig, record.config)
+    except (ConfigError, TypeError, AttributeError) as error:
+        raise RecordError(
+            f"`config` in a run's record must have the settings of this version of lorasweep, but: {error} "
+            "Use the version that `code` in the record names."
+        ) from error
 
 
 def read_steps(folder: Path, *, having: str = "") -> Iterator[dict[str, Any]]:

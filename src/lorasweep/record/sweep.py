@@ -130,7 +130,7 @@ class SweepChange:
 
     @property
     def grows(self) -> list[str]:
-        """What the sweep got more of, such as "trials of `lora`" or `seeds`."""
+        """The parts of the sweep that became more, such as "trials of `lora`" or `seeds`."""
         has_seeds = not {"confirm.seeds", "confirm.looks"}.isdisjoint(self.settings)
         return [*(f"trials of `{name}`" for name in self.trials), *(["seeds"] if has_seeds else [])]
 

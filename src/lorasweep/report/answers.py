@@ -72,13 +72,9 @@ class AnswerLine:
 
 def list_answer_lines(data: SweepData, learning: Learning) -> tuple[AnswerLine, ...]:
     """Returns the three lines at the top of the report, and one for each retained data set."""
-    answers: tuple[AnswerLine, ...] = (
-        _answer_full(data, learning),
-        _answer_rank(data, learning),
-        _answer_setting(data, learning),
-    )
+    answers = [_answer_full(data, learning), _answer_rank(data, learning), _answer_setting(data, learning)]
     if cut := describe_cut(data):
-        answers = tuple(one if one.state == "not asked" else replace(one, text=f"{one.text} {cut}") for one in answers)
+        answers = [one if one.state == "not asked" else replace(one, text=f"{one.text} {cut}") for one in answers]
     return (*answers, *(_answer_retained(row, data) for row in data.record.retained))
 
 
@@ -88,10 +84,8 @@ def describe_cut(data: SweepData) -> str:
     if run is None or data.record.minutes is None:
         return ""
     train, trainer = run.data.get("train", {}), run.config.get("trainer")
-    num, batch = (
-        train.get("examples", train.get("blocks")),
-        trainer.get("batch_size") if isinstance(trainer, dict) else 0,
-    )
+    num = train.get("examples", train.get("blocks"))
+    batch = trainer.get("batch_size") if isinstance(trainer, dict) else 0
     if not (is_number(num) and is_number(batch) and 0 < run.steps_planned * batch < num):
         return ""
     epochs = f"{run.steps_planned * batch / num:.2g} epochs"
@@ -168,11 +162,9 @@ def _answer_chains(
     blocking = [answer for one in asked if (answer := one.blocking)]
     if not blocking:
         return AnswerLine(question=question, text=text, state="settled")
-    looks, done = data.record.looks, data.record.looks_done
-    if done and not done[-1].next and done[-1].seeds < max(looks, default=0):
-        text += (
-            f" The sweep ended at {done[-1].seeds} of {max(looks)} seeds, because more had no good chance to settle it."
-        )
+    most, done = max(data.record.looks, default=0), data.record.looks_done
+    if done and not done[-1].next and done[-1].seeds < most:
+        text += f" The sweep ended at {done[-1].seeds} of {most} seeds, because more had no good chance to settle it."
     step = step or find_settling_step(name, blocking, data)
     if step.command is None and learning.state == "not shown":
         step = NextStep(None, "nothing is shown to be learned. A new sweep with more steps or data may learn something")

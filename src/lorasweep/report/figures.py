@@ -76,8 +76,7 @@ def draw_scores_by_value(data: SweepData) -> Panel:
 def _draw_scores(values: Sequence[SubjectData], others: Sequence[SubjectData], data: SweepData) -> go.Figure:
     """Returns the figure of the values of one arm's `confirm_each` key, and of arms without one."""
     evidence, colours = data.evidence, choose_colours(data)
-    metric = data.shown_metric.name.removeprefix("val_")  # a module logs `val_acc`, and on test data `test_acc`
-    figure = build_figure(" ", f"{format_metric(metric)}, test data")
+    figure = build_figure(" ", f"{format_metric(data.shown_metric.name)}, test data")
     figure.update_xaxes(type="category", showgrid=False)
     means = [(one, found) for one in (*values, *others) if (found := evidence.mean(one.name))]
     rows = [(one, found, _find_interval(one.name, data)) for one, found in means]

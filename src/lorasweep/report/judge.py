@@ -22,7 +22,7 @@ from lorasweep.disk import open_bounded
 from lorasweep.errors import ConfigError, first_line
 from lorasweep.record import MAX_LOOKS, Question, QuestionName, Subject, is_number
 from lorasweep.report.answers import AnswerLine, build_entry, explain_open
-from lorasweep.report.evidence.advice import Present, Step, find_step
+from lorasweep.report.evidence.advice import CurrentEvidence, Step, find_step
 from lorasweep.report.evidence.estimates import (
     UNBOUNDED,
     ConfirmScores,
@@ -172,8 +172,13 @@ def judge(
     planned = tuple(sorted({*looks, num_seeds})) if looks else (num_seeds,)
     scale = MarginScale(margin=parsed, sign=-1 if maximize else 1, base=base, full=reference)
     answers = answer_questions(questions, found, scale, looks=planned)
-    present = Present(
-        questions=questions, answers=answers, scores=found, scale=scale, looks=planned, looks_done=planned
+    present = CurrentEvidence(
+        questions=questions,
+        answers=answers,
+        scores=found,
+        scale=scale,
+        looks=planned,
+        looks_done=[look for look in planned if look <= num_seeds],
     )
     steps = {
         (question.name, question.arm): find_step([question], present)

@@ -14,11 +14,18 @@ from lorasweep.config.command_line import format_override
 from lorasweep.config.data import DEFAULT_SPLIT_PERCENT
 from lorasweep.record import QuestionName, is_number
 from lorasweep.report.caveats import Learning, list_edges
-from lorasweep.report.evidence.advice import MIN_CHANCE, TRIAL_FACTOR, Extension, Present, find_regret_chance, find_step
+from lorasweep.report.evidence.advice import (
+    MIN_CHANCE,
+    TRIAL_FACTOR,
+    CurrentEvidence,
+    Extension,
+    find_regret_chance,
+    find_step,
+)
 from lorasweep.report.evidence.evidence import build_scale
 from lorasweep.report.evidence.verdicts import Answer
 from lorasweep.report.sweep_data import SubjectData, SweepData
-from lorasweep.wording import format_seconds, join_words
+from lorasweep.wording import format_seconds
 
 MAX_TEST_PERCENT = 50
 """Largest share of the training data that `data.test_fraction` may split off, in percent."""
@@ -42,7 +49,7 @@ class NextStep:
 
     @property
     def details(self) -> str:
-        """What the command does, its chance and its time."""
+        """The reason, the chance and the time in one clause."""
         chance = "" if self.chance is None else f"chance to settle it {self.chance:.0%}"
         time = f"about {format_seconds(self.seconds)}" if self.seconds else ""
         return ", ".join(part for part in (self.reason, chance, time) if part)
@@ -77,7 +84,7 @@ def find_settling_step(name: QuestionName, blocking: Sequence[Answer], data: Swe
     searched = arms | (
         {row.name for row in record.arms if row.method == "full"} if name == "as_good_as_full" else set()
     )
-    present = Present(
+    present = CurrentEvidence(
         questions=record.questions,
         answers=data.evidence.answers,
         scores=scores,
@@ -104,21 +111,18 @@ def find_settling_step(name: QuestionName, blocking: Sequence[Answer], data: Swe
             f"of {MIN_CHANCE:.0%}. The difference is close to the margin, or few test examples are known",
         )
     extension = step.extension
-    changes: dict[str, int] = {}
-    words = []
-    if extension.trials > 1:
-        rows = [row for row in record.arms if row.name in searched]
-        changes, words = (
-            {f"arms.{row.name}.trials": extension.trials * row.trials for row in rows},
-            ["twice the trials"],
-        )
-    if extension.seeds > max(record.looks):
-        changes["confirm.seeds"] = extension.seeds
-        words.append(f"{extension.seeds} seeds in all")
-    found = _resume(changes, data, join_words(words))
+    more_seeds = {"confirm.seeds": extension.seeds}
     if extension.examples != 1:
         wanted = _enlarge_test(extension.examples, data)
         found = _begin_again(wanted, data, f"{extension.examples:g} times as many test examples")
+    elif extension.trials > 1:
+        rows = [row for row in record.arms if row.name in searched]
+        changes = {f"arms.{row.name}.trials": extension.trials * row.trials for row in rows}
+        is_more = extension.seeds > max(record.looks)
+        reason = f"twice the trials{f', {extension.seeds} seeds in all' if is_more else ''}"
+        found = _resume(changes | (more_seeds if is_more else {}), data, reason)
+    else:
+        found = _resume(more_seeds, data, f"{extension.seeds} seeds in all")
     return replace(found, chance=step.chance, seconds=estimate_seconds(extension) or None)
 
 
@@ -130,12 +134,9 @@ def find_regret_step(one: SubjectData, data: SweepData) -> NextStep:
         return _resume(trials, data, "twice the trials, with an unknown chance")
     if (chance := find_regret_chance(regret / margin)) < MIN_CHANCE:
         reason = f"twice the trials have a chance below {MIN_CHANCE:.0%}"
-        return NextStep(None, f"{reason}. {'; '.join(_list_range_advice(data)) or 'Search fewer keys in a new sweep'}")
+        edges = "; ".join(clause for _, clause in list_edges(data))
+        return NextStep(None, f"{reason}; {edges or 'a new sweep may search fewer keys'}")
     return replace(_resume(trials, data, "twice the trials"), chance=chance)
-
-
-def _list_range_advice(data: SweepData) -> list[str]:
-    return [clause[0].upper() + clause[1:] for _, clause in list_edges(data)]
 
 
 def add_seeds(data: SweepData) -> NextStep:
@@ -147,7 +148,7 @@ def find_reasons(missing: str, data: SweepData) -> NextStep:
     return NextStep(None, f"{missing}; {str(data.folder / 'runs')!r} has the reasons")
 
 
-def _estimate_seconds(extension: Extension, present: Present, arms: Collection[str], data: SweepData) -> float:
+def _estimate_seconds(extension: Extension, present: CurrentEvidence, arms: Collection[str], data: SweepData) -> float:
     """Returns the time of an extension at the pace of the sweep; 0 if no run has a time."""
     record = data.record
     if extension.examples != 1:

@@ -10,11 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lorasweep.config.build import build
 from lorasweep.config.method import LoraConfig
-from lorasweep.config.run import ALPHA, LR, RANK, SCALING, STEPS_KEY, RunConfig
+from lorasweep.config.run import ALPHA, LR, RANK, SCALING, STEPS_KEY
 from lorasweep.errors import ConfigError, RecordError
-from lorasweep.record import SWEEP_FILE, Trial, get_run_folder, is_number
+from lorasweep.record import SWEEP_FILE, Trial, get_run_folder, is_number, restore_config
 from lorasweep.report.caveats import Learning, judge_learning
 from lorasweep.report.evidence.verdicts import NEGATIVE_VERDICTS, POSITIVE_VERDICTS
 from lorasweep.report.sweep_data import SubjectData, SweepData, load_sweep_data
@@ -226,8 +225,8 @@ def _list_commands(one: SubjectData, data: SweepData) -> dict[str, str]:
         commands[f"To train {one.name} on all data"] = f"lorasweep train --from {source}"
     run = next((run.record for run in one.confirm_runs if run.is_complete and run.record), None)
     if run and one.row.method in ("lora", "peft"):
-        with suppress(ConfigError, TypeError, AttributeError):  # damaged settings have no command
-            config = build(RunConfig, run.config)
+        with suppress(RecordError):  # damaged settings have no command
+            config = restore_config(run)
             trust = " --trust" if config.model.trust_remote_code else ""
             if config.capabilities.exports is True:
                 commands["To get the adapter of its best confirm run"] = (

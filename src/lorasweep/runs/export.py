@@ -32,14 +32,9 @@ from lorasweep.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_peft_se
 from lorasweep.methods import METHODS
 from lorasweep.models.load import EMBEDDED_PREFIX, BaseModel, find_local_path, fingerprint_weights, load_tokenizer
 from lorasweep.models.pretrained import NF4_ARGUMENTS, load_pretrained, quiet_transformers
-from lorasweep.record import RunRecord, read_run
+from lorasweep.record import RunRecord, read_run, restore_config
 from lorasweep.runs.serving import describe_serving
-from lorasweep.training.restore import (
-    check_kept_files,
-    restore_config,
-    restore_model,
-    restore_unquantised_base,
-)
+from lorasweep.training.restore import check_kept_files, restore_model, restore_unquantised_base
 
 ExportFormat = Literal["peft", "merged"]
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

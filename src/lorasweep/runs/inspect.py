@@ -24,13 +24,8 @@ from lorasweep.errors import RecordError
 from lorasweep.lora.layer_kinds import count_parameters, weight_to_matrix
 from lorasweep.lora.targets import find_targets
 from lorasweep.methods import METHODS, copy_sharing_weights, draw_head
-from lorasweep.record import SWEEP_FILE, get_run_folder, read_run
-from lorasweep.training.restore import (
-    check_kept_files,
-    restore_config,
-    restore_model,
-    restore_unquantised_base,
-)
+from lorasweep.record import SWEEP_FILE, get_run_folder, read_run, restore_config
+from lorasweep.training.restore import check_kept_files, restore_model, restore_unquantised_base
 from lorasweep.wording import UNKNOWN, format_share
 
 INSPECT_FOLDER = "inspect"

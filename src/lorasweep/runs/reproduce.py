@@ -25,10 +25,10 @@ from lorasweep.record import (
     read_run,
     read_steps,
     read_sweep,
+    restore_config,
 )
 from lorasweep.training.inputs import build_inputs
 from lorasweep.training.module import check_run
-from lorasweep.training.restore import restore_config
 from lorasweep.training.run import never_stop, train_run
 from lorasweep.training.run_log import RunFolder
 from lorasweep.wording import shorten

@@ -161,21 +161,18 @@ def describe_steps(definition: Definition, inputs_cache: InputsCache) -> dict[st
     num_examples, most_frequent = len(splits.train), score_constant_answer(definition, inputs_cache).get("accuracy")
     if (epochs := config.num_steps * batch_size / num_examples) >= 1:
         return {}
-    risk = (
-        ""
-        if most_frequent is None
-        else (
-            " So few steps may not get beyond the answer that is always the most frequent label (accuracy "
+    sentences = [
+        f"Each run trains {config.num_steps:,} steps of {batch_size}: {epochs:.2f} epochs of {num_examples:,} training "
+        "examples."
+    ]
+    if most_frequent is not None:
+        sentences.append(
+            "So few steps may not get beyond the answer that is always the most frequent label (accuracy "
             f"{format_share(most_frequent)})."
         )
-    )
-    steps = math.ceil(num_examples / batch_size)
-    text = (
-        f"Each run trains {config.num_steps:,} steps of {batch_size}: {epochs:.2f} epochs of {num_examples:,} training "
-    )
     is_cut = definition.sweep_config.sweep.minutes is not None
-    remedy = "More `--minutes` make" if is_cut else f"`trainer.max_steps={steps}` makes"
-    return {f"{text}examples.{risk} {remedy} one epoch.": bool(risk)}
+    remedy = "More `--minutes` make" if is_cut else f"`trainer.max_steps={math.ceil(num_examples / batch_size)}` makes"
+    return {" ".join([*sentences, f"{remedy} one epoch."]): most_frequent is not None}
 
 
 def list_warnings(definition: Definition, inputs_cache: InputsCache) -> list[str]:

@@ -302,9 +302,8 @@ def fit_minutes(
         given_up["steps"] = _describe_steps(budget.steps or most, most)
     seconds, lost = estimate(budget), "; ".join(given_up.values()) or "nothing is given up"
     rough = f" {ROUGH}" if any(group.is_rough for group in rates) else ""
-    if (
-        seconds + spent_s > (1 + MINUTES_TOLERANCE) * 60 * minutes
-    ):  # an earlier measurement may have named these minutes
+    # with room, because an earlier measurement may have named these minutes
+    if seconds + spent_s > (1 + MINUTES_TOLERANCE) * 60 * minutes:
         raise ConfigError(
             f"`--minutes` must be at least {math.ceil((seconds + spent_s) / 60)} for this sweep on this machine, but "
             f"got {minutes:g}. That would give up: {lost}.{rough} What helps: shorter examples (`data.max_length`) and "
@@ -403,9 +402,8 @@ def list_cuts(definition: Definition, rates: Sequence[Rates]) -> dict[str, list[
     names = [arm.name for arm in (*trained[-1:], *trained[1:-1])] if len(trained) > 1 else []  # full goes last
     for number in range(1, len(names) + 1):
         left = tuple(names[-number:])
-        add(
-            "left_out", left, 100 * LOSS_OF_ANSWERS * number, f"arms {join_words(left)} (nothing is compared with them)"
-        )
+        loss = 100 * LOSS_OF_ANSWERS * number
+        add("left_out", left, loss, f"arms {join_words(left)} (nothing is compared with them)")
     return cuts
 
 

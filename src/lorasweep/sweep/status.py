@@ -5,7 +5,6 @@ This file only reads the sweep's record, without a lock, so it can show a sweep 
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -19,7 +18,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from lorasweep.activity import NOW_FILE_STEM, doing
+from lorasweep.activity import NOW_FILE_STEM, doing, repeat_every
 from lorasweep.disk import is_running, read_bounded
 from lorasweep.errors import RecordError
 from lorasweep.record import (
@@ -96,7 +95,7 @@ class SweepStatus:
     is_running: bool
     arms: tuple[ArmStatus, ...]
     now: dict[str, float]
-    """What each worker does now, with the age of the line in seconds."""
+    """The activity of each worker in one line, with the age of the line in seconds."""
 
     @property
     def seconds_so_far(self) -> float:
@@ -354,23 +353,13 @@ def report_status(folder: Path, on_status: Callable[[SweepStatus], None]) -> Ite
     def read() -> SweepStatus:
         return replace(read_status(folder), is_running=True)  # a controller on Ray may not have opened the sweep yet
 
-    stop = threading.Event()
-
     def poll() -> None:
-        is_last = False
-        while not is_last:
-            is_last = stop.wait(POLL_INTERVAL_S)  # the last call is after the stop, so that it shows the end
-            try:
-                status = read()
-            except (RecordError, OSError):  # for example while the folder is moved
-                continue
-            on_status(status)  # outside of `try`: an OSError of the user's own function is shown
+        try:
+            status = read()
+        except (RecordError, OSError):  # for example while the folder is moved
+            return
+        on_status(status)  # outside of `try`: an OSError of the user's own function is shown
 
     on_status(read())  # not in the thread, so that the sweep is shown before any trial has ended
-    thread = threading.Thread(target=poll)
-    thread.start()
-    try:
+    with repeat_every(POLL_INTERVAL_S, poll, also_at_end=True):  # the last call shows the end
         yield
-    finally:
-        stop.set()
-        thread.join()

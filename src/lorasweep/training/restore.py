@@ -10,31 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorasweep.config.build import as_settings, build, dotted_items
+from lorasweep.config.build import as_settings, build
 from lorasweep.config.run import RunConfig
 from lorasweep.disk import open_bounded, require_regular_file
 from lorasweep.errors import ConfigError, RecordError
 from lorasweep.methods import METHODS, copy_sharing_weights
 from lorasweep.models.load import BaseModel, Labels
-from lorasweep.record import RunRecord, compute_sha256
+from lorasweep.record import RunRecord, compute_sha256, restore_config
 from lorasweep.training.environment import DTYPES
 from lorasweep.training.inputs import get_workload
 
 CHANGEABLE_SETTINGS = {f"trainer.{name}" for name in ("strategy", "devices", "num_nodes", "device", "progress")}
 """Settings that may change when a run resumes, because they do not change what it learns."""
-
-
-def restore_config(record: RunRecord) -> RunConfig:
-    """Returns the settings of a recorded run. Raises `RecordError` if they are not settings of this version."""
-    try:
-        if any(isinstance(value, str) and "\0" in value for _, value in dotted_items(record.config)):
-            raise ConfigError("a text has a NUL character.")
-        return build(RunConfig, record.config)
-    except (ConfigError, TypeError, AttributeError) as error:
-        raise RecordError(
-            f"`config` in a run's record must have the settings of this version of lorasweep, but: {error} "
-            "Use the version that `code` in the record names."
-        ) from error
 
 
 def check_same_run(record: RunRecord, config: RunConfig) -> None:

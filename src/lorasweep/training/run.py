@@ -310,9 +310,8 @@ class LightningRun(lightning.Callback):
         return trainer
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self.first_tokens = self.counted_tokens = (
-            self.training.progress.tokens
-        )  # the tokens of the steps before the resume
+        # the tokens of the steps before the resume
+        self.first_tokens = self.counted_tokens = self.training.progress.tokens
         if self.run_log is not None:
             self.run_log.progress = self.training.progress
             self.run_log.note_trained(sum(p.numel() for p in pl_module.parameters() if p.requires_grad))

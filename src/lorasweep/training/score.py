@@ -25,6 +25,7 @@ from lorasweep.record import (
     RunRecord,
     compute_sha256,
     read_run,
+    restore_config,
     write_record,
 )
 from lorasweep.training.environment import fork_random_streams, get_device
@@ -32,7 +33,7 @@ from lorasweep.training.evaluation import evaluate_model, score_split
 from lorasweep.training.failures import convert_memory_errors
 from lorasweep.training.generation import get_answers, score_answers
 from lorasweep.training.inputs import get_workload
-from lorasweep.training.restore import restore_config, restore_model
+from lorasweep.training.restore import restore_model
 from lorasweep.training.run_inputs import RunInputs
 from lorasweep.training.run_log import RunFolder, check_score
 

@@ -1,11 +1,13 @@
 """The chance that is said of a step is the chance that it settles the question."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from lorasweep.config.sweep import parse_margin
 from lorasweep.record import Question
-from lorasweep.report.evidence.advice import Extension, Present, compute_chance, draw_scores, find_step
+from lorasweep.report.evidence.advice import CurrentEvidence, Extension, compute_chance, draw_scores, find_step
 from lorasweep.report.evidence.estimates import ConfirmScores
 from lorasweep.report.evidence.questions import MarginScale, answer_questions
 
@@ -29,7 +31,7 @@ def build(values, *, search_errors=None, looks=(3,)):
         problems=(),
         search_errors=search_errors or {},
     )
-    return Present(
+    return CurrentEvidence(
         questions=QUESTIONS,
         answers=answer_questions(QUESTIONS, scores, SCALE, looks=looks),
         scores=scores,
@@ -92,3 +94,23 @@ def test_more_trials_shrink_the_error_of_the_search_and_repeat_the_confirm_stage
 def test_runs_without_a_common_seed_have_no_chance():
     zeros = np.zeros(4)
     assert find_step(QUESTIONS, build({"full": {1: zeros}, "lora": {2: zeros + 0.1}}, looks=(2,))) is None
+
+
+def test_a_sweep_that_gave_up_before_its_last_look_gets_no_fewer_seeds_than_planned():
+    """`confirm.seeds` below the planned number would be refused, or change nothing."""
+    now = build(draw(0.0, seeds=3, rng=np.random.default_rng(3)))
+    step = find_step(QUESTIONS, replace(now, looks=(3, 12)))
+    assert step.extension.seeds >= 12
+
+
+def test_two_questions_on_one_arm_have_their_own_outcomes():
+    pairs = [
+        Question(name="pair", arm="lora", key=None, subjects=["lora"], reference=reference)
+        for reference in ("vera", "full")
+    ]
+    values = draw(0.0, seeds=3, rng=np.random.default_rng(3))
+    values |= {"vera": {seed: row + 50 for seed, row in values["full"].items()}}
+    scores = build(values).scores
+    answers = answer_questions(pairs, scores, SCALE, looks=(3,))
+    current = CurrentEvidence(questions=pairs, answers=answers, scores=scores, scale=SCALE, looks=(3,), looks_done=(3,))
+    assert [current.find_outcome(pair).state for pair in pairs] == ["settled", "open"]

@@ -38,7 +38,9 @@ def read_conversations(config: ChatConfig) -> DataSource:
     def read(split: str) -> ReadExamples[Conversation]:
         table = tables.pop(split)
         items, notes = parse_rows(table, functools.partial(_parse_row, has_tools=TOOLS_COLUMN in table.columns))
-        items = [item._replace(place=f"row {n} of {config.sources[split]!r}") for n, item in enumerate(items, start=1)]
+        items = [
+            item._replace(number=number, source=config.sources[split]) for number, item in enumerate(items, start=1)
+        ]
         return items, [f"Conversations of {split} are read from {' and '.join(table.columns)}.", *notes]
 
     train = read("train")

@@ -8,6 +8,7 @@ is at the margin gets a small chance, whatever number of seeds is added.
 from __future__ import annotations
 
 import bisect
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,12 @@ import numpy as np
 
 from lorasweep.record import Question
 from lorasweep.report.evidence.estimates import Array, ConfirmScores
-from lorasweep.report.evidence.questions import MarginScale, compute_level, judge_chain
+from lorasweep.report.evidence.questions import (
+    MarginScale,
+    compute_level,
+    judge_chain,
+    list_subjects_to_train,
+)
 from lorasweep.report.evidence.verdicts import Answer, ChainOutcome
 
 NUM_DRAWS = 64
@@ -73,8 +79,8 @@ class Step(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Present:
-    """What is known before a step."""
+class CurrentEvidence:
+    """The questions of a sweep, with the scores and the answers before a step."""
 
     questions: Sequence[Question]
     """All questions of the sweep."""
@@ -90,19 +96,17 @@ class Present:
         return sorted({seed for found in self.scores.values.values() for seed in found})
 
     def list_trained(self) -> set[str]:
-        """Returns the subjects that get further seeds (`sweep.controller.stages`)."""
-        still_open = [answer for answer in self.answers if not answer.is_settled]
-        names = {name for answer in still_open for name in (answer.subject, *answer.compared_with)}
-        return names | {name for name in (self.scale.base, self.scale.full) if name is not None}
+        """Returns the subjects that get further seeds."""
+        return list_subjects_to_train([answer for answer in self.answers if not answer.is_settled], self.scale)
 
     def find_outcome(self, question: Question) -> ChainOutcome:
-        found = [one for one in self.answers if (one.name, one.arm) == (question.name, question.arm)]
-        return ChainOutcome(arm=question.arm, answers=tuple(one for one in found if one.subject in question.subjects))
+        answers = tuple(answer for answer in self.answers if answer.answers(question))
+        return ChainOutcome(arm=question.arm, answers=answers)
 
 
 def find_step(
     line: Sequence[Question],
-    present: Present,
+    present: CurrentEvidence,
     *,
     has_space: bool = False,
     max_examples: float = 1.0,
@@ -122,20 +126,20 @@ def find_step(
     Returns:
         None if an open answer has fewer than two seeds, or if no cheap enough step has a chance of `MIN_CHANCE`.
     """
-    asked = {(question.name, question.arm) for question in line}
-    if any(one.num_seeds < 2 for one in present.answers if (one.name, one.arm) in asked and not one.is_settled):
+    outcomes = map(present.find_outcome, line)
+    if any(one.num_seeds < 2 for outcome in outcomes for one in outcome.answers if not one.is_settled):
         return None
     present = replace(present, scores=_merge_groups(present.scores))
     last, most = max(present.looks_done, default=len(present.seeds)), max(present.looks)
-    kinds = [[Extension(seeds) for seeds in SEED_NUMBERS if seeds > last]]
+    # a sweep that gave up before its last look keeps the number of seeds that were planned, or gets more
+    kinds = [[Extension(seeds) for seeds in sorted({most, *SEED_NUMBERS}) if seeds >= most and seeds > last]]
     if has_space and any(present.scores.search_errors.values()):
         kinds.append([Extension(seeds, trials=TRIAL_FACTOR) for seeds in (most, 2 * most)])
     if present.scores.num_groups > 1:
         kinds.append([Extension(most, examples=times) for times in TEST_FACTORS if times <= max_examples])
-    steps = []
-    for kind in kinds:
-        if affordable := [one for one in kind if cost(one) <= max_cost]:
-            steps.append(_find_smallest(affordable, lambda one: compute_chance(line, present, one)))
+    chance = functools.cache(lambda extension: compute_chance(line, present, extension))
+    affordable = [[extension for extension in kind if cost(extension) <= max_cost] for kind in kinds]
+    steps = [_find_smallest(kind, chance) for kind in affordable if kind]
     return min(
         (step for step in steps if step.chance >= MIN_CHANCE),
         key=lambda step: (not step.is_probable, cost(step.extension) if step.is_probable else -step.chance),
@@ -145,16 +149,11 @@ def find_step(
 
 def _find_smallest(extensions: Sequence[Extension], chance: Callable[[Extension], float]) -> Step:
     """Returns the smallest of ascending extensions that is probable, or the last one."""
-    known: dict[Extension, float] = {extensions[-1]: chance(extensions[-1])}
-
-    def is_probable(extension: Extension) -> bool:
-        known.setdefault(extension, chance(extension))
-        return known[extension] >= PROBABLE_CHANCE
-
-    found = extensions[-1]
-    if is_probable(found):
-        found = extensions[bisect.bisect_left(extensions, True, hi=len(extensions) - 1, key=is_probable)]
-    return Step(found, known[found])
+    last = Step(extensions[-1], chance(extensions[-1]))
+    if not last.is_probable:
+        return last
+    place = bisect.bisect_left(extensions, PROBABLE_CHANCE, hi=len(extensions) - 1, key=chance)
+    return Step(extensions[place], chance(extensions[place]))
 
 
 def _merge_groups(scores: ConfirmScores) -> ConfirmScores:
@@ -170,7 +169,7 @@ def _merge_groups(scores: ConfirmScores) -> ConfirmScores:
     return replace(scores, values=values, shares=shares)
 
 
-def compute_chance(line: Sequence[Question], present: Present, extension: Extension) -> float:
+def compute_chance(line: Sequence[Question], present: CurrentEvidence, extension: Extension) -> float:
     """Returns the share of simulated sweeps in which a line is settled and no other settled line opens again."""
     rng = np.random.default_rng(0)
     looks = present.looks if extension.is_repeated else present.looks_done
@@ -193,7 +192,7 @@ def _is_settled(
     return replace(now, answers=answers).state == "settled"
 
 
-def draw_scores(present: Present, extension: Extension, *, rng: np.random.Generator) -> ConfirmScores:
+def draw_scores(present: CurrentEvidence, extension: Extension, *, rng: np.random.Generator) -> ConfirmScores:
     """Returns the scores of an extended sweep, drawn from their posterior predictive distribution.
 
     The scores of all subjects on one seed are a draw from a normal distribution. Its mean and covariance are not known:
@@ -205,10 +204,8 @@ def draw_scores(present: Present, extension: Extension, *, rng: np.random.Genera
     num_known = len(seeds)
     drawn_seeds = [*seeds, *range(max(seeds) + 1, max(seeds) + 1 + extension.seeds)][: extension.seeds]
     scale = math.sqrt((num_known - 1) / rng.chisquare(num_known - 1))
-    of_mean, of_seeds = (
-        scale * rng.standard_normal(num_known),
-        scale * rng.standard_normal((extension.seeds, num_known)),
-    )
+    of_mean = scale * rng.standard_normal(num_known)
+    of_seeds = scale * rng.standard_normal((extension.seeds, num_known))
     trained = set(scores.values) if extension.is_repeated else present.list_trained()
     values: dict[str, Mapping[int, Array]] = {}
     for subject, found in scores.values.items():

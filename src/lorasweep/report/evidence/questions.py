@@ -162,6 +162,13 @@ def answer_questions(
     ]
 
 
+def list_subjects_to_train(answers: Sequence[Answer], scale: MarginScale) -> set[str]:
+    """Returns the subjects whose further seeds may change these answers; empty without answers."""
+    subjects = {name for answer in answers for name in (answer.subject, *answer.compared_with)}
+    of_gain = (scale.base, scale.full) if answers and scale.margin.is_share_of_gain else ()
+    return subjects | {name for name in of_gain if name is not None}
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Comparison:
     """A subject compared with one reference: estimates of its advantage."""

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 from lorasweep.activity import doing
 from lorasweep.record import LookRow, SettingRow, Trial, find_winner, list_confirm_runs, read_run
 from lorasweep.report.evidence.evidence import answer_sweep, build_scale, read_confirm_scores
+from lorasweep.report.evidence.questions import list_subjects_to_train
 from lorasweep.sweep.controller.arm_trials import SEED, SETTING, SETTINGS_ATTRIBUTE, ArmTrials
 from lorasweep.sweep.controller.encoding import History
 from lorasweep.sweep.controller.folder import SweepFolder, name_study
@@ -129,9 +130,7 @@ class Confirmation:
         # where more seeds were asked for, also those that the plan had given up
         is_auto = self._sweep.definition.sweep_config.confirm.seeds == "auto"
         undecided = [answer for answer in answers if answer.may_settle or not (is_auto or answer.is_settled)]
-        subjects = {name for answer in undecided for name in (answer.subject, *answer.compared_with)}
-        if undecided and (scale := build_scale(record, scores)).margin.is_share_of_gain:
-            subjects |= {name for name in (scale.base, scale.full) if name is not None}
+        subjects = list_subjects_to_train(undecided, build_scale(record, scores))
         if not is_auto and not subjects:
             subjects = {row.subject for row in self._settings.values()}
         if num_done + 1 == len(self._looks):
