@@ -4,6 +4,7 @@ import io
 import re
 import tempfile
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -19,8 +20,10 @@ from lorasweep.sweep.definition.arms import read_definition
 from lorasweep.sweep.definition.confirm import find_warnings
 from lorasweep.sweep.definition.overrides import SweepOverrides
 from lorasweep.sweep.definition.sweep_file import find_sweep_file
+from lorasweep.sweep.machine import Machine
 from lorasweep.sweep.measure import choose_data_order, choose_evaluated, measure_sweep
 from lorasweep.sweep.plan import render_plan
+from lorasweep.training.environment import Precision
 from lorasweep.training.inputs import InputsCache
 
 
@@ -129,8 +132,11 @@ def plan(write_file, content, inputs, tmp_path, monkeypatch):
         def load(self, config):
             return inputs
 
-    def plan(**given):
+    def plan(*, tflops=1.0, **given):
         said = []
+        # a guess from this machine's own speed would choose other samples on another machine
+        machine = Machine(tflops=dict.fromkeys(get_args(Precision), tflops), speedup=1.0, copy_gb_per_s=1.0)
+        monkeypatch.setattr(measure_file, "measure_machine", lambda: machine)
         groups = measure_sweep(read_definition(write_file(content)), Cache(), on_progress=said.append, **given)
         assert list((tmp_path / "temporary").iterdir()) == []
         return {group.arms[0]: group for group in groups}, said
@@ -357,10 +363,10 @@ def test_the_least_minutes_that_one_measurement_names_are_enough_for_the_next(qu
         fit(quickstart, minutes, step_s=400.0)
 
 
-def test_measuring_for_a_short_time_trains_less_and_says_so(plan, monkeypatch):
+def test_measuring_for_a_short_time_trains_less_and_says_so(plan):
     whole = plan()[0]["lora"]
     assert not whole.is_rough
-    groups, said = plan(minutes=0.001)
+    groups, said = plan(tflops=1e-4, minutes=0.001)
     assert groups["lora"].is_rough
     assert said[-1].startswith("measuring lora: 3 trials in a pack, from 1, about ")
     assert groups["lora"].record.config["trainer"]["batch_size"] == 1
