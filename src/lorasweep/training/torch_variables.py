@@ -11,13 +11,14 @@ from contextlib import contextmanager
 
 from lorasweep.activity import doing
 
-SPIN_COUNT = 1_000
-"""Number of times that a waiting thread looks for work before it sleeps, if every thread has its own core. This takes
-about 50 microseconds.
+SPIN_COUNT = 4_000
+"""Number of times that a waiting thread looks for work before it sleeps, if every thread has its own core. How long a
+look takes depends on the processor: 29 to 50 nanoseconds on a Xeon.
 
-With 0, each operation must wake the threads: a step of a pack took 121 instead of 72 ms on 2 cores. From 300 to 20,000
-a step was as fast on idle cores. Beside a process that spins it took 1.5 times as long with 1,000, and 3.9 times with
-20,000 (docs/benchmarks.md)."""
+With 0, each operation must wake the threads: a step of a pack took 121 instead of 72 ms on 2 cores. On idle cores of a
+Xeon, a step was as fast from 300 on. On those of an EPYC it took 1.27 times as long with 1,000 as with 4,000. Beside a
+process that spins, a step on the Xeon took 2.1 times as long as on idle cores with 4,000, and 3.3 times with 20,000
+(docs/benchmarks.md)."""
 
 MAX_CACHED_PRIMITIVES = 256
 """Size of the caches of torch and oneDNN for primitives (prepared matrix products of one shape). With their default,
