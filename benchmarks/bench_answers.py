@@ -389,7 +389,7 @@ class Confirmation:
         for look in self.looks:
             self.train(training, look)
             undecided = [answer for answer in self.answers if answer.may_settle]
-            if not (training := list_subjects_to_train(undecided, self.scale)):
+            if not (training := list_subjects_to_train(undecided)):
                 break
 
 

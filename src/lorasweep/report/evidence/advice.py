@@ -97,7 +97,7 @@ class CurrentEvidence:
 
     def list_trained(self) -> set[str]:
         """Returns the subjects that get further seeds."""
-        return list_subjects_to_train([answer for answer in self.answers if not answer.is_settled], self.scale)
+        return list_subjects_to_train([answer for answer in self.answers if not answer.is_settled])
 
     def find_outcome(self, question: Question) -> ChainOutcome:
         answers = tuple(answer for answer in self.answers if answer.answers(question))

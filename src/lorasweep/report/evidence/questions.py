@@ -52,6 +52,9 @@ FAMILY_LEVEL = 0.05
 """Maximum chance that a sweep gives any false verdict."""
 POWER_SCORE = 0.84
 """Standard normal score of a probability of 80 %."""
+MAX_GAIN_ERROR = 1.05
+"""Further seeds of the gain are trained if its error makes that of an open comparison larger by more than this factor,
+because the margin is a share of the gain."""
 GROUP_FACTORS = (1.5, 2, 3, 4, 6, 8, 12, 16)
 """Factors on the present number of groups of test examples that are tried to settle a question."""
 
@@ -128,6 +131,7 @@ class MarginScale:
         """Returns by how much a subject is better than a reference, plus this number of margins."""
         better = subtract({reference: float(self.sign)}, {subject: float(self.sign)}, 1.0)
         if self.is_share:  # also for no margin, so that all estimates are over the same seeds
+            scores = self._let_gain_have_fewer_seeds(scores, subject, reference)
             return estimate_sum(scores, subtract(better, self.gain, -margins * self.margin.value))
         return estimate_sum(scores, better, constant=margins * self.margin.value)
 
@@ -139,10 +143,15 @@ class MarginScale:
             found = estimate_sum(scores, subtract({subject: 1.0}, {reference: 1.0}, 1.0))
             return (found.value, found.find_interval(confidence)) if found else (None, None)
         # 1 + advantage over the reference / gain, as one ratio
+        scores = self._let_gain_have_fewer_seeds(scores, subject, reference)
         better = {reference: float(self.sign), subject: -float(self.sign)}
         kept = subtract(better, self.gain, -1.0)
         ratio = estimate_ratio(scores, kept, self.gain, confidence=confidence)
         return ratio or (None, None)
+
+    def _let_gain_have_fewer_seeds(self, scores: ConfirmScores, subject: str, reference: str) -> ConfirmScores:
+        """Returns scores for a comparison in which the gain is only the unit of the margin."""
+        return replace(scores, filled=self.gain.keys() - {subject, reference})
 
 
 def compute_level(questions: Sequence[Question], looks: Sequence[int]) -> float:
@@ -162,11 +171,9 @@ def answer_questions(
     ]
 
 
-def list_subjects_to_train(answers: Sequence[Answer], scale: MarginScale) -> set[str]:
+def list_subjects_to_train(answers: Sequence[Answer]) -> set[str]:
     """Returns the subjects whose further seeds may change these answers; empty without answers."""
-    subjects = {name for answer in answers for name in (answer.subject, *answer.compared_with)}
-    of_gain = (scale.base, scale.full) if answers and scale.margin.is_share_of_gain else ()
-    return subjects | {name for name in of_gain if name is not None}
+    return {name for answer in answers for name in (answer.subject, *answer.awaits)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +237,7 @@ def _answer_chain(
     question: Question, scores: ConfirmScores, scale: MarginScale, *, level: float, max_seeds: int
 ) -> list[Answer]:
     references, judge = _list_references(question), _choose_test(question)
+    of_gain = (*scale.gain,) if scale.is_share else ()
     compared, alone = _compare_chain(question, scores, scale, level=level)
     if question.reference is None:
         scores = scores.of_settings
@@ -245,6 +253,7 @@ def _answer_chain(
             subject=subject,
             reference=worst.reference if worst else references[subject][-1],
             compared_with=tuple(references[subject]),
+            awaits=(*references[subject], *of_gain),
             verdict=verdict,
             value=value,
             interval=interval,
@@ -258,7 +267,7 @@ def _answer_chain(
             answers.append(replace(answer, blocker="another value"))
         else:
             known = compared[subject] if len(compared[subject]) == len(references[subject]) else []
-            answers.append(_explain_open(answer, known, judge=judge, level=level, max_seeds=max_seeds))
+            answers.append(_explain_open(answer, known, judge=judge, level=level, max_seeds=max_seeds, of_gain=of_gain))
     return answers
 
 
@@ -272,7 +281,13 @@ def compare_pair(subject: str, reference: str, scores: ConfirmScores, scale: Mar
 
 
 def _explain_open(
-    answer: Answer, found: Sequence[_Comparison], *, judge: Callable[..., Verdict], level: float, max_seeds: int
+    answer: Answer,
+    found: Sequence[_Comparison],
+    *,
+    judge: Callable[..., Verdict],
+    level: float,
+    max_seeds: int,
+    of_gain: tuple[str, ...],
 ) -> Answer:
     """Returns an open answer with its reason, and whether the seeds of later looks may settle it.
 
@@ -280,10 +295,11 @@ def _explain_open(
     """
     if not found:
         return replace(answer, blocker="no scores")
-    if any(pair.plus_margin is None for pair in found):
+    with_margin = [(pair, pair.plus_margin) for pair in found if pair.plus_margin is not None]
+    if len(with_margin) < len(found):
         return replace(answer, blocker="no margin")
-    num_seeds = min(len(pair.advantage.seeds) for pair in found)
-    if num_seeds < 2:
+    numbers = [len(pair.advantage.seeds) for pair in found]
+    if min(numbers) < 2:
         return replace(answer, blocker="one seed", may_settle=True)
     worst = max((pair.advantage for pair in found), key=lambda estimate: estimate.error)
     parts: dict[Blocker, float] = {
@@ -295,10 +311,19 @@ def _explain_open(
     # The boundary is one standard error nearer, so that only a hopeless question is given up.
     nearer = float(ndtr(ndtri(level) + 1.0))
     projected = [pair.project(num_seeds=max_seeds) for pair in found]
+    verdict, awaited = judge(projected, level=nearer), with_margin
+    if verdict == "insufficient":  # one refutation is enough
+        awaited = [min(awaited, key=lambda one: one[1].project(num_seeds=max_seeds).p_negative)]
+    elif verdict == "sufficient":
+        awaited = [(pair, margin) for pair, margin in awaited if margin.p_positive >= level]
+    needs_gain = answer.interval is None or any(
+        margin.error > MAX_GAIN_ERROR * pair.advantage.error for pair, margin in awaited
+    )
     return replace(
         answer,
         blocker="no gain" if answer.is_share and answer.interval is None else largest,
-        may_settle=num_seeds < max_seeds and judge(projected, level=nearer) != "open",
+        may_settle=max(numbers) < max_seeds and verdict != "open",
+        awaits=(*(pair.reference for pair, _ in awaited), *(of_gain if needs_gain else ())),
     )
 
 

@@ -58,6 +58,8 @@ class Answer:
     """None if it is settled."""
     may_settle: bool = False
     """Whether it is open and the seeds of later looks may settle it."""
+    awaits: tuple[str, ...] = ()
+    """The other subjects whose further seeds may settle it: references, and those of the gain."""
 
     @property
     def is_settled(self) -> bool:

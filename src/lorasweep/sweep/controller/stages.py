@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 from lorasweep.activity import doing
 from lorasweep.record import LookRow, SettingRow, Trial, find_winner, list_confirm_runs, read_run
-from lorasweep.report.evidence.evidence import answer_sweep, build_scale, read_confirm_scores
+from lorasweep.report.evidence.evidence import answer_sweep, read_confirm_scores
 from lorasweep.report.evidence.questions import list_subjects_to_train
 from lorasweep.sweep.controller.arm_trials import SEED, SETTING, SETTINGS_ATTRIBUTE, ArmTrials
 from lorasweep.sweep.controller.encoding import History
@@ -83,8 +83,8 @@ class Confirmation:
     """The setting of each subject is trained again on fresh seeds, each run to its end, and scored once on test data.
 
     Seeds come in groups, up to each planned look. After a look, only subjects of open questions that further seeds may
-    settle train on more seeds. The decisions depend on the scores alone, so a resumed stage makes the same decisions.
-    Runs that began before a sweep grew are kept, and are not repeated.
+    settle train on more seeds, and the references that these answers await. The decisions depend on the scores alone,
+    so a resumed stage makes the same decisions. Runs that began before a sweep grew are kept, and are not repeated.
     """
 
     name: Literal["confirm"] = "confirm"
@@ -130,7 +130,7 @@ class Confirmation:
         # where more seeds were asked for, also those that the plan had given up
         is_auto = self._sweep.definition.sweep_config.confirm.seeds == "auto"
         undecided = [answer for answer in answers if answer.may_settle or not (is_auto or answer.is_settled)]
-        subjects = list_subjects_to_train(undecided, build_scale(record, scores))
+        subjects = list_subjects_to_train(undecided)
         if not is_auto and not subjects:
             subjects = {row.subject for row in self._settings.values()}
         if num_done + 1 == len(self._looks):
