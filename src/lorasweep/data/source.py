@@ -20,7 +20,7 @@ from lorasweep.errors import ConfigError
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 MAX_NAMED_ROWS = 10
 """Maximum number of wrong rows that an error names."""
-DataKind = Literal["documents", "single_label", "regression", "conversations"]
+DataKind = Literal["documents", "single_label", "regression", "conversations", "preferences"]
 Label = int | float
 """A class index; for regression a number."""
 

@@ -1,4 +1,4 @@
-"""Tokenised splits: texts with labels, conversations, and running text in blocks; and the keys of their batches."""
+"""Tokenised splits: texts with labels, conversations, pairs of answers, blocks of text; the keys of their batches."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ Batch = dict[str, Tensor]
 
 - `targets`: the next token at each position, (batch, length) int64, or `IGNORED`. For labels: one label per example.
 - `weights`: the weight of each example's loss, (examples,) float. Only if weights differ.
+- `reference`: the log probability of each row's scored tokens under the base, (rows,). Only for pairs of answers.
 - a setting of the objective by its name, such as `beta`: one number for each row (`Objective.slot_settings`).
 - `step_weight`: the number that divides the step's loss, a scalar, or in a pack one for each slot. Only in training.
 - `num_tokens`: number of positions without padding, a scalar. Only in batches of a loader.
@@ -219,6 +220,37 @@ class CompletionSplit(ExampleSplit):
 
     def batch(self, indices: Sequence[int]) -> Batch:
         return {**self._inputs(indices), "targets": self.targets.padded(indices, fill=IGNORED)}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PreferenceSplit(Split):
+    """Pairs of answers to one prompt. An example is a pair, and has two rows in a batch, which never part."""
+
+    completions: CompletionSplit
+    """The rows: 2i has the chosen answer of pair i, and 2i + 1 the rejected one. Each has a scored token."""
+    reference: Float[Tensor, " rows"] | None = None
+    """The log probability of each row's scored tokens under the frozen base; None until the base was asked."""
+
+    def __post_init__(self) -> None:
+        assert len(self.completions) % 2 == 0
+
+    @functools.cached_property
+    def lengths(self) -> Tensor:
+        """Number of tokens of both rows of each pair."""
+        return self.completions.lengths.view(-1, 2).sum(1)
+
+    @functools.cached_property
+    def weights(self) -> Tensor:
+        return torch.ones(len(self.lengths))
+
+    def describe(self) -> dict[str, Any]:
+        return self.completions.describe() | {"examples": len(self)}
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Returns both rows of each pair, one after the other, with the `reference` of each row if it is known."""
+        rows = [row for index in indices for row in (2 * index, 2 * index + 1)]
+        batch = self.completions.batch(rows)
+        return batch if self.reference is None else {**batch, "reference": self.reference[torch.tensor(rows)]}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
