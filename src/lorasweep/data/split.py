@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -58,6 +59,11 @@ class SplitFacts(ABC):
         """Number of tokens of each example."""
 
     @property
+    def padded_lengths(self) -> Int[Tensor, " examples"]:
+        """Number of positions of each example in a batch where no other example is longer."""
+        return self.lengths
+
+    @property
     @abstractmethod
     def weights(self) -> Float[Tensor, " examples"]:
         """Weight of each example in the loss: its number of scored tokens, or its class weight.
@@ -80,6 +86,10 @@ class Split(SplitFacts):
     @abstractmethod
     def batch(self, indices: Sequence[int]) -> Batch:
         """Returns the examples at these indices, padded to the longest."""
+
+    def fill_reference(self, values: Float[Tensor, " rows"] | None = None) -> Split:
+        """Returns the split with the numbers of `Objective.compute_reference`, or with zeros, to measure time."""
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -229,10 +239,7 @@ class PreferenceSplit(Split):
     completions: CompletionSplit
     """The rows: 2i has the chosen answer of pair i, and 2i + 1 the rejected one. Each has a scored token."""
     reference: Float[Tensor, " rows"] | None = None
-    """The log probability of each row's scored tokens under the frozen base; None until the base was asked."""
-
-    def __post_init__(self) -> None:
-        assert len(self.completions) % 2 == 0
+    """The log probability of each row's scored tokens under the frozen base, fp64; None until it is computed."""
 
     @functools.cached_property
     def lengths(self) -> Tensor:
@@ -240,17 +247,37 @@ class PreferenceSplit(Split):
         return self.completions.lengths.view(-1, 2).sum(1)
 
     @functools.cached_property
+    def padded_lengths(self) -> Tensor:
+        return 2 * self.completions.lengths.view(-1, 2).amax(1)
+
+    @functools.cached_property
     def weights(self) -> Tensor:
         return torch.ones(len(self.lengths))
 
     def describe(self) -> dict[str, Any]:
-        return self.completions.describe() | {"examples": len(self)}
+        """Returns also how many tokens are scored, and the accuracy of always choosing the longer answer."""
+        chosen, rejected = self.completions.weights.double().view(-1, 2).unbind(1)
+        return self.completions.describe() | {
+            "examples": len(self),
+            "chosen_tokens": float(chosen.mean()),
+            "rejected_tokens": float(rejected.mean()),
+            "longer_accuracy": float((1 + (chosen - rejected).sign()).mean() / 2),
+        }
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """Returns both rows of each pair, one after the other, with the `reference` of each row if it is known."""
-        rows = [row for index in indices for row in (2 * index, 2 * index + 1)]
-        batch = self.completions.batch(rows)
-        return batch if self.reference is None else {**batch, "reference": self.reference[torch.tensor(rows)]}
+        """Returns both rows of each pair, one after the other. A `reference` that is not known is NaN."""
+        rows = self.list_rows(indices)
+        unknown = torch.full(rows.shape, math.nan, dtype=torch.float64)
+        reference = unknown if self.reference is None else self.reference[rows]
+        return {**self.completions.batch(rows.tolist()), "reference": reference}
+
+    def list_rows(self, indices: Sequence[int]) -> Int[Tensor, " rows"]:
+        """Returns the indices of both rows of each pair, one after the other."""
+        return torch.tensor([row for index in indices for row in (2 * index, 2 * index + 1)])
+
+    def fill_reference(self, values: Tensor | None = None) -> PreferenceSplit:
+        zeros = torch.zeros(len(self.completions), dtype=torch.float64)
+        return replace(self, reference=zeros if values is None else values)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -357,10 +384,10 @@ def cut_blocks(tokens: Int[Tensor, " tokens"], *, block_length: int) -> Int[Tens
     return tokens.unfold(0, block_length + 1, block_length)
 
 
-def padding_fraction(lengths: Int[Tensor, " examples"], batches: Sequence[Sequence[int]]) -> float:
+def padding_fraction(split: SplitFacts, batches: Sequence[Sequence[int]]) -> float:
     """Returns the fraction of positions that is padding when each batch is padded to its longest example."""
-    padded = sum(len(batch) * int(lengths[torch.tensor(batch)].max()) for batch in batches)
-    real = sum(int(lengths[torch.tensor(batch)].sum()) for batch in batches)
+    padded = sum(len(batch) * int(split.padded_lengths[torch.tensor(batch)].max()) for batch in batches)
+    real = sum(int(split.lengths[torch.tensor(batch)].sum()) for batch in batches)
     return 1.0 - real / padded if padded else 0.0
 
 

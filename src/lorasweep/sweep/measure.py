@@ -240,9 +240,11 @@ def choose_sample(config: RunConfig, inputs: RunInputs, *, slots: int, token_s: 
         validation = inputs.splits.validation
         row_s = token_s / 3 * float(validation.lengths.double().mean())  # a step has two backward products
         num_rows = int(min(EVALUATION_SHARE * limit_s / row_s, config.trainer.eval_batch_size)) // measured_slots or 1
-        indices = choose_evaluated(validation.lengths, batch_size=num_rows)
-        part = SplitPart(name="validation", fingerprint="", split=validation, indices=indices)
-        inputs = replace(inputs, splits=replace(inputs.splits, validation=part))
+        indices = choose_evaluated(validation.padded_lengths, batch_size=num_rows)
+        filled = validation.fill_reference()
+        part = SplitPart(name="validation", fingerprint="", split=filled, indices=indices)
+        splits = replace(inputs.splits, train=inputs.splits.train.fill_reference(), validation=part)
+        inputs = replace(inputs, splits=splits)
     # telemetry of its own, because a sweep that begins after the measurement records the telemetry of `inputs`
     return Sample(config=short, slots=measured_slots, inputs=replace(inputs, telemetry=Telemetry()))
 
@@ -279,6 +281,10 @@ class SplitPart(Split):
     @property
     def lengths(self) -> Tensor:
         return self.split.lengths[self.indices]
+
+    @property
+    def padded_lengths(self) -> Tensor:
+        return self.split.padded_lengths[self.indices]
 
     @property
     def weights(self) -> Tensor:
