@@ -1,5 +1,6 @@
 """Pairs of answers for the embedded model, and the inputs of a run that learns which of them are chosen."""
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -41,10 +42,12 @@ def make_pairs(name, *, number, seed):
     return PreferenceSplit(**shared, groups=tuple(map(str, range(number))), completions=rows)
 
 
-def make_preference_inputs(config, *, dtype=torch.float32, number=24, **settings):
+load_text = functools.cache(build_inputs)
+
+
+def make_preference_inputs(config, *, number=24, **settings):
     """Returns inputs of a config, with pairs instead of its data. The reference is not computed yet."""
-    inputs = build_inputs(replace(config, objective=ObjectiveConfig()))  # the objective of text takes no beta
-    inputs.base.model.to(dtype)
+    inputs = load_text(replace(config, objective=ObjectiveConfig()))  # the objective of text takes no beta
     train, validation, test = (make_pairs(name, number=number, seed=seed) for seed, name in enumerate(SPLITS))
     objective = Preferences(by_chunk=True, **settings)
     metric = replace(inputs.splits.score_metric, name="preference_accuracy", direction="maximize")

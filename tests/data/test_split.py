@@ -129,10 +129,14 @@ def test_chosen_blocks_are_spread_evenly_over_documents(counts, limit):
 def test_a_pair_of_answers_is_one_example_with_two_rows_that_stay_together():
     split = make_preferences()
     assert (len(split), split.lengths.tolist(), split.weights.tolist()) == (2, [5, 6], [1, 1])
-    assert split.describe()["examples"] == 2
+    facts = split.describe()
+    # scored tokens: 2 and 1 in the first pair, 4 and 1 in the second
+    assert [facts[f"{name}_tokens"] for name in ("chosen", "rejected")] == [3.0, 1.0]
+    assert (facts["examples"], facts["longer_accuracy"]) == (2, 1.0)
     batch = split.batch([1, 0])
     assert batch["input_ids"].tolist() == [[10, 11, 12, 13, 14], [15, 0, 0, 0, 0], [5, 6, 7, 0, 0], [8, 9, 0, 0, 0]]
     assert batch["targets"][0].tolist() == TARGETS[2]
-    assert "reference" not in batch
+    assert batch["reference"].isnan().all()  # not computed yet
+    assert split.fill_reference().batch([1])["reference"].tolist() == [0.0, 0.0]
     known = make_preferences(reference=torch.tensor([-1.0, -2.0, -3.0, -4.0]))
     assert known.batch([1, 0])["reference"].tolist() == [-3.0, -4.0, -1.0, -2.0]

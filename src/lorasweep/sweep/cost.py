@@ -122,6 +122,8 @@ class Rates:
     """Maximum number of trials that train together."""
     reason: str
     """Why packs have this number of slots; empty if `worker.pack_size` says it."""
+    reference_s: float = 0.0
+    """Seconds in which the base scores every split once, before the sweep's first step; 0 if nothing needs it."""
     loading_s: float
     step_s: float
     step_tokens: float
@@ -205,7 +207,8 @@ def estimate_cost(definition: Definition, rates: Sequence[Rates], *, budget: Bud
     """
     looks = definition.sweep_config.confirm.list_looks() if budget.looks is None else budget.looks
     seeds = looks[look] if looks else 0
-    low = high = confirm = 0.0
+    low = high = max((group.reference_s for group in rates), default=0.0)
+    confirm = 0.0
     for group in rates:
         whole = [definition.find_arm(name) for name in group.arms if name not in (budget.left_out or ())]
         if not whole:

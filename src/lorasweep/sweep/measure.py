@@ -193,16 +193,20 @@ def scale_up(
     num_scored = {"validation": len(validation)}
     evaluated_share = len(choose_part(len(validation), config.eval_fraction)) / len(validation)
     peak_bytes, test_tokens = training.record.peak_memory_bytes, 0
+    reference_tokens = int(train.lengths.sum()) + int(validation.lengths.sum())
     if sample.slots < size.slots:
         peak_bytes += (size.slots - sample.slots) * count_slot_bytes(sample.config, inputs=inputs)
     if definition.sweep_config.confirm.list_looks():
         retained = [inputs_cache.load_splits(data, sample.config) for data in definition.retained.values()]
         test_tokens = sum(int(splits.test().lengths.sum()) for splits in (inputs.splits, *retained))
         num_scored["test"] = len(inputs.splits.test())
+        reference_tokens += int(inputs.splits.test().lengths.sum())
+    needs_reference = isinstance(inputs.splits, DataSplits) and inputs.data.objective.needs_reference
     return Rates(
         arms=tuple(largest),
         slots=size.slots,
         reason=size.reason,
+        reference_s=token_s * reference_tokens if needs_reference else 0.0,
         loading_s=scale * training.loading_s,
         step_s=scale * training.training_s * step_tokens / counted_tokens,
         step_tokens=step_tokens,
