@@ -25,11 +25,17 @@ from lorasweep.objectives.data_splits import build_objective, list_slot_settings
 from lorasweep.objectives.objective import ExampleScores
 from lorasweep.objectives.preferences import Preferences
 from lorasweep.record import read_run
+from lorasweep.sweep.cost import estimate_cost
+from lorasweep.sweep.definition.arms import read_definition
+from lorasweep.sweep.measure import choose_sample, scale_up, train_briefly
 from lorasweep.training import reference as reference_file
 from lorasweep.training.evaluation import score_split
+from lorasweep.training.inputs import InputsCache
 from lorasweep.training.module import check_run, prepare_model
 from lorasweep.training.packs.pack import build_pack, build_pack_batch
+from lorasweep.training.packs.size import PackSize
 from lorasweep.training.reference import REFERENCE_FOLDER
+from lorasweep.training.run_inputs import cache_key
 from lorasweep.training.step import compute_losses
 
 RUN = SMALL_RUN | {"trainer.batch_size": 6, "optim.lr": 3e-3, "logger": "none"}
@@ -337,8 +343,49 @@ def test_a_smoothing_outside_of_its_range_is_refused(value):
         Preferences(label_smoothing=value)
 
 
-def test_beta_is_refused_for_other_data():
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"objective.beta": 0.5}, ["beta", "NextTokens"]),
+        ({"objective._target_": f"{Preferences.__module__}.Preferences"}, ["for documents", "for preferences"]),
+    ],
+)
+def test_other_data_has_no_preferences(settings, words):
+    config = compose_run(RUN | settings)
+    with pytest.raises(ConfigError) as caught:
+        build_objective(config.objective, source=read_source(config.data), model=make_small())
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_data_that_must_be_retained_is_compared_with_the_base_too(tmp_path, calls):
+    config, inputs_cache = make_config(), InputsCache()
+    inputs, pairs = make_inputs(config), make_preference_inputs(config)
+    calls.clear()
+    inputs_cache._loaded[cache_key(config)] = inputs
+    inputs_cache._other_splits[config.data, cache_key(config)] = pairs.data
+    assert inputs_cache.load_splits(config.data, config) is pairs.data  # a check needs no numbers of the base
+    inputs_cache.folder = tmp_path
+    splits = inputs_cache.load_splits(config.data, config)
+    values = score_split(prepare_model(config, inputs.base), splits, config=config, inputs=inputs).values
+    # the adapter changes nothing yet, so a margin is rounding alone: fp32, 8 tokens of 6 nats
+    assert (values["reward_margin"], sum(calls)) == (pytest.approx(0.0, abs=1e-5), len(pairs.data.test()))
+    assert inputs_cache.load_splits(config.data, config) is splits
+
+
+def test_a_plan_measures_without_the_numbers_of_the_base_and_counts_their_time(calls):
     config = make_config()
     inputs = make_preference_inputs(config)
-    with pytest.raises(ConfigError, match="beta"):
-        build_objective(config.objective, source=read_source(config.data), model=inputs.base.model)
+    sample = choose_sample(config, inputs, slots=1, token_s=1e-4, limit_s=1.0)
+    training = train_briefly(sample, is_pack=True)
+    assert training.record.status == "complete"
+    assert calls == []
+    definition = read_definition({"name": "pairs", "settings": RUN, "arms": {"lora": {"settings": {"method": "lora"}}}})
+    arm, inputs_cache = definition.arms[0], InputsCache()
+    inputs_cache._loaded[cache_key(arm.base)] = inputs
+    size = PackSize(1, "")
+    rates = scale_up(training, sample, size, [arm], definition=definition, inputs_cache=inputs_cache)
+    tokens = sum(int(split.lengths.sum()) for split in (inputs.data.train, inputs.data.validation, inputs.data.test()))
+    per_token = training.evaluating_s / int(sample.inputs.splits.validation.lengths.sum())
+    assert rates.reference_s == pytest.approx(per_token * tokens)
+    without = estimate_cost(definition, [replace(rates, reference_s=0.0)])
+    assert estimate_cost(definition, [rates]).low_s == pytest.approx(without.low_s + rates.reference_s)

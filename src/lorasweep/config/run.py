@@ -249,7 +249,8 @@ class ObjectiveConfig(Settings):
     """The objective: what is learned from the data. All keys beside `_target_` are its arguments."""
 
     target: str | None = None
-    """A class of your own; null is the objective of the data: next tokens, classes or numbers."""
+    """A class of your own; null is the objective of the data: next tokens, classes, numbers or preferences (DPO), which
+    has `beta` (default 0.1) and `label_smoothing` (0)."""
     arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 

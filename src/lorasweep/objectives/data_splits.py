@@ -96,6 +96,12 @@ def build_objective(config: ObjectiveConfig, *, source: DataSource, model: nn.Mo
     target = config.target or f"{own.__module__}.{own.__qualname__}"
     expected: type[Objective] = Objective  # type: ignore[type-abstract]
     chosen = find_class(target, key="objective", expected=expected)
+    fitting = [kind for kind, objective in OBJECTIVES.items() if issubclass(chosen, objective)]
+    if fitting and source.kind not in fitting:
+        raise ConfigError(
+            f"`objective._target_` must be an objective for {source.kind}, but {target!r} is one for "
+            f"{join_words(fitting)}. Use other data, or remove `objective._target_`."
+        )
     arguments = {name: value for name, value in config.arguments.items() if name not in chosen.slot_settings}
     component, facts = Component(target=target, arguments=arguments), chosen.find_facts(source, model)
     return instantiate(component, key="objective", expected=expected, **facts)

@@ -25,6 +25,7 @@ from lorasweep.console import say
 from lorasweep.data.batching import EvaluationSampler
 from lorasweep.data.split import PreferenceSplit, Split, move_batch
 from lorasweep.disk import require_regular_file, write_atomically
+from lorasweep.errors import describe_error
 from lorasweep.methods import copy_sharing_weights
 from lorasweep.models.load import BaseModel
 from lorasweep.objectives.data_splits import DataSplits
@@ -61,49 +62,35 @@ def _add(
     split: Split, *, objective: Objective, base: BaseModel, trainer: TrainerConfig, folder: Path | None
 ) -> PreferenceSplit:
     assert isinstance(split, PreferenceSplit)
-    digest = compute_digest(split, objective=objective, base=base)
-    file = None if folder is None else folder / REFERENCE_FOLDER / f"{split.name}-{digest}.safetensors"
-    values, began = read_reference(file, split, digest=digest), time.monotonic()
-    # the same batches in every process, because rounding depends on the shape of a batch
-    batches = EvaluationSampler(split, batch_size=trainer.eval_batch_size).batches
-    first = os.getpid() % len(batches)  # processes that begin together compute different batches first
-    batches = [batch for batch in batches[first:] + batches[:first] if values[split.list_rows(batch)].isnan().any()]
-    if not batches:
-        return split.fill_reference(values)
-    device, model = get_device(trainer), copy_sharing_weights(base.model)
-    num_missing = sum(map(len, batches))
-    with (
-        convert_memory_errors(),
-        torch.no_grad(),
-        doing(
-            f"scoring {split.name} by the base", unit="example", total=len(split), first=len(split) - num_missing
-        ) as activity,
-    ):
-        model.to(device)
-        for batch in batches:
-            rows = split.list_rows(batch)
-            if values[rows].isnan().any():  # unless another process has computed them
-                values[rows] = objective.compute_reference(model, move_batch(split.batch(batch), device)).double().cpu()
-            activity.advance(len(batch), tokens=int(split.lengths[torch.tensor(batch)].sum()))
-            if file is not None and (batch is batches[-1] or time.monotonic() - began > SAVE_INTERVAL_S):
-                values, began = (
-                    values.where(~values.isnan(), read_reference(file, split, digest=digest)),
-                    time.monotonic(),
-                )
-                write_atomically(file, save({"values": values}, metadata={"digest": digest}))
-        model.cpu()  # the base's weights, which are shared, must be on the CPU
-    return split.fill_reference(values)
-
-
-def compute_digest(split: PreferenceSplit, *, objective: Objective, base: BaseModel) -> str:
-    """Returns a digest of the base in its precision, of the split's tokens and of the objective's class."""
     digest = hashlib.sha256(f"{base.fingerprint} {next(base.model.parameters()).dtype} {type(objective)}".encode())
     for column in (split.completions.tokens, split.completions.targets):
         digest.update(column.ends.numpy().tobytes() + column.values.numpy().tobytes())
-    return digest.hexdigest()[:16]
+    name = f"{split.name}-{digest.hexdigest()[:16]}.safetensors"
+    file = None if folder is None else folder / REFERENCE_FOLDER / name
+    values = read_reference(file, split)
+    if not values.isnan().any():
+        return split.fill_reference(values)
+    # the same batches in every process, because rounding depends on the shape of a batch
+    batches = EvaluationSampler(split, batch_size=trainer.eval_batch_size).batches
+    first = os.getpid() % len(batches)  # processes that begin together compute other batches first, and share them
+    device, model, saved_s = get_device(trainer), copy_sharing_weights(base.model), time.monotonic()
+    what = f"scoring {split.name} by the base"
+    with convert_memory_errors(), torch.no_grad(), doing(what, unit="example", total=len(split)) as activity:
+        model.to(device)
+        for batch in (*batches[first:], *batches[:first]):
+            rows = split.list_rows(batch)
+            if values[rows].isnan().any():
+                values[rows] = objective.compute_reference(model, move_batch(split.batch(batch), device)).double().cpu()
+            activity.advance(len(batch))
+            if file is not None and (activity.done == len(split) or time.monotonic() - saved_s > SAVE_INTERVAL_S):
+                values = values.where(~values.isnan(), read_reference(file, split))
+                write_atomically(file, save({"values": values}, metadata={"name": name}))
+                saved_s = time.monotonic()
+        model.cpu()  # it shares the base's weights, which must be on the CPU
+    return split.fill_reference(values)
 
 
-def read_reference(file: Path | None, split: PreferenceSplit, *, digest: str) -> Tensor:
+def read_reference(file: Path | None, split: PreferenceSplit) -> Tensor:
     """Returns the numbers in a file, with NaN where none is known. A file that is damaged or foreign has none."""
     unknown = torch.full((len(split.completions),), torch.nan, dtype=torch.float64)
     if file is None or not file.exists():
@@ -111,11 +98,11 @@ def read_reference(file: Path | None, split: PreferenceSplit, *, digest: str) ->
     try:
         require_regular_file(file)
         with safe_open(file, "pt") as opened:
-            values, found = opened.get_tensor("values"), (opened.metadata() or {}).get("digest")
-        if (values.shape, values.dtype, found) == (unknown.shape, unknown.dtype, digest) and not (values > 0).any():
+            values, name = opened.get_tensor("values"), (opened.metadata() or {}).get("name")
+        if (values.shape, values.dtype, name) == (unknown.shape, unknown.dtype, file.name) and not (values > 0).any():
             return values
-        reason = "is of other data or another base"
+        reason = "it is of other data or another base"
     except Exception as error:  # safetensors raises errors of many classes for a damaged header
-        reason = f"can't be read ({error})"
-    say(f"• {file.name} in {str(file.parent)!r} {reason}, so the base scores {split.name} again.", file=sys.stderr)
+        reason = describe_error(error)
+    say(f"• {str(file)!r} can't be used ({reason}), so the base scores {split.name} again.", file=sys.stderr)
     return unknown
