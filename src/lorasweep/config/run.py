@@ -379,7 +379,7 @@ class RunConfig(Settings):
             "compiles": trainer.is_sharded and "`trainer.compile` must be false unless the strategy is ddp.",
             "unpads": (trainer.compile or trainer.is_sharded)  # both have hooks of their own
             and "`trainer.compile` must be false and the strategy ddp.",
-            "generates": not hasattr(self.data, "answers") and f"`data={self.data.name}` has no answers; chat has.",
+            "generates": not hasattr(self.data, "answers") and f"`data={self.data.name}` has no answers; chats have.",
             "exports": self.method.trains_nothing and f"`method={method}` trains nothing. Use {self.model.path!r}.",
         }
         if self.module is not None:

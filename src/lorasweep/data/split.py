@@ -208,19 +208,25 @@ class CompletionSplit(ExampleSplit):
         """Number of bytes per scored token."""
         return self.scored_bytes / max(float(self.weights.sum()), 1.0)
 
-    def drop_unscored(self) -> CompletionSplit:
-        """Returns the split without examples that have no scored token, because their answers were cut off."""
-        is_scored = self.weights > 0
-        if is_scored.all():
-            return self
+    def drop_unscored(self, *, size: int = 1) -> CompletionSplit:
+        """Returns the split without rows that have no scored token, because their answers were cut off.
+
+        With a `size`, that many rows in a row belong together, and are kept or dropped together.
+        """
+        is_scored = (self.weights > 0).view(-1, size).all(1)
+        num_dropped = int((~is_scored).sum())
+        facts = {**self.facts, "left_out": num_dropped} if num_dropped else self.facts
+        return replace(self.select(is_scored.repeat_interleave(size)), facts=facts)
+
+    def select(self, mask: Tensor) -> CompletionSplit:
+        """Returns the rows that a boolean mask, (examples,), selects."""
         return replace(
             self,
-            tokens=self.tokens.select(is_scored),
-            targets=self.targets.select(is_scored),
-            answer_starts=self.answer_starts[is_scored],
-            rows=tuple(itertools.compress(self.rows, is_scored.tolist())),
-            groups=tuple(itertools.compress(self.groups, is_scored.tolist())),
-            facts={**self.facts, "left_out": int((~is_scored).sum())},
+            tokens=self.tokens.select(mask),
+            targets=self.targets.select(mask),
+            answer_starts=self.answer_starts[mask],
+            rows=tuple(itertools.compress(self.rows, mask.tolist())),
+            groups=tuple(itertools.compress(self.groups, mask.tolist())),
         )
 
     def split_last_answer(self, index: int) -> tuple[Tensor, Tensor]:
@@ -348,6 +354,9 @@ class Splits:
 
 def list_passages(split: Split, index: int, *, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
     """Returns the text of an example in passages, and whether each is scored. A label is the last passage."""
+    if isinstance(split, PreferenceSplit):
+        sides = [list_passages(split.completions, row, tokenizer=tokenizer) for row in (2 * index, 2 * index + 1)]
+        return [("chosen: ", False), *sides[0], ("\nrejected: ", False), *sides[1]]
     batch = split.batch([index])
     ids, targets = batch["input_ids"][0].tolist(), batch["targets"][0].tolist()
     if not isinstance(targets, list):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lorasweep.activity import doing
 from lorasweep.config.build import as_settings
-from lorasweep.config.data import ChatConfig
+from lorasweep.config.data import ConversationSettings
 from lorasweep.config.run import RunConfig
 from lorasweep.data.batching import StepBatchSampler, choose_part
 from lorasweep.data.split import Batch, Split, SplitFacts
@@ -259,7 +259,7 @@ def measure_answers(config: RunConfig, inputs: RunInputs, *, num_rows: int) -> d
     The base model answers a batch of validation examples, with one token and with a few more.
     """
     answers, data = get_answers(config), config.data
-    if answers is None or not isinstance(data, ChatConfig):
+    if answers is None or not isinstance(data, ConversationSettings):
         return {}
     num_rows, seconds = max(1, min(num_rows, config.trainer.eval_batch_size)), list[float]()
     for num_tokens in (1, 1, NUM_MEASURED_TOKENS):  # the first warms up
